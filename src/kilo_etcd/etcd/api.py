@@ -1,0 +1,312 @@
+"""What the client offers, as values and a protocol: the seam at which the in-memory fake takes its place.
+
+Keys and values are bytes; `str` is taken as UTF-8 where a key or value is given. Revisions are etcd's int64.
+Every failure is an `EtcdError`; each subclass is one thing that a caller can act on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
+from enum import Enum
+from typing import Protocol, TypeAlias
+
+import trio
+from attrs import field, frozen
+
+Text: TypeAlias = str | bytes
+
+
+class EtcdError(Exception):
+    """Something that etcd or the way to it refused or failed; the message is one sentence for the operator."""
+
+
+class Unavailable(EtcdError):
+    """No endpoint answered in time, or the member has no quorum: retrying later can help."""
+
+
+class Unauthenticated(EtcdError):
+    """Wrong or missing user, password, token or client certificate."""
+
+
+class PermissionDenied(EtcdError):
+    """The user is known but may not do this; the message names the key."""
+
+
+class ConnectionRefusedByTls(EtcdError):
+    """TLS could not be agreed: unknown CA, wrong name, client certificate refused or missing."""
+
+
+class Compacted(EtcdError):
+    """The revision asked for is gone; `compact_revision` is the oldest that can be watched."""
+
+    def __init__(self, compact_revision: int) -> None:
+        super().__init__(f"etcd has compacted the revisions before {compact_revision}; list again")
+        self.compact_revision = compact_revision
+
+
+class LeaseNotFound(EtcdError):
+    """The lease has expired, was revoked or never was."""
+
+
+class BadRequest(EtcdError):
+    """etcd understood and refused: too large, too many operations, duplicate key in a transaction."""
+
+
+@frozen(kw_only=True)
+class Header:
+    cluster_id: int = 0
+    member_id: int = 0
+    revision: int = 0
+    raft_term: int = 0
+
+
+@frozen(kw_only=True)
+class KeyValue:
+    key: bytes
+    value: bytes
+    create_revision: int = 0
+    mod_revision: int = 0
+    version: int = 0
+    lease: int = 0
+
+
+class EventType(Enum):
+    PUT = 0
+    DELETE = 1
+
+
+@frozen(kw_only=True)
+class Event:
+    """A change of one key. On DELETE `kv` has the key and the mod revision of the deletion, no value."""
+
+    type: EventType
+    kv: KeyValue
+
+
+@frozen(kw_only=True)
+class WatchBatch:
+    """Events in revision order; an empty batch is a progress notice: all up to `revision` has been seen.
+
+    A batch never splits a revision: all events of one transaction are in one batch (fragments are joined).
+    """
+
+    events: tuple[Event, ...]
+    revision: int
+    header: Header
+
+
+@frozen(kw_only=True)
+class RangeResult:
+    kvs: tuple[KeyValue, ...]
+    header: Header
+    more: bool = False
+    count: int = 0
+
+
+@frozen(kw_only=True)
+class PutResult:
+    header: Header
+    prev_kv: KeyValue | None = None
+
+
+@frozen(kw_only=True)
+class DeleteResult:
+    header: Header
+    deleted: int
+
+
+class Target(Enum):
+    VERSION = 0
+    CREATE = 1
+    MOD = 2
+    VALUE = 3
+    LEASE = 4
+
+
+class Is(Enum):
+    EQUAL = 0
+    GREATER = 1
+    LESS = 2
+    NOT_EQUAL = 3
+
+
+@frozen
+class Compare:
+    """A condition of a transaction, e.g. `Compare("/k", Target.CREATE, Is.EQUAL, 0)`: the key does not exist."""
+
+    key: Text
+    target: Target
+    result: Is
+    value: int | bytes
+
+
+def absent(key: Text) -> Compare:
+    """The condition that `key` does not exist."""
+    return Compare(key, Target.CREATE, Is.EQUAL, 0)
+
+
+def unchanged(kv: KeyValue) -> Compare:
+    """The condition that `kv` has not been written since it was read."""
+    return Compare(kv.key, Target.MOD, Is.EQUAL, kv.mod_revision)
+
+
+@frozen
+class Put:
+    key: Text
+    value: Text
+    lease: int = 0
+
+
+@frozen
+class Get:
+    key: Text
+    range_end: Text | None = None
+
+
+@frozen
+class Delete:
+    key: Text
+    range_end: Text | None = None
+
+
+Op: TypeAlias = Put | Get | Delete
+
+
+@frozen(kw_only=True)
+class TxnResult:
+    succeeded: bool
+    responses: tuple[PutResult | RangeResult | DeleteResult, ...]
+    header: Header
+
+
+@frozen(kw_only=True)
+class Lease:
+    id: int
+    ttl: int
+    """Seconds, as granted (etcd may grant more than was asked for)."""
+
+
+@frozen(kw_only=True)
+class LeaseInfo:
+    id: int
+    ttl: int
+    """Seconds left; -1: the lease does not exist."""
+    granted_ttl: int
+    keys: tuple[bytes, ...] = ()
+
+
+def prefix_end(prefix: Text) -> bytes:
+    """The `range_end` that makes a range of all keys with `prefix` (etcd's rule: last byte plus one)."""
+    raw = bytearray(prefix.encode() if isinstance(prefix, str) else prefix)
+    while raw:
+        if raw[-1] < 0xFF:
+            raw[-1] += 1
+            return bytes(raw)
+        raw.pop()
+    return b"\0"
+
+
+class Watch(Protocol):
+    """Iterate for batches. Reconnects by itself and resumes at the next revision, nothing lost or doubled;
+    raises `Compacted` when it cannot."""
+
+    def __aiter__(self) -> Watch: ...
+    async def __anext__(self) -> WatchBatch: ...
+    async def request_progress(self) -> None:
+        """Ask for a progress notice now; it arrives as an empty batch."""
+        ...
+
+
+class KeepAlive(Protocol):
+    """A lease being kept. `lost` is set when etcd says that the lease is gone, or when so long no keepalive was
+    confirmed that it must have ended."""
+
+    lease_id: int
+    lost: trio.Event
+
+    @property
+    def expires_at(self) -> float:
+        """trio.current_time() until which the lease is known to live."""
+        ...
+
+
+class Client(Protocol):
+    """etcd, as kilo uses it. One client serves any number of tasks."""
+
+    async def get(self, key: Text, *, serializable: bool = False) -> KeyValue | None: ...
+    async def range(
+        self,
+        key: Text,
+        range_end: Text | None = None,
+        *,
+        limit: int = 0,
+        revision: int = 0,
+        serializable: bool = False,
+        keys_only: bool = False,
+        count_only: bool = False,
+    ) -> RangeResult: ...
+    async def get_prefix(self, prefix: Text, *, revision: int = 0) -> RangeResult:
+        """All keys with the prefix at one revision, read in pages so that no answer is too large."""
+        ...
+
+    async def put(self, key: Text, value: Text, *, lease: int = 0, prev_kv: bool = False) -> PutResult: ...
+    async def delete(self, key: Text, range_end: Text | None = None) -> DeleteResult: ...
+    async def delete_prefix(self, prefix: Text) -> DeleteResult: ...
+    async def txn(
+        self, compare: Sequence[Compare], success: Sequence[Op] = (), failure: Sequence[Op] = ()
+    ) -> TxnResult: ...
+    async def grant_lease(self, ttl: int, lease_id: int = 0) -> Lease: ...
+    async def revoke_lease(self, lease_id: int) -> None: ...
+    async def lease_time_to_live(self, lease_id: int, *, keys: bool = False) -> LeaseInfo: ...
+    async def refresh_lease(self, lease_id: int) -> int:
+        """One keepalive; the TTL in seconds, or LeaseNotFound."""
+        ...
+
+    def keep_alive(
+        self, lease_id: int, ttl: int, *, interval: float | None = None
+    ) -> AbstractAsyncContextManager[KeepAlive]:
+        """Keep the lease from a background task until the block ends: every `interval` seconds (ttl/3)."""
+        ...
+
+    def watch(
+        self,
+        key: Text,
+        range_end: Text | None = None,
+        *,
+        start_revision: int = 0,
+        progress_notify: bool = True,
+    ) -> AbstractAsyncContextManager[Watch]: ...
+    def watch_prefix(
+        self, prefix: Text, *, start_revision: int = 0
+    ) -> AbstractAsyncContextManager[Watch]: ...
+
+
+@frozen(kw_only=True)
+class Tls:
+    """Paths of PEM files. `ca` None: the system's CAs."""
+
+    ca: str | None = None
+    cert: str | None = None
+    key: str | None = None
+    insecure_skip_verify: bool = False
+
+
+@frozen(kw_only=True)
+class Config:
+    """How to reach etcd. Endpoints are URLs (`http://`, `https://`) or `host:port` as etcdctl takes them."""
+
+    endpoints: tuple[str, ...] = ("127.0.0.1:2379",)
+    tls: Tls | None = None
+    user: str | None = None
+    password: str | None = field(default=None, repr=False)
+    dial_timeout: float = 2.0
+    """Seconds for one attempt to connect (TCP, TLS, HTTP/2 preface)."""
+    call_timeout: float = 5.0
+    """Seconds for a unary call, all attempts together."""
+    attempt_timeout: float = 2.0
+    """Seconds for one attempt of a unary call."""
+    ping_interval: float = 1.0
+    """Seconds of silence after which the member is pinged."""
+    ping_timeout: float = 1.5
+    """Seconds without an answer to a ping after which the member is left. ping_interval + ping_timeout < 3."""

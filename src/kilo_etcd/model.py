@@ -1,0 +1,254 @@
+"""The values that everything else speaks in: nodes, peers, candidates and the snapshot of them all.
+
+Every value is frozen; equality is by content, so `is` may be used as a fast path but never as the meaning.
+Nothing here reads a clock, a file or a socket, and nothing here knows how a record looks in etcd
+(`store.records`) or how the kernel is told (`kernel`).
+
+A `Snapshot` holds *effective* values: labels and annotations are already applied to the nodes, address
+claims are already joined, and what could not be read or contradicts another record has been set aside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import IntEnum, StrEnum
+from ipaddress import (
+    IPv4Address,
+    IPv4Interface,
+    IPv4Network,
+    IPv6Address,
+    IPv6Interface,
+    IPv6Network,
+    ip_address,
+)
+from types import MappingProxyType
+from typing import TypeAlias
+
+from attrs import field, frozen
+
+IPAddress: TypeAlias = IPv4Address | IPv6Address
+IPInterface: TypeAlias = IPv4Interface | IPv6Interface
+IPNetwork: TypeAlias = IPv4Network | IPv6Network
+
+DEFAULT_LOCATION = ""
+DEFAULT_PREFIX = "/kilo"
+DEFAULT_INTERFACE = "kilo0"
+DEFAULT_PORT = 51820
+DEFAULT_SUBNET = "10.4.0.0/16"
+
+
+class Granularity(StrEnum):
+    """How tunnels are drawn (DESIGN section 4)."""
+
+    LOCATION = "location"
+    FULL = "full"
+    CROSS = "cross"
+
+
+class Encapsulate(StrEnum):
+    """How nodes of one location reach each other when they are not neighbours (DESIGN section 4)."""
+
+    NEVER = "never"
+    CROSSSUBNET = "crosssubnet"
+    ALWAYS = "always"
+    WIREGUARD = "wireguard"
+
+
+class CandidateClass(IntEnum):
+    """How well a candidate suits as leader; the smaller leads."""
+
+    ANNOTATED_PUBLIC = 0
+    ANNOTATED = 1
+    PUBLIC = 2
+    REST = 3
+
+
+@frozen
+class Endpoint:
+    """Where a WireGuard device is reached: an address or a DNS name, and a UDP port.
+
+    >>> str(Endpoint.parse("[2001:db8::1]:51820"))
+    '[2001:db8::1]:51820'
+    """
+
+    host: IPAddress | str
+    port: int
+
+    @classmethod
+    def parse(cls, text: str, default_port: int | None = None) -> Endpoint:
+        """`host:port`, `[v6]:port`, or with `default_port` a bare host. ValueError says what is wrong."""
+        text = text.strip()
+        if text.startswith("["):
+            name, closed, rest = text[1:].partition("]")
+            if not closed or (rest and not rest.startswith(":")):
+                raise ValueError(f"{text!r} is no endpoint: write [address]:port")
+            port_text = rest[1:]
+        elif text.count(":") > 1:
+            name, port_text = text, ""
+        else:
+            name, _, port_text = text.partition(":")
+        if not port_text and default_port is None:
+            raise ValueError(f"{text!r} is no endpoint: the port is missing (host:port)")
+        try:
+            port = int(port_text) if port_text else int(default_port or 0)
+        except ValueError:
+            raise ValueError(f"{text!r} is no endpoint: {port_text!r} is no port") from None
+        if not 0 < port < 65536:
+            raise ValueError(f"{text!r} is no endpoint: port {port} is not within 1 to 65535")
+        try:
+            return cls(ip_address(name), port)
+        except ValueError:
+            if not _is_dns_name(name):
+                raise ValueError(
+                    f"{text!r} is no endpoint: {name!r} is neither an address nor a DNS name"
+                ) from None
+            return cls(name.lower(), port)
+
+    @property
+    def address(self) -> IPAddress | None:
+        """The host as an address; None for a DNS name that is not resolved yet."""
+        return None if isinstance(self.host, str) else self.host
+
+    @property
+    def public(self) -> bool:
+        """Whether others can be expected to reach it from anywhere: a DNS name or a public address."""
+        return True if isinstance(self.host, str) else is_public(self.host)
+
+    def __str__(self) -> str:
+        return (
+            f"[{self.host}]:{self.port}" if isinstance(self.host, IPv6Address) else f"{self.host}:{self.port}"
+        )
+
+
+def _is_dns_name(text: str) -> bool:
+    labels = text.rstrip(".").split(".")
+    # All-numeric last labels are mistyped IPv4 addresses, never host names (RFC 3696 section 2).
+    return (
+        0 < len(text) <= 253
+        and not labels[-1].isdigit()
+        and all(
+            0 < len(label) <= 63
+            and label[0] != "-"
+            and label[-1] != "-"
+            and all(c.isascii() and (c.isalnum() or c in "-_") for c in label)
+            for label in labels
+        )
+    )
+
+
+# Documentation networks stand for the internet in the lab and in examples, so they count as public here
+# although the registry (and `ipaddress.is_global`) says that they are not.
+_PRIVATE = tuple(
+    IPv4Network(text)
+    for text in (
+        "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12",
+        "192.168.0.0/16", "198.18.0.0/15", "224.0.0.0/3",
+    )
+)  # fmt: skip
+_PUBLIC6 = IPv6Network("2000::/3")
+
+
+def is_public(address: IPAddress) -> bool:
+    """Whether an address is routed on the internet: not private, shared (CGNAT), link-local or loopback."""
+    if isinstance(address, IPv4Address):
+        return not any(address in network for network in _PRIVATE)
+    return address in _PUBLIC6
+
+
+@frozen(kw_only=True)
+class Node:
+    """A host that runs the agent, with labels and annotations applied.
+
+    `mesh_addresses` and `internal_ips` hold at most one address per family. A node with no internal IP has
+    an empty tuple there and is a segment of its own.
+    """
+
+    name: str
+    public_key: str
+    location: str = DEFAULT_LOCATION
+    endpoint: Endpoint | None = None
+    internal_ips: tuple[IPInterface, ...] = ()
+    mesh_addresses: tuple[IPAddress, ...] = ()
+    port: int = DEFAULT_PORT
+    subnets: tuple[IPNetwork, ...] = ()
+    allowed_location_ips: tuple[IPNetwork, ...] = ()
+    persistent_keepalive: int = 0
+    """Seconds; 0 is off."""
+    leader_wanted: bool = False
+    encapsulate: Encapsulate = Encapsulate.CROSSSUBNET
+    default_location: str = DEFAULT_LOCATION
+    version: str = ""
+    registered_revision: int = 0
+    """etcd's create revision of the node's record: older nodes have lower ones."""
+
+    @property
+    def candidate_class(self) -> CandidateClass:
+        """The class in which the node would stand for leader."""
+        public = self.endpoint is not None and self.endpoint.public
+        if self.leader_wanted:
+            return CandidateClass.ANNOTATED_PUBLIC if public else CandidateClass.ANNOTATED
+        return CandidateClass.PUBLIC if public else CandidateClass.REST
+
+    def internal_ip(self, version: int) -> IPInterface | None:
+        """The node's address on its location's network in family 4 or 6."""
+        return next((ip for ip in self.internal_ips if ip.version == version), None)
+
+    def mesh_address(self, version: int) -> IPAddress | None:
+        """The node's mesh address in family 4 or 6."""
+        return next((ip for ip in self.mesh_addresses if ip.version == version), None)
+
+
+@frozen(kw_only=True)
+class Peer:
+    """A WireGuard endpoint outside the mesh's hosts. Every segment leader serves it."""
+
+    name: str
+    public_key: str
+    allowed_ips: tuple[IPNetwork, ...] = ()
+    endpoint: Endpoint | None = None
+    persistent_keepalive: int = 0
+    preshared_key: str | None = field(default=None, repr=False)
+
+
+@frozen(kw_only=True)
+class Candidate:
+    """A node's standing offer to lead its location; it lives as long as the node's short lease."""
+
+    node: str
+    rank: CandidateClass
+    create_revision: int
+    since: str = ""
+    """RFC 3339 time at which the candidacy was entered; for people only, nothing is decided by it."""
+
+
+@frozen
+class SetAside:
+    """A record, or a part of one, that is not in force, and why."""
+
+    key: str
+    reason: str
+
+
+_NOTHING: Mapping[str, str] = MappingProxyType({})
+
+
+@frozen(kw_only=True)
+class Snapshot:
+    """What etcd holds under the prefix at `revision`, read and made consistent.
+
+    `revision` is the highest mod revision under the watched prefix (or the revision of the listing), so two
+    agents with equal revisions have equal snapshots. Mappings must not be changed by whoever receives them.
+    """
+
+    revision: int
+    cluster_id: int = 0
+    raft_term: int = 0
+    granularity: Granularity = Granularity.LOCATION
+    subnets: tuple[IPNetwork, ...] = ()
+    nodes: Mapping[str, Node] = field(factory=dict)
+    peers: Mapping[str, Peer] = field(factory=dict)
+    candidates: Mapping[str, tuple[Candidate, ...]] = field(factory=dict)
+    """Location -> its candidates, in no particular order."""
+    leaders: Mapping[str, str] = _NOTHING
+    """Location -> the node recorded as its leader, for the case that no candidate is left."""
+    set_aside: tuple[SetAside, ...] = ()

@@ -1,0 +1,88 @@
+"""What one host's kernel shall hold: the value that the topology yields and the kernel layer realises.
+
+A plan is complete (what is not in it is removed, as far as it is ours) and says nothing about how it is
+brought about. It names devices by role, not by name, so that it is the same whatever the interface is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+
+from attrs import field, frozen
+
+from kilo_etcd.model import DEFAULT_PORT, Endpoint, IPAddress, IPInterface, IPNetwork
+
+
+class Via(StrEnum):
+    """Which way a route leaves the host."""
+
+    TUNNEL = "tunnel"
+    """The WireGuard interface: allowed IPs choose the peer."""
+    UNDERLAY = "underlay"
+    """To a gateway on the location's network, which is a neighbour."""
+    IPIP = "ipip"
+    """To a gateway on the location's network, encapsulated, whether it is a neighbour or not."""
+
+
+@frozen(kw_only=True)
+class PeerPlan:
+    """One WireGuard peer. `endpoint` may still be a DNS name; None leaves what the device has learnt.
+
+    `allowed_ips` is sorted by (family, address, prefix length) and without duplicates; no network stands in
+    two peers of one plan.
+    """
+
+    public_key: str
+    name: str
+    """The node's or peer's name; for people."""
+    endpoint: Endpoint | None = None
+    allowed_ips: tuple[IPNetwork, ...] = ()
+    persistent_keepalive: int = 0
+    preshared_key: str | None = field(default=None, repr=False)
+
+
+@frozen(kw_only=True)
+class RoutePlan:
+    """One route in the main table, marked as ours by its protocol number."""
+
+    destination: IPNetwork
+    way: Via
+    gateway: IPAddress | None = None
+    """The next hop on the location's network for UNDERLAY and IPIP; None for TUNNEL."""
+    source: IPAddress | None = None
+    """Preferred source address: the host's mesh address, so that replies find their way back."""
+
+
+@frozen(kw_only=True)
+class Problem:
+    """Something that the plan could not do, in a sentence an operator can act on."""
+
+    subject: str
+    """The node, peer or network concerned."""
+    text: str
+
+
+@frozen(kw_only=True)
+class HostPlan:
+    """Everything that the kernel of one host shall hold for us.
+
+    `revision` is the snapshot's; it takes no part in equality, since a plan that is otherwise equal needs no
+    change of the kernel.
+    """
+
+    node: str
+    revision: int = field(default=0, eq=False)
+    addresses: tuple[IPInterface, ...] = ()
+    """On the WireGuard interface, as /32 and /128."""
+    listen_port: int = DEFAULT_PORT
+    peers: Mapping[str, PeerPlan] = field(factory=dict)
+    """Public key -> peer."""
+    routes: Mapping[IPNetwork, RoutePlan] = field(factory=dict)
+    """Destination -> route."""
+    forwarding: frozenset[int] = frozenset()
+    """Families (4, 6) in which the host must forward packets."""
+    ipip_remotes: frozenset[IPAddress] = frozenset()
+    """Nodes of the location that IPIP packets are exchanged with; empty: no IPIP device is needed."""
+    ipip_local: IPAddress | None = None
+    problems: tuple[Problem, ...] = ()
