@@ -99,9 +99,7 @@ class Endpoint:
             return cls(ip_address(name), port)
         except ValueError:
             if not _is_dns_name(name):
-                raise ValueError(
-                    f"{text!r} is no endpoint: {name!r} is neither an address nor a DNS name"
-                ) from None
+                raise ValueError(f"{text!r} is no endpoint: {name!r} is neither an address nor a DNS name") from None
             return cls(name.lower(), port)
 
     @property
@@ -115,9 +113,7 @@ class Endpoint:
         return True if isinstance(self.host, str) else is_public(self.host)
 
     def __str__(self) -> str:
-        return (
-            f"[{self.host}]:{self.port}" if isinstance(self.host, IPv6Address) else f"{self.host}:{self.port}"
-        )
+        return f"[{self.host}]:{self.port}" if isinstance(self.host, IPv6Address) else f"{self.host}:{self.port}"
 
 
 def _is_dns_name(text: str) -> bool:

@@ -277,9 +277,7 @@ class Client(Protocol):
         start_revision: int = 0,
         progress_notify: bool = True,
     ) -> AbstractAsyncContextManager[Watch]: ...
-    def watch_prefix(
-        self, prefix: Text, *, start_revision: int = 0
-    ) -> AbstractAsyncContextManager[Watch]: ...
+    def watch_prefix(self, prefix: Text, *, start_revision: int = 0) -> AbstractAsyncContextManager[Watch]: ...
 
 
 @frozen(kw_only=True)
