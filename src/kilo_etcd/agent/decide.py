@@ -1,0 +1,129 @@
+"""What the agent decides for its own host beyond the plan: its role, whether it stands for leader, whom it waits for.
+
+Pure: snapshots, topologies and times come in, values go out. The daemon acts on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from attrs import frozen
+
+from kilo_etcd.model import CandidateClass, Granularity, IPNetwork, Node, Snapshot
+from kilo_etcd.topology import Topology
+
+SETTLE_SECONDS = 2.0
+"""How long a host that does not lead keeps its class unchanged before it stands for leader (no flapping)."""
+
+
+@frozen(kw_only=True)
+class Role:
+    """What a host is in its segment: `leader` or `member` of a location, or `alone` in a segment of one."""
+
+    kind: str
+    location: str
+    leader: str
+
+    def __str__(self) -> str:
+        where = f"location {self.location}" if self.location else "the default location"
+        if self.kind == "leader":
+            return f"leader of {where}"
+        if self.kind == "member":
+            return f"member of {where}, led by {self.leader}"
+        return f"alone in {where}"
+
+
+def role_of(topology: Topology, name: str) -> Role:
+    """The role of node `name`; it must be in the topology."""
+    segment = topology.segment_of(name)
+    if len(segment.members) == 1:
+        kind = "alone"
+    else:
+        kind = "leader" if segment.leader.name == name else "member"
+    return Role(kind=kind, location=segment.location, leader=segment.leader.name)
+
+
+@frozen
+class Stand:
+    """A candidacy: for which location, in which class."""
+
+    location: str
+    rank: CandidateClass
+
+
+def eligible(snapshot: Snapshot, name: str) -> Stand | None:
+    """The candidacy that `name` may hold: its location has another node that it could lead, or None.
+
+    Labels count, not the granularity in force: candidacies outlast a switch to `full` and back, so that the
+    switch back finds its leaders.
+    """
+    node = snapshot.nodes.get(name)
+    if node is None or not node.internal_ips:
+        return None
+    if not any(_shares_segment(node, other) for other in snapshot.nodes.values()):
+        return None
+    return Stand(node.location, node.candidate_class)
+
+
+def _shares_segment(node: Node, other: Node) -> bool:
+    return other.location == node.location and other.name != node.name and bool(other.internal_ips)
+
+
+@frozen(kw_only=True)
+class Standing:
+    """What is known when the candidacy is decided. Times are seconds on one monotonic clock."""
+
+    now: float
+    steady_since: float
+    """Since when `eligible` has had its present value."""
+    ready: bool
+    """The present plan is in the kernel, without failures that would keep the host from leading."""
+    leads: bool
+    """The present snapshot already makes this host the leader (for want of candidates, or as one)."""
+    current: Stand | None
+    """The candidacy that this host holds."""
+
+
+def stand(wanted: Stand | None, standing: Standing) -> tuple[Stand | None, float | None]:
+    """(the candidacy to hold now, when to decide again).
+
+    A host whose wish changed gives the old candidacy up and queues anew; a host that has just come waits until
+    its class has been steady, unless it leads already for want of any candidate: then it says so at once.
+    """
+    if wanted is None:
+        return None, None
+    if standing.current == wanted:
+        return wanted, None
+    if not standing.ready:
+        return None, None
+    if standing.leads and standing.current is None:
+        return wanted, None
+    due = standing.steady_since + SETTLE_SECONDS
+    if standing.now >= due:
+        return wanted, None
+    return None, due
+
+
+def confirmed(revisions: Mapping[str, int], revision: int, apart_from: str) -> bool:
+    """Whether every live node but `apart_from` has applied `revision` or a later one."""
+    return all(applied >= revision for node, applied in revisions.items() if node != apart_from)
+
+
+def disagreements(
+    snapshot: Snapshot, *, granularity: Granularity | None, subnets: Iterable[IPNetwork]
+) -> tuple[str, ...]:
+    """In which of its settings the agent differs from the mesh that it has joined; the mesh wins."""
+    found = []
+    if granularity is not None and granularity != snapshot.granularity:
+        found.append(
+            f"--mesh-granularity={granularity} is not in force: the mesh's granularity is "
+            f"{snapshot.granularity} (etcd's mesh/granularity decides)"
+        )
+    wanted = {str(subnet) for subnet in subnets}
+    actual = {str(subnet) for subnet in snapshot.subnets}
+    if wanted and wanted != actual:
+        found.append(
+            f"--subnet={','.join(sorted(wanted))} is not in force: the mesh's subnets are "
+            f"{','.join(sorted(actual))} (etcd's mesh/subnets, fixed when the mesh was made)"
+        )
+    return tuple(found)
