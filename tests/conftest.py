@@ -1,0 +1,59 @@
+"""What all tests share: `async def test_...` runs under trio, with a deadline of 60 s for each test.
+
+`@pytest.mark.autojump` gives a test virtual time (trio's mock clock, which jumps when every task waits); then the
+deadline is years away: reached at once, and failing, when nothing is left to happen. `@pytest.mark.deadline(seconds)` changes the deadline. Helpers that
+tests import are in `helpers.py`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import partial
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+DEADLINE = 60.0
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    test = pyfuncitem.obj
+    # hypothesis wraps the async function in a sync one; what runs inside is `inner_test`.
+    hypothesis_handle = getattr(test, "hypothesis", None)
+    if hypothesis_handle is not None and inspect.iscoroutinefunction(hypothesis_handle.inner_test):
+        inner = hypothesis_handle.inner_test
+
+        def in_trio(*args: Any, **kwargs: Any) -> None:
+            _run(pyfuncitem, partial(inner, *args, **kwargs))
+
+        hypothesis_handle.inner_test = in_trio
+        return None
+    if not inspect.iscoroutinefunction(test):
+        return None
+    wanted = pyfuncitem._fixtureinfo.argnames
+    _run(pyfuncitem, partial(test, **{name: pyfuncitem.funcargs[name] for name in wanted}))
+    return True
+
+
+def _run(item: pytest.Function, test: Any) -> None:
+    mark = item.get_closest_marker("deadline")
+    virtual = item.get_closest_marker("autojump") is not None
+    deadline = float(mark.args[0]) if mark else 1e9 if virtual else DEADLINE
+
+    async def bounded() -> None:
+        with trio.fail_after(deadline):
+            await test()
+
+    # `strict_exception_groups` is trio's default; a lone failure in a test's nursery is shown as itself.
+    try:
+        trio.run(bounded, clock=trio.testing.MockClock(autojump_threshold=0) if virtual else None)
+    except BaseExceptionGroup as group:
+        lone: BaseException = group
+        while isinstance(lone, BaseExceptionGroup) and len(lone.exceptions) == 1:
+            lone = lone.exceptions[0]
+        if lone is group:
+            raise
+        raise lone from None

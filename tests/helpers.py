@@ -1,0 +1,58 @@
+"""Helpers that tests import: waiting for a condition, and asking for what a test needs of the machine."""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import trio
+
+_PACKAGES = {
+    "etcd": "etcd-server",
+    "etcdctl": "etcd-client",
+    "wg": "wireguard-tools",
+    "wireguard-go": "wireguard-go",
+    "nft": "nftables",
+    "dot": "graphviz",
+    "circo": "graphviz",
+    "ip": "iproute2",
+    "ping": "iputils-ping",
+    "tcpdump": "tcpdump",
+}
+
+
+async def eventually(
+    condition: Callable[[], Any], deadline: float = 10.0, *, every: float = 0.01, what: str = ""
+) -> Any:
+    """Poll `condition` (sync or async) until it returns something true, and return that.
+
+    An AssertionError inside the condition counts as "not yet". After `deadline` seconds the last one is raised, or
+    an AssertionError that says `what` never came true.
+    """
+    last: AssertionError | None = None
+    seen: Any = None
+    with trio.move_on_after(deadline):
+        while True:
+            try:
+                seen = condition()
+                if inspect.isawaitable(seen):
+                    seen = await seen
+                if seen:
+                    return seen
+                last = None
+            except AssertionError as error:
+                last = error
+            await trio.sleep(every)
+    if last is not None:
+        raise last
+    raise AssertionError(f"not within {deadline} s: {what or inspect.getsource(condition).strip()} (last: {seen!r})")
+
+
+def require(*programs: str) -> None:
+    """Fail the test, naming the Debian package, if a program is not installed."""
+    for program in programs:
+        if shutil.which(program) is None and shutil.which(program, path="/usr/sbin:/sbin") is None:
+            pytest.fail(f"needs {program}: apt-get install {_PACKAGES.get(program, program)}", pytrace=False)
