@@ -1,0 +1,314 @@
+"""The command-line flags of `kg` and, for what they share, of `kgctl`: their names, environment and meaning.
+
+One table holds the agent's flags and one holds etcd's (named and read as etcdctl does); the click decorators, the
+unit's environment file and its test are all made from the tables, so a flag cannot exist in one place only.
+Checking is done by `AgentConfig.build` and `etcd_config`. Passwords are never shown in help or errors.
+"""
+
+from __future__ import annotations
+
+import functools
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import click
+from attrs import frozen
+
+from kilo_etcd.agent.config import (
+    DEFAULT_LISTEN,
+    DEFAULT_STATE_DIR,
+    LOG_LEVELS,
+    AgentConfig,
+    ListenAddress,
+    WireGuardKind,
+    environment_name,
+    parse_duration,
+    parse_prefix,
+    read,
+)
+from kilo_etcd.etcd.api import Config, Tls
+from kilo_etcd.model import DEFAULT_INTERFACE, DEFAULT_PORT, DEFAULT_PREFIX, DEFAULT_SUBNET, Encapsulate, Granularity
+
+__all__ = [
+    "AgentConfig",
+    "Flag",
+    "ListenAddress",
+    "WireGuardKind",
+    "agent_flags",
+    "agent_options",
+    "all_flags",
+    "etcd_config",
+    "etcd_flags",
+    "etcd_options",
+    "prefix_option",
+]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@frozen(kw_only=True)
+class Flag:
+    """One flag: its name, its environment variable, its default as an operator would write it, and its help."""
+
+    name: str
+    env: str
+    default: str
+    help: str
+    switch: bool = False
+    """It takes no value; in the environment write true or false."""
+    negative: str = ""
+    """The name that turns a switch off."""
+    several: bool = False
+    """It may be given several times."""
+    choices: tuple[str, ...] = ()
+    secret: bool = False
+
+    @property
+    def parameter(self) -> str:
+        """The name under which click passes it on."""
+        return self.name.removeprefix("--").replace("-", "_")
+
+
+def _flag(name: str, default: str, help: str, **rest: Any) -> Flag:
+    return Flag(name=name, env=environment_name(name), default=default, help=help, **rest)
+
+
+_PREFIX = _flag("--prefix", DEFAULT_PREFIX, "The prefix in etcd under which the mesh lives.")
+
+_AGENT = (
+    _flag("--hostname", "", "The node's name in the mesh (default: the system's host name)."),
+    _flag(
+        "--location", "", "The node's location where no label in etcd says otherwise (default: cloud-init's region)."
+    ),
+    _flag("--interface", DEFAULT_INTERFACE, "The WireGuard interface."),
+    _flag("--port", str(DEFAULT_PORT), "The UDP port of WireGuard."),
+    _flag(
+        "--mesh-granularity",
+        Granularity.LOCATION.value,
+        "How tunnels are drawn, where etcd does not say it yet.",
+        choices=tuple(Granularity),
+    ),
+    _flag(
+        "--subnet",
+        DEFAULT_SUBNET,
+        "The network of the mesh addresses, where etcd does not say it yet; one per family, comma-separated.",
+    ),
+    _flag(
+        "--encapsulate",
+        Encapsulate.CROSSSUBNET.value,
+        "When packets between nodes of one location are encapsulated.",
+        choices=tuple(Encapsulate),
+    ),
+    _flag("--mtu", "auto", "The MTU of the WireGuard interface: auto or a number of bytes."),
+    _flag(
+        "--internal-cidr",
+        "",
+        "Only addresses within this network may be the internal IP; several times or comma-separated.",
+        several=True,
+    ),
+    _flag(
+        "--prioritise-private-addresses",
+        "false",
+        "Prefer a private address to a public one for the endpoint.",
+        switch=True,
+    ),
+    _flag("--endpoint", "", "The host:port at which other locations reach this node (default: discovered)."),
+    _flag("--persistent-keepalive", "0", "Seconds between keepalives to this node's peers; 0 is off."),
+    _flag("--resync-period", "30s", "How often the kernel is compared with the plan, whatever else happens."),
+    _flag(
+        "--clean-up",
+        "false",
+        "On stopping, leave the mesh and remove everything that the agent made.",
+        switch=True,
+        negative="--no-clean-up",
+    ),
+    _flag(
+        "--wireguard", WireGuardKind.AUTO.value, "The WireGuard that is used: auto takes the kernel's where there is one.",
+        choices=tuple(WireGuardKind),
+    ),
+    _flag("--userspace-command", "wireguard-go", "The userspace WireGuard that is started where one is needed."),
+    _PREFIX,
+    _flag("--lease-ttl", "5s", "How long a silent leader keeps its place; at least 2s, in whole seconds."),
+    _flag("--forget-after", "24h", "How long a node that is gone stays a member."),
+    _flag("--state-dir", DEFAULT_STATE_DIR, "Where the private key and the last known mesh are kept."),
+    _flag("--listen", DEFAULT_LISTEN, "Where /metrics and /health are served; :1107 is everywhere, empty nowhere."),
+    _flag("--log-level", "info", "The least level that is logged.", choices=(*LOG_LEVELS, "all", "warn")),
+    _flag("--dry-run", "false", "Print what would be changed, change nothing, and end.", switch=True),
+)  # fmt: skip
+
+
+def _etcd(name: str, default: str, help: str, **rest: Any) -> Flag:
+    return Flag(name=name, env="ETCDCTL_" + name[2:].replace("-", "_").upper(), default=default, help=help, **rest)
+
+
+_ETCD = (
+    _etcd("--endpoints", "127.0.0.1:2379", "etcd's endpoints, comma-separated: host:port, http://... or https://..."),
+    _etcd("--cacert", "", "The CA that signed etcd's certificates, PEM (default: the system's)."),
+    _etcd("--cert", "", "The client certificate, PEM."),
+    _etcd("--key", "", "The private key of the client certificate, PEM."),
+    _etcd("--user", "", "The etcd user, as name[:password].", secret=True),
+    _etcd("--password", "", "The etcd user's password; better given in the environment.", secret=True),
+    _etcd("--insecure-skip-tls-verify", "false", "Do not verify etcd's certificate (for tests only).", switch=True),
+    _etcd("--dial-timeout", "2s", "How long one attempt to connect may take."),
+    _etcd("--command-timeout", "5s", "How long one call may take, all attempts together."),
+)  # fmt: skip
+
+
+def agent_flags() -> Iterator[Flag]:
+    """The flags of `kg`, etcd's not among them, in the order of its help."""
+    yield from _AGENT
+
+
+def etcd_flags() -> Iterator[Flag]:
+    """etcd's flags, in the order of the help."""
+    yield from _ETCD
+
+
+def all_flags() -> Iterator[Flag]:
+    """Every flag of `kg`: what the unit's environment file may set."""
+    yield from _ETCD
+    yield from _AGENT
+
+
+def agent_options(command: F) -> F:
+    """Give a click command the flags of `kg`; it is called with `config`, an AgentConfig."""
+
+    def build(values: dict[str, Any]) -> AgentConfig:
+        values["hostname"] = values["hostname"] or socket.gethostname()
+        return AgentConfig.build(**values)
+
+    return _with_flags(command, _AGENT, "config", build)
+
+
+def etcd_options(command: F) -> F:
+    """Give a click command etcd's flags; it is called with `etcd`, an `etcd.Config`."""
+    return _with_flags(command, _ETCD, "etcd", lambda values: etcd_config(**values))
+
+
+def prefix_option(command: F) -> F:
+    """Give a click command `--prefix`; it is called with `prefix`, checked. `agent_options` has it already."""
+    return _with_flags(
+        command, (_PREFIX,), "prefix", lambda values: read("--prefix", lambda: parse_prefix(values["prefix"]))
+    )
+
+
+def etcd_config(
+    *,
+    endpoints: str = "127.0.0.1:2379",
+    cacert: str = "",
+    cert: str = "",
+    key: str = "",
+    user: str = "",
+    password: str = "",
+    insecure_skip_tls_verify: bool = False,
+    dial_timeout: str = "2s",
+    command_timeout: str = "5s",
+) -> Config:
+    """How to reach etcd, from the flags' texts. click.BadParameter with one sentence where one is wrong."""
+    urls = _read("--endpoints", lambda: _endpoints(endpoints))
+    for flag, path in (("--cacert", cacert), ("--cert", cert), ("--key", key)):
+        _read(flag, functools.partial(_check_file, path))
+    if bool(cert) != bool(key):
+        given, missing = ("--cert", "--key") if cert else ("--key", "--cert")
+        raise click.UsageError(f"{given} is given but {missing} is not; a client certificate needs both.")
+    tls_wanted = cacert or cert or insecure_skip_tls_verify or any(url.startswith("https://") for url in urls)
+    call_timeout = _read("--command-timeout", lambda: _positive(command_timeout))
+    name, secret = _user(user, password)
+    return Config(
+        endpoints=urls,
+        tls=Tls(ca=cacert or None, cert=cert or None, key=key or None, insecure_skip_verify=insecure_skip_tls_verify)
+        if tls_wanted
+        else None,
+        user=name,
+        password=secret,
+        dial_timeout=_read("--dial-timeout", lambda: _positive(dial_timeout)),
+        call_timeout=call_timeout,
+        attempt_timeout=min(Config().attempt_timeout, call_timeout),
+    )
+
+
+def _with_flags(command: F, flags: tuple[Flag, ...], argument: str, build: Callable[[dict[str, Any]], Any]) -> F:
+    # Parameters travel under names of their own, so that a command may have an argument called `key` or `prefix`.
+    own = {f"_{argument}_{flag.parameter}": flag.parameter for flag in flags}
+
+    @functools.wraps(command)
+    def folded(*args: Any, **kwargs: Any) -> Any:
+        values = {parameter: kwargs.pop(passed) for passed, parameter in own.items()}
+        kwargs[argument] = build(values)
+        return command(*args, **kwargs)
+
+    decorated: Any = folded
+    for flag in reversed(flags):
+        decorated = _option(flag, f"_{argument}_{flag.parameter}")(decorated)
+    result: F = decorated
+    return result
+
+
+def _option(flag: Flag, passed_as: str) -> Callable[[Any], Any]:
+    common: dict[str, Any] = {"envvar": flag.env, "show_envvar": True, "help": flag.help}
+    if flag.switch:
+        names = f"{flag.name}/{flag.negative}" if flag.negative else flag.name
+        return click.option(names, passed_as, is_flag=True, default=flag.default == "true", **common)
+    if flag.several:
+        return click.option(flag.name, passed_as, multiple=True, **common)
+    # The choices are not click's own: an environment's bad value gets the same one sentence as every other flag.
+    if flag.choices:
+        common["metavar"] = "|".join(flag.choices)
+    shown = bool(flag.default) and not flag.secret
+    return click.option(flag.name, passed_as, default=flag.default, show_default=shown, **common)
+
+
+def _read(flag: str, parse: Callable[[], Any]) -> Any:
+    return read(flag, parse, env="ETCDCTL_" + flag[2:].replace("-", "_").upper())
+
+
+def _endpoints(text: str) -> tuple[str, ...]:
+    urls = tuple(item.strip().rstrip("/") for item in text.split(",") if item.strip())
+    if not urls:
+        raise ValueError("no endpoint is given; write for instance 127.0.0.1:2379")
+    for url in urls:
+        parts = urlsplit(url if "://" in url else f"//{url}")
+        try:
+            sound = bool(parts.hostname) and parts.scheme in ("", "http", "https") and parts.port != 0
+        except ValueError:
+            sound = False
+        if not sound or parts.path or parts.query or parts.username is not None:
+            shown = parts.hostname if parts.username is not None else url
+            raise ValueError(f"{shown!r} is no etcd endpoint; write host:port, http://host:port or https://host:port")
+    return urls
+
+
+def _check_file(path: str) -> None:
+    if not path:
+        return
+    try:
+        with Path(path).open("rb"):
+            pass
+    except OSError as error:
+        raise ValueError(f"{path!r} cannot be read: {error.strerror}") from None
+
+
+def _positive(text: str) -> float:
+    seconds = parse_duration(text)
+    if seconds <= 0:
+        raise ValueError(f"{text!r} is no timeout; give more than 0s")
+    return seconds
+
+
+def _user(user: str, password: str) -> tuple[str | None, str | None]:
+    """etcdctl's rule: with a password of its own the user is taken whole, else it is split at the first colon."""
+    if not user:
+        if password:
+            raise click.UsageError("--password (ETCDCTL_PASSWORD) is given without --user (ETCDCTL_USER).")
+        return None, None
+    if password:
+        return user, password
+    name, colon, secret = user.partition(":")
+    if not colon or not secret or not name:
+        raise click.UsageError(
+            "the etcd user has no password; give --user name:password or set ETCDCTL_PASSWORD in the environment."
+        )
+    return name, secret
