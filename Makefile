@@ -1,0 +1,48 @@
+# One command each; each does all its own set-up on Debian and Ubuntu (scripts/setup), quickly where nothing is missing.
+# ARGS goes to the program: make test ARGS="-k election", make demo ARGS=my-lab.toml
+
+export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
+ARGS ?=
+
+.PHONY: help demo test test-fast check bench format clean
+
+help:
+	@echo 'make demo       a small internet on this machine: three sites, real etcd, real agents, real packets'
+	@echo 'make test       all tests'
+	@echo 'make test-fast  the tests that need neither etcd nor root nor a network, under a minute'
+	@echo 'make check      ruff, mypy strict, import-linter'
+	@echo 'make bench      the numbers, as tables'
+	@echo 'make format     what ruff can put right by itself'
+	@echo 'make clean      remove all that the others have made here'
+
+demo:
+	@scripts/setup all
+	@.venv/bin/kgctl lab run $(ARGS)
+
+test:
+	@scripts/setup all
+	@.venv/bin/python -m pytest $(ARGS)
+
+test-fast:
+	@scripts/setup python
+	@.venv/bin/python -m pytest -m 'not etcd and not root and not lab and not guest' $(ARGS)
+
+check:
+	@scripts/setup python
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy --strict
+	.venv/bin/lint-imports
+
+bench:
+	@scripts/setup all
+	@bench/run $(ARGS)
+
+format:
+	@scripts/setup python
+	.venv/bin/ruff check --fix
+	.venv/bin/ruff format
+
+clean:
+	rm -rf .venv build dist mesh.svg .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find src tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
