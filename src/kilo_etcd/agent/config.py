@@ -18,6 +18,7 @@ from typing import TypeVar
 import click
 from attrs import field, frozen
 
+from kilo_etcd.etcd.api import Config
 from kilo_etcd.model import (
     DEFAULT_INTERFACE,
     DEFAULT_PORT,
@@ -73,10 +74,12 @@ class AgentConfig:
     """The default location; None: not given, so cloud-init's region counts, else the default location."""
     interface: str = DEFAULT_INTERFACE
     port: int = DEFAULT_PORT
-    granularity: Granularity = Granularity.LOCATION
-    """What this agent puts into an empty etcd; after that the mesh's own value counts."""
+    mesh_granularity: Granularity | None = None
+    """What this agent puts into an empty etcd (None: not given, so `location`); after that the mesh's own counts."""
     subnets: tuple[IPNetwork, ...] = (ip_network(DEFAULT_SUBNET),)
-    """At most one per family; like `granularity`, for an empty etcd."""
+    """At most one per family, never empty; for an empty etcd too."""
+    subnets_given: bool = False
+    """Whether the operator chose them: an agent that was told nothing cannot disagree with the mesh."""
     encapsulate: Encapsulate = Encapsulate.CROSSSUBNET
     mtu: int | None = None
     """None: from the egress interface."""
@@ -100,6 +103,13 @@ class AgentConfig:
     """Forces the endpoint that this node registers; None: discovered."""
     persistent_keepalive: int = 0
     dry_run: bool = False
+    etcd: Config = Config()
+    """How to reach etcd (etcdctl's flags)."""
+
+    @property
+    def wanted_subnets(self) -> tuple[IPNetwork, ...]:
+        """The subnets that the operator chose for this agent, which may differ from the mesh's; none: no choice."""
+        return self.subnets if self.subnets_given else ()
 
     @classmethod
     def build(
@@ -109,8 +119,8 @@ class AgentConfig:
         location: str | None = None,
         interface: str = DEFAULT_INTERFACE,
         port: str = str(DEFAULT_PORT),
-        mesh_granularity: str = "location",
-        subnet: str | Iterable[str] = DEFAULT_SUBNET,
+        mesh_granularity: str = "",
+        subnet: str | Iterable[str] = "",
         encapsulate: str = "crosssubnet",
         mtu: str = "auto",
         internal_cidr: str | Iterable[str] = (),
@@ -128,9 +138,11 @@ class AgentConfig:
         endpoint: str = "",
         persistent_keepalive: str = "0",
         dry_run: bool = False,
+        etcd: Config | None = None,
     ) -> AgentConfig:
         """The configuration that these texts mean, one parameter per flag; click.BadParameter where one is wrong."""
         listen_port = read("--port", lambda: parse_number(port, 1, 65535))
+        chosen = bool(_items(subnet))
         ttl = read("--lease-ttl", lambda: _whole_seconds(lease_ttl, LEASE_TTL_FLOOR))
         return cls(
             hostname=read("--hostname", lambda: parse_node_name(hostname)),
@@ -138,8 +150,11 @@ class AgentConfig:
             location=location or None,
             interface=read("--interface", lambda: parse_interface(interface)),
             port=listen_port,
-            granularity=read("--mesh-granularity", lambda: _one_of(Granularity, mesh_granularity)),
-            subnets=read("--subnet", lambda: parse_subnets(subnet)),
+            mesh_granularity=read(
+                "--mesh-granularity", lambda: _one_of(Granularity, mesh_granularity) if mesh_granularity else None
+            ),
+            subnets=read("--subnet", lambda: parse_subnets(subnet if chosen else DEFAULT_SUBNET)),
+            subnets_given=chosen,
             encapsulate=read("--encapsulate", lambda: _one_of(Encapsulate, encapsulate)),
             mtu=read("--mtu", lambda: None if mtu.strip() in ("", "auto") else parse_number(mtu, 576, 65535)),
             internal_cidrs=read("--internal-cidr", lambda: tuple(map(parse_network, _items(internal_cidr)))),
@@ -157,6 +172,7 @@ class AgentConfig:
             endpoint=read("--endpoint", lambda: Endpoint.parse(endpoint, listen_port) if endpoint.strip() else None),
             persistent_keepalive=read("--persistent-keepalive", lambda: _keepalive(persistent_keepalive)),
             dry_run=dry_run,
+            etcd=Config() if etcd is None else etcd,
         )
 
 

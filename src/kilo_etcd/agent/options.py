@@ -87,14 +87,15 @@ _AGENT = (
     _flag("--port", str(DEFAULT_PORT), "The UDP port of WireGuard."),
     _flag(
         "--mesh-granularity",
-        Granularity.LOCATION.value,
-        "How tunnels are drawn, where etcd does not say it yet.",
+        "",
+        "How tunnels are drawn, where etcd does not say it yet (default: location).",
         choices=tuple(Granularity),
     ),
     _flag(
         "--subnet",
-        DEFAULT_SUBNET,
-        "The network of the mesh addresses, where etcd does not say it yet; one per family, comma-separated.",
+        "",
+        "The network of the mesh addresses, where etcd does not say it yet; one per family, comma-separated "
+        f"(default: {DEFAULT_SUBNET}).",
     ),
     _flag(
         "--encapsulate",
@@ -126,7 +127,9 @@ _AGENT = (
         negative="--no-clean-up",
     ),
     _flag(
-        "--wireguard", WireGuardKind.AUTO.value, "The WireGuard that is used: auto takes the kernel's where there is one.",
+        "--wireguard",
+        WireGuardKind.AUTO.value,
+        "The WireGuard that is used: auto takes the kernel's where there is one.",
         choices=tuple(WireGuardKind),
     ),
     _flag("--userspace-command", "wireguard-go", "The userspace WireGuard that is started where one is needed."),
@@ -174,13 +177,14 @@ def all_flags() -> Iterator[Flag]:
 
 
 def agent_options(command: F) -> F:
-    """Give a click command the flags of `kg`; it is called with `config`, an AgentConfig."""
+    """Give a click command all flags of `kg`, etcd's among them; it is called with `config`, an AgentConfig."""
 
     def build(values: dict[str, Any]) -> AgentConfig:
+        etcd = etcd_config(**{flag.parameter: values.pop(flag.parameter) for flag in _ETCD})
         values["hostname"] = values["hostname"] or socket.gethostname()
-        return AgentConfig.build(**values)
+        return AgentConfig.build(**values, etcd=etcd)
 
-    return _with_flags(command, _AGENT, "config", build)
+    return _with_flags(command, (*_ETCD, *_AGENT), "config", build)
 
 
 def etcd_options(command: F) -> F:
