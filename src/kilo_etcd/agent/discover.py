@@ -1,0 +1,297 @@
+"""Which of the host's addresses is its internal IP, which its endpoint, and which location the host was born in.
+
+The rules are Kilo's: first what the host's name resolves to, then the interface of the default route, then the rest;
+the internal IP is a private address, or none where the host has none (it is then a segment of its own, and nothing
+crosses a public network in clear unless `--internal-cidr` says that it may); the endpoint is public where it can be.
+Beyond Kilo: container bridges are never taken by themselves, since docker0 is the same address on every host. The
+decision is pure and every choice comes with its reason; only `gather`, `etcd_networks` and `location_from_cloud_init`
+look at the host, and nothing here asks the network but the system's resolver.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterable
+from ipaddress import IPv6Address
+from pathlib import Path
+
+import trio
+from attrs import frozen
+
+from kilo_etcd import kernel
+from kilo_etcd.agent.config import AgentConfig
+from kilo_etcd.agent.resolve import LOOKUP_TIMEOUT, endpoint_hosts, lookup, network_of
+from kilo_etcd.etcd.api import Config
+from kilo_etcd.kernel.state import DefaultRoute, HostAddress
+from kilo_etcd.model import DEFAULT_INTERFACE, DEFAULT_PORT, Endpoint, IPAddress, IPInterface, IPNetwork, is_public
+
+INSTANCE_DATA = Path("/run/cloud-init/instance-data.json")
+_MOST_BYTES = 8 * 2**20
+
+_TUNNELS = frozenset({"ipip", "sit", "gre", "gretap", "ip6tnl", "ip6gre", "wireguard", "tun", "vxlan", "geneve", "vti"})
+_VIRTUAL = _TUNNELS | {"bridge", "veth", "dummy", "openvswitch"}
+# fmt: off
+_CONTAINERS = (
+    "docker", "br-", "veth", "virbr", "cni", "flannel", "cali", "cilium", "lxc", "lxdbr", "incusbr", "podman", "kube-",
+    "nodelocaldns", "weave", "vnet",
+)
+# fmt: on
+
+
+@frozen(kw_only=True)
+class HostFacts:
+    """What was found on the host: the addresses in the kernel's order, default routes with the lowest metric first."""
+
+    hostname: str = ""
+    resolved: tuple[IPAddress, ...] = ()
+    """What the host's name resolves to, in the resolver's order."""
+    addresses: tuple[HostAddress, ...] = ()
+    default_routes: tuple[DefaultRoute, ...] = ()
+    own_interface: str = DEFAULT_INTERFACE
+
+    def underlay(self) -> tuple[IPNetwork, ...]:
+        """The networks that the host's own packets travel on: those it stands in, and its default gateways.
+
+        Tunnels and container bridges are left out, unless the default route goes there.
+        """
+        ways = {route.interface for route in self.default_routes}
+        stood_in = [
+            item.address.network
+            for item in self.addresses
+            if _usable(item, self.own_interface, ())
+            and (item.interface in ways or not (_is_container(item) or item.kind in _TUNNELS))
+        ]
+        gateways = [network_of(route.gateway) for route in self.default_routes if route.gateway is not None]
+        return tuple(dict.fromkeys((*stood_in, *gateways)))
+
+
+@frozen(kw_only=True)
+class Chosen:
+    """The node's internal IPs (at most one per family) and endpoint, and a sentence on each choice for the log."""
+
+    internal_ips: tuple[IPInterface, ...] = ()
+    endpoint: Endpoint | None = None
+    reasons: tuple[str, ...] = ()
+
+
+@frozen(kw_only=True)
+class _Candidate:
+    address: IPInterface
+    interface: str
+    why: str
+    order: tuple[int, ...]
+    container: bool
+
+    @property
+    def public(self) -> bool:
+        return is_public(self.address.ip)
+
+
+def choose(facts: HostFacts, config: AgentConfig) -> Chosen:
+    """What this agent registers, as its flags would have it."""
+    return choose_addresses(
+        facts,
+        port=config.port,
+        subnets=config.subnets,
+        internal_cidrs=config.internal_cidrs,
+        prioritise_private=config.prioritise_private,
+        forced_endpoint=config.endpoint,
+    )
+
+
+def choose_addresses(
+    facts: HostFacts,
+    *,
+    port: int = DEFAULT_PORT,
+    subnets: Iterable[IPNetwork] = (),
+    internal_cidrs: Iterable[IPNetwork] = (),
+    prioritise_private: bool = False,
+    forced_endpoint: Endpoint | None = None,
+) -> Chosen:
+    """The internal IP of each family and the endpoint, each with its reason.
+
+    `subnets` are the mesh's: an address within them is never taken. `internal_cidrs` limits the internal IPs to
+    these networks, and lets public addresses and those of container bridges count when they are within.
+    """
+    candidates = _candidates(facts, tuple(subnets))
+    cidrs = tuple(internal_cidrs)
+    internal: list[IPInterface] = []
+    reasons: list[str] = []
+    for family in (4, 6):
+        of_family = [candidate for candidate in candidates if candidate.address.version == family]
+        if cidrs:
+            fit = sorted(
+                (one for one in of_family if any(_within(one.address, cidr) for cidr in cidrs)),
+                key=lambda one: one.public,
+            )
+            because = "the first within --internal-cidr"
+        else:
+            fit = [one for one in of_family if not one.public and not one.container]
+            because = "the first private address"
+        if fit:
+            internal.append(fit[0].address)
+            reasons.append(
+                f"internal IP {fit[0].address} ({fit[0].why}, on {fit[0].interface}): {because} of {_of(fit, family)}"
+            )
+    if not internal:
+        reasons.append(_no_internal(candidates, cidrs))
+    endpoint, reason = _endpoint(candidates, port, prioritise_private, forced_endpoint)
+    return Chosen(internal_ips=tuple(internal), endpoint=endpoint, reasons=(*reasons, reason))
+
+
+def _endpoint(
+    candidates: list[_Candidate], port: int, prioritise_private: bool, forced: Endpoint | None
+) -> tuple[Endpoint | None, str]:
+    if forced is not None:
+        return forced, f"endpoint {forced}: --endpoint says so"
+    reachable = [candidate for candidate in candidates if not candidate.container]
+    public = [candidate for candidate in reachable if candidate.public]
+    private = [candidate for candidate in reachable if not candidate.public]
+    first, second = (private, public) if prioritise_private else (public, private)
+    if not reachable:
+        return None, "no endpoint: the host has no address that others could reach; set --endpoint where it has one"
+    best = (first or second)[0]
+    endpoint = Endpoint(best.address.ip, port)
+    found = f"endpoint {endpoint} ({best.why}, on {best.interface})"
+    if best.public:
+        return endpoint, f"{found}: the first public address"
+    if prioritise_private:
+        return endpoint, f"{found}: the first private address, as --prioritise-private-addresses wants"
+    return (
+        endpoint,
+        f"{found}: the first private address, since there is no public one; if others are to reach this host through "
+        "a forwarded port, set --endpoint or the annotation force-endpoint",
+    )
+
+
+def _no_internal(candidates: list[_Candidate], cidrs: tuple[IPNetwork, ...]) -> str:
+    if cidrs:
+        return f"no internal IP: no address is within --internal-cidr {','.join(map(str, cidrs))}"
+    if any(one.container and not one.public for one in candidates):
+        return "no internal IP: the only private addresses are those of container bridges (--internal-cidr allows one)"
+    return "no internal IP: the host has no private address, so it is a segment of its own (--internal-cidr allows one)"
+
+
+def _of(fit: list[_Candidate], family: int) -> str:
+    return f"{len(fit)} in IPv{family}" if len(fit) > 1 else f"IPv{family}"
+
+
+def _candidates(facts: HostFacts, subnets: tuple[IPNetwork, ...]) -> list[_Candidate]:
+    """All addresses that can be meant, best first."""
+    usable = [item for item in facts.addresses if _usable(item, facts.own_interface, subnets)]
+    first_way = {
+        family: next((route.interface for route in _by_metric(facts.default_routes) if route.family == family), None)
+        for family in (4, 6)
+    }
+    # A single answer is somebody's decision (/etc/hosts, DNS); several are nss-myhostname listing every interface.
+    here = {
+        family: [item for item in usable if item.address.version == family and item.address.ip in facts.resolved]
+        for family in (4, 6)
+    }
+    found = []
+    for position, item in enumerate(usable):
+        family = item.address.version
+        on_way = item.interface == first_way[family]
+        named = item in here[family]
+        decided = named and len(here[family]) == 1
+        virtual = not on_way and not decided and (item.kind in _VIRTUAL or _is_container(item))
+        if named:
+            tier, why = 0, f"what {facts.hostname or 'the host name'} resolves to"
+        elif on_way:
+            tier, why = 1, "on the default route's interface"
+        else:
+            tier, why = 2, "on another interface"
+        asked = facts.resolved.index(item.address.ip) if named else 0
+        order = (virtual, item.deprecated, item.temporary, tier, family == 6, asked, position)
+        found.append(
+            _Candidate(
+                address=item.address,
+                interface=item.interface,
+                why=why,
+                order=tuple(map(int, order)),
+                container=_is_container(item) and not on_way,
+            )
+        )
+    return sorted(found, key=lambda candidate: candidate.order)
+
+
+def _by_metric(routes: Iterable[DefaultRoute]) -> list[DefaultRoute]:
+    return sorted(routes, key=lambda route: route.metric)
+
+
+def _usable(item: HostAddress, own_interface: str, subnets: tuple[IPNetwork, ...]) -> bool:
+    ip = item.address.ip
+    if not item.up or item.interface == own_interface or item.kind == "ipip" or item.interface.startswith("tunl"):
+        return False
+    if ip.is_loopback or ip.is_link_local or ip.is_multicast or ip.is_unspecified:
+        return False
+    if isinstance(ip, IPv6Address) and (ip.ipv4_mapped is not None or ip.is_site_local):
+        return False
+    return not any(_within(item.address, subnet) for subnet in subnets)
+
+
+def _is_container(item: HostAddress) -> bool:
+    return item.interface.startswith(_CONTAINERS)
+
+
+def _within(address: IPInterface, network: IPNetwork) -> bool:
+    return address.version == network.version and address.ip in network
+
+
+# -- looking at the host ------------------------------------------------------------------------------------------
+
+
+async def gather(config: AgentConfig) -> HostFacts:
+    """The host as it is now. A name that does not resolve (within LOOKUP_TIMEOUT) is no error, it decides nothing."""
+    resolved: tuple[IPAddress, ...] = ()
+    with trio.move_on_after(LOOKUP_TIMEOUT), contextlib.suppress(OSError):
+        resolved = await lookup(config.hostname)
+    found = await kernel.list_addresses()
+    return HostFacts(
+        hostname=config.hostname,
+        resolved=resolved,
+        addresses=found.addresses,
+        default_routes=found.default_routes,
+        own_interface=config.interface,
+    )
+
+
+async def etcd_networks(etcd: Config) -> tuple[IPNetwork, ...]:
+    """The addresses of etcd's endpoints as networks of one address; names that do not resolve now are left out."""
+    found: list[IPNetwork] = []
+
+    async def find(name: str) -> None:
+        with trio.move_on_after(LOOKUP_TIMEOUT), contextlib.suppress(OSError):
+            found.extend(map(network_of, await lookup(name)))
+
+    async with trio.open_nursery() as nursery:
+        for host in endpoint_hosts(etcd.endpoints):
+            if isinstance(host, str):
+                nursery.start_soon(find, host)
+            else:
+                found.append(network_of(host))
+    return tuple(dict.fromkeys(found))
+
+
+def location_from_cloud_init(path: Path = INSTANCE_DATA) -> tuple[str | None, str]:
+    """The region that cloud-init recorded on the host (`v1.region`), and a sentence on where it comes from or why not.
+
+    Read from the world-readable, redacted file of this boot; what cloud-init keeps under /var/lib/cloud is a pickle,
+    which nobody should load.
+    """
+    try:
+        with path.open("rb") as file:
+            raw = file.read(_MOST_BYTES)
+        data = json.loads(raw)
+    except FileNotFoundError:
+        return None, f"no location from cloud-init: there is no {path}"
+    except OSError as error:
+        return None, f"no location from cloud-init: {path} cannot be read: {error.strerror}"
+    except (ValueError, RecursionError):
+        return None, f"no location from cloud-init: {path} is not JSON"
+    standard = data.get("v1") if isinstance(data, dict) else None
+    region = standard.get("region") if isinstance(standard, dict) else None
+    if not isinstance(region, str) or not region.strip() or not region.isprintable():
+        return None, f"no location from cloud-init: {path} has no v1.region"
+    return region.strip(), f"cloud-init's region (v1.region in {path})"

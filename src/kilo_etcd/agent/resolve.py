@@ -1,0 +1,243 @@
+"""Endpoints that are DNS names: looked up again and again, so that a plan holds addresses only.
+
+Each name has a task and a deadline of its own, so that one that hangs or fails delays no other; what fails is tried
+again sooner and keeps its last good addresses. As long as the address in use is among the answers it stays in use:
+a name with several addresses in changing order must not move a peer back and forth. `resolve_plan` is pure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from ipaddress import ip_address, ip_network
+from types import MappingProxyType
+from typing import TypeAlias
+from urllib.parse import urlsplit
+
+import trio
+from attrs import evolve, frozen
+
+from kilo_etcd.agent.logs import Once, get_logger
+from kilo_etcd.model import Endpoint, IPAddress, IPNetwork
+from kilo_etcd.topology.hostplan import HostPlan, Problem
+
+PERIOD = 30.0
+"""Seconds between two look-ups of a name that answers."""
+LOOKUP_TIMEOUT = 5.0
+"""Seconds for one look-up."""
+FIRST_RETRY = 1.0
+"""Seconds until a failed look-up is tried again; doubled each time, up to the period."""
+
+Lookup: TypeAlias = Callable[[str], Awaitable[tuple[IPAddress, ...]]]
+Table: TypeAlias = Mapping[str, tuple[IPAddress, ...]]
+
+_limiter: trio.lowlevel.RunVar[trio.CapacityLimiter] = trio.lowlevel.RunVar("resolver threads")
+_THREADS = 32
+
+
+async def lookup(name: str) -> tuple[IPAddress, ...]:
+    """The addresses of a name, in the system resolver's order. OSError where there are none. Cancellable at once."""
+    # Threads of its own: a resolver that hangs must not use up those that program the kernel.
+    try:
+        limiter = _limiter.get()
+    except LookupError:
+        limiter = trio.CapacityLimiter(_THREADS)
+        _limiter.set(limiter)
+    try:
+        answers = await trio.to_thread.run_sync(_getaddrinfo, name, abandon_on_cancel=True, limiter=limiter)
+    except UnicodeError:
+        raise OSError(f"{name!r} is no DNS name") from None
+    addresses = []
+    for _, _, _, _, address in answers:
+        host = str(address[0])
+        # An address with a zone (fe80::1%eth0) means something on this link only.
+        if "%" not in host:
+            addresses.append(ip_address(host))
+    if not addresses:
+        raise OSError("the answer holds no address")
+    return tuple(dict.fromkeys(addresses))
+
+
+def _getaddrinfo(name: str) -> list[tuple[object, object, object, object, tuple[object, ...]]]:
+    return list(socket.getaddrinfo(name, None, type=socket.SOCK_DGRAM))
+
+
+def resolve_plan(plan: HostPlan, table: Table) -> HostPlan:
+    """The plan with addresses in place of names; the same object where it has no names.
+
+    A peer whose name is not in the table loses its endpoint (it stays reachable when it calls first) and is named in
+    a Problem.
+    """
+    replaced = {}
+    problems = []
+    for key, peer in plan.peers.items():
+        endpoint = peer.endpoint
+        if endpoint is None or not isinstance(endpoint.host, str):
+            continue
+        addresses = table.get(endpoint.host)
+        if addresses:
+            replaced[key] = evolve(peer, endpoint=Endpoint(addresses[0], endpoint.port))
+        else:
+            replaced[key] = evolve(peer, endpoint=None)
+            problems.append(
+                Problem(
+                    subject=peer.name,
+                    text=f"the DNS name {endpoint.host} of its endpoint is not resolved; mend the name or the resolver",
+                )
+            )
+    if not replaced:
+        return plan
+    return evolve(plan, peers={**plan.peers, **replaced}, problems=(*plan.problems, *problems))
+
+
+def plan_names(plan: HostPlan) -> frozenset[str]:
+    """The DNS names among the plan's endpoints."""
+    return frozenset(
+        peer.endpoint.host
+        for peer in plan.peers.values()
+        if peer.endpoint is not None and isinstance(peer.endpoint.host, str)
+    )
+
+
+async def resolve_once(plan: HostPlan, *, lookup: Lookup = lookup) -> Table:
+    """The addresses of all names in the plan that answer within LOOKUP_TIMEOUT."""
+    table: dict[str, tuple[IPAddress, ...]] = {}
+
+    async def find(name: str) -> None:
+        with trio.move_on_after(LOOKUP_TIMEOUT), contextlib.suppress(OSError):
+            table[name] = await lookup(name)
+
+    async with trio.open_nursery() as nursery:
+        for name in plan_names(plan):
+            nursery.start_soon(find, name)
+    return table
+
+
+def endpoint_hosts(endpoints: Iterable[str]) -> tuple[IPAddress | str, ...]:
+    """The hosts of etcd endpoints (URLs or host:port), as addresses or names."""
+    hosts: list[IPAddress | str] = []
+    for url in endpoints:
+        name = urlsplit(url if "://" in url else f"//{url}").hostname
+        if name:
+            try:
+                hosts.append(ip_address(name))
+            except ValueError:
+                hosts.append(name)
+    return tuple(hosts)
+
+
+def network_of(address: IPAddress) -> IPNetwork:
+    """The network that holds this address alone."""
+    return ip_network(address)
+
+
+@frozen
+class _Task:
+    scope: trio.CancelScope
+
+
+class Resolver:
+    """Keeps `table` true for the names wanted. `run` is its task; all else may be called before and while it runs."""
+
+    def __init__(
+        self,
+        period: float = PERIOD,
+        *,
+        timeout: float = LOOKUP_TIMEOUT,
+        lookup: Lookup = lookup,
+    ) -> None:
+        self._period = period
+        self._timeout = timeout
+        self._lookup = lookup
+        self._wanted: frozenset[str] = frozenset()
+        self._kept: frozenset[str] = frozenset()
+        self._table: dict[str, tuple[IPAddress, ...]] = {}
+        self._renewed = trio.Event()
+        self._changed = trio.Event()
+        self._tasks: dict[str, _Task] = {}
+        self._once = Once(get_logger())
+
+    @property
+    def table(self) -> Table:
+        """Name -> its addresses, the one to use first. Names without a good answer so far are missing."""
+        return MappingProxyType(self._table)
+
+    def set_names(self, names: frozenset[str]) -> None:
+        """Look up these names from now on, and no others (those of `networks` apart)."""
+        if names != self._wanted:
+            self._wanted = names
+            self._renewed.set()
+
+    def networks(self, endpoints: Iterable[str]) -> tuple[IPNetwork, ...]:
+        """The addresses of etcd's endpoints as networks of one address, as far as they are known by now.
+
+        Names among them are looked up for ever after.
+        """
+        hosts = endpoint_hosts(endpoints)
+        names = frozenset(host for host in hosts if isinstance(host, str))
+        if not names <= self._kept:
+            self._kept |= names
+            self._renewed.set()
+        found = [
+            address
+            for host in hosts
+            for address in (self._table.get(host, ()) if isinstance(host, str) else (host,))
+        ]  # fmt: skip
+        return tuple(dict.fromkeys(map(network_of, found)))
+
+    async def wait_changed(self) -> None:
+        """Return when the table has changed since the last return (or since the start)."""
+        await self._changed.wait()
+        self._changed = trio.Event()
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Look up until cancelled."""
+        async with trio.open_nursery() as nursery:
+            task_status.started()
+            while True:
+                wanted = self._wanted | self._kept
+                for name in [name for name in self._tasks if name not in wanted]:
+                    self._tasks.pop(name).scope.cancel()
+                    self._table.pop(name, None)
+                    self._once.clear(name, "the DNS name is not needed any more", name=name)
+                for name in sorted(wanted - self._tasks.keys()):
+                    scope = trio.CancelScope()
+                    self._tasks[name] = _Task(scope)
+                    nursery.start_soon(self._follow, name, scope)
+                await self._renewed.wait()
+                self._renewed = trio.Event()
+
+    async def _follow(self, name: str, scope: trio.CancelScope) -> None:
+        with scope:
+            retry = FIRST_RETRY
+            while True:
+                try:
+                    with trio.fail_after(self._timeout):
+                        answers = await self._lookup(name)
+                except (OSError, trio.TooSlowError) as error:
+                    reason = "no answer in time" if isinstance(error, trio.TooSlowError) else _reason(error)
+                    held = self._table.get(name, ())
+                    self._once.warning(
+                        name, "the DNS name of an endpoint is not resolved", name=name, error=reason, still=held or None
+                    )
+                    await trio.sleep(min(retry, self._period))
+                    retry *= 2
+                    continue
+                retry = FIRST_RETRY
+                self._once.clear(name, "the DNS name of an endpoint is resolved again", name=name)
+                self._take(name, answers)
+                await trio.sleep(self._period)
+
+    def _take(self, name: str, answers: tuple[IPAddress, ...]) -> None:
+        held = self._table.get(name, ())
+        if not answers or set(held) == set(answers):
+            return
+        if held and held[0] in answers:
+            answers = (held[0], *(address for address in answers if address != held[0]))
+        self._table[name] = answers
+        self._changed.set()
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)
