@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from attrs import frozen
 
 from kilo_etcd.model import CandidateClass, Granularity, IPNetwork, Node, Snapshot
+from kilo_etcd.store import Role as RoleKind
 from kilo_etcd.topology import Topology
 
 SETTLE_SECONDS = 2.0
@@ -20,15 +21,15 @@ SETTLE_SECONDS = 2.0
 class Role:
     """What a host is in its segment: `leader` or `member` of a location, or `alone` in a segment of one."""
 
-    kind: str
+    kind: RoleKind
     location: str
     leader: str
 
     def __str__(self) -> str:
         where = f"location {self.location}" if self.location else "the default location"
-        if self.kind == "leader":
+        if self.kind is RoleKind.LEADER:
             return f"leader of {where}"
-        if self.kind == "member":
+        if self.kind is RoleKind.MEMBER:
             return f"member of {where}, led by {self.leader}"
         return f"alone in {where}"
 
@@ -37,9 +38,9 @@ def role_of(topology: Topology, name: str) -> Role:
     """The role of node `name`; it must be in the topology."""
     segment = topology.segment_of(name)
     if len(segment.members) == 1:
-        kind = "alone"
+        kind = RoleKind.ALONE
     else:
-        kind = "leader" if segment.leader.name == name else "member"
+        kind = RoleKind.LEADER if segment.leader.name == name else RoleKind.MEMBER
     return Role(kind=kind, location=segment.location, leader=segment.leader.name)
 
 

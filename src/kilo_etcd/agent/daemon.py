@@ -1,0 +1,455 @@
+"""The agent: one nursery in which small tasks turn snapshots into kernel state and the host's state into records.
+
+Data flows one way: mirror -> topology -> plan -> kernel -> status. Every task is a loop around one wait; they meet
+in `_wake`, which says that the plan must be made and applied again, and why. Only `_reconcile` touches the kernel.
+
+What it promises: a snapshot is never applied after a newer one; a failing part (a record, an endpoint's name, a route)
+is reported and harms only itself; when etcd is away the kernel keeps what it has; stopping leaves it forwarding unless
+the operator asked for `--clean-up`.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+from typing import TypeVar
+
+import trio
+
+from kilo_etcd import __version__, etcd, kernel, store
+from kilo_etcd.agent import decide, discover
+from kilo_etcd.agent.config import AgentConfig
+from kilo_etcd.agent.logs import Once, get_logger
+from kilo_etcd.agent.metrics import Metrics
+from kilo_etcd.agent.notify import notify
+from kilo_etcd.agent.resolve import Resolver, plan_names, resolve_plan
+from kilo_etcd.model import Granularity, IPNetwork, Snapshot
+from kilo_etcd.topology import Topology, UnknownNode, build_topology, host_plan
+from kilo_etcd.topology.guard import guard
+from kilo_etcd.topology.hostplan import HostPlan
+
+T = TypeVar("T")
+
+HANDOVER_SECONDS = 2.0
+"""How long a stopping leader waits for the others to have applied its successor's plan (DESIGN section 5)."""
+
+CONFIRM_POLL_SECONDS = 0.02
+
+STATUS_PAUSE_PER_NODE = 0.001
+"""Seconds of pause after a status write, per node of the mesh: 10,000 hosts that follow one change make 1,000 writes
+a second at most."""
+
+
+REFUSALS = (store.NameTaken, store.NoAddressLeft, store.RecordError)
+"""What etcd holds and the agent cannot get past without the operator."""
+
+
+class Fatal(Exception):
+    """The agent cannot go on; the message is the sentence for the operator."""
+
+
+class Daemon:
+    """One host's agent. `run()` returns when the agent was asked to stop and has done so."""
+
+    def __init__(
+        self,
+        config: AgentConfig,
+        client: etcd.Client,
+        device: kernel.Kernel,
+        public_key: str,
+        *,
+        metrics: Metrics,
+    ) -> None:
+        self.config = config
+        self.client = client
+        self.kernel = device
+        self.metrics = metrics
+        self.name = config.hostname
+        self.public_key = public_key
+        self.keys = store.Keys(config.prefix)
+        self.mirror = store.Mirror(client, self.keys)
+        self.session = store.Session(
+            client,
+            self.keys,
+            self.name,
+            public_key,
+            lease_ttl=int(config.lease_ttl),
+            forget_after=int(config.forget_after),
+        )
+        self.resolver = Resolver()
+        # Asked for at each scrape, so that nothing has to poll.
+        metrics.etcd_connected.set_function(lambda: float(self.mirror.connected and not self.mirror.suspect))
+        self.log = get_logger().bind(node=self.name)
+        self.once = Once(self.log)
+
+        self.snapshot: Snapshot | None = None
+        self.topology: Topology | None = None
+        self.raw_plan: HostPlan | None = None
+        self.plan: HostPlan | None = None
+        self.role: decide.Role | None = None
+        self.applied_revision = 0
+        self.failures: tuple[str, ...] = ()
+        self.disagreements: tuple[str, ...] = ()
+        self.record: store.NodeRecord | None = None
+        self.underlay: tuple[IPNetwork, ...] = ()
+
+        self._wake = trio.Event()
+        self._fresh = False
+        self._applied = trio.Event()
+        self._stopping = trio.Event()
+        self._ready = False
+        self._leaving = False
+        self._since = datetime.now(UTC).isoformat(timespec="seconds")
+        self._status: store.StatusRecord | None = None
+        self._status_due = trio.Event()
+        self._eligible: decide.Stand | None = None
+        self._steady_since = 0.0
+
+    # -- life -----------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._heed_signals)
+            joined = await self._until_stopped(self._join, nursery)
+            if joined:
+                await self._stopping.wait()
+            notify("STOPPING=1")
+            self._leaving = True
+            await self._leave(joined)
+            nursery.cancel_scope.cancel()
+
+    async def _heed_signals(self) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            async for number in signals:
+                if self._stopping.is_set():
+                    raise Fatal(f"stopped at once: {signal.Signals(number).name} was received a second time")
+                self.log.info("stopping", signal=signal.Signals(number).name)
+                self._stopping.set()
+
+    async def _until_stopped(self, work: Callable[[trio.Nursery], Awaitable[None]], nursery: trio.Nursery) -> bool:
+        """Whether `work` came to its end before the agent was asked to stop."""
+        done = False
+        async with trio.open_nursery() as inner:
+
+            async def give_up() -> None:
+                await self._stopping.wait()
+                inner.cancel_scope.cancel()
+
+            inner.start_soon(give_up)
+            await work(nursery)
+            done = True
+            inner.cancel_scope.cancel()
+        return done
+
+    async def _join(self, nursery: trio.Nursery) -> None:
+        """Become a member: addresses, mesh settings, registration; then start what keeps it so."""
+        await self._discover(first=True)
+        assert self.record is not None
+        granularity, subnets = await self._insist(
+            lambda: self.session.ensure_mesh(self.config.mesh_granularity or Granularity.LOCATION, self.config.subnets)
+        )
+        addresses = await self._insist(lambda: self.session.claim_addresses(subnets))
+        self.log.info("address claimed", addresses=",".join(map(str, addresses)), granularity=str(granularity))
+        await nursery.start(self.resolver.run)
+        await nursery.start(self.mirror.run)
+        record = self.record
+        await self._insist(lambda: self.session.register(record))
+        self.log.info("registered", public_key=self.public_key, endpoint=str(record.endpoint or "none"))
+        await nursery.start(self.session.run)
+        for task in (
+            self._follow_snapshots,
+            self._follow_drift,
+            self._follow_names,
+            self._resync,
+            self._reconcile,
+            self._stand_for_leader,
+            self._write_status,
+        ):
+            nursery.start_soon(task)
+
+    async def _insist(self, call: Callable[[], Awaitable[T]]) -> T:
+        """The result of an etcd call that is tried until etcd is there; what can't be cured by waiting is fatal."""
+        delay = 0.2
+        while True:
+            try:
+                result = await call()
+            except etcd.Unavailable as error:
+                self.once.error("etcd", "etcd is out of reach", error=str(error))
+                self.metrics.error("etcd")
+                notify(f"STATUS=waiting for etcd: {error}")
+                await trio.sleep(delay)
+                delay = min(delay * 1.6, 3.0)
+            except (etcd.EtcdError, *REFUSALS) as error:
+                raise Fatal(str(error)) from error
+            else:
+                self.once.clear("etcd", "etcd is back")
+                return result
+
+    async def _leave(self, joined: bool) -> None:
+        """Give leadership up so that the gap is small, then everything else that is only a live agent's."""
+        if joined:
+            with trio.move_on_after(HANDOVER_SECONDS + 1):
+                try:
+                    await self._hand_over()
+                except etcd.EtcdError as error:
+                    self.log.warning("leadership was not handed over", error=str(error))
+        with trio.move_on_after(2):
+            try:
+                if self.config.clean_up:
+                    await self.session.forget()
+                else:
+                    await self.session.resign()
+            except etcd.EtcdError as error:
+                self.log.warning("the records in etcd could not be removed; their leases end by themselves",
+                                 error=str(error))  # fmt: skip
+        if self.config.clean_up:
+            changes = await self.kernel.cleanup()
+            self.log.info("cleaned up", changes=len(changes))
+        self.log.info("stopped", kernel_state="removed" if self.config.clean_up else "left in place")
+
+    async def _hand_over(self) -> None:
+        """Let the successor lead before we go: candidacy away, its plan applied here, then seen applied elsewhere."""
+        if self.session.candidacy is None or self.topology is None:
+            return
+        segment = self.topology.segment_of(self.name)
+        led = segment.leader.name == self.name and segment.next_in_line is not None
+        await self.session.leave()
+        if not led:
+            return
+        with trio.move_on_after(HANDOVER_SECONDS):
+            while self.role is None or self.role.leader == self.name:
+                await self._applied.wait()
+            revision = self.applied_revision
+            while not decide.confirmed(
+                {node: status.revision for node, status in (await store.statuses(self.client, self.keys)).items()},
+                revision,
+                self.name,
+            ):
+                await trio.sleep(CONFIRM_POLL_SECONDS)
+            self.log.info("leadership handed over", location=segment.location, leader=self.role.leader)
+            return
+        self.log.warning("not every host has confirmed the new leader in time; going all the same",
+                         location=segment.location)  # fmt: skip
+
+    # -- what wakes the reconciler --------------------------------------------------------------------------
+
+    def _nudge(self, *, fresh: bool = False) -> None:
+        self._fresh = self._fresh or fresh
+        self._wake.set()
+
+    async def _follow_snapshots(self) -> None:
+        snapshot: Snapshot | None = None
+        while True:
+            snapshot = await self.mirror.wait_newer(snapshot)
+            self.snapshot = snapshot
+            self._nudge()
+
+    async def _follow_drift(self) -> None:
+        while True:
+            what = await self.kernel.wait_drift()
+            self.log.warning("the kernel was changed behind the agent's back; repairing", what=what)
+            self._nudge(fresh=True)
+
+    async def _follow_names(self) -> None:
+        while True:
+            await self.resolver.wait_changed()
+            self._nudge()
+
+    async def _resync(self) -> None:
+        while True:
+            await trio.sleep(self.config.resync_period)
+            try:
+                await self._discover(first=False)
+            except etcd.EtcdError as error:
+                self.log.warning("the changed addresses are not registered yet", error=str(error))
+            self._nudge(fresh=True)
+
+    # -- the one that acts ----------------------------------------------------------------------------------
+
+    async def _reconcile(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake = trio.Event()
+            fresh, self._fresh = self._fresh, False
+            if self.snapshot is not None:
+                await self._apply(self.snapshot, fresh)
+
+    async def _apply(self, snapshot: Snapshot, fresh: bool) -> None:
+        self._report_snapshot(snapshot)
+        self.topology = build_topology(snapshot, self.topology)
+        try:
+            self.raw_plan = host_plan(self.topology, self.name, self.raw_plan)
+        except UnknownNode:
+            self.failures = (f"this host is not among the mesh's nodes; see the records set aside for {self.name}",)
+            self.once.error("unknown", self.failures[0], revision=snapshot.revision)
+            self._publish(snapshot)
+            return
+        self.once.clear("unknown", "this host is among the mesh's nodes again")
+        self.resolver.set_names(plan_names(self.raw_plan))
+        plan = guard(resolve_plan(self.raw_plan, self.resolver.table), self.protected())
+        before = self.kernel.writes
+        report = await self.kernel.apply(plan, fresh=fresh)
+        self.plan = plan
+        self.applied_revision = snapshot.revision
+        for change in report.changes:
+            self.log.debug("changed", command=str(change))
+        self.failures = (
+            *(str(failure) for failure in report.failures),
+            *(f"{problem.subject}: {problem.text}" for problem in plan.problems),
+        )
+        self.once.errors("plan", self.failures, revision=snapshot.revision)
+        self.metrics.reconciled(
+            ok=not report.failures,
+            writes=self.kernel.writes - before,
+            revision=snapshot.revision,
+            problems=len(plan.problems),
+        )
+        if report.changes:
+            self.log.info(
+                "applied", changes=len(report.changes), failures=len(report.failures),
+                peers=len(plan.peers), routes=len(plan.routes), revision=snapshot.revision,
+            )  # fmt: skip
+        self._ready = not report.failures
+        self._note_role(snapshot)
+        self._publish(snapshot)
+        applied, self._applied = self._applied, trio.Event()
+        applied.set()
+
+    def protected(self) -> tuple[IPNetwork, ...]:
+        """Networks that no route into the tunnel may cover: etcd's addresses and the host's own underlay."""
+        return (*self.resolver.networks(self.config.etcd.endpoints), *self.underlay)
+
+    def _report_snapshot(self, snapshot: Snapshot) -> None:
+        self.once.errors(
+            "set aside", tuple(f"{aside.key}: {aside.reason}" for aside in snapshot.set_aside),
+            revision=snapshot.revision,
+        )  # fmt: skip
+        self.disagreements = decide.disagreements(
+            snapshot, granularity=self.config.mesh_granularity, subnets=self.config.wanted_subnets
+        )
+        self.once.errors("settings", self.disagreements)
+        self.metrics.snapshot(snapshot)
+
+    def _note_role(self, snapshot: Snapshot) -> None:
+        assert self.topology is not None
+        role = decide.role_of(self.topology, self.name)
+        if role == self.role:
+            return
+        self.role = role
+        self.log = get_logger().bind(node=self.name, location=role.location)
+        if role.kind is store.Role.ALONE:
+            self.log.info("this host is a segment of its own", revision=snapshot.revision)
+        else:
+            self.log.info("leader elected", leader=role.leader, role=role.kind, revision=snapshot.revision)
+        self.metrics.leads(role.kind is store.Role.LEADER)
+
+    def _publish(self, snapshot: Snapshot) -> None:
+        """Tell systemd and hand the status to the session, which writes it when it differs from what is there."""
+        role = self.role
+        if not self._leaving and role is not None:
+            notify(
+                *(["READY=1"] if self._ready else []),
+                f"STATUS={role}; {len(snapshot.nodes)} nodes; revision {self.applied_revision}"
+                + (f"; {len(self.failures)} problems" if self.failures else ""),
+            )
+        self._status = store.StatusRecord(
+            public_key=self.public_key,
+            revision=self.applied_revision,
+            role=role.kind if role else store.Role.ALONE,
+            location=role.location if role else "",
+            leader=role.leader if role and role.kind is not store.Role.ALONE else "",
+            granularity_flag=self.config.mesh_granularity,
+            errors=(*self.disagreements, *self.failures),
+            set_aside=len(snapshot.set_aside),
+            version=__version__,
+            since=self._since,
+            address=str(self.record.endpoint or "") if self.record else "",
+        )
+        self._status_due.set()
+
+    async def _write_status(self) -> None:
+        """Put the newest status into etcd; the larger the mesh, the more snapshots share one write."""
+        while True:
+            await self._status_due.wait()
+            self._status_due = trio.Event()
+            status = self._status
+            if status is not None:
+                try:
+                    await self.session.put_status(status)
+                except etcd.EtcdError as error:
+                    self.log.debug("the status could not be written", error=str(error))
+                    self._status_due.set()
+                    await trio.sleep(1)
+            await trio.sleep(len(self.snapshot.nodes) * STATUS_PAUSE_PER_NODE if self.snapshot else 0)
+
+    # -- candidacy ------------------------------------------------------------------------------------------
+
+    async def _stand_for_leader(self) -> None:
+        """Hold the candidacy that `decide.stand` says, deciding again after each apply and when a wait is over."""
+        while True:
+            applied = self._applied
+            due = None
+            if self.snapshot is not None and self.topology is not None and not self._leaving:
+                try:
+                    due = await self._decide_candidacy(self.snapshot, self.topology)
+                except etcd.EtcdError as error:
+                    self.log.warning("the candidacy could not be written; trying again", error=str(error))
+                    due = trio.current_time() + 1
+            with trio.move_on_at(due if due is not None else float("inf")):
+                await applied.wait()
+
+    async def _decide_candidacy(self, snapshot: Snapshot, topology: Topology) -> float | None:
+        now = trio.current_time()
+        wanted = decide.eligible(snapshot, self.name)
+        if wanted != self._eligible:
+            self._eligible, self._steady_since = wanted, now
+        leads = self.role is not None and self.role.kind is store.Role.LEADER
+        current = self.session.candidacy
+        hold, due = decide.stand(
+            wanted,
+            decide.Standing(
+                now=now,
+                steady_since=self._steady_since,
+                ready=self._ready and self.applied_revision >= snapshot.revision,
+                leads=leads,
+                current=None if current is None else decide.Stand(*current),
+            ),
+        )
+        if hold is None:
+            await self.session.leave()
+        else:
+            await self.session.enter(hold.location, hold.rank)
+            if leads:
+                await self.session.record_leader(hold.location)
+        return due
+
+    # -- what this host is ----------------------------------------------------------------------------------
+
+    async def _discover(self, *, first: bool) -> None:
+        """Find the host's addresses; register them where they differ from the record."""
+        facts = await discover.gather(self.config)
+        chosen = discover.choose(facts, self.config)
+        location, why = self.config.location, "--location"
+        if not location:
+            location, why = discover.location_from_cloud_init()
+        record = store.NodeRecord(
+            public_key=self.public_key,
+            endpoint=chosen.endpoint,
+            internal_ips=chosen.internal_ips,
+            location=location or "",
+            port=self.config.port,
+            persistent_keepalive=self.config.persistent_keepalive,
+            encapsulate=self.config.encapsulate,
+            version=__version__,
+        )
+        self.underlay = facts.underlay()
+        if record == self.record:
+            return
+        for reason in chosen.reasons:
+            self.log.info("address chosen", reason=reason)
+        if location:
+            self.log.info("default location chosen", default_location=location, reason=why)
+        if not first:
+            await self.session.register(record)
+        self.record = record

@@ -1,0 +1,80 @@
+"""`kg --dry-run`: what would the agent change on this host now? Printed as `ip` and `wg` commands, done by nobody.
+
+Nothing is written, neither to the kernel nor to etcd nor to the disk. A host that is not registered yet is added to
+the snapshot as it would register, with the first free mesh address; where no key exists yet, a key that is thrown
+away stands in for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import click
+from attrs import evolve
+
+from kilo_etcd import etcd, kernel, store
+from kilo_etcd.agent import discover, privatekey
+from kilo_etcd.agent.config import AgentConfig
+from kilo_etcd.agent.resolve import resolve_once, resolve_plan
+from kilo_etcd.model import Node, Snapshot
+from kilo_etcd.topology import build_topology, host_plan
+from kilo_etcd.topology.guard import guard
+
+
+async def dry_run(config: AgentConfig, client: etcd.Client, setup: Callable[[AgentConfig, str], kernel.Setup]) -> None:
+    """Print the changes, one command a line, and remarks as comments (`#`)."""
+    private = privatekey.peek(config.state_dir)
+    if private is None:
+        click.echo(f"# no key in {config.state_dir} yet: the agent will make one")
+        private = privatekey.generate()
+    facts = await discover.gather(config)
+    chosen = discover.choose(facts, config)
+    for reason in chosen.reasons:
+        click.echo(f"# {reason}")
+    snapshot, _ = await store.snapshot(client, store.Keys(config.prefix))
+    if not snapshot.subnets:
+        click.echo(f"# no mesh in etcd under {config.prefix} yet: the agent will make one")
+        snapshot = evolve(
+            snapshot,
+            subnets=config.subnets,
+            granularity=config.mesh_granularity or snapshot.granularity,
+        )
+    if config.hostname not in snapshot.nodes:
+        click.echo(f"# {config.hostname} is not registered yet: shown as if it were")
+        snapshot = _with(snapshot, _prospect(config, chosen, snapshot, privatekey.public_key(private)))
+    plan = host_plan(build_topology(snapshot), config.hostname)
+    table = await resolve_once(plan)
+    plan = guard(resolve_plan(plan, table), (*facts.underlay(), *await discover.etcd_networks(config.etcd)))
+    for problem in plan.problems:
+        click.echo(f"# {problem.subject}: {problem.text}")
+    async with kernel.open_kernel(setup(config, private)) as device:
+        changes = await device.preview(plan)
+    for change in changes:
+        click.echo(str(change))
+    if not changes:
+        click.echo("# nothing to change")
+
+
+def _prospect(config: AgentConfig, chosen: discover.Chosen, snapshot: Snapshot, public_key: str) -> Node:
+    location = config.location or discover.location_from_cloud_init()[0] or ""
+    taken = {address for node in snapshot.nodes.values() for address in node.mesh_addresses}
+    return Node(
+        name=config.hostname,
+        public_key=public_key,
+        location=location,
+        endpoint=chosen.endpoint,
+        internal_ips=chosen.internal_ips,
+        mesh_addresses=tuple(
+            next(ip for ip in store.address_candidates(config.hostname, subnet) if ip not in taken)
+            for subnet in snapshot.subnets
+        ),
+        port=config.port,
+        persistent_keepalive=config.persistent_keepalive,
+        encapsulate=config.encapsulate,
+        default_location=location,
+        registered_revision=snapshot.revision + 1,
+    )
+
+
+def _with(snapshot: Snapshot, node: Node) -> Snapshot:
+    return evolve(snapshot, nodes={**snapshot.nodes, node.name: node})

@@ -1,0 +1,107 @@
+"""`kg`: reads the options, opens what the agent needs, and turns every mistake of the operator's into one sentence.
+
+Exit status: 0 stopped as asked, 1 something is wrong that the operator must mend, 2 the command line is wrong.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+
+import click
+import trio
+
+from kilo_etcd import __version__, etcd, kernel, store
+from kilo_etcd.agent import privatekey
+from kilo_etcd.agent.config import AgentConfig
+from kilo_etcd.agent.daemon import REFUSALS, Daemon, Fatal
+from kilo_etcd.agent.dryrun import dry_run
+from kilo_etcd.agent.logs import get_logger, setup_logging
+from kilo_etcd.agent.metrics import Metrics
+from kilo_etcd.agent.options import agent_options
+
+EXPECTED = (Fatal, etcd.EtcdError, kernel.KernelError, privatekey.KeyError_, *REFUSALS)
+
+
+@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@agent_options
+@click.version_option(__version__, prog_name="kg")
+@click.pass_context
+def main(context: click.Context, config: AgentConfig) -> None:
+    """Join this host to the WireGuard mesh that etcd describes, and keep it joined.
+
+    Every option can be given as an environment variable, KILO_ and its name (KILO_HOSTNAME=...); those of etcd
+    are etcdctl's (ETCDCTL_ENDPOINTS=...).
+    """
+    setup_logging(config.log_level)
+    context.obj = config
+    if context.invoked_subcommand is None:
+        _run(_dry_run if config.dry_run else _agent, config)
+
+
+@main.command()
+@click.pass_obj
+def cleanup(config: AgentConfig) -> None:
+    """Remove all that the agent ever made on this host, and its records in etcd."""
+    _run(_cleanup, config)
+
+
+def _run(work: object, config: AgentConfig) -> None:
+    try:
+        trio.run(work, config)  # type: ignore[arg-type]
+    except* EXPECTED as group:
+        for sentence in dict.fromkeys(str(error) for error in _leaves(group)):
+            click.echo(f"kg: {sentence}", err=True)
+        sys.exit(1)
+    except* KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _leaves(group: BaseException) -> list[BaseException]:
+    if isinstance(group, BaseExceptionGroup):
+        return [leaf for part in group.exceptions for leaf in _leaves(part)]
+    return [group]
+
+
+async def _agent(config: AgentConfig) -> None:
+    log = get_logger()
+    private = privatekey.load_or_create(config.state_dir)
+    log.info("starting", version=__version__, node=config.hostname, interface=config.interface)
+    async with (
+        etcd.open_client(config.etcd) as client,
+        kernel.open_kernel(_setup(config, private)) as device,
+    ):
+        metrics = Metrics()
+        async with metrics.serve(config.listen):
+            await Daemon(config, client, device, privatekey.public_key(private), metrics=metrics).run()
+
+
+async def _dry_run(config: AgentConfig) -> None:
+    async with etcd.open_client(config.etcd) as client:
+        await dry_run(config, client, _setup)
+
+
+async def _cleanup(config: AgentConfig) -> None:
+    for change in await kernel.cleanup(config.interface):
+        click.echo(str(change))
+    public = privatekey.peek_public_key(config.state_dir)
+    if public is None:
+        return
+    async with etcd.open_client(config.etcd) as client:
+        session = store.Session(client, store.Keys(config.prefix), config.hostname, public)
+        await session.forget()
+        click.echo(f"the records of {config.hostname} are removed from etcd")
+
+
+def _setup(config: AgentConfig, private: str) -> kernel.Setup:
+    return kernel.Setup(
+        interface=config.interface,
+        private_key=private,
+        mtu=config.mtu,
+        wireguard=config.wireguard.value,
+        userspace_command=shlex.join(config.userspace_command),
+    )
+
+
+if __name__ == "__main__":
+    main()
