@@ -86,3 +86,5 @@ class HostPlan:
     """Nodes of the location that IPIP packets are exchanged with; empty: no IPIP device is needed."""
     ipip_local: IPAddress | None = None
     problems: tuple[Problem, ...] = ()
+    memo: object = field(default=None, eq=False, repr=False)
+    """What `topology.plan` needs to compute the next plan from this one; it means nothing to anyone else."""

@@ -1,0 +1,162 @@
+"""The last look at a plan before it meets a kernel: what this host in particular must never route.
+
+The topology is the same for all; what is near is not. A network that somebody far away offers may be the one
+that this host's etcd, its own underlay or a tunnel's far end is in, and a route into the mesh would cut
+the host off from the very things that it is made of. Such routes are taken out, with the allowed IPs that
+they belong to, and named. So are default routes, whoever asked for them.
+
+The mesh itself is never guarded away: the mesh subnet that holds the host's own address, and all within it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+
+from attrs import evolve, frozen
+
+from kilo_etcd.model import IPNetwork
+from kilo_etcd.topology.hostplan import HostPlan, PeerPlan, Problem
+from kilo_etcd.topology.segments import changes
+
+
+@frozen(eq=False)
+class _Ranges:
+    """Networks to keep clear, as sorted intervals with the furthest end so far, for each family."""
+
+    starts: Mapping[int, list[int]]
+    furthest: Mapping[int, list[int]]
+    networks: Mapping[int, list[str]]
+
+    @classmethod
+    def of(cls, items: Iterable[tuple[int, int, int, str]]) -> _Ranges:
+        starts: dict[int, list[int]] = {4: [], 6: []}
+        furthest: dict[int, list[int]] = {4: [], 6: []}
+        names: dict[int, list[str]] = {4: [], 6: []}
+        reach: dict[int, tuple[int, str]] = {4: (-1, ""), 6: (-1, "")}
+        for version, start, end, name in sorted(items):
+            reach[version] = max(reach[version], (end, name))
+            starts[version].append(start)
+            furthest[version].append(reach[version][0])
+            names[version].append(reach[version][1])
+        return cls(starts, furthest, names)
+
+    def met_by(self, network: IPNetwork) -> str | None:
+        """What the network overlaps, in words."""
+        version = network.version
+        start, end = int(network.network_address), int(network.broadcast_address)
+        # Of all that begins at or before our end, the one that reaches furthest overlaps us if any does.
+        at = bisect_right(self.starts[version], end) - 1
+        return self.networks[version][at] if at >= 0 and self.furthest[version][at] >= start else None
+
+
+@frozen(eq=False)
+class GuardMemo:
+    """What a clean verdict was about; `inner` is the memo of the plan that was looked at."""
+
+    inner: object
+    protected: tuple[IPNetwork, ...]
+    mesh: tuple[IPNetwork, ...]
+    exposed: bool
+    """Whether there was anything to judge."""
+
+
+def guard(plan: HostPlan, protected: Sequence[IPNetwork], previous: HostPlan | None = None) -> HostPlan:
+    """`plan` without what would harm the host. `protected`: etcd's endpoints, own underlay networks and the like.
+
+    The peers' own endpoints are protected without being named. `previous`, the last guarded plan of the same
+    host, only saves work. The outcome may be handed to `host_plan` as its previous plan, as `plan` itself may.
+    """
+    protected = tuple(protected)
+    if previous is not None and (memo := _still_clean(plan, protected, previous)) is not None:
+        return evolve(plan, memo=memo)
+    mesh = _mesh(plan)
+    exposed = [network for network in _networks(plan.routes, plan.peers.values()) if not _within(network, mesh)]
+    harmful: dict[IPNetwork, str] = {}
+    if exposed:
+        ranges = _Ranges.of([*_protected_items(protected), *_endpoint_items(plan.peers.values())])
+        for network in exposed:
+            if not network.prefixlen:
+                harmful[network] = "a default route is never taken into the mesh"
+            elif (met := ranges.met_by(network)) is not None:
+                harmful[network] = f"it would cut this host off from {met}; offer other or smaller networks"
+    if not harmful:
+        return evolve(plan, memo=GuardMemo(plan.memo, protected, mesh, bool(exposed)))
+    problems = {
+        *plan.problems,
+        *(
+            Problem(subject=str(network), text=f"{network} is not routed here: {reason}")
+            for network, reason in harmful.items()
+        ),
+    }
+    return evolve(
+        plan,
+        routes={network: route for network, route in plan.routes.items() if network not in harmful},
+        peers={key: _without(peer, harmful) for key, peer in plan.peers.items()},
+        problems=tuple(sorted(problems, key=lambda problem: (problem.subject, problem.text))),
+    )
+
+
+def _still_clean(plan: HostPlan, protected: tuple[IPNetwork, ...], previous: HostPlan) -> GuardMemo | None:
+    """The quick way: the last plan was clean, and what has changed since is clean too."""
+    memo = previous.memo
+    if not isinstance(memo, GuardMemo) or memo.protected != protected or previous.addresses != plan.addresses:
+        return None
+    routes = {key for key in changes(previous.routes, plan.routes) if key in plan.routes}
+    if any(own in network for network in routes for own in plan.addresses if own.version == network.version):
+        return None
+    peers = [plan.peers[key] for key in changes(previous.peers, plan.peers) if key in plan.peers]
+    fresh = [network for network in _networks(routes, peers) if not _within(network, memo.mesh)]
+    if fresh:
+        every = _Ranges.of([*_protected_items(protected), *_endpoint_items(plan.peers.values())])
+        if any(not network.prefixlen or every.met_by(network) is not None for network in fresh):
+            return None
+    if memo.exposed:
+        moved = _Ranges.of(_endpoint_items(peers))
+        if any(moved.starts.values()):
+            for network in plan.routes:
+                if moved.met_by(network) is not None and not _within(network, memo.mesh):
+                    return None
+    return GuardMemo(plan.memo, protected, memo.mesh, memo.exposed or bool(fresh))
+
+
+def _networks(routes: Iterable[IPNetwork], peers: Iterable[PeerPlan]) -> set[IPNetwork]:
+    networks = set(routes)
+    for peer in peers:
+        networks.update(peer.allowed_ips)
+    return networks
+
+
+def _mesh(plan: HostPlan) -> tuple[IPNetwork, ...]:
+    """The narrowest route that holds each of the host's own addresses: the mesh's subnets."""
+    found = []
+    for own in plan.addresses:
+        holding = [n for n in plan.routes if n.version == own.version and n.prefixlen and own.ip in n]
+        found += sorted(holding, key=lambda network: network.prefixlen)[-1:]
+    return tuple(found)
+
+
+def _within(network: IPNetwork, mesh: tuple[IPNetwork, ...]) -> bool:
+    return any(
+        network.version == subnet.version
+        and network.prefixlen >= subnet.prefixlen
+        and network.network_address in subnet
+        for subnet in mesh
+    )
+
+
+def _protected_items(protected: Iterable[IPNetwork]) -> Iterable[tuple[int, int, int, str]]:
+    for network in protected:
+        yield network.version, int(network.network_address), int(network.broadcast_address), f"{network}"
+
+
+def _endpoint_items(peers: Iterable[PeerPlan]) -> Iterable[tuple[int, int, int, str]]:
+    for peer in peers:
+        if peer.endpoint is not None and (address := peer.endpoint.address) is not None:
+            number = int(address)
+            yield address.version, number, number, f"{address}, the endpoint of {peer.name}"
+
+
+def _without(peer: PeerPlan, harmful: Mapping[IPNetwork, str]) -> PeerPlan:
+    allowed = tuple(network for network in peer.allowed_ips if network not in harmful)
+    return peer if len(allowed) == len(peer.allowed_ips) else evolve(peer, allowed_ips=allowed)

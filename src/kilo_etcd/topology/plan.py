@@ -1,0 +1,310 @@
+"""What the kernel of one host shall hold, as a function of the topology and the host's name.
+
+A plan has two parts. The remote part is one WireGuard peer and a few routes for each other segment and each
+outside peer; it grows with the mesh. The local part is what the host's own location needs; it does not. Both
+are kept in the plan's memo together with what they were computed from, so that the next plan costs what has
+changed and not what there is. The outcome is the same with and without a previous plan.
+
+A member of a segment holds the same WireGuard peers as its leader, silent (no keepalive): to take over
+it only has to turn its mesh route. It cannot where it reaches its leader through the tunnel, because
+WireGuard gives the mesh subnet to one peer only, which is then the leader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from enum import Enum
+from ipaddress import IPv4Address, IPv4Interface, IPv6Interface
+
+from attrs import frozen
+
+from kilo_etcd.model import (
+    Endpoint,
+    Granularity,
+    IPAddress,
+    IPInterface,
+    IPNetwork,
+    Node,
+    Peer,
+)
+from kilo_etcd.topology.claims import network_key
+from kilo_etcd.topology.guard import GuardMemo
+from kilo_etcd.topology.hostplan import HostPlan, PeerPlan, Problem, RoutePlan, Via
+from kilo_etcd.topology.segments import Segment, Topology, changes, host_network, same_site
+from kilo_etcd.topology.ways import Hop, bonded, hop, local_endpoint
+
+
+class _Standing(Enum):
+    """What a node is to the rest of the mesh."""
+
+    LEADER = "has tunnels to the other segments and uses them"
+    STANDBY = "has them too, but sends through its leader"
+    BEHIND = "has one tunnel, to its leader"
+
+
+@frozen(kw_only=True)
+class _Outlook:
+    """All that the remote part depends on, apart from the segments and peers themselves."""
+
+    standing: _Standing
+    granularity: Granularity
+    segment: str
+    own: Node
+    """Reduced to what counts here: see `_reduced`."""
+    hops: tuple[tuple[int, Hop | None], ...]
+
+
+@frozen(kw_only=True, eq=False)
+class _Remote:
+    outlook: _Outlook
+    peers: dict[str, PeerPlan]
+    routes: dict[IPNetwork, RoutePlan]
+    problems: dict[str, Problem]
+
+
+@frozen(kw_only=True, eq=False)
+class _Memo:
+    name: str
+    topology: Topology
+    remote: _Remote
+
+
+def host_plan(topology: Topology, name: str, previous: HostPlan | None = None) -> HostPlan:
+    """The plan of node `name`. `previous` is its last plan, guarded or not. UnknownNode: it is not in the mesh."""
+    segment = topology.segment_of(name)
+    own = topology.snapshot.nodes[name]
+    local = _Local(topology, segment, own)
+    remote = _remote_part(topology, local, previous)
+    local.add(remote)
+    families: set[int] = set()
+    if len(segment.members) > 1 or segment.networks or topology.peers:
+        families.update(topology.families)
+    problems = {*topology.problems, *local.problems, *remote.problems.values()}
+    return HostPlan(
+        node=name,
+        revision=topology.snapshot.revision,
+        addresses=tuple(_interface(address) for address in own.mesh_addresses),
+        listen_port=own.port,
+        peers={**remote.peers, **local.peers} if local.peers else remote.peers,
+        routes={**remote.routes, **local.routes},
+        forwarding=frozenset(families),
+        ipip_remotes=frozenset(local.ipip_remotes),
+        ipip_local=local.ipip_local if local.ipip_remotes else None,
+        problems=tuple(sorted(problems, key=lambda problem: (problem.subject, problem.text))),
+        memo=_Memo(name=name, topology=topology, remote=remote),
+    )
+
+
+class _Local:
+    """The part of a plan that the node's own location needs, being put together."""
+
+    def __init__(self, topology: Topology, segment: Segment, own: Node) -> None:
+        self.topology, self.segment, self.own = topology, segment, own
+        self.peers: dict[str, PeerPlan] = {}
+        self.routes: dict[IPNetwork, RoutePlan] = {}
+        self.problems: list[Problem] = []
+        self.ipip_remotes: set[IPAddress] = set()
+        self.ipip_local: IPAddress | None = None
+        leader = segment.leader
+        self.leader = None if leader.name == own.name else leader
+        if self.leader is None:
+            self.standing = _Standing.LEADER
+        else:
+            self.standing = _Standing.BEHIND if bonded(own, self.leader) else _Standing.STANDBY
+        self.outward: dict[int, Hop | None] = {version: self._outward(version) for version in sorted(topology.families)}
+
+    def _outward(self, version: int) -> Hop | None:
+        """The way of everything that leaves the location."""
+        return Hop(Via.TUNNEL) if self.leader is None else hop(self.own, self.leader, version)
+
+    def _neighbours(self) -> Iterable[tuple[Node, tuple[IPNetwork, ...]]]:
+        """The nodes that are reached inside the location, with the networks behind each."""
+        own = self.own
+        if self.topology.snapshot.granularity is Granularity.CROSS:
+            for segment in self.topology.segments.values():
+                node = segment.leader
+                if node.location == own.location and node.name != own.name and same_site(own, node):
+                    yield node, segment.subnets.get(node.name, ())
+        else:
+            for node in self.segment.members:
+                if node.name != own.name:
+                    yield node, self.segment.subnets.get(node.name, ())
+
+    def add(self, remote: _Remote) -> None:
+        subnets = self.topology.snapshot.subnets
+        for subnet in subnets:
+            self._route(subnet, self.outward[subnet.version])
+        for node, networks in sorted(self._neighbours(), key=lambda pair: pair[0].name):
+            if bonded(self.own, node):
+                self._bond(node, networks, remote)
+            self._neighbour(node, networks)
+
+    def _neighbour(self, node: Node, networks: tuple[IPNetwork, ...]) -> None:
+        hops = {version: hop(self.own, node, version) for version in self.outward}
+        for address in node.mesh_addresses:
+            way = hops.get(address.version)
+            outward = self.outward.get(address.version)
+            # Where the mesh subnet's own route goes the same way, the tunnel's allowed IPs do the rest.
+            if not (way is not None and outward is not None and way.way is Via.TUNNEL is outward.way):
+                self._route(host_network(address), way)
+        for network in networks:
+            self._route(network, hops[network.version])
+        for version, way in hops.items():
+            if way is None:
+                text = (
+                    f"node {node.name} cannot be reached in IPv{version} inside the location: the two have no "
+                    "internal IP in common that carries it; give both one, or use encapsulate wireguard"
+                )
+                self.problems.append(Problem(subject=node.name, text=text))
+            elif way.trouble:
+                text = f"node {node.name} cannot be reached in IPv{version} inside the location: {way.trouble}"
+                self.problems.append(Problem(subject=node.name, text=text))
+        here, there = self.own.internal_ip(4), node.internal_ip(4)
+        if 4 in hops and here is not None and there is not None:
+            back = hop(node, self.own, 4)
+            if Via.IPIP in (hops[4] and hops[4].way, back and back.way):
+                self.ipip_remotes.add(there.ip)
+                self.ipip_local = here.ip
+
+    def _bond(self, node: Node, networks: tuple[IPNetwork, ...], remote: _Remote) -> None:
+        allowed = [*map(host_network, node.mesh_addresses), *networks]
+        if self.leader is not None and node.name == self.leader.name:
+            allowed += [*self.topology.snapshot.subnets, *remote.routes]
+        self.peers[node.public_key] = PeerPlan(
+            public_key=node.public_key,
+            name=node.name,
+            endpoint=local_endpoint(self.own, node),
+            allowed_ips=tuple(sorted(allowed, key=network_key)),
+        )
+
+    def _route(self, destination: IPNetwork, way: Hop | None) -> None:
+        if way is not None:
+            source = self.own.mesh_address(destination.version)
+            self.routes[destination] = RoutePlan(
+                destination=destination, way=way.way, gateway=way.gateway, source=source
+            )
+
+
+def _interface(address: IPAddress) -> IPInterface:
+    if isinstance(address, IPv4Address):
+        return IPv4Interface((int(address), 32))
+    return IPv6Interface((int(address), 128))
+
+
+def _reduced(own: Node, standing: _Standing) -> Node:
+    """The node with all that the remote part does not depend on taken out, so that it can be compared."""
+    return Node(
+        name=own.name,
+        public_key="",
+        location=own.location,
+        endpoint=own.endpoint if own.endpoint is None else Endpoint("any", 1),
+        internal_ips=own.internal_ips,
+        mesh_addresses=own.mesh_addresses,
+        persistent_keepalive=own.persistent_keepalive if standing is _Standing.LEADER else 0,
+    )
+
+
+def _remote_part(topology: Topology, local: _Local, previous: HostPlan | None) -> _Remote:
+    outlook = _Outlook(
+        standing=local.standing,
+        granularity=topology.snapshot.granularity,
+        segment=local.segment.key,
+        own=_reduced(local.own, local.standing),
+        hops=tuple(local.outward.items()),
+    )
+    memo = previous.memo if previous is not None else None
+    if isinstance(memo, GuardMemo):
+        memo = memo.inner
+    if not isinstance(memo, _Memo) or memo.remote.outlook != outlook:
+        empty = _Remote(outlook=outlook, peers={}, routes={}, problems={})
+        return _follow(empty, topology, {}, topology.segments, {}, topology.peers)
+    base = memo.topology
+    if base is topology:
+        return memo.remote
+    keys: Iterable[str] = (
+        topology.changed if topology.base is base.identity else changes(base.segments, topology.segments)
+    )
+    peers = changes(base.peers, topology.peers)
+    return _follow(
+        memo.remote,
+        topology,
+        {key: base.segments[key] for key in keys if key in base.segments},
+        {key: topology.segments[key] for key in keys if key in topology.segments},
+        {name: base.peers[name] for name in peers if name in base.peers},
+        {name: topology.peers[name] for name in peers if name in topology.peers},
+    )
+
+
+def _follow(
+    remote: _Remote,
+    topology: Topology,
+    gone: Mapping[str, Segment],
+    come: Mapping[str, Segment],
+    peers_gone: Mapping[str, Peer],
+    peers_come: Mapping[str, Peer],
+) -> _Remote:
+    """The remote part after some segments and peers went and others came (a changed one does both)."""
+    outlook = remote.outlook
+    own, standing = outlook.own, outlook.standing
+    skip = outlook.segment
+    cross = outlook.granularity is Granularity.CROSS
+    peers, routes, problems = dict(remote.peers), dict(remote.routes), dict(remote.problems)
+    ways = dict(outlook.hops)
+    sources = {version: own.mesh_address(version) for version in (4, 6)}
+
+    def route(networks: Iterable[IPNetwork]) -> None:
+        for network in networks:
+            way = ways[network.version]
+            if way is not None:
+                routes[network] = RoutePlan(
+                    destination=network, way=way.way, gateway=way.gateway, source=sources[network.version]
+                )
+
+    for segment in gone.values():
+        peers.pop(segment.leader.public_key, None)
+        problems.pop(segment.key, None)
+        for network in segment.networks:
+            routes.pop(network, None)
+    for peer in peers_gone.values():
+        peers.pop(peer.public_key, None)
+        for network in peer.allowed_ips:
+            routes.pop(network, None)
+
+    for key, segment in come.items():
+        leader = segment.leader
+        near = leader.location == own.location and key != skip and same_site(own, leader)
+        if key == skip or (cross and near):
+            continue
+        networks, allowed = segment.networks, segment.allowed
+        if near and segment.location_networks:
+            # They are this host's own location's networks too: it does not go through a tunnel to get home.
+            networks = tuple(n for n in networks if n not in segment.location_networks)
+            allowed = tuple(n for n in allowed if n not in segment.location_networks)
+        route(networks)
+        endpoint = local_endpoint(own, leader) if near else leader.endpoint
+        if standing is not _Standing.BEHIND:
+            peers[leader.public_key] = PeerPlan(
+                public_key=leader.public_key,
+                name=leader.name,
+                endpoint=endpoint,
+                allowed_ips=allowed,
+                persistent_keepalive=own.persistent_keepalive,
+            )
+        if endpoint is None and own.endpoint is None and standing is _Standing.LEADER:
+            text = (
+                f"no tunnel to node {leader.name}: neither it nor {own.name} has an endpoint; "
+                "set force-endpoint on one of them"
+            )
+            problems[key] = Problem(subject=leader.name, text=text)
+    for peer in peers_come.values():
+        route(peer.allowed_ips)
+        if standing is not _Standing.BEHIND:
+            peers[peer.public_key] = PeerPlan(
+                public_key=peer.public_key,
+                name=peer.name,
+                endpoint=peer.endpoint,
+                allowed_ips=peer.allowed_ips,
+                persistent_keepalive=peer.persistent_keepalive if standing is _Standing.LEADER else 0,
+                preshared_key=peer.preshared_key,
+            )
+    return _Remote(outlook=outlook, peers=peers, routes=routes, problems=problems)

@@ -1,0 +1,59 @@
+"""How one node reaches another of its own location: plainly, encapsulated, or through the tunnel.
+
+The sender's `encapsulate` decides its own outgoing routes; `wireguard` is a bond that holds for a pair as
+soon as either of the two wants it, since a tunnel has two ends. Packets of IPv4 may travel over an IPv6
+underlay (a route with a gateway of the other family), never the other way round; IPIP carries IPv4 in IPv4
+only.
+"""
+
+from __future__ import annotations
+
+from attrs import frozen
+
+from kilo_etcd.model import Encapsulate, Endpoint, IPAddress, Node
+from kilo_etcd.topology.hostplan import Via
+from kilo_etcd.topology.segments import common_family, same_site
+
+
+@frozen
+class Hop:
+    """The way to a neighbour; `trouble` says, as the end of a sentence, why it cannot work."""
+
+    way: Via
+    gateway: IPAddress | None = None
+    trouble: str = ""
+
+
+def bonded(own: Node, other: Node) -> bool:
+    """Whether the two are WireGuard peers of each other inside their location."""
+    return Encapsulate.WIREGUARD in (own.encapsulate, other.encapsulate)
+
+
+def hop(own: Node, other: Node, version: int) -> Hop | None:
+    """The way of packets of family `version` from `own` to `other` of the same location; None: there is none."""
+    if bonded(own, other):
+        return Hop(Via.TUNNEL)
+    for family in (4, 6) if version == 4 else (6,):
+        here, there = own.internal_ip(family), other.internal_ip(family)
+        if here is None or there is None:
+            continue
+        neighbour = there.ip in here.network
+        mode = own.encapsulate
+        wanted = mode is Encapsulate.ALWAYS or (mode is Encapsulate.CROSSSUBNET and not neighbour)
+        if wanted and family == 4:
+            return Hop(Via.IPIP, there.ip)
+        trouble = ""
+        if not neighbour:
+            remedy = (
+                "encapsulate wireguard" if mode is not Encapsulate.NEVER else "encapsulate crosssubnet or wireguard"
+            )
+            trouble = f"{there.ip} is not within its network {here.network} and may not be encapsulated; use {remedy}"
+        return Hop(Via.UNDERLAY, there.ip, trouble)
+    return None
+
+
+def local_endpoint(own: Node, other: Node) -> Endpoint | None:
+    """Where `own` reaches the WireGuard of `other` inside their location; None: they are not at one site."""
+    family = common_family(own, other) if same_site(own, other) else None
+    there = None if family is None else other.internal_ip(family)
+    return None if there is None else Endpoint(there.ip, other.port)
