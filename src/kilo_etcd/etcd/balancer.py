@@ -1,0 +1,75 @@
+"""Which endpoint to try next: a state machine over endpoints, without clock or network of its own.
+
+The rules. The endpoint in use is used until it fails. One that failed rests: 50 ms the first time, twice as long each
+time after, 1 s at most, with jitter (half to whole) so that a thousand clients of a member that died do not come
+back in one moment. Those that rest least come first, so a bad endpoint is left at once when there is another, and is
+tried again for ever. To have connected is no success: a frozen member's kernel accepts connections, and a member
+without quorum answers; only an answer from etcd clears the failures.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from attrs import define
+
+from .endpoint import Endpoint
+
+BACKOFF_FIRST = 0.05
+BACKOFF_MOST = 1.0
+
+
+def backoff(failures: int, jitter: float) -> float:
+    """Seconds to rest after the nth failure in a row (n from 1); `jitter` is in 0..1."""
+    whole = min(BACKOFF_MOST, BACKOFF_FIRST * 2.0 ** (min(failures, 20) - 1))
+    return whole * (0.5 + jitter / 2)
+
+
+@define
+class _Record:
+    endpoint: Endpoint
+    failures: int = 0
+    rests_until: float = 0.0
+    last_used: int = 0
+
+
+class Balancer:
+    """Times are seconds of one monotonic clock, the caller's."""
+
+    def __init__(self, endpoints: Sequence[Endpoint], rng: random.Random | None = None) -> None:
+        self._rng = rng or random.Random()
+        self._records = {endpoint: _Record(endpoint) for endpoint in endpoints}
+        self._used = 0
+        # Clients with one list of endpoints spread over them.
+        shuffled = list(self._records.values())
+        self._rng.shuffle(shuffled)
+        for place, record in enumerate(shuffled):
+            record.last_used = place - len(shuffled)
+
+    def order(self, now: float) -> list[tuple[float, Endpoint]]:
+        """Every endpoint with the seconds it has yet to rest (0: may be tried now), best first."""
+
+        def rank(record: _Record) -> tuple[float, int, int]:
+            return max(0.0, record.rests_until - now), record.failures, record.last_used
+
+        return [(max(0.0, r.rests_until - now), r.endpoint) for r in sorted(self._records.values(), key=rank)]
+
+    def chosen(self, endpoint: Endpoint) -> None:
+        """`endpoint` is being used: among equals it comes last the next time."""
+        self._used += 1
+        self._records[endpoint].last_used = self._used
+
+    def failed(self, endpoint: Endpoint, now: float) -> None:
+        record = self._records[endpoint]
+        record.failures += 1
+        record.rests_until = now + backoff(record.failures, self._rng.random())
+
+    def succeeded(self, endpoint: Endpoint) -> None:
+        record = self._records[endpoint]
+        record.failures = 0
+        record.rests_until = 0.0
+
+    def __repr__(self) -> str:
+        parts = [f"{r.endpoint}{f' ({r.failures} failures)' if r.failures else ''}" for r in self._records.values()]
+        return f"<Balancer {', '.join(parts)}>"

@@ -1,0 +1,191 @@
+"""Calls: what is sent where, for how long, and when it is tried again.
+
+The rule for trying again, in one place. A request that surely was not acted upon (no connection; the stream
+refused, or above the last one that a closing member named; the token refused) is tried again whatever it is. A
+request that may have been acted upon is tried again only if it is idempotent: `range`, `status`, `members`, time to
+live, one keepalive, authentication, a transaction that only reads. A put, delete, writing transaction, grant,
+revoke or compaction is not; the error then says that its outcome is unknown. All attempts together last
+`call_timeout`, each `attempt_timeout`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Protocol, Self, TypeVar
+
+import trio
+
+from .api import Config, EtcdError, Unavailable
+from .auth import Tokens
+from .channel import Channel, Unreachable
+from .connection import Connection, Stream
+from .grpc import (
+    Deframer,
+    Doing,
+    Metadata,
+    StatusError,
+    TransportFailed,
+    check_response,
+    frame,
+    status_of,
+    to_error,
+)
+from .pb import etcd_pb2 as pb
+
+
+class Message(Protocol):
+    def SerializeToString(self) -> bytes: ...
+    @classmethod
+    def FromString(cls, data: bytes, /) -> Self: ...
+
+
+M = TypeVar("M", bound=Message)
+
+
+class Call:
+    """One gRPC call. `close` it in all cases: what is not finished is cancelled at the server."""
+
+    def __init__(self, connection: Connection, stream: Stream, token: str) -> None:
+        self.connection = connection
+        self.token = token
+        self._stream = stream
+        self._deframer = Deframer()
+        self._messages: deque[bytes] = deque()
+        self._checked = False
+
+    async def send(self, message: Message, *, end: bool = False) -> None:
+        await self._stream.send(frame(message.SerializeToString()), end=end)
+
+    async def receive(self) -> bytes | None:
+        """The next message; None when etcd ended the call with OK. Raises StatusError, TransportFailed.
+
+        A receive that is cancelled has taken nothing.
+        """
+        while not self._messages:
+            data = await self._stream.receive()
+            if not self._checked:
+                check_response(self._stream.headers or ())
+                self._checked = True
+            if data is None:
+                status = status_of(self._stream.trailers or self._stream.headers or ())
+                if status:
+                    raise status
+                return None
+            self._messages.extend(self._deframer.feed(data))
+        return self._messages.popleft()
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+class Caller:
+    def __init__(self, config: Config, channel: Channel) -> None:
+        self.config = config
+        self.channel = channel
+        self.tokens = Tokens(self._authenticate) if config.user else None
+
+    async def unary(
+        self, path: str, request: Message, answer: type[M], doing: Doing, *, idempotent: bool = False, auth: bool = True
+    ) -> M:
+        """Raises EtcdError only."""
+        timeout = self.config.attempt_timeout
+        last: Exception | None = None
+        token_refused = False
+        with trio.move_on_after(self.config.call_timeout):
+            while True:
+                try:
+                    connection = await self.channel.connection()
+                except Unreachable as error:
+                    if error.permanent:
+                        raise error.to_error() from None
+                    last = error  # The balancer lets endpoints rest, so this loop does not spin.
+                    continue
+                token = await self.tokens.get() if auth and self.tokens else ""
+                try:
+                    with trio.move_on_after(timeout):
+                        raw = await self.attempt(connection, path, request, token)
+                        self.channel.succeeded(connection)
+                        return answer.FromString(raw)
+                    failure: Exception = TransportFailed(f"no answer within {timeout:g} s")
+                except TransportFailed as error:
+                    failure = error
+                except StatusError as status:
+                    if auth and not token_refused and self._refused(status, token):
+                        token_refused = True
+                        continue
+                    failure = status
+                    if not status.leaves_member:
+                        raise self.explain(status, connection, doing) from None
+                self.channel.failed(connection)
+                if not idempotent and (isinstance(failure, StatusError) or getattr(failure, "processed", True)):
+                    raise self._unknown(failure, connection, doing) from None
+                last = self.explain(failure, connection, doing)
+        if isinstance(last, Unreachable):
+            last = last.to_error()
+        raise last if last else Unavailable(f"etcd did not {doing} within {self.config.call_timeout:g} s; retry")
+
+    async def attempt(self, connection: Connection, path: str, request: Message, token: str) -> bytes:
+        """One attempt on one connection, of a call with one answer. Raises StatusError, TransportFailed."""
+        call = await self._begin(connection, path, token)
+        try:
+            await call.send(request, end=True)
+            message = await call.receive()
+            if message is None:
+                raise TransportFailed("etcd ended the call without an answer")
+            await call.receive()  # The status, which is in the trailers.
+            return message
+        finally:
+            call.close()
+
+    async def stream(self, path: str) -> Call:
+        """Begin a call of many messages, which a member without quorum shall end.
+
+        Raises Unreachable, TransportFailed, and EtcdError for a refused password.
+        """
+        connection = await self.channel.connection()
+        token = await self.tokens.get() if self.tokens else ""
+        return await self._begin(connection, path, token, (("hasleader", "true"),))
+
+    def stream_failed(self, call: Call, error: Exception) -> bool:
+        """Whether to begin the call anew after `error`; leaves the member, or the token, as that asks for."""
+        if isinstance(error, StatusError) and not error.leaves_member:
+            return self._refused(error, call.token)
+        self.channel.failed(call.connection)
+        return True
+
+    def explain(self, failure: Exception, connection: Connection, doing: Doing) -> EtcdError:
+        endpoint = str(connection.endpoint)
+        if isinstance(failure, StatusError):
+            return to_error(failure, doing, endpoint=endpoint, user=self.config.user)
+        return Unavailable(f"etcd at {endpoint} could not {doing}: {failure}; retry")
+
+    def _unknown(self, failure: Exception, connection: Connection, doing: Doing) -> EtcdError:
+        said = failure.message if isinstance(failure, StatusError) else str(failure)
+        return Unavailable(
+            f"etcd at {connection.endpoint} may or may not have done it ({doing}): {said}; read, then retry"
+        )
+
+    def _refused(self, status: StatusError, token: str) -> bool:
+        """Whether a new token may help; then the next call fetches one."""
+        if self.tokens is None or not (status.token_refused or "user name is empty" in status.message):
+            return False
+        self.tokens.refuse(token)
+        return True
+
+    async def _begin(self, connection: Connection, path: str, token: str, metadata: Metadata = ()) -> Call:
+        stream = await connection.open(path, (*metadata, ("token", token)) if token else metadata)
+        return Call(connection, stream, token)
+
+    async def _authenticate(self) -> str:
+        request = pb.AuthenticateRequest(name=self.config.user or "", password=self.config.password or "")
+        doing = Doing(f"authenticate user {self.config.user!r}")
+        try:
+            answer = await self.unary(
+                "/etcdserverpb.Auth/Authenticate", request, pb.AuthenticateResponse, doing, idempotent=True, auth=False
+            )
+        except EtcdError as error:
+            # As etcdctl does: a user given to an etcd without authentication is no error.
+            if "authentication is not enabled" in str(error):
+                return ""
+            raise
+        return answer.token

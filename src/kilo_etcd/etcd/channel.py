@@ -1,0 +1,158 @@
+"""The connection in use, of several endpoints: made when first needed, left when it fails, made again.
+
+One connection carries everything. Dialling is a background task shared by all who wait, so that a cancelled caller
+spoils it for nobody. A second endpoint is tried beside the first when that has not answered in `STAGGER` seconds,
+and a member counts as connected only when its HTTP/2 settings have come, for a frozen one's kernel takes
+connections as well. A connection that is left while calls run on it is retired: they go on until they end, or the
+ping says that it is dead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import trio
+from attrs import define, field
+
+from .api import Config, ConnectionRefusedByTls, EtcdError, Unavailable
+from .balancer import Balancer
+from .connection import Connection
+from .endpoint import Endpoint
+from .grpc import TransportFailed
+from .tls import connect
+
+STAGGER = 0.3
+
+
+class Unreachable(Exception):
+    """Each endpoint was tried once, none could be connected to."""
+
+    def __init__(self, failures: dict[Endpoint, TransportFailed]) -> None:
+        super().__init__(failures)
+        self.failures = failures
+
+    @property
+    def permanent(self) -> bool:
+        """Whether trying again is of no use before someone changes something."""
+        return bool(self.failures) and all(failure.permanent for failure in self.failures.values())
+
+    def to_error(self) -> EtcdError:
+        reasons = "; ".join(f"{endpoint}: {failure.reason}" for endpoint, failure in self.failures.items())
+        if self.permanent:
+            return ConnectionRefusedByTls(f"cannot speak with etcd at {reasons}")
+        return Unavailable(f"cannot reach etcd at {reasons}")
+
+
+@define(eq=False)
+class _Dial:
+    done: trio.Event = field(factory=trio.Event)
+    connection: Connection | None = None
+    failures: dict[Endpoint, TransportFailed] = field(factory=dict)
+
+
+class Channel:
+    def __init__(self, config: Config, endpoints: Sequence[Endpoint], nursery: trio.Nursery) -> None:
+        self._config = config
+        self._nursery = nursery
+        self._balancer = Balancer(endpoints)
+        self._current: Connection | None = None
+        self._dialling: _Dial | None = None
+        self._live: set[Connection] = set()
+
+    async def connection(self) -> Connection:
+        """The connection for a new call. Raises Unreachable after each endpoint was tried once."""
+        while True:
+            current = self._current
+            if current is not None and current.lost is None and not current.retiring:
+                return current
+            if self._dialling is None:
+                self._dialling = _Dial()
+                self._nursery.start_soon(self._dial, self._dialling)
+            dial = self._dialling
+            await dial.done.wait()
+            if dial.connection is None:
+                raise Unreachable(dial.failures)
+
+    def failed(self, connection: Connection) -> None:
+        """Something about `connection` failed that another member may do better: leave it."""
+        if connection.retiring:
+            return
+        if self._current is connection:
+            self._current = None
+        self._balancer.failed(connection.endpoint, trio.current_time())
+        connection.retire()
+
+    def succeeded(self, connection: Connection) -> None:
+        if not connection.retiring:
+            self._balancer.succeeded(connection.endpoint)
+
+    async def dial_one(self, endpoint: Endpoint) -> Connection:
+        """A connection of the caller's own, which the caller closes. Raises TransportFailed."""
+        connection: Connection | None = None
+        timeout = self._config.dial_timeout
+        try:
+            with trio.move_on_after(timeout):
+                transport = await connect(endpoint, self._config.tls)
+                connection = Connection(
+                    transport,
+                    endpoint,
+                    ping_interval=self._config.ping_interval,
+                    ping_timeout=self._config.ping_timeout,
+                )
+                self._nursery.start_soon(self._serve, connection)
+                await connection.ready()
+                return connection
+        except BaseException:
+            if connection:
+                connection.close()
+            raise
+        if connection:
+            connection.close()
+        raise TransportFailed(f"no answer to the connection within {timeout:g} s", processed=False)
+
+    async def _dial(self, dial: _Dial) -> None:
+        try:
+            async with trio.open_nursery() as attempts:
+                started = trio.current_time()
+                for rest, endpoint in self._balancer.order(started):
+                    await trio.sleep_until(max(started + rest, trio.current_time()))
+                    over = trio.Event()
+                    attempts.start_soon(self._attempt, dial, endpoint, over, attempts.cancel_scope)
+                    with trio.move_on_after(STAGGER):
+                        await over.wait()
+        finally:
+            self._current = dial.connection
+            self._dialling = None
+            dial.done.set()
+
+    async def _attempt(self, dial: _Dial, endpoint: Endpoint, over: trio.Event, won: trio.CancelScope) -> None:
+        self._balancer.chosen(endpoint)
+        try:
+            connection = await self.dial_one(endpoint)
+        except TransportFailed as failure:
+            dial.failures[endpoint] = failure
+            self._balancer.failed(endpoint, trio.current_time())
+        else:
+            if dial.connection is None:
+                dial.connection = connection
+                won.cancel()
+            else:
+                connection.close()
+        over.set()
+
+    async def _serve(self, connection: Connection) -> None:
+        self._live.add(connection)
+        try:
+            await connection.run()
+        finally:
+            self._live.discard(connection)
+            if self._current is connection:
+                self._current = None
+                if not connection.retiring:
+                    connection.retiring = True
+                    self._balancer.failed(connection.endpoint, trio.current_time())
+
+    def __repr__(self) -> str:
+        state = repr(self._current) if self._current else "dialling" if self._dialling else "not connected"
+        others = len(self._live - {self._current}) if self._current else len(self._live)
+        return f"<Channel {state}{f', {others} retiring' if others else ''}, {self._balancer!r}>"

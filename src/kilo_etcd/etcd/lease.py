@@ -1,0 +1,96 @@
+"""A lease kept alive from a background task, and its loss told.
+
+Time runs from the moment a keepalive was sent, not from its answer, so `expires_at` is never later than etcd's own
+idea. `lost` is set when etcd says that the lease is gone, or at `expires_at` at the latest: then the lease *may*
+still live at etcd (which gives every lease its full time again after an election), so who finds `lost` set may ask
+`refresh_lease` before granting another. An answer that does not come within one interval leaves the member for
+another, so that the lease outlives a member that froze.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import trio
+
+from .api import EtcdError
+from .calls import Call, Caller
+from .channel import Unreachable
+from .grpc import StatusError, TransportFailed
+from .pb import etcd_pb2 as pb
+from .tasks import background
+
+PATH = "/etcdserverpb.Lease/LeaseKeepAlive"
+
+
+class LeaseKeeper:
+    """Implements `api.KeepAlive`."""
+
+    def __init__(self, caller: Caller, lease_id: int, ttl: int, interval: float | None) -> None:
+        self.lease_id = lease_id
+        self.ttl = ttl
+        self.lost = trio.Event()
+        self.confirmed = 0
+        """Keepalives that etcd has answered."""
+        self.last_error: Exception | None = None
+        """Why the last keepalive failed; None while they succeed."""
+        self._caller = caller
+        self._interval = interval if interval is not None else ttl / 3
+        self._scope = trio.CancelScope(deadline=trio.current_time() + ttl)
+        self._next = trio.current_time()
+
+    @property
+    def expires_at(self) -> float:
+        return float(self._scope.deadline)
+
+    async def run(self) -> None:
+        with self._scope:
+            while not self.lost.is_set():
+                call: Call | None = None
+                try:
+                    call = await self._caller.stream(PATH)
+                    await self._keep(call)
+                except (Unreachable, TransportFailed, StatusError, EtcdError) as error:
+                    self.last_error = error
+                    again = call is None or self._caller.stream_failed(call, error)
+                    if not again or isinstance(error, EtcdError):
+                        # A refused password or the like: perhaps it is put right in time.
+                        await trio.sleep(self._interval)
+                finally:
+                    if call:
+                        call.close()
+        self.lost.set()
+
+    async def _keep(self, call: Call) -> None:
+        patience = max(0.25, min(self._interval, self._caller.config.attempt_timeout))
+        while True:
+            await trio.sleep_until(self._next)
+            sent_at = trio.current_time()
+            answer = None
+            with trio.move_on_after(patience):
+                await call.send(pb.LeaseKeepAliveRequest(ID=self.lease_id))
+                answer = await call.receive()
+            if answer is None:
+                raise TransportFailed(f"no answer to a keepalive within {patience:g} s")
+            ttl = pb.LeaseKeepAliveResponse.FromString(answer).TTL
+            if ttl <= 0:
+                self.lost.set()
+                return
+            self._caller.channel.succeeded(call.connection)
+            self._scope.deadline = max(self._scope.deadline, sent_at + ttl)
+            self._next = sent_at + self._interval
+            self.confirmed += 1
+            self.last_error = None
+
+    def __repr__(self) -> str:
+        state = "lost" if self.lost.is_set() else f"kept, {self.confirmed} confirmed"
+        return f"<LeaseKeeper {self.lease_id:x} [{state}]>"
+
+
+@asynccontextmanager
+async def keep_alive(caller: Caller, lease_id: int, ttl: int, interval: float | None) -> AsyncIterator[LeaseKeeper]:
+    async with background() as nursery:
+        keeper = LeaseKeeper(caller, lease_id, ttl, interval)
+        nursery.start_soon(keeper.run)
+        yield keeper

@@ -1,0 +1,85 @@
+"""Connecting: TCP, then TLS where the endpoint says so. Certificate files are read for each connection, so that renewed
+ones count from the next connection on.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import ssl
+
+import trio
+
+from .api import Tls
+from .connection import explain_tls
+from .endpoint import Endpoint
+from .grpc import TransportFailed
+
+
+def tls_context(tls: Tls) -> ssl.SSLContext:
+    """Raises TransportFailed (permanent) that names the file which cannot be used."""
+    doing = tls.ca
+    try:
+        context = ssl.create_default_context(ssl.Purpose.SERVER_AUTH, cafile=tls.ca)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        if tls.insecure_skip_verify:
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+        if tls.cert:
+            doing = f"{tls.cert} with {tls.key}" if tls.key else tls.cert
+            context.load_cert_chain(tls.cert, tls.key)
+    except ssl.SSLError as error:
+        raise TransportFailed(f"{doing} is not usable as PEM ({error.reason or error})", permanent=True) from None
+    except OSError as error:
+        raise TransportFailed(f"cannot read {doing} ({error.strerror})", permanent=True) from None
+    context.set_alpn_protocols(["h2"])
+    return context
+
+
+async def connect(endpoint: Endpoint, tls: Tls | None) -> trio.abc.Stream:
+    """A byte stream to the endpoint, the TLS handshake done. Raises TransportFailed; the caller bounds the time."""
+    context = tls_context(tls or Tls()) if endpoint.tls else None
+    try:
+        plain = await trio.open_tcp_stream(endpoint.host, endpoint.port)
+    except OSError as error:
+        raise TransportFailed(_explain_tcp(error), processed=False) from None
+    plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if context is None:
+        return plain
+    stream: trio.SSLStream[trio.SocketStream] = trio.SSLStream(
+        plain, context, server_hostname=endpoint.host, https_compatible=True
+    )
+    try:
+        await stream.do_handshake()
+    except (trio.BrokenResourceError, ssl.SSLError) as error:
+        await trio.aclose_forcefully(stream)
+        cause = error.__cause__ if isinstance(error, trio.BrokenResourceError) else error
+        if isinstance(cause, ssl.SSLError) and not isinstance(cause, ssl.SSLEOFError | ssl.SSLZeroReturnError):
+            raise TransportFailed(explain_tls(cause), processed=False, permanent=True) from None
+        raise TransportFailed("it hung up during the TLS handshake", processed=False) from None
+    except BaseException:
+        await trio.aclose_forcefully(stream)
+        raise
+    if stream.selected_alpn_protocol() != "h2":
+        await trio.aclose_forcefully(stream)
+        raise TransportFailed(
+            "it speaks TLS but not HTTP/2; is it etcd's client port?", processed=False, permanent=True
+        )
+    return stream
+
+
+def _explain_tcp(error: OSError) -> str:
+    found: list[BaseException] = [error]
+    for one in found:
+        if isinstance(one, BaseExceptionGroup):
+            found.extend(one.exceptions)
+        elif one.__cause__ is not None:
+            found.append(one.__cause__)
+    for one in found:
+        if isinstance(one, socket.gaierror):
+            return f"its name does not resolve ({one.strerror})"
+    numbers = [one.errno for one in found if isinstance(one, OSError) and one.errno]
+    if errno.ECONNREFUSED in numbers:
+        return "connection refused; is etcd running there?"
+    return os.strerror(numbers[0]) if numbers else str(error)
