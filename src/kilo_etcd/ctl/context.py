@@ -1,0 +1,61 @@
+"""How a subcommand gets at the mesh: `Mesh` says which etcd and prefix, `ask` does one piece of work there.
+
+What fails for a reason that the operator can do something about ends as `Failure`: one sentence on stderr, exit 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import IO, Any, TypeVar
+
+import click
+import trio
+from attrs import frozen
+
+from kilo_etcd.etcd.api import Client, Config, EtcdError
+from kilo_etcd.store.keys import Keys
+
+T = TypeVar("T")
+
+
+class Failure(click.ClickException):
+    """Something that the operator can mend, in one sentence."""
+
+    exit_code = 1
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        click.echo(f"kgctl: {self.format_message()}", err=file is None, file=file)
+
+
+@frozen
+class Mesh:
+    """Where the mesh lives."""
+
+    etcd: Config
+    prefix: str
+
+    def ask(self, work: Callable[[Client, Keys], Awaitable[T]]) -> T:
+        """Run `work` with a client, in a trio of its own. Failure, KeyboardInterrupt, or whatever `work` raises."""
+
+        async def session() -> T:
+            from kilo_etcd.etcd import open_client
+
+            async with open_client(self.etcd) as client:
+                return await work(client, Keys(self.prefix))
+
+        try:
+            return trio.run(session)
+        except (EtcdError, BaseExceptionGroup) as error:
+            leaves = _leaves(error)
+            if any(isinstance(leaf, KeyboardInterrupt) for leaf in leaves):
+                raise KeyboardInterrupt from None
+            if not all(isinstance(leaf, EtcdError) for leaf in leaves):
+                raise
+            # Several tasks that fail at one cause say the same.
+            raise Failure("; ".join(dict.fromkeys(map(str, leaves)))) from None
+
+
+def _leaves(error: BaseException) -> list[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        return [leaf for part in error.exceptions for leaf in _leaves(part)]
+    return [error]

@@ -1,0 +1,169 @@
+"""`kgctl location`: the labels, which are what shapes the mesh. The same as `etcdctl put`, with checks and an answer.
+
+A node may be labelled before it has ever registered (a host is often labelled while it is being installed); that is
+done and said, so that a mistyped name is noticed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import click
+from attrs import frozen
+
+from kilo_etcd.agent.config import parse_node_name
+from kilo_etcd.ctl.context import Mesh
+from kilo_etcd.ctl.output import output_option, show
+from kilo_etcd.ctl.render import Table, clean, shown_location
+from kilo_etcd.ctl.report import registered_names
+from kilo_etcd.etcd.api import Client
+from kilo_etcd.model import Snapshot
+from kilo_etcd.store import operator
+from kilo_etcd.store.keys import Keys
+from kilo_etcd.store.records import decode_label
+
+
+@frozen(kw_only=True)
+class LocationLine:
+    """One node of `kgctl location list`: its location, and where that comes from."""
+
+    node: str
+    location: str
+    source: str
+    registered: bool
+
+
+def check_label(text: str) -> str:
+    """A label as it will be stored. ValueError, in one clause."""
+    label = text.strip()
+    if not label:
+        raise ValueError("the label is empty; kgctl location unset NODE takes a label away")
+    if not label.isprintable():
+        raise ValueError(f"{label!r} has characters that do not print")
+    decode_label(label.encode())
+    return label
+
+
+def location_lines(snapshot: Snapshot, labels: dict[str, str], registered: frozenset[str]) -> tuple[LocationLine, ...]:
+    """Every node that is labelled or registered, by name."""
+    lines = []
+    for name in sorted({*labels, *snapshot.nodes, *registered}):
+        node = snapshot.nodes.get(name)
+        default = node.default_location if node is not None else ""
+        lines.append(
+            LocationLine(
+                node=name,
+                location=labels.get(name, default),
+                source="label" if name in labels else "host's default" if default else "",
+                registered=name in registered or node is not None,
+            )
+        )
+    return tuple(lines)
+
+
+def _checked(check: Callable[[str], str]) -> Callable[[click.Context, click.Parameter, Any], Any]:
+    def callback(context: click.Context, parameter: click.Parameter, value: Any) -> Any:
+        try:
+            return tuple(map(check, value)) if isinstance(value, tuple) else check(value)
+        except ValueError as error:
+            raise click.BadParameter(f"{error}.", context, parameter) from None
+
+    return callback
+
+
+_NODE, _LABEL = _checked(parse_node_name), _checked(check_label)
+
+
+@click.group("location")
+def location_group() -> None:
+    """Set, list and unset the labels that shape the mesh."""
+
+
+@location_group.command("set")
+@click.argument("node", callback=_NODE)
+@click.argument("label", callback=_LABEL)
+@click.option(
+    "--node", "others", callback=_NODE, multiple=True, help="Label this node too; may be given several times."
+)
+@click.pass_obj
+def set_command(mesh: Mesh, node: str, label: str, others: tuple[str, ...]) -> None:
+    """Label NODE with the location LABEL. It moves at once, live."""
+    nodes = tuple(dict.fromkeys((node, *others)))
+
+    async def work(client: Client, keys: Keys) -> tuple[dict[str, str], frozenset[str]]:
+        before = dict(await operator.locations(client, keys))
+        for name in nodes:
+            await operator.set_location(client, keys, name, label)
+        return before, await _registered(client, keys)
+
+    before, registered = mesh.ask(work)
+    for name in nodes:
+        old = before.get(name)
+        was = "" if old is None or old == label else f" (was {clean(old)})"
+        click.echo(f"{name}: {clean(label)}{was}{'' if name in registered else _not_yet(name)}")
+
+
+@location_group.command("unset")
+@click.argument("nodes", metavar="NODE...", callback=_NODE, nargs=-1, required=True)
+@click.pass_obj
+def unset_command(mesh: Mesh, nodes: tuple[str, ...]) -> None:
+    """Take NODE's label away; its own default location counts again."""
+
+    async def work(client: Client, keys: Keys) -> tuple[dict[str, bool], frozenset[str]]:
+        removed = {name: await operator.unset_location(client, keys, name) for name in dict.fromkeys(nodes)}
+        return removed, await _registered(client, keys)
+
+    removed, registered = mesh.ask(work)
+    for name, was_there in removed.items():
+        done = "label removed" if was_there else "had no label"
+        click.echo(f"{name}: {done}{'' if name in registered else _not_yet(name)}")
+
+
+@location_group.command("list")
+@output_option
+@click.pass_obj
+def list_command(mesh: Mesh, output: str) -> None:
+    """List every node's location, and whether a label or the host itself says so."""
+
+    async def work(client: Client, keys: Keys) -> tuple[LocationLine, ...]:
+        snapshot, view = await operator.snapshot(client, keys)
+        labels = dict(await operator.locations(client, keys))
+        return location_lines(snapshot, labels, registered_names(view, keys))
+
+    lines = mesh.ask(work)
+    if output == "json":
+        found = [
+            {"node": li.node, "location": li.location, "source": li.source or None, "registered": li.registered}
+            for li in lines
+        ]
+        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        return
+    show([locations_table(lines)])
+
+
+def locations_table(lines: tuple[LocationLine, ...]) -> Table:
+    """The lines as a table."""
+    return Table(
+        "",
+        ("NODE", "LOCATION", "FROM", "NOTE"),
+        tuple(
+            (
+                clean(li.node),
+                shown_location(li.location),
+                li.source or "-",
+                "" if li.registered else "not registered yet",
+            )
+            for li in lines
+        ),
+        "No node is registered or labelled yet.",
+    )
+
+
+def _not_yet(name: str) -> str:
+    return f"; {name} is not registered yet"
+
+
+async def _registered(client: Client, keys: Keys) -> frozenset[str]:
+    return registered_names((await operator.snapshot(client, keys))[1], keys)

@@ -1,0 +1,64 @@
+"""`kgctl`: the command line itself. It finds the subcommand, and turns what goes wrong into one sentence.
+
+A subcommand's module is imported when that subcommand is asked for, so that `kgctl --version` and help do not wait
+for the lab or for the mesh's machinery. Exit status: 0 done, 1 etcd or the mesh said no, 2 the command
+line is wrong, 130 interrupted. A traceback means that kilo-etcd is at fault, never the operator.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import click
+
+from kilo_etcd import __version__
+from kilo_etcd.agent.options import etcd_options, prefix_option
+from kilo_etcd.ctl.context import Mesh
+from kilo_etcd.etcd.api import Config
+
+_COMMANDS = {
+    "graph": ("kilo_etcd.ctl.graph", "graph_command", "Print the mesh as a graph, in DOT."),
+    "lab": ("kilo_etcd.ctl.lab", "lab_group", "Build a small internet on this machine and try things out."),
+    "location": ("kilo_etcd.ctl.location", "location_group", "Set, list and unset the labels that shape the mesh."),
+    "status": ("kilo_etcd.ctl.status", "status_command", "Show nodes, locations, leaders and what is wrong."),
+}
+"""Name -> the module that has it, its name there, and its line in the help."""
+
+
+class _Lazy(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module, name, _ = _COMMANDS[cmd_name]
+        command: click.Command = getattr(import_module(module), name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, _, text) in sorted(_COMMANDS.items())])
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise click.exceptions.Exit(130) from None
+
+
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@etcd_options
+@prefix_option
+@click.version_option(__version__, prog_name="kgctl")
+@click.pass_context
+def main(context: click.Context, etcd: Config, prefix: str) -> None:
+    """Look at and shape the WireGuard mesh that etcd describes.
+
+    The options of etcd are etcdctl's, and so are their environment variables.
+    """
+    context.obj = Mesh(etcd, prefix)
+
+
+if __name__ == "__main__":
+    main(prog_name="kgctl")

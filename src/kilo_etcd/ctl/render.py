@@ -1,0 +1,183 @@
+"""How a report looks: tables with frames on a terminal, aligned text in a pipe, JSON for programs.
+
+Pure: values in, text out. The columns are the same on a terminal and in a pipe; only the frame differs. Names come
+from etcd, where anyone with write access may put anything, so characters that could steer a terminal are escaped.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import attrs
+from attrs import frozen
+
+from kilo_etcd.ctl.report import LocationRow, NodeRow, Report
+from kilo_etcd.model import DEFAULT_LOCATION
+
+DEFAULT_LOCATION_SHOWN = "(default)"
+NONE = "-"
+
+
+@frozen
+class Table:
+    """A title, the names of the columns, and the rows. Cells are clean text."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    empty: str = ""
+    """What is said instead where there is no row; empty: nothing at all."""
+
+
+def clean(text: str) -> str:
+    """The text with every character that does not print as itself written as an escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shown_location(location: str | None) -> str:
+    """A location for people: the default one has no name."""
+    if location is None:
+        return NONE
+    return DEFAULT_LOCATION_SHOWN if location == DEFAULT_LOCATION else clean(location)
+
+
+def status_tables(report: Report) -> tuple[Table, ...]:
+    """The report as tables; those about trouble are left out when there is none."""
+    tables = (
+        Table(
+            "Nodes",
+            ("NODE", "LOCATION", "MESH ADDRESS", "INTERNAL IP", "ENDPOINT", "ROLE", "AGENT", "REVISION"),
+            tuple(_node_cells(row) for row in report.nodes),
+            "No node has registered yet.",
+        ),
+        Table(
+            "Locations",
+            ("LOCATION", "NODES", "LEADER", "SINCE", "NEXT IN LINE", "CANDIDATES"),
+            tuple(_location_cells(row) for row in report.locations),
+        ),
+        Table("Set aside", ("KEY", "REASON"), tuple((clean(r.key), clean(r.reason)) for r in report.set_aside)),
+        Table("Agents that disagree", ("NODE", "WHAT"), _remarks(report.disagreements)),
+        Table("Errors that agents report", ("NODE", "ERROR"), _remarks(report.errors)),
+        Table("Problems", ("SUBJECT", "PROBLEM"), _remarks(report.problems)),
+    )
+    return tuple(table for table in tables if table.rows or table.empty)
+
+
+def status_heading(report: Report) -> str:
+    """The mesh in one line."""
+    alive = sum(row.alive for row in report.nodes)
+    parts = [
+        f"granularity {report.granularity}",
+        f"subnets {', '.join(report.subnets) or NONE}",
+        f"{len(report.nodes)} nodes, {alive} alive",
+        f"revision {report.revision}",
+    ]
+    if report.peers:
+        parts.insert(3, f"peers {', '.join(map(clean, report.peers))}")
+    return "; ".join(parts)
+
+
+def status_json(report: Report) -> str:
+    """The report as JSON, with the field names of the records in etcd (camel case). Text is as etcd has it."""
+    return json.dumps(_camel(attrs.asdict(report)), indent=2, ensure_ascii=False)
+
+
+def plain(tables: Iterable[Table], heading: str = "") -> str:
+    """Aligned text without a frame and without a width."""
+    blocks = [heading] if heading else []
+    for table in tables:
+        if not table.rows:
+            blocks.append(table.empty)
+            continue
+        lines = (table.columns, *table.rows)
+        widths = [max(_width(line[i]) for line in lines) for i in range(len(table.columns))]
+        text = (
+            "  ".join(c + " " * (w - _width(c)) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines
+        )
+        blocks.append("\n".join((f"{table.title}:", *text) if table.title else text))
+    return "\n\n".join(blocks)
+
+
+def framed(tables: Iterable[Table], heading: str = "", *, width: int | None = None, colour: bool = True) -> str:
+    """Tables for a terminal of `width` columns (None: this one's); cells that do not fit are wrapped, not cut."""
+    from rich.console import Console
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    console = Console(file=io.StringIO(), force_terminal=colour, no_color=not colour, width=width, highlight=False)
+    if heading:
+        console.print(Text(heading))
+    for table in tables:
+        if not table.rows:
+            console.print(Text(table.empty))
+            continue
+        drawn = RichTable(title=table.title or None, title_justify="left", title_style="bold")
+        for column in table.columns:
+            drawn.add_column(column, overflow="fold")
+        for row in table.rows:
+            # Text, not str: a name in square brackets is a name, not markup.
+            drawn.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in row))
+        console.print(drawn)
+    text: str = console.file.getvalue()  # type: ignore[attr-defined]
+    return text.rstrip("\n")
+
+
+_STYLES = {"leader": "bold", "gone": "red", "not in force": "red", "not registered": "red", NONE: "dim"}
+
+
+def _node_cells(row: NodeRow) -> tuple[str, ...]:
+    revision = NONE
+    if row.revision is not None:
+        revision = f"{row.revision} ({row.behind} behind)" if row.behind else str(row.revision)
+    return (
+        clean(row.name),
+        shown_location(row.location),
+        ", ".join(row.mesh_addresses) or NONE,
+        ", ".join(row.internal_ips) or NONE,
+        row.endpoint or NONE,
+        row.role,
+        "alive" if row.alive else "gone",
+        revision,
+    )
+
+
+def _location_cells(row: LocationRow) -> tuple[str, ...]:
+    if row.leader is None:
+        return shown_location(row.location), str(len(row.nodes)), "each node for itself", NONE, NONE, NONE
+    return (
+        shown_location(row.location),
+        str(len(row.nodes)),
+        clean(row.leader),
+        clean(row.since) if row.since else NONE,
+        clean(row.next_in_line) if row.next_in_line else NONE,
+        ", ".join(map(clean, row.candidates)) or NONE,
+    )
+
+
+def _remarks(remarks: Sequence[Any]) -> tuple[tuple[str, ...], ...]:
+    return tuple((clean(remark.subject), clean(remark.text)) for remark in remarks)
+
+
+def _width(text: str) -> int:
+    # East Asian wide characters take two columns; labels are any text.
+    if text.isascii():
+        return len(text)
+    from rich.cells import cell_len
+
+    return cell_len(text)
+
+
+def _camel(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {_camel_name(name): _camel(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_camel(item) for item in value]
+    return value
+
+
+def _camel_name(name: str) -> str:
+    first, *rest = name.split("_")
+    return first + "".join(part.title() for part in rest)

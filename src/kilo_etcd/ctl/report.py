@@ -1,0 +1,202 @@
+"""What `kgctl status` has to say, as values: pure functions of a snapshot, etcd's raw view of it and the agents' words.
+
+It compares three things: what etcd holds (so what the mesh should be), what each agent reports, and which agents
+report at all. It decides nothing and it knows nothing of tables or JSON; `ctl.render` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from attrs import field, frozen
+
+from kilo_etcd.model import Candidate, Node, SetAside, Snapshot
+from kilo_etcd.store.keys import Keys, NodeKey
+from kilo_etcd.store.records import StatusRecord
+from kilo_etcd.store.view import View
+from kilo_etcd.topology import Segment, Topology, build_topology
+
+NOT_IN_FORCE = "not in force"
+"""The role of a node that is registered and yet no part of the mesh: it has no address yet, or is set aside."""
+UNREGISTERED = "not registered"
+"""The role of an agent that reports but has no record."""
+
+
+@frozen(kw_only=True)
+class NodeRow:
+    """One node. `revision` and `behind` are None when no agent reports for it."""
+
+    name: str
+    location: str | None
+    mesh_addresses: tuple[str, ...] = ()
+    internal_ips: tuple[str, ...] = ()
+    endpoint: str | None = None
+    role: str
+    alive: bool
+    revision: int | None = None
+    behind: int | None = None
+    """By how many revisions of etcd the agent is behind the newest record of the mesh."""
+    version: str = ""
+
+
+@frozen(kw_only=True)
+class LocationRow:
+    """One segment of several nodes, or all nodes of a location that are segments of their own."""
+
+    location: str
+    nodes: tuple[str, ...]
+    leader: str | None
+    """None: every node for itself."""
+    since: str | None = None
+    """RFC 3339, from the leader's own candidacy; None when it leads without one."""
+    reason: str = ""
+    next_in_line: str | None = None
+    candidates: tuple[str, ...] = ()
+    """In the order in which they would lead."""
+
+
+@frozen(kw_only=True)
+class Remark:
+    """A node or network, and a sentence about it."""
+
+    subject: str
+    text: str
+
+
+@frozen(kw_only=True)
+class Report:
+    """All of `kgctl status`."""
+
+    revision: int
+    granularity: str
+    subnets: tuple[str, ...]
+    nodes: tuple[NodeRow, ...] = ()
+    locations: tuple[LocationRow, ...] = ()
+    peers: tuple[str, ...] = ()
+    set_aside: tuple[SetAside, ...] = ()
+    disagreements: tuple[Remark, ...] = field(factory=tuple)
+    """Agents whose word differs from what etcd says."""
+    errors: tuple[Remark, ...] = ()
+    """What the agents themselves report as failing."""
+    problems: tuple[Remark, ...] = ()
+    """What the topology could not give to somebody."""
+
+
+def newest_revision(view: View, keys: Keys) -> int:
+    """The revision of the newest record of the mesh: an agent that has applied it has missed nothing that is there.
+
+    etcd's own revision would not do: it moves with every status and with other programs' keys as well.
+    """
+    return max((kv.mod_revision for kv in view.kvs(keys.root)), default=0)
+
+
+def registered_names(view: View, keys: Keys) -> frozenset[str]:
+    """The names with a record in etcd, whether it is in force or not."""
+    parsed = (keys.parse(kv.key) for kv in view.kvs(keys.nodes_root))
+    return frozenset(key.node for key in parsed if isinstance(key, NodeKey))
+
+
+def report(
+    snapshot: Snapshot, statuses: Mapping[str, StatusRecord], *, newest: int, registered: frozenset[str] = frozenset()
+) -> Report:
+    """The report on `snapshot`; `newest` is what `newest_revision` says, `registered` what `registered_names` says."""
+    topology = build_topology(snapshot)
+    names = sorted({*snapshot.nodes, *registered, *statuses})
+    return Report(
+        revision=newest,
+        granularity=snapshot.granularity.value,
+        subnets=tuple(map(str, snapshot.subnets)),
+        nodes=tuple(_node_row(name, topology, statuses.get(name), newest, name in registered) for name in names),
+        locations=_location_rows(topology),
+        peers=tuple(sorted(topology.peers)),
+        set_aside=snapshot.set_aside,
+        disagreements=tuple(
+            Remark(subject=name, text=text)
+            for name in names
+            if name in statuses
+            for text in _disagreements(name, statuses[name], topology, newest)
+        ),
+        errors=tuple(
+            Remark(subject=name, text=error) for name in names if name in statuses for error in statuses[name].errors
+        ),
+        problems=tuple(Remark(subject=problem.subject, text=problem.text) for problem in topology.problems),
+    )
+
+
+def _node_row(name: str, topology: Topology, status: StatusRecord | None, newest: int, registered: bool) -> NodeRow:
+    node = topology.snapshot.nodes.get(name)
+    revision = status.revision if status is not None else None
+    return NodeRow(
+        name=name,
+        location=node.location if node is not None else None,
+        mesh_addresses=tuple(map(str, node.mesh_addresses)) if node is not None else (),
+        internal_ips=tuple(map(str, node.internal_ips)) if node is not None else (),
+        endpoint=str(node.endpoint) if node is not None and node.endpoint is not None else None,
+        role=_role(node, topology) if node is not None else NOT_IN_FORCE if registered else UNREGISTERED,
+        alive=status is not None,
+        revision=revision,
+        # An agent that has just listed may be ahead of the newest record.
+        behind=max(0, newest - revision) if revision is not None else None,
+        version=status.version if status is not None else "",
+    )
+
+
+def _role(node: Node, topology: Topology) -> str:
+    segment = topology.segment_of(node.name)
+    if len(segment.members) == 1:
+        return "alone"
+    return "leader" if segment.leader.name == node.name else "member"
+
+
+def _location_rows(topology: Topology) -> tuple[LocationRow, ...]:
+    rows: list[LocationRow] = []
+    alone: dict[str, list[str]] = {}
+    for segment in topology.segments.values():
+        if len(segment.members) > 1:
+            rows.append(_segment_row(segment, topology.snapshot))
+        else:
+            alone.setdefault(segment.location, []).append(segment.leader.name)
+    rows.extend(
+        LocationRow(location=location, nodes=tuple(sorted(names)), leader=names[0] if len(names) == 1 else None)
+        for location, names in alone.items()
+    )
+    return tuple(sorted(rows, key=lambda row: (row.location, row.nodes)))
+
+
+def _segment_row(segment: Segment, snapshot: Snapshot) -> LocationRow:
+    members = {node.name for node in segment.members}
+    standing: dict[str, Candidate] = {}
+    for candidate in sorted(snapshot.candidates.get(segment.location, ()), key=lambda c: (c.rank, c.create_revision)):
+        if candidate.node in members:
+            standing.setdefault(candidate.node, candidate)
+    leading = standing.get(segment.leader.name)
+    return LocationRow(
+        location=segment.location,
+        nodes=tuple(sorted(members)),
+        leader=segment.leader.name,
+        since=(leading.since or None) if leading is not None else None,
+        reason=segment.election.reason.value,
+        next_in_line=segment.next_in_line,
+        candidates=tuple(standing),
+    )
+
+
+def _disagreements(name: str, status: StatusRecord, topology: Topology, newest: int) -> list[str]:
+    snapshot = topology.snapshot
+    node = snapshot.nodes.get(name)
+    found = []
+    if status.revision < newest:
+        found.append(f"it has applied revision {status.revision}, {newest - status.revision} behind {newest}")
+    if node is not None:
+        if status.public_key and status.public_key != node.public_key:
+            found.append("it reports another public key than the one registered: are there two hosts of this name?")
+        segment = topology.segment_of(name)
+        if len(segment.members) > 1 and status.leader != segment.leader.name:
+            takes = f"takes {status.leader} for" if status.leader else "sees no"
+            found.append(f"it {takes} its leader, where etcd says {segment.leader.name}")
+    if status.granularity_flag is not None and status.granularity_flag is not snapshot.granularity:
+        found.append(
+            f"it was started with --mesh-granularity {status.granularity_flag.value}, "
+            f"but follows the mesh's: {snapshot.granularity.value}"
+        )
+    return found
