@@ -1,0 +1,465 @@
+"""From a `Spec` to addresses, wires, routes and firewalls: the lab's network as text, before any of it exists.
+
+Pure. What is promised: hosts of a site share LANs with private addresses; a public host has a documentation
+address besides, routed without NAT; everything else is masqueraded at its site's router, which lets nothing
+through between sites but WireGuard and etcd (and ICMP errors, without which path MTU discovery fails), and
+counts all of it. Uplinks are routed point-to-point wires, so no neighbour table grows with the lab.
+
+The text is what `ip -batch -` and `nft -f -` read; the tests compare it and the world feeds it to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
+
+from attrs import frozen
+
+from kilo_etcd.lab.spec import HostSpec, SiteSpec, Spec, SpecError
+from kilo_etcd.model import IPAddress, IPInterface, IPNetwork
+
+ETCD_PORT = 2379
+ETCD_PEER_PORT = 2380
+WIREGUARD_PORT = 51820
+CUTS = ("etcd", "location", "others", "all")
+SITE_CUTS = ("etcd", "others", "all")
+
+# Documentation networks (RFC 5737, RFC 3849) stand for the internet; `model.is_public` agrees.
+_PUBLIC = {4: ip_network("198.51.100.0/24"), 6: ip_network("2001:db8:1::/64")}
+_ROUTERS = {4: ip_network("203.0.113.0/24"), 6: ip_network("2001:db8:3::/64")}
+_SERVERS = {4: ip_network("192.0.2.0/24"), 6: ip_network("2001:db8:2::/64")}
+_GATEWAY = {4: ip_address("203.0.113.254"), 6: ip_address("2001:db8:3::fffe")}
+_ERRORS4 = "destination-unreachable, time-exceeded, parameter-problem"
+_ERRORS6 = "destination-unreachable, packet-too-big, time-exceeded, parameter-problem"
+
+
+def router_of(site: str) -> str:
+    """The machine name of a site's router."""
+    return f"router:{site}"
+
+
+def member_of(number: int) -> str:
+    """The machine name of an etcd member, counted from 1."""
+    return f"etcd:etcd{number}"
+
+
+@frozen(kw_only=True)
+class Wire:
+    """A veth pair between two machines; the MAC is the first end's, the same after every power cycle."""
+
+    machine: str
+    interface: str
+    mac: str
+    other: str
+    other_interface: str
+
+
+@frozen(kw_only=True)
+class HostAddresses:
+    """Where a host is found on the underlay."""
+
+    name: str
+    site: str
+    bridge: str
+    private: tuple[IPInterface, ...]
+    public: tuple[IPAddress, ...]
+    gateways: tuple[IPAddress, ...]
+    wire: Wire
+
+    @property
+    def addresses(self) -> tuple[IPAddress, ...]:
+        """All its underlay addresses."""
+        return tuple(interface.ip for interface in self.private) + self.public
+
+
+@frozen(kw_only=True)
+class SiteAddresses:
+    """A site's networks and its router's address on the internet."""
+
+    name: str
+    subnets: tuple[tuple[IPNetwork, ...], ...]
+    """One tuple per LAN, with one network per family."""
+    wan: tuple[IPAddress, ...]
+    wire: Wire
+
+
+@frozen(kw_only=True)
+class Layout:
+    """All addresses of a lab."""
+
+    hosts: Mapping[str, HostAddresses]
+    sites: Mapping[str, SiteAddresses]
+    members: Mapping[str, tuple[IPAddress, ...]]
+    operator: tuple[IPAddress, ...]
+    spec: Spec
+
+    @property
+    def endpoints(self) -> tuple[str, ...]:
+        """etcd's client URLs."""
+        return tuple(f"http://{_literal(addresses[0])}:{ETCD_PORT}" for addresses in self.members.values())
+
+    @property
+    def servers(self) -> tuple[IPAddress, ...]:
+        """The addresses of etcd and of the operator."""
+        return tuple(ip for addresses in self.members.values() for ip in addresses) + self.operator
+
+    @property
+    def machines(self) -> tuple[str, ...]:
+        """Every machine, in the order in which they are best made."""
+        return (
+            "internet",
+            "operator",
+            *self.members,
+            *(router_of(site) for site in self.sites),
+            *self.hosts,
+        )
+
+    @property
+    def wires(self) -> tuple[Wire, ...]:
+        """All wires."""
+        servers = {"operator": self.operator, **self.members}
+        return (
+            *(_server_wire(name, number) for number, name in enumerate(servers)),
+            *(site.wire for site in self.sites.values()),
+            *(host.wire for host in self.hosts.values()),
+        )
+
+
+def lay_out(spec: Spec) -> Layout:
+    """Give every machine its addresses. SpecError when there is not enough room in a subnet."""
+    versions = tuple(4 if family == "ipv4" else 6 for family in spec.families)
+    hosts: dict[str, HostAddresses] = {}
+    sites: dict[str, SiteAddresses] = {}
+    for number, site in enumerate(spec.sites, 1):
+        subnets = _subnets(site, number, versions)
+        sites[site.name] = SiteAddresses(
+            name=site.name,
+            subnets=subnets,
+            wan=tuple(_ROUTERS[v][number] for v in versions),
+            wire=Wire(
+                machine=router_of(site.name),
+                interface="wan",
+                mac=_mac(1, number),
+                other="internet",
+                other_interface=f"site{number}",
+            ),
+        )
+        used = [0] * len(subnets)
+        for host in site.hosts:
+            hosts[host.name] = _host(host, site, subnets[host.subnet], used[host.subnet], len(hosts) + 1, versions, hosts)
+            used[host.subnet] += 1
+    return Layout(
+        hosts=hosts,
+        sites=sites,
+        members={member_of(i): tuple(_SERVERS[v][i] for v in versions) for i in range(1, spec.etcd + 1)},
+        operator=tuple(_SERVERS[v][100] for v in versions),
+        spec=spec,
+    )
+
+
+def _subnets(site: SiteSpec, number: int, versions: tuple[int, ...]) -> tuple[tuple[IPNetwork, ...], ...]:
+    own = site.subnets or (f"10.{100 + number}.0.0/24",)
+    return tuple(
+        tuple(
+            IPv4Network(text) if v == 4 else IPv6Network(f"fd00:{100 + number}:{lan}::/64") for v in versions
+        )
+        for lan, text in enumerate(own)
+    )  # fmt: skip
+
+
+def _host(
+    host: HostSpec,
+    site: SiteSpec,
+    networks: tuple[IPNetwork, ...],
+    used: int,
+    number: int,
+    versions: tuple[int, ...],
+    others: Mapping[str, HostAddresses],
+) -> HostAddresses:
+    # Addresses start at the eleventh where there is room, as DHCP servers do, so that they look like hosts'.
+    first = 11 if all(network.num_addresses > 64 for network in networks) else 2
+    if any(first + used >= network.num_addresses - 1 for network in networks):
+        raise SpecError(f"site {site.name}: {networks[0]} has no address left for host {host.name}")
+    public = 1 + sum(bool(other.public) for other in others.values())
+    return HostAddresses(
+        name=host.name,
+        site=site.name,
+        bridge=f"lan{host.subnet}",
+        private=tuple(_interface(network, first + used) for network in networks),
+        public=tuple(_PUBLIC[v][public] for v in versions) if host.public else (),
+        gateways=tuple(network[1] for network in networks),
+        wire=Wire(
+            machine=host.name,
+            interface="eth0",
+            mac=_mac(2, number),
+            other=router_of(site.name),
+            other_interface=f"port{number}",
+        ),
+    )
+
+
+def _interface(network: IPNetwork, index: int) -> IPInterface:
+    from ipaddress import ip_interface
+
+    return ip_interface(f"{network[index]}/{network.prefixlen}")
+
+
+def _server_wire(name: str, number: int) -> Wire:
+    return Wire(machine=name, interface="eth0", mac=_mac(3, number), other="internet", other_interface=f"server{number}")
+
+
+def _mac(kind: int, number: int) -> str:
+    return f"02:6b:{kind:02x}:00:{number >> 8:02x}:{number & 255:02x}"
+
+
+def _literal(ip: IPAddress) -> str:
+    return f"[{ip}]" if ip.version == 6 else str(ip)
+
+
+def _single(ip: IPAddress) -> str:
+    return f"{ip}/{ip.max_prefixlen}"
+
+
+def _add(ip: str, interface: str) -> str:
+    # Duplicate address detection would keep an IPv6 address unusable for a second.
+    return f"addr add {ip} dev {interface}" + (" nodad" if ":" in ip else "")
+
+
+def _any(version: int) -> str:
+    return "0.0.0.0/0" if version == 4 else "::/0"
+
+
+# --- what each machine is told -------------------------------------------------------------------------------
+
+
+def sysctls(machine: str) -> dict[str, str]:
+    """Settings below /proc/sys/net, made before the machine has any interface."""
+    forwards = machine == "internet" or machine.startswith("router:")
+    on = "1" if forwards else "0"
+    # New namespaces take these from the machine outside, where anything may be set.
+    return {
+        "ipv4/conf/all/rp_filter": "0",
+        "ipv4/conf/default/rp_filter": "0",
+        "ipv4/ip_forward": on,
+        "ipv6/conf/all/forwarding": on,
+    }
+
+
+def wire_command(wire: Wire, pids: Mapping[str, int]) -> str:
+    """`ip` command that makes the wire between two network namespaces named by a process in each."""
+    return (
+        f"link add name {wire.interface} address {wire.mac} netns {pids[wire.machine]} type veth "
+        f"peer name {wire.other_interface} netns {pids[wire.other]}"
+    )
+
+
+def interface_commands(layout: Layout, machine: str) -> list[str]:
+    """`ip` commands inside a machine once its wires are there."""
+    if machine == "internet":
+        return _internet(layout)
+    if machine.startswith("router:"):
+        return _router(layout, layout.sites[machine.removeprefix("router:")])
+    if machine in layout.hosts:
+        return _host_commands(layout.hosts[machine])
+    return _uplink("eth0", layout.operator if machine == "operator" else layout.members[machine])
+
+
+def _uplink(interface: str, addresses: Iterable[IPAddress]) -> list[str]:
+    lines = ["link set lo up"]
+    lines += [_add(_single(ip), interface) for ip in addresses]
+    lines.append(f"link set {interface} up")
+    lines += [f"route add {_any(ip.version)} via {_GATEWAY[ip.version]} dev {interface} onlink" for ip in addresses]
+    return lines
+
+
+def _internet(layout: Layout) -> list[str]:
+    lines = ["link set lo up"]
+    servers = {"operator": layout.operator, **layout.members}
+    ends: list[tuple[str, tuple[IPAddress, ...], list[IPAddress]]] = [
+        (f"server{number}", addresses, []) for number, addresses in enumerate(servers.values())
+    ]
+    for site in layout.sites.values():
+        behind = [ip for host in layout.hosts.values() if host.site == site.name for ip in host.public]
+        ends.append((site.wire.other_interface, site.wan, behind))
+    for interface, addresses, behind in ends:
+        lines += [_add(_single(_GATEWAY[ip.version]), interface) for ip in addresses]
+        lines.append(f"link set {interface} up")
+        lines += [f"route add {_single(ip)} dev {interface}" for ip in addresses]
+        via = {ip.version: ip for ip in addresses}
+        lines += [f"route add {_single(ip)} via {via[ip.version]} dev {interface} onlink" for ip in behind]
+    return lines
+
+
+def _router(layout: Layout, site: SiteAddresses) -> list[str]:
+    lines = []
+    for lan, networks in enumerate(site.subnets):
+        # Without an address of its own a bridge takes its ports' lowest, and would change it as hosts come and go.
+        mac = f"02:6b:04:00:00:{lan:02x}"
+        lines.append(f"link add name lan{lan} address {mac} type bridge forward_delay 0 mcast_snooping 0")
+        lines += [_add(f"{network[1]}/{network.prefixlen}", f"lan{lan}") for network in networks]
+        lines.append(f"link set lan{lan} up")
+    lines += _uplink("wan", site.wan)
+    for host in layout.hosts.values():
+        if host.site == site.name:
+            lines += [f"route add {_single(ip)} dev {host.bridge}" for ip in host.public]
+            lines += port_commands(host)
+    return lines
+
+
+def port_commands(host: HostAddresses) -> list[str]:
+    """`ip` commands in the router when a host is plugged in."""
+    return [f"link set {host.wire.other_interface} master {host.bridge} addrgenmode none up"]
+
+
+def _host_commands(host: HostAddresses) -> list[str]:
+    lines = ["link set lo up"]
+    lines += [_add(str(interface), "eth0") for interface in host.private]
+    lines += [_add(_single(ip), "eth0") for ip in host.public]
+    lines.append("link set eth0 up")
+    public = {ip.version: ip for ip in host.public}
+    for gateway in host.gateways:
+        source = f" src {public[gateway.version]}" if gateway.version in public else ""
+        lines.append(f"route add {_any(gateway.version)} via {gateway} dev eth0{source}")
+    return lines
+
+
+def hosts_file(layout: Layout, machine: str) -> str:
+    """/etc/hosts: a host knows itself by its private address, as a person would write it, and the etcd members."""
+    lines = ["127.0.0.1 localhost", "::1 localhost ip6-localhost"]
+    if machine in layout.hosts:
+        lines += [f"{interface.ip} {machine}" for interface in layout.hosts[machine].private]
+    for name, addresses in layout.members.items():
+        lines += [f"{ip} {name.removeprefix('etcd:')}" for ip in addresses]
+    return "\n".join(lines) + "\n"
+
+
+def router_firewall(layout: Layout, site: str, cuts: Iterable[str] = ()) -> str:
+    """nftables script of a router: NAT, counters, drop, and the site's cuts."""
+    networks = [network for lan in layout.sites[site].subnets for network in lan]
+    servers = [ip for addresses in layout.members.values() for ip in addresses]
+    rules = []
+    for ip in servers:
+        family = "ip" if ip.version == 4 else "ip6"
+        rules.append(f"{family} daddr {ip} tcp dport {ETCD_PORT} counter name etcd accept")
+        rules.append(f"{family} saddr {ip} tcp sport {ETCD_PORT} counter name etcd accept")
+    masquerade = [
+        f"oifname wan {'ip' if n.version == 4 else 'ip6'} saddr {n} masquerade" for n in networks
+    ]
+    return f"""\
+table inet lab {{
+    counter wireguard {{ }}
+    counter etcd {{ }}
+    counter icmp {{ }}
+    counter other {{ }}
+    chain cut {{
+{_indent(_cut_rules(layout, cuts, site=site))}
+    }}
+    chain forward {{
+        type filter hook forward priority 0; policy accept;
+        iifname != wan oifname != wan accept
+        jump cut
+        udp dport {WIREGUARD_PORT} counter name wireguard accept
+        udp sport {WIREGUARD_PORT} counter name wireguard accept
+{_indent(rules)}
+        icmp type {{ {_ERRORS4} }} counter name icmp accept
+        icmpv6 type {{ {_ERRORS6} }} counter name icmp accept
+        counter name other drop
+    }}
+    chain nat {{
+        type nat hook postrouting priority 100; policy accept;
+{_indent(masquerade)}
+    }}
+}}
+"""
+
+
+def site_cut_script(layout: Layout, site: str, cuts: Iterable[str]) -> str:
+    """nftables script that replaces a router's cuts."""
+    lines = [f"add rule inet lab cut {rule}" for rule in _cut_rules(layout, cuts, site=site)]
+    return "\n".join(["flush chain inet lab cut", *lines]) + "\n"
+
+
+def host_cut_script(layout: Layout, host: str, cuts: Iterable[str]) -> str:
+    """nftables script that replaces a host's cuts: silent drops at its underlay interface, before anything else."""
+    rules = _cut_rules(layout, cuts, host=host)
+    table = "table inet lab-cut\ndelete table inet lab-cut\n"
+    if not rules:
+        return table
+    return (
+        table
+        + f"""\
+table inet lab-cut {{
+    chain cut {{
+{_indent(rules)}
+    }}
+    chain in {{
+        type filter hook prerouting priority -400; policy accept;
+        iifname eth0 jump cut
+    }}
+    chain out {{
+        type filter hook postrouting priority 400; policy accept;
+        oifname eth0 jump cut
+    }}
+}}
+"""
+    )
+
+
+def _cut_rules(layout: Layout, cuts: Iterable[str], *, host: str = "", site: str = "") -> list[str]:
+    rules: list[str] = []
+    servers = [ip for addresses in layout.members.values() for ip in addresses]
+    for cut in sorted(set(cuts)):
+        if cut == "all":
+            rules.append("drop")
+        elif cut == "etcd":
+            rules += _between(servers)
+        elif cut == "location":
+            here = layout.hosts[host].site
+            rules += _between(
+                ip for other in layout.hosts.values() if other.site == here and other.name != host for ip in other.addresses
+            )
+        else:
+            rules += _between(_others(layout, host=host, site=site))
+    return rules
+
+
+def _others(layout: Layout, *, host: str, site: str) -> Iterable[IPAddress]:
+    """Every address at which other hosts (or for a site: other sites' hosts) can appear."""
+    here = site or layout.hosts[host].site
+    for other in layout.hosts.values():
+        if other.name != host and other.site != site:
+            yield from other.public
+            if other.site == here:
+                yield from (interface.ip for interface in other.private)
+    for name, addresses in layout.sites.items():
+        if name != here:
+            yield from addresses.wan
+
+
+def _between(addresses: Iterable[IPAddress]) -> list[str]:
+    rules = []
+    by_family: dict[int, list[str]] = {}
+    for ip in addresses:
+        by_family.setdefault(ip.version, []).append(str(ip))
+    for version, texts in by_family.items():
+        family = "ip" if version == 4 else "ip6"
+        group = ", ".join(texts)
+        rules += [f"{family} saddr {{ {group} }} drop", f"{family} daddr {{ {group} }} drop"]
+    return rules
+
+
+def _indent(lines: Iterable[str]) -> str:
+    return "\n".join(f"        {line}" for line in lines)
+
+
+def netem_commands(layout: Layout) -> dict[str, list[str]]:
+    """`tc` commands per machine for the latency and loss that the spec asks for; empty when it asks for none."""
+    commands: dict[str, list[str]] = {}
+    for site in layout.spec.sites:
+        if not site.latency_ms and not site.loss_percent:
+            continue
+        wire = layout.sites[site.name].wire
+        wanted = f"netem limit 100000 delay {site.latency_ms}ms loss {site.loss_percent}%"
+        for machine, interface in ((wire.machine, wire.interface), (wire.other, wire.other_interface)):
+            commands.setdefault(machine, []).append(f"qdisc add dev {interface} root {wanted}")
+    return commands
