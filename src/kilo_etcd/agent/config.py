@@ -272,9 +272,10 @@ def parse_log_level(text: str) -> str:
 
 
 def parse_listen(text: str) -> ListenAddress | None:
-    """`host:port`, `[v6]:port` or `:port`; empty: None. The host must be an address, since names can change."""
+    """`host:port`, `[v6]:port` or `:port`; `off` or empty: None. The host is an address, since names can change."""
     text = text.strip()
-    if not text:
+    # An empty environment variable is as good as none, so a word is needed there.
+    if text in ("", "off"):
         return None
     host, colon, port = text.rpartition(":")
     if not colon or (":" in host and not (host.startswith("[") and host.endswith("]"))):

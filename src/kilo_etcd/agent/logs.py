@@ -60,7 +60,10 @@ def setup_logging(
     """
     if journal is None and stream is None and _stderr_is_journal():
         journal = JOURNAL_SOCKET
-    out: Out = _open_journal(journal) if journal is not None else Lines(stream, clock)
+    global _current
+    if _current is not None:
+        _current.close()
+    out = _current = _open_journal(journal) if journal is not None else Lines(stream, clock)
     structlog.configure(
         processors=[_hand_over],
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
@@ -199,6 +202,10 @@ class Out(Protocol):
     """Takes one event. Whatever it raises is swallowed by the caller."""
 
     def write(self, level: str, event: Mapping[str, Any]) -> None: ...
+    def close(self) -> None: ...
+
+
+_current: Out | None = None
 
 
 class Lines:
@@ -225,6 +232,9 @@ class Lines:
             self._dropped = 0
         else:
             self._dropped += 1
+
+    def close(self) -> None:
+        """The stream is not ours to close."""
 
 
 def _takes_more(stream: TextIO) -> bool:
@@ -269,6 +279,9 @@ class Journal:
         if self._dropped:
             self._dropped = 0
             self._transport.socket.settimeout(PATIENCE)
+
+    def close(self) -> None:
+        self._transport.socket.close()
 
     def _entry(self, level: str, event: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "MESSAGE", render(event)

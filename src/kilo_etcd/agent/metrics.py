@@ -12,7 +12,7 @@ import socketserver
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
@@ -190,7 +190,8 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         # The mesh address may be listened on although the agent has yet to make it.
-        self.socket.setsockopt(socket.SOL_IP, IP_FREEBIND, 1)
+        with suppress(OSError):
+            self.socket.setsockopt(socket.SOL_IP, IP_FREEBIND, 1)
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
         self.setup_environ()
