@@ -1,0 +1,53 @@
+"""What the mesh remembers, in etcd: keys, records, the mirror of them all, and this host's own session.
+
+Speaks to etcd through `kilo_etcd.etcd.api.Client` only, so the in-memory etcd of `kilo_etcd.testing` serves as well.
+"""
+
+from kilo_etcd.store.claims import NoAddressLeft
+from kilo_etcd.store.effective import ANNOTATIONS
+from kilo_etcd.store.keys import Keys, ParsedKey
+from kilo_etcd.store.mirror import Mirror
+from kilo_etcd.store.operator import locations, set_location, snapshot, statuses, unset_location
+from kilo_etcd.store.records import (
+    CandidateRecord,
+    NodeRecord,
+    PeerRecord,
+    RecordError,
+    Role,
+    StatusRecord,
+    decode_candidate,
+    decode_node,
+    decode_peer,
+    decode_status,
+    encode,
+)
+from kilo_etcd.store.session import Candidacy, NameTaken, Session
+from kilo_etcd.store.view import View
+
+__all__ = [
+    "ANNOTATIONS",
+    "Candidacy",
+    "CandidateRecord",
+    "Keys",
+    "Mirror",
+    "NameTaken",
+    "NoAddressLeft",
+    "NodeRecord",
+    "ParsedKey",
+    "PeerRecord",
+    "RecordError",
+    "Role",
+    "Session",
+    "StatusRecord",
+    "View",
+    "decode_candidate",
+    "decode_node",
+    "decode_peer",
+    "decode_status",
+    "encode",
+    "locations",
+    "set_location",
+    "snapshot",
+    "statuses",
+    "unset_location",
+]

@@ -1,0 +1,139 @@
+"""One node as it is in force: its record, with label and annotations applied and its addresses joined.
+
+Pure. An annotation that cannot be read is as if it were not there, and is named; it never takes the node down.
+The annotations `force-endpoint`, `force-internal-ip`, `persistent-keepalive` and `subnets` replace what the record
+says; an empty `force-endpoint`, `persistent-keepalive` or `subnets` counts as none. `force-internal-ip` empty or `-`
+means that the node has no internal IP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from ipaddress import ip_interface
+from typing import TypeVar
+
+from attrs import frozen
+
+from kilo_etcd.model import Endpoint, IPAddress, IPInterface, IPNetwork, Node
+from kilo_etcd.store.records import (
+    NodeRecord,
+    one_per_family,
+    parse_address,
+    parse_interface,
+    parse_keepalive,
+    parse_networks,
+)
+
+ANNOTATIONS = frozenset(
+    ("force-endpoint", "force-internal-ip", "leader", "persistent-keepalive", "allowed-location-ips", "subnets")
+)
+T = TypeVar("T")
+
+
+@frozen
+class Registered:
+    """A node's record and etcd's create revision of it."""
+
+    record: NodeRecord
+    create_revision: int
+
+    def annotated(self, annotations: Mapping[str, str]) -> tuple[Annotated, dict[str, str]]:
+        """The annotations' effect, and what is wrong with those that have none (annotation name -> reason)."""
+        record, wrong = self.record, {}
+
+        def value(name: str, parse: Callable[[str], T], otherwise: T) -> T:
+            text = annotations.get(name)
+            if text is None:
+                return otherwise
+            try:
+                return parse(text)
+            except ValueError as error:
+                wrong[name] = str(error)
+                return otherwise
+
+        return Annotated(
+            endpoint=value("force-endpoint", lambda text: _endpoint(text, record), record.endpoint),
+            internal_ips=value("force-internal-ip", lambda text: _internal_ips(text, record), record.internal_ips),
+            leader_wanted=value("leader", lambda text: text.lower() not in ("", "0", "false"), False),
+            persistent_keepalive=value(
+                "persistent-keepalive",
+                lambda text: parse_keepalive(text) if text else record.persistent_keepalive,
+                record.persistent_keepalive,
+            ),
+            allowed_location_ips=value("allowed-location-ips", parse_networks, ()),
+            subnets=value("subnets", lambda text: parse_networks(text) or record.subnets, record.subnets),
+        ), wrong
+
+
+@frozen(kw_only=True)
+class Annotated:
+    """What annotations can say about a node."""
+
+    endpoint: Endpoint | None
+    internal_ips: tuple[IPInterface, ...]
+    leader_wanted: bool
+    persistent_keepalive: int
+    allowed_location_ips: tuple[IPNetwork, ...]
+    subnets: tuple[IPNetwork, ...]
+
+
+def join(
+    name: str,
+    registered: Registered,
+    said: Annotated,
+    *,
+    label: str | None,
+    addresses: tuple[IPAddress, ...],
+    subnets: tuple[IPNetwork, ...],
+) -> Node:
+    """The node in force. `subnets` are those of `said` that it has not lost to another node."""
+    record = registered.record
+    return Node(
+        name=name,
+        public_key=record.public_key,
+        location=record.location if label is None else label,
+        endpoint=said.endpoint,
+        internal_ips=said.internal_ips,
+        mesh_addresses=addresses,
+        port=record.port,
+        subnets=subnets,
+        allowed_location_ips=said.allowed_location_ips,
+        persistent_keepalive=said.persistent_keepalive,
+        leader_wanted=said.leader_wanted,
+        encapsulate=record.encapsulate,
+        default_location=record.location,
+        version=record.version,
+        registered_revision=registered.create_revision,
+    )
+
+
+def lowest_per_family(addresses: Iterable[IPAddress], subnets: tuple[IPNetwork, ...]) -> tuple[IPAddress, ...]:
+    """The addresses within `subnets`, IPv4 first, only the lowest of a family: the same for everyone who looks."""
+    lowest: dict[int, IPAddress] = {}
+    for address in sorted(addresses, key=lambda address: (address.version, int(address))):
+        if address.version not in lowest and any(address in subnet for subnet in subnets):
+            lowest[address.version] = address
+    return tuple(lowest.values())
+
+
+def _endpoint(text: str, record: NodeRecord) -> Endpoint | None:
+    if not text:
+        return record.endpoint
+    if "%" in text or len(text) > 300:
+        raise ValueError(f"{text[:60]!r} is no endpoint: write host:port, without a zone")
+    return Endpoint.parse(text, default_port=record.port)
+
+
+def _internal_ips(text: str, record: NodeRecord) -> tuple[IPInterface, ...]:
+    if text in ("", "-"):
+        return ()
+    return one_per_family(tuple(_internal_ip(part.strip(), record) for part in text.split(",") if part.strip()))
+
+
+def _internal_ip(text: str, record: NodeRecord) -> IPInterface:
+    if "/" in text:
+        return parse_interface(text)
+    # A bare address is most likely on a network that the host has told us about: then it has that network's length.
+    address = parse_address(text)
+    length = next((ip.network.prefixlen for ip in record.internal_ips if address in ip.network), address.max_prefixlen)
+    return ip_interface(f"{address}/{length}")

@@ -1,0 +1,294 @@
+"""Where things are in etcd: every key that kilo-etcd writes or reads, built and parsed in one place (DESIGN section 3).
+
+Names inside keys (nodes, peers, locations, annotations, observers) are percent-encoded: letters, digits and `_.-~`
+stand for themselves, every other byte of the UTF-8 text is `%XX`, so a name never adds a level. The default location,
+whose name is empty, is written `@default`: `@` is always encoded in a name, so no label can collide with it, and
+a person can type it. Addresses are written as `ipaddress` writes them, colons and all.
+
+There is exactly one key for a thing. `parse` refuses (None) every other spelling, such as `%2D` for `-`, because two
+keys for one node would be two truths; `hint` says how it should have been written.
+"""
+
+from __future__ import annotations
+
+from ipaddress import ip_address
+from typing import TypeAlias
+from urllib.parse import quote, unquote
+
+from attrs import field, frozen
+
+from kilo_etcd.model import DEFAULT_PREFIX, IPAddress
+
+DEFAULT_LOCATION_IN_KEYS = "@default"
+
+
+@frozen
+class GranularityKey:
+    pass
+
+
+@frozen
+class SubnetsKey:
+    pass
+
+
+@frozen
+class LocationKey:
+    node: str
+
+
+@frozen
+class AnnotationKey:
+    node: str
+    name: str
+
+
+@frozen
+class PeerKey:
+    name: str
+
+
+@frozen
+class AddressKey:
+    address: IPAddress
+
+
+@frozen
+class NodeKey:
+    node: str
+
+
+@frozen
+class ElectionKey:
+    location: str
+    node: str
+
+
+@frozen
+class LeaderKey:
+    location: str
+
+
+@frozen
+class EndpointKey:
+    name: str
+    observer: str
+
+
+@frozen
+class StatusKey:
+    node: str
+
+
+ParsedKey: TypeAlias = (
+    GranularityKey
+    | SubnetsKey
+    | LocationKey
+    | AnnotationKey
+    | PeerKey
+    | AddressKey
+    | NodeKey
+    | ElectionKey
+    | LeaderKey
+    | EndpointKey
+    | StatusKey
+)
+
+
+def encode_name(name: str) -> str:
+    """A name as it stands in a key. ValueError if it is empty or no Unicode text."""
+    if not name:
+        raise ValueError("a name in a key must not be empty")
+    return quote(name, safe="", errors="strict")
+
+
+def decode_name(text: str) -> str | None:
+    """The name that `encode_name` wrote; None if `text` is not how that name is written."""
+    try:
+        name = unquote(text, errors="strict")
+        return name if name and encode_name(name) == text else None
+    except ValueError:
+        return None
+
+
+def encode_location(location: str) -> str:
+    """A location as it stands in a key; the default location is `@default`."""
+    return encode_name(location) if location else DEFAULT_LOCATION_IN_KEYS
+
+
+def decode_location(text: str) -> str | None:
+    """The location that `encode_location` wrote, or None."""
+    return "" if text == DEFAULT_LOCATION_IN_KEYS else decode_name(text)
+
+
+def _without_slash(prefix: str) -> str:
+    return prefix.rstrip("/")
+
+
+@frozen
+class Keys:
+    """The keys under one prefix.
+
+    >>> Keys().election("", "node-1")
+    '/kilo/elections/@default/node-1'
+    >>> Keys().parse("/kilo/locations/node-1")
+    LocationKey(node='node-1')
+    """
+
+    prefix: str = field(default=DEFAULT_PREFIX, converter=_without_slash)
+
+    @prefix.validator
+    def _check_prefix(self, _attribute: object, value: str) -> None:
+        if not value:
+            raise ValueError("the prefix must not be empty: write something like /kilo")
+
+    @property
+    def root(self) -> str:
+        """What the mirror watches: all keys but the statuses."""
+        return self.prefix + "/"
+
+    @property
+    def granularity(self) -> str:
+        return self.root + "mesh/granularity"
+
+    @property
+    def subnets(self) -> str:
+        return self.root + "mesh/subnets"
+
+    @property
+    def locations_root(self) -> str:
+        return self.root + "locations/"
+
+    def location(self, node: str) -> str:
+        return self.locations_root + encode_name(node)
+
+    @property
+    def annotations_root(self) -> str:
+        return self.root + "annotations/"
+
+    def annotation(self, node: str, name: str) -> str:
+        return f"{self.annotations_root}{encode_name(node)}/{encode_name(name)}"
+
+    @property
+    def peers_root(self) -> str:
+        return self.root + "peers/"
+
+    def peer(self, name: str) -> str:
+        return self.peers_root + encode_name(name)
+
+    @property
+    def addresses_root(self) -> str:
+        return self.root + "addresses/"
+
+    def address(self, address: IPAddress) -> str:
+        return f"{self.addresses_root}{address}"
+
+    @property
+    def nodes_root(self) -> str:
+        return self.root + "nodes/"
+
+    def node(self, name: str) -> str:
+        return self.nodes_root + encode_name(name)
+
+    @property
+    def elections_root(self) -> str:
+        return self.root + "elections/"
+
+    def election(self, location: str, node: str) -> str:
+        return f"{self.elections_root}{encode_location(location)}/{encode_name(node)}"
+
+    @property
+    def leaders_root(self) -> str:
+        return self.root + "leaders/"
+
+    def leader(self, location: str) -> str:
+        return self.leaders_root + encode_location(location)
+
+    @property
+    def endpoints_root(self) -> str:
+        return self.root + "endpoints/"
+
+    def endpoint(self, name: str, observer: str) -> str:
+        return f"{self.endpoints_root}{encode_name(name)}/{encode_name(observer)}"
+
+    @property
+    def status_root(self) -> str:
+        """Beside the watched prefix, so that a status wakes nobody."""
+        return self.prefix + "-status/"
+
+    def status(self, node: str) -> str:
+        return self.status_root + encode_name(node)
+
+    def parse(self, key: str | bytes) -> ParsedKey | None:
+        """What a key stands for; None if it is none of ours or not spelled as these methods spell it."""
+        text = _text(key)
+        if text is None:
+            return None
+        if text.startswith(self.root):
+            return _parse(text[len(self.root) :].split("/"))
+        if text.startswith(self.status_root):
+            node = decode_name(text[len(self.status_root) :])
+            return StatusKey(node) if node else None
+        return None
+
+    def hint(self, key: str | bytes) -> str:
+        """Why `parse` refused a key, as one clause."""
+        text = _text(key)
+        if text is None:
+            return "the key is not UTF-8"
+        parts = text.removeprefix(self.root).split("/")
+        if _parse([parts[0], *(quote(unquote(part), safe="@") for part in parts[1:])]) is not None:
+            return (
+                "a name in the key is not spelled as kilo-etcd spells it: use percent-encoding (kgctl does it for you)"
+            )
+        return "no such key is known"
+
+
+def key_text(key: str | bytes) -> str:
+    """A key for people; bytes that are no UTF-8 are shown as escapes."""
+    return key if isinstance(key, str) else key.decode("utf-8", "backslashreplace")
+
+
+def _text(key: str | bytes) -> str | None:
+    if isinstance(key, str):
+        return key
+    try:
+        return key.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def _parse(parts: list[str]) -> ParsedKey | None:
+    match parts:
+        case ["mesh", "granularity"]:
+            return GranularityKey()
+        case ["mesh", "subnets"]:
+            return SubnetsKey()
+        case ["addresses", text]:
+            address = _address(text)
+            return AddressKey(address) if address else None
+        case ["leaders", text]:
+            location = decode_location(text)
+            return None if location is None else LeaderKey(location)
+        case ["elections", text, rest]:
+            location, node = decode_location(text), decode_name(rest)
+            return ElectionKey(location, node) if location is not None and node else None
+        case [("locations" | "peers" | "nodes") as kind, text]:
+            name = decode_name(text)
+            if not name:
+                return None
+            return LocationKey(name) if kind == "locations" else PeerKey(name) if kind == "peers" else NodeKey(name)
+        case [("annotations" | "endpoints") as kind, text, rest]:
+            name, below = decode_name(text), decode_name(rest)
+            if not name or not below:
+                return None
+            return AnnotationKey(name, below) if kind == "annotations" else EndpointKey(name, below)
+    return None
+
+
+def _address(text: str) -> IPAddress | None:
+    try:
+        address = ip_address(text)
+    except ValueError:
+        return None
+    return address if str(address) == text and "%" not in text else None

@@ -1,0 +1,69 @@
+"""The operator's side: one look at everything, and the labels. Used by `kgctl`, which keeps nothing running."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from kilo_etcd.etcd.api import Client
+from kilo_etcd.model import Snapshot
+from kilo_etcd.store.history import last_good
+from kilo_etcd.store.keys import Keys, LocationKey, StatusKey
+from kilo_etcd.store.records import (
+    RecordError,
+    StatusRecord,
+    decode_granularity,
+    decode_label,
+    decode_status,
+    decode_subnets,
+)
+from kilo_etcd.store.view import View
+
+
+async def snapshot(client: Client, keys: Keys) -> tuple[Snapshot, View]:
+    """What is in force now, and the view that it came from (for raw values). EtcdError."""
+    listing = await client.get_prefix(keys.root)
+    view = View(keys)
+    by_key = {kv.key: kv for kv in listing.kvs}
+    if (kv := by_key.get(keys.granularity.encode())) is not None:
+        view.granularity = await last_good(client, kv, decode_granularity)
+    if (kv := by_key.get(keys.subnets.encode())) is not None:
+        view.subnets = await last_good(client, kv, decode_subnets)
+    view.load(listing.kvs, listing.header)
+    return view.snapshot(), view
+
+
+async def statuses(client: Client, keys: Keys) -> Mapping[str, StatusRecord]:
+    """What the living agents report, by node. One that cannot be read is left out."""
+    found = {}
+    for kv in (await client.get_prefix(keys.status_root)).kvs:
+        parsed = keys.parse(kv.key)
+        if isinstance(parsed, StatusKey):
+            try:
+                found[parsed.node] = decode_status(kv.value)
+            except RecordError:
+                continue
+    return found
+
+
+async def set_location(client: Client, keys: Keys, node: str, label: str) -> int:
+    """Label a node; the revision at which it is labelled. ValueError if `label` is no possible name, EtcdError."""
+    decode_label(label.encode())
+    return (await client.put(keys.location(node), label)).header.revision
+
+
+async def unset_location(client: Client, keys: Keys, node: str) -> bool:
+    """Take the label away: the node's own default counts again. Returns whether there was one."""
+    return (await client.delete(keys.location(node))).deleted > 0
+
+
+async def locations(client: Client, keys: Keys) -> Mapping[str, str]:
+    """The labels, by node. One that cannot be read is left out."""
+    found = {}
+    for kv in (await client.get_prefix(keys.locations_root)).kvs:
+        parsed = keys.parse(kv.key)
+        if isinstance(parsed, LocationKey):
+            try:
+                found[parsed.node] = decode_label(kv.value)
+            except RecordError:
+                continue
+    return found

@@ -1,0 +1,449 @@
+"""What stands at the keys: the records, and the way from bytes to records and back.
+
+JSON with camelCase names where a program writes, plain text where a person does (DESIGN section 3). Decoding takes any
+bytes at all and either returns a well-formed record or raises `RecordError` with one clause that says what is
+wrong; it never raises anything else. A value over 64 KiB is refused unread. Encoding is canonical (sorted keys, no
+blanks, empty fields left out), so equal records are equal bytes and "unchanged" is a comparison
+of bytes.
+
+Unknown fields: a peer with one is refused, since a person wrote it and most likely mistyped; records that agents write
+are read without it, and `Read.unknown` names it (docs/decisions/0002-unknown-fields.md).
+"""
+
+from __future__ import annotations
+
+import json
+from base64 import b64decode, b64encode
+from collections.abc import Callable
+from enum import StrEnum
+from ipaddress import ip_address, ip_interface, ip_network
+from typing import Any, Generic, TypeVar, Union
+
+import cattrs
+from attrs import field, fields, frozen
+from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn, override
+
+from kilo_etcd.model import (
+    DEFAULT_LOCATION,
+    DEFAULT_PORT,
+    CandidateClass,
+    Encapsulate,
+    Endpoint,
+    Granularity,
+    IPAddress,
+    IPInterface,
+    IPNetwork,
+)
+
+MAX_VALUE = 64 * 1024
+"""Bytes. etcd takes 1.5 MiB; no record of ours comes near, and every agent would have to hold and read it."""
+MAX_LABEL = 1024
+"""Bytes of UTF-8 in a location label; it goes into keys, three times as long when encoded."""
+
+
+class RecordError(ValueError):
+    """A value that cannot be read; the text says why, in a clause that fits after the key and a colon."""
+
+
+class Role(StrEnum):
+    """What a node is in its segment."""
+
+    LEADER = "leader"
+    MEMBER = "member"
+    ALONE = "alone"
+
+
+@frozen(kw_only=True)
+class NodeRecord:
+    """What a node says of itself, at `/kilo/nodes/<node>`."""
+
+    public_key: str
+    endpoint: Endpoint | None = None
+    internal_ips: tuple[IPInterface, ...] = ()
+    subnets: tuple[IPNetwork, ...] = ()
+    location: str = DEFAULT_LOCATION
+    """The node's own default; a label at `/kilo/locations/<node>` wins."""
+    port: int = DEFAULT_PORT
+    persistent_keepalive: int = 0
+    encapsulate: Encapsulate = Encapsulate.CROSSSUBNET
+    version: str = ""
+
+
+@frozen(kw_only=True)
+class CandidateRecord:
+    """A candidacy, at `/kilo/elections/<location>/<node>`. `since` is RFC 3339, for people."""
+
+    rank: CandidateClass
+    since: str = ""
+
+
+@frozen(kw_only=True)
+class PeerRecord:
+    """A peer as the operator describes it, at `/kilo/peers/<name>`, with Kilo's field names."""
+
+    public_key: str
+    allowed_ips: tuple[IPNetwork, ...] = ()
+    endpoint: Endpoint | None = None
+    persistent_keepalive: int = 0
+    preshared_key: str | None = field(default=None, repr=False)
+
+
+@frozen(kw_only=True)
+class StatusRecord:
+    """What a living agent reports, at `/kilo-status/<node>`. The key's being there says that the agent lives."""
+
+    public_key: str
+    revision: int = 0
+    """The snapshot that its kernel holds."""
+    role: Role = Role.ALONE
+    location: str = DEFAULT_LOCATION
+    leader: str = ""
+    """The node that it takes for its segment's leader; empty when alone."""
+    granularity_flag: Granularity | None = None
+    """`--mesh-granularity` as the agent was started; None: not given."""
+    errors: tuple[str, ...] = ()
+    set_aside: int = 0
+    """How many records it has set aside."""
+    version: str = ""
+    since: str = ""
+    """RFC 3339: when the agent started; for people."""
+    address: str = ""
+    """Where the host is reached, for the error that a second host of this name gets."""
+
+
+R = TypeVar("R")
+
+
+@frozen
+class Read(Generic[R]):
+    """A decoded record, and the fields that it had beside those we know."""
+
+    record: R
+    unknown: tuple[str, ...] = ()
+
+
+# --- single values -------------------------------------------------------------------------------------------------
+
+
+def check_key(text: object) -> str:
+    """A WireGuard key: 32 bytes in base64, spelled canonically."""
+    if isinstance(text, str) and len(text) == 44 and text.isascii():
+        try:
+            raw = b64decode(text, validate=True)
+        except ValueError:
+            raw = b""
+        if len(raw) == 32 and b64encode(raw).decode() == text:
+            return text
+    raise ValueError(f"{_short(text)} is no WireGuard key (32 bytes in base64)")
+
+
+def parse_network(text: object) -> IPNetwork:
+    """A CIDR; host bits are masked away, as wg(8) does it."""
+    if not isinstance(text, str) or "%" in text:
+        raise ValueError(f"{_short(text)} is no network (CIDR)")
+    try:
+        return ip_network(text.strip(), strict=False)
+    except ValueError:
+        raise ValueError(f"{_short(text)} is no network (CIDR)") from None
+
+
+def parse_interface(text: object) -> IPInterface:
+    """An address with its prefix length; without one it is a /32 or /128."""
+    if not isinstance(text, str) or "%" in text:
+        raise ValueError(f"{_short(text)} is no address with a prefix length")
+    try:
+        return ip_interface(text.strip())
+    except ValueError:
+        raise ValueError(f"{_short(text)} is no address with a prefix length") from None
+
+
+def parse_address(text: object) -> IPAddress:
+    """An address without a zone."""
+    if not isinstance(text, str) or "%" in text:
+        raise ValueError(f"{_short(text)} is no address")
+    try:
+        return ip_address(text.strip())
+    except ValueError:
+        raise ValueError(f"{_short(text)} is no address") from None
+
+
+def parse_networks(text: str) -> tuple[IPNetwork, ...]:
+    """Comma-separated CIDRs, duplicates dropped; empty text is none."""
+    return tuple(dict.fromkeys(parse_network(part) for part in text.split(",") if part.strip()))
+
+
+def parse_keepalive(value: object) -> int:
+    """Seconds, 0 to 65535, as a number or (in an annotation) as text."""
+    if isinstance(value, str) and value.strip().isdecimal() and len(value.strip()) <= 5:
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 65535:
+        return value
+    raise ValueError(f"{_short(value)} is no number of seconds from 0 to 65535")
+
+
+def one_per_family(interfaces: tuple[IPInterface, ...]) -> tuple[IPInterface, ...]:
+    """The same tuple, if it has at most one address per family; ValueError otherwise."""
+    if len({interface.version for interface in interfaces}) != len(interfaces):
+        raise ValueError("more than one address of a family")
+    return interfaces
+
+
+def decode_text(value: bytes) -> str:
+    """Plain text as a person puts it: blanks around it do not count."""
+    if len(value) > MAX_VALUE:
+        raise RecordError(f"the value is {len(value)} bytes long; at most {MAX_VALUE} are read")
+    try:
+        return value.decode().strip()
+    except UnicodeDecodeError:
+        raise RecordError("the value is not UTF-8") from None
+
+
+def decode_label(value: bytes) -> str:
+    """A location's name."""
+    text = decode_text(value)
+    if len(text.encode()) > MAX_LABEL:
+        raise RecordError(f"the name is longer than {MAX_LABEL} bytes")
+    return text
+
+
+def decode_granularity(value: bytes) -> Granularity:
+    """`location`, `full` or `cross`."""
+    text = decode_text(value)
+    try:
+        return Granularity(text)
+    except ValueError:
+        raise RecordError(f"{_short(text)} is no granularity: write location, full or cross") from None
+
+
+def decode_subnets(value: bytes) -> tuple[IPNetwork, ...]:
+    """The mesh's subnets: at least one, at most one per family."""
+    text = decode_text(value)
+    try:
+        subnets = parse_networks(text)
+    except ValueError as error:
+        raise RecordError(str(error)) from None
+    if not subnets:
+        raise RecordError("no subnet is given: write something like 10.4.0.0/16")
+    if len({subnet.version for subnet in subnets}) != len(subnets):
+        raise RecordError("more than one subnet of a family is given")
+    return subnets
+
+
+def encode_subnets(subnets: tuple[IPNetwork, ...]) -> bytes:
+    """What `decode_subnets` reads."""
+    return ",".join(map(str, subnets)).encode()
+
+
+# --- JSON ----------------------------------------------------------------------------------------------------------
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _string(value: object, _type: object = None) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{_short(value)} is no text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{_short(value)} is no Unicode text") from None
+    return value
+
+
+def _whole(value: object, _type: object = None) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
+        raise ValueError(f"{_short(value)} is no whole number")
+    return value
+
+
+def _port(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 65536:
+        raise ValueError(f"{_short(value)} is no port (1 to 65535)")
+    return value
+
+
+def _endpoint(value: object) -> Endpoint | None:
+    if value is None:
+        return None
+    text = _string(value)
+    if "%" in text or len(text) > 300:
+        raise ValueError(f"{_short(text)} is no endpoint: write host:port, without a zone")
+    return Endpoint.parse(text)
+
+
+def _items(parse: Callable[[object], Any]) -> Callable[[object], tuple[Any, ...]]:
+    def read(value: object) -> tuple[Any, ...]:
+        if not isinstance(value, list):
+            raise ValueError(f"{_short(value)} is no list")
+        return tuple(dict.fromkeys(parse(item) for item in value))
+
+    return read
+
+
+def _chosen(kind: type[StrEnum] | type[CandidateClass]) -> Callable[[object], Any]:
+    def read(value: object) -> Any:
+        if isinstance(value, (str, int)) and not isinstance(value, bool):
+            for member in kind:
+                if member.value == value:
+                    return member
+        raise ValueError(f"{_short(value)} is none of {', '.join(str(member.value) for member in kind)}")
+
+    return read
+
+
+def _or_none(read: Callable[[object], Any]) -> Callable[[object], Any]:
+    return lambda value: None if value is None else read(value)
+
+
+def _label(value: object) -> str:
+    text = _string(value)
+    if len(text.encode()) > MAX_LABEL:
+        raise ValueError(f"the name is longer than {MAX_LABEL} bytes")
+    return text.strip()
+
+
+_networks = _items(parse_network)
+_READERS: dict[type, dict[str, Callable[[object], Any]]] = {
+    NodeRecord: {
+        "public_key": check_key,
+        "endpoint": _endpoint,
+        "internal_ips": lambda value: one_per_family(_items(parse_interface)(value)),
+        "subnets": _networks,
+        "location": _label,
+        "port": _port,
+        "persistent_keepalive": lambda value: parse_keepalive(_whole(value)),
+        "encapsulate": _chosen(Encapsulate),
+        "version": _string,
+    },
+    CandidateRecord: {"rank": _chosen(CandidateClass), "since": _string},
+    PeerRecord: {
+        "public_key": check_key,
+        "allowed_ips": _networks,
+        "endpoint": _endpoint,
+        "persistent_keepalive": lambda value: parse_keepalive(_whole(value)),
+        "preshared_key": _or_none(check_key),
+    },
+    StatusRecord: {
+        "public_key": check_key,
+        "revision": _whole,
+        "role": _chosen(Role),
+        "location": _label,
+        "leader": _string,
+        "granularity_flag": _or_none(_chosen(Granularity)),
+        "errors": _items(_string),
+        "set_aside": _whole,
+        "version": _string,
+        "since": _string,
+        "address": _string,
+    },
+}
+
+
+def _camel(name: str) -> str:
+    first, *rest = name.split("_")
+    return first + "".join("IPs" if part == "ips" else part.capitalize() for part in rest)
+
+
+def _ignoring_type(read: Callable[[object], Any]) -> Callable[[object, object], Any]:
+    return lambda value, _type: read(value)
+
+
+def _converter() -> cattrs.Converter:
+    converter = cattrs.Converter(detailed_validation=True)
+    for kind in (*_IP_TYPES, Endpoint):
+        converter.register_unstructure_hook(kind, str)
+    for record, readers in _READERS.items():
+        overrides = {}
+        for attribute in fields(record):
+            read = readers[attribute.name]
+            overrides[attribute.name] = override(
+                rename=_camel(attribute.name),
+                struct_hook=_ignoring_type(read),
+                unstruct_hook=_plain,
+            )
+        converter.register_structure_hook(
+            record,
+            make_dict_structure_fn(record, converter, **overrides),  # type: ignore[arg-type]
+        )
+        converter.register_unstructure_hook(
+            record,
+            make_dict_unstructure_fn(record, converter, **overrides),  # type: ignore[arg-type]
+        )
+    return converter
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, (int, str)):
+        return value.value if isinstance(value, (StrEnum, CandidateClass)) else value
+    return str(value)
+
+
+_IP_TYPES: tuple[type, ...] = tuple(kind for union in (IPAddress, IPInterface, IPNetwork) for kind in union.__args__)
+_CONVERTER = _converter()
+_KNOWN = {record: frozenset(_camel(attribute.name) for attribute in fields(record)) for record in _READERS}
+Record = Union[NodeRecord, CandidateRecord, PeerRecord, StatusRecord]  # noqa: UP007
+
+
+def encode(record: Record) -> bytes:
+    """A record as it is put into etcd: JSON, canonical."""
+    said = {name: value for name, value in _CONVERTER.unstructure(record).items() if value not in (None, "", [])}
+    return json.dumps(said, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def read(kind: type[R], value: bytes) -> Read[R]:
+    """Any bytes to a record of `kind` and the names of its unknown fields; RecordError otherwise."""
+    text = decode_text(value)
+    try:
+        data = json.loads(text)
+    except RecursionError:
+        raise RecordError("the value is not JSON that anyone would write: it is nested too deeply") from None
+    except ValueError as error:
+        raise RecordError(f"the value is not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise RecordError("the value is not a JSON object")
+    unknown = tuple(sorted(name.encode("utf-8", "backslashreplace").decode() for name in data.keys() - _KNOWN[kind]))
+    try:
+        return Read(_CONVERTER.structure(data, kind), unknown)
+    except cattrs.ClassValidationError as error:
+        raise RecordError(_explain(error)) from None
+
+
+def _explain(error: cattrs.ClassValidationError) -> str:
+    # One field is enough to send a person there; the count says whether to go on looking.
+    for inner in error.exceptions:
+        if isinstance(inner, KeyError):
+            return f"the field {inner.args[0]} is missing"
+    first = error.exceptions[0]
+    names = [note.name for note in getattr(first, "__notes__", ()) if hasattr(note, "name")]
+    where = _camel(names[0]) if names else "the record"
+    more = f" (and {len(error.exceptions) - 1} more)" if len(error.exceptions) > 1 else ""
+    return f"{where}: {first}{more}"
+
+
+def decode_node(value: bytes) -> NodeRecord:
+    """Unknown fields are ignored; `read` names them."""
+    return read(NodeRecord, value).record
+
+
+def decode_candidate(value: bytes) -> CandidateRecord:
+    """Unknown fields are ignored; `read` names them."""
+    return read(CandidateRecord, value).record
+
+
+def decode_status(value: bytes) -> StatusRecord:
+    """Unknown fields are ignored; `read` names them."""
+    return read(StatusRecord, value).record
+
+
+def decode_peer(value: bytes) -> PeerRecord:
+    """An unknown field is an error."""
+    found = read(PeerRecord, value)
+    if found.unknown:
+        raise RecordError(
+            f"{', '.join(found.unknown)}: no such field; a peer has {', '.join(sorted(_KNOWN[PeerRecord]))}"
+        )
+    return found.record

@@ -1,0 +1,597 @@
+"""This host's own keys: its registration under a long lease, its candidacy and status under a short one.
+
+What is wanted is said once (`register`, `enter`, `leave`, `put_status`); `run` sees to it that etcd keeps saying so:
+it keeps both leases, and puts back what was lost with a lease or taken away. While etcd is away it tries again with
+jitter, for ever, and never raises. Nothing is written that etcd holds already: an agent that starts again within the
+lease's time finds its own keys, adopts their leases, and goes on without a write.
+
+The name is the host's as long as the record at it carries the host's public key: every write under the short lease
+is conditional on that. Another key at the name is respected while its owner lives (its status is there), and
+replaced when it does not.
+
+Wishes that cannot be met at once are kept: `enter`, `leave` and `put_status` return False, and `run` goes on trying.
+`register`, `ensure_mesh` and `claim_addresses` raise instead, since nothing can begin before they are done.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from datetime import UTC, datetime
+
+import structlog
+import trio
+from attrs import frozen
+
+from kilo_etcd.etcd.api import (
+    Client,
+    Compare,
+    Delete,
+    EtcdError,
+    EventType,
+    Get,
+    Is,
+    KeyValue,
+    Lease,
+    LeaseNotFound,
+    Op,
+    Put,
+    RangeResult,
+    Target,
+    TxnResult,
+    absent,
+    unchanged,
+)
+from kilo_etcd.model import CandidateClass, Granularity, IPAddress, IPNetwork
+from kilo_etcd.store import claims
+from kilo_etcd.store.keys import ElectionKey, Keys
+from kilo_etcd.store.records import (
+    CandidateRecord,
+    NodeRecord,
+    RecordError,
+    StatusRecord,
+    decode_candidate,
+    decode_node,
+    decode_status,
+    encode,
+)
+
+RETRY_FIRST = 0.2
+RETRY_MOST = 5.0
+LONG_INTERVAL = 600.0
+"""Seconds at most between two keepalives of the long lease."""
+
+
+class NameTaken(Exception):
+    """A living host has this host's name; the message says which."""
+
+
+class _RecordChanged(Exception):
+    """The record at our name is not the one we put: look again."""
+
+
+@frozen
+class Candidacy:
+    """Where and as what this host stands for leader."""
+
+    location: str
+    rank: CandidateClass
+    since: str = ""
+
+
+class Session:
+    """The keys of `node_name`, whose WireGuard key is `public_key`. `lease_ttl` and `forget_after` are seconds.
+
+    `on_event(name)` is told of "lease lost", "lease granted", "registered", "registered again" and "name taken".
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        keys: Keys,
+        node_name: str,
+        public_key: str,
+        *,
+        lease_ttl: int = 5,
+        forget_after: int = 86400,
+        on_event: Callable[[str], None] | None = None,
+        rng: random.Random | None = None,
+    ) -> None:
+        self._client = client
+        self._keys = keys
+        self._name = node_name
+        self._public_key = public_key
+        self._lease_ttl = lease_ttl
+        self._forget_after = forget_after
+        self._on_event = on_event or (lambda _name: None)
+        self._rng = rng or random.Random()
+        self._log = structlog.get_logger().bind(node=node_name)
+        self._lock = trio.Lock()
+        self._node_key = keys.node(node_name)
+        self._status_key = keys.status(node_name)
+        # What is wanted.
+        self._record: NodeRecord | None = None
+        self._status: StatusRecord | None = None
+        self._status_given = False
+        """Whether the status is the agent's, not one that `register` made up."""
+        self._candidacy: Candidacy | None = None
+        self._subnets: tuple[IPNetwork, ...] = ()
+        # What etcd is known to hold.
+        self._record_kv: KeyValue | None = None
+        self._held: dict[str, bytes] = {}
+        self._long: Lease | None = None
+        self._short: Lease | None = None
+        self._doubted: set[int] = set()
+        """Leases whose keeping failed: they may be alive still, which is asked before they are replaced."""
+        self._leases_changed = trio.Event()
+        self._registered = trio.Event()
+        self._wake = trio.Event()
+        self.last_error: str | None = None
+
+    def __repr__(self) -> str:
+        return f"<Session {self._name} {'healthy' if self.healthy else 'unhealthy'} {self._candidacy}>"
+
+    @property
+    def healthy(self) -> bool:
+        """Whether all that is wanted stands in etcd, as far as is known."""
+        return self.last_error is None and not self._doubted and self._record_kv is not None
+
+    @property
+    def candidacy(self) -> Candidacy | None:
+        """As what this host stands, or will as soon as etcd can be told."""
+        return self._candidacy
+
+    # --- before the first registration -------------------------------------------------------------------------
+
+    async def ensure_mesh(
+        self, granularity: Granularity, subnets: tuple[IPNetwork, ...]
+    ) -> tuple[Granularity, tuple[IPNetwork, ...]]:
+        """Put the mesh's settings where there are none; those in force. RecordError, EtcdError."""
+        return await claims.ensure_mesh(self._client, self._keys, granularity, subnets)
+
+    async def claim_addresses(self, subnets: tuple[IPNetwork, ...]) -> tuple[IPAddress, ...]:
+        """This host's mesh addresses, claimed now if it has none yet. NoAddressLeft, EtcdError."""
+        self._subnets = subnets
+        return await claims.claim_addresses(self._client, self._keys, self._name, subnets)
+
+    # --- the registration --------------------------------------------------------------------------------------
+
+    async def register(self, record: NodeRecord) -> None:
+        """Be a member with this record; nothing is written if etcd holds all of it already. Waits up to the short
+        lease's time for a dead owner's status to end. NameTaken if it does not; EtcdError."""
+        async with self._lock:
+            self._record = record
+            if self._status is None:
+                self._status_given = False
+                # Being there must show at once, or a second host of this name could slip in before the first status.
+                self._status = StatusRecord(
+                    public_key=self._public_key,
+                    location=record.location,
+                    version=record.version,
+                    address=_where(record),
+                )
+            await self._register(trio.current_time() + self._lease_ttl + 1)
+            self.last_error = None
+
+    async def _register(self, deadline: float) -> None:
+        assert self._record is not None
+        value = encode(self._record)
+        while True:
+            node_kv, status_kv = await self._look()
+            taken = self._taken_by(node_kv, status_kv)
+            if taken is not None:
+                left = deadline - trio.current_time()
+                if left <= 0:
+                    self._on_event("name taken")
+                    raise NameTaken(taken)
+                await trio.sleep(min(0.5, left))
+                continue
+            mine = node_kv is not None and _public_key_of(node_kv) == self._public_key
+            try:
+                long = await self._hold_long(node_kv if mine else None)
+                short = await self._hold_short(status_kv) if self._status is not None else None
+            except LeaseNotFound:
+                continue
+            compare = [unchanged(kv) if kv else absent(key) for kv, key in self._both(node_kv, status_kv)]
+            ops: list[Op] = []
+            if node_kv is None or node_kv.value != value or node_kv.lease != long.id:
+                ops.append(Put(self._node_key, value, lease=long.id))
+            status = None
+            if short is not None and self._status is not None and self._status_key not in self._held:
+                status = encode(self._status)
+                ops.append(Put(self._status_key, status, lease=short.id))
+            if not ops and node_kv is not None:
+                self._record_kv = node_kv
+                break
+            try:
+                done = await self._client.txn(compare, ops)
+            except LeaseNotFound:
+                self._forget_leases()
+                continue
+            if done.succeeded:
+                if status is not None:
+                    self._held[self._status_key] = status
+                revision = done.header.revision
+                self._record_kv = (
+                    KeyValue(key=self._node_key.encode(), value=value, mod_revision=revision, lease=long.id)
+                    if isinstance(ops[0], Put) and ops[0].key == self._node_key
+                    else node_kv
+                )
+                self._log.info("registered", revision=revision, new=node_kv is None)
+                self._on_event("registered")
+                break
+        self._registered.set()
+
+    async def _look(self) -> tuple[KeyValue | None, KeyValue | None]:
+        answer = await self._client.txn([], [Get(self._node_key), Get(self._status_key)])
+        return _one(answer, 0), _one(answer, 1)
+
+    def _both(
+        self, node_kv: KeyValue | None, status_kv: KeyValue | None
+    ) -> tuple[tuple[KeyValue | None, str], tuple[KeyValue | None, str]]:
+        return (node_kv, self._node_key), (status_kv, self._status_key)
+
+    def _taken_by(self, node_kv: KeyValue | None, status_kv: KeyValue | None) -> str | None:
+        """The sentence, if another host lives under this name."""
+        if status_kv is None:
+            return None
+        try:
+            status: StatusRecord | None = decode_status(status_kv.value)
+        except RecordError:
+            status = None
+        record_key = _public_key_of(node_kv) if node_kv else None
+        owner = status.public_key if status else record_key
+        if owner is None or owner == self._public_key:
+            return None
+        where = status.address if status else ""
+        if node_kv is not None and record_key == owner and not where:
+            where = _where(decode_node(node_kv.value))
+        return (
+            f"the name {self._name} is taken by a living host with public key {owner}"
+            f"{f' at {where}' if where else ''}; stop the agent there or give this host another name with --hostname"
+        )
+
+    # --- leases ------------------------------------------------------------------------------------------------
+
+    async def _hold_long(self, node_kv: KeyValue | None) -> Lease:
+        if self._long is not None and await self._lives(self._long):
+            return self._long
+        self._long = None
+        if node_kv is not None and node_kv.lease:
+            info = await self._client.lease_time_to_live(node_kv.lease)
+            if info.ttl > 0 and info.granted_ttl == self._forget_after:
+                self._set_long(Lease(id=node_kv.lease, ttl=info.granted_ttl))
+                await self._client.refresh_lease(node_kv.lease)
+        if self._long is None:
+            self._set_long(await self._client.grant_lease(self._forget_after))
+        assert self._long is not None
+        return self._long
+
+    async def _hold_short(self, status_kv: KeyValue | None) -> Lease:
+        if self._short is not None and await self._lives(self._short):
+            return self._short
+        self._short = None
+        self._held = {}
+        lease_id = 0
+        if status_kv is not None and _status_key_of(status_kv) == self._public_key:
+            lease_id = status_kv.lease
+        if lease_id:
+            info = await self._client.lease_time_to_live(lease_id, keys=True)
+            if info.ttl > 0:
+                await self._client.refresh_lease(lease_id)
+                await self._adopt(lease_id, info.keys)
+                # Keys of a lease with another time are put under a new one, which does not move their create revision.
+                if info.granted_ttl == self._lease_ttl:
+                    self._set_short(Lease(id=lease_id, ttl=info.granted_ttl))
+                else:
+                    self._held = {}
+        if self._short is None:
+            self._set_short(await self._client.grant_lease(self._lease_ttl))
+            self._on_event("lease granted")
+        assert self._short is not None
+        return self._short
+
+    async def _adopt(self, lease_id: int, held: tuple[bytes, ...]) -> None:
+        """Take over what an earlier run of this agent put under a lease that still lives."""
+        for raw in held:
+            parsed = self._keys.parse(raw)
+            candidate = isinstance(parsed, ElectionKey) and parsed.node == self._name
+            if not candidate and raw != self._status_key.encode():
+                continue
+            kv = await self._client.get(raw)
+            if kv is None or kv.lease != lease_id:
+                continue
+            self._held[raw.decode()] = kv.value
+            if not isinstance(parsed, ElectionKey):
+                if not self._status_given:
+                    self._status = decode_status(kv.value)
+            elif self._candidacy is None:
+                try:
+                    record = decode_candidate(kv.value)
+                except RecordError:
+                    continue
+                self._candidacy = Candidacy(parsed.location, record.rank, record.since)
+                self._log.info("candidacy adopted", location=parsed.location)
+
+    async def _lives(self, lease: Lease) -> bool:
+        if lease.id not in self._doubted:
+            return True
+        try:
+            await self._client.refresh_lease(lease.id)
+        except LeaseNotFound:
+            self._doubted.discard(lease.id)
+            self._log.warning("lease lost", lease=f"{lease.id:x}", ttl=lease.ttl)
+            self._on_event("lease lost")
+            return False
+        self._doubted.discard(lease.id)
+        self._lease_news()
+        return True
+
+    def _set_long(self, lease: Lease) -> None:
+        self._long = lease
+        self._lease_news()
+
+    def _set_short(self, lease: Lease) -> None:
+        self._short = lease
+        self._lease_news()
+
+    def _lease_news(self) -> None:
+        event, self._leases_changed = self._leases_changed, trio.Event()
+        event.set()
+
+    def _forget_leases(self) -> None:
+        # Which of the two etcd missed it does not say: doubt both, and ask.
+        self._doubted |= {lease.id for lease in (self._long, self._short) if lease is not None}
+
+    # --- candidacy and status ----------------------------------------------------------------------------------
+
+    async def enter(self, location: str, rank: CandidateClass) -> bool:
+        """Stand for leader of `location`. Standing elsewhere or as another class is given up first."""
+        now = self._candidacy
+        if now is None or (now.location, now.rank) != (location, rank):
+            since = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+            self._candidacy = Candidacy(location, rank, since)
+        return await self._now()
+
+    async def leave(self) -> bool:
+        """Stand no more."""
+        self._candidacy = None
+        return await self._now()
+
+    async def put_status(self, status: StatusRecord) -> bool:
+        """Report; written only if it differs from what stands there."""
+        self._status, self._status_given = status, True
+        return await self._now()
+
+    async def record_leader(self, location: str) -> bool:
+        """Leave this host's name at `/kilo/leaders/<location>`; not remembered if etcd is away."""
+        key = self._keys.leader(location)
+
+        async def put() -> None:
+            await self._client.txn(
+                [Compare(key, Target.VALUE, Is.EQUAL, self._name.encode())], [], [Put(key, self._name)]
+            )
+
+        return await self._try(put)
+
+    async def _now(self) -> bool:
+        async def sync() -> None:
+            async with self._lock:
+                await self._sync()
+
+        done = await self._try(sync)
+        if not done:
+            self._wake.set()
+        return done
+
+    async def _try(self, act: Callable[[], Awaitable[None]]) -> bool:
+        try:
+            await act()
+        except (EtcdError, NameTaken) as error:
+            if str(error) != self.last_error:
+                self._log.warning("etcd could not be told", error=str(error))
+            self.last_error = str(error)
+            return False
+        self.last_error = None
+        return True
+
+    async def _sync(self) -> None:
+        """Make etcd say what is wanted. Called under the lock. EtcdError, NameTaken."""
+        while True:
+            try:
+                if self._record is not None and self._long is not None and self._long.id in self._doubted:
+                    self._record_kv = None
+                if self._record is not None and self._record_kv is None:
+                    if self._subnets:
+                        await claims.claim_addresses(self._client, self._keys, self._name, self._subnets)
+                    await self._register(trio.current_time())
+                    self._on_event("registered again")
+                await self._sync_short()
+                return
+            except _RecordChanged:
+                self._record_kv = None
+            except LeaseNotFound:
+                self._forget_leases()
+
+    async def _sync_short(self) -> None:
+        wanted: dict[str, bytes] = {}
+        if self._status is not None:
+            wanted[self._status_key] = encode(self._status)
+        if (standing := self._candidacy) is not None:
+            key = self._keys.election(standing.location, self._name)
+            wanted[key] = encode(CandidateRecord(rank=standing.rank, since=standing.since))
+        if not wanted and not self._held:
+            return
+        short = await self._hold_short(None)
+        # A candidacy that changes is entered anew, at the end of the queue: it must go before it comes again.
+        gone = [
+            key for key, value in self._held.items() if wanted.get(key) != value and not (
+                key == self._status_key and key in wanted
+            )
+        ]  # fmt: skip
+        if gone:
+            await self._write([Delete(key) for key in gone])
+            for key in gone:
+                self._held.pop(key, None)
+        new = {key: value for key, value in wanted.items() if self._held.get(key) != value}
+        if new:
+            await self._write([Put(key, value, lease=short.id) for key, value in new.items()])
+            self._held.update(new)
+
+    async def _write(self, ops: list[Op]) -> None:
+        compare = (
+            []
+            if self._record_kv is None
+            else [Compare(self._node_key, Target.MOD, Is.EQUAL, self._record_kv.mod_revision)]
+        )
+        if not (await self._client.txn(compare, ops)).succeeded:
+            raise _RecordChanged
+
+    # --- the end -----------------------------------------------------------------------------------------------
+
+    async def resign(self) -> None:
+        """Give candidacy and status up and end the short lease; the registration stays. EtcdError."""
+        async with self._lock:
+            self._candidacy, self._status = None, None
+            lease, self._short, self._held = self._short, None, {}
+            self._lease_news()
+            if lease is not None:
+                self._doubted.discard(lease.id)
+                with suppress(LeaseNotFound):
+                    await self._client.revoke_lease(lease.id)
+
+    async def close(self) -> None:
+        """The same as `resign`: a stopped host stays a member."""
+        await self.resign()
+
+    async def forget(self) -> None:
+        """Leave the mesh: every key of this host goes, address claims too. The operator's labels stay. EtcdError."""
+        await self.resign()
+        async with self._lock:
+            self._record = None
+            self._subnets = ()
+            lease, self._long, self._record_kv = self._long, None, None
+            self._lease_news()
+            for root in (self._keys.leaders_root, self._keys.addresses_root):
+                for kv in (await self._client.get_prefix(root)).kvs:
+                    if kv.value == self._name.encode():
+                        await self._client.txn([unchanged(kv)], [Delete(kv.key)])
+            node_kv = await self._client.get(self._node_key)
+            if node_kv is not None and _public_key_of(node_kv) == self._public_key:
+                await self._client.txn([unchanged(node_kv)], [Delete(self._node_key)])
+            if lease is not None:
+                self._doubted.discard(lease.id)
+                with suppress(LeaseNotFound):
+                    await self._client.revoke_lease(lease.id)
+
+    # --- the tasks ---------------------------------------------------------------------------------------------
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Keep the leases and what stands under them, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._keep, False)
+            nursery.start_soon(self._keep, True)
+            nursery.start_soon(self._mind_record)
+            nursery.start_soon(self._repair)
+            task_status.started()
+
+    async def _keep(self, long: bool) -> None:
+        while True:
+            changed = self._leases_changed
+            lease = self._long if long else self._short
+            if lease is None or lease.id in self._doubted:
+                await changed.wait()
+                continue
+            interval = min(lease.ttl / 3, LONG_INTERVAL)
+            try:
+                async with self._client.keep_alive(lease.id, lease.ttl, interval=interval) as kept:
+                    while not kept.lost.is_set() and lease is (self._long if long else self._short):
+                        await _either(kept.lost, self._leases_changed)
+                    lost = kept.lost.is_set()
+            except EtcdError as error:
+                self._log.warning("a lease cannot be kept", error=str(error))
+                lost = True
+            if lost and lease is (self._long if long else self._short):
+                self._doubted.add(lease.id)
+                self._wake.set()
+
+    async def _repair(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake = trio.Event()
+            delay = RETRY_FIRST
+            while not await self._now():
+                await trio.sleep(delay * self._rng.uniform(0.5, 1.5))
+                delay = min(delay * 2, RETRY_MOST)
+
+    async def _mind_record(self) -> None:
+        """See to it that the registration is not taken away unnoticed."""
+        delay = RETRY_FIRST
+        while True:
+            await self._registered.wait()
+            known = self._record_kv
+            if known is None:
+                await trio.sleep(delay)
+                continue
+            try:
+                async with self._client.watch(self._node_key, start_revision=known.mod_revision + 1) as watch:
+                    async for batch in watch:
+                        delay = RETRY_FIRST
+                        for event in batch.events:
+                            await self._record_event(event.type, event.kv)
+            except EtcdError:
+                # Whatever happened meanwhile is seen by looking again.
+                self._record_kv = None
+                self._wake.set()
+            await trio.sleep(delay * self._rng.uniform(0.5, 1.5))
+            delay = min(delay * 2, RETRY_MOST)
+
+    async def _record_event(self, kind: EventType, kv: KeyValue) -> None:
+        async with self._lock:
+            known = self._record_kv
+            if self._record is None or known is None or kv.mod_revision <= known.mod_revision:
+                return
+            if kind is EventType.PUT and kv.value == known.value and kv.lease == known.lease:
+                self._record_kv = kv
+                return
+            self._record_kv = None
+        self._log.warning("the record of this host was changed by another; putting it back")
+        self._wake.set()
+
+
+async def _either(*events: trio.Event) -> None:
+    async with trio.open_nursery() as nursery:
+
+        async def wait(event: trio.Event) -> None:
+            await event.wait()
+            nursery.cancel_scope.cancel()
+
+        for event in events:
+            nursery.start_soon(wait, event)
+
+
+def _one(answer: TxnResult, index: int) -> KeyValue | None:
+    found = answer.responses[index]
+    assert isinstance(found, RangeResult)
+    return found.kvs[0] if found.kvs else None
+
+
+def _public_key_of(kv: KeyValue) -> str | None:
+    try:
+        return decode_node(kv.value).public_key
+    except RecordError:
+        return None
+
+
+def _status_key_of(kv: KeyValue) -> str | None:
+    try:
+        return decode_status(kv.value).public_key
+    except RecordError:
+        return None
+
+
+def _where(record: NodeRecord) -> str:
+    if record.endpoint is not None:
+        return str(record.endpoint)
+    return ", ".join(str(interface.ip) for interface in record.internal_ips)

@@ -1,0 +1,401 @@
+"""From key-values to the `Snapshot`: pure, and one change at a time.
+
+A `View` holds what etcd holds under the prefix and keeps the joined values up to date: labels and annotations are
+applied to their nodes, address claims are joined in, contradicting records are found. A change costs what it
+touches (the node it concerns, plus one copy of the node table), and a node that a change does not concern is the same
+object in the next snapshot.
+
+The invariant (DESIGN section 1): a snapshot depends only on what etcd holds at its revision, not on how the view got
+there; agents at one revision agree. From it follows what happens to a record that was good and turns bad: it is left
+out, although the last good version is at hand, because an agent that started later never saw that version and
+would disagree. The mesh's granularity and subnets are the exception: there the alternative to the last good value
+is a default that would tear the whole mesh down, so the last good one is kept, and an agent that starts later looks
+it up in etcd's history (`store.history`). The same holds when one of the two is deleted.
+
+What is not in force is named, one by one, in `Snapshot.set_aside`:
+
+* records that cannot be read, and keys under the prefix that are none of ours;
+* unknown fields: the whole record for a peer, the field alone for what agents write (decision 0002);
+* two owners (nodes or peers) of one public key: neither is in force;
+* overlapping networks behind two nodes: the older registration keeps its own, the later loses that network only;
+* annotations with bad values: the node is as it would be without them;
+* address claims outside the mesh's subnets.
+
+A node that has claimed no address yet is joining: it is left out without a word. The annotations `subnets` and
+`force-*` replace what the node's record says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+from kilo_etcd.etcd.api import Event, EventType, Header, KeyValue
+from kilo_etcd.model import (
+    Candidate,
+    Endpoint,
+    Granularity,
+    IPAddress,
+    IPNetwork,
+    Node,
+    Peer,
+    SetAside,
+    Snapshot,
+)
+from kilo_etcd.store import keys as k
+from kilo_etcd.store.effective import ANNOTATIONS, Registered, join, lowest_per_family
+from kilo_etcd.store.joins import KeyIndex, NetworkIndex, Owner, describe
+from kilo_etcd.store.records import (
+    CandidateRecord,
+    NodeRecord,
+    RecordError,
+    decode_granularity,
+    decode_label,
+    decode_peer,
+    decode_subnets,
+    decode_text,
+    read,
+)
+
+V = TypeVar("V")
+
+
+class View:
+    """What etcd holds under the prefix of `keys`, joined. `granularity` and `subnets` are what is in force for as long
+    as etcd's own values cannot be read."""
+
+    def __init__(
+        self, keys: k.Keys, *, granularity: Granularity | None = None, subnets: tuple[IPNetwork, ...] | None = None
+    ) -> None:
+        self._keys = keys
+        self._kvs: dict[bytes, KeyValue] = {}
+        self.revision = 0
+        self.header = Header()
+        self.granularity = granularity
+        self.subnets = subnets
+        # What each key says, by name.
+        self._registered: dict[str, Registered] = {}
+        self._labels: dict[str, str] = {}
+        self._annotations: dict[str, dict[str, str]] = {}
+        self._claims: dict[str, set[IPAddress]] = {}
+        self._claimant: dict[IPAddress, str] = {}
+        self._peer_records: dict[str, Peer] = {}
+        self._elections: dict[str, dict[str, Candidate]] = {}
+        self._leaders: dict[str, str] = {}
+        self._key_index = KeyIndex()
+        self._network_index = NetworkIndex()
+        self._aside: dict[object, tuple[SetAside, ...]] = {}  # raw key, or owner for what a join found
+        # What has changed since the last snapshot.
+        self._dirty: set[Owner] = set()
+        self._dirty_elections: set[str] = set()
+        self._dirty_leaders = False
+        self._dirty_aside = False
+        # What the last snapshot gave out: replaced, never changed.
+        self._nodes: Mapping[str, Node] = {}
+        self._peers: Mapping[str, Peer] = {}
+        self._candidates: Mapping[str, tuple[Candidate, ...]] = {}
+        self._leaders_given: Mapping[str, str] = {}
+        self._set_aside: tuple[SetAside, ...] = ()
+
+    # --- taking in ---------------------------------------------------------------------------------------------
+
+    def load(self, kvs: Iterable[KeyValue], header: Header) -> bool:
+        """The view becomes the listing. Returns whether anything differed; if nothing did, the revision stays too."""
+        listed = {kv.key: kv for kv in kvs}
+        changed = self.revision == 0 or header.revision < self.revision or header.cluster_id != self.header.cluster_id
+        for key in self._kvs.keys() - listed.keys():
+            self._delete(key)
+            changed = True
+        for key, kv in listed.items():
+            if self._kvs.get(key) != kv:
+                self._put(kv)
+                changed = True
+        if changed:
+            self.revision = header.revision
+        self.header = header
+        return changed
+
+    def apply(self, events: Iterable[Event], header: Header) -> bool:
+        """Take in events in revision order, skipping those that the view has seen. Returns whether any was news."""
+        seen, newest = self.revision, self.revision
+        for event in events:
+            if event.kv.mod_revision <= seen:
+                continue
+            newest = max(newest, event.kv.mod_revision)
+            if event.type is EventType.PUT:
+                self._put(event.kv)
+            else:
+                self._delete(event.kv.key)
+        self.revision = newest
+        self.header = header
+        return newest != seen
+
+    def kv(self, key: str | bytes) -> KeyValue | None:
+        """The raw key-value, readable or not."""
+        return self._kvs.get(key.encode() if isinstance(key, str) else key)
+
+    def kvs(self, prefix: str) -> tuple[KeyValue, ...]:
+        """The raw key-values under a prefix, sorted by key."""
+        raw = prefix.encode()
+        return tuple(self._kvs[key] for key in sorted(key for key in self._kvs if key.startswith(raw)))
+
+    # --- giving out --------------------------------------------------------------------------------------------
+
+    def snapshot(self) -> Snapshot:
+        """What is in force at `revision`."""
+        self._join_all()
+        return Snapshot(
+            revision=self.revision,
+            cluster_id=self.header.cluster_id,
+            raft_term=self.header.raft_term,
+            granularity=self.granularity or Granularity.LOCATION,
+            subnets=self.subnets or (),
+            nodes=self._nodes,
+            peers=self._peers,
+            candidates=self._candidates,
+            leaders=self._leaders_given,
+            set_aside=self._set_aside,
+        )
+
+    def _join_all(self) -> None:
+        # Joining a node may dirty others (a network lost or won), so go on until nothing is left.
+        nodes, peers = dict(self._nodes), dict(self._peers)
+        nodes_changed = peers_changed = False
+        while self._dirty:
+            owner = self._dirty.pop()
+            kind, name = owner
+            if kind == "node":
+                nodes_changed |= _replace(nodes, name, self._join_node(name))
+            else:
+                peers_changed |= _replace(peers, name, self._join_peer(name))
+        if nodes_changed:
+            self._nodes = nodes
+        if peers_changed:
+            self._peers = peers
+        if self._dirty_elections:
+            candidates = dict(self._candidates)
+            for location in self._dirty_elections:
+                standing = self._elections.get(location)
+                _replace(candidates, location, tuple(standing[node] for node in sorted(standing)) if standing else None)
+            self._candidates = candidates
+            self._dirty_elections.clear()
+        if self._dirty_leaders:
+            self._leaders_given = dict(self._leaders)
+            self._dirty_leaders = False
+        if self._dirty_aside:
+            self._set_aside = tuple(
+                sorted((note for notes in self._aside.values() for note in notes), key=lambda n: (n.key, n.reason))
+            )
+            self._dirty_aside = False
+
+    def _join_node(self, name: str) -> Node | None:
+        owner: Owner = ("node", name)
+        registered = self._registered.get(name)
+        if registered is None:
+            self._dirty |= {("node", other) for other in self._network_index.claim(name, (), (0, name))}
+            self._note(owner, ())
+            return None
+        key = self._keys.node(name)
+        said, wrong = registered.annotated(self._annotations.get(name, {}))
+        notes = [SetAside(self._keys.annotation(name, annotation), text) for annotation, text in wrong.items()]
+        others = self._network_index.claim(name, said.subnets, (registered.create_revision, name))
+        self._dirty |= {("node", other) for other in others}
+        lost = self._network_index.lost(name)
+        notes.extend(
+            SetAside(key, f"subnet {network} overlaps {theirs} of node {winner}, which registered earlier")
+            for network, (winner, theirs) in lost.items()
+        )
+        rivals = self._key_index.rivals(owner)
+        if rivals:
+            notes.append(SetAside(key, f"its public key is also that of {describe(rivals)}; none of them is in force"))
+        self._note(owner, notes)
+        addresses = lowest_per_family(self._claims.get(name, ()), self.subnets or ())
+        if rivals or not addresses:
+            return None
+        subnets = tuple(network for network in said.subnets if network not in lost)
+        return join(name, registered, said, label=self._labels.get(name), addresses=addresses, subnets=subnets)
+
+    def _join_peer(self, name: str) -> Peer | None:
+        owner: Owner = ("peer", name)
+        rivals = self._key_index.rivals(owner)
+        text = f"its public key is also that of {describe(rivals)}; none of them is in force"
+        self._note(owner, [SetAside(self._keys.peer(name), text)] if rivals else ())
+        return None if rivals else self._peer_records.get(name)
+
+    # --- one key at a time -------------------------------------------------------------------------------------
+
+    def _put(self, kv: KeyValue) -> None:
+        self._kvs[kv.key] = kv
+        self._read(kv.key, kv)
+
+    def _delete(self, key: bytes) -> None:
+        if self._kvs.pop(key, None) is not None:
+            self._read(key, None)
+
+    def _note(self, source: object, notes: Iterable[SetAside]) -> None:
+        found = tuple(notes)
+        if self._aside.get(source, ()) != found:
+            self._dirty_aside = True
+            if found:
+                self._aside[source] = found
+            else:
+                del self._aside[source]
+
+    def _read(self, key: bytes, kv: KeyValue | None) -> None:
+        parsed = self._keys.parse(key)
+        notes: list[str] = []
+        if parsed is None:
+            if kv is not None:
+                notes.append(self._keys.hint(key))
+        else:
+            try:
+                notes.extend(self._take(parsed, kv))
+            except RecordError as error:
+                self._take(parsed, None)
+                notes = [str(error)]
+        self._note(key, (SetAside(k.key_text(key), note) for note in notes))
+
+    def _take(self, parsed: k.ParsedKey, kv: KeyValue | None) -> Iterable[str]:
+        """One key's value into its table (None: out of it). RecordError before anything has changed."""
+        value = None if kv is None else kv.value
+        match parsed:
+            case k.NodeKey(node):
+                return self._take_node(node, kv)
+            case k.PeerKey(name):
+                self._take_peer(name, value)
+            case k.LocationKey(node):
+                _replace(self._labels, node, None if value is None else decode_label(value))
+                self._dirty.add(("node", node))
+            case k.AnnotationKey(node, name):
+                return self._take_annotation(node, name, value)
+            case k.AddressKey(address):
+                self._take_claim(address, value)
+                return self._outside(address)
+            case k.ElectionKey(location, node):
+                return self._take_candidate(location, node, kv)
+            case k.LeaderKey(location):
+                _replace(self._leaders, location, None if value is None else decode_text(value))
+                self._dirty_leaders = True
+            case k.EndpointKey() if value is not None:
+                _check_endpoint(value)
+            case k.GranularityKey():
+                return self._take_granularity(value)
+            case k.SubnetsKey():
+                return self._take_subnets(value)
+        return ()
+
+    def _take_node(self, node: str, kv: KeyValue | None) -> Iterable[str]:
+        if kv is None:
+            self._registered.pop(node, None)
+            unknown: tuple[str, ...] = ()
+            key = None
+        else:
+            found = read(NodeRecord, kv.value)
+            self._registered[node] = Registered(found.record, kv.create_revision)
+            unknown, key = found.unknown, found.record.public_key
+        self._dirty |= {("node", node)} | self._key_index.claim(("node", node), key)
+        return [_unknown(name) for name in unknown]
+
+    def _take_peer(self, name: str, value: bytes | None) -> None:
+        record = None if value is None else decode_peer(value)
+        _replace(
+            self._peer_records,
+            name,
+            None
+            if record is None
+            else Peer(
+                name=name,
+                public_key=record.public_key,
+                allowed_ips=record.allowed_ips,
+                endpoint=record.endpoint,
+                persistent_keepalive=record.persistent_keepalive,
+                preshared_key=record.preshared_key,
+            ),
+        )
+        self._dirty |= {("peer", name)} | self._key_index.claim(("peer", name), record.public_key if record else None)
+
+    def _take_annotation(self, node: str, name: str, value: bytes | None) -> Iterable[str]:
+        if name not in ANNOTATIONS:
+            return (
+                [f"no such annotation is known; there are {', '.join(sorted(ANNOTATIONS))}"]
+                if value is not None
+                else []
+            )
+        text = None if value is None else decode_text(value)
+        annotations = dict(self._annotations.get(node, {}))
+        _replace(annotations, name, text)
+        _replace(self._annotations, node, annotations or None)
+        self._dirty.add(("node", node))
+        return ()
+
+    def _take_claim(self, address: IPAddress, value: bytes | None) -> None:
+        node = None if value is None else decode_text(value)
+        before = self._claimant.pop(address, None)
+        if before is not None:
+            self._claims[before].discard(address)
+            if not self._claims[before]:
+                del self._claims[before]
+            self._dirty.add(("node", before))
+        if node is not None:
+            self._claimant[address] = node
+            self._claims.setdefault(node, set()).add(address)
+            self._dirty.add(("node", node))
+
+    def _outside(self, address: IPAddress) -> list[str]:
+        if address not in self._claimant or not self.subnets or any(address in subnet for subnet in self.subnets):
+            return []
+        return [f"the address is not within the mesh's subnets ({', '.join(map(str, self.subnets))})"]
+
+    def _take_candidate(self, location: str, node: str, kv: KeyValue | None) -> Iterable[str]:
+        found = None if kv is None else read(CandidateRecord, kv.value)
+        candidates = dict(self._elections.get(location, {}))
+        if found is None or kv is None:
+            candidates.pop(node, None)
+        else:
+            candidates[node] = Candidate(
+                node=node, rank=found.record.rank, create_revision=kv.create_revision, since=found.record.since
+            )
+        _replace(self._elections, location, candidates or None)
+        self._dirty_elections.add(location)
+        return [_unknown(name) for name in found.unknown] if found else []
+
+    def _take_granularity(self, value: bytes | None) -> Iterable[str]:
+        if value is None:
+            return [] if self.granularity is None else [f"the value is missing; {self.granularity} stays in force"]
+        self.granularity = decode_granularity(value)
+        return ()
+
+    def _take_subnets(self, value: bytes | None) -> Iterable[str]:
+        if value is None:
+            return [] if not self.subnets else ["the value is missing; the subnets known before stay in force"]
+        subnets = decode_subnets(value)
+        if subnets != self.subnets:
+            self.subnets = subnets
+            for address, node in self._claimant.items():
+                self._dirty.add(("node", node))
+                key = self._keys.address(address)
+                self._note(key.encode(), (SetAside(key, note) for note in self._outside(address)))
+        return ()
+
+
+def _replace(table: dict[str, V], name: str, value: V | None) -> bool:
+    """Set, or take out on None; whether that changed anything. An equal value keeps the object that is there."""
+    if value is None:
+        return table.pop(name, None) is not None
+    if name in table and table[name] == value:
+        return False
+    table[name] = value
+    return True
+
+
+def _unknown(name: str) -> str:
+    return f"{name}: no such field is known; the rest of the record is in force"
+
+
+def _check_endpoint(value: bytes) -> None:
+    try:
+        Endpoint.parse(decode_text(value))
+    except RecordError:
+        raise
+    except ValueError as error:
+        raise RecordError(str(error)) from None
