@@ -1,0 +1,290 @@
+"""Real etcd processes for tests: one member or several, on free loopback ports, in a directory that goes with them.
+
+    async with EtcdServer.run() as server, open_client(server.config()) as etcd: ...
+    async with EtcdCluster.run(3) as cluster: cluster.members[0].freeze()
+
+It promises that the servers it gives are healthy and its own (not something else on the port), and that its processes
+end with the block, also when this process is killed. A server that does not come up is an error with the end of its log.
+Needs etcd and, for `etcdctl` and `enable_auth`, etcdctl.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import trio
+from attrs import define, evolve, field, frozen
+
+from kilo_etcd.etcd import Config, EtcdError, Tls, open_client
+
+from .certificates import Authority
+
+START_TIMEOUT = 20.0
+"""Seconds until a server must be healthy; generous, for machines that do ten things at once."""
+ROOT_PASSWORD = "root-secret"
+
+
+class EtcdFailed(Exception):
+    """etcd could not be started; the message has the end of its log."""
+
+
+@frozen(kw_only=True)
+class Options:
+    """How the servers are run."""
+
+    tls: bool = False
+    """Serve clients over TLS, with a certificate for 127.0.0.1 and localhost from `EtcdServer.authority`."""
+    client_cert: bool = False
+    """Ask clients for a certificate of the same authority (implies `tls`)."""
+    token_ttl: int | None = None
+    """Seconds that an auth token lives."""
+    arguments: tuple[str, ...] = ()
+    """More arguments for etcd."""
+
+
+@define(eq=False, kw_only=True)
+class EtcdServer:
+    """One member. Its ports and data stay the same over `kill` and `restart`."""
+
+    name: str
+    directory: Path
+    client_port: int
+    peer_port: int
+    cluster: str
+    token: str
+    options: Options
+    authority: Authority | None = None
+    user: str | None = None
+    password: str | None = field(default=None, repr=False)
+    process: trio.Process | None = None
+
+    @classmethod
+    @asynccontextmanager
+    async def run(cls, options: Options | None = None) -> AsyncIterator[EtcdServer]:
+        """One healthy server until the block ends."""
+        async with EtcdCluster.run(1, options) as cluster:
+            yield cluster.members[0]
+
+    @property
+    def endpoint(self) -> str:
+        return f"{'https' if self.authority else 'http'}://127.0.0.1:{self.client_port}"
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None, f"{self.name} is not running"
+        return self.process.pid
+
+    @property
+    def running(self) -> bool:
+        return self.process is not None and self.process.returncode is None
+
+    def config(self) -> Config:
+        """How a client with all rights reaches this member."""
+        tls = None
+        if self.authority:
+            client = self.authority.issue("client")
+            tls = Tls(ca=str(self.authority.ca), cert=str(client.cert), key=str(client.key))
+        return Config(endpoints=(self.endpoint,), tls=tls, user=self.user, password=self.password)
+
+    # -- what can be done to it ------------------------------------------------------------------------------------
+
+    async def start(self, *, initial: bool = False, wait: bool = True) -> None:
+        """Start the process; `wait` until it is healthy. Raises EtcdFailed."""
+        assert not self.running, f"{self.name} runs already"
+        command = [shutil.which("etcd") or "etcd", *self._arguments(initial)]
+        if setpriv := shutil.which("setpriv"):
+            command = [setpriv, "--pdeathsig", "KILL", *command]
+        with self._log.open("ab") as log:
+            environment = {key: value for key, value in os.environ.items() if not key.startswith("ETCD")}
+            self.process = await trio.lowlevel.open_process(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment
+            )
+        if wait:
+            await self.healthy()
+
+    async def restart(self, *, wait: bool = True) -> None:
+        """Start again on the same ports and data, after stopping it where it runs."""
+        await self.stop()
+        await self.start(wait=wait)
+
+    async def stop(self) -> None:
+        """SIGTERM, and SIGKILL if that is not enough."""
+        if self.process is not None and self.running:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.terminate()
+            with trio.move_on_after(5):
+                await self.process.wait()
+        await self.kill()
+
+    async def kill(self) -> None:
+        """SIGKILL, and wait for the end."""
+        if self.process is not None:
+            with trio.CancelScope(shield=True):
+                self.process.kill()
+                await self.process.wait()
+
+    def freeze(self) -> None:
+        """SIGSTOP: its kernel still takes connections, the process answers nothing."""
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        os.kill(self.pid, signal.SIGCONT)
+
+    async def healthy(self) -> None:
+        """Wait until this very process answers and has a leader. Raises EtcdFailed."""
+        last: object = "it did not answer"
+        async with open_client(evolve(self.config(), user=None, password=None)) as client:
+            with trio.move_on_after(START_TIMEOUT):
+                while self.running:
+                    try:
+                        status = await client.status(self.endpoint)
+                        if status.leader:
+                            own = [m.name for m in await client.members() if m.id == status.header.member_id]
+                            if own == [self.name]:
+                                return
+                            last = f"another etcd ({own}) answers at {self.endpoint}"
+                    except EtcdError as error:
+                        last = error
+                    await trio.sleep(0.02)
+                last = "it exited"
+        raise EtcdFailed(f"etcd {self.name} at {self.endpoint} is not healthy: {last}\n{self.log()}")
+
+    def log(self, lines: int = 15) -> str:
+        """The end of its log."""
+        return "\n".join(self._log.read_text(errors="replace").splitlines()[-lines:])
+
+    async def etcdctl(self, *arguments: str) -> str:
+        """Run the real etcdctl against this member with all rights; its output. Raises CalledProcessError."""
+        config = self.config()
+        environment = {
+            **{key: value for key, value in os.environ.items() if not key.startswith("ETCD")},
+            "ETCDCTL_API": "3",
+            "ETCDCTL_ENDPOINTS": self.endpoint,
+        }
+        if config.tls:
+            environment |= {"ETCDCTL_CACERT": config.tls.ca or "", "ETCDCTL_CERT": config.tls.cert or ""}
+            environment |= {"ETCDCTL_KEY": config.tls.key or ""}
+        if config.user:
+            environment["ETCDCTL_USER"] = f"{config.user}:{config.password}"
+        done = await trio.run_process(
+            ["etcdctl", *arguments], env=environment, capture_stdout=True, capture_stderr=True
+        )
+        return done.stdout.decode()
+
+    async def enable_auth(self, users: Mapping[str, tuple[str, Sequence[str]]] | None = None) -> None:
+        """Turn authentication on, with root and `users`: name -> (password, prefixes it may read and write)."""
+        await self.etcdctl("user", "add", f"root:{ROOT_PASSWORD}")
+        await self.etcdctl("user", "grant-role", "root", "root")
+        for name, (password, prefixes) in (users or {}).items():
+            await self.etcdctl("user", "add", f"{name}:{password}")
+            await self.etcdctl("role", "add", name)
+            for prefix in prefixes:
+                await self.etcdctl("role", "grant-permission", name, "--prefix=true", "readwrite", prefix)
+            await self.etcdctl("user", "grant-role", name, name)
+        await self.etcdctl("auth", "enable")
+        self.user, self.password = "root", ROOT_PASSWORD
+
+    # -- details ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _log(self) -> Path:
+        return self.directory / f"{self.name}.log"
+
+    def _arguments(self, initial: bool) -> list[str]:
+        options, peer = self.options, f"http://127.0.0.1:{self.peer_port}"
+        arguments = ["--name", self.name, "--data-dir", str(self.directory / self.name)]
+        arguments += ["--listen-client-urls", self.endpoint, "--advertise-client-urls", self.endpoint]
+        arguments += ["--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer]
+        arguments += ["--initial-cluster", self.cluster, "--initial-cluster-token", self.token]
+        arguments += ["--initial-cluster-state", "new" if initial else "existing"]
+        if self.authority:
+            server = self.authority.issue(f"server-{self.name}", ("127.0.0.1", "localhost"))
+            arguments += ["--cert-file", str(server.cert), "--key-file", str(server.key)]
+            if options.client_cert:
+                arguments += ["--client-cert-auth", "--trusted-ca-file", str(self.authority.ca)]
+        if options.token_ttl is not None:
+            arguments += ["--auth-token-ttl", str(options.token_ttl)]
+        return [*arguments, *options.arguments]
+
+
+@define(eq=False)
+class EtcdCluster:
+    members: list[EtcdServer]
+
+    @classmethod
+    @asynccontextmanager
+    async def run(cls, size: int = 3, options: Options | None = None) -> AsyncIterator[EtcdCluster]:
+        """A healthy cluster of `size` members until the block ends. Raises EtcdFailed."""
+        if shutil.which("etcd") is None:
+            raise EtcdFailed("etcd is not installed: apt-get install etcd-server")
+        async with AsyncExitStack() as stack:
+            directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="etcd-test-")))
+            # A free port may be taken before etcd binds it: then once more with others.
+            for attempt in range(3):
+                cluster = cls(_members(size, directory / str(attempt), options or Options()))
+                stack.push_async_callback(cluster._end)
+                try:
+                    await cluster._begin()
+                    break
+                except EtcdFailed as error:
+                    await cluster._end()
+                    if attempt == 2 or "address already in use" not in str(error):
+                        raise
+            yield cluster
+
+    def config(self) -> Config:
+        """How a client with all rights reaches all members."""
+        return evolve(self.members[0].config(), endpoints=tuple(member.endpoint for member in self.members))
+
+    def member_at(self, endpoint: str) -> EtcdServer:
+        return next(member for member in self.members if member.endpoint == endpoint)
+
+    async def _begin(self) -> None:
+        for member in self.members:
+            await member.start(initial=True, wait=False)
+        for member in self.members:
+            await member.healthy()
+
+    async def _end(self) -> None:
+        for member in self.members:
+            await member.kill()
+
+
+def _members(size: int, directory: Path, options: Options) -> list[EtcdServer]:
+    directory.mkdir()
+    ports = _free_ports(2 * size)
+    token = secrets.token_hex(4)
+    names = [f"member-{place}-{token}" for place in range(size)]
+    cluster = ",".join(f"{name}=http://127.0.0.1:{port}" for name, port in zip(names, ports[size:], strict=True))
+    authority = Authority(directory / "pki") if options.tls or options.client_cert else None
+    return [
+        EtcdServer(
+            name=name,
+            directory=directory,
+            client_port=client_port,
+            peer_port=peer_port,
+            cluster=cluster,
+            token=token,
+            options=options,
+            authority=authority,
+        )
+        for name, client_port, peer_port in zip(names, ports[:size], ports[size:], strict=True)
+    ]
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    try:
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
