@@ -1,0 +1,47 @@
+"""Programs Linux: `plan - observed = changes` (DESIGN section 6). The public names are these; modules are private."""
+
+from kilo_etcd.kernel.api import Kernel
+from kilo_etcd.kernel.diff import diff
+from kilo_etcd.kernel.errors import KernelError
+from kilo_etcd.kernel.linux import cleanup, list_addresses, open_kernel
+from kilo_etcd.kernel.state import (
+    ROUTE_PROTOCOL,
+    AddressScope,
+    ApplyReport,
+    Change,
+    DefaultRoute,
+    Failure,
+    HostAddress,
+    HostAddresses,
+    Link,
+    Memory,
+    Observed,
+    ObservedPeer,
+    Route,
+    Setup,
+    Target,
+)
+
+__all__ = [
+    "ROUTE_PROTOCOL",
+    "AddressScope",
+    "ApplyReport",
+    "Change",
+    "DefaultRoute",
+    "Failure",
+    "HostAddress",
+    "HostAddresses",
+    "Kernel",
+    "KernelError",
+    "Link",
+    "Memory",
+    "Observed",
+    "ObservedPeer",
+    "Route",
+    "Setup",
+    "Target",
+    "cleanup",
+    "diff",
+    "list_addresses",
+    "open_kernel",
+]

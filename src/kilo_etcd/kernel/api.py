@@ -1,0 +1,38 @@
+"""What the kernel layer offers: the seam at which `kilo_etcd.testing.fake_kernel` takes its place."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from kilo_etcd.kernel.state import ApplyReport, Backend, Change, Observed
+from kilo_etcd.topology.hostplan import HostPlan
+
+
+class Kernel(Protocol):
+    """One host's kernel. Calls may come from several tasks; they are made one after the other."""
+
+    @property
+    def backend(self) -> Backend:
+        """Where WireGuard runs."""
+
+    @property
+    def writes(self) -> int:
+        """How many messages that change something were sent so far (netlink, UAPI, sysctl)."""
+
+    async def apply(self, plan: HostPlan, *, fresh: bool = False) -> ApplyReport:
+        """Bring the host to `plan`. The same plan again writes nothing; `fresh` reads the host anew first.
+
+        KernelError if nothing can be programmed at all; what fails by itself is in the report.
+        """
+
+    async def preview(self, plan: HostPlan) -> tuple[Change, ...]:
+        """What `apply` would do, without doing it."""
+
+    async def observe(self) -> Observed:
+        """What is there now, read anew."""
+
+    async def wait_drift(self) -> str:
+        """Return, with a word on what happened, when somebody else has changed something of ours.
+
+        The caller then calls `apply` again. One task at a time may wait.
+        """

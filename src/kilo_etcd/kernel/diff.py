@@ -1,0 +1,301 @@
+"""`plan - observed = changes`: pure, and the only place that decides what is done to a kernel.
+
+The order of the changes is make before break:
+
+1. the device, its addresses and MTU, and the IPIP device, so that nothing later lacks what it needs;
+2. one run of WireGuard changes, which the kernel layer sends as one transaction: peers that come, and allowed IPs
+   that move to a peer (which takes them from the peer that had them, with no moment in between);
+3. forwarding and the device up, then routes: added, or replaced by one message each;
+4. what goes: routes, then peers, addresses and devices.
+
+Promised: equal plans give no change the second time; a route with another protocol than ours is never touched; an
+endpoint is never set back to what it was before the peer roamed; a peer changes alone, never with the whole list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from attrs import frozen
+
+from kilo_etcd.kernel.effect import apply_changes
+from kilo_etcd.kernel.errors import collision
+from kilo_etcd.kernel.state import (
+    ROUTE_PROTOCOL,
+    AddAddress,
+    AddRoute,
+    Change,
+    CreateLink,
+    DeleteAddress,
+    DeleteLink,
+    DeleteRoute,
+    Failure,
+    Link,
+    Memory,
+    Observed,
+    ObservedPeer,
+    RemovePeer,
+    ReplaceRoute,
+    Route,
+    SetDevice,
+    SetForwarding,
+    SetMtu,
+    SetPeer,
+    SetUp,
+    StartUserspace,
+    Target,
+)
+from kilo_etcd.model import Endpoint, IPNetwork
+from kilo_etcd.topology.hostplan import HostPlan, PeerPlan, RoutePlan, Via
+
+ROAMED_WITHIN = 180.0
+"""Seconds: WireGuard gives a session up after this long (REJECT_AFTER_TIME), so an endpoint in use is younger."""
+
+_NO_PEER = ObservedPeer(public_key="")
+
+
+@frozen
+class Difference:
+    """The changes to make, and what no change can bring about."""
+
+    changes: tuple[Change, ...]
+    failures: tuple[Failure, ...]
+
+
+def diff(plan: HostPlan, observed: Observed, memory: Memory, target: Target) -> tuple[Change, ...]:
+    """The changes that bring a host from `observed` to `plan`, in the order in which they are to be made."""
+    return difference(plan, observed, memory, target).changes
+
+
+def difference(plan: HostPlan, observed: Observed, memory: Memory, target: Target) -> Difference:
+    """As `diff`, with the reasons for what is left out."""
+    failures: list[Failure] = []
+    device, base = _device(observed, target)
+    routes, stale = _routes(plan, base, target, failures)
+    changes = (
+        *device,
+        *_addresses(plan, base, target),
+        *_ipip(plan, base, target),
+        *_wireguard(plan, base, memory, target),
+        *_up(plan, base, target),
+        *routes,
+        *stale,
+        *_removals(plan, base, target),
+    )
+    return Difference(changes, tuple(failures))
+
+
+def remember(plan: HostPlan, memory: Memory) -> Memory:
+    """What to remember once `plan` is applied. A plan without an endpoint keeps what was set before."""
+    endpoints: dict[str, Endpoint | None] = {}
+    for key, peer in plan.peers.items():
+        wanted = _address(peer)
+        endpoints[key] = memory.endpoints.get(key) if wanted is None else wanted
+    return Memory(endpoints=endpoints)
+
+
+def _device(observed: Observed, target: Target) -> tuple[list[Change], Observed]:
+    """The device itself, and what is there once it exists (a new device starts from nothing)."""
+    kind = "wireguard" if target.backend == "kernel" else "tun"
+    if observed.link is not None and observed.link.kind == kind:
+        return [], observed
+    changes: list[Change] = [] if observed.link is None else [DeleteLink(target.interface)]
+    changes.append(
+        CreateLink(target.interface, kind)
+        if target.backend == "kernel"
+        else StartUserspace(target.interface, target.userspace_command)
+    )
+    return changes, apply_changes(observed, changes, target.interface)
+
+
+def _addresses(plan: HostPlan, observed: Observed, target: Target) -> Iterator[Change]:
+    assert observed.link is not None
+    if observed.link.mtu != target.mtu:
+        yield SetMtu(target.interface, target.mtu)
+    for address in plan.addresses:
+        if address not in observed.addresses:
+            yield AddAddress(target.interface, address)
+
+
+def _ipip(plan: HostPlan, observed: Observed, target: Target) -> Iterator[Change]:
+    if not plan.ipip_remotes:
+        return
+    link = observed.ipip
+    if link is not None and (not observed.ipip_ours or observed.ipip_local != plan.ipip_local):
+        yield DeleteLink(target.ipip)
+        link = None
+    if link is None:
+        yield CreateLink(target.ipip, "ipip", plan.ipip_local)
+        link = Link(name=target.ipip)
+    if link.mtu != target.mtu:
+        yield SetMtu(target.ipip, target.mtu)
+    if not link.up:
+        yield SetUp(target.ipip)
+
+
+def _wireguard(plan: HostPlan, observed: Observed, memory: Memory, target: Target) -> Iterator[Change]:
+    key = target.private_key if observed.public_key != target.public_key else None
+    port = plan.listen_port if observed.listen_port != plan.listen_port else None
+    if key is not None or port is not None:
+        yield SetDevice(
+            name=target.interface,
+            listen_port=port,
+            private_key=key,
+            public_key="" if key is None else target.public_key,
+        )
+    gaining: list[SetPeer] = []
+    taken = {
+        network
+        for public_key, peer in plan.peers.items()
+        if peer.allowed_ips != (had := observed.peers.get(public_key, _NO_PEER)).allowed_ips
+        for network in set(peer.allowed_ips) - set(had.allowed_ips)
+    }
+    for public_key, peer in plan.peers.items():
+        change = _peer(peer, observed.peers.get(public_key), observed.time, memory, target, taken)
+        if change is None:
+            continue
+        if change.replace_allowed_ips and not change.new:
+            yield change
+        else:
+            gaining.append(change)
+    yield from gaining
+
+
+def _peer(
+    plan: PeerPlan, peer: ObservedPeer | None, now: float, memory: Memory, target: Target, taken: set[IPNetwork]
+) -> SetPeer | None:
+    """`taken`: networks that some peer gains in this transaction, so that who had them need not be told."""
+    if peer is None:
+        return SetPeer(
+            name=target.interface,
+            public_key=plan.public_key,
+            new=True,
+            endpoint=_address(plan),
+            persistent_keepalive=plan.persistent_keepalive or None,
+            preshared_key=plan.preshared_key or None,
+            allowed_ips=plan.allowed_ips,
+            replace_allowed_ips=True,
+        )
+    endpoint = _endpoint(plan, peer, now, memory)
+    keepalive = plan.persistent_keepalive if plan.persistent_keepalive != peer.persistent_keepalive else None
+    preshared = (plan.preshared_key or "") if (plan.preshared_key or None) != peer.preshared_key else None
+    allowed: tuple[IPNetwork, ...] = ()
+    replace = False
+    if plan.allowed_ips != peer.allowed_ips:
+        had, wanted = set(peer.allowed_ips), set(plan.allowed_ips)
+        replace = not (had - wanted) <= taken
+        allowed = plan.allowed_ips if replace else tuple(ip for ip in plan.allowed_ips if ip not in had)
+    if endpoint is None and keepalive is None and preshared is None and not allowed and not replace:
+        return None
+    return SetPeer(
+        name=target.interface,
+        public_key=plan.public_key,
+        endpoint=endpoint,
+        persistent_keepalive=keepalive,
+        preshared_key=preshared,
+        allowed_ips=allowed,
+        replace_allowed_ips=replace,
+    )
+
+
+def _address(peer: PeerPlan) -> Endpoint | None:
+    """The peer's endpoint, unless it is still a name."""
+    return None if peer.endpoint is None or peer.endpoint.address is None else peer.endpoint
+
+
+def _endpoint(plan: PeerPlan, peer: ObservedPeer, now: float, memory: Memory) -> Endpoint | None:
+    """The endpoint to set on a peer that exists, or None for the one that it has."""
+    wanted = _address(plan)
+    if wanted is None:
+        return None
+    if plan.public_key in memory.endpoints:
+        return wanted if memory.endpoints[plan.public_key] != wanted else None
+    # Adopted from a former run: what it set then is not known, but an endpoint in use may have been learnt.
+    if peer.endpoint == wanted or (peer.endpoint is not None and now - peer.last_handshake < ROAMED_WITHIN):
+        return None
+    return wanted
+
+
+def _up(plan: HostPlan, observed: Observed, target: Target) -> Iterator[Change]:
+    assert observed.link is not None
+    for family in sorted(plan.forwarding - observed.forwarding):
+        yield SetForwarding(family)
+    if not observed.link.up:
+        yield SetUp(target.interface)
+
+
+def route_for(plan: RoutePlan, target: Target) -> Route:
+    """The route that a plan's route asks for; an underlay route names no device: the kernel finds it."""
+    device = {Via.TUNNEL: target.interface, Via.UNDERLAY: "", Via.IPIP: target.ipip}[plan.way]
+    return Route(
+        destination=plan.destination,
+        gateway=None if plan.way is Via.TUNNEL else plan.gateway,
+        device=device,
+        source=plan.source,
+        onlink=plan.way is Via.IPIP,
+    )
+
+
+def fulfils(found: Route, wanted: Route, target: Target) -> bool:
+    """Whether a route found is the one wanted. Which device leads to a gateway on the underlay is the kernel's."""
+    if (found.gateway, found.source, found.protocol) != (wanted.gateway, wanted.source, ROUTE_PROTOCOL):
+        return False
+    if wanted.device:
+        return found.device == wanted.device
+    return found.device not in (target.interface, target.ipip)
+
+
+def _routes(
+    plan: HostPlan, observed: Observed, target: Target, failures: list[Failure]
+) -> tuple[list[Change], list[Change]]:
+    made: list[Change] = []
+    stale: list[Change] = [DeleteRoute(route) for route in observed.stray_routes]
+    kept: set[IPNetwork] = set()
+    for destination, planned in plan.routes.items():
+        if (text := _impossible(planned)) is not None:
+            failures.append(Failure(subject=str(destination), text=text))
+            continue
+        if destination in observed.foreign:
+            failures.append(Failure(subject=str(destination), text=collision(destination)))
+            continue
+        kept.add(destination)
+        wanted = route_for(planned, target)
+        found = observed.routes.get(destination)
+        if found is None:
+            made.append(AddRoute(wanted))
+        elif not fulfils(found, wanted, target):
+            made.append(ReplaceRoute(wanted))
+    stale.extend(DeleteRoute(route) for destination, route in observed.routes.items() if destination not in kept)
+    return made, stale
+
+
+def _impossible(route: RoutePlan) -> str | None:
+    if route.destination.prefixlen == 0:
+        return f"{route.destination} is a default route: the mesh never takes it; name the networks themselves"
+    if route.way is Via.TUNNEL:
+        return None
+    if route.gateway is None:
+        return f"the route to {route.destination} has no gateway, although it does not lead into the tunnel"
+    if route.destination.version == 6 and route.gateway.version == 4:
+        return (
+            f"{route.destination} cannot be reached via {route.gateway}: IPv6 needs an IPv6 gateway; "
+            "give the node an IPv6 internal IP, or use --encapsulate wireguard"
+        )
+    if route.way is Via.IPIP and (route.destination.version, route.gateway.version) != (4, 4):
+        return (
+            f"{route.destination} cannot be reached via {route.gateway} encapsulated: IPIP carries IPv4 over IPv4 "
+            "only; use --encapsulate never or --encapsulate wireguard"
+        )
+    return None
+
+
+def _removals(plan: HostPlan, observed: Observed, target: Target) -> Iterator[Change]:
+    for public_key in observed.peers:
+        if public_key not in plan.peers:
+            yield RemovePeer(target.interface, public_key)
+    wanted = set(plan.addresses)
+    for address in sorted(observed.addresses, key=str):
+        if address not in wanted:
+            yield DeleteAddress(target.interface, address)
+    if observed.ipip is not None and observed.ipip_ours and not plan.ipip_remotes:
+        yield DeleteLink(target.ipip)

@@ -1,0 +1,119 @@
+"""Which of the kernel's events mean that somebody changed what is ours. Pure: events are bytes, the answer is a word.
+
+The kernel reports our own changes too. They are told apart by comparing with the state that we believe in *after*
+our changes: a route that appears as we set it, or goes where we want none, is no news. So a steady host causes no
+reading, and at worst one reading too many is made.
+
+IPv4 routes vanish without a word when their device goes down or an address is removed, so those events count as well,
+where a route of ours leaves by that device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from kilo_etcd.kernel import rtnetlink
+from kilo_etcd.kernel.diff import fulfils
+from kilo_etcd.kernel.state import ROUTE_PROTOCOL, AddressScope, Link, Observed, Target
+from kilo_etcd.model import IPNetwork
+
+
+class Watch:
+    """What is believed of the host, and how events bear on it."""
+
+    def __init__(
+        self,
+        observed: Observed,
+        target: Target,
+        *,
+        links: Iterable[Link],
+        ways: dict[IPNetwork, int],
+        collisions: frozenset[IPNetwork] = frozenset(),
+        failing: bool = False,
+    ) -> None:
+        self.observed = observed
+        self.target = target
+        self.links = {link.index: link for link in links}
+        self.ways = ways
+        """Destination of a route of ours -> index of the device that it leaves by; brought up to date by events."""
+        self.collisions = collisions
+        self.failing = failing
+        """Something could not be set: then what may have been the obstacle is news too."""
+
+    def news(self, kind: int, body: bytes) -> str | None:
+        """What an event says that must be looked into, or None."""
+        if kind in (rtnetlink.NEWLINK, rtnetlink.DELLINK):
+            return self._link(kind, rtnetlink.read_link(body).link)
+        if kind in (rtnetlink.NEWADDR, rtnetlink.DELADDR):
+            return self._address(kind, body)
+        if kind in (rtnetlink.NEWROUTE, rtnetlink.DELROUTE):
+            return self._route(kind, body)
+        return None
+
+    def _own(self) -> list[Link]:
+        return [link for link in (self.observed.link, self.observed.ipip) if link is not None]
+
+    def _link(self, kind: int, link: Link) -> str | None:
+        if kind == rtnetlink.DELLINK:
+            self.links.pop(link.index, None)
+            if any(link.index == own.index for own in self._own()):
+                return f"link {link.name} was deleted"
+            return f"link {link.name} with routes of ours was deleted" if link.index in self.ways.values() else None
+        before = self.links.get(link.index)
+        self.links[link.index] = link
+        for own in self._own():
+            if link.index == own.index:
+                if link.name != own.name:
+                    return f"link {own.name} was renamed to {link.name}"
+                if own.up and not link.up:
+                    return f"link {own.name} was set down"
+                return f"the MTU of {own.name} was changed" if link.mtu != own.mtu else None
+            if link.name == own.name:
+                return f"another link is named {own.name}"
+        if before is not None and before.up and not link.up and link.index in self.ways.values():
+            return f"link {link.name} was set down"
+        if self.failing and link.up and (before is None or not before.up):
+            return f"link {link.name} came up"
+        return None
+
+    def _address(self, kind: int, body: bytes) -> str | None:
+        found = rtnetlink.read_address(body, self.links)
+        own = self.observed.link
+        if found is None or found.scope is AddressScope.LINK:
+            return None
+        if own is not None and found.index == own.index:
+            if kind == rtnetlink.DELADDR and found.address in self.observed.addresses:
+                return f"address {found.address} was removed from {own.name}"
+            if kind == rtnetlink.NEWADDR and found.address not in self.observed.addresses:
+                return f"address {found.address} was added to {own.name}"
+            return None
+        if kind == rtnetlink.DELADDR and found.index in self.ways.values():
+            return f"address {found.address} was removed from {found.interface}"
+        if kind == rtnetlink.NEWADDR and self.failing:
+            return f"address {found.address} was added to {found.interface}"
+        return None
+
+    def _route(self, kind: int, body: bytes) -> str | None:
+        found = rtnetlink.read_route(body)
+        if found is None or found.table != rtnetlink.MAIN_TABLE:
+            return None
+        destination = found.destination
+        expected = self.observed.routes.get(destination)
+        if found.protocol != ROUTE_PROTOCOL:
+            if kind == rtnetlink.NEWROUTE and expected is not None:
+                return f"somebody set a route to {destination}"
+            if kind == rtnetlink.DELROUTE and destination in self.collisions:
+                return f"the route to {destination} that was in the way is gone"
+            return None
+        link = self.links.get(found.index)
+        route = found.route({} if link is None else {found.index: link.name})
+        if kind == rtnetlink.NEWROUTE:
+            if expected is None:
+                return f"a route to {destination} with our protocol was added"
+            if not fulfils(route, expected, self.target):
+                return f"the route to {destination} was changed"
+            self.ways[destination] = found.index
+            return None
+        if expected is not None and fulfils(route, expected, self.target):
+            return f"the route to {destination} was removed"
+        return None

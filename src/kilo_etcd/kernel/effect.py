@@ -1,0 +1,190 @@
+"""What each change does to a host, without a host: `apply_changes(observed, changes)` is the state afterwards.
+
+The kernel layer uses it to know the state after its own writes without reading it again, the in-memory kernel
+(`kilo_etcd.testing.fake_kernel`) is made of it, and the property tests check the diff against it. It promises to
+do what Linux does with these messages, the implicit parts too: a device that goes takes its addresses and routes
+with it, and an allowed IP that is given to one peer is taken from the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from attrs import evolve
+
+from kilo_etcd.kernel.state import (
+    AddAddress,
+    AddRoute,
+    Change,
+    CreateLink,
+    DeleteAddress,
+    DeleteLink,
+    DeleteRoute,
+    Link,
+    Observed,
+    ObservedPeer,
+    RemovePeer,
+    ReplaceRoute,
+    Route,
+    SetDevice,
+    SetForwarding,
+    SetMtu,
+    SetPeer,
+    SetUp,
+    StartUserspace,
+)
+from kilo_etcd.model import IPNetwork
+
+_RouteTest = Callable[[Route], bool]
+
+
+def network_order(network: IPNetwork) -> tuple[int, int, int]:
+    """The order of allowed IPs: family, address, prefix length."""
+    return (network.version, int(network.network_address), network.prefixlen)
+
+
+def apply_changes(observed: Observed, changes: Iterable[Change], interface: str) -> Observed:
+    """The state after `changes`, made to the host whose WireGuard interface is named `interface`.
+
+    Indexes of new links are 0, since only the kernel knows them.
+    """
+    effect = _Effect(observed, interface)
+    for change in changes:
+        effect.make(change)
+    return effect.result()
+
+
+class _Effect:
+    """One pass over many changes, with copies made once."""
+
+    def __init__(self, observed: Observed, interface: str) -> None:
+        self._start = observed
+        self._interface = interface
+        self._link = observed.link
+        self._ipip = observed.ipip
+        self._ipip_local = observed.ipip_local
+        self._public_key = observed.public_key
+        self._port = observed.listen_port
+        self._peers = dict(observed.peers)
+        self._owner: dict[IPNetwork, str] | None = None
+        self._addresses = set(observed.addresses)
+        self._routes = dict(observed.routes)
+        self._strays = list(observed.stray_routes)
+        self._forwarding = set(observed.forwarding)
+
+    def make(self, change: Change) -> None:
+        match change:
+            case CreateLink(name=name, kind=kind, local=local):
+                if name == self._interface:
+                    self._new_device(name, kind)
+                else:
+                    self._ipip, self._ipip_local = Link(name=name, kind=kind), local
+            case StartUserspace(name=name):
+                self._new_device(name, "tun")
+            case DeleteLink(name=name):
+                self._delete_link(name)
+            case SetMtu(name=name, mtu=mtu):
+                self._set_link(name, mtu=mtu)
+            case SetUp(name=name):
+                self._set_link(name, up=True)
+            case AddAddress(address=address):
+                self._addresses.add(address)
+            case DeleteAddress(address=address):
+                self._addresses.discard(address)
+                self._drop_routes(lambda route: route.source == address.ip)
+            case SetDevice(listen_port=port, private_key=key, public_key=public):
+                self._port = self._port if port is None else port
+                self._public_key = self._public_key if key is None else public
+            case SetPeer():
+                self._set_peer(change)
+            case RemovePeer(public_key=public_key):
+                gone = self._peers.pop(public_key, None)
+                if gone is not None and self._owner is not None:
+                    for network in gone.allowed_ips:
+                        self._owner.pop(network, None)
+            case AddRoute(route=route) | ReplaceRoute(route=route):
+                self._routes[route.destination] = route
+            case DeleteRoute(route=route):
+                if self._routes.get(route.destination) == route:
+                    del self._routes[route.destination]
+                self._strays = [stray for stray in self._strays if stray != route]
+            case SetForwarding(family=family):
+                self._forwarding.add(family)
+            case _:
+                pass
+
+    def result(self) -> Observed:
+        return evolve(
+            self._start,
+            link=self._link,
+            public_key=self._public_key,
+            listen_port=self._port,
+            peers=self._peers,
+            addresses=frozenset(self._addresses),
+            routes=self._routes,
+            stray_routes=tuple(self._strays),
+            ipip=self._ipip,
+            ipip_local=self._ipip_local,
+            forwarding=frozenset(self._forwarding),
+        )
+
+    def _new_device(self, name: str, kind: str) -> None:
+        self._link = Link(name=name, kind=kind)
+        self._public_key, self._port = "", 0
+        self._peers, self._owner = {}, None
+        self._addresses = set()
+
+    def _set_link(self, name: str, *, mtu: int | None = None, up: bool | None = None) -> None:
+        link = self._link if name == self._interface else self._ipip
+        if link is None:
+            return
+        link = evolve(link, mtu=link.mtu if mtu is None else mtu, up=link.up if up is None else up)
+        if name == self._interface:
+            self._link = link
+        else:
+            self._ipip = link
+
+    def _delete_link(self, name: str) -> None:
+        if name == self._interface:
+            self._link = None
+            self._public_key, self._port = "", 0
+            self._peers, self._owner = {}, None
+            # IPv4 routes go with the address that they prefer as their source.
+            sources = {address.ip for address in self._addresses}
+            self._addresses = set()
+            self._drop_routes(lambda route: route.source in sources)
+        else:
+            self._ipip, self._ipip_local = None, None
+        self._drop_routes(lambda route: route.device == name)
+
+    def _drop_routes(self, goes: _RouteTest) -> None:
+        self._routes = {destination: route for destination, route in self._routes.items() if not goes(route)}
+        self._strays = [route for route in self._strays if not goes(route)]
+
+    def _set_peer(self, change: SetPeer) -> None:
+        peer = self._peers.get(change.public_key) or ObservedPeer(public_key=change.public_key)
+        if self._owner is None:
+            self._owner = {network: key for key, p in self._peers.items() for network in p.allowed_ips}
+        if change.replace_allowed_ips:
+            for network in peer.allowed_ips:
+                self._owner.pop(network, None)
+            kept: set[IPNetwork] = set()
+        else:
+            kept = set(peer.allowed_ips)
+        for network in change.allowed_ips:
+            former = self._owner.get(network)
+            if former is not None and former != change.public_key:
+                loser = self._peers[former]
+                rest = tuple(ip for ip in loser.allowed_ips if ip != network)
+                self._peers[former] = evolve(loser, allowed_ips=rest)
+            self._owner[network] = change.public_key
+            kept.add(network)
+        allowed = tuple(sorted(kept, key=network_order))
+        keepalive, preshared = change.persistent_keepalive, change.preshared_key
+        self._peers[change.public_key] = evolve(
+            peer,
+            endpoint=change.endpoint or peer.endpoint,
+            allowed_ips=peer.allowed_ips if allowed == peer.allowed_ips else allowed,
+            persistent_keepalive=peer.persistent_keepalive if keepalive is None else keepalive,
+            preshared_key=peer.preshared_key if preshared is None else (preshared or None),
+        )

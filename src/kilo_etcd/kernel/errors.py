@@ -1,0 +1,87 @@
+"""What can go wrong between us and the kernel, as sentences that say what to do.
+
+`KernelError` is for what makes every plan impossible (no permission, no WireGuard, the interface's name taken);
+what harms one route or one peer becomes a `Failure` in the report and the rest goes on.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from kilo_etcd.kernel.state import (
+    AddAddress,
+    AddRoute,
+    Change,
+    CreateLink,
+    Failure,
+    ReplaceRoute,
+    SetForwarding,
+)
+
+
+class KernelError(Exception):
+    """Nothing can be programmed at all; the message is one sentence for the operator."""
+
+
+class NetlinkError(OSError):
+    """The kernel's answer to one message; `detail` is its own explanation, if it gave any."""
+
+    def __init__(self, code: int, detail: str = "") -> None:
+        super().__init__(code, os.strerror(code))
+        self.detail = detail
+
+
+NO_PERMISSION = (
+    "this process may not change the network (CAP_NET_ADMIN is missing): "
+    "run it as root, or give its unit AmbientCapabilities=CAP_NET_ADMIN"
+)
+
+
+def failure(change: Change, error: OSError) -> Failure:
+    """Why `change` could not be made, with the step that helps where one is known."""
+    return Failure(subject=str(change), text=_sentence(change, error))
+
+
+def _sentence(change: Change, error: OSError) -> str:
+    code = error.errno or 0
+    if isinstance(change, SetForwarding):
+        name = change.path.replace("/", ".")
+        if code in (errno.EROFS, errno.EACCES, errno.EPERM):
+            return (
+                f"{name} could not be set to 1 (/proc/sys is read-only or not ours to write): "
+                f"set it on the host with `{change}`"
+            )
+        if code == errno.ENOENT:
+            return f"{name} does not exist: this kernel runs without IPv{change.family}"
+    if code in (errno.EPERM, errno.EACCES) and not isinstance(change, AddAddress):
+        return f"`{change}` was refused: {NO_PERMISSION}"
+    if isinstance(change, AddAddress) and code in (errno.EACCES, errno.EPERM, errno.EOPNOTSUPP):
+        if change.address.version == 6:
+            return (
+                f"{change.address} could not be put on {change.name}: IPv6 is switched off there; "
+                f"set net.ipv6.conf.{change.name}.disable_ipv6=0 or use an IPv4 mesh subnet"
+            )
+        return f"`{change}` was refused: {NO_PERMISSION}"
+    if isinstance(change, CreateLink) and change.kind == "ipip" and code in (errno.EOPNOTSUPP, errno.ENODEV):
+        return "this kernel has no IPIP (module ipip): load it, or use --encapsulate never or --encapsulate wireguard"
+    if isinstance(change, CreateLink) and change.kind == "ipip" and code == errno.EEXIST:
+        return f"another IPIP device uses the local address {change.local or 'any'} already: remove it, then {change}"
+    if isinstance(change, AddRoute | ReplaceRoute):
+        route = change.route
+        if code == errno.EEXIST:
+            return collision(route.destination)
+        if code in (errno.ENETUNREACH, errno.EHOSTUNREACH) or (code == errno.EINVAL and route.gateway is not None):
+            return (
+                f"the route to {route.destination} could not be set: its gateway {route.gateway} is not on a network "
+                f"of this host; check the node's internal IP (--internal-cidr) or use --encapsulate always"
+            )
+    detail = getattr(error, "detail", "") or os.strerror(code)
+    return f"`{change}` failed: {detail}"
+
+
+def collision(destination: object) -> str:
+    return (
+        f"the host already has a route to {destination} that is not ours; it was left alone and the mesh's was not "
+        f"set: remove one of the two (see `ip route show {destination}`)"
+    )

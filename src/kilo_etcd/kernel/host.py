@@ -1,0 +1,440 @@
+"""The host as it is: reads an `Observed`, makes `Change`s. Blocking and synchronous, for one thread at a time.
+
+It decides nothing (that is `kernel.diff`) and remembers only indexes of links. Each group of like changes goes out
+in one batch; what fails is told apart, and the rest is made all the same.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from kilo_etcd.kernel import netlink, rtnetlink, sysctl, userspace, wireguard
+from kilo_etcd.kernel.errors import NO_PERMISSION, KernelError, NetlinkError, failure
+from kilo_etcd.kernel.netlink import Message
+from kilo_etcd.kernel.rtnetlink import FoundLink
+from kilo_etcd.kernel.state import (
+    ROUTE_PROTOCOL,
+    AddAddress,
+    AddressScope,
+    AddRoute,
+    Backend,
+    Change,
+    CreateLink,
+    DefaultRoute,
+    DeleteAddress,
+    DeleteLink,
+    DeleteRoute,
+    Failure,
+    HostAddress,
+    HostAddresses,
+    Link,
+    Observed,
+    RemovePeer,
+    ReplaceRoute,
+    RestoreSysctl,
+    Route,
+    SetDevice,
+    SetForwarding,
+    SetMtu,
+    SetPeer,
+    SetUp,
+    StartUserspace,
+    WireGuardChange,
+    ipip_name,
+)
+from kilo_etcd.model import IPAddress, IPInterface, IPNetwork
+
+_CAP_NET_ADMIN = 12
+_NO_SUCH_FAMILY = frozenset({errno.EOPNOTSUPP, errno.EAFNOSUPPORT, errno.ENOENT})
+_ALREADY = {
+    AddAddress: {errno.EEXIST},
+    DeleteAddress: {errno.EADDRNOTAVAIL, errno.ENODEV},
+    DeleteRoute: {errno.ESRCH, errno.ENODEV},
+    DeleteLink: {errno.ENODEV},
+}
+"""Errors that say that what was wanted is so already."""
+
+_Batched = AddAddress | DeleteAddress | AddRoute | ReplaceRoute | DeleteRoute
+
+
+def may_change_the_network() -> bool:
+    """Whether this process has CAP_NET_ADMIN."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("CapEff:"):
+                return bool(int(line.split()[1], 16) >> _CAP_NET_ADMIN & 1)
+    except OSError:
+        pass
+    return True
+
+
+class Host:
+    """One network namespace's devices, addresses, routes and WireGuard device of the name `interface`."""
+
+    def __init__(self, interface: str, uapi_dir: str = "/var/run/wireguard", runtime_dir: str = "/run/kilo-etcd"):
+        self.interface = interface
+        self.ipip = ipip_name(interface)
+        self._record = Path(runtime_dir) / f"{interface}.sysctl.json"
+        self._route = netlink.Socket(0)
+        self._generic = wireguard.generic_socket()
+        self.userspace = userspace.UserspaceDevice(uapi_dir, runtime_dir)
+        self._kernel: wireguard.KernelDevice | None = None
+        self._writes = 0
+        self.links: dict[int, Link] = {}
+        self.ways: dict[IPNetwork, int] = {}
+        """Destination of each route of ours -> index of its device, when last read."""
+
+    def close(self) -> None:
+        self._route.close()
+        self._generic.close()
+
+    @property
+    def writes(self) -> int:
+        return self._writes + self.userspace.writes + (self._kernel.writes if self._kernel else 0)
+
+    def choose(self, wanted: str, command: str) -> Backend:
+        """Where WireGuard runs here: what is there already counts, then what the kernel can do."""
+        link = self._find(self.interface)
+        if (
+            wanted != "kernel"
+            and link is not None
+            and link.link.kind == "tun"
+            and self.userspace.process(link.link.name)
+        ):
+            return "userspace"
+        if wanted == "userspace":
+            return "userspace"
+        if self._kernel_device() is not None:
+            return "kernel"
+        if wanted == "kernel":
+            raise KernelError(
+                "this kernel has no WireGuard, and --wireguard kernel asks for it: load the module wireguard, "
+                "or use --wireguard auto with wireguard-go installed"
+            )
+        return "userspace"
+
+    def _kernel_device(self) -> wireguard.KernelDevice | None:
+        if self._kernel is None:
+            try:
+                family = wireguard.available(self._generic)
+            except NetlinkError:
+                family = None
+            if family is not None:
+                self._kernel = wireguard.KernelDevice(self._generic, family)
+        return self._kernel
+
+    def observe(self) -> Observed:
+        """Read everything that concerns us."""
+        found = self._read_links()
+        own = next((f.link for f in found if f.link.name == self.interface), None)
+        ipip = next((f for f in found if f.link.name == self.ipip), None)
+        ours, state = self._read_device(own)
+        addresses: frozenset[IPInterface] = frozenset()
+        if own is not None and ours:
+            addresses = frozenset(
+                a.address for a in self._read_addresses(own.index) if a.scope is not AddressScope.LINK
+            )
+        routes, strays, foreign = self._read_routes()
+        return Observed(
+            time=time.time(),
+            link=own,
+            ours=ours,
+            public_key=state.public_key,
+            listen_port=state.listen_port,
+            peers=state.peers,
+            addresses=addresses,
+            routes=routes,
+            stray_routes=tuple(strays),
+            foreign=foreign,
+            ipip=ipip.link if ipip else None,
+            ipip_local=ipip.local if ipip else None,
+            ipip_ours=ipip is None or ipip.link.kind == "ipip",
+            forwarding=sysctl.forwarding(),
+        )
+
+    def _find(self, name: str) -> FoundLink | None:
+        try:
+            return rtnetlink.read_link(self._route.get(rtnetlink.get_link(name)))
+        except NetlinkError as error:
+            if error.errno == errno.ENODEV:
+                return None
+            raise
+
+    def _read_links(self) -> list[FoundLink]:
+        found: list[FoundLink] = []
+        self._route.dump(rtnetlink.get_links(), lambda body: found.append(rtnetlink.read_link(body)))
+        self.links = {f.link.index: f.link for f in found}
+        return found
+
+    def _read_device(self, link: Link | None) -> tuple[bool, wireguard.DeviceState]:
+        """Whether the link is ours, and what its WireGuard says."""
+        nothing = wireguard.DeviceState()
+        if link is None:
+            return True, nothing
+        try:
+            if link.kind == "wireguard":
+                device = self._kernel_device()
+                return (False, nothing) if device is None else (True, device.read(link.name))
+            if link.kind == "tun" and self.userspace.process(link.name) is not None:
+                return True, self.userspace.read(link.name)
+        except OSError as error:
+            if error.errno in (errno.EPERM, errno.EACCES):
+                raise KernelError(f"{link.name} cannot be read: {NO_PERMISSION}") from None
+            detail = getattr(error, "detail", "") or error.strerror
+            raise KernelError(f"{link.name} cannot be read: {detail}") from None
+        return False, nothing
+
+    def _read_addresses(self, index: int = 0) -> list[HostAddress]:
+        found: list[HostAddress] = []
+
+        def keep(body: bytes) -> None:
+            address = rtnetlink.read_address(body, self.links)
+            if address is not None and index in (0, address.index):
+                found.append(address)
+
+        try:
+            self._route.dump(rtnetlink.get_addresses(index), keep)
+        except NetlinkError as error:
+            if error.errno != errno.ENODEV:  # gone since the links were read
+                raise
+        return found
+
+    def _read_routes(self) -> tuple[dict[IPNetwork, Route], list[Route], dict[IPNetwork, Route]]:
+        routes: dict[IPNetwork, Route] = {}
+        strays: list[Route] = []
+        foreign: dict[IPNetwork, Route] = {}
+        names = {index: link.name for index, link in self.links.items()}
+        self.ways = {}
+
+        def keep(body: bytes) -> None:
+            found = rtnetlink.read_route(body)
+            if found is None or found.table != rtnetlink.MAIN_TABLE:
+                return
+            route = found.route(names)
+            if found.protocol != ROUTE_PROTOCOL:
+                # What the kernel adds for our own addresses is nobody else's.
+                if not (found.protocol == rtnetlink.KERNEL_PROTOCOL and route.device in (self.interface, self.ipip)):
+                    foreign[found.destination] = route
+            elif found.destination in routes:
+                strays.append(route)
+            else:
+                routes[found.destination] = route
+                self.ways[found.destination] = found.index
+
+        for version in (4, 6):
+            try:
+                self._route.dump(rtnetlink.get_routes(version), keep)
+            except NetlinkError as error:
+                if error.errno not in _NO_SUCH_FAMILY:
+                    raise
+        return routes, strays, foreign
+
+    def addresses(self) -> HostAddresses:
+        """Everything that discovery of internal IP and endpoint looks at."""
+        self._read_links()
+        defaults: list[DefaultRoute] = []
+
+        def keep(body: bytes) -> None:
+            found = rtnetlink.read_route(body)
+            if found is None or found.table != rtnetlink.MAIN_TABLE or found.destination.prefixlen:
+                return
+            link = self.links.get(found.index)
+            if link is not None and found.type == 1:
+                defaults.append(
+                    DefaultRoute(
+                        family=found.destination.version,
+                        interface=link.name,
+                        gateway=found.gateway,
+                        metric=found.metric,
+                    )
+                )
+
+        for version in (4, 6):
+            try:
+                self._route.dump(rtnetlink.get_routes(version), keep)
+            except NetlinkError as error:
+                if error.errno not in _NO_SUCH_FAMILY:
+                    raise
+        return HostAddresses(
+            addresses=tuple(self._read_addresses()),
+            default_routes=tuple(sorted(defaults, key=lambda route: (route.metric, route.family))),
+            links=tuple(self.links.values()),
+        )
+
+    def egress_mtu(self, address: IPAddress) -> int | None:
+        """The MTU on the way to an address, in bytes; None if there is no way outside our own devices."""
+        try:
+            found = rtnetlink.read_route(self._route.get(rtnetlink.get_route_to(address)))
+        except NetlinkError:
+            return None
+        link = self.links.get(found.index) if found is not None else None
+        if found is None or link is None or link.name in (self.interface, self.ipip, "lo"):
+            return None
+        return min(found.mtu, link.mtu) if found.mtu else link.mtu
+
+    def make(self, changes: Sequence[Change]) -> tuple[list[Change], list[tuple[Change, Failure]]]:
+        """Make changes in their order. What was made, and what was not and why."""
+        made: list[Change] = []
+        failed: list[tuple[Change, Failure]] = []
+        missing: set[str] = set()
+        """Devices that could not be made: what needs them is left out, since its failure says nothing new."""
+        for kind, run in itertools.groupby(changes, _group):
+            group = [change for change in run if not _needs(change) & missing]
+            if kind == "wireguard":
+                results = self._make_wireguard(group)
+            elif kind == "batch":
+                results = self._make_batch(group)
+            else:
+                results = ((change, self._make_one(change)) for change in group)
+            for change, error in results:
+                if error is None:
+                    made.append(change)
+                    continue
+                failed.append((change, failure(change, error)))
+                if isinstance(change, CreateLink | StartUserspace):
+                    missing.add(change.name)
+        return made, failed
+
+    def _make_wireguard(self, group: list[Change]) -> Iterator[tuple[Change, OSError | None]]:
+        changes: list[WireGuardChange] = [c for c in group if isinstance(c, SetDevice | SetPeer | RemovePeer)]
+        if not changes:
+            return
+        link = self._find(self.interface)
+        device: wireguard.Device | None = self.userspace
+        if link is not None and link.link.kind == "wireguard":
+            device = self._kernel_device()
+        assert device is not None
+        try:
+            device.write(self.interface, changes)
+        except OSError as error:
+            if len(changes) == 1:
+                yield changes[0], error
+                return
+            # One that is refused must not take the others with it: each by itself.
+            for change in changes:
+                try:
+                    device.write(self.interface, [change])
+                except OSError as own:
+                    yield change, own
+                else:
+                    yield change, None
+        else:
+            yield from ((change, None) for change in changes)
+
+    def _make_batch(self, group: list[Change]) -> Iterator[tuple[Change, OSError | None]]:
+        changes: list[_Batched] = [c for c in group if isinstance(c, _Batched)]
+        sent = [(change, self._message(change)) for change in changes]
+        batch = [message for _, message in sent if message is not None]
+        self._writes += len(batch)
+        answers = iter(self._route.send(batch))
+        for change, message in sent:
+            error = NetlinkError(errno.ENODEV) if message is None else next(answers)
+            yield change, None if error and error.errno in _ALREADY.get(type(change), ()) else error
+
+    def _message(self, change: _Batched) -> Message | None:
+        """None: the device that the change names is not there."""
+        if isinstance(change, AddAddress | DeleteAddress):
+            index = self._index(change.name)
+            pack = rtnetlink.add_address if isinstance(change, AddAddress) else rtnetlink.delete_address
+            return pack(index, change.address) if index else None
+        route = change.route
+        index = self._index(route.device) if route.device else 0
+        if route.device and not index:
+            return None
+        if isinstance(change, AddRoute):
+            return rtnetlink.add_route(route, index)
+        if isinstance(change, ReplaceRoute):
+            return rtnetlink.replace_route(route, index)
+        return rtnetlink.delete_route(route, index)
+
+    def _make_one(self, change: Change) -> OSError | None:
+        try:
+            match change:
+                case CreateLink(name=name, kind=kind, local=local):
+                    if kind == "wireguard" and self._kernel_device() is None:
+                        raise OSError(errno.EOPNOTSUPP, "this kernel has no WireGuard")
+                    self._send(rtnetlink.create_link(name, kind, local))
+                    self._forget(name)
+                case StartUserspace(name=name, command=command):
+                    self._writes += 1
+                    self.userspace.start(name, command)
+                    self._forget(name)
+                case DeleteLink(name=name):
+                    self._delete_link(name)
+                case SetMtu(name=name, mtu=mtu):
+                    self._send(rtnetlink.set_mtu(self._index(name), mtu))
+                case SetUp(name=name):
+                    self._send(rtnetlink.set_up(self._index(name)))
+                case SetForwarding():
+                    self._writes += 1
+                    sysctl.set_forwarding(change, self._record)
+                case RestoreSysctl():
+                    self._writes += 1
+                    sysctl.restore(change)
+                case _:
+                    raise TypeError(change)
+        except OSError as error:
+            return None if error.errno in _ALREADY.get(type(change), ()) else error
+        return None
+
+    def _delete_link(self, name: str) -> None:
+        process = self.userspace.process(name)
+        index = self._index(name)
+        if index:
+            self._send(rtnetlink.delete_link(index))
+        self._forget(name)
+        if process is not None:
+            self.userspace.wait_gone(name, process)
+
+    def _send(self, message: Message) -> None:
+        self._writes += 1
+        (error,) = self._route.send([message])
+        if error is not None:
+            raise error
+
+    def _index(self, name: str) -> int:
+        """0 if there is no such device."""
+        index = next((index for index, link in self.links.items() if link.name == name), 0)
+        if not index and (found := self._find(name)) is not None:
+            index = found.link.index
+            self.links[index] = found.link
+        return index
+
+    def _forget(self, name: str) -> None:
+        self.links = {index: link for index, link in self.links.items() if link.name != name}
+
+    def leftovers(self) -> tuple[Change, ...]:
+        """What `cleanup` has to make: everything recognisable as ours goes."""
+        observed = self.observe()
+        changes: list[Change] = [DeleteRoute(route) for route in observed.routes.values()]
+        changes.extend(DeleteRoute(route) for route in observed.stray_routes)
+        if observed.ipip is not None and observed.ipip_ours:
+            changes.append(DeleteLink(self.ipip))
+        if observed.link is not None and observed.ours:
+            changes.append(DeleteLink(self.interface))
+        changes.extend(sysctl.to_restore(self._record))
+        return tuple(changes)
+
+    def forget_sysctls(self) -> None:
+        self._record.unlink(missing_ok=True)
+
+
+def _group(change: Change) -> object:
+    if isinstance(change, SetDevice | SetPeer | RemovePeer):
+        return "wireguard"
+    if isinstance(change, _Batched):
+        return "batch"
+    return "one"
+
+
+def _needs(change: Change) -> frozenset[str]:
+    """The devices without which a change makes no sense."""
+    if isinstance(change, AddRoute | ReplaceRoute):
+        return frozenset({change.route.device})
+    if isinstance(change, SetMtu | SetUp | AddAddress):
+        return frozenset({change.name})
+    return frozenset()

@@ -1,0 +1,329 @@
+"""The kernel of a Linux host as an async `Kernel`: keeps what it believes, applies plans, hears of drift.
+
+Between two applies nothing is read: the state after our own changes is computed (`kernel.effect`), and the kernel
+says when somebody else changes something (`kernel.drift`). It is read anew at the start, after a drift, after a
+failure and when the caller asks for it. Everything that blocks runs in a worker thread, one call at a time, and is
+not cancelled half way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import TypeVar
+
+import trio
+from attrs import evolve
+
+from kilo_etcd.kernel import rtnetlink
+from kilo_etcd.kernel.api import Kernel
+from kilo_etcd.kernel.diff import Difference, difference, remember
+from kilo_etcd.kernel.drift import Watch
+from kilo_etcd.kernel.effect import apply_changes
+from kilo_etcd.kernel.errors import NO_PERMISSION, KernelError
+from kilo_etcd.kernel.host import Host, may_change_the_network
+from kilo_etcd.kernel.netlink import Listener
+from kilo_etcd.kernel.state import (
+    IPIP_OVERHEAD,
+    WIREGUARD_OVERHEAD,
+    ApplyReport,
+    Backend,
+    Change,
+    CreateLink,
+    DeleteLink,
+    Failure,
+    HostAddresses,
+    Memory,
+    Observed,
+    SetPeer,
+    Setup,
+    StartUserspace,
+    Target,
+)
+from kilo_etcd.kernel.userspace import public_key_of
+from kilo_etcd.kernel.wireguard import raw
+from kilo_etcd.model import IPAddress
+from kilo_etcd.topology.hostplan import HostPlan
+
+_T = TypeVar("_T")
+
+_ETHERNET = 1500
+_SMALLEST = {4: 576, 6: 1280}
+"""Bytes: what each family demands of a link (RFC 791, RFC 8200)."""
+_ROUNDS = 3
+
+
+@asynccontextmanager
+async def open_kernel(setup: Setup) -> AsyncIterator[Kernel]:
+    """The kernel of this host. Nothing is changed by opening or closing; KernelError if there is no WireGuard."""
+    try:
+        raw(setup.private_key)
+    except OSError as error:
+        raise KernelError(f"the private key is unusable: {error.strerror}") from None
+    host = Host(setup.interface, setup.uapi_dir, setup.runtime_dir)
+    try:
+        listener = Listener(rtnetlink.GROUPS)
+        try:
+            backend = await _in_thread(lambda: host.choose(setup.wireguard, setup.userspace_command))
+            yield LinuxKernel(setup, host, listener, backend)
+        finally:
+            listener.close()
+    finally:
+        host.close()
+
+
+async def cleanup(
+    interface: str, *, uapi_dir: str = "/var/run/wireguard", runtime_dir: str = "/run/kilo-etcd"
+) -> tuple[Change, ...]:
+    """Remove everything that an agent ever made for `interface`; what was removed. Nothing the second time."""
+    return await _in_thread(lambda: _cleanup(Host(interface, uapi_dir, runtime_dir)))
+
+
+def _cleanup(host: Host) -> tuple[Change, ...]:
+    try:
+        if not may_change_the_network():
+            raise KernelError(f"nothing was cleaned up: {NO_PERMISSION}")
+        all_made: list[Change] = []
+        for _ in range(_ROUNDS):
+            changes = host.leftovers()
+            if not changes:
+                host.forget_sysctls()
+                break
+            made, failed = host.make(changes)
+            all_made.extend(made)
+            if failed and not made:
+                raise KernelError(failed[0][1].text)
+        return tuple(all_made)
+    finally:
+        host.close()
+
+
+async def list_addresses() -> HostAddresses:
+    """The host's addresses, links and default routes."""
+
+    def read() -> HostAddresses:
+        host = Host("")
+        try:
+            return host.addresses()
+        finally:
+            host.close()
+
+    return await _in_thread(read)
+
+
+async def _in_thread(work: Callable[[], _T]) -> _T:
+    return await trio.to_thread.run_sync(work)
+
+
+class LinuxKernel:
+    """See `kernel.api.Kernel`; made by `open_kernel`."""
+
+    def __init__(self, setup: Setup, host: Host, listener: Listener, backend: Backend) -> None:
+        self._setup = setup
+        self._host = host
+        self._listener = listener
+        self._backend: Backend = backend
+        self._public_key = public_key_of(raw(setup.private_key))
+        self._lock = trio.Lock()
+        self._memory = Memory()
+        self._observed: Observed | None = None
+        self._plan: HostPlan | None = None
+        self._watch: Watch | None = None
+        self._mtus: dict[IPAddress, int | None] = {}
+        self._failed: frozenset[Change] = frozenset()
+        self._drift: str | None = None
+        self._wake = trio.Event()
+
+    def __repr__(self) -> str:
+        known = "unread" if self._observed is None else f"{len(self._observed.peers)} peers"
+        return f"<LinuxKernel {self._setup.interface} {self._backend} {known} writes={self.writes}>"
+
+    @property
+    def backend(self) -> Backend:
+        return self._backend
+
+    @property
+    def writes(self) -> int:
+        return self._host.writes
+
+    async def apply(self, plan: HostPlan, *, fresh: bool = False) -> ApplyReport:
+        async with self._lock:
+            return await _in_thread(lambda: self._apply(plan, fresh))
+
+    async def preview(self, plan: HostPlan) -> tuple[Change, ...]:
+        async with self._lock:
+            return await _in_thread(lambda: self._preview(plan))
+
+    async def observe(self) -> Observed:
+        async with self._lock:
+            observed = await _in_thread(self._read)
+            self._notice(observed)
+            return observed
+
+    async def wait_drift(self) -> str:
+        while self._drift is None:
+            await self._wait_event()
+            async with self._lock:
+                self._hear()
+        reason, self._drift = self._drift, None
+        return reason
+
+    async def _wait_event(self) -> None:
+        """Until the kernel reports something, or `observe` has found something."""
+        self._wake = trio.Event()
+        async with trio.open_nursery() as nursery:
+
+            async def readable() -> None:
+                await trio.lowlevel.wait_readable(self._listener.socket)
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(readable)
+            await self._wake.wait()
+            nursery.cancel_scope.cancel()
+
+    def _hear(self) -> None:
+        while (events := self._listener.read()) != []:
+            if events is None:
+                if self._plan is not None:
+                    self._drift = "the kernel reported more than could be read"
+                    self._observed = None
+                continue
+            for kind, body in events:
+                if self._watch is not None and (news := self._watch.news(kind, body)) is not None:
+                    self._drift = news
+                    self._observed = None
+
+    def _notice(self, observed: Observed) -> None:
+        """Wake the waiter if a reading shows what no event told: WireGuard changes make none."""
+        if self._plan is None or not observed.ours:
+            return
+        changes = difference(self._plan, observed, self._memory, self._target(self._plan)).changes
+        if news := [change for change in changes if change not in self._failed]:
+            self._drift = f"found undone: {news[0]}"
+            self._wake.set()
+
+    def _read(self) -> Observed:
+        self._listener.drain()
+        self._mtus.clear()
+        self._observed = self._host.observe()
+        if self._watch is not None:
+            self._watch.ways = self._host.ways
+        return self._observed
+
+    def _ready(self) -> Observed:
+        """What is believed, read if it is not known; KernelError if the interface is somebody else's."""
+        observed = self._observed or self._read()
+        if observed.link is not None and not observed.ours:
+            name, kind = observed.link.name, observed.link.kind or "hardware"
+            raise KernelError(
+                f"the interface name {name} is taken by a device that is not ours ({kind}): "
+                f"choose another name with --interface, or remove it with `ip link del {name}`"
+            )
+        return observed
+
+    def _preview(self, plan: HostPlan) -> tuple[Change, ...]:
+        self._observed = None
+        return difference(plan, self._ready(), self._memory, self._target(plan)).changes
+
+    def _apply(self, plan: HostPlan, fresh: bool) -> ApplyReport:
+        if not may_change_the_network():
+            raise KernelError(f"{self._setup.interface} cannot be set up: {NO_PERMISSION}")
+        if fresh:
+            self._observed = None
+        self._plan = plan
+        self._drift = None
+        observed = self._ready()
+        target = self._target(plan)
+        todo = difference(plan, observed, self._memory, target)
+        all_made: list[Change] = []
+        if any(self._structural(change) for change in todo.changes):
+            all_made.extend(self._make_device(todo))
+            observed = self._read()
+            target = self._target(plan)
+            todo = difference(plan, observed, self._memory, target)
+        made, failed = self._host.make(todo.changes)
+        all_made.extend(made)
+        if failed:
+            # What was believed may have been wrong, or one change in another's way: look again, once.
+            observed = self._read()
+            again = difference(plan, observed, self._memory, self._target(plan))
+            if set(again.changes) - {change for change, _ in failed}:
+                todo = again
+                made, failed = self._host.make(todo.changes)
+                all_made.extend(made)
+            else:
+                made = []
+        self._settle(plan, observed, made, failed, todo, target)
+        return ApplyReport(
+            changes=tuple(all_made),
+            failures=(*todo.failures, *(failure for _, failure in failed)),
+        )
+
+    def _settle(
+        self,
+        plan: HostPlan,
+        observed: Observed,
+        made: list[Change],
+        failed: list[tuple[Change, Failure]],
+        todo: Difference,
+        target: Target,
+    ) -> None:
+        """Keep what is now believed of the host."""
+        observed = apply_changes(observed, made, target.interface) if made else observed
+        if observed.ipip is not None and not observed.ipip.index:
+            index = next((link.index for link in self._host.links.values() if link.name == target.ipip), 0)
+            observed = evolve(observed, ipip=evolve(observed.ipip, index=index))
+        memory = remember(plan, self._memory)
+        lost = {change.public_key for change, _ in failed if isinstance(change, SetPeer)}
+        self._memory = Memory(endpoints={k: v for k, v in memory.endpoints.items() if k not in lost})
+        self._failed = frozenset(change for change, _ in failed)
+        self._watch = Watch(
+            observed,
+            target,
+            links=self._host.links.values(),
+            ways=self._host.ways,
+            collisions=frozenset(plan.routes.keys() & observed.foreign.keys()),
+            failing=bool(failed or todo.failures),
+        )
+        self._observed = None if failed else observed
+
+    def _structural(self, change: Change) -> bool:
+        return isinstance(change, CreateLink | StartUserspace) and change.name == self._setup.interface
+
+    def _make_device(self, todo: Difference) -> list[Change]:
+        changes = [
+            change
+            for change in todo.changes
+            if self._structural(change) or (isinstance(change, DeleteLink) and change.name == self._setup.interface)
+        ]
+        made, failed = self._host.make(changes)
+        if failed:
+            raise KernelError(failed[0][1].text)
+        return made
+
+    def _target(self, plan: HostPlan) -> Target:
+        return Target(
+            interface=self._setup.interface,
+            public_key=self._public_key,
+            private_key=self._setup.private_key,
+            mtu=self._setup.mtu or self._auto_mtu(plan),
+            backend=self._backend,
+            userspace_command=self._setup.userspace_command,
+        )
+
+    def _auto_mtu(self, plan: HostPlan) -> int:
+        known = self._mtus
+        for peer in plan.peers.values():
+            address = None if peer.endpoint is None else peer.endpoint.address
+            if address is not None and address not in known:
+                known[address] = self._host.egress_mtu(address)
+        ways = [
+            mtu
+            for peer in plan.peers.values()
+            if peer.endpoint is not None
+            and peer.endpoint.address is not None
+            and (mtu := known[peer.endpoint.address]) is not None
+        ]
+        overhead = WIREGUARD_OVERHEAD + (IPIP_OVERHEAD if plan.ipip_remotes else 0)
+        families = {address.version for address in plan.addresses} or {4}
+        return max(min(ways, default=_ETHERNET) - overhead, max(_SMALLEST[family] for family in families))

@@ -1,0 +1,399 @@
+"""What a host's kernel holds, as far as it concerns us, and the changes that can be made to it: values only.
+
+A `Change` prints itself as the `ip`, `wg` or `sysctl` command line that would do the same; tests compare that
+text, `--dry-run` shows it and debug logs carry it. No text and no `repr` ever contains a private or preshared key.
+Nothing here reads or writes anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Literal, TypeAlias
+
+from attrs import evolve, field, frozen
+
+from kilo_etcd.model import DEFAULT_INTERFACE, Endpoint, IPAddress, IPInterface, IPNetwork
+
+ROUTE_PROTOCOL = 107
+"""Marks routes as ours (rtnetlink's `rtm_protocol`; 107 is in no list of well-known numbers)."""
+
+IPIP_OVERHEAD = 20
+WIREGUARD_OVERHEAD = 80
+"""Bytes: IPv6 40 + UDP 8 + WireGuard 32."""
+
+Backend = Literal["kernel", "userspace"]
+
+
+def ipip_name(interface: str) -> str:
+    """The IPIP device that belongs to a WireGuard interface (names have at most 15 characters)."""
+    return "kilo-ipip" if interface == DEFAULT_INTERFACE else f"{interface[:10]}-ipip"
+
+
+@frozen(kw_only=True)
+class Setup:
+    """How the kernel layer shall work on this host."""
+
+    interface: str = DEFAULT_INTERFACE
+    private_key: str = field(repr=False)
+    """Base64."""
+    mtu: int | None = None
+    """None: the smallest MTU on the way to the peers' endpoints, minus 80; minus 20 more with IPIP."""
+    wireguard: Literal["auto", "kernel", "userspace"] = "auto"
+    userspace_command: str = "wireguard-go"
+    runtime_dir: str = "/run/kilo-etcd"
+    """Where the sysctls' former values are kept for `cleanup`."""
+    uapi_dir: str = "/var/run/wireguard"
+    """Where userspace WireGuard opens its sockets; fixed in every implementation, other values are for tests."""
+
+
+@frozen(kw_only=True)
+class Link:
+    """A network device. `kind` is the kernel's: `wireguard`, `tun`, `ipip`, ... or empty for hardware."""
+
+    name: str
+    index: int = 0
+    kind: str = ""
+    up: bool = False
+    mtu: int = 0
+
+
+@frozen(kw_only=True)
+class ObservedPeer:
+    """A peer as the WireGuard device has it. `last_handshake` is in Unix seconds, 0 for never."""
+
+    public_key: str
+    endpoint: Endpoint | None = None
+    allowed_ips: tuple[IPNetwork, ...] = ()
+    persistent_keepalive: int = 0
+    preshared_key: str | None = field(default=None, repr=False)
+    last_handshake: float = 0.0
+    rx_bytes: int = 0
+    tx_bytes: int = 0
+
+
+@frozen(kw_only=True)
+class Route:
+    """A route in the main table. `device` is the name of the device that it leaves by."""
+
+    destination: IPNetwork
+    gateway: IPAddress | None = None
+    device: str = ""
+    source: IPAddress | None = None
+    protocol: int = ROUTE_PROTOCOL
+    metric: int = 0
+    onlink: bool = False
+
+    def __str__(self) -> str:
+        words = [str(self.destination)]
+        if self.gateway is not None:
+            family = "inet6 " if self.gateway.version == 6 and self.destination.version == 4 else ""
+            words.append(f"via {family}{self.gateway}")
+        if self.device:
+            words.append(f"dev {self.device}")
+        words.append(f"proto {self.protocol}")
+        if self.source is not None:
+            words.append(f"src {self.source}")
+        if self.metric:
+            words.append(f"metric {self.metric}")
+        if self.onlink:
+            words.append("onlink")
+        return " ".join(words)
+
+
+@frozen(kw_only=True)
+class Observed:
+    """What was found on the host at `time` (Unix seconds).
+
+    `link` is the device of our interface's name whether it is ours or not; `ours` says which. `foreign` maps
+    each destination in the main table that somebody else's route has to that route.
+    """
+
+    time: float = 0.0
+    link: Link | None = None
+    ours: bool = True
+    public_key: str = ""
+    listen_port: int = 0
+    peers: Mapping[str, ObservedPeer] = field(factory=dict)
+    addresses: frozenset[IPInterface] = frozenset()
+    routes: Mapping[IPNetwork, Route] = field(factory=dict)
+    stray_routes: tuple[Route, ...] = ()
+    """More routes of ours to destinations that `routes` has already: left by somebody with another metric."""
+    foreign: Mapping[IPNetwork, Route] = field(factory=dict)
+    ipip: Link | None = None
+    ipip_local: IPAddress | None = None
+    ipip_ours: bool = True
+    forwarding: frozenset[int] = frozenset()
+
+
+@frozen(kw_only=True)
+class Memory:
+    """What the host cannot be asked: the endpoint that we set last, by public key (None: none was set)."""
+
+    endpoints: Mapping[str, Endpoint | None] = field(factory=dict)
+
+
+@frozen(kw_only=True)
+class Target:
+    """What a plan leaves open: names, key, MTU."""
+
+    interface: str = DEFAULT_INTERFACE
+    public_key: str
+    private_key: str = field(default="", repr=False)
+    mtu: int = 1420
+    backend: Backend = "kernel"
+    userspace_command: str = "wireguard-go"
+
+    @property
+    def ipip(self) -> str:
+        return ipip_name(self.interface)
+
+
+@frozen
+class CreateLink:
+    """A device of the kernel; for `ipip`, `local` is the underlay address that it sends from."""
+
+    name: str
+    kind: str
+    local: IPAddress | None = None
+
+    def __str__(self) -> str:
+        local = "" if self.local is None else f" local {self.local}"
+        return f"ip link add {self.name} type {self.kind}{local}"
+
+
+@frozen
+class StartUserspace:
+    name: str
+    command: str
+
+    def __str__(self) -> str:
+        return f"{self.command} {self.name}"
+
+
+@frozen
+class DeleteLink:
+    name: str
+
+    def __str__(self) -> str:
+        return f"ip link del {self.name}"
+
+
+@frozen
+class SetMtu:
+    name: str
+    mtu: int
+
+    def __str__(self) -> str:
+        return f"ip link set {self.name} mtu {self.mtu}"
+
+
+@frozen
+class SetUp:
+    name: str
+
+    def __str__(self) -> str:
+        return f"ip link set {self.name} up"
+
+
+@frozen
+class AddAddress:
+    name: str
+    address: IPInterface
+
+    def __str__(self) -> str:
+        # Duplicate address detection would keep an IPv6 address unusable for a second.
+        nodad = " nodad" if self.address.version == 6 else ""
+        return f"ip address add {self.address} dev {self.name}{nodad}"
+
+
+@frozen
+class DeleteAddress:
+    name: str
+    address: IPInterface
+
+    def __str__(self) -> str:
+        return f"ip address del {self.address} dev {self.name}"
+
+
+@frozen(kw_only=True)
+class SetDevice:
+    """None leaves the port, or the key, as it is."""
+
+    name: str
+    listen_port: int | None = None
+    private_key: str | None = field(default=None, repr=False)
+    public_key: str = ""
+    """That belongs to `private_key`."""
+
+    def __str__(self) -> str:
+        port = "" if self.listen_port is None else f" listen-port {self.listen_port}"
+        key = "" if self.private_key is None else " private-key (hidden)"
+        return f"wg set {self.name}{port}{key}"
+
+
+@frozen(kw_only=True)
+class SetPeer:
+    """A peer that is new, or what changes of one. None leaves a value as it is.
+
+    With `replace_allowed_ips` the list is the whole list, without it the networks are added (and so taken away
+    from the peer that had them, in the same transaction).
+    """
+
+    name: str
+    public_key: str
+    new: bool = False
+    endpoint: Endpoint | None = None
+    persistent_keepalive: int | None = None
+    preshared_key: str | None = field(default=None, repr=False)
+    """An empty text removes it."""
+    allowed_ips: tuple[IPNetwork, ...] = ()
+    replace_allowed_ips: bool = False
+
+    def __str__(self) -> str:
+        words = [f"wg set {self.name} peer {self.public_key}"]
+        if self.preshared_key is not None:
+            words.append("preshared-key (hidden)" if self.preshared_key else "preshared-key /dev/null")
+        if self.endpoint is not None:
+            words.append(f"endpoint {self.endpoint}")
+        if self.persistent_keepalive is not None:
+            words.append(f"persistent-keepalive {self.persistent_keepalive or 'off'}")
+        if self.allowed_ips or self.replace_allowed_ips:
+            # `wg` spells an addition with a leading plus (wireguard-tools 1.0.20250521 and later).
+            plus = "" if self.replace_allowed_ips or self.new else "+"
+            words.append("allowed-ips " + (",".join(f"{plus}{ip}" for ip in self.allowed_ips) or '""'))
+        return " ".join(words)
+
+
+@frozen
+class RemovePeer:
+    name: str
+    public_key: str
+
+    def __str__(self) -> str:
+        return f"wg set {self.name} peer {self.public_key} remove"
+
+
+@frozen
+class AddRoute:
+    route: Route
+
+    def __str__(self) -> str:
+        return f"ip route add {self.route}"
+
+
+@frozen
+class ReplaceRoute:
+    """In place of a route of ours: one message, without a moment in which there is none."""
+
+    route: Route
+
+    def __str__(self) -> str:
+        return f"ip route replace {self.route}"
+
+
+@frozen
+class DeleteRoute:
+    route: Route
+
+    def __str__(self) -> str:
+        return f"ip route del {self.route}"
+
+
+@frozen
+class SetForwarding:
+    family: int
+
+    @property
+    def path(self) -> str:
+        return "net/ipv4/ip_forward" if self.family == 4 else "net/ipv6/conf/all/forwarding"
+
+    def __str__(self) -> str:
+        return f"sysctl -w {self.path.replace('/', '.')}=1"
+
+
+@frozen
+class RestoreSysctl:
+    """Only made by `cleanup`: a sysctl gets the value back that it had before us."""
+
+    path: str
+    value: str
+
+    def __str__(self) -> str:
+        return f"sysctl -w {self.path.replace('/', '.')}={self.value}"
+
+
+LinkChange: TypeAlias = CreateLink | StartUserspace | DeleteLink | SetMtu | SetUp
+WireGuardChange: TypeAlias = SetDevice | SetPeer | RemovePeer
+RouteChange: TypeAlias = AddRoute | ReplaceRoute | DeleteRoute
+Change: TypeAlias = (
+    LinkChange | AddAddress | DeleteAddress | WireGuardChange | RouteChange | SetForwarding | RestoreSysctl
+)
+
+
+@frozen(kw_only=True)
+class Failure:
+    """Something that could not be brought about, in one sentence that says what to do."""
+
+    subject: str
+    """The command that failed, or the network or device concerned."""
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@frozen(kw_only=True)
+class ApplyReport:
+    """What was changed, and what could not be."""
+
+    changes: tuple[Change, ...] = ()
+    failures: tuple[Failure, ...] = ()
+
+
+class AddressScope(StrEnum):
+    GLOBAL = "global"
+    LINK = "link"
+    HOST = "host"
+
+
+@frozen(kw_only=True)
+class HostAddress:
+    """An address of the host, for finding the node's internal IP and endpoint."""
+
+    interface: str
+    index: int
+    address: IPInterface
+    scope: AddressScope = AddressScope.GLOBAL
+    deprecated: bool = False
+    temporary: bool = False
+    kind: str = ""
+    """The kind of the interface it stands on: empty for hardware, else `bridge`, `wireguard`, ..."""
+    up: bool = True
+
+
+@frozen(kw_only=True)
+class DefaultRoute:
+    family: int
+    """4 or 6."""
+    interface: str
+    gateway: IPAddress | None
+    metric: int = 0
+
+
+@frozen(kw_only=True)
+class HostAddresses:
+    """What `list_addresses` finds; default routes with the lowest metric first."""
+
+    addresses: tuple[HostAddress, ...] = ()
+    default_routes: tuple[DefaultRoute, ...] = ()
+    links: tuple[Link, ...] = ()
+
+
+def without_counters(observed: Observed) -> Observed:
+    """The same without what changes by itself, for comparing two observations."""
+    peers = {
+        key: evolve(peer, last_handshake=0.0, rx_bytes=0, tx_bytes=0, endpoint=None)
+        for key, peer in observed.peers.items()
+    }
+    return evolve(observed, time=0.0, peers=peers)

@@ -1,0 +1,270 @@
+"""Userspace WireGuard: `wireguard-go`, or another program that speaks the cross-platform UAPI on a unix socket.
+
+The program is started once, in a session of its own and with nothing inherited, and outlives the agent; a device
+that is there already is used as it is. When the program dies its device goes with it, which the kernel reports as
+any other loss of the interface. Only a device of our own network namespace is ours: sockets are found by name.
+"""
+
+from __future__ import annotations
+
+import base64
+import errno
+import ipaddress
+import os
+import shutil
+import socket
+import stat
+import struct
+import subprocess
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from attrs import evolve
+
+from kilo_etcd.kernel.effect import network_order
+from kilo_etcd.kernel.errors import NO_PERMISSION, KernelError
+from kilo_etcd.kernel.netlink import same_namespace
+from kilo_etcd.kernel.state import ObservedPeer, RemovePeer, SetDevice, SetPeer, WireGuardChange
+from kilo_etcd.kernel.wireguard import DeviceState, raw
+from kilo_etcd.model import Endpoint, IPNetwork
+
+_ANSWER = 5.0
+"""Seconds for an answer on the socket: a program that was stopped must not stop the agent."""
+_START = 10.0
+_POLL = 0.005
+_NO_KEY = "0" * 64
+
+
+def encode(changes: Iterable[WireGuardChange]) -> str:
+    """One `set=1` transaction, without the key of any device or peer in another form than the protocol's hex."""
+    lines = ["set=1"]
+    peers: list[str] = []
+    for change in changes:
+        if isinstance(change, SetDevice):
+            if change.private_key is not None:
+                lines.append(f"private_key={raw(change.private_key).hex()}")
+            if change.listen_port is not None:
+                lines.append(f"listen_port={change.listen_port}")
+            continue
+        peers.append(f"public_key={raw(change.public_key).hex()}")
+        if isinstance(change, RemovePeer):
+            peers.append("remove=true")
+            continue
+        peers.extend(_encode_peer(change))
+    return "\n".join((*lines, *peers, "", ""))
+
+
+def _encode_peer(change: SetPeer) -> Iterable[str]:
+    if change.preshared_key is not None:
+        yield f"preshared_key={raw(change.preshared_key).hex() if change.preshared_key else _NO_KEY}"
+    if change.endpoint is not None:
+        yield f"endpoint={change.endpoint}"
+    if change.persistent_keepalive is not None:
+        yield f"persistent_keepalive_interval={change.persistent_keepalive}"
+    if change.replace_allowed_ips:
+        yield "replace_allowed_ips=true"
+    for network in change.allowed_ips:
+        yield f"allowed_ip={network}"
+
+
+def decode(answer: str) -> DeviceState:
+    """What a `get=1` answered. OSError if it says an errno."""
+    public_key, port = "", 0
+    peers: dict[str, ObservedPeer] = {}
+    peer: ObservedPeer | None = None
+    allowed: list[IPNetwork] = []
+
+    def done() -> None:
+        if peer is not None:
+            peers[peer.public_key] = evolve(peer, allowed_ips=tuple(sorted(allowed, key=network_order)))
+            allowed.clear()
+
+    for line in answer.splitlines():
+        name, _, value = line.partition("=")
+        match name:
+            case "private_key":
+                public_key = public_key_of(bytes.fromhex(value))
+            case "listen_port":
+                port = int(value)
+            case "public_key":
+                done()
+                peer = ObservedPeer(public_key=base64.b64encode(bytes.fromhex(value)).decode())
+            case "errno" if value != "0":
+                raise OSError(abs(int(value)), os.strerror(abs(int(value))))
+            case "allowed_ip":
+                allowed.append(ipaddress.ip_network(value, strict=False))
+            case _ if peer is not None:
+                peer = _decode_peer(peer, name, value)
+    done()
+    return DeviceState(public_key=public_key, listen_port=port, peers=peers)
+
+
+def _decode_peer(peer: ObservedPeer, name: str, value: str) -> ObservedPeer:
+    match name:
+        case "preshared_key":
+            return evolve(
+                peer, preshared_key=None if value == _NO_KEY else base64.b64encode(bytes.fromhex(value)).decode()
+            )
+        case "endpoint":
+            host, _, port = value.rpartition(":")
+            # A link-local address comes with its zone, which is an address to `ipaddress` as well.
+            return evolve(peer, endpoint=Endpoint(ipaddress.ip_address(host.strip("[]")), int(port)))
+        case "persistent_keepalive_interval":
+            return evolve(peer, persistent_keepalive=int(value))
+        case "last_handshake_time_sec":
+            return evolve(peer, last_handshake=peer.last_handshake + int(value))
+        case "last_handshake_time_nsec":
+            return evolve(peer, last_handshake=peer.last_handshake + int(value) / 1e9)
+        case "rx_bytes":
+            return evolve(peer, rx_bytes=int(value))
+        case "tx_bytes":
+            return evolve(peer, tx_bytes=int(value))
+    return peer
+
+
+def public_key_of(private: bytes) -> str:
+    """The base64 public key of 32 private bytes; empty for the all-zero key, which means that there is none."""
+    if not any(private):
+        return ""
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+    return base64.b64encode(X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()).decode()
+
+
+class UserspaceDevice:
+    """WireGuard devices behind the UAPI sockets in one directory."""
+
+    def __init__(self, directory: str, runtime_dir: str) -> None:
+        self._directory = Path(directory)
+        self._runtime_dir = Path(runtime_dir)
+        self.writes = 0
+
+    def read(self, name: str) -> DeviceState:
+        return decode(self._ask(name, "get=1\n\n"))
+
+    def write(self, name: str, changes: Sequence[WireGuardChange]) -> None:
+        self.writes += 1
+        decode(self._ask(name, encode(changes)))
+
+    def process(self, name: str) -> int | None:
+        """The process that serves a device of our network namespace, or None."""
+        try:
+            with self._connect(name) as connection:
+                process, _, _ = struct.unpack(
+                    "=iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("=iII"))
+                )
+        except OSError:
+            return None
+        return process if same_namespace(process) else None
+
+    def start(self, name: str, command: str) -> None:
+        """Start the program and wait until it answers. KernelError says what is missing."""
+        program = shutil.which(command)
+        if program is None:
+            raise KernelError(
+                f"this kernel has no WireGuard and {command} is not installed: install it "
+                "(Debian: apt install wireguard-go), or load the module wireguard"
+            )
+        self._make_way(name)
+        self._runtime_dir.mkdir(parents=True, exist_ok=True)
+        errors = self._runtime_dir / f"{name}.wireguard.log"
+        environment = {key: os.environ[key] for key in ("PATH", "LANG") if key in os.environ}
+        with errors.open("wb") as sink:
+            try:
+                done = subprocess.run(
+                    [program, name],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=sink,
+                    start_new_session=True,
+                    cwd="/",
+                    env={"LOG_LEVEL": "error", **environment},
+                    timeout=_START,
+                )
+            except subprocess.TimeoutExpired:
+                raise KernelError(f"{command} did not start within {_START:g} s: see {errors}") from None
+        if done.returncode != 0:
+            raise KernelError(self._why(command, name, errors))
+        deadline = time.monotonic() + _START
+        while self.process(name) is None:
+            if time.monotonic() > deadline:
+                raise KernelError(f"{command} started but does not answer on {self._path(name)}: see {errors}")
+            time.sleep(_POLL)
+
+    def wait_gone(self, name: str, process: int | None) -> None:
+        """Wait until the program has seen that its device is gone, and take its socket away if it left it."""
+        deadline = time.monotonic() + _ANSWER
+        while process is not None and time.monotonic() < deadline and _alive(process):
+            time.sleep(_POLL)
+        self._remove_stale(name)
+
+    def _path(self, name: str) -> Path:
+        return self._directory / f"{name}.sock"
+
+    def _make_way(self, name: str) -> None:
+        if self._remove_stale(name):
+            return
+        raise KernelError(
+            f"{self._path(name)} is served by a process of another network namespace: "
+            "give each namespace its own /run/wireguard, or choose another name with --interface"
+        )
+
+    def _remove_stale(self, name: str) -> bool:
+        """Remove a socket that nobody serves. Whether the name is free now."""
+        path = self._path(name)
+        try:
+            if not stat.S_ISSOCK(path.stat().st_mode):
+                return True
+            self._connect(name).close()
+        except FileNotFoundError:
+            return True
+        except ConnectionRefusedError:
+            path.unlink(missing_ok=True)
+            return True
+        except OSError:
+            return False
+        return False
+
+    def _connect(self, name: str) -> socket.socket:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            connection.settimeout(_ANSWER)
+            connection.connect(str(self._path(name)))
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _ask(self, name: str, request: str) -> str:
+        try:
+            with self._connect(name) as connection:
+                connection.sendall(request.encode())
+                answer = bytearray()
+                while not answer.endswith(b"\n\n"):
+                    part = connection.recv(1 << 16)
+                    if not part:
+                        raise OSError(errno.EPIPE, "the userspace WireGuard closed its socket within an answer")
+                    answer += part
+        except TimeoutError:
+            raise OSError(
+                errno.ETIMEDOUT, f"the userspace WireGuard of {name} does not answer (is its process stopped?)"
+            ) from None
+        return answer.decode()
+
+    def _why(self, command: str, name: str, errors: Path) -> str:
+        if not os.path.exists("/dev/net/tun"):
+            return f"{command} cannot make {name}: /dev/net/tun is missing; load the module tun"
+        said = errors.read_text(errors="replace")
+        lines = [line for line in said.splitlines() if line.startswith(("ERROR", "Failed"))]
+        if "not permitted" in said or "permission denied" in said.lower():
+            return f"{command} cannot make {name}: {NO_PERMISSION}"
+        return f"{command} cannot make {name}: {lines[-1] if lines else f'see {errors}'}"
+
+
+def _alive(process: int) -> bool:
+    try:
+        with open(f"/proc/{process}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

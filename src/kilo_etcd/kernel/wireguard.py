@@ -1,0 +1,257 @@
+"""WireGuard devices of the kernel, through generic netlink (linux/wireguard.h).
+
+All changes that fit one message go in one; the kernel makes them under one lock. A device with many peers is told
+in several messages, and one peer may come back spread over several: they are merged by key. Keys pass through here
+and are kept nowhere.
+"""
+
+from __future__ import annotations
+
+import base64
+import errno
+import ipaddress
+import socket
+import struct
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from attrs import evolve, field, frozen
+
+from kilo_etcd.kernel import netlink
+from kilo_etcd.kernel.effect import network_order
+from kilo_etcd.kernel.errors import NetlinkError
+from kilo_etcd.kernel.netlink import Message
+from kilo_etcd.kernel.state import ObservedPeer, RemovePeer, SetDevice, SetPeer, WireGuardChange
+from kilo_etcd.model import Endpoint, IPNetwork
+
+_GENERIC, _CONTROL, _GETFAMILY = 16, 16, 3
+_FAMILY_ID, _FAMILY_NAME = 1, 2
+_GET, _SET = 0, 1
+_NAME, _PRIVATE, _PUBLIC, _PORT, _PEERS = 2, 3, 4, 6, 8
+_P_KEY, _P_PSK, _P_FLAGS, _P_ENDPOINT, _P_KEEPALIVE, _P_HANDSHAKE, _P_RX, _P_TX, _P_ALLOWED = range(1, 10)
+_REMOVE, _REPLACE_ALLOWED = 0x1, 0x2
+_A_FAMILY, _A_ADDRESS, _A_LENGTH = 1, 2, 3
+_GENERIC_HEADER = struct.pack("=BBH", _GET, 1, 0), struct.pack("=BBH", _SET, 1, 0)
+_NO_KEY = bytes(32)
+_ROOM = 30_000
+"""Bytes of peers per message: attributes end at 64 KiB, and half of it keeps clear of socket buffers."""
+
+
+@frozen(kw_only=True)
+class DeviceState:
+    """What a device says of itself."""
+
+    public_key: str = ""
+    listen_port: int = 0
+    peers: dict[str, ObservedPeer] = field(factory=dict)
+
+
+class Device(Protocol):
+    """A WireGuard device, wherever it runs. Failures are OSErrors."""
+
+    writes: int
+
+    def read(self, name: str) -> DeviceState: ...
+
+    def write(self, name: str, changes: Sequence[WireGuardChange]) -> None:
+        """Make changes, in as few transactions as they fit in."""
+
+
+def raw(key: str) -> bytes:
+    """The 32 bytes of a base64 key. OSError(EINVAL) if it is none: one bad key must not stop the other peers."""
+    try:
+        data = base64.b64decode(key, validate=True)
+    except ValueError:
+        data = b""
+    if len(data) != 32:
+        raise OSError(errno.EINVAL, "a WireGuard key has 32 bytes in base64 (44 characters)")
+    return data
+
+
+def encode(family: int, name: str, changes: Sequence[WireGuardChange]) -> list[Message]:
+    """The messages that make `changes` to the device `name`: one, if they fit."""
+    sent: list[Message] = []
+    device: list[bytes] = []
+    peers: list[bytes] = []
+    room = _ROOM
+
+    def flush() -> None:
+        nonlocal room
+        if device or peers:
+            body = _GENERIC_HEADER[_SET] + netlink.text(_NAME, name) + b"".join(device)
+            sent.append(Message(family, 0, body + (netlink.nested(_PEERS, *peers) if peers else b"")))
+        device.clear()
+        peers.clear()
+        room = _ROOM
+
+    for change in changes:
+        if isinstance(change, SetDevice):
+            if change.private_key is not None:
+                device.append(netlink.attribute(_PRIVATE, raw(change.private_key)))
+            if change.listen_port is not None:
+                device.append(netlink.attribute(_PORT, struct.pack("=H", change.listen_port)))
+            continue
+        for peer in _encode_peer(change):
+            if len(peer) > room:
+                flush()
+            peers.append(netlink.nested(0, peer))
+            room -= len(peer) + 4
+    flush()
+    return sent
+
+
+def _encode_peer(change: SetPeer | RemovePeer) -> Iterator[bytes]:
+    """The peer's attributes; more than once if its allowed IPs do not fit one message."""
+    key = netlink.attribute(_P_KEY, raw(change.public_key))
+    if isinstance(change, RemovePeer):
+        yield key + netlink.u32(_P_FLAGS, _REMOVE)
+        return
+    head = key
+    if change.preshared_key is not None:
+        head += netlink.attribute(_P_PSK, raw(change.preshared_key) if change.preshared_key else _NO_KEY)
+    if change.endpoint is not None:
+        head += netlink.attribute(_P_ENDPOINT, _sockaddr(change.endpoint))
+    if change.persistent_keepalive is not None:
+        head += netlink.attribute(_P_KEEPALIVE, struct.pack("=H", change.persistent_keepalive))
+    if change.replace_allowed_ips:
+        head += netlink.u32(_P_FLAGS, _REPLACE_ALLOWED)
+    ips = change.allowed_ips
+    step = 500
+    for start in range(0, max(1, len(ips)), step):
+        part = [_allowed(ip) for ip in ips[start : start + step]]
+        yield (head if start == 0 else key) + (netlink.nested(_P_ALLOWED, *part) if part else b"")
+
+
+def _sockaddr(endpoint: Endpoint) -> bytes:
+    address = endpoint.address
+    if address is None:
+        raise OSError(errno.EINVAL, f"the endpoint {endpoint} is a name that was not resolved")
+    if address.version == 4:
+        return struct.pack("=H", socket.AF_INET) + struct.pack("!H", endpoint.port) + address.packed + bytes(8)
+    return (
+        struct.pack("=H", socket.AF_INET6)
+        + struct.pack("!HI", endpoint.port, 0)
+        + address.packed
+        + struct.pack("=I", int(address.scope_id or 0) if str(address.scope_id or 0).isdigit() else 0)
+    )
+
+
+def _allowed(network: IPNetwork) -> bytes:
+    family = socket.AF_INET if network.version == 4 else socket.AF_INET6
+    return netlink.nested(
+        0,
+        netlink.attribute(_A_FAMILY, struct.pack("=H", family)),
+        netlink.attribute(_A_ADDRESS, network.network_address.packed),
+        netlink.u8(_A_LENGTH, network.prefixlen),
+    )
+
+
+def decode(state: DeviceState, body: bytes) -> DeviceState:
+    """`state` with what one message of the device's dump adds. Merges into the peers given."""
+    found = netlink.attributes(body, 4)
+    if _PUBLIC in found and any(found[_PUBLIC]):
+        state = evolve(state, public_key=base64.b64encode(found[_PUBLIC]).decode())
+    if _PORT in found:
+        state = evolve(state, listen_port=struct.unpack("=H", found[_PORT])[0])
+    for data in _items(found.get(_PEERS, b"")):
+        peer = _decode_peer(netlink.attributes(data))
+        former = state.peers.get(peer.public_key)
+        if former is not None:
+            # A continuation carries the key and more allowed IPs only.
+            peer = evolve(former, allowed_ips=former.allowed_ips + peer.allowed_ips)
+        state.peers[peer.public_key] = peer
+    return state
+
+
+def _items(data: bytes) -> Iterator[bytes]:
+    """The values of a list of attributes, whose kinds mean nothing."""
+    offset = 0
+    while offset + 4 <= len(data):
+        length = struct.unpack_from("=H", data, offset)[0]
+        if length < 4:
+            return
+        yield data[offset + 4 : offset + length]
+        offset += (length + 3) & ~3
+
+
+def _decode_peer(found: dict[int, bytes]) -> ObservedPeer:
+    psk = found.get(_P_PSK, _NO_KEY)
+    seconds, nanoseconds = struct.unpack("=qq", found.get(_P_HANDSHAKE, bytes(16)))
+    return ObservedPeer(
+        public_key=base64.b64encode(found[_P_KEY]).decode(),
+        endpoint=_decode_endpoint(found.get(_P_ENDPOINT, b"")),
+        allowed_ips=tuple(_decode_allowed(netlink.attributes(item)) for item in _items(found.get(_P_ALLOWED, b""))),
+        persistent_keepalive=struct.unpack("=H", found.get(_P_KEEPALIVE, b"\0\0"))[0],
+        preshared_key=base64.b64encode(psk).decode() if any(psk) else None,
+        last_handshake=seconds + nanoseconds / 1e9,
+        rx_bytes=struct.unpack("=Q", found.get(_P_RX, bytes(8)))[0],
+        tx_bytes=struct.unpack("=Q", found.get(_P_TX, bytes(8)))[0],
+    )
+
+
+def _decode_endpoint(data: bytes) -> Endpoint | None:
+    if len(data) < 16:
+        return None
+    port = struct.unpack_from("!H", data, 2)[0]
+    if struct.unpack_from("=H", data)[0] == socket.AF_INET:
+        return Endpoint(ipaddress.IPv4Address(data[4:8]), port)
+    return Endpoint(ipaddress.IPv6Address(data[8:24]), port)
+
+
+def _decode_allowed(found: dict[int, bytes]) -> IPNetwork:
+    packed, length = found[_A_ADDRESS], found[_A_LENGTH][0]
+    if len(packed) == 4:
+        return ipaddress.IPv4Network((packed, length), strict=False)
+    return ipaddress.IPv6Network((packed, length), strict=False)
+
+
+def in_order(state: DeviceState) -> DeviceState:
+    """With each peer's allowed IPs in the order that plans have them in."""
+    peers = {
+        key: evolve(peer, allowed_ips=tuple(sorted(set(peer.allowed_ips), key=network_order)))
+        for key, peer in state.peers.items()
+    }
+    return evolve(state, peers=peers)
+
+
+class KernelDevice:
+    """The kernel's own WireGuard. Made only where `available` says so."""
+
+    def __init__(self, generic: netlink.Socket, family: int) -> None:
+        self._generic = generic
+        self._family = family
+        self.writes = 0
+
+    def read(self, name: str) -> DeviceState:
+        state = DeviceState()
+
+        def keep(body: bytes) -> None:
+            nonlocal state
+            state = decode(state, body)
+
+        self._generic.dump(Message(self._family, 0, _GENERIC_HEADER[_GET] + netlink.text(_NAME, name)), keep)
+        return in_order(state)
+
+    def write(self, name: str, changes: Sequence[WireGuardChange]) -> None:
+        batch = encode(self._family, name, changes)
+        self.writes += len(batch)
+        for error in self._generic.send(batch):
+            if error is not None:
+                raise error
+
+
+def available(generic: netlink.Socket) -> int | None:
+    """The number of the kernel's WireGuard family, or None: it has none. (Asking loads the module.)"""
+    header = struct.pack("=BBH", _GETFAMILY, 1, 0)
+    try:
+        body = generic.get(Message(_CONTROL, 0, header + netlink.text(_FAMILY_NAME, "wireguard")))
+    except NetlinkError as error:
+        if error.errno == errno.ENOENT:
+            return None
+        raise
+    family: int = struct.unpack("=H", netlink.attributes(body, 4)[_FAMILY_ID])[0]
+    return family
+
+
+def generic_socket() -> netlink.Socket:
+    return netlink.Socket(_GENERIC)
