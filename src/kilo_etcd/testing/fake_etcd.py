@@ -1,0 +1,592 @@
+"""An etcd in memory, on trio's clock: what `kilo_etcd.etcd.api.Client` promises, without a process or a socket.
+
+A `FakeEtcd` is the cluster; `client()` gives any number of clients, each of which can be cut off by itself. It
+has etcd's revisions, transactions (with etcd's refusals), leases that end when their time is up, history,
+compaction, and watches that resume by themselves. There is no task behind it: due leases end when somebody looks,
+and a watch that waits looks when the next one is due. So it works under any clock, a mock one that jumps included,
+and two runs of one test are the same run.
+
+Faults: `down`/`up` (a cluster without a quorum: leases stand still and are refreshed at the next election),
+`FakeClient.cut`/`mend` (one host away), `delay`, `drop_watches`, `compact`, `replace_cluster`, and
+`FakeClient.lose_answer` (the write is done, the answer is lost). It does not know authentication, TLS or members.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import TYPE_CHECKING, TypeVar
+
+import trio
+from attrs import define, evolve, field
+
+from kilo_etcd.etcd.api import (
+    BadRequest,
+    Client,
+    Compacted,
+    Compare,
+    Delete,
+    DeleteResult,
+    EtcdError,
+    Event,
+    EventType,
+    Header,
+    Is,
+    KeepAlive,
+    KeyValue,
+    Lease,
+    LeaseInfo,
+    LeaseNotFound,
+    Op,
+    Put,
+    PutResult,
+    RangeResult,
+    Target,
+    Text,
+    TxnResult,
+    Unavailable,
+    Watch,
+    WatchBatch,
+    prefix_end,
+)
+
+_T = TypeVar("_T")
+MAX_OPERATIONS = 128
+MAX_REQUEST = 1536 * 1024
+MIN_TTL = 2
+"""Seconds; etcd's own floor with its default election timeout."""
+
+
+@define
+class _FakeLease:
+    id: int
+    ttl: int
+    expires_at: float
+    keys: set[bytes] = field(factory=set)
+
+
+class FakeEtcd:
+    """The cluster. `delay` is the seconds that every answer and every event takes."""
+
+    def __init__(self, *, cluster_id: int = 0xC1, delay: float = 0.0) -> None:
+        self.delay = delay
+        self.cluster_id = cluster_id
+        self.raft_term = 2
+        self.available = True
+        self._fresh()
+
+    def _fresh(self) -> None:
+        self.revision = 1
+        self.compacted = 0
+        self.data: dict[bytes, KeyValue] = {}
+        self._sorted: list[bytes] = []
+        self._log: list[Event] = []
+        self._versions: dict[bytes, list[tuple[int, KeyValue | None]]] = {}
+        self._leases: dict[int, _FakeLease] = {}
+        self._next_lease = 0x1000
+        self._changed = trio.Event()
+        self._drops = 0
+        self._drop_error: EtcdError | None = None
+
+    def client(self, name: str = "") -> FakeClient:
+        return FakeClient(self, name)
+
+    def header(self) -> Header:
+        return Header(cluster_id=self.cluster_id, member_id=1, revision=self.revision, raft_term=self.raft_term)
+
+    # --- faults ------------------------------------------------------------------------------------------------
+
+    def down(self) -> None:
+        """Nobody answers any more. Leases stand still, as they do in a cluster without a leader."""
+        self._expire()
+        self.available = False
+        self._wake()
+
+    def up(self) -> None:
+        """There is a leader again: a higher raft term, and every lease has its full time."""
+        self.available = True
+        self.raft_term += 1
+        for lease in self._leases.values():
+            lease.expires_at = trio.current_time() + lease.ttl
+        self._wake()
+
+    def drop_watches(self, error: EtcdError | None = None) -> None:
+        """Every watch that is open now raises."""
+        self._drops += 1
+        self._drop_error = error or Unavailable("etcd closed the watch")
+        self._wake()
+
+    def compact(self, revision: int | None = None) -> None:
+        """Forget history before `revision` (the present one)."""
+        self._expire()
+        self.compacted = self.revision if revision is None else revision
+        self._log = [event for event in self._log if event.kv.mod_revision >= self.compacted]
+        for key, versions in list(self._versions.items()):
+            keep = max((i for i, (at, _) in enumerate(versions) if at <= self.compacted), default=0)
+            del versions[:keep]
+            if len(versions) == 1 and versions[0][1] is None:
+                del self._versions[key]
+        self._wake()
+
+    def replace_cluster(self, cluster_id: int | None = None, *, keep_data: bool = False) -> None:
+        """Another cluster answers from now on: an empty one, or a restored backup that keeps the data but starts its
+        revisions and terms over. With `cluster_id` the present one it can only be told by these."""
+        old = list(self.data.values()) if keep_data else []
+        self._wake()
+        self._fresh()
+        self.cluster_id = self.cluster_id + 1 if cluster_id is None else cluster_id
+        self.raft_term = 2
+        for kv in old:
+            self._commit([Put(kv.key, kv.value)])
+
+    # --- reading and writing, at once --------------------------------------------------------------------------
+
+    def put(self, key: Text, value: Text, *, lease: int = 0) -> int:
+        """What an operator's `etcdctl put` does; the revision."""
+        self._expire()
+        self._commit([Put(key, value, lease)])
+        return self.revision
+
+    def delete(self, key: Text) -> int:
+        """What an operator's `etcdctl del` does; the revision."""
+        self._expire()
+        self._commit([Delete(key)])
+        return self.revision
+
+    def get(self, key: Text) -> bytes | None:
+        """The value now."""
+        self._expire()
+        kv = self.data.get(_raw(key))
+        return kv.value if kv else None
+
+    def keys(self, prefix: Text = "") -> list[str]:
+        """The keys now, sorted."""
+        self._expire()
+        return [key.decode("utf-8", "backslashreplace") for key in self._sorted if key.startswith(_raw(prefix))]
+
+    def leases(self) -> dict[int, int]:
+        """Lease -> the TTL that was granted."""
+        self._expire()
+        return {lease.id: lease.ttl for lease in self._leases.values()}
+
+    # --- inside ------------------------------------------------------------------------------------------------
+
+    def _wake(self) -> None:
+        event, self._changed = self._changed, trio.Event()
+        event.set()
+
+    def _next_expiry(self) -> float:
+        if not self.available:
+            return float("inf")
+        return min((lease.expires_at for lease in self._leases.values() if lease.keys), default=float("inf"))
+
+    def _expire(self) -> None:
+        if not self.available or not self._leases:
+            return
+        now = trio.current_time()
+        due = sorted(
+            (le for le in self._leases.values() if le.expires_at <= now), key=lambda le: (le.expires_at, le.id)
+        )
+        for lease in due:
+            self._end_lease(lease)
+
+    def _end_lease(self, lease: _FakeLease) -> None:
+        del self._leases[lease.id]
+        if lease.keys:
+            self._commit([Delete(key) for key in sorted(lease.keys)])
+
+    def _lease(self, lease_id: int) -> _FakeLease:
+        lease = self._leases.get(lease_id)
+        if lease is None:
+            raise LeaseNotFound(f"lease {lease_id:x} is not there: it has expired or was revoked")
+        return lease
+
+    def _select(self, key: Text, range_end: Text | None, revision: int = 0) -> list[KeyValue]:
+        first = _raw(key)
+        if revision and revision < self.revision:
+            keys = sorted(key for key in self._versions if _within(key, first, range_end))
+            past = [_at(self._versions[key], revision) for key in keys]
+            return [kv for kv in past if kv is not None]
+        if range_end is None:
+            kv = self.data.get(first)
+            return [kv] if kv else []
+        end = _raw(range_end)
+        low = bisect_left(self._sorted, first)
+        high = len(self._sorted) if end == b"\0" else bisect_left(self._sorted, end)
+        return [self.data[key] for key in self._sorted[low:high]]
+
+    def _commit(self, ops: Sequence[Op]) -> list[PutResult | RangeResult | DeleteResult]:
+        """All of it at one revision; nothing at all if it is refused."""
+        written: set[bytes] = set()
+        for op in ops:
+            if isinstance(op, Put):
+                if _raw(op.key) in written:
+                    raise BadRequest("duplicate key given in txn request")
+                written.add(_raw(op.key))
+                if not op.key:
+                    raise BadRequest("key is not provided")
+                if op.lease:
+                    self._lease(op.lease)
+        for op in ops:
+            if isinstance(op, Delete) and any(_within(key, _raw(op.key), op.range_end) for key in written):
+                raise BadRequest("duplicate key given in txn request")
+        revision = self.revision + 1
+        events: list[Event] = []
+        results: list[PutResult | RangeResult | DeleteResult] = []
+        for op in ops:
+            if isinstance(op, Put):
+                events.append(self._do_put(op, revision))
+                results.append(PutResult(header=Header()))
+            elif isinstance(op, Delete):
+                gone = self._select(op.key, op.range_end)
+                events.extend(self._do_delete(kv, revision) for kv in gone)
+                results.append(DeleteResult(header=Header(), deleted=len(gone)))
+            else:
+                kvs = tuple(self._select(op.key, op.range_end))
+                results.append(RangeResult(kvs=kvs, header=Header(), count=len(kvs)))
+        if events:
+            self.revision = revision
+            self._log.extend(events)
+            self._wake()
+        header = self.header()
+        return [evolve(result, header=header) for result in results]
+
+    def _do_put(self, op: Put, revision: int) -> Event:
+        key = _raw(op.key)
+        old = self.data.get(key)
+        if old is None:
+            insort(self._sorted, key)
+        elif old.lease in self._leases:
+            self._leases[old.lease].keys.discard(key)
+        kv = KeyValue(
+            key=key,
+            value=_raw(op.value),
+            create_revision=old.create_revision if old else revision,
+            mod_revision=revision,
+            version=old.version + 1 if old else 1,
+            lease=op.lease,
+        )
+        if op.lease:
+            self._leases[op.lease].keys.add(key)
+        self.data[key] = kv
+        self._versions.setdefault(key, []).append((revision, kv))
+        return Event(type=EventType.PUT, kv=kv)
+
+    def _do_delete(self, kv: KeyValue, revision: int) -> Event:
+        del self.data[kv.key]
+        del self._sorted[bisect_left(self._sorted, kv.key)]
+        if kv.lease in self._leases:
+            self._leases[kv.lease].keys.discard(kv.key)
+        self._versions.setdefault(kv.key, []).append((revision, None))
+        return Event(type=EventType.DELETE, kv=KeyValue(key=kv.key, value=b"", mod_revision=revision))
+
+    def _holds(self, compare: Compare) -> bool:
+        kv = self.data.get(_raw(compare.key))
+        if compare.target is Target.VALUE:
+            if kv is None:
+                return False
+            return _relation(kv.value, compare.value, compare.result)
+        found = {
+            Target.VERSION: lambda kv: kv.version,
+            Target.CREATE: lambda kv: kv.create_revision,
+            Target.MOD: lambda kv: kv.mod_revision,
+            Target.LEASE: lambda kv: kv.lease,
+        }[compare.target]
+        return _relation(found(kv) if kv else 0, compare.value, compare.result)
+
+    def _events_from(self, revision: int) -> list[Event]:
+        low = bisect_left(self._log, revision, key=lambda event: event.kv.mod_revision)
+        return self._log[low:]
+
+
+class FakeClient:
+    """One host's way to the cluster."""
+
+    def __init__(self, server: FakeEtcd, name: str = "") -> None:
+        self.server = server
+        self.name = name
+        self.connected = True
+        self.calls: list[str] = []
+        """The names of the unary calls made, for tests that count them."""
+        self._lose = 0
+
+    def __repr__(self) -> str:
+        return f"<FakeClient {self.name} {'connected' if self._reachable else 'cut off'}>"
+
+    # --- faults ------------------------------------------------------------------------------------------------
+
+    def cut(self) -> None:
+        """This client reaches etcd no more; the others do."""
+        self.connected = False
+        self.server._wake()
+
+    def mend(self) -> None:
+        self.connected = True
+        self.server._wake()
+
+    def lose_answer(self, calls: int = 1) -> None:
+        """The next calls are carried out, and fail."""
+        self._lose += calls
+
+    @property
+    def _reachable(self) -> bool:
+        return self.connected and self.server.available
+
+    async def _call(self, name: str, act: Callable[[], _T]) -> _T:
+        self.calls.append(name)
+        await trio.sleep(self.server.delay)
+        if not self._reachable:
+            raise Unavailable("no endpoint of etcd answered")
+        self.server._expire()
+        result = act()
+        if self._lose:
+            self._lose -= 1
+            raise Unavailable("the connection to etcd broke before the answer came")
+        return result
+
+    # --- the client's protocol ---------------------------------------------------------------------------------
+
+    async def get(self, key: Text, *, serializable: bool = False) -> KeyValue | None:
+        found = (await self.range(key, serializable=serializable)).kvs
+        return found[0] if found else None
+
+    async def range(
+        self,
+        key: Text,
+        range_end: Text | None = None,
+        *,
+        limit: int = 0,
+        revision: int = 0,
+        serializable: bool = False,
+        keys_only: bool = False,
+        count_only: bool = False,
+    ) -> RangeResult:
+        def act() -> RangeResult:
+            server = self.server
+            if revision > server.revision:
+                raise BadRequest("required revision is a future revision")
+            if 0 < revision < server.compacted:
+                raise Compacted(server.compacted)
+            found = server._select(key, range_end, revision)
+            shown = () if count_only else found[:limit] if limit else found
+            return RangeResult(
+                kvs=tuple(evolve(kv, value=b"") if keys_only else kv for kv in shown),
+                header=server.header(),
+                more=bool(limit) and len(found) > limit,
+                count=len(found),
+            )
+
+        return await self._call("range", act)
+
+    async def get_prefix(self, prefix: Text, *, revision: int = 0) -> RangeResult:
+        return await self.range(prefix, prefix_end(prefix), revision=revision)
+
+    async def put(self, key: Text, value: Text, *, lease: int = 0, prev_kv: bool = False) -> PutResult:
+        def act() -> PutResult:
+            old = self.server.data.get(_raw(key))
+            _check_size([Put(key, value)])
+            self.server._commit([Put(key, value, lease)])
+            return PutResult(header=self.server.header(), prev_kv=old if prev_kv else None)
+
+        return await self._call("put", act)
+
+    async def delete(self, key: Text, range_end: Text | None = None) -> DeleteResult:
+        def act() -> DeleteResult:
+            (result,) = self.server._commit([Delete(key, range_end)])
+            assert isinstance(result, DeleteResult)
+            return result
+
+        return await self._call("delete", act)
+
+    async def delete_prefix(self, prefix: Text) -> DeleteResult:
+        return await self.delete(prefix, prefix_end(prefix))
+
+    async def txn(
+        self, compare: Sequence[Compare], success: Sequence[Op] = (), failure: Sequence[Op] = ()
+    ) -> TxnResult:
+        def act() -> TxnResult:
+            if max(len(compare), len(success), len(failure)) > MAX_OPERATIONS:
+                raise BadRequest("too many operations in txn request")
+            _check_size([*success, *failure])
+            succeeded = all(self.server._holds(condition) for condition in compare)
+            responses = self.server._commit(success if succeeded else failure)
+            return TxnResult(succeeded=succeeded, responses=tuple(responses), header=self.server.header())
+
+        return await self._call("txn", act)
+
+    async def grant_lease(self, ttl: int, lease_id: int = 0) -> Lease:
+        def act() -> Lease:
+            server = self.server
+            if lease_id in server._leases:
+                raise BadRequest("lease already exists")
+            server._next_lease += 1
+            lease = _FakeLease(lease_id or server._next_lease, max(ttl, MIN_TTL), 0.0)
+            lease.expires_at = trio.current_time() + lease.ttl
+            server._leases[lease.id] = lease
+            return Lease(id=lease.id, ttl=lease.ttl)
+
+        return await self._call("grant_lease", act)
+
+    async def revoke_lease(self, lease_id: int) -> None:
+        await self._call("revoke_lease", lambda: self.server._end_lease(self.server._lease(lease_id)))
+
+    async def lease_time_to_live(self, lease_id: int, *, keys: bool = False) -> LeaseInfo:
+        def act() -> LeaseInfo:
+            lease = self.server._leases.get(lease_id)
+            if lease is None:
+                return LeaseInfo(id=lease_id, ttl=-1, granted_ttl=0)
+            left = max(0, int(lease.expires_at - trio.current_time()))
+            return LeaseInfo(
+                id=lease_id, ttl=left, granted_ttl=lease.ttl, keys=tuple(sorted(lease.keys)) if keys else ()
+            )
+
+        return await self._call("lease_time_to_live", act)
+
+    async def refresh_lease(self, lease_id: int) -> int:
+        def act() -> int:
+            lease = self.server._lease(lease_id)
+            lease.expires_at = trio.current_time() + lease.ttl
+            return lease.ttl
+
+        return await self._call("refresh_lease", act)
+
+    def keep_alive(
+        self, lease_id: int, ttl: int, *, interval: float | None = None
+    ) -> AbstractAsyncContextManager[KeepAlive]:
+        return self._keep_alive(lease_id, ttl, ttl / 3 if interval is None else interval)
+
+    @asynccontextmanager
+    async def _keep_alive(self, lease_id: int, ttl: int, interval: float) -> AsyncIterator[KeepAlive]:
+        kept = _FakeKeepAlive(lease_id, trio.current_time() + ttl)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(kept.run, self, interval)
+            try:
+                yield kept
+            finally:
+                nursery.cancel_scope.cancel()
+
+    def watch(
+        self,
+        key: Text,
+        range_end: Text | None = None,
+        *,
+        start_revision: int = 0,
+        progress_notify: bool = True,
+    ) -> AbstractAsyncContextManager[Watch]:
+        return self._watch(key, range_end, start_revision)
+
+    @asynccontextmanager
+    async def _watch(self, key: Text, range_end: Text | None, start_revision: int) -> AsyncIterator[Watch]:
+        await trio.lowlevel.checkpoint()
+        yield _FakeWatch(self, _raw(key), range_end, start_revision or self.server.revision + 1)
+
+    def watch_prefix(self, prefix: Text, *, start_revision: int = 0) -> AbstractAsyncContextManager[Watch]:
+        return self.watch(prefix, prefix_end(prefix), start_revision=start_revision)
+
+
+@define(eq=False)
+class _FakeKeepAlive:
+    lease_id: int
+    expires_at: float
+    lost: trio.Event = field(factory=trio.Event)
+
+    async def run(self, client: FakeClient, interval: float) -> None:
+        while True:
+            asked = trio.current_time()
+            try:
+                self.expires_at = asked + await client.refresh_lease(self.lease_id)
+                wait = interval
+            except LeaseNotFound:
+                break
+            except EtcdError:
+                wait = min(interval, 0.5)
+            if trio.current_time() + wait < self.expires_at:
+                await trio.sleep(wait)
+            else:
+                await trio.sleep_until(self.expires_at)
+                if not client._reachable:
+                    break
+        self.lost.set()
+
+
+class _FakeWatch:
+    """Waits while etcd is away and goes on where it was, as the real one does."""
+
+    def __init__(self, client: FakeClient, key: bytes, range_end: Text | None, start: int) -> None:
+        self._client = client
+        self._key, self._range_end, self._next = key, range_end, start
+        self._drops = client.server._drops
+        self._progress = False
+
+    def __aiter__(self) -> _FakeWatch:
+        return self
+
+    async def request_progress(self) -> None:
+        await trio.lowlevel.checkpoint()
+        self._progress = True
+        self._client.server._wake()
+
+    async def __anext__(self) -> WatchBatch:
+        server = self._client.server
+        while True:
+            server._expire()
+            if self._drops != server._drops and server._drop_error is not None:
+                raise server._drop_error
+            if self._client._reachable:
+                batch = self._gather(server)
+                if batch is not None:
+                    await trio.sleep(server.delay)
+                    return batch
+            changed = server._changed
+            with trio.move_on_at(server._next_expiry()):
+                await changed.wait()
+
+    def _gather(self, server: FakeEtcd) -> WatchBatch | None:
+        if self._next < server.compacted:
+            raise Compacted(server.compacted)
+        events = tuple(
+            event for event in server._events_from(self._next) if _within(event.kv.key, self._key, self._range_end)
+        )
+        self._next = max(self._next, server.revision + 1)
+        if not events and not self._progress:
+            return None
+        self._progress = False
+        return WatchBatch(events=events, revision=server.revision, header=server.header())
+
+
+def _raw(text: Text) -> bytes:
+    return text.encode() if isinstance(text, str) else text
+
+
+def _within(key: bytes, first: bytes, range_end: Text | None) -> bool:
+    if range_end is None:
+        return key == first
+    end = _raw(range_end)
+    return key >= first and (end == b"\0" or key < end)
+
+
+def _at(versions: list[tuple[int, KeyValue | None]], revision: int) -> KeyValue | None:
+    return next((kv for at, kv in reversed(versions) if at <= revision), None)
+
+
+def _relation(found: int | bytes, wanted: int | bytes, result: Is) -> bool:
+    if isinstance(found, int) != isinstance(wanted, int):
+        raise BadRequest("the comparison's value does not fit its target")
+    if result is Is.EQUAL:
+        return found == wanted
+    if result is Is.NOT_EQUAL:
+        return found != wanted
+    low, high = (wanted, found) if result is Is.GREATER else (found, wanted)
+    return low < high  # type: ignore[operator]
+
+
+def _check_size(ops: Sequence[Op]) -> None:
+    if sum(len(_raw(op.key)) + len(_raw(op.value)) for op in ops if isinstance(op, Put)) > MAX_REQUEST:
+        raise BadRequest("etcdserver: request is too large")
+
+
+if TYPE_CHECKING:
+
+    def _implements(client: FakeClient) -> Client:
+        return client
