@@ -73,6 +73,10 @@ class Channel:
             if dial.connection is None:
                 raise Unreachable(dial.failures)
 
+    @property
+    def endpoint(self) -> str | None:
+        return str(self._current.endpoint) if self._current and self._current.lost is None else None
+
     def failed(self, connection: Connection) -> None:
         """Something about `connection` failed that another member may do better: leave it."""
         if connection.retiring:

@@ -33,6 +33,11 @@ class EtcdClient:
         endpoints = dict.fromkeys(parse_endpoint(text, tls=config.tls is not None) for text in config.endpoints)
         self._caller = Caller(config, Channel(config, tuple(endpoints), nursery))
 
+    @property
+    def endpoint(self) -> str | None:
+        """The endpoint in use; None while there is none."""
+        return self._caller.channel.endpoint
+
     async def get(self, key: api.Text, *, serializable: bool = False) -> api.KeyValue | None:
         found = await self.range(key, serializable=serializable)
         return found.kvs[0] if found.kvs else None

@@ -36,6 +36,8 @@ class Progress:
         self.created = False
         self.trusted = False
         """Whether notices that were asked for tell the truth."""
+        self.pieces = 0
+        """Answers with events, fragments counted one by one."""
         self._fragments: list[Event] = []
 
     def disconnected(self) -> None:
@@ -55,6 +57,7 @@ class Progress:
             if self.next_revision == 0:
                 self.next_revision = answer.header.revision + 1
             return None
+        self.pieces += bool(answer.events)
         # Below the resume point is what was given already.
         self._fragments.extend(event(e) for e in answer.events if e.kv.mod_revision >= self.next_revision)
         if answer.fragment:
@@ -102,6 +105,10 @@ class Watcher:
             batch = await self._step()
             if batch is not None:
                 return batch
+
+    @property
+    def pieces(self) -> int:
+        return self._progress.pieces
 
     async def start(self) -> None:
         """Wait until etcd has made the watch: "from now". Raises Unavailable after `call_timeout`."""

@@ -4,7 +4,7 @@
     async with EtcdCluster.run(3) as cluster: cluster.members[0].freeze()
 
 It promises that the servers it gives are healthy and its own (not something else on the port), and that its processes
-end with the block, also when this process is killed. A server that does not come up is an error with the end of its log.
+end with the block, also when this process is killed. A server that does not come up is an error that shows its log.
 Needs etcd and, for `etcdctl` and `enable_auth`, etcdctl.
 """
 
