@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import socket
 from ipaddress import ip_address, ip_interface, ip_network
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 from attrs import field, frozen
 
 from kilo_etcd import kernel
+from kilo_etcd.agent import discover
 from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.agent.discover import (
     HostFacts,
@@ -22,7 +25,7 @@ from kilo_etcd.agent.discover import (
 )
 from kilo_etcd.etcd.api import Config
 from kilo_etcd.kernel.state import DefaultRoute, HostAddress, HostAddresses
-from kilo_etcd.model import Endpoint
+from kilo_etcd.model import Endpoint, IPAddress
 
 
 def address(interface: str, text: str, kind: str = "", **rest: Any) -> HostAddress:
@@ -344,12 +347,47 @@ async def test_the_hosts_own_facts_can_be_gathered(monkeypatch: pytest.MonkeyPat
     async def list_addresses() -> HostAddresses:
         return HostAddresses(addresses=LO, default_routes=(default("eth0", "10.0.0.1"),))
 
-    monkeypatch.setattr(kernel, "list_addresses", list_addresses, raising=False)
+    monkeypatch.setattr(kernel, "list_addresses", list_addresses)
     found = await gather(AgentConfig(hostname="localhost", interface="wg7"))
     assert ip_address("127.0.0.1") in found.resolved
     assert (found.addresses, found.own_interface) == (LO, "wg7")
     assert found.default_routes == (default("eth0", "10.0.0.1"),)
     assert (await gather(AgentConfig(hostname="no-such-name.invalid"))).resolved == ()
+
+
+@pytest.mark.autojump
+async def test_a_nameserver_that_is_away_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer: tuple[IPAddress, ...] | Exception | None = (ip_address("10.1.0.5"),)
+
+    async def lookup(name: str) -> tuple[IPAddress, ...]:
+        assert name == "node-1"
+        if answer is None:
+            await trio.sleep_forever()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer or ()
+
+    async def list_addresses() -> HostAddresses:
+        return HostAddresses()
+
+    monkeypatch.setattr(discover, "lookup", lookup)
+    monkeypatch.setattr(discover, "_hostnames", {})
+    monkeypatch.setattr(kernel, "list_addresses", list_addresses)
+    config = AgentConfig(hostname="node-1")
+    known = (ip_address("10.1.0.5"),)
+    assert (await gather(config)).resolved == known
+    answer = None
+    assert (await gather(config)).resolved == known
+    answer = socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+    assert (await gather(config)).resolved == known
+    answer = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+    assert (await gather(config)).resolved == ()
+
+
+async def test_the_kernels_own_list_is_understood() -> None:
+    found = await gather(AgentConfig(hostname="localhost"))
+    assert all(item.address.version in (4, 6) for item in found.addresses)
+    assert choose(found, AgentConfig(hostname="localhost")).reasons
 
 
 async def test_etcds_networks_are_single_addresses() -> None:

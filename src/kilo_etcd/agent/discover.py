@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 from collections.abc import Iterable
 from ipaddress import IPv6Address
 from pathlib import Path
@@ -28,6 +29,12 @@ from kilo_etcd.model import DEFAULT_INTERFACE, DEFAULT_PORT, Endpoint, IPAddress
 
 INSTANCE_DATA = Path("/run/cloud-init/instance-data.json")
 _MOST_BYTES = 8 * 2**20
+
+HOSTNAME_TIMEOUT = 2.0
+"""Seconds for looking up the host's own name, which normally is a matter of /etc/hosts: the agent's start waits."""
+
+_hostnames: dict[str, tuple[IPAddress, ...]] = {}
+"""The last answers for the host's own name."""
 
 _TUNNELS = frozenset({"ipip", "sit", "gre", "gretap", "ip6tnl", "ip6gre", "wireguard", "tun", "vxlan", "geneve", "vti"})
 _VIRTUAL = _TUNNELS | {"bridge", "veth", "dummy", "openvswitch"}
@@ -243,10 +250,8 @@ def _within(address: IPInterface, network: IPNetwork) -> bool:
 
 
 async def gather(config: AgentConfig) -> HostFacts:
-    """The host as it is now. A name that does not resolve (within LOOKUP_TIMEOUT) is no error, it decides nothing."""
-    resolved: tuple[IPAddress, ...] = ()
-    with trio.move_on_after(LOOKUP_TIMEOUT), contextlib.suppress(OSError):
-        resolved = await lookup(config.hostname)
+    """The host as it is now. A name that does not resolve is no error, it decides nothing."""
+    resolved = await _resolve_hostname(config.hostname)
     found = await kernel.list_addresses()
     return HostFacts(
         hostname=config.hostname,
@@ -255,6 +260,20 @@ async def gather(config: AgentConfig) -> HostFacts:
         default_routes=found.default_routes,
         own_interface=config.interface,
     )
+
+
+async def _resolve_hostname(hostname: str) -> tuple[IPAddress, ...]:
+    # A nameserver that is away for a moment must not make the host change its internal IP: only an answer counts,
+    # and that there is no such name is one.
+    with trio.move_on_after(HOSTNAME_TIMEOUT):
+        try:
+            _hostnames[hostname] = await lookup(hostname)
+        except socket.gaierror as error:
+            if error.errno == socket.EAI_NONAME:
+                _hostnames.pop(hostname, None)
+        except OSError:
+            pass
+    return _hostnames.get(hostname, ())
 
 
 async def etcd_networks(etcd: Config) -> tuple[IPNetwork, ...]:
