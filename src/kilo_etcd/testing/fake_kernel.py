@@ -1,0 +1,182 @@
+"""A kernel in memory: `FakeHost` is the machine, which stays; `FakeKernel` is one agent's hold on it.
+
+It decides with the real diff and changes its state by the real `kernel.effect`, so that a simulated agent programs
+exactly what a real one would; only netlink is missing. Nothing is ever slow or wrong here unless a test says so:
+`refuse` makes single changes fail, `broken` makes all of them fail, `tamper` is somebody else at the keyboard.
+
+    host = FakeHost()
+    kernel = FakeKernel(host, Setup(private_key=key))
+    await kernel.apply(plan)
+    assert ip_network("10.4.0.0/16") in host.observed.routes
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+
+import trio
+from attrs import evolve
+
+from kilo_etcd.kernel.api import Kernel
+from kilo_etcd.kernel.diff import difference, remember
+from kilo_etcd.kernel.effect import apply_changes
+from kilo_etcd.kernel.errors import KernelError
+from kilo_etcd.kernel.state import (
+    ApplyReport,
+    Backend,
+    Change,
+    DeleteLink,
+    DeleteRoute,
+    Failure,
+    HostAddresses,
+    Memory,
+    Observed,
+    RemovePeer,
+    SetDevice,
+    SetPeer,
+    Setup,
+    Target,
+    ipip_name,
+)
+from kilo_etcd.kernel.userspace import public_key_of
+from kilo_etcd.kernel.wireguard import raw
+from kilo_etcd.model import Endpoint
+from kilo_etcd.topology.hostplan import HostPlan
+
+
+class FakeHost:
+    """A machine: what its kernel holds, and what tests do to it."""
+
+    def __init__(self, addresses: HostAddresses | None = None) -> None:
+        self.observed = Observed()
+        self.addresses = addresses or HostAddresses()
+        self.history: list[Change] = []
+        """Every change ever made by a `FakeKernel`, oldest first."""
+        self.refuse: Callable[[Change], str | None] = lambda change: None
+        """Why a change fails, or None if it succeeds."""
+        self.broken: str | None = None
+        """Why nothing can be programmed at all."""
+        self._listeners: list[FakeKernel] = []
+
+    def tamper(self, changes: Sequence[Change], interface: str = "kilo0", what: str = "somebody changed it") -> None:
+        """Somebody else makes changes; the kernel reports them, except WireGuard's, of which it never speaks."""
+        self.observed = apply_changes(self.observed, changes, interface)
+        if not all(isinstance(change, SetDevice | SetPeer | RemovePeer) for change in changes):
+            for listener in self._listeners:
+                listener.drifted(what)
+
+    def hear_from(self, public_key: str, *, endpoint: Endpoint | None = None, when: float | None = None) -> None:
+        """A handshake with a peer, perhaps from a new endpoint (roaming)."""
+        peer = self.observed.peers[public_key]
+        heard = evolve(
+            peer,
+            endpoint=endpoint or peer.endpoint,
+            last_handshake=trio.current_time() if when is None else when,
+        )
+        self.observed = evolve(self.observed, peers={**self.observed.peers, public_key: heard})
+
+    def watch(self, listener: FakeKernel) -> None:
+        self._listeners.append(listener)
+
+    def unwatch(self, listener: FakeKernel) -> None:
+        self._listeners.remove(listener)
+
+    def cleanup(self, interface: str = "kilo0") -> tuple[Change, ...]:
+        """As `kernel.cleanup`."""
+        changes: list[Change] = [DeleteRoute(route) for route in self.observed.routes.values()]
+        if self.observed.ipip is not None:
+            changes.append(DeleteLink(ipip_name(interface)))
+        if self.observed.link is not None and self.observed.ours:
+            changes.append(DeleteLink(interface))
+        self.observed = apply_changes(self.observed, changes, interface)
+        self.history.extend(changes)
+        return tuple(changes)
+
+
+class FakeKernel:
+    """See `kernel.api.Kernel`. A new one on the same host is an agent that was started again."""
+
+    def __init__(self, host: FakeHost, setup: Setup, *, delay: float = 0.0) -> None:
+        """`delay`: seconds (of trio's clock) that an `apply` takes when it changes anything."""
+        self.host = host
+        self.writes = 0
+        self.plan: HostPlan | None = None
+        self._setup = setup
+        self._delay = delay
+        self._memory = Memory()
+        self._public_key = public_key_of(raw(setup.private_key))
+        self._lock = trio.Lock()
+        self._drift: str | None = None
+        self._event = trio.Event()
+        host.watch(self)
+
+    @property
+    def backend(self) -> Backend:
+        return "kernel"
+
+    def drifted(self, what: str) -> None:
+        if self.plan is not None:
+            self._drift = what
+            self._event.set()
+
+    async def apply(self, plan: HostPlan, *, fresh: bool = False) -> ApplyReport:
+        async with self._lock:
+            await trio.lowlevel.checkpoint()
+            if self.host.broken is not None:
+                raise KernelError(self.host.broken)
+            todo = difference(plan, self._now(), self._memory, self._target(plan))
+            refused = {change: why for change in todo.changes if (why := self.host.refuse(change)) is not None}
+            made = tuple(change for change in todo.changes if change not in refused)
+            if made and self._delay:
+                await trio.sleep(self._delay)
+            self.host.observed = apply_changes(self.host.observed, made, self._setup.interface)
+            self.host.history.extend(made)
+            self.writes += len(made)
+            self.plan = plan
+            self._memory = remember(plan, self._memory)
+            self._drift = None
+            failures = (*todo.failures, *(Failure(subject=str(change), text=why) for change, why in refused.items()))
+            return ApplyReport(changes=made, failures=failures)
+
+    async def preview(self, plan: HostPlan) -> tuple[Change, ...]:
+        await trio.lowlevel.checkpoint()
+        return difference(plan, self._now(), self._memory, self._target(plan)).changes
+
+    async def observe(self) -> Observed:
+        await trio.lowlevel.checkpoint()
+        observed = self._now()
+        plan = self.plan
+        if plan is not None and difference(plan, observed, self._memory, self._target(plan)).changes:
+            self.drifted("found undone")
+        return observed
+
+    async def wait_drift(self) -> str:
+        await trio.lowlevel.checkpoint()
+        while self._drift is None:
+            self._event = trio.Event()
+            await self._event.wait()
+        reason, self._drift = self._drift, None
+        return reason
+
+    def _now(self) -> Observed:
+        return evolve(self.host.observed, time=trio.current_time())
+
+    def _target(self, plan: HostPlan) -> Target:
+        overhead = 100 if plan.ipip_remotes else 80
+        return Target(
+            interface=self._setup.interface,
+            public_key=self._public_key,
+            private_key=self._setup.private_key,
+            mtu=self._setup.mtu or 1500 - overhead,
+        )
+
+
+@asynccontextmanager
+async def open_fake_kernel(host: FakeHost, setup: Setup, *, delay: float = 0.0) -> AsyncIterator[Kernel]:
+    """As `kernel.open_kernel`, on a host in memory."""
+    kernel = FakeKernel(host, setup, delay=delay)
+    try:
+        yield kernel
+    finally:
+        host.unwatch(kernel)
