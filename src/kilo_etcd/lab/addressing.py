@@ -11,7 +11,7 @@ The text is what `ip -batch -` and `nft -f -` read; the tests compare it and the
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_interface, ip_network
 
 from attrs import frozen
 
@@ -96,7 +96,7 @@ class Layout:
     @property
     def endpoints(self) -> tuple[str, ...]:
         """etcd's client URLs."""
-        return tuple(f"http://{_literal(addresses[0])}:{ETCD_PORT}" for addresses in self.members.values())
+        return tuple(f"http://{literal(addresses[0])}:{ETCD_PORT}" for addresses in self.members.values())
 
     @property
     def servers(self) -> tuple[IPAddress, ...]:
@@ -146,7 +146,9 @@ def lay_out(spec: Spec) -> Layout:
         )
         used = [0] * len(subnets)
         for host in site.hosts:
-            hosts[host.name] = _host(host, site, subnets[host.subnet], used[host.subnet], len(hosts) + 1, versions, hosts)
+            hosts[host.name] = _host(
+                host, site, subnets[host.subnet], used[host.subnet], len(hosts) + 1, versions, hosts
+            )
             used[host.subnet] += 1
     return Layout(
         hosts=hosts,
@@ -199,20 +201,21 @@ def _host(
 
 
 def _interface(network: IPNetwork, index: int) -> IPInterface:
-    from ipaddress import ip_interface
-
     return ip_interface(f"{network[index]}/{network.prefixlen}")
 
 
 def _server_wire(name: str, number: int) -> Wire:
-    return Wire(machine=name, interface="eth0", mac=_mac(3, number), other="internet", other_interface=f"server{number}")
+    return Wire(
+        machine=name, interface="eth0", mac=_mac(3, number), other="internet", other_interface=f"server{number}"
+    )
 
 
 def _mac(kind: int, number: int) -> str:
     return f"02:6b:{kind:02x}:00:{number >> 8:02x}:{number & 255:02x}"
 
 
-def _literal(ip: IPAddress) -> str:
+def literal(ip: IPAddress) -> str:
+    """An address as it stands in a URL."""
     return f"[{ip}]" if ip.version == 6 else str(ip)
 
 
@@ -342,14 +345,12 @@ def router_firewall(layout: Layout, site: str, cuts: Iterable[str] = ()) -> str:
         family = "ip" if ip.version == 4 else "ip6"
         rules.append(f"{family} daddr {ip} tcp dport {ETCD_PORT} counter name etcd accept")
         rules.append(f"{family} saddr {ip} tcp sport {ETCD_PORT} counter name etcd accept")
-    masquerade = [
-        f"oifname wan {'ip' if n.version == 4 else 'ip6'} saddr {n} masquerade" for n in networks
-    ]
+    masquerade = [f"oifname wan {'ip' if n.version == 4 else 'ip6'} saddr {n} masquerade" for n in networks]
     return f"""\
 table inet lab {{
     counter wireguard {{ }}
     counter etcd {{ }}
-    counter icmp {{ }}
+    counter icmperrors {{ }}
     counter other {{ }}
     chain cut {{
 {_indent(_cut_rules(layout, cuts, site=site))}
@@ -361,8 +362,8 @@ table inet lab {{
         udp dport {WIREGUARD_PORT} counter name wireguard accept
         udp sport {WIREGUARD_PORT} counter name wireguard accept
 {_indent(rules)}
-        icmp type {{ {_ERRORS4} }} counter name icmp accept
-        icmpv6 type {{ {_ERRORS6} }} counter name icmp accept
+        icmp type {{ {_ERRORS4} }} counter name icmperrors accept
+        icmpv6 type {{ {_ERRORS6} }} counter name icmperrors accept
         counter name other drop
     }}
     chain nat {{
@@ -416,7 +417,10 @@ def _cut_rules(layout: Layout, cuts: Iterable[str], *, host: str = "", site: str
         elif cut == "location":
             here = layout.hosts[host].site
             rules += _between(
-                ip for other in layout.hosts.values() if other.site == here and other.name != host for ip in other.addresses
+                ip
+                for other in layout.hosts.values()
+                if other.site == here and other.name != host
+                for ip in other.addresses
             )
         else:
             rules += _between(_others(layout, host=host, site=site))

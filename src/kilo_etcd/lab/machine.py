@@ -13,7 +13,7 @@ import re
 import signal
 import socket
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
@@ -108,8 +108,7 @@ class Machine:
                 ["sleep", "infinity"],
                 env=environment,
                 stdio=stdio,
-                within=None,
-                prepare=lambda: _furnish(home, hostname, sysctls),
+                first=lambda: _furnish(home, hostname, sysctls),
             )
         first = Process(pid)
         nursery.start_soon(first.mind)
@@ -135,18 +134,9 @@ class Machine:
 
     async def run(self, nursery: trio.Nursery, argv: Sequence[str], given: str = "", *, cwd: str | None = None) -> str:
         """Run a program to its end with `given` on standard input; what it printed. NamespaceError if it failed."""
-        source, target = _scratch(given.encode()), _scratch(b"")
-        try:
-            process = self.spawn(nursery, argv, (source, target, target), cwd=cwd)
-            await process.ended.wait()
-            os.lseek(target, 0, os.SEEK_SET)
-            printed = b"".join(iter(lambda: os.read(target, 65536), b"")).decode(errors="replace")
-        finally:
-            os.close(source)
-            os.close(target)
-        if process.status:
-            raise NamespaceError(0, f"{argv[0]} in {self.name} failed: {' '.join(printed.split())[-400:]}")
-        return printed
+        return await run_program(
+            lambda stdio: self.spawn(nursery, argv, stdio, cwd=cwd), f"{argv[0]} in {self.name}", given
+        )
 
     def socket(self, family: int, kind: int, protocol: int = 0) -> socket.socket:
         """A socket in the machine's network, closed when the machine is powered off."""
@@ -182,6 +172,22 @@ class Machine:
 def home_of(name: str) -> Path:
     """Where the lab keeps a machine's files."""
     return Path(BASE, "machines", re.sub(r"[^a-z0-9-]", "-", name))
+
+
+async def run_program(start: Callable[[tuple[int, int, int]], Process], called: str, given: str = "") -> str:
+    """Run a program to its end with `given` on standard input; what it printed. NamespaceError if it failed."""
+    source, target = _scratch(given.encode()), _scratch(b"")
+    try:
+        process = start((source, target, target))
+        await process.ended.wait()
+        os.lseek(target, 0, os.SEEK_SET)
+        printed = b"".join(iter(lambda: os.read(target, 65536), b"")).decode(errors="replace")
+    finally:
+        os.close(source)
+        os.close(target)
+    if process.status:
+        raise NamespaceError(0, f"{called} failed: {' '.join(printed.split())[-400:]}")
+    return printed
 
 
 def _scratch(content: bytes) -> int:

@@ -16,7 +16,7 @@ import signal
 import socket
 import termios
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import NoReturn
 
 from attrs import frozen
@@ -120,7 +120,9 @@ class Namespaces:
     @classmethod
     def of(cls, pid: int) -> Namespaces:
         """Those in which a process lives."""
-        return cls(*(os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC) for kind in ("pid", "net", "mnt", "uts")))
+        return cls(
+            *(os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC) for kind in ("pid", "net", "mnt", "uts"))
+        )
 
     def enter(self) -> None:
         """Move this process in, except for the PID namespace, which only children can be in."""
@@ -176,22 +178,22 @@ def spawn(
     *,
     env: Mapping[str, str],
     stdio: tuple[int, int, int],
-    within: Namespaces | None,
-    prepare: Callable[[], None] | None = None,
+    within: Namespaces | None = None,
+    first: Callable[[], None] | None = None,
     cwd: str | None = None,
     terminal: bool = False,
 ) -> int:
-    """Start a program in a session of its own inside a machine; returns its pid as this process sees it.
+    """Start a program in a session of its own, `within` a machine or here; returns its pid as this process sees it.
 
-    With `within` None the child is the first process of a new PID namespace and `prepare` makes the rest.
-    `terminal` makes standard input its controlling terminal. A missing `cwd` becomes `/`. NamespaceError when the program could not be
-    started. Returns after exec, so whatever `prepare` does is done.
+    With `first` the child is the first process of a new PID namespace, and calls it before the program.
+    `terminal` makes standard input its controlling terminal. A missing `cwd` becomes `/`. Returns after exec,
+    so whatever `first` does is done. NamespaceError when the program could not be started.
     """
     reader, writer = os.pipe()
-    with _children_in(within.pid if within else None):
+    with _children_in(within.pid) if within else _children_in(None) if first else nullcontext():
         pid = os.fork()
         if pid == 0:
-            _become(argv, env, stdio, within, prepare, cwd, terminal, writer)
+            _become(argv, env, stdio, within, first, cwd, terminal, writer)
     os.close(writer)
     with open(reader, "rb") as answer:
         complaint = answer.read().decode(errors="replace")
@@ -206,7 +208,7 @@ def _become(
     env: Mapping[str, str],
     stdio: tuple[int, int, int],
     within: Namespaces | None,
-    prepare: Callable[[], None] | None,
+    first: Callable[[], None] | None,
     cwd: str | None,
     terminal: bool,
     writer: int,
@@ -226,8 +228,8 @@ def _become(
             fcntl.ioctl(0, termios.TIOCSCTTY, 0)
         if within is not None:
             within.enter()
-        if prepare is not None:
-            prepare()
+        if first is not None:
+            first()
         try:
             os.chdir(cwd or "/")
         except OSError:

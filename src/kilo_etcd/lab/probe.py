@@ -203,7 +203,10 @@ class Pinger:
         finally:
             for machine, identifier in identifiers.items():
                 self.forget(machine, identifier)
-        return [(machine, by_machine[machine][number][0]) for machine, number in sorted(left, key=lambda x: (x[0].name, x[1]))]
+        return [
+            (machine, by_machine[machine][number][0])
+            for machine, number in sorted(left, key=lambda x: (x[0].name, x[1]))
+        ]
 
 
 @define(eq=False)

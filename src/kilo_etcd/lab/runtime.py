@@ -88,7 +88,9 @@ def hold(name: str) -> Iterator[Runtime]:
         try:
             directory.mkdir(mode=0o700)
         except FileExistsError:
-            raise LabError(f"a lab called {name!r} is running already; choose another --name, or stop that one") from None
+            raise LabError(
+                f"a lab called {name!r} is running already; choose another --name, or stop that one"
+            ) from None
         lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(lock, fcntl.LOCK_EX)
         os.write(lock, f"{os.getpid()}\n".encode())

@@ -189,9 +189,7 @@ def _site(table: _Table) -> SiteSpec:
     name = table.text("name")
     number, public = table.integer("hosts", 0), table.integer("public", 0)
     label = table.optional_text("label")
-    made = [
-        HostSpec(name=f"{name}-{k}", public=k <= public, label=label) for k in range(1, number + 1)
-    ]
+    made = [HostSpec(name=f"{name}-{k}", public=k <= public, label=label) for k in range(1, number + 1)]
     for host in table.tables("host", required=False):
         made.append(
             HostSpec(

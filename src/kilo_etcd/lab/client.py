@@ -1,0 +1,507 @@
+"""The lab as a Python object: start one (`running_lab`), or attach to one that runs (`attach`), and operate it.
+
+All methods are async, under trio; each makes one request and raises `LabError`, with one sentence, when the
+lab cannot do it. Cancelling withdraws the request; a program being run ends with it.
+
+    async with running_lab(Spec.simple(6, labels={"site-1": "gcp"})) as lab:
+        await lab.all_pairs_ping(deadline=30)
+        await lab.etcdctl("put", "/kilo/mesh/granularity", "full")
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+import trio
+from attrs import define, field, frozen
+
+from kilo_etcd.lab import control, runtime
+from kilo_etcd.lab.addressing import Layout, lay_out, member_of
+from kilo_etcd.lab.capture import Flow
+from kilo_etcd.lab.machine import BASE
+from kilo_etcd.lab.probe import ProbeResult
+from kilo_etcd.lab.runtime import LabError
+from kilo_etcd.lab.spec import Spec
+from kilo_etcd.model import IPAddress
+
+_numbers = itertools.count(1)
+_SETTLE = 0.1
+
+
+@frozen
+class Completed:
+    """A program that has run to its end."""
+
+    stdout: str
+    stderr: str
+    returncode: int
+    """Exit status; minus the signal's number when killed."""
+
+
+@frozen(kw_only=True)
+class HostStatus:
+    """One host as the lab sees it."""
+
+    host: str
+    site: str
+    power: bool
+    private: tuple[str, ...]
+    public: tuple[str, ...]
+    mesh: tuple[str, ...]
+    agent: str
+    """For people: `running`, `frozen`, `killed by SIGKILL`, ..."""
+    agent_pid: int | None
+    """In the lab's own PID namespace; it changes when the agent is started anew, and only then."""
+    cuts: tuple[str, ...]
+
+
+@frozen
+class Count:
+    """What a router's counter has seen."""
+
+    packets: int
+    bytes: int
+
+
+@define(eq=False)
+class RunningProbe:
+    """A probe under way; `result` is there when its block has ended."""
+
+    _connection: control.Connection
+    target: str
+    result: ProbeResult | None = None
+
+    async def peek(self) -> ProbeResult:
+        """The account so far, while it runs."""
+        await self._connection.send({"op": "peek"})
+        return ProbeResult.from_mapping(await self._connection.result())
+
+    async def flowing_again(self, deadline: float, *, after: float = 0.0) -> ProbeResult:
+        """Wait until packets sent later than `after` seconds from the probe's start were answered, the last ones too."""
+        with trio.move_on_after(deadline):
+            while True:
+                seen = await self.peek()
+                if seen.flowing and seen.duration - 0.5 > after:
+                    return seen
+                await trio.sleep(_SETTLE)
+        raise LabError(f"no packet reached {self.target} again within {deadline} s")
+
+    @property
+    def _final(self) -> ProbeResult:
+        if self.result is None:
+            raise LabError("the probe still runs; ask peek(), or leave its block first")
+        return self.result
+
+    @property
+    def sent(self) -> int:
+        """Packets sent."""
+        return self._final.sent
+
+    @property
+    def lost(self) -> int:
+        """Packets never answered."""
+        return self._final.lost
+
+    @property
+    def longest_gap(self) -> float:
+        """Seconds for which consecutive packets were lost, at most."""
+        return self._final.longest_gap
+
+
+@define(eq=False)
+class RunningCapture:
+    """A capture under way; `flows` are there when its block has ended."""
+
+    interfaces: tuple[str, ...]
+    flows: tuple[Flow, ...] = ()
+
+
+@define(eq=False)
+class Lab:
+    """A running lab."""
+
+    name: str
+    _path: Path
+    spec: Spec | None = None
+    """What it was built from; None where attached to a lab that another process runs."""
+    layout: Layout | None = field(default=None, repr=False)
+
+    async def _ask(self, op: str, /, **request: Any) -> Any:
+        connection = await control.connect(self._path)
+        try:
+            await connection.send({"op": op, **request})
+            return await connection.result()
+        finally:
+            connection.close()
+
+    async def build(self, say: Callable[[str], object] = lambda line: None) -> None:
+        """Have the lab built; `running_lab` does it. `say` is told of each step in a short line."""
+        connection = await control.connect(self._path)
+        try:
+            await connection.send({"op": "build"})
+            while True:
+                answer = await connection.receive()
+                if answer is None:
+                    raise LabError("the lab has ended while it was being built")
+                if "error" in answer:
+                    raise LabError(str(answer["error"]))
+                if "ok" in answer:
+                    return
+                say(answer["say"])
+        finally:
+            connection.close()
+
+    # --- running programs ----------------------------------------------------------------------------------
+
+    async def exec(
+        self,
+        machine: str,
+        *argv: str,
+        input: str = "",
+        env: Mapping[str, str] | None = None,
+        check: bool = False,
+    ) -> Completed:
+        """Run a program in a host, `router:<site>`, `etcd:<member>`, `internet` or `operator`, and keep what it prints.
+
+        `check` raises LabError when it does not exit with 0.
+        """
+        stdin_fd = os.memfd_create("input", os.MFD_CLOEXEC)
+        outputs: list[bytearray] = [bytearray(), bytearray()]
+        status = -1
+        async with AsyncExitStack() as stack:
+            stack.callback(os.close, stdin_fd)
+            os.write(stdin_fd, input.encode())
+            os.lseek(stdin_fd, 0, os.SEEK_SET)
+            readers, writers = [], []
+            for _ in outputs:
+                reader, writer = os.pipe()
+                readers.append(await stack.enter_async_context(trio.lowlevel.FdStream(reader)))
+                writers.append(os.fdopen(writer, "wb"))
+
+            async def collect(reader: trio.lowlevel.FdStream, into: bytearray) -> None:
+                async for part in reader:
+                    into += part
+
+            async with trio.open_nursery() as nursery:
+                for reader_stream, into in zip(readers, outputs, strict=True):
+                    nursery.start_soon(collect, reader_stream, into)
+                try:
+                    fds = (stdin_fd, writers[0].fileno(), writers[1].fileno())
+                    connection = await self._start(machine, argv, fds, env=env)
+                finally:
+                    for each in writers:
+                        each.close()
+                try:
+                    status = int(await connection.result())
+                finally:
+                    connection.close()
+        done = Completed(outputs[0].decode(errors="replace"), outputs[1].decode(errors="replace"), status)
+        if check and status:
+            raise LabError(f"{' '.join(argv)} in {machine} ended with {status}: {(done.stderr or done.stdout).strip()}")
+        return done
+
+    async def _start(
+        self,
+        machine: str,
+        argv: Sequence[str],
+        fds: Sequence[int],
+        *,
+        env: Mapping[str, str] | None = None,
+        terminal: bool = False,
+    ) -> control.Connection:
+        connection = await control.connect(self._path)
+        try:
+            request = {
+                "op": "exec",
+                "machine": machine,
+                "argv": argv,
+                "env": env,
+                "cwd": os.getcwd(),
+                "terminal": terminal,
+            }
+            await connection.send(request, fds)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    async def attach_program(
+        self,
+        machine: str,
+        argv: Sequence[str],
+        fds: Sequence[int],
+        *,
+        terminal: bool = False,
+        env: Mapping[str, str] | None = None,
+    ) -> int:
+        """Run a program on these descriptors as its standard input, output and errors; its exit status."""
+        connection = await self._start(machine, argv, fds, terminal=terminal, env=env)
+        try:
+            return int(await connection.result())
+        finally:
+            connection.close()
+
+    async def etcdctl(self, *argv: str, check: bool = True) -> Completed:
+        """The real etcdctl, at the operator's."""
+        return await self.exec("operator", "etcdctl", *argv, check=check)
+
+    async def kgctl(self, *argv: str, check: bool = True) -> Completed:
+        """kgctl, at the operator's."""
+        own = Path(sys.executable).parent / "kgctl"
+        program = [str(own)] if own.exists() else [sys.executable, "-c", "from kilo_etcd.ctl.main import main; main()"]
+        return await self.exec("operator", *program, *argv, check=check)
+
+    async def log(self, name: str) -> str:
+        """What a host's agent, or an etcd member, has logged."""
+        return (await self.exec("operator", "cat", f"{BASE}/logs/{name.removeprefix('etcd:')}.log", check=True)).stdout
+
+    # --- hosts and agents ----------------------------------------------------------------------------------
+
+    async def start(self, host: str) -> int:
+        """Start a host's agent (nothing if it runs); its pid."""
+        return int(await self._ask("agent", action="start", host=host))
+
+    async def stop(self, host: str) -> None:
+        """SIGTERM to a host's agent; returns when it has ended."""
+        await self._ask("agent", action="stop", host=host)
+
+    async def kill(self, host: str) -> None:
+        """SIGKILL to a host's agent; returns when it has ended."""
+        await self._ask("agent", action="kill", host=host)
+
+    async def freeze(self, host: str) -> None:
+        """SIGSTOP to a host's agent."""
+        await self._ask("agent", action="freeze", host=host)
+
+    async def thaw(self, host: str) -> None:
+        """SIGCONT to a host's agent."""
+        await self._ask("agent", action="thaw", host=host)
+
+    async def power_off(self, host: str) -> None:
+        """Crash a host: every process, interface and connection of it is gone at once. Its state directory stays."""
+        await self._ask("power-off", host=host)
+
+    async def power_on(self, host: str, *, agent: bool | None = None) -> None:
+        """Boot a host again and start its agent (unless told not to, or the lab has none)."""
+        if agent is None:
+            agent = self.spec is None or self.spec.agents
+        await self._ask("power-on", host=host, agent=agent)
+
+    async def cut(self, host: str, *kinds: str) -> None:
+        """Drop silently what a host exchanges with `etcd`, its `location`, all `others`, or `all`; cuts add up."""
+        await self._ask("cut", host=host, **{"from": kinds or ("all",)})
+
+    async def heal(self, host: str) -> None:
+        """Undo all cuts of a host."""
+        await self._ask("cut", host=host, **{"from": ()})
+
+    async def cut_site(self, site: str, *kinds: str) -> None:
+        """Drop at a site's router what it exchanges with `etcd`, all `others`, or `all`."""
+        await self._ask("cut-site", site=site, **{"from": kinds or ("all",)})
+
+    async def heal_site(self, site: str) -> None:
+        """Undo all cuts of a site."""
+        await self._ask("cut-site", site=site, **{"from": ()})
+
+    async def label(self, host: str, label: str) -> None:
+        """Label a host, with the real etcdctl."""
+        await self._ask("label", host=host, label=label)
+
+    async def unlabel(self, host: str) -> None:
+        """Remove a host's label."""
+        await self._ask("label", host=host, label=None)
+
+    async def etcd(self, action: str, member: str = "etcd1") -> None:
+        """kill, stop, start, freeze or thaw an etcd member (`etcd1`, ...)."""
+        await self._ask("etcd", action=action, member=member)
+
+    async def etcd_ready(self, deadline: float = 20.0) -> None:
+        """Wait until all etcd members are healthy."""
+        await self._ask("etcd-ready", seconds=deadline)
+
+    async def agent_pid(self, host: str) -> int | None:
+        """The pid of a host's agent (in the lab); None if it does not run."""
+        return (await self.host(host)).agent_pid
+
+    # --- observing -----------------------------------------------------------------------------------------
+
+    async def status(self) -> list[HostStatus]:
+        """All hosts."""
+        rows = await self._ask("status")
+        return [
+            HostStatus(**{key: tuple(value) if isinstance(value, list) else value for key, value in row.items()})
+            for row in rows
+        ]
+
+    async def host(self, name: str) -> HostStatus:
+        """One host."""
+        for row in await self.status():
+            if row.host == name:
+                return row
+        raise LabError(f"there is no host {name!r} in this lab")
+
+    async def mesh_address(self, host: str) -> IPAddress:
+        """A host's mesh address, as its WireGuard interface has it."""
+        found = (await self.host(host)).mesh
+        if not found:
+            raise LabError(f"{host} has no mesh address yet: its agent has not set up its interface")
+        return ip_address(found[0])
+
+    async def missing_pings(self, *hosts: str, timeout: float = 1.0) -> list[tuple[str, str]]:
+        """Ordered pairs of hosts (all that are on, unless named) whose ping at the mesh address is not answered in time."""
+        return [(a, b) for a, b in await self._ask("pings", hosts=hosts, timeout=timeout)]
+
+    async def all_pairs_ping(self, deadline: float = 30.0, *, hosts: Iterable[str] = ()) -> None:
+        """Wait until all ordered pairs ping in one and the same round. LabError names the pairs and agents that fail."""
+        chosen = tuple(hosts)
+        missing: list[tuple[str, str]] = []
+        with trio.move_on_after(deadline):
+            while missing := await self.missing_pings(*chosen):
+                await trio.sleep(_SETTLE)
+            return
+        raise LabError(await self._why(missing, deadline))
+
+    async def _why(self, missing: Sequence[tuple[str, str]], deadline: float) -> str:
+        pairs = ", ".join(f"{a} to {b}" for a, b in missing[:6]) + (", ..." if len(missing) > 6 else "")
+        ended = [row for row in await self.status() if row.agent_pid is None]
+        text = f"after {deadline:g} s {len(missing)} pairs do not ping: {pairs}"
+        for row in ended[:3]:
+            with suppress(LabError):
+                last = (await self.log(row.host)).strip().splitlines()[-1:]
+                text += f"; the agent of {row.host} {row.agent}" + (f" ({last[0]})" if last else "")
+        return text
+
+    async def ping(self, source: str, target: str, *, timeout: float = 1.0) -> bool:
+        """Whether one ping from a machine to a host's mesh address, or to a literal address, is answered in time."""
+        return bool(await self._ask("ping", timeout=timeout, to=target, **{"from": source}))
+
+    async def counters(self, site: str) -> dict[str, Count]:
+        """A router's counters since the start: wireguard, etcd, icmp (errors), other (dropped)."""
+        return {name: Count(**count) for name, count in (await self._ask("counters", site=site)).items()}
+
+    @asynccontextmanager
+    async def probe(
+        self, source: str, target: str, interval: float = 0.01, *, address: IPAddress | str | None = None
+    ) -> AsyncIterator[RunningProbe]:
+        """Ping a host's mesh address (or `address`) every `interval` seconds while in the block; then `lost`, `longest_gap`."""
+        connection = await control.connect(self._path)
+        try:
+            request = {"op": "probe", "from": source, "to": target, "interval": interval}
+            await connection.send({**request, "address": str(address) if address else None})
+            probe = RunningProbe(connection, str(await connection.result()))
+            yield probe
+            await connection.send({"op": "stop"})
+            probe.result = ProbeResult.from_mapping(await connection.result())
+        finally:
+            connection.close()
+
+    @asynccontextmanager
+    async def capture(
+        self, machine: str, interfaces: Iterable[str] = (), *, incoming_only: bool | None = None
+    ) -> AsyncIterator[RunningCapture]:
+        """Count flows on a machine's interfaces while in the block; then `flows`.
+
+        Unless named, a router's ports to its hosts (each packet counted once, as it comes from a host), or a
+        host's `eth0` (both directions).
+        """
+        if incoming_only is None:
+            incoming_only = machine.startswith("router:")
+        connection = await control.connect(self._path)
+        try:
+            request = {
+                "op": "capture",
+                "machine": machine,
+                "interfaces": list(interfaces),
+                "incoming_only": incoming_only,
+            }
+            await connection.send(request)
+            capture = RunningCapture(tuple(await connection.result()))
+            yield capture
+            await connection.send({"op": "stop"})
+            capture.flows = tuple(Flow.from_mapping(flow) for flow in await connection.result())
+        finally:
+            connection.close()
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """The names of all hosts, where this process has started the lab."""
+        return tuple(host.name for host in self.spec.hosts) if self.spec else ()
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """The names of the etcd members, where this process has started the lab."""
+        return tuple(member_of(i)[5:] for i in range(1, self.spec.etcd + 1)) if self.spec else ()
+
+
+def attach(name: str | None = None) -> Lab:
+    """A lab that runs already, by name, or the only one. LabError if there is none."""
+    chosen = runtime.choose_lab(name)
+    return Lab(chosen, runtime.socket_path(chosen))
+
+
+@asynccontextmanager
+async def running_lab(
+    spec: Spec, name: str | None = None, *, say: Callable[[str], object] = lambda line: None
+) -> AsyncIterator[Lab]:
+    """Build a lab and have it while in the block; afterwards nothing of it is left, whatever happens to this process.
+
+    It is built (etcd healthy, agents started) on entry; wait for `all_pairs_ping` besides. LabError, with one sentence, when it
+    cannot be built. Call it from the thread that lives as long as the lab, because the kernel ends it with its parent.
+    """
+    layout = lay_out(spec)
+    name = name or f"lab-{os.getpid()}-{next(_numbers)}"
+    with runtime.hold(name) as held, tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "kilo_etcd.lab", name, str(held.listener.fileno()), str(held.directory.parent)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=errors.fileno(),
+            pass_fds=(held.listener.fileno(),),
+            start_new_session=True,
+        )
+        # With the listener open here too, a request to a lab that died would wait for ever.
+        held.listener.close()
+        assert process.stdin is not None
+        try:
+            lab = Lab(name, held.directory / "control", spec, layout)
+            with suppress(BrokenPipeError):
+                process.stdin.write(json.dumps(spec.as_mapping()).encode() + b"\n")
+                process.stdin.flush()
+            try:
+                await lab.build(say)
+            except LabError as error:
+                await _gone(process) if process.poll() is not None else None
+                errors.seek(0)
+                said = errors.read().decode(errors="replace").strip()
+                raise LabError(said or str(error)) from None
+            yield lab
+        finally:
+            with suppress(BrokenPipeError):
+                process.stdin.close()
+            with trio.CancelScope(shield=True):
+                await _gone(process)
+
+
+async def _gone(process: subprocess.Popen[bytes]) -> None:
+    """Wait for the lab's end; it has been told by the closing of its standard input."""
+    fd = os.pidfd_open(process.pid)
+    try:
+        with trio.move_on_after(5) as patience:
+            await trio.lowlevel.wait_readable(fd)
+        if patience.cancelled_caught:
+            process.send_signal(signal.SIGKILL)
+            await trio.lowlevel.wait_readable(fd)
+    finally:
+        os.close(fd)
+    process.wait()
