@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
+from ipaddress import IPv4Network, IPv6Network
 
 from attrs import evolve, frozen
 
@@ -57,8 +58,8 @@ class GuardMemo:
     inner: object
     protected: tuple[IPNetwork, ...]
     mesh: tuple[IPNetwork, ...]
-    exposed: bool
-    """Whether there was anything to judge."""
+    lengths: frozenset[tuple[int, int]]
+    """Family and prefix length of every route that was judged."""
 
 
 def guard(plan: HostPlan, protected: Sequence[IPNetwork], previous: HostPlan | None = None) -> HostPlan:
@@ -80,8 +81,8 @@ def guard(plan: HostPlan, protected: Sequence[IPNetwork], previous: HostPlan | N
                 harmful[network] = "a default route is never taken into the mesh"
             elif (met := ranges.met_by(network)) is not None:
                 harmful[network] = f"it would cut this host off from {met}; offer other or smaller networks"
-    if not harmful:
-        return evolve(plan, memo=GuardMemo(plan.memo, protected, mesh, bool(exposed)))
+    if not harmful and all(network in plan.routes for network in exposed):
+        return evolve(plan, memo=GuardMemo(plan.memo, protected, mesh, _lengths(exposed)))
     problems = {
         *plan.problems,
         *(
@@ -106,18 +107,33 @@ def _still_clean(plan: HostPlan, protected: tuple[IPNetwork, ...], previous: Hos
     if any(own in network for network in routes for own in plan.addresses if own.version == network.version):
         return None
     peers = [plan.peers[key] for key in changes(previous.peers, plan.peers) if key in plan.peers]
+    if len(routes) + len(peers) > len(plan.peers) // 8:
+        return None
     fresh = [network for network in _networks(routes, peers) if not _within(network, memo.mesh)]
-    if fresh:
+    if any(network not in previous.routes for network in fresh):
         every = _Ranges.of([*_protected_items(protected), *_endpoint_items(plan.peers.values())])
-        if any(not network.prefixlen or every.met_by(network) is not None for network in fresh):
-            return None
-    if memo.exposed:
-        moved = _Ranges.of(_endpoint_items(peers))
-        if any(moved.starts.values()):
-            for network in plan.routes:
-                if moved.met_by(network) is not None and not _within(network, memo.mesh):
+        for network in fresh:
+            if not network.prefixlen or network not in plan.routes or every.met_by(network) is not None:
+                return None
+    lengths = memo.lengths | _lengths(fresh)
+    for version, number, _, _ in _endpoint_items(peers):
+        for family, length in lengths:
+            if family == version:
+                covering = _covering(number, family, length)
+                if covering in plan.routes and not _within(covering, memo.mesh):
                     return None
-    return GuardMemo(plan.memo, protected, memo.mesh, memo.exposed or bool(fresh))
+    return GuardMemo(plan.memo, protected, memo.mesh, lengths)
+
+
+def _lengths(networks: Iterable[IPNetwork]) -> frozenset[tuple[int, int]]:
+    return frozenset((network.version, network.prefixlen) for network in networks)
+
+
+def _covering(number: int, version: int, length: int) -> IPNetwork:
+    """The network of a given length that an address is in."""
+    if version == 4:
+        return IPv4Network((number >> (32 - length) << (32 - length), length))
+    return IPv6Network((number >> (128 - length) << (128 - length), length))
 
 
 def _networks(routes: Iterable[IPNetwork], peers: Iterable[PeerPlan]) -> set[IPNetwork]:
