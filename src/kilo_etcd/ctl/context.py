@@ -6,14 +6,16 @@ What fails for a reason that the operator can do something about ends as `Failur
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import IO, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import click
 import trio
 from attrs import frozen
 
 from kilo_etcd.etcd.api import Client, Config, EtcdError
-from kilo_etcd.store.keys import Keys
+
+if TYPE_CHECKING:
+    from kilo_etcd.store.keys import Keys
 
 T = TypeVar("T")
 
@@ -39,6 +41,7 @@ class Mesh:
 
         async def session() -> T:
             from kilo_etcd.etcd import open_client
+            from kilo_etcd.store.keys import Keys
 
             async with open_client(self.etcd) as client:
                 return await work(client, Keys(self.prefix))

@@ -192,8 +192,8 @@ def _disagreements(name: str, status: StatusRecord, topology: Topology, newest: 
             found.append("it reports another public key than the one registered: are there two hosts of this name?")
         segment = topology.segment_of(name)
         if len(segment.members) > 1 and status.leader != segment.leader.name:
-            takes = f"takes {status.leader} for" if status.leader else "sees no"
-            found.append(f"it {takes} its leader, where etcd says {segment.leader.name}")
+            takes = f"takes {status.leader} for its leader" if status.leader else "sees no leader"
+            found.append(f"it {takes}, where etcd says {segment.leader.name}")
     if status.granularity_flag is not None and status.granularity_flag is not snapshot.granularity:
         found.append(
             f"it was started with --mesh-granularity {status.granularity_flag.value}, "

@@ -1,0 +1,231 @@
+"""What `kgctl status` says about small worlds: pure, without etcd."""
+
+from __future__ import annotations
+
+import json
+from ipaddress import ip_address, ip_interface, ip_network
+
+import pytest
+from attrs import evolve
+
+from kilo_etcd.ctl.location import check_label, location_lines, locations_table
+from kilo_etcd.ctl.render import Table, clean, framed, plain, status_heading, status_json, status_tables
+from kilo_etcd.ctl.report import NOT_IN_FORCE, UNREGISTERED, newest_revision, registered_names, report
+from kilo_etcd.etcd.api import Header, KeyValue
+from kilo_etcd.model import Candidate, CandidateClass, Endpoint, Granularity, Node, SetAside, Snapshot
+from kilo_etcd.store.keys import Keys
+from kilo_etcd.store.records import Role, StatusRecord
+from kilo_etcd.store.view import View
+
+KEYS = {name: f"{name:_<43}=" for name in ("a1", "a2", "a3", "b1", "b2")}
+
+
+def node(name: str, number: int, location: str) -> Node:
+    return Node(
+        name=name,
+        public_key=KEYS[name],
+        location=location,
+        endpoint=Endpoint.parse(f"203.0.113.{number}:51820"),
+        internal_ips=(ip_interface(f"192.168.{ord(location[:1] or '@')}.{number}/24"),),
+        mesh_addresses=(ip_address(f"10.4.0.{number}"),),
+        registered_revision=number,
+    )
+
+
+def candidate(name: str, revision: int, rank: CandidateClass = CandidateClass.PUBLIC) -> Candidate:
+    return Candidate(node=name, rank=rank, create_revision=revision, since=f"2026-11-22T10:00:{revision:02}Z")
+
+
+WORLD = Snapshot(
+    revision=40,
+    subnets=(ip_network("10.4.0.0/16"),),
+    nodes={n.name: n for n in (node("a1", 1, "a"), node("a2", 2, "a"), node("a3", 3, "a"), node("b1", 4, ""))},
+    candidates={"a": (candidate("a1", 30), candidate("a3", 20), candidate("a2", 31))},
+)
+
+
+def status(name: str, **rest: object) -> StatusRecord:
+    return evolve(StatusRecord(public_key=KEYS[name], revision=40, role=Role.MEMBER, location="a", leader="a3"), **rest)
+
+
+ALL_WELL = {
+    "a1": status("a1"),
+    "a2": status("a2"),
+    "a3": status("a3", role=Role.LEADER),
+    "b1": status("b1", role=Role.ALONE, location="", leader=""),
+}
+
+
+def test_a_mesh_in_order_has_nothing_to_complain_of() -> None:
+    found = report(WORLD, ALL_WELL, newest=40, registered=frozenset(WORLD.nodes))
+    assert [(row.name, row.role, row.alive, row.behind) for row in found.nodes] == [
+        ("a1", "member", True, 0),
+        ("a2", "member", True, 0),
+        ("a3", "leader", True, 0),
+        ("b1", "alone", True, 0),
+    ]
+    assert (found.disagreements, found.errors, found.problems, found.set_aside) == ((), (), (), ())
+    assert plain(status_tables(found), status_heading(found)) == (
+        "granularity location; subnets 10.4.0.0/16; 4 nodes, 4 alive; revision 40\n"
+        "\n"
+        "Nodes:\n"
+        "NODE  LOCATION   MESH ADDRESS  INTERNAL IP      ENDPOINT           ROLE    AGENT  REVISION\n"
+        "a1    a          10.4.0.1      192.168.97.1/24  203.0.113.1:51820  member  alive  40\n"
+        "a2    a          10.4.0.2      192.168.97.2/24  203.0.113.2:51820  member  alive  40\n"
+        "a3    a          10.4.0.3      192.168.97.3/24  203.0.113.3:51820  leader  alive  40\n"
+        "b1    (default)  10.4.0.4      192.168.64.4/24  203.0.113.4:51820  alone   alive  40\n"
+        "\n"
+        "Locations:\n"
+        "LOCATION   NODES  LEADER  SINCE                 NEXT IN LINE  CANDIDATES\n"
+        "(default)  1      b1      -                     -             -\n"
+        "a          3      a3      2026-11-22T10:00:20Z  a1            a3, a1, a2"
+    )
+
+
+def test_candidates_are_in_the_order_in_which_they_would_lead() -> None:
+    annotated = evolve(WORLD, candidates={"a": (candidate("a3", 20), candidate("a2", 99, CandidateClass.ANNOTATED))})
+    row = report(annotated, {}, newest=40).locations[1]
+    assert (row.leader, row.next_in_line, row.candidates) == ("a2", "a3", ("a2", "a3"))
+
+
+def test_a_leader_without_candidacy_has_no_since() -> None:
+    row = report(evolve(WORLD, candidates={}, leaders={"a": "a2"}), {}, newest=40).locations[1]
+    assert (row.leader, row.since, row.candidates) == ("a2", None, ())
+
+
+@pytest.mark.parametrize("granularity", [Granularity.FULL, Granularity.CROSS])
+def test_where_every_node_is_for_itself_a_location_is_one_row(granularity: Granularity) -> None:
+    found = report(evolve(WORLD, granularity=granularity), {}, newest=40)
+    assert [(row.location, row.nodes, row.leader) for row in found.locations] == [
+        ("", ("b1",), "b1"),
+        ("a", ("a1", "a2", "a3"), None),
+    ]
+    assert "each node for itself" in plain(status_tables(found))
+
+
+def test_agents_that_disagree_are_named_with_what() -> None:
+    found = report(
+        WORLD,
+        ALL_WELL
+        | {
+            "a1": status("a1", leader="a1", role=Role.LEADER),
+            "a2": status("a2", revision=33, leader=""),
+            "b1": status("a2", role=Role.ALONE, location="", leader="", granularity_flag=Granularity.FULL),
+        },
+        newest=40,
+    )
+    assert [(remark.subject, remark.text) for remark in found.disagreements] == [
+        ("a1", "it takes a1 for its leader, where etcd says a3"),
+        ("a2", "it has applied revision 33, 7 behind 40"),
+        ("a2", "it sees no leader, where etcd says a3"),
+        ("b1", "it reports another public key than the one registered: are there two hosts of this name?"),
+        ("b1", "it was started with --mesh-granularity full, but follows the mesh's: location"),
+    ]
+    assert "33 (7 behind)" in plain(status_tables(found))
+
+
+def test_an_agent_that_listed_later_than_the_newest_record_is_not_behind() -> None:
+    found = report(WORLD, {"a1": status("a1", revision=55)}, newest=40)
+    assert next(row.behind for row in found.nodes if row.name == "a1") == 0
+    assert found.disagreements == ()
+
+
+def test_errors_and_what_is_set_aside_are_listed() -> None:
+    found = report(
+        evolve(WORLD, set_aside=(SetAside("/kilo/nodes/x", "the value is not JSON"),)),
+        {"a1": status("a1", errors=("the name vpn.example.org does not resolve",))},
+        newest=40,
+    )
+    text = plain(status_tables(found))
+    assert "Set aside:\nKEY            REASON\n/kilo/nodes/x  the value is not JSON" in text
+    assert "Errors that agents report:\nNODE  ERROR\na1    the name vpn.example.org does not resolve" in text
+
+
+def test_nodes_out_of_force_and_agents_without_a_record_are_shown() -> None:
+    found = report(WORLD, {"b2": status("b2")}, newest=40, registered=frozenset({*WORLD.nodes, "x"}))
+    rows = {row.name: row for row in found.nodes}
+    assert (rows["x"].role, rows["x"].alive, rows["x"].location) == (NOT_IN_FORCE, False, None)
+    assert (rows["b2"].role, rows["b2"].alive) == (UNREGISTERED, True)
+
+
+def test_an_empty_mesh_says_so() -> None:
+    assert "No node has registered yet." in plain(status_tables(report(Snapshot(revision=0), {}, newest=0)))
+
+
+def test_the_newest_revision_is_that_of_the_mesh_not_of_etcd() -> None:
+    view = View(Keys())
+    view.load(
+        [
+            KeyValue(key=b"/kilo/nodes/a%20b", value=b"{", mod_revision=7),
+            KeyValue(key=b"/kilo/x", value=b"", mod_revision=9),
+        ],
+        Header(revision=500),
+    )
+    assert newest_revision(view, Keys()) == 9
+    assert registered_names(view, Keys()) == {"a b"}
+    assert newest_revision(View(Keys()), Keys()) == 0
+
+
+def test_json_has_everything_in_camel_case() -> None:
+    data = json.loads(status_json(report(WORLD, ALL_WELL, newest=40)))
+    assert data["subnets"] == ["10.4.0.0/16"]
+    assert data["nodes"][2] == {
+        "name": "a3",
+        "location": "a",
+        "meshAddresses": ["10.4.0.3"],
+        "internalIps": ["192.168.97.3/24"],
+        "endpoint": "203.0.113.3:51820",
+        "role": "leader",
+        "alive": True,
+        "revision": 40,
+        "behind": 0,
+        "version": "",
+    }
+    assert data["locations"][1]["nextInLine"] == "a1"
+    assert data["setAside"] == []
+
+
+def test_names_cannot_steer_the_terminal_nor_be_taken_for_markup() -> None:
+    table = Table("", ("A",), ((clean("\x1b[31mred\n"),), ("[bold]b",)))
+    assert plain([table]) == "A\n\\x1b[31mred\\n\n[bold]b"
+    assert "[bold]b" in framed([table], width=40, colour=False)
+
+
+def test_a_narrow_terminal_folds_and_cuts_nothing() -> None:
+    text = framed(status_tables(report(WORLD, ALL_WELL, newest=40)), width=60, colour=False)
+    assert all(len(line) <= 60 for line in text.splitlines())
+    assert "…" not in text
+
+
+def test_wide_characters_keep_the_columns_aligned() -> None:
+    assert plain([Table("", ("A", "B"), (("東京", "x"), ("oslo", "y")))]) == "A     B\n東京  x\noslo  y"
+
+
+def test_locations_say_where_they_come_from() -> None:
+    world = evolve(
+        WORLD,
+        nodes={
+            "a1": node("a1", 1, "a"),
+            "a2": evolve(node("a2", 2, "r"), default_location="r"),
+            "b1": node("b1", 4, ""),
+        },
+    )
+    lines = location_lines(world, {"a1": "a", "soon": "a"}, frozenset(world.nodes))
+    assert plain([locations_table(lines)]) == (
+        "NODE  LOCATION   FROM            NOTE\n"
+        "a1    a          label\n"
+        "a2    r          host's default\n"
+        "b1    (default)  -\n"
+        "soon  a          label           not registered yet"
+    )
+
+
+@pytest.mark.parametrize("label", ["gcp", "  gcp ", "eu/west 1", "東京"])
+def test_any_text_may_be_a_label(label: str) -> None:
+    assert check_label(label) == label.strip()
+
+
+@pytest.mark.parametrize("label", ["", "  ", "a\nb", "\x1b[0m", "\udcff", "x" * 5000])
+def test_labels_that_would_only_do_harm_are_refused(label: str) -> None:
+    with pytest.raises(ValueError, match=r"empty|print|longer"):
+        check_label(label)

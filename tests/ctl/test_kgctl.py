@@ -1,0 +1,254 @@
+"""`kgctl` as an operator meets it: its command line, its errors, and (with real etcd) what it shows and changes."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+from ipaddress import ip_interface
+from pathlib import Path
+
+import pytest
+import trio
+from click.testing import CliRunner, Result
+
+from helpers import require
+from kilo_etcd import __version__
+from kilo_etcd.ctl.main import _COMMANDS, main
+from kilo_etcd.etcd import EtcdClient, open_client
+from kilo_etcd.model import CandidateClass, Endpoint
+from kilo_etcd.store.keys import Keys
+from kilo_etcd.store.records import CandidateRecord, NodeRecord, Role, StatusRecord, encode
+from kilo_etcd.testing.etcd_server import EtcdServer, Options
+
+KGCTL = Path(sys.executable).with_name("kgctl")
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(main, arguments, prog_name="kgctl")
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+
+def test_version() -> None:
+    assert run("--version").output == f"kgctl, version {__version__}\n"
+
+
+def test_help_names_every_command_and_each_can_be_loaded() -> None:
+    text = run("--help").output
+    for name in _COMMANDS:
+        assert f"\n  {name} " in text
+        found = run(name, "--help")
+        assert (found.exit_code, "Usage: kgctl" in found.output) == (0, True), found.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["nonsense"], "No such command 'nonsense'"),
+        (["status", "-o", "yaml"], "'yaml' is not one of 'table', 'json'"),
+        (["--endpoints", "http://etcd/v3", "status"], "is no etcd endpoint"),
+        (["location", "set", "node-1"], "Missing argument 'LABEL'"),
+        (["location", "set", "node-1", " "], "the label is empty; kgctl location unset NODE takes a label away"),
+        (["location", "set", "node-1", "a\nb"], "characters that do not print"),
+        (["location", "set", "node-1", "x" * 5000], "longer than"),
+        (["location", "set", "a/b", "gcp"], "'a/b' is no node name"),
+        (["location", "set", "node-1", "gcp", "--node", ""], "the node's name is empty"),
+        (["location", "unset"], "Missing argument 'NODE...'"),
+    ],
+)
+def test_a_wrong_command_line_exits_with_2_and_says_what_is_wrong(arguments: list[str], says: str) -> None:
+    found = run(*arguments)
+    assert found.exit_code == 2
+    assert says in " ".join(found.stderr.split())
+    assert "Traceback" not in found.stderr
+
+
+@pytest.mark.parametrize("command", [["status"], ["graph"], ["location", "list"], ["location", "set", "a", "b"]])
+def test_etcd_out_of_reach_is_one_sentence(command: list[str]) -> None:
+    found = run("--endpoints", f"127.0.0.1:{free_port()}", "--command-timeout", "200ms", *command)
+    assert found.exit_code == 1
+    assert found.stderr.startswith("kgctl: ")
+    assert len(found.stderr.splitlines()) == 1
+    assert found.stdout == ""
+
+
+async def test_ctrl_c_is_quiet() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.setblocking(False)
+        port = silent.getsockname()[1]
+        process = await trio.lowlevel.open_process(
+            [KGCTL, "--endpoints", f"127.0.0.1:{port}", "--dial-timeout", "50s", "--command-timeout", "50s", "status"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        try:
+            with trio.fail_after(20):
+                # It waits for an answer from now on.
+                await trio.lowlevel.wait_readable(silent)
+                process.send_signal(signal.SIGINT)
+                assert await process.wait() == 130
+                assert process.stdout is not None
+                assert process.stderr is not None
+                assert [await process.stdout.receive_some(), await process.stderr.receive_some()] == [b"", b""]
+        finally:
+            process.kill()
+            await process.wait()
+
+
+# --- with real etcd --------------------------------------------------------------------------------------------------
+
+KEY = {name: f"{letter * 43}=" for name, letter in (("node-1", "A"), ("node-2", "I"), ("node-3", "Q"))}
+
+
+async def kgctl(server: EtcdServer, *arguments: str, check: int = 0) -> str:
+    """Run the real program; its output, or with `check` other than 0 what it says on stderr."""
+    done = await trio.run_process(
+        [KGCTL, "--endpoints", server.endpoint, *arguments], capture_stdout=True, capture_stderr=True, check=False
+    )
+    assert done.returncode == check, done.stderr.decode()
+    if not check:
+        assert done.stderr == b""
+    return (done.stderr if check else done.stdout).decode()
+
+
+async def register(client: EtcdClient, number: int, *, candidate: bool = False) -> int:
+    """What the agent of node-<number> writes, at 192.168.0.0/24 with mesh address 10.4.0.<number>."""
+    keys, name = Keys(), f"node-{number}"
+    record = NodeRecord(
+        public_key=KEY[name],
+        endpoint=Endpoint.parse(f"203.0.113.{number}:51820"),
+        internal_ips=(ip_interface(f"192.168.0.{number}/24"),),
+        location="home" if number == 3 else "",
+    )
+    await client.put(f"/kilo/addresses/10.4.0.{number}", name)
+    revision = (await client.put(keys.node(name), encode(record))).header.revision
+    if candidate:
+        offer = CandidateRecord(rank=CandidateClass.PUBLIC, since=f"2026-11-22T10:00:0{number}Z")
+        revision = (await client.put(keys.election("gcp", name), encode(offer))).header.revision
+    return revision
+
+
+async def small_world(server: EtcdServer) -> None:
+    """node-2 leads gcp, node-1 is next; node-3 is at home; one record is broken; node-1's agent reports."""
+    async with open_client(server.config()) as client:
+        await client.put("/kilo/mesh/subnets", "10.4.0.0/16")
+        await client.put("/kilo/mesh/granularity", "location")
+        await client.put("/kilo/locations/node-1", "gcp")
+        await client.put("/kilo/locations/node-2", "gcp")
+        await register(client, 2, candidate=True)
+        await register(client, 1, candidate=True)
+        await client.put("/kilo/nodes/broken", "{")
+        newest = await register(client, 3)
+        told = StatusRecord(
+            public_key=KEY["node-1"],
+            revision=newest,
+            role=Role.MEMBER,
+            location="gcp",
+            leader="node-1",
+            errors=("the name vpn.example.org does not resolve",),
+        )
+        await client.put(Keys().status("node-1"), encode(told))
+
+
+@pytest.mark.etcd
+async def test_status_shows_the_mesh_and_its_troubles() -> None:
+    require("etcd")
+    async with EtcdServer.run() as server:
+        assert "No node has registered yet." in await kgctl(server, "status")
+        await small_world(server)
+        text = await kgctl(server, "status")
+        lines = [" ".join(line.split()) for line in text.splitlines()]
+        assert any(
+            line.startswith("node-2 gcp 10.4.0.2 192.168.0.2/24 203.0.113.2:51820 leader gone") for line in lines
+        ), text
+        assert "gcp 2 node-2 2026-11-22T10:00:02Z node-1 node-2, node-1" in lines
+        assert any(line.startswith("broken - - - - not in force gone") for line in lines)
+        assert any(line.startswith("/kilo/nodes/broken the value is not JSON") for line in lines)
+        assert "node-1 it takes node-1 for its leader, where etcd says node-2" in lines
+        assert "node-1 the name vpn.example.org does not resolve" in lines
+
+        data = json.loads(await kgctl(server, "status", "-o", "json"))
+        assert [(row["name"], row["role"], row["alive"], row["behind"]) for row in data["nodes"]] == [
+            ("broken", "not in force", False, None),
+            ("node-1", "member", True, 0),
+            ("node-2", "leader", False, None),
+            ("node-3", "alone", False, None),
+        ]
+
+
+@pytest.mark.etcd
+async def test_labels_are_set_listed_and_unset() -> None:
+    require("etcd", "etcdctl")
+    async with EtcdServer.run() as server:
+        await small_world(server)
+        assert await kgctl(server, "location", "set", "node-3", "東京/eu 1") == "node-3: 東京/eu 1\n"
+        assert await server.etcdctl("get", "--print-value-only", "/kilo/locations/node-3") == "東京/eu 1\n"
+        assert await kgctl(server, "location", "set", "node-3", "aws", "--node", "node-1", "--node", "node-9") == (
+            "node-3: aws (was 東京/eu 1)\nnode-1: aws (was gcp)\nnode-9: aws; node-9 is not registered yet\n"
+        )
+        assert await kgctl(server, "location", "unset", "node-3", "node-2", "node-2") == (
+            "node-3: label removed\nnode-2: label removed\n"
+        )
+        assert await kgctl(server, "location", "unset", "node-2") == "node-2: had no label\n"
+        assert await kgctl(server, "location", "list") == (
+            "NODE    LOCATION   FROM            NOTE\n"
+            "broken  (default)  -\n"
+            "node-1  aws        label\n"
+            "node-2  (default)  -\n"
+            "node-3  home       host's default\n"
+            "node-9  aws        label           not registered yet\n"
+        )
+        assert json.loads(await kgctl(server, "location", "list", "-o", "json"))[-1] == {
+            "node": "node-9",
+            "location": "aws",
+            "source": "label",
+            "registered": False,
+        }
+
+
+@pytest.mark.etcd
+async def test_the_prefix_separates_meshes() -> None:
+    require("etcd", "etcdctl")
+    async with EtcdServer.run() as server:
+        await kgctl(server, "--prefix", "/other", "location", "set", "node-1", "gcp")
+        assert await server.etcdctl("get", "--prefix", "--keys-only", "/") == "/other/locations/node-1\n\n"
+        assert await kgctl(server, "location", "list") == "No node is registered or labelled yet.\n"
+
+
+@pytest.mark.etcd
+async def test_the_graph_is_dot() -> None:
+    require("etcd", "dot")
+    async with EtcdServer.run() as server:
+        await small_world(server)
+        dot = await kgctl(server, "graph")
+        drawn = await trio.run_process(["dot", "-Tplain"], stdin=dot.encode(), capture_stdout=True)
+        for name in ("node-1", "node-2", "node-3"):
+            assert name in drawn.stdout.decode()
+
+
+@pytest.mark.etcd
+async def test_wrong_password_and_wrong_ca_are_one_sentence_each() -> None:
+    require("etcd", "etcdctl")
+    async with EtcdServer.run() as server:
+        await server.enable_auth()
+        said = await kgctl(server, "--user", "root:wrong", "status", check=1)
+        assert said.startswith("kgctl: ")
+        assert len(said.splitlines()) == 1
+        assert "wrong" not in said.replace("wrong user", "").replace("wrong password", "")
+        said = await kgctl(server, "status", check=1)
+        assert said.startswith("kgctl: ")
+        assert len(said.splitlines()) == 1
+    async with EtcdServer.run(Options(tls=True)) as server:
+        said = await kgctl(server, "status", check=1)
+        assert said.startswith("kgctl: ")
+        assert len(said.splitlines()) == 1

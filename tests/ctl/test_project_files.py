@@ -1,0 +1,189 @@
+"""The files around the code say what the code says: the unit, its environment file, the lock, the set-up."""
+
+from __future__ import annotations
+
+import configparser
+import re
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from kilo_etcd.agent.options import all_flags
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_environment_file_names_exactly_the_flags_with_their_defaults() -> None:
+    text = (ROOT / "systemd/kilo-etcd.env").read_text()
+    assert re.findall(r"^#([A-Z0-9_]+)=(.*)$", text, re.MULTILINE) == [
+        (flag.env, flag.default) for flag in all_flags()
+    ], "run scripts/environment-file"
+    assert not re.search(r"^[^#\n]", text, re.MULTILINE), "an example sets nothing"
+
+
+def test_the_environment_file_explains_every_flag() -> None:
+    text = re.sub(r"\n# ", " ", (ROOT / "systemd/kilo-etcd.env").read_text())
+    assert [flag.name for flag in all_flags() if f"{flag.name}: {flag.help}" not in text] == []
+
+
+@pytest.fixture(scope="module")
+def unit() -> configparser.ConfigParser:
+    parser = configparser.ConfigParser(strict=False, interpolation=None)
+    parser.optionxform = str  # type: ignore[assignment,method-assign]
+    parser.read(ROOT / "systemd/kilo-etcd.service")
+    return parser
+
+
+def test_the_unit_leaves_the_userspace_device_running_and_its_socket_in_place(unit: configparser.ConfigParser) -> None:
+    service = unit["Service"]
+    assert service["KillMode"] == "process"
+    assert (service["RuntimeDirectory"], service["RuntimeDirectoryPreserve"]) == ("wireguard", "yes")
+    assert service["DeviceAllow"] == "/dev/net/tun rw"
+
+
+def test_the_unit_lets_the_agent_switch_forwarding_on(unit: configparser.ConfigParser) -> None:
+    service = unit["Service"]
+    assert "ProtectKernelTunables" not in service
+    assert service["ReadWritePaths"] == "/proc/sys/net"
+    assert service["CapabilityBoundingSet"] == "CAP_NET_ADMIN"
+
+
+def test_the_unit_is_told_when_the_agent_is_ready_and_starts_it_again(unit: configparser.ConfigParser) -> None:
+    service = unit["Service"]
+    assert (service["Type"], service["Restart"]) == ("notify", "always")
+    assert (service["StateDirectory"], service["StateDirectoryMode"]) == ("kilo-etcd", "0700")
+    assert service["EnvironmentFile"] == "-/etc/kilo-etcd/kilo-etcd.env"
+
+
+def test_systemd_understands_the_unit(tmp_path: Path) -> None:
+    analyze = shutil.which("systemd-analyze")
+    if analyze is None:
+        pytest.xfail("systemd is not installed here; the other tests read the unit themselves")
+    copy = tmp_path / "kilo-etcd.service"
+    copy.write_text((ROOT / "systemd/kilo-etcd.service").read_text().replace("/opt/kilo-etcd/bin/kg\n", "/bin/true\n"))
+    done = subprocess.run([analyze, "verify", str(copy)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_lock_pins_all_that_the_project_asks_for_and_names_no_host() -> None:
+    lock = (ROOT / "requirements.lock").read_text()
+    pinned = {
+        canonicalize_name(name): version for name, version in re.findall(r"^([\w.-]+)==(\S+)", lock, re.MULTILINE)
+    }
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    groups = project["dependency-groups"]
+    wanted = [
+        *project["build-system"]["requires"],
+        *project["project"]["dependencies"],
+        *groups["test"],
+        *groups["check"],
+    ]
+    for text in wanted:
+        requirement = Requirement(text)
+        version = pinned.get(canonicalize_name(requirement.name))
+        assert version is not None, f"{text} is not locked: run scripts/lock"
+        assert requirement.specifier.contains(version), f"{text} is locked as {version}: run scripts/lock"
+    assert "://" not in lock
+    assert "--index" not in lock
+
+
+# --- scripts/setup, on systems that are made up of stubs -------------------------------------------------------------
+
+BASICS = ("bash", "env", "dirname", "id", "cat", "mktemp", "rm", "touch", "chmod", "flock")
+COMMANDS = ("etcd", "etcdctl", "wireguard-go", "wg", "nft", "circo", "ip", "ping")
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Path:
+    """A clone whose machine has nothing but a shell; what the script's PATH adds is taken out."""
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "bin").mkdir()
+    text = (ROOT / "scripts/setup").read_text()
+    assert "\nPATH=" in text
+    (tmp_path / "scripts/setup").write_text(re.sub(r"\nPATH=.*", "", text))
+    for name in BASICS:
+        found = shutil.which(name)
+        assert found is not None, f"needs {name}"
+        (tmp_path / "bin" / name).symlink_to(found)
+    return tmp_path
+
+
+def stub(machine: Path, name: str, script: str = "") -> None:
+    path = machine / "bin" / name
+    path.unlink(missing_ok=True)
+    path.write_text(f"#!/usr/bin/env bash\n{script}\n")
+    path.chmod(0o755)
+
+
+def setup(machine: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "scripts/setup", "system"],
+        cwd=machine,
+        env={"PATH": str(machine / "bin"), "TMPDIR": str(machine)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+APT = """
+echo "$@" >>apt.log
+case "$*" in
+    *update*) touch lists ;;
+    *install*) [ -e lists ] || { echo "E: Unable to locate package" >&2; exit 100; }
+        for name in etcd etcdctl wireguard-go wg nft circo ip ping python3; do
+            printf '#!/usr/bin/env bash\\n' >bin/$name; chmod +x bin/$name
+        done ;;
+esac
+"""
+
+
+def test_without_apt_one_sentence_names_what_is_missing(machine: Path) -> None:
+    stub(machine, "nft")
+    done = setup(machine)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "kilo-etcd: this system has no apt-get, so install these yourself and try again: "
+        "Python 3.11 or later with venv, etcd, etcdctl, wireguard-go, wg, circo, ip, ping\n"
+    )
+
+
+def test_apt_installs_what_is_missing_and_updates_only_where_it_must(machine: Path) -> None:
+    stub(machine, "apt-get", APT)
+    stub(machine, "sudo", 'exec "$@"')
+    stub(machine, "wg")
+    done = setup(machine)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    log = (machine / "apt.log").read_text().splitlines()
+    assert [re.search(r"install|update", line)[0] for line in log] == ["install", "update", "install"]  # type: ignore[index]
+    assert "--no-install-recommends python3-venv etcd-server etcd-client wireguard-go nftables graphviz" in log[0]
+    assert "wireguard-tools" not in log[0]
+    assert setup(machine).returncode == 0
+    assert len((machine / "apt.log").read_text().splitlines()) == 3, "where all is there apt is not run"
+
+
+def test_apts_own_words_are_shown_when_it_fails(machine: Path) -> None:
+    stub(machine, "apt-get", "echo 'E: no network'; exit 100")
+    stub(machine, "sudo", 'exec "$@"')
+    done = setup(machine)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-2:] == [
+        "E: no network",
+        "kilo-etcd: apt-get could not install python3-venv etcd-server etcd-client wireguard-go wireguard-tools "
+        "nftables graphviz iproute2 iputils-ping; its words are above",
+    ]
+
+
+def test_without_sudo_an_ordinary_user_is_told_what_root_has_to_run(machine: Path) -> None:
+    stub(machine, "apt-get", APT)
+    stub(machine, "id", "echo 1000")
+    done = setup(machine)
+    assert done.returncode == 1
+    assert "become root (there is no sudo here) and run: apt-get install python3-venv etcd-server" in done.stderr
+    assert not (machine / "apt.log").exists()
