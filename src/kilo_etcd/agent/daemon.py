@@ -204,7 +204,7 @@ class Daemon:
                 self.log.warning("the records in etcd could not be removed; their leases end by themselves",
                                  error=str(error))  # fmt: skip
         if self.config.clean_up:
-            changes = await self.kernel.cleanup()
+            changes = await kernel.cleanup(self.config.interface)
             self.log.info("cleaned up", changes=len(changes))
         self.log.info("stopped", kernel_state="removed" if self.config.clean_up else "left in place")
 
@@ -214,14 +214,13 @@ class Daemon:
             return
         segment = self.topology.segment_of(self.name)
         led = segment.leader.name == self.name and segment.next_in_line is not None
-        await self.session.leave()
-        if not led:
+        if not await self.session.leave() or not led:
             return
         with trio.move_on_after(HANDOVER_SECONDS):
             while self.role is None or self.role.leader == self.name:
                 await self._applied.wait()
             revision = self.applied_revision
-            while not decide.confirmed(
+            while not decide.confirmed(  # noqa: ASYNC110 - what is waited for happens on other hosts
                 {node: status.revision for node, status in (await store.statuses(self.client, self.keys)).items()},
                 revision,
                 self.name,
@@ -375,12 +374,8 @@ class Daemon:
             self._status_due = trio.Event()
             status = self._status
             if status is not None:
-                try:
-                    await self.session.put_status(status)
-                except etcd.EtcdError as error:
-                    self.log.debug("the status could not be written", error=str(error))
-                    self._status_due.set()
-                    await trio.sleep(1)
+                # What etcd does not take now the session goes on trying to put.
+                await self.session.put_status(status)
             await trio.sleep(len(self.snapshot.nodes) * STATUS_PAUSE_PER_NODE if self.snapshot else 0)
 
     # -- candidacy ------------------------------------------------------------------------------------------
@@ -391,15 +386,11 @@ class Daemon:
             applied = self._applied
             due = None
             if self.snapshot is not None and self.topology is not None and not self._leaving:
-                try:
-                    due = await self._decide_candidacy(self.snapshot, self.topology)
-                except etcd.EtcdError as error:
-                    self.log.warning("the candidacy could not be written; trying again", error=str(error))
-                    due = trio.current_time() + 1
+                due = await self._decide_candidacy(self.snapshot)
             with trio.move_on_at(due if due is not None else float("inf")):
                 await applied.wait()
 
-    async def _decide_candidacy(self, snapshot: Snapshot, topology: Topology) -> float | None:
+    async def _decide_candidacy(self, snapshot: Snapshot) -> float | None:
         now = trio.current_time()
         wanted = decide.eligible(snapshot, self.name)
         if wanted != self._eligible:
@@ -413,14 +404,14 @@ class Daemon:
                 steady_since=self._steady_since,
                 ready=self._ready and self.applied_revision >= snapshot.revision,
                 leads=leads,
-                current=None if current is None else decide.Stand(*current),
+                current=None if current is None else decide.Stand(current.location, current.rank),
             ),
         )
         if hold is None:
             await self.session.leave()
         else:
             await self.session.enter(hold.location, hold.rank)
-            if leads:
+            if leads and snapshot.leaders.get(hold.location) != self.name:
                 await self.session.record_leader(hold.location)
         return due
 

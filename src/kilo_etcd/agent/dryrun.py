@@ -17,6 +17,7 @@ from kilo_etcd.agent import discover, privatekey
 from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.agent.resolve import resolve_once, resolve_plan
 from kilo_etcd.model import Node, Snapshot
+from kilo_etcd.store.claims import candidates
 from kilo_etcd.topology import build_topology, host_plan
 from kilo_etcd.topology.guard import guard
 
@@ -64,10 +65,7 @@ def _prospect(config: AgentConfig, chosen: discover.Chosen, snapshot: Snapshot, 
         location=location,
         endpoint=chosen.endpoint,
         internal_ips=chosen.internal_ips,
-        mesh_addresses=tuple(
-            next(ip for ip in store.address_candidates(config.hostname, subnet) if ip not in taken)
-            for subnet in snapshot.subnets
-        ),
+        mesh_addresses=tuple(next(candidates(config.hostname, subnet, taken)) for subnet in snapshot.subnets),
         port=config.port,
         persistent_keepalive=config.persistent_keepalive,
         encapsulate=config.encapsulate,
