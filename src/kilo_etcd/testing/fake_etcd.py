@@ -287,13 +287,15 @@ class FakeEtcd:
             if kv is None:
                 return False
             return _relation(kv.value, compare.value, compare.result)
-        found = {
-            Target.VERSION: lambda kv: kv.version,
-            Target.CREATE: lambda kv: kv.create_revision,
-            Target.MOD: lambda kv: kv.mod_revision,
-            Target.LEASE: lambda kv: kv.lease,
-        }[compare.target]
-        return _relation(found(kv) if kv else 0, compare.value, compare.result)
+        found = 0
+        if kv is not None:
+            found = {
+                Target.VERSION: kv.version,
+                Target.CREATE: kv.create_revision,
+                Target.MOD: kv.mod_revision,
+                Target.LEASE: kv.lease,
+            }[compare.target]
+        return _relation(found, compare.value, compare.result)
 
     def _events_from(self, revision: int) -> list[Event]:
         low = bisect_left(self._log, revision, key=lambda event: event.kv.mod_revision)
