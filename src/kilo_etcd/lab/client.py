@@ -13,7 +13,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -88,7 +87,7 @@ class RunningProbe:
         return ProbeResult.from_mapping(await self._connection.result())
 
     async def flowing_again(self, deadline: float, *, after: float = 0.0) -> ProbeResult:
-        """Wait until packets sent later than `after` seconds from the probe's start were answered, the last ones too."""
+        """Wait until what was sent later than `after` seconds from the probe's start is answered."""
         with trio.move_on_after(deadline):
             while True:
                 seen = await self.peek()
@@ -340,7 +339,7 @@ class Lab:
         """All hosts."""
         rows = await self._ask("status")
         return [
-            HostStatus(**{key: tuple(value) if isinstance(value, list) else value for key, value in row.items()})
+            HostStatus(**{**row, **{key: tuple(row[key]) for key in ("private", "public", "mesh", "cuts")}})
             for row in rows
         ]
 
@@ -359,15 +358,15 @@ class Lab:
         return ip_address(found[0])
 
     async def missing_pings(self, *hosts: str, timeout: float = 1.0) -> list[tuple[str, str]]:
-        """Ordered pairs of hosts (all that are on, unless named) whose ping at the mesh address is not answered in time."""
+        """Ordered pairs of hosts (all that are on, unless named) whose ping is not answered in time."""
         return [(a, b) for a, b in await self._ask("pings", hosts=hosts, timeout=timeout)]
 
     async def all_pairs_ping(self, deadline: float = 30.0, *, hosts: Iterable[str] = ()) -> None:
-        """Wait until all ordered pairs ping in one and the same round. LabError names the pairs and agents that fail."""
+        """Wait until all ordered pairs ping in one and the same round. LabError names those that do not."""
         chosen = tuple(hosts)
         missing: list[tuple[str, str]] = []
         with trio.move_on_after(deadline):
-            while missing := await self.missing_pings(*chosen):
+            while missing := await self.missing_pings(*chosen):  # noqa: ASYNC110 (another process's news)
                 await trio.sleep(_SETTLE)
             return
         raise LabError(await self._why(missing, deadline))
@@ -394,7 +393,7 @@ class Lab:
     async def probe(
         self, source: str, target: str, interval: float = 0.01, *, address: IPAddress | str | None = None
     ) -> AsyncIterator[RunningProbe]:
-        """Ping a host's mesh address (or `address`) every `interval` seconds while in the block; then `lost`, `longest_gap`."""
+        """Ping a host's mesh address (or `address`) every `interval` seconds while in the block."""
         connection = await control.connect(self._path)
         try:
             request = {"op": "probe", "from": source, "to": target, "interval": interval}
@@ -456,13 +455,15 @@ async def running_lab(
 ) -> AsyncIterator[Lab]:
     """Build a lab and have it while in the block; afterwards nothing of it is left, whatever happens to this process.
 
-    It is built (etcd healthy, agents started) on entry; wait for `all_pairs_ping` besides. LabError, with one sentence, when it
-    cannot be built. Call it from the thread that lives as long as the lab, because the kernel ends it with its parent.
+    It is built (etcd healthy, agents started) on entry; wait for `all_pairs_ping` besides. LabError, with one
+    sentence, when it cannot be built. Call it from a thread that lives as long as the lab: the kernel ends it with
+    its parent.
     """
     layout = lay_out(spec)
     name = name or f"lab-{os.getpid()}-{next(_numbers)}"
     with runtime.hold(name) as held, tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(
+        # trio would start it from a worker thread, whose end the kernel would take for ours (PDEATHSIG).
+        process = subprocess.Popen(  # noqa: ASYNC220
             [sys.executable, "-m", "kilo_etcd.lab", name, str(held.listener.fileno()), str(held.directory.parent)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
@@ -481,7 +482,7 @@ async def running_lab(
             try:
                 await lab.build(say)
             except LabError as error:
-                await _gone(process) if process.poll() is not None else None
+                await _gone(process, 1)
                 errors.seek(0)
                 said = errors.read().decode(errors="replace").strip()
                 raise LabError(said or str(error)) from None
@@ -493,14 +494,16 @@ async def running_lab(
                 await _gone(process)
 
 
-async def _gone(process: subprocess.Popen[bytes]) -> None:
-    """Wait for the lab's end; it has been told by the closing of its standard input."""
+async def _gone(process: subprocess.Popen[bytes], patience: float = 5) -> None:
+    """Wait for the lab's end; it has been told by the closing of its standard input, or is ending by itself."""
+    if process.poll() is not None:
+        return
     fd = os.pidfd_open(process.pid)
     try:
-        with trio.move_on_after(5) as patience:
+        with trio.move_on_after(patience) as waiting:
             await trio.lowlevel.wait_readable(fd)
-        if patience.cancelled_caught:
-            process.send_signal(signal.SIGKILL)
+        if waiting.cancelled_caught:
+            process.kill()
             await trio.lowlevel.wait_readable(fd)
     finally:
         os.close(fd)

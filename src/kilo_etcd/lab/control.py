@@ -1,8 +1,8 @@
 """How a client speaks to a running lab: one JSON line each way over a unix socket, file descriptors beside.
 
 A request is `{"op": ..., ...}`, with the descriptors of standard input, output and error attached where a
-program is to be run. Answers are `{"ok": result}` or `{"error": sentence}`; an answer in several parts sends `{"say": line}`
-before. A client that closes its connection withdraws its request.
+program is to be run. Answers are `{"ok": result}` or `{"error": sentence}`; progress comes
+before, as `{"say": line}`. A client that closes its connection withdraws its request.
 """
 
 from __future__ import annotations
@@ -47,7 +47,10 @@ class Connection:
         """The next message; None when the other end has closed."""
         while b"\n" not in self._buffer:
             space = socket.CMSG_SPACE(_MAX_FDS * array.array("i").itemsize)
-            data, ancillary, _, _ = await self.sock.recvmsg(1 << 16, space, socket.MSG_CMSG_CLOEXEC)
+            try:
+                data, ancillary, _, _ = await self.sock.recvmsg(1 << 16, space, socket.MSG_CMSG_CLOEXEC)
+            except ConnectionError:
+                return None
             for level, kind, content in ancillary:
                 if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                     received = array.array("i")
@@ -65,10 +68,7 @@ class Connection:
 
     async def result(self) -> Any:
         """The answer to a request. LabError carries the lab's sentence."""
-        try:
-            answer = await self.receive()
-        except ConnectionError:
-            answer = None
+        answer = await self.receive()
         if answer is None:
             raise LabError("the lab has ended")
         if "error" in answer:

@@ -53,7 +53,7 @@ class Process:
             await trio.lowlevel.wait_readable(fd)
         finally:
             os.close(fd)
-        _, status = os.waitpid(self.pid, 0)
+        _, status = os.waitpid(self.pid, 0)  # noqa: ASYNC222 (it has ended)
         self.status = os.waitstatus_to_exitcode(status)
         self.ended.set()
 
@@ -147,10 +147,9 @@ class Machine:
     def interface_addresses(self, interface: str) -> tuple[IPAddress, ...]:
         """An interface's first IPv4 and first global IPv6 address; asks the kernel, spawns nothing."""
         found: list[IPAddress] = []
-        with namespaces.open_socket(self.namespaces.net, socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            with suppress(OSError):
-                answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("16s240x", interface.encode()))
-                found.append(IPv4Address(answer[20:24]))
+        with namespaces.open_socket(self.namespaces.net, socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+            answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("16s240x", interface.encode()))
+            found.append(IPv4Address(answer[20:24]))
         with suppress(OSError):
             for line in Path(f"/proc/{self.first.pid}/net/if_inet6").read_text().splitlines():
                 digits, _, _, scope, _, name = line.split()

@@ -11,11 +11,12 @@ import signal
 import socket
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
+from ipaddress import ip_address
 from typing import Any
 
 import trio
 
-from kilo_etcd.lab.addressing import ip_address, lay_out
+from kilo_etcd.lab.addressing import lay_out
 from kilo_etcd.lab.capture import Capture
 from kilo_etcd.lab.control import Connection
 from kilo_etcd.lab.machine import Process
@@ -69,12 +70,11 @@ async def _handle(connection: Connection, world: World) -> None:
         connection.close()
 
 
-async def _build(world: World, connection: Connection, _: Request) -> object:
+async def _build(world: World, connection: Connection, _: Request) -> None:
     async def say(line: str) -> None:
         await connection.send({"say": line})
 
     await world.build(say)
-    return None
 
 
 async def _exec(world: World, connection: Connection, request: Request) -> object:
@@ -113,32 +113,32 @@ async def _agent(world: World, _: Connection, request: Request) -> object:
     return await world.agent(request["action"], request["host"])
 
 
-async def _power_off(world: World, _: Connection, request: Request) -> object:
-    return await world.power_off(request["host"])
+async def _power_off(world: World, _: Connection, request: Request) -> None:
+    await world.power_off(request["host"])
 
 
-async def _power_on(world: World, _: Connection, request: Request) -> object:
-    return await world.power_on(request["host"], agent=request["agent"])
+async def _power_on(world: World, _: Connection, request: Request) -> None:
+    await world.power_on(request["host"], agent=request["agent"])
 
 
-async def _cut(world: World, _: Connection, request: Request) -> object:
-    return await world.cut(request["host"], request["from"])
+async def _cut(world: World, _: Connection, request: Request) -> None:
+    await world.cut(request["host"], request["from"])
 
 
-async def _cut_site(world: World, _: Connection, request: Request) -> object:
-    return await world.cut_site(request["site"], request["from"])
+async def _cut_site(world: World, _: Connection, request: Request) -> None:
+    await world.cut_site(request["site"], request["from"])
 
 
-async def _etcd(world: World, _: Connection, request: Request) -> object:
-    return await world.etcd(request["action"], request["member"])
+async def _etcd(world: World, _: Connection, request: Request) -> None:
+    await world.etcd(request["action"], request["member"])
 
 
-async def _etcd_ready(world: World, _: Connection, request: Request) -> object:
-    return await world.etcd_ready(request["seconds"])
+async def _etcd_ready(world: World, _: Connection, request: Request) -> None:
+    await world.etcd_ready(request["seconds"])
 
 
-async def _label(world: World, _: Connection, request: Request) -> object:
-    return await world.label(request["host"], request["label"])
+async def _label(world: World, _: Connection, request: Request) -> None:
+    await world.label(request["host"], request["label"])
 
 
 async def _counters(world: World, _: Connection, request: Request) -> object:

@@ -55,7 +55,7 @@ class SiteSpec:
     subnets: tuple[str, ...] = ()
     """Private networks (CIDR), one LAN each; empty: the lab chooses one."""
     latency_ms: float = 0.0
-    """Delay added to each direction of the uplink (half of what a round trip between this site and the internet gains)."""
+    """Delay added to each direction of the uplink."""
     loss_percent: float = 0.0
 
 
@@ -243,7 +243,7 @@ def _check(spec: Spec, source: str) -> None:
             raise refuse(here, "it has no hosts; write hosts = 3 or add [[site.host]] tables")
         networks = [_network(text, here, refuse) for text in site.subnets]
         for i, one in enumerate(networks):
-            if any(one.version == other.version and one.overlaps(other) for other in networks[:i]):  # type: ignore[arg-type]
+            if any(one.version == other.version and one.overlaps(other) for other in networks[:i]):
                 raise refuse(f"{here}.subnets", f"{one} overlaps another subnet of the site")
         if not 0 <= site.loss_percent <= 100:
             raise refuse(f"{here}.loss_percent", f"{site.loss_percent} is not within 0 to 100")

@@ -16,6 +16,7 @@ import socket
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ class World:
         """Make everything the spec asks for. LabError or NamespaceError says what was impossible."""
         spec = self.layout.spec
         self._require_programs()
-        Path(BASE, "logs").mkdir()
+        os.mkdir(f"{BASE}/logs")
         await say(f"{len(spec.hosts)} hosts at {len(spec.sites)} sites, {spec.etcd} etcd")
         for name in self.layout.machines:
             self._boot(name)
@@ -425,7 +426,7 @@ class World:
                 raise LabError(f"{target} has no mesh address yet: its agent has not set up {DEFAULT_INTERFACE}")
             return found[0]
         try:
-            return addressing.ip_address(target)
+            return ip_address(target)
         except ValueError:
             raise LabError(f"{target!r} is neither a host of this lab nor an address") from None
 
