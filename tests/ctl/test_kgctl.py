@@ -7,6 +7,8 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from ipaddress import ip_interface
 from pathlib import Path
 
@@ -17,11 +19,12 @@ from click.testing import CliRunner, Result
 from helpers import require
 from kilo_etcd import __version__
 from kilo_etcd.ctl.main import _COMMANDS, main
-from kilo_etcd.etcd import EtcdClient, open_client
+from kilo_etcd.etcd import Client, Config, Unavailable, open_client
 from kilo_etcd.model import CandidateClass, Endpoint
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import CandidateRecord, NodeRecord, Role, StatusRecord, encode
 from kilo_etcd.testing.etcd_server import EtcdServer, Options
+from kilo_etcd.testing.fake_etcd import FakeEtcd
 
 KGCTL = Path(sys.executable).with_name("kgctl")
 
@@ -105,23 +108,12 @@ async def test_ctrl_c_is_quiet() -> None:
             await process.wait()
 
 
-# --- with real etcd --------------------------------------------------------------------------------------------------
+# --- with etcd in memory ----------------------------------------------------------------------------------------------
 
 KEY = {name: f"{letter * 43}=" for name, letter in (("node-1", "A"), ("node-2", "I"), ("node-3", "Q"))}
 
 
-async def kgctl(server: EtcdServer, *arguments: str, check: int = 0) -> str:
-    """Run the real program; its output, or with `check` other than 0 what it says on stderr."""
-    done = await trio.run_process(
-        [KGCTL, "--endpoints", server.endpoint, *arguments], capture_stdout=True, capture_stderr=True, check=False
-    )
-    assert done.returncode == check, done.stderr.decode()
-    if not check:
-        assert done.stderr == b""
-    return (done.stderr if check else done.stdout).decode()
-
-
-async def register(client: EtcdClient, number: int, *, candidate: bool = False) -> int:
+async def register(client: Client, number: int, *, candidate: bool = False) -> int:
     """What the agent of node-<number> writes, at 192.168.0.0/24 with mesh address 10.4.0.<number>."""
     keys, name = Keys(), f"node-{number}"
     record = NodeRecord(
@@ -138,26 +130,113 @@ async def register(client: EtcdClient, number: int, *, candidate: bool = False) 
     return revision
 
 
-async def small_world(server: EtcdServer) -> None:
+async def small_world(client: Client) -> None:
     """node-2 leads gcp, node-1 is next; node-3 is at home; one record is broken; node-1's agent reports."""
+    await client.put("/kilo/mesh/subnets", "10.4.0.0/16")
+    await client.put("/kilo/mesh/granularity", "location")
+    await client.put("/kilo/locations/node-1", "gcp")
+    await client.put("/kilo/locations/node-2", "gcp")
+    await register(client, 2, candidate=True)
+    await register(client, 1, candidate=True)
+    await client.put("/kilo/nodes/broken", "{")
+    newest = await register(client, 3)
+    told = StatusRecord(
+        public_key=KEY["node-1"],
+        revision=newest,
+        role=Role.MEMBER,
+        location="gcp",
+        leader="node-1",
+        errors=("the name vpn.example.org does not resolve",),
+    )
+    await client.put(Keys().status("node-1"), encode(told))
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeEtcd:
+    """An etcd in memory that `run` finds, whatever endpoint it is given."""
+    fake = FakeEtcd()
+
+    @asynccontextmanager
+    async def opened(config: Config) -> AsyncIterator[Client]:
+        yield fake.client()
+
+    monkeypatch.setattr("kilo_etcd.etcd.open_client", opened)
+    return fake
+
+
+def test_an_empty_mesh_says_so(fake: FakeEtcd) -> None:
+    assert "No node has registered yet." in run("status").output
+    assert run("location", "list").output == "No node is registered or labelled yet.\n"
+
+
+def test_status_json_of_a_small_world(fake: FakeEtcd) -> None:
+    trio.run(small_world, fake.client())
+    data = json.loads(run("status", "-o", "json").output)
+    assert [(row["name"], row["role"], row["behind"]) for row in data["nodes"]] == [
+        ("broken", "not in force", None),
+        ("node-1", "member", 0),
+        ("node-2", "leader", None),
+        ("node-3", "alone", None),
+    ]
+    assert [aside["key"] for aside in data["setAside"]] == ["/kilo/nodes/broken"]
+    assert [remark["subject"] for remark in data["disagreements"]] == ["node-1"]
+
+
+def test_an_agent_is_behind_only_for_the_mesh_s_own_records(fake: FakeEtcd) -> None:
+    trio.run(small_world, fake.client())
+    fake.put("/somebody/else", "x")
+    fake.put(Keys().status("node-2"), encode(StatusRecord(public_key=KEY["node-2"])))
+    assert [n["behind"] for n in json.loads(run("status", "-o", "json").output)["nodes"]][1] == 0
+    fake.put("/kilo/locations/node-3", "gcp")
+    behind = [n["behind"] for n in json.loads(run("status", "-o", "json").output)["nodes"]][1]
+    assert behind > 0
+
+
+def test_a_label_is_written_and_taken_away(fake: FakeEtcd) -> None:
+    assert run("location", "set", "node-9", " gcp ").output == "node-9: gcp; node-9 is not registered yet\n"
+    assert fake.get("/kilo/locations/node-9") == b"gcp"
+    assert run("location", "unset", "node-9").output == "node-9: label removed; node-9 is not registered yet\n"
+    assert fake.keys("/kilo/") == []
+
+
+def test_several_failures_of_etcd_at_once_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    @asynccontextmanager
+    async def failing(config: Config) -> AsyncIterator[Client]:
+        raise ExceptionGroup("tasks", [Unavailable("etcd is away"), Unavailable("etcd is away")])
+        yield
+
+    monkeypatch.setattr("kilo_etcd.etcd.open_client", failing)
+    found = run("status")
+    assert (found.exit_code, found.stderr) == (1, "kgctl: etcd is away\n")
+
+
+def test_a_mistake_of_ours_is_not_dressed_up_as_the_operator_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    @asynccontextmanager
+    async def broken(config: Config) -> AsyncIterator[Client]:
+        raise ExceptionGroup("tasks", [Unavailable("etcd is away"), ZeroDivisionError()])
+        yield
+
+    monkeypatch.setattr("kilo_etcd.etcd.open_client", broken)
+    assert isinstance(run("status").exception, ExceptionGroup)
+
+
+# --- with real etcd --------------------------------------------------------------------------------------------------
+
+
+async def kgctl(server: EtcdServer, *arguments: str, check: int = 0) -> str:
+    """Run the real program; its output, or with `check` other than 0 what it says on stderr."""
+    done = await trio.run_process(
+        [KGCTL, "--endpoints", server.endpoint, *arguments], capture_stdout=True, capture_stderr=True, check=False
+    )
+    assert done.returncode == check, done.stderr.decode()
+    if not check:
+        assert done.stderr == b""
+    return (done.stderr if check else done.stdout).decode()
+
+
+async def world_at(server: EtcdServer) -> None:
     async with open_client(server.config()) as client:
-        await client.put("/kilo/mesh/subnets", "10.4.0.0/16")
-        await client.put("/kilo/mesh/granularity", "location")
-        await client.put("/kilo/locations/node-1", "gcp")
-        await client.put("/kilo/locations/node-2", "gcp")
-        await register(client, 2, candidate=True)
-        await register(client, 1, candidate=True)
-        await client.put("/kilo/nodes/broken", "{")
-        newest = await register(client, 3)
-        told = StatusRecord(
-            public_key=KEY["node-1"],
-            revision=newest,
-            role=Role.MEMBER,
-            location="gcp",
-            leader="node-1",
-            errors=("the name vpn.example.org does not resolve",),
-        )
-        await client.put(Keys().status("node-1"), encode(told))
+        await small_world(client)
 
 
 @pytest.mark.etcd
@@ -165,7 +244,7 @@ async def test_status_shows_the_mesh_and_its_troubles() -> None:
     require("etcd")
     async with EtcdServer.run() as server:
         assert "No node has registered yet." in await kgctl(server, "status")
-        await small_world(server)
+        await world_at(server)
         text = await kgctl(server, "status")
         lines = [" ".join(line.split()) for line in text.splitlines()]
         assert any(
@@ -190,7 +269,7 @@ async def test_status_shows_the_mesh_and_its_troubles() -> None:
 async def test_labels_are_set_listed_and_unset() -> None:
     require("etcd", "etcdctl")
     async with EtcdServer.run() as server:
-        await small_world(server)
+        await world_at(server)
         assert await kgctl(server, "location", "set", "node-3", "東京/eu 1") == "node-3: 東京/eu 1\n"
         assert await server.etcdctl("get", "--print-value-only", "/kilo/locations/node-3") == "東京/eu 1\n"
         assert await kgctl(server, "location", "set", "node-3", "aws", "--node", "node-1", "--node", "node-9") == (
@@ -229,7 +308,7 @@ async def test_the_prefix_separates_meshes() -> None:
 async def test_the_graph_is_dot() -> None:
     require("etcd", "dot")
     async with EtcdServer.run() as server:
-        await small_world(server)
+        await world_at(server)
         dot = await kgctl(server, "graph")
         drawn = await trio.run_process(["dot", "-Tplain"], stdin=dot.encode(), capture_stdout=True)
         for name in ("node-1", "node-2", "node-3"):
