@@ -1,0 +1,140 @@
+"""The shape of the mesh as a picture, in Graphviz's DOT and the look that Kilo's users know.
+
+One dashed, rounded cluster for each location or lone segment; nodes with name, mesh address, internal IP and
+endpoint; leaders filled, joined to their members and to each other; outside peers at the rim. `edges` is the
+same shape as data. Whatever names are in etcd, the output is valid DOT; it is for `circo -Tsvg`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from enum import StrEnum
+from itertools import combinations
+
+from attrs import frozen
+
+from kilo_etcd.model import Granularity, Node, Peer
+from kilo_etcd.topology.segments import Segment, Topology, same_site
+
+
+class EdgeKind(StrEnum):
+    """What joins two ends."""
+
+    TUNNEL = "tunnel"
+    LOCAL = "local"
+    """A leader and a member of its segment, inside their location."""
+    PEER = "peer"
+    """A node and an outside peer."""
+
+
+@frozen(order=True)
+class Edge:
+    """`one` and `other` are names; two nodes' come in order, and with PEER `other` is the outside peer's."""
+
+    one: str
+    other: str
+    kind: EdgeKind
+
+
+@frozen
+class Cluster:
+    """Nodes that are drawn together; a segment, or with `cross` all segments of one location."""
+
+    label: str
+    nodes: tuple[Node, ...]
+    leaders: frozenset[str]
+
+
+def edges(topology: Topology) -> frozenset[Edge]:
+    """All edges of the picture. In a full mesh and in `cross` there are as many as pairs of nodes."""
+    segments = list(topology.segments.values())
+    cross = topology.snapshot.granularity is Granularity.CROSS
+    result = set()
+    for one, other in combinations((segment.leader for segment in segments), 2):
+        if not (cross and same_site(one, other)):
+            result.add(_edge(one, other, EdgeKind.TUNNEL))
+    for segment in segments:
+        leader = segment.leader
+        for member in segment.members:
+            if member.name != leader.name:
+                result.add(_edge(leader, member, EdgeKind.LOCAL))
+        result.update(Edge(leader.name, peer, EdgeKind.PEER) for peer in topology.peers)
+    return frozenset(result)
+
+
+def _edge(one: Node, other: Node, kind: EdgeKind) -> Edge:
+    return Edge(min(one.name, other.name), max(one.name, other.name), kind)
+
+
+def clusters(topology: Topology) -> tuple[Cluster, ...]:
+    """The clusters of the picture, by label and names."""
+    groups: dict[str, list[Segment]] = defaultdict(list)
+    for segment in topology.segments.values():
+        cross = topology.snapshot.granularity is Granularity.CROSS and segment.leader.internal_ips
+        groups[f"location {segment.location}" if cross else f"segment {segment.key}"].append(segment)
+    found = []
+    for group in groups.values():
+        nodes = tuple(sorted((node for segment in group for node in segment.members), key=lambda node: node.name))
+        found.append(Cluster(group[0].location, nodes, frozenset(segment.leader.name for segment in group)))
+    return tuple(sorted(found, key=lambda cluster: (cluster.label, [node.name for node in cluster.nodes])))
+
+
+def graph(topology: Topology) -> str:
+    """The picture as DOT. A node's id is its name; an outside peer's is its name after `peer `."""
+    subnets = ", ".join(str(subnet) for subnet in topology.snapshot.subnets)
+    names = {("node", name): name for name in topology.snapshot.nodes}
+    for name in topology.peers:
+        identity = f"peer {name}"
+        while identity in topology.snapshot.nodes:
+            identity = f"peer {identity}"
+        names["peer", name] = identity
+    lines = [
+        "digraph kilo {",
+        f"\tlabel={_text(subnets)};",
+        "\tlabelloc=t;",
+        "\toutputorder=nodesfirst;",
+        "\toverlap=false;",
+        '\tnode [shape=ellipse, style=filled, fillcolor=white, fontname="sans-serif"];',
+    ]
+    for number, cluster in enumerate(clusters(topology)):
+        label = f"location: {cluster.label}" if cluster.label else "default location"
+        lines += [f"\tsubgraph cluster_{number} {{", f"\t\tlabel={_text(label)};", '\t\tstyle="dashed,rounded";']
+        for node in cluster.nodes:
+            leads = ", fillcolor=lightblue, penwidth=2" if node.name in cluster.leaders else ""
+            lines.append(f"\t\t{_id(node.name)} [label={_node_label(node)}{leads}];")
+        lines.append("\t}")
+    for name in sorted(topology.peers):
+        label = _peer_label(topology.peers[name])
+        lines.append(f"\t{_id(names['peer', name])} [label={label}, style=dashed];")
+    for edge in sorted(edges(topology)):
+        other = names["peer" if edge.kind is EdgeKind.PEER else "node", edge.other]
+        look = {EdgeKind.TUNNEL: "", EdgeKind.LOCAL: ", style=dotted", EdgeKind.PEER: ", style=dashed"}[edge.kind]
+        lines.append(f"\t{_id(edge.one)} -> {_id(other)} [dir=both{look}];")
+    return "\n".join([*lines, "}"]) + "\n"
+
+
+def _node_label(node: Node) -> str:
+    mesh = ", ".join(str(address) for address in node.mesh_addresses) or "no mesh address"
+    internal = ", ".join(str(address) for address in node.internal_ips) or "no internal IP"
+    return _text(node.name, mesh, internal, str(node.endpoint or "no endpoint"))
+
+
+def _peer_label(peer: Peer) -> str:
+    allowed = ", ".join(str(network) for network in peer.allowed_ips)
+    return _text(peer.name, allowed, *([str(peer.endpoint)] if peer.endpoint else []))
+
+
+def _clean(text: str) -> str:
+    # SVG, being XML, has no way to write control characters at all.
+    kept = (c if c >= " " and not "\x7f" <= c <= "\x9f" and c not in "\ufffe\uffff" else "\ufffd" for c in text)
+    return "".join(kept).encode(errors="replace").decode()
+
+
+def _id(text: str) -> str:
+    return '"' + _clean(text).replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _text(*lines: str) -> str:
+    """A label; in labels, Graphviz reads `&...;` as HTML does and `\\` as an escape."""
+    escaped = (_clean(line).replace("&", "&amp;").replace("\\", "\\\\").replace('"', '\\"') for line in lines)
+    return '"' + "\\n".join(escaped) + '"'

@@ -1,0 +1,42 @@
+"""A host plan as text that a network engineer reads without a manual: one line per fact, as `ip` and `wg` say it.
+
+It is for tests, logs and `kgctl explain`; the commands that change a kernel are `kernel`'s to print. Pre-shared
+keys are named as present, never shown.
+"""
+
+from __future__ import annotations
+
+from kilo_etcd.topology.claims import network_key
+from kilo_etcd.topology.hostplan import HostPlan, PeerPlan, RoutePlan, Via
+
+
+def render(plan: HostPlan) -> str:
+    """The plan in lines sorted alike on every host, without the revision."""
+    lines = [f"addr {address}" for address in plan.addresses]
+    lines += [_peer(peer) for peer in sorted(plan.peers.values(), key=lambda peer: (peer.name, peer.public_key))]
+    lines += [_route(plan.routes[key]) for key in sorted(plan.routes, key=network_key)]
+    if plan.forwarding:
+        lines.append("forward " + " ".join(f"ipv{version}" for version in sorted(plan.forwarding)))
+    if plan.ipip_remotes:
+        remotes = " ".join(str(ip) for ip in sorted(plan.ipip_remotes, key=lambda ip: (ip.version, int(ip))))
+        lines.append(f"ipip local {plan.ipip_local} remote {remotes}")
+    lines += [f"problem {problem.subject}: {problem.text}" for problem in plan.problems]
+    return "\n".join(lines) + "\n"
+
+
+def _peer(peer: PeerPlan) -> str:
+    text = f"peer {peer.name}"
+    if peer.endpoint is not None:
+        text += f" endpoint {peer.endpoint}"
+    text += " allowed " + (",".join(str(network) for network in peer.allowed_ips) or "nothing")
+    if peer.persistent_keepalive:
+        text += f" keepalive {peer.persistent_keepalive}"
+    return text + (" psk" if peer.preshared_key else "")
+
+
+def _route(route: RoutePlan) -> str:
+    text = f"route {route.destination}"
+    if route.gateway is not None:
+        text += f" via {route.gateway}"
+    text += {Via.TUNNEL: " dev wg", Via.UNDERLAY: "", Via.IPIP: " dev ipip"}[route.way]
+    return text + (f" src {route.source}" if route.source is not None else "")
