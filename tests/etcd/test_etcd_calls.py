@@ -97,7 +97,7 @@ async def test_large_requests_pass_and_too_large_ones_are_refused() -> None:
         assert sum(len(kv.value) for kv in (await client.get_prefix("/big/")).kvs) == 1_200_000
         with pytest.raises(BadRequest, match="too many operations"):
             await client.txn([], [Put(f"/k{n}", "") for n in range(129)])
-        with pytest.raises(BadRequest, match="too large|larger than max"):
+        with pytest.raises(BadRequest, match=r"too large|larger than max"):
             await client.put("/k", b"x" * (2 << 20))
         with pytest.raises(BadRequest, match="duplicate key"):
             await client.txn([], [Put("/k", "1"), Put("/k", "2")])

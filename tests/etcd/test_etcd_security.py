@@ -1,0 +1,240 @@
+"""TLS, users and tokens against real etcd; each refusal is one clear sentence that names the endpoint."""
+
+from __future__ import annotations
+
+import re
+import socket
+from pathlib import Path
+
+import pytest
+import trio
+from attrs import evolve
+
+from helpers import eventually, require
+from kilo_etcd.etcd import (
+    Config,
+    ConnectionRefusedByTls,
+    EtcdError,
+    PermissionDenied,
+    Put,
+    Tls,
+    Unauthenticated,
+    Unavailable,
+    open_client,
+)
+from kilo_etcd.testing.certificates import Authority
+from kilo_etcd.testing.etcd_server import EtcdServer, Options
+
+pytestmark = pytest.mark.etcd
+KILO = {"kilo": ("secret", ["/kilo/"])}
+
+
+async def refusal(config: Config, kind: type[EtcdError], words: str) -> None:
+    """A call and a watch both fail with `kind`, in one sentence with `words`, soon."""
+    async with open_client(config) as client:
+        for attempt in (lambda: client.get("/k"), lambda: first(client.watch("/k"))):
+            with pytest.raises(kind, match=words) as caught, trio.fail_after(4):
+                await attempt()
+            assert type(caught.value) is kind
+            assert config.endpoints[0].split("//")[-1] in str(caught.value)
+            assert "\n" not in str(caught.value)
+
+
+async def first(watch):  # type: ignore[no-untyped-def]
+    async with watch as watching:
+        return await anext(watching)
+
+
+def user_of(server: EtcdServer, user: str | None, password: str | None) -> Config:
+    return evolve(server.config(), user=user, password=password)
+
+
+async def test_tls_refusals_are_told_apart(tmp_path: Path) -> None:
+    require("etcd")
+    async with EtcdServer.run(Options(client_cert=True)) as server:
+        good = server.config()
+        assert good.tls
+        assert server.authority
+        async with open_client(good) as client:
+            await client.put("/k", "over TLS")
+        stranger = Authority(tmp_path, "other CA")
+        foreign = stranger.issue("foreign")
+        by_name = evolve(good, endpoints=(f"https://ip6-localhost:{server.client_port}",))
+        plain = evolve(good, endpoints=(f"http://127.0.0.1:{server.client_port}",))
+        no_cert = evolve(good, tls=evolve(good.tls, cert=None, key=None))
+        bad_cert = evolve(good, tls=evolve(good.tls, cert=str(foreign.cert), key=str(foreign.key)))
+        tls = ConnectionRefusedByTls
+        await refusal(evolve(good, tls=evolve(good.tls, ca=str(stranger.ca))), tls, "not trusted.*--cacert")
+        await refusal(evolve(good, tls=evolve(good.tls, ca=None)), tls, "not trusted.*--cacert")
+        await refusal(no_cert, tls, "client certificate.*--cert")
+        await refusal(bad_cert, tls, "refuses the client certificate.*--cert")
+        await refusal(evolve(good, tls=evolve(good.tls, ca="/none.pem")), tls, r"cannot read /none\.pem")
+        await refusal(evolve(good, tls=evolve(good.tls, cert=__file__)), tls, "not usable as PEM")
+        del by_name
+        async with open_client(evolve(plain, call_timeout=1.0)) as client:
+            with pytest.raises(EtcdError, match="https://"):
+                await client.get("/k")
+
+
+async def test_a_certificate_for_another_name_is_refused_by_name(tmp_path: Path) -> None:
+    require("etcd")
+    authority = Authority(tmp_path)
+    async with EtcdServer.run(Options(tls=True)) as server:
+        server.authority = authority
+        await server.kill()
+        issue = authority.issue
+        authority.issue = lambda name, hosts=(): issue(name, ("other.example",))  # type: ignore[method-assign]
+        await server.start(wait=False)
+        config = evolve(server.config(), tls=Tls(ca=str(authority.ca)))
+        await eventually(lambda: listens(server.client_port))
+        await refusal(config, ConnectionRefusedByTls, "another name.*use a name")
+        assert config.tls
+        async with open_client(evolve(config, tls=evolve(config.tls, insecure_skip_verify=True))) as client:
+            await client.put("/k", "unverified")
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+async def test_https_to_a_plain_port() -> None:
+    require("etcd")
+    async with EtcdServer.run() as server:
+        config = Config(endpoints=(server.endpoint.replace("http://", "https://"),))
+        await refusal(config, ConnectionRefusedByTls, "does not speak TLS.*http://")
+
+
+async def test_what_is_not_etcd_is_told_so() -> None:
+    async def answer(stream: trio.SocketStream) -> None:
+        async with stream:
+            await stream.receive_some()
+            await stream.send_all(b"SSH-2.0-OpenSSH_9.2p1\r\n")
+            await stream.receive_some()
+
+    async with trio.open_nursery() as nursery:
+        listeners = await nursery.start(trio.serve_tcp, answer, 0)
+        port = next(one.socket.getsockname()[1] for one in listeners if one.socket.family == socket.AF_INET)
+        await refusal(Config(endpoints=(f"127.0.0.1:{port}",)), ConnectionRefusedByTls, "does not speak HTTP/2")
+        nursery.cancel_scope.cancel()
+
+
+async def test_renewed_certificate_files_count_from_the_next_connection() -> None:
+    require("etcd")
+    async with EtcdServer.run(Options(client_cert=True)) as server:
+        config = server.config()
+        assert config.tls
+        assert config.tls.cert
+        cert = Path(config.tls.cert)
+        good, key = cert.read_bytes(), Path(config.tls.key or "").read_bytes()
+        async with open_client(evolve(config, call_timeout=10)) as client:
+            await client.put("/k", "1")
+            cert.write_bytes(b"")
+            await server.kill()
+            await server.start(wait=False)
+            await eventually(lambda: listens(server.client_port))
+            with pytest.raises(ConnectionRefusedByTls, match="not usable as PEM"):
+                await client.get("/k")
+            cert.write_bytes(good)
+            Path(config.tls.key or "").write_bytes(key)
+            await eventually(lambda: client.get("/k"))
+
+
+async def test_users_and_permissions() -> None:
+    require("etcd", "etcdctl")
+    async with EtcdServer.run() as server:
+        # A user given to an etcd without users is no error, as with etcdctl; and counts as soon as it has users.
+        async with open_client(user_of(server, "kilo", "secret")) as client:
+            await client.put("/kilo/early", "x")
+            await server.enable_auth(KILO)
+            await client.put("/kilo/k", "x")
+            async with client.watch_prefix("/kilo/", start_revision=2) as watch:
+                assert (await anext(watch)).events
+            with pytest.raises(PermissionDenied, match=r"'kilo' may not write '/other'.*grant-permission"):
+                await client.put("/other", "x")
+            with pytest.raises(PermissionDenied, match="transaction on '/other'"):
+                await client.txn([], [Put("/other", "x")])
+            with pytest.raises(PermissionDenied, match="watch '/other'"):
+                await first(client.watch("/other"))
+            with pytest.raises(PermissionDenied, match="read '/other'"):
+                await client.get_prefix("/other")
+            await client.put("/kilo/k", "still usable")
+        await refusal(user_of(server, "kilo", "wrong"), Unauthenticated, "'kilo': wrong password or no such user")
+        await refusal(user_of(server, "nobody", "secret"), Unauthenticated, "'nobody'.*no such user")
+        async with open_client(user_of(server, None, None)) as client:
+            with pytest.raises(Unauthenticated, match="--user"):
+                await client.get("/k")
+
+
+async def test_a_token_is_fetched_once_and_renewed_when_it_expires() -> None:
+    require("etcd", "etcdctl")
+    async with EtcdServer.run(Options(token_ttl=1)) as server:
+        await server.enable_auth(KILO)
+        async with open_client(user_of(server, "kilo", "secret")) as client:
+            tokens = client._caller.tokens
+            assert tokens
+            used = set[str]()
+            async with client.watch_prefix("/kilo/") as watch:
+                for n in range(20):
+                    await client.put(f"/kilo/{n}", "")
+                    used.add(tokens._token or "")
+                assert len(used) == 1
+                old = used.pop()
+                await eventually(lambda: refused(server, old))
+                # The token is dead: a put, a read, a new watch, and the old watch all go on.
+                await client.put("/kilo/after", "")
+                assert tokens._token != old
+                seen = [event.kv.key async for event in events(watch, 21)]
+                assert seen[-1] == b"/kilo/after"
+            tokens._token = old
+            async with client.watch_prefix("/kilo/") as watch:
+                await client.put("/kilo/again", "")
+                assert (await anext(watch)).events[0].kv.key == b"/kilo/again"
+
+
+async def refused(server: EtcdServer, token: str) -> bool:
+    """Whether etcd takes `token` no longer; asking with etcd's own expiry means asking not too often."""
+    async with open_client(user_of(server, "kilo", "secret")) as probe:
+        assert probe._caller.tokens
+        probe._caller.tokens._token = token
+        await trio.sleep(1.5)  # Each use gives a simple token its time again: it must be left alone for its TTL.
+        await probe.get("/kilo/0")
+        return probe._caller.tokens._token != token
+
+
+async def events(watch, count):  # type: ignore[no-untyped-def]
+    while count > 0:
+        for event in (await anext(watch)).events:
+            count -= 1
+            yield event
+
+
+async def test_tokens_lost_by_a_restart_are_renewed_for_calls_watch_and_lease() -> None:
+    require("etcd", "etcdctl")
+    async with EtcdServer.run() as server:
+        await server.enable_auth(KILO)
+        async with open_client(user_of(server, "kilo", "secret")) as client:
+            lease = await client.grant_lease(10)
+            async with client.keep_alive(lease.id, lease.ttl) as kept, client.watch_prefix("/kilo/") as watch:
+                await client.put("/kilo/a", "", lease=lease.id)
+                assert (await anext(watch)).events[0].kv.key == b"/kilo/a"
+                await server.kill()
+                await server.restart()
+                restarted = trio.current_time()
+                await client.put("/kilo/b", "")
+                assert (await anext(watch)).events[0].kv.key == b"/kilo/b"
+                await eventually(lambda: kept.expires_at > restarted + 10)
+                assert not kept.lost.is_set()
+            assert not await denied_once(client)
+
+
+async def denied_once(client) -> bool:  # type: ignore[no-untyped-def]
+    try:
+        await client.get("/kilo/a")
+    except (PermissionDenied, Unauthenticated, Unavailable):
+        return True
+    return False
+
+
+def test_a_password_is_not_in_a_repr() -> None:
+    assert not re.search("hidden-word", repr(Config(user="kilo", password="hidden-word")))
