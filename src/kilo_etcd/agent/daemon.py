@@ -155,7 +155,6 @@ class Daemon:
         await nursery.start(self.mirror.run)
         record = self.record
         await self._insist(lambda: self.session.register(record))
-        self.log.info("registered", public_key=self.public_key, endpoint=str(record.endpoint or "none"))
         await nursery.start(self.session.run)
         for task in (
             self._follow_snapshots,
@@ -280,6 +279,9 @@ class Daemon:
         try:
             self.raw_plan = host_plan(self.topology, self.name, self.raw_plan)
         except UnknownNode:
+            if self.mirror.kv(self.keys.node(self.name)) is None:
+                # The snapshot is older than the registration; the one that has it is on its way.
+                return
             self.failures = (f"this host is not among the mesh's nodes; see the records set aside for {self.name}",)
             self.once.error("unknown", self.failures[0], revision=snapshot.revision)
             self._publish(snapshot)
