@@ -1,0 +1,132 @@
+"""Small worlds for the kernel's tests: keys, plans, and plans that hypothesis draws."""
+
+from __future__ import annotations
+
+import base64
+from ipaddress import ip_address, ip_interface, ip_network
+
+from hypothesis import strategies as st
+
+from kilo_etcd.kernel.diff import diff
+from kilo_etcd.kernel.effect import apply_changes, network_order
+from kilo_etcd.kernel.state import Memory, Observed, Target
+from kilo_etcd.model import Endpoint
+from kilo_etcd.topology.hostplan import HostPlan, PeerPlan, RoutePlan, Via
+
+PRIVATE = base64.b64encode(bytes([9]) * 32).decode()
+
+
+def key(number: int) -> str:
+    return base64.b64encode(bytes([number]) * 32).decode()
+
+
+def peer(
+    number: int, *allowed: str, endpoint: str | None = None, keepalive: int = 0, psk: str | None = None
+) -> PeerPlan:
+    return PeerPlan(
+        public_key=key(number),
+        name=f"node-{number}",
+        endpoint=None if endpoint is None else Endpoint.parse(endpoint),
+        allowed_ips=tuple(sorted((ip_network(a) for a in allowed), key=network_order)),
+        persistent_keepalive=keepalive,
+        preshared_key=psk,
+    )
+
+
+def tunnel(destination: str, source: str | None = None) -> RoutePlan:
+    return RoutePlan(
+        destination=ip_network(destination), way=Via.TUNNEL, source=None if source is None else ip_address(source)
+    )
+
+
+def via(destination: str, gateway: str, way: Via = Via.UNDERLAY, source: str | None = None) -> RoutePlan:
+    return RoutePlan(
+        destination=ip_network(destination),
+        way=way,
+        gateway=ip_address(gateway),
+        source=None if source is None else ip_address(source),
+    )
+
+
+def plan(
+    *parts: PeerPlan | RoutePlan,
+    addresses: tuple[str, ...] = ("10.4.0.1/32",),
+    forwarding: tuple[int, ...] = (),
+    ipip: tuple[str, ...] = (),
+    ipip_local: str | None = None,
+    port: int = 51820,
+) -> HostPlan:
+    return HostPlan(
+        node="node-1",
+        addresses=tuple(ip_interface(a) for a in addresses),
+        listen_port=port,
+        peers={p.public_key: p for p in parts if isinstance(p, PeerPlan)},
+        routes={r.destination: r for r in parts if isinstance(r, RoutePlan)},
+        forwarding=frozenset(forwarding),
+        ipip_remotes=frozenset(ip_address(a) for a in ipip),
+        ipip_local=None if ipip_local is None else ip_address(ipip_local),
+    )
+
+
+TARGET = Target(public_key=key(200), private_key=PRIVATE)
+
+
+def host_with(wanted: HostPlan, target: Target = TARGET) -> Observed:
+    """A host on which `wanted` was applied."""
+    return apply_changes(Observed(), diff(wanted, Observed(), Memory(), target), target.interface)
+
+
+def lines(changes: object) -> list[str]:
+    """The changes as text, with keys as their number."""
+    assert isinstance(changes, tuple)
+    said = [str(change) for change in changes]
+    for number in range(1, 20):
+        said = [line.replace(key(number), f"#{number}") for line in said]
+    return said
+
+
+NETWORKS = tuple(
+    ip_network(text)
+    for text in (
+        "10.4.0.2/32", "10.4.0.3/32", "10.4.0.4/32", "10.5.0.0/24", "10.5.1.0/24", "10.6.0.0/16", "fd00:4::2/128",
+        "fd00:5::/64",
+    )
+)  # fmt: skip
+ENDPOINTS = ("203.0.113.1:51820", "203.0.113.2:51820", "198.51.100.7:4000", "node.example.org:51820")
+GATEWAY4, GATEWAY6 = "192.168.9.77", "fd00:9::77"
+
+
+@st.composite
+def plans(draw: st.DrawFn, ipip: bool = True, v6_via_v4: bool = False) -> HostPlan:
+    """Plans of a few peers and routes, of which any two have much in common."""
+    owner = {network: draw(st.integers(0, 4)) for network in NETWORKS}
+    peers = []
+    for number in draw(st.sets(st.integers(1, 4))):
+        mine = [str(network) for network, o in owner.items() if o == number]
+        peers.append(
+            peer(
+                number,
+                *mine,
+                endpoint=draw(st.sampled_from((None, *ENDPOINTS))),
+                keepalive=draw(st.sampled_from((0, 10, 25))),
+                psk=draw(st.sampled_from((None, key(90), key(91)))),
+            )
+        )
+    addresses = draw(st.sampled_from((("10.4.0.1/32",), ("10.4.0.1/32", "fd00:4::1/128"), ("10.4.0.9/32",))))
+    routes = []
+    for network in draw(st.sets(st.sampled_from(NETWORKS))):
+        source = next((a.split("/")[0] for a in addresses if (":" in a) == (network.version == 6)), None)
+        ways = [Via.TUNNEL, Via.UNDERLAY] + ([Via.IPIP] if ipip and network.version == 4 else [])
+        way = draw(st.sampled_from(ways))
+        gateway = GATEWAY4 if network.version == 4 else GATEWAY6
+        routes.append(tunnel(str(network), source) if way is Via.TUNNEL else via(str(network), gateway, way, source))
+    encapsulated = any(route.way is Via.IPIP for route in routes)
+    return plan(
+        *peers,
+        *routes,
+        addresses=addresses,
+        forwarding=draw(st.sampled_from(((), (4,), (4, 6)))),
+        ipip=(GATEWAY4,) if encapsulated else (),
+        ipip_local="192.168.9.1" if encapsulated else None,
+        port=draw(st.sampled_from((51820, 51821))),
+    )

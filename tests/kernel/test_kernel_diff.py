@@ -1,0 +1,257 @@
+"""The diff as a table: from one plan to another, the commands that a person would type."""
+
+from __future__ import annotations
+
+from ipaddress import ip_interface, ip_network
+
+import pytest
+from attrs import evolve
+from kernel_worlds import GATEWAY4, PRIVATE, TARGET, host_with, key, lines, peer, plan, tunnel, via
+
+from kilo_etcd.kernel.diff import diff, difference, remember
+from kilo_etcd.kernel.effect import apply_changes
+from kilo_etcd.kernel.state import Link, Memory, Observed, Route, Target, ipip_name
+from kilo_etcd.model import Endpoint
+from kilo_etcd.topology.hostplan import HostPlan, Via
+
+MESH = tunnel("10.4.0.0/16", "10.4.0.1")
+
+
+def step(before: HostPlan, after: HostPlan, memory: Memory | None = None) -> list[str]:
+    return lines(diff(after, host_with(before), remember(before, Memory()) if memory is None else memory, TARGET))
+
+
+def test_a_bare_host_gets_everything_in_an_order_without_gaps() -> None:
+    wanted = plan(
+        peer(2, "10.4.0.2/32", "10.5.0.0/24", endpoint="203.0.113.2:51820", keepalive=25, psk=key(90)),
+        MESH,
+        via("10.7.0.0/16", GATEWAY4, source="10.4.0.1"),
+        forwarding=(4,),
+    )
+    assert lines(diff(wanted, Observed(), Memory(), TARGET)) == [
+        "ip link add kilo0 type wireguard",
+        "ip link set kilo0 mtu 1420",
+        "ip address add 10.4.0.1/32 dev kilo0",
+        "wg set kilo0 listen-port 51820 private-key (hidden)",
+        "wg set kilo0 peer #2 preshared-key (hidden) endpoint 203.0.113.2:51820 persistent-keepalive 25 "
+        "allowed-ips 10.4.0.2/32,10.5.0.0/24",
+        "sysctl -w net.ipv4.ip_forward=1",
+        "ip link set kilo0 up",
+        "ip route add 10.4.0.0/16 dev kilo0 proto 107 src 10.4.0.1",
+        "ip route add 10.7.0.0/16 via 192.168.9.77 proto 107 src 10.4.0.1",
+    ]
+
+
+def test_the_same_plan_again_changes_nothing() -> None:
+    wanted = plan(peer(2, "10.4.0.2/32", endpoint="203.0.113.2:51820"), MESH, forwarding=(4, 6))
+    assert step(wanted, wanted) == []
+
+
+def test_userspace_wireguard_is_started_by_its_command() -> None:
+    target = evolve(TARGET, backend="userspace")
+    assert lines(diff(plan(), Observed(), Memory(), target))[0] == "wireguard-go kilo0"
+
+
+def test_a_device_of_the_other_backend_is_replaced() -> None:
+    observed = host_with(plan(MESH), evolve(TARGET, backend="userspace"))
+    said = lines(diff(plan(MESH), observed, Memory(), TARGET))
+    assert said[:2] == ["ip link del kilo0", "ip link add kilo0 type wireguard"]
+    assert said[-1] == "ip route add 10.4.0.0/16 dev kilo0 proto 107 src 10.4.0.1"
+
+
+def test_a_failover_on_a_member_replaces_one_route() -> None:
+    before = plan(via("10.4.0.0/16", "192.168.9.2", source="10.4.0.1"))
+    after = plan(via("10.4.0.0/16", "192.168.9.3", source="10.4.0.1"))
+    assert step(before, after) == ["ip route replace 10.4.0.0/16 via 192.168.9.3 proto 107 src 10.4.0.1"]
+
+
+def test_a_new_leader_elsewhere_takes_the_networks_from_the_old_one_in_one_run() -> None:
+    before = plan(peer(2, "10.4.0.2/32", "10.4.0.3/32", "10.5.0.0/24"), MESH)
+    after = plan(peer(3, "10.4.0.2/32", "10.4.0.3/32", "10.5.0.0/24", endpoint="203.0.113.3:51820"), MESH)
+    assert step(before, after) == [
+        "wg set kilo0 peer #3 endpoint 203.0.113.3:51820 allowed-ips 10.4.0.2/32,10.4.0.3/32,10.5.0.0/24",
+        "wg set kilo0 peer #2 remove",
+    ]
+
+
+def test_a_network_that_moves_between_peers_is_only_added_to_the_new_one() -> None:
+    before = plan(peer(2, "10.4.0.2/32", "10.5.0.0/24"), peer(3, "10.4.0.3/32"))
+    after = plan(peer(2, "10.4.0.2/32"), peer(3, "10.4.0.3/32", "10.5.0.0/24"))
+    assert step(before, after) == ["wg set kilo0 peer #3 allowed-ips +10.5.0.0/24"]
+
+
+def test_a_network_that_goes_costs_that_peer_its_whole_list_and_no_other() -> None:
+    before = plan(peer(2, "10.4.0.2/32", "10.5.0.0/24"), peer(3, "10.4.0.3/32"))
+    after = plan(peer(2, "10.4.0.2/32"), peer(3, "10.4.0.3/32"))
+    assert step(before, after) == ["wg set kilo0 peer #2 allowed-ips 10.4.0.2/32"]
+
+
+def test_a_peer_goes_after_the_routes_have_changed() -> None:
+    before = plan(peer(2, "10.4.0.2/32"), peer(3, "10.4.0.3/32"), MESH)
+    after = plan(peer(3, "10.4.0.3/32"), MESH, via("10.4.0.2/32", "192.168.9.2", source="10.4.0.1"))
+    assert step(before, after) == [
+        "ip route add 10.4.0.2/32 via 192.168.9.2 proto 107 src 10.4.0.1",
+        "wg set kilo0 peer #2 remove",
+    ]
+
+
+def test_keepalive_and_preshared_key_change_alone() -> None:
+    before = plan(peer(2, "10.4.0.2/32", keepalive=25, psk=key(90)))
+    assert step(before, plan(peer(2, "10.4.0.2/32"))) == [
+        "wg set kilo0 peer #2 preshared-key /dev/null persistent-keepalive off"
+    ]
+
+
+@pytest.mark.parametrize("text", [str, repr])
+def test_no_key_is_ever_shown(text: object) -> None:
+    wanted = plan(peer(2, "10.4.0.2/32", psk=key(90)))
+    changes = diff(wanted, Observed(), Memory(), TARGET)
+    said = "".join(text(change) for change in changes) + repr(host_with(wanted)) + repr(TARGET)  # type: ignore[operator]
+    assert PRIVATE not in said
+    assert key(90) not in said
+
+
+# Endpoints
+
+
+def with_endpoint(endpoint: str | None) -> HostPlan:
+    return plan(peer(2, "10.4.0.2/32", endpoint=endpoint))
+
+
+def roamed(observed: Observed, endpoint: str, handshake: float = 0.0) -> Observed:
+    moved = evolve(observed.peers[key(2)], endpoint=Endpoint.parse(endpoint), last_handshake=handshake)
+    return evolve(observed, time=1000.0, peers={key(2): moved})
+
+
+def test_a_roaming_peer_keeps_the_endpoint_that_wireguard_learnt() -> None:
+    wanted = with_endpoint("203.0.113.2:51820")
+    observed = roamed(host_with(wanted), "198.51.100.9:4711")
+    assert diff(wanted, observed, remember(wanted, Memory()), TARGET) == ()
+
+
+def test_a_new_endpoint_in_the_plan_is_set() -> None:
+    assert step(with_endpoint("203.0.113.2:51820"), with_endpoint("203.0.113.5:51820")) == [
+        "wg set kilo0 peer #2 endpoint 203.0.113.5:51820"
+    ]
+
+
+def test_a_peer_that_had_no_endpoint_gets_one() -> None:
+    assert step(with_endpoint(None), with_endpoint("203.0.113.5:51820")) == [
+        "wg set kilo0 peer #2 endpoint 203.0.113.5:51820"
+    ]
+
+
+def test_an_endpoint_that_leaves_the_plan_stays_and_is_not_set_again_when_it_returns() -> None:
+    first, without = with_endpoint("203.0.113.2:51820"), with_endpoint(None)
+    memory = remember(without, remember(first, Memory()))
+    assert diff(without, host_with(first), memory, TARGET) == ()
+    assert diff(first, host_with(first), memory, TARGET) == ()
+
+
+def test_a_name_that_is_not_resolved_is_left_out() -> None:
+    assert step(with_endpoint(None), with_endpoint("node.example.org:51820")) == []
+
+
+@pytest.mark.parametrize(
+    ("handshake", "said"),
+    [(950.0, []), (700.0, ["wg set kilo0 peer #2 endpoint 203.0.113.2:51820"])],
+)
+def test_an_adopted_peer_keeps_an_endpoint_that_is_in_use(handshake: float, said: list[str]) -> None:
+    wanted = with_endpoint("203.0.113.2:51820")
+    observed = roamed(host_with(wanted), "198.51.100.9:4711", handshake)
+    assert lines(diff(wanted, observed, Memory(), TARGET)) == said
+
+
+# Routes of ours and of others
+
+
+def foreign(observed: Observed, destination: str, **values: object) -> Observed:
+    route = Route(destination=ip_network(destination), device="eth0", protocol=4, **values)  # type: ignore[arg-type]
+    return evolve(observed, foreign={route.destination: route})
+
+
+def test_an_operators_route_is_left_alone_and_reported() -> None:
+    todo = difference(plan(MESH), foreign(host_with(plan()), "10.4.0.0/16"), Memory(), TARGET)
+    assert todo.changes == ()
+    assert [failure.text for failure in todo.failures] == [
+        "the host already has a route to 10.4.0.0/16 that is not ours; it was left alone and the mesh's was not set: "
+        "remove one of the two (see `ip route show 10.4.0.0/16`)"
+    ]
+
+
+def test_a_default_route_is_never_set() -> None:
+    todo = difference(plan(tunnel("0.0.0.0/0"), tunnel("::/0"), MESH), host_with(plan()), Memory(), TARGET)
+    assert lines(todo.changes) == ["ip route add 10.4.0.0/16 dev kilo0 proto 107 src 10.4.0.1"]
+    assert len(todo.failures) == 2
+
+
+@pytest.mark.parametrize(
+    ("route", "word"),
+    [
+        (via("fd00:5::/64", "192.168.9.77"), "IPv6 needs an IPv6 gateway"),
+        (via("fd00:5::/64", "fd00:9::77", Via.IPIP), "IPIP carries IPv4 over IPv4 only"),
+    ],
+)
+def test_what_linux_cannot_do_is_a_sentence(route: object, word: str) -> None:
+    todo = difference(plan(route), host_with(plan()), Memory(), TARGET)  # type: ignore[arg-type]
+    assert todo.changes == ()
+    assert word in todo.failures[0].text
+
+
+def test_leftovers_of_ours_go_wherever_they_lead() -> None:
+    left = Route(destination=ip_network("10.99.0.0/16"), device="eth0", metric=7)
+    stray = Route(destination=ip_network("10.4.0.0/16"), device="kilo0", metric=50)
+    observed = evolve(host_with(plan(MESH)), stray_routes=(stray,))
+    observed = evolve(
+        observed,
+        routes={**observed.routes, left.destination: left},
+        addresses=observed.addresses | {ip_interface("10.4.7.7/32")},
+    )
+    assert lines(diff(plan(MESH), observed, Memory(), TARGET)) == [
+        "ip route del 10.4.0.0/16 dev kilo0 proto 107 metric 50",
+        "ip route del 10.99.0.0/16 dev eth0 proto 107 metric 7",
+        "ip address del 10.4.7.7/32 dev kilo0",
+    ]
+
+
+def test_ipip_comes_and_goes_with_its_routes() -> None:
+    encapsulated = plan(
+        via("10.4.0.0/16", "192.168.9.2", Via.IPIP, "10.4.0.1"), ipip=("192.168.9.2",), ipip_local="192.168.9.1"
+    )
+    assert step(plan(), encapsulated) == [
+        "ip link add kilo-ipip type ipip local 192.168.9.1",
+        "ip link set kilo-ipip mtu 1420",
+        "ip link set kilo-ipip up",
+        "ip route add 10.4.0.0/16 via 192.168.9.2 dev kilo-ipip proto 107 src 10.4.0.1 onlink",
+    ]
+    assert step(encapsulated, plan()) == [
+        "ip route del 10.4.0.0/16 via 192.168.9.2 dev kilo-ipip proto 107 src 10.4.0.1 onlink",
+        "ip link del kilo-ipip",
+    ]
+
+
+def test_a_device_named_like_our_ipip_but_of_another_kind_is_not_deleted_for_want_of_ipip() -> None:
+    observed = evolve(host_with(plan()), ipip=Link(name="kilo-ipip", index=7, kind="bridge"), ipip_ours=False)
+    assert diff(plan(), observed, Memory(), TARGET) == ()
+
+
+def test_interface_names_fit_the_kernel() -> None:
+    assert ipip_name("kilo0") == "kilo-ipip"
+    assert all(len(ipip_name(name)) <= 15 for name in ("wg-datacentre-1", "a"))
+
+
+def test_ipv4_through_an_ipv6_gateway_says_so() -> None:
+    said = step(plan(), plan(via("10.7.0.0/16", "fd00:9::77")))
+    assert said == ["ip route add 10.7.0.0/16 via inet6 fd00:9::77 proto 107"]
+
+
+def test_a_deleted_device_takes_routes_and_addresses_with_it() -> None:
+    target = Target(public_key=key(200))
+    wanted = plan(MESH, via("10.7.0.0/16", GATEWAY4, source="10.4.0.1"))
+    left = plan(via("10.8.0.0/16", GATEWAY4))
+    both = plan(*wanted.routes.values(), *left.routes.values())
+    from kilo_etcd.kernel.state import DeleteLink
+
+    after = apply_changes(host_with(both, target), [DeleteLink("kilo0")], "kilo0")
+    assert after.link is None
+    assert set(after.routes) == set(left.routes)

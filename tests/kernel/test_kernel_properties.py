@@ -1,0 +1,105 @@
+"""What holds from any plan to any other, on a host in memory."""
+
+from __future__ import annotations
+
+from ipaddress import ip_network
+
+from attrs import evolve
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_worlds import NETWORKS, PRIVATE, TARGET, host_with, plan, plans, tunnel
+
+from kilo_etcd.kernel.diff import diff, difference, fulfils, remember, route_for
+from kilo_etcd.kernel.effect import apply_changes
+from kilo_etcd.kernel.state import DeleteRoute, Memory, Observed, ReplaceRoute, Route, SetPeer, Setup
+from kilo_etcd.model import Endpoint
+from kilo_etcd.testing.fake_kernel import FakeHost, FakeKernel
+from kilo_etcd.topology.hostplan import HostPlan
+
+FOREIGN = st.sets(st.sampled_from(NETWORKS), max_size=3).map(
+    lambda some: {n: Route(destination=n, device="eth0", protocol=4) for n in some}
+)
+BASES = st.one_of(st.just(Observed()), plans().map(host_with))
+quick = settings(max_examples=50, deadline=None)
+
+
+@quick
+@given(BASES, plans(), FOREIGN)
+def test_applying_the_diff_yields_the_plan_and_a_second_time_nothing(
+    base: Observed, wanted: HostPlan, foreign: dict[object, Route]
+) -> None:
+    base = evolve(base, foreign=foreign)
+    todo = difference(wanted, base, Memory(), TARGET)
+    after = apply_changes(base, todo.changes, "kilo0")
+    assert diff(wanted, after, remember(wanted, Memory()), TARGET) == ()
+    assert after.link is not None
+    assert after.link.up
+    assert after.addresses == frozenset(wanted.addresses)
+    assert {k: p.allowed_ips for k, p in after.peers.items()} == {k: p.allowed_ips for k, p in wanted.peers.items()}
+    assert {k: p.preshared_key for k, p in after.peers.items()} == {k: p.preshared_key for k, p in wanted.peers.items()}
+    assert set(after.routes) == set(wanted.routes) - set(foreign)
+    assert all(fulfils(r, route_for(wanted.routes[d], TARGET), TARGET) for d, r in after.routes.items())
+    assert wanted.forwarding <= after.forwarding
+    assert (after.ipip is not None) == bool(wanted.ipip_remotes)
+    assert len(todo.failures) == len(set(wanted.routes) & set(foreign))
+
+
+@quick
+@given(BASES, plans(), FOREIGN)
+def test_routes_of_others_are_never_named(base: Observed, wanted: HostPlan, foreign: dict[object, Route]) -> None:
+    base = evolve(base, foreign=foreign)
+    for change in diff(wanted, base, Memory(), TARGET):
+        if isinstance(change, DeleteRoute | ReplaceRoute):
+            assert change.route.protocol == 107
+            if isinstance(change, ReplaceRoute):
+                assert change.route.destination in base.routes
+                assert change.route.destination not in foreign
+
+
+@quick
+@given(plans(), plans())
+def test_peers_and_routes_that_stay_equal_are_not_touched(before: HostPlan, after: HostPlan) -> None:
+    changes = diff(after, host_with(before), remember(before, Memory()), TARGET)
+    same = {k for k, p in after.peers.items() if before.peers.get(k) == p}
+    assert not [c for c in changes if isinstance(c, SetPeer) and c.public_key in same]
+
+
+@quick
+@given(plans(), plans())
+def test_no_destination_that_both_plans_have_is_ever_without_a_route(before: HostPlan, after: HostPlan) -> None:
+    state = host_with(before)
+    both = set(before.routes) & set(after.routes)
+    if before.addresses != after.addresses or before.ipip_local != after.ipip_local:
+        return  # a source address or a device that goes takes its routes with it
+    for change in diff(after, state, remember(before, Memory()), TARGET):
+        state = apply_changes(state, [change], "kilo0")
+        assert both <= set(state.routes)
+
+
+@quick
+@given(plans(), plans(), st.sampled_from(("198.51.100.9:1", "203.0.113.200:2")))
+def test_a_learnt_endpoint_is_never_set_back(before: HostPlan, after: HostPlan, learnt: str) -> None:
+    state = host_with(before)
+    moved = {k: evolve(p, endpoint=Endpoint.parse(learnt)) for k, p in state.peers.items()}
+    changes = diff(after, evolve(state, peers=moved), remember(before, Memory()), TARGET)
+    set_again = {c.public_key for c in changes if isinstance(c, SetPeer) and c.endpoint is not None}
+    assert not {k for k in set_again if k in before.peers and before.peers[k].endpoint == after.peers[k].endpoint}
+
+
+async def test_the_kernel_in_memory_is_one() -> None:
+    host = FakeHost()
+    kernel = FakeKernel(host, Setup(private_key=PRIVATE))
+    wanted = plan(tunnel("10.4.0.0/16", "10.4.0.1"))
+    assert await kernel.preview(wanted) == (await kernel.apply(wanted)).changes
+    assert (await kernel.apply(wanted)).changes == ()
+    written = kernel.writes
+    mesh = ip_network("10.4.0.0/16")
+    host.tamper([DeleteRoute(host.observed.routes[mesh])], what="route gone")
+    assert await kernel.wait_drift() == "route gone"
+    assert [str(c) for c in (await kernel.apply(wanted)).changes] == [
+        "ip route add 10.4.0.0/16 dev kilo0 proto 107 src 10.4.0.1"
+    ]
+    assert kernel.writes == written + 1
+    host.cleanup()
+    assert host.observed.link is None
+    assert host.observed.routes == {}
