@@ -215,7 +215,11 @@ def _furnish(home: Path, hostname: str, sysctls: Mapping[str, str]) -> None:
     run = str(home / "run")
     namespaces.mount("tmpfs", run, "tmpfs", namespaces.MS_NOSUID | namespaces.MS_NODEV, "mode=755")
     os.mkdir(f"{run}{BASE.removeprefix('/run')}")
-    namespaces.mount(BASE, f"{run}{BASE.removeprefix('/run')}", flags=namespaces.MS_BIND)
+    # A bind mount does not bring along what is mounted below.
+    for below in ("", "/control", "/hidden"):
+        if os.path.isdir(BASE + below):
+            flags = namespaces.MS_BIND | (namespaces.MS_REC if below else 0)
+            namespaces.mount(BASE + below, f"{run}{BASE.removeprefix('/run')}{below}", flags=flags)
     namespaces.mount(run, "/run", flags=namespaces.MS_MOVE)
     for kind, target in (("proc", "/proc"), ("sysfs", "/sys")):
         # Some containers forbid it; then the outer one stays, which shows more than it should but works.

@@ -1,0 +1,143 @@
+"""The demo: what a person should see in the first two minutes. It only operates the lab as anyone can.
+
+Every step prints what it has seen, not what it hopes for, and a step that does not happen in time ends the
+demo with a sentence.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import trio
+from rich.console import Console
+from rich.table import Table
+
+from kilo_etcd.lab.client import Lab
+from kilo_etcd.lab.runtime import LabError
+from kilo_etcd.model import DEFAULT_PREFIX
+
+_POLL = 0.1
+
+
+async def show(lab: Lab, console: Console, picture: Path, *, deadline: float = 45.0) -> None:
+    """Show a built lab forming its mesh. LabError when it does not within `deadline` seconds."""
+    began = trio.current_time()
+
+    def say(line: str) -> None:
+        console.print(f"[dim]{trio.current_time() - began:5.1f} s[/]  {line}", highlight=False)
+
+    with trio.move_on_after(deadline) as limit:
+        await _follow(
+            lab, f"{DEFAULT_PREFIX}/nodes/", len(lab.hosts), lambda name, _: say(f"[bold]{name}[/] has registered")
+        )
+        locations = len({host.label or "" for host in lab.spec.hosts}) if lab.spec else 1
+        await _follow(
+            lab,
+            f"{DEFAULT_PREFIX}/leaders/",
+            locations,
+            lambda name, leader: say(f"[bold]{leader}[/] leads {name or 'the hosts without a label'}"),
+        )
+    if limit.cancelled_caught:
+        raise LabError(f"the hosts did not register and elect leaders within {deadline:g} s; see kgctl lab logs HOST")
+    await lab.all_pairs_ping(max(1.0, deadline - (trio.current_time() - began)))
+    pairs = len(lab.hosts) * (len(lab.hosts) - 1)
+    say(f"all {pairs} ordered pairs ping each other at their mesh addresses")
+    console.print(await ping_table(lab))
+    console.print(await host_table(lab))
+    status = await lab.kgctl("status", check=False)
+    console.print("[bold]kgctl status[/]")
+    console.print(status.stdout or status.stderr, markup=False, highlight=False)
+    for site in [site.name for site in lab.spec.sites] if lab.spec else []:
+        counts = await lab.counters(site)
+        console.print(
+            f"router of {site}: {counts['wireguard'].packets} WireGuard and {counts['etcd'].packets} etcd packets "
+            f"passed, {counts['other'].packets} of any other kind tried",
+            highlight=False,
+        )
+    console.print(await draw(lab, picture), highlight=False)
+
+
+async def _follow(lab: Lab, prefix: str, wanted: int, seen: Callable[[str, str], None]) -> None:
+    """Wait until `wanted` keys are below a prefix; tell of each, with its value, when it is first seen."""
+    known: set[str] = set()
+    while len(known) < wanted:
+        for key, value in (await listing(lab, prefix)).items():
+            if key not in known:
+                known.add(key)
+                seen(key, value)
+        await trio.sleep(_POLL)
+
+
+async def listing(lab: Lab, prefix: str) -> Mapping[str, str]:
+    """The keys below a prefix, without it, and their values, as etcdctl prints them."""
+    lines = (await lab.etcdctl("get", "--prefix", prefix)).stdout.splitlines()
+    return {key.removeprefix(prefix): value for key, value in zip(lines[::2], lines[1::2], strict=False)}
+
+
+async def ping_table(lab: Lab) -> Table:
+    """Who reaches whom."""
+    missing = set(await lab.missing_pings())
+    hosts = [row.host for row in await lab.status() if row.power]
+    table = Table(title="pings at mesh addresses", title_style="bold", pad_edge=False)
+    table.add_column("from \\ to", style="bold")
+    for host in hosts:
+        table.add_column(host, justify="center")
+    for a in hosts:
+        cells = ["·" if a == b else "[red]no[/]" if (a, b) in missing else "[green]ok[/]" for b in hosts]
+        table.add_row(a, *cells)
+    return table
+
+
+async def host_table(lab: Lab) -> Table:
+    """The hosts of a lab and where they are found."""
+    table = Table(title=f"hosts of lab {lab.name}", title_style="bold", pad_edge=False)
+    for heading in ("host", "site", "private", "public", "mesh", "agent", "cut from"):
+        table.add_column(heading, overflow="fold")
+    for row in await lab.status():
+        agent = (f"{row.agent} (pid {row.agent_pid})" if row.agent_pid else row.agent) if row.power else "powered off"
+        addresses = (", ".join(row.private), ", ".join(row.public), ", ".join(row.mesh))
+        table.add_row(row.host, row.site, *addresses, agent, ", ".join(row.cuts))
+    return table
+
+
+async def draw(lab: Lab, picture: Path) -> str:
+    """Write the mesh as an SVG, as `kgctl graph | circo -Tsvg` does; a line that says where it is, or why not."""
+    circo = shutil.which("circo")
+    if circo is None:
+        return "no picture: circo is not installed (apt install graphviz)"
+    graph = await lab.kgctl("graph", check=False)
+    if graph.returncode:
+        return f"no picture: kgctl graph: {graph.stderr.strip()}"
+    drawn = await trio.run_process([circo, "-Tsvg"], stdin=graph.stdout.encode(), capture_stdout=True, check=False)
+    if drawn.returncode:
+        return f"no picture: circo ended with {drawn.returncode}"
+    try:
+        await trio.Path(picture).write_bytes(drawn.stdout)
+    except OSError as error:
+        return f"no picture: {picture} cannot be written: {error.strerror}"
+    return f"the mesh as a picture: {os.path.abspath(picture)}"
+
+
+def suggestions(lab: Lab) -> list[str]:
+    """Lines to try next, fitting the lab."""
+    assert lab.spec is not None
+    unlabelled = [host.name for host in lab.spec.hosts if host.label is None]
+    labels = [host.label for host in lab.spec.hosts if host.label]
+    lines = []
+    if unlabelled:
+        lines.append(f"etcdctl put {DEFAULT_PREFIX}/locations/{unlabelled[-1]} {labels[0] if labels else 'gcp'}")
+        lines.append(f"etcdctl del {DEFAULT_PREFIX}/locations/{unlabelled[-1]}")
+    lines += [
+        f"etcdctl put {DEFAULT_PREFIX}/mesh/granularity full",
+        f"etcdctl put {DEFAULT_PREFIX}/mesh/granularity cross",
+        f"etcdctl put {DEFAULT_PREFIX}/mesh/granularity location",
+        "kgctl status",
+        "kgctl graph | circo -Tsvg > mesh.svg",
+        "kgctl lab pings",
+        f"kgctl lab power-off {lab.hosts[0]}; kgctl status; kgctl lab power-on {lab.hosts[0]}",
+        f"kgctl lab exec {lab.hosts[0]} wg",
+    ]
+    return lines
