@@ -1,0 +1,240 @@
+"""The mirror against the in-memory etcd, in virtual time."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+from helpers import eventually
+from store_world import KEYS, record
+
+from kilo_etcd.model import Granularity, Snapshot
+from kilo_etcd.store import Mirror, encode
+from kilo_etcd.testing.fake_etcd import FakeClient, FakeEtcd
+
+pytestmark = pytest.mark.autojump
+
+
+def seeded() -> FakeEtcd:
+    etcd = FakeEtcd()
+    etcd.put(KEYS.granularity, "location")
+    etcd.put(KEYS.subnets, "10.4.0.0/16")
+    node(etcd, "a", 1)
+    return etcd
+
+
+def node(etcd: FakeEtcd, name: str, number: int) -> int:
+    etcd.put(KEYS.node(name), encode(record(name)))
+    return etcd.put(f"/kilo/addresses/10.4.0.{number}", name)
+
+
+@asynccontextmanager
+async def mirrored(etcd: FakeEtcd, client: FakeClient | None = None, **options: object) -> AsyncIterator[Mirror]:
+    mirror = Mirror(client or etcd.client(), KEYS, **options)  # type: ignore[arg-type]
+    async with trio.open_nursery() as nursery:
+        await nursery.start(mirror.run)
+        yield mirror
+        nursery.cancel_scope.cancel()
+
+
+async def newer(mirror: Mirror, than: Snapshot | None, seconds: float = 60) -> Snapshot:
+    with trio.fail_after(seconds):
+        return await mirror.wait_newer(than)
+
+
+async def test_a_listing_then_each_change_at_once() -> None:
+    etcd = seeded()
+    async with mirrored(etcd) as mirror:
+        first = await newer(mirror, None)
+        assert (first.revision, set(first.nodes)) == (etcd.revision, {"a"})
+        assert mirror.connected
+        await trio.sleep(1)
+        started = trio.current_time()
+        revision = etcd.put(KEYS.location("a"), "gcp")
+        second = await newer(mirror, first)
+        assert trio.current_time() == started
+        assert (second.revision, second.nodes["a"].location) == (revision, "gcp")
+        assert mirror.kv(KEYS.location("a")).value == b"gcp"  # type: ignore[union-attr]
+
+
+async def test_a_burst_is_a_few_snapshots_in_order_and_the_last_is_whole() -> None:
+    etcd = seeded()
+    seen: list[Snapshot] = []
+    async with mirrored(etcd) as mirror, trio.open_nursery() as nursery:
+
+        async def follow() -> None:
+            last = None
+            while True:
+                last = await mirror.wait_newer(last)
+                seen.append(last)
+
+        nursery.start_soon(follow)
+        await eventually(lambda: seen)
+        await trio.sleep(1)
+        for i in range(2, 102):
+            node(etcd, f"n{i}", i)
+            await trio.sleep(0.001)
+        await eventually(lambda: len(seen[-1].nodes) == 101)
+        nursery.cancel_scope.cancel()
+    assert len(seen) <= 8
+    revisions = [snapshot.revision for snapshot in seen]
+    assert revisions == sorted(set(revisions))
+
+
+async def test_many_writes_at_one_moment_are_one_snapshot() -> None:
+    etcd = seeded()
+    async with mirrored(etcd) as mirror:
+        first = await newer(mirror, None)
+        await trio.sleep(1)
+        for i in range(2, 52):
+            node(etcd, f"n{i}", i)
+        assert len((await newer(mirror, first)).nodes) == 51
+
+
+async def test_etcd_away_keeps_the_last_snapshot_and_comes_back() -> None:
+    etcd = seeded()
+    client = etcd.client()
+    async with mirrored(etcd, client) as mirror:
+        first = await newer(mirror, None)
+        client.cut()
+        await eventually(lambda: not mirror.connected, 20)
+        assert mirror.current is first
+        assert mirror.last_error
+        assert mirror.disconnected_since is not None
+        node(etcd, "b", 2)
+        await trio.sleep(30)
+        assert mirror.current is first
+        client.mend()
+        assert set((await newer(mirror, first)).nodes) == {"a", "b"}
+        await eventually(lambda: mirror.connected, 20)
+        assert mirror.last_error is None
+
+
+async def test_it_starts_while_etcd_is_away() -> None:
+    etcd = seeded()
+    etcd.down()
+    async with mirrored(etcd) as mirror:
+        await trio.sleep(100)
+        assert mirror.current is None
+        assert not mirror.connected
+        etcd.up()
+        assert set((await newer(mirror, None, 10)).nodes) == {"a"}
+
+
+async def test_a_watch_that_breaks_is_replaced() -> None:
+    etcd = seeded()
+    async with mirrored(etcd) as mirror:
+        first = await newer(mirror, None)
+        etcd.drop_watches()
+        node(etcd, "b", 2)
+        assert set((await newer(mirror, first)).nodes) == {"a", "b"}
+
+
+async def test_compaction_while_cut_off_means_listing_again() -> None:
+    etcd = seeded()
+    client = etcd.client()
+    async with mirrored(etcd, client) as mirror:
+        first = await newer(mirror, None)
+        client.cut()
+        node(etcd, "b", 2)
+        etcd.delete(KEYS.node("a"))
+        etcd.compact()
+        client.mend()
+        assert set((await newer(mirror, first)).nodes) == {"b"}
+
+
+async def test_relisting_finds_what_a_watch_missed() -> None:
+    etcd = seeded()
+    async with mirrored(etcd, relist_period=60) as mirror:
+        first = await newer(mirror, None)
+        await trio.sleep(1)
+        # Behind the watch's back: what a fault in etcd or in the client would look like.
+        etcd.put(KEYS.location("a"), "gcp")
+        etcd._log.pop()
+        second = await newer(mirror, first, 100)
+        assert second.nodes["a"].location == "gcp"
+        assert second.revision == etcd.revision
+        await trio.sleep(500)
+        assert mirror.current is second
+
+
+@pytest.mark.parametrize("empty", [True, False])
+async def test_another_cluster_is_not_followed_until_adopted(empty: bool) -> None:
+    etcd = seeded()
+    async with mirrored(etcd) as mirror:
+        first = await newer(mirror, None)
+        etcd.replace_cluster(keep_data=not empty)
+        await eventually(lambda: mirror.suspect, 20)
+        assert "another cluster" in str(mirror.suspect)
+        node(etcd, "b", 2)
+        await trio.sleep(100)
+        assert mirror.current is first
+        assert mirror.adopt()
+        second = await newer(mirror, first, 10)
+        assert set(second.nodes) == ({"b"} if empty else {"a", "b"})
+        assert second.cluster_id == etcd.cluster_id
+        assert mirror.suspect is None
+        etcd.put(KEYS.granularity, "full")
+        await eventually(lambda: mirror.current and mirror.current.granularity is Granularity.FULL)
+
+
+async def test_a_restored_backup_of_the_same_cluster_is_not_followed() -> None:
+    etcd = seeded()
+    for i in range(50):
+        etcd.put(KEYS.location("a"), f"l{i}")
+    async with mirrored(etcd) as mirror:
+        first = await newer(mirror, None)
+        etcd.replace_cluster(etcd.cluster_id, keep_data=True)
+        await eventually(lambda: mirror.suspect, 20)
+        assert "its revision is 6, it was 55" in str(mirror.suspect)
+        assert mirror.current is first
+
+
+async def test_it_follows_again_when_the_right_cluster_is_back() -> None:
+    etcd = seeded()
+    right = etcd.cluster_id
+    async with mirrored(etcd) as mirror:
+        first = await newer(mirror, None)
+        etcd.cluster_id = 99
+        await eventually(lambda: mirror.suspect, 20)
+        etcd.cluster_id = right
+        await eventually(lambda: mirror.suspect is None, 20)
+        node(etcd, "b", 2)
+        assert set((await newer(mirror, first)).nodes) == {"a", "b"}
+
+
+async def test_what_the_disk_remembers_guards_the_first_listing() -> None:
+    etcd = seeded()
+    remembered = Snapshot(revision=900, cluster_id=etcd.cluster_id, raft_term=1)
+    async with mirrored(etcd, last_seen=remembered) as mirror:
+        await eventually(lambda: mirror.suspect, 20)
+        assert mirror.current is None
+        mirror.adopt()
+        assert set((await newer(mirror, None)).nodes) == {"a"}
+
+
+async def test_a_latecomer_finds_the_last_good_settings_in_history() -> None:
+    etcd = seeded()
+    etcd.put(KEYS.granularity, "cross")
+    etcd.put(KEYS.granularity, "crosss")
+    etcd.put(KEYS.subnets, "everything")
+    async with mirrored(etcd) as mirror:
+        snapshot = await newer(mirror, None)
+    assert snapshot.granularity is Granularity.CROSS
+    assert set(snapshot.nodes) == {"a"}
+    assert {note.key for note in snapshot.set_aside} == {KEYS.granularity, KEYS.subnets}
+
+
+async def test_a_quiet_etcd_is_only_read_now_and_then() -> None:
+    etcd = seeded()
+    client = etcd.client()
+    async with mirrored(etcd, client) as mirror:
+        await newer(mirror, None)
+        revision = etcd.revision
+        client.calls.clear()
+        await trio.sleep(600)
+        assert etcd.revision == revision
+        assert len(client.calls) < 160
+        assert set(client.calls) == {"range"}

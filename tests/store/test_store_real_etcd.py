@@ -1,0 +1,108 @@
+"""The store against a real etcd: what the in-memory one may have got wrong."""
+
+from __future__ import annotations
+
+from ipaddress import ip_network
+
+import pytest
+import trio
+from helpers import eventually, require
+from store_world import KEYS, record, wg_key
+
+from kilo_etcd.etcd import open_client
+from kilo_etcd.model import CandidateClass, Granularity
+from kilo_etcd.store import (
+    Mirror,
+    NameTaken,
+    Session,
+    StatusRecord,
+    locations,
+    set_location,
+    snapshot,
+    statuses,
+    unset_location,
+)
+from kilo_etcd.testing.etcd_server import EtcdServer
+
+pytestmark = [pytest.mark.etcd]
+SUBNETS = (ip_network("10.4.0.0/16"), ip_network("fd00:4::/64"))
+
+
+async def test_a_host_comes_crashes_returns_and_leaves() -> None:
+    require("etcd")
+    async with EtcdServer.run() as server, open_client(server.config()) as client, trio.open_nursery() as nursery:
+        mirror = Mirror(client, KEYS)
+        await nursery.start(mirror.run)
+
+        async def agent(task_status: trio.TaskStatus[tuple[Session, trio.CancelScope]]) -> None:
+            it = Session(client, KEYS, "a", wg_key("a"), lease_ttl=5)
+            with trio.CancelScope() as scope:
+                async with trio.open_nursery() as tasks:
+                    await tasks.start(it.run)
+                    _, subnets = await it.ensure_mesh(Granularity.LOCATION, SUBNETS)
+                    await it.claim_addresses(subnets)
+                    await it.register(record("a"))
+                    await it.put_status(StatusRecord(public_key=wg_key("a")))
+                    await it.enter("", CandidateClass.PUBLIC)
+                    task_status.started((it, scope))
+
+        first, crash = await nursery.start(agent)
+        await eventually(lambda: mirror.current and mirror.current.candidates.get(""))
+        assert mirror.current is not None
+        node, candidate = mirror.current.nodes["a"], mirror.current.candidates[""][0]
+        assert [address.version for address in node.mesh_addresses] == [4, 6]
+        assert mirror.current.set_aside == ()
+
+        intruder = Session(client, KEYS, "a", wg_key("intruder"), lease_ttl=2)
+        with pytest.raises(NameTaken, match="is taken by a living host"):
+            await intruder.register(record("intruder"))
+
+        before = (await client.get_prefix(KEYS.root)).header.revision
+        crash.cancel()
+        again, _ = await nursery.start(agent)
+        assert again.candidacy is not None
+        assert (await client.get_prefix(KEYS.root)).header.revision == before
+        await eventually(lambda: again.healthy)
+
+        assert await set_location(client, KEYS, "a", "gcp") > before
+        await eventually(lambda: mirror.current and mirror.current.nodes["a"].location == "gcp")
+        assert await locations(client, KEYS) == {"a": "gcp"}
+        assert await unset_location(client, KEYS, "a")
+        assert set(await statuses(client, KEYS)) == {"a"}
+        await eventually(lambda: mirror.current and mirror.current.nodes["a"].location == "")
+        now, view = await snapshot(client, KEYS)
+        assert (now.nodes, now.candidates) == (mirror.current.nodes, mirror.current.candidates)
+        assert view.kv(KEYS.node("a")) == mirror.kv(KEYS.node("a"))
+        assert candidate.create_revision == now.candidates[""][0].create_revision
+
+        await again.enter("", CandidateClass.ANNOTATED_PUBLIC)
+        await again.record_leader("")
+        await eventually(lambda: mirror.current and mirror.current.leaders == {"": "a"})
+        assert mirror.current.candidates[""][0].create_revision > candidate.create_revision
+        await again.forget()
+        await eventually(lambda: mirror.current and not mirror.current.nodes and not mirror.current.leaders)
+        left = [kv.key.decode() for kv in (await client.get_prefix("/kilo")).kvs]
+        assert left == [KEYS.granularity, KEYS.subnets]
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_member_killed_and_started_again_costs_no_write() -> None:
+    require("etcd")
+    async with EtcdServer.run() as server, open_client(server.config()) as client, trio.open_nursery() as nursery:
+        mirror = Mirror(client, KEYS, probe_period=0.5)
+        await nursery.start(mirror.run)
+        it = Session(client, KEYS, "a", wg_key("a"))
+        await nursery.start(it.run)
+        await it.register(record("a"))
+        await it.enter("gcp", CandidateClass.REST)
+        revision = (await client.get_prefix(KEYS.root)).header.revision
+        await server.kill()
+        await eventually(lambda: not mirror.connected, 15)
+        assert mirror.current is not None
+        await server.restart()
+        await eventually(lambda: mirror.connected and it.healthy, 20)
+        assert mirror.suspect is None
+        assert (await client.get_prefix(KEYS.root)).header.revision == revision
+        await client.put(KEYS.location("a"), "gcp")
+        await eventually(lambda: mirror.current and mirror.current.revision > revision, 10)
+        nursery.cancel_scope.cancel()

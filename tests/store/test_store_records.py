@@ -1,0 +1,160 @@
+"""Keys and records: what is written is read again, and any bytes at all are either a record or a RecordError."""
+
+from __future__ import annotations
+
+import json
+from ipaddress import ip_address
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from store_world import record, wg_key
+
+from kilo_etcd.model import CandidateClass, Endpoint
+from kilo_etcd.store import (
+    CandidateRecord,
+    Keys,
+    PeerRecord,
+    RecordError,
+    Role,
+    StatusRecord,
+    decode_candidate,
+    decode_node,
+    decode_peer,
+    decode_status,
+    encode,
+)
+from kilo_etcd.store import keys as k
+from kilo_etcd.store.records import decode_granularity, decode_label, decode_subnets, parse_networks
+
+DECODERS = [decode_node, decode_candidate, decode_peer, decode_status, decode_granularity, decode_subnets, decode_label]
+
+
+def test_records_have_kilos_names_and_say_only_what_there_is() -> None:
+    peer = PeerRecord(
+        public_key=wg_key("p"),
+        allowed_ips=parse_networks("10.99.0.0/24"),
+        endpoint=Endpoint.parse("example.com:51820"),
+        persistent_keepalive=10,
+        preshared_key=wg_key("psk"),
+    )
+    assert json.loads(encode(peer)) == {
+        "publicKey": wg_key("p"),
+        "allowedIPs": ["10.99.0.0/24"],
+        "endpoint": "example.com:51820",
+        "persistentKeepalive": 10,
+        "presharedKey": wg_key("psk"),
+    }
+    assert decode_peer(encode(peer)) == peer
+    assert json.loads(encode(CandidateRecord(rank=CandidateClass.PUBLIC))) == {"rank": 2}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        record("a", internal_ips="10.0.0.1/24", subnets="172.16.0.0/16,fd00::/64", location="é/1", version="0.1"),
+        record("b", endpoint=None),
+    ],
+)
+def test_a_node_record_comes_back(value: object) -> None:
+    assert decode_node(encode(value)) == value  # type: ignore[arg-type]
+
+
+def test_a_status_comes_back() -> None:
+    status = StatusRecord(public_key=wg_key("a"), role=Role.LEADER, errors=("x: y",), set_aside=2, revision=7)
+    assert decode_status(encode(status)) == status
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+field_names = st.sampled_from(
+    ["publicKey", "endpoint", "internalIPs", "subnets", "location", "port", "persistentKeepalive", "encapsulate", "rank"]
+    + ["since", "allowedIPs", "presharedKey", "errors", "role", "granularityFlag", "setAside", "revision", "leader"]
+)
+almost = st.dictionaries(field_names, json_values | st.just(wg_key("x")), max_size=5).map(
+    lambda data: json.dumps({"publicKey": wg_key("x"), "rank": 1} | data).encode()
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.one_of(st.binary(max_size=60), json_values.map(lambda v: json.dumps(v).encode()), almost))
+def test_any_bytes_are_a_record_or_a_record_error(value: bytes) -> None:
+    for decode in DECODERS:
+        try:
+            found = decode(value)
+        except RecordError as error:
+            assert str(error)
+            assert "\n" not in str(error)
+        else:
+            if decode is decode_node:
+                assert decode_node(encode(found)) == found  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        b"[" * 50_000,
+        b'{"publicKey":"\\ud800"}',
+        b'{"publicKey":' + b"9" * 5000 + b"}",
+        b'{"rank":NaN}',
+        b'{"rank":true}',
+        b'{"publicKey":"%s","location":"\\udfff"}' % wg_key("a").encode(),
+    ],
+)
+def test_vicious_values_are_record_errors(value: bytes) -> None:
+    for decode in DECODERS[:4]:
+        with pytest.raises(RecordError):
+            decode(value)
+
+
+def test_an_address_with_a_zone_is_of_no_use_to_others() -> None:
+    with pytest.raises(RecordError, match="endpoint: .* without a zone"):
+        decode_node(b'{"publicKey":"%s","endpoint":"[fe80::1%%eth0]:1"}' % wg_key("a").encode())
+
+
+def test_a_typing_error_in_a_peer_is_told_with_the_names_there_are() -> None:
+    with pytest.raises(RecordError, match="allowedIps: no such field; a peer has allowedIPs, endpoint"):
+        decode_peer(b'{"publicKey":"%s","allowedIps":[]}' % wg_key("a").encode())
+
+
+# --- keys -------------------------------------------------------------------------------------------------------------
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+
+
+@given(texts, texts.filter(bool), texts.filter(bool))
+def test_every_key_says_what_it_stands_for(location: str, name: str, other: str) -> None:
+    keys = Keys("/mesh/one/")
+    assert keys.parse(keys.election(location, name)) == k.ElectionKey(location, name)
+    assert keys.parse(keys.leader(location).encode()) == k.LeaderKey(location)
+    assert keys.parse(keys.annotation(name, other)) == k.AnnotationKey(name, other)
+    assert keys.parse(keys.endpoint(name, other)) == k.EndpointKey(name, other)
+    assert keys.parse(keys.location(name)) == k.LocationKey(name)
+    assert keys.parse(keys.node(name)) == k.NodeKey(name)
+    assert keys.parse(keys.peer(name)) == k.PeerKey(name)
+    assert keys.parse(keys.status(name)) == k.StatusKey(name)
+    assert keys.node(name).count("/") == 4
+
+
+def test_keys_as_a_person_types_them() -> None:
+    keys = Keys()
+    assert keys.location("node-1.example_x~") == "/kilo/locations/node-1.example_x~"
+    assert keys.leader("") == "/kilo/leaders/@default"
+    assert keys.leader("@default") == "/kilo/leaders/%40default"
+    assert keys.status("a") == "/kilo-status/a"
+    assert not keys.status("a").startswith(keys.root)
+    assert keys.parse("/kilo/addresses/fd00::1") == k.AddressKey(ip_address("fd00::1"))
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["/kilo/addresses/fd00:0::1", "/kilo/addresses/10.4.0.01", "/kilo/addresses/fe80::1%25eth0", "/kilo/nodes/", "/kilo/"]
+    + ["/kilo/nodes/a/b", "/kilo/leaders/", "/kilo/nodes/%zz", "/kilo/nodes/a%2db", "/other/nodes/a", "/kilonodes/a"],
+)
+def test_other_spellings_are_no_keys(key: str) -> None:
+    assert Keys().parse(key) is None
+    assert Keys().parse(key.encode()) is None
+    assert Keys().hint(key)

@@ -1,0 +1,386 @@
+"""A host's own keys against the in-memory etcd, in virtual time."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from ipaddress import ip_address, ip_network
+
+import pytest
+import trio
+from attrs import evolve
+from helpers import eventually
+from store_world import KEYS, record, wg_key
+
+from kilo_etcd.etcd.api import Unavailable
+from kilo_etcd.model import CandidateClass, Granularity, IPAddress
+from kilo_etcd.store import (
+    NameTaken,
+    NoAddressLeft,
+    RecordError,
+    Session,
+    StatusRecord,
+    decode_node,
+    decode_status,
+    encode,
+)
+from kilo_etcd.store.claims import candidates
+from kilo_etcd.testing.fake_etcd import FakeClient, FakeEtcd
+
+pytestmark = pytest.mark.autojump
+NODE, STATUS = KEYS.node("a"), KEYS.status("a")
+GCP = KEYS.election("gcp", "a")
+SUBNETS = (ip_network("10.4.0.0/16"),)
+
+
+def session(client: FakeClient, name: str = "a", key: str = "a", **options: object) -> Session:
+    return Session(client, KEYS, name, wg_key(key), **options)  # type: ignore[arg-type]
+
+
+@asynccontextmanager
+async def running(*sessions: Session) -> AsyncIterator[None]:
+    async with trio.open_nursery() as nursery:
+        for each in sessions:
+            await nursery.start(each.run)
+        yield
+        nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def member(etcd: FakeEtcd, client: FakeClient | None = None, **options: object) -> AsyncIterator[Session]:
+    """Registered, reported and standing for gcp."""
+    it = session(client or etcd.client(), **options)
+    async with running(it):
+        await it.register(record("a"))
+        await it.put_status(StatusRecord(public_key=wg_key("a"), revision=1))
+        await it.enter("gcp", CandidateClass.PUBLIC)
+        yield it
+
+
+async def test_registration_lives_long_and_candidacy_and_status_live_short() -> None:
+    etcd = FakeEtcd()
+    async with member(etcd) as it:
+        assert decode_node(etcd.get(NODE) or b"") == record("a")
+        assert it.healthy
+        revision = etcd.revision
+        await trio.sleep(1800)
+        assert etcd.revision == revision, "nothing is written in steady state"
+        assert etcd.leases()[etcd.data[NODE.encode()].lease] == 86400
+        assert etcd.leases()[etcd.data[GCP.encode()].lease] == 5
+        assert etcd.data[STATUS.encode()].lease == etcd.data[GCP.encode()].lease
+    await trio.sleep(6)
+    assert etcd.keys() == [NODE], "a host that has gone stays a member"
+    await trio.sleep(86400)
+    assert etcd.keys() == []
+
+
+async def test_saying_the_same_again_writes_nothing() -> None:
+    etcd = FakeEtcd()
+    async with member(etcd) as it:
+        revision = etcd.revision
+        await it.register(record("a"))
+        await it.put_status(StatusRecord(public_key=wg_key("a"), revision=1))
+        await it.enter("gcp", CandidateClass.PUBLIC)
+        assert await it.record_leader("gcp")
+        assert etcd.revision == revision + 1
+        await it.record_leader("gcp")
+        assert etcd.revision == revision + 1
+
+
+async def test_a_changed_record_is_one_write_and_keeps_its_create_revision() -> None:
+    etcd = FakeEtcd()
+    async with member(etcd) as it:
+        created, revision = etcd.data[NODE.encode()].create_revision, etcd.revision
+        await it.register(record("a", subnets="172.16.0.0/16"))
+        assert etcd.revision == revision + 1
+        assert etcd.data[NODE.encode()].create_revision == created
+        await trio.sleep(60)
+        assert etcd.revision == revision + 1
+
+
+async def test_a_crashed_agent_that_restarts_within_the_ttl_changes_nothing() -> None:
+    etcd = FakeEtcd()
+    async with member(etcd):
+        await trio.sleep(10)
+    before, revision = dict(etcd.data), etcd.revision
+    await trio.sleep(2)
+    again = session(etcd.client())
+    async with running(again):
+        await again.register(record("a"))
+        assert again.candidacy is not None
+        assert (again.candidacy.location, again.candidacy.rank) == ("gcp", CandidateClass.PUBLIC)
+        await again.enter("gcp", CandidateClass.PUBLIC)
+        await again.put_status(StatusRecord(public_key=wg_key("a"), revision=1))
+        await trio.sleep(60)
+        assert (dict(etcd.data), etcd.revision) == (before, revision)
+        assert len(etcd.leases()) == 2
+
+
+async def test_a_restart_with_another_ttl_keeps_the_place_in_the_queue() -> None:
+    etcd = FakeEtcd()
+    async with member(etcd):
+        created = etcd.data[GCP.encode()].create_revision
+    again = session(etcd.client(), lease_ttl=3)
+    async with running(again):
+        await again.register(record("a"))
+        await again.enter("gcp", CandidateClass.PUBLIC)
+        await trio.sleep(60)
+        kv = etcd.data[GCP.encode()]
+        assert (etcd.leases()[kv.lease], kv.create_revision) == (3, created)
+
+
+async def test_a_restart_after_the_ttl_registers_without_touching_the_record() -> None:
+    etcd = FakeEtcd()
+    async with member(etcd):
+        pass
+    await trio.sleep(30)
+    kv = etcd.data[NODE.encode()]
+    again = session(etcd.client())
+    async with running(again):
+        await again.register(record("a"))
+        assert again.candidacy is None
+        assert etcd.data[NODE.encode()] == kv
+        assert STATUS in etcd.keys()
+
+
+async def test_another_candidacy_gives_the_old_up_first() -> None:
+    etcd = FakeEtcd()
+    async with member(etcd) as it:
+        created = etcd.data[GCP.encode()].create_revision
+        await it.enter("gcp", CandidateClass.ANNOTATED_PUBLIC)
+        assert etcd.data[GCP.encode()].create_revision > created, "entered anew"
+        await it.enter("", CandidateClass.ANNOTATED_PUBLIC)
+        assert etcd.keys(KEYS.elections_root) == [KEYS.election("", "a")]
+        changes = [(e.type.name, e.kv.key.decode()) for e in etcd._log if e.kv.key.startswith(b"/kilo/elections")]
+        assert changes[-2:] == [("DELETE", GCP), ("PUT", KEYS.election("", "a"))]
+        await it.leave()
+        assert etcd.keys(KEYS.elections_root) == []
+        await trio.sleep(30)
+        assert etcd.keys(KEYS.elections_root) == []
+
+
+async def test_a_lost_short_lease_is_replaced_and_its_keys_come_back() -> None:
+    etcd = FakeEtcd()
+    events: list[str] = []
+    async with member(etcd, on_event=events.append) as it:
+        lease = etcd.data[GCP.encode()].lease
+        await etcd.client().revoke_lease(lease)
+        assert GCP not in etcd.keys()
+        await eventually(lambda: GCP in etcd.keys() and STATUS in etcd.keys(), 10)
+        assert it.healthy
+        assert "lease lost" in events
+        await trio.sleep(60)
+        assert {GCP, STATUS, NODE} <= set(etcd.keys())
+
+
+async def test_a_host_cut_off_from_etcd_loses_its_candidacy_but_not_its_membership() -> None:
+    etcd = FakeEtcd()
+    client = etcd.client()
+    async with member(etcd, client) as it:
+        client.cut()
+        await eventually(lambda: not it.healthy, 10)
+        await trio.sleep(60)
+        assert etcd.keys() == [NODE]
+        assert not await it.put_status(StatusRecord(public_key=wg_key("a"), revision=2))
+        client.mend()
+        await eventually(lambda: GCP in etcd.keys() and it.healthy, 20)
+        assert decode_status(etcd.get(STATUS) or b"").revision == 2
+
+
+async def test_an_outage_of_etcd_keeps_the_leases() -> None:
+    etcd = FakeEtcd()
+    async with member(etcd) as it:
+        await trio.sleep(60)
+        before, revision = dict(etcd.data), etcd.revision
+        etcd.down()
+        await trio.sleep(300)
+        assert not it.healthy
+        etcd.up()
+        await eventually(lambda: it.healthy, 20)
+        await trio.sleep(60)
+        assert (dict(etcd.data), etcd.revision) == (before, revision)
+
+
+async def test_leaving_while_etcd_is_away_is_made_up_for() -> None:
+    etcd = FakeEtcd()
+    async with member(etcd) as it:
+        etcd.down()
+        assert not await it.leave()
+        etcd.up()
+        await eventually(lambda: GCP not in etcd.keys(), 20)
+        assert STATUS in etcd.keys()
+
+
+async def test_a_write_whose_answer_was_lost_is_found_again() -> None:
+    etcd = FakeEtcd()
+    client = etcd.client()
+    it = session(client)
+    async with running(it):
+        client.lose_answer(1)
+        with pytest.raises(Unavailable):
+            await it.register(record("a"))
+        await it.register(record("a"))
+        client.lose_answer(2)
+        await it.enter("gcp", CandidateClass.REST)
+        await eventually(lambda: it.healthy and GCP in etcd.keys(), 20)
+
+
+async def test_a_record_that_is_taken_away_comes_back_with_its_address() -> None:
+    etcd = FakeEtcd()
+    async with member(etcd) as it:
+        (address,) = await it.claim_addresses(SUBNETS)
+        etcd.delete(NODE)
+        etcd.delete(KEYS.address(address))
+        await eventually(lambda: NODE in etcd.keys() and it.healthy, 10)
+        assert KEYS.address(address) in etcd.keys()
+        assert etcd.leases()[etcd.data[NODE.encode()].lease] == 86400
+
+
+async def test_a_lost_long_lease_means_registering_again() -> None:
+    etcd = FakeEtcd()
+    async with member(etcd, forget_after=600) as it:
+        await etcd.client().revoke_lease(etcd.data[NODE.encode()].lease)
+        await eventually(lambda: NODE in etcd.keys() and it.healthy, 20)
+        await trio.sleep(1200)
+        assert NODE in etcd.keys()
+
+
+async def test_the_second_living_host_of_a_name_is_refused_and_told_who_the_first_is() -> None:
+    etcd = FakeEtcd()
+    async with member(etcd):
+        other = session(etcd.client(), key="other")
+        started = trio.current_time()
+        with pytest.raises(NameTaken) as refused:
+            await other.register(record("other"))
+        assert trio.current_time() - started == pytest.approx(6, abs=0.5)
+        assert wg_key("a") in str(refused.value)
+        assert "203.0.113.1:51820" in str(refused.value)
+        assert decode_node(etcd.get(NODE) or b"").public_key == wg_key("a")
+
+
+async def test_a_reinstalled_host_replaces_its_dead_self_as_soon_as_it_is_dead() -> None:
+    etcd = FakeEtcd()
+    async with member(etcd):
+        pass
+    new = session(etcd.client(), key="new")
+    async with running(new):
+        started = trio.current_time()
+        await new.register(record("new"))
+        assert trio.current_time() - started <= 6
+        assert decode_node(etcd.get(NODE) or b"").public_key == wg_key("new")
+        assert decode_status(etcd.get(STATUS) or b"").public_key == wg_key("new")
+
+
+async def test_a_host_that_lost_its_name_while_away_does_not_fight_for_it() -> None:
+    etcd = FakeEtcd()
+    client = etcd.client()
+    async with member(etcd, client) as old:
+        client.cut()
+        await trio.sleep(30)
+        new = session(etcd.client(), key="new")
+        async with running(new):
+            await new.register(record("new"))
+            client.mend()
+            await eventually(lambda: "is taken" in (old.last_error or ""), 30)
+            await trio.sleep(60)
+            assert not old.healthy
+            assert new.healthy
+            assert decode_node(etcd.get(NODE) or b"").public_key == wg_key("new")
+            assert GCP not in etcd.keys()
+
+
+async def test_resigning_leaves_the_membership() -> None:
+    etcd = FakeEtcd()
+    async with member(etcd) as it:
+        await it.resign()
+        assert etcd.keys() == [NODE]
+        await trio.sleep(30)
+        assert etcd.keys() == [NODE]
+        assert len(etcd.leases()) == 1
+
+
+async def test_forgetting_leaves_nothing_of_the_host_and_everything_of_the_operator() -> None:
+    etcd = FakeEtcd()
+    async with member(etcd) as it:
+        await it.claim_addresses(SUBNETS)
+        await it.record_leader("gcp")
+        etcd.put(KEYS.location("a"), "gcp")
+        await it.forget()
+        await trio.sleep(30)
+        assert etcd.keys() == [KEYS.location("a")]
+        assert etcd.leases() == {}
+
+
+# --- what is claimed ------------------------------------------------------------------------------------------------
+
+
+async def test_the_first_agent_decides_the_mesh_and_the_others_follow() -> None:
+    etcd = FakeEtcd()
+    first, second = session(etcd.client()), session(etcd.client(), "b")
+    wanted = (ip_network("10.4.0.0/16"), ip_network("fd00::/64"))
+    assert await first.ensure_mesh(Granularity.FULL, wanted) == (Granularity.FULL, wanted)
+    revision = etcd.revision
+    assert await second.ensure_mesh(Granularity.CROSS, SUBNETS) == (Granularity.FULL, wanted)
+    assert etcd.revision == revision
+
+
+async def test_unreadable_subnets_are_looked_up_in_history_or_named() -> None:
+    etcd = FakeEtcd()
+    it = session(etcd.client())
+    await it.ensure_mesh(Granularity.FULL, SUBNETS)
+    etcd.put(KEYS.subnets, "nonsense")
+    assert await it.ensure_mesh(Granularity.FULL, ()) == (Granularity.FULL, SUBNETS)
+    etcd.compact()
+    with pytest.raises(RecordError, match="/kilo/mesh/subnets: 'nonsense' is no network"):
+        await it.ensure_mesh(Granularity.FULL, SUBNETS)
+
+
+async def test_hosts_that_claim_at_once_never_share_an_address() -> None:
+    etcd = FakeEtcd(delay=0.01)
+    subnets = (ip_network("10.9.0.0/27"), ip_network("fd00::/124"))
+    claimed: dict[str, tuple[IPAddress, ...]] = {}
+
+    async def claim(name: str) -> None:
+        claimed[name] = await session(etcd.client(), name).claim_addresses(subnets)
+
+    async with trio.open_nursery() as nursery:
+        for i in range(15):
+            nursery.start_soon(claim, f"node-{i}")
+    everything = [address for addresses in claimed.values() for address in addresses]
+    assert len(everything) == len(set(everything)) == 30
+    assert all([a.version for a in addresses] == [4, 6] for addresses in claimed.values())
+    assert {"10.9.0.0", "10.9.0.31", "fd00::"}.isdisjoint(map(str, everything))
+    revision = etcd.revision
+    assert await session(etcd.client(), "node-3").claim_addresses(subnets) == claimed["node-3"]
+    assert etcd.revision == revision
+
+
+async def test_a_full_subnet_is_said_so() -> None:
+    etcd = FakeEtcd()
+    subnets = (ip_network("10.9.0.0/30"),)
+    for name in ("x", "y"):
+        await session(etcd.client(), name).claim_addresses(subnets)
+    with pytest.raises(NoAddressLeft, match="no address is left for z in 10.9.0.0/30"):
+        await session(etcd.client(), "z").claim_addresses(subnets)
+
+
+async def test_a_claim_whose_answer_was_lost_is_the_one() -> None:
+    etcd = FakeEtcd()
+    client = etcd.client()
+    it = session(client)
+    (expected,) = await session(FakeEtcd().client()).claim_addresses(SUBNETS)
+    etcd.put(KEYS.address(expected), "a")
+    assert await it.claim_addresses(SUBNETS) == (expected,)
+
+
+@pytest.mark.parametrize(
+    ("subnet", "count"), [("10.0.0.0/29", 6), ("10.0.0.0/31", 2), ("10.0.0.1/32", 1), ("fd00::/125", 7), ("fd00::/127", 2)]
+)
+def test_the_candidates_are_every_host_address_once(subnet: str, count: int) -> None:
+    found = list(candidates("a", ip_network(subnet), set()))
+    assert len(found) == len(set(found)) == count
+    assert ip_address("10.0.0.0") not in found or count == 2
+
+
+def test_evolve_keeps_equal_records_equal_bytes() -> None:
+    assert encode(evolve(record("a"))) == encode(record("a"))
