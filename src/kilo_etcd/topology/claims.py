@@ -13,7 +13,7 @@ covers a mesh subnet and none holds a node's mesh address. What one host in part
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeAlias
 
 from attrs import field, frozen
@@ -120,14 +120,9 @@ def _interval(network: IPNetwork) -> tuple[int, int]:
     return int(network.network_address), int(network.broadcast_address)
 
 
-def _own_networks(networks: Iterable[IPNetwork]) -> Iterator[IPNetwork]:
-    """Widest first, without those that another one of the same owner covers."""
-    seen: dict[int, list[tuple[int, int]]] = {4: [], 6: []}
-    for network in sorted(set(networks), key=lambda n: (n.prefixlen, n.version, int(n.network_address))):
-        start, end = _interval(network)
-        if not any(a <= start and end <= b for a, b in seen[network.version]):
-            seen[network.version].append((start, end))
-            yield network
+def _widest_first(networks: Iterable[IPNetwork]) -> list[IPNetwork]:
+    """In this order, a network that overlaps one its owner was already granted lies within that one."""
+    return sorted(set(networks), key=lambda n: (n.prefixlen, n.version, int(n.network_address)))
 
 
 def _amend(
@@ -143,10 +138,13 @@ def _amend(
         if claim is None:
             continue
         own = []
-        for network in _own_networks(claim.networks):
+        for network in _widest_first(claim.networks):
             start, end = _interval(network)
             span = spans.setdefault(network.version, _Span())
-            if not network.prefixlen or _overlaps(network, previous.mesh) or span.holder(start, end) is not None:
+            holder = span.holder(start, end)
+            if holder == owner:
+                continue
+            if holder is not None or not network.prefixlen or _overlaps(network, previous.mesh):
                 return None
             span.put(start, end, owner)
             own.append(network)
@@ -169,11 +167,13 @@ def _settle_all(
     for owner in sorted(claims, key=lambda owner: (claims[owner].priority, owner)):
         claim = claims[owner]
         own = []
-        for network in _own_networks(claim.networks):
+        for network in _widest_first(claim.networks):
             start, end = _interval(network)
             span = spans.setdefault(network.version, _Span())
             reason = None
             holder = span.holder(start, end)
+            if holder == owner:
+                continue
             if not network.prefixlen:
                 reason = "a default route is never taken into the mesh; offer smaller networks"
             elif holder is not None:

@@ -197,7 +197,7 @@ def build_topology(snapshot: Snapshot, previous: Topology | None = None) -> Topo
 
     segments = previous.segments.copy()
     really = set()
-    for key in touched:
+    for key in sorted(touched):
         old = segments.get(key)
         nodes_of = members.get(key) if key in members else {m.name: m for m in old.members} if old else {}
         new = _segment(key, nodes_of, snapshot, settlement) if nodes_of else None

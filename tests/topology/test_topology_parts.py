@@ -1,0 +1,241 @@
+"""Elections, claims, the guard, the graph: each alone."""
+
+from __future__ import annotations
+
+import subprocess
+from ipaddress import ip_address, ip_network
+from shutil import which
+
+import pytest
+from attrs import evolve
+from topology_worlds import PHONE, SIX, WORLDS, node, peer, plans, snapshot
+
+from kilo_etcd.model import Candidate, CandidateClass, Endpoint, Granularity, IPNetwork
+from kilo_etcd.topology import (
+    Edge,
+    EdgeKind,
+    HostPlan,
+    Reason,
+    build_topology,
+    clusters,
+    edges,
+    elect,
+    graph,
+    guard,
+    host_plan,
+)
+from kilo_etcd.topology.claims import Claim, Settlement, settle
+
+A1, A2, A3, _, _, LONE = SIX
+REST, PUBLIC, ANNOTATED = CandidateClass.REST, CandidateClass.PUBLIC, CandidateClass.ANNOTATED
+
+
+def offer(name: str, rank: CandidateClass, revision: int) -> Candidate:
+    return Candidate(node=name, rank=rank, create_revision=revision)
+
+
+class TestElection:
+    @pytest.mark.parametrize(
+        ("candidates", "recorded", "leader", "next_in_line", "reason"),
+        [
+            ([offer("a1", REST, 9), offer("a2", PUBLIC, 10)], "a1", "a2", "a1", Reason.CANDIDATE),
+            ([offer("a1", REST, 9), offer("a2", REST, 8), offer("a3", REST, 7)], None, "a3", "a2", Reason.CANDIDATE),
+            ([offer("a1", PUBLIC, 9), offer("a3", ANNOTATED, 90)], None, "a3", "a1", Reason.CANDIDATE),
+            ([offer("a3", REST, 5), offer("a2", REST, 5)], None, "a2", "a3", Reason.CANDIDATE),
+            ([offer("gone", ANNOTATED, 1), offer("a2", REST, 5)], "a1", "a2", None, Reason.CANDIDATE),
+            ([offer("gone", ANNOTATED, 1)], "a3", "a3", None, Reason.RECORDED),
+            ([], "a3", "a3", None, Reason.RECORDED),
+            ([], "gone", "a1", None, Reason.FALLBACK),
+            ([], None, "a1", None, Reason.FALLBACK),
+        ],
+    )
+    def test_table(
+        self,
+        candidates: list[Candidate],
+        recorded: str | None,
+        leader: str,
+        next_in_line: str | None,
+        reason: Reason,
+    ) -> None:
+        for members in ([A1, A2, A3], [A3, A2, A1]):
+            for order in (candidates, candidates[::-1]):
+                election = elect(members, order, recorded)
+                assert (election.leader, election.next_in_line, election.reason) == (leader, next_in_line, reason)
+
+    def test_alone(self) -> None:
+        assert elect([LONE], [], None).leader == "c1"
+        with pytest.raises(ValueError, match="without members"):
+            elect([], [], None)
+
+    def test_without_an_internal_ip_one_cannot_serve_others(self) -> None:
+        bare = evolve(A2, internal_ips=(), leader_wanted=True)
+        assert elect([A1, bare], [offer("a2", ANNOTATED, 1), offer("a1", REST, 2)], None).leader == "a1"
+        assert elect([A3, bare], [], None).leader == "a3"
+
+    def test_the_oldest_registration_leads_when_all_else_is_equal(self) -> None:
+        young, old = evolve(A2, registered_revision=50), evolve(A3, registered_revision=4)
+        assert elect([young, old], [], None).leader == "a3"
+
+    def test_a_relabelled_candidate_leads_nowhere_until_it_is_there(self) -> None:
+        moved = evolve(A1, location="other")
+        world = snapshot([moved, A2, A3], candidates={"gcp": (offer("a1", PUBLIC, 1), offer("a3", REST, 2))})
+        assert build_topology(world).segment_of("a2").leader.name == "a3"
+
+
+class TestClaims:
+    def settle(self, *claims: tuple[int, str], mesh: str = "10.4.0.0/16") -> dict[str, str]:
+        offered = {
+            ("node", str(number)): Claim((0, number, ""), f"node {number}", tuple(map(ip_network, networks.split())))
+            for number, networks in claims
+        }
+        settlement = settle(Settlement((ip_network(mesh),)), offered, lambda: [ip_address("10.4.7.7")])
+        return {name: " ".join(map(str, networks)) for (_, name), networks in settlement.granted.items() if networks}
+
+    def test_the_first_wins_in_whole_and_others_keep_their_rest(self) -> None:
+        assert self.settle((2, "10.1.0.0/16 10.9.0.0/16"), (1, "10.1.2.0/24")) == {
+            "1": "10.1.2.0/24",
+            "2": "10.9.0.0/16",
+        }
+        assert self.settle((1, "10.1.0.0/16"), (2, "10.1.2.0/24")) == {"1": "10.1.0.0/16"}
+
+    def test_an_owner_may_repeat_itself(self) -> None:
+        assert self.settle((1, "10.1.2.0/24 10.1.0.0/16 10.1.0.0/16")) == {"1": "10.1.0.0/16"}
+
+    def test_a_network_that_was_refused_does_not_hold_up_another(self) -> None:
+        assert self.settle((1, "10.1.1.0/24"), (2, "10.1.0.0/16"), (3, "10.1.9.0/24")) == {
+            "1": "10.1.1.0/24",
+            "3": "10.1.9.0/24",
+        }
+
+    def test_inside_the_mesh_an_unused_network_may_be_had(self) -> None:
+        assert self.settle((1, "10.4.7.0/24"), (2, "10.4.8.0/24"), (3, "10.4.0.0/16")) == {"2": "10.4.8.0/24"}
+
+
+class TestGuard:
+    world = snapshot([*SIX[1:], A1], peers=[PHONE])
+
+    def guarded(self, host: str, *protected: str, plan: HostPlan | None = None) -> HostPlan:
+        plan = plan or host_plan(build_topology(self.world), host)
+        return guard(plan, [ip_network(text) for text in protected])
+
+    @pytest.mark.parametrize("protected", ["192.168.0.77/32", "192.168.0.0/16", "192.168.0.0/24"])
+    @pytest.mark.parametrize("host", ["a1", "a2"])
+    def test_etcd_and_the_underlay_stay_reachable(self, host: str, protected: str) -> None:
+        plan = self.guarded(host, protected)
+        lost = ip_network("192.168.0.0/24")
+        assert lost not in plan.routes
+        assert all(lost not in peer.allowed_ips for peer in plan.peers.values())
+        (problem,) = (problem for problem in plan.problems if problem.subject == "192.168.0.0/24")
+        assert problem.text == (
+            f"192.168.0.0/24 is not routed here: it would cut this host off from {protected}; "
+            "offer other or smaller networks"
+        )
+        assert len(plan.routes) == len(host_plan(build_topology(self.world), host).routes) - 1
+
+    def test_the_mesh_stays_whatever_is_protected(self) -> None:
+        before = host_plan(build_topology(self.world), "a2")
+        assert self.guarded("a2", "10.4.0.0/24", "10.0.0.0/24") == before
+
+    def test_endpoints_of_peers_are_protected_unnamed(self) -> None:
+        greedy = evolve(SIX[3], allowed_location_ips=(ip_network("203.0.113.0/28"), ip_network("192.0.2.0/24")))
+        world = snapshot([A1, A2, A3, greedy])
+        plan = guard(host_plan(build_topology(world), "a1"), [])
+        assert ip_network("203.0.113.0/28") not in plan.routes
+        assert ip_network("192.0.2.0/24") in plan.routes
+        assert "203.0.113.4, the endpoint of b1" in plan.problems[0].text
+
+    @pytest.mark.parametrize("text", ["0.0.0.0/0", "::/0"])
+    def test_no_default_route_ever(self, text: str) -> None:
+        everything: IPNetwork = ip_network(text)
+        plan = host_plan(build_topology(self.world), "a1")
+        other = evolve(plan.peers["key-b1"], allowed_ips=(*plan.peers["key-b1"].allowed_ips, everything))
+        route = evolve(plan.routes[ip_network("10.4.0.0/16")], destination=everything)
+        bad = evolve(plan, peers={**plan.peers, "key-b1": other}, routes={**plan.routes, everything: route})
+        good = self.guarded("a1", plan=bad)
+        assert (good.peers, good.routes) == (plan.peers, plan.routes)
+        assert [problem.subject for problem in good.problems] == [text]
+
+    def test_a_clean_plan_is_not_touched(self) -> None:
+        plan = host_plan(build_topology(self.world), "a1")
+        assert self.guarded("a1", plan=plan).peers is plan.peers
+
+
+NAMES = [
+    "a",
+    'quo"te',
+    "back\\slash\\",
+    "per%cent",
+    "&amp;",
+    "<b>",
+    "line\nbreak",
+    "日本語",
+    "",
+    "n:p",
+    "\\N",
+    "\x00\x1f",
+]
+
+
+class TestGraph:
+    def test_edges_of_a_location_mesh(self) -> None:
+        tunnel, local, outside = EdgeKind.TUNNEL, EdgeKind.LOCAL, EdgeKind.PEER
+        assert edges(build_topology(WORLDS["location"])) == {
+            Edge("a1", "a2", local),
+            Edge("a1", "a3", local),
+            Edge("b1", "b2", local),
+            Edge("a1", "b1", tunnel),
+            Edge("a1", "c1", tunnel),
+            Edge("b1", "c1", tunnel),
+            Edge("a1", "phone", outside),
+            Edge("b1", "phone", outside),
+            Edge("c1", "phone", outside),
+        }
+
+    @pytest.mark.parametrize(("granularity", "count"), [(Granularity.FULL, 15), (Granularity.CROSS, 11)])
+    def test_as_many_edges_as_tunnels(self, granularity: Granularity, count: int) -> None:
+        world = snapshot(SIX, granularity)
+        drawn = {(edge.one, edge.other) for edge in edges(build_topology(world))}
+        assert len(drawn) == count
+        assert drawn == {
+            (min(name, p.name), max(name, p.name)) for name, plan in plans(world).items() for p in plan.peers.values()
+        }
+
+    def test_clusters(self) -> None:
+        found = [
+            (cluster.label, " ".join(n.name for n in cluster.nodes), " ".join(sorted(cluster.leaders)))
+            for granularity in Granularity
+            for cluster in clusters(build_topology(snapshot(SIX, granularity)))
+        ]
+        assert found[:3] == [("", "b1 b2", "b1"), ("", "c1", "c1"), ("gcp", "a1 a2 a3", "a1")]
+        assert len(found) == 3 + 6 + 3
+        assert found[-1] == ("gcp", "a1 a2 a3", "a1 a2 a3")
+
+    def test_what_a_node_shows(self) -> None:
+        text = graph(build_topology(WORLDS["location"]))
+        assert text.startswith("digraph kilo {")
+        assert (
+            '"a1" [label="a1\\n10.4.0.1\\n10.0.0.1/24\\n203.0.113.1:51820", fillcolor=lightblue, penwidth=2];' in text
+        )
+        assert '"a2" [label="a2\\n10.4.0.2\\n10.0.0.2/24\\nno endpoint"];' in text
+        assert 'style="dashed,rounded"' in text
+
+    @pytest.mark.parametrize("granularity", Granularity)
+    def test_graphviz_takes_any_name(self, granularity: Granularity) -> None:
+        if which("circo") is None:
+            pytest.fail("this test needs graphviz's circo: apt install graphviz")
+        nodes = [node(name, n, NAMES[n // 2], f"10.0.0.{n + 1}/24", f"203.0.113.{n}") for n, name in enumerate(NAMES)]
+        nodes.append(evolve(A1, name="peer x", endpoint=Endpoint("a.example", 1)))
+        world = snapshot(nodes, granularity, [peer("x", "10.9.0.1/32"), peer('"', "10.9.0.2/32")])
+        done = subprocess.run(
+            ["circo", "-Tsvg"],
+            input=graph(build_topology(world)),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.count('class="node"') == len(nodes) + 2
+        assert done.stdout.count('class="edge"') == len(edges(build_topology(world)))
+        assert "日本語" in done.stdout
+        assert "&amp;amp;" in done.stdout
