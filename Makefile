@@ -17,7 +17,7 @@ help:
 
 demo:
 	@scripts/setup all
-	@.venv/bin/kgctl lab run $(ARGS)
+	@.venv/bin/kgctl lab demo $(ARGS)
 
 test:
 	@scripts/setup all

@@ -42,7 +42,7 @@ def unit() -> configparser.ConfigParser:
 def test_the_unit_leaves_the_userspace_device_running_and_its_socket_in_place(unit: configparser.ConfigParser) -> None:
     service = unit["Service"]
     assert service["KillMode"] == "process"
-    assert (service["RuntimeDirectory"], service["RuntimeDirectoryPreserve"]) == ("wireguard", "yes")
+    assert (service["RuntimeDirectory"], service["RuntimeDirectoryPreserve"]) == ("kilo-etcd wireguard", "yes")
     assert service["DeviceAllow"] == "/dev/net/tun rw"
 
 
