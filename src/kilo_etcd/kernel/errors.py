@@ -16,7 +16,9 @@ from kilo_etcd.kernel.state import (
     CreateLink,
     Failure,
     ReplaceRoute,
+    SetDevice,
     SetForwarding,
+    SetUp,
 )
 
 
@@ -76,6 +78,10 @@ def _sentence(change: Change, error: OSError) -> str:
                 f"the route to {route.destination} could not be set: its gateway {route.gateway} is not on a network "
                 f"of this host; check the node's internal IP (--internal-cidr) or use --encapsulate always"
             )
+    if isinstance(change, SetDevice) and code == errno.EADDRINUSE and change.listen_port is not None:
+        return f"UDP port {change.listen_port} is taken by another program: choose another with --port"
+    if isinstance(change, SetUp) and code == errno.EADDRINUSE:
+        return f"{change.name} cannot come up: its UDP port is taken by another program; choose another with --port"
     detail = getattr(error, "detail", "") or os.strerror(code)
     return f"`{change}` failed: {detail}"
 

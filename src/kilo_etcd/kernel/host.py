@@ -283,13 +283,14 @@ class Host:
         missing: set[str] = set()
         """Devices that could not be made: what needs them is left out, since its failure says nothing new."""
         for kind, run in itertools.groupby(changes, _group):
-            group = [change for change in run if not _needs(change) & missing]
+            # Looked at one by one: a device may turn out to be missing within the group.
+            able = (change for change in run if not _needs(change) & missing)
             if kind == "wireguard":
-                results = self._make_wireguard(group)
+                results = self._make_wireguard(list(able))
             elif kind == "batch":
-                results = self._make_batch(group)
+                results = self._make_batch(list(able))
             else:
-                results = ((change, self._make_one(change)) for change in group)
+                results = ((change, self._make_one(change)) for change in able)
             for change, error in results:
                 if error is None:
                     made.append(change)

@@ -12,6 +12,7 @@ import errno
 import ipaddress
 import os
 import shutil
+import signal
 import socket
 import stat
 import struct
@@ -169,27 +170,14 @@ class UserspaceDevice:
         self._make_way(name)
         self._runtime_dir.mkdir(parents=True, exist_ok=True)
         errors = self._runtime_dir / f"{name}.wireguard.log"
-        environment = {key: os.environ[key] for key in ("PATH", "LANG") if key in os.environ}
-        with errors.open("wb") as sink:
-            try:
-                done = subprocess.run(
-                    [program, name],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=sink,
-                    start_new_session=True,
-                    cwd="/",
-                    env={"LOG_LEVEL": "error", **environment},
-                    timeout=_START,
-                )
-            except subprocess.TimeoutExpired:
-                raise KernelError(f"{command} did not start within {_START:g} s: see {errors}") from None
-        if done.returncode != 0:
-            raise KernelError(self._why(command, name, errors))
+        process = _launch(program, name, errors)
         deadline = time.monotonic() + _START
         while self.process(name) is None:
+            if not _alive(process):
+                raise KernelError(self._why(command, name, errors))
             if time.monotonic() > deadline:
-                raise KernelError(f"{command} started but does not answer on {self._path(name)}: see {errors}")
+                os.kill(process, signal.SIGTERM)
+                raise KernelError(f"{command} did not open {self._path(name)} within {_START:g} s: see {errors}")
             time.sleep(_POLL)
 
     def wait_gone(self, name: str, process: int | None) -> None:
@@ -260,6 +248,24 @@ class UserspaceDevice:
         if "not permitted" in said or "permission denied" in said.lower():
             return f"{command} cannot make {name}: {NO_PERMISSION}"
         return f"{command} cannot make {name}: {lines[-1] if lines else f'see {errors}'}"
+
+
+def _launch(program: str, name: str, errors: Path) -> int:
+    """Start `program` as nobody's child, in a session of its own, with nothing of ours open; its process number.
+
+    In the foreground (`-f`), so that the process that opens the socket is the one that serves it: the socket's
+    credentials then lead to it. The shell in between ends at once and leaves it to init.
+    """
+    done = subprocess.run(
+        ["/bin/sh", "-c", '"$0" -f "$1" </dev/null >/dev/null 2>"$2" & echo $!', program, name, str(errors)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        start_new_session=True,
+        cwd="/",
+        env={"LOG_LEVEL": "error", "PATH": os.environ.get("PATH", os.defpath)},
+        check=True,
+    )
+    return int(done.stdout)
 
 
 def _alive(process: int) -> bool:

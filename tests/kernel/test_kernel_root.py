@@ -1,0 +1,397 @@
+"""The kernel layer on a real kernel, in namespaces of the test's own: userspace WireGuard, or the kernel's in a guest.
+
+`ip` and `wg` look at the result, as a person would.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from ipaddress import ip_address
+
+import pytest
+import trio
+from attrs import evolve
+from kernel_worlds import GATEWAY4, PRIVATE, key, lines, peer, plan, plans, tunnel, via
+
+from kilo_etcd.kernel import Kernel, KernelError, Setup, cleanup, list_addresses, open_kernel
+from kilo_etcd.kernel.state import without_counters
+from kilo_etcd.model import Endpoint
+from kilo_etcd.topology.hostplan import HostPlan, Via
+
+pytestmark = [pytest.mark.root, pytest.mark.usefixtures("own_namespaces")]
+
+MESH = tunnel("10.4.0.0/16", "10.4.0.1")
+WORLD = plan(
+    peer(2, "10.4.0.2/32", "10.5.0.0/24", endpoint="192.168.9.2:51820", keepalive=25, psk=key(90)),
+    peer(3, "10.4.0.3/32", "fd00:4::3/128", endpoint="[fd00:9::3]:51820"),
+    MESH,
+    tunnel("fd00:4::/64", "fd00:4::1"),
+    via("10.7.0.0/16", GATEWAY4, source="10.4.0.1"),
+    via("10.8.0.0/16", "fd00:9::77"),
+    via("fd00:7::/64", "fd00:9::77", source="fd00:4::1"),
+    addresses=("10.4.0.1/32", "fd00:4::1/128"),
+    forwarding=(4, 6),
+)
+
+
+def sh(command: str) -> str:
+    return subprocess.run(command, shell=True, check=True, capture_output=True, text=True).stdout
+
+
+def underlay(mtu: int = 1500) -> None:
+    sh(
+        f"ip link add eth0 mtu {mtu} type veth peer eth1 mtu {mtu} && ip link set eth0 up && ip link set eth1 up && "
+        "ip address add 192.168.9.1/24 dev eth0 && ip address add fd00:9::1/64 dev eth0 nodad"
+    )
+
+
+def routes() -> set[str]:
+    return {
+        " ".join(line.split()).replace(" pref medium", "").replace(" metric 1024", "")
+        for version in (4, 6)
+        for line in sh(f"ip -{version} route show proto 107").splitlines()
+    }
+
+
+def unchanged() -> str:
+    """Everything of the namespace that a person could compare."""
+    return "".join(
+        sh(command)
+        for command in ("ip -br link", "ip -br address", "ip route", "ip -6 route", "ls /run/wireguard /run")
+    )
+
+
+@asynccontextmanager
+async def agent(**values: object) -> AsyncIterator[Kernel]:
+    async with open_kernel(Setup(private_key=PRIVATE, **values)) as kernel:  # type: ignore[arg-type]
+        yield kernel
+
+
+async def settled(kernel: Kernel, wanted: HostPlan) -> None:
+    """The plan is in force, and neither memory nor a fresh look finds anything to do."""
+    writes = kernel.writes
+    for fresh in (False, True):
+        report = await kernel.apply(wanted, fresh=fresh)
+        assert lines(report.changes) == []
+        assert report.failures == ()
+    assert kernel.writes == writes
+
+
+async def test_a_world_is_set_up_and_the_second_time_nothing_is_written() -> None:
+    underlay(mtu=1400)
+    async with agent() as kernel:
+        preview = await kernel.preview(WORLD)
+        report = await kernel.apply(WORLD)
+        assert report.failures == ()
+        # wireguard-go begins with the very MTU that is wanted, or not.
+        assert {c for c in lines(preview) if " mtu " not in c} == {c for c in lines(report.changes) if " mtu " not in c}
+        await settled(kernel, WORLD)
+        observed = await kernel.observe()
+        assert observed.link is not None
+        assert observed.link.mtu == 1320
+        assert observed.peers[key(2)].endpoint == Endpoint.parse("192.168.9.2:51820")
+        assert observed.peers[key(2)].preshared_key == key(90)
+    assert routes() == {
+        "10.4.0.0/16 dev kilo0 scope link src 10.4.0.1",
+        "10.7.0.0/16 via 192.168.9.77 dev eth0 src 10.4.0.1",
+        "10.8.0.0/16 via inet6 fd00:9::77 dev eth0",
+        "fd00:4::/64 dev kilo0 src fd00:4::1",
+        "fd00:7::/64 via fd00:9::77 dev eth0 src fd00:4::1",
+    }
+    shown = sh("wg show kilo0")
+    assert "listening port: 51820" in shown
+    assert "allowed ips: 10.4.0.3/32, fd00:4::3/128" in shown
+    assert sh("cat /proc/sys/net/ipv4/ip_forward /proc/sys/net/ipv6/conf/all/forwarding").split() == ["1", "1"]
+
+
+async def test_a_preview_makes_nothing() -> None:
+    underlay()
+    before = unchanged()
+    async with agent() as kernel:
+        said = lines(await kernel.preview(WORLD))
+        assert "ip link set kilo0 up" in said
+        assert kernel.writes == 0
+    assert unchanged() == before
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        "ip link del kilo0",
+        "ip link set kilo0 down",
+        "ip route del 10.4.0.0/16",
+        "ip -6 route del fd00:4::/64",
+        "ip address del 10.4.0.1/32 dev kilo0",
+        "ip address add 10.4.99.99/32 dev kilo0",
+        "ip route replace 10.7.0.0/16 via 192.168.9.88 proto 107",
+        "ip link set eth0 down && ip link set eth0 up && ip address replace fd00:9::1/64 dev eth0 nodad",
+        "ip link set kilo0 mtu 1300",
+    ],
+)
+async def test_what_somebody_else_breaks_is_reported_and_repaired(harm: str) -> None:
+    underlay()
+    async with agent() as kernel:
+        await kernel.apply(WORLD)
+        with trio.move_on_after(0.2) as quiet:
+            await kernel.wait_drift()
+        assert quiet.cancelled_caught, "our own changes were taken for somebody else's"
+        sh(harm)
+        with trio.fail_after(5):
+            assert await kernel.wait_drift()
+        report = await kernel.apply(WORLD)
+        assert report.failures == ()
+        assert report.changes
+        await settled(kernel, WORLD)
+
+
+async def test_wireguard_changed_by_hand_is_found_by_a_look() -> None:
+    async with agent() as kernel:
+        await kernel.apply(WORLD)
+        sh(f"wg set kilo0 peer {key(2)} remove")
+        assert key(2) not in (await kernel.observe()).peers
+        with trio.fail_after(5):
+            await kernel.wait_drift()
+        assert "wg set kilo0 peer #2" in lines((await kernel.apply(WORLD)).changes)[0]
+
+
+async def test_a_new_agent_adopts_what_the_former_left() -> None:
+    underlay()
+    async with agent() as kernel:
+        await kernel.apply(WORLD)
+    sh("ip route add 10.99.0.0/16 dev kilo0 proto 107")
+    index = json.loads(sh("ip -j link show kilo0"))[0]["ifindex"]
+    async with agent() as kernel:
+        report = await kernel.apply(WORLD)
+        assert lines(report.changes) == ["ip route del 10.99.0.0/16 dev kilo0 proto 107"]
+        await settled(kernel, WORLD)
+    assert json.loads(sh("ip -j link show kilo0"))[0]["ifindex"] == index
+
+
+async def test_a_roamed_endpoint_stays_while_other_things_change() -> None:
+    underlay()
+    async with agent() as kernel:
+        await kernel.apply(WORLD)
+        sh(f"wg set kilo0 peer {key(2)} endpoint 198.51.100.9:4711")
+        more = evolve(WORLD, peers={**WORLD.peers, key(4): peer(4, "10.4.0.4/32")})
+        await kernel.apply(more, fresh=True)
+        observed = await kernel.observe()
+        assert observed.peers[key(2)].endpoint == Endpoint.parse("198.51.100.9:4711")
+        assert key(4) in observed.peers
+
+
+async def test_networks_move_to_the_new_leader_in_one_transaction() -> None:
+    before = plan(peer(2, "10.4.0.2/32", "10.4.0.3/32", "10.5.0.0/24"), peer(3), MESH)
+    after = plan(peer(2), peer(3, "10.4.0.2/32", "10.4.0.3/32", "10.5.0.0/24"), MESH)
+    async with agent() as kernel:
+        await kernel.apply(before)
+        writes = kernel.writes
+        assert lines((await kernel.apply(after)).changes) == [
+            "wg set kilo0 peer #3 allowed-ips +10.4.0.2/32,+10.4.0.3/32,+10.5.0.0/24"
+        ]
+        assert kernel.writes == writes + 1
+        await settled(kernel, after)
+
+
+async def test_a_failover_on_a_member_is_one_message_and_reads_nothing() -> None:
+    underlay()
+    before = plan(via("10.4.0.0/16", "192.168.9.2", source="10.4.0.1"))
+    after = plan(via("10.4.0.0/16", "192.168.9.3", source="10.4.0.1"))
+    async with agent() as kernel:
+        await kernel.apply(before)
+        writes = kernel.writes
+        await kernel.apply(after)
+        assert kernel.writes == writes + 1
+        await settled(kernel, after)
+    assert routes() == {"10.4.0.0/16 via 192.168.9.3 dev eth0 src 10.4.0.1"}
+
+
+async def test_an_operators_routes_are_left_alone() -> None:
+    underlay()
+    sh("ip route add 10.7.0.0/16 via 192.168.9.66 && ip -6 route add fd00:7::/64 via fd00:9::66 metric 77")
+    async with agent() as kernel:
+        report = await kernel.apply(WORLD)
+        assert sorted(failure.subject for failure in report.failures) == ["10.7.0.0/16", "fd00:7::/64"]
+        assert "192.168.9.66" in sh("ip route show 10.7.0.0/16")
+        sh("ip route del 10.7.0.0/16 via 192.168.9.66")
+        with trio.fail_after(5):
+            assert "in the way" in await kernel.wait_drift()
+        report = await kernel.apply(WORLD)
+        assert [failure.subject for failure in report.failures] == ["fd00:7::/64"]
+        # Now somebody takes it over from us.
+        sh("ip route replace 10.7.0.0/16 via 192.168.9.66")
+        with trio.fail_after(5):
+            await kernel.wait_drift()
+        assert len((await kernel.apply(WORLD)).failures) == 2
+    await cleanup("kilo0")
+    assert "192.168.9.66" in sh("ip route show 10.7.0.0/16")
+    assert "fd00:9::66" in sh("ip -6 route show fd00:7::/64")
+
+
+async def test_one_bad_route_does_not_stop_the_others() -> None:
+    underlay()
+    wanted = plan(via("10.7.0.0/16", "172.31.0.1"), via("10.8.0.0/16", GATEWAY4), MESH)
+    async with agent() as kernel:
+        report = await kernel.apply(wanted)
+        assert [f.text.split(":")[0] for f in report.failures] == ["the route to 10.7.0.0/16 could not be set"]
+        assert "172.31.0.1 is not on a network of this host" in report.failures[0].text
+        assert len(routes()) == 2
+        # The network appears: the kernel says so, and the route is set.
+        sh("ip address add 172.31.0.9/24 dev eth0")
+        with trio.fail_after(5):
+            await kernel.wait_drift()
+        assert (await kernel.apply(wanted)).failures == ()
+        assert len(routes()) == 3
+
+
+async def test_cleanup_leaves_nothing_and_may_be_called_twice() -> None:
+    underlay()
+    before = unchanged()
+    forwarding = sh("cat /proc/sys/net/ipv4/ip_forward /proc/sys/net/ipv6/conf/all/forwarding")
+    async with agent() as kernel:
+        await kernel.apply(WORLD)
+        if kernel.backend == "userspace":
+            assert "kilo0.sock" in os.listdir("/run/wireguard")
+    assert "ip link del kilo0" in lines(await cleanup("kilo0"))
+    assert await cleanup("kilo0") == ()
+    after = unchanged().replace("kilo-etcd\n", "")
+    assert after.split() == before.split()
+    assert sh("cat /proc/sys/net/ipv4/ip_forward /proc/sys/net/ipv6/conf/all/forwarding") == forwarding
+
+
+@pytest.mark.parametrize("taken", ["ip link add kilo0 type veth peer eth9", "ip tuntap add kilo0 mode tun"])
+async def test_a_taken_name_is_a_sentence_and_is_not_touched(taken: str) -> None:
+    sh(taken)
+    before = unchanged()
+    async with agent() as kernel:
+        with pytest.raises(KernelError, match="kilo0 is taken by a device that is not ours"):
+            await kernel.apply(WORLD)
+    await cleanup("kilo0")
+    assert unchanged() == before
+
+
+async def test_a_dead_userspace_process_is_started_anew() -> None:
+    underlay()
+    async with agent() as kernel:
+        await kernel.apply(WORLD)
+        if kernel.backend == "kernel":
+            return
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect("/run/wireguard/kilo0.sock")
+            pid = int.from_bytes(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], "little")
+        assert os.getsid(pid) != os.getsid(0)
+        os.kill(pid, signal.SIGKILL)
+        with trio.fail_after(5):
+            assert await kernel.wait_drift() == "link kilo0 was deleted"
+        report = await kernel.apply(WORLD)
+        assert lines(report.changes)[0] == "wireguard-go kilo0"
+        assert report.failures == ()
+        await settled(kernel, WORLD)
+
+
+async def test_without_userspace_wireguard_the_error_says_what_to_install() -> None:
+    async with agent(wireguard="userspace", userspace_command="no-such-wireguard") as kernel:
+        with pytest.raises(KernelError, match="no-such-wireguard is not installed: install it"):
+            await kernel.apply(WORLD)
+
+
+async def test_a_port_that_is_taken_is_a_sentence_and_the_rest_is_there() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
+        other.bind(("0.0.0.0", 51820))
+        async with agent() as kernel:
+            report = await kernel.apply(plan(peer(2, "10.4.0.2/32"), MESH))
+    assert any("UDP port 51820 is taken" in failure.text for failure in report.failures)
+
+
+async def test_ipip_where_the_kernel_has_it_and_a_sentence_where_not() -> None:
+    underlay()
+    wanted = plan(
+        via("10.4.0.0/16", "192.168.9.2", Via.IPIP, "10.4.0.1"),
+        via("10.6.0.0/16", "192.168.8.8", Via.IPIP),
+        tunnel("10.5.0.0/16"),
+        ipip=("192.168.9.2",),
+        ipip_local="192.168.9.1",
+    )
+    async with agent() as kernel:
+        report = await kernel.apply(wanted)
+        if report.failures:
+            assert [f.text.split(":")[0] for f in report.failures] == ["this kernel has no IPIP (module ipip)"]
+            assert os.environ.get("KILO_HAS_IPIP") is None
+            assert routes() == {"10.5.0.0/16 dev kilo0 scope link"}
+            return
+        await settled(kernel, wanted)
+        assert "10.4.0.0/16 via 192.168.9.2 dev kilo-ipip src 10.4.0.1 onlink" in routes()
+        assert "ipip" in sh("ip -d link show kilo-ipip")
+        assert lines((await kernel.apply(plan())).changes)[-1] == "ip link del kilo-ipip"
+
+
+async def test_a_thousand_routes_and_peers() -> None:
+    many = plan(*(tunnel(f"10.{20 + i // 250}.{i % 250}.0/24") for i in range(1000)))
+    crowd = {}
+    for i in range(600):
+        one = peer(2, f"10.4.{i // 250}.{i % 250}/32", f"10.{100 + i // 250}.{i % 250}.0/24")
+        name = base64.b64encode(f"{i:032d}".encode()).decode()
+        crowd[name] = evolve(one, public_key=name)
+    many = evolve(many, peers=crowd)
+    async with agent() as kernel:
+        assert (await kernel.apply(many)).failures == ()
+        await settled(kernel, many)
+        observed = await kernel.observe()
+        assert len(observed.peers) == 600
+        assert len(observed.routes) == 1000
+        with trio.move_on_after(0.2) as quiet:
+            await kernel.wait_drift()
+        assert quiet.cancelled_caught
+
+
+async def test_from_plan_to_plan_what_is_believed_is_what_is_there() -> None:
+    """A walk through drawn plans: after each, a fresh look agrees with the state computed from our own changes."""
+    underlay()
+    drawn = _draw(plans(ipip=os.environ.get("KILO_HAS_IPIP") is not None), 25)
+    async with agent() as kernel:
+        for wanted in drawn:
+            report = await kernel.apply(wanted)
+            assert report.failures == ()
+            await settled(kernel, wanted)
+            observed = without_counters(await kernel.observe())
+            assert {k: p.allowed_ips for k, p in observed.peers.items()} == {
+                k: p.allowed_ips for k, p in wanted.peers.items()
+            }
+            assert set(observed.routes) == set(wanted.routes)
+
+
+async def test_addresses_of_the_host() -> None:
+    underlay()
+    sh("ip route add default via 192.168.9.254 metric 100")
+    found = await list_addresses()
+    assert [str(a.address) for a in found.addresses if a.interface == "eth0" and a.scope == "global"] == [
+        "192.168.9.1/24",
+        "fd00:9::1/64",
+    ]
+    (default,) = found.default_routes
+    assert (default.family, default.interface, default.gateway, default.metric) == (
+        4, "eth0", ip_address("192.168.9.254"), 100,
+    )  # fmt: skip
+
+
+def _draw(strategy: object, count: int) -> list[HostPlan]:
+    from hypothesis import HealthCheck, Phase, given, settings
+
+    drawn: list[HostPlan] = []
+
+    @settings(
+        max_examples=count, deadline=None, database=None, derandomize=True, phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(strategy)  # type: ignore[arg-type]
+    def collect(one: HostPlan) -> None:
+        drawn.append(one)
+
+    collect()
+    return drawn
