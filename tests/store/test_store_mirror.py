@@ -7,9 +7,9 @@ from contextlib import asynccontextmanager
 
 import pytest
 import trio
-from helpers import eventually
 from store_world import KEYS, record
 
+from helpers import eventually
 from kilo_etcd.model import Granularity, Snapshot
 from kilo_etcd.store import Mirror, encode
 from kilo_etcd.testing.fake_etcd import FakeClient, FakeEtcd

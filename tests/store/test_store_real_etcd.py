@@ -6,9 +6,9 @@ from ipaddress import ip_network
 
 import pytest
 import trio
-from helpers import eventually, require
 from store_world import KEYS, record, wg_key
 
+from helpers import eventually, require
 from kilo_etcd.etcd import open_client
 from kilo_etcd.model import CandidateClass, Granularity
 from kilo_etcd.store import (
@@ -46,7 +46,7 @@ async def test_a_host_comes_crashes_returns_and_leaves() -> None:
                     await it.enter("", CandidateClass.PUBLIC)
                     task_status.started((it, scope))
 
-        first, crash = await nursery.start(agent)
+        _, crash = await nursery.start(agent)
         await eventually(lambda: mirror.current and mirror.current.candidates.get(""))
         assert mirror.current is not None
         node, candidate = mirror.current.nodes["a"], mirror.current.candidates[""][0]

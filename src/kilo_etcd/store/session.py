@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from datetime import UTC, datetime
 
 import structlog
@@ -33,7 +32,6 @@ from kilo_etcd.etcd.api import (
     Get,
     Is,
     KeyValue,
-    Lease,
     LeaseNotFound,
     Op,
     Put,
@@ -45,7 +43,8 @@ from kilo_etcd.etcd.api import (
 )
 from kilo_etcd.model import CandidateClass, Granularity, IPAddress, IPNetwork
 from kilo_etcd.store import claims
-from kilo_etcd.store.keys import ElectionKey, Keys
+from kilo_etcd.store.keys import ElectionKey, Keys, StatusKey
+from kilo_etcd.store.lease import KeptLease
 from kilo_etcd.store.records import (
     CandidateRecord,
     NodeRecord,
@@ -59,8 +58,7 @@ from kilo_etcd.store.records import (
 
 RETRY_FIRST = 0.2
 RETRY_MOST = 5.0
-LONG_INTERVAL = 600.0
-"""Seconds at most between two keepalives of the long lease."""
+"""Seconds between two attempts; less for short leases, which an election in etcd gives their full time just once."""
 
 
 class NameTaken(Exception):
@@ -107,6 +105,7 @@ class Session:
         self._on_event = on_event or (lambda _name: None)
         self._rng = rng or random.Random()
         self._log = structlog.get_logger().bind(node=node_name)
+        self._retry_most = min(RETRY_MOST, lease_ttl / 3)
         self._lock = trio.Lock()
         self._node_key = keys.node(node_name)
         self._status_key = keys.status(node_name)
@@ -120,11 +119,11 @@ class Session:
         # What etcd is known to hold.
         self._record_kv: KeyValue | None = None
         self._held: dict[str, bytes] = {}
-        self._long: Lease | None = None
-        self._short: Lease | None = None
-        self._doubted: set[int] = set()
-        """Leases whose keeping failed: they may be alive still, which is asked before they are replaced."""
-        self._leases_changed = trio.Event()
+        """What stands under the short lease."""
+        self._seen = 0
+        """etcd's revision up to which the record is known to be as `_record_kv` says."""
+        self._long = KeptLease(client, forget_after, on_doubt=self._mend, on_lost=self._lost)
+        self._short = KeptLease(client, lease_ttl, on_doubt=self._mend, on_lost=self._lost)
         self._registered = trio.Event()
         self._wake = trio.Event()
         self.last_error: str | None = None
@@ -135,7 +134,9 @@ class Session:
     @property
     def healthy(self) -> bool:
         """Whether all that is wanted stands in etcd, as far as is known."""
-        return self.last_error is None and not self._doubted and self._record_kv is not None
+        return (
+            self.last_error is None and not (self._long.doubted or self._short.doubted) and self._record_kv is not None
+        )
 
     @property
     def candidacy(self) -> Candidacy | None:
@@ -178,7 +179,7 @@ class Session:
         assert self._record is not None
         value = encode(self._record)
         while True:
-            node_kv, status_kv = await self._look()
+            node_kv, status_kv, seen = await self._look()
             taken = self._taken_by(node_kv, status_kv)
             if taken is not None:
                 left = deadline - trio.current_time()
@@ -189,32 +190,33 @@ class Session:
                 continue
             mine = node_kv is not None and _public_key_of(node_kv) == self._public_key
             try:
-                long = await self._hold_long(node_kv if mine else None)
-                short = await self._hold_short(status_kv) if self._status is not None else None
+                await self._hold_long(node_kv if mine else None)
+                if self._status is not None:
+                    await self._hold_short(status_kv)
             except LeaseNotFound:
                 continue
             compare = [unchanged(kv) if kv else absent(key) for kv, key in self._both(node_kv, status_kv)]
             ops: list[Op] = []
-            if node_kv is None or node_kv.value != value or node_kv.lease != long.id:
-                ops.append(Put(self._node_key, value, lease=long.id))
+            if node_kv is None or node_kv.value != value or node_kv.lease != self._long.id:
+                ops.append(Put(self._node_key, value, lease=self._long.id))
             status = None
-            if short is not None and self._status is not None and self._status_key not in self._held:
+            if self._status is not None and self._status_key not in self._held:
                 status = encode(self._status)
-                ops.append(Put(self._status_key, status, lease=short.id))
+                ops.append(Put(self._status_key, status, lease=self._short.id))
             if not ops and node_kv is not None:
-                self._record_kv = node_kv
+                self._record_kv, self._seen = node_kv, seen
                 break
             try:
                 done = await self._client.txn(compare, ops)
             except LeaseNotFound:
-                self._forget_leases()
+                self._doubt_leases()
                 continue
             if done.succeeded:
                 if status is not None:
                     self._held[self._status_key] = status
-                revision = done.header.revision
+                self._seen = revision = done.header.revision
                 self._record_kv = (
-                    KeyValue(key=self._node_key.encode(), value=value, mod_revision=revision, lease=long.id)
+                    KeyValue(key=self._node_key.encode(), value=value, mod_revision=revision, lease=self._long.id)
                     if isinstance(ops[0], Put) and ops[0].key == self._node_key
                     else node_kv
                 )
@@ -223,9 +225,9 @@ class Session:
                 break
         self._registered.set()
 
-    async def _look(self) -> tuple[KeyValue | None, KeyValue | None]:
+    async def _look(self) -> tuple[KeyValue | None, KeyValue | None, int]:
         answer = await self._client.txn([], [Get(self._node_key), Get(self._status_key)])
-        return _one(answer, 0), _one(answer, 1)
+        return _one(answer, 0), _one(answer, 1), answer.header.revision
 
     def _both(
         self, node_kv: KeyValue | None, status_kv: KeyValue | None
@@ -254,95 +256,60 @@ class Session:
 
     # --- leases ------------------------------------------------------------------------------------------------
 
-    async def _hold_long(self, node_kv: KeyValue | None) -> Lease:
-        if self._long is not None and await self._lives(self._long):
-            return self._long
-        self._long = None
-        if node_kv is not None and node_kv.lease:
-            info = await self._client.lease_time_to_live(node_kv.lease)
-            if info.ttl > 0 and info.granted_ttl == self._forget_after:
-                self._set_long(Lease(id=node_kv.lease, ttl=info.granted_ttl))
-                await self._client.refresh_lease(node_kv.lease)
-        if self._long is None:
-            self._set_long(await self._client.grant_lease(self._forget_after))
-        assert self._long is not None
-        return self._long
+    def _mend(self) -> None:
+        self._wake.set()
 
-    async def _hold_short(self, status_kv: KeyValue | None) -> Lease:
-        if self._short is not None and await self._lives(self._short):
-            return self._short
-        self._short = None
+    def _lost(self) -> None:
+        self._on_event("lease lost")
+
+    def _doubt_leases(self) -> None:
+        # Which of the two etcd missed it does not say.
+        self._long.doubt()
+        self._short.doubt()
+
+    async def _hold_long(self, node_kv: KeyValue | None) -> None:
+        if await self._long.lives():
+            return
+        if node_kv is not None and node_kv.lease:
+            await self._long.adopt(node_kv.lease)
+        if not self._long.id:
+            await self._long.grant()
+
+    async def _hold_short(self, status_kv: KeyValue | None) -> None:
+        if await self._short.lives():
+            return
         self._held = {}
-        lease_id = 0
-        if status_kv is not None and _status_key_of(status_kv) == self._public_key:
-            lease_id = status_kv.lease
-        if lease_id:
-            info = await self._client.lease_time_to_live(lease_id, keys=True)
-            if info.ttl > 0:
-                await self._client.refresh_lease(lease_id)
-                await self._adopt(lease_id, info.keys)
-                # Keys of a lease with another time are put under a new one, which does not move their create revision.
-                if info.granted_ttl == self._lease_ttl:
-                    self._set_short(Lease(id=lease_id, ttl=info.granted_ttl))
-                else:
-                    self._held = {}
-        if self._short is None:
-            self._set_short(await self._client.grant_lease(self._lease_ttl))
+        if status_kv is not None and status_kv.lease and _status_key_of(status_kv) == self._public_key:
+            info = await self._short.adopt(status_kv.lease)
+            if info is not None:
+                await self._adopt(info.id, info.keys)
+        if not self._short.id:
+            # What was adopted from a lease of another length is put under the new one, which does not move its create
+            # revision: the place in the queue is kept.
+            self._held = {}
+            await self._short.grant()
             self._on_event("lease granted")
-        assert self._short is not None
-        return self._short
 
     async def _adopt(self, lease_id: int, held: tuple[bytes, ...]) -> None:
         """Take over what an earlier run of this agent put under a lease that still lives."""
         for raw in held:
             parsed = self._keys.parse(raw)
-            candidate = isinstance(parsed, ElectionKey) and parsed.node == self._name
-            if not candidate and raw != self._status_key.encode():
+            if not (isinstance(parsed, (ElectionKey, StatusKey)) and parsed.node == self._name):
                 continue
             kv = await self._client.get(raw)
             if kv is None or kv.lease != lease_id:
                 continue
             self._held[raw.decode()] = kv.value
-            if not isinstance(parsed, ElectionKey):
-                if not self._status_given:
-                    self._status = decode_status(kv.value)
-            elif self._candidacy is None:
-                try:
+            try:
+                if isinstance(parsed, StatusKey):
+                    if not self._status_given:
+                        self._status = decode_status(kv.value)
+                elif self._candidacy is None:
                     record = decode_candidate(kv.value)
-                except RecordError:
-                    continue
-                self._candidacy = Candidacy(parsed.location, record.rank, record.since)
-                self._log.info("candidacy adopted", location=parsed.location)
-
-    async def _lives(self, lease: Lease) -> bool:
-        if lease.id not in self._doubted:
-            return True
-        try:
-            await self._client.refresh_lease(lease.id)
-        except LeaseNotFound:
-            self._doubted.discard(lease.id)
-            self._log.warning("lease lost", lease=f"{lease.id:x}", ttl=lease.ttl)
-            self._on_event("lease lost")
-            return False
-        self._doubted.discard(lease.id)
-        self._lease_news()
-        return True
-
-    def _set_long(self, lease: Lease) -> None:
-        self._long = lease
-        self._lease_news()
-
-    def _set_short(self, lease: Lease) -> None:
-        self._short = lease
-        self._lease_news()
-
-    def _lease_news(self) -> None:
-        event, self._leases_changed = self._leases_changed, trio.Event()
-        event.set()
-
-    def _forget_leases(self) -> None:
-        # Which of the two etcd missed it does not say: doubt both, and ask.
-        self._doubted |= {lease.id for lease in (self._long, self._short) if lease is not None}
+                    self._candidacy = Candidacy(parsed.location, record.rank, record.since)
+                    self._log.info("candidacy adopted", location=parsed.location)
+            except RecordError:
+                continue
 
     # --- candidacy and status ----------------------------------------------------------------------------------
 
@@ -400,7 +367,7 @@ class Session:
         """Make etcd say what is wanted. Called under the lock. EtcdError, NameTaken."""
         while True:
             try:
-                if self._record is not None and self._long is not None and self._long.id in self._doubted:
+                if self._record is not None and self._long.doubted:
                     self._record_kv = None
                 if self._record is not None and self._record_kv is None:
                     if self._subnets:
@@ -412,7 +379,7 @@ class Session:
             except _RecordChanged:
                 self._record_kv = None
             except LeaseNotFound:
-                self._forget_leases()
+                self._doubt_leases()
 
     async def _sync_short(self) -> None:
         wanted: dict[str, bytes] = {}
@@ -423,7 +390,7 @@ class Session:
             wanted[key] = encode(CandidateRecord(rank=standing.rank, since=standing.since))
         if not wanted and not self._held:
             return
-        short = await self._hold_short(None)
+        await self._hold_short(None)
         # A candidacy that changes is entered anew, at the end of the queue: it must go before it comes again.
         gone = [
             key for key, value in self._held.items() if wanted.get(key) != value and not (
@@ -436,7 +403,7 @@ class Session:
                 self._held.pop(key, None)
         new = {key: value for key, value in wanted.items() if self._held.get(key) != value}
         if new:
-            await self._write([Put(key, value, lease=short.id) for key, value in new.items()])
+            await self._write([Put(key, value, lease=self._short.id) for key, value in new.items()])
             self._held.update(new)
 
     async def _write(self, ops: list[Op]) -> None:
@@ -454,12 +421,8 @@ class Session:
         """Give candidacy and status up and end the short lease; the registration stays. EtcdError."""
         async with self._lock:
             self._candidacy, self._status = None, None
-            lease, self._short, self._held = self._short, None, {}
-            self._lease_news()
-            if lease is not None:
-                self._doubted.discard(lease.id)
-                with suppress(LeaseNotFound):
-                    await self._client.revoke_lease(lease.id)
+            self._held = {}
+            await self._short.end()
 
     async def close(self) -> None:
         """The same as `resign`: a stopped host stays a member."""
@@ -471,8 +434,7 @@ class Session:
         async with self._lock:
             self._record = None
             self._subnets = ()
-            lease, self._long, self._record_kv = self._long, None, None
-            self._lease_news()
+            self._record_kv = None
             for root in (self._keys.leaders_root, self._keys.addresses_root):
                 for kv in (await self._client.get_prefix(root)).kvs:
                     if kv.value == self._name.encode():
@@ -480,41 +442,18 @@ class Session:
             node_kv = await self._client.get(self._node_key)
             if node_kv is not None and _public_key_of(node_kv) == self._public_key:
                 await self._client.txn([unchanged(node_kv)], [Delete(self._node_key)])
-            if lease is not None:
-                self._doubted.discard(lease.id)
-                with suppress(LeaseNotFound):
-                    await self._client.revoke_lease(lease.id)
+            await self._long.end()
 
     # --- the tasks ---------------------------------------------------------------------------------------------
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep the leases and what stands under them, until cancelled."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._keep, False)
-            nursery.start_soon(self._keep, True)
+            nursery.start_soon(self._short.keep)
+            nursery.start_soon(self._long.keep)
             nursery.start_soon(self._mind_record)
             nursery.start_soon(self._repair)
             task_status.started()
-
-    async def _keep(self, long: bool) -> None:
-        while True:
-            changed = self._leases_changed
-            lease = self._long if long else self._short
-            if lease is None or lease.id in self._doubted:
-                await changed.wait()
-                continue
-            interval = min(lease.ttl / 3, LONG_INTERVAL)
-            try:
-                async with self._client.keep_alive(lease.id, lease.ttl, interval=interval) as kept:
-                    while not kept.lost.is_set() and lease is (self._long if long else self._short):
-                        await _either(kept.lost, self._leases_changed)
-                    lost = kept.lost.is_set()
-            except EtcdError as error:
-                self._log.warning("a lease cannot be kept", error=str(error))
-                lost = True
-            if lost and lease is (self._long if long else self._short):
-                self._doubted.add(lease.id)
-                self._wake.set()
 
     async def _repair(self) -> None:
         while True:
@@ -523,7 +462,7 @@ class Session:
             delay = RETRY_FIRST
             while not await self._now():
                 await trio.sleep(delay * self._rng.uniform(0.5, 1.5))
-                delay = min(delay * 2, RETRY_MOST)
+                delay = min(delay * 2, self._retry_most)
 
     async def _mind_record(self) -> None:
         """See to it that the registration is not taken away unnoticed."""
@@ -535,7 +474,7 @@ class Session:
                 await trio.sleep(delay)
                 continue
             try:
-                async with self._client.watch(self._node_key, start_revision=known.mod_revision + 1) as watch:
+                async with self._client.watch(self._node_key, start_revision=self._seen + 1) as watch:
                     async for batch in watch:
                         delay = RETRY_FIRST
                         for event in batch.events:
@@ -545,7 +484,7 @@ class Session:
                 self._record_kv = None
                 self._wake.set()
             await trio.sleep(delay * self._rng.uniform(0.5, 1.5))
-            delay = min(delay * 2, RETRY_MOST)
+            delay = min(delay * 2, self._retry_most)
 
     async def _record_event(self, kind: EventType, kv: KeyValue) -> None:
         async with self._lock:
@@ -558,17 +497,6 @@ class Session:
             self._record_kv = None
         self._log.warning("the record of this host was changed by another; putting it back")
         self._wake.set()
-
-
-async def _either(*events: trio.Event) -> None:
-    async with trio.open_nursery() as nursery:
-
-        async def wait(event: trio.Event) -> None:
-            await event.wait()
-            nursery.cancel_scope.cancel()
-
-        for event in events:
-            nursery.start_soon(wait, event)
 
 
 def _one(answer: TxnResult, index: int) -> KeyValue | None:

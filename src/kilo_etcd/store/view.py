@@ -207,7 +207,11 @@ class View:
         )
         rivals = self._key_index.rivals(owner)
         if rivals:
-            notes.append(SetAside(key, f"its public key is also that of {describe(rivals)}; none of them is in force"))
+            notes.append(
+                SetAside(
+                    key, f"its public key is also that of {describe(rivals)}; none is in force until one is removed"
+                )
+            )
         self._note(owner, notes)
         addresses = lowest_per_family(self._claims.get(name, ()), self.subnets or ())
         if rivals or not addresses:
@@ -218,7 +222,7 @@ class View:
     def _join_peer(self, name: str) -> Peer | None:
         owner: Owner = ("peer", name)
         rivals = self._key_index.rivals(owner)
-        text = f"its public key is also that of {describe(rivals)}; none of them is in force"
+        text = f"its public key is also that of {describe(rivals)}; none is in force until one is removed"
         self._note(owner, [SetAside(self._keys.peer(name), text)] if rivals else ())
         return None if rivals else self._peer_records.get(name)
 

@@ -165,6 +165,9 @@ class FakeEtcd:
         self._expire()
         return [key.decode("utf-8", "backslashreplace") for key in self._sorted if key.startswith(_raw(prefix))]
 
+    def __contains__(self, key: Text) -> bool:
+        return self.get(key) is not None
+
     def leases(self) -> dict[int, int]:
         """Lease -> the TTL that was granted."""
         self._expire()

@@ -1,0 +1,116 @@
+"""One lease of this host over its life: adopted or granted, kept, doubted, lost.
+
+A lease that could not be kept is not lost yet: etcd refreshes all leases when it elects a new leader, so after an
+outage of etcd a lease is most likely still there. So it is doubted first, and only etcd's own word ends it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+
+import structlog
+import trio
+
+from kilo_etcd.etcd.api import Client, EtcdError, Lease, LeaseInfo, LeaseNotFound
+
+LONGEST_INTERVAL = 600.0
+"""Seconds at most between two keepalives, however long the lease."""
+
+
+class KeptLease:
+    """A lease of `ttl` seconds. `on_doubt` is called when keeping it fails, `on_lost` when etcd says it is gone."""
+
+    def __init__(self, client: Client, ttl: int, *, on_doubt: Callable[[], None], on_lost: Callable[[], None]) -> None:
+        self._client = client
+        self._ttl = ttl
+        self._on_doubt = on_doubt
+        self._on_lost = on_lost
+        self._lease: Lease | None = None
+        self._changed = trio.Event()
+        self._log = structlog.get_logger()
+        self.doubted = False
+
+    def __repr__(self) -> str:
+        return f"<KeptLease {self._lease} {'doubted' if self.doubted else ''}>"
+
+    @property
+    def id(self) -> int:
+        """0: there is none."""
+        return self._lease.id if self._lease is not None else 0
+
+    def _set(self, lease: Lease | None) -> None:
+        self._lease, self.doubted = lease, False
+        changed, self._changed = self._changed, trio.Event()
+        changed.set()
+
+    def doubt(self) -> None:
+        """Ask etcd before the lease is used again."""
+        self.doubted = self._lease is not None
+
+    async def lives(self) -> bool:
+        """Whether there is a lease; etcd is asked only if there is doubt. EtcdError."""
+        if self._lease is not None and self.doubted:
+            try:
+                await self._client.refresh_lease(self._lease.id)
+            except LeaseNotFound:
+                self._log.warning("lease lost", lease=f"{self._lease.id:x}", ttl=self._lease.ttl)
+                self._set(None)
+                self._on_lost()
+            else:
+                self._set(self._lease)
+        return self._lease is not None
+
+    async def adopt(self, lease_id: int) -> LeaseInfo | None:
+        """Take over a lease that an earlier run left, if it lives; what is known of it, or None. One of another length
+        is refreshed but not taken: `id` is 0 then. EtcdError."""
+        info = await self._client.lease_time_to_live(lease_id, keys=True)
+        if info.ttl < 0:
+            return None
+        try:
+            await self._client.refresh_lease(lease_id)
+        except LeaseNotFound:
+            return None
+        if info.granted_ttl == self._ttl:
+            self._set(Lease(id=lease_id, ttl=info.granted_ttl))
+        return info
+
+    async def grant(self) -> None:
+        """A new lease. EtcdError."""
+        self._set(await self._client.grant_lease(self._ttl))
+
+    async def end(self) -> None:
+        """Keep it no more, and tell etcd to end it and delete what is under it. EtcdError; if so, it ends by itself."""
+        lease = self._lease
+        self._set(None)
+        if lease is not None:
+            with suppress(LeaseNotFound):
+                await self._client.revoke_lease(lease.id)
+
+    async def keep(self) -> None:
+        """The task: keep whatever lease there is, until cancelled."""
+        while True:
+            changed, lease = self._changed, self._lease
+            if lease is None or self.doubted:
+                await changed.wait()
+                continue
+            interval = min(lease.ttl / 3, LONGEST_INTERVAL)
+            try:
+                async with self._client.keep_alive(lease.id, lease.ttl, interval=interval) as kept:
+                    await _either(kept.lost, changed)
+            except EtcdError as error:
+                self._log.warning("a lease cannot be kept", error=str(error))
+            if lease is self._lease and not changed.is_set():
+                self.doubt()
+                self._on_doubt()
+
+
+async def _either(first: trio.Event, second: trio.Event) -> None:
+    async with trio.open_nursery() as nursery:
+
+        async def wait(event: trio.Event) -> None:
+            await event.wait()
+            nursery.cancel_scope.cancel()
+
+        nursery.start_soon(wait, first)
+        nursery.start_soon(wait, second)
