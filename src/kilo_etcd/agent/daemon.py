@@ -36,6 +36,8 @@ HANDOVER_SECONDS = 2.0
 
 CONFIRM_POLL_SECONDS = 0.02
 
+KERNEL_RETRY_SECONDS = 0.5
+
 STATUS_PAUSE_PER_NODE = 0.001
 """Seconds of pause after a status write, per node of the mesh: 10,000 hosts that follow one change make 1,000 writes
 a second at most."""
@@ -279,7 +281,8 @@ class Daemon:
         try:
             self.raw_plan = host_plan(self.topology, self.name, self.raw_plan)
         except UnknownNode:
-            if self.mirror.kv(self.keys.node(self.name)) is None:
+            record = self.mirror.kv(self.keys.node(self.name))
+            if record is None or record.mod_revision > snapshot.revision:
                 # The snapshot is older than the registration; the one that has it is on its way.
                 return
             self.failures = (f"this host is not among the mesh's nodes; see the records set aside for {self.name}",)
@@ -290,7 +293,21 @@ class Daemon:
         self.resolver.set_names(plan_names(self.raw_plan))
         plan = guard(resolve_plan(self.raw_plan, self.resolver.table), self.protected())
         before = self.kernel.writes
-        report = await self.kernel.apply(plan, fresh=fresh)
+        try:
+            report = await self.kernel.apply(plan, fresh=fresh)
+        except kernel.KernelError as error:
+            if self.plan is None:
+                # Nothing has ever worked: the operator stands before it and wants to know.
+                raise
+            self._ready = False
+            self.failures = (str(error),)
+            self.once.error("kernel", "the kernel cannot be programmed; trying again", error=str(error))
+            self.metrics.reconciled(ok=False, writes=self.kernel.writes - before)
+            self._publish(snapshot)
+            await trio.sleep(KERNEL_RETRY_SECONDS)
+            self._nudge(fresh=True)
+            return
+        self.once.clear("kernel", "the kernel can be programmed again")
         self.plan = plan
         self.applied_revision = snapshot.revision
         for change in report.changes:
