@@ -59,7 +59,6 @@ async def test_tls_refusals_are_told_apart(tmp_path: Path) -> None:
             await client.put("/k", "over TLS")
         stranger = Authority(tmp_path, "other CA")
         foreign = stranger.issue("foreign")
-        by_name = evolve(good, endpoints=(f"https://ip6-localhost:{server.client_port}",))
         plain = evolve(good, endpoints=(f"http://127.0.0.1:{server.client_port}",))
         no_cert = evolve(good, tls=evolve(good.tls, cert=None, key=None))
         bad_cert = evolve(good, tls=evolve(good.tls, cert=str(foreign.cert), key=str(foreign.key)))
@@ -70,7 +69,6 @@ async def test_tls_refusals_are_told_apart(tmp_path: Path) -> None:
         await refusal(bad_cert, tls, "refuses the client certificate.*--cert")
         await refusal(evolve(good, tls=evolve(good.tls, ca="/none.pem")), tls, r"cannot read /none\.pem")
         await refusal(evolve(good, tls=evolve(good.tls, cert=__file__)), tls, "not usable as PEM")
-        del by_name
         async with open_client(evolve(plain, call_timeout=1.0)) as client:
             with pytest.raises(EtcdError, match="https://"):
                 await client.get("/k")
@@ -102,7 +100,9 @@ async def test_https_to_a_plain_port() -> None:
     require("etcd")
     async with EtcdServer.run() as server:
         config = Config(endpoints=(server.endpoint.replace("http://", "https://"),))
-        await refusal(config, ConnectionRefusedByTls, "does not speak TLS.*http://")
+        # etcd hangs up without a word, which a member that is stopping does too: so it is tried again for a while.
+        config = evolve(config, call_timeout=1.0)
+        await refusal(config, Unavailable, "does not speak TLS.*http://")
 
 
 async def test_what_is_not_etcd_is_told_so() -> None:
@@ -125,18 +125,17 @@ async def test_renewed_certificate_files_count_from_the_next_connection() -> Non
         config = server.config()
         assert config.tls
         assert config.tls.cert
-        cert = Path(config.tls.cert)
-        good, key = cert.read_bytes(), Path(config.tls.key or "").read_bytes()
+        cert = trio.Path(config.tls.cert)
+        good = await cert.read_bytes()
         async with open_client(evolve(config, call_timeout=10)) as client:
             await client.put("/k", "1")
-            cert.write_bytes(b"")
+            await cert.write_bytes(b"")
             await server.kill()
             await server.start(wait=False)
             await eventually(lambda: listens(server.client_port))
             with pytest.raises(ConnectionRefusedByTls, match="not usable as PEM"):
                 await client.get("/k")
-            cert.write_bytes(good)
-            Path(config.tls.key or "").write_bytes(key)
+            await cert.write_bytes(good)
             await eventually(lambda: client.get("/k"))
 
 
@@ -164,6 +163,8 @@ async def test_users_and_permissions() -> None:
         async with open_client(user_of(server, None, None)) as client:
             with pytest.raises(Unauthenticated, match="--user"):
                 await client.get("/k")
+            with pytest.raises((Unauthenticated, PermissionDenied)):
+                await first(client.watch("/k"))
 
 
 async def test_a_token_is_fetched_once_and_renewed_when_it_expires() -> None:

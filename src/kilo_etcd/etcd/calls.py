@@ -88,7 +88,8 @@ class Caller:
         self, path: str, request: Message, answer: type[M], doing: Doing, *, idempotent: bool = False, auth: bool = True
     ) -> M:
         """Raises EtcdError only."""
-        timeout = self.config.attempt_timeout
+        # What is sent once only is given all the time: to give up early would only make its outcome unknown.
+        timeout = self.config.attempt_timeout if idempotent else self.config.call_timeout
         last: Exception | None = None
         token_refused = False
         with trio.move_on_after(self.config.call_timeout):

@@ -37,7 +37,7 @@ class Unreachable(Exception):
         return bool(self.failures) and all(failure.permanent for failure in self.failures.values())
 
     def to_error(self) -> EtcdError:
-        reasons = "; ".join(f"{endpoint}: {failure.reason}" for endpoint, failure in self.failures.items())
+        reasons = "; ".join(sorted(f"{endpoint}: {failure.reason}" for endpoint, failure in self.failures.items()))
         if self.permanent:
             return ConnectionRefusedByTls(f"cannot speak with etcd at {reasons}")
         return Unavailable(f"cannot reach etcd at {reasons}")
@@ -95,7 +95,7 @@ class Channel:
         connection: Connection | None = None
         timeout = self._config.dial_timeout
         try:
-            with trio.move_on_after(timeout):
+            with trio.move_on_after(timeout) as scope:
                 transport = await connect(endpoint, self._config.tls)
                 connection = Connection(
                     transport,
@@ -110,9 +110,13 @@ class Channel:
             if connection:
                 connection.close()
             raise
+        assert scope.cancelled_caught
         if connection:
             connection.close()
-        raise TransportFailed(f"no answer to the connection within {timeout:g} s", processed=False)
+        hint = "frozen or cut off"
+        if endpoint.tls and connection is None:
+            hint += "; or it does not speak TLS: then write http://"
+        raise TransportFailed(f"it did not answer within {timeout:g} s ({hint})", processed=False)
 
     async def _dial(self, dial: _Dial) -> None:
         try:

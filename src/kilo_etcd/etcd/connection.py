@@ -131,6 +131,8 @@ class Connection:
         self._slots = trio.lowlevel.ParkingLot()
         self._writer = trio.lowlevel.ParkingLot()
         self._scope = trio.CancelScope()
+        self._unsent: set[int] = set()
+        """Streams of which the writer has taken nothing yet."""
         self._uncredited = 0
         self._may_ping = True
         self._first_bytes = b""
@@ -160,6 +162,7 @@ class Connection:
             request_headers(path, authority=self.endpoint.authority, tls=self.endpoint.tls, metadata=metadata),
         )
         stream = self._streams[stream_id] = Stream(self, stream_id)
+        self._unsent.add(stream_id)
         self._wake_writer()
         return stream
 
@@ -209,12 +212,16 @@ class Connection:
             try:
                 data = await self._transport.receive_some(READ_SIZE)
             except _Gone as error:
-                return self._lose(_why(error), permanent=isinstance(error.__cause__, ssl.SSLError))
+                cause = error.__cause__
+                refused = isinstance(cause, ssl.SSLError) and not isinstance(cause, ssl.SSLEOFError)
+                return self._lose(_why(error), permanent=refused and not self._ready.is_set())
             if not data:
                 return self._lose(self._explain_end())
             self.last_heard = trio.current_time()
             if not self._ready.is_set():
-                self._first_bytes = (self._first_bytes + data)[:16]
+                self._first_bytes = (self._first_bytes + bytes(data))[:9]
+                if not _may_be_settings(self._first_bytes):
+                    return self._lose(*self._explain_garbage(None))
             try:
                 events = self._h2.receive_data(bytes(data))
             except h2.exceptions.ProtocolError as error:
@@ -226,6 +233,7 @@ class Connection:
     async def _write(self) -> None:
         while True:
             data = self._h2.data_to_send()
+            self._unsent.clear()
             if not data:
                 await self._writer.park()
                 continue
@@ -328,7 +336,7 @@ class Connection:
             return "it hung up before it said anything; does it want a client certificate?"
         return "it hung up before it said anything; if it speaks TLS, write the endpoint with https://"
 
-    def _explain_garbage(self, error: Exception) -> tuple[str, bool]:
+    def _explain_garbage(self, error: Exception | None) -> tuple[str, bool]:
         first = self._first_bytes
         if not self._ready.is_set() and not self.endpoint.tls and (first[:1] == b"\x15" or first.startswith(b"HTTP/1")):
             return "it speaks TLS or plain HTTP/1, not HTTP/2 without TLS; write the endpoint with https://", True
@@ -345,7 +353,7 @@ class Connection:
         self._ready.set()
         self._slots.unpark_all()
         for stream in self._streams.values():
-            stream._fail(TransportFailed(reason, permanent=permanent))
+            stream._fail(TransportFailed(reason, processed=stream.id not in self._unsent, permanent=permanent))
         self._scope.cancel()
 
     def _close_stream(self, stream: Stream) -> None:
@@ -366,6 +374,14 @@ class Connection:
 
     def _wake_writer(self) -> None:
         self._writer.unpark_all()
+
+
+def _may_be_settings(first: bytes) -> bool:
+    """Whether these are the first bytes of a SETTINGS frame (RFC 9113, 4.1): short, type 4, stream 0."""
+    length, kind, number = first[:3], first[3:4], first[5:9]
+    return (
+        length[:1] in (b"", b"\0") and length[1:2] in (b"", b"\0") and kind in (b"", b"\4") and not number.strip(b"\0")
+    )
 
 
 def _plain(headers: Sequence[tuple[bytes, bytes]] | None) -> Headers:

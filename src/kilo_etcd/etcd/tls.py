@@ -57,7 +57,10 @@ async def connect(endpoint: Endpoint, tls: Tls | None) -> trio.abc.Stream:
         cause = error.__cause__ if isinstance(error, trio.BrokenResourceError) else error
         if isinstance(cause, ssl.SSLError) and not isinstance(cause, ssl.SSLEOFError | ssl.SSLZeroReturnError):
             raise TransportFailed(explain_tls(cause), processed=False, permanent=True) from None
-        raise TransportFailed("it hung up during the TLS handshake", processed=False) from None
+        raise TransportFailed(
+            "it hung up during the TLS handshake; if it does not speak TLS, write the endpoint with http://",
+            processed=False,
+        ) from None
     except BaseException:
         await trio.aclose_forcefully(stream)
         raise
@@ -81,5 +84,5 @@ def _explain_tcp(error: OSError) -> str:
             return f"its name does not resolve ({one.strerror})"
     numbers = [one.errno for one in found if isinstance(one, OSError) and one.errno]
     if errno.ECONNREFUSED in numbers:
-        return "connection refused; is etcd running there?"
+        return "connection refused (is etcd running there?)"
     return os.strerror(numbers[0]) if numbers else str(error)

@@ -19,10 +19,10 @@ from contextlib import asynccontextmanager, suppress
 
 import trio
 
-from .api import Compacted, Config, Event, Unavailable, WatchBatch
+from .api import Compacted, Config, EtcdError, Event, Unavailable, WatchBatch
 from .calls import Call, Caller
 from .channel import Unreachable
-from .grpc import PERMISSION_DENIED, UNAVAILABLE, Doing, StatusError, TransportFailed
+from .grpc import PERMISSION_DENIED, UNAUTHENTICATED, UNAVAILABLE, Doing, StatusError, TransportFailed
 from .pb import etcd_pb2 as pb
 from .values import event, header
 
@@ -51,7 +51,10 @@ class Progress:
             if answer.compact_revision:
                 raise Compacted(answer.compact_revision)
             reason = answer.cancel_reason
-            raise StatusError(PERMISSION_DENIED if "permission denied" in reason else UNAVAILABLE, reason)
+            if "permission denied" in reason:
+                raise StatusError(PERMISSION_DENIED, reason)
+            about_token = any(words in reason for words in ("auth token", "auth store", "user name is empty"))
+            raise StatusError(UNAUTHENTICATED if about_token else UNAVAILABLE, reason)
         if answer.created:
             self.created = True
             if self.next_revision == 0:
@@ -96,6 +99,7 @@ class Watcher:
         self._call: Call | None = None
         self._doing = Doing("watch", key)
         self._token_refused = False
+        self._last_failure: EtcdError | None = None
 
     def __aiter__(self) -> Watcher:
         return self
@@ -117,7 +121,9 @@ class Watcher:
             while not self._progress.created:
                 await self._step()
             return
-        raise Unavailable(f"no etcd endpoint began to {self._doing} within {config.call_timeout:g} s; retry")
+        raise self._last_failure or Unavailable(
+            f"no etcd endpoint began to {self._doing} within {config.call_timeout:g} s; retry"
+        )
 
     async def request_progress(self) -> None:
         self._progress_wanted = True
@@ -153,6 +159,7 @@ class Watcher:
         except Unreachable as error:
             if error.permanent:
                 raise error.to_error() from None
+            self._last_failure = error.to_error()
         except Compacted:
             self.close()
             raise
@@ -160,13 +167,14 @@ class Watcher:
             self.close()
             if call is None:
                 return None
-            # etcd 3.4 says "permission denied" also where it means that the token is not valid any more.
-            denied = isinstance(error, StatusError) and error.code == PERMISSION_DENIED
-            if denied and self._caller.tokens and not self._token_refused:
+            # etcd 3.4 may say "permission denied" where it means that the token is not valid any more.
+            about_token = isinstance(error, StatusError) and error.code in (PERMISSION_DENIED, UNAUTHENTICATED)
+            if about_token and self._caller.tokens and not self._token_refused:
                 self._caller.tokens.refuse(call.token)
                 self._token_refused = True
-            elif not self._caller.stream_failed(call, error):
+            elif about_token or not self._caller.stream_failed(call, error):
                 raise self._caller.explain(error, call.connection, self._doing) from None
+            self._last_failure = self._caller.explain(error, call.connection, self._doing)
         return None
 
     async def _open(self) -> Call:

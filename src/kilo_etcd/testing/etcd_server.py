@@ -65,7 +65,7 @@ class EtcdServer:
     authority: Authority | None = None
     user: str | None = None
     password: str | None = field(default=None, repr=False)
-    process: trio.Process | None = None
+    process: subprocess.Popen[bytes] | None = None
 
     @classmethod
     @asynccontextmanager
@@ -85,7 +85,7 @@ class EtcdServer:
 
     @property
     def running(self) -> bool:
-        return self.process is not None and self.process.returncode is None
+        return self.process is not None and self.process.poll() is None
 
     def config(self) -> Config:
         """How a client with all rights reaches this member."""
@@ -105,8 +105,10 @@ class EtcdServer:
             command = [setpriv, "--pdeathsig", "KILL", *command]
         with self._log.open("ab") as log:
             environment = {key: value for key, value in os.environ.items() if not key.startswith("ETCD")}
-            self.process = await trio.lowlevel.open_process(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment
+            # Not trio's open_process: that forks in a worker thread, and the kernel's death signal comes when the
+            # *thread* that forked ends, which trio's idle workers do after ten seconds.
+            self.process = subprocess.Popen(  # noqa: ASYNC220
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
             )
         if wait:
             await self.healthy()
@@ -122,15 +124,15 @@ class EtcdServer:
             self.process.send_signal(signal.SIGCONT)
             self.process.terminate()
             with trio.move_on_after(5):
-                await self.process.wait()
+                await self._ended()
         await self.kill()
 
     async def kill(self) -> None:
         """SIGKILL, and wait for the end."""
         if self.process is not None:
+            self.process.kill()
             with trio.CancelScope(shield=True):
-                self.process.kill()
-                await self.process.wait()
+                await self._ended()
 
     def freeze(self) -> None:
         """SIGSTOP: its kernel still takes connections, the process answers nothing."""
@@ -194,6 +196,10 @@ class EtcdServer:
         self.user, self.password = "root", ROOT_PASSWORD
 
     # -- details ---------------------------------------------------------------------------------------------------
+
+    async def _ended(self) -> None:
+        while self.running:  # noqa: ASYNC110
+            await trio.sleep(0.005)
 
     @property
     def _log(self) -> Path:
