@@ -6,12 +6,12 @@ demo with a sentence.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import trio
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -38,7 +38,7 @@ async def show(lab: Lab, console: Console, picture: Path, *, deadline: float = 4
             lab,
             f"{DEFAULT_PREFIX}/leaders/",
             locations,
-            lambda name, leader: say(f"[bold]{leader}[/] leads {name or 'the hosts without a label'}"),
+            X,
         )
     if limit.cancelled_caught:
         raise LabError(f"the hosts did not register and elect leaders within {deadline:g} s; see kgctl lab logs HOST")
@@ -49,15 +49,16 @@ async def show(lab: Lab, console: Console, picture: Path, *, deadline: float = 4
     console.print(await host_table(lab))
     status = await lab.kgctl("status", check=False)
     console.print("[bold]kgctl status[/]")
-    console.print(status.stdout or status.stderr, markup=False, highlight=False)
+    console.print(status.stdout or status.stderr, markup=False, highlight=False, soft_wrap=True)
     for site in [site.name for site in lab.spec.sites] if lab.spec else []:
         counts = await lab.counters(site)
         console.print(
             f"router of {site}: {counts['wireguard'].packets} WireGuard and {counts['etcd'].packets} etcd packets "
             f"passed, {counts['other'].packets} of any other kind tried",
             highlight=False,
+            soft_wrap=True,
         )
-    console.print(await draw(lab, picture), highlight=False)
+    console.print(await draw(lab, picture), highlight=False, soft_wrap=True)
 
 
 async def _follow(lab: Lab, prefix: str, wanted: int, seen: Callable[[str, str], None]) -> None:
@@ -81,10 +82,10 @@ async def ping_table(lab: Lab) -> Table:
     """Who reaches whom."""
     missing = set(await lab.missing_pings())
     hosts = [row.host for row in await lab.status() if row.power]
-    table = Table(title="pings at mesh addresses", title_style="bold", pad_edge=False)
+    table = Table(title="pings at mesh addresses", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("from \\ to", style="bold")
     for host in hosts:
-        table.add_column(host, justify="center")
+        table.add_column(host, justify="center", no_wrap=True)
     for a in hosts:
         cells = ["·" if a == b else "[red]no[/]" if (a, b) in missing else "[green]ok[/]" for b in hosts]
         table.add_row(a, *cells)
@@ -93,13 +94,15 @@ async def ping_table(lab: Lab) -> Table:
 
 async def host_table(lab: Lab) -> Table:
     """The hosts of a lab and where they are found."""
-    table = Table(title=f"hosts of lab {lab.name}", title_style="bold", pad_edge=False)
-    for heading in ("host", "site", "private", "public", "mesh", "agent", "cut from"):
-        table.add_column(heading, overflow="fold")
-    for row in await lab.status():
-        agent = (f"{row.agent} (pid {row.agent_pid})" if row.agent_pid else row.agent) if row.power else "powered off"
+    rows = await lab.status()
+    table = Table(title=f"hosts of lab {lab.name}", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    cuts = ("cut from",) if any(row.cuts for row in rows) else ()
+    for heading in ("host", "site", "private", "public", "mesh", "agent", *cuts):
+        table.add_column(heading, no_wrap=True)
+    for row in rows:
         addresses = (", ".join(row.private), ", ".join(row.public), ", ".join(row.mesh))
-        table.add_row(row.host, row.site, *addresses, agent, ", ".join(row.cuts))
+        agent = row.agent if row.power else "powered off"
+        table.add_row(row.host, row.site, *addresses, agent, *([", ".join(row.cuts)] if cuts else []))
     return table
 
 
@@ -114,11 +117,12 @@ async def draw(lab: Lab, picture: Path) -> str:
     drawn = await trio.run_process([circo, "-Tsvg"], stdin=graph.stdout.encode(), capture_stdout=True, check=False)
     if drawn.returncode:
         return f"no picture: circo ended with {drawn.returncode}"
+    target = await trio.Path(picture).absolute()
     try:
-        await trio.Path(picture).write_bytes(drawn.stdout)
+        await target.write_bytes(drawn.stdout)
     except OSError as error:
-        return f"no picture: {picture} cannot be written: {error.strerror}"
-    return f"the mesh as a picture: {os.path.abspath(picture)}"
+        return f"no picture: {target} cannot be written: {error.strerror}"
+    return f"the mesh as a picture: {target}"
 
 
 def suggestions(lab: Lab) -> list[str]:

@@ -1,0 +1,108 @@
+"""The description of a lab: what can be written, and what is said to someone who wrote it wrong."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+from kilo_etcd.lab import HostSpec, SiteSpec, Spec, SpecError, parse_spec, read_spec
+
+EXAMPLES = sorted(Path(str(files("kilo_etcd.lab") / "examples")).glob("*.toml"))
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "lab.toml"
+    path.write_text(text)
+    return path
+
+
+def test_a_site_in_short_and_hosts_at_length(tmp_path: Path) -> None:
+    spec = read_spec(
+        write(
+            tmp_path,
+            """
+            etcd = 3
+            granularity = "cross"
+            [[site]]
+            name = "gcp"
+            label = "gcp"
+            hosts = 2
+            public = 1
+            [[site]]
+            name = "home"
+            [[site.host]]
+            name = "attic"
+            args = ["--mtu", "1300"]
+            """,
+        )
+    )
+    assert spec.etcd == 3
+    assert spec.sites == (
+        SiteSpec(
+            name="gcp",
+            hosts=(HostSpec(name="gcp-1", public=True, label="gcp"), HostSpec(name="gcp-2", label="gcp")),
+        ),
+        SiteSpec(name="home", hosts=(HostSpec(name="attic", args=("--mtu", "1300")),)),
+    )
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_every_example_that_ships_is_valid(path: Path) -> None:
+    assert read_spec(path).hosts
+
+
+def test_what_is_sent_to_the_lab_is_what_arrives() -> None:
+    spec = Spec.simple({"gcp": 3, "dc": 2}, labels={"gcp": "gcp", "dc-2": "dc-2"}, etcd=3, agents=False)
+    assert parse_spec(spec.as_mapping(), "there") == spec
+
+
+def test_many_hosts_are_spread_so_that_no_lan_is_large() -> None:
+    spec = Spec.simple(50)
+    assert [len(site.hosts) for site in spec.sites] == [10] * 5
+    assert len({host.name for host in spec.hosts}) == 50
+
+
+SITE = '[[site]]\nname = "a"\nhosts = 2\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("etcd = 1", "site is missing"),
+        ("etcd = 2\n" + SITE, "etcd"),
+        ("colour = 1\n" + SITE, "colour is unknown"),
+        ('granularity = "mesh"\n' + SITE, "granularity"),
+        ("lease_ttl = 1\n" + SITE, "lease_ttl"),
+        ('wireguard = "magic"\n' + SITE, "wireguard"),
+        ('families = ["ipx"]\n' + SITE, "families"),
+        ('agents = "yes"\n' + SITE, "agents"),
+        (SITE + SITE, "two sites are called 'a'"),
+        (SITE + 'subnets = ["10.0.0.0/33"]', "site a.subnets"),
+        (SITE + 'subnets = ["10.0.0.1/24"]', "site a.subnets"),
+        (SITE + 'subnets = ["10.0.0.0/24", "10.0.0.0/25"]', "overlaps"),
+        (SITE + '[[site.host]]\nname = "a-1"', "taken already"),
+        (SITE + '[[site.host]]\nname = "operator"', "taken already"),
+        (SITE + '[[site.host]]\nname = "Bad Name"', "Bad Name"),
+        (SITE + '[[site.host]]\nname = "b"\nsubnet = 1', "subnet"),
+        (SITE + '[[site.host]]\nname = "b"\npublik = true', "site[1].host[1].publik is unknown"),
+        (SITE + "[[site.host]]\npublic = true", "site[1].host[1].name is missing"),
+        (SITE + "loss_percent = 101", "loss_percent"),
+        ('[[site]]\nname = "a"', "no hosts"),
+        ("site = 3", "site"),
+        ("not toml", "is not TOML"),
+    ],
+)
+def test_a_mistake_is_one_sentence_with_file_and_key(tmp_path: Path, text: str, key: str) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(SpecError) as error:
+        read_spec(path)
+    assert str(path) in str(error.value)
+    assert key in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="cannot be read: No such file"):
+        read_spec(tmp_path / "none.toml")
