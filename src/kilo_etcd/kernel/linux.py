@@ -207,7 +207,9 @@ class LinuxKernel:
         self._mtus.clear()
         self._observed = self._host.observe()
         if self._watch is not None:
+            # What is about to be read takes the place of the events that were just forgotten.
             self._watch.ways = self._host.ways
+            self._watch.links = dict(self._host.links)
         return self._observed
 
     def _ready(self) -> Observed:

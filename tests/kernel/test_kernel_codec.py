@@ -1,0 +1,206 @@
+"""What is packed for the kernel, as pyroute2 reads it; and what userspace WireGuard is told and answers, as text."""
+
+from __future__ import annotations
+
+from ipaddress import ip_address, ip_interface, ip_network
+from typing import Any
+
+import pytest
+from kernel_worlds import PRIVATE, key, peer
+
+from kilo_etcd.kernel import netlink, rtnetlink, userspace, wireguard
+from kilo_etcd.kernel.netlink import Message
+from kilo_etcd.kernel.state import RemovePeer, Route, SetDevice, SetPeer
+from kilo_etcd.model import Endpoint
+
+
+def framed(message: Message) -> bytes:
+    return netlink._HEADER.pack(16 + len(message.body), message.type, message.flags, 1, 0) + message.body
+
+
+def read(kind: Any, message: Message) -> Any:
+    decoded = kind(framed(message))
+    decoded.decode()
+    return decoded
+
+
+@pytest.mark.parametrize(
+    "route",
+    [
+        Route(destination=ip_network("10.4.0.0/16"), source=ip_address("10.4.0.1")),
+        Route(destination=ip_network("10.4.0.0/16"), gateway=ip_address("192.168.9.2"), onlink=True, metric=5),
+        Route(destination=ip_network("fd00:4::/64"), gateway=ip_address("fe80::1"), source=ip_address("fd00:4::1")),
+        Route(destination=ip_network("10.4.0.0/16"), gateway=ip_address("fd00:9::2")),
+    ],
+    ids=str,
+)
+def test_routes(route: Route) -> None:
+    from pyroute2.netlink.rtnl.rtmsg import rtmsg
+
+    message = rtnetlink.add_route(route, 7)
+    assert (message.type, message.flags) == (rtnetlink.NEWROUTE, netlink.CREATE | netlink.EXCLUSIVE)
+    seen = read(rtmsg, message)
+    assert seen["dst_len"] == route.destination.prefixlen
+    assert seen["proto"] == 107
+    assert seen["table"] == 254
+    assert seen["type"] == 1
+    assert seen.get_attr("RTA_DST") == str(route.destination.network_address)
+    assert seen.get_attr("RTA_OIF") == 7
+    via = seen.get_attr("RTA_VIA")
+    gateway = seen.get_attr("RTA_GATEWAY") or (via["addr"] if via else None)
+    assert gateway == (None if route.gateway is None else str(route.gateway))
+    assert seen.get_attr("RTA_PREFSRC") == (None if route.source is None else str(route.source))
+    found = rtnetlink.read_route(message.body)
+    assert found is not None
+    assert found.route({}) == route
+
+
+def test_replacing_and_deleting_say_so() -> None:
+    route = Route(destination=ip_network("10.4.0.0/16"), source=ip_address("10.4.0.1"))
+    assert rtnetlink.replace_route(route, 0).flags == netlink.CREATE | netlink.REPLACE
+    deleted = rtnetlink.read_route(rtnetlink.delete_route(route, 0).body)
+    assert deleted is not None
+    assert deleted.protocol == 107, "so that nobody else's route can be hit"
+
+
+@pytest.mark.parametrize("text", ["10.4.0.1/32", "fd00:4::1/128"])
+def test_addresses(text: str) -> None:
+    from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
+
+    message = rtnetlink.add_address(7, ip_interface(text))
+    seen = read(ifaddrmsg, message)
+    assert seen["index"] == 7
+    assert f"{seen.get_attr('IFA_LOCAL')}/{seen['prefixlen']}" == text
+    assert seen["flags"] == (2 if ":" in text else 0), "IPv6: no duplicate address detection"
+    found = rtnetlink.read_address(message.body, {})
+    assert found is not None
+    assert str(found.address) == text
+
+
+def test_links() -> None:
+    from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
+
+    seen = read(ifinfmsg, rtnetlink.create_link("kilo-ipip", "ipip", ip_address("192.168.9.1")))
+    assert seen.get_attr("IFLA_IFNAME") == "kilo-ipip"
+    info = seen.get_attr("IFLA_LINKINFO")
+    assert info.get_attr("IFLA_INFO_KIND") == "ipip"
+    assert info.get_attr("IFLA_INFO_DATA").get_attr("IFLA_IPIP_LOCAL") == "192.168.9.1"
+
+
+CHANGES = (
+    SetDevice(name="kilo0", listen_port=51820, private_key=PRIVATE, public_key=key(1)),
+    SetPeer(
+        name="kilo0",
+        public_key=key(2),
+        endpoint=Endpoint.parse("203.0.113.2:51821"),
+        persistent_keepalive=25,
+        preshared_key=key(90),
+        allowed_ips=(ip_network("10.4.0.2/32"), ip_network("fd00:4::2/128")),
+        replace_allowed_ips=True,
+    ),
+    SetPeer(name="kilo0", public_key=key(3), endpoint=Endpoint.parse("[2001:db8::3]:51820"), preshared_key=""),
+    RemovePeer("kilo0", key(4)),
+)
+
+
+def test_wireguard_messages() -> None:
+    from pyroute2.netlink.generic.wireguard import wgmsg
+
+    (message,) = wireguard.encode(33, "kilo0", CHANGES)
+    seen = read(wgmsg, message)
+    assert seen["cmd"] == 1
+    assert seen.get_attr("WGDEVICE_A_IFNAME") == "kilo0"
+    assert seen.get_attr("WGDEVICE_A_LISTEN_PORT") == 51820
+    assert seen.get_attr("WGDEVICE_A_PRIVATE_KEY").decode() == PRIVATE
+    two, three, four = seen.get_attr("WGDEVICE_A_PEERS")
+    assert two.get_attr("WGPEER_A_PUBLIC_KEY").decode() == key(2)
+    assert two.get_attr("WGPEER_A_FLAGS") == 2
+    assert two.get_attr("WGPEER_A_PERSISTENT_KEEPALIVE_INTERVAL") == 25
+    assert (two.get_attr("WGPEER_A_ENDPOINT")["addr"], two.get_attr("WGPEER_A_ENDPOINT")["port"]) == (
+        "203.0.113.2",
+        51821,
+    )
+    assert [ip["addr"] for ip in two.get_attr("WGPEER_A_ALLOWEDIPS")] == ["10.4.0.2/32", "fd00:4::2/128"]
+    assert three.get_attr("WGPEER_A_ENDPOINT")["addr"] == "2001:db8::3"
+    assert three.get_attr("WGPEER_A_PRESHARED_KEY").decode() == key(0)
+    assert four.get_attr("WGPEER_A_FLAGS") == 1
+
+
+def test_a_peer_that_comes_back_in_two_messages_is_one() -> None:
+    def message(*allowed: str) -> bytes:
+        change = SetPeer(name="k", public_key=key(2), allowed_ips=tuple(ip_network(a) for a in allowed))
+        return wireguard.encode(33, "k", [change])[0].body
+
+    state = wireguard.decode(wireguard.DeviceState(), message("10.4.0.9/32", "10.5.0.0/24"))
+    state = wireguard.in_order(wireguard.decode(state, message("10.4.0.2/32")))
+    assert [str(ip) for ip in state.peers[key(2)].allowed_ips] == ["10.4.0.2/32", "10.4.0.9/32", "10.5.0.0/24"]
+
+
+def test_many_peers_are_spread_over_messages_that_each_fit() -> None:
+    crowd = [
+        SetPeer(name="k", public_key=key(i), allowed_ips=tuple(ip_network(f"10.{i}.{j}.0/24") for j in range(200)))
+        for i in range(1, 20)
+    ]
+    sent = wireguard.encode(33, "k", crowd)
+    assert 1 < len(sent) < len(crowd)
+    assert all(len(message.body) < 40_000 for message in sent)
+    state = wireguard.DeviceState()
+    for message in sent:
+        state = wireguard.decode(state, message.body)
+    assert {k: len(p.allowed_ips) for k, p in state.peers.items()} == {key(i): 200 for i in range(1, 20)}
+
+
+def test_a_key_that_is_none_is_an_error_of_that_peer() -> None:
+    with pytest.raises(OSError, match="32 bytes in base64"):
+        wireguard.encode(33, "k", [RemovePeer("k", "nonsense")])
+
+
+def test_userspace_is_told_in_one_transaction() -> None:
+    def hexed(number: int) -> str:
+        return bytes([number] * 32).hex()
+
+    assert userspace.encode(CHANGES) == "\n".join(
+        (
+            "set=1",
+            f"private_key={hexed(9)}",
+            "listen_port=51820",
+            f"public_key={hexed(2)}",
+            f"preshared_key={hexed(90)}",
+            "endpoint=203.0.113.2:51821",
+            "persistent_keepalive_interval=25",
+            "replace_allowed_ips=true",
+            "allowed_ip=10.4.0.2/32",
+            "allowed_ip=fd00:4::2/128",
+            f"public_key={hexed(3)}",
+            f"preshared_key={hexed(0)}",
+            "endpoint=[2001:db8::3]:51820",
+            f"public_key={hexed(4)}",
+            "remove=true",
+            "",
+            "",
+        )
+    )
+
+
+def test_userspace_answers() -> None:
+    two, three = bytes([2] * 32).hex(), bytes([3] * 32).hex()
+    state = userspace.decode(
+        f"private_key={bytes([9] * 32).hex()}\nlisten_port=51820\npublic_key={two}\npreshared_key={'0' * 64}\n"
+        "protocol_version=1\nendpoint=[2001:db8::3]:51820\nlast_handshake_time_sec=1700000000\n"
+        "last_handshake_time_nsec=500000000\ntx_bytes=12\nrx_bytes=34\npersistent_keepalive_interval=25\n"
+        f"allowed_ip=10.5.0.0/24\nallowed_ip=10.4.0.2/32\npublic_key={three}\nerrno=0\n\n"
+    )
+    found = state.peers[key(2)]
+    assert state.listen_port == 51820
+    assert state.public_key == userspace.public_key_of(bytes([9] * 32))
+    assert (found.last_handshake, found.tx_bytes, found.rx_bytes) == (1700000000.5, 12, 34)
+    assert found.preshared_key is None
+    assert str(found.endpoint) == "[2001:db8::3]:51820"
+    assert found.allowed_ips == peer(2, "10.4.0.2/32", "10.5.0.0/24").allowed_ips
+    assert state.peers[key(3)].allowed_ips == ()
+
+
+def test_userspace_errors_are_errors() -> None:
+    with pytest.raises(OSError) as caught:
+        userspace.decode("errno=-98\n\n")
+    assert caught.value.errno == 98
