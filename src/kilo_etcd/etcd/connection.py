@@ -128,6 +128,7 @@ class Connection:
         )
         self._streams: dict[int, Stream] = {}
         self._ready = trio.Event()
+        self._heard = trio.Event()
         self._slots = trio.lowlevel.ParkingLot()
         self._writer = trio.lowlevel.ParkingLot()
         self._scope = trio.CancelScope()
@@ -218,6 +219,7 @@ class Connection:
             if not data:
                 return self._lose(self._explain_end())
             self.last_heard = trio.current_time()
+            self._heard.set()
             if not self._ready.is_set():
                 self._first_bytes = (self._first_bytes + bytes(data))[:9]
                 if not _may_be_settings(self._first_bytes):
@@ -253,16 +255,16 @@ class Connection:
             if now < quiet_until:
                 await trio.sleep(quiet_until - now)
                 continue
-            asked = now
+            self._heard = trio.Event()
             self._probe()
-            await trio.sleep(self._ping_timeout)
-            if self.last_heard >= asked:
-                continue
+            with trio.move_on_after(self._ping_timeout):
+                await self._heard.wait()
             # Perhaps it was this process that was stopped: then the answer waits in the socket.
-            if trio.current_time() - asked > self._ping_timeout + 0.25:
-                await trio.sleep(0.25)
-                if self.last_heard >= asked:
-                    continue
+            if not self._heard.is_set() and trio.current_time() - now > self._ping_timeout + 0.25:
+                with trio.move_on_after(0.25):
+                    await self._heard.wait()
+            if self._heard.is_set():
+                continue
             waited = self._ping_interval + self._ping_timeout
             return self._lose(f"the member has not answered for {waited:g} s (frozen or cut off)")
 

@@ -1,0 +1,214 @@
+"""One connection against an HTTP/2 peer in memory, in virtual time: windows, resets, goodbyes, pings."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import h2.config
+import h2.connection
+import h2.errors
+import h2.events
+import pytest
+import trio
+import trio.testing
+
+from kilo_etcd.etcd import parse_endpoint
+from kilo_etcd.etcd.connection import HEALTH_CHECK, Connection
+from kilo_etcd.etcd.grpc import TransportFailed
+
+pytestmark = pytest.mark.autojump
+
+
+class Peer:
+    """An HTTP/2 server that does what it is told and remembers what came."""
+
+    def __init__(self, stream: trio.abc.Stream) -> None:
+        self.h2 = h2.connection.H2Connection(h2.config.H2Configuration(client_side=False))
+        self.events: list[h2.events.Event] = []
+        self.on_event: Callable[[h2.events.Event], None] = lambda event: None
+        self._stream = stream
+        self._lock = trio.Lock()
+
+    def got(self, kind: type[h2.events.Event]) -> list[h2.events.Event]:
+        return [event for event in self.events if isinstance(event, kind)]
+
+    async def flush(self) -> None:
+        async with self._lock:
+            if data := self.h2.data_to_send():
+                await self._stream.send_all(data)
+
+    async def run(self) -> None:
+        self.h2.initiate_connection()
+        await self.flush()
+        while data := await self._stream.receive_some():
+            for event in self.h2.receive_data(bytes(data)):
+                self.events.append(event)
+                self.on_event(event)
+            await self.flush()
+
+
+@asynccontextmanager
+async def connected(silent: bool = False) -> AsyncIterator[tuple[Connection, Peer]]:
+    ours, theirs = trio.testing.memory_stream_pair()
+    connection = Connection(ours, parse_endpoint("peer:1", tls=False))
+    peer = Peer(theirs)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(connection.run)
+        if not silent:
+            nursery.start_soon(peer.run)
+            await connection.ready()
+        yield connection, peer
+        connection.close()
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_peer_that_says_nothing_is_never_ready() -> None:
+    async with connected(silent=True) as (connection, _):
+        with trio.move_on_after(60) as scope:
+            await connection.ready()
+        assert scope.cancelled_caught
+        assert "connecting" in repr(connection)
+
+
+async def test_a_peer_that_falls_silent_is_lost_within_three_seconds() -> None:
+    async with connected() as (connection, peer):
+        stream = await connection.open("/x")
+        peer.flush = trio.sleep_forever  # type: ignore[method-assign]
+        began = trio.current_time()
+        with pytest.raises(TransportFailed, match="has not answered"):
+            await stream.receive()
+        assert trio.current_time() - began == pytest.approx(2.5, abs=0.01)
+        assert "lost" in repr(connection)
+        with pytest.raises(TransportFailed) as caught:
+            await connection.open("/x")
+        assert not caught.value.processed
+
+
+async def test_probes_are_pings_only_where_the_server_has_said_something_since() -> None:
+    async with connected() as (connection, peer):
+
+        def answer_health_checks(event: h2.events.Event) -> None:
+            if isinstance(event, h2.events.RequestReceived):
+                assert event.stream_id is not None
+                peer.h2.send_headers(event.stream_id, [(":status", "200"), ("grpc-status", "0")], end_stream=True)
+
+        peer.on_event = answer_health_checks
+        await trio.sleep(60)
+        assert connection.lost is None
+        kinds = [
+            "ping" if isinstance(event, h2.events.PingReceived) else "call"
+            for event in peer.events
+            if isinstance(event, h2.events.PingReceived | h2.events.RequestReceived)
+        ]
+        assert kinds[:4] == ["ping", "call", "ping", "call"]
+        assert len(kinds) == 59
+        requests = peer.got(h2.events.RequestReceived)
+        assert all(dict(event.headers)[b":path"].decode() == HEALTH_CHECK for event in requests)  # type: ignore[attr-defined]
+
+
+async def test_a_request_larger_than_the_windows_waits_for_them() -> None:
+    async with connected() as (connection, peer):
+        received = bytearray()
+
+        def take(event: h2.events.Event) -> None:
+            if isinstance(event, h2.events.DataReceived):
+                received.extend(event.data or b"")
+                peer.h2.acknowledge_received_data(event.flow_controlled_length or 0, event.stream_id or 0)
+
+        peer.on_event = take
+        stream = await connection.open("/x")
+        body = bytes(range(256)) * 2000
+        await stream.send(body, end=True)
+        await trio.testing.wait_all_tasks_blocked()
+        assert received == body
+
+
+async def test_a_call_that_is_given_up_is_reset_and_others_go_on() -> None:
+    async with connected() as (connection, peer):
+        stream = await connection.open("/x")
+        other = await connection.open("/y")
+        with trio.move_on_after(0.1):
+            await stream.receive()
+        stream.close()
+        await trio.testing.wait_all_tasks_blocked()
+        resets = peer.got(h2.events.StreamReset)
+        assert [(e.stream_id, e.error_code) for e in resets] == [(1, h2.errors.ErrorCodes.CANCEL)]  # type: ignore[attr-defined]
+        peer.h2.send_headers(other.id, [(":status", "200")])
+        peer.h2.send_data(other.id, b"hello", end_stream=True)
+        await peer.flush()
+        assert await other.receive() == b"hello"
+        assert await other.receive() is None
+        other.close()
+        assert "0 streams" in repr(connection)
+
+
+@pytest.mark.parametrize(
+    ("code", "processed"), [(h2.errors.ErrorCodes.REFUSED_STREAM, False), (h2.errors.ErrorCodes.INTERNAL_ERROR, True)]
+)
+async def test_only_a_refused_stream_is_known_not_to_be_processed(code: h2.errors.ErrorCodes, processed: bool) -> None:
+    async with connected() as (connection, peer):
+        stream = await connection.open("/x")
+        await trio.testing.wait_all_tasks_blocked()
+        peer.h2.reset_stream(stream.id, code)
+        await peer.flush()
+        with pytest.raises(TransportFailed) as caught:
+            await stream.receive()
+        assert caught.value.processed is processed
+        assert connection.lost is None
+
+
+async def test_a_goodbye_tells_which_calls_were_not_processed() -> None:
+    async with connected() as (connection, peer):
+        first, second = await connection.open("/x"), await connection.open("/y")
+        await trio.testing.wait_all_tasks_blocked()
+        peer.h2.close_connection(last_stream_id=first.id)
+        await peer.flush()
+        for stream, processed in ((first, True), (second, False)):
+            with pytest.raises(TransportFailed) as caught:
+                await stream.receive()
+            assert caught.value.processed is processed
+        assert connection.lost
+
+
+async def test_calls_beyond_the_peers_limit_wait_for_their_turn() -> None:
+    async with connected() as (connection, peer):
+        peer.h2.update_settings({3: 1})  # MAX_CONCURRENT_STREAMS
+        await peer.flush()
+        await trio.testing.wait_all_tasks_blocked()
+        first = await connection.open("/x")
+        with trio.move_on_after(0.1) as scope:
+            await connection.open("/y")
+        assert scope.cancelled_caught
+        first.close()
+        second = await connection.open("/y")
+        second.close()
+
+
+async def test_a_retired_connection_ends_with_its_last_call() -> None:
+    async with connected() as (connection, _):
+        stream = await connection.open("/x")
+        connection.retire()
+        assert connection.lost is None
+        stream.close()
+        assert connection.lost
+
+
+async def test_what_a_slow_reader_has_not_taken_is_bounded_by_its_window() -> None:
+    async with connected() as (connection, peer):
+        stream = await connection.open("/x")
+        await trio.testing.wait_all_tasks_blocked()
+        peer.h2.send_headers(stream.id, [(":status", "200")])
+        sent = 0
+        while room := min(peer.h2.local_flow_control_window(stream.id), 16384):
+            peer.h2.send_data(stream.id, bytes(room))
+            sent += room
+            await peer.flush()
+            await trio.testing.wait_all_tasks_blocked()
+        assert sent == 4 << 20
+        taken = 0
+        while taken < sent:
+            taken += len(await stream.receive() or b"")
+        await trio.testing.wait_all_tasks_blocked()
+        assert peer.h2.local_flow_control_window(stream.id) >= 2 << 20
+        stream.close()
