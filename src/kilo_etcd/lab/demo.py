@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from urllib.parse import unquote
 
 import trio
 from rich.box import SIMPLE_HEAD
@@ -18,6 +19,7 @@ from rich.table import Table
 from kilo_etcd.lab.client import Lab
 from kilo_etcd.lab.runtime import LabError
 from kilo_etcd.model import DEFAULT_PREFIX
+from kilo_etcd.store.keys import DEFAULT_LOCATION_IN_KEYS
 
 _POLL = 0.1
 
@@ -38,7 +40,7 @@ async def show(lab: Lab, console: Console, picture: Path, *, deadline: float = 4
             lab,
             f"{DEFAULT_PREFIX}/leaders/",
             locations,
-            X,
+            lambda name, leader: say(f"[bold]{leader}[/] leads {_called(name)}"),
         )
     if limit.cancelled_caught:
         raise LabError(f"the hosts did not register and elect leaders within {deadline:g} s; see kgctl lab logs HOST")
@@ -59,6 +61,10 @@ async def show(lab: Lab, console: Console, picture: Path, *, deadline: float = 4
             soft_wrap=True,
         )
     console.print(await draw(lab, picture), highlight=False, soft_wrap=True)
+
+
+def _called(location: str) -> str:
+    return "the hosts without a label" if location == DEFAULT_LOCATION_IN_KEYS else unquote(location)
 
 
 async def _follow(lab: Lab, prefix: str, wanted: int, seen: Callable[[str, str], None]) -> None:
