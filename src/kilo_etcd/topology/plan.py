@@ -233,10 +233,11 @@ def _remote_part(topology: Topology, local: _Local, previous: HostPlan | None) -
     base = memo.topology
     if base is topology:
         return memo.remote
-    keys: Iterable[str] = (
-        topology.changed if topology.base is base.identity else changes(base.segments, topology.segments)
-    )
+    direct = topology.base is base.identity
+    keys = set(topology.changed if direct else changes(base.segments, topology.segments)) - {outlook.segment}
     peers = changes(base.peers, topology.peers)
+    if not keys and not peers:
+        return memo.remote
     return _follow(
         memo.remote,
         topology,
