@@ -253,8 +253,8 @@ async def test_a_lease_that_nobody_confirms_is_lost_when_its_time_is_up() -> Non
                 raise AssertionError("etcd is back") from error
 
 
-async def test_a_member_without_quorum_ends_watch_and_keepalive_which_go_on_elsewhere() -> None:
-    """The member that the client is on is cut off by freezing the others; they come back, and it is frozen in turn."""
+async def test_a_member_without_quorum_ends_a_watch_which_goes_on_when_quorum_is_back() -> None:
+    """The client has one endpoint, whose member loses its quorum as the others freeze, and gets it back."""
     async with three() as (cluster, client):
         member = await connected_member(cluster, client)
         others = [one for one in cluster.members if one is not member]
