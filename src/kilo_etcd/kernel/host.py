@@ -50,6 +50,8 @@ from kilo_etcd.model import IPAddress, IPInterface, IPNetwork
 
 _CAP_NET_ADMIN = 12
 _NO_SUCH_FAMILY = frozenset({errno.EOPNOTSUPP, errno.EAFNOSUPPORT, errno.ENOENT})
+_NOBODY_THERE = frozenset({errno.ECONNREFUSED, errno.ECONNRESET, errno.ENOENT, errno.ENODEV, errno.EPIPE})
+"""What reading a device says whose process, or which itself, has gone since it was found."""
 _ALREADY = {
     AddAddress: {errno.EEXIST},
     DeleteAddress: {errno.EADDRNOTAVAIL, errno.ENODEV},
@@ -184,6 +186,8 @@ class Host:
         except OSError as error:
             if error.errno in (errno.EPERM, errno.EACCES):
                 raise KernelError(f"{link.name} cannot be read: {NO_PERMISSION}") from None
+            if error.errno in _NOBODY_THERE:
+                return False, nothing
             detail = getattr(error, "detail", "") or error.strerror
             raise KernelError(f"{link.name} cannot be read: {detail}") from None
         return False, nothing

@@ -8,6 +8,7 @@ not cancelled half way.
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import TypeVar
@@ -51,6 +52,8 @@ _ETHERNET = 1500
 _SMALLEST = {4: 576, 6: 1280}
 """Bytes: what each family demands of a link (RFC 791, RFC 8200)."""
 _ROUNDS = 3
+_DYING, _POLL = 2.0, 0.01
+"""Seconds for a device to follow its dead process, and between two looks at it."""
 
 
 @asynccontextmanager
@@ -133,6 +136,8 @@ class LinuxKernel:
         self._failed: frozenset[Change] = frozenset()
         self._drift: str | None = None
         self._wake = trio.Event()
+        self._index = 0
+        """Of the interface when it was last ours."""
 
     def __repr__(self) -> str:
         known = "unread" if self._observed is None else f"{len(self._observed.peers)} peers"
@@ -205,12 +210,22 @@ class LinuxKernel:
     def _read(self) -> Observed:
         self._listener.drain()
         self._mtus.clear()
-        self._observed = self._host.observe()
+        self._observed = self._observe_settled()
         if self._watch is not None:
             # What is about to be read takes the place of the events that were just forgotten.
             self._watch.ways = self._host.ways
             self._watch.links = dict(self._host.links)
         return self._observed
+
+    def _observe_settled(self) -> Observed:
+        """A reading; if userspace WireGuard has just died, one taken after its device has gone too."""
+        deadline = time.monotonic() + _DYING
+        while True:
+            observed = self._host.observe()
+            dying = observed.link is not None and not observed.ours and observed.link.index == self._index
+            if not dying or time.monotonic() > deadline:
+                return observed
+            time.sleep(_POLL)
 
     def _ready(self) -> Observed:
         """What is believed, read if it is not known; KernelError if the interface is somebody else's."""
@@ -275,6 +290,7 @@ class LinuxKernel:
         if observed.ipip is not None and not observed.ipip.index:
             index = next((link.index for link in self._host.links.values() if link.name == target.ipip), 0)
             observed = evolve(observed, ipip=evolve(observed.ipip, index=index))
+        self._index = observed.link.index if observed.link is not None else 0
         memory = remember(plan, self._memory)
         lost = {change.public_key for change, _ in failed if isinstance(change, SetPeer)}
         self._memory = Memory(endpoints={k: v for k, v in memory.endpoints.items() if k not in lost})
