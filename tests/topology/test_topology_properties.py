@@ -29,7 +29,7 @@ from kilo_etcd.topology import (
 )
 from kilo_etcd.topology.claims import network_key
 
-QUICK = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+QUICK = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 LABELS = ("", "a", "b", "self")
 OVERLAPPING = [
     *("10.4.0.0/30", "10.4.9.0/24", "10.0.0.0/8", "172.16.0.0/16", "172.16.1.0/24", "172.17.0.0/24"),
@@ -213,7 +213,7 @@ def test_what_every_plan_keeps_to(world: Snapshot) -> None:
                 assert other_plan.ipip_local in plan.ipip_remotes, "IPIP is agreed on by both"
 
 
-@settings(QUICK, max_examples=60)
+@settings(QUICK, max_examples=40)
 @given(histories())
 def test_the_difference_gives_what_the_whole_gives(history: list[Snapshot]) -> None:
     topology: Topology | None = None
