@@ -245,6 +245,9 @@ def sysctls(machine: str) -> dict[str, str]:
         "ipv4/conf/default/rp_filter": "0",
         "ipv4/ip_forward": on,
         "ipv6/conf/all/forwarding": on,
+        # No second of waiting for duplicate addresses that cannot be.
+        "ipv6/conf/all/accept_dad": "0",
+        "ipv6/conf/default/accept_dad": "0",
     }
 
 

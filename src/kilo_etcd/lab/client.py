@@ -168,7 +168,7 @@ class Lab:
         machine: str,
         *argv: str,
         input: str = "",
-        env: Mapping[str, str] | None = None,
+        env: Mapping[str, str | None] | None = None,
         check: bool = False,
     ) -> Completed:
         """Run a program in a host, `router:<site>`, `etcd:<member>`, `internet` or `operator`, and keep what it prints.
@@ -192,19 +192,20 @@ class Lab:
                 async for part in reader:
                     into += part
 
-            async with trio.open_nursery() as nursery:
-                for reader_stream, into in zip(readers, outputs, strict=True):
-                    nursery.start_soon(collect, reader_stream, into)
-                try:
-                    fds = (stdin_fd, writers[0].fileno(), writers[1].fileno())
-                    connection = await self._start(machine, argv, fds, env=env)
-                finally:
-                    for each in writers:
-                        each.close()
-                try:
-                    status = int(await connection.result())
-                finally:
-                    connection.close()
+            try:
+                fds = (stdin_fd, writers[0].fileno(), writers[1].fileno())
+                connection = await self._start(machine, argv, fds, env=env)
+            finally:
+                for each in writers:
+                    each.close()
+            # What was printed before a refusal is of no interest, so the pipes are read to their end in any case.
+            try:
+                async with trio.open_nursery() as nursery:
+                    for reader_stream, into in zip(readers, outputs, strict=True):
+                        nursery.start_soon(collect, reader_stream, into)
+                status = int(await connection.result())
+            finally:
+                connection.close()
         done = Completed(outputs[0].decode(errors="replace"), outputs[1].decode(errors="replace"), status)
         if check and status:
             raise LabError(f"{' '.join(argv)} in {machine} ended with {status}: {(done.stderr or done.stdout).strip()}")
@@ -216,7 +217,7 @@ class Lab:
         argv: Sequence[str],
         fds: Sequence[int],
         *,
-        env: Mapping[str, str] | None = None,
+        env: Mapping[str, str | None] | None = None,
         terminal: bool = False,
     ) -> control.Connection:
         connection = await control.connect(self._path)
@@ -242,7 +243,7 @@ class Lab:
         fds: Sequence[int],
         *,
         terminal: bool = False,
-        env: Mapping[str, str] | None = None,
+        env: Mapping[str, str | None] | None = None,
     ) -> int:
         """Run a program on these descriptors as its standard input, output and errors; its exit status."""
         connection = await self._start(machine, argv, fds, terminal=terminal, env=env)
@@ -253,7 +254,9 @@ class Lab:
 
     async def etcdctl(self, *argv: str, check: bool = True) -> Completed:
         """The real etcdctl, at the operator's."""
-        return await self.exec("operator", "etcdctl", *argv, check=check)
+        # etcdctl refuses to be told its endpoints twice.
+        env = {"ETCDCTL_ENDPOINTS": None} if "--endpoints" in argv else None
+        return await self.exec("operator", "etcdctl", *argv, check=check, env=env)
 
     async def kgctl(self, *argv: str, check: bool = True) -> Completed:
         """kgctl, at the operator's."""

@@ -120,12 +120,12 @@ class Machine:
         argv: Sequence[str],
         stdio: tuple[int, int, int],
         *,
-        env: Mapping[str, str] | None = None,
+        env: Mapping[str, str | None] | None = None,
         cwd: str | None = None,
         terminal: bool = False,
     ) -> Process:
-        """Start a program inside, in a session of its own."""
-        merged = {**self.environment, **(env or {})}
+        """Start a program inside, in a session of its own. A variable that is None in `env` is left out."""
+        merged = {key: value for key, value in {**self.environment, **(env or {})}.items() if value is not None}
         process = Process(
             namespaces.spawn(argv, env=merged, stdio=stdio, within=self.namespaces, cwd=cwd, terminal=terminal)
         )

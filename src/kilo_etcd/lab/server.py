@@ -60,8 +60,9 @@ async def _handle(connection: Connection, world: World) -> None:
             answer: dict[str, Any] = {"ok": await operation(world, connection, request)}
         except (LabError, NamespaceError) as error:
             answer = {"error": error.strerror if isinstance(error, OSError) and error.strerror else str(error)}
-        except (KeyError, TypeError, ValueError) as error:
-            answer = {"error": f"the request {request.get('op')!r} is malformed: {error!r}"}
+        except Exception as error:
+            # A request that nobody expected, or a client that went away meanwhile, must not end the lab.
+            answer = {"error": f"the request {request.get('op')!r} failed: {error!r}"}
         await connection.send(answer)
     except (OSError, ValueError, trio.BrokenResourceError):
         # The client has gone, or speaks something else; neither is the lab's concern.

@@ -204,13 +204,13 @@ class World:
             "--listen-peer-urls", peers, "--initial-advertise-peer-urls", f"{urls[name][0]}:{ETCD_PEER_PORT}",
             "--initial-cluster", cluster, "--initial-cluster-state", "new", "--initial-cluster-token", "kilo-lab",
         ]  # fmt: skip
-        env = {"ETCDCTL_ENDPOINTS": "", "ETCDCTL_API": ""}
+        env: dict[str, str | None] = {"ETCDCTL_ENDPOINTS": None, "ETCDCTL_API": None}
         if platform.machine() == "aarch64":
             # etcd 3.4 refuses to start there without it.
             env["ETCD_UNSUPPORTED_ARCH"] = "arm64"
         self.members[name] = self._daemon(name, short, argv, env)
 
-    def _daemon(self, machine: str, log: str, argv: Sequence[str], env: dict[str, str] | None = None) -> Process:
+    def _daemon(self, machine: str, log: str, argv: Sequence[str], env: dict[str, str | None] | None = None) -> Process:
         output = os.open(f"{BASE}/logs/{log}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         try:
