@@ -96,7 +96,7 @@ async def test_a_lab_that_fails_inside_leaves_nothing() -> None:
 async def test_a_lab_whose_process_is_signalled_leaves_nothing(number: signal.Signals) -> None:
     before = traces()
     name = f"signal-{os.getpid()}-{int(number)}"
-    process = subprocess.Popen(
+    process = subprocess.Popen(  # noqa: ASYNC220
         [sys.executable, "-c", RUN, name, "stay"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
     with process:

@@ -258,11 +258,11 @@ class Lab:
         env = {"ETCDCTL_ENDPOINTS": None} if "--endpoints" in argv else None
         return await self.exec("operator", "etcdctl", *argv, check=check, env=env)
 
-    async def kgctl(self, *argv: str, check: bool = True) -> Completed:
+    async def kgctl(self, *argv: str, check: bool = True, env: Mapping[str, str | None] | None = None) -> Completed:
         """kgctl, at the operator's."""
         own = Path(sys.executable).parent / "kgctl"
         program = [str(own)] if own.exists() else [sys.executable, "-c", "from kilo_etcd.ctl.main import main; main()"]
-        return await self.exec("operator", *program, *argv, check=check)
+        return await self.exec("operator", *program, *argv, check=check, env=env)
 
     async def log(self, name: str) -> str:
         """What a host's agent, or an etcd member, has logged."""

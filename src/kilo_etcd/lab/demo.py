@@ -49,7 +49,7 @@ async def show(lab: Lab, console: Console, picture: Path, *, deadline: float = 4
     say(f"all {pairs} ordered pairs ping each other at their mesh addresses")
     console.print(await ping_table(lab))
     console.print(await host_table(lab))
-    status = await lab.kgctl("status", check=False)
+    status = await lab.kgctl("status", check=False, env={"COLUMNS": str(max(console.width, 100))})
     console.print("[bold]kgctl status[/]")
     console.print(status.stdout or status.stderr, markup=False, highlight=False, soft_wrap=True)
     for site in [site.name for site in lab.spec.sites] if lab.spec else []:

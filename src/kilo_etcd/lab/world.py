@@ -86,6 +86,7 @@ class World:
             if host.label is not None:
                 await self.label(host.name, host.label)
         if spec.agents:
+            await self._require_wireguard()
             for host in spec.hosts:
                 self.start_agent(host.name)
                 await trio.lowlevel.checkpoint()
@@ -100,6 +101,19 @@ class World:
                 f"the lab needs {', '.join(missing)}; on Debian or Ubuntu: "
                 "apt install etcd-server etcd-client iproute2 nftables wireguard-go"
             )
+
+    async def _require_wireguard(self) -> None:
+        """Say at once what every agent would find out by itself: neither kernel nor userspace WireGuard is possible."""
+        if self.layout.spec.agent_command or os.access("/dev/net/tun", os.R_OK | os.W_OK):
+            return
+        try:
+            await self._run("operator", ["ip", "link", "add", "try0", "type", "wireguard"])
+            await self._run("operator", ["ip", "link", "del", "try0"])
+        except NamespaceError:
+            raise LabError(
+                "this kernel has no WireGuard, and userspace WireGuard needs /dev/net/tun, which this user "
+                "may not open: run as root, or once: sudo chmod 666 /dev/net/tun"
+            ) from None
 
     def _environment(self, machine: str) -> dict[str, str]:
         kept = {key: os.environ[key] for key in _PASSED_ON if key in os.environ}
