@@ -1,8 +1,8 @@
 """What all tests share: `async def test_...` runs under trio, with a deadline of 60 s for each test.
 
 `@pytest.mark.autojump` gives a test virtual time (trio's mock clock, which jumps when every task waits); then the
-deadline is years away: reached at once, and failing, when nothing is left to happen. `@pytest.mark.deadline(seconds)` changes the deadline. Helpers that
-tests import are in `helpers.py`.
+deadline is years away: reached at once, and failing, when nothing is left to happen. `@pytest.mark.deadline(seconds)`
+changes the deadline. Helpers that tests import are in `helpers.py`.
 """
 
 from __future__ import annotations

@@ -213,10 +213,12 @@ class TestGraph:
     def test_what_a_node_shows(self) -> None:
         text = graph(build_topology(WORLDS["location"]))
         assert text.startswith("digraph kilo {")
+        colour = next(line for line in text.splitlines() if '"a1" [' in line).split("fillcolor=")[1].split('"')[1]
         assert (
-            '"a1" [label="a1\\n10.4.0.1\\n10.0.0.1/24\\n203.0.113.1:51820", fillcolor=lightblue, penwidth=2];' in text
+            f'"a1" [label="a1\\n10.4.0.1\\n10.0.0.1/24\\n203.0.113.1:51820\\nat gcp", fillcolor="{colour}", '
+            "penwidth=3];" in text
         )
-        assert '"a2" [label="a2\\n10.4.0.2\\n10.0.0.2/24\\nno endpoint"];' in text
+        assert f'"a2" [label="a2\\n10.4.0.2\\n10.0.0.2/24\\nno endpoint\\nat gcp", fillcolor="{colour}"];' in text
         assert 'style="dashed,rounded"' in text
 
     @pytest.mark.parametrize("granularity", Granularity)

@@ -11,7 +11,9 @@ the operator asked for `--clean-up`.
 from __future__ import annotations
 
 import signal
-from collections.abc import Awaitable, Callable
+import socket
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import TypeVar
 
@@ -20,11 +22,12 @@ import trio
 from kilo_etcd import __version__, etcd, kernel, store
 from kilo_etcd.agent import decide, discover
 from kilo_etcd.agent.config import AgentConfig
+from kilo_etcd.agent.contact import contacts, first_contact
 from kilo_etcd.agent.logs import Once, get_logger
 from kilo_etcd.agent.metrics import Metrics
 from kilo_etcd.agent.notify import notify
 from kilo_etcd.agent.resolve import Resolver, plan_names, resolve_plan
-from kilo_etcd.model import Granularity, IPNetwork, Snapshot
+from kilo_etcd.model import Granularity, IPAddress, IPNetwork, Snapshot
 from kilo_etcd.topology import Topology, UnknownNode, build_topology, host_plan
 from kilo_etcd.topology.guard import guard
 from kilo_etcd.topology.hostplan import HostPlan
@@ -100,6 +103,10 @@ class Daemon:
         self._fresh = False
         self._applied = trio.Event()
         self._stopping = trio.Event()
+        self._contacts: Mapping[str, float] = {}
+        self._waiting: frozenset[str] = frozenset()
+        self._whole_plan_due: float | None = None
+        self._due_changed = trio.Event()
         self._ready = False
         self._leaving = False
         self._since = datetime.now(UTC).isoformat(timespec="seconds")
@@ -162,6 +169,7 @@ class Daemon:
             self._follow_snapshots,
             self._follow_drift,
             self._follow_names,
+            self._follow_first_contacts,
             self._resync,
             self._reconcile,
             self._stand_for_leader,
@@ -256,6 +264,18 @@ class Daemon:
             await self.resolver.wait_changed()
             self._nudge()
 
+    async def _follow_first_contacts(self) -> None:
+        """Apply the whole plan when those who have the first word have had it."""
+        while True:
+            await self._due_changed.wait()
+            self._due_changed = trio.Event()
+            if self._whole_plan_due is not None:
+                with trio.move_on_at(self._whole_plan_due):
+                    await self._due_changed.wait()
+                    continue
+                # Read anew: an endpoint that was learnt meanwhile stays as it is.
+                self._nudge(fresh=True)
+
     async def _resync(self) -> None:
         while True:
             await trio.sleep(self.config.resync_period)
@@ -292,9 +312,13 @@ class Daemon:
         self.once.clear("unknown", "this host is among the mesh's nodes again")
         self.resolver.set_names(plan_names(self.raw_plan))
         plan = guard(resolve_plan(self.raw_plan, self.resolver.table), self.protected())
+        now = trio.current_time()
+        standby = decide.role_of(self.topology, self.name).kind is store.Role.MEMBER
+        self._contacts = contacts(self._contacts, plan, standby=standby, now=now)
+        contact = first_contact(plan, snapshot, self._contacts, self._waiting, standby=standby, now=now)
         before = self.kernel.writes
         try:
-            report = await self.kernel.apply(plan, fresh=fresh)
+            report = await self.kernel.apply(contact.plan, fresh=fresh)
         except kernel.KernelError as error:
             if self.plan is None:
                 # Nothing has ever worked: the operator stands before it and wants to know.
@@ -308,6 +332,10 @@ class Daemon:
             self._nudge(fresh=True)
             return
         self.once.clear("kernel", "the kernel can be programmed again")
+        _speak(contact.speak_to)
+        self._waiting = contact.waiting
+        self._whole_plan_due = contact.due
+        self._due_changed.set()
         self.plan = plan
         self.applied_revision = snapshot.revision
         for change in report.changes:
@@ -463,3 +491,15 @@ class Daemon:
         if not first:
             await self.session.register(record)
         self.record = record
+
+
+DISCARD_PORT = 9
+"""RFC 863; whoever gets the packet may throw it away, since its arrival at the tunnel's far end is all it is for."""
+
+
+def _speak(addresses: Iterable[IPAddress]) -> None:
+    """Send each address one small packet, so that WireGuard shakes hands now and not when somebody needs it."""
+    for address in addresses:
+        family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+        with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as out:
+            out.sendto(b"\0", (str(address), DISCARD_PORT))

@@ -89,8 +89,10 @@ def remember(plan: HostPlan, memory: Memory) -> Memory:
     """What to remember once `plan` is applied. A plan without an endpoint keeps what was set before."""
     endpoints: dict[str, Endpoint | None] = {}
     for key, peer in plan.peers.items():
-        wanted = _address(peer)
-        endpoints[key] = memory.endpoints.get(key) if wanted is None else wanted
+        known = _address(peer) or memory.endpoints.get(key)
+        # Where none was ever set, one may have been learnt: that is for `_endpoint` to find out.
+        if known is not None:
+            endpoints[key] = known
     return Memory(endpoints=endpoints)
 
 

@@ -1,8 +1,9 @@
 """The shape of the mesh as a picture, in Graphviz's DOT and the look that Kilo's users know.
 
 One dashed, rounded cluster for each location or lone segment; nodes with name, mesh address, internal IP and
-endpoint; leaders filled, joined to their members and to each other; outside peers at the rim. `edges` is the
-same shape as data. Whatever names are in etcd, the output is valid DOT; it is for `circo -Tsvg`.
+endpoint; leaders with a thick line, joined to their members and to each other; outside peers at the rim. `edges` is
+the same shape as data. Whatever names are in etcd, the output is valid DOT; it is for `circo -Tsvg`, which places
+clusters but draws no boxes (`dot` and `fdp` do): so nodes of one cluster have one colour, and name their location.
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ from attrs import frozen
 
 from kilo_etcd.model import Granularity, Node, Peer
 from kilo_etcd.topology.segments import Segment, Topology, same_site
+
+_COLOURS = (
+    "#cfe2f3", "#d9ead3", "#fff2cc", "#f4cccc", "#d9d2e9", "#fce5cd", "#d0e0e3", "#ead1dc", "#e6e6e6", "#e2f0b6",
+)  # fmt: skip
 
 
 class EdgeKind(StrEnum):
@@ -100,8 +105,9 @@ def graph(topology: Topology) -> str:
         label = f"location: {cluster.label}" if cluster.label else "default location"
         lines += [f"\tsubgraph cluster_{number} {{", f"\t\tlabel={_text(label)};", '\t\tstyle="dashed,rounded";']
         for node in cluster.nodes:
-            leads = ", fillcolor=lightblue, penwidth=2" if node.name in cluster.leaders else ""
-            lines.append(f"\t\t{_id(node.name)} [label={_node_label(node)}{leads}];")
+            leads = ", penwidth=3" if node.name in cluster.leaders else ""
+            fill = _COLOURS[number % len(_COLOURS)]
+            lines.append(f'\t\t{_id(node.name)} [label={_node_label(node)}, fillcolor="{fill}"{leads}];')
         lines.append("\t}")
     for name in sorted(topology.peers):
         label = _peer_label(topology.peers[name])
@@ -116,7 +122,8 @@ def graph(topology: Topology) -> str:
 def _node_label(node: Node) -> str:
     mesh = ", ".join(str(address) for address in node.mesh_addresses) or "no mesh address"
     internal = ", ".join(str(address) for address in node.internal_ips) or "no internal IP"
-    return _text(node.name, mesh, internal, str(node.endpoint or "no endpoint"))
+    at = [f"at {node.location}"] if node.location else []
+    return _text(node.name, mesh, internal, str(node.endpoint or "no endpoint"), *at)
 
 
 def _peer_label(peer: Peer) -> str:

@@ -20,6 +20,7 @@ from typing import TypeVar
 from attrs import frozen
 
 from kilo_etcd.model import (
+    DEFAULT_LOCATION,
     Endpoint,
     Granularity,
     IPAddress,
@@ -298,7 +299,10 @@ def _follow(
             networks = tuple(n for n in networks if n not in segment.location_networks)
             allowed = tuple(n for n in allowed if n not in segment.location_networks)
         route(networks)
-        endpoint = local_endpoint(own, leader) if near else leader.endpoint
+        # The default location is whoever has no label, which promises no common network: a full mesh needs no labels.
+        public = leader.endpoint is not None and leader.endpoint.public
+        inside = near and (own.location != DEFAULT_LOCATION or not public)
+        endpoint = local_endpoint(own, leader) if inside else leader.endpoint
         connect(
             PeerPlan(
                 public_key=leader.public_key,

@@ -1,0 +1,110 @@
+"""Who speaks first: between any two hosts that become peers of each other exactly one starts at once."""
+
+from __future__ import annotations
+
+from ipaddress import ip_address, ip_interface, ip_network
+
+from kilo_etcd.agent.contact import FIRST_WORD_SECONDS, contacts, first_contact
+from kilo_etcd.model import Endpoint, Granularity, Node, Peer, Snapshot
+from kilo_etcd.topology import build_topology, host_plan
+
+LOW, HIGH = "A" * 43 + "=", "z" * 43 + "="
+
+
+def node(name: str, key: str, number: int, endpoint: str | None = "203.0.113.{}:51820") -> Node:
+    return Node(
+        name=name,
+        public_key=key,
+        location=name,
+        endpoint=Endpoint.parse(endpoint.format(number)) if endpoint else None,
+        internal_ips=(ip_interface(f"10.0.0.{number}/24"),),
+        mesh_addresses=(ip_address(f"10.4.0.{number}"),),
+    )
+
+
+def world(low: Node | None = None, high: Node | None = None, *peers: Peer) -> Snapshot:
+    nodes = [low or node("low", LOW, 1), high or node("high", HIGH, 2)]
+    return Snapshot(
+        revision=7,
+        granularity=Granularity.FULL,
+        subnets=(ip_network("10.4.0.0/16"),),
+        nodes={one.name: one for one in nodes},
+        peers={peer.name: peer for peer in peers},
+    )
+
+
+def meet(snapshot: Snapshot, name: str, *, standby: bool = False, now: float = 100.0):  # type: ignore[no-untyped-def]
+    plan = host_plan(build_topology(snapshot), name)
+    since = contacts({}, plan, standby=standby, now=now)
+    return plan, since, first_contact(plan, snapshot, since, standby=standby, now=now)
+
+
+def test_the_lower_key_speaks_at_once_and_the_higher_waits() -> None:
+    plan, _, low = meet(world(), "low")
+    assert low.plan == plan
+    assert low.speak_to == (ip_address("10.4.0.2"),)
+    assert low.due is None
+    _, _, high = meet(world(), "high")
+    assert high.plan.peers[LOW].endpoint is None
+    assert high.speak_to == ()
+    assert high.due == 100.0 + FIRST_WORD_SECONDS
+
+
+def test_the_higher_is_told_the_endpoint_and_speaks_when_its_time_has_come() -> None:
+    snapshot = world()
+    plan, since, first = meet(snapshot, "high")
+    assert first.due is not None
+    early = first_contact(plan, snapshot, since, first.waiting, standby=False, now=first.due - 0.01)
+    assert early.plan.peers[LOW].endpoint is None
+    assert early.due == first.due
+    assert early.speak_to == ()
+    then = first_contact(plan, snapshot, since, early.waiting, standby=False, now=first.due)
+    assert then.plan == plan
+    assert then.speak_to == (ip_address("10.4.0.1"),)
+    assert then.waiting == frozenset()
+    after = first_contact(plan, snapshot, since, then.waiting, standby=False, now=first.due + 1)
+    assert (after.plan, after.speak_to, after.due) == (plan, (), None)
+
+
+def test_a_standby_sends_nothing_and_begins_anew_when_it_leads() -> None:
+    snapshot = world()
+    plan, since, idle = meet(snapshot, "high", standby=True)
+    assert since == {}
+    assert idle.plan.peers[LOW].endpoint is None
+    assert (idle.speak_to, idle.due) == ((), None)
+    since = contacts(since, plan, standby=False, now=200.0)
+    leads = first_contact(plan, snapshot, since, idle.waiting, standby=False, now=200.0)
+    assert leads.due == 200.0 + FIRST_WORD_SECONDS
+    _, _, low = meet(snapshot, "low", standby=True)
+    assert (low.speak_to, low.due) == ((), None)
+    assert low.plan.peers[HIGH].endpoint is not None
+
+
+def test_who_cannot_be_reached_does_not_wait_to_be_spoken_to() -> None:
+    hidden = node("high", HIGH, 2, endpoint="192.168.7.2:51820")
+    plan, _, high = meet(world(high=hidden), "high")
+    assert high.plan == plan
+    assert high.due is None
+    _, _, nowhere = meet(world(high=node("high", HIGH, 2, endpoint=None)), "high")
+    assert nowhere.due is None
+
+
+def test_peers_from_outside_are_left_alone() -> None:
+    phone = Peer(
+        name="phone",
+        public_key="0" * 43 + "=",
+        allowed_ips=(ip_network("10.9.0.1/32"),),
+        endpoint=Endpoint.parse("198.51.100.9:51820"),
+    )
+    plan, _, high = meet(world(None, None, phone), "high")
+    assert high.plan.peers[phone.public_key] == plan.peers[phone.public_key]
+    assert high.plan.peers[phone.public_key].endpoint is not None
+
+
+def test_the_account_keeps_who_stays_and_drops_who_goes() -> None:
+    snapshot = world()
+    plan = host_plan(build_topology(snapshot), "high")
+    since = contacts({}, plan, standby=False, now=1.0)
+    assert contacts(since, plan, standby=False, now=9.0) is since
+    alone = Snapshot(revision=8, subnets=snapshot.subnets, nodes={"high": snapshot.nodes["high"]})
+    assert contacts(since, host_plan(build_topology(alone), "high"), standby=False, now=9.0) == {}

@@ -1,0 +1,111 @@
+"""What the agent decides for its own host: its role, its candidacy, whom it waits for."""
+
+from __future__ import annotations
+
+from ipaddress import ip_address, ip_interface, ip_network
+
+import pytest
+from attrs import evolve
+
+from kilo_etcd.agent.decide import (
+    SETTLE_SECONDS,
+    Stand,
+    Standing,
+    confirmed,
+    disagreements,
+    eligible,
+    role_of,
+    stand,
+)
+from kilo_etcd.model import Candidate, CandidateClass, Endpoint, Granularity, Node, Snapshot
+from kilo_etcd.topology import build_topology
+
+PUBLIC = CandidateClass.PUBLIC
+WISH = Stand("gcp", PUBLIC)
+
+
+def node(name: str, number: int, location: str = "gcp", *, internal: bool = True) -> Node:
+    return Node(
+        name=name,
+        public_key=f"{name:A<43}=",
+        location=location,
+        endpoint=Endpoint.parse(f"203.0.113.{number}:51820"),
+        internal_ips=(ip_interface(f"10.0.0.{number}/24"),) if internal else (),
+        mesh_addresses=(ip_address(f"10.4.0.{number}"),),
+        registered_revision=number,
+    )
+
+
+def world(*nodes: Node, granularity: Granularity = Granularity.LOCATION) -> Snapshot:
+    return Snapshot(
+        revision=7,
+        granularity=granularity,
+        subnets=(ip_network("10.4.0.0/16"),),
+        nodes={one.name: one for one in nodes},
+        candidates={"gcp": (Candidate(node="b", rank=PUBLIC, create_revision=5),)},
+    )
+
+
+TWO = world(node("a", 1), node("b", 2))
+
+
+def test_roles_and_how_they_are_put_into_words() -> None:
+    topology = build_topology(TWO)
+    assert str(role_of(topology, "b")) == "leader of location gcp"
+    assert str(role_of(topology, "a")) == "member of location gcp, led by b"
+    assert str(role_of(build_topology(world(node("c", 3, ""))), "c")) == "alone in the default location"
+
+
+@pytest.mark.parametrize(
+    ("snapshot", "expected"),
+    [
+        (TWO, WISH),
+        (evolve(TWO, granularity=Granularity.FULL), WISH),  # kept for the way back
+        (world(node("a", 1)), None),
+        (world(node("a", 1), node("b", 2, "aws")), None),
+        (world(node("a", 1), node("b", 2, internal=False)), None),
+        (world(node("a", 1, internal=False), node("b", 2)), None),
+        (world(node("b", 2)), None),
+    ],
+)
+def test_who_may_stand(snapshot: Snapshot, expected: Stand | None) -> None:
+    assert eligible(snapshot, "a") == expected
+
+
+def now(**changes: object) -> Standing:
+    return evolve(Standing(now=100.0, steady_since=99.5, ready=True, leads=False, current=None), **changes)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "standing", "hold", "due"),
+    [
+        (None, now(current=WISH), None, None),
+        (WISH, now(), None, 99.5 + SETTLE_SECONDS),
+        (WISH, now(now=99.5 + SETTLE_SECONDS), WISH, None),
+        (WISH, now(leads=True), WISH, None),
+        (WISH, now(leads=True, ready=False), None, None),
+        (WISH, now(ready=False, steady_since=0.0), None, None),
+        # What it holds it keeps, also while a route fails; but another wish queues anew.
+        (WISH, now(current=WISH, ready=False), WISH, None),
+        (WISH, now(current=Stand("gcp", CandidateClass.REST), leads=True), None, 99.5 + SETTLE_SECONDS),
+        (WISH, now(current=Stand("aws", PUBLIC), steady_since=0.0), WISH, None),
+    ],
+)
+def test_when_it_stands(wanted: Stand | None, standing: Standing, hold: Stand | None, due: float | None) -> None:
+    assert stand(wanted, standing) == (hold, due)
+
+
+def test_all_living_others_must_have_confirmed() -> None:
+    assert confirmed({"me": 1, "a": 7, "b": 9}, 7, "me")
+    assert not confirmed({"me": 9, "a": 7, "b": 6}, 7, "me")
+    assert confirmed({}, 7, "me")
+
+
+def test_flags_that_the_mesh_overrules_are_named() -> None:
+    subnets = (ip_network("10.4.0.0/16"),)
+    assert disagreements(TWO, granularity=None, subnets=()) == ()
+    assert disagreements(TWO, granularity=Granularity.LOCATION, subnets=subnets) == ()
+    (one,) = disagreements(TWO, granularity=Granularity.FULL, subnets=())
+    assert "--mesh-granularity=full is not in force" in one
+    (one,) = disagreements(TWO, granularity=None, subnets=(ip_network("10.5.0.0/16"),))
+    assert "--subnet=10.5.0.0/16 is not in force: the mesh's subnets are 10.4.0.0/16" in one
