@@ -49,6 +49,7 @@ async def show(lab: Lab, console: Console, picture: Path, *, deadline: float = 4
     say(f"all {pairs} ordered pairs ping each other at their mesh addresses")
     console.print(await ping_table(lab))
     console.print(await host_table(lab))
+    await _settled(lab)
     status = await lab.kgctl("status", check=False, env={"COLUMNS": str(max(console.width, 100))})
     console.print("[bold]kgctl status[/]")
     console.print(status.stdout or status.stderr, markup=False, highlight=False, soft_wrap=True)
@@ -61,6 +62,16 @@ async def show(lab: Lab, console: Console, picture: Path, *, deadline: float = 4
             soft_wrap=True,
         )
     console.print(await draw(lab, picture), highlight=False, soft_wrap=True)
+
+
+async def _settled(lab: Lab) -> None:
+    """Wait a little for those next in line: hosts stand for leader when they have been steady for two seconds."""
+    assert lab.spec is not None
+    labels = [host.label for host in lab.spec.hosts]
+    standing = sum(labels.count(label) for label in set(labels) if labels.count(label) > 1)
+    with trio.move_on_after(5):
+        while len(await listing(lab, f"{DEFAULT_PREFIX}/elections/")) < standing:  # noqa: ASYNC110 - another process acts
+            await trio.sleep(_POLL)
 
 
 def _called(location: str) -> str:
@@ -134,12 +145,12 @@ async def draw(lab: Lab, picture: Path) -> str:
 def suggestions(lab: Lab) -> list[str]:
     """Lines to try next, fitting the lab."""
     assert lab.spec is not None
-    unlabelled = [host.name for host in lab.spec.hosts if host.label is None]
-    labels = [host.label for host in lab.spec.hosts if host.label]
+    # Only a public host can be a location of its own; one behind a NAT is reached through its location's leader.
+    movable = [host.name for host in lab.spec.hosts if host.label is None and host.public]
     lines = []
-    if unlabelled:
-        lines.append(f"etcdctl put {DEFAULT_PREFIX}/locations/{unlabelled[-1]} {labels[0] if labels else 'gcp'}")
-        lines.append(f"etcdctl del {DEFAULT_PREFIX}/locations/{unlabelled[-1]}")
+    if movable:
+        lines.append(f"etcdctl put {DEFAULT_PREFIX}/locations/{movable[-1]} {movable[-1]}")
+        lines.append(f"etcdctl del {DEFAULT_PREFIX}/locations/{movable[-1]}")
     lines += [
         f"etcdctl put {DEFAULT_PREFIX}/mesh/granularity full",
         f"etcdctl put {DEFAULT_PREFIX}/mesh/granularity cross",
