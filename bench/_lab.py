@@ -1,0 +1,138 @@
+"""What the benchmarks that run in the lab share: the machine's line, tables of runs, and a mesh that has settled.
+
+Every table says how many runs it is made of and how loaded the machine was when it began: a lab's hosts share the
+machine's cores, so what takes work on every host at once takes longer here than on hosts of their own.
+KILO_BENCH_QUICK=1 makes each benchmark do as few runs as still show something.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import os
+import platform
+import re
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from datetime import datetime
+from statistics import median
+from typing import Any
+
+import trio
+from attrs import frozen
+from rich.console import Console
+from rich.table import Table
+
+from kilo_etcd.lab.client import Lab, running_lab
+from kilo_etcd.lab.machine import BASE
+from kilo_etcd.lab.spec import Spec
+
+QUICK = os.environ.get("KILO_BENCH_QUICK", "") not in ("", "0")
+SETTLED_SECONDS = 2.6
+"""After a change: a host that has just come stands for leader after 2 s; then nothing is left to do."""
+
+console = Console(width=132)
+
+
+def runs(usual: int, quick: int = 2) -> int:
+    """How many runs to make."""
+    return quick if QUICK else usual
+
+
+def table(title: str, *headings: str) -> Table:
+    """A table whose first column is text and whose others are numbers; the machine and its load stand below it."""
+    made = Table(title=title, title_justify="left", caption=machine(), caption_justify="left")
+    for number, heading in enumerate(headings):
+        made.add_column(heading, justify="right" if number else "left")
+    return made
+
+
+def machine() -> str:
+    """One line on where this was measured; the load is that of the last minute, before the measurement."""
+    return (
+        f"{os.cpu_count()} cores, Linux {platform.release()}, Python {platform.python_version()}, "
+        f"load before {os.getloadavg()[0]:.2f}"
+    )
+
+
+def spread(seconds: Sequence[float], *, unit: float = 1000.0, digits: int = 0) -> tuple[str, str, str, str]:
+    """Number of runs, min, median and max; milliseconds unless `unit` (units per second) says otherwise."""
+    if not seconds:
+        return "0", "-", "-", "-"
+    return str(len(seconds)), *(f"{x * unit:,.{digits}f}" for x in (min(seconds), median(seconds), max(seconds)))
+
+
+def p99(values: Sequence[float]) -> float:
+    """Nearest rank; of fewer than a hundred values it is the largest."""
+    return sorted(values)[math.ceil(len(values) * 0.99) - 1]
+
+
+@asynccontextmanager
+async def mesh(spec: Spec, *, deadline: float = 60.0) -> AsyncIterator[Lab]:
+    """A lab whose hosts all reach each other and have all taken their places in their locations' queues."""
+    async with running_lab(spec) as lab:
+        await lab.all_pairs_ping(deadline)
+        await trio.sleep(SETTLED_SECONDS)
+        yield lab
+
+
+async def statuses(lab: Lab) -> dict[str, dict[str, Any]]:
+    """node -> what its agent reports of itself."""
+    lines = (await lab.etcdctl("get", "--prefix", "/kilo-status/")).stdout.splitlines()
+    return {key.rpartition("/")[2]: json.loads(value) for key, value in zip(lines[::2], lines[1::2], strict=True)}
+
+
+async def candidates(lab: Lab, location: str, number: int) -> list[str]:
+    """The candidates of a location, first in line first, as soon as there are `number` of them."""
+    with trio.fail_after(30):
+        while True:
+            answer = await lab.etcdctl("get", "--prefix", f"/kilo/elections/{location}/", "-w", "json")
+            found = sorted(
+                json.loads(answer.stdout).get("kvs", []),
+                key=lambda kv: (
+                    json.loads(base64.b64decode(kv["value"])).get("rank", 0),
+                    kv["create_revision"],
+                ),
+            )
+            if len(found) == number:
+                return [base64.b64decode(kv["key"]).decode().rpartition("/")[2] for kv in found]
+            await trio.sleep(0.1)
+
+
+async def leads(lab: Lab, node: str, deadline: float = 20.0) -> None:
+    """Wait until `node` says that it leads."""
+    with trio.fail_after(deadline):
+        while (await statuses(lab)).get(node, {}).get("role") != "leader":  # noqa: ASYNC110 (another process's news)
+            await trio.sleep(0.05)
+
+
+@frozen
+class Line:
+    """One line of an agent's log."""
+
+    host: str
+    at: float
+    """Seconds since 1970, whole milliseconds (rounded down)."""
+    text: str
+
+    @property
+    def revision(self) -> int:
+        found = re.search(r"\brevision=(\d+)", self.text)
+        return int(found[1]) if found else 0
+
+
+async def log_lines(lab: Lab, *events: str) -> list[Line]:
+    """The lines of all agents' logs that tell of one of these events, in the order of their time stamps."""
+    patterns = [part for event in events for part in ("-e", f" {event}")]
+    found = await lab.exec("operator", "sh", "-c", f'cd {BASE}/logs && grep -H "$@" *.log', "grep", *patterns)
+    lines = []
+    for line in found.stdout.splitlines():
+        name, _, rest = line.partition(".log:")
+        stamp, _, text = rest.partition(" ")
+        try:
+            at = datetime.fromisoformat(stamp.replace("Z", "+00:00")).timestamp()
+        except ValueError:
+            continue
+        lines.append(Line(name, at, text))
+    return sorted(lines, key=lambda line: line.at)
