@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 
 import h2.config
 import h2.connection
@@ -13,8 +14,9 @@ import pytest
 import trio
 import trio.testing
 
-from kilo_etcd.etcd import parse_endpoint
-from kilo_etcd.etcd.connection import HEALTH_CHECK, Connection
+from kilo_etcd.etcd import Config, Endpoint, Unauthenticated, Unavailable, open_client, parse_endpoint
+from kilo_etcd.etcd.auth import Tokens
+from kilo_etcd.etcd.connection import CONNECTION_WINDOW, HEALTH_CHECK, Connection
 from kilo_etcd.etcd.grpc import TransportFailed
 
 pytestmark = pytest.mark.autojump
@@ -87,13 +89,7 @@ async def test_a_peer_that_falls_silent_is_lost_within_three_seconds() -> None:
 
 async def test_probes_are_pings_only_where_the_server_has_said_something_since() -> None:
     async with connected() as (connection, peer):
-
-        def answer_health_checks(event: h2.events.Event) -> None:
-            if isinstance(event, h2.events.RequestReceived):
-                assert event.stream_id is not None
-                peer.h2.send_headers(event.stream_id, [(":status", "200"), ("grpc-status", "0")], end_stream=True)
-
-        peer.on_event = answer_health_checks
+        peer.on_event = partial(answer_health_checks, peer)
         await trio.sleep(60)
         assert connection.lost is None
         kinds = [
@@ -171,6 +167,57 @@ async def test_a_goodbye_tells_which_calls_were_not_processed() -> None:
         assert connection.lost
 
 
+async def test_a_goodbye_right_behind_much_data_is_just_a_goodbye() -> None:
+    async with connected() as (connection, peer):
+        stream = await connection.open("/x")
+        await trio.testing.wait_all_tasks_blocked()
+        connection._uncredited = CONNECTION_WINDOW // 2  # As after answers of eight megabytes.
+        peer.h2.send_headers(stream.id, [(":status", "200")])
+        peer.h2.send_data(stream.id, bytes(100))
+        peer.h2.close_connection()
+        await peer.flush()
+        assert await stream.receive() == bytes(100)
+        await trio.testing.wait_all_tasks_blocked()
+        assert connection.lost
+        assert "closed the connection" in connection.lost.reason
+
+
+async def test_a_write_that_a_living_member_never_answers_is_of_unknown_outcome(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As a member without quorum does: it answers pings, and may yet commit. It is left for another."""
+    peers: list[Peer] = []
+    async with trio.open_nursery() as nursery:
+
+        async def connect(endpoint: Endpoint, tls: object) -> trio.abc.Stream:
+            ours, theirs = trio.testing.memory_stream_pair()
+            peers.append(peer := Peer(theirs))
+            peer.on_event = partial(answer_health_checks, peer)
+            nursery.start_soon(peer.run)
+            return ours
+
+        monkeypatch.setattr("kilo_etcd.etcd.channel.connect", connect)
+        async with open_client(Config(endpoints=("one:1", "two:1"))) as client:
+            began = trio.current_time()
+            with pytest.raises(Unavailable, match="may or may not have done it"):
+                await client.put("/k", "v")
+            assert trio.current_time() - began == pytest.approx(5)
+            requests = [e for p in peers for e in p.got(h2.events.RequestReceived)]
+            assert [path_of(e) for e in requests].count("/etcdserverpb.KV/Put") == 1, "sent once"
+            assert client.endpoint is None
+        nursery.cancel_scope.cancel()
+
+
+def path_of(event: h2.events.Event) -> str:
+    return str(dict(event.headers)[b":path"].decode())  # type: ignore[attr-defined]
+
+
+def answer_health_checks(peer: Peer, event: h2.events.Event) -> None:
+    if isinstance(event, h2.events.RequestReceived) and path_of(event) == HEALTH_CHECK:
+        assert event.stream_id is not None
+        peer.h2.send_headers(event.stream_id, [(":status", "200"), ("grpc-status", "0")], end_stream=True)
+
+
 async def test_calls_beyond_the_peers_limit_wait_for_their_turn() -> None:
     async with connected() as (connection, peer):
         peer.h2.update_settings({3: 1})  # MAX_CONCURRENT_STREAMS
@@ -212,3 +259,36 @@ async def test_what_a_slow_reader_has_not_taken_is_bounded_by_its_window() -> No
         await trio.testing.wait_all_tasks_blocked()
         assert peer.h2.local_flow_control_window(stream.id) >= 2 << 20
         stream.close()
+
+
+# -- tokens
+
+
+async def test_a_refused_password_is_not_asked_about_all_the_time_and_works_again_once_it_is_right() -> None:
+    asked: list[float] = []
+    right = False
+
+    async def authenticate() -> str:
+        asked.append(trio.current_time())
+        await trio.sleep(0.1)
+        if not right:
+            raise Unauthenticated("wrong password")
+        return "token"
+
+    tokens = Tokens(authenticate)
+    deadline = trio.current_time() + 600
+    while trio.current_time() < deadline:
+        with pytest.raises(Unauthenticated, match="wrong password"):
+            await tokens.get()
+        await trio.sleep(0.5)
+    assert 10 < len(asked) < 30
+    right = True
+    with trio.fail_after(61):
+        while True:
+            try:
+                assert await tokens.get() == "token"
+                break
+            except Unauthenticated:
+                await trio.sleep(0.5)
+    tokens.refuse("token")
+    assert await tokens.get() == "token"

@@ -46,6 +46,7 @@ class Writer:
     confirmed: dict[int, bytes] = field(factory=dict)
     """mod revision -> value"""
     stop: bool = False
+    stopped: bool = False
 
     async def run(self) -> None:
         number = 0
@@ -56,6 +57,7 @@ class Writer:
                 self.confirmed[result.header.revision] = str(number).encode()
             except Unavailable:
                 continue  # Done or not, nobody knows.
+        self.stopped = True
 
 
 async def read(watch: Watch, seen: list[tuple[int, bytes]]) -> None:
@@ -92,6 +94,7 @@ async def written_and_watched(
         count = len(seen)
         await eventually(lambda: len(seen) > count + 50, 20, what="the watch goes on")
         writer.stop = True
+        await eventually(lambda: writer.stopped, 15, what="the last write is over")
         last = max(writer.confirmed)
         await eventually(lambda: seen[-1][0] >= last, 10, what="all that was written is seen")
         nursery.cancel_scope.cancel()

@@ -47,7 +47,19 @@ def test_endpoints_are_read_as_etcdctl_does(text: str, tls: bool, expected: str,
 
 @pytest.mark.parametrize(
     "text",
-    ["", "http://", "unix:///run/etcd", "a b:2379", "host:port", "host:99999", "http://h:1/path", "http://u@h:1"],
+    [
+        "",
+        "a..b:1",
+        ".b:1",
+        "x" * 64 + ":1",
+        "http://",
+        "unix:///run/etcd",
+        "a b:2379",
+        "host:port",
+        "host:99999",
+        "http://h:1/path",
+        "http://u@h:1",
+    ],
 )
 def test_what_is_no_endpoint_is_refused_by_name(text: str) -> None:
     with pytest.raises(BadRequest, match="is not an etcd endpoint"):

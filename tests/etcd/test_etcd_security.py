@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import trio
 from attrs import evolve
+from cryptography.hazmat.primitives import serialization
 
 from helpers import eventually, require
 from kilo_etcd.etcd import (
@@ -22,6 +23,8 @@ from kilo_etcd.etcd import (
     Unavailable,
     open_client,
 )
+from kilo_etcd.etcd.grpc import TransportFailed
+from kilo_etcd.etcd.tls import tls_context
 from kilo_etcd.testing.certificates import Authority
 from kilo_etcd.testing.etcd_server import EtcdServer, Options
 
@@ -235,6 +238,22 @@ async def denied_once(client) -> bool:  # type: ignore[no-untyped-def]
     except (PermissionDenied, Unauthenticated, Unavailable):
         return True
     return False
+
+
+def test_an_encrypted_client_key_is_an_error_and_never_a_prompt(tmp_path: Path) -> None:
+    issued = Authority(tmp_path).issue("client")
+    key = serialization.load_pem_private_key(issued.key.read_bytes(), None)
+    encrypted = tmp_path / "encrypted.pem"
+    encrypted.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.BestAvailableEncryption(b"secret"),
+        )
+    )
+    with pytest.raises(TransportFailed, match=r"encrypted\.pem is encrypted; write it without a passphrase") as caught:
+        tls_context(Tls(cert=str(issued.cert), key=str(encrypted)))
+    assert caught.value.permanent
 
 
 def test_a_password_is_not_in_a_repr() -> None:

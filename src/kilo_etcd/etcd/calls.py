@@ -92,6 +92,7 @@ class Caller:
         timeout = self.config.attempt_timeout if idempotent else self.config.call_timeout
         last: Exception | None = None
         token_refused = False
+        under_way: tuple[Connection, float] | None = None
         with trio.move_on_after(self.config.call_timeout):
             while True:
                 try:
@@ -103,6 +104,7 @@ class Caller:
                     continue
                 token = await self.tokens.get() if auth and self.tokens else ""
                 try:
+                    under_way = connection, trio.current_time()
                     with trio.move_on_after(timeout):
                         raw = await self.attempt(connection, path, request, token)
                         self.channel.succeeded(connection)
@@ -111,16 +113,27 @@ class Caller:
                 except TransportFailed as error:
                     failure = error
                 except StatusError as status:
+                    under_way = None
                     if auth and not token_refused and self._refused(status, token):
                         token_refused = True
                         continue
                     failure = status
                     if not status.leaves_member:
                         raise self.explain(status, connection, doing) from None
+                under_way = None
                 self.channel.failed(connection)
                 if not idempotent and (isinstance(failure, StatusError) or getattr(failure, "processed", True)):
                     raise self._unknown(failure, connection, doing) from None
                 last = self.explain(failure, connection, doing)
+        if under_way is not None:
+            # The time was up while an answer was awaited.
+            connection, began = under_way
+            if trio.current_time() - began >= self.config.attempt_timeout:
+                self.channel.failed(connection)
+            failure = TransportFailed(f"no answer within {self.config.call_timeout:g} s")
+            if not idempotent:
+                raise self._unknown(failure, connection, doing)
+            last = last or self.explain(failure, connection, doing)
         if isinstance(last, Unreachable):
             last = last.to_error()
         raise last if last else Unavailable(f"etcd did not {doing} within {self.config.call_timeout:g} s; retry")

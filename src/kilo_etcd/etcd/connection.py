@@ -291,7 +291,9 @@ class Connection:
             assert event.stream_id is not None
             self._uncredited += event.flow_controlled_length or 0
             if self._uncredited >= CONNECTION_WINDOW // 2:
-                self._h2.increment_flow_control_window(self._uncredited)
+                # Refused where a goodbye came in the same bytes as this data: then there is nothing to credit.
+                with suppress(h2.exceptions.ProtocolError):
+                    self._h2.increment_flow_control_window(self._uncredited)
                 self._uncredited = 0
             stream = self._streams.get(event.stream_id)
             if stream and event.data:

@@ -41,6 +41,7 @@ def parse_endpoint(text: str, *, tls: bool) -> Endpoint:
     try:
         url = urlsplit(stripped if separator else f"//{stripped}")
         host, port = url.hostname, url.port
+        (host or "").removesuffix(".").encode("idna")  # Empty and overlong labels are refused here.
     except ValueError:
         host, port = None, None
     if not host or url.path.strip("/") or url.query or url.username or any(letter.isspace() for letter in host):

@@ -46,6 +46,7 @@ class LeaseKeeper:
 
     async def run(self) -> None:
         with self._scope:
+            refused_at = -1
             while not self.lost.is_set():
                 call: Call | None = None
                 try:
@@ -54,9 +55,11 @@ class LeaseKeeper:
                 except (Unreachable, TransportFailed, StatusError, EtcdError) as error:
                     self.last_error = error
                     again = call is None or self._caller.stream_failed(call, error)
-                    if not again or isinstance(error, EtcdError):
-                        # A refused password or the like: perhaps it is put right in time.
+                    refused = isinstance(error, StatusError) and not error.leaves_member
+                    if not again or isinstance(error, EtcdError) or (refused and refused_at == self.confirmed):
+                        # A refused password, or a new token too: perhaps it is put right in time.
                         await trio.sleep(self._interval)
+                    refused_at = self.confirmed if refused else -1
                 finally:
                     if call:
                         call.close()

@@ -20,6 +20,14 @@ from .grpc import TransportFailed
 def tls_context(tls: Tls) -> ssl.SSLContext:
     """Raises TransportFailed (permanent) that names the file which cannot be used."""
     doing = tls.ca
+    encrypted = False
+
+    def no_password() -> str:
+        # Without this OpenSSL asks at the terminal, and everything waits.
+        nonlocal encrypted
+        encrypted = True
+        return ""
+
     try:
         context = ssl.create_default_context(ssl.Purpose.SERVER_AUTH, cafile=tls.ca)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -28,8 +36,13 @@ def tls_context(tls: Tls) -> ssl.SSLContext:
             context.verify_mode = ssl.CERT_NONE
         if tls.cert:
             doing = f"{tls.cert} with {tls.key}" if tls.key else tls.cert
-            context.load_cert_chain(tls.cert, tls.key)
+            context.load_cert_chain(tls.cert, tls.key, no_password)
     except ssl.SSLError as error:
+        if encrypted:
+            raise TransportFailed(
+                f"the private key {tls.key or tls.cert} is encrypted; write it without a passphrase (openssl pkey)",
+                permanent=True,
+            ) from None
         raise TransportFailed(f"{doing} is not usable as PEM ({error.reason or error})", permanent=True) from None
     except OSError as error:
         raise TransportFailed(f"cannot read {doing} ({error.strerror})", permanent=True) from None
@@ -44,6 +57,9 @@ async def connect(endpoint: Endpoint, tls: Tls | None) -> trio.abc.Stream:
         plain = await trio.open_tcp_stream(endpoint.host, endpoint.port)
     except OSError as error:
         raise TransportFailed(_explain_tcp(error), processed=False) from None
+    except ValueError as error:
+        # UnicodeError included: a name that IDNA does not know.
+        raise TransportFailed(f"its name cannot be looked up ({error})", processed=False, permanent=True) from None
     plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if context is None:
         return plain

@@ -13,6 +13,7 @@ member said.
 from __future__ import annotations
 
 import math
+import random
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -27,6 +28,8 @@ from .pb import etcd_pb2 as pb
 from .values import event, header
 
 PATH = "/etcdserverpb.Watch/Watch"
+TOKEN_PAUSE = 1.0
+"""Seconds at most before a token is asked for again."""
 
 
 class Progress:
@@ -163,6 +166,10 @@ class Watcher:
         except Compacted:
             self.close()
             raise
+        except Unavailable as error:
+            # A token could not be had: etcd is there, but can decide nothing at present.
+            self._last_failure = error
+            await trio.sleep(random.uniform(0.5, 1.0) * TOKEN_PAUSE)
         except (TransportFailed, StatusError) as error:
             self.close()
             if call is None:
