@@ -253,6 +253,85 @@ async def test_a_record_older_than_etcds_history_is_minded_too() -> None:
         await eventually(lambda: NODE in etcd, 10)
 
 
+async def test_a_candidacy_whose_answer_was_lost_does_not_outlive_the_wish() -> None:
+    etcd = FakeEtcd()
+    client = etcd.client()
+    async with member(etcd, client) as it:
+        await it.leave()
+        await trio.sleep(0.5)
+        client.lose_answer()
+        assert not await it.enter("gcp", CandidateClass.PUBLIC)
+        assert GCP in etcd
+        await it.enter("aws", CandidateClass.PUBLIC)
+        await trio.sleep(60)
+        assert etcd.keys(KEYS.elections_root) == [KEYS.election("aws", "a")]
+        client.lose_answer()
+        assert not await it.leave()
+        assert await it.enter("aws", CandidateClass.PUBLIC)
+        await trio.sleep(60)
+        assert etcd.keys(KEYS.elections_root) == [KEYS.election("aws", "a")]
+
+
+@pytest.mark.parametrize("compacted", [False, True])
+async def test_what_is_taken_away_from_under_the_short_lease_comes_back(compacted: bool) -> None:
+    etcd = FakeEtcd()
+    async with member(etcd) as it:
+        created = etcd.data[GCP.encode()].create_revision
+        for _ in range(3):
+            await trio.sleep(60)
+            if compacted:
+                etcd.put("/other", "")
+                etcd.compact()
+                etcd.drop_watches()
+            revision = etcd.revision
+            etcd.delete(GCP)
+            etcd.delete(STATUS)
+            await trio.sleep(60)
+            assert {GCP, STATUS} <= set(etcd.keys())
+            assert etcd.data[GCP.encode()].create_revision > created, "it stands in line again, at the end"
+            assert etcd.revision <= revision + 4, "and is put back once"
+        await it.leave()
+        await trio.sleep(60)
+        assert GCP not in etcd
+
+
+async def test_a_name_lost_with_no_address_left_is_an_error_not_the_end() -> None:
+    etcd = FakeEtcd()
+    it = session(etcd.client())
+    async with running(it):
+        small = (ip_network("10.4.0.0/30"),)
+        (mine,) = await it.claim_addresses(small)
+        await it.register(record("a"))
+        etcd.delete(NODE)
+        etcd.put(KEYS.address(ip_address("10.4.0.1")), "b")
+        etcd.put(KEYS.address(ip_address("10.4.0.2")), "c")
+        await eventually(lambda: "no address is left" in (it.last_error or ""))
+        assert not it.healthy
+        etcd.delete(KEYS.address(mine))
+        await eventually(lambda: it.healthy)
+        assert etcd.get(KEYS.address(mine)) == b"a"
+
+
+async def test_a_copy_of_a_machine_makes_no_storm() -> None:
+    """Both have the name and the key, so neither is refused; but their records differ."""
+    etcd = FakeEtcd(delay=0.01)
+    one, copy = session(etcd.client()), session(etcd.client())
+    async with running(one, copy):
+        await one.register(record("a"))
+        await copy.register(record("a", subnets="172.16.0.0/16"))
+        await trio.sleep(30)
+        assert "a copy of this machine" in f"{one.last_error} {copy.last_error}"
+        revision = etcd.revision
+        await trio.sleep(600)
+        assert etcd.revision - revision <= 10 * 11
+    await trio.sleep(120)
+    alone = session(etcd.client())
+    async with running(alone):
+        await alone.register(record("a"))
+        await eventually(lambda: alone.healthy)
+        assert decode_node(etcd.get(NODE) or b"") == record("a")
+
+
 async def test_a_lost_long_lease_means_registering_again() -> None:
     etcd = FakeEtcd()
     async with member(etcd, forget_after=600) as it:

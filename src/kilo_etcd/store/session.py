@@ -7,7 +7,8 @@ lease's time finds its own keys, adopts their leases, and goes on without a writ
 
 The name is the host's as long as the record at it carries the host's public key: every write under the short lease
 is conditional on that. Another key at the name is respected while its owner lives (its status is there), and
-replaced when it does not.
+replaced when it does not. A copy of this machine has the same name and key: each would put its own record back over the
+other's for ever, and wake the whole mesh each time. So a record is put back a few times a minute and no more.
 
 Wishes that cannot be met at once are kept: `enter`, `leave` and `put_status` return False, and `run` goes on trying.
 `register`, `ensure_mesh` and `claim_addresses` raise instead, since nothing can begin before they are done.
@@ -16,6 +17,7 @@ Wishes that cannot be met at once are kept: `enter`, `leave` and `put_status` re
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 
@@ -43,6 +45,7 @@ from kilo_etcd.etcd.api import (
 )
 from kilo_etcd.model import CandidateClass, Granularity, IPAddress, IPNetwork
 from kilo_etcd.store import claims
+from kilo_etcd.store.held import Held
 from kilo_etcd.store.keys import ElectionKey, Keys, StatusKey
 from kilo_etcd.store.lease import KeptLease
 from kilo_etcd.store.records import (
@@ -59,6 +62,8 @@ from kilo_etcd.store.records import (
 RETRY_FIRST = 0.2
 RETRY_MOST = 5.0
 """Seconds between two attempts; less for short leases, which an election in etcd gives their full time just once."""
+PUT_BACKS, PUT_BACKS_PERIOD = 5, 60.0
+"""How often the record is put back in how many seconds, before its changing is taken for a quarrel."""
 
 
 class NameTaken(Exception):
@@ -118,8 +123,8 @@ class Session:
         self._subnets: tuple[IPNetwork, ...] = ()
         # What etcd is known to hold.
         self._record_kv: KeyValue | None = None
-        self._held: dict[str, bytes] = {}
-        """What stands under the short lease."""
+        self._held = Held(client, self._lock, retry_most=self._retry_most, on_gone=self._mend, rng=self._rng)
+        self._put_backs: deque[float] = deque()
         self._seen = 0
         """etcd's revision up to which the record is known to be as `_record_kv` says."""
         self._long = KeptLease(client, forget_after, on_doubt=self._mend, on_lost=self._lost)
@@ -175,9 +180,11 @@ class Session:
             await self._register(trio.current_time() + self._lease_ttl + 1)
             self.last_error = None
 
-    async def _register(self, deadline: float) -> None:
+    async def _register(self, deadline: float) -> bool:
+        """Returns whether the record was written."""
         assert self._record is not None
         value = encode(self._record)
+        wrote = False
         while True:
             node_kv, status_kv, seen = await self._look()
             taken = self._taken_by(node_kv, status_kv)
@@ -200,7 +207,7 @@ class Session:
             if node_kv is None or node_kv.value != value or node_kv.lease != self._long.id:
                 ops.append(Put(self._node_key, value, lease=self._long.id))
             status = None
-            if self._status is not None and self._status_key not in self._held:
+            if self._status is not None and self._status_key not in self._held.values:
                 status = encode(self._status)
                 ops.append(Put(self._status_key, status, lease=self._short.id))
             if not ops and node_kv is not None:
@@ -213,17 +220,19 @@ class Session:
                 continue
             if done.succeeded:
                 if status is not None:
-                    self._held[self._status_key] = status
+                    self._held.put(self._status_key, status, done.header.revision)
                 self._seen = revision = done.header.revision
+                wrote = isinstance(ops[0], Put) and ops[0].key == self._node_key
                 self._record_kv = (
                     KeyValue(key=self._node_key.encode(), value=value, mod_revision=revision, lease=self._long.id)
-                    if isinstance(ops[0], Put) and ops[0].key == self._node_key
+                    if wrote
                     else node_kv
                 )
                 self._log.info("registered", revision=revision, new=node_kv is None)
                 self._on_event("registered")
                 break
         self._registered.set()
+        return wrote
 
     async def _look(self) -> tuple[KeyValue | None, KeyValue | None, int]:
         answer = await self._client.txn([], [Get(self._node_key), Get(self._status_key)])
@@ -278,7 +287,7 @@ class Session:
     async def _hold_short(self, status_kv: KeyValue | None) -> None:
         if await self._short.lives():
             return
-        self._held = {}
+        self._held.clear()
         if status_kv is not None and status_kv.lease and _status_key_of(status_kv) == self._public_key:
             info = await self._short.adopt(status_kv.lease)
             if info is not None:
@@ -286,7 +295,7 @@ class Session:
         if not self._short.id:
             # What was adopted from a lease of another length is put under the new one, which does not move its create
             # revision: the place in the queue is kept.
-            self._held = {}
+            self._held.clear()
             await self._short.grant()
             self._on_event("lease granted")
 
@@ -299,7 +308,7 @@ class Session:
             kv = await self._client.get(raw)
             if kv is None or kv.lease != lease_id:
                 continue
-            self._held[raw.decode()] = kv.value
+            self._held.put(raw.decode(), kv.value, kv.mod_revision)
             try:
                 if isinstance(parsed, StatusKey):
                     if not self._status_given:
@@ -355,7 +364,7 @@ class Session:
     async def _try(self, act: Callable[[], Awaitable[None]]) -> bool:
         try:
             await act()
-        except (EtcdError, NameTaken) as error:
+        except (EtcdError, NameTaken, claims.NoAddressLeft) as error:
             if str(error) != self.last_error:
                 self._log.warning("etcd could not be told", error=str(error))
             self.last_error = str(error)
@@ -364,15 +373,17 @@ class Session:
         return True
 
     async def _sync(self) -> None:
-        """Make etcd say what is wanted. Called under the lock. EtcdError, NameTaken."""
+        """Make etcd say what is wanted. Called under the lock. EtcdError, NameTaken, NoAddressLeft."""
         while True:
             try:
                 if self._record is not None and self._long.doubted:
                     self._record_kv = None
                 if self._record is not None and self._record_kv is None:
+                    self._check_quarrel()
                     if self._subnets:
                         await claims.claim_addresses(self._client, self._keys, self._name, self._subnets)
-                    await self._register(trio.current_time())
+                    if await self._register(trio.current_time()):
+                        self._put_backs.append(trio.current_time())
                     self._on_event("registered again")
                 await self._sync_short()
                 return
@@ -381,6 +392,15 @@ class Session:
             except LeaseNotFound:
                 self._doubt_leases()
 
+    def _check_quarrel(self) -> None:
+        while self._put_backs and self._put_backs[0] < trio.current_time() - PUT_BACKS_PERIOD:
+            self._put_backs.popleft()
+        if len(self._put_backs) >= PUT_BACKS:
+            raise NameTaken(
+                f"the record at {self._node_key} is changed again and again by another; "
+                "if a copy of this machine runs, give it a WireGuard key and a --hostname of its own"
+            )
+
     async def _sync_short(self) -> None:
         wanted: dict[str, bytes] = {}
         if self._status is not None:
@@ -388,32 +408,41 @@ class Session:
         if (standing := self._candidacy) is not None:
             key = self._keys.election(standing.location, self._name)
             wanted[key] = encode(CandidateRecord(rank=standing.rank, since=standing.since))
-        if not wanted and not self._held:
+        if not wanted and not self._held.values:
             return
         await self._hold_short(None)
         # A candidacy that changes is entered anew, at the end of the queue: it must go before it comes again.
         gone = [
-            key for key, value in self._held.items() if wanted.get(key) != value and not (
-                key == self._status_key and key in wanted
-            )
-        ]  # fmt: skip
+            key
+            for key, value in self._held.values.items()
+            if wanted.get(key) != value and not (key == self._status_key and key in wanted)
+        ]
         if gone:
+            for key in gone:
+                self._held.may_remove(key)
             await self._write([Delete(key) for key in gone])
             for key in gone:
-                self._held.pop(key, None)
-        new = {key: value for key, value in wanted.items() if self._held.get(key) != value}
+                self._held.remove(key)
+        new = {key: value for key, value in wanted.items() if not self._held.surely(key, value)}
         if new:
-            await self._write([Put(key, value, lease=self._short.id) for key, value in new.items()])
-            self._held.update(new)
+            for key, value in new.items():
+                # Should the answer be lost, it may stand there: then it is for us to put again, or to take away.
+                self._held.may_put(key, value, self._seen)
+            revision = await self._write([Put(key, value, lease=self._short.id) for key, value in new.items()])
+            for key, value in new.items():
+                self._held.put(key, value, revision)
 
-    async def _write(self, ops: list[Op]) -> None:
+    async def _write(self, ops: list[Op]) -> int:
+        """The revision of it."""
         compare = (
             []
             if self._record_kv is None
             else [Compare(self._node_key, Target.MOD, Is.EQUAL, self._record_kv.mod_revision)]
         )
-        if not (await self._client.txn(compare, ops)).succeeded:
+        done = await self._client.txn(compare, ops)
+        if not done.succeeded:
             raise _RecordChanged
+        return done.header.revision
 
     # --- the end -----------------------------------------------------------------------------------------------
 
@@ -421,7 +450,7 @@ class Session:
         """Give candidacy and status up and end the short lease; the registration stays. EtcdError."""
         async with self._lock:
             self._candidacy, self._status = None, None
-            self._held = {}
+            self._held.clear()
             await self._short.end()
 
     async def close(self) -> None:
@@ -452,6 +481,7 @@ class Session:
             nursery.start_soon(self._short.keep)
             nursery.start_soon(self._long.keep)
             nursery.start_soon(self._mind_record)
+            nursery.start_soon(self._held.mind)
             nursery.start_soon(self._repair)
             task_status.started()
 
