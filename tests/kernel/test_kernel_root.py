@@ -295,6 +295,14 @@ async def test_a_dead_userspace_process_is_started_anew() -> None:
         await settled(kernel, WORLD)
 
 
+async def test_the_userspace_command_may_have_arguments_of_its_own() -> None:
+    async with agent(wireguard="userspace", userspace_command="env 'WORD=two words' wireguard-go") as kernel:
+        await kernel.apply(WORLD)
+        assert "listening port" in sh("wg show kilo0")
+        assert "WORD=two words" in sh("tr '\\0' '\\n' </proc/$(pgrep -x wireguard-go)/environ").splitlines()
+    await cleanup("kilo0")
+
+
 async def test_without_userspace_wireguard_the_error_says_what_to_install() -> None:
     async with agent(wireguard="userspace", userspace_command="no-such-wireguard") as kernel:
         with pytest.raises(KernelError, match="no-such-wireguard is not installed: install it"):

@@ -23,11 +23,14 @@ from kilo_etcd import __version__, etcd, kernel, store
 from kilo_etcd.agent import decide, discover
 from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.agent.contact import contacts, first_contact
+from kilo_etcd.agent.counted import counted
 from kilo_etcd.agent.logs import Once, get_logger
 from kilo_etcd.agent.metrics import Metrics
-from kilo_etcd.agent.notify import notify
+from kilo_etcd.agent.notify import notify, watchdog_interval
+from kilo_etcd.agent.pace import Pace
 from kilo_etcd.agent.resolve import Resolver, plan_names, resolve_plan
 from kilo_etcd.model import Granularity, IPAddress, IPNetwork, Snapshot
+from kilo_etcd.store.keys import AddressKey
 from kilo_etcd.topology import Topology, UnknownNode, build_topology, host_plan
 from kilo_etcd.topology.guard import guard
 from kilo_etcd.topology.hostplan import HostPlan
@@ -38,6 +41,9 @@ HANDOVER_SECONDS = 2.0
 """How long a stopping leader waits for the others to have applied its successor's plan (DESIGN section 5)."""
 
 CONFIRM_POLL_SECONDS = 0.02
+
+RESIGN_SECONDS = 2.0
+"""How long a stopping agent tries to take its records away; they are under leases that end by themselves."""
 
 KERNEL_RETRY_SECONDS = 0.5
 
@@ -67,7 +73,7 @@ class Daemon:
         metrics: Metrics,
     ) -> None:
         self.config = config
-        self.client = client
+        self.client = client = counted(client, metrics.etcd_writes.inc, metrics.etcd_heard)
         self.kernel = device
         self.metrics = metrics
         self.name = config.hostname
@@ -100,7 +106,11 @@ class Daemon:
         self.underlay: tuple[IPNetwork, ...] = ()
 
         self._wake = trio.Event()
+        self._wanted = False
+        """Somebody wants the plan made and applied again; else it was the watchdog that woke the reconciler."""
         self._fresh = False
+        self._beat = False
+        self._unclaimed = trio.Event()
         self._applied = trio.Event()
         self._stopping = trio.Event()
         self._contacts: Mapping[str, float] = {}
@@ -120,12 +130,17 @@ class Daemon:
     async def run(self) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._heed_signals)
-            joined = await self._until_stopped(self._join, nursery)
-            if joined:
-                await self._stopping.wait()
-            notify("STOPPING=1")
-            self._leaving = True
-            await self._leave(joined)
+            async with trio.open_nursery() as members:
+                joined = await self._until_stopped(self._join, members)
+                if joined:
+                    await self._stopping.wait()
+                notify("STOPPING=1")
+                self._leaving = True
+                if joined:
+                    await self._hand_over()
+                # What goes now must not be taken for drift and put back.
+                members.cancel_scope.cancel()
+            await self._leave()
             nursery.cancel_scope.cancel()
 
     async def _heed_signals(self) -> None:
@@ -170,6 +185,8 @@ class Daemon:
             self._follow_drift,
             self._follow_names,
             self._follow_first_contacts,
+            self._mind_claims,
+            self._watchdog,
             self._resync,
             self._reconcile,
             self._stand_for_leader,
@@ -195,23 +212,22 @@ class Daemon:
                 self.once.clear("etcd", "etcd is back")
                 return result
 
-    async def _leave(self, joined: bool) -> None:
-        """Give leadership up so that the gap is small, then everything else that is only a live agent's."""
-        if joined:
-            with trio.move_on_after(HANDOVER_SECONDS + 1):
-                try:
-                    await self._hand_over()
-                except etcd.EtcdError as error:
-                    self.log.warning("leadership was not handed over", error=str(error))
-        with trio.move_on_after(2):
+    async def _leave(self) -> None:
+        """Take away what is only a live agent's; with `--clean-up` everything."""
+        error: etcd.EtcdError | str = "it did not answer in time"
+        gone = False
+        with trio.move_on_after(RESIGN_SECONDS):
             try:
                 if self.config.clean_up:
                     await self.session.forget()
                 else:
                     await self.session.resign()
-            except etcd.EtcdError as error:
-                self.log.warning("the records in etcd could not be removed; their leases end by themselves",
-                                 error=str(error))  # fmt: skip
+                gone = True
+            except etcd.EtcdError as refusal:
+                error = refusal
+        if not gone:
+            self.log.warning("the records in etcd could not be removed; their leases end by themselves",
+                             error=str(error))  # fmt: skip
         if self.config.clean_up:
             changes = await kernel.cleanup(self.config.interface)
             self.log.info("cleaned up", changes=len(changes))
@@ -219,31 +235,42 @@ class Daemon:
 
     async def _hand_over(self) -> None:
         """Let the successor lead before we go: candidacy away, its plan applied here, then seen applied elsewhere."""
-        if self.session.candidacy is None or self.topology is None:
+        if self.session.candidacy is None or self.topology is None or self.role is None:
             return
         segment = self.topology.segment_of(self.name)
         led = segment.leader.name == self.name and segment.next_in_line is not None
-        if not await self.session.leave() or not led:
-            return
+        told = False
         with trio.move_on_after(HANDOVER_SECONDS):
-            while self.role is None or self.role.leader == self.name:
-                await self._applied.wait()
-            revision = self.applied_revision
-            while not decide.confirmed(  # noqa: ASYNC110 - what is waited for happens on other hosts
-                {node: status.revision for node, status in (await store.statuses(self.client, self.keys)).items()},
-                revision,
-                self.name,
-            ):
-                await trio.sleep(CONFIRM_POLL_SECONDS)
+            try:
+                told = await self.session.leave()
+                if not led or not told:
+                    return
+                while self.role.leader == self.name:
+                    await self._applied.wait()
+                revision = self.applied_revision
+                while not decide.confirmed(  # noqa: ASYNC110 - what is waited for happens on other hosts
+                    {node: status.revision for node, status in (await store.statuses(self.client, self.keys)).items()},
+                    revision,
+                    self.name,
+                ):
+                    await trio.sleep(CONFIRM_POLL_SECONDS)
+            except etcd.EtcdError as error:
+                self.log.warning("leadership was not handed over", error=str(error))
+                return
             self.log.info("leadership handed over", location=segment.location, leader=self.role.leader)
             return
-        self.log.warning("not every host has confirmed the new leader in time; going all the same",
-                         location=segment.location)  # fmt: skip
+        if led and told:
+            self.log.warning("not every host has confirmed the new leader in time; going all the same",
+                             location=segment.location)  # fmt: skip
+        elif led:
+            self.log.warning("leadership was not handed over, since etcd does not answer; the lease ends by itself",
+                             location=segment.location)  # fmt: skip
 
     # -- what wakes the reconciler --------------------------------------------------------------------------
 
     def _nudge(self, *, fresh: bool = False) -> None:
         self._fresh = self._fresh or fresh
+        self._wanted = True
         self._wake.set()
 
     async def _follow_snapshots(self) -> None:
@@ -254,9 +281,16 @@ class Daemon:
             self._nudge()
 
     async def _follow_drift(self) -> None:
+        pace = Pace()
         while True:
             what = await self.kernel.wait_drift()
-            self.log.warning("the kernel was changed behind the agent's back; repairing", what=what)
+            pause = pace.pause(trio.current_time())
+            if pause:
+                self.log.warning("the kernel is changed behind the agent's back again and again; repairing less often",
+                                 what=what, seconds=f"{pause:g}")  # fmt: skip
+                await trio.sleep(pause)
+            else:
+                self.log.warning("the kernel was changed behind the agent's back; repairing", what=what)
             self._nudge(fresh=True)
 
     async def _follow_names(self) -> None:
@@ -281,9 +315,49 @@ class Daemon:
             await trio.sleep(self.config.resync_period)
             try:
                 await self._discover(first=False)
-            except etcd.EtcdError as error:
-                self.log.warning("the changed addresses are not registered yet", error=str(error))
+            except (etcd.EtcdError, *REFUSALS) as error:
+                self.once.warning("addresses", "the changed addresses are not registered yet", error=str(error))
+            except (OSError, kernel.KernelError) as error:
+                self.once.warning("addresses", "the host's addresses cannot be read", error=str(error))
+            else:
+                self.once.clear("addresses", "the host's addresses are registered again")
             self._nudge(fresh=True)
+
+    async def _mind_claims(self) -> None:
+        """Claim a mesh address anew where somebody has taken the claim away: without one the host is no member."""
+        while True:
+            await self._unclaimed.wait()
+            self._unclaimed = trio.Event()
+            if self.snapshot is None:
+                continue
+            try:
+                addresses = await self.session.claim_addresses(self.snapshot.subnets)
+            except (etcd.EtcdError, *REFUSALS) as error:
+                self.once.error("claim", "the host's mesh address is claimed no more, and cannot be", error=str(error))
+            else:
+                self.once.clear("claim", "the host has a mesh address again")
+                self.log.warning("the claim of the host's mesh address was gone; claimed again",
+                                 addresses=",".join(map(str, addresses)))  # fmt: skip
+
+    def _note_claims(self, snapshot: Snapshot) -> None:
+        """Wake `_mind_claims` if this host has no address in one of the mesh's subnets, neither here nor on its way."""
+        node = snapshot.nodes.get(self.name)
+        have = {address.version for address in node.mesh_addresses} if node else set()
+        if {subnet.version for subnet in snapshot.subnets} <= have:
+            return
+        for kv in self.mirror.kvs(self.keys.addresses_root):
+            if kv.value == self.name.encode() and isinstance(key := self.keys.parse(kv.key), AddressKey):
+                have.update(subnet.version for subnet in snapshot.subnets if key.address in subnet)
+        if not {subnet.version for subnet in snapshot.subnets} <= have:
+            self._unclaimed.set()
+
+    async def _watchdog(self) -> None:
+        """Have the reconciler tell systemd that it is alive."""
+        interval = watchdog_interval()
+        while interval is not None:
+            self._beat = True
+            self._wake.set()
+            await trio.sleep(interval / 2)
 
     # -- the one that acts ----------------------------------------------------------------------------------
 
@@ -291,12 +365,17 @@ class Daemon:
         while True:
             await self._wake.wait()
             self._wake = trio.Event()
+            if self._beat:
+                self._beat = False
+                notify("WATCHDOG=1")
+            wanted, self._wanted = self._wanted, False
             fresh, self._fresh = self._fresh, False
-            if self.snapshot is not None:
+            if wanted and self.snapshot is not None:
                 await self._apply(self.snapshot, fresh)
 
     async def _apply(self, snapshot: Snapshot, fresh: bool) -> None:
         self._report_snapshot(snapshot)
+        self._note_claims(snapshot)
         self.topology = build_topology(snapshot, self.topology)
         try:
             self.raw_plan = host_plan(self.topology, self.name, self.raw_plan)
@@ -484,13 +563,13 @@ class Daemon:
         self.underlay = facts.underlay()
         if record == self.record:
             return
+        if not first:
+            await self.session.register(record)
+        self.record = record
         for reason in chosen.reasons:
             self.log.info("address chosen", reason=reason)
         if location:
             self.log.info("default location chosen", default_location=location, reason=why)
-        if not first:
-            await self.session.register(record)
-        self.record = record
 
 
 DISCARD_PORT = 9

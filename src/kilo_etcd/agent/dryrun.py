@@ -18,7 +18,7 @@ from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.agent.resolve import resolve_once, resolve_plan
 from kilo_etcd.model import Node, Snapshot
 from kilo_etcd.store.claims import candidates
-from kilo_etcd.topology import build_topology, host_plan
+from kilo_etcd.topology import UnknownNode, build_topology, host_plan
 from kilo_etcd.topology.guard import guard
 
 
@@ -43,7 +43,13 @@ async def dry_run(config: AgentConfig, client: etcd.Client, setup: Callable[[Age
     if config.hostname not in snapshot.nodes:
         click.echo(f"# {config.hostname} is not registered yet: shown as if it were")
         snapshot = _with(snapshot, _prospect(config, chosen, snapshot, privatekey.public_key(private)))
-    plan = host_plan(build_topology(snapshot), config.hostname)
+    try:
+        plan = host_plan(build_topology(snapshot), config.hostname)
+    except UnknownNode:
+        click.echo(f"# {config.hostname} would not be among the mesh's nodes, so nothing would be changed")
+        for aside in snapshot.set_aside:
+            click.echo(f"# {aside.key}: {aside.reason}")
+        return
     table = await resolve_once(plan)
     plan = guard(resolve_plan(plan, table), (*facts.underlay(), *await discover.etcd_networks(config.etcd)))
     for problem in plan.problems:
@@ -59,13 +65,19 @@ async def dry_run(config: AgentConfig, client: etcd.Client, setup: Callable[[Age
 def _prospect(config: AgentConfig, chosen: discover.Chosen, snapshot: Snapshot, public_key: str) -> Node:
     location = config.location or discover.location_from_cloud_init()[0] or ""
     taken = {address for node in snapshot.nodes.values() for address in node.mesh_addresses}
+    found = []
+    for subnet in snapshot.subnets:
+        try:
+            found.append(next(candidates(config.hostname, subnet, taken)))
+        except StopIteration:
+            click.echo(f"# no address is left for {config.hostname} in {subnet}: the agent would not start")
     return Node(
         name=config.hostname,
         public_key=public_key,
         location=location,
         endpoint=chosen.endpoint,
         internal_ips=chosen.internal_ips,
-        mesh_addresses=tuple(next(candidates(config.hostname, subnet, taken)) for subnet in snapshot.subnets),
+        mesh_addresses=tuple(found),
         port=config.port,
         persistent_keepalive=config.persistent_keepalive,
         encapsulate=config.encapsulate,

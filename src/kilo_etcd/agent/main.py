@@ -18,9 +18,10 @@ from kilo_etcd.agent.daemon import REFUSALS, Daemon, Fatal
 from kilo_etcd.agent.dryrun import dry_run
 from kilo_etcd.agent.logs import get_logger, setup_logging
 from kilo_etcd.agent.metrics import Metrics
+from kilo_etcd.agent.only_one import AlreadyRunning, only_one
 from kilo_etcd.agent.options import agent_options
 
-EXPECTED = (Fatal, etcd.EtcdError, kernel.KernelError, privatekey.KeyError_, *REFUSALS)
+EXPECTED = (Fatal, AlreadyRunning, etcd.EtcdError, kernel.KernelError, privatekey.KeyError_, *REFUSALS)
 
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
@@ -64,6 +65,11 @@ def _leaves(group: BaseException) -> list[BaseException]:
 
 
 async def _agent(config: AgentConfig) -> None:
+    with only_one():
+        await _only_agent(config)
+
+
+async def _only_agent(config: AgentConfig) -> None:
     log = get_logger()
     private = privatekey.load_or_create(config.state_dir)
     log.info("starting", version=__version__, node=config.hostname, interface=config.interface)
@@ -82,15 +88,22 @@ async def _dry_run(config: AgentConfig) -> None:
 
 
 async def _cleanup(config: AgentConfig) -> None:
-    for change in await kernel.cleanup(config.interface):
-        click.echo(str(change))
-    public = privatekey.peek_public_key(config.state_dir)
-    if public is None:
-        return
-    async with etcd.open_client(config.etcd) as client:
-        session = store.Session(client, store.Keys(config.prefix), config.hostname, public)
-        await session.forget()
-        click.echo(f"the records of {config.hostname} are removed from etcd")
+    with only_one():
+        for change in await kernel.cleanup(config.interface):
+            click.echo(str(change))
+        public = privatekey.peek_public_key(config.state_dir)
+        if public is None:
+            return
+        async with etcd.open_client(config.etcd) as client:
+            session = store.Session(client, store.Keys(config.prefix), config.hostname, public)
+            try:
+                await session.forget()
+            except etcd.EtcdError as error:
+                raise Fatal(
+                    f"the host is cleaned up, but the records of {config.hostname} are still in etcd: {error}; "
+                    "run kg cleanup again when etcd can be reached"
+                ) from None
+            click.echo(f"the records of {config.hostname} are removed from etcd")
 
 
 def _setup(config: AgentConfig, private: str) -> kernel.Setup:

@@ -96,6 +96,10 @@ class Metrics:
         if connected:
             self.last_etcd_contact.set(time.time() if at is None else at)
 
+    def etcd_heard(self) -> None:
+        """Note that etcd has just answered."""
+        self.last_etcd_contact.set(time.time())
+
     def report_health(self, trouble: str | None) -> None:
         """Say in one sentence why the agent is not well, whatever else is known; None takes it back."""
         self._reported = trouble

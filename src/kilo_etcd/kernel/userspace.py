@@ -11,6 +11,7 @@ import base64
 import errno
 import ipaddress
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -160,17 +161,19 @@ class UserspaceDevice:
         return process if same_namespace(process) else None
 
     def start(self, name: str, command: str) -> None:
-        """Start the program and wait until it answers. KernelError says what is missing."""
-        program = shutil.which(command)
+        """Start the program (`command` as a shell would split it) and wait until it answers. KernelError says what is
+        missing."""
+        words = shlex.split(command)
+        program = shutil.which(words[0])
         if program is None:
             raise KernelError(
-                f"this kernel has no WireGuard and {command} is not installed: install it "
+                f"this kernel has no WireGuard and {words[0]} is not installed: install it "
                 "(Debian: apt install wireguard-go), or load the module wireguard"
             )
         self._make_way(name)
         self._runtime_dir.mkdir(parents=True, exist_ok=True)
         errors = self._runtime_dir / f"{name}.wireguard.log"
-        process = _launch(program, name, errors)
+        process = _launch([program, *words[1:]], name, errors)
         deadline = time.monotonic() + _START
         while self.process(name) is None:
             if not _alive(process):
@@ -250,14 +253,15 @@ class UserspaceDevice:
         return f"{command} cannot make {name}: {lines[-1] if lines else f'see {errors}'}"
 
 
-def _launch(program: str, name: str, errors: Path) -> int:
-    """Start `program` as nobody's child, in a session of its own, with nothing of ours open; its process number.
+def _launch(program: Sequence[str], name: str, errors: Path) -> int:
+    """Start `program` (a path and its arguments) as nobody's child, in a session of its own, with nothing of ours open;
+    its process number.
 
     In the foreground (`-f`), so that the process that opens the socket is the one that serves it: the socket's
     credentials then lead to it. The shell in between ends at once and leaves it to init.
     """
     done = subprocess.run(
-        ["/bin/sh", "-c", '"$0" -f "$1" </dev/null >/dev/null 2>"$2" & echo $!', program, name, str(errors)],
+        ["/bin/sh", "-c", '"$@" </dev/null >/dev/null 2>"$0" & echo $!', str(errors), *program, "-f", name],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         start_new_session=True,

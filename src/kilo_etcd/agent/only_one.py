@@ -1,0 +1,46 @@
+"""One agent per host: two would undo each other's work for ever, since both know their routes by the same number.
+
+The claim is a lock on a file that the kernel lets go of when its process ends, however it ends. A host is a network
+namespace: its number is part of the file's name, since namespaces may share a file system. Where no such file can be
+made the agent runs without.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+RUNTIME_DIR = Path("/run/kilo-etcd")
+
+
+class AlreadyRunning(Exception):
+    """Another agent runs here; the message is one sentence for the operator."""
+
+
+@contextmanager
+def only_one(directory: Path = RUNTIME_DIR) -> Iterator[None]:
+    """Be the only agent of this network namespace while in the block. AlreadyRunning if there is one."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / f"agent.{os.stat('/proc/self/ns/net').st_ino}.lock"
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError:
+        yield
+        return
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.pread(handle, 20, 0).decode(errors="replace").strip()
+            raise AlreadyRunning(
+                f"an agent runs on this host already{f' (process {owner})' if owner.isdigit() else ''}; "
+                "stop it first, for instance with `systemctl stop kilo-etcd`"
+            ) from None
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(handle)

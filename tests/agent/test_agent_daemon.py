@@ -1,0 +1,218 @@
+"""One whole agent, on an etcd and a kernel in memory, in virtual time."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from ipaddress import ip_interface
+from pathlib import Path
+
+import pytest
+import trio
+from attrs import evolve
+
+from helpers import eventually
+from kilo_etcd import kernel, store
+from kilo_etcd.agent import discover, privatekey
+from kilo_etcd.agent.config import AgentConfig
+from kilo_etcd.agent.daemon import Daemon
+from kilo_etcd.agent.logs import setup_logging
+from kilo_etcd.agent.metrics import Metrics
+from kilo_etcd.kernel.state import Change, DeleteLink, DeleteRoute, HostAddress
+from kilo_etcd.model import CandidateClass
+from kilo_etcd.store.records import CandidateRecord, NodeRecord, StatusRecord, encode
+from kilo_etcd.testing.fake_etcd import FakeEtcd
+from kilo_etcd.testing.fake_kernel import FakeHost, FakeKernel
+
+pytestmark = pytest.mark.autojump
+
+PRIVATE = privatekey.generate()
+
+
+class World:
+    """An agent called h1, and what surrounds it."""
+
+    def __init__(self) -> None:
+        self.etcd = FakeEtcd()
+        self.client = self.etcd.client("h1")
+        self.host = FakeHost()
+        self.metrics = Metrics()
+        self.log = io.StringIO()
+        self.facts = discover.HostFacts(
+            hostname="h1",
+            addresses=(HostAddress(interface="eth0", index=2, address=ip_interface("192.168.1.1/24")),),
+        )
+        self.daemon: Daemon
+
+    def said(self, sentence: str) -> int:
+        return self.log.getvalue().count(sentence)
+
+    async def ready(self) -> None:
+        await eventually(lambda: self.host.observed.link is not None and self.host.observed.link.up, 30, every=0.1)
+
+    def writes(self) -> float:
+        return self.metrics.registry.get_sample_value("kilo_etcd_writes_total") or 0.0
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    made = World()
+
+    async def gather(config: AgentConfig) -> discover.HostFacts:
+        await trio.lowlevel.checkpoint()
+        return made.facts
+
+    monkeypatch.setattr(discover, "gather", gather)
+    monkeypatch.setattr(discover, "location_from_cloud_init", lambda: (None, ""))
+    setup_logging("info", stream=made.log)
+    return made
+
+
+@asynccontextmanager
+async def running(world: World, **options: object) -> AsyncIterator[Daemon]:
+    """The agent runs in the block; SIGTERM ends it, at the block's end if not before."""
+    config = evolve(
+        AgentConfig.build(hostname="h1", lease_ttl="5s", resync_period="20s", listen="off"),
+        **options,  # type: ignore[arg-type]
+    )
+    setup = kernel.Setup(private_key=PRIVATE)
+    daemon = world.daemon = Daemon(
+        config, world.client, FakeKernel(world.host, setup), privatekey.public_key(PRIVATE), metrics=world.metrics
+    )
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(daemon.run)
+        await world.ready()
+        yield daemon
+        with suppress(ProcessLookupError):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("etcd_is_there", [True, False])
+async def test_what_clean_up_removes_is_not_put_back(
+    world: World, monkeypatch: pytest.MonkeyPatch, etcd_is_there: bool
+) -> None:
+    async def cleanup(interface: str) -> tuple[Change, ...]:
+        changes = (*map(DeleteRoute, world.host.observed.routes.values()), DeleteLink(interface))
+        for change in changes:
+            world.host.tamper([change])
+            await trio.sleep(1)
+        return changes
+
+    monkeypatch.setattr(kernel, "cleanup", cleanup)
+    async with running(world, clean_up=True):
+        if not etcd_is_there:
+            world.etcd.down()
+    assert world.host.observed.link is None
+    assert not world.host.observed.routes
+    assert world.said("behind the agent's back") == 0
+    assert world.said("could not be removed") == (0 if etcd_is_there else 1)
+    if etcd_is_there:
+        assert not [key for key in world.etcd.keys("/") if key.endswith("h1")]
+
+
+async def test_a_claim_that_is_taken_away_is_claimed_again(world: World) -> None:
+    async with running(world):
+        (claim,) = world.etcd.keys("/kilo/addresses/")
+        world.etcd.delete(claim)
+        await eventually(lambda: world.etcd.keys("/kilo/addresses/") == [claim], 10, every=0.1)
+        await eventually(lambda: world.daemon.snapshot and "h1" in world.daemon.snapshot.nodes, 10, every=0.1)
+        assert world.said("claimed again") == 1
+        assert world.said("this host is among the mesh's nodes again") == world.said("is not among the mesh's nodes")
+
+
+async def test_whoever_undoes_everything_is_not_fought_for_ever(world: World) -> None:
+    async with running(world):
+        (route,) = world.host.observed.routes.values()
+        with trio.move_on_after(100):
+            while True:
+                world.host.tamper([DeleteRoute(route)])
+                await eventually(lambda: bool(world.host.observed.routes), 60, every=0.1)
+        assert 12 <= world.said("behind the agent's back") <= 30
+        world.host.tamper([DeleteRoute(route)])
+        await eventually(lambda: bool(world.host.observed.routes), 12, every=0.1)
+        await trio.sleep(60)
+        world.host.tamper([DeleteRoute(route)])
+        await eventually(lambda: bool(world.host.observed.routes), 0.3, every=0.1)
+
+
+async def test_writes_to_etcd_are_counted_and_there_are_none_in_steady_state(world: World) -> None:
+    async with running(world):
+        await trio.sleep(10)
+        before = world.writes()
+        assert before >= 4  # settings, claim, lease, registration
+        netlink = world.daemon.kernel.writes
+        await trio.sleep(45)
+        assert world.writes() == before
+        assert world.daemon.kernel.writes == netlink
+        world.facts = discover.HostFacts(hostname="h1")
+        await eventually(lambda: world.writes() > before, 30, every=0.1)
+        assert world.metrics.registry.get_sample_value("kilo_last_etcd_contact_timestamp_seconds")
+
+
+async def test_the_watchdog_is_fed_by_the_reconciler(
+    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as supervisor:
+        supervisor.bind(str(tmp_path / "notify"))
+        supervisor.setblocking(False)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        monkeypatch.setenv("WATCHDOG_USEC", "10000000")
+
+        def beats() -> int:
+            found = 0
+            with suppress(BlockingIOError):
+                while True:
+                    found += b"WATCHDOG=1" in supervisor.recv(4096)
+            return found
+
+        async with running(world, resync_period=3600.0) as daemon:
+            await trio.sleep(20)
+            beats()
+            reconciles = world.metrics.registry.get_sample_value("kilo_reconciles_total", {"result": "success"})
+            await trio.sleep(20)
+            assert beats() >= 3
+            assert reconciles == world.metrics.registry.get_sample_value("kilo_reconciles_total", {"result": "success"})
+            async with daemon.kernel._lock:  # type: ignore[attr-defined]
+                daemon._nudge(fresh=True)
+                await trio.sleep(20)
+                beats()
+                await trio.sleep(20)
+                assert beats() == 0
+
+
+async def test_a_leader_that_cannot_hand_over_says_so(world: World) -> None:
+    other = NodeRecord(
+        public_key=privatekey.public_key(privatekey.generate()), internal_ips=(ip_interface("192.168.1.2/24"),)
+    )
+    async with running(world):
+        world.etcd.put("/kilo/addresses/10.4.0.2", "h2")
+        world.etcd.put("/kilo/nodes/h2", encode(other))
+        await eventually(lambda: world.etcd.keys("/kilo/elections/") != [], 10, every=0.1)
+        world.etcd.put("/kilo/elections/@default/h2", encode(CandidateRecord(rank=CandidateClass.REST, since="")))
+        world.etcd.put("/kilo-status/h2", encode(StatusRecord(public_key=other.public_key, revision=1)))
+        await trio.sleep(1)
+        assert world.daemon.topology is not None
+        assert world.daemon.topology.segment_of("h1").next_in_line is not None, world.daemon.snapshot
+        world.etcd.delay = 10.0
+    assert world.said("leadership was not handed over, since etcd does not answer") == 1
+    assert world.host.observed.link is not None
+
+
+async def test_new_addresses_that_cannot_be_registered_do_not_end_the_agent(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(world) as daemon:
+
+        async def refused(record: NodeRecord) -> None:
+            await trio.lowlevel.checkpoint()
+            raise store.NameTaken("the name h1 is taken")
+
+        monkeypatch.setattr(daemon.session, "register", refused)
+        world.facts = discover.HostFacts(hostname="h1")
+        await trio.sleep(70)
+        assert world.said("are not registered yet") == 1
+        assert world.said("address chosen") == 2  # internal IP and endpoint, as it started

@@ -1,0 +1,66 @@
+"""`kg --dry-run` on an etcd and a kernel in memory: it always ends with something to read, and writes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+from attrs import evolve
+
+from kilo_etcd import kernel
+from kilo_etcd.agent import discover
+from kilo_etcd.agent.config import AgentConfig
+from kilo_etcd.agent.dryrun import dry_run
+from kilo_etcd.testing.fake_etcd import FakeEtcd
+from kilo_etcd.testing.fake_kernel import FakeHost, FakeKernel
+
+
+async def shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], state: Path, etcd: FakeEtcd
+) -> str:
+    host = FakeHost()
+    revision = etcd.header().revision
+
+    async def gather(config: AgentConfig) -> discover.HostFacts:
+        await trio.lowlevel.checkpoint()
+        return discover.HostFacts(hostname=config.hostname)
+
+    @asynccontextmanager
+    async def open_kernel(setup: kernel.Setup) -> AsyncIterator[FakeKernel]:
+        yield FakeKernel(host, setup)
+
+    monkeypatch.setattr(discover, "gather", gather)
+    monkeypatch.setattr(kernel, "open_kernel", open_kernel)
+    config = evolve(AgentConfig.build(hostname="h1"), state_dir=state)
+    await dry_run(config, etcd.client(), lambda config, private: kernel.Setup(private_key=private))
+    assert host.history == []
+    assert etcd.header().revision == revision
+    assert not await trio.Path(state).exists()
+    return capsys.readouterr().out
+
+
+async def test_a_host_that_has_not_joined_sees_what_joining_would_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    text = await shown(monkeypatch, capsys, tmp_path / "state", FakeEtcd())
+    commands = [line for line in text.splitlines() if not line.startswith("# ")]
+    assert all(line.split()[0] in ("ip", "wg", "sysctl") for line in commands)
+    assert any(line.startswith("ip address add 10.4.") for line in commands)
+    assert "private-key (hidden)" in text
+    assert "# h1 is not registered yet" in text
+
+
+async def test_a_mesh_without_a_free_address_is_told_in_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    etcd = FakeEtcd()
+    etcd.put("/kilo/mesh/subnets", "10.4.0.0/30")
+    for number in (1, 2):
+        key = "A" * 41 + f"{number}A="
+        etcd.put(f"/kilo/nodes/n{number}", f'{{"publicKey":"{key}"}}')
+        etcd.put(f"/kilo/addresses/10.4.0.{number}", f"n{number}")
+    text = await shown(monkeypatch, capsys, tmp_path / "state", etcd)
+    assert "# no address is left for h1 in 10.4.0.0/30" in text
