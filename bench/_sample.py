@@ -2,8 +2,8 @@
 
     python bench/_sample.py 60
 
-CPU time is the scheduler's account of all threads (nanoseconds), not the clock ticks of /proc/PID/stat. Route, link,
-address and rule events are counted by `ip monitor`, so that the kernel confirms what the agent says of itself.
+CPU time comes in clock ticks (10 ms), which is 0.02 % of a minute. Route, link, address and rule events are counted by
+`ip monitor`, so that the kernel confirms what the agent says of itself.
 """
 
 from __future__ import annotations
@@ -32,11 +32,9 @@ def find(program: str) -> int | None:
 
 
 def cpu(pid: int) -> float:
-    """Seconds on a core, all threads."""
-    total = 0
-    for task in (PROC / str(pid) / "task").iterdir():
-        total += int((task / "schedstat").read_text().split()[0])
-    return total / 1e9
+    """Seconds on a core, all threads, those that have ended too."""
+    fields = (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def memory(pid: int) -> dict[str, float]:

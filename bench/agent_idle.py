@@ -69,7 +69,7 @@ async def main() -> None:
     """Print the table."""
     rows = table(
         f"An agent at rest, over {SECONDS} s each (memory in MiB; writes per minute)",
-        "agent", "nodes", "RSS", "PSS", "CPU", "netlink writes", "ip monitor", "etcd writes", "wireguard-go RSS",
+        "agent", "nodes", "RSS", "PSS", "CPU", "netlink writes", "ip monitor", "etcd writes", "wireguard-go",
     )  # fmt: skip
     labels = {"gcp": "gcp", "home": "home"}
     async with mesh(Spec.simple({"gcp": 3, "home": 3}, labels=labels, public=3)) as lab:
@@ -98,7 +98,7 @@ async def main() -> None:
         show(rows, "leader, 10 per location", await sample(lab, host))
         await lab.etcdctl("put", "/kilo/mesh/granularity", "full")
         await calm(lab, NODES)
-        show(rows, "the same agent, switched to full mesh", await sample(lab, host))
+        show(rows, "the same in a full mesh", await sample(lab, host))
     console.print(rows)
 
 

@@ -134,10 +134,11 @@ async def main() -> None:
     )  # fmt: skip
     for ttl in (2, 3, 5):
         async with mesh(spec(ttl)) as lab:
-            found = await crashes(lab, ttl, runs(4, 1))
+            found = await crashes(lab, ttl, runs(3, 1))
             crashed.add_row(f"{ttl} s", *spread([seen.gap for seen in found], unit=1, digits=2))
             if ttl != 5:
                 continue
+            console.print(crashed)
             for name, act in (
                 ("leader's agent stopped (SIGTERM)", stopped),
                 ("leader relabelled", relabelled),
@@ -145,13 +146,12 @@ async def main() -> None:
                 ("leader's agent killed, started within the lease", restarted),
                 ("member's agent stopped and started", member_restarted),
             ):
-                found = await handovers(lab, act, runs(4, 1))
+                found = await handovers(lab, act, runs(3, 1))
                 handed.add_row(
                     name,
                     *spread([seen.gap for seen in found]),
                     f"{sum(seen.lost for seen in found)} of {sum(seen.sent for seen in found):,}",
                 )
-    console.print(crashed)
     console.print(handed)
 
 
