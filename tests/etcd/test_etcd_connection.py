@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 
@@ -14,10 +14,11 @@ import pytest
 import trio
 import trio.testing
 
-from kilo_etcd.etcd import Config, Endpoint, Unauthenticated, Unavailable, open_client, parse_endpoint
+from kilo_etcd.etcd import Config, Endpoint, EtcdClient, Unauthenticated, Unavailable, open_client, parse_endpoint
 from kilo_etcd.etcd.auth import Tokens
 from kilo_etcd.etcd.connection import CONNECTION_WINDOW, HEALTH_CHECK, Connection
-from kilo_etcd.etcd.grpc import TransportFailed
+from kilo_etcd.etcd.grpc import TransportFailed, frame
+from kilo_etcd.etcd.pb import etcd_pb2 as pb
 
 pytestmark = pytest.mark.autojump
 
@@ -259,6 +260,114 @@ async def test_what_a_slow_reader_has_not_taken_is_bounded_by_its_window() -> No
         await trio.testing.wait_all_tasks_blocked()
         assert peer.h2.local_flow_control_window(stream.id) >= 2 << 20
         stream.close()
+
+
+@asynccontextmanager
+async def client_of(
+    monkeypatch: pytest.MonkeyPatch, answer: Callable[[Peer, int, str], Awaitable[None]]
+) -> AsyncIterator[EtcdClient]:
+    """A client whose every connection is to a peer that answers calls (stream, path) as told."""
+    async with trio.open_nursery() as nursery:
+
+        async def connect(endpoint: Endpoint, tls: object) -> trio.abc.Stream:
+            ours, theirs = trio.testing.memory_stream_pair()
+            peer = Peer(theirs)
+
+            def on_event(event: h2.events.Event) -> None:
+                answer_health_checks(peer, event)
+                if isinstance(event, h2.events.RequestReceived) and path_of(event) != HEALTH_CHECK:
+                    nursery.start_soon(answer, peer, event.stream_id, path_of(event))
+
+            peer.on_event = on_event
+            nursery.start_soon(peer.run)
+            return ours
+
+        monkeypatch.setattr("kilo_etcd.etcd.channel.connect", connect)
+        async with open_client(Config(endpoints=("one:1",), user="kilo", password="secret")) as client:
+            assert client._caller.tokens
+            client._caller.tokens._token = "token"
+            yield client
+        nursery.cancel_scope.cancel()
+
+
+HEADERS = [(":status", "200"), ("content-type", "application/grpc")]
+
+
+async def test_a_large_answer_over_a_slow_link_is_had_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A value of a megabyte that somebody has put there must not keep a host from reading the rest."""
+    value = bytes(1 << 20)
+    attempts = 0
+
+    async def answer(peer: Peer, stream: int, path: str) -> None:
+        nonlocal attempts
+        attempts += 1
+        data = frame(pb.RangeResponse(kvs=[pb.KeyValue(key=b"/k", value=value)]).SerializeToString())
+        peer.h2.send_headers(stream, HEADERS)
+        for start in range(0, len(data), 8192):
+            peer.h2.send_data(stream, data[start : start + 8192])
+            await peer.flush()
+            await trio.sleep(0.1)
+        peer.h2.send_headers(stream, [("grpc-status", "0")], end_stream=True)
+        await peer.flush()
+
+    async with client_of(monkeypatch, answer) as client:
+        found = await client.get("/k")
+        assert found
+        assert found.value == value
+        assert attempts == 1
+
+
+async def test_an_answer_that_stops_half_way_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def answer(peer: Peer, stream: int, path: str) -> None:
+        peer.h2.send_headers(stream, HEADERS)
+        peer.h2.send_data(stream, frame(bytes(100))[:50])
+        await peer.flush()
+
+    async with client_of(monkeypatch, answer) as client:
+        began = trio.current_time()
+        with pytest.raises(Unavailable):
+            await client.get("/k")
+        assert trio.current_time() - began < 10
+
+
+async def test_a_watch_outlives_an_etcd_that_can_give_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one without quorum, after a restart in which it has forgotten its tokens."""
+    watches = 0
+
+    async def answer(peer: Peer, stream: int, path: str) -> None:
+        nonlocal watches
+        if path != "/etcdserverpb.Watch/Watch":
+            return  # Authenticate: no quorum, no answer.
+        watches += 1
+        peer.h2.send_headers(stream, HEADERS)
+        if watches == 2:
+            peer.h2.send_headers(
+                stream, [("grpc-status", "16"), ("grpc-message", "invalid auth token")], end_stream=True
+            )
+            await peer.flush()
+            return
+        made = pb.WatchResponse(created=True, header=pb.ResponseHeader(revision=1))
+        peer.h2.send_data(stream, frame(made.SerializeToString()))
+        if watches == 1:
+            peer.h2.send_headers(stream, [("grpc-status", "14"), ("grpc-message", "no leader")], end_stream=True)
+        else:
+            one = pb.Event(kv=pb.KeyValue(key=b"/k", value=b"v", mod_revision=2))
+            event = pb.WatchResponse(events=[one], header=pb.ResponseHeader(revision=2))
+            peer.h2.send_data(stream, frame(event.SerializeToString()))
+        await peer.flush()
+
+    async with client_of(monkeypatch, answer) as client, trio.open_nursery() as nursery:
+        async with client.watch("/k") as watch:
+
+            async def quorum_comes_back() -> None:
+                await trio.sleep(60)
+                assert client._caller.tokens
+                client._caller.tokens._token = "new token"
+
+            nursery.start_soon(quorum_comes_back)
+            batch = await anext(watch)
+            assert [event.kv.value for event in batch.events] == [b"v"]
+        assert watches == 3
 
 
 # -- tokens

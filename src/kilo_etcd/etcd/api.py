@@ -301,7 +301,7 @@ class Config:
     dial_timeout: float = 2.0
     """Seconds for one attempt to connect (TCP, TLS, HTTP/2 preface)."""
     call_timeout: float = 5.0
-    """Seconds for a unary call, all attempts together."""
+    """Seconds for a unary call, all attempts together; a read takes longer while parts of its answer come."""
     attempt_timeout: float = 2.0
     """Seconds for one attempt of a unary call."""
     ping_interval: float = 1.0

@@ -5,12 +5,14 @@ refused, or above the last one that a closing member named; the token refused) i
 request that may have been acted upon is tried again only if it is idempotent: `range`, `status`, `members`, time to
 live, one keepalive, authentication, a transaction that only reads. A put, delete, writing transaction, grant,
 revoke or compaction is not; the error then says that its outcome is unknown. All attempts together last
-`call_timeout`, each `attempt_timeout`.
+`call_timeout`, each `attempt_timeout`; but a read whose answer is on its way is not given up while more of it comes, or
+a large one would never be had over a slow link.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Protocol, Self, TypeVar
 
 import trio
@@ -52,6 +54,7 @@ class Call:
         self._deframer = Deframer()
         self._messages: deque[bytes] = deque()
         self._checked = False
+        self.on_data: Callable[[], None] | None = None
 
     async def send(self, message: Message, *, end: bool = False) -> None:
         await self._stream.send(frame(message.SerializeToString()), end=end)
@@ -71,6 +74,8 @@ class Call:
                 if status:
                     raise status
                 return None
+            if self.on_data:
+                self.on_data()
             self._messages.extend(self._deframer.feed(data))
         return self._messages.popleft()
 
@@ -93,7 +98,7 @@ class Caller:
         last: Exception | None = None
         token_refused = False
         under_way: tuple[Connection, float] | None = None
-        with trio.move_on_after(self.config.call_timeout):
+        with trio.move_on_after(self.config.call_timeout) as whole:
             while True:
                 try:
                     connection = await self.channel.connection()
@@ -105,8 +110,13 @@ class Caller:
                 token = await self.tokens.get() if auth and self.tokens else ""
                 try:
                     under_way = connection, trio.current_time()
-                    with trio.move_on_after(timeout):
-                        raw = await self.attempt(connection, path, request, token)
+                    with trio.move_on_after(timeout) as one:
+
+                        def more(one: trio.CancelScope = one) -> None:
+                            one.deadline = trio.current_time() + timeout
+                            whole.deadline = max(whole.deadline, one.deadline)
+
+                        raw = await self.attempt(connection, path, request, token, more if idempotent else None)
                         self.channel.succeeded(connection)
                         return answer.FromString(raw)
                     failure: Exception = TransportFailed(f"no answer within {timeout:g} s")
@@ -138,9 +148,13 @@ class Caller:
             last = last.to_error()
         raise last if last else Unavailable(f"etcd did not {doing} within {self.config.call_timeout:g} s; retry")
 
-    async def attempt(self, connection: Connection, path: str, request: Message, token: str) -> bytes:
-        """One attempt on one connection, of a call with one answer. Raises StatusError, TransportFailed."""
+    async def attempt(
+        self, connection: Connection, path: str, request: Message, token: str, more: Callable[[], None] | None = None
+    ) -> bytes:
+        """One attempt on one connection, of a call with one answer; `more` is called as parts of it arrive. Raises
+        StatusError, TransportFailed."""
         call = await self._begin(connection, path, token)
+        call.on_data = more
         try:
             await call.send(request, end=True)
             message = await call.receive()
