@@ -61,6 +61,7 @@ def test_the_higher_is_told_the_endpoint_and_speaks_when_its_time_has_come() -> 
     then = first_contact(plan, snapshot, since, early.waiting, standby=False, now=first.due)
     assert then.plan == plan
     assert then.speak_to == (ip_address("10.4.0.1"),)
+    assert (first.late, early.late, then.late) == (frozenset(), frozenset(), frozenset({LOW}))
     assert then.waiting == frozenset()
     after = first_contact(plan, snapshot, since, then.waiting, standby=False, now=first.due + 1)
     assert (after.plan, after.speak_to, after.due) == (plan, (), None)

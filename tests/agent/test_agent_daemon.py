@@ -124,6 +124,18 @@ async def test_a_claim_that_is_taken_away_is_claimed_again(world: World) -> None
         assert world.said("this host is among the mesh's nodes again") == world.said("is not among the mesh's nodes")
 
 
+async def test_other_subnets_renumber_nobody_who_runs(world: World) -> None:
+    async with running(world):
+        addresses = world.host.observed.addresses
+        world.etcd.put("/kilo/mesh/subnets", "10.50.0.0/16")
+        await trio.sleep(60)
+        assert world.host.observed.addresses == addresses
+        assert len(world.etcd.keys("/kilo/addresses/")) == 1
+        assert world.said("/kilo/mesh/subnets was changed from 10.4.0.0/16 to 10.50.0.0/16") == 1
+        world.etcd.put("/kilo/mesh/subnets", "10.4.0.0/16")
+        await eventually(lambda: world.said("this host is among the mesh's nodes again"), 5, every=0.1)
+
+
 async def test_whoever_undoes_everything_is_not_fought_for_ever(world: World) -> None:
     async with running(world):
         (route,) = world.host.observed.routes.values()

@@ -23,8 +23,9 @@ from attrs import evolve, frozen
 from kilo_etcd.model import IPAddress, Node, Snapshot
 from kilo_etcd.topology.hostplan import HostPlan, PeerPlan
 
-FIRST_WORD_SECONDS = 0.3
-"""How long the other end has the first word: skew of the two hosts and one way of its packet, on most paths."""
+FIRST_WORD_SECONDS = 0.15
+"""How long the other end has the first word: more than the skew of two hosts and one way of a packet, on most paths,
+and less than the gap that a change of leader may have (0.2 s)."""
 
 MOST_SPOKEN_TO = 256
 """A host that gets more new peers than this at once lets traffic decide whom it speaks to."""
@@ -38,6 +39,8 @@ class FirstContact:
     speak_to: tuple[IPAddress, ...] = ()
     waiting: frozenset[str] = frozenset()
     """Public keys of those who have the first word."""
+    late: frozenset[str] = frozenset()
+    """Public keys of those who had the first word until now; they may not have used it."""
     due: float | None = None
 
 
@@ -66,6 +69,7 @@ def first_contact(
         return FirstContact(plan)
     withheld: dict[str, PeerPlan] = {}
     speak_to: list[IPAddress] = []
+    late = []
     for key in dict.fromkeys([*fresh, *waiting]):
         peer = plan.peers.get(key)
         node = None if peer is None else snapshot.nodes.get(peer.name)
@@ -76,10 +80,13 @@ def first_contact(
             withheld[key] = evolve(peer, endpoint=None)
         elif not standby and (key in waiting or since[key] == now):
             speak_to.extend(node.mesh_addresses[:1])
+            if key in waiting:
+                late.append(key)
     return FirstContact(
         evolve(plan, peers={**plan.peers, **withheld}) if withheld else plan,
         tuple(speak_to) if len(speak_to) <= MOST_SPOKEN_TO else (),
         frozenset() if standby else frozenset(withheld),
+        frozenset(late),
         min(since[key] for key in withheld) + FIRST_WORD_SECONDS if withheld and not standby else None,
     )
 

@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from typing import TypeVar
 
 import trio
+from attrs import evolve
 
 from kilo_etcd import __version__, etcd, kernel, store
 from kilo_etcd.agent import decide, discover
@@ -104,6 +105,8 @@ class Daemon:
         self.disagreements: tuple[str, ...] = ()
         self.record: store.NodeRecord | None = None
         self.underlay: tuple[IPNetwork, ...] = ()
+        self.subnets: tuple[IPNetwork, ...] = ()
+        """The mesh's, as they were when this agent joined."""
 
         self._wake = trio.Event()
         self._wanted = False
@@ -173,6 +176,7 @@ class Daemon:
         granularity, subnets = await self._insist(
             lambda: self.session.ensure_mesh(self.config.mesh_granularity or Granularity.LOCATION, self.config.subnets)
         )
+        self.subnets = subnets
         addresses = await self._insist(lambda: self.session.claim_addresses(subnets))
         self.log.info("address claimed", addresses=",".join(map(str, addresses)), granularity=str(granularity))
         await nursery.start(self.resolver.run)
@@ -328,10 +332,8 @@ class Daemon:
         while True:
             await self._unclaimed.wait()
             self._unclaimed = trio.Event()
-            if self.snapshot is None:
-                continue
             try:
-                addresses = await self.session.claim_addresses(self.snapshot.subnets)
+                addresses = await self.session.claim_addresses(self.subnets)
             except (etcd.EtcdError, *REFUSALS) as error:
                 self.once.error("claim", "the host's mesh address is claimed no more, and cannot be", error=str(error))
             else:
@@ -341,6 +343,9 @@ class Daemon:
 
     def _note_claims(self, snapshot: Snapshot) -> None:
         """Wake `_mind_claims` if this host has no address in one of the mesh's subnets, neither here nor on its way."""
+        if set(snapshot.subnets) != set(self.subnets):
+            # The subnets of a running mesh are fixed: a slip of the operator's must not renumber every host.
+            return
         node = snapshot.nodes.get(self.name)
         have = {address.version for address in node.mesh_addresses} if node else set()
         if {subnet.version for subnet in snapshot.subnets} <= have:
@@ -384,7 +389,7 @@ class Daemon:
             if record is None or record.mod_revision > snapshot.revision:
                 # The snapshot is older than the registration; the one that has it is on its way.
                 return
-            self.failures = (f"this host is not among the mesh's nodes; see the records set aside for {self.name}",)
+            self.failures = (self._why_unknown(snapshot),)
             self.once.error("unknown", self.failures[0], revision=snapshot.revision)
             self._publish(snapshot)
             return
@@ -397,6 +402,7 @@ class Daemon:
         contact = first_contact(plan, snapshot, self._contacts, self._waiting, standby=standby, now=now)
         before = self.kernel.writes
         try:
+            await self._start_over(contact.late, contact.plan)
             report = await self.kernel.apply(contact.plan, fresh=fresh)
         except kernel.KernelError as error:
             if self.plan is None:
@@ -440,6 +446,28 @@ class Daemon:
         self._publish(snapshot)
         applied, self._applied = self._applied, trio.Event()
         applied.set()
+
+    async def _start_over(self, late: frozenset[str], plan: HostPlan) -> None:
+        """Take away those peers that have not shaken hands although they had the first word; `plan` puts them back.
+
+        Packets for a peer without an endpoint count as an attempt with some WireGuards, and the next one is five
+        seconds away; a peer that is new has made none.
+        """
+        if late:
+            observed = (await self.kernel.observe()).peers
+            silent = {key for key in late if key in observed and not observed[key].last_handshake}
+            if silent:
+                kept = {key: peer for key, peer in plan.peers.items() if key not in silent}
+                await self.kernel.apply(evolve(plan, peers=kept))
+
+    def _why_unknown(self, snapshot: Snapshot) -> str:
+        if set(snapshot.subnets) != set(self.subnets):
+            now, then = (",".join(map(str, subnets)) for subnets in (snapshot.subnets, self.subnets))
+            return (
+                f"{self.keys.subnets} was changed from {then} to {now}, which a running mesh does not follow: put it "
+                "back, or restart the agents to have their hosts renumbered"
+            )
+        return f"this host is not among the mesh's nodes; see the records set aside for {self.name}"
 
     def protected(self) -> tuple[IPNetwork, ...]:
         """Networks that no route into the tunnel may cover: etcd's addresses and the host's own underlay."""
@@ -495,14 +523,20 @@ class Daemon:
 
     async def _write_status(self) -> None:
         """Put the newest status into etcd; the larger the mesh, the more snapshots share one write."""
+        written: store.StatusRecord | None = None
         while True:
             await self._status_due.wait()
             self._status_due = trio.Event()
-            status = self._status
-            if status is not None:
+            pause = len(self.snapshot.nodes) * STATUS_PAUSE_PER_NODE if self.snapshot else 0
+            if self._status is not None and written is not None:
+                # That a revision was applied can wait until all who share the machine and etcd have applied it.
+                quiet = evolve(self._status, revision=written.revision) == written
+                await trio.sleep(pause if quiet else 0)
+            if self._status is not None:
+                written = self._status
                 # What etcd does not take now the session goes on trying to put.
-                await self.session.put_status(status)
-            await trio.sleep(len(self.snapshot.nodes) * STATUS_PAUSE_PER_NODE if self.snapshot else 0)
+                await self.session.put_status(written)
+            await trio.sleep(pause)
 
     # -- candidacy ------------------------------------------------------------------------------------------
 
