@@ -14,7 +14,7 @@ import pytest
 import trio
 import trio.testing
 
-from kilo_etcd.etcd import Config, Endpoint, EtcdClient, Unauthenticated, Unavailable, open_client, parse_endpoint
+from kilo_etcd.etcd import Config, EtcdClient, Unauthenticated, Unavailable, open_client, parse_endpoint
 from kilo_etcd.etcd.auth import Tokens
 from kilo_etcd.etcd.connection import CONNECTION_WINDOW, HEALTH_CHECK, Connection
 from kilo_etcd.etcd.grpc import TransportFailed, frame
@@ -190,7 +190,7 @@ async def test_a_write_that_a_living_member_never_answers_is_of_unknown_outcome(
     peers: list[Peer] = []
     async with trio.open_nursery() as nursery:
 
-        async def connect(endpoint: Endpoint, tls: object) -> trio.abc.Stream:
+        async def connect(*_args: object) -> trio.abc.Stream:
             ours, theirs = trio.testing.memory_stream_pair()
             peers.append(peer := Peer(theirs))
             peer.on_event = partial(answer_health_checks, peer)
@@ -269,7 +269,7 @@ async def client_of(
     """A client whose every connection is to a peer that answers calls (stream, path) as told."""
     async with trio.open_nursery() as nursery:
 
-        async def connect(endpoint: Endpoint, tls: object) -> trio.abc.Stream:
+        async def connect(*_args: object) -> trio.abc.Stream:
             ours, theirs = trio.testing.memory_stream_pair()
             peer = Peer(theirs)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,34 @@ async def test_what_is_not_etcd_is_told_so() -> None:
         port = next(one.socket.getsockname()[1] for one in listeners if one.socket.family == socket.AF_INET)
         await refusal(Config(endpoints=(f"127.0.0.1:{port}",)), ConnectionRefusedByTls, "does not speak HTTP/2")
         nursery.cancel_scope.cancel()
+
+
+async def test_a_dns_that_does_not_answer_uses_up_no_more_than_a_few_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting: list[str] = []
+    over = threading.Event()
+
+    def lookup(host: str | bytes, *args: object, **kwargs: object) -> list[object]:
+        if threading.current_thread() is not threading.main_thread():
+            waiting.append(str(host))
+            over.wait(30)
+        raise socket.gaierror(socket.EAI_NONAME, "no such name")
+
+    monkeypatch.setattr(socket, "getaddrinfo", lookup)
+    names = tuple(f"etcd-{n}.example:2379" for n in range(3))
+    try:
+        async with open_client(Config(endpoints=names, dial_timeout=0.02, call_timeout=1.0)) as client:
+            for _ in range(3):
+                with pytest.raises(Unavailable, match="did not answer"):
+                    await client.get("/k")
+            assert 3 <= len(waiting) <= 6
+            assert trio.to_thread.current_default_thread_limiter().borrowed_tokens == 0
+            over.set()
+            lookups = client._caller.channel._lookups.values()
+            await eventually(lambda: not any(one.borrowed_tokens for one in lookups))
+            with pytest.raises(Unavailable, match="does not resolve"):
+                await client.get("/k")
+    finally:
+        over.set()
 
 
 async def test_renewed_certificate_files_count_from_the_next_connection() -> None:

@@ -58,6 +58,7 @@ class Channel:
         self._current: Connection | None = None
         self._dialling: _Dial | None = None
         self._live: set[Connection] = set()
+        self._lookups: dict[Endpoint, trio.CapacityLimiter] = {}
 
     async def connection(self) -> Connection:
         """The connection for a new call. Raises Unreachable after each endpoint was tried once."""
@@ -94,9 +95,11 @@ class Channel:
         """A connection of the caller's own, which the caller closes. Raises TransportFailed."""
         connection: Connection | None = None
         timeout = self._config.dial_timeout
+        # One each, so that a name which hangs is in the way of itself only.
+        lookups = self._lookups.setdefault(endpoint, trio.CapacityLimiter(2))
         try:
             with trio.move_on_after(timeout) as scope:
-                transport = await connect(endpoint, self._config.tls)
+                transport = await connect(endpoint, self._config.tls, lookups)
                 connection = Connection(
                     transport,
                     endpoint,

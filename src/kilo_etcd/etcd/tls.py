@@ -8,6 +8,8 @@ import errno
 import os
 import socket
 import ssl
+from functools import partial
+from ipaddress import ip_address
 
 import trio
 
@@ -50,10 +52,17 @@ def tls_context(tls: Tls) -> ssl.SSLContext:
     return context
 
 
-async def connect(endpoint: Endpoint, tls: Tls | None) -> trio.abc.Stream:
-    """A byte stream to the endpoint, the TLS handshake done. Raises TransportFailed; the caller bounds the time."""
+async def connect(endpoint: Endpoint, tls: Tls | None, lookups: trio.CapacityLimiter) -> trio.abc.Stream:
+    """A byte stream to the endpoint, the TLS handshake done. Raises TransportFailed; the caller bounds the time.
+
+    A look-up in a DNS that does not answer goes on in its thread when nobody waits for it any more, for half a minute.
+    `lookups` bounds these, so that they never use up the threads that all of the process shares.
+    """
     context = tls_context(tls or Tls()) if endpoint.tls else None
     try:
+        if not _is_address(endpoint.host):
+            look_up = partial(socket.getaddrinfo, endpoint.host, endpoint.port, type=socket.SOCK_STREAM)
+            await trio.to_thread.run_sync(look_up, abandon_on_cancel=True, limiter=lookups)
         plain = await trio.open_tcp_stream(endpoint.host, endpoint.port)
     except OSError as error:
         raise TransportFailed(_explain_tcp(error), processed=False) from None
@@ -86,6 +95,14 @@ async def connect(endpoint: Endpoint, tls: Tls | None) -> trio.abc.Stream:
             "it speaks TLS but not HTTP/2; is it etcd's client port?", processed=False, permanent=True
         )
     return stream
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _explain_tcp(error: OSError) -> str:
