@@ -38,6 +38,7 @@ STEPS: dict[str, Callable[[Snapshot], Snapshot]] = {
     "a network of somebody younger": changed(7, subnets=nets("172.20.9.0/25")),
     "a network of somebody older": changed(7, subnets=nets("172.20.2.128/25")),
     "a network that covers many": changed(40, subnets=nets("172.20.0.0/16")),
+    "what is each host's own": changed(7, subnets=nets("169.254.0.0/16")),
     "a default route": changed(7, subnets=nets("0.0.0.0/0")),
     "the mesh": changed(7, subnets=nets("10.0.0.0/8")),
     "a protected network": changed(7, subnets=nets("198.51.100.0/24")),

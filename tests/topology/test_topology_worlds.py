@@ -79,6 +79,10 @@ def test_the_longer_registered_node_keeps_a_network_and_everyone_agrees() -> Non
     ("offered", "why"),
     [
         ("0.0.0.0/0", "a default route"),
+        ("127.0.0.0/8", "each host's own"),
+        ("169.254.169.254/32", "each host's own"),
+        ("224.0.0.0/4", "each host's own"),
+        ("fe80::/64", "each host's own"),
         ("10.0.0.0/8", "it covers the mesh's own subnet"),
         ("10.4.0.0/24", "it holds the mesh address of a node"),
         ("172.20.2.128/25", "it overlaps a network that node a2 offered"),

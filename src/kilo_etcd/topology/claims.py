@@ -5,7 +5,7 @@ by itself, hosts would disagree about where a packet goes. Here it is a pure fun
 longer-registered node wins, nodes win over outside peers, and the mesh wins over all. What loses is left out
 on every host alike, and named.
 
-It promises that granted networks of different owners are disjoint, that none is a default route, none
+It promises that granted networks of different owners are disjoint, that none is a default route or loopback, none
 covers a mesh subnet and none holds a node's mesh address. What one host in particular must not route
 (its own underlay, its etcd) is not settled here but by `guard`.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
+from ipaddress import ip_network
 from typing import TypeAlias
 
 from attrs import field, frozen
@@ -32,6 +33,17 @@ class Claim:
     priority: tuple[int, int, str]
     offered_by: str
     networks: tuple[IPNetwork, ...]
+
+
+_EACH_HOSTS_OWN = {
+    version: [(int(n.network_address), int(n.broadcast_address)) for n in map(ip_network, texts)]
+    for version, texts in {
+        4: ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4"),
+        6: ("::/127", "fe80::/10", "ff00::/8"),
+    }.items()
+}
+"""Loopback, link-local, multicast (RFC 6890): a route elsewhere takes from a host what is its own, or its link's (as a
+cloud's metadata at 169.254.169.254)."""
 
 
 def network_key(network: IPNetwork) -> tuple[int, int, int]:
@@ -146,10 +158,16 @@ def _amend(
                 continue
             if holder is not None or not network.prefixlen or _overlaps(network, previous.mesh):
                 return None
+            if _each_hosts_own(network.version, start, end):
+                return None
             span.put(start, end, owner)
             own.append(network)
         granted[owner] = tuple(sorted(own, key=network_key))
     return Settlement(previous.mesh, claims, granted, (), False, spans)
+
+
+def _each_hosts_own(version: int, start: int, end: int) -> bool:
+    return any(first <= start and end <= last for first, last in _EACH_HOSTS_OWN[version])
 
 
 def _overlaps(network: IPNetwork, others: Iterable[IPNetwork]) -> bool:
@@ -176,6 +194,8 @@ def _settle_all(
                 continue
             if not network.prefixlen:
                 reason = "a default route is never taken into the mesh; offer smaller networks"
+            elif _each_hosts_own(network.version, start, end):
+                reason = "loopback, link-local and multicast addresses are each host's own; offer other networks"
             elif holder is not None:
                 other = claims[holder].offered_by
                 reason = f"it overlaps a network that {other} offered before; take it out of one of the two"
