@@ -165,6 +165,26 @@ async def test_writes_to_etcd_are_counted_and_there_are_none_in_steady_state(wor
         assert world.metrics.registry.get_sample_value("kilo_last_etcd_contact_timestamp_seconds")
 
 
+async def test_a_route_that_collides_keeps_the_host_neither_from_being_ready_nor_from_leading(
+    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    other = NodeRecord(
+        public_key=privatekey.public_key(privatekey.generate()), internal_ips=(ip_interface("192.168.1.2/24"),)
+    )
+    world.etcd.put("/kilo/addresses/10.4.0.2", "h2")
+    world.etcd.put("/kilo/nodes/h2", encode(other))
+    world.etcd.put("/kilo/annotations/h2/subnets", "172.17.0.0/16")
+    world.host.refuse = lambda change: "it collides" if "172.17." in str(change) else None
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as supervisor:
+        supervisor.bind(str(tmp_path / "notify"))
+        supervisor.setblocking(False)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        async with running(world):
+            await eventually(lambda: world.etcd.keys("/kilo/elections/") != [], 10, every=0.1)
+            assert world.said("it collides") == 1
+            assert b"READY=1" in supervisor.recv(4096)
+
+
 async def test_the_watchdog_is_fed_by_the_reconciler(
     world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

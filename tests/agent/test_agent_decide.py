@@ -11,6 +11,7 @@ from kilo_etcd.agent.decide import (
     SETTLE_SECONDS,
     Stand,
     Standing,
+    able_to_lead,
     confirmed,
     disagreements,
     eligible,
@@ -109,3 +110,20 @@ def test_flags_that_the_mesh_overrules_are_named() -> None:
     assert "--mesh-granularity=full is not in force" in one
     (one,) = disagreements(TWO, granularity=None, subnets=(ip_network("10.5.0.0/16"),))
     assert "--subnet=10.5.0.0/16 is not in force: the mesh's subnets are 10.4.0.0/16" in one
+
+
+@pytest.mark.parametrize(
+    ("missing", "able"),
+    [
+        ([], True),
+        (["172.17.0.0/16"], True),
+        (["172.17.0.0/16", "10.4.0.0/16"], False),
+        ([None], False),
+        (["172.17.0.0/16", None], False),
+    ],
+)
+def test_a_route_that_is_missing_keeps_nobody_from_leading_unless_it_is_the_meshs(
+    missing: list[str | None], able: bool
+) -> None:
+    routes = [None if text is None else ip_network(text) for text in missing]
+    assert able_to_lead(routes, [ip_network("10.4.0.0/16")]) is able

@@ -120,7 +120,9 @@ class Daemon:
         self._waiting: frozenset[str] = frozenset()
         self._whole_plan_due: float | None = None
         self._due_changed = trio.Event()
+        self._programmed = False
         self._ready = False
+        """Programmed well enough to lead."""
         self._leaving = False
         self._since = datetime.now(UTC).isoformat(timespec="seconds")
         self._status: store.StatusRecord | None = None
@@ -408,7 +410,7 @@ class Daemon:
             if self.plan is None:
                 # Nothing has ever worked: the operator stands before it and wants to know.
                 raise
-            self._ready = False
+            self._programmed = self._ready = False
             self.failures = (str(error),)
             self.once.error("kernel", "the kernel cannot be programmed; trying again", error=str(error))
             self.metrics.reconciled(ok=False, writes=self.kernel.writes - before)
@@ -441,7 +443,8 @@ class Daemon:
                 "applied", changes=len(report.changes), failures=len(report.failures),
                 peers=len(plan.peers), routes=len(plan.routes), revision=snapshot.revision,
             )  # fmt: skip
-        self._ready = not report.failures
+        self._programmed = True
+        self._ready = decide.able_to_lead((failure.destination for failure in report.failures), snapshot.subnets)
         self._note_role(snapshot)
         self._publish(snapshot)
         applied, self._applied = self._applied, trio.Event()
@@ -502,7 +505,7 @@ class Daemon:
         role = self.role
         if not self._leaving and role is not None:
             notify(
-                *(["READY=1"] if self._ready else []),
+                *(["READY=1"] if self._programmed else []),
                 f"STATUS={role}; {len(snapshot.nodes)} nodes; revision {self.applied_revision}"
                 + (f"; {len(self.failures)} problems" if self.failures else ""),
             )

@@ -105,6 +105,14 @@ def stand(wanted: Stand | None, standing: Standing) -> tuple[Stand | None, float
     return None, due
 
 
+def able_to_lead(missing: Iterable[IPNetwork | None], subnets: Iterable[IPNetwork]) -> bool:
+    """Whether a host may lead although something could not be programmed: `missing` are the routes that are not there,
+    None for anything else. Only the mesh's own routes count: one network that collides with a route on every host, a
+    container bridge's for instance, must not leave a location without candidates."""
+    mesh = set(subnets)
+    return all(network is not None and network not in mesh for network in missing)
+
+
 def confirmed(revisions: Mapping[str, int], revision: int, apart_from: str) -> bool:
     """Whether every live node but `apart_from` has applied `revision` or a later one."""
     return all(applied >= revision for node, applied in revisions.items() if node != apart_from)

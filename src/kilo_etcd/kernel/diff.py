@@ -255,10 +255,10 @@ def _routes(
     kept: set[IPNetwork] = set()
     for destination, planned in plan.routes.items():
         if (text := _impossible(planned)) is not None:
-            failures.append(Failure(subject=str(destination), text=text))
+            failures.append(Failure(subject=str(destination), text=text, destination=destination))
             continue
         if destination in observed.foreign:
-            failures.append(Failure(subject=str(destination), text=collision(destination)))
+            failures.append(Failure(subject=str(destination), text=collision(destination), destination=destination))
             continue
         kept.add(destination)
         wanted = route_for(planned, target)

@@ -14,6 +14,7 @@ from kilo_etcd.kernel.state import (
     AddRoute,
     Change,
     CreateLink,
+    DeleteRoute,
     Failure,
     ReplaceRoute,
     SetDevice,
@@ -42,7 +43,8 @@ NO_PERMISSION = (
 
 def failure(change: Change, error: OSError) -> Failure:
     """Why `change` could not be made, with the step that helps where one is known."""
-    return Failure(subject=str(change), text=_sentence(change, error))
+    destination = change.route.destination if isinstance(change, AddRoute | ReplaceRoute | DeleteRoute) else None
+    return Failure(subject=str(change), text=_sentence(change, error), destination=destination)
 
 
 def _sentence(change: Change, error: OSError) -> str:

@@ -338,6 +338,8 @@ class Failure:
     subject: str
     """The command that failed, or the network or device concerned."""
     text: str
+    destination: IPNetwork | None = None
+    """Where nothing but the route to this network is missing."""
 
     def __str__(self) -> str:
         return self.text

@@ -23,6 +23,7 @@ from kilo_etcd.kernel.diff import difference, remember
 from kilo_etcd.kernel.effect import apply_changes
 from kilo_etcd.kernel.errors import KernelError
 from kilo_etcd.kernel.state import (
+    AddRoute,
     ApplyReport,
     Backend,
     Change,
@@ -33,6 +34,7 @@ from kilo_etcd.kernel.state import (
     Memory,
     Observed,
     RemovePeer,
+    ReplaceRoute,
     SetDevice,
     SetPeer,
     Setup,
@@ -136,7 +138,7 @@ class FakeKernel:
             self.plan = plan
             self._memory = remember(plan, self._memory)
             self._drift = None
-            failures = (*todo.failures, *(Failure(subject=str(change), text=why) for change, why in refused.items()))
+            failures = (*todo.failures, *(_failure(change, why) for change, why in refused.items()))
             return ApplyReport(changes=made, failures=failures)
 
     async def preview(self, plan: HostPlan) -> tuple[Change, ...]:
@@ -180,3 +182,8 @@ async def open_fake_kernel(host: FakeHost, setup: Setup, *, delay: float = 0.0) 
         yield kernel
     finally:
         host.unwatch(kernel)
+
+
+def _failure(change: Change, why: str) -> Failure:
+    destination = change.route.destination if isinstance(change, AddRoute | ReplaceRoute | DeleteRoute) else None
+    return Failure(subject=str(change), text=why, destination=destination)
