@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ipaddress import ip_address, ip_interface, ip_network
 
-from kilo_etcd.agent.contact import FIRST_WORD_SECONDS, contacts, first_contact
+from kilo_etcd.agent.contact import STAGES, contacts, first_contact
 from kilo_etcd.model import Endpoint, Granularity, Node, Peer, Snapshot
 from kilo_etcd.topology import build_topology, host_plan
 
@@ -42,12 +42,12 @@ def meet(snapshot: Snapshot, name: str, *, standby: bool = False, now: float = 1
 def test_the_lower_key_speaks_at_once_and_the_higher_waits() -> None:
     plan, _, low = meet(world(), "low")
     assert low.plan == plan
-    assert low.speak_to == (ip_address("10.4.0.2"),)
+    assert low.speak_to == {HIGH: ip_address("10.4.0.2")}
     assert low.due is None
     _, _, high = meet(world(), "high")
     assert high.plan.peers[LOW].endpoint is None
-    assert high.speak_to == ()
-    assert high.due == 100.0 + FIRST_WORD_SECONDS
+    assert high.speak_to == {}
+    assert high.due == 100.0 + STAGES[0]
 
 
 def test_the_higher_is_told_the_endpoint_and_speaks_when_its_time_has_come() -> None:
@@ -57,14 +57,24 @@ def test_the_higher_is_told_the_endpoint_and_speaks_when_its_time_has_come() -> 
     early = first_contact(plan, snapshot, since, first.waiting, standby=False, now=first.due - 0.01)
     assert early.plan.peers[LOW].endpoint is None
     assert early.due == first.due
-    assert early.speak_to == ()
+    assert early.speak_to == {}
     then = first_contact(plan, snapshot, since, early.waiting, standby=False, now=first.due)
     assert then.plan == plan
-    assert then.speak_to == (ip_address("10.4.0.1"),)
-    assert (first.late, early.late, then.late) == (frozenset(), frozenset(), frozenset({LOW}))
-    assert then.waiting == frozenset()
-    after = first_contact(plan, snapshot, since, then.waiting, standby=False, now=first.due + 1)
-    assert (after.plan, after.speak_to, after.due) == (plan, (), None)
+    assert then.speak_to == then.late == {LOW: ip_address("10.4.0.1")}
+    assert (first.late, early.late) == ({}, {})
+
+
+def test_the_higher_looks_again_whether_they_have_shaken_hands_and_then_no_more() -> None:
+    snapshot = world()
+    plan, since, seen = meet(snapshot, "high")
+    looked = []
+    while seen.due is not None:
+        now = seen.due
+        seen = first_contact(plan, snapshot, since, seen.waiting, standby=False, now=now)
+        looked.append((round(now - 100.0, 3), list(seen.late), seen.plan == plan))
+    assert looked == [(stage, [LOW], True) for stage in STAGES]
+    after = first_contact(plan, snapshot, since, seen.waiting, standby=False, now=200.0)
+    assert (after.plan, after.speak_to, after.late, after.due) == (plan, {}, {}, None)
 
 
 def test_a_standby_sends_nothing_and_begins_anew_when_it_leads() -> None:
@@ -72,12 +82,12 @@ def test_a_standby_sends_nothing_and_begins_anew_when_it_leads() -> None:
     plan, since, idle = meet(snapshot, "high", standby=True)
     assert since == {}
     assert idle.plan.peers[LOW].endpoint is None
-    assert (idle.speak_to, idle.due) == ((), None)
+    assert (idle.speak_to, idle.due) == ({}, None)
     since = contacts(since, plan, standby=False, now=200.0)
     leads = first_contact(plan, snapshot, since, idle.waiting, standby=False, now=200.0)
-    assert leads.due == 200.0 + FIRST_WORD_SECONDS
+    assert leads.due == 200.0 + STAGES[0]
     _, _, low = meet(snapshot, "low", standby=True)
-    assert (low.speak_to, low.due) == ((), None)
+    assert (low.speak_to, low.due) == ({}, None)
     assert low.plan.peers[HIGH].endpoint is not None
 
 

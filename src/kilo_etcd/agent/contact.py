@@ -6,7 +6,8 @@ that follow one etcd revision are bound to do just that: all of them become peer
 milliseconds, which is less than a packet's way across a continent. So of each pair the host with the lower public key
 speaks first, at once and whether or not it has anything to send. The other is told the endpoint a moment later, unless
 it has learnt it from the first packet, and speaks then: the first may have kept a session that the second, whose peer
-is new, knows nothing of, and would not notice for fifteen seconds.
+is new, knows nothing of, and would not notice for fifteen seconds. A peer that has not shaken hands by then is begun
+over: its host may have spoken before this one could hear it, and a new peer owes nobody five seconds.
 
 A member of a location has its leader's peers too, ready to take over. There nothing is sent, and those who have the
 first word are given no endpoint until the member leads.
@@ -17,31 +18,37 @@ Pure: `contacts` keeps the account of who is new; `first_contact` says what is w
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
-from attrs import evolve, frozen
+from attrs import evolve, field, frozen
 
 from kilo_etcd.model import IPAddress, Node, Snapshot
 from kilo_etcd.topology.hostplan import HostPlan, PeerPlan
 
-FIRST_WORD_SECONDS = 0.15
-"""How long the other end has the first word: more than the skew of two hosts and one way of a packet, on most paths,
-and less than the gap that a change of leader may have (0.2 s)."""
+_NOBODY: Mapping[str, int] = MappingProxyType({})
+
+STAGES = (0.06, 0.5, 2.0)
+"""Seconds after which a host that left the first word to the other looks whether they have shaken hands. The first is
+how long the other has the word: more than the skew of two hosts and one way of a packet on most paths, and little
+beside the gap that a change of leader has anyway. The others mend what a longer path or a lost packet has spoilt."""
 
 MOST_SPOKEN_TO = 256
 """A host that gets more new peers than this at once lets traffic decide whom it speaks to."""
 
 
-@frozen
+@frozen(kw_only=True)
 class FirstContact:
-    """What to apply now, whom to send a packet then (mesh addresses), and when to apply the whole plan."""
+    """What to apply now, and what to do about new peers besides. Peers are named by their public keys."""
 
     plan: HostPlan
-    speak_to: tuple[IPAddress, ...] = ()
-    waiting: frozenset[str] = frozenset()
-    """Public keys of those who have the first word."""
-    late: frozenset[str] = frozenset()
-    """Public keys of those who had the first word until now; they may not have used it."""
+    speak_to: Mapping[str, IPAddress] = field(factory=dict)
+    """Send these mesh addresses a packet once the plan is applied."""
+    late: Mapping[str, IPAddress] = field(factory=dict)
+    """Had time to shake hands. Those that have not are to be begun over, and spoken to."""
+    waiting: Mapping[str, int] = field(factory=dict)
+    """Left the first word, with the number of the stage that comes next; for the next call."""
     due: float | None = None
+    """When to call again."""
 
 
 def contacts(before: Mapping[str, float], plan: HostPlan, *, standby: bool, now: float) -> Mapping[str, float]:
@@ -57,37 +64,49 @@ def first_contact(
     plan: HostPlan,
     snapshot: Snapshot,
     since: Mapping[str, float],
-    waiting: frozenset[str] = frozenset(),
+    waiting: Mapping[str, int] = _NOBODY,
     *,
     standby: bool,
     now: float,
 ) -> FirstContact:
     """`plan` without the endpoints of those new peers that have the first word. `waiting` is the last result's."""
     own = snapshot.nodes[plan.node]
-    fresh = list(plan.peers) if standby else [key for key, time in since.items() if now < time + FIRST_WORD_SECONDS]
-    if not fresh and not waiting:
-        return FirstContact(plan)
+    new = list(plan.peers) if standby else [key for key, time in since.items() if time == now]
     withheld: dict[str, PeerPlan] = {}
-    speak_to: list[IPAddress] = []
-    late = []
-    for key in dict.fromkeys([*fresh, *waiting]):
+    speak_to: dict[str, IPAddress] = {}
+    late: dict[str, IPAddress] = {}
+    still: dict[str, int] = {}
+    due: list[float] = []
+    for key in dict.fromkeys([*new, *waiting]):
         peer = plan.peers.get(key)
         node = None if peer is None else snapshot.nodes.get(peer.name)
-        if peer is None or node is None or node.public_key != key or peer.endpoint is None:
+        if peer is None or node is None or node.public_key != key or peer.endpoint is None or not node.mesh_addresses:
             continue
-        listens = own.public_key > key and _reachable(own, peer)
-        if listens and (standby or now < since[key] + FIRST_WORD_SECONDS):
+        address = node.mesh_addresses[0]
+        if own.public_key < key or not _reachable(own, peer):
+            if not standby:
+                speak_to[key] = address
+            continue
+        if standby:
             withheld[key] = evolve(peer, endpoint=None)
-        elif not standby and (key in waiting or since[key] == now):
-            speak_to.extend(node.mesh_addresses[:1])
-            if key in waiting:
-                late.append(key)
+            continue
+        stage = waiting.get(key, 0)
+        if now >= since[key] + STAGES[stage]:
+            late[key] = address
+            if stage == 0:
+                speak_to[key] = address
+            stage += 1
+        if stage == 0:
+            withheld[key] = evolve(peer, endpoint=None)
+        if stage < len(STAGES):
+            still[key] = stage
+            due.append(since[key] + STAGES[stage])
     return FirstContact(
-        evolve(plan, peers={**plan.peers, **withheld}) if withheld else plan,
-        tuple(speak_to) if len(speak_to) <= MOST_SPOKEN_TO else (),
-        frozenset() if standby else frozenset(withheld),
-        frozenset(late),
-        min(since[key] for key in withheld) + FIRST_WORD_SECONDS if withheld and not standby else None,
+        plan=evolve(plan, peers={**plan.peers, **withheld}) if withheld else plan,
+        speak_to=speak_to if len(speak_to) <= MOST_SPOKEN_TO else {},
+        late=late,
+        waiting=still,
+        due=min(due, default=None),
     )
 
 

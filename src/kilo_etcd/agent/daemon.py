@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import signal
 import socket
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import TypeVar
@@ -117,7 +117,7 @@ class Daemon:
         self._applied = trio.Event()
         self._stopping = trio.Event()
         self._contacts: Mapping[str, float] = {}
-        self._waiting: frozenset[str] = frozenset()
+        self._waiting: Mapping[str, int] = {}
         self._whole_plan_due: float | None = None
         self._due_changed = trio.Event()
         self._programmed = False
@@ -404,7 +404,7 @@ class Daemon:
         contact = first_contact(plan, snapshot, self._contacts, self._waiting, standby=standby, now=now)
         before = self.kernel.writes
         try:
-            await self._start_over(contact.late, contact.plan)
+            silent = await self._start_over(contact.late.keys(), contact.plan)
             report = await self.kernel.apply(contact.plan, fresh=fresh)
         except kernel.KernelError as error:
             if self.plan is None:
@@ -419,7 +419,7 @@ class Daemon:
             self._nudge(fresh=True)
             return
         self.once.clear("kernel", "the kernel can be programmed again")
-        _speak(contact.speak_to)
+        _speak({**contact.speak_to, **{key: contact.late[key] for key in silent}}.values())
         self._waiting = contact.waiting
         self._whole_plan_due = contact.due
         self._due_changed.set()
@@ -450,18 +450,20 @@ class Daemon:
         applied, self._applied = self._applied, trio.Event()
         applied.set()
 
-    async def _start_over(self, late: frozenset[str], plan: HostPlan) -> None:
-        """Take away those peers that have not shaken hands although they had the first word; `plan` puts them back.
+    async def _start_over(self, late: Collection[str], plan: HostPlan) -> Collection[str]:
+        """Take away those of `late` that have not shaken hands, for `plan` to put back, and return them.
 
         Packets for a peer without an endpoint count as an attempt with some WireGuards, and the next one is five
         seconds away; a peer that is new has made none.
         """
-        if late:
-            observed = (await self.kernel.observe()).peers
-            silent = {key for key in late if key in observed and not observed[key].last_handshake}
-            if silent:
-                kept = {key: peer for key, peer in plan.peers.items() if key not in silent}
-                await self.kernel.apply(evolve(plan, peers=kept))
+        if not late:
+            return ()
+        observed = (await self.kernel.observe()).peers
+        silent = {key for key in late if key in observed and not observed[key].last_handshake}
+        if silent:
+            kept = {key: peer for key, peer in plan.peers.items() if key not in silent}
+            await self.kernel.apply(evolve(plan, peers=kept))
+        return silent
 
     def _why_unknown(self, snapshot: Snapshot) -> str:
         if set(snapshot.subnets) != set(self.subnets):
