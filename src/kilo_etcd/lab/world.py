@@ -288,7 +288,7 @@ class World:
         program = list(spec.agent_command) or (
             [str(script)]
             if script.exists()
-            else [sys.executable, "-c", "from kilo_etcd.agent.main import main; main()"]
+            else [sys.executable, "-c", "from kilo_etcd.agent.entry import main; main()"]
         )
         return [
             *program,
