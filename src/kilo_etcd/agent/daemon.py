@@ -11,9 +11,7 @@ the operator asked for `--clean-up`.
 from __future__ import annotations
 
 import signal
-import socket
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import TypeVar
 
@@ -23,14 +21,14 @@ from attrs import evolve
 from kilo_etcd import __version__, etcd, kernel, store
 from kilo_etcd.agent import decide, discover
 from kilo_etcd.agent.config import AgentConfig
-from kilo_etcd.agent.contact import contacts, first_contact
 from kilo_etcd.agent.counted import counted
 from kilo_etcd.agent.logs import Once, get_logger
 from kilo_etcd.agent.metrics import Metrics
 from kilo_etcd.agent.notify import notify, watchdog_interval
 from kilo_etcd.agent.pace import Pace
+from kilo_etcd.agent.program import Programmer
 from kilo_etcd.agent.resolve import Resolver, plan_names, resolve_plan
-from kilo_etcd.model import Granularity, IPAddress, IPNetwork, Snapshot
+from kilo_etcd.model import Granularity, IPNetwork, Snapshot
 from kilo_etcd.store.keys import AddressKey
 from kilo_etcd.topology import Topology, UnknownNode, build_topology, host_plan
 from kilo_etcd.topology.guard import guard
@@ -76,6 +74,7 @@ class Daemon:
         self.config = config
         self.client = client = counted(client, metrics.etcd_writes.inc, metrics.etcd_heard)
         self.kernel = device
+        self.programmer = Programmer(device)
         self.metrics = metrics
         self.name = config.hostname
         self.public_key = public_key
@@ -116,10 +115,6 @@ class Daemon:
         self._unclaimed = trio.Event()
         self._applied = trio.Event()
         self._stopping = trio.Event()
-        self._contacts: Mapping[str, float] = {}
-        self._waiting: Mapping[str, int] = {}
-        self._whole_plan_due: float | None = None
-        self._due_changed = trio.Event()
         self._programmed = False
         self._ready = False
         """Programmed well enough to lead."""
@@ -305,16 +300,10 @@ class Daemon:
             self._nudge()
 
     async def _follow_first_contacts(self) -> None:
-        """Apply the whole plan when those who have the first word have had it."""
         while True:
-            await self._due_changed.wait()
-            self._due_changed = trio.Event()
-            if self._whole_plan_due is not None:
-                with trio.move_on_at(self._whole_plan_due):
-                    await self._due_changed.wait()
-                    continue
-                # Read anew: an endpoint that was learnt meanwhile stays as it is.
-                self._nudge(fresh=True)
+            await self.programmer.wait_due()
+            # Read anew: an endpoint that was learnt meanwhile stays as it is.
+            self._nudge(fresh=True)
 
     async def _resync(self) -> None:
         while True:
@@ -398,14 +387,10 @@ class Daemon:
         self.once.clear("unknown", "this host is among the mesh's nodes again")
         self.resolver.set_names(plan_names(self.raw_plan))
         plan = guard(resolve_plan(self.raw_plan, self.resolver.table), self.protected())
-        now = trio.current_time()
         standby = decide.role_of(self.topology, self.name).kind is store.Role.MEMBER
-        self._contacts = contacts(self._contacts, plan, standby=standby, now=now)
-        contact = first_contact(plan, snapshot, self._contacts, self._waiting, standby=standby, now=now)
         before = self.kernel.writes
         try:
-            silent = await self._start_over(contact.late.keys(), contact.plan)
-            report = await self.kernel.apply(contact.plan, fresh=fresh)
+            report = await self.programmer.apply(plan, snapshot, standby=standby, fresh=fresh)
         except kernel.KernelError as error:
             if self.plan is None:
                 # Nothing has ever worked: the operator stands before it and wants to know.
@@ -419,10 +404,6 @@ class Daemon:
             self._nudge(fresh=True)
             return
         self.once.clear("kernel", "the kernel can be programmed again")
-        _speak({**contact.speak_to, **{key: contact.late[key] for key in silent}}.values())
-        self._waiting = contact.waiting
-        self._whole_plan_due = contact.due
-        self._due_changed.set()
         self.plan = plan
         self.applied_revision = snapshot.revision
         for change in report.changes:
@@ -449,21 +430,6 @@ class Daemon:
         self._publish(snapshot)
         applied, self._applied = self._applied, trio.Event()
         applied.set()
-
-    async def _start_over(self, late: Collection[str], plan: HostPlan) -> Collection[str]:
-        """Take away those of `late` that have not shaken hands, for `plan` to put back, and return them.
-
-        Packets for a peer without an endpoint count as an attempt with some WireGuards, and the next one is five
-        seconds away; a peer that is new has made none.
-        """
-        if not late:
-            return ()
-        observed = (await self.kernel.observe()).peers
-        silent = {key for key in late if key in observed and not observed[key].last_handshake}
-        if silent:
-            kept = {key: peer for key, peer in plan.peers.items() if key not in silent}
-            await self.kernel.apply(evolve(plan, peers=kept))
-        return silent
 
     def _why_unknown(self, snapshot: Snapshot) -> str:
         if set(snapshot.subnets) != set(self.subnets):
@@ -609,15 +575,3 @@ class Daemon:
             self.log.info("address chosen", reason=reason)
         if location:
             self.log.info("default location chosen", default_location=location, reason=why)
-
-
-DISCARD_PORT = 9
-"""RFC 863; whoever gets the packet may throw it away, since its arrival at the tunnel's far end is all it is for."""
-
-
-def _speak(addresses: Iterable[IPAddress]) -> None:
-    """Send each address one small packet, so that WireGuard shakes hands now and not when somebody needs it."""
-    for address in addresses:
-        family = socket.AF_INET if address.version == 4 else socket.AF_INET6
-        with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as out:
-            out.sendto(b"\0", (str(address), DISCARD_PORT))

@@ -107,7 +107,7 @@ async def _claim(
             taken[address] = ""
     raise NoAddressLeft(
         f"no address is left for {node} in {', '.join(map(str, subnets))}: all are claimed under "
-        f"{keys.addresses_root}; remove nodes that are gone for good with `kgctl node forget`"
+        f"{keys.addresses_root}; delete the keys of nodes that are gone for good"
     )
 
 

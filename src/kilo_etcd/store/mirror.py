@@ -238,7 +238,7 @@ class Mirror:
                 self._log.info("etcd is as it was; following it again")
             self._floor, self.suspect = header, None
             return True
-        sentence = f"{reason}; the last plan stays in force until `kgctl mesh adopt` says that this is intended"
+        sentence = f"{reason}; the last plan stays in force. If this is intended, restart the agents: they follow anew"
         if self.suspect is None:
             self._adopted = trio.Event()
             self._log.error(sentence)

@@ -1,0 +1,82 @@
+"""Brings one plan after the other to the kernel, new peers' first contact included.
+
+Only this module calls `Kernel.apply`. What it remembers between two plans is who is new (`agent.contact`); everything
+else it is told. It decides nothing about the mesh and knows nothing of etcd.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
+
+import trio
+from attrs import evolve
+
+from kilo_etcd import kernel
+from kilo_etcd.agent.contact import contacts, first_contact
+from kilo_etcd.model import IPAddress, Snapshot
+from kilo_etcd.topology.hostplan import HostPlan
+
+DISCARD_PORT = 9
+"""RFC 863; whoever gets the packet may throw it away, since its arrival at the tunnel's far end is all it is for."""
+
+
+class Programmer:
+    """One host's kernel, as the reconciler uses it."""
+
+    def __init__(self, device: kernel.Kernel) -> None:
+        self._device = device
+        self._since: Mapping[str, float] = {}
+        self._waiting: Mapping[str, int] = {}
+        self._due: float | None = None
+        self._due_changed = trio.Event()
+
+    async def apply(self, plan: HostPlan, snapshot: Snapshot, *, standby: bool, fresh: bool) -> kernel.ApplyReport:
+        """Bring the kernel to `plan`, which was made of `snapshot`; a `standby` exchanges no packets with its peers.
+
+        KernelError if nothing can be programmed at all. `wait_due` says when to call again although nothing changed.
+        """
+        now = trio.current_time()
+        self._since = contacts(self._since, plan, standby=standby, now=now)
+        contact = first_contact(plan, snapshot, self._since, self._waiting, standby=standby, now=now)
+        silent = await self._start_over(contact.late.keys(), contact.plan)
+        report = await self._device.apply(contact.plan, fresh=fresh)
+        _speak({**contact.speak_to, **{key: contact.late[key] for key in silent}}.values())
+        self._waiting, self._due = contact.waiting, contact.due
+        self._due_changed.set()
+        return report
+
+    async def wait_due(self) -> None:
+        """Return when the last plan is to be applied again, read afresh, for the sake of new peers."""
+        while True:
+            await self._due_changed.wait()
+            self._due_changed = trio.Event()
+            if self._due is not None:
+                with trio.move_on_at(self._due):
+                    await self._due_changed.wait()
+                    continue
+                return
+
+    async def _start_over(self, late: Collection[str], plan: HostPlan) -> Collection[str]:
+        """Take away those of `late` that have not shaken hands, for `plan` to put back, and return them.
+
+        Packets for a peer without an endpoint count as an attempt with some WireGuards, and the next one is five
+        seconds away; a peer that is new has made none.
+        """
+        if not late:
+            return ()
+        observed = (await self._device.observe()).peers
+        silent = {key for key in late if key in observed and not observed[key].last_handshake}
+        if silent:
+            kept = {key: peer for key, peer in plan.peers.items() if key not in silent}
+            await self._device.apply(evolve(plan, peers=kept))
+        return silent
+
+
+def _speak(addresses: Iterable[IPAddress]) -> None:
+    """Send each address one small packet, so that WireGuard shakes hands now and not when somebody needs it."""
+    for address in addresses:
+        family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+        with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as out:
+            out.sendto(b"\0", (str(address), DISCARD_PORT))
