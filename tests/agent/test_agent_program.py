@@ -1,0 +1,73 @@
+"""Plans brought to a kernel in memory: what happens to a peer that has the first word and does not use it."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+from test_agent_contact import LOW, world
+
+from kilo_etcd.agent.contact import STAGES
+from kilo_etcd.agent.privatekey import generate
+from kilo_etcd.agent.program import Programmer
+from kilo_etcd.kernel.state import RemovePeer, Setup
+from kilo_etcd.model import Endpoint
+from kilo_etcd.testing.fake_kernel import FakeHost, FakeKernel
+from kilo_etcd.topology import build_topology, host_plan
+
+pytestmark = pytest.mark.autojump
+
+SNAPSHOT = world()
+PLAN = host_plan(build_topology(SNAPSHOT), "high")
+
+
+def removals(host: FakeHost) -> int:
+    return sum(isinstance(change, RemovePeer) for change in host.history)
+
+
+async def until_settled(programmer: Programmer) -> list[float]:
+    """Apply whenever it is due; the seconds after the start at which it was."""
+    start = trio.current_time()
+    await programmer.apply(PLAN, SNAPSHOT, standby=False, fresh=False)
+    moments = []
+    for _ in STAGES:
+        await programmer.wait_due()
+        moments.append(round(trio.current_time() - start, 3))
+        await programmer.apply(PLAN, SNAPSHOT, standby=False, fresh=True)
+    with trio.move_on_after(60) as idle:
+        await programmer.wait_due()
+    assert idle.cancelled_caught
+    return moments
+
+
+async def test_a_silent_peer_is_begun_over_at_each_stage_and_then_left_in_peace() -> None:
+    host = FakeHost()
+    programmer = Programmer(FakeKernel(host, Setup(private_key=generate())))
+    assert await until_settled(programmer) == list(STAGES)
+    assert removals(host) == len(STAGES)
+    assert host.observed.peers[LOW].endpoint == PLAN.peers[LOW].endpoint
+
+
+async def test_a_peer_that_has_spoken_keeps_its_session_and_the_endpoint_that_was_learnt() -> None:
+    host = FakeHost()
+    programmer = Programmer(FakeKernel(host, Setup(private_key=generate())))
+    await programmer.apply(PLAN, SNAPSHOT, standby=False, fresh=False)
+    assert host.observed.peers[LOW].endpoint is None
+    learnt = Endpoint.parse("203.0.113.77:40000")
+    host.hear_from(LOW, endpoint=learnt)
+    for _ in STAGES:
+        await programmer.wait_due()
+        await programmer.apply(PLAN, SNAPSHOT, standby=False, fresh=True)
+    assert removals(host) == 0
+    assert host.observed.peers[LOW].endpoint == learnt
+
+
+async def test_a_standby_waits_for_nothing_until_it_leads() -> None:
+    host = FakeHost()
+    programmer = Programmer(FakeKernel(host, Setup(private_key=generate())))
+    await programmer.apply(PLAN, SNAPSHOT, standby=True, fresh=False)
+    with trio.move_on_after(60) as idle:
+        await programmer.wait_due()
+    assert idle.cancelled_caught
+    assert host.observed.peers[LOW].endpoint is None
+    assert await until_settled(programmer) == list(STAGES)
+    assert host.observed.peers[LOW].endpoint == PLAN.peers[LOW].endpoint
