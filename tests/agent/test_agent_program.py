@@ -53,7 +53,7 @@ async def test_a_peer_that_has_spoken_keeps_its_session_and_the_endpoint_that_wa
     await programmer.apply(PLAN, SNAPSHOT, standby=False, fresh=False)
     assert host.observed.peers[LOW].endpoint is None
     learnt = Endpoint.parse("203.0.113.77:40000")
-    host.hear_from(LOW, endpoint=learnt)
+    host.hear_from(LOW, endpoint=learnt, when=1.0)  # 0.0 would mean never
     for _ in STAGES:
         await programmer.wait_due()
         await programmer.apply(PLAN, SNAPSHOT, standby=False, fresh=True)
