@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from ipaddress import ip_address, ip_interface, ip_network
 
-from kilo_etcd.agent.contact import STAGES, contacts, first_contact
-from kilo_etcd.model import Endpoint, Granularity, Node, Peer, Snapshot
-from kilo_etcd.topology import build_topology, host_plan
+import pytest
+from attrs import evolve
+
+from kilo_etcd.agent.contact import STAGES, contacts, first_contact, promotions
+from kilo_etcd.model import Candidate, CandidateClass, Endpoint, Granularity, Node, Peer, Snapshot
+from kilo_etcd.topology import Topology, build_topology, host_plan
 
 LOW, HIGH = "A" * 43 + "=", "z" * 43 + "="
 
@@ -88,7 +91,54 @@ def test_a_standby_sends_nothing_and_begins_anew_when_it_leads() -> None:
     assert leads.due == 200.0 + STAGES[0]
     _, _, low = meet(snapshot, "low", standby=True)
     assert (low.speak_to, low.due) == ({}, None)
-    assert low.plan.peers[HIGH].endpoint is not None
+    assert low.plan.peers[HIGH].endpoint is None
+
+
+def location(leader: str, revision: int) -> Topology:
+    """A location of two, led by `leader`, and a host alone in another; keys are such that `far` is the lowest."""
+    nodes = [
+        evolve(node("one", "m" * 43 + "=", 1), location="gcp"),
+        evolve(node("two", "n" * 43 + "=", 2), location="gcp"),
+        evolve(node("far", LOW, 3), location="far"),
+    ]
+    return build_topology(
+        Snapshot(
+            revision=revision,
+            subnets=(ip_network("10.4.0.0/16"),),
+            nodes={one.name: one for one in nodes},
+            candidates={"gcp": (Candidate(node=leader, rank=CandidateClass.PUBLIC, create_revision=1),)},
+        )
+    )
+
+
+@pytest.mark.parametrize("low_is", ["promoted", "remote"])
+def test_who_is_promoted_leaves_the_first_word_to_those_who_led_before(low_is: str) -> None:
+    before, now = location("one", 1), location("two", 2)
+    if low_is == "promoted":
+        swap = {"two": LOW, "far": HIGH}
+        before, now = (
+            build_topology(
+                evolve(
+                    each.snapshot,
+                    nodes={
+                        name: evolve(one, public_key=swap.get(name, one.public_key))
+                        for name, one in each.snapshot.nodes.items()
+                    },
+                )
+            )
+            for each in (before, now)
+        )
+    promoted = promotions(before, now)
+    assert promoted == {"two"}
+    said = {}
+    for name in ("two", "far"):
+        plan = host_plan(now, name)
+        (key,) = plan.peers
+        said[name] = first_contact(plan, now.snapshot, {key: 5.0}, promoted=promoted, standby=False, now=5.0)
+    assert not said["two"].speak_to
+    assert said["two"].due == 5.0 + STAGES[0]
+    assert list(said["far"].speak_to.values()) == [ip_address("10.4.0.2")]
+    assert promotions(now, now) == promotions(None, now) == frozenset()
 
 
 def test_who_cannot_be_reached_does_not_wait_to_be_spoken_to() -> None:

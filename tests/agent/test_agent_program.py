@@ -16,8 +16,8 @@ from kilo_etcd.topology import build_topology, host_plan
 
 pytestmark = pytest.mark.autojump
 
-SNAPSHOT = world()
-PLAN = host_plan(build_topology(SNAPSHOT), "high")
+TOPOLOGY = build_topology(world())
+PLAN = host_plan(TOPOLOGY, "high")
 
 
 def removals(host: FakeHost) -> int:
@@ -27,12 +27,12 @@ def removals(host: FakeHost) -> int:
 async def until_settled(programmer: Programmer) -> list[float]:
     """Apply whenever it is due; the seconds after the start at which it was."""
     start = trio.current_time()
-    await programmer.apply(PLAN, SNAPSHOT, standby=False, fresh=False)
+    await programmer.apply(PLAN, TOPOLOGY, standby=False, fresh=False)
     moments = []
     for _ in STAGES:
         await programmer.wait_due()
         moments.append(round(trio.current_time() - start, 3))
-        await programmer.apply(PLAN, SNAPSHOT, standby=False, fresh=True)
+        await programmer.apply(PLAN, TOPOLOGY, standby=False, fresh=True)
     with trio.move_on_after(60) as idle:
         await programmer.wait_due()
     assert idle.cancelled_caught
@@ -50,13 +50,13 @@ async def test_a_silent_peer_is_begun_over_at_each_stage_and_then_left_in_peace(
 async def test_a_peer_that_has_spoken_keeps_its_session_and_the_endpoint_that_was_learnt() -> None:
     host = FakeHost()
     programmer = Programmer(FakeKernel(host, Setup(private_key=generate())))
-    await programmer.apply(PLAN, SNAPSHOT, standby=False, fresh=False)
+    await programmer.apply(PLAN, TOPOLOGY, standby=False, fresh=False)
     assert host.observed.peers[LOW].endpoint is None
     learnt = Endpoint.parse("203.0.113.77:40000")
     host.hear_from(LOW, endpoint=learnt, when=1.0)  # 0.0 would mean never
     for _ in STAGES:
         await programmer.wait_due()
-        await programmer.apply(PLAN, SNAPSHOT, standby=False, fresh=True)
+        await programmer.apply(PLAN, TOPOLOGY, standby=False, fresh=True)
     assert removals(host) == 0
     assert host.observed.peers[LOW].endpoint == learnt
 
@@ -64,7 +64,7 @@ async def test_a_peer_that_has_spoken_keeps_its_session_and_the_endpoint_that_wa
 async def test_a_standby_waits_for_nothing_until_it_leads() -> None:
     host = FakeHost()
     programmer = Programmer(FakeKernel(host, Setup(private_key=generate())))
-    await programmer.apply(PLAN, SNAPSHOT, standby=True, fresh=False)
+    await programmer.apply(PLAN, TOPOLOGY, standby=True, fresh=False)
     with trio.move_on_after(60) as idle:
         await programmer.wait_due()
     assert idle.cancelled_caught

@@ -9,20 +9,22 @@ it has learnt it from the first packet, and speaks then: the first may have kept
 is new, knows nothing of, and would not notice for fifteen seconds. A peer that has not shaken hands by then is begun
 over: its host may have spoken before this one could hear it, and a new peer owes nobody five seconds.
 
-A member of a location has its leader's peers too, ready to take over. There nothing is sent, and those who have the
-first word are given no endpoint until the member leads.
+A member of a location has its leader's peers too, ready to take over, but sends them nothing and is given no endpoints.
+When it is promoted, those who lead or stand alone already have the first word, whatever their keys: it has known them
+all along, so their packet finds it ready, while its own could come before they know it.
 
 Pure: `contacts` keeps the account of who is new; `first_contact` says what is withheld, who is spoken to, until when.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 
 from attrs import evolve, field, frozen
 
 from kilo_etcd.model import IPAddress, Node, Snapshot
+from kilo_etcd.topology import Topology
 from kilo_etcd.topology.hostplan import HostPlan, PeerPlan
 
 _NOBODY: Mapping[str, int] = MappingProxyType({})
@@ -66,10 +68,14 @@ def first_contact(
     since: Mapping[str, float],
     waiting: Mapping[str, int] = _NOBODY,
     *,
+    promoted: Collection[str] = (),
     standby: bool,
     now: float,
 ) -> FirstContact:
-    """`plan` without the endpoints of those new peers that have the first word. `waiting` is the last result's."""
+    """`plan` without the endpoints of those new peers that have the first word.
+
+    `waiting` is the last result's; `promoted` are the nodes that were members and now lead (`promotions`).
+    """
     own = snapshot.nodes[plan.node]
     new = list(plan.peers) if standby else [key for key, time in since.items() if time == now]
     withheld: dict[str, PeerPlan] = {}
@@ -83,12 +89,12 @@ def first_contact(
         if peer is None or node is None or node.public_key != key or peer.endpoint is None or not node.mesh_addresses:
             continue
         address = node.mesh_addresses[0]
-        if own.public_key < key or not _reachable(own, peer):
-            if not standby:
-                speak_to[key] = address
-            continue
         if standby:
-            withheld[key] = evolve(peer, endpoint=None)
+            if _reachable(own, peer):
+                withheld[key] = evolve(peer, endpoint=None)
+            continue
+        if key not in waiting and not (_listens(own, node, promoted) and _reachable(own, peer)):
+            speak_to[key] = address
             continue
         stage = waiting.get(key, 0)
         if now >= since[key] + STAGES[stage]:
@@ -108,6 +114,25 @@ def first_contact(
         waiting=still,
         due=min(due, default=None),
     )
+
+
+def promotions(before: Topology | None, now: Topology) -> frozenset[str]:
+    """Nodes that were members of a segment in the topology `before` and lead one `now`."""
+    if before is None or before is now:
+        return frozenset()
+    found = set()
+    for segment in now.segments.values():
+        name = segment.leader.name
+        if len(segment.members) > 1 and name in before.snapshot.nodes and before.segment_of(name).leader.name != name:
+            found.add(name)
+    return frozenset(found)
+
+
+def _listens(own: Node, other: Node, promoted: Collection[str]) -> bool:
+    """Whether `own` leaves the first word to `other`; the other end comes to the opposite answer."""
+    if (own.name in promoted) != (other.name in promoted):
+        return own.name in promoted
+    return own.public_key > other.public_key
 
 
 def _reachable(own: Node, peer: PeerPlan) -> bool:

@@ -390,7 +390,7 @@ class Daemon:
         standby = decide.role_of(self.topology, self.name).kind is store.Role.MEMBER
         before = self.kernel.writes
         try:
-            report = await self.programmer.apply(plan, snapshot, standby=standby, fresh=fresh)
+            report = await self.programmer.apply(plan, self.topology, standby=standby, fresh=fresh)
         except kernel.KernelError as error:
             if self.plan is None:
                 # Nothing has ever worked: the operator stands before it and wants to know.

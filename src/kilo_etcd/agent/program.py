@@ -14,8 +14,9 @@ import trio
 from attrs import evolve
 
 from kilo_etcd import kernel
-from kilo_etcd.agent.contact import contacts, first_contact
-from kilo_etcd.model import IPAddress, Snapshot
+from kilo_etcd.agent.contact import contacts, first_contact, promotions
+from kilo_etcd.model import IPAddress
+from kilo_etcd.topology import Topology
 from kilo_etcd.topology.hostplan import HostPlan
 
 DISCARD_PORT = 9
@@ -30,20 +31,24 @@ class Programmer:
         self._since: Mapping[str, float] = {}
         self._waiting: Mapping[str, int] = {}
         self._due: float | None = None
+        self._topology: Topology | None = None
         self._due_changed = trio.Event()
 
-    async def apply(self, plan: HostPlan, snapshot: Snapshot, *, standby: bool, fresh: bool) -> kernel.ApplyReport:
-        """Bring the kernel to `plan`, which was made of `snapshot`; a `standby` exchanges no packets with its peers.
+    async def apply(self, plan: HostPlan, topology: Topology, *, standby: bool, fresh: bool) -> kernel.ApplyReport:
+        """Bring the kernel to `plan`, which was made of `topology`; a `standby` exchanges no packets with its peers.
 
         KernelError if nothing can be programmed at all. `wait_due` says when to call again although nothing changed.
         """
         now = trio.current_time()
         self._since = contacts(self._since, plan, standby=standby, now=now)
-        contact = first_contact(plan, snapshot, self._since, self._waiting, standby=standby, now=now)
+        contact = first_contact(
+            plan, topology.snapshot, self._since, self._waiting,
+            promoted=promotions(self._topology, topology), standby=standby, now=now,
+        )  # fmt: skip
         silent = await self._start_over(contact.late.keys(), contact.plan)
         report = await self._device.apply(contact.plan, fresh=fresh)
         _speak({**contact.speak_to, **{key: contact.late[key] for key in silent}}.values())
-        self._waiting, self._due = contact.waiting, contact.due
+        self._waiting, self._due, self._topology = contact.waiting, contact.due, topology
         self._due_changed.set()
         return report
 
