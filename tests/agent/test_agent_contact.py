@@ -7,7 +7,7 @@ from ipaddress import ip_address, ip_interface, ip_network
 import pytest
 from attrs import evolve
 
-from kilo_etcd.agent.contact import STAGES, contacts, first_contact, promotions
+from kilo_etcd.agent.contact import MOST_SPOKEN_TO, STAGES, contacts, first_contact, promotions
 from kilo_etcd.model import Candidate, CandidateClass, Endpoint, Granularity, Node, Peer, Snapshot
 from kilo_etcd.topology import Topology, build_topology, host_plan
 
@@ -169,3 +169,14 @@ def test_the_account_keeps_who_stays_and_drops_who_goes() -> None:
     assert contacts(since, plan, standby=False, now=9.0) is since
     alone = Snapshot(revision=8, subnets=snapshot.subnets, nodes={"high": snapshot.nodes["high"]})
     assert contacts(since, host_plan(build_topology(alone), "high"), standby=False, now=9.0) == {}
+
+
+def test_a_host_that_meets_very_many_at_once_lets_traffic_decide() -> None:
+    many = {f"n{i:03}": node(f"n{i:03}", f"{i:03}" + "A" * 40 + "=", 3) for i in range(MOST_SPOKEN_TO + 1)}
+    high = node("high", HIGH, 2)
+    snapshot = evolve(world(), nodes={"high": high, **many})
+    plan, since, first = meet(snapshot, "high")
+    assert len(first.waiting) == len(many)
+    assert first.due is not None
+    then = first_contact(plan, snapshot, since, first.waiting, standby=False, now=first.due)
+    assert (then.plan, then.speak_to, then.late) == (plan, {}, {})

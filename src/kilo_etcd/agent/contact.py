@@ -35,7 +35,7 @@ how long the other has the word: more than the skew of two hosts and one way of 
 beside the gap that a change of leader has anyway. The others mend what a longer path or a lost packet has spoilt."""
 
 MOST_SPOKEN_TO = 256
-"""A host that gets more new peers than this at once lets traffic decide whom it speaks to."""
+"""A host that gets more new peers than this at once lets traffic decide whom it speaks to, and begins none over."""
 
 
 @frozen(kw_only=True)
@@ -110,7 +110,7 @@ def first_contact(
     return FirstContact(
         plan=evolve(plan, peers={**plan.peers, **withheld}) if withheld else plan,
         speak_to=speak_to if len(speak_to) <= MOST_SPOKEN_TO else {},
-        late=late,
+        late=late if len(late) <= MOST_SPOKEN_TO else {},
         waiting=still,
         due=min(due, default=None),
     )
