@@ -386,7 +386,7 @@ class Daemon:
             return
         self.once.clear("unknown", "this host is among the mesh's nodes again")
         self.resolver.set_names(plan_names(self.raw_plan))
-        plan = guard(resolve_plan(self.raw_plan, self.resolver.table), self.protected())
+        plan = guard(resolve_plan(self.raw_plan, self.resolver.table), self.protected(), self.plan)
         standby = decide.role_of(self.topology, self.name).kind is store.Role.MEMBER
         before = self.kernel.writes
         try:
