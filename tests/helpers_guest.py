@@ -1,4 +1,4 @@
-"""Where tests find a kernel that has WireGuard and IPIP: this machine's, or a guest's beside the checkout."""
+"""Where tests find a kernel that has WireGuard and IPIP: this machine's, or a guest's (scripts/guest)."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def guest_runner() -> list[str]:
-    """The command that runs another one on a kernel with WireGuard; empty if this machine's own has it.
+    """The command that runs another one on a kernel with WireGuard and IPIP; empty if this machine's own has both.
 
     Fails the test where there is neither.
     """
-    if Path("/sys/module/wireguard").exists():
+    if all(Path("/sys/module", name).exists() for name in ("wireguard", "ipip")):
         return []
-    runner = Path(os.environ.get("KILO_GUEST", ROOT.parent / "shared" / "uml" / "run"))
-    if not runner.exists():
+    if named := os.environ.get("KILO_GUEST"):
+        return [named, "--timeout", "300", "--"]
+    runner = str(ROOT / "scripts" / "guest")
+    found = subprocess.run([runner, "kernel"], capture_output=True, text=True, timeout=60, check=False)
+    if found.returncode != 0:
         pytest.fail(
-            "needs a kernel with WireGuard: load the module wireguard, or name a command that runs one in KILO_GUEST",
+            "needs a kernel with WireGuard and IPIP: load the modules wireguard and ipip, or name a User-mode Linux "
+            f"kernel in KILO_UML ({found.stderr.strip()})",
             pytrace=False,
         )
-    return [str(runner), "--timeout", "300", "--"]
+    return [runner, "run", "--timeout", "300", "--"]
 
 
 def pytest_in_guest(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
