@@ -9,7 +9,6 @@ from collections.abc import Awaitable, Callable
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import click
-import trio
 from attrs import frozen
 
 from kilo_etcd.etcd.api import Client, Config, EtcdError
@@ -39,10 +38,12 @@ class Mesh:
     def ask(self, work: Callable[[Client, Keys], Awaitable[T]]) -> T:
         """Run `work` with a client, in a trio of its own. Failure, KeyboardInterrupt, or whatever `work` raises."""
 
-        async def session() -> T:
-            from kilo_etcd.etcd import open_client
-            from kilo_etcd.store.keys import Keys
+        import trio
 
+        from kilo_etcd.etcd import open_client
+        from kilo_etcd.store.keys import Keys
+
+        async def session() -> T:
             async with open_client(self.etcd) as client:
                 return await work(client, Keys(self.prefix))
 

@@ -17,6 +17,7 @@ from kilo_etcd.ctl.context import Mesh
 from kilo_etcd.etcd.api import Config
 
 _COMMANDS = {
+    "explain": ("kilo_etcd.ctl.explain", "explain_command", "Show the way of a packet through the mesh, hop by hop."),
     "graph": ("kilo_etcd.ctl.graph", "graph_command", "Print the mesh as a graph, in DOT."),
     "lab": ("kilo_etcd.ctl.lab", "lab_group", "Build a small internet on this machine and try things out."),
     "location": ("kilo_etcd.ctl.location", "location_group", "Set, list and unset the labels that shape the mesh."),

@@ -6,7 +6,7 @@ report at all. It decides nothing and it knows nothing of tables or JSON; `ctl.r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from attrs import field, frozen
 
@@ -121,6 +121,13 @@ def report(
         ),
         problems=tuple(Remark(subject=problem.subject, text=problem.text) for problem in topology.problems),
     )
+
+
+def remarks_on(report: Report, names: Collection[str]) -> tuple[tuple[str, str], ...]:
+    """(name, sentence) for everything that the report has to say against the named nodes."""
+    gone = [(row.name, "its agent does not report: is the host up?") for row in report.nodes if not row.alive]
+    said = [(r.subject, r.text) for r in (*report.disagreements, *report.errors, *report.problems)]
+    return tuple(dict.fromkeys(pair for pair in (*gone, *said) if pair[0] in names))
 
 
 def _node_row(name: str, topology: Topology, status: StatusRecord | None, newest: int, registered: bool) -> NodeRow:

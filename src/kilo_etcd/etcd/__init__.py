@@ -9,46 +9,52 @@
 The values, errors and protocols are in `api`; what else is here may change.
 """
 
-from .api import (
-    BadRequest,
-    Client,
-    Compacted,
-    Compare,
-    Config,
-    ConnectionRefusedByTls,
-    Delete,
-    DeleteResult,
-    EtcdError,
-    Event,
-    EventType,
-    Get,
-    Header,
-    Is,
-    KeepAlive,
-    KeyValue,
-    Lease,
-    LeaseInfo,
-    LeaseNotFound,
-    Op,
-    PermissionDenied,
-    Put,
-    PutResult,
-    RangeResult,
-    Target,
-    Text,
-    Tls,
-    TxnResult,
-    Unauthenticated,
-    Unavailable,
-    Watch,
-    WatchBatch,
-    absent,
-    prefix_end,
-    unchanged,
-)
-from .client import EtcdClient, open_client
-from .endpoint import Endpoint, parse_endpoint
-from .values import Member, Status
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .api import (
+        BadRequest,
+        Client,
+        Compacted,
+        Compare,
+        Config,
+        ConnectionRefusedByTls,
+        Delete,
+        DeleteResult,
+        EtcdError,
+        Event,
+        EventType,
+        Get,
+        Header,
+        Is,
+        KeepAlive,
+        KeyValue,
+        Lease,
+        LeaseInfo,
+        LeaseNotFound,
+        Op,
+        PermissionDenied,
+        Put,
+        PutResult,
+        RangeResult,
+        Target,
+        Text,
+        Tls,
+        TxnResult,
+        Unauthenticated,
+        Unavailable,
+        Watch,
+        WatchBatch,
+        absent,
+        prefix_end,
+        unchanged,
+    )
+    from .client import EtcdClient, open_client
+    from .endpoint import Endpoint, parse_endpoint
+    from .values import Member, Status
 
 __all__ = [
     "BadRequest",
@@ -93,3 +99,16 @@ __all__ = [
     "prefix_end",
     "unchanged",
 ]
+
+_PARTS = ("api", "endpoint", "values", "client")
+
+
+def __getattr__(name: str) -> object:
+    # A name's module is imported when the name is first asked for: `kgctl --help` waits for none of them.
+    if name in __all__:
+        for part in _PARTS:
+            module = import_module(f"{__name__}.{part}")
+            if hasattr(module, name):
+                globals()[name] = found = getattr(module, name)
+                return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from enum import Enum
-from typing import Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
-import trio
 from attrs import field, frozen
+
+if TYPE_CHECKING:
+    import trio
 
 Text: TypeAlias = str | bytes
 

@@ -1,0 +1,158 @@
+"""`kgctl explain`: the way of a packet, as an operator reads it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from ipaddress import ip_interface
+
+import pytest
+import trio
+from click.testing import CliRunner, Result
+
+from kilo_etcd.ctl.main import main
+from kilo_etcd.etcd import Client, Config
+from kilo_etcd.model import CandidateClass, Endpoint
+from kilo_etcd.store.keys import Keys
+from kilo_etcd.store.records import CandidateRecord, NodeRecord, Role, StatusRecord, encode
+from kilo_etcd.testing.fake_etcd import FakeEtcd
+
+HOSTS = {
+    # name: (number, location, internal IP, public)
+    "gcp-1": (1, "gcp", "10.1.0.1/24", True),
+    "gcp-2": (2, "gcp", "10.1.0.2/24", False),
+    "gcp-3": (3, "gcp", "10.1.9.3/24", False),
+    "home-1": (4, "home", "10.2.0.4/24", True),
+    "home-2": (5, "home", "10.2.0.5/24", False),
+}
+
+
+async def world(client: Client) -> None:
+    """Two locations led by their first hosts; gcp-3 is on another subnet; a laptop; containers behind home-2."""
+    keys = Keys()
+    await client.put("/kilo/mesh/subnets", "10.4.0.0/16, fd04::/64")
+    await client.put("/kilo/mesh/granularity", "location")
+    for name, (number, location, internal, public) in HOSTS.items():
+        record = NodeRecord(
+            public_key=f"{chr(64 + number)}{'A' * 42}=",
+            endpoint=Endpoint.parse(f"203.0.113.{number}:51820" if public else f"{internal.partition('/')[0]}:51820"),
+            internal_ips=(ip_interface(internal),),
+            location=location,
+        )
+        await client.put(f"/kilo/addresses/10.4.0.{number}", name)
+        if number != 2:
+            await client.put(f"/kilo/addresses/fd04::{number}", name)
+        await client.put(keys.node(name), encode(record))
+        await client.put(keys.election(location, name), encode(CandidateRecord(rank=CandidateClass.REST, since="")))
+    peer = {"publicKey": "Z" + "A" * 42 + "=", "allowedIPs": ["10.9.0.2/32"]}
+    await client.put("/kilo/peers/laptop", json.dumps(peer))
+    await client.put("/kilo/annotations/home-2/subnets", "172.20.0.0/24")
+
+
+@pytest.fixture
+def etcd(monkeypatch: pytest.MonkeyPatch) -> FakeEtcd:
+    fake = FakeEtcd()
+
+    @asynccontextmanager
+    async def opened(config: Config) -> AsyncIterator[Client]:
+        yield fake.client()
+
+    monkeypatch.setattr("kilo_etcd.etcd.open_client", opened)
+    trio.run(world, fake.client())
+    return fake
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(main, ["explain", *arguments], prog_name="kgctl")
+
+
+def hops(way: dict[str, object]) -> list[tuple[str, str, str, str]]:
+    steps: list[dict[str, str]] = way["hops"]  # type: ignore[assignment]
+    return [(step["from"], step["to"], step["how"], step["address"]) for step in steps]
+
+
+def test_from_member_to_member_of_another_location(etcd: FakeEtcd) -> None:
+    found = run("gcp-2", "home-2", "-o", "json")
+    assert found.exit_code == 0, found.output
+    (journey,) = json.loads(found.stdout)["journeys"]
+    assert hops(journey["there"]) == [
+        ("gcp-2", "gcp-1", "clear", "10.1.0.1"),
+        ("gcp-1", "home-1", "WireGuard", "203.0.113.4:51820"),
+        ("home-1", "home-2", "clear", "10.2.0.5"),
+    ]
+    assert [(h["from"], h["encrypted"]) for h in journey["back"]["hops"]] == [
+        ("home-2", False),
+        ("home-1", True),
+        ("gcp-1", False),
+    ]
+    text = run("gcp-2", "home-2").output
+    assert text.startswith("gcp-2 (10.4.0.2) to 10.4.0.5: arrives; the answer takes the same way\n"), text
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert "2 gcp-1 [gcp] home-1 [home] yes WireGuard 203.0.113.4:51820" in lines
+
+
+def test_each_family_is_a_journey_of_its_own_and_what_cannot_be_is_said(etcd: FakeEtcd) -> None:
+    found = run("gcp-1", "home-2", "-o", "json")
+    # The LANs are IPv4 only, so IPv6 gets as far as home-1 and no further.
+    assert found.exit_code == 1
+    four, six = json.loads(found.stdout)["journeys"]
+    assert (four["works"], six["works"]) == (True, False)
+    assert "home-1" in six["there"]["dropped"]
+    assert "dropped on the way there" in run("gcp-1", "home-2").output
+
+
+def test_another_subnet_is_reached_in_ipip(etcd: FakeEtcd) -> None:
+    (journey,) = json.loads(run("gcp-2", "gcp-3", "-o", "json").stdout)["journeys"]
+    assert hops(journey["there"]) == [("gcp-2", "gcp-3", "clear, in IPIP", "10.1.9.3")]
+
+
+def test_a_peer_and_a_network_behind_a_node(etcd: FakeEtcd) -> None:
+    found = run("gcp-2", "laptop")
+    assert found.exit_code == 0, found.output
+    assert "arrives; peer laptop answers by its own configuration" in found.output
+    (journey,) = json.loads(run("gcp-2", "172.20.0.9", "-o", "json").stdout)["journeys"]
+    assert [step["to"] for step in journey["there"]["hops"]] == ["gcp-1", "home-1", "home-2"]
+    assert [step["to"] for step in journey["back"]["hops"]] == ["home-1", "gcp-1", "gcp-2"]
+
+
+def test_what_the_agents_on_the_way_say_is_added(etcd: FakeEtcd) -> None:
+    status = StatusRecord(
+        public_key="A" * 43 + "=", revision=10**6, role=Role.LEADER, leader="gcp-1", errors=("the port is taken",)
+    )
+    etcd.put(Keys().status("gcp-1"), encode(status))
+    remarks = json.loads(run("gcp-2", "home-1", "-o", "json").stdout)["remarks"]
+    assert {"node": "gcp-1", "text": "the port is taken"} in remarks
+    assert {"node": "home-1", "text": "its agent does not report: is the host up?"} in remarks
+    assert "home-2" not in {remark["node"] for remark in remarks}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["nobody", "gcp-1"], "there is no node nobody; kgctl status lists them"),
+        (["gcp-1", "nobody"], "nobody is no node, no peer and no address; kgctl status lists them"),
+        (["laptop", "gcp-1"], "laptop is a peer; explain starts at a node"),
+        (["gcp-1", "8.8.8.8"], "8.8.8.8 is no part of the mesh: gcp-1 sends it by its own routing table"),
+        (["gcp-2", "fd04::1"], "node gcp-2 has IPv4 only, in which fd04::1 has no address"),
+    ],
+)
+def test_what_cannot_be_explained_is_one_sentence(etcd: FakeEtcd, arguments: list[str], says: str) -> None:
+    found = run(*arguments)
+    assert found.exit_code == 1
+    assert found.stdout == ""
+    assert says in found.stderr
+    assert len(found.stderr.splitlines()) == 1
+
+
+def test_an_address_that_nobody_has_is_dropped_where_it_would_be(etcd: FakeEtcd) -> None:
+    found = run("gcp-2", "10.4.200.200")
+    assert found.exit_code == 1
+    assert "dropped on the way there: gcp-1 has no WireGuard peer whose allowed IPs hold 10.4.200.200" in found.output
+
+
+def test_a_node_that_was_set_aside_is_named_with_its_reason(etcd: FakeEtcd) -> None:
+    etcd.put("/kilo/nodes/broken", "{")
+    found = run("gcp-1", "broken")
+    assert found.exit_code == 1
+    assert "broken is not in force: the value is not JSON" in found.stderr
