@@ -21,7 +21,7 @@ demo:
 
 test:
 	@scripts/setup all
-	@.venv/bin/python -m pytest $(ARGS)
+	@.venv/bin/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 test-fast:
 	@scripts/setup python

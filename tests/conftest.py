@@ -18,6 +18,15 @@ import trio.testing
 DEADLINE = 60.0
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Two streams under `pytest -n 2 --dist loadgroup`: a guest has one processor only, and all else shares this
+    machine's namespaces, ports and clock, so that one half never runs beside itself."""
+    for item in items:
+        guest = item.get_closest_marker("guest") is not None
+        item.add_marker(pytest.mark.xdist_group("guest" if guest else "here"))
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     test = pyfuncitem.obj
