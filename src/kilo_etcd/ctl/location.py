@@ -14,6 +14,7 @@ import click
 from attrs import frozen
 
 from kilo_etcd.agent.config import parse_node_name
+from kilo_etcd.ctl.change import Edit, Outcome, carry_out, change_options
 from kilo_etcd.ctl.context import Mesh
 from kilo_etcd.ctl.output import output_option, show
 from kilo_etcd.ctl.render import Table, clean, shown_location
@@ -23,6 +24,7 @@ from kilo_etcd.model import Snapshot
 from kilo_etcd.store import operator
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import decode_label
+from kilo_etcd.store.view import View
 
 
 @frozen(kw_only=True)
@@ -87,38 +89,42 @@ def location_group() -> None:
 @click.option(
     "--node", "others", callback=_NODE, multiple=True, help="Label this node too; may be given several times."
 )
+@change_options
 @click.pass_obj
-def set_command(mesh: Mesh, node: str, label: str, others: tuple[str, ...]) -> None:
+def set_command(mesh: Mesh, node: str, label: str, others: tuple[str, ...], dry_run: bool, yes: bool) -> None:
     """Label NODE with the location LABEL. It moves at once, live."""
     nodes = tuple(dict.fromkeys((node, *others)))
+    registered: frozenset[str] = frozenset()
 
-    async def work(client: Client, keys: Keys) -> tuple[dict[str, str], frozenset[str]]:
-        before = dict(await operator.locations(client, keys))
+    def decide(_before: Snapshot, view: View, keys: Keys) -> Edit:
+        nonlocal registered
+        registered = registered_names(view, keys)
+        return Edit(puts={keys.location(name): label for name in nodes})
+
+    if carry_out(mesh, decide, dry_run=dry_run, yes=yes) is not Outcome.DRY_RUN:
         for name in nodes:
-            await operator.set_location(client, keys, name, label)
-        return before, await _registered(client, keys)
-
-    before, registered = mesh.ask(work)
-    for name in nodes:
-        old = before.get(name)
-        was = "" if old is None or old == label else f" (was {clean(old)})"
-        click.echo(f"{name}: {clean(label)}{was}{'' if name in registered else _not_yet(name)}")
+            click.echo(f"{name}: {clean(label)}{'' if name in registered else _not_yet(name)}")
 
 
 @location_group.command("unset")
 @click.argument("nodes", metavar="NODE...", callback=_NODE, nargs=-1, required=True)
+@change_options
 @click.pass_obj
-def unset_command(mesh: Mesh, nodes: tuple[str, ...]) -> None:
+def unset_command(mesh: Mesh, nodes: tuple[str, ...], dry_run: bool, yes: bool) -> None:
     """Take NODE's label away; its own default location counts again."""
+    had: dict[str, bool] = {}
+    registered: frozenset[str] = frozenset()
 
-    async def work(client: Client, keys: Keys) -> tuple[dict[str, bool], frozenset[str]]:
-        removed = {name: await operator.unset_location(client, keys, name) for name in dict.fromkeys(nodes)}
-        return removed, await _registered(client, keys)
+    def decide(_before: Snapshot, view: View, keys: Keys) -> Edit:
+        nonlocal registered
+        registered = registered_names(view, keys)
+        had.update({name: view.kv(keys.location(name)) is not None for name in nodes})
+        return Edit(deletes=tuple(keys.location(name) for name in had))
 
-    removed, registered = mesh.ask(work)
-    for name, was_there in removed.items():
-        done = "label removed" if was_there else "had no label"
-        click.echo(f"{name}: {done}{'' if name in registered else _not_yet(name)}")
+    if carry_out(mesh, decide, dry_run=dry_run, yes=yes) is not Outcome.DRY_RUN:
+        for name, was_there in had.items():
+            text = "label removed" if was_there else "had no label"
+            click.echo(f"{name}: {text}{'' if name in registered else _not_yet(name)}")
 
 
 @location_group.command("list")
@@ -163,7 +169,3 @@ def locations_table(lines: tuple[LocationLine, ...]) -> Table:
 
 def _not_yet(name: str) -> str:
     return f"; {name} is not registered yet"
-
-
-async def _registered(client: Client, keys: Keys) -> frozenset[str]:
-    return registered_names((await operator.snapshot(client, keys))[1], keys)

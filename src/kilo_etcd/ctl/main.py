@@ -17,11 +17,19 @@ from kilo_etcd.ctl.context import Mesh
 from kilo_etcd.etcd.api import Config
 
 _COMMANDS = {
+    "annotate": (
+        "kilo_etcd.ctl.annotate",
+        "annotate_command",
+        "Say a thing about a node: endpoint, leader, networks.",
+    ),
     "explain": ("kilo_etcd.ctl.explain", "explain_command", "Show the way of a packet through the mesh, hop by hop."),
     "graph": ("kilo_etcd.ctl.graph", "graph_command", "Print the mesh as a graph, in DOT."),
     "lab": ("kilo_etcd.ctl.lab", "lab_group", "Build a small internet on this machine and try things out."),
     "location": ("kilo_etcd.ctl.location", "location_group", "Set, list and unset the labels that shape the mesh."),
+    "mesh": ("kilo_etcd.ctl.mesh", "mesh_group", "Show and set what holds for the whole mesh."),
+    "node": ("kilo_etcd.ctl.node", "node_group", "List the nodes, show one, forget one that is gone for good."),
     "status": ("kilo_etcd.ctl.status", "status_command", "Show nodes, locations, leaders and what is wrong."),
+    "wait": ("kilo_etcd.ctl.wait", "wait_command", "Wait until every living agent has applied what is in etcd."),
 }
 """Name -> the module that has it, its name there, and its line in the help."""
 

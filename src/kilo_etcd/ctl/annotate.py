@@ -1,0 +1,107 @@
+"""`kgctl annotate`: what an operator says about one node, as `name=value`; `name-` takes it back.
+
+The values are read as the agents will read them, so one that would be set aside is refused here. As with labels, a
+node may be annotated before it has registered.
+"""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+
+import click
+
+from kilo_etcd.agent.config import parse_node_name
+from kilo_etcd.ctl.change import Edit, Outcome, carry_out, change_options
+from kilo_etcd.ctl.context import Failure, Mesh
+from kilo_etcd.ctl.render import clean
+from kilo_etcd.ctl.report import registered_names
+from kilo_etcd.model import Snapshot
+from kilo_etcd.store.effective import ANNOTATIONS, Registered
+from kilo_etcd.store.keys import Keys
+from kilo_etcd.store.records import NodeRecord, RecordError, decode_node, decode_text
+from kilo_etcd.store.view import View
+
+
+def parse_annotation(text: str) -> tuple[str, str | None]:
+    """`name=value` or `name-` (None: taken back). ValueError, in one clause."""
+    name, given, value = text.partition("=")
+    if not given:
+        if not text.endswith("-"):
+            raise ValueError(f"{text!r} is neither name=value nor, to take it back, name-")
+        name = text[:-1]
+    if name not in ANNOTATIONS:
+        near = get_close_matches(name, ANNOTATIONS, 1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(ANNOTATIONS))}"
+        raise ValueError(f"no annotation is called {name!r}; {hint}")
+    return name, (decode_text(value.encode()) if given else None)
+
+
+def _record(view: View, keys: Keys, node: str) -> NodeRecord:
+    """The node's record; one of no host where there is none to be read."""
+    kv = view.kv(keys.node(node))
+    try:
+        if kv is not None:
+            return decode_node(kv.value)
+    except RecordError:
+        pass
+    return NodeRecord(public_key="A" * 43 + "=")
+
+
+def _arguments(
+    context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
+) -> dict[str, str | None]:  # fmt: skip
+    found: dict[str, str | None] = {}
+    for text in values:
+        try:
+            name, value = parse_annotation(text)
+        except ValueError as error:
+            raise click.BadParameter(f"{error}.", context, parameter) from None
+        if name in found:
+            raise click.BadParameter(f"{name} is given twice.", context, parameter)
+        found[name] = value
+    return found
+
+
+def node_argument(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    """A click callback: the name of a node, checked."""
+    try:
+        return parse_node_name(value)
+    except ValueError as error:
+        raise click.BadParameter(f"{error}.", context, parameter) from None
+
+
+@click.command(
+    "annotate",
+    epilog="Examples:\n\n\b\n"
+    "  kgctl annotate node-1 leader=true\n"
+    "  kgctl annotate node-1 force-endpoint=vpn.example.org:51820 persistent-keepalive=25\n"
+    "  kgctl annotate node-1 allowed-location-ips=192.0.2.0/28 --dry-run\n"
+    "  kgctl annotate node-1 leader-",
+)
+@click.argument("node", callback=node_argument)
+@click.argument("annotations", metavar="NAME=VALUE|NAME-...", nargs=-1, required=True, callback=_arguments)
+@change_options
+@click.pass_obj
+def annotate_command(mesh: Mesh, node: str, annotations: dict[str, str | None], dry_run: bool, yes: bool) -> None:
+    """Say something about NODE: force-endpoint, force-internal-ip, leader, persistent-keepalive,
+    allowed-location-ips or subnets. It counts at once, live."""
+    registered: frozenset[str] = frozenset()
+
+    def decide(_before: Snapshot, view: View, keys: Keys) -> Edit:
+        nonlocal registered
+        registered = registered_names(view, keys)
+        said = {name: value for name, value in annotations.items() if value is not None}
+        _, wrong = Registered(_record(view, keys, node), 0).annotated(said)
+        if wrong:
+            raise Failure("; ".join(f"{name}: {reason}" for name, reason in wrong.items()) + "; nothing was written")
+        return Edit(
+            puts={keys.annotation(node, name): value for name, value in said.items()},
+            deletes=tuple(keys.annotation(node, name) for name, value in annotations.items() if value is None),
+        )
+
+    outcome = carry_out(mesh, decide, dry_run=dry_run, yes=yes)
+    if outcome is Outcome.NOTHING:
+        click.echo("Nothing to change: that is what is said about it already.")
+    elif outcome is Outcome.WRITTEN:
+        later = "" if node in registered else f"; {clean(node)} is not registered yet"
+        click.echo(f"{clean(node)}: annotated{later}")

@@ -1,0 +1,137 @@
+"""How a command changes the mesh: it looks, says what will be different, asks where that disrupts, and writes.
+
+An `Edit` is what is to be written; `carry_out` shows its consequences (`ctl.consequences`), stops there with
+`--dry-run`, and else writes it in one transaction, which etcd takes only if the keys concerned are still as they were
+when the consequences were computed. So two operators at once do not undo each other unseen.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from enum import Enum
+from typing import Any, TypeVar
+
+import click
+from attrs import field, frozen
+
+from kilo_etcd.ctl.consequences import consequences
+from kilo_etcd.ctl.context import Failure, Mesh
+from kilo_etcd.etcd.api import Client, Compare, Delete, Event, EventType, KeyValue, Op, Put, absent, unchanged
+from kilo_etcd.model import Snapshot
+from kilo_etcd.store import operator
+from kilo_etcd.store.keys import Keys
+from kilo_etcd.store.view import View
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+MOST = 128
+"""etcd's own limit (--max-txn-ops) on the conditions, and on the writes, of one transaction."""
+
+
+class Outcome(Enum):
+    """What has come of it."""
+
+    WRITTEN = "written"
+    NOTHING = "nothing to change"
+    DRY_RUN = "dry run"
+
+
+@frozen(kw_only=True)
+class Edit:
+    """Keys to put and to delete, in one transaction."""
+
+    puts: Mapping[str, str] = field(factory=dict)
+    deletes: tuple[str, ...] = ()
+    refused_by: Mapping[str, str] = field(factory=dict)
+    """Key -> the sentence that it is refused with where that key exists."""
+    asks: str = ""
+    """The question to be answered before it is done; empty: none."""
+
+
+def change_options(command: F) -> F:
+    """Give a command `--dry-run` and `--yes`."""
+    yes: Callable[[F], F] = click.option("--yes", "-y", is_flag=True, help="Do not ask.")
+    dry_run: Callable[[F], F] = click.option(
+        "--dry-run", is_flag=True, help="Say what would be different, and write nothing."
+    )
+    return dry_run(yes(command))
+
+
+def carry_out(
+    mesh: Mesh, decide: Callable[[Snapshot, View, Keys], Edit], *, dry_run: bool, yes: bool = False
+) -> Outcome:  # fmt: skip
+    """Do what `decide` says to what it is shown. Failure, in one sentence: nothing was written."""
+
+    async def look(client: Client, keys: Keys) -> tuple[Snapshot, View, Keys]:
+        return *await operator.snapshot(client, keys), keys
+
+    before, view, keys = mesh.ask(look)
+    edit = decide(before, view, keys)
+    conditions = [*(_as_it_was(view, key) for key in (*edit.puts, *edit.deletes)), *map(absent, edit.refused_by)]
+    wanted = {key: value for key, value in edit.puts.items() if _value(view, key) != value}
+    gone = [key for key in edit.deletes if view.kv(key) is not None]
+    if not wanted and not gone:
+        return Outcome.NOTHING
+    if len(conditions) > MOST:
+        raise Failure(
+            f"{len(conditions)} keys are too many for one transaction of etcd's: change at most {MOST} in one go"
+        )
+    _refuse(mesh, edit)
+    for line in consequences(before, after(view, wanted, gone)) or (("the mesh stays as it is",) if dry_run else ()):
+        click.echo(line)
+    if dry_run:
+        click.echo("Nothing was written (--dry-run).")
+        return Outcome.DRY_RUN
+    if edit.asks and not yes:
+        _confirm(edit.asks)
+
+    async def write(client: Client, _keys: Keys) -> bool:
+        operations: list[Op] = [*(Put(key, value) for key, value in wanted.items()), *map(Delete, gone)]
+        return (await client.txn(conditions, operations)).succeeded
+
+    if not mesh.ask(write):
+        _refuse(mesh, edit)
+        raise Failure("somebody else has just changed the same; nothing was written: look again")
+    return Outcome.WRITTEN
+
+
+def _refuse(mesh: Mesh, edit: Edit) -> None:
+    async def there(client: Client, _keys: Keys) -> str | None:
+        for key in edit.refused_by:
+            if await client.get(key) is not None:
+                return key
+        return None
+
+    if edit.refused_by and (key := mesh.ask(there)) is not None:
+        raise Failure(edit.refused_by[key])
+
+
+def after(view: View, puts: Mapping[str, str], deletes: list[str]) -> Snapshot:
+    """The snapshot if this were written. `view` is used up."""
+    revision = view.revision + 1
+    events = [
+        Event(type=EventType.PUT, kv=KeyValue(key=key.encode(), value=value.encode(), mod_revision=revision))
+        for key, value in puts.items()
+    ]
+    events += [
+        Event(type=EventType.DELETE, kv=KeyValue(key=key.encode(), value=b"", mod_revision=revision)) for key in deletes
+    ]
+    view.apply(events, view.header)
+    return view.snapshot()
+
+
+def _confirm(question: str) -> None:
+    if not sys.stdin.isatty():
+        raise Failure(f"{question} Nothing was written: there is no terminal to ask at, so say --yes")
+    click.confirm(question, abort=True)
+
+
+def _value(view: View, key: str) -> str | None:
+    kv = view.kv(key)
+    return None if kv is None else kv.value.decode(errors="replace")
+
+
+def _as_it_was(view: View, key: str) -> Compare:
+    kv = view.kv(key)
+    return absent(key) if kv is None else unchanged(kv)

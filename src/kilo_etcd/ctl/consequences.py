@@ -1,0 +1,113 @@
+"""What a change of etcd's records does to the mesh, in sentences: two snapshots, before and after, held side by side.
+
+Pure. It says what an operator would otherwise see afterwards in `kgctl status`: who moves, who leads instead of whom,
+how many tunnels there are, and what cannot be used or given any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from math import comb
+
+from kilo_etcd.ctl.render import clean, shown_location
+from kilo_etcd.model import Granularity, Node, Snapshot
+from kilo_etcd.topology import Segment, Topology, build_topology
+from kilo_etcd.topology.graph import EdgeKind, edges
+
+
+def consequences(before: Snapshot, after: Snapshot) -> tuple[str, ...]:
+    """What differs, most important first; empty where the mesh is the same."""
+    old, new = build_topology(before), build_topology(after)
+    return (
+        *_mesh(before, after),
+        *_nodes(before, after),
+        *_leaders(old, new),
+        *_tunnels(old, new),
+        *_peers(old, new),
+        *_complaints(old, new),
+    )
+
+
+def _mesh(before: Snapshot, after: Snapshot) -> Iterator[str]:
+    if before.granularity is not after.granularity:
+        yield f"granularity: {before.granularity} becomes {after.granularity}"
+
+
+def _nodes(before: Snapshot, after: Snapshot) -> Iterator[str]:
+    for name in sorted({*before.nodes, *after.nodes}):
+        old, new = before.nodes.get(name), after.nodes.get(name)
+        if old is None:
+            yield f"{clean(name)} joins the mesh"
+        elif new is None:
+            yield f"{clean(name)} leaves the mesh: the others forget its key and its addresses"
+        elif old != new:
+            yield from (f"{clean(name)} {text}" for text in _node(old, new))
+
+
+def _node(old: Node, new: Node) -> Iterator[str]:
+    if old.location != new.location:
+        yield f"moves from {shown_location(old.location)} to {shown_location(new.location)}"
+    if old.endpoint != new.endpoint:
+        yield f"is reached at {new.endpoint or 'no endpoint'} instead of {old.endpoint or 'none'}"
+    if old.internal_ips != new.internal_ips:
+        yield f"has internal IP {_listed(new.internal_ips)} instead of {_listed(old.internal_ips)}"
+    if old.persistent_keepalive != new.persistent_keepalive:
+        yield f"sends keepalives every {new.persistent_keepalive} s instead of {old.persistent_keepalive} s (0: none)"
+    if old.leader_wanted != new.leader_wanted:
+        yield f"is {'now' if new.leader_wanted else 'no longer'} preferred as its location's leader"
+    if set(old.subnets) != set(new.subnets):
+        yield f"leads to networks behind it: {_listed(new.subnets)} instead of {_listed(old.subnets)}"
+    if set(old.allowed_location_ips) != set(new.allowed_location_ips):
+        given, gave = new.allowed_location_ips, old.allowed_location_ips
+        yield f"leads to networks of its location: {_listed(given)} instead of {_listed(gave)}"
+
+
+def _leaders(old: Topology, new: Topology) -> Iterator[str]:
+    before, after = _shared(old), _shared(new)
+    for location in sorted({*before, *after}):
+        one, other = before.get(location), after.get(location)
+        if one is not None and other is not None and one.leader.name != other.leader.name:
+            yield f"{shown_location(location)}: {clean(other.leader.name)} leads instead of {clean(one.leader.name)}"
+        elif one is None and other is not None:
+            yield f"{shown_location(location)}: {clean(other.leader.name)} leads {len(other.members)} nodes"
+
+
+def _shared(topology: Topology) -> dict[str, Segment]:
+    return {segment.location: segment for segment in topology.segments.values() if len(segment.members) > 1}
+
+
+def _tunnels(old: Topology, new: Topology) -> Iterator[str]:
+    before, after = map(_count, (old, new))
+    if before != after:
+        yield f"tunnels between nodes: {after} instead of {before}"
+
+
+def _count(topology: Topology) -> int:
+    if topology.snapshot.granularity is Granularity.CROSS:
+        return sum(edge.kind is EdgeKind.TUNNEL for edge in edges(topology))
+    return comb(len(topology.segments), 2)
+
+
+def _peers(old: Topology, new: Topology) -> Iterator[str]:
+    for name in sorted({*old.peers, *new.peers}):
+        if name not in old.peers:
+            yield f"peer {clean(name)} joins the mesh"
+        elif name not in new.peers:
+            yield f"peer {clean(name)} leaves the mesh"
+        elif old.peers[name].allowed_ips != new.peers[name].allowed_ips:
+            given, gave = new.peers[name].allowed_ips, old.peers[name].allowed_ips
+            yield f"peer {clean(name)} gets {_listed(given)} instead of {_listed(gave)}"
+
+
+def _complaints(old: Topology, new: Topology) -> Iterator[str]:
+    def said(topology: Topology) -> list[str]:
+        aside = [f"{clean(note.key)}: {clean(note.reason)}" for note in topology.snapshot.set_aside]
+        return aside + [f"{clean(problem.subject)}: {clean(problem.text)}" for problem in topology.problems]
+
+    before, after = said(old), said(new)
+    yield from (f"new trouble: {text}" for text in after if text not in before)
+    yield from (f"trouble that ends: {text}" for text in before if text not in after)
+
+
+def _listed(items: Iterable[object]) -> str:
+    return ", ".join(map(str, items)) or "none"

@@ -1,0 +1,211 @@
+"""`kgctl node`: the hosts of the mesh: a list, everything about one, and forgetting one that is gone for good.
+
+`show` computes the node's own plan as its agent does: the peers and routes that its kernel should hold.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+from attrs import frozen
+
+from kilo_etcd.ctl.annotate import node_argument
+from kilo_etcd.ctl.change import Edit, Outcome, carry_out, change_options
+from kilo_etcd.ctl.context import Failure, Mesh
+from kilo_etcd.ctl.output import output_option, show
+from kilo_etcd.ctl.render import NONE, Table, clean, shown_location
+from kilo_etcd.ctl.report import NodeRow, registered_names, remarks_on
+from kilo_etcd.ctl.status import read_mesh
+from kilo_etcd.model import Snapshot
+from kilo_etcd.store.keys import AddressKey, ElectionKey, Keys
+from kilo_etcd.store.view import View
+from kilo_etcd.topology import build_topology, host_plan
+from kilo_etcd.topology.hostplan import HostPlan
+
+
+@click.group("node")
+def node_group() -> None:
+    """List the nodes, show one, forget one that is gone for good."""
+
+
+@node_group.command("list")
+@output_option
+@click.pass_obj
+def list_command(mesh: Mesh, output: str) -> None:
+    """List the nodes, with location, role, and whether their agents live."""
+    _, report = mesh.ask(read_mesh)
+    if output == "json":
+        found = [
+            {"node": row.name, "location": row.location, "role": row.role, "alive": row.alive,
+             "meshAddresses": list(row.mesh_addresses), "endpoint": row.endpoint}
+            for row in report.nodes
+        ]  # fmt: skip
+        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        return
+    rows = tuple(
+        (
+            clean(row.name),
+            shown_location(row.location),
+            row.role,
+            "alive" if row.alive else "gone",
+            ", ".join(row.mesh_addresses) or NONE,
+        )
+        for row in report.nodes
+    )
+    show([Table("", ("NODE", "LOCATION", "ROLE", "AGENT", "MESH ADDRESS"), rows, "No node has registered yet.")])
+
+
+@frozen(kw_only=True)
+class Shown:
+    """All that `kgctl node show` says."""
+
+    row: NodeRow
+    facts: tuple[tuple[str, str], ...]
+    plan: HostPlan | None
+    remarks: tuple[str, ...]
+
+
+@node_group.command("show", epilog="Example:\n\n\b\n  kgctl node show node-1")
+@click.argument("node", callback=node_argument)
+@output_option
+@click.pass_obj
+def show_command(mesh: Mesh, node: str, output: str) -> None:
+    """Show NODE: its record with what was said about it, and the peers and routes that its kernel should hold."""
+    snapshot, report = mesh.ask(read_mesh)
+    row = next((row for row in report.nodes if row.name == node), None)
+    if row is None:
+        raise Failure(f"there is no node {node}; kgctl node list lists them")
+    plan = host_plan(build_topology(snapshot), node) if node in snapshot.nodes else None
+    aside = [f"{note.key}: {note.reason}" for note in snapshot.set_aside if f"/{node}" in note.key]
+    found = Shown(
+        row=row,
+        facts=_facts(snapshot, node),
+        plan=plan,
+        remarks=(*(text for _, text in remarks_on(report, {node})), *aside),
+    )
+    click.echo(_json(found)) if output == "json" else show(_tables(found), _heading(row))
+
+
+def _heading(row: NodeRow) -> str:
+    alive = "its agent lives" if row.alive else "its agent does not report"
+    revision = f" and has applied revision {row.revision}" if row.revision is not None else ""
+    place = "" if row.location is None else f" in {shown_location(row.location)}"
+    return f"{clean(row.name)}: {row.role}{place}; {alive}{revision}"
+
+
+def _facts(snapshot: Snapshot, name: str) -> tuple[tuple[str, str], ...]:
+    node = snapshot.nodes.get(name)
+    if node is None:
+        return ()
+    keepalive = node.persistent_keepalive
+    return (
+        ("public key", node.public_key),
+        ("mesh address", _listed(node.mesh_addresses)),
+        ("internal IP", _listed(node.internal_ips)),
+        ("endpoint", str(node.endpoint) if node.endpoint is not None else NONE),
+        ("port", str(node.port)),
+        ("own default location", shown_location(node.default_location) if node.default_location else NONE),
+        ("preferred as leader", "yes" if node.leader_wanted else "no"),
+        ("persistent keepalive", f"{keepalive} s" if keepalive else NONE),
+        ("networks behind it", _listed(node.subnets)),
+        ("networks of its location", _listed(node.allowed_location_ips)),
+        ("inside its location", node.encapsulate.value),
+        ("version", clean(node.version) or NONE),
+    )
+
+
+def _listed(items: tuple[Any, ...]) -> str:
+    return ", ".join(map(str, items)) or NONE
+
+
+def _tables(found: Shown) -> list[Table]:
+    tables = [Table("", ("WHAT", "VALUE"), found.facts)]
+    if found.plan is not None:
+        peers = sorted(found.plan.peers.values(), key=lambda peer: peer.name)
+        rows = tuple(
+            (clean(p.name), str(p.endpoint) if p.endpoint is not None else NONE, _listed(p.allowed_ips)) for p in peers
+        )
+        tables.append(Table("WireGuard peers it should have", ("PEER", "ENDPOINT", "ALLOWED IPS"), rows))
+        routes = tuple(
+            (str(r.destination), r.way.value, str(r.gateway) if r.gateway is not None else NONE)
+            for r in found.plan.routes.values()
+        )
+        tables.append(Table("Routes it should have", ("TO", "WAY", "GATEWAY"), routes))
+    tables.append(Table("What is wrong", ("REMARK",), tuple((clean(text),) for text in found.remarks)))
+    return [table for table in tables if table.rows]
+
+
+def _json(found: Shown) -> str:
+    plan = found.plan
+    return json.dumps(
+        {
+            "node": found.row.name,
+            "location": found.row.location,
+            "role": found.row.role,
+            "alive": found.row.alive,
+            "revision": found.row.revision,
+            "facts": {name.replace(" ", "_"): value for name, value in found.facts},
+            "peers": [
+                {"name": p.name, "publicKey": p.public_key, "endpoint": str(p.endpoint) if p.endpoint else None,
+                 "allowedIPs": list(map(str, p.allowed_ips)), "persistentKeepalive": p.persistent_keepalive}
+                for p in (plan.peers.values() if plan is not None else ())
+            ],
+            "routes": [
+                {"to": str(r.destination), "way": r.way.value, "gateway": str(r.gateway) if r.gateway else None}
+                for r in (plan.routes.values() if plan is not None else ())
+            ],
+            "remarks": list(found.remarks),
+        },
+        indent=2, ensure_ascii=False,
+    )  # fmt: skip
+
+
+@node_group.command("forget", epilog="Example:\n\n\b\n  kgctl node forget node-7")
+@click.argument("node", callback=node_argument)
+@click.option("--labels", is_flag=True, help="Its label and annotations too, which are kept otherwise.")
+@change_options
+@click.pass_obj
+def forget_command(mesh: Mesh, node: str, labels: bool, dry_run: bool, yes: bool) -> None:
+    """Take NODE out of the mesh now, where its record would stay until its lease ends (--forget-after).
+
+    For a host that is gone for good: while its agent lives it is refused, since it would come back at once.
+    """
+
+    def decide(_before: Snapshot, view: View, keys: Keys) -> Edit:
+        return forgetting(node, view, keys, labels=labels)
+
+    outcome = carry_out(mesh, decide, dry_run=dry_run, yes=yes)
+    if outcome is Outcome.NOTHING:
+        click.echo(f"Nothing to change: nothing is known of {clean(node)}.")
+    elif outcome is Outcome.WRITTEN:
+        click.echo(f"{clean(node)} is forgotten.")
+
+
+def forgetting(node: str, view: View, keys: Keys, *, labels: bool) -> Edit:
+    """The keys that go with a node: all that it wrote. (Where others see it stands under their own short leases.)"""
+    doomed = [keys.node(node)]
+    for kv in view.kvs(keys.root):
+        match keys.parse(kv.key):
+            case AddressKey() if kv.value == node.encode():
+                doomed.append(kv.key.decode())
+            case ElectionKey(node=name) if name == node:
+                doomed.append(kv.key.decode())
+            case _:
+                continue
+    if labels:
+        doomed.append(keys.location(node))
+        prefix = keys.annotation(node, "x").removesuffix("x")
+        doomed += [kv.key.decode() for kv in view.kvs(prefix)]
+    elif node not in registered_names(view, keys) and len(doomed) == 1:
+        raise Failure(f"there is no node {node}; kgctl node list lists them")
+    alive = (
+        f"{node} has an agent that lives, and would register again at once: stop kilo-etcd there first "
+        "(kg cleanup there takes everything away)"
+    )
+    return Edit(
+        deletes=tuple(doomed),
+        refused_by={keys.status(node): alive},
+        asks=f"{node} leaves the mesh. Go on?",
+    )

@@ -1,0 +1,314 @@
+"""The commands that change the mesh: what they say beforehand, what they write, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from ipaddress import ip_interface
+
+import pytest
+import trio
+from click.testing import CliRunner, Result
+
+from kilo_etcd.ctl.main import main
+from kilo_etcd.etcd import Client, Config
+from kilo_etcd.model import CandidateClass, Endpoint
+from kilo_etcd.store.keys import Keys
+from kilo_etcd.store.records import CandidateRecord, NodeRecord, Role, StatusRecord, encode
+from kilo_etcd.testing.fake_etcd import FakeEtcd
+
+KEYS = Keys()
+HOSTS = {"gcp-1": (1, "gcp"), "gcp-2": (2, "gcp"), "home-1": (3, "home")}
+
+
+def key_of(number: int) -> str:
+    return f"{chr(64 + number)}{'A' * 42}="
+
+
+async def world(client: Client) -> None:
+    """gcp-1 leads gcp-1 and gcp-2; home-1 is alone; gcp-1's agent lives and is up to date."""
+    await client.put("/kilo/mesh/subnets", "10.4.0.0/16")
+    await client.put("/kilo/mesh/granularity", "location")
+    revision = 0
+    for name, (number, location) in HOSTS.items():
+        record = NodeRecord(
+            public_key=key_of(number),
+            endpoint=Endpoint.parse(f"203.0.113.{number}:51820"),
+            internal_ips=(ip_interface(f"10.{1 if location == 'gcp' else 2}.0.{number}/24"),),
+            location=location,
+        )
+        await client.put(f"/kilo/addresses/10.4.0.{number}", name)
+        await client.put(KEYS.node(name), encode(record))
+        offer = encode(CandidateRecord(rank=CandidateClass.PUBLIC))
+        revision = (await client.put(KEYS.election(location, name), offer)).header.revision
+    await alive(client, "gcp-1", revision)
+
+
+async def alive(client: Client, name: str, revision: int) -> None:
+    number, location = HOSTS[name]
+    status = StatusRecord(
+        public_key=key_of(number), revision=revision, role=Role.LEADER, location=location, leader="gcp-1"
+    )  # fmt: skip
+    await client.put(KEYS.status(name), encode(status))
+
+
+@pytest.fixture
+def etcd(monkeypatch: pytest.MonkeyPatch) -> FakeEtcd:
+    fake = FakeEtcd()
+
+    @asynccontextmanager
+    async def opened(config: Config) -> AsyncIterator[Client]:
+        yield fake.client()
+
+    monkeypatch.setattr("kilo_etcd.etcd.open_client", opened)
+    trio.run(world, fake.client())
+    return fake
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(main, arguments, prog_name="kgctl")
+
+
+def held(etcd: FakeEtcd) -> dict[str, bytes | None]:
+    return {key: etcd.get(key) for key in etcd.keys("/kilo")}
+
+
+# --- what will be different -------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_says_what_would_be_different_and_writes_nothing(etcd: FakeEtcd) -> None:
+    before = held(etcd)
+    found = run("location", "set", "home-1", "gcp", "--dry-run")
+    assert found.output.splitlines() == [
+        "home-1 moves from home to gcp",
+        "tunnels between nodes: 0 instead of 1",
+        "Nothing was written (--dry-run).",
+    ]
+    assert held(etcd) == before
+
+
+def test_a_change_of_leader_is_foreseen(etcd: FakeEtcd) -> None:
+    found = run("annotate", "gcp-2", "leader=true")
+    assert found.output.splitlines() == [
+        "gcp-2 is now preferred as its location's leader",
+        "gcp-2: annotated",
+    ]
+    # Its candidacy is still of the old class: it leads when its agent has entered anew.
+    assert etcd.get("/kilo/annotations/gcp-2/leader") == b"true"
+
+
+def test_trouble_that_a_change_would_bring_is_said_before(etcd: FakeEtcd) -> None:
+    assert run("annotate", "gcp-1", "subnets=172.20.0.0/24").exit_code == 0
+    found = run("annotate", "home-1", "subnets=172.20.0.0/16", "--dry-run")
+    (trouble,) = [line for line in found.output.splitlines() if line.startswith("new trouble: ")]
+    assert "172.20.0.0/16" in trouble
+    assert "gcp-1" in trouble
+
+
+# --- annotate ---------------------------------------------------------------------------------------------------------
+
+
+def test_annotations_are_put_and_taken_back_together(etcd: FakeEtcd) -> None:
+    assert run("annotate", "home-1", "persistent-keepalive=25", "leader=true").exit_code == 0
+    found = run("annotate", "home-1", "persistent-keepalive-", "leader-", "force-endpoint=vpn.example.org:51821")
+    assert found.output.splitlines() == [
+        "home-1 is reached at vpn.example.org:51821 instead of 203.0.113.3:51820",
+        "home-1 sends keepalives every 0 s instead of 25 s (0: none)",
+        "home-1 is no longer preferred as its location's leader",
+        "home-1: annotated",
+    ]
+    assert etcd.keys("/kilo/annotations") == ["/kilo/annotations/home-1/force-endpoint"]
+    assert run("annotate", "home-1", "force-endpoint=vpn.example.org:51821").output == (
+        "Nothing to change: that is what is said about it already.\n"
+    )
+
+
+def test_a_node_may_be_annotated_before_it_registers(etcd: FakeEtcd) -> None:
+    found = run("annotate", "new-1", "leader=true")
+    assert found.output == "new-1: annotated; new-1 is not registered yet\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "sentence"),
+    [
+        (["home-1"], 2, "Missing argument"),
+        (["home-1", "leader"], 2, "neither name=value nor"),
+        (["home-1", "leder=true"], 2, "did you mean leader?"),
+        (["home-1", "colour=red"], 2, "there are allowed-location-ips"),
+        (["home-1", "leader=true", "leader-"], 2, "leader is given twice"),
+        (["a/b", "leader=true"], 2, "is no node name"),
+        (["home-1", "persistent-keepalive=soon"], 1, "persistent-keepalive: 'soon' is no number of seconds"),
+        (["home-1", "leader=true", "subnets=10.0.0.0/99"], 1, "subnets: "),
+        (["home-1", "force-endpoint=fe80::1%eth0"], 1, "force-endpoint: "),
+        (["home-1", "force-internal-ip=10.0.0.1,10.0.0.2"], 1, "more than one address of a family"),
+    ],
+)
+def test_what_annotate_refuses(etcd: FakeEtcd, arguments: list[str], status: int, sentence: str) -> None:
+    before = held(etcd)
+    found = run("annotate", *arguments)
+    assert found.exit_code == status, found.output
+    assert sentence in found.output
+    assert held(etcd) == before
+
+
+def test_what_somebody_else_changes_meanwhile_is_not_overwritten(
+    etcd: FakeEtcd, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    from kilo_etcd.ctl import change
+
+    seen = change.consequences
+
+    def interrupted(*snapshots: object) -> tuple[str, ...]:
+        etcd.put("/kilo/annotations/home-1/persistent-keepalive", "10")
+        return seen(*snapshots)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(change, "consequences", interrupted)
+    found = run("annotate", "home-1", "persistent-keepalive=25", "leader=true")
+    assert found.exit_code == 1
+    assert "somebody else has just changed the same; nothing was written" in found.output
+    assert etcd.get("/kilo/annotations/home-1/persistent-keepalive") == b"10"
+    assert etcd.get("/kilo/annotations/home-1/leader") is None
+
+
+# --- mesh -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_granularity_is_switched_when_that_is_confirmed(etcd: FakeEtcd) -> None:
+    asked = run("mesh", "set", "granularity", "full")
+    assert asked.exit_code == 1
+    assert "say --yes" in asked.output
+    assert etcd.get("/kilo/mesh/granularity") == b"location"
+    found = run("mesh", "set", "granularity", "full", "--yes")
+    assert found.output.splitlines() == [
+        "granularity: location becomes full",
+        "tunnels between nodes: 3 instead of 1",
+    ]
+    assert etcd.get("/kilo/mesh/granularity") == b"full"
+    assert run("mesh", "set", "granularity", "full").output == "Nothing to change: the granularity is full already.\n"
+
+
+def test_the_mesh_as_a_whole_is_shown(etcd: FakeEtcd) -> None:
+    shown = json.loads(run("mesh", "show", "-o", "json").output)
+    assert (shown["granularity"], shown["subnets"], shown["nodes"], shown["locations"]) == (
+        "location", ["10.4.0.0/16"], 3, 2,
+    )  # fmt: skip
+    assert "granularity:        location\n" in run("mesh", "show").output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "sentence"),
+    [
+        (["granularity", "ring"], 2, "'ring' is no granularity"),
+        (["subnets", "10.5.0.0/16"], 1, "the mesh's subnets are fixed"),
+        (["colour", "red"], 2, "'colour' is not one of"),
+    ],
+)
+def test_what_mesh_set_refuses(etcd: FakeEtcd, arguments: list[str], status: int, sentence: str) -> None:
+    before = held(etcd)
+    found = run("mesh", "set", *arguments, "--yes")
+    assert found.exit_code == status
+    assert sentence in found.output
+    assert held(etcd) == before
+
+
+# --- node -------------------------------------------------------------------------------------------------------------
+
+
+def test_nodes_are_listed(etcd: FakeEtcd) -> None:
+    rows = json.loads(run("node", "list", "-o", "json").output)
+    assert [(row["node"], row["location"], row["role"], row["alive"]) for row in rows] == [
+        ("gcp-1", "gcp", "leader", True),
+        ("gcp-2", "gcp", "member", False),
+        ("home-1", "home", "alone", False),
+    ]
+
+
+def test_a_node_is_shown_with_what_its_kernel_should_hold(etcd: FakeEtcd) -> None:
+    found = json.loads(run("node", "show", "gcp-2", "-o", "json").output)
+    assert (found["role"], found["alive"], found["facts"]["mesh_address"]) == ("member", False, "10.4.0.2")
+    assert [peer["name"] for peer in found["peers"]] == ["home-1"]  # known already, for the case that it leads
+    assert {(route["to"], route["way"], route["gateway"]) for route in found["routes"]} == {
+        ("10.4.0.0/16", "underlay", "10.1.0.1"),
+        ("10.4.0.1/32", "underlay", "10.1.0.1"),
+    }
+    assert "its agent does not report: is the host up?" in found["remarks"]
+    leader = run("node", "show", "gcp-1")
+    assert leader.output.startswith("gcp-1: leader in gcp; its agent lives and has applied revision ")
+    assert "home-1" in leader.output
+    assert "203.0.113.3:51820" in leader.output
+
+
+def test_a_node_that_is_gone_is_forgotten_whole(etcd: FakeEtcd) -> None:
+    assert run("location", "set", "gcp-2", "gcp").exit_code == 0
+    found = run("node", "forget", "gcp-2", "--yes")
+    assert found.output.splitlines() == [
+        "gcp-2 leaves the mesh: the others forget its key and its addresses",
+        "gcp-2 is forgotten.",
+    ]
+    assert [key for key in etcd.keys("/kilo/") if "gcp-2" in key] == ["/kilo/locations/gcp-2"]
+    assert etcd.get("/kilo/addresses/10.4.0.2") is None
+    assert run("node", "forget", "gcp-2", "--labels", "--yes").exit_code == 0
+    assert [key for key in etcd.keys("/kilo/") if "gcp-2" in key] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["forget", "gcp-1", "--yes"], "gcp-1 has an agent that lives"),
+        (["forget", "gcp-1", "--dry-run"], "gcp-1 has an agent that lives"),
+        (["forget", "nobody", "--yes"], "there is no node nobody"),
+        (["forget", "gcp-2"], "say --yes"),
+        (["show", "nobody"], "there is no node nobody"),
+    ],
+)
+def test_what_node_refuses(etcd: FakeEtcd, arguments: list[str], sentence: str) -> None:
+    before = held(etcd)
+    found = run("node", *arguments)
+    assert found.exit_code == 1
+    assert sentence in found.output
+    assert held(etcd) == before
+
+
+# --- wait -------------------------------------------------------------------------------------------------------------
+
+
+def test_wait_returns_at_once_when_all_have_applied(etcd: FakeEtcd) -> None:
+    assert run("wait").output.startswith("1 agents have applied revision ")
+
+
+def test_wait_names_those_that_are_late(etcd: FakeEtcd) -> None:
+    etcd.put("/kilo/locations/home-1", "gcp")
+    found = run("wait", "--timeout", "100ms")
+    assert found.exit_code == 1
+    assert "1 of 1 agents have not applied revision" in found.output
+    assert "gcp-1 (at " in found.output
+
+
+@pytest.mark.parametrize("end", ["applied", "died"])
+async def test_wait_ends_with_the_last_one(end: str) -> None:
+    from kilo_etcd.ctl.wait import applied
+
+    fake = FakeEtcd()
+    client = fake.client()
+    await world(client)
+    newest = (await client.put("/kilo/locations/home-1", "gcp")).header.revision
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            found: list[object] = []
+
+            async def wait() -> None:
+                found.append(await applied(client, KEYS, timeout=20))
+
+            nursery.start_soon(wait)
+            await trio.testing.wait_all_tasks_blocked()
+            assert found == []
+            if end == "applied":
+                await alive(client, "gcp-1", newest)
+            else:
+                await client.delete(KEYS.status("gcp-1"))
+    assert found == [(newest, 1 if end == "applied" else 0, {})]
+
+
+def test_wait_refuses_a_time_that_is_none(etcd: FakeEtcd) -> None:
+    assert run("wait", "--timeout", "soon").exit_code == 2
