@@ -1,71 +1,28 @@
-"""What the benchmarks that run in the lab share: the machine's line, tables of runs, and a mesh that has settled.
+"""What the benchmarks that run in the lab share: a mesh that has settled, and what its agents say.
 
-Every table says how many runs it is made of and how loaded the machine was when it began: a lab's hosts share the
-machine's cores, so what takes work on every host at once takes longer here than on hosts of their own.
-KILO_BENCH_QUICK=1 makes each benchmark do as few runs as still show something.
+A lab's hosts share the machine's cores, so what takes work on every host at once takes longer here than on hosts of
+their own.
 """
 
 from __future__ import annotations
 
 import base64
 import json
-import math
-import os
-import platform
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import datetime
-from statistics import median
 from typing import Any
 
 import trio
 from attrs import frozen
-from rich.console import Console
-from rich.table import Table
 
 from kilo_etcd.lab.client import Lab, running_lab
 from kilo_etcd.lab.machine import BASE
 from kilo_etcd.lab.spec import Spec
 
-QUICK = os.environ.get("KILO_BENCH_QUICK", "") not in ("", "0")
 SETTLED_SECONDS = 2.6
 """After a change: a host that has just come stands for leader after 2 s; then nothing is left to do."""
-
-console = Console(width=132)
-
-
-def runs(usual: int, quick: int = 2) -> int:
-    """How many runs to make."""
-    return quick if QUICK else usual
-
-
-def table(title: str, *headings: str) -> Table:
-    """A table whose first column is text and whose others are numbers; the machine and its load stand below it."""
-    made = Table(title=title, title_justify="left", caption=machine(), caption_justify="left")
-    for number, heading in enumerate(headings):
-        made.add_column(heading, justify="right" if number else "left")
-    return made
-
-
-def machine() -> str:
-    """One line on where this was measured; the load is that of the last minute, before the measurement."""
-    return (
-        f"{os.cpu_count()} cores, Linux {platform.release()}, Python {platform.python_version()}, "
-        f"load before {os.getloadavg()[0]:.2f}"
-    )
-
-
-def spread(seconds: Sequence[float], *, unit: float = 1000.0, digits: int = 0) -> tuple[str, str, str, str]:
-    """Number of runs, min, median and max; milliseconds unless `unit` (units per second) says otherwise."""
-    if not seconds:
-        return "0", "-", "-", "-"
-    return str(len(seconds)), *(f"{x * unit:,.{digits}f}" for x in (min(seconds), median(seconds), max(seconds)))
-
-
-def p99(values: Sequence[float]) -> float:
-    """Nearest rank; of fewer than a hundred values it is the largest."""
-    return sorted(values)[math.ceil(len(values) * 0.99) - 1]
 
 
 @asynccontextmanager

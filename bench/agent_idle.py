@@ -15,7 +15,8 @@ from typing import Any
 import trio
 from rich.table import Table
 
-from _lab import QUICK, SETTLED_SECONDS, candidates, console, mesh, table
+from _lab import SETTLED_SECONDS, candidates, mesh
+from _table import QUICK, console, table
 from kilo_etcd.lab.client import Lab, running_lab
 from kilo_etcd.lab.spec import Spec
 

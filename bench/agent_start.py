@@ -14,7 +14,8 @@ from statistics import median
 import trio
 from attrs import frozen
 
-from _lab import SETTLED_SECONDS, Line, console, log_lines, mesh, runs, spread, table
+from _lab import SETTLED_SECONDS, Line, log_lines, mesh
+from _table import console, runs, spread, table
 from kilo_etcd.lab.client import Lab
 from kilo_etcd.lab.machine import STATE_DIR
 from kilo_etcd.lab.spec import Spec

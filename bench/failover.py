@@ -14,7 +14,8 @@ from contextlib import asynccontextmanager
 import trio
 from attrs import define
 
-from _lab import SETTLED_SECONDS, candidates, console, leads, mesh, runs, spread, table
+from _lab import SETTLED_SECONDS, candidates, leads, mesh
+from _table import console, runs, spread, table
 from kilo_etcd.lab.client import Lab
 from kilo_etcd.lab.spec import Spec
 

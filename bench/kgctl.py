@@ -17,7 +17,7 @@ from pathlib import Path
 import trio
 
 from _fill import records
-from _lab import console, runs, spread, table
+from _table import console, runs, spread, table
 from kilo_etcd.etcd import open_client
 from kilo_etcd.store import operator
 from kilo_etcd.store.keys import Keys

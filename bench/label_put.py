@@ -14,7 +14,8 @@ from statistics import median
 import trio
 from attrs import frozen
 
-from _lab import SETTLED_SECONDS, console, log_lines, mesh, p99, runs, table
+from _lab import SETTLED_SECONDS, log_lines, mesh
+from _table import console, p99, runs, table
 from kilo_etcd.lab.client import Lab
 from kilo_etcd.lab.spec import Spec
 

@@ -131,9 +131,33 @@ def test_a_peer_that_comes_back_in_two_messages_is_one() -> None:
         change = SetPeer(name="k", public_key=key(2), allowed_ips=tuple(ip_network(a) for a in allowed))
         return wireguard.encode(33, "k", [change])[0].body
 
-    state = wireguard.decode(wireguard.DeviceState(), message("10.4.0.9/32", "10.5.0.0/24"))
-    state = wireguard.in_order(wireguard.decode(state, message("10.4.0.2/32")))
-    assert [str(ip) for ip in state.peers[key(2)].allowed_ips] == ["10.4.0.2/32", "10.4.0.9/32", "10.5.0.0/24"]
+    reader = wireguard.Reader()
+    for part in (message("10.4.0.9/32", "10.5.0.0/24"), message("10.4.0.2/32")):
+        reader.take(part)
+    found = reader.result().peers[key(2)]
+    assert [str(ip) for ip in found.allowed_ips] == ["10.4.0.2/32", "10.4.0.9/32", "10.5.0.0/24"]
+
+
+def test_a_second_reading_takes_over_what_is_the_same_and_nothing_else() -> None:
+    def reading(former: wireguard.Reader | None, endpoint: str, *allowed: str) -> wireguard.Reader:
+        change = SetPeer(
+            name="k",
+            public_key=key(2),
+            endpoint=Endpoint.parse(endpoint),
+            allowed_ips=tuple(ip_network(a) for a in allowed),
+        )
+        reader = wireguard.Reader(former)
+        reader.take(wireguard.encode(33, "k", [change])[0].body)
+        return reader
+
+    first = reading(None, "203.0.113.2:51820", "10.4.0.2/32", "fd00:4::2/128")
+    before = first.result().peers[key(2)]
+    second = reading(first, "203.0.113.2:51820", "10.4.0.2/32", "fd00:4::2/128")
+    assert second.result().peers[key(2)] == before
+    third = reading(second, "203.0.113.2:4000", "10.4.0.3/32")
+    found = third.result().peers[key(2)]
+    assert str(found.endpoint) == "203.0.113.2:4000"
+    assert [str(ip) for ip in found.allowed_ips] == ["10.4.0.3/32"]
 
 
 def test_many_peers_are_spread_over_messages_that_each_fit() -> None:
@@ -144,10 +168,10 @@ def test_many_peers_are_spread_over_messages_that_each_fit() -> None:
     sent = wireguard.encode(33, "k", crowd)
     assert 1 < len(sent) < len(crowd)
     assert all(len(message.body) < 40_000 for message in sent)
-    state = wireguard.DeviceState()
+    reader = wireguard.Reader()
     for message in sent:
-        state = wireguard.decode(state, message.body)
-    assert {k: len(p.allowed_ips) for k, p in state.peers.items()} == {key(i): 200 for i in range(1, 20)}
+        reader.take(message.body)
+    assert {k: len(p.allowed_ips) for k, p in reader.result().peers.items()} == {key(i): 200 for i in range(1, 20)}
 
 
 def test_a_key_that_is_none_is_an_error_of_that_peer() -> None:

@@ -7,7 +7,7 @@ import pytest
 from helpers_guest import pytest_in_guest
 
 # A guest is slow: what differs there from userspace WireGuard, not every case.
-CHOSEN = "set_up or adopts or one_transaction or failover or port or ipip or plan_to_plan or cleanup or by_hand"
+CHOSEN = "set_up or adopts or one_transaction or failover or port or ipip or plan_to_plan or cleanup or by_hand or mtu"
 
 
 @pytest.mark.guest

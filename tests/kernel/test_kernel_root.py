@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import json
 import os
 import signal
@@ -13,17 +14,18 @@ import socket
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 
 import pytest
 import trio
 from attrs import evolve
 from kernel_worlds import GATEWAY4, PRIVATE, key, lines, peer, plan, plans, tunnel, via
 
-from kilo_etcd.kernel import Kernel, KernelError, Setup, cleanup, list_addresses, open_kernel
-from kilo_etcd.kernel.state import without_counters
+from kilo_etcd.kernel import Kernel, KernelError, Setup, cleanup, list_addresses, open_kernel, rtnetlink
+from kilo_etcd.kernel.netlink import Message, Socket
+from kilo_etcd.kernel.state import Route, without_counters
 from kilo_etcd.model import Endpoint
-from kilo_etcd.topology.hostplan import HostPlan, Via
+from kilo_etcd.topology.hostplan import HostPlan, PeerPlan, Via
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("own_namespaces")]
 
@@ -184,6 +186,70 @@ async def test_a_roamed_endpoint_stays_while_other_things_change() -> None:
         observed = await kernel.observe()
         assert observed.peers[key(2)].endpoint == Endpoint.parse("198.51.100.9:4711")
         assert key(4) in observed.peers
+
+
+async def test_thousands_of_peers_are_set_up_in_a_few_messages_whatever_is_wrong_with_one() -> None:
+    def crowd(number: int) -> PeerPlan:
+        public = base64.b64encode(number.to_bytes(32, "big")).decode() if number != 700 else "no key"
+        return PeerPlan(
+            public_key=public, name="", allowed_ips=(ip_network(0x0A04_0000 + number), ip_network((number << 72, 56)))
+        )
+
+    underlay()
+    wanted = plan(MESH)
+    wanted = evolve(wanted, peers={p.public_key: p for p in map(crowd, range(1, 3000)) if p.public_key != "no key"})
+    async with agent() as kernel:
+        await kernel.apply(plan(MESH))
+        writes = kernel.writes
+        assert (await kernel.apply(wanted)).failures == ()
+        assert kernel.writes - writes < 20
+        await settled(kernel, wanted)
+    wanted = evolve(wanted, peers={p.public_key: p for p in map(crowd, range(500, 3100))})
+    async with agent() as kernel:
+        writes = kernel.writes
+        assert [failure.subject for failure in (await kernel.apply(wanted)).failures] == [
+            "wg set kilo0 peer no key allowed-ips 10.4.2.188/32,0:0:2:bc00::/56"
+        ]
+        assert kernel.writes - writes < 100
+    assert len(sh("wg show kilo0 allowed-ips").splitlines()) == 2599
+
+
+@pytest.mark.parametrize("address", ["192.168.9.2", "fd00:9::2", "198.51.100.1"])
+async def test_the_mtu_is_that_of_the_way_to_the_endpoints(address: str) -> None:
+    underlay(mtu=1400)
+    sh("ip route add default via 192.168.9.2 mtu 1380")
+    world = plan(peer(2, "10.4.0.2/32", endpoint=str(Endpoint(ip_address(address), 51820))), MESH)
+    async with agent() as kernel:
+        assert (await kernel.apply(world)).failures == ()
+        observed = await kernel.observe()
+        assert observed.link is not None
+        assert observed.link.mtu == (1300 if address.startswith("198") else 1320)
+
+
+async def test_messages_that_are_refused_among_many_are_told_apart() -> None:
+    underlay()
+    index = socket.if_nametoindex("eth0")
+
+    def routes_to(numbers: range) -> list[Message]:
+        networks = [ip_network((0x6440_0000 + number * 256, 24)) for number in numbers]
+        return [rtnetlink.add_route(Route(destination=network, device="eth0"), index) for network in networks]
+
+    routing = Socket(0)
+    try:
+        assert routing.send(routes_to(range(0, 1000, 7))) == [None] * 143
+        answers = routing.send(routes_to(range(1000)))
+        assert [number for number, error in enumerate(answers) if error] == list(range(0, 1000, 7))
+        assert {error.errno for error in answers if error} == {errno.EEXIST}
+        assert {error.errno for error in routing.send(routes_to(range(1000))) if error} == {errno.EEXIST}
+        assert routing.send([]) == []
+        # An answer that nobody fetched, as after a time out, is nobody's answer.
+        routing._socket.sendto(routing._frame(rtnetlink.get_link("eth1"), 0), (0, 0))
+        asked = [rtnetlink.get_link(name) for name in ("eth0", "none", "eth1") * 50]
+        told = [a if isinstance(a, OSError) else rtnetlink.read_link(a).link.name for a in routing.ask(asked)]
+        assert [name for name in told if isinstance(name, str)] == ["eth0", "eth1"] * 50
+        assert {error.errno for error in told if isinstance(error, OSError)} == {errno.ENODEV}
+    finally:
+        routing.close()
 
 
 async def test_networks_move_to_the_new_leader_in_one_transaction() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from kilo_etcd.kernel import netlink, rtnetlink, sysctl, userspace, wireguard
@@ -269,16 +269,19 @@ class Host:
             links=tuple(self.links.values()),
         )
 
-    def egress_mtu(self, address: IPAddress) -> int | None:
-        """The MTU on the way to an address, in bytes; None if there is no way outside our own devices."""
-        try:
-            found = rtnetlink.read_route(self._route.get(rtnetlink.get_route_to(address)))
-        except NetlinkError:
+    def egress_mtus(self, addresses: Collection[IPAddress]) -> dict[IPAddress, int | None]:
+        """The MTU on the way to each address, in bytes; None if there is no way outside our own devices."""
+        answers = self._route.ask([rtnetlink.get_route_to(address) for address in addresses])
+        return dict(zip(addresses, map(self._egress_mtu, answers), strict=True))
+
+    def _egress_mtu(self, answer: bytes | NetlinkError) -> int | None:
+        if isinstance(answer, NetlinkError):
             return None
-        link = self.links.get(found.index) if found is not None else None
-        if found is None or link is None or link.name in (self.interface, self.ipip, "lo"):
+        index, mtu = rtnetlink.read_way(answer)
+        link = self.links.get(index)
+        if link is None or link.name in (self.interface, self.ipip, "lo"):
             return None
-        return min(found.mtu, link.mtu) if found.mtu else link.mtu
+        return min(mtu, link.mtu) if mtu else link.mtu
 
     def make(self, changes: Sequence[Change]) -> tuple[list[Change], list[tuple[Change, Failure]]]:
         """Make changes in their order. What was made, and what was not and why."""
@@ -313,22 +316,7 @@ class Host:
         if link is not None and link.link.kind == "wireguard":
             device = self._kernel_device()
         assert device is not None
-        try:
-            device.write(self.interface, changes)
-        except OSError as error:
-            if len(changes) == 1:
-                yield changes[0], error
-                return
-            # One that is refused must not take the others with it: each by itself.
-            for change in changes:
-                try:
-                    device.write(self.interface, [change])
-                except OSError as own:
-                    yield change, own
-                else:
-                    yield change, None
-        else:
-            yield from ((change, None) for change in changes)
+        yield from _write(device, self.interface, changes)
 
     def _make_batch(self, group: list[Change]) -> Iterator[tuple[Change, OSError | None]]:
         changes: list[_Batched] = [c for c in group if isinstance(c, _Batched)]
@@ -426,6 +414,23 @@ class Host:
 
     def forget_sysctls(self) -> None:
         self._record.unlink(missing_ok=True)
+
+
+def _write(
+    device: wireguard.Device, name: str, changes: Sequence[WireGuardChange]
+) -> Iterator[tuple[Change, OSError | None]]:
+    """Make changes at once. One that is refused must not take the others with it: then each half by itself."""
+    try:
+        device.write(name, changes)
+    except OSError as error:
+        if len(changes) == 1:
+            yield changes[0], error
+            return
+        half = len(changes) // 2
+        yield from _write(device, name, changes[:half])
+        yield from _write(device, name, changes[half:])
+    else:
+        yield from ((change, None) for change in changes)
 
 
 def _group(change: Change) -> object:

@@ -330,18 +330,12 @@ class LinuxKernel:
         )
 
     def _auto_mtu(self, plan: HostPlan) -> int:
+        endpoints = [peer.endpoint.address for peer in plan.peers.values() if peer.endpoint is not None]
+        addresses = [address for address in endpoints if address is not None]
         known = self._mtus
-        for peer in plan.peers.values():
-            address = None if peer.endpoint is None else peer.endpoint.address
-            if address is not None and address not in known:
-                known[address] = self._host.egress_mtu(address)
-        ways = [
-            mtu
-            for peer in plan.peers.values()
-            if peer.endpoint is not None
-            and peer.endpoint.address is not None
-            and (mtu := known[peer.endpoint.address]) is not None
-        ]
+        if unknown := dict.fromkeys(address for address in addresses if address not in known):
+            known.update(self._host.egress_mtus(unknown.keys()))
+        ways = [mtu for address in addresses if (mtu := known[address]) is not None]
         overhead = WIREGUARD_OVERHEAD + (IPIP_OVERHEAD if plan.ipip_remotes else 0)
         families = {address.version for address in plan.addresses} or {4}
         return max(min(ways, default=_ETHERNET) - overhead, max(_SMALLEST[family] for family in families))

@@ -36,7 +36,11 @@ _TYPE_MASK = 0x3FFF
 _HEADER = struct.Struct("=IHHII")
 _ATTRIBUTE = struct.Struct("=HH")
 _BATCH = 64
-"""Messages per send: their acknowledgements must fit the receive buffer."""
+"""Messages per send: as many refusals must fit the receive buffer."""
+_BATCH_BYTES = 1 << 16
+"""Bytes per send, unless one message is larger: the send buffer has 208 KiB by default; more is refused whole."""
+_REQUESTS = 16
+"""Requests per send: each answer takes up to 8 KiB of the receive buffer."""
 _DEADLINE = 10.0
 """Seconds to wait for an answer; the kernel gives it at once unless it is badly stuck."""
 
@@ -118,6 +122,7 @@ class Socket:
         self._socket.bind((0, 0))
         self._socket.settimeout(_DEADLINE)
         self._sequence = 0
+        self._buffer = bytearray(1 << 18)
 
     def close(self) -> None:
         self._socket.close()
@@ -126,41 +131,69 @@ class Socket:
         return f"<netlink.Socket fd={self._socket.fileno()} sequence={self._sequence}>"
 
     def send(self, batch: Sequence[Message]) -> list[NetlinkError | None]:
-        """Send messages and wait for each one's acknowledgement: an error, or None, in the same order."""
+        """Send messages and wait until the kernel has done them all: an error, or None, for each in the same order."""
         results: list[NetlinkError | None] = []
-        for start in range(0, len(batch), _BATCH):
-            results.extend(self._send(batch[start : start + _BATCH]))
+        part: list[Message] = []
+        size = 0
+        for message in batch:
+            if part and (len(part) == _BATCH or size + len(message.body) > _BATCH_BYTES):
+                results.extend(self._send(part))
+                part, size = [], 0
+            part.append(message)
+            size += 16 + len(message.body)
+        if part:
+            results.extend(self._send(part))
         return results
 
     def _send(self, batch: Sequence[Message]) -> list[NetlinkError | None]:
-        first = self._sequence + 1
+        """The kernel does them in their order and tells of each that it refuses; only the last is asked for a word."""
+        first, last = self._sequence + 1, len(batch) - 1
         parts: list[bytes] = []
-        for message in batch:
+        for place, message in enumerate(batch):
             self._sequence += 1
-            parts.append(self._frame(message, message.flags | ACK))
+            parts.append(self._frame(message, message.flags | (ACK if place == last else 0)))
         self._socket.sendto(b"".join(parts), (0, 0))
         results: list[NetlinkError | None] = [None] * len(batch)
-        waiting = len(batch)
-        while waiting:
+        place = -1
+        while place != last:
+            for kind, flags, sequence, body in messages(self._receive()):
+                if kind == _NLMSG_ERROR and 0 <= sequence - first <= last:
+                    place = sequence - first
+                    results[place] = _error(flags, body)
+        return results
+
+    def ask(self, requests: Sequence[Message]) -> list[bytes | NetlinkError]:
+        """The body of the one answer to each request, or why it was refused, in the same order."""
+        answers: list[bytes | NetlinkError] = []
+        for start in range(0, len(requests), _REQUESTS):
+            answers.extend(self._ask(requests[start : start + _REQUESTS]))
+        return answers
+
+    def _ask(self, requests: Sequence[Message]) -> list[bytes | NetlinkError]:
+        first = self._sequence + 1
+        parts: list[bytes] = []
+        for request in requests:
+            self._sequence += 1
+            parts.append(self._frame(request, request.flags))
+        self._socket.sendto(b"".join(parts), (0, 0))
+        answers: dict[int, bytes | NetlinkError] = {}
+        while len(answers) < len(requests):
             for kind, flags, sequence, body in messages(self._receive()):
                 place = sequence - first
-                if kind == _NLMSG_ERROR and 0 <= place < len(batch):
-                    results[place] = _error(flags, body)
-                    waiting -= 1
-        return results
+                if not 0 <= place < len(requests):
+                    continue
+                if kind != _NLMSG_ERROR:
+                    answers[place] = body
+                elif (error := _error(flags, body)) is not None:
+                    answers[place] = error
+        return [answers[place] for place in range(len(requests))]
 
     def get(self, message: Message) -> bytes:
         """The body of the one answer to a request. NetlinkError if it was refused."""
-        self._sequence += 1
-        self._socket.sendto(self._frame(message, message.flags), (0, 0))
-        while True:
-            for kind, flags, sequence, body in messages(self._receive()):
-                if sequence != self._sequence:
-                    continue
-                if kind != _NLMSG_ERROR:
-                    return body
-                if (error := _error(flags, body)) is not None:
-                    raise error
+        (answer,) = self.ask([message])
+        if isinstance(answer, NetlinkError):
+            raise answer
+        return answer
 
     def dump(self, message: Message, keep: Callable[[bytes], None]) -> None:
         """Hand the body of each message of a dump to `keep`.
@@ -191,9 +224,10 @@ class Socket:
 
     def _receive(self) -> bytes:
         try:
-            return self._socket.recv(1 << 18)
+            size = self._socket.recv_into(self._buffer)
         except TimeoutError:
             raise NetlinkError(errno.ETIMEDOUT, f"the kernel did not answer within {_DEADLINE:g} s") from None
+        return bytes(memoryview(self._buffer)[:size])
 
 
 class Listener:

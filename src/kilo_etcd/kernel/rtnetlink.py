@@ -248,6 +248,16 @@ def _route(route: Route, index: int, *, delete: bool = False) -> bytes:
     return b"".join(parts)
 
 
+def read_way(body: bytes) -> tuple[int, int]:
+    """Of the answer to `get_route_to`: the index of the device, and the route's own MTU; 0 for what it does not say."""
+    found = netlink.attributes(body, 12)
+    metrics = netlink.attributes(found.get(_RTA_METRICS, b""))
+    return (
+        _u32(found[_RTA_OIF]) if _RTA_OIF in found else 0,
+        _u32(metrics[_RTAX_MTU]) if _RTAX_MTU in metrics else 0,
+    )
+
+
 def read_route(body: bytes) -> FoundRoute | None:
     """None for what is no route of the tables (cached clones, other families)."""
     family, length, _, _, table, protocol, _, kind, flags = _RTMSG.unpack_from(body)

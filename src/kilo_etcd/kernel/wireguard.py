@@ -15,7 +15,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from attrs import evolve, field, frozen
+from attrs import field, frozen
 
 from kilo_etcd.kernel import netlink
 from kilo_etcd.kernel.effect import network_order
@@ -31,6 +31,15 @@ _NAME, _PRIVATE, _PUBLIC, _PORT, _PEERS = 2, 3, 4, 6, 8
 _P_KEY, _P_PSK, _P_FLAGS, _P_ENDPOINT, _P_KEEPALIVE, _P_HANDSHAKE, _P_RX, _P_TX, _P_ALLOWED = range(1, 10)
 _REMOVE, _REPLACE_ALLOWED = 0x1, 0x2
 _A_FAMILY, _A_ADDRESS, _A_LENGTH = 1, 2, 3
+_ALLOWED = {
+    socket.AF_INET: struct.Struct("=HHHHHxxHH4sHHBxxx"),
+    socket.AF_INET6: struct.Struct("=HHHHHxxHH16sHHBxxx"),
+}
+"""An allowed IP whole: its header, then family, address and length, each a header and a value."""
+_NESTED = 0x8000
+_SOCKADDR, _PORT_AND_ADDRESS = struct.pack("=H", socket.AF_INET), struct.Struct("!H4s8x")
+_TIME, _COUNTER, _SHORT = struct.Struct("=qq"), struct.Struct("=Q"), struct.Struct("=H")
+_LENGTH_AND_KIND = struct.Struct("=HH")
 _GENERIC_HEADER = struct.pack("=BBH", _GET, 1, 0), struct.pack("=BBH", _SET, 1, 0)
 _NO_KEY = bytes(32)
 _ROOM = 30_000
@@ -89,7 +98,7 @@ def encode(family: int, name: str, changes: Sequence[WireGuardChange]) -> list[M
             if change.private_key is not None:
                 device.append(netlink.attribute(_PRIVATE, raw(change.private_key)))
             if change.listen_port is not None:
-                device.append(netlink.attribute(_PORT, struct.pack("=H", change.listen_port)))
+                device.append(netlink.attribute(_PORT, _SHORT.pack(change.listen_port)))
             continue
         for peer in _encode_peer(change):
             if len(peer) > room:
@@ -112,7 +121,7 @@ def _encode_peer(change: SetPeer | RemovePeer) -> Iterator[bytes]:
     if change.endpoint is not None:
         head += netlink.attribute(_P_ENDPOINT, _sockaddr(change.endpoint))
     if change.persistent_keepalive is not None:
-        head += netlink.attribute(_P_KEEPALIVE, struct.pack("=H", change.persistent_keepalive))
+        head += netlink.attribute(_P_KEEPALIVE, _SHORT.pack(change.persistent_keepalive))
     if change.replace_allowed_ips:
         head += netlink.u32(_P_FLAGS, _REPLACE_ALLOWED)
     ips = change.allowed_ips
@@ -127,7 +136,7 @@ def _sockaddr(endpoint: Endpoint) -> bytes:
     if address is None:
         raise OSError(errno.EINVAL, f"the endpoint {endpoint} is a name that was not resolved")
     if address.version == 4:
-        return struct.pack("=H", socket.AF_INET) + struct.pack("!H", endpoint.port) + address.packed + bytes(8)
+        return _SOCKADDR + _PORT_AND_ADDRESS.pack(endpoint.port, address.packed)
     return (
         struct.pack("=H", socket.AF_INET6)
         + struct.pack("!HI", endpoint.port, 0)
@@ -137,81 +146,98 @@ def _sockaddr(endpoint: Endpoint) -> bytes:
 
 
 def _allowed(network: IPNetwork) -> bytes:
-    family = socket.AF_INET if network.version == 4 else socket.AF_INET6
-    return netlink.nested(
-        0,
-        netlink.attribute(_A_FAMILY, struct.pack("=H", family)),
-        netlink.attribute(_A_ADDRESS, network.network_address.packed),
-        netlink.u8(_A_LENGTH, network.prefixlen),
+    packed = network.network_address.packed
+    size = len(packed)
+    family = socket.AF_INET if size == 4 else socket.AF_INET6
+    return _ALLOWED[family].pack(
+        24 + size, _NESTED, 6, _A_FAMILY, family, 4 + size, _A_ADDRESS, packed, 5, _A_LENGTH, network.prefixlen
     )
 
 
-def decode(state: DeviceState, body: bytes) -> DeviceState:
-    """`state` with what one message of the device's dump adds. Merges into the peers given."""
-    found = netlink.attributes(body, 4)
-    if _PUBLIC in found and any(found[_PUBLIC]):
-        state = evolve(state, public_key=base64.b64encode(found[_PUBLIC]).decode())
-    if _PORT in found:
-        state = evolve(state, listen_port=struct.unpack("=H", found[_PORT])[0])
-    for data in _items(found.get(_PEERS, b"")):
-        peer = _decode_peer(netlink.attributes(data))
-        former = state.peers.get(peer.public_key)
-        if former is not None:
-            # A continuation carries the key and more allowed IPs only.
-            peer = evolve(former, allowed_ips=former.allowed_ips + peer.allowed_ips)
-        state.peers[peer.public_key] = peer
-    return state
+class Reader:
+    """Puts the messages of a device's dump together.
+
+    `former` is the reader before this one: what of a peer is the same bytes as then is not taken apart again.
+    """
+
+    def __init__(self, former: Reader | None = None) -> None:
+        self._public_key = ""
+        self._listen_port = 0
+        self._peers: dict[bytes, dict[int, bytes]] = {}
+        """Key -> attributes; those that are lists of several messages are joined."""
+        self._former = {} if former is None else former._parsed
+        self._parsed: dict[bytes, tuple[bytes, bytes, ObservedPeer]] = {}
+        """Key -> endpoint and allowed IPs as bytes, and the peer made of them."""
+
+    def take(self, body: bytes) -> None:
+        """Read one message."""
+        found = netlink.attributes(body, 4)
+        if any(key := found.get(_PUBLIC, b"")):
+            self._public_key = base64.b64encode(key).decode()
+        if _PORT in found:
+            self._listen_port = _SHORT.unpack(found[_PORT])[0]
+        for data in _items(found.get(_PEERS, b"")):
+            peer = netlink.attributes(data)
+            known = self._peers.setdefault(peer[_P_KEY], peer)
+            if known is not peer:
+                # A continuation carries the key and more allowed IPs only.
+                known[_P_ALLOWED] = known.get(_P_ALLOWED, b"") + peer.get(_P_ALLOWED, b"")
+
+    def result(self) -> DeviceState:
+        """The device, with each peer's allowed IPs in the order that plans have them in."""
+        peers = [self._peer(key, found) for key, found in self._peers.items()]
+        self._former, self._peers = {}, {}
+        return DeviceState(
+            public_key=self._public_key, listen_port=self._listen_port, peers={peer.public_key: peer for peer in peers}
+        )
+
+    def _peer(self, key: bytes, found: dict[int, bytes]) -> ObservedPeer:
+        address, allowed = found.get(_P_ENDPOINT, b""), found.get(_P_ALLOWED, b"")
+        former = self._former.get(key)
+        seconds, nanoseconds = _TIME.unpack(found[_P_HANDSHAKE]) if _P_HANDSHAKE in found else (0, 0)
+        psk = found.get(_P_PSK, _NO_KEY)
+        peer = ObservedPeer(
+            public_key=base64.b64encode(key).decode() if former is None else former[2].public_key,
+            endpoint=former[2].endpoint if former and former[0] == address else _decode_endpoint(address),
+            allowed_ips=former[2].allowed_ips if former and former[1] == allowed else _decode_allowed(allowed),
+            persistent_keepalive=_SHORT.unpack(found[_P_KEEPALIVE])[0] if _P_KEEPALIVE in found else 0,
+            preshared_key=base64.b64encode(psk).decode() if psk != _NO_KEY else None,
+            last_handshake=seconds + nanoseconds / 1e9,
+            rx_bytes=_COUNTER.unpack(found[_P_RX])[0] if _P_RX in found else 0,
+            tx_bytes=_COUNTER.unpack(found[_P_TX])[0] if _P_TX in found else 0,
+        )
+        self._parsed[key] = (address, allowed, peer)
+        return peer
 
 
 def _items(data: bytes) -> Iterator[bytes]:
     """The values of a list of attributes, whose kinds mean nothing."""
-    offset = 0
-    while offset + 4 <= len(data):
-        length = struct.unpack_from("=H", data, offset)[0]
+    offset, end = 0, len(data)
+    while offset + 4 <= end:
+        length = _LENGTH_AND_KIND.unpack_from(data, offset)[0]
         if length < 4:
             return
         yield data[offset + 4 : offset + length]
         offset += (length + 3) & ~3
 
 
-def _decode_peer(found: dict[int, bytes]) -> ObservedPeer:
-    psk = found.get(_P_PSK, _NO_KEY)
-    seconds, nanoseconds = struct.unpack("=qq", found.get(_P_HANDSHAKE, bytes(16)))
-    return ObservedPeer(
-        public_key=base64.b64encode(found[_P_KEY]).decode(),
-        endpoint=_decode_endpoint(found.get(_P_ENDPOINT, b"")),
-        allowed_ips=tuple(_decode_allowed(netlink.attributes(item)) for item in _items(found.get(_P_ALLOWED, b""))),
-        persistent_keepalive=struct.unpack("=H", found.get(_P_KEEPALIVE, b"\0\0"))[0],
-        preshared_key=base64.b64encode(psk).decode() if any(psk) else None,
-        last_handshake=seconds + nanoseconds / 1e9,
-        rx_bytes=struct.unpack("=Q", found.get(_P_RX, bytes(8)))[0],
-        tx_bytes=struct.unpack("=Q", found.get(_P_TX, bytes(8)))[0],
-    )
-
-
 def _decode_endpoint(data: bytes) -> Endpoint | None:
     if len(data) < 16:
         return None
     port = struct.unpack_from("!H", data, 2)[0]
-    if struct.unpack_from("=H", data)[0] == socket.AF_INET:
+    if data[:2] == _SOCKADDR:
         return Endpoint(ipaddress.IPv4Address(data[4:8]), port)
     return Endpoint(ipaddress.IPv6Address(data[8:24]), port)
 
 
-def _decode_allowed(found: dict[int, bytes]) -> IPNetwork:
-    packed, length = found[_A_ADDRESS], found[_A_LENGTH][0]
-    if len(packed) == 4:
-        return ipaddress.IPv4Network((packed, length), strict=False)
-    return ipaddress.IPv6Network((packed, length), strict=False)
-
-
-def in_order(state: DeviceState) -> DeviceState:
-    """With each peer's allowed IPs in the order that plans have them in."""
-    peers = {
-        key: evolve(peer, allowed_ips=tuple(sorted(set(peer.allowed_ips), key=network_order)))
-        for key, peer in state.peers.items()
-    }
-    return evolve(state, peers=peers)
+def _decode_allowed(data: bytes) -> tuple[IPNetwork, ...]:
+    networks: set[IPNetwork] = set()
+    for item in _items(data):
+        found = netlink.attributes(item)
+        packed, length = found[_A_ADDRESS], found[_A_LENGTH][0]
+        kind = ipaddress.IPv4Network if len(packed) == 4 else ipaddress.IPv6Network
+        networks.add(kind((packed, length), strict=False))
+    return tuple(sorted(networks, key=network_order))
 
 
 class KernelDevice:
@@ -221,16 +247,13 @@ class KernelDevice:
         self._generic = generic
         self._family = family
         self.writes = 0
+        self._last: Reader | None = None
 
     def read(self, name: str) -> DeviceState:
-        state = DeviceState()
-
-        def keep(body: bytes) -> None:
-            nonlocal state
-            state = decode(state, body)
-
-        self._generic.dump(Message(self._family, 0, _GENERIC_HEADER[_GET] + netlink.text(_NAME, name)), keep)
-        return in_order(state)
+        reader = Reader(self._last)
+        self._generic.dump(Message(self._family, 0, _GENERIC_HEADER[_GET] + netlink.text(_NAME, name)), reader.take)
+        self._last = reader
+        return reader.result()
 
     def write(self, name: str, changes: Sequence[WireGuardChange]) -> None:
         batch = encode(self._family, name, changes)
