@@ -95,7 +95,7 @@ async def running(world: World, **options: object) -> AsyncIterator[Daemon]:
 async def test_what_clean_up_removes_is_not_put_back(
     world: World, monkeypatch: pytest.MonkeyPatch, etcd_is_there: bool
 ) -> None:
-    async def cleanup(interface: str) -> tuple[Change, ...]:
+    async def cleanup(interface: str, *, public_key: str) -> tuple[Change, ...]:
         changes = (*map(DeleteRoute, world.host.observed.routes.values()), DeleteLink(interface))
         for change in changes:
             world.host.tamper([change])

@@ -51,8 +51,8 @@ def test_what_the_agent_notes_is_counted() -> None:
         )
     )
     metrics.leads(True)
-    metrics.reconciled(ok=True, writes=12, revision=7, problems=2)
-    metrics.reconciled(ok=False)
+    metrics.reconciled(trouble=None, writes=12, revision=7, problems=2)
+    metrics.reconciled(trouble="no permission")
     metrics.error("dns")
     metrics.etcd_writes.inc()
     metrics.etcd_contact(at=1000.0)
@@ -96,14 +96,17 @@ async def test_health_says_in_one_line_what_is_wrong() -> None:
     async with metrics.serve(ANYWHERE) as where:
         assert await get(where, "/health") == (503, "the mesh has not been programmed yet\n")
         metrics.etcd_contact()
-        metrics.reconciled(ok=True)
+        metrics.reconciled(trouble=None)
         assert await get(where, "/health") == (200, "ok\n")
         metrics.etcd_connected.set(0)
         assert await get(where, "/health") == (503, "etcd is out of reach; forwarding goes on by the last plan\n")
         metrics.etcd_contact()
-        metrics.reconciled(ok=False)
-        assert await get(where, "/health") == (503, "the kernel could not be programmed in full; see the log\n")
-        metrics.reconciled(ok=True)
+        metrics.reconciled(trouble="UDP port 51820 is taken")
+        assert await get(where, "/health") == (503, "UDP port 51820 is taken\n")
+        metrics.reconciled(trouble=None)
+        metrics.suspect_when(lambda: "etcd went back in time")
+        assert await get(where, "/health") == (503, "etcd went back in time\n")
+        metrics.suspect_when(lambda: None)
         metrics.report_health("stopping")
         assert await get(where, "/health") == (503, "stopping\n")
         metrics.report_health(None)
@@ -123,7 +126,9 @@ async def test_a_port_in_use_is_an_error_in_the_log_and_the_agent_goes_on() -> N
         structlog.reset_defaults()
     (line,) = stream.getvalue().splitlines()
     assert "choose another address with --listen" in line
-    assert f"listen=127.0.0.1:{port}" in line
+    assert f"127.0.0.1:{port} cannot be listened on (Address already in use)" in line
+    assert metrics.listen_trouble is not None
+    assert metrics.listen_trouble in line
     assert "Address already in use" in line
     assert sample(metrics, "kilo_errors_total", kind="listen") == 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from ipaddress import ip_address, ip_network
@@ -10,6 +11,7 @@ import pytest
 import trio
 import trio.testing
 
+from kilo_etcd.agent.logs import setup_logging
 from kilo_etcd.agent.resolve import Resolver, endpoint_hosts, lookup, resolve_once, resolve_plan
 from kilo_etcd.model import Endpoint, IPAddress
 from kilo_etcd.topology.hostplan import HostPlan, PeerPlan, Problem
@@ -46,11 +48,16 @@ def test_names_become_their_first_address_and_the_rest_is_left() -> None:
 
 
 def test_a_name_that_is_not_resolved_costs_one_peer_its_endpoint_and_is_named() -> None:
-    done = resolve_plan(plan(a="a.example:777", b="b.example:1"), {"b.example": (B,)})
+    given = plan(a="a.example:777", b="b.example:1")
+    done = resolve_plan(given, {"b.example": (B,)}, {"a.example": "SERVFAIL"})
     assert done.peers["key-a"].endpoint is None
     assert done.peers["key-b"].endpoint == Endpoint(B, 1)
     assert [problem.subject for problem in done.problems] == ["x", "a"]
-    assert "a.example" in done.problems[-1].text
+    assert done.problems[-1].text == (
+        "the DNS name a.example of its endpoint is not resolved (SERVFAIL); mend the name or the resolver"
+    )
+    # While the answer is on its way nothing is wrong.
+    assert resolve_plan(given, {"b.example": (B,)}).problems == given.problems
 
 
 def test_the_hosts_of_etcds_endpoints() -> None:
@@ -154,6 +161,25 @@ async def test_a_name_that_hangs_or_fails_delays_no_other() -> None:
 
 
 @pytest.mark.autojump
+async def test_a_name_that_never_had_an_answer_is_told_by_one_voice() -> None:
+    log = io.StringIO()
+    setup_logging("info", stream=log)
+    world = World(a_example=OSError("NXDOMAIN"), etcd_example=OSError("SERVFAIL"))
+    async with running(world, "a.example") as resolver:
+        await resolver.wait_changed()
+        assert resolver.failed == {"a.example": "NXDOMAIN"}
+        # The plan says it; what no plan has in it, the resolver says itself, and once.
+        resolver.networks(["etcd.example:2379"])
+        world.answers["a.example"] = OSError("another reason")
+        await trio.sleep(100)
+        assert log.getvalue().count("a.example") == 0
+        assert log.getvalue().count("etcd.example") == 1
+        world.answers["a.example"] = (A,)
+        await resolver.wait_changed()
+        assert (resolver.table, resolver.failed) == ({"a.example": (A,)}, {})
+
+
+@pytest.mark.autojump
 async def test_names_come_and_go() -> None:
     world = World(a_example=(A,), b_example=(B,))
     async with running(world, "a.example") as resolver:
@@ -186,5 +212,8 @@ async def test_etcds_names_are_looked_up_and_kept() -> None:
 async def test_names_can_be_looked_up_once() -> None:
     world = World(a_example=(A,), fails_example=OSError("no"), hangs_example=None)
     given = plan(a="a.example:1", b="fails.example:1", c="hangs.example:1", d=None)
-    assert await resolve_once(given, lookup=world.lookup) == {"a.example": (A,)}
+    assert await resolve_once(given, lookup=world.lookup) == (
+        {"a.example": (A,)},
+        {"fails.example": "no", "hangs.example": "no answer in time"},
+    )
     assert trio.current_time() == pytest.approx(5, abs=0.01)

@@ -162,13 +162,32 @@ def test_one_public_key_for_two_programs_neither() -> None:
         "/kilo/nodes/a": "its public key is also that of node b; none is in force until one is removed",
         "/kilo/nodes/b": "its public key is also that of node a; none is in force until one is removed",
     }
-    world.peer("laptop", publicKey=wg_key("c"))
-    assert set(world.view.snapshot().nodes) == set()
-    assert "/kilo/peers/laptop" in world.aside
-    world.delete(KEYS.peer("laptop"))
     world.node("b")
     assert set(world.view.snapshot().nodes) == {"a", "b", "c"}
     assert world.aside == {}
+
+
+def test_a_peer_with_the_public_key_of_a_node_harms_only_itself() -> None:
+    world = World()
+    world.node("a", "10.4.0.1")
+    before = world.view.snapshot().nodes
+    for name in ("laptop", "phone"):
+        world.peer(name, publicKey=wg_key("a"))
+    world.peer("tablet")
+    snapshot = world.view.snapshot()
+    assert snapshot.nodes == before
+    assert set(snapshot.peers) == {"tablet"}
+    assert world.aside == {
+        "/kilo/peers/laptop": "its public key is also that of node a, peer phone; give the peer a key of its own",
+        "/kilo/peers/phone": "its public key is also that of node a, peer laptop; give the peer a key of its own",
+    }
+    world.delete(KEYS.peer("phone"))
+    world.delete(KEYS.node("a"))
+    assert set(world.view.snapshot().peers) == {"laptop", "tablet"}
+    # The host comes back: its place is its own, whoever was first.
+    world.node("a")
+    assert world.view.snapshot().nodes.keys() == {"a"}
+    assert set(world.view.snapshot().peers) == {"tablet"}
 
 
 def test_overlapping_subnets_stay_with_the_older_registration() -> None:

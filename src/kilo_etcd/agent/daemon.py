@@ -90,6 +90,7 @@ class Daemon:
         )
         self.resolver = Resolver()
         # Asked for at each scrape, so that nothing has to poll.
+        metrics.suspect_when(self._etcd_trouble)
         metrics.etcd_connected.set_function(lambda: float(self.mirror.connected and not self.mirror.suspect))
         self.log = get_logger().bind(node=self.name)
         self.once = Once(self.log)
@@ -101,6 +102,7 @@ class Daemon:
         self.role: decide.Role | None = None
         self.applied_revision = 0
         self.failures: tuple[str, ...] = ()
+        self.overlaps: tuple[str, ...] = ()
         self.disagreements: tuple[str, ...] = ()
         self.record: store.NodeRecord | None = None
         self.underlay: tuple[IPNetwork, ...] = ()
@@ -122,6 +124,7 @@ class Daemon:
         self._since = datetime.now(UTC).isoformat(timespec="seconds")
         self._status: store.StatusRecord | None = None
         self._status_due = trio.Event()
+        self._facts = discover.HostFacts()
         self._eligible: decide.Stand | None = None
         self._steady_since = 0.0
 
@@ -167,13 +170,18 @@ class Daemon:
         return done
 
     async def _join(self, nursery: trio.Nursery) -> None:
-        """Become a member: addresses, mesh settings, registration; then start what keeps it so."""
+        """Become a member: addresses, mesh settings, registration; then start what keeps it so.
+
+        A host that could not do its part is never registered: others would send it packets.
+        """
+        await self.kernel.check()
         await self._discover(first=True)
         assert self.record is not None
         granularity, subnets = await self._insist(
             lambda: self.session.ensure_mesh(self.config.mesh_granularity or Granularity.LOCATION, self.config.subnets)
         )
         self.subnets = subnets
+        self._note_overlaps()
         addresses = await self._insist(lambda: self.session.claim_addresses(subnets))
         self.log.info("address claimed", addresses=",".join(map(str, addresses)), granularity=str(granularity))
         await nursery.start(self.resolver.run)
@@ -230,7 +238,7 @@ class Daemon:
             self.log.warning("the records in etcd could not be removed; their leases end by themselves",
                              error=str(error))  # fmt: skip
         if self.config.clean_up:
-            changes = await kernel.cleanup(self.config.interface)
+            changes = await kernel.cleanup(self.config.interface, public_key=self.public_key)
             self.log.info("cleaned up", changes=len(changes))
         self.log.info("stopped", kernel_state="removed" if self.config.clean_up else "left in place")
 
@@ -386,7 +394,8 @@ class Daemon:
             return
         self.once.clear("unknown", "this host is among the mesh's nodes again")
         self.resolver.set_names(plan_names(self.raw_plan))
-        plan = guard(resolve_plan(self.raw_plan, self.resolver.table), self.protected(), self.plan)
+        resolved = resolve_plan(self.raw_plan, self.resolver.table, self.resolver.failed)
+        plan = guard(resolved, self.protected(), self.plan)
         standby = decide.role_of(self.topology, self.name).kind is store.Role.MEMBER
         before = self.kernel.writes
         try:
@@ -398,7 +407,7 @@ class Daemon:
             self._programmed = self._ready = False
             self.failures = (str(error),)
             self.once.error("kernel", "the kernel cannot be programmed; trying again", error=str(error))
-            self.metrics.reconciled(ok=False, writes=self.kernel.writes - before)
+            self.metrics.reconciled(trouble=str(error), writes=self.kernel.writes - before)
             self._publish(snapshot)
             await trio.sleep(KERNEL_RETRY_SECONDS)
             self._nudge(fresh=True)
@@ -414,7 +423,7 @@ class Daemon:
         )
         self.once.errors("plan", self.failures, revision=snapshot.revision)
         self.metrics.reconciled(
-            ok=not report.failures,
+            trouble=str(report.failures[0]) if report.failures else None,
             writes=self.kernel.writes - before,
             revision=snapshot.revision,
             problems=len(plan.problems),
@@ -484,13 +493,22 @@ class Daemon:
             location=role.location if role else "",
             leader=role.leader if role and role.kind is not store.Role.ALONE else "",
             granularity_flag=self.config.mesh_granularity,
-            errors=(*self.disagreements, *self.failures),
+            errors=self._standing_errors(),
             set_aside=len(snapshot.set_aside),
             version=__version__,
             since=self._since,
             address=str(self.record.endpoint or "") if self.record else "",
         )
         self._status_due.set()
+
+    def _standing_errors(self) -> tuple[str, ...]:
+        """All that is wrong with this host, as sentences."""
+        further = (self._etcd_trouble(), self.metrics.listen_trouble)
+        return (*self.disagreements, *self.failures, *self.overlaps, *(text for text in further if text))
+
+    def _etcd_trouble(self) -> str | None:
+        """Why etcd, which answers, is not followed, or does not hold what this host has to say."""
+        return self.mirror.suspect or (self.session.last_error if self.mirror.connected else None)
 
     async def _write_status(self) -> None:
         """Put the newest status into etcd; the larger the mesh, the more snapshots share one write."""
@@ -546,6 +564,10 @@ class Daemon:
                 await self.session.record_leader(hold.location)
         return due
 
+    def _note_overlaps(self) -> None:
+        self.overlaps = self._facts.overlaps(self.subnets)
+        self.once.errors("overlaps", self.overlaps, level="warning")
+
     # -- what this host is ----------------------------------------------------------------------------------
 
     async def _discover(self, *, first: bool) -> None:
@@ -566,6 +588,8 @@ class Daemon:
             version=__version__,
         )
         self.underlay = facts.underlay()
+        self._facts = facts
+        self._note_overlaps()
         if record == self.record:
             return
         if not first:

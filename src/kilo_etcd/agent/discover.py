@@ -24,7 +24,7 @@ from kilo_etcd import kernel
 from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.agent.resolve import LOOKUP_TIMEOUT, endpoint_hosts, lookup, network_of
 from kilo_etcd.etcd.api import Config
-from kilo_etcd.kernel.state import DefaultRoute, HostAddress
+from kilo_etcd.kernel.state import DefaultRoute, HostAddress, ipip_name
 from kilo_etcd.model import DEFAULT_INTERFACE, DEFAULT_PORT, Endpoint, IPAddress, IPInterface, IPNetwork, is_public
 
 INSTANCE_DATA = Path("/run/cloud-init/instance-data.json")
@@ -71,6 +71,18 @@ class HostFacts:
         ]
         gateways = [network_of(route.gateway) for route in self.default_routes if route.gateway is not None]
         return tuple(dict.fromkeys((*stood_in, *gateways)))
+
+    def overlaps(self, subnets: Iterable[IPNetwork]) -> tuple[str, ...]:
+        """A sentence for each address of the operator's whose network has addresses in common with the mesh."""
+        subnets = tuple(subnets)
+        return tuple(
+            f"{item.interface} has the address {item.address}, whose network overlaps the mesh's subnet {subnet}; it "
+            "was left alone, and mesh addresses in it may not be reached from here: use another network there"
+            for item in self.addresses
+            if item.interface not in (self.own_interface, ipip_name(self.own_interface))
+            for subnet in subnets
+            if subnet.version == item.address.version and item.address.network.overlaps(subnet)
+        )
 
 
 @frozen(kw_only=True)

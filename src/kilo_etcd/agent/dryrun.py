@@ -50,8 +50,8 @@ async def dry_run(config: AgentConfig, client: etcd.Client, setup: Callable[[Age
         for aside in snapshot.set_aside:
             click.echo(f"# {aside.key}: {aside.reason}")
         return
-    table = await resolve_once(plan)
-    plan = guard(resolve_plan(plan, table), (*facts.underlay(), *await discover.etcd_networks(config.etcd)))
+    plan = resolve_plan(plan, *await resolve_once(plan))
+    plan = guard(plan, (*facts.underlay(), *await discover.etcd_networks(config.etcd)))
     for problem in plan.problems:
         click.echo(f"# {problem.subject}: {problem.text}")
     async with kernel.open_kernel(setup(config, private)) as device:

@@ -89,9 +89,15 @@ async def _dry_run(config: AgentConfig) -> None:
 
 async def _cleanup(config: AgentConfig) -> None:
     with only_one():
-        for change in await kernel.cleanup(config.interface):
+        unusable: privatekey.KeyError_ | None = None
+        try:
+            public = privatekey.peek_public_key(config.state_dir)
+        except privatekey.KeyError_ as error:
+            public, unusable = None, error
+        for change in await kernel.cleanup(config.interface, public_key=public):
             click.echo(str(change))
-        public = privatekey.peek_public_key(config.state_dir)
+        if unusable is not None:
+            raise unusable
         if public is None:
             return
         async with etcd.open_client(config.etcd) as client:

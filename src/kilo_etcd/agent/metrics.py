@@ -56,6 +56,9 @@ class Metrics:
             self.reconciles.labels(result)
         self._trouble: str | None = "the mesh has not been programmed yet"
         self._reported: str | None = None
+        self._suspicion: Callable[[], str | None] = lambda: None
+        self.listen_trouble: str | None = None
+        """Why metrics and health are not served although they should be."""
 
     def _gauge(self, name: str, help: str, labels: Iterable[str] = ()) -> Gauge:
         return Gauge(name, help, labels, registry=self.registry)
@@ -74,8 +77,11 @@ class Metrics:
         """Note whether this node leads its location."""
         self.leader.set(int(leads))
 
-    def reconciled(self, *, ok: bool, writes: int = 0, revision: int | None = None, problems: int = 0) -> None:
-        """Note one run of plan and apply: whether all was brought about, and how many messages it took."""
+    def reconciled(
+        self, *, trouble: str | None, writes: int = 0, revision: int | None = None, problems: int = 0
+    ) -> None:
+        """Note one run of plan and apply: what could not be brought about (None: nothing), how many messages it was."""
+        ok = trouble is None
         self.reconciles.labels("success" if ok else "failure").inc()
         if not ok:
             self.errors.labels("apply").inc()
@@ -84,7 +90,7 @@ class Metrics:
         if revision is not None:
             self.revision_applied.set(revision)
         self.problems.set(problems)
-        self._trouble = None if ok else "the kernel could not be programmed in full; see the log"
+        self._trouble = trouble
 
     def error(self, kind: str) -> None:
         """Count an error of a kind such as etcd, netlink, dns."""
@@ -104,9 +110,13 @@ class Metrics:
         """Say in one sentence why the agent is not well, whatever else is known; None takes it back."""
         self._reported = trouble
 
+    def suspect_when(self, why: Callable[[], str | None]) -> None:
+        """Ask `why` at each look at the health whether etcd can be trusted: None where it can, else a sentence."""
+        self._suspicion = why
+
     def health(self) -> str | None:
         """None where all is well, else one sentence."""
-        trouble = self._reported or self._trouble
+        trouble = self._reported or self._suspicion() or self._trouble
         if trouble is None and not _value(self.etcd_connected):
             return "etcd is out of reach; forwarding goes on by the last plan"
         return trouble
@@ -141,11 +151,12 @@ class Metrics:
             server = _Server(listen)
         except OSError as error:
             self.error("listen")
-            get_logger().error(
-                "metrics and health are not served; choose another address with --listen",
-                listen=str(listen),
-                error=error.strerror or str(error),
+            reason = error.strerror or str(error)
+            self.listen_trouble = (
+                f"metrics and health are not served, since {listen} cannot be listened on ({reason}): "
+                "choose another address with --listen"
             )
+            get_logger().error(self.listen_trouble)
             yield None
             return
         server.set_app(self.application())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import errno
 import os
 import secrets
 import stat
@@ -34,9 +35,14 @@ def load_or_create(state_dir: Path) -> str:
         state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         _write_new(state_dir / KEY_FILE, generate())
     except OSError as error:
+        remedy = (
+            "make room there"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT)
+            else "make the directory writable for the agent"
+        )
         raise KeyError_(
             f"the private key cannot be written to {state_dir}: {error.strerror}; "
-            f"make the directory writable for the agent or choose another with --state-dir"
+            f"{remedy} or choose another with --state-dir"
         ) from None
     made = peek(state_dir)
     if made is None:

@@ -7,7 +7,6 @@ a name with several addresses in changing order must not move a peer back and fo
 
 from __future__ import annotations
 
-import contextlib
 import socket
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from ipaddress import ip_address, ip_network
@@ -31,6 +30,9 @@ FIRST_RETRY = 1.0
 
 Lookup: TypeAlias = Callable[[str], Awaitable[tuple[IPAddress, ...]]]
 Table: TypeAlias = Mapping[str, tuple[IPAddress, ...]]
+Reasons: TypeAlias = Mapping[str, str]
+"""Name -> why it has no address."""
+_NO_REASONS: Reasons = MappingProxyType({})
 
 _limiter: trio.lowlevel.RunVar[trio.CapacityLimiter] = trio.lowlevel.RunVar("resolver threads")
 _THREADS = 32
@@ -63,11 +65,11 @@ def _getaddrinfo(name: str) -> list[tuple[object, object, object, object, tuple[
     return list(socket.getaddrinfo(name, None, type=socket.SOCK_DGRAM))
 
 
-def resolve_plan(plan: HostPlan, table: Table) -> HostPlan:
+def resolve_plan(plan: HostPlan, table: Table, failed: Reasons = _NO_REASONS) -> HostPlan:
     """The plan with addresses in place of names; the same object where it has no names.
 
-    A peer whose name is not in the table loses its endpoint (it stays reachable when it calls first) and is named in
-    a Problem.
+    A peer whose name is not in the table loses its endpoint (it stays reachable when it calls first), and is named in
+    a Problem if its name is among those that `failed`; else the answer is still on its way.
     """
     replaced = {}
     problems = []
@@ -80,10 +82,13 @@ def resolve_plan(plan: HostPlan, table: Table) -> HostPlan:
             replaced[key] = evolve(peer, endpoint=Endpoint(addresses[0], endpoint.port))
         else:
             replaced[key] = evolve(peer, endpoint=None)
+            if endpoint.host not in failed:
+                continue
             problems.append(
                 Problem(
                     subject=peer.name,
-                    text=f"the DNS name {endpoint.host} of its endpoint is not resolved; mend the name or the resolver",
+                    text=f"the DNS name {endpoint.host} of its endpoint is not resolved ({failed[endpoint.host]}); "
+                    "mend the name or the resolver",
                 )
             )
     if not replaced:
@@ -100,18 +105,22 @@ def plan_names(plan: HostPlan) -> frozenset[str]:
     )
 
 
-async def resolve_once(plan: HostPlan, *, lookup: Lookup = lookup) -> Table:
-    """The addresses of all names in the plan that answer within LOOKUP_TIMEOUT."""
+async def resolve_once(plan: HostPlan, *, lookup: Lookup = lookup) -> tuple[Table, Reasons]:
+    """The addresses of all names in the plan that answer within LOOKUP_TIMEOUT, and why the others have none."""
     table: dict[str, tuple[IPAddress, ...]] = {}
+    failed: dict[str, str] = {}
 
     async def find(name: str) -> None:
-        with trio.move_on_after(LOOKUP_TIMEOUT), contextlib.suppress(OSError):
-            table[name] = await lookup(name)
+        try:
+            with trio.fail_after(LOOKUP_TIMEOUT):
+                table[name] = await lookup(name)
+        except (OSError, trio.TooSlowError) as error:
+            failed[name] = _reason(error)
 
     async with trio.open_nursery() as nursery:
         for name in plan_names(plan):
             nursery.start_soon(find, name)
-    return table
+    return table, failed
 
 
 def endpoint_hosts(endpoints: Iterable[str]) -> tuple[IPAddress | str, ...]:
@@ -153,6 +162,7 @@ class Resolver:
         self._wanted: frozenset[str] = frozenset()
         self._kept: frozenset[str] = frozenset()
         self._table: dict[str, tuple[IPAddress, ...]] = {}
+        self._failed: dict[str, str] = {}
         self._renewed = trio.Event()
         self._changed = trio.Event()
         self._tasks: dict[str, _Task] = {}
@@ -162,6 +172,11 @@ class Resolver:
     def table(self) -> Table:
         """Name -> its addresses, the one to use first. Names without a good answer so far are missing."""
         return MappingProxyType(self._table)
+
+    @property
+    def failed(self) -> Reasons:
+        """Name -> why it could not be looked up; of names that are not in the table."""
+        return MappingProxyType(self._failed)
 
     def set_names(self, names: frozenset[str]) -> None:
         """Look up these names from now on, and no others (those of `networks` apart)."""
@@ -187,7 +202,7 @@ class Resolver:
         return tuple(dict.fromkeys(map(network_of, found)))
 
     async def wait_changed(self) -> None:
-        """Return when the table has changed since the last return (or since the start)."""
+        """Return when `table` or `failed` has changed since the last return (or since the start)."""
         await self._changed.wait()
         self._changed = trio.Event()
 
@@ -200,6 +215,7 @@ class Resolver:
                 for name in [name for name in self._tasks if name not in wanted]:
                     self._tasks.pop(name).scope.cancel()
                     self._table.pop(name, None)
+                    self._failed.pop(name, None)
                     self._once.clear(name, "the DNS name is not needed any more", name=name)
                 for name in sorted(wanted - self._tasks.keys()):
                     scope = trio.CancelScope()
@@ -216,11 +232,17 @@ class Resolver:
                     with trio.fail_after(self._timeout):
                         answers = await self._lookup(name)
                 except (OSError, trio.TooSlowError) as error:
-                    reason = "no answer in time" if isinstance(error, trio.TooSlowError) else _reason(error)
+                    reason = _reason(error)
                     held = self._table.get(name, ())
-                    self._once.warning(
-                        name, "the DNS name of an endpoint is not resolved", name=name, error=reason, still=held or None
-                    )
+                    if held or name in self._kept:
+                        self._once.warning(
+                            name, "the DNS name of an endpoint is not resolved",
+                            name=name, error=reason, still=held or None,
+                        )  # fmt: skip
+                    elif name not in self._failed:
+                        # The plan says which peer it costs its endpoint, once: resolvers give changing reasons.
+                        self._failed[name] = reason
+                        self._changed.set()
                     await trio.sleep(min(retry, self._period))
                     retry *= 2
                     continue
@@ -233,11 +255,14 @@ class Resolver:
         held = self._table.get(name, ())
         if not answers or set(held) == set(answers):
             return
+        self._failed.pop(name, None)
         if held and held[0] in answers:
             answers = (held[0], *(address for address in answers if address != held[0]))
         self._table[name] = answers
         self._changed.set()
 
 
-def _reason(error: OSError) -> str:
+def _reason(error: OSError | trio.TooSlowError) -> str:
+    if isinstance(error, trio.TooSlowError):
+        return "no answer in time"
     return error.strerror or str(error)

@@ -19,6 +19,10 @@ class Kernel(Protocol):
     def writes(self) -> int:
         """How many messages that change something were sent so far (netlink, UAPI, sysctl)."""
 
+    async def check(self) -> None:
+        """KernelError if no plan could be brought about as things are: no permission, no WireGuard, the interface's
+        name taken. Nothing is changed."""
+
     async def apply(self, plan: HostPlan, *, fresh: bool = False) -> ApplyReport:
         """Bring the host to `plan`. The same plan again writes nothing; `fresh` reads the host anew first.
 

@@ -15,12 +15,14 @@ endpoint is never set back to what it was before the peer roamed; a peer changes
 from __future__ import annotations
 
 from collections.abc import Iterator
+from ipaddress import ip_network
 
 from attrs import frozen
 
 from kilo_etcd.kernel.effect import apply_changes
-from kilo_etcd.kernel.errors import collision
+from kilo_etcd.kernel.errors import collision, shadow
 from kilo_etcd.kernel.state import (
+    KERNEL_PROTOCOL,
     ROUTE_PROTOCOL,
     AddAddress,
     AddRoute,
@@ -72,6 +74,10 @@ def difference(plan: HostPlan, observed: Observed, memory: Memory, target: Targe
     failures: list[Failure] = []
     device, base = _device(observed, target)
     routes, stale = _routes(plan, base, target, failures)
+    failures.extend(
+        Failure(subject=str(destination), text=shadow(destination, subnet), destination=destination)
+        for destination, subnet in shadows(plan, base).items()
+    )
     changes = (
         *device,
         *_addresses(plan, base, target),
@@ -269,6 +275,30 @@ def _routes(
             made.append(ReplaceRoute(wanted))
     stale.extend(DeleteRoute(route) for destination, route in observed.routes.items() if destination not in kept)
     return made, stale
+
+
+def shadows(plan: HostPlan, observed: Observed) -> dict[IPNetwork, IPNetwork]:
+    """Somebody else's routes within the mesh's subnets (those that hold the host's own addresses) -> the subnet.
+
+    They take precedence, being narrower. What the kernel sets for the operator's addresses is left to who knows those.
+    """
+    narrow = [d for d, route in observed.foreign.items() if d.prefixlen and route.protocol != KERNEL_PROTOCOL]
+    if not narrow:
+        return {}
+    subnets = [
+        subnet
+        for own in plan.addresses
+        for length in range(1, own.max_prefixlen)
+        if (subnet := ip_network((own.ip, length), strict=False)) in plan.routes
+    ]
+    return {
+        destination: subnet
+        for destination in narrow
+        for subnet in subnets
+        if destination.version == subnet.version
+        and destination.prefixlen > subnet.prefixlen
+        and destination.network_address in subnet
+    }
 
 
 def _impossible(route: RoutePlan) -> str | None:

@@ -36,8 +36,8 @@ class NetlinkError(OSError):
 
 
 NO_PERMISSION = (
-    "this process may not change the network (CAP_NET_ADMIN is missing): "
-    "run it as root, or give its unit AmbientCapabilities=CAP_NET_ADMIN"
+    "this process lacks the capability CAP_NET_ADMIN, without which nobody may change the network: run it as root "
+    "(sudo), or grant it (systemd unit: AmbientCapabilities=CAP_NET_ADMIN; container: --cap-add NET_ADMIN)"
 )
 
 
@@ -81,7 +81,11 @@ def _sentence(change: Change, error: OSError) -> str:
                 f"of this host; check the node's internal IP (--internal-cidr) or use --encapsulate always"
             )
     if isinstance(change, SetDevice) and code == errno.EADDRINUSE and change.listen_port is not None:
-        return f"UDP port {change.listen_port} is taken by another program: choose another with --port"
+        port = change.listen_port
+        return (
+            f"UDP port {port} is taken by another program (see `ss -lunp sport = :{port}`): "
+            "end that, or choose another port with --port"
+        )
     if isinstance(change, SetUp) and code == errno.EADDRINUSE:
         return f"{change.name} cannot come up: its UDP port is taken by another program; choose another with --port"
     detail = getattr(error, "detail", "") or os.strerror(code)
@@ -92,4 +96,19 @@ def collision(destination: object) -> str:
     return (
         f"the host already has a route to {destination} that is not ours; it was left alone and the mesh's was not "
         f"set: remove one of the two (see `ip route show {destination}`)"
+    )
+
+
+def shadow(destination: object, subnet: object) -> str:
+    return (
+        f"the host's own route to {destination} lies within the mesh's subnet {subnet}; it was left alone, and mesh "
+        f"addresses in it are not reached from here: remove it (see `ip route show {destination}`)"
+    )
+
+
+def taken(name: str, kind: str, public_key: str) -> str:
+    what = f"a WireGuard device of somebody else's, with public key {public_key}" if public_key else kind or "hardware"
+    return (
+        f"the interface name {name} is taken by a device that is not ours ({what}): "
+        f"choose another name with --interface, or remove it with `ip link del {name}`"
     )

@@ -9,14 +9,15 @@ from __future__ import annotations
 import errno
 import itertools
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from kilo_etcd.kernel import netlink, rtnetlink, sysctl, userspace, wireguard
-from kilo_etcd.kernel.errors import NO_PERMISSION, KernelError, NetlinkError, failure
+from kilo_etcd.kernel.errors import NO_PERMISSION, KernelError, NetlinkError, failure, taken
 from kilo_etcd.kernel.netlink import Message
 from kilo_etcd.kernel.rtnetlink import FoundLink
 from kilo_etcd.kernel.state import (
+    KERNEL_PROTOCOL,
     ROUTE_PROTOCOL,
     AddAddress,
     AddressScope,
@@ -77,8 +78,17 @@ def may_change_the_network() -> bool:
 class Host:
     """One network namespace's devices, addresses, routes and WireGuard device of the name `interface`."""
 
-    def __init__(self, interface: str, uapi_dir: str = "/var/run/wireguard", runtime_dir: str = "/run/kilo-etcd"):
+    def __init__(
+        self,
+        interface: str,
+        uapi_dir: str = "/var/run/wireguard",
+        runtime_dir: str = "/run/kilo-etcd",
+        *,
+        public_key: str = "",
+    ):
         self.interface = interface
+        self._public_key = public_key
+        """This host's, if it is known: a device that has it is ours."""
         self.ipip = ipip_name(interface)
         self._record = Path(runtime_dir) / f"{interface}.sysctl.json"
         self._route = netlink.Socket(0)
@@ -135,12 +145,13 @@ class Host:
         own = next((f.link for f in found if f.link.name == self.interface), None)
         ipip = next((f for f in found if f.link.name == self.ipip), None)
         ours, state = self._read_device(own)
+        routes, strays, foreign = self._read_routes()
+        ours = ours and (own is None or self._recognises(own.name, state, (*routes.values(), *strays)))
         addresses: frozenset[IPInterface] = frozenset()
         if own is not None and ours:
             addresses = frozenset(
                 a.address for a in self._read_addresses(own.index) if a.scope is not AddressScope.LINK
             )
-        routes, strays, foreign = self._read_routes()
         return Observed(
             time=time.time(),
             link=own,
@@ -157,6 +168,23 @@ class Host:
             ipip_ours=ipip is None or ipip.link.kind == "ipip",
             forwarding=sysctl.forwarding(),
         )
+
+    def _recognises(self, name: str, state: wireguard.DeviceState, routes: Iterable[Route]) -> bool:
+        """Whether a WireGuard device is an agent's: it has this host's key, or none yet, or routes of ours lead there,
+        as they do when the host's key was replaced. Any other is an operator's, who must not lose peers and key."""
+        if state.public_key == self._public_key or not (state.public_key or state.peers):
+            return True
+        return any(route.device == name for route in routes)
+
+    def check(self, backend: Backend, command: str) -> None:
+        """KernelError if no plan could be brought about, as things are. Changes nothing."""
+        if not may_change_the_network():
+            raise KernelError(f"{self.interface} cannot be set up: {NO_PERMISSION}")
+        found = self.observe()
+        if found.link is not None and not found.ours:
+            raise KernelError(taken(found.link.name, found.link.kind, found.public_key))
+        if backend == "userspace" and found.link is None:
+            self.userspace.check(self.interface, command)
 
     def _find(self, name: str) -> FoundLink | None:
         try:
@@ -221,7 +249,7 @@ class Host:
             route = found.route(names)
             if found.protocol != ROUTE_PROTOCOL:
                 # What the kernel adds for our own addresses is nobody else's.
-                if not (found.protocol == rtnetlink.KERNEL_PROTOCOL and route.device in (self.interface, self.ipip)):
+                if not (found.protocol == KERNEL_PROTOCOL and route.device in (self.interface, self.ipip)):
                     foreign[found.destination] = route
             elif found.destination in routes:
                 strays.append(route)

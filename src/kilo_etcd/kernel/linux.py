@@ -18,10 +18,10 @@ from attrs import evolve
 
 from kilo_etcd.kernel import rtnetlink
 from kilo_etcd.kernel.api import Kernel
-from kilo_etcd.kernel.diff import Difference, difference, remember
+from kilo_etcd.kernel.diff import Difference, difference, remember, shadows
 from kilo_etcd.kernel.drift import Watch
 from kilo_etcd.kernel.effect import apply_changes
-from kilo_etcd.kernel.errors import NO_PERMISSION, KernelError
+from kilo_etcd.kernel.errors import NO_PERMISSION, KernelError, taken
 from kilo_etcd.kernel.host import Host, may_change_the_network
 from kilo_etcd.kernel.netlink import Listener
 from kilo_etcd.kernel.state import (
@@ -63,7 +63,8 @@ async def open_kernel(setup: Setup) -> AsyncIterator[Kernel]:
         raw(setup.private_key)
     except OSError as error:
         raise KernelError(f"the private key is unusable: {error.strerror}") from None
-    host = Host(setup.interface, setup.uapi_dir, setup.runtime_dir)
+    public_key = public_key_of(raw(setup.private_key))
+    host = Host(setup.interface, setup.uapi_dir, setup.runtime_dir, public_key=public_key)
     try:
         listener = Listener(rtnetlink.GROUPS)
         try:
@@ -76,10 +77,17 @@ async def open_kernel(setup: Setup) -> AsyncIterator[Kernel]:
 
 
 async def cleanup(
-    interface: str, *, uapi_dir: str = "/var/run/wireguard", runtime_dir: str = "/run/kilo-etcd"
+    interface: str,
+    *,
+    public_key: str | None = None,
+    uapi_dir: str = "/var/run/wireguard",
+    runtime_dir: str = "/run/kilo-etcd",
 ) -> tuple[Change, ...]:
-    """Remove everything that an agent ever made for `interface`; what was removed. Nothing the second time."""
-    return await _in_thread(lambda: _cleanup(Host(interface, uapi_dir, runtime_dir)))
+    """Remove everything that an agent ever made for `interface`; what was removed. Nothing the second time.
+
+    `public_key` is this host's, by which a device is known as ours that no route of ours leads to.
+    """
+    return await _in_thread(lambda: _cleanup(Host(interface, uapi_dir, runtime_dir, public_key=public_key or "")))
 
 
 def _cleanup(host: Host) -> tuple[Change, ...]:
@@ -150,6 +158,10 @@ class LinuxKernel:
     @property
     def writes(self) -> int:
         return self._host.writes
+
+    async def check(self) -> None:
+        async with self._lock:
+            await _in_thread(lambda: self._host.check(self._backend, self._setup.userspace_command))
 
     async def apply(self, plan: HostPlan, *, fresh: bool = False) -> ApplyReport:
         async with self._lock:
@@ -231,11 +243,7 @@ class LinuxKernel:
         """What is believed, read if it is not known; KernelError if the interface is somebody else's."""
         observed = self._observed or self._read()
         if observed.link is not None and not observed.ours:
-            name, kind = observed.link.name, observed.link.kind or "hardware"
-            raise KernelError(
-                f"the interface name {name} is taken by a device that is not ours ({kind}): "
-                f"choose another name with --interface, or remove it with `ip link del {name}`"
-            )
+            raise KernelError(taken(observed.link.name, observed.link.kind, observed.public_key))
         return observed
 
     def _preview(self, plan: HostPlan) -> tuple[Change, ...]:
@@ -300,7 +308,7 @@ class LinuxKernel:
             target,
             links=self._host.links.values(),
             ways=self._host.ways,
-            collisions=frozenset(plan.routes.keys() & observed.foreign.keys()),
+            collisions=frozenset((plan.routes.keys() & observed.foreign.keys()) | shadows(plan, observed).keys()),
             failing=bool(failed or todo.failures),
         )
         self._observed = None if failed else observed

@@ -30,7 +30,6 @@ GROUPS = (1, 5, 9, 7, 11)
 """Multicast groups: link, IPv4 address, IPv6 address, IPv4 route, IPv6 route."""
 
 MAIN_TABLE = 254
-KERNEL_PROTOCOL = 2
 UP = 0x1
 
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_LINKINFO = 1, 3, 4, 18

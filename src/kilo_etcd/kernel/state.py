@@ -18,6 +18,9 @@ from kilo_etcd.model import DEFAULT_INTERFACE, Endpoint, IPAddress, IPInterface,
 ROUTE_PROTOCOL = 107
 """Marks routes as ours (rtnetlink's `rtm_protocol`; 107 is in no list of well-known numbers)."""
 
+KERNEL_PROTOCOL = 2
+"""rtnetlink's mark of the routes that the kernel itself makes for addresses (RTPROT_KERNEL)."""
+
 IPIP_OVERHEAD = 20
 WIREGUARD_OVERHEAD = 80
 """Bytes: IPv6 40 + UDP 8 + WireGuard 32."""
@@ -113,6 +116,7 @@ class Observed:
     link: Link | None = None
     ours: bool = True
     public_key: str = ""
+    """Of the device, whether it is ours or not; empty: it has no key."""
     listen_port: int = 0
     peers: Mapping[str, ObservedPeer] = field(factory=dict)
     addresses: frozenset[IPInterface] = frozenset()

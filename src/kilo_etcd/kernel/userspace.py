@@ -36,6 +36,7 @@ _ANSWER = 5.0
 _START = 10.0
 _POLL = 0.005
 _NO_KEY = "0" * 64
+_TUN = "/dev/net/tun"
 
 
 def encode(changes: Iterable[WireGuardChange]) -> str:
@@ -160,9 +161,8 @@ class UserspaceDevice:
             return None
         return process if same_namespace(process) else None
 
-    def start(self, name: str, command: str) -> None:
-        """Start the program (`command` as a shell would split it) and wait until it answers. KernelError says what is
-        missing."""
+    def check(self, name: str, command: str) -> list[str]:
+        """What `start` will run; KernelError says what is missing."""
         words = shlex.split(command)
         program = shutil.which(words[0])
         if program is None:
@@ -170,10 +170,24 @@ class UserspaceDevice:
                 f"this kernel has no WireGuard and {words[0]} is not installed: install it "
                 "(Debian: apt install wireguard-go), or load the module wireguard"
             )
+        try:
+            os.close(os.open(_TUN, os.O_RDWR | os.O_CLOEXEC))
+        except OSError as error:
+            raise KernelError(
+                f"{words[0]} cannot make {name}, since {_TUN} cannot be opened ({error.strerror}): load the module tun "
+                "(modprobe tun), or let the agent have it (systemd unit: DeviceAllow=/dev/net/tun rw; container: "
+                "--device /dev/net/tun)"
+            ) from None
+        return [program, *words[1:]]
+
+    def start(self, name: str, command: str) -> None:
+        """Start the program (`command` as a shell would split it) and wait until it answers. KernelError says what is
+        missing."""
+        program = self.check(name, command)
         self._make_way(name)
         self._runtime_dir.mkdir(parents=True, exist_ok=True)
         errors = self._runtime_dir / f"{name}.wireguard.log"
-        process = _launch([program, *words[1:]], name, errors)
+        process = _launch(program, name, errors)
         deadline = time.monotonic() + _START
         while self.process(name) is None:
             if not _alive(process):
@@ -244,8 +258,6 @@ class UserspaceDevice:
         return answer.decode()
 
     def _why(self, command: str, name: str, errors: Path) -> str:
-        if not os.path.exists("/dev/net/tun"):
-            return f"{command} cannot make {name}: /dev/net/tun is missing; load the module tun"
         said = errors.read_text(errors="replace")
         lines = [line for line in said.splitlines() if line.startswith(("ERROR", "Failed"))]
         if "not permitted" in said or "permission denied" in said.lower():

@@ -24,7 +24,8 @@ _Place: TypeAlias = tuple[int, int, int]
 
 
 class KeyIndex:
-    """Who claims which public key. Two owners of one key: neither is programmed."""
+    """Who claims which public key. Two nodes of one key: neither is programmed. A peer never costs a node its place:
+    whoever may write one peer could put any host out of the mesh otherwise."""
 
     def __init__(self) -> None:
         self._owners: dict[str, set[Owner]] = {}
@@ -50,9 +51,10 @@ class KeyIndex:
         return concerned
 
     def rivals(self, owner: Owner) -> list[Owner]:
-        """The other owners of the same key, sorted."""
+        """The other owners of the same key that keep `owner` from being in force, sorted."""
         key = self._key_of.get(owner)
-        return sorted(self._owners[key] - {owner}) if key is not None else []
+        others = sorted(self._owners[key] - {owner}) if key is not None else []
+        return [other for other in others if other[0] == "node"] if owner[0] == "node" else others
 
 
 class NetworkIndex:

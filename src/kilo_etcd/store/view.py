@@ -222,7 +222,12 @@ class View:
     def _join_peer(self, name: str) -> Peer | None:
         owner: Owner = ("peer", name)
         rivals = self._key_index.rivals(owner)
-        text = f"its public key is also that of {describe(rivals)}; none is in force until one is removed"
+        remedy = (
+            "give the peer a key of its own"
+            if any(kind == "node" for kind, _ in rivals)
+            else "none is in force until one is removed"
+        )
+        text = f"its public key is also that of {describe(rivals)}; {remedy}"
         self._note(owner, [SetAside(self._keys.peer(name), text)] if rivals else ())
         return None if rivals else self._peer_records.get(name)
 

@@ -122,6 +122,9 @@ class FakeKernel:
             self._drift = what
             self._event.set()
 
+    async def check(self) -> None:
+        await trio.lowlevel.checkpoint()
+
     async def apply(self, plan: HostPlan, *, fresh: bool = False) -> ApplyReport:
         async with self._lock:
             await trio.lowlevel.checkpoint()
