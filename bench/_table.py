@@ -16,7 +16,8 @@ from rich.table import Table
 
 QUICK = os.environ.get("KILO_BENCH_QUICK", "") not in ("", "0")
 
-console = Console(width=132)
+# Both are given, since a "dumb" terminal, as a guest has, would otherwise be taken for one of 80 columns.
+console = Console(width=132, height=100)
 
 
 def runs(usual: int, quick: int = 2) -> int:

@@ -230,6 +230,19 @@ def test_ipip_comes_and_goes_with_its_routes() -> None:
     ]
 
 
+def test_ipip_from_another_address_takes_its_routes_along_and_they_come_again() -> None:
+    route = via("10.4.0.0/16", "192.168.9.2", Via.IPIP, "10.4.0.1")
+    before = plan(route, ipip=("192.168.9.2",), ipip_local="192.168.9.1")
+    after = plan(route, ipip=("192.168.9.2",), ipip_local="192.168.9.5")
+    assert lines(diff(after, host_with(before), Memory(), TARGET)) == [
+        "ip link del kilo-ipip",
+        "ip link add kilo-ipip type ipip local 192.168.9.5",
+        "ip link set kilo-ipip mtu 1420",
+        "ip link set kilo-ipip up",
+        "ip route add 10.4.0.0/16 via 192.168.9.2 dev kilo-ipip proto 107 src 10.4.0.1 onlink",
+    ]
+
+
 def test_a_device_named_like_our_ipip_but_of_another_kind_is_not_deleted_for_want_of_ipip() -> None:
     observed = evolve(host_with(plan()), ipip=Link(name="kilo-ipip", index=7, kind="bridge"), ipip_ours=False)
     assert diff(plan(), observed, Memory(), TARGET) == ()

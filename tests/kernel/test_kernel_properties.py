@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ipaddress import ip_network
+from ipaddress import ip_address, ip_network
 
 from attrs import evolve
 from hypothesis import given, settings
@@ -74,6 +74,41 @@ def test_no_destination_that_both_plans_have_is_ever_without_a_route(before: Hos
     for change in diff(after, state, remember(before, Memory()), TARGET):
         state = apply_changes(state, [change], "kilo0")
         assert both <= set(state.routes)
+
+
+def sharing(before: HostPlan, after: HostPlan) -> HostPlan:
+    """`after` with the very objects of `before` where they are equal, as the topology yields plans."""
+    peers = {k: before.peers[k] if before.peers.get(k) == p else p for k, p in after.peers.items()}
+    routes = {d: before.routes[d] if before.routes.get(d) == r else r for d, r in after.routes.items()}
+    return evolve(after, peers=peers, routes=routes)
+
+
+@quick
+@given(plans(), plans(), st.sampled_from((None, "192.168.9.2")))
+def test_what_two_plans_have_in_common_may_be_left_out_of_the_comparison(
+    before: HostPlan, after: HostPlan, local: str | None
+) -> None:
+    state, memory = host_with(before), remember(before, Memory())
+    assert not difference(before, state, memory, TARGET).failures
+    after = sharing(before, after)
+    if local is not None and after.ipip_remotes:
+        after = evolve(after, ipip_local=ip_address(local))
+    assert difference(after, state, memory, TARGET, before) == difference(after, state, memory, TARGET)
+    assert remember(after, memory, before) == remember(after, memory)
+
+
+@quick
+@given(plans(), plans(), plans())
+def test_a_state_yields_the_same_next_state_however_it_came_about(
+    first: HostPlan, second: HostPlan, third: HostPlan
+) -> None:
+    state = host_with(first)
+    for wanted in (second, third, second):
+        changes = diff(wanted, state, Memory(), TARGET)
+        later = apply_changes(state, changes, "kilo0")
+        assert later == apply_changes(evolve(state, memo=None), changes, "kilo0")
+        assert later == apply_changes(state, changes, "kilo0"), "what was computed once spoils nothing"
+        state = later
 
 
 @quick

@@ -14,7 +14,8 @@ endpoint is never set back to what it was before the peer roamed; a peer changes
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import cache
 from ipaddress import ip_network
 
 from attrs import frozen
@@ -49,6 +50,7 @@ from kilo_etcd.kernel.state import (
 )
 from kilo_etcd.model import Endpoint, IPNetwork
 from kilo_etcd.topology.hostplan import HostPlan, PeerPlan, RoutePlan, Via
+from kilo_etcd.topology.segments import changes as changed_keys
 
 ROAMED_WITHIN = 180.0
 """Seconds: WireGuard gives a session up after this long (REJECT_AFTER_TIME), so an endpoint in use is younger."""
@@ -69,11 +71,23 @@ def diff(plan: HostPlan, observed: Observed, memory: Memory, target: Target) -> 
     return difference(plan, observed, memory, target).changes
 
 
-def difference(plan: HostPlan, observed: Observed, memory: Memory, target: Target) -> Difference:
-    """As `diff`, with the reasons for what is left out."""
+def difference(
+    plan: HostPlan, observed: Observed, memory: Memory, target: Target, settled: HostPlan | None = None
+) -> Difference:
+    """As `diff`, with the reasons for what is left out.
+
+    `settled` is a plan that `observed` and `memory` are known to fulfil to the last: what `plan` has in common with it
+    is not looked at, which changes nothing but the time that it takes.
+    """
     failures: list[Failure] = []
     device, base = _device(observed, target)
-    routes, stale = _routes(plan, base, target, failures)
+    ipip = tuple(_ipip(plan, base, target))
+    if ipip:
+        # A device that is replaced takes its routes along, and they have to come again.
+        base = apply_changes(base, ipip, target.interface)
+    if ipip or device:
+        settled = None
+    routes, stale = _routes(plan, base, target, failures, settled)
     failures.extend(
         Failure(subject=str(destination), text=shadow(destination, subnet), destination=destination)
         for destination, subnet in shadows(plan, base).items()
@@ -81,8 +95,8 @@ def difference(plan: HostPlan, observed: Observed, memory: Memory, target: Targe
     changes = (
         *device,
         *_addresses(plan, base, target),
-        *_ipip(plan, base, target),
-        *_wireguard(plan, base, memory, target),
+        *ipip,
+        *_wireguard(plan, base, memory, target, settled),
         *_up(plan, base, target),
         *routes,
         *stale,
@@ -91,14 +105,26 @@ def difference(plan: HostPlan, observed: Observed, memory: Memory, target: Targe
     return Difference(changes, tuple(failures))
 
 
-def remember(plan: HostPlan, memory: Memory) -> Memory:
-    """What to remember once `plan` is applied. A plan without an endpoint keeps what was set before."""
+def remember(plan: HostPlan, memory: Memory, settled: HostPlan | None = None) -> Memory:
+    """What to remember once `plan` is applied. A plan without an endpoint keeps what was set before.
+
+    `settled`: a plan that `memory` is the memory of.
+    """
+    news: Iterable[str] = plan.peers
     endpoints: dict[str, Endpoint | None] = {}
-    for key, peer in plan.peers.items():
-        known = _address(peer) or memory.endpoints.get(key)
+    if settled is not None:
+        news = changed_keys(settled.peers, plan.peers)
+        if not news:
+            return memory
+        endpoints.update(memory.endpoints)
+    for key in news:
+        peer = plan.peers.get(key)
+        known = None if peer is None else _address(peer) or memory.endpoints.get(key)
         # Where none was ever set, one may have been learnt: that is for `_endpoint` to find out.
         if known is not None:
             endpoints[key] = known
+        else:
+            endpoints.pop(key, None)
     return Memory(endpoints=endpoints)
 
 
@@ -141,7 +167,9 @@ def _ipip(plan: HostPlan, observed: Observed, target: Target) -> Iterator[Change
         yield SetUp(target.ipip)
 
 
-def _wireguard(plan: HostPlan, observed: Observed, memory: Memory, target: Target) -> Iterator[Change]:
+def _wireguard(
+    plan: HostPlan, observed: Observed, memory: Memory, target: Target, settled: HostPlan | None
+) -> Iterator[Change]:
     key = target.private_key if observed.public_key != target.public_key else None
     port = plan.listen_port if observed.listen_port != plan.listen_port else None
     if key is not None or port is not None:
@@ -151,15 +179,13 @@ def _wireguard(plan: HostPlan, observed: Observed, memory: Memory, target: Targe
             private_key=key,
             public_key="" if key is None else target.public_key,
         )
+    peers: Collection[PeerPlan] = plan.peers.values()
+    if settled is not None:
+        peers = [plan.peers[key] for key in changed_keys(settled.peers, plan.peers) if key in plan.peers]
     gaining: list[SetPeer] = []
-    taken = {
-        network
-        for public_key, peer in plan.peers.items()
-        if peer.allowed_ips != (had := observed.peers.get(public_key, _NO_PEER)).allowed_ips
-        for network in set(peer.allowed_ips) - set(had.allowed_ips)
-    }
-    for public_key, peer in plan.peers.items():
-        change = _peer(peer, observed.peers.get(public_key), observed.time, memory, target, taken)
+    gained = cache(lambda: _gained(peers, observed))
+    for peer in peers:
+        change = _peer(peer, observed.peers.get(peer.public_key), observed.time, memory, target, gained)
         if change is None:
             continue
         if change.replace_allowed_ips and not change.new:
@@ -169,10 +195,24 @@ def _wireguard(plan: HostPlan, observed: Observed, memory: Memory, target: Targe
     yield from gaining
 
 
+def _gained(peers: Collection[PeerPlan], observed: Observed) -> frozenset[IPNetwork]:
+    """The networks that some peer gains, so that who had them need not be told."""
+    return frozenset(
+        network
+        for peer in peers
+        if peer.allowed_ips != (had := observed.peers.get(peer.public_key, _NO_PEER)).allowed_ips
+        for network in set(peer.allowed_ips) - set(had.allowed_ips)
+    )
+
+
 def _peer(
-    plan: PeerPlan, peer: ObservedPeer | None, now: float, memory: Memory, target: Target, taken: set[IPNetwork]
+    plan: PeerPlan,
+    peer: ObservedPeer | None,
+    now: float,
+    memory: Memory,
+    target: Target,
+    gained: Callable[[], frozenset[IPNetwork]],
 ) -> SetPeer | None:
-    """`taken`: networks that some peer gains in this transaction, so that who had them need not be told."""
     if peer is None:
         return SetPeer(
             name=target.interface,
@@ -191,7 +231,8 @@ def _peer(
     replace = False
     if plan.allowed_ips != peer.allowed_ips:
         had, wanted = set(peer.allowed_ips), set(plan.allowed_ips)
-        replace = not (had - wanted) <= taken
+        lost = had - wanted
+        replace = bool(lost) and not lost <= gained()
         allowed = plan.allowed_ips if replace else tuple(ip for ip in plan.allowed_ips if ip not in had)
     if endpoint is None and keepalive is None and preshared is None and not allowed and not replace:
         return None
@@ -254,12 +295,17 @@ def fulfils(found: Route, wanted: Route, target: Target) -> bool:
 
 
 def _routes(
-    plan: HostPlan, observed: Observed, target: Target, failures: list[Failure]
+    plan: HostPlan, observed: Observed, target: Target, failures: list[Failure], settled: HostPlan | None
 ) -> tuple[list[Change], list[Change]]:
     made: list[Change] = []
     stale: list[Change] = [DeleteRoute(route) for route in observed.stray_routes]
     kept: set[IPNetwork] = set()
-    for destination, planned in plan.routes.items():
+    wanted_routes, found_routes = plan.routes, observed.routes
+    if settled is not None:
+        news = changed_keys(settled.routes, plan.routes)
+        wanted_routes = {destination: plan.routes[destination] for destination in news if destination in plan.routes}
+        found_routes = {destination: found_routes[destination] for destination in news if destination in found_routes}
+    for destination, planned in wanted_routes.items():
         if (text := _impossible(planned)) is not None:
             failures.append(Failure(subject=str(destination), text=text, destination=destination))
             continue
@@ -268,12 +314,12 @@ def _routes(
             continue
         kept.add(destination)
         wanted = route_for(planned, target)
-        found = observed.routes.get(destination)
+        found = found_routes.get(destination)
         if found is None:
             made.append(AddRoute(wanted))
         elif not fulfils(found, wanted, target):
             made.append(ReplaceRoute(wanted))
-    stale.extend(DeleteRoute(route) for destination, route in observed.routes.items() if destination not in kept)
+    stale.extend(DeleteRoute(route) for destination, route in found_routes.items() if destination not in kept)
     return made, stale
 
 

@@ -8,7 +8,7 @@ with it, and an allowed IP that is given to one peer is taken from the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from attrs import evolve
 
@@ -54,6 +54,19 @@ def apply_changes(observed: Observed, changes: Iterable[Change], interface: str)
     return effect.result()
 
 
+class _Owners:
+    """The index of one state's peers, for the next state: there it is brought up to date, so it can be taken once."""
+
+    def __init__(self, owner: dict[IPNetwork, str], peers: Mapping[str, ObservedPeer]) -> None:
+        self._owner: dict[IPNetwork, str] | None = owner
+        self._peers = peers
+
+    def take(self, peers: Mapping[str, ObservedPeer]) -> dict[IPNetwork, str] | None:
+        """None: it is gone, or speaks of other peers than these."""
+        owner, self._owner = self._owner, None
+        return owner if peers is self._peers else None
+
+
 class _Effect:
     """One pass over many changes, with copies made once."""
 
@@ -67,6 +80,9 @@ class _Effect:
         self._port = observed.listen_port
         self._peers = dict(observed.peers)
         self._owner: dict[IPNetwork, str] | None = None
+        """Network -> public key of the peer that has it among its allowed IPs; made when it is needed."""
+        if isinstance(memo := observed.memo, _Owners):
+            self._owner = memo.take(observed.peers)
         self._addresses = set(observed.addresses)
         self._routes = dict(observed.routes)
         self._strays = list(observed.stray_routes)
@@ -126,6 +142,7 @@ class _Effect:
             ipip=self._ipip,
             ipip_local=self._ipip_local,
             forwarding=frozenset(self._forwarding),
+            memo=None if self._owner is None else _Owners(self._owner, self._peers),
         )
 
     def _new_device(self, name: str, kind: str) -> None:
@@ -162,29 +179,32 @@ class _Effect:
         self._strays = [route for route in self._strays if not goes(route)]
 
     def _set_peer(self, change: SetPeer) -> None:
-        peer = self._peers.get(change.public_key) or ObservedPeer(public_key=change.public_key)
+        key = change.public_key
+        peer = self._peers.get(key) or ObservedPeer(public_key=key)
         if self._owner is None:
-            self._owner = {network: key for key, p in self._peers.items() for network in p.allowed_ips}
+            self._owner = {network: k for k, p in self._peers.items() for network in p.allowed_ips}
+        owner = self._owner
         if change.replace_allowed_ips:
             for network in peer.allowed_ips:
-                self._owner.pop(network, None)
-            kept: set[IPNetwork] = set()
-        else:
-            kept = set(peer.allowed_ips)
+                owner.pop(network, None)
         for network in change.allowed_ips:
-            former = self._owner.get(network)
-            if former is not None and former != change.public_key:
+            former = owner.setdefault(network, key)
+            if former != key:
                 loser = self._peers[former]
                 rest = tuple(ip for ip in loser.allowed_ips if ip != network)
                 self._peers[former] = evolve(loser, allowed_ips=rest)
-            self._owner[network] = change.public_key
-            kept.add(network)
-        allowed = tuple(sorted(kept, key=network_order))
+                owner[network] = key
+        allowed = change.allowed_ips
+        if not change.replace_allowed_ips and peer.allowed_ips:
+            allowed = tuple(sorted({*peer.allowed_ips, *allowed}, key=network_order)) if allowed else peer.allowed_ips
         keepalive, preshared = change.persistent_keepalive, change.preshared_key
-        self._peers[change.public_key] = evolve(
-            peer,
+        self._peers[key] = ObservedPeer(
+            public_key=key,
             endpoint=change.endpoint or peer.endpoint,
-            allowed_ips=peer.allowed_ips if allowed == peer.allowed_ips else allowed,
+            allowed_ips=allowed,
             persistent_keepalive=peer.persistent_keepalive if keepalive is None else keepalive,
             preshared_key=peer.preshared_key if preshared is None else (preshared or None),
+            last_handshake=peer.last_handshake,
+            rx_bytes=peer.rx_bytes,
+            tx_bytes=peer.tx_bytes,
         )

@@ -31,6 +31,7 @@ from kilo_etcd.kernel.state import (
     Backend,
     Change,
     CreateLink,
+    DeleteAddress,
     DeleteLink,
     Failure,
     HostAddresses,
@@ -43,7 +44,7 @@ from kilo_etcd.kernel.state import (
 )
 from kilo_etcd.kernel.userspace import public_key_of
 from kilo_etcd.kernel.wireguard import raw
-from kilo_etcd.model import IPAddress
+from kilo_etcd.model import Endpoint
 from kilo_etcd.topology.hostplan import HostPlan
 
 _T = TypeVar("_T")
@@ -140,7 +141,10 @@ class LinuxKernel:
         self._observed: Observed | None = None
         self._plan: HostPlan | None = None
         self._watch: Watch | None = None
-        self._mtus: dict[IPAddress, int | None] = {}
+        self._mtus: dict[str, tuple[Endpoint, int | None]] = {}
+        """Public key -> the peer's endpoint and the MTU of the way to it."""
+        self._settled: HostPlan | None = None
+        """A plan that `_observed` fulfils to the last."""
         self._failed: frozenset[Change] = frozenset()
         self._drift: str | None = None
         self._wake = trio.Event()
@@ -222,6 +226,7 @@ class LinuxKernel:
     def _read(self) -> Observed:
         self._listener.drain()
         self._mtus.clear()
+        self._settled = None
         self._observed = self._observe_settled()
         if self._watch is not None:
             # What is about to be read takes the place of the events that were just forgotten.
@@ -259,7 +264,7 @@ class LinuxKernel:
         self._drift = None
         observed = self._ready()
         target = self._target(plan)
-        todo = difference(plan, observed, self._memory, target)
+        todo = difference(plan, observed, self._memory, target, self._settled)
         all_made: list[Change] = []
         if any(self._structural(change) for change in todo.changes):
             all_made.extend(self._make_device(todo))
@@ -299,9 +304,12 @@ class LinuxKernel:
             index = next((link.index for link in self._host.links.values() if link.name == target.ipip), 0)
             observed = evolve(observed, ipip=evolve(observed.ipip, index=index))
         self._index = observed.link.index if observed.link is not None else 0
-        memory = remember(plan, self._memory)
-        lost = {change.public_key for change, _ in failed if isinstance(change, SetPeer)}
-        self._memory = Memory(endpoints={k: v for k, v in memory.endpoints.items() if k not in lost})
+        self._memory = remember(plan, self._memory, self._settled)
+        if lost := {change.public_key for change, _ in failed if isinstance(change, SetPeer)}:
+            self._memory = Memory(endpoints={k: v for k, v in self._memory.endpoints.items() if k not in lost})
+        # What goes takes other things along: that is looked at once more.
+        whole = not failed and not todo.failures and not any(isinstance(c, DeleteLink | DeleteAddress) for c in made)
+        self._settled = plan if whole else None
         self._failed = frozenset(change for change, _ in failed)
         self._watch = Watch(
             observed,
@@ -338,12 +346,21 @@ class LinuxKernel:
         )
 
     def _auto_mtu(self, plan: HostPlan) -> int:
-        endpoints = [peer.endpoint.address for peer in plan.peers.values() if peer.endpoint is not None]
-        addresses = [address for address in endpoints if address is not None]
         known = self._mtus
-        if unknown := dict.fromkeys(address for address in addresses if address not in known):
-            known.update(self._host.egress_mtus(unknown.keys()))
-        ways = [mtu for address in addresses if (mtu := known[address]) is not None]
+        unknown: dict[str, Endpoint] = {}
+        for key, peer in plan.peers.items():
+            endpoint, way = peer.endpoint, known.get(key)
+            if endpoint is not None and (way is None or (way[0] is not endpoint and way[0] != endpoint)):
+                unknown[key] = endpoint
+        if unknown:
+            addresses = {e.address for e in unknown.values() if e.address is not None}
+            found = self._host.egress_mtus(addresses)
+            if len(known) > 2 * len(plan.peers):
+                self._mtus = known = {key: way for key, way in known.items() if key in plan.peers}
+            known.update((key, (e, None if e.address is None else found[e.address])) for key, e in unknown.items())
+        ways = [
+            mtu for key, peer in plan.peers.items() if peer.endpoint is not None and (mtu := known[key][1]) is not None
+        ]
         overhead = WIREGUARD_OVERHEAD + (IPIP_OVERHEAD if plan.ipip_remotes else 0)
         families = {address.version for address in plan.addresses} or {4}
         return max(min(ways, default=_ETHERNET) - overhead, max(_SMALLEST[family] for family in families))

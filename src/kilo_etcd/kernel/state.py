@@ -128,6 +128,8 @@ class Observed:
     ipip_local: IPAddress | None = None
     ipip_ours: bool = True
     forwarding: frozenset[int] = frozenset()
+    memo: object = field(default=None, eq=False, repr=False)
+    """What `kernel.effect` needs to compute the next state from this one; it means nothing to anyone else."""
 
 
 @frozen(kw_only=True)
@@ -241,7 +243,7 @@ class SetPeer:
     """A peer that is new, or what changes of one. None leaves a value as it is.
 
     With `replace_allowed_ips` the list is the whole list, without it the networks are added (and so taken away
-    from the peer that had them, in the same transaction).
+    from the peer that had them, in the same transaction). It is in the order of `PeerPlan.allowed_ips`.
     """
 
     name: str
