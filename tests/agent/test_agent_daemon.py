@@ -23,7 +23,7 @@ from kilo_etcd.agent.daemon import Daemon
 from kilo_etcd.agent.logs import setup_logging
 from kilo_etcd.agent.metrics import Metrics
 from kilo_etcd.kernel.state import Change, DeleteLink, DeleteRoute, HostAddress
-from kilo_etcd.model import CandidateClass
+from kilo_etcd.model import CandidateClass, Endpoint
 from kilo_etcd.store.records import CandidateRecord, NodeRecord, StatusRecord, encode
 from kilo_etcd.testing.fake_etcd import FakeEtcd
 from kilo_etcd.testing.fake_kernel import FakeHost, FakeKernel
@@ -248,3 +248,70 @@ async def test_new_addresses_that_cannot_be_registered_do_not_end_the_agent(
         await trio.sleep(70)
         assert world.said("are not registered yet") == 1
         assert world.said("address chosen") == 2  # internal IP and endpoint, as it started
+
+
+async def test_a_host_whose_name_another_took_says_so_until_that_one_is_gone(world: World) -> None:
+    stranger = privatekey.public_key(privatekey.generate())
+    async with running(world):
+        await eventually(lambda: world.metrics.health() is None, 10, every=0.1)
+        addresses = world.host.observed.addresses
+        # This host was away for longer than its lease, and another took its name.
+        status = StatusRecord(public_key=stranger, revision=1, address="198.51.100.9:51820")
+        world.etcd.put("/kilo-status/h1", encode(status))
+        world.etcd.put("/kilo/nodes/h1", encode(NodeRecord(public_key=stranger)))
+        await trio.sleep(30)
+        sentence = (
+            f"the name h1 is taken by a living host with public key {stranger} at 198.51.100.9:51820; "
+            "stop the agent there or give this host another name with --hostname"
+        )
+        assert world.metrics.health() == sentence
+        assert world.said(sentence) == 1
+        assert world.host.observed.addresses == addresses
+        world.etcd.delete("/kilo-status/h1")
+        await eventually(lambda: world.metrics.health() is None, 30, every=0.1)
+        assert store.records.decode_node(world.etcd.get("/kilo/nodes/h1")).public_key == world.daemon.public_key
+
+
+async def test_a_copy_of_this_machine_is_not_fought_for_ever_and_shows_in_its_health(world: World) -> None:
+    async with running(world) as daemon:
+        copy = NodeRecord(public_key=daemon.public_key, endpoint=Endpoint.parse("198.51.100.9:51820"))
+        with trio.move_on_after(30):
+            while True:
+                world.etcd.put("/kilo/nodes/h1", encode(copy))
+                await trio.sleep(0.5)
+        before = world.writes()
+        assert "if a copy of this machine runs, give it a WireGuard key and a --hostname of its own" in (
+            world.metrics.health() or ""
+        )
+        await trio.sleep(15)
+        assert world.writes() == before
+        await eventually(lambda: world.metrics.health() is None, 120, every=0.1)
+
+
+async def test_an_address_within_the_meshs_subnet_is_reported_until_it_goes(world: World) -> None:
+    usual = world.facts
+    world.facts = evolve(
+        usual,
+        addresses=(
+            *usual.addresses,
+            *(
+                HostAddress(interface=name, index=3, address=ip_interface(text))
+                for name, text in (("kilo0", "10.4.0.1/32"), ("br0", "10.4.7.1/24"), ("br1", "10.5.0.1/24"))
+            ),
+        ),
+    )
+
+    def reported() -> tuple[str, ...]:
+        (kv,) = world.etcd.keys("/kilo-status/")
+        return store.records.decode_status(world.etcd.get(kv)).errors
+
+    async with running(world):
+        await eventually(reported, 5, every=0.1)
+        (sentence,) = reported()
+        assert sentence.startswith(
+            "br0 has the address 10.4.7.1/24, whose network overlaps the mesh's subnet 10.4.0.0/16"
+        )
+        assert world.metrics.health() is None
+        world.facts = usual
+        await eventually(lambda: not reported(), 30, every=0.1)
+        assert world.said("br0 has the address") == 2

@@ -179,6 +179,37 @@ def test_an_operators_route_is_left_alone_and_reported() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("destination", "protocol", "reported"),
+    [
+        ("10.4.7.0/24", 4, True),
+        ("10.4.7.7/32", 4, True),
+        ("10.5.0.0/24", 4, False),
+        ("10.0.0.0/8", 4, False),
+        ("0.0.0.0/0", 4, False),
+        ("fd00::/64", 4, False),
+        # What the kernel sets for an address is told by whoever looks at the addresses.
+        ("10.4.7.0/24", 2, False),
+    ],
+)
+def test_an_operators_route_within_the_meshs_subnet_is_reported(
+    destination: str, protocol: int, reported: bool
+) -> None:
+    wanted = plan(MESH, tunnel("172.16.0.0/12"))
+    route = Route(destination=ip_network(destination), device="eth0", protocol=protocol)
+    observed = evolve(host_with(wanted), foreign={route.destination: route})
+    todo = difference(wanted, observed, Memory(), TARGET)
+    assert todo.changes == ()
+    assert [failure.text for failure in todo.failures] == (
+        [
+            f"the host's own route to {destination} lies within the mesh's subnet 10.4.0.0/16; it was left alone, and "
+            f"mesh addresses in it are not reached from here: remove it (see `ip route show {destination}`)"
+        ]
+        if reported
+        else []
+    )
+
+
 def test_a_default_route_is_never_set() -> None:
     todo = difference(plan(tunnel("0.0.0.0/0"), tunnel("::/0"), MESH), host_with(plan()), Memory(), TARGET)
     assert lines(todo.changes) == ["ip route add 10.4.0.0/16 dev kilo0 proto 107 src 10.4.0.1"]
