@@ -187,3 +187,21 @@ def test_without_sudo_an_ordinary_user_is_told_what_root_has_to_run(machine: Pat
     assert done.returncode == 1
     assert "become root (there is no sudo here) and run: apt-get install python3-venv etcd-server" in done.stderr
     assert not (machine / "apt.log").exists()
+
+
+def test_what_the_troubleshooting_page_quotes_is_what_the_program_says() -> None:
+    sources = "\n".join(path.read_text() for path in sorted((ROOT / "src").rglob("*.py")))
+    # Sentences are written over several lines, as adjacent literals.
+    sources = re.sub(r'"\s*\n\s*f?"', "", sources)
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    quoted = [
+        text
+        for line in page.splitlines()
+        if line.startswith("| `")
+        for text in re.findall(r"`(.+?)`", line.split(" | ")[0])
+    ]
+    assert len(quoted) > 30
+    for text in quoted:
+        # What stands for a value, or is one.
+        for part in re.split(r"\.\.\.|51820|kilo0|wireguard-go|net\.ipv4\.ip_forward|/dev/net/tun|'/kilo/", text):
+            assert part.strip() in sources, part
