@@ -1,0 +1,15 @@
+"""Scenarios a to g with the kernel's own WireGuard: on this machine if it has it, else in a guest."""
+
+from __future__ import annotations
+
+import pytest
+
+from helpers_guest import pytest_in_guest
+
+
+@pytest.mark.guest
+@pytest.mark.lab
+def test_a_to_g_on_kernel_wireguard() -> None:
+    done = pytest_in_guest("tests/lab/on_kernel_wireguard.py", "--durations=5")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
