@@ -12,15 +12,17 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def guest_runner() -> list[str]:
+def guest_runner(*, systemd: bool = False) -> list[str]:
     """The command that runs another one on a kernel with WireGuard and IPIP; empty if this machine's own has both.
+
+    With `systemd` it is always a guest, and systemd is process 1 there.
 
     Fails the test where there is neither.
     """
-    if all(Path("/sys/module", name).exists() for name in ("wireguard", "ipip")):
+    if not systemd and all(Path("/sys/module", name).exists() for name in ("wireguard", "ipip")):
         return []
     if named := os.environ.get("KILO_GUEST"):
-        return [named, "--timeout", "300", "--"]
+        return [named, *(["--systemd"] if systemd else []), "--timeout", "300", "--"]
     runner = str(ROOT / "scripts" / "guest")
     found = subprocess.run([runner, "kernel"], capture_output=True, text=True, timeout=60, check=False)
     if found.returncode != 0:
@@ -29,13 +31,17 @@ def guest_runner() -> list[str]:
             f"kernel in KILO_UML ({found.stderr.strip()})",
             pytrace=False,
         )
-    return [runner, "run", "--timeout", "300", "--"]
+    return [runner, "run", *(["--systemd"] if systemd else []), "--timeout", "300", "--"]
 
 
-def pytest_in_guest(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def pytest_in_guest(
+    *arguments: str, environment: dict[str, str] | None = None, systemd: bool = False
+) -> subprocess.CompletedProcess[str]:
     """Run pytest there. The root is read-only in a guest, so nothing is cached."""
     variables = [f"{name}={value}" for name, value in {"HOME": "/tmp", **(environment or {})}.items()]
     command = [
-        *guest_runner(), "env", *variables, sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", *arguments,
-    ]  # fmt: skip
+        *guest_runner(systemd=systemd),
+        *("env", *variables),
+        *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", *arguments),
+    ]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=320, check=False)

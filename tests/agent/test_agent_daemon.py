@@ -234,6 +234,16 @@ async def test_a_leader_that_cannot_hand_over_says_so(world: World) -> None:
     assert world.host.observed.link is not None
 
 
+async def test_addresses_that_come_late_are_registered_at_once(world: World) -> None:
+    late, world.facts = world.facts, discover.HostFacts(hostname="h1")
+    async with running(world, resync_period=3600.0):
+        await eventually(lambda: world.etcd.get("/kilo/nodes/h1") is not None, 10, every=0.1)
+        assert b"192.168" not in (world.etcd.get("/kilo/nodes/h1") or b"")
+        world.facts = late
+        world.host.moved.set()
+        await eventually(lambda: b"192.168" in (world.etcd.get("/kilo/nodes/h1") or b""), 2, every=0.1)
+
+
 async def test_new_addresses_that_cannot_be_registered_do_not_end_the_agent(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -442,6 +442,32 @@ async def test_from_plan_to_plan_what_is_believed_is_what_is_there() -> None:
             assert set(observed.routes) == set(wanted.routes)
 
 
+async def test_a_host_that_is_reached_otherwise_is_noticed() -> None:
+    underlay()
+    async with agent() as kernel, trio.open_nursery() as nursery:
+        assert (await kernel.apply(WORLD)).failures == ()
+        nursery.start_soon(kernel.wait_drift)
+        for change in (
+            "ip address add 192.168.77.1/24 dev eth1",
+            "ip route add default via 192.168.9.254",
+            "ip route del default",
+            "ip address del 192.168.77.1/24 dev eth1",
+            "ip address add fd00:77::1/64 dev eth1 nodad",
+        ):
+            with trio.move_on_after(0.3):  # what came before, our own changes with it
+                while True:
+                    await kernel.wait_moved()
+            sh(change)
+            with trio.fail_after(5):
+                await kernel.wait_moved()
+        # Our own interface's addresses are no news of that kind.
+        with trio.move_on_after(0.3) as quiet:
+            await kernel.apply(evolve(WORLD, addresses=WORLD.addresses[:1]))
+            await kernel.wait_moved()
+        assert quiet.cancelled_caught
+        nursery.cancel_scope.cancel()
+
+
 async def test_addresses_of_the_host() -> None:
     underlay()
     sh("ip route add default via 192.168.9.254 metric 100")

@@ -46,6 +46,9 @@ RESIGN_SECONDS = 2.0
 
 KERNEL_RETRY_SECONDS = 0.5
 
+SETTLE_SECONDS = 0.5
+"""How long changes of the host's own addresses may go on before they are looked at: they come in bursts."""
+
 STATUS_PAUSE_PER_NODE = 0.001
 """Seconds of pause after a status write, per node of the mesh: 10,000 hosts that follow one change make 1,000 writes
 a second at most."""
@@ -106,6 +109,7 @@ class Daemon:
         self.disagreements: tuple[str, ...] = ()
         self.record: store.NodeRecord | None = None
         self.underlay: tuple[IPNetwork, ...] = ()
+        self._discovering = trio.Lock()
         self.subnets: tuple[IPNetwork, ...] = ()
         """The mesh's, as they were when this agent joined."""
 
@@ -186,6 +190,7 @@ class Daemon:
         self.log.info("address claimed", addresses=",".join(map(str, addresses)), granularity=str(granularity))
         await nursery.start(self.resolver.run)
         await nursery.start(self.mirror.run)
+        await self._discover(first=True)  # again: etcd may have kept us waiting, and the network have come meanwhile
         record = self.record
         await self._insist(lambda: self.session.register(record))
         await nursery.start(self.session.run)
@@ -193,6 +198,7 @@ class Daemon:
             self._follow_snapshots,
             self._follow_drift,
             self._follow_names,
+            self._follow_addresses,
             self._follow_first_contacts,
             self._mind_claims,
             self._watchdog,
@@ -316,6 +322,19 @@ class Daemon:
     async def _resync(self) -> None:
         while True:
             await trio.sleep(self.config.resync_period)
+            await self._discover_again()
+            self._nudge(fresh=True)
+
+    async def _follow_addresses(self) -> None:
+        """Where the host is reached may change while it runs, or have come late at boot."""
+        while True:
+            await self.kernel.wait_moved()
+            await trio.sleep(SETTLE_SECONDS)
+            await self._discover_again()
+            self._nudge()
+
+    async def _discover_again(self) -> None:
+        async with self._discovering:
             try:
                 await self._discover(first=False)
             except (etcd.EtcdError, *REFUSALS) as error:
@@ -324,7 +343,6 @@ class Daemon:
                 self.once.warning("addresses", "the host's addresses cannot be read", error=str(error))
             else:
                 self.once.clear("addresses", "the host's addresses are registered again")
-            self._nudge(fresh=True)
 
     async def _mind_claims(self) -> None:
         """Claim a mesh address anew where somebody has taken the claim away: without one the host is no member."""
@@ -483,8 +501,8 @@ class Daemon:
         if not self._leaving and role is not None:
             notify(
                 *(["READY=1"] if self._programmed else []),
-                f"STATUS={role}; {len(snapshot.nodes)} nodes; revision {self.applied_revision}"
-                + (f"; {len(self.failures)} problems" if self.failures else ""),
+                f"STATUS={role}; {_count(len(snapshot.nodes), 'node')}; revision {self.applied_revision}"
+                + (f"; {_count(len(self.failures), 'problem')}" if self.failures else ""),
             )
         self._status = store.StatusRecord(
             public_key=self.public_key,
@@ -599,3 +617,7 @@ class Daemon:
             self.log.info("address chosen", reason=reason)
         if location:
             self.log.info("default location chosen", default_location=location, reason=why)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

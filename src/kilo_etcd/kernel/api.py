@@ -40,3 +40,9 @@ class Kernel(Protocol):
 
         The caller then calls `apply` again. One task at a time may wait.
         """
+
+    async def wait_moved(self) -> None:
+        """Return when an address of the host or a default route has come or gone: it may be reached otherwise now.
+
+        It hears of that while somebody waits in `wait_drift`. One task at a time may wait.
+        """

@@ -10,12 +10,26 @@ where a route of ours leaves by that device.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 from kilo_etcd.kernel import rtnetlink
 from kilo_etcd.kernel.diff import fulfils
 from kilo_etcd.kernel.state import ROUTE_PROTOCOL, AddressScope, Link, Observed, Target
 from kilo_etcd.model import IPNetwork
+
+
+def concerns_the_host(kind: int, body: bytes, own: Container[int]) -> bool:
+    """Whether an event says that the host may be reached otherwise now: an address or a default route came or went.
+
+    Addresses on our own devices, whose indexes are `own`, do not count.
+    """
+    if kind in (rtnetlink.NEWADDR, rtnetlink.DELADDR):
+        address = rtnetlink.read_address(body, {})
+        return address is not None and address.scope is AddressScope.GLOBAL and address.index not in own
+    if kind in (rtnetlink.NEWROUTE, rtnetlink.DELROUTE):
+        route = rtnetlink.read_route(body)
+        return route is not None and route.destination.prefixlen == 0 and route.table == rtnetlink.MAIN_TABLE
+    return False
 
 
 class Watch:

@@ -19,7 +19,7 @@ from attrs import evolve
 from kilo_etcd.kernel import rtnetlink
 from kilo_etcd.kernel.api import Kernel
 from kilo_etcd.kernel.diff import Difference, difference, remember, shadows
-from kilo_etcd.kernel.drift import Watch
+from kilo_etcd.kernel.drift import Watch, concerns_the_host
 from kilo_etcd.kernel.effect import apply_changes
 from kilo_etcd.kernel.errors import NO_PERMISSION, KernelError, taken
 from kilo_etcd.kernel.host import Host, may_change_the_network
@@ -35,6 +35,7 @@ from kilo_etcd.kernel.state import (
     DeleteLink,
     Failure,
     HostAddresses,
+    Link,
     Memory,
     Observed,
     SetPeer,
@@ -148,6 +149,7 @@ class LinuxKernel:
         self._failed: frozenset[Change] = frozenset()
         self._drift: str | None = None
         self._wake = trio.Event()
+        self._moved = trio.Event()
         self._index = 0
         """Of the interface when it was last ours."""
 
@@ -189,6 +191,10 @@ class LinuxKernel:
         reason, self._drift = self._drift, None
         return reason
 
+    async def wait_moved(self) -> None:
+        await self._moved.wait()
+        self._moved = trio.Event()
+
     async def _wait_event(self) -> None:
         """Until the kernel reports something, or `observe` has found something."""
         self._wake = trio.Event()
@@ -209,10 +215,17 @@ class LinuxKernel:
                     self._drift = "the kernel reported more than could be read"
                     self._observed = None
                 continue
+            own = {link.index for link in self._own()}
             for kind, body in events:
+                if concerns_the_host(kind, body, own):
+                    self._moved.set()
                 if self._watch is not None and (news := self._watch.news(kind, body)) is not None:
                     self._drift = news
                     self._observed = None
+
+    def _own(self) -> list[Link]:
+        observed = self._watch.observed if self._watch is not None else Observed()
+        return [link for link in (observed.link, observed.ipip) if link is not None]
 
     def _notice(self, observed: Observed) -> None:
         """Wake the waiter if a reading shows what no event told: WireGuard changes make none."""

@@ -59,6 +59,8 @@ class FakeHost:
         """Why a change fails, or None if it succeeds."""
         self.broken: str | None = None
         """Why nothing can be programmed at all."""
+        self.moved = trio.Event()
+        """Set by a test that changes `addresses`."""
         self._listeners: list[FakeKernel] = []
 
     def tamper(self, changes: Sequence[Change], interface: str = "kilo0", what: str = "somebody changed it") -> None:
@@ -155,6 +157,10 @@ class FakeKernel:
         if plan is not None and difference(plan, observed, self._memory, self._target(plan)).changes:
             self.drifted("found undone")
         return observed
+
+    async def wait_moved(self) -> None:
+        await self.host.moved.wait()
+        self.host.moved = trio.Event()
 
     async def wait_drift(self) -> str:
         await trio.lowlevel.checkpoint()

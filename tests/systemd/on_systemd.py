@@ -1,0 +1,301 @@
+"""The service as README installs it, under systemd as process 1. Run by `test_systemd_guest.py`, in a guest.
+
+The tests are one story and run in the order in which they stand here: each finds the host as the one before left it.
+What the guest cannot do, having no network but loopback, is fetch packages: `pip install` takes what it needs from the
+environment that runs the tests.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Callable
+from ipaddress import ip_interface
+from pathlib import Path
+
+import pytest
+
+from kilo_etcd.model import Endpoint
+from kilo_etcd.store.keys import Keys
+from kilo_etcd.store.records import NodeRecord, encode
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = Path("/etc/kilo-etcd/kilo-etcd.env")
+UNIT = Path("/etc/systemd/system/kilo-etcd.service")
+SCORE = 2.8
+"""What docs/systemd.md says of `systemd-analyze security`; 0 is best, 10 is worst."""
+
+
+def run(command: str, *, check: bool = True, **more: object) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False, **more)  # type: ignore[call-overload]
+    if check:
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+    return done  # type: ignore[no-any-return]
+
+
+def shown(*names: str) -> dict[str, str]:
+    """Properties of the unit."""
+    lines = run(f"systemctl show kilo-etcd {' '.join('-p ' + name for name in names)}").stdout.splitlines()
+    return dict(line.split("=", 1) for line in lines)
+
+
+def main_pid() -> int:
+    return int(shown("MainPID")["MainPID"])
+
+
+def journal(*, fields: str = "") -> str:
+    return run(f"journalctl -u kilo-etcd {fields} --no-pager -o cat").stdout
+
+
+def wait(condition: Callable[[], object], seconds: float, what: str) -> None:
+    """Until it holds. (`eventually` is for trio; here is none.)"""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            pytest.fail(
+                f"waited {seconds} s for {what}\n{run('systemctl status kilo-etcd', check=False).stdout}{journal()}"
+            )
+        time.sleep(0.1)
+
+
+def active() -> bool:
+    return shown("ActiveState", "SubState") == {"ActiveState": "active", "SubState": "running"}
+
+
+def interface() -> dict[str, object]:
+    """kilo0: its index, addresses and peers; what has to survive whatever happens to the agent."""
+    link = json.loads(run("ip -j address show kilo0").stdout)[0]
+    return {
+        "index": link["ifindex"],
+        "addresses": [a["local"] for a in link["addr_info"]],
+        "key": run("wg show kilo0 public-key").stdout,
+        "peers": sorted(run("wg show kilo0 allowed-ips").stdout.splitlines()),
+        "routes": sorted(run("ip route show proto 107").stdout.splitlines()),
+    }
+
+
+def etcdctl(*arguments: str) -> str:
+    done = subprocess.run(
+        ["etcdctl", *arguments], capture_output=True, text=True, check=True, env={**os.environ, "ETCDCTL_API": "3"}
+    )  # fmt: skip
+    return done.stdout
+
+
+def settings(**variables: str) -> None:
+    """Set variables in the installed environment file, as an operator would: in place of their commented lines."""
+    text = ENVIRONMENT.read_text()
+    for name, value in variables.items():
+        text, count = re.subn(rf"^#?{name}=.*$", f"{name}={value}", text, flags=re.MULTILINE)
+        assert count == 1, f"{name} is not in the environment file"
+    ENVIRONMENT.write_text(text)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def host() -> None:
+    """A host with nothing of ours on it."""
+    assert Path("/proc/1/comm").read_text().strip() == "systemd"
+    assert not UNIT.exists()
+
+
+def readme(marker: str) -> list[str]:
+    """The lines of the README's shell block that has `marker` in it."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    (block,) = (block for block in blocks if marker in block)
+    return [line.split("   #")[0].rstrip() for line in block.splitlines()]
+
+
+def test_it_installs_by_the_readmes_own_lines() -> None:
+    packages = sysconfig.get_paths()["purelib"]
+    for line in readme("python3 -m venv /opt/kilo-etcd"):
+        if line.startswith("apt-get "):
+            continue
+        if line == "/opt/kilo-etcd/bin/pip install .":
+            # No network: its requirements, and what builds it, are those of the tests.
+            site = run("/opt/kilo-etcd/bin/python -c 'import sysconfig; print(sysconfig.get_paths()[\"purelib\"])'")
+            Path(site.stdout.strip(), "tests.pth").write_text(packages + "\n")
+            source = Path("/var/tmp/kilo-etcd")
+            run(f"mkdir {source} && cp -r pyproject.toml README.md LICENSE src systemd {source}", cwd=ROOT)
+            run(f"{line} --no-index --no-deps --no-build-isolation --disable-pip-version-check", cwd=source)
+            continue
+        run(line.replace("python3 -m venv", f"{sys.executable} -m venv"), cwd=ROOT)
+    assert run("kg --version").stdout.startswith("kg")
+    assert Path("/usr/local/bin/kgctl").resolve().parent == Path("/opt/kilo-etcd/bin")
+    assert ENVIRONMENT.stat().st_mode & 0o777 == 0o600
+    run("systemctl daemon-reload")
+    verified = run("systemd-analyze verify kilo-etcd.service")
+    assert "kilo-etcd" not in verified.stdout + verified.stderr
+
+
+def test_a_wrong_setting_is_said_once_and_not_tried_again() -> None:
+    settings(KILO_PORT="70000")
+    run("systemctl start kilo-etcd", check=False)
+    wait(lambda: shown("ActiveState")["ActiveState"] == "failed", 20, "the refusal")
+    state = shown("ExecMainStatus", "NRestarts", "Result")
+    assert state == {"ExecMainStatus": "2", "NRestarts": "0", "Result": "exit-code"}
+    said = journal()
+    assert "KILO_PORT" in said
+    assert "Traceback" not in said
+    settings(KILO_PORT="51820")
+    run("systemctl reset-failed kilo-etcd")
+
+
+def test_it_waits_for_the_network_and_for_etcd() -> None:
+    """A boot in which both come late: systemd has started the service, which is not ready before it can be."""
+    settings(KILO_LOCATION="gcp", KILO_HOSTNAME="node-1")
+    after = shown("After", "Wants")
+    assert {"network-online.target", "nftables.service", "etcd.service"} <= set(after["After"].split())
+    assert "network-online.target" in after["Wants"]
+    run("systemctl start --no-block kilo-etcd")
+    wait(lambda: "etcd" in shown("StatusText")["StatusText"], 20, "a status line about etcd")
+    assert shown("ActiveState")["ActiveState"] == "activating"
+    pid = main_pid()
+
+    run("ip link add eth0 type dummy && ip address add 10.9.0.7/24 dev eth0 && ip address add 198.51.100.7/24 dev eth0")
+    run("ip link set eth0 up && ip route add default via 198.51.100.1")
+    run("systemd-run --unit kilo-test-etcd --property KillMode=control-group etcd --data-dir /var/lib/kilo-test-etcd")
+    wait(active, 30, "an active service")
+    assert main_pid() == pid  # it has waited, not failed and come again
+    assert shown("NRestarts")["NRestarts"] == "0"
+    assert " wireguard " in run("ip -d link show kilo0").stdout
+
+    def registered() -> dict[str, object]:
+        return dict(json.loads(etcdctl("get", "--print-value-only", "/kilo/nodes/node-1")))
+
+    wait(lambda: "endpoint" in registered(), 10, "the addresses that came late")
+    node = registered()
+    assert node["endpoint"] == "198.51.100.7:51820"
+    assert node["internalIPs"] == ["10.9.0.7/24"]
+
+
+def test_the_process_may_do_no_more_than_it_has_to() -> None:
+    status = Path(f"/proc/{main_pid()}/status").read_text()
+    net_admin = 1 << 12
+    for name in ("CapEff", "CapPrm", "CapBnd", "CapAmb"):
+        value = re.search(rf"^{name}:\s+([0-9a-f]+)$", status, re.MULTILINE)
+        assert value is not None
+        assert int(value[1], 16) == net_admin, name
+    assert re.search(r"^NoNewPrivs:\s+1$", status, re.MULTILINE)
+    assert re.search(r"^Seccomp:\s+2$", status, re.MULTILINE)
+    answer = run("systemd-analyze security --no-pager kilo-etcd").stdout
+    score = re.search(r"exposure level for kilo-etcd\.service: ([0-9.]+)", answer)
+    assert score is not None
+    assert float(score[1]) <= SCORE
+    assert f"score of {SCORE}" in (ROOT / "docs" / "systemd.md").read_text()
+    state = Path("/var/lib/kilo-etcd")
+    assert state.stat().st_mode & 0o777 == 0o700
+    assert (state / "key").stat().st_mode & 0o777 == 0o600
+
+
+def test_the_status_line_shows_the_role() -> None:
+    wait(lambda: "gcp" in shown("StatusText")["StatusText"], 20, "the location in the status line")
+    keys = Keys()
+    record = NodeRecord(
+        public_key=base64.b64encode(bytes([7]) * 32).decode(),
+        endpoint=Endpoint.parse("198.51.100.8:51820"),
+        internal_ips=(ip_interface("10.9.0.8/24"),),
+        location="gcp",
+    )
+    etcdctl("put", "/kilo/addresses/10.4.0.8", "node-2")
+    etcdctl("put", keys.node("node-2"), encode(record).decode())
+    wait(lambda: "leader" in shown("StatusText")["StatusText"], 20, "the role in the status line")
+    printed = run("systemctl status --no-pager kilo-etcd").stdout
+    assert re.search(r'Status: ".*leader.*gcp.*2 nodes', printed), printed
+
+
+def test_the_journal_has_fields() -> None:
+    lines = run("journalctl -u kilo-etcd KILO_LOCATION=gcp --no-pager -o json").stdout.splitlines()
+    found = [json.loads(line) for line in lines]
+    assert found
+    assert {entry["KILO_LOCATION"] for entry in found} == {"gcp"}
+    assert {entry["SYSLOG_IDENTIFIER"] for entry in found} == {"kg"}
+    assert all(entry["_SYSTEMD_UNIT"] == "kilo-etcd.service" for entry in found)
+    assert any("KILO_REVISION" in entry for entry in found)
+    assert {entry["PRIORITY"] for entry in found} <= {"3", "4", "5", "6", "7"}
+
+
+def test_a_restart_changes_nothing_in_the_kernel() -> None:
+    before, pid = interface(), main_pid()
+    run("systemctl restart kilo-etcd")
+    assert main_pid() != pid
+    assert active()
+    assert interface() == before
+
+
+def test_a_crashed_agent_is_started_again_and_adopts_what_it_finds() -> None:
+    before, pid = interface(), main_pid()
+    key = etcdctl("get", "--keys-only", "--prefix", "/kilo/elections/")
+    os.kill(pid, signal.SIGKILL)
+    wait(lambda: active() and main_pid() not in (0, pid), 30, "a new process")
+    assert shown("NRestarts")["NRestarts"] == "1"
+    assert interface() == before
+    assert etcdctl("get", "--keys-only", "--prefix", "/kilo/elections/") == key
+
+
+def test_an_agent_that_hangs_is_restarted_and_one_whose_etcd_hangs_is_not() -> None:
+    seconds = 5
+    Path("/etc/systemd/system/kilo-etcd.service.d").mkdir()
+    Path("/etc/systemd/system/kilo-etcd.service.d/test.conf").write_text(f"[Service]\nWatchdogSec={seconds}\n")
+    run("systemctl daemon-reload && systemctl restart kilo-etcd")
+    before, pid = interface(), main_pid()
+
+    etcd = int(run("systemctl show -P MainPID kilo-test-etcd").stdout)
+    os.kill(etcd, signal.SIGSTOP)
+    stopped = time.monotonic()
+    wait(lambda: time.monotonic() > stopped + 2.5 * seconds or main_pid() != pid, 4 * seconds, "two watchdog periods")
+    assert main_pid() == pid
+    os.kill(etcd, signal.SIGCONT)
+    wait(active, 10, "an active service")
+
+    os.kill(pid, signal.SIGSTOP)
+    wait(lambda: active() and main_pid() not in (0, pid), 4 * seconds + 20, "the watchdog")
+    assert "kilo-etcd.service: Watchdog timeout" in run("dmesg").stdout  # where systemd logs to in the guest
+    assert interface() == before
+
+
+def test_stopping_leaves_the_kernel_as_it_is() -> None:
+    before = interface()
+    run("systemctl stop kilo-etcd")
+    assert shown("ActiveState", "Result") == {"ActiveState": "inactive", "Result": "success"}
+    assert interface() == before
+    assert etcdctl("get", "--keys-only", "--prefix", "/kilo/elections/") == ""  # it has given its candidacy up
+    assert "/kilo/nodes/node-1" in etcdctl("get", "--keys-only", "--prefix", "/kilo/nodes/")  # and is a member
+
+
+def test_what_goes_wrong_with_the_key_is_said_and_the_key_kept() -> None:
+    key = Path("/var/lib/kilo-etcd/key")
+    good = key.read_text()
+    key.write_text("no key at all\n")
+    run("systemctl start --no-block kilo-etcd")
+    wait(lambda: "/var/lib/kilo-etcd/key" in journal(), 20, "a word about the key")
+    assert key.read_text() == "no key at all\n"
+    assert "Traceback" not in journal()
+    key.write_text(good)
+    wait(active, 30, "the service, which comes by itself when the key is back")
+    run("systemctl stop kilo-etcd")
+
+
+def test_it_leaves_by_the_docs_own_lines() -> None:
+    text = (ROOT / "docs" / "systemd.md").read_text()
+    (block,) = re.findall(r"^```sh\n(systemctl disable.*?)^```", text, re.MULTILINE | re.DOTALL)
+    for line in block.splitlines():
+        run(line.split("   #")[0])
+    assert "kilo" not in run("ip -br link").stdout
+    assert run("ip route show proto 107").stdout == ""
+    assert etcdctl("get", "--keys-only", "--prefix", "/kilo/nodes/node-1") == ""
+    for path in (
+        UNIT,
+        ENVIRONMENT,
+        "/opt/kilo-etcd",
+        "/var/lib/kilo-etcd",
+        "/usr/local/bin/kg",
+        "/usr/local/bin/kgctl",
+    ):
+        assert not Path(path).exists(), path
+    assert run("systemctl status kilo-etcd", check=False).returncode == 4  # no such unit
