@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -257,6 +258,22 @@ async def test_what_the_operator_has_on_the_host_is_left_alone_and_reported_unti
             await h1.settled()
             for obstacle in ("that is not ours", "lies within the mesh's subnet", "overlaps the mesh's subnet"):
                 assert agent.said(obstacle) == 2, "once when it came, once when it went"
+
+
+async def test_a_name_that_is_taken_while_the_agent_runs_is_reported_until_it_is_free(tmp_path: Path) -> None:
+    async with host(tmp_path) as h1, h1.agent("--resync-period", "1s") as agent:
+        # The agent would be the quicker one.
+        agent.process.send_signal(signal.SIGSTOP)
+        sh("ip link del kilo0 && ip link add kilo0 type veth peer name other")
+        agent.process.send_signal(signal.SIGCONT)
+        taken = r"the interface name kilo0 is taken by a device that is not ours \(veth\)"
+        await h1.settled(taken)
+        assert re.match(taken, health()[1])
+        assert agent.said("kernel cannot be programmed; trying again") == 1
+        sh("ip link del kilo0")
+        await h1.settled()
+        await eventually(lambda: health() == (200, "ok"))
+        assert "10.4.0.0/16 dev kilo0 proto 107" in sh("ip route")
 
 
 async def test_a_host_that_cannot_forward_goes_on_as_a_member(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from kilo_etcd.model import Endpoint, IPNetwork
 _ANSWER = 5.0
 """Seconds for an answer on the socket: a program that was stopped must not stop the agent."""
 _START = 10.0
+_DYING = 2.0
 _POLL = 0.005
 _NO_KEY = "0" * 64
 _TUN = "/dev/net/tun"
@@ -208,12 +209,15 @@ class UserspaceDevice:
         return self._directory / f"{name}.sock"
 
     def _make_way(self, name: str) -> None:
-        if self._remove_stale(name):
-            return
-        raise KernelError(
-            f"{self._path(name)} is served by a process of another network namespace: "
-            "give each namespace its own /run/wireguard, or choose another name with --interface"
-        )
+        # A process whose device has just been deleted may not be gone yet.
+        deadline = time.monotonic() + _DYING
+        while not self._remove_stale(name):
+            if time.monotonic() > deadline:
+                raise KernelError(
+                    f"{self._path(name)} is served by a process of another network namespace: "
+                    "give each namespace its own /run/wireguard, or choose another name with --interface"
+                )
+            time.sleep(_POLL)
 
     def _remove_stale(self, name: str) -> bool:
         """Remove a socket that nobody serves. Whether the name is free now."""
