@@ -54,6 +54,8 @@ def plan(
     forwarding: tuple[int, ...] = (),
     ipip: tuple[str, ...] = (),
     ipip_local: str | None = None,
+    masquerade: tuple[str, ...] = (),
+    masquerade_not: tuple[str, ...] = (),
     port: int = 51820,
 ) -> HostPlan:
     return HostPlan(
@@ -65,6 +67,8 @@ def plan(
         forwarding=frozenset(forwarding),
         ipip_remotes=frozenset(ip_address(a) for a in ipip),
         ipip_local=None if ipip_local is None else ip_address(ipip_local),
+        masquerade=tuple(ip_network(n) for n in masquerade),
+        masquerade_not=frozenset(ip_address(a) for a in masquerade_not),
     )
 
 
@@ -128,5 +132,7 @@ def plans(draw: st.DrawFn, ipip: bool = True, v6_via_v4: bool = False) -> HostPl
         forwarding=draw(st.sampled_from(((), (4,), (4, 6)))),
         ipip=(GATEWAY4,) if encapsulated else (),
         ipip_local="192.168.9.1" if encapsulated else None,
+        masquerade=draw(st.sampled_from(((), ("192.168.1.50/32", "fd00:7::/61")))),
+        masquerade_not=draw(st.sampled_from(((), ("192.168.1.50",)))),
         port=draw(st.sampled_from((51820, 51821))),
     )

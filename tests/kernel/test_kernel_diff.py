@@ -250,6 +250,12 @@ def test_ipip_comes_and_goes_with_its_routes() -> None:
         via("10.4.0.0/16", "192.168.9.2", Via.IPIP, "10.4.0.1"), ipip=("192.168.9.2",), ipip_local="192.168.9.1"
     )
     assert step(plan(), encapsulated) == [
+        # First the guard, then what it guards.
+        "nft 'add table inet kilo; delete table inet kilo; table inet kilo { counter ipip_accepted { }; "
+        "counter ipip_dropped { }; set ipip_nodes { type ipv4_addr; elements = { 192.168.9.2 }; }; "
+        "chain input { type filter hook input priority 0; policy accept; "
+        "meta l4proto 4 ip daddr 192.168.9.1 ip saddr @ipip_nodes counter name ipip_accepted accept; "
+        "meta l4proto 4 ip daddr 192.168.9.1 counter name ipip_dropped drop; }; }'",
         "ip link add kilo-ipip type ipip local 192.168.9.1",
         "ip link set kilo-ipip mtu 1420",
         "ip link set kilo-ipip up",
@@ -258,6 +264,7 @@ def test_ipip_comes_and_goes_with_its_routes() -> None:
     assert step(encapsulated, plan()) == [
         "ip route del 10.4.0.0/16 via 192.168.9.2 dev kilo-ipip proto 107 src 10.4.0.1 onlink",
         "ip link del kilo-ipip",
+        "nft delete table inet kilo",
     ]
 
 

@@ -452,7 +452,8 @@ class Daemon:
                 peers=len(plan.peers), routes=len(plan.routes), revision=snapshot.revision,
             )  # fmt: skip
         self._programmed = True
-        self._ready = decide.able_to_lead((failure.destination for failure in report.failures), snapshot.subnets)
+        missing = (failure.destination for failure in report.failures if not failure.aside)
+        self._ready = decide.able_to_lead(missing, snapshot.subnets)
         self._note_role(snapshot)
         self._publish(snapshot)
         applied, self._applied = self._applied, trio.Event()

@@ -2,7 +2,8 @@
 
 The order of the changes is make before break:
 
-1. the device, its addresses and MTU, and the IPIP device, so that nothing later lacks what it needs;
+1. the device, its addresses and MTU, our nftables table, and the IPIP device that it guards, so that nothing later
+   lacks what it needs;
 2. one run of WireGuard changes, which the kernel layer sends as one transaction: peers that come, and allowed IPs
    that move to a peer (which takes them from the peer that had them, with no moment in between);
 3. forwarding and the device up, then routes: added, or replaced by one message each;
@@ -22,6 +23,7 @@ from attrs import frozen
 
 from kilo_etcd.kernel.effect import apply_changes
 from kilo_etcd.kernel.errors import collision, shadow
+from kilo_etcd.kernel.firewall import table_for
 from kilo_etcd.kernel.state import (
     KERNEL_PROTOCOL,
     ROUTE_PROTOCOL,
@@ -48,6 +50,7 @@ from kilo_etcd.kernel.state import (
     StartUserspace,
     Target,
 )
+from kilo_etcd.kernel.table import DeleteTable, ReplaceTable
 from kilo_etcd.model import Endpoint, IPNetwork
 from kilo_etcd.topology.hostplan import HostPlan, PeerPlan, RoutePlan, Via
 from kilo_etcd.topology.segments import changes as changed_keys
@@ -95,6 +98,7 @@ def difference(
     changes = (
         *device,
         *_addresses(plan, base, target),
+        *_table(plan, base, target),
         *ipip,
         *_wireguard(plan, base, memory, target, settled),
         *_up(plan, base, target),
@@ -149,6 +153,12 @@ def _addresses(plan: HostPlan, observed: Observed, target: Target) -> Iterator[C
     for address in plan.addresses:
         if address not in observed.addresses:
             yield AddAddress(target.interface, address)
+
+
+def _table(plan: HostPlan, observed: Observed, target: Target) -> Iterator[Change]:
+    wanted = table_for(plan, target.interface)
+    if wanted is not None and wanted != observed.table:
+        yield ReplaceTable(wanted)
 
 
 def _ipip(plan: HostPlan, observed: Observed, target: Target) -> Iterator[Change]:
@@ -377,3 +387,5 @@ def _removals(plan: HostPlan, observed: Observed, target: Target) -> Iterator[Ch
             yield DeleteAddress(target.interface, address)
     if observed.ipip is not None and observed.ipip_ours and not plan.ipip_remotes:
         yield DeleteLink(target.ipip)
+    if observed.table is not None and table_for(plan, target.interface) is None:
+        yield DeleteTable(observed.table.name)

@@ -33,6 +33,7 @@ from kilo_etcd.kernel.state import (
     SetUp,
     StartUserspace,
 )
+from kilo_etcd.kernel.table import DeleteTable, ReplaceTable
 from kilo_etcd.model import IPNetwork
 
 _RouteTest = Callable[[Route], bool]
@@ -87,6 +88,7 @@ class _Effect:
         self._routes = dict(observed.routes)
         self._strays = list(observed.stray_routes)
         self._forwarding = set(observed.forwarding)
+        self._table = observed.table
 
     def make(self, change: Change) -> None:
         match change:
@@ -126,6 +128,10 @@ class _Effect:
                 self._strays = [stray for stray in self._strays if stray != route]
             case SetForwarding(family=family):
                 self._forwarding.add(family)
+            case ReplaceTable(table=table):
+                self._table = table
+            case DeleteTable():
+                self._table = None
             case _:
                 pass
 
@@ -142,6 +148,7 @@ class _Effect:
             ipip=self._ipip,
             ipip_local=self._ipip_local,
             forwarding=frozenset(self._forwarding),
+            table=self._table,
             memo=None if self._owner is None else _Owners(self._owner, self._peers),
         )
 

@@ -21,6 +21,7 @@ from kilo_etcd.kernel.state import (
     SetForwarding,
     SetUp,
 )
+from kilo_etcd.kernel.table import DeleteTable, ReplaceTable
 
 
 class KernelError(Exception):
@@ -41,10 +42,15 @@ NO_PERMISSION = (
 )
 
 
+_NO_NFTABLES = frozenset({errno.ENOENT, errno.EOPNOTSUPP, errno.EPROTONOSUPPORT, errno.EAFNOSUPPORT, errno.EINVAL})
+"""What a kernel says to a table of ours if it lacks nftables, a family, or an expression."""
+
+
 def failure(change: Change, error: OSError) -> Failure:
     """Why `change` could not be made, with the step that helps where one is known."""
     destination = change.route.destination if isinstance(change, AddRoute | ReplaceRoute | DeleteRoute) else None
-    return Failure(subject=str(change), text=_sentence(change, error), destination=destination)
+    aside = isinstance(change, ReplaceTable | DeleteTable)
+    return Failure(subject=str(change), text=_sentence(change, error), destination=destination, aside=aside)
 
 
 def _sentence(change: Change, error: OSError) -> str:
@@ -67,6 +73,12 @@ def _sentence(change: Change, error: OSError) -> str:
                 f"set net.ipv6.conf.{change.name}.disable_ipv6=0 or use an IPv4 mesh subnet"
             )
         return f"`{change}` was refused: {NO_PERMISSION}"
+    if isinstance(change, ReplaceTable) and code in _NO_NFTABLES:
+        lost = {"input": "IPIP is taken from anybody", "postrouting": "hosts without an agent do not answer the mesh"}
+        found = " and ".join(lost[chain.name] for chain in change.table.chains if chain.name in lost)
+        return (
+            f"this kernel lacks nftables or a part of it, so {found}: load the modules nf_tables, nft_nat and nft_masq"
+        )
     if isinstance(change, CreateLink) and change.kind == "ipip" and code in (errno.EOPNOTSUPP, errno.ENODEV):
         return "this kernel has no IPIP (module ipip): load it, or use --encapsulate never or --encapsulate wireguard"
     if isinstance(change, CreateLink) and change.kind == "ipip" and code == errno.EEXIST:

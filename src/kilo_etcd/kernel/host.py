@@ -14,6 +14,8 @@ from pathlib import Path
 
 from kilo_etcd.kernel import netlink, rtnetlink, sysctl, userspace, wireguard
 from kilo_etcd.kernel.errors import NO_PERMISSION, KernelError, NetlinkError, failure, taken
+from kilo_etcd.kernel.firewall import table_name
+from kilo_etcd.kernel.netfilter import Netfilter
 from kilo_etcd.kernel.netlink import Message
 from kilo_etcd.kernel.rtnetlink import FoundLink
 from kilo_etcd.kernel.state import (
@@ -47,6 +49,7 @@ from kilo_etcd.kernel.state import (
     WireGuardChange,
     ipip_name,
 )
+from kilo_etcd.kernel.table import DeleteTable, ReplaceTable
 from kilo_etcd.model import IPAddress, IPInterface, IPNetwork
 
 _CAP_NET_ADMIN = 12
@@ -93,6 +96,7 @@ class Host:
         self._record = Path(runtime_dir) / f"{interface}.sysctl.json"
         self._route = netlink.Socket(0)
         self._generic = wireguard.generic_socket()
+        self.netfilter = Netfilter()
         self.userspace = userspace.UserspaceDevice(uapi_dir, runtime_dir)
         self._kernel: wireguard.KernelDevice | None = None
         self._writes = 0
@@ -103,10 +107,13 @@ class Host:
     def close(self) -> None:
         self._route.close()
         self._generic.close()
+        self.netfilter.close()
 
     @property
     def writes(self) -> int:
-        return self._writes + self.userspace.writes + (self._kernel.writes if self._kernel else 0)
+        return (
+            self._writes + self.netfilter.writes + self.userspace.writes + (self._kernel.writes if self._kernel else 0)
+        )
 
     def choose(self, wanted: str, command: str) -> Backend:
         """Where WireGuard runs here: what is there already counts, then what the kernel can do."""
@@ -167,6 +174,7 @@ class Host:
             ipip_local=ipip.local if ipip else None,
             ipip_ours=ipip is None or ipip.link.kind == "ipip",
             forwarding=sysctl.forwarding(),
+            table=self.netfilter.read(table_name(self.interface)),
         )
 
     def _recognises(self, name: str, state: wireguard.DeviceState, routes: Iterable[Route]) -> bool:
@@ -396,6 +404,10 @@ class Host:
                 case RestoreSysctl():
                     self._writes += 1
                     sysctl.restore(change)
+                case ReplaceTable(table=table):
+                    self.netfilter.replace(table)
+                case DeleteTable(name=name):
+                    self.netfilter.delete(name)
                 case _:
                     raise TypeError(change)
         except OSError as error:
@@ -437,6 +449,8 @@ class Host:
             changes.append(DeleteLink(self.ipip))
         if observed.link is not None and observed.ours:
             changes.append(DeleteLink(self.interface))
+        if observed.table is not None:
+            changes.append(DeleteTable(observed.table.name))
         changes.extend(sysctl.to_restore(self._record))
         return tuple(changes)
 

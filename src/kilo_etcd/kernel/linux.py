@@ -8,6 +8,7 @@ not cancelled half way.
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -22,7 +23,9 @@ from kilo_etcd.kernel.diff import Difference, difference, remember, shadows
 from kilo_etcd.kernel.drift import Watch, concerns_the_host
 from kilo_etcd.kernel.effect import apply_changes
 from kilo_etcd.kernel.errors import NO_PERMISSION, KernelError, taken
+from kilo_etcd.kernel.firewall import table_name
 from kilo_etcd.kernel.host import Host, may_change_the_network
+from kilo_etcd.kernel.netfilter import Reports
 from kilo_etcd.kernel.netlink import Listener
 from kilo_etcd.kernel.state import (
     IPIP_OVERHEAD,
@@ -68,12 +71,13 @@ async def open_kernel(setup: Setup) -> AsyncIterator[Kernel]:
     public_key = public_key_of(raw(setup.private_key))
     host = Host(setup.interface, setup.uapi_dir, setup.runtime_dir, public_key=public_key)
     try:
-        listener = Listener(rtnetlink.GROUPS)
+        listener, reports = Listener(rtnetlink.GROUPS), Reports(table_name(setup.interface))
         try:
             backend = await _in_thread(lambda: host.choose(setup.wireguard, setup.userspace_command))
-            yield LinuxKernel(setup, host, listener, backend)
+            yield LinuxKernel(setup, host, listener, reports, backend)
         finally:
             listener.close()
+            reports.close()
     finally:
         host.close()
 
@@ -131,10 +135,11 @@ async def _in_thread(work: Callable[[], _T]) -> _T:
 class LinuxKernel:
     """See `kernel.api.Kernel`; made by `open_kernel`."""
 
-    def __init__(self, setup: Setup, host: Host, listener: Listener, backend: Backend) -> None:
+    def __init__(self, setup: Setup, host: Host, listener: Listener, reports: Reports, backend: Backend) -> None:
         self._setup = setup
         self._host = host
         self._listener = listener
+        self._reports = reports
         self._backend: Backend = backend
         self._public_key = public_key_of(raw(setup.private_key))
         self._lock = trio.Lock()
@@ -200,15 +205,20 @@ class LinuxKernel:
         self._wake = trio.Event()
         async with trio.open_nursery() as nursery:
 
-            async def readable() -> None:
-                await trio.lowlevel.wait_readable(self._listener.socket)
+            async def readable(source: socket.socket) -> None:
+                await trio.lowlevel.wait_readable(source)
                 nursery.cancel_scope.cancel()
 
-            nursery.start_soon(readable)
+            nursery.start_soon(readable, self._listener.socket)
+            if self._reports.socket is not None:
+                nursery.start_soon(readable, self._reports.socket)
             await self._wake.wait()
             nursery.cancel_scope.cancel()
 
     def _hear(self) -> None:
+        if (news := self._reports.news(self._host.netfilter.port)) is not None and self._plan is not None:
+            self._drift = news
+            self._observed = None
         while (events := self._listener.read()) != []:
             if events is None:
                 if self._plan is not None:
@@ -238,6 +248,7 @@ class LinuxKernel:
 
     def _read(self) -> Observed:
         self._listener.drain()
+        self._reports.news(0)
         self._mtus.clear()
         self._settled = None
         self._observed = self._observe_settled()

@@ -99,6 +99,16 @@ def messages(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
         offset += (length + 3) & ~3
 
 
+def _with_ports(data: bytes) -> Iterator[tuple[int, int, bytes]]:
+    offset = 0
+    while offset + 16 <= len(data):
+        length, kind, _, _, port = _HEADER.unpack_from(data, offset)
+        if length < 16:
+            return
+        yield kind, port, data[offset + 16 : offset + length]
+        offset += (length + 3) & ~3
+
+
 def _error(flags: int, body: bytes) -> NetlinkError | None:
     code = -struct.unpack_from("=i", body)[0]
     if code == 0:
@@ -110,7 +120,7 @@ def _error(flags: int, body: bytes) -> NetlinkError | None:
 
 
 class Socket:
-    """A netlink socket of one protocol (0: routing, 16: generic)."""
+    """A netlink socket of one protocol (0: routing, 12: netfilter, 16: generic)."""
 
     def __init__(self, protocol: int) -> None:
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
@@ -161,6 +171,27 @@ class Socket:
                     place = sequence - first
                     results[place] = _error(flags, body)
         return results
+
+    def transact(self, batch: Sequence[Message]) -> None:
+        """Send netfilter's messages between a begin and an end, done all or none. NetlinkError: the first refusal."""
+        first, last = self._sequence + 1, len(batch) - 2
+        parts: list[bytes] = []
+        for place, message in enumerate(batch):
+            self._sequence += 1
+            parts.append(self._frame(message, message.flags | (ACK if place == last else 0)))
+        self._socket.sendto(b"".join(parts), (0, 0))
+        while True:
+            for kind, flags, sequence, body in messages(self._receive()):
+                if kind == _NLMSG_ERROR and 0 <= sequence - first <= last + 1:
+                    if (error := _error(flags, body)) is not None:
+                        raise error
+                    if sequence - first == last:
+                        return
+
+    @property
+    def port(self) -> int:
+        """The kernel's number for this socket."""
+        return int(self._socket.getsockname()[0])
 
     def ask(self, requests: Sequence[Message]) -> list[bytes | NetlinkError]:
         """The body of the one answer to each request, or why it was refused, in the same order."""
@@ -233,8 +264,8 @@ class Socket:
 class Listener:
     """A socket that receives what the kernel reports to multicast groups; never blocks."""
 
-    def __init__(self, groups: Sequence[int]) -> None:
-        self.socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
+    def __init__(self, groups: Sequence[int], protocol: int = 0) -> None:
+        self.socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
         self.socket.setblocking(False)
         # SO_RCVBUFFORCE where we may: a burst of foreign routes then costs no resync.
         try:
@@ -247,6 +278,11 @@ class Listener:
 
     def read(self) -> list[tuple[int, bytes]] | None:
         """(type, body) of what is waiting; an empty list: nothing is; None: events were lost."""
+        events = self.read_from()
+        return None if events is None else [(kind, body) for kind, _, body in events]
+
+    def read_from(self) -> list[tuple[int, int, bytes]] | None:
+        """As `read`, with the number of the socket that caused each event: (type, port, body)."""
         try:
             data = self.socket.recv(1 << 18)
         except BlockingIOError:
@@ -255,7 +291,7 @@ class Listener:
             if error.errno == errno.ENOBUFS:
                 return None
             raise
-        return [(kind, body) for kind, _, _, body in messages(data)]
+        return list(_with_ports(data))
 
     def drain(self) -> None:
         """Forget what is waiting: the state is about to be read."""

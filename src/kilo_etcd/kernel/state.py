@@ -13,6 +13,7 @@ from typing import Literal, TypeAlias
 
 from attrs import evolve, field, frozen
 
+from kilo_etcd.kernel.table import DeleteTable, ReplaceTable, Table
 from kilo_etcd.model import DEFAULT_INTERFACE, Endpoint, IPAddress, IPInterface, IPNetwork
 
 ROUTE_PROTOCOL = 107
@@ -128,6 +129,8 @@ class Observed:
     ipip_local: IPAddress | None = None
     ipip_ours: bool = True
     forwarding: frozenset[int] = frozenset()
+    table: Table | None = None
+    """The nftables table of our name."""
     memo: object = field(default=None, eq=False, repr=False)
     """What `kernel.effect` needs to compute the next state from this one; it means nothing to anyone else."""
 
@@ -332,9 +335,9 @@ class RestoreSysctl:
 LinkChange: TypeAlias = CreateLink | StartUserspace | DeleteLink | SetMtu | SetUp
 WireGuardChange: TypeAlias = SetDevice | SetPeer | RemovePeer
 RouteChange: TypeAlias = AddRoute | ReplaceRoute | DeleteRoute
-Change: TypeAlias = (
-    LinkChange | AddAddress | DeleteAddress | WireGuardChange | RouteChange | SetForwarding | RestoreSysctl
-)
+TableChange: TypeAlias = ReplaceTable | DeleteTable
+SysctlChange: TypeAlias = SetForwarding | RestoreSysctl
+Change: TypeAlias = LinkChange | AddAddress | DeleteAddress | WireGuardChange | RouteChange | SysctlChange | TableChange
 
 
 @frozen(kw_only=True)
@@ -346,6 +349,8 @@ class Failure:
     text: str
     destination: IPNetwork | None = None
     """Where nothing but the route to this network is missing."""
+    aside: bool = False
+    """The mesh itself works without it."""
 
     def __str__(self) -> str:
         return self.text

@@ -41,6 +41,7 @@ from kilo_etcd.kernel.state import (
     Target,
     ipip_name,
 )
+from kilo_etcd.kernel.table import DeleteTable, ReplaceTable
 from kilo_etcd.kernel.userspace import public_key_of
 from kilo_etcd.kernel.wireguard import raw
 from kilo_etcd.model import Endpoint
@@ -93,6 +94,8 @@ class FakeHost:
             changes.append(DeleteLink(ipip_name(interface)))
         if self.observed.link is not None and self.observed.ours:
             changes.append(DeleteLink(interface))
+        if self.observed.table is not None:
+            changes.append(DeleteTable(self.observed.table.name))
         self.observed = apply_changes(self.observed, changes, interface)
         self.history.extend(changes)
         return tuple(changes)
@@ -195,4 +198,5 @@ async def open_fake_kernel(host: FakeHost, setup: Setup, *, delay: float = 0.0) 
 
 def _failure(change: Change, why: str) -> Failure:
     destination = change.route.destination if isinstance(change, AddRoute | ReplaceRoute | DeleteRoute) else None
-    return Failure(subject=str(change), text=why, destination=destination)
+    aside = isinstance(change, ReplaceTable | DeleteTable)
+    return Failure(subject=str(change), text=why, destination=destination, aside=aside)

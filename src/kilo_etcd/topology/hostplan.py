@@ -85,6 +85,11 @@ class HostPlan:
     ipip_remotes: frozenset[IPAddress] = frozenset()
     """Nodes of the location that IPIP packets are exchanged with; empty: no IPIP device is needed."""
     ipip_local: IPAddress | None = None
+    masquerade: tuple[IPNetwork, ...] = ()
+    """Networks of the location to which this host forwards what comes out of the tunnel, in its own name: who is there
+    runs no agent and would not know how to answer."""
+    masquerade_not: frozenset[IPAddress] = frozenset()
+    """Addresses within them that do know: members of this host's segment."""
     problems: tuple[Problem, ...] = ()
     memo: object = field(default=None, eq=False, repr=False)
     """What `topology.plan` needs to compute the next plan from this one; it means nothing to anyone else."""

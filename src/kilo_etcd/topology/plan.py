@@ -95,6 +95,8 @@ def host_plan(topology: Topology, name: str, previous: HostPlan | None = None) -
         forwarding=frozenset(families),
         ipip_remotes=frozenset(local.ipip_remotes),
         ipip_local=local.ipip_local if local.ipip_remotes else None,
+        masquerade=local.masquerade(),
+        masquerade_not=local.masquerade_not(),
         problems=tuple(sorted(problems, key=lambda problem: (problem.subject, problem.text))),
         memo=_Memo(name=name, topology=topology, remote=remote),
     )
@@ -152,6 +154,19 @@ class _Local:
                 self._bond(node, networks, remote)
             self._neighbour(node, networks)
 
+    def masquerade(self) -> tuple[IPNetwork, ...]:
+        """The location's networks, where this host is the one that forwards to them."""
+        return self.segment.location_networks if self.leader is None else ()
+
+    def masquerade_not(self) -> frozenset[IPAddress]:
+        """The addresses among them whose answers come back through this host anyway: its segment's members, as far as
+        they send them over the location's network."""
+        networks = self.masquerade()
+        if not networks:
+            return frozenset()
+        members = (node for node in self.segment.members if node.name != self.own.name and not bonded(self.own, node))
+        return frozenset(ip.ip for node in members for ip in node.internal_ips if _within(ip.ip, networks))
+
     def _neighbour(self, node: Node, networks: tuple[IPNetwork, ...]) -> None:
         hops = {version: hop(self.own, node, version) for version in self.outward}
         for address in node.mesh_addresses:
@@ -196,6 +211,10 @@ class _Local:
             self.routes[destination] = RoutePlan(
                 destination=destination, way=way.way, gateway=way.gateway, source=source
             )
+
+
+def _within(address: IPAddress, networks: Iterable[IPNetwork]) -> bool:
+    return any(network.version == address.version and address in network for network in networks)
 
 
 def _interface(address: IPAddress) -> IPInterface:

@@ -20,6 +20,10 @@ def render(plan: HostPlan) -> str:
     if plan.ipip_remotes:
         remotes = " ".join(str(ip) for ip in sorted(plan.ipip_remotes, key=lambda ip: (ip.version, int(ip))))
         lines.append(f"ipip local {plan.ipip_local} remote {remotes}")
+    if plan.masquerade:
+        text = "masquerade to " + ",".join(map(str, plan.masquerade))
+        nodes = sorted(plan.masquerade_not, key=lambda ip: (ip.version, int(ip)))
+        lines.append(text + (f" but not to {','.join(map(str, nodes))}" if nodes else ""))
     lines += [f"problem {problem.subject}: {problem.text}" for problem in plan.problems]
     return "\n".join(lines) + "\n"
 

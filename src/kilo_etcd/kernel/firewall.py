@@ -1,0 +1,98 @@
+"""The packet filter's part of a plan: one nftables table of our own as a frozen value, and as text that `nft` reads.
+
+The table is replaced whole, in one transaction, and only where it differs from what is there. It says two things:
+
+* IPIP, which carries no proof of where it comes from, is taken from the nodes that the plan exchanges it with and from
+  nobody else;
+* what comes out of the tunnel for a location's network (a printer that runs no agent) is masqueraded by the host that
+  forwards it there, so that the answer finds its way back. The location's nodes have routes and need none of that,
+  nor do networks behind a node; what this host sends itself, to etcd for instance, is never touched.
+
+Nothing is opened here: an `accept` of ours does not take back a `drop` of another table.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from kilo_etcd.kernel import nftables as nft
+from kilo_etcd.kernel.table import AddressSet, Chain, Rule, Table
+from kilo_etcd.model import DEFAULT_INTERFACE
+from kilo_etcd.topology.hostplan import HostPlan
+
+IPIP_PROTOCOL = 4
+"""IANA's number for IPv4 in IPv4."""
+
+
+def table_name(interface: str) -> str:
+    """The table (family inet) that belongs to a WireGuard interface."""
+    if interface == DEFAULT_INTERFACE:
+        return "kilo"
+    # nftables' names are plain words, those of interfaces nearly anything.
+    return "kilo-" + re.sub(r"[^A-Za-z0-9_.-]", lambda found: f"_{ord(found[0]):x}", interface)
+
+
+def table_for(plan: HostPlan, interface: str) -> Table | None:
+    """The table that a plan asks for; None where it needs none."""
+    chains: list[Chain] = []
+    sets: list[AddressSet] = []
+    rules: list[Rule] = []
+    if plan.ipip_remotes and plan.ipip_local is not None:
+        chains.append(Chain(name="input", kind="filter", hook="input", priority=0))
+        sets.append(AddressSet(name="ipip_nodes", version=4, addresses=plan.ipip_remotes))
+        to_us = (*nft.match_protocol(IPIP_PROTOCOL), *nft.match_address(plan.ipip_local, "daddr"))
+        text = f"meta l4proto {IPIP_PROTOCOL} ip daddr {plan.ipip_local}"
+        rules += (
+            Rule(
+                chain="input",
+                expressions=(*to_us, *nft.match_set("ipip_nodes", 4, "saddr"), *nft.count("ipip_accepted"), nft.ACCEPT),
+                text=f"{text} ip saddr @ipip_nodes counter name ipip_accepted accept",
+            ),
+            Rule(
+                chain="input",
+                expressions=(*to_us, *nft.count("ipip_dropped"), nft.DROP),
+                text=f"{text} counter name ipip_dropped drop",
+            ),
+        )
+    if plan.masquerade:
+        chains.append(Chain(name="postrouting", kind="nat", hook="postrouting", priority=100))
+        rules += _masquerade(plan, interface, sets)
+    if not rules:
+        return None
+    counters = [name for name in ("ipip_accepted", "ipip_dropped", "masqueraded") if _counted(rules, name)]
+    return Table(
+        name=table_name(interface), chains=tuple(chains), sets=tuple(sets), counters=tuple(counters),
+        rules=tuple(rules),
+    )  # fmt: skip
+
+
+def _masquerade(plan: HostPlan, interface: str, sets: list[AddressSet]) -> Iterable[Rule]:
+    inbound = nft.match_interface("iifname", interface)
+    text = f'iifname "{interface}"'
+    for version in (4, 6):
+        nodes = frozenset(address for address in plan.masquerade_not if address.version == version)
+        if nodes:
+            family = "ip" if version == 4 else "ip6"
+            sets.append(AddressSet(name=f"nodes{version}", version=version, addresses=nodes))
+            yield Rule(
+                chain="postrouting",
+                expressions=(*inbound, *nft.match_set(f"nodes{version}", version, "daddr"), nft.RETURN),
+                text=f"{text} {family} daddr @nodes{version} return",
+            )
+    outbound = nft.match_interface("oifname", interface, equal=False)
+    text += f' oifname != "{interface}"'
+    for network in plan.masquerade:
+        family = "ip" if network.version == 4 else "ip6"
+        yield Rule(
+            chain="postrouting",
+            expressions=(
+                *inbound, *outbound, *nft.match_network(network, "daddr"), *nft.count("masqueraded"), nft.MASQUERADE
+            ),
+            text=f"{text} {family} daddr {network} counter name masqueraded masquerade",
+        )  # fmt: skip
+
+
+def _counted(rules: Iterable[Rule], name: str) -> bool:
+    (wanted,) = nft.count(name)
+    return any(wanted in rule.expressions for rule in rules)

@@ -1,0 +1,228 @@
+"""Our nftables table: what it says, that the kernel holds what it says, and that `nft` reads our text alike."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from ipaddress import ip_address
+
+import pytest
+import trio
+from attrs import evolve
+from kernel_worlds import PRIVATE, TARGET, host_with, lines, plan
+
+from kilo_etcd.kernel import Memory, Setup, cleanup, diff, open_kernel
+from kilo_etcd.kernel.errors import failure
+from kilo_etcd.kernel.firewall import table_for, table_name
+from kilo_etcd.kernel.netfilter import Netfilter
+from kilo_etcd.kernel.table import ReplaceTable, Rule, Table
+from kilo_etcd.testing.fake_kernel import FakeHost, open_fake_kernel
+from kilo_etcd.topology.hostplan import HostPlan
+
+LOCATION = plan(
+    masquerade=("192.168.1.50/32", "192.168.16.0/20", "10.0.0.0/7", "fd00:7::/61"),
+    masquerade_not=("192.168.16.2", "fd00:7::2"),
+)
+ENCAPSULATED = evolve(
+    LOCATION,
+    ipip_remotes=frozenset({ip_address("192.168.9.2"), ip_address("192.168.8.2")}),
+    ipip_local=ip_address("192.168.9.1"),
+)
+
+
+def table(wanted: HostPlan, interface: str = "kilo0") -> Table:
+    found = table_for(wanted, interface)
+    assert found is not None
+    return found
+
+
+def nft(*words: str) -> str:
+    return subprocess.run(["nft", *words], check=True, capture_output=True, text=True).stdout
+
+
+# -- what is decided: pure ------------------------------------------------------------------------------------
+
+
+def test_a_plan_that_needs_no_rules_has_no_table() -> None:
+    assert table_for(plan(), "kilo0") is None
+    assert diff(plan(), host_with(plan()), Memory(), TARGET) == ()
+
+
+def test_ipip_is_taken_from_the_nodes_named_and_from_nobody_else() -> None:
+    rules = [rule.text for rule in table(ENCAPSULATED).rules if rule.chain == "input"]
+    assert rules == [
+        "meta l4proto 4 ip daddr 192.168.9.1 ip saddr @ipip_nodes counter name ipip_accepted accept",
+        "meta l4proto 4 ip daddr 192.168.9.1 counter name ipip_dropped drop",
+    ]
+    (nodes, *_) = table(ENCAPSULATED).sets
+    assert nodes.addresses == {ip_address("192.168.9.2"), ip_address("192.168.8.2")}
+
+
+def test_what_comes_out_of_the_tunnel_for_the_locations_network_is_masqueraded_but_to_nodes() -> None:
+    assert [rule.text for rule in table(LOCATION).rules] == [
+        'iifname "kilo0" ip daddr @nodes4 return',
+        'iifname "kilo0" ip6 daddr @nodes6 return',
+        'iifname "kilo0" oifname != "kilo0" ip daddr 192.168.1.50/32 counter name masqueraded masquerade',
+        'iifname "kilo0" oifname != "kilo0" ip daddr 192.168.16.0/20 counter name masqueraded masquerade',
+        'iifname "kilo0" oifname != "kilo0" ip daddr 10.0.0.0/7 counter name masqueraded masquerade',
+        'iifname "kilo0" oifname != "kilo0" ip6 daddr fd00:7::/61 counter name masqueraded masquerade',
+    ]
+
+
+def test_the_table_is_named_after_the_interface() -> None:
+    assert table_name("kilo0") == "kilo"
+    assert table_name("wg-home.1") == "kilo-wg-home.1"
+    assert table_name("wg 1;flush") == "kilo-wg_201_3bflush"
+
+
+def test_the_table_is_replaced_only_where_it_differs() -> None:
+    host = host_with(ENCAPSULATED)
+    assert diff(ENCAPSULATED, host, Memory(), TARGET) == ()
+    fewer = evolve(ENCAPSULATED, ipip_remotes=frozenset({ip_address("192.168.9.2")}))
+    assert [type(change) for change in diff(fewer, host, Memory(), TARGET)] == [ReplaceTable]
+    assert lines(diff(plan(), host, Memory(), TARGET))[-1] == "nft delete table inet kilo"
+
+
+def test_a_rule_that_somebody_added_is_a_difference() -> None:
+    host = host_with(LOCATION)
+    assert host.table is not None
+    more = evolve(host.table, rules=(*host.table.rules, Rule(chain="postrouting", expressions=(("counter", ()),))))
+    assert [type(c) for c in diff(LOCATION, evolve(host, table=more), Memory(), TARGET)] == [ReplaceTable]
+
+
+def test_a_kernel_without_nftables_is_one_sentence_and_the_host_may_lead_all_the_same() -> None:
+    said = failure(ReplaceTable(table(ENCAPSULATED)), OSError(95, "Operation not supported"))
+    assert said.aside
+    assert said.text == (
+        "this kernel lacks nftables or a part of it, so IPIP is taken from anybody and hosts without an agent do not "
+        "answer the mesh: load the modules nf_tables, nft_nat and nft_masq"
+    )
+
+
+async def test_the_kernel_in_memory_has_a_table_too() -> None:
+    host = FakeHost()
+    host.refuse = lambda change: "no" if isinstance(change, ReplaceTable) else None
+    async with open_fake_kernel(host, Setup(private_key=PRIVATE)) as kernel:
+        (refusal,) = (await kernel.apply(LOCATION)).failures
+        assert refusal.aside
+        host.refuse = lambda change: None
+        await kernel.apply(LOCATION)
+        assert host.observed.table == table(LOCATION)
+        assert (await kernel.apply(LOCATION)).changes == ()
+    assert "nft delete table inet kilo" in lines(host.cleanup())
+
+
+# -- what the kernel holds ------------------------------------------------------------------------------------
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("own_namespaces")
+def test_the_kernel_gives_back_what_it_was_given_and_nft_reads_our_text_alike() -> None:
+    netfilter = Netfilter()
+    assert netfilter.read("kilo") is None
+    for wanted in (LOCATION, ENCAPSULATED, evolve(ENCAPSULATED, masquerade=())):
+        netfilter.replace(table(wanted))
+        assert netfilter.read("kilo") == table(wanted)
+    netfilter.replace(table(ENCAPSULATED))
+    ours = nft("list", "table", "inet", "kilo")
+    nft("delete", "table", "inet", "kilo")
+    nft(str(ReplaceTable(table(ENCAPSULATED))).removeprefix("nft '").removesuffix("'"))
+    assert nft("list", "table", "inet", "kilo") == ours
+    odd = table(LOCATION, "wg 1;flush")
+    netfilter.replace(odd)
+    assert netfilter.read(odd.name) == odd
+    netfilter.delete("kilo")
+    netfilter.delete("kilo")
+    assert nft("list", "tables").split() == ["table", "inet", odd.name]
+    netfilter.close()
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("own_namespaces")
+def test_thousands_of_nodes_fit_one_transaction() -> None:
+    many = frozenset(ip_address(0x0A000001 + number) for number in range(5000))
+    wanted = table(evolve(ENCAPSULATED, ipip_remotes=many))
+    netfilter = Netfilter()
+    netfilter.replace(wanted)
+    assert netfilter.read("kilo") == wanted
+    netfilter.close()
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("own_namespaces")
+@pytest.mark.parametrize(
+    "harm",
+    [
+        "flush ruleset",
+        "delete table inet kilo",
+        "flush chain inet kilo postrouting",
+        "insert rule inet kilo postrouting return",
+        "delete element inet kilo nodes4 { 192.168.16.2 }",
+        "add chain inet kilo more { type filter hook forward priority 0; policy drop; }",
+    ],
+)
+async def test_a_table_that_somebody_changes_is_repaired(harm: str) -> None:
+    async with open_kernel(Setup(private_key=PRIVATE)) as kernel:
+        report = await kernel.apply(LOCATION)
+        assert report.failures == ()
+        nft("add table inet other; add chain inet other kilo")
+        async with trio.open_nursery() as nursery:
+
+            @nursery.start_soon
+            async def harmed() -> None:
+                nft(harm)
+
+            with trio.fail_after(5):
+                assert await kernel.wait_drift() == "nftables table inet kilo was changed"
+        report = await kernel.apply(LOCATION, fresh=True)
+        assert [type(change) for change in report.changes] == [ReplaceTable]
+        # Neither our own change nor somebody's own table is news.
+        nft("add table inet other; add chain inet other more")
+        with trio.move_on_after(0.2) as waited:
+            await kernel.wait_drift()
+        assert waited.cancelled_caught
+        writes = kernel.writes
+        assert (await kernel.apply(LOCATION, fresh=True)).changes == ()
+        assert kernel.writes == writes
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("own_namespaces")
+async def test_a_new_agent_adopts_the_table_and_cleanup_removes_it_alone() -> None:
+    nft("add table inet other")
+    async with open_kernel(Setup(private_key=PRIVATE)) as kernel:
+        await kernel.apply(LOCATION)
+    async with open_kernel(Setup(private_key=PRIVATE)) as kernel:
+        assert (await kernel.apply(LOCATION)).changes == ()
+        assert lines((await kernel.apply(plan())).changes) == ["nft delete table inet kilo"]
+        await kernel.apply(LOCATION)
+    assert "nft delete table inet kilo" in lines(await cleanup("kilo0"))
+    assert nft("list", "tables").split() == ["table", "inet", "other"]
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("own_namespaces")
+def test_ipip_from_a_stranger_is_dropped_and_counted() -> None:
+    """Two hosts on a wire; IPIP is a header, which a raw socket writes."""
+
+    def sh(command: str) -> None:
+        subprocess.run(command, shell=True, check=True)
+
+    sh(
+        "mount -t tmpfs none /run/netns 2>/dev/null || mkdir -p /run/netns; ip netns add far && "
+        "ip link add wire type veth peer name wire netns far && ip address add 192.168.9.1/24 dev wire && "
+        "ip link set wire up && for last in 2 3; do ip -n far address add 192.168.9.$last/24 dev wire; done && "
+        "ip -n far link set wire up"
+    )
+    netfilter = Netfilter()
+    netfilter.replace(table(evolve(ENCAPSULATED, masquerade=())))
+    send = (
+        "import socket; s = socket.socket(socket.AF_INET, socket.SOCK_RAW, 4); s.bind(('{}', 0)); "
+        "s.sendto(bytes(20), ('192.168.9.1', 0))"
+    )
+    for source in ("192.168.9.2", "192.168.9.3", "192.168.9.3"):
+        sh(f'ip netns exec far python3 -c "{send.format(source)}"')
+    found = json.loads(nft("-j", "list", "counters", "table", "inet", "kilo"))["nftables"]
+    counted = {item["counter"]["name"]: item["counter"]["packets"] for item in found if "counter" in item}
+    assert counted == {"ipip_accepted": 1, "ipip_dropped": 2}
+    netfilter.close()
