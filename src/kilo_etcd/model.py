@@ -163,6 +163,8 @@ class Node:
     public_key: str
     location: str = DEFAULT_LOCATION
     endpoint: Endpoint | None = None
+    more_endpoints: tuple[Endpoint, ...] = ()
+    """Endpoints in families that `endpoint` is not in; at most one per family, addresses only."""
     internal_ips: tuple[IPInterface, ...] = ()
     mesh_addresses: tuple[IPAddress, ...] = ()
     port: int = DEFAULT_PORT
@@ -184,6 +186,19 @@ class Node:
         if self.leader_wanted:
             return CandidateClass.ANNOTATED_PUBLIC if public else CandidateClass.ANNOTATED
         return CandidateClass.PUBLIC if public else CandidateClass.REST
+
+    @property
+    def endpoints(self) -> tuple[Endpoint, ...]:
+        """All endpoints, the one that the node puts first first."""
+        return self.more_endpoints if self.endpoint is None else (self.endpoint, *self.more_endpoints)
+
+    def endpoint_in(self, version: int) -> Endpoint | None:
+        """The node's endpoint with an address of family 4 or 6."""
+        return next((one for one in self.endpoints if one.address and one.address.version == version), None)
+
+    def public_in(self, version: int) -> bool:
+        """Whether others can be expected to reach the node from anywhere in family 4 or 6."""
+        return any(one.public for one in self.endpoints if one.address is None or one.address.version == version)
 
     def internal_ip(self, version: int) -> IPInterface | None:
         """The node's address on its location's network in family 4 or 6."""

@@ -53,6 +53,15 @@ def test_the_lower_key_speaks_at_once_and_the_higher_waits() -> None:
     assert high.due == 100.0 + STAGES[0]
 
 
+def test_who_can_be_reached_in_the_pairs_family_counts() -> None:
+    # In the family that both have, the higher one is behind NAT: nobody else can speak first.
+    low = node("low", LOW, 1)
+    high = evolve(node("high", HIGH, 2, "[2001:db8::2]:51820"), more_endpoints=(Endpoint.parse("192.168.0.2:51820"),))
+    _, _, contact = meet(world(low, high), "high")
+    assert contact.plan.peers[LOW].endpoint == low.endpoint
+    assert contact.speak_to == {LOW: ip_address("10.4.0.1")}
+
+
 def test_the_higher_is_told_the_endpoint_and_speaks_when_its_time_has_come() -> None:
     snapshot = world()
     plan, since, first = meet(snapshot, "high")

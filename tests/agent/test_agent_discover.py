@@ -324,6 +324,41 @@ def test_what_is_chosen_and_why(case: Case) -> None:
     assert case.because in "\n".join(chosen.reasons)
 
 
+V6_ONLY = facts(address("eth0", "2001:db8::5/64"), ways=(default("eth0", "fe80::1"),))
+ULA = facts(address("eth0", "203.0.113.5/24"), address("eth0", "fd00::5/64"), ways=(default("eth0", "203.0.113.1"),))
+
+
+@pytest.mark.parametrize(
+    ("found", "args", "endpoints"),
+    [
+        (DUAL, {}, ["[2001:db8::5]:51820", "10.1.0.5:51820"]),
+        (DUAL, {"prioritise_private": True}, ["10.1.0.5:51820", "[fd00:1::5]:51820"]),
+        (DUAL, {"forced_endpoint": Endpoint.parse("198.51.100.7:1")}, ["198.51.100.7:1", "[2001:db8::5]:51820"]),
+        (
+            DUAL,
+            {"forced_endpoint": Endpoint.parse("vpn.example.org:1")},
+            ["vpn.example.org:1", "10.1.0.5:51820", "[2001:db8::5]:51820"],
+        ),
+        (V6_ONLY, {}, ["[2001:db8::5]:51820"]),
+        # A private network without a way out is nowhere for other sites.
+        (ULA, {}, ["203.0.113.5:51820"]),
+        (TWO_LEGS, {}, ["203.0.113.5:51820"]),
+    ],
+)
+def test_an_endpoint_per_family(found: HostFacts, args: dict[str, Any], endpoints: list[str]) -> None:
+    chosen = choose_addresses(found, **args)
+    assert [str(one) for one in (chosen.endpoint, *chosen.more_endpoints)] == endpoints
+    for one in chosen.more_endpoints:
+        assert f"further endpoint {one}" in "\n".join(chosen.reasons)
+
+
+def test_the_families_of_a_host_are_those_of_its_default_routes_or_else_of_its_networks() -> None:
+    assert DUAL.families() == {4, 6}
+    assert ULA.families() == {4}
+    assert facts(address("eth0", "10.0.3.7/24")).families() == {4}
+    assert facts().families() == frozenset()
+
+
 def test_the_flags_reach_the_choice() -> None:
     config = AgentConfig.build(hostname="node-1", port="777", internal_cidr="203.0.113.0/24", endpoint="x.example")
     chosen = choose(TWO_LEGS, config)

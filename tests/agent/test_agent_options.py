@@ -10,7 +10,14 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from kilo_etcd.agent.config import AgentConfig, ListenAddress, WireGuardKind, parse_duration
+from kilo_etcd.agent.config import (
+    AgentConfig,
+    ListenAddress,
+    WireGuardKind,
+    parse_duration,
+    parse_subnets,
+    too_small_for,
+)
 from kilo_etcd.agent.options import agent_flags, agent_options, all_flags, etcd_config, etcd_options, prefix_option
 from kilo_etcd.etcd.api import Config, Tls
 from kilo_etcd.model import Encapsulate, Endpoint, Granularity
@@ -292,3 +299,13 @@ def test_durations_are_written_as_in_go(text: str, seconds: float) -> None:
 def test_what_is_no_duration_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="no duration"):
         parse_duration(text)
+
+
+def test_an_mtu_below_what_ipv6_needs_is_refused_with_an_ipv6_mesh() -> None:
+    four, six = parse_subnets("10.4.0.0/16"), parse_subnets("10.4.0.0/16,fd00:4::/64")
+    assert too_small_for(1279, four) is None
+    assert too_small_for(None, six) is None
+    assert too_small_for(1280, six) is None
+    reason = too_small_for(1279, six) or ""
+    assert "--mtu 1279 is too small" in reason
+    assert "fd00:4::/64" in reason

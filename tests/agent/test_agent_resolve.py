@@ -60,6 +60,17 @@ def test_a_name_that_is_not_resolved_costs_one_peer_its_endpoint_and_is_named() 
     assert resolve_plan(given, {"b.example": (B,)}).problems == given.problems
 
 
+def test_of_a_names_addresses_the_first_of_a_family_that_the_host_has_is_taken() -> None:
+    given = plan(a="a.example:777")
+    table = {"a.example": (C, A)}
+    for families, address in (({4}, A), ({6}, C), ({4, 6}, C)):
+        done = resolve_plan(given, table, families=families)
+        assert done.peers["key-a"].endpoint == Endpoint(address, 777)
+    done = resolve_plan(given, {"a.example": (C,)}, families={4})
+    assert done.peers["key-a"].endpoint is None
+    assert "no common address family with a" in done.problems[-1].text
+
+
 def test_the_hosts_of_etcds_endpoints() -> None:
     given = ("https://etcd.example:2379", "[2001:db8::3]:2379", "198.51.100.1:2379", "http://b.example", "lone")
     assert endpoint_hosts(given) == ("etcd.example", C, A, "b.example", "lone")

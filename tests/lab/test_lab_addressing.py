@@ -16,6 +16,7 @@ from kilo_etcd.lab.addressing import (
     router_firewall,
     site_cut_script,
     sysctls,
+    wire_command,
 )
 from kilo_etcd.model import is_public
 
@@ -125,3 +126,24 @@ def test_a_subnet_that_is_too_small_is_refused() -> None:
     hosts = tuple(HostSpec(name=f"h{i}") for i in range(14))
     with pytest.raises(SpecError, match="no address left for host h13"):
         lay_out(Spec(sites=(SiteSpec(name="a", hosts=hosts, subnets=("10.0.0.0/28",)),)))
+
+
+def test_a_host_of_one_family_in_a_lab_of_both() -> None:
+    hosts = (HostSpec(name="four", families=("ipv4",)), HostSpec(name="six", public=True, families=("ipv6",)))
+    layout = lay_out(Spec(sites=(SiteSpec(name="dc", hosts=hosts),), families=("ipv4", "ipv6")))
+    assert [line for line in interface_commands(layout, "four") if ":" in line] == []
+    assert interface_commands(layout, "six") == [
+        "link set lo up",
+        "addr add fd00:101::c/64 dev eth0 nodad",
+        "addr add 2001:db8:1::1/128 dev eth0 nodad",
+        "link set eth0 up",
+        "route add ::/0 via fd00:101::1 dev eth0 src 2001:db8:1::1",
+    ]
+    assert layout.endpoints_for("six") == ("http://[2001:db8:2::1]:2379",)
+    assert layout.endpoints_for("four") == layout.endpoints_for("operator") == ("http://192.0.2.1:2379",)
+
+
+def test_a_site_of_a_smaller_mtu() -> None:
+    layout = lay_out(Spec(sites=(SiteSpec(name="dsl", hosts=(HostSpec(name="attic"),), mtu=1400),)))
+    pids = dict.fromkeys(layout.machines, 7)
+    assert [wire_command(wire, pids).count(" mtu 1400") for wire in layout.wires] == [0, 0, 2, 2]

@@ -46,6 +46,29 @@ def test_a_node_is_joined_from_its_record_label_annotations_and_address() -> Non
     assert (node.location, node.internal_ips, node.leader_wanted) == ("home", (), False)
 
 
+def test_a_forced_endpoint_takes_the_place_of_its_familys_and_leaves_the_other() -> None:
+    world = World()
+    six, four = Endpoint.parse("[2001:db8::7]:51820"), Endpoint.parse("203.0.113.1:51820")
+    world.node("a", "10.4.0.1", more_endpoints=(six,))
+    assert world.view.snapshot().nodes["a"].endpoints == (four, six)
+    for text, expected in {
+        "198.51.100.9:1": ("198.51.100.9:1", "[2001:db8::7]:51820"),
+        "[2001:db8::9]": ("[2001:db8::9]:51820", "203.0.113.1:51820"),
+        "vpn.example.org": ("vpn.example.org:51820", "203.0.113.1:51820", "[2001:db8::7]:51820"),
+        "": ("203.0.113.1:51820", "[2001:db8::7]:51820"),
+    }.items():
+        world.put(KEYS.annotation("a", "force-endpoint"), text)
+        assert tuple(map(str, world.view.snapshot().nodes["a"].endpoints)) == expected
+    assert world.aside == {}
+
+
+def test_a_further_endpoint_that_is_no_address_is_named() -> None:
+    world = World()
+    value = encode(record("a")).decode()
+    world.put(KEYS.node("a"), value[:-1] + ',"moreEndpoints":["vpn.example.org:51820"]}')
+    assert "moreEndpoints" in world.aside[KEYS.node("a")]
+
+
 def test_an_empty_label_is_a_label() -> None:
     world = World()
     world.node("a", "10.4.0.1", location="home")

@@ -24,6 +24,7 @@ def node(
     subnets: str = "",
     location_ips: str = "",
     mesh: tuple[str, ...] | None = None,
+    also: str | None = None,
     **rest: Any,
 ) -> Node:
     """Node `number` has mesh address 10.4.0.number and was registered at revision `number`."""
@@ -33,6 +34,7 @@ def node(
         public_key=f"key-{name}",
         location=location,
         endpoint=None if endpoint is None else Endpoint.parse(endpoint, 51820),
+        more_endpoints=() if also is None else (Endpoint.parse(also, 51820),),
         internal_ips=tuple(ip_interface(text) for text in internal),
         mesh_addresses=tuple(ip_address(text) for text in mesh or (f"10.4.0.{number}",)),
         subnets=tuple(ip_network(text) for text in subnets.split()),
@@ -65,6 +67,11 @@ def snapshot(
         peers={peer.name: peer for peer in peers},
         **{"revision": 7, "subnets": (MESH,), **rest},
     )
+
+
+def pair(number: str) -> tuple[str, str]:
+    """Mesh addresses in both families."""
+    return f"10.4.0.{number}", f"fd00:4::{number}"
 
 
 def plans(world: Snapshot) -> dict[str, HostPlan]:
@@ -108,11 +115,12 @@ WORLDS = {
     "ipip-never": snapshot([evolve(n, encapsulate=Encapsulate.NEVER) for n in SIX[:3]]),
     "dual-stack": snapshot(
         [
-            node("a1", 1, "a", ("10.0.0.1/24", "fd00:a::1/64"), "203.0.113.1", mesh=("10.4.0.1", "fd00:4::1")),
+            node("a1", 1, "a", ("10.0.0.1/24", "fd00:a::1/64"), "203.0.113.1", also="[2001:db8::a1]", mesh=pair("1")),
             node("a2", 2, "a", ("10.0.0.2/24", "fd00:a::2/64"), mesh=("10.4.0.2", "fd00:4::2"), subnets="fd00:c2::/64"),
             node("a3", 3, "a", "10.0.0.3/24", mesh=("10.4.0.3", "fd00:4::3")),
             node("b1", 4, "b", "fd00:b::1/64", "[2001:db8::b1]", mesh=("10.4.0.4", "fd00:4::4")),
             node("b2", 5, "b", "fd00:b::2/64", mesh=("10.4.0.5", "fd00:4::5")),
+            node("c1", 6, "c", "10.3.0.1/24", "203.0.113.6", mesh=("10.4.0.6", "fd00:4::6")),
         ],
         subnets=(MESH, MESH6),
     ),

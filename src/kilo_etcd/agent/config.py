@@ -33,6 +33,8 @@ from kilo_etcd.model import (
 T = TypeVar("T")
 E = TypeVar("E", bound=StrEnum)
 
+IPV6_SMALLEST_MTU = 1280
+"""Bytes (RFC 8200, section 5)."""
 LEASE_TTL_FLOOR = 2.0
 """Seconds. etcd grants no lease shorter than 1.5 election timeouts, which is 2 s with its defaults."""
 
@@ -261,6 +263,17 @@ def parse_subnets(value: str | Iterable[str]) -> tuple[IPNetwork, ...]:
         if network.max_prefixlen - network.prefixlen < 2 or network.prefixlen == 0:
             raise ValueError(f"{network} has no sensible size for a mesh; write for instance 10.4.0.0/16")
     return networks
+
+
+def too_small_for(mtu: int | None, subnets: Iterable[IPNetwork]) -> str | None:
+    """Why `--mtu` cannot be used with a mesh of these subnets, as a sentence; None where it can."""
+    six = next((subnet for subnet in subnets if subnet.version == 6), None)
+    if mtu is None or mtu >= IPV6_SMALLEST_MTU or six is None:
+        return None
+    return (
+        f"--mtu {mtu} is too small: the mesh has the IPv6 subnet {six}, and Linux removes IPv6 from a device of less "
+        f"than {IPV6_SMALLEST_MTU} bytes; give {IPV6_SMALLEST_MTU} or more, or auto"
+    )
 
 
 def parse_log_level(text: str) -> str:

@@ -23,7 +23,7 @@ from types import MappingProxyType
 
 from attrs import evolve, field, frozen
 
-from kilo_etcd.model import IPAddress, Node, Snapshot
+from kilo_etcd.model import IPAddress, Node, Snapshot, is_public
 from kilo_etcd.topology import Topology
 from kilo_etcd.topology.hostplan import HostPlan, PeerPlan
 
@@ -137,5 +137,7 @@ def _listens(own: Node, other: Node, promoted: Collection[str]) -> bool:
 
 def _reachable(own: Node, peer: PeerPlan) -> bool:
     """Whether the peer can be expected to reach this host: publicly, or inside the location as this host does it."""
-    inside = peer.endpoint is not None and not peer.endpoint.public
-    return inside or (own.endpoint is not None and own.endpoint.public)
+    address = None if peer.endpoint is None else peer.endpoint.address
+    if address is None:
+        return own.endpoint is not None and own.endpoint.public
+    return not is_public(address) or own.public_in(address.version)

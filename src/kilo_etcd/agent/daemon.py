@@ -20,7 +20,7 @@ from attrs import evolve
 
 from kilo_etcd import __version__, etcd, kernel, store
 from kilo_etcd.agent import decide, discover
-from kilo_etcd.agent.config import AgentConfig
+from kilo_etcd.agent.config import AgentConfig, too_small_for
 from kilo_etcd.agent.counted import counted
 from kilo_etcd.agent.logs import Once, get_logger
 from kilo_etcd.agent.metrics import Metrics
@@ -110,6 +110,8 @@ class Daemon:
         self.record: store.NodeRecord | None = None
         self.underlay: tuple[IPNetwork, ...] = ()
         self._discovering = trio.Lock()
+        self.families: frozenset[int] = frozenset()
+        """In which the host reaches others."""
         self.subnets: tuple[IPNetwork, ...] = ()
         """The mesh's, as they were when this agent joined."""
 
@@ -184,6 +186,8 @@ class Daemon:
         granularity, subnets = await self._insist(
             lambda: self.session.ensure_mesh(self.config.mesh_granularity or Granularity.LOCATION, self.config.subnets)
         )
+        if reason := too_small_for(self.config.mtu, subnets):
+            raise Fatal(reason)
         self.subnets = subnets
         self._note_overlaps()
         addresses = await self._insist(lambda: self.session.claim_addresses(subnets))
@@ -412,7 +416,7 @@ class Daemon:
             return
         self.once.clear("unknown", "this host is among the mesh's nodes again")
         self.resolver.set_names(plan_names(self.raw_plan))
-        resolved = resolve_plan(self.raw_plan, self.resolver.table, self.resolver.failed)
+        resolved = resolve_plan(self.raw_plan, self.resolver.table, self.resolver.failed, self.families)
         plan = guard(resolved, self.protected(), self.plan)
         standby = decide.role_of(self.topology, self.name).kind is store.Role.MEMBER
         before = self.kernel.writes
@@ -599,6 +603,7 @@ class Daemon:
         record = store.NodeRecord(
             public_key=self.public_key,
             endpoint=chosen.endpoint,
+            more_endpoints=chosen.more_endpoints,
             internal_ips=chosen.internal_ips,
             location=location or "",
             port=self.config.port,
@@ -606,7 +611,7 @@ class Daemon:
             encapsulate=self.config.encapsulate,
             version=__version__,
         )
-        self.underlay = facts.underlay()
+        self.underlay, self.families = facts.underlay(), facts.families()
         self._facts = facts
         self._note_overlaps()
         if record == self.record:

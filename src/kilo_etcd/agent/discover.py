@@ -72,6 +72,12 @@ class HostFacts:
         gateways = [network_of(route.gateway) for route in self.default_routes if route.gateway is not None]
         return tuple(dict.fromkeys((*stood_in, *gateways)))
 
+    def families(self) -> frozenset[int]:
+        """The families in which the host has a way to others: those of its default routes, or else of its networks."""
+        return frozenset(route.family for route in self.default_routes) or frozenset(
+            network.version for network in self.underlay()
+        )
+
     def overlaps(self, subnets: Iterable[IPNetwork]) -> tuple[str, ...]:
         """A sentence for each address of the operator's whose network has addresses in common with the mesh."""
         subnets = tuple(subnets)
@@ -87,10 +93,12 @@ class HostFacts:
 
 @frozen(kw_only=True)
 class Chosen:
-    """The node's internal IPs (at most one per family) and endpoint, and a sentence on each choice for the log."""
+    """The node's internal IPs (at most one per family) and endpoints, and a sentence on each choice for the log."""
 
     internal_ips: tuple[IPInterface, ...] = ()
     endpoint: Endpoint | None = None
+    more_endpoints: tuple[Endpoint, ...] = ()
+    """In the families that `endpoint` is not in."""
     reasons: tuple[str, ...] = ()
 
 
@@ -156,7 +164,15 @@ def choose_addresses(
     if not internal:
         reasons.append(_no_internal(candidates, cidrs))
     endpoint, reason = _endpoint(candidates, port, prioritise_private, forced_endpoint)
-    return Chosen(internal_ips=tuple(internal), endpoint=endpoint, reasons=(*reasons, reason))
+    reasons.append(reason)
+    more = []
+    for further in _further(facts, candidates, prioritise_private, endpoint):
+        more.append(Endpoint(further.address.ip, port))
+        reasons.append(
+            f"further endpoint {more[-1]} ({further.why}, on {further.interface}): for those who share "
+            f"IPv{further.address.version} with this host"
+        )
+    return Chosen(internal_ips=tuple(internal), endpoint=endpoint, more_endpoints=tuple(more), reasons=tuple(reasons))
 
 
 def _endpoint(
@@ -182,6 +198,23 @@ def _endpoint(
         f"{found}: the first private address, since there is no public one; if others are to reach this host through "
         "a forwarded port, set --endpoint or the annotation force-endpoint",
     )
+
+
+def _further(
+    facts: HostFacts, candidates: list[_Candidate], prioritise_private: bool, first: Endpoint | None
+) -> Iterable[_Candidate]:
+    """The best of each family that `first` is not in. A private one counts only where the host has a way out."""
+    ways = {route.family for route in facts.default_routes}
+    for family in (4, 6):
+        if first is None or (first.address is not None and first.address.version == family):
+            continue
+        fit = [
+            one
+            for one in candidates
+            if one.address.version == family and not one.container and (one.public or family in ways)
+        ]
+        if fit:
+            yield min(fit, key=lambda one: one.public is prioritise_private)
 
 
 def _no_internal(candidates: list[_Candidate], cidrs: tuple[IPNetwork, ...]) -> str:

@@ -14,7 +14,7 @@ from attrs import evolve
 
 from kilo_etcd import etcd, kernel, store
 from kilo_etcd.agent import discover, privatekey
-from kilo_etcd.agent.config import AgentConfig
+from kilo_etcd.agent.config import AgentConfig, too_small_for
 from kilo_etcd.agent.resolve import resolve_once, resolve_plan
 from kilo_etcd.model import Node, Snapshot
 from kilo_etcd.store.claims import candidates
@@ -40,6 +40,8 @@ async def dry_run(config: AgentConfig, client: etcd.Client, setup: Callable[[Age
             subnets=config.subnets,
             granularity=config.mesh_granularity or snapshot.granularity,
         )
+    if too_small := too_small_for(config.mtu, snapshot.subnets):
+        click.echo(f"# the agent would not start: {too_small}")
     if config.hostname not in snapshot.nodes:
         click.echo(f"# {config.hostname} is not registered yet: shown as if it were")
         snapshot = _with(snapshot, _prospect(config, chosen, snapshot, privatekey.public_key(private)))
@@ -50,7 +52,7 @@ async def dry_run(config: AgentConfig, client: etcd.Client, setup: Callable[[Age
         for aside in snapshot.set_aside:
             click.echo(f"# {aside.key}: {aside.reason}")
         return
-    plan = resolve_plan(plan, *await resolve_once(plan))
+    plan = resolve_plan(plan, *await resolve_once(plan), facts.families())
     plan = guard(plan, (*facts.underlay(), *await discover.etcd_networks(config.etcd)))
     for problem in plan.problems:
         click.echo(f"# {problem.subject}: {problem.text}")
@@ -76,6 +78,7 @@ def _prospect(config: AgentConfig, chosen: discover.Chosen, snapshot: Snapshot, 
         public_key=public_key,
         location=location,
         endpoint=chosen.endpoint,
+        more_endpoints=chosen.more_endpoints,
         internal_ips=chosen.internal_ips,
         mesh_addresses=tuple(found),
         port=config.port,

@@ -8,7 +8,7 @@ a name with several addresses in changing order must not move a peer back and fo
 from __future__ import annotations
 
 import socket
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from ipaddress import ip_address, ip_network
 from types import MappingProxyType
 from typing import TypeAlias
@@ -65,11 +65,14 @@ def _getaddrinfo(name: str) -> list[tuple[object, object, object, object, tuple[
     return list(socket.getaddrinfo(name, None, type=socket.SOCK_DGRAM))
 
 
-def resolve_plan(plan: HostPlan, table: Table, failed: Reasons = _NO_REASONS) -> HostPlan:
+def resolve_plan(
+    plan: HostPlan, table: Table, failed: Reasons = _NO_REASONS, families: Collection[int] = ()
+) -> HostPlan:
     """The plan with addresses in place of names; the same object where it has no names.
 
     A peer whose name is not in the table loses its endpoint (it stays reachable when it calls first), and is named in
-    a Problem if its name is among those that `failed`; else the answer is still on its way.
+    a Problem if its name is among those that `failed`; else the answer is still on its way. `families` are those in
+    which the host reaches others: an address of another helps nobody; none given means that it is not known.
     """
     replaced = {}
     problems = []
@@ -78,19 +81,23 @@ def resolve_plan(plan: HostPlan, table: Table, failed: Reasons = _NO_REASONS) ->
         if endpoint is None or not isinstance(endpoint.host, str):
             continue
         addresses = table.get(endpoint.host)
-        if addresses:
-            replaced[key] = evolve(peer, endpoint=Endpoint(addresses[0], endpoint.port))
-        else:
-            replaced[key] = evolve(peer, endpoint=None)
+        fit = next((one for one in addresses or () if not families or one.version in families), None)
+        replaced[key] = evolve(peer, endpoint=None if fit is None else Endpoint(fit, endpoint.port))
+        if not addresses:
             if endpoint.host not in failed:
                 continue
-            problems.append(
-                Problem(
-                    subject=peer.name,
-                    text=f"the DNS name {endpoint.host} of its endpoint is not resolved ({failed[endpoint.host]}); "
-                    "mend the name or the resolver",
-                )
+            text = (
+                f"the DNS name {endpoint.host} of its endpoint is not resolved ({failed[endpoint.host]}); "
+                "mend the name or the resolver"
             )
+            problems.append(Problem(subject=peer.name, text=text))
+        elif fit is None:
+            ours = " and ".join(f"IPv{version}" for version in sorted(families))
+            text = (
+                f"no common address family with {peer.name}: this host reaches others over {ours} only, and the DNS "
+                f"name {endpoint.host} of its endpoint has no such address; add one to the name"
+            )
+            problems.append(Problem(subject=peer.name, text=text))
     if not replaced:
         return plan
     return evolve(plan, peers={**plan.peers, **replaced}, problems=(*plan.problems, *problems))

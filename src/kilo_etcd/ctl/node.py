@@ -104,7 +104,7 @@ def _facts(snapshot: Snapshot, name: str) -> tuple[tuple[str, str], ...]:
         ("public key", node.public_key),
         ("mesh address", _listed(node.mesh_addresses)),
         ("internal IP", _listed(node.internal_ips)),
-        ("endpoint", str(node.endpoint) if node.endpoint is not None else NONE),
+        ("endpoint", ", ".join(map(str, node.endpoints)) or NONE),
         ("port", str(node.port)),
         ("own default location", shown_location(node.default_location) if node.default_location else NONE),
         ("preferred as leader", "yes" if node.leader_wanted else "no"),

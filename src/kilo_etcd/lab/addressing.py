@@ -52,6 +52,8 @@ class Wire:
     mac: str
     other: str
     other_interface: str
+    mtu: int = 1500
+    """Bytes, at both ends."""
 
 
 @frozen(kw_only=True)
@@ -98,6 +100,15 @@ class Layout:
         """etcd's client URLs."""
         return tuple(f"http://{literal(addresses[0])}:{ETCD_PORT}" for addresses in self.members.values())
 
+    def endpoints_for(self, machine: str) -> tuple[str, ...]:
+        """etcd's client URLs in a family that the machine has, IPv4 where it has both."""
+        host = self.hosts.get(machine)
+        versions = {ip.version for ip in (host.addresses if host else self.operator)}
+        return tuple(
+            f"http://{literal(next(ip for ip in addresses if ip.version in versions))}:{ETCD_PORT}"
+            for addresses in self.members.values()
+        )
+
     @property
     def servers(self) -> tuple[IPAddress, ...]:
         """The addresses of etcd and of the operator."""
@@ -142,6 +153,7 @@ def lay_out(spec: Spec) -> Layout:
                 mac=_mac(1, number),
                 other="internet",
                 other_interface=f"site{number}",
+                mtu=site.mtu,
             ),
         )
         used = [0] * len(subnets)
@@ -182,20 +194,22 @@ def _host(
     first = 11 if all(network.num_addresses > 64 for network in networks) else 2
     if any(first + used >= network.num_addresses - 1 for network in networks):
         raise SpecError(f"site {site.name}: {networks[0]} has no address left for host {host.name}")
+    has = {4 if family == "ipv4" else 6 for family in host.families} or set(versions)
     public = 1 + sum(bool(other.public) for other in others.values())
     return HostAddresses(
         name=host.name,
         site=site.name,
         bridge=f"lan{host.subnet}",
-        private=tuple(_interface(network, first + used) for network in networks),
-        public=tuple(_PUBLIC[v][public] for v in versions) if host.public else (),
-        gateways=tuple(network[1] for network in networks),
+        private=tuple(_interface(network, first + used) for network in networks if network.version in has),
+        public=tuple(_PUBLIC[v][public] for v in versions if v in has) if host.public else (),
+        gateways=tuple(network[1] for network in networks if network.version in has),
         wire=Wire(
             machine=host.name,
             interface="eth0",
             mac=_mac(2, number),
             other=router_of(site.name),
             other_interface=f"port{number}",
+            mtu=site.mtu,
         ),
     )
 
@@ -253,9 +267,10 @@ def sysctls(machine: str) -> dict[str, str]:
 
 def wire_command(wire: Wire, pids: Mapping[str, int]) -> str:
     """`ip` command that makes the wire between two network namespaces named by a process in each."""
+    mtu = f" mtu {wire.mtu}" if wire.mtu != 1500 else ""
     return (
-        f"link add name {wire.interface} address {wire.mac} netns {pids[wire.machine]} type veth "
-        f"peer name {wire.other_interface} netns {pids[wire.other]}"
+        f"link add name {wire.interface} address {wire.mac}{mtu} netns {pids[wire.machine]} type veth "
+        f"peer name {wire.other_interface}{mtu} netns {pids[wire.other]}"
     )
 
 

@@ -44,6 +44,8 @@ class HostSpec:
     """Index into the site's subnets."""
     args: tuple[str, ...] = ()
     """Further arguments for its agent."""
+    families: tuple[str, ...] = ()
+    """The address families that it has of the lab's; empty: all."""
 
 
 @frozen(kw_only=True)
@@ -57,6 +59,8 @@ class SiteSpec:
     latency_ms: float = 0.0
     """Delay added to each direction of the uplink."""
     loss_percent: float = 0.0
+    mtu: int = 1500
+    """Bytes: of the site's networks and its uplink."""
 
 
 @frozen(kw_only=True)
@@ -198,6 +202,7 @@ def _site(table: _Table) -> SiteSpec:
                 label=host.optional_text("label", label),
                 subnet=host.integer("subnet", 0),
                 args=host.texts("args"),
+                families=host.texts("families"),
             )
         )
         host.finish()
@@ -207,6 +212,7 @@ def _site(table: _Table) -> SiteSpec:
         subnets=table.texts("subnets"),
         latency_ms=table.number("latency_ms", 0.0),
         loss_percent=table.number("loss_percent", 0.0),
+        mtu=table.integer("mtu", 1500),
     )
     table.finish()
     return site
@@ -247,6 +253,8 @@ def _check(spec: Spec, source: str) -> None:
                 raise refuse(f"{here}.subnets", f"{one} overlaps another subnet of the site")
         if not 0 <= site.loss_percent <= 100:
             raise refuse(f"{here}.loss_percent", f"{site.loss_percent} is not within 0 to 100")
+        if not 1280 <= site.mtu <= 65535:
+            raise refuse(f"{here}.mtu", f"{site.mtu} is not within 1280 (the least that IPv6 needs) to 65535")
         if site.latency_ms < 0:
             raise refuse(f"{here}.latency_ms", f"{site.latency_ms} is negative")
         for host in site.hosts:
@@ -256,6 +264,8 @@ def _check(spec: Spec, source: str) -> None:
             if host.name in seen:
                 raise refuse(where, f"the name is taken already by {seen[host.name]}")
             seen[host.name] = here
+            if set(host.families) - set(spec.families):
+                raise refuse(f"{where}.families", f"choose among the lab's, which are {', '.join(spec.families)}")
             if not 0 <= host.subnet < max(1, len(networks)):
                 raise refuse(f"{where}.subnet", f"there is no subnet number {host.subnet} (they count from 0)")
     if sum(host.public for host in spec.hosts) > MAX_PUBLIC:

@@ -122,7 +122,7 @@ class World:
             # kg and kgctl are installed beside the interpreter.
             "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}:{_PATH}",
             "ETCDCTL_API": "3",
-            "ETCDCTL_ENDPOINTS": ",".join(self.layout.endpoints),
+            "ETCDCTL_ENDPOINTS": ",".join(self.layout.endpoints_for(machine)),
             "PYTHONUNBUFFERED": "1",
             VARIABLE: f"{BASE}/control",
             NAME_VARIABLE: self.name,
@@ -293,7 +293,7 @@ class World:
         return [
             *program,
             "--hostname", host,
-            "--endpoints", ",".join(self.layout.endpoints),
+            "--endpoints", ",".join(self.layout.endpoints_for(host)),
             "--state-dir", STATE_DIR,
             "--mesh-granularity", spec.granularity.value,
             "--lease-ttl", f"{spec.lease_ttl}s",

@@ -51,8 +51,10 @@ class Registered:
                 wrong[name] = str(error)
                 return otherwise
 
+        endpoint = value("force-endpoint", lambda text: _endpoint(text, record), record.endpoint)
         return Annotated(
-            endpoint=value("force-endpoint", lambda text: _endpoint(text, record), record.endpoint),
+            endpoint=endpoint,
+            more_endpoints=_others(endpoint, record),
             internal_ips=value("force-internal-ip", lambda text: _internal_ips(text, record), record.internal_ips),
             leader_wanted=value("leader", lambda text: text.lower() not in ("", "0", "false"), False),
             persistent_keepalive=value(
@@ -70,6 +72,7 @@ class Annotated:
     """What annotations can say about a node."""
 
     endpoint: Endpoint | None
+    more_endpoints: tuple[Endpoint, ...]
     internal_ips: tuple[IPInterface, ...]
     leader_wanted: bool
     persistent_keepalive: int
@@ -93,6 +96,7 @@ def join(
         public_key=record.public_key,
         location=record.location if label is None else label,
         endpoint=said.endpoint,
+        more_endpoints=said.more_endpoints,
         internal_ips=said.internal_ips,
         mesh_addresses=addresses,
         port=record.port,
@@ -122,6 +126,20 @@ def _endpoint(text: str, record: NodeRecord) -> Endpoint | None:
     if "%" in text or len(text) > 300:
         raise ValueError(f"{text[:60]!r} is no endpoint: write host:port, without a zone")
     return Endpoint.parse(text, default_port=record.port)
+
+
+def _others(first: Endpoint | None, record: NodeRecord) -> tuple[Endpoint, ...]:
+    """The record's endpoints in the families that `first` is not in; a forced one takes the place of its family's."""
+    if not record.more_endpoints and first == record.endpoint:
+        return ()
+    taken = {first.address.version} if first is not None and first.address is not None else set()
+    found = []
+    for one in (record.endpoint, *record.more_endpoints):
+        address = None if one is None else one.address
+        if one is not None and address is not None and address.version not in taken:
+            taken.add(address.version)
+            found.append(one)
+    return tuple(found)
 
 
 def _internal_ips(text: str, record: NodeRecord) -> tuple[IPInterface, ...]:

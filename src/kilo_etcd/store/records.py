@@ -59,6 +59,8 @@ class NodeRecord:
 
     public_key: str
     endpoint: Endpoint | None = None
+    more_endpoints: tuple[Endpoint, ...] = ()
+    """In further families; agents that do not know the field use `endpoint` alone."""
     internal_ips: tuple[IPInterface, ...] = ()
     subnets: tuple[IPNetwork, ...] = ()
     location: str = DEFAULT_LOCATION
@@ -273,6 +275,13 @@ def _endpoint(value: object) -> Endpoint | None:
     return Endpoint.parse(text)
 
 
+def _address_endpoint(value: object) -> Endpoint:
+    endpoint = _endpoint(_string(value))
+    if endpoint is None or endpoint.address is None:
+        raise ValueError(f"{_short(value)} is no address and port")
+    return endpoint
+
+
 def _items(parse: Callable[[object], Any]) -> Callable[[object], tuple[Any, ...]]:
     def read(value: object) -> tuple[Any, ...]:
         if not isinstance(value, list):
@@ -309,6 +318,7 @@ _READERS: dict[type, dict[str, Callable[[object], Any]]] = {
     NodeRecord: {
         "public_key": check_key,
         "endpoint": _endpoint,
+        "more_endpoints": _items(_address_endpoint),
         "internal_ips": lambda value: one_per_family(_items(parse_interface)(value)),
         "subnets": _networks,
         "location": _label,

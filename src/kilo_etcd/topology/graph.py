@@ -122,8 +122,9 @@ def graph(topology: Topology) -> str:
 def _node_label(node: Node) -> str:
     mesh = ", ".join(str(address) for address in node.mesh_addresses) or "no mesh address"
     internal = ", ".join(str(address) for address in node.internal_ips) or "no internal IP"
+    endpoints = [str(endpoint) for endpoint in node.endpoints] or ["no endpoint"]
     at = [f"at {node.location}"] if node.location else []
-    return _text(node.name, mesh, internal, str(node.endpoint or "no endpoint"), *at)
+    return _text(node.name, mesh, internal, *endpoints, *at)
 
 
 def _peer_label(peer: Peer) -> str:

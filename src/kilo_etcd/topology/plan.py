@@ -21,7 +21,6 @@ from attrs import frozen
 
 from kilo_etcd.model import (
     DEFAULT_LOCATION,
-    Endpoint,
     Granularity,
     IPAddress,
     IPInterface,
@@ -30,6 +29,7 @@ from kilo_etcd.model import (
     Peer,
 )
 from kilo_etcd.topology.claims import network_key
+from kilo_etcd.topology.families import apart, endpoint_for
 from kilo_etcd.topology.guard import GuardMemo
 from kilo_etcd.topology.hostplan import HostPlan, PeerPlan, Problem, RoutePlan, Via
 from kilo_etcd.topology.segments import Segment, Topology, changes, host_network, same_site
@@ -229,7 +229,8 @@ def _reduced(own: Node, standing: _Standing) -> Node:
         name=own.name,
         public_key="",
         location=own.location,
-        endpoint=own.endpoint if own.endpoint is None else Endpoint("any", 1),
+        endpoint=own.endpoint,
+        more_endpoints=own.more_endpoints,
         internal_ips=own.internal_ips,
         mesh_addresses=own.mesh_addresses,
         persistent_keepalive=own.persistent_keepalive if standing is _Standing.LEADER else 0,
@@ -321,7 +322,7 @@ def _follow(
         # The default location is whoever has no label, which promises no common network: a full mesh needs no labels.
         public = leader.endpoint is not None and leader.endpoint.public
         inside = near and (own.location != DEFAULT_LOCATION or not public)
-        endpoint = local_endpoint(own, leader) if inside else leader.endpoint
+        endpoint = local_endpoint(own, leader) if inside else endpoint_for(own, leader)
         connect(
             PeerPlan(
                 public_key=leader.public_key,
@@ -331,11 +332,15 @@ def _follow(
                 persistent_keepalive=own.persistent_keepalive,
             )
         )
-        if endpoint is None and own.endpoint is None and standing is _Standing.LEADER:
+        if endpoint is not None or standing is not _Standing.LEADER:
+            continue
+        text = apart(own, leader)
+        if text is None and own.endpoint is None:
             text = (
                 f"no tunnel to node {leader.name}: neither it nor {own.name} has an endpoint; "
                 "set force-endpoint on one of them"
             )
+        if text is not None:
             problems[key] = Problem(subject=leader.name, text=text)
     for peer in peers_come.values():
         route(peer.allowed_ips)

@@ -1,0 +1,67 @@
+"""Over which address family two nodes of different sites reach each other: IPv4, IPv6, or not at all.
+
+A host of both families publishes an endpoint in each, the better one first: a public one before a private one, IPv4
+where both are alike (so that agents which read the first alone, as older ones do, take the same way), and before all
+what the operator forced. A pair takes a family that both have. Where both have both, the family counts that more of the
+two put first; then the one in which more of them are public; then IPv6 if all is public (somebody has put it first on
+purpose), else IPv4. The rule is symmetrical, so that the two ends send to each other the same way and neither
+WireGuard has reason to roam.
+
+Pure. A DNS name stands for any family: which of its addresses to take is decided where it is resolved.
+"""
+
+from __future__ import annotations
+
+from kilo_etcd.model import Endpoint, Node
+
+BOTH = frozenset((4, 6))
+
+
+def families(node: Node) -> frozenset[int]:
+    """The families in which a node reaches others, and they it; both, where nothing is known."""
+    found = frozenset(address.version for one in node.endpoints if (address := one.address) is not None)
+    if found or node.endpoint is not None:
+        return found or BOTH
+    return frozenset(ip.version for ip in node.internal_ips) or BOTH
+
+
+def pair_family(one: Node, other: Node) -> int | None:
+    """The family that the two speak to each other in; None: they have none in common."""
+    common = families(one) & families(other)
+    if len(common) < 2:
+        return next(iter(common), None)
+    firsts: list[int] = [
+        address.version for node in (one, other) if node.endpoint is not None and (address := node.endpoint.address)
+    ]
+    public = {version: sum(node.public_in(version) for node in (one, other)) for version in (4, 6)}
+    fallback = 6 if public[4] == public[6] == 2 else 4
+    return max((4, 6), key=lambda version: (firsts.count(version), public[version], version == fallback))
+
+
+def endpoint_for(own: Node, other: Node) -> Endpoint | None:
+    """Where `own` reaches the WireGuard of `other` from outside its location; None: nowhere."""
+    first = other.endpoint
+    if first is None or first.address is None:
+        return first
+    if not other.more_endpoints and not own.more_endpoints and own.endpoint is not None:
+        # By far the most frequent case, in a loop over thousands of nodes.
+        here = own.endpoint.address
+        return first if here is None or here.version == first.address.version else None
+    family = pair_family(own, other)
+    return None if family is None else other.endpoint_in(family)
+
+
+def apart(own: Node, other: Node) -> str | None:
+    """Why the two have no tunnel, as a sentence for the operator of `own`; None where a family is common to them."""
+    here, there = families(own), families(other)
+    if here & there:
+        return None
+    return (
+        f"no common address family with node {other.name}: it is reached over {_named(there)} only and "
+        f"{own.name} over {_named(here)} only, so there is no tunnel between them; give one of them an address of the "
+        "other family, or let a node that has both lead its location"
+    )
+
+
+def _named(found: frozenset[int]) -> str:
+    return " and ".join(f"IPv{version}" for version in sorted(found))
