@@ -224,6 +224,28 @@ async def test_the_mtu_is_that_of_the_way_to_the_endpoints(address: str) -> None
         observed = await kernel.observe()
         assert observed.link is not None
         assert observed.link.mtu == (1300 if address.startswith("198") else 1320)
+        sh("ip link set eth0 mtu 1350 && ip link set eth1 mtu 1350")
+        sh("ip route replace default via 192.168.9.2 mtu 1340")
+        mtu = 1340 if address.startswith("198") else 1350
+        # IPv6 waits for a router to say so too.
+        sh("ip address replace fd00:9::1/64 dev eth0 nodad")
+        assert f"ip link set kilo0 mtu {mtu - 80}" in lines((await kernel.apply(world, fresh=True)).changes)
+
+
+async def test_an_address_that_comes_while_a_plan_is_applied_is_told_all_the_same() -> None:
+    underlay()
+    async with agent() as kernel:
+        for _ in range(2):
+            await kernel.apply(WORLD, fresh=True)
+        with trio.move_on_after(0.1):
+            await kernel.wait_moved()
+        with trio.move_on_after(0.1) as quiet:
+            await kernel.wait_moved()
+        assert quiet.cancelled_caught
+        sh("ip address add 192.168.9.50/24 dev eth0")
+        await kernel.apply(WORLD, fresh=True)
+        with trio.fail_after(5):
+            await kernel.wait_moved()
 
 
 async def test_messages_that_are_refused_among_many_are_told_apart() -> None:

@@ -32,6 +32,19 @@ def concerns_the_host(kind: int, body: bytes, own: Container[int]) -> bool:
     return False
 
 
+def bends_ways(kind: int, body: bytes, own: Container[int]) -> bool:
+    """Whether an event says that packets to a peer may go another way now, or one with another MTU.
+
+    Our own routes and what happens on our own devices, whose indexes are `own`, do not count.
+    """
+    if kind in (rtnetlink.NEWLINK, rtnetlink.DELLINK):
+        return rtnetlink.read_link(body).link.index not in own
+    if kind in (rtnetlink.NEWROUTE, rtnetlink.DELROUTE):
+        route = rtnetlink.read_route(body)
+        return route is not None and route.protocol != ROUTE_PROTOCOL and route.index not in own
+    return False
+
+
 class Watch:
     """What is believed of the host, and how events bear on it."""
 

@@ -20,16 +20,15 @@ from attrs import evolve
 from kilo_etcd.kernel import rtnetlink
 from kilo_etcd.kernel.api import Kernel
 from kilo_etcd.kernel.diff import Difference, difference, remember, shadows
-from kilo_etcd.kernel.drift import Watch, concerns_the_host
+from kilo_etcd.kernel.drift import Watch, bends_ways, concerns_the_host
 from kilo_etcd.kernel.effect import apply_changes
+from kilo_etcd.kernel.egress import Egress
 from kilo_etcd.kernel.errors import NO_PERMISSION, KernelError, taken
 from kilo_etcd.kernel.firewall import table_name
 from kilo_etcd.kernel.host import Host, may_change_the_network
 from kilo_etcd.kernel.netfilter import Reports
 from kilo_etcd.kernel.netlink import Listener
 from kilo_etcd.kernel.state import (
-    IPIP_OVERHEAD,
-    WIREGUARD_OVERHEAD,
     ApplyReport,
     Backend,
     Change,
@@ -48,14 +47,10 @@ from kilo_etcd.kernel.state import (
 )
 from kilo_etcd.kernel.userspace import public_key_of
 from kilo_etcd.kernel.wireguard import raw
-from kilo_etcd.model import Endpoint
 from kilo_etcd.topology.hostplan import HostPlan
 
 _T = TypeVar("_T")
 
-_ETHERNET = 1500
-_SMALLEST = {4: 576, 6: 1280}
-"""Bytes: what each family demands of a link (RFC 791, RFC 8200)."""
 _ROUNDS = 3
 _DYING, _POLL = 2.0, 0.01
 """Seconds for a device to follow its dead process, and between two looks at it."""
@@ -147,8 +142,7 @@ class LinuxKernel:
         self._observed: Observed | None = None
         self._plan: HostPlan | None = None
         self._watch: Watch | None = None
-        self._mtus: dict[str, tuple[Endpoint, int | None]] = {}
-        """Public key -> the peer's endpoint and the MTU of the way to it."""
+        self._egress = Egress(host.egress_mtus)
         self._settled: HostPlan | None = None
         """A plan that `_observed` fulfils to the last."""
         self._failed: frozenset[Change] = frozenset()
@@ -220,18 +214,24 @@ class LinuxKernel:
             self._drift = news
             self._observed = None
         while (events := self._listener.read()) != []:
+            if self._heed(events):
+                self._moved.set()
             if events is None:
                 if self._plan is not None:
                     self._drift = "the kernel reported more than could be read"
                     self._observed = None
                 continue
-            own = {link.index for link in self._own()}
             for kind, body in events:
-                if concerns_the_host(kind, body, own):
-                    self._moved.set()
                 if self._watch is not None and (news := self._watch.news(kind, body)) is not None:
                     self._drift = news
                     self._observed = None
+
+    def _heed(self, events: list[tuple[int, bytes]] | None) -> bool:
+        """What events mean for others than the plan (None: some were lost). Whether the host may have moved."""
+        own = {link.index for link in self._own()}
+        if events is None or any(bends_ways(kind, body, own) for kind, body in events):
+            self._egress.forget()
+        return events is None or any(concerns_the_host(kind, body, own) for kind, body in events)
 
     def _own(self) -> list[Link]:
         observed = self._watch.observed if self._watch is not None else Observed()
@@ -247,9 +247,11 @@ class LinuxKernel:
             self._wake.set()
 
     def _read(self) -> Observed:
-        self._listener.drain()
+        while (events := self._listener.read()) != []:
+            # What they say of the plan is forgotten: the state is about to be read.
+            if self._heed(events):
+                trio.from_thread.run_sync(self._moved.set)
         self._reports.news(0)
-        self._mtus.clear()
         self._settled = None
         self._observed = self._observe_settled()
         if self._watch is not None:
@@ -364,27 +366,7 @@ class LinuxKernel:
             interface=self._setup.interface,
             public_key=self._public_key,
             private_key=self._setup.private_key,
-            mtu=self._setup.mtu or self._auto_mtu(plan),
+            mtu=self._setup.mtu or self._egress.mtu(plan),
             backend=self._backend,
             userspace_command=self._setup.userspace_command,
         )
-
-    def _auto_mtu(self, plan: HostPlan) -> int:
-        known = self._mtus
-        unknown: dict[str, Endpoint] = {}
-        for key, peer in plan.peers.items():
-            endpoint, way = peer.endpoint, known.get(key)
-            if endpoint is not None and (way is None or (way[0] is not endpoint and way[0] != endpoint)):
-                unknown[key] = endpoint
-        if unknown:
-            addresses = {e.address for e in unknown.values() if e.address is not None}
-            found = self._host.egress_mtus(addresses)
-            if len(known) > 2 * len(plan.peers):
-                self._mtus = known = {key: way for key, way in known.items() if key in plan.peers}
-            known.update((key, (e, None if e.address is None else found[e.address])) for key, e in unknown.items())
-        ways = [
-            mtu for key, peer in plan.peers.items() if peer.endpoint is not None and (mtu := known[key][1]) is not None
-        ]
-        overhead = WIREGUARD_OVERHEAD + (IPIP_OVERHEAD if plan.ipip_remotes else 0)
-        families = {address.version for address in plan.addresses} or {4}
-        return max(min(ways, default=_ETHERNET) - overhead, max(_SMALLEST[family] for family in families))

@@ -293,11 +293,6 @@ class Listener:
             raise
         return list(_with_ports(data))
 
-    def drain(self) -> None:
-        """Forget what is waiting: the state is about to be read."""
-        while self.read() != []:
-            pass
-
     def close(self) -> None:
         self.socket.close()
 

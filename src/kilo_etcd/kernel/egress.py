@@ -1,0 +1,54 @@
+"""The MTU of the tunnel, from the ways that packets to the peers' endpoints take.
+
+The kernel is asked once for each endpoint; what it answered holds until it reports that links or routes have changed
+(`drift.bends_ways`). Where there are thousands of peers, asking is most of what a fresh look at the host costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import TypeAlias
+
+from kilo_etcd.kernel.state import IPIP_OVERHEAD, WIREGUARD_OVERHEAD
+from kilo_etcd.model import Endpoint, IPAddress
+from kilo_etcd.topology.hostplan import HostPlan
+
+Ask: TypeAlias = Callable[[Collection[IPAddress]], Mapping[IPAddress, int | None]]
+"""Addresses -> the MTU of the way to each in bytes, None where there is none."""
+
+_ETHERNET = 1500
+_SMALLEST = {4: 576, 6: 1280}
+"""Bytes: what each family demands of a link (RFC 791, RFC 8200)."""
+
+
+class Egress:
+    """What is known of the ways. Not for two threads at once."""
+
+    def __init__(self, ask: Ask) -> None:
+        self._ask = ask
+        self._known: dict[str, tuple[Endpoint, int | None]] = {}
+        """Public key -> the peer's endpoint, and the MTU of the way there."""
+
+    def forget(self) -> None:
+        """The ways may have changed."""
+        self._known.clear()
+
+    def mtu(self, plan: HostPlan) -> int:
+        """Bytes for the WireGuard interface: the smallest of all ways, less what encapsulation takes."""
+        known = self._known
+        unknown: dict[str, Endpoint] = {}
+        for key, peer in plan.peers.items():
+            endpoint, way = peer.endpoint, known.get(key)
+            if endpoint is not None and (way is None or (way[0] is not endpoint and way[0] != endpoint)):
+                unknown[key] = endpoint
+        if unknown:
+            found = self._ask({e.address for e in unknown.values() if e.address is not None})
+            if len(known) > 2 * len(plan.peers):
+                self._known = known = {key: way for key, way in known.items() if key in plan.peers}
+            known.update((key, (e, None if e.address is None else found[e.address])) for key, e in unknown.items())
+        ways = [
+            mtu for key, peer in plan.peers.items() if peer.endpoint is not None and (mtu := known[key][1]) is not None
+        ]
+        overhead = WIREGUARD_OVERHEAD + (IPIP_OVERHEAD if plan.ipip_remotes else 0)
+        families = {address.version for address in plan.addresses} or {4}
+        return max(min(ways, default=_ETHERNET) - overhead, max(_SMALLEST[family] for family in families))
