@@ -257,7 +257,7 @@ def test_ipip_comes_and_goes_with_its_routes() -> None:
         "meta l4proto 4 ip daddr 192.168.9.1 ip saddr @ipip_nodes counter name ipip_accepted accept; "
         "meta l4proto 4 ip daddr 192.168.9.1 counter name ipip_dropped drop; }; }'",
         "ip link add kilo-ipip type ipip local 192.168.9.1",
-        "ip link set kilo-ipip mtu 1420",
+        "ip link set kilo-ipip mtu 1480",
         "ip link set kilo-ipip up",
         "ip route add 10.4.0.0/16 via 192.168.9.2 dev kilo-ipip proto 107 src 10.4.0.1 onlink",
     ]
@@ -277,7 +277,7 @@ def test_ipip_from_another_address_takes_its_routes_along_and_they_come_again() 
     assert said[1:] == [
         "ip link del kilo-ipip",
         "ip link add kilo-ipip type ipip local 192.168.9.5",
-        "ip link set kilo-ipip mtu 1420",
+        "ip link set kilo-ipip mtu 1480",
         "ip link set kilo-ipip up",
         "ip route add 10.4.0.0/16 via 192.168.9.2 dev kilo-ipip proto 107 src 10.4.0.1 onlink",
     ]

@@ -171,8 +171,8 @@ def _ipip(plan: HostPlan, observed: Observed, target: Target) -> Iterator[Change
     if link is None:
         yield CreateLink(target.ipip, "ipip", plan.ipip_local)
         link = Link(name=target.ipip)
-    if link.mtu != target.mtu:
-        yield SetMtu(target.ipip, target.mtu)
+    if link.mtu != target.ipip_mtu:
+        yield SetMtu(target.ipip, target.ipip_mtu)
     if not link.up:
         yield SetUp(target.ipip)
 

@@ -28,10 +28,13 @@ class Egress:
         self._ask = ask
         self._known: dict[str, tuple[Endpoint, int | None]] = {}
         """Public key -> the peer's endpoint, and the MTU of the way there."""
+        self._inside: tuple[frozenset[IPAddress], int] = frozenset(), _ETHERNET
+        """The nodes that IPIP goes to, and the smallest MTU of the ways there."""
 
     def forget(self) -> None:
         """The ways may have changed."""
         self._known.clear()
+        self._inside = frozenset(), _ETHERNET
 
     def mtu(self, plan: HostPlan) -> int:
         """Bytes for the WireGuard interface: the smallest of all ways, less what encapsulation takes."""
@@ -52,3 +55,12 @@ class Egress:
         overhead = WIREGUARD_OVERHEAD + (IPIP_OVERHEAD if plan.ipip_remotes else 0)
         families = {address.version for address in plan.addresses} or {4}
         return max(min(ways, default=_ETHERNET) - overhead, max(_SMALLEST[family] for family in families))
+
+    def ipip_mtu(self, plan: HostPlan) -> int:
+        """Bytes for the IPIP device: what the location's network takes, less IPIP's own header."""
+        remotes, mtu = self._inside
+        if remotes != plan.ipip_remotes:
+            ways = self._ask(plan.ipip_remotes).values() if plan.ipip_remotes else ()
+            mtu = min((way for way in ways if way is not None), default=_ETHERNET)
+            self._inside = plan.ipip_remotes, mtu
+        return max(mtu - IPIP_OVERHEAD, _SMALLEST[4])

@@ -367,6 +367,7 @@ class LinuxKernel:
             public_key=self._public_key,
             private_key=self._setup.private_key,
             mtu=self._setup.mtu or self._egress.mtu(plan),
+            ipip_mtu=self._egress.ipip_mtu(plan),
             backend=self._backend,
             userspace_command=self._setup.userspace_command,
         )

@@ -150,6 +150,9 @@ class Target:
     public_key: str
     private_key: str = field(default="", repr=False)
     mtu: int = 1420
+    ipip_mtu: int = 1480
+    """Of the IPIP device: what the location's network takes, minus 20. Not the tunnel's own, which would hold up
+    full-size packets from locations whose tunnels are wider."""
     backend: Backend = "kernel"
     userspace_command: str = "wireguard-go"
 

@@ -364,18 +364,22 @@ def router_firewall(layout: Layout, site: str, cuts: Iterable[str] = ()) -> str:
         rules.append(f"{family} daddr {ip} tcp dport {ETCD_PORT} counter name etcd accept")
         rules.append(f"{family} saddr {ip} tcp sport {ETCD_PORT} counter name etcd accept")
     masquerade = [f"oifname wan {'ip' if n.version == 4 else 'ip6'} saddr {n} masquerade" for n in networks]
+    inside = ["iifname != wan oifname != wan accept"]
+    if any(each.name == site and each.strict for each in layout.spec.sites):
+        inside = [*_between_hosts(layout, site), "iifname != wan oifname != wan counter name stray drop"]
     return f"""\
 table inet lab {{
     counter wireguard {{ }}
     counter etcd {{ }}
     counter icmperrors {{ }}
+    counter stray {{ }}
     counter other {{ }}
     chain cut {{
 {_indent(_cut_rules(layout, cuts, site=site))}
     }}
     chain forward {{
         type filter hook forward priority 0; policy accept;
-        iifname != wan oifname != wan accept
+{_indent(inside)}
         jump cut
         udp dport {WIREGUARD_PORT} counter name wireguard accept
         udp sport {WIREGUARD_PORT} counter name wireguard accept
@@ -390,6 +394,24 @@ table inet lab {{
     }}
 }}
 """
+
+
+def _between_hosts(layout: Layout, site: str) -> list[str]:
+    """Rules that let pass what goes between the site's hosts by their own addresses, or stays on one subnet."""
+    # A bridge may show its own traffic to these rules as well (net.bridge.bridge-nf-call-iptables).
+    rules = [f"iifname lan{lan} oifname lan{lan} accept" for lan in range(len(layout.sites[site].subnets))]
+    for version, family in ((4, "ip"), (6, "ip6")):
+        known = ", ".join(
+            str(ip)
+            for host in layout.hosts.values()
+            if host.site == site
+            for ip in (*(interface.ip for interface in host.private), *host.public)
+            if ip.version == version
+        )
+        if known:
+            way = "iifname != wan oifname != wan"
+            rules.append(f"{way} {family} saddr {{ {known} }} {family} daddr {{ {known} }} accept")
+    return rules
 
 
 def site_cut_script(layout: Layout, site: str, cuts: Iterable[str]) -> str:

@@ -389,7 +389,8 @@ class Lab:
         return bool(await self._ask("ping", timeout=timeout, to=target, **{"from": source}))
 
     async def counters(self, site: str) -> dict[str, Count]:
-        """A router's counters since the start: wireguard, etcd, icmp (errors), other (dropped)."""
+        """A router's counters since the start: wireguard, etcd, icmp (errors), other (dropped), and stray (dropped
+        inside a strict site)."""
         return {name: Count(**count) for name, count in (await self._ask("counters", site=site)).items()}
 
     @asynccontextmanager

@@ -61,6 +61,8 @@ class SiteSpec:
     loss_percent: float = 0.0
     mtu: int = 1500
     """Bytes: of the site's networks and its uplink."""
+    strict: bool = False
+    """Whether its router drops what passes between the subnets by addresses that are no host's, as clouds do."""
 
 
 @frozen(kw_only=True)
@@ -213,6 +215,7 @@ def _site(table: _Table) -> SiteSpec:
         latency_ms=table.number("latency_ms", 0.0),
         loss_percent=table.number("loss_percent", 0.0),
         mtu=table.integer("mtu", 1500),
+        strict=table.boolean("strict", False),
     )
     table.finish()
     return site

@@ -376,7 +376,7 @@ class World:
     # --- observing -----------------------------------------------------------------------------------------
 
     async def counters(self, site: str) -> dict[str, dict[str, int]]:
-        """A router's counters since the start: {wireguard, etcd, icmp, other: {packets, bytes}}."""
+        """A router's counters since the start: {wireguard, etcd, icmp, stray, other: {packets, bytes}}."""
         if site not in self.layout.sites:
             raise LabError(f"there is no site {site!r} in this lab; there are {', '.join(self.layout.sites)}")
         printed = await self._run(router_of(site), ["nft", "-j", "list", "counters", "table", "inet", "lab"])
