@@ -11,7 +11,7 @@ help:
 	@echo 'make test       all tests'
 	@echo 'make test-fast  the tests that need neither etcd nor root nor a network, under a minute'
 	@echo 'make check      ruff, mypy strict, import-linter'
-	@echo 'make bench      the numbers, as tables'
+	@echo 'make bench      the numbers, as tables; ARGS=--quick, or the names of some benchmarks'
 	@echo 'make format     what ruff can put right by itself'
 	@echo 'make clean      remove all that the others have made here'
 

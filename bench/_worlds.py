@@ -1,8 +1,8 @@
 """Where benchmarks of the data path and of programming run: throw-away namespaces, here or in a guest.
 
 `run_in_worlds(file)` starts a benchmark's file again inside namespaces of its own, once for each way to have WireGuard:
-the kernel's (this machine's, or a guest's where this machine has none) and `wireguard-go` here. What it leaves ends
-with the namespaces.
+the kernel's (this machine's, or a guest's where this machine has none) and `wireguard-go` here; KILO_BENCH_WIREGUARD
+(`kernel` or `userspace`) chooses one. What it leaves ends with the namespaces.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _way(backend: Backend) -> Sequence[str] | None:
     if backend == "userspace" or _has_wireguard():
         return ()
     guest = str(_ROOT / "scripts" / "guest")
-    found = subprocess.run([guest, "kernel"], capture_output=True, text=True)
+    found = subprocess.run([guest, "kernel"], stdout=subprocess.DEVNULL)  # may build it, and says so
     return (guest, "run", "--memory", "2G", "--timeout", _TIMEOUT, "--") if found.returncode == 0 else None
 
 
