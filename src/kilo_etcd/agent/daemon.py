@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Awaitable, Callable
-from datetime import UTC, datetime
 from typing import TypeVar
 
 import trio
-from attrs import evolve
 
 from kilo_etcd import __version__, etcd, kernel, store
 from kilo_etcd.agent import decide, discover
+from kilo_etcd.agent.candidacy import Candidacy
 from kilo_etcd.agent.config import AgentConfig, too_small_for
 from kilo_etcd.agent.counted import counted
 from kilo_etcd.agent.logs import Once, get_logger
@@ -27,6 +26,7 @@ from kilo_etcd.agent.metrics import Metrics
 from kilo_etcd.agent.notify import notify, watchdog_interval
 from kilo_etcd.agent.pace import Pace
 from kilo_etcd.agent.program import Programmer
+from kilo_etcd.agent.report import Reporter, State
 from kilo_etcd.agent.resolve import Resolver, plan_names, resolve_plan
 from kilo_etcd.model import Granularity, IPNetwork, Snapshot
 from kilo_etcd.store.keys import AddressKey
@@ -48,11 +48,6 @@ KERNEL_RETRY_SECONDS = 0.5
 
 SETTLE_SECONDS = 0.5
 """How long changes of the host's own addresses may go on before they are looked at: they come in bursts."""
-
-STATUS_PAUSE_PER_NODE = 0.001
-"""Seconds of pause after a status write, per node of the mesh: 10,000 hosts that follow one change make 1,000 writes
-a second at most."""
-
 
 REFUSALS = (store.NameTaken, store.NoAddressLeft, store.RecordError)
 """What etcd holds and the agent cannot get past without the operator."""
@@ -127,12 +122,9 @@ class Daemon:
         self._ready = False
         """Programmed well enough to lead."""
         self._leaving = False
-        self._since = datetime.now(UTC).isoformat(timespec="seconds")
-        self._status: store.StatusRecord | None = None
-        self._status_due = trio.Event()
+        self._reporter = Reporter(self.session, public_key, config.mesh_granularity)
+        self._candidacy = Candidacy(self.session, self.name)
         self._facts = discover.HostFacts()
-        self._eligible: decide.Stand | None = None
-        self._steady_since = 0.0
 
     # -- life -----------------------------------------------------------------------------------------------
 
@@ -209,7 +201,7 @@ class Daemon:
             self._resync,
             self._reconcile,
             self._stand_for_leader,
-            self._write_status,
+            self._reporter.run,
         ):
             nursery.start_soon(task)
 
@@ -501,28 +493,15 @@ class Daemon:
         self.metrics.leads(role.kind is store.Role.LEADER)
 
     def _publish(self, snapshot: Snapshot) -> None:
-        """Tell systemd and hand the status to the session, which writes it when it differs from what is there."""
-        role = self.role
-        if not self._leaving and role is not None:
-            notify(
-                *(["READY=1"] if self._programmed else []),
-                f"STATUS={role}; {_count(len(snapshot.nodes), 'node')}; revision {self.applied_revision}"
-                + (f"; {_count(len(self.failures), 'problem')}" if self.failures else ""),
-            )
-        self._status = store.StatusRecord(
-            public_key=self.public_key,
+        state = State(
+            role=self.role,
             revision=self.applied_revision,
-            role=role.kind if role else store.Role.ALONE,
-            location=role.location if role else "",
-            leader=role.leader if role and role.kind is not store.Role.ALONE else "",
-            granularity_flag=self.config.mesh_granularity,
+            failures=self.failures,
             errors=self._standing_errors(),
-            set_aside=len(snapshot.set_aside),
-            version=__version__,
-            since=self._since,
+            programmed=self._programmed,
             address=str(self.record.endpoint or "") if self.record else "",
         )
-        self._status_due.set()
+        self._reporter.publish(snapshot, state, leaving=self._leaving)
 
     def _standing_errors(self) -> tuple[str, ...]:
         """All that is wrong with this host, as sentences."""
@@ -533,23 +512,6 @@ class Daemon:
         """Why etcd, which answers, is not followed, or does not hold what this host has to say."""
         return self.mirror.suspect or (self.session.last_error if self.mirror.connected else None)
 
-    async def _write_status(self) -> None:
-        """Put the newest status into etcd; the larger the mesh, the more snapshots share one write."""
-        written: store.StatusRecord | None = None
-        while True:
-            await self._status_due.wait()
-            self._status_due = trio.Event()
-            pause = len(self.snapshot.nodes) * STATUS_PAUSE_PER_NODE if self.snapshot else 0
-            if self._status is not None and written is not None:
-                # That a revision was applied can wait until all who share the machine and etcd have applied it.
-                quiet = evolve(self._status, revision=written.revision) == written
-                await trio.sleep(pause if quiet else 0)
-            if self._status is not None:
-                written = self._status
-                # What etcd does not take now the session goes on trying to put.
-                await self.session.put_status(written)
-            await trio.sleep(pause)
-
     # -- candidacy ------------------------------------------------------------------------------------------
 
     async def _stand_for_leader(self) -> None:
@@ -558,34 +520,11 @@ class Daemon:
             applied = self._applied
             due = None
             if self.snapshot is not None and self.topology is not None and not self._leaving:
-                due = await self._decide_candidacy(self.snapshot)
+                ready = self._ready and self.applied_revision >= self.snapshot.revision
+                leads = self.role is not None and self.role.kind is store.Role.LEADER
+                due = await self._candidacy.update(self.snapshot, leads=leads, ready=ready)
             with trio.move_on_at(due if due is not None else float("inf")):
                 await applied.wait()
-
-    async def _decide_candidacy(self, snapshot: Snapshot) -> float | None:
-        now = trio.current_time()
-        wanted = decide.eligible(snapshot, self.name)
-        if wanted != self._eligible:
-            self._eligible, self._steady_since = wanted, now
-        leads = self.role is not None and self.role.kind is store.Role.LEADER
-        current = self.session.candidacy
-        hold, due = decide.stand(
-            wanted,
-            decide.Standing(
-                now=now,
-                steady_since=self._steady_since,
-                ready=self._ready and self.applied_revision >= snapshot.revision,
-                leads=leads,
-                current=None if current is None else decide.Stand(current.location, current.rank),
-            ),
-        )
-        if hold is None:
-            await self.session.leave()
-        else:
-            await self.session.enter(hold.location, hold.rank)
-            if leads and snapshot.leaders.get(hold.location) != self.name:
-                await self.session.record_leader(hold.location)
-        return due
 
     def _note_overlaps(self) -> None:
         self.overlaps = self._facts.overlaps(self.subnets)
@@ -623,7 +562,3 @@ class Daemon:
             self.log.info("address chosen", reason=reason)
         if location:
             self.log.info("default location chosen", default_location=location, reason=why)
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
