@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kilo_etcd.store.keys import Keys, ParsedKey
     from kilo_etcd.store.mirror import Mirror
     from kilo_etcd.store.operator import locations, set_location, snapshot, statuses, unset_location
+    from kilo_etcd.store.owner import NameTaken
     from kilo_etcd.store.records import (
         CandidateRecord,
         NodeRecord,
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
         decode_status,
         encode,
     )
-    from kilo_etcd.store.session import Candidacy, NameTaken, Session
+    from kilo_etcd.store.session import Candidacy, Session
     from kilo_etcd.store.view import View
 
 __all__ = [
@@ -58,7 +59,7 @@ __all__ = [
     "unset_location",
 ]
 
-_PARTS = ("keys", "records", "effective", "view", "claims", "operator", "mirror", "session")
+_PARTS = ("keys", "records", "effective", "view", "claims", "operator", "mirror", "owner", "session")
 
 
 def __getattr__(name: str) -> object:

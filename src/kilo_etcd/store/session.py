@@ -17,7 +17,6 @@ Wishes that cannot be met at once are kept: `enter`, `leave` and `put_status` re
 from __future__ import annotations
 
 import random
-from collections import deque
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 
@@ -48,13 +47,13 @@ from kilo_etcd.store import claims
 from kilo_etcd.store.held import Held
 from kilo_etcd.store.keys import ElectionKey, Keys, StatusKey
 from kilo_etcd.store.lease import KeptLease
+from kilo_etcd.store.owner import NameTaken, PutBacks, public_key_of, status_key_of, taken_by, where_is
 from kilo_etcd.store.records import (
     CandidateRecord,
     NodeRecord,
     RecordError,
     StatusRecord,
     decode_candidate,
-    decode_node,
     decode_status,
     encode,
 )
@@ -62,12 +61,6 @@ from kilo_etcd.store.records import (
 RETRY_FIRST = 0.2
 RETRY_MOST = 5.0
 """Seconds between two attempts; less for short leases, which an election in etcd gives their full time just once."""
-PUT_BACKS, PUT_BACKS_PERIOD = 5, 60.0
-"""How often the record is put back in how many seconds, before its changing is taken for a quarrel."""
-
-
-class NameTaken(Exception):
-    """A living host has this host's name; the message says which."""
 
 
 class _RecordChanged(Exception):
@@ -124,7 +117,7 @@ class Session:
         # What etcd is known to hold.
         self._record_kv: KeyValue | None = None
         self._held = Held(client, self._lock, retry_most=self._retry_most, on_gone=self._mend, rng=self._rng)
-        self._put_backs: deque[float] = deque()
+        self._put_backs = PutBacks(self._node_key)
         self._seen = 0
         """etcd's revision up to which the record is known to be as `_record_kv` says."""
         self._long = KeptLease(client, forget_after, on_doubt=self._mend, on_lost=self._lost)
@@ -175,7 +168,7 @@ class Session:
                     public_key=self._public_key,
                     location=record.location,
                     version=record.version,
-                    address=_where(record),
+                    address=where_is(record),
                 )
             await self._register(trio.current_time() + self._lease_ttl + 1)
             self.last_error = None
@@ -187,7 +180,7 @@ class Session:
         wrote = False
         while True:
             node_kv, status_kv, seen = await self._look()
-            taken = self._taken_by(node_kv, status_kv)
+            taken = taken_by(self._name, self._public_key, node_kv, status_kv)
             if taken is not None:
                 left = deadline - trio.current_time()
                 if left <= 0:
@@ -195,7 +188,7 @@ class Session:
                     raise NameTaken(taken)
                 await trio.sleep(min(0.5, left))
                 continue
-            mine = node_kv is not None and _public_key_of(node_kv) == self._public_key
+            mine = node_kv is not None and public_key_of(node_kv) == self._public_key
             try:
                 await self._hold_long(node_kv if mine else None)
                 if self._status is not None:
@@ -243,26 +236,6 @@ class Session:
     ) -> tuple[tuple[KeyValue | None, str], tuple[KeyValue | None, str]]:
         return (node_kv, self._node_key), (status_kv, self._status_key)
 
-    def _taken_by(self, node_kv: KeyValue | None, status_kv: KeyValue | None) -> str | None:
-        """The sentence, if another host lives under this name."""
-        if status_kv is None:
-            return None
-        try:
-            status: StatusRecord | None = decode_status(status_kv.value)
-        except RecordError:
-            status = None
-        record_key = _public_key_of(node_kv) if node_kv else None
-        owner = status.public_key if status else record_key
-        if owner is None or owner == self._public_key:
-            return None
-        where = status.address if status else ""
-        if node_kv is not None and record_key == owner and not where:
-            where = _where(decode_node(node_kv.value))
-        return (
-            f"the name {self._name} is taken by a living host with public key {owner}"
-            f"{f' at {where}' if where else ''}; stop the agent there or give this host another name with --hostname"
-        )
-
     # --- leases ------------------------------------------------------------------------------------------------
 
     def _mend(self) -> None:
@@ -288,7 +261,7 @@ class Session:
         if await self._short.lives():
             return
         self._held.clear()
-        if status_kv is not None and status_kv.lease and _status_key_of(status_kv) == self._public_key:
+        if status_kv is not None and status_kv.lease and status_key_of(status_kv) == self._public_key:
             info = await self._short.adopt(status_kv.lease)
             if info is not None:
                 await self._adopt(info.id, info.keys)
@@ -379,11 +352,11 @@ class Session:
                 if self._record is not None and self._long.doubted:
                     self._record_kv = None
                 if self._record is not None and self._record_kv is None:
-                    self._check_quarrel()
+                    self._put_backs.check(trio.current_time())
                     if self._subnets:
                         await claims.claim_addresses(self._client, self._keys, self._name, self._subnets)
                     if await self._register(trio.current_time()):
-                        self._put_backs.append(trio.current_time())
+                        self._put_backs.note(trio.current_time())
                     self._on_event("registered again")
                 await self._sync_short()
                 return
@@ -391,15 +364,6 @@ class Session:
                 self._record_kv = None
             except LeaseNotFound:
                 self._doubt_leases()
-
-    def _check_quarrel(self) -> None:
-        while self._put_backs and self._put_backs[0] < trio.current_time() - PUT_BACKS_PERIOD:
-            self._put_backs.popleft()
-        if len(self._put_backs) >= PUT_BACKS:
-            raise NameTaken(
-                f"the record at {self._node_key} is changed again and again by another; "
-                "if a copy of this machine runs, give it a WireGuard key and a --hostname of its own"
-            )
 
     async def _sync_short(self) -> None:
         wanted: dict[str, bytes] = {}
@@ -469,7 +433,7 @@ class Session:
                     if kv.value == self._name.encode():
                         await self._client.txn([unchanged(kv)], [Delete(kv.key)])
             node_kv = await self._client.get(self._node_key)
-            if node_kv is not None and _public_key_of(node_kv) == self._public_key:
+            if node_kv is not None and public_key_of(node_kv) == self._public_key:
                 await self._client.txn([unchanged(node_kv)], [Delete(self._node_key)])
             await self._long.end()
 
@@ -533,23 +497,3 @@ def _one(answer: TxnResult, index: int) -> KeyValue | None:
     found = answer.responses[index]
     assert isinstance(found, RangeResult)
     return found.kvs[0] if found.kvs else None
-
-
-def _public_key_of(kv: KeyValue) -> str | None:
-    try:
-        return decode_node(kv.value).public_key
-    except RecordError:
-        return None
-
-
-def _status_key_of(kv: KeyValue) -> str | None:
-    try:
-        return decode_status(kv.value).public_key
-    except RecordError:
-        return None
-
-
-def _where(record: NodeRecord) -> str:
-    if record.endpoint is not None:
-        return str(record.endpoint)
-    return ", ".join(str(interface.ip) for interface in record.internal_ips)
