@@ -16,8 +16,8 @@ from typing import TypeVar
 
 import trio
 
-from kilo_etcd import __version__, etcd, kernel, store
-from kilo_etcd.agent import decide, discover
+from kilo_etcd import etcd, kernel, store
+from kilo_etcd.agent import decide
 from kilo_etcd.agent.candidacy import Candidacy
 from kilo_etcd.agent.config import AgentConfig, too_small_for
 from kilo_etcd.agent.counted import counted
@@ -28,6 +28,7 @@ from kilo_etcd.agent.pace import Pace
 from kilo_etcd.agent.program import Programmer
 from kilo_etcd.agent.report import Reporter, State
 from kilo_etcd.agent.resolve import Resolver, plan_names, resolve_plan
+from kilo_etcd.agent.whereabouts import Whereabouts
 from kilo_etcd.model import Granularity, IPNetwork, Snapshot
 from kilo_etcd.store.keys import AddressKey
 from kilo_etcd.topology import Topology, UnknownNode, build_topology, host_plan
@@ -92,6 +93,7 @@ class Daemon:
         metrics.etcd_connected.set_function(lambda: float(self.mirror.connected and not self.mirror.suspect))
         self.log = get_logger().bind(node=self.name)
         self.once = Once(self.log)
+        self.whereabouts = Whereabouts(config, public_key, self.session, self.log, self.once)
 
         self.snapshot: Snapshot | None = None
         self.topology: Topology | None = None
@@ -100,13 +102,7 @@ class Daemon:
         self.role: decide.Role | None = None
         self.applied_revision = 0
         self.failures: tuple[str, ...] = ()
-        self.overlaps: tuple[str, ...] = ()
         self.disagreements: tuple[str, ...] = ()
-        self.record: store.NodeRecord | None = None
-        self.underlay: tuple[IPNetwork, ...] = ()
-        self._discovering = trio.Lock()
-        self.families: frozenset[int] = frozenset()
-        """In which the host reaches others."""
         self.subnets: tuple[IPNetwork, ...] = ()
         """The mesh's, as they were when this agent joined."""
 
@@ -124,7 +120,6 @@ class Daemon:
         self._leaving = False
         self._reporter = Reporter(self.session, public_key, config.mesh_granularity)
         self._candidacy = Candidacy(self.session, self.name)
-        self._facts = discover.HostFacts()
 
     # -- life -----------------------------------------------------------------------------------------------
 
@@ -173,21 +168,19 @@ class Daemon:
         A host that could not do its part is never registered: others would send it packets.
         """
         await self.kernel.check()
-        await self._discover(first=True)
-        assert self.record is not None
         granularity, subnets = await self._insist(
             lambda: self.session.ensure_mesh(self.config.mesh_granularity or Granularity.LOCATION, self.config.subnets)
         )
         if reason := too_small_for(self.config.mtu, subnets):
             raise Fatal(reason)
         self.subnets = subnets
-        self._note_overlaps()
+        self.whereabouts.subnets = subnets
         addresses = await self._insist(lambda: self.session.claim_addresses(subnets))
         self.log.info("address claimed", addresses=",".join(map(str, addresses)), granularity=str(granularity))
         await nursery.start(self.resolver.run)
         await nursery.start(self.mirror.run)
-        await self._discover(first=True)  # again: etcd may have kept us waiting, and the network have come meanwhile
-        record = self.record
+        # Not before: etcd may have kept us waiting, and the network may have come meanwhile.
+        record = await self.whereabouts.look()
         await self._insist(lambda: self.session.register(record))
         await nursery.start(self.session.run)
         for task in (
@@ -318,7 +311,7 @@ class Daemon:
     async def _resync(self) -> None:
         while True:
             await trio.sleep(self.config.resync_period)
-            await self._discover_again()
+            await self.whereabouts.look_again()
             self._nudge(fresh=True)
 
     async def _follow_addresses(self) -> None:
@@ -326,19 +319,8 @@ class Daemon:
         while True:
             await self.kernel.wait_moved()
             await trio.sleep(SETTLE_SECONDS)
-            await self._discover_again()
+            await self.whereabouts.look_again()
             self._nudge()
-
-    async def _discover_again(self) -> None:
-        async with self._discovering:
-            try:
-                await self._discover(first=False)
-            except (etcd.EtcdError, *REFUSALS) as error:
-                self.once.warning("addresses", "the changed addresses are not registered yet", error=str(error))
-            except (OSError, kernel.KernelError) as error:
-                self.once.warning("addresses", "the host's addresses cannot be read", error=str(error))
-            else:
-                self.once.clear("addresses", "the host's addresses are registered again")
 
     async def _mind_claims(self) -> None:
         """Claim a mesh address anew where somebody has taken the claim away: without one the host is no member."""
@@ -408,7 +390,7 @@ class Daemon:
             return
         self.once.clear("unknown", "this host is among the mesh's nodes again")
         self.resolver.set_names(plan_names(self.raw_plan))
-        resolved = resolve_plan(self.raw_plan, self.resolver.table, self.resolver.failed, self.families)
+        resolved = resolve_plan(self.raw_plan, self.resolver.table, self.resolver.failed, self.whereabouts.families)
         plan = guard(resolved, self.protected(), self.plan)
         standby = decide.role_of(self.topology, self.name).kind is store.Role.MEMBER
         before = self.kernel.writes
@@ -466,7 +448,7 @@ class Daemon:
 
     def protected(self) -> tuple[IPNetwork, ...]:
         """Networks that no route into the tunnel may cover: etcd's addresses and the host's own underlay."""
-        return (*self.resolver.networks(self.config.etcd.endpoints), *self.underlay)
+        return (*self.resolver.networks(self.config.etcd.endpoints), *self.whereabouts.underlay)
 
     def _report_snapshot(self, snapshot: Snapshot) -> None:
         self.once.errors(
@@ -499,14 +481,14 @@ class Daemon:
             failures=self.failures,
             errors=self._standing_errors(),
             programmed=self._programmed,
-            address=str(self.record.endpoint or "") if self.record else "",
+            address=self.whereabouts.address,
         )
         self._reporter.publish(snapshot, state, leaving=self._leaving)
 
     def _standing_errors(self) -> tuple[str, ...]:
         """All that is wrong with this host, as sentences."""
         further = (self._etcd_trouble(), self.metrics.listen_trouble)
-        return (*self.disagreements, *self.failures, *self.overlaps, *(text for text in further if text))
+        return (*self.disagreements, *self.failures, *self.whereabouts.overlaps, *(text for text in further if text))
 
     def _etcd_trouble(self) -> str | None:
         """Why etcd, which answers, is not followed, or does not hold what this host has to say."""
@@ -525,40 +507,3 @@ class Daemon:
                 due = await self._candidacy.update(self.snapshot, leads=leads, ready=ready)
             with trio.move_on_at(due if due is not None else float("inf")):
                 await applied.wait()
-
-    def _note_overlaps(self) -> None:
-        self.overlaps = self._facts.overlaps(self.subnets)
-        self.once.errors("overlaps", self.overlaps, level="warning")
-
-    # -- what this host is ----------------------------------------------------------------------------------
-
-    async def _discover(self, *, first: bool) -> None:
-        """Find the host's addresses; register them where they differ from the record."""
-        facts = await discover.gather(self.config)
-        chosen = discover.choose(facts, self.config)
-        location, why = self.config.location, "--location"
-        if not location:
-            location, why = discover.location_from_cloud_init()
-        record = store.NodeRecord(
-            public_key=self.public_key,
-            endpoint=chosen.endpoint,
-            more_endpoints=chosen.more_endpoints,
-            internal_ips=chosen.internal_ips,
-            location=location or "",
-            port=self.config.port,
-            persistent_keepalive=self.config.persistent_keepalive,
-            encapsulate=self.config.encapsulate,
-            version=__version__,
-        )
-        self.underlay, self.families = facts.underlay(), facts.families()
-        self._facts = facts
-        self._note_overlaps()
-        if record == self.record:
-            return
-        if not first:
-            await self.session.register(record)
-        self.record = record
-        for reason in chosen.reasons:
-            self.log.info("address chosen", reason=reason)
-        if location:
-            self.log.info("default location chosen", default_location=location, reason=why)

@@ -1,0 +1,91 @@
+"""Where this host is and how others reach it: looked up, registered where it differs, and looked up again.
+
+What is found decides nothing here; the rules are `agent.discover`'s. What it finds besides is kept for whoever
+asks: the underlay, the families in which the host reaches others, and addresses of the operator's in the mesh's way.
+"""
+
+from __future__ import annotations
+
+import trio
+
+from kilo_etcd import __version__, etcd, kernel, store
+from kilo_etcd.agent import discover
+from kilo_etcd.agent.config import AgentConfig
+from kilo_etcd.agent.logs import Logger, Once
+from kilo_etcd.model import IPNetwork
+
+
+class Whereabouts:
+    """This host's record, and what else is known of its place. `subnets` are the mesh's, once they are known."""
+
+    def __init__(self, config: AgentConfig, public_key: str, session: store.Session, log: Logger, once: Once) -> None:
+        self._config = config
+        self._public_key = public_key
+        self._session = session
+        self._log = log
+        self._once = once
+        self._looking = trio.Lock()
+        self.subnets: tuple[IPNetwork, ...] = ()
+        self.record: store.NodeRecord | None = None
+        self.underlay: tuple[IPNetwork, ...] = ()
+        self.families: frozenset[int] = frozenset()
+        self.overlaps: tuple[str, ...] = ()
+        """Sentences on the operator's addresses within the mesh's subnets."""
+
+    @property
+    def address(self) -> str:
+        """The registered endpoint, for people; empty: none."""
+        return str(self.record.endpoint or "") if self.record else ""
+
+    async def look(self) -> store.NodeRecord:
+        """The record that the host should have, for the caller to register. OSError, KernelError."""
+        found, reasons = await self._find()
+        self._keep(found, reasons)
+        return found
+
+    async def look_again(self) -> None:
+        """Look, and register what has changed; what cannot be done is said once, and left for the next time."""
+        async with self._looking:
+            try:
+                found, reasons = await self._find()
+                if found != self.record:
+                    await self._session.register(found)
+                    self._keep(found, reasons)
+            except (etcd.EtcdError, store.NameTaken) as error:
+                self._once.warning("addresses", "the changed addresses are not registered yet", error=str(error))
+            except (OSError, kernel.KernelError) as error:
+                self._once.warning("addresses", "the host's addresses cannot be read", error=str(error))
+            else:
+                self._once.clear("addresses", "the host's addresses are registered again")
+
+    async def _find(self) -> tuple[store.NodeRecord, tuple[tuple[str, dict[str, str]], ...]]:
+        """The record, and what to say of the choices in it."""
+        config = self._config
+        facts = await discover.gather(config)
+        chosen = discover.choose(facts, config)
+        location, why = config.location, "--location"
+        if not location:
+            location, why = discover.location_from_cloud_init()
+        self.underlay, self.families = facts.underlay(), facts.families()
+        self.overlaps = facts.overlaps(self.subnets)
+        self._once.errors("overlaps", self.overlaps, level="warning")
+        record = store.NodeRecord(
+            public_key=self._public_key,
+            endpoint=chosen.endpoint,
+            more_endpoints=chosen.more_endpoints,
+            internal_ips=chosen.internal_ips,
+            location=location or "",
+            port=config.port,
+            persistent_keepalive=config.persistent_keepalive,
+            encapsulate=config.encapsulate,
+            version=__version__,
+        )
+        said = [("address chosen", {"reason": reason}) for reason in chosen.reasons]
+        if location:
+            said.append(("default location chosen", {"default_location": location, "reason": why}))
+        return record, tuple(said)
+
+    def _keep(self, record: store.NodeRecord, reasons: tuple[tuple[str, dict[str, str]], ...]) -> None:
+        self.record = record
+        for event, fields in reasons:
+            self._log.info(event, **fields)
