@@ -190,28 +190,26 @@ async def test_a_roamed_endpoint_stays_while_other_things_change() -> None:
 
 async def test_thousands_of_peers_are_set_up_in_a_few_messages_whatever_is_wrong_with_one() -> None:
     def crowd(number: int) -> PeerPlan:
-        public = base64.b64encode(number.to_bytes(32, "big")).decode() if number != 700 else "no key"
+        public = base64.b64encode(number.to_bytes(32, "big")).decode() if number != 2010 else "no key"
         return PeerPlan(
             public_key=public, name="", allowed_ips=(ip_network(0x0A04_0000 + number), ip_network((number << 72, 56)))
         )
 
     underlay()
-    wanted = plan(MESH)
-    wanted = evolve(wanted, peers={p.public_key: p for p in map(crowd, range(1, 3000)) if p.public_key != "no key"})
+    before = evolve(plan(MESH), peers={p.public_key: p for p in map(crowd, range(1, 2000))})
+    after = evolve(before, peers={**before.peers, **{p.public_key: p for p in map(crowd, range(2000, 2100))}})
     async with agent() as kernel:
         await kernel.apply(plan(MESH))
         writes = kernel.writes
-        assert (await kernel.apply(wanted)).failures == ()
+        assert (await kernel.apply(before)).failures == ()
         assert kernel.writes - writes < 20
-        await settled(kernel, wanted)
-    wanted = evolve(wanted, peers={p.public_key: p for p in map(crowd, range(500, 3100))})
-    async with agent() as kernel:
+        await settled(kernel, before)
         writes = kernel.writes
-        assert [failure.subject for failure in (await kernel.apply(wanted)).failures] == [
-            "wg set kilo0 peer no key allowed-ips 10.4.2.188/32,0:0:2:bc00::/56"
+        assert [failure.subject for failure in (await kernel.apply(after)).failures] == [
+            "wg set kilo0 peer no key allowed-ips 10.4.7.218/32,0:0:7:da00::/56"
         ]
-        assert kernel.writes - writes < 100
-    assert len(sh("wg show kilo0 allowed-ips").splitlines()) == 2599
+        assert kernel.writes - writes < 30, "those beside it are not told one by one"
+    assert len(sh("wg show kilo0 allowed-ips").splitlines()) == 2098
 
 
 @pytest.mark.parametrize("address", ["192.168.9.2", "fd00:9::2", "198.51.100.1"])
@@ -426,7 +424,7 @@ async def test_ipip_where_the_kernel_has_it_and_a_sentence_where_not() -> None:
         await settled(kernel, wanted)
         assert "10.4.0.0/16 via 192.168.9.2 dev kilo-ipip src 10.4.0.1 onlink" in routes()
         assert "ipip" in sh("ip -d link show kilo-ipip")
-        assert lines((await kernel.apply(plan())).changes)[-1] == "ip link del kilo-ipip"
+        assert "ip link del kilo-ipip" in lines((await kernel.apply(plan())).changes)
 
 
 async def test_a_thousand_routes_and_peers() -> None:
