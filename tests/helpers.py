@@ -16,6 +16,7 @@ _PACKAGES = {
     "wg": "wireguard-tools",
     "wireguard-go": "wireguard-go",
     "nft": "nftables",
+    "iptables": "iptables",
     "dot": "graphviz",
     "circo": "graphviz",
     "ip": "iproute2",

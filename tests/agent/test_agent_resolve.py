@@ -54,7 +54,7 @@ def test_a_name_that_is_not_resolved_costs_one_peer_its_endpoint_and_is_named() 
     assert done.peers["key-b"].endpoint == Endpoint(B, 1)
     assert [problem.subject for problem in done.problems] == ["x", "a"]
     assert done.problems[-1].text == (
-        "the DNS name a.example of its endpoint is not resolved (SERVFAIL); mend the name or the resolver"
+        "the DNS name a.example of the endpoint of a is not resolved (SERVFAIL); mend the name or the resolver"
     )
     # While the answer is on its way nothing is wrong.
     assert resolve_plan(given, {"b.example": (B,)}).problems == given.problems

@@ -90,6 +90,8 @@ class AgentConfig:
     prioritise_private: bool = False
     resync_period: float = 30.0
     clean_up: bool = False
+    forward_rules: bool = False
+    """Whether mesh traffic is let through a FORWARD chain whose policy is drop."""
     log_level: str = "info"
     wireguard: WireGuardKind = WireGuardKind.AUTO
     userspace_command: tuple[str, ...] = ("wireguard-go",)
@@ -129,6 +131,7 @@ class AgentConfig:
         prioritise_private_addresses: bool = False,
         resync_period: str = "30s",
         clean_up: bool = False,
+        forward_rules: bool = False,
         log_level: str = "info",
         wireguard: str = "auto",
         userspace_command: str = "wireguard-go",
@@ -163,6 +166,7 @@ class AgentConfig:
             prioritise_private=prioritise_private_addresses,
             resync_period=read("--resync-period", lambda: _at_least(parse_duration(resync_period), 1.0)),
             clean_up=clean_up,
+            forward_rules=forward_rules,
             log_level=read("--log-level", lambda: parse_log_level(log_level)),
             wireguard=read("--wireguard", lambda: _one_of(WireGuardKind, wireguard)),
             userspace_command=read("--userspace-command", lambda: parse_command(userspace_command)),

@@ -415,7 +415,7 @@ class Daemon:
             self.log.debug("changed", command=str(change))
         self.failures = (
             *(str(failure) for failure in report.failures),
-            *(f"{problem.subject}: {problem.text}" for problem in plan.problems),
+            *(problem.text for problem in plan.problems),
         )
         self.once.errors("plan", self.failures, revision=snapshot.revision)
         self.metrics.reconciled(

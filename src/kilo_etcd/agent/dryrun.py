@@ -55,7 +55,7 @@ async def dry_run(config: AgentConfig, client: etcd.Client, setup: Callable[[Age
     plan = resolve_plan(plan, *await resolve_once(plan), facts.families())
     plan = guard(plan, (*facts.underlay(), *await discover.etcd_networks(config.etcd)))
     for problem in plan.problems:
-        click.echo(f"# {problem.subject}: {problem.text}")
+        click.echo(f"# {problem.text}")
     async with kernel.open_kernel(setup(config, private)) as device:
         changes = await device.preview(plan)
     for change in changes:

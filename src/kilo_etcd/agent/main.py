@@ -118,6 +118,7 @@ def _setup(config: AgentConfig, private: str) -> kernel.Setup:
         private_key=private,
         mtu=config.mtu,
         wireguard=config.wireguard.value,
+        forward_rules=config.forward_rules,
         userspace_command=shlex.join(config.userspace_command),
     )
 

@@ -127,6 +127,13 @@ _AGENT = (
         negative="--no-clean-up",
     ),
     _flag(
+        "--forward-rules",
+        "false",
+        "Let forwarded mesh traffic through iptables' FORWARD chain, where its policy is drop (docker's is).",
+        switch=True,
+        negative="--no-forward-rules",
+    ),
+    _flag(
         "--wireguard",
         WireGuardKind.AUTO.value,
         "The WireGuard that is used: auto takes the kernel's where there is one.",

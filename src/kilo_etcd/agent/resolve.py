@@ -87,8 +87,8 @@ def resolve_plan(
             if endpoint.host not in failed:
                 continue
             text = (
-                f"the DNS name {endpoint.host} of its endpoint is not resolved ({failed[endpoint.host]}); "
-                "mend the name or the resolver"
+                f"the DNS name {endpoint.host} of the endpoint of {peer.name} is not resolved "
+                f"({failed[endpoint.host]}); mend the name or the resolver"
             )
             problems.append(Problem(subject=peer.name, text=text))
         elif fit is None:

@@ -24,6 +24,7 @@ from attrs import frozen
 from kilo_etcd.kernel.effect import apply_changes
 from kilo_etcd.kernel.errors import collision, shadow
 from kilo_etcd.kernel.firewall import table_for
+from kilo_etcd.kernel.forward import AddForward, DeleteForward, rules_for
 from kilo_etcd.kernel.state import (
     KERNEL_PROTOCOL,
     ROUTE_PROTOCOL,
@@ -95,6 +96,7 @@ def difference(
         Failure(subject=str(destination), text=shadow(destination, subnet), destination=destination)
         for destination, subnet in shadows(plan, base).items()
     )
+    opened, closed = _forward_rules(plan, base, target, failures)
     changes = (
         *device,
         *_addresses(plan, base, target),
@@ -102,9 +104,11 @@ def difference(
         *ipip,
         *_wireguard(plan, base, memory, target, settled),
         *_up(plan, base, target),
+        *opened,
         *routes,
         *stale,
         *_removals(plan, base, target),
+        *closed,
     )
     return Difference(changes, tuple(failures))
 
@@ -355,6 +359,20 @@ def shadows(plan: HostPlan, observed: Observed) -> dict[IPNetwork, IPNetwork]:
         and destination.prefixlen > subnet.prefixlen
         and destination.network_address in subnet
     }
+
+
+def _forward_rules(
+    plan: HostPlan, observed: Observed, target: Target, failures: list[Failure]
+) -> tuple[list[Change], list[Change]]:
+    wanted = rules_for(plan, target.interface, target.ipip, observed.forward_chains) if target.forward_rules else ()
+    if target.forward_rules:
+        for version in sorted(plan.forwarding - observed.forward_chains.keys()):
+            program = "iptables" if version == 4 else "ip6tables"
+            text = f"--forward-rules needs the program {program}, which is not installed or does not work: install it"
+            failures.append(Failure(subject="--forward-rules", text=text, aside=True))
+    made: list[Change] = [AddForward(rule) for rule in wanted if rule not in observed.forward_rules]
+    stale: list[Change] = [DeleteForward(rule) for rule in observed.forward_rules.difference(wanted)]
+    return made, sorted(stale, key=str)
 
 
 def _impossible(route: RoutePlan) -> str | None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from attrs import evolve
 
+from kilo_etcd.kernel.forward import AddForward, DeleteForward
 from kilo_etcd.kernel.state import (
     AddAddress,
     AddRoute,
@@ -89,6 +90,7 @@ class _Effect:
         self._strays = list(observed.stray_routes)
         self._forwarding = set(observed.forwarding)
         self._table = observed.table
+        self._forward_rules = set(observed.forward_rules)
 
     def make(self, change: Change) -> None:
         match change:
@@ -132,6 +134,10 @@ class _Effect:
                 self._table = table
             case DeleteTable():
                 self._table = None
+            case AddForward(rule=rule):
+                self._forward_rules.add(rule)
+            case DeleteForward(rule=rule):
+                self._forward_rules.discard(rule)
             case _:
                 pass
 
@@ -149,6 +155,7 @@ class _Effect:
             ipip_local=self._ipip_local,
             forwarding=frozenset(self._forwarding),
             table=self._table,
+            forward_rules=frozenset(self._forward_rules),
             memo=None if self._owner is None else _Owners(self._owner, self._peers),
         )
 

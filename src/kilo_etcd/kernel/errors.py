@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 
+from kilo_etcd.kernel.forward import AddForward, DeleteForward
 from kilo_etcd.kernel.state import (
     AddAddress,
     AddRoute,
@@ -49,7 +50,7 @@ _NO_NFTABLES = frozenset({errno.ENOENT, errno.EOPNOTSUPP, errno.EPROTONOSUPPORT,
 def failure(change: Change, error: OSError) -> Failure:
     """Why `change` could not be made, with the step that helps where one is known."""
     destination = change.route.destination if isinstance(change, AddRoute | ReplaceRoute | DeleteRoute) else None
-    aside = isinstance(change, ReplaceTable | DeleteTable)
+    aside = isinstance(change, ReplaceTable | DeleteTable | AddForward | DeleteForward)
     return Failure(subject=str(change), text=_sentence(change, error), destination=destination, aside=aside)
 
 

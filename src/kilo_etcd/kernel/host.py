@@ -15,6 +15,8 @@ from pathlib import Path
 from kilo_etcd.kernel import netlink, rtnetlink, sysctl, userspace, wireguard
 from kilo_etcd.kernel.errors import NO_PERMISSION, KernelError, NetlinkError, failure, taken
 from kilo_etcd.kernel.firewall import table_name
+from kilo_etcd.kernel.forward import AddForward, DeleteForward
+from kilo_etcd.kernel.iptables import Iptables
 from kilo_etcd.kernel.netfilter import Netfilter
 from kilo_etcd.kernel.netlink import Message
 from kilo_etcd.kernel.rtnetlink import FoundLink
@@ -88,6 +90,7 @@ class Host:
         runtime_dir: str = "/run/kilo-etcd",
         *,
         public_key: str = "",
+        forward_rules: bool = False,
     ):
         self.interface = interface
         self._public_key = public_key
@@ -97,6 +100,8 @@ class Host:
         self._route = netlink.Socket(0)
         self._generic = wireguard.generic_socket()
         self.netfilter = Netfilter()
+        self._forward_rules = forward_rules
+        self._iptables = Iptables(interface, Path(runtime_dir) / f"{interface}.forward", self.netfilter.generation)
         self.userspace = userspace.UserspaceDevice(uapi_dir, runtime_dir)
         self._kernel: wireguard.KernelDevice | None = None
         self._writes = 0
@@ -111,9 +116,8 @@ class Host:
 
     @property
     def writes(self) -> int:
-        return (
-            self._writes + self.netfilter.writes + self.userspace.writes + (self._kernel.writes if self._kernel else 0)
-        )
+        written = self._writes + self.netfilter.writes + self._iptables.writes + self.userspace.writes
+        return written + (self._kernel.writes if self._kernel else 0)
 
     def choose(self, wanted: str, command: str) -> Backend:
         """Where WireGuard runs here: what is there already counts, then what the kernel can do."""
@@ -159,6 +163,7 @@ class Host:
             addresses = frozenset(
                 a.address for a in self._read_addresses(own.index) if a.scope is not AddressScope.LINK
             )
+        forward_chains, forward_rules = self._iptables.read(self._forward_rules)
         return Observed(
             time=time.time(),
             link=own,
@@ -175,6 +180,8 @@ class Host:
             ipip_ours=ipip is None or ipip.link.kind == "ipip",
             forwarding=sysctl.forwarding(),
             table=self.netfilter.read(table_name(self.interface)),
+            forward_rules=forward_rules,
+            forward_chains=forward_chains,
         )
 
     def _recognises(self, name: str, state: wireguard.DeviceState, routes: Iterable[Route]) -> bool:
@@ -408,6 +415,8 @@ class Host:
                     self.netfilter.replace(table)
                 case DeleteTable(name=name):
                     self.netfilter.delete(name)
+                case AddForward() | DeleteForward():
+                    self._iptables.make(change)
                 case _:
                     raise TypeError(change)
         except OSError as error:
@@ -451,6 +460,7 @@ class Host:
             changes.append(DeleteLink(self.interface))
         if observed.table is not None:
             changes.append(DeleteTable(observed.table.name))
+        changes.extend(DeleteForward(rule) for rule in sorted(observed.forward_rules, key=str))
         changes.extend(sysctl.to_restore(self._record))
         return tuple(changes)
 

@@ -25,6 +25,7 @@ from kilo_etcd.kernel.effect import apply_changes
 from kilo_etcd.kernel.egress import Egress
 from kilo_etcd.kernel.errors import NO_PERMISSION, KernelError, taken
 from kilo_etcd.kernel.firewall import table_name
+from kilo_etcd.kernel.forward import DeleteForward, mark
 from kilo_etcd.kernel.host import Host, may_change_the_network
 from kilo_etcd.kernel.netfilter import Reports
 from kilo_etcd.kernel.netlink import Listener
@@ -64,9 +65,14 @@ async def open_kernel(setup: Setup) -> AsyncIterator[Kernel]:
     except OSError as error:
         raise KernelError(f"the private key is unusable: {error.strerror}") from None
     public_key = public_key_of(raw(setup.private_key))
-    host = Host(setup.interface, setup.uapi_dir, setup.runtime_dir, public_key=public_key)
+    host = Host(
+        setup.interface, setup.uapi_dir, setup.runtime_dir, public_key=public_key, forward_rules=setup.forward_rules
+    )
     try:
-        listener, reports = Listener(rtnetlink.GROUPS), Reports(table_name(setup.interface))
+        listener, reports = (
+            Listener(rtnetlink.GROUPS),
+            Reports(table_name(setup.interface), mark(setup.interface) if setup.forward_rules else ""),
+        )
         try:
             backend = await _in_thread(lambda: host.choose(setup.wireguard, setup.userspace_command))
             yield LinuxKernel(setup, host, listener, reports, backend)
@@ -88,7 +94,9 @@ async def cleanup(
 
     `public_key` is this host's, by which a device is known as ours that no route of ours leads to.
     """
-    return await _in_thread(lambda: _cleanup(Host(interface, uapi_dir, runtime_dir, public_key=public_key or "")))
+    return await _in_thread(
+        lambda: _cleanup(Host(interface, uapi_dir, runtime_dir, public_key=public_key or "", forward_rules=True))
+    )
 
 
 def _cleanup(host: Host) -> tuple[Change, ...]:
@@ -310,6 +318,9 @@ class LinuxKernel:
             else:
                 made = []
         self._settle(plan, observed, made, failed, todo, target)
+        if any(isinstance(change, DeleteForward) for change in all_made):
+            # The program that did it is reported as somebody else.
+            self._reports.news(0)
         return ApplyReport(
             changes=tuple(all_made),
             failures=(*todo.failures, *(failure for _, failure in failed)),
@@ -370,4 +381,5 @@ class LinuxKernel:
             ipip_mtu=self._egress.ipip_mtu(plan),
             backend=self._backend,
             userspace_command=self._setup.userspace_command,
+            forward_rules=self._setup.forward_rules,
         )

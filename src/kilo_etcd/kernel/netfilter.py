@@ -24,7 +24,8 @@ _INET = 1
 _GROUP = 7
 _BATCH_BEGIN, _BATCH_END = 0x10, 0x11
 _NEWTABLE, _GETTABLE, _DELTABLE, _NEWCHAIN, _GETCHAIN = 0, 1, 2, 3, 4
-_NEWRULE, _GETRULE, _NEWSET, _GETSET, _NEWSETELEM, _GETSETELEM, _NEWOBJ, _GETOBJ = 6, 7, 9, 10, 12, 13, 18, 19
+_NEWRULE, _GETRULE, _DELRULE, _NEWSET, _GETSET, _NEWSETELEM, _GETSETELEM = 6, 7, 8, 9, 10, 12, 13
+_GETGEN, _NEWOBJ, _GETOBJ = 16, 18, 19
 _HOOKS = {"prerouting": 0, "input": 1, "forward": 2, "output": 3, "postrouting": 4}
 _KEY_TYPE = {4: 7, 6: 8}
 _KEY_LENGTH = {4: 4, 6: 16}
@@ -148,6 +149,13 @@ class Netfilter:
             ),
         )
 
+    def generation(self) -> int | None:
+        """A number that changes with every change of nftables, whoever makes it; None where there is none."""
+        try:
+            return _number(attributes(self._open().get(_message(_GETGEN)), 4).get(1))
+        except OSError:
+            return None
+
     def replace(self, table: Table) -> None:
         self._transact(pack_table(table))
 
@@ -182,9 +190,11 @@ def _chain(item: dict[int, bytes]) -> Chain:
 
 
 class Reports:
-    """Hears of changes to one table that others make. `socket` is None where the kernel has no nfnetlink."""
+    """Hears of changes to one table that others make, and of rules with a comment of ours that go from a table named
+    filter (see `kernel.forward`). `socket` is None where the kernel has no nfnetlink."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, comment: str = "") -> None:
+        self._comment = comment.encode()
         self._name = name.encode() + b"\0"
         self._what = f"nftables table inet {name} was changed"
         self._listener: netlink.Listener | None = None
@@ -204,10 +214,19 @@ class Reports:
             if events is None:
                 return self._what
             for kind, port, body in events:
-                ours = kind >> 8 == _SUBSYSTEM and body[:1] == bytes([_INET]) and port != own_port
-                if ours and attributes(body, 4).get(1) == self._name:
-                    news = self._what
+                if kind >> 8 == _SUBSYSTEM and port != own_port:
+                    news = self._heard(kind & 0xFF, body) or news
         return news
+
+    def _heard(self, kind: int, body: bytes) -> str | None:
+        table = attributes(body, 4).get(1)
+        if body[0] == _INET:
+            return self._what if table == self._name else None
+        if not self._comment or table != b"filter\0":
+            return None
+        if kind == _DELRULE and self._comment in body:
+            return "a rule of ours was removed from the chain FORWARD or DOCKER-USER"
+        return "docker has come" if kind == _NEWCHAIN and b"DOCKER-USER\0" in body else None
 
     def close(self) -> None:
         if self._listener is not None:

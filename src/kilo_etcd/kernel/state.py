@@ -13,6 +13,7 @@ from typing import Literal, TypeAlias
 
 from attrs import evolve, field, frozen
 
+from kilo_etcd.kernel.forward import AddForward, DeleteForward, ForwardRule
 from kilo_etcd.kernel.table import DeleteTable, ReplaceTable, Table
 from kilo_etcd.model import DEFAULT_INTERFACE, Endpoint, IPAddress, IPInterface, IPNetwork
 
@@ -45,6 +46,8 @@ class Setup:
     """None: the smallest MTU on the way to the peers' endpoints, minus 80; minus 20 more with IPIP."""
     wireguard: Literal["auto", "kernel", "userspace"] = "auto"
     userspace_command: str = "wireguard-go"
+    forward_rules: bool = False
+    """Whether to let mesh traffic through iptables' FORWARD."""
     runtime_dir: str = "/run/kilo-etcd"
     """Where the sysctls' former values are kept for `cleanup`."""
     uapi_dir: str = "/var/run/wireguard"
@@ -131,6 +134,9 @@ class Observed:
     forwarding: frozenset[int] = frozenset()
     table: Table | None = None
     """The nftables table of our name."""
+    forward_rules: frozenset[ForwardRule] = frozenset()
+    forward_chains: Mapping[int, str] = field(factory=dict)
+    """Family -> the chain that they belong in; looked at only where there are, or shall be, any."""
     memo: object = field(default=None, eq=False, repr=False)
     """What `kernel.effect` needs to compute the next state from this one; it means nothing to anyone else."""
 
@@ -155,6 +161,7 @@ class Target:
     full-size packets from locations whose tunnels are wider."""
     backend: Backend = "kernel"
     userspace_command: str = "wireguard-go"
+    forward_rules: bool = False
 
     @property
     def ipip(self) -> str:
@@ -338,9 +345,10 @@ class RestoreSysctl:
 LinkChange: TypeAlias = CreateLink | StartUserspace | DeleteLink | SetMtu | SetUp
 WireGuardChange: TypeAlias = SetDevice | SetPeer | RemovePeer
 RouteChange: TypeAlias = AddRoute | ReplaceRoute | DeleteRoute
-TableChange: TypeAlias = ReplaceTable | DeleteTable
+FilterChange: TypeAlias = ReplaceTable | DeleteTable | AddForward | DeleteForward
 SysctlChange: TypeAlias = SetForwarding | RestoreSysctl
-Change: TypeAlias = LinkChange | AddAddress | DeleteAddress | WireGuardChange | RouteChange | SysctlChange | TableChange
+AddressChange: TypeAlias = AddAddress | DeleteAddress
+Change: TypeAlias = LinkChange | AddressChange | WireGuardChange | RouteChange | SysctlChange | FilterChange
 
 
 @frozen(kw_only=True)

@@ -22,6 +22,7 @@ from kilo_etcd.kernel.api import Kernel
 from kilo_etcd.kernel.diff import difference, remember
 from kilo_etcd.kernel.effect import apply_changes
 from kilo_etcd.kernel.errors import KernelError
+from kilo_etcd.kernel.forward import AddForward, DeleteForward
 from kilo_etcd.kernel.state import (
     AddRoute,
     ApplyReport,
@@ -96,6 +97,7 @@ class FakeHost:
             changes.append(DeleteLink(interface))
         if self.observed.table is not None:
             changes.append(DeleteTable(self.observed.table.name))
+        changes.extend(DeleteForward(rule) for rule in sorted(self.observed.forward_rules, key=str))
         self.observed = apply_changes(self.observed, changes, interface)
         self.history.extend(changes)
         return tuple(changes)
@@ -183,6 +185,7 @@ class FakeKernel:
             public_key=self._public_key,
             private_key=self._setup.private_key,
             mtu=self._setup.mtu or 1500 - overhead,
+            forward_rules=self._setup.forward_rules,
         )
 
 
@@ -198,5 +201,5 @@ async def open_fake_kernel(host: FakeHost, setup: Setup, *, delay: float = 0.0) 
 
 def _failure(change: Change, why: str) -> Failure:
     destination = change.route.destination if isinstance(change, AddRoute | ReplaceRoute | DeleteRoute) else None
-    aside = isinstance(change, ReplaceTable | DeleteTable)
+    aside = isinstance(change, ReplaceTable | DeleteTable | AddForward | DeleteForward)
     return Failure(subject=str(change), text=why, destination=destination, aside=aside)

@@ -85,6 +85,8 @@ class HostPlan:
     ipip_remotes: frozenset[IPAddress] = frozenset()
     """Nodes of the location that IPIP packets are exchanged with; empty: no IPIP device is needed."""
     ipip_local: IPAddress | None = None
+    behind: tuple[IPNetwork, ...] = ()
+    """Networks behind this host itself: its containers, say."""
     masquerade: tuple[IPNetwork, ...] = ()
     """Networks of the location to which this host forwards what comes out of the tunnel, in its own name: who is there
     runs no agent and would not know how to answer."""

@@ -95,6 +95,7 @@ def host_plan(topology: Topology, name: str, previous: HostPlan | None = None) -
         forwarding=frozenset(families),
         ipip_remotes=frozenset(local.ipip_remotes),
         ipip_local=local.ipip_local if local.ipip_remotes else None,
+        behind=segment.subnets.get(name, ()),
         masquerade=local.masquerade(),
         masquerade_not=local.masquerade_not(),
         problems=tuple(sorted(problems, key=lambda problem: (problem.subject, problem.text))),

@@ -1,0 +1,101 @@
+"""Runs `iptables` and `ip6tables`, for `--forward-rules` alone.
+
+Why the programs: whether FORWARD is held by nftables or by the older xtables is the host's choice, made by which
+`iptables` is installed, and docker follows it too. Nothing is run while nothing happens: where iptables writes to
+nftables, the rules are read again only when the kernel's ruleset has another generation than at the last reading.
+The older xtables tells of no changes, so there they are read at every resync.
+"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import subprocess
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from kilo_etcd.kernel.forward import AddForward, DeleteForward, ForwardRule, read_rules
+
+_PROGRAMS = {4: "iptables", 6: "ip6tables"}
+_PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
+_DEADLINE = 15.0
+
+
+class IptablesError(OSError):
+    """What the program said."""
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(errno.EIO, detail)
+        self.detail = detail
+
+
+class Iptables:
+    """The rules of one interface. Blocking; `generation` gives a number that any change of nftables changes."""
+
+    def __init__(self, interface: str, record: Path, generation: Callable[[], int | None]) -> None:
+        self._interface = interface
+        self._record = record
+        """Says that there may be rules of ours, so that nothing is run on hosts that never had any."""
+        self._generation = generation
+        self._known: tuple[int, tuple[dict[int, str], frozenset[ForwardRule]]] | None = None
+        self._events: bool | None = None
+        self.writes = 0
+
+    def read(self, wanted: bool) -> tuple[dict[int, str], frozenset[ForwardRule]]:
+        """(family -> the chain for our rules, our rules); nothing where nobody wants any and none were made."""
+        if not wanted and not self._record.exists():
+            return {}, frozenset()
+        generation = self._generation()
+        if self._known is not None and generation is not None and self._known[0] == generation:
+            return self._known[1]
+        found = self._read()
+        if not wanted and not found[1]:
+            self._record.unlink(missing_ok=True)
+        self._known = (generation, found) if generation is not None and self._reported() else None
+        return found
+
+    def _read(self) -> tuple[dict[int, str], frozenset[ForwardRule]]:
+        chains: dict[int, str] = {}
+        rules: frozenset[ForwardRule] = frozenset()
+        for version, program in _PROGRAMS.items():
+            if shutil.which(program, path=_PATH) is None:
+                continue
+            try:
+                chains[version], own = read_rules(_run(program, "-w", "5", "-S"), version, self._interface)
+            except OSError:
+                continue
+            rules |= own
+        return chains, rules
+
+    def _reported(self) -> bool:
+        """Whether iptables writes to nftables, whose generation tells of changes."""
+        if self._events is None:
+            try:
+                self._events = "nf_tables" in _run("iptables", "--version")
+            except OSError:
+                return False
+        return self._events
+
+    def make(self, change: AddForward | DeleteForward) -> None:
+        """IptablesError if the program refuses."""
+        self.writes += 1
+        self._known = None
+        if isinstance(change, AddForward):
+            with suppress(OSError):
+                self._record.parent.mkdir(parents=True, exist_ok=True)
+                self._record.touch()
+        _run(*change.command)
+
+
+def _run(*command: str) -> str:
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_DEADLINE, stdin=subprocess.DEVNULL,
+            env={"PATH": _PATH, "LC_ALL": "C"},
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise IptablesError(f"{command[0]} did not end within {_DEADLINE:g} s") from None
+    if done.returncode:
+        raise IptablesError(" ".join(done.stderr.split()) or f"exit status {done.returncode}")
+    return done.stdout
