@@ -19,7 +19,7 @@ from kilo_etcd.ctl.render import NONE, Table, clean, shown_location
 from kilo_etcd.ctl.report import NodeRow, registered_names, remarks_on
 from kilo_etcd.ctl.status import read_mesh
 from kilo_etcd.model import Snapshot
-from kilo_etcd.store.keys import AddressKey, ElectionKey, Keys
+from kilo_etcd.store.keys import AddressKey, ElectionKey, Keys, encode_name
 from kilo_etcd.store.view import View
 from kilo_etcd.topology import build_topology, host_plan
 from kilo_etcd.topology.hostplan import HostPlan
@@ -78,7 +78,8 @@ def show_command(mesh: Mesh, node: str, output: str) -> None:
     if row is None:
         raise Failure(f"there is no node {node}; kgctl node list lists them")
     plan = host_plan(build_topology(snapshot), node) if node in snapshot.nodes else None
-    aside = [f"{note.key}: {note.reason}" for note in snapshot.set_aside if f"/{node}" in note.key]
+    part = encode_name(node)
+    aside = [f"{note.key}: {note.reason}" for note in snapshot.set_aside if part in note.key.split("/")]
     found = Shown(
         row=row,
         facts=_facts(snapshot, node),

@@ -15,21 +15,53 @@ from collections.abc import Container, Iterable
 from kilo_etcd.kernel import rtnetlink
 from kilo_etcd.kernel.diff import fulfils
 from kilo_etcd.kernel.state import ROUTE_PROTOCOL, AddressScope, Link, Observed, Target
-from kilo_etcd.model import IPNetwork
+from kilo_etcd.model import IPAddress, IPInterface, IPNetwork
 
 
-def concerns_the_host(kind: int, body: bytes, own: Container[int]) -> bool:
-    """Whether an event says that the host may be reached otherwise now: an address or a default route came or went.
+class Whereabouts:
+    """Where the host can be reached, as far as events have told: its addresses and its default routes.
 
-    Addresses on our own devices, whose indexes are `own`, do not count.
+    A router advertisement has the kernel report the same address and the same route again, every few seconds with some
+    routers; that is no news.
     """
-    if kind in (rtnetlink.NEWADDR, rtnetlink.DELADDR):
-        address = rtnetlink.read_address(body, {})
-        return address is not None and address.scope is AddressScope.GLOBAL and address.index not in own
-    if kind in (rtnetlink.NEWROUTE, rtnetlink.DELROUTE):
-        route = rtnetlink.read_route(body)
-        return route is not None and route.destination.prefixlen == 0 and route.table == rtnetlink.MAIN_TABLE
-    return False
+
+    def __init__(self) -> None:
+        self._addresses: dict[tuple[int, IPInterface], bool] = {}
+        """Index and address -> whether it is deprecated."""
+        self._defaults: dict[tuple[int, int], tuple[int, IPAddress | None]] = {}
+        """Family and metric -> index and gateway. A route that replaces another one has the same."""
+
+    def forget(self) -> None:
+        """Events were lost."""
+        self._addresses.clear()
+        self._defaults.clear()
+
+    def news(self, kind: int, body: bytes, own: Container[int]) -> bool:
+        """Whether an event says that the host may be reached otherwise now.
+
+        Addresses on our own devices, whose indexes are `own`, do not count.
+        """
+        if kind in (rtnetlink.NEWADDR, rtnetlink.DELADDR):
+            found = rtnetlink.read_address(body, {})
+            if found is None or found.scope is not AddressScope.GLOBAL or found.index in own:
+                return False
+            key = found.index, found.address
+            if kind == rtnetlink.DELADDR:
+                self._addresses.pop(key, None)
+                return True
+            before, self._addresses[key] = self._addresses.get(key), found.deprecated
+            return before is not found.deprecated
+        if kind in (rtnetlink.NEWROUTE, rtnetlink.DELROUTE):
+            route = rtnetlink.read_route(body)
+            if route is None or route.destination.prefixlen or route.table != rtnetlink.MAIN_TABLE:
+                return False
+            which, way = (route.destination.version, route.metric), (route.index, route.gateway)
+            if kind == rtnetlink.DELROUTE:
+                self._defaults.pop(which, None)
+                return True
+            former, self._defaults[which] = self._defaults.get(which), way
+            return former != way
+        return False
 
 
 def bends_ways(kind: int, body: bytes, own: Container[int]) -> bool:

@@ -20,7 +20,7 @@ from attrs import evolve
 from kilo_etcd.kernel import rtnetlink
 from kilo_etcd.kernel.api import Kernel
 from kilo_etcd.kernel.diff import Difference, difference, remember, shadows
-from kilo_etcd.kernel.drift import Watch, bends_ways, concerns_the_host
+from kilo_etcd.kernel.drift import Watch, Whereabouts, bends_ways
 from kilo_etcd.kernel.effect import apply_changes
 from kilo_etcd.kernel.egress import Egress
 from kilo_etcd.kernel.errors import NO_PERMISSION, KernelError, taken
@@ -151,6 +151,7 @@ class LinuxKernel:
         self._plan: HostPlan | None = None
         self._watch: Watch | None = None
         self._egress = Egress(host.egress_mtus)
+        self._whereabouts = Whereabouts()
         self._settled: HostPlan | None = None
         """A plan that `_observed` fulfils to the last."""
         self._failed: frozenset[Change] = frozenset()
@@ -239,7 +240,13 @@ class LinuxKernel:
         own = {link.index for link in self._own()}
         if events is None or any(bends_ways(kind, body, own) for kind, body in events):
             self._egress.forget()
-        return events is None or any(concerns_the_host(kind, body, own) for kind, body in events)
+        if events is None:
+            self._whereabouts.forget()
+            return True
+        moved = False
+        for kind, body in events:
+            moved |= self._whereabouts.news(kind, body, own)
+        return moved
 
     def _own(self) -> list[Link]:
         observed = self._watch.observed if self._watch is not None else Observed()
