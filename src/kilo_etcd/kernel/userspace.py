@@ -22,14 +22,12 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from attrs import evolve
-
 from kilo_etcd.kernel.effect import network_order
 from kilo_etcd.kernel.errors import NO_PERMISSION, KernelError
 from kilo_etcd.kernel.netlink import same_namespace
 from kilo_etcd.kernel.state import ObservedPeer, RemovePeer, SetDevice, SetPeer, WireGuardChange
 from kilo_etcd.kernel.wireguard import DeviceState, raw
-from kilo_etcd.model import Endpoint, IPNetwork
+from kilo_etcd.model import Endpoint
 
 _ANSWER = 5.0
 """Seconds for an answer on the socket: a program that was stopped must not stop the agent."""
@@ -75,15 +73,9 @@ def _encode_peer(change: SetPeer) -> Iterable[str]:
 def decode(answer: str) -> DeviceState:
     """What a `get=1` answered. OSError if it says an errno."""
     public_key, port = "", 0
-    peers: dict[str, ObservedPeer] = {}
-    peer: ObservedPeer | None = None
-    allowed: list[IPNetwork] = []
-
-    def done() -> None:
-        if peer is not None:
-            peers[peer.public_key] = evolve(peer, allowed_ips=tuple(sorted(allowed, key=network_order)))
-            allowed.clear()
-
+    peers: list[ObservedPeer] = []
+    values: dict[str, str] = {}
+    allowed: list[str] = []
     for line in answer.splitlines():
         name, _, value = line.partition("=")
         match name:
@@ -92,39 +84,39 @@ def decode(answer: str) -> DeviceState:
             case "listen_port":
                 port = int(value)
             case "public_key":
-                done()
-                peer = ObservedPeer(public_key=base64.b64encode(bytes.fromhex(value)).decode())
+                if "public_key" in values:
+                    peers.append(_decode_peer(values, allowed))
+                values, allowed = {name: value}, []
             case "errno" if value != "0":
                 raise OSError(abs(int(value)), os.strerror(abs(int(value))))
             case "allowed_ip":
-                allowed.append(ipaddress.ip_network(value, strict=False))
-            case _ if peer is not None:
-                peer = _decode_peer(peer, name, value)
-    done()
-    return DeviceState(public_key=public_key, listen_port=port, peers=peers)
+                allowed.append(value)
+            case _:
+                values[name] = value
+    if "public_key" in values:
+        peers.append(_decode_peer(values, allowed))
+    return DeviceState(public_key=public_key, listen_port=port, peers={peer.public_key: peer for peer in peers})
 
 
-def _decode_peer(peer: ObservedPeer, name: str, value: str) -> ObservedPeer:
-    match name:
-        case "preshared_key":
-            return evolve(
-                peer, preshared_key=None if value == _NO_KEY else base64.b64encode(bytes.fromhex(value)).decode()
-            )
-        case "endpoint":
-            host, _, port = value.rpartition(":")
-            # A link-local address comes with its zone, which is an address to `ipaddress` as well.
-            return evolve(peer, endpoint=Endpoint(ipaddress.ip_address(host.strip("[]")), int(port)))
-        case "persistent_keepalive_interval":
-            return evolve(peer, persistent_keepalive=int(value))
-        case "last_handshake_time_sec":
-            return evolve(peer, last_handshake=peer.last_handshake + int(value))
-        case "last_handshake_time_nsec":
-            return evolve(peer, last_handshake=peer.last_handshake + int(value) / 1e9)
-        case "rx_bytes":
-            return evolve(peer, rx_bytes=int(value))
-        case "tx_bytes":
-            return evolve(peer, tx_bytes=int(value))
-    return peer
+def _decode_peer(values: dict[str, str], allowed: Iterable[str]) -> ObservedPeer:
+    preshared = values.get("preshared_key", _NO_KEY)
+    seconds, nanoseconds = (int(values.get(f"last_handshake_time_{unit}", "0")) for unit in ("sec", "nsec"))
+    return ObservedPeer(
+        public_key=base64.b64encode(bytes.fromhex(values["public_key"])).decode(),
+        endpoint=_decode_endpoint(values["endpoint"]) if "endpoint" in values else None,
+        allowed_ips=tuple(sorted((ipaddress.ip_network(ip, strict=False) for ip in allowed), key=network_order)),
+        persistent_keepalive=int(values.get("persistent_keepalive_interval", "0")),
+        preshared_key=None if preshared == _NO_KEY else base64.b64encode(bytes.fromhex(preshared)).decode(),
+        last_handshake=seconds + nanoseconds / 1e9,
+        rx_bytes=int(values.get("rx_bytes", "0")),
+        tx_bytes=int(values.get("tx_bytes", "0")),
+    )
+
+
+def _decode_endpoint(value: str) -> Endpoint:
+    host, _, port = value.rpartition(":")
+    # A link-local address comes with its zone, which is an address to `ipaddress` as well.
+    return Endpoint(ipaddress.ip_address(host.strip("[]")), int(port))
 
 
 def public_key_of(private: bytes) -> str:
