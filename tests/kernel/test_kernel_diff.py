@@ -42,6 +42,21 @@ def test_a_bare_host_gets_everything_in_an_order_without_gaps() -> None:
     ]
 
 
+def test_what_heeds_router_advertisements_goes_on_heeding_them_when_ipv6_is_forwarded() -> None:
+    bare = Observed(advertised=("default", "eth0", "eth0.100"))
+    said = lines(diff(plan(MESH, forwarding=(4, 6)), bare, Memory(), TARGET))
+    first = said.index("sysctl -w net.ipv4.ip_forward=1")
+    assert said[first + 1 : first + 5] == [
+        "sysctl -w net.ipv6.conf.default.accept_ra=2",
+        "sysctl -w net.ipv6.conf.eth0.accept_ra=2",
+        "sysctl -w net/ipv6/conf/eth0.100/accept_ra=2",
+        "sysctl -w net.ipv6.conf.all.forwarding=1",
+    ]
+    changes = diff(plan(MESH, forwarding=(6,)), bare, Memory(), TARGET)
+    assert apply_changes(bare, changes, "kilo0").advertised == ()
+    assert "accept_ra" not in "".join(lines(diff(plan(MESH, forwarding=(4,)), bare, Memory(), TARGET)))
+
+
 def test_the_same_plan_again_changes_nothing() -> None:
     wanted = plan(peer(2, "10.4.0.2/32", endpoint="203.0.113.2:51820"), MESH, forwarding=(4, 6))
     assert step(wanted, wanted) == []

@@ -246,6 +246,46 @@ async def test_an_address_that_comes_while_a_plan_is_applied_is_told_all_the_sam
             await kernel.wait_moved()
 
 
+async def test_without_an_endpoint_the_mtu_is_that_of_the_way_out() -> None:
+    underlay(mtu=1400)
+    sh("ip route add default via 192.168.9.2")
+    async with agent() as kernel:
+        assert (await kernel.apply(plan(peer(2, "10.4.0.2/32"), MESH))).failures == ()
+        assert " mtu 1320 " in sh("ip link show kilo0")
+
+
+async def test_the_mtu_follows_that_of_the_device_by_which_endpoints_are_reached() -> None:
+    underlay()
+    sh("ip link add eth2 type veth peer eth3 && ip link set eth2 up && ip link set eth3 up")
+    async with agent() as kernel:
+        await kernel.apply(WORLD)
+        for mtu, wanted in ((1420, 1340), (1300, 1280), (1500, 1420)):
+            sh(f"ip link set eth0 mtu {mtu}")
+            with trio.fail_after(5):
+                assert f"the MTU of eth0, by which endpoints are reached, is {mtu} now" in await kernel.wait_drift()
+            assert (await kernel.apply(WORLD)).failures == ()
+            assert f" mtu {wanted} " in sh("ip link show kilo0")
+        sh("ip link set eth2 mtu 1300")
+        with trio.move_on_after(0.2) as quiet:
+            await kernel.wait_drift()
+        assert quiet.cancelled_caught, "a device that leads to no endpoint is not ours to follow"
+
+
+async def test_a_host_that_forwards_ipv6_goes_on_heeding_router_advertisements() -> None:
+    underlay()
+    conf = "/proc/sys/net/ipv6/conf"
+    sh(f"echo 0 > {conf}/all/forwarding; echo 1 > {conf}/eth0/accept_ra; echo 0 > {conf}/eth1/accept_ra")
+    accepted = f"cat {conf}/default/accept_ra {conf}/eth0/accept_ra {conf}/eth1/accept_ra"
+    before = sh(accepted).split()
+    assert before[1:] == ["1", "0"]
+    async with agent() as kernel:
+        assert (await kernel.apply(WORLD)).failures == ()
+    assert sh(f"cat {conf}/all/forwarding") == "1\n"
+    assert sh(accepted).split() == ["2", "2", "0"]
+    await cleanup("kilo0")
+    assert sh(accepted).split() == before
+
+
 async def test_messages_that_are_refused_among_many_are_told_apart() -> None:
     underlay()
     index = socket.if_nametoindex("eth0")

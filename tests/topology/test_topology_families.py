@@ -28,6 +28,8 @@ PAIRS = [
     ((V6, NAT4), (V6, NAT4), 6),
     ((V6, NAT4), (V4, V6), 6),
     ((V6, V4), (V4, V6), 6),
+    ((V6, V4), (NAT4, ULA), 6),
+    ((NAT4, V6), (NAT4, V6), 4),
     ((V6, V4), (V4, None), 4),
     ((V4, ULA), (V6, NAT4), 4),
     ((NAT4, ULA), (V4, V6), 4),

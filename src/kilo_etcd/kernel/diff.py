@@ -36,6 +36,7 @@ from kilo_etcd.kernel.state import (
     DeleteLink,
     DeleteRoute,
     Failure,
+    KeepAdvertisements,
     Link,
     Memory,
     Observed,
@@ -282,6 +283,8 @@ def _endpoint(plan: PeerPlan, peer: ObservedPeer, now: float, memory: Memory) ->
 def _up(plan: HostPlan, observed: Observed, target: Target) -> Iterator[Change]:
     assert observed.link is not None
     for family in sorted(plan.forwarding - observed.forwarding):
+        if family == 6:
+            yield from map(KeepAdvertisements, observed.advertised)
         yield SetForwarding(family)
     if not observed.link.up:
         yield SetUp(target.interface)

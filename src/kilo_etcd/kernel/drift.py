@@ -87,6 +87,7 @@ class Watch:
         *,
         links: Iterable[Link],
         ways: dict[IPNetwork, int],
+        egress: Container[int] = (),
         collisions: frozenset[IPNetwork] = frozenset(),
         failing: bool = False,
     ) -> None:
@@ -95,6 +96,8 @@ class Watch:
         self.links = {link.index: link for link in links}
         self.ways = ways
         """Destination of a route of ours -> index of the device that it leaves by; brought up to date by events."""
+        self.egress = egress
+        """Indexes of the devices whose MTU that of the tunnel follows."""
         self.collisions = collisions
         self.failing = failing
         """Something could not be set: then what may have been the obstacle is news too."""
@@ -131,6 +134,8 @@ class Watch:
                 return f"another link is named {own.name}"
         if before is not None and before.up and not link.up and link.index in self.ways.values():
             return f"link {link.name} was set down"
+        if link.index in self.egress and before is not None and before.mtu != link.mtu:
+            return f"the MTU of {link.name}, by which endpoints are reached, is {link.mtu} now"
         if self.failing and link.up and (before is None or not before.up):
             return f"link {link.name} came up"
         return None

@@ -21,6 +21,7 @@ from kilo_etcd.kernel.state import (
     DeleteAddress,
     DeleteLink,
     DeleteRoute,
+    KeepAdvertisements,
     Link,
     Observed,
     ObservedPeer,
@@ -89,6 +90,7 @@ class _Effect:
         self._routes = dict(observed.routes)
         self._strays = list(observed.stray_routes)
         self._forwarding = set(observed.forwarding)
+        self._advertised = observed.advertised
         self._table = observed.table
         self._forward_rules = set(observed.forward_rules)
 
@@ -130,6 +132,9 @@ class _Effect:
                 self._strays = [stray for stray in self._strays if stray != route]
             case SetForwarding(family=family):
                 self._forwarding.add(family)
+                self._advertised = self._advertised if family == 4 else ()
+            case KeepAdvertisements(name=name):
+                self._advertised = tuple(one for one in self._advertised if one != name)
             case ReplaceTable(table=table):
                 self._table = table
             case DeleteTable():
@@ -154,6 +159,7 @@ class _Effect:
             ipip=self._ipip,
             ipip_local=self._ipip_local,
             forwarding=frozenset(self._forwarding),
+            advertised=self._advertised,
             table=self._table,
             forward_rules=frozenset(self._forward_rules),
             memo=None if self._owner is None else _Owners(self._owner, self._peers),

@@ -24,8 +24,10 @@ _SMALLEST = {4: 576, 6: 1280}
 class Egress:
     """What is known of the ways. Not for two threads at once."""
 
-    def __init__(self, ask: Ask) -> None:
+    def __init__(self, ask: Ask, ways_out: Callable[[], list[int]] = list) -> None:
         self._ask = ask
+        self._ways_out = ways_out
+        """The MTUs of the ways out of the host, for one that has been told no endpoint yet."""
         self._known: dict[str, tuple[Endpoint, int | None]] = {}
         """Public key -> the peer's endpoint, and the MTU of the way there."""
         self._inside: tuple[frozenset[IPAddress], int] = frozenset(), _ETHERNET
@@ -54,7 +56,9 @@ class Egress:
         ]
         overhead = WIREGUARD_OVERHEAD + (IPIP_OVERHEAD if plan.ipip_remotes else 0)
         families = {address.version for address in plan.addresses} or {4}
-        return max(min(ways, default=_ETHERNET) - overhead, max(_SMALLEST[family] for family in families))
+        return max(
+            min(ways or self._ways_out(), default=_ETHERNET) - overhead, max(_SMALLEST[family] for family in families)
+        )
 
     def ipip_mtu(self, plan: HostPlan) -> int:
         """Bytes for the IPIP device: what the location's network takes, less IPIP's own header."""

@@ -17,6 +17,7 @@ from kilo_etcd.kernel.state import (
     CreateLink,
     DeleteRoute,
     Failure,
+    KeepAdvertisements,
     ReplaceRoute,
     SetDevice,
     SetForwarding,
@@ -56,6 +57,11 @@ def failure(change: Change, error: OSError) -> Failure:
 
 def _sentence(change: Change, error: OSError) -> str:
     code = error.errno or 0
+    if isinstance(change, KeepAdvertisements):
+        return (
+            f"{change.path} could not be set to 2 ({error.strerror}): a host that forwards IPv6 loses what it has "
+            f"from router advertisements on {change.name}, a default route for instance; set it with `{change}`"
+        )
     if isinstance(change, SetForwarding):
         name = change.path.replace("/", ".")
         if code in (errno.EROFS, errno.EACCES, errno.EPERM):

@@ -36,6 +36,7 @@ from kilo_etcd.kernel.state import (
     Failure,
     HostAddress,
     HostAddresses,
+    KeepAdvertisements,
     Link,
     Observed,
     RemovePeer,
@@ -63,6 +64,7 @@ _ALREADY = {
     DeleteAddress: {errno.EADDRNOTAVAIL, errno.ENODEV},
     DeleteRoute: {errno.ESRCH, errno.ENODEV},
     DeleteLink: {errno.ENODEV},
+    KeepAdvertisements: {errno.ENOENT},
 }
 """Errors that say that what was wanted is so already."""
 
@@ -106,6 +108,8 @@ class Host:
         self._kernel: wireguard.KernelDevice | None = None
         self._writes = 0
         self.links: dict[int, Link] = {}
+        self.egress: set[int] = set()
+        """Indexes of the devices that `egress_mtus` has come upon."""
         self.ways: dict[IPNetwork, int] = {}
         """Destination of each route of ours -> index of its device, when last read."""
 
@@ -179,6 +183,7 @@ class Host:
             ipip_local=ipip.local if ipip else None,
             ipip_ours=ipip is None or ipip.link.kind == "ipip",
             forwarding=sysctl.forwarding(),
+            advertised=sysctl.advertised(self.interface, self.ipip),
             table=self.netfilter.read(table_name(self.interface)),
             forward_rules=forward_rules,
             forward_chains=forward_chains,
@@ -324,6 +329,7 @@ class Host:
         link = self.links.get(index)
         if link is None or link.name in (self.interface, self.ipip, "lo"):
             return None
+        self.egress.add(index)
         return min(mtu, link.mtu) if mtu else link.mtu
 
     def make(self, changes: Sequence[Change]) -> tuple[list[Change], list[tuple[Change, Failure]]]:
@@ -405,9 +411,9 @@ class Host:
                     self._send(rtnetlink.set_mtu(self._index(name), mtu))
                 case SetUp(name=name):
                     self._send(rtnetlink.set_up(self._index(name)))
-                case SetForwarding():
+                case SetForwarding() | KeepAdvertisements():
                     self._writes += 1
-                    sysctl.set_forwarding(change, self._record)
+                    sysctl.change_to(change, self._record)
                 case RestoreSysctl():
                     self._writes += 1
                     sysctl.restore(change)

@@ -150,7 +150,7 @@ class LinuxKernel:
         self._observed: Observed | None = None
         self._plan: HostPlan | None = None
         self._watch: Watch | None = None
-        self._egress = Egress(host.egress_mtus)
+        self._egress = Egress(host.egress_mtus, self._ways_out)
         self._whereabouts = Whereabouts()
         self._settled: HostPlan | None = None
         """A plan that `_observed` fulfils to the last."""
@@ -360,6 +360,7 @@ class LinuxKernel:
             target,
             links=self._host.links.values(),
             ways=self._host.ways,
+            egress=self._host.egress,
             collisions=frozenset((plan.routes.keys() & observed.foreign.keys()) | shadows(plan, observed).keys()),
             failing=bool(failed or todo.failures),
         )
@@ -390,3 +391,11 @@ class LinuxKernel:
             userspace_command=self._setup.userspace_command,
             forward_rules=self._setup.forward_rules,
         )
+
+    def _ways_out(self) -> list[int]:
+        """The MTUs of the devices with a default route: for a host that has been told no endpoint, a silent member."""
+        foreign = {} if self._observed is None else self._observed.foreign
+        names = {route.device for network, route in foreign.items() if not network.prefixlen}
+        links = [link for link in self._host.links.values() if link.name in names]
+        self._host.egress.update(link.index for link in links)
+        return [link.mtu for link in links]

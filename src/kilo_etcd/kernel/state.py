@@ -132,6 +132,8 @@ class Observed:
     ipip_local: IPAddress | None = None
     ipip_ours: bool = True
     forwarding: frozenset[int] = frozenset()
+    advertised: tuple[str, ...] = ()
+    """Interfaces that heed IPv6 router advertisements now, and would not once the host forwards IPv6."""
     table: Table | None = None
     """The nftables table of our name."""
     forward_rules: frozenset[ForwardRule] = frozenset()
@@ -332,6 +334,21 @@ class SetForwarding:
 
 
 @frozen
+class KeepAdvertisements:
+    """Have an interface heed router advertisements although the host forwards IPv6."""
+
+    name: str
+
+    @property
+    def path(self) -> str:
+        return f"net/ipv6/conf/{self.name}/accept_ra"
+
+    def __str__(self) -> str:
+        # The name may have dots (eth0.100), so that slashes it must be.
+        return f"sysctl -w {self.path if '.' in self.name else self.path.replace('/', '.')}=2"
+
+
+@frozen
 class RestoreSysctl:
     """Only made by `cleanup`: a sysctl gets the value back that it had before us."""
 
@@ -346,7 +363,7 @@ LinkChange: TypeAlias = CreateLink | StartUserspace | DeleteLink | SetMtu | SetU
 WireGuardChange: TypeAlias = SetDevice | SetPeer | RemovePeer
 RouteChange: TypeAlias = AddRoute | ReplaceRoute | DeleteRoute
 FilterChange: TypeAlias = ReplaceTable | DeleteTable | AddForward | DeleteForward
-SysctlChange: TypeAlias = SetForwarding | RestoreSysctl
+SysctlChange: TypeAlias = SetForwarding | KeepAdvertisements | RestoreSysctl
 AddressChange: TypeAlias = AddAddress | DeleteAddress
 Change: TypeAlias = LinkChange | AddressChange | WireGuardChange | RouteChange | SysctlChange | FilterChange
 

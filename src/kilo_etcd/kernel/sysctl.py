@@ -1,5 +1,11 @@
 """Forwarding sysctls through /proc/sys: read, set to 1, and given back at `cleanup`.
 
+A host that begins to forward IPv6 takes itself for a router: from then on it passes over router advertisements, and
+forgets at once the default route that it has from them, unless the interface's accept_ra is 2. So each interface that
+heeded them before (accept_ra 1) is set to 2 first: what it did, it goes on doing. `default` is among them, for the
+interfaces that come later. Where something else (systemd-networkd, NetworkManager) does that work, accept_ra is 0
+and stays so.
+
 What a sysctl was before us is kept in a file of the runtime directory, with the network namespace that it is true for.
 """
 
@@ -9,7 +15,7 @@ import json
 import os
 from pathlib import Path
 
-from kilo_etcd.kernel.state import RestoreSysctl, SetForwarding
+from kilo_etcd.kernel.state import KeepAdvertisements, RestoreSysctl, SetForwarding
 
 _ROOT = Path("/proc/sys")
 
@@ -19,10 +25,22 @@ def forwarding() -> frozenset[int]:
     return frozenset(family for family in (4, 6) if _read(SetForwarding(family).path) == "1")
 
 
-def set_forwarding(change: SetForwarding, record: Path) -> None:
+def advertised(*ours: str) -> tuple[str, ...]:
+    """The interfaces, but `ours`, that heed router advertisements only as long as IPv6 is not forwarded; sorted."""
+    if 6 in forwarding():
+        return ()
+    try:
+        names = os.listdir(_ROOT / "net/ipv6/conf")
+    except OSError:
+        return ()
+    asked = [name for name in sorted(names) if name not in ("all", "lo", *ours)]
+    return tuple(name for name in asked if _read(KeepAdvertisements(name).path) == "1")
+
+
+def change_to(change: SetForwarding | KeepAdvertisements, record: Path) -> None:
     """OSError if it is not ours to write."""
     before = _read(change.path)
-    _write(change.path, "1")
+    _write(change.path, _ours(change.path))
     former = _load(record)
     if before is not None and change.path not in former:
         former[change.path] = before
@@ -36,8 +54,14 @@ def set_forwarding(change: SetForwarding, record: Path) -> None:
 def to_restore(record: Path) -> tuple[RestoreSysctl, ...]:
     """What cleanup has to give back: sysctls that still have the value that we set."""
     return tuple(
-        RestoreSysctl(path, value) for path, value in _load(record).items() if value != "1" and _read(path) == "1"
+        RestoreSysctl(path, value)
+        for path, value in _load(record).items()
+        if value != _ours(path) and _read(path) == _ours(path)
     )
+
+
+def _ours(path: str) -> str:
+    return "2" if path.endswith("/accept_ra") else "1"
 
 
 def restore(change: RestoreSysctl) -> None:

@@ -3,9 +3,9 @@
 A host of both families publishes an endpoint in each, the better one first: a public one before a private one, IPv4
 where both are alike (so that agents which read the first alone, as older ones do, take the same way), and before all
 what the operator forced. A pair takes a family that both have. Where both have both, the family counts that more of the
-two put first; then the one in which more of them are public; then IPv6 if all is public (somebody has put it first on
-purpose), else IPv4. The rule is symmetrical, so that the two ends send to each other the same way and neither
-WireGuard has reason to roam.
+two put first (public ones before private ones, which are first for want of better); then the one in which more of them
+are public; then IPv6 if all is public (somebody has put it first on purpose), else IPv4. The rule is symmetrical, so
+that the two ends send to each other the same way and neither WireGuard has reason to roam.
 
 Pure. A DNS name stands for any family: which of its addresses to take is decided where it is resolved.
 """
@@ -30,12 +30,15 @@ def pair_family(one: Node, other: Node) -> int | None:
     common = families(one) & families(other)
     if len(common) < 2:
         return next(iter(common), None)
-    firsts: list[int] = [
-        address.version for node in (one, other) if node.endpoint is not None and (address := node.endpoint.address)
-    ]
+    firsts = [first for node in (one, other) if (first := node.endpoint) is not None]
     public = {version: sum(node.public_in(version) for node in (one, other)) for version in (4, 6)}
     fallback = 6 if public[4] == public[6] == 2 else 4
-    return max((4, 6), key=lambda version: (firsts.count(version), public[version], version == fallback))
+
+    def order(version: int) -> tuple[int, int, int, bool]:
+        here = [first for first in firsts if first.address is not None and first.address.version == version]
+        return sum(first.public for first in here), len(here), public[version], version == fallback
+
+    return max((4, 6), key=order)
 
 
 def endpoint_for(own: Node, other: Node) -> Endpoint | None:

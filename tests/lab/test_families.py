@@ -1,0 +1,209 @@
+"""IPv4, IPv6 and both, under the mesh and in it; and packets as large as the tunnels take. With real packets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from itertools import permutations
+
+import pytest
+import trio
+
+from helpers import eventually, require
+from kilo_etcd.lab.client import Lab, running_lab
+from kilo_etcd.lab.spec import HostSpec, SiteSpec, Spec
+
+pytestmark = [pytest.mark.lab, pytest.mark.deadline(120)]
+
+BOTH = ("--subnet", "10.4.0.0/16,fd00:4::/64")
+SIX = ("--subnet", "fd00:4::/64", "--encapsulate", "wireguard")
+
+
+def site(name: str, *hosts: HostSpec, mtu: int = 1500) -> SiteSpec:
+    return SiteSpec(name=name, hosts=hosts, mtu=mtu)
+
+
+def host(name: str, *families: str, public: bool = True) -> HostSpec:
+    """At the location that its name begins with."""
+    return HostSpec(name=name, public=public, label=name.partition("-")[0], families=families)
+
+
+@asynccontextmanager
+async def world(*sites: SiteSpec, apart: Iterable[tuple[str, str]] = (), **options: object) -> AsyncIterator[Lab]:
+    """A lab in which every ordered pair pings in each family of the mesh, but those that are `apart`."""
+    require("etcd", "etcdctl", "wireguard-go", "wg", "nft", "ip", "ping")
+    async with running_lab(Spec(sites=sites, **options)) as lab:  # type: ignore[arg-type]
+        await reached(lab, apart)
+        yield lab
+
+
+async def reached(lab: Lab, apart: Iterable[tuple[str, str]] = (), deadline: float = 30) -> None:
+    """Every ordered pair pings at every mesh address, but those that are `apart`, in neither direction."""
+    expected = sorted({*apart, *((there, here) for here, there in apart)})
+
+    async def as_expected() -> bool:
+        return await lab.missing_pings(timeout=0.5) == expected
+
+    await eventually(as_expected, deadline, every=0.1, what=f"pings of all pairs but {expected}")
+
+
+async def errors(lab: Lab) -> dict[str, list[str]]:
+    """Host -> what its agent reports in its status."""
+    lines = (await lab.etcdctl("get", "--prefix", "/kilo-status/")).stdout.splitlines()
+    records = zip(lines[::2], lines[1::2], strict=True)
+    return {key.rpartition("/")[2]: json.loads(value).get("errors", []) for key, value in records}
+
+
+async def endpoints(lab: Lab, at: str) -> dict[str, str]:
+    """Public key -> the endpoint that the host's WireGuard has."""
+    shown = (await lab.exec(at, "wg", "show", "kilo0", "endpoints", check=True)).stdout
+    return dict(line.split("\t") for line in shown.splitlines())
+
+
+async def endpoint_of(lab: Lab, at: str, name: str) -> str:
+    record = json.loads((await lab.etcdctl("get", "--print-value-only", f"/kilo/nodes/{name}")).stdout)
+    return (await endpoints(lab, at))[record["publicKey"]]
+
+
+async def leads(lab: Lab, *names: str) -> str:
+    """Which of these hosts of one location says of itself that it leads."""
+    for name in names:
+        text = (await lab.etcdctl("get", "--print-value-only", f"/kilo-status/{name}")).stdout
+        if json.loads(text)["role"] == "leader":
+            return name
+    raise AssertionError(f"none of {names} leads")
+
+
+async def mtu_of(lab: Lab, name: str, interface: str = "kilo0") -> int:
+    words = (await lab.exec(name, "ip", "-o", "link", "show", interface, check=True)).stdout.split()
+    return int(words[words.index("mtu") + 1])
+
+
+async def full_size_packets_pass(lab: Lab, apart: Iterable[tuple[str, str]] = ()) -> None:
+    """Each pair, each family: a packet as large as the sender's tunnel takes, that nobody may fragment."""
+    rows = {row.host: row.mesh for row in await lab.status() if row.mesh}
+    failed = []
+
+    async def send(here: str, address: str) -> None:
+        async def answered() -> bool:
+            # What leaves the location does so by its leader's tunnel, which learns what the way beneath it takes.
+            near = [name for name in rows if name.partition("-")[0] == here.partition("-")[0]]
+            mtu = min([await mtu_of(lab, name) for name in near])
+            size = mtu - (48 if ":" in address else 28)
+            ping = await lab.exec(here, "ping", "-c", "1", "-W", "1", "-M", "do", "-s", str(size), address)
+            return ping.returncode == 0
+
+        try:
+            await eventually(answered, 10, every=0.2, what="an answer")
+        except AssertionError:
+            failed.append((here, address))
+
+    async with trio.open_nursery() as nursery:
+        for here, there in permutations(rows, 2):
+            if (here, there) in apart or (there, here) in apart:
+                continue
+            for address in rows[there]:
+                nursery.start_soon(send, here, address)
+    assert failed == []
+
+
+async def test_both_families_and_hosts_of_one() -> None:
+    apart = [("four-1", "six-1"), ("four-1", "six-2")]
+    async with world(
+        site("gcp", host("gcp-1"), host("gcp-2")),
+        site("home", host("home-1", public=False), host("home-2", public=False)),
+        site("four", host("four-1", "ipv4")),
+        site("six", host("six-1", "ipv6"), host("six-2", "ipv6", public=False)),
+        apart=apart,
+        families=("ipv4", "ipv6"),
+        agent_args=BOTH,
+    ) as lab:
+        # Who leads six is the public host; the pair without a common family is named at both ends, and nothing else is.
+        said = await errors(lab)
+        assert [name for name, texts in said.items() if texts] == ["four-1", "six-1"]
+        assert "no common address family with node six-1" in said["four-1"][0]
+        assert "no common address family with node four-1" in said["six-1"][0]
+        assert "no common address family with node six-1" in await lab.log("four-1")
+        assert "no common address family with node six-1" in (await lab.kgctl("status")).stdout
+
+        leader = await leads(lab, "gcp-1", "gcp-2")
+        assert (await endpoint_of(lab, "four-1", leader)).startswith("198.51.100.")
+        assert (await endpoint_of(lab, "six-1", leader)).startswith("[2001:db8:1::")
+        assert (await endpoint_of(lab, leader, "six-1")).startswith("[2001:db8:1::")
+        for drawn in (f"[2001:db8:1::{leader[-1]}]:51820", f"198.51.100.{leader[-1]}:51820"):
+            assert drawn in (await lab.kgctl("graph")).stdout
+            assert drawn in (await lab.kgctl("node", "show", leader)).stdout
+
+        # Forced to IPv6, a host is reached there by those who have it, and as before by those who have not.
+        await lab.etcdctl("put", f"/kilo/annotations/{leader}/force-endpoint", f"[2001:db8:1::{leader[-1]}]:51820")
+
+        async def moved() -> bool:
+            return (await endpoint_of(lab, await leads(lab, "home-1", "home-2"), leader)).startswith("[2001:")
+
+        await eventually(moved, 10, every=0.1, what="the forced endpoint")
+        assert (await endpoint_of(lab, "four-1", leader)).startswith("198.51.100.")
+
+        # Without leaders every host for itself: the same pairs are apart, and no others.
+        for name in ("home-1", "home-2", "six-2"):  # Behind NAT, they speak first.
+            await lab.etcdctl("put", f"/kilo/annotations/{name}/persistent-keepalive", "1")
+        await lab.etcdctl("put", "/kilo/mesh/granularity", "cross")
+        # Behind two NATs nobody can speak first.
+        apart += [(home, "six-2") for home in ("home-1", "home-2")]
+        await reached(lab, apart)
+        await full_size_packets_pass(lab, apart)
+
+
+async def test_ipv6_alone_beneath_a_mesh_of_both() -> None:
+    async with world(
+        site("gcp", host("gcp-1"), host("gcp-2"), mtu=1400),
+        site("home", host("home-1"), host("home-2"), mtu=1400),
+        families=("ipv6",),
+        agent_args=BOTH,
+        lease_ttl=2,
+    ) as lab:
+        assert await errors(lab) == {name: [] for name in lab.hosts}
+        assert [await mtu_of(lab, name) for name in lab.hosts] == [1320] * 4
+        await full_size_packets_pass(lab)
+
+        # The tunnel follows its way, down to what IPv6 demands of a device, and up again.
+        for mtu, expected in ((1380, 1300), (1300, 1280), (1400, 1320)):
+            await lab.exec("home-1", "ip", "link", "set", "eth0", "mtu", str(mtu), check=True)
+
+            async def followed(expected: int = expected) -> bool:
+                return await mtu_of(lab, "home-1") == expected
+
+            await eventually(followed, 5, every=0.05, what=f"an MTU of {expected}")
+
+        gone = await leads(lab, "gcp-1", "gcp-2")
+        await lab.power_off(gone)
+        await lab.all_pairs_ping(20, hosts=[name for name in lab.hosts if name != gone])
+        await lab.power_on(gone)
+        await reached(lab)
+        await lab.etcdctl("put", "/kilo/mesh/granularity", "full")
+        await reached(lab)
+        await full_size_packets_pass(lab)
+
+
+async def test_an_ipv6_mesh_over_ipv4_alone_and_an_mtu_that_is_too_small_for_it() -> None:
+    small = HostSpec(name="dsl-2", public=True, label="dsl", args=("--mtu", "1279"))
+    async with running_lab(
+        Spec(
+            sites=(site("gcp", host("gcp-1"), host("gcp-2")), site("dsl", host("dsl-1"), small, mtu=1400)),
+            agent_args=SIX,
+        )
+    ) as lab:
+        # Over IPv4 alone, IPv6 packets find no way inside a location but the tunnel.
+        three = ["gcp-1", "gcp-2", "dsl-1"]
+        await lab.all_pairs_ping(20, hosts=three)
+
+        async def refused() -> bool:
+            return "--mtu 1279 is too small" in await lab.log("dsl-2")
+
+        await eventually(refused, 10, every=0.1, what="the refusal")
+        assert (await lab.agent_pid("dsl-2")) is None
+        await full_size_packets_pass(lab, [("dsl-2", name) for name in three])
+        shown = (await lab.kgctl("graph")).stdout
+        assert "fd00:4::" in shown
+        assert "10.4." not in shown
+        assert "dsl-2" not in shown
