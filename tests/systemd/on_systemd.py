@@ -11,12 +11,15 @@ import base64
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import metadata
 from ipaddress import ip_interface
 from pathlib import Path
 
@@ -111,18 +114,44 @@ def readme(marker: str) -> list[str]:
     return [line.split("   #")[0].rstrip() for line in block.splitlines()]
 
 
+@contextmanager
+def borrowed_packages() -> Iterator[None]:
+    """In the block pip finds what builds the package; after it, what the package requires is there for good.
+
+    It is copied, since the service does not see what lies in /tmp, where this checkout may be.
+    """
+    asked = run("/opt/kilo-etcd/bin/python -c 'import sysconfig; print(sysconfig.get_paths()[\"purelib\"])'")
+    site, ours = Path(asked.stdout.strip()), Path(sysconfig.get_paths()["purelib"])
+    (site / "tests.pth").write_text(f"{ours}\n")
+    yield
+    (site / "tests.pth").unlink()
+    wanted, seen = ["kilo-etcd"], set[str]()
+    while wanted:
+        name = re.split(r"[^A-Za-z0-9_.-]", wanted.pop(), maxsplit=1)[0].lower()
+        if name in seen:
+            continue
+        seen.add(name)
+        try:
+            distribution = metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            continue  # for another Python or system
+        wanted += [line for line in distribution.requires or () if "extra ==" not in line]
+        for file in distribution.files or () if name != "kilo-etcd" else ():
+            source = Path(str(file.locate()))
+            if source.is_relative_to(ours) and source.suffix != ".pyc":
+                (site / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(source, site / file)
+
+
 def test_it_installs_by_the_readmes_own_lines() -> None:
-    packages = sysconfig.get_paths()["purelib"]
     for line in readme("python3 -m venv /opt/kilo-etcd"):
         if line.startswith("apt-get "):
             continue
         if line == "/opt/kilo-etcd/bin/pip install .":
-            # No network: its requirements, and what builds it, are those of the tests.
-            site = run("/opt/kilo-etcd/bin/python -c 'import sysconfig; print(sysconfig.get_paths()[\"purelib\"])'")
-            Path(site.stdout.strip(), "tests.pth").write_text(packages + "\n")
             source = Path("/var/tmp/kilo-etcd")
             run(f"mkdir {source} && cp -r pyproject.toml README.md LICENSE src systemd {source}", cwd=ROOT)
-            run(f"{line} --no-index --no-deps --no-build-isolation --disable-pip-version-check", cwd=source)
+            with borrowed_packages():
+                run(f"{line} --no-index --no-deps --no-build-isolation --disable-pip-version-check", cwd=source)
             continue
         run(line.replace("python3 -m venv", f"{sys.executable} -m venv"), cwd=ROOT)
     assert run("kg --version").stdout.startswith("kg")
