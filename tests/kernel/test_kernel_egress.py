@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from ipaddress import ip_address
 
+import pytest
 from kernel_worlds import peer, plan
 
 from kilo_etcd.kernel.egress import Egress
@@ -50,3 +51,28 @@ def test_the_kernel_is_asked_once_until_something_changes() -> None:
     assert egress.mtu(world("203.0.113.1:1")) == 1420
     egress.forget()
     assert egress.mtu(world("203.0.113.1:1")) == 1220
+
+
+def test_what_is_old_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    kernel = Kernel()
+    egress = Egress(kernel.ask)
+    assert egress.mtu(world("203.0.113.1:1")) == 1420
+    kernel.ways[ip_address("203.0.113.1")] = 1300  # learnt from a router on the way, of which no event tells
+    now += 30
+    egress.expire()
+    assert egress.mtu(world("203.0.113.1:1")) == 1420
+    now += 31
+    egress.expire()
+    assert egress.mtu(world("203.0.113.1:1")) == 1220
+
+
+def test_the_ipip_device_is_as_wide_as_the_locations_network_lets_it() -> None:
+    kernel = Kernel()
+    kernel.ways[ip_address("192.168.9.2")] = 1450
+    egress = Egress(kernel.ask)
+    for _ in range(2):
+        assert egress.ipip_mtu(world(ipip=True)) == 1430
+    assert kernel.asked == [{"192.168.9.2"}]
+    assert egress.ipip_mtu(world()) == 1480

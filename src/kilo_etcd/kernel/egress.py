@@ -1,11 +1,13 @@
 """The MTU of the tunnel, from the ways that packets to the peers' endpoints take.
 
 The kernel is asked once for each endpoint; what it answered holds until it reports that links or routes have changed
-(`drift.bends_ways`). Where there are thousands of peers, asking is most of what a fresh look at the host costs.
+(`drift.bends_ways`), and for a minute at most. Where there are thousands of peers, asking is most of what a fresh look
+at the host costs.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Mapping
 from typing import TypeAlias
 
@@ -15,6 +17,9 @@ from kilo_etcd.topology.hostplan import HostPlan
 
 Ask: TypeAlias = Callable[[Collection[IPAddress]], Mapping[IPAddress, int | None]]
 """Addresses -> the MTU of the way to each in bytes, None where there is none."""
+
+_OLD = 60.0
+"""Seconds."""
 
 _ETHERNET = 1500
 _SMALLEST = {4: 576, 6: 1280}
@@ -28,6 +33,7 @@ class Egress:
         self._ask = ask
         self._ways_out = ways_out
         """The MTUs of the ways out of the host, for one that has been told no endpoint yet."""
+        self._since = time.monotonic()
         self._known: dict[str, tuple[Endpoint, int | None]] = {}
         """Public key -> the peer's endpoint, and the MTU of the way there."""
         self._inside: tuple[frozenset[IPAddress], int] = frozenset(), _ETHERNET
@@ -37,6 +43,12 @@ class Egress:
         """The ways may have changed."""
         self._known.clear()
         self._inside = frozenset(), _ETHERNET
+        self._since = time.monotonic()
+
+    def expire(self) -> None:
+        """Forget what is old: of the MTU that it learns from a router on the way the kernel reports nothing."""
+        if time.monotonic() - self._since > _OLD:
+            self.forget()
 
     def mtu(self, plan: HostPlan) -> int:
         """Bytes for the WireGuard interface: the smallest of all ways, less what encapsulation takes."""

@@ -267,6 +267,7 @@ class LinuxKernel:
             if self._heed(events):
                 trio.from_thread.run_sync(self._moved.set)
         self._reports.news(0)
+        self._egress.expire()
         self._settled = None
         self._observed = self._observe_settled()
         if self._watch is not None:
