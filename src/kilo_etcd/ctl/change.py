@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import click
 from attrs import field, frozen
 
-from kilo_etcd.ctl.consequences import consequences
+from kilo_etcd.ctl.consequences import consequences, new_trouble
 from kilo_etcd.ctl.context import Failure, Mesh
 from kilo_etcd.etcd.api import Client, Compare, Delete, Event, EventType, KeyValue, Op, Put, absent, unchanged
 from kilo_etcd.model import Snapshot
@@ -45,6 +45,8 @@ class Edit:
     deletes: tuple[str, ...] = ()
     refused_by: Mapping[str, str] = field(factory=dict)
     """Key -> the sentence that it is refused with where that key exists."""
+    refuses_trouble: bool = False
+    """Whether it is refused if there would be new trouble: something set aside, or not given in full."""
     asks: str = ""
     """The question to be answered before it is done; empty: none."""
 
@@ -59,9 +61,12 @@ def change_options(command: F) -> F:
 
 
 def carry_out(
-    mesh: Mesh, decide: Callable[[Snapshot, View, Keys], Edit], *, dry_run: bool, yes: bool = False
-) -> Outcome:  # fmt: skip
-    """Do what `decide` says to what it is shown. Failure, in one sentence: nothing was written."""
+    mesh: Mesh, decide: Callable[[Snapshot, View, Keys], Edit], *, dry_run: bool, yes: bool = False, aside: bool = False
+) -> Outcome:
+    """Do what `decide` says to what it is shown. Failure, in one sentence: nothing was written.
+
+    What it says goes to standard output; with `aside` to standard error, where the output is for a program.
+    """
 
     async def look(client: Client, keys: Keys) -> tuple[Snapshot, View, Keys]:
         return *await operator.snapshot(client, keys), keys
@@ -78,10 +83,13 @@ def carry_out(
             f"{len(conditions)} keys are too many for one transaction of etcd's: change at most {MOST} in one go"
         )
     _refuse(mesh, edit)
-    for line in consequences(before, after(view, wanted, gone)) or (("the mesh stays as it is",) if dry_run else ()):
-        click.echo(line)
+    then = after(view, wanted, gone)
+    if edit.refuses_trouble and (trouble := new_trouble(before, then)):
+        raise Failure("; ".join(trouble) + "; nothing was written")
+    for line in consequences(before, then) or (("the mesh stays as it is",) if dry_run else ()):
+        click.echo(line, err=aside)
     if dry_run:
-        click.echo("Nothing was written (--dry-run).")
+        click.echo("Nothing was written (--dry-run).", err=aside)
         return Outcome.DRY_RUN
     if edit.asks and not yes:
         _confirm(edit.asks)

@@ -99,14 +99,21 @@ def _peers(old: Topology, new: Topology) -> Iterator[str]:
             yield f"peer {clean(name)} gets {_listed(given)} instead of {_listed(gave)}"
 
 
-def _complaints(old: Topology, new: Topology) -> Iterator[str]:
-    def said(topology: Topology) -> list[str]:
-        aside = [f"{clean(note.key)}: {clean(note.reason)}" for note in topology.snapshot.set_aside]
-        return aside + [f"{clean(problem.subject)}: {clean(problem.text)}" for problem in topology.problems]
+def new_trouble(before: Snapshot, after: Snapshot) -> tuple[str, ...]:
+    """What is set aside, or not given in full, that was not before."""
+    known = _troubles(build_topology(before))
+    return tuple(text for text in _troubles(build_topology(after)) if text not in known)
 
-    before, after = said(old), said(new)
+
+def _complaints(old: Topology, new: Topology) -> Iterator[str]:
+    before, after = _troubles(old), _troubles(new)
     yield from (f"new trouble: {text}" for text in after if text not in before)
     yield from (f"trouble that ends: {text}" for text in before if text not in after)
+
+
+def _troubles(topology: Topology) -> list[str]:
+    aside = [f"{clean(note.key)}: {clean(note.reason)}" for note in topology.snapshot.set_aside]
+    return aside + [f"{clean(problem.subject)}: {clean(problem.text)}" for problem in topology.problems]
 
 
 def _listed(items: Iterable[object]) -> str:

@@ -28,6 +28,8 @@ _COMMANDS = {
     "location": ("kilo_etcd.ctl.location", "location_group", "Set, list and unset the labels that shape the mesh."),
     "mesh": ("kilo_etcd.ctl.mesh", "mesh_group", "Show and set what holds for the whole mesh."),
     "node": ("kilo_etcd.ctl.node", "node_group", "List the nodes, show one, forget one that is gone for good."),
+    "peer": ("kilo_etcd.ctl.peer", "peer_group", "Add, list, show and remove laptops, phones, routers, other meshes."),
+    "showconf": ("kilo_etcd.ctl.showconf", "showconf_group", "Print the WireGuard configuration of a node or a peer."),
     "status": ("kilo_etcd.ctl.status", "status_command", "Show nodes, locations, leaders and what is wrong."),
     "wait": ("kilo_etcd.ctl.wait", "wait_command", "Wait until every living agent has applied what is in etcd."),
 }

@@ -1,0 +1,338 @@
+"""`kgctl peer`: WireGuard endpoints outside the mesh's hosts: a laptop, a phone, a router, another mesh.
+
+A peer is checked before anything is written, by the rules that the agents themselves apply: what they would set aside
+or not give in full is refused. Kilo's Peer manifests are read as they are. A private key never goes to etcd.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kilo_etcd.ctl.change import Edit, Outcome, carry_out, change_options
+from kilo_etcd.ctl.context import Failure, Mesh
+from kilo_etcd.ctl.manifest import NamedPeer, as_text, exact_network, manifest, read_peers
+from kilo_etcd.ctl.output import show
+from kilo_etcd.ctl.render import NONE, Table, clean
+from kilo_etcd.model import Endpoint, Snapshot
+from kilo_etcd.store import operator
+from kilo_etcd.store.keys import Keys, PeerKey
+from kilo_etcd.store.records import PeerRecord, RecordError, check_key, decode_peer, encode, parse_keepalive
+from kilo_etcd.store.view import View
+
+if TYPE_CHECKING:
+    from kilo_etcd.ctl.wgconf import Configuration
+
+FORMATS = ("table", "json", "yaml")
+
+
+def parse_peer_name(text: str) -> str:
+    """A peer's name: one part of an etcd key that a person types. ValueError, in one clause."""
+    if not text:
+        raise ValueError("the peer's name is empty")
+    if "/" in text or any(c.isspace() or not c.isprintable() for c in text):
+        raise ValueError(f"{text!r} is no peer name; leave out '/', white space and control characters")
+    if len(text.encode()) > 253:
+        raise ValueError("the peer's name is longer than 253 bytes")
+    return text
+
+
+def checked(parse: Callable[[str], Any]) -> Callable[[click.Context, click.Parameter, Any], Any]:
+    """A click callback that refuses what `parse` refuses; tuples are parsed one by one, None stays."""
+
+    def callback(context: click.Context, parameter: click.Parameter, value: Any) -> Any:
+        try:
+            if value is None:
+                return None
+            return tuple(map(parse, value)) if isinstance(value, tuple) else parse(value)
+        except ValueError as error:
+            raise click.BadParameter(f"{error}.", context, parameter) from None
+
+    return callback
+
+
+def parse_allowed(text: str) -> tuple[Any, ...]:
+    """Comma-separated networks."""
+    return tuple(dict.fromkeys(exact_network(part) for part in text.split(",") if part.strip()))
+
+
+PEER_NAME = checked(parse_peer_name)
+format_option = click.option(
+    "-o", "--output", type=click.Choice(FORMATS), default="table", help="How it is printed; json and yaml: Kilo's Peer."
+)
+
+
+@click.group("peer")
+def peer_group() -> None:
+    """Add, list, show and remove peers: laptops, phones, routers, other meshes."""
+
+
+@peer_group.command(
+    "add",
+    epilog="Examples:\n\n\b\n"
+    '  kgctl peer add laptop --public-key "$(wg pubkey <key)" --allowed-ips 10.9.0.2\n'
+    "  kgctl peer add phone --allowed-ips 10.9.0.3 --generate --qr\n"
+    "  kgctl peer add laptop --allowed-ips 10.9.0.2 --generate > laptop.conf\n"
+    "  kgctl peer add -f peers.yaml\n"
+    "  kubectl get peers -o yaml | kgctl peer add -f -",
+)
+@click.argument("name", required=False, callback=PEER_NAME)
+@click.option("--public-key", callback=checked(check_key), help="Its WireGuard public key, as wg pubkey prints it.")
+@click.option("--allowed-ips", callback=checked(parse_allowed), help="The networks behind it, comma-separated.")
+@click.option("--endpoint", callback=checked(Endpoint.parse), help="Where it is reached, host:port; none: it calls us.")
+@click.option("--persistent-keepalive", callback=checked(parse_keepalive), help="Seconds; 25 for one behind NAT.")
+@click.option("--preshared-key-file", type=click.Path(path_type=Path), help="A file with a preshared key.")
+@click.option("--generate", is_flag=True, help="Make its private key here and print its configuration for wg-quick.")
+@click.option("--qr", is_flag=True, help="With --generate: print the configuration as a QR code, for a phone.")
+@click.option(
+    "-f", "--file", "file", help="Read peers from this file, or - for standard input: YAML or JSON, Kilo's Peer."
+)
+@click.option("--replace", is_flag=True, help="Replace a peer that is there already.")
+@change_options
+@click.pass_obj
+def add_command(
+    mesh: Mesh,
+    name: str | None,
+    public_key: str | None,
+    allowed_ips: tuple[Any, ...] | None,
+    endpoint: Endpoint | None,
+    persistent_keepalive: int | None,
+    preshared_key_file: Path | None,
+    generate: bool,
+    qr: bool,
+    file: str | None,
+    replace: bool,
+    dry_run: bool,
+    yes: bool,
+) -> None:
+    """Add peer NAME, or the peers of a file. All of them, or none if one is refused."""
+    private: str | None = None
+    if file is not None:
+        if generate or any(
+            value is not None for value in (public_key, allowed_ips, endpoint, persistent_keepalive, preshared_key_file)
+        ):
+            raise click.UsageError("With --file all is in the file; leave the other options out.")
+        peers = _from_file(file, name)
+    else:
+        if name is None:
+            raise click.UsageError("Give the peer a NAME, or read peers with --file.")
+        if generate == (public_key is not None):
+            raise click.UsageError("Give its --public-key, or have its keys made here with --generate.")
+        if qr and not generate:
+            raise click.UsageError("--qr goes with --generate: only then is there a whole configuration to show.")
+        if not allowed_ips:
+            raise click.UsageError("Give --allowed-ips: the address of the peer in the mesh, such as 10.9.0.2.")
+        if generate:
+            from kilo_etcd.agent import privatekey
+
+            private = privatekey.generate()
+            public_key = privatekey.public_key(private)
+        assert public_key is not None
+        record = PeerRecord(
+            public_key=public_key,
+            allowed_ips=allowed_ips,
+            endpoint=endpoint,
+            persistent_keepalive=persistent_keepalive or 0,
+            preshared_key=None if preshared_key_file is None else _key_in(preshared_key_file),
+        )
+        peers = (NamedPeer(name, record),)
+    names = [peer.name or "" for peer in peers]
+
+    def decide(before: Snapshot, view: View, keys: Keys) -> Edit:
+        for peer in peers:
+            _outside_the_mesh(peer, before)
+        puts = {keys.peer(peer.name or ""): encode(peer.record).decode() for peer in peers}
+        for each, (key, value) in zip(names, puts.items(), strict=True):
+            held = view.kv(key)
+            if held is not None and held.value.decode(errors="replace") != value and not replace:
+                raise Failure(f"there is a peer {each} already; --replace replaces it, kgctl peer show {each} shows it")
+        return Edit(puts=puts, refuses_trouble=True)
+
+    # With --generate standard output is the configuration, and nothing else.
+    outcome = carry_out(mesh, decide, dry_run=dry_run, yes=yes, aside=private is not None)
+    for each in names:
+        if outcome is not Outcome.DRY_RUN:
+            click.echo(f"peer {clean(each)}: {'added' if outcome is Outcome.WRITTEN else 'is so already'}",
+                       err=private is not None)  # fmt: skip
+    if private is not None and outcome is Outcome.WRITTEN:
+        _print_configuration(mesh, names[0], private, qr=qr)
+
+
+def _outside_the_mesh(peer: NamedPeer, snapshot: Snapshot) -> None:
+    for network in peer.record.allowed_ips:
+        for subnet in snapshot.subnets:
+            if network.version == subnet.version and network.overlaps(subnet):
+                raise Failure(
+                    f"peer {peer.name}: {network} overlaps the mesh's subnet {subnet}, whose addresses nodes claim; "
+                    "choose another; nothing was written"
+                )
+
+
+def _from_file(file: str, name: str | None) -> tuple[NamedPeer, ...]:
+    text = read_text(file)
+    try:
+        peers = read_peers(text, "standard input" if file == "-" else file)
+    except ValueError as error:
+        raise Failure(f"{error}; nothing was written") from None
+    if name is not None:
+        if len(peers) != 1:
+            raise Failure(f"there are {len(peers)} peers in it, which cannot all be called {name}")
+        peers = (NamedPeer(name, peers[0].record),)
+    seen: set[str] = set()
+    for peer in peers:
+        if peer.name is None:
+            raise Failure("a peer in it has no name (metadata.name): give it one, or NAME on the command line")
+        try:
+            parse_peer_name(peer.name)
+        except ValueError as error:
+            raise Failure(f"{error}; nothing was written") from None
+        if peer.name in seen:
+            raise Failure(f"two peers in it are called {peer.name}; nothing was written")
+        seen.add(peer.name)
+    return peers
+
+
+def read_text(file: str) -> str:
+    """The text of a file, or of standard input for `-`. Failure if it cannot be read."""
+    try:
+        if file == "-":
+            return sys.stdin.read()
+        return Path(file).read_text(encoding="utf-8")
+    except OSError as error:
+        raise Failure(f"{file} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise Failure(f"{'standard input' if file == '-' else file} is not UTF-8 text") from None
+
+
+def _key_in(path: Path) -> str:
+    try:
+        return check_key(read_text(str(path)).strip())
+    except ValueError:
+        # The key itself is a secret, so it is not repeated.
+        raise Failure(f"{path} holds no WireGuard key (32 bytes in base64, as wg genpsk prints them)") from None
+
+
+def _print_configuration(mesh: Mesh, name: str, private: str, *, qr: bool) -> None:
+    from kilo_etcd.ctl.wgconf import of_peer, text
+    from kilo_etcd.topology import build_topology
+
+    configuration = of_peer(build_topology(mesh.ask(operator.snapshot)[0]), name)
+    printed = text(with_private_key(configuration, private), quick=True)
+    if qr:
+        show_qr(printed)
+    else:
+        click.echo(printed)
+
+
+def with_private_key(configuration: Configuration, private: str | None) -> Configuration:
+    """The configuration with the private key in it."""
+    from attrs import evolve
+
+    return evolve(configuration, private_key=private)
+
+
+def show_qr(text: str) -> None:
+    """The text as a QR code, in characters; Failure if it is too long for one."""
+    click.echo(qr_code(text)[1].rstrip("\n"))
+
+
+def qr_code(text: str) -> tuple[Any, str]:
+    """segno's code, and it drawn in half blocks."""
+    import io
+
+    import segno
+
+    try:
+        code = segno.make(text, error="l", micro=False)
+    except segno.DataOverflowError:
+        raise Failure(
+            f"the configuration has {len(text.encode())} bytes, and a QR code holds 2,953: carry it over as a file"
+        ) from None
+    drawn = io.StringIO()
+    code.terminal(drawn, compact=True)
+    return code, drawn.getvalue()
+
+
+@peer_group.command("list")
+@format_option
+@click.pass_obj
+def list_command(mesh: Mesh, output: str) -> None:
+    """List the peers."""
+    _print(mesh, output, None)
+
+
+@peer_group.command("show")
+@click.argument("name", callback=PEER_NAME)
+@format_option
+@click.pass_obj
+def show_command(mesh: Mesh, name: str, output: str) -> None:
+    """Show one peer. The preshared key stands in json and yaml only."""
+    _print(mesh, output, name)
+
+
+def _print(mesh: Mesh, output: str, only: str | None) -> None:
+    snapshot, view, keys = mesh.ask(_look)
+    found: dict[str, PeerRecord | str] = {}
+    for kv in view.kvs(keys.peers_root):
+        parsed = keys.parse(kv.key)
+        if isinstance(parsed, PeerKey) and only in (None, parsed.name):
+            try:
+                found[parsed.name] = decode_peer(kv.value)
+            except RecordError as error:
+                found[parsed.name] = str(error)
+    if only is not None and only not in found:
+        raise Failure(f"there is no peer {only}; kgctl peer list lists them")
+    if output != "table":
+        readable = [manifest(name, record) for name, record in found.items() if isinstance(record, PeerRecord)]
+        if only is not None and not readable:
+            raise Failure(f"peer {only} cannot be read: {found[only]}")
+        if readable or output == "json":
+            click.echo(as_text(readable, output))
+        return
+    rows = tuple(_row(name, record, snapshot, keys) for name, record in sorted(found.items()))
+    columns = ("PEER", "PUBLIC KEY", "ALLOWED IPS", "ENDPOINT", "KEEPALIVE", "PRESHARED KEY", "NOTE")
+    show([Table("", columns, rows, "There is no peer yet.")])
+
+
+async def _look(client: Any, keys: Keys) -> tuple[Snapshot, View, Keys]:
+    return *await operator.snapshot(client, keys), keys
+
+
+def _row(name: str, record: PeerRecord | str, snapshot: Snapshot, keys: Keys) -> tuple[str, ...]:
+    if isinstance(record, str):
+        return clean(name), NONE, NONE, NONE, NONE, NONE, f"not in force: {clean(record)}"
+    reasons = [note.reason for note in snapshot.set_aside if note.key == keys.peer(name)]
+    from kilo_etcd.topology import build_topology
+
+    reasons += [problem.text for problem in build_topology(snapshot).problems if problem.subject == name]
+    return (
+        clean(name),
+        record.public_key,
+        ", ".join(map(str, record.allowed_ips)) or NONE,
+        str(record.endpoint) if record.endpoint is not None else NONE,
+        f"{record.persistent_keepalive} s" if record.persistent_keepalive else NONE,
+        "yes" if record.preshared_key is not None else "no",
+        clean("; ".join(reasons)),
+    )
+
+
+@peer_group.command("remove")
+@click.argument("names", metavar="NAME...", nargs=-1, required=True, callback=PEER_NAME)
+@change_options
+@click.pass_obj
+def remove_command(mesh: Mesh, names: tuple[str, ...], dry_run: bool, yes: bool) -> None:
+    """Remove peers. Every leader forgets their keys at once."""
+
+    def decide(_before: Snapshot, view: View, keys: Keys) -> Edit:
+        for name in names:
+            if view.kv(keys.peer(name)) is None:
+                raise Failure(f"there is no peer {name}; kgctl peer list lists them; nothing was removed")
+        return Edit(deletes=tuple(keys.peer(name) for name in dict.fromkeys(names)))
+
+    if carry_out(mesh, decide, dry_run=dry_run, yes=yes) is Outcome.WRITTEN:
+        for name in dict.fromkeys(names):
+            click.echo(f"peer {clean(name)}: removed")
