@@ -1,4 +1,4 @@
-"""What all tests share: `async def test_...` runs under trio, with a deadline of 60 s for each test.
+"""What all tests share: `async def test_...` runs under trio, with a deadline of two minutes for each test.
 
 `@pytest.mark.autojump` gives a test virtual time (trio's mock clock, which jumps when every task waits); then the
 deadline is years away: reached at once, and failing, when nothing is left to happen. `@pytest.mark.deadline(seconds)`
@@ -8,14 +8,20 @@ changes the deadline. Helpers that tests import are in `helpers.py`.
 from __future__ import annotations
 
 import inspect
+import os
 from functools import partial
 from typing import Any
 
+import hypothesis
 import pytest
 import trio
 import trio.testing
 
-DEADLINE = 60.0
+DEADLINE = 120.0
+
+# A slow machine is no failure. In CI the change is judged, not the dice: the same examples each time.
+hypothesis.settings.register_profile("kilo-etcd", deadline=None, derandomize=bool(os.environ.get("CI")))
+hypothesis.settings.load_profile("kilo-etcd")
 
 
 @pytest.hookimpl(trylast=True)

@@ -26,7 +26,7 @@ _PACKAGES = {
 
 
 async def eventually(
-    condition: Callable[[], Any], deadline: float = 10.0, *, every: float = 0.01, what: str = ""
+    condition: Callable[[], Any], deadline: float = 30.0, *, every: float = 0.01, what: str = ""
 ) -> Any:
     """Poll `condition` (sync or async) until it returns something true, and return that.
 

@@ -97,7 +97,7 @@ class Host:
             process = subprocess.Popen(self.command(*arguments), stdout=log, stderr=log)  # noqa: ASYNC220
         agent = Agent(process, journal)
         try:
-            await eventually(lambda: re.search(ready, agent.log()), 20, what=f"{arguments} said {ready!r}")
+            await eventually(lambda: re.search(ready, agent.log()), 60, what=f"{arguments} said {ready!r}")
             yield agent
             assert process.poll() is None, agent.log()
         except AssertionError as error:
@@ -297,7 +297,7 @@ async def test_a_host_that_cannot_forward_goes_on_as_a_member(tmp_path: Path) ->
             sh("umount /proc/sys")
             await h1.settled()
             # Able now, and wanted: it leads.
-            await eventually(lambda: agent.said("leader=h1"), 10)
+            await eventually(lambda: agent.said("leader=h1"), 60)
             assert "dev kilo0" in sh("ip route show 10.4.0.0/16")
 
 
@@ -388,7 +388,7 @@ async def test_an_etcd_that_lost_its_data_is_not_followed_and_health_says_so(tmp
             sh(f"rm -rf {h1.server.directory / h1.server.name}")
             await h1.server.start(initial=True)
             lost = r"etcd (is another cluster now|went back in time)"
-            await eventually(lambda: re.search(lost, health()[1]), 20)
+            await eventually(lambda: re.search(lost, health()[1]), 60)
             assert health()[0] == 503
             assert len(re.findall(lost, agent.log())) == 1
             assert sh("wg show kilo0 peers") == peers

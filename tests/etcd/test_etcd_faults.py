@@ -92,11 +92,11 @@ async def written_and_watched(
         await eventually(lambda: len(seen) > 50)
         yield writer, seen
         count = len(seen)
-        await eventually(lambda: len(seen) > count + 50, 20, what="the watch goes on")
+        await eventually(lambda: len(seen) > count + 50, 60, what="the watch goes on")
         writer.stop = True
-        await eventually(lambda: writer.stopped, 15, what="the last write is over")
+        await eventually(lambda: writer.stopped, 60, what="the last write is over")
         last = max(writer.confirmed)
-        await eventually(lambda: seen[-1][0] >= last, 10, what="all that was written is seen")
+        await eventually(lambda: seen[-1][0] >= last, 60, what="all that was written is seen")
         nursery.cancel_scope.cancel()
     check(seen, writer)
 
@@ -115,7 +115,7 @@ async def test_watch_over_kill_and_restart_of_each_member() -> None:
             member = await connected_member(cluster, client)
             await member.kill()
             count = len(seen)
-            await eventually(lambda least=count + 50: len(seen) > least, 20)  # type: ignore[misc]
+            await eventually(lambda least=count + 50: len(seen) > least, 60)  # type: ignore[misc]
             await member.restart()
 
 
@@ -140,7 +140,7 @@ async def test_an_idle_watch_leaves_a_frozen_member_in_time() -> None:
                 await eventually(lambda: client.endpoint not in (None, member.endpoint))
                 await eventually(lambda: "watching" in repr(watch))
             async with open_client(cluster.config()) as other:
-                await eventually(lambda: put(other, "/w"), 20)
+                await eventually(lambda: put(other, "/w"), 60)
             await eventually(lambda: seen)
             nursery.cancel_scope.cancel()
             member.thaw()
@@ -268,12 +268,12 @@ async def test_a_member_without_quorum_ends_a_watch_which_goes_on_when_quorum_is
             for other in others:
                 other.freeze()
             # hasleader: etcd ends the stream three election timeouts after the leader is gone.
-            await eventually(lambda: "connecting" in repr(watch), 15, what="the stream is ended")
+            await eventually(lambda: "connecting" in repr(watch), 60, what="the stream is ended")
             with pytest.raises(Unavailable):
                 await lonely.put("/w", "no")
             for other in others:
                 other.thaw()
-            await eventually(lambda: put(lonely, "/w"), 20)
+            await eventually(lambda: put(lonely, "/w"), 60)
             await eventually(lambda: seen)
             nursery.cancel_scope.cancel()
 
@@ -314,4 +314,4 @@ async def test_with_all_members_gone_the_error_names_them_and_the_client_recover
         assert all(member.endpoint in str(caught.value) for member in cluster.members)
         for member in cluster.members:
             await member.start(wait=False)
-        await eventually(lambda: put(client, "/k"), 20)
+        await eventually(lambda: put(client, "/k"), 60)

@@ -172,7 +172,7 @@ async def test_a_table_that_somebody_changes_is_repaired(harm: str) -> None:
             async def harmed() -> None:
                 nft(harm)
 
-            with trio.fail_after(5):
+            with trio.fail_after(30):
                 assert await kernel.wait_drift() == "nftables table inet kilo was changed"
         report = await kernel.apply(LOCATION, fresh=True)
         assert [type(change) for change in report.changes] == [ReplaceTable]

@@ -12,7 +12,7 @@ from test_mesh_scenarios import _is_leader, candidates, check_routers, clear_tex
 from helpers import eventually
 from kilo_etcd.lab.client import Lab
 
-pytestmark = [pytest.mark.lab, pytest.mark.deadline(240)]
+pytestmark = [pytest.mark.lab, pytest.mark.deadline(480)]
 
 WITHIN = 30
 """Seconds for all pairs to ping after a change."""

@@ -14,7 +14,7 @@ from helpers import eventually, require
 from kilo_etcd.lab.client import Completed, Lab, running_lab
 from kilo_etcd.lab.spec import Spec
 
-pytestmark = [pytest.mark.lab, pytest.mark.deadline(120)]
+pytestmark = [pytest.mark.lab, pytest.mark.deadline(300)]
 
 KG = str(Path(sys.executable).parent / "kg")
 
@@ -71,7 +71,7 @@ async def test_cleanup_goes_as_far_as_it_can_without_etcd_and_ends_the_work_late
         keys = (await lab.etcdctl("get", "--prefix", "--keys-only", "/kilo/")).stdout
         assert "home-2" not in keys
         await lab.start("home-2")
-        await lab.all_pairs_ping(15)
+        await lab.all_pairs_ping(30)
 
 
 async def test_leaving_with_clean_up_while_etcd_is_away_leaves_nothing_and_puts_nothing_back() -> None:
@@ -88,7 +88,7 @@ async def test_a_dry_run_before_joining_shows_all_and_writes_nothing() -> None:
         await lab.stop("home-2")
         assert (await kg(lab, "home-2", "cleanup")).returncode == 0
         # The others' plans and the statuses about them are still on their way.
-        await eventually(lambda: _steady(lab), 10, every=0.5)
+        await eventually(lambda: _steady(lab), 60, every=0.5)
         before = await revision(lab)
         shown = await kg(lab, "home-2", "--dry-run", state_dir="/tmp/none")
         assert shown.returncode == 0, shown.stderr
@@ -120,10 +120,10 @@ async def test_an_agent_killed_at_any_moment_of_its_start_comes_back_with_the_ad
                 new = (await lab.log("home-2"))[length:]
                 return moment in new or (moment == "registered" and "applied" in new)
 
-            await eventually(reached, 15, what=moment)
+            await eventually(reached, 60, what=moment)
         await lab.kill("home-2")
         await lab.start("home-2")
-        await lab.all_pairs_ping(15)
+        await lab.all_pairs_ping(30)
         assert await lab.mesh_address("home-2") == address
         claims = (await lab.etcdctl("get", "--prefix", "--keys-only", "/kilo/addresses/")).stdout.split()
         assert len(claims) == 3
@@ -139,16 +139,16 @@ async def test_a_name_that_does_not_resolve_harms_its_own_endpoint_only() -> Non
         async def named() -> bool:
             return "no.such.name.invalid" in await lab.log("gcp-1")
 
-        await eventually(named, 20, every=0.2, what="gcp-1 speaks of the name")
+        await eventually(named, 60, every=0.2, what="gcp-1 speaks of the name")
         await lab.etcdctl("put", "/kilo/annotations/gcp-1/persistent-keepalive", "7")
 
         async def followed() -> bool:
             return "\t7" in (await lab.exec("gcp-1", "wg", "show", "kilo0", "persistent-keepalive")).stdout
 
-        await eventually(followed, 10, every=0.2, what="another change is followed")
-        await lab.all_pairs_ping(10, hosts=("home-1", "home-2"))
+        await eventually(followed, 60, every=0.2, what="another change is followed")
+        await lab.all_pairs_ping(30, hosts=("home-1", "home-2"))
         await lab.etcdctl("del", "/kilo/annotations/home-1/force-endpoint")
-        await lab.all_pairs_ping(10)
+        await lab.all_pairs_ping(30)
         assert [row.agent_pid for row in await lab.status()] == pids
 
 

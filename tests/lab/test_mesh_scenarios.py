@@ -24,7 +24,7 @@ from kilo_etcd.lab.capture import Flow
 from kilo_etcd.lab.client import Lab, running_lab
 from kilo_etcd.lab.spec import Spec
 
-pytestmark = [pytest.mark.lab, pytest.mark.deadline(120)]
+pytestmark = [pytest.mark.lab, pytest.mark.deadline(300)]
 
 WIREGUARD = 51820
 MESH = ip_network("10.4.0.0/16")
@@ -66,7 +66,7 @@ async def leader(lab: Lab, location: str) -> str:
                  if record.get("location", "") == location}  # fmt: skip
         return found.pop() if len(found) == 1 else None
 
-    return str(await eventually(agreed, 15, every=0.1, what=f"one leader of {location or 'the default location'}"))
+    return str(await eventually(agreed, 60, every=0.1, what=f"one leader of {location or 'the default location'}"))
 
 
 async def candidates(lab: Lab, location: str, number: int) -> list[str]:
@@ -79,7 +79,7 @@ async def candidates(lab: Lab, location: str, number: int) -> list[str]:
         names = [base64.b64decode(kv["key"]).decode().rpartition("/")[2] for kv in found]
         return names if len(names) == number else None
 
-    return list(await eventually(complete, 15, every=0.1, what=f"{number} candidates in {location or 'default'}"))
+    return list(await eventually(complete, 60, every=0.1, what=f"{number} candidates in {location or 'default'}"))
 
 
 async def pids(lab: Lab) -> dict[str, int | None]:
@@ -152,7 +152,7 @@ async def test_a_logical_groups() -> None:
         assert gcp.startswith("gcp-")
         assert home.startswith("home-")
         async with lab.capture("router:gcp") as capture:
-            await lab.all_pairs_ping(10)
+            await lab.all_pairs_ping(30)
         assert len(capture.flows) > 0
         await check_routers(lab, "gcp", "home")
 
@@ -180,7 +180,7 @@ async def test_b_full_mesh_encrypts_the_private_networks_too(labels: dict[str, s
         private = {ip.partition("/")[0] for row in rows for ip in (*row.private, *row.public)}
         at_home = {ip.partition("/")[0] for row in rows for ip in (row.private if labels else row.public)}
         async with lab.capture("router:gcp") as gcp, lab.capture("router:home") as home:
-            await lab.all_pairs_ping(10)
+            await lab.all_pairs_ping(30)
         for capture in (gcp, home):
             assert clear_text(capture.flows, private) == []
             # Hosts of one label talk over their private network; without a label nothing says that they share one.
@@ -197,7 +197,7 @@ async def test_the_capture_would_see_clear_text() -> None:
         rows = await lab.status()
         private = {ip.partition("/")[0] for row in rows for ip in (*row.private, *row.public)}
         async with lab.capture("router:gcp") as capture:
-            await lab.all_pairs_ping(10)
+            await lab.all_pairs_ping(30)
         assert clear_text(capture.flows, private) != []
 
 
@@ -252,20 +252,20 @@ async def test_f_a_label_moves_a_live_host() -> None:
             async def alone() -> bool:
                 return (await status(lab))[mover].get("location") == "edge"
 
-            await eventually(alone, 10, every=0.05, what=f"{mover} in its new location")
-            await probe.flowing_again(5)
+            await eventually(alone, 60, every=0.05, what=f"{mover} in its new location")
+            await probe.flowing_again(30)
         assert probe.longest_gap < 1.0
-        await lab.all_pairs_ping(5)
+        await lab.all_pairs_ping(30)
         async with lab.probe(mover, target) as probe:
             await lab.etcdctl("del", f"/kilo/locations/{mover}")
 
             async def back() -> bool:
                 return (await status(lab))[mover].get("role") == "member"
 
-            await eventually(back, 10, every=0.05, what=f"{mover} back in the default location")
-            await probe.flowing_again(5)
+            await eventually(back, 60, every=0.05, what=f"{mover} back in the default location")
+            await probe.flowing_again(30)
         assert probe.longest_gap < 1.0
-        await lab.all_pairs_ping(5)
+        await lab.all_pairs_ping(30)
         assert await pids(lab) == before
         await check_routers(lab, "gcp", "home")
 
@@ -276,10 +276,10 @@ async def test_f_the_leader_itself_is_relabelled() -> None:
         target = (await candidates(lab, "gcp", 3))[-1]
         async with lab.probe(third, target) as probe:
             await lab.etcdctl("put", f"/kilo/locations/{first}", "edge")
-            assert await eventually(lambda: _is_leader(lab, second), 10, every=0.05)
-            await probe.flowing_again(5)
+            assert await eventually(lambda: _is_leader(lab, second), 60, every=0.05)
+            await probe.flowing_again(30)
         assert probe.longest_gap < 1.0
-        await lab.all_pairs_ping(5)
+        await lab.all_pairs_ping(30)
 
 
 async def _is_leader(lab: Lab, node: str) -> bool:
@@ -297,12 +297,12 @@ async def test_f_granularity_is_switched_live() -> None:
                 async def switched(clusters: int = clusters) -> bool:
                     return len((await graph(lab)).clusters) == clusters
 
-                await eventually(switched, 10, every=0.1)
-                await probe.flowing_again(5)
-                await inside.flowing_again(5)
+                await eventually(switched, 60, every=0.1)
+                await probe.flowing_again(30)
+                await inside.flowing_again(30)
             assert probe.longest_gap < 1.0, value
             assert inside.longest_gap < 1.0, value
-            await lab.all_pairs_ping(5)
+            await lab.all_pairs_ping(30)
         assert await pids(lab) == before
 
 
@@ -317,13 +317,13 @@ async def test_g_the_leaders_host_crashes_and_returns() -> None:
         target = (await candidates(lab, "gcp", 3))[-1]
         async with lab.probe(third, target) as probe:
             await lab.power_off(first)
-            await eventually(lambda: _is_leader(lab, second), 15, every=0.05)
-            await probe.flowing_again(10)
+            await eventually(lambda: _is_leader(lab, second), 60, every=0.05)
+            await probe.flowing_again(30)
         assert 0 < probe.longest_gap < ttl + 1 + LEASE_SLACK
         await lab.power_on(first)
         assert (await candidates(lab, "", 3)) == [second, third, first]
         assert await leader(lab, "") == second
-        await lab.all_pairs_ping(10)
+        await lab.all_pairs_ping(30)
 
 
 LEASE_SLACK = 0.5
@@ -337,7 +337,7 @@ async def test_h_without_etcd_everything_forwards() -> None:
     async with world(etcd=3) as lab:
         for member in lab.members:
             await lab.etcd("kill", member)
-        await lab.all_pairs_ping(5)
+        await lab.all_pairs_ping(30)
         # Longer than the lease: candidacies end with it, and the recorded leaders go on leading.
         ttl = lab.spec.lease_ttl if lab.spec else 5
         async with lab.probe("gcp-2", "home-2", interval=0.05) as probe:
@@ -352,7 +352,7 @@ async def test_h_without_etcd_everything_forwards() -> None:
             return (await status(lab)).get("home-3", {}).get("location") == "edge"
 
         await eventually(followed, 30, every=0.2, what="the label followed after etcd's return")
-        await lab.all_pairs_ping(15)
+        await lab.all_pairs_ping(30)
 
 
 async def _longer(probe: object, seconds: float) -> bool:
@@ -374,9 +374,9 @@ async def test_h_a_member_dies_and_returns_and_no_other_host_notices() -> None:
         async def gone() -> bool:
             return victim not in await status(lab)
 
-        await eventually(gone, 15, every=0.1)
+        await eventually(gone, 60, every=0.1)
         await lab.power_on(victim)
-        await lab.all_pairs_ping(15)
+        await lab.all_pairs_ping(30)
         assert {host: await wg(host) for host in others} == before
         assert {host: (await lab.log(host)).count("applied") for host in others} == applied
 
@@ -404,8 +404,8 @@ async def test_h_a_leaders_agent_is_killed_and_started_within_the_lease() -> Non
             async def adopted() -> bool:
                 return "candidacy adopted" in await lab.log(first)
 
-            await eventually(adopted, 10, every=0.1)
-            await eventually(lambda: _longer(out, 7), 10, every=0.2)
+            await eventually(adopted, 60, every=0.1)
+            await eventually(lambda: _longer(out, 7), 60, every=0.2)
         assert await candidates(lab, "", 3) == [first, second, third]
         assert (out.lost, back.lost) == (0, 0)
 
@@ -417,11 +417,11 @@ async def test_h_a_leaders_agent_is_stopped() -> None:
         async with lab.probe(third, target) as out, lab.probe(target, third) as back:
             await lab.stop(first)
             assert await leader(lab, "") == second
-            await out.flowing_again(5)
-            await back.flowing_again(5)
+            await out.flowing_again(30)
+            await back.flowing_again(30)
         assert out.longest_gap < 0.2
         assert back.longest_gap < 0.2
-        await lab.all_pairs_ping(5)
+        await lab.all_pairs_ping(30)
 
 
 # -- other neighbours of the main road ----------------------------------------------------------------------------
@@ -432,7 +432,7 @@ async def test_what_was_deleted_behind_the_agents_back_is_repaired() -> None:
         host = (await candidates(lab, "", 3))[0]
         for damage in ("ip link del kilo0", "ip route del 10.4.0.0/16", "ip addr flush dev kilo0"):
             await lab.exec(host, "sh", "-c", damage, check=True)
-            await lab.all_pairs_ping(5)
+            await lab.all_pairs_ping(30)
 
 
 async def test_cleanup_leaves_the_mesh_and_nothing_behind() -> None:
@@ -446,4 +446,4 @@ async def test_cleanup_leaves_the_mesh_and_nothing_behind() -> None:
         assert "proto 107" not in left.stdout
         keys = (await lab.etcdctl("get", "--prefix", "--keys-only", "/kilo")).stdout
         assert f"/nodes/{victim}\n" not in keys
-        await lab.all_pairs_ping(10, hosts=[host for host in lab.hosts if host != victim])
+        await lab.all_pairs_ping(30, hosts=[host for host in lab.hosts if host != victim])

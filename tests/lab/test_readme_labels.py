@@ -11,7 +11,7 @@ from helpers import eventually, require
 from kilo_etcd.lab.client import Lab, running_lab
 from kilo_etcd.lab.spec import Spec
 
-pytestmark = [pytest.mark.lab, pytest.mark.deadline(120)]
+pytestmark = [pytest.mark.lab, pytest.mark.deadline(300)]
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
@@ -50,12 +50,12 @@ async def test_the_loops_of_the_readme() -> None:
         ):
             await lab.exec("operator", "sh", "-euc", nodes + script, check=True)
             assert await labels(lab) == expected
-            await lab.all_pairs_ping(15)
+            await lab.all_pairs_ping(30)
 
             async def shaped(clusters: int = clusters) -> bool:
                 return (await lab.kgctl("graph")).stdout.count("subgraph cluster_") == clusters
 
-            await eventually(shaped, 10, every=0.1)
+            await eventually(shaped, 60, every=0.1)
         for host in hosts:
             await lab.unlabel(host)
         await lab.exec("operator", "sh", "-euc", nodes + logical, check=True)
