@@ -22,7 +22,7 @@ def guest_runner(*, systemd: bool = False) -> list[str]:
     if not systemd and all(Path("/sys/module", name).exists() for name in ("wireguard", "ipip")):
         return []
     if named := os.environ.get("KILO_GUEST"):
-        return [named, *(["--systemd"] if systemd else []), "--timeout", "300", "--"]
+        return [named, *(["--systemd"] if systemd else []), "--timeout", "600", "--"]
     runner = str(ROOT / "scripts" / "guest")
     found = subprocess.run([runner, "kernel"], capture_output=True, text=True, timeout=60, check=False)
     if found.returncode != 0:
@@ -31,7 +31,7 @@ def guest_runner(*, systemd: bool = False) -> list[str]:
             f"kernel in KILO_UML ({found.stderr.strip()})",
             pytrace=False,
         )
-    return [runner, "run", *(["--systemd"] if systemd else []), "--timeout", "300", "--"]
+    return [runner, "run", *(["--systemd"] if systemd else []), "--timeout", "600", "--"]
 
 
 def pytest_in_guest(
@@ -44,4 +44,4 @@ def pytest_in_guest(
         *("env", *variables),
         *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", *arguments),
     ]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=320, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=640, check=False)

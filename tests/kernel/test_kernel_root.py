@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from ipaddress import ip_address, ip_network
@@ -52,6 +53,10 @@ def underlay(mtu: int = 1500) -> None:
         f"ip link add eth0 mtu {mtu} type veth peer eth1 mtu {mtu} && ip link set eth0 up && ip link set eth1 up && "
         "ip address add 192.168.9.1/24 dev eth0 && ip address add fd00:9::1/64 dev eth0 nodad"
     )
+    # The kernel brings a new link up by and by, and tells of it.
+    deadline = time.monotonic() + 30
+    while sh("ip -br link").count(" UP ") < 2 or sh("ip -br address").count("fe80::") < 2:
+        assert time.monotonic() < deadline, sh("ip -br address")
 
 
 def routes() -> set[str]:
