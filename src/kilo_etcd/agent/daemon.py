@@ -18,6 +18,7 @@ import trio
 
 from kilo_etcd import etcd, kernel, store
 from kilo_etcd.agent import decide
+from kilo_etcd.agent.answer import Answerer, Programmed
 from kilo_etcd.agent.candidacy import Candidacy
 from kilo_etcd.agent.config import AgentConfig, too_small_for
 from kilo_etcd.agent.counted import counted
@@ -120,6 +121,7 @@ class Daemon:
         self._leaving = False
         self._reporter = Reporter(self.session, public_key, config.mesh_granularity)
         self._candidacy = Candidacy(self.session, self.name)
+        self._answerer = Answerer(client, self.keys, self.name, device, self._in_force, self.once)
 
     # -- life -----------------------------------------------------------------------------------------------
 
@@ -195,6 +197,7 @@ class Daemon:
             self._reconcile,
             self._stand_for_leader,
             self._reporter.run,
+            self._answerer.run,
         ):
             nursery.start_soon(task)
 
@@ -484,6 +487,10 @@ class Daemon:
             address=self.whereabouts.address,
         )
         self._reporter.publish(snapshot, state, leaving=self._leaving)
+
+    def _in_force(self) -> Programmed:
+        sends = self.role is not None and self.role.kind is not store.Role.MEMBER
+        return Programmed(plan=self.plan, revision=self.applied_revision, sends=sends)
 
     def _standing_errors(self) -> tuple[str, ...]:
         """All that is wrong with this host, as sentences."""

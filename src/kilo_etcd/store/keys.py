@@ -219,6 +219,20 @@ class Keys:
     def status(self, node: str) -> str:
         return self.status_root + encode_name(node)
 
+    @property
+    def questions_root(self) -> str:
+        """Beside the statuses, which share its permissions; with a slash, so that it is never a node's status."""
+        return self.status_root + "questions/"
+
+    def question(self, lease: int) -> str:
+        return f"{self.questions_root}{lease:x}"
+
+    def answers_root(self, lease: int) -> str:
+        return f"{self.status_root}answers/{lease:x}/"
+
+    def answer(self, lease: int, node: str) -> str:
+        return self.answers_root(lease) + encode_name(node)
+
     def parse(self, key: str | bytes) -> ParsedKey | None:
         """What a key stands for; None if it is none of ours or not spelled as these methods spell it."""
         text = _text(key)

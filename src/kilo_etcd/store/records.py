@@ -17,7 +17,7 @@ from base64 import b64decode, b64encode
 from collections.abc import Callable
 from enum import StrEnum
 from ipaddress import ip_address, ip_interface, ip_network
-from typing import Any, Generic, TypeVar, Union
+from typing import Any, Generic, NamedTuple, TypeVar, Union
 
 import cattrs
 from attrs import field, fields, frozen
@@ -37,6 +37,8 @@ from kilo_etcd.model import (
 
 MAX_VALUE = 64 * 1024
 """Bytes. etcd takes 1.5 MiB; no record of ours comes near, and every agent would have to hold and read it."""
+MAX_ANSWER = 1536 * 1024
+"""Bytes; etcd's own limit. No agent reads answers."""
 MAX_LABEL = 1024
 """Bytes of UTF-8 in a location label; it goes into keys, three times as long when encoded."""
 
@@ -111,6 +113,48 @@ class StatusRecord:
     """RFC 3339: when the agent started; for people."""
     address: str = ""
     """Where the host is reached, for the error that a second host of this name gets."""
+
+
+class Tunnel(NamedTuple):
+    """What a host's WireGuard knows of one peer; in JSON a list, since a full mesh has very many."""
+
+    public_key: str
+    handshake: int
+    """Seconds since the last handshake; -1: never."""
+    received: int
+    """Bytes."""
+    sent: int
+    endpoint: str
+    """Empty: none is known."""
+
+
+@frozen(kw_only=True)
+class QuestionRecord:
+    """What `kgctl` asks living agents, at `/kilo-status/questions/<lease>`, under that lease."""
+
+    nodes: tuple[str, ...] = ()
+    """Who is asked; empty: all."""
+
+
+@frozen(kw_only=True)
+class AnswerRecord:
+    """What an agent sees on its host, at `/kilo-status/answers/<lease>/<node>`, under the question's lease."""
+
+    time: int = 0
+    """Milliseconds since 1970 by the host's clock."""
+    revision: int = 0
+    """The snapshot that its kernel holds."""
+    backend: str = ""
+    """`kernel` or `userspace`."""
+    mtu: int = 0
+    """The tunnel's; 0: there is no interface."""
+    tunnels: tuple[Tunnel, ...] = ()
+    undone: int = 0
+    """How many changes would turn what the kernel holds into the plan; 0: nothing differs."""
+    changes: tuple[str, ...] = ()
+    """The first of them, as commands."""
+    trouble: tuple[str, ...] = ()
+    """What the agent found wrong when it was asked, beyond what its status says."""
 
 
 R = TypeVar("R")
@@ -190,10 +234,10 @@ def one_per_family(interfaces: tuple[IPInterface, ...]) -> tuple[IPInterface, ..
     return interfaces
 
 
-def decode_text(value: bytes) -> str:
+def decode_text(value: bytes, limit: int = MAX_VALUE) -> str:
     """Plain text as a person puts it: blanks around it do not count."""
-    if len(value) > MAX_VALUE:
-        raise RecordError(f"the value is {len(value)} bytes long; at most {MAX_VALUE} are read")
+    if len(value) > limit:
+        raise RecordError(f"the value is {len(value)} bytes long; at most {limit} are read")
     try:
         return value.decode().strip()
     except UnicodeDecodeError:
@@ -313,6 +357,19 @@ def _label(value: object) -> str:
     return text.strip()
 
 
+def _number(value: object) -> int:
+    if value == -1 and not isinstance(value, bool):
+        return -1
+    return _whole(value)
+
+
+def _tunnel(value: object) -> Tunnel:
+    if not isinstance(value, list) or len(value) < len(Tunnel._fields):
+        raise ValueError(f"{_short(value)} is no tunnel: a list of {', '.join(map(_camel, Tunnel._fields))}")
+    key, handshake, received, sent, endpoint = value[: len(Tunnel._fields)]
+    return Tunnel(check_key(key), _number(handshake), _whole(received), _whole(sent), _string(endpoint))
+
+
 _networks = _items(parse_network)
 _READERS: dict[type, dict[str, Callable[[object], Any]]] = {
     NodeRecord: {
@@ -347,6 +404,17 @@ _READERS: dict[type, dict[str, Callable[[object], Any]]] = {
         "version": _string,
         "since": _string,
         "address": _string,
+    },
+    QuestionRecord: {"nodes": _items(_string)},
+    AnswerRecord: {
+        "time": _whole,
+        "revision": _whole,
+        "backend": _string,
+        "mtu": _whole,
+        "tunnels": _items(_tunnel),
+        "undone": _whole,
+        "changes": _items(_string),
+        "trouble": _items(_string),
     },
 }
 
@@ -395,7 +463,7 @@ def _plain(value: Any) -> Any:
 _IP_TYPES: tuple[type, ...] = tuple(kind for union in (IPAddress, IPInterface, IPNetwork) for kind in union.__args__)
 _CONVERTER = _converter()
 _KNOWN = {record: frozenset(_camel(attribute.name) for attribute in fields(record)) for record in _READERS}
-Record = Union[NodeRecord, CandidateRecord, PeerRecord, StatusRecord]  # noqa: UP007
+Record = Union[NodeRecord, CandidateRecord, PeerRecord, StatusRecord, QuestionRecord, AnswerRecord]  # noqa: UP007
 
 
 def encode(record: Record) -> bytes:
@@ -404,9 +472,9 @@ def encode(record: Record) -> bytes:
     return json.dumps(said, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
-def read(kind: type[R], value: bytes) -> Read[R]:
+def read(kind: type[R], value: bytes, limit: int = MAX_VALUE) -> Read[R]:
     """Any bytes to a record of `kind` and the names of its unknown fields; RecordError otherwise."""
-    text = decode_text(value)
+    text = decode_text(value, limit)
     try:
         data = json.loads(text)
     except RecursionError:
@@ -447,6 +515,16 @@ def decode_candidate(value: bytes) -> CandidateRecord:
 def decode_status(value: bytes) -> StatusRecord:
     """Unknown fields are ignored; `read` names them."""
     return read(StatusRecord, value).record
+
+
+def decode_question(value: bytes) -> QuestionRecord:
+    """Unknown fields are ignored."""
+    return read(QuestionRecord, value).record
+
+
+def decode_answer(value: bytes) -> AnswerRecord:
+    """Unknown fields are ignored. A full mesh's is longer than other records."""
+    return read(AnswerRecord, value, MAX_ANSWER).record
 
 
 def decode_peer(value: bytes) -> PeerRecord:

@@ -1,0 +1,156 @@
+"""Answers operators who ask what this host's kernel has: tunnels, traffic, and what differs from the plan.
+
+Asked through etcd (`store.inquiry`). An answer reads the kernel and writes nothing to it, except that a reading which
+finds drift has it repaired as any other would. It never stops the agent: where etcd does not let the agent
+hear questions, that is said once and tried again now and then.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+import trio
+from attrs import frozen
+
+from kilo_etcd import etcd, kernel
+from kilo_etcd.agent.logs import Once
+from kilo_etcd.kernel.state import Observed
+from kilo_etcd.model import IPAddress
+from kilo_etcd.store.inquiry import attend
+from kilo_etcd.store.keys import Keys
+from kilo_etcd.store.records import AnswerRecord, QuestionRecord, Tunnel
+from kilo_etcd.topology.hostplan import HostPlan, PeerPlan
+
+SHOWN = 20
+"""How many changes an answer names; it counts all."""
+
+MOST_TUNNELS = 15_000
+"""What fits into one value of etcd."""
+
+KNOCK_SECONDS = 1.5
+"""How long the tunnels have for their handshakes after a knock."""
+
+KNOCK_POLL_SECONDS = 0.1
+
+FRESH_SECONDS = 180
+"""The age from which WireGuard itself takes a session for dead (REJECT_AFTER_TIME of its paper)."""
+
+DISCARD_PORT = 9
+
+RETRY_SECONDS = 30.0
+
+
+@frozen(kw_only=True)
+class Programmed:
+    """What the agent has brought about."""
+
+    plan: HostPlan | None
+    """None: nothing yet."""
+    revision: int
+    sends: bool
+    """Whether the host's own packets leave through its tunnels, so that a packet tries them."""
+
+
+class Answerer:
+    """Answers for one agent. `run` is its task; `programmed` says what is in force when it is asked."""
+
+    def __init__(
+        self,
+        client: etcd.Client,
+        keys: Keys,
+        name: str,
+        device: kernel.Kernel,
+        programmed: Callable[[], Programmed],
+        once: Once,
+    ) -> None:
+        self._client = client
+        self._keys = keys
+        self._name = name
+        self._kernel = device
+        self._programmed = programmed
+        self._once = once
+
+    async def run(self) -> None:
+        """Answer until cancelled."""
+        while True:
+            try:
+                await attend(self._client, self._keys, self._name, self.answer)
+            except etcd.Unavailable:
+                pass  # The rest of the agent says so, louder.
+            except etcd.EtcdError as error:
+                self._once.warning("questions", "questions of kgctl cannot be answered", error=str(error))
+            await trio.sleep(RETRY_SECONDS)
+
+    async def answer(self, _question: QuestionRecord) -> AnswerRecord:
+        """What is on the host now."""
+        programmed = self._programmed()
+        plan = programmed.plan
+        trouble: list[str] = []
+        commands: tuple[str, ...] = ()
+        observed = Observed()
+        try:
+            if plan is not None:
+                commands = tuple(map(str, await self._kernel.preview(plan)))
+            observed = await self._kernel.observe()
+            if programmed.sends and plan is not None:
+                observed = await self._knock(plan, observed)
+        except kernel.KernelError as error:
+            trouble.append(str(error))
+        return AnswerRecord(
+            time=int(time.time() * 1000),
+            revision=programmed.revision,
+            backend=self._kernel.backend,
+            mtu=observed.link.mtu if observed.link is not None else 0,
+            tunnels=tunnels(observed),
+            undone=len(commands),
+            changes=commands[:SHOWN],
+            trouble=tuple(trouble),
+        )
+
+    async def _knock(self, plan: HostPlan, observed: Observed) -> Observed:
+        """Send one packet through each tunnel at rest, and give handshakes a moment: without traffic there are none.
+
+        Only to peers that the plan has an endpoint for: a laptop that sleeps is no news.
+        """
+        at_rest = {key for key, peer in plan.peers.items() if peer.endpoint is not None and _asleep(observed, key)}
+        if not at_rest:
+            return observed
+        _send([address for key in at_rest if (address := _someone(plan.peers[key])) is not None])
+        deadline = trio.current_time() + KNOCK_SECONDS
+        while trio.current_time() < deadline and any(_asleep(observed, key) for key in at_rest):
+            await trio.sleep(KNOCK_POLL_SECONDS)
+            observed = await self._kernel.observe()
+        return observed
+
+
+def tunnels(observed: Observed) -> tuple[Tunnel, ...]:
+    """The peers that the device has, by public key."""
+    found = []
+    for key in sorted(observed.peers)[:MOST_TUNNELS]:
+        peer = observed.peers[key]
+        ago = max(0, int(observed.time - peer.last_handshake)) if peer.last_handshake else -1
+        found.append(Tunnel(key, ago, peer.rx_bytes, peer.tx_bytes, str(peer.endpoint) if peer.endpoint else ""))
+    return tuple(found)
+
+
+def _someone(peer: PeerPlan) -> IPAddress | None:
+    """An address behind the peer that belongs to one host."""
+    return next((n.network_address for n in peer.allowed_ips if n.prefixlen == n.max_prefixlen), None)
+
+
+def _asleep(observed: Observed, key: str) -> bool:
+    peer = observed.peers.get(key)
+    return peer is None or not peer.last_handshake or observed.time - peer.last_handshake > FRESH_SECONDS
+
+
+def _send(targets: list[IPAddress]) -> None:
+    for version, family in ((4, socket.AF_INET), (6, socket.AF_INET6)):
+        with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sender:
+            sender.setblocking(False)
+            for address in targets:
+                if address.version == version:
+                    with suppress(OSError):
+                        sender.sendto(b"", (str(address), DISCARD_PORT))

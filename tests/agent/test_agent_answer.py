@@ -1,0 +1,180 @@
+"""Operators ask through etcd, agents answer with what their kernels have: on an etcd and a kernel in memory."""
+
+from __future__ import annotations
+
+import io
+from ipaddress import ip_interface, ip_network
+
+import pytest
+import trio
+
+from helpers import eventually
+from kilo_etcd.agent import answer, privatekey
+from kilo_etcd.agent.answer import Answerer, Programmed
+from kilo_etcd.agent.logs import Once, get_logger, setup_logging
+from kilo_etcd.etcd import PermissionDenied
+from kilo_etcd.kernel.state import Setup
+from kilo_etcd.model import Endpoint, IPAddress
+from kilo_etcd.store.inquiry import LEASE_SECONDS, ask
+from kilo_etcd.store.keys import Keys
+from kilo_etcd.store.records import AnswerRecord, QuestionRecord, RecordError, Tunnel, decode_answer, encode
+from kilo_etcd.testing.fake_etcd import FakeEtcd
+from kilo_etcd.testing.fake_kernel import FakeHost, FakeKernel
+from kilo_etcd.topology.hostplan import HostPlan, PeerPlan, RoutePlan, Via
+
+pytestmark = pytest.mark.autojump
+
+KEYS = Keys()
+KEY, SECOND = "A" * 43 + "=", "B" + "A" * 42 + "="
+PLAN = HostPlan(
+    node="h1",
+    addresses=(ip_interface("10.4.0.1/32"),),
+    peers={
+        KEY: PeerPlan(
+            public_key=KEY,
+            name="h2",
+            endpoint=Endpoint.parse("203.0.113.2:51820"),
+            allowed_ips=(ip_network("10.3.0.0/24"), ip_network("10.4.0.2/32")),
+        ),
+        SECOND: PeerPlan(public_key=SECOND, name="laptop", allowed_ips=(ip_network("10.9.0.2/32"),)),
+    },
+    routes={ip_network("10.4.0.0/16"): RoutePlan(destination=ip_network("10.4.0.0/16"), way=Via.TUNNEL)},
+)
+
+
+class World:
+    """The agent of h1 as far as it answers; `knocked` is where it has sent packets."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.etcd = FakeEtcd()
+        self.host = FakeHost()
+        self.kernel = FakeKernel(self.host, Setup(private_key=privatekey.generate()))
+        self.log = io.StringIO()
+        self.knocked: list[IPAddress] = []
+        self.sends = True
+        setup_logging("info", stream=self.log)
+        monkeypatch.setattr(answer, "_send", self.knocked.extend)
+
+    def answerer(self, plan: HostPlan | None = PLAN) -> Answerer:
+        return Answerer(
+            self.etcd.client("h1"),
+            KEYS,
+            "h1",
+            self.kernel,
+            lambda: Programmed(plan=plan, revision=7, sends=self.sends),
+            Once(get_logger()),
+        )
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    return World(monkeypatch)
+
+
+async def test_who_is_asked_answers_and_nothing_stays(world: World) -> None:
+    await world.kernel.apply(PLAN)
+    world.host.hear_from(KEY, when=1)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(world.answerer().run)
+        await trio.testing.wait_all_tasks_blocked()
+        await trio.sleep(5)
+        started = trio.current_time()
+        answers = await ask(world.etcd.client("desk"), KEYS, ["h1"])
+        assert trio.current_time() - started < 0.1
+        nursery.cancel_scope.cancel()
+    (found,) = answers.values()
+    assert (found.revision, found.backend, found.undone, found.mtu) == (7, "kernel", 0, 1420)
+    assert found.tunnels == (Tunnel(KEY, 4, 0, 0, "203.0.113.2:51820"), Tunnel(SECOND, -1, 0, 0, ""))
+    assert world.etcd.keys("/") == []
+    # A session of five seconds' age is awake, and a laptop without an endpoint is left asleep.
+    assert world.knocked == []
+
+
+async def test_who_is_silent_is_not_waited_for_long_and_who_is_not_asked_is_silent(world: World) -> None:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(world.answerer().run)
+        await trio.testing.wait_all_tasks_blocked()
+        started = trio.current_time()
+        assert set(await ask(world.etcd.client("desk"), KEYS, ["h1", "h2"], patience=2)) == {"h1"}
+        assert trio.current_time() - started == pytest.approx(2, abs=0.1)
+        assert await ask(world.etcd.client("desk"), KEYS, ["h2"], patience=2) == {}
+        assert await ask(world.etcd.client("desk"), KEYS, []) == {}
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_tunnel_at_rest_is_knocked_at(world: World) -> None:
+    await world.kernel.apply(PLAN)
+    async with trio.open_nursery() as nursery:
+        replies: list[AnswerRecord] = []
+
+        async def reply() -> None:
+            replies.append(await world.answerer().answer(QuestionRecord()))
+
+        nursery.start_soon(reply)
+        await eventually(lambda: world.knocked)
+        world.host.hear_from(KEY)
+    # To an address of one host; the network before it may have nobody at its first address.
+    assert list(map(str, world.knocked)) == ["10.4.0.2"]
+    assert replies[0].tunnels[0].handshake >= 0
+    # Nobody there: the answer says so in the end.
+    started = trio.current_time()
+    await trio.sleep(200)
+    found = await world.answerer().answer(QuestionRecord())
+    assert found.tunnels[0].handshake >= 200
+    assert trio.current_time() - started < 202
+    # A member's packets go by its leader, and try none of its own tunnels.
+    world.sends = False
+    world.knocked.clear()
+    await world.answerer().answer(QuestionRecord())
+    assert world.knocked == []
+
+
+async def test_what_the_kernel_lacks_is_counted_and_named(world: World) -> None:
+    found = await world.answerer().answer(QuestionRecord())
+    assert found.undone > 5
+    assert any(command.startswith("ip route add 10.4.0.0/16") for command in found.changes)
+    assert decode_answer(encode(found)) == found
+    assert (await world.answerer(plan=None).answer(QuestionRecord())).undone == 0
+
+
+async def test_asking_again_after_etcd_was_away_and_a_foolish_question(world: World) -> None:
+    client = world.etcd.client("desk")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(world.answerer().run)
+        await trio.testing.wait_all_tasks_blocked()
+        world.etcd.down()
+        await trio.sleep(60)
+        world.etcd.up()
+        await trio.sleep(60)
+        lease = await client.grant_lease(LEASE_SECONDS)
+        await client.put(KEYS.question(lease.id), b"\xff what?", lease=lease.id)
+        await client.put(KEYS.question(1), encode(QuestionRecord()))  # without a lease: its answer would stay
+        assert "h1" in await ask(client, KEYS, ["h1"])
+        nursery.cancel_scope.cancel()
+    assert [key for key in world.etcd.keys("/") if "answers" in key] == []
+
+
+async def test_who_may_not_hear_questions_says_so_once_and_goes_on(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = 0
+
+    async def denied(*_: object) -> None:
+        nonlocal tries
+        tries += 1
+        await trio.lowlevel.checkpoint()
+        raise PermissionDenied("user h1 may not watch /kilo-status/questions/")
+
+    monkeypatch.setattr(answer, "attend", denied)
+    with trio.move_on_after(100):
+        await world.answerer().run()
+    assert tries == 4
+    assert world.log.getvalue().count("questions of kgctl cannot be answered") == 1
+
+
+def test_answers_that_are_none() -> None:
+    for text in ('{"tunnels": [["x"]]}', '{"tunnels": [[1, 2, 3, 4, 5]]}', '{"undone": -1}', "[]"):
+        with pytest.raises(RecordError):
+            decode_answer(text.encode())
+    with pytest.raises(RecordError, match="no whole number"):
+        decode_answer(encode(AnswerRecord(tunnels=(Tunnel(KEY, -2, 0, 0, ""),))))
