@@ -53,7 +53,7 @@ class World:
         self.knocked: list[IPAddress] = []
         self.sends = True
         setup_logging("info", stream=self.log)
-        monkeypatch.setattr(answer, "_send", self.knocked.extend)
+        monkeypatch.setattr(answer, "speak", self.knocked.extend)
 
     def answerer(self, plan: HostPlan | None = PLAN) -> Answerer:
         return Answerer(

@@ -7,16 +7,15 @@ hear questions, that is said once and tried again now and then.
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Callable
-from contextlib import suppress
 
 import trio
 from attrs import frozen
 
 from kilo_etcd import etcd, kernel
 from kilo_etcd.agent.logs import Once
+from kilo_etcd.agent.program import speak
 from kilo_etcd.kernel.state import Observed
 from kilo_etcd.model import IPAddress
 from kilo_etcd.store.inquiry import attend
@@ -37,8 +36,6 @@ KNOCK_POLL_SECONDS = 0.1
 
 FRESH_SECONDS = 180
 """The age from which WireGuard itself takes a session for dead (REJECT_AFTER_TIME of its paper)."""
-
-DISCARD_PORT = 9
 
 RETRY_SECONDS = 30.0
 
@@ -118,7 +115,7 @@ class Answerer:
         at_rest = {key for key, peer in plan.peers.items() if peer.endpoint is not None and _asleep(observed, key)}
         if not at_rest:
             return observed
-        _send([address for key in at_rest if (address := _someone(plan.peers[key])) is not None])
+        speak([address for key in at_rest if (address := _someone(plan.peers[key])) is not None])
         deadline = trio.current_time() + KNOCK_SECONDS
         while trio.current_time() < deadline and any(_asleep(observed, key) for key in at_rest):
             await trio.sleep(KNOCK_POLL_SECONDS)
@@ -144,13 +141,3 @@ def _someone(peer: PeerPlan) -> IPAddress | None:
 def _asleep(observed: Observed, key: str) -> bool:
     peer = observed.peers.get(key)
     return peer is None or not peer.last_handshake or observed.time - peer.last_handshake > FRESH_SECONDS
-
-
-def _send(targets: list[IPAddress]) -> None:
-    for version, family in ((4, socket.AF_INET), (6, socket.AF_INET6)):
-        with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sender:
-            sender.setblocking(False)
-            for address in targets:
-                if address.version == version:
-                    with suppress(OSError):
-                        sender.sendto(b"", (str(address), DISCARD_PORT))

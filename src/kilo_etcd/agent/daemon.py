@@ -490,7 +490,7 @@ class Daemon:
 
     def _in_force(self) -> Programmed:
         sends = self.role is not None and self.role.kind is not store.Role.MEMBER
-        return Programmed(plan=self.plan, revision=self.applied_revision, sends=sends)
+        return Programmed(plan=self.programmer.programmed, revision=self.applied_revision, sends=sends)
 
     def _standing_errors(self) -> tuple[str, ...]:
         """All that is wrong with this host, as sentences."""

@@ -27,6 +27,8 @@ class Programmer:
     """One host's kernel, as the reconciler uses it."""
 
     def __init__(self, device: kernel.Kernel) -> None:
+        self.programmed: HostPlan | None = None
+        """What was last asked of the kernel: the plan, with first contacts in mind."""
         self._device = device
         self._since: Mapping[str, float] = {}
         self._waiting: Mapping[str, int] = {}
@@ -47,7 +49,8 @@ class Programmer:
         )  # fmt: skip
         silent = await self._start_over(contact.late.keys(), contact.plan)
         report = await self._device.apply(contact.plan, fresh=fresh)
-        _speak({**contact.speak_to, **{key: contact.late[key] for key in silent}}.values())
+        self.programmed = contact.plan
+        speak({**contact.speak_to, **{key: contact.late[key] for key in silent}}.values())
         self._waiting, self._due, self._topology = contact.waiting, contact.due, topology
         self._due_changed.set()
         return report
@@ -79,7 +82,7 @@ class Programmer:
         return silent
 
 
-def _speak(addresses: Iterable[IPAddress]) -> None:
+def speak(addresses: Iterable[IPAddress]) -> None:
     """Send each address one small packet, so that WireGuard shakes hands now and not when somebody needs it."""
     for address in addresses:
         family = socket.AF_INET if address.version == 4 else socket.AF_INET6

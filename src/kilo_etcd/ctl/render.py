@@ -14,9 +14,12 @@ from typing import Any
 import attrs
 from attrs import frozen
 
-from kilo_etcd.ctl.report import LocationRow, NodeRow, Report
+from kilo_etcd.ctl.live import ago, amount
+from kilo_etcd.ctl.report import LiveReport, LocationRow, NodeRow, Report
 from kilo_etcd.model import DEFAULT_LOCATION
 
+MOST_TUNNELS = 60
+"""How many tunnels a table has; of more, those without a session only. JSON has all."""
 DEFAULT_LOCATION_SHOWN = "(default)"
 NONE = "-"
 
@@ -62,8 +65,47 @@ def status_tables(report: Report) -> tuple[Table, ...]:
         Table("Agents that disagree", ("NODE", "WHAT"), _remarks(report.disagreements)),
         Table("Errors that agents report", ("NODE", "ERROR"), _remarks(report.errors)),
         Table("Problems", ("SUBJECT", "PROBLEM"), _remarks(report.problems)),
+        *(_live_tables(report.live) if report.live is not None else ()),
     )
     return tuple(table for table in tables if table.rows or table.empty)
+
+
+def _live_tables(live: LiveReport) -> tuple[Table, ...]:
+    rows = [tunnel for kernel in live.kernels for tunnel in kernel.tunnels]
+    title = "Tunnels, as the gateways have them"
+    if len(rows) > MOST_TUNNELS:
+        rows = [tunnel for tunnel in rows if not tunnel.up][:MOST_TUNNELS]
+        title = "Tunnels without a session, as the gateways have them"
+    trouble = [(kernel.name, text) for kernel in live.kernels for text in kernel.trouble]
+    trouble += [(name, "its agent lives, but has not answered in time") for name in live.silent]
+    trouble += [("-", f"nobody could be asked: {live.refused}")] if live.refused else []
+    return (
+        Table(
+            title,
+            ("NODE", "TO", "HANDSHAKE", "RECEIVED", "SENT", "ENDPOINT"),
+            tuple(
+                (
+                    clean(t.node),
+                    clean(t.other),
+                    ago(t.handshake),
+                    amount(t.received),
+                    amount(t.sent),
+                    t.endpoint or NONE,
+                )
+                for t in rows
+            ),
+        ),
+        Table(
+            "Kernels that differ from the plan",
+            ("NODE", "CHANGES", "THE FIRST"),
+            tuple(
+                (clean(kernel.name), str(kernel.undone), clean(kernel.changes[0]) if kernel.changes else NONE)
+                for kernel in live.kernels
+                if kernel.undone
+            ),
+        ),
+        Table("Hosts that were asked", ("NODE", "WHAT"), tuple((clean(name), clean(text)) for name, text in trouble)),
+    )
 
 
 def status_heading(report: Report) -> str:
@@ -77,6 +119,8 @@ def status_heading(report: Report) -> str:
     ]
     if report.peers:
         parts.insert(3, f"peers {', '.join(map(clean, report.peers))}")
+    if report.live is not None and report.live.tunnels:
+        parts.append(f"{report.live.up} of {report.live.tunnels} tunnels up")
     return "; ".join(parts)
 
 

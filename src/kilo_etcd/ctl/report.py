@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 
 from attrs import field, frozen
 
+from kilo_etcd.ctl.live import Live, LiveTunnel, pairs, tunnels
 from kilo_etcd.model import Candidate, Node, SetAside, Snapshot
 from kilo_etcd.store.keys import Keys, NodeKey
 from kilo_etcd.store.records import StatusRecord
@@ -64,6 +65,37 @@ class Remark:
 
 
 @frozen(kw_only=True)
+class KernelRow:
+    """What a living agent has answered of its host's kernel."""
+
+    name: str
+    backend: str
+    mtu: int
+    tunnels: tuple[LiveTunnel, ...]
+    """Empty for members, which send by their leader."""
+    undone: int
+    """By how many changes it differs from the plan."""
+    changes: tuple[str, ...]
+    """The first of them."""
+    trouble: tuple[str, ...]
+
+
+@frozen(kw_only=True)
+class LiveReport:
+    """What was asked of the hosts."""
+
+    kernels: tuple[KernelRow, ...] = ()
+    silent: tuple[str, ...] = ()
+    """Living agents that have not answered in time."""
+    refused: str | None = None
+    """Why nothing could be asked."""
+    tunnels: int = 0
+    """Pairs of gateways of which at least one has answered."""
+    up: int = 0
+    """Those of them whose session lives."""
+
+
+@frozen(kw_only=True)
 class Report:
     """All of `kgctl status`."""
 
@@ -80,6 +112,8 @@ class Report:
     """What the agents themselves report as failing."""
     problems: tuple[Remark, ...] = ()
     """What the topology could not give to somebody."""
+    live: LiveReport | None = None
+    """None: nobody was asked."""
 
 
 def newest_revision(view: View, keys: Keys) -> int:
@@ -97,7 +131,12 @@ def registered_names(view: View, keys: Keys) -> frozenset[str]:
 
 
 def report(
-    snapshot: Snapshot, statuses: Mapping[str, StatusRecord], *, newest: int, registered: frozenset[str] = frozenset()
+    snapshot: Snapshot,
+    statuses: Mapping[str, StatusRecord],
+    *,
+    newest: int,
+    registered: frozenset[str] = frozenset(),
+    live: Live | None = None,
 ) -> Report:
     """The report on `snapshot`; `newest` is what `newest_revision` says, `registered` what `registered_names` says."""
     topology = build_topology(snapshot)
@@ -120,6 +159,30 @@ def report(
             Remark(subject=name, text=error) for name in names if name in statuses for error in statuses[name].errors
         ),
         problems=tuple(Remark(subject=problem.subject, text=problem.text) for problem in topology.problems),
+        live=None if live is None else _live_report(topology, live),
+    )
+
+
+def _live_report(topology: Topology, live: Live) -> LiveReport:
+    found = tunnels(topology, live)
+    known = [pair for pair in pairs(topology, live) if pair.ends]
+    return LiveReport(
+        kernels=tuple(
+            KernelRow(
+                name=name,
+                backend=answer.backend,
+                mtu=answer.mtu,
+                tunnels=found.get(name, ()),
+                undone=answer.undone,
+                changes=answer.changes,
+                trouble=answer.trouble,
+            )
+            for name, answer in sorted(live.answers.items())
+        ),
+        silent=live.silent,
+        refused=live.refused or None,
+        tunnels=len(known),
+        up=sum(pair.up is True for pair in known),
     )
 
 

@@ -1,35 +1,113 @@
-"""`kgctl status`: one look at the mesh. What it says is in `ctl.report`, how it looks in `ctl.render`."""
+"""`kgctl status`: one look at the mesh, or one after each change. What it says is in `ctl.report`, how it looks in
+`ctl.render`."""
 
 from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import datetime
+from functools import partial
 
 import click
 
 from kilo_etcd.ctl.context import Mesh
+from kilo_etcd.ctl.live import gather
 from kilo_etcd.ctl.output import output_option, show
 from kilo_etcd.ctl.render import status_heading, status_json, status_tables
 from kilo_etcd.ctl.report import Report, newest_revision, registered_names, report
-from kilo_etcd.etcd.api import Client
+from kilo_etcd.etcd.api import Client, Compacted, Unavailable
 from kilo_etcd.model import Snapshot
 from kilo_etcd.store import operator
 from kilo_etcd.store.keys import Keys
 
+PAUSE_SECONDS = 0.5
+"""How long `--watch` lets changes gather: they come in bursts."""
 
-async def read_mesh(client: Client, keys: Keys) -> tuple[Snapshot, Report]:
-    """What etcd holds now, and the report on it."""
+LIVE_SECONDS = 5.0
+"""How often `--watch --live` asks the hosts when etcd is quiet."""
+
+
+async def read_mesh(client: Client, keys: Keys, *, live: bool = False) -> tuple[Snapshot, Report]:
+    """What etcd holds now, and the report on it; with `live` the hosts are asked too."""
     # Statuses first: an agent can only have got further since, so nobody is called behind for our slowness.
     statuses = await operator.statuses(client, keys)
     snapshot, view = await operator.snapshot(client, keys)
-    newest = newest_revision(view, keys)
-    return snapshot, report(snapshot, statuses, newest=newest, registered=registered_names(view, keys))
+    return snapshot, report(
+        snapshot,
+        statuses,
+        newest=newest_revision(view, keys),
+        registered=registered_names(view, keys),
+        live=await gather(client, keys, statuses.keys()) if live else None,
+    )
 
 
-@click.command("status")
+@click.command(
+    "status",
+    epilog="Examples:\n\n\b\n  kgctl status\n  kgctl status --live            tunnels, traffic, kernels\n"
+    "  kgctl status --watch           again after each change, until Ctrl-C\n  kgctl status -o json | jq .locations",
+)
+@click.option("--live", is_flag=True, help="Ask the agents what their kernels have: handshakes, traffic, differences.")
+@click.option("-w", "--watch", is_flag=True, help="Show it again after each change.")
 @output_option
 @click.pass_obj
-def status_command(mesh: Mesh, output: str) -> None:
+def status_command(mesh: Mesh, output: str, live: bool, watch: bool) -> None:
     """Show nodes, locations, their leaders and who is next, and everything that is not as it should be."""
-    found = mesh.ask(read_mesh)[1]
-    if output == "json":
-        click.echo(status_json(found))
-    else:
+
+    def put_out(found: Report) -> None:
+        if output == "json":
+            text = status_json(found)
+            # With --watch one line for each look, for programs that read line by line.
+            click.echo(json.dumps(json.loads(text), ensure_ascii=False) if watch else text)
+            return
+        if watch:
+            click.clear()  # does nothing where there is no terminal
+            click.echo(f"{datetime.now():%Y-%m-%d %H:%M:%S}")
         show(status_tables(found), status_heading(found))
+
+    if watch:
+        mesh.ask(partial(_follow, put_out=put_out, live=live))
+    else:
+        put_out(mesh.ask(partial(read_mesh, live=live))[1])
+
+
+async def _follow(client: Client, keys: Keys, *, put_out: Callable[[Report], None], live: bool) -> None:
+    """A report now, and one after each change in etcd, for ever."""
+    import trio
+
+    changed = trio.Event()
+
+    async def watch(prefix: str) -> None:
+        nonlocal changed
+        while True:
+            try:
+                async with client.watch_prefix(prefix) as changes:
+                    # What happened before the watch began is not reported by it.
+                    changed.set()
+                    async for batch in changes:
+                        if any(not event.kv.key.startswith(asked) for event in batch.events):
+                            changed.set()
+            except (Compacted, Unavailable):
+                await trio.sleep(PAUSE_SECONDS)
+
+    asked = (keys.questions_root.encode(), keys.answers_root.encode())
+    shown: Report | None = None
+    away = ""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch, keys.root)
+        nursery.start_soon(watch, keys.status_root)
+        while True:
+            try:
+                found = (await read_mesh(client, keys, live=live))[1]
+            except Unavailable as error:
+                if str(error) != away:
+                    away = str(error)
+                    click.echo(f"kgctl: {away}; what was shown last may be old", err=True)
+                await trio.sleep(PAUSE_SECONDS)
+                continue
+            if found != shown or away:
+                put_out(found)
+            shown, away = found, ""
+            with trio.move_on_after(LIVE_SECONDS if live else float("inf")):
+                await changed.wait()
+            await trio.sleep(PAUSE_SECONDS)
+            changed = trio.Event()

@@ -45,7 +45,7 @@ async def ask(
     try:
         question = QuestionRecord(nodes=tuple(sorted(names)))
         put = await client.put(keys.question(lease), encode(question), lease=lease)
-        root = keys.answers_root(lease)
+        root = keys.answers_to(lease)
         with trio.move_on_after(patience):
             async with client.watch_prefix(root, start_revision=put.header.revision + 1) as watch:
                 async for batch in watch:

@@ -227,11 +227,15 @@ class Keys:
     def question(self, lease: int) -> str:
         return f"{self.questions_root}{lease:x}"
 
-    def answers_root(self, lease: int) -> str:
-        return f"{self.status_root}answers/{lease:x}/"
+    @property
+    def answers_root(self) -> str:
+        return self.status_root + "answers/"
+
+    def answers_to(self, lease: int) -> str:
+        return f"{self.answers_root}{lease:x}/"
 
     def answer(self, lease: int, node: str) -> str:
-        return self.answers_root(lease) + encode_name(node)
+        return self.answers_to(lease) + encode_name(node)
 
     def parse(self, key: str | bytes) -> ParsedKey | None:
         """What a key stands for; None if it is none of ours or not spelled as these methods spell it."""

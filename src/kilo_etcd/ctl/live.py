@@ -1,0 +1,162 @@
+"""What the hosts' kernels have, asked of the living agents (`store.inquiry`) and put into the mesh's own names.
+
+`gather` asks; all else is pure. A host that does not answer is one that nothing is known of, which is neither good
+nor bad; who was asked in vain is named.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping
+
+from attrs import field, frozen
+
+from kilo_etcd.etcd.api import Client, EtcdError
+from kilo_etcd.model import Granularity
+from kilo_etcd.store.inquiry import PATIENCE_SECONDS, ask
+from kilo_etcd.store.keys import Keys
+from kilo_etcd.store.records import AnswerRecord, Tunnel
+from kilo_etcd.topology.segments import Topology, same_site
+
+DEAD_SECONDS = 180
+"""From this age on a WireGuard session is over (REJECT_AFTER_TIME of its paper)."""
+
+
+@frozen(kw_only=True)
+class Live:
+    """The answers, by node; `silent` were asked and have not answered."""
+
+    answers: Mapping[str, AnswerRecord] = field(factory=dict)
+    silent: tuple[str, ...] = ()
+    refused: str = ""
+    """Why nothing could be asked at all, in a sentence."""
+    clocks: Mapping[str, float] = field(factory=dict)
+    """Seconds by which a host's clock is ahead of ours, beyond what the asking itself explains; behind: negative."""
+
+
+@frozen(kw_only=True)
+class LiveTunnel:
+    """A tunnel from `node` to `other`, a node or a peer, as `node` has it."""
+
+    node: str
+    other: str
+    handshake: int | None
+    """Seconds since the last one; None: never."""
+    received: int
+    sent: int
+    endpoint: str
+
+    @property
+    def up(self) -> bool:
+        """Whether the session lives."""
+        return self.handshake is not None and self.handshake <= DEAD_SECONDS
+
+
+async def gather(
+    client: Client, keys: Keys, names: Collection[str], *, patience: float = PATIENCE_SECONDS
+) -> Live:  # fmt: skip
+    """Ask the agents of `names`, who should be known to live. What etcd refuses is said in the outcome."""
+    before = time.time()
+    try:
+        answers = await ask(client, keys, names, patience=patience)
+    except EtcdError as error:
+        return Live(refused=str(error))
+    after = time.time()
+    return Live(
+        answers=answers,
+        silent=tuple(sorted(set(names) - answers.keys())),
+        clocks={name: off for name, said in answers.items() if (off := _off(said.time / 1000, before, after))},
+    )
+
+
+def _off(theirs: float, before: float, after: float) -> float:
+    return theirs - after if theirs > after else theirs - before if theirs < before else 0.0
+
+
+def tunnels(topology: Topology, live: Live) -> dict[str, tuple[LiveTunnel, ...]]:
+    """The tunnels of each gateway that has answered, by the other end's name; keys that the mesh does not know are
+    left out.
+
+    Members have no entry: they keep the leaders' keys for the day when they lead, and send nothing to them.
+    """
+    names = {node.public_key: node.name for node in topology.snapshot.nodes.values()}
+    names.update((peer.public_key, peer.name) for peer in topology.peers.values())
+    gateways = {segment.leader.name for segment in topology.segments.values()}
+    return {
+        node: tuple(sorted((_named(node, tunnel, names) for tunnel in live.answers[node].tunnels
+                            if tunnel.public_key in names), key=lambda tunnel: tunnel.other))
+        for node in sorted(gateways & live.answers.keys())
+    }  # fmt: skip
+
+
+def _named(node: str, tunnel: Tunnel, names: Mapping[str, str]) -> LiveTunnel:
+    return LiveTunnel(
+        node=node,
+        other=names[tunnel.public_key],
+        handshake=tunnel.handshake if tunnel.handshake >= 0 else None,
+        received=tunnel.received,
+        sent=tunnel.sent,
+        endpoint=tunnel.endpoint,
+    )
+
+
+@frozen(kw_only=True)
+class Pair:
+    """Two gateways that a tunnel joins, `one` before `other`, and what their two ends say of it."""
+
+    one: str
+    other: str
+    ends: tuple[LiveTunnel, ...]
+    """Of those that answered, at most two; an end that answered and has no such peer counts as one without a
+    handshake."""
+
+    @property
+    def up(self) -> bool | None:
+        """None: neither end has answered. One end that has a session is enough: a handshake takes both."""
+        return any(end.up for end in self.ends) if self.ends else None
+
+    @property
+    def handshake(self) -> int | None:
+        """Seconds since the last one, by the end that knows of the later."""
+        known = [end.handshake for end in self.ends if end.handshake is not None]
+        return min(known) if known else None
+
+
+def pairs(topology: Topology, live: Live) -> tuple[Pair, ...]:
+    """Every pair of gateways that should have a tunnel, by names. In a full mesh that is every pair of nodes."""
+    by_name = {node: {tunnel.other: tunnel for tunnel in found} for node, found in tunnels(topology, live).items()}
+    cross = topology.snapshot.granularity is Granularity.CROSS
+    leaders = sorted((segment.leader for segment in topology.segments.values()), key=lambda node: node.name)
+    found = []
+    for index, one in enumerate(leaders):
+        for other in leaders[index + 1 :]:
+            if cross and same_site(one, other):
+                continue
+            ends = tuple(
+                by_name[node].get(far)
+                or LiveTunnel(node=node, other=far, handshake=None, received=0, sent=0, endpoint="")
+                for node, far in ((one.name, other.name), (other.name, one.name))
+                if node in by_name
+            )
+            found.append(Pair(one=one.name, other=other.name, ends=ends))
+    return tuple(found)
+
+
+def ago(seconds: int | None) -> str:
+    """`never`, `12 s`, `3 min`, `2 h` or `4 d`."""
+    if seconds is None:
+        return "never"
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size * 2:
+            return f"{seconds // size} {unit}"
+    return f"{seconds} s"
+
+
+def amount(number: int) -> str:
+    """Bytes for people: `312 B`, `1.5 MiB`."""
+    value = float(number)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
