@@ -16,6 +16,7 @@ from kilo_etcd.model import Granularity
 from kilo_etcd.store.inquiry import PATIENCE_SECONDS, ask
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import AnswerRecord, Tunnel
+from kilo_etcd.topology.graph import Edge, EdgeKind, EdgeState
 from kilo_etcd.topology.segments import Topology, same_site
 
 DEAD_SECONDS = 180
@@ -140,6 +141,21 @@ def pairs(topology: Topology, live: Live) -> tuple[Pair, ...]:
             )
             found.append(Pair(one=one.name, other=other.name, ends=ends))
     return tuple(found)
+
+
+def edge_states(topology: Topology, live: Live) -> dict[Edge, EdgeState]:
+    """What has been said of each tunnel, by its edge in the picture; tunnels to sleeping laptops are in no state."""
+    found = {}
+    for pair in pairs(topology, live):
+        if pair.ends:
+            text = "no handshake yet" if pair.handshake is None else f"handshake {ago(pair.handshake)} ago"
+            found[Edge(pair.one, pair.other, EdgeKind.TUNNEL)] = EdgeState(pair.up, text)
+    for node, theirs in tunnels(topology, live).items():
+        for tunnel in theirs:
+            if tunnel.other in topology.peers and tunnel.handshake is not None:
+                state = EdgeState(True if tunnel.up else None, f"handshake {ago(tunnel.handshake)} ago")
+                found[Edge(node, tunnel.other, EdgeKind.PEER)] = state
+    return found
 
 
 def ago(seconds: int | None) -> str:

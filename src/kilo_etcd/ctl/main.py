@@ -23,7 +23,7 @@ _COMMANDS = {
         "Say a thing about a node: endpoint, leader, networks.",
     ),
     "explain": ("kilo_etcd.ctl.explain", "explain_command", "Show the way of a packet through the mesh, hop by hop."),
-    "graph": ("kilo_etcd.ctl.graph", "graph_command", "Print the mesh as a graph, in DOT."),
+    "graph": ("kilo_etcd.ctl.graph", "graph_command", "Print the mesh as a graph: DOT, SVG, PNG, Mermaid, JSON."),
     "lab": ("kilo_etcd.ctl.lab", "lab_group", "Build a small internet on this machine and try things out."),
     "location": ("kilo_etcd.ctl.location", "location_group", "Set, list and unset the labels that shape the mesh."),
     "mesh": ("kilo_etcd.ctl.mesh", "mesh_group", "Show and set what holds for the whole mesh."),

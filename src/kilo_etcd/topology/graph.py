@@ -9,6 +9,7 @@ clusters but draws no boxes (`dot` and `fdp` do): so nodes of one cluster have o
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from enum import StrEnum
 from itertools import combinations
 
@@ -20,6 +21,12 @@ from kilo_etcd.topology.segments import Segment, Topology, same_site
 _COLOURS = (
     "#cfe2f3", "#d9ead3", "#fff2cc", "#f4cccc", "#d9d2e9", "#fce5cd", "#d0e0e3", "#ead1dc", "#e6e6e6", "#e2f0b6",
 )  # fmt: skip
+
+_STATES = {
+    True: ', color="#2e7d32", edgetooltip={0}',
+    False: ', color="#c62828", penwidth=2, fontcolor="#c62828", label={0}, edgetooltip={0}',
+    None: ", edgetooltip={0}",
+}
 
 
 class EdgeKind(StrEnum):
@@ -39,6 +46,15 @@ class Edge:
     one: str
     other: str
     kind: EdgeKind
+
+
+@frozen
+class EdgeState:
+    """What the hosts themselves say of a tunnel. `up` None: nobody has said anything."""
+
+    up: bool | None
+    text: str
+    """For people, as `handshake 12 s ago`."""
 
 
 @frozen
@@ -84,8 +100,11 @@ def clusters(topology: Topology) -> tuple[Cluster, ...]:
     return tuple(sorted(found, key=lambda cluster: (cluster.label, [node.name for node in cluster.nodes])))
 
 
-def graph(topology: Topology) -> str:
-    """The picture as DOT. A node's id is its name; an outside peer's is its name after `peer `."""
+def graph(topology: Topology, states: Mapping[Edge, EdgeState] | None = None) -> str:
+    """The picture as DOT. A node's id is its name; an outside peer's is its name after `peer `.
+
+    With `states` tunnels that are up are green, those that are not red; what no host speaks of stays black.
+    """
     subnets = ", ".join(str(subnet) for subnet in topology.snapshot.subnets)
     names = {("node", name): name for name in topology.snapshot.nodes}
     for name in topology.peers:
@@ -115,6 +134,8 @@ def graph(topology: Topology) -> str:
     for edge in sorted(edges(topology)):
         other = names["peer" if edge.kind is EdgeKind.PEER else "node", edge.other]
         look = {EdgeKind.TUNNEL: "", EdgeKind.LOCAL: ", style=dotted", EdgeKind.PEER: ", style=dashed"}[edge.kind]
+        if states and (state := states.get(edge)) is not None:
+            look += _STATES[state.up].format(_text(state.text))
         lines.append(f"\t{_id(edge.one)} -> {_id(other)} [dir=both{look}];")
     return "\n".join([*lines, "}"]) + "\n"
 

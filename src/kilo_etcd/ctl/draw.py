@@ -1,0 +1,115 @@
+"""The mesh's picture in other hands: Mermaid for wikis, JSON for programs, SVG and PNG by graphviz' `circo`.
+
+What is drawn is `topology.graph`'s; its DOT is there too.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections.abc import Mapping
+
+from kilo_etcd.topology.graph import Edge, EdgeKind, EdgeState, clusters, edges
+from kilo_etcd.topology.segments import Topology
+
+
+class CannotDraw(Exception):
+    """The picture could not be made; the message is one sentence."""
+
+
+def picture(dot: str, kind: str) -> bytes:
+    """DOT as `svg` or `png`, laid out by circo. CannotDraw."""
+    try:
+        done = subprocess.run(["circo", f"-T{kind}"], input=dot.encode(), capture_output=True, check=False)
+    except FileNotFoundError:
+        raise CannotDraw(
+            "circo is not installed, which draws the picture: install graphviz, or take -o dot, mermaid or json"
+        ) from None
+    if done.returncode or not done.stdout:
+        raise CannotDraw(f"circo could not draw the picture: {done.stderr.decode(errors='replace').strip()}")
+    return done.stdout
+
+
+def mermaid(topology: Topology, states: Mapping[Edge, EdgeState]) -> str:
+    """A Mermaid flowchart. Names stand in labels only, escaped; ids are numbers."""
+    lines = ["flowchart LR"]
+    ids: dict[tuple[str, str], str] = {}
+    for number, cluster in enumerate(clusters(topology)):
+        title = f"location: {cluster.label}" if cluster.label else "default location"
+        lines.append(f"    subgraph s{number}[{_quoted(title)}]")
+        for node in cluster.nodes:
+            ids["node", node.name] = name = f"n{len(ids)}"
+            addresses = ", ".join(map(str, node.mesh_addresses)) or "no mesh address"
+            shape = "([{}])" if node.name in cluster.leaders else "({})"
+            lines.append(f"        {name}{shape.format(_quoted(node.name, addresses))}")
+        lines.append("    end")
+    for peer in sorted(topology.peers):
+        ids["peer", peer] = name = f"p{len(ids)}"
+        allowed = ", ".join(map(str, topology.peers[peer].allowed_ips))
+        lines.append(f"    {name}[{_quoted(peer, allowed)}]")
+    good, bad = [], []
+    for number, edge in enumerate(sorted(edges(topology))):
+        arrow = {EdgeKind.TUNNEL: "<-->", EdgeKind.LOCAL: "-.-", EdgeKind.PEER: "-.->"}[edge.kind]
+        state = states.get(edge)
+        if state is not None and state.up is False:
+            bad.append(str(number))
+            arrow += f"|{_quoted(state.text)}|"
+        elif state is not None and state.up:
+            good.append(str(number))
+        other = ids["peer" if edge.kind is EdgeKind.PEER else "node", edge.other]
+        lines.append(f"    {ids['node', edge.one]} {arrow} {other}")
+    for which, colour in ((good, "#2e7d32"), (bad, "#c62828")):
+        if which:
+            lines.append(f"    linkStyle {','.join(which)} stroke:{colour}")
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(*lines: str) -> str:
+    """A label: Mermaid has HTML's entities, written with `#` in place of `&`."""
+    escaped = (re.sub(r"[^\w .,:/\[\]()@+-]", lambda found: f"#{ord(found[0])};", line) for line in lines)
+    return '"' + "<br>".join(escaped) + '"'
+
+
+def graph_json(topology: Topology, states: Mapping[Edge, EdgeState]) -> str:
+    """The picture as data; stable (docs/kgctl.md)."""
+    leaders = {name for cluster in clusters(topology) for name in cluster.leaders}
+    return json.dumps(
+        {
+            "subnets": list(map(str, topology.snapshot.subnets)),
+            "granularity": topology.snapshot.granularity.value,
+            "clusters": [
+                {"location": cluster.label, "nodes": [node.name for node in cluster.nodes]}
+                for cluster in clusters(topology)
+            ],
+            "nodes": [
+                {
+                    "name": node.name,
+                    "location": node.location,
+                    "leader": node.name in leaders,
+                    "meshAddresses": list(map(str, node.mesh_addresses)),
+                    "internalIps": list(map(str, node.internal_ips)),
+                    "endpoints": list(map(str, node.endpoints)),
+                }
+                for _, node in sorted(topology.snapshot.nodes.items())
+            ],
+            "peers": [
+                {
+                    "name": name,
+                    "allowedIPs": list(map(str, peer.allowed_ips)),
+                    "endpoint": str(peer.endpoint) if peer.endpoint else None,
+                }
+                for name, peer in sorted(topology.peers.items())
+            ],
+            "edges": [
+                {"one": edge.one, "other": edge.other, "kind": edge.kind.value, **_state(states.get(edge))}
+                for edge in sorted(edges(topology))
+            ],
+        },
+        indent=2,
+        ensure_ascii=False,
+    )
+
+
+def _state(state: EdgeState | None) -> dict[str, object]:
+    return {"up": state.up if state else None, "says": state.text if state else None}

@@ -1,0 +1,236 @@
+"""What the hosts say: `kgctl status --live`, `graph`, on an etcd in memory whose agents answer as the test has them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+
+import pytest
+import trio
+from click.testing import CliRunner, Result
+from test_kgctl_explain import world
+
+from kilo_etcd.ctl import live
+from kilo_etcd.ctl.live import ago, amount
+from kilo_etcd.ctl.main import main
+from kilo_etcd.etcd import Client, Config, PermissionDenied
+from kilo_etcd.model import Snapshot
+from kilo_etcd.store import operator
+from kilo_etcd.store.inquiry import attend
+from kilo_etcd.store.keys import Keys
+from kilo_etcd.store.records import AnswerRecord, QuestionRecord, Role, StatusRecord, Tunnel, encode
+from kilo_etcd.testing.fake_etcd import FakeEtcd
+from kilo_etcd.topology.segments import build_topology
+
+KEYS = Keys()
+Says = dict[str, AnswerRecord]
+
+
+class Mesh:
+    """Two locations led by gcp-1 and home-1 (see `world`), a laptop, and agents that say what `says` has."""
+
+    def __init__(self) -> None:
+        self.etcd = FakeEtcd()
+        self.says: Says = {}
+        self.silent: set[str] = set()
+        self.denied = False
+        self.snapshot: Snapshot = trio.run(self._fill)
+
+    async def _fill(self) -> Snapshot:
+        client = self.etcd.client()
+        await world(client)
+        snapshot = (await operator.snapshot(client, KEYS))[0]
+        topology = build_topology(snapshot)
+        for name, node in snapshot.nodes.items():
+            leader = topology.segment_of(name).leader.name
+            status = StatusRecord(
+                public_key=node.public_key,
+                revision=snapshot.revision,
+                role=Role.LEADER if leader == name else Role.MEMBER,
+                location=node.location,
+                leader=leader,
+            )
+            await client.put(KEYS.status(name), encode(status))
+        return snapshot
+
+    def key(self, name: str) -> str:
+        nodes, peers = self.snapshot.nodes, self.snapshot.peers
+        return nodes[name].public_key if name in nodes else peers[name].public_key
+
+    def tunnel(self, to: str, handshake: int, received: int = 2048, sent: int = 100) -> Tunnel:
+        return Tunnel(self.key(to), handshake, received, sent, "203.0.113.9:51820")
+
+    async def agent(self, name: str) -> None:
+        async def reply(_: QuestionRecord) -> AnswerRecord:
+            await trio.lowlevel.checkpoint()
+            return self.says.get(name, AnswerRecord(time=int(live.time.time() * 1000), backend="kernel", mtu=1420))
+
+        await attend(self.etcd.client(name), KEYS, name, reply)
+
+    def run(self, *arguments: str) -> Result:
+        return CliRunner().invoke(main, arguments, prog_name="kgctl")
+
+
+@pytest.fixture
+def mesh(monkeypatch: pytest.MonkeyPatch) -> Mesh:
+    made = Mesh()
+
+    @asynccontextmanager
+    async def opened(config: Config) -> AsyncIterator[Client]:
+        client = made.etcd.client()
+        async with trio.open_nursery() as nursery:
+            for name in made.snapshot.nodes.keys() - made.silent:
+                nursery.start_soon(made.agent, name)
+            await trio.testing.wait_all_tasks_blocked()
+            if made.denied:
+                monkeypatch.setattr(client, "grant_lease", denied)
+            yield client
+            nursery.cancel_scope.cancel()
+
+    async def denied(*_: object) -> None:
+        await trio.lowlevel.checkpoint()
+        raise PermissionDenied("user eve may not grant a lease in etcd")
+
+    monkeypatch.setattr("kilo_etcd.etcd.open_client", opened)
+    monkeypatch.setattr(live, "gather", partial(live.gather, patience=0.3))
+    monkeypatch.setattr("kilo_etcd.ctl.status.gather", partial(live.gather, patience=0.3))
+    monkeypatch.setattr("kilo_etcd.ctl.graph.PATIENCE_SECONDS", 0.3)
+    return made
+
+
+def now() -> int:
+    return int(live.time.time() * 1000)
+
+
+def test_tunnels_and_traffic_are_shown_as_the_gateways_have_them(mesh: Mesh) -> None:
+    mesh.says["gcp-1"] = AnswerRecord(
+        time=now(),
+        tunnels=(mesh.tunnel("home-1", 12), mesh.tunnel("laptop", -1, 0, 0), Tunnel("X" + "A" * 42 + "=", 1, 1, 1, "")),
+    )
+    # A standby knows the leaders too; what it knows is no tunnel.
+    mesh.says["gcp-2"] = AnswerRecord(time=now(), tunnels=(mesh.tunnel("home-1", -1),))
+    mesh.says["home-2"] = AnswerRecord(time=now(), undone=3, changes=("ip route add 10.4.0.0/16 dev kilo0",))
+    found = mesh.run("status", "--live")
+    assert found.exit_code == 0, found.output
+    lines = [" ".join(line.split()) for line in found.output.splitlines()]
+    assert "1 of 1 tunnels up" in lines[0]
+    assert "gcp-1 home-1 12 s 2.0 KiB 100 B 203.0.113.9:51820" in lines
+    assert "gcp-1 laptop never 0 B 0 B 203.0.113.9:51820" in lines
+    assert "home-2 3 ip route add 10.4.0.0/16 dev kilo0" in lines
+    assert not [line for line in lines if line.startswith("gcp-2 home-1")]
+    said = json.loads(mesh.run("status", "--live", "-o", "json").stdout)["live"]
+    assert (said["tunnels"], said["up"], said["silent"], said["refused"]) == (1, 1, [], None)
+    assert {kernel["name"]: kernel["undone"] for kernel in said["kernels"]}["home-2"] == 3
+    assert json.loads(mesh.run("status", "-o", "json").stdout)["live"] is None
+    assert not [key for key in mesh.etcd.keys("/") if "questions" in key or "answers" in key]
+
+
+def test_who_does_not_answer_and_who_may_not_ask_are_told(mesh: Mesh) -> None:
+    mesh.silent = {"home-1"}
+    found = mesh.run("status", "--live")
+    assert "home-1  its agent lives, but has not answered in time" in found.output
+    mesh.denied = True
+    found = mesh.run("status", "--live")
+    assert found.exit_code == 0
+    assert "nobody could be asked: user eve may not grant a lease in etcd" in found.output
+
+
+def test_a_graph_is_coloured_by_what_either_end_says(mesh: Mesh) -> None:
+    def edge(*arguments: str) -> str:
+        output = mesh.run("graph", *arguments).output
+        return next(line.strip() for line in output.splitlines() if '"gcp-1" -> "home-1"' in line)
+
+    assert edge("--plain") == '"gcp-1" -> "home-1" [dir=both];'
+    mesh.says["gcp-1"] = AnswerRecord(time=now(), tunnels=(mesh.tunnel("home-1", 250), mesh.tunnel("laptop", 30)))
+    # home-1 answers, and knows no such peer.
+    assert 'color="#c62828"' in edge()
+    assert 'label="handshake 4 min ago"' in edge()
+    mesh.says["home-1"] = AnswerRecord(time=now(), tunnels=(mesh.tunnel("gcp-1", 9),))
+    assert edge() == '"gcp-1" -> "home-1" [dir=both, color="#2e7d32", edgetooltip="handshake 9 s ago"];'
+    assert (
+        '"gcp-1" -> "peer laptop"' not in mesh.run("graph").output or "handshake 30 s ago" in mesh.run("graph").output
+    )
+    mesh.silent = {"gcp-1", "home-1"}
+    assert edge() == '"gcp-1" -> "home-1" [dir=both];'
+    mesh.denied = True
+    found = mesh.run("graph")
+    assert found.exit_code == 0
+    assert "kgctl: drawn without colours, since the hosts could not be asked: user eve may not" in found.stderr
+
+
+def test_a_graph_in_other_hands(mesh: Mesh) -> None:
+    mesh.says["gcp-1"] = AnswerRecord(time=now(), tunnels=(mesh.tunnel("home-1", 5),))
+    said = json.loads(mesh.run("graph", "-o", "json").stdout)
+    assert {"one": "gcp-1", "other": "home-1", "kind": "tunnel", "up": True, "says": "handshake 5 s ago"} in said[
+        "edges"
+    ]
+    assert {"one": "gcp-1", "other": "gcp-2", "kind": "local", "up": None, "says": None} in said["edges"]
+    assert [node["name"] for node in said["nodes"] if node["leader"]] == ["gcp-1", "home-1"]
+    drawn = mesh.run("graph", "-o", "mermaid").stdout.splitlines()
+    assert drawn[0] == "flowchart LR"
+    assert '        n0(["gcp-1<br>10.4.0.1, fd04::1"])' in drawn
+    assert "    n0 <--> n3" in drawn
+    assert any(line.strip().endswith("stroke:#2e7d32") for line in drawn)
+
+
+def test_mermaid_takes_any_name(mesh: Mesh) -> None:
+    mesh.etcd.put("/kilo/locations/home-1", 'a "b" <c>;#1;|')
+    drawn = mesh.run("graph", "-o", "mermaid", "--plain").stdout
+    assert 'subgraph s0["location: a #34;b#34; #60;c#62;#59;#35;1#59;#124;"]' in drawn
+
+
+def test_graphviz_draws(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    if shutil.which("circo") is None:
+        pytest.fail("this test needs graphviz's circo: apt install graphviz", pytrace=False)
+    assert b"<svg" in mesh.run("graph", "-o", "svg", "--plain").stdout_bytes
+    assert mesh.run("graph", "-o", "png", "--plain").stdout_bytes.startswith(b"\x89PNG")
+    monkeypatch.setenv("PATH", "/nowhere")
+    found = mesh.run("graph", "-o", "svg")
+    assert (found.exit_code, found.stdout) == (1, "")
+    assert "circo is not installed" in found.stderr
+
+
+async def test_watching_shows_each_change_once(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kilo_etcd.ctl import status
+
+    monkeypatch.setattr(status, "PAUSE_SECONDS", 0.01)
+    shown: list[str] = []
+    seen = trio.Event()
+
+    def put_out(found: status.Report) -> None:
+        shown.append(found.granularity)
+        seen.set()
+
+    async def next_one(change: Callable[[], object] = lambda: None) -> None:
+        nonlocal seen
+        seen = trio.Event()
+        change()
+        await seen.wait()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(partial(status._follow, mesh.etcd.client(), KEYS, put_out=put_out, live=False))
+        await next_one()
+        await next_one(lambda: mesh.etcd.put("/kilo/mesh/granularity", "full"))
+        # What changes nothing that is shown is not shown again, and etcd may be away for a while.
+        mesh.etcd.put("/kilo-status/questions/12", "{}")
+        mesh.etcd.down()
+        await trio.sleep(0.1)
+        mesh.etcd.up()
+        await next_one(lambda: mesh.etcd.put("/kilo/mesh/granularity", "cross"))
+        nursery.cancel_scope.cancel()
+    assert list(dict.fromkeys(shown)) == ["location", "full", "cross"]
+
+
+def test_words_for_times_and_amounts() -> None:
+    assert [ago(value) for value in (None, 0, 119, 120, 7200, 200_000)] == [
+        "never",
+        "0 s",
+        "119 s",
+        "2 min",
+        "2 h",
+        "2 d",
+    ]
+    assert [amount(value) for value in (0, 1023, 1536, 5 << 30)] == ["0 B", "1023 B", "1.5 KiB", "5.0 GiB"]
