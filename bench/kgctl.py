@@ -34,7 +34,7 @@ COMMANDS = {
     "kgctl location list": (KGCTL, "location", "list"),
     "kgctl status": (KGCTL, "status"),
     "kgctl status -o json": (KGCTL, "status", "-o", "json"),
-    "kgctl graph": (KGCTL, "graph"),
+    "kgctl graph --plain": (KGCTL, "graph", "--plain"),
     "kgctl explain node-15 node-987": (KGCTL, "explain", "node-15", "node-987"),
 }
 

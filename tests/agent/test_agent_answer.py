@@ -7,6 +7,7 @@ from ipaddress import ip_interface, ip_network
 
 import pytest
 import trio
+from attrs import evolve
 
 from helpers import eventually
 from kilo_etcd.agent import answer, privatekey
@@ -134,6 +135,11 @@ async def test_what_the_kernel_lacks_is_counted_and_named(world: World) -> None:
     assert found.undone > 5
     assert any(command.startswith("ip route add 10.4.0.0/16") for command in found.changes)
     assert decode_answer(encode(found)) == found
+    world.host.obstacles = ("FORWARD drops",)
+    assert (await world.answerer().answer(QuestionRecord())).trouble == ()  # it has nothing to forward
+    assert (await world.answerer(evolve(PLAN, forwarding=frozenset({4}))).answer(QuestionRecord())).trouble == (
+        "FORWARD drops",
+    )
     assert (await world.answerer(plan=None).answer(QuestionRecord())).undone == 0
 
 

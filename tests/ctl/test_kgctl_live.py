@@ -147,9 +147,9 @@ def test_a_graph_is_coloured_by_what_either_end_says(mesh: Mesh) -> None:
     mesh.says["gcp-1"] = AnswerRecord(time=now(), tunnels=(mesh.tunnel("home-1", 250), mesh.tunnel("laptop", 30)))
     # home-1 answers, and knows no such peer.
     assert 'color="#c62828"' in edge()
-    assert 'label="handshake 4 min ago"' in edge()
+    assert 'label="last handshake 4 min ago"' in edge()
     mesh.says["home-1"] = AnswerRecord(time=now(), tunnels=(mesh.tunnel("gcp-1", 9),))
-    assert edge() == '"gcp-1" -> "home-1" [dir=both, color="#2e7d32", edgetooltip="handshake 9 s ago"];'
+    assert edge() == '"gcp-1" -> "home-1" [dir=both, color="#2e7d32", edgetooltip="last handshake 9 s ago"];'
     assert (
         '"gcp-1" -> "peer laptop"' not in mesh.run("graph").output or "handshake 30 s ago" in mesh.run("graph").output
     )
@@ -164,7 +164,7 @@ def test_a_graph_is_coloured_by_what_either_end_says(mesh: Mesh) -> None:
 def test_a_graph_in_other_hands(mesh: Mesh) -> None:
     mesh.says["gcp-1"] = AnswerRecord(time=now(), tunnels=(mesh.tunnel("home-1", 5),))
     said = json.loads(mesh.run("graph", "-o", "json").stdout)
-    assert {"one": "gcp-1", "other": "home-1", "kind": "tunnel", "up": True, "says": "handshake 5 s ago"} in said[
+    assert {"one": "gcp-1", "other": "home-1", "kind": "tunnel", "up": True, "says": "last handshake 5 s ago"} in said[
         "edges"
     ]
     assert {"one": "gcp-1", "other": "gcp-2", "kind": "local", "up": None, "says": None} in said["edges"]
@@ -234,3 +234,86 @@ def test_words_for_times_and_amounts() -> None:
         "2 d",
     ]
     assert [amount(value) for value in (0, 1023, 1536, 5 << 30)] == ["0 B", "1023 B", "1.5 KiB", "5.0 GiB"]
+
+
+def test_explain_is_held_against_the_kernels_on_the_way(mesh: Mesh) -> None:
+    mesh.says["gcp-1"] = AnswerRecord(time=now(), tunnels=(mesh.tunnel("home-1", 3),))
+    found = mesh.run("explain", "gcp-2", "10.4.0.5", "--live")
+    assert (found.exit_code, found.output.splitlines()[-1]) == (
+        0,
+        "The kernels of the hosts on the way hold what they should.",
+    )
+    mesh.says["gcp-1"] = AnswerRecord(time=now(), tunnels=(mesh.tunnel("home-1", 400),), trouble=("FORWARD drops",))
+    mesh.says["gcp-2"] = AnswerRecord(time=now(), undone=1, changes=("ip route add 10.4.0.0/16 via 10.1.0.1",))
+    # gcp-3 is not on the way.
+    mesh.says["gcp-3"] = AnswerRecord(time=now(), undone=9)
+    mesh.silent = {"home-2"}
+    found = mesh.run("explain", "gcp-2", "10.4.0.5", "--live", "-o", "json")
+    assert found.exit_code == 1
+    said = json.loads(found.stdout)
+    assert (said["works"], said["journeys"][0]["works"]) == (False, True)
+    assert [(remark["node"], remark["text"]) for remark in said["live"]] == [
+        ("home-2", "its agent lives, but has not answered in time"),
+        ("gcp-1", "FORWARD drops"),
+        ("gcp-2", "its kernel is 1 change away from the plan, the first: ip route add 10.4.0.0/16 via 10.1.0.1"),
+        ("gcp-1", "its tunnel to home-1 has no session: last handshake 6 min ago"),
+    ]
+    assert json.loads(mesh.run("explain", "gcp-2", "10.4.0.5", "-o", "json").stdout)["live"] is None
+
+
+def test_check_has_nothing_to_say_of_a_good_mesh(mesh: Mesh) -> None:
+    mesh.says["gcp-1"] = AnswerRecord(time=now(), tunnels=(mesh.tunnel("home-1", 3),))
+    found = mesh.run("check")
+    assert (found.exit_code, found.output) == (
+        0,
+        "All is well: etcd, records, agents, kernels and tunnels.\n",
+    )
+
+
+def test_check_finds_what_is_wrong_and_says_what_to_do(mesh: Mesh) -> None:
+    mesh.says["gcp-1"] = AnswerRecord(
+        time=now() - 60_000, tunnels=(), mtu=1420, backend="userspace", trouble=("FORWARD drops; let it pass",)
+    )
+    mesh.says["home-1"] = AnswerRecord(time=now(), mtu=1380, undone=2, changes=("ip link set kilo0 up",))
+    mesh.silent = {"gcp-3"}
+    mesh.etcd.delete("/kilo-status/home-2")
+    mesh.etcd.put("/kilo/peers/phone", "{}")
+    found = mesh.run("check", "-o", "json")
+    assert found.exit_code == 1
+    said = {(f["severity"], f["subject"]): (f["text"], f["remedy"]) for f in json.loads(found.stdout)}
+    text, remedy = said["error", "gcp-1 - home-1"]
+    assert text == "no tunnel between them: no handshake yet"
+    assert "UDP 203.0.113.1:51820 to gcp-1 and UDP 203.0.113.4:51820 to home-1" in remedy
+    assert said["error", "gcp-1"] == ("FORWARD drops; let it pass", "")
+    assert said["warning", "gcp-1"][0] == "its clock is 60 s behind this machine's"
+    assert "2 changes away" in said["warning", "home-1"][0]
+    assert "kgctl node forget home-2" in said["warning", "home-2"][1]
+    assert said["warning", "gcp-3"][0] == "its agent lives, but has not answered in time"
+    assert said["error", "/kilo/peers/phone"][0].startswith("set aside: ")
+    assert said["note", "tunnels"][0] == "their MTUs differ: 1380 on 1, 1420 on 2"
+    assert said["note", "agents"][0] == "WireGuard runs in userspace, which is slower, on gcp-1"
+    plain = mesh.run("check").output.splitlines()
+    assert plain[-1] == "3 errors, 8 warnings, 2 notes"
+    assert plain[0] == "error: /kilo/peers/phone: set aside: the field publicKey is missing"
+    assert plain[1] == "    etcdctl get /kilo/peers/phone; put it right or delete it"
+    kinds = [line.split(":")[0] for line in plain[:-1] if not line.startswith(" ")]
+    assert kinds == ["error"] * 3 + ["warning"] * 8 + ["note"] * 2
+
+
+def test_check_of_etcds_members() -> None:
+    from kilo_etcd.ctl.check import MemberState, _etcd
+
+    members = (
+        MemberState(endpoint="a:2379", error="a:2379 refused the connection"),
+        MemberState(endpoint="b:2379", cluster_id=1, has_leader=False, errors=("memberID:1 alarm:NOSPACE",)),
+        MemberState(endpoint="c:2379", cluster_id=2, seconds=0.7),
+    )
+    texts = [finding.text for finding in _etcd(members)]
+    assert texts == [
+        "a:2379 refused the connection",
+        "it has no leader, so nothing can be written",
+        "it raises an alarm: memberID:1 alarm:NOSPACE",
+        "it took 0.7 s to answer",
+        "the endpoints belong to different clusters",
+    ]
+    assert list(_etcd((MemberState(endpoint="a:2379", cluster_id=1),))) == []

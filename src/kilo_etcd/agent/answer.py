@@ -94,6 +94,8 @@ class Answerer:
             observed = await self._kernel.observe()
             if programmed.sends and plan is not None:
                 observed = await self._knock(plan, observed)
+            if programmed.sends and plan is not None and plan.forwarding:
+                trouble.extend(await self._kernel.obstacles())
         except kernel.KernelError as error:
             trouble.append(str(error))
         return AnswerRecord(

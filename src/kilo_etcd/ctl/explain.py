@@ -1,15 +1,17 @@
 """`kgctl explain FROM TO`: the way of a packet through the mesh, there and back, step by step.
 
 What it says follows from what etcd holds: each host's plan is computed as that host computes it, and the packet is
-led through them (`topology.walk`). So it finds what is wrong with the mesh as it is meant to be, on the operator's desk
-and without touching a host. What a host's kernel really holds, a firewall, a link that is down are not seen; what the
-agents on the way report as wrong, and which of them report nothing, is added.
+led through them (`topology.walk`). So it finds what is wrong with the mesh as it is meant to be, on the operator's
+desk and without touching a host. What the agents on the way report as wrong, and which of them report nothing, is
+added. With `--live` they are asked what their kernels have; a firewall or a broken link shows there as a tunnel without
+a session.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from functools import partial
 from ipaddress import ip_address
 from typing import Any
 
@@ -17,6 +19,7 @@ import click
 from attrs import frozen
 
 from kilo_etcd.ctl.context import Failure, Mesh
+from kilo_etcd.ctl.live import Live, differs, gather, pairs
 from kilo_etcd.ctl.output import output_option, show
 from kilo_etcd.ctl.render import Table, clean, shown_location
 from kilo_etcd.model import IPAddress, Snapshot
@@ -74,11 +77,13 @@ class Explanation:
 
     journeys: tuple[Journey, ...]
     remarks: tuple[tuple[str, str], ...] = ()
+    live: tuple[tuple[str, str], ...] | None = None
+    """What speaks against it in the kernels of the hosts on the way, likewise; None: they were not asked."""
 
     @property
     def works(self) -> bool:
-        """Whether every journey works."""
-        return all(journey.works for journey in self.journeys)
+        """Whether every journey works, as far as is known."""
+        return all(journey.works for journey in self.journeys) and not self.live
 
 
 class Plans(Mapping[str, HostPlan]):
@@ -202,18 +207,44 @@ def met(journeys: tuple[Journey, ...]) -> frozenset[str]:
     return frozenset(name for way in ways for step in way.steps for name in (step.source, step.target))
 
 
+def doubts(journeys: tuple[Journey, ...], topology: Topology, live: Live) -> tuple[tuple[str, str], ...]:
+    """What the kernels of the hosts on the way say against the journeys: (name, sentence)."""
+    if live.refused:
+        return (("-", f"the hosts could not be asked: {live.refused}"),)
+    found = [(name, "its agent lives, but has not answered in time") for name in live.silent]
+    for name, answer in sorted(live.answers.items()):
+        if answer.undone:
+            found.append((name, f"its kernel is {differs(answer)}"))
+        found.extend((name, text) for text in answer.trouble)
+    used = {
+        frozenset((step.source, step.target))
+        for journey in journeys
+        for way in (journey.there, journey.back)
+        if way is not None
+        for step in way.steps
+        if step.medium == _MEDIUM[Via.TUNNEL]
+    }
+    for pair in pairs(topology, live):
+        if pair.up is False and frozenset((pair.one, pair.other)) in used:
+            found.append((pair.one, f"its tunnel to {pair.other} has no session: {pair.last}"))
+    return tuple(found)
+
+
 @click.command(
     "explain",
-    epilog="Examples:\n\n\b\n  kgctl explain node-1 node-7\n  kgctl explain node-1 10.9.0.2 -o json",
+    epilog="Examples:\n\n\b\n  kgctl explain node-1 node-7\n  kgctl explain node-1 node-7 --live\n"
+    "  kgctl explain node-1 10.9.0.2 -o json",
 )
 @click.argument("source", metavar="FROM")
 @click.argument("target", metavar="TO")
+@click.option("--live", is_flag=True, help="Ask the hosts on the way whether their kernels hold what they should.")
 @output_option
 @click.pass_obj
-def explain_command(mesh: Mesh, source: str, target: str, output: str) -> None:
+def explain_command(mesh: Mesh, source: str, target: str, output: str, live: bool) -> None:
     """Show the way of a packet from node FROM to a node, a peer or an address, and back.
 
-    It follows from what etcd holds. Exit status 1: something on the way would drop the packet.
+    It follows from what etcd holds. Exit status 1: something on the way would drop the packet, or, with --live, a host
+    there differs.
     """
     from kilo_etcd.ctl.report import remarks_on
     from kilo_etcd.ctl.status import read_mesh
@@ -224,7 +255,12 @@ def explain_command(mesh: Mesh, source: str, target: str, output: str) -> None:
     except Unknown as error:
         raise Failure(str(error)) from None
     names = met(journeys) | {source} | ({target} if target in snapshot.nodes else set())
-    found = Explanation(journeys=journeys, remarks=remarks_on(report, names))
+    against = None
+    if live:
+        living = names & {row.name for row in report.nodes if row.alive}
+        said = mesh.ask(partial(gather, names=living))
+        against = doubts(journeys, build_topology(snapshot), said)
+    found = Explanation(journeys=journeys, remarks=remarks_on(report, names), live=against)
     if output == "json":
         click.echo(explanation_json(found))
     else:
@@ -233,6 +269,11 @@ def explain_command(mesh: Mesh, source: str, target: str, output: str) -> None:
             click.echo()
         if found.remarks:
             show([Table("Hosts on the way", ("NODE", "REMARK"), tuple((clean(n), clean(t)) for n, t in found.remarks))])
+        if found.live:
+            rows = tuple((clean(n), clean(t)) for n, t in found.live)
+            show([Table("What their kernels say against it", ("NODE", "REMARK"), rows)])
+        elif found.live is not None:
+            click.echo("The kernels of the hosts on the way hold what they should.")
     if not found.works:
         raise SystemExit(1)
 
@@ -306,6 +347,7 @@ def explanation_json(found: Explanation) -> str:
                 for j in found.journeys
             ],
             "remarks": [{"node": name, "text": text} for name, text in found.remarks],
+            "live": None if found.live is None else [{"node": name, "text": text} for name, text in found.live],
         },
         indent=2,
         ensure_ascii=False,

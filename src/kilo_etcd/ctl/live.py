@@ -122,6 +122,11 @@ class Pair:
         known = [end.handshake for end in self.ends if end.handshake is not None]
         return min(known) if known else None
 
+    @property
+    def last(self) -> str:
+        """The same for people."""
+        return "no handshake yet" if self.handshake is None else f"last handshake {ago(self.handshake)} ago"
+
 
 def pairs(topology: Topology, live: Live) -> tuple[Pair, ...]:
     """Every pair of gateways that should have a tunnel, by names. In a full mesh that is every pair of nodes."""
@@ -148,14 +153,19 @@ def edge_states(topology: Topology, live: Live) -> dict[Edge, EdgeState]:
     found = {}
     for pair in pairs(topology, live):
         if pair.ends:
-            text = "no handshake yet" if pair.handshake is None else f"handshake {ago(pair.handshake)} ago"
-            found[Edge(pair.one, pair.other, EdgeKind.TUNNEL)] = EdgeState(pair.up, text)
+            found[Edge(pair.one, pair.other, EdgeKind.TUNNEL)] = EdgeState(pair.up, pair.last)
     for node, theirs in tunnels(topology, live).items():
         for tunnel in theirs:
             if tunnel.other in topology.peers and tunnel.handshake is not None:
-                state = EdgeState(True if tunnel.up else None, f"handshake {ago(tunnel.handshake)} ago")
+                state = EdgeState(True if tunnel.up else None, f"last handshake {ago(tunnel.handshake)} ago")
                 found[Edge(node, tunnel.other, EdgeKind.PEER)] = state
     return found
+
+
+def differs(answer: AnswerRecord) -> str:
+    """How a kernel differs from the plan, as `3 changes away from the plan, the first: ip route add ...`."""
+    first = f", the first: {answer.changes[0]}" if answer.changes else ""
+    return f"{answer.undone} change{'' if answer.undone == 1 else 's'} away from the plan{first}"
 
 
 def ago(seconds: int | None) -> str:

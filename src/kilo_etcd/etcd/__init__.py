@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         Put,
         PutResult,
         RangeResult,
+        Status,
         Target,
         Text,
         Tls,
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
     )
     from .client import EtcdClient, open_client
     from .endpoint import Endpoint, parse_endpoint
-    from .values import Member, Status
+    from .values import Member
 
 __all__ = [
     "BadRequest",

@@ -198,6 +198,20 @@ class LeaseInfo:
     keys: tuple[bytes, ...] = ()
 
 
+@frozen(kw_only=True)
+class Status:
+    """A member's own account of itself."""
+
+    version: str
+    leader: int
+    db_size: int
+    """Bytes."""
+    raft_term: int
+    is_learner: bool
+    errors: tuple[str, ...]
+    header: Header
+
+
 def prefix_end(prefix: Text) -> bytes:
     """The `range_end` that makes a range of all keys with `prefix` (etcd's rule: last byte plus one)."""
     raw = bytearray(prefix.encode() if isinstance(prefix, str) else prefix)
@@ -280,6 +294,9 @@ class Client(Protocol):
         progress_notify: bool = True,
     ) -> AbstractAsyncContextManager[Watch]: ...
     def watch_prefix(self, prefix: Text, *, start_revision: int = 0) -> AbstractAsyncContextManager[Watch]: ...
+    async def status(self, endpoint: str | None = None) -> Status:
+        """What a member says of itself: the one in use, or the one at `endpoint`."""
+        ...
 
 
 @frozen(kw_only=True)

@@ -175,7 +175,7 @@ class EtcdClient:
     def watch_prefix(self, prefix: api.Text, *, start_revision: int = 0) -> AbstractAsyncContextManager[api.Watch]:
         return watch(self._caller, *prefix_range(prefix), start_revision, True)
 
-    async def status(self, endpoint: str | None = None) -> values.Status:
+    async def status(self, endpoint: str | None = None) -> api.Status:
         """What a member says of itself: the one in use, or the one at `endpoint`. Raises EtcdError."""
         doing = Doing("tell its status")
         path = "/etcdserverpb.Maintenance/Status"

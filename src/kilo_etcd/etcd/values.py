@@ -19,26 +19,13 @@ from .api import (
     Put,
     PutResult,
     RangeResult,
+    Status,
     Target,
     Text,
     TxnResult,
     prefix_end,
 )
 from .pb import etcd_pb2 as pb
-
-
-@frozen(kw_only=True)
-class Status:
-    """A member's own account of itself."""
-
-    version: str
-    leader: int
-    db_size: int
-    """Bytes."""
-    raft_term: int
-    is_learner: bool
-    errors: tuple[str, ...]
-    header: Header
 
 
 @frozen(kw_only=True)

@@ -35,6 +35,10 @@ class Kernel(Protocol):
     async def observe(self) -> Observed:
         """What is there now, read anew."""
 
+    async def obstacles(self) -> tuple[str, ...]:
+        """What of the host's own settings would drop mesh traffic that it forwards, as sentences. Programs are run for
+        it, so it is for when somebody asks."""
+
     async def wait_drift(self) -> str:
         """Return, with a word on what happened, when somebody else has changed something of ours.
 

@@ -111,3 +111,11 @@ def read_rules(printed: str, version: int, interface: str) -> tuple[str, frozens
             if tuple(words[2:]) == rule.words:
                 rules.add(rule)
     return chain, frozenset(rules)
+
+
+def blocked(printed: str, interface: str) -> bool:
+    """Whether, by what `iptables -S` prints, FORWARD's policy drops what comes out of the tunnel, and no rule in any
+    chain that names the tunnel accepts it."""
+    lines = [shlex.split(line) for line in printed.splitlines()]
+    drops = any(words[:3] == ["-P", FORWARD, "DROP"] for words in lines)
+    return drops and not any(words[:1] == ["-A"] and interface in words and words[-1] == "ACCEPT" for words in lines)

@@ -123,6 +123,14 @@ class Host:
         written = self._writes + self.netfilter.writes + self._iptables.writes + self.userspace.writes
         return written + (self._kernel.writes if self._kernel else 0)
 
+    def obstacles(self) -> tuple[str, ...]:
+        """What of this host's own settings would drop mesh traffic that it forwards."""
+        return tuple(
+            f"{self.interface}'s IPv{version} packets are not forwarded, since the policy of the firewall's FORWARD "
+            f"chain is to drop: set KILO_FORWARD_RULES=true, or let {self.interface} through with a rule of your own"
+            for version in sorted(self._iptables.blocked())
+        )
+
     def choose(self, wanted: str, command: str) -> Backend:
         """Where WireGuard runs here: what is there already counts, then what the kernel can do."""
         link = self._find(self.interface)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from kilo_etcd.kernel.forward import AddForward, DeleteForward, ForwardRule, read_rules
+from kilo_etcd.kernel.forward import AddForward, DeleteForward, ForwardRule, blocked, read_rules
 
 _PROGRAMS = {4: "iptables", 6: "ip6tables"}
 _PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
@@ -67,6 +67,16 @@ class Iptables:
                 continue
             rules |= own
         return chains, rules
+
+    def blocked(self) -> frozenset[int]:
+        """The families in which FORWARD drops what comes out of the tunnel. What cannot be read blocks nothing."""
+        found = set()
+        for version, program in _PROGRAMS.items():
+            if shutil.which(program, path=_PATH) is not None:
+                with suppress(OSError):
+                    if blocked(_run(program, "-w", "5", "-S"), self._interface):
+                        found.add(version)
+        return frozenset(found)
 
     def _reported(self) -> bool:
         """Whether iptables writes to nftables, whose generation tells of changes."""

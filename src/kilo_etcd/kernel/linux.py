@@ -191,6 +191,10 @@ class LinuxKernel:
             self._notice(observed)
             return observed
 
+    async def obstacles(self) -> tuple[str, ...]:
+        async with self._lock:
+            return await _in_thread(self._host.obstacles)
+
     async def wait_drift(self) -> str:
         while self._drift is None:
             await self._wait_event()

@@ -42,6 +42,7 @@ from kilo_etcd.etcd.api import (
     Put,
     PutResult,
     RangeResult,
+    Status,
     Target,
     Text,
     TxnResult,
@@ -485,6 +486,16 @@ class FakeClient:
     async def _watch(self, key: Text, range_end: Text | None, start_revision: int) -> AsyncIterator[Watch]:
         await trio.lowlevel.checkpoint()
         yield _FakeWatch(self, _raw(key), range_end, start_revision or self.server.revision + 1)
+
+    async def status(self, endpoint: str | None = None) -> Status:
+        def act() -> Status:
+            header = self.server.header()
+            return Status(
+                version="3.5.0", leader=1, db_size=0, raft_term=header.raft_term, is_learner=False, errors=(),
+                header=header,
+            )  # fmt: skip
+
+        return await self._call("status", act)
 
     def watch_prefix(self, prefix: Text, *, start_revision: int = 0) -> AbstractAsyncContextManager[Watch]:
         return self.watch(prefix, prefix_end(prefix), start_revision=start_revision)

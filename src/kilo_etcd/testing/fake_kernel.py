@@ -61,6 +61,8 @@ class FakeHost:
         """Why a change fails, or None if it succeeds."""
         self.broken: str | None = None
         """Why nothing can be programmed at all."""
+        self.obstacles: tuple[str, ...] = ()
+        """What would drop forwarded traffic."""
         self.moved = trio.Event()
         """Set by a test that changes `addresses`."""
         self._listeners: list[FakeKernel] = []
@@ -162,6 +164,10 @@ class FakeKernel:
         if plan is not None and difference(plan, observed, self._memory, self._target(plan)).changes:
             self.drifted("found undone")
         return observed
+
+    async def obstacles(self) -> tuple[str, ...]:
+        await trio.lowlevel.checkpoint()
+        return self.host.obstacles
 
     async def wait_moved(self) -> None:
         await self.host.moved.wait()

@@ -1,0 +1,285 @@
+"""`kgctl check`: the doctor. It looks at etcd, at what etcd holds, and at what the living agents say of their hosts.
+
+Each finding says what is wrong and what to do about it. What agents and the topology have to say brings its remedy
+along in its own sentence. `findings` is pure; `examine` gathers what it needs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from enum import StrEnum
+
+import click
+from attrs import asdict, field, frozen
+
+from kilo_etcd.ctl.context import Mesh
+from kilo_etcd.ctl.live import Live, differs, gather, pairs
+from kilo_etcd.ctl.output import output_option
+from kilo_etcd.ctl.render import clean
+from kilo_etcd.ctl.report import NOT_IN_FORCE, Report, newest_revision, registered_names, report
+from kilo_etcd.etcd.api import Client, EtcdError
+from kilo_etcd.store import operator
+from kilo_etcd.store.keys import Keys
+from kilo_etcd.topology.segments import Topology, build_topology
+
+CLOCK_SECONDS = 5.0
+"""Clocks that differ by more make logs and certificates hard to trust; the mesh itself does not need them."""
+
+SLOW_SECONDS = 0.5
+"""etcd promises a lease's keepalive every second or so; from here on it is in danger."""
+
+SHOWN = 5
+"""How many names a finding lists."""
+
+
+class Severity(StrEnum):
+    ERROR = "error"
+    """Somebody is not connected, or may soon not be."""
+    WARNING = "warning"
+    """Worth a look today."""
+    NOTE = "note"
+    """Good to know; it makes no difference to the exit status."""
+
+
+@frozen(kw_only=True)
+class Finding:
+    """`remedy` is empty where `text` says already what to do."""
+
+    severity: Severity
+    subject: str
+    text: str
+    remedy: str = ""
+
+
+@frozen(kw_only=True)
+class MemberState:
+    """What one endpoint of etcd has answered. `error`: why it has not."""
+
+    endpoint: str
+    error: str = ""
+    cluster_id: int = 0
+    has_leader: bool = True
+    seconds: float = 0.0
+    errors: tuple[str, ...] = ()
+    """What the member itself says is wrong, such as NOSPACE."""
+
+
+@frozen(kw_only=True)
+class Examined:
+    """All that was found out."""
+
+    members: tuple[MemberState, ...]
+    report: Report
+    topology: Topology
+    live: Live = field(factory=Live)
+
+
+def findings(found: Examined) -> tuple[Finding, ...]:
+    """The findings, the worst first."""
+    order = list(Severity)
+    every = (*_etcd(found.members), *_agents(found.report), *_records(found.report), *_hosts(found))
+    return tuple(sorted(dict.fromkeys(every), key=lambda f: (order.index(f.severity), f.subject, f.text)))
+
+
+def _etcd(members: tuple[MemberState, ...]) -> Iterator[Finding]:
+    for member in members:
+        subject = f"etcd {member.endpoint}"
+        if member.error:
+            yield Finding(
+                severity=Severity.ERROR, subject=subject, text=member.error,
+                remedy="start it (systemctl status etcd there), or leave it out of --endpoints",
+            )  # fmt: skip
+            continue
+        if not member.has_leader:
+            yield Finding(
+                severity=Severity.ERROR, subject=subject, text="it has no leader, so nothing can be written",
+                remedy="bring a majority of the cluster's members back",
+            )  # fmt: skip
+        for error in member.errors:
+            yield Finding(
+                severity=Severity.ERROR, subject=subject, text=f"it raises an alarm: {error}",
+                remedy="etcdctl alarm list; if space is lacking: compact, defragment, then etcdctl alarm disarm",
+            )  # fmt: skip
+        if member.seconds > SLOW_SECONDS:
+            yield Finding(
+                severity=Severity.WARNING, subject=subject, text=f"it took {member.seconds:.1f} s to answer",
+                remedy="look at its disk and its network",
+            )  # fmt: skip
+    clusters = Counter(member.cluster_id for member in members if not member.error)
+    if len(clusters) > 1:
+        yield Finding(
+            severity=Severity.ERROR, subject="etcd", text="the endpoints belong to different clusters",
+            remedy="give the endpoints of one cluster; agents that use both see two meshes",
+        )  # fmt: skip
+
+
+def _agents(found: Report) -> Iterator[Finding]:
+    for row in found.nodes:
+        if row.role == NOT_IN_FORCE and row.alive:
+            yield Finding(
+                severity=Severity.ERROR, subject=row.name, text="its agent lives, but it is no part of the mesh",
+                remedy=f"journalctl -u kilo-etcd there; kgctl node show {row.name}",
+            )  # fmt: skip
+        if not row.alive:
+            yield Finding(
+                severity=Severity.WARNING, subject=row.name,
+                text="its agent does not report; its place in the mesh is kept",
+                remedy=f"is the host up? systemctl status kilo-etcd there; gone for good: kgctl node forget {row.name}",
+            )  # fmt: skip
+    for remark in found.disagreements:
+        yield Finding(severity=Severity.WARNING, subject=remark.subject, text=remark.text)
+    for remark in found.errors:
+        yield Finding(severity=Severity.ERROR, subject=remark.subject, text=remark.text)
+    versions = Counter(row.version for row in found.nodes if row.version)
+    if len(versions) > 1:
+        said = ", ".join(f"{version} on {number}" for version, number in sorted(versions.items()))
+        yield Finding(
+            severity=Severity.NOTE, subject="agents", text=f"different versions run: {said}",
+            remedy="upgrade the older ones when it suits",
+        )  # fmt: skip
+
+
+def _records(found: Report) -> Iterator[Finding]:
+    for aside in found.set_aside:
+        yield Finding(
+            severity=Severity.ERROR, subject=aside.key, text=f"set aside: {aside.reason}",
+            remedy=f"etcdctl get {aside.key}; put it right or delete it",
+        )  # fmt: skip
+    for remark in found.problems:
+        yield Finding(severity=Severity.WARNING, subject=remark.subject, text=remark.text)
+
+
+def _hosts(found: Examined) -> Iterator[Finding]:
+    live, topology = found.live, found.topology
+    if live.refused:
+        yield Finding(
+            severity=Severity.WARNING, subject="hosts", text=f"they could not be asked: {live.refused}",
+            remedy="let this user write below /kilo-status/, or look on the hosts: wg show, journalctl -u kilo-etcd",
+        )  # fmt: skip
+    for name in live.silent:
+        yield Finding(
+            severity=Severity.WARNING, subject=name, text="its agent lives, but has not answered in time",
+            remedy="systemctl status kilo-etcd there; an agent of an older version does not know questions",
+        )  # fmt: skip
+    for name, off in live.clocks.items():
+        if abs(off) > CLOCK_SECONDS:
+            yield Finding(
+                severity=Severity.WARNING, subject=name,
+                text=f"its clock is {abs(off):.0f} s {'ahead of' if off > 0 else 'behind'} this machine's",
+                remedy="chronyc tracking or timedatectl, there and here",
+            )  # fmt: skip
+    for name, answer in live.answers.items():
+        for text in answer.trouble:
+            yield Finding(severity=Severity.ERROR, subject=name, text=text)
+        if answer.undone:
+            yield Finding(
+                severity=Severity.WARNING, subject=name,
+                text=f"its kernel was {differs(answer)}",
+                remedy="the agent repairs what it can, now; if it comes back: journalctl -u kilo-etcd there",
+            )  # fmt: skip
+    if slow := [name for name, answer in sorted(live.answers.items()) if answer.backend == "userspace"]:
+        yield Finding(
+            severity=Severity.NOTE, subject="agents",
+            text=f"WireGuard runs in userspace, which is slower, on {_some(slow)}",
+            remedy="modprobe wireguard there, then restart kilo-etcd",
+        )  # fmt: skip
+    yield from _tunnels(topology, live)
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - SHOWN
+    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _tunnels(topology: Topology, live: Live) -> Iterator[Finding]:
+    for pair in pairs(topology, live):
+        if pair.up is not False:
+            continue
+        ends = (topology.snapshot.nodes[name] for name in (pair.one, pair.other))
+        ports = " and ".join(f"UDP {node.endpoint} to {node.name}" for node in ends if node.endpoint is not None)
+        yield Finding(
+            severity=Severity.ERROR, subject=f"{pair.one} - {pair.other}",
+            text=f"no tunnel between them: {pair.last}",
+            remedy=f"let {ports or 'UDP 51820'} pass on the way; kgctl explain {pair.one} {pair.other} --live",
+        )  # fmt: skip
+    mtus = Counter(live.answers[name].mtu for name in live.answers if live.answers[name].mtu)
+    if len(mtus) > 1:
+        said = ", ".join(f"{mtu} on {number}" for mtu, number in sorted(mtus.items()))
+        yield Finding(
+            severity=Severity.NOTE, subject="tunnels", text=f"their MTUs differ: {said}",
+            remedy="where large packets are lost, give the smallest to all with --mtu",
+        )  # fmt: skip
+
+
+_COLOURS = {Severity.ERROR: "red", Severity.WARNING: "yellow", Severity.NOTE: None}
+
+
+@click.command("check", epilog="Example:\n\n\b\n  kgctl check || mail -s 'the mesh' admin")
+@output_option
+@click.pass_obj
+def check_command(mesh: Mesh, output: str) -> None:
+    """Look for everything that is wrong, and say what to do about it.
+
+    The living agents are asked what their hosts have. Exit status 1: there are errors or warnings.
+    """
+    found = mesh_findings(mesh)
+    counts = Counter(finding.severity for finding in found)
+    if output == "json":
+        click.echo(json.dumps([asdict(finding) for finding in found], indent=2, ensure_ascii=False))
+    else:
+        for finding in found:
+            click.echo(f"{click.style(finding.severity, fg=_COLOURS[finding.severity])}: "
+                       f"{clean(finding.subject)}: {clean(finding.text)}")  # fmt: skip
+            if finding.remedy:
+                click.echo(f"    {clean(finding.remedy)}")
+        said = [f"{counts[kind]} {kind}{'' if counts[kind] == 1 else 's'}" for kind in Severity if counts[kind]]
+        click.echo(", ".join(said) if said else "All is well: etcd, records, agents, kernels and tunnels.")
+    if counts[Severity.ERROR] or counts[Severity.WARNING]:
+        raise SystemExit(1)
+
+
+def mesh_findings(mesh: Mesh) -> tuple[Finding, ...]:
+    """What `kgctl check` finds. Failure: etcd cannot be asked at all."""
+    return findings(mesh.ask(lambda client, keys: examine(client, keys, mesh.etcd.endpoints)))
+
+
+async def _members(client: Client, endpoints: tuple[str, ...]) -> tuple[MemberState, ...]:
+    import trio
+
+    states: dict[str, MemberState] = {}
+
+    async def look(endpoint: str) -> None:
+        started = trio.current_time()
+        try:
+            said = await client.status(endpoint)
+        except EtcdError as error:
+            states[endpoint] = MemberState(endpoint=endpoint, error=str(error))
+        else:
+            states[endpoint] = MemberState(
+                endpoint=endpoint,
+                cluster_id=said.header.cluster_id,
+                has_leader=said.leader != 0,
+                seconds=trio.current_time() - started,
+                errors=said.errors,
+            )
+
+    async with trio.open_nursery() as nursery:
+        for endpoint in endpoints:
+            nursery.start_soon(look, endpoint)
+    return tuple(states[endpoint] for endpoint in endpoints)
+
+
+async def examine(client: Client, keys: Keys, endpoints: tuple[str, ...]) -> Examined:
+    """Ask etcd's members, etcd and the agents. EtcdError: etcd as a whole does not answer."""
+    members = await _members(client, endpoints)
+    statuses = await operator.statuses(client, keys)
+    snapshot, view = await operator.snapshot(client, keys)
+    live = await gather(client, keys, statuses.keys())
+    return Examined(
+        members=members,
+        report=report(snapshot, statuses, newest=newest_revision(view, keys), registered=registered_names(view, keys)),
+        topology=build_topology(snapshot),
+        live=live,
+    )
