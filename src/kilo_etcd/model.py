@@ -98,7 +98,7 @@ class Endpoint:
         try:
             return cls(ip_address(name), port)
         except ValueError:
-            if not _is_dns_name(name):
+            if not is_dns_name(name):
                 raise ValueError(f"{text!r} is no endpoint: {name!r} is neither an address nor a DNS name") from None
             return cls(name.lower(), port)
 
@@ -116,7 +116,8 @@ class Endpoint:
         return f"[{self.host}]:{self.port}" if isinstance(self.host, IPv6Address) else f"{self.host}:{self.port}"
 
 
-def _is_dns_name(text: str) -> bool:
+def is_dns_name(text: str) -> bool:
+    """Whether a text can be a host's name."""
     labels = text.rstrip(".").split(".")
     # All-numeric last labels are mistyped IPv4 addresses, never host names (RFC 3696 section 2).
     return (

@@ -17,15 +17,27 @@ RUNTIME_DIR = Path("/run/kilo-etcd")
 
 
 class AlreadyRunning(Exception):
-    """Another agent runs here; the message is one sentence for the operator."""
+    """Another one runs here; the message is one sentence for the operator."""
 
 
 @contextmanager
 def only_one(directory: Path = RUNTIME_DIR) -> Iterator[None]:
     """Be the only agent of this network namespace while in the block. AlreadyRunning if there is one."""
+    with claimed(
+        "agent",
+        "an agent runs on this host already{}; stop it first, for instance with `systemctl stop kilo-etcd`",
+        directory,
+    ):
+        yield
+
+
+@contextmanager
+def claimed(what: str, refusal: str, directory: Path = RUNTIME_DIR) -> Iterator[None]:
+    """Hold `what`, a name, alone in this network namespace while in the block. AlreadyRunning, with `refusal` as the
+    sentence in which `{}` names the process, if another one holds it."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        path = directory / f"agent.{os.stat('/proc/self/ns/net').st_ino}.lock"
+        path = directory / f"{what}.{os.stat('/proc/self/ns/net').st_ino}.lock"
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError:
         yield
@@ -35,10 +47,7 @@ def only_one(directory: Path = RUNTIME_DIR) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             owner = os.pread(handle, 20, 0).decode(errors="replace").strip()
-            raise AlreadyRunning(
-                f"an agent runs on this host already{f' (process {owner})' if owner.isdigit() else ''}; "
-                "stop it first, for instance with `systemctl stop kilo-etcd`"
-            ) from None
+            raise AlreadyRunning(refusal.replace("{}", f" (process {owner})" if owner.isdigit() else "")) from None
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
         yield

@@ -28,31 +28,37 @@ class KeyError_(Exception):
 
 def load_or_create(state_dir: Path) -> str:
     """The private key in base64, as `wg genkey` prints it; made (with its directory) where there is none. KeyError_."""
-    existing = peek(state_dir)
+    return load_or_create_file(state_dir / KEY_FILE, flag="--state-dir")
+
+
+def load_or_create_file(path: Path, *, flag: str) -> str:
+    """The private key in this file, made (with its directory) where there is none. `flag` is the option that names
+    another place. KeyError_."""
+    existing = peek_file(path)
     if existing is not None:
         return existing
     try:
-        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _write_new(state_dir / KEY_FILE, generate())
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _write_new(path, generate())
     except OSError as error:
-        remedy = (
-            "make room there"
-            if error.errno in (errno.ENOSPC, errno.EDQUOT)
-            else "make the directory writable for the agent"
-        )
+        remedy = "make room there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "make the directory writable"
         raise KeyError_(
-            f"the private key cannot be written to {state_dir}: {error.strerror}; "
-            f"{remedy} or choose another with --state-dir"
+            f"the private key cannot be written to {path.parent}: {error.strerror}; "
+            f"{remedy} or choose another with {flag}"
         ) from None
-    made = peek(state_dir)
+    made = peek_file(path)
     if made is None:
-        raise KeyError_(f"the private key {state_dir / KEY_FILE} vanished while it was made; start the agent again")
+        raise KeyError_(f"the private key {path} vanished while it was made; start again")
     return made
 
 
 def peek(state_dir: Path) -> str | None:
     """The private key that is there already; None where there is none, KeyError_ where it is of no use."""
-    path = state_dir / KEY_FILE
+    return peek_file(state_dir / KEY_FILE)
+
+
+def peek_file(path: Path) -> str | None:
+    """As `peek`, of a file."""
     try:
         # O_NONBLOCK: a FIFO in the key's place must not hang the agent.
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)

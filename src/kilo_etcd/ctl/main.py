@@ -23,6 +23,7 @@ _COMMANDS = {
         "Say a thing about a node: endpoint, leader, networks.",
     ),
     "check": ("kilo_etcd.ctl.check", "check_command", "Look for everything that is wrong, and say what to do."),
+    "connect": ("kilo_etcd.ctl.connect.command", "connect_command", "Make this machine a peer while the command runs."),
     "explain": ("kilo_etcd.ctl.explain", "explain_command", "Show the way of a packet through the mesh, hop by hop."),
     "graph": ("kilo_etcd.ctl.graph", "graph_command", "Print the mesh as a graph: DOT, SVG, PNG, Mermaid, JSON."),
     "lab": ("kilo_etcd.ctl.lab", "lab_group", "Build a small internet on this machine and try things out."),

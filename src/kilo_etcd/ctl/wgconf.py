@@ -12,7 +12,7 @@ from attrs import evolve, field, frozen
 
 from kilo_etcd.model import Endpoint, IPNetwork
 from kilo_etcd.store.records import PeerRecord
-from kilo_etcd.topology import Topology, host_plan
+from kilo_etcd.topology import HostPlan, Topology, host_plan, peer_plan
 
 
 @frozen(kw_only=True)
@@ -41,42 +41,34 @@ def of_node(topology: Topology, name: str) -> Configuration:
         name=name,
         listen_port=plan.listen_port,
         addresses=tuple(address.network for address in plan.addresses),
-        peers=tuple(
-            Entry(
-                name=peer.name,
-                record=PeerRecord(
-                    public_key=peer.public_key,
-                    allowed_ips=peer.allowed_ips,
-                    endpoint=peer.endpoint,
-                    persistent_keepalive=peer.persistent_keepalive,
-                    preshared_key=peer.preshared_key,
-                ),
-            )
-            for peer in sorted(plan.peers.values(), key=lambda peer: peer.name)
-        ),
+        peers=_entries(plan),
+    )
+
+
+def _entries(plan: HostPlan) -> tuple[Entry, ...]:
+    return tuple(
+        Entry(
+            name=peer.name,
+            record=PeerRecord(
+                public_key=peer.public_key,
+                allowed_ips=peer.allowed_ips,
+                endpoint=peer.endpoint,
+                persistent_keepalive=peer.persistent_keepalive,
+                preshared_key=peer.preshared_key,
+            ),
+        )
+        for peer in sorted(plan.peers.values(), key=lambda peer: peer.name)
     )
 
 
 def of_peer(topology: Topology, name: str) -> Configuration:
     """A peer's own configuration: all of the mesh, by way of the segments' leaders. KeyError."""
-    peer = topology.peers[name]
+    peer, plan = topology.peers[name], peer_plan(topology, name)
     return Configuration(
         name=name,
         listen_port=peer.endpoint.port if peer.endpoint is not None else None,
-        addresses=tuple(network for network in peer.allowed_ips if network.num_addresses == 1),
-        peers=tuple(
-            Entry(
-                name=segment.leader.name,
-                record=PeerRecord(
-                    public_key=segment.leader.public_key,
-                    allowed_ips=segment.allowed,
-                    endpoint=segment.leader.endpoint,
-                    persistent_keepalive=peer.persistent_keepalive,
-                    preshared_key=peer.preshared_key,
-                ),
-            )
-            for segment in sorted(topology.segments.values(), key=lambda segment: segment.leader.name)
-        ),
+        addresses=tuple(address.network for address in plan.addresses),
+        peers=_entries(plan),
     )
 
 

@@ -5,6 +5,7 @@ from kilo_etcd.kernel.diff import diff
 from kilo_etcd.kernel.errors import KernelError
 from kilo_etcd.kernel.linux import cleanup, list_addresses, open_kernel
 from kilo_etcd.kernel.state import (
+    PEER_PROTOCOL,
     ROUTE_PROTOCOL,
     AddressScope,
     ApplyReport,
@@ -23,6 +24,7 @@ from kilo_etcd.kernel.state import (
 )
 
 __all__ = [
+    "PEER_PROTOCOL",
     "ROUTE_PROTOCOL",
     "AddressScope",
     "ApplyReport",

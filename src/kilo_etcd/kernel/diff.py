@@ -27,7 +27,6 @@ from kilo_etcd.kernel.firewall import table_for
 from kilo_etcd.kernel.forward import AddForward, DeleteForward, rules_for
 from kilo_etcd.kernel.state import (
     KERNEL_PROTOCOL,
-    ROUTE_PROTOCOL,
     AddAddress,
     AddRoute,
     Change,
@@ -298,13 +297,14 @@ def route_for(plan: RoutePlan, target: Target) -> Route:
         gateway=None if plan.way is Via.TUNNEL else plan.gateway,
         device=device,
         source=plan.source,
+        protocol=target.protocol,
         onlink=plan.way is Via.IPIP,
     )
 
 
 def fulfils(found: Route, wanted: Route, target: Target) -> bool:
     """Whether a route found is the one wanted. Which device leads to a gateway on the underlay is the kernel's."""
-    if (found.gateway, found.source, found.protocol) != (wanted.gateway, wanted.source, ROUTE_PROTOCOL):
+    if (found.gateway, found.source, found.protocol) != (wanted.gateway, wanted.source, target.protocol):
         return False
     if wanted.device:
         return found.device == wanted.device

@@ -14,7 +14,7 @@ from collections.abc import Container, Iterable
 
 from kilo_etcd.kernel import rtnetlink
 from kilo_etcd.kernel.diff import fulfils
-from kilo_etcd.kernel.state import ROUTE_PROTOCOL, AddressScope, Link, Observed, Target
+from kilo_etcd.kernel.state import ROUTE_PROTOCOL, AddressScope, Link, Observed, Target, is_ours
 from kilo_etcd.model import IPAddress, IPInterface, IPNetwork
 
 
@@ -163,13 +163,14 @@ class Watch:
             return None
         destination = found.destination
         expected = self.observed.routes.get(destination)
-        if found.protocol != ROUTE_PROTOCOL:
+        link = self.links.get(found.index)
+        device = link.name if link is not None else ""
+        if not is_ours(found.protocol, device, own=self.target.protocol, interface=self.target.interface):
             if kind == rtnetlink.NEWROUTE and expected is not None:
                 return f"somebody set a route to {destination}"
             if kind == rtnetlink.DELROUTE and destination in self.collisions:
                 return f"the route to {destination} that was in the way is gone"
             return None
-        link = self.links.get(found.index)
         route = found.route({} if link is None else {found.index: link.name})
         if kind == rtnetlink.NEWROUTE:
             if expected is None:

@@ -51,6 +51,7 @@ from kilo_etcd.kernel.state import (
     StartUserspace,
     WireGuardChange,
     ipip_name,
+    is_ours,
 )
 from kilo_etcd.kernel.table import DeleteTable, ReplaceTable
 from kilo_etcd.model import IPAddress, IPInterface, IPNetwork
@@ -93,10 +94,12 @@ class Host:
         *,
         public_key: str = "",
         forward_rules: bool = False,
+        protocol: int = ROUTE_PROTOCOL,
     ):
         self.interface = interface
         self._public_key = public_key
         """This host's, if it is known: a device that has it is ours."""
+        self.protocol = protocol
         self.ipip = ipip_name(interface)
         self._record = Path(runtime_dir) / f"{interface}.sysctl.json"
         self._route = netlink.Socket(0)
@@ -275,7 +278,7 @@ class Host:
             if found is None or found.table != rtnetlink.MAIN_TABLE:
                 return
             route = found.route(names)
-            if found.protocol != ROUTE_PROTOCOL:
+            if not is_ours(found.protocol, route.device, own=self.protocol, interface=self.interface):
                 # What the kernel adds for our own addresses is nobody else's.
                 if not (found.protocol == KERNEL_PROTOCOL and route.device in (self.interface, self.ipip)):
                     foreign[found.destination] = route

@@ -30,6 +30,7 @@ from kilo_etcd.kernel.host import Host, may_change_the_network
 from kilo_etcd.kernel.netfilter import Reports
 from kilo_etcd.kernel.netlink import Listener
 from kilo_etcd.kernel.state import (
+    ROUTE_PROTOCOL,
     ApplyReport,
     Backend,
     Change,
@@ -66,8 +67,9 @@ async def open_kernel(setup: Setup) -> AsyncIterator[Kernel]:
         raise KernelError(f"the private key is unusable: {error.strerror}") from None
     public_key = public_key_of(raw(setup.private_key))
     host = Host(
-        setup.interface, setup.uapi_dir, setup.runtime_dir, public_key=public_key, forward_rules=setup.forward_rules
-    )
+        setup.interface, setup.uapi_dir, setup.runtime_dir,
+        public_key=public_key, forward_rules=setup.forward_rules, protocol=setup.protocol,
+    )  # fmt: skip
     try:
         listener, reports = (
             Listener(rtnetlink.GROUPS),
@@ -89,13 +91,26 @@ async def cleanup(
     public_key: str | None = None,
     uapi_dir: str = "/var/run/wireguard",
     runtime_dir: str = "/run/kilo-etcd",
+    protocol: int = ROUTE_PROTOCOL,
 ) -> tuple[Change, ...]:
     """Remove everything that an agent ever made for `interface`; what was removed. Nothing the second time.
 
-    `public_key` is this host's, by which a device is known as ours that no route of ours leads to.
+    `public_key` is this host's, by which a device is known as ours that no route of ours leads to; `protocol` marks our
+    routes.
     """
+    # Only agents ever add rules for forwarding.
+    rules = protocol == ROUTE_PROTOCOL
     return await _in_thread(
-        lambda: _cleanup(Host(interface, uapi_dir, runtime_dir, public_key=public_key or "", forward_rules=True))
+        lambda: _cleanup(
+            Host(
+                interface,
+                uapi_dir,
+                runtime_dir,
+                public_key=public_key or "",
+                forward_rules=rules,
+                protocol=protocol,
+            )
+        )
     )
 
 
@@ -395,6 +410,7 @@ class LinuxKernel:
             backend=self._backend,
             userspace_command=self._setup.userspace_command,
             forward_rules=self._setup.forward_rules,
+            protocol=self._setup.protocol,
         )
 
     def _ways_out(self) -> list[int]:

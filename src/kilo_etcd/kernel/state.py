@@ -20,6 +20,10 @@ from kilo_etcd.model import DEFAULT_INTERFACE, Endpoint, IPAddress, IPInterface,
 ROUTE_PROTOCOL = 107
 """Marks routes as ours (rtnetlink's `rtm_protocol`; 107 is in no list of well-known numbers)."""
 
+PEER_PROTOCOL = 108
+"""Marks the routes of a machine that is a peer (`kgctl connect`). Several may run beside each other and beside an
+agent, so of these routes only those that leave by one's own interface are one's own."""
+
 KERNEL_PROTOCOL = 2
 """rtnetlink's mark of the routes that the kernel itself makes for addresses (RTPROT_KERNEL)."""
 
@@ -28,6 +32,11 @@ WIREGUARD_OVERHEAD = 80
 """Bytes: IPv6 40 + UDP 8 + WireGuard 32."""
 
 Backend = Literal["kernel", "userspace"]
+
+
+def is_ours(protocol: int, device: str, *, own: int, interface: str) -> bool:
+    """Whether a route of `protocol` that leaves by `device` is of who marks routes as `own` and has `interface`."""
+    return protocol == own and (own == ROUTE_PROTOCOL or device == interface)
 
 
 def ipip_name(interface: str) -> str:
@@ -48,6 +57,8 @@ class Setup:
     userspace_command: str = "wireguard-go"
     forward_rules: bool = False
     """Whether to let mesh traffic through iptables' FORWARD."""
+    protocol: int = ROUTE_PROTOCOL
+    """Marks our routes: ROUTE_PROTOCOL for an agent, PEER_PROTOCOL for a peer's machine."""
     runtime_dir: str = "/run/kilo-etcd"
     """Where the sysctls' former values are kept for `cleanup`."""
     uapi_dir: str = "/var/run/wireguard"
@@ -164,6 +175,7 @@ class Target:
     backend: Backend = "kernel"
     userspace_command: str = "wireguard-go"
     forward_rules: bool = False
+    protocol: int = ROUTE_PROTOCOL
 
     @property
     def ipip(self) -> str:

@@ -4,6 +4,7 @@ from kilo_etcd.topology.election import Election, Reason, elect
 from kilo_etcd.topology.graph import Cluster, Edge, EdgeKind, clusters, edges, graph
 from kilo_etcd.topology.guard import guard
 from kilo_etcd.topology.hostplan import HostPlan, PeerPlan, Problem, RoutePlan, Via
+from kilo_etcd.topology.peerplan import peer_plan
 from kilo_etcd.topology.plan import host_plan
 from kilo_etcd.topology.render import render
 from kilo_etcd.topology.segments import Segment, Topology, UnknownNode, build_topology
@@ -32,6 +33,7 @@ __all__ = [
     "graph",
     "guard",
     "host_plan",
+    "peer_plan",
     "render",
     "walk",
     "walk_both",

@@ -62,16 +62,23 @@ class GuardMemo:
     """Family and prefix length of every route that was judged."""
 
 
-def guard(plan: HostPlan, protected: Sequence[IPNetwork], previous: HostPlan | None = None) -> HostPlan:
+def guard(
+    plan: HostPlan,
+    protected: Sequence[IPNetwork],
+    previous: HostPlan | None = None,
+    *,
+    mesh: Sequence[IPNetwork] | None = None,
+) -> HostPlan:
     """`plan` without what would harm the host. `protected`: etcd's endpoints, own underlay networks and the like.
 
     The peers' own endpoints are protected without being named. `previous`, the last guarded plan of the same
-    host, only saves work. The outcome may be handed to `host_plan` as its previous plan, as `plan` itself may.
+    host, only saves work. `mesh` are the mesh's subnets, where the host's own addresses need not be within them. The
+    outcome may be handed to `host_plan` as its previous plan, as `plan` itself may.
     """
     protected = tuple(protected)
     if previous is not None and (memo := _still_clean(plan, protected, previous)) is not None:
         return evolve(plan, memo=memo)
-    mesh = _mesh(plan)
+    mesh = _mesh(plan) if mesh is None else tuple(mesh)
     exposed = [network for network in _networks(plan.routes, plan.peers.values()) if not _within(network, mesh)]
     harmful: dict[IPNetwork, str] = {}
     if exposed:

@@ -1,0 +1,342 @@
+"""This machine as a peer while `kgctl connect` runs: one nursery, as in the agent, of which this is a small relative.
+
+Snapshots, what the kernel reports and names that resolve wake `_follow`, the only task that touches the kernel. When
+etcd is away the kernel keeps what it has. At the end everything that was made here goes, unless the caller wants it
+kept: interface with its routes, block of the hosts file, record.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from functools import partial
+
+import trio
+from attrs import frozen
+
+from kilo_etcd import etcd, kernel, store
+from kilo_etcd.agent.discover import HostFacts
+from kilo_etcd.agent.logs import Once, get_logger
+from kilo_etcd.agent.pace import Pace
+from kilo_etcd.agent.resolve import Resolver, plan_names, resolve_plan
+from kilo_etcd.ctl.connect.names import known_names
+from kilo_etcd.ctl.connect.registration import KEEPALIVE, LEASE_SECONDS, Registration, Wish
+from kilo_etcd.ctl.context import Failure
+from kilo_etcd.ctl.wait import applied
+from kilo_etcd.model import IPAddress, IPNetwork, Snapshot
+from kilo_etcd.topology import HostPlan, Topology, build_topology, peer_plan
+from kilo_etcd.topology.guard import guard
+
+KNOWN_SECONDS = 2.0
+"""How long to wait for all agents to know this machine's key: a first handshake that nobody answers costs five."""
+
+WITHDRAW_SECONDS = 3.0
+SETTLE_SECONDS = 0.5
+"""How long changes of the machine's addresses may go on before they are looked at: they come in bursts."""
+KERNEL_RETRY_SECONDS = 0.5
+ETCD_RETRY_SECONDS = 2.0
+
+Names = dict[str, tuple[IPAddress, ...]]
+
+
+@frozen(kw_only=True)
+class Settings:
+    """What the caller asks for beside the record."""
+
+    interface: str
+    listen_port: int
+    endpoints: tuple[str, ...]
+    """etcd's."""
+    dns_hosts: bool = False
+    resync_period: float = 30.0
+
+
+@frozen(kw_only=True)
+class Edges:
+    """What else of the machine is touched."""
+
+    look: Callable[[], Awaitable[HostFacts]]
+    write_names: Callable[[Names | None], bool]
+    """Returns whether anything changed; may block for a moment. OSError."""
+    clean_up: Callable[[], Awaitable[tuple[kernel.Change, ...]]]
+
+
+def raw_plan(topology: Topology, wish: Wish, settings: Settings, facts: HostFacts) -> HostPlan:
+    """The plan before names are resolved and the machine's own networks looked at. KeyError: no such peer in force."""
+    keepalive = wish.persistent_keepalive
+    if keepalive is None:
+        keepalive = topology.peers[wish.name].persistent_keepalive or KEEPALIVE
+    return peer_plan(
+        topology,
+        wish.name,
+        listen_port=settings.listen_port,
+        persistent_keepalive=keepalive,
+        families=facts.families(),
+    )
+
+
+def protected_plan(plan: HostPlan, protected: tuple[IPNetwork, ...], subnets: tuple[IPNetwork, ...]) -> HostPlan:
+    """The plan without routes that would cut the machine off from what its tunnel is made of.
+
+    The mesh's subnets are kept although they overlap the network that the machine happens to be in, whose own route is
+    narrower as a rule; but not where they hold etcd or the default gateway itself.
+    """
+    single = [network for network in protected if network.num_addresses == 1]
+    mesh = [
+        subnet
+        for subnet in subnets
+        if not any(one.version == subnet.version and one.network_address in subnet for one in single)
+    ]
+    return guard(plan, protected, mesh=mesh)
+
+
+class Connection:
+    """`run()` returns when the command was asked to end and has cleaned up. Failure, KernelError, EtcdError."""
+
+    def __init__(self, wish: Wish, settings: Settings, client: etcd.Client, prefix: str, device: kernel.Kernel,
+                 edges: Edges) -> None:  # fmt: skip
+        self.wish = wish
+        self.settings = settings
+        self.kernel = device
+        self.edges = edges
+        self.client = client
+        self.keys = store.Keys(prefix)
+        self.mirror = store.Mirror(client, self.keys)
+        self.registration = Registration(client, self.keys, wish, self._nudge)
+        self.resolver = Resolver()
+        self.facts = HostFacts()
+        self.log = get_logger()
+        self.once = Once(self.log)
+        self.topology: Topology | None = None
+        self.plan: HostPlan | None = None
+        self._told: object = None
+        self._wake = trio.Event()
+        self._fresh = False
+        self._stopping = trio.Event()
+        self._joined = False
+
+    async def run(self) -> None:
+        """Connect, follow, and clean up."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._heed_signals)
+            await self.kernel.check()
+            try:
+                async with trio.open_nursery() as members:
+                    members.start_soon(self._until_stopped, members.cancel_scope)
+                    await self._join(members)
+            finally:
+                with trio.CancelScope(shield=True):
+                    await self._leave()
+            nursery.cancel_scope.cancel()
+
+    async def _heed_signals(self) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            async for number in signals:
+                if self._stopping.is_set():
+                    raise Failure(f"stopped at once: {signal.Signals(number).name} was received a second time")
+                self.log.info("disconnecting", signal=signal.Signals(number).name)
+                self._stopping.set()
+
+    async def _until_stopped(self, scope: trio.CancelScope) -> None:
+        await self._stopping.wait()
+        scope.cancel()
+
+    async def _join(self, nursery: trio.Nursery) -> None:
+        self.facts = await self.edges.look()
+        decision = await self.registration.register()
+        self._joined = True
+        nursery.start_soon(self.registration.keep)
+        self.log.info(
+            "registered" if decision.writes else "registered already", peer=self.wish.name,
+            addresses=decision.record.allowed_ips, chosen=decision.chosen or None,
+        )  # fmt: skip
+        await nursery.start(self.resolver.run)
+        await nursery.start(self.mirror.run)
+        # New keys take a moment to arrive everywhere. Who is slow, or dead, is not waited for.
+        with suppress(etcd.EtcdError):
+            await applied(self.client, self.keys, timeout=KNOWN_SECONDS)
+        for task in (
+            self._follow_snapshots,
+            self._follow_drift,
+            self._follow_names,
+            self._follow_addresses,
+            self._resync,
+            self._follow,
+        ):
+            nursery.start_soon(task)
+
+    # -- what wakes the one that acts -----------------------------------------------------------------------
+
+    def _nudge(self, *, fresh: bool = False) -> None:
+        self._fresh = self._fresh or fresh
+        self._wake.set()
+
+    async def _follow_snapshots(self) -> None:
+        snapshot: Snapshot | None = None
+        while True:
+            snapshot = await self.mirror.wait_newer(snapshot)
+            self._nudge()
+
+    async def _follow_drift(self) -> None:
+        pace = Pace()
+        while True:
+            what = await self.kernel.wait_drift()
+            self.log.warning("the kernel was changed behind our back; repairing", what=what)
+            await trio.sleep(pace.pause(trio.current_time()))
+            self._nudge(fresh=True)
+
+    async def _follow_names(self) -> None:
+        while True:
+            await self.resolver.wait_changed()
+            self._nudge()
+
+    async def _follow_addresses(self) -> None:
+        """A laptop is carried from one network to another."""
+        while True:
+            await self.kernel.wait_moved()
+            await trio.sleep(SETTLE_SECONDS)
+            try:
+                self.facts = await self.edges.look()
+            except (OSError, kernel.KernelError) as error:
+                self.once.warning("addresses", "the machine's addresses cannot be read", error=str(error))
+            self._nudge(fresh=True)
+
+    async def _resync(self) -> None:
+        while True:
+            await trio.sleep(self.settings.resync_period)
+            self._nudge(fresh=True)
+
+    # -- the one that acts ----------------------------------------------------------------------------------
+
+    async def _follow(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake = trio.Event()
+            fresh, self._fresh = self._fresh, False
+            snapshot = self.mirror.current
+            if snapshot is None or not await self._still_registered(snapshot):
+                continue
+            await self._apply(snapshot, fresh)
+
+    async def _still_registered(self, snapshot: Snapshot) -> bool:
+        """Whether the snapshot is to be followed: the record is this machine's, and stands there. Gone."""
+        if snapshot.revision < self.registration.revision:
+            return False
+        held = self.mirror.kv(self.keys.peer(self.wish.name))
+        peer = snapshot.peers.get(self.wish.name)
+        sound = held is not None and (peer is None or peer.public_key == self.wish.public_key)
+        if sound and not self.registration.doubted:
+            return True
+        try:
+            if await self.registration.mend(held):
+                self.log.warning("the record had gone with its lease; registered again", peer=self.wish.name)
+        except etcd.EtcdError as error:
+            # Without etcd nobody else forgets us either; with its return the doubt is resolved.
+            self.once.warning("record", "whether this machine is still registered is not known", error=str(error))
+            await trio.sleep(ETCD_RETRY_SECONDS)
+            self._nudge()
+            return sound
+        self.once.clear("record", "this machine is registered")
+        return sound
+
+    async def _apply(self, snapshot: Snapshot, fresh: bool) -> None:
+        self.topology = topology = build_topology(snapshot, self.topology)
+        if self.wish.name not in topology.peers:
+            reasons = [note.reason for note in snapshot.set_aside if note.key == self.keys.peer(self.wish.name)]
+            self.once.error(
+                "peer", f"peer {self.wish.name} is not in force: {'; '.join(reasons) or 'see kgctl status'}"
+            )
+            return
+        self.once.clear("peer", f"peer {self.wish.name} is in force")
+        plan = raw_plan(topology, self.wish, self.settings, self.facts)
+        self.resolver.set_names(plan_names(plan))
+        plan = resolve_plan(plan, self.resolver.table, self.resolver.failed, self.facts.families())
+        protected = (*self.resolver.networks(self.settings.endpoints), *self.facts.underlay())
+        plan = protected_plan(plan, protected, snapshot.subnets)
+        try:
+            report = await self.kernel.apply(plan, fresh=fresh)
+        except kernel.KernelError as error:
+            if self.plan is None:
+                raise
+            self.once.error("kernel", "the kernel cannot be programmed; trying again", error=str(error))
+            await trio.sleep(KERNEL_RETRY_SECONDS)
+            self._nudge(fresh=True)
+            return
+        self.once.clear("kernel", "the kernel can be programmed again")
+        self.plan = plan
+        for change in report.changes:
+            self.log.debug("changed", command=str(change))
+        self.once.errors(
+            "plan", (*map(str, report.failures), *(problem.text for problem in plan.problems)), level="warning"
+        )
+        await self._write_names(topology)
+        self._tell(plan)
+
+    async def _write_names(self, topology: Topology) -> None:
+        if not self.settings.dns_hosts:
+            return
+        names = known_names(topology)
+        try:
+            if await trio.to_thread.run_sync(partial(self.edges.write_names, names)):
+                self.log.info("names written", names=len(names))
+        except OSError as error:
+            self.once.warning("hosts", "the names cannot be written", error=str(error))
+        else:
+            self.once.clear("hosts", "the names can be written again")
+
+    def _tell(self, plan: HostPlan) -> None:
+        """One line, where what a person would want to know has changed."""
+        leaders = tuple(sorted(peer.name for peer in plan.peers.values()))
+        told = (plan.addresses, leaders)
+        if told != self._told:
+            self.log.info(
+                "connected" if self._told is None else "following",
+                interface=self.settings.interface,
+                addresses=tuple(address.ip for address in plan.addresses),
+                leaders=leaders,
+                networks=len(plan.routes),
+            )
+            self._told = told
+
+    # -- the end --------------------------------------------------------------------------------------------
+
+    async def _leave(self) -> None:
+        if not self._joined:
+            return
+        if not self.wish.clean_up:
+            self.log.info("ended; everything is left in place", interface=self.settings.interface)
+            return
+        try:
+            changes = await self.edges.clean_up()
+        except kernel.KernelError as error:
+            self.once.error(
+                "device", "the interface cannot be removed", interface=self.settings.interface, error=str(error)
+            )
+        else:
+            self.log.info("interface removed", interface=self.settings.interface, changes=len(changes))
+        try:
+            if await trio.to_thread.run_sync(partial(self.edges.write_names, None)):
+                self.log.info("names removed")
+        except OSError as error:
+            self.once.error("hosts", "the names cannot be removed", error=str(error))
+        await self._withdraw()
+
+    async def _withdraw(self) -> None:
+        if not self.registration.removes:
+            return
+        reason = "no answer in time"
+        with trio.move_on_after(WITHDRAW_SECONDS):
+            try:
+                await self.registration.withdraw()
+            except etcd.EtcdError as error:
+                reason = str(error)
+            else:
+                self.log.info("record removed", peer=self.wish.name)
+                return
+        self.log.warning(
+            "the record could not be removed; it ends by itself",
+            peer=self.wish.name,
+            seconds=LEASE_SECONDS,
+            error=reason,
+        )

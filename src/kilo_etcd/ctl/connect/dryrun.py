@@ -1,0 +1,41 @@
+"""`kgctl connect --dry-run`: what would be different in the mesh, in sentences, and here, as `ip` and `wg` commands."""
+
+from __future__ import annotations
+
+import click
+
+from kilo_etcd import etcd, kernel
+from kilo_etcd.agent.discover import etcd_networks
+from kilo_etcd.agent.resolve import resolve_once, resolve_plan
+from kilo_etcd.ctl.connect.connection import Edges, Settings, protected_plan, raw_plan
+from kilo_etcd.ctl.connect.names import known_names
+from kilo_etcd.ctl.connect.registration import Wish
+from kilo_etcd.ctl.consequences import consequences, new_trouble
+from kilo_etcd.ctl.context import Failure
+from kilo_etcd.ctl.render import clean
+from kilo_etcd.model import Snapshot
+from kilo_etcd.topology import build_topology
+
+
+async def show(
+    before: Snapshot, after: Snapshot, wish: Wish, settings: Settings, device: kernel.Kernel, edges: Edges,
+    config: etcd.Config,
+) -> None:  # fmt: skip
+    """Print it; `before` and `after` are the mesh without and with this machine's record. Failure: it is refused."""
+    if trouble := new_trouble(before, after):
+        raise Failure("; ".join(trouble))
+    for line in consequences(before, after):
+        click.echo(f"# {line}")
+    facts = await edges.look()
+    topology = build_topology(after)
+    plan = raw_plan(topology, wish, settings, facts)
+    plan = resolve_plan(plan, *await resolve_once(plan), facts.families())
+    plan = protected_plan(plan, (*facts.underlay(), *await etcd_networks(config)), after.subnets)
+    for problem in plan.problems:
+        click.echo(f"# {clean(problem.text)}")
+    for change in await device.preview(plan):
+        click.echo(str(change))
+    if settings.dns_hosts:
+        for name, addresses in known_names(topology).items():
+            click.echo(f"# /etc/hosts: {clean(name)} is {', '.join(map(str, addresses))}")
+    click.echo("# nothing was changed (--dry-run)")

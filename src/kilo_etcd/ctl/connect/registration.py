@@ -1,0 +1,269 @@
+"""The peer record of the machine that connects: put under a lease, kept, taken away again.
+
+`decide` is pure: what to write for a wish, given what etcd holds, or the sentence with which it is refused. A record
+under a lease is a connect's, and dies with it within `LEASE_SECONDS`; one without a lease is the operator's, is used as
+it is and stays. An address within the mesh's subnets is claimed like a node's, by a create-only transaction, so that
+no node ever gets it; the claim is under the same lease.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from ipaddress import ip_network
+from typing import TYPE_CHECKING
+
+import trio
+from attrs import evolve, field, frozen
+
+from kilo_etcd.ctl.change import after
+from kilo_etcd.ctl.consequences import new_trouble
+from kilo_etcd.ctl.context import Failure
+from kilo_etcd.etcd.api import Client, Compare, KeyValue, LeaseNotFound, Op, Put, absent, unchanged
+from kilo_etcd.model import IPAddress, IPNetwork, Snapshot
+from kilo_etcd.store import operator
+from kilo_etcd.store.claims import candidates
+from kilo_etcd.store.keys import AddressKey, Keys
+from kilo_etcd.store.lease import KeptLease
+from kilo_etcd.store.records import PeerRecord, RecordError, decode_peer, encode
+
+if TYPE_CHECKING:
+    from kilo_etcd.store.view import View
+
+LEASE_SECONDS = 300
+"""How long leaders go on knowing a machine that has vanished: a laptop in a train's tunnel has not."""
+
+ATTEMPTS = 5
+KEEPALIVE = 10
+"""Seconds; Kilo's default. A peer is behind NAT more often than not."""
+
+
+@frozen(kw_only=True)
+class Wish:
+    """What the caller asks for; None: what the record has, or else what is chosen here."""
+
+    name: str
+    public_key: str
+    allowed_ips: tuple[IPNetwork, ...] | None = None
+    persistent_keepalive: int | None = None
+    clean_up: bool = True
+    replace: bool = False
+
+
+@frozen(kw_only=True)
+class Decision:
+    """What to write: the record and its claims, in one transaction. Nothing if `record` stands there already."""
+
+    record: PeerRecord
+    writes: bool = True
+    claims: Mapping[IPAddress, str] = field(factory=dict)
+    chosen: tuple[IPAddress, ...] = ()
+    """Those of the addresses that were chosen here."""
+
+
+def claimant(name: str) -> str:
+    """What stands at an address that peer `name` has claimed; no node has a name with a slash."""
+    return f"peer/{name}"
+
+
+def decide(wish: Wish, snapshot: Snapshot, view: View, keys: Keys) -> Decision:
+    """What to write for a wish. Failure, in one sentence, if it cannot be."""
+    name = wish.name
+    if not snapshot.subnets:
+        raise Failure(f"there is no mesh under {keys.prefix} yet: the first agent makes it")
+    if name in snapshot.nodes:
+        raise Failure(f"{name} is a node of this mesh already; give this machine another name: kgctl connect PEER")
+    held = view.kv(keys.peer(name))
+    record = None if held is None else _readable(held)
+    if held is not None and not wish.replace:
+        _refuse(wish, held, record)
+    if held is not None and record is not None and not held.lease and not _differs(wish, record):
+        return Decision(record=record, writes=False)
+    base = record or PeerRecord(public_key=wish.public_key, persistent_keepalive=KEEPALIVE)
+    chosen: tuple[IPAddress, ...] = ()
+    allowed = wish.allowed_ips
+    if allowed is None:
+        allowed = base.allowed_ips
+        if not any(network.num_addresses == 1 for network in allowed):
+            chosen = _free_addresses(name, snapshot, view, keys)
+            allowed = (*allowed, *(ip_network(address) for address in chosen))
+    if not any(network.num_addresses == 1 for network in allowed):
+        raise Failure(f"--allowed-ips {','.join(map(str, allowed))} names no single address for this machine itself")
+    keepalive = base.persistent_keepalive if wish.persistent_keepalive is None else wish.persistent_keepalive
+    return Decision(
+        record=evolve(base, public_key=wish.public_key, allowed_ips=allowed, persistent_keepalive=keepalive),
+        claims={address: claimant(name) for address in _to_claim(name, allowed, snapshot, view, keys)},
+        chosen=chosen,
+    )
+
+
+def _readable(held: KeyValue) -> PeerRecord | None:
+    try:
+        return decode_peer(held.value)
+    except RecordError:
+        return None
+
+
+def _differs(wish: Wish, record: PeerRecord) -> bool:
+    asked = wish.allowed_ips is not None and set(wish.allowed_ips) != set(record.allowed_ips)
+    return asked or record.public_key != wish.public_key
+
+
+def _refuse(wish: Wish, held: KeyValue, record: PeerRecord | None) -> None:
+    remedy = "give this machine another name, or say --yes to replace the record"
+    if record is None:
+        raise Failure(f"there is a record of peer {wish.name} already, which cannot be read; {remedy}")
+    if record.public_key != wish.public_key:
+        whose = ", of a kgctl connect elsewhere or of this machine's with another key" if held.lease else ""
+        raise Failure(f"peer {wish.name} is registered with another public key ({record.public_key}){whose}; {remedy}")
+    if not held.lease and _differs(wish, record):
+        raise Failure(
+            f"peer {wish.name} is registered with {', '.join(map(str, record.allowed_ips)) or 'no address'}; leave "
+            "--allowed-ips out, or say --yes to replace the record"
+        )
+
+
+def _free_addresses(name: str, snapshot: Snapshot, view: View, keys: Keys) -> tuple[IPAddress, ...]:
+    """One address of each of the mesh's subnets: the peer's own claim of before, or else a free one."""
+    held = {parsed.address: kv.value.decode(errors="replace") for parsed, kv in _claims(view, keys)}
+    granted = [network for peer in snapshot.peers.values() if peer.name != name for network in peer.allowed_ips]
+    found: list[IPAddress] = []
+    for subnet in snapshot.subnets:
+        own = sorted((a for a, owner in held.items() if owner == claimant(name) and a in subnet), key=int)
+        tries: Iterable[IPAddress] = own or candidates(claimant(name), subnet, held.keys())
+        free = (a for a in tries if not any(a.version == n.version and a in n for n in granted))
+        address = next(free, None)
+        if address is None:
+            raise Failure(f"no address is left for this machine in {subnet}; give one outside it with --allowed-ips")
+        found.append(address)
+    return tuple(found)
+
+
+def _claims(view: View, keys: Keys) -> Iterable[tuple[AddressKey, KeyValue]]:
+    for kv in view.kvs(keys.addresses_root):
+        parsed = keys.parse(kv.key)
+        if isinstance(parsed, AddressKey):
+            yield parsed, kv
+
+
+def _to_claim(
+    name: str, allowed: Iterable[IPNetwork], snapshot: Snapshot, view: View, keys: Keys
+) -> Iterable[IPAddress]:
+    for network in allowed:
+        for subnet in snapshot.subnets:
+            if network.version != subnet.version or not network.overlaps(subnet):
+                continue
+            if network.num_addresses != 1:
+                raise Failure(
+                    f"{network} overlaps the mesh's subnet {subnet}, whose addresses nodes claim; choose another, or "
+                    "single addresses within it; nothing was written"
+                )
+            address = network.network_address
+            held = view.kv(keys.address(address))
+            if held is not None and held.value != claimant(name).encode():
+                raise Failure(
+                    f"{address} is claimed by {held.value.decode(errors='replace')} already; leave --allowed-ips out "
+                    "to have a free address chosen; nothing was written"
+                )
+            yield address
+
+
+class Gone(Failure):
+    """Somebody has taken the record away, or has given the name to another key."""
+
+
+class Registration:
+    """Puts the record, keeps its lease, and takes it away. `run` is its task."""
+
+    def __init__(self, client: Client, keys: Keys, wish: Wish, on_doubt: Callable[[], None]) -> None:
+        self._client = client
+        self._keys = keys
+        self._wish = wish
+        self._lease = KeptLease(client, LEASE_SECONDS, on_doubt=on_doubt, on_lost=lambda: None)
+        self.decision: Decision | None = None
+        self.revision = 0
+        """etcd's, from which on the record stands there."""
+
+    @property
+    def removes(self) -> bool:
+        """Whether the record goes at the end: this run has put it."""
+        return self.decision is not None and self.decision.writes and self._wish.clean_up
+
+    @property
+    def doubted(self) -> bool:
+        """Whether etcd is to be asked if the lease still lives."""
+        return self._lease.doubted
+
+    async def prospect(self) -> tuple[Decision, Snapshot, Snapshot]:
+        """What would be written, and the mesh before and after. Failure, EtcdError."""
+        before, view = await operator.snapshot(self._client, self._keys)
+        decision = decide(self._wish, before, view, self._keys)
+        return decision, before, after(view, self._puts(decision), [])
+
+    def _puts(self, decision: Decision) -> dict[str, str]:
+        if not decision.writes:
+            return {}
+        claims = {self._keys.address(address): owner for address, owner in decision.claims.items()}
+        return {self._keys.peer(self._wish.name): encode(decision.record).decode(), **claims}
+
+    async def register(self) -> Decision:
+        """Put the record unless it stands there already. Failure, with nothing written; EtcdError."""
+        for _ in range(ATTEMPTS):
+            before, view = await operator.snapshot(self._client, self._keys)
+            decision = decide(self._wish, before, view, self._keys)
+            puts = self._puts(decision)
+            if not puts:
+                self.decision, self.revision = decision, view.revision
+                return decision
+            compare = [_as_it_was(view, key) for key in puts]
+            # This uses the view up.
+            if trouble := new_trouble(before, after(view, puts, [])):
+                raise Failure("; ".join(trouble) + "; nothing was written")
+            if self._wish.clean_up and not await self._lease.lives():
+                await self._lease.grant()
+            operations: list[Op] = [Put(key, value, lease=self._lease.id) for key, value in puts.items()]
+            try:
+                done = await self._client.txn(compare, operations)
+            except LeaseNotFound:
+                self._lease.doubt()
+                continue
+            if done.succeeded:
+                self.decision, self.revision = decision, done.header.revision
+                return decision
+        raise Failure(f"others change the record of peer {self._wish.name} again and again; nothing was written")
+
+    async def mend(self, held: KeyValue | None) -> bool:
+        """Put the record back where it went with its lease; whether it was. `held` is what stands there as of
+        `revision` or later. Gone if somebody else did it; Failure, EtcdError."""
+        if held is not None:
+            record = _readable(held)
+            if record is not None and record.public_key != self._wish.public_key:
+                raise Gone(f"peer {self._wish.name} has another public key now: somebody else has taken the name")
+        if self.removes and not await self._lease.lives():
+            # What the caller was allowed to replace once it may not replace for ever.
+            self._wish = evolve(self._wish, replace=False)
+            await self.register()
+            return True
+        if held is None:
+            # Perhaps the lease ended and nobody has noticed yet: sleeping machines keep no leases.
+            self._lease.doubt()
+            if not self.removes or await self._lease.lives():
+                raise Gone(f"the record of peer {self._wish.name} was removed by somebody else")
+            return await self.mend(None)
+        return False
+
+    async def keep(self) -> None:
+        """The task: keep the lease, if there is one, until cancelled."""
+        if self.removes:
+            await self._lease.keep()
+        else:
+            await trio.sleep_forever()
+
+    async def withdraw(self) -> None:
+        """Take away what this run has put. EtcdError; then it ends with its lease."""
+        if self.removes:
+            await self._lease.end()
+
+
+def _as_it_was(view: View, key: str) -> Compare:
+    kv = view.kv(key)
+    return absent(key) if kv is None else unchanged(kv)
