@@ -291,6 +291,12 @@ def test_peers_are_removed_all_or_none(etcd: FakeEtcd) -> None:
     assert etcd.keys("/kilo/peers/") == []
 
 
+def test_with_a_peer_goes_the_address_that_it_had_claimed(etcd: FakeEtcd) -> None:
+    trio.run(etcd.client().put, "/kilo/addresses/10.4.7.7", "peer/tablet")
+    assert run("peer", "remove", "tablet").exit_code == 0
+    assert etcd.keys("/kilo/addresses/") == [f"/kilo/addresses/10.4.0.{number}" for number in (1, 2, 3)]
+
+
 # --- showconf ---------------------------------------------------------------------------------------------------------
 
 

@@ -262,6 +262,11 @@ class Keys:
         return "no such key is known"
 
 
+def claimant(peer: str) -> str:
+    """What stands at a mesh address that a peer has claimed, where a node's name would; no node's has a slash."""
+    return f"peer/{peer}"
+
+
 def key_text(key: str | bytes) -> str:
     """A key for people; bytes that are no UTF-8 are shown as escapes."""
     return key if isinstance(key, str) else key.decode("utf-8", "backslashreplace")

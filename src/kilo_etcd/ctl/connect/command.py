@@ -193,7 +193,6 @@ async def _connect(mesh: Mesh, options: Options) -> None:
     from kilo_etcd import etcd, kernel
     from kilo_etcd.agent.privatekey import generate, load_or_create_file, peek_file, public_key
     from kilo_etcd.ctl.connect.connection import Connection, Edges, Settings
-    from kilo_etcd.ctl.connect.hostsfile import write_names
     from kilo_etcd.ctl.connect.registration import Registration, Wish
     from kilo_etcd.store.keys import Keys
 
@@ -231,7 +230,7 @@ async def _connect(mesh: Mesh, options: Options) -> None:
             )
             edges = Edges(
                 look=partial(_facts, options.interface),
-                write_names=partial(write_names, interface=options.interface, prefix=mesh.prefix, own=options.peer),
+                write_names=partial(_write_names, options, mesh.prefix),
                 clean_up=partial(kernel.cleanup, options.interface, public_key=public, protocol=kernel.PEER_PROTOCOL),
             )
             where = f"{mesh.prefix} {before.cluster_id}"
@@ -265,6 +264,16 @@ def _alone(options: Options, kind: str, what: str, called: str) -> Iterator[None
     name = f"connect-{kind}.{sha256(what.encode()).hexdigest()[:16]}"
     with claimed(name, refusal):
         yield
+
+
+async def _write_names(options: Options, prefix: str, names: Any) -> bool:
+    import trio
+
+    from kilo_etcd.ctl.connect.hostsfile import write_names
+
+    return await trio.to_thread.run_sync(
+        partial(write_names, names, options.interface, prefix=prefix, own=options.peer)
+    )
 
 
 async def _facts(interface: str) -> Any:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import signal
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from functools import partial
 
 import trio
 from attrs import frozen
@@ -57,8 +56,8 @@ class Edges:
     """What else of the machine is touched."""
 
     look: Callable[[], Awaitable[HostFacts]]
-    write_names: Callable[[Names | None], bool]
-    """Returns whether anything changed; may block for a moment. OSError."""
+    write_names: Callable[[Names | None], Awaitable[bool]]
+    """Whether anything had to be changed. OSError."""
     clean_up: Callable[[], Awaitable[tuple[kernel.Change, ...]]]
 
 
@@ -278,7 +277,7 @@ class Connection:
             return
         names = known_names(topology)
         try:
-            if await trio.to_thread.run_sync(partial(self.edges.write_names, names)):
+            if await self.edges.write_names(names):
                 self.log.info("names written", names=len(names))
         except OSError as error:
             self.once.warning("hosts", "the names cannot be written", error=str(error))
@@ -316,7 +315,7 @@ class Connection:
         else:
             self.log.info("interface removed", interface=self.settings.interface, changes=len(changes))
         try:
-            if await trio.to_thread.run_sync(partial(self.edges.write_names, None)):
+            if await self.edges.write_names(None):
                 self.log.info("names removed")
         except OSError as error:
             self.once.error("hosts", "the names cannot be removed", error=str(error))

@@ -36,18 +36,19 @@ def with_block(
     text: bytes, interface: str, names: Mapping[str, tuple[IPAddress, ...]] | None, *, prefix: str, own: str = ""
 ) -> bytes:
     """The file with the block of `interface` saying `names`; None: without the block. `own` is never written bare."""
-    rest = _without(text, interface)
+    # In its place, if it has one: of several blocks each may be written at any time.
+    head, tail = _around(text, interface)
     if not names:
-        return rest
-    taken = {own.lower(), "localhost", *_names_in(rest)}
+        return head + tail
+    taken = {own.lower(), "localhost", *_names_in(head), *_names_in(tail)}
     suffix = domain(prefix)
     lines = [_begin(interface).decode() + f" (kgctl connect writes it for {prefix}, and removes it at its end)"]
     for name, addresses in names.items():
         bare = "" if name.lower() in taken else f" {name}"
         lines += [f"{address} {name}.{suffix}{bare}" for address in addresses]
     lines.append(_end(interface).decode())
-    gap = b"" if not rest or rest.endswith(b"\n") else b"\n"
-    return rest + gap + "\n".join(lines).encode() + b"\n"
+    gap = b"" if not head or head.endswith(b"\n") else b"\n"
+    return head + gap + "\n".join(lines).encode() + b"\n" + tail
 
 
 def _begin(interface: str) -> bytes:
@@ -58,26 +59,20 @@ def _end(interface: str) -> bytes:
     return f"# kilo-etcd {interface}: end".encode()
 
 
-def _without(text: bytes, interface: str) -> bytes:
+def _around(text: bytes, interface: str) -> tuple[bytes, bytes]:
+    """What stands before and after the block; all of it before, if there is none."""
+    lines = text.splitlines(keepends=True)
     begin, end = _begin(interface), _end(interface)
-    kept: list[bytes] = []
-    inside: list[bytes] | None = None
-    for line in text.splitlines(keepends=True):
-        if inside is None:
-            if line.rstrip() == begin or line.startswith(begin + b" "):
-                inside = []
-            else:
-                kept.append(line)
-        elif line.rstrip() == end:
-            inside = None
-        else:
-            inside.append(line)
-    # The end is missing: somebody has cut the file. Lines of ours are neither blank nor comments.
-    for at, line in enumerate(inside or ()):
-        if not line.strip() or line.lstrip().startswith(b"#"):
-            kept += (inside or [])[at:]
-            break
-    return b"".join(kept)
+    first = next((at for at, line in enumerate(lines) if line.rstrip() == begin or line.startswith(begin + b" ")), None)
+    if first is None:
+        return text, b""
+    last = next((at for at in range(first, len(lines)) if lines[at].rstrip() == end), None)
+    if last is None:
+        # Somebody has cut the end off. Lines of ours are neither blank nor comments.
+        rest = range(first + 1, len(lines))
+        foreign = (at for at in rest if not lines[at].strip() or lines[at].lstrip().startswith(b"#"))
+        last = next(foreign, len(lines)) - 1
+    return b"".join(lines[:first]), b"".join(lines[last + 1 :])
 
 
 def _names_in(text: bytes) -> Iterator[str]:

@@ -22,7 +22,7 @@ from kilo_etcd.etcd.api import Client, Compare, KeyValue, LeaseNotFound, Op, Put
 from kilo_etcd.model import IPAddress, IPNetwork, Snapshot
 from kilo_etcd.store import operator
 from kilo_etcd.store.claims import candidates
-from kilo_etcd.store.keys import AddressKey, Keys
+from kilo_etcd.store.keys import AddressKey, Keys, claimant
 from kilo_etcd.store.lease import KeptLease
 from kilo_etcd.store.records import PeerRecord, RecordError, decode_peer, encode
 
@@ -58,11 +58,6 @@ class Decision:
     claims: Mapping[IPAddress, str] = field(factory=dict)
     chosen: tuple[IPAddress, ...] = ()
     """Those of the addresses that were chosen here."""
-
-
-def claimant(name: str) -> str:
-    """What stands at an address that peer `name` has claimed; no node has a name with a slash."""
-    return f"peer/{name}"
 
 
 def decide(wish: Wish, snapshot: Snapshot, view: View, keys: Keys) -> Decision:
