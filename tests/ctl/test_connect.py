@@ -22,6 +22,7 @@ from kilo_etcd.agent.logs import setup_logging
 from kilo_etcd.ctl.connect.connection import Connection, Edges, Names, Settings
 from kilo_etcd.ctl.connect.registration import LEASE_SECONDS, Gone, Registration, Wish
 from kilo_etcd.ctl.context import Failure
+from kilo_etcd.etcd import Unavailable
 from kilo_etcd.kernel.state import Change, DeleteLink, DeleteRoute, HostAddress
 from kilo_etcd.model import CandidateClass, Endpoint
 from kilo_etcd.store.keys import Keys, claimant
@@ -245,6 +246,23 @@ async def test_somebody_who_takes_the_name_ends_it_and_keeps_the_name(world: Wor
     assert caught.group_contains(Gone, match="has another public key now", depth=None)
     assert world.host.observed.link is None
     assert world.record().public_key == key_of(77)
+
+
+async def test_a_record_whose_answer_was_lost_is_taken_away_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transact = world.client.txn
+
+    async def txn(*args: object, **kwargs: object) -> object:
+        world.client.lose_answer()
+        return await transact(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(world.client, "txn", txn)
+    with pytest.raises(BaseExceptionGroup) as caught:
+        async with connected(world):
+            pytest.fail("it went on")
+    assert caught.group_contains(Unavailable, match="broke before the answer came", depth=None)
+    assert nothing_is_left(world)
 
 
 async def test_no_clean_up_leaves_all_of_it_and_a_record_that_stays(world: World) -> None:

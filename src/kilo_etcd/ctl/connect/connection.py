@@ -302,6 +302,8 @@ class Connection:
 
     async def _leave(self) -> None:
         if not self._joined:
+            # The record may be there all the same: its answer was not waited for.
+            await self._withdraw()
             return
         if not self.wish.clean_up:
             self.log.info("ended; everything is left in place", interface=self.settings.interface)
@@ -322,7 +324,7 @@ class Connection:
         await self._withdraw()
 
     async def _withdraw(self) -> None:
-        if not self.registration.removes:
+        if not self.registration.leased:
             return
         reason = "no answer in time"
         with trio.move_on_after(WITHDRAW_SECONDS):

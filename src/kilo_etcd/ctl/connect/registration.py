@@ -184,6 +184,11 @@ class Registration:
         return self.decision is not None and self.decision.writes and self._wish.clean_up
 
     @property
+    def leased(self) -> bool:
+        """Whether there is a lease, with or without anything under it."""
+        return bool(self._lease.id)
+
+    @property
     def doubted(self) -> bool:
         """Whether etcd is to be asked if the lease still lives."""
         return self._lease.doubted
@@ -255,8 +260,7 @@ class Registration:
 
     async def withdraw(self) -> None:
         """Take away what this run has put. EtcdError; then it ends with its lease."""
-        if self.removes:
-            await self._lease.end()
+        await self._lease.end()
 
 
 def _as_it_was(view: View, key: str) -> Compare:
