@@ -213,21 +213,6 @@ def test_a_peer_with_the_public_key_of_a_node_harms_only_itself() -> None:
     assert set(world.view.snapshot().peers) == {"tablet"}
 
 
-def test_overlapping_subnets_stay_with_the_older_registration() -> None:
-    world = World()
-    world.node("old", "10.4.0.1", subnets="172.16.0.0/16")
-    world.node("new", "10.4.0.2", subnets="172.16.5.0/24,172.30.0.0/24")
-    nodes = world.view.snapshot().nodes
-    assert nodes["old"].subnets == (ip_network("172.16.0.0/16"),)
-    assert nodes["new"].subnets == (ip_network("172.30.0.0/24"),)
-    assert world.aside == {
-        "/kilo/nodes/new": "subnet 172.16.5.0/24 overlaps 172.16.0.0/16 of node old, which registered earlier"
-    }
-    world.delete(KEYS.node("old"))
-    assert len(world.view.snapshot().nodes["new"].subnets) == 2
-    assert world.aside == {}
-
-
 def test_candidates_and_leaders() -> None:
     world = World()
     world.put(KEYS.election("", "a"), encode(CandidateRecord(rank=CandidateClass.REST, since="now")))

@@ -85,7 +85,7 @@ class TestElection:
 class TestClaims:
     def settle(self, *claims: tuple[int, str], mesh: str = "10.4.0.0/16") -> dict[str, str]:
         offered = {
-            ("node", str(number)): Claim((0, number, ""), f"node {number}", tuple(map(ip_network, networks.split())))
+            ("node", str(number)): (Claim((0, number, ""), f"node {number}", tuple(map(ip_network, networks.split()))),)
             for number, networks in claims
         }
         settlement = settle(Settlement((ip_network(mesh),)), offered, lambda: [ip_address("10.4.7.7")])
@@ -109,6 +109,30 @@ class TestClaims:
 
     def test_inside_the_mesh_an_unused_network_may_be_had(self) -> None:
         assert self.settle((1, "10.4.7.0/24"), (2, "10.4.8.0/24"), (3, "10.4.0.0/16")) == {"2": "10.4.8.0/24"}
+
+    def test_what_nobody_may_have_takes_nothing_from_others(self) -> None:
+        assert self.settle((1, "0.0.0.0/0 10.0.0.0/8 127.0.0.0/8"), (2, "10.1.0.0/16")) == {"2": "10.1.0.0/16"}
+
+    def test_nodes_of_one_location_do_not_contend_and_each_keeps_its_place(self) -> None:
+        def offer(number: int, networks: str) -> Claim:
+            return Claim((0, number, ""), f"node {number}", tuple(map(ip_network, networks.split())))
+
+        here, there = ("location", "location:here"), ("location", "location:there")
+        offers = {
+            here: (offer(1, "10.1.1.0/24 10.2.0.0/24"), offer(4, "10.1.0.0/16 10.3.0.0/16")),
+            there: (offer(2, "10.3.7.0/24"), offer(5, "10.2.0.0/16")),
+        }
+        settlement = settle(Settlement(), offers, lambda: ())
+        assert settlement(here) == (ip_network("10.1.0.0/16"), ip_network("10.2.0.0/24"))
+        assert settlement(there) == (ip_network("10.3.7.0/24"),)
+        assert [problem.text for problem in settlement.problems] == [
+            "10.2.0.0/16 of node 5 is left out: it overlaps 10.2.0.0/24 of node 1, which comes first; "
+            "take it out of one of the two",
+            "10.3.0.0/16 of node 4 is left out: it overlaps 10.3.7.0/24 of node 2, which comes first; "
+            "take it out of one of the two",
+        ]
+        assert settlement.offered_by(ip_network("10.1.0.0/16")) == "node 4"
+        assert settlement.offered_by(ip_network("10.3.0.0/16")) is None
 
 
 class TestGuard:

@@ -70,7 +70,7 @@ def test_the_longer_registered_node_keeps_a_network_and_everyone_agrees() -> Non
         assert "172.20.2.0/24" not in every, host
         assert ip_network("172.20.2.0/24") not in plan.routes, host
         assert [p.text for p in plan.problems if p.subject == "172.20.2.0/24"] == [
-            "172.20.2.0/24 of node a2 is left out: it overlaps a network that node b2 offered before; "
+            "172.20.2.0/24 of node a2 is left out: it overlaps 172.20.0.0/16 of node b2, which comes first; "
             "take it out of one of the two"
         ], host
 
@@ -85,7 +85,7 @@ def test_the_longer_registered_node_keeps_a_network_and_everyone_agrees() -> Non
         ("fe80::/64", "each host's own"),
         ("10.0.0.0/8", "it covers the mesh's own subnet"),
         ("10.4.0.0/24", "it holds the mesh address of a node"),
-        ("172.20.2.128/25", "it overlaps a network that node a2 offered"),
+        ("172.20.2.128/25", "it overlaps 172.20.2.0/24 of node a2"),
     ],
 )
 def test_what_an_outside_peer_may_not_have(offered: str, why: str) -> None:

@@ -394,7 +394,7 @@ class Daemon:
         self.once.clear("unknown", "this host is among the mesh's nodes again")
         self.resolver.set_names(plan_names(self.raw_plan))
         resolved = resolve_plan(self.raw_plan, self.resolver.table, self.resolver.failed, self.whereabouts.families)
-        plan = guard(resolved, self.protected(), self.plan)
+        plan = guard(resolved, self.protected(), self.plan, offered_by=self.topology.settlement.offered_by)
         standby = decide.role_of(self.topology, self.name).kind is store.Role.MEMBER
         before = self.kernel.writes
         try:

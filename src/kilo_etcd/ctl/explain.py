@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import partial
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from typing import Any
 
 import click
@@ -23,7 +24,7 @@ from kilo_etcd.ctl.live import Live, differs, gather, pairs
 from kilo_etcd.ctl.output import output_option, show
 from kilo_etcd.ctl.render import Table, clean, shown_location
 from kilo_etcd.model import IPAddress, Snapshot
-from kilo_etcd.topology.hostplan import HostPlan, Via
+from kilo_etcd.topology.hostplan import HostPlan, Problem, Via
 from kilo_etcd.topology.plan import host_plan
 from kilo_etcd.topology.segments import Topology, build_topology
 from kilo_etcd.topology.walk import Hop, Path, walk
@@ -164,7 +165,11 @@ def _journey(topology: Topology, plans: Plans, source: str, own: IPAddress, dest
     path = walk(plans, topology, source, destination, sender=own)
     routed = any(destination in n for n in plans[source].routes if n.version == destination.version)
     if not routed and destination not in nodes[source].mesh_addresses:
-        raise Unknown(f"{destination} is no part of the mesh: {source} sends it by its own routing table")
+        why = next((problem.text for problem in topology.problems if _about(problem, destination)), None)
+        raise Unknown(
+            f"{destination} is no part of the mesh: {source} sends it by its own routing table"
+            + (f" ({why})" if why else "")
+        )
     there = _way(path, source, own, destination, topology, plans)
     end = path.hops[-1].target if path.hops else source
     if path.dropped:
@@ -173,6 +178,14 @@ def _journey(topology: Topology, plans: Plans, source: str, own: IPAddress, dest
         return Journey(there=there, unasked=f"{end} answers by its own configuration, which is not in etcd")
     back = walk(plans, topology, end, own, sender=destination)
     return Journey(there=there, back=_way(back, end, destination, own, topology, plans))
+
+
+def _about(problem: Problem, destination: IPAddress) -> bool:
+    """Whether it says that a network with this address in it was left out; a default route holds nobody's."""
+    with suppress(ValueError):
+        network = ip_network(problem.subject)
+        return bool(network.prefixlen) and network.version == destination.version and destination in network
+    return False
 
 
 def _way(

@@ -115,7 +115,7 @@ def run(file: str, name: str, etcd: str | None, granularity: str | None, command
         async with running_lab(spec, name, say=lambda line: click.echo(line, err=True)) as lab:
             if spec.agents:
                 await lab.all_pairs_ping(deadline)
-                click.echo(f"all {len(lab.hosts)} hosts ping each other", err=True)
+                click.echo(f"all {sum(host.agent for host in spec.hosts)} hosts ping each other", err=True)
             if command is not None:
                 return await run_here(lab, "operator", ["sh", "-c", command])
             Console().print(await demo.host_table(lab))

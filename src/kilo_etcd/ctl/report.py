@@ -109,7 +109,7 @@ class Report:
     disagreements: tuple[Remark, ...] = field(factory=tuple)
     """Agents whose word differs from what etcd says."""
     errors: tuple[Remark, ...] = ()
-    """What the agents themselves report as failing."""
+    """What the agents themselves report as failing, without what every one of them says of the mesh (`problems`)."""
     problems: tuple[Remark, ...] = ()
     """What the topology could not give to somebody."""
     live: LiveReport | None = None
@@ -141,6 +141,7 @@ def report(
     """The report on `snapshot`; `newest` is what `newest_revision` says, `registered` what `registered_names` says."""
     topology = build_topology(snapshot)
     names = sorted({*snapshot.nodes, *registered, *statuses})
+    everyones = {problem.text for problem in topology.problems}
     return Report(
         revision=newest,
         granularity=snapshot.granularity.value,
@@ -156,7 +157,11 @@ def report(
             for text in _disagreements(name, statuses[name], topology, newest)
         ),
         errors=tuple(
-            Remark(subject=name, text=error) for name in names if name in statuses for error in statuses[name].errors
+            Remark(subject=name, text=error)
+            for name in names
+            if name in statuses
+            for error in statuses[name].errors
+            if error not in everyones
         ),
         problems=tuple(Remark(subject=problem.subject, text=problem.text) for problem in topology.problems),
         live=None if live is None else _live_report(topology, live),

@@ -376,7 +376,7 @@ class Lab:
 
     async def _why(self, missing: Sequence[tuple[str, str]], deadline: float) -> str:
         pairs = ", ".join(f"{a} to {b}" for a, b in missing[:6]) + (", ..." if len(missing) > 6 else "")
-        ended = [row for row in await self.status() if row.agent_pid is None]
+        ended = [row for row in await self.status() if row.agent_pid is None and row.agent != "none"]
         text = f"after {deadline:g} s {len(missing)} pairs do not ping: {pairs}"
         for row in ended[:3]:
             with suppress(LabError):

@@ -46,6 +46,8 @@ class HostSpec:
     """Further arguments for its agent."""
     families: tuple[str, ...] = ()
     """The address families that it has of the lab's; empty: all."""
+    agent: bool = True
+    """Whether it runs an agent, where hosts do; else it is a machine like others on its site's network: a printer."""
 
 
 @frozen(kw_only=True)
@@ -205,6 +207,7 @@ def _site(table: _Table) -> SiteSpec:
                 subnet=host.integer("subnet", 0),
                 args=host.texts("args"),
                 families=host.texts("families"),
+                agent=host.boolean("agent", True),
             )
         )
         host.finish()

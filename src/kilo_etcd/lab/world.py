@@ -83,14 +83,15 @@ class World:
         await self._etcd_ready(_ETCD_WAIT)
         await say(f"etcd answers at {', '.join(self.layout.endpoints)}")
         for host in spec.hosts:
-            if host.label is not None:
+            if host.label is not None and host.agent:
                 await self.label(host.name, host.label)
         if spec.agents:
             await self._require_wireguard()
-            for host in spec.hosts:
-                self.start_agent(host.name)
+            nodes = self._nodes()
+            for node in nodes:
+                self.start_agent(node)
                 await trio.lowlevel.checkpoint()
-            await say(f"{len(spec.hosts)} agents started")
+            await say(f"{len(nodes)} agents started")
 
     def _require_programs(self) -> None:
         needed = ["ip", "nft", "etcd", "etcdctl", "sleep"]
@@ -172,6 +173,10 @@ class World:
                 raise LabError(f"{name} is powered off; kgctl lab power-on {name} switches it on")
             raise LabError(f"there is no {name!r} in this lab; there are {', '.join(self.layout.machines)}")
         return found
+
+    def _nodes(self) -> list[str]:
+        """The hosts that run, or could run, an agent."""
+        return [host.name for host in self.layout.spec.hosts if host.agent]
 
     def _host(self, name: str) -> str:
         if name not in self.layout.hosts:
@@ -305,6 +310,8 @@ class World:
     def start_agent(self, host: str) -> int:
         """Start a host's agent unless it runs; its pid as the lab sees it."""
         running = self.agents.get(self._host(host))
+        if host not in self._nodes():
+            raise LabError(f"{host} runs no agent: it is described with agent = false")
         if running is None or not running.alive:
             running = self.agents[host] = self._daemon(host, host, self.agent_command(host))
         return running.pid
@@ -345,7 +352,7 @@ class World:
             await self._wire([addresses.wire])
             await self._configure(host)
             await self._ip(addresses.wire.other, addressing.port_commands(addresses))
-            if agent:
+            if agent and host in self._nodes():
                 self.start_agent(host)
 
     # --- cuts ----------------------------------------------------------------------------------------------
@@ -398,7 +405,7 @@ class World:
 
     def status(self) -> list[dict[str, Any]]:
         """The hosts, as a person would ask for them."""
-        rows = []
+        rows, nodes = [], set(self._nodes())
         for host, addresses in self.layout.hosts.items():
             agent = self.agents.get(host)
             rows.append(
@@ -409,7 +416,7 @@ class World:
                     "private": [str(interface) for interface in addresses.private],
                     "public": [str(ip) for ip in addresses.public],
                     "mesh": [str(ip) for ip in self.mesh_addresses(host)],
-                    "agent": agent.description if agent else "not started",
+                    "agent": agent.description if agent else "not started" if host in nodes else "none",
                     "agent_pid": agent.pid if agent and agent.alive else None,
                     "cuts": sorted(self._cuts.get(host, ())),
                 }
@@ -417,8 +424,8 @@ class World:
         return rows
 
     async def missing_pings(self, hosts: Sequence[str], timeout: float) -> list[tuple[str, str]]:
-        """Ordered pairs among `hosts` (all that are on, if empty) that do not ping at their mesh addresses."""
-        chosen = [self._host(host) for host in hosts] or [host for host in self.layout.hosts if host in self.machines]
+        """Ordered pairs among `hosts` (all nodes that are on, if empty) that do not ping at their mesh addresses."""
+        chosen = [self._host(host) for host in hosts] or [host for host in self._nodes() if host in self.machines]
         targets = {host: self.mesh_addresses(host) for host in chosen}
         missing = [(a, b) for a in chosen for b in chosen if a != b and (not targets[b] or a not in self.machines)]
         pairs = [

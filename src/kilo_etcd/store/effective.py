@@ -87,9 +87,8 @@ def join(
     *,
     label: str | None,
     addresses: tuple[IPAddress, ...],
-    subnets: tuple[IPNetwork, ...],
 ) -> Node:
-    """The node in force. `subnets` are those of `said` that it has not lost to another node."""
+    """The node in force."""
     record = registered.record
     return Node(
         name=name,
@@ -100,7 +99,7 @@ def join(
         internal_ips=said.internal_ips,
         mesh_addresses=addresses,
         port=record.port,
-        subnets=subnets,
+        subnets=said.subnets,
         allowed_location_ips=said.allowed_location_ips,
         persistent_keepalive=said.persistent_keepalive,
         leader_wanted=said.leader_wanted,

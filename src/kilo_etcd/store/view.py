@@ -17,12 +17,12 @@ What is not in force is named, one by one, in `Snapshot.set_aside`:
 * records that cannot be read, and keys under the prefix that are none of ours;
 * unknown fields: the whole record for a peer, the field alone for what agents write (decision 0002);
 * two owners (nodes or peers) of one public key: neither is in force;
-* overlapping networks behind two nodes: the older registration keeps its own, the later loses that network only;
 * annotations with bad values: the node is as it would be without them;
 * address claims outside the mesh's subnets.
 
 A node that has claimed no address yet is joining: it is left out without a word. The annotations `subnets` and
-`force-*` replace what the node's record says.
+`force-*` replace what the node's record says. Who gets a network that two offer is the topology's to say
+(`topology.claims`), which knows locations and peers too.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from kilo_etcd.model import (
 )
 from kilo_etcd.store import keys as k
 from kilo_etcd.store.effective import ANNOTATIONS, Registered, join, lowest_per_family
-from kilo_etcd.store.joins import KeyIndex, NetworkIndex, Owner, describe
+from kilo_etcd.store.joins import KeyIndex, Owner, describe
 from kilo_etcd.store.records import (
     CandidateRecord,
     NodeRecord,
@@ -83,7 +83,6 @@ class View:
         self._elections: dict[str, dict[str, Candidate]] = {}
         self._leaders: dict[str, str] = {}
         self._key_index = KeyIndex()
-        self._network_index = NetworkIndex()
         self._aside: dict[object, tuple[SetAside, ...]] = {}  # raw key, or owner for what a join found
         # What has changed since the last snapshot.
         self._dirty: set[Owner] = set()
@@ -158,7 +157,6 @@ class View:
         )
 
     def _join_all(self) -> None:
-        # Joining a node may dirty others (a network lost or won), so go on until nothing is left.
         nodes, peers = dict(self._nodes), dict(self._peers)
         nodes_changed = peers_changed = False
         while self._dirty:
@@ -192,19 +190,11 @@ class View:
         owner: Owner = ("node", name)
         registered = self._registered.get(name)
         if registered is None:
-            self._dirty |= {("node", other) for other in self._network_index.claim(name, (), (0, name))}
             self._note(owner, ())
             return None
         key = self._keys.node(name)
         said, wrong = registered.annotated(self._annotations.get(name, {}))
         notes = [SetAside(self._keys.annotation(name, annotation), text) for annotation, text in wrong.items()]
-        others = self._network_index.claim(name, said.subnets, (registered.create_revision, name))
-        self._dirty |= {("node", other) for other in others}
-        lost = self._network_index.lost(name)
-        notes.extend(
-            SetAside(key, f"subnet {network} overlaps {theirs} of node {winner}, which registered earlier")
-            for network, (winner, theirs) in lost.items()
-        )
         rivals = self._key_index.rivals(owner)
         if rivals:
             notes.append(
@@ -216,8 +206,7 @@ class View:
         addresses = lowest_per_family(self._claims.get(name, ()), self.subnets or ())
         if rivals or not addresses:
             return None
-        subnets = tuple(network for network in said.subnets if network not in lost)
-        return join(name, registered, said, label=self._labels.get(name), addresses=addresses, subnets=subnets)
+        return join(name, registered, said, label=self._labels.get(name), addresses=addresses)
 
     def _join_peer(self, name: str) -> Peer | None:
         owner: Owner = ("peer", name)

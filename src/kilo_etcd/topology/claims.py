@@ -3,7 +3,11 @@
 WireGuard gives a network to one peer only, and the last one told wins; so if every host settled an overlap
 by itself, hosts would disagree about where a packet goes. Here it is a pure function of the snapshot: the
 longer-registered node wins, nodes win over outside peers, and the mesh wins over all. What loses is left out
-on every host alike, and named.
+on every host alike, and named; what is left out takes nothing from others.
+
+Networks overlap only by one lying within the other, so all that is offered falls into groups, each within its widest
+network, that have nothing to do with each other. A change is settled anew in the groups that it touches and costs what
+is in them; the first settlement is a change to nothing.
 
 It promises that granted networks of different owners are disjoint, that none is a default route or loopback, none
 covers a mesh subnet and none holds a node's mesh address. What one host in particular must not route
@@ -12,9 +16,10 @@ covers a mesh subnet and none holds a node's mesh address. What one host in part
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Mapping
 from ipaddress import ip_network
+from operator import attrgetter
 from typing import TypeAlias
 
 from attrs import field, frozen
@@ -28,7 +33,7 @@ Owner: TypeAlias = tuple[str, str]
 
 @frozen
 class Claim:
-    """What an owner offers; the smaller `priority` wins. `offered_by` is the name for people."""
+    """What an owner, or one node for its location, offers; the smaller `priority` wins. `offered_by` is for people."""
 
     priority: tuple[int, int, str]
     offered_by: str
@@ -51,33 +56,61 @@ def network_key(network: IPNetwork) -> tuple[int, int, int]:
     return (network.version, int(network.network_address), network.prefixlen)
 
 
-@frozen
-class _Span:
-    """The granted networks of one family as disjoint intervals, sorted; the three lists run in parallel."""
+@frozen(eq=False)
+class _Offer:
+    """One network of a claim; it reaches from `start` to `end`."""
+
+    start: int
+    end: int
+    network: IPNetwork
+    owner: Owner
+    rank: tuple[tuple[int, int, str], Owner, int, int]
+    """Who is asked first. Within a claim the widest, so that what comes later lies within what its owner has."""
+    by: str
+
+    def refused(self, why: str) -> Problem:
+        return Problem(subject=str(self.network), text=f"{self.network} of {self.by} is left out: {why}")
+
+
+@frozen(eq=False)
+class _Group:
+    """The offers within the widest of them, and how they were settled."""
+
+    start: int
+    end: int
+    offers: tuple[_Offer, ...]
+    granted: tuple[_Offer, ...]
+    problems: tuple[Problem, ...]
+
+
+@frozen(eq=False)
+class _Groups:
+    """The groups of one family, which are disjoint, by address; the two lists run in parallel."""
 
     starts: list[int] = field(factory=list)
-    ends: list[int] = field(factory=list)
-    owners: list[Owner] = field(factory=list)
+    groups: list[_Group] = field(factory=list)
 
-    def copy(self) -> _Span:
-        return _Span(self.starts[:], self.ends[:], self.owners[:])
+    def copy(self) -> _Groups:
+        return _Groups(self.starts[:], self.groups[:])
 
-    def holder(self, start: int, end: int) -> Owner | None:
-        """An owner of something between `start` and `end`."""
-        at = bisect_left(self.starts, start)
-        if at and self.ends[at - 1] >= start:
-            return self.owners[at - 1]
-        return self.owners[at] if at < len(self.starts) and self.starts[at] <= end else None
+    def meeting(self, start: int, end: int) -> tuple[int, int]:
+        """From which index up to which the groups reach into what lies between `start` and `end`."""
+        first = bisect_left(self.starts, start)
+        if first and self.groups[first - 1].end >= start:
+            first -= 1
+        return first, bisect_right(self.starts, end, first)
 
-    def put(self, start: int, end: int, owner: Owner) -> None:
-        at = bisect_left(self.starts, start)
-        self.starts.insert(at, start)
-        self.ends.insert(at, end)
-        self.owners.insert(at, owner)
+    def take(self, start: int, end: int) -> list[_Group]:
+        """Take these groups out."""
+        first, after = self.meeting(start, end)
+        taken = self.groups[first:after]
+        del self.starts[first:after], self.groups[first:after]
+        return taken
 
-    def take(self, start: int) -> None:
-        at = bisect_left(self.starts, start)
-        del self.starts[at], self.ends[at], self.owners[at]
+    def put(self, group: _Group) -> None:
+        at = bisect_left(self.starts, group.start)
+        self.starts.insert(at, group.start)
+        self.groups.insert(at, group)
 
 
 @frozen
@@ -85,17 +118,33 @@ class Settlement:
     """The outcome. `granted` has an entry for each owner that claims anything, sorted by `network_key`."""
 
     mesh: tuple[IPNetwork, ...] = ()
-    claims: Mapping[Owner, Claim] = field(factory=dict)
+    claims: Mapping[Owner, tuple[Claim, ...]] = field(factory=dict)
     granted: Mapping[Owner, tuple[IPNetwork, ...]] = field(factory=dict)
     problems: tuple[Problem, ...] = ()
-    within_mesh: bool = False
-    """Something claimed lies inside a mesh subnet, so that the outcome depends on who has which address."""
-    spans: Mapping[int, _Span] = field(factory=dict, eq=False, repr=False)
+    _groups: Mapping[int, _Groups] = field(factory=dict, eq=False, repr=False)
+    _troubles: Mapping[object, tuple[Problem, ...]] = field(factory=dict, eq=False, repr=False)
+    """The problems by where they are from: an owner, for what nobody may offer, or a group."""
 
     @property
     def versions(self) -> frozenset[int]:
         """The families of what is granted."""
-        return frozenset(version for version, span in self.spans.items() if span.starts)
+        return frozenset(v for v, found in self._groups.items() if any(group.granted for group in found.groups))
+
+    def offered_by(self, network: IPNetwork) -> str | None:
+        """Who was granted a network, in words."""
+        if (found := self._groups.get(network.version)) is None:
+            return None
+        near = found.groups[slice(*found.meeting(*_interval(network)))]
+        return next((offer.by for group in near for offer in group.granted if offer.network == network), None)
+
+    def within_mesh(self) -> list[tuple[int, int, int]]:
+        """Where something is claimed inside the mesh, so that the outcome depends on who has which address."""
+        return [
+            (subnet.version, group.start, group.end)
+            for subnet in self.mesh
+            if (found := self._groups.get(subnet.version)) is not None
+            for group in found.groups[slice(*found.meeting(*_interval(subnet)))]
+        ]
 
     def __call__(self, owner: Owner) -> tuple[IPNetwork, ...]:
         return self.granted.get(owner, ())
@@ -103,125 +152,194 @@ class Settlement:
 
 def settle(
     previous: Settlement,
-    changes: Mapping[Owner, Claim | None],
+    changes: Mapping[Owner, tuple[Claim, ...]],
     mesh_addresses: Callable[[], Iterable[IPAddress]],
     addresses_changed: bool = True,
 ) -> Settlement:
-    """The settlement after `changes` (None: withdrawn) to `previous`; from `Settlement(mesh)` for the first.
+    """The settlement after `changes` (empty: withdrawn) to `previous`; from `Settlement(mesh)` for the first.
 
     `mesh_addresses` is asked only when something is claimed inside the mesh. The outcome depends on the claims
     and addresses alone, not on the way there.
     """
-    changes = {owner: claim for owner, claim in changes.items() if previous.claims.get(owner) != claim}
-    if not changes and not (previous.within_mesh and addresses_changed):
+    mesh = previous.mesh
+    changes = {owner: claims for owner, claims in changes.items() if previous.claims.get(owner, ()) != claims}
+    within = previous.within_mesh() if addresses_changed else []
+    if not changes and not within:
         return previous
-    claims = dict(previous.claims)
-    for owner, claim in changes.items():
-        if claim is None:
-            claims.pop(owner, None)
+    claims, troubles = dict(previous.claims), dict(previous._troubles)
+    groups = {version: found.copy() for version, found in previous._groups.items()}
+    taken: list[_Group] = []
+    loose: dict[int, list[_Offer]] = {}
+
+    def loosen(version: int, start: int, end: int) -> None:
+        for group in groups.setdefault(version, _Groups()).take(start, end):
+            taken.append(group)
+            loose.setdefault(version, []).extend(offer for offer in group.offers if offer.owner not in changes)
+            troubles.pop((version, group.start), None)
+
+    for version, start, end in within:
+        loosen(version, start, end)
+    for owner, new in changes.items():
+        for offer in _offers(owner, claims.get(owner, ())):
+            if _never(offer, mesh) is None:
+                loosen(offer.network.version, offer.start, offer.end)
+        if new:
+            claims[owner] = new
         else:
-            claims[owner] = claim
-    if len(changes) * 8 < len(claims) and not previous.problems and not previous.within_mesh:
-        quick = _amend(previous, claims, changes)
-        if quick is not None:
-            return quick
-    return _settle_all(previous.mesh, claims, mesh_addresses)
+            claims.pop(owner, None)
+        void = []
+        for offer in _offers(owner, new):
+            if (why := _never(offer, mesh)) is not None:
+                void.append(offer.refused(why))
+            else:
+                loosen(offer.network.version, offer.start, offer.end)
+                loose.setdefault(offer.network.version, []).append(offer)
+        _keep(troubles, owner, tuple(void))
+
+    nodes = _Nodes(mesh, mesh_addresses)
+    made = []
+    for version, offers in loose.items():
+        for together in _apart(offers):
+            group = _settled(together, nodes)
+            groups[version].put(group)
+            made.append(group)
+            _keep(troubles, (version, group.start), group.problems)
+    same = troubles.keys() == previous._troubles.keys() and all(
+        problems == previous._troubles[source] for source, problems in troubles.items()
+    )
+    return Settlement(
+        mesh,
+        claims,
+        _granted(previous.granted, claims, changes, taken, made),
+        previous.problems if same else _sorted(troubles.values()),
+        groups,
+        troubles,
+    )
+
+
+@frozen(eq=False)
+class _Nodes:
+    """The mesh's subnets, and who has an address there, looked up when it is first asked for."""
+
+    mesh: tuple[IPNetwork, ...]
+    ask: Callable[[], Iterable[IPAddress]]
+    _found: dict[int, list[int]] = field(factory=dict)
+
+    def hinder(self, offer: _Offer) -> str | None:
+        """Why a network that does not cover the mesh cannot be had inside it."""
+        if not any(_overlap(offer.network, subnet) for subnet in self.mesh):
+            return None
+        if not self._found:
+            self._found.update({4: [], 6: []})
+            for address in self.ask():
+                self._found[address.version].append(int(address))
+            for numbers in self._found.values():
+                numbers.sort()
+        numbers = self._found[offer.network.version]
+        at = bisect_left(numbers, offer.start)
+        if at < len(numbers) and numbers[at] <= offer.end:
+            return "it holds the mesh address of a node; choose one outside the mesh's subnet"
+        return None
 
 
 def _interval(network: IPNetwork) -> tuple[int, int]:
     return int(network.network_address), int(network.broadcast_address)
 
 
-def _widest_first(networks: Iterable[IPNetwork]) -> list[IPNetwork]:
-    """In this order, a network that overlaps one its owner was already granted lies within that one."""
-    return sorted(set(networks), key=lambda n: (n.prefixlen, n.version, int(n.network_address)))
+def _overlap(one: IPNetwork, other: IPNetwork) -> bool:
+    return one.version == other.version and one.overlaps(other)
 
 
-def _amend(
-    previous: Settlement, claims: dict[Owner, Claim], changes: Mapping[Owner, Claim | None]
-) -> Settlement | None:
-    """The quick way for a change that touches nobody else's networks; None when it does."""
-    spans = {version: span.copy() for version, span in previous.spans.items()}
-    granted = dict(previous.granted)
-    for owner in changes:
-        for network in granted.pop(owner, ()):
-            spans[network.version].take(int(network.network_address))
-    for owner, claim in changes.items():
-        if claim is None:
+def _offers(owner: Owner, claims: Iterable[Claim]) -> Iterable[_Offer]:
+    for claim in claims:
+        for network in claim.networks:
+            start, end = _interval(network)
+            yield _Offer(
+                start, end, network, owner, (claim.priority, owner, network.prefixlen, start), claim.offered_by
+            )
+
+
+def _never(offer: _Offer, mesh: Iterable[IPNetwork]) -> str | None:
+    """Why nobody may have the network, whatever else is offered."""
+    network = offer.network
+    if not network.prefixlen:
+        return "a default route is never taken into the mesh; offer smaller networks"
+    if any(first <= offer.start and offer.end <= last for first, last in _EACH_HOSTS_OWN[network.version]):
+        return "loopback, link-local and multicast addresses are each host's own; offer other networks"
+    if any(_overlap(network, subnet) and network.prefixlen <= subnet.prefixlen for subnet in mesh):
+        return "it covers the mesh's own subnet; offer smaller networks"
+    return None
+
+
+def _apart(offers: list[_Offer]) -> Iterable[list[_Offer]]:
+    """Those that lie within one network together."""
+    group: list[_Offer] = []
+    for offer in sorted(offers, key=lambda offer: (offer.start, -offer.end)):
+        if group and offer.start > group[0].end:
+            yield group
+            group = []
+        group.append(offer)
+    if group:
+        yield group
+
+
+def _settled(offers: list[_Offer], nodes: _Nodes) -> _Group:
+    """In order of rank each is granted unless it overlaps what another owner was granted before. `offers` begins with
+    the widest."""
+    starts: list[int] = []
+    granted: list[_Offer] = []
+    problems = []
+    for offer in sorted(offers, key=_RANK) if len(offers) > 1 else offers:
+        first, after = bisect_left(starts, offer.start), bisect_right(starts, offer.end)
+        if first and granted[first - 1].end >= offer.start:
+            first -= 1
+        held = granted[first:after]
+        rival = next((one for one in held if one.owner != offer.owner), None)
+        if rival is not None:
+            reason = f"it overlaps {rival.network} of {rival.by}, which comes first; take it out of one of the two"
+            problems.append(offer.refused(reason))
+        elif held and held[0].start <= offer.start and offer.end <= held[0].end:
             continue
-        own = []
-        for network in _widest_first(claim.networks):
-            start, end = _interval(network)
-            span = spans.setdefault(network.version, _Span())
-            holder = span.holder(start, end)
-            if holder == owner:
-                continue
-            if holder is not None or not network.prefixlen or _overlaps(network, previous.mesh):
-                return None
-            if _each_hosts_own(network.version, start, end):
-                return None
-            span.put(start, end, owner)
-            own.append(network)
-        granted[owner] = tuple(sorted(own, key=network_key))
-    return Settlement(previous.mesh, claims, granted, (), False, spans)
+        elif (why := nodes.hinder(offer)) is not None:
+            problems.append(offer.refused(why))
+        else:
+            starts[first:after], granted[first:after] = [offer.start], [offer]
+    return _Group(offers[0].start, offers[0].end, tuple(offers), tuple(granted), tuple(problems))
 
 
-def _each_hosts_own(version: int, start: int, end: int) -> bool:
-    return any(first <= start and end <= last for first, last in _EACH_HOSTS_OWN[version])
+_RANK = attrgetter("rank")
 
 
-def _overlaps(network: IPNetwork, others: Iterable[IPNetwork]) -> bool:
-    return any(network.version == other.version and network.overlaps(other) for other in others)
+def _granted(
+    before: Mapping[Owner, tuple[IPNetwork, ...]],
+    claims: Mapping[Owner, tuple[Claim, ...]],
+    changed: Iterable[Owner],
+    gone: Iterable[_Group],
+    come: Iterable[_Group],
+) -> dict[Owner, tuple[IPNetwork, ...]]:
+    networks: dict[Owner, set[IPNetwork]] = {owner: set(before.get(owner, ())) for owner in changed}
+    for group in gone:
+        for offer in group.granted:
+            networks.setdefault(offer.owner, set(before.get(offer.owner, ()))).discard(offer.network)
+    for group in come:
+        for offer in group.granted:
+            networks.setdefault(offer.owner, set(before.get(offer.owner, ()))).add(offer.network)
+    granted = dict(before)
+    for owner, found in networks.items():
+        if owner in claims:
+            granted[owner] = tuple(sorted(found, key=network_key))
+        else:
+            granted.pop(owner, None)
+    return granted
 
 
-def _settle_all(
-    mesh: tuple[IPNetwork, ...], claims: dict[Owner, Claim], mesh_addresses: Callable[[], Iterable[IPAddress]]
-) -> Settlement:
-    spans: dict[int, _Span] = {}
-    granted: dict[Owner, tuple[IPNetwork, ...]] = {}
-    problems: list[Problem] = []
-    taken: dict[int, list[int]] | None = None
-    within_mesh = False
-    for owner in sorted(claims, key=lambda owner: (claims[owner].priority, owner)):
-        claim = claims[owner]
-        own = []
-        for network in _widest_first(claim.networks):
-            start, end = _interval(network)
-            span = spans.setdefault(network.version, _Span())
-            reason = None
-            holder = span.holder(start, end)
-            if holder == owner:
-                continue
-            if not network.prefixlen:
-                reason = "a default route is never taken into the mesh; offer smaller networks"
-            elif _each_hosts_own(network.version, start, end):
-                reason = "loopback, link-local and multicast addresses are each host's own; offer other networks"
-            elif holder is not None:
-                other = claims[holder].offered_by
-                reason = f"it overlaps a network that {other} offered before; take it out of one of the two"
-            elif _overlaps(network, mesh):
-                within_mesh = True
-                if taken is None:
-                    taken = {4: [], 6: []}
-                    for address in mesh_addresses():
-                        taken[address.version].append(int(address))
-                    taken = {version: sorted(numbers) for version, numbers in taken.items()}
-                numbers = taken[network.version]
-                at = bisect_left(numbers, start)
-                if any(
-                    m.version == network.version and m.prefixlen >= network.prefixlen and m.overlaps(network)
-                    for m in mesh
-                ):
-                    reason = "it covers the mesh's own subnet; offer smaller networks"
-                elif at < len(numbers) and numbers[at] <= end:
-                    reason = "it holds the mesh address of a node; choose one outside the mesh's subnet"
-            if reason is None:
-                span.put(start, end, owner)
-                own.append(network)
-            else:
-                problems.append(
-                    Problem(subject=str(network), text=f"{network} of {claim.offered_by} is left out: {reason}")
-                )
-        granted[owner] = tuple(sorted(own, key=network_key))
-    problems.sort(key=lambda problem: (problem.subject, problem.text))
-    return Settlement(mesh, claims, granted, tuple(problems), within_mesh, spans)
+def _keep(troubles: dict[object, tuple[Problem, ...]], source: object, problems: tuple[Problem, ...]) -> None:
+    if problems:
+        troubles[source] = problems
+    else:
+        troubles.pop(source, None)
+
+
+def _sorted(problems: Iterable[tuple[Problem, ...]]) -> tuple[Problem, ...]:
+    every = (problem for some in problems for problem in some)
+    return tuple(sorted(every, key=lambda problem: (problem.subject, problem.text)))

@@ -11,7 +11,7 @@ The mesh itself is never guarded away: the mesh subnet that holds the host's own
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from ipaddress import IPv4Network, IPv6Network
 
 from attrs import evolve, frozen
@@ -67,13 +67,15 @@ def guard(
     protected: Sequence[IPNetwork],
     previous: HostPlan | None = None,
     *,
+    offered_by: Callable[[IPNetwork], str | None] = lambda network: None,
     mesh: Sequence[IPNetwork] | None = None,
 ) -> HostPlan:
     """`plan` without what would harm the host. `protected`: etcd's endpoints, own underlay networks and the like.
 
-    The peers' own endpoints are protected without being named. `previous`, the last guarded plan of the same
-    host, only saves work. `mesh` are the mesh's subnets, where the host's own addresses need not be within them. The
-    outcome may be handed to `host_plan` as its previous plan, as `plan` itself may.
+    The peers' own endpoints are protected without being named. `offered_by` names who offers a network, for people.
+    `previous`, the last guarded plan of the same host, only saves work. `mesh` are the mesh's subnets, where the host's
+    own addresses need not be within them. The outcome may be handed to `host_plan` as its previous plan, as `plan` itself
+    may.
     """
     protected = tuple(protected)
     if previous is not None and (memo := _still_clean(plan, protected, previous)) is not None:
@@ -93,7 +95,7 @@ def guard(
     problems = {
         *plan.problems,
         *(
-            Problem(subject=str(network), text=f"{network} is not routed here: {reason}")
+            Problem(subject=str(network), text=f"{_called(network, offered_by(network))} is not routed here: {reason}")
             for network, reason in harmful.items()
         ),
     }
@@ -103,6 +105,10 @@ def guard(
         peers={key: _without(peer, harmful) for key, peer in plan.peers.items()},
         problems=tuple(sorted(problems, key=lambda problem: (problem.subject, problem.text))),
     )
+
+
+def _called(network: IPNetwork, by: str | None) -> str:
+    return f"{network} of {by}" if by else str(network)
 
 
 def _still_clean(plan: HostPlan, protected: tuple[IPNetwork, ...], previous: HostPlan) -> GuardMemo | None:

@@ -247,36 +247,42 @@ def _sorted(networks: tuple[IPNetwork, ...]) -> tuple[IPNetwork, ...]:
     return networks if len(networks) < 2 else tuple(sorted(networks, key=network_key))
 
 
-def _claims_of_nodes(names: Iterable[str], snapshot: Snapshot) -> Iterator[tuple[Owner, Claim | None]]:
+def _claims_of_nodes(names: Iterable[str], snapshot: Snapshot) -> Iterator[tuple[Owner, tuple[Claim, ...]]]:
     for name in names:
         node = snapshot.nodes.get(name)
         if node is None or not node.subnets:
-            yield ("node", name), None
+            yield ("node", name), ()
         else:
-            yield ("node", name), Claim((0, node.registered_revision, name), f"node {name}", node.subnets)
+            yield ("node", name), (Claim((0, node.registered_revision, name), f"node {name}", node.subnets),)
 
 
-def _claims_of_locations(members: Mapping[str, Mapping[str, Node]]) -> Iterator[tuple[Owner, Claim | None]]:
+def _claims_of_locations(
+    members: Mapping[str, Mapping[str, Node]],
+) -> Iterator[tuple[Owner, tuple[Claim, ...]]]:
     for key, nodes in members.items():
-        offering = [node for node in nodes.values() if node.allowed_location_ips]
-        if offering:
-            networks = tuple(sorted({n for node in offering for n in node.allowed_location_ips}, key=network_key))
-            first = min(offering, key=lambda node: (node.registered_revision, node.name))
-            by = f"node {first.name} (allowed-location-ips)"
-            yield ("location", key), Claim((0, first.registered_revision, first.name), by, networks)
-        else:
-            yield ("location", key), None
+        yield (
+            ("location", key),
+            tuple(
+                Claim(
+                    (0, node.registered_revision, name),
+                    f"node {name} (allowed-location-ips)",
+                    node.allowed_location_ips,
+                )
+                for name, node in sorted(nodes.items())
+                if node.allowed_location_ips
+            ),
+        )
 
 
 def _claims_of_peers(
     before: Snapshot, snapshot: Snapshot, refused: frozenset[str]
-) -> Iterator[tuple[Owner, Claim | None]]:
+) -> Iterator[tuple[Owner, tuple[Claim, ...]]]:
     for name in {*before.peers, *snapshot.peers}:
         peer = snapshot.peers.get(name)
         if peer is None or name in refused or not peer.allowed_ips:
-            yield ("peer", name), None
+            yield ("peer", name), ()
         else:
-            yield ("peer", name), Claim((1, 0, name), f"peer {name}", peer.allowed_ips)
+            yield ("peer", name), (Claim((1, 0, name), f"peer {name}", peer.allowed_ips),)
 
 
 def _clashing_keys(
