@@ -10,7 +10,7 @@ from attrs import evolve
 
 from kilo_etcd.ctl.location import check_label, location_lines, locations_table
 from kilo_etcd.ctl.render import Table, clean, framed, plain, status_heading, status_json, status_tables
-from kilo_etcd.ctl.report import NOT_IN_FORCE, UNREGISTERED, newest_revision, registered_names, report
+from kilo_etcd.ctl.report import NOT_IN_FORCE, UNREGISTERED, newest_revision, registered_names, remarks_on, report
 from kilo_etcd.etcd.api import Header, KeyValue
 from kilo_etcd.model import Candidate, CandidateClass, Endpoint, Granularity, Node, SetAside, Snapshot
 from kilo_etcd.store.keys import Keys
@@ -122,6 +122,19 @@ def test_agents_that_disagree_are_named_with_what() -> None:
         ("b1", "it was started with --mesh-granularity full, but follows the mesh's: location"),
     ]
     assert "33 (7 behind)" in plain(status_tables(found))
+
+
+def test_what_every_agent_says_of_the_mesh_is_shown_once() -> None:
+    greedy = evolve(WORLD.nodes["a2"], subnets=(ip_network("0.0.0.0/0"),))
+    world = evolve(WORLD, nodes={**WORLD.nodes, "a2": greedy})
+    (problem,) = report(world, {}, newest=40).problems
+    assert (problem.subject, problem.about) == ("0.0.0.0/0", "a2")
+    statuses = {name: evolve(said, errors=(problem.text, f"{name} itself")) for name, said in ALL_WELL.items()}
+    found = report(world, statuses, newest=40)
+    assert [(remark.subject, remark.text) for remark in found.errors] == [(name, f"{name} itself") for name in statuses]
+    assert plain(status_tables(found)).count(problem.text) == 1
+    assert ("a2", problem.text) in remarks_on(found, {"a2"})
+    assert all(text != problem.text for _, text in remarks_on(found, {"a1"}))
 
 
 def test_an_agent_that_listed_later_than_the_newest_record_is_not_behind() -> None:

@@ -145,6 +145,21 @@ def test_what_cannot_be_explained_is_one_sentence(etcd: FakeEtcd, arguments: lis
     assert len(found.stderr.splitlines()) == 1
 
 
+def test_why_an_address_in_a_network_that_was_left_out_is_not_reached(etcd: FakeEtcd) -> None:
+    etcd.put("/kilo/annotations/gcp-1/subnets", "10.4.0.0/15")
+    etcd.put("/kilo/annotations/gcp-2/subnets", "0.0.0.0/0")
+    found = run("home-1", "10.5.0.9")
+    assert found.exit_code == 1
+    assert found.stderr == (
+        "kgctl: 10.5.0.9 is no part of the mesh: home-1 sends it by its own routing table "
+        "(10.4.0.0/15 of node gcp-1 is left out: it covers the mesh's own subnet; offer smaller networks)\n"
+    )
+    assert run("home-1", "8.8.8.8").stderr.endswith("home-1 sends it by its own routing table\n")
+    shown = CliRunner().invoke(main, ["node", "show", "gcp-1"], prog_name="kgctl").output
+    assert "10.4.0.0/15 of node gcp-1 is left out" in shown
+    assert "0.0.0.0/0 of node gcp-2" not in shown
+
+
 def test_an_address_that_nobody_has_is_dropped_where_it_would_be(etcd: FakeEtcd) -> None:
     found = run("gcp-2", "10.4.200.200")
     assert found.exit_code == 1

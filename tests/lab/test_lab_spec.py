@@ -35,6 +35,9 @@ def test_a_site_in_short_and_hosts_at_length(tmp_path: Path) -> None:
             [[site.host]]
             name = "attic"
             args = ["--mtu", "1300"]
+            [[site.host]]
+            name = "printer"
+            agent = false
             """,
         )
     )
@@ -44,7 +47,9 @@ def test_a_site_in_short_and_hosts_at_length(tmp_path: Path) -> None:
             name="gcp",
             hosts=(HostSpec(name="gcp-1", public=True, label="gcp"), HostSpec(name="gcp-2", label="gcp")),
         ),
-        SiteSpec(name="home", hosts=(HostSpec(name="attic", args=("--mtu", "1300")),)),
+        SiteSpec(
+            name="home", hosts=(HostSpec(name="attic", args=("--mtu", "1300")), HostSpec(name="printer", agent=False))
+        ),
     )
 
 

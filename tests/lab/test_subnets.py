@@ -9,6 +9,7 @@ import pytest
 
 from helpers import eventually, require
 from kilo_etcd.lab.client import Lab, running_lab
+from kilo_etcd.lab.runtime import LabError
 from kilo_etcd.lab.spec import HostSpec, SiteSpec, Spec
 
 pytestmark = [pytest.mark.lab, pytest.mark.deadline(150)]
@@ -66,7 +67,7 @@ async def seen(lab: Lab, machine: str, interface: str, target: str, sources: lis
     found = {}
     for source in sources:
         async with lab.capture(machine, [interface]) as capture:
-            assert await lab.ping(source, target), f"{source} to {target}"
+            assert await lab.ping(source, target, timeout=5), f"{source} to {target}"
         found[source] = {
             flow.source for flow in capture.flows if flow.protocol == "icmp" and flow.destination == target
         }
@@ -105,6 +106,8 @@ async def test_containers_behind_hosts_and_a_printer() -> None:
         lan = {name: row.private[0].partition("/")[0] for name, row in rows.items()}
         mesh = {name: row.mesh[0] for name, row in rows.items() if row.mesh}
         assert rows["printer"].agent == "none"
+        with pytest.raises(LabError, match="printer runs no agent"):
+            await lab.start("printer")
         assert await masquerading(lab) == []
 
         for name, address in BOXES.items():
@@ -181,5 +184,15 @@ async def test_containers_behind_hosts_and_a_printer() -> None:
             return status.count(unrouted) == len(NODES) - 1
 
         await eventually(shown, 10, every=0.2, what="the reports in kgctl status")
+        # Where every host is its own gateway, the one that was told of the printer leads to it.
+        for granularity in ("cross", "full"):
+            await lab.etcdctl("put", "/kilo/mesh/granularity", granularity)
+
+            async def switched() -> bool:
+                return await masquerading(lab) == ["home-1"]
+
+            await eventually(switched, 20, every=0.1, what=f"home-1 masquerades alone, in {granularity}")
+            await reached(lab, *BOXES.values(), lan["printer"])
+
         explained = (await lab.kgctl("explain", older, near.replace(".0/24", ".77"))).stdout
         assert f"{near} of node {younger} is not routed here" in explained

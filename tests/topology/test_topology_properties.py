@@ -183,6 +183,14 @@ def test_what_is_behind_a_node_is_reached_and_can_answer(world: Snapshot) -> Non
             assert there.hops[-1].target == other
             back = walk(plans, topology, other, here, sender=behind)
             assert back.delivered, str(back)
+        for printers in world.nodes[other].allowed_location_ips:
+            if world.nodes[one].location != world.nodes[other].location:
+                there = walk(plans, topology, one, printers[9])
+                assert there.delivered, str(there)
+                # It answers to whoever is next to it, and this host to whom it stands for.
+                gateway = there.hops[-1].target
+                assert gateway == topology.segment_of(other).leader.name
+                assert [name for name, plan in plans.items() if printers in plan.masquerade] == [gateway]
         for peer in world.peers.values():
             path = walk(plans, topology, one, peer.allowed_ips[0].network_address)
             assert path.hops[-1].target == f"peer {peer.name}", str(path)

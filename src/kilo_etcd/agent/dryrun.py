@@ -46,14 +46,16 @@ async def dry_run(config: AgentConfig, client: etcd.Client, setup: Callable[[Age
         click.echo(f"# {config.hostname} is not registered yet: shown as if it were")
         snapshot = _with(snapshot, _prospect(config, chosen, snapshot, privatekey.public_key(private)))
     try:
-        plan = host_plan(build_topology(snapshot), config.hostname)
+        topology = build_topology(snapshot)
+        plan = host_plan(topology, config.hostname)
     except UnknownNode:
         click.echo(f"# {config.hostname} would not be among the mesh's nodes, so nothing would be changed")
         for aside in snapshot.set_aside:
             click.echo(f"# {aside.key}: {aside.reason}")
         return
     plan = resolve_plan(plan, *await resolve_once(plan), facts.families())
-    plan = guard(plan, (*facts.underlay(), *await discover.etcd_networks(config.etcd)))
+    protected = (*facts.underlay(), *await discover.etcd_networks(config.etcd))
+    plan = guard(plan, protected, offered_by=topology.settlement.offered_by)
     for problem in plan.problems:
         click.echo(f"# {problem.text}")
     async with kernel.open_kernel(setup(config, private)) as device:

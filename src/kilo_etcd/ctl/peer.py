@@ -308,7 +308,9 @@ def _row(name: str, record: PeerRecord | str, snapshot: Snapshot, keys: Keys) ->
     reasons = [note.reason for note in snapshot.set_aside if note.key == keys.peer(name)]
     from kilo_etcd.topology import build_topology
 
-    reasons += [problem.text for problem in build_topology(snapshot).problems if problem.subject == name]
+    reasons += [
+        problem.text for problem in build_topology(snapshot).problems if name in (problem.subject, problem.about)
+    ]
     return (
         clean(name),
         record.public_key,

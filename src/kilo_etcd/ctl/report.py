@@ -62,6 +62,8 @@ class Remark:
 
     subject: str
     text: str
+    about: str = ""
+    """The node or peer that can mend it, where the subject is a network."""
 
 
 @frozen(kw_only=True)
@@ -163,7 +165,9 @@ def report(
             for error in statuses[name].errors
             if error not in everyones
         ),
-        problems=tuple(Remark(subject=problem.subject, text=problem.text) for problem in topology.problems),
+        problems=tuple(
+            Remark(subject=problem.subject, text=problem.text, about=problem.about) for problem in topology.problems
+        ),
         live=None if live is None else _live_report(topology, live),
     )
 
@@ -194,7 +198,7 @@ def _live_report(topology: Topology, live: Live) -> LiveReport:
 def remarks_on(report: Report, names: Collection[str]) -> tuple[tuple[str, str], ...]:
     """(name, sentence) for everything that the report has to say against the named nodes."""
     gone = [(row.name, "its agent does not report: is the host up?") for row in report.nodes if not row.alive]
-    said = [(r.subject, r.text) for r in (*report.disagreements, *report.errors, *report.problems)]
+    said = [(r.about or r.subject, r.text) for r in (*report.disagreements, *report.errors, *report.problems)]
     return tuple(dict.fromkeys(pair for pair in (*gone, *said) if pair[0] in names))
 
 

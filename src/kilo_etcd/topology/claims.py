@@ -33,7 +33,8 @@ Owner: TypeAlias = tuple[str, str]
 
 @frozen
 class Claim:
-    """What an owner, or one node for its location, offers; the smaller `priority` wins. `offered_by` is for people."""
+    """What an owner, or one node for its location, offers; the smaller `priority` wins, which ends with
+    the name of who offers. `offered_by` is for people."""
 
     priority: tuple[int, int, str]
     offered_by: str
@@ -69,7 +70,8 @@ class _Offer:
     by: str
 
     def refused(self, why: str) -> Problem:
-        return Problem(subject=str(self.network), text=f"{self.network} of {self.by} is left out: {why}")
+        (_, _, name), *_ = self.rank
+        return Problem(subject=str(self.network), text=f"{self.network} of {self.by} is left out: {why}", about=name)
 
 
 @frozen(eq=False)

@@ -61,6 +61,8 @@ class Problem:
     subject: str
     """The node, peer or network concerned."""
     text: str
+    about: str = ""
+    """The node or peer that can mend it, where the subject is a network."""
 
 
 @frozen(kw_only=True)
