@@ -337,7 +337,7 @@ async def test_what_cannot_be_is_refused_in_one_sentence_and_nothing_is_written(
     await refused(world, "names no single address", allowed_ips=(ip_network("10.9.0.0/24"),))
     tablet = PeerRecord(public_key=key_of(20), allowed_ips=(ip_network("10.9.0.0/24"),))
     await world.client.put(KEYS.peer("tablet"), encode(tablet))
-    await refused(world, "overlaps a network that peer tablet offered", allowed_ips=(ip_network("10.9.0.2/32"),),
+    await refused(world, "overlaps 10.9.0.0/24 of peer tablet", allowed_ips=(ip_network("10.9.0.2/32"),),
                   name="zenbook")  # fmt: skip
     await refused(world, "registered with another public key", name="tablet")
     await refused(world, "public key is also that of node gcp-1", public_key=key_of(1))

@@ -74,8 +74,7 @@ def guard(
 
     The peers' own endpoints are protected without being named. `offered_by` names who offers a network, for people.
     `previous`, the last guarded plan of the same host, only saves work. `mesh` are the mesh's subnets, where the host's
-    own addresses need not be within them. The outcome may be handed to `host_plan` as its previous plan, as `plan` itself
-    may.
+    own addresses need not be within them. The outcome may be handed to `host_plan` as its previous plan, as `plan` may.
     """
     protected = tuple(protected)
     if previous is not None and (memo := _still_clean(plan, protected, previous)) is not None:
