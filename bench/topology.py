@@ -60,8 +60,8 @@ def timed(work: Callable[[], object], runs: int) -> float:
     return median(times)
 
 
-def measure(snapshot: Snapshot) -> tuple[float, float, float, float]:
-    """From scratch, after one change, and the guard on both, in milliseconds."""
+def measure(snapshot: Snapshot) -> tuple[float, float, float, float, float]:
+    """From scratch, after one change, the guard on both, and all of it after a subnet moved, in milliseconds."""
     protected = [ip_network("10.200.0.0/24"), ip_network("192.0.2.10/32")]
 
     def scratch() -> object:
@@ -86,13 +86,31 @@ def measure(snapshot: Snapshot) -> tuple[float, float, float, float]:
         end = perf_counter()
         changed_times.append((middle - begin) * 1000)
         guard_times.append((end - middle) * 1000)
-    return first, median(changed_times), first_guard, median(guard_times)
+    moved_times = []
+    for run in range(50):
+        name = f"node-{len(snapshot.nodes) - PER_LOCATION * (run % 5) - PER_LOCATION}"
+        moved = evolve(snapshot.nodes[name], subnets=(ip_network((0xAC10_0000 + run * 256, 24)),))
+        snapshot = evolve(snapshot, revision=snapshot.revision + 1, nodes={**snapshot.nodes, name: moved})
+        begin = perf_counter()
+        topology = build_topology(snapshot, topology)
+        plan = host_plan(topology, "node-0", plan)
+        guarded = guard(plan, protected, guarded)
+        moved_times.append((perf_counter() - begin) * 1000)
+    return first, median(changed_times), first_guard, median(guard_times), median(moved_times)
 
 
 def main() -> None:
     """Print the table."""
     table = Table(title="Topology and own host plan, ms (median)")
-    for heading in ("mesh", "nodes", "from scratch", "one node changed", "guard", "guard after the change"):
+    for heading in (
+        "mesh",
+        "nodes",
+        "from scratch",
+        "one node changed",
+        "guard",
+        "guard after the change",
+        "a subnet moved, all",
+    ):
         table.add_column(heading, justify="left" if heading == "mesh" else "right")
     for granularity in (Granularity.LOCATION, Granularity.FULL):
         for subnets in (False, True):

@@ -44,8 +44,10 @@ class _Ranges:
 
     def met_by(self, network: IPNetwork) -> str | None:
         """What the network overlaps, in words."""
-        version = network.version
-        start, end = int(network.network_address), int(network.broadcast_address)
+        return self.met_between(network.version, int(network.network_address), int(network.broadcast_address))
+
+    def met_between(self, version: int, start: int, end: int) -> str | None:
+        """The same of the addresses from `start` to `end`."""
         # Of all that begins at or before our end, the one that reaches furthest overlaps us if any does.
         at = bisect_right(self.starts[version], end) - 1
         return self.networks[version][at] if at >= 0 and self.furthest[version][at] >= start else None
@@ -83,7 +85,7 @@ def guard(
     exposed = [network for network in _networks(plan.routes, plan.peers.values()) if not _within(network, mesh)]
     harmful: dict[IPNetwork, str] = {}
     if exposed:
-        ranges = _Ranges.of([*_protected_items(protected), *_endpoint_items(plan.peers.values())])
+        ranges = _Ranges.of([*_items(protected), *_endpoint_items(plan.peers.values())])
         for network in exposed:
             if not network.prefixlen:
                 harmful[network] = "a default route is never taken into the mesh"
@@ -123,10 +125,17 @@ def _still_clean(plan: HostPlan, protected: tuple[IPNetwork, ...], previous: Hos
         return None
     fresh = [network for network in _networks(routes, peers) if not _within(network, memo.mesh)]
     if any(network not in previous.routes for network in fresh):
-        every = _Ranges.of([*_protected_items(protected), *_endpoint_items(plan.peers.values())])
-        for network in fresh:
-            if not network.prefixlen or network not in plan.routes or every.met_by(network) is not None:
-                return None
+        if not all(network.prefixlen and network in plan.routes for network in fresh):
+            return None
+        # There are few of these and many endpoints, whose names nobody asks for here.
+        ranges = _Ranges.of(_items(fresh))
+        if any(ranges.met_by(network) is not None for network in protected):
+            return None
+        for peer in plan.peers.values():
+            if peer.endpoint is not None and (address := peer.endpoint.address) is not None:
+                number = int(address)
+                if ranges.met_between(address.version, number, number) is not None:
+                    return None
     lengths = memo.lengths | _lengths(fresh)
     for version, number, _, _ in _endpoint_items(peers):
         for family, length in lengths:
@@ -173,7 +182,7 @@ def _within(network: IPNetwork, mesh: tuple[IPNetwork, ...]) -> bool:
     )
 
 
-def _protected_items(protected: Iterable[IPNetwork]) -> Iterable[tuple[int, int, int, str]]:
+def _items(protected: Iterable[IPNetwork]) -> Iterable[tuple[int, int, int, str]]:
     for network in protected:
         yield network.version, int(network.network_address), int(network.broadcast_address), f"{network}"
 
