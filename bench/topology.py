@@ -109,7 +109,7 @@ def main() -> None:
         "one node changed",
         "guard",
         "guard after the change",
-        "a subnet moved, all",
+        "a subnet moved: all",
     ):
         table.add_column(heading, justify="left" if heading == "mesh" else "right")
     for granularity in (Granularity.LOCATION, Granularity.FULL):
@@ -119,7 +119,7 @@ def main() -> None:
                 numbers = measure(mesh(size, granularity, subnets=subnets))
                 label = shape + (", a subnet behind each" if subnets else "")
                 table.add_row(label, f"{size:,}", *(f"{number:.2f}" for number in numbers))
-    Console(width=120).print(table)
+    Console(width=150).print(table)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from kilo_etcd.topology import (
     walk_both,
 )
 from kilo_etcd.topology.claims import network_key
+from kilo_etcd.topology.segments import changes
 
 QUICK = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 LABELS = ("", "a", "b", "self")
@@ -244,6 +245,31 @@ def test_the_difference_gives_what_the_whole_gives(history: list[Snapshot]) -> N
                 result = guard(plans[name], protected, guarded.get(name))
                 assert result == guard(expected, protected)
                 guarded[name] = result
+
+
+keys = st.integers(0, 30)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.dictionaries(keys, st.integers(), min_size=5),
+    st.lists(st.tuples(keys, st.booleans()), max_size=16),
+    st.booleans(),
+)
+def test_what_differs_between_two_mappings(old: dict[int, int], edits: list[tuple[int, bool]], anew: bool) -> None:
+    networks = [ip_network(f"10.0.{number}.0/24") for number in range(31)]
+    before = {networks[key]: str(value) for key, value in old.items()}
+    after = dict(before)
+    for key, go in edits:
+        if go:
+            after.pop(networks[key], None)
+        else:
+            after[networks[key]] = f"new {key}"
+    if anew:
+        after = {ip_network(str(key)): value[:1] + value[1:] for key, value in after.items()}
+    found = changes(before, after)
+    assert len(found) == len(set(found))
+    assert set(found) == {key for key in {*before, *after} if before.get(key) != after.get(key)}
 
 
 def test_an_equal_record_that_was_read_anew_changes_no_object() -> None:
