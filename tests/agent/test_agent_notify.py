@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,6 +40,49 @@ def test_reloading_comes_with_its_moment(systemd: socket.socket) -> None:
     first, second = systemd.recv(4096).decode().split("\n")
     assert first == "RELOADING=1"
     assert int(second.removeprefix("MONOTONIC_USEC=")) > 0
+
+
+def agent(state: Path) -> subprocess.Popen[str]:
+    """`kg` with a state directory that keeps it from running."""
+    command = [sys.executable, "-m", "kilo_etcd.agent.main", "--hostname", "h1", "--state-dir", str(state)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+def test_what_the_operator_has_to_mend_is_not_tried_every_second(systemd: socket.socket, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    systemd.settimeout(60)
+    with agent(tmp_path / "file" / "state") as process:
+        said = systemd.recv(4096).decode()
+        assert said.startswith("STATUS=cannot run, will try again: ")
+        assert process.poll() is None
+        process.terminate()
+        _, printed = process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGTERM  # for systemd an end as asked
+    assert printed.splitlines()[-1] == f"kg: {said.removeprefix('STATUS=cannot run, will try again: ')}"
+    assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize(("mode", "service", "status"), [(0o644, True, 2), (None, False, 1)])
+def test_it_ends_at_once_where_starting_again_is_no_use_or_nobody_starts_it_again(
+    mode: int | None, service: bool, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as server:
+        server.bind(str(tmp_path / "notify"))
+        server.setblocking(False)
+        if service:
+            monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        if mode is None:
+            (tmp_path / "state").touch()
+        else:
+            (tmp_path / "state").mkdir()
+            (tmp_path / "state" / "key").touch(mode)
+            (tmp_path / "state" / "key").chmod(mode)
+        with agent(tmp_path / "state") as process:
+            _, printed = process.communicate(timeout=60)
+        assert process.returncode == status, printed
+        with pytest.raises(BlockingIOError):
+            server.recv(4096)  # it does not say that it will try again
 
 
 def test_without_systemd_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:

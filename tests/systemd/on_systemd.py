@@ -297,16 +297,30 @@ def test_stopping_leaves_the_kernel_as_it_is() -> None:
     assert "/kilo/nodes/node-1" in etcdctl("get", "--keys-only", "--prefix", "/kilo/nodes/")  # and is a member
 
 
-def test_what_goes_wrong_with_the_key_is_said_and_the_key_kept() -> None:
+def test_a_key_that_is_none_is_said_once_and_kept() -> None:
     key = Path("/var/lib/kilo-etcd/key")
     good = key.read_text()
     key.write_text("no key at all\n")
-    run("systemctl start --no-block kilo-etcd")
-    wait(lambda: "/var/lib/kilo-etcd/key" in journal(), 20, "a word about the key")
+    assert run("systemctl start kilo-etcd", check=False).returncode != 0
+    wait(lambda: shown("ActiveState")["ActiveState"] == "failed", 20, "the refusal")
+    assert shown("ExecMainStatus", "NRestarts") == {"ExecMainStatus": "2", "NRestarts": "0"}
     assert key.read_text() == "no key at all\n"
+    assert "/var/lib/kilo-etcd/key holds no WireGuard private key" in journal()
     assert "Traceback" not in journal()
     key.write_text(good)
-    wait(active, 30, "the service, which comes by itself when the key is back")
+
+
+def test_what_the_operator_has_to_mend_is_in_the_status_line_and_tried_again_now_and_then() -> None:
+    before = interface()
+    run("ip link del kilo0 && ip link add kilo0 type dummy")
+    run("systemctl start --no-block kilo-etcd")
+    wait(lambda: "is taken by" in shown("StatusText")["StatusText"], 30, "a status line about the interface's name")
+    begun = time.monotonic()
+    wait(lambda: shown("NRestarts")["NRestarts"] == "1", 60, "the second attempt")
+    assert time.monotonic() - begun > 5
+    run("ip link del kilo0")
+    wait(active, 60, "the service, which comes by itself when the name is free")
+    assert {**interface(), "index": before["index"]} == before
     run("systemctl stop kilo-etcd")
 
 

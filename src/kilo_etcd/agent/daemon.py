@@ -59,6 +59,10 @@ class Fatal(Exception):
     """The agent cannot go on; the message is the sentence for the operator."""
 
 
+class StoppedAtOnce(Fatal):
+    """Asked to stop a second time."""
+
+
 class Daemon:
     """One host's agent. `run()` returns when the agent was asked to stop and has done so."""
 
@@ -145,7 +149,7 @@ class Daemon:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             async for number in signals:
                 if self._stopping.is_set():
-                    raise Fatal(f"stopped at once: {signal.Signals(number).name} was received a second time")
+                    raise StoppedAtOnce(f"stopped at once: {signal.Signals(number).name} was received a second time")
                 self.log.info("stopping", signal=signal.Signals(number).name)
                 self._stopping.set()
 

@@ -1,12 +1,14 @@
 """`kg`: reads the options, opens what the agent needs, and turns every mistake of the operator's into one sentence.
 
-Exit status: 0 stopped as asked, 1 something is wrong that the operator must mend, 2 the command line is wrong.
+Exit status: 0 stopped as asked, 1 something is wrong that the operator must mend, 2 the command line or the key file is
+wrong, which starting again cannot mend.
 """
 
 from __future__ import annotations
 
 import shlex
 import sys
+import time
 
 import click
 import trio
@@ -14,14 +16,22 @@ import trio
 from kilo_etcd import __version__, etcd, kernel, store
 from kilo_etcd.agent import privatekey
 from kilo_etcd.agent.config import AgentConfig
-from kilo_etcd.agent.daemon import REFUSALS, Daemon, Fatal
+from kilo_etcd.agent.daemon import REFUSALS, Daemon, Fatal, StoppedAtOnce
 from kilo_etcd.agent.dryrun import dry_run
 from kilo_etcd.agent.logs import get_logger, setup_logging
 from kilo_etcd.agent.metrics import Metrics
+from kilo_etcd.agent.notify import notify
 from kilo_etcd.agent.only_one import AlreadyRunning, only_one
 from kilo_etcd.agent.options import agent_options
 
 EXPECTED = (Fatal, AlreadyRunning, etcd.EtcdError, kernel.KernelError, privatekey.KeyError_, *REFUSALS)
+
+PAUSE_SECONDS = 10.0
+"""How long an agent that could not go on stays before it ends, where systemd starts it again.
+
+The unit's own RestartSec has to be short, since an agent that crashed is to be back within its lease; but what an
+operator has to mend may stay as it is for days, and each start costs a second of CPU and six lines in the journal.
+"""
 
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
@@ -51,11 +61,23 @@ def _run(work: object, config: AgentConfig) -> None:
     try:
         trio.run(work, config)  # type: ignore[arg-type]
     except* EXPECTED as group:
-        for sentence in dict.fromkeys(str(error) for error in _leaves(group)):
+        errors = _leaves(group)
+        sentences = list(dict.fromkeys(map(str, errors)))
+        for sentence in sentences:
             click.echo(f"kg: {sentence}", err=True)
+        if any(isinstance(error, privatekey.UnusableKey) for error in errors):
+            sys.exit(2)
+        if work is _agent and not any(isinstance(error, StoppedAtOnce) for error in errors):
+            _pause(sentences[0])
         sys.exit(1)
     except* KeyboardInterrupt:
         sys.exit(130)
+
+
+def _pause(sentence: str) -> None:
+    """As a service, let some time pass. SIGTERM ends it, as it ends any process that does not heed it."""
+    if notify(f"STATUS=cannot run, will try again: {sentence}"):
+        time.sleep(PAUSE_SECONDS)
 
 
 def _leaves(group: BaseException) -> list[BaseException]:

@@ -1,8 +1,9 @@
 """The host's WireGuard private key: read from the state directory, or made there once.
 
 The key is the host's identity in the mesh, so a file that is there is never overwritten: what cannot be read, is no
-key, or could be read by others is refused with a sentence that says what to do. A new key appears whole or not at
-all (written aside, synced, linked into place), also when two agents start at once: then both use the first one's.
+key, or could be read by others is refused with a sentence that says what to do (the last two as `UnusableKey`). A new
+key appears whole or not at all (written aside, synced, linked into place), also when two agents start at once: then
+both use the first one's.
 """
 
 from __future__ import annotations
@@ -24,6 +25,10 @@ _MOST_BYTES = 1024
 
 class KeyError_(Exception):
     """The private key cannot be had; the message is one sentence for the operator."""
+
+
+class UnusableKey(KeyError_):
+    """The file that is there is no key, or others can read it: that does not pass by itself."""
 
 
 def load_or_create(state_dir: Path) -> str:
@@ -53,7 +58,7 @@ def load_or_create_file(path: Path, *, flag: str) -> str:
 
 
 def peek(state_dir: Path) -> str | None:
-    """The private key that is there already; None where there is none, KeyError_ where it is of no use."""
+    """The private key that is there already; None where there is none, UnusableKey where it is of no use."""
     return peek_file(state_dir / KEY_FILE)
 
 
@@ -69,9 +74,9 @@ def peek_file(path: Path) -> str | None:
     with os.fdopen(handle, "rb") as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
-            raise KeyError_(f"the private key {path} is no regular file; move it away")
+            raise UnusableKey(f"the private key {path} is no regular file; move it away")
         if status.st_mode & 0o077:
-            raise KeyError_(
+            raise UnusableKey(
                 f"the private key {path} is open to others (mode {stat.S_IMODE(status.st_mode):04o}); "
                 f"run chmod 600 {path}, and if others may have read it, remove it so that a new one is made"
             )
@@ -82,7 +87,7 @@ def peek_file(path: Path) -> str | None:
     except (binascii.Error, ValueError):
         key = b""
     if len(key) != KEY_BYTES:
-        raise KeyError_(
+        raise UnusableKey(
             f"{path} holds no WireGuard private key (44 characters of base64); "
             f"put the right one back, or remove the file so that a new one is made"
         )
