@@ -51,6 +51,7 @@ def via(destination: str, gateway: str, way: Via = Via.UNDERLAY, source: str | N
 def plan(
     *parts: PeerPlan | RoutePlan,
     addresses: tuple[str, ...] = ("10.4.0.1/32",),
+    fences: tuple[str, ...] = (),
     forwarding: tuple[int, ...] = (),
     ipip: tuple[str, ...] = (),
     ipip_local: str | None = None,
@@ -64,6 +65,7 @@ def plan(
         listen_port=port,
         peers={p.public_key: p for p in parts if isinstance(p, PeerPlan)},
         routes={r.destination: r for r in parts if isinstance(r, RoutePlan)},
+        fences=tuple(ip_network(n) for n in fences),
         forwarding=frozenset(forwarding),
         ipip_remotes=frozenset(ip_address(a) for a in ipip),
         ipip_local=None if ipip_local is None else ip_address(ipip_local),
@@ -129,6 +131,7 @@ def plans(draw: st.DrawFn, ipip: bool = True, v6_via_v4: bool = False) -> HostPl
         *peers,
         *routes,
         addresses=addresses,
+        fences=draw(st.sampled_from(((), ("10.4.0.0/16",), ("10.5.0.0/24", "fd00:4::/64")))),
         forwarding=draw(st.sampled_from(((), (4,), (4, 6)))),
         ipip=(GATEWAY4,) if encapsulated else (),
         ipip_local="192.168.9.1" if encapsulated else None,

@@ -57,8 +57,23 @@ def test_what_heeds_router_advertisements_goes_on_heeding_them_when_ipv6_is_forw
     assert "accept_ra" not in "".join(lines(diff(plan(MESH, forwarding=(4,)), bare, Memory(), TARGET)))
 
 
+def test_the_fence_comes_first_and_goes_last() -> None:
+    said = step(plan(), plan(MESH, fences=("10.4.0.0/16", "fd00:4::/64")))
+    assert said[:2] == [
+        "ip route add unreachable 10.4.0.0/16 proto 107 metric 4294967295",
+        "ip route add unreachable fd00:4::/64 proto 107 metric 4294967295",
+    ]
+    said = step(plan(MESH, fences=("10.4.0.0/16",)), plan())
+    assert said[-2:] == [
+        "ip route del 10.4.0.0/16 dev kilo0 proto 107 src 10.4.0.1",
+        "ip route del unreachable 10.4.0.0/16 proto 107 metric 4294967295",
+    ]
+
+
 def test_the_same_plan_again_changes_nothing() -> None:
-    wanted = plan(peer(2, "10.4.0.2/32", endpoint="203.0.113.2:51820"), MESH, forwarding=(4, 6))
+    wanted = plan(
+        peer(2, "10.4.0.2/32", endpoint="203.0.113.2:51820"), MESH, fences=("10.4.0.0/16",), forwarding=(4, 6)
+    )
     assert step(wanted, wanted) == []
 
 

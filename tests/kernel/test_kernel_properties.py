@@ -39,6 +39,7 @@ def test_applying_the_diff_yields_the_plan_and_a_second_time_nothing(
     assert {k: p.preshared_key for k, p in after.peers.items()} == {k: p.preshared_key for k, p in wanted.peers.items()}
     assert set(after.routes) == set(wanted.routes) - set(foreign)
     assert all(fulfils(r, route_for(wanted.routes[d], TARGET), TARGET) for d, r in after.routes.items())
+    assert after.fences == set(wanted.fences)
     assert wanted.forwarding <= after.forwarding
     assert (after.ipip is not None) == bool(wanted.ipip_remotes)
     assert len(todo.failures) == len(set(wanted.routes) & set(foreign))

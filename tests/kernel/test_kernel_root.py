@@ -9,6 +9,7 @@ import base64
 import errno
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -40,8 +41,10 @@ WORLD = plan(
     via("10.8.0.0/16", "fd00:9::77"),
     via("fd00:7::/64", "fd00:9::77", source="fd00:4::1"),
     addresses=("10.4.0.1/32", "fd00:4::1/128"),
+    fences=("10.4.0.0/16", "fd00:4::/64"),
     forwarding=(4, 6),
 )
+FENCES = {f"unreachable {text} metric 4294967295" for text in ("10.4.0.0/16", "fd00:4::/64 dev lo")}
 
 
 def sh(command: str) -> str:
@@ -111,6 +114,7 @@ async def test_a_world_is_set_up_and_the_second_time_nothing_is_written() -> Non
         "10.8.0.0/16 via inet6 fd00:9::77 dev eth0",
         "fd00:4::/64 dev kilo0 src fd00:4::1",
         "fd00:7::/64 via fd00:9::77 dev eth0 src fd00:4::1",
+        *FENCES,
     }
     shown = sh("wg show kilo0")
     assert "listening port: 51820" in shown
@@ -140,6 +144,9 @@ async def test_a_preview_makes_nothing() -> None:
         "ip route replace 10.7.0.0/16 via 192.168.9.88 proto 107",
         "ip link set eth0 down && ip link set eth0 up && ip address replace fd00:9::1/64 dev eth0 nodad",
         "ip link set kilo0 mtu 1300",
+        "ip route del unreachable 10.4.0.0/16 metric 4294967295",
+        "ip -6 route del unreachable fd00:4::/64 metric 4294967295",
+        "ip route add unreachable 10.77.0.0/16 proto 107 metric 4294967295",
     ],
 )
 async def test_what_somebody_else_breaks_is_reported_and_repaired(harm: str) -> None:
@@ -363,6 +370,53 @@ async def test_an_operators_routes_are_left_alone() -> None:
     await cleanup("kilo0")
     assert "192.168.9.66" in sh("ip route show 10.7.0.0/16")
     assert "fd00:9::66" in sh("ip -6 route show fd00:7::/64")
+
+
+async def test_where_the_meshs_route_cannot_be_set_packets_do_not_leave_by_the_default_route() -> None:
+    underlay()
+    sh("ip route add default via 192.168.9.254 && ip -6 route add default via fd00:9::254")
+    wanted = plan(
+        via("10.4.0.0/16", "192.168.77.1"),
+        addresses=("10.4.0.1/32", "fd00:4::1/128"),
+        fences=("10.4.0.0/16", "fd00:4::/64"),
+    )
+
+    def way(address: str) -> str:
+        done = subprocess.run(["ip", "route", "get", address], capture_output=True, text=True, check=False)
+        return done.stdout + done.stderr
+
+    async with agent() as kernel:
+        (failure,) = (await kernel.apply(wanted)).failures
+        assert "its gateway 192.168.77.1 is not on a network of this host" in failure.text
+        assert routes() == FENCES
+        for address in ("10.4.0.2", "fd00:4::2"):
+            assert re.search("No route to host|unreachable", way(address)), way(address)
+        assert "dev kilo0" not in way("10.4.0.2")
+        assert "via 192.168.9.254" in way("10.5.0.2")
+        # Whoever has a route of his own gets what he asked for.
+        sh("ip route add 10.4.0.0/16 via 192.168.9.253 metric 5000")
+        assert "via 192.168.9.253" in way("10.4.0.2")
+        await kernel.apply(evolve(wanted, fences=()))
+        assert routes() == set()
+
+
+async def test_a_route_that_cannot_be_replaced_does_not_stay_as_it_was() -> None:
+    underlay()
+    before = plan(MESH, fences=("10.4.0.0/16",))
+    after = plan(via("10.4.0.0/16", "192.168.77.1", source="10.4.0.1"), fences=("10.4.0.0/16",))
+    fence = "unreachable 10.4.0.0/16 metric 4294967295"
+    async with agent() as kernel:
+        await kernel.apply(before)
+        for _ in range(2):
+            (failure,) = (await kernel.apply(after)).failures
+            assert "its gateway 192.168.77.1 is not on a network of this host" in failure.text
+            assert routes() == {fence}
+        sh("ip address add 192.168.77.2/24 dev eth0")
+        with trio.fail_after(30):
+            await kernel.wait_drift()
+        assert (await kernel.apply(after)).failures == ()
+        assert routes() == {fence, "10.4.0.0/16 via 192.168.77.1 dev eth0 src 10.4.0.1"}
+        await settled(kernel, after)
 
 
 async def test_one_bad_route_does_not_stop_the_others() -> None:

@@ -117,11 +117,11 @@ async def check_wires(lab: Lab) -> None:
         if kind != "udp":
             kinds.discard("udp")  # the warm tunnels of standbys
         assert kinds == {kind}, (one, other, kinds)
-    # Nothing has tried to pass a router by an address that is no host's, but for what `never` sends in clear.
-    for name in ("near", "far", "sealed"):
-        strays = (await lab.counters(name))["stray"].packets
-        assert strays == 0 or not IPIP, name
-    assert (await lab.counters("sealed"))["stray"].packets == 0
+    # Nothing has tried to pass a router by an address that is no host's, not even where there is no way to the mesh.
+    refused = await lab.exec("plain-3", "ping", "-c", "1", "-W", "1", str(await lab.mesh_address("sealed-1")))
+    assert "No route to host" in refused.stderr, refused
+    for name in ("near", "far", "plain", "sealed"):
+        assert (await lab.counters(name))["stray"].packets == 0, name
 
 
 async def check_mtu(lab: Lab) -> None:

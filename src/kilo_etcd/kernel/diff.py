@@ -2,8 +2,8 @@
 
 The order of the changes is make before break:
 
-1. the device, its addresses and MTU, our nftables table, and the IPIP device that it guards, so that nothing later
-   lacks what it needs;
+1. the fences around the mesh's subnets, the device, its addresses and MTU, our nftables table, and the IPIP device
+   that it guards, so that nothing later lacks what it needs;
 2. one run of WireGuard changes, which the kernel layer sends as one transaction: peers that come, and allowed IPs
    that move to a peer (which takes them from the peer that had them, with no moment in between);
 3. forwarding and the device up, then routes: added, or replaced by one message each;
@@ -50,6 +50,7 @@ from kilo_etcd.kernel.state import (
     SetUp,
     StartUserspace,
     Target,
+    fence_around,
 )
 from kilo_etcd.kernel.table import DeleteTable, ReplaceTable
 from kilo_etcd.model import Endpoint, IPNetwork
@@ -98,6 +99,7 @@ def difference(
     )
     opened, closed = _forward_rules(plan, base, target, failures)
     changes = (
+        *(AddRoute(fence_around(network)) for network in plan.fences if network not in base.fences),
         *device,
         *_addresses(plan, base, target),
         *_table(plan, base, target),
@@ -107,6 +109,7 @@ def difference(
         *opened,
         *routes,
         *stale,
+        *(DeleteRoute(fence_around(network)) for network in sorted(base.fences.difference(plan.fences), key=str)),
         *_removals(plan, base, target),
         *closed,
     )
@@ -338,6 +341,12 @@ def _routes(
             made.append(ReplaceRoute(wanted))
     stale.extend(DeleteRoute(route) for destination, route in found_routes.items() if destination not in kept)
     return made, stale
+
+
+def superseded(failed: Iterable[Change], observed: Observed) -> tuple[Change, ...]:
+    """What to do after changes have failed: a route that could not be replaced leads where no packet is to go now."""
+    destinations = [change.route.destination for change in failed if isinstance(change, ReplaceRoute)]
+    return tuple(DeleteRoute(observed.routes[one]) for one in destinations if one in observed.routes)
 
 
 def shadows(plan: HostPlan, observed: Observed) -> dict[IPNetwork, IPNetwork]:

@@ -162,6 +162,11 @@ class Watch:
         if found is None or found.table != rtnetlink.MAIN_TABLE:
             return None
         destination = found.destination
+        if found.fence:
+            wanted = destination in self.observed.fences
+            if self.target.protocol != ROUTE_PROTOCOL or (kind == rtnetlink.NEWROUTE) is wanted:
+                return None
+            return f"the fence around {destination} was {'removed' if kind == rtnetlink.DELROUTE else 'added'}"
         expected = self.observed.routes.get(destination)
         link = self.links.get(found.index)
         device = link.name if link is not None else ""

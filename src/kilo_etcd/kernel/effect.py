@@ -89,6 +89,7 @@ class _Effect:
         self._addresses = set(observed.addresses)
         self._routes = dict(observed.routes)
         self._strays = list(observed.stray_routes)
+        self._fences = set(observed.fences)
         self._forwarding = set(observed.forwarding)
         self._advertised = observed.advertised
         self._table = observed.table
@@ -124,6 +125,10 @@ class _Effect:
                 if gone is not None and self._owner is not None:
                     for network in gone.allowed_ips:
                         self._owner.pop(network, None)
+            case AddRoute(route=Route(fence=True, destination=destination)):
+                self._fences.add(destination)
+            case DeleteRoute(route=Route(fence=True, destination=destination)):
+                self._fences.discard(destination)
             case AddRoute(route=route) | ReplaceRoute(route=route):
                 self._routes[route.destination] = route
             case DeleteRoute(route=route):
@@ -156,6 +161,7 @@ class _Effect:
             addresses=frozenset(self._addresses),
             routes=self._routes,
             stray_routes=tuple(self._strays),
+            fences=frozenset(self._fences),
             ipip=self._ipip,
             ipip_local=self._ipip_local,
             forwarding=frozenset(self._forwarding),

@@ -52,6 +52,8 @@ def failure(change: Change, error: OSError) -> Failure:
     """Why `change` could not be made, with the step that helps where one is known."""
     destination = change.route.destination if isinstance(change, AddRoute | ReplaceRoute | DeleteRoute) else None
     aside = isinstance(change, ReplaceTable | DeleteTable | AddForward | DeleteForward)
+    if isinstance(change, AddRoute | DeleteRoute) and change.route.fence:
+        destination, aside = None, True
     return Failure(subject=str(change), text=_sentence(change, error), destination=destination, aside=aside)
 
 
@@ -108,6 +110,11 @@ def _sentence(change: Change, error: OSError) -> str:
     if isinstance(change, SetUp) and code == errno.EADDRINUSE:
         return f"{change.name} cannot come up: its UDP port is taken by another program; choose another with --port"
     detail = getattr(error, "detail", "") or os.strerror(code)
+    if isinstance(change, AddRoute) and change.route.fence:
+        return (
+            f"`{change}` failed ({detail}): where the mesh's own route is missing, packets for "
+            f"{change.route.destination} may leave in clear by this host's default route"
+        )
     return f"`{change}` failed: {detail}"
 
 

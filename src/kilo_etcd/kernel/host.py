@@ -50,6 +50,7 @@ from kilo_etcd.kernel.state import (
     SetUp,
     StartUserspace,
     WireGuardChange,
+    fence_around,
     ipip_name,
     is_ours,
 )
@@ -171,7 +172,7 @@ class Host:
         own = next((f.link for f in found if f.link.name == self.interface), None)
         ipip = next((f for f in found if f.link.name == self.ipip), None)
         ours, state = self._read_device(own)
-        routes, strays, foreign = self._read_routes()
+        routes, strays, foreign, fences = self._read_routes()
         ours = ours and (own is None or self._recognises(own.name, state, (*routes.values(), *strays)))
         addresses: frozenset[IPInterface] = frozenset()
         if own is not None and ours:
@@ -189,6 +190,7 @@ class Host:
             addresses=addresses,
             routes=routes,
             stray_routes=tuple(strays),
+            fences=frozenset(fences),
             foreign=foreign,
             ipip=ipip.link if ipip else None,
             ipip_local=ipip.local if ipip else None,
@@ -266,7 +268,9 @@ class Host:
                 raise
         return found
 
-    def _read_routes(self) -> tuple[dict[IPNetwork, Route], list[Route], dict[IPNetwork, Route]]:
+    def _read_routes(self) -> tuple[dict[IPNetwork, Route], list[Route], dict[IPNetwork, Route], set[IPNetwork]]:
+        """Ours, further ones of ours to the same destinations, somebody else's, and what our fences are around."""
+        fences: set[IPNetwork] = set()
         routes: dict[IPNetwork, Route] = {}
         strays: list[Route] = []
         foreign: dict[IPNetwork, Route] = {}
@@ -276,6 +280,11 @@ class Host:
         def keep(body: bytes) -> None:
             found = rtnetlink.read_route(body)
             if found is None or found.table != rtnetlink.MAIN_TABLE:
+                return
+            if found.fence:
+                # An agent's, which is in nobody's way.
+                if self.protocol == ROUTE_PROTOCOL:
+                    fences.add(found.destination)
                 return
             route = found.route(names)
             if not is_ours(found.protocol, route.device, own=self.protocol, interface=self.interface):
@@ -294,7 +303,7 @@ class Host:
             except NetlinkError as error:
                 if error.errno not in _NO_SUCH_FAMILY:
                     raise
-        return routes, strays, foreign
+        return routes, strays, foreign, fences
 
     def addresses(self) -> HostAddresses:
         """Everything that discovery of internal IP and endpoint looks at."""
@@ -471,6 +480,7 @@ class Host:
         observed = self.observe()
         changes: list[Change] = [DeleteRoute(route) for route in observed.routes.values()]
         changes.extend(DeleteRoute(route) for route in observed.stray_routes)
+        changes.extend(DeleteRoute(fence_around(network)) for network in sorted(observed.fences, key=str))
         if observed.ipip is not None and observed.ipip_ours:
             changes.append(DeleteLink(self.ipip))
         if observed.link is not None and observed.ours:

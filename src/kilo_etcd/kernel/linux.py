@@ -19,7 +19,7 @@ from attrs import evolve
 
 from kilo_etcd.kernel import rtnetlink
 from kilo_etcd.kernel.api import Kernel
-from kilo_etcd.kernel.diff import Difference, difference, remember, shadows
+from kilo_etcd.kernel.diff import Difference, difference, remember, shadows, superseded
 from kilo_etcd.kernel.drift import Watch, Whereabouts, bends_ways
 from kilo_etcd.kernel.effect import apply_changes
 from kilo_etcd.kernel.egress import Egress
@@ -337,6 +337,9 @@ class LinuxKernel:
         if failed:
             # What was believed may have been wrong, or one change in another's way: look again, once.
             observed = self._read()
+            gone, _ = self._host.make(superseded([change for change, _ in failed], observed))
+            all_made.extend(gone)
+            observed = apply_changes(observed, gone, target.interface)
             again = difference(plan, observed, self._memory, self._target(plan))
             if set(again.changes) - {change for change, _ in failed}:
                 todo = again

@@ -15,6 +15,8 @@ from attrs import field, frozen
 from kilo_etcd.kernel import netlink
 from kilo_etcd.kernel.netlink import CREATE, EXCLUSIVE, REPLACE, Message
 from kilo_etcd.kernel.state import (
+    FENCE_METRIC,
+    ROUTE_PROTOCOL,
     AddressScope,
     HostAddress,
     Link,
@@ -44,7 +46,7 @@ _RTAX_MTU = 2
 _ONLINK = 0x4
 _CLONED = 0x200
 _SCOPE_LINK, _SCOPE_HOST = 253, 254
-_UNICAST = 1
+_UNICAST, _UNREACHABLE = 1, 7
 
 _IFINFO = struct.Struct("=BxHiII")
 _IFADDR = struct.Struct("=BBBBI")
@@ -65,6 +67,11 @@ class FoundRoute:
     table: int
     type: int
     mtu: int = 0
+
+    @property
+    def fence(self) -> bool:
+        """Whether it is one of ours that refuses packets."""
+        return (self.type, self.protocol, self.metric) == (_UNREACHABLE, ROUTE_PROTOCOL, FENCE_METRIC)
 
     def route(self, names: Mapping[int, str]) -> Route:
         return Route(
@@ -221,7 +228,9 @@ def delete_route(route: Route, index: int) -> Message:
 def _route(route: Route, index: int, *, delete: bool = False) -> bytes:
     """`index`: the device, 0 for the one that the kernel finds."""
     destination = route.destination
-    if delete:
+    if route.fence:
+        scope, kind = 0, _UNREACHABLE
+    elif delete:
         scope, kind = 255, 0
     else:
         scope, kind = (_SCOPE_LINK if route.gateway is None and destination.version == 4 else 0), _UNICAST

@@ -24,6 +24,9 @@ PEER_PROTOCOL = 108
 """Marks the routes of a machine that is a peer (`kgctl connect`). Several may run beside each other and beside an
 agent, so of these routes only those that leave by one's own interface are one's own."""
 
+FENCE_METRIC = 2**32 - 1
+"""Of the routes that refuse packets: the worst one that there is, so that any other route comes first."""
+
 KERNEL_PROTOCOL = 2
 """rtnetlink's mark of the routes that the kernel itself makes for addresses (RTPROT_KERNEL)."""
 
@@ -101,9 +104,11 @@ class Route:
     protocol: int = ROUTE_PROTOCOL
     metric: int = 0
     onlink: bool = False
+    fence: bool = False
+    """It refuses packets (`unreachable`), at `FENCE_METRIC`."""
 
     def __str__(self) -> str:
-        words = [str(self.destination)]
+        words = ["unreachable", str(self.destination)] if self.fence else [str(self.destination)]
         if self.gateway is not None:
             family = "inet6 " if self.gateway.version == 6 and self.destination.version == 4 else ""
             words.append(f"via {family}{self.gateway}")
@@ -117,6 +122,10 @@ class Route:
         if self.onlink:
             words.append("onlink")
         return " ".join(words)
+
+
+def fence_around(network: IPNetwork) -> Route:
+    return Route(destination=network, metric=FENCE_METRIC, fence=True)
 
 
 @frozen(kw_only=True)
@@ -138,6 +147,7 @@ class Observed:
     routes: Mapping[IPNetwork, Route] = field(factory=dict)
     stray_routes: tuple[Route, ...] = ()
     """More routes of ours to destinations that `routes` has already: left by somebody with another metric."""
+    fences: frozenset[IPNetwork] = frozenset()
     foreign: Mapping[IPNetwork, Route] = field(factory=dict)
     ipip: Link | None = None
     ipip_local: IPAddress | None = None

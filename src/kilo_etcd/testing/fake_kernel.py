@@ -19,7 +19,7 @@ import trio
 from attrs import evolve
 
 from kilo_etcd.kernel.api import Kernel
-from kilo_etcd.kernel.diff import difference, remember
+from kilo_etcd.kernel.diff import difference, remember, superseded
 from kilo_etcd.kernel.effect import apply_changes
 from kilo_etcd.kernel.errors import KernelError
 from kilo_etcd.kernel.forward import AddForward, DeleteForward
@@ -40,6 +40,7 @@ from kilo_etcd.kernel.state import (
     SetPeer,
     Setup,
     Target,
+    fence_around,
     ipip_name,
 )
 from kilo_etcd.kernel.table import DeleteTable, ReplaceTable
@@ -93,6 +94,7 @@ class FakeHost:
     def cleanup(self, interface: str = "kilo0") -> tuple[Change, ...]:
         """As `kernel.cleanup`."""
         changes: list[Change] = [DeleteRoute(route) for route in self.observed.routes.values()]
+        changes.extend(DeleteRoute(fence_around(network)) for network in sorted(self.observed.fences, key=str))
         if self.observed.ipip is not None:
             changes.append(DeleteLink(ipip_name(interface)))
         if self.observed.link is not None and self.observed.ours:
@@ -142,6 +144,7 @@ class FakeKernel:
             todo = difference(plan, self._now(), self._memory, self._target(plan))
             refused = {change: why for change in todo.changes if (why := self.host.refuse(change)) is not None}
             made = tuple(change for change in todo.changes if change not in refused)
+            made += superseded(refused, self._now())
             if made and self._delay:
                 await trio.sleep(self._delay)
             self.host.observed = apply_changes(self.host.observed, made, self._setup.interface)
@@ -209,4 +212,6 @@ async def open_fake_kernel(host: FakeHost, setup: Setup, *, delay: float = 0.0) 
 def _failure(change: Change, why: str) -> Failure:
     destination = change.route.destination if isinstance(change, AddRoute | ReplaceRoute | DeleteRoute) else None
     aside = isinstance(change, ReplaceTable | DeleteTable | AddForward | DeleteForward)
+    if isinstance(change, AddRoute | DeleteRoute) and change.route.fence:
+        destination, aside = None, True
     return Failure(subject=str(change), text=why, destination=destination, aside=aside)

@@ -82,6 +82,9 @@ class HostPlan:
     """Public key -> peer."""
     routes: Mapping[IPNetwork, RoutePlan] = field(factory=dict)
     """Destination -> route."""
+    fences: tuple[IPNetwork, ...] = ()
+    """The mesh's subnets: where none of `routes` takes a packet for them it is refused, so that it does not leave in
+    clear by the host's default route."""
     forwarding: frozenset[int] = frozenset()
     """Families (4, 6) in which the host must forward packets."""
     ipip_remotes: frozenset[IPAddress] = frozenset()

@@ -92,6 +92,7 @@ def host_plan(topology: Topology, name: str, previous: HostPlan | None = None) -
         listen_port=own.port,
         peers=_merged(remote.peers, local.peers),
         routes=_merged(remote.routes, local.routes),
+        fences=topology.snapshot.subnets,
         forwarding=frozenset(families),
         ipip_remotes=frozenset(local.ipip_remotes),
         ipip_local=local.ipip_local if local.ipip_remotes else None,
