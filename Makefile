@@ -8,7 +8,7 @@ ARGS ?=
 
 help:
 	@echo 'make demo       a small internet on this machine: three sites, real etcd, real agents, real packets'
-	@echo 'make test       all tests'
+	@echo 'make test       all tests (the first time it may build a kernel for some of them, some ten minutes)'
 	@echo 'make test-fast  the tests that need neither etcd nor root nor a network, under a minute'
 	@echo 'make check      ruff, mypy strict, import-linter'
 	@echo 'make bench      the numbers, as tables; ARGS=--quick, or the names of some benchmarks'
@@ -21,6 +21,7 @@ demo:
 
 test:
 	@scripts/setup all
+	@scripts/guest ready || { scripts/setup guest && scripts/guest build >/dev/null; }
 	@.venv/bin/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 test-fast:

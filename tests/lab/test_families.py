@@ -184,6 +184,13 @@ async def test_ipv6_alone_beneath_a_mesh_of_both() -> None:
         await reached(lab)
         await full_size_packets_pass(lab)
 
+        # By labels alone: a location and two hosts for themselves; then those a location, and a live host moves away.
+        await lab.etcdctl("put", "/kilo/mesh/granularity", "location")
+        for labels in ({"home-1": "home-1", "home-2": "home-2"}, {"home-1": "aws", "home-2": "aws", "gcp-2": "edge"}):
+            for name, label in labels.items():
+                await lab.etcdctl("put", f"/kilo/locations/{name}", label)
+            await reached(lab)
+
 
 async def test_an_ipv6_mesh_over_ipv4_alone_and_an_mtu_that_is_too_small_for_it() -> None:
     small = HostSpec(name="dsl-2", public=True, label="dsl", args=("--mtu", "1279"))

@@ -249,6 +249,16 @@ def test_the_journal_has_fields() -> None:
     assert {entry["PRIORITY"] for entry in found} <= {"3", "4", "5", "6", "7"}
 
 
+def test_it_may_run_iptables_for_forward_rules() -> None:
+    run("iptables -P FORWARD DROP")
+    for wanted in ("true", "false"):
+        settings(KILO_FORWARD_RULES=wanted)
+        run("systemctl restart kilo-etcd")
+        wait(active, 30, "an active service")
+        wait(lambda: ("kilo-etcd:kilo0" in run("iptables -S").stdout) is (wanted == "true"), 30, f"rules: {wanted}")  # noqa: B023
+    assert "--forward-rules" not in journal()
+
+
 def test_a_restart_changes_nothing_in_the_kernel() -> None:
     before, pid = interface(), main_pid()
     run("systemctl restart kilo-etcd")

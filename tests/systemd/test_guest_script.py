@@ -48,6 +48,10 @@ def test_a_kernel_built_from_this_configuration_is_taken_and_no_other(tmp_path: 
     wanted.touch()
     done = guest(script, "kernel", XDG_CACHE_HOME=str(tmp_path / "cache"))
     assert (done.returncode, done.stdout) == (0, f"{wanted}\n")
+    assert guest(script, "ready", XDG_CACHE_HOME=str(tmp_path / "cache")).returncode == 0
+    wanted.unlink()
+    done = guest(script, "ready", XDG_CACHE_HOME=str(tmp_path / "cache"))
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "")
 
 
 def test_without_a_kernel_and_without_a_compiler_it_says_what_to_install(tmp_path: Path) -> None:
