@@ -324,7 +324,7 @@ async def test_a_key_that_is_of_no_use_is_never_overwritten(tmp_path: Path) -> N
         sh(f"mount -o remount,ro {h1.state}")
         assert h1.refused() == (
             f"the private key cannot be written to {h1.state}: Read-only file system; "
-            "make the directory writable for the agent or choose another with --state-dir"
+            "make the directory writable or choose another with --state-dir"
         )
         assert await h1.etcdctl("get", "--prefix", "/kilo", "--keys-only") == ""
 
