@@ -49,6 +49,11 @@ def shown(*names: str) -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines)
 
 
+def started() -> float:
+    """When the service's process was started, in seconds since some time."""
+    return int(shown("ExecMainStartTimestampMonotonic")["ExecMainStartTimestampMonotonic"]) / 1e6
+
+
 def main_pid() -> int:
     return int(shown("MainPID")["MainPID"])
 
@@ -165,7 +170,7 @@ def test_it_installs_by_the_readmes_own_lines() -> None:
 def test_a_wrong_setting_is_said_once_and_not_tried_again() -> None:
     settings(KILO_PORT="70000")
     run("systemctl start kilo-etcd", check=False)
-    wait(lambda: shown("ActiveState")["ActiveState"] == "failed", 20, "the refusal")
+    wait(lambda: shown("ActiveState")["ActiveState"] == "failed", 60, "the refusal")
     state = shown("ExecMainStatus", "NRestarts", "Result")
     assert state == {"ExecMainStatus": "2", "NRestarts": "0", "Result": "exit-code"}
     said = journal()
@@ -177,19 +182,19 @@ def test_a_wrong_setting_is_said_once_and_not_tried_again() -> None:
 
 def test_it_waits_for_the_network_and_for_etcd() -> None:
     """A boot in which both come late: systemd has started the service, which is not ready before it can be."""
-    settings(KILO_LOCATION="gcp", KILO_HOSTNAME="node-1")
+    settings(KILO_LOCATION="gcp", KILO_HOSTNAME="node-1", KILO_LEASE_TTL="15s")  # a guest may be slow
     after = shown("After", "Wants")
     assert {"network-online.target", "nftables.service", "etcd.service"} <= set(after["After"].split())
     assert "network-online.target" in after["Wants"]
     run("systemctl start --no-block kilo-etcd")
-    wait(lambda: "etcd" in shown("StatusText")["StatusText"], 20, "a status line about etcd")
+    wait(lambda: "etcd" in shown("StatusText")["StatusText"], 60, "a status line about etcd")
     assert shown("ActiveState")["ActiveState"] == "activating"
     pid = main_pid()
 
     run("ip link add eth0 type dummy && ip address add 10.9.0.7/24 dev eth0 && ip address add 198.51.100.7/24 dev eth0")
     run("ip link set eth0 up && ip route add default via 198.51.100.1")
     run("systemd-run --unit kilo-test-etcd --property KillMode=control-group etcd --data-dir /var/lib/kilo-test-etcd")
-    wait(active, 30, "an active service")
+    wait(active, 60, "an active service")
     assert main_pid() == pid  # it has waited, not failed and come again
     assert shown("NRestarts")["NRestarts"] == "0"
     assert " wireguard " in run("ip -d link show kilo0").stdout
@@ -197,7 +202,7 @@ def test_it_waits_for_the_network_and_for_etcd() -> None:
     def registered() -> dict[str, object]:
         return dict(json.loads(etcdctl("get", "--print-value-only", "/kilo/nodes/node-1")))
 
-    wait(lambda: "endpoint" in registered(), 10, "the addresses that came late")
+    wait(lambda: "endpoint" in registered(), 60, "the addresses that came late")
     node = registered()
     assert node["endpoint"] == "198.51.100.7:51820"
     assert node["internalIPs"] == ["10.9.0.7/24"]
@@ -223,7 +228,7 @@ def test_the_process_may_do_no_more_than_it_has_to() -> None:
 
 
 def test_the_status_line_shows_the_role() -> None:
-    wait(lambda: "gcp" in shown("StatusText")["StatusText"], 20, "the location in the status line")
+    wait(lambda: "gcp" in shown("StatusText")["StatusText"], 60, "the location in the status line")
     keys = Keys()
     record = NodeRecord(
         public_key=base64.b64encode(bytes([7]) * 32).decode(),
@@ -233,7 +238,7 @@ def test_the_status_line_shows_the_role() -> None:
     )
     etcdctl("put", "/kilo/addresses/10.4.0.8", "node-2")
     etcdctl("put", keys.node("node-2"), encode(record).decode())
-    wait(lambda: "leader" in shown("StatusText")["StatusText"], 20, "the role in the status line")
+    wait(lambda: "leader" in shown("StatusText")["StatusText"], 60, "the role in the status line")
     printed = run("systemctl status --no-pager kilo-etcd").stdout
     assert re.search(r'Status: ".*leader.*gcp.*2 nodes', printed), printed
 
@@ -254,8 +259,8 @@ def test_it_may_run_iptables_for_forward_rules() -> None:
     for wanted in ("true", "false"):
         settings(KILO_FORWARD_RULES=wanted)
         run("systemctl restart kilo-etcd")
-        wait(active, 30, "an active service")
-        wait(lambda: ("kilo-etcd:kilo0" in run("iptables -S").stdout) is (wanted == "true"), 30, f"rules: {wanted}")  # noqa: B023
+        wait(active, 60, "an active service")
+        wait(lambda: ("kilo-etcd:kilo0" in run("iptables -S").stdout) is (wanted == "true"), 60, f"rules: {wanted}")  # noqa: B023
     assert "--forward-rules" not in journal()
 
 
@@ -271,14 +276,14 @@ def test_a_crashed_agent_is_started_again_and_adopts_what_it_finds() -> None:
     before, pid = interface(), main_pid()
     key = etcdctl("get", "--keys-only", "--prefix", "/kilo/elections/")
     os.kill(pid, signal.SIGKILL)
-    wait(lambda: active() and main_pid() not in (0, pid), 30, "a new process")
+    wait(lambda: active() and main_pid() not in (0, pid), 60, "a new process")
     assert shown("NRestarts")["NRestarts"] == "1"
     assert interface() == before
     assert etcdctl("get", "--keys-only", "--prefix", "/kilo/elections/") == key
 
 
 def test_an_agent_that_hangs_is_restarted_and_one_whose_etcd_hangs_is_not() -> None:
-    seconds = 5
+    seconds = 8
     Path("/etc/systemd/system/kilo-etcd.service.d").mkdir()
     Path("/etc/systemd/system/kilo-etcd.service.d/test.conf").write_text(f"[Service]\nWatchdogSec={seconds}\n")
     run("systemctl daemon-reload && systemctl restart kilo-etcd")
@@ -290,10 +295,10 @@ def test_an_agent_that_hangs_is_restarted_and_one_whose_etcd_hangs_is_not() -> N
     wait(lambda: time.monotonic() > stopped + 2.5 * seconds or main_pid() != pid, 4 * seconds, "two watchdog periods")
     assert main_pid() == pid
     os.kill(etcd, signal.SIGCONT)
-    wait(active, 10, "an active service")
+    wait(active, 60, "an active service")
 
     os.kill(pid, signal.SIGSTOP)
-    wait(lambda: active() and main_pid() not in (0, pid), 4 * seconds + 20, "the watchdog")
+    wait(lambda: active() and main_pid() not in (0, pid), 4 * seconds + 60, "the watchdog")
     assert "kilo-etcd.service: Watchdog timeout" in run("dmesg").stdout  # where systemd logs to in the guest
     assert interface() == before
 
@@ -312,7 +317,7 @@ def test_a_key_that_is_none_is_said_once_and_kept() -> None:
     good = key.read_text()
     key.write_text("no key at all\n")
     assert run("systemctl start kilo-etcd", check=False).returncode != 0
-    wait(lambda: shown("ActiveState")["ActiveState"] == "failed", 20, "the refusal")
+    wait(lambda: shown("ActiveState")["ActiveState"] == "failed", 60, "the refusal")
     assert shown("ExecMainStatus", "NRestarts") == {"ExecMainStatus": "2", "NRestarts": "0"}
     assert key.read_text() == "no key at all\n"
     assert "/var/lib/kilo-etcd/key holds no WireGuard private key" in journal()
@@ -324,10 +329,10 @@ def test_what_the_operator_has_to_mend_is_in_the_status_line_and_tried_again_now
     before = interface()
     run("ip link del kilo0 && ip link add kilo0 type dummy")
     run("systemctl start --no-block kilo-etcd")
-    wait(lambda: "is taken by" in shown("StatusText")["StatusText"], 30, "a status line about the interface's name")
-    begun = time.monotonic()
-    wait(lambda: shown("NRestarts")["NRestarts"] == "1", 60, "the second attempt")
-    assert time.monotonic() - begun > 5
+    wait(lambda: "is taken by" in shown("StatusText")["StatusText"], 60, "a status line about the interface's name")
+    first = started()
+    wait(lambda: started() > first, 60, "the second attempt")
+    assert started() - first >= 10
     run("ip link del kilo0")
     wait(active, 60, "the service, which comes by itself when the name is free")
     assert {**interface(), "index": before["index"]} == before
