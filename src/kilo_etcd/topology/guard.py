@@ -13,12 +13,16 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from ipaddress import IPv4Network, IPv6Network
+from typing import TypeVar
 
 from attrs import evolve, frozen
 
 from kilo_etcd.model import IPNetwork
 from kilo_etcd.topology.hostplan import HostPlan, PeerPlan, Problem
-from kilo_etcd.topology.segments import changes
+from kilo_etcd.topology.segments import changes, lined_up
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 
 @frozen(eq=False)
@@ -117,10 +121,10 @@ def _still_clean(plan: HostPlan, protected: tuple[IPNetwork, ...], previous: Hos
     memo = previous.memo
     if not isinstance(memo, GuardMemo) or memo.protected != protected or previous.addresses != plan.addresses:
         return None
-    routes = {key for key in changes(previous.routes, plan.routes) if key in plan.routes}
+    routes = {key for key in _changed(previous.routes, plan.routes) if key in plan.routes}
     if any(own in network for network in routes for own in plan.addresses if own.version == network.version):
         return None
-    peers = [plan.peers[key] for key in changes(previous.peers, plan.peers) if key in plan.peers]
+    peers = [plan.peers[key] for key in _changed(previous.peers, plan.peers) if key in plan.peers]
     if len(routes) + len(peers) > len(plan.peers) // 8:
         return None
     fresh = [network for network in _networks(routes, peers) if not _within(network, memo.mesh)]
@@ -144,6 +148,11 @@ def _still_clean(plan: HostPlan, protected: tuple[IPNetwork, ...], previous: Hos
                 if covering in plan.routes and not _within(covering, memo.mesh):
                     return None
     return GuardMemo(plan.memo, protected, memo.mesh, lengths)
+
+
+def _changed(old: Mapping[K, V], new: Mapping[K, V]) -> list[K]:
+    few = lined_up(old, new)
+    return changes(old, new) if few is None else few
 
 
 def _lengths(networks: Iterable[IPNetwork]) -> frozenset[tuple[int, int]]:

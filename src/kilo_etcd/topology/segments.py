@@ -138,8 +138,6 @@ def changes(old: Mapping[K, V], new: Mapping[K, V]) -> list[K]:
         # The same keys in the same order: comparing side by side spares as many look-ups as there are keys.
         pairs = compress(new, map(is_not, new.values(), old.values()))
         return [key for key in pairs if old[key] != new[key]]
-    if (few := _lined_up(old, new)) is not None:
-        return few
     differing = list(compress(new, map(is_not, new.values(), map(old.get, new))))
     added = sum(key not in old for key in differing)
     result = [key for key in differing if key not in old or old[key] != new[key]]
@@ -148,9 +146,10 @@ def changes(old: Mapping[K, V], new: Mapping[K, V]) -> list[K]:
     return result
 
 
-def _lined_up(old: Mapping[K, V], new: Mapping[K, V]) -> list[K] | None:
+def lined_up(old: Mapping[K, V], new: Mapping[K, V]) -> list[K] | None:
     """The same where few keys came and went and the others are the same objects in the same order, as when one mapping
-    was made from the other; else None. It looks up those few alone, since the hash of a network is slow."""
+    was made from the other; else None. It looks up those few alone, since the hash of a network is slow. The
+    order is not that of `changes`."""
     here, there = list(old), list(new)
     before, after = list(old.values()), list(new.values())
     result: list[K] = []
