@@ -179,6 +179,9 @@ class Node:
     version: str = ""
     registered_revision: int = 0
     """etcd's create revision of the node's record: older nodes have lower ones."""
+    seen: tuple[Endpoint, ...] = ()
+    """Where public hosts' WireGuard sees the node through its NAT: each endpoint once, the newest first. Only of nodes
+    that need it: with keepalive, and without a public or forced endpoint in that family."""
 
     @property
     def candidate_class(self) -> CandidateClass:
@@ -201,6 +204,10 @@ class Node:
         """Whether others can be expected to reach the node from anywhere in family 4 or 6."""
         return any(one.public for one in self.endpoints if one.address is None or one.address.version == version)
 
+    def seen_in(self, version: int) -> tuple[Endpoint, ...]:
+        """Where the node is seen in family 4 or 6; several: its NAT shows each partner another, or it has moved."""
+        return tuple(one for one in self.seen if one.address is not None and one.address.version == version)
+
     def internal_ip(self, version: int) -> IPInterface | None:
         """The node's address on its location's network in family 4 or 6."""
         return next((ip for ip in self.internal_ips if ip.version == version), None)
@@ -220,6 +227,19 @@ class Peer:
     endpoint: Endpoint | None = None
     persistent_keepalive: int = 0
     preshared_key: str | None = field(default=None, repr=False)
+    seen: tuple[Endpoint, ...] = ()
+    """As a node's; only of peers with keepalive whose record has no endpoint."""
+
+
+@frozen(kw_only=True)
+class Sighting:
+    """What one observer's WireGuard has heard: where the owner of a public key sends from."""
+
+    observer: str
+    public_key: str
+    endpoint: Endpoint
+    revision: int
+    """etcd's mod revision of it: newer ones have higher ones."""
 
 
 @frozen(kw_only=True)
@@ -263,4 +283,6 @@ class Snapshot:
     """Location -> its candidates, in no particular order."""
     leaders: Mapping[str, str] = _NOTHING
     """Location -> the node recorded as its leader, for the case that no candidate is left."""
+    sightings: Mapping[str, tuple[Sighting, ...]] = field(factory=dict)
+    """Node or peer -> where it is seen, by observer. What of it counts is in `Node.seen` and `Peer.seen`."""
     set_aside: tuple[SetAside, ...] = ()

@@ -115,7 +115,7 @@ GOOD = encode(record("x")).decode()
         ("/kilo/locations/a", b"x" * 2000, "longer than 1024 bytes"),
         ("/kilo/addresses/10.5.0.1", b"a", "not within the mesh's subnets (10.4.0.0/16)"),
         ("/kilo/elections/gcp/a", b'{"rank":9}', "rank: 9 is none of 0, 1, 2, 3"),
-        ("/kilo/endpoints/a/b", b"!", "no endpoint"),
+        ("/kilo/endpoints/a/b", b"!", "not JSON"),
         ("/kilo/mesh/granularity", b"mesh", "write location, full or cross"),
         ("/kilo/mesh/subnets", b"10.4.0.0/16,10.5.0.0/16", "more than one subnet of a family"),
         ("/kilo/mesh/subnets", b"", "no subnet is given"),

@@ -11,7 +11,7 @@ the operator asked for `--clean-up`.
 from __future__ import annotations
 
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from typing import TypeVar
 
 import trio
@@ -22,6 +22,7 @@ from kilo_etcd.agent.answer import Answerer, Programmed
 from kilo_etcd.agent.candidacy import Candidacy
 from kilo_etcd.agent.config import AgentConfig, too_small_for
 from kilo_etcd.agent.counted import counted
+from kilo_etcd.agent.hearing import Hearing
 from kilo_etcd.agent.logs import Once, get_logger
 from kilo_etcd.agent.metrics import Metrics
 from kilo_etcd.agent.notify import notify, watchdog_interval
@@ -108,6 +109,8 @@ class Daemon:
         self.applied_revision = 0
         self.failures: tuple[str, ...] = ()
         self.disagreements: tuple[str, ...] = ()
+        self.unmet: tuple[str, ...] = ()
+        """Sentences on nodes that, like this host, are behind NAT, and are not heard."""
         self.subnets: tuple[IPNetwork, ...] = ()
         """The mesh's, as they were when this agent joined."""
 
@@ -126,6 +129,7 @@ class Daemon:
         self._reporter = Reporter(self.session, public_key, config.mesh_granularity)
         self._candidacy = Candidacy(self.session, self.name)
         self._answerer = Answerer(client, self.keys, self.name, device, self._in_force, self.once)
+        self._hearing = Hearing(device, self.session, self.name, on_unmet=self._note_unmet, begin_over=self._begin_over)
 
     # -- life -----------------------------------------------------------------------------------------------
 
@@ -202,6 +206,7 @@ class Daemon:
             self._stand_for_leader,
             self._reporter.run,
             self._answerer.run,
+            self._hearing.run,
         ):
             nursery.start_soon(task)
 
@@ -314,6 +319,10 @@ class Daemon:
             await self.programmer.wait_due()
             # Read anew: an endpoint that was learnt meanwhile stays as it is.
             self._nudge(fresh=True)
+
+    def _begin_over(self, keys: Collection[str]) -> None:
+        self.programmer.begin_over(keys)
+        self._nudge(fresh=True)
 
     async def _resync(self) -> None:
         while True:
@@ -441,6 +450,7 @@ class Daemon:
         self._ready = decide.able_to_lead(missing, snapshot.subnets)
         self._note_role(snapshot)
         self._publish(snapshot)
+        self._hearing.follow(snapshot, plan, tunnels=not standby)
         applied, self._applied = self._applied, trio.Event()
         applied.set()
 
@@ -481,6 +491,12 @@ class Daemon:
             self.log.info("leader elected", leader=role.leader, role=role.kind, revision=snapshot.revision)
         self.metrics.leads(role.kind is store.Role.LEADER)
 
+    def _note_unmet(self, sentences: tuple[str, ...]) -> None:
+        self.unmet = sentences
+        self.once.errors("unmet", sentences, level="warning")
+        if self.snapshot is not None:
+            self._publish(self.snapshot)
+
     def _publish(self, snapshot: Snapshot) -> None:
         state = State(
             role=self.role,
@@ -499,7 +515,8 @@ class Daemon:
     def _standing_errors(self) -> tuple[str, ...]:
         """All that is wrong with this host, as sentences."""
         further = (self._etcd_trouble(), self.metrics.listen_trouble)
-        return (*self.disagreements, *self.failures, *self.whereabouts.overlaps, *(text for text in further if text))
+        said = (*self.disagreements, *self.failures, *self.unmet, *self.whereabouts.overlaps)
+        return (*said, *(text for text in further if text))
 
     def _etcd_trouble(self) -> str | None:
         """Why etcd, which answers, is not followed, or does not hold what this host has to say."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from kilo_etcd.kernel.state import ApplyReport, Backend, Change, Observed
+from kilo_etcd.kernel.state import ApplyReport, Backend, Change, Heard, Observed
 from kilo_etcd.topology.hostplan import HostPlan
 
 
@@ -38,6 +38,9 @@ class Kernel(Protocol):
     async def obstacles(self) -> tuple[str, ...]:
         """What of the host's own settings would drop mesh traffic that it forwards, as sentences. Programs are run for
         it, so it is for when somebody asks."""
+
+    async def hear(self) -> Heard:
+        """What the WireGuard device says of its peers now: much less to read than all that `observe` does."""
 
     async def wait_drift(self) -> str:
         """Return, with a word on what happened, when somebody else has changed something of ours.

@@ -130,13 +130,21 @@ def remember(plan: HostPlan, memory: Memory, settled: HostPlan | None = None) ->
         endpoints.update(memory.endpoints)
     for key in news:
         peer = plan.peers.get(key)
-        known = None if peer is None else _address(peer) or memory.endpoints.get(key)
+        # What hearsay says may never have been set, and may have been over what was: nothing is known then.
+        known = None if peer is None or peer.hearsay else _address(peer) or memory.endpoints.get(key)
         # Where none was ever set, one may have been learnt: that is for `_endpoint` to find out.
         if known is not None:
             endpoints[key] = known
         else:
             endpoints.pop(key, None)
     return Memory(endpoints=endpoints)
+
+
+def is_drift(change: Change) -> bool:
+    """Whether somebody else must have made this change necessary. An endpoint alone also grows old by itself."""
+    return not isinstance(change, SetPeer) or change != SetPeer(
+        name=change.name, public_key=change.public_key, endpoint=change.endpoint
+    )
 
 
 def _device(observed: Observed, target: Target) -> tuple[list[Change], Observed]:
@@ -274,9 +282,9 @@ def _endpoint(plan: PeerPlan, peer: ObservedPeer, now: float, memory: Memory) ->
     wanted = _address(plan)
     if wanted is None:
         return None
-    if plan.public_key in memory.endpoints:
+    if plan.public_key in memory.endpoints and not plan.hearsay:
         return wanted if memory.endpoints[plan.public_key] != wanted else None
-    # Adopted from a former run: what it set then is not known, but an endpoint in use may have been learnt.
+    # Adopted from a former run, or known from hearsay: an endpoint in use may have been learnt, which is better.
     if peer.endpoint == wanted or (peer.endpoint is not None and now - peer.last_handshake < ROAMED_WITHIN):
         return None
     return wanted

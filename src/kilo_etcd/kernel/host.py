@@ -34,6 +34,7 @@ from kilo_etcd.kernel.state import (
     DeleteLink,
     DeleteRoute,
     Failure,
+    Heard,
     HostAddress,
     HostAddresses,
     KeepAdvertisements,
@@ -201,6 +202,12 @@ class Host:
             forward_rules=forward_rules,
             forward_chains=forward_chains,
         )
+
+    def hear(self) -> Heard:
+        """Read what the device says of its peers; nobody, if there is none or it is not ours."""
+        found = self._find(self.interface)
+        ours, state = self._read_device(found.link if found is not None else None)
+        return Heard(time=time.time(), peers=state.peers if ours else {})
 
     def _recognises(self, name: str, state: wireguard.DeviceState, routes: Iterable[Route]) -> bool:
         """Whether a WireGuard device is an agent's: it has this host's key, or none yet, or routes of ours lead there,

@@ -19,7 +19,7 @@ from attrs import evolve
 
 from kilo_etcd.kernel import rtnetlink
 from kilo_etcd.kernel.api import Kernel
-from kilo_etcd.kernel.diff import Difference, difference, remember, shadows, superseded
+from kilo_etcd.kernel.diff import Difference, difference, is_drift, remember, shadows, superseded
 from kilo_etcd.kernel.drift import Watch, Whereabouts, bends_ways
 from kilo_etcd.kernel.effect import apply_changes
 from kilo_etcd.kernel.egress import Egress
@@ -38,6 +38,7 @@ from kilo_etcd.kernel.state import (
     DeleteAddress,
     DeleteLink,
     Failure,
+    Heard,
     HostAddresses,
     Link,
     Memory,
@@ -210,6 +211,10 @@ class LinuxKernel:
         async with self._lock:
             return await _in_thread(self._host.obstacles)
 
+    async def hear(self) -> Heard:
+        async with self._lock:
+            return await _in_thread(self._host.hear)
+
     async def wait_drift(self) -> str:
         while self._drift is None:
             await self._wait_event()
@@ -276,7 +281,7 @@ class LinuxKernel:
         if self._plan is None or not observed.ours:
             return
         changes = difference(self._plan, observed, self._memory, self._target(self._plan)).changes
-        if news := [change for change in changes if change not in self._failed]:
+        if news := [change for change in changes if change not in self._failed and is_drift(change)]:
             self._drift = f"found undone: {news[0]}"
             self._wake.set()
 

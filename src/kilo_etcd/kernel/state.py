@@ -172,6 +172,15 @@ class Memory:
 
 
 @frozen(kw_only=True)
+class Heard:
+    """What the WireGuard device alone says of its peers at `time` (Unix seconds)."""
+
+    time: float = 0.0
+    peers: Mapping[str, ObservedPeer] = field(factory=dict)
+    """Public key -> peer."""
+
+
+@frozen(kw_only=True)
 class Target:
     """What a plan leaves open: names, key, MTU."""
 

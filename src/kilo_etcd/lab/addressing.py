@@ -363,6 +363,7 @@ def router_firewall(layout: Layout, site: str, cuts: Iterable[str] = ()) -> str:
         family = "ip" if ip.version == 4 else "ip6"
         rules.append(f"{family} daddr {ip} tcp dport {ETCD_PORT} counter name etcd accept")
         rules.append(f"{family} saddr {ip} tcp sport {ETCD_PORT} counter name etcd accept")
+    translate, answer = _nat(layout, site)
     masquerade = [f"oifname wan {'ip' if n.version == 4 else 'ip6'} saddr {n} masquerade" for n in networks]
     inside = ["iifname != wan oifname != wan accept"]
     if any(each.name == site and each.strict for each in layout.spec.sites):
@@ -390,10 +391,48 @@ table inet lab {{
     }}
     chain nat {{
         type nat hook postrouting priority 100; policy accept;
+{_indent(translate)}
 {_indent(masquerade)}
     }}
-}}
+{answer}}}
 """
+
+
+def _nat(layout: Layout, site: str) -> tuple[list[str], str]:
+    """What a site's kind of NAT adds to its router: rules before the masquerading, and chains.
+
+    Each host's WireGuard has an outer port of its own, 40000 and its address's last byte, which a cone NAT shows to all
+    (the kernel's own way: the inner port where it is free towards that partner), and a symmetric one never.
+    """
+    kind = next(each.nat for each in layout.spec.sites if each.name == site)
+    if not kind:
+        return [], ""
+    out, back = [], []
+    for host in layout.hosts.values():
+        for ip in (interface.ip for interface in host.private if host.site == site):
+            family, port = "ip" if ip.version == 4 else "ip6", 40000 + (int(ip) & 255)
+            way = "to :20000-39999 fully-random" if kind == "symmetric" else f"to :{port}"
+            out.append(f"oifname wan {family} saddr {ip} udp sport {WIREGUARD_PORT} masquerade {way}")
+            if kind == "full-cone":
+                inner = f"{literal(ip)}:{WIREGUARD_PORT}"
+                # To the router's own address only: public hosts are behind it too.
+                to = ", ".join(str(wan) for wan in layout.sites[site].wan if wan.version == ip.version)
+                back.append(f"iifname wan {family} daddr {to} udp dport {port} dnat {family} to {inner}")
+    # An answer of the router's own, "port unreachable", would hold the port that a host's packets need a moment later.
+    answer = """\
+    chain input {
+        type filter hook input priority 0; policy accept;
+        iifname wan meta l4proto udp drop
+    }
+"""
+    if back:
+        answer += f"""\
+    chain back {{
+        type nat hook prerouting priority -100; policy accept;
+{_indent(back)}
+    }}
+"""
+    return out, answer
 
 
 def _between_hosts(layout: Layout, site: str) -> list[str]:

@@ -19,6 +19,7 @@ from kilo_etcd.model import Granularity, IPNetwork
 
 FAMILIES = ("ipv4", "ipv6")
 WIREGUARD = ("auto", "kernel", "userspace")
+NATS = ("full-cone", "port-restricted", "symmetric")
 MAX_SITES = 150
 MAX_PUBLIC = 250
 RESERVED = ("operator", "internet")
@@ -65,6 +66,9 @@ class SiteSpec:
     """Bytes: of the site's networks and its uplink."""
     strict: bool = False
     """Whether its router drops what passes between the subnets by addresses that are no host's, as clouds do."""
+    nat: str = ""
+    """How its router translates its hosts' WireGuard: `full-cone`, `port-restricted` or `symmetric` (see `NATS`), and
+    then it answers nobody who was not asked, as home routers do. Empty: as the kernel does by itself."""
 
 
 @frozen(kw_only=True)
@@ -219,6 +223,7 @@ def _site(table: _Table) -> SiteSpec:
         loss_percent=table.number("loss_percent", 0.0),
         mtu=table.integer("mtu", 1500),
         strict=table.boolean("strict", False),
+        nat=table.text("nat", ""),
     )
     table.finish()
     return site
@@ -261,6 +266,8 @@ def _check(spec: Spec, source: str) -> None:
             raise refuse(f"{here}.loss_percent", f"{site.loss_percent} is not within 0 to 100")
         if not 1280 <= site.mtu <= 65535:
             raise refuse(f"{here}.mtu", f"{site.mtu} is not within 1280 (the least that IPv6 needs) to 65535")
+        if site.nat and site.nat not in NATS:
+            raise refuse(f"{here}.nat", f"{site.nat!r} is unknown; write {', '.join(NATS)}")
         if site.latency_ms < 0:
             raise refuse(f"{here}.latency_ms", f"{site.latency_ms} is negative")
         for host in site.hosts:

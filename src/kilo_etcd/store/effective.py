@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Mapping
 from ipaddress import ip_interface
 from typing import TypeVar
 
-from attrs import frozen
+from attrs import evolve, frozen
 
-from kilo_etcd.model import Endpoint, IPAddress, IPInterface, IPNetwork, Node
+from kilo_etcd.model import Endpoint, IPAddress, IPInterface, IPNetwork, Node, Peer, Sighting
 from kilo_etcd.store.records import (
     NodeRecord,
     one_per_family,
@@ -54,6 +54,7 @@ class Registered:
         endpoint = value("force-endpoint", lambda text: _endpoint(text, record), record.endpoint)
         return Annotated(
             endpoint=endpoint,
+            forced=bool(annotations.get("force-endpoint")) and "force-endpoint" not in wrong,
             more_endpoints=_others(endpoint, record),
             internal_ips=value("force-internal-ip", lambda text: _internal_ips(text, record), record.internal_ips),
             leader_wanted=value("leader", lambda text: text.lower() not in ("", "0", "false"), False),
@@ -72,6 +73,8 @@ class Annotated:
     """What annotations can say about a node."""
 
     endpoint: Endpoint | None
+    forced: bool
+    """Whether the endpoint is the operator's word."""
     more_endpoints: tuple[Endpoint, ...]
     internal_ips: tuple[IPInterface, ...]
     leader_wanted: bool
@@ -87,10 +90,11 @@ def join(
     *,
     label: str | None,
     addresses: tuple[IPAddress, ...],
+    sightings: Iterable[Sighting] = (),
 ) -> Node:
     """The node in force."""
     record = registered.record
-    return Node(
+    node = Node(
         name=name,
         public_key=record.public_key,
         location=record.location if label is None else label,
@@ -108,6 +112,31 @@ def join(
         version=record.version,
         registered_revision=registered.create_revision,
     )
+    if said.forced or not said.persistent_keepalive:
+        return node
+    seen = tuple(one for one in _seen(node.public_key, sightings) if not node.public_in(_version(one)))
+    return evolve(node, seen=seen) if seen else node
+
+
+def join_peer(peer: Peer, sightings: Iterable[Sighting]) -> Peer:
+    """The peer in force: with where it is seen, if nothing else says where it is."""
+    if peer.endpoint is not None or not peer.persistent_keepalive:
+        return peer
+    seen = _seen(peer.public_key, sightings)
+    return evolve(peer, seen=seen) if seen else peer
+
+
+def _seen(public_key: str, sightings: Iterable[Sighting]) -> tuple[Endpoint, ...]:
+    """The endpoints that count, each once. Observers may disagree, so the order must not: the newest word first."""
+    counting = sorted(
+        (one for one in sightings if one.public_key == public_key and one.endpoint.public),
+        key=lambda one: (-one.revision, one.observer),
+    )
+    return tuple(dict.fromkeys(one.endpoint for one in counting))
+
+
+def _version(endpoint: Endpoint) -> int:
+    return 4 if endpoint.address is None else endpoint.address.version
 
 
 def lowest_per_family(addresses: Iterable[IPAddress], subnets: tuple[IPNetwork, ...]) -> tuple[IPAddress, ...]:

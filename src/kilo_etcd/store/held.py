@@ -18,7 +18,10 @@ RETRY_FIRST = 0.2
 
 
 class Held:
-    """Changed only by who holds `lock`, from before the write until its outcome is noted here."""
+    """Changed only by who holds `lock`, from before the write until its outcome is noted here.
+
+    `minded` says of which keys it is worth a watch to see that they stay.
+    """
 
     def __init__(
         self,
@@ -28,11 +31,13 @@ class Held:
         retry_most: float,
         on_gone: Callable[[], None],
         rng: random.Random,
+        minded: Callable[[str], bool] = lambda _key: True,
     ) -> None:
         self._client = client
         self._lock = lock
         self._retry_most = retry_most
         self._on_gone = on_gone
+        self._minded = minded
         self._rng = rng
         self._changed = trio.Event()
         self._unsure: set[str] = set()
@@ -82,13 +87,16 @@ class Held:
     async def mind(self) -> None:
         """Notice when one of the keys is taken away, until cancelled."""
         while True:
-            keys = set(self.values)
+            keys = self._to_mind()
             async with trio.open_nursery() as nursery:
                 for key in keys:
                     nursery.start_soon(self._mind_key, key)
-                while self.values.keys() == keys:
+                while self._to_mind() == keys:
                     await self._changed.wait()
                 nursery.cancel_scope.cancel()
+
+    def _to_mind(self) -> set[str]:
+        return {key for key in self.values if self._minded(key)}
 
     async def _mind_key(self, key: str) -> None:
         delay = RETRY_FIRST

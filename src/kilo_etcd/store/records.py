@@ -157,6 +157,15 @@ class AnswerRecord:
     """What the agent found wrong when it was asked, beyond what its status says."""
 
 
+@frozen(kw_only=True)
+class SightingRecord:
+    """Where the observer's WireGuard sees a node or peer, at `/kilo/endpoints/<node or peer>/<observer>`."""
+
+    public_key: str
+    """Whose it is: names say less, since a host may be made anew, and a node and a peer may have one name."""
+    endpoint: Endpoint
+
+
 R = TypeVar("R")
 
 
@@ -416,6 +425,7 @@ _READERS: dict[type, dict[str, Callable[[object], Any]]] = {
         "changes": _items(_string),
         "trouble": _items(_string),
     },
+    SightingRecord: {"public_key": check_key, "endpoint": _address_endpoint},
 }
 
 
@@ -463,7 +473,9 @@ def _plain(value: Any) -> Any:
 _IP_TYPES: tuple[type, ...] = tuple(kind for union in (IPAddress, IPInterface, IPNetwork) for kind in union.__args__)
 _CONVERTER = _converter()
 _KNOWN = {record: frozenset(_camel(attribute.name) for attribute in fields(record)) for record in _READERS}
-Record = Union[NodeRecord, CandidateRecord, PeerRecord, StatusRecord, QuestionRecord, AnswerRecord]  # noqa: UP007
+Record = Union[  # noqa: UP007
+    NodeRecord, CandidateRecord, PeerRecord, StatusRecord, QuestionRecord, AnswerRecord, SightingRecord
+]
 
 
 def encode(record: Record) -> bytes:
@@ -525,6 +537,11 @@ def decode_question(value: bytes) -> QuestionRecord:
 def decode_answer(value: bytes) -> AnswerRecord:
     """Unknown fields are ignored. A full mesh's is longer than other records."""
     return read(AnswerRecord, value, MAX_ANSWER).record
+
+
+def decode_sighting(value: bytes) -> SightingRecord:
+    """Unknown fields are ignored; `read` names them."""
+    return read(SightingRecord, value).record
 
 
 def decode_peer(value: bytes) -> PeerRecord:

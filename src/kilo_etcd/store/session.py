@@ -1,7 +1,7 @@
-"""This host's own keys: its registration under a long lease, its candidacy and status under a short one.
+"""This host's own keys: its registration under a long lease, its candidacy, status and sightings under a short one.
 
-What is wanted is said once (`register`, `enter`, `leave`, `put_status`); `run` sees to it that etcd keeps saying so:
-it keeps both leases, and puts back what was lost with a lease or taken away. While etcd is away it tries again with
+What is wanted is said once (`register`, `enter`, `leave`, `put_status`, `put_sightings`); `run` sees to it that etcd keeps
+saying so: it keeps both leases, and puts back what was lost with a lease or taken away. While etcd is away it tries again with
 jitter, for ever, and never raises. Nothing is written that etcd holds already: an agent that starts again within the
 lease's time finds its own keys, adopts their leases, and goes on without a write.
 
@@ -17,7 +17,7 @@ Wishes that cannot be met at once are kept: `enter`, `leave` and `put_status` re
 from __future__ import annotations
 
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime
 
 import structlog
@@ -45,22 +45,27 @@ from kilo_etcd.etcd.api import (
 from kilo_etcd.model import CandidateClass, Granularity, IPAddress, IPNetwork
 from kilo_etcd.store import claims
 from kilo_etcd.store.held import Held
-from kilo_etcd.store.keys import ElectionKey, Keys, StatusKey
+from kilo_etcd.store.keys import ElectionKey, EndpointKey, Keys, StatusKey
 from kilo_etcd.store.lease import KeptLease
 from kilo_etcd.store.owner import NameTaken, PutBacks, public_key_of, status_key_of, taken_by, where_is
 from kilo_etcd.store.records import (
     CandidateRecord,
     NodeRecord,
     RecordError,
+    SightingRecord,
     StatusRecord,
     decode_candidate,
     decode_status,
     encode,
 )
+from kilo_etcd.store.sightings import Sightings
 
 RETRY_FIRST = 0.2
 RETRY_MOST = 5.0
 """Seconds between two attempts; less for short leases, which an election in etcd gives their full time just once."""
+
+MOST_AT_ONCE = 100
+"""Operations in one transaction: etcd takes 128 (--max-txn-ops)."""
 
 
 class _RecordChanged(Exception):
@@ -113,10 +118,19 @@ class Session:
         self._status_given = False
         """Whether the status is the agent's, not one that `register` made up."""
         self._candidacy: Candidacy | None = None
+        self._sightings = Sightings(keys, node_name)
         self._subnets: tuple[IPNetwork, ...] = ()
         # What etcd is known to hold.
         self._record_kv: KeyValue | None = None
-        self._held = Held(client, self._lock, retry_most=self._retry_most, on_gone=self._mend, rng=self._rng)
+        self._held = Held(
+            client,
+            self._lock,
+            retry_most=self._retry_most,
+            on_gone=self._mend,
+            # There may be hundreds of sightings, each of which other observers can replace.
+            minded=lambda key: not self._sightings.concern(key),
+            rng=self._rng,
+        )
         self._put_backs = PutBacks(self._node_key)
         self._seen = 0
         """etcd's revision up to which the record is known to be as `_record_kv` says."""
@@ -140,6 +154,11 @@ class Session:
     def candidacy(self) -> Candidacy | None:
         """As what this host stands, or will as soon as etcd can be told."""
         return self._candidacy
+
+    @property
+    def sightings(self) -> Mapping[str, SightingRecord]:
+        """Node or peer -> where this host sees it, as etcd says or will as soon as it can be told."""
+        return self._sightings.records
 
     # --- before the first registration -------------------------------------------------------------------------
 
@@ -276,14 +295,19 @@ class Session:
         """Take over what an earlier run of this agent put under a lease that still lives."""
         for raw in held:
             parsed = self._keys.parse(raw)
-            if not (isinstance(parsed, (ElectionKey, StatusKey)) and parsed.node == self._name):
+            if not (
+                (isinstance(parsed, (ElectionKey, StatusKey)) and parsed.node == self._name)
+                or (isinstance(parsed, EndpointKey) and parsed.observer == self._name)
+            ):
                 continue
             kv = await self._client.get(raw)
             if kv is None or kv.lease != lease_id:
                 continue
             self._held.put(raw.decode(), kv.value, kv.mod_revision)
             try:
-                if isinstance(parsed, StatusKey):
+                if isinstance(parsed, EndpointKey):
+                    self._sightings.adopt(parsed, kv.value)
+                elif isinstance(parsed, StatusKey):
                     if not self._status_given:
                         self._status = decode_status(kv.value)
                 elif self._candidacy is None:
@@ -311,6 +335,11 @@ class Session:
     async def put_status(self, status: StatusRecord) -> bool:
         """Report; written only if it differs from what stands there."""
         self._status, self._status_given = status, True
+        return await self._now()
+
+    async def put_sightings(self, sightings: Mapping[str, SightingRecord]) -> bool:
+        """Say of these nodes and peers, and of no others, where this host sees them; only what differs is written."""
+        self._sightings.replace(sightings)
         return await self._now()
 
     async def record_leader(self, location: str) -> bool:
@@ -372,6 +401,7 @@ class Session:
         if (standing := self._candidacy) is not None:
             key = self._keys.election(standing.location, self._name)
             wanted[key] = encode(CandidateRecord(rank=standing.rank, since=standing.since))
+        wanted.update(self._sightings.values)
         if not wanted and not self._held.values:
             return
         await self._hold_short(None)
@@ -379,7 +409,7 @@ class Session:
         gone = [
             key
             for key, value in self._held.values.items()
-            if wanted.get(key) != value and not (key == self._status_key and key in wanted)
+            if wanted.get(key) != value and not (key in wanted and self._replaceable(key))
         ]
         if gone:
             for key in gone:
@@ -396,14 +426,19 @@ class Session:
             for key, value in new.items():
                 self._held.put(key, value, revision)
 
+    def _replaceable(self, key: str) -> bool:
+        return key == self._status_key or self._sightings.concern(key)
+
     async def _write(self, ops: list[Op]) -> int:
-        """The revision of it."""
+        """The revision of the last of them."""
+        if len(ops) > MOST_AT_ONCE:
+            await self._write(ops[:-MOST_AT_ONCE])
         compare = (
             []
             if self._record_kv is None
             else [Compare(self._node_key, Target.MOD, Is.EQUAL, self._record_kv.mod_revision)]
         )
-        done = await self._client.txn(compare, ops)
+        done = await self._client.txn(compare, ops[-MOST_AT_ONCE:])
         if not done.succeeded:
             raise _RecordChanged
         return done.header.revision
@@ -414,6 +449,7 @@ class Session:
         """Give candidacy and status up and end the short lease; the registration stays. EtcdError."""
         async with self._lock:
             self._candidacy, self._status = None, None
+            self._sightings.replace({})
             self._held.clear()
             await self._short.end()
 

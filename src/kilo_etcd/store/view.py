@@ -33,22 +33,23 @@ from typing import TypeVar
 from kilo_etcd.etcd.api import Event, EventType, Header, KeyValue
 from kilo_etcd.model import (
     Candidate,
-    Endpoint,
     Granularity,
     IPAddress,
     IPNetwork,
     Node,
     Peer,
     SetAside,
+    Sighting,
     Snapshot,
 )
 from kilo_etcd.store import keys as k
-from kilo_etcd.store.effective import ANNOTATIONS, Registered, join, lowest_per_family
+from kilo_etcd.store.effective import ANNOTATIONS, Registered, join, join_peer, lowest_per_family
 from kilo_etcd.store.joins import KeyIndex, Owner, describe
 from kilo_etcd.store.records import (
     CandidateRecord,
     NodeRecord,
     RecordError,
+    SightingRecord,
     decode_granularity,
     decode_label,
     decode_peer,
@@ -82,18 +83,21 @@ class View:
         self._peer_records: dict[str, Peer] = {}
         self._elections: dict[str, dict[str, Candidate]] = {}
         self._leaders: dict[str, str] = {}
+        self._observers: dict[str, dict[str, Sighting]] = {}
         self._key_index = KeyIndex()
         self._aside: dict[object, tuple[SetAside, ...]] = {}  # raw key, or owner for what a join found
         # What has changed since the last snapshot.
         self._dirty: set[Owner] = set()
         self._dirty_elections: set[str] = set()
         self._dirty_leaders = False
+        self._dirty_sightings: set[str] = set()
         self._dirty_aside = False
         # What the last snapshot gave out: replaced, never changed.
         self._nodes: Mapping[str, Node] = {}
         self._peers: Mapping[str, Peer] = {}
         self._candidates: Mapping[str, tuple[Candidate, ...]] = {}
         self._leaders_given: Mapping[str, str] = {}
+        self._sightings: Mapping[str, tuple[Sighting, ...]] = {}
         self._set_aside: tuple[SetAside, ...] = ()
 
     # --- taking in ---------------------------------------------------------------------------------------------
@@ -153,6 +157,7 @@ class View:
             peers=self._peers,
             candidates=self._candidates,
             leaders=self._leaders_given,
+            sightings=self._sightings,
             set_aside=self._set_aside,
         )
 
@@ -177,6 +182,13 @@ class View:
                 _replace(candidates, location, tuple(standing[node] for node in sorted(standing)) if standing else None)
             self._candidates = candidates
             self._dirty_elections.clear()
+        if self._dirty_sightings:
+            sightings = dict(self._sightings)
+            for name in self._dirty_sightings:
+                seen = self._observers.get(name)
+                _replace(sightings, name, tuple(seen[observer] for observer in sorted(seen)) if seen else None)
+            self._sightings = sightings
+            self._dirty_sightings.clear()
         if self._dirty_leaders:
             self._leaders_given = dict(self._leaders)
             self._dirty_leaders = False
@@ -206,7 +218,14 @@ class View:
         addresses = lowest_per_family(self._claims.get(name, ()), self.subnets or ())
         if rivals or not addresses:
             return None
-        return join(name, registered, said, label=self._labels.get(name), addresses=addresses)
+        return join(
+            name,
+            registered,
+            said,
+            label=self._labels.get(name),
+            addresses=addresses,
+            sightings=self._observers.get(name, {}).values(),
+        )
 
     def _join_peer(self, name: str) -> Peer | None:
         owner: Owner = ("peer", name)
@@ -218,7 +237,8 @@ class View:
         )
         text = f"its public key is also that of {describe(rivals)}; {remedy}"
         self._note(owner, [SetAside(self._keys.peer(name), text)] if rivals else ())
-        return None if rivals else self._peer_records.get(name)
+        peer = None if rivals else self._peer_records.get(name)
+        return None if peer is None else join_peer(peer, self._observers.get(name, {}).values())
 
     # --- one key at a time -------------------------------------------------------------------------------------
 
@@ -274,8 +294,8 @@ class View:
             case k.LeaderKey(location):
                 _replace(self._leaders, location, None if value is None else decode_text(value))
                 self._dirty_leaders = True
-            case k.EndpointKey() if value is not None:
-                _check_endpoint(value)
+            case k.EndpointKey(name, observer):
+                return self._take_sighting(name, observer, kv)
             case k.GranularityKey():
                 return self._take_granularity(value)
             case k.SubnetsKey():
@@ -357,6 +377,24 @@ class View:
         self._dirty_elections.add(location)
         return [_unknown(name) for name in found.unknown] if found else []
 
+    def _take_sighting(self, name: str, observer: str, kv: KeyValue | None) -> Iterable[str]:
+        found = None if kv is None else read(SightingRecord, kv.value)
+        observers = dict(self._observers.get(name, {}))
+        if found is None or kv is None:
+            observers.pop(observer, None)
+        else:
+            record = found.record
+            observers[observer] = Sighting(
+                observer=observer, public_key=record.public_key, endpoint=record.endpoint, revision=kv.mod_revision
+            )
+        _replace(self._observers, name, observers or None)
+        self._dirty_sightings.add(name)
+        if name in self._registered:
+            self._dirty.add(("node", name))
+        if name in self._peer_records:
+            self._dirty.add(("peer", name))
+        return [_unknown(unknown) for unknown in found.unknown] if found else []
+
     def _take_granularity(self, value: bytes | None) -> Iterable[str]:
         if value is None:
             return [] if self.granularity is None else [f"the value is missing; {self.granularity} stays in force"]
@@ -388,12 +426,3 @@ def _replace(table: dict[str, V], name: str, value: V | None) -> bool:
 
 def _unknown(name: str) -> str:
     return f"{name}: no such field is known; the rest of the record is in force"
-
-
-def _check_endpoint(value: bytes) -> None:
-    try:
-        Endpoint.parse(decode_text(value))
-    except RecordError:
-        raise
-    except ValueError as error:
-        raise RecordError(str(error)) from None

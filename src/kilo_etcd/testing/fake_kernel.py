@@ -19,7 +19,7 @@ import trio
 from attrs import evolve
 
 from kilo_etcd.kernel.api import Kernel
-from kilo_etcd.kernel.diff import difference, remember, superseded
+from kilo_etcd.kernel.diff import difference, is_drift, remember, superseded
 from kilo_etcd.kernel.effect import apply_changes
 from kilo_etcd.kernel.errors import KernelError
 from kilo_etcd.kernel.forward import AddForward, DeleteForward
@@ -31,6 +31,7 @@ from kilo_etcd.kernel.state import (
     DeleteLink,
     DeleteRoute,
     Failure,
+    Heard,
     HostAddresses,
     Memory,
     Observed,
@@ -164,13 +165,19 @@ class FakeKernel:
         await trio.lowlevel.checkpoint()
         observed = self._now()
         plan = self.plan
-        if plan is not None and difference(plan, observed, self._memory, self._target(plan)).changes:
+        if plan is not None and any(
+            map(is_drift, difference(plan, observed, self._memory, self._target(plan)).changes)
+        ):
             self.drifted("found undone")
         return observed
 
     async def obstacles(self) -> tuple[str, ...]:
         await trio.lowlevel.checkpoint()
         return self.host.obstacles
+
+    async def hear(self) -> Heard:
+        await trio.lowlevel.checkpoint()
+        return Heard(time=trio.current_time(), peers=self.host.observed.peers)
 
     async def wait_moved(self) -> None:
         await self.host.moved.wait()

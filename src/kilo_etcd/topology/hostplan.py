@@ -37,6 +37,8 @@ class PeerPlan:
     name: str
     """The node's or peer's name; for people."""
     endpoint: Endpoint | None = None
+    hearsay: bool = False
+    """The endpoint is where others have seen the peer: it counts only while this host itself hears nothing of it."""
     allowed_ips: tuple[IPNetwork, ...] = ()
     persistent_keepalive: int = 0
     preshared_key: str | None = field(default=None, repr=False)

@@ -32,6 +32,7 @@ from kilo_etcd.topology.claims import network_key
 from kilo_etcd.topology.families import apart, endpoint_for
 from kilo_etcd.topology.guard import GuardMemo
 from kilo_etcd.topology.hostplan import HostPlan, PeerPlan, Problem, RoutePlan, Via
+from kilo_etcd.topology.nat import seen_endpoint
 from kilo_etcd.topology.segments import Segment, Topology, changes, host_network, same_site
 from kilo_etcd.topology.ways import Hop, bonded, hop, local_endpoint
 
@@ -235,6 +236,7 @@ def _reduced(own: Node, standing: _Standing) -> Node:
         more_endpoints=own.more_endpoints,
         internal_ips=own.internal_ips,
         mesh_addresses=own.mesh_addresses,
+        seen=own.seen,
         persistent_keepalive=own.persistent_keepalive if standing is _Standing.LEADER else 0,
     )
 
@@ -325,16 +327,20 @@ def _follow(
         public = leader.endpoint is not None and leader.endpoint.public
         inside = near and (own.location != DEFAULT_LOCATION or not public)
         endpoint = local_endpoint(own, leader) if inside else endpoint_for(own, leader)
+        seen = None
+        if leader.seen and not (inside and own.location != DEFAULT_LOCATION):
+            seen = seen_endpoint(own, leader, endpoint)
         connect(
             PeerPlan(
                 public_key=leader.public_key,
                 name=leader.name,
-                endpoint=endpoint,
+                endpoint=seen or endpoint,
+                hearsay=seen is not None,
                 allowed_ips=allowed,
                 persistent_keepalive=own.persistent_keepalive,
             )
         )
-        if endpoint is not None or standing is not _Standing.LEADER:
+        if endpoint is not None or seen is not None or standing is not _Standing.LEADER:
             continue
         text = apart(own, leader)
         if text is None and own.endpoint is None:
@@ -346,11 +352,13 @@ def _follow(
             problems[key] = Problem(subject=leader.name, text=text)
     for peer in peers_come.values():
         route(peer.allowed_ips)
+        seen = seen_endpoint(own, peer, peer.endpoint)
         connect(
             PeerPlan(
                 public_key=peer.public_key,
                 name=peer.name,
-                endpoint=peer.endpoint,
+                endpoint=seen or peer.endpoint,
+                hearsay=seen is not None,
                 allowed_ips=peer.allowed_ips,
                 persistent_keepalive=peer.persistent_keepalive if standing is _Standing.LEADER else 0,
                 preshared_key=peer.preshared_key,

@@ -16,6 +16,7 @@ from attrs import evolve, frozen
 
 from kilo_etcd.model import IPAddress, IPNetwork, Node
 from kilo_etcd.topology.hostplan import HostPlan, PeerPlan, RoutePlan, Via
+from kilo_etcd.topology.nat import hopeless
 from kilo_etcd.topology.segments import Topology, UnknownNode
 
 T = TypeVar("T")
@@ -164,6 +165,8 @@ class _Walker:
             return f"{target} has no WireGuard peer {at}"
         if peer.endpoint is None and back.endpoint is None:
             return f"neither of {at} and {target} knows an endpoint of the other"
+        if (why := hopeless(self.topology.snapshot.nodes[at], self.topology.snapshot.nodes[target])) is not None:
+            return why
         expected = None if sender is None else self._peer_for(there, sender)
         if expected is None or expected.public_key != own_key:
             of = "nobody" if expected is None else expected.name

@@ -1,0 +1,121 @@
+"""What this host tells others of where its WireGuard hears nodes and peers behind NAT, and when.
+
+Told is only what helps: of nodes and peers with persistent keepalive (without it the NAT forgets them) that have no
+public endpoint; by hosts that are reached publicly themselves, since any other may hear what is true for its own site
+only; and by a few of them: two show whether the NAT shows each partner another port, and each word wakes every agent.
+
+A laptop that roams must not become a storm. Of each node or peer a change is told after a moment by chance, so that of
+many observers the first few speak and the others see that it is said, and the more often it changes the later.
+
+Pure: readings and times come in, records and times go out.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+
+from attrs import define, field, frozen
+
+from kilo_etcd.kernel.state import Heard
+from kilo_etcd.model import Node, Peer, Snapshot
+from kilo_etcd.store.records import SightingRecord
+from kilo_etcd.topology.hostplan import HostPlan
+
+OBSERVERS = 3
+"""So many speak of one node or peer; the others keep silent as long as these live."""
+
+STALE = 240.0
+"""Seconds since the last handshake after which a host has gone: with keepalive there is one every three minutes."""
+
+FIRST_PAUSE, LONGEST_PAUSE, QUIET = 5.0, 80.0, 300.0
+"""Seconds between two words on one node or peer: at first, at most, and how long it takes to begin anew."""
+
+
+def to_watch(snapshot: Snapshot, plan: HostPlan) -> dict[str, Node | Peer]:
+    """Public key -> the node or peer of the plan that others may need to be told of."""
+    found: dict[str, Node | Peer] = {}
+    for key, planned in plan.peers.items():
+        node = snapshot.nodes.get(planned.name)
+        if node is not None and node.public_key == key:
+            if node.persistent_keepalive and not (node.public_in(4) and node.public_in(6)):
+                found[key] = node
+        elif node is None and (peer := snapshot.peers.get(planned.name)) is not None and peer.public_key == key:
+            # Had a node that name, the place in etcd would be its.
+            if peer.persistent_keepalive and peer.endpoint is None:
+                found[key] = peer
+    return found
+
+
+def seen_here(own: Node, watched: Mapping[str, Node | Peer], heard: Heard) -> dict[str, SightingRecord]:
+    """Node or peer -> where this host hears it, as far as that is worth telling."""
+    found = {}
+    for key, subject in watched.items():
+        peer = heard.peers.get(key)
+        if peer is None or peer.endpoint is None or heard.time - peer.last_handshake > STALE:
+            continue
+        address = peer.endpoint.address
+        if address is None or not peer.endpoint.public or not own.public_in(address.version):
+            continue
+        if isinstance(subject, Peer) or not subject.public_in(address.version):
+            found[subject.name] = SightingRecord(public_key=key, endpoint=peer.endpoint)
+    return found
+
+
+def to_tell(
+    seen: Mapping[str, SightingRecord], snapshot: Snapshot, observer: str, told: Mapping[str, SightingRecord]
+) -> dict[str, SightingRecord]:
+    """What of it `observer` should have in etcd: what it has told already, and what too few others tell."""
+    found = {}
+    for name, record in seen.items():
+        others = sum(
+            one.observer != observer and one.public_key == record.public_key for one in snapshot.sightings.get(name, ())
+        )
+        if name in told or others < OBSERVERS:
+            found[name] = record
+    return found
+
+
+@frozen
+class _Last:
+    time: float
+    pause: float
+
+
+@define
+class Account:
+    """When what differs from what was told may be told. Times are seconds of one monotonic clock."""
+
+    rng: random.Random = field(factory=random.Random)
+    _due: dict[str, float] = field(factory=dict)
+    _last: dict[str, _Last] = field(factory=dict)
+
+    def ready(
+        self,
+        wanted: Mapping[str, SightingRecord],
+        told: Mapping[str, SightingRecord],
+        *,
+        now: float,
+        nodes: int,
+    ) -> tuple[dict[str, SightingRecord], float | None]:
+        """(what to have in etcd now, when to ask again although nothing has changed). `nodes`: the mesh's size."""
+        differing = [name for name in {**wanted, **told} if wanted.get(name) != told.get(name)]
+        self._due = {name: self._due[name] if name in self._due else self._when(name, now, nodes) for name in differing}
+        result = dict(told)
+        for name in [name for name in differing if self._due[name] <= now]:
+            del self._due[name]
+            last = self._last.get(name)
+            again = last is not None and now - last.time < QUIET
+            self._last[name] = _Last(now, min(last.pause * 2, LONGEST_PAUSE) if last and again else FIRST_PAUSE)
+            if name in wanted:
+                result[name] = wanted[name]
+            else:
+                del result[name]
+        if len(self._last) > 2 * len(result) + 100:
+            self._last = {name: last for name, last in self._last.items() if now - last.time < QUIET}
+        return result, min(self._due.values(), default=None)
+
+    def _when(self, name: str, now: float, nodes: int) -> float:
+        by_chance = self.rng.uniform(0.0, min(10.0, 0.2 + nodes * 0.01))
+        last = self._last.get(name)
+        return max(now + by_chance, last.time + last.pause if last is not None else now)
