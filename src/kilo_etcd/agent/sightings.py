@@ -40,11 +40,14 @@ def to_watch(snapshot: Snapshot, plan: HostPlan) -> dict[str, Node | Peer]:
         if node is not None and node.public_key == key:
             if node.persistent_keepalive and not (node.public_in(4) and node.public_in(6)):
                 found[key] = node
-        elif node is None and (peer := snapshot.peers.get(planned.name)) is not None and peer.public_key == key:
+        elif node is None and (peer := snapshot.peers.get(planned.name)) is not None and _roams(peer, key):
             # Had a node that name, the place in etcd would be its.
-            if peer.persistent_keepalive and peer.endpoint is None:
-                found[key] = peer
+            found[key] = peer
     return found
+
+
+def _roams(peer: Peer, key: str) -> bool:
+    return peer.public_key == key and bool(peer.persistent_keepalive) and peer.endpoint is None
 
 
 def seen_here(own: Node, watched: Mapping[str, Node | Peer], heard: Heard) -> dict[str, SightingRecord]:

@@ -401,16 +401,16 @@ table inet lab {{
 def _nat(layout: Layout, site: str) -> tuple[list[str], str]:
     """What a site's kind of NAT adds to its router: rules before the masquerading, and chains.
 
-    Each host's WireGuard has an outer port of its own, 40000 and its address's last byte, which a cone NAT shows to all
-    (the kernel's own way: the inner port where it is free towards that partner), and a symmetric one never.
+    Each host's WireGuard has an outer port of its own, 40000 and the host's number, which a cone NAT shows to all (the
+    kernel by itself takes the inner port where it is free towards that partner) and a symmetric one to nobody.
     """
     kind = next(each.nat for each in layout.spec.sites if each.name == site)
     if not kind:
         return [], ""
     out, back = [], []
-    for host in layout.hosts.values():
+    for port, host in enumerate(layout.hosts.values(), 40001):
         for ip in (interface.ip for interface in host.private if host.site == site):
-            family, port = "ip" if ip.version == 4 else "ip6", 40000 + (int(ip) & 255)
+            family = "ip" if ip.version == 4 else "ip6"
             way = "to :20000-39999 fully-random" if kind == "symmetric" else f"to :{port}"
             out.append(f"oifname wan {family} saddr {ip} udp sport {WIREGUARD_PORT} masquerade {way}")
             if kind == "full-cone":

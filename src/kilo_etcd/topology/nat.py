@@ -2,8 +2,8 @@
 
 A NAT lets in what answers something sent out, so two hosts behind different NATs meet when both send to where the
 other's NAT shows it, at about the same time, and keep sending (persistent keepalive). Where that is, public hosts have
-seen (`Node.seen`). It is a guess: a NAT that shows each partner another port (symmetric) shows the next one a third. Such a
-host meets those whose NAT lets in anybody (full cone) and nobody else that is behind a NAT.
+seen (`Node.seen`). It is a guess: a NAT that shows each partner another port (symmetric) shows the next one a third.
+Such a host meets those whose NAT lets in anybody (full cone) and nobody else that is behind a NAT.
 
 Pure. What it cannot know is what a NAT lets in; whether a pair has met is for the host's own WireGuard to say.
 """
