@@ -1,0 +1,195 @@
+"""Where hosts see each other through NATs: in the snapshot, and among a host's own keys."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from store_world import KEYS, World, wg_key
+from test_store_session import member, running, session
+
+import pytest
+import trio
+from kilo_etcd.model import Endpoint
+from kilo_etcd.store import SightingRecord, encode
+from kilo_etcd.store.session import MOST_AT_ONCE
+from kilo_etcd.testing.fake_etcd import FakeEtcd
+
+HOME = Endpoint.parse("192.168.0.2:51820")
+
+
+def sighting(endpoint: str, of: str = "home") -> SightingRecord:
+    return SightingRecord(public_key=wg_key(of), endpoint=Endpoint.parse(endpoint))
+
+
+def at_home(**fields: object) -> World:
+    """A node behind NAT with keepalive, and a phone."""
+    world = World()
+    world.node("home", "10.4.0.1", **{"endpoint": HOME, "persistent_keepalive": 25, **fields})
+    world.peer("phone", allowedIPs=["10.9.0.1/32"], persistentKeepalive=25)
+    return world
+
+
+def see(world: World, observer: str, endpoint: str, of: str = "home", key: str | None = None) -> None:
+    world.put(KEYS.endpoint(of, observer), encode(sighting(endpoint, key or of)))
+
+
+def seen(world: World, name: str = "home") -> list[str]:
+    return [str(one) for one in world.view.snapshot().nodes[name].seen]
+
+
+def test_what_observers_see_is_the_nodes_and_the_newest_word_comes_first() -> None:
+    world = at_home()
+    assert seen(world) == []
+    see(world, "a", "203.0.113.9:40001")
+    see(world, "b", "203.0.113.9:40001")
+    assert seen(world) == ["203.0.113.9:40001"], "they agree"
+    before = world.view.snapshot().nodes["home"]
+    see(world, "c", "203.0.113.9:40001")
+    assert world.view.snapshot().nodes["home"] is before, "one more who agrees is no change"
+    see(world, "a", "203.0.113.9:40777")
+    assert seen(world) == ["203.0.113.9:40777", "203.0.113.9:40001"]
+    world.delete(KEYS.endpoint("home", "a"))
+    assert seen(world) == ["203.0.113.9:40001"]
+    assert [one.observer for one in world.view.snapshot().sightings["home"]] == ["b", "c"]
+    for observer in "bc":
+        world.delete(KEYS.endpoint("home", observer))
+    assert seen(world) == []
+    assert dict(world.view.snapshot().sightings) == {}
+
+
+def test_a_phone_is_seen_too_unless_its_record_says_where_it_is() -> None:
+    world = at_home()
+    see(world, "a", "198.51.100.7:6000", "phone")
+    assert [str(one) for one in world.view.snapshot().peers["phone"].seen] == ["198.51.100.7:6000"]
+    world.peer("phone", allowedIPs=["10.9.0.1/32"], persistentKeepalive=25, endpoint="198.51.100.1:51820")
+    assert world.view.snapshot().peers["phone"].seen == ()
+    world.peer("phone", allowedIPs=["10.9.0.1/32"])
+    assert world.view.snapshot().peers["phone"].seen == (), "without keepalive the NAT forgets it"
+
+
+def test_a_word_counts_only_where_nothing_better_is_known() -> None:
+    for fields in ({"persistent_keepalive": 0}, {"endpoint": Endpoint.parse("203.0.113.1:51820")}):
+        world = at_home(**fields)
+        see(world, "a", "203.0.113.9:40001")
+        assert seen(world) == []
+    world = at_home()
+    see(world, "a", "203.0.113.9:40001")
+    see(world, "a", "[2001:db8::9]:40001")
+    assert seen(world) == ["[2001:db8::9]:40001"]
+    see(world, "b", "10.1.1.1:40001")
+    assert seen(world) == ["[2001:db8::9]:40001"], "a private address means something at one site only"
+    world.put(KEYS.annotation("home", "force-endpoint"), "10.8.8.8:51820")
+    assert seen(world) == [], "the operator's word goes before all"
+    world.put(KEYS.annotation("home", "force-endpoint"), "not an endpoint at all")
+    assert seen(world) == ["[2001:db8::9]:40001"]
+
+
+def test_a_word_on_another_key_is_on_another_host() -> None:
+    world = at_home()
+    see(world, "a", "203.0.113.9:40001", key="the host before it was made anew")
+    assert seen(world) == []
+    see(world, "b", "203.0.113.9:40002")
+    assert seen(world) == ["203.0.113.9:40002"]
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("203.0.113.9:40001", "not JSON"),
+        ("{}", "the field publicKey is missing"),
+        ('{"publicKey":"x","endpoint":"203.0.113.9:1"}', "publicKey"),
+        ('{"publicKey":"' + wg_key("home") + '","endpoint":"home.example.org:1"}', "no address and port"),
+    ],
+)
+def test_a_bad_word_is_named_and_harms_nobody(value: str, reason: str) -> None:
+    world = at_home()
+    see(world, "a", "203.0.113.9:40001")
+    world.put(KEYS.endpoint("home", "b"), value)
+    assert seen(world) == ["203.0.113.9:40001"]
+    assert reason in world.aside[KEYS.endpoint("home", "b")]
+
+
+_STEP = st.tuples(
+    st.sampled_from(("see", "forget", "node", "gone", "peer")),
+    st.sampled_from(("home", "phone")),
+    st.sampled_from("abc"),
+    st.sampled_from(("203.0.113.9:1", "203.0.113.9:2", "[2001:db8::9]:1", "10.0.0.1:1")),
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(_STEP, max_size=12))
+def test_one_word_at_a_time_comes_to_the_same_as_reading_all(steps: list[tuple[str, str, str, str]]) -> None:
+    world = at_home()
+    for what, name, observer, endpoint in steps:
+        if what == "see":
+            see(world, observer, endpoint, name)
+        elif what == "forget":
+            world.delete(KEYS.endpoint(name, observer))
+        elif what == "node":
+            world.node("home", "10.4.0.1", endpoint=HOME, persistent_keepalive=len(endpoint) % 2)
+        elif what == "peer":
+            world.peer("phone", allowedIPs=["10.9.0.1/32"], persistentKeepalive=len(endpoint) % 2)
+        else:
+            world.delete(KEYS.node("home"))
+        now, afresh = world.view.snapshot(), world.from_scratch().snapshot()
+        assert (now.nodes, now.peers, now.sightings) == (afresh.nodes, afresh.peers, afresh.sightings)
+
+
+# Among a host's own keys
+
+
+def told(etcd: FakeEtcd) -> list[str]:
+    return etcd.keys("/kilo/endpoints/")
+
+
+@pytest.mark.autojump
+async def test_what_a_host_sees_is_under_its_short_lease_and_goes_with_it() -> None:
+    etcd = FakeEtcd()
+    async with member(etcd) as it:
+        await it.put_sightings({"home": sighting("203.0.113.9:40001")})
+        assert told(etcd) == ["/kilo/endpoints/home/a"]
+        revision = etcd.revision
+        await it.put_sightings({"home": sighting("203.0.113.9:40001")})
+        await trio.sleep(600)
+        assert etcd.revision == revision, "nothing is written in steady state"
+        await it.put_sightings({"home": sighting("203.0.113.9:40002"), "phone": sighting("203.0.113.8:1", "phone")})
+        assert etcd.revision == revision + 1, "one write for all of it"
+        await it.put_sightings({"phone": sighting("203.0.113.8:1", "phone")})
+        assert told(etcd) == ["/kilo/endpoints/phone/a"]
+    await trio.sleep(6)
+    assert told(etcd) == []
+
+
+@pytest.mark.autojump
+async def test_an_agent_that_starts_again_within_the_ttl_goes_on_saying_what_it_said() -> None:
+    etcd = FakeEtcd()
+    async with member(etcd) as it:
+        await it.put_sightings({"home": sighting("203.0.113.9:40001")})
+    await trio.sleep(2)
+    revision = etcd.revision
+    again = session(etcd.client())
+    async with running(again):
+        await again.register(it._record)  # type: ignore[arg-type]
+        assert again.sightings == {"home": sighting("203.0.113.9:40001")}
+        await again.put_sightings(again.sightings)
+        assert etcd.revision == revision
+        await again.resign()
+        assert told(etcd) == []
+        assert again.sightings == {}
+
+
+@pytest.mark.autojump
+async def test_a_lost_lease_brings_all_of_it_back_however_much_it_is() -> None:
+    etcd = FakeEtcd()
+    many = {f"phone-{n}": sighting(f"203.0.113.8:{n + 1}", f"phone-{n}") for n in range(3 * MOST_AT_ONCE)}
+    async with member(etcd) as it:
+        await it.put_sightings(many)
+        assert len(told(etcd)) == len(many)
+        lease = etcd.data[b"/kilo/endpoints/phone-0/a"].lease
+        await etcd.client().revoke_lease(lease)
+        await trio.sleep(20)
+        assert len(told(etcd)) == len(many)
+        assert etcd.data[b"/kilo/endpoints/phone-0/a"].lease != lease
+        await it.put_sightings({})
+        assert told(etcd) == []
