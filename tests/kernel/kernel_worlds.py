@@ -21,12 +21,18 @@ def key(number: int) -> str:
 
 
 def peer(
-    number: int, *allowed: str, endpoint: str | None = None, keepalive: int = 0, psk: str | None = None
+    number: int,
+    *allowed: str,
+    endpoint: str | None = None,
+    keepalive: int = 0,
+    psk: str | None = None,
+    hearsay: bool = False,
 ) -> PeerPlan:
     return PeerPlan(
         public_key=key(number),
         name=f"node-{number}",
         endpoint=None if endpoint is None else Endpoint.parse(endpoint),
+        hearsay=hearsay,
         allowed_ips=tuple(sorted((ip_network(a) for a in allowed), key=network_order)),
         persistent_keepalive=keepalive,
         preshared_key=psk,
@@ -116,6 +122,7 @@ def plans(draw: st.DrawFn, ipip: bool = True, v6_via_v4: bool = False) -> HostPl
                 endpoint=draw(st.sampled_from((None, *ENDPOINTS))),
                 keepalive=draw(st.sampled_from((0, 10, 25))),
                 psk=draw(st.sampled_from((None, key(90), key(91)))),
+                hearsay=draw(st.booleans()),
             )
         )
     addresses = draw(st.sampled_from((("10.4.0.1/32",), ("10.4.0.1/32", "fd00:4::1/128"), ("10.4.0.9/32",))))

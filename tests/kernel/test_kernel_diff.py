@@ -8,7 +8,7 @@ import pytest
 from attrs import evolve
 from kernel_worlds import GATEWAY4, PRIVATE, TARGET, host_with, key, lines, peer, plan, tunnel, via
 
-from kilo_etcd.kernel.diff import diff, difference, remember
+from kilo_etcd.kernel.diff import diff, difference, is_drift, remember
 from kilo_etcd.kernel.effect import apply_changes
 from kilo_etcd.kernel.state import Link, Memory, Observed, Route, Target, ipip_name
 from kilo_etcd.model import Endpoint
@@ -190,6 +190,53 @@ def test_an_adopted_peer_keeps_an_endpoint_that_is_in_use(handshake: float, said
     wanted = with_endpoint("203.0.113.2:51820")
     observed = roamed(host_with(wanted), "198.51.100.9:4711", handshake)
     assert lines(diff(wanted, observed, Memory(), TARGET)) == said
+
+
+def hearsay(endpoint: str) -> HostPlan:
+    return plan(peer(2, "10.4.0.2/32", endpoint=endpoint, hearsay=True))
+
+
+@pytest.mark.parametrize("remembered", [True, False])
+@pytest.mark.parametrize(
+    ("handshake", "said"),
+    [
+        (950.0, []),
+        (700.0, ["wg set kilo0 peer #2 endpoint 198.51.100.2:40002"]),
+        (0.0, ["wg set kilo0 peer #2 endpoint 198.51.100.2:40002"]),
+    ],
+    ids=("in use", "long silent", "never heard"),
+)
+def test_hearsay_counts_only_where_nothing_is_heard(handshake: float, said: list[str], remembered: bool) -> None:
+    before, wanted = with_endpoint("192.168.0.2:51820"), hearsay("198.51.100.2:40002")
+    memory = remember(before, Memory()) if remembered else Memory()
+    observed = roamed(host_with(before), "198.51.100.9:4711", handshake)
+    changes = diff(wanted, observed, memory, TARGET)
+    assert lines(changes) == said
+    after = apply_changes(observed, changes, "kilo0")
+    assert diff(wanted, after, remember(wanted, memory), TARGET) == ()
+
+
+def test_a_new_peer_is_given_what_is_known_of_it_from_hearsay() -> None:
+    assert step(plan(), hearsay("198.51.100.2:40002")) == [
+        "wg set kilo0 peer #2 endpoint 198.51.100.2:40002 allowed-ips 10.4.0.2/32"
+    ]
+
+
+def test_what_was_learnt_is_not_set_back_when_the_hearsay_ends() -> None:
+    registered, told = with_endpoint("192.168.0.2:51820"), hearsay("198.51.100.2:40002")
+    memory = remember(told, remember(registered, Memory()))
+    learnt = roamed(host_with(told), "198.51.100.2:40777", 950.0)
+    assert diff(registered, learnt, memory, TARGET) == ()
+    assert diff(registered, learnt, remember(registered, memory), TARGET) == ()
+
+
+def test_an_endpoint_that_has_grown_old_is_no_drift() -> None:
+    wanted = hearsay("198.51.100.2:40002")
+    old = roamed(host_with(wanted), "198.51.100.9:4711", 700.0)
+    (change,) = diff(wanted, old, remember(wanted, Memory()), TARGET)
+    assert not is_drift(change)
+    assert all(map(is_drift, diff(wanted, host_with(plan()), Memory(), TARGET)))
+    assert all(map(is_drift, diff(plan(), host_with(wanted), Memory(), TARGET)))
 
 
 # Routes of ours and of others

@@ -120,10 +120,11 @@ def test_a_state_yields_the_same_next_state_however_it_came_about(
 @given(plans(), plans(), st.sampled_from(("198.51.100.9:1", "203.0.113.200:2")))
 def test_a_learnt_endpoint_is_never_set_back(before: HostPlan, after: HostPlan, learnt: str) -> None:
     state = host_with(before)
-    moved = {k: evolve(p, endpoint=Endpoint.parse(learnt)) for k, p in state.peers.items()}
-    changes = diff(after, evolve(state, peers=moved), remember(before, Memory()), TARGET)
+    moved = {k: evolve(p, endpoint=Endpoint.parse(learnt), last_handshake=1.0) for k, p in state.peers.items()}
+    changes = diff(after, evolve(state, peers=moved, time=2.0), remember(before, Memory()), TARGET)
     set_again = {c.public_key for c in changes if isinstance(c, SetPeer) and c.endpoint is not None}
     assert not {k for k in set_again if k in before.peers and before.peers[k].endpoint == after.peers[k].endpoint}
+    assert not {k for k in set_again if k in before.peers and after.peers[k].hearsay}
 
 
 async def test_the_kernel_in_memory_is_one() -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from store_world import KEYS, World, wg_key
 from test_store_session import member, running, session
 
-import pytest
-import trio
 from kilo_etcd.model import Endpoint
 from kilo_etcd.store import SightingRecord, encode
 from kilo_etcd.store.session import MOST_AT_ONCE

@@ -25,6 +25,9 @@ FIRST, LONGEST = 1.0, 10.0
 WHILE_WAITING = 4.0
 """Seconds at most between two readings while somebody has yet to be heard."""
 
+AT_FIRST, FIRST_WORDS = 30.0, 2.0
+"""So many seconds after somebody has come or gone, so many at most between two readings: handshakes take their time."""
+
 PER_PEER = 0.002
 """Seconds more between two readings for each peer of the device: reading takes that much longer too."""
 
@@ -46,7 +49,7 @@ class _Look:
 
     state: object = None
     concerned: bool = False
-    waiting: bool = False
+    longest: float = LONGEST
     due: float = float("inf")
     peers: int = 0
 
@@ -73,6 +76,10 @@ class Hearing:
         self._attempts = Attempts()
         self._said: tuple[str, ...] = ()
         self._followed: _Followed | None = None
+        self._company: object = None
+        """Who there is to be heard."""
+        self._changed = 0.0
+        """When that changed last."""
         self._news = trio.Event()
 
     def follow(self, snapshot: Snapshot, plan: HostPlan, *, tunnels: bool) -> None:
@@ -86,7 +93,7 @@ class Hearing:
         while True:
             self._news = trio.Event()
             look = _Look() if self._followed is None else await self._look(self._followed)
-            pause = FIRST if look.state != before else min(pause * 2, WHILE_WAITING if look.waiting else LONGEST)
+            pause = FIRST if look.state != before else min(pause * 2, look.longest)
             before = look.state
             now, longer = trio.current_time(), PER_PEER * look.peers
             again = min(now + pause + longer if look.concerned else float("inf"), look.due)
@@ -122,10 +129,14 @@ class Hearing:
         if outcome.begin_over:
             self._begin_over(outcome.begin_over)
         self._say(outcome.said)
+        company = (watched.keys(), found.keys())
+        if company != self._company:
+            self._company, self._changed = company, now
+        at_first = now - self._changed < AT_FIRST
         return _Look(
-            state=(ready, outcome.said, watched.keys(), found.keys()),
+            state=(ready, outcome.said, company),
             concerned=concerned,
-            waiting=outcome.waiting,
+            longest=FIRST_WORDS if at_first else WHILE_WAITING if outcome.waiting else LONGEST,
             due=float("inf") if due is None else due,
             peers=len(plan.peers),
         )

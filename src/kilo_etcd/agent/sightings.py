@@ -55,7 +55,7 @@ def seen_here(own: Node, watched: Mapping[str, Node | Peer], heard: Heard) -> di
     found = {}
     for key, subject in watched.items():
         peer = heard.peers.get(key)
-        if peer is None or peer.endpoint is None or heard.time - peer.last_handshake > STALE:
+        if peer is None or peer.endpoint is None or heard.silence(peer) > STALE:
             continue
         address = peer.endpoint.address
         if address is None or not peer.endpoint.public or not own.public_in(address.version):

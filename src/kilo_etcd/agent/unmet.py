@@ -81,7 +81,7 @@ class Attempts:
             peer, planned = heard.peers.get(key), plan.peers.get(key)
             if peer is None or planned is None:
                 continue
-            if heard.time - peer.last_handshake <= STALE:
+            if heard.silence(peer) <= STALE:
                 last = self._received.get(key)
                 if last is None or last.bytes != peer.rx_bytes:
                     last = _Received(peer.rx_bytes, now)

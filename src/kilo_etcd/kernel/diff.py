@@ -285,7 +285,8 @@ def _endpoint(plan: PeerPlan, peer: ObservedPeer, now: float, memory: Memory) ->
     if plan.public_key in memory.endpoints and not plan.hearsay:
         return wanted if memory.endpoints[plan.public_key] != wanted else None
     # Adopted from a former run, or known from hearsay: an endpoint in use may have been learnt, which is better.
-    if peer.endpoint == wanted or (peer.endpoint is not None and now - peer.last_handshake < ROAMED_WITHIN):
+    in_use = peer.endpoint is not None and peer.last_handshake and now - peer.last_handshake < ROAMED_WITHIN
+    if peer.endpoint == wanted or in_use:
         return None
     return wanted
 

@@ -179,6 +179,10 @@ class Heard:
     peers: Mapping[str, ObservedPeer] = field(factory=dict)
     """Public key -> peer."""
 
+    def silence(self, peer: ObservedPeer) -> float:
+        """Seconds since the last handshake; infinite where there was none."""
+        return self.time - peer.last_handshake if peer.last_handshake else float("inf")
+
 
 @frozen(kw_only=True)
 class Target:

@@ -1,0 +1,85 @@
+"""One whole agent in memory, and what surrounds it: an etcd, a kernel, the host's addresses. For virtual time."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from ipaddress import ip_interface
+
+import pytest
+import trio
+from attrs import evolve
+
+from helpers import eventually
+from kilo_etcd import kernel
+from kilo_etcd.agent import discover, privatekey
+from kilo_etcd.agent.config import AgentConfig
+from kilo_etcd.agent.daemon import Daemon
+from kilo_etcd.agent.logs import setup_logging
+from kilo_etcd.agent.metrics import Metrics
+from kilo_etcd.kernel.state import HostAddress
+from kilo_etcd.testing.fake_etcd import FakeEtcd
+from kilo_etcd.testing.fake_kernel import FakeHost, FakeKernel
+
+PRIVATE = privatekey.generate()
+
+
+class World:
+    """An agent called h1, and what surrounds it."""
+
+    def __init__(self) -> None:
+        self.etcd = FakeEtcd()
+        self.client = self.etcd.client("h1")
+        self.host = FakeHost()
+        self.metrics = Metrics()
+        self.log = io.StringIO()
+        self.facts = discover.HostFacts(
+            hostname="h1",
+            addresses=(HostAddress(interface="eth0", index=2, address=ip_interface("192.168.1.1/24")),),
+        )
+        self.daemon: Daemon
+
+    def said(self, sentence: str) -> int:
+        return self.log.getvalue().count(sentence)
+
+    async def ready(self) -> None:
+        await eventually(lambda: self.host.observed.link is not None and self.host.observed.link.up, 30, every=0.1)
+
+    def writes(self) -> float:
+        return self.metrics.registry.get_sample_value("kilo_etcd_writes_total") or 0.0
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    made = World()
+
+    async def gather(config: AgentConfig) -> discover.HostFacts:
+        await trio.lowlevel.checkpoint()
+        return made.facts
+
+    monkeypatch.setattr(discover, "gather", gather)
+    monkeypatch.setattr(discover, "location_from_cloud_init", lambda: (None, ""))
+    setup_logging("info", stream=made.log)
+    return made
+
+
+@asynccontextmanager
+async def running(world: World, **options: object) -> AsyncIterator[Daemon]:
+    """The agent runs in the block; SIGTERM ends it, at the block's end if not before."""
+    config = evolve(
+        AgentConfig.build(hostname="h1", lease_ttl="5s", resync_period="20s", listen="off"),
+        **options,  # type: ignore[arg-type]
+    )
+    setup = kernel.Setup(private_key=PRIVATE)
+    daemon = world.daemon = Daemon(
+        config, world.client, FakeKernel(world.host, setup), privatekey.public_key(PRIVATE), metrics=world.metrics
+    )
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(daemon.run)
+        await world.ready()
+        yield daemon
+        with suppress(ProcessLookupError):
+            os.kill(os.getpid(), signal.SIGTERM)
