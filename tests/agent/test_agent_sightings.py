@@ -88,7 +88,7 @@ def plan_of(name: str, of: Snapshot) -> HostPlan:
 
 
 def told_by(name: str, of: Snapshot, what: Heard) -> dict[str, str]:
-    found = seen_here(of.nodes[name], to_watch(of, plan_of(name, of)), what)
+    found = seen_here(to_watch(of.nodes[name], of, plan_of(name, of)), what)
     return {subject: str(record.endpoint) for subject, record in found.items()}
 
 

@@ -1,4 +1,4 @@
-"""Hosts behind NATs of three kinds, with real packets: who meets whom, who does not and says so, and a phone that roams."""
+"""Hosts behind NATs of three kinds, with real packets: who meets whom, who does not and says so; a phone that roams."""
 
 from __future__ import annotations
 
@@ -52,11 +52,12 @@ async def unmet(lab: Lab) -> set[tuple[str, str]]:
     return {(subject, found[1]) for subject, found in said if found}
 
 
-async def writes(lab: Lab, host: str) -> float:
-    """What the host's agent has written to etcd so far."""
+async def writes(lab: Lab, host: str) -> list[float]:
+    """How often the host's agent has written to etcd and to the kernel so far."""
     get = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:1107/metrics').read().decode())"
     text = (await lab.exec(host, sys.executable, "-c", get, check=True)).stdout
-    return float(next(line.split()[1] for line in text.splitlines() if line.startswith("kilo_etcd_writes_total")))
+    counters = dict(line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("kilo_"))
+    return [float(counters[name]) for name in ("kilo_etcd_writes_total", "kilo_netlink_writes_total")]
 
 
 async def test_which_nats_let_hosts_meet_and_what_becomes_of_the_others() -> None:
@@ -79,21 +80,20 @@ async def test_which_nats_let_hosts_meet_and_what_becomes_of_the_others() -> Non
             return await unmet(lab) == apart | {(there, here) for here, there in apart}
 
         await eventually(both_ends_say_so, 60, every=0.5, what="a word on each of them, from both ends")
-        assert await missing(lab) == apart
+
+        # Nothing more is to be told: nobody writes anything, although keepalives and attempts go on.
+        before = {name: await writes(lab, name) for name in lab.hosts}
+        for _ in range(5):
+            assert await missing(lab) == apart
         explained = await lab.kgctl("explain", "port1", "sym1", check=False)
         assert "no tunnel to node sym1" in explained.stdout
         assert "force-endpoint" in explained.stdout
         hopeless = await lab.kgctl("explain", "sym1", "sym2", check=False)
         assert hopeless.returncode == 1
         assert "each partner another port" in hopeless.stdout
-
-        # Nothing more is to be told: nobody writes, although keepalives and attempts go on.
-        before = {name: await writes(lab, name) for name in ("hub-1", "cone1", "sym1")}
-        revision = (await lab.etcdctl("get", "--prefix", "/kilo", "-w", "json")).stdout
+        assert {name: await writes(lab, name) for name in lab.hosts} == before
 
         # A location's public leader carries the one who meets nobody.
-        assert {name: await writes(lab, name) for name in before} == before
-        assert (await lab.etcdctl("get", "--prefix", "/kilo", "-w", "json")).stdout == revision
         await lab.etcdctl("put", "/kilo/mesh/granularity", "location")
         rest = {pair for pair in apart if "sym2" not in pair}
 

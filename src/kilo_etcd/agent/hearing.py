@@ -7,16 +7,16 @@ What it hears it tells etcd (`agent.sightings`); whom it should hear and does no
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 
 import trio
 from attrs import frozen
 
 from kilo_etcd import kernel, store
-from kilo_etcd.agent.sightings import Account, seen_here, to_tell, to_watch
+from kilo_etcd.agent.sightings import Account, Watched, seen_here, to_tell, to_watch
 from kilo_etcd.agent.unmet import Attempts, partners
 from kilo_etcd.kernel.state import Heard
-from kilo_etcd.model import Snapshot
+from kilo_etcd.model import Node, Snapshot
 from kilo_etcd.topology.hostplan import HostPlan
 
 FIRST, LONGEST = 1.0, 10.0
@@ -76,6 +76,10 @@ class Hearing:
         self._attempts = Attempts()
         self._said: tuple[str, ...] = ()
         self._followed: _Followed | None = None
+        self._concerned_by: _Followed | None = None
+        """What the next two were computed from."""
+        self._watched: Mapping[str, Watched] = {}
+        self._partners: Mapping[str, Node] = {}
         self._company: object = None
         """Who there is to be heard."""
         self._changed = 0.0
@@ -104,11 +108,12 @@ class Hearing:
     async def _look(self, followed: _Followed) -> _Look:
         snapshot, plan = followed.snapshot, followed.plan
         own = snapshot.nodes.get(self._name)
-        watched, found = {}, {}
-        if own is not None and followed.tunnels:
-            if own.public_in(4) or own.public_in(6):
-                watched = to_watch(snapshot, plan)
-            found = partners(own, snapshot, plan)
+        if self._concerned_by is not followed:
+            self._watched, self._partners = {}, {}
+            if own is not None and followed.tunnels:
+                self._watched, self._partners = to_watch(own, snapshot, plan), partners(own, snapshot, plan)
+            self._concerned_by = followed
+        watched, found = self._watched, self._partners
         told = self._session.sightings
         concerned = bool(watched or found)
         if own is None or not (concerned or told):
@@ -121,7 +126,7 @@ class Hearing:
             except kernel.KernelError:
                 return _Look(concerned=True)  # The reconciler will say so.
         now = trio.current_time()
-        wanted = to_tell(seen_here(own, watched, heard), snapshot, self._name, told)
+        wanted = to_tell(seen_here(watched, heard), snapshot, self._name, told)
         ready, due = self._account.ready(wanted, told, now=now, nodes=len(snapshot.nodes))
         if ready != told:
             await self._session.put_sightings(ready)

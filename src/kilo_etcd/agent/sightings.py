@@ -32,17 +32,32 @@ FIRST_PAUSE, LONGEST_PAUSE, QUIET = 5.0, 80.0, 300.0
 """Seconds between two words on one node or peer: at first, at most, and how long it takes to begin anew."""
 
 
-def to_watch(snapshot: Snapshot, plan: HostPlan) -> dict[str, Node | Peer]:
-    """Public key -> the node or peer of the plan that others may need to be told of."""
-    found: dict[str, Node | Peer] = {}
+BOTH = (4, 6)
+
+
+@frozen
+class Watched:
+    """A node or peer of the plan that others may need to be told of, in these families."""
+
+    name: str
+    versions: tuple[int, ...]
+
+
+def to_watch(own: Node, snapshot: Snapshot, plan: HostPlan) -> dict[str, Watched]:
+    """Public key -> who is to be watched by `own`, which tells only of families in which it is public itself."""
+    versions = tuple(version for version in BOTH if own.public_in(version))
+    found: dict[str, Watched] = {}
+    if not versions:
+        return found
     for key, planned in plan.peers.items():
         node = snapshot.nodes.get(planned.name)
         if node is not None and node.public_key == key:
-            if node.persistent_keepalive and not (node.public_in(4) and node.public_in(6)):
-                found[key] = node
+            hidden = tuple(v for v in versions if not node.public_in(v)) if node.persistent_keepalive else ()
+            if hidden:
+                found[key] = Watched(node.name, hidden)
         elif node is None and (peer := snapshot.peers.get(planned.name)) is not None and _roams(peer, key):
             # Had a node that name, the place in etcd would be its.
-            found[key] = peer
+            found[key] = Watched(peer.name, versions)
     return found
 
 
@@ -50,7 +65,7 @@ def _roams(peer: Peer, key: str) -> bool:
     return peer.public_key == key and bool(peer.persistent_keepalive) and peer.endpoint is None
 
 
-def seen_here(own: Node, watched: Mapping[str, Node | Peer], heard: Heard) -> dict[str, SightingRecord]:
+def seen_here(watched: Mapping[str, Watched], heard: Heard) -> dict[str, SightingRecord]:
     """Node or peer -> where this host hears it, as far as that is worth telling."""
     found = {}
     for key, subject in watched.items():
@@ -58,9 +73,7 @@ def seen_here(own: Node, watched: Mapping[str, Node | Peer], heard: Heard) -> di
         if peer is None or peer.endpoint is None or heard.silence(peer) > STALE:
             continue
         address = peer.endpoint.address
-        if address is None or not peer.endpoint.public or not own.public_in(address.version):
-            continue
-        if isinstance(subject, Peer) or not subject.public_in(address.version):
+        if address is not None and address.version in subject.versions and peer.endpoint.public:
             found[subject.name] = SightingRecord(public_key=key, endpoint=peer.endpoint)
     return found
 
