@@ -188,6 +188,7 @@ def test_json_has_everything_in_camel_case() -> None:
         "meshAddresses": ["10.4.0.3"],
         "internalIps": ["192.168.97.3/24"],
         "endpoint": "203.0.113.3:51820",
+        "seen": [],
         "role": "leader",
         "alive": True,
         "revision": 40,
@@ -196,6 +197,17 @@ def test_json_has_everything_in_camel_case() -> None:
     }
     assert data["locations"][1]["nextInLine"] == "a1"
     assert data["setAside"] == []
+
+
+def test_a_node_behind_nat_shows_where_it_is_seen() -> None:
+    seen = (Endpoint.parse("198.51.100.7:40001"), Endpoint.parse("198.51.100.7:40002"))
+    hidden = evolve(WORLD.nodes["b1"], endpoint=Endpoint.parse("192.168.0.4:51820"), seen=seen)
+    found = report(evolve(WORLD, nodes={**WORLD.nodes, "b1": hidden}), ALL_WELL, newest=40)
+    row = next(line for line in plain(status_tables(found)).splitlines() if line.startswith("b1 "))
+    assert "  198.51.100.7:40001 (seen)  " in row
+    said = json.loads(status_json(found))["nodes"][3]
+    assert said["endpoint"] == "192.168.0.4:51820"
+    assert said["seen"] == ["198.51.100.7:40001", "198.51.100.7:40002"]
 
 
 def test_names_cannot_steer_the_terminal_nor_be_taken_for_markup() -> None:

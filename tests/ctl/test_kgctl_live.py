@@ -300,6 +300,15 @@ def test_check_finds_what_is_wrong_and_says_what_to_do(mesh: Mesh) -> None:
     assert kinds == ["error"] * 3 + ["warning"] * 8 + ["note"] * 2
 
 
+def test_check_does_not_ask_for_ports_that_a_nat_has_not(mesh: Mesh) -> None:
+    mesh.says["gcp-1"] = AnswerRecord(time=now(), tunnels=())
+    for name in ("gcp-1", "home-1"):
+        mesh.etcd.put(f"/kilo/annotations/{name}/force-endpoint", "192.168.77.7:51820")
+    said = {f["subject"]: f["remedy"] for f in json.loads(mesh.run("check", "-o", "json").stdout)}
+    assert "192.168.77.7" not in said["gcp-1 - home-1"]
+    assert said["gcp-1 - home-1"].startswith("let a host with a public endpoint lead the location of one of them")
+
+
 def test_check_of_etcds_members() -> None:
     from kilo_etcd.ctl.check import MemberState, _etcd
 

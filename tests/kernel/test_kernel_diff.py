@@ -8,7 +8,7 @@ import pytest
 from attrs import evolve
 from kernel_worlds import GATEWAY4, PRIVATE, TARGET, host_with, key, lines, peer, plan, tunnel, via
 
-from kilo_etcd.kernel.diff import diff, difference, is_drift, remember
+from kilo_etcd.kernel.diff import diff, difference, is_drift, must_look, remember
 from kilo_etcd.kernel.effect import apply_changes
 from kilo_etcd.kernel.state import Link, Memory, Observed, Route, Target, ipip_name
 from kilo_etcd.model import Endpoint
@@ -220,6 +220,16 @@ def test_a_new_peer_is_given_what_is_known_of_it_from_hearsay() -> None:
     assert step(plan(), hearsay("198.51.100.2:40002")) == [
         "wg set kilo0 peer #2 endpoint 198.51.100.2:40002 allowed-ips 10.4.0.2/32"
     ]
+
+
+def test_before_hearsay_is_heeded_the_device_is_asked_whom_it_has_heard() -> None:
+    first, second = hearsay("198.51.100.2:40002"), hearsay("198.51.100.2:40003")
+    assert must_look(first, None)
+    assert must_look(second, first)
+    assert not must_look(first, first)
+    assert not must_look(with_endpoint("198.51.100.2:1"), first)
+    assert not must_look(plan(), first)
+    assert not must_look(evolve(plan(peer(2, "10.4.0.2/32", hearsay=True))), None)
 
 
 def test_what_was_learnt_is_not_set_back_when_the_hearsay_ends() -> None:

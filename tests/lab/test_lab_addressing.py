@@ -18,6 +18,7 @@ from kilo_etcd.lab.addressing import (
     sysctls,
     wire_command,
 )
+from kilo_etcd.lab.spec import NATS
 from kilo_etcd.model import is_public
 
 SPEC = Spec.simple({"gcp": 2, "dc": 2})
@@ -80,6 +81,25 @@ def test_a_router_lets_wireguard_and_etcd_through_and_counts_the_rest() -> None:
     assert "ip daddr 192.0.2.1 tcp dport 2379 counter name etcd accept" in text
     assert "counter name other drop" in text
     assert "oifname wan ip saddr 10.101.0.0/24 masquerade" in text
+
+
+def test_a_routers_nat_is_of_the_kind_that_was_asked_for() -> None:
+    def rules(kind: str) -> str:
+        hosts = (HostSpec(name="in", families=("ipv4",)), HostSpec(name="out", public=True))
+        spec = Spec(sites=(SiteSpec(name="home", nat=kind, hosts=hosts),), families=("ipv4", "ipv6"))
+        return router_firewall(lay_out(spec), "home")
+
+    own, stranger = "ip saddr 10.101.0.11 udp sport 51820 masquerade", "iifname wan meta l4proto udp drop"
+    assert own not in rules("")
+    assert stranger not in rules("")
+    for kind in NATS:
+        assert stranger in rules(kind)
+        assert ("dnat ip to 10.101.0.11:51820" in rules(kind)) == (kind == "full-cone")
+    assert f"{own} to :40001" in rules("full-cone")
+    assert f"{own} to :40001" in rules("port-restricted")
+    assert f"{own} to :20000-39999 fully-random" in rules("symmetric")
+    assert "ip6 saddr fd00:101::c udp sport 51820 masquerade to :40002" in rules("full-cone")
+    assert "ip6 daddr 2001:db8:3::1 udp dport 40002 dnat ip6 to [fd00:101::c]:51820" in rules("full-cone")
 
 
 def test_cuts_name_whom_they_cut_off() -> None:

@@ -94,6 +94,7 @@ SITE = '[[site]]\nname = "a"\nhosts = 2\n'
         (SITE + '[[site.host]]\nname = "b"\npublik = true', "site[1].host[1].publik is unknown"),
         (SITE + "[[site.host]]\npublic = true", "site[1].host[1].name is missing"),
         (SITE + "loss_percent = 101", "loss_percent"),
+        (SITE + 'nat = "cone"', "site a.nat"),
         ('[[site]]\nname = "a"', "no hosts"),
         ("site = 3", "site"),
         ("not toml", "is not TOML"),

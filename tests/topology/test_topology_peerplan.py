@@ -8,7 +8,7 @@ from attrs import evolve
 from topology_worlds import MESH, MESH6, node, peer, snapshot, standing
 
 from kilo_etcd.ctl.connect.connection import protected_plan
-from kilo_etcd.model import Endpoint, Granularity, Snapshot
+from kilo_etcd.model import Endpoint, Granularity, Node, Snapshot
 from kilo_etcd.topology import HostPlan, build_topology, peer_plan
 
 GCP = [
@@ -105,3 +105,22 @@ def test_the_mesh_is_kept_in_a_network_that_overlaps_it_but_not_where_etcd_or_th
     inside = protected_plan(plan(), (ip_network("10.4.7.0/24"), ip_network("10.4.7.1/32")), WORLD.subnets)
     assert "10.4.0.0/16" not in routes(inside)
     assert "10.4.0.0/16" in [problem.subject for problem in inside.problems]
+
+
+def test_a_leader_behind_nat_is_looked_for_where_others_see_it_but_not_through_ones_own_nat() -> None:
+    there, elsewhere = Endpoint.parse("198.51.100.3:40001"), Endpoint.parse("198.51.100.9:7000")
+    home = evolve(HOME, endpoint=Endpoint.parse("10.2.0.1:51820"), persistent_keepalive=25, seen=(there,))
+
+    def looks(seen: tuple[Endpoint, ...], of: Node = home, **options: object) -> tuple[str, bool]:
+        world = snapshot([*GCP, of], peers=[evolve(LAPTOP, seen=seen)], candidates=standing(*GCP))
+        (found,) = (one for one in plan(world, **options).peers.values() if one.name == "home-1")
+        return str(found.endpoint), found.hearsay
+
+    assert looks((elsewhere,)) == ("198.51.100.3:40001", True)
+    assert looks((elsewhere,), families=(6,)) == ("None", False)
+    assert looks((evolve(there, port=1),)) == ("10.2.0.1:51820", False), "at home"
+    assert looks(()) == ("10.2.0.1:51820", False), "perhaps at home"
+    assert looks((elsewhere,), HOME) == ("203.0.113.3:51820", False)
+    nowhere = evolve(home, endpoint=None)
+    assert looks((), nowhere) == ("198.51.100.3:40001", True)
+    assert plan(snapshot([nowhere], peers=[LAPTOP])).problems == ()

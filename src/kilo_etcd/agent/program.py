@@ -18,8 +18,7 @@ from kilo_etcd.agent.contact import MOST_SPOKEN_TO, contacts, first_contact, pro
 from kilo_etcd.kernel.state import SetPeer
 from kilo_etcd.model import IPAddress
 from kilo_etcd.topology import Topology
-from kilo_etcd.topology.hostplan import HostPlan, PeerPlan
-from kilo_etcd.topology.segments import changes
+from kilo_etcd.topology.hostplan import HostPlan
 
 DISCARD_PORT = 9
 """RFC 863; whoever gets the packet may throw it away, since its arrival at the tunnel's far end is all it is for."""
@@ -36,8 +35,6 @@ class Programmer:
         self._waiting: Mapping[str, int] = {}
         self._due: float | None = None
         self._topology: Topology | None = None
-        self._peers: Mapping[str, PeerPlan] = {}
-        """As they were applied last."""
         self._begin_over: set[str] = set()
         self._due_changed = trio.Event()
 
@@ -53,14 +50,11 @@ class Programmer:
             promoted=promotions(self._topology, topology), standby=standby, now=now,
         )  # fmt: skip
         silent = await self._start_over(contact.late.keys(), contact.plan)
-        hearsay = self._new_hearsay(contact.plan)
-        # What is believed of the device does not say whom it has heard meanwhile.
-        report = await self._device.apply(contact.plan, fresh=fresh or bool(hearsay))
-        told = {change.public_key for change in report.changes if isinstance(change, SetPeer) and change.endpoint}
-        to_call = [plan.peers[key].name for key in hearsay & told if not standby][:MOST_SPOKEN_TO]
+        report = await self._device.apply(contact.plan, fresh=fresh)
+        self.programmed = contact.plan
         speak({**contact.speak_to, **{key: contact.late[key] for key in silent}}.values())
-        speak(address for name in to_call for address in _mesh_address(topology, name))
-        self.programmed, self._peers = contact.plan, contact.plan.peers
+        if not standby:
+            speak(_told_of(report, contact.plan, topology)[:MOST_SPOKEN_TO])
         self._waiting, self._due, self._topology = contact.waiting, contact.due, topology
         self._due_changed.set()
         return report
@@ -68,13 +62,6 @@ class Programmer:
     def begin_over(self, keys: Collection[str]) -> None:
         """Have the next `apply` make these peers anew: their sessions are dead, and others know where they are now."""
         self._begin_over.update(keys)
-
-    def _new_hearsay(self, plan: HostPlan) -> set[str]:
-        """Peers of which others tell something that this host has not been told before."""
-        return {
-            key for key in changes(self._peers, plan.peers)
-            if (peer := plan.peers.get(key)) is not None and peer.hearsay and peer.endpoint is not None
-        }  # fmt: skip
 
     async def wait_due(self) -> None:
         """Return when the last plan is to be applied again, read afresh, for the sake of new peers."""
@@ -101,14 +88,18 @@ class Programmer:
         if silent or lost:
             kept = {key: peer for key, peer in plan.peers.items() if key not in silent and key not in lost}
             await self._device.apply(evolve(plan, peers=kept))
-            self._peers = {key: peer for key, peer in self._peers.items() if key not in lost}
         return silent
 
 
-def _mesh_address(topology: Topology, name: str) -> Iterable[IPAddress]:
-    """A node's first; no address for a peer from outside, which may have nobody there to be called."""
-    node = topology.snapshot.nodes.get(name)
-    return () if node is None else node.mesh_addresses[:1]
+def _told_of(report: kernel.ApplyReport, plan: HostPlan, topology: Topology) -> list[IPAddress]:
+    """Mesh addresses of nodes that were just set to where others see them: both ends do so at about the same time."""
+    found: list[IPAddress] = []
+    for change in report.changes:
+        if isinstance(change, SetPeer) and change.endpoint is not None:
+            peer = plan.peers.get(change.public_key)
+            node = topology.snapshot.nodes.get(peer.name) if peer is not None and peer.hearsay else None
+            found += node.mesh_addresses[:1] if node is not None else ()
+    return found
 
 
 def speak(addresses: Iterable[IPAddress]) -> None:

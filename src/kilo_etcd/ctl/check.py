@@ -22,6 +22,7 @@ from kilo_etcd.ctl.report import NOT_IN_FORCE, Report, newest_revision, register
 from kilo_etcd.etcd.api import Client, EtcdError
 from kilo_etcd.store import operator
 from kilo_etcd.store.keys import Keys
+from kilo_etcd.topology.nat import REMEDY, hidden_pair
 from kilo_etcd.topology.segments import Topology, build_topology
 
 CLOCK_SECONDS = 5.0
@@ -197,12 +198,16 @@ def _tunnels(topology: Topology, live: Live) -> Iterator[Finding]:
     for pair in pairs(topology, live):
         if pair.up is not False:
             continue
-        ends = (topology.snapshot.nodes[name] for name in (pair.one, pair.other))
+        one, other = ends = [topology.snapshot.nodes[name] for name in (pair.one, pair.other)]
         ports = " and ".join(f"UDP {node.endpoint} to {node.name}" for node in ends if node.endpoint is not None)
         yield Finding(
             severity=Severity.ERROR, subject=f"{pair.one} - {pair.other}",
             text=f"no tunnel between them: {pair.last}",
-            remedy=f"let {ports or 'UDP 51820'} pass on the way; kgctl explain {pair.one} {pair.other} --live",
+            remedy=(
+                f"{REMEDY}; kgctl status says what their hosts know of it"
+                if hidden_pair(one, other) is not None
+                else f"let {ports or 'UDP 51820'} pass on the way; kgctl explain {pair.one} {pair.other} --live"
+            ),
         )  # fmt: skip
     mtus = Counter(live.answers[name].mtu for name in live.answers if live.answers[name].mtu)
     if len(mtus) > 1:

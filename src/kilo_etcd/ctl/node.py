@@ -106,6 +106,7 @@ def _facts(snapshot: Snapshot, name: str) -> tuple[tuple[str, str], ...]:
         ("mesh address", _listed(node.mesh_addresses)),
         ("internal IP", _listed(node.internal_ips)),
         ("endpoint", ", ".join(map(str, node.endpoints)) or NONE),
+        ("seen through NAT at", _listed(node.seen)),
         ("port", str(node.port)),
         ("own default location", shown_location(node.default_location) if node.default_location else NONE),
         ("preferred as leader", "yes" if node.leader_wanted else "no"),

@@ -181,7 +181,7 @@ def _node_cells(row: NodeRow) -> tuple[str, ...]:
         shown_location(row.location),
         ", ".join(row.mesh_addresses) or NONE,
         ", ".join(row.internal_ips) or NONE,
-        row.endpoint or NONE,
+        f"{row.seen[0]} (seen)" if row.seen else row.endpoint or NONE,
         row.role,
         "alive" if row.alive else "gone",
         revision,

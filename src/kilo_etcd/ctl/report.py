@@ -32,6 +32,8 @@ class NodeRow:
     mesh_addresses: tuple[str, ...] = ()
     internal_ips: tuple[str, ...] = ()
     endpoint: str | None = None
+    seen: tuple[str, ...] = ()
+    """Where public hosts see it through its NAT, the newest word first."""
     role: str
     alive: bool
     revision: int | None = None
@@ -211,6 +213,7 @@ def _node_row(name: str, topology: Topology, status: StatusRecord | None, newest
         mesh_addresses=tuple(map(str, node.mesh_addresses)) if node is not None else (),
         internal_ips=tuple(map(str, node.internal_ips)) if node is not None else (),
         endpoint=str(node.endpoint) if node is not None and node.endpoint is not None else None,
+        seen=tuple(map(str, node.seen)) if node is not None else (),
         role=_role(node, topology) if node is not None else NOT_IN_FORCE if registered else UNREGISTERED,
         alive=status is not None,
         revision=revision,

@@ -147,6 +147,13 @@ def is_drift(change: Change) -> bool:
     )
 
 
+def must_look(plan: HostPlan, settled: HostPlan | None) -> bool:
+    """Whether `difference` needs to know whom the device has heard, which nobody reports. `settled` as there."""
+    news: Iterable[str] = plan.peers if settled is None else changed_keys(settled.peers, plan.peers)
+    peers = (plan.peers.get(key) for key in news)
+    return any(peer is not None and peer.hearsay and peer.endpoint is not None for peer in peers)
+
+
 def _device(observed: Observed, target: Target) -> tuple[list[Change], Observed]:
     """The device itself, and what is there once it exists (a new device starts from nothing)."""
     kind = "wireguard" if target.backend == "kernel" else "tun"

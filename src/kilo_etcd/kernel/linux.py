@@ -19,7 +19,7 @@ from attrs import evolve
 
 from kilo_etcd.kernel import rtnetlink
 from kilo_etcd.kernel.api import Kernel
-from kilo_etcd.kernel.diff import Difference, difference, is_drift, remember, shadows, superseded
+from kilo_etcd.kernel.diff import Difference, difference, is_drift, must_look, remember, shadows, superseded
 from kilo_etcd.kernel.drift import Watch, Whereabouts, bends_ways
 from kilo_etcd.kernel.effect import apply_changes
 from kilo_etcd.kernel.egress import Egress
@@ -324,7 +324,7 @@ class LinuxKernel:
     def _apply(self, plan: HostPlan, fresh: bool) -> ApplyReport:
         if not may_change_the_network():
             raise KernelError(f"{self._setup.interface} cannot be set up: {NO_PERMISSION}")
-        if fresh:
+        if fresh or must_look(plan, self._settled):
             self._observed = None
         self._plan = plan
         self._drift = None

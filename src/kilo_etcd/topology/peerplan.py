@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from ipaddress import ip_interface
 
-from kilo_etcd.model import DEFAULT_PORT, Endpoint, IPAddress, IPNetwork, Node
+from kilo_etcd.model import DEFAULT_PORT, Endpoint, IPAddress, IPNetwork, Node, Peer
 from kilo_etcd.topology.hostplan import HostPlan, PeerPlan, Problem, RoutePlan, Via
 from kilo_etcd.topology.segments import Topology
 
@@ -48,12 +48,14 @@ def peer_plan(
         leader = segment.leader
         route(segment.networks)
         endpoint = _endpoint(leader, families)
-        if endpoint is None:
+        seen = _seen(leader, peer, endpoint, families)
+        if endpoint is None and seen is None:
             problems.append(Problem(subject=leader.name, text=_unreachable(leader, families)))
         peers[leader.public_key] = PeerPlan(
             public_key=leader.public_key,
             name=leader.name,
-            endpoint=endpoint,
+            endpoint=seen or endpoint,
+            hearsay=seen is not None,
             allowed_ips=segment.allowed,
             persistent_keepalive=keepalive,
             preshared_key=peer.preshared_key,
@@ -73,6 +75,22 @@ def _endpoint(leader: Node, families: Collection[int]) -> Endpoint | None:
     """Where the leader is reached: its first endpoint, unless the machine has no way there and has one to another."""
     fit = (one for one in leader.endpoints if one.address is None or one.address.version in families)
     return next(fit, None) if families else leader.endpoint
+
+
+def _seen(leader: Node, peer: Peer, registered: Endpoint | None, families: Collection[int]) -> Endpoint | None:
+    """Where to look for a leader behind NAT: where others see it, unless they see the machine behind that very NAT."""
+    if registered is not None and registered.public:
+        return None
+    own = {one.address for one in peer.seen}
+    if not own and registered is not None:
+        return None  # It may be at home with it for all that is known.
+    return next(
+        (
+            one for one in leader.seen
+            if one.address is not None and one.address not in own and one.address.version in (families or (4, 6))
+        ),
+        None,
+    )  # fmt: skip
 
 
 def _unreachable(leader: Node, families: Collection[int]) -> str:
