@@ -40,6 +40,7 @@ __all__ = [
     "agent_flags",
     "agent_options",
     "all_flags",
+    "etcd_and_prefix",
     "etcd_config",
     "etcd_flags",
     "etcd_options",
@@ -239,6 +240,14 @@ def etcd_config(
         call_timeout=call_timeout,
         attempt_timeout=min(Config().attempt_timeout, call_timeout),
     )
+
+
+def etcd_and_prefix(context: click.Context) -> tuple[Config, str]:
+    """What `etcd_options` and `prefix_option` would call a command with, from a context that has parsed its flags only,
+    as for shell completion. click.UsageError."""
+    given = context.params
+    etcd = etcd_config(**{flag.parameter: given[f"_etcd_{flag.parameter}"] for flag in _ETCD})
+    return etcd, parse_prefix(given[f"_prefix_{_PREFIX.parameter}"])
 
 
 def _with_flags(command: F, flags: tuple[Flag, ...], argument: str, build: Callable[[dict[str, Any]], Any]) -> F:

@@ -11,6 +11,7 @@ from difflib import get_close_matches
 import click
 
 from kilo_etcd.agent.config import parse_node_name
+from kilo_etcd.ctl import complete
 from kilo_etcd.ctl.change import Edit, Outcome, carry_out, change_options
 from kilo_etcd.ctl.context import Failure, Mesh
 from kilo_etcd.ctl.render import clean
@@ -78,8 +79,15 @@ def node_argument(context: click.Context, parameter: click.Parameter, value: str
     "  kgctl annotate node-1 allowed-location-ips=192.0.2.0/28 --dry-run\n"
     "  kgctl annotate node-1 leader-",
 )
-@click.argument("node", callback=node_argument)
-@click.argument("annotations", metavar="NAME=VALUE|NAME-...", nargs=-1, required=True, callback=_arguments)
+@click.argument("node", callback=node_argument, shell_complete=complete.nodes)
+@click.argument(
+    "annotations",
+    metavar="NAME=VALUE|NAME-...",
+    nargs=-1,
+    required=True,
+    callback=_arguments,
+    shell_complete=complete.annotation_names,
+)
 @change_options
 @click.pass_obj
 def annotate_command(mesh: Mesh, node: str, annotations: dict[str, str | None], dry_run: bool, yes: bool) -> None:

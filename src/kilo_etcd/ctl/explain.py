@@ -19,6 +19,7 @@ from typing import Any
 import click
 from attrs import frozen
 
+from kilo_etcd.ctl import complete
 from kilo_etcd.ctl.context import Failure, Mesh
 from kilo_etcd.ctl.live import Live, differs, gather, pairs
 from kilo_etcd.ctl.output import output_option, show
@@ -248,8 +249,8 @@ def doubts(journeys: tuple[Journey, ...], topology: Topology, live: Live) -> tup
     epilog="Examples:\n\n\b\n  kgctl explain node-1 node-7\n  kgctl explain node-1 node-7 --live\n"
     "  kgctl explain node-1 10.9.0.2 -o json",
 )
-@click.argument("source", metavar="FROM")
-@click.argument("target", metavar="TO")
+@click.argument("source", metavar="FROM", shell_complete=complete.nodes)
+@click.argument("target", metavar="TO", shell_complete=complete.ends)
 @click.option("--live", is_flag=True, help="Ask the hosts on the way whether their kernels hold what they should.")
 @output_option
 @click.pass_obj

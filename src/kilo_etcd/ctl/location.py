@@ -14,6 +14,7 @@ import click
 from attrs import frozen
 
 from kilo_etcd.agent.config import parse_node_name
+from kilo_etcd.ctl import complete
 from kilo_etcd.ctl.change import Edit, Outcome, carry_out, change_options
 from kilo_etcd.ctl.context import Mesh
 from kilo_etcd.ctl.output import output_option, show
@@ -84,8 +85,8 @@ def location_group() -> None:
 
 
 @location_group.command("set")
-@click.argument("node", callback=_NODE)
-@click.argument("label", callback=_LABEL)
+@click.argument("node", callback=_NODE, shell_complete=complete.nodes)
+@click.argument("label", callback=_LABEL, shell_complete=complete.labels)
 @click.option(
     "--node", "others", callback=_NODE, multiple=True, help="Label this node too; may be given several times."
 )
@@ -107,7 +108,7 @@ def set_command(mesh: Mesh, node: str, label: str, others: tuple[str, ...], dry_
 
 
 @location_group.command("unset")
-@click.argument("nodes", metavar="NODE...", callback=_NODE, nargs=-1, required=True)
+@click.argument("nodes", metavar="NODE...", callback=_NODE, nargs=-1, required=True, shell_complete=complete.nodes)
 @change_options
 @click.pass_obj
 def unset_command(mesh: Mesh, nodes: tuple[str, ...], dry_run: bool, yes: bool) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from importlib import import_module
 
 import click
+from click.shell_completion import CompletionItem
 
 from kilo_etcd import __version__
 from kilo_etcd.agent.options import etcd_options, prefix_option
@@ -24,10 +25,12 @@ _COMMANDS = {
     ),
     "check": ("kilo_etcd.ctl.check", "check_command", "Look for everything that is wrong, and say what to do."),
     "connect": ("kilo_etcd.ctl.connect.command", "connect_command", "Make this machine a peer while the command runs."),
+    "completion": ("kilo_etcd.ctl.complete", "completion_command", "Print the completion script of a shell."),
     "explain": ("kilo_etcd.ctl.explain", "explain_command", "Show the way of a packet through the mesh, hop by hop."),
     "graph": ("kilo_etcd.ctl.graph", "graph_command", "Print the mesh as a graph: DOT, SVG, PNG, Mermaid, JSON."),
     "lab": ("kilo_etcd.ctl.lab", "lab_group", "Build a small internet on this machine and try things out."),
     "location": ("kilo_etcd.ctl.location", "location_group", "Set, list and unset the labels that shape the mesh."),
+    "man": ("kilo_etcd.ctl.man", "man_command", "Write the manual pages."),
     "mesh": ("kilo_etcd.ctl.mesh", "mesh_group", "Show and set what holds for the whole mesh."),
     "node": ("kilo_etcd.ctl.node", "node_group", "List the nodes, show one, forget one that is gone for good."),
     "peer": ("kilo_etcd.ctl.peer", "peer_group", "Add, list, show and remove laptops, phones, routers, other meshes."),
@@ -48,6 +51,15 @@ class _Lazy(click.Group):
         module, name, _ = _COMMANDS[cmd_name]
         command: click.Command = getattr(import_module(module), name)
         return command
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        if incomplete.startswith("-"):
+            return super().shell_complete(ctx, incomplete)
+        return [
+            CompletionItem(name, help=text)
+            for name, (_, _, text) in sorted(_COMMANDS.items())
+            if name.startswith(incomplete)
+        ]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

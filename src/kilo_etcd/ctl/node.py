@@ -11,6 +11,7 @@ from typing import Any
 import click
 from attrs import frozen
 
+from kilo_etcd.ctl import complete
 from kilo_etcd.ctl.annotate import node_argument
 from kilo_etcd.ctl.change import Edit, Outcome, carry_out, change_options
 from kilo_etcd.ctl.context import Failure, Mesh
@@ -68,7 +69,7 @@ class Shown:
 
 
 @node_group.command("show", epilog="Example:\n\n\b\n  kgctl node show node-1")
-@click.argument("node", callback=node_argument)
+@click.argument("node", callback=node_argument, shell_complete=complete.nodes)
 @output_option
 @click.pass_obj
 def show_command(mesh: Mesh, node: str, output: str) -> None:
@@ -165,7 +166,7 @@ def _json(found: Shown) -> str:
 
 
 @node_group.command("forget", epilog="Example:\n\n\b\n  kgctl node forget node-7")
-@click.argument("node", callback=node_argument)
+@click.argument("node", callback=node_argument, shell_complete=complete.nodes)
 @click.option("--labels", is_flag=True, help="Its label and annotations too, which are kept otherwise.")
 @change_options
 @click.pass_obj

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kilo_etcd.ctl import complete
 from kilo_etcd.ctl.change import Edit, Outcome, carry_out, change_options
 from kilo_etcd.ctl.context import Failure, Mesh
 from kilo_etcd.ctl.manifest import NamedPeer, as_text, exact_network, manifest, read_peers
@@ -266,7 +267,7 @@ def list_command(mesh: Mesh, output: str) -> None:
 
 
 @peer_group.command("show")
-@click.argument("name", callback=PEER_NAME)
+@click.argument("name", callback=PEER_NAME, shell_complete=complete.peers)
 @format_option
 @click.pass_obj
 def show_command(mesh: Mesh, name: str, output: str) -> None:
@@ -323,7 +324,7 @@ def _row(name: str, record: PeerRecord | str, snapshot: Snapshot, keys: Keys) ->
 
 
 @peer_group.command("remove")
-@click.argument("names", metavar="NAME...", nargs=-1, required=True, callback=PEER_NAME)
+@click.argument("names", metavar="NAME...", nargs=-1, required=True, callback=PEER_NAME, shell_complete=complete.peers)
 @change_options
 @click.pass_obj
 def remove_command(mesh: Mesh, names: tuple[str, ...], dry_run: bool, yes: bool) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import click
 from attrs import evolve
 
+from kilo_etcd.ctl import complete
 from kilo_etcd.ctl.annotate import node_argument
 from kilo_etcd.ctl.context import Failure, Mesh
 from kilo_etcd.ctl.manifest import as_text, manifest
@@ -57,7 +58,7 @@ def showconf_group() -> None:
 
 
 @showconf_group.command("node", epilog="Example:\n\n\b\n  kgctl --prefix /a showconf node gcp-1 --as-peer -o yaml")
-@click.argument("name", metavar="NODE", callback=node_argument)
+@click.argument("name", metavar="NODE", callback=node_argument, shell_complete=complete.nodes)
 @conf_options
 @click.pass_obj
 def node_command(mesh: Mesh, /, name: str, **options: Any) -> None:
@@ -76,7 +77,7 @@ def node_command(mesh: Mesh, /, name: str, **options: Any) -> None:
     "  kgctl showconf peer laptop -o wg-quick --private-key-file key > /etc/wireguard/mesh.conf\n"
     "  kgctl showconf peer phone --qr --private-key-file -",
 )
-@click.argument("name", metavar="PEER", callback=PEER_NAME)
+@click.argument("name", metavar="PEER", callback=PEER_NAME, shell_complete=complete.peers)
 @conf_options
 @click.option("--qr", is_flag=True, help="As a QR code in the terminal, for a phone.")
 @click.option("--png", type=click.Path(path_type=Path), help="Write it as a QR code into this PNG file.")
