@@ -17,7 +17,20 @@ from attrs import field, frozen
 
 from kilo_etcd.ctl.consequences import consequences, new_trouble
 from kilo_etcd.ctl.context import Failure, Mesh
-from kilo_etcd.etcd.api import Client, Compare, Delete, Event, EventType, KeyValue, Op, Put, absent, unchanged
+from kilo_etcd.etcd.api import (
+    Client,
+    Compare,
+    Delete,
+    Event,
+    EventType,
+    Is,
+    KeyValue,
+    Op,
+    Put,
+    Target,
+    absent,
+    unchanged,
+)
 from kilo_etcd.model import Snapshot
 from kilo_etcd.store import operator
 from kilo_etcd.store.keys import Keys
@@ -68,6 +81,56 @@ def carry_out(
     What it says goes to standard output; with `aside` to standard error, where the output is for a program.
     """
 
+    prepared = prepare(mesh, decide)
+    if prepared is None:
+        return Outcome.NOTHING
+    for line in prepared.lines or (("the mesh stays as it is",) if dry_run else ()):
+        click.echo(line, err=aside)
+    if dry_run:
+        click.echo("Nothing was written (--dry-run).", err=aside)
+        return Outcome.DRY_RUN
+    if prepared.edit.asks and not yes:
+        confirm(prepared.edit.asks)
+    prepared.write()
+    return Outcome.WRITTEN
+
+
+@frozen(kw_only=True)
+class Prepared:
+    """A change that is allowed, and not yet made. `lines` say what it does to the mesh."""
+
+    mesh: Mesh
+    edit: Edit
+    lines: tuple[str, ...]
+    conditions: tuple[Compare, ...]
+    operations: tuple[Op, ...]
+    backwards: tuple[Op, ...]
+
+    def write(self) -> None:
+        """Make it, or nothing of it. Failure."""
+        if not self._transact(self.conditions, self.operations):
+            _refuse(self.mesh, self.edit)
+            raise Failure("somebody else has just changed the same; nothing was written: look again")
+
+    def take_back(self) -> bool:
+        """Put back what was there, if nobody has changed it since; whether that was done. Failure."""
+        as_made = [
+            Compare(op.key, Target.VALUE, Is.EQUAL, _raw(op.value)) if isinstance(op, Put) else absent(op.key)
+            for op in self.operations
+            if isinstance(op, Put | Delete)
+        ]
+        return self._transact(tuple(as_made), self.backwards)
+
+    def _transact(self, conditions: tuple[Compare, ...], operations: tuple[Op, ...]) -> bool:
+        async def write(client: Client, _keys: Keys) -> bool:
+            return (await client.txn(conditions, operations)).succeeded
+
+        return self.mesh.ask(write)
+
+
+def prepare(mesh: Mesh, decide: Callable[[Snapshot, View, Keys], Edit]) -> Prepared | None:
+    """Look, and compute what `decide` wants and what it does; None where all is so already. Failure: it is refused."""
+
     async def look(client: Client, keys: Keys) -> tuple[Snapshot, View, Keys]:
         return *await operator.snapshot(client, keys), keys
 
@@ -77,31 +140,24 @@ def carry_out(
     wanted = {key: value for key, value in edit.puts.items() if _value(view, key) != value}
     gone = [key for key in edit.deletes if view.kv(key) is not None]
     if not wanted and not gone:
-        return Outcome.NOTHING
+        return None
     if len(conditions) > MOST:
         raise Failure(
             f"{len(conditions)} keys are too many for one transaction of etcd's: change at most {MOST} in one go"
         )
     _refuse(mesh, edit)
+    held = {key: view.kv(key) for key in (*wanted, *gone)}
     then = after(view, wanted, gone)
     if edit.refuses_trouble and (trouble := new_trouble(before, then)):
         raise Failure("; ".join(trouble) + "; nothing was written")
-    for line in consequences(before, then) or (("the mesh stays as it is",) if dry_run else ()):
-        click.echo(line, err=aside)
-    if dry_run:
-        click.echo("Nothing was written (--dry-run).", err=aside)
-        return Outcome.DRY_RUN
-    if edit.asks and not yes:
-        _confirm(edit.asks)
-
-    async def write(client: Client, _keys: Keys) -> bool:
-        operations: list[Op] = [*(Put(key, value) for key, value in wanted.items()), *map(Delete, gone)]
-        return (await client.txn(conditions, operations)).succeeded
-
-    if not mesh.ask(write):
-        _refuse(mesh, edit)
-        raise Failure("somebody else has just changed the same; nothing was written: look again")
-    return Outcome.WRITTEN
+    return Prepared(
+        mesh=mesh,
+        edit=edit,
+        lines=consequences(before, then),
+        conditions=tuple(conditions),
+        operations=(*(Put(key, value) for key, value in wanted.items()), *map(Delete, gone)),
+        backwards=tuple(Delete(key) if kv is None else Put(key, kv.value, kv.lease) for key, kv in held.items()),
+    )
 
 
 def _refuse(mesh: Mesh, edit: Edit) -> None:
@@ -129,10 +185,15 @@ def after(view: View, puts: Mapping[str, str], deletes: list[str]) -> Snapshot:
     return view.snapshot()
 
 
-def _confirm(question: str) -> None:
+def confirm(question: str) -> None:
+    """Ask at the terminal. Failure where there is none, click.Abort where the answer is no."""
     if not sys.stdin.isatty():
         raise Failure(f"{question} Nothing was written: there is no terminal to ask at, so say --yes")
     click.confirm(question, abort=True)
+
+
+def _raw(value: str | bytes) -> bytes:
+    return value.encode() if isinstance(value, str) else value
 
 
 def _value(view: View, key: str) -> str | None:

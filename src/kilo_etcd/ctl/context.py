@@ -38,8 +38,6 @@ class Mesh:
     def ask(self, work: Callable[[Client, Keys], Awaitable[T]]) -> T:
         """Run `work` with a client, in a trio of its own. Failure, KeyboardInterrupt, or whatever `work` raises."""
 
-        import trio
-
         from kilo_etcd.etcd import open_client
         from kilo_etcd.store.keys import Keys
 
@@ -47,16 +45,23 @@ class Mesh:
             async with open_client(self.etcd) as client:
                 return await work(client, Keys(self.prefix))
 
-        try:
-            return trio.run(session)
-        except (EtcdError, BaseExceptionGroup) as error:
-            leaves = _leaves(error)
-            if any(isinstance(leaf, KeyboardInterrupt) for leaf in leaves):
-                raise KeyboardInterrupt from None
-            if not all(isinstance(leaf, EtcdError) for leaf in leaves):
-                raise
-            # Several tasks that fail at one cause say the same.
-            raise Failure("; ".join(dict.fromkeys(map(str, leaves)))) from None
+        return run(session)
+
+
+def run(work: Callable[[], Awaitable[T]]) -> T:
+    """Run `work` in a trio of its own. Failure for etcd's errors, KeyboardInterrupt, or whatever `work` raises."""
+    import trio
+
+    try:
+        return trio.run(work)
+    except (EtcdError, BaseExceptionGroup) as error:
+        leaves = _leaves(error)
+        if any(isinstance(leaf, KeyboardInterrupt) for leaf in leaves):
+            raise KeyboardInterrupt from None
+        if not all(isinstance(leaf, EtcdError) for leaf in leaves):
+            raise
+        # Several tasks that fail at one cause say the same.
+        raise Failure("; ".join(dict.fromkeys(map(str, leaves)))) from None
 
 
 def _leaves(error: BaseException) -> list[BaseException]:

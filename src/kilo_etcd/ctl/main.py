@@ -31,7 +31,7 @@ _COMMANDS = {
     "lab": ("kilo_etcd.ctl.lab", "lab_group", "Build a small internet on this machine and try things out."),
     "location": ("kilo_etcd.ctl.location", "location_group", "Set, list and unset the labels that shape the mesh."),
     "man": ("kilo_etcd.ctl.man", "man_command", "Write the manual pages."),
-    "mesh": ("kilo_etcd.ctl.mesh", "mesh_group", "Show and set what holds for the whole mesh."),
+    "mesh": ("kilo_etcd.ctl.mesh", "mesh_group", "Show and set what holds for the whole mesh; join two."),
     "node": ("kilo_etcd.ctl.node", "node_group", "List the nodes, show one, forget one that is gone for good."),
     "peer": ("kilo_etcd.ctl.peer", "peer_group", "Add, list, show and remove laptops, phones, routers, other meshes."),
     "showconf": ("kilo_etcd.ctl.showconf", "showconf_group", "Print the WireGuard configuration of a node or a peer."),

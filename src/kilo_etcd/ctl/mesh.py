@@ -8,6 +8,7 @@ import click
 
 from kilo_etcd.ctl.change import Edit, Outcome, carry_out, change_options
 from kilo_etcd.ctl.context import Failure, Mesh
+from kilo_etcd.ctl.join import join_command, part_command
 from kilo_etcd.ctl.output import output_option
 from kilo_etcd.model import Granularity, Snapshot
 from kilo_etcd.store import operator
@@ -17,7 +18,11 @@ from kilo_etcd.store.view import View
 
 @click.group("mesh")
 def mesh_group() -> None:
-    """Show and set what holds for the whole mesh."""
+    """Show and set what holds for the whole mesh, and join it to another one."""
+
+
+mesh_group.add_command(join_command)
+mesh_group.add_command(part_command)
 
 
 @mesh_group.command("show")

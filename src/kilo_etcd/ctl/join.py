@@ -1,0 +1,294 @@
+"""`kgctl mesh join` and `part`: two meshes joined, each one's segments as the other's outside peers (Kilo's
+multi-cluster).
+
+Each segment of one mesh becomes one peer of the other: its leader's key and endpoint, and all addresses and networks
+behind it. So every node of one reaches every node of the other by the leaders of both. The peers are named after the
+other mesh, by which they are known again: joining once more brings them up to date, and parting removes them. When a
+leader changes they have to be brought up to date; `--follow` does that while it runs.
+
+The meshes may live in one etcd under two prefixes, or in two. What overlaps is refused before anything is written; if
+the second mesh cannot be written to, the first is put back as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from functools import partial
+from typing import Any, TypeVar
+
+import click
+from attrs import frozen
+
+from kilo_etcd.agent.config import parse_prefix
+from kilo_etcd.agent.options import etcd_config, etcd_flags
+from kilo_etcd.ctl.change import Edit, Prepared, change_options, confirm, prepare
+from kilo_etcd.ctl.context import Failure, Mesh, run
+from kilo_etcd.ctl.peer import parse_peer_name
+from kilo_etcd.ctl.render import clean
+from kilo_etcd.etcd.api import Client, Compacted, Unavailable
+from kilo_etcd.model import IPNetwork, Snapshot
+from kilo_etcd.store import operator
+from kilo_etcd.store.keys import Keys, PeerKey
+from kilo_etcd.store.records import PeerRecord, encode
+from kilo_etcd.store.view import View
+from kilo_etcd.topology import Topology, build_topology
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+RETRY_SECONDS = 2.0
+
+SHOWN = 5
+"""How many overlaps are named; one is enough to begin with."""
+
+
+def visitors(topology: Topology, label: str) -> dict[str, PeerRecord]:
+    """What a mesh, called `label`, is to another: one peer for each segment, by name."""
+    return {
+        f"{label}.{key.replace(', other family', '-other-family').replace(':', '.', 1).replace(' ', '_')}": PeerRecord(
+            public_key=segment.leader.public_key,
+            endpoint=segment.leader.endpoint,
+            allowed_ips=segment.allowed,
+            persistent_keepalive=segment.leader.persistent_keepalive,
+        )
+        for key, segment in sorted(topology.segments.items())
+    }
+
+
+def default_label(prefix: str) -> str:
+    """What a mesh is called in the other where nobody says: its prefix, with dashes."""
+    return prefix.strip("/").replace("/", "-")
+
+
+def overlaps(one: Topology, other: Topology, names: tuple[str, str]) -> Iterator[str]:
+    """What cannot be told apart once they are joined, pair by pair; the meshes are called `names`."""
+    for mine in _networks(one):
+        for theirs in _networks(other):
+            if mine.version == theirs.version and mine.overlaps(theirs):
+                yield f"{mine} of {names[0]} overlaps {theirs} of {names[1]}"
+    for giver, taker, (given, taken) in ((one, other, names), (other, one, (names[1], names[0]))):
+        for network in _networks(giver):
+            for node in taker.snapshot.nodes.values():
+                for internal in node.internal_ips:
+                    if network.version == internal.version and network.overlaps(internal.network):
+                        yield f"{network} of {given} overlaps {internal.network}, which {node.name} of {taken} is on"
+
+
+def _networks(topology: Topology) -> Iterable[IPNetwork]:
+    found = dict.fromkeys(topology.snapshot.subnets)
+    for segment in topology.segments.values():
+        found.update(dict.fromkeys(segment.networks))
+    return found
+
+
+@frozen(kw_only=True)
+class Side:
+    """One of the two meshes, and what it is called in the other."""
+
+    mesh: Mesh
+    label: str
+
+    @property
+    def name(self) -> str:
+        return self.mesh.prefix
+
+
+def _other_options(command: F) -> F:
+    """`--other-prefix` and etcd's flags once more; what is not given is as for the first mesh."""
+    for flag in reversed(list(etcd_flags())):
+        if flag.name in ("--endpoints", "--cacert", "--cert", "--key", "--user", "--password"):
+            name = f"--other-{flag.name.removeprefix('--')}"
+            text = f"{flag.name} for the other mesh's etcd (default: as for the first)."
+            command = click.option(name, f"other_{flag.parameter}", envvar=f"KILO_OTHER_{flag.parameter.upper()}",
+                                   show_envvar=flag.secret, help=text)(command)  # fmt: skip
+    for name, text in (
+        ("--other-prefix", "The other mesh's prefix (default: this one's, in another etcd)."),
+        ("--label", "What this mesh is called in the other (default: after its prefix)."),
+        ("--other-label", "What the other mesh is called in this one (default: after its prefix)."),
+    ):
+        command = click.option(name, help=text)(command)
+    return command
+
+
+def _sides(context: click.Context, given: dict[str, Any]) -> tuple[Side, Side]:
+    mesh: Mesh = context.obj
+    root = context.find_root().params
+    values = {flag.parameter: root[f"_etcd_{flag.parameter}"] for flag in etcd_flags()}
+    values.update({name.removeprefix("other_"): value for name, value in given.items() if value is not None
+                   and name.removeprefix("other_") in values})  # fmt: skip
+    try:
+        prefix = parse_prefix(given["other_prefix"]) if given["other_prefix"] else mesh.prefix
+    except ValueError as error:
+        raise click.BadParameter(f"{error}.", param_hint="--other-prefix") from None
+    other = Mesh(etcd_config(**values), prefix)
+    if other == mesh:
+        raise click.UsageError("These are one and the same mesh: give --other-prefix, or --other-endpoints.")
+    labels = [given["label"] or default_label(mesh.prefix), given["other_label"] or default_label(prefix)]
+    if labels[0] == labels[1]:
+        raise click.UsageError(f"Both meshes would be called {labels[0]}: give them names, --label and --other-label.")
+    for label in labels:
+        try:
+            parse_peer_name(label)
+        except ValueError:
+            raise click.UsageError(f"{label!r} is no name for a mesh; leave out '/' and white space.") from None
+    return Side(mesh=mesh, label=labels[0]), Side(mesh=other, label=labels[1])
+
+
+_EXAMPLES = (
+    "Examples:\n\n\b\n  kgctl --prefix /a mesh {} --other-prefix /b\n"
+    "  kgctl mesh {} --other-endpoints https://etcd.example.org:2379 --other-label office"
+)
+
+
+@click.command("join", epilog=_EXAMPLES.format("join", "join"))
+@_other_options
+@click.option("--follow", is_flag=True, help="Go on, and bring the peers up to date when leaders change, until Ctrl-C.")
+@change_options
+@click.pass_context
+def join_command(context: click.Context, /, dry_run: bool, yes: bool, follow: bool, **given: Any) -> None:
+    """Join this mesh and another: every segment of one becomes a peer of the other, both ways.
+
+    Joining again brings the peers up to date. A leader that changes makes that necessary; --follow sees to it.
+    """
+    one, other = _sides(context, given)
+    done = _carry_out(one, other, _joined, dry_run=dry_run, ask="" if yes or follow else "Join the two meshes?")
+    click.echo("The meshes are joined." if done else "Nothing was written (--dry-run)." if dry_run else
+               "Nothing to change: the meshes are joined already.")  # fmt: skip
+    if follow and not dry_run:
+        _follow(one, other)
+
+
+@click.command("part", epilog=_EXAMPLES.format("part", "part"))
+@_other_options
+@change_options
+@click.pass_context
+def part_command(context: click.Context, /, dry_run: bool, yes: bool, **given: Any) -> None:
+    """Part two meshes that were joined: each forgets the peers that the other's segments are."""
+    one, other = _sides(context, given)
+    done = _carry_out(one, other, _parted, dry_run=dry_run, ask="" if yes else "Part the two meshes?")
+    click.echo("The meshes are parted." if done else "Nothing was written (--dry-run)." if dry_run else
+               "Nothing to change: the meshes are not joined.")  # fmt: skip
+
+
+Wanted = Callable[[Side, Side], dict[str, PeerRecord]]
+"""(a mesh, the other) -> the peers that the first shall have of the other."""
+
+
+def _joined(_side: Side, other: Side) -> dict[str, PeerRecord]:
+    topology = _topology(other)
+    if not topology.segments:
+        raise Failure(f"there is no node under {other.name}: its first agent makes the mesh; nothing was written")
+    return visitors(topology, other.label)
+
+
+def _parted(_side: Side, _other: Side) -> dict[str, PeerRecord]:
+    return {}
+
+
+def _topology(side: Side) -> Topology:
+    return build_topology(side.mesh.ask(operator.snapshot)[0])
+
+
+def _carry_out(one: Side, other: Side, wanted: Wanted, *, dry_run: bool, ask: str) -> bool:
+    """Have both meshes know what they shall of each other; whether anything was written. Failure."""
+    if wanted is _joined and (found := list(overlaps(_topology(one), _topology(other), (one.label, other.label)))):
+        more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+        raise Failure(
+            f"{'; '.join(found[:SHOWN])}{more}: a network can be in one of the meshes only, so one has to be made with "
+            "another --subnet, or its annotations changed; nothing was written"
+        )
+    prepared = [
+        (side, change)
+        for side, far in ((one, other), (other, one))
+        if (change := prepare(side.mesh, partial(_edit, far.label, wanted(side, far)))) is not None
+    ]
+    for side, change in prepared:
+        click.echo(f"In {clean(side.name)}:")
+        for line in change.lines:
+            click.echo(f"  {line}")
+    if dry_run or not prepared:
+        return False
+    if ask:
+        confirm(ask)
+    _write([change for _, change in prepared])
+    return True
+
+
+def _write(changes: list[Prepared]) -> None:
+    changes[0].write()
+    for change in changes[1:]:
+        try:
+            change.write()
+        except Failure as failure:
+            restored = False
+            with suppress(Failure):
+                restored = changes[0].take_back()
+            left = "" if restored else f"; {changes[0].mesh.prefix} could not be put back: run the opposite command"
+            raise Failure(f"{change.mesh.prefix}: {failure.message}{left}") from None
+
+
+def _edit(label: str, peers: dict[str, PeerRecord], _before: Snapshot, view: View, keys: Keys) -> Edit:
+    puts = {keys.peer(name): encode(record).decode() for name, record in peers.items()}
+    held = (keys.parse(kv.key) for kv in view.kvs(keys.peers_root))
+    ours = (
+        key.name
+        for key in held
+        if isinstance(key, PeerKey) and key.name.startswith((f"{label}.location", f"{label}.node."))
+    )
+    return Edit(
+        puts=puts,
+        deletes=tuple(sorted(keys.peer(name) for name in ours if name not in peers)),
+        refuses_trouble=bool(peers),
+    )
+
+
+def _follow(one: Side, other: Side) -> None:
+    """Join again after each change in either mesh, for ever. What fails is said, and tried again."""
+    import trio
+
+    async def follow() -> None:
+        changed = trio.Event()
+
+        async def watch(side: Side) -> None:
+            from kilo_etcd.etcd import open_client
+
+            keys = Keys(side.mesh.prefix)
+            async with open_client(side.mesh.etcd) as client:
+                while True:
+                    try:
+                        await _heed(client, keys, changed_now)
+                    except (Compacted, Unavailable):
+                        await trio.sleep(RETRY_SECONDS)
+
+        def changed_now() -> None:
+            changed.set()
+
+        said = ""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watch, one)
+            nursery.start_soon(watch, other)
+            while True:
+                await changed.wait()
+                changed = trio.Event()
+                try:
+                    await trio.to_thread.run_sync(
+                        partial(_carry_out, one, other, _joined, dry_run=False, ask=""), abandon_on_cancel=True
+                    )
+                    said = ""
+                except Failure as failure:
+                    if failure.message != said:
+                        said = failure.message
+                        click.echo(f"kgctl: {said}; trying again", err=True)
+                    await trio.sleep(RETRY_SECONDS)
+                    changed.set()
+
+    run(follow)
+
+
+async def _heed(client: Client, keys: Keys, tell: Callable[[], None]) -> None:
+    async with client.watch_prefix(keys.root) as changes:
+        # What happened before the watch began is not reported by it.
+        tell()
+        async for batch in changes:
+            if batch.events:
+                tell()
