@@ -15,6 +15,7 @@ from typing import Any
 import click
 from attrs import frozen
 
+from kilo_etcd.ctl import complete
 from kilo_etcd.ctl.context import Failure, Mesh
 from kilo_etcd.ctl.peer import checked, parse_allowed, parse_peer_name
 from kilo_etcd.store.keys import encode_name
@@ -97,7 +98,7 @@ class Options:
     "  kgctl connect laptop --dns-hosts\n"
     "  kgctl --prefix /work connect --allowed-ips 10.9.0.2",
 )
-@click.argument("peer", required=False, callback=checked(parse_peer_name))
+@click.argument("peer", required=False, callback=checked(parse_peer_name), shell_complete=complete.peers)
 @click.option(
     "--allowed-ips",
     callback=checked(parse_allowed),
