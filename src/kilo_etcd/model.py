@@ -174,6 +174,8 @@ class Node:
     persistent_keepalive: int = 0
     """Seconds; 0 is off."""
     leader_wanted: bool = False
+    gateway: bool = False
+    """Whether it offers peers a way out to the internet."""
     encapsulate: Encapsulate = Encapsulate.CROSSSUBNET
     default_location: str = DEFAULT_LOCATION
     version: str = ""

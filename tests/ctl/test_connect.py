@@ -108,11 +108,15 @@ def world() -> World:
 
 
 @asynccontextmanager
-async def connected(world: World, *, dns_hosts: bool = True, **wish: object) -> AsyncIterator[Connection]:
+async def connected(
+    world: World, *, dns_hosts: bool = True, gateway: str | None = None, **wish: object
+) -> AsyncIterator[Connection]:
     """The command runs in the block, in a mesh of three nodes; SIGTERM ends it at the block's end."""
     await world.build()
     setup = kernel.Setup(interface="kilo-kilo", private_key=PRIVATE, protocol=kernel.PEER_PROTOCOL)
-    settings = Settings(interface="kilo-kilo", listen_port=4711, endpoints=("192.0.2.1:2379",), dns_hosts=dns_hosts)
+    settings = Settings(
+        interface="kilo-kilo", listen_port=4711, endpoints=("192.0.2.1:2379",), dns_hosts=dns_hosts, gateway=gateway
+    )
     connection = Connection(
         Wish(**{"name": "laptop", "public_key": PUBLIC, **wish}),  # type: ignore[arg-type]
         settings,
@@ -301,6 +305,31 @@ async def test_a_laptop_that_is_carried_into_another_network_keeps_that_network(
         world.host.moved.set()
         await eventually(lambda: home not in world.host.observed.routes, 10, every=0.1)
         assert world.said("172.20.0.0/24 is not routed here") == 1
+
+
+async def test_a_gateway_takes_all_but_etcd_and_nothing_passes_when_it_is_none_any_more(world: World) -> None:
+    anywhere = ip_network("0.0.0.0/0")
+
+    def allowed() -> set[int]:
+        peers = world.host.observed.peers.values()
+        return {base64.b64decode(peer.public_key)[0] for peer in peers if anywhere in peer.allowed_ips}
+
+    await world.client.put("/kilo/annotations/gcp-1/gateway", "true")
+    async with connected(world, gateway="gcp-1"):
+        observed = world.host.observed
+        assert allowed() == {1}
+        kinds = {str(network): route.kind or route.device for network, route in observed.exit_routes.items()}
+        assert kinds == {
+            "0.0.0.0/0": "kilo-kilo", "::/0": "unreachable", "192.0.2.1/32": "throw",
+            "203.0.113.1/32": "throw", "203.0.113.3/32": "throw",
+        }  # fmt: skip
+        assert len(observed.exit_rules) == 4
+        assert [str(network) for network in observed.routes] == ["10.4.0.0/16"]
+        await world.etcd.client().delete(KEYS.election("gcp", "gcp-1"))
+        await eventually(lambda: allowed() == set(), 10, every=0.1)
+        assert anywhere in world.host.observed.exit_routes
+        assert world.said("node gcp-1 cannot be a gateway as long as gcp-2 leads its location") == 1
+    assert (world.host.observed.exit_routes, world.host.observed.exit_rules) == ({}, frozenset())
 
 
 async def test_an_unusable_kernel_is_said_at_once_and_the_record_goes(world: World) -> None:

@@ -140,6 +140,7 @@ def test_a_node_may_be_annotated_before_it_registers(etcd: FakeEtcd) -> None:
         (["a/b", "leader=true"], 2, "is no node name"),
         (["home-1", "persistent-keepalive=soon"], 1, "persistent-keepalive: 'soon' is no number of seconds"),
         (["home-1", "leader=true", "subnets=10.0.0.0/99"], 1, "subnets: "),
+        (["home-1", "gateway=perhaps"], 1, "gateway: 'perhaps' is neither true nor false"),
         (["home-1", "force-endpoint=fe80::1%eth0"], 1, "force-endpoint: "),
         (["home-1", "force-internal-ip=10.0.0.1,10.0.0.2"], 1, "more than one address of a family"),
     ],

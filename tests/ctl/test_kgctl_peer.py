@@ -323,9 +323,22 @@ def test_a_node_as_peer_can_be_piped_into_another_mesh(etcd: FakeEtcd) -> None:
     assert str(record.endpoint) == "203.0.113.1:51820"
 
 
+def test_a_gateway_takes_everything_that_is_nobody_elses(etcd: FakeEtcd) -> None:
+    said = run("annotate", "gcp-1", "gateway=true")
+    assert said.output == "gcp-1 offers peers a way out to the internet\ngcp-1: annotated\n"
+    before, found = (run("showconf", "peer", "tablet", *more).output for more in ((), ("--gateway", "gcp-1")))
+    changed = [pair for pair in zip(before.splitlines(), found.splitlines(), strict=True) if pair[0] != pair[1]]
+    assert changed == [
+        ("AllowedIPs = 10.4.0.1/32, 10.4.0.2/32", "AllowedIPs = 0.0.0.0/0, 10.4.0.1/32, 10.4.0.2/32, ::/0")
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "sentence"),
     [
+        (["peer", "tablet", "--gateway", "gcp-1"], 1, "node gcp-1 offers no way out; allow it with kgctl annotate"),
+        (["peer", "tablet", "--gateway", "nobody"], 1, "the gateway nobody is no node of the mesh"),
+        (["peer", "tablet", "--gateway", "gcp-1", "--as-peer"], 2, "leave --gateway or --as-peer out"),
         (["node", "nobody"], 1, "there is no node"),
         (["peer", "nobody"], 1, "there is no peer nobody in force"),
         (["peer", "tablet", "--allowed-ips", "10.0.0.0/8"], 1, "this configuration has 2 (gcp-1, home-1)"),

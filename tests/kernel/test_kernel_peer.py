@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import subprocess
 from contextlib import AsyncExitStack
+from ipaddress import ip_network
 
 import pytest
 import trio
-from kernel_worlds import PRIVATE, key, lines, peer, plan, tunnel
+from attrs import evolve
+from kernel_worlds import PRIVATE, host_with, key, lines, peer, plan, tunnel
 
-from kilo_etcd.kernel import PEER_PROTOCOL, ROUTE_PROTOCOL, Kernel, Setup, cleanup, open_kernel
-from kilo_etcd.kernel.state import is_ours
+from kilo_etcd.kernel import PEER_PROTOCOL, ROUTE_PROTOCOL, Kernel, Memory, Setup, cleanup, diff, open_kernel
+from kilo_etcd.kernel.state import Observed, Target, is_ours
+from kilo_etcd.kernel.wayout import exit_table, rule_priorities
+from kilo_etcd.topology.hostplan import WayOut
 
 FIRST = plan(peer(2, "10.4.0.2/32"), tunnel("10.4.0.0/16", "10.4.0.1"), port=51001)
 SECOND = plan(
@@ -73,3 +77,98 @@ async def test_an_agent_and_two_peers_share_a_machine() -> None:
         assert lines(await kernels["kilo-b"].preview(THIRD)) == []
         await cleanup("kilo-b", public_key=key(0), protocol=PEER_PROTOCOL)
         assert sh("ip route show") + sh("ls /run/wireguard") == ""
+
+
+# -- a way out ---------------------------------------------------------------------------------------------------------
+
+AWAY = evolve(
+    plan(
+        peer(2, "0.0.0.0/0", "10.5.0.2/32", "::/0", endpoint="192.168.9.2:51820"),
+        tunnel("10.5.0.0/16", "10.5.0.1"),
+        addresses=("10.5.0.1/32",),
+        port=51002,
+    ),
+    way_out=WayOut(families=frozenset({4}), outside=(ip_network("192.0.2.1/32"), ip_network("2001:db8::1/128"))),
+)
+TARGET = Target(public_key=key(200), private_key=PRIVATE, interface="kilo-a", protocol=PEER_PROTOCOL)
+TABLE = exit_table("kilo-a")
+MAIN_FIRST, OURS = rule_priorities("kilo-a")
+
+
+def test_the_way_out_is_made_routes_first_and_unmade_rules_first() -> None:
+    made = [line for line in lines(diff(AWAY, Observed(), Memory(), TARGET)) if "rule" in line or "table" in line]
+    assert made == [
+        f"ip route add throw 192.0.2.1/32 proto 108 table {TABLE}",
+        f"ip route add throw 192.168.9.2/32 proto 108 table {TABLE}",
+        f"ip route add throw 2001:db8::1/128 proto 108 table {TABLE}",
+        f"ip route add 0.0.0.0/0 dev kilo-a proto 108 table {TABLE}",
+        f"ip route add unreachable ::/0 proto 108 table {TABLE}",
+        f"ip -4 rule add priority {MAIN_FIRST} lookup main suppress_prefixlength 0",
+        f"ip -4 rule add priority {OURS} not fwmark 107 lookup {TABLE}",
+        f"ip -6 rule add priority {MAIN_FIRST} lookup main suppress_prefixlength 0",
+        f"ip -6 rule add priority {OURS} not fwmark 107 lookup {TABLE}",
+    ]
+    host = host_with(AWAY, TARGET)
+    assert diff(AWAY, host, Memory(), TARGET) == ()
+    without = lines(diff(evolve(AWAY, way_out=None), host, Memory(), TARGET))
+    assert without[0] == "wg set kilo-a fwmark off"
+    assert [line.split()[2] for line in without[1:5]] == ["rule"] * 4
+    assert [line.split()[1] for line in without[5:]] == ["route"] * 5
+    # An operator's own mark is nobody's business where none is needed.
+    assert diff(evolve(AWAY, way_out=None), evolve(host_with(evolve(AWAY, way_out=None), TARGET), mark=7),
+                Memory(), TARGET) == ()  # fmt: skip
+
+
+def exit_state() -> str:
+    shown = [sh(f"ip -{version} {what}") for version in (4, 6) for what in ("rule", "route show table all")]
+    return "\n".join(
+        line for line in "".join(shown).splitlines() if str(TABLE) in line or "suppress_prefixlength" in line
+    )
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("own_namespaces")
+async def test_a_way_out_is_set_up_repaired_and_removed_on_a_real_kernel() -> None:
+    sh("ip link add eth0 type veth peer eth1 && ip link set eth0 up && ip link set eth1 up")
+    sh("ip address add 192.168.9.1/24 dev eth0 && ip route add default via 192.168.9.77")
+    before = sh("ip rule; ip -6 rule; ip route show table all")
+    setup = Setup(interface="kilo-a", private_key=PRIVATE, protocol=PEER_PROTOCOL)
+    async with open_kernel(setup) as kernel:
+        assert (await kernel.apply(AWAY)).failures == ()
+        writes = kernel.writes
+        for fresh in (False, True, True):
+            assert lines((await kernel.apply(AWAY, fresh=fresh)).changes) == []
+        assert kernel.writes == writes
+        assert sh("wg show kilo-a fwmark") == "0x6b\n"
+        assert exit_state().count(str(TABLE)) == 7
+
+        def way(address: str) -> str:
+            return sh(f"ip route get {address}").split(" dev ")[1].split()[0]
+
+        found = {text: way(text) for text in ("8.8.8.8", "10.5.7.7", "192.0.2.1", "192.168.9.2", "192.168.9.55")}
+        assert found == {
+            "8.8.8.8": "kilo-a", "10.5.7.7": "kilo-a", "192.0.2.1": "eth0", "192.168.9.2": "eth0",
+            "192.168.9.55": "eth0",
+        }  # fmt: skip
+        assert "via 192.168.9.77" in sh("ip route get 8.8.8.8 mark 107")
+
+        whole = exit_state()
+        for taken in (
+            f"ip rule del priority {OURS}",
+            f"ip -6 rule del priority {MAIN_FIRST}",
+            f"ip route del 0.0.0.0/0 table {TABLE}",
+            f"ip route del throw 192.0.2.1 table {TABLE}",
+            f"ip -6 route del unreachable default table {TABLE}",
+        ):
+            sh(taken)
+            with trio.fail_after(30):
+                await kernel.wait_drift()
+            assert len((await kernel.apply(AWAY, fresh=True)).changes) == 1, taken
+            assert sorted(exit_state().splitlines()) == sorted(whole.splitlines())
+
+        await kernel.apply(evolve(AWAY, way_out=None))
+        assert (exit_state(), sh("wg show kilo-a fwmark")) == ("", "off\n")
+        await kernel.apply(AWAY)
+    await cleanup("kilo-a", public_key=key(0), protocol=PEER_PROTOCOL)
+    assert sh("ip rule; ip -6 rule; ip route show table all") == before
+    assert await cleanup("kilo-a", public_key=key(0), protocol=PEER_PROTOCOL) == ()

@@ -126,3 +126,107 @@ async def test_a_laptop_behind_nat_follows_two_meshes_by_name_and_leaves_nothing
         assert await shown(lab, "ip", "-o", "link") == links
         left = (await lab.etcdctl("get", "--prefix", "--keys-only", "/")).stdout.split()
         assert [key for key in left if "peers/" in key or key.endswith(address)] == []
+
+
+# --- a way out --------------------------------------------------------------------------------------------------------
+
+INTERNET = "192.0.2.100"
+"""The operator's desk stands for a server on the internet."""
+SERVER = """
+import socket
+with socket.create_server(("0.0.0.0", 7777)) as server:
+    while True:
+        connection, address = server.accept()
+        with connection:
+            connection.sendall(address[0].encode())
+"""
+CLIENT = f"""
+import socket
+with socket.create_connection(("{INTERNET}", 7777), timeout=2) as connection:
+    print(connection.recv(99).decode())
+"""
+OUT = Spec(
+    sites=(
+        site("gcp", host("gcp-1"), host("gcp-2", public=False)),
+        site("home", host("home-1")),
+        site("cafe", host("cafe-1", public=False)),
+    ),
+    lease_ttl=2,
+)
+
+
+async def seen_as(lab: Lab) -> str:
+    """The address that a server on the internet sees the laptop come from; empty: it is not reached."""
+    done = await lab.exec("cafe-1", sys.executable, "-c", CLIENT)
+    return done.stdout.strip()
+
+
+async def all_routing(lab: Lab) -> str:
+    commands = "ip rule; ip -6 rule; ip route show table all; ip -6 route show table all; ip -o link; cat /etc/hosts"
+    return await shown(lab, "sh", "-c", commands)
+
+
+async def test_a_laptop_leaves_by_a_gateway_and_what_must_stay_outside_does() -> None:
+    require("etcd", "etcdctl", "wireguard-go", "wg", "ip", "ping", "nft")
+    async with running_lab(OUT) as lab, trio.open_nursery() as nursery:
+        await lab.all_pairs_ping(30, hosts=("gcp-1", "gcp-2", "home-1"))
+        await lab.stop("cafe-1")
+        kg = str(Path(sys.executable).parent / "kg")
+        await lab.exec("cafe-1", kg, "--hostname", "cafe-1", "--state-dir", "/var/lib/kilo-etcd", "cleanup", check=True)
+        # The labs' routers let nothing through but WireGuard and etcd; that of gcp lets this through too.
+        for side in ("dport", "sport"):
+            rule = f"insert rule inet lab forward tcp {side} 7777 accept"
+            await lab.exec("router:gcp", "nft", *rule.split(), check=True)
+        nursery.start_soon(lab.exec, "operator", sys.executable, "-c", SERVER)
+        await eventually(lambda: direct(lab, "gcp-1"), 30, every=0.2, what="the server's answer to gcp-1")
+        assert await seen_as(lab) == ""
+        before = await all_routing(lab)
+
+        for node, says in {
+            "gcp-1": "kgctl annotate gcp-1 gateway=true",
+            "nobody": "the gateway nobody is no node of the mesh",
+        }.items():
+            refused = await lab.exec("cafe-1", KGCTL, "connect", "laptop", "--gateway", node)
+            assert (refused.returncode, says in refused.stderr) == (1, True), refused.stderr
+        said = await lab.kgctl("annotate", "gcp-2", "gateway=true")
+        assert "offers peers a way out" in said.stdout
+        refused = await lab.exec("cafe-1", KGCTL, "connect", "laptop", "--gateway", "gcp-2")
+        assert "annotate gcp-1 with gateway=true instead" in refused.stderr
+        await lab.kgctl("annotate", "gcp-1", "gateway=true")
+
+        async with connected(lab, "first", "connect", "laptop", "--gateway", "gcp-1", "--dns-hosts") as first:
+            await eventually(lambda: seen_as(lab), 60, every=0.2, what="the server's answer to the laptop")
+            # As what comes from behind gcp's router, and not from behind the café's.
+            assert await seen_as(lab) == await direct(lab, "gcp-2")
+            await reaches(lab, "gcp-2.kilo", "home-1.kilo")
+            for outside in ("192.0.2.1", "198.51.100.1", "10.103.0.1"):
+                assert " dev eth0 " in await shown(lab, "ip", "route", "get", outside), outside
+            assert " dev kilo-kilo " in await shown(lab, "ip", "route", "get", INTERNET)
+            assert (await lab.exec("cafe-1", "ip", "-6", "route", "get", "2001:db8::9")).returncode != 0
+            assert "fwmark" in await shown(lab, "sh", "-c", "wg show kilo-kilo")
+
+            # What somebody takes away comes back; nobody is let out beside the gateway.
+            (ours,) = [line for line in (await shown(lab, "ip", "rule")).splitlines() if "fwmark" in line]
+            await lab.exec("cafe-1", "ip", "rule", "del", "priority", ours.partition(":")[0], check=True)
+            await eventually(lambda: seen_as(lab), 60, every=0.2, what="the server's answer to the laptop")
+            await lab.kgctl("annotate", "gcp-1", "gateway-")
+
+            async def shut() -> bool:
+                return await seen_as(lab) == ""
+
+            await eventually(shut, 30, every=0.2, what="no way out")
+            assert " dev kilo-kilo " in await shown(lab, "ip", "route", "get", INTERNET)
+            await reaches(lab, "home-1.kilo")
+            await lab.kgctl("annotate", "gcp-1", "gateway=true")
+            await eventually(lambda: seen_as(lab), 60, every=0.2, what="the server's answer to the laptop")
+
+        assert first.ended is not None
+        assert first.ended.returncode == 0, first.ended.stdout
+        assert "nothing leaves this machine but for the mesh" in first.ended.stdout
+        assert await all_routing(lab) == before
+        nursery.cancel_scope.cancel()
+
+
+async def direct(lab: Lab, name: str) -> str:
+    """As what address a host is seen by the server."""
+    return (await lab.exec(name, sys.executable, "-c", CLIENT)).stdout.strip()

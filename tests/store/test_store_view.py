@@ -110,6 +110,7 @@ GOOD = encode(record("x")).decode()
         ("/kilo/annotations/a/colour", b"red", "no such annotation is known"),
         ("/kilo/annotations/a/force-endpoint", b"nowhere", None),
         ("/kilo/annotations/a/persistent-keepalive", b"often", "no number of seconds"),
+        ("/kilo/annotations/a/gateway", b"yes please", "neither true nor false"),
         ("/kilo/annotations/a/subnets", b"10.0.0.0/8,fish", "'fish' is no network"),
         ("/kilo/locations/a", b"\xff", "not UTF-8"),
         ("/kilo/locations/a", b"x" * 2000, "longer than 1024 bytes"),

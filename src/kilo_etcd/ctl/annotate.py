@@ -77,6 +77,7 @@ def node_argument(context: click.Context, parameter: click.Parameter, value: str
     "  kgctl annotate node-1 leader=true\n"
     "  kgctl annotate node-1 force-endpoint=vpn.example.org:51820 persistent-keepalive=25\n"
     "  kgctl annotate node-1 allowed-location-ips=192.0.2.0/28 --dry-run\n"
+    "  kgctl annotate exit-1 gateway=true\n"
     "  kgctl annotate node-1 leader-",
 )
 @click.argument("node", callback=node_argument, shell_complete=complete.nodes)
@@ -92,7 +93,7 @@ def node_argument(context: click.Context, parameter: click.Parameter, value: str
 @click.pass_obj
 def annotate_command(mesh: Mesh, node: str, annotations: dict[str, str | None], dry_run: bool, yes: bool) -> None:
     """Say something about NODE: force-endpoint, force-internal-ip, leader, persistent-keepalive,
-    allowed-location-ips or subnets. It counts at once, live."""
+    allowed-location-ips, subnets or gateway. It counts at once, live."""
     registered: frozenset[str] = frozenset()
 
     def decide(_before: Snapshot, view: View, keys: Keys) -> Edit:

@@ -55,6 +55,8 @@ def _node(old: Node, new: Node) -> Iterator[str]:
         yield f"sends keepalives every {new.persistent_keepalive} s instead of {old.persistent_keepalive} s (0: none)"
     if old.leader_wanted != new.leader_wanted:
         yield f"is {'now' if new.leader_wanted else 'no longer'} preferred as its location's leader"
+    if old.gateway != new.gateway:
+        yield "offers peers a way out to the internet" if new.gateway else "offers peers no way out any more"
     if set(old.subnets) != set(new.subnets):
         yield f"leads to networks behind it: {_listed(new.subnets)} instead of {_listed(old.subnets)}"
     if set(old.allowed_location_ips) != set(new.allowed_location_ips):

@@ -9,6 +9,7 @@ from typing import Any
 import click
 from attrs import evolve
 
+from kilo_etcd.agent.config import parse_node_name
 from kilo_etcd.ctl import complete
 from kilo_etcd.ctl.annotate import node_argument
 from kilo_etcd.ctl.context import Failure, Mesh
@@ -29,6 +30,7 @@ from kilo_etcd.store import operator
 from kilo_etcd.store.records import check_key
 from kilo_etcd.topology import Topology, build_topology
 from kilo_etcd.topology.segments import UnknownNode
+from kilo_etcd.topology.wayout import unusable
 
 FORMATS = ("wireguard", "wg-quick", "json", "yaml")
 
@@ -75,14 +77,23 @@ def node_command(mesh: Mesh, /, name: str, **options: Any) -> None:
     "peer",
     epilog="Examples:\n\n\b\n"
     "  kgctl showconf peer laptop -o wg-quick --private-key-file key > /etc/wireguard/mesh.conf\n"
-    "  kgctl showconf peer phone --qr --private-key-file -",
+    "  kgctl showconf peer phone --qr --private-key-file -\n"
+    "  kgctl showconf peer phone --qr --private-key-file - --gateway exit-1",
 )
 @click.argument("name", metavar="PEER", callback=PEER_NAME, shell_complete=complete.peers)
 @conf_options
+@click.option(
+    "--gateway",
+    metavar="NODE",
+    callback=checked(parse_node_name),
+    help="Send what is for outside the mesh through this node; it must have the annotation gateway.",
+)
 @click.option("--qr", is_flag=True, help="As a QR code in the terminal, for a phone.")
 @click.option("--png", type=click.Path(path_type=Path), help="Write it as a QR code into this PNG file.")
 @click.pass_obj
-def peer_command(mesh: Mesh, /, name: str, qr: bool, png: Path | None, **options: Any) -> None:
+def peer_command(
+    mesh: Mesh, /, name: str, gateway: str | None, qr: bool, png: Path | None, **options: Any
+) -> None:  # fmt: skip
     """Print the configuration of PEER: with it the peer reaches the whole mesh; with --as-peer an entry for it.
 
     It names the leaders of the moment. Ask again when a location's leader has changed for good.
@@ -90,10 +101,15 @@ def peer_command(mesh: Mesh, /, name: str, qr: bool, png: Path | None, **options
     topology = _topology(mesh)
     if name not in topology.peers:
         raise Failure(f"there is no peer {name} in force; kgctl peer list lists them")
+    if gateway is not None:
+        if options["as_peer"]:
+            raise click.UsageError("An entry for somebody else has no gateway: leave --gateway or --as-peer out.")
+        if (trouble := unusable(topology, gateway)) is not None:
+            raise Failure(trouble)
     if qr or png is not None:
         if options["as_peer"] or options["output"] not in ("wireguard", "wg-quick"):
             raise click.UsageError("A QR code holds a whole configuration: leave --as-peer and --output out.")
-        found = _complete(of_peer(topology, name), options["private_key_file"], options["allowed_ips"])
+        found = _complete(of_peer(topology, name, gateway), options["private_key_file"], options["allowed_ips"])
         printed = text(found, quick=True)
         if png is not None:
             code, _ = qr_code(printed)
@@ -104,7 +120,7 @@ def peer_command(mesh: Mesh, /, name: str, qr: bool, png: Path | None, **options
         if qr:
             show_qr(printed)
         return
-    _print(peer_as_peer(topology, name) if options["as_peer"] else of_peer(topology, name), **options)
+    _print(peer_as_peer(topology, name) if options["as_peer"] else of_peer(topology, name, gateway), **options)
 
 
 def _topology(mesh: Mesh) -> Topology:

@@ -13,6 +13,7 @@ from attrs import evolve, field, frozen
 from kilo_etcd.model import Endpoint, IPNetwork
 from kilo_etcd.store.records import PeerRecord
 from kilo_etcd.topology import HostPlan, Topology, host_plan, peer_plan
+from kilo_etcd.topology.wayout import by_gateway
 
 
 @frozen(kw_only=True)
@@ -61,9 +62,13 @@ def _entries(plan: HostPlan) -> tuple[Entry, ...]:
     )
 
 
-def of_peer(topology: Topology, name: str) -> Configuration:
-    """A peer's own configuration: all of the mesh, by way of the segments' leaders. KeyError."""
+def of_peer(topology: Topology, name: str, gateway: str | None = None) -> Configuration:
+    """A peer's own configuration: all of the mesh, by way of the segments' leaders; and by node `gateway`, which must
+    be usable as one, anything else. KeyError."""
     peer, plan = topology.peers[name], peer_plan(topology, name)
+    if gateway is not None:
+        key = topology.snapshot.nodes[gateway].public_key
+        plan = evolve(plan, peers={**plan.peers, key: by_gateway(plan.peers[key])})
     return Configuration(
         name=name,
         listen_port=peer.endpoint.port if peer.endpoint is not None else None,

@@ -25,6 +25,7 @@ from kilo_etcd.kernel.effect import apply_changes
 from kilo_etcd.kernel.errors import collision, shadow
 from kilo_etcd.kernel.firewall import table_for
 from kilo_etcd.kernel.forward import AddForward, DeleteForward, rules_for
+from kilo_etcd.kernel.rules import AddRule, DeleteRule
 from kilo_etcd.kernel.state import (
     KERNEL_PROTOCOL,
     AddAddress,
@@ -53,6 +54,9 @@ from kilo_etcd.kernel.state import (
     fence_around,
 )
 from kilo_etcd.kernel.table import DeleteTable, ReplaceTable
+from kilo_etcd.kernel.wayout import MARK, same_way
+from kilo_etcd.kernel.wayout import routes_for as exit_routes_for
+from kilo_etcd.kernel.wayout import rules_for as exit_rules_for
 from kilo_etcd.model import Endpoint, IPNetwork
 from kilo_etcd.topology.hostplan import HostPlan, PeerPlan, RoutePlan, Via
 from kilo_etcd.topology.segments import changes as changed_keys
@@ -97,6 +101,7 @@ def difference(
         Failure(subject=str(destination), text=shadow(destination, subnet), destination=destination)
         for destination, subnet in shadows(plan, base).items()
     )
+    led_out, kept_in = _way_out(plan, base, target)
     opened, closed = _forward_rules(plan, base, target, failures)
     changes = (
         *(AddRoute(fence_around(network)) for network in plan.fences if network not in base.fences),
@@ -108,6 +113,8 @@ def difference(
         *_up(plan, base, target),
         *opened,
         *routes,
+        *led_out,
+        *kept_in,
         *stale,
         *(DeleteRoute(fence_around(network)) for network in sorted(base.fences.difference(plan.fences), key=str)),
         *_removals(plan, base, target),
@@ -204,10 +211,12 @@ def _wireguard(
 ) -> Iterator[Change]:
     key = target.private_key if observed.public_key != target.public_key else None
     port = plan.listen_port if observed.listen_port != plan.listen_port else None
-    if key is not None or port is not None:
+    mark = _mark(plan, observed)
+    if key is not None or port is not None or mark is not None:
         yield SetDevice(
             name=target.interface,
             listen_port=port,
+            mark=mark,
             private_key=key,
             public_key="" if key is None else target.public_key,
         )
@@ -225,6 +234,31 @@ def _wireguard(
         else:
             gaining.append(change)
     yield from gaining
+
+
+def _mark(plan: HostPlan, observed: Observed) -> int | None:
+    """The mark to set: ours where it is needed, none where it is ours and not needed. An operator's own stays."""
+    if plan.way_out is not None:
+        return MARK if observed.mark != MARK else None
+    return 0 if observed.mark == MARK else None
+
+
+def _way_out(plan: HostPlan, observed: Observed, target: Target) -> tuple[list[Change], list[Change]]:
+    """What leads packets for anywhere into the tunnel: the routes, then the rules; and the other way round back."""
+    routes, rules = exit_routes_for(plan, target.interface, target.protocol), exit_rules_for(plan, target.interface)
+    if not (routes or rules or observed.exit_routes or observed.exit_rules):
+        return [], []
+    made: list[Change] = []
+    for destination, wanted in routes.items():
+        found = observed.exit_routes.get(destination)
+        if found is None:
+            made.append(AddRoute(wanted))
+        elif not same_way(found, wanted):
+            made.append(ReplaceRoute(wanted))
+    made += [AddRule(rule) for rule in sorted(rules - observed.exit_rules)]
+    stale: list[Change] = [DeleteRule(rule) for rule in sorted(observed.exit_rules - rules)]
+    stale += [DeleteRoute(route) for destination, route in observed.exit_routes.items() if destination not in routes]
+    return made, stale
 
 
 def _gained(peers: Collection[PeerPlan], observed: Observed) -> frozenset[IPNetwork]:

@@ -14,7 +14,8 @@ from collections.abc import Container, Iterable
 
 from kilo_etcd.kernel import rtnetlink
 from kilo_etcd.kernel.diff import fulfils
-from kilo_etcd.kernel.state import ROUTE_PROTOCOL, AddressScope, Link, Observed, Target, is_ours
+from kilo_etcd.kernel.state import MAIN_TABLE, ROUTE_PROTOCOL, AddressScope, Link, Observed, Target, is_ours
+from kilo_etcd.kernel.wayout import exit_table, same_way
 from kilo_etcd.model import IPAddress, IPInterface, IPNetwork
 
 
@@ -53,7 +54,7 @@ class Whereabouts:
             return before is not found.deprecated
         if kind in (rtnetlink.NEWROUTE, rtnetlink.DELROUTE):
             route = rtnetlink.read_route(body)
-            if route is None or route.destination.prefixlen or route.table != rtnetlink.MAIN_TABLE:
+            if route is None or route.destination.prefixlen or route.table != MAIN_TABLE:
                 return False
             which, way = (route.destination.version, route.metric), (route.index, route.gateway)
             if kind == rtnetlink.DELROUTE:
@@ -110,6 +111,10 @@ class Watch:
             return self._address(kind, body)
         if kind in (rtnetlink.NEWROUTE, rtnetlink.DELROUTE):
             return self._route(kind, body)
+        if kind == rtnetlink.DELRULE:
+            rule = rtnetlink.read_rule(body)
+            if rule is not None and rule[1] == self.target.protocol and rule[0] in self.observed.exit_rules:
+                return f"the rule {rule[0]} was removed"
         return None
 
     def _own(self) -> list[Link]:
@@ -159,7 +164,9 @@ class Watch:
 
     def _route(self, kind: int, body: bytes) -> str | None:
         found = rtnetlink.read_route(body)
-        if found is None or found.table != rtnetlink.MAIN_TABLE:
+        if found is not None and found.table == exit_table(self.target.interface):
+            return self._exit_route(kind, found)
+        if found is None or found.table != MAIN_TABLE:
             return None
         destination = found.destination
         if found.fence:
@@ -186,4 +193,15 @@ class Watch:
             return None
         if expected is not None and fulfils(route, expected, self.target):
             return f"the route to {destination} was removed"
+        return None
+
+    def _exit_route(self, kind: int, found: rtnetlink.FoundRoute) -> str | None:
+        link = self.links.get(found.index)
+        route = found.route({} if link is None else {found.index: link.name})
+        expected = self.observed.exit_routes.get(found.destination)
+        if kind == rtnetlink.NEWROUTE:
+            as_expected = expected is not None and same_way(route, expected)
+            return None if as_expected else f"a route to {found.destination} was set in table {found.table}"
+        if expected is not None and same_way(route, expected):
+            return f"the route to {found.destination} was removed from table {found.table}"
         return None

@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterable, Mapping
 from attrs import evolve
 
 from kilo_etcd.kernel.forward import AddForward, DeleteForward
+from kilo_etcd.kernel.rules import AddRule, DeleteRule
 from kilo_etcd.kernel.state import (
+    MAIN_TABLE,
     AddAddress,
     AddRoute,
     Change,
@@ -81,6 +83,9 @@ class _Effect:
         self._ipip_local = observed.ipip_local
         self._public_key = observed.public_key
         self._port = observed.listen_port
+        self._mark = observed.mark
+        self._exit_routes = dict(observed.exit_routes)
+        self._exit_rules = set(observed.exit_rules)
         self._peers = dict(observed.peers)
         self._owner: dict[IPNetwork, str] | None = None
         """Network -> public key of the peer that has it among its allowed IPs; made when it is needed."""
@@ -115,7 +120,8 @@ class _Effect:
             case DeleteAddress(address=address):
                 self._addresses.discard(address)
                 self._drop_routes(lambda route: route.source == address.ip)
-            case SetDevice(listen_port=port, private_key=key, public_key=public):
+            case SetDevice(listen_port=port, private_key=key, public_key=public, mark=mark):
+                self._mark = self._mark if mark is None else mark
                 self._port = self._port if port is None else port
                 self._public_key = self._public_key if key is None else public
             case SetPeer():
@@ -129,6 +135,14 @@ class _Effect:
                 self._fences.add(destination)
             case DeleteRoute(route=Route(fence=True, destination=destination)):
                 self._fences.discard(destination)
+            case AddRoute(route=route) | ReplaceRoute(route=route) if route.table != MAIN_TABLE:
+                self._exit_routes[route.destination] = route
+            case DeleteRoute(route=route) if route.table != MAIN_TABLE:
+                self._exit_routes.pop(route.destination, None)
+            case AddRule(rule=rule):
+                self._exit_rules.add(rule)
+            case DeleteRule(rule=rule):
+                self._exit_rules.discard(rule)
             case AddRoute(route=route) | ReplaceRoute(route=route):
                 self._routes[route.destination] = route
             case DeleteRoute(route=route):
@@ -157,6 +171,9 @@ class _Effect:
             link=self._link,
             public_key=self._public_key,
             listen_port=self._port,
+            mark=self._mark,
+            exit_routes=self._exit_routes,
+            exit_rules=frozenset(self._exit_rules),
             peers=self._peers,
             addresses=frozenset(self._addresses),
             routes=self._routes,
@@ -173,7 +190,7 @@ class _Effect:
 
     def _new_device(self, name: str, kind: str) -> None:
         self._link = Link(name=name, kind=kind)
-        self._public_key, self._port = "", 0
+        self._public_key, self._port, self._mark = "", 0, 0
         self._peers, self._owner = {}, None
         self._addresses = set()
 
@@ -190,7 +207,7 @@ class _Effect:
     def _delete_link(self, name: str) -> None:
         if name == self._interface:
             self._link = None
-            self._public_key, self._port = "", 0
+            self._public_key, self._port, self._mark = "", 0, 0
             self._peers, self._owner = {}, None
             # IPv4 routes go with the address that they prefer as their source.
             sources = {address.ip for address in self._addresses}
@@ -203,6 +220,7 @@ class _Effect:
     def _drop_routes(self, goes: _RouteTest) -> None:
         self._routes = {destination: route for destination, route in self._routes.items() if not goes(route)}
         self._strays = [route for route in self._strays if not goes(route)]
+        self._exit_routes = {destination: route for destination, route in self._exit_routes.items() if not goes(route)}
 
     def _set_peer(self, change: SetPeer) -> None:
         key = change.public_key

@@ -6,7 +6,8 @@ The table is replaced whole, in one transaction, and only where it differs from 
   nobody else;
 * what comes out of the tunnel for a location's network (a printer that runs no agent) is masqueraded by the host that
   forwards it there, so that the answer finds its way back. The location's nodes have routes and need none of that,
-  nor do networks behind a node; what this host sends itself, to etcd for instance, is never touched.
+  nor do networks behind a node; what this host sends itself, to etcd for instance, is never touched;
+* of a gateway: what comes out of the tunnel for outside the mesh is masqueraded too.
 
 Nothing is opened here: an `accept` of ours does not take back a `drop` of another table.
 """
@@ -55,12 +56,14 @@ def table_for(plan: HostPlan, interface: str) -> Table | None:
                 text=f"{text} counter name ipip_dropped drop",
             ),
         )
-    if plan.masquerade:
+    if plan.masquerade or plan.gateway:
         chains.append(Chain(name="postrouting", kind="nat", hook="postrouting", priority=100))
         rules += _masquerade(plan, interface, sets)
+        if plan.gateway:
+            rules += _gateway(plan, interface)
     if not rules:
         return None
-    counters = [name for name in ("ipip_accepted", "ipip_dropped", "masqueraded") if _counted(rules, name)]
+    counters = [name for name in ("ipip_accepted", "ipip_dropped", "masqueraded", "way_out") if _counted(rules, name)]
     return Table(
         name=table_name(interface), chains=tuple(chains), sets=tuple(sets), counters=tuple(counters),
         rules=tuple(rules),
@@ -91,6 +94,24 @@ def _masquerade(plan: HostPlan, interface: str, sets: list[AddressSet]) -> Itera
             ),
             text=f"{text} {family} daddr {network} counter name masqueraded masquerade",
         )  # fmt: skip
+
+
+def _gateway(plan: HostPlan, interface: str) -> Iterable[Rule]:
+    inbound = nft.match_interface("iifname", interface)
+    text = f'iifname "{interface}"'
+    for network in plan.inside:
+        family = "ip" if network.version == 4 else "ip6"
+        yield Rule(
+            chain="postrouting",
+            expressions=(*inbound, *nft.match_network(network, "daddr"), nft.RETURN),
+            text=f"{text} {family} daddr {network} return",
+        )
+    outbound = nft.match_interface("oifname", interface, equal=False)
+    yield Rule(
+        chain="postrouting",
+        expressions=(*inbound, *outbound, *nft.count("way_out"), nft.MASQUERADE),
+        text=f'{text} oifname != "{interface}" counter name way_out masquerade',
+    )
 
 
 def _counted(rules: Iterable[Rule], name: str) -> bool:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from kilo_etcd.kernel import netlink, rtnetlink, sysctl, userspace, wireguard
+from kilo_etcd.kernel import netlink, routing, rtnetlink, sysctl, userspace, wireguard
 from kilo_etcd.kernel.errors import NO_PERMISSION, KernelError, NetlinkError, failure, taken
 from kilo_etcd.kernel.firewall import table_name
 from kilo_etcd.kernel.forward import AddForward, DeleteForward
@@ -20,8 +20,10 @@ from kilo_etcd.kernel.iptables import Iptables
 from kilo_etcd.kernel.netfilter import Netfilter
 from kilo_etcd.kernel.netlink import Message
 from kilo_etcd.kernel.rtnetlink import FoundLink
+from kilo_etcd.kernel.rules import AddRule, DeleteRule
 from kilo_etcd.kernel.state import (
     KERNEL_PROTOCOL,
+    MAIN_TABLE,
     ROUTE_PROTOCOL,
     AddAddress,
     AddressScope,
@@ -60,6 +62,7 @@ from kilo_etcd.model import IPAddress, IPInterface, IPNetwork
 
 _CAP_NET_ADMIN = 12
 _NO_SUCH_FAMILY = frozenset({errno.EOPNOTSUPP, errno.EAFNOSUPPORT, errno.ENOENT})
+"""What a dump says where there is no such family, or no such table."""
 _NOBODY_THERE = frozenset({errno.ECONNREFUSED, errno.ECONNRESET, errno.ENOENT, errno.ENODEV, errno.EPIPE})
 """What reading a device says whose process, or which itself, has gone since it was found."""
 _ALREADY = {
@@ -68,10 +71,12 @@ _ALREADY = {
     DeleteRoute: {errno.ESRCH, errno.ENODEV},
     DeleteLink: {errno.ENODEV},
     KeepAdvertisements: {errno.ENOENT},
+    AddRule: {errno.EEXIST},
+    DeleteRule: {errno.ENOENT},
 }
 """Errors that say that what was wanted is so already."""
 
-_Batched = AddAddress | DeleteAddress | AddRoute | ReplaceRoute | DeleteRoute
+_Batched = AddAddress | DeleteAddress | AddRoute | ReplaceRoute | DeleteRoute | AddRule | DeleteRule
 
 
 def may_change_the_network() -> bool:
@@ -180,6 +185,9 @@ class Host:
             addresses = frozenset(
                 a.address for a in self._read_addresses(own.index) if a.scope is not AddressScope.LINK
             )
+        exit_routes, exit_rules = routing.read(
+            self._route, self.interface, self.protocol, {index: link.name for index, link in self.links.items()}
+        )
         forward_chains, forward_rules = self._iptables.read(self._forward_rules)
         return Observed(
             time=time.time(),
@@ -187,12 +195,15 @@ class Host:
             ours=ours,
             public_key=state.public_key,
             listen_port=state.listen_port,
+            mark=state.mark,
             peers=state.peers,
             addresses=addresses,
             routes=routes,
             stray_routes=tuple(strays),
             fences=frozenset(fences),
             foreign=foreign,
+            exit_routes=exit_routes,
+            exit_rules=exit_rules,
             ipip=ipip.link if ipip else None,
             ipip_local=ipip.local if ipip else None,
             ipip_ours=ipip is None or ipip.link.kind == "ipip",
@@ -286,7 +297,7 @@ class Host:
 
         def keep(body: bytes) -> None:
             found = rtnetlink.read_route(body)
-            if found is None or found.table != rtnetlink.MAIN_TABLE:
+            if found is None or found.table != MAIN_TABLE:
                 return
             if found.fence:
                 # An agent's, which is in nobody's way.
@@ -319,7 +330,7 @@ class Host:
 
         def keep(body: bytes) -> None:
             found = rtnetlink.read_route(body)
-            if found is None or found.table != rtnetlink.MAIN_TABLE or found.destination.prefixlen:
+            if found is None or found.table != MAIN_TABLE or found.destination.prefixlen:
                 return
             link = self.links.get(found.index)
             if link is not None and found.type == 1:
@@ -410,6 +421,10 @@ class Host:
             index = self._index(change.name)
             pack = rtnetlink.add_address if isinstance(change, AddAddress) else rtnetlink.delete_address
             return pack(index, change.address) if index else None
+        if isinstance(change, AddRule):
+            return rtnetlink.add_rule(change.rule, self.protocol)
+        if isinstance(change, DeleteRule):
+            return rtnetlink.delete_rule(change.rule, self.protocol)
         route = change.route
         index = self._index(route.device) if route.device else 0
         if route.device and not index:
@@ -485,7 +500,9 @@ class Host:
     def leftovers(self) -> tuple[Change, ...]:
         """What `cleanup` has to make: everything recognisable as ours goes."""
         observed = self.observe()
-        changes: list[Change] = [DeleteRoute(route) for route in observed.routes.values()]
+        changes: list[Change] = [DeleteRule(rule) for rule in observed.exit_rules]
+        changes.extend(DeleteRoute(route) for route in observed.exit_routes.values())
+        changes.extend(DeleteRoute(route) for route in observed.routes.values())
         changes.extend(DeleteRoute(route) for route in observed.stray_routes)
         changes.extend(DeleteRoute(fence_around(network)) for network in sorted(observed.fences, key=str))
         if observed.ipip is not None and observed.ipip_ours:

@@ -14,8 +14,10 @@ from attrs import field, frozen
 
 from kilo_etcd.kernel import netlink
 from kilo_etcd.kernel.netlink import CREATE, EXCLUSIVE, REPLACE, Message
+from kilo_etcd.kernel.rules import RoutingRule
 from kilo_etcd.kernel.state import (
     FENCE_METRIC,
+    MAIN_TABLE,
     ROUTE_PROTOCOL,
     AddressScope,
     HostAddress,
@@ -27,11 +29,11 @@ from kilo_etcd.model import IPAddress, IPInterface, IPNetwork
 NEWLINK, DELLINK, GETLINK, SETLINK = 16, 17, 18, 19
 NEWADDR, DELADDR, GETADDR = 20, 21, 22
 NEWROUTE, DELROUTE, GETROUTE = 24, 25, 26
+NEWRULE, DELRULE, GETRULE = 32, 33, 34
 
-GROUPS = (1, 5, 9, 7, 11)
-"""Multicast groups: link, IPv4 address, IPv6 address, IPv4 route, IPv6 route."""
+GROUPS = (1, 5, 9, 7, 11, 8, 19)
+"""Multicast groups: link, IPv4 address, IPv6 address, IPv4 route, IPv6 route, IPv4 rule, IPv6 rule."""
 
-MAIN_TABLE = 254
 UP = 0x1
 
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_LINKINFO = 1, 3, 4, 18
@@ -47,6 +49,10 @@ _ONLINK = 0x4
 _CLONED = 0x200
 _SCOPE_LINK, _SCOPE_HOST = 253, 254
 _UNICAST, _UNREACHABLE = 1, 7
+_KINDS = {"": _UNICAST, "unreachable": _UNREACHABLE, "throw": 9}
+_KIND_NAMES = {number: name for name, number in _KINDS.items()}
+_FRA_PRIORITY, _FRA_FWMARK, _FRA_SUPPRESS, _FRA_TABLE, _FRA_FWMASK, _FRA_PROTOCOL = 6, 10, 14, 15, 16, 21
+_TO_TABLE, _INVERT = 1, 0x2
 
 _IFINFO = struct.Struct("=BxHiII")
 _IFADDR = struct.Struct("=BBBBI")
@@ -77,11 +83,14 @@ class FoundRoute:
         return Route(
             destination=self.destination,
             gateway=self.gateway,
-            device=names.get(self.index, ""),
+            # In IPv6 the kernel gives routes that lead nowhere the loopback device.
+            device=names.get(self.index, "") if self.type == _UNICAST else "",
             source=self.source,
             protocol=self.protocol,
             metric=self.metric,
             onlink=self.onlink,
+            table=self.table,
+            kind=_KIND_NAMES.get(self.type, ""),
         )
 
 
@@ -202,8 +211,15 @@ def read_address(body: bytes, links: Mapping[int, Link]) -> HostAddress | None:
     )
 
 
-def get_routes(version: int) -> Message:
-    return Message(GETROUTE, 0, _RTMSG.pack(_family(version), 0, 0, 0, MAIN_TABLE, 0, 0, 0, 0))
+def get_routes(version: int, table: int = MAIN_TABLE) -> Message:
+    """Of one table. Kernels without strict checking answer with all tables."""
+    low, more = _table(table)
+    return Message(GETROUTE, 0, _RTMSG.pack(_family(version), 0, 0, 0, low, 0, 0, 0, 0) + more)
+
+
+def _table(table: int) -> tuple[int, bytes]:
+    """The table in the header, and as an attribute where it does not fit there."""
+    return (table, b"") if table < 256 else (0, netlink.u32(_RTA_TABLE, table))
 
 
 def get_route_to(address: IPAddress) -> Message:
@@ -233,13 +249,14 @@ def _route(route: Route, index: int, *, delete: bool = False) -> bytes:
     elif delete:
         scope, kind = 255, 0
     else:
-        scope, kind = (_SCOPE_LINK if route.gateway is None and destination.version == 4 else 0), _UNICAST
+        local = route.gateway is None and destination.version == 4 and not route.kind
+        scope, kind = _SCOPE_LINK if local else 0, _KINDS[route.kind]
     flags = _ONLINK if route.onlink and not delete else 0
+    low, more = _table(route.table)
     parts = [
-        _RTMSG.pack(
-            _family(destination.version), destination.prefixlen, 0, 0, MAIN_TABLE, route.protocol, scope, kind, flags
-        ),
+        _RTMSG.pack(_family(destination.version), destination.prefixlen, 0, 0, low, route.protocol, scope, kind, flags),
         netlink.attribute(_RTA_DST, destination.network_address.packed),
+        more,
     ]
     if index:
         parts.append(netlink.u32(_RTA_OIF, index))
@@ -254,6 +271,56 @@ def _route(route: Route, index: int, *, delete: bool = False) -> bytes:
     if route.metric:
         parts.append(netlink.u32(_RTA_PRIORITY, route.metric))
     return b"".join(parts)
+
+
+def get_rules(version: int) -> Message:
+    return Message(GETRULE, 0, _RTMSG.pack(_family(version), 0, 0, 0, 0, 0, 0, 0, 0))
+
+
+def add_rule(rule: RoutingRule, protocol: int) -> Message:
+    return Message(NEWRULE, CREATE | EXCLUSIVE, _rule(rule, protocol))
+
+
+def delete_rule(rule: RoutingRule, protocol: int) -> Message:
+    return Message(DELRULE, 0, _rule(rule, protocol))
+
+
+def _rule(rule: RoutingRule, protocol: int) -> bytes:
+    flags = _INVERT if rule.not_mark else 0
+    low = rule.table if rule.table < 256 else 0
+    parts = [
+        # struct fib_rule_hdr has the layout of struct rtmsg, with the action in place of the type.
+        _RTMSG.pack(_family(rule.version), 0, 0, 0, low, 0, 0, _TO_TABLE, flags),
+        netlink.u32(_FRA_PRIORITY, rule.priority),
+        netlink.u32(_FRA_TABLE, rule.table),
+        netlink.u8(_FRA_PROTOCOL, protocol),
+    ]
+    if rule.not_mark:
+        parts += [netlink.u32(_FRA_FWMARK, rule.not_mark), netlink.u32(_FRA_FWMASK, 0xFFFFFFFF)]
+    if rule.suppress:
+        parts.append(netlink.u32(_FRA_SUPPRESS, 0))
+    return b"".join(parts)
+
+
+def read_rule(body: bytes) -> tuple[RoutingRule, int] | None:
+    """A rule, and the protocol that it is marked with; None for what says more than our rules ever do."""
+    family, to, source, _, table, _, _, action, flags = _RTMSG.unpack_from(body)
+    if family not in (socket.AF_INET, socket.AF_INET6) or action != _TO_TABLE or to or source:
+        return None
+    found = netlink.attributes(body, 12)
+    mark = _u32(found[_FRA_FWMARK]) if _FRA_FWMARK in found else 0
+    if bool(mark) is not bool(flags & _INVERT):
+        return None
+    # The kernel says -1 where nothing is suppressed.
+    suppressed = _u32(found[_FRA_SUPPRESS]) if _FRA_SUPPRESS in found else 0xFFFFFFFF
+    rule = RoutingRule(
+        version=4 if family == socket.AF_INET else 6,
+        priority=_u32(found[_FRA_PRIORITY]) if _FRA_PRIORITY in found else 0,
+        table=_u32(found[_FRA_TABLE]) if _FRA_TABLE in found else table,
+        not_mark=mark,
+        suppress=suppressed == 0,
+    )
+    return rule, found[_FRA_PROTOCOL][0] if _FRA_PROTOCOL in found else 0
 
 
 def read_way(body: bytes) -> tuple[int, int]:

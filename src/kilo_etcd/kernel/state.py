@@ -14,6 +14,7 @@ from typing import Literal, TypeAlias
 from attrs import evolve, field, frozen
 
 from kilo_etcd.kernel.forward import AddForward, DeleteForward, ForwardRule
+from kilo_etcd.kernel.rules import AddRule, DeleteRule, RoutingRule
 from kilo_etcd.kernel.table import DeleteTable, ReplaceTable, Table
 from kilo_etcd.model import DEFAULT_INTERFACE, Endpoint, IPAddress, IPInterface, IPNetwork
 
@@ -26,6 +27,8 @@ agent, so of these routes only those that leave by one's own interface are one's
 
 FENCE_METRIC = 2**32 - 1
 """Of the routes that refuse packets: the worst one that there is, so that any other route comes first."""
+MAIN_TABLE = 254
+"""rtnetlink's RT_TABLE_MAIN."""
 
 KERNEL_PROTOCOL = 2
 """rtnetlink's mark of the routes that the kernel itself makes for addresses (RTPROT_KERNEL)."""
@@ -95,7 +98,7 @@ class ObservedPeer:
 
 @frozen(kw_only=True)
 class Route:
-    """A route in the main table. `device` is the name of the device that it leaves by."""
+    """A route. `device` is the name of the device that it leaves by."""
 
     destination: IPNetwork
     gateway: IPAddress | None = None
@@ -106,9 +109,13 @@ class Route:
     onlink: bool = False
     fence: bool = False
     """It refuses packets (`unreachable`), at `FENCE_METRIC`."""
+    table: int = MAIN_TABLE
+    kind: str = ""
+    """`throw`: look in the next table; `unreachable`: refuse; empty: the usual kind."""
 
     def __str__(self) -> str:
-        words = ["unreachable", str(self.destination)] if self.fence else [str(self.destination)]
+        kind = "unreachable" if self.fence else self.kind
+        words = [kind, str(self.destination)] if kind else [str(self.destination)]
         if self.gateway is not None:
             family = "inet6 " if self.gateway.version == 6 and self.destination.version == 4 else ""
             words.append(f"via {family}{self.gateway}")
@@ -121,6 +128,8 @@ class Route:
             words.append(f"metric {self.metric}")
         if self.onlink:
             words.append("onlink")
+        if self.table != MAIN_TABLE:
+            words.append(f"table {self.table}")
         return " ".join(words)
 
 
@@ -142,6 +151,8 @@ class Observed:
     public_key: str = ""
     """Of the device, whether it is ours or not; empty: it has no key."""
     listen_port: int = 0
+    mark: int = 0
+    """WireGuard's, on its own packets."""
     peers: Mapping[str, ObservedPeer] = field(factory=dict)
     addresses: frozenset[IPInterface] = frozenset()
     routes: Mapping[IPNetwork, Route] = field(factory=dict)
@@ -149,6 +160,9 @@ class Observed:
     """More routes of ours to destinations that `routes` has already: left by somebody with another metric."""
     fences: frozenset[IPNetwork] = frozenset()
     foreign: Mapping[IPNetwork, Route] = field(factory=dict)
+    exit_routes: Mapping[IPNetwork, Route] = field(factory=dict)
+    """Those of our own table, which only a peer's machine has (`kernel.wayout`)."""
+    exit_rules: frozenset[RoutingRule] = frozenset()
     ipip: Link | None = None
     ipip_local: IPAddress | None = None
     ipip_ours: bool = True
@@ -274,18 +288,21 @@ class DeleteAddress:
 
 @frozen(kw_only=True)
 class SetDevice:
-    """None leaves the port, or the key, as it is."""
+    """None leaves the port, the key or the mark as it is."""
 
     name: str
     listen_port: int | None = None
     private_key: str | None = field(default=None, repr=False)
     public_key: str = ""
     """That belongs to `private_key`."""
+    mark: int | None = None
+    """0 takes it away."""
 
     def __str__(self) -> str:
         port = "" if self.listen_port is None else f" listen-port {self.listen_port}"
         key = "" if self.private_key is None else " private-key (hidden)"
-        return f"wg set {self.name}{port}{key}"
+        mark = "" if self.mark is None else f" fwmark {self.mark or 'off'}"
+        return f"wg set {self.name}{port}{mark}{key}"
 
 
 @frozen(kw_only=True)
@@ -396,7 +413,7 @@ class RestoreSysctl:
 
 LinkChange: TypeAlias = CreateLink | StartUserspace | DeleteLink | SetMtu | SetUp
 WireGuardChange: TypeAlias = SetDevice | SetPeer | RemovePeer
-RouteChange: TypeAlias = AddRoute | ReplaceRoute | DeleteRoute
+RouteChange: TypeAlias = AddRoute | ReplaceRoute | DeleteRoute | AddRule | DeleteRule
 FilterChange: TypeAlias = ReplaceTable | DeleteTable | AddForward | DeleteForward
 SysctlChange: TypeAlias = SetForwarding | KeepAdvertisements | RestoreSysctl
 AddressChange: TypeAlias = AddAddress | DeleteAddress

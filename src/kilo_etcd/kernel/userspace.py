@@ -48,6 +48,8 @@ def encode(changes: Iterable[WireGuardChange]) -> str:
                 lines.append(f"private_key={raw(change.private_key).hex()}")
             if change.listen_port is not None:
                 lines.append(f"listen_port={change.listen_port}")
+            if change.mark is not None:
+                lines.append(f"fwmark={change.mark}")
             continue
         peers.append(f"public_key={raw(change.public_key).hex()}")
         if isinstance(change, RemovePeer):
@@ -72,7 +74,7 @@ def _encode_peer(change: SetPeer) -> Iterable[str]:
 
 def decode(answer: str) -> DeviceState:
     """What a `get=1` answered. OSError if it says an errno."""
-    public_key, port = "", 0
+    public_key, port, mark = "", 0, 0
     peers: list[ObservedPeer] = []
     values: dict[str, str] = {}
     allowed: list[str] = []
@@ -83,6 +85,8 @@ def decode(answer: str) -> DeviceState:
                 public_key = public_key_of(bytes.fromhex(value))
             case "listen_port":
                 port = int(value)
+            case "fwmark":
+                mark = int(value)
             case "public_key":
                 if "public_key" in values:
                     peers.append(_decode_peer(values, allowed))
@@ -95,7 +99,9 @@ def decode(answer: str) -> DeviceState:
                 values[name] = value
     if "public_key" in values:
         peers.append(_decode_peer(values, allowed))
-    return DeviceState(public_key=public_key, listen_port=port, peers={peer.public_key: peer for peer in peers})
+    return DeviceState(
+        public_key=public_key, listen_port=port, mark=mark, peers={peer.public_key: peer for peer in peers}
+    )
 
 
 def _decode_peer(values: dict[str, str], allowed: Iterable[str]) -> ObservedPeer:

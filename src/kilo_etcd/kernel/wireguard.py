@@ -12,6 +12,7 @@ import errno
 import ipaddress
 import socket
 import struct
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -27,7 +28,7 @@ from kilo_etcd.model import Endpoint, IPNetwork
 _GENERIC, _CONTROL, _GETFAMILY = 16, 16, 3
 _FAMILY_ID, _FAMILY_NAME = 1, 2
 _GET, _SET = 0, 1
-_NAME, _PRIVATE, _PUBLIC, _PORT, _PEERS = 2, 3, 4, 6, 8
+_NAME, _PRIVATE, _PUBLIC, _PORT, _MARK, _PEERS = 2, 3, 4, 6, 7, 8
 _P_KEY, _P_PSK, _P_FLAGS, _P_ENDPOINT, _P_KEEPALIVE, _P_HANDSHAKE, _P_RX, _P_TX, _P_ALLOWED = range(1, 10)
 _REMOVE, _REPLACE_ALLOWED = 0x1, 0x2
 _A_FAMILY, _A_ADDRESS, _A_LENGTH = 1, 2, 3
@@ -52,6 +53,7 @@ class DeviceState:
 
     public_key: str = ""
     listen_port: int = 0
+    mark: int = 0
     peers: dict[str, ObservedPeer] = field(factory=dict)
 
 
@@ -99,6 +101,8 @@ def encode(family: int, name: str, changes: Sequence[WireGuardChange]) -> list[M
                 device.append(netlink.attribute(_PRIVATE, raw(change.private_key)))
             if change.listen_port is not None:
                 device.append(netlink.attribute(_PORT, _SHORT.pack(change.listen_port)))
+            if change.mark is not None:
+                device.append(netlink.u32(_MARK, change.mark))
             continue
         for peer in _encode_peer(change):
             if len(peer) > room:
@@ -163,6 +167,7 @@ class Reader:
     def __init__(self, former: Reader | None = None) -> None:
         self._public_key = ""
         self._listen_port = 0
+        self._mark = 0
         self._peers: dict[bytes, dict[int, bytes]] = {}
         """Key -> attributes; those that are lists of several messages are joined."""
         self._former = {} if former is None else former._parsed
@@ -176,6 +181,8 @@ class Reader:
             self._public_key = base64.b64encode(key).decode()
         if _PORT in found:
             self._listen_port = _SHORT.unpack(found[_PORT])[0]
+        if _MARK in found:
+            self._mark = int.from_bytes(found[_MARK], sys.byteorder)
         for data in _items(found.get(_PEERS, b"")):
             peer = netlink.attributes(data)
             known = self._peers.setdefault(peer[_P_KEY], peer)
@@ -188,7 +195,10 @@ class Reader:
         peers = [self._peer(key, found) for key, found in self._peers.items()]
         self._former, self._peers = {}, {}
         return DeviceState(
-            public_key=self._public_key, listen_port=self._listen_port, peers={peer.public_key: peer for peer in peers}
+            public_key=self._public_key,
+            listen_port=self._listen_port,
+            mark=self._mark,
+            peers={peer.public_key: peer for peer in peers},
         )
 
     def _peer(self, key: bytes, found: dict[int, bytes]) -> ObservedPeer:

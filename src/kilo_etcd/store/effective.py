@@ -25,7 +25,15 @@ from kilo_etcd.store.records import (
 )
 
 ANNOTATIONS = frozenset(
-    ("force-endpoint", "force-internal-ip", "leader", "persistent-keepalive", "allowed-location-ips", "subnets")
+    (
+        "force-endpoint",
+        "force-internal-ip",
+        "leader",
+        "persistent-keepalive",
+        "allowed-location-ips",
+        "subnets",
+        "gateway",
+    )
 )
 T = TypeVar("T")
 
@@ -58,6 +66,7 @@ class Registered:
             more_endpoints=_others(endpoint, record),
             internal_ips=value("force-internal-ip", lambda text: _internal_ips(text, record), record.internal_ips),
             leader_wanted=value("leader", lambda text: text.lower() not in ("", "0", "false"), False),
+            gateway=value("gateway", _yes_or_no, False),
             persistent_keepalive=value(
                 "persistent-keepalive",
                 lambda text: parse_keepalive(text) if text else record.persistent_keepalive,
@@ -78,6 +87,7 @@ class Annotated:
     more_endpoints: tuple[Endpoint, ...]
     internal_ips: tuple[IPInterface, ...]
     leader_wanted: bool
+    gateway: bool
     persistent_keepalive: int
     allowed_location_ips: tuple[IPNetwork, ...]
     subnets: tuple[IPNetwork, ...]
@@ -107,6 +117,7 @@ def join(
         allowed_location_ips=said.allowed_location_ips,
         persistent_keepalive=said.persistent_keepalive,
         leader_wanted=said.leader_wanted,
+        gateway=said.gateway,
         encapsulate=record.encapsulate,
         default_location=record.location,
         version=record.version,
@@ -146,6 +157,14 @@ def lowest_per_family(addresses: Iterable[IPAddress], subnets: tuple[IPNetwork, 
         if address.version not in lowest and any(address in subnet for subnet in subnets):
             lowest[address.version] = address
     return tuple(lowest.values())
+
+
+def _yes_or_no(text: str) -> bool:
+    # What opens a way must be said clearly.
+    word = text.strip().lower()
+    if word not in ("true", "false", "1", "0", ""):
+        raise ValueError(f"{text[:60]!r} is neither true nor false")
+    return word in ("true", "1")
 
 
 def _endpoint(text: str, record: NodeRecord) -> Endpoint | None:

@@ -23,6 +23,7 @@ from kilo_etcd.kernel.diff import difference, is_drift, remember, superseded
 from kilo_etcd.kernel.effect import apply_changes
 from kilo_etcd.kernel.errors import KernelError
 from kilo_etcd.kernel.forward import AddForward, DeleteForward
+from kilo_etcd.kernel.rules import DeleteRule
 from kilo_etcd.kernel.state import (
     AddRoute,
     ApplyReport,
@@ -94,7 +95,9 @@ class FakeHost:
 
     def cleanup(self, interface: str = "kilo0") -> tuple[Change, ...]:
         """As `kernel.cleanup`."""
-        changes: list[Change] = [DeleteRoute(route) for route in self.observed.routes.values()]
+        changes: list[Change] = [DeleteRule(rule) for rule in self.observed.exit_rules]
+        changes.extend(DeleteRoute(route) for route in self.observed.exit_routes.values())
+        changes.extend(DeleteRoute(route) for route in self.observed.routes.values())
         changes.extend(DeleteRoute(fence_around(network)) for network in sorted(self.observed.fences, key=str))
         if self.observed.ipip is not None:
             changes.append(DeleteLink(ipip_name(interface)))

@@ -3,7 +3,7 @@
 from kilo_etcd.topology.election import Election, Reason, elect
 from kilo_etcd.topology.graph import Cluster, Edge, EdgeKind, clusters, edges, graph
 from kilo_etcd.topology.guard import guard
-from kilo_etcd.topology.hostplan import HostPlan, PeerPlan, Problem, RoutePlan, Via
+from kilo_etcd.topology.hostplan import HostPlan, PeerPlan, Problem, RoutePlan, Via, WayOut
 from kilo_etcd.topology.peerplan import peer_plan
 from kilo_etcd.topology.plan import host_plan
 from kilo_etcd.topology.render import render
@@ -26,6 +26,7 @@ __all__ = [
     "Topology",
     "UnknownNode",
     "Via",
+    "WayOut",
     "build_topology",
     "clusters",
     "edges",

@@ -68,6 +68,17 @@ class Problem:
 
 
 @frozen(kw_only=True)
+class WayOut:
+    """The default route into the tunnel, which nobody but the operator can wish for (decision 0013)."""
+
+    families: frozenset[int] = frozenset()
+    """In which packets for anywhere go into the tunnel. In the other family they are refused at once: what was to go
+    through the gateway must not leave beside it."""
+    outside: tuple[IPNetwork, ...] = ()
+    """Reached as if there were no tunnel: etcd. The peers' endpoints are without being named."""
+
+
+@frozen(kw_only=True)
 class HostPlan:
     """Everything that the kernel of one host shall hold for us.
 
@@ -99,6 +110,11 @@ class HostPlan:
     runs no agent and would not know how to answer."""
     masquerade_not: frozenset[IPAddress] = frozenset()
     """Addresses within them that do know: members of this host's segment."""
+    gateway: bool = False
+    """This host is a way out: what comes out of the tunnel for outside the mesh it forwards in its own name."""
+    inside: tuple[IPNetwork, ...] = ()
+    """Of a gateway: the networks that know the mesh's addresses and answer them."""
+    way_out: WayOut | None = None
     problems: tuple[Problem, ...] = ()
     memo: object = field(default=None, eq=False, repr=False)
     """What `topology.plan` needs to compute the next plan from this one; it means nothing to anyone else."""

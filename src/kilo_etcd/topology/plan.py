@@ -34,6 +34,7 @@ from kilo_etcd.topology.guard import GuardMemo
 from kilo_etcd.topology.hostplan import HostPlan, PeerPlan, Problem, RoutePlan, Via
 from kilo_etcd.topology.nat import seen_endpoint
 from kilo_etcd.topology.segments import Segment, Topology, changes, host_network, same_site
+from kilo_etcd.topology.wayout import inside, unfit
 from kilo_etcd.topology.ways import Hop, bonded, hop, local_endpoint
 
 K = TypeVar("K")
@@ -86,6 +87,12 @@ def host_plan(topology: Topology, name: str, previous: HostPlan | None = None) -
     if len(segment.members) > 1 or segment.networks or topology.peers:
         families.update(topology.families)
     problems = {*topology.problems, *local.problems, *remote.problems.values()}
+    gateway = own.gateway
+    if gateway and (trouble := unfit(topology, name)) is not None:
+        gateway = False
+        problems.add(Problem(subject=name, text=trouble))
+    if gateway:
+        families.update(topology.families)
     return HostPlan(
         node=name,
         revision=topology.snapshot.revision,
@@ -100,6 +107,8 @@ def host_plan(topology: Topology, name: str, previous: HostPlan | None = None) -
         behind=segment.subnets.get(name, ()),
         masquerade=local.masquerade(),
         masquerade_not=local.masquerade_not(),
+        gateway=gateway,
+        inside=inside(topology, name) if gateway else (),
         problems=tuple(sorted(problems, key=lambda problem: (problem.subject, problem.text))),
         memo=_Memo(name=name, topology=topology, remote=remote),
     )

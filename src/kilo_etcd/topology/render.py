@@ -24,6 +24,11 @@ def render(plan: HostPlan) -> str:
         text = "masquerade to " + ",".join(map(str, plan.masquerade))
         nodes = sorted(plan.masquerade_not, key=lambda ip: (ip.version, int(ip)))
         lines.append(text + (f" but not to {','.join(map(str, nodes))}" if nodes else ""))
+    if plan.gateway:
+        lines.append("gateway but not to " + ",".join(map(str, plan.inside)))
+    if plan.way_out is not None:
+        families = " ".join(f"ipv{version}" for version in sorted(plan.way_out.families))
+        lines.append(f"default dev wg {families} but not to {','.join(map(str, plan.way_out.outside)) or 'nobody'}")
     lines += [f"problem {problem.subject}: {problem.text}" for problem in plan.problems]
     return "\n".join(lines) + "\n"
 

@@ -6,7 +6,7 @@ import os
 import re
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -66,6 +66,12 @@ def _interface(text: str) -> str:
     return parse_interface(text)
 
 
+def _node_name(text: str) -> str:
+    from kilo_etcd.agent.config import parse_node_name
+
+    return parse_node_name(text)
+
+
 def _log_level(text: str) -> str:
     from kilo_etcd.agent.config import parse_log_level
 
@@ -85,6 +91,7 @@ class Options:
     persistent_keepalive: int | None
     clean_up: bool
     dns_hosts: bool
+    gateway: str | None
     wireguard: Any
     dry_run: bool
     yes: bool
@@ -96,6 +103,7 @@ class Options:
     epilog="Examples:\n\n\b\n"
     "  kgctl connect\n"
     "  kgctl connect laptop --dns-hosts\n"
+    "  kgctl connect --gateway exit-1\n"
     "  kgctl --prefix /work connect --allowed-ips 10.9.0.2",
 )
 @click.argument("peer", required=False, callback=checked(parse_peer_name), shell_complete=complete.peers)
@@ -123,6 +131,12 @@ class Options:
     help="Remove interface, routes, names and record at the end. Default: yes.",
 )
 @click.option("--dns-hosts", is_flag=True, help="Write the names of nodes and peers into /etc/hosts.")
+@click.option(
+    "--gateway",
+    metavar="NODE",
+    callback=checked(_node_name),
+    help="Send what is for outside the mesh through this node, as a VPN does; it must have the annotation gateway.",
+)
 @click.option(
     "--wireguard",
     type=click.Choice(("auto", "kernel", "userspace")),
@@ -196,6 +210,8 @@ async def _connect(mesh: Mesh, options: Options) -> None:
     from kilo_etcd.ctl.connect.connection import Connection, Edges, Settings
     from kilo_etcd.ctl.connect.registration import Registration, Wish
     from kilo_etcd.store.keys import Keys
+    from kilo_etcd.topology import build_topology
+    from kilo_etcd.topology.wayout import unusable
 
     _may_change_the_network(options)
     with _alone(options, "interface", options.interface, f"the interface {options.interface}"):
@@ -215,12 +231,15 @@ async def _connect(mesh: Mesh, options: Options) -> None:
         async with etcd.open_client(mesh.etcd) as client:
             registration = Registration(client, Keys(mesh.prefix), wish, lambda: None)
             decision, before, after = await registration.prospect()
+            if options.gateway is not None and (trouble := unusable(build_topology(after), options.gateway)):
+                raise Failure(trouble)
             endpoint = decision.record.endpoint
             settings = Settings(
                 interface=options.interface,
                 listen_port=options.port or (endpoint.port if endpoint is not None else free_port()),
                 endpoints=mesh.etcd.endpoints,
                 dns_hosts=options.dns_hosts,
+                gateway=options.gateway,
             )
             setup = kernel.Setup(
                 interface=options.interface,
@@ -235,7 +254,10 @@ async def _connect(mesh: Mesh, options: Options) -> None:
                 clean_up=partial(kernel.cleanup, options.interface, public_key=public, protocol=kernel.PEER_PROTOCOL),
             )
             where = f"{mesh.prefix} {before.cluster_id}"
-            with _alone(options, "mesh", where, f"the mesh at {mesh.prefix}"):
+            with (
+                _alone(options, "mesh", where, f"the mesh at {mesh.prefix}"),
+                _alone(options, "gateway", "", "a gateway") if options.gateway is not None else nullcontext(),
+            ):
                 async with kernel.open_kernel(setup) as device:
                     if options.dry_run:
                         from kilo_etcd.ctl.connect.dryrun import show

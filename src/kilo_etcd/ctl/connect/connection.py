@@ -26,6 +26,7 @@ from kilo_etcd.ctl.wait import applied
 from kilo_etcd.model import IPAddress, IPNetwork, Snapshot
 from kilo_etcd.topology import HostPlan, Topology, build_topology, peer_plan
 from kilo_etcd.topology.guard import guard
+from kilo_etcd.topology.wayout import through
 
 KNOWN_SECONDS = 2.0
 """How long to wait for all agents to know this machine's key: a first handshake that nobody answers costs five."""
@@ -48,6 +49,8 @@ class Settings:
     endpoints: tuple[str, ...]
     """etcd's."""
     dns_hosts: bool = False
+    gateway: str | None = None
+    """The node by which everything leaves that is for outside the mesh."""
     resync_period: float = 30.0
 
 
@@ -253,6 +256,8 @@ class Connection:
         plan = resolve_plan(plan, self.resolver.table, self.resolver.failed, self.facts.families())
         protected = (*self.resolver.networks(self.settings.endpoints), *self.facts.underlay())
         plan = protected_plan(plan, protected, snapshot.subnets)
+        if self.settings.gateway is not None:
+            plan = through(plan, topology, self.settings.gateway, self.resolver.networks(self.settings.endpoints))
         try:
             report = await self.kernel.apply(plan, fresh=fresh)
         except kernel.KernelError as error:

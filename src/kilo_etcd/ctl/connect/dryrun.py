@@ -15,6 +15,7 @@ from kilo_etcd.ctl.context import Failure
 from kilo_etcd.ctl.render import clean
 from kilo_etcd.model import Snapshot
 from kilo_etcd.topology import build_topology
+from kilo_etcd.topology.wayout import through
 
 
 async def show(
@@ -30,7 +31,10 @@ async def show(
     topology = build_topology(after)
     plan = raw_plan(topology, wish, settings, facts)
     plan = resolve_plan(plan, *await resolve_once(plan), facts.families())
-    plan = protected_plan(plan, (*facts.underlay(), *await etcd_networks(config)), after.subnets)
+    etcd_at = await etcd_networks(config)
+    plan = protected_plan(plan, (*facts.underlay(), *etcd_at), after.subnets)
+    if settings.gateway is not None:
+        plan = through(plan, topology, settings.gateway, etcd_at)
     for problem in plan.problems:
         click.echo(f"# {clean(problem.text)}")
     for change in await device.preview(plan):

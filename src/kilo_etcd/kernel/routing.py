@@ -1,0 +1,54 @@
+"""Reads the table and the rules of a way out, as far as they are ours. Blocking."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Mapping
+
+from kilo_etcd.kernel import netlink, rtnetlink
+from kilo_etcd.kernel.errors import NetlinkError
+from kilo_etcd.kernel.netlink import Message
+from kilo_etcd.kernel.rules import RoutingRule
+from kilo_etcd.kernel.state import ROUTE_PROTOCOL, Route
+from kilo_etcd.kernel.wayout import exit_table, rule_priorities
+from kilo_etcd.model import IPNetwork
+
+_NOT_THERE = frozenset({errno.EOPNOTSUPP, errno.EAFNOSUPPORT, errno.ENOENT})
+"""What a dump says where there is no such family, or no such table."""
+
+
+def read(
+    sock: netlink.Socket, interface: str, protocol: int, names: Mapping[int, str]
+) -> tuple[dict[IPNetwork, Route], frozenset[RoutingRule]]:
+    """The routes of the interface's own table, and the rules that lead there. An agent has none and is spared it.
+
+    `names`: of all devices, by index.
+    """
+    routes: dict[IPNetwork, Route] = {}
+    rules: set[RoutingRule] = set()
+    if protocol == ROUTE_PROTOCOL:
+        return routes, frozenset()
+    table, priorities = exit_table(interface), rule_priorities(interface)
+
+    def keep_route(body: bytes) -> None:
+        found = rtnetlink.read_route(body)
+        if found is not None and found.table == table:
+            routes[found.destination] = found.route(names)
+
+    def keep_rule(body: bytes) -> None:
+        found = rtnetlink.read_rule(body)
+        if found is not None and found[1] == protocol and found[0].priority in priorities:
+            rules.add(found[0])
+
+    for version in (4, 6):
+        _dump(sock, rtnetlink.get_routes(version, table), keep_route)
+        _dump(sock, rtnetlink.get_rules(version), keep_rule)
+    return routes, frozenset(rules)
+
+
+def _dump(sock: netlink.Socket, message: Message, keep: Callable[[bytes], None]) -> None:
+    try:
+        sock.dump(message, keep)
+    except NetlinkError as error:
+        if error.errno not in _NOT_THERE:
+            raise
