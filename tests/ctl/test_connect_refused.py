@@ -21,7 +21,12 @@ from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import NodeRecord, PeerRecord, encode
 from kilo_etcd.testing.etcd_server import EtcdServer
 
-pytestmark = [pytest.mark.root, pytest.mark.etcd, pytest.mark.usefixtures("own_namespaces")]
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.etcd,
+    pytest.mark.usefixtures("own_namespaces"),
+    pytest.mark.deadline(180),
+]
 
 KGCTL = str(Path(sys.executable).with_name("kgctl"))
 KEYS = Keys()
