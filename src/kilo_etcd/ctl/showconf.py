@@ -86,6 +86,7 @@ def node_command(mesh: Mesh, /, name: str, **options: Any) -> None:
     "--gateway",
     metavar="NODE",
     callback=checked(parse_node_name),
+    shell_complete=complete.nodes,
     help="Send what is for outside the mesh through this node; it must have the annotation gateway.",
 )
 @click.option("--qr", is_flag=True, help="As a QR code in the terminal, for a phone.")

@@ -135,6 +135,7 @@ class Options:
     "--gateway",
     metavar="NODE",
     callback=checked(_node_name),
+    shell_complete=complete.nodes,
     help="Send what is for outside the mesh through this node, as a VPN does; it must have the annotation gateway.",
 )
 @click.option(
