@@ -33,12 +33,6 @@ def run(*arguments: str) -> Result:
     return CliRunner().invoke(main, arguments, prog_name="kgctl")
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
-
-
 # --- the command line ------------------------------------------------------------------------------------------------
 
 
@@ -74,15 +68,6 @@ def test_a_wrong_command_line_exits_with_2_and_says_what_is_wrong(arguments: lis
     assert found.exit_code == 2
     assert says in " ".join(found.stderr.split())
     assert "Traceback" not in found.stderr
-
-
-@pytest.mark.parametrize("command", [["status"], ["graph"], ["location", "list"], ["location", "set", "a", "b"]])
-def test_etcd_out_of_reach_is_one_sentence(command: list[str]) -> None:
-    found = run("--endpoints", f"127.0.0.1:{free_port()}", "--command-timeout", "200ms", *command)
-    assert found.exit_code == 1
-    assert found.stderr.startswith("kgctl: ")
-    assert len(found.stderr.splitlines()) == 1
-    assert found.stdout == ""
 
 
 async def test_ctrl_c_is_quiet() -> None:
