@@ -3,7 +3,7 @@
 Not collected by itself: `test_encapsulate.py` runs it with WireGuard in userspace and no IPIP, where it is seen what
 does not work and what is said about it, and on a kernel that has both.
 
-    near    always       two hosts on one subnet
+    near    always       one host beside the leader, one on another subnet
     far     crosssubnet  one host beside the leader, one on another subnet
     plain   never        one host beside the leader, one on another subnet, which it cannot reach
     sealed  wireguard    the other host on another subnet
@@ -45,13 +45,13 @@ def site(name: str, number: int, mode: str, *subnets: int) -> SiteSpec:
 SPEC = Spec(
     wireguard="kernel" if IPIP else "userspace",
     sites=(
-        site("near", 1, "always", 0, 0),
+        site("near", 1, "always", 0, 0, 1),
         site("far", 2, "crosssubnet", 0, 0, 1),
         site("plain", 3, "never", 0, 0, 1),
         site("sealed", 4, "wireguard", 0, 1),
     ),
 )
-LOST = {"plain-3"} if IPIP else {"plain-3", "far-3", "near-2"}
+LOST = {"plain-3"} if IPIP else {"plain-3", "far-3", "near-2", "near-3"}
 """Hosts that nobody can reach: `never` across subnets; and without IPIP all that would be encapsulated."""
 
 
@@ -82,9 +82,9 @@ async def test_each_mode() -> None:
         assert "node plain-3 cannot be reached" in await lab.log("plain-1")
         silent = {"sealed-1", "sealed-2"}
         if IPIP:
-            silent |= {"near-1", "near-2", "far-1", "far-2", "far-3"}
+            silent |= {"near-1", "near-2", "near-3", "far-1", "far-2", "far-3"}
         else:
-            for host in ("near-1", "near-2", "far-1", "far-2", "far-3"):
+            for host in ("near-1", "near-2", "near-3", "far-1", "far-2", "far-3"):
                 assert "this kernel has no IPIP (module ipip)" in said[host], host
                 assert "this kernel has no IPIP (module ipip)" in await lab.log(host)
         assert {host for host in silent if said[host]} == set()
@@ -99,6 +99,7 @@ async def check_wires(lab: Lab) -> None:
     """What is seen on the location's own network when its hosts ping each other."""
     for one, other, kind in (
         ("near-1", "near-2", "ipip" if IPIP else None),
+        ("near-2", "near-3", "ipip" if IPIP else None),
         ("far-1", "far-2", "icmp"),
         ("far-1", "far-3", "ipip" if IPIP else None),
         ("sealed-1", "sealed-2", "udp"),
@@ -130,7 +131,7 @@ async def check_mtu(lab: Lab) -> None:
     width = {
         host: int((await lab.exec(host, "cat", "/sys/class/net/kilo0/mtu", check=True)).stdout) for host in reached
     }
-    assert {width["near-1"], width["far-1"], width["far-3"]} == {1400}  # 1500 - 80 - 20
+    assert {width["near-1"], width["near-3"], width["far-1"], width["far-3"]} == {1400}  # 1500 - 80 - 20
     assert {width["sealed-1"], width["sealed-2"]} == {1420}
     for one, other in permutations(reached, 2):
         address = await lab.mesh_address(other)
