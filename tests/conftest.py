@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import signal
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,10 @@ import trio
 import trio.testing
 
 DEADLINE = 120.0
+
+# A run in the background of a script (`make test &`) ignores Ctrl-C, and so would the programs that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A slow machine is no failure. In CI the change is judged, not the dice: the same examples each time.
 hypothesis.settings.register_profile("kilo-etcd", deadline=None, derandomize=bool(os.environ.get("CI")))
