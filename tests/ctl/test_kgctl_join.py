@@ -204,3 +204,4 @@ async def test_following_brings_the_peers_up_to_date() -> None:
                 assert await process.wait() == 130
         finally:
             process.kill()
+            await process.wait()

@@ -100,11 +100,14 @@ async def test_a_lab_whose_process_is_signalled_leaves_nothing(number: signal.Si
         [sys.executable, "-c", RUN, name, "stay"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
     with process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"0\n"
-        assert running_labs() == [name]
-        process.send_signal(number)
-        await eventually(lambda: process.poll() is not None)
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"0\n"
+            assert running_labs() == [name]
+            process.send_signal(number)
+            await eventually(lambda: process.poll() is not None)
+        finally:
+            process.kill()  # so that nothing waits for it for ever
     await eventually(lambda: not lab_processes(name), what="no process of the lab lives")
     assert traces() == before
     assert running_labs() == []
