@@ -154,9 +154,22 @@ def test_who_cannot_be_reached_does_not_wait_to_be_spoken_to() -> None:
     hidden = node("high", HIGH, 2, endpoint="192.168.7.2:51820")
     plan, _, high = meet(world(high=hidden), "high")
     assert high.plan == plan
-    assert high.due is None
+    assert high.speak_to == {LOW: ip_address("10.4.0.1")}
     _, _, nowhere = meet(world(high=node("high", HIGH, 2, endpoint=None)), "high")
-    assert nowhere.due is None
+    assert nowhere.speak_to == high.speak_to
+
+
+@pytest.mark.parametrize("name", ["low", "high"])
+def test_who_alone_can_speak_looks_whether_it_was_heard(name: str) -> None:
+    hidden = node(name, LOW if name == "low" else HIGH, 2, endpoint="192.168.7.2:51820")
+    snapshot = world(**{name: hidden})
+    plan, since, seen = meet(snapshot, name)
+    looked = []
+    while seen.due is not None:
+        now = seen.due
+        seen = first_contact(plan, snapshot, since, seen.waiting, standby=False, now=now)
+        looked.append((round(now - 100.0, 3), len(seen.late), seen.plan == plan))
+    assert looked == [(stage, 1, True) for stage in STAGES[1:]]
 
 
 def test_peers_from_outside_are_left_alone() -> None:

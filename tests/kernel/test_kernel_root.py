@@ -200,6 +200,21 @@ async def test_a_roamed_endpoint_stays_while_other_things_change() -> None:
         assert key(4) in observed.peers
 
 
+async def test_hearsay_is_set_where_nobody_is_heard_and_the_second_time_nothing_is_written() -> None:
+    underlay()
+    told = peer(2, "10.4.0.2/32", endpoint="192.168.9.40:40001", hearsay=True)
+    async with agent() as kernel:
+        assert (await kernel.hear()).peers == {}
+        await kernel.apply(plan(peer(2, "10.4.0.2/32", endpoint="192.168.9.2:51820"), MESH))
+        report = await kernel.apply(plan(told, MESH))
+        assert lines(report.changes) == ["wg set kilo0 peer #2 endpoint 192.168.9.40:40001"]
+        await settled(kernel, plan(told, MESH))
+        heard = await kernel.hear()
+        assert heard.peers[key(2)].endpoint == Endpoint.parse("192.168.9.40:40001")
+        assert heard.silence(heard.peers[key(2)]) == float("inf")
+        assert heard.peers.keys() == (await kernel.observe()).peers.keys()
+
+
 async def test_thousands_of_peers_are_set_up_in_a_few_messages_whatever_is_wrong_with_one() -> None:
     def crowd(number: int) -> PeerPlan:
         public = base64.b64encode(number.to_bytes(32, "big")).decode() if number != 2010 else "no key"

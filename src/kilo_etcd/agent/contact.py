@@ -7,7 +7,8 @@ milliseconds, which is less than a packet's way across a continent. So of each p
 speaks first, at once and whether or not it has anything to send. The other is told the endpoint a moment later, unless
 it has learnt it from the first packet, and speaks then: the first may have kept a session that the second, whose peer
 is new, knows nothing of, and would not notice for fifteen seconds. A peer that has not shaken hands by then is begun
-over: its host may have spoken before this one could hear it, and a new peer owes nobody five seconds.
+over: its host may have spoken before this one could hear it, and a new peer owes nobody five seconds. A host behind
+NAT, which cannot be spoken to, speaks whatever its key, and looks again likewise.
 
 A member of a location has its leader's peers too, ready to take over, but sends them nothing and is given no endpoints.
 When it is promoted, those who lead or stand alone already have the first word, whatever their keys: it has known them
@@ -95,6 +96,10 @@ def first_contact(
             continue
         if key not in waiting and not (_listens(own, node, promoted) and _reachable(own, peer)):
             speak_to[key] = address
+            if not _reachable(own, peer):
+                # Nobody else can, and the other may not have been ready to hear it.
+                still[key] = 1
+                due.append(since[key] + STAGES[1])
             continue
         stage = waiting.get(key, 0)
         if now >= since[key] + STAGES[stage]:
