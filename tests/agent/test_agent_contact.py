@@ -160,6 +160,17 @@ def test_who_cannot_be_reached_does_not_wait_to_be_spoken_to() -> None:
 
 
 @pytest.mark.parametrize("name", ["low", "high"])
+@pytest.mark.parametrize("seen", ["", "198.51.100.2:40002"])
+def test_a_public_host_lets_who_is_behind_nat_come(name: str, seen: str) -> None:
+    other = "high" if name == "low" else "low"
+    hidden = node(other, LOW if other == "low" else HIGH, 2, endpoint="192.168.7.2:51820")
+    hidden = evolve(hidden, persistent_keepalive=25, seen=(Endpoint.parse(seen),) if seen else ())
+    plan, _, contact = meet(world(**{other: hidden}), name)
+    assert contact.plan == plan, "it may be told where, but it neither waits for its turn nor begins over"
+    assert (contact.speak_to, contact.late, contact.due) == ({}, {}, None)
+
+
+@pytest.mark.parametrize("name", ["low", "high"])
 def test_who_alone_can_speak_looks_whether_it_was_heard(name: str) -> None:
     hidden = node(name, LOW if name == "low" else HIGH, 2, endpoint="192.168.7.2:51820")
     snapshot = world(**{name: hidden})

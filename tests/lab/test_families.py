@@ -208,7 +208,11 @@ async def test_an_ipv6_mesh_over_ipv4_alone_and_an_mtu_that_is_too_small_for_it(
             return "--mtu 1279 is too small" in await lab.log("dsl-2")
 
         await eventually(refused, 60, every=0.1, what="the refusal")
-        assert (await lab.agent_pid("dsl-2")) is None
+
+        async def gone() -> bool:
+            return await lab.agent_pid("dsl-2") is None
+
+        await eventually(gone, 30, every=0.1, what="the end of the agent that refused")
         await full_size_packets_pass(lab, [("dsl-2", name) for name in three])
         shown = (await lab.kgctl("graph")).stdout
         assert "fd00:4::" in shown

@@ -8,7 +8,7 @@ speaks first, at once and whether or not it has anything to send. The other is t
 it has learnt it from the first packet, and speaks then: the first may have kept a session that the second, whose peer
 is new, knows nothing of, and would not notice for fifteen seconds. A peer that has not shaken hands by then is begun
 over: its host may have spoken before this one could hear it, and a new peer owes nobody five seconds. A host behind
-NAT, which cannot be spoken to, speaks whatever its key, and looks again likewise.
+NAT, which cannot be spoken to, speaks whatever its key, and looks again likewise; a public one does nothing but wait.
 
 A member of a location has its leader's peers too, ready to take over, but sends them nothing and is given no endpoints.
 When it is promoted, those who lead or stand alone already have the first word, whatever their keys: it has known them
@@ -94,6 +94,9 @@ def first_contact(
             if _reachable(own, peer):
                 withheld[key] = evolve(peer, endpoint=None)
             continue
+        if _must_come(own, node, peer):
+            # To begin over here could undo what it has begun: it would believe in a session that is no more.
+            continue
         if key not in waiting and not (_listens(own, node, promoted) and _reachable(own, peer)):
             speak_to[key] = address
             if not _reachable(own, peer):
@@ -138,6 +141,14 @@ def _listens(own: Node, other: Node, promoted: Collection[str]) -> bool:
     if (own.name in promoted) != (other.name in promoted):
         return own.name in promoted
     return own.public_key > other.public_key
+
+
+def _must_come(own: Node, other: Node, peer: PeerPlan) -> bool:
+    """Whether the peer is behind NAT, as far as this public host can tell, so that it alone can begin."""
+    address = None if peer.endpoint is None else peer.endpoint.address
+    if address is None or not own.public_in(address.version):
+        return False
+    return peer.hearsay or not (is_public(address) or own.location == other.location)
 
 
 def _reachable(own: Node, peer: PeerPlan) -> bool:
