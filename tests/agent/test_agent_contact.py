@@ -170,6 +170,16 @@ def test_a_public_host_lets_who_is_behind_nat_come(name: str, seen: str) -> None
     assert (contact.speak_to, contact.late, contact.due) == ({}, {}, None)
 
 
+def test_without_labels_a_private_address_is_near_only_on_ones_own_network() -> None:
+    high = evolve(node("high", HIGH, 2), location="")
+    near = evolve(node("low", LOW, 1, endpoint="10.0.0.1:51820"), location="")
+    _, _, contact = meet(world(near, high), "high")
+    assert contact.due == 100.0 + STAGES[0], "it waits for its turn"
+    far = evolve(near, endpoint=Endpoint.parse("10.7.0.1:51820"), internal_ips=(ip_interface("10.7.0.1/24"),))
+    _, _, contact = meet(world(far, high), "high")
+    assert (contact.speak_to, contact.due) == ({}, None)
+
+
 @pytest.mark.parametrize("name", ["low", "high"])
 def test_who_alone_can_speak_looks_whether_it_was_heard(name: str) -> None:
     hidden = node(name, LOW if name == "low" else HIGH, 2, endpoint="192.168.7.2:51820")

@@ -24,7 +24,7 @@ from types import MappingProxyType
 
 from attrs import evolve, field, frozen
 
-from kilo_etcd.model import IPAddress, Node, Snapshot, is_public
+from kilo_etcd.model import DEFAULT_LOCATION, IPAddress, Node, Snapshot, is_public
 from kilo_etcd.topology import Topology
 from kilo_etcd.topology.hostplan import HostPlan, PeerPlan
 
@@ -148,7 +148,12 @@ def _must_come(own: Node, other: Node, peer: PeerPlan) -> bool:
     address = None if peer.endpoint is None else peer.endpoint.address
     if address is None or not own.public_in(address.version):
         return False
-    return peer.hearsay or not (is_public(address) or own.location == other.location)
+    if peer.hearsay or is_public(address):
+        return peer.hearsay
+    here = own.internal_ip(address.version)
+    # Without labels nothing but the address says that two hosts share a network.
+    labelled = own.location == other.location != DEFAULT_LOCATION
+    return not labelled and (here is None or address not in here.network)
 
 
 def _reachable(own: Node, peer: PeerPlan) -> bool:
