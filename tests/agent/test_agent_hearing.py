@@ -14,7 +14,8 @@ from attrs import evolve
 from helpers import eventually
 from kilo_etcd.agent import discover, privatekey
 from kilo_etcd.agent.unmet import PATIENCE
-from kilo_etcd.kernel.state import HostAddress, RemovePeer, SetPeer
+from kilo_etcd.kernel import KernelError
+from kilo_etcd.kernel.state import Heard, HostAddress, RemovePeer, SetPeer
 from kilo_etcd.model import Endpoint
 from kilo_etcd.store import SightingRecord
 from kilo_etcd.store.records import NodeRecord, encode
@@ -209,3 +210,21 @@ async def test_where_nobody_is_behind_nat_the_device_is_not_read(world: World) -
         world.host.hear_from(HOME, endpoint=SEEN)
         await trio.sleep(120)
         assert told(world) == {}
+
+
+async def test_a_device_that_cannot_be_read_for_a_while_is_read_again(world: World) -> None:
+    public(world)
+    home(world)
+    async with running(world):
+        await eventually(lambda: HOME in world.host.observed.peers, 10, every=0.1)
+        hear, failures = world.daemon.kernel.hear, [KernelError("it is gone"), OSError("no answer")]
+
+        async def hear_badly() -> Heard:
+            if failures:
+                raise failures.pop()
+            return await hear()
+
+        world.daemon.kernel.hear = hear_badly  # type: ignore[method-assign]
+        world.host.hear_from(HOME, endpoint=SEEN)
+        await eventually(lambda: told(world) == {"home": str(SEEN)}, 60, every=0.1)
+        assert failures == []

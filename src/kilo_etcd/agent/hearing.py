@@ -123,7 +123,7 @@ class Hearing:
         if concerned:
             try:
                 heard = await self._device.hear()
-            except kernel.KernelError:
+            except (kernel.KernelError, OSError):
                 return _Look(concerned=True)  # The reconciler will say so.
         now = trio.current_time()
         wanted = to_tell(seen_here(watched, heard), snapshot, self._name, told)
