@@ -17,7 +17,7 @@ from kilo_etcd import kernel, store
 from kilo_etcd.agent import discover, privatekey
 from kilo_etcd.kernel.state import Change, DeleteLink, DeleteRoute, HostAddress
 from kilo_etcd.model import CandidateClass, Endpoint
-from kilo_etcd.store.records import CandidateRecord, NodeRecord, StatusRecord, encode
+from kilo_etcd.store.records import CandidateRecord, NodeRecord, StatusRecord, encode, encode_adoption
 
 pytestmark = pytest.mark.autojump
 
@@ -53,6 +53,26 @@ async def test_a_claim_that_is_taken_away_is_claimed_again(world: World) -> None
         await eventually(lambda: world.daemon.snapshot and "h1" in world.daemon.snapshot.nodes, 10, every=0.1)
         assert world.said("claimed again") == 1
         assert world.said("this host is among the mesh's nodes again") == world.said("is not among the mesh's nodes")
+
+
+async def test_an_etcd_that_was_replaced_is_held_off_until_it_is_adopted(world: World) -> None:
+    keys = store.Keys()
+    world.etcd.put(keys.address(ip_interface("10.4.0.99").ip), "h2")
+    world.etcd.put(
+        keys.node("h2"), encode(NodeRecord(public_key="B" + "A" * 42 + "=", endpoint=Endpoint.parse("198.51.100.9:1")))
+    )
+    async with running(world):
+        await eventually(lambda: len(world.host.observed.peers) == 1, 10, every=0.1)
+        addresses = world.host.observed.addresses
+        world.etcd.replace_cluster()
+        await trio.sleep(600)
+        assert world.said("etcd is another cluster now") == 1
+        assert (len(world.host.observed.peers), world.host.observed.addresses) == (1, addresses)
+        assert "kgctl mesh adopt" in str(world.metrics.health())
+        world.etcd.put(keys.adopted, encode_adoption(world.etcd.cluster_id, "2026-11-24T00:00:00Z"))
+        await eventually(lambda: not world.host.observed.peers, 60, every=0.1)
+        assert world.host.observed.addresses == addresses
+        await eventually(lambda: world.metrics.health() is None, 60, every=0.1)
 
 
 async def test_other_subnets_renumber_nobody_who_runs(world: World) -> None:

@@ -15,7 +15,7 @@ from kilo_etcd.ctl.main import main
 from kilo_etcd.etcd import Client, Config
 from kilo_etcd.model import CandidateClass, Endpoint
 from kilo_etcd.store.keys import Keys
-from kilo_etcd.store.records import CandidateRecord, NodeRecord, Role, StatusRecord, encode
+from kilo_etcd.store.records import CandidateRecord, NodeRecord, Role, StatusRecord, adopts, encode
 from kilo_etcd.testing.fake_etcd import FakeEtcd
 
 KEYS = Keys()
@@ -313,3 +313,19 @@ async def test_wait_ends_with_the_last_one(end: str) -> None:
 
 def test_wait_refuses_a_time_that_is_none(etcd: FakeEtcd) -> None:
     assert run("wait", "--timeout", "soon").exit_code == 2
+
+
+def test_an_etcd_is_adopted_when_that_is_confirmed(etcd: FakeEtcd) -> None:
+    before = etcd.revision
+    found = run("mesh", "adopt")
+    assert (found.exit_code, etcd.revision) == (1, before)
+    assert "Have all agents follow this etcd? Nothing was written" in found.stderr
+    assert "Nothing was written (--dry-run)." in run("mesh", "adopt", "--dry-run").output
+    found = run("mesh", "adopt", "--yes")
+    assert found.exit_code == 0, found.output
+    assert f"cluster {etcd.cluster_id:x} at revision {before}" in found.output
+    assert adopts(etcd.get("/kilo/mesh/adopted"), None, etcd.cluster_id)
+    # Said again, it is news again: who has followed the first may have met an older etcd since.
+    first = etcd.get("/kilo/mesh/adopted")
+    assert run("mesh", "adopt", "--yes").exit_code == 0
+    assert adopts(etcd.get("/kilo/mesh/adopted"), first, etcd.cluster_id)

@@ -43,6 +43,7 @@ WRITING = {
     "annotate": ["annotate", "gcp-1", "leader=true"],
     "location set": ["location", "set", "gcp-1", "elsewhere"],
     "location unset": ["location", "unset", "labelled"],
+    "mesh adopt": ["mesh", "adopt", "--yes"],
     "mesh join": ["mesh", "join", "--other-prefix", "/b", "--yes"],
     "mesh part": ["mesh", "part", "--other-prefix", "/b", "--yes"],
     "mesh set": ["mesh", "set", "granularity", "full", "--yes"],

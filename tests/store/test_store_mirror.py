@@ -12,6 +12,7 @@ from store_world import KEYS, record
 from helpers import eventually
 from kilo_etcd.model import Granularity, Snapshot
 from kilo_etcd.store import Mirror, encode
+from kilo_etcd.store.records import encode_adoption
 from kilo_etcd.testing.fake_etcd import FakeClient, FakeEtcd
 
 pytestmark = pytest.mark.autojump
@@ -169,9 +170,11 @@ async def test_another_cluster_is_not_followed_until_adopted(empty: bool) -> Non
         await eventually(lambda: mirror.suspect, 20)
         assert "another cluster" in str(mirror.suspect)
         node(etcd, "b", 2)
+        # Another cluster's adoption, as a backup may hold one, is none of this one.
+        etcd.put(KEYS.adopted, encode_adoption(etcd.cluster_id - 1, "2026-11-01T00:00:00Z"))
         await trio.sleep(100)
         assert mirror.current is first
-        assert mirror.adopt()
+        etcd.put(KEYS.adopted, encode_adoption(etcd.cluster_id, "2026-11-24T00:00:00Z"))
         second = await newer(mirror, first, 10)
         assert set(second.nodes) == ({"b"} if empty else {"a", "b"})
         assert second.cluster_id == etcd.cluster_id
@@ -190,6 +193,25 @@ async def test_a_restored_backup_of_the_same_cluster_is_not_followed() -> None:
         await eventually(lambda: mirror.suspect, 20)
         assert "its revision is 6, it was 55" in str(mirror.suspect)
         assert mirror.current is first
+
+
+async def test_an_adoption_counts_once() -> None:
+    etcd = seeded()
+    said = encode_adoption(etcd.cluster_id, "2026-11-24T00:00:00Z")
+    etcd.put(KEYS.adopted, said)
+    for i in range(50):
+        etcd.put(KEYS.location("a"), f"l{i}")
+    async with mirrored(etcd) as mirror:
+        first = await newer(mirror, None)
+        # The backup has the adoption that everyone knew already.
+        etcd.replace_cluster(etcd.cluster_id, keep_data=True)
+        await eventually(lambda: mirror.suspect, 20)
+        await trio.sleep(100)
+        assert mirror.current is first
+        etcd.put(KEYS.adopted, encode_adoption(etcd.cluster_id, "2026-11-24T01:00:00Z"))
+        second = await newer(mirror, first, 10)
+        assert second.revision == etcd.revision < first.revision
+        assert second.set_aside == ()
 
 
 async def test_it_follows_again_when_the_right_cluster_is_back() -> None:
@@ -211,7 +233,7 @@ async def test_what_the_disk_remembers_guards_the_first_listing() -> None:
     async with mirrored(etcd, last_seen=remembered) as mirror:
         await eventually(lambda: mirror.suspect, 20)
         assert mirror.current is None
-        mirror.adopt()
+        etcd.put(KEYS.adopted, encode_adoption(etcd.cluster_id, "2026-11-24T01:00:00Z"))
         assert set((await newer(mirror, None)).nodes) == {"a"}
 
 

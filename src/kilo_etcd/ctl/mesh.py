@@ -10,9 +10,11 @@ from kilo_etcd.ctl.change import Edit, Outcome, carry_out, change_options
 from kilo_etcd.ctl.context import Failure, Mesh
 from kilo_etcd.ctl.join import join_command, part_command
 from kilo_etcd.ctl.output import output_option
+from kilo_etcd.etcd.api import Client
 from kilo_etcd.model import Granularity, Snapshot
 from kilo_etcd.store import operator
 from kilo_etcd.store.keys import Keys
+from kilo_etcd.store.records import encode_adoption
 from kilo_etcd.store.view import View
 
 
@@ -79,3 +81,33 @@ def set_command(mesh: Mesh, what: str, value: str, dry_run: bool, yes: bool) -> 
 
     if carry_out(mesh, decide, dry_run=dry_run, yes=yes) is Outcome.NOTHING:
         click.echo(f"Nothing to change: the granularity is {granularity} already.")
+
+
+@mesh_group.command("adopt", epilog="Example:\n\n\b\n  kgctl --endpoints http://10.0.0.9:2379 mesh adopt --dry-run")
+@change_options
+@click.pass_obj
+def adopt_command(mesh: Mesh, dry_run: bool, yes: bool) -> None:
+    """Say that this etcd is the mesh's, after it was restored from a backup or replaced.
+
+    Agents that knew another etcd, or a later state of this one, hold on to what they have until this is said here.
+    """
+    from datetime import UTC, datetime
+
+    async def look(client: Client, keys: Keys) -> tuple[Snapshot, int]:
+        snapshot = (await operator.snapshot(client, keys))[0]
+        return snapshot, len(await operator.locations(client, keys))
+
+    snapshot, labels = mesh.ask(look)
+    settings = f"subnets {', '.join(map(str, snapshot.subnets))}" if snapshot.subnets else "no settings of a mesh"
+    held = f"{len(snapshot.nodes)} nodes, {labels} labels, {len(snapshot.peers)} peers, {settings}"
+    click.echo(f"This etcd is cluster {snapshot.cluster_id:x} at revision {snapshot.revision}; {mesh.prefix}: {held}")
+    click.echo("Agents that hold on to what they knew will follow it within seconds, and take away what is not in it.")
+    moment = datetime.now(UTC).isoformat(timespec="milliseconds")
+
+    def decide(_before: Snapshot, _view: View, keys: Keys) -> Edit:
+        return Edit(
+            puts={keys.adopted: encode_adoption(snapshot.cluster_id, moment)}, asks="Have all agents follow this etcd?"
+        )
+
+    if carry_out(mesh, decide, dry_run=dry_run, yes=yes) is Outcome.WRITTEN:
+        click.echo("Adopted.")

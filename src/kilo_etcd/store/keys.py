@@ -33,6 +33,11 @@ class SubnetsKey:
 
 
 @frozen
+class AdoptedKey:
+    pass
+
+
+@frozen
 class LocationKey:
     node: str
 
@@ -83,6 +88,7 @@ class StatusKey:
 ParsedKey: TypeAlias = (
     GranularityKey
     | SubnetsKey
+    | AdoptedKey
     | LocationKey
     | AnnotationKey
     | PeerKey
@@ -154,6 +160,11 @@ class Keys:
     @property
     def subnets(self) -> str:
         return self.root + "mesh/subnets"
+
+    @property
+    def adopted(self) -> str:
+        """Says which etcd is the mesh's, after it was restored or replaced: `kgctl mesh adopt`."""
+        return self.root + "mesh/adopted"
 
     @property
     def locations_root(self) -> str:
@@ -287,6 +298,8 @@ def _parse(parts: list[str]) -> ParsedKey | None:
             return GranularityKey()
         case ["mesh", "subnets"]:
             return SubnetsKey()
+        case ["mesh", "adopted"]:
+            return AdoptedKey()
         case ["addresses", text]:
             address = _address(text)
             return AddressKey(address) if address else None

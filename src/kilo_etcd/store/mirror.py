@@ -9,8 +9,8 @@ snapshot every `hold` seconds. Whoever waits gets the newest, never one after th
 
 etcd going back in time is not followed. When a listing or a probe comes from another cluster, or its revision or raft
 term is lower than one seen before, `suspect` says so in a sentence, nothing is given out, and the mirror waits until
-that passes or until `adopt` is called. Only answers to linearizable reads are judged: a watch may rightly be
-served by a member that lags behind.
+that passes or until the operator says in this very etcd that it is the mesh's (`kgctl mesh adopt`). Only answers to
+linearizable reads are judged: a watch may rightly be served by a member that lags behind.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kilo_etcd.etcd.api import Client, Compacted, EtcdError, Header, KeyValue, R
 from kilo_etcd.model import Snapshot
 from kilo_etcd.store.history import last_good
 from kilo_etcd.store.keys import Keys
-from kilo_etcd.store.records import decode_granularity, decode_subnets
+from kilo_etcd.store.records import adopts, decode_granularity, decode_subnets
 from kilo_etcd.store.view import View
 
 HOLD = 0.025
@@ -85,7 +85,6 @@ class Mirror:
         self._published = trio.Event()
         self._changed = trio.Event()
         self._applied = 0
-        self._adopted = trio.Event()
 
     def __repr__(self) -> str:
         state = "suspect" if self.suspect else "connected" if self.connected else "disconnected"
@@ -105,13 +104,15 @@ class Mirror:
             await self._published.wait()
         return self.current
 
-    def adopt(self) -> bool:
-        """Follow etcd although it went back in time or is another one. Returns whether there was anything to adopt."""
-        if self.suspect is None:
+    def _adopt(self, found: RangeResult) -> bool:
+        """Follow etcd although it went back in time or is another one, if the operator has said so there."""
+        said = found.kvs[0].value if found.kvs else None
+        known = self._view.kv(self._keys.adopted)
+        if not adopts(said, known.value if known else None, found.header.cluster_id):
             return False
-        self._floor = None
-        self.suspect = None
-        self._adopted.set()
+        self._log.warning("this etcd is adopted; following it", cluster=f"{found.header.cluster_id:x}",
+                          revision=found.header.revision)  # fmt: skip
+        self._floor = self.suspect = None
         return True
 
     # --- the tasks ---------------------------------------------------------------------------------------------
@@ -136,10 +137,11 @@ class Mirror:
 
     async def _follow(self) -> None:
         """List, watch, until it is time to list again. Raises EtcdError."""
-        if self.suspect is not None and not self._credible((await self._look()).header):
-            with trio.move_on_after(self._probe_period):
-                await self._adopted.wait()
-            return
+        if self.suspect is not None:
+            found = await self._look()
+            if not self._adopt(found) and not self._credible(found.header):
+                await trio.sleep(self._probe_period * self._rng.uniform(0.8, 1.2))
+                return
         listing = await self._client.get_prefix(self._keys.root)
         self._answered()
         if not self._credible(listing.header):
@@ -168,7 +170,7 @@ class Mirror:
 
     async def _look(self) -> RangeResult:
         """The cheapest linearizable read: it proves that etcd answers with a quorum, and its header dates it."""
-        found = await self._client.range(self._keys.granularity, keys_only=True)
+        found = await self._client.range(self._keys.adopted)
         self._answered()
         return found
 
@@ -238,9 +240,8 @@ class Mirror:
                 self._log.info("etcd is as it was; following it again")
             self._floor, self.suspect = header, None
             return True
-        sentence = f"{reason}; the last plan stays in force. If this is intended, restart the agents: they follow anew"
+        sentence = f"{reason}; the last plan stays in force. If this is intended: kgctl mesh adopt"
         if self.suspect is None:
-            self._adopted = trio.Event()
             self._log.error(sentence)
         self.suspect = sentence
         return False

@@ -289,6 +289,16 @@ def encode_subnets(subnets: tuple[IPNetwork, ...]) -> bytes:
     return ",".join(map(str, subnets)).encode()
 
 
+def encode_adoption(cluster_id: int, moment: str) -> str:
+    """That the etcd of this cluster id is the mesh's from `moment` (RFC 3339) on."""
+    return f"{cluster_id:x} since {moment}"
+
+
+def adopts(value: bytes | None, before: bytes | None, cluster_id: int) -> bool:
+    """Whether an adoption, which is not the one known `before`, is of this cluster."""
+    return bool(value) and value != before and value.split(b" ")[0] == f"{cluster_id:x}".encode()  # type: ignore[union-attr]
+
+
 # --- JSON ----------------------------------------------------------------------------------------------------------
 
 

@@ -296,6 +296,8 @@ class View:
                 self._dirty_leaders = True
             case k.EndpointKey(name, observer):
                 return self._take_sighting(name, observer, kv)
+            case k.AdoptedKey():
+                pass  # for whoever holds on to another etcd (`store.mirror`)
             case k.GranularityKey():
                 return self._take_granularity(value)
             case k.SubnetsKey():
