@@ -10,6 +10,7 @@ from kernel_worlds import PRIVATE, key, peer
 
 from kilo_etcd.kernel import netlink, rtnetlink, userspace, wireguard
 from kilo_etcd.kernel.netlink import Message
+from kilo_etcd.kernel.rules import RoutingRule
 from kilo_etcd.kernel.state import RemovePeer, Route, SetDevice, SetPeer
 from kilo_etcd.model import Endpoint
 
@@ -61,6 +62,50 @@ def test_replacing_and_deleting_say_so() -> None:
     deleted = rtnetlink.read_route(rtnetlink.delete_route(route, 0).body)
     assert deleted is not None
     assert deleted.protocol == 107, "so that nobody else's route can be hit"
+
+
+@pytest.mark.parametrize(
+    ("route", "kind"),
+    [
+        (Route(destination=ip_network("0.0.0.0/0"), table=107_000_001, protocol=108), 1),
+        (Route(destination=ip_network("192.0.2.1/32"), table=107_000_001, protocol=108, kind="throw"), 9),
+        (Route(destination=ip_network("::/0"), table=107_000_001, protocol=108, kind="unreachable"), 7),
+    ],
+    ids=str,
+)
+def test_routes_of_another_table_and_kind(route: Route, kind: int) -> None:
+    from pyroute2.netlink.rtnl.rtmsg import rtmsg
+
+    message = rtnetlink.add_route(route, 0)
+    seen = read(rtmsg, message)
+    assert (seen["type"], seen["proto"], seen["table"]) == (kind, 108, 0)
+    assert seen.get_attr("RTA_TABLE") == 107_000_001
+    found = rtnetlink.read_route(message.body)
+    assert found is not None
+    assert found.route({}) == route
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        RoutingRule(version=4, priority=10700, table=254, suppress=True),
+        RoutingRule(version=6, priority=10701, table=107_000_001, not_mark=107),
+    ],
+    ids=str,
+)
+def test_rules(rule: RoutingRule) -> None:
+    from pyroute2.netlink.rtnl.fibmsg import fibmsg
+
+    message = rtnetlink.add_rule(rule, 108)
+    assert (message.type, message.flags) == (rtnetlink.NEWRULE, netlink.CREATE | netlink.EXCLUSIVE)
+    seen = read(fibmsg, message)
+    assert (seen["action"], seen["flags"]) == (1, 2 if rule.not_mark else 0)
+    assert seen.get_attr("FRA_PRIORITY") == rule.priority
+    assert seen.get_attr("FRA_TABLE") == rule.table
+    assert seen.get_attr("FRA_PROTOCOL") == 108
+    assert seen.get_attr("FRA_FWMARK") == (rule.not_mark or None)
+    assert seen.get_attr("FRA_SUPPRESS_PREFIXLEN") == (0 if rule.suppress else None)
+    assert rtnetlink.read_rule(message.body) == (rule, 108)
 
 
 @pytest.mark.parametrize("text", ["10.4.0.1/32", "fd00:4::1/128"])
@@ -124,6 +169,19 @@ def test_wireguard_messages() -> None:
     assert three.get_attr("WGPEER_A_ENDPOINT")["addr"] == "2001:db8::3"
     assert three.get_attr("WGPEER_A_PRESHARED_KEY").decode() == key(0)
     assert four.get_attr("WGPEER_A_FLAGS") == 1
+
+
+def test_the_mark_of_wireguards_own_packets() -> None:
+    from pyroute2.netlink.generic.wireguard import wgmsg
+
+    for mark in (107, 0):
+        (message,) = wireguard.encode(33, "kilo0", [SetDevice(name="kilo0", mark=mark)])
+        assert read(wgmsg, message).get_attr("WGDEVICE_A_FWMARK") == mark
+        reader = wireguard.Reader()
+        reader.take(message.body)
+        assert reader.result().mark == mark
+        assert userspace.encode([SetDevice(name="kilo0", mark=mark)]) == f"set=1\nfwmark={mark}\n\n"
+    assert userspace.decode("fwmark=107\nerrno=0\n\n").mark == 107
 
 
 def test_a_peer_that_comes_back_in_two_messages_is_one() -> None:
