@@ -17,6 +17,7 @@ CHOSEN = (
 def test_the_kernels_own_wireguard_and_ipip() -> None:
     done = pytest_in_guest(
         "tests/kernel/test_kernel_root.py",
+        "tests/kernel/test_kernel_peer.py",
         "tests/kernel/on_kernel_wireguard.py",
         "-k",
         CHOSEN,

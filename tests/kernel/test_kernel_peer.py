@@ -11,6 +11,7 @@ import trio
 from attrs import evolve
 from kernel_worlds import PRIVATE, host_with, key, lines, peer, plan, tunnel
 
+from helpers import eventually
 from kilo_etcd.kernel import PEER_PROTOCOL, ROUTE_PROTOCOL, Kernel, Memory, Setup, cleanup, diff, open_kernel
 from kilo_etcd.kernel.state import Observed, Target, is_ours
 from kilo_etcd.kernel.wayout import exit_table, rule_priorities
@@ -129,7 +130,11 @@ def exit_state() -> str:
 @pytest.mark.root
 @pytest.mark.usefixtures("own_namespaces")
 async def test_a_way_out_is_set_up_repaired_and_removed_on_a_real_kernel() -> None:
-    sh("ip link add eth0 type veth peer eth1 && ip link set eth0 up && ip link set eth1 up")
+    sh("ip link add eth0 type veth peer eth1")
+    for end in ("eth0", "eth1"):
+        sh(f"ip link set {end} addrgenmode none && ip link set {end} up")
+    # The kernel brings a new link up by and by.
+    await eventually(lambda: sh("ip -br link").count(" UP ") == 2, 30, what="both ends up")
     sh("ip address add 192.168.9.1/24 dev eth0 && ip route add default via 192.168.9.77")
     before = sh("ip rule; ip -6 rule; ip route show table all")
     setup = Setup(interface="kilo-a", private_key=PRIVATE, protocol=PEER_PROTOCOL)
