@@ -22,7 +22,7 @@ from kilo_etcd.agent.logs import setup_logging
 from kilo_etcd.ctl.connect.connection import Connection, Edges, Names, Settings
 from kilo_etcd.ctl.connect.registration import LEASE_SECONDS, Gone, Registration, Wish
 from kilo_etcd.ctl.context import Failure
-from kilo_etcd.etcd import Unavailable
+from kilo_etcd.etcd import PermissionDenied, Unavailable
 from kilo_etcd.kernel.state import Change, DeleteLink, DeleteRoute, HostAddress
 from kilo_etcd.model import CandidateClass, Endpoint
 from kilo_etcd.store.keys import Keys, claimant
@@ -266,6 +266,22 @@ async def test_a_record_whose_answer_was_lost_is_taken_away_again(
         async with connected(world):
             pytest.fail("it went on")
     assert caught.group_contains(Unavailable, match="broke before the answer came", depth=None)
+    assert nothing_is_left(world)
+
+
+@pytest.mark.parametrize("call", ["range", "grant_lease", "txn"])
+async def test_a_user_who_may_not_do_it_is_told_so_and_nothing_is_left(
+    world: World, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    async def denied(*_: object, **__: object) -> None:
+        await trio.lowlevel.checkpoint()
+        raise PermissionDenied("user eve may not do this in etcd")
+
+    monkeypatch.setattr(world.client, call, denied)
+    with pytest.raises(BaseExceptionGroup) as caught:
+        async with connected(world):
+            pytest.fail("it went on")
+    assert caught.group_contains(PermissionDenied, match="user eve may not", depth=None)
     assert nothing_is_left(world)
 
 

@@ -117,6 +117,10 @@ async def test_what_it_refuses_and_that_nothing_is_changed_then(tmp_path: Path) 
         assert "ip route add 10.4.0.0/16 dev kilo-kilo proto 108 src 10.4." in printed
         assert await contents(here.server) == before
         assert sh("ip -o link") == links
+        here.server.freeze()
+        assert "127.0.0.1" in here.ended()
+        here.server.thaw()
+        await here.server.healthy()
         await here.server.stop()
         assert "127.0.0.1" in here.ended()
 
