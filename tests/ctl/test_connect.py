@@ -202,6 +202,17 @@ async def test_etcd_away_changes_nothing_here_and_is_followed_again_afterwards(w
     assert nothing_is_left(world)
 
 
+async def test_an_etcd_that_is_another_one_is_told_nothing_and_the_last_plan_stays(world: World) -> None:
+    async with connected(world):
+        world.etcd.replace_cluster()
+        revision = world.etcd.revision
+        await trio.sleep(5 * LEASE_SECONDS)
+        assert world.said("etcd is another cluster now") >= 1
+        assert (world.etcd.revision, world.etcd.get(RECORD)) == (revision, None)
+        assert world.leaders() == {1, 3}
+    assert world.host.observed.link is None
+
+
 async def test_a_machine_that_slept_longer_than_its_lease_comes_back_by_itself(world: World) -> None:
     async with connected(world):
         address = world.host.observed.addresses

@@ -228,8 +228,9 @@ class Connection:
         held = self.mirror.kv(self.keys.peer(self.wish.name))
         peer = snapshot.peers.get(self.wish.name)
         sound = held is not None and (peer is None or peer.public_key == self.wish.public_key)
-        if sound and not self.registration.doubted:
-            return True
+        if self.mirror.suspect or (sound and not self.registration.doubted):
+            # An etcd that went back in time, or is another one, is told nothing.
+            return sound
         try:
             if await self.registration.mend(held):
                 self.log.warning("the record had gone with its lease; registered again", peer=self.wish.name)
