@@ -415,6 +415,25 @@ async def test_h_a_leaders_agent_is_killed_and_started_within_the_lease() -> Non
         assert (out.lost, back.lost) == (0, 0)
 
 
+async def test_h_a_leaders_agent_is_reloaded() -> None:
+    async with world(lease_ttl=10) as lab:
+        first, second, third = await candidates(lab, "", 3)
+        target = (await candidates(lab, "gcp", 3))[0]
+        before = await pids(lab)
+        async with lab.probe(third, target) as out, lab.probe(target, second) as back:
+            await lab.reload(first)
+
+            async def adopted() -> bool:
+                return "candidacy adopted" in await lab.log(first)
+
+            await eventually(adopted, 60, every=0.1)
+            await eventually(lambda: _longer(out, 12), 60, every=0.2)
+        assert "reloading" in await lab.log(first)
+        assert await pids(lab) == before
+        assert await candidates(lab, "", 3) == [first, second, third]
+        assert (out.lost, back.lost) == (0, 0)
+
+
 async def test_h_a_leaders_agent_is_stopped() -> None:
     async with world() as lab:
         first, second, third = await candidates(lab, "", 3)

@@ -272,6 +272,19 @@ def test_a_restart_changes_nothing_in_the_kernel() -> None:
     assert interface() == before
 
 
+def test_a_reload_runs_the_code_anew_in_the_same_process() -> None:
+    before, pid = interface(), main_pid()
+    key = etcdctl("get", "--prefix", "/kilo/elections/")
+    seen = journal().count("starting")
+    run("systemctl reload kilo-etcd")
+    wait(lambda: active() and journal().count("starting") > seen, 60, "the agent's second beginning")
+    wait(active, 60, "an active service")
+    assert main_pid() == pid
+    assert shown("NRestarts")["NRestarts"] == "0"
+    assert interface() == before
+    assert etcdctl("get", "--prefix", "/kilo/elections/") == key
+
+
 def test_a_crashed_agent_is_started_again_and_adopts_what_it_finds() -> None:
     before, pid = interface(), main_pid()
     key = etcdctl("get", "--keys-only", "--prefix", "/kilo/elections/")

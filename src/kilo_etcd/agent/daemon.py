@@ -11,6 +11,7 @@ the operator asked for `--clean-up`.
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Awaitable, Callable, Collection
 from typing import TypeVar
 
@@ -25,7 +26,7 @@ from kilo_etcd.agent.counted import counted
 from kilo_etcd.agent.hearing import Hearing
 from kilo_etcd.agent.logs import Once, get_logger
 from kilo_etcd.agent.metrics import Metrics
-from kilo_etcd.agent.notify import notify, watchdog_interval
+from kilo_etcd.agent.notify import notify, notify_reloading, watchdog_interval
 from kilo_etcd.agent.pace import Pace
 from kilo_etcd.agent.program import Programmer
 from kilo_etcd.agent.report import Reporter, State
@@ -62,6 +63,10 @@ class Fatal(Exception):
 
 class StoppedAtOnce(Fatal):
     """Asked to stop a second time."""
+
+
+class Reload(Exception):
+    """The agent was asked to run its code anew. Nothing was given up: the next one adopts all of it."""
 
 
 class Daemon:
@@ -150,8 +155,15 @@ class Daemon:
             nursery.cancel_scope.cancel()
 
     async def _heed_signals(self) -> None:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
             async for number in signals:
+                # At a terminal it means that the terminal was closed.
+                if number == signal.SIGHUP and not (sys.stdin and sys.stdin.isatty()):
+                    if self._stopping.is_set():
+                        continue
+                    self.log.info("reloading")
+                    notify_reloading()
+                    raise Reload
                 if self._stopping.is_set():
                     raise StoppedAtOnce(f"stopped at once: {signal.Signals(number).name} was received a second time")
                 self.log.info("stopping", signal=signal.Signals(number).name)

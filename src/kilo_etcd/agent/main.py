@@ -6,6 +6,7 @@ wrong, which starting again cannot mend.
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import time
@@ -16,7 +17,7 @@ import trio
 from kilo_etcd import __version__, etcd, kernel, store
 from kilo_etcd.agent import privatekey
 from kilo_etcd.agent.config import AgentConfig
-from kilo_etcd.agent.daemon import REFUSALS, Daemon, Fatal, StoppedAtOnce
+from kilo_etcd.agent.daemon import REFUSALS, Daemon, Fatal, Reload, StoppedAtOnce
 from kilo_etcd.agent.dryrun import dry_run
 from kilo_etcd.agent.logs import get_logger, setup_logging
 from kilo_etcd.agent.metrics import Metrics
@@ -70,8 +71,21 @@ def _run(work: object, config: AgentConfig) -> None:
         if work is _agent and not any(isinstance(error, StoppedAtOnce) for error in errors):
             _pause(sentences[0])
         sys.exit(1)
+    except* Reload:
+        _run_anew()
     except* KeyboardInterrupt:
         sys.exit(130)
+
+
+def _run_anew() -> None:
+    """The same command line in this very process, with the code that is installed now."""
+    try:
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    except OSError as error:
+        click.echo(
+            f"kg: {sys.executable} cannot be run again: {error.strerror}; is the new version installed?", err=True
+        )
+        sys.exit(1)
 
 
 def _pause(sentence: str) -> None:

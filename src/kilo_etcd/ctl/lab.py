@@ -202,6 +202,7 @@ def _agent_command(action: str, text: str) -> None:
 _agent_command("stop", "Stop a host's agent with SIGTERM.")
 _agent_command("kill", "Kill a host's agent with SIGKILL.")
 _agent_command("start", "Start a host's agent.")
+_agent_command("reload", "Have a host's agent run its code anew (SIGHUP).")
 _agent_command("freeze", "Freeze a host's agent with SIGSTOP.")
 _agent_command("thaw", "Let a frozen agent go on.")
 

@@ -282,6 +282,10 @@ class Lab:
         """SIGKILL to a host's agent; returns when it has ended."""
         await self._ask("agent", action="kill", host=host)
 
+    async def reload(self, host: str) -> None:
+        """SIGHUP: the agent runs its code anew, as after an upgrade."""
+        await self._ask("agent", action="reload", host=host)
+
     async def freeze(self, host: str) -> None:
         """SIGSTOP to a host's agent."""
         await self._ask("agent", action="freeze", host=host)

@@ -317,7 +317,7 @@ class World:
         return running.pid
 
     async def agent(self, action: str, host: str) -> int | None:
-        """start, stop (SIGTERM, waits), kill (SIGKILL, waits), freeze or thaw a host's agent."""
+        """start, stop (SIGTERM, waits), kill (SIGKILL, waits), reload (SIGHUP), freeze or thaw a host's agent."""
         async with self._lock(self._host(host)):
             if action == "start":
                 return self.start_agent(host)
@@ -326,6 +326,8 @@ class World:
                 raise LabError(f"the agent of {host} does not run; kgctl lab start {host} starts it")
             if action in ("stop", "kill"):
                 await end(process, action)
+            elif action == "reload":
+                process.signal(signal.SIGHUP)
             else:
                 freeze(process, action == "freeze", f"the agent of {host}")
             return None
