@@ -8,7 +8,8 @@ import os
 import signal
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
-from ipaddress import ip_interface, ip_network
+from functools import partial
+from ipaddress import ip_address, ip_interface, ip_network
 
 import pytest
 import trio
@@ -19,12 +20,13 @@ from kilo_etcd import kernel
 from kilo_etcd.agent import privatekey
 from kilo_etcd.agent.discover import HostFacts
 from kilo_etcd.agent.logs import setup_logging
+from kilo_etcd.agent.resolve import Resolver
 from kilo_etcd.ctl.connect.connection import Connection, Edges, Names, Settings
 from kilo_etcd.ctl.connect.registration import LEASE_SECONDS, Gone, Registration, Wish
 from kilo_etcd.ctl.context import Failure
 from kilo_etcd.etcd import PermissionDenied, Unavailable
 from kilo_etcd.kernel.state import Change, DeleteLink, DeleteRoute, HostAddress
-from kilo_etcd.model import CandidateClass, Endpoint
+from kilo_etcd.model import CandidateClass, Endpoint, IPAddress
 from kilo_etcd.store.keys import Keys, claimant
 from kilo_etcd.store.records import CandidateRecord, NodeRecord, PeerRecord, decode_peer, encode
 from kilo_etcd.testing.fake_etcd import FakeEtcd
@@ -109,13 +111,18 @@ def world() -> World:
 
 @asynccontextmanager
 async def connected(
-    world: World, *, dns_hosts: bool = True, gateway: str | None = None, **wish: object
+    world: World,
+    *,
+    dns_hosts: bool = True,
+    gateway: str | None = None,
+    endpoints: tuple[str, ...] = ("192.0.2.1:2379",),
+    **wish: object,
 ) -> AsyncIterator[Connection]:
     """The command runs in the block, in a mesh of three nodes; SIGTERM ends it at the block's end."""
     await world.build()
     setup = kernel.Setup(interface="kilo-kilo", private_key=PRIVATE, protocol=kernel.PEER_PROTOCOL)
     settings = Settings(
-        interface="kilo-kilo", listen_port=4711, endpoints=("192.0.2.1:2379",), dns_hosts=dns_hosts, gateway=gateway
+        interface="kilo-kilo", listen_port=4711, endpoints=endpoints, dns_hosts=dns_hosts, gateway=gateway
     )
     connection = Connection(
         Wish(**{"name": "laptop", "public_key": PUBLIC, **wish}),  # type: ignore[arg-type]
@@ -357,6 +364,21 @@ async def test_a_gateway_takes_all_but_etcd_and_nothing_passes_when_it_is_none_a
         assert anywhere in world.host.observed.exit_routes
         assert world.said("node gcp-1 cannot be a gateway as long as gcp-2 leads its location") == 1
     assert (world.host.observed.exit_routes, world.host.observed.exit_rules) == ({}, frozenset())
+
+
+async def test_etcd_is_outside_before_anything_goes_through_the_gateway(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def lookup(_name: str) -> tuple[IPAddress, ...]:
+        await trio.sleep(2)
+        return (ip_address("192.0.2.77"),)
+
+    monkeypatch.setattr("kilo_etcd.ctl.connect.connection.Resolver", partial(Resolver, lookup=lookup))
+    await world.client.put("/kilo/annotations/gcp-1/gateway", "true")
+    async with connected(world, gateway="gcp-1", endpoints=("https://etcd.example.org:2379",)):
+        made = [str(change) for change in world.host.history]
+        outside = next(at for at, text in enumerate(made) if text.startswith("ip route add throw 192.0.2.77/32"))
+        assert outside < min(at for at, text in enumerate(made) if "rule add" in text)
 
 
 async def test_an_unusable_kernel_is_said_at_once_and_the_record_goes(world: World) -> None:

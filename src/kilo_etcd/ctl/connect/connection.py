@@ -18,7 +18,7 @@ from kilo_etcd import etcd, kernel, store
 from kilo_etcd.agent.discover import HostFacts
 from kilo_etcd.agent.logs import Once, get_logger
 from kilo_etcd.agent.pace import Pace
-from kilo_etcd.agent.resolve import Resolver, plan_names, resolve_plan
+from kilo_etcd.agent.resolve import LOOKUP_TIMEOUT, Resolver, endpoint_hosts, plan_names, resolve_plan
 from kilo_etcd.ctl.connect.names import known_names
 from kilo_etcd.ctl.connect.registration import KEEPALIVE, LEASE_SECONDS, Registration, Wish
 from kilo_etcd.ctl.context import Failure
@@ -156,6 +156,8 @@ class Connection:
         await nursery.start(self.resolver.run)
         await nursery.start(self.mirror.run)
         # New keys take a moment to arrive everywhere. Who is slow, or dead, is not waited for.
+        if self.settings.gateway is not None:
+            await self._find_etcd()
         with suppress(etcd.EtcdError):
             await applied(self.client, self.keys, timeout=KNOWN_SECONDS)
         for task in (
@@ -167,6 +169,14 @@ class Connection:
             self._follow,
         ):
             nursery.start_soon(task)
+
+    async def _find_etcd(self) -> None:
+        """Have etcd's names looked up: by its addresses it is kept outside the tunnel, which takes all else."""
+        hosts = {host for host in endpoint_hosts(self.settings.endpoints) if isinstance(host, str)}
+        self.resolver.networks(self.settings.endpoints)
+        with trio.move_on_after(LOOKUP_TIMEOUT):
+            while not hosts <= self.resolver.table.keys():
+                await self.resolver.wait_changed()
 
     # -- what wakes the one that acts -----------------------------------------------------------------------
 
