@@ -85,7 +85,7 @@ async def _look(client: Client, keys: Keys, kinds: tuple[str, ...]) -> set[str]:
 
 @click.command(
     "completion",
-    epilog="Examples:\n\n\b\n  kgctl completion bash > /etc/bash_completion.d/kgctl\n"
+    epilog="Examples:\n\n\b\n  kgctl completion bash | install -D -m 0644 /dev/stdin /etc/bash_completion.d/kgctl\n"
     "  kgctl completion zsh > /usr/local/share/zsh/site-functions/_kgctl\n"
     "  kgctl completion fish > ~/.config/fish/completions/kgctl.fish",
 )
