@@ -4,12 +4,16 @@
 export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 ARGS ?=
 
-.PHONY: help demo test test-fast check bench format clean
+# Sets of texts have one order in every run, so that a failing schedule of the simulation can be played again.
+export PYTHONHASHSEED ?= 0
+
+.PHONY: help demo test test-fast simulate check bench format clean
 
 help:
 	@echo 'make demo       a small internet on this machine: three sites, real etcd, real agents, real packets'
 	@echo 'make test       all tests (the first time it may build a kernel for some of them, some ten minutes)'
 	@echo 'make test-fast  the tests that need neither etcd nor root nor a network, under a minute'
+	@echo 'make simulate   thousands of schedules of faults, agents and all, in virtual time; KILO_SEEDS=5000'
 	@echo 'make check      ruff, mypy strict, import-linter'
 	@echo 'make bench      the numbers, as tables; ARGS=--quick, or the names of some benchmarks'
 	@echo 'make format     what ruff can put right by itself'
@@ -22,11 +26,15 @@ demo:
 test:
 	@scripts/setup all
 	@scripts/guest ready || { scripts/setup guest && scripts/guest build >/dev/null; }
-	@.venv/bin/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	@KILO_SEEDS=$${KILO_SEEDS:-120} .venv/bin/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 test-fast:
 	@scripts/setup python
 	@.venv/bin/python -m pytest -m 'not etcd and not root and not lab and not guest' $(ARGS)
+
+simulate:
+	@scripts/setup python
+	@KILO_SEEDS=$${KILO_SEEDS:-2000} .venv/bin/python -m pytest -n auto tests/agent/test_agent_simulation.py $(ARGS)
 
 check:
 	@scripts/setup python

@@ -32,10 +32,12 @@ hypothesis.settings.load_profile("kilo-etcd")
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Two streams under `pytest -n 2 --dist loadgroup`: a guest has one processor only, and all else shares this
-    machine's namespaces, ports and clock, so that one half never runs beside itself."""
+    machine's namespaces, ports and clock, so that one half never runs beside itself. What runs in virtual time may run
+    beside either."""
     for item in items:
         guest = item.get_closest_marker("guest") is not None
-        item.add_marker(pytest.mark.xdist_group("guest" if guest else "here"))
+        virtual = item.path.name == "test_agent_simulation.py"
+        item.add_marker(pytest.mark.xdist_group("guest" if guest else "virtual" if virtual else "here"))
 
 
 @pytest.hookimpl(tryfirst=True)
