@@ -98,12 +98,28 @@ def test_a_change_of_leader_is_foreseen(etcd: FakeEtcd) -> None:
     assert etcd.get("/kilo/annotations/gcp-2/leader") == b"true"
 
 
-def test_trouble_that_a_change_would_bring_is_said_before(etcd: FakeEtcd) -> None:
-    assert run("annotate", "gcp-1", "subnets=172.20.0.0/24").exit_code == 0
-    found = run("annotate", "home-1", "subnets=172.20.0.0/16", "--dry-run")
-    (trouble,) = [line for line in found.output.splitlines() if line.startswith("new trouble: ")]
+def test_trouble_that_a_change_would_end_is_said_before(etcd: FakeEtcd) -> None:
+    etcd.put("/kilo/annotations/gcp-1/subnets", "172.20.0.0/24")
+    etcd.put("/kilo/annotations/home-1/subnets", "172.20.0.0/16")
+    found = run("annotate", "home-1", "subnets-", "--dry-run")
+    (trouble,) = [line for line in found.output.splitlines() if line.startswith("trouble that ends: ")]
     assert "172.20.0.0/16" in trouble
     assert "gcp-1" in trouble
+
+
+def test_networks_that_would_be_left_out_are_refused(etcd: FakeEtcd) -> None:
+    assert run("annotate", "gcp-1", "subnets=172.20.0.0/24").exit_code == 0
+    before = held(etcd)
+    for name in ("subnets", "allowed-location-ips"):
+        found = run("annotate", "home-1", f"{name}=172.20.0.0/16")
+        assert found.exit_code == 1
+        assert found.output.count("\n") == 1
+        assert "172.20.0.0/16" in found.output
+        assert "gcp-1" in found.output
+        assert found.output.endswith("nothing was written\n")
+    assert held(etcd) == before
+    assert run("location", "set", "home-1", "home").output == "home-1: home\n"
+    assert run("location", "set", "home-1", "home").output == "home-1: home already\n"
 
 
 # --- annotate ---------------------------------------------------------------------------------------------------------

@@ -261,6 +261,12 @@ def test_explain_is_held_against_the_kernels_on_the_way(mesh: Mesh) -> None:
     assert json.loads(mesh.run("explain", "gcp-2", "10.4.0.5", "-o", "json").stdout)["live"] is None
 
 
+def test_check_does_not_praise_a_prefix_without_a_mesh(mesh: Mesh) -> None:
+    found = mesh.run("--prefix", "/typo", "check")
+    assert found.exit_code == 1
+    assert "no node has registered under this prefix" in found.output
+
+
 def test_check_has_nothing_to_say_of_a_good_mesh(mesh: Mesh) -> None:
     mesh.says["gcp-1"] = AnswerRecord(time=now(), tunnels=(mesh.tunnel("home-1", 3),))
     found = mesh.run("check")

@@ -16,6 +16,8 @@ import yaml
 from click.testing import CliRunner, Result
 
 from helpers import require
+from kilo_etcd.ctl import peer
+from kilo_etcd.ctl.context import Failure
 from kilo_etcd.ctl.main import main
 from kilo_etcd.etcd import Client, Config
 from kilo_etcd.model import CandidateClass, Endpoint
@@ -155,12 +157,12 @@ def test_a_peer_that_is_there_is_replaced_only_when_that_is_said(etcd: FakeEtcd)
 @pytest.mark.parametrize(
     ("name", "number", "allowed", "sentence"),
     [
-        ("laptop", 1, "10.9.0.2", "public key"),
-        ("laptop", 20, "10.9.0.2", "public key"),
-        ("laptop", 21, "10.9.0.20", "10.9.0.20"),
+        ("laptop", 1, "10.9.0.2", "peer laptop: its public key is that of node gcp-1"),
+        ("laptop", 20, "10.9.0.2", "peer laptop: its public key is that of peer tablet"),
+        ("laptop", 21, "10.9.0.20", "peer laptop: 10.9.0.20/32 overlaps 10.9.0.20/32 of peer tablet"),
         ("laptop", 21, "10.4.7.7", "10.4.7.7/32"),
         ("laptop", 21, "172.20.0.9", "172.20.0.9/32"),
-        ("laptop", 21, "0.0.0.0/0", "0.0.0.0/0"),
+        ("laptop", 21, "0.0.0.0/0", "peer laptop: 0.0.0.0/0 is a default route"),
     ],
     ids=["node's key", "peer's key", "peer's network", "mesh's subnet", "node's subnet", "default route"],
 )
@@ -246,6 +248,28 @@ def test_keys_are_made_here_and_the_private_one_goes_nowhere_else(etcd: FakeEtcd
     code = run("peer", "add", "phone2", "--allowed-ips", "10.9.0.4", "--generate", "--qr")
     assert "█" in code.stdout or "▄" in code.stdout
     assert "PrivateKey" not in code.output
+
+
+def test_a_configuration_too_long_for_a_code_is_printed_since_its_key_is_kept_nowhere(
+    etcd: FakeEtcd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_long(text: str) -> None:
+        raise Failure(f"the configuration has {len(text)} bytes")
+
+    monkeypatch.setattr(peer, "show_qr", too_long)
+    found = run("peer", "add", "phone", "--allowed-ips", "10.9.0.3", "--generate", "--qr")
+    assert found.exit_code == 0, found.output
+    assert "PrivateKey = " in found.stdout
+    assert "kgctl: the configuration has" in found.stderr
+
+
+@pytest.mark.parametrize("field", ["ip: 2001:db8::7", "dns: vpn.example.org", "dnsOrIP: {ip: '2001:db8::7'}"])
+def test_each_way_that_kilo_has_written_an_endpoint(etcd: FakeEtcd, field: str) -> None:
+    text = f"name: x\npublicKey: {key_of(21)}\nallowedIPs: [10.9.0.2]\nendpoint:\n  {field}\n  port: 4711\n"
+    assert run("peer", "add", "-f", "-", stdin=text).exit_code == 0
+    assert str(decode_peer(etcd.get("/kilo/peers/x") or b"").endpoint) in (
+        "[2001:db8::7]:4711", "vpn.example.org:4711",
+    )  # fmt: skip
 
 
 def test_a_dry_run_makes_no_configuration(etcd: FakeEtcd) -> None:

@@ -26,8 +26,8 @@ from kilo_etcd.topology.hostplan import HostPlan, PeerPlan
 SHOWN = 20
 """How many changes an answer names; it counts all."""
 
-MOST_TUNNELS = 15_000
-"""What fits into one value of etcd."""
+MOST_TUNNELS = 10_000
+"""What fits into one value of etcd, which takes 1.5 MiB; a tunnel with an IPv6 endpoint has about 140 bytes."""
 
 KNOCK_SECONDS = 1.5
 """How long the tunnels have for their handshakes after a knock."""
@@ -38,6 +38,7 @@ FRESH_SECONDS = 180
 """The age from which WireGuard itself takes a session for dead (REJECT_AFTER_TIME of its paper)."""
 
 RETRY_SECONDS = 30.0
+AWAY_SECONDS = 2.0
 
 
 @frozen(kw_only=True)
@@ -76,7 +77,9 @@ class Answerer:
             try:
                 await attend(self._client, self._keys, self._name, self.answer)
             except etcd.Unavailable:
-                pass  # The rest of the agent says so, louder.
+                # The rest of the agent says so, louder; who comes back to etcd with us wants an answer soon.
+                await trio.sleep(AWAY_SECONDS)
+                continue
             except etcd.EtcdError as error:
                 self._once.warning("questions", "questions of kgctl cannot be answered", error=str(error))
             await trio.sleep(RETRY_SECONDS)

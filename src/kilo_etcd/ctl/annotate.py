@@ -106,6 +106,8 @@ def annotate_command(mesh: Mesh, node: str, annotations: dict[str, str | None], 
         return Edit(
             puts={keys.annotation(node, name): value for name, value in said.items()},
             deletes=tuple(keys.annotation(node, name) for name, value in annotations.items() if value is None),
+            # A network that would be left out is a mistake of this command; other trouble may have other causes.
+            refuses_trouble=any(said.get(name) for name in ("subnets", "allowed-location-ips")),
         )
 
     outcome = carry_out(mesh, decide, dry_run=dry_run, yes=yes)

@@ -7,6 +7,7 @@ along in its own sentence. `findings` is pure; `examine` gathers what it needs.
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from enum import StrEnum
@@ -117,6 +118,11 @@ def _etcd(members: tuple[MemberState, ...]) -> Iterator[Finding]:
 
 
 def _agents(found: Report) -> Iterator[Finding]:
+    if not found.nodes:
+        yield Finding(
+            severity=Severity.WARNING, subject="mesh", text="no node has registered under this prefix",
+            remedy="is it the right --prefix, and the right etcd? else start an agent: systemctl start kilo-etcd",
+        )  # fmt: skip
     for row in found.nodes:
         if row.role == NOT_IN_FORCE and row.alive:
             yield Finding(
@@ -218,7 +224,13 @@ def _tunnels(topology: Topology, live: Live) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-_COLOURS = {Severity.ERROR: "red", Severity.WARNING: "yellow", Severity.NOTE: None}
+_COLOURS = {Severity.ERROR: "red", Severity.WARNING: "yellow"}
+
+
+def _coloured(severity: Severity) -> str:
+    # click itself takes colours out where there is no terminal; NO_COLOR it does not know.
+    plain = severity not in _COLOURS or os.environ.get("NO_COLOR")
+    return str(severity) if plain else click.style(severity, fg=_COLOURS[severity])
 
 
 @click.command("check", epilog="Example:\n\n\b\n  kgctl check || mail -s 'the mesh' admin")
@@ -235,7 +247,7 @@ def check_command(mesh: Mesh, output: str) -> None:
         click.echo(json.dumps([asdict(finding) for finding in found], indent=2, ensure_ascii=False))
     else:
         for finding in found:
-            click.echo(f"{click.style(finding.severity, fg=_COLOURS[finding.severity])}: "
+            click.echo(f"{_coloured(finding.severity)}: "
                        f"{clean(finding.subject)}: {clean(finding.text)}")  # fmt: skip
             if finding.remedy:
                 click.echo(f"    {clean(finding.remedy)}")

@@ -102,9 +102,11 @@ def set_command(mesh: Mesh, node: str, label: str, others: tuple[str, ...], dry_
         registered = registered_names(view, keys)
         return Edit(puts={keys.location(name): label for name in nodes})
 
-    if carry_out(mesh, decide, dry_run=dry_run, yes=yes) is not Outcome.DRY_RUN:
+    outcome = carry_out(mesh, decide, dry_run=dry_run, yes=yes)
+    if outcome is not Outcome.DRY_RUN:
+        already = " already" if outcome is Outcome.NOTHING else ""
         for name in nodes:
-            click.echo(f"{name}: {clean(label)}{'' if name in registered else _not_yet(name)}")
+            click.echo(f"{name}: {clean(label)}{already}{'' if name in registered else _not_yet(name)}")
 
 
 @location_group.command("unset")

@@ -123,7 +123,8 @@ def _endpoint(value: Any) -> Endpoint | None:
         return Endpoint.parse(value)
     if not isinstance(value, Mapping):
         raise ValueError(f"{_short(value)} is no endpoint")
-    host = value.get("dnsOrIP")
+    # Kilo's first releases had `ip` beside `port`.
+    host = value.get("dnsOrIP", value)
     where = host.get("ip") or host.get("dns") if isinstance(host, Mapping) else None
     if not isinstance(where, str):
         raise ValueError("it has neither dnsOrIP.ip nor dnsOrIP.dns")

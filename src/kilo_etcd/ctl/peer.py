@@ -145,7 +145,8 @@ def add_command(
 
     def decide(before: Snapshot, view: View, keys: Keys) -> Edit:
         for peer in peers:
-            _outside_the_mesh(peer, before)
+            if (clash := _clash(peer, before, frozenset(names))) is not None:
+                raise Failure(f"peer {peer.name}: {clash}; nothing was written")
         puts = {keys.peer(peer.name or ""): encode(peer.record).decode() for peer in peers}
         for each, (key, value) in zip(names, puts.items(), strict=True):
             held = view.kv(key)
@@ -163,14 +164,29 @@ def add_command(
         _print_configuration(mesh, names[0], private, qr=qr)
 
 
-def _outside_the_mesh(peer: NamedPeer, snapshot: Snapshot) -> None:
+def _clash(peer: NamedPeer, snapshot: Snapshot, replaced: frozenset[str]) -> str | None:
+    """What of the mesh's own, or of a peer that is not among `replaced`, it would take; None: nothing. In one clause.
+
+    Rarer clashes are found by the agents' own rules (`Edit.refuses_trouble`).
+    """
+    others = [other for name, other in sorted(snapshot.peers.items()) if name not in replaced]
+    for whose, key in (
+        *((f"node {node.name}", node.public_key) for node in snapshot.nodes.values()),
+        *((f"peer {other.name}", other.public_key) for other in others),
+    ):
+        if key == peer.record.public_key:
+            return f"its public key is that of {whose}; make it a key of its own (wg genkey, or --generate)"
     for network in peer.record.allowed_ips:
+        if network.prefixlen == 0:
+            return f"{network} is a default route, which no host follows; a way out is kgctl annotate NODE gateway=true"
         for subnet in snapshot.subnets:
             if network.version == subnet.version and network.overlaps(subnet):
-                raise Failure(
-                    f"peer {peer.name}: {network} overlaps the mesh's subnet {subnet}, whose addresses nodes claim; "
-                    "choose another; nothing was written"
-                )
+                return f"{network} overlaps the mesh's subnet {subnet}, whose addresses nodes claim; choose another"
+        for other in others:
+            for theirs in other.allowed_ips:
+                if network.version == theirs.version and network.overlaps(theirs):
+                    return f"{network} overlaps {theirs} of peer {other.name}; choose another"
+    return None
 
 
 def _from_file(file: str, name: str | None) -> tuple[NamedPeer, ...]:
@@ -221,12 +237,24 @@ def _print_configuration(mesh: Mesh, name: str, private: str, *, qr: bool) -> No
     from kilo_etcd.ctl.wgconf import of_peer, text
     from kilo_etcd.topology import build_topology
 
-    configuration = of_peer(build_topology(mesh.ask(operator.snapshot)[0]), name)
+    try:
+        configuration = of_peer(build_topology(mesh.ask(operator.snapshot)[0]), name)
+    except (Failure, KeyError) as error:
+        why = error.message if isinstance(error, Failure) else "it was removed meanwhile"
+        raise Failure(
+            f"peer {name} was added, but not its configuration made: {why}; "
+            "add it again with --replace, since its private key is kept nowhere"
+        ) from None
+    if not configuration.peers:
+        click.echo("kgctl: the mesh has no node yet, so the configuration leads nowhere", err=True)
     printed = text(with_private_key(configuration, private), quick=True)
     if qr:
-        show_qr(printed)
-    else:
-        click.echo(printed)
+        try:
+            show_qr(printed)
+            return
+        except Failure as failure:  # The key exists here only, so the text is better than nothing.
+            click.echo(f"kgctl: {failure.message}", err=True)
+    click.echo(printed)
 
 
 def with_private_key(configuration: Configuration, private: str | None) -> Configuration:

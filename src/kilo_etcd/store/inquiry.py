@@ -12,7 +12,7 @@ from contextlib import suppress
 
 import trio
 
-from kilo_etcd.etcd.api import Client, Compacted, EtcdError, Event, EventType, LeaseNotFound
+from kilo_etcd.etcd.api import Client, Compacted, EtcdError, Event, EventType, LeaseNotFound, Unavailable
 from kilo_etcd.store.keys import Keys, decode_name
 from kilo_etcd.store.records import (
     AnswerRecord,
@@ -98,5 +98,5 @@ async def _attend(
     answer = encode(await reply(question))
     try:
         await client.put(keys.answer(event.kv.lease, name), answer, lease=event.kv.lease)
-    except LeaseNotFound:
-        return  # Who asked waits no longer.
+    except (LeaseNotFound, Unavailable):
+        return  # Who asked waits no longer, or cannot be told; the next may be.
