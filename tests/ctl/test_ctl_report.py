@@ -4,13 +4,29 @@ from __future__ import annotations
 
 import json
 from ipaddress import ip_address, ip_interface, ip_network
+from pathlib import Path
 
+import attrs
 import pytest
 from attrs import evolve
 
+from kilo_etcd.ctl.live import LiveTunnel
 from kilo_etcd.ctl.location import check_label, location_lines, locations_table
 from kilo_etcd.ctl.render import Table, clean, framed, plain, status_heading, status_json, status_tables
-from kilo_etcd.ctl.report import NOT_IN_FORCE, UNREGISTERED, newest_revision, registered_names, remarks_on, report
+from kilo_etcd.ctl.report import (
+    NOT_IN_FORCE,
+    UNREGISTERED,
+    KernelRow,
+    LiveReport,
+    LocationRow,
+    NodeRow,
+    Remark,
+    Report,
+    newest_revision,
+    registered_names,
+    remarks_on,
+    report,
+)
 from kilo_etcd.etcd.api import Header, KeyValue
 from kilo_etcd.model import Candidate, CandidateClass, Endpoint, Granularity, Node, SetAside, Snapshot
 from kilo_etcd.store.keys import Keys
@@ -199,6 +215,14 @@ def test_json_has_everything_in_camel_case() -> None:
     assert data["setAside"] == []
 
 
+@pytest.mark.parametrize("kind", [Report, NodeRow, LocationRow, KernelRow, LiveReport, LiveTunnel, Remark, SetAside])
+def test_each_field_of_json_is_documented(kind: type) -> None:
+    page = (Path(__file__).parents[2] / "docs/kgctl.md").read_text()
+    first_and_rest = (field.name.split("_") for field in attrs.fields(kind))
+    names = [first + "".join(part.title() for part in rest) for first, *rest in first_and_rest]
+    assert [name for name in names if f"`{name}`" not in page] == []
+
+
 def test_a_node_behind_nat_shows_where_it_is_seen() -> None:
     seen = (Endpoint.parse("198.51.100.7:40001"), Endpoint.parse("198.51.100.7:40002"))
     hidden = evolve(WORLD.nodes["b1"], endpoint=Endpoint.parse("192.168.0.4:51820"), seen=seen)
@@ -220,6 +244,17 @@ def test_a_narrow_terminal_folds_and_cuts_nothing() -> None:
     text = framed(status_tables(report(WORLD, ALL_WELL, newest=40)), width=60, colour=False)
     assert all(len(line) <= 60 for line in text.splitlines())
     assert "…" not in text
+
+
+def test_eighty_columns_hold_every_address_in_one_piece() -> None:
+    found = report(WORLD, ALL_WELL, newest=40)
+    text = framed(status_tables(found), width=80, colour=False)
+    for row in found.nodes:
+        for piece in (row.name, *row.mesh_addresses):
+            assert any(piece in line.split() for line in text.splitlines()), (piece, text)
+    assert "too narrow for INTERNAL IP" in text
+    assert "INTERNAL IP" in framed(status_tables(found), width=140, colour=False)
+    assert "too narrow" not in framed(status_tables(found), width=140, colour=False)
 
 
 def test_wide_characters_keep_the_columns_aligned() -> None:

@@ -324,7 +324,8 @@ def _print(mesh: Mesh, output: str, only: str | None) -> None:
         return
     rows = tuple(_row(name, record, snapshot, keys) for name, record in sorted(found.items()))
     columns = ("PEER", "PUBLIC KEY", "ALLOWED IPS", "ENDPOINT", "KEEPALIVE", "PRESHARED KEY", "NOTE")
-    show([Table("", columns, rows, "There is no peer yet.")])
+    spare = ("PRESHARED KEY", "KEEPALIVE", "PUBLIC KEY") if only is None else ()
+    show([Table("", columns, rows, "There is no peer yet.", spare)])
 
 
 async def _look(client: Any, keys: Keys) -> tuple[Snapshot, View, Keys]:

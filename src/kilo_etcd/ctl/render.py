@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import attrs
-from attrs import frozen
+from attrs import evolve, frozen
 
 from kilo_etcd.ctl.live import ago, amount
 from kilo_etcd.ctl.report import LiveReport, LocationRow, NodeRow, Report
@@ -33,6 +33,8 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     empty: str = ""
     """What is said instead where there is no row; empty: nothing at all."""
+    spare: tuple[str, ...] = ()
+    """The columns that a terminal too narrow for all leaves out, the first first."""
 
 
 def clean(text: str) -> str:
@@ -55,11 +57,13 @@ def status_tables(report: Report) -> tuple[Table, ...]:
             ("NODE", "LOCATION", "MESH ADDRESS", "INTERNAL IP", "ENDPOINT", "ROLE", "AGENT", "REVISION"),
             tuple(_node_cells(row) for row in report.nodes),
             "No node has registered yet.",
+            spare=("INTERNAL IP", "REVISION", "ENDPOINT"),
         ),
         Table(
             "Locations",
             ("LOCATION", "NODES", "LEADER", "SINCE", "NEXT IN LINE", "CANDIDATES"),
             tuple(_location_cells(row) for row in report.locations),
+            spare=("CANDIDATES",),
         ),
         Table("Set aside", ("KEY", "REASON"), tuple((clean(r.key), clean(r.reason)) for r in report.set_aside)),
         Table("Agents that disagree", ("NODE", "WHAT"), _remarks(report.disagreements)),
@@ -146,7 +150,12 @@ def plain(tables: Iterable[Table], heading: str = "") -> str:
 
 
 def framed(tables: Iterable[Table], heading: str = "", *, width: int | None = None, colour: bool = True) -> str:
-    """Tables for a terminal of `width` columns (None: this one's); cells that do not fit are wrapped, not cut."""
+    """Tables for a terminal of `width` columns (None: this one's).
+
+    Where a table is too wide it loses its frame, then its spare columns, which is said; then cells are wrapped. An
+    address in one piece is worth more than a frame: it is there to be copied.
+    """
+    from rich.box import HEAVY_HEAD
     from rich.console import Console
     from rich.table import Table as RichTable
     from rich.text import Text
@@ -158,15 +167,42 @@ def framed(tables: Iterable[Table], heading: str = "", *, width: int | None = No
         if not table.rows:
             console.print(Text(table.empty))
             continue
-        drawn = RichTable(title=table.title or None, title_justify="left", title_style="bold")
+        table, with_frame, left_out = _fitting(table, console.width)
+        drawn = RichTable(
+            title=table.title or None, title_justify="left", title_style="bold",
+            box=HEAVY_HEAD if with_frame else None, padding=(0, 1) if with_frame else (0, 2, 0, 0),
+            pad_edge=with_frame,
+        )  # fmt: skip
         for column in table.columns:
             drawn.add_column(column, overflow="fold")
         for row in table.rows:
             # Text, not str: a name in square brackets is a name, not markup.
             drawn.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in row))
         console.print(drawn)
+        if left_out:
+            console.print(Text(f"(the terminal is too narrow for {', '.join(left_out)})", style="dim"))
     text: str = console.file.getvalue()  # type: ignore[attr-defined]
     return text.rstrip("\n")
+
+
+def _fitting(table: Table, width: int) -> tuple[Table, bool, tuple[str, ...]]:
+    """The table as it fits, whether with its frame, and the columns that were left out."""
+
+    def needs(shown: Table) -> int:
+        return sum(max(_width(line[i]) for line in (shown.columns, *shown.rows)) + 2 for i in range(len(shown.columns)))
+
+    if needs(table) + len(table.columns) + 1 <= width:
+        return table, True, ()
+    left_out: tuple[str, ...] = ()
+    shown = table
+    for name in table.spare:
+        if needs(shown) - 2 <= width:
+            break
+        at = shown.columns.index(name)
+        rows = tuple((*row[:at], *row[at + 1 :]) for row in shown.rows)
+        shown = evolve(shown, columns=(*shown.columns[:at], *shown.columns[at + 1 :]), rows=rows)
+        left_out = (*left_out, name)
+    return shown, False, left_out
 
 
 _STYLES = {"leader": "bold", "gone": "red", "not in force": "red", "not registered": "red", NONE: "dim"}
