@@ -24,6 +24,7 @@ from kilo_etcd.agent.candidacy import Candidacy
 from kilo_etcd.agent.config import AgentConfig, too_small_for
 from kilo_etcd.agent.counted import counted
 from kilo_etcd.agent.hearing import Hearing
+from kilo_etcd.agent.lastknown import Disk, Identity, Keeper, Remembered
 from kilo_etcd.agent.logs import Once, get_logger
 from kilo_etcd.agent.metrics import Metrics
 from kilo_etcd.agent.notify import notify, notify_reloading, watchdog_interval
@@ -47,6 +48,9 @@ CONFIRM_POLL_SECONDS = 0.02
 
 RESIGN_SECONDS = 2.0
 """How long a stopping agent tries to take its records away; they are under leases that end by themselves."""
+
+ETCD_PATIENCE_SECONDS = 2.0
+"""How long a starting agent waits for etcd before it goes by the last known mesh."""
 
 KERNEL_RETRY_SECONDS = 0.5
 
@@ -80,7 +84,9 @@ class Daemon:
         public_key: str,
         *,
         metrics: Metrics,
+        disk: Disk | None = None,
     ) -> None:
+        """`disk`: where the last known mesh is kept; None: it is not."""
         self.config = config
         self.client = client = counted(client, metrics.etcd_writes.inc, metrics.etcd_heard)
         self.kernel = device
@@ -105,6 +111,11 @@ class Daemon:
         self.log = get_logger().bind(node=self.name)
         self.once = Once(self.log)
         self.whereabouts = Whereabouts(config, public_key, self.session, self.log, self.once)
+        identity = Identity(prefix=config.prefix, node=self.name, public_key=public_key)
+        self.keeper = Keeper(disk, identity, self.once)
+        self.remembered: Remembered | None = None
+        """The last known mesh, as long as the host has not joined the present one."""
+        metrics.last_known.set_function(lambda: float(self.remembered is not None))
 
         self.snapshot: Snapshot | None = None
         self.topology: Topology | None = None
@@ -190,37 +201,85 @@ class Daemon:
         A host that could not do its part is never registered: others would send it packets.
         """
         await self.kernel.check()
-        granularity, subnets = await self._insist(
-            lambda: self.session.ensure_mesh(self.config.mesh_granularity or Granularity.LOCATION, self.config.subnets)
-        )
-        if reason := too_small_for(self.config.mtu, subnets):
-            raise Fatal(reason)
-        self.subnets = subnets
-        self.whereabouts.subnets = subnets
+        await self._bridge(nursery)
+        granularity, subnets = await self._insist(self._settings)
+        self._take_subnets(subnets)
         addresses = await self._insist(lambda: self.session.claim_addresses(subnets))
         self.log.info("address claimed", addresses=",".join(map(str, addresses)), granularity=str(granularity))
-        await nursery.start(self.resolver.run)
-        await nursery.start(self.mirror.run)
+        if self.remembered is None:
+            await nursery.start(self.resolver.run)
+            await nursery.start(self.mirror.run)
         # Not before: etcd may have kept us waiting, and the network may have come meanwhile.
         record = await self.whereabouts.look()
         await self._insist(lambda: self.session.register(record))
         await nursery.start(self.session.run)
+        if self.remembered is None:
+            self._keep_programmed(nursery)
+        else:
+            self.remembered = None
+            self.log.info("etcd is back: this host has joined again, and follows the mesh")
+            self._nudge()
+        for task in (
+            self._mind_claims,
+            self._stand_for_leader,
+            self._reporter.run,
+            self._answerer.run,
+            self._hearing.run,
+            self.keeper.run,
+        ):
+            nursery.start_soon(task)
+
+    def _keep_programmed(self, nursery: trio.Nursery) -> None:
+        """Start what brings snapshots to the kernel and keeps them there; nothing of it writes to etcd."""
         for task in (
             self._follow_snapshots,
             self._follow_drift,
             self._follow_names,
             self._follow_addresses,
             self._follow_first_contacts,
-            self._mind_claims,
             self._watchdog,
             self._resync,
             self._reconcile,
-            self._stand_for_leader,
-            self._reporter.run,
-            self._answerer.run,
-            self._hearing.run,
         ):
             nursery.start_soon(task)
+
+    async def _bridge(self, nursery: trio.Nursery) -> None:
+        """Where etcd does not answer and the last known mesh is on disk: put that in force until etcd can be followed.
+
+        What etcd holds then is judged by what is in force, before anything is written to it.
+        """
+        if not self.keeper.there():
+            return
+        with trio.move_on_after(ETCD_PATIENCE_SECONDS):
+            await self._insist(self._settings)
+            return
+        remembered = await self.keeper.load()
+        if remembered is None:
+            return
+        snapshot = remembered.snapshot
+        self.log.warning(
+            "etcd is out of reach: the last known mesh is in force",
+            revision=snapshot.revision, age=self.keeper.age(remembered), nodes=len(snapshot.nodes),
+        )  # fmt: skip
+        self._take_subnets(snapshot.subnets)
+        self.remembered = remembered
+        self.mirror = store.Mirror(self.client, self.keys, last_seen=snapshot)
+        await nursery.start(self.resolver.run)
+        await nursery.start(self.mirror.run)
+        await self.whereabouts.look()
+        self.snapshot = snapshot
+        self._keep_programmed(nursery)
+        self._nudge()
+        await self.mirror.wait_newer(None)
+
+    async def _settings(self) -> tuple[Granularity, tuple[IPNetwork, ...]]:
+        wanted = self.config.mesh_granularity or Granularity.LOCATION
+        return await self.session.ensure_mesh(wanted, self.config.subnets)
+
+    def _take_subnets(self, subnets: tuple[IPNetwork, ...]) -> None:
+        if reason := too_small_for(self.config.mtu, subnets):
+            raise Fatal(reason)
+        self.subnets = self.whereabouts.subnets = subnets
 
     async def _insist(self, call: Callable[[], Awaitable[T]]) -> T:
         """The result of an etcd call that is tried until etcd is there; what can't be cured by waiting is fatal."""
@@ -231,7 +290,8 @@ class Daemon:
             except etcd.Unavailable as error:
                 self.once.error("etcd", "etcd is out of reach", error=str(error))
                 self.metrics.error("etcd")
-                notify(f"STATUS=waiting for etcd: {error}")
+                if self.remembered is None:
+                    notify(f"STATUS=waiting for etcd: {error}")
                 await trio.sleep(delay)
                 delay = min(delay * 1.6, 3.0)
             except (etcd.EtcdError, *REFUSALS) as error:
@@ -258,7 +318,13 @@ class Daemon:
                              error=str(error))  # fmt: skip
         if self.config.clean_up:
             changes = await kernel.cleanup(self.config.interface, public_key=self.public_key)
+            try:
+                await self.keeper.forget()
+            except OSError as failure:
+                self.log.warning("the last known mesh could not be removed from disk", error=str(failure))
             self.log.info("cleaned up", changes=len(changes))
+        else:
+            await self.keeper.flush()
         self.log.info("stopped", kernel_state="removed" if self.config.clean_up else "left in place")
 
     async def _hand_over(self) -> None:
@@ -339,7 +405,7 @@ class Daemon:
     async def _resync(self) -> None:
         while True:
             await trio.sleep(self.config.resync_period)
-            await self.whereabouts.look_again()
+            await self.whereabouts.look_again(register=self.remembered is None)
             self._nudge(fresh=True)
 
     async def _follow_addresses(self) -> None:
@@ -347,7 +413,7 @@ class Daemon:
         while True:
             await self.kernel.wait_moved()
             await trio.sleep(SETTLE_SECONDS)
-            await self.whereabouts.look_again()
+            await self.whereabouts.look_again(register=self.remembered is None)
             self._nudge()
 
     async def _mind_claims(self) -> None:
@@ -366,8 +432,8 @@ class Daemon:
 
     def _note_claims(self, snapshot: Snapshot) -> None:
         """Wake `_mind_claims` if this host has no address in one of the mesh's subnets, neither here nor on its way."""
-        if set(snapshot.subnets) != set(self.subnets):
-            # The subnets of a running mesh are fixed: a slip of the operator's must not renumber every host.
+        if self.remembered is not None or set(snapshot.subnets) != set(self.subnets):
+            # It claims when it joins. The subnets of a running mesh are fixed: a slip of the operator's must not renumber every host.
             return
         node = snapshot.nodes.get(self.name)
         have = {address.version for address in node.mesh_addresses} if node else set()
@@ -463,8 +529,13 @@ class Daemon:
         self._note_role(snapshot)
         self._publish(snapshot)
         self._hearing.follow(snapshot, plan, tunnels=not standby)
+        if self.remembered is None or snapshot is not self.remembered.snapshot:
+            self.keeper.note(snapshot, self._holdings)
         applied, self._applied = self._applied, trio.Event()
         applied.set()
+
+    def _holdings(self) -> store.Holdings | None:
+        return self.mirror.holdings()
 
     def _why_unknown(self, snapshot: Snapshot) -> str:
         if set(snapshot.subnets) != set(self.subnets):
@@ -517,6 +588,7 @@ class Daemon:
             errors=self._standing_errors(),
             programmed=self._programmed,
             address=self.whereabouts.address,
+            without_etcd=self._bridged() or "",
         )
         self._reporter.publish(snapshot, state, leaving=self._leaving)
 
@@ -531,8 +603,16 @@ class Daemon:
         return (*said, *(text for text in further if text))
 
     def _etcd_trouble(self) -> str | None:
-        """Why etcd, which answers, is not followed, or does not hold what this host has to say."""
-        return self.mirror.suspect or (self.session.last_error if self.mirror.connected else None)
+        """Why etcd is not followed or does not hold what this host has to say; that it is away need not be said here,
+        unless this host has not been in the mesh since it started."""
+        silent = self.session.last_error if self.mirror.connected else None
+        return self.mirror.suspect or self._bridged() or silent
+
+    def _bridged(self) -> str | None:
+        if self.remembered is None:
+            return None
+        age = self.keeper.age(self.remembered)
+        return f"etcd is out of reach; the last known mesh is in force, which was kept on disk (age {age})"
 
     # -- candidacy ------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ import click
 import trio
 
 from kilo_etcd import __version__, etcd, kernel, store
-from kilo_etcd.agent import privatekey
+from kilo_etcd.agent import lastknown, privatekey
 from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.agent.daemon import REFUSALS, Daemon, Fatal, Reload, StoppedAtOnce
 from kilo_etcd.agent.dryrun import dry_run
@@ -115,7 +115,9 @@ async def _only_agent(config: AgentConfig) -> None:
     ):
         metrics = Metrics()
         async with metrics.serve(config.listen):
-            await Daemon(config, client, device, privatekey.public_key(private), metrics=metrics).run()
+            public = privatekey.public_key(private)
+            disk = lastknown.Disk(config.state_dir)
+            await Daemon(config, client, device, public, metrics=metrics, disk=disk).run()
 
 
 async def _dry_run(config: AgentConfig) -> None:
@@ -132,6 +134,10 @@ async def _cleanup(config: AgentConfig) -> None:
             public, unusable = None, error
         for change in await kernel.cleanup(config.interface, public_key=public):
             click.echo(str(change))
+        try:
+            lastknown.remove(config.state_dir)
+        except OSError as error:
+            click.echo(f"kg: the last known mesh stays in {config.state_dir}: {error.strerror}", err=True)
         if unusable is not None:
             raise unusable
         if public is None:

@@ -47,6 +47,9 @@ class Metrics:
         self.netlink_writes = counter("kilo_netlink_writes_total", "Messages that changed the kernel")
         self.etcd_writes = counter("kilo_etcd_writes_total", "Writes to etcd, keepalives apart")
         self.etcd_connected = gauge("kilo_etcd_connected", "1 where etcd answers")
+        self.last_known = gauge(
+            "kilo_last_known_mesh", "1 where the mesh in force is from the disk, since etcd was away at the start"
+        )
         self.last_etcd_contact = gauge(
             "kilo_last_etcd_contact_timestamp_seconds", "When etcd was last heard of, seconds since 1970"
         )

@@ -35,6 +35,8 @@ class State:
     """All that is wrong with this host, failures among it."""
     programmed: bool
     address: str
+    without_etcd: str
+    """Why the mesh in force is not etcd's, as a sentence; empty: it is."""
 
 
 class Reporter:
@@ -56,7 +58,8 @@ class Reporter:
             notify(
                 *(["READY=1"] if state.programmed else []),
                 f"STATUS={role}; {_count(nodes, 'node')}; revision {state.revision}"
-                + (f"; {_count(len(state.failures), 'problem')}" if state.failures else ""),
+                + (f"; {_count(len(state.failures), 'problem')}" if state.failures else "")
+                + (f"; {state.without_etcd}" if state.without_etcd else ""),
             )
         self._nodes = nodes
         self._status = store.StatusRecord(

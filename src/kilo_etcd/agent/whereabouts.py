@@ -40,16 +40,18 @@ class Whereabouts:
     async def look(self) -> store.NodeRecord:
         """The record that the host should have, for the caller to register. OSError, KernelError."""
         found, reasons = await self._find()
-        self._keep(found, reasons)
+        self._keep(found, reasons if found != self.record else ())
         return found
 
-    async def look_again(self) -> None:
-        """Look, and register what has changed; what cannot be done is said once, and left for the next time."""
+    async def look_again(self, *, register: bool) -> None:
+        """Look, and register what has changed, if this is to be; what cannot be done is said once, and left for the next
+        time."""
         async with self._looking:
             try:
                 found, reasons = await self._find()
                 if found != self.record:
-                    await self._session.register(found)
+                    if register:
+                        await self._session.register(found)
                     self._keep(found, reasons)
             except (etcd.EtcdError, store.NameTaken) as error:
                 self._once.warning("addresses", "the changed addresses are not registered yet", error=str(error))

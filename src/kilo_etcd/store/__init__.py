@@ -30,12 +30,13 @@ if TYPE_CHECKING:
         encode,
     )
     from kilo_etcd.store.session import Candidacy, Session
-    from kilo_etcd.store.view import View
+    from kilo_etcd.store.view import Holdings, View
 
 __all__ = [
     "ANNOTATIONS",
     "Candidacy",
     "CandidateRecord",
+    "Holdings",
     "Keys",
     "Mirror",
     "NameTaken",

@@ -25,7 +25,7 @@ from kilo_etcd.model import Snapshot
 from kilo_etcd.store.history import last_good
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import adopts, decode_granularity, decode_subnets
-from kilo_etcd.store.view import View
+from kilo_etcd.store.view import Holdings, View
 
 HOLD = 0.025
 """Seconds between two snapshots of one burst: enough to gather what belongs together, small beside a lease."""
@@ -97,6 +97,10 @@ class Mirror:
     def kvs(self, prefix: str) -> tuple[KeyValue, ...]:
         """The raw key-values under `prefix`, sorted; may be newer than `current`."""
         return self._view.kvs(prefix)
+
+    def holdings(self) -> Holdings | None:
+        """What etcd holds as of the newest event, to be kept for an agent that starts later; None: it is not known."""
+        return None if self.current is None else self._view.holdings()
 
     async def wait_newer(self, than: Snapshot | None) -> Snapshot:
         """The newest snapshot, as soon as it is another one than `than`."""

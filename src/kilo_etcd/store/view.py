@@ -30,6 +30,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
+from attrs import evolve, frozen
+
 from kilo_etcd.etcd.api import Event, EventType, Header, KeyValue
 from kilo_etcd.model import (
     Candidate,
@@ -59,6 +61,25 @@ from kilo_etcd.store.records import (
 )
 
 V = TypeVar("V")
+
+
+@frozen(kw_only=True)
+class Holdings:
+    """All that a view is made of: to be kept, and made a view of again later. Two of one mesh at one revision differ in
+    nothing but the order of `kvs`."""
+
+    header: Header
+    """Dates the key-values: its revision is that of the last change."""
+    kvs: tuple[KeyValue, ...]
+    granularity: Granularity | None
+    """What is in force, which may be better than what `kvs` say."""
+    subnets: tuple[IPNetwork, ...]
+
+    def snapshot(self, keys: k.Keys) -> Snapshot:
+        """What is in force by these key-values under the prefix of `keys`."""
+        view = View(keys, granularity=self.granularity, subnets=self.subnets or None)
+        view.load(self.kvs, self.header)
+        return view.snapshot()
 
 
 class View:
@@ -141,6 +162,15 @@ class View:
         """The raw key-values under a prefix, sorted by key."""
         raw = prefix.encode()
         return tuple(self._kvs[key] for key in sorted(key for key in self._kvs if key.startswith(raw)))
+
+    def holdings(self) -> Holdings:
+        """What the view holds now."""
+        return Holdings(
+            header=evolve(self.header, revision=self.revision),
+            kvs=tuple(self._kvs.values()),
+            granularity=self.granularity,
+            subnets=self.subnets or (),
+        )
 
     # --- giving out --------------------------------------------------------------------------------------------
 
