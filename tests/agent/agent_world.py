@@ -18,6 +18,7 @@ from kilo_etcd import kernel
 from kilo_etcd.agent import discover, privatekey
 from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.agent.daemon import Daemon
+from kilo_etcd.agent.lastknown import Disk
 from kilo_etcd.agent.logs import setup_logging
 from kilo_etcd.agent.metrics import Metrics
 from kilo_etcd.kernel.state import HostAddress
@@ -67,7 +68,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
 
 
 @asynccontextmanager
-async def running(world: World, **options: object) -> AsyncIterator[Daemon]:
+async def running(world: World, *, disk: Disk | None = None, **options: object) -> AsyncIterator[Daemon]:
     """The agent runs in the block; SIGTERM ends it, at the block's end if not before."""
     config = evolve(
         AgentConfig.build(hostname="h1", lease_ttl="5s", resync_period="20s", listen="off"),
@@ -75,8 +76,9 @@ async def running(world: World, **options: object) -> AsyncIterator[Daemon]:
     )
     setup = kernel.Setup(private_key=PRIVATE)
     daemon = world.daemon = Daemon(
-        config, world.client, FakeKernel(world.host, setup), privatekey.public_key(PRIVATE), metrics=world.metrics
-    )
+        config, world.client, FakeKernel(world.host, setup), privatekey.public_key(PRIVATE), metrics=world.metrics,
+        disk=disk,
+    )  # fmt: skip
     async with trio.open_nursery() as nursery:
         nursery.start_soon(daemon.run)
         await world.ready()

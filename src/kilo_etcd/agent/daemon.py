@@ -40,6 +40,7 @@ from kilo_etcd.topology.guard import guard
 from kilo_etcd.topology.hostplan import HostPlan
 
 T = TypeVar("T")
+Settings = tuple[Granularity, tuple[IPNetwork, ...]]
 
 HANDOVER_SECONDS = 2.0
 """How long a stopping leader waits for the others to have applied its successor's plan (DESIGN section 5)."""
@@ -201,8 +202,8 @@ class Daemon:
         A host that could not do its part is never registered: others would send it packets.
         """
         await self.kernel.check()
-        await self._bridge(nursery)
-        granularity, subnets = await self._insist(self._settings)
+        settings = await self._bridge(nursery)
+        granularity, subnets = settings if settings is not None else await self._insist(self._settings)
         self._take_subnets(subnets)
         addresses = await self._insist(lambda: self.session.claim_addresses(subnets))
         self.log.info("address claimed", addresses=",".join(map(str, addresses)), granularity=str(granularity))
@@ -243,19 +244,19 @@ class Daemon:
         ):
             nursery.start_soon(task)
 
-    async def _bridge(self, nursery: trio.Nursery) -> None:
+    async def _bridge(self, nursery: trio.Nursery) -> Settings | None:
         """Where etcd does not answer and the last known mesh is on disk: put that in force until etcd can be followed.
 
-        What etcd holds then is judged by what is in force, before anything is written to it.
+        What etcd holds then is judged by what is in force, before anything is written to it. The mesh's settings, if
+        etcd has answered meanwhile.
         """
         if not self.keeper.there():
-            return
+            return None
         with trio.move_on_after(ETCD_PATIENCE_SECONDS):
-            await self._insist(self._settings)
-            return
+            return await self._insist(self._settings)
         remembered = await self.keeper.load()
         if remembered is None:
-            return
+            return None
         snapshot = remembered.snapshot
         self.log.warning(
             "etcd is out of reach: the last known mesh is in force",
@@ -271,8 +272,9 @@ class Daemon:
         self._keep_programmed(nursery)
         self._nudge()
         await self.mirror.wait_newer(None)
+        return None
 
-    async def _settings(self) -> tuple[Granularity, tuple[IPNetwork, ...]]:
+    async def _settings(self) -> Settings:
         wanted = self.config.mesh_granularity or Granularity.LOCATION
         return await self.session.ensure_mesh(wanted, self.config.subnets)
 
@@ -433,7 +435,8 @@ class Daemon:
     def _note_claims(self, snapshot: Snapshot) -> None:
         """Wake `_mind_claims` if this host has no address in one of the mesh's subnets, neither here nor on its way."""
         if self.remembered is not None or set(snapshot.subnets) != set(self.subnets):
-            # It claims when it joins. The subnets of a running mesh are fixed: a slip of the operator's must not renumber every host.
+            # A host claims when it joins. The subnets of a running mesh are fixed: a slip of the operator's must not
+            # renumber every host.
             return
         node = snapshot.nodes.get(self.name)
         have = {address.version for address in node.mesh_addresses} if node else set()

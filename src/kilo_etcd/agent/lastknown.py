@@ -1,11 +1,11 @@
 """The last known mesh, kept on disk for a host that boots while etcd is away (decision 0014).
 
-The file is a gzip of lines of JSON: what it is, the raw key-values one by one, a checksum over all of that. Key-values and no
-plan, so that the code that reads etcd reads this too. It holds preshared keys, so only its owner may read it; it
+The file is a gzip of lines of JSON: what it is, the raw key-values one by one, a checksum over all of that. Key-values
+and no plan, so that the code that reads etcd reads this too. It holds preshared keys, so only its owner may read it; it
 appears whole or not at all (written aside, synced, renamed).
 
-Loading is strict and never fatal: whatever is not as this module writes it, is open to others, or is of another mesh, host or
-key is `Unusable`, with a sentence, and left where it is until the next one replaces it.
+Loading is strict and never fatal: whatever is not as this module writes it, is open to others, or is of another mesh,
+host or key is `Unusable`, with a sentence, and left where it is until the next one replaces it.
 """
 
 from __future__ import annotations
@@ -42,6 +42,9 @@ PAUSE_SECONDS = 5.0
 
 PAUSE_FACTOR = 50
 """And so many times as long as the last one took: a large mesh that never rests costs 2 % of a CPU at most."""
+
+RETRY_SECONDS = 60.0
+"""After a write that failed: what fills a disk takes its time to go."""
 
 
 class Unusable(Exception):
@@ -286,13 +289,13 @@ class Keeper:
         """Write what is noted, the newest only, until cancelled."""
         while True:
             await self._due.wait()
-            took = await self.flush()
-            await trio.sleep(max(PAUSE_SECONDS, PAUSE_FACTOR * took))
+            await trio.sleep(await self.flush())
 
     async def flush(self) -> float:
-        """Write now what is noted and not written yet; the seconds that it took."""
+        """Write now what is noted and not written yet; the seconds to leave it alone."""
         disk, holdings = self._disk, self._holdings()
         if disk is None or holdings is None or not self._due.is_set():
+            self._due = trio.Event()
             return 0.0
         self._due = trio.Event()
         began = time.monotonic()
@@ -303,9 +306,10 @@ class Keeper:
                 "last known", "the mesh cannot be kept on disk for a boot without etcd",
                 path=str(disk.path), error=error.strerror or str(error),
             )  # fmt: skip
-        else:
-            self._once.clear("last known", "the mesh is kept on disk again")
-        return time.monotonic() - began
+            self._due.set()
+            return RETRY_SECONDS
+        self._once.clear("last known", "the mesh is kept on disk again")
+        return max(PAUSE_SECONDS, PAUSE_FACTOR * (time.monotonic() - began))
 
     async def forget(self) -> None:
         """Remove what is kept, and keep nothing more. OSError."""

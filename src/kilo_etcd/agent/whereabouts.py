@@ -44,8 +44,8 @@ class Whereabouts:
         return found
 
     async def look_again(self, *, register: bool) -> None:
-        """Look, and register what has changed, if this is to be; what cannot be done is said once, and left for the next
-        time."""
+        """Look, and register what has changed, if that is wanted; what cannot be done is said once, and left for the
+        next time."""
         async with self._looking:
             try:
                 found, reasons = await self._find()

@@ -1,0 +1,271 @@
+"""The last known mesh on disk: the file, and a host that boots while etcd is away."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from ipaddress import ip_interface, ip_network
+from pathlib import Path
+
+import pytest
+import trio
+from attrs import evolve
+
+from helpers import eventually
+from kilo_etcd import kernel
+from kilo_etcd.agent import discover, lastknown, privatekey
+from kilo_etcd.agent.config import AgentConfig
+from kilo_etcd.agent.daemon import Daemon
+from kilo_etcd.agent.lastknown import FILE, Disk, Identity, Unusable, load, save
+from kilo_etcd.agent.logs import setup_logging
+from kilo_etcd.agent.metrics import Metrics
+from kilo_etcd.etcd import Header, KeyValue
+from kilo_etcd.kernel.state import DeleteRoute, HostAddress, Observed
+from kilo_etcd.model import Endpoint
+from kilo_etcd.store.keys import Keys
+from kilo_etcd.store.records import NodeRecord, encode, encode_adoption
+from kilo_etcd.store.view import Holdings
+from kilo_etcd.testing.fake_etcd import FakeEtcd
+from kilo_etcd.testing.fake_kernel import FakeHost, FakeKernel
+
+KEYS = Keys()
+PRIVATE = privatekey.generate()
+PUBLIC = privatekey.public_key(PRIVATE)
+SECOND = "B" + "A" * 42 + "="
+WHO = Identity(prefix="/kilo", node="h1", public_key=PUBLIC)
+
+
+def holdings(**others: bytes) -> Holdings:
+    texts = {
+        KEYS.subnets: b"10.4.0.0/16",
+        KEYS.address(ip_interface("10.4.0.1").ip): b"h1",
+        KEYS.node("h1"): encode(NodeRecord(public_key=PUBLIC, endpoint=Endpoint.parse("198.51.100.1:51820"))),
+        "/kilo/locations/x": b"\xff not text",
+        **others,
+    }
+    return Holdings(
+        header=Header(cluster_id=7, revision=42, raft_term=3),
+        kvs=tuple(
+            KeyValue(key=key.encode(), value=value, create_revision=2, mod_revision=number, version=1, lease=9)
+            for number, (key, value) in enumerate(texts.items(), 3)
+        ),
+        granularity=None,
+        subnets=(ip_network("10.4.0.0/16"),),
+    )
+
+
+def test_what_is_saved_is_loaded_and_closed_to_others(tmp_path: Path) -> None:
+    path = tmp_path / FILE
+    assert load(path, WHO) is None
+    for _ in range(2):
+        save(path, WHO, holdings(), now=1000.0)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert os.listdir(tmp_path) == [FILE]
+    found = load(path, WHO)
+    assert found is not None
+    assert found.snapshot == holdings().snapshot(KEYS)
+    assert (found.snapshot.revision, found.snapshot.cluster_id, set(found.snapshot.nodes)) == (42, 7, {"h1"})
+    assert [found.age(now) for now in (1030, 1000 + 7200, 999)] == ["30 s", "2 h", "unknown"]
+
+
+def _flip(data: bytes) -> bytes:
+    lines = gzip.decompress(data).replace(b"10.4.0.1", b"10.4.0.2")
+    return gzip.compress(lines)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda data: b"", "is damaged"),
+        (lambda data: data[: len(data) // 2], "is damaged"),
+        (lambda data: b"nonsense", "is damaged"),
+        (_flip, "its checksum is wrong"),
+        (lambda data: gzip.compress(b"{}\n"), "it is cut short"),
+    ],
+)
+def test_what_is_damaged_is_unusable_and_stays(tmp_path: Path, spoil: Callable[[bytes], bytes], says: str) -> None:
+    path = tmp_path / FILE
+    save(path, WHO, holdings(), now=1000.0)
+    spoilt = spoil(path.read_bytes())
+    path.write_bytes(spoilt)
+    with pytest.raises(Unusable, match=says):
+        load(path, WHO)
+    assert path.read_bytes() == spoilt
+
+
+def test_another_mesh_host_key_or_an_open_file_is_unusable(tmp_path: Path) -> None:
+    path = tmp_path / FILE
+    save(path, WHO, holdings(), now=1000.0)
+    for other in (evolve(WHO, prefix="/b"), evolve(WHO, node="h2"), evolve(WHO, public_key=SECOND)):
+        with pytest.raises(Unusable, match="was written by an agent whose"):
+            load(path, other)
+    path.chmod(0o640)
+    with pytest.raises(Unusable, match="others can write or read"):
+        load(path, WHO)
+    path.unlink()
+    path.symlink_to("/etc/hostname")
+    with pytest.raises(Unusable, match="cannot be read"):
+        load(path, WHO)
+    path.unlink()
+    save(path, WHO, holdings(**{KEYS.node("h1"): b"{}"}), now=1000.0)
+    with pytest.raises(Unusable, match="does not have this host"):
+        load(path, WHO)
+    assert lastknown.remove(tmp_path)
+    assert not lastknown.remove(tmp_path)
+
+
+# -- a whole agent, in virtual time ---------------------------------------------------------------------------------
+
+
+class World:
+    """An agent called h1, its disk, and etcd with another host h2."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self.etcd = FakeEtcd()
+        self.host = FakeHost()
+        self.log = io.StringIO()
+        self.metrics = Metrics()
+        self.daemon: Daemon
+        self.disk = Disk(state_dir, run=self._now, clock=trio.current_time)
+        self.etcd.put(KEYS.address(ip_interface("10.4.0.99").ip), "h2")
+        record = NodeRecord(public_key=SECOND, endpoint=Endpoint.parse("198.51.100.9:51820"))
+        self.etcd.put(KEYS.node("h2"), encode(record))
+
+    async def _now(self, work: Callable[[], object]) -> object:
+        # A thread would have no part in virtual time.
+        await trio.lowlevel.checkpoint()
+        return work()
+
+    def said(self, sentence: str) -> int:
+        return self.log.getvalue().count(sentence)
+
+    def programmed(self) -> bool:
+        observed = self.host.observed
+        return ip_network("10.4.0.0/16") in observed.routes and set(observed.peers) == {SECOND}
+
+    def reboot(self) -> None:
+        self.host.observed = Observed()
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> World:
+    made = World(tmp_path)
+
+    async def gather(config: AgentConfig) -> discover.HostFacts:
+        await trio.lowlevel.checkpoint()
+        address = HostAddress(interface="eth0", index=2, address=ip_interface("192.168.1.1/24"))
+        return discover.HostFacts(hostname="h1", addresses=(address,))
+
+    monkeypatch.setattr(discover, "gather", gather)
+    monkeypatch.setattr(discover, "location_from_cloud_init", lambda: (None, ""))
+    setup_logging("info", stream=made.log)
+    return made
+
+
+@asynccontextmanager
+async def running(world: World, **options: object) -> AsyncIterator[Daemon]:
+    config = evolve(
+        AgentConfig.build(hostname="h1", lease_ttl="5s", resync_period="20s", listen="off"),
+        **options,  # type: ignore[arg-type]
+    )
+    device = FakeKernel(world.host, kernel.Setup(private_key=PRIVATE))
+    world.metrics = Metrics()
+    world.daemon = Daemon(config, world.etcd.client("h1"), device, PUBLIC, metrics=world.metrics, disk=world.disk)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(world.daemon.run)
+        yield world.daemon
+        with suppress(ProcessLookupError):
+            os.kill(os.getpid(), signal.SIGTERM)
+    world.host.unwatch(device)
+
+
+@pytest.mark.autojump
+async def test_a_host_boots_into_its_last_known_mesh_and_follows_when_etcd_is_back(world: World) -> None:
+    async with running(world):
+        await eventually(world.programmed, 30, every=0.1)
+        addresses = world.host.observed.addresses
+        await trio.sleep(10)
+    assert world.disk.path.exists()
+    world.reboot()
+    world.etcd.down()
+    async with running(world):
+        await eventually(world.programmed, 30, every=0.1)
+        assert world.said("etcd is out of reach: the last known mesh is in force") == 1
+        assert world.host.observed.addresses == addresses
+        assert "the last known mesh is in force" in str(world.metrics.health())
+        # It goes on for long, repairs what somebody takes away, and writes nothing to the disk.
+        before = world.disk.path.stat().st_mtime_ns
+        route = world.host.observed.routes[ip_network("10.4.0.0/16")]
+        world.host.tamper([DeleteRoute(route)])
+        await eventually(world.programmed, 30, every=0.1)
+        await trio.sleep(3600)
+        assert world.disk.path.stat().st_mtime_ns == before
+        # etcd is back, as it was: nothing is torn down, nothing written to the kernel.
+        written = len(world.host.history)
+        world.etcd.up()
+        await eventually(lambda: world.said("etcd is back: this host has joined again"), 60, every=0.1)
+        await eventually(lambda: world.metrics.health() is None, 60, every=0.1)
+        assert len(world.host.history) == written
+        world.etcd.delete(KEYS.node("h2"))
+        await eventually(lambda: not world.host.observed.peers, 60, every=0.1)
+        await trio.sleep(10)
+        assert world.disk.path.stat().st_mtime_ns != before
+
+
+@pytest.mark.autojump
+async def test_what_is_on_the_disk_is_used_only_while_etcd_is_away(world: World) -> None:
+    async with running(world):
+        await eventually(world.programmed, 30, every=0.1)
+        await trio.sleep(10)
+    world.reboot()
+    async with running(world):
+        await eventually(world.programmed, 30, every=0.1)
+    assert world.said("the last known mesh is in force") == 0
+    # And not by another key: the host was installed anew.
+    world.disk.path.write_bytes(b"nonsense")
+    world.reboot()
+    world.etcd.down()
+    async with running(world):
+        await trio.sleep(60)
+        assert not world.host.observed.routes
+        assert world.said("the last known mesh cannot be used; waiting for etcd") == 1
+        world.etcd.up()
+        await eventually(world.programmed, 60, every=0.1)
+
+
+@pytest.mark.autojump
+async def test_an_empty_etcd_after_a_boot_takes_nothing_away_until_it_is_adopted(world: World) -> None:
+    async with running(world):
+        await eventually(world.programmed, 30, every=0.1)
+        await trio.sleep(10)
+    world.reboot()
+    world.etcd.down()
+    async with running(world):
+        await eventually(world.programmed, 30, every=0.1)
+        world.etcd.replace_cluster()
+        world.etcd.up()
+        await trio.sleep(300)
+        assert world.programmed()
+        assert world.said("etcd is another cluster now") == 1
+        assert world.etcd.keys("/kilo/") == []
+        world.etcd.put(KEYS.adopted, encode_adoption(world.etcd.cluster_id, "2026-11-24T00:00:00Z"))
+        await eventually(lambda: not world.host.observed.peers, 60, every=0.1)
+        await eventually(lambda: KEYS.node("h1") in world.etcd.keys("/kilo/nodes/"), 60, every=0.1)
+
+
+@pytest.mark.autojump
+async def test_clean_up_takes_it_along(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def cleanup(interface: str, *, public_key: str) -> tuple[object, ...]:
+        await trio.lowlevel.checkpoint()
+        return world.host.cleanup(interface)
+
+    monkeypatch.setattr(kernel, "cleanup", cleanup)
+    async with running(world, clean_up=True):
+        await eventually(world.programmed, 30, every=0.1)
+        await trio.sleep(10)
+        assert world.disk.path.exists()
+    assert not world.disk.path.exists()
