@@ -394,6 +394,36 @@ async def test_an_etcd_that_lost_its_data_is_not_followed_and_health_says_so(tmp
             assert sh("wg show kilo0 peers") == peers
 
 
+async def test_a_host_boots_into_its_last_known_mesh_while_etcd_is_away(tmp_path: Path) -> None:
+    def on_the_host() -> str:
+        return sh("wg show kilo0 allowed-ips; ip -br -4 address show dev kilo0; ip route show proto 107")
+
+    async with host(tmp_path) as h1:
+        await h1.add_node("n2", 2, "b")
+        async with h1.agent():
+            await eventually(lambda: KEYS[0] in on_the_host() and health() == (200, "ok"))
+            before = on_the_host()
+            assert "10.4.0.0/16 dev kilo0" in before
+        kept = h1.state / "mesh.jsonl.gz"
+        assert kept.stat().st_mode & 0o777 == 0o600
+        # What a reboot leaves.
+        sh("ip link del kilo0; ip route flush proto 107")
+        await h1.server.kill()
+        bridged = "etcd is out of reach: the last known mesh is in force"
+        async with h1.agent("--command-timeout", "1s", ready=bridged) as agent:
+            await eventually(lambda: on_the_host() == before)
+            await eventually(lambda: "the last known mesh is in force" in health()[1])
+            assert health()[0] == 503
+            assert agent.said(bridged) == 1
+            await h1.server.start()
+            await eventually(lambda: health() == (200, "ok"), 60)
+            assert agent.said("this host has joined again") == 1
+            await h1.add_node("n3", 3, "c")
+            await eventually(lambda: KEYS[1] in on_the_host())
+        sh(" ".join([*h1.command(), "cleanup"]))
+        assert [path.name for path in h1.state.iterdir()] == ["key"]
+
+
 async def test_a_second_host_of_the_name_of_a_living_one_is_refused(tmp_path: Path) -> None:
     async with host(tmp_path) as h1, open_client(h1.server.config()) as client:
         living = Session(client, Keys("/kilo"), "h1", KEYS[0])

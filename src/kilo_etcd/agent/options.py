@@ -144,7 +144,7 @@ _AGENT = (
     _PREFIX,
     _flag("--lease-ttl", "5s", "How long a silent leader keeps its place; at least 2s, in whole seconds."),
     _flag("--forget-after", "24h", "How long a node that is gone stays a member."),
-    _flag("--state-dir", DEFAULT_STATE_DIR, "Where the private key is kept."),
+    _flag("--state-dir", DEFAULT_STATE_DIR, "Where the private key and the last known mesh are kept."),
     _flag("--listen", DEFAULT_LISTEN, "Where /metrics and /health are served; :1107 is everywhere, off is nowhere."),
     _flag("--log-level", "info", "The least level that is logged.", choices=(*LOG_LEVELS, "all", "warn")),
     _flag("--dry-run", "false", "Print what would be changed, change nothing, and end.", switch=True),
