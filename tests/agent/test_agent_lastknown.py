@@ -269,3 +269,44 @@ async def test_clean_up_takes_it_along(world: World, monkeypatch: pytest.MonkeyP
         await trio.sleep(10)
         assert world.disk.path.exists()
     assert not world.disk.path.exists()
+
+
+@pytest.mark.autojump
+async def test_bursts_are_written_once_and_a_full_disk_is_tried_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[int] = []
+    full = False
+
+    def counting(path: Path, identity: Identity, holdings: Holdings, *, now: float) -> None:
+        if full:
+            raise OSError(28, "No space left on device")
+        written.append(holdings.header.revision)
+        save(path, identity, holdings, now=now)
+
+    monkeypatch.setattr(lastknown, "save", counting)
+    async with running(world):
+        await eventually(world.programmed, 30, every=0.1)
+        await trio.sleep(60)
+        before = len(written)
+        await trio.sleep(600)
+        assert len(written) == before
+        for number in range(100):
+            last = world.etcd.put("/kilo/locations/h2", f"place-{number}")
+            await trio.sleep(0.1)
+        await trio.sleep(30)
+        assert 2 <= len(written) - before <= 4
+        assert written[-1] == last
+        full = True
+        last = world.etcd.put("/kilo/locations/h2", "elsewhere")
+        await trio.sleep(300)
+        assert world.said("the mesh cannot be kept on disk for a boot without etcd") == 1
+        full = False
+        await eventually(lambda: written[-1] == last, 120, every=0.1)
+        assert world.said("the mesh is kept on disk again") == 1
+        # The last change is written on stop, however recent the write before it.
+        world.etcd.put("/kilo/locations/h2", "first")
+        await trio.sleep(0.5)
+        last = world.etcd.put("/kilo/locations/h2", "second")
+        await trio.sleep(0.5)
+    assert written[-1] >= last
