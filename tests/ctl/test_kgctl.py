@@ -136,19 +136,6 @@ async def small_world(client: Client) -> None:
     await client.put(Keys().status("node-1"), encode(told))
 
 
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> FakeEtcd:
-    """An etcd in memory that `run` finds, whatever endpoint it is given."""
-    fake = FakeEtcd()
-
-    @asynccontextmanager
-    async def opened(config: Config) -> AsyncIterator[Client]:
-        yield fake.client()
-
-    monkeypatch.setattr("kilo_etcd.etcd.open_client", opened)
-    return fake
-
-
 def test_an_empty_mesh_says_so(fake: FakeEtcd) -> None:
     assert "No node has registered yet." in run("status").output
     assert run("location", "list").output == "No node is registered or labelled yet.\n"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from ipaddress import ip_interface
 
 import pytest
@@ -12,7 +10,7 @@ import trio
 from click.testing import CliRunner, Result
 
 from kilo_etcd.ctl.main import main
-from kilo_etcd.etcd import Client, Config
+from kilo_etcd.etcd import Client
 from kilo_etcd.model import CandidateClass, Endpoint
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import CandidateRecord, NodeRecord, Role, StatusRecord, adopts, encode
@@ -54,14 +52,7 @@ async def alive(client: Client, name: str, revision: int) -> None:
 
 
 @pytest.fixture
-def etcd(monkeypatch: pytest.MonkeyPatch) -> FakeEtcd:
-    fake = FakeEtcd()
-
-    @asynccontextmanager
-    async def opened(config: Config) -> AsyncIterator[Client]:
-        yield fake.client()
-
-    monkeypatch.setattr("kilo_etcd.etcd.open_client", opened)
+def etcd(fake: FakeEtcd) -> FakeEtcd:
     trio.run(world, fake.client())
     return fake
 

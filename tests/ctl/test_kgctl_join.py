@@ -7,8 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from functools import partial
 from ipaddress import ip_interface
 
@@ -19,7 +17,7 @@ from click.testing import CliRunner, Result
 from helpers import eventually
 from kilo_etcd.ctl.join import visitors
 from kilo_etcd.ctl.main import main
-from kilo_etcd.etcd import Client, Config, Unavailable, open_client
+from kilo_etcd.etcd import Client, Unavailable, open_client
 from kilo_etcd.model import CandidateClass, Endpoint
 from kilo_etcd.store import operator
 from kilo_etcd.store.keys import Keys
@@ -48,14 +46,7 @@ async def fill(client: Client, keys: Keys, number: int, hosts: dict[str, str]) -
 
 
 @pytest.fixture
-def etcd(monkeypatch: pytest.MonkeyPatch) -> FakeEtcd:
-    fake = FakeEtcd()
-
-    @asynccontextmanager
-    async def opened(config: Config) -> AsyncIterator[Client]:
-        yield fake.client()
-
-    monkeypatch.setattr("kilo_etcd.etcd.open_client", opened)
+def etcd(fake: FakeEtcd) -> FakeEtcd:
     trio.run(fill, fake.client(), A, 1, {"a-1": "x", "a-2": "x", "a-3": ""})
     trio.run(fill, fake.client(), B, 11, {"b-1": "y"})
     fake.put("/a/annotations/a-2/subnets", "172.20.0.0/24")

@@ -7,8 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from datetime import date
 from pathlib import Path
 
@@ -21,20 +19,13 @@ from test_kgctl_explain import world
 from kilo_etcd.agent.main import main as kg
 from kilo_etcd.ctl.main import main
 from kilo_etcd.ctl.man import page
-from kilo_etcd.etcd import Client, Config, open_client
+from kilo_etcd.etcd import open_client
 from kilo_etcd.testing.etcd_server import EtcdServer
 from kilo_etcd.testing.fake_etcd import FakeEtcd
 
 
 @pytest.fixture
-def etcd(monkeypatch: pytest.MonkeyPatch) -> FakeEtcd:
-    fake = FakeEtcd()
-
-    @asynccontextmanager
-    async def opened(config: Config) -> AsyncIterator[Client]:
-        yield fake.client()
-
-    monkeypatch.setattr("kilo_etcd.etcd.open_client", opened)
+def etcd(fake: FakeEtcd) -> FakeEtcd:
     trio.run(world, fake.client())
     fake.put("/kilo/locations/gcp-1", "gcp")
     fake.put("/kilo/leaders/home", "home-1")

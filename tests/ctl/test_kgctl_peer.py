@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import subprocess
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from ipaddress import ip_interface
 from pathlib import Path
 
@@ -19,7 +17,7 @@ from helpers import require
 from kilo_etcd.ctl import peer
 from kilo_etcd.ctl.context import Failure
 from kilo_etcd.ctl.main import main
-from kilo_etcd.etcd import Client, Config
+from kilo_etcd.etcd import Client
 from kilo_etcd.model import CandidateClass, Endpoint
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import CandidateRecord, NodeRecord, decode_peer, encode
@@ -67,14 +65,7 @@ async def world(client: Client) -> None:
 
 
 @pytest.fixture
-def etcd(monkeypatch: pytest.MonkeyPatch) -> FakeEtcd:
-    fake = FakeEtcd()
-
-    @asynccontextmanager
-    async def opened(config: Config) -> AsyncIterator[Client]:
-        yield fake.client()
-
-    monkeypatch.setattr("kilo_etcd.etcd.open_client", opened)
+def etcd(fake: FakeEtcd) -> FakeEtcd:
     trio.run(world, fake.client())
     return fake
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import click
@@ -14,7 +12,7 @@ from click.testing import CliRunner, Result
 from test_kgctl_explain import world
 
 from kilo_etcd.ctl.main import main
-from kilo_etcd.etcd import Client, Config, PermissionDenied
+from kilo_etcd.etcd import PermissionDenied
 from kilo_etcd.testing.fake_etcd import FakeClient, FakeEtcd
 
 
@@ -96,14 +94,7 @@ def test_an_etcd_that_says_nothing(command: list[str]) -> None:
 
 
 @pytest.fixture
-def etcd(monkeypatch: pytest.MonkeyPatch) -> FakeEtcd:
-    fake = FakeEtcd()
-
-    @asynccontextmanager
-    async def opened(config: Config) -> AsyncIterator[Client]:
-        yield fake.client()
-
-    monkeypatch.setattr("kilo_etcd.etcd.open_client", opened)
+def etcd(fake: FakeEtcd) -> FakeEtcd:
     trio.run(world, fake.client())
     fake.put("/kilo/locations/labelled", "x")
     fake.put("/b/mesh/subnets", "10.55.0.0/16")
