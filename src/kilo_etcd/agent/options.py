@@ -44,6 +44,7 @@ __all__ = [
     "etcd_config",
     "etcd_flags",
     "etcd_options",
+    "etcd_values",
     "prefix_option",
 ]
 
@@ -245,9 +246,12 @@ def etcd_config(
 def etcd_and_prefix(context: click.Context) -> tuple[Config, str]:
     """What `etcd_options` and `prefix_option` would call a command with, from a context that has parsed its flags only,
     as for shell completion. click.UsageError."""
-    given = context.params
-    etcd = etcd_config(**{flag.parameter: given[f"_etcd_{flag.parameter}"] for flag in _ETCD})
-    return etcd, parse_prefix(given[f"_prefix_{_PREFIX.parameter}"])
+    return etcd_config(**etcd_values(context)), parse_prefix(context.params[f"_prefix_{_PREFIX.parameter}"])
+
+
+def etcd_values(context: click.Context) -> dict[str, Any]:
+    """What was given for etcd's flags, as `etcd_config` takes it, from the context of a command with `etcd_options`."""
+    return {flag.parameter: context.params[f"_etcd_{flag.parameter}"] for flag in _ETCD}
 
 
 def _with_flags(command: F, flags: tuple[Flag, ...], argument: str, build: Callable[[dict[str, Any]], Any]) -> F:

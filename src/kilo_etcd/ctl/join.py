@@ -21,12 +21,12 @@ import click
 from attrs import frozen
 
 from kilo_etcd.agent.config import parse_prefix
-from kilo_etcd.agent.options import etcd_config, etcd_flags
+from kilo_etcd.agent.options import etcd_config, etcd_flags, etcd_values
 from kilo_etcd.ctl.change import Edit, Prepared, change_options, confirm, prepare
 from kilo_etcd.ctl.context import Failure, Mesh, run
+from kilo_etcd.ctl.heed import heed
 from kilo_etcd.ctl.peer import parse_peer_name
 from kilo_etcd.ctl.render import clean
-from kilo_etcd.etcd.api import Client, Compacted, Unavailable
 from kilo_etcd.model import IPNetwork, Snapshot
 from kilo_etcd.store import operator
 from kilo_etcd.store.keys import Keys, PeerKey
@@ -112,8 +112,7 @@ def _other_options(command: F) -> F:
 
 def _sides(context: click.Context, given: dict[str, Any]) -> tuple[Side, Side]:
     mesh: Mesh = context.obj
-    root = context.find_root().params
-    values = {flag.parameter: root[f"_etcd_{flag.parameter}"] for flag in etcd_flags()}
+    values = etcd_values(context.find_root())
     values.update({name.removeprefix("other_"): value for name, value in given.items() if value is not None
                    and name.removeprefix("other_") in values})  # fmt: skip
     try:
@@ -170,19 +169,27 @@ def part_command(context: click.Context, /, dry_run: bool, yes: bool, **given: A
                "Nothing to change: the meshes are not joined.")  # fmt: skip
 
 
-Wanted = Callable[[Side, Side], dict[str, PeerRecord]]
-"""(a mesh, the other) -> the peers that the first shall have of the other."""
+Peers = dict[str, PeerRecord]
+Wanted = Callable[[Side, Side], tuple[Peers, Peers]]
+"""(one mesh, the other) -> the peers that each of them shall have of the other. Failure."""
 
 
-def _joined(_side: Side, other: Side) -> dict[str, PeerRecord]:
-    topology = _topology(other)
-    if not topology.segments:
-        raise Failure(f"there is no node under {other.name}: its first agent makes the mesh; nothing was written")
-    return visitors(topology, other.label)
+def _joined(one: Side, other: Side) -> tuple[Peers, Peers]:
+    here, there = _topology(one), _topology(other)
+    if found := list(overlaps(here, there, (one.label, other.label))):
+        more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+        raise Failure(
+            f"{'; '.join(found[:SHOWN])}{more}: a network can be in one of the meshes only, so one has to be made with "
+            "another --subnet, or its annotations changed; nothing was written"
+        )
+    for side, topology in ((other, there), (one, here)):
+        if not topology.segments:
+            raise Failure(f"there is no node under {side.name}: its first agent makes the mesh; nothing was written")
+    return visitors(there, other.label), visitors(here, one.label)
 
 
-def _parted(_side: Side, _other: Side) -> dict[str, PeerRecord]:
-    return {}
+def _parted(_one: Side, _other: Side) -> tuple[Peers, Peers]:
+    return {}, {}
 
 
 def _topology(side: Side) -> Topology:
@@ -191,16 +198,11 @@ def _topology(side: Side) -> Topology:
 
 def _carry_out(one: Side, other: Side, wanted: Wanted, *, dry_run: bool, ask: str) -> bool:
     """Have both meshes know what they shall of each other; whether anything was written. Failure."""
-    if wanted is _joined and (found := list(overlaps(_topology(one), _topology(other), (one.label, other.label)))):
-        more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-        raise Failure(
-            f"{'; '.join(found[:SHOWN])}{more}: a network can be in one of the meshes only, so one has to be made with "
-            "another --subnet, or its annotations changed; nothing was written"
-        )
+    of_other, of_one = wanted(one, other)
     prepared = [
         (side, change)
-        for side, far in ((one, other), (other, one))
-        if (change := prepare(side.mesh, partial(_edit, far.label, wanted(side, far)))) is not None
+        for side, far, peers in ((one, other, of_other), (other, one, of_one))
+        if (change := prepare(side.mesh, partial(_edit, far.label, peers))) is not None
     ]
     for side, change in prepared:
         click.echo(f"In {clean(side.name)}:")
@@ -252,13 +254,8 @@ def _follow(one: Side, other: Side) -> None:
         async def watch(side: Side) -> None:
             from kilo_etcd.etcd import open_client
 
-            keys = Keys(side.mesh.prefix)
             async with open_client(side.mesh.etcd) as client:
-                while True:
-                    try:
-                        await _heed(client, keys, changed_now)
-                    except (Compacted, Unavailable):
-                        await trio.sleep(RETRY_SECONDS)
+                await heed(client, Keys(side.mesh.prefix).root, changed_now, retry=RETRY_SECONDS)
 
         def changed_now() -> None:
             changed.set()
@@ -283,12 +280,3 @@ def _follow(one: Side, other: Side) -> None:
                     changed.set()
 
     run(follow)
-
-
-async def _heed(client: Client, keys: Keys, tell: Callable[[], None]) -> None:
-    async with client.watch_prefix(keys.root) as changes:
-        # What happened before the watch began is not reported by it.
-        tell()
-        async for batch in changes:
-            if batch.events:
-                tell()

@@ -11,11 +11,12 @@ from functools import partial
 import click
 
 from kilo_etcd.ctl.context import Mesh
+from kilo_etcd.ctl.heed import heed
 from kilo_etcd.ctl.live import gather
 from kilo_etcd.ctl.output import output_option, show
 from kilo_etcd.ctl.render import status_heading, status_json, status_tables
 from kilo_etcd.ctl.report import Report, newest_revision, registered_names, report
-from kilo_etcd.etcd.api import Client, Compacted, Unavailable
+from kilo_etcd.etcd.api import Client, Unavailable
 from kilo_etcd.model import Snapshot
 from kilo_etcd.store import operator
 from kilo_etcd.store.keys import Keys
@@ -76,25 +77,15 @@ async def _follow(client: Client, keys: Keys, *, put_out: Callable[[Report], Non
 
     changed = trio.Event()
 
-    async def watch(prefix: str) -> None:
-        nonlocal changed
-        while True:
-            try:
-                async with client.watch_prefix(prefix) as changes:
-                    # What happened before the watch began is not reported by it.
-                    changed.set()
-                    async for batch in changes:
-                        if any(not event.kv.key.startswith(asked) for event in batch.events):
-                            changed.set()
-            except (Compacted, Unavailable):
-                await trio.sleep(PAUSE_SECONDS)
+    def changed_now() -> None:
+        changed.set()
 
     asked = (keys.questions_root.encode(), keys.answers_root.encode())
     shown: Report | None = None
     away = ""
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(watch, keys.root)
-        nursery.start_soon(watch, keys.status_root)
+        for prefix in (keys.root, keys.status_root):
+            nursery.start_soon(partial(heed, client, prefix, changed_now, retry=PAUSE_SECONDS, passing_over=asked))
         while True:
             try:
                 found = (await read_mesh(client, keys, live=live))[1]
