@@ -34,6 +34,8 @@ DEFAULT_LOCATION = ""
 DEFAULT_PREFIX = "/kilo"
 DEFAULT_INTERFACE = "kilo0"
 DEFAULT_PORT = 51820
+SESSION_SECONDS = 180
+"""From this age on a WireGuard session is over (REJECT_AFTER_TIME of its paper): an endpoint in use is younger."""
 DEFAULT_SUBNET = "10.4.0.0/16"
 
 

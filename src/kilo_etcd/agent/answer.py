@@ -17,7 +17,7 @@ from kilo_etcd import etcd, kernel
 from kilo_etcd.agent.logs import Once
 from kilo_etcd.agent.program import speak
 from kilo_etcd.kernel.state import Observed
-from kilo_etcd.model import IPAddress
+from kilo_etcd.model import SESSION_SECONDS, IPAddress
 from kilo_etcd.store.inquiry import attend
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import AnswerRecord, QuestionRecord, Tunnel
@@ -33,9 +33,6 @@ KNOCK_SECONDS = 1.5
 """How long the tunnels have for their handshakes after a knock."""
 
 KNOCK_POLL_SECONDS = 0.1
-
-FRESH_SECONDS = 180
-"""The age from which WireGuard itself takes a session for dead (REJECT_AFTER_TIME of its paper)."""
 
 RETRY_SECONDS = 30.0
 AWAY_SECONDS = 2.0
@@ -145,4 +142,4 @@ def _someone(peer: PeerPlan) -> IPAddress | None:
 
 def _asleep(observed: Observed, key: str) -> bool:
     peer = observed.peers.get(key)
-    return peer is None or not peer.last_handshake or observed.time - peer.last_handshake > FRESH_SECONDS
+    return peer is None or not peer.last_handshake or observed.time - peer.last_handshake > SESSION_SECONDS

@@ -210,6 +210,14 @@ def parse_duration(text: str) -> float:
     return sum(float(number) * _UNITS[unit] for number, unit in parts)
 
 
+def shown_duration(seconds: int) -> str:
+    """A duration for people, in its largest unit that fits twice: `12 s`, `3 min`, `2 h` or `4 d`."""
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size * 2:
+            return f"{seconds // size} {unit}"
+    return f"{seconds} s"
+
+
 def parse_node_name(text: str) -> str:
     """A node's name: it becomes one part of an etcd key, so it may hold neither `/` nor white space."""
     if not text:

@@ -28,7 +28,9 @@ import trio
 from attrs import field, frozen
 
 from kilo_etcd import store
+from kilo_etcd.agent.config import shown_duration
 from kilo_etcd.agent.logs import Once
+from kilo_etcd.agent.privatekey import sync_directory
 from kilo_etcd.etcd import Header, KeyValue
 from kilo_etcd.model import Granularity, Snapshot
 
@@ -71,12 +73,7 @@ class Remembered:
     def age(self, now: float) -> str:
         """In words. A host without a battery may boot with its clock in the past, of which nothing can be said."""
         seconds = int(now - self.written)
-        if seconds < 0:
-            return "unknown"
-        for name, length in (("d", 86400), ("h", 3600), ("min", 60)):
-            if seconds >= 2 * length:
-                return f"{seconds // length} {name}"
-        return f"{seconds} s"
+        return "unknown" if seconds < 0 else shown_duration(seconds)
 
 
 # -- the file -------------------------------------------------------------------------------------------------------
@@ -103,11 +100,7 @@ def save(path: Path, identity: Identity, holdings: store.Holdings, *, now: float
         with suppress(OSError):
             aside.unlink()
         raise
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    sync_directory(path.parent)
 
 
 def load(path: Path, identity: Identity) -> Remembered | None:

@@ -16,7 +16,7 @@ import click
 from attrs import asdict, field, frozen
 
 from kilo_etcd.ctl.context import Mesh
-from kilo_etcd.ctl.live import Live, differs, gather, pairs
+from kilo_etcd.ctl.live import Live, differs, gather, pairs, tunnels
 from kilo_etcd.ctl.output import output_option
 from kilo_etcd.ctl.render import clean
 from kilo_etcd.ctl.report import NOT_IN_FORCE, Report, newest_revision, registered_names, report
@@ -201,7 +201,7 @@ def _some(names: list[str]) -> str:
 
 
 def _tunnels(topology: Topology, live: Live) -> Iterator[Finding]:
-    for pair in pairs(topology, live):
+    for pair in pairs(topology, tunnels(topology, live)):
         if pair.up is not False:
             continue
         one, other = ends = [topology.snapshot.nodes[name] for name in (pair.one, pair.other)]

@@ -21,7 +21,7 @@ from attrs import frozen
 
 from kilo_etcd.ctl import complete
 from kilo_etcd.ctl.context import Failure, Mesh
-from kilo_etcd.ctl.live import Live, differs, gather, pairs
+from kilo_etcd.ctl.live import Live, differs, gather, pairs, tunnels
 from kilo_etcd.ctl.output import output_option, show
 from kilo_etcd.ctl.render import Table, clean, shown_location
 from kilo_etcd.model import IPAddress, Snapshot
@@ -238,7 +238,7 @@ def doubts(journeys: tuple[Journey, ...], topology: Topology, live: Live) -> tup
         for step in way.steps
         if step.medium == _MEDIUM[Via.TUNNEL]
     }
-    for pair in pairs(topology, live):
+    for pair in pairs(topology, tunnels(topology, live)):
         if pair.up is False and frozenset((pair.one, pair.other)) in used:
             found.append((pair.one, f"its tunnel to {pair.other} has no session: {pair.last}"))
     return tuple(found)

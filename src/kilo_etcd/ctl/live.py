@@ -7,20 +7,18 @@ nor bad; who was asked in vain is named.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from attrs import field, frozen
 
+from kilo_etcd.agent.config import shown_duration
 from kilo_etcd.etcd.api import Client, EtcdError
-from kilo_etcd.model import Granularity
+from kilo_etcd.model import SESSION_SECONDS, Granularity
 from kilo_etcd.store.inquiry import PATIENCE_SECONDS, ask
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import AnswerRecord, Tunnel
 from kilo_etcd.topology.graph import Edge, EdgeKind, EdgeState
 from kilo_etcd.topology.segments import Topology, same_site
-
-DEAD_SECONDS = 180
-"""From this age on a WireGuard session is over (REJECT_AFTER_TIME of its paper)."""
 
 
 @frozen(kw_only=True)
@@ -50,7 +48,7 @@ class LiveTunnel:
     @property
     def up(self) -> bool:
         """Whether the session lives."""
-        return self.handshake is not None and self.handshake <= DEAD_SECONDS
+        return self.handshake is not None and self.handshake <= SESSION_SECONDS
 
 
 async def gather(
@@ -128,9 +126,12 @@ class Pair:
         return "no handshake yet" if self.handshake is None else f"last handshake {ago(self.handshake)} ago"
 
 
-def pairs(topology: Topology, live: Live) -> tuple[Pair, ...]:
-    """Every pair of gateways that should have a tunnel, by names. In a full mesh that is every pair of nodes."""
-    by_name = {node: {tunnel.other: tunnel for tunnel in found} for node, found in tunnels(topology, live).items()}
+def pairs(topology: Topology, known: Mapping[str, Iterable[LiveTunnel]]) -> tuple[Pair, ...]:
+    """Every pair of gateways that should have a tunnel, by names; in a full mesh that is every pair of nodes.
+
+    `known` is what `tunnels` gives.
+    """
+    by_name = {node: {tunnel.other: tunnel for tunnel in theirs} for node, theirs in known.items()}
     cross = topology.snapshot.granularity is Granularity.CROSS
     leaders = sorted((segment.leader for segment in topology.segments.values()), key=lambda node: node.name)
     found = []
@@ -151,10 +152,11 @@ def pairs(topology: Topology, live: Live) -> tuple[Pair, ...]:
 def edge_states(topology: Topology, live: Live) -> dict[Edge, EdgeState]:
     """What has been said of each tunnel, by its edge in the picture; tunnels to sleeping laptops are in no state."""
     found = {}
-    for pair in pairs(topology, live):
+    known = tunnels(topology, live)
+    for pair in pairs(topology, known):
         if pair.ends:
             found[Edge(pair.one, pair.other, EdgeKind.TUNNEL)] = EdgeState(pair.up, pair.last)
-    for node, theirs in tunnels(topology, live).items():
+    for node, theirs in known.items():
         for tunnel in theirs:
             if tunnel.other in topology.peers and tunnel.handshake is not None:
                 state = EdgeState(True if tunnel.up else None, f"last handshake {ago(tunnel.handshake)} ago")
@@ -172,10 +174,7 @@ def ago(seconds: int | None) -> str:
     """`never`, `12 s`, `3 min`, `2 h` or `4 d`."""
     if seconds is None:
         return "never"
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= size * 2:
-            return f"{seconds // size} {unit}"
-    return f"{seconds} s"
+    return shown_duration(seconds)
 
 
 def amount(number: int) -> str:

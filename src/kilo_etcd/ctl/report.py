@@ -176,7 +176,7 @@ def report(
 
 def _live_report(topology: Topology, live: Live) -> LiveReport:
     found = tunnels(topology, live)
-    known = [pair for pair in pairs(topology, live) if pair.ends]
+    known = [pair for pair in pairs(topology, found) if pair.ends]
     return LiveReport(
         kernels=tuple(
             KernelRow(

@@ -57,12 +57,9 @@ from kilo_etcd.kernel.table import DeleteTable, ReplaceTable
 from kilo_etcd.kernel.wayout import MARK, same_way
 from kilo_etcd.kernel.wayout import routes_for as exit_routes_for
 from kilo_etcd.kernel.wayout import rules_for as exit_rules_for
-from kilo_etcd.model import Endpoint, IPNetwork
+from kilo_etcd.model import SESSION_SECONDS, Endpoint, IPNetwork
 from kilo_etcd.topology.hostplan import HostPlan, PeerPlan, RoutePlan, Via
 from kilo_etcd.topology.segments import changes as changed_keys
-
-ROAMED_WITHIN = 180.0
-"""Seconds: WireGuard gives a session up after this long (REJECT_AFTER_TIME), so an endpoint in use is younger."""
 
 _NO_PEER = ObservedPeer(public_key="")
 
@@ -326,7 +323,7 @@ def _endpoint(plan: PeerPlan, peer: ObservedPeer, now: float, memory: Memory) ->
     if plan.public_key in memory.endpoints and not plan.hearsay:
         return wanted if memory.endpoints[plan.public_key] != wanted else None
     # Adopted from a former run, or known from hearsay: an endpoint in use may have been learnt, which is better.
-    in_use = peer.endpoint is not None and peer.last_handshake and now - peer.last_handshake < ROAMED_WITHIN
+    in_use = peer.endpoint is not None and peer.last_handshake and now - peer.last_handshake < SESSION_SECONDS
     if peer.endpoint == wanted or in_use:
         return None
     return wanted
