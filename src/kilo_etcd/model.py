@@ -63,6 +63,8 @@ class CandidateClass(IntEnum):
     ANNOTATED = 1
     PUBLIC = 2
     REST = 3
+    PASSED_OVER = 4
+    """It led and did not forward: it stands again, behind everyone, until some time has passed."""
 
 
 @frozen
@@ -257,6 +259,25 @@ class Candidate:
     """RFC 3339 time at which the candidacy was entered; for people only, nothing is decided by it."""
 
 
+@frozen(kw_only=True)
+class Verdict:
+    """What a witness has found of a leader through which it reached nobody any more; it lives as long as the witness's
+    short lease. Single observations: what follows from them is `topology.verdicts`' to say."""
+
+    witness: str
+    leader: str
+    candidacy: int
+    """etcd's create revision of the candidacy by which it led: a later one of the same node is not meant."""
+    targets: tuple[str, ...] = ()
+    """The nodes that were tried; where the witness is one of them, the members of the leader's location were."""
+    answers: bool = False
+    """The leader itself answers the witness, without being passed through."""
+    fellows: bool = False
+    """Another node of the location answers the witness."""
+    reaches: bool = False
+    """The witness has a tunnel of its own to one of the targets, just proved: it could lead instead."""
+
+
 @frozen
 class SetAside:
     """A record, or a part of one, that is not in force, and why."""
@@ -289,4 +310,6 @@ class Snapshot:
     """Location -> the node recorded as its leader, for the case that no candidate is left."""
     sightings: Mapping[str, tuple[Sighting, ...]] = field(factory=dict)
     """Node or peer -> where it is seen, by observer. What of it counts is in `Node.seen` and `Peer.seen`."""
+    verdicts: Mapping[str, tuple[Verdict, ...]] = field(factory=dict)
+    """Location -> what witnesses say of its leader, by witness."""
     set_aside: tuple[SetAside, ...] = ()

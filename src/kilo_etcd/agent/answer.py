@@ -114,7 +114,11 @@ class Answerer:
 
         Only to peers that the plan has an endpoint for: a laptop that sleeps is no news.
         """
-        at_rest = {key for key, peer in plan.peers.items() if peer.endpoint is not None and _asleep(observed, key)}
+        at_rest = {
+            key
+            for key, peer in plan.peers.items()
+            if peer.endpoint is not None and peer.in_use and _asleep(observed, key)
+        }
         if not at_rest:
             return observed
         speak([address for key in at_rest if (address := _someone(plan.peers[key])) is not None])

@@ -55,12 +55,14 @@ class FirstContact:
 
 
 def contacts(before: Mapping[str, float], plan: HostPlan, *, standby: bool, now: float) -> Mapping[str, float]:
-    """Public key -> since when the host has exchanged packets with this peer. A standby exchanges none."""
+    """Public key -> since when the host has exchanged packets with this peer. A standby exchanges none, and with other
+    segments' standbys nobody does."""
     if standby:
         return {}
-    if before.keys() == plan.peers.keys():
+    used = [key for key, peer in plan.peers.items() if peer.in_use]
+    if len(before) == len(used) and all(map(before.__contains__, used)):
         return before
-    return {key: before.get(key, now) for key in plan.peers}
+    return {key: before.get(key, now) for key in used}
 
 
 def first_contact(
@@ -94,6 +96,8 @@ def first_contact(
             if _reachable(own, peer):
                 withheld[key] = evolve(peer, endpoint=None)
             continue
+        if not peer.in_use:
+            continue  # It led until now.
         if _must_come(own, node, peer):
             # To begin over here could undo what it has begun: it would believe in a session that is no more.
             continue

@@ -53,7 +53,7 @@ def to_watch(own: Node, snapshot: Snapshot, plan: HostPlan) -> dict[str, Watched
         node = snapshot.nodes.get(planned.name)
         if node is not None and node.public_key == key:
             hidden = tuple(v for v in versions if not node.public_in(v)) if node.persistent_keepalive else ()
-            if hidden:
+            if hidden and planned.in_use:
                 found[key] = Watched(node.name, hidden)
         elif node is None and (peer := snapshot.peers.get(planned.name)) is not None and _roams(peer, key):
             # Had a node that name, the place in etcd would be its.

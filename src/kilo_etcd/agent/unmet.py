@@ -37,7 +37,11 @@ def partners(own: Node, snapshot: Snapshot, plan: HostPlan) -> dict[str, Node]:
     found = {}
     for key, planned in plan.peers.items():
         node = snapshot.nodes.get(planned.name)
-        if node is None or not (planned.hearsay or planned.endpoint is None or not planned.endpoint.public):
+        if (
+            node is None
+            or not planned.in_use
+            or not (planned.hearsay or planned.endpoint is None or not planned.endpoint.public)
+        ):
             continue  # Most, in most meshes: they have a public endpoint.
         if node.public_key == key and hidden_pair(own, node) is not None:
             found[key] = node

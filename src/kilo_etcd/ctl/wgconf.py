@@ -59,6 +59,7 @@ def _entries(plan: HostPlan) -> tuple[Entry, ...]:
             ),
         )
         for peer in sorted(plan.peers.values(), key=lambda peer: peer.name)
+        if peer.in_use
     )
 
 

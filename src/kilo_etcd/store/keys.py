@@ -81,6 +81,12 @@ class EndpointKey:
 
 
 @frozen
+class VerdictKey:
+    location: str
+    witness: str
+
+
+@frozen
 class StatusKey:
     node: str
 
@@ -97,6 +103,7 @@ ParsedKey: TypeAlias = (
     | ElectionKey
     | LeaderKey
     | EndpointKey
+    | VerdictKey
     | StatusKey
 )
 
@@ -223,6 +230,13 @@ class Keys:
         return f"{self.endpoints_root}{encode_name(name)}/{encode_name(observer)}"
 
     @property
+    def verdicts_root(self) -> str:
+        return self.root + "verdicts/"
+
+    def verdict(self, location: str, witness: str) -> str:
+        return f"{self.verdicts_root}{encode_location(location)}/{encode_name(witness)}"
+
+    @property
     def status_root(self) -> str:
         """Beside the watched prefix, so that a status wakes nobody."""
         return self.prefix + "-status/"
@@ -306,9 +320,11 @@ def _parse(parts: list[str]) -> ParsedKey | None:
         case ["leaders", text]:
             location = decode_location(text)
             return None if location is None else LeaderKey(location)
-        case ["elections", text, rest]:
+        case [("elections" | "verdicts") as kind, text, rest]:
             location, node = decode_location(text), decode_name(rest)
-            return ElectionKey(location, node) if location is not None and node else None
+            if location is None or not node:
+                return None
+            return ElectionKey(location, node) if kind == "elections" else VerdictKey(location, node)
         case [("locations" | "peers" | "nodes") as kind, text]:
             name = decode_name(text)
             if not name:

@@ -166,6 +166,18 @@ class SightingRecord:
     endpoint: Endpoint
 
 
+@frozen(kw_only=True)
+class VerdictRecord:
+    """What a witness found of a leader, at `/kilo/verdicts/<location>/<witness>`: see `model.Verdict`."""
+
+    leader: str
+    candidacy: int
+    targets: tuple[str, ...] = ()
+    answers: bool = False
+    fellows: bool = False
+    reaches: bool = False
+
+
 R = TypeVar("R")
 
 
@@ -382,6 +394,12 @@ def _number(value: object) -> int:
     return _whole(value)
 
 
+def _truth(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{_short(value)} is neither true nor false")
+    return value
+
+
 def _tunnel(value: object) -> Tunnel:
     if not isinstance(value, list) or len(value) < len(Tunnel._fields):
         raise ValueError(f"{_short(value)} is no tunnel: a list of {', '.join(map(_camel, Tunnel._fields))}")
@@ -436,6 +454,14 @@ _READERS: dict[type, dict[str, Callable[[object], Any]]] = {
         "trouble": _items(_string),
     },
     SightingRecord: {"public_key": check_key, "endpoint": _address_endpoint},
+    VerdictRecord: {
+        "leader": _string,
+        "candidacy": _whole,
+        "targets": _items(_string),
+        "answers": _truth,
+        "fellows": _truth,
+        "reaches": _truth,
+    },
 }
 
 
@@ -484,7 +510,14 @@ _IP_TYPES: tuple[type, ...] = tuple(kind for union in (IPAddress, IPInterface, I
 _CONVERTER = _converter()
 _KNOWN = {record: frozenset(_camel(attribute.name) for attribute in fields(record)) for record in _READERS}
 Record = Union[  # noqa: UP007
-    NodeRecord, CandidateRecord, PeerRecord, StatusRecord, QuestionRecord, AnswerRecord, SightingRecord
+    NodeRecord,
+    CandidateRecord,
+    PeerRecord,
+    StatusRecord,
+    QuestionRecord,
+    AnswerRecord,
+    SightingRecord,
+    VerdictRecord,
 ]
 
 
@@ -552,6 +585,11 @@ def decode_answer(value: bytes) -> AnswerRecord:
 def decode_sighting(value: bytes) -> SightingRecord:
     """Unknown fields are ignored; `read` names them."""
     return read(SightingRecord, value).record
+
+
+def decode_verdict(value: bytes) -> VerdictRecord:
+    """Unknown fields are ignored; `read` names them."""
+    return read(VerdictRecord, value).record
 
 
 def decode_peer(value: bytes) -> PeerRecord:

@@ -1,8 +1,8 @@
-"""This host's own keys: its registration under a long lease, its candidacy, status and sightings under a short one.
+"""This host's own keys: its registration under a long lease, its candidacy, status and words under a short one.
 
-What is wanted is said once (`register`, `enter`, `leave`, `put_status`, `put_sightings`); `run` sees to it that etcd
-keeps saying so: it keeps both leases, and puts back what was lost with a lease or taken away. While etcd is away it
-tries again with jitter, for ever, and never raises. Nothing is written that etcd holds already: an agent that starts
+What is wanted is said once (`register`, `enter`, `leave`, `put_status`, `put_sightings`, `put_verdicts`); `run` sees to
+it that etcd keeps saying so: it keeps both leases, and puts back what was lost with a lease or taken away. While etcd is
+away it tries again with jitter, for ever, and never raises. Nothing is written that etcd holds already: an agent that starts
 again within the lease's time finds its own keys, adopts their leases, and goes on without a write.
 
 The name is the host's as long as the record at it carries the host's public key: every write under the short lease
@@ -43,9 +43,9 @@ from kilo_etcd.etcd.api import (
     unchanged,
 )
 from kilo_etcd.model import CandidateClass, Granularity, IPAddress, IPNetwork
-from kilo_etcd.store import claims
+from kilo_etcd.store import claims, said
 from kilo_etcd.store.held import Held
-from kilo_etcd.store.keys import ElectionKey, EndpointKey, Keys, StatusKey
+from kilo_etcd.store.keys import ElectionKey, EndpointKey, Keys, StatusKey, VerdictKey
 from kilo_etcd.store.lease import KeptLease
 from kilo_etcd.store.owner import NameTaken, PutBacks, public_key_of, status_key_of, taken_by, where_is
 from kilo_etcd.store.records import (
@@ -54,11 +54,11 @@ from kilo_etcd.store.records import (
     RecordError,
     SightingRecord,
     StatusRecord,
+    VerdictRecord,
     decode_candidate,
     decode_status,
     encode,
 )
-from kilo_etcd.store.sightings import Sightings
 
 RETRY_FIRST = 0.2
 RETRY_MOST = 5.0
@@ -118,7 +118,8 @@ class Session:
         self._status_given = False
         """Whether the status is the agent's, not one that `register` made up."""
         self._candidacy: Candidacy | None = None
-        self._sightings = Sightings(keys, node_name)
+        self._sightings = said.sightings(keys, node_name)
+        self._verdicts = said.verdicts(keys, node_name)
         self._subnets: tuple[IPNetwork, ...] = ()
         # What etcd is known to hold.
         self._record_kv: KeyValue | None = None
@@ -127,8 +128,8 @@ class Session:
             self._lock,
             retry_most=self._retry_most,
             on_gone=self._mend,
-            # There may be hundreds of sightings, each of which other observers can replace.
-            minded=lambda key: not self._sightings.concern(key),
+            # There may be hundreds of sightings. Other observers can replace each of them, other witnesses a verdict.
+            minded=lambda key: not self._is_word(key),
             rng=self._rng,
         )
         self._put_backs = PutBacks(self._node_key)
@@ -159,6 +160,11 @@ class Session:
     def sightings(self) -> Mapping[str, SightingRecord]:
         """Node or peer -> where this host sees it, as etcd says or will as soon as it can be told."""
         return self._sightings.records
+
+    @property
+    def verdicts(self) -> Mapping[str, VerdictRecord]:
+        """Location -> what this host says of its leader, as etcd says or will as soon as it can be told."""
+        return self._verdicts.records
 
     # --- before the first registration -------------------------------------------------------------------------
 
@@ -298,6 +304,7 @@ class Session:
             if not (
                 (isinstance(parsed, (ElectionKey, StatusKey)) and parsed.node == self._name)
                 or (isinstance(parsed, EndpointKey) and parsed.observer == self._name)
+                or (isinstance(parsed, VerdictKey) and parsed.witness == self._name)
             ):
                 continue
             kv = await self._client.get(raw)
@@ -306,7 +313,9 @@ class Session:
             self._held.put(raw.decode(), kv.value, kv.mod_revision)
             try:
                 if isinstance(parsed, EndpointKey):
-                    self._sightings.adopt(parsed, kv.value)
+                    self._sightings.adopt(parsed.name, kv.value)
+                elif isinstance(parsed, VerdictKey):
+                    self._verdicts.adopt(parsed.location, kv.value)
                 elif isinstance(parsed, StatusKey):
                     if not self._status_given:
                         self._status = decode_status(kv.value)
@@ -340,6 +349,11 @@ class Session:
     async def put_sightings(self, sightings: Mapping[str, SightingRecord]) -> bool:
         """Say of these nodes and peers, and of no others, where this host sees them; only what differs is written."""
         self._sightings.replace(sightings)
+        return await self._now()
+
+    async def put_verdicts(self, verdicts: Mapping[str, VerdictRecord]) -> bool:
+        """Say this of the leaders of these locations, and of no others; only what differs is written."""
+        self._verdicts.replace(verdicts)
         return await self._now()
 
     async def record_leader(self, location: str) -> bool:
@@ -402,6 +416,7 @@ class Session:
             key = self._keys.election(standing.location, self._name)
             wanted[key] = encode(CandidateRecord(rank=standing.rank, since=standing.since))
         wanted.update(self._sightings.values)
+        wanted.update(self._verdicts.values)
         if not wanted and not self._held.values:
             return
         await self._hold_short(None)
@@ -427,7 +442,10 @@ class Session:
                 self._held.put(key, value, revision)
 
     def _replaceable(self, key: str) -> bool:
-        return key == self._status_key or self._sightings.concern(key)
+        return key == self._status_key or self._is_word(key)
+
+    def _is_word(self, key: str) -> bool:
+        return self._sightings.concern(key) or self._verdicts.concern(key)
 
     async def _write(self, ops: list[Op]) -> int:
         """The revision of the last of them."""
@@ -450,6 +468,7 @@ class Session:
         async with self._lock:
             self._candidacy, self._status = None, None
             self._sightings.replace({})
+            self._verdicts.replace({})
             self._held.clear()
             await self._short.end()
 

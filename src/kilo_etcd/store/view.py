@@ -43,6 +43,7 @@ from kilo_etcd.model import (
     SetAside,
     Sighting,
     Snapshot,
+    Verdict,
 )
 from kilo_etcd.store import keys as k
 from kilo_etcd.store.effective import ANNOTATIONS, Registered, join, join_peer, lowest_per_family
@@ -52,6 +53,7 @@ from kilo_etcd.store.records import (
     NodeRecord,
     RecordError,
     SightingRecord,
+    VerdictRecord,
     decode_granularity,
     decode_label,
     decode_peer,
@@ -105,6 +107,7 @@ class View:
         self._elections: dict[str, dict[str, Candidate]] = {}
         self._leaders: dict[str, str] = {}
         self._observers: dict[str, dict[str, Sighting]] = {}
+        self._witnesses: dict[str, dict[str, Verdict]] = {}
         self._key_index = KeyIndex()
         self._aside: dict[object, tuple[SetAside, ...]] = {}  # raw key, or owner for what a join found
         # What has changed since the last snapshot.
@@ -112,6 +115,7 @@ class View:
         self._dirty_elections: set[str] = set()
         self._dirty_leaders = False
         self._dirty_sightings: set[str] = set()
+        self._dirty_verdicts: set[str] = set()
         self._dirty_aside = False
         # What the last snapshot gave out: replaced, never changed.
         self._nodes: Mapping[str, Node] = {}
@@ -119,6 +123,7 @@ class View:
         self._candidates: Mapping[str, tuple[Candidate, ...]] = {}
         self._leaders_given: Mapping[str, str] = {}
         self._sightings: Mapping[str, tuple[Sighting, ...]] = {}
+        self._verdicts: Mapping[str, tuple[Verdict, ...]] = {}
         self._set_aside: tuple[SetAside, ...] = ()
 
     # --- taking in ---------------------------------------------------------------------------------------------
@@ -188,6 +193,7 @@ class View:
             candidates=self._candidates,
             leaders=self._leaders_given,
             sightings=self._sightings,
+            verdicts=self._verdicts,
             set_aside=self._set_aside,
         )
 
@@ -205,20 +211,9 @@ class View:
             self._nodes = nodes
         if peers_changed:
             self._peers = peers
-        if self._dirty_elections:
-            candidates = dict(self._candidates)
-            for location in self._dirty_elections:
-                standing = self._elections.get(location)
-                _replace(candidates, location, tuple(standing[node] for node in sorted(standing)) if standing else None)
-            self._candidates = candidates
-            self._dirty_elections.clear()
-        if self._dirty_sightings:
-            sightings = dict(self._sightings)
-            for name in self._dirty_sightings:
-                seen = self._observers.get(name)
-                _replace(sightings, name, tuple(seen[observer] for observer in sorted(seen)) if seen else None)
-            self._sightings = sightings
-            self._dirty_sightings.clear()
+        self._candidates = _renewed(self._candidates, self._elections, self._dirty_elections)
+        self._sightings = _renewed(self._sightings, self._observers, self._dirty_sightings)
+        self._verdicts = _renewed(self._verdicts, self._witnesses, self._dirty_verdicts)
         if self._dirty_leaders:
             self._leaders_given = dict(self._leaders)
             self._dirty_leaders = False
@@ -326,6 +321,8 @@ class View:
                 self._dirty_leaders = True
             case k.EndpointKey(name, observer):
                 return self._take_sighting(name, observer, kv)
+            case k.VerdictKey(location, witness):
+                return self._take_verdict(location, witness, kv)
             case k.AdoptedKey():
                 pass  # for whoever holds on to another etcd (`store.mirror`)
             case k.GranularityKey():
@@ -427,6 +424,26 @@ class View:
             self._dirty.add(("peer", name))
         return [_unknown(unknown) for unknown in found.unknown] if found else []
 
+    def _take_verdict(self, location: str, witness: str, kv: KeyValue | None) -> Iterable[str]:
+        found = None if kv is None else read(VerdictRecord, kv.value)
+        witnesses = dict(self._witnesses.get(location, {}))
+        if found is None:
+            witnesses.pop(witness, None)
+        else:
+            record = found.record
+            witnesses[witness] = Verdict(
+                witness=witness,
+                leader=record.leader,
+                candidacy=record.candidacy,
+                targets=record.targets,
+                answers=record.answers,
+                fellows=record.fellows,
+                reaches=record.reaches,
+            )
+        _replace(self._witnesses, location, witnesses or None)
+        self._dirty_verdicts.add(location)
+        return [_unknown(unknown) for unknown in found.unknown] if found else []
+
     def _take_granularity(self, value: bytes | None) -> Iterable[str]:
         if value is None:
             return [] if self.granularity is None else [f"the value is missing; {self.granularity} stays in force"]
@@ -444,6 +461,20 @@ class View:
                 key = self._keys.address(address)
                 self._note(key.encode(), (SetAside(key, note) for note in self._outside(address)))
         return ()
+
+
+def _renewed(
+    given: Mapping[str, tuple[V, ...]], tables: Mapping[str, Mapping[str, V]], dirty: set[str]
+) -> Mapping[str, tuple[V, ...]]:
+    """What was given out, with the entries of `dirty` made anew from `tables`; `dirty` is empty afterwards."""
+    if not dirty:
+        return given
+    result = dict(given)
+    for name in dirty:
+        table = tables.get(name)
+        _replace(result, name, tuple(table[key] for key in sorted(table)) if table else None)
+    dirty.clear()
+    return result
 
 
 def _replace(table: dict[str, V], name: str, value: V | None) -> bool:

@@ -30,7 +30,7 @@ class PeerPlan:
     """One WireGuard peer. `endpoint` may still be a DNS name; None leaves what the device has learnt.
 
     `allowed_ips` is sorted by (family, address, prefix length) and without duplicates; no network stands in
-    two peers of one plan.
+    two peers of one plan. A peer that is allowed nothing is a standby: another segment's next in line.
     """
 
     public_key: str
@@ -42,6 +42,11 @@ class PeerPlan:
     allowed_ips: tuple[IPNetwork, ...] = ()
     persistent_keepalive: int = 0
     preshared_key: str | None = field(default=None, repr=False)
+
+    @property
+    def in_use(self) -> bool:
+        """Whether packets are exchanged with it; with a standby there may be handshakes and no more."""
+        return bool(self.allowed_ips)
 
 
 @frozen(kw_only=True)

@@ -7,7 +7,8 @@ changed and not what there is. The outcome is the same with and without a previo
 
 A member of a segment holds the same WireGuard peers as its leader, silent (no keepalive): to take over
 it only has to turn its mesh route. It cannot where it reaches its leader through the tunnel, because
-WireGuard gives the mesh subnet to one peer only, which is then the leader.
+WireGuard gives the mesh subnet to one peer only, which is then the leader. The next in line of every other segment
+is among the peers too, with nothing allowed.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from attrs import frozen
 
 from kilo_etcd.model import (
     DEFAULT_LOCATION,
+    Endpoint,
     Granularity,
     IPAddress,
     IPInterface,
@@ -250,6 +252,17 @@ def _reduced(own: Node, standing: _Standing) -> Node:
     )
 
 
+def _endpoint(own: Node, other: Node, near: bool) -> tuple[Endpoint | None, Endpoint | None]:
+    """(where another segment's node says that it is reached, where it is seen through its NAT)."""
+    # The default location is whoever has no label, which promises no common network: a full mesh needs no labels.
+    public = other.endpoint is not None and other.endpoint.public
+    inside = near and (own.location != DEFAULT_LOCATION or not public)
+    endpoint = local_endpoint(own, other) if inside else endpoint_for(own, other)
+    if other.seen and not (inside and own.location != DEFAULT_LOCATION):
+        return endpoint, seen_endpoint(own, other, endpoint)
+    return endpoint, None
+
+
 def _remote_part(topology: Topology, local: _Local, previous: HostPlan | None) -> _Remote:
     outlook = _Outlook(
         standing=local.standing,
@@ -299,6 +312,7 @@ def _follow(
     # faster, so what comes again is overwritten in its place.
     peers, routes, problems = remote.peers.copy(), remote.routes.copy(), remote.problems.copy()
     old_keys = {segment.leader.public_key for segment in gone.values()}
+    old_keys.update(segment.standby.public_key for segment in gone.values() if segment.standby is not None)
     old_keys.update(peer.public_key for peer in peers_gone.values())
     old_networks = {network for segment in gone.values() for network in segment.networks}
     old_networks.update(network for peer in peers_gone.values() for network in peer.allowed_ips)
@@ -332,13 +346,16 @@ def _follow(
             networks = tuple(n for n in networks if n not in segment.location_networks)
             allowed = tuple(n for n in allowed if n not in segment.location_networks)
         route(networks)
-        # The default location is whoever has no label, which promises no common network: a full mesh needs no labels.
-        public = leader.endpoint is not None and leader.endpoint.public
-        inside = near and (own.location != DEFAULT_LOCATION or not public)
-        endpoint = local_endpoint(own, leader) if inside else endpoint_for(own, leader)
-        seen = None
-        if leader.seen and not (inside and own.location != DEFAULT_LOCATION):
-            seen = seen_endpoint(own, leader, endpoint)
+        if segment.standby is not None:
+            # Known and allowed nothing: to take over, it is allowed what the leader was, and that is one change.
+            connect(
+                PeerPlan(
+                    public_key=segment.standby.public_key,
+                    name=segment.standby.name,
+                    endpoint=_endpoint(own, segment.standby, near)[0],
+                )
+            )
+        endpoint, seen = _endpoint(own, leader, near)
         connect(
             PeerPlan(
                 public_key=leader.public_key,

@@ -49,6 +49,8 @@ class Segment:
     members: tuple[Node, ...]
     """By name."""
     leader: Node
+    standby: Node | None
+    """Who leads when the leader's candidacy ends: other segments' leaders know it as a WireGuard peer already."""
     election: Election
     subnets: Mapping[str, tuple[IPNetwork, ...]]
     """Member -> the networks behind it that are granted to it; members with none are not in it."""
@@ -217,6 +219,7 @@ def build_topology(snapshot: Snapshot, previous: Topology | None = None) -> Topo
     for location in (
         *changes(before.candidates, snapshot.candidates),
         *changes(before.leaders, snapshot.leaders),
+        *changes(before.verdicts, snapshot.verdicts),
     ):
         touched.update(key for key in _location_keys(location) if key in previous.segments)
     if settlement is not previous.settlement:
@@ -257,7 +260,13 @@ def _addresses(snapshot: Snapshot, name: str) -> tuple[IPAddress, ...]:
 def _segment(key: str, members: Mapping[str, Node], snapshot: Snapshot, settlement: Settlement) -> Segment:
     ordered = tuple(members[name] for name in sorted(members))
     location = ordered[0].location
-    election = elect(ordered, snapshot.candidates.get(location, ()), snapshot.leaders.get(location))
+    election = elect(
+        ordered,
+        snapshot.candidates.get(location, ()),
+        snapshot.leaders.get(location),
+        snapshot.verdicts.get(location, ()),
+    )
+    standby = election.next_in_line
     subnets = {node.name: granted for node in ordered if (granted := settlement(("node", node.name)))}
     location_networks = settlement(("location", key))
     networks = _sorted((*location_networks, *(network for granted in subnets.values() for network in granted)))
@@ -266,6 +275,7 @@ def _segment(key: str, members: Mapping[str, Node], snapshot: Snapshot, settleme
         location=location,
         members=ordered,
         leader=members[election.leader],
+        standby=None if standby is None else members[standby],
         election=election,
         subnets=subnets,
         location_networks=location_networks,
