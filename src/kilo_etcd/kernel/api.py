@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import Protocol
 
 from kilo_etcd.kernel.state import ApplyReport, Backend, Change, Heard, Observed
+from kilo_etcd.model import IPAddress
 from kilo_etcd.topology.hostplan import HostPlan
 
 
@@ -41,6 +43,14 @@ class Kernel(Protocol):
 
     async def hear(self) -> Heard:
         """What the WireGuard device says of its peers now: much less to read than all that `observe` does."""
+
+    async def ping(
+        self, addresses: Collection[IPAddress], *, times: int = 1, patience: float, first: bool = False
+    ) -> Mapping[IPAddress, float]:
+        """Who of `addresses` answers an echo request, and after how many seconds; see `kernel.echo.ping`.
+
+        It waits for no other call. KernelError, with the remedy, if this host may not ping.
+        """
 
     async def wait_drift(self) -> str:
         """Return, with a word on what happened, when somebody else has changed something of ours.

@@ -13,6 +13,7 @@ from kilo_etcd.kernel.forward import AddForward, DeleteForward
 from kilo_etcd.kernel.state import (
     AddAddress,
     AddRoute,
+    AllowPings,
     Change,
     CreateLink,
     DeleteRoute,
@@ -63,6 +64,11 @@ def _sentence(change: Change, error: OSError) -> str:
         return (
             f"{change.path} could not be set to 2 ({error.strerror}): a host that forwards IPv6 loses what it has "
             f"from router advertisements on {change.name}, a default route for instance; set it with `{change}`"
+        )
+    if isinstance(change, AllowPings):
+        return (
+            f"this process may not ping ({change.path} could not be set: {error.strerror}), so nobody is told when a "
+            f"leader does not forward: set it on the host with `{change}`"
         )
     if isinstance(change, SetForwarding):
         name = change.path.replace("/", ".")

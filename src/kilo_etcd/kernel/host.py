@@ -28,6 +28,7 @@ from kilo_etcd.kernel.state import (
     AddAddress,
     AddressScope,
     AddRoute,
+    AllowPings,
     Backend,
     Change,
     CreateLink,
@@ -453,7 +454,7 @@ class Host:
                     self._send(rtnetlink.set_mtu(self._index(name), mtu))
                 case SetUp(name=name):
                     self._send(rtnetlink.set_up(self._index(name)))
-                case SetForwarding() | KeepAdvertisements():
+                case SetForwarding() | AllowPings() | KeepAdvertisements():
                     self._writes += 1
                     sysctl.change_to(change, self._record)
                 case RestoreSysctl():

@@ -8,16 +8,17 @@ not cancelled half way.
 
 from __future__ import annotations
 
+import os
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
 import trio
 from attrs import evolve
 
-from kilo_etcd.kernel import rtnetlink
+from kilo_etcd.kernel import echo, rtnetlink
 from kilo_etcd.kernel.api import Kernel
 from kilo_etcd.kernel.diff import Difference, difference, is_drift, must_look, remember, shadows, superseded
 from kilo_etcd.kernel.drift import Watch, Whereabouts, bends_ways
@@ -31,6 +32,7 @@ from kilo_etcd.kernel.netfilter import Reports
 from kilo_etcd.kernel.netlink import Listener
 from kilo_etcd.kernel.state import (
     ROUTE_PROTOCOL,
+    AllowPings,
     ApplyReport,
     Backend,
     Change,
@@ -50,6 +52,7 @@ from kilo_etcd.kernel.state import (
 )
 from kilo_etcd.kernel.userspace import public_key_of
 from kilo_etcd.kernel.wireguard import raw
+from kilo_etcd.model import IPAddress
 from kilo_etcd.topology.hostplan import HostPlan
 
 _T = TypeVar("_T")
@@ -214,6 +217,20 @@ class LinuxKernel:
     async def hear(self) -> Heard:
         async with self._lock:
             return await _in_thread(self._host.hear)
+
+    async def ping(
+        self, addresses: Collection[IPAddress], *, times: int = 1, patience: float, first: bool = False
+    ) -> Mapping[IPAddress, float]:
+        try:
+            return await echo.ping(addresses, times=times, patience=patience, first=first)
+        except PermissionError:
+            async with self._lock:
+                _, failed = await _in_thread(lambda: self._host.make([AllowPings(os.getegid())]))
+        try:
+            return await echo.ping(addresses, times=times, patience=patience, first=first)
+        except OSError as error:
+            reason = failed[0][1].text if failed else f"this host cannot ping: {error.strerror}"
+            raise KernelError(reason) from None
 
     async def wait_drift(self) -> str:
         while self._drift is None:

@@ -386,6 +386,20 @@ class SetForwarding:
 
 
 @frozen
+class AllowPings:
+    """Let a group, by its number, use the kernel's echo sockets, where nobody may (the kernel's default)."""
+
+    group: int
+
+    @property
+    def path(self) -> str:
+        return "net/ipv4/ping_group_range"
+
+    def __str__(self) -> str:
+        return f"sysctl -w {self.path.replace('/', '.')}='{self.group} {self.group}'"
+
+
+@frozen
 class KeepAdvertisements:
     """Have an interface heed router advertisements although the host forwards IPv6."""
 
@@ -415,7 +429,7 @@ LinkChange: TypeAlias = CreateLink | StartUserspace | DeleteLink | SetMtu | SetU
 WireGuardChange: TypeAlias = SetDevice | SetPeer | RemovePeer
 RouteChange: TypeAlias = AddRoute | ReplaceRoute | DeleteRoute | AddRule | DeleteRule
 FilterChange: TypeAlias = ReplaceTable | DeleteTable | AddForward | DeleteForward
-SysctlChange: TypeAlias = SetForwarding | KeepAdvertisements | RestoreSysctl
+SysctlChange: TypeAlias = SetForwarding | AllowPings | KeepAdvertisements | RestoreSysctl
 AddressChange: TypeAlias = AddAddress | DeleteAddress
 Change: TypeAlias = LinkChange | AddressChange | WireGuardChange | RouteChange | SysctlChange | FilterChange
 

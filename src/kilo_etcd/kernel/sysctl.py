@@ -1,4 +1,4 @@
-"""Forwarding sysctls through /proc/sys: read, set to 1, and given back at `cleanup`.
+"""Sysctls through /proc/sys: read, set, and given back at `cleanup`. Most are those of forwarding, which are set to 1.
 
 A host that begins to forward IPv6 takes itself for a router: from then on it passes over router advertisements, and
 forgets at once the default route that it has from them, unless the interface's accept_ra is 2. So each interface that
@@ -15,7 +15,7 @@ import json
 import os
 from pathlib import Path
 
-from kilo_etcd.kernel.state import KeepAdvertisements, RestoreSysctl, SetForwarding
+from kilo_etcd.kernel.state import AllowPings, KeepAdvertisements, RestoreSysctl, SetForwarding
 
 _ROOT = Path("/proc/sys")
 
@@ -37,7 +37,7 @@ def advertised(*ours: str) -> tuple[str, ...]:
     return tuple(name for name in asked if _read(KeepAdvertisements(name).path) == "1")
 
 
-def change_to(change: SetForwarding | KeepAdvertisements, record: Path) -> None:
+def change_to(change: SetForwarding | AllowPings | KeepAdvertisements, record: Path) -> None:
     """OSError if it is not ours to write."""
     before = _read(change.path)
     _write(change.path, _ours(change.path))
@@ -61,6 +61,8 @@ def to_restore(record: Path) -> tuple[RestoreSysctl, ...]:
 
 
 def _ours(path: str) -> str:
+    if path == AllowPings(0).path:
+        return f"{os.getegid()}\t{os.getegid()}"
     return "2" if path.endswith("/accept_ra") else "1"
 
 

@@ -1,9 +1,9 @@
 """This host's own keys: its registration under a long lease, its candidacy, status and words under a short one.
 
 What is wanted is said once (`register`, `enter`, `leave`, `put_status`, `put_sightings`, `put_verdicts`); `run` sees to
-it that etcd keeps saying so: it keeps both leases, and puts back what was lost with a lease or taken away. While etcd is
-away it tries again with jitter, for ever, and never raises. Nothing is written that etcd holds already: an agent that starts
-again within the lease's time finds its own keys, adopts their leases, and goes on without a write.
+it that etcd keeps saying so: it keeps both leases, and puts back what was lost with a lease or taken away. While etcd
+is away it tries again with jitter, for ever, and never raises. Nothing is written that etcd holds already: an agent
+that starts again within the lease's time finds its own keys, adopts their leases, and goes on without a write.
 
 The name is the host's as long as the record at it carries the host's public key: every write under the short lease
 is conditional on that. Another key at the name is respected while its owner lives (its status is there), and

@@ -12,7 +12,7 @@ exactly what a real one would; only netlink is missing. Nothing is ever slow or 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 import trio
@@ -20,6 +20,7 @@ from attrs import evolve
 
 from kilo_etcd.kernel.api import Kernel
 from kilo_etcd.kernel.diff import difference, is_drift, remember, superseded
+from kilo_etcd.kernel.echo import SPACING
 from kilo_etcd.kernel.effect import apply_changes
 from kilo_etcd.kernel.errors import KernelError
 from kilo_etcd.kernel.forward import AddForward, DeleteForward
@@ -48,7 +49,7 @@ from kilo_etcd.kernel.state import (
 from kilo_etcd.kernel.table import DeleteTable, ReplaceTable
 from kilo_etcd.kernel.userspace import public_key_of
 from kilo_etcd.kernel.wireguard import raw
-from kilo_etcd.model import Endpoint
+from kilo_etcd.model import Endpoint, IPAddress
 from kilo_etcd.topology.hostplan import HostPlan
 
 
@@ -68,6 +69,12 @@ class FakeHost:
         """What would drop forwarded traffic."""
         self.moved = trio.Event()
         """Set by a test that changes `addresses`."""
+        self.reach: Callable[[IPAddress], bool] = lambda address: False
+        """Whether an echo request to an address is answered; asked once for each."""
+        self.no_pings: str | None = None
+        """Why the host may not ping."""
+        self.shakes: Callable[[str], bool] = lambda public_key: False
+        """Whether a peer that is given an endpoint and keepalive answers at once with a handshake."""
         self._listeners: list[FakeKernel] = []
 
     def tamper(self, changes: Sequence[Change], interface: str = "kilo0", what: str = "somebody changed it") -> None:
@@ -152,6 +159,9 @@ class FakeKernel:
             if made and self._delay:
                 await trio.sleep(self._delay)
             self.host.observed = apply_changes(self.host.observed, made, self._setup.interface)
+            for change in made:
+                if isinstance(change, SetPeer) and change.persistent_keepalive and self.host.shakes(change.public_key):
+                    self.host.hear_from(change.public_key)
             self.host.history.extend(made)
             self.writes += len(made)
             self.plan = plan
@@ -181,6 +191,20 @@ class FakeKernel:
     async def hear(self) -> Heard:
         await trio.lowlevel.checkpoint()
         return Heard(time=trio.current_time(), peers=self.host.observed.peers)
+
+    async def ping(
+        self, addresses: Collection[IPAddress], *, times: int = 1, patience: float, first: bool = False
+    ) -> Mapping[IPAddress, float]:
+        if self.host.no_pings is not None:
+            raise KernelError(self.host.no_pings)
+        answered: dict[IPAddress, float] = {}
+        for turn in range(times):
+            answered.update((one, 0.0) for one in addresses if one not in answered and self.host.reach(one))
+            if len(answered) == len(addresses) or (first and answered):
+                await trio.lowlevel.checkpoint()
+                break
+            await trio.sleep(SPACING if turn + 1 < times else patience)
+        return answered
 
     async def wait_moved(self) -> None:
         await self.host.moved.wait()
