@@ -9,7 +9,7 @@ import trio
 
 from kilo_etcd import store
 from kilo_etcd.agent import decide
-from kilo_etcd.model import Snapshot
+from kilo_etcd.model import CandidateClass, Snapshot
 
 
 class Candidacy:
@@ -20,14 +20,29 @@ class Candidacy:
         self._name = name
         self._eligible: decide.Stand | None = None
         self._steady_since = 0.0
+        self._penance = decide.Penance()
 
-    async def update(self, snapshot: Snapshot, *, leads: bool, ready: bool) -> float | None:
-        """Stand, or stand no more, in the face of `snapshot`; when to call again although nothing changed."""
+    @property
+    def penance(self) -> float | None:
+        """Until when this host stands behind everyone, on trio's clock; None: it does not."""
+        return self._penance.until if trio.current_time() < self._penance.until else None
+
+    async def update(self, snapshot: Snapshot, *, leads: bool, ready: bool, passed_over: bool) -> float | None:
+        """Stand, or stand no more, in the face of `snapshot`; when to call again although nothing changed.
+
+        `passed_over`: by it this host would lead, but for the witnesses.
+        """
         now = trio.current_time()
         wanted = decide.eligible(snapshot, self._name)
+        current = self._session.candidacy
+        behind = current is not None and current.rank is CandidateClass.PASSED_OVER
+        if passed_over and not behind:
+            self._penance = self._penance.again(now)
+        # Who leads all the same goes on: to queue anew would be one more change of leader.
+        if wanted is not None and (now < self._penance.until or (behind and leads)):
+            wanted = decide.Stand(wanted.location, CandidateClass.PASSED_OVER)
         if wanted != self._eligible:
             self._eligible, self._steady_since = wanted, now
-        current = self._session.candidacy
         hold, due = decide.stand(
             wanted,
             decide.Standing(
@@ -44,4 +59,6 @@ class Candidacy:
             await self._session.enter(hold.location, hold.rank)
             if leads and snapshot.leaders.get(hold.location) != self._name:
                 await self._session.record_leader(hold.location)
+        if now < self._penance.until and hold is not None:
+            return self._penance.until if due is None else min(due, self._penance.until)
         return due

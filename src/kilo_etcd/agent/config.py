@@ -56,6 +56,13 @@ class WireGuardKind(StrEnum):
     USERSPACE = "userspace"
 
 
+class Probe(StrEnum):
+    """Whether hosts try if packets get through leaders."""
+
+    AUTO = "auto"
+    OFF = "off"
+
+
 @frozen
 class ListenAddress:
     """Where metrics and health are served; an empty host is all addresses of both families."""
@@ -90,6 +97,8 @@ class AgentConfig:
     prioritise_private: bool = False
     resync_period: float = 30.0
     clean_up: bool = False
+    probe: bool = True
+    """Whether this host is a witness of leaders that do not forward."""
     forward_rules: bool = False
     """Whether mesh traffic is let through a FORWARD chain whose policy is drop."""
     log_level: str = "info"
@@ -131,6 +140,7 @@ class AgentConfig:
         prioritise_private_addresses: bool = False,
         resync_period: str = "30s",
         clean_up: bool = False,
+        probe: str = "auto",
         forward_rules: bool = False,
         log_level: str = "info",
         wireguard: str = "auto",
@@ -166,6 +176,7 @@ class AgentConfig:
             prioritise_private=prioritise_private_addresses,
             resync_period=read("--resync-period", lambda: _at_least(parse_duration(resync_period), 1.0)),
             clean_up=clean_up,
+            probe=read("--probe", lambda: _one_of(Probe, probe)) is Probe.AUTO,
             forward_rules=forward_rules,
             log_level=read("--log-level", lambda: parse_log_level(log_level)),
             wireguard=read("--wireguard", lambda: _one_of(WireGuardKind, wireguard)),

@@ -33,6 +33,7 @@ from kilo_etcd.agent.program import Programmer
 from kilo_etcd.agent.report import Reporter, State
 from kilo_etcd.agent.resolve import Resolver, plan_names, resolve_plan
 from kilo_etcd.agent.whereabouts import Whereabouts
+from kilo_etcd.agent.witness import Witness, sentence
 from kilo_etcd.model import Granularity, IPNetwork, Snapshot
 from kilo_etcd.store.keys import AddressKey
 from kilo_etcd.topology import Topology, UnknownNode, build_topology, host_plan
@@ -128,6 +129,8 @@ class Daemon:
         self.disagreements: tuple[str, ...] = ()
         self.unmet: tuple[str, ...] = ()
         """Sentences on nodes that, like this host, are behind NAT, and are not heard."""
+        self.penance: str | None = None
+        """Why this host stands behind all other candidates, as a sentence."""
         self.subnets: tuple[IPNetwork, ...] = ()
         """The mesh's, as they were when this agent joined."""
 
@@ -146,6 +149,10 @@ class Daemon:
         self._reporter = Reporter(self.session, public_key, config.mesh_granularity)
         self._candidacy = Candidacy(self.session, self.name)
         self._answerer = Answerer(client, self.keys, self.name, device, self._in_force, self.once)
+        self._witness = Witness(
+            device, self.session, self.name, self.once,
+            sound=self._sound, prove=self._prove, look_again=lambda: self._nudge(fresh=True),
+        )  # fmt: skip
         self._hearing = Hearing(device, self.session, self.name, on_unmet=self._note_unmet, begin_over=self._begin_over)
 
     # -- life -----------------------------------------------------------------------------------------------
@@ -229,6 +236,8 @@ class Daemon:
             self.keeper.run,
         ):
             nursery.start_soon(task)
+        if self.config.probe:
+            nursery.start_soon(self._witness.run)
 
     def _keep_programmed(self, nursery: trio.Nursery) -> None:
         """Start what brings snapshots to the kernel and keeps them there; nothing of it writes to etcd."""
@@ -529,9 +538,11 @@ class Daemon:
         self._programmed = True
         missing = (failure.destination for failure in report.failures if not failure.aside)
         self._ready = decide.able_to_lead(missing, snapshot.subnets)
+        self._note_passed_over()
         self._note_role(snapshot)
         self._publish(snapshot)
         self._hearing.follow(snapshot, plan, tunnels=not standby)
+        self._witness.follow(self.topology)
         if self.remembered is None or snapshot is not self.remembered.snapshot:
             self.keeper.note(snapshot, self._holdings)
         applied, self._applied = self._applied, trio.Event()
@@ -574,7 +585,11 @@ class Daemon:
         if role.kind is store.Role.ALONE:
             self.log.info("this host is a segment of its own", revision=snapshot.revision)
         else:
-            self.log.info("leader elected", leader=role.leader, role=role.kind, revision=snapshot.revision)
+            passed_over = self.topology.segment_of(self.name).election.passed_over
+            self.log.info(
+                "leader elected", leader=role.leader, role=role.kind, passed_over=passed_over,
+                revision=snapshot.revision,
+            )  # fmt: skip
         self.metrics.leads(role.kind is store.Role.LEADER)
 
     def _note_unmet(self, sentences: tuple[str, ...]) -> None:
@@ -601,7 +616,8 @@ class Daemon:
 
     def _standing_errors(self) -> tuple[str, ...]:
         """All that is wrong with this host, as sentences."""
-        further = (self._etcd_trouble(), self.metrics.listen_trouble)
+        behind = None if self.penance is None else f"{self.penance}; for some minutes it leads only if nobody else can"
+        further = (self._etcd_trouble(), behind, self.metrics.listen_trouble)
         said = (*self.disagreements, *self.failures, *self.unmet, *self.whereabouts.overlaps)
         return (*said, *(text for text in further if text))
 
@@ -619,6 +635,33 @@ class Daemon:
 
     # -- candidacy ------------------------------------------------------------------------------------------
 
+    def _note_passed_over(self) -> None:
+        text = self._passed_over()
+        if text is not None and self.penance is None:
+            self.penance = text
+            self.log.warning("passed over as leader", why=text)
+        elif self.penance is not None and text is None and self._candidacy.penance is None:
+            self.penance = None
+            self.log.info("standing for leader as before")
+
+    def _passed_over(self) -> str | None:
+        """Why this host does not lead although it is first in line, as a sentence."""
+        if self.topology is None or self.name not in self.topology.snapshot.nodes:
+            return None
+        segment = self.topology.segment_of(self.name)
+        if segment.election.passed_over != self.name:
+            return None
+        return sentence(self.name, self.topology.snapshot.verdicts.get(segment.location, ()))
+
+    async def _sound(self) -> bool:
+        """Whether the kernel is as the plan in force wants it, read anew."""
+        plan = self.programmer.programmed
+        return plan is not None and not await self.kernel.preview(plan)
+
+    def _prove(self, keys: Collection[str]) -> None:
+        self.programmer.prove(keys)
+        self._nudge()
+
     async def _stand_for_leader(self) -> None:
         """Hold the candidacy that `decide.stand` says, deciding again after each apply and when a wait is over."""
         while True:
@@ -627,6 +670,8 @@ class Daemon:
             if self.snapshot is not None and self.topology is not None and not self._leaving:
                 ready = self._ready and self.applied_revision >= self.snapshot.revision
                 leads = self.role is not None and self.role.kind is store.Role.LEADER
-                due = await self._candidacy.update(self.snapshot, leads=leads, ready=ready)
+                due = await self._candidacy.update(
+                    self.snapshot, leads=leads, ready=ready, passed_over=self._passed_over() is not None
+                )
             with trio.move_on_at(due if due is not None else float("inf")):
                 await applied.wait()

@@ -44,12 +44,31 @@ def role_of(topology: Topology, name: str) -> Role:
     return Role(kind=kind, location=segment.location, leader=segment.leader.name)
 
 
+PASSED_OVER_SECONDS, PASSED_OVER_MOST = 300.0, 3600.0
+"""How long a host that was passed over as leader stands behind everyone: at first, and at most. Each time that it
+happens again within twice that time it is twice as long."""
+
+
 @frozen
 class Stand:
     """A candidacy: for which location, in which class."""
 
     location: str
     rank: CandidateClass
+
+
+@frozen
+class Penance:
+    """The times at which a host was passed over count for a while. Seconds of one monotonic clock."""
+
+    until: float = float("-inf")
+    seconds: float = 0.0
+
+    def again(self, now: float) -> Penance:
+        """What it is once the host was passed over at `now`."""
+        recent = self.seconds > 0.0 and now - self.until <= self.seconds
+        seconds = min(self.seconds * 2, PASSED_OVER_MOST) if recent else PASSED_OVER_SECONDS
+        return Penance(now + seconds, seconds)
 
 
 def eligible(snapshot: Snapshot, name: str) -> Stand | None:

@@ -23,6 +23,7 @@ from kilo_etcd.agent.config import (
     LOG_LEVELS,
     AgentConfig,
     ListenAddress,
+    Probe,
     WireGuardKind,
     environment_name,
     parse_duration,
@@ -127,6 +128,12 @@ _AGENT = (
         "On stopping, leave the mesh and remove everything that the agent made.",
         switch=True,
         negative="--no-clean-up",
+    ),
+    _flag(
+        "--probe",
+        Probe.AUTO.value,
+        "Whether this host tries if packets get through leaders, and says in etcd when they do not.",
+        choices=tuple(Probe),
     ),
     _flag(
         "--forward-rules",

@@ -23,6 +23,9 @@ from kilo_etcd.topology.hostplan import HostPlan
 DISCARD_PORT = 9
 """RFC 863; whoever gets the packet may throw it away, since its arrival at the tunnel's far end is all it is for."""
 
+PROOF_KEEPALIVE = 5
+"""Seconds, for as long as a proof is asked for: the least that has a device speak at once, and little more."""
+
 
 class Programmer:
     """One host's kernel, as the reconciler uses it."""
@@ -36,6 +39,7 @@ class Programmer:
         self._due: float | None = None
         self._topology: Topology | None = None
         self._begin_over: set[str] = set()
+        self._proving: frozenset[str] = frozenset()
         self._due_changed = trio.Event()
 
     async def apply(self, plan: HostPlan, topology: Topology, *, standby: bool, fresh: bool) -> kernel.ApplyReport:
@@ -49,9 +53,10 @@ class Programmer:
             plan, topology.snapshot, self._since, self._waiting,
             promoted=promotions(self._topology, topology), standby=standby, now=now,
         )  # fmt: skip
-        silent = await self._start_over(contact.late.keys(), contact.plan)
-        report = await self._device.apply(contact.plan, fresh=fresh)
-        self.programmed = contact.plan
+        wanted = self._with_proofs(contact.plan, plan) if standby else contact.plan
+        silent = await self._start_over(contact.late.keys(), wanted)
+        report = await self._device.apply(wanted, fresh=fresh)
+        self.programmed = wanted
         speak({**contact.speak_to, **{key: contact.late[key] for key in silent}}.values())
         if not standby:
             speak(_told_of(report, contact.plan, topology)[:MOST_SPOKEN_TO])
@@ -62,6 +67,21 @@ class Programmer:
     def begin_over(self, keys: Collection[str]) -> None:
         """Have the next `apply` make these peers anew: their sessions are dead, and others know where they are now."""
         self._begin_over.update(keys)
+
+    def prove(self, keys: Collection[str]) -> None:
+        """Have the next `apply`, and those after it, shake hands with these peers although this host is a standby: that
+        it can is the proof that it could lead. None: no more."""
+        wanted = frozenset(keys)
+        self._begin_over.update(wanted - self._proving)
+        self._proving = wanted
+
+    def _with_proofs(self, programmed: HostPlan, plan: HostPlan) -> HostPlan:
+        # What is given keepalive sends at once, and needs an endpoint, which a standby's peers are not told.
+        proofs = {
+            key: evolve(plan.peers[key], persistent_keepalive=PROOF_KEEPALIVE)
+            for key in self._proving & plan.peers.keys()
+        }
+        return evolve(programmed, peers={**programmed.peers, **proofs}) if proofs else programmed
 
     async def wait_due(self) -> None:
         """Return when the last plan is to be applied again, read afresh, for the sake of new peers."""

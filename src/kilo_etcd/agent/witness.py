@@ -1,0 +1,301 @@
+"""The tasks of a witness: tries whether packets get through its leader, and says in etcd when they do not.
+
+What to try and what follows from it is decided by `agent.duty` and `topology.verdicts`; here it is done: echo requests,
+the look at itself before it accuses another, the handshake that proves that it could do better, and the record under
+the short lease. As long as all is well there is one small packet and its answer every PERIOD on one host of a location,
+and no write anywhere.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+
+import trio
+from attrs import evolve
+
+from kilo_etcd import kernel, store
+from kilo_etcd.agent import duty as duties
+from kilo_etcd.agent.duty import Account, Duty, Summons, accused, duty_of, stands, summons_of
+from kilo_etcd.agent.logs import Once
+from kilo_etcd.model import IPAddress, Node, Verdict
+from kilo_etcd.topology import Topology
+
+IN_DOUBT = 0.5
+"""Seconds between two looks while it stands that the leader does not forward."""
+
+FAR_PERIOD = 1.0
+"""The same for another location's leader."""
+
+PROOF_SECONDS, PROOF_POLL = 1.0, 0.04
+"""How long a handshake may take that proves that this host could lead, and the time between two looks for it."""
+
+PROOF_AGAIN = 6.0
+"""Seconds until a proof that failed is tried again: WireGuard shakes hands every five seconds at most."""
+
+UNABLE_SECONDS = 60.0
+"""Where this host may not ping, it is tried again so much later."""
+
+
+class Witness:
+    """Of node `name`.
+
+    `sound` says whether this host's kernel is as planned; `prove` has handshakes made with these public keys, and with
+    none any more when it is empty; `look_again` is called when the kernel may not be as planned: this host has seen
+    it, or others say that it does not forward.
+    """
+
+    def __init__(
+        self,
+        device: kernel.Kernel,
+        session: store.Session,
+        name: str,
+        once: Once,
+        *,
+        sound: Callable[[], Awaitable[bool]],
+        prove: Callable[[Collection[str]], object],
+        look_again: Callable[[], object],
+        rng: random.Random | None = None,
+    ) -> None:
+        self._device = device
+        self._session = session
+        self._name = name
+        self._once = once
+        self._sound = sound
+        self._prove = prove
+        self._look_again = look_again
+        self._rng = rng or random.Random()
+        self._account = Account()
+        self._topology: Topology | None = None
+        self._duty: Duty | None = None
+        self._summons: tuple[Summons, ...] = ()
+        self._accusers: tuple[str, ...] = ()
+        self._news = trio.Event()
+        self._far_news = trio.Event()
+        self._proving: frozenset[str] = frozenset()
+        self._proof_due = 0.0
+        self._lock = trio.Lock()
+
+    def follow(self, topology: Topology) -> None:
+        """`topology` is in the kernel."""
+        self._topology = topology
+        before, self._duty = self._duty, duty_of(topology, self._name)
+        if self._duty != before:
+            news, self._news = self._news, trio.Event()
+            news.set()
+        summons = summons_of(topology, self._name)
+        if summons != self._summons or any(not self._holds(location) for location in self._session.verdicts):
+            self._summons = summons
+            news, self._far_news = self._far_news, trio.Event()
+            news.set()
+        accusers = tuple(verdict.witness for verdict in accused(topology, self._name))
+        if set(accusers) - set(self._accusers):
+            self._look_again()
+        self._accusers = accusers
+
+    async def run(self) -> None:
+        """Be a witness until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._watch_leader)
+            nursery.start_soon(self._heed_summons)
+
+    # -- this host's own leader ---------------------------------------------------------------------------------
+
+    async def _watch_leader(self) -> None:
+        while True:
+            duty, news = self._duty, self._news
+            if duty is None or not (duty.first or duty.doubts or self._says(duty)):
+                self._stop_proving()
+                await news.wait()
+                continue
+            try:
+                pause = await self._look(duty)
+            except kernel.KernelError as error:
+                self._once.warning("pings", "this host cannot be a witness", error=str(error))
+                pause = UNABLE_SECONDS
+            else:
+                self._once.clear("pings", "this host can be a witness again")
+            with trio.move_on_after(pause * self._rng.uniform(0.95, 1.05)):
+                await news.wait()
+
+    async def _look(self, duty: Duty) -> float:
+        """Try once, or harder if there is doubt; the seconds until the next time."""
+        now = trio.current_time()
+        if not (duty.doubts or self._says(duty)):
+            target = self._account.next(duty, now)
+            if target is None:
+                return duties.BLIND_PERIOD
+            counts = self._account.knows(target, now)
+            if await self._through([target], times=1) or not counts:
+                return duties.BLIND_PERIOD if self._account.blind(duty, now) else duties.PERIOD
+        said = self._session.verdicts.get(duty.location)
+        named = said.targets if said is not None and self._says(duty) else ()
+        targets = self._account.in_doubt(duty, trio.current_time(), named)
+        if not targets:
+            return duties.PERIOD
+        near: Mapping[IPAddress, float] = {}
+        through = False
+
+        async def try_near() -> None:
+            nonlocal near
+            near = await self._device.ping(
+                [duty.near, *duty.fellows], times=duties.BURST, patience=duties.PATIENCE
+            )  # fmt: skip
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(try_near)
+            through = await self._through(targets, times=duties.BURST)
+            if through:
+                nursery.cancel_scope.cancel()
+        if through:
+            self._stop_proving()
+            if self._says(duty):
+                await self._say(duty.location, None)
+            return duties.PERIOD
+        if not self._current(duty):
+            return 0.0
+        if not await self._sound():
+            # What is missing here is on its way back; it says nothing about the leader.
+            self._look_again()
+            return duties.PERIOD
+        found = store.VerdictRecord(
+            leader=duty.leader.name,
+            candidacy=duty.candidacy,
+            targets=tuple(sorted(node.name for node in targets)),
+            answers=duty.near in near,
+            fellows=any(address in near for address in duty.fellows),
+            reaches=said is not None and self._says(duty) and said.reaches,
+        )
+        await self._say(duty.location, found)
+        if duty.first and not found.reaches and trio.current_time() >= self._proof_due:
+            if await self._reaches(targets):
+                await self._say(duty.location, evolve(found, reaches=True))
+            else:
+                self._proof_due = trio.current_time() + PROOF_AGAIN
+        return IN_DOUBT
+
+    async def _through(self, targets: Collection[Node], *, times: int) -> bool:
+        """Whether any of them answers; this host's routes send the requests through its leader."""
+        by_address = {node.mesh_addresses[0]: node for node in targets}
+        answers = await self._device.ping(
+            by_address, times=times, patience=self._account.patience(targets), first=True
+        )  # fmt: skip
+        answered = {by_address[address].name: took for address, took in answers.items()}
+        # Of several, one answer is enough, and the others were not waited for.
+        tried = [node for node in targets if node.name in answered] if answered else targets
+        self._account.tried(tried, answered, trio.current_time())
+        return bool(answered)
+
+    async def _reaches(self, targets: Iterable[Node]) -> bool:
+        """Whether this host itself can shake hands with one of them."""
+        keys = frozenset(node.public_key for node in targets)
+        try:
+            began = (await self._device.hear()).time
+            self._proving = keys
+            self._prove(keys)
+            with trio.move_on_after(PROOF_SECONDS):
+                while True:
+                    heard = await self._device.hear()
+                    if any(heard.peers[key].last_handshake >= began for key in keys & heard.peers.keys()):
+                        return True
+                    await trio.sleep(PROOF_POLL)
+        except OSError:
+            pass
+        self._stop_proving()
+        return False
+
+    def _stop_proving(self) -> None:
+        if self._proving:
+            self._proving = frozenset()
+            self._prove(())
+
+    # -- others' leaders ----------------------------------------------------------------------------------------
+
+    async def _heed_summons(self) -> None:
+        while True:
+            news = self._far_news
+            await self._drop_stale()
+            try:
+                for summons in self._summons:
+                    await self._examine(summons)
+            except kernel.KernelError as error:
+                self._once.warning("pings", "this host cannot be a witness", error=str(error))
+            with trio.move_on_after(FAR_PERIOD if self._summons else float("inf")):
+                await news.wait()
+
+    async def _examine(self, summons: Summons) -> None:
+        """Try the accused leader, and others through it."""
+        leader = summons.leader.mesh_addresses[0]
+        members = [node.mesh_addresses[0] for node in summons.members]
+        answers = await self._device.ping([leader, *members], times=duties.BURST, patience=duties.PATIENCE)
+        if self._topology is None or not stands(
+            self._topology, summons.location, summons.leader.name, summons.candidacy
+        ):
+            return
+        if any(address in answers for address in members):
+            await self._say(summons.location, None)
+            return
+        await self._say(
+            summons.location,
+            store.VerdictRecord(
+                leader=summons.leader.name,
+                candidacy=summons.candidacy,
+                targets=tuple(sorted(node.name for node in summons.members)),
+                answers=leader in answers,
+            ),
+        )
+
+    # -- what is said -------------------------------------------------------------------------------------------
+
+    def _says(self, duty: Duty) -> bool:
+        said = self._session.verdicts.get(duty.location)
+        return said is not None and duty.about(said.leader, said.candidacy)
+
+    def _current(self, duty: Duty) -> bool:
+        return self._duty is not None and self._duty.about(duty.leader.name, duty.candidacy)
+
+    def _holds(self, location: str) -> bool:
+        """Whether what is said of a location's leader is still of use: as long as that candidacy stands, since with
+        the word the one passed over would lead again."""
+        said = self._session.verdicts[location]
+        if self._topology is None:
+            return True
+        if not stands(self._topology, location, said.leader, said.candidacy):
+            return False
+        snapshot = self._topology.snapshot
+        own = snapshot.nodes.get(self._name)
+        # Of another location's leader nothing is said that nobody there says.
+        return (own is not None and own.location == location) or any(
+            verdict.witness != self._name and (verdict.leader, verdict.candidacy) == (said.leader, said.candidacy)
+            for verdict in snapshot.verdicts.get(location, ())
+        )
+
+    async def _drop_stale(self) -> None:
+        for location in [location for location in self._session.verdicts if not self._holds(location)]:
+            await self._say(location, None)
+
+    async def _say(self, location: str, record: store.VerdictRecord | None) -> None:
+        async with self._lock:
+            before = self._session.verdicts
+            after = {name: said for name, said in before.items() if name != location}
+            if record is not None:
+                after[location] = record
+            if after == before:
+                return
+            if record is not None:
+                self._once.warning(
+                    f"verdict {location}", "a leader does not forward, as far as this host can tell",
+                    leader=record.leader, location=location, tried=record.targets, answers=record.answers,
+                    fellows=record.fellows, reaches=record.reaches,
+                )  # fmt: skip
+            else:
+                self._once.clear(f"verdict {location}")
+            await self._session.put_verdicts(after)
+
+
+def sentence(leader: str, verdicts: Iterable[Verdict]) -> str:
+    """Why node `leader` is passed over, for people."""
+    said = sorted((one for one in verdicts if one.leader == leader), key=lambda one: one.witness)
+    names = " and ".join(one.witness for one in said)
+    targets = sorted({target for one in said if one.reaches for target in one.targets})
+    return f"{leader} does not forward: {names} found no way through it, to {', '.join(targets)} for instance"
