@@ -286,7 +286,6 @@ class Witness:
                 self._once.warning(
                     f"verdict {location}", "a leader does not forward, as far as this host can tell",
                     leader=record.leader, location=location, tried=record.targets, answers=record.answers,
-                    fellows=record.fellows, reaches=record.reaches,
                 )  # fmt: skip
             else:
                 self._once.clear(f"verdict {location}")

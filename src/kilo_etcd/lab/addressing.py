@@ -501,8 +501,20 @@ def _cut_rules(layout: Layout, cuts: Iterable[str], *, host: str = "", site: str
                 if other.site == here and other.name != host
                 for ip in other.addresses
             )
+            rules += _passing_through(layout.hosts[host].addresses)
         else:
             rules += _between(_others(layout, host=host, site=site))
+            rules += _passing_through(layout.hosts[host].addresses) if host else []
+    return rules
+
+
+def _passing_through(own: Iterable[IPAddress]) -> list[str]:
+    """What is neither from nor to a host's own address is the mesh's, in clear, and so from or to its location."""
+    rules = []
+    for version, family in ((4, "ip"), (6, "ip6")):
+        if texts := [str(ip) for ip in own if ip.version == version]:
+            group = ", ".join(texts)
+            rules.append(f"{family} saddr != {{ {group} }} {family} daddr != {{ {group} }} drop")
     return rules
 
 
