@@ -24,9 +24,11 @@ from kilo_etcd.agent.candidacy import Candidacy
 from kilo_etcd.agent.config import AgentConfig, too_small_for
 from kilo_etcd.agent.counted import counted
 from kilo_etcd.agent.hearing import Hearing
+from kilo_etcd.agent.hearsay import Hearsay, followed
 from kilo_etcd.agent.lastknown import Disk, Identity, Keeper, Remembered
 from kilo_etcd.agent.logs import Once, get_logger
 from kilo_etcd.agent.metrics import Metrics
+from kilo_etcd.agent.neighbours import Neighbours, Post
 from kilo_etcd.agent.notify import notify, notify_reloading, watchdog_interval
 from kilo_etcd.agent.pace import Pace
 from kilo_etcd.agent.program import Programmer
@@ -55,6 +57,9 @@ ETCD_PATIENCE_SECONDS = 2.0
 """How long a starting agent waits for etcd before it goes by the last known mesh."""
 
 KERNEL_RETRY_SECONDS = 0.5
+
+POST_RETRY_SECONDS = 60.0
+"""After the port for neighbours could not be had."""
 
 SETTLE_SECONDS = 0.5
 """How long changes of the host's own addresses may go on before they are looked at: they come in bursts."""
@@ -87,8 +92,11 @@ class Daemon:
         *,
         metrics: Metrics,
         disk: Disk | None = None,
+        secret: Callable[[str], bytes | None] | None = None,
+        post: Post | None = None,
     ) -> None:
-        """`disk`: where the last known mesh is kept; None: it is not."""
+        """`disk`: where the last known mesh is kept; None: it is not. `secret` is what the host's key and a public key
+        agree on, and `post` the way to neighbours; None: nobody is asked while etcd is away."""
         self.config = config
         self.client = client = counted(client, metrics.etcd_writes.inc, metrics.etcd_heard)
         self.kernel = device
@@ -129,6 +137,8 @@ class Daemon:
         self.disagreements: tuple[str, ...] = ()
         self.unmet: tuple[str, ...] = ()
         """Sentences on nodes that, like this host, are behind NAT, and are not heard."""
+        self.hearsay = Hearsay()
+        """What neighbours have said of leaders since etcd was out of reach."""
         self.penance: str | None = None
         """Why this host stands behind all other candidates, as a sentence."""
         self.subnets: tuple[IPNetwork, ...] = ()
@@ -149,6 +159,12 @@ class Daemon:
         self._reporter = Reporter(self.session, public_key, config.mesh_granularity)
         self._candidacy = Candidacy(self.session, self.name)
         self._answerer = Answerer(client, self.keys, self.name, device, self._in_force, self.once)
+        self._post = post
+        self._neighbours = (
+            None
+            if secret is None or post is None or not config.probe
+            else Neighbours(self.name, post, secret, etcd_away=self._etcd_away, on_heard=self._note_heard)
+        )
         self._witness = Witness(
             device, self.session, self.name, self.once,
             sound=self._sound, prove=self._prove, look_again=lambda: self._nudge(fresh=True),
@@ -252,6 +268,21 @@ class Daemon:
             self._reconcile,
         ):
             nursery.start_soon(task)
+        if self._neighbours is not None and self._post is not None:
+            nursery.start_soon(self._talk, self._neighbours, self._post)
+
+    async def _talk(self, neighbours: Neighbours, post: Post) -> None:
+        """Speak with neighbours, as long as this host has etcd or they have."""
+        while True:
+            try:
+                async with trio.open_nursery() as nursery:
+                    await nursery.start(post.run)
+                    self.once.clear("neighbours", "neighbours can be spoken to again")
+                    await neighbours.run()
+            except* OSError as group:
+                self.once.warning("neighbours", "neighbours cannot be asked while etcd is away",
+                                  error=str(group.exceptions[0]))  # fmt: skip
+                await trio.sleep(POST_RETRY_SECONDS)
 
     async def _bridge(self, nursery: trio.Nursery) -> Settings | None:
         """Where etcd does not answer and the last known mesh is on disk: put that in force until etcd can be followed.
@@ -483,6 +514,10 @@ class Daemon:
         self._report_snapshot(snapshot)
         self._note_claims(snapshot)
         self.topology = build_topology(snapshot, self.topology)
+        if self._neighbours is not None:
+            self._neighbours.follow(self.topology)
+            if (heard := followed(self.topology, self.hearsay)) is not snapshot:
+                self.topology = build_topology(heard, self.topology)
         try:
             self.raw_plan = host_plan(self.topology, self.name, self.raw_plan)
         except UnknownNode:
@@ -609,6 +644,18 @@ class Daemon:
             without_etcd=self._bridged() or "",
         )
         self._reporter.publish(snapshot, state, leaving=self._leaving)
+
+    def _etcd_away(self) -> bool:
+        return not self.mirror.connected or self.session.lapsed
+
+    def _note_heard(self, heard: Hearsay) -> None:
+        self.hearsay = heard
+        if heard.leaders:
+            self.log.warning("etcd is out of reach; following the leaders that neighbours name",
+                             revision=heard.revision, leaders=sorted(set(heard.leaders.values())))  # fmt: skip
+        else:
+            self.log.info("following etcd again, no longer what neighbours say")
+        self._nudge()
 
     def _in_force(self) -> Programmed:
         sends = self.role is not None and self.role.kind is not store.Role.MEMBER

@@ -21,6 +21,7 @@ from kilo_etcd.agent.daemon import REFUSALS, Daemon, Fatal, Reload, StoppedAtOnc
 from kilo_etcd.agent.dryrun import dry_run
 from kilo_etcd.agent.logs import get_logger, setup_logging
 from kilo_etcd.agent.metrics import Metrics
+from kilo_etcd.agent.neighbours import UdpPost
 from kilo_etcd.agent.notify import notify
 from kilo_etcd.agent.only_one import AlreadyRunning, only_one
 from kilo_etcd.agent.options import agent_options
@@ -117,7 +118,10 @@ async def _only_agent(config: AgentConfig) -> None:
         async with metrics.serve(config.listen):
             public = privatekey.public_key(private)
             disk = lastknown.Disk(config.state_dir)
-            await Daemon(config, client, device, public, metrics=metrics, disk=disk).run()
+            await Daemon(
+                config, client, device, public, metrics=metrics, disk=disk,
+                secret=lambda key: privatekey.agreed(private, key), post=UdpPost(),
+            ).run()  # fmt: skip
 
 
 async def _dry_run(config: AgentConfig) -> None:

@@ -16,7 +16,7 @@ import secrets
 import stat
 from pathlib import Path
 
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
 KEY_FILE = "key"
 KEY_BYTES = 32
@@ -109,6 +109,16 @@ def public_key(private: str) -> str:
     """The public key of a private key, both in base64, as `wg pubkey` computes it."""
     key = X25519PrivateKey.from_private_bytes(base64.b64decode(private))
     return base64.b64encode(key.public_key().public_bytes_raw()).decode()
+
+
+def agreed(private: str, public: str) -> bytes | None:
+    """The secret of 32 bytes that the owners of two keys can both compute (X25519) without a word to each other; None
+    with a public key that yields none."""
+    try:
+        theirs = X25519PublicKey.from_public_bytes(base64.b64decode(public))
+        return X25519PrivateKey.from_private_bytes(base64.b64decode(private)).exchange(theirs)
+    except ValueError:
+        return None
 
 
 def _write_new(path: Path, text: str) -> None:

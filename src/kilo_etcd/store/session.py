@@ -152,6 +152,11 @@ class Session:
         )
 
     @property
+    def lapsed(self) -> bool:
+        """Whether the short lease may have ended, for all that this host knows: it was not kept for its time."""
+        return self._short.doubted
+
+    @property
     def candidacy(self) -> Candidacy | None:
         """As what this host stands, or will as soon as etcd can be told."""
         return self._candidacy

@@ -1,0 +1,193 @@
+"""What hosts tell each other of leaders while one of them cannot reach etcd: messages, memory, and what is made of it.
+
+A host that is cut off from etcd asks its neighbours, one a time, whether they have seen a newer revision than it has,
+and which segments have other leaders since. What it is told it follows until etcd is back: an overlay on its last
+snapshot that changes leaders and nothing else (`followed`). The fence stays: only who has applied a later revision is
+heeded, and the later of two.
+
+Each message carries a tag that only its two ends can compute: a hash keyed with the secret on which their WireGuard
+keys agree. An answer names the question's random number, so an old one is of no use. Names do not travel, only
+digests of them: who is asked by a stranger, or told of one, understands nothing.
+
+Pure: bytes, topologies and times come in, bytes and snapshots go out.
+"""
+
+from __future__ import annotations
+
+import hmac
+import struct
+from collections.abc import Iterable, Mapping
+from hashlib import blake2b, blake2s
+
+from attrs import define, evolve, field, frozen
+
+from kilo_etcd.model import Candidate, CandidateClass, Snapshot
+from kilo_etcd.topology import Topology
+from kilo_etcd.topology.segments import Segment
+
+MOST_TOLD = 60
+"""Leaders in one answer, which then has 1,004 bytes."""
+
+FRESH = 15.0
+"""Seconds for which a neighbour's word counts."""
+
+_ASK, _TELL = 1, 2
+_HEAD = struct.Struct("!2sB8s8sQB")
+"""`kE`, kind, nonce, digest of the sender's public key, revision, number of leaders."""
+_LEADER = struct.Struct("!8s8s")
+"""Digests of a segment's key and of its leader's public key."""
+_MAGIC = b"kE"
+_TAG_BYTES = 16
+
+
+def digest(text: str) -> bytes:
+    """By what a segment's or a node's key is named in messages."""
+    return blake2b(text.encode(), digest_size=8).digest()
+
+
+@frozen(kw_only=True)
+class Message:
+    """A question (`tells` is False) or an answer."""
+
+    tells: bool
+    nonce: bytes
+    """Eight random bytes of the one who asks."""
+    sender: bytes
+    revision: int
+    """The one that the sender has applied."""
+    leaders: tuple[tuple[bytes, bytes], ...] = ()
+    """(segment, leader): those that have changed since the asker's revision, as far as they fit."""
+
+    def pack(self, secret: bytes) -> bytes:
+        """The bytes of it, for whom this secret is shared with."""
+        kind = _TELL if self.tells else _ASK
+        head = _HEAD.pack(_MAGIC, kind, self.nonce, self.sender, self.revision, len(self.leaders))
+        body = head + b"".join(_LEADER.pack(*one) for one in self.leaders)
+        return body + _tag(body, secret)
+
+
+def sender_of(data: bytes) -> bytes | None:
+    """Whose a message says that it is; None: it is none."""
+    if len(data) < _HEAD.size + _TAG_BYTES:
+        return None
+    magic, kind, _, sender, _, number = _HEAD.unpack(data[: _HEAD.size])
+    fits = len(data) == _HEAD.size + number * _LEADER.size + _TAG_BYTES
+    return bytes(sender) if magic == _MAGIC and kind in (_ASK, _TELL) and fits else None
+
+
+def unpack(data: bytes, secret: bytes) -> Message | None:
+    """The message, if it was made with this secret."""
+    if sender_of(data) is None:
+        return None
+    body, tag = data[:-_TAG_BYTES], data[-_TAG_BYTES:]
+    if not hmac.compare_digest(tag, _tag(body, secret)):
+        return None
+    _, kind, nonce, sender, revision, _ = _HEAD.unpack(body[: _HEAD.size])
+    leaders = tuple((one, other) for one, other in _LEADER.iter_unpack(body[_HEAD.size :]))
+    return Message(tells=kind == _TELL, nonce=nonce, sender=sender, revision=revision, leaders=leaders)
+
+
+def _tag(body: bytes, secret: bytes) -> bytes:
+    return blake2s(body, key=secret, digest_size=_TAG_BYTES, person=b"kilo-etc").digest()
+
+
+@define
+class Chronicle:
+    """Since which revision each segment has had its leader, as far as this host has seen."""
+
+    _since: dict[str, tuple[str, int]] = field(factory=dict)
+    _seen: object = None
+
+    def note(self, topology: Topology) -> None:
+        """`topology` is in force."""
+        if topology.identity is self._seen:
+            return
+        known = self._since
+        keys: Iterable[str] = topology.segments if topology.base is not self._seen else topology.changed
+        for key in keys:
+            segment = topology.segments.get(key)
+            if segment is None:
+                known.pop(key, None)
+            elif key not in known or known[key][0] != segment.leader.name:
+                known[key] = (segment.leader.name, topology.snapshot.revision)
+        if len(known) > len(topology.segments):
+            self._since = {key: known[key] for key in known if key in topology.segments}
+        self._seen = topology.identity
+
+    def answer(self, question: Message, topology: Topology, own: bytes, asker: str) -> Message:
+        """What to tell the node `asker`: its own segment first, then the newest changes."""
+        home = topology.segment_of(asker).key if asker in topology.snapshot.nodes else ""
+        changed = sorted(
+            (key for key, (_, revision) in self._since.items() if revision > question.revision),
+            key=lambda key: (key != home, -self._since[key][1]),
+        )
+        return Message(
+            tells=True,
+            nonce=question.nonce,
+            sender=own,
+            revision=topology.snapshot.revision,
+            leaders=_leaders(topology, changed),
+        )
+
+
+def _leaders(topology: Topology, keys: Iterable[str]) -> tuple[tuple[bytes, bytes], ...]:
+    segments = (topology.segments[key] for key in keys if key in topology.segments)
+    shared = (segment for segment in segments if len(segment.members) > 1)
+    return tuple((digest(one.key), digest(one.leader.public_key)) for one in shared)[:MOST_TOLD]
+
+
+@frozen
+class Word:
+    """What a neighbour has said last, and when."""
+
+    time: float
+    revision: int
+    leaders: Mapping[bytes, bytes]
+
+
+@frozen
+class Hearsay:
+    """Which segments have which leaders by what neighbours say who have applied `revision`, a later one than this host.
+
+    In force as long as this host's own snapshot is older.
+    """
+
+    revision: int = 0
+    leaders: Mapping[str, str] = field(factory=dict)
+
+
+def leaders_heard(topology: Topology, words: Iterable[Word], now: float) -> Hearsay:
+    """What neighbours have said of what this host knows: segments of `topology` and their members."""
+    later = [one for one in words if one.revision > topology.snapshot.revision and now - one.time <= FRESH]
+    if not later:
+        return Hearsay()
+    later.sort(key=lambda one: one.revision)
+    newest: dict[bytes, bytes] = {}
+    for word in later:
+        newest.update(word.leaders)
+    found: dict[str, str] = {}
+    for key, segment in topology.segments.items():
+        leader = newest.get(digest(key)) if len(segment.members) > 1 else None
+        if leader is None:
+            continue
+        name = next((node.name for node in segment.members if digest(node.public_key) == leader), None)
+        if name is not None:
+            found[key] = name
+    return Hearsay(later[-1].revision, found) if found else Hearsay()
+
+
+def followed(topology: Topology, heard: Hearsay) -> Snapshot:
+    """The snapshot of `topology`, but that the nodes heard of lead; nothing else differs, nor does the revision."""
+    snapshot = topology.snapshot
+    if heard.revision <= snapshot.revision or not heard.leaders:
+        return snapshot
+    candidates = dict(snapshot.candidates)
+    for key, name in heard.leaders.items():
+        segment: Segment | None = topology.segments.get(key)
+        if segment is None or all(node.name != name for node in segment.members):
+            continue
+        others = tuple(one for one in candidates.get(segment.location, ()) if one.node != name)
+        first = Candidate(node=name, rank=CandidateClass.ANNOTATED_PUBLIC, create_revision=0)
+        candidates[segment.location] = (first, *others)
+    # What witnesses said of others was said of an election that is over.
+    return evolve(snapshot, candidates=candidates, verdicts={})

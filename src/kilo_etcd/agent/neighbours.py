@@ -1,0 +1,253 @@
+"""The task that asks neighbours about leaders while etcd is away, and answers those who ask.
+
+One UDP socket for each family on port 1107. While etcd answers it is silent: it waits for questions and looks once a
+second whether etcd has gone. A host that has lost etcd asks one neighbour every half second, of its own location and of
+others in turn. What the words mean is decided in `agent.hearsay`.
+
+It reads the messages of known nodes only (`hearsay.unpack`), and it never raises: where the port is taken, that is said
+once, and this host goes without.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from ipaddress import ip_address
+from typing import Protocol
+
+import trio
+
+from kilo_etcd.agent.hearsay import Chronicle, Hearsay, Message, Word, digest, leaders_heard, sender_of, unpack
+from kilo_etcd.model import IPAddress, Node
+from kilo_etcd.topology import Topology, UnknownNode
+
+PORT = 1107
+"""UDP; Kilo's number."""
+
+LOOK_SECONDS = 1.0
+"""Between two looks whether etcd is away."""
+
+ASK_SECONDS = 0.5
+"""Between two questions."""
+
+FORGET_SECONDS = 10.0
+"""How long etcd may take, once it answers again, to show what was heard meanwhile."""
+
+MOST_ASKED = 8
+"""Of each kind, fellows and leaders elsewhere, so many are asked in turn."""
+
+_QUESTIONS_KEPT = 16
+
+
+class Post(Protocol):
+    """Datagrams to and from mesh addresses."""
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Receive until cancelled. OSError: it cannot be had."""
+
+    async def send(self, data: bytes, address: IPAddress) -> None:
+        """To the same task on the host with this mesh address. What cannot be sent is lost, as it might be anyway."""
+
+    async def receive(self) -> tuple[bytes, IPAddress]:
+        """The next datagram, and where an answer to it goes."""
+
+
+class UdpPost:
+    """The real one."""
+
+    def __init__(self, port: int = PORT) -> None:
+        self._port = port
+        self._sockets: dict[int, trio.socket.SocketType] = {}
+        self._arrived_in, self._arrived = trio.open_memory_channel[tuple[bytes, IPAddress]](32)
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Receive until cancelled. OSError: the port is taken."""
+        async with trio.open_nursery() as nursery:
+            for version, family in ((4, socket.AF_INET), (6, socket.AF_INET6)):
+                try:
+                    one = trio.socket.socket(family, socket.SOCK_DGRAM)
+                except OSError:
+                    continue  # A kernel without that family.
+                if version == 6:
+                    one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                try:
+                    await one.bind(("" if version == 4 else "::", self._port))
+                except BaseException:
+                    one.close()
+                    raise
+                self._sockets[version] = one
+                nursery.start_soon(self._listen, one)
+            task_status.started()
+
+    async def _listen(self, one: trio.socket.SocketType) -> None:
+        with one:
+            while True:
+                try:
+                    data, sender = await one.recvfrom(2048)
+                except OSError:
+                    continue  # Word of an earlier packet that did not arrive.
+                with suppress(trio.WouldBlock):  # As if it had been lost on its way.
+                    self._arrived_in.send_nowait((data, ip_address(sender[0].partition("%")[0])))
+
+    async def send(self, data: bytes, address: IPAddress) -> None:
+        one = self._sockets.get(address.version)
+        with suppress(OSError):
+            if one is not None:
+                await one.sendto(data, (str(address), self._port))
+
+    async def receive(self) -> tuple[bytes, IPAddress]:
+        return await self._arrived.receive()
+
+
+class Neighbours:
+    """Of node `name`. `secret` gives what this host's key and a public key agree on; `etcd_away` whether etcd does not
+    answer; `on_heard` is told, whenever that changes, what there is of hearsay."""
+
+    def __init__(
+        self,
+        name: str,
+        post: Post,
+        secret: Callable[[str], bytes | None],
+        *,
+        etcd_away: Callable[[], bool],
+        on_heard: Callable[[Hearsay], object],
+    ) -> None:
+        self._name = name
+        self._post = post
+        self._secret = secret
+        self._secrets: dict[str, bytes | None] = {}
+        self._etcd_away = etcd_away
+        self._on_heard = on_heard
+        self._chronicle = Chronicle()
+        self._topology: Topology | None = None
+        """By etcd alone."""
+        self._by_digest: dict[bytes, Node] | None = None
+        self._asked: dict[bytes, bytes] = {}
+        """Nonce -> digest of the node that it was sent to."""
+        self._words: dict[bytes, Word] = {}
+        self._heard = Hearsay()
+        self._back_since: float | None = None
+        """Since when etcd answers again while there is hearsay."""
+        self._turn = 0
+
+    def follow(self, topology: Topology) -> None:
+        """`topology` is that of the last snapshot, without what was heard since."""
+        self._chronicle.note(topology)
+        if self._topology is None or topology.snapshot.nodes is not self._topology.snapshot.nodes:
+            self._by_digest = None
+        self._topology = topology
+
+    async def run(self) -> None:
+        """Ask and answer until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._listen)
+            while True:
+                if self._etcd_away():
+                    await self._ask()
+                    await trio.sleep(ASK_SECONDS)
+                else:
+                    self._forget()
+                    await trio.sleep(LOOK_SECONDS)
+
+    def _forget(self) -> None:
+        """etcd answers: what was heard counts until etcd has shown as much, which it does in a moment."""
+        self._words.clear()
+        self._asked.clear()
+        if not self._heard.leaders:
+            return
+        now = trio.current_time()
+        self._back_since = now if self._back_since is None else self._back_since
+        shown = self._topology is not None and self._topology.snapshot.revision >= self._heard.revision
+        if shown or now - self._back_since > FORGET_SECONDS:
+            self._back_since, self._heard = None, Hearsay()
+            self._on_heard(self._heard)
+
+    async def _ask(self) -> None:
+        topology = self._topology
+        own = None if topology is None else topology.snapshot.nodes.get(self._name)
+        if topology is None or own is None:
+            return
+        whom = _neighbours(topology, own)
+        if not whom:
+            return
+        self._turn += 1
+        node = whom[self._turn % len(whom)]
+        secret = self._agreed(node.public_key)
+        if secret is not None:
+            nonce = os.urandom(8)
+            self._asked[nonce] = digest(node.public_key)
+            while len(self._asked) > _QUESTIONS_KEPT:
+                del self._asked[next(iter(self._asked))]
+            question = Message(
+                tells=False, nonce=nonce, sender=digest(own.public_key), revision=topology.snapshot.revision
+            )
+            await self._post.send(question.pack(secret), node.mesh_addresses[0])
+        self._evaluate()
+
+    async def _listen(self) -> None:
+        while True:
+            data, address = await self._post.receive()
+            sender = sender_of(data)
+            topology = self._topology
+            if sender is None or topology is None:
+                continue
+            node = self._known().get(sender)
+            secret = None if node is None else self._agreed(node.public_key)
+            message = None if secret is None else unpack(data, secret)
+            if node is None or secret is None or message is None:
+                continue
+            if not message.tells:
+                own = topology.snapshot.nodes.get(self._name)
+                if own is not None and not self._etcd_away():
+                    answer = self._chronicle.answer(message, topology, digest(own.public_key), node.name)
+                    await self._post.send(answer.pack(secret), address)
+            elif self._asked.pop(message.nonce, None) == sender and self._etcd_away():
+                self._words[sender] = Word(trio.current_time(), message.revision, dict(message.leaders))
+                self._evaluate()
+
+    def _evaluate(self) -> None:
+        assert self._topology is not None
+        heard = leaders_heard(self._topology, self._words.values(), trio.current_time())
+        self._back_since = None
+        if heard.revision < self._heard.revision or not heard.leaders:
+            return  # What was heard once stays until etcd is back, or a later word comes: silence is no news.
+        leaders = {**self._heard.leaders, **heard.leaders}
+        if leaders != self._heard.leaders:
+            self._heard = Hearsay(heard.revision, leaders)
+            self._on_heard(self._heard)
+
+    def _known(self) -> dict[bytes, Node]:
+        if self._by_digest is None:
+            nodes = self._topology.snapshot.nodes.values() if self._topology is not None else ()
+            self._by_digest = {digest(node.public_key): node for node in nodes if node.name != self._name}
+        return self._by_digest
+
+    def _agreed(self, public_key: str) -> bytes | None:
+        if public_key not in self._secrets:
+            if len(self._secrets) > 4 * MOST_ASKED:
+                self._secrets.clear()
+            self._secrets[public_key] = self._secret(public_key)
+        return self._secrets[public_key]
+
+
+def _neighbours(topology: Topology, own: Node) -> list[Node]:
+    """Whom to ask, in turn: fellows of the location and leaders of others, one of each after the other."""
+    try:
+        home = topology.segment_of(own.name)
+    except UnknownNode:
+        return []
+    order = home.election.order
+    fellows = sorted(
+        (node for node in home.members if node.name != own.name),
+        key=lambda node: order.index(node.name) if node.name in order else len(order),
+    )
+    far = sorted(
+        (segment.leader for segment in topology.segments.values() if segment is not home),
+        key=lambda node: digest(own.name + " " + node.name),
+    )
+    found: list[Node] = []
+    for index in range(MOST_ASKED):
+        found += [*fellows[index : index + 1], *far[index : index + 1]]
+    return [node for node in found if node.mesh_addresses]
