@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 from topology_worlds import MESH, MESH6, node, snapshot
 
-from kilo_etcd.model import Candidate, CandidateClass, Encapsulate, Endpoint, Granularity, Node, Peer, Snapshot
+from kilo_etcd.model import Candidate, CandidateClass, Encapsulate, Endpoint, Granularity, Node, Peer, Snapshot, Verdict
 from kilo_etcd.topology import (
     HostPlan,
     Topology,
@@ -77,7 +77,21 @@ def elections(draw: DrawFn, nodes: dict[str, Node]) -> dict[str, dict[str, objec
             Candidate(node=name, rank=rank, create_revision=revision),
         )
     leaders = draw(st.dictionaries(st.sampled_from(LABELS[:3]), st.sampled_from([*nodes, "stranger"]), max_size=2))
-    return {"candidates": candidates, "leaders": leaders}  # type: ignore[dict-item]
+    verdicts: dict[str, tuple[Verdict, ...]] = {}
+    for location, standing in candidates.items():
+        found = []
+        for witness in draw(st.lists(st.sampled_from([*nodes, "stranger"]), unique=True, max_size=4)):
+            accused = draw(st.sampled_from(standing))
+            answers, fellows, reaches = draw(st.tuples(st.booleans(), st.booleans(), st.booleans()))
+            found.append(
+                Verdict(
+                    witness=witness, leader=accused.node, candidacy=accused.create_revision,
+                    answers=answers, fellows=fellows, reaches=reaches,
+                )
+            )  # fmt: skip
+        if found:
+            verdicts[location] = tuple(found)
+    return {"candidates": candidates, "leaders": leaders, "verdicts": verdicts}  # type: ignore[dict-item]
 
 
 def outside(draw: DrawFn, *, tame: bool) -> dict[str, Peer]:

@@ -19,6 +19,7 @@ from attrs import define, field, frozen
 from kilo_etcd.model import IPAddress, Node, Verdict
 from kilo_etcd.topology import Topology, UnknownNode
 from kilo_etcd.topology.segments import Segment, common_family, same_site
+from kilo_etcd.topology.verdicts import PANEL
 
 PERIOD = 0.75
 """Seconds between two requests of a next in line: a packet of 32 bytes, which is 92 with WireGuard's headers (IPv4), so
@@ -42,9 +43,6 @@ AGAIN = 30.0
 
 IN_TURN, TOGETHER, KNOWN = 3, 4, 16
 """Targets that are tried in turn, those that are tried at once in doubt, and those from which they are taken."""
-
-PANEL = 5
-"""So many candidates at the head of the queue, the leader among them, are witnesses."""
 
 
 @frozen(kw_only=True)
@@ -187,7 +185,11 @@ def _targets(topology: Topology, segment: Segment, own: Node, named: Collection[
 
 @define
 class Account:
-    """Who has answered through the leaders of this host's location. Times are seconds of one monotonic clock."""
+    """Who has answered through one leader, by one candidacy. Times are seconds of one monotonic clock.
+
+    Nothing is carried over to the next leader: whom nobody ever reached through it, it is not to blame for. So if the
+    far end is what is broken, in a way that looks like the leader's fault, one leader is passed over and no more.
+    """
 
     _good: dict[str, float] = field(factory=dict)
     _silent: dict[str, float] = field(factory=dict)

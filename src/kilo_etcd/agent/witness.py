@@ -66,6 +66,8 @@ class Witness:
         self._look_again = look_again
         self._rng = rng or random.Random()
         self._account = Account()
+        self._watched = ("", 0)
+        """The leader, and its candidacy, that the account is of."""
         self._topology: Topology | None = None
         self._duty: Duty | None = None
         self._summons: tuple[Summons, ...] = ()
@@ -80,6 +82,8 @@ class Witness:
         """`topology` is in the kernel."""
         self._topology = topology
         before, self._duty = self._duty, duty_of(topology, self._name)
+        if self._duty is not None and not self._duty.about(*self._watched):
+            self._watched, self._account = (self._duty.leader.name, self._duty.candidacy), Account()
         if self._duty != before:
             news, self._news = self._news, trio.Event()
             news.set()

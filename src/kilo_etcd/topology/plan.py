@@ -6,7 +6,7 @@ are kept in the plan's memo together with what they were computed from, so that 
 changed and not what there is. The outcome is the same with and without a previous plan.
 
 A member of a segment holds the same WireGuard peers as its leader, silent (no keepalive): to take over
-it only has to turn its mesh route. It cannot where it reaches its leader through the tunnel, because
+it only has to turn its mesh route. Where it reaches its leader through the tunnel they are allowed nothing, because
 WireGuard gives the mesh subnet to one peer only, which is then the leader. The next in line of every other segment
 is among the peers too, with nothing allowed.
 """
@@ -18,7 +18,7 @@ from enum import Enum
 from ipaddress import IPv4Address, IPv4Interface, IPv6Interface
 from typing import TypeVar
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from kilo_etcd.model import (
     DEFAULT_LOCATION,
@@ -48,7 +48,7 @@ class _Standing(Enum):
 
     LEADER = "has tunnels to the other segments and uses them"
     STANDBY = "has them too, but sends through its leader"
-    BEHIND = "has one tunnel, to its leader"
+    BEHIND = "has them, and uses one, to its leader"
 
 
 @frozen(kw_only=True)
@@ -331,9 +331,9 @@ def _follow(
                 )
 
     def connect(peer: PeerPlan) -> None:
-        if standing is not _Standing.BEHIND:
-            old_keys.discard(peer.public_key)
-            peers[peer.public_key] = peer
+        # Behind another host's tunnel everything is allowed to that one peer; the others are known all the same.
+        old_keys.discard(peer.public_key)
+        peers[peer.public_key] = peer if standing is not _Standing.BEHIND else evolve(peer, allowed_ips=())
 
     for key, segment in come.items():
         leader = segment.leader

@@ -9,8 +9,8 @@ them is never believed alone, and none of them if nothing would be gained. A lea
   through the leader. When the far location is down, or everything, nobody has, and nothing moves;
 * two have seen it at least;
 * and it is the leader's fault, not the witness's: it answers a member on their own network, and still does not pass
-  it through; or it answers none of more than half of its location's candidates, who answer each other; or it
-  answers neither a member nor a leader elsewhere.
+  it through; or it answers none of more than half of its location's panel (the first few candidates), who answer each
+  other; or it answers neither a member nor a leader elsewhere.
 
 Who was passed over stands again behind everyone (`CandidateClass.PASSED_OVER`) and takes over from nobody, so each
 candidate is passed over once at most before the agents' patience with it is over.
@@ -19,16 +19,20 @@ candidate is passed over once at most before the agents' patience with it is ove
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import islice
 
 from kilo_etcd.model import Candidate, CandidateClass, Verdict
 
 WITNESSES = 2
 """So many have to say it."""
 
+PANEL = 5
+"""So many candidates at the head of the queue, the leader among them, are the witnesses of their location."""
+
 
 def successors(leader: Candidate, others: Mapping[str, Candidate], verdicts: Iterable[Verdict]) -> frozenset[str]:
-    """Who of `others`, the further candidates of the segment, can lead instead of `leader`; empty: it is not passed
-    over. The names that are known do not depend on the order of anything."""
+    """Who of `others`, the further candidates of the segment as they stand in the queue, can lead instead of `leader`;
+    empty: it is not passed over. The order of the verdicts makes no difference."""
     said = [one for one in verdicts if one.leader == leader.node and one.candidacy == leader.create_revision]
     said = [one for one in said if one.witness != leader.node]
     if len(said) < WITNESSES:
@@ -38,12 +42,13 @@ def successors(leader: Candidate, others: Mapping[str, Candidate], verdicts: Ite
         for one in said
         if one.reaches and one.witness in others and others[one.witness].rank is not CandidateClass.PASSED_OVER
     )
-    near = [one for one in said if one.witness in others]
+    panel = frozenset(islice(others, PANEL - 1))
+    near = [one for one in said if one.witness in panel]
     far = [one for one in said if one.witness not in others]
     alone = sum(not one.answers and one.fellows for one in near)
     guilty = (
         any(one.answers for one in near)
-        or alone * 2 > len(others) + 1
+        or alone * 2 > len(panel) + 1
         or (any(not one.answers for one in near) and any(not one.answers for one in far))
     )
     return able if guilty else frozenset()
