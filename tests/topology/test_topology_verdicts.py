@@ -59,7 +59,7 @@ def choose(size: int, *verdicts: Verdict, behind: Sequence[str] = ()) -> Electio
         pytest.param(4, [word("a2", "fr"), word("a3", "f")], "a1", id="half against half is no majority"),
         pytest.param(4, [word("a2", "fr"), word("a3", "f"), word("a4", "f")], "a2", id="three of four are one"),
         pytest.param(8, [word(f"a{n}", "fr" if n == 2 else "f") for n in (2, 3, 4)], "a2", id="the panel decides"),
-        pytest.param(8, [word(f"a{n}", "fr" if n == 2 else "f") for n in (2, 7, 8)], "a1", id="who is not on the panel"),
+        pytest.param(8, [word(f"a{n}", "fr" if n == 2 else "f") for n in (2, 7, 8)], "a1", id="not on the panel"),
         pytest.param(3, [word("a2", "a"), word("a3", "ar")], "a3", id="who has proved it, not who is next"),
         pytest.param(3, [word("a2", "ar", candidacy=99), word("a3", "a", candidacy=99)], "a1", id="earlier"),
         pytest.param(3, [word("a2", "ar", leader="a3"), word("a3", "a", leader="a3")], "a1", id="of somebody else"),

@@ -21,6 +21,8 @@ class Candidacy:
         self._eligible: decide.Stand | None = None
         self._steady_since = 0.0
         self._penance = decide.Penance()
+        self._passed_over = False
+        """As of the last call: until its candidacy is gone a host is passed over again and again."""
 
     @property
     def penance(self) -> float | None:
@@ -36,8 +38,9 @@ class Candidacy:
         wanted = decide.eligible(snapshot, self._name)
         current = self._session.candidacy
         behind = current is not None and current.rank is CandidateClass.PASSED_OVER
-        if passed_over and not behind:
+        if passed_over and not self._passed_over:
             self._penance = self._penance.again(now)
+        self._passed_over = passed_over
         # Who leads all the same goes on: to queue anew would be one more change of leader.
         if wanted is not None and (now < self._penance.until or (behind and leads)):
             wanted = decide.Stand(wanted.location, CandidateClass.PASSED_OVER)

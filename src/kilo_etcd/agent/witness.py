@@ -292,7 +292,8 @@ class Witness:
                     leader=record.leader, location=location, tried=record.targets, answers=record.answers,
                 )  # fmt: skip
             else:
-                self._once.clear(f"verdict {location}")
+                said = before[location]
+                self._once.clear(f"verdict {location}", "what was said of a leader is taken back", leader=said.leader)
             await self._session.put_verdicts(after)
 
 

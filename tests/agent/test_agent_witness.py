@@ -1,0 +1,326 @@
+"""An agent as a witness of a leader that does not forward, on an etcd and a kernel in memory, in virtual time.
+
+h1 is at gcp with g1, which leads, and g2; home is elsewhere, with one host of that name. All but h1 are records.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from ipaddress import IPv4Address, ip_address, ip_interface
+
+import pytest
+import trio
+from agent_world import World, running
+
+from helpers import eventually
+from kilo_etcd.agent import decide, duty, privatekey
+from kilo_etcd.kernel.state import DeleteRoute, SetPeer
+from kilo_etcd.model import CandidateClass, Endpoint
+from kilo_etcd.store import CandidateRecord, VerdictRecord
+from kilo_etcd.store.records import NodeRecord, encode
+
+pytestmark = pytest.mark.autojump
+
+KEYS = {name: privatekey.public_key(privatekey.generate()) for name in ("g1", "g2", "home")}
+MESH = {"g1": "10.4.0.51", "g2": "10.4.0.52", "home": "10.4.0.77"}
+NEAR = {"g1": "192.168.1.51", "g2": "192.168.1.52"}
+HOME = ip_address(MESH["home"])
+VERDICT = "/kilo/verdicts/gcp/h1"
+DETECTED = 2.0
+"""Seconds within which a leader that does not forward is named."""
+
+
+def node(world: World, name: str, location: str, internal: str, number: int) -> None:
+    record = NodeRecord(
+        public_key=KEYS[name],
+        endpoint=Endpoint.parse(f"203.0.113.{number}:51820"),
+        internal_ips=(ip_interface(internal),),
+        location=location,
+    )
+    world.etcd.put(f"/kilo/addresses/{MESH[name]}", name)
+    world.etcd.put(f"/kilo/nodes/{name}", encode(record))
+
+
+def stand(world: World, name: str, rank: CandidateClass = CandidateClass.PUBLIC) -> int:
+    """Its candidacy's create revision."""
+    world.etcd.put(f"/kilo/elections/gcp/{name}", encode(CandidateRecord(rank=rank)))
+    return world.etcd.revision
+
+
+@pytest.fixture
+def mesh(world: World) -> World:
+    """All but h1 is there; h1 is going to be labelled gcp."""
+    node(world, "g1", "gcp", "192.168.1.51/24", 51)
+    node(world, "g2", "gcp", "192.168.1.52/24", 52)
+    node(world, "home", "home", "192.168.7.2/24", 77)
+    world.etcd.put("/kilo/locations/h1", "gcp")
+    stand(world, "g1")
+    world.host.reach = lambda address: True
+    world.host.shakes = lambda key: True
+    return world
+
+
+def verdict(world: World) -> dict[str, object] | None:
+    value = world.etcd.get(VERDICT)
+    return None if value is None else json.loads(value)
+
+
+async def stands(world: World) -> None:
+    await eventually(lambda: world.etcd.get("/kilo/elections/gcp/h1") is not None, 30, every=0.1)
+    await trio.sleep(5)
+
+
+def says(world: World, witness: str, candidacy: int, **found: object) -> None:
+    record = VerdictRecord(leader="g1", candidacy=candidacy, targets=("home",), **found)  # type: ignore[arg-type]
+    world.etcd.put(f"/kilo/verdicts/gcp/{witness}", encode(record))
+
+
+def keepalives(world: World) -> list[int | None]:
+    return [
+        change.persistent_keepalive
+        for change in world.host.history
+        if isinstance(change, SetPeer) and change.persistent_keepalive is not None
+    ]
+
+
+async def test_as_long_as_all_is_well_one_small_packet_goes_out_and_nothing_is_written(mesh: World) -> None:
+    asked: list[IPv4Address] = []
+    mesh.host.reach = lambda address: asked.append(address) or True  # type: ignore[func-returns-value,assignment]
+    async with running(mesh) as daemon:
+        await stands(mesh)
+        asked.clear()
+        revision, written = mesh.etcd.revision, daemon.kernel.writes
+        await trio.sleep(60)
+        assert set(asked) == {HOME}
+        assert 75 <= len(asked) <= 85, "one every 0.75 s"
+        assert (mesh.etcd.revision, daemon.kernel.writes) == (revision, written)
+
+
+async def test_a_leader_that_does_not_forward_is_named_and_passed_over(mesh: World) -> None:
+    async with running(mesh) as daemon:
+        await stands(mesh)
+        mesh.host.reach = lambda address: address == ip_address(NEAR["g1"])
+        began = trio.current_time()
+        await eventually(lambda: (verdict(mesh) or {}).get("reaches"), DETECTED, every=0.01)
+        found = verdict(mesh)
+        assert found is not None
+        assert {**found, "candidacy": 0} == {
+            "leader": "g1", "candidacy": 0, "targets": ["home"], "answers": True, "fellows": False, "reaches": True,
+        }  # fmt: skip
+        assert trio.current_time() - began < DETECTED
+        assert keepalives(mesh) == [5], "the handshake was asked for"
+        assert daemon.role is not None
+        assert daemon.role.leader == "g1", "one witness is none"
+        says(mesh, "g2", int(str(found["candidacy"])), answers=True)
+        await eventually(lambda: daemon.role is not None and daemon.role.leader == "h1", 1, every=0.01)
+        await trio.sleep(1)
+        assert verdict(mesh) is not None, "without it the one passed over would lead again"
+        # The one passed over has seen it, and stands anew.
+        mesh.etcd.delete("/kilo/elections/gcp/g1")
+        stand(mesh, "g1", CandidateClass.PASSED_OVER)
+        await eventually(lambda: verdict(mesh) is None, 5, every=0.1)
+        assert daemon.role.leader == "h1"
+        await eventually(lambda: keepalives(mesh)[-1] == 0, 5, every=0.1)
+        assert mesh.said("warning a leader does not forward") == 1
+
+
+async def test_whoever_else_stands_is_called_by_the_word_of_the_first(mesh: World) -> None:
+    stand(mesh, "g2")
+    candidacy = mesh.etcd.data[b"/kilo/elections/gcp/g1"].create_revision
+    async with running(mesh):
+        await stands(mesh)
+        mesh.host.reach = lambda address: address == ip_address(NEAR["g1"])
+        await trio.sleep(5)
+        assert verdict(mesh) is None, "g2 is next in line, and it is for g2 to notice"
+        says(mesh, "g2", candidacy, answers=True)
+        await eventually(lambda: verdict(mesh) is not None, 1, every=0.01)
+        assert not (verdict(mesh) or {}).get("reaches"), "home knows g2, who is next, and not h1"
+        mesh.host.reach = lambda address: True
+        await eventually(lambda: verdict(mesh) is None, 2, every=0.1)
+
+
+async def test_when_the_far_end_is_down_nobody_can_do_better(mesh: World) -> None:
+    async with running(mesh) as daemon:
+        await stands(mesh)
+        mesh.host.reach = lambda address: address != HOME
+        mesh.host.shakes = lambda key: False
+        await eventually(lambda: verdict(mesh) is not None, DETECTED, every=0.01)
+        found = verdict(mesh)
+        assert found is not None
+        assert not found["reaches"]
+        says(mesh, "g2", int(str(found["candidacy"])), answers=True)
+        await trio.sleep(200)
+        assert daemon.role is not None
+        assert daemon.role.leader == "g1"
+        # When it is back nothing is said any more.
+        mesh.host.reach = lambda address: True
+        await eventually(lambda: verdict(mesh) is None, 10, every=0.1)
+
+
+async def test_a_link_that_loses_a_fifth_of_its_packets_makes_no_verdict(mesh: World) -> None:
+    chance = random.Random(5)
+    mesh.host.reach = lambda address: chance.random() < 0.8 * 0.8
+    async with running(mesh) as daemon:
+        await stands(mesh)
+        revision = mesh.etcd.revision
+        await trio.sleep(3600)
+        assert mesh.etcd.revision == revision
+        assert daemon.role is not None
+        assert daemon.role.leader == "g1"
+
+
+async def test_who_never_answered_is_no_proof(mesh: World) -> None:
+    asked: list[IPv4Address] = []
+    mesh.host.reach = lambda address: asked.append(address)  # type: ignore[assignment,func-returns-value]
+    async with running(mesh):
+        await stands(mesh)
+        asked.clear()
+        await trio.sleep(100)
+        assert verdict(mesh) is None
+        assert len(asked) <= 22, "it is tried now and then"
+
+
+async def test_one_of_several_that_falls_silent_is_no_proof_either(mesh: World) -> None:
+    KEYS.setdefault("away", privatekey.public_key(privatekey.generate()))
+    MESH["away"] = "10.4.0.78"
+    node(mesh, "away", "away", "192.168.8.2/24", 78)
+    async with running(mesh):
+        await stands(mesh)
+        mesh.host.reach = lambda address: address != HOME
+        await trio.sleep(100)
+        assert verdict(mesh) is None
+
+
+async def test_a_witness_looks_at_itself_first(mesh: World) -> None:
+    async with running(mesh):
+        await stands(mesh)
+        route = next(route for route in mesh.host.observed.routes.values() if route.destination.prefixlen == 16)
+        mesh.host.reach = lambda address: False
+        listeners, mesh.host._listeners = mesh.host._listeners, []  # nobody tells of it
+        mesh.host.tamper([DeleteRoute(route)])
+        mesh.host._listeners = listeners
+        await trio.sleep(1.9)
+        assert route.destination in mesh.host.observed.routes, "it was found, and put back"
+        assert verdict(mesh) is None
+
+
+async def test_a_host_that_may_not_ping_says_so_once_and_goes_on(mesh: World) -> None:
+    mesh.host.no_pings = "this process may not ping"
+    async with running(mesh) as daemon:
+        await stands(mesh)
+        await trio.sleep(300)
+        assert mesh.said("cannot be a witness") == 1
+        assert daemon.role is not None
+        mesh.host.no_pings = None
+        await eventually(lambda: mesh.said("can be a witness again") == 1, 70, every=1)
+
+
+async def test_without_probes_nothing_is_tried(mesh: World) -> None:
+    asked: list[IPv4Address] = []
+    mesh.host.reach = lambda address: asked.append(address)  # type: ignore[assignment,func-returns-value]
+    async with running(mesh, probe=False):
+        await stands(mesh)
+        assert asked == []
+
+
+async def test_a_witness_that_starts_again_takes_its_word_up(mesh: World) -> None:
+    async with running(mesh):
+        await stands(mesh)
+        mesh.host.reach = lambda address: address == ip_address(NEAR["g1"])
+        await eventually(lambda: (verdict(mesh) or {}).get("reaches"), DETECTED, every=0.01)
+        kept = mesh.etcd.data[VERDICT.encode()]
+        mesh.etcd.put("/kilo-status/h1", mesh.etcd.get("/kilo-status/h1") or b"", lease=kept.lease)
+    assert verdict(mesh) is None, "an orderly end takes it away"
+
+
+# -- of another location ----------------------------------------------------------------------------------------------
+
+
+async def test_a_leader_elsewhere_that_is_named_tries_back(world: World) -> None:
+    node(world, "g1", "gcp", "10.9.1.51/24", 51)
+    node(world, "g2", "gcp", "10.9.1.52/24", 52)
+    candidacy = stand(world, "g1")
+    stand(world, "g2")
+    answering = {ip_address(MESH["g1"])}
+    world.host.reach = lambda address: address in answering
+    async with running(world):
+        await trio.sleep(5)
+        record = VerdictRecord(leader="g1", candidacy=candidacy, targets=("h1",), answers=True)
+        world.etcd.put("/kilo/verdicts/gcp/g2", encode(record))
+        await eventually(lambda: verdict(world) is not None, 1, every=0.01)
+        assert verdict(world) == {
+            "leader": "g1", "candidacy": candidacy, "targets": ["g2"], "answers": True, "fellows": False,
+            "reaches": False,
+        }  # fmt: skip
+        answering.add(ip_address(MESH["g2"]))
+        await eventually(lambda: verdict(world) is None, 2, every=0.1)
+        answering.clear()
+        await eventually(lambda: verdict(world) is not None, 2, every=0.1)
+        world.etcd.delete("/kilo/verdicts/gcp/g2")
+        await eventually(lambda: verdict(world) is None, 1, every=0.1)
+
+
+# -- the accused ------------------------------------------------------------------------------------------------------
+
+
+async def test_who_is_passed_over_stands_behind_everyone_for_a_while(mesh: World) -> None:
+    mesh.etcd.delete("/kilo/elections/gcp/g1")
+    async with running(mesh) as daemon:
+        await stands(mesh)
+        assert daemon.role is not None
+        assert daemon.role.leader == "h1"
+        stand(mesh, "g1", CandidateClass.REST)
+        stand(mesh, "g2", CandidateClass.REST)
+        own = mesh.etcd.data[b"/kilo/elections/gcp/h1"].create_revision
+        for witness in ("g1", "g2"):
+            record = VerdictRecord(
+                leader="h1", candidacy=own, targets=("home",), answers=True, reaches=witness == "g1"
+            )  # fmt: skip
+            mesh.etcd.put(f"/kilo/verdicts/gcp/{witness}", encode(record))
+        await eventually(lambda: daemon.role is not None and daemon.role.leader == "g1", 1, every=0.01)
+        await eventually(lambda: mesh.etcd.get("/kilo/elections/gcp/h1") is None, 1, every=0.01)
+        await stands(mesh)
+        record = json.loads(mesh.etcd.get("/kilo/elections/gcp/h1") or b"")
+        assert record["rank"] == CandidateClass.PASSED_OVER
+        status = json.loads(mesh.etcd.get("/kilo-status/h1") or b"")
+        assert "g1 and g2 found no way through it, to home for instance" in status["errors"][0]
+        assert mesh.said("passed over as leader") == 1
+        for witness in ("g1", "g2"):
+            mesh.etcd.delete(f"/kilo/verdicts/gcp/{witness}")
+        await trio.sleep(decide.PASSED_OVER_SECONDS + 10)
+        record = json.loads(mesh.etcd.get("/kilo/elections/gcp/h1") or b"")
+        assert record["rank"] != CandidateClass.PASSED_OVER
+        assert daemon.role.leader == "g1"
+        await eventually(lambda: mesh.said("standing for leader as before") == 1, 30, every=1)
+
+
+async def test_who_is_accused_looks_at_itself(mesh: World) -> None:
+    mesh.etcd.delete("/kilo/elections/gcp/g1")
+    async with running(mesh):
+        await stands(mesh)
+        mesh.host.reach = lambda address: False
+        route = next(route for route in mesh.host.observed.routes.values() if route.destination.prefixlen == 16)
+        listeners, mesh.host._listeners = mesh.host._listeners, []
+        mesh.host.tamper([DeleteRoute(route)])
+        mesh.host._listeners = listeners
+        own = mesh.etcd.data[b"/kilo/elections/gcp/h1"].create_revision
+        mesh.etcd.put("/kilo/verdicts/gcp/g2", encode(VerdictRecord(leader="h1", candidacy=own, targets=("home",))))
+        await eventually(lambda: route.destination in mesh.host.observed.routes, 1, every=0.01)
+
+
+def test_each_time_within_a_while_it_is_twice_as_long() -> None:
+    first = decide.Penance().again(100.0)
+    assert first.until == 100.0 + decide.PASSED_OVER_SECONDS
+    second = first.again(first.until + 10)
+    assert second.seconds == 2 * first.seconds
+    assert second.again(second.until + second.seconds + 1).seconds == decide.PASSED_OVER_SECONDS
+    longest = first
+    for _ in range(10):
+        longest = longest.again(longest.until)
+    assert longest.seconds == decide.PASSED_OVER_MOST
+
+
+def test_the_steady_packet_is_below_a_kilobit_a_second() -> None:
+    # 20 of IPv4, 8 of ICMP, 4 of ours; WireGuard pads to 16 and adds 32, UDP and IPv4 28.
+    assert (20 + 8 + 4 + 32 + 28) * 8 / duty.PERIOD < 1000
