@@ -21,6 +21,7 @@ from kilo_etcd.agent.daemon import Daemon
 from kilo_etcd.agent.lastknown import Disk
 from kilo_etcd.agent.logs import setup_logging
 from kilo_etcd.agent.metrics import Metrics
+from kilo_etcd.agent.neighbours import Post
 from kilo_etcd.kernel.state import HostAddress
 from kilo_etcd.testing.fake_etcd import FakeEtcd
 from kilo_etcd.testing.fake_kernel import FakeHost, FakeKernel
@@ -68,7 +69,9 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
 
 
 @asynccontextmanager
-async def running(world: World, *, disk: Disk | None = None, **options: object) -> AsyncIterator[Daemon]:
+async def running(
+    world: World, *, disk: Disk | None = None, post: Post | None = None, **options: object
+) -> AsyncIterator[Daemon]:
     """The agent runs in the block; SIGTERM ends it, at the block's end if not before."""
     config = evolve(
         AgentConfig.build(hostname="h1", lease_ttl="5s", resync_period="20s", listen="off"),
@@ -77,7 +80,7 @@ async def running(world: World, *, disk: Disk | None = None, **options: object) 
     setup = kernel.Setup(private_key=PRIVATE)
     daemon = world.daemon = Daemon(
         config, world.client, FakeKernel(world.host, setup), privatekey.public_key(PRIVATE), metrics=world.metrics,
-        disk=disk,
+        disk=disk, post=post, secret=lambda key: privatekey.agreed(PRIVATE, key),
     )  # fmt: skip
     async with trio.open_nursery() as nursery:
         nursery.start_soon(daemon.run)

@@ -1,0 +1,332 @@
+"""A host that cannot reach etcd and asks its neighbours who leads now: messages, memory, and a whole agent."""
+
+from __future__ import annotations
+
+from ipaddress import IPv4Address, ip_address, ip_interface
+from typing import Any
+
+import pytest
+import trio
+from agent_world import PRIVATE, World, running
+from attrs import evolve
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helpers import eventually
+from kilo_etcd.agent import hearsay, privatekey
+from kilo_etcd.agent.hearsay import (
+    Chronicle,
+    Hearsay,
+    Message,
+    Word,
+    digest,
+    followed,
+    leaders_heard,
+    sender_of,
+    unpack,
+)
+from kilo_etcd.agent.neighbours import UdpPost
+from kilo_etcd.model import Candidate, CandidateClass, Endpoint, Node, Snapshot
+from kilo_etcd.store import CandidateRecord
+from kilo_etcd.store.records import NodeRecord, encode
+from kilo_etcd.topology import build_topology
+
+SECRET = b"0123456789abcdef0123456789abcdef"
+
+
+# -- messages ---------------------------------------------------------------------------------------------------------
+
+
+def message(**rest: Any) -> Message:
+    return Message(**{"tells": True, "nonce": b"12345678", "sender": digest("a"), "revision": 2**40, **rest})
+
+
+def test_a_message_comes_back_as_it_was() -> None:
+    for one in (message(tells=False), message(), message(leaders=((digest("s"), digest("l")),))):
+        data = one.pack(SECRET)
+        assert sender_of(data) == digest("a")
+        assert unpack(data, SECRET) == one
+
+
+def test_a_question_cannot_be_used_to_multiply_and_an_answer_fits_any_tunnel() -> None:
+    assert len(message(tells=False).pack(SECRET)) == 44
+    most = message(leaders=tuple((digest(str(n)), digest("l")) for n in range(hearsay.MOST_TOLD)))
+    assert len(most.pack(SECRET)) == 1004
+
+
+def test_with_another_secret_or_changed_it_is_nothing() -> None:
+    data = message(leaders=((digest("s"), digest("l")),)).pack(SECRET)
+    assert unpack(data, SECRET[::-1]) is None
+    for place in range(len(data)):
+        assert unpack(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :], SECRET) is None
+        assert unpack(data[:place], SECRET) is None
+
+
+@given(st.binary(max_size=2048))
+def test_any_bytes_are_a_message_or_not(data: bytes) -> None:
+    assert unpack(data, SECRET) is None
+    assert sender_of(data) is None or len(data) >= 44
+
+
+def test_both_ends_agree_on_a_secret_and_a_key_of_no_use_has_none() -> None:
+    one, other = privatekey.generate(), privatekey.generate()
+    secret = privatekey.agreed(one, privatekey.public_key(other))
+    assert secret is not None
+    assert secret == privatekey.agreed(other, privatekey.public_key(one))
+    assert privatekey.agreed(one, "A" * 43 + "=") is None
+
+
+# -- memory, and what is made of it -----------------------------------------------------------------------------------
+
+
+def node(name: str, location: str, number: int) -> Node:
+    return Node(
+        name=name,
+        public_key=f"key-{name}",
+        location=location,
+        endpoint=Endpoint.parse(f"203.0.113.{number}:51820"),
+        internal_ips=(ip_interface(f"10.0.{ord(location)}.{number}/24"),),
+        mesh_addresses=(ip_address(f"10.4.0.{number}"),),
+        registered_revision=number,
+    )
+
+
+NODES = [
+    node("a1", "a", 1),
+    node("a2", "a", 2),
+    node("a3", "a", 3),
+    node("b1", "b", 4),
+    node("b2", "b", 5),
+    node("c1", "c", 6),
+]
+
+
+def led(revision: int, **leaders: str) -> Snapshot:
+    """A snapshot in which these nodes alone stand at their locations."""
+    return Snapshot(
+        revision=revision,
+        nodes={one.name: one for one in NODES},
+        candidates={
+            location: (Candidate(node=name, rank=CandidateClass.PUBLIC, create_revision=revision),)
+            for location, name in leaders.items()
+        },
+    )
+
+
+def asked(revision: int) -> Message:
+    return message(tells=False, revision=revision)
+
+
+def named(answer: Message) -> dict[str, str]:
+    keys = {digest(f"location:{location}"): location for location in "abc"}
+    names = {digest(one.public_key): one.name for one in NODES}
+    return {keys[segment]: names[leader] for segment, leader in answer.leaders}
+
+
+def test_it_tells_which_leaders_have_changed_since_the_askers_revision() -> None:
+    chronicle = Chronicle()
+    topology = build_topology(led(10, a="a1", b="b1"))
+    chronicle.note(topology)
+    for snapshot in (led(20, a="a2", b="b1"), led(30, a="a2", b="b2"), led(40, a="a2", b="b2")):
+        topology = build_topology(snapshot, topology)
+        chronicle.note(topology)
+    own = digest("key-a2")
+    answer = chronicle.answer(asked(15), topology, own, "c1")
+    assert named(answer) == {"a": "a2", "b": "b2"}
+    assert (answer.revision, answer.sender, answer.nonce) == (40, own, b"12345678")
+    assert named(chronicle.answer(asked(25), topology, own, "c1")) == {"b": "b2"}
+    assert named(chronicle.answer(asked(40), topology, own, "c1")) == {}
+    assert next(iter(named(chronicle.answer(asked(5), topology, own, "a1")))) == "a", "the asker's own comes first"
+
+
+def test_a_leader_that_came_back_has_changed_too() -> None:
+    chronicle = Chronicle()
+    topology = build_topology(led(10, a="a1"))
+    chronicle.note(topology)
+    for snapshot in (led(20, a="a2"), led(30, a="a1")):
+        topology = build_topology(snapshot, topology)
+        chronicle.note(topology)
+    assert named(chronicle.answer(asked(15), topology, digest("x"), "a3")) == {"a": "a1"}
+
+
+def test_a_topology_that_was_missed_makes_no_difference() -> None:
+    chronicle = Chronicle()
+    chronicle.note(build_topology(led(10, a="a1", b="b1")))
+    last = build_topology(led(30, a="a2", b="b1"), build_topology(led(20, a="a1", b="b1")))
+    chronicle.note(last)
+    assert named(chronicle.answer(asked(15), last, digest("x"), "c1")) == {"a": "a2"}
+
+
+def word(revision: int, time: float = 0.0, **leaders: str) -> Word:
+    return Word(
+        time, revision, {digest(f"location:{key}"): digest(f"key-{name}") for key, name in leaders.items()}
+    )  # fmt: skip
+
+
+def test_who_has_seen_more_is_heeded_and_nobody_else() -> None:
+    topology = build_topology(led(20, a="a1", b="b1"))
+    assert leaders_heard(topology, [word(20, a="a2"), word(19, a="a3")], 1.0) == Hearsay()
+    assert leaders_heard(topology, [word(30, a="a2")], hearsay.FRESH + 1) == Hearsay(), "too long ago"
+    found = leaders_heard(topology, [word(40, a="a3"), word(30, a="a2", b="b2")], 1.0)
+    assert found == Hearsay(40, {"location:a": "a3", "location:b": "b2"}), "the later word counts"
+    assert leaders_heard(topology, [word(30, a="b1", x="a1")], 1.0) == Hearsay(), "no such segment, no such member"
+
+
+def test_what_was_heard_changes_leaders_and_nothing_else() -> None:
+    topology = build_topology(led(20, a="a1", b="b1"))
+    heard = Hearsay(30, {"location:a": "a2"})
+    snapshot = followed(topology, heard)
+    other = build_topology(snapshot, topology)
+    assert (other.segment_of("a1").leader.name, other.segment_of("b1").leader.name) == ("a2", "b1")
+    assert evolve(snapshot, candidates=topology.snapshot.candidates) == topology.snapshot
+    assert followed(topology, Hearsay(20, {"location:a": "a2"})) is topology.snapshot, "it is not newer"
+    assert followed(topology, Hearsay(30, {"location:a": "gone"})) == topology.snapshot
+
+
+# -- a whole agent ----------------------------------------------------------------------------------------------------
+
+G1 = privatekey.generate()
+MESH_G1 = ip_address("10.4.0.51")
+
+
+class Letters:
+    """The post of one agent; the test is everybody else."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[bytes, IPv4Address]] = []
+        self._in, self._out = trio.open_memory_channel[tuple[bytes, Any]](100)
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        task_status.started()
+        await trio.sleep_forever()
+
+    async def send(self, data: bytes, address: Any) -> None:
+        await trio.lowlevel.checkpoint()
+        self.sent.append((data, address))
+
+    async def receive(self) -> tuple[bytes, Any]:
+        return await self._out.receive()
+
+    def bring(self, data: bytes) -> None:
+        self._in.send_nowait((data, MESH_G1))
+
+
+@pytest.fixture
+def mesh(world: World) -> World:
+    """h1 is at gcp with g1, and leads."""
+    record = NodeRecord(
+        public_key=privatekey.public_key(G1),
+        endpoint=Endpoint.parse("203.0.113.51:51820"),
+        internal_ips=(ip_interface("192.168.1.51/24"),),
+        location="gcp",
+    )
+    world.etcd.put(f"/kilo/addresses/{MESH_G1}", "g1")
+    world.etcd.put("/kilo/nodes/g1", encode(record))
+    world.etcd.put("/kilo/locations/h1", "gcp")
+    return world
+
+
+def secret() -> bytes:
+    found = privatekey.agreed(G1, privatekey.public_key(PRIVATE))
+    assert found is not None
+    return found
+
+
+def answer(question: Message, revision: int, leader: str, nonce: bytes | None = None) -> bytes:
+    told = Message(
+        tells=True, nonce=nonce or question.nonce, sender=digest(privatekey.public_key(G1)), revision=revision,
+        leaders=((digest("location:gcp"), digest(leader)),),
+    )  # fmt: skip
+    return told.pack(secret())
+
+
+@pytest.mark.autojump
+async def test_a_leader_that_was_replaced_while_it_was_cut_off_follows_the_new_one(mesh: World) -> None:
+    post = Letters()
+    async with running(mesh, post=post) as daemon:
+        await eventually(lambda: mesh.etcd.get("/kilo/elections/gcp/h1") is not None, 30, every=0.1)
+        await trio.sleep(20)
+        assert post.sent == [], "as long as etcd answers nobody is asked"
+        mesh.etcd.put("/kilo/elections/gcp/g1", encode(CandidateRecord(rank=CandidateClass.REST)))
+        await trio.sleep(1)
+        assert daemon.role is not None
+        assert daemon.role.leader == "h1"
+        mesh.client.cut()
+        await eventually(lambda: post.sent, 8, every=0.1)
+        question = unpack(post.sent[-1][0], secret())
+        assert question is not None
+        assert post.sent[-1][1] == MESH_G1
+        g1 = privatekey.public_key(G1)
+        for useless in (
+            b"", b"kE", answer(question, question.revision, g1), answer(question, 9999, g1, nonce=b"another1"),
+            answer(question, 9999, g1)[:-1] + b"?",
+        ):  # fmt: skip
+            post.bring(useless)
+        await trio.sleep(0.2)
+        assert daemon.role.leader == "h1"
+        # The question has been used up by the one that was not newer.
+        await eventually(
+            lambda: (new := unpack(post.sent[-1][0], secret())) and new.nonce != question.nonce, 2, every=0.1
+        )
+        question = unpack(post.sent[-1][0], secret())
+        assert question is not None
+        before = daemon.applied_revision
+        post.bring(answer(question, mesh.etcd.revision + 5, g1))
+        await eventually(lambda: daemon.role is not None and daemon.role.leader == "g1", 1, every=0.01)
+        assert daemon.applied_revision == before, "the fence has not moved"
+        assert mesh.said("following the leaders that neighbours name") == 1
+        await trio.sleep(60)
+        assert daemon.role.leader == "g1", "silence is no news"
+        mesh.client.mend()
+        await eventually(lambda: mesh.said("following etcd again") == 1, 40, every=0.1)
+        await trio.sleep(5)
+        sent = len(post.sent)
+        await trio.sleep(30)
+        assert len(post.sent) == sent
+        assert daemon.role.leader == "g1", "it stood first when h1's lease had ended"
+
+
+@pytest.mark.autojump
+async def test_who_asks_is_answered_if_it_is_known(mesh: World) -> None:
+    post = Letters()
+    async with running(mesh, post=post) as daemon:
+        await eventually(lambda: mesh.etcd.get("/kilo/elections/gcp/h1") is not None, 30, every=0.1)
+        await trio.sleep(5)
+        question = Message(tells=False, nonce=b"question", sender=digest(privatekey.public_key(G1)), revision=1)
+        stranger = evolve(question, sender=digest("nobody"))
+        for data in (stranger.pack(secret()), question.pack(SECRET)):
+            post.bring(data)
+        await trio.sleep(1)
+        assert post.sent == []
+        post.bring(question.pack(secret()))
+        await eventually(lambda: post.sent, 1, every=0.01)
+        told = unpack(post.sent[0][0], secret())
+        assert told is not None
+        assert told.leaders == ((digest("location:gcp"), digest(daemon.public_key)),)
+        assert (told.nonce, told.revision) == (b"question", daemon.applied_revision)
+        # Who has lost etcd itself has nothing to say.
+        mesh.client.cut()
+        await eventually(lambda: len(post.sent) > 1, 20, every=0.1)
+        post.sent.clear()
+        post.bring(question.pack(secret()))
+        await trio.sleep(0.1)
+        assert all(unpack(data, secret()) != told for data, _ in post.sent)
+        assert not any(found.tells for data, _ in post.sent if (found := unpack(data, secret())))
+
+
+async def test_datagrams_go_both_ways_in_both_families_and_a_taken_port_is_an_error() -> None:
+    with trio.socket.socket(trio.socket.AF_INET, trio.socket.SOCK_DGRAM) as probe:
+        await probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    post = UdpPost(port)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(post.run)
+        for text in ("127.0.0.1", "::1"):
+            await post.send(b"hello", ip_address(text))
+            with trio.fail_after(5):
+                assert await post.receive() == (b"hello", ip_address(text))
+        with pytest.raises(ExceptionGroup) as caught:
+            async with trio.open_nursery() as inner:
+                await inner.start(UdpPost(port).run)
+        assert caught.group_contains(OSError, match="in use")
+        nursery.cancel_scope.cancel()
