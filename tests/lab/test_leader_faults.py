@@ -1,0 +1,165 @@
+"""A leader that is up and does not forward, or is gone, or cut off: with real packets, and with leases so long that
+only witnesses can have noticed. Where nobody could do better nothing moves."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+from test_mesh_scenarios import candidates, leader, status, world
+
+from helpers import eventually
+from kilo_etcd.lab.client import Lab
+
+pytestmark = [pytest.mark.lab, pytest.mark.deadline(300)]
+
+SEEN = 6.0
+"""Seconds. It is under 2 on an idle machine (`make bench-failover`); the lease is longer."""
+LONG_LEASE = 30
+
+Act = Callable[[Lab, str], Awaitable[object]]
+
+
+async def firewall(lab: Lab, host: str, *rules: str) -> None:
+    """Somebody's rules, beside ours; none removes them."""
+    text = "table inet saboteur\ndelete table inet saboteur\n"
+    if rules:
+        text += "add table inet saboteur\n"
+        for hook in ("input", "output", "forward"):
+            text += f"add chain inet saboteur {hook} {{ type filter hook {hook} priority -300; }}\n"
+        text += "".join(f"add rule inet saboteur {rule}\n" for rule in rules)
+    await lab.exec(host, "nft", "-f", "-", input=text, check=True)
+
+
+async def drops_what_it_forwards(lab: Lab, host: str) -> None:
+    await firewall(lab, host, "forward drop")
+
+
+async def blocks_its_port(lab: Lab, host: str) -> None:
+    await firewall(lab, host, "input udp dport 51820 drop", "output udp sport 51820 drop")
+
+
+async def mended(lab: Lab, host: str) -> None:
+    await firewall(lab, host)
+
+
+async def cut_from_location(lab: Lab, host: str) -> None:
+    await lab.cut(host, "location")
+
+
+async def healed(lab: Lab, host: str) -> None:
+    await lab.heal(host)
+
+
+async def power_off(lab: Lab, host: str) -> None:
+    await lab.power_off(host)
+
+
+async def power_on(lab: Lab, host: str) -> None:
+    await lab.power_on(host)
+
+
+async def elections(lab: Lab, *hosts: str) -> int:
+    """How often these hosts have said who leads."""
+    return sum([(await lab.log(host)).count("leader elected") for host in hosts])
+
+
+async def in_line(lab: Lab, number: int) -> tuple[str, list[str]]:
+    """The leader of gcp and its members, once all stand and witnesses have had their first answers."""
+    members = await candidates(lab, "gcp", number)
+    first = await leader(lab, "gcp")
+    await lab.all_pairs_ping(30)
+    await trio.sleep(3)
+    return first, [name for name in members if name != first]
+
+
+@asynccontextmanager
+async def gap(lab: Lab, source: str, target: str, within: float) -> AsyncIterator[None]:
+    """What happens in the block costs less than so many seconds, in both directions."""
+    async with lab.probe(source, target, interval=0.02) as out, lab.probe(target, source, interval=0.02) as back:
+        await trio.sleep(0.3)
+        began = trio.current_time()
+        yield
+        after = trio.current_time() - began + 0.3
+        await out.flowing_again(within + 5, after=after)
+        await back.flowing_again(within + 5, after=after)
+    assert max(out.longest_gap, back.longest_gap) < within
+
+
+async def test_a_leader_that_lets_nothing_through_is_passed_over() -> None:
+    async with world({"gcp": 3, "home": 2}, lease_ttl=LONG_LEASE) as lab:
+        for fault, undo in (
+            (drops_what_it_forwards, mended),
+            (blocks_its_port, mended),
+            (cut_from_location, healed),
+            (power_off, power_on),
+        ):
+            first, members = await in_line(lab, 3)
+            async with gap(lab, members[0], "home-2", SEEN):
+                await fault(lab, first)
+            now = {str((await status(lab))[name]["leader"]) for name in members}
+            assert now < set(members), f"{fault.__name__}: {now} lead"
+            if fault is not power_off:
+                log = await lab.log(first)
+                assert "passed over as leader" in log, fault.__name__
+                assert "found no way through it, to home-" in log
+            before = await elections(lab, *members)
+            await undo(lab, first)
+            await lab.all_pairs_ping(30)
+            assert await elections(lab, *members) == before, "whoever comes back takes nothing over"
+            # The next fault finds them as new.
+            for host in (first, *members):
+                await lab.kill(host)
+                await lab.start(host)
+
+
+async def test_where_nobody_can_do_better_nothing_moves_and_who_loses_etcd_asks_its_neighbours() -> None:
+    async with world({"gcp": 3, "home": 1}) as lab:
+        first, members = await in_line(lab, 3)
+        gcp = (first, *members)
+        before = await elections(lab, *gcp)
+
+        # One packet in five is lost between the sites, each way.
+        for host in gcp:
+            await firewall(lab, host, *(
+                f"{hook} udp {port} 51820 numgen random mod 5 == 0 drop"
+                for hook, port in (("input", "sport"), ("output", "dport"))
+            ))  # fmt: skip
+        await trio.sleep(12)
+        for host in gcp:
+            await firewall(lab, host)
+        assert await elections(lab, *gcp) == before, "a lossy link"
+
+        # The far end is down, then everything that is far.
+        await lab.power_off("home-1")
+        await trio.sleep(8)
+        assert await elections(lab, *gcp) == before, "a far host that is down"
+        await lab.power_on("home-1")
+        await lab.all_pairs_ping(30)
+        await trio.sleep(3)
+        await lab.cut_site("gcp", "others")
+        await trio.sleep(8)
+        await lab.heal_site("gcp")
+        await lab.all_pairs_ping(30)
+        assert await elections(lab, *gcp) == before, "a site that is cut off from the others"
+
+        # The leader loses etcd and nothing else: its lease ends, it learns who leads, and all stay connected.
+        await trio.sleep(2)
+        async with gap(lab, members[0], "home-1", 3.0), gap(lab, first, "home-1", 5.0):
+            await lab.cut(first, "etcd")
+            await eventually(lambda: _follows(lab, first), 20, every=0.1)
+        assert (await lab.host(first)).agent == "running"
+        async with gap(lab, first, "home-1", 1.0):
+            await lab.heal(first)
+            await eventually(lambda: _is_back(lab, first), 30, every=0.1)
+        assert await leader(lab, "gcp") != first
+
+
+async def _follows(lab: Lab, host: str) -> bool:
+    return "following the leaders that neighbours name" in await lab.log(host)
+
+
+async def _is_back(lab: Lab, host: str) -> bool:
+    return "following etcd again" in await lab.log(host)
