@@ -422,7 +422,9 @@ class RestoreSysctl:
     value: str
 
     def __str__(self) -> str:
-        return f"sysctl -w {self.path.replace('/', '.')}={self.value}"
+        words = self.value.split()
+        value = self.value if len(words) < 2 else f"'{' '.join(words)}'"
+        return f"sysctl -w {self.path.replace('/', '.')}={value}"
 
 
 LinkChange: TypeAlias = CreateLink | StartUserspace | DeleteLink | SetMtu | SetUp

@@ -1,0 +1,96 @@
+"""Echo requests, in network namespaces of the test's own."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+import trio
+from kernel_worlds import PRIVATE
+
+from kilo_etcd.kernel import KernelError, Setup, cleanup, echo, open_kernel, sysctl
+
+pytestmark = [pytest.mark.root, pytest.mark.usefixtures("own_namespaces")]
+
+RANGE = Path("/proc/sys/net/ipv4/ping_group_range")
+HERE, ALSO, SIX = ip_address("127.0.0.1"), ip_address("127.0.0.2"), ip_address("::1")
+NOBODY, NOWHERE = ip_address("192.0.2.9"), ip_address("203.0.113.9")
+
+
+def sh(command: str) -> str:
+    return subprocess.run(command, shell=True, check=True, capture_output=True, text=True).stdout
+
+
+def allowed() -> list[str]:
+    return RANGE.read_text().split()
+
+
+def allow() -> None:
+    RANGE.write_text("0 0")
+    sh("ip link add eth0 type veth peer eth1 && ip link set eth0 up && ip address add 192.0.2.1/24 dev eth0")
+
+
+async def test_who_is_there_answers_in_both_families_and_who_is_not_does_not() -> None:
+    allow()
+    with trio.fail_after(20):
+        found = await echo.ping([HERE, ALSO, SIX, NOBODY, NOWHERE], times=2, patience=0.3)
+    assert set(found) == {HERE, ALSO, SIX}
+    assert all(0 <= seconds < 5 for seconds in found.values())
+
+
+async def test_the_first_answer_ends_it_if_one_is_enough() -> None:
+    allow()
+    with trio.fail_after(20):
+        assert HERE in await echo.ping([HERE, NOBODY], times=1000, patience=1000, first=True)
+        assert set(await echo.ping([HERE, SIX], times=1000, patience=1000)) == {HERE, SIX}
+    assert await echo.ping([], patience=1000) == {}
+
+
+async def test_calls_do_not_take_each_others_answers() -> None:
+    allow()
+    found: list[set[object]] = []
+
+    async def one(*addresses: object) -> None:
+        found.append(set(await echo.ping(addresses, times=3, patience=0.3)))  # type: ignore[arg-type]
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(5):
+            nursery.start_soon(one, HERE, NOBODY)
+            nursery.start_soon(one, NOBODY)
+    assert found.count({HERE}) == found.count(set()) == 5
+
+
+async def test_a_firewall_that_refuses_to_send_is_silence() -> None:
+    allow()
+    sh("nft 'add table inet t; add chain inet t out { type filter hook output priority 0; }; add rule inet t out drop'")
+    with trio.fail_after(20):
+        assert await echo.ping([HERE, SIX], times=2, patience=0.2) == {}
+
+
+async def test_where_nobody_may_ping_the_agent_lets_its_own_group_and_gives_it_back() -> None:
+    assert allowed() == ["1", "0"]
+    with pytest.raises(PermissionError):
+        await echo.ping([HERE], patience=1)
+    async with open_kernel(Setup(private_key=PRIVATE, wireguard="userspace")) as kernel:
+        writes = kernel.writes
+        assert set(await kernel.ping([HERE], patience=1)) == {HERE}
+        assert allowed() == ["0", "0"]
+        assert kernel.writes == writes + 1
+        assert set(await kernel.ping([HERE], patience=1)) == {HERE}
+        assert kernel.writes == writes + 1
+    assert [str(change) for change in await cleanup("kilo0")] == ["sysctl -w net.ipv4.ping_group_range='1 0'"]
+    assert allowed() == ["1", "0"]
+    assert await cleanup("kilo0") == ()
+
+
+async def test_where_the_host_does_not_let_it_the_remedy_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_only(path: str, value: str) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(sysctl, "_write", read_only)
+    async with open_kernel(Setup(private_key=PRIVATE, wireguard="userspace")) as kernel:
+        with pytest.raises(KernelError, match=r"may not ping .*set it on the host with `sysctl -w"):
+            await kernel.ping([HERE], patience=1)
