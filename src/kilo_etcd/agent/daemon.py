@@ -35,12 +35,13 @@ from kilo_etcd.agent.program import Programmer
 from kilo_etcd.agent.report import Reporter, State
 from kilo_etcd.agent.resolve import Resolver, plan_names, resolve_plan
 from kilo_etcd.agent.whereabouts import Whereabouts
-from kilo_etcd.agent.witness import Witness, sentence
+from kilo_etcd.agent.witness import Witness
 from kilo_etcd.model import Granularity, IPNetwork, Snapshot
 from kilo_etcd.store.keys import AddressKey
 from kilo_etcd.topology import Topology, UnknownNode, build_topology, host_plan
 from kilo_etcd.topology.guard import guard
 from kilo_etcd.topology.hostplan import HostPlan
+from kilo_etcd.topology.verdicts import sentence
 
 T = TypeVar("T")
 Settings = tuple[Granularity, tuple[IPNetwork, ...]]

@@ -18,7 +18,7 @@ from kilo_etcd import kernel, store
 from kilo_etcd.agent import duty as duties
 from kilo_etcd.agent.duty import Account, Duty, Summons, accused, duty_of, stands, summons_of
 from kilo_etcd.agent.logs import Once
-from kilo_etcd.model import IPAddress, Node, Verdict
+from kilo_etcd.model import IPAddress, Node
 from kilo_etcd.topology import Topology
 
 IN_DOUBT = 0.5
@@ -295,11 +295,3 @@ class Witness:
                 said = before[location]
                 self._once.clear(f"verdict {location}", "what was said of a leader is taken back", leader=said.leader)
             await self._session.put_verdicts(after)
-
-
-def sentence(leader: str, verdicts: Iterable[Verdict]) -> str:
-    """Why node `leader` is passed over, for people."""
-    said = sorted((one for one in verdicts if one.leader == leader), key=lambda one: one.witness)
-    names = " and ".join(one.witness for one in said)
-    targets = sorted({target for one in said if one.reaches for target in one.targets})
-    return f"{leader} does not forward: {names} found no way through it, to {', '.join(targets)} for instance"

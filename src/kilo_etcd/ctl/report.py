@@ -16,6 +16,7 @@ from kilo_etcd.store.keys import Keys, NodeKey
 from kilo_etcd.store.records import StatusRecord
 from kilo_etcd.store.view import View
 from kilo_etcd.topology import Segment, Topology, build_topology
+from kilo_etcd.topology.verdicts import sentence
 
 NOT_IN_FORCE = "not in force"
 """The role of a node that is registered and yet no part of the mesh: it has no address yet, or is set aside."""
@@ -257,10 +258,17 @@ def _segment_row(segment: Segment, snapshot: Snapshot) -> LocationRow:
         nodes=tuple(sorted(members)),
         leader=segment.leader.name,
         since=(leading.since or None) if leading is not None else None,
-        reason=segment.election.reason.value,
+        reason=_reason(segment, snapshot),
         next_in_line=segment.next_in_line,
         candidates=tuple(standing),
     )
+
+
+def _reason(segment: Segment, snapshot: Snapshot) -> str:
+    passed_over = segment.election.passed_over
+    if passed_over is None:
+        return segment.election.reason.value
+    return sentence(passed_over, snapshot.verdicts.get(segment.location, ()))
 
 
 def _disagreements(name: str, status: StatusRecord, topology: Topology, newest: int) -> list[str]:

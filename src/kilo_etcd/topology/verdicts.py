@@ -52,3 +52,11 @@ def successors(leader: Candidate, others: Mapping[str, Candidate], verdicts: Ite
         or (any(not one.answers for one in near) and any(not one.answers for one in far))
     )
     return able if guilty else frozenset()
+
+
+def sentence(leader: str, verdicts: Iterable[Verdict]) -> str:
+    """Why node `leader` is passed over, for people."""
+    said = sorted((one for one in verdicts if one.leader == leader), key=lambda one: one.witness)
+    names = " and ".join(one.witness for one in said)
+    targets = sorted({target for one in said if one.reaches for target in one.targets})
+    return f"{leader} does not forward: {names} found no way through it, to {', '.join(targets)} for instance"
