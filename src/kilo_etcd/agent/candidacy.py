@@ -27,21 +27,17 @@ class Candidacy:
         wanted = decide.eligible(snapshot, self._name)
         if wanted != self._eligible:
             self._eligible, self._steady_since = wanted, now
-        current = self._session.candidacy
+        held = self._session.candidacy
+        current = None if held is None else decide.Stand(held.location, held.rank)
         hold, due = decide.stand(
             wanted,
-            decide.Standing(
-                now=now,
-                steady_since=self._steady_since,
-                ready=ready,
-                leads=leads,
-                current=None if current is None else decide.Stand(current.location, current.rank),
-            ),
+            decide.Standing(now=now, steady_since=self._steady_since, ready=ready, leads=leads, current=current),
         )
         if hold is None:
             await self._session.leave()
         else:
-            await self._session.enter(hold.location, hold.rank)
+            in_place = decide.keeps_its_place(current, hold, leads=leads)
+            await self._session.enter(hold.location, hold.rank, in_place=in_place)
             if leads and snapshot.leaders.get(hold.location) != self._name:
                 await self._session.record_leader(hold.location)
         return due
