@@ -48,6 +48,19 @@ def spread(seconds: Sequence[float], *, unit: float = 1000.0, digits: int = 0) -
     return str(len(seconds)), *(f"{x * unit:,.{digits}f}" for x in (min(seconds), median(seconds), max(seconds)))
 
 
+def distribution(seconds: Sequence[float], *, unit: float = 1000.0, digits: int = 0) -> tuple[str, ...]:
+    """Number of runs, min, median, 90th percentile (nearest rank) and max, as `spread`."""
+    if not seconds:
+        return "0", "-", "-", "-", "-"
+    found = (min(seconds), median(seconds), percentile(seconds, 0.9), max(seconds))
+    return str(len(seconds)), *(f"{x * unit:,.{digits}f}" for x in found)
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Nearest rank."""
+    return sorted(values)[math.ceil(len(values) * share) - 1]
+
+
 def p99(values: Sequence[float]) -> float:
     """Nearest rank; of fewer than a hundred values it is the largest."""
-    return sorted(values)[math.ceil(len(values) * 0.99) - 1]
+    return percentile(values, 0.99)

@@ -9,12 +9,14 @@ from attrs import evolve
 
 from kilo_etcd.agent.decide import (
     SETTLE_SECONDS,
+    WITHDRAW_SECONDS,
     Stand,
     Standing,
     able_to_lead,
     confirmed,
     disagreements,
     eligible,
+    keeps_its_place,
     role_of,
     stand,
 )
@@ -23,6 +25,9 @@ from kilo_etcd.topology import build_topology
 
 PUBLIC = CandidateClass.PUBLIC
 WISH = Stand("gcp", PUBLIC)
+REST = Stand("gcp", CandidateClass.REST)
+CHOSEN = Stand("gcp", CandidateClass.ANNOTATED)
+CHOSEN_PUBLIC = Stand("gcp", CandidateClass.ANNOTATED_PUBLIC)
 
 
 def node(name: str, number: int, location: str = "gcp", *, internal: bool = True) -> Node:
@@ -86,14 +91,43 @@ def now(**changes: object) -> Standing:
         (WISH, now(leads=True), WISH, None),
         (WISH, now(leads=True, ready=False), None, None),
         (WISH, now(ready=False, steady_since=0.0), None, None),
-        # What it holds it keeps, also while a route fails; but another wish queues anew.
+        # What it holds it keeps, also while a route fails.
         (WISH, now(current=WISH, ready=False), WISH, None),
-        (WISH, now(current=Stand("gcp", CandidateClass.REST), leads=True), None, 99.5 + SETTLE_SECONDS),
+        # Another location: it queues anew.
+        (WISH, now(current=Stand("aws", PUBLIC)), None, 99.5 + SETTLE_SECONDS),
         (WISH, now(current=Stand("aws", PUBLIC), steady_since=0.0), WISH, None),
+        # A better class: who leads says so at once, others keep what they have until they have been steady.
+        (WISH, now(current=REST, leads=True, ready=False), WISH, None),
+        (WISH, now(current=REST), REST, 99.5 + SETTLE_SECONDS),
+        (WISH, now(current=REST, steady_since=0.0), WISH, None),
+        (WISH, now(current=REST, steady_since=0.0, ready=False), REST, None),
+        # A worse one: at once, whatever else is; but whoever was chosen in its place is to be there first.
+        (REST, now(current=WISH, leads=True, ready=False), REST, None),
+        (REST, now(current=WISH), REST, None),
+        (REST, now(current=CHOSEN_PUBLIC, leads=True), REST, None),
+        (WISH, now(current=CHOSEN_PUBLIC, leads=True), CHOSEN_PUBLIC, 99.5 + WITHDRAW_SECONDS),
+        (WISH, now(current=CHOSEN_PUBLIC, steady_since=100.0 - WITHDRAW_SECONDS), WISH, None),
+        (REST, now(current=CHOSEN), CHOSEN, 99.5 + WITHDRAW_SECONDS),
     ],
 )
 def test_when_it_stands(wanted: Stand | None, standing: Standing, hold: Stand | None, due: float | None) -> None:
     assert stand(wanted, standing) == (hold, due)
+
+
+@pytest.mark.parametrize(
+    ("current", "wanted", "leads", "kept"),
+    [
+        (None, WISH, True, False),
+        (WISH, None, True, False),
+        (Stand("aws", PUBLIC), WISH, True, False),
+        (REST, WISH, True, True),
+        (REST, WISH, False, False),
+        (WISH, REST, True, True),
+        (WISH, REST, False, True),
+    ],
+)
+def test_who_keeps_its_place_in_the_queue(current: Stand | None, wanted: Stand | None, leads: bool, kept: bool) -> None:
+    assert keeps_its_place(current, wanted, leads=leads) is kept
 
 
 def test_all_living_others_must_have_confirmed() -> None:

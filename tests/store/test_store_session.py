@@ -25,6 +25,7 @@ from kilo_etcd.store import (
     encode,
 )
 from kilo_etcd.store.claims import candidates
+from kilo_etcd.store.records import decode_candidate
 from kilo_etcd.testing.fake_etcd import FakeClient, FakeEtcd
 
 pytestmark = pytest.mark.autojump
@@ -157,6 +158,18 @@ async def test_another_candidacy_gives_the_old_up_first() -> None:
         assert etcd.keys(KEYS.elections_root) == []
         await trio.sleep(30)
         assert etcd.keys(KEYS.elections_root) == []
+
+
+async def test_a_candidacy_that_changes_in_place_keeps_its_place_in_the_queue() -> None:
+    etcd = FakeEtcd()
+    async with member(etcd) as it:
+        created = etcd.data[GCP.encode()].create_revision
+        await it.enter("gcp", CandidateClass.REST, in_place=True)
+        assert etcd.data[GCP.encode()].create_revision == created
+        assert decode_candidate(etcd.data[GCP.encode()].value).rank is CandidateClass.REST
+        # Another one that is to queue anew does so all the same.
+        await it.enter("gcp", CandidateClass.ANNOTATED)
+        assert etcd.data[GCP.encode()].create_revision > created
 
 
 async def test_a_lost_short_lease_is_replaced_and_its_keys_come_back() -> None:

@@ -36,7 +36,8 @@ class Candidacy:
         """
         now = trio.current_time()
         wanted = decide.eligible(snapshot, self._name)
-        current = self._session.candidacy
+        held = self._session.candidacy
+        current = None if held is None else decide.Stand(held.location, held.rank)
         behind = current is not None and current.rank is CandidateClass.PASSED_OVER
         if passed_over and not self._passed_over:
             self._penance = self._penance.again(now)
@@ -48,18 +49,13 @@ class Candidacy:
             self._eligible, self._steady_since = wanted, now
         hold, due = decide.stand(
             wanted,
-            decide.Standing(
-                now=now,
-                steady_since=self._steady_since,
-                ready=ready,
-                leads=leads,
-                current=None if current is None else decide.Stand(current.location, current.rank),
-            ),
+            decide.Standing(now=now, steady_since=self._steady_since, ready=ready, leads=leads, current=current),
         )
         if hold is None:
             await self._session.leave()
         else:
-            await self._session.enter(hold.location, hold.rank)
+            in_place = decide.keeps_its_place(current, hold, leads=leads)
+            await self._session.enter(hold.location, hold.rank, in_place=in_place)
             if leads and snapshot.leaders.get(hold.location) != self._name:
                 await self._session.record_leader(hold.location)
         if now < self._penance.until and hold is not None:

@@ -16,6 +16,10 @@ from kilo_etcd.topology import Topology
 SETTLE_SECONDS = 2.0
 """How long a host that does not lead keeps its class unchanged before it stands for leader (no flapping)."""
 
+WITHDRAW_SECONDS = 3.0
+"""How long a host keeps standing as the operator's choice after it is that no more: the one chosen in its place stands
+after `SETTLE_SECONDS`, and leadership goes from one to the other, not by way of whoever is next in line."""
+
 
 @frozen(kw_only=True)
 class Role:
@@ -107,21 +111,54 @@ class Standing:
 def stand(wanted: Stand | None, standing: Standing) -> tuple[Stand | None, float | None]:
     """(the candidacy to hold now, when to decide again).
 
-    A host whose wish changed gives the old candidacy up and queues anew; a host that has just come waits until
-    its class has been steady, unless it leads already for want of any candidate: then it says so at once.
+    A host that wishes to stand elsewhere gives the old candidacy up and queues anew; a host that has just come waits
+    until its class has been steady, unless it leads already for want of any candidate: then it says so at once. One
+    whose class changes goes on standing as before until it stands anew: its place in the queue is not empty meanwhile.
     """
+    current = standing.current
     if wanted is None:
         return None, None
-    if standing.current == wanted:
+    if current == wanted:
         return wanted, None
+    settled = standing.steady_since + SETTLE_SECONDS
+    if current is not None and wanted.rank is CandidateClass.PASSED_OVER:
+        # What witnesses say is said of the candidacy that it has: that has to go first.
+        return None, settled
+    if current is not None and current.location == wanted.location:
+        if keeps_its_place(current, wanted, leads=standing.leads):
+            settled = standing.steady_since + WITHDRAW_SECONDS
+            if (current.rank, wanted.rank) in _NO_LONGER_CHOSEN and standing.now < settled:
+                return current, settled
+            return wanted, None
+        if not standing.ready:
+            return current, None
+        return (wanted, None) if standing.now >= settled else (current, settled)
     if not standing.ready:
         return None, None
-    if standing.leads and standing.current is None:
+    if standing.leads and current is None:
         return wanted, None
-    due = standing.steady_since + SETTLE_SECONDS
-    if standing.now >= due:
+    if standing.now >= settled:
         return wanted, None
-    return None, due
+    return None, settled
+
+
+_NO_LONGER_CHOSEN = (
+    (CandidateClass.ANNOTATED_PUBLIC, CandidateClass.PUBLIC),
+    (CandidateClass.ANNOTATED, CandidateClass.REST),
+)
+"""Classes before and after the operator took the leader annotation away, all else being as it was."""
+
+
+def keeps_its_place(current: Stand | None, wanted: Stand | None, *, leads: bool) -> bool:
+    """Whether a candidacy that changes keeps its place among those of its new class, and need not queue anew.
+
+    It may where that cannot make this host take over from one that leads: if it leads itself, or becomes worse.
+    """
+    if current is None or wanted is None or current.location != wanted.location:
+        return False
+    if CandidateClass.PASSED_OVER in (current.rank, wanted.rank):
+        return False
+    return leads or wanted.rank > current.rank
 
 
 def able_to_lead(missing: Iterable[IPNetwork | None], subnets: Iterable[IPNetwork]) -> bool:

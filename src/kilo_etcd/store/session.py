@@ -79,6 +79,8 @@ class Candidacy:
     location: str
     rank: CandidateClass
     since: str = ""
+    in_place: bool = False
+    """Whether it may take the place of one that stands there, whose create revision it then keeps."""
 
 
 class Session:
@@ -333,12 +335,13 @@ class Session:
 
     # --- candidacy and status ----------------------------------------------------------------------------------
 
-    async def enter(self, location: str, rank: CandidateClass) -> bool:
-        """Stand for leader of `location`. Standing elsewhere or as another class is given up first."""
+    async def enter(self, location: str, rank: CandidateClass, *, in_place: bool = False) -> bool:
+        """Stand for leader of `location`. Standing elsewhere is given up first; as another class too, unless
+        `in_place`."""
         now = self._candidacy
         if now is None or (now.location, now.rank) != (location, rank):
             since = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-            self._candidacy = Candidacy(location, rank, since)
+            self._candidacy = Candidacy(location, rank, since, in_place)
         return await self._now()
 
     async def leave(self) -> bool:
@@ -425,7 +428,7 @@ class Session:
         if not wanted and not self._held.values:
             return
         await self._hold_short(None)
-        # A candidacy that changes is entered anew, at the end of the queue: it must go before it comes again.
+        # What has to queue anew must go before it comes again.
         gone = [
             key
             for key, value in self._held.values.items()
@@ -447,7 +450,9 @@ class Session:
                 self._held.put(key, value, revision)
 
     def _replaceable(self, key: str) -> bool:
-        return key == self._status_key or self._is_word(key)
+        if key == self._status_key or self._is_word(key):
+            return True
+        return self._candidacy is not None and self._candidacy.in_place
 
     def _is_word(self, key: str) -> bool:
         return self._sightings.concern(key) or self._verdicts.concern(key)
