@@ -66,6 +66,8 @@ async def test_an_etcd_that_was_replaced_is_held_off_until_it_is_adopted(world: 
         addresses = world.host.observed.addresses
         world.etcd.replace_cluster()
         await trio.sleep(600)
+        # Nor is it told anything: not a lease, not a registration.
+        assert (world.etcd.revision, world.etcd.leases()) == (1, {})
         assert world.said("etcd is another cluster now") == 1
         assert (len(world.host.observed.peers), world.host.observed.addresses) == (1, addresses)
         assert "kgctl mesh adopt" in str(world.metrics.health())

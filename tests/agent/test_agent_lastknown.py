@@ -232,7 +232,7 @@ async def test_what_is_on_the_disk_is_used_only_while_etcd_is_away(world: World)
     async with running(world):
         await trio.sleep(60)
         assert not world.host.observed.routes
-        assert world.said("the last known mesh cannot be used; waiting for etcd") == 1
+        assert world.said("the last known mesh cannot be used; going by etcd alone") == 1
         world.etcd.up()
         await eventually(world.programmed, 60, every=0.1)
 
@@ -255,6 +255,90 @@ async def test_an_empty_etcd_after_a_boot_takes_nothing_away_until_it_is_adopted
         world.etcd.put(KEYS.adopted, encode_adoption(world.etcd.cluster_id, "2026-11-24T00:00:00Z"))
         await eventually(lambda: not world.host.observed.peers, 60, every=0.1)
         await eventually(lambda: KEYS.node("h1") in world.etcd.keys("/kilo/nodes/"), 60, every=0.1)
+
+
+@pytest.mark.autojump
+@pytest.mark.parametrize("rebooted", [True, False])
+@pytest.mark.parametrize("what", ["another cluster, empty", "another cluster, a backup", "the same cluster, a backup"])
+async def test_an_etcd_that_answers_at_the_start_is_judged_by_what_is_on_the_disk(
+    world: World, what: str, rebooted: bool
+) -> None:
+    async with running(world):
+        await eventually(world.programmed, 30, every=0.1)
+        (other,) = world.host.observed.peers
+        world.host.hear_from(other)
+        await trio.sleep(10)
+    written = len(world.host.history)
+    if rebooted:
+        world.reboot()
+    else:
+        world.host.hear_from(other)
+    # A backup from before h2 came.
+    world.etcd.delete(KEYS.node("h2"))
+    world.etcd.replace_cluster(world.etcd.cluster_id if "same" in what else None, keep_data="backup" in what)
+    held = dict(world.etcd.data)
+    async with running(world) as daemon:
+        await eventually(world.programmed, 30, every=0.1)
+        await trio.sleep(300)
+        # Nothing is torn down, nothing is written there, and what to do is said where people look.
+        assert world.programmed()
+        assert rebooted or len(world.host.history) == written
+        assert world.etcd.data == held
+        assert world.etcd.leases() == {}
+        sentence = "etcd went back in time" if "same" in what else "etcd is another cluster now"
+        assert world.said(sentence) == 1
+        assert world.said("etcd is held off: the last known mesh is in force") == 1
+        for place in (world.log.getvalue(), str(world.metrics.health()), *daemon._standing_errors()):
+            assert sentence in place
+            assert "kgctl mesh adopt" in place
+        world.etcd.put(KEYS.adopted, encode_adoption(world.etcd.cluster_id, "2026-11-24T00:00:00Z"))
+        await eventually(lambda: not world.host.observed.peers, 60, every=0.1)
+        await eventually(lambda: KEYS.node("h1") in world.etcd.keys("/kilo/nodes/"), 60, every=0.1)
+        await eventually(lambda: world.metrics.health() is None, 60, every=0.1)
+        await trio.sleep(10)
+    # Whoever comes later, the adoption known, follows without a word.
+    world.reboot()
+    async with running(world):
+        await eventually(lambda: world.metrics.health() is None, 60, every=0.1)
+    assert world.said(sentence) == 1
+
+
+@pytest.mark.autojump
+async def test_who_was_away_while_an_etcd_was_adopted_follows_it_at_once(world: World) -> None:
+    async with running(world):
+        await eventually(world.programmed, 30, every=0.1)
+        await trio.sleep(10)
+    world.reboot()
+    world.etcd.replace_cluster(keep_data=True)
+    world.etcd.put(KEYS.adopted, encode_adoption(world.etcd.cluster_id, "2026-11-24T00:00:00Z"))
+    async with running(world):
+        await eventually(world.programmed, 30, every=0.1)
+        await eventually(lambda: world.metrics.health() is None, 60, every=0.1)
+    assert world.said("this etcd is adopted; following it") == 1
+    assert world.said("etcd is another cluster now") == world.said("the last known mesh is in force") == 0
+
+
+@pytest.mark.autojump
+async def test_a_wrong_clock_decides_nothing(world: World) -> None:
+    """The clock of the wall goes back by a decade, and forward by one, at a boot without etcd and with another etcd."""
+    async with running(world):
+        await eventually(world.programmed, 30, every=0.1)
+        await trio.sleep(10)
+    for now in (0.0, 4e9):
+        world.disk = evolve(world.disk, clock=lambda now=now: now)
+        world.reboot()
+        world.etcd.down()
+        async with running(world):
+            await eventually(world.programmed, 30, every=0.1)
+            world.etcd.up()
+            await eventually(lambda: world.metrics.health() is None, 60, every=0.1)
+            await trio.sleep(10)
+    world.reboot()
+    world.etcd.replace_cluster()
+    async with running(world):
+        await eventually(world.programmed, 30, every=0.1)
+        await trio.sleep(60)
+        assert "another cluster now" in str(world.metrics.health())
 
 
 @pytest.mark.autojump

@@ -10,8 +10,9 @@ import trio
 from store_world import KEYS, record
 
 from helpers import eventually
+from kilo_etcd.etcd.api import Header
 from kilo_etcd.model import Granularity, Snapshot
-from kilo_etcd.store import Mirror, encode
+from kilo_etcd.store import HeldOff, LastSeen, Mirror, encode
 from kilo_etcd.store.records import encode_adoption
 from kilo_etcd.testing.fake_etcd import FakeClient, FakeEtcd
 
@@ -229,12 +230,63 @@ async def test_it_follows_again_when_the_right_cluster_is_back() -> None:
 
 async def test_what_the_disk_remembers_guards_the_first_listing() -> None:
     etcd = seeded()
-    remembered = Snapshot(revision=900, cluster_id=etcd.cluster_id, raft_term=1)
+    remembered = LastSeen(header=Header(revision=900, cluster_id=etcd.cluster_id, raft_term=1))
     async with mirrored(etcd, last_seen=remembered) as mirror:
         await eventually(lambda: mirror.suspect, 20)
         assert mirror.current is None
         etcd.put(KEYS.adopted, encode_adoption(etcd.cluster_id, "2026-11-24T01:00:00Z"))
         assert set((await newer(mirror, None)).nodes) == {"a"}
+
+
+async def test_an_adoption_that_the_disk_knows_does_not_count_again() -> None:
+    etcd = seeded()
+    said = encode_adoption(etcd.cluster_id, "2026-11-24T01:00:00Z")
+    etcd.put(KEYS.adopted, said)
+    header = Header(revision=900, cluster_id=etcd.cluster_id, raft_term=1)
+    async with mirrored(etcd, last_seen=LastSeen(header=header, adopted=said.encode())) as mirror:
+        await trio.sleep(100)
+        assert "its revision is 6, it was 900" in str(mirror.suspect)
+        etcd.put(KEYS.adopted, encode_adoption(etcd.cluster_id, "2026-11-24T02:00:00Z"))
+        assert set((await newer(mirror, None)).nodes) == {"a"}
+    # One that it did not know, however long ago it was made, does.
+    async with mirrored(etcd, last_seen=LastSeen(header=header, adopted=said.encode())) as mirror:
+        assert set((await newer(mirror, None, 1)).nodes) == {"a"}
+
+
+async def test_who_wants_to_write_is_told_at_once_that_etcd_was_replaced() -> None:
+    etcd = seeded()
+    async with mirrored(etcd) as mirror:
+        first = await newer(mirror, None)
+        await mirror.vouch()
+        etcd.replace_cluster()
+        with pytest.raises(HeldOff, match=r"another cluster now .* kgctl mesh adopt"):
+            await mirror.vouch()
+        with pytest.raises(HeldOff):
+            mirror.check()
+        etcd.put(KEYS.adopted, encode_adoption(etcd.cluster_id, "2026-11-24T02:00:00Z"))
+        assert (await newer(mirror, first, 20)).cluster_id == etcd.cluster_id
+        await mirror.vouch()
+
+
+async def test_an_answer_that_a_newer_one_overtook_is_no_step_back_in_time() -> None:
+    """Whoever vouches while the mirror hears of a later revision compares with what was known when it asked."""
+    etcd = seeded()
+    etcd.delay = 0.5
+    async with mirrored(etcd, probe_period=1.0) as mirror:
+        await newer(mirror, None)
+
+        async def vouch() -> None:
+            for _ in range(200):
+                await mirror.vouch()
+                await trio.sleep(0.1)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(vouch)
+            nursery.start_soon(vouch)
+            for number in range(100):
+                etcd.put(KEYS.location("a"), f"l{number}")
+                await trio.sleep(0.7)
+        assert mirror.suspect is None
 
 
 async def test_a_latecomer_finds_the_last_good_settings_in_history() -> None:

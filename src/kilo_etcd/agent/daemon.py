@@ -10,6 +10,7 @@ the operator asked for `--clean-up`.
 
 from __future__ import annotations
 
+import random
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Collection
@@ -81,6 +82,19 @@ class Reload(Exception):
     """The agent was asked to run its code anew. Nothing was given up: the next one adopts all of it."""
 
 
+class _Fence:
+    """The judgement of whichever mirror the agent has."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+
+    def check(self) -> None:
+        self._daemon.mirror.check()
+
+    async def vouch(self) -> None:
+        await self._daemon.mirror.vouch()
+
+
 class Daemon:
     """One host's agent. `run()` returns when the agent was asked to stop and has done so."""
 
@@ -114,6 +128,7 @@ class Daemon:
             public_key,
             lease_ttl=int(config.lease_ttl),
             forget_after=int(config.forget_after),
+            fence=_Fence(self),
         )
         self.resolver = Resolver()
         # Asked for at each scrape, so that nothing has to poll.
@@ -145,6 +160,7 @@ class Daemon:
         self.subnets: tuple[IPNetwork, ...] = ()
         """The mesh's, as they were when this agent joined."""
 
+        self._rng = random.Random()
         self._wake = trio.Event()
         self._wanted = False
         """Somebody wants the plan made and applied again; else it was the watchdog that woke the reconciler."""
@@ -227,11 +243,12 @@ class Daemon:
         """
         await self.kernel.check()
         settings = await self._bridge(nursery)
+        followed = settings is None and self.mirror.current is not None
         granularity, subnets = settings if settings is not None else await self._insist(self._settings)
         self._take_subnets(subnets)
         addresses = await self._insist(lambda: self.session.claim_addresses(subnets))
         self.log.info("address claimed", addresses=",".join(map(str, addresses)), granularity=str(granularity))
-        if self.remembered is None:
+        if not followed:
             await nursery.start(self.resolver.run)
             await nursery.start(self.mirror.run)
         # Not before: etcd may have kept us waiting, and the network may have come meanwhile.
@@ -264,6 +281,7 @@ class Daemon:
             self._follow_names,
             self._follow_addresses,
             self._follow_first_contacts,
+            self._follow_suspicion,
             self._watchdog,
             self._resync,
             self._reconcile,
@@ -286,32 +304,36 @@ class Daemon:
                 await trio.sleep(POST_RETRY_SECONDS)
 
     async def _bridge(self, nursery: trio.Nursery) -> Settings | None:
-        """Where etcd does not answer and the last known mesh is on disk: put that in force until etcd can be followed.
+        """Where etcd does not answer, or is not as the last known mesh on disk knew it: put that mesh in force until
+        etcd can be followed. Nothing is written to it before.
 
-        What etcd holds then is judged by what is in force, before anything is written to it. The mesh's settings, if
-        etcd has answered meanwhile.
+        The mesh's settings, if etcd has told them; else, if a last known mesh is kept, the mirror follows etcd now.
         """
-        if not self.keeper.there():
+        kept = await self.keeper.read()
+        if kept is None:
             return None
+        self.mirror = store.Mirror(self.client, self.keys, last_seen=kept.last_seen())
+        follows = None
         with trio.move_on_after(ETCD_PATIENCE_SECONDS):
-            return await self._insist(self._settings)
-        remembered = await self.keeper.load()
-        if remembered is None:
-            return None
-        snapshot = remembered.snapshot
-        self.log.warning(
-            "etcd is out of reach: the last known mesh is in force",
-            revision=snapshot.revision, age=self.keeper.age(remembered), nodes=len(snapshot.nodes),
-        )  # fmt: skip
-        self._take_subnets(snapshot.subnets)
-        self.remembered = remembered
-        self.mirror = store.Mirror(self.client, self.keys, last_seen=snapshot)
+            follows = await self._insist(self.mirror.judge)
+            if follows:
+                return await self._insist(self._settings)
+        remembered = await self.keeper.remember(kept)
         await nursery.start(self.resolver.run)
         await nursery.start(self.mirror.run)
-        await self.whereabouts.look()
-        self.snapshot = snapshot
-        self._keep_programmed(nursery)
-        self._nudge()
+        if remembered is not None:
+            snapshot = remembered.snapshot
+            why = "etcd is held off" if follows is False else "etcd is out of reach"
+            self.log.warning(
+                f"{why}: the last known mesh is in force",
+                revision=snapshot.revision, age=self.keeper.age(remembered), nodes=len(snapshot.nodes),
+            )  # fmt: skip
+            self._take_subnets(snapshot.subnets)
+            self.remembered = remembered
+            await self.whereabouts.look()
+            self.snapshot = snapshot
+            self._keep_programmed(nursery)
+            self._nudge()
         await self.mirror.wait_newer(None)
         return None
 
@@ -331,11 +353,12 @@ class Daemon:
             try:
                 result = await call()
             except etcd.Unavailable as error:
-                self.once.error("etcd", "etcd is out of reach", error=str(error))
+                if not isinstance(error, store.HeldOff):
+                    self.once.error("etcd", "etcd is out of reach", error=str(error))
                 self.metrics.error("etcd")
                 if self.remembered is None:
                     notify(f"STATUS=waiting for etcd: {error}")
-                await trio.sleep(delay)
+                await trio.sleep(delay * self._rng.uniform(0.5, 1.0))
                 delay = min(delay * 1.6, 3.0)
             except (etcd.EtcdError, *REFUSALS) as error:
                 raise Fatal(str(error)) from error
@@ -429,6 +452,14 @@ class Daemon:
             else:
                 self.log.warning("the kernel was changed behind the agent's back; repairing", what=what)
             self._nudge(fresh=True)
+
+    async def _follow_suspicion(self) -> None:
+        """Have the status say when etcd is held off, and when it is followed again: the plan stays what it was."""
+        suspect = False
+        while True:
+            suspect = await self.mirror.wait_suspect(suspect)
+            if self.snapshot is not None and self.topology is not None:
+                self._publish(self.snapshot)
 
     async def _follow_names(self) -> None:
         while True:
@@ -642,7 +673,7 @@ class Daemon:
             errors=self._standing_errors(),
             programmed=self._programmed,
             address=self.whereabouts.address,
-            without_etcd=self._bridged() or "",
+            without_etcd=self.mirror.suspect or self._bridged() or "",
         )
         self._reporter.publish(snapshot, state, leaving=self._leaving)
 

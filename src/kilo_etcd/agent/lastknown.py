@@ -1,4 +1,5 @@
-"""The last known mesh, kept on disk for a host that boots while etcd is away (decision 0014).
+"""The last known mesh, kept on disk: for a host that boots while etcd is away (decision 0014), and for one that finds
+another etcd than it left, or an older one (decision 0020).
 
 The file is a gzip of lines of JSON: what it is, the raw key-values one by one, a checksum over all of that. Key-values
 and no plan, so that the code that reads etcd reads this too. It holds preshared keys, so only its owner may read it; it
@@ -17,7 +18,7 @@ import os
 import stat
 import time
 import zlib
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from ipaddress import ip_network
@@ -103,7 +104,39 @@ def save(path: Path, identity: Identity, holdings: store.Holdings, *, now: float
     sync_directory(path.parent)
 
 
-def load(path: Path, identity: Identity) -> Remembered | None:
+@frozen(kw_only=True)
+class Kept:
+    """A file's content: whole and this host's, and not taken apart, which costs time that a start may not need."""
+
+    path: Path
+    identity: Identity
+    head: Mapping[str, Any]
+    lines: tuple[bytes, ...]
+
+    def last_seen(self) -> store.LastSeen:
+        """What etcd is judged by."""
+        key = json.dumps(store.Keys(self.identity.prefix).adopted)
+        start = f"[{key},".encode()
+        adopted = next((_kv(*json.loads(line)).value for line in self.lines if line.startswith(start)), None)
+        holdings = _holdings(self.head, [])
+        return store.LastSeen(
+            header=holdings.header, granularity=holdings.granularity, subnets=holdings.subnets, adopted=adopted
+        )
+
+    def remembered(self) -> Remembered:
+        """The mesh. Unusable."""
+        try:
+            holdings = _holdings(self.head, [_kv(*json.loads(line)) for line in self.lines])
+        except (ValueError, TypeError) as error:
+            raise _damaged(self.path, error) from None
+        snapshot = holdings.snapshot(store.Keys(self.identity.prefix))
+        node = snapshot.nodes.get(self.identity.node)
+        if node is None or node.public_key != self.identity.public_key:
+            raise Unusable(f"the mesh in {self.path} does not have this host")
+        return Remembered(snapshot=snapshot, written=float(self.head["written"]))
+
+
+def read(path: Path, identity: Identity) -> Kept | None:
     """What is kept at `path` for this host; None: nothing. Unusable."""
     try:
         # O_NONBLOCK: a FIFO in the file's place must not hang the agent.
@@ -120,14 +153,15 @@ def load(path: Path, identity: Identity) -> Remembered | None:
             mode = f"{stat.S_IMODE(status.st_mode):04o}"
             raise Unusable(f"others can write or read {path} (owner {status.st_uid}, mode {mode})")
         try:
-            head, kvs = _read(raw)
+            head, lines = _read(raw)
             if head["format"] != FORMAT:
                 raise Unusable(f"{path} is of another version of kg (format {head['format']}, not {FORMAT})")
-            holdings = _holdings(head, kvs)
             theirs = Identity(prefix=head["prefix"], node=head["node"], public_key=head["publicKey"])
-            written = float(head["written"])
+            kept = Kept(path=path, identity=identity, head=head, lines=lines)
+            kept.last_seen()
+            float(head["written"])
         except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
-            raise Unusable(f"{path} is damaged ({type(error).__name__}: {error})") from None
+            raise _damaged(path, error) from None
     for what, their, our in (
         ("prefix", theirs.prefix, identity.prefix),
         ("name", theirs.node, identity.node),
@@ -135,11 +169,17 @@ def load(path: Path, identity: Identity) -> Remembered | None:
     ):
         if their != our:
             raise Unusable(f"{path} was written by an agent whose {what} was {their}, which is {our} now")
-    snapshot = holdings.snapshot(store.Keys(identity.prefix))
-    node = snapshot.nodes.get(identity.node)
-    if node is None or node.public_key != identity.public_key:
-        raise Unusable(f"the mesh in {path} does not have this host")
-    return Remembered(snapshot=snapshot, written=written)
+    return kept
+
+
+def load(path: Path, identity: Identity) -> Remembered | None:
+    """The mesh that is kept at `path` for this host; None: none. Unusable."""
+    kept = read(path, identity)
+    return None if kept is None else kept.remembered()
+
+
+def _damaged(path: Path, error: Exception) -> Unusable:
+    return Unusable(f"{path} is damaged ({type(error).__name__}: {error})")
 
 
 def remove(state_dir: Path) -> bool:
@@ -174,7 +214,7 @@ def _lines(identity: Identity, holdings: store.Holdings, now: float) -> Iterator
         )  # fmt: skip
 
 
-def _read(raw: IO[bytes]) -> tuple[dict[str, Any], list[KeyValue]]:
+def _read(raw: IO[bytes]) -> tuple[dict[str, Any], tuple[bytes, ...]]:
     with gzip.GzipFile(fileobj=raw, mode="rb") as file:
         lines = file.readlines()
     if len(lines) < 2:
@@ -185,12 +225,10 @@ def _read(raw: IO[bytes]) -> tuple[dict[str, Any], list[KeyValue]]:
         digest.update(line)
     if json.loads(last)["sha256"] != digest.hexdigest():
         raise ValueError("its checksum is wrong")
-    head = json.loads(content[0])
-    # Another format's lines may be anything.
-    return head, [_kv(*json.loads(line)) for line in content[1:]] if head["format"] == FORMAT else []
+    return json.loads(content[0]), tuple(content[1:])
 
 
-def _holdings(head: dict[str, Any], kvs: list[KeyValue]) -> store.Holdings:
+def _holdings(head: Mapping[str, Any], kvs: list[KeyValue]) -> store.Holdings:
     return store.Holdings(
         header=Header(
             cluster_id=int(head["clusterId"]), revision=int(head["revision"]), raft_term=int(head["raftTerm"])
@@ -252,21 +290,30 @@ class Keeper:
         self._holdings: Callable[[], store.Holdings | None] = lambda: None
         self._due = trio.Event()
 
-    def there(self) -> bool:
-        """Whether something is kept, of use or not."""
-        return self._disk is not None and os.path.lexists(self._disk.path)
-
-    async def load(self) -> Remembered | None:
+    async def read(self) -> Kept | None:
         """What is kept, if it is of use; if it is not, that is said."""
         disk = self._disk
         if disk is None:
             return None
         try:
-            found: Remembered | None = await disk.run(lambda: load(disk.path, self._identity))
+            found: Kept | None = await disk.run(lambda: read(disk.path, self._identity))
         except Unusable as error:
-            self._once.warning("last known", "the last known mesh cannot be used; waiting for etcd", error=str(error))
+            self._unusable(error)
             return None
         return found
+
+    async def remember(self, kept: Kept) -> Remembered | None:
+        """The mesh that is kept, if it is of use; if it is not, that is said."""
+        assert self._disk is not None
+        try:
+            found: Remembered = await self._disk.run(kept.remembered)
+        except Unusable as error:
+            self._unusable(error)
+            return None
+        return found
+
+    def _unusable(self, error: Unusable) -> None:
+        self._once.warning("last known", "the last known mesh cannot be used; going by etcd alone", error=str(error))
 
     def age(self, remembered: Remembered) -> str:
         """How old it is, in words."""

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from kilo_etcd.store.claims import NoAddressLeft
     from kilo_etcd.store.effective import ANNOTATIONS
     from kilo_etcd.store.keys import Keys, ParsedKey
-    from kilo_etcd.store.mirror import Mirror
+    from kilo_etcd.store.mirror import HeldOff, LastSeen, Mirror
     from kilo_etcd.store.operator import locations, set_location, snapshot, statuses, unset_location
     from kilo_etcd.store.owner import NameTaken
     from kilo_etcd.store.records import (
@@ -37,8 +37,10 @@ __all__ = [
     "ANNOTATIONS",
     "Candidacy",
     "CandidateRecord",
+    "HeldOff",
     "Holdings",
     "Keys",
+    "LastSeen",
     "Mirror",
     "NameTaken",
     "NoAddressLeft",

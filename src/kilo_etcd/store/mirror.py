@@ -10,7 +10,8 @@ snapshot every `hold` seconds. Whoever waits gets the newest, never one after th
 etcd going back in time is not followed. When a listing or a probe comes from another cluster, or its revision or raft
 term is lower than one seen before, `suspect` says so in a sentence, nothing is given out, and the mirror waits until
 that passes or until the operator says in this very etcd that it is the mesh's (`kgctl mesh adopt`). Only answers to
-linearizable reads are judged: a watch may rightly be served by a member that lags behind.
+linearizable reads are judged: a watch may rightly be served by a member that lags behind. Who wants to write asks
+`vouch` first: an etcd that is not followed is told nothing.
 """
 
 from __future__ import annotations
@@ -19,9 +20,19 @@ import random
 
 import structlog
 import trio
+from attrs import frozen
 
-from kilo_etcd.etcd.api import Client, Compacted, EtcdError, Header, KeyValue, RangeResult, WatchBatch
-from kilo_etcd.model import Snapshot
+from kilo_etcd.etcd.api import (
+    Client,
+    Compacted,
+    EtcdError,
+    Header,
+    KeyValue,
+    RangeResult,
+    Unavailable,
+    WatchBatch,
+)
+from kilo_etcd.model import Granularity, IPNetwork, Snapshot
 from kilo_etcd.store.history import last_good
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import adopts, decode_granularity, decode_subnets
@@ -35,16 +46,27 @@ RETRY_FIRST = 0.2
 RETRY_MOST = 5.0
 
 
+class HeldOff(Unavailable):
+    """etcd answers, and is not to be followed or told anything; the message says why."""
+
+
+@frozen(kw_only=True)
+class LastSeen:
+    """What an earlier run saw of etcd: what it shows now is judged against that."""
+
+    header: Header
+    granularity: Granularity | None = None
+    subnets: tuple[IPNetwork, ...] = ()
+    adopted: bytes | None = None
+    """The operator's adoption that was known already; None: there was none."""
+
+
 class _ListAgain(Exception):
     """The watch is to be left for a new listing."""
 
 
 class Mirror:
-    """The prefix of `keys` as `client` sees it. One task runs it; any number look and wait.
-
-    `last_seen` is a snapshot from an earlier run (the disk's): what etcd shows is judged against it, but it is
-    not given out.
-    """
+    """The prefix of `keys` as `client` sees it. One task runs it; any number look and wait."""
 
     def __init__(
         self,
@@ -54,7 +76,7 @@ class Mirror:
         *,
         hold: float = HOLD,
         probe_period: float = PROBE_PERIOD,
-        last_seen: Snapshot | None = None,
+        last_seen: LastSeen | None = None,
         rng: random.Random | None = None,
     ) -> None:
         self._client = client
@@ -69,11 +91,8 @@ class Mirror:
             granularity=last_seen.granularity if last_seen else None,
             subnets=last_seen.subnets or None if last_seen else None,
         )
-        self._floor = (
-            Header(cluster_id=last_seen.cluster_id, revision=last_seen.revision, raft_term=last_seen.raft_term)
-            if last_seen
-            else None
-        )
+        self._floor = last_seen.header if last_seen else None
+        self._adopted = last_seen.adopted if last_seen else None
         self.current: Snapshot | None = None
         """The newest snapshot; None before the first listing."""
         self.connected = False
@@ -82,6 +101,7 @@ class Mirror:
         self.last_error: str | None = None
         self.suspect: str | None = None
         """Why etcd is not followed at present, as a sentence; None: it is."""
+        self._judged = trio.Event()
         self._published = trio.Event()
         self._changed = trio.Event()
         self._applied = 0
@@ -108,16 +128,32 @@ class Mirror:
             await self._published.wait()
         return self.current
 
-    def _adopt(self, found: RangeResult) -> bool:
-        """Follow etcd although it went back in time or is another one, if the operator has said so there."""
-        said = found.kvs[0].value if found.kvs else None
-        known = self._view.kv(self._keys.adopted)
-        if not adopts(said, known.value if known else None, found.header.cluster_id):
-            return False
-        self._log.warning("this etcd is adopted; following it", cluster=f"{found.header.cluster_id:x}",
-                          revision=found.header.revision)  # fmt: skip
-        self._floor = self.suspect = None
-        return True
+    async def wait_suspect(self, than: bool) -> bool:
+        """Whether etcd is suspect, as soon as that is other `than` said."""
+        while (self.suspect is not None) is than:
+            await self._judged.wait()
+        return not than
+
+    async def judge(self) -> bool:
+        """Look at etcd once, before `run`: whether it may be followed, and written to. EtcdError."""
+        floor = self._floor
+        found = await self._look()
+        return self._follows(found, floor)
+
+    async def vouch(self) -> None:
+        """Raise HeldOff if this etcd is not the one that is followed; to be asked before something is written to it
+        that a replaced one must not be told. EtcdError."""
+        if self.suspect is None and (floor := self._floor) is not None:
+            reason = _why_not((await self._look()).header, floor)
+            if reason is not None:
+                # The task will find out whether it has been adopted.
+                self._hold_off(reason)
+        self.check()
+
+    def check(self) -> None:
+        """Raise HeldOff if it is known already that etcd is not to be followed."""
+        if self.suspect is not None:
+            raise HeldOff(self.suspect)
 
     # --- the tasks ---------------------------------------------------------------------------------------------
 
@@ -141,14 +177,13 @@ class Mirror:
 
     async def _follow(self) -> None:
         """List, watch, until it is time to list again. Raises EtcdError."""
-        if self.suspect is not None:
-            found = await self._look()
-            if not self._adopt(found) and not self._credible(found.header):
-                await trio.sleep(self._probe_period * self._rng.uniform(0.8, 1.2))
-                return
+        if self.suspect is not None and not await self.judge():
+            await trio.sleep(self._probe_period * self._rng.uniform(0.8, 1.2))
+            return
+        floor = self._floor
         listing = await self._client.get_prefix(self._keys.root)
         self._answered()
-        if not self._credible(listing.header):
+        if not self._follows(listing, floor):
             return
         await self._recall(listing)
         if self._view.load(listing.kvs, listing.header) or self.current is None:
@@ -183,14 +218,16 @@ class Mirror:
         relist_at = trio.current_time() + self._relist_period * self._rng.uniform(0.8, 1.2)
         while True:
             await trio.sleep(self._probe_period * self._rng.uniform(0.8, 1.2))
+            floor = self._floor
             try:
                 header = (await self._look()).header
             except EtcdError as error:
                 # The watch comes back by itself where it left off, so there is no need to give it up.
                 self._failed(error)
                 continue
-            if trio.current_time() >= relist_at or not self._credible(header):
+            if trio.current_time() >= relist_at or self.suspect is not None or _why_not(header, floor) is not None:
                 raise _ListAgain
+            self._floor = header
 
     def _take(self, batch: WatchBatch) -> None:
         if self._floor is not None and batch.header.cluster_id not in (0, self._floor.cluster_id):
@@ -229,26 +266,41 @@ class Mirror:
             if not self._view.subnets and kv.key == self._keys.subnets.encode():
                 self._view.subnets = await last_good(self._client, kv, decode_subnets)
 
-    def _credible(self, header: Header) -> bool:
-        """Whether a linearizable answer may be followed; sets or clears `suspect`."""
-        floor = self._floor
-        reason = None
-        if floor is not None and floor.cluster_id and header.cluster_id != floor.cluster_id:
-            reason = f"etcd is another cluster now ({header.cluster_id:x}, it was {floor.cluster_id:x})"
-        elif floor is not None and header.revision < floor.revision:
-            reason = f"etcd went back in time: its revision is {header.revision}, it was {floor.revision}"
-        elif floor is not None and header.raft_term < floor.raft_term:
-            reason = f"etcd went back in time: its raft term is {header.raft_term}, it was {floor.raft_term}"
-        if reason is None:
-            if self.suspect is not None:
-                self._log.info("etcd is as it was; following it again")
-            self._floor, self.suspect = header, None
-            return True
+    def _follows(self, found: RangeResult, floor: Header | None) -> bool:
+        """Whether a linearizable answer may be followed, which was asked for when `floor` was known; sets or clears
+        `suspect`. `found` has the operator's adoption, if there is one."""
+        reason = _why_not(found.header, floor)
+        if reason is not None:
+            if not self._adopts(found):
+                self._hold_off(reason)
+                return False
+            self._log.warning("this etcd is adopted; following it", cluster=f"{found.header.cluster_id:x}",
+                              revision=found.header.revision)  # fmt: skip
+        elif self.suspect is not None:
+            self._log.info("etcd is as it was; following it again")
+        self._floor = found.header
+        self._set_suspect(None)
+        return True
+
+    def _adopts(self, found: RangeResult) -> bool:
+        """Whether the operator has said, in this etcd and since the last time, that it is the mesh's."""
+        key = self._keys.adopted.encode()
+        said = next((kv.value for kv in found.kvs if kv.key == key), None)
+        if self.current is not None:
+            known = self._view.kv(key)
+            self._adopted = known.value if known else None
+        return adopts(said, self._adopted, found.header.cluster_id)
+
+    def _hold_off(self, reason: str) -> None:
         sentence = f"{reason}; the last plan stays in force. If this is intended: kgctl mesh adopt"
         if self.suspect is None:
             self._log.error(sentence)
+        self._set_suspect(sentence)
+
+    def _set_suspect(self, sentence: str | None) -> None:
         self.suspect = sentence
-        return False
+        judged, self._judged = self._judged, trio.Event()
+        judged.set()
 
     def _answered(self) -> None:
         if not self.connected:
@@ -261,6 +313,21 @@ class Mirror:
         if self.connected:
             self.disconnected_since = trio.current_time()
         self.connected, self.last_error = False, str(error)
+
+
+def _why_not(header: Header, floor: Header | None) -> str | None:
+    """Why an etcd whose answer has `header` is not the one that answered with `floor` before, as a clause."""
+    if floor is None:
+        return None
+    if floor.cluster_id and header.cluster_id != floor.cluster_id:
+        return f"etcd is another cluster now ({header.cluster_id:x}, it was {floor.cluster_id:x})"
+    for what, now, before in (
+        ("revision", header.revision, floor.revision),
+        ("raft term", header.raft_term, floor.raft_term),
+    ):
+        if now < before:
+            return f"etcd went back in time: its {what} is {now}, it was {before}"
+    return None
 
 
 def _first(group: BaseExceptionGroup[EtcdError]) -> EtcdError:

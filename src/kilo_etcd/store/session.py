@@ -12,6 +12,10 @@ other's for ever, and wake the whole mesh each time. So a record is put back a f
 
 Wishes that cannot be met at once are kept: `enter`, `leave` and `put_status` return False, and `run` goes on trying.
 `register`, `ensure_mesh` and `claim_addresses` raise instead, since nothing can begin before they are done.
+
+An etcd that was restored or replaced would take all of this for news. So before this host registers, claims, or takes
+a lease there, the `fence` is asked whether it is the etcd that is followed; one that is known not to be is told
+nothing.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from __future__ import annotations
 import random
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime
+from typing import Protocol
 
 import structlog
 import trio
@@ -47,6 +52,7 @@ from kilo_etcd.store import claims, said
 from kilo_etcd.store.held import Held
 from kilo_etcd.store.keys import ElectionKey, EndpointKey, Keys, StatusKey, VerdictKey
 from kilo_etcd.store.lease import KeptLease
+from kilo_etcd.store.mirror import HeldOff
 from kilo_etcd.store.owner import NameTaken, PutBacks, public_key_of, status_key_of, taken_by, where_is
 from kilo_etcd.store.records import (
     CandidateRecord,
@@ -66,6 +72,24 @@ RETRY_MOST = 5.0
 
 MOST_AT_ONCE = 100
 """Operations in one transaction: etcd takes 128 (--max-txn-ops)."""
+
+
+class Fence(Protocol):
+    """Who knows whether etcd is the one that is followed; see `Mirror`."""
+
+    def check(self) -> None:
+        """Raise HeldOff if it is known not to be."""
+
+    async def vouch(self) -> None:
+        """The same, having looked. EtcdError."""
+
+
+class _NoFence:
+    def check(self) -> None:
+        pass
+
+    async def vouch(self) -> None:
+        await trio.lowlevel.checkpoint()
 
 
 class _RecordChanged(Exception):
@@ -99,9 +123,11 @@ class Session:
         lease_ttl: int = 5,
         forget_after: int = 86400,
         on_event: Callable[[str], None] | None = None,
+        fence: Fence | None = None,
         rng: random.Random | None = None,
     ) -> None:
         self._client = client
+        self._fence = fence or _NoFence()
         self._keys = keys
         self._name = node_name
         self._public_key = public_key
@@ -208,6 +234,7 @@ class Session:
     async def _register(self, deadline: float) -> bool:
         """Returns whether the record was written."""
         assert self._record is not None
+        await self._fence.vouch()
         value = encode(self._record)
         wrote = False
         while True:
@@ -298,6 +325,7 @@ class Session:
             if info is not None:
                 await self._adopt(info.id, info.keys)
         if not self._short.id:
+            await self._fence.vouch()
             # What was adopted from a lease of another length is put under the new one, which does not move its create
             # revision: the place in the queue is kept.
             self._held.clear()
@@ -369,6 +397,7 @@ class Session:
         key = self._keys.leader(location)
 
         async def put() -> None:
+            self._fence.check()
             await self._client.txn(
                 [Compare(key, Target.VALUE, Is.EQUAL, self._name.encode())], [], [Put(key, self._name)]
             )
@@ -389,7 +418,8 @@ class Session:
         try:
             await act()
         except (EtcdError, NameTaken, claims.NoAddressLeft) as error:
-            if str(error) != self.last_error:
+            # That etcd is held off has been said by who does so.
+            if str(error) != self.last_error and not isinstance(error, HeldOff):
                 self._log.warning("etcd could not be told", error=str(error))
             self.last_error = str(error)
             return False
@@ -399,11 +429,13 @@ class Session:
     async def _sync(self) -> None:
         """Make etcd say what is wanted. Called under the lock. EtcdError, NameTaken, NoAddressLeft."""
         while True:
+            self._fence.check()
             try:
                 if self._record is not None and self._long.doubted:
                     self._record_kv = None
                 if self._record is not None and self._record_kv is None:
                     self._put_backs.check(trio.current_time())
+                    await self._fence.vouch()
                     if self._subnets:
                         await claims.claim_addresses(self._client, self._keys, self._name, self._subnets)
                     if await self._register(trio.current_time()):
