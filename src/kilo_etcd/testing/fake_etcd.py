@@ -3,23 +3,25 @@
 A `FakeEtcd` is the cluster; `client()` gives any number of clients, each of which can be cut off by itself. It
 has etcd's revisions, transactions (with etcd's refusals), leases that end when their time is up, history,
 compaction, and watches that resume by themselves. There is no task behind it: due leases end when somebody looks,
-and a watch that waits looks when the next one is due. So it works under any clock, a mock one that jumps included,
-and two runs of one test are the same run.
+and of the watches that wait one looks when the next is due. So it works under any clock, a mock one that jumps
+included, and two runs of one test are the same run.
 
-Faults: `down`/`up` (a cluster without a quorum: leases stand still and are refreshed at the next election),
-`FakeClient.cut`/`mend` (one host away), `delay`, `drop_watches`, `compact`, `replace_cluster`, and
-`FakeClient.lose_answer` (the write is done, the answer is lost). It does not know authentication, TLS or members.
+Faults: `down`/`up` (a cluster without a quorum: leases stand still and are refreshed at the next election), `delay`,
+`drop_watches`, `compact`, `replace_cluster`, `backup`/`restore`. Of one host: `FakeClient.cut`/`mend` (away),
+`cut(answers=False)` and `cut(requests=False)` (one direction only), `lag` (seconds on the way, which may differ from
+packet to packet), `lose_answer` (the write is done, the answer is lost), `stall` (its watches stand still for a while),
+`lose_batches` and `repeat_batches` (what a watch promises is broken). It does not know authentication, TLS or members.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 import trio
-from attrs import define, evolve, field
+from attrs import define, evolve, field, frozen
 
 from kilo_etcd.etcd.api import (
     BadRequest,
@@ -67,6 +69,18 @@ class _FakeLease:
     keys: set[bytes] = field(factory=set)
 
 
+@frozen
+class Backup:
+    """What `etcdctl snapshot save` keeps: the key-values with their revisions, and the leases."""
+
+    cluster_id: int
+    revision: int
+    raft_term: int
+    data: Mapping[bytes, KeyValue]
+    leases: Mapping[int, int]
+    """Lease -> its TTL in seconds."""
+
+
 class FakeEtcd:
     """The cluster. `delay` is the seconds that every answer and every event takes."""
 
@@ -75,6 +89,11 @@ class FakeEtcd:
         self.cluster_id = cluster_id
         self.raft_term = 2
         self.available = True
+        self._waiting: dict[_FakeWatch, trio.Event] = {}
+        """The watches that have nothing to say at present, and what tells them that there may be something."""
+        self._keeper: _FakeWatch | None = None
+        """The one of them that looks when the next lease is due."""
+        self._keeper_scope: trio.CancelScope | None = None
         self._fresh()
 
     def _fresh(self) -> None:
@@ -86,7 +105,6 @@ class FakeEtcd:
         self._versions: dict[bytes, list[tuple[int, KeyValue | None]]] = {}
         self._leases: dict[int, _FakeLease] = {}
         self._next_lease = 0x1000
-        self._changed = trio.Event()
         self._drops = 0
         self._drop_error: EtcdError | None = None
 
@@ -101,6 +119,7 @@ class FakeEtcd:
     def down(self) -> None:
         """Nobody answers any more. Leases stand still, as they do in a cluster without a leader."""
         self._expire()
+        self._catch_up()
         self.available = False
         self._wake()
 
@@ -121,6 +140,7 @@ class FakeEtcd:
     def compact(self, revision: int | None = None) -> None:
         """Forget history before `revision` (the present one)."""
         self._expire()
+        self._catch_up()
         self.compacted = self.revision if revision is None else revision
         self._log = [event for event in self._log if event.kv.mod_revision >= self.compacted]
         for key, versions in list(self._versions.items()):
@@ -140,6 +160,36 @@ class FakeEtcd:
         self.raft_term = 2
         for kv in old:
             self._commit([Put(kv.key, kv.value)])
+
+    def backup(self) -> Backup:
+        """What could be restored later."""
+        self._expire()
+        return Backup(
+            cluster_id=self.cluster_id,
+            revision=self.revision,
+            raft_term=self.raft_term,
+            data=dict(self.data),
+            leases={lease.id: lease.ttl for lease in self._leases.values()},
+        )
+
+    def restore(self, backup: Backup, cluster_id: int | None = None) -> None:
+        """Go on from a backup, as another cluster (`etcdctl snapshot restore`), or with the cluster id of the backup's
+        as the same one, which went back in time. History is gone, and every lease has its full time."""
+        self._wake()
+        self._fresh()
+        self.cluster_id = backup.cluster_id if cluster_id is None else cluster_id
+        self.raft_term = 2 if cluster_id is not None else backup.raft_term + 1
+        self.revision = self.compacted = backup.revision
+        now = trio.current_time()
+        self._leases = {one: _FakeLease(one, ttl, now + ttl) for one, ttl in backup.leases.items()}
+        self._next_lease = max([self._next_lease, *backup.leases])
+        self.data = dict(backup.data)
+        self._sorted = sorted(self.data)
+        for key, kv in self.data.items():
+            self._versions[key] = [(kv.mod_revision, kv)]
+            if kv.lease in self._leases:
+                self._leases[kv.lease].keys.add(key)
+        self._wake()
 
     # --- reading and writing, at once --------------------------------------------------------------------------
 
@@ -176,9 +226,23 @@ class FakeEtcd:
 
     # --- inside ------------------------------------------------------------------------------------------------
 
-    def _wake(self) -> None:
-        event, self._changed = self._changed, trio.Event()
-        event.set()
+    def _wake(self, events: Iterable[Event] | None = None) -> None:
+        """Have the watches look whom `events` concern; None: all of them."""
+        keys = None if events is None else {event.kv.key for event in events}
+        for watch, event in self._waiting.items():
+            if keys is None or watch._concerns(keys):
+                event.set()
+
+    def _catch_up(self, client: FakeClient | None = None) -> None:
+        """The watches (of one client) that wait have been told all there is so far, and know it."""
+        for watch in self._waiting:
+            if client is None or watch._client is client:
+                watch._catch_up()
+
+    def _mind_leases(self) -> None:
+        """Have the watch that minds them wake in time."""
+        if self._keeper_scope is not None:
+            self._keeper_scope.deadline = self._next_expiry()
 
     def _next_expiry(self) -> float:
         if not self.available:
@@ -252,7 +316,8 @@ class FakeEtcd:
         if events:
             self.revision = revision
             self._log.extend(events)
-            self._wake()
+            self._wake(events)
+            self._mind_leases()
         header = self.header()
         return [evolve(result, header=header) for result in results]
 
@@ -312,28 +377,52 @@ class FakeClient:
     def __init__(self, server: FakeEtcd, name: str = "") -> None:
         self.server = server
         self.name = name
-        self.connected = True
         self.calls: list[str] = []
         """The names of the unary calls made, for tests that count them."""
+        self.lag: Callable[[], float] | None = None
+        """Seconds that a request, an answer or a watch's batch takes besides the server's `delay`; asked for each."""
+        self._speaks = True
+        self._hears = True
         self._lose = 0
+        self._lose_batches = 0
+        self._repeat_batches = 0
+        self._stalled_until = float("-inf")
 
     def __repr__(self) -> str:
         return f"<FakeClient {self.name} {'connected' if self._reachable else 'cut off'}>"
 
     # --- faults ------------------------------------------------------------------------------------------------
 
-    def cut(self) -> None:
-        """This client reaches etcd no more; the others do."""
-        self.connected = False
+    def cut(self, *, requests: bool = True, answers: bool = True) -> None:
+        """This client's requests, or etcd's answers and events to it, are lost, or both; the others' are not."""
+        self.server._catch_up(self)
+        self._speaks, self._hears = not requests, not answers
         self.server._wake()
 
     def mend(self) -> None:
-        self.connected = True
+        self._speaks = self._hears = True
         self.server._wake()
 
     def lose_answer(self, calls: int = 1) -> None:
         """The next calls are carried out, and fail."""
         self._lose += calls
+
+    def stall(self, seconds: float) -> None:
+        """Events reach this client's watches only after that time."""
+        self._stalled_until = trio.current_time() + seconds
+
+    def lose_batches(self, number: int = 1) -> None:
+        """So many batches of events never reach this client's watches of more than one key."""
+        self._lose_batches += number
+
+    def repeat_batches(self, number: int = 1) -> None:
+        """So many batches of events reach this client's watches twice."""
+        self._repeat_batches += number
+
+    @property
+    def connected(self) -> bool:
+        """Whether both directions are open."""
+        return self._speaks and self._hears
 
     @property
     def _reachable(self) -> bool:
@@ -341,13 +430,15 @@ class FakeClient:
 
     async def _call(self, name: str, act: Callable[[], _T]) -> _T:
         self.calls.append(name)
-        await trio.sleep(self.server.delay)
-        if not self._reachable:
+        await trio.sleep(self.server.delay + (self.lag() if self.lag else 0.0))
+        if not (self._speaks and self.server.available):
             raise Unavailable("no endpoint of etcd answered")
         self.server._expire()
         result = act()
-        if self._lose:
-            self._lose -= 1
+        if self.lag:
+            await trio.sleep(self.lag())
+        if self._lose or not self._hears:
+            self._lose = max(0, self._lose - 1)
             raise Unavailable("the connection to etcd broke before the answer came")
         return result
 
@@ -534,6 +625,7 @@ class _FakeWatch:
         self._key, self._range_end, self._next = key, range_end, start
         self._drops = client.server._drops
         self._progress = False
+        self._again: WatchBatch | None = None
 
     def __aiter__(self) -> _FakeWatch:
         return self
@@ -544,19 +636,60 @@ class _FakeWatch:
         self._client.server._wake()
 
     async def __anext__(self) -> WatchBatch:
-        server = self._client.server
+        client, server = self._client, self._client.server
+        if self._again is not None:
+            again, self._again = self._again, None
+            await trio.lowlevel.checkpoint()
+            return again
         while True:
             server._expire()
             if self._drops != server._drops and server._drop_error is not None:
                 raise server._drop_error
-            if self._client._reachable:
+            if trio.current_time() < client._stalled_until:
+                await trio.sleep_until(client._stalled_until)
+                continue
+            if client._hears and server.available:
                 batch = self._gather(server)
                 if batch is not None:
-                    await trio.sleep(server.delay)
+                    await trio.sleep(server.delay + (client.lag() if client.lag else 0.0))
+                    if client._lose_batches and self._range_end is not None:
+                        client._lose_batches -= 1
+                        continue
+                    if client._repeat_batches:
+                        client._repeat_batches -= 1
+                        self._again = batch
                     return batch
-            changed = server._changed
-            with trio.move_on_at(server._next_expiry()):
-                await changed.wait()
+            await self._wait(server)
+
+    async def _wait(self, server: FakeEtcd) -> None:
+        """Until there may be something to say. One of those who wait minds the leases, and hands that on."""
+        event = server._waiting[self] = trio.Event()
+        try:
+            if server._keeper is not None:
+                await event.wait()
+                return
+            with trio.move_on_at(server._next_expiry()) as scope:
+                server._keeper, server._keeper_scope = self, scope
+                await event.wait()
+        finally:
+            del server._waiting[self]
+            if server._keeper is self:
+                server._keeper = server._keeper_scope = None
+                for other in server._waiting.values():
+                    other.set()
+                    break
+
+    def _concerns(self, keys: set[bytes]) -> bool:
+        if self._range_end is None:
+            return self._key in keys
+        return any(_within(key, self._key, self._range_end) for key in keys)
+
+    def _catch_up(self) -> None:
+        client, server = self._client, self._client.server
+        if client._hears and server.available and self._drops == server._drops:
+            behind = any(_within(event.kv.key, self._key, self._range_end) for event in server._events_from(self._next))
+            if not behind:
+                self._next = max(self._next, server.revision + 1)
 
     def _gather(self, server: FakeEtcd) -> WatchBatch | None:
         if self._next < server.compacted:

@@ -73,6 +73,8 @@ class FakeHost:
         """Whether an echo request to an address is answered; asked once for each."""
         self.no_pings: str | None = None
         """Why the host may not ping."""
+        self.clock: Callable[[], float] = trio.current_time
+        """The host's own clock, which may be wrong and may jump; handshakes are dated by it."""
         self.shakes: Callable[[str], bool] = lambda public_key: False
         """Whether a peer that is given an endpoint and keepalive answers at once with a handshake."""
         self._listeners: list[FakeKernel] = []
@@ -90,7 +92,7 @@ class FakeHost:
         heard = evolve(
             peer,
             endpoint=endpoint or peer.endpoint,
-            last_handshake=trio.current_time() if when is None else when,
+            last_handshake=self.clock() if when is None else when,
         )
         self.observed = evolve(self.observed, peers={**self.observed.peers, public_key: heard})
 
@@ -190,7 +192,7 @@ class FakeKernel:
 
     async def hear(self) -> Heard:
         await trio.lowlevel.checkpoint()
-        return Heard(time=trio.current_time(), peers=self.host.observed.peers)
+        return Heard(time=self.host.clock(), peers=self.host.observed.peers)
 
     async def ping(
         self, addresses: Collection[IPAddress], *, times: int = 1, patience: float, first: bool = False
@@ -219,7 +221,7 @@ class FakeKernel:
         return reason
 
     def _now(self) -> Observed:
-        return evolve(self.host.observed, time=trio.current_time())
+        return evolve(self.host.observed, time=self.host.clock())
 
     def _target(self, plan: HostPlan) -> Target:
         overhead = 100 if plan.ipip_remotes else 80
