@@ -323,9 +323,10 @@ class Daemon:
         await nursery.start(self.mirror.run)
         if remembered is not None:
             snapshot = remembered.snapshot
-            why = "etcd is held off" if follows is False else "etcd is out of reach"
             self.log.warning(
-                f"{why}: the last known mesh is in force",
+                "etcd is held off: the last known mesh is in force"
+                if follows is False
+                else "etcd is out of reach: the last known mesh is in force",
                 revision=snapshot.revision, age=self.keeper.age(remembered), nodes=len(snapshot.nodes),
             )  # fmt: skip
             self._take_subnets(snapshot.subnets)
