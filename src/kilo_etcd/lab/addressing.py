@@ -21,7 +21,8 @@ from kilo_etcd.model import IPAddress, IPInterface, IPNetwork
 ETCD_PORT = 2379
 ETCD_PEER_PORT = 2380
 WIREGUARD_PORT = 51820
-CUTS = ("etcd", "location", "others", "all")
+CUTS = ("etcd", "location", "others", "all", "forwarding", "port", "fifth")
+"""From whom, or of what: `forwarding` is what goes through a host, `port` WireGuard's, `fifth` one packet in five there."""
 SITE_CUTS = ("etcd", "others", "all")
 
 # Documentation networks (RFC 5737, RFC 3849) stand for the internet; `model.is_public` agrees.
@@ -461,10 +462,12 @@ def site_cut_script(layout: Layout, site: str, cuts: Iterable[str]) -> str:
 
 def host_cut_script(layout: Layout, host: str, cuts: Iterable[str]) -> str:
     """nftables script that replaces a host's cuts: silent drops at its underlay interface, before anything else."""
-    rules = _cut_rules(layout, cuts, host=host)
+    cuts = set(cuts)
+    rules = _cut_rules(layout, cuts - {"forwarding"}, host=host)
     table = "table inet lab-cut\ndelete table inet lab-cut\n"
-    if not rules:
+    if not cuts:
         return table
+    forward = "drop" if "forwarding" in cuts else "accept"
     return (
         table
         + f"""\
@@ -480,6 +483,9 @@ table inet lab-cut {{
         type filter hook postrouting priority 400; policy accept;
         oifname eth0 jump cut
     }}
+    chain through {{
+        type filter hook forward priority -400; policy {forward};
+    }}
 }}
 """
     )
@@ -491,6 +497,10 @@ def _cut_rules(layout: Layout, cuts: Iterable[str], *, host: str = "", site: str
     for cut in sorted(set(cuts)):
         if cut == "all":
             rules.append("drop")
+        elif cut == "port":
+            rules += [f"udp {way} {WIREGUARD_PORT} drop" for way in ("sport", "dport")]
+        elif cut == "fifth":
+            rules.append(f"udp sport {WIREGUARD_PORT} numgen random mod 5 == 0 drop")
         elif cut == "etcd":
             rules += _between(servers)
         elif cut == "location":

@@ -305,7 +305,8 @@ class Lab:
         await self._ask("power-on", host=host, agent=agent)
 
     async def cut(self, host: str, *kinds: str) -> None:
-        """Drop silently what a host exchanges with `etcd`, its `location`, all `others`, or `all`; cuts add up."""
+        """Drop silently what a host exchanges with `etcd`, its `location`, all `others`, or `all`, what it forwards
+        (`forwarding`), what goes to its WireGuard `port`, or a `fifth` of that; cuts add up."""
         await self._ask("cut", host=host, **{"from": kinds or ("all",)})
 
     async def heal(self, host: str) -> None:
