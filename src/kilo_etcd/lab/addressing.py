@@ -22,7 +22,7 @@ ETCD_PORT = 2379
 ETCD_PEER_PORT = 2380
 WIREGUARD_PORT = 51820
 CUTS = ("etcd", "location", "others", "all", "forwarding", "port", "fifth")
-"""From whom, or of what: `forwarding` is what goes through a host, `port` WireGuard's, `fifth` one packet in five there."""
+"""From whom, or of what: `forwarding` is what goes through it, `port` WireGuard's, `fifth` one packet in five there."""
 SITE_CUTS = ("etcd", "others", "all")
 
 # Documentation networks (RFC 5737, RFC 3849) stand for the internet; `model.is_public` agrees.

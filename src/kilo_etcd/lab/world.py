@@ -360,8 +360,8 @@ class World:
     # --- cuts ----------------------------------------------------------------------------------------------
 
     async def cut(self, host: str, kinds: Iterable[str]) -> None:
-        """Drop a host's traffic silently: with etcd, its location's hosts, all others, or all; what it forwards, what goes
-        to its WireGuard port, or a fifth of that. Empty: heal."""
+        """Drop a host's traffic silently: with etcd, its location's hosts, all others, or all; what it forwards; what
+        goes to its WireGuard port, or a fifth of that. Empty: heal."""
         kinds = set(kinds)
         if unknown := kinds - set(addressing.CUTS):
             raise LabError(f"{', '.join(unknown)} cannot be cut from; choose {', '.join(addressing.CUTS)}")
