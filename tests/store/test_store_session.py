@@ -172,18 +172,21 @@ async def test_a_candidacy_that_changes_in_place_keeps_its_place_in_the_queue() 
         assert etcd.data[GCP.encode()].create_revision > created
 
 
-async def test_a_lost_short_lease_is_replaced_and_its_keys_come_back() -> None:
+async def test_a_lost_short_lease_is_replaced_and_its_keys_come_back_but_the_place_in_the_queue() -> None:
     etcd = FakeEtcd()
     events: list[str] = []
     async with member(etcd, on_event=events.append) as it:
         lease = etcd.data[GCP.encode()].lease
         await etcd.client().revoke_lease(lease)
         assert GCP not in etcd
-        await eventually(lambda: GCP in etcd and STATUS in etcd, 10)
+        await eventually(lambda: STATUS in etcd, 10)
         assert it.healthy
         assert "lease lost" in events
+        assert it.candidacy is None
         await trio.sleep(60)
-        assert {GCP, STATUS, NODE} <= set(etcd.keys())
+        assert set(etcd.keys()) == {STATUS, NODE}
+        assert await it.enter("gcp", CandidateClass.PUBLIC)
+        assert GCP in etcd
 
 
 async def test_a_host_cut_off_from_etcd_loses_its_candidacy_but_not_its_membership() -> None:
@@ -196,7 +199,7 @@ async def test_a_host_cut_off_from_etcd_loses_its_candidacy_but_not_its_membersh
         assert etcd.keys() == [NODE]
         assert not await it.put_status(StatusRecord(public_key=wg_key("a"), revision=2))
         client.mend()
-        await eventually(lambda: GCP in etcd and it.healthy, 20)
+        await eventually(lambda: STATUS in etcd and it.healthy, 20)
         assert decode_status(etcd.get(STATUS) or b"").revision == 2
 
 

@@ -20,6 +20,8 @@ class Candidacy:
         self._name = name
         self._eligible: decide.Stand | None = None
         self._steady_since = 0.0
+        self._stood = False
+        """Whether this host wanted to stand when it was last asked."""
         self._penance = decide.Penance()
         self._passed_over = False
         """As of the last call: until its candidacy is gone a host is passed over again and again."""
@@ -45,12 +47,14 @@ class Candidacy:
         # Who leads all the same goes on: to queue anew would be one more change of leader.
         if wanted is not None and (now < self._penance.until or (behind and leads)):
             wanted = decide.Stand(wanted.location, CandidateClass.PASSED_OVER)
-        if wanted != self._eligible:
+        if wanted != self._eligible or (held is None and self._stood):
+            # Who has lost its place with its lease waits as who has just come: if all did, whoever leads stands first.
             self._eligible, self._steady_since = wanted, now
         hold, due = decide.stand(
             wanted,
             decide.Standing(now=now, steady_since=self._steady_since, ready=ready, leads=leads, current=current),
         )
+        self._stood = hold is not None
         if hold is None:
             await self._session.leave()
         else:

@@ -128,6 +128,7 @@ class Daemon:
             public_key,
             lease_ttl=int(config.lease_ttl),
             forget_after=int(config.forget_after),
+            on_event=lambda event: self._nudge() if event == "lease lost" else None,
             fence=_Fence(self),
         )
         self.resolver = Resolver()

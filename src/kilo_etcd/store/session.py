@@ -11,6 +11,8 @@ replaced when it does not. A copy of this machine has the same name and key: eac
 other's for ever, and wake the whole mesh each time. So a record is put back a few times a minute and no more.
 
 Wishes that cannot be met at once are kept: `enter`, `leave` and `put_status` return False, and `run` goes on trying.
+A candidacy that is gone with its lease is no longer wished for: `on_event` says "lease lost", and who wants to stand
+says so again.
 `register`, `ensure_mesh` and `claim_addresses` raise instead, since nothing can begin before they are done.
 
 An etcd that was restored or replaced would take all of this for news. So before this host registers, claims, or takes
@@ -164,7 +166,7 @@ class Session:
         self._seen = 0
         """etcd's revision up to which the record is known to be as `_record_kv` says."""
         self._long = KeptLease(client, forget_after, on_doubt=self._mend, on_lost=self._lost)
-        self._short = KeptLease(client, lease_ttl, on_doubt=self._mend, on_lost=self._lost)
+        self._short = KeptLease(client, lease_ttl, on_doubt=self._mend, on_lost=self._lost_short)
         self._registered = trio.Event()
         self._wake = trio.Event()
         self.last_error: str | None = None
@@ -302,6 +304,12 @@ class Session:
 
     def _lost(self) -> None:
         self._on_event("lease lost")
+
+    def _lost_short(self) -> None:
+        # The place in the queue is gone, and others' with it where all were cut off: who stands first is to be decided
+        # anew, by whoever called `enter`.
+        self._candidacy = None
+        self._lost()
 
     def _doubt_leases(self) -> None:
         # Which of the two etcd missed it does not say.
@@ -449,17 +457,9 @@ class Session:
                 self._doubt_leases()
 
     async def _sync_short(self) -> None:
-        wanted: dict[str, bytes] = {}
-        if self._status is not None:
-            wanted[self._status_key] = encode(self._status)
-        if (standing := self._candidacy) is not None:
-            key = self._keys.election(standing.location, self._name)
-            wanted[key] = encode(CandidateRecord(rank=standing.rank, since=standing.since))
-        wanted.update(self._sightings.values)
-        wanted.update(self._verdicts.values)
-        if not wanted and not self._held.values:
-            return
-        await self._hold_short(None)
+        if self._wanted() or self._held.values:
+            await self._hold_short(None)
+        wanted = self._wanted()
         # What has to queue anew must go before it comes again.
         gone = [
             key
@@ -480,6 +480,15 @@ class Session:
             revision = await self._write([Put(key, value, lease=self._short.id) for key, value in new.items()])
             for key, value in new.items():
                 self._held.put(key, value, revision)
+
+    def _wanted(self) -> dict[str, bytes]:
+        wanted = {**self._sightings.values, **self._verdicts.values}
+        if self._status is not None:
+            wanted[self._status_key] = encode(self._status)
+        if (standing := self._candidacy) is not None:
+            key = self._keys.election(standing.location, self._name)
+            wanted[key] = encode(CandidateRecord(rank=standing.rank, since=standing.since))
+        return wanted
 
     def _replaceable(self, key: str) -> bool:
         if key == self._status_key or self._is_word(key):
