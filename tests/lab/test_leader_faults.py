@@ -130,6 +130,41 @@ async def test_where_nobody_can_do_better_nothing_moves_and_who_loses_etcd_asks_
         assert await leader(lab, "gcp") != first
 
 
+async def test_agents_that_die_or_freeze_and_a_site_without_etcd() -> None:
+    async with world({"gcp": 3, "home": 1}, lease_ttl=3) as lab:
+        first, members = await in_line(lab, 3)
+        before = await elections(lab, first, *members)
+
+        # Nobody there can stand for leader any more, so the one on record goes on, and leads when they can again.
+        async with gap(lab, members[0], "home-1", 1.0), gap(lab, first, "home-1", 1.0):
+            await lab.cut_site("gcp", "etcd")
+            await eventually(lambda: _nobody_stands(lab), 20, every=0.2)
+            await trio.sleep(2)
+            await lab.heal_site("gcp")
+            assert len(await candidates(lab, "gcp", 3)) == 3
+        assert await elections(lab, first, *members) == before
+        assert await leader(lab, "gcp") == first
+
+        # The kernel goes on forwarding without its agent, until the lease has ended and another leads.
+        for stop, start in ((lab.freeze, lab.thaw), (lab.kill, lab.start)):
+            first, members = await in_line(lab, 3)
+            async with gap(lab, members[0], "home-1", 1.0):
+                await stop(first)
+                await eventually(lambda names=members: _led_by_one_of(lab, names), 20, every=0.1)  # type: ignore[misc]
+            await start(first)
+            await lab.all_pairs_ping(30)
+            assert await leader(lab, "gcp") in members
+
+
+async def _nobody_stands(lab: Lab) -> bool:
+    return not (await lab.etcdctl("get", "--prefix", "/kilo/elections/gcp/")).stdout
+
+
+async def _led_by_one_of(lab: Lab, names: list[str]) -> bool:
+    found = await status(lab)
+    return {found[name]["leader"] for name in names} in ({name} for name in names)
+
+
 async def _follows(lab: Lab, host: str) -> bool:
     return "following the leaders that neighbours name" in await lab.log(host)
 
