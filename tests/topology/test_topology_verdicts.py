@@ -1,4 +1,4 @@
-"""A leader that does not forward: who is believed, who leads instead, and who is known beforehand."""
+"""A leader that does not forward: who is believed, who leads instead, and who may prove that it can."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from topology_worlds import node, snapshot, standing
 
-from kilo_etcd.model import Candidate, CandidateClass, Encapsulate, Granularity, Verdict
+from kilo_etcd.model import Candidate, CandidateClass, Encapsulate, Verdict
 from kilo_etcd.topology import build_topology, host_plan, render
 from kilo_etcd.topology.election import Election, Reason, elect
 
@@ -121,34 +121,55 @@ def test_any_words_in_any_order_give_one_leader_and_never_without_proof(words: l
     assert found.next_in_line != found.leader
 
 
-# -- standbys ---------------------------------------------------------------------------------------------------------
+# -- who challenges ---------------------------------------------------------------------------------------------------
 
 
-def world(**rest: Any) -> Any:
+def world(*verdicts: Verdict, **rest: Any) -> Any:
     nodes = [*A[:3], *B]
-    return snapshot(nodes, candidates=standing(*nodes), **rest)
+    said = {"verdicts": {"a": verdicts}} if verdicts else {}
+    return snapshot(nodes, candidates=standing(*nodes), **said, **rest)
 
 
-def test_the_next_in_line_elsewhere_is_known_and_allowed_nothing() -> None:
-    for viewer in ("b1", "b2"):
-        seen = render(host_plan(build_topology(world()), viewer))
-        assert "peer a2 endpoint 203.0.113.2:51820 allowed nothing\n" in seen
-        assert "peer a3" not in seen
-    assert "peer a2" not in render(host_plan(build_topology(world()), "a1")), "within a location it is none"
+def test_who_says_so_is_known_to_whom_it_has_tried_and_allowed_nothing() -> None:
+    topology = build_topology(world())
+    plans = {name: host_plan(topology, name) for name in topology.snapshot.nodes}
+    assert "peer a2" not in render(plans["b1"])
+    doubted = build_topology(world(word("a2", "a"), word("b1", "a", leader="a2")), topology)
+    seen = render(host_plan(doubted, "b1", plans["b1"]))
+    assert "peer a2 endpoint 203.0.113.2:51820 allowed nothing keepalive 5\n" in seen
+    assert "peer a3" not in seen
+    for name in ("a1", "a2", "a3", "b2"):
+        assert host_plan(doubted, name, plans[name]) == plans[name] == host_plan(doubted, name), (
+            "nobody else is concerned"
+        )
+    again = build_topology(world(), doubted)
+    assert host_plan(again, "b1", host_plan(doubted, "b1", plans["b1"])) == plans["b1"]
 
 
-def test_a_takeover_moves_what_is_allowed_and_nothing_else() -> None:
-    before = world()
-    after = evolve(before, candidates={**before.candidates, "a": before.candidates["a"][1:]})
-    topology = build_topology(before)
-    plan = host_plan(topology, "b1")
-    new = host_plan(build_topology(after, topology), "b1", plan)
-    assert new == host_plan(build_topology(after), "b1")
+def test_an_earlier_candidacy_is_challenged_no_more() -> None:
+    assert "peer a2" not in render(host_plan(build_topology(world(word("a2", "a", candidacy=99))), "b1"))
+    assert "peer a2" not in render(host_plan(build_topology(world(word("a2", "a", leader="a3"))), "b1"))
+
+
+def test_a_takeover_moves_what_is_allowed_and_the_endpoint_stays() -> None:
+    before = build_topology(world(word("a2", "a")))
+    plan = host_plan(before, "b1")
+    after = build_topology(world(word("a2", "ar"), word("a3", "a")), before)
+    assert after.segment_of("a1").leader.name == "a2"
+    new = host_plan(after, "b1", plan)
+    assert new == host_plan(after, "b1")
     assert new.routes == plan.routes
     assert new.peers["key-a2"].allowed_ips == plan.peers["key-a1"].allowed_ips
     assert new.peers["key-a2"].endpoint == plan.peers["key-a2"].endpoint
     assert "key-a1" not in new.peers
-    assert not new.peers["key-a3"].allowed_ips, "and the next one is known now"
+
+
+def test_who_comes_and_goes_among_the_candidates_changes_no_plan_elsewhere() -> None:
+    before = build_topology(world())
+    plan = host_plan(before, "b1")
+    for standing_still in (A[:1], [A[0], A[2], A[1]], A[:3]):
+        after = build_topology(snapshot([*A[:3], *B], candidates=standing(*standing_still, *B)), before)
+        assert host_plan(after, "b1", plan) == plan
 
 
 def test_who_reaches_its_leader_through_the_tunnel_knows_the_others_too() -> None:
@@ -156,11 +177,6 @@ def test_who_reaches_its_leader_through_the_tunnel_knows_the_others_too() -> Non
     plan = host_plan(build_topology(snapshot(nodes, candidates=standing(*nodes))), "a2")
     assert plan.peers["key-b1"].endpoint == B[0].endpoint
     assert [key for key, peer in plan.peers.items() if peer.in_use] == ["key-a1", "key-a3"]
-
-
-def test_in_a_full_mesh_nobody_waits() -> None:
-    plan = host_plan(build_topology(world(granularity=Granularity.FULL)), "b1")
-    assert all(peer.in_use for peer in plan.peers.values())
 
 
 def test_verdicts_change_the_topology_of_their_location_alone() -> None:

@@ -55,8 +55,8 @@ class FirstContact:
 
 
 def contacts(before: Mapping[str, float], plan: HostPlan, *, standby: bool, now: float) -> Mapping[str, float]:
-    """Public key -> since when the host has exchanged packets with this peer. A standby exchanges none, and with other
-    segments' standbys nobody does."""
+    """Public key -> since when the host has exchanged packets with this peer. A standby exchanges none, and with
+    peers that are not in use nobody does."""
     if standby:
         return {}
     used = [key for key, peer in plan.peers.items() if peer.in_use]

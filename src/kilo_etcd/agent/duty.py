@@ -107,7 +107,7 @@ def duty_of(topology: Topology, name: str) -> Duty | None:
         location=segment.location,
         leader=leader,
         candidacy=candidacy,
-        first=segment.standby is not None and segment.standby.name == name,
+        first=segment.next_in_line == name,
         near=near.ip,
         fellows=tuple(address.ip for address in addresses if address is not None)[: PANEL - 2],
         targets=_targets(topology, segment, own, {name for verdict in doubts for name in verdict.targets}),

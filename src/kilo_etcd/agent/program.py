@@ -18,13 +18,10 @@ from kilo_etcd.agent.contact import MOST_SPOKEN_TO, contacts, first_contact, pro
 from kilo_etcd.kernel.state import SetPeer
 from kilo_etcd.model import IPAddress
 from kilo_etcd.topology import Topology
-from kilo_etcd.topology.hostplan import HostPlan
+from kilo_etcd.topology.hostplan import PROOF_KEEPALIVE, HostPlan
 
 DISCARD_PORT = 9
 """RFC 863; whoever gets the packet may throw it away, since its arrival at the tunnel's far end is all it is for."""
-
-PROOF_KEEPALIVE = 5
-"""Seconds, for as long as a proof is asked for: the least that has a device speak at once, and little more."""
 
 
 class Programmer:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 
 import trio
 from attrs import evolve
@@ -27,8 +28,15 @@ IN_DOUBT = 0.5
 FAR_PERIOD = 1.0
 """The same for another location's leader."""
 
-PROOF_SECONDS, PROOF_POLL = 1.0, 0.04
+PROOF_SECONDS, PROOF_POLL = 1.0, 0.03
 """How long a handshake may take that proves that this host could lead, and the time between two looks for it."""
+
+FIRST_WORD = 0.3
+"""Seconds that the targets have to shake hands, who have got to know this host by its word, before it begins itself:
+only one of two may (decision 0004), and one of them may be behind a NAT."""
+
+OTHERS_WAIT = 1.0
+"""Seconds after their first word after which others than the next in line prove that they could lead."""
 
 PROOF_AGAIN = 6.0
 """Seconds until a proof that failed is tried again: WireGuard shakes hands every five seconds at most."""
@@ -170,9 +178,12 @@ class Witness:
             fellows=any(address in near for address in duty.fellows),
             reaches=said is not None and self._says(duty) and said.reaches,
         )
+        if not self._says(duty):
+            self._proof_due = trio.current_time() + (0.0 if duty.first else OTHERS_WAIT)
+        began = await self._device_time()
         await self._say(duty.location, found)
-        if duty.first and not found.reaches and trio.current_time() >= self._proof_due:
-            if await self._reaches(targets):
+        if not found.reaches and trio.current_time() >= self._proof_due:
+            if await self._reaches(targets, began):
                 await self._say(duty.location, evolve(found, reaches=True))
             else:
                 self._proof_due = trio.current_time() + PROOF_AGAIN
@@ -190,22 +201,32 @@ class Witness:
         self._account.tried(tried, answered, trio.current_time())
         return bool(answered)
 
-    async def _reaches(self, targets: Iterable[Node]) -> bool:
-        """Whether this host itself can shake hands with one of them."""
-        keys = frozenset(node.public_key for node in targets)
+    async def _device_time(self) -> float:
+        """The present time as the device dates handshakes; where it cannot be had, no handshake is later."""
         try:
-            began = (await self._device.hear()).time
-            self._proving = keys
-            self._prove(keys)
-            with trio.move_on_after(PROOF_SECONDS):
-                while True:
-                    heard = await self._device.hear()
-                    if any(heard.peers[key].last_handshake >= began for key in keys & heard.peers.keys()):
-                        return True
-                    await trio.sleep(PROOF_POLL)
+            return (await self._device.hear()).time
         except OSError:
-            pass
+            return float("inf")
+
+    async def _reaches(self, targets: Iterable[Node], began: float) -> bool:
+        """Whether this host itself shakes hands with one of them, after `began` by the device's time."""
+        keys = frozenset(node.public_key for node in targets)
+        if await self._shaken(keys, began, FIRST_WORD):
+            return True
+        self._proving = keys
+        self._prove(keys)
+        if await self._shaken(keys, began, PROOF_SECONDS):
+            return True
         self._stop_proving()
+        return False
+
+    async def _shaken(self, keys: frozenset[str], began: float, seconds: float) -> bool:
+        with trio.move_on_after(seconds), suppress(OSError):
+            while True:
+                heard = await self._device.hear()
+                if any(heard.peers[key].last_handshake >= began for key in keys & heard.peers.keys()):
+                    return True
+                await trio.sleep(PROOF_POLL)
         return False
 
     def _stop_proving(self) -> None:

@@ -76,24 +76,16 @@ def tunnels(topology: Topology, live: Live) -> dict[str, tuple[LiveTunnel, ...]]
     """The tunnels of each gateway that has answered, by the other end's name; keys that the mesh does not know are
     left out.
 
-    Members have no entry: they keep the leaders' keys for the day when they lead, and send nothing to them. So do other
-    segments' standbys, whom the gateways know beforehand.
+    Members have no entry: they keep the leaders' keys for the day when they lead, and send nothing to them.
     """
     names = {node.public_key: node.name for node in topology.snapshot.nodes.values()}
     names.update((peer.public_key, peer.name) for peer in topology.peers.values())
-    gateways = {segment.leader.name: segment for segment in topology.segments.values()}
-    standbys = {segment.standby.name for segment in topology.segments.values() if segment.standby is not None}
-
-    def known(node: str) -> Iterable[LiveTunnel]:
-        idle = standbys.difference(member.name for member in gateways[node].members)
-        for tunnel in live.answers[node].tunnels:
-            if (other := names.get(tunnel.public_key)) is not None and other not in idle:
-                yield _named(node, tunnel, names)
-
+    gateways = {segment.leader.name for segment in topology.segments.values()}
     return {
-        node: tuple(sorted(known(node), key=lambda tunnel: tunnel.other))
-        for node in sorted(gateways.keys() & live.answers.keys())
-    }
+        node: tuple(sorted((_named(node, tunnel, names) for tunnel in live.answers[node].tunnels
+                            if tunnel.public_key in names), key=lambda tunnel: tunnel.other))
+        for node in sorted(gateways & live.answers.keys())
+    }  # fmt: skip
 
 
 def _named(node: str, tunnel: Tunnel, names: Mapping[str, str]) -> LiveTunnel:

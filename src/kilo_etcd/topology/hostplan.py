@@ -13,6 +13,10 @@ from attrs import field, frozen
 
 from kilo_etcd.model import DEFAULT_PORT, Endpoint, IPAddress, IPInterface, IPNetwork
 
+PROOF_KEEPALIVE = 5
+"""Seconds between keepalives to a peer whose handshake is wanted as a proof: the least that has a device speak at once,
+and little more."""
+
 
 class Via(StrEnum):
     """Which way a route leaves the host."""
@@ -30,7 +34,8 @@ class PeerPlan:
     """One WireGuard peer. `endpoint` may still be a DNS name; None leaves what the device has learnt.
 
     `allowed_ips` is sorted by (family, address, prefix length) and without duplicates; no network stands in
-    two peers of one plan. A peer that is allowed nothing is a standby: another segment's next in line.
+    two peers of one plan. A peer that is allowed nothing is one that a handshake is wanted with,
+    and no more.
     """
 
     public_key: str
@@ -45,7 +50,7 @@ class PeerPlan:
 
     @property
     def in_use(self) -> bool:
-        """Whether packets are exchanged with it; with a standby there may be handshakes and no more."""
+        """Whether packets are exchanged with it; else there are handshakes and no more."""
         return bool(self.allowed_ips)
 
 

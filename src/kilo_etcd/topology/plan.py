@@ -7,8 +7,10 @@ changed and not what there is. The outcome is the same with and without a previo
 
 A member of a segment holds the same WireGuard peers as its leader, silent (no keepalive): to take over
 it only has to turn its mesh route. Where it reaches its leader through the tunnel they are allowed nothing, because
-WireGuard gives the mesh subnet to one peer only, which is then the leader. The next in line of every other segment
-is among the peers too, with nothing allowed.
+WireGuard gives the mesh subnet to one peer only, which is then the leader.
+
+Whoever says of its leader that nobody gets through it, and names this host as one that it tried, is a peer too as long
+as it says so, with nothing allowed: a handshake between the two is the proof that it could lead (`topology.verdicts`).
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from kilo_etcd.model import (
 from kilo_etcd.topology.claims import network_key
 from kilo_etcd.topology.families import apart, endpoint_for
 from kilo_etcd.topology.guard import GuardMemo
-from kilo_etcd.topology.hostplan import HostPlan, PeerPlan, Problem, RoutePlan, Via
+from kilo_etcd.topology.hostplan import PROOF_KEEPALIVE, HostPlan, PeerPlan, Problem, RoutePlan, Via
 from kilo_etcd.topology.nat import seen_endpoint
 from kilo_etcd.topology.segments import Segment, Topology, changes, host_network, same_site
 from kilo_etcd.topology.wayout import inside, unfit
@@ -312,7 +314,7 @@ def _follow(
     # faster, so what comes again is overwritten in its place.
     peers, routes, problems = remote.peers.copy(), remote.routes.copy(), remote.problems.copy()
     old_keys = {segment.leader.public_key for segment in gone.values()}
-    old_keys.update(segment.standby.public_key for segment in gone.values() if segment.standby is not None)
+    old_keys.update(node.public_key for segment in gone.values() for node, _ in segment.challengers)
     old_keys.update(peer.public_key for peer in peers_gone.values())
     old_networks = {network for segment in gone.values() for network in segment.networks}
     old_networks.update(network for peer in peers_gone.values() for network in peer.allowed_ips)
@@ -346,15 +348,17 @@ def _follow(
             networks = tuple(n for n in networks if n not in segment.location_networks)
             allowed = tuple(n for n in allowed if n not in segment.location_networks)
         route(networks)
-        if segment.standby is not None:
-            # Known and allowed nothing: to take over, it is allowed what the leader was, and that is one change.
-            connect(
-                PeerPlan(
-                    public_key=segment.standby.public_key,
-                    name=segment.standby.name,
-                    endpoint=_endpoint(own, segment.standby, near)[0],
+        for challenger, targets in segment.challengers:
+            if own.name in targets and standing is _Standing.LEADER:
+                # Allowed nothing, and spoken to at once: should it take over, it is allowed what the leader was.
+                connect(
+                    PeerPlan(
+                        public_key=challenger.public_key,
+                        name=challenger.name,
+                        endpoint=_endpoint(own, challenger, near)[0],
+                        persistent_keepalive=PROOF_KEEPALIVE,
+                    )
                 )
-            )
         endpoint, seen = _endpoint(own, leader, near)
         connect(
             PeerPlan(

@@ -49,8 +49,9 @@ class Segment:
     members: tuple[Node, ...]
     """By name."""
     leader: Node
-    standby: Node | None
-    """Who leads when the leader's candidacy ends: other segments' leaders know it as a WireGuard peer already."""
+    challengers: tuple[tuple[Node, tuple[str, ...]], ...]
+    """Members who say that nobody gets through the leader, with whom each has tried to reach: those get to know it as a
+    WireGuard peer, so that it can prove that it could do better."""
     election: Election
     subnets: Mapping[str, tuple[IPNetwork, ...]]
     """Member -> the networks behind it that are granted to it; members with none are not in it."""
@@ -266,7 +267,6 @@ def _segment(key: str, members: Mapping[str, Node], snapshot: Snapshot, settleme
         snapshot.leaders.get(location),
         snapshot.verdicts.get(location, ()),
     )
-    standby = election.next_in_line
     subnets = {node.name: granted for node in ordered if (granted := settlement(("node", node.name)))}
     location_networks = settlement(("location", key))
     networks = _sorted((*location_networks, *(network for granted in subnets.values() for network in granted)))
@@ -275,12 +275,27 @@ def _segment(key: str, members: Mapping[str, Node], snapshot: Snapshot, settleme
         location=location,
         members=ordered,
         leader=members[election.leader],
-        standby=None if standby is None else members[standby],
+        challengers=_challengers(members, election.leader, snapshot),
         election=election,
         subnets=subnets,
         location_networks=location_networks,
         networks=networks,
         allowed=_sorted((*(host_network(a) for node in ordered for a in node.mesh_addresses), *networks)),
+    )
+
+
+def _challengers(
+    members: Mapping[str, Node], leader: str, snapshot: Snapshot
+) -> tuple[tuple[Node, tuple[str, ...]], ...]:
+    location = members[leader].location
+    said = snapshot.verdicts.get(location, ())
+    if not said:
+        return ()
+    held = {one.create_revision for one in snapshot.candidates.get(location, ()) if one.node == leader}
+    return tuple(
+        (members[one.witness], one.targets)
+        for one in said
+        if one.witness in members and one.witness != leader and one.leader == leader and one.candidacy in held
     )
 
 
