@@ -158,6 +158,30 @@ async def test_when_the_far_end_is_down_nobody_can_do_better(mesh: World) -> Non
         await eventually(lambda: verdict(mesh) is None, 10, every=0.1)
 
 
+async def test_when_a_way_is_open_again_for_all_nobody_has_proved_anything(mesh: World) -> None:
+    async with running(mesh) as daemon:
+        await stands(mesh)
+        candidacy = mesh.etcd.data[b"/kilo/elections/gcp/g1"].create_revision
+        for turn in range(40):
+            mesh.host.reach = lambda address: address != HOME
+            mesh.host.shakes = lambda key: False
+            await eventually(lambda: verdict(mesh) is not None, 3, every=0.01)
+            says(mesh, "g2", candidacy, answers=True)
+            await trio.sleep(6 + turn * 0.037)
+            mesh.host.reach = lambda address: True
+            mesh.host.shakes = lambda key: True
+            home = KEYS["home"]
+            if mesh.host.observed.peers[home].persistent_keepalive:
+                mesh.host.hear_from(home)
+            await trio.sleep(0.5)
+            mesh.etcd.delete("/kilo/verdicts/gcp/g2")
+            await eventually(lambda: verdict(mesh) is None, 3, every=0.01)
+            await trio.sleep(2)
+        assert mesh.said("leader elected") == 1
+        assert daemon.role is not None
+        assert daemon.role.leader == "g1"
+
+
 async def test_a_link_that_loses_a_fifth_of_its_packets_makes_no_verdict(mesh: World) -> None:
     chance = random.Random(5)
     mesh.host.reach = lambda address: chance.random() < 0.8 * 0.8

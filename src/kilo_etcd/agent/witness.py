@@ -35,6 +35,9 @@ FIRST_WORD = 0.3
 """Seconds that the targets have to shake hands, who have got to know this host by its word, before it begins itself:
 only one of two may (decision 0004), and one of them may be behind a NAT."""
 
+ONCE_MORE = 3
+"""Requests through the leader once the proof is there: it may have come because a way is open again for all."""
+
 OTHERS_WAIT = 1.0
 """Seconds after their first word after which others than the next in line prove that they could lead."""
 
@@ -183,10 +186,13 @@ class Witness:
         began = await self._device_time()
         await self._say(duty.location, found)
         if not found.reaches and trio.current_time() >= self._proof_due:
-            if await self._reaches(targets, began):
-                await self._say(duty.location, evolve(found, reaches=True))
-            else:
+            if not await self._reaches(targets, began):
                 self._proof_due = trio.current_time() + PROOF_AGAIN
+            elif await self._through(targets, times=ONCE_MORE):
+                # What kept both of us from them is over.
+                return 0.0
+            else:
+                await self._say(duty.location, evolve(found, reaches=True))
         return IN_DOUBT
 
     async def _through(self, targets: Collection[Node], *, times: int) -> bool:
