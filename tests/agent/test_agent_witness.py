@@ -203,6 +203,11 @@ async def test_who_never_answered_is_no_proof(mesh: World) -> None:
         await trio.sleep(100)
         assert verdict(mesh) is None
         assert len(asked) <= 22, "it is tried now and then"
+        assert mesh.said("let ICMP echo pass") == 0
+        await trio.sleep(100)
+        assert mesh.said("let ICMP echo pass") == 1
+        mesh.host.reach = lambda address: True
+        await eventually(lambda: mesh.said("answer echo requests again") == 1, 10, every=0.1)
 
 
 async def test_one_of_several_that_falls_silent_is_no_proof_either(mesh: World) -> None:

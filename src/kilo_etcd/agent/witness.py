@@ -44,6 +44,9 @@ OTHERS_WAIT = 1.0
 PROOF_AGAIN = 6.0
 """Seconds until a proof that failed is tried again: WireGuard shakes hands every five seconds at most."""
 
+BLIND_SECONDS = 120.0
+"""After so long without any answer an operator is told that there are no witnesses."""
+
 UNABLE_SECONDS = 60.0
 """Where this host may not ping, it is tried again so much later."""
 
@@ -87,6 +90,7 @@ class Witness:
         self._far_news = trio.Event()
         self._proving: frozenset[str] = frozenset()
         self._proof_due = 0.0
+        self._blind_since: float | None = None
         self._lock = trio.Lock()
 
     def follow(self, topology: Topology) -> None:
@@ -142,7 +146,7 @@ class Witness:
                 return duties.BLIND_PERIOD
             counts = self._account.knows(target, now)
             if await self._through([target], times=1) or not counts:
-                return duties.BLIND_PERIOD if self._account.blind(duty, now) else duties.PERIOD
+                return self._pause(duty, now)
         said = self._session.verdicts.get(duty.location)
         named = said.targets if said is not None and self._says(duty) else ()
         targets = self._account.in_doubt(duty, trio.current_time(), named)
@@ -194,6 +198,21 @@ class Witness:
             else:
                 await self._say(duty.location, evolve(found, reaches=True))
         return IN_DOUBT
+
+    def _pause(self, duty: Duty, now: float) -> float:
+        if not self._account.blind(duty, now):
+            self._blind_since = None
+            self._once.clear("blind", "leaders of other locations answer echo requests again")
+            return duties.PERIOD
+        self._blind_since = now if self._blind_since is None else self._blind_since
+        if now - self._blind_since >= BLIND_SECONDS:
+            self._once.warning(
+                "blind",
+                "no leader of another location answers echo requests, so nobody would notice if this location's leader "
+                "did not forward; if they are up, let ICMP echo pass",
+                leader=duty.leader.name, tried=tuple(sorted(node.name for node in duty.targets)),
+            )  # fmt: skip
+        return duties.BLIND_PERIOD
 
     async def _through(self, targets: Collection[Node], *, times: int) -> bool:
         """Whether any of them answers; this host's routes send the requests through its leader."""
