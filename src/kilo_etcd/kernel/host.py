@@ -221,6 +221,22 @@ class Host:
         ours, state = self._read_device(found.link if found is not None else None)
         return Heard(time=time.time(), peers=state.peers if ours else {})
 
+    def mark(self, link: Link) -> int | None:
+        """A number that stays the same as long as nobody sets anything of our WireGuard device `link`, but endpoints.
+        None: it is not there. OSError."""
+        device = self._kernel_device() if link.kind == "wireguard" else self.userspace
+        try:
+            return None if device is None else device.mark(link.name)
+        except OSError as error:
+            if error.errno in _NOBODY_THERE:
+                return None
+            raise
+
+    def device(self, link: Link) -> wireguard.DeviceState | None:
+        """What our WireGuard device `link` says; None: it is not there. KernelError."""
+        ours, state = self._read_device(link)
+        return state if ours else None
+
     def _recognises(self, name: str, state: wireguard.DeviceState, routes: Iterable[Route]) -> bool:
         """Whether a WireGuard device is an agent's: it has this host's key, or none yet, or routes of ours lead there,
         as they do when the host's key was replaced. Any other is an operator's, who must not lose peers and key."""
