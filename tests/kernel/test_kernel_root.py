@@ -603,6 +603,11 @@ async def test_ipip_where_the_kernel_has_it_and_a_sentence_where_not() -> None:
         await settled(kernel, wanted)
         assert "10.4.0.0/16 via 192.168.9.2 dev kilo-ipip src 10.4.0.1 onlink" in routes()
         assert "ipip" in sh("ip -d link show kilo-ipip")
+        sh("ip link del kilo-ipip")
+        with trio.fail_after(30):
+            assert "kilo-ipip was deleted" in await kernel.wait_drift()
+        assert (await kernel.apply(wanted)).failures == ()
+        await settled(kernel, wanted)
         assert "ip link del kilo-ipip" in lines((await kernel.apply(plan())).changes)
 
 
