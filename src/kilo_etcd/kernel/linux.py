@@ -303,7 +303,7 @@ class LinuxKernel:
             if state is None:
                 return
             seen = evolve(
-                believed, time=time.time(), public_key=state.public_key, listen_port=state.listen_port,
+                believed, time=self._host.steady.now(), public_key=state.public_key, listen_port=state.listen_port,
                 mark=state.mark, peers=state.peers,
             )  # fmt: skip
             if (change := self._undone(plan, seen)) is None:
