@@ -6,10 +6,11 @@ import pytest
 import trio
 from test_agent_contact import LOW, world
 
+from kilo_etcd.agent import program
 from kilo_etcd.agent.contact import STAGES
 from kilo_etcd.agent.privatekey import generate
 from kilo_etcd.agent.program import Programmer
-from kilo_etcd.kernel.state import RemovePeer, Setup
+from kilo_etcd.kernel.state import DeleteLink, RemovePeer, Setup
 from kilo_etcd.model import Endpoint
 from kilo_etcd.testing.fake_kernel import FakeHost, FakeKernel
 from kilo_etcd.topology import build_topology, host_plan
@@ -71,3 +72,29 @@ async def test_a_standby_waits_for_nothing_until_it_leads() -> None:
     assert host.observed.peers[LOW].endpoint is None
     assert await until_settled(programmer) == list(STAGES)
     assert host.observed.peers[LOW].endpoint == PLAN.peers[LOW].endpoint
+
+
+@pytest.mark.parametrize("standby", [False, True])
+async def test_a_peer_that_somebody_took_away_is_spoken_to_once_it_is_back(
+    monkeypatch: pytest.MonkeyPatch, standby: bool
+) -> None:
+    """The other end goes on with the session that is lost here, whoever had the first word when they met."""
+    spoken: list[str] = []
+    monkeypatch.setattr(program, "speak", lambda addresses: spoken.extend(map(str, addresses)))
+    host = FakeHost()
+    programmer = Programmer(FakeKernel(host, Setup(private_key=generate())))
+    await programmer.apply(PLAN, TOPOLOGY, standby=standby, fresh=False)
+    host.hear_from(LOW, when=1.0)
+    for _ in () if standby else STAGES:
+        await programmer.wait_due()
+        await programmer.apply(PLAN, TOPOLOGY, standby=standby, fresh=True)
+    (address,) = TOPOLOGY.snapshot.nodes[PLAN.peers[LOW].name].mesh_addresses
+    for change in (RemovePeer("kilo0", LOW), DeleteLink("kilo0")):
+        spoken.clear()
+        host.tamper([change])
+        await programmer.apply(PLAN, TOPOLOGY, standby=standby, fresh=True)
+        assert LOW in host.observed.peers
+        assert spoken == ([] if standby else [str(address)])
+    spoken.clear()
+    await programmer.apply(PLAN, TOPOLOGY, standby=standby, fresh=True)
+    assert spoken == []

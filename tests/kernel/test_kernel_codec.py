@@ -6,9 +6,11 @@ from ipaddress import ip_address, ip_interface, ip_network
 from typing import Any
 
 import pytest
+from attrs import evolve
 from kernel_worlds import PRIVATE, key, peer
 
 from kilo_etcd.kernel import netlink, rtnetlink, userspace, wireguard
+from kilo_etcd.kernel.drift import device_period
 from kilo_etcd.kernel.netlink import Message
 from kilo_etcd.kernel.rules import RoutingRule
 from kilo_etcd.kernel.state import RemovePeer, Route, SetDevice, SetPeer
@@ -286,3 +288,86 @@ def test_userspace_errors_are_errors() -> None:
     with pytest.raises(OSError) as caught:
         userspace.decode("errno=-98\n\n")
     assert caught.value.errno == 98
+
+
+UAPI = """private_key={private}
+listen_port=51820
+fwmark=0
+public_key={one}
+preshared_key={zero}
+protocol_version=1
+endpoint=192.0.2.1:51820
+last_handshake_time_sec=1
+last_handshake_time_nsec=2
+tx_bytes=3
+rx_bytes=4
+persistent_keepalive_interval=0
+allowed_ip=10.4.0.1/32
+public_key={two}
+preshared_key={zero}
+persistent_keepalive_interval=0
+allowed_ip=10.4.0.2/32
+errno=0
+
+""".format(private="11" * 32, one="22" * 32, two="33" * 32, zero="0" * 64)
+
+
+def test_what_userspace_has_seen_does_not_change_its_mark_and_what_it_was_told_does() -> None:
+    mark = userspace.steady(UAPI)
+    for seen in (("192.0.2.1:51820", "198.51.100.1:7"), ("tx_bytes=3", "tx_bytes=9"), ("time_sec=1", "time_sec=99")):
+        assert userspace.steady(UAPI.replace(*seen)) == mark
+    head, one, two = UAPI.removesuffix("errno=0\n\n").split("public_key=")
+    assert userspace.steady(f"{head}public_key={two}public_key={one}errno=0\n\n") == mark, "peers have no order"
+    for told in (
+        ("10.4.0.1/32", "10.4.0.9/32"),
+        ("51820\nfw", "51821\nfw"),
+        ("11" * 32, "44" * 32),
+        ("22" * 32, "55" * 32),
+    ):
+        assert userspace.steady(UAPI.replace(*told)) != mark
+    with pytest.raises(OSError, match="No such device"):
+        userspace.steady("errno=-19\n\n")
+
+
+def test_what_the_kernels_device_has_seen_does_not_change_its_mark_and_what_it_was_told_does() -> None:
+    def mark(*changes: SetPeer, counter: int = 1) -> int:
+        reader = wireguard.Reader()
+        for message in wireguard.encode(30, "kilo0", changes):
+            reader.take(message.body)
+        for found in reader._peers.values():
+            found[wireguard._P_RX] = counter.to_bytes(8, "little")
+        return reader.mark()
+
+    one = SetPeer(
+        name="kilo0", public_key=key(1), endpoint=Endpoint.parse("192.0.2.1:1"), persistent_keepalive=0,
+        allowed_ips=(ip_network("10.4.0.1/32"),),
+    )  # fmt: skip
+    two = SetPeer(name="kilo0", public_key=key(2), allowed_ips=(ip_network("10.4.0.2/32"),))
+    same = mark(one, two)
+    assert mark(two, one, counter=7) == same
+    assert mark(evolve(one, endpoint=Endpoint.parse("192.0.2.2:2")), two) == same
+    for other in (evolve(one, persistent_keepalive=5), evolve(one, allowed_ips=()), evolve(one, preshared_key=key(9))):
+        assert mark(other, two) != same
+    assert mark(one) != same
+
+
+@pytest.mark.parametrize(
+    ("body", "found"),
+    [
+        ("02000000 08000100ffffffff 0800020000000000", (4, False)),
+        ("02000000 08000100ffffffff 0800020001000000", (4, True)),
+        ("0a000000 08000100ffffffff 0800020000000000", (6, False)),
+        # One interface's, and another setting.
+        ("02000000 0800010002000000 0800020000000000", None),
+        ("02000000 08000100ffffffff 0800030000000000", None),
+        ("1c000000 08000100ffffffff 0800020000000000", None),
+    ],
+)
+def test_forwarding_that_is_switched(body: str, found: tuple[int, bool] | None) -> None:
+    assert rtnetlink.read_forwarding(bytes.fromhex(body)) == found
+
+
+def test_a_device_is_looked_at_within_a_second_up_to_a_thousand_peers() -> None:
+    assert device_period(0) == 0.5
+    assert device_period(1000) == 1.0
+    assert device_period(10_000) == 5.5

@@ -23,7 +23,8 @@ import trio
 from attrs import evolve
 from kernel_worlds import GATEWAY4, PRIVATE, key, lines, peer, plan, plans, tunnel, via
 
-from kilo_etcd.kernel import Kernel, KernelError, Setup, cleanup, list_addresses, open_kernel, rtnetlink
+from helpers import eventually
+from kilo_etcd.kernel import Kernel, KernelError, Setup, cleanup, list_addresses, open_kernel, rtnetlink, userspace
 from kilo_etcd.kernel.netlink import Message, Socket
 from kilo_etcd.kernel.state import Route, without_counters
 from kilo_etcd.model import Endpoint
@@ -147,6 +148,10 @@ async def test_a_preview_makes_nothing() -> None:
         "ip route del unreachable 10.4.0.0/16 metric 4294967295",
         "ip -6 route del unreachable fd00:4::/64 metric 4294967295",
         "ip route add unreachable 10.77.0.0/16 proto 107 metric 4294967295",
+        "ip route flush proto 107",
+        "ip address flush dev kilo0",
+        "sysctl -q -w net.ipv4.ip_forward=0",
+        "sysctl -q -w net.ipv6.conf.all.forwarding=0",
     ],
 )
 async def test_what_somebody_else_breaks_is_reported_and_repaired(harm: str) -> None:
@@ -165,14 +170,76 @@ async def test_what_somebody_else_breaks_is_reported_and_repaired(harm: str) -> 
         await settled(kernel, WORLD)
 
 
-async def test_wireguard_changed_by_hand_is_found_by_a_look() -> None:
+@pytest.mark.parametrize(
+    "harm",
+    [
+        f"wg set kilo0 peer {key(2)} remove",
+        f"wg set kilo0 peer {key(2)} allowed-ips 10.99.0.0/16",
+        f"wg set kilo0 peer {key(2)} persistent-keepalive 77",
+        f"wg set kilo0 peer {key(2)} preshared-key /dev/null",
+        f"wg set kilo0 peer {key(77)} allowed-ips 10.4.0.3/32",
+        "wg set kilo0 listen-port 51999",
+        "wg genkey > /run/other-key && wg set kilo0 private-key /run/other-key",
+        # Somebody has a configuration of this interface from before.
+        f"printf '[Peer]\nPublicKey = {key(77)}\n' > /run/other.conf && wg syncconf kilo0 /run/other.conf",
+    ],
+)
+async def test_wireguard_changed_by_hand_which_no_event_tells_is_found_soon(harm: str) -> None:
+    underlay()
     async with agent() as kernel:
         await kernel.apply(WORLD)
-        sh(f"wg set kilo0 peer {key(2)} remove")
-        assert key(2) not in (await kernel.observe()).peers
-        with trio.fail_after(30):
+        with trio.move_on_after(0.8) as quiet:
             await kernel.wait_drift()
-        assert "wg set kilo0 peer #2" in lines((await kernel.apply(WORLD)).changes)[0]
+        assert quiet.cancelled_caught, "our own changes were taken for somebody else's"
+        sh(harm)
+        with trio.fail_after(5):
+            assert "found undone: " in await kernel.wait_drift()
+        assert (await kernel.apply(WORLD)).failures == ()
+        await settled(kernel, WORLD)
+
+
+async def test_an_endpoint_that_was_learnt_is_nobodys_doing() -> None:
+    underlay()
+    async with agent() as kernel:
+        await kernel.apply(WORLD)
+        sh(f"wg set kilo0 peer {key(2)} endpoint 192.0.2.99:1")
+        with trio.move_on_after(2) as quiet:
+            await kernel.wait_drift()
+        assert quiet.cancelled_caught
+
+
+async def test_userspace_wireguard_that_does_not_answer_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    underlay()
+    monkeypatch.setattr(userspace, "_ANSWER", 0.3)
+    async with agent(wireguard="userspace") as kernel:
+        await kernel.apply(WORLD)
+        os.kill(process_of("kilo0"), signal.SIGSTOP)
+        try:
+            with trio.fail_after(10):
+                assert "does not answer (is its process stopped?)" in await kernel.wait_drift()
+            with pytest.raises(KernelError, match="does not answer"):
+                await kernel.apply(WORLD, fresh=True)
+            with trio.move_on_after(2) as quiet:
+                await kernel.wait_drift()
+            assert quiet.cancelled_caught, "it has been told"
+        finally:
+            os.kill(process_of("kilo0"), signal.SIGCONT)
+        await eventually(lambda: answers(kernel))
+        await settled(kernel, WORLD)
+
+
+async def answers(kernel: Kernel) -> bool:
+    try:
+        await kernel.apply(WORLD, fresh=True)
+    except KernelError:
+        return False
+    return True
+
+
+def process_of(name: str) -> int:
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(f"/run/wireguard/{name}.sock")
+        return int.from_bytes(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], "little")
 
 
 async def test_a_new_agent_adopts_what_the_former_left() -> None:
@@ -482,9 +549,7 @@ async def test_a_dead_userspace_process_is_started_anew() -> None:
         await kernel.apply(WORLD)
         if kernel.backend == "kernel":
             return
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.connect("/run/wireguard/kilo0.sock")
-            pid = int.from_bytes(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], "little")
+        pid = process_of("kilo0")
         assert os.getsid(pid) != os.getsid(0)
         os.kill(pid, signal.SIGKILL)
         with trio.fail_after(30):
@@ -538,6 +603,11 @@ async def test_ipip_where_the_kernel_has_it_and_a_sentence_where_not() -> None:
         await settled(kernel, wanted)
         assert "10.4.0.0/16 via 192.168.9.2 dev kilo-ipip src 10.4.0.1 onlink" in routes()
         assert "ipip" in sh("ip -d link show kilo-ipip")
+        sh("ip link del kilo-ipip")
+        with trio.fail_after(30):
+            assert "kilo-ipip was deleted" in await kernel.wait_drift()
+        assert (await kernel.apply(wanted)).failures == ()
+        await settled(kernel, wanted)
         assert "ip link del kilo-ipip" in lines((await kernel.apply(plan())).changes)
 
 

@@ -51,12 +51,15 @@ class Programmer:
             promoted=promotions(self._topology, topology), standby=standby, now=now,
         )  # fmt: skip
         wanted = self._with_proofs(contact.plan, plan) if standby else contact.plan
+        over = self._begin_over | contact.late.keys()
         silent = await self._start_over(contact.late.keys(), wanted)
         report = await self._device.apply(wanted, fresh=fresh)
-        self.programmed = wanted
+        before, self.programmed = self.programmed, wanted
         speak({**contact.speak_to, **{key: contact.late[key] for key in silent}}.values())
         if not standby:
             speak(_told_of(report, contact.plan, topology)[:MOST_SPOKEN_TO])
+            remade = _remade(report, before, topology, over)
+            speak(remade if len(remade) <= MOST_SPOKEN_TO else ())
         self._waiting, self._due, self._topology = contact.waiting, contact.due, topology
         self._due_changed.set()
         return report
@@ -115,6 +118,23 @@ def _told_of(report: kernel.ApplyReport, plan: HostPlan, topology: Topology) -> 
         if isinstance(change, SetPeer) and change.endpoint is not None:
             peer = plan.peers.get(change.public_key)
             node = topology.snapshot.nodes.get(peer.name) if peer is not None and peer.hearsay else None
+            found += node.mesh_addresses[:1] if node is not None else ()
+    return found
+
+
+def _remade(
+    report: kernel.ApplyReport, before: HostPlan | None, topology: Topology, apart: Collection[str]
+) -> list[IPAddress]:
+    """Mesh addresses of nodes that had to be made peers once more, since somebody took them or the whole device away.
+
+    They go on with a session that is lost here, and would not notice for fifteen seconds. `apart` are those that were
+    begun over on purpose.
+    """
+    found: list[IPAddress] = []
+    for change in report.changes:
+        if isinstance(change, SetPeer) and change.new and before is not None and change.public_key not in apart:
+            peer = before.peers.get(change.public_key)
+            node = None if peer is None else topology.snapshot.nodes.get(peer.name)
             found += node.mesh_addresses[:1] if node is not None else ()
     return found
 

@@ -4,6 +4,8 @@ The kernel reports our own changes too. They are told apart by comparing with th
 our changes: a route that appears as we set it, or goes where we want none, is no news. So a steady host causes no
 reading, and at worst one reading too many is made.
 
+WireGuard reports nothing of its peers: `device_period` is how often its device is worth a look.
+
 IPv4 routes vanish without a word when their device goes down or an address is removed, so those events count as well,
 where a route of ours leaves by that device.
 """
@@ -17,6 +19,14 @@ from kilo_etcd.kernel.diff import fulfils
 from kilo_etcd.kernel.state import MAIN_TABLE, ROUTE_PROTOCOL, AddressScope, Link, Observed, Target, is_ours
 from kilo_etcd.kernel.wayout import exit_table, same_way
 from kilo_etcd.model import IPAddress, IPInterface, IPNetwork
+
+LOOK_SECONDS, LOOK_SECONDS_PER_PEER = 0.5, 0.0005
+
+
+def device_period(peers: int) -> float:
+    """Seconds between two looks at a WireGuard device: within one second up to 1,000 peers, and further apart the more
+    there are, since reading them takes longer too."""
+    return LOOK_SECONDS + LOOK_SECONDS_PER_PEER * peers
 
 
 class Whereabouts:
@@ -115,6 +125,10 @@ class Watch:
             rule = rtnetlink.read_rule(body)
             if rule is not None and rule[1] == self.target.protocol and rule[0] in self.observed.exit_rules:
                 return f"the rule {rule[0]} was removed"
+        if kind == rtnetlink.NEWNETCONF:
+            found = rtnetlink.read_forwarding(body)
+            if found is not None and not found[1] and found[0] in self.observed.forwarding:
+                return f"forwarding of IPv{found[0]} was switched off"
         return None
 
     def _own(self) -> list[Link]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import errno
 import itertools
-import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
+
+from attrs import evolve
 
 from kilo_etcd.kernel import netlink, routing, rtnetlink, sysctl, userspace, wireguard
 from kilo_etcd.kernel.errors import NO_PERMISSION, KernelError, NetlinkError, failure, taken
@@ -58,6 +59,7 @@ from kilo_etcd.kernel.state import (
     ipip_name,
     is_ours,
 )
+from kilo_etcd.kernel.steady import SteadyTime
 from kilo_etcd.kernel.table import DeleteTable, ReplaceTable
 from kilo_etcd.model import IPAddress, IPInterface, IPNetwork
 
@@ -118,6 +120,7 @@ class Host:
         self.userspace = userspace.UserspaceDevice(uapi_dir, runtime_dir)
         self._kernel: wireguard.KernelDevice | None = None
         self._writes = 0
+        self.steady = SteadyTime()
         self.links: dict[int, Link] = {}
         self.egress: set[int] = set()
         """Indexes of the devices that `egress_mtus` has come upon."""
@@ -191,7 +194,7 @@ class Host:
         )
         forward_chains, forward_rules = self._iptables.read(self._forward_rules)
         return Observed(
-            time=time.time(),
+            time=self.steady.now(),
             link=own,
             ours=ours,
             public_key=state.public_key,
@@ -219,7 +222,23 @@ class Host:
         """Read what the device says of its peers; nobody, if there is none or it is not ours."""
         found = self._find(self.interface)
         ours, state = self._read_device(found.link if found is not None else None)
-        return Heard(time=time.time(), peers=state.peers if ours else {})
+        return Heard(time=self.steady.now(), peers=state.peers if ours else {})
+
+    def mark(self, link: Link) -> int | None:
+        """A number that stays the same as long as nobody sets anything of our WireGuard device `link`, but endpoints.
+        None: it is not there. OSError."""
+        device = self._kernel_device() if link.kind == "wireguard" else self.userspace
+        try:
+            return None if device is None else device.mark(link.name)
+        except OSError as error:
+            if error.errno in _NOBODY_THERE:
+                return None
+            raise
+
+    def device(self, link: Link) -> wireguard.DeviceState | None:
+        """What our WireGuard device `link` says; None: it is not there. KernelError."""
+        ours, state = self._read_device(link)
+        return state if ours else None
 
     def _recognises(self, name: str, state: wireguard.DeviceState, routes: Iterable[Route]) -> bool:
         """Whether a WireGuard device is an agent's: it has this host's key, or none yet, or routes of ours lead there,
@@ -260,9 +279,9 @@ class Host:
         try:
             if link.kind == "wireguard":
                 device = self._kernel_device()
-                return (False, nothing) if device is None else (True, device.read(link.name))
+                return (False, nothing) if device is None else (True, self._dated(device.read(link.name)))
             if link.kind == "tun" and self.userspace.process(link.name) is not None:
-                return True, self.userspace.read(link.name)
+                return True, self._dated(self.userspace.read(link.name))
         except OSError as error:
             if error.errno in (errno.EPERM, errno.EACCES):
                 raise KernelError(f"{link.name} cannot be read: {NO_PERMISSION}") from None
@@ -271,6 +290,9 @@ class Host:
             detail = getattr(error, "detail", "") or error.strerror
             raise KernelError(f"{link.name} cannot be read: {detail}") from None
         return False, nothing
+
+    def _dated(self, state: wireguard.DeviceState) -> wireguard.DeviceState:
+        return evolve(state, peers=self.steady.date(state.peers))
 
     def _read_addresses(self, index: int = 0) -> list[HostAddress]:
         found: list[HostAddress] = []

@@ -1,9 +1,10 @@
 """The kernel of a Linux host as an async `Kernel`: keeps what it believes, applies plans, hears of drift.
 
-Between two applies nothing is read: the state after our own changes is computed (`kernel.effect`), and the kernel
-says when somebody else changes something (`kernel.drift`). It is read anew at the start, after a drift, after a
-failure and when the caller asks for it. Everything that blocks runs in a worker thread, one call at a time, and is
-not cancelled half way.
+Between two applies little is read: the state after our own changes is computed (`kernel.effect`), and the kernel
+says when somebody else changes something (`kernel.drift`). Of WireGuard's peers it does not, so the device is looked at
+now and then, in a way that costs little as long as nothing has changed. The whole is read anew at the start, after a
+drift, after a failure and when the caller asks for it. Everything that blocks runs in a worker thread, one call at a
+time, and is not cancelled half way.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from attrs import evolve
 from kilo_etcd.kernel import echo, rtnetlink
 from kilo_etcd.kernel.api import Kernel
 from kilo_etcd.kernel.diff import Difference, difference, is_drift, must_look, remember, shadows, superseded
-from kilo_etcd.kernel.drift import Watch, Whereabouts, bends_ways
+from kilo_etcd.kernel.drift import Watch, Whereabouts, bends_ways, device_period
 from kilo_etcd.kernel.effect import apply_changes
 from kilo_etcd.kernel.egress import Egress
 from kilo_etcd.kernel.errors import NO_PERMISSION, KernelError, taken
@@ -179,6 +180,10 @@ class LinuxKernel:
         self._moved = trio.Event()
         self._index = 0
         """Of the interface when it was last ours."""
+        self._mark: int | None = None
+        """What the device said when last it was as we believe it to be."""
+        self._looked_at = True
+        """Whether the device is looked at; not while it cannot be read, which has been said."""
 
     def __repr__(self) -> str:
         known = "unread" if self._observed is None else f"{len(self._observed.peers)} peers"
@@ -233,10 +238,15 @@ class LinuxKernel:
             raise KernelError(reason) from None
 
     async def wait_drift(self) -> str:
+        look_at = trio.current_time()
         while self._drift is None:
-            await self._wait_event()
+            with trio.move_on_at(look_at):
+                await self._wait_event()
             async with self._lock:
                 self._hear()
+                if trio.current_time() >= look_at and self._drift is None:
+                    await _in_thread(self._look_at_device)
+                    look_at = trio.current_time() + device_period(0 if self._plan is None else len(self._plan.peers))
         reason, self._drift = self._drift, None
         return reason
 
@@ -276,6 +286,37 @@ class LinuxKernel:
                     self._drift = news
                     self._observed = None
 
+    def _look_at_device(self) -> None:
+        """Whether somebody else has changed the WireGuard device, of which no event tells."""
+        plan, believed = self._plan, self._watch.observed if self._watch is not None else None
+        if plan is None or believed is None or believed.link is None or not self._looked_at:
+            return
+        try:
+            mark = self._host.mark(believed.link)
+            if mark is None or mark == self._mark:
+                return
+            state = self._host.device(believed.link)
+        except (OSError, KernelError) as error:
+            self._looked_at = False
+            self._drift = f"{believed.link.name} cannot be read: {getattr(error, 'strerror', None) or error}"
+        else:
+            if state is None:
+                return
+            seen = evolve(
+                believed, time=self._host.steady.now(), public_key=state.public_key, listen_port=state.listen_port,
+                mark=state.mark, peers=state.peers,
+            )  # fmt: skip
+            if (change := self._undone(plan, seen)) is None:
+                self._mark = mark
+                return
+            self._drift = f"found undone: {change}"
+        self._observed = None
+
+    def _undone(self, plan: HostPlan, observed: Observed) -> Change | None:
+        """The first change that somebody else must have made necessary."""
+        changes = difference(plan, observed, self._memory, self._target(plan)).changes
+        return next((change for change in changes if change not in self._failed and is_drift(change)), None)
+
     def _heed(self, events: list[tuple[int, bytes]] | None) -> bool:
         """What events mean for others than the plan (None: some were lost). Whether the host may have moved."""
         own = {link.index for link in self._own()}
@@ -297,9 +338,8 @@ class LinuxKernel:
         """Wake the waiter if a reading shows what no event told: WireGuard changes make none."""
         if self._plan is None or not observed.ours:
             return
-        changes = difference(self._plan, observed, self._memory, self._target(self._plan)).changes
-        if news := [change for change in changes if change not in self._failed and is_drift(change)]:
-            self._drift = f"found undone: {news[0]}"
+        if (change := self._undone(self._plan, observed)) is not None:
+            self._drift = f"found undone: {change}"
             self._wake.set()
 
     def _read(self) -> Observed:
@@ -393,6 +433,7 @@ class LinuxKernel:
             index = next((link.index for link in self._host.links.values() if link.name == target.ipip), 0)
             observed = evolve(observed, ipip=evolve(observed.ipip, index=index))
         self._index = observed.link.index if observed.link is not None else 0
+        self._looked_at = True
         self._memory = remember(plan, self._memory, self._settled)
         if lost := {change.public_key for change, _ in failed if isinstance(change, SetPeer)}:
             self._memory = Memory(endpoints={k: v for k, v in self._memory.endpoints.items() if k not in lost})

@@ -30,11 +30,15 @@ NEWLINK, DELLINK, GETLINK, SETLINK = 16, 17, 18, 19
 NEWADDR, DELADDR, GETADDR = 20, 21, 22
 NEWROUTE, DELROUTE, GETROUTE = 24, 25, 26
 NEWRULE, DELRULE, GETRULE = 32, 33, 34
+NEWNETCONF = 80
 
-GROUPS = (1, 5, 9, 7, 11, 8, 19)
-"""Multicast groups: link, IPv4 address, IPv6 address, IPv4 route, IPv6 route, IPv4 rule, IPv6 rule."""
+GROUPS = (1, 5, 9, 7, 11, 8, 19, 24, 25)
+"""Multicast groups: link, IPv4 address, IPv6 address, IPv4 route, IPv6 route, IPv4 rule, IPv6 rule, IPv4 settings, IPv6
+settings."""
 
 UP = 0x1
+
+_NETCONF_INDEX, _NETCONF_FORWARDING, _NETCONF_ALL = 1, 2, -1
 
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_LINKINFO = 1, 3, 4, 18
 _INFO_KIND, _INFO_DATA = 1, 2
@@ -300,6 +304,16 @@ def _rule(rule: RoutingRule, protocol: int) -> bytes:
     if rule.suppress:
         parts.append(netlink.u32(_FRA_SUPPRESS, 0))
     return b"".join(parts)
+
+
+def read_forwarding(body: bytes) -> tuple[int, bool] | None:
+    """Family (4, 6) and whether it is forwarded, of an event on the settings of all interfaces (linux/netconf.h)."""
+    family = {int(socket.AF_INET): 4, int(socket.AF_INET6): 6}.get(body[0])
+    found = netlink.attributes(body, 4)
+    if family is None or _NETCONF_FORWARDING not in found:
+        return None
+    index, value = (struct.unpack("=i", found.get(kind, bytes(4)))[0] for kind in (_NETCONF_INDEX, _NETCONF_FORWARDING))
+    return (family, bool(value)) if index == _NETCONF_ALL else None
 
 
 def read_rule(body: bytes) -> tuple[RoutingRule, int] | None:

@@ -84,7 +84,8 @@ class Link:
 
 @frozen(kw_only=True)
 class ObservedPeer:
-    """A peer as the WireGuard device has it. `last_handshake` is in Unix seconds, 0 for never."""
+    """A peer as the WireGuard device has it. `last_handshake` is in seconds on the clock of the reading that it is of,
+    0 for never."""
 
     public_key: str
     endpoint: Endpoint | None = None

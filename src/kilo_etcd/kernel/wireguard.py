@@ -64,6 +64,9 @@ class Device(Protocol):
 
     def read(self, name: str) -> DeviceState: ...
 
+    def mark(self, name: str) -> int:
+        """A number that stays the same as long as nothing changes in the device that a plan sets, endpoints aside."""
+
     def write(self, name: str, changes: Sequence[WireGuardChange]) -> None:
         """Make changes, in as few transactions as they fit in."""
 
@@ -190,6 +193,18 @@ class Reader:
                 # A continuation carries the key and more allowed IPs only.
                 known[_P_ALLOWED] = known.get(_P_ALLOWED, b"") + peer.get(_P_ALLOWED, b"")
 
+    def mark(self) -> int:
+        """See `Device.mark`."""
+        return hash(
+            (
+                self._public_key, self._listen_port, self._mark,
+                frozenset(
+                    (key, found.get(_P_PSK), found.get(_P_KEEPALIVE), found.get(_P_ALLOWED))
+                    for key, found in self._peers.items()
+                ),
+            )
+        )  # fmt: skip
+
     def result(self) -> DeviceState:
         """The device, with each peer's allowed IPs in the order that plans have them in."""
         peers = [self._peer(key, found) for key, found in self._peers.items()]
@@ -261,9 +276,17 @@ class KernelDevice:
 
     def read(self, name: str) -> DeviceState:
         reader = Reader(self._last)
-        self._generic.dump(Message(self._family, 0, _GENERIC_HEADER[_GET] + netlink.text(_NAME, name)), reader.take)
+        self._dump(name, reader)
         self._last = reader
         return reader.result()
+
+    def mark(self, name: str) -> int:
+        reader = Reader()
+        self._dump(name, reader)
+        return reader.mark()
+
+    def _dump(self, name: str, reader: Reader) -> None:
+        self._generic.dump(Message(self._family, 0, _GENERIC_HEADER[_GET] + netlink.text(_NAME, name)), reader.take)
 
     def write(self, name: str, changes: Sequence[WireGuardChange]) -> None:
         batch = encode(self._family, name, changes)

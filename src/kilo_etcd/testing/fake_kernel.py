@@ -20,6 +20,7 @@ from attrs import evolve
 
 from kilo_etcd.kernel.api import Kernel
 from kilo_etcd.kernel.diff import difference, is_drift, remember, superseded
+from kilo_etcd.kernel.drift import device_period
 from kilo_etcd.kernel.echo import SPACING
 from kilo_etcd.kernel.effect import apply_changes
 from kilo_etcd.kernel.errors import KernelError
@@ -80,10 +81,13 @@ class FakeHost:
         self._listeners: list[FakeKernel] = []
 
     def tamper(self, changes: Sequence[Change], interface: str = "kilo0", what: str = "somebody changed it") -> None:
-        """Somebody else makes changes; the kernel reports them, except WireGuard's, of which it never speaks."""
+        """Somebody else makes changes; the kernel reports them, except WireGuard's, which a look finds."""
         self.observed = apply_changes(self.observed, changes, interface)
-        if not all(isinstance(change, SetDevice | SetPeer | RemovePeer) for change in changes):
-            for listener in self._listeners:
+        silent = all(isinstance(change, SetDevice | SetPeer | RemovePeer) for change in changes)
+        for listener in self._listeners:
+            if silent:
+                listener.look_at(trio.current_time() + device_period(len(self.observed.peers)))
+            else:
                 listener.drifted(what)
 
     def hear_from(self, public_key: str, *, endpoint: Endpoint | None = None, when: float | None = None) -> None:
@@ -135,6 +139,7 @@ class FakeKernel:
         self._lock = trio.Lock()
         self._drift: str | None = None
         self._event = trio.Event()
+        self._look_at = float("inf")
         host.watch(self)
 
     @property
@@ -145,6 +150,11 @@ class FakeKernel:
         if self.plan is not None:
             self._drift = what
             self._event.set()
+
+    def look_at(self, when: float) -> None:
+        """The next look at the device, of all that the real kernel takes, which finds something."""
+        self._look_at = min(self._look_at, when)
+        self._event.set()
 
     async def check(self) -> None:
         await trio.lowlevel.checkpoint()
@@ -216,7 +226,11 @@ class FakeKernel:
         await trio.lowlevel.checkpoint()
         while self._drift is None:
             self._event = trio.Event()
-            await self._event.wait()
+            with trio.move_on_at(self._look_at):
+                await self._event.wait()
+            if trio.current_time() >= self._look_at:
+                self._look_at = float("inf")
+                await self.observe()
         reason, self._drift = self._drift, None
         return reason
 
