@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from kilo_etcd.model import Candidate, Endpoint, Granularity, Node, Snapshot
-from kilo_etcd.topology import build_topology, guard, host_plan
+from kilo_etcd.topology import build_topology, host_plan
+from kilo_etcd.topology.guard import guard
 
 PER_LOCATION = 10
 

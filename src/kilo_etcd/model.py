@@ -19,12 +19,13 @@ from ipaddress import (
     IPv6Address,
     IPv6Interface,
     IPv6Network,
-    ip_address,
 )
 from types import MappingProxyType
 from typing import TypeAlias
 
 from attrs import field, frozen
+
+from kilo_etcd.quickip import ip_address
 
 IPAddress: TypeAlias = IPv4Address | IPv6Address
 IPInterface: TypeAlias = IPv4Interface | IPv6Interface

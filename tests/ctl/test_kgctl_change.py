@@ -163,15 +163,15 @@ def test_what_annotate_refuses(etcd: FakeEtcd, arguments: list[str], status: int
 def test_what_somebody_else_changes_meanwhile_is_not_overwritten(
     etcd: FakeEtcd, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
-    from kilo_etcd.ctl import change
+    from kilo_etcd.ctl import consequences
 
-    seen = change.consequences
+    seen = consequences.consequences
 
     def interrupted(*snapshots: object) -> tuple[str, ...]:
         etcd.put("/kilo/annotations/home-1/persistent-keepalive", "10")
         return seen(*snapshots)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(change, "consequences", interrupted)
+    monkeypatch.setattr(consequences, "consequences", interrupted)
     found = run("annotate", "home-1", "persistent-keepalive=25", "leader=true")
     assert found.exit_code == 1
     assert "somebody else has just changed the same; nothing was written" in found.output

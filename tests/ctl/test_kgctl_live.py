@@ -96,7 +96,6 @@ def mesh(monkeypatch: pytest.MonkeyPatch) -> Mesh:
 
     monkeypatch.setattr("kilo_etcd.etcd.open_client", opened)
     monkeypatch.setattr(live, "gather", partial(live.gather, patience=0.3))
-    monkeypatch.setattr("kilo_etcd.ctl.status.gather", partial(live.gather, patience=0.3))
     monkeypatch.setattr("kilo_etcd.ctl.graph.PATIENCE_SECONDS", 0.3)
     return made
 

@@ -10,7 +10,8 @@ from attrs import evolve
 from topology_worlds import node, peer, snapshot
 
 from kilo_etcd.model import Endpoint, Granularity, Node, Snapshot
-from kilo_etcd.topology import build_topology, guard, host_plan
+from kilo_etcd.topology import build_topology, host_plan
+from kilo_etcd.topology.guard import guard
 
 NODES = [
     node(f"n{n}", n, f"l{n % 20}", f"192.168.0.{n}/24", f"203.0.113.{n}", subnets=f"172.20.{n}.0/24")

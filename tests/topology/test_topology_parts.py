@@ -11,20 +11,10 @@ from attrs import evolve
 from topology_worlds import PHONE, SIX, WORLDS, node, peer, plans, snapshot
 
 from kilo_etcd.model import Candidate, CandidateClass, Endpoint, Granularity, IPNetwork
-from kilo_etcd.topology import (
-    Edge,
-    EdgeKind,
-    HostPlan,
-    Reason,
-    build_topology,
-    clusters,
-    edges,
-    elect,
-    graph,
-    guard,
-    host_plan,
-)
+from kilo_etcd.topology import Edge, EdgeKind, HostPlan, Reason, build_topology, clusters, edges, elect, host_plan
 from kilo_etcd.topology.claims import Claim, Settlement, settle
+from kilo_etcd.topology.graph import graph
+from kilo_etcd.topology.guard import guard
 
 A1, A2, A3, _, _, LONE = SIX
 REST, PUBLIC, ANNOTATED = CandidateClass.REST, CandidateClass.PUBLIC, CandidateClass.ANNOTATED

@@ -14,21 +14,13 @@ from hypothesis.strategies import DrawFn
 from topology_worlds import MESH, MESH6, node, snapshot
 
 from kilo_etcd.model import Candidate, CandidateClass, Encapsulate, Endpoint, Granularity, Node, Peer, Snapshot, Verdict
-from kilo_etcd.topology import (
-    HostPlan,
-    Topology,
-    Via,
-    build_topology,
-    edges,
-    graph,
-    guard,
-    host_plan,
-    render,
-    walk,
-    walk_both,
-)
+from kilo_etcd.topology import HostPlan, Topology, Via, build_topology, edges, host_plan, walk_both
 from kilo_etcd.topology.claims import network_key
+from kilo_etcd.topology.graph import graph
+from kilo_etcd.topology.guard import guard
+from kilo_etcd.topology.render import render
 from kilo_etcd.topology.segments import changes, lined_up
+from kilo_etcd.topology.walk import walk
 
 QUICK = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 LABELS = ("", "a", "b", "self")

@@ -9,7 +9,8 @@ from attrs import evolve
 from topology_worlds import node, peer, snapshot, standing
 
 from kilo_etcd.kernel.firewall import table_for
-from kilo_etcd.topology import HostPlan, WayOut, build_topology, guard, host_plan, peer_plan
+from kilo_etcd.topology import HostPlan, WayOut, build_topology, host_plan, peer_plan
+from kilo_etcd.topology.guard import guard
 from kilo_etcd.topology.wayout import through, unusable
 
 EXIT = node("gcp-1", 1, "gcp", "10.1.0.1/24", "203.0.113.1", subnets="172.20.0.0/24", gateway=True)

@@ -11,7 +11,9 @@ from attrs import evolve
 from topology_worlds import PHONE, SIX, WORLDS, node, peer, plans, seen_by_all, snapshot, standing
 
 from kilo_etcd.model import Endpoint, Granularity
-from kilo_etcd.topology import UnknownNode, Via, build_topology, host_plan, render, walk, walk_both
+from kilo_etcd.topology import UnknownNode, Via, build_topology, host_plan, walk_both
+from kilo_etcd.topology.render import render
+from kilo_etcd.topology.walk import walk
 
 PICTURES = Path(__file__).parent / "worlds"
 

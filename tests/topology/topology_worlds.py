@@ -9,7 +9,8 @@ from typing import Any
 from attrs import evolve
 
 from kilo_etcd.model import Candidate, Encapsulate, Endpoint, Granularity, Node, Peer, Snapshot
-from kilo_etcd.topology import HostPlan, build_topology, host_plan, render
+from kilo_etcd.topology import HostPlan, build_topology, host_plan
+from kilo_etcd.topology.render import render
 
 MESH = ip_network("10.4.0.0/16")
 MESH6 = ip_network("fd00:4::/64")

@@ -8,7 +8,6 @@ so that `kg` ends with it and without a traceback). Which flags exist and what t
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Callable, Iterable
 from enum import StrEnum
 from ipaddress import ip_address, ip_network
@@ -327,6 +326,8 @@ def parse_listen(text: str) -> ListenAddress | None:
 
 def parse_command(text: str) -> tuple[str, ...]:
     """A command and its arguments, split as a shell would."""
+    import shlex
+
     try:
         words = tuple(shlex.split(text))
     except ValueError as error:

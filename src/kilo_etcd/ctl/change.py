@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 import click
 from attrs import field, frozen
 
-from kilo_etcd.ctl.consequences import consequences, new_trouble
 from kilo_etcd.ctl.context import Failure, Mesh
 from kilo_etcd.etcd.api import (
     Client,
@@ -130,6 +129,8 @@ class Prepared:
 
 def prepare(mesh: Mesh, decide: Callable[[Snapshot, View, Keys], Edit]) -> Prepared | None:
     """Look, and compute what `decide` wants and what it does; None where all is so already. Failure: it is refused."""
+
+    from kilo_etcd.ctl.consequences import consequences, new_trouble
 
     async def look(client: Client, keys: Keys) -> tuple[Snapshot, View, Keys]:
         return *await operator.snapshot(client, keys), keys

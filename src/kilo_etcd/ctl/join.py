@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from attrs import frozen
@@ -32,7 +32,9 @@ from kilo_etcd.store import operator
 from kilo_etcd.store.keys import Keys, PeerKey
 from kilo_etcd.store.records import PeerRecord, encode
 from kilo_etcd.store.view import View
-from kilo_etcd.topology import Topology, build_topology
+
+if TYPE_CHECKING:
+    from kilo_etcd.topology import Topology
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -193,6 +195,8 @@ def _parted(_one: Side, _other: Side) -> tuple[Peers, Peers]:
 
 
 def _topology(side: Side) -> Topology:
+    from kilo_etcd.topology import build_topology
+
     return build_topology(side.mesh.ask(operator.snapshot)[0])
 
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from attrs import frozen
@@ -22,8 +22,9 @@ from kilo_etcd.ctl.status import read_mesh
 from kilo_etcd.model import Snapshot
 from kilo_etcd.store.keys import AddressKey, ElectionKey, Keys, encode_name
 from kilo_etcd.store.view import View
-from kilo_etcd.topology import build_topology, host_plan
-from kilo_etcd.topology.hostplan import HostPlan
+
+if TYPE_CHECKING:
+    from kilo_etcd.topology.hostplan import HostPlan
 
 
 @click.group("node")
@@ -74,6 +75,8 @@ class Shown:
 @click.pass_obj
 def show_command(mesh: Mesh, node: str, output: str) -> None:
     """Show NODE: its record with what was said about it, and the peers and routes that its kernel should hold."""
+    from kilo_etcd.topology import build_topology, host_plan
+
     snapshot, report = mesh.ask(read_mesh)
     row = next((row for row in report.nodes if row.name == node), None)
     if row is None:

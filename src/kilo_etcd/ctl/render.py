@@ -9,14 +9,15 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 from attrs import evolve, frozen
 
-from kilo_etcd.ctl.live import ago, amount
-from kilo_etcd.ctl.report import LiveReport, LocationRow, NodeRow, Report
 from kilo_etcd.model import DEFAULT_LOCATION
+
+if TYPE_CHECKING:
+    from kilo_etcd.ctl.report import LiveReport, LocationRow, NodeRow, Report
 
 MOST_TUNNELS = 60
 """How many tunnels a table has; of more, those without a session only. JSON has all."""
@@ -75,6 +76,8 @@ def status_tables(report: Report) -> tuple[Table, ...]:
 
 
 def _live_tables(live: LiveReport) -> tuple[Table, ...]:
+    from kilo_etcd.ctl.live import ago, amount
+
     rows = [tunnel for kernel in live.kernels for tunnel in kernel.tunnels]
     title = "Tunnels, as the gateways have them"
     if len(rows) > MOST_TUNNELS:

@@ -7,16 +7,19 @@ report at all. It decides nothing and it knows nothing of tables or JSON; `ctl.r
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
 
 from attrs import field, frozen
 
-from kilo_etcd.ctl.live import Live, LiveTunnel, pairs, tunnels
 from kilo_etcd.model import Candidate, Node, SetAside, Snapshot
 from kilo_etcd.store.keys import Keys, NodeKey
 from kilo_etcd.store.records import StatusRecord
 from kilo_etcd.store.view import View
-from kilo_etcd.topology import Segment, Topology, build_topology
+from kilo_etcd.topology.segments import Segment, Topology, build_topology
 from kilo_etcd.topology.verdicts import sentence
+
+if TYPE_CHECKING:
+    from kilo_etcd.ctl.live import Live, LiveTunnel
 
 NOT_IN_FORCE = "not in force"
 """The role of a node that is registered and yet no part of the mesh: it has no address yet, or is set aside."""
@@ -176,6 +179,8 @@ def report(
 
 
 def _live_report(topology: Topology, live: Live) -> LiveReport:
+    from kilo_etcd.ctl.live import pairs, tunnels
+
     found = tunnels(topology, live)
     known = [pair for pair in pairs(topology, found) if pair.ends]
     return LiveReport(

@@ -11,8 +11,6 @@ from functools import partial
 import click
 
 from kilo_etcd.ctl.context import Mesh
-from kilo_etcd.ctl.heed import heed
-from kilo_etcd.ctl.live import gather
 from kilo_etcd.ctl.output import output_option, show
 from kilo_etcd.ctl.render import status_heading, status_json, status_tables
 from kilo_etcd.ctl.report import Report, newest_revision, registered_names, report
@@ -33,12 +31,17 @@ async def read_mesh(client: Client, keys: Keys, *, live: bool = False) -> tuple[
     # Statuses first: an agent can only have got further since, so nobody is called behind for our slowness.
     statuses = await operator.statuses(client, keys)
     snapshot, view = await operator.snapshot(client, keys)
+    said = None
+    if live:
+        from kilo_etcd.ctl.live import gather
+
+        said = await gather(client, keys, statuses.keys())
     return snapshot, report(
         snapshot,
         statuses,
         newest=newest_revision(view, keys),
         registered=registered_names(view, keys),
-        live=await gather(client, keys, statuses.keys()) if live else None,
+        live=said,
     )
 
 
@@ -74,6 +77,8 @@ def status_command(mesh: Mesh, output: str, live: bool, watch: bool) -> None:
 async def _follow(client: Client, keys: Keys, *, put_out: Callable[[Report], None], live: bool) -> None:
     """A report now, and one after each change in etcd, for ever."""
     import trio
+
+    from kilo_etcd.ctl.heed import heed
 
     changed = trio.Event()
 

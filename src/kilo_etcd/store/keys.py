@@ -11,13 +11,14 @@ keys for one node would be two truths; `hint` says how it should have been writt
 
 from __future__ import annotations
 
-from ipaddress import ip_address
+import re
 from typing import TypeAlias
 from urllib.parse import quote, unquote
 
 from attrs import field, frozen
 
 from kilo_etcd.model import DEFAULT_PREFIX, IPAddress
+from kilo_etcd.quickip import ip_address
 
 DEFAULT_LOCATION_IN_KEYS = "@default"
 
@@ -115,8 +116,14 @@ def encode_name(name: str) -> str:
     return quote(name, safe="", errors="strict")
 
 
+# Names that are written as they are, as most names.
+_IS_PLAIN = re.compile(r"[A-Za-z0-9_.~-]+").fullmatch
+
+
 def decode_name(text: str) -> str | None:
     """The name that `encode_name` wrote; None if `text` is not how that name is written."""
+    if _IS_PLAIN(text):
+        return text
     try:
         name = unquote(text, errors="strict")
         return name if name and encode_name(name) == text else None

@@ -8,20 +8,20 @@ of bytes.
 
 Unknown fields: a peer with one is refused, since a person wrote it and most likely mistyped; records that agents write
 are read without it, and `Read.unknown` names it (docs/decisions/0002-unknown-fields.md).
+
+A start reads thousands of records, so a table of each kind's fields is all the machinery there is
+(docs/decisions/0018-records-by-a-table.md).
 """
 
 from __future__ import annotations
 
 import json
-from base64 import b64decode, b64encode
+import re
 from collections.abc import Callable
 from enum import StrEnum
-from ipaddress import ip_address, ip_interface, ip_network
 from typing import Any, Generic, NamedTuple, TypeVar, Union
 
-import cattrs
-from attrs import field, fields, frozen
-from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn, override
+from attrs import NOTHING, field, fields, frozen
 
 from kilo_etcd.model import (
     DEFAULT_LOCATION,
@@ -34,6 +34,7 @@ from kilo_etcd.model import (
     IPInterface,
     IPNetwork,
 )
+from kilo_etcd.quickip import ip_address, ip_interface, ip_network
 
 MAX_VALUE = 64 * 1024
 """Bytes. etcd takes 1.5 MiB; no record of ours comes near, and every agent would have to hold and read it."""
@@ -192,15 +193,14 @@ class Read(Generic[R]):
 # --- single values -------------------------------------------------------------------------------------------------
 
 
+# 256 bits in digits of six: of the last digit the two low bits are no part of the key, and zero.
+_IS_KEY = re.compile(r"[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=").fullmatch
+
+
 def check_key(text: object) -> str:
     """A WireGuard key: 32 bytes in base64, spelled canonically."""
-    if isinstance(text, str) and len(text) == 44 and text.isascii():
-        try:
-            raw = b64decode(text, validate=True)
-        except ValueError:
-            raw = b""
-        if len(raw) == 32 and b64encode(raw).decode() == text:
-            return text
+    if isinstance(text, str) and _IS_KEY(text):
+        return text
     raise ValueError(f"{_short(text)} is no WireGuard key (32 bytes in base64)")
 
 
@@ -209,7 +209,7 @@ def parse_network(text: object) -> IPNetwork:
     if not isinstance(text, str) or "%" in text:
         raise ValueError(f"{_short(text)} is no network (CIDR)")
     try:
-        return ip_network(text.strip(), strict=False)
+        return ip_network(text.strip())
     except ValueError:
         raise ValueError(f"{_short(text)} is no network (CIDR)") from None
 
@@ -367,11 +367,11 @@ def _items(parse: Callable[[object], Any]) -> Callable[[object], tuple[Any, ...]
 
 
 def _chosen(kind: type[StrEnum] | type[CandidateClass]) -> Callable[[object], Any]:
+    members = {member.value: member for member in kind}
+
     def read(value: object) -> Any:
-        if isinstance(value, (str, int)) and not isinstance(value, bool):
-            for member in kind:
-                if member.value == value:
-                    return member
+        if isinstance(value, (str, int)) and not isinstance(value, bool) and value in members:
+            return members[value]
         raise ValueError(f"{_short(value)} is none of {', '.join(str(member.value) for member in kind)}")
 
     return read
@@ -470,32 +470,13 @@ def _camel(name: str) -> str:
     return first + "".join("IPs" if part == "ips" else part.capitalize() for part in rest)
 
 
-def _ignoring_type(read: Callable[[object], Any]) -> Callable[[object, object], Any]:
-    return lambda value, _type: read(value)
+class _Field(NamedTuple):
+    """One field of a kind of record: its name here and in JSON, how it is read, and whether it must be there."""
 
-
-def _converter() -> cattrs.Converter:
-    converter = cattrs.Converter(detailed_validation=True)
-    for kind in (*_IP_TYPES, Endpoint):
-        converter.register_unstructure_hook(kind, str)
-    for record, readers in _READERS.items():
-        overrides = {}
-        for attribute in fields(record):
-            read = readers[attribute.name]
-            overrides[attribute.name] = override(
-                rename=_camel(attribute.name),
-                struct_hook=_ignoring_type(read),
-                unstruct_hook=_plain,
-            )
-        converter.register_structure_hook(
-            record,
-            make_dict_structure_fn(record, converter, **overrides),  # type: ignore[arg-type]
-        )
-        converter.register_unstructure_hook(
-            record,
-            make_dict_unstructure_fn(record, converter, **overrides),  # type: ignore[arg-type]
-        )
-    return converter
+    name: str
+    written: str
+    read: Callable[[object], Any]
+    required: bool
 
 
 def _plain(value: Any) -> Any:
@@ -506,9 +487,14 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-_IP_TYPES: tuple[type, ...] = tuple(kind for union in (IPAddress, IPInterface, IPNetwork) for kind in union.__args__)
-_CONVERTER = _converter()
-_KNOWN = {record: frozenset(_camel(attribute.name) for attribute in fields(record)) for record in _READERS}
+_FIELDS = {
+    record: tuple(
+        _Field(attribute.name, _camel(attribute.name), readers[attribute.name], attribute.default is NOTHING)
+        for attribute in fields(record)
+    )
+    for record, readers in _READERS.items()
+}
+_KNOWN = {record: frozenset(each.written for each in known) for record, known in _FIELDS.items()}
 Record = Union[  # noqa: UP007
     NodeRecord,
     CandidateRecord,
@@ -523,7 +509,8 @@ Record = Union[  # noqa: UP007
 
 def encode(record: Record) -> bytes:
     """A record as it is put into etcd: JSON, canonical."""
-    said = {name: value for name, value in _CONVERTER.unstructure(record).items() if value not in (None, "", [])}
+    written = {each.written: _plain(getattr(record, each.name)) for each in _FIELDS[type(record)]}
+    said = {name: value for name, value in written.items() if value not in (None, "", [])}
     return json.dumps(said, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
@@ -538,23 +525,32 @@ def read(kind: type[R], value: bytes, limit: int = MAX_VALUE) -> Read[R]:
         raise RecordError(f"the value is not JSON: {error}") from None
     if not isinstance(data, dict):
         raise RecordError("the value is not a JSON object")
-    unknown = tuple(sorted(name.encode("utf-8", "backslashreplace").decode() for name in data.keys() - _KNOWN[kind]))
-    try:
-        return Read(_CONVERTER.structure(data, kind), unknown)
-    except cattrs.ClassValidationError as error:
-        raise RecordError(_explain(error)) from None
+    unknown: tuple[str, ...] = ()
+    if not data.keys() <= _KNOWN[kind]:
+        strange = data.keys() - _KNOWN[kind]
+        unknown = tuple(sorted(name.encode("utf-8", "backslashreplace").decode() for name in strange))
+    return Read(kind(**_said(kind, data)), unknown)
 
 
-def _explain(error: cattrs.ClassValidationError) -> str:
+def _said(kind: type, data: dict[str, Any]) -> dict[str, Any]:
+    """What a JSON object says of the fields of `kind`, by their names here. RecordError."""
+    said = {}
+    missing, wrong = "", []
+    for name, written, read_one, required in _FIELDS[kind]:
+        if written in data:
+            try:
+                said[name] = read_one(data[written])
+            # Not ValueError alone: to show a value that is nested deeply can fail too.
+            except Exception as error:
+                wrong.append(f"{written}: {error}")
+        elif required:
+            missing = missing or written
     # One field is enough to send a person there; the count says whether to go on looking.
-    for inner in error.exceptions:
-        if isinstance(inner, KeyError):
-            return f"the field {inner.args[0]} is missing"
-    first = error.exceptions[0]
-    names = [note.name for note in getattr(first, "__notes__", ()) if hasattr(note, "name")]
-    where = _camel(names[0]) if names else "the record"
-    more = f" (and {len(error.exceptions) - 1} more)" if len(error.exceptions) > 1 else ""
-    return f"{where}: {first}{more}"
+    if missing:
+        raise RecordError(f"the field {missing} is missing")
+    if wrong:
+        raise RecordError(wrong[0] + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""))
+    return said
 
 
 def decode_node(value: bytes) -> NodeRecord:

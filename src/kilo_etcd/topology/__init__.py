@@ -1,14 +1,21 @@
-"""Decides, and only decides: who leads, what the mesh looks like, what each host's kernel shall hold."""
+"""Decides, and only decides: who leads, what the mesh looks like, what each host's kernel shall hold.
 
-from kilo_etcd.topology.election import Election, Reason, elect
-from kilo_etcd.topology.graph import Cluster, Edge, EdgeKind, clusters, edges, graph
-from kilo_etcd.topology.guard import guard
-from kilo_etcd.topology.hostplan import HostPlan, PeerPlan, Problem, RoutePlan, Via, WayOut
-from kilo_etcd.topology.peerplan import peer_plan
-from kilo_etcd.topology.plan import host_plan
-from kilo_etcd.topology.render import render
-from kilo_etcd.topology.segments import Segment, Topology, UnknownNode, build_topology
-from kilo_etcd.topology.walk import Hop, Path, walk, walk_both
+What is named as its module is (`graph`, `guard`, `render`, `walk`) is imported from there.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kilo_etcd.topology.election import Election, Reason, elect
+    from kilo_etcd.topology.graph import Cluster, Edge, EdgeKind, clusters, edges
+    from kilo_etcd.topology.hostplan import HostPlan, PeerPlan, Problem, RoutePlan, Via, WayOut
+    from kilo_etcd.topology.peerplan import peer_plan
+    from kilo_etcd.topology.plan import host_plan
+    from kilo_etcd.topology.segments import Segment, Topology, UnknownNode, build_topology
+    from kilo_etcd.topology.walk import Hop, Path, walk_both
 
 __all__ = [
     "Cluster",
@@ -31,11 +38,26 @@ __all__ = [
     "clusters",
     "edges",
     "elect",
-    "graph",
-    "guard",
     "host_plan",
     "peer_plan",
-    "render",
-    "walk",
     "walk_both",
 ]
+
+_PARTS = {
+    "election": ("Election", "Reason", "elect"),
+    "graph": ("Cluster", "Edge", "EdgeKind", "clusters", "edges"),
+    "hostplan": ("HostPlan", "PeerPlan", "Problem", "RoutePlan", "Via", "WayOut"),
+    "peerplan": ("peer_plan",),
+    "plan": ("host_plan",),
+    "segments": ("Segment", "Topology", "UnknownNode", "build_topology"),
+    "walk": ("Hop", "Path", "walk_both"),
+}
+
+
+def __getattr__(name: str) -> object:
+    # A name's module is imported when the name is first asked for: most of kgctl's commands plan for no host.
+    for part, names in _PARTS.items():
+        if name in names:
+            globals()[name] = found = getattr(import_module(f"{__name__}.{part}"), name)
+            return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
