@@ -245,6 +245,21 @@ async def test_a_host_that_may_not_ping_says_so_once_and_goes_on(mesh: World) ->
         await eventually(lambda: mesh.said("can be a witness again") == 1, 70, every=1)
 
 
+async def test_a_host_that_may_ping_no_more_in_the_midst_of_doubt_goes_on_too(mesh: World) -> None:
+    async with running(mesh) as daemon:
+        await stands(mesh)
+
+        def silent(address: object) -> bool:
+            mesh.host.no_pings = "this process may not ping"
+            return False
+
+        mesh.host.reach = silent
+        await eventually(lambda: mesh.said("cannot be a witness") == 1, 5, every=0.1)
+        await trio.sleep(100)
+        assert daemon.role is not None
+        assert mesh.said("cannot be a witness") == 1
+
+
 async def test_without_probes_nothing_is_tried(mesh: World) -> None:
     asked: list[IPv4Address] = []
     mesh.host.reach = lambda address: asked.append(address)  # type: ignore[assignment,func-returns-value]

@@ -12,7 +12,7 @@ from attrs import evolve
 from store_world import KEYS, record, wg_key
 
 from helpers import eventually
-from kilo_etcd.etcd.api import Unavailable
+from kilo_etcd.etcd.api import PermissionDenied, Unavailable
 from kilo_etcd.model import CandidateClass, Granularity, IPAddress
 from kilo_etcd.store import (
     NameTaken,
@@ -20,6 +20,7 @@ from kilo_etcd.store import (
     RecordError,
     Session,
     StatusRecord,
+    VerdictRecord,
     decode_node,
     decode_status,
     encode,
@@ -497,3 +498,39 @@ def test_the_candidates_are_every_host_address_once(subnet: str, count: int) -> 
 
 def test_evolve_keeps_equal_records_equal_bytes() -> None:
     assert encode(evolve(record("a"))) == encode(record("a"))
+
+
+async def test_who_may_say_nothing_of_others_keeps_its_own_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    etcd = FakeEtcd()
+    client = etcd.client()
+    allowed = client.txn
+
+    async def txn(compare, success, failure=()):  # type: ignore[no-untyped-def]
+        if any("/verdicts/" in str(getattr(op, "key", "")) for op in success):
+            raise PermissionDenied("user a may not write on '/kilo/verdicts/'")
+        return await allowed(compare, success, failure)
+
+    monkeypatch.setattr(client, "txn", txn)
+    async with member(etcd, client) as it:
+        assert not await it.put_verdicts({"home": VerdictRecord(leader="h", candidacy=7)})
+        assert await it.leave() is False
+        assert GCP not in etcd
+        await it.enter("gcp", CandidateClass.PUBLIC)
+        assert GCP in etcd
+        assert it.last_error is not None
+        assert await it.put_verdicts({})
+        assert it.healthy
+
+
+async def test_what_is_said_of_leaders_stands_under_the_lease_and_is_adopted() -> None:
+    etcd = FakeEtcd()
+    said = {"home": VerdictRecord(leader="h", candidacy=7, targets=("a",), answers=True)}
+    async with member(etcd) as it:
+        assert await it.put_verdicts(said)
+        assert etcd.data[b"/kilo/verdicts/home/a"].lease == etcd.data[GCP.encode()].lease
+        again = session(etcd.client())
+        async with running(again):
+            await again.register(record("a"))
+            assert again.verdicts == said
+            assert await again.put_verdicts({})
+            assert "/kilo/verdicts/home/a" not in etcd

@@ -9,7 +9,7 @@ and no write anywhere.
 from __future__ import annotations
 
 import random
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Container, Iterable, Mapping
 from contextlib import suppress
 
 import trio
@@ -20,7 +20,7 @@ from kilo_etcd.agent import duty as duties
 from kilo_etcd.agent.duty import Account, Duty, Summons, accused, duty_of, stands, summons_of
 from kilo_etcd.agent.logs import Once
 from kilo_etcd.model import IPAddress, Node
-from kilo_etcd.topology import Topology
+from kilo_etcd.topology import Topology, UnknownNode
 
 IN_DOUBT = 0.5
 """Seconds between two looks while it stands that the leader does not forward."""
@@ -46,6 +46,9 @@ PROOF_AGAIN = 6.0
 
 BLIND_SECONDS = 120.0
 """After so long without any answer an operator is told that there are no witnesses."""
+
+TAKE_BACK = 0.25
+"""Seconds between an answer and the taking back of what was said, in which it may turn out that another leads now."""
 
 UNABLE_SECONDS = 60.0
 """Where this host may not ping, it is tried again so much later."""
@@ -139,40 +142,36 @@ class Witness:
 
     async def _look(self, duty: Duty) -> float:
         """Try once, or harder if there is doubt; the seconds until the next time."""
-        now = trio.current_time()
-        if not (duty.doubts or self._says(duty)):
+        targets = self._in_doubt(duty) if duty.doubts or self._says(duty) else ()
+        if not targets and self._says(duty):
+            # Whoever was named leads no more, so whether it answers says nothing about the way there.
+            self._stop_proving()
+            await self._say(duty.location, None)
+        if not targets:
+            if not duty.first:
+                return duties.PERIOD
+            now = trio.current_time()
             target = self._account.next(duty, now)
             if target is None:
                 return duties.BLIND_PERIOD
             counts = self._account.knows(target, now)
             if await self._through([target], times=1) or not counts:
                 return self._pause(duty, now)
-        said = self._session.verdicts.get(duty.location)
-        named = said.targets if said is not None and self._says(duty) else ()
-        targets = self._account.in_doubt(duty, trio.current_time(), named)
+            targets = self._in_doubt(duty)
         if not targets:
             return duties.PERIOD
-        near: Mapping[IPAddress, float] = {}
-        through = False
-
-        async def try_near() -> None:
-            nonlocal near
-            near = await self._device.ping(
-                [duty.near, *duty.fellows], times=duties.BURST, patience=duties.PATIENCE
-            )  # fmt: skip
-
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(try_near)
-            through = await self._through(targets, times=duties.BURST)
-            if through:
-                nursery.cancel_scope.cancel()
-        if through:
-            self._stop_proving()
-            if self._says(duty):
-                await self._say(duty.location, None)
-            return duties.PERIOD
+        through, near = await self._try_hard(duty, targets)
+        if through and self._says(duty):
+            # It may have answered by way of a successor whose plan is being applied; `follow` is called after that.
+            await trio.sleep(TAKE_BACK)
         if not self._current(duty):
             return 0.0
+        said = self._said(duty)
+        if through:
+            self._stop_proving()
+            if said is not None:
+                await self._say(duty.location, None)
+            return duties.PERIOD
         if not await self._sound():
             # What is missing here is on its way back; it says nothing about the leader.
             self._look_again()
@@ -183,14 +182,14 @@ class Witness:
             targets=tuple(sorted(node.name for node in targets)),
             answers=duty.near in near,
             fellows=any(address in near for address in duty.fellows),
-            reaches=said is not None and self._says(duty) and said.reaches,
+            reaches=said is not None and said.reaches,
         )
         if not self._says(duty):
             self._proof_due = trio.current_time() + (0.0 if duty.first else OTHERS_WAIT)
-        began = await self._device_time()
+        former = await self._handshakes([node.public_key for node in targets])
         await self._say(duty.location, found)
         if not found.reaches and trio.current_time() >= self._proof_due:
-            if not await self._reaches(targets, began):
+            if not await self._reaches(targets, former):
                 self._proof_due = trio.current_time() + PROOF_AGAIN
             elif await self._through(targets, times=ONCE_MORE):
                 # What kept both of us from them is over.
@@ -214,6 +213,37 @@ class Witness:
             )  # fmt: skip
         return duties.BLIND_PERIOD
 
+    def _in_doubt(self, duty: Duty) -> tuple[Node, ...]:
+        said = self._said(duty)
+        return self._account.in_doubt(duty, trio.current_time(), said.targets if said is not None else ())
+
+    async def _try_hard(self, duty: Duty, targets: Collection[Node]) -> tuple[bool, Mapping[IPAddress, float]]:
+        """Whether any of `targets` answers through the leader, and who answers on the location's network."""
+        near: Mapping[IPAddress, float] = {}
+        through = False
+        trouble: kernel.KernelError | None = None
+
+        async def try_near() -> None:
+            nonlocal near
+            # If this host may not ping, the other attempt says so.
+            with suppress(kernel.KernelError):
+                near = await self._device.ping(
+                    [duty.near, *duty.fellows], times=duties.BURST, patience=duties.PATIENCE
+                )  # fmt: skip
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(try_near)
+            try:
+                through = await self._through(targets, times=duties.BURST)
+            except kernel.KernelError as error:
+                # Caught in here: a nursery would make a group of it.
+                trouble = error
+            if through or trouble is not None:
+                nursery.cancel_scope.cancel()
+        if trouble is not None:
+            raise trouble
+        return through, near
+
     async def _through(self, targets: Collection[Node], *, times: int) -> bool:
         """Whether any of them answers; this host's routes send the requests through its leader."""
         by_address = {node.mesh_addresses[0]: node for node in targets}
@@ -226,30 +256,33 @@ class Witness:
         self._account.tried(tried, answered, trio.current_time())
         return bool(answered)
 
-    async def _device_time(self) -> float:
-        """The present time as the device dates handshakes; where it cannot be had, no handshake is later."""
-        try:
-            return (await self._device.hear()).time
-        except OSError:
-            return float("inf")
-
-    async def _reaches(self, targets: Iterable[Node], began: float) -> bool:
-        """Whether this host itself shakes hands with one of them, after `began` by the device's time."""
+    async def _reaches(self, targets: Iterable[Node], former: Container[float] | None) -> bool:
+        """Whether this host itself shakes hands with one of them; `former` are the handshakes that it had before."""
+        if former is None:
+            return False
         keys = frozenset(node.public_key for node in targets)
-        if await self._shaken(keys, began, FIRST_WORD):
+        if await self._shaken(keys, former, FIRST_WORD):
             return True
         self._proving = keys
         self._prove(keys)
-        if await self._shaken(keys, began, PROOF_SECONDS):
+        if await self._shaken(keys, former, PROOF_SECONDS):
             return True
         self._stop_proving()
         return False
 
-    async def _shaken(self, keys: frozenset[str], began: float, seconds: float) -> bool:
-        with trio.move_on_after(seconds), suppress(OSError):
+    async def _handshakes(self, keys: Collection[str]) -> frozenset[float] | None:
+        """When the last ones with these peers were; None: it cannot be known."""
+        with suppress(OSError, kernel.KernelError):
+            peers = (await self._device.hear()).peers
+            return frozenset((0.0, *(peers[key].last_handshake for key in keys if key in peers)))
+        return None
+
+    async def _shaken(self, keys: Collection[str], former: Container[float], seconds: float) -> bool:
+        """Any other handshake than those will do: whether it is a later one, a clock that jumps cannot tell."""
+        with trio.move_on_after(seconds):
             while True:
-                heard = await self._device.hear()
-                if any(heard.peers[key].last_handshake >= began for key in keys & heard.peers.keys()):
+                now = await self._handshakes(keys)
+                if now is not None and any(time not in former for time in now):
                     return True
                 await trio.sleep(PROOF_POLL)
         return False
@@ -278,11 +311,15 @@ class Witness:
         leader = summons.leader.mesh_addresses[0]
         members = [node.mesh_addresses[0] for node in summons.members]
         answers = await self._device.ping([leader, *members], times=duties.BURST, patience=duties.PATIENCE)
-        if self._topology is None or not stands(
-            self._topology, summons.location, summons.leader.name, summons.candidacy
-        ):
+        through = any(address in answers for address in members)
+        said = self._session.verdicts.get(summons.location)
+        if through and said is not None:
+            await trio.sleep(TAKE_BACK)  # as in `_look`
+        if not any(summons.about(one.leader.name, one.candidacy) for one in self._summons):
             return
-        if any(address in answers for address in members):
+        if said is not None and not summons.about(said.leader, said.candidacy) and self._holds(summons.location):
+            return  # There is one word for each location, and this host's own leader comes first.
+        if through:
             await self._say(summons.location, None)
             return
         await self._say(
@@ -297,9 +334,12 @@ class Witness:
 
     # -- what is said -------------------------------------------------------------------------------------------
 
-    def _says(self, duty: Duty) -> bool:
+    def _said(self, duty: Duty) -> store.VerdictRecord | None:
         said = self._session.verdicts.get(duty.location)
-        return said is not None and duty.about(said.leader, said.candidacy)
+        return said if said is not None and duty.about(said.leader, said.candidacy) else None
+
+    def _says(self, duty: Duty) -> bool:
+        return self._said(duty) is not None
 
     def _current(self, duty: Duty) -> bool:
         return self._duty is not None and self._duty.about(duty.leader.name, duty.candidacy)
@@ -308,16 +348,21 @@ class Witness:
         """Whether what is said of a location's leader is still of use: as long as that candidacy stands, since with
         the word the one passed over would lead again."""
         said = self._session.verdicts[location]
-        if self._topology is None:
+        topology = self._topology
+        if topology is None:
             return True
-        if not stands(self._topology, location, said.leader, said.candidacy):
+        if not stands(topology, location, said.leader, said.candidacy):
             return False
-        snapshot = self._topology.snapshot
-        own = snapshot.nodes.get(self._name)
-        # Of another location's leader nothing is said that nobody there says.
-        return (own is not None and own.location == location) or any(
-            verdict.witness != self._name and (verdict.leader, verdict.candidacy) == (said.leader, said.candidacy)
-            for verdict in snapshot.verdicts.get(location, ())
+        try:
+            home, there = topology.segment_of(self._name), topology.segment_of(said.leader)
+        except UnknownNode:
+            return False
+        # Of another segment's leader nothing is said that nobody there says. Others elsewhere do not count: those who
+        # were called together would keep each other's words in force for ever.
+        accusers = {node.name for node in there.members}
+        return home is there or any(
+            verdict.witness in accusers and (verdict.leader, verdict.candidacy) == (said.leader, said.candidacy)
+            for verdict in topology.snapshot.verdicts.get(location, ())
         )
 
     async def _drop_stale(self) -> None:

@@ -42,6 +42,7 @@ from kilo_etcd.etcd.api import (
     KeyValue,
     LeaseNotFound,
     Op,
+    PermissionDenied,
     Put,
     RangeResult,
     Target,
@@ -473,12 +474,21 @@ class Session:
             for key in gone:
                 self._held.remove(key)
         new = {key: value for key, value in wanted.items() if not self._held.surely(key, value)}
-        if new:
-            for key, value in new.items():
+        # Words last, and by themselves: that etcd lets this host say nothing of others must not cost it its place.
+        for some in ({k: v for k, v in new.items() if self._is_word(k) is words} for words in (False, True)):
+            if not some:
+                continue
+            fresh = [key for key in some if key not in self._held.values]
+            for key, value in some.items():
                 # Should the answer be lost, it may stand there: then it is for us to put again, or to take away.
                 self._held.may_put(key, value, self._seen)
-            revision = await self._write([Put(key, value, lease=self._short.id) for key, value in new.items()])
-            for key, value in new.items():
+            try:
+                revision = await self._write([Put(key, value, lease=self._short.id) for key, value in some.items()])
+            except PermissionDenied:
+                for key in fresh:
+                    self._held.remove(key)
+                raise
+            for key, value in some.items():
                 self._held.put(key, value, revision)
 
     def _wanted(self) -> dict[str, bytes]:
