@@ -180,7 +180,9 @@ class Node:
     """Seconds; 0 is off."""
     leader_wanted: bool = False
     gateway: bool = False
-    """Whether it offers peers a way out to the internet."""
+    """Whether it offers peers and other nodes a way out to the internet."""
+    way_out: str = ""
+    """The node by which it leaves for the internet itself; empty: by its own network."""
     encapsulate: Encapsulate = Encapsulate.CROSSSUBNET
     default_location: str = DEFAULT_LOCATION
     version: str = ""
@@ -214,6 +216,11 @@ class Node:
     def seen_in(self, version: int) -> tuple[Endpoint, ...]:
         """Where the node is seen in family 4 or 6; several: its NAT shows each partner another, or it has moved."""
         return tuple(one for one in self.seen if one.address is not None and one.address.version == version)
+
+    def may_tell_of(self, endpoint: Endpoint) -> bool:
+        """Whether its word counts on where others are seen in the endpoint's family: a host that is not public itself
+        may hear what is true at its own site only."""
+        return endpoint.address is not None and self.public_in(endpoint.address.version)
 
     def internal_ip(self, version: int) -> IPInterface | None:
         """The node's address on its location's network in family 4 or 6."""

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import subprocess
 from contextlib import AsyncExitStack
-from ipaddress import ip_network
+from ipaddress import ip_address, ip_network
 
 import pytest
 import trio
 from attrs import evolve
-from kernel_worlds import PRIVATE, host_with, key, lines, peer, plan, tunnel
+from kernel_worlds import PRIVATE, host_with, key, lines, peer, plan, tunnel, via
 
 from helpers import eventually
 from kilo_etcd.kernel import PEER_PROTOCOL, ROUTE_PROTOCOL, Kernel, Memory, Setup, cleanup, diff, open_kernel
 from kilo_etcd.kernel.state import Observed, Target, is_ours
 from kilo_etcd.kernel.wayout import exit_table, rule_priorities
-from kilo_etcd.topology.hostplan import WayOut
+from kilo_etcd.topology.hostplan import HostPlan, Via, WayOut
 
 FIRST = plan(peer(2, "10.4.0.2/32"), tunnel("10.4.0.0/16", "10.4.0.1"), port=51001)
 SECOND = plan(
@@ -99,11 +99,12 @@ MAIN_FIRST, OURS = rule_priorities("kilo-a")
 def test_the_way_out_is_made_routes_first_and_unmade_rules_first() -> None:
     made = [line for line in lines(diff(AWAY, Observed(), Memory(), TARGET)) if "rule" in line or "table" in line]
     assert made == [
+        f"ip route add unreachable 0.0.0.0/0 proto 108 metric 4294967295 table {TABLE}",
+        f"ip route add unreachable ::/0 proto 108 metric 4294967295 table {TABLE}",
         f"ip route add throw 192.0.2.1/32 proto 108 table {TABLE}",
         f"ip route add throw 192.168.9.2/32 proto 108 table {TABLE}",
         f"ip route add throw 2001:db8::1/128 proto 108 table {TABLE}",
         f"ip route add 0.0.0.0/0 dev kilo-a proto 108 table {TABLE}",
-        f"ip route add unreachable ::/0 proto 108 table {TABLE}",
         f"ip -4 rule add priority {MAIN_FIRST} lookup main suppress_prefixlength 0",
         f"ip -4 rule add priority {OURS} not fwmark 107 lookup {TABLE}",
         f"ip -6 rule add priority {MAIN_FIRST} lookup main suppress_prefixlength 0",
@@ -114,10 +115,61 @@ def test_the_way_out_is_made_routes_first_and_unmade_rules_first() -> None:
     without = lines(diff(evolve(AWAY, way_out=None), host, Memory(), TARGET))
     assert without[0] == "wg set kilo-a fwmark off"
     assert [line.split()[2] for line in without[1:5]] == ["rule"] * 4
-    assert [line.split()[1] for line in without[5:]] == ["route"] * 5
+    assert [line.split()[1] for line in without[5:]] == ["route"] * 6
     # An operator's own mark is nobody's business where none is needed.
     assert diff(evolve(AWAY, way_out=None), evolve(host_with(evolve(AWAY, way_out=None), TARGET), mark=7),
                 Memory(), TARGET) == ()  # fmt: skip
+
+
+def test_what_is_sent_from_the_hosts_own_addresses_goes_as_before() -> None:
+    assert AWAY.way_out is not None
+    own = (ip_address("192.168.9.1"), ip_address("2001:db8::7"))
+    sourced = evolve(AWAY, way_out=evolve(AWAY.way_out, sources=own))
+    host = host_with(AWAY, TARGET)
+    assert lines(diff(sourced, host, Memory(), TARGET)) == [
+        f"ip -4 rule add priority {MAIN_FIRST} from 192.168.9.1 lookup main",
+        f"ip -6 rule add priority {MAIN_FIRST} from 2001:db8::7 lookup main",
+    ]
+    moved = evolve(AWAY, way_out=evolve(AWAY.way_out, sources=own[1:]))
+    assert lines(diff(moved, host_with(sourced, TARGET), Memory(), TARGET)) == [
+        f"ip -4 rule del priority {MAIN_FIRST} from 192.168.9.1 lookup main"
+    ]
+
+
+def test_where_a_peer_is_only_said_to_be_nothing_goes_beside_the_tunnel() -> None:
+    (known,) = AWAY.peers.values()
+    guessed = evolve(AWAY, peers={known.public_key: evolve(known, hearsay=True)})
+    made = lines(diff(guessed, Observed(), Memory(), TARGET))
+    assert [line for line in made if "throw 192.168.9.2" in line] == []
+    assert "throw 192.168.9.2/32" in "".join(lines(diff(AWAY, Observed(), Memory(), TARGET)))
+
+
+def test_a_way_out_that_is_held_is_left_as_it_is() -> None:
+    assert AWAY.way_out is not None
+    held = evolve(AWAY, way_out=evolve(AWAY.way_out, held=True, outside=()))
+    assert lines(diff(held, host_with(AWAY, TARGET), Memory(), TARGET)) == []
+    without = host_with(evolve(AWAY, way_out=None), TARGET)
+    assert lines(diff(held, without, Memory(), TARGET)) == []
+
+
+@pytest.mark.parametrize("way", [Via.UNDERLAY, Via.IPIP])
+def test_a_member_leaves_by_its_leader(way: Via) -> None:
+    by = via("0.0.0.0/0", "192.168.9.77", way, source="10.5.0.1")
+    away = evolve(AWAY, way_out=WayOut(families=frozenset({4}), by=(by,)))
+    target = evolve(TARGET, interface="kilo0", protocol=ROUTE_PROTOCOL)
+    device = " dev kilo-ipip" if way is Via.IPIP else ""
+    onlink = " onlink" if way is Via.IPIP else ""
+    made = lines(diff(away, Observed(), Memory(), target))
+    table = exit_table("kilo0")
+    expected = f"ip route add 0.0.0.0/0 via 192.168.9.77{device} proto 107 src 10.5.0.1{onlink} table {table}"
+    assert [line for line in made if "0.0.0.0/0" in line and "unreachable" not in line and "via" in line] == [expected]
+    # The kernel says by which device a neighbour is reached.
+    host = host_with(away, target)
+    found = {
+        key: evolve(route, device=route.device or "eth0") if route.gateway else route
+        for key, route in host.exit_routes.items()
+    }
+    assert lines(diff(away, evolve(host, exit_routes=found), Memory(), target)) == []
 
 
 def exit_state() -> str:
@@ -145,7 +197,7 @@ async def test_a_way_out_is_set_up_repaired_and_removed_on_a_real_kernel() -> No
             assert lines((await kernel.apply(AWAY, fresh=fresh)).changes) == []
         assert kernel.writes == writes
         assert sh("wg show kilo-a fwmark") == "0x6b\n"
-        assert exit_state().count(str(TABLE)) == 7
+        assert exit_state().count(str(TABLE)) == 8
 
         def way(address: str) -> str:
             return sh(f"ip route get {address}").split(" dev ")[1].split()[0]
@@ -177,3 +229,92 @@ async def test_a_way_out_is_set_up_repaired_and_removed_on_a_real_kernel() -> No
     await cleanup("kilo-a", public_key=key(0), protocol=PEER_PROTOCOL)
     assert sh("ip rule; ip -6 rule; ip route show table all") == before
     assert await cleanup("kilo-a", public_key=key(0), protocol=PEER_PROTOCOL) == ()
+
+
+NODE = evolve(
+    AWAY,
+    way_out=WayOut(
+        families=frozenset({4}),
+        outside=tuple(map(ip_network, ("169.254.0.0/16", "192.0.2.1/32", "224.0.0.0/4", "255.255.255.255/32", "fe80::/10"))),
+        sources=(ip_address("192.168.9.1"),),
+    ),
+)  # fmt: skip
+MEMBER = evolve(
+    NODE,
+    way_out=evolve(
+        NODE.way_out, by=(via("0.0.0.0/0", "192.168.9.77", source="10.5.0.1"),)  # type: ignore[arg-type]
+    ),
+)  # fmt: skip
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("own_namespaces")
+async def test_a_nodes_way_out_leaves_answers_outside_and_is_closed_without_its_device() -> None:
+    sh("ip link add eth0 type veth peer eth1")
+    for end in ("eth0", "eth1"):
+        sh(f"ip link set {end} addrgenmode none && ip link set {end} up")
+    await eventually(lambda: sh("ip -br link").count(" UP ") == 2, 30, what="both ends up")
+    sh("ip address add 192.168.9.1/24 dev eth0 && ip route add default via 192.168.9.77")
+    sh("ip address add 2001:db8:9::1/64 dev eth0 nodad && ip -6 route add default via 2001:db8:9::77")
+    before = sh("ip rule; ip -6 rule; ip route show table all; ip -6 route show table all")
+
+    def way(address: str, version: int = 4) -> str:
+        done = subprocess.run(f"ip -{version} route get {address}", shell=True, capture_output=True, text=True)
+        words = done.stdout.split()
+        return words[words.index("dev") + 1] if done.returncode == 0 and "unreachable" not in words else "refused"
+
+    async def settles(kernel: Kernel, wanted: HostPlan) -> None:
+        assert (await kernel.apply(wanted)).failures == ()
+        writes = kernel.writes
+        for fresh in (False, True, True):
+            assert lines((await kernel.apply(wanted, fresh=fresh)).changes) == []
+        assert kernel.writes == writes
+
+    async with open_kernel(Setup(interface="kilo0", private_key=PRIVATE)) as kernel:
+        await settles(kernel, NODE)
+        asked = (
+            "8.8.8.8", "8.8.8.8 from 192.168.9.1", "8.8.8.8 from 10.5.0.1", "169.254.169.254", "192.0.2.1",
+            "192.168.9.2", "10.5.7.7",
+        )  # fmt: skip
+        assert {text: way(text) for text in asked} == {
+            "8.8.8.8": "kilo0", "8.8.8.8 from 192.168.9.1": "eth0", "8.8.8.8 from 10.5.0.1": "kilo0",
+            "169.254.169.254": "eth0", "192.0.2.1": "eth0", "192.168.9.2": "eth0", "10.5.7.7": "kilo0",
+        }  # fmt: skip
+        assert "src 10.5.0.1" in sh("ip route get 8.8.8.8")
+        # In a family that the node has no mesh address in, nothing leaves beside; its link is as it was.
+        assert (way("2001:db8::99", 6), way("2001:db8:9::2", 6)) == ("refused", "eth0")
+
+        # An address that comes is one more rule, one that is taken away is one less; what is removed comes back.
+        assert NODE.way_out is not None
+        more = evolve(NODE, way_out=evolve(NODE.way_out, sources=(*NODE.way_out.sources, ip_address("2001:db8:9::1"))))
+        assert len((await kernel.apply(more)).changes) == 1
+        assert way("2001:db8::99 from 2001:db8:9::1", 6) == "eth0"
+        await settles(kernel, NODE)
+        sh("ip rule del from 192.168.9.1 lookup main")
+        with trio.fail_after(30):
+            await kernel.wait_drift()
+        assert len((await kernel.apply(NODE, fresh=True)).changes) == 1
+
+        # The device goes, and nothing is let out beside it; it comes back.
+        sh("ip link del kilo0")
+        assert way("8.8.8.8") == "refused"
+        assert way("8.8.8.8 from 192.168.9.1") == "eth0"
+        with trio.fail_after(30):
+            await kernel.wait_drift()
+        await kernel.apply(NODE, fresh=True)
+        assert way("8.8.8.8") == "kilo0"
+
+        # The node leads no more: it leaves by its leader. Back again.
+        await settles(kernel, MEMBER)
+        assert "via 192.168.9.77 dev eth0" in sh("ip route get 8.8.8.8")
+        assert "src 10.5.0.1" in sh("ip route get 8.8.8.8")
+        await settles(kernel, NODE)
+
+        await settles(kernel, evolve(NODE, way_out=None))
+        left = sh("ip rule; ip -6 rule; ip route show table all; ip -6 route show table all")
+        assert str(exit_table("kilo0")) not in left
+        assert "suppress" not in left
+        await settles(kernel, NODE)
+    await cleanup("kilo0", public_key=key(0))
+    assert sh("ip rule; ip -6 rule; ip route show table all; ip -6 route show table all") == before
+    assert await cleanup("kilo0", public_key=key(0)) == ()

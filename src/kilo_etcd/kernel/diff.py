@@ -54,7 +54,8 @@ from kilo_etcd.kernel.state import (
     fence_around,
 )
 from kilo_etcd.kernel.table import DeleteTable, ReplaceTable
-from kilo_etcd.kernel.wayout import MARK, same_way
+from kilo_etcd.kernel.wayout import MARK, fences_for, same_way
+from kilo_etcd.kernel.wayout import exit_fences as exit_fences_of
 from kilo_etcd.kernel.wayout import routes_for as exit_routes_for
 from kilo_etcd.kernel.wayout import rules_for as exit_rules_for
 from kilo_etcd.model import SESSION_SECONDS, Endpoint, IPNetwork
@@ -235,6 +236,8 @@ def _wireguard(
 
 def _mark(plan: HostPlan, observed: Observed) -> int | None:
     """The mark to set: ours where it is needed, none where it is ours and not needed. An operator's own stays."""
+    if plan.way_out is not None and plan.way_out.held:
+        return None
     if plan.way_out is not None:
         return MARK if observed.mark != MARK else None
     return 0 if observed.mark == MARK else None
@@ -242,19 +245,30 @@ def _mark(plan: HostPlan, observed: Observed) -> int | None:
 
 def _way_out(plan: HostPlan, observed: Observed, target: Target) -> tuple[list[Change], list[Change]]:
     """What leads packets for anywhere into the tunnel: the routes, then the rules; and the other way round back."""
-    routes, rules = exit_routes_for(plan, target.interface, target.protocol), exit_rules_for(plan, target.interface)
-    if not (routes or rules or observed.exit_routes or observed.exit_rules):
+    if plan.way_out is not None and plan.way_out.held:
         return [], []
-    made: list[Change] = []
+    routes, rules = exit_routes_for(plan, target.interface, target.protocol), exit_rules_for(plan, target.interface)
+    fences = fences_for(plan, target.interface, target.protocol)
+    if not (routes or rules or observed.exit_routes or observed.exit_rules or observed.exit_fences):
+        return [], []
+    made: list[Change] = [AddRoute(one) for one in fences if one.destination not in observed.exit_fences]
     for destination, wanted in routes.items():
         found = observed.exit_routes.get(destination)
         if found is None:
             made.append(AddRoute(wanted))
-        elif not same_way(found, wanted):
-            made.append(ReplaceRoute(wanted))
-    made += [AddRule(rule) for rule in sorted(rules - observed.exit_rules)]
-    stale: list[Change] = [DeleteRule(rule) for rule in sorted(observed.exit_rules - rules)]
+        elif not same_way(found, wanted, target.interface):
+            if wanted.gateway is not None and not wanted.device:
+                # By which device a neighbour is reached the kernel asks this very table first, where a default route
+                # into the tunnel would be the answer. Meanwhile the fence holds.
+                made += [DeleteRoute(found), AddRoute(wanted)]
+            else:
+                made.append(ReplaceRoute(wanted))
+    made += [AddRule(rule) for rule in sorted(rules - observed.exit_rules, key=lambda rule: rule.order)]
+    gone = sorted(observed.exit_rules - rules, key=lambda rule: rule.order)
+    stale: list[Change] = [DeleteRule(rule) for rule in gone]
     stale += [DeleteRoute(route) for destination, route in observed.exit_routes.items() if destination not in routes]
+    left = exit_fences_of(observed, target.interface, target.protocol) if not fences else ()
+    stale += [DeleteRoute(one) for one in left]
     return made, stale
 
 

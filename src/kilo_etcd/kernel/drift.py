@@ -212,10 +212,16 @@ class Watch:
     def _exit_route(self, kind: int, found: rtnetlink.FoundRoute) -> str | None:
         link = self.links.get(found.index)
         route = found.route({} if link is None else {found.index: link.name})
+        if found.last_resort:
+            wanted = found.destination in self.observed.exit_fences
+            if (kind == rtnetlink.NEWROUTE) is wanted:
+                return None
+            verb = "removed from" if kind == rtnetlink.DELROUTE else "added to"
+            return f"the fence around {found.destination} was {verb} table {found.table}"
         expected = self.observed.exit_routes.get(found.destination)
         if kind == rtnetlink.NEWROUTE:
-            as_expected = expected is not None and same_way(route, expected)
+            as_expected = expected is not None and same_way(route, expected, self.target.interface)
             return None if as_expected else f"a route to {found.destination} was set in table {found.table}"
-        if expected is not None and same_way(route, expected):
+        if expected is not None and same_way(route, expected, self.target.interface):
             return f"the route to {found.destination} was removed from table {found.table}"
         return None

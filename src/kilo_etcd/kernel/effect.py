@@ -85,6 +85,7 @@ class _Effect:
         self._port = observed.listen_port
         self._mark = observed.mark
         self._exit_routes = dict(observed.exit_routes)
+        self._exit_fences = set(observed.exit_fences)
         self._exit_rules = set(observed.exit_rules)
         self._peers = dict(observed.peers)
         self._owner: dict[IPNetwork, str] | None = None
@@ -131,10 +132,10 @@ class _Effect:
                 if gone is not None and self._owner is not None:
                     for network in gone.allowed_ips:
                         self._owner.pop(network, None)
-            case AddRoute(route=Route(fence=True, destination=destination)):
-                self._fences.add(destination)
-            case DeleteRoute(route=Route(fence=True, destination=destination)):
-                self._fences.discard(destination)
+            case AddRoute(route=Route(fence=True, destination=destination, table=table)):
+                (self._fences if table == MAIN_TABLE else self._exit_fences).add(destination)
+            case DeleteRoute(route=Route(fence=True, destination=destination, table=table)):
+                (self._fences if table == MAIN_TABLE else self._exit_fences).discard(destination)
             case AddRoute(route=route) | ReplaceRoute(route=route) if route.table != MAIN_TABLE:
                 self._exit_routes[route.destination] = route
             case DeleteRoute(route=route) if route.table != MAIN_TABLE:
@@ -173,6 +174,7 @@ class _Effect:
             listen_port=self._port,
             mark=self._mark,
             exit_routes=self._exit_routes,
+            exit_fences=frozenset(self._exit_fences),
             exit_rules=frozenset(self._exit_rules),
             peers=self._peers,
             addresses=frozenset(self._addresses),

@@ -7,7 +7,8 @@ The table is replaced whole, in one transaction, and only where it differs from 
 * what comes out of the tunnel for a location's network (a printer that runs no agent) is masqueraded by the host that
   forwards it there, so that the answer finds its way back. The location's nodes have routes and need none of that,
   nor do networks behind a node; what this host sends itself, to etcd for instance, is never touched;
-* of a gateway: what comes out of the tunnel for outside the mesh is masqueraded too.
+* of a gateway: what comes out of the tunnel for outside the mesh is masqueraded too; what is for a private network that
+  the gateway stands in, and that nobody offers, is dropped, and so is what is for link-local addresses.
 
 Nothing is opened here: an `accept` of ours does not take back a `drop` of another table.
 """
@@ -21,6 +22,8 @@ from kilo_etcd.kernel import nftables as nft
 from kilo_etcd.kernel.table import AddressSet, Chain, Rule, Table
 from kilo_etcd.model import DEFAULT_INTERFACE
 from kilo_etcd.topology.hostplan import HostPlan
+
+_COUNTERS = ("ipip_accepted", "ipip_dropped", "masqueraded", "way_out", "way_out_closed")
 
 IPIP_PROTOCOL = 4
 """IANA's number for IPv4 in IPv4."""
@@ -61,9 +64,12 @@ def table_for(plan: HostPlan, interface: str) -> Table | None:
         rules += _masquerade(plan, interface, sets)
         if plan.gateway:
             rules += _gateway(plan, interface)
+    if plan.gateway and plan.closed:
+        chains.append(Chain(name="forward", kind="filter", hook="forward", priority=0))
+        rules += _closed(plan, interface)
     if not rules:
         return None
-    counters = [name for name in ("ipip_accepted", "ipip_dropped", "masqueraded", "way_out") if _counted(rules, name)]
+    counters = [name for name in _COUNTERS if _counted(rules, name)]
     return Table(
         name=table_name(interface), chains=tuple(chains), sets=tuple(sets), counters=tuple(counters),
         rules=tuple(rules),
@@ -112,6 +118,28 @@ def _gateway(plan: HostPlan, interface: str) -> Iterable[Rule]:
         expressions=(*inbound, *outbound, *nft.count("way_out"), nft.MASQUERADE),
         text=f'{text} oifname != "{interface}" counter name way_out masquerade',
     )
+
+
+def _closed(plan: HostPlan, interface: str) -> Iterable[Rule]:
+    inbound = nft.match_interface("iifname", interface)
+    text = f'iifname "{interface}"'
+    for network in dict.fromkeys((*plan.inside, *plan.masquerade, *plan.behind)):
+        family = "ip" if network.version == 4 else "ip6"
+        yield Rule(
+            chain="forward",
+            expressions=(*inbound, *nft.match_network(network, "daddr"), nft.RETURN),
+            text=f"{text} {family} daddr {network} return",
+        )
+    outbound = nft.match_interface("oifname", interface, equal=False)
+    for network in plan.closed:
+        family = "ip" if network.version == 4 else "ip6"
+        yield Rule(
+            chain="forward",
+            expressions=(
+                *inbound, *outbound, *nft.match_network(network, "daddr"), *nft.count("way_out_closed"), nft.DROP
+            ),
+            text=f'{text} oifname != "{interface}" {family} daddr {network} counter name way_out_closed drop',
+        )  # fmt: skip
 
 
 def _counted(rules: Iterable[Rule], name: str) -> bool:

@@ -61,6 +61,7 @@ from kilo_etcd.kernel.state import (
 )
 from kilo_etcd.kernel.steady import SteadyTime
 from kilo_etcd.kernel.table import DeleteTable, ReplaceTable
+from kilo_etcd.kernel.wayout import MARK, exit_fences
 from kilo_etcd.model import IPAddress, IPInterface, IPNetwork
 
 _CAP_NET_ADMIN = 12
@@ -189,7 +190,7 @@ class Host:
             addresses = frozenset(
                 a.address for a in self._read_addresses(own.index) if a.scope is not AddressScope.LINK
             )
-        exit_routes, exit_rules = routing.read(
+        exit = routing.read(
             self._route, self.interface, self.protocol, {index: link.name for index, link in self.links.items()}
         )
         forward_chains, forward_rules = self._iptables.read(self._forward_rules)
@@ -206,8 +207,9 @@ class Host:
             stray_routes=tuple(strays),
             fences=frozenset(fences),
             foreign=foreign,
-            exit_routes=exit_routes,
-            exit_rules=exit_rules,
+            exit_routes=exit.routes,
+            exit_fences=exit.fences,
+            exit_rules=exit.rules,
             ipip=ipip.link if ipip else None,
             ipip_local=ipip.local if ipip else None,
             ipip_ours=ipip is None or ipip.link.kind == "ipip",
@@ -379,8 +381,11 @@ class Host:
         )
 
     def egress_mtus(self, addresses: Collection[IPAddress]) -> dict[IPAddress, int | None]:
-        """The MTU on the way to each address, in bytes; None if there is no way outside our own devices."""
-        answers = self._route.ask([rtnetlink.get_route_to(address) for address in addresses])
+        """The MTU on the way to each address, in bytes; None if there is no way outside our own devices.
+
+        They are asked for as WireGuard's own packets, which go beside a way out.
+        """
+        answers = self._route.ask([rtnetlink.get_route_to(address, MARK) for address in addresses])
         return dict(zip(addresses, map(self._egress_mtu, answers), strict=True))
 
     def _egress_mtu(self, answer: bytes | NetlinkError) -> int | None:
@@ -525,6 +530,7 @@ class Host:
         observed = self.observe()
         changes: list[Change] = [DeleteRule(rule) for rule in observed.exit_rules]
         changes.extend(DeleteRoute(route) for route in observed.exit_routes.values())
+        changes.extend(DeleteRoute(route) for route in exit_fences(observed, self.interface, self.protocol))
         changes.extend(DeleteRoute(route) for route in observed.routes.values())
         changes.extend(DeleteRoute(route) for route in observed.stray_routes)
         changes.extend(DeleteRoute(fence_around(network)) for network in sorted(observed.fences, key=str))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Mapping
 
+from attrs import field, frozen
+
 from kilo_etcd.kernel import netlink, rtnetlink
 from kilo_etcd.kernel.errors import NetlinkError
 from kilo_etcd.kernel.netlink import Message
 from kilo_etcd.kernel.rules import RoutingRule
-from kilo_etcd.kernel.state import ROUTE_PROTOCOL, Route
+from kilo_etcd.kernel.state import Route
 from kilo_etcd.kernel.wayout import exit_table, rule_priorities
 from kilo_etcd.model import IPNetwork
 
@@ -17,22 +19,29 @@ _NOT_THERE = frozenset({errno.EOPNOTSUPP, errno.EAFNOSUPPORT, errno.ENOENT})
 """What a dump says where there is no such family, or no such table."""
 
 
-def read(
-    sock: netlink.Socket, interface: str, protocol: int, names: Mapping[int, str]
-) -> tuple[dict[IPNetwork, Route], frozenset[RoutingRule]]:
-    """The routes of the interface's own table, and the rules that lead there. An agent has none and is spared it.
+@frozen(kw_only=True)
+class Found:
+    """What there is of a way out. `fences`: what the table refuses where no other route of it takes a packet."""
 
-    `names`: of all devices, by index.
-    """
+    routes: dict[IPNetwork, Route] = field(factory=dict)
+    fences: frozenset[IPNetwork] = frozenset()
+    rules: frozenset[RoutingRule] = frozenset()
+
+
+def read(sock: netlink.Socket, interface: str, protocol: int, names: Mapping[int, str]) -> Found:
+    """The routes of the interface's own table, and the rules that lead there. `names`: of all devices, by index."""
     routes: dict[IPNetwork, Route] = {}
+    fences: set[IPNetwork] = set()
     rules: set[RoutingRule] = set()
-    if protocol == ROUTE_PROTOCOL:
-        return routes, frozenset()
     table, priorities = exit_table(interface), rule_priorities(interface)
 
     def keep_route(body: bytes) -> None:
         found = rtnetlink.read_route(body)
-        if found is not None and found.table == table:
+        if found is None or found.table != table:
+            return
+        if found.last_resort:
+            fences.add(found.destination)
+        else:
             routes[found.destination] = found.route(names)
 
     def keep_rule(body: bytes) -> None:
@@ -43,7 +52,7 @@ def read(
     for version in (4, 6):
         _dump(sock, rtnetlink.get_routes(version, table), keep_route)
         _dump(sock, rtnetlink.get_rules(version), keep_rule)
-    return routes, frozenset(rules)
+    return Found(routes=routes, fences=frozenset(fences), rules=frozenset(rules))
 
 
 def _dump(sock: netlink.Socket, message: Message, keep: Callable[[bytes], None]) -> None:

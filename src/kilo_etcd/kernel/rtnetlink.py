@@ -45,8 +45,8 @@ _INFO_KIND, _INFO_DATA = 1, 2
 _IPTUN_LOCAL, _IPTUN_TTL, _IPTUN_PMTUDISC = 2, 4, 10
 _IFA_ADDRESS, _IFA_LOCAL, _IFA_FLAGS = 1, 2, 8
 _NODAD, _TEMPORARY, _DEPRECATED = 0x02, 0x01, 0x20
-_RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_PREFSRC, _RTA_METRICS, _RTA_TABLE, _RTA_VIA = (
-    1, 4, 5, 6, 7, 8, 15, 18,
+_RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_PREFSRC, _RTA_METRICS, _RTA_TABLE, _RTA_MARK, _RTA_VIA = (
+    1, 4, 5, 6, 7, 8, 15, 16, 18,
 )  # fmt: skip
 _RTAX_MTU = 2
 _ONLINK = 0x4
@@ -55,7 +55,7 @@ _SCOPE_LINK, _SCOPE_HOST = 253, 254
 _UNICAST, _UNREACHABLE = 1, 7
 _KINDS = {"": _UNICAST, "unreachable": _UNREACHABLE, "throw": 9}
 _KIND_NAMES = {number: name for name, number in _KINDS.items()}
-_FRA_PRIORITY, _FRA_FWMARK, _FRA_SUPPRESS, _FRA_TABLE, _FRA_FWMASK, _FRA_PROTOCOL = 6, 10, 14, 15, 16, 21
+_FRA_SRC, _FRA_PRIORITY, _FRA_FWMARK, _FRA_SUPPRESS, _FRA_TABLE, _FRA_FWMASK, _FRA_PROTOCOL = 2, 6, 10, 14, 15, 16, 21
 _TO_TABLE, _INVERT = 1, 0x2
 
 _IFINFO = struct.Struct("=BxHiII")
@@ -80,8 +80,13 @@ class FoundRoute:
 
     @property
     def fence(self) -> bool:
-        """Whether it is one of ours that refuses packets."""
-        return (self.type, self.protocol, self.metric) == (_UNREACHABLE, ROUTE_PROTOCOL, FENCE_METRIC)
+        """Whether it is one of ours that refuses packets for the mesh."""
+        return self.last_resort and self.protocol == ROUTE_PROTOCOL
+
+    @property
+    def last_resort(self) -> bool:
+        """Whether it refuses packets that no other route of its table takes."""
+        return (self.type, self.metric) == (_UNREACHABLE, FENCE_METRIC)
 
     def route(self, names: Mapping[int, str]) -> Route:
         return Route(
@@ -226,10 +231,11 @@ def _table(table: int) -> tuple[int, bytes]:
     return (table, b"") if table < 256 else (0, netlink.u32(_RTA_TABLE, table))
 
 
-def get_route_to(address: IPAddress) -> Message:
-    """Asks which way a packet to `address` would take."""
+def get_route_to(address: IPAddress, mark: int = 0) -> Message:
+    """Asks which way a packet to `address`, marked with `mark`, would take."""
     header = _RTMSG.pack(_family(address.version), address.max_prefixlen, 0, 0, 0, 0, 0, 0, 0)
-    return Message(GETROUTE, 0, header + netlink.attribute(_RTA_DST, address.packed))
+    marked = netlink.u32(_RTA_MARK, mark) if mark else b""
+    return Message(GETROUTE, 0, header + netlink.attribute(_RTA_DST, address.packed) + marked)
 
 
 def add_route(route: Route, index: int) -> Message:
@@ -292,13 +298,16 @@ def delete_rule(rule: RoutingRule, protocol: int) -> Message:
 def _rule(rule: RoutingRule, protocol: int) -> bytes:
     flags = _INVERT if rule.not_mark else 0
     low = rule.table if rule.table < 256 else 0
+    source = 0 if rule.source is None else rule.source.max_prefixlen
     parts = [
         # struct fib_rule_hdr has the layout of struct rtmsg, with the action in place of the type.
-        _RTMSG.pack(_family(rule.version), 0, 0, 0, low, 0, 0, _TO_TABLE, flags),
+        _RTMSG.pack(_family(rule.version), 0, source, 0, low, 0, 0, _TO_TABLE, flags),
         netlink.u32(_FRA_PRIORITY, rule.priority),
         netlink.u32(_FRA_TABLE, rule.table),
         netlink.u8(_FRA_PROTOCOL, protocol),
     ]
+    if rule.source is not None:
+        parts.append(netlink.attribute(_FRA_SRC, rule.source.packed))
     if rule.not_mark:
         parts += [netlink.u32(_FRA_FWMARK, rule.not_mark), netlink.u32(_FRA_FWMASK, 0xFFFFFFFF)]
     if rule.suppress:
@@ -319,9 +328,12 @@ def read_forwarding(body: bytes) -> tuple[int, bool] | None:
 def read_rule(body: bytes) -> tuple[RoutingRule, int] | None:
     """A rule, and the protocol that it is marked with; None for what says more than our rules ever do."""
     family, to, source, _, table, _, _, action, flags = _RTMSG.unpack_from(body)
-    if family not in (socket.AF_INET, socket.AF_INET6) or action != _TO_TABLE or to or source:
+    if family not in (socket.AF_INET, socket.AF_INET6) or action != _TO_TABLE or to:
         return None
     found = netlink.attributes(body, 12)
+    address = _ip(found[_FRA_SRC]) if _FRA_SRC in found else None
+    if source != (0 if address is None else address.max_prefixlen):
+        return None
     mark = _u32(found[_FRA_FWMARK]) if _FRA_FWMARK in found else 0
     if bool(mark) is not bool(flags & _INVERT):
         return None
@@ -332,6 +344,7 @@ def read_rule(body: bytes) -> tuple[RoutingRule, int] | None:
         priority=_u32(found[_FRA_PRIORITY]) if _FRA_PRIORITY in found else 0,
         table=_u32(found[_FRA_TABLE]) if _FRA_TABLE in found else table,
         not_mark=mark,
+        source=address,
         suppress=suppressed == 0,
     )
     return rule, found[_FRA_PROTOCOL][0] if _FRA_PROTOCOL in found else 0

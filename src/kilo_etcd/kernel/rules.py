@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from attrs import frozen
 
+from kilo_etcd.model import IPAddress
 
-@frozen(kw_only=True, order=True)
+
+@frozen(kw_only=True)
 class RoutingRule:
     """A rule of policy routing (ip-rule(8))."""
 
@@ -14,11 +16,20 @@ class RoutingRule:
     table: int
     not_mark: int = 0
     """Packets with this mark are left out; 0: none are."""
+    source: IPAddress | None = None
+    """Only packets from this address; None: from any."""
     suppress: bool = False
     """Whether a default route that the table has does not count."""
 
+    @property
+    def order(self) -> tuple[int, int, str]:
+        """By family, then as the kernel asks them."""
+        return self.version, self.priority, str(self)
+
     def __str__(self) -> str:
         words = [f"priority {self.priority}"]
+        if self.source is not None:
+            words.append(f"from {self.source}")
         if self.not_mark:
             words.append(f"not fwmark {self.not_mark}")
         words.append(f"lookup {self.table}" if self.table != 254 else "lookup main")

@@ -162,7 +162,9 @@ class Observed:
     fences: frozenset[IPNetwork] = frozenset()
     foreign: Mapping[IPNetwork, Route] = field(factory=dict)
     exit_routes: Mapping[IPNetwork, Route] = field(factory=dict)
-    """Those of our own table, which only a peer's machine has (`kernel.wayout`)."""
+    """Those of our own table, which only a machine that uses a gateway has (`kernel.wayout`)."""
+    exit_fences: frozenset[IPNetwork] = frozenset()
+    """What our own table refuses where none of `exit_routes` takes a packet."""
     exit_rules: frozenset[RoutingRule] = frozenset()
     ipip: Link | None = None
     ipip_local: IPAddress | None = None

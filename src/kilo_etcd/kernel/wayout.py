@@ -1,10 +1,13 @@
-"""The default route into the tunnel as values: a table of its own, two rules that lead there, and a mark. Pure.
+"""The default route into the tunnel as values: a table of its own, a few rules that lead there, and a mark. Pure.
 
 The rules, in their order: what the main table has more than a default route for goes there (the machine's own network,
-the mesh); everything else goes to our table, unless it carries the mark of WireGuard's own packets. Our table has the
-default route, and `throw` routes for those addresses that the main table shall decide about after all: etcd's, and
-the peers' endpoints, whose answers a strict rp_filter would drop otherwise. No sysctl is needed, nothing in the
-main table is touched, and what is ours is known by the interface: table and priorities are computed from its name.
+the mesh), and so does what is sent from the host's own addresses, where that is asked for; everything else goes to our
+table, unless it carries the mark of WireGuard's own packets. Our table has the default route, and `throw` routes for
+those addresses that the main table shall decide about after all: etcd's, what is near, and the peers' endpoints, whose
+answers a strict rp_filter would drop otherwise. An endpoint known from hearsay is none of these: who says where a peer
+is seen would decide what goes beside the tunnel. And it has a fence: a default route that refuses, for the time when
+the device, and with it the other one, is gone. No sysctl is needed, nothing in the main table is touched, and what is
+ours is known by the interface: table and priorities are computed from its name.
 """
 
 from __future__ import annotations
@@ -14,14 +17,15 @@ from ipaddress import ip_network
 from zlib import crc32
 
 from kilo_etcd.kernel.rules import RoutingRule
-from kilo_etcd.kernel.state import Route
+from kilo_etcd.kernel.state import FENCE_METRIC, MAIN_TABLE, Observed, Route, ipip_name
 from kilo_etcd.model import IPNetwork
-from kilo_etcd.topology.hostplan import HostPlan
+from kilo_etcd.topology.hostplan import HostPlan, Via
 
 MARK = 107
 """WireGuard's fwmark on its own packets."""
 
 _TABLES, _PRIORITIES = 107_000_000, 10_700
+_ANYWHERE: dict[int, IPNetwork] = {4: ip_network("0.0.0.0/0"), 6: ip_network("::/0")}
 
 
 def exit_table(interface: str) -> int:
@@ -30,7 +34,7 @@ def exit_table(interface: str) -> int:
 
 
 def rule_priorities(interface: str) -> tuple[int, int]:
-    """Where the two rules of an interface stand."""
+    """Where the rules of an interface stand: those that lead to the main table, and the one that leads to ours."""
     first = _PRIORITIES + 2 * (crc32(interface.encode()) % 50)
     return first, first + 1
 
@@ -40,14 +44,19 @@ def rules_for(plan: HostPlan, interface: str) -> frozenset[RoutingRule]:
     if plan.way_out is None:
         return frozenset()
     main_first, ours = rule_priorities(interface)
-    return frozenset(
+    rules = [
         rule
         for version in (4, 6)
         for rule in (
-            RoutingRule(version=version, priority=main_first, table=254, suppress=True),
+            RoutingRule(version=version, priority=main_first, table=MAIN_TABLE, suppress=True),
             RoutingRule(version=version, priority=ours, table=exit_table(interface), not_mark=MARK),
         )
-    )
+    ]
+    rules += [
+        RoutingRule(version=address.version, priority=main_first, table=MAIN_TABLE, source=address)
+        for address in plan.way_out.sources
+    ]
+    return frozenset(rules)
 
 
 def routes_for(plan: HostPlan, interface: str, protocol: int) -> dict[IPNetwork, Route]:
@@ -55,21 +64,52 @@ def routes_for(plan: HostPlan, interface: str, protocol: int) -> dict[IPNetwork,
     return {route.destination: route for route in _routes(plan, interface, protocol)}
 
 
+def fences_for(plan: HostPlan, interface: str, protocol: int) -> tuple[Route, ...]:
+    """What a plan asks for so that nothing leaves beside: in each family, refuse what no other route of ours takes."""
+    if plan.way_out is None:
+        return ()
+    return tuple(_fence(network, interface, protocol) for network in _ANYWHERE.values())
+
+
+def exit_fences(observed: Observed, interface: str, protocol: int) -> tuple[Route, ...]:
+    """The fences that were found."""
+    return tuple(_fence(network, interface, protocol) for network in sorted(observed.exit_fences, key=str))
+
+
+def _fence(network: IPNetwork, interface: str, protocol: int) -> Route:
+    return Route(
+        destination=network, protocol=protocol, table=exit_table(interface), metric=FENCE_METRIC, fence=True
+    )  # fmt: skip
+
+
 def _routes(plan: HostPlan, interface: str, protocol: int) -> Iterator[Route]:
     if plan.way_out is None:
         return
     table = exit_table(interface)
-    endpoints = (peer.endpoint.address for peer in plan.peers.values() if peer.endpoint is not None)
+    endpoints = (peer.endpoint.address for peer in plan.peers.values() if peer.endpoint is not None and not peer.hearsay)
     aside = {*plan.way_out.outside, *(ip_network(address) for address in endpoints if address is not None)}
     for network in sorted(aside, key=lambda network: (network.version, network)):
         yield Route(destination=network, protocol=protocol, table=table, kind="throw")
-    for version, text in ((4, "0.0.0.0/0"), (6, "::/0")):
-        if version in plan.way_out.families:
-            yield Route(destination=ip_network(text), device=interface, protocol=protocol, table=table)
+    by = {route.destination.version: route for route in plan.way_out.by}
+    for version in sorted(plan.way_out.families):
+        if (wanted := by.get(version)) is None:
+            yield Route(destination=_ANYWHERE[version], device=interface, protocol=protocol, table=table)
         else:
-            yield Route(destination=ip_network(text), protocol=protocol, table=table, kind="unreachable")
+            yield Route(
+                destination=_ANYWHERE[version],
+                gateway=wanted.gateway,
+                device=ipip_name(interface) if wanted.way is Via.IPIP else "",
+                source=wanted.source,
+                protocol=protocol,
+                onlink=wanted.way is Via.IPIP,
+                table=table,
+            )
 
 
-def same_way(found: Route, wanted: Route) -> bool:
-    """Whether a route of our table does what is wanted of it."""
-    return (found.kind, found.device, found.gateway) == (wanted.kind, wanted.device, wanted.gateway)
+def same_way(found: Route, wanted: Route, interface: str) -> bool:
+    """Whether a route of our table does what is wanted of it. Which device leads to a neighbour is the kernel's."""
+    if (found.kind, found.gateway, found.source) != (wanted.kind, wanted.gateway, wanted.source):
+        return False
+    if wanted.gateway is not None and not wanted.device:
+        return found.device not in (interface, ipip_name(interface))
+    return found.device == wanted.device

@@ -33,6 +33,7 @@ ANNOTATIONS = frozenset(
         "allowed-location-ips",
         "subnets",
         "gateway",
+        "way-out",
     )
 )
 T = TypeVar("T")
@@ -67,6 +68,8 @@ class Registered:
             internal_ips=value("force-internal-ip", lambda text: _internal_ips(text, record), record.internal_ips),
             leader_wanted=value("leader", lambda text: text.lower() not in ("", "0", "false"), False),
             gateway=value("gateway", _yes_or_no, False),
+            # Any text counts: a name that nobody has leads nowhere, while none at all would let everything out.
+            way_out=value("way-out", str.strip, ""),
             persistent_keepalive=value(
                 "persistent-keepalive",
                 lambda text: parse_keepalive(text) if text else record.persistent_keepalive,
@@ -88,6 +91,7 @@ class Annotated:
     internal_ips: tuple[IPInterface, ...]
     leader_wanted: bool
     gateway: bool
+    way_out: str
     persistent_keepalive: int
     allowed_location_ips: tuple[IPNetwork, ...]
     subnets: tuple[IPNetwork, ...]
@@ -118,6 +122,7 @@ def join(
         persistent_keepalive=said.persistent_keepalive,
         leader_wanted=said.leader_wanted,
         gateway=said.gateway,
+        way_out=said.way_out,
         encapsulate=record.encapsulate,
         default_location=record.location,
         version=record.version,

@@ -27,6 +27,7 @@ from kilo_etcd.kernel.errors import KernelError
 from kilo_etcd.kernel.forward import AddForward, DeleteForward
 from kilo_etcd.kernel.rules import DeleteRule
 from kilo_etcd.kernel.state import (
+    ROUTE_PROTOCOL,
     AddRoute,
     ApplyReport,
     Backend,
@@ -49,6 +50,7 @@ from kilo_etcd.kernel.state import (
 )
 from kilo_etcd.kernel.table import DeleteTable, ReplaceTable
 from kilo_etcd.kernel.userspace import public_key_of
+from kilo_etcd.kernel.wayout import exit_fences
 from kilo_etcd.kernel.wireguard import raw
 from kilo_etcd.model import Endpoint, IPAddress
 from kilo_etcd.topology.hostplan import HostPlan
@@ -110,6 +112,7 @@ class FakeHost:
         """As `kernel.cleanup`."""
         changes: list[Change] = [DeleteRule(rule) for rule in self.observed.exit_rules]
         changes.extend(DeleteRoute(route) for route in self.observed.exit_routes.values())
+        changes.extend(DeleteRoute(route) for route in exit_fences(self.observed, interface, ROUTE_PROTOCOL))
         changes.extend(DeleteRoute(route) for route in self.observed.routes.values())
         changes.extend(DeleteRoute(fence_around(network)) for network in sorted(self.observed.fences, key=str))
         if self.observed.ipip is not None:

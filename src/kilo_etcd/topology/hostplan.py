@@ -82,10 +82,18 @@ class WayOut:
     """The default route into the tunnel, which nobody but the operator can wish for (decision 0013)."""
 
     families: frozenset[int] = frozenset()
-    """In which packets for anywhere go into the tunnel. In the other family they are refused at once: what was to go
+    """In which packets for anywhere go to the gateway. In the other family they are refused at once: what was to go
     through the gateway must not leave beside it."""
+    by: tuple[RoutePlan, ...] = ()
+    """The default routes that do not lead into the tunnel: a member's, to its leader. At most one per family."""
     outside: tuple[IPNetwork, ...] = ()
-    """Reached as if there were no tunnel: etcd. The peers' endpoints are without being named."""
+    """Reached as if there were no tunnel: etcd, what is near. The peers' endpoints are without being named."""
+    sources: tuple[IPAddress, ...] = ()
+    """What is sent from these addresses, which are the host's own, goes as if there were no tunnel: answers to whom has
+    called the host there."""
+    held: bool = False
+    """Not to be touched in the kernel, neither made nor changed nor removed: something that must stay outside is not
+    known yet."""
 
 
 @frozen(kw_only=True)
@@ -124,6 +132,9 @@ class HostPlan:
     """This host is a way out: what comes out of the tunnel for outside the mesh it forwards in its own name."""
     inside: tuple[IPNetwork, ...] = ()
     """Of a gateway: the networks that know the mesh's addresses and answer them."""
+    closed: tuple[IPNetwork, ...] = ()
+    """Of a gateway: networks that it stands in and leads to nobody: it is a way to the internet, not to what trusts
+    its neighbours. What is offered (`inside`, `masquerade`, `behind`) is reached all the same."""
     way_out: WayOut | None = None
     problems: tuple[Problem, ...] = ()
     memo: object = field(default=None, eq=False, repr=False)

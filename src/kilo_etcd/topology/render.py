@@ -26,9 +26,15 @@ def render(plan: HostPlan) -> str:
         lines.append(text + (f" but not to {','.join(map(str, nodes))}" if nodes else ""))
     if plan.gateway:
         lines.append("gateway but not to " + ",".join(map(str, plan.inside)))
+    if plan.closed:
+        lines.append("closed " + ",".join(map(str, plan.closed)))
     if plan.way_out is not None:
         families = " ".join(f"ipv{version}" for version in sorted(plan.way_out.families))
-        lines.append(f"default dev wg {families} but not to {','.join(map(str, plan.way_out.outside)) or 'nobody'}")
+        hops = "".join(f" via {route.gateway} {route.way}" for route in plan.way_out.by) or " dev wg"
+        outside = ",".join(map(str, plan.way_out.outside)) or "nobody"
+        lines.append(f"default{hops} {families or 'refused'} but not to {outside}")
+        if plan.way_out.sources:
+            lines.append(f"default but not from {','.join(map(str, plan.way_out.sources))}")
     lines += [f"problem {problem.subject}: {problem.text}" for problem in plan.problems]
     return "\n".join(lines) + "\n"
 
