@@ -255,6 +255,11 @@ class Sighting:
     revision: int
     """etcd's mod revision of it: newer ones have higher ones."""
 
+    def counts(self, nodes: Mapping[str, Node]) -> bool:
+        """Whether its observer, by what `nodes` says, can know: a node that is public itself in that family."""
+        node = nodes.get(self.observer)
+        return node is not None and node.may_tell_of(self.endpoint)
+
 
 @frozen(kw_only=True)
 class Candidate:
@@ -317,7 +322,8 @@ class Snapshot:
     leaders: Mapping[str, str] = _NOTHING
     """Location -> the node recorded as its leader, for the case that no candidate is left."""
     sightings: Mapping[str, tuple[Sighting, ...]] = field(factory=dict)
-    """Node or peer -> where it is seen, by observer. What of it counts is in `Node.seen` and `Peer.seen`."""
+    """Node or peer -> where it is seen, by observer: all that is said. What of it counts is in `Node.seen` and
+    `Peer.seen`."""
     verdicts: Mapping[str, tuple[Verdict, ...]] = field(factory=dict)
     """Location -> what witnesses say of its leader, by witness."""
     set_aside: tuple[SetAside, ...] = ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import random
 from ipaddress import ip_interface
@@ -60,7 +61,24 @@ def told(world: World) -> dict[str, str]:
     return {key.split("/")[3]: json.loads(world.etcd.get(key) or b"")["endpoint"] for key in keys}
 
 
+def observers(world: World, *names: str) -> None:
+    """Public nodes, each in a location of its own."""
+    for name in names:
+        if f"/kilo/nodes/{name}" in world.etcd.keys("/kilo/nodes/"):
+            continue
+        number = 100 + ord(name[-1]) % 100
+        record = NodeRecord(
+            public_key=base64.b64encode(bytes([number]) * 32).decode(),
+            endpoint=Endpoint.parse(f"203.0.113.{number}:51820"),
+            location=name,
+        )
+        world.etcd.put(f"/kilo/addresses/10.4.9.{number}", name)
+        world.etcd.put(f"/kilo/nodes/{name}", encode(record))
+
+
 def sees(world: World, observer: str, endpoint: Endpoint, key: str = HOME, name: str = "home") -> None:
+    """What a public node says of another, or of a peer."""
+    observers(world, observer)
     world.etcd.put(f"/kilo/endpoints/{name}/{observer}", encode(SightingRecord(public_key=key, endpoint=endpoint)))
 
 
@@ -139,6 +157,7 @@ async def test_an_agent_that_starts_again_says_nothing_twice(world: World) -> No
 
 async def test_a_host_behind_nat_heeds_what_others_see_until_it_hears_for_itself(world: World) -> None:
     home(world)
+    observers(world, "a", "b")
     async with running(world, persistent_keepalive=25):
         await eventually(lambda: HOME in world.host.observed.peers, 10, every=0.1)
         assert endpoint(world) == Endpoint.parse("192.168.7.2:51820")

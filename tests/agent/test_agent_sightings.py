@@ -131,11 +131,18 @@ def sightings(*observers: str, key: str = "key-home") -> dict[str, tuple[Sightin
 
 def test_a_few_observers_are_enough_and_others_take_the_place_of_those_that_go() -> None:
     seen, some = {"home": record(THERE)}, ["a", "b", "c"][:OBSERVERS]
-    assert to_tell(seen, world(HUB, sightings=sightings(*some)), "hub", {}) == {}
-    assert to_tell(seen, world(HUB, sightings=sightings(*some[1:])), "hub", {}) == seen
-    assert to_tell(seen, world(HUB, sightings=sightings(*some, "hub")), "hub", seen) == seen, "who has spoken goes on"
-    assert to_tell(seen, world(HUB, sightings=sightings(*some, key="of old")), "hub", {}) == seen
-    assert to_tell({}, world(HUB, sightings=sightings(*some)), "hub", seen) == {}
+    public = [node(name, number, f"203.0.113.{number}:51820") for number, name in enumerate(some, 20)]
+    assert to_tell(seen, world(HUB, *public, sightings=sightings(*some)), "hub", {}) == {}
+    assert to_tell(seen, world(HUB, *public, sightings=sightings(*some[1:])), "hub", {}) == seen
+    assert to_tell(seen, world(HUB, *public, sightings=sightings(*some, "hub")), "hub", seen) == seen, (
+        "who has spoken goes on"
+    )
+    assert to_tell(seen, world(HUB, *public, sightings=sightings(*some, key="of old")), "hub", {}) == seen
+    hidden_ones = [evolve(one, endpoint=Endpoint.parse("10.0.0.1:1")) for one in public]
+    said = sightings(*some)
+    assert to_tell(seen, world(HUB, *hidden_ones, sightings=said), "hub", {}) == seen, "who counts for nobody"
+    assert to_tell(seen, world(HUB, sightings=said), "hub", {}) == seen, "no nodes at all"
+    assert to_tell({}, world(HUB, *public, sightings=sightings(*some)), "hub", seen) == {}
 
 
 def writes(account: Account, said: list[tuple[float, str]], until: float, nodes: int = 10) -> list[tuple[float, str]]:

@@ -354,9 +354,10 @@ async def test_a_gateway_takes_all_but_etcd_and_nothing_passes_when_it_is_none_a
         assert allowed() == {1}
         kinds = {str(network): route.kind or route.device for network, route in observed.exit_routes.items()}
         assert kinds == {
-            "0.0.0.0/0": "kilo-kilo", "::/0": "unreachable", "192.0.2.1/32": "throw",
+            "0.0.0.0/0": "kilo-kilo", "192.0.2.1/32": "throw",
             "203.0.113.1/32": "throw", "203.0.113.3/32": "throw",
         }  # fmt: skip
+        assert {str(network) for network in observed.exit_fences} == {"0.0.0.0/0", "::/0"}
         assert len(observed.exit_rules) == 4
         assert [str(network) for network in observed.routes] == ["10.4.0.0/16"]
         await world.etcd.client().delete(KEYS.election("gcp", "gcp-1"))
@@ -364,6 +365,7 @@ async def test_a_gateway_takes_all_but_etcd_and_nothing_passes_when_it_is_none_a
         assert anywhere in world.host.observed.exit_routes
         assert world.said("node gcp-1 cannot be a gateway as long as gcp-2 leads its location") == 1
     assert (world.host.observed.exit_routes, world.host.observed.exit_rules) == ({}, frozenset())
+    assert world.host.observed.exit_fences == frozenset()
 
 
 async def test_etcd_is_outside_before_anything_goes_through_the_gateway(

@@ -235,7 +235,10 @@ NODE = evolve(
     AWAY,
     way_out=WayOut(
         families=frozenset({4}),
-        outside=tuple(map(ip_network, ("169.254.0.0/16", "192.0.2.1/32", "224.0.0.0/4", "255.255.255.255/32", "fe80::/10"))),
+        outside=tuple(
+            ip_network(text)
+            for text in ("169.254.0.0/16", "192.0.2.1/32", "224.0.0.0/4", "255.255.255.255/32", "fe80::/10")
+        ),
         sources=(ip_address("192.168.9.1"),),
     ),
 )  # fmt: skip

@@ -11,6 +11,7 @@ from test_store_session import member, running, session
 
 from kilo_etcd.model import Endpoint
 from kilo_etcd.store import SightingRecord, encode
+from kilo_etcd.store.effective import MOST_SEEN
 from kilo_etcd.store.session import MOST_AT_ONCE
 from kilo_etcd.testing.fake_etcd import FakeEtcd
 
@@ -21,9 +22,20 @@ def sighting(endpoint: str, of: str = "home") -> SightingRecord:
     return SightingRecord(public_key=wg_key(of), endpoint=Endpoint.parse(endpoint))
 
 
+def observed_by(world: World, name: str, endpoint: str | None = None) -> None:
+    """A node that sees others; a public one in both families, if nothing else is said."""
+    number = 20 + ord(name)
+    world.node(
+        name, f"10.4.0.{number}", endpoint=Endpoint.parse(endpoint or f"203.0.113.{number}:51820"),
+        more_endpoints=() if endpoint else (Endpoint.parse(f"[2001:db8::{number}]:51820"),),
+    )  # fmt: skip
+
+
 def at_home(**fields: object) -> World:
-    """A node behind NAT with keepalive, and a phone."""
+    """A node behind NAT with keepalive, a phone, and three public nodes."""
     world = World()
+    for name in "abc":
+        observed_by(world, name)
     world.node("home", "10.4.0.1", **{"endpoint": HOME, "persistent_keepalive": 25, **fields})
     world.peer("phone", allowedIPs=["10.9.0.1/32"], persistentKeepalive=25)
     return world
@@ -84,6 +96,38 @@ def test_a_word_counts_only_where_nothing_better_is_known() -> None:
     assert seen(world) == ["[2001:db8::9]:40001"]
 
 
+def test_only_the_word_of_a_public_node_of_the_mesh_counts() -> None:
+    world = at_home()
+    see(world, "nobody", "203.0.113.66:6666")
+    see(world, "home", "203.0.113.66:6666")
+    see(world, "phone", "203.0.113.66:6666")
+    assert seen(world) == []
+    see(world, "a", "203.0.113.9:40001")
+    assert seen(world) == ["203.0.113.9:40001"]
+    observed_by(world, "a", "10.1.1.1:51820")
+    assert seen(world) == [], "it may be at one site with it now"
+    observed_by(world, "a", "203.0.113.70:51820")
+    assert seen(world) == ["203.0.113.9:40001"]
+    see(world, "b", "[2001:db8::9]:40001", "phone")
+    assert [str(one) for one in world.view.snapshot().peers["phone"].seen] == ["[2001:db8::9]:40001"]
+    world.delete(KEYS.node("b"))
+    assert world.view.snapshot().peers["phone"].seen == (), "it has left the mesh"
+    see(world, "a", "[2001:db8::9]:40001")
+    assert seen(world) == [], "it is public in IPv4 only"
+    # What is set aside of it is said no more, and all who count are still listed.
+    assert len(world.view.snapshot().sightings["home"]) == 4
+
+
+def test_many_words_are_heeded_as_few() -> None:
+    world = at_home()
+    for number in range(20):
+        name = f"observer-{number}"
+        world.node(name, f"10.4.1.{number + 1}", endpoint=Endpoint.parse(f"203.0.113.{number + 1}:51820"))
+        see(world, name, f"203.0.113.9:{40000 + number}")
+    assert len(seen(world)) == MOST_SEEN
+    assert seen(world)[0] == "203.0.113.9:40019"
+
+
 def test_a_word_on_another_key_is_on_another_host() -> None:
     world = at_home()
     see(world, "a", "203.0.113.9:40001", key="the host before it was made anew")
@@ -110,7 +154,7 @@ def test_a_bad_word_is_named_and_harms_nobody(value: str, reason: str) -> None:
 
 
 _STEP = st.tuples(
-    st.sampled_from(("see", "forget", "node", "gone", "peer")),
+    st.sampled_from(("see", "see", "forget", "node", "gone", "peer", "observer", "observer gone", "observer hidden")),
     st.sampled_from(("home", "phone")),
     st.sampled_from("abc"),
     st.sampled_from(("203.0.113.9:1", "203.0.113.9:2", "[2001:db8::9]:1", "10.0.0.1:1")),
@@ -128,6 +172,12 @@ def test_one_word_at_a_time_comes_to_the_same_as_reading_all(steps: list[tuple[s
             world.delete(KEYS.endpoint(name, observer))
         elif what == "node":
             world.node("home", "10.4.0.1", endpoint=HOME, persistent_keepalive=len(endpoint) % 2)
+        elif what == "observer":
+            observed_by(world, observer)
+        elif what == "observer gone":
+            world.delete(KEYS.node(observer))
+        elif what == "observer hidden":
+            observed_by(world, observer, "10.0.0.9:1" if len(endpoint) % 2 else "203.0.113.9:1")
         elif what == "peer":
             world.peer("phone", allowedIPs=["10.9.0.1/32"], persistentKeepalive=len(endpoint) % 2)
         else:

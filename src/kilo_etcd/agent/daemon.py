@@ -28,13 +28,14 @@ from kilo_etcd.agent.hearing import Hearing
 from kilo_etcd.agent.hearsay import Hearsay, followed
 from kilo_etcd.agent.lastknown import Disk, Identity, Keeper, Remembered
 from kilo_etcd.agent.logs import Once, get_logger
+from kilo_etcd.agent.lookout import Lookout
 from kilo_etcd.agent.metrics import Metrics
 from kilo_etcd.agent.neighbours import Neighbours, Post
 from kilo_etcd.agent.notify import notify, notify_reloading, watchdog_interval
 from kilo_etcd.agent.pace import Pace
 from kilo_etcd.agent.program import Programmer
 from kilo_etcd.agent.report import Reporter, State
-from kilo_etcd.agent.resolve import Resolver, plan_names, resolve_plan
+from kilo_etcd.agent.resolve import Resolver, names_of, plan_names, resolve_plan
 from kilo_etcd.agent.whereabouts import Whereabouts
 from kilo_etcd.agent.witness import Witness
 from kilo_etcd.model import Granularity, IPNetwork, Snapshot
@@ -43,6 +44,7 @@ from kilo_etcd.topology import Topology, UnknownNode, build_topology, host_plan
 from kilo_etcd.topology.guard import guard
 from kilo_etcd.topology.hostplan import HostPlan
 from kilo_etcd.topology.verdicts import sentence
+from kilo_etcd.topology.wayout import at_gateway, by_way_out
 
 T = TypeVar("T")
 Settings = tuple[Granularity, tuple[IPNetwork, ...]]
@@ -147,7 +149,9 @@ class Daemon:
         self.snapshot: Snapshot | None = None
         self.topology: Topology | None = None
         self.raw_plan: HostPlan | None = None
+        self.guarded: HostPlan | None = None
         self.plan: HostPlan | None = None
+        """What was last brought to the kernel: `guarded`, and what the host's own gateway makes of it."""
         self.role: decide.Role | None = None
         self.applied_revision = 0
         self.failures: tuple[str, ...] = ()
@@ -156,6 +160,8 @@ class Daemon:
         """Sentences on nodes that, like this host, are behind NAT, and are not heard."""
         self.hearsay = Hearsay()
         """What neighbours have said of leaders since etcd was out of reach."""
+        self.beyond: str | None = None
+        """A sentence on the gateway that this host uses and that does not answer."""
         self.penance: str | None = None
         """Why this host stands behind all other candidates, as a sentence."""
         self.subnets: tuple[IPNetwork, ...] = ()
@@ -188,6 +194,7 @@ class Daemon:
             sound=self._sound, prove=self._prove, look_again=lambda: self._nudge(fresh=True),
         )  # fmt: skip
         self._hearing = Hearing(device, self.session, self.name, on_unmet=self._note_unmet, begin_over=self._begin_over)
+        self._lookout = Lookout(device, self._note_gateway)
 
     # -- life -----------------------------------------------------------------------------------------------
 
@@ -285,6 +292,7 @@ class Daemon:
             self._follow_suspicion,
             self._watchdog,
             self._resync,
+            self._lookout.run,
             self._reconcile,
         ):
             nursery.start_soon(task)
@@ -566,7 +574,8 @@ class Daemon:
         self.once.clear("unknown", "this host is among the mesh's nodes again")
         self.resolver.set_names(plan_names(self.raw_plan))
         resolved = resolve_plan(self.raw_plan, self.resolver.table, self.resolver.failed, self.whereabouts.families)
-        plan = guard(resolved, self.protected(), self.plan, offered_by=self.topology.settlement.offered_by)
+        guarded = guard(resolved, self.protected(), self.guarded, offered_by=self.topology.settlement.offered_by)
+        plan = self._at_the_internet(guarded, self.topology)
         standby = decide.role_of(self.topology, self.name).kind is store.Role.MEMBER
         before = self.kernel.writes
         try:
@@ -584,7 +593,7 @@ class Daemon:
             self._nudge(fresh=True)
             return
         self.once.clear("kernel", "the kernel can be programmed again")
-        self.plan = plan
+        self.guarded, self.plan = guarded, plan
         self.applied_revision = snapshot.revision
         for change in report.changes:
             self.log.debug("changed", command=str(change))
@@ -611,11 +620,26 @@ class Daemon:
         self._note_role(snapshot)
         self._publish(snapshot)
         self._hearing.follow(snapshot, plan, tunnels=not standby)
+        self._lookout.follow(plan)
         self._witness.follow(self.topology)
         if self.remembered is None or snapshot is not self.remembered.snapshot:
             self.keeper.note(snapshot, self._holdings)
         applied, self._applied = self._applied, trio.Event()
         applied.set()
+
+    def _at_the_internet(self, guarded: HostPlan, topology: Topology) -> HostPlan:
+        """The plan with what concerns the world outside the mesh: this host as gateway, or the one that it uses."""
+        assert self.raw_plan is not None
+        plan = at_gateway(guarded, self.whereabouts.underlay, self.whereabouts.families)
+        gateway = topology.snapshot.nodes[self.name].way_out
+        endpoints = self.config.etcd.endpoints
+        return by_way_out(
+            plan,
+            topology,
+            outside=self.resolver.networks(endpoints),
+            sources=self.whereabouts.sources,
+            unresolved=(*self.resolver.unresolved(endpoints), *names_of(self.raw_plan, gateway, self.resolver.table)),
+        )
 
     def _holdings(self) -> store.Holdings | None:
         return self.mirror.holdings()
@@ -667,6 +691,15 @@ class Daemon:
         if self.snapshot is not None:
             self._publish(self.snapshot)
 
+    def _note_gateway(self, sentence: str | None) -> None:
+        self.beyond = sentence and (
+            f"{sentence}, so nothing leaves this host but for the mesh and what is near it: is it up, does UDP reach "
+            f"it? else kgctl annotate {self.name} way-out=ANOTHER, or way-out-"
+        )
+        self.once.errors("gateway", () if self.beyond is None else (self.beyond,), level="warning")
+        if self.snapshot is not None:
+            self._publish(self.snapshot)
+
     def _publish(self, snapshot: Snapshot) -> None:
         state = State(
             role=self.role,
@@ -698,7 +731,7 @@ class Daemon:
     def _standing_errors(self) -> tuple[str, ...]:
         """All that is wrong with this host, as sentences."""
         behind = None if self.penance is None else f"{self.penance}; for some minutes it leads only if nobody else can"
-        further = (self._etcd_trouble(), behind, self.metrics.listen_trouble)
+        further = (self.beyond, self._etcd_trouble(), behind, self.metrics.listen_trouble)
         said = (*self.disagreements, *self.failures, *self.unmet, *self.whereabouts.overlaps)
         return (*said, *(text for text in further if text))
 

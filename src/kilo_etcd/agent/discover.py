@@ -62,15 +62,22 @@ class HostFacts:
 
         Tunnels and container bridges are left out, unless the default route goes there.
         """
+        stood_in = [item.address.network for item in self._stands_at()]
+        gateways = [network_of(route.gateway) for route in self.default_routes if route.gateway is not None]
+        return tuple(dict.fromkeys((*stood_in, *gateways)))
+
+    def sources(self) -> tuple[IPAddress, ...]:
+        """The host's own addresses there: others call it at these."""
+        return tuple(dict.fromkeys(item.address.ip for item in self._stands_at()))
+
+    def _stands_at(self) -> list[HostAddress]:
         ways = {route.interface for route in self.default_routes}
-        stood_in = [
-            item.address.network
+        return [
+            item
             for item in self.addresses
             if _usable(item, self.own_interface, ())
             and (item.interface in ways or not (_is_container(item) or item.kind in _TUNNELS))
         ]
-        gateways = [network_of(route.gateway) for route in self.default_routes if route.gateway is not None]
-        return tuple(dict.fromkeys((*stood_in, *gateways)))
 
     def families(self) -> frozenset[int]:
         """The families in which the host has a way to others: those of its default routes, or else of its networks."""

@@ -15,11 +15,12 @@ from attrs import evolve
 from kilo_etcd import etcd, kernel, store
 from kilo_etcd.agent import discover, privatekey
 from kilo_etcd.agent.config import AgentConfig, too_small_for
-from kilo_etcd.agent.resolve import resolve_once, resolve_plan
+from kilo_etcd.agent.resolve import names_of, resolve_once, resolve_plan
 from kilo_etcd.model import Node, Snapshot
 from kilo_etcd.store.claims import candidates
 from kilo_etcd.topology import UnknownNode, build_topology, host_plan
 from kilo_etcd.topology.guard import guard
+from kilo_etcd.topology.wayout import at_gateway, by_way_out
 
 
 async def dry_run(config: AgentConfig, client: etcd.Client, setup: Callable[[AgentConfig, str], kernel.Setup]) -> None:
@@ -53,9 +54,13 @@ async def dry_run(config: AgentConfig, client: etcd.Client, setup: Callable[[Age
         for aside in snapshot.set_aside:
             click.echo(f"# {aside.key}: {aside.reason}")
         return
-    plan = resolve_plan(plan, *await resolve_once(plan), facts.families())
-    protected = (*facts.underlay(), *await discover.etcd_networks(config.etcd))
-    plan = guard(plan, protected, offered_by=topology.settlement.offered_by)
+    table, failed = await resolve_once(plan)
+    unresolved = names_of(plan, topology.snapshot.nodes[config.hostname].way_out, table)
+    plan = resolve_plan(plan, table, failed, facts.families())
+    etcd_at = await discover.etcd_networks(config.etcd)
+    plan = guard(plan, (*facts.underlay(), *etcd_at), offered_by=topology.settlement.offered_by)
+    plan = at_gateway(plan, facts.underlay(), facts.families())
+    plan = by_way_out(plan, topology, outside=etcd_at, sources=facts.sources(), unresolved=unresolved)
     for problem in plan.problems:
         click.echo(f"# {problem.text}")
     async with kernel.open_kernel(setup(config, private)) as device:

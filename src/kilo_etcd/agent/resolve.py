@@ -112,6 +112,12 @@ def plan_names(plan: HostPlan) -> frozenset[str]:
     )
 
 
+def names_of(plan: HostPlan, name: str, table: Table) -> tuple[str, ...]:
+    """The DNS name of the endpoint of node `name` in an unresolved plan, if it is not in the table."""
+    hosts = (peer.endpoint.host for peer in plan.peers.values() if peer.name == name and peer.endpoint is not None)
+    return tuple(host for host in hosts if isinstance(host, str) and not table.get(host))
+
+
 async def resolve_once(plan: HostPlan, *, lookup: Lookup = lookup) -> tuple[Table, Reasons]:
     """The addresses of all names in the plan that answer within LOOKUP_TIMEOUT, and why the others have none."""
     table: dict[str, tuple[IPAddress, ...]] = {}
@@ -207,6 +213,12 @@ class Resolver:
             for address in (self._table.get(host, ()) if isinstance(host, str) else (host,))
         ]  # fmt: skip
         return tuple(dict.fromkeys(map(network_of, found)))
+
+    def unresolved(self, endpoints: Iterable[str]) -> tuple[str, ...]:
+        """The names among etcd's endpoints that no address is known of."""
+        return tuple(
+            host for host in endpoint_hosts(endpoints) if isinstance(host, str) and not self._table.get(host)
+        )  # fmt: skip
 
     async def wait_changed(self) -> None:
         """Return when `table` or `failed` has changed since the last return (or since the start)."""

@@ -85,7 +85,8 @@ def to_tell(
     found = {}
     for name, record in seen.items():
         others = sum(
-            one.observer != observer and one.public_key == record.public_key for one in snapshot.sightings.get(name, ())
+            one.observer != observer and one.public_key == record.public_key and one.counts(snapshot.nodes)
+            for one in snapshot.sightings.get(name, ())
         )
         if name in told or others < OBSERVERS:
             found[name] = record

@@ -12,7 +12,7 @@ from kilo_etcd import __version__, etcd, kernel, store
 from kilo_etcd.agent import discover
 from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.agent.logs import Logger, Once
-from kilo_etcd.model import IPNetwork
+from kilo_etcd.model import IPAddress, IPNetwork
 
 
 class Whereabouts:
@@ -28,6 +28,8 @@ class Whereabouts:
         self.subnets: tuple[IPNetwork, ...] = ()
         self.record: store.NodeRecord | None = None
         self.underlay: tuple[IPNetwork, ...] = ()
+        self.sources: tuple[IPAddress, ...] = ()
+        """The host's own addresses on the underlay."""
         self.families: frozenset[int] = frozenset()
         self.overlaps: tuple[str, ...] = ()
         """Sentences on the operator's addresses within the mesh's subnets."""
@@ -68,7 +70,7 @@ class Whereabouts:
         location, why = config.location, "--location"
         if not location:
             location, why = discover.location_from_cloud_init()
-        self.underlay, self.families = facts.underlay(), facts.families()
+        self.underlay, self.sources, self.families = facts.underlay(), facts.sources(), facts.families()
         self.overlaps = facts.overlaps(self.subnets)
         self._once.errors("overlaps", self.overlaps, level="warning")
         record = store.NodeRecord(

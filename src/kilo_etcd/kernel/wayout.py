@@ -19,7 +19,7 @@ from zlib import crc32
 from kilo_etcd.kernel.rules import RoutingRule
 from kilo_etcd.kernel.state import FENCE_METRIC, MAIN_TABLE, Observed, Route, ipip_name
 from kilo_etcd.model import IPNetwork
-from kilo_etcd.topology.hostplan import HostPlan, Via
+from kilo_etcd.topology.hostplan import HostPlan, RoutePlan, Via
 
 MARK = 107
 """WireGuard's fwmark on its own packets."""
@@ -86,11 +86,12 @@ def _routes(plan: HostPlan, interface: str, protocol: int) -> Iterator[Route]:
     if plan.way_out is None:
         return
     table = exit_table(interface)
-    endpoints = (peer.endpoint.address for peer in plan.peers.values() if peer.endpoint is not None and not peer.hearsay)
+    known = (peer.endpoint for peer in plan.peers.values() if peer.endpoint is not None and not peer.hearsay)
+    endpoints = (endpoint.address for endpoint in known)
     aside = {*plan.way_out.outside, *(ip_network(address) for address in endpoints if address is not None)}
     for network in sorted(aside, key=lambda network: (network.version, network)):
         yield Route(destination=network, protocol=protocol, table=table, kind="throw")
-    by = {route.destination.version: route for route in plan.way_out.by}
+    by: dict[int, RoutePlan] = {route.destination.version: route for route in plan.way_out.by}
     for version in sorted(plan.way_out.families):
         if (wanted := by.get(version)) is None:
             yield Route(destination=_ANYWHERE[version], device=interface, protocol=protocol, table=table)

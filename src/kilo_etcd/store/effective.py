@@ -38,6 +38,9 @@ ANNOTATIONS = frozenset(
 )
 T = TypeVar("T")
 
+MOST_SEEN = 6
+"""So many sightings of one node or peer count, the newest. Honest observers keep to three at a time."""
+
 
 @frozen
 class Registered:
@@ -143,12 +146,15 @@ def join_peer(peer: Peer, sightings: Iterable[Sighting]) -> Peer:
 
 
 def _seen(public_key: str, sightings: Iterable[Sighting]) -> tuple[Endpoint, ...]:
-    """The endpoints that count, each once. Observers may disagree, so the order must not: the newest word first."""
+    """The endpoints that count, each once. Observers may disagree, so the order must not: the newest word first.
+
+    `sightings` are those whose observers can know (`Sighting.counts`).
+    """
     counting = sorted(
         (one for one in sightings if one.public_key == public_key and one.endpoint.public),
         key=lambda one: (-one.revision, one.observer),
     )
-    return tuple(dict.fromkeys(one.endpoint for one in counting))
+    return tuple(dict.fromkeys(one.endpoint for one in counting[:MOST_SEEN]))
 
 
 def _version(endpoint: Endpoint) -> int:

@@ -107,6 +107,8 @@ class View:
         self._elections: dict[str, dict[str, Candidate]] = {}
         self._leaders: dict[str, str] = {}
         self._observers: dict[str, dict[str, Sighting]] = {}
+        self._subjects: dict[str, set[str]] = {}
+        """Observer -> of whom it speaks."""
         self._witnesses: dict[str, dict[str, Verdict]] = {}
         self._key_index = KeyIndex()
         self._aside: dict[object, tuple[SetAside, ...]] = {}  # raw key, or owner for what a join found
@@ -204,9 +206,13 @@ class View:
             owner = self._dirty.pop()
             kind, name = owner
             if kind == "node":
-                nodes_changed |= _replace(nodes, name, self._join_node(name))
+                before = nodes.get(name)
+                nodes_changed |= _replace(nodes, name, self._join_node(name, nodes))
+                if name in self._subjects and _public(before) != _public(nodes.get(name)):
+                    # What it says of others counts now, or no more.
+                    self._dirty |= {(kind, one) for one in self._subjects[name] for kind in ("node", "peer")}
             else:
-                peers_changed |= _replace(peers, name, self._join_peer(name))
+                peers_changed |= _replace(peers, name, self._join_peer(name, nodes))
         if nodes_changed:
             self._nodes = nodes
         if peers_changed:
@@ -223,7 +229,11 @@ class View:
             )
             self._dirty_aside = False
 
-    def _join_node(self, name: str) -> Node | None:
+    def _seen(self, name: str, nodes: Mapping[str, Node]) -> Iterable[Sighting]:
+        """What is said of a node or peer by those who can know."""
+        return (one for one in self._observers.get(name, {}).values() if one.counts(nodes))
+
+    def _join_node(self, name: str, nodes: Mapping[str, Node]) -> Node | None:
         owner: Owner = ("node", name)
         registered = self._registered.get(name)
         if registered is None:
@@ -249,10 +259,10 @@ class View:
             said,
             label=self._labels.get(name),
             addresses=addresses,
-            sightings=self._observers.get(name, {}).values(),
+            sightings=self._seen(name, nodes),
         )
 
-    def _join_peer(self, name: str) -> Peer | None:
+    def _join_peer(self, name: str, nodes: Mapping[str, Node]) -> Peer | None:
         owner: Owner = ("peer", name)
         rivals = self._key_index.rivals(owner)
         remedy = (
@@ -263,7 +273,7 @@ class View:
         text = f"its public key is also that of {describe(rivals)}; {remedy}"
         self._note(owner, [SetAside(self._keys.peer(name), text)] if rivals else ())
         peer = None if rivals else self._peer_records.get(name)
-        return None if peer is None else join_peer(peer, self._observers.get(name, {}).values())
+        return None if peer is None else join_peer(peer, self._seen(name, nodes))
 
     # --- one key at a time -------------------------------------------------------------------------------------
 
@@ -417,6 +427,10 @@ class View:
                 observer=observer, public_key=record.public_key, endpoint=record.endpoint, revision=kv.mod_revision
             )
         _replace(self._observers, name, observers or None)
+        subjects = self._subjects.setdefault(observer, set())
+        (subjects.add if observer in observers else subjects.discard)(name)
+        if not subjects:
+            del self._subjects[observer]
         self._dirty_sightings.add(name)
         if name in self._registered:
             self._dirty.add(("node", name))
@@ -461,6 +475,10 @@ class View:
                 key = self._keys.address(address)
                 self._note(key.encode(), (SetAside(key, note) for note in self._outside(address)))
         return ()
+
+
+def _public(node: Node | None) -> tuple[bool, bool]:
+    return (node.public_in(4), node.public_in(6)) if node is not None else (False, False)
 
 
 def _renewed(

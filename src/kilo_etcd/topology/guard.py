@@ -5,6 +5,9 @@ that this host's etcd, its own underlay or a tunnel's far end is in, and a route
 the host off from the very things that it is made of. Such routes are taken out, with the allowed IPs that
 they belong to, and named. So are default routes, whoever asked for them.
 
+Where a peer has only been seen by others (hearsay) nobody loses a route for: an endpoint within a network that goes
+into the tunnel is no endpoint, so the word is not heeded.
+
 The mesh itself is never guarded away: the mesh subnet that holds the host's own address, and all within it.
 """
 
@@ -86,6 +89,7 @@ def guard(
     if previous is not None and (memo := _still_clean(plan, protected, previous)) is not None:
         return evolve(plan, memo=memo)
     mesh = _mesh(plan) if mesh is None else tuple(mesh)
+    plan, unheeded = _without_hearsay(plan)
     exposed = [network for network in _networks(plan.routes, plan.peers.values()) if not _within(network, mesh)]
     harmful: dict[IPNetwork, str] = {}
     if exposed:
@@ -95,6 +99,8 @@ def guard(
                 harmful[network] = "a default route is never taken into the mesh"
             elif (met := ranges.met_by(network)) is not None:
                 harmful[network] = f"it would cut this host off from {met}; offer other or smaller networks"
+    if not harmful and unheeded:
+        return plan
     if not harmful and all(network in plan.routes for network in exposed):
         return evolve(plan, memo=GuardMemo(plan.memo, protected, mesh, _lengths(exposed)))
     problems = {
@@ -110,6 +116,20 @@ def guard(
         peers={key: _without(peer, harmful) for key, peer in plan.peers.items()},
         problems=tuple(sorted(problems, key=lambda problem: (problem.subject, problem.text))),
     )
+
+
+def _without_hearsay(plan: HostPlan) -> tuple[HostPlan, bool]:
+    """The plan without endpoints from hearsay that are within a network which is routed; whether there were any."""
+    told = {key: peer for key, peer in plan.peers.items() if peer.hearsay and peer.endpoint is not None}
+    if not told:
+        return plan, False
+    ranges = _Ranges.of(_items(plan.routes))
+    unheeded = {}
+    for key, peer in told.items():
+        address = None if peer.endpoint is None else peer.endpoint.address
+        if address is not None and ranges.met_between(address.version, int(address), int(address)) is not None:
+            unheeded[key] = evolve(peer, endpoint=None, hearsay=False)
+    return (evolve(plan, peers={**plan.peers, **unheeded}), True) if unheeded else (plan, False)
 
 
 def _called(network: IPNetwork, by: str | None) -> str:

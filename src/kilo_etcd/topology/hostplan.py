@@ -92,8 +92,8 @@ class WayOut:
     """What is sent from these addresses, which are the host's own, goes as if there were no tunnel: answers to whom has
     called the host there."""
     held: bool = False
-    """Not to be touched in the kernel, neither made nor changed nor removed: something that must stay outside is not
-    known yet."""
+    """It is not to be touched in the kernel, neither made nor changed nor removed: what must stay outside is not known
+    yet."""
 
 
 @frozen(kw_only=True)

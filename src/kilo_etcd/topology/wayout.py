@@ -77,20 +77,20 @@ def speechless(node: Node, families: Iterable[int]) -> str | None:
     if not lacking:
         return None
     return (
-        f"the gateway {node.name} has no IPv{lacking[0]} address of its own, so what is for IPv{lacking[0]} most likely "
-        f"ends there; give it one, or use a gateway that has"
+        f"the gateway {node.name} has no IPv{lacking[0]} address of its own, so what is for IPv{lacking[0]} most "
+        "likely ends there; give it one, or use a gateway that has"
     )
 
 
 def through(
-    plan: HostPlan, topology: Topology, gateway: str, outside: Iterable[IPNetwork], *, held: bool = False
+    plan: HostPlan, topology: Topology, gateway: str, outside: Iterable[IPNetwork], *, unresolved: Collection[str] = ()
 ) -> HostPlan:
     """A peer's `plan`, guarded already, with its default route into the tunnel and `gateway` at the other end.
 
     `outside`: what is reached as before. Where the gateway cannot be used the default route stays in the tunnel, so
-    that nothing leaves beside it, and the plan says why. `held`: see `WayOut`.
+    that nothing leaves beside it, and the plan says why. `unresolved`: as `by_way_out` has it.
     """
-    problems = plan.problems
+    problems = (*plan.problems, *_waiting(unresolved))
     peers = dict(plan.peers)
     families = frozenset(address.version for address in plan.addresses)
     trouble = unusable(topology, gateway)
@@ -102,8 +102,17 @@ def through(
     else:
         text = f"{trouble}; until then nothing leaves this machine but for the mesh and its own network"
         problems = (*problems, Problem(subject=gateway, text=text))
-    way_out = WayOut(families=families, outside=tuple(sorted(set(outside), key=network_key)), held=held)
+    way_out = WayOut(families=families, outside=tuple(sorted(set(outside), key=network_key)), held=bool(unresolved))
     return evolve(plan, peers=peers, way_out=way_out, problems=problems)
+
+
+def _waiting(unresolved: Iterable[str]) -> Iterator[Problem]:
+    for name in sorted(unresolved):
+        text = (
+            f"the DNS name {name} is not resolved, so what must stay outside the way out is not known, and that stays "
+            "as it is: mend the name or the resolver, or write the address instead"
+        )
+        yield Problem(subject=name, text=text)
 
 
 # -- nodes -------------------------------------------------------------------------------------------------------------
@@ -199,12 +208,14 @@ def by_way_out(
     *,
     outside: Iterable[IPNetwork],
     sources: Iterable[IPAddress] = (),
-    held: bool = False,
+    unresolved: Collection[str] = (),
 ) -> HostPlan:
     """A node's `plan`, guarded already, with its way out, if it names a gateway; else `plan` itself.
 
     `outside`: what else is reached as before (etcd); `sources`: the host's own addresses, see `WayOut`. Where the
-    gateway cannot be used, nothing leaves but for what is reached as before, and the plan says why.
+    gateway cannot be used, nothing leaves but for what is reached as before, and the plan says why. `unresolved`: DNS
+    names of etcd and of the gateway whose addresses are not known; as long as there are any, the kernel is left as it
+    is, since the name server may be beyond the very gateway.
     """
     gateway = topology.snapshot.nodes[plan.node].way_out
     if not gateway:
@@ -212,7 +223,7 @@ def by_way_out(
     found = passage(topology, plan.node)
     if isinstance(found, Passage) and found.key and found.key not in plan.peers:
         found = Trouble(f"node {plan.node} has no tunnel to {gateway}, which it is to leave by")
-    peers, problems = plan.peers, plan.problems
+    peers, problems = plan.peers, (*plan.problems, *_waiting(unresolved))
     families: frozenset[int] = frozenset()
     by: tuple[RoutePlan, ...] = ()
     if isinstance(found, Trouble):
@@ -230,7 +241,7 @@ def by_way_out(
         by=by,
         outside=tuple(sorted({*outside, *near(plan, topology)}, key=network_key)),
         sources=tuple(sorted(set(sources), key=lambda address: (address.version, int(address)))),
-        held=held,
+        held=bool(unresolved),
     )
     return evolve(plan, peers=peers, way_out=way_out, problems=problems)
 
@@ -249,6 +260,4 @@ def at_gateway(plan: HostPlan, stands_in: Iterable[IPNetwork], families: Collect
             f"give the host IPv{version}, or let them use another gateway"
         )
         problems = (*problems, Problem(subject=plan.node, text=text))
-    return evolve(
-        plan, closed=tuple(sorted(private.union(LINK_LOCAL), key=network_key)), problems=problems
-    )
+    return evolve(plan, closed=tuple(sorted(private.union(LINK_LOCAL), key=network_key)), problems=problems)

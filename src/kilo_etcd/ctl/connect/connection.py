@@ -17,8 +17,9 @@ from attrs import frozen
 from kilo_etcd import etcd, kernel, store
 from kilo_etcd.agent.discover import HostFacts
 from kilo_etcd.agent.logs import Once, get_logger
+from kilo_etcd.agent.lookout import Lookout
 from kilo_etcd.agent.pace import Pace
-from kilo_etcd.agent.resolve import LOOKUP_TIMEOUT, Resolver, endpoint_hosts, plan_names, resolve_plan
+from kilo_etcd.agent.resolve import LOOKUP_TIMEOUT, Resolver, names_of, plan_names, resolve_plan
 from kilo_etcd.ctl.connect.names import known_names
 from kilo_etcd.ctl.connect.registration import KEEPALIVE, LEASE_SECONDS, Registration, Wish
 from kilo_etcd.ctl.context import Failure
@@ -110,6 +111,7 @@ class Connection:
         self.facts = HostFacts()
         self.log = get_logger()
         self.once = Once(self.log)
+        self.lookout = Lookout(device, self._note_gateway)
         self.topology: Topology | None = None
         self.plan: HostPlan | None = None
         self._told: object = None
@@ -146,6 +148,9 @@ class Connection:
 
     async def _join(self, nursery: trio.Nursery) -> None:
         self.facts = await self.edges.look()
+        await nursery.start(self.resolver.run)
+        if self.settings.gateway is not None:
+            await self._find_etcd()
         decision = await self.registration.register()
         self._joined = True
         nursery.start_soon(self.registration.keep)
@@ -153,11 +158,8 @@ class Connection:
             "registered" if decision.writes else "registered already", peer=self.wish.name,
             addresses=decision.record.allowed_ips, chosen=decision.chosen or None,
         )  # fmt: skip
-        await nursery.start(self.resolver.run)
         await nursery.start(self.mirror.run)
         # New keys take a moment to arrive everywhere. Who is slow, or dead, is not waited for.
-        if self.settings.gateway is not None:
-            await self._find_etcd()
         with suppress(etcd.EtcdError):
             await applied(self.client, self.keys, timeout=KNOWN_SECONDS)
         for task in (
@@ -166,17 +168,31 @@ class Connection:
             self._follow_names,
             self._follow_addresses,
             self._resync,
+            self.lookout.run,
             self._follow,
         ):
             nursery.start_soon(task)
 
     async def _find_etcd(self) -> None:
-        """Have etcd's names looked up: by its addresses it is kept outside the tunnel, which takes all else."""
-        hosts = {host for host in endpoint_hosts(self.settings.endpoints) if isinstance(host, str)}
+        """Have etcd's names looked up: by its addresses it is kept outside the tunnel, which takes all else. Failure."""
         self.resolver.networks(self.settings.endpoints)
         with trio.move_on_after(LOOKUP_TIMEOUT):
-            while not hosts <= self.resolver.table.keys():
+            while self.resolver.unresolved(self.settings.endpoints):
                 await self.resolver.wait_changed()
+        if missing := self.resolver.unresolved(self.settings.endpoints):
+            raise Failure(
+                f"etcd's name {missing[0]} is not resolved within {LOOKUP_TIMEOUT:g} s, so etcd could not be kept "
+                "outside the way out by its address: mend the name or the resolver, or give --endpoints as addresses"
+            )
+
+    def _note_gateway(self, sentence: str | None) -> None:
+        if sentence is None:
+            self.once.clear("gateway", "the gateway answers")
+            return
+        self.once.warning(
+            "gateway", f"{sentence}, so nothing leaves this machine but for the mesh and its own network: is it up, "
+            "and does UDP reach it? else end this command, or name another gateway",
+        )  # fmt: skip
 
     # -- what wakes the one that acts -----------------------------------------------------------------------
 
@@ -263,12 +279,16 @@ class Connection:
             return
         self.once.clear("peer", f"peer {self.wish.name} is in force")
         plan = raw_plan(topology, self.wish, self.settings, self.facts)
+        unresolved = names_of(plan, self.settings.gateway or "", self.resolver.table)
         self.resolver.set_names(plan_names(plan))
         plan = resolve_plan(plan, self.resolver.table, self.resolver.failed, self.facts.families())
         protected = (*self.resolver.networks(self.settings.endpoints), *self.facts.underlay())
         plan = protected_plan(plan, protected, snapshot.subnets)
         if self.settings.gateway is not None:
-            plan = through(plan, topology, self.settings.gateway, self.resolver.networks(self.settings.endpoints))
+            plan = through(
+                plan, topology, self.settings.gateway, self.resolver.networks(self.settings.endpoints),
+                unresolved=unresolved,
+            )  # fmt: skip
         try:
             report = await self.kernel.apply(plan, fresh=fresh)
         except kernel.KernelError as error:
@@ -280,6 +300,7 @@ class Connection:
             return
         self.once.clear("kernel", "the kernel can be programmed again")
         self.plan = plan
+        self.lookout.follow(plan)
         for change in report.changes:
             self.log.debug("changed", command=str(change))
         self.once.errors(
