@@ -144,7 +144,7 @@ async def test_a_dns_that_does_not_answer_uses_up_no_more_than_a_few_threads(mon
             assert trio.to_thread.current_default_thread_limiter().borrowed_tokens == 0
             over.set()
             lookups = client._caller.channel._lookups.values()
-            await eventually(lambda: not any(one.borrowed_tokens for one in lookups))
+            await eventually(lambda: not any(one.limiter.borrowed_tokens for one in lookups))
             with pytest.raises(Unavailable, match="does not resolve"):
                 await client.get("/k")
     finally:

@@ -19,7 +19,7 @@ from .balancer import Balancer
 from .connection import Connection
 from .endpoint import Endpoint
 from .grpc import TransportFailed
-from .tls import connect
+from .tls import Lookups, connect
 
 STAGGER = 0.3
 
@@ -58,7 +58,7 @@ class Channel:
         self._current: Connection | None = None
         self._dialling: _Dial | None = None
         self._live: set[Connection] = set()
-        self._lookups: dict[Endpoint, trio.CapacityLimiter] = {}
+        self._lookups: dict[Endpoint, Lookups] = {}
 
     async def connection(self) -> Connection:
         """The connection for a new call. Raises Unreachable after each endpoint was tried once."""
@@ -96,7 +96,7 @@ class Channel:
         connection: Connection | None = None
         timeout = self._config.dial_timeout
         # One each, so that a name which hangs is in the way of itself only.
-        lookups = self._lookups.setdefault(endpoint, trio.CapacityLimiter(2))
+        lookups = self._lookups.setdefault(endpoint, Lookups())
         try:
             with trio.move_on_after(timeout) as scope:
                 transport = await connect(endpoint, self._config.tls, lookups)

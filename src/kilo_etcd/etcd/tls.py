@@ -5,13 +5,16 @@ ones count from the next connection on.
 from __future__ import annotations
 
 import errno
+import math
 import os
 import socket
 import ssl
+from contextlib import suppress
 from functools import partial
 from ipaddress import ip_address
 
 import trio
+from attrs import define, field
 
 from .api import Tls
 from .connection import explain_tls
@@ -52,18 +55,45 @@ def tls_context(tls: Tls) -> ssl.SSLContext:
     return context
 
 
-async def connect(endpoint: Endpoint, tls: Tls | None, lookups: trio.CapacityLimiter) -> trio.abc.Stream:
-    """A byte stream to the endpoint, the TLS handshake done. Raises TransportFailed; the caller bounds the time.
+LOOKUP_PATIENCE = 1.0
+"""Seconds to wait for a name server where the addresses of the last time are there to be tried instead."""
+
+
+@define(eq=False)
+class Lookups:
+    """One endpoint's way to its addresses.
 
     A look-up in a DNS that does not answer goes on in its thread when nobody waits for it any more, for half a minute.
-    `lookups` bounds these, so that they never use up the threads that all of the process shares.
+    `limiter` bounds these, so that they never use up the threads that all of the process shares. What was answered last
+    is kept: the name server may be reached only through what etcd describes, such as a tunnel that has just died.
     """
+
+    limiter: trio.CapacityLimiter = field(factory=lambda: trio.CapacityLimiter(2))
+    known: tuple[str, ...] = ()
+
+    async def fresh(self, endpoint: Endpoint) -> bool:
+        """Look the name up; whether that has succeeded, else `known` is to be tried. OSError: it is empty."""
+        look_up = partial(socket.getaddrinfo, endpoint.host, endpoint.port, type=socket.SOCK_STREAM)
+        with trio.move_on_after(LOOKUP_PATIENCE if self.known else math.inf):
+            try:
+                answers = await trio.to_thread.run_sync(look_up, abandon_on_cancel=True, limiter=self.limiter)
+            except OSError:
+                if not self.known:
+                    raise
+                return False
+            self.known = tuple(dict.fromkeys(str(address[0]) for *_, address in answers))
+            return True
+        return False
+
+
+async def connect(endpoint: Endpoint, tls: Tls | None, lookups: Lookups) -> trio.abc.Stream:
+    """A byte stream to the endpoint, the TLS handshake done. Raises TransportFailed; the caller bounds the time."""
     context = tls_context(tls or Tls()) if endpoint.tls else None
     try:
-        if not _is_address(endpoint.host):
-            look_up = partial(socket.getaddrinfo, endpoint.host, endpoint.port, type=socket.SOCK_STREAM)
-            await trio.to_thread.run_sync(look_up, abandon_on_cancel=True, limiter=lookups)
-        plain = await trio.open_tcp_stream(endpoint.host, endpoint.port)
+        if _is_address(endpoint.host) or await lookups.fresh(endpoint):
+            plain = await trio.open_tcp_stream(endpoint.host, endpoint.port)
+        else:
+            plain = await _open_first(lookups.known, endpoint.port)
     except OSError as error:
         raise TransportFailed(_explain_tcp(error), processed=False) from None
     except ValueError as error:
@@ -95,6 +125,14 @@ async def connect(endpoint: Endpoint, tls: Tls | None, lookups: trio.CapacityLim
             "it speaks TLS but not HTTP/2; is it etcd's client port?", processed=False, permanent=True
         )
     return stream
+
+
+async def _open_first(addresses: tuple[str, ...], port: int) -> trio.SocketStream:
+    """A connection to the first address that takes one. OSError: why the last one does not."""
+    for address in addresses[:-1]:
+        with suppress(OSError):
+            return await trio.open_tcp_stream(address, port)
+    return await trio.open_tcp_stream(addresses[-1], port)
 
 
 def _is_address(host: str) -> bool:

@@ -174,7 +174,7 @@ class Connection:
             nursery.start_soon(task)
 
     async def _find_etcd(self) -> None:
-        """Have etcd's names looked up: by its addresses it is kept outside the tunnel, which takes all else. Failure."""
+        """Have etcd's names looked up: its addresses are kept outside the tunnel, which takes all else. Failure."""
         self.resolver.networks(self.settings.endpoints)
         with trio.move_on_after(LOOKUP_TIMEOUT):
             while self.resolver.unresolved(self.settings.endpoints):
