@@ -242,15 +242,17 @@ async def test_labels_are_set_listed_and_unset() -> None:
     require("etcd", "etcdctl")
     async with EtcdServer.run() as server:
         await world_at(server)
-        assert await kgctl(server, "location", "set", "node-3", "東京/eu 1") == (
+        assert await kgctl(server, "location", "set", "node-3", "東京/eu 1", "--yes") == (
             "node-3 moves from home to 東京/eu 1\nnode-3: 東京/eu 1\n"
         )
         assert await server.etcdctl("get", "--print-value-only", "/kilo/locations/node-3") == "東京/eu 1\n"
-        assert await kgctl(server, "location", "set", "node-3", "aws", "--node", "node-1", "--node", "node-9") == (
+        assert await kgctl(
+            server, "location", "set", "node-3", "aws", "--node", "node-1", "--node", "node-9", "--yes"
+        ) == (
             "node-1 moves from gcp to aws\nnode-3 moves from 東京/eu 1 to aws\naws: node-1 leads 2 nodes\n"
             "node-3: aws\nnode-1: aws\nnode-9: aws; node-9 is not registered yet\n"
         )
-        assert await kgctl(server, "location", "unset", "node-3", "node-2", "node-2") == (
+        assert await kgctl(server, "location", "unset", "node-3", "node-2", "node-2", "--yes") == (
             "node-2 moves from gcp to (default)\nnode-3 moves from aws to home\n"
             "tunnels between nodes: 3 instead of 1\n"
             "node-3: label removed\nnode-2: label removed\n"

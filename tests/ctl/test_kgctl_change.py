@@ -118,7 +118,7 @@ def test_networks_that_would_be_left_out_are_refused(etcd: FakeEtcd) -> None:
 
 def test_annotations_are_put_and_taken_back_together(etcd: FakeEtcd) -> None:
     assert run("annotate", "home-1", "persistent-keepalive=25", "leader=true").exit_code == 0
-    found = run("annotate", "home-1", "persistent-keepalive-", "leader-", "force-endpoint=vpn.example.org:51821")
+    found = run("annotate", "home-1", "persistent-keepalive-", "leader-", "force-endpoint=vpn.example.org:51821", "-y")
     assert found.output.splitlines() == [
         "home-1 is reached at vpn.example.org:51821 instead of 203.0.113.3:51820",
         "home-1 sends keepalives every 0 s instead of 25 s (0: none)",

@@ -299,7 +299,7 @@ def test_peers_are_removed_all_or_none(etcd: FakeEtcd) -> None:
     assert etcd.get("/kilo/peers/laptop") is not None
     assert run("peer", "remove", "laptop", "--dry-run").output.startswith("peer laptop leaves the mesh\n")
     assert etcd.get("/kilo/peers/laptop") is not None
-    assert run("peer", "remove", "laptop", "tablet").output.splitlines()[-2:] == [
+    assert run("peer", "remove", "laptop", "tablet", "--yes").output.splitlines()[-2:] == [
         "peer laptop: removed",
         "peer tablet: removed",
     ]
@@ -308,7 +308,7 @@ def test_peers_are_removed_all_or_none(etcd: FakeEtcd) -> None:
 
 def test_with_a_peer_goes_the_address_that_it_had_claimed(etcd: FakeEtcd) -> None:
     trio.run(etcd.client().put, "/kilo/addresses/10.4.7.7", "peer/tablet")
-    assert run("peer", "remove", "tablet").exit_code == 0
+    assert run("peer", "remove", "tablet", "--yes").exit_code == 0
     assert etcd.keys("/kilo/addresses/") == [f"/kilo/addresses/10.4.0.{number}" for number in (1, 2, 3)]
 
 
@@ -340,7 +340,7 @@ def test_a_node_as_peer_can_be_piped_into_another_mesh(etcd: FakeEtcd) -> None:
 
 def test_a_gateway_takes_everything_that_is_nobody_elses(etcd: FakeEtcd) -> None:
     said = run("annotate", "gcp-1", "gateway=true")
-    assert said.output == "gcp-1 offers peers a way out to the internet\ngcp-1: annotated\n"
+    assert said.output == "gcp-1 offers a way out to the internet\ngcp-1: annotated\n"
     before, found = (run("showconf", "peer", "tablet", *more).output for more in ((), ("--gateway", "gcp-1")))
     changed = [pair for pair in zip(before.splitlines(), found.splitlines(), strict=True) if pair[0] != pair[1]]
     assert changed == [

@@ -39,7 +39,7 @@ READING = {
 }
 WRITING = {
     "annotate": ["annotate", "gcp-1", "leader=true"],
-    "location set": ["location", "set", "gcp-1", "elsewhere"],
+    "location set": ["location", "set", "gcp-1", "elsewhere", "--yes"],
     "location unset": ["location", "unset", "labelled"],
     "mesh adopt": ["mesh", "adopt", "--yes"],
     "mesh join": ["mesh", "join", "--other-prefix", "/b", "--yes"],

@@ -39,7 +39,7 @@ async def test_every_node_reaches_every_node_of_the_other_mesh_until_they_part()
         assert not await lab.ping("a-2", there["b-2"], timeout=0.5)
         # The joining is of the leaders of the moment, so they should be the public hosts for good.
         for prefix, node in (("/kilo", "a-1"), ("/b", "b-1")):
-            await lab.kgctl("--prefix", prefix, "annotate", node, "leader=true")
+            await lab.kgctl("--prefix", prefix, "annotate", node, "leader=true", "--yes")
             await lab.kgctl("--prefix", prefix, "wait")
 
             async def leads(prefix: str = prefix, node: str = node) -> bool:

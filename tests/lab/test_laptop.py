@@ -49,7 +49,7 @@ async def test_a_laptop_reaches_every_node_and_every_node_the_laptop() -> None:
         key = (await lab.exec("cafe-1", "wg", "show", "mesh", "public-key", check=True)).stdout.strip()
         assert await knowing(lab, key, *nodes) >= {"gcp-1", "home-1"}
 
-        assert (await lab.kgctl("peer", "remove", "laptop")).stdout.endswith("peer laptop: removed\n")
+        assert (await lab.kgctl("peer", "remove", "laptop", "--yes")).stdout.endswith("peer laptop: removed\n")
 
         async def forgotten() -> bool:
             return await knowing(lab, key, *nodes) == set()

@@ -21,6 +21,8 @@ from kilo_etcd.store.effective import ANNOTATIONS, Registered
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import NodeRecord, RecordError, decode_node, decode_text
 from kilo_etcd.store.view import View
+from kilo_etcd.topology import build_topology
+from kilo_etcd.topology.wayout import trouble_of
 
 
 def parse_annotation(text: str) -> tuple[str, str | None]:
@@ -46,6 +48,11 @@ def _record(view: View, keys: Keys, node: str) -> NodeRecord:
     except RecordError:
         pass
     return NodeRecord(public_key="A" * 43 + "=")
+
+
+def _no_way_out(after: Snapshot, node: str) -> str | None:
+    # Of a host that has not registered it is not known where it will be.
+    return trouble_of(build_topology(after), node) if node in after.nodes else None
 
 
 def _arguments(
@@ -78,6 +85,7 @@ def node_argument(context: click.Context, parameter: click.Parameter, value: str
     "  kgctl annotate node-1 force-endpoint=vpn.example.org:51820 persistent-keepalive=25\n"
     "  kgctl annotate node-1 allowed-location-ips=192.0.2.0/28 --dry-run\n"
     "  kgctl annotate exit-1 gateway=true\n"
+    "  kgctl annotate node-1 way-out=exit-1\n"
     "  kgctl annotate node-1 leader-",
 )
 @click.argument("node", callback=node_argument, shell_complete=complete.nodes)
@@ -93,7 +101,8 @@ def node_argument(context: click.Context, parameter: click.Parameter, value: str
 @click.pass_obj
 def annotate_command(mesh: Mesh, node: str, annotations: dict[str, str | None], dry_run: bool, yes: bool) -> None:
     """Say something about NODE: force-endpoint, force-internal-ip, leader, persistent-keepalive,
-    allowed-location-ips, subnets or gateway. It counts at once, live."""
+    allowed-location-ips, subnets, gateway or way-out. It counts at once, live; you are asked where that interrupts
+    what is in use."""
     registered: frozenset[str] = frozenset()
 
     def decide(_before: Snapshot, view: View, keys: Keys) -> Edit:
@@ -108,6 +117,8 @@ def annotate_command(mesh: Mesh, node: str, annotations: dict[str, str | None], 
             deletes=tuple(keys.annotation(node, name) for name, value in annotations.items() if value is None),
             # A network that would be left out is a mistake of this command; other trouble may have other causes.
             refuses_trouble=any(said.get(name) for name in ("subnets", "allowed-location-ips")),
+            asks_if_disruptive=True,
+            forbids=lambda after: _no_way_out(after, node) if said.get("way-out") else None,
         )
 
     outcome = carry_out(mesh, decide, dry_run=dry_run, yes=yes)

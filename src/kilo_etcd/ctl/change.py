@@ -61,6 +61,10 @@ class Edit:
     """Whether it is refused if there would be new trouble: something set aside, or not given in full."""
     asks: str = ""
     """The question to be answered before it is done; empty: none."""
+    asks_if_disruptive: bool = False
+    """Whether a question is put where somebody loses packets by it (`consequences.disruption`)."""
+    forbids: Callable[[Snapshot], str | None] = lambda _after: None
+    """Why it is refused, given the mesh as it would be; None: it is not."""
 
 
 def change_options(command: F) -> F:
@@ -88,8 +92,8 @@ def carry_out(
     if dry_run:
         click.echo("Nothing was written (--dry-run).", err=aside)
         return Outcome.DRY_RUN
-    if prepared.edit.asks and not yes:
-        confirm(prepared.edit.asks)
+    if prepared.question and not yes:
+        confirm(prepared.question)
     prepared.write()
     return Outcome.WRITTEN
 
@@ -101,6 +105,8 @@ class Prepared:
     mesh: Mesh
     edit: Edit
     lines: tuple[str, ...]
+    question: str = ""
+    """To be answered before it is made; empty: none."""
     conditions: tuple[Compare, ...]
     operations: tuple[Op, ...]
     backwards: tuple[Op, ...]
@@ -130,7 +136,7 @@ class Prepared:
 def prepare(mesh: Mesh, decide: Callable[[Snapshot, View, Keys], Edit]) -> Prepared | None:
     """Look, and compute what `decide` wants and what it does; None where all is so already. Failure: it is refused."""
 
-    from kilo_etcd.ctl.consequences import consequences, new_trouble
+    from kilo_etcd.ctl.consequences import consequences, disruption, new_trouble
 
     async def look(client: Client, keys: Keys) -> tuple[Snapshot, View, Keys]:
         return *await operator.snapshot(client, keys), keys
@@ -151,10 +157,13 @@ def prepare(mesh: Mesh, decide: Callable[[Snapshot, View, Keys], Edit]) -> Prepa
     then = after(view, wanted, gone)
     if edit.refuses_trouble and (trouble := new_trouble(before, then)):
         raise Failure("; ".join(trouble) + "; nothing was written")
+    if (reason := edit.forbids(then)) is not None:
+        raise Failure(f"{reason}; nothing was written")
     return Prepared(
         mesh=mesh,
         edit=edit,
         lines=consequences(before, then),
+        question=edit.asks or (disruption(before, then) if edit.asks_if_disruptive else ""),
         conditions=tuple(conditions),
         operations=(*(Put(key, value) for key, value in wanted.items()), *map(Delete, gone)),
         backwards=tuple(Delete(key) if kv is None else Put(key, kv.value, kv.lease) for key, kv in held.items()),

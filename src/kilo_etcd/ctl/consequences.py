@@ -13,6 +13,10 @@ from kilo_etcd.ctl.render import clean, shown_location
 from kilo_etcd.model import Granularity, Node, Snapshot
 from kilo_etcd.topology import Segment, Topology, build_topology
 from kilo_etcd.topology.graph import EdgeKind, edges
+from kilo_etcd.topology.wayout import trouble_of
+
+MOST_REASONS = 4
+"""Named in a question; a label set on a hundred nodes moves a hundred."""
 
 
 def consequences(before: Snapshot, after: Snapshot) -> tuple[str, ...]:
@@ -26,6 +30,59 @@ def consequences(before: Snapshot, after: Snapshot) -> tuple[str, ...]:
         *_peers(old, new),
         *_complaints(old, new),
     )
+
+
+def disruption(before: Snapshot, after: Snapshot) -> str:
+    """A question to put before a change by which somebody loses packets, for a moment or for good; empty: nobody does.
+
+    What only comes (a label for a host to be, a network, a gateway offered) is no disruption.
+    """
+    reasons = [
+        f"{clean(name)} {text}"
+        for name in sorted({*before.nodes, *after.nodes})
+        for text in _losses(before.nodes.get(name), after.nodes.get(name))
+    ]
+    old, new = build_topology(before), build_topology(after)
+    reasons += (
+        f"{clean(new_leader)} leads {shown_location(location)} instead of {clean(old_leader)}"
+        for location, old_leader, new_leader in _new_leaders(old, new)
+    )
+    reasons += (f"peer {clean(name)} is cut off" for name in sorted(old.peers.keys() - new.peers.keys()))
+    if not reasons:
+        return ""
+    said = "; ".join(reasons[:MOST_REASONS])
+    more = f" and {len(reasons) - MOST_REASONS} more" if len(reasons) > MOST_REASONS else ""
+    return f"This interrupts what is in use: {said}{more}. Go on?"
+
+
+def _losses(old: Node | None, new: Node | None) -> Iterator[str]:
+    if old is None:
+        return
+    if new is None:
+        yield "leaves the mesh"
+        return
+    if old.location != new.location:
+        yield f"moves to {shown_location(new.location)}"
+    if old.endpoint is not None and old.endpoint != new.endpoint:
+        yield f"is looked for at {new.endpoint or 'no endpoint'}"
+    if old.internal_ips and old.internal_ips != new.internal_ips:
+        yield f"has internal IP {_listed(new.internal_ips)}"
+    lost = {*old.subnets, *old.allowed_location_ips}.difference(new.subnets, new.allowed_location_ips)
+    if lost:
+        yield f"leads no more to {_listed(sorted(lost, key=str))}"
+    if old.gateway and not new.gateway:
+        yield "is a gateway no more"
+    if old.way_out != new.way_out:
+        yield f"leaves for the internet by {clean(new.way_out) or 'its own network'}"
+
+
+def _new_leaders(old: Topology, new: Topology) -> Iterator[tuple[str, str, str]]:
+    """Location, who led it and who does now, of those that others were and are led in."""
+    before, after = _shared(old), _shared(new)
+    for location in sorted(before.keys() & after.keys()):
+        one, other = before[location].leader.name, after[location].leader.name
+        if one != other:
+            yield location, one, other
 
 
 def _mesh(before: Snapshot, after: Snapshot) -> Iterator[str]:
@@ -56,7 +113,10 @@ def _node(old: Node, new: Node) -> Iterator[str]:
     if old.leader_wanted != new.leader_wanted:
         yield f"is {'now' if new.leader_wanted else 'no longer'} preferred as its location's leader"
     if old.gateway != new.gateway:
-        yield "offers peers a way out to the internet" if new.gateway else "offers peers no way out any more"
+        yield "offers a way out to the internet" if new.gateway else "offers no way out any more"
+    if old.way_out != new.way_out:
+        way = f"{clean(new.way_out)}, through the tunnel" if new.way_out else "its own network again"
+        yield f"leaves for the internet by {way}"
     if set(old.subnets) != set(new.subnets):
         yield f"leads to networks behind it: {_listed(new.subnets)} instead of {_listed(old.subnets)}"
     if set(old.allowed_location_ips) != set(new.allowed_location_ips):
@@ -66,12 +126,11 @@ def _node(old: Node, new: Node) -> Iterator[str]:
 
 def _leaders(old: Topology, new: Topology) -> Iterator[str]:
     before, after = _shared(old), _shared(new)
-    for location in sorted({*before, *after}):
-        one, other = before.get(location), after.get(location)
-        if one is not None and other is not None and one.leader.name != other.leader.name:
-            yield f"{shown_location(location)}: {clean(other.leader.name)} leads instead of {clean(one.leader.name)}"
-        elif one is None and other is not None:
-            yield f"{shown_location(location)}: {clean(other.leader.name)} leads {len(other.members)} nodes"
+    for location, one, other in _new_leaders(old, new):
+        yield f"{shown_location(location)}: {clean(other)} leads instead of {clean(one)}"
+    for location in sorted(after.keys() - before.keys()):
+        segment = after[location]
+        yield f"{shown_location(location)}: {clean(segment.leader.name)} leads {len(segment.members)} nodes"
 
 
 def _shared(topology: Topology) -> dict[str, Segment]:
@@ -115,7 +174,12 @@ def _complaints(old: Topology, new: Topology) -> Iterator[str]:
 
 def _troubles(topology: Topology) -> list[str]:
     aside = [f"{clean(note.key)}: {clean(note.reason)}" for note in topology.snapshot.set_aside]
-    return aside + [f"{clean(problem.subject)}: {clean(problem.text)}" for problem in topology.problems]
+    stuck = [
+        f"{clean(name)}: {clean(text)}"
+        for name, node in sorted(topology.snapshot.nodes.items())
+        if node.way_out and (text := trouble_of(topology, name)) is not None
+    ]
+    return aside + [f"{clean(problem.subject)}: {clean(problem.text)}" for problem in topology.problems] + stuck
 
 
 def _listed(items: Iterable[object]) -> str:

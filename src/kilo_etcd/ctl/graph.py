@@ -36,7 +36,7 @@ def graph_command(mesh: Mesh, output: str, plain: bool) -> None:
 
     The living agents are asked for that, by a key in etcd that is gone after the answer.
     """
-    from kilo_etcd.ctl.draw import CannotDraw, graph_json, mermaid, picture
+    from kilo_etcd.ctl.draw import CannotDraw, engine, graph_json, mermaid, picture
     from kilo_etcd.ctl.live import edge_states
     from kilo_etcd.topology import build_topology
     from kilo_etcd.topology.graph import graph
@@ -57,7 +57,7 @@ def graph_command(mesh: Mesh, output: str, plain: bool) -> None:
         click.echo(dot.rstrip("\n"))
         return
     try:
-        sys.stdout.buffer.write(picture(dot, output))
+        sys.stdout.buffer.write(picture(dot, output, engine(topology)))
     except CannotDraw as error:
         raise Failure(str(error)) from None
 

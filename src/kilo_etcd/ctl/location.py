@@ -100,7 +100,7 @@ def set_command(mesh: Mesh, node: str, label: str, others: tuple[str, ...], dry_
     def decide(_before: Snapshot, view: View, keys: Keys) -> Edit:
         nonlocal registered
         registered = registered_names(view, keys)
-        return Edit(puts={keys.location(name): label for name in nodes})
+        return Edit(puts={keys.location(name): label for name in nodes}, asks_if_disruptive=True)
 
     outcome = carry_out(mesh, decide, dry_run=dry_run, yes=yes)
     if outcome is not Outcome.DRY_RUN:
@@ -122,7 +122,7 @@ def unset_command(mesh: Mesh, nodes: tuple[str, ...], dry_run: bool, yes: bool) 
         nonlocal registered
         registered = registered_names(view, keys)
         had.update({name: view.kv(keys.location(name)) is not None for name in nodes})
-        return Edit(deletes=tuple(keys.location(name) for name in had))
+        return Edit(deletes=tuple(keys.location(name) for name in had), asks_if_disruptive=True)
 
     if carry_out(mesh, decide, dry_run=dry_run, yes=yes) is not Outcome.DRY_RUN:
         for name, was_there in had.items():

@@ -76,7 +76,7 @@ def set_command(mesh: Mesh, what: str, value: str, dry_run: bool, yes: bool) -> 
         nodes = len(before.nodes)
         return Edit(
             puts={keys.granularity: granularity.value},
-            asks=f"Every tunnel of {nodes} nodes is drawn anew. Go on?" if nodes else "",
+            asks=f"Every tunnel of {nodes} node{'' if nodes == 1 else 's'} is drawn anew. Go on?" if nodes else "",
         )
 
     if carry_out(mesh, decide, dry_run=dry_run, yes=yes) is Outcome.NOTHING:

@@ -115,6 +115,7 @@ def _facts(snapshot: Snapshot, name: str) -> tuple[tuple[str, str], ...]:
         ("own default location", shown_location(node.default_location) if node.default_location else NONE),
         ("preferred as leader", "yes" if node.leader_wanted else "no"),
         ("way out for peers", "yes" if node.gateway else "no"),
+        ("leaves by", clean(node.way_out) or "its own network"),
         ("persistent keepalive", f"{keepalive} s" if keepalive else NONE),
         ("networks behind it", _listed(node.subnets)),
         ("networks of its location", _listed(node.allowed_location_ips)),

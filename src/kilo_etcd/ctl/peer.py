@@ -365,7 +365,7 @@ def remove_command(mesh: Mesh, names: tuple[str, ...], dry_run: bool, yes: bool)
                 raise Failure(f"there is no peer {name}; kgctl peer list lists them; nothing was removed")
         claimants = {claimant(name).encode() for name in names}
         claims = [kv.key.decode() for kv in view.kvs(keys.addresses_root) if kv.value in claimants]
-        return Edit(deletes=(*(keys.peer(name) for name in dict.fromkeys(names)), *claims))
+        return Edit(deletes=(*(keys.peer(name) for name in dict.fromkeys(names)), *claims), asks_if_disruptive=True)
 
     if carry_out(mesh, decide, dry_run=dry_run, yes=yes) is Outcome.WRITTEN:
         for name in dict.fromkeys(names):

@@ -121,7 +121,7 @@ def status_heading(report: Report) -> str:
     parts = [
         f"granularity {report.granularity}",
         f"subnets {', '.join(report.subnets) or NONE}",
-        f"{len(report.nodes)} nodes, {alive} alive",
+        f"{len(report.nodes)} node{'' if len(report.nodes) == 1 else 's'}, {alive} alive",
         f"revision {report.revision}",
     ]
     if report.peers:
