@@ -383,6 +383,43 @@ async def test_etcd_is_outside_before_anything_goes_through_the_gateway(
         assert outside < min(at for at, text in enumerate(made) if "rule add" in text)
 
 
+async def test_with_a_gateway_etcd_whose_name_is_not_resolved_is_refused(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def lookup(_name: str) -> tuple[IPAddress, ...]:
+        await trio.sleep(1)
+        raise OSError("no such name")
+
+    monkeypatch.setattr("kilo_etcd.ctl.connect.connection.Resolver", partial(Resolver, lookup=lookup))
+    await world.client.put("/kilo/annotations/gcp-1/gateway", "true")
+    with pytest.raises(BaseExceptionGroup) as caught:
+        async with connected(world, gateway="gcp-1", endpoints=("https://etcd.example.org:2379",)):
+            pytest.fail("it went on")
+    assert caught.group_contains(
+        Failure, match=r"etcd's name etcd\.example\.org is not resolved within 5 s", depth=None
+    )
+    assert nothing_is_left(world)
+
+
+async def test_a_gateway_that_falls_silent_is_said_once(world: World) -> None:
+    await world.client.put("/kilo/annotations/gcp-1/gateway", "true")
+    async with connected(world, gateway="gcp-1"):
+        (key,) = [k for k, peer in world.host.observed.peers.items() if ip_network("0.0.0.0/0") in peer.allowed_ips]
+
+        def count(sent: int, received: int) -> None:
+            peers = world.host.observed.peers
+            moved = evolve(peers[key], tx_bytes=sent, rx_bytes=received)
+            world.host.observed = evolve(world.host.observed, peers={**peers, key: moved})
+
+        await trio.sleep(30)
+        count(5000, 0)
+        await eventually(lambda: world.said("nothing comes back from the gateway gcp-1"), 60, every=0.5)
+        await trio.sleep(60)
+        assert world.said("nothing comes back from the gateway gcp-1") == 1
+        count(5000, 92)
+        await eventually(lambda: world.said("the gateway answers"), 30, every=0.5)
+
+
 async def test_an_unusable_kernel_is_said_at_once_and_the_record_goes(world: World) -> None:
     world.host.broken = "kilo-kilo cannot be set up: no"
     with pytest.raises(BaseExceptionGroup) as caught:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from ipaddress import ip_interface
 
@@ -336,3 +337,76 @@ def test_an_etcd_is_adopted_when_that_is_confirmed(etcd: FakeEtcd) -> None:
     first = etcd.get("/kilo/mesh/adopted")
     assert run("mesh", "adopt", "--yes").exit_code == 0
     assert adopts(etcd.get("/kilo/mesh/adopted"), first, etcd.cluster_id)
+
+
+# --- asking -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["location", "set", "home-1", "gcp"], "home-1 moves to gcp"),
+        (["location", "set", "gcp-1", "home"], "gcp-1 moves to home"),
+        (["annotate", "home-1", "force-endpoint=198.51.100.1"], "home-1 is looked for at 198.51.100.1:51820"),
+        (["annotate", "home-1", "force-internal-ip=-"], "home-1 has internal IP none"),
+        (["annotate", "home-1", "subnets-"], "home-1 leads no more to 172.20.0.0/24"),
+        (["peer", "remove", "laptop"], "peer laptop is cut off"),
+    ],
+)
+def test_what_interrupts_asks_first(etcd: FakeEtcd, arguments: list[str], reason: str) -> None:
+    assert run("annotate", "home-1", "subnets=172.20.0.0/24").exit_code == 0
+    public_key = base64.b64encode(bytes([30]) * 32).decode()
+    assert run("peer", "add", "laptop", f"--public-key={public_key}", "--allowed-ips", "10.9.0.3").exit_code == 0
+    before = held(etcd)
+    found = run(*arguments)
+    assert (found.exit_code, held(etcd)) == (1, before), found.output
+    assert "This interrupts what is in use: " in found.stderr
+    assert reason in found.stderr
+    assert "there is no terminal to ask at, so say --yes" in found.stderr
+    assert run(*arguments, "--dry-run").exit_code == 0
+    assert run(*arguments, "--yes").exit_code == 0
+    assert held(etcd) != before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["location", "set", "to-come", "gcp"],
+        ["annotate", "home-1", "persistent-keepalive=25"],
+        ["annotate", "home-1", "subnets=172.20.0.0/24"],
+        ["annotate", "home-1", "gateway=true"],
+        ["annotate", "gcp-2", "leader=true"],
+        ["location", "set", "home-1", "home"],
+    ],
+)
+def test_what_interrupts_nobody_does_not_ask(etcd: FakeEtcd, arguments: list[str]) -> None:
+    found = run(*arguments)
+    assert found.exit_code == 0, found.output
+    assert held(etcd) != {}
+
+
+# --- a way out --------------------------------------------------------------------------------------------------------
+
+
+def test_a_node_is_told_its_way_out_and_what_cannot_be_is_refused(etcd: FakeEtcd) -> None:
+    before = held(etcd)
+    for gateway, says in {
+        "gcp-1": "node gcp-1 offers no way out; allow it with kgctl annotate gcp-1 gateway=true; nothing was written",
+        "nobody": "the gateway nobody is no node of the mesh",
+        "home-1": "node home-1 cannot be its own gateway",
+    }.items():
+        found = run("annotate", "home-1", f"way-out={gateway}", "--yes")
+        assert (found.exit_code, says in found.stderr) == (1, True), found.output
+    assert held(etcd) == before
+    assert run("annotate", "gcp-1", "gateway=true").exit_code == 0
+    asked = run("annotate", "home-1", "way-out=gcp-1")
+    assert "home-1 leaves for the internet by gcp-1. Go on?" in asked.stderr
+    said = run("annotate", "home-1", "way-out=gcp-1", "--yes").output
+    assert said.splitlines() == ["home-1 leaves for the internet by gcp-1, through the tunnel", "home-1: annotated"]
+    assert etcd.get("/kilo/annotations/home-1/way-out") == b"gcp-1"
+    assert "gcp-1" in run("node", "show", "home-1").output
+    # Who takes the gateway away hears who is cut off by that.
+    closed = run("annotate", "gcp-1", "gateway-", "--dry-run").output
+    assert "new trouble: home-1: node gcp-1 offers no way out" in closed
+    assert run("annotate", "new-1", "way-out=gcp-1").exit_code == 0, "where it will be is not known yet"
+    assert "its own network again" in run("annotate", "home-1", "way-out-", "--yes").output

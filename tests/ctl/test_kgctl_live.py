@@ -13,7 +13,7 @@ import trio
 from click.testing import CliRunner, Result
 from test_kgctl_explain import world
 
-from kilo_etcd.ctl import live
+from kilo_etcd.ctl import draw, live
 from kilo_etcd.ctl.live import ago, amount
 from kilo_etcd.ctl.main import main
 from kilo_etcd.etcd import Client, Config, PermissionDenied
@@ -186,6 +186,12 @@ def test_graphviz_draws(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.fail("this test needs graphviz's circo: apt install graphviz", pytrace=False)
     assert b"<svg" in mesh.run("graph", "-o", "svg", "--plain").stdout_bytes
     assert mesh.run("graph", "-o", "png", "--plain").stdout_bytes.startswith(b"\x89PNG")
+    with monkeypatch.context() as large:
+        # The rings of a large mesh would take minutes.
+        large.setattr(draw, "LARGE", 2)
+        assert b"<svg" in mesh.run("graph", "-o", "svg", "--plain").stdout_bytes
+        large.setenv("PATH", "/nowhere")
+        assert "sfdp is not installed" in mesh.run("graph", "-o", "svg").stderr
     monkeypatch.setenv("PATH", "/nowhere")
     found = mesh.run("graph", "-o", "svg")
     assert (found.exit_code, found.stdout) == (1, "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ipaddress import ip_network
 from itertools import product
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from topology_worlds import MESH, MESH6, node, peer, plans, snapshot
 
 from kilo_etcd.model import Endpoint, Granularity, Node, Snapshot
-from kilo_etcd.topology import build_topology, host_plan, walk_both
+from kilo_etcd.topology import build_topology, guard, host_plan, walk_both
 from kilo_etcd.topology.nat import hidden_pair, hopeless, unmet
 
 
@@ -159,6 +160,32 @@ def test_hearsay_is_public_and_of_the_pairs_family_and_costs_nothing_to_follow(
             if other.name != name:
                 assert hidden_pair(own, other) == hidden_pair(other, own)
                 assert (hopeless(own, other) is None) == (hopeless(other, own) is None)
+
+
+def test_a_wrong_word_takes_no_route_away_it_is_not_heeded() -> None:
+    offered = ip_network("198.51.100.0/24")
+    hub = evolve(HUB, subnets=(offered,))
+    quiet = snapshot([hub, hidden("one", 1), hidden("two", 2, TWO), hidden("three", 3, "203.0.113.77:1")])
+    told = evolve(quiet, nodes={**quiet.nodes, "one": hidden("one", 1, ONE)}, revision=8)
+    protected = (ip_network("192.168.2.0/24"),)
+    plan, guarded = None, None
+    for world in (quiet, told, told, quiet, told):
+        plan = host_plan(build_topology(world), "two", guarded)
+        guarded = guard(plan, protected, guarded)
+        assert guarded == guard(host_plan(build_topology(world), "two"), protected)
+        assert offered in guarded.routes
+        assert guarded.problems == plan.problems
+        # Where nobody loses anything by it, hearsay is heeded.
+        assert {one.name: str(one.endpoint) for one in guarded.peers.values() if one.hearsay} == {
+            "three": "203.0.113.77:1"
+        }
+    assert plan is not None
+    assert plan.peers["key-one"].endpoint == Endpoint.parse(ONE)
+    assert guarded is not None
+    assert guarded.peers["key-one"].endpoint is None
+    # An endpoint that is the node's own word is protected as before.
+    other = evolve(told, nodes={**told.nodes, "one": node("one", 1, "one", "10.0.1.1/24", ONE)})
+    assert offered not in guard(host_plan(build_topology(other), "two"), protected).routes
 
 
 # What is said

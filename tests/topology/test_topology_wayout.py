@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from ipaddress import ip_network
+from ipaddress import ip_address, ip_network
 
 import pytest
 from attrs import evolve
-from topology_worlds import node, peer, snapshot, standing
+from topology_worlds import PHONE, node, pair, peer, snapshot, standing
 
 from kilo_etcd.kernel.firewall import table_for
-from kilo_etcd.topology import HostPlan, WayOut, build_topology, host_plan, peer_plan
+from kilo_etcd.model import DEFAULT_LOCATION, Encapsulate, Endpoint, Granularity, Node, Snapshot
+from kilo_etcd.topology import HostPlan, Via, WayOut, build_topology, host_plan, peer_plan
 from kilo_etcd.topology.guard import guard
-from kilo_etcd.topology.wayout import through, unusable
+from kilo_etcd.topology.render import render
+from kilo_etcd.topology.wayout import at_gateway, by_way_out, speechless, through, trouble_of, unusable
 
 EXIT = node("gcp-1", 1, "gcp", "10.1.0.1/24", "203.0.113.1", subnets="172.20.0.0/24", gateway=True)
 OTHER = node("gcp-2", 2, "gcp", "10.1.0.2/24", "203.0.113.2")
@@ -95,3 +97,178 @@ def test_a_gateway_that_is_none_any_more_lets_nothing_out_beside_it(world: objec
     assert plan.problems[-1].text.endswith(
         "until then nothing leaves this machine but for the mesh and its own network"
     )
+
+
+def test_what_a_gateway_stands_in_is_closed_to_its_users_unless_it_is_offered() -> None:
+    offering = evolve(EXIT, allowed_location_ips=(ip_network("10.1.0.50/32"),))
+    world = snapshot([offering, OTHER, HOME], candidates=standing(offering, OTHER))
+    plan = host_plan(build_topology(world), "gcp-1")
+    near = [ip_network(text) for text in ("10.1.0.0/24", "203.0.113.0/24", "10.1.0.254/32")]
+    table = table_for(at_gateway(plan, near, {4}), "kilo0")
+    assert table is not None
+    assert [rule.text for rule in table.rules if rule.chain == "forward"] == [
+        'iifname "kilo0" ip daddr 10.4.0.0/16 return',
+        'iifname "kilo0" ip daddr 172.20.0.0/24 return',
+        'iifname "kilo0" ip daddr 10.1.0.50/32 return',
+        'iifname "kilo0" oifname != "kilo0" ip daddr 10.1.0.0/24 counter name way_out_closed drop',
+        'iifname "kilo0" oifname != "kilo0" ip daddr 10.1.0.254/32 counter name way_out_closed drop',
+        'iifname "kilo0" oifname != "kilo0" ip daddr 169.254.0.0/16 counter name way_out_closed drop',
+        'iifname "kilo0" oifname != "kilo0" ip6 daddr fe80::/10 counter name way_out_closed drop',
+    ]
+    other = host_plan(build_topology(world), "home-1")
+    assert at_gateway(other, near, {4}) is other
+
+
+def test_a_gateway_without_a_family_says_so_and_so_does_who_uses_it() -> None:
+    six = [
+        evolve(n, mesh_addresses=tuple(map(ip_address, pair(str(i + 1))))) for i, n in enumerate((EXIT, OTHER, HOME))
+    ]
+    subnets = (ip_network("10.4.0.0/16"), ip_network("fd00:4::/64"))
+    world = snapshot(
+        six, candidates=standing(*six[:2]), subnets=subnets, peers=[peer("both", "10.9.0.2/32 fd09::2/128")]
+    )
+    topology = build_topology(world)
+    plan = host_plan(topology, "gcp-1")
+    *before, problem = at_gateway(plan, (), {4}).problems
+    assert "gateway gcp-1 has no default route in IPv6" in problem.text
+    assert tuple(before) == plan.problems == at_gateway(plan, (), {4, 6}).problems
+    plan = through(peer_plan(topology, "both"), topology, "gcp-1", ())
+    assert "the gateway gcp-1 has no IPv6 address of its own" in plan.problems[-1].text
+    assert plan.way_out is not None
+    assert plan.way_out.families == {4, 6}
+    assert speechless(evolve(EXIT, endpoint=Endpoint.parse("vpn.example.org:1")), {4, 6}) is None
+    assert speechless(evolve(EXIT, more_endpoints=(Endpoint.parse("[2001:db8::1]:1"),)), {4, 6}) is None
+
+
+# --- nodes ------------------------------------------------------------------------------------------------------------
+
+ALONE = node("alone", 4, "attic", (), "198.51.100.4", way_out="gcp-1")
+LEADER = node("lan-1", 5, "lan", "10.3.0.1/24", "203.0.113.5", way_out="gcp-1", subnets="172.21.0.0/24")
+MEMBER = node("lan-2", 6, "lan", "10.3.0.2/24", location_ips="10.3.0.50/32", way_out="gcp-1")
+FAR = node("lan-3", 7, "lan", "10.3.1.3/24", way_out="gcp-1")
+NODES = (EXIT, OTHER, HOME, ALONE, LEADER, MEMBER, FAR)
+
+
+def with_nodes(*nodes: Node, **rest: object) -> Snapshot:
+    every = {**{one.name: one for one in NODES}, **{one.name: one for one in nodes}}
+    wanted = {"candidates": standing(EXIT, OTHER, LEADER, MEMBER), **rest}
+    return snapshot(every.values(), **wanted)  # type: ignore[arg-type]
+
+
+def left(world: Snapshot, name: str, **rest: object) -> HostPlan:
+    topology = build_topology(world)
+    return by_way_out(guard(host_plan(topology, name), ETCD), topology, outside=ETCD, **rest)  # type: ignore[arg-type]
+
+
+def beyond(plan: HostPlan) -> list[str]:
+    """The peers that have anything for anywhere."""
+    return [one.name for one in plan.peers.values() if any(not network.prefixlen for network in one.allowed_ips)]
+
+
+@pytest.mark.parametrize("name", ["alone", "lan-1"])
+def test_a_leader_or_a_segment_of_one_leaves_by_the_tunnel(name: str) -> None:
+    plan = left(with_nodes(), name, sources=[ip_address("198.51.100.4")])
+    assert beyond(plan) == ["gcp-1"]
+    assert plan.way_out is not None
+    assert (plan.way_out.families, plan.way_out.by) == ({4}, ())
+    assert plan.way_out.sources == (ip_address("198.51.100.4"),)
+    assert all(network.prefixlen for network in plan.routes)
+    assert plan.problems == ()
+
+
+def test_what_is_near_stays_outside() -> None:
+    plan = left(with_nodes(), "lan-1")
+    assert plan.way_out is not None
+    assert [str(network) for network in plan.way_out.outside] == [
+        "10.3.0.1/32", "10.3.0.2/32", "10.3.0.50/32", "10.3.1.3/32", "169.254.0.0/16", "172.21.0.0/24", "192.0.2.1/32",
+        "224.0.0.0/4", "255.255.255.255/32", "fe80::/10",
+    ]  # fmt: skip
+    # In a full mesh the label still says who is near; without one nothing does.
+    full = left(with_nodes(granularity=Granularity.FULL), "lan-1")
+    assert full.way_out is not None
+    assert {"10.3.0.2/32", "10.3.1.3/32"} <= set(map(str, full.way_out.outside))
+    nowhere = [evolve(one, location=DEFAULT_LOCATION) for one in (LEADER, MEMBER)]
+    strangers = left(with_nodes(*nowhere, granularity=Granularity.FULL), "lan-1")
+    assert strangers.way_out is not None
+    assert "10.3.0.2/32" not in set(map(str, strangers.way_out.outside))
+
+
+def test_a_member_leaves_by_its_leader_as_its_other_packets_do() -> None:
+    plan = left(with_nodes(), "lan-2")
+    assert plan.way_out is not None
+    assert [(route.way, str(route.gateway), str(route.source)) for route in plan.way_out.by] == [
+        (Via.UNDERLAY, "10.3.0.1", "10.4.0.6")
+    ]
+    assert (beyond(plan), plan.problems) == ([], ())
+    far = left(with_nodes(), "lan-3")
+    assert far.way_out is not None
+    assert [(route.way, str(route.gateway)) for route in far.way_out.by] == [(Via.IPIP, "10.3.0.1")]
+    assert "default via 10.3.0.1 ipip ipv4" in render(far)
+    bonded = left(with_nodes(evolve(MEMBER, encapsulate=Encapsulate.WIREGUARD)), "lan-2")
+    assert (beyond(bonded), bonded.way_out is not None and bonded.way_out.by) == (["lan-1"], ())
+
+
+def test_a_member_becomes_the_leader_and_back() -> None:
+    wanted = evolve(MEMBER, leader_wanted=True)
+    led = with_nodes(wanted, candidates=standing(EXIT, OTHER, wanted, LEADER))
+    assert beyond(left(led, "lan-2")) == ["gcp-1"]
+    back = left(led, "lan-1")
+    assert back.way_out is not None
+    assert [str(route.gateway) for route in back.way_out.by] == ["10.3.0.2"]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "name", "says"),
+    [
+        ((evolve(LEADER, way_out=""),), "lan-2", "kgctl annotate lan-1 way-out=gcp-1 too"),
+        ((evolve(LEADER, way_out="home-1"),), "lan-2", "which leads it and does not use gcp-1 itself"),
+        ((evolve(ALONE, way_out="nobody"),), "alone", "the gateway nobody is no node of the mesh; gateways are gcp-1"),
+        ((evolve(ALONE, way_out="home-1"),), "alone", "kgctl annotate home-1 gateway=true"),
+        ((evolve(ALONE, way_out="alone"),), "alone", "cannot be its own gateway"),
+        ((evolve(ALONE, gateway=True),), "alone", "cannot use one at once"),
+        ((evolve(EXIT, way_out="home-1"),), "alone", "cannot be a gateway as long as it leaves by home-1 itself"),
+        ((evolve(OTHER, way_out="gcp-1"),), "gcp-2", "set --encapsulate wireguard on one of the two"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_a_sentence_and_nothing_leaves(
+    nodes: tuple[Node, ...], name: str, says: str
+) -> None:
+    world = with_nodes(*nodes)
+    plan = left(world, name)
+    assert says in (trouble_of(build_topology(world), name) or "")
+    assert any(says in one.text and "until then nothing leaves" in one.text for one in plan.problems)
+    assert plan.way_out is not None
+    assert plan.way_out.families == frozenset()
+    assert beyond(plan) == []
+
+
+def test_a_gateway_in_ones_own_location_is_used_through_a_tunnel_only() -> None:
+    bonded = evolve(OTHER, way_out="gcp-1", encapsulate=Encapsulate.WIREGUARD)
+    assert beyond(left(with_nodes(bonded), "gcp-2")) == ["gcp-1"]
+    cross = with_nodes(evolve(OTHER, way_out="gcp-1"), granularity=Granularity.CROSS)
+    assert "set --encapsulate wireguard" in (trouble_of(build_topology(cross), "gcp-2") or "")
+    full = with_nodes(evolve(OTHER, way_out="gcp-1"), granularity=Granularity.FULL)
+    assert beyond(left(full, "gcp-2")) == ["gcp-1"]
+
+
+def test_a_gateway_that_leaves_by_another_offers_nothing() -> None:
+    world = with_nodes(evolve(EXIT, way_out="home-1"), evolve(HOME, gateway=True))
+    plan = host_plan(build_topology(world), "gcp-1")
+    assert not plan.gateway
+    assert "cannot be a gateway as long as it leaves by home-1" in plan.problems[0].text
+    assert trouble_of(build_topology(world), "gcp-1") == (
+        "node gcp-1 offers a way out and cannot use one at once: kgctl annotate gcp-1 gateway-, or way-out-"
+    )
+
+
+def test_while_a_name_is_not_resolved_the_kernel_is_left_alone() -> None:
+    plan = left(with_nodes(), "alone", unresolved=["etcd.example.org"])
+    assert plan.way_out is not None
+    assert plan.way_out.held
+    assert "the DNS name etcd.example.org is not resolved" in plan.problems[0].text
+
+
+def test_who_names_no_gateway_has_the_very_same_plan() -> None:
+    topology = build_topology(with_nodes(peers=[PHONE]))
+    plan = host_plan(topology, "home-1")
+    assert by_way_out(plan, topology, outside=ETCD) is plan
