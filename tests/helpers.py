@@ -22,6 +22,7 @@ _PACKAGES = {
     "ip": "iproute2",
     "ping": "iputils-ping",
     "tcpdump": "tcpdump",
+    "strace": "strace",
 }
 
 

@@ -365,7 +365,7 @@ async def test_an_etcd_that_speaks_tls_to_those_it_knows(tmp_path: Path) -> None
             (("--cacert", str(other.ca)), "its certificate is not trusted (unable to get local issuer certificate); "
              "check --cacert"),
             (("--cacert", ca, "--cert", str(stranger.cert), "--key", str(stranger.key)),
-             "it refuses the client certificate, or wants one; check --cert and --key"),
+             "it refuses the client certificate, or wants one; check --cert (has it expired?) and --key"),
         ):  # fmt: skip
             assert h1.refused(*arguments) == f"cannot speak with etcd at {url}: {sentence}"
         sound = ("--cacert", ca, "--cert", str(known.cert), "--key", str(known.key))
@@ -392,6 +392,18 @@ async def test_an_etcd_that_lost_its_data_is_not_followed_and_health_says_so(tmp
             assert health()[0] == 503
             assert len(re.findall(lost, agent.log())) == 1
             assert sh("wg show kilo0 peers") == peers
+        # Nor by an agent that starts now, on a host that has lost all it had: it knows by its disk.
+        sh("ip link del kilo0; ip route flush proto 107")
+        async with h1.agent(ready="etcd is held off: the last known mesh is in force") as agent:
+            await eventually(lambda: sh("wg show kilo0 peers") == peers)
+            assert health()[0] == 503
+            assert "kgctl mesh adopt" in health()[1]
+            assert len(re.findall(lost, agent.log())) == 1
+            assert await h1.etcdctl("get", "--prefix", "/kilo", "--keys-only") == ""
+            sh(f"{BIN}/kgctl --endpoints {h1.server.endpoint} mesh adopt --yes")
+            await eventually(lambda: health() == (200, "ok"), 60)
+            assert sh("wg show kilo0 peers") == ""
+            assert "/kilo/nodes/h1" in await h1.etcdctl("get", "--prefix", "/kilo", "--keys-only")
 
 
 async def test_a_host_boots_into_its_last_known_mesh_while_etcd_is_away(tmp_path: Path) -> None:

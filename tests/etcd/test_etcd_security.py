@@ -171,6 +171,49 @@ async def test_renewed_certificate_files_count_from_the_next_connection() -> Non
             await eventually(lambda: client.get("/k"))
 
 
+async def test_a_client_certificate_that_expires_ends_nothing_and_its_renewal_needs_no_restart() -> None:
+    require("etcd")
+    async with EtcdServer.run(Options(client_cert=True)) as server:
+        assert server.authority
+        short = server.authority.issue("short", seconds=2)
+        config = evolve(
+            server.config(),
+            tls=Tls(ca=str(server.authority.ca), cert=str(short.cert), key=str(short.key)),
+            call_timeout=5,
+        )
+        async with open_client(config) as client, client.watch("/k") as watch:
+            lease = await client.grant_lease(5)
+            async with client.keep_alive(lease.id, lease.ttl) as kept:
+                await client.put("/k", "1", lease=lease.id)
+                await eventually(lambda: new_connection_refused(config), every=0.2)
+                # What was connected before stays so.
+                await client.put("/k", "2", lease=lease.id)
+                assert [event.kv.value async for event in events(watch, 2)] == [b"1", b"2"]
+                # etcd is restarted: now it matters. It is said, and tried again all the time.
+                await server.kill()
+                await server.start(wait=False)
+                await eventually(lambda: listens(server.client_port))
+                with pytest.raises(ConnectionRefusedByTls, match=r"refuses the client certificate.*--cert .has it expired"):
+                    await client.put("/k", "3")
+                server.authority.issue("short")
+                await eventually(lambda: client.get("/k"))
+                renewed = trio.current_time()
+                await eventually(lambda: kept.expires_at > renewed + 5)
+                assert not kept.lost.is_set()
+                async with client.watch("/k") as after:
+                    await client.put("/k", "4", lease=lease.id)
+                    assert (await anext(after)).events[0].kv.value == b"4"
+
+
+async def new_connection_refused(config: Config) -> bool:
+    async with open_client(config) as client:
+        try:
+            await client.get("/k")
+        except ConnectionRefusedByTls:
+            return True
+    return False
+
+
 async def test_users_and_permissions() -> None:
     require("etcd", "etcdctl")
     async with EtcdServer.run() as server:

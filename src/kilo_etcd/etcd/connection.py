@@ -408,7 +408,7 @@ def explain_tls(error: ssl.SSLError) -> str:
         return f"its certificate is not trusted ({said}); check --cacert"
     said = f"{error.reason or ''} {error}".upper().replace(" ", "_")
     if "CERTIFICATE_REQUIRED" in said or "BAD_CERTIFICATE" in said:
-        return "it refuses the client certificate, or wants one; check --cert and --key"
+        return "it refuses the client certificate, or wants one; check --cert (has it expired?) and --key"
     if "ALERT_UNKNOWN_CA" in said or "CERTIFICATE_UNKNOWN" in said or "CERTIFICATE_EXPIRED" in said:
         return "it refuses the client certificate (unknown CA, or expired); check --cert"
     if "WRONG_VERSION_NUMBER" in said or "RECORD_LAYER_FAILURE" in said:

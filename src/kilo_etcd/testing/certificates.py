@@ -37,12 +37,13 @@ class Authority:
         self.ca = directory / f"{name.replace(' ', '-')}.pem"
         self.ca.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
 
-    def issue(self, common_name: str, hosts: Sequence[str] = ()) -> Issued:
-        """A certificate good for server and client, with `hosts` (names and addresses) as its names."""
+    def issue(self, common_name: str, hosts: Sequence[str] = (), *, seconds: float = 86400.0) -> Issued:
+        """A certificate good for server and client, for so many seconds, with `hosts` (names and addresses) as its
+        names. One of the same common name takes the former one's files."""
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
         builder = (
-            self._builder(subject, key.public_key())
+            self._builder(subject, key.public_key(), seconds)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_usage(), critical=True)
             .add_extension(
@@ -65,7 +66,9 @@ class Authority:
         issued.key.chmod(0o600)
         return issued
 
-    def _builder(self, subject: x509.Name, public: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
+    def _builder(
+        self, subject: x509.Name, public: ec.EllipticCurvePublicKey, seconds: float = 86400.0
+    ) -> x509.CertificateBuilder:
         now = datetime.datetime.now(datetime.UTC)
         authority_key = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
         return (
@@ -75,7 +78,7 @@ class Authority:
             .public_key(public)
             .serial_number(x509.random_serial_number())
             .not_valid_before(now - datetime.timedelta(hours=1))
-            .not_valid_after(now + datetime.timedelta(days=1))
+            .not_valid_after(now + datetime.timedelta(seconds=seconds))
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
             .add_extension(authority_key, critical=False)
         )

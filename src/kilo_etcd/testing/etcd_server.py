@@ -5,7 +5,7 @@
 
 It promises that the servers it gives are healthy and its own (not something else on the port), and that its processes
 end with the block, also when this process is killed. A server that does not come up is an error that shows its log.
-Needs etcd and, for `etcdctl` and `enable_auth`, etcdctl.
+Needs etcd and, for `etcdctl` and `enable_auth`, etcdctl; for a slow disk, strace.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ class Options:
     """Ask clients for a certificate of the same authority (implies `tls`)."""
     token_ttl: int | None = None
     """Seconds that an auth token lives."""
+    disk_delay: float = 0.0
+    """Seconds that the disk takes to confirm each write (each fsync), by strace's doing."""
     arguments: tuple[str, ...] = ()
     """More arguments for etcd."""
 
@@ -100,7 +102,7 @@ class EtcdServer:
     async def start(self, *, initial: bool = False, wait: bool = True) -> None:
         """Start the process; `wait` until it is healthy. Raises EtcdFailed."""
         assert not self.running, f"{self.name} runs already"
-        command = [shutil.which("etcd") or "etcd", *self._arguments(initial)]
+        command = [*self._slow_disk(), shutil.which("etcd") or "etcd", *self._arguments(initial)]
         if setpriv := shutil.which("setpriv"):
             command = [setpriv, "--pdeathsig", "KILL", *command]
         with self._log.open("ab") as log:
@@ -200,6 +202,16 @@ class EtcdServer:
     async def _ended(self) -> None:
         while self.running:  # noqa: ASYNC110
             await trio.sleep(0.005)
+
+    def _slow_disk(self) -> list[str]:
+        """What runs etcd with a disk that takes its time. The tracer is nobody's parent, and ends with etcd."""
+        if not self.options.disk_delay:
+            return []
+        calls, delay = "fsync,fdatasync", round(self.options.disk_delay * 1e6)
+        return [
+            "strace", "-D", "-f", "--seccomp-bpf", "-qq", "-o", "/dev/null", "-e", f"trace={calls}",
+            "-e", f"inject={calls}:delay_exit={delay}",
+        ]  # fmt: skip
 
     @property
     def _log(self) -> Path:
