@@ -1,10 +1,12 @@
-"""What an operator does on purpose, on the kernel's own WireGuard. Not collected by itself: `test_mesh_kernel.py` runs it
-where a kernel has WireGuard, on this machine or in a guest, whose one processor is slow."""
+"""What an operator does on purpose, on the kernel's own WireGuard.
+
+Not collected by itself: `test_mesh_kernel.py` runs it where a kernel has that, on this machine or in a guest, whose one
+processor is slow. Shapes are switched there by `on_kernel_wireguard.py`.
+"""
 
 from __future__ import annotations
 
 import pytest
-
 from planned import handed_over, nothing_moves, planned_world
 
 pytestmark = [pytest.mark.lab, pytest.mark.deadline(560)]
