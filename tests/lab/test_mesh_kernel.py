@@ -1,4 +1,7 @@
-"""Scenarios a to g with the kernel's own WireGuard: on this machine if it has it, else in a guest."""
+"""Scenarios a to g, and what operators do on purpose, with the kernel's own WireGuard.
+
+On this machine if it has it, else in a guest.
+"""
 
 from __future__ import annotations
 
@@ -11,5 +14,13 @@ from helpers_guest import pytest_in_guest
 @pytest.mark.lab
 def test_a_to_g_on_kernel_wireguard() -> None:
     done = pytest_in_guest("tests/lab/on_kernel_wireguard.py", "--durations=5")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+
+
+@pytest.mark.guest
+@pytest.mark.lab
+def test_what_an_operator_does_on_kernel_wireguard() -> None:
+    done = pytest_in_guest("tests/lab/planned_on_kernel.py", "--durations=5")
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout

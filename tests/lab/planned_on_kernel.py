@@ -1,0 +1,18 @@
+"""What an operator does on purpose, on the kernel's own WireGuard.
+
+Not collected by itself: `test_mesh_kernel.py` runs it where a kernel has that, on this machine or in a guest, whose one
+processor is slow. Shapes are switched there by `on_kernel_wireguard.py`.
+"""
+
+from __future__ import annotations
+
+import pytest
+from planned import handed_over, nothing_moves, planned_world
+
+pytestmark = [pytest.mark.lab, pytest.mark.deadline(560)]
+
+
+async def test_what_an_operator_does_on_the_kernels_wireguard() -> None:
+    async with planned_world("kernel", lease_ttl=20) as lab:
+        await nothing_moves(lab)
+        await handed_over(lab)
