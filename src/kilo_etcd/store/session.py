@@ -21,7 +21,7 @@ nothing.
 from __future__ import annotations
 
 import random
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from datetime import UTC, datetime
 from typing import Protocol
 
@@ -455,16 +455,22 @@ class Session:
         if (standing := self._candidacy) is not None:
             key = self._keys.election(standing.location, self._name)
             wanted[key] = encode(CandidateRecord(rank=standing.rank, since=standing.since))
-        wanted.update(self._sightings.values)
-        wanted.update(self._verdicts.values)
-        if not wanted and not self._held.values:
+        words = {**self._sightings.values, **self._verdicts.values}
+        if not wanted and not words and not self._held.values:
             return
         await self._hold_short(None)
-        # What has to queue anew must go before it comes again.
+        await self._bring(wanted, {key for key in self._held.values if not self._is_word(key)})
+        # In writes of their own, and last: where etcd does not let this host say something of others, it stands for
+        # leader and reports all the same.
+        await self._bring(words, {key for key in self._held.values if self._is_word(key)})
+
+    async def _bring(self, wanted: Mapping[str, bytes], held: Collection[str]) -> None:
+        """Make etcd hold `wanted`, and nothing else of `held`."""
+        # A candidacy that changes is entered anew, at the end of the queue: it must go before it comes again.
         gone = [
             key
-            for key, value in self._held.values.items()
-            if wanted.get(key) != value and not (key in wanted and self._replaceable(key))
+            for key in held
+            if wanted.get(key) != self._held.values[key] and not (key in wanted and self._replaceable(key))
         ]
         if gone:
             for key in gone:
