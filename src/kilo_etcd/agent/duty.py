@@ -79,6 +79,10 @@ class Summons:
     members: tuple[Node, ...]
     """Whom to try through it, the accuser first."""
 
+    def about(self, leader: str, candidacy: int) -> bool:
+        """Whether that is whom this summons concerns."""
+        return (self.leader.name, self.candidacy) == (leader, candidacy)
+
 
 def duty_of(topology: Topology, name: str) -> Duty | None:
     """What node `name` has to watch; None: it leads, does not stand, or has nobody to compare with."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 
 import trio
 from attrs import evolve
@@ -19,7 +20,7 @@ from kilo_etcd.agent import duty as duties
 from kilo_etcd.agent.duty import Account, Duty, Summons, accused, duty_of, stands, summons_of
 from kilo_etcd.agent.logs import Once
 from kilo_etcd.model import IPAddress, Node
-from kilo_etcd.topology import Topology
+from kilo_etcd.topology import Topology, UnknownNode
 
 IN_DOUBT = 0.5
 """Seconds between two looks while it stands that the leader does not forward."""
@@ -32,6 +33,9 @@ PROOF_SECONDS, PROOF_POLL = 1.0, 0.04
 
 PROOF_AGAIN = 6.0
 """Seconds until a proof that failed is tried again: WireGuard shakes hands every five seconds at most."""
+
+TAKE_BACK = 0.25
+"""Seconds between an answer and the taking back of what was said, in which it may turn out that another leads now."""
 
 UNABLE_SECONDS = 60.0
 """Where this host may not ping, it is tried again so much later."""
@@ -124,40 +128,36 @@ class Witness:
 
     async def _look(self, duty: Duty) -> float:
         """Try once, or harder if there is doubt; the seconds until the next time."""
-        now = trio.current_time()
-        if not (duty.doubts or self._says(duty)):
+        targets = self._in_doubt(duty) if duty.doubts or self._says(duty) else ()
+        if not targets and self._says(duty):
+            # Whoever was named leads no more, so whether it answers says nothing about the way there.
+            self._stop_proving()
+            await self._say(duty.location, None)
+        if not targets:
+            if not duty.first:
+                return duties.PERIOD
+            now = trio.current_time()
             target = self._account.next(duty, now)
             if target is None:
                 return duties.BLIND_PERIOD
             counts = self._account.knows(target, now)
             if await self._through([target], times=1) or not counts:
                 return duties.BLIND_PERIOD if self._account.blind(duty, now) else duties.PERIOD
-        said = self._session.verdicts.get(duty.location)
-        named = said.targets if said is not None and self._says(duty) else ()
-        targets = self._account.in_doubt(duty, trio.current_time(), named)
+            targets = self._in_doubt(duty)
         if not targets:
             return duties.PERIOD
-        near: Mapping[IPAddress, float] = {}
-        through = False
-
-        async def try_near() -> None:
-            nonlocal near
-            near = await self._device.ping(
-                [duty.near, *duty.fellows], times=duties.BURST, patience=duties.PATIENCE
-            )  # fmt: skip
-
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(try_near)
-            through = await self._through(targets, times=duties.BURST)
-            if through:
-                nursery.cancel_scope.cancel()
-        if through:
-            self._stop_proving()
-            if self._says(duty):
-                await self._say(duty.location, None)
-            return duties.PERIOD
+        through, near = await self._try_hard(duty, targets)
+        if through and self._says(duty):
+            # It may have answered by way of a successor whose plan is being applied; `follow` is called after that.
+            await trio.sleep(TAKE_BACK)
         if not self._current(duty):
             return 0.0
+        said = self._said(duty)
+        if through:
+            self._stop_proving()
+            if said is not None:
+                await self._say(duty.location, None)
+            return duties.PERIOD
         if not await self._sound():
             # What is missing here is on its way back; it says nothing about the leader.
             self._look_again()
@@ -168,7 +168,7 @@ class Witness:
             targets=tuple(sorted(node.name for node in targets)),
             answers=duty.near in near,
             fellows=any(address in near for address in duty.fellows),
-            reaches=said is not None and self._says(duty) and said.reaches,
+            reaches=said is not None and said.reaches,
         )
         await self._say(duty.location, found)
         if duty.first and not found.reaches and trio.current_time() >= self._proof_due:
@@ -177,6 +177,37 @@ class Witness:
             else:
                 self._proof_due = trio.current_time() + PROOF_AGAIN
         return IN_DOUBT
+
+    def _in_doubt(self, duty: Duty) -> tuple[Node, ...]:
+        said = self._said(duty)
+        return self._account.in_doubt(duty, trio.current_time(), said.targets if said is not None else ())
+
+    async def _try_hard(self, duty: Duty, targets: Collection[Node]) -> tuple[bool, Mapping[IPAddress, float]]:
+        """Whether any of `targets` answers through the leader, and who answers on the location's network."""
+        near: Mapping[IPAddress, float] = {}
+        through = False
+        trouble: kernel.KernelError | None = None
+
+        async def try_near() -> None:
+            nonlocal near
+            # If this host may not ping, the other attempt says so.
+            with suppress(kernel.KernelError):
+                near = await self._device.ping(
+                    [duty.near, *duty.fellows], times=duties.BURST, patience=duties.PATIENCE
+                )  # fmt: skip
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(try_near)
+            try:
+                through = await self._through(targets, times=duties.BURST)
+            except kernel.KernelError as error:
+                # Caught in here: a nursery would make a group of it.
+                trouble = error
+            if through or trouble is not None:
+                nursery.cancel_scope.cancel()
+        if trouble is not None:
+            raise trouble
+        return through, near
 
     async def _through(self, targets: Collection[Node], *, times: int) -> bool:
         """Whether any of them answers; this host's routes send the requests through its leader."""
@@ -194,16 +225,18 @@ class Witness:
         """Whether this host itself can shake hands with one of them."""
         keys = frozenset(node.public_key for node in targets)
         try:
-            began = (await self._device.hear()).time
+            # Any other handshake than the last one will do; whether it is a later one, a clock that jumps cannot tell.
+            before = (await self._device.hear()).peers
+            former = {0, *(before[key].last_handshake for key in keys & before.keys())}
             self._proving = keys
             self._prove(keys)
             with trio.move_on_after(PROOF_SECONDS):
                 while True:
-                    heard = await self._device.hear()
-                    if any(heard.peers[key].last_handshake >= began for key in keys & heard.peers.keys()):
+                    peers = (await self._device.hear()).peers
+                    if any(peers[key].last_handshake not in former for key in keys & peers.keys()):
                         return True
                     await trio.sleep(PROOF_POLL)
-        except OSError:
+        except (OSError, kernel.KernelError):
             pass
         self._stop_proving()
         return False
@@ -232,11 +265,15 @@ class Witness:
         leader = summons.leader.mesh_addresses[0]
         members = [node.mesh_addresses[0] for node in summons.members]
         answers = await self._device.ping([leader, *members], times=duties.BURST, patience=duties.PATIENCE)
-        if self._topology is None or not stands(
-            self._topology, summons.location, summons.leader.name, summons.candidacy
-        ):
+        through = any(address in answers for address in members)
+        said = self._session.verdicts.get(summons.location)
+        if through and said is not None:
+            await trio.sleep(TAKE_BACK)  # as in `_look`
+        if not any(summons.about(one.leader.name, one.candidacy) for one in self._summons):
             return
-        if any(address in answers for address in members):
+        if said is not None and not summons.about(said.leader, said.candidacy) and self._holds(summons.location):
+            return  # There is one word for each location, and this host's own leader comes first.
+        if through:
             await self._say(summons.location, None)
             return
         await self._say(
@@ -251,9 +288,12 @@ class Witness:
 
     # -- what is said -------------------------------------------------------------------------------------------
 
-    def _says(self, duty: Duty) -> bool:
+    def _said(self, duty: Duty) -> store.VerdictRecord | None:
         said = self._session.verdicts.get(duty.location)
-        return said is not None and duty.about(said.leader, said.candidacy)
+        return said if said is not None and duty.about(said.leader, said.candidacy) else None
+
+    def _says(self, duty: Duty) -> bool:
+        return self._said(duty) is not None
 
     def _current(self, duty: Duty) -> bool:
         return self._duty is not None and self._duty.about(duty.leader.name, duty.candidacy)
@@ -262,16 +302,21 @@ class Witness:
         """Whether what is said of a location's leader is still of use: as long as that candidacy stands, since with
         the word the one passed over would lead again."""
         said = self._session.verdicts[location]
-        if self._topology is None:
+        topology = self._topology
+        if topology is None:
             return True
-        if not stands(self._topology, location, said.leader, said.candidacy):
+        if not stands(topology, location, said.leader, said.candidacy):
             return False
-        snapshot = self._topology.snapshot
-        own = snapshot.nodes.get(self._name)
-        # Of another location's leader nothing is said that nobody there says.
-        return (own is not None and own.location == location) or any(
-            verdict.witness != self._name and (verdict.leader, verdict.candidacy) == (said.leader, said.candidacy)
-            for verdict in snapshot.verdicts.get(location, ())
+        try:
+            home, there = topology.segment_of(self._name), topology.segment_of(said.leader)
+        except UnknownNode:
+            return False
+        # Of another segment's leader nothing is said that nobody there says. Others elsewhere do not count: those who
+        # were called together would keep each other's words in force for ever.
+        accusers = {node.name for node in there.members}
+        return home is there or any(
+            verdict.witness in accusers and (verdict.leader, verdict.candidacy) == (said.leader, said.candidacy)
+            for verdict in topology.snapshot.verdicts.get(location, ())
         )
 
     async def _drop_stale(self) -> None:
