@@ -207,8 +207,8 @@ class Letters:
     async def receive(self) -> tuple[bytes, Any]:
         return await self._out.receive()
 
-    def bring(self, data: bytes) -> None:
-        self._in.send_nowait((data, MESH_G1))
+    def bring(self, data: bytes, source: Any = MESH_G1) -> None:
+        self._in.send_nowait((data, source))
 
 
 @pytest.fixture
@@ -287,6 +287,19 @@ async def test_a_leader_that_was_replaced_while_it_was_cut_off_follows_the_new_o
 
 
 @pytest.mark.autojump
+async def test_where_the_port_is_taken_that_is_said_and_the_agent_goes_on(mesh: World) -> None:
+    class Taken(Letters):
+        async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+            async with trio.open_nursery():
+                raise OSError(98, "Address already in use")
+
+    async with running(mesh, post=Taken()):
+        await trio.sleep(200)
+        assert mesh.said("neighbours cannot be asked") == 1
+        assert mesh.said("Address already in use") == 1
+
+
+@pytest.mark.autojump
 async def test_who_asks_is_answered_if_it_is_known(mesh: World) -> None:
     post = Letters()
     async with running(mesh, post=post) as daemon:
@@ -300,10 +313,16 @@ async def test_who_asks_is_answered_if_it_is_known(mesh: World) -> None:
         assert post.sent == []
         post.bring(question.pack(secret()))
         await eventually(lambda: post.sent, 1, every=0.01)
+        assert post.sent[0][1] == MESH_G1
         told = unpack(post.sent[0][0], secret())
         assert told is not None
         assert told.leaders == ((digest("location:gcp"), digest(daemon.public_key)),)
         assert (told.nonce, told.revision) == (b"question", daemon.applied_revision)
+        # Whoever brings it again is not answered, only the one who made it.
+        post.sent.clear()
+        post.bring(question.pack(secret()), ip_address("192.0.2.66"))
+        await eventually(lambda: post.sent, 1, every=0.01)
+        assert post.sent[0][1] == MESH_G1
         # Who has lost etcd itself has nothing to say.
         mesh.client.cut()
         await eventually(lambda: len(post.sent) > 1, 20, every=0.1)

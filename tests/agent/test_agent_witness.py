@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import random
-from ipaddress import IPv4Address, ip_address, ip_interface
+from ipaddress import IPv4Address, ip_address, ip_interface, ip_network
 
 import pytest
 import trio
 from agent_world import World, running
+from attrs import evolve
 
 from helpers import eventually
 from kilo_etcd.agent import decide, duty, privatekey
@@ -22,8 +23,8 @@ from kilo_etcd.store.records import NodeRecord, encode
 
 pytestmark = pytest.mark.autojump
 
-KEYS = {name: privatekey.public_key(privatekey.generate()) for name in ("g1", "g2", "home")}
-MESH = {"g1": "10.4.0.51", "g2": "10.4.0.52", "home": "10.4.0.77"}
+KEYS = {name: privatekey.public_key(privatekey.generate()) for name in ("g1", "g2", "home", "next")}
+MESH = {"g1": "10.4.0.51", "g2": "10.4.0.52", "home": "10.4.0.77", "next": "10.4.0.79"}
 NEAR = {"g1": "192.168.1.51", "g2": "192.168.1.52"}
 HOME = ip_address(MESH["home"])
 VERDICT = "/kilo/verdicts/gcp/h1"
@@ -100,6 +101,7 @@ async def test_as_long_as_all_is_well_one_small_packet_goes_out_and_nothing_is_w
 async def test_a_leader_that_does_not_forward_is_named_and_passed_over(mesh: World) -> None:
     async with running(mesh) as daemon:
         await stands(mesh)
+        stand(mesh, "g2", CandidateClass.REST)
         mesh.host.reach = lambda address: address == ip_address(NEAR["g1"])
         began = trio.current_time()
         await eventually(lambda: (verdict(mesh) or {}).get("reaches"), DETECTED, every=0.01)
@@ -182,6 +184,66 @@ async def test_when_a_way_is_open_again_for_all_nobody_has_proved_anything(mesh:
         assert daemon.role.leader == "g1"
 
 
+async def test_when_the_far_end_has_another_leader_the_word_is_taken_back_and_the_watch_goes_on(mesh: World) -> None:
+    node(mesh, "next", "home", "192.168.7.3/24", 79)
+    for name in ("home", "next"):
+        mesh.etcd.put(f"/kilo/elections/home/{name}", encode(CandidateRecord(rank=CandidateClass.PUBLIC)))
+    async with running(mesh):
+        await stands(mesh)
+        mesh.host.reach = lambda address: address != HOME
+        mesh.host.shakes = lambda key: False
+        await eventually(lambda: verdict(mesh) is not None, DETECTED, every=0.01)
+        mesh.etcd.delete("/kilo/elections/home/home")
+        await eventually(lambda: verdict(mesh) is None, DETECTED, every=0.01)
+        await trio.sleep(20)
+        mesh.host.reach = lambda address: address == ip_address(NEAR["g1"])
+        await eventually(lambda: verdict(mesh) is not None, DETECTED, every=0.01)
+        assert (verdict(mesh) or {})["targets"] == ["next"]
+
+
+async def test_an_answer_by_way_of_the_successor_takes_nothing_back(mesh: World) -> None:
+    stand(mesh, "g2")
+    candidacy = mesh.etcd.data[b"/kilo/elections/gcp/g1"].create_revision
+
+    def reach(address: IPv4Address) -> bool:
+        gateway = mesh.host.observed.routes[ip_network("10.4.0.0/16")].gateway
+        return address == ip_address(NEAR["g1"]) or gateway == ip_address(NEAR["g2"])
+
+    async with running(mesh) as daemon:
+        await stands(mesh)
+        mesh.host.reach = reach
+        for moment in range(20):
+            says(mesh, "g2", candidacy, answers=True)
+            await eventually(lambda: verdict(mesh) is not None, DETECTED, every=0.01)
+            await trio.sleep(1 + moment * 0.07)
+            said = mesh.said("leader elected")
+            says(mesh, "g2", candidacy, answers=True, reaches=True)
+            await trio.sleep(3)
+            assert daemon.role is not None
+            assert daemon.role.leader == "g2"
+            assert mesh.said("leader elected") == said + 1, f"it led again, {moment}"
+
+
+async def test_an_old_handshake_is_no_proof_whatever_the_clock_says(mesh: World) -> None:
+    async with running(mesh):
+        await stands(mesh)
+        mesh.host.shakes = lambda key: False
+        mesh.host.hear_from(KEYS["home"], when=trio.current_time() + 3600)  # since then it was put back
+        mesh.host.reach = lambda address: address == ip_address(NEAR["g1"])
+        await eventually(lambda: verdict(mesh) is not None, DETECTED, every=0.01)
+        await trio.sleep(30)
+        assert not (verdict(mesh) or {})["reaches"]
+
+
+async def test_a_switch_to_a_full_mesh_ends_what_is_said(mesh: World) -> None:
+    async with running(mesh):
+        await stands(mesh)
+        mesh.host.reach = lambda address: address == ip_address(NEAR["g1"])
+        await eventually(lambda: verdict(mesh) is not None, DETECTED, every=0.01)
+        mesh.etcd.put("/kilo/mesh/granularity", "full")
+        await eventually(lambda: verdict(mesh) is None, 1, every=0.01)
+
+
 async def test_a_link_that_loses_a_fifth_of_its_packets_makes_no_verdict(mesh: World) -> None:
     chance = random.Random(5)
     mesh.host.reach = lambda address: chance.random() < 0.8 * 0.8
@@ -260,6 +322,19 @@ async def test_a_host_that_may_ping_no_more_in_the_midst_of_doubt_goes_on_too(me
         assert mesh.said("cannot be a witness") == 1
 
 
+async def test_a_host_that_may_not_ping_goes_on_when_others_have_doubts_too(mesh: World) -> None:
+    stand(mesh, "g2")
+    candidacy = mesh.etcd.data[b"/kilo/elections/gcp/g1"].create_revision
+    mesh.host.no_pings = "this process may not ping"
+    async with running(mesh) as daemon:
+        await stands(mesh)
+        says(mesh, "g2", candidacy, answers=True)
+        await eventually(lambda: mesh.said("cannot be a witness") == 1, 1, every=0.01)
+        await trio.sleep(100)
+        assert daemon.role is not None
+        assert verdict(mesh) is None
+
+
 async def test_without_probes_nothing_is_tried(mesh: World) -> None:
     asked: list[IPv4Address] = []
     mesh.host.reach = lambda address: asked.append(address)  # type: ignore[assignment,func-returns-value]
@@ -303,6 +378,22 @@ async def test_a_leader_elsewhere_that_is_named_tries_back(world: World) -> None
         await eventually(lambda: verdict(world) is not None, 2, every=0.1)
         world.etcd.delete("/kilo/verdicts/gcp/g2")
         await eventually(lambda: verdict(world) is None, 1, every=0.1)
+
+
+async def test_those_who_were_called_do_not_keep_each_others_words_in_force(world: World) -> None:
+    node(world, "g1", "gcp", "10.9.1.51/24", 51)
+    node(world, "g2", "gcp", "10.9.1.52/24", 52)
+    node(world, "home", "home", "10.9.2.52/24", 77)
+    candidacy = stand(world, "g1")
+    stand(world, "g2")
+    async with running(world):
+        await trio.sleep(5)
+        record = VerdictRecord(leader="g1", candidacy=candidacy, targets=("h1", "home"), answers=True)
+        world.etcd.put("/kilo/verdicts/gcp/g2", encode(record))
+        await eventually(lambda: verdict(world) is not None, 1, every=0.01)
+        world.etcd.put("/kilo/verdicts/gcp/home", encode(evolve(record, targets=("g2",))))
+        world.etcd.delete("/kilo/verdicts/gcp/g2")
+        await eventually(lambda: verdict(world) is None, 1, every=0.01)
 
 
 # -- the accused ------------------------------------------------------------------------------------------------------

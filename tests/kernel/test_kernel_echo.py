@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import socket
 import subprocess
 from ipaddress import ip_address
 from pathlib import Path
@@ -93,4 +94,25 @@ async def test_where_the_host_does_not_let_it_the_remedy_is_said(monkeypatch: py
     monkeypatch.setattr(sysctl, "_write", read_only)
     async with open_kernel(Setup(private_key=PRIVATE, wireguard="userspace")) as kernel:
         with pytest.raises(KernelError, match=r"may not ping .*set it on the host with `sysctl -w"):
+            await kernel.ping([HERE], patience=1)
+
+
+async def test_what_cannot_be_sent_is_silence_whatever_the_kernel_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    allow()
+
+    # A WireGuard device's word on a peer that has no endpoint.
+    def sendto(*_: object) -> int:
+        raise OSError(errno.EDESTADDRREQ, "Destination address required")
+
+    monkeypatch.setattr(socket.socket, "sendto", sendto, raising=False)
+    assert await echo.ping([HERE, SIX], times=2, patience=0.1) == {}
+
+
+async def test_a_host_that_has_no_sockets_to_spare_cannot_ping(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_more(version: int) -> socket.socket:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(echo, "_open", no_more)
+    async with open_kernel(Setup(private_key=PRIVATE, wireguard="userspace")) as kernel:
+        with pytest.raises(KernelError, match="this host cannot ping: Too many open files"):
             await kernel.ping([HERE], patience=1)

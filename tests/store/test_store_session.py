@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from ipaddress import ip_address, ip_network
+from typing import Any
 
 import pytest
 import trio
@@ -12,7 +13,7 @@ from attrs import evolve
 from store_world import KEYS, record, wg_key
 
 from helpers import eventually
-from kilo_etcd.etcd.api import PermissionDenied, Unavailable
+from kilo_etcd.etcd.api import Compare, Op, PermissionDenied, Unavailable
 from kilo_etcd.model import CandidateClass, Granularity, IPAddress
 from kilo_etcd.store import (
     NameTaken,
@@ -400,6 +401,29 @@ async def test_a_host_that_lost_its_name_while_away_does_not_fight_for_it() -> N
             assert new.healthy
             assert decode_node(etcd.get(NODE) or b"").public_key == wg_key("new")
             assert GCP not in etcd
+
+
+async def test_a_host_that_may_say_nothing_of_others_stands_and_reports_all_the_same() -> None:
+    class Confined(FakeClient):
+        """A client whose role in etcd has no right to the verdicts."""
+
+        async def txn(self, compare: Sequence[Compare], success: Sequence[Op] = (), failure: Sequence[Op] = ()) -> Any:
+            if any("/verdicts/" in str(getattr(op, "key", "")) for op in success):
+                raise PermissionDenied("etcdserver: permission denied")
+            return await super().txn(compare, success, failure)
+
+    etcd = FakeEtcd()
+    async with member(etcd, Confined(etcd, "a")) as a:
+        record = VerdictRecord(leader="b", candidacy=5)
+        assert not await a.put_verdicts({"gcp": record})
+        assert a.last_error is not None
+        await a.enter("gcp", CandidateClass.PUBLIC)
+        assert etcd.get(KEYS.election("gcp", "a")) is not None
+        await a.put_status(StatusRecord(public_key=wg_key("a"), revision=9))
+        assert decode_status(etcd.get(KEYS.status("a")) or b"").revision == 9
+        await a.leave()
+        assert etcd.get(KEYS.election("gcp", "a")) is None
+        assert etcd.get(KEYS.verdict("gcp", "a")) is None
 
 
 async def test_resigning_leaves_the_membership() -> None:

@@ -75,6 +75,12 @@ def test_who_leads(size: int, verdicts: list[Verdict], leader: str) -> None:
     assert (found.reason is Reason.INSTEAD) is (leader != "a1")
 
 
+def test_a_member_that_does_not_stand_is_neither_of_the_panel_nor_from_elsewhere() -> None:
+    nodes, words = A[:4], [word("a2", "fr"), word("a4", "f")]
+    assert elect(nodes, line("a1", "a2", "a3"), None, words).leader == "a1"
+    assert elect(nodes, line("a1", "a2", "a3"), None, [*words, word("b1")]).leader == "a2"
+
+
 def test_who_was_passed_over_before_takes_over_from_nobody() -> None:
     verdicts = [word("a2", "ar"), word("a3", "a")]
     assert choose(3, *verdicts).leader == "a2"

@@ -308,8 +308,11 @@ class Daemon:
                     self.once.clear("neighbours", "neighbours can be spoken to again")
                     await neighbours.run()
             except* OSError as group:
+                lone: BaseException = group
+                while isinstance(lone, BaseExceptionGroup):
+                    lone = lone.exceptions[0]
                 self.once.warning("neighbours", "neighbours cannot be asked while etcd is away",
-                                  error=str(group.exceptions[0]))  # fmt: skip
+                                  error=str(lone))  # fmt: skip
                 await trio.sleep(POST_RETRY_SECONDS)
 
     async def _bridge(self, nursery: trio.Nursery) -> Settings | None:
@@ -770,7 +773,10 @@ class Daemon:
     async def _sound(self) -> bool:
         """Whether the kernel is as the plan in force wants it, read anew."""
         plan = self.programmer.programmed
-        return plan is not None and not await self.kernel.preview(plan)
+        try:
+            return plan is not None and not await self.kernel.preview(plan)
+        except (OSError, kernel.KernelError):
+            return False  # Who cannot look at itself accuses nobody.
 
     def _prove(self, keys: Collection[str]) -> None:
         self.programmer.prove(keys)

@@ -40,6 +40,9 @@ MOST_ASKED = 8
 
 _QUESTIONS_KEPT = 16
 
+MOST_SECRETS = 4096
+"""Secrets kept: to compute one takes as long as to check twenty messages. One and its key have 200 bytes."""
+
 
 class Post(Protocol):
     """Datagrams to and from mesh addresses."""
@@ -51,7 +54,7 @@ class Post(Protocol):
         """To the same task on the host with this mesh address. What cannot be sent is lost, as it might be anyway."""
 
     async def receive(self) -> tuple[bytes, IPAddress]:
-        """The next datagram, and where an answer to it goes."""
+        """The next datagram, and where it says that it comes from."""
 
 
 class UdpPost:
@@ -200,9 +203,11 @@ class Neighbours:
                 continue
             if not message.tells:
                 own = topology.snapshot.nodes.get(self._name)
-                if own is not None and not self._etcd_away():
+                # Not to wherever a question says that it comes from: somebody may have recorded it.
+                there = node.mesh_address(address.version)
+                if own is not None and there is not None and not self._etcd_away():
                     answer = self._chronicle.answer(message, topology, digest(own.public_key), node.name)
-                    await self._post.send(answer.pack(secret), address)
+                    await self._post.send(answer.pack(secret), there)
             elif self._asked.pop(message.nonce, None) == sender and self._etcd_away():
                 self._words[sender] = Word(trio.current_time(), message.revision, dict(message.leaders))
                 self._evaluate()
@@ -226,7 +231,7 @@ class Neighbours:
 
     def _agreed(self, public_key: str) -> bytes | None:
         if public_key not in self._secrets:
-            if len(self._secrets) > 4 * MOST_ASKED:
+            if len(self._secrets) >= MOST_SECRETS:
                 self._secrets.clear()
             self._secrets[public_key] = self._secret(public_key)
         return self._secrets[public_key]

@@ -7,7 +7,6 @@ other. Nothing here judges: who did not answer may be gone, far away, or behind 
 
 from __future__ import annotations
 
-import errno
 import os
 import socket
 import struct
@@ -30,10 +29,6 @@ _KINDS = {
 _FORM = struct.Struct("!BBHHH4s")
 """Type, code, checksum and identifier (both the kernel's), sequence number, a token by which our request is known."""
 
-_NOWHERE = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EPERM, errno.EACCES, errno.ENOBUFS, errno.EINVAL,
-            errno.EADDRNOTAVAIL, errno.ENETDOWN, errno.ECONNREFUSED, errno.EAGAIN, errno.ENOPROTOOPT)  # fmt: skip
-"""What sending says where the packet does not leave: nobody will answer it."""
-
 
 async def ping(
     addresses: Collection[IPAddress], *, times: int = 1, patience: float, first: bool = False
@@ -41,7 +36,8 @@ async def ping(
     """Who of `addresses` answers, and the seconds that it took.
 
     Up to `times` requests go to each that has not answered yet, and `patience` seconds are waited after the last one;
-    with `first` the first answer ends it all. PermissionError: this process may not ping.
+    with `first` the first answer ends it all. PermissionError: this process may not ping; OSError: it has no socket to
+    do it with.
     """
     answered: dict[IPAddress, float] = {}
     if not addresses:
@@ -95,11 +91,10 @@ def _open(version: int) -> socket.socket:
 
 def _request(out: socket.socket, address: IPAddress, number: int, token: bytes) -> None:
     kind = _KINDS[address.version][2]
-    try:
+    # Whatever keeps it from leaving (no route, a firewall, a WireGuard peer that is not there or has no endpoint):
+    # nobody will answer it.
+    with suppress(OSError):
         out.sendto(_FORM.pack(kind, 0, 0, 0, number, token), (str(address), 0))
-    except OSError as error:
-        if error.errno not in _NOWHERE:
-            raise
 
 
 def _reply(source: socket.socket, version: int, token: bytes) -> int | None:

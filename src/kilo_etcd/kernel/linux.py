@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
@@ -226,12 +226,13 @@ class LinuxKernel:
     async def ping(
         self, addresses: Collection[IPAddress], *, times: int = 1, patience: float, first: bool = False
     ) -> Mapping[IPAddress, float]:
+        failed: Sequence[tuple[Change, Failure]] = ()
         try:
-            return await echo.ping(addresses, times=times, patience=patience, first=first)
-        except PermissionError:
-            async with self._lock:
-                _, failed = await _in_thread(lambda: self._host.make([AllowPings(os.getegid())]))
-        try:
+            try:
+                return await echo.ping(addresses, times=times, patience=patience, first=first)
+            except PermissionError:
+                async with self._lock:
+                    _, failed = await _in_thread(lambda: self._host.make([AllowPings(os.getegid())]))
             return await echo.ping(addresses, times=times, patience=patience, first=first)
         except OSError as error:
             reason = failed[0][1].text if failed else f"this host cannot ping: {error.strerror}"

@@ -23,7 +23,7 @@ nothing.
 from __future__ import annotations
 
 import random
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from datetime import UTC, datetime
 from typing import Protocol
 
@@ -458,14 +458,20 @@ class Session:
                 self._doubt_leases()
 
     async def _sync_short(self) -> None:
-        if self._wanted() or self._held.values:
+        if self._wanted() or self._words() or self._held.values:
             await self._hold_short(None)
-        wanted = self._wanted()
+        await self._bring(self._wanted(), {key for key in self._held.values if not self._is_word(key)})
+        # In writes of their own, and last: where etcd does not let this host say something of others, it stands for
+        # leader and reports all the same.
+        await self._bring(self._words(), {key for key in self._held.values if self._is_word(key)})
+
+    async def _bring(self, wanted: Mapping[str, bytes], held: Collection[str]) -> None:
+        """Make etcd hold `wanted`, and nothing else of `held`."""
         # What has to queue anew must go before it comes again.
         gone = [
             key
-            for key, value in self._held.values.items()
-            if wanted.get(key) != value and not (key in wanted and self._replaceable(key))
+            for key in held
+            if wanted.get(key) != self._held.values[key] and not (key in wanted and self._replaceable(key))
         ]
         if gone:
             for key in gone:
@@ -474,25 +480,25 @@ class Session:
             for key in gone:
                 self._held.remove(key)
         new = {key: value for key, value in wanted.items() if not self._held.surely(key, value)}
-        # Words last, and by themselves: that etcd lets this host say nothing of others must not cost it its place.
-        for some in ({k: v for k, v in new.items() if self._is_word(k) is words} for words in (False, True)):
-            if not some:
-                continue
-            fresh = [key for key in some if key not in self._held.values]
-            for key, value in some.items():
+        if new:
+            fresh = [key for key in new if key not in self._held.values]
+            for key, value in new.items():
                 # Should the answer be lost, it may stand there: then it is for us to put again, or to take away.
                 self._held.may_put(key, value, self._seen)
             try:
-                revision = await self._write([Put(key, value, lease=self._short.id) for key, value in some.items()])
+                revision = await self._write([Put(key, value, lease=self._short.id) for key, value in new.items()])
             except PermissionDenied:
                 for key in fresh:
                     self._held.remove(key)
                 raise
-            for key, value in some.items():
+            for key, value in new.items():
                 self._held.put(key, value, revision)
 
+    def _words(self) -> dict[str, bytes]:
+        return {**self._sightings.values, **self._verdicts.values}
+
     def _wanted(self) -> dict[str, bytes]:
-        wanted = {**self._sightings.values, **self._verdicts.values}
+        wanted = {}
         if self._status is not None:
             wanted[self._status_key] = encode(self._status)
         if (standing := self._candidacy) is not None:
