@@ -95,7 +95,7 @@ def test_the_lock_pins_all_that_the_project_asks_for_and_names_no_host() -> None
 # --- scripts/setup, on systems that are made up of stubs -------------------------------------------------------------
 
 BASICS = ("bash", "env", "dirname", "id", "cat", "mktemp", "rm", "touch", "chmod", "flock")
-COMMANDS = ("etcd", "etcdctl", "wireguard-go", "wg", "nft", "iptables", "circo", "ip", "ping")
+COMMANDS = ("etcd", "etcdctl", "wireguard-go", "wg", "nft", "iptables", "circo", "ip", "ping", "strace")
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ echo "$@" >>apt.log
 case "$*" in
     *update*) touch lists ;;
     *install*) [ -e lists ] || { echo "E: Unable to locate package" >&2; exit 100; }
-        for name in etcd etcdctl wireguard-go wg nft iptables circo ip ping python3; do
+        for name in etcd etcdctl wireguard-go wg nft iptables circo ip ping strace python3; do
             printf '#!/usr/bin/env bash\\n' >bin/$name; chmod +x bin/$name
         done ;;
 esac
@@ -150,7 +150,7 @@ def test_without_apt_one_sentence_names_what_is_missing(machine: Path) -> None:
     assert done.returncode == 1
     assert done.stderr == (
         "kilo-etcd: this system has no apt-get, so install these yourself and try again: "
-        "Python 3.11 or later with venv, etcd, etcdctl, wireguard-go, wg, iptables, circo, ip, ping\n"
+        "Python 3.11 or later with venv, etcd, etcdctl, wireguard-go, wg, iptables, circo, ip, ping, strace\n"
     )
 
 
@@ -177,7 +177,7 @@ def test_apts_own_words_are_shown_when_it_fails(machine: Path) -> None:
     assert done.stderr.splitlines()[-2:] == [
         "E: no network",
         "kilo-etcd: apt-get could not install python3-venv etcd-server etcd-client wireguard-go wireguard-tools "
-        "nftables iptables graphviz iproute2 iputils-ping; its words are above",
+        "nftables iptables graphviz iproute2 iputils-ping strace; its words are above",
     ]
 
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from topology_worlds import MESH, MESH6, node, peer, plans, snapshot
 
 from kilo_etcd.model import Endpoint, Granularity, Node, Snapshot
-from kilo_etcd.topology import build_topology, guard, host_plan, walk_both
+from kilo_etcd.topology import build_topology, host_plan, walk_both
+from kilo_etcd.topology.guard import guard
 from kilo_etcd.topology.nat import hidden_pair, hopeless, unmet
 
 
