@@ -194,8 +194,6 @@ async def test_a_client_certificate_that_expires_ends_nothing_and_its_renewal_ne
                 await server.start(wait=False)
                 await eventually(lambda: listens(server.client_port))
                 with pytest.raises(ConnectionRefusedByTls, match=r"refuses the client certificate.*--cert .has it exp"):
-                    ConnectionRefusedByTls, match=r"refuses the client certificate.*--cert .has it expired"
-                ):
                     await client.put("/k", "3")
                 server.authority.issue("short")
                 await eventually(lambda: client.get("/k"))
