@@ -405,6 +405,7 @@ def test_a_node_is_told_its_way_out_and_what_cannot_be_is_refused(etcd: FakeEtcd
     assert said.splitlines() == ["home-1 leaves for the internet by gcp-1, through the tunnel", "home-1: annotated"]
     assert etcd.get("/kilo/annotations/home-1/way-out") == b"gcp-1"
     assert "gcp-1" in run("node", "show", "home-1").output
+    assert "0.0.0.0/0" in run("showconf", "node", "home-1").output
     # Who takes the gateway away hears who is cut off by that.
     closed = run("annotate", "gcp-1", "gateway-", "--dry-run").output
     assert "new trouble: home-1: node gcp-1 offers no way out" in closed

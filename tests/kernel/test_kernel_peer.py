@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 from contextlib import AsyncExitStack
 from ipaddress import ip_address, ip_network
@@ -13,6 +14,8 @@ from kernel_worlds import PRIVATE, host_with, key, lines, peer, plan, tunnel, vi
 
 from helpers import eventually
 from kilo_etcd.kernel import PEER_PROTOCOL, ROUTE_PROTOCOL, Kernel, Memory, Setup, cleanup, diff, open_kernel
+from kilo_etcd.kernel.effect import apply_changes
+from kilo_etcd.kernel.errors import NetlinkError, failure
 from kilo_etcd.kernel.state import Observed, Target, is_ours
 from kilo_etcd.kernel.wayout import exit_table, rule_priorities
 from kilo_etcd.topology.hostplan import HostPlan, Via, WayOut
@@ -150,6 +153,25 @@ def test_a_way_out_that_is_held_is_left_as_it_is() -> None:
     assert lines(diff(held, host_with(AWAY, TARGET), Memory(), TARGET)) == []
     without = host_with(evolve(AWAY, way_out=None), TARGET)
     assert lines(diff(held, without, Memory(), TARGET)) == []
+
+
+def test_a_kernel_without_ipv6_is_asked_for_nothing_of_it() -> None:
+    without = Observed(lacking=frozenset({6}))
+    changes = diff(AWAY, without, Memory(), TARGET)
+    made = lines(changes)
+    assert [line for line in made if "ip -6" in line or ("route" in line and "::" in line)] == []
+    assert [line for line in made if "ip -4 rule" in line] != []
+    assert diff(AWAY, apply_changes(without, changes, "kilo-a"), Memory(), TARGET) == ()
+
+
+def test_what_fails_of_a_way_out_is_said_and_keeps_nobody_from_leading() -> None:
+    every = diff(AWAY, Observed(), Memory(), TARGET)
+    way_out = [change for change in every if "table" in str(change) or " rule " in str(change)]
+    assert len(way_out) == 10
+    for change in way_out:
+        said = failure(change, NetlinkError(errno.EOPNOTSUPP))
+        assert said.aside
+        assert "may leave beside the gateway" in said.text
 
 
 @pytest.mark.parametrize("way", [Via.UNDERLAY, Via.IPIP])

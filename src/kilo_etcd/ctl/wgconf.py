@@ -13,7 +13,7 @@ from attrs import evolve, field, frozen
 from kilo_etcd.model import Endpoint, IPNetwork
 from kilo_etcd.store.records import PeerRecord
 from kilo_etcd.topology import HostPlan, Topology, host_plan, peer_plan
-from kilo_etcd.topology.wayout import by_gateway
+from kilo_etcd.topology.wayout import by_gateway, by_way_out
 
 
 @frozen(kw_only=True)
@@ -37,7 +37,7 @@ class Configuration:
 
 def of_node(topology: Topology, name: str) -> Configuration:
     """The WireGuard of a node as its agent programs it. UnknownNode."""
-    plan = host_plan(topology, name)
+    plan = by_way_out(host_plan(topology, name), topology, outside=())
     return Configuration(
         name=name,
         listen_port=plan.listen_port,

@@ -249,6 +249,11 @@ def _way_out(plan: HostPlan, observed: Observed, target: Target) -> tuple[list[C
         return [], []
     routes, rules = exit_routes_for(plan, target.interface, target.protocol), exit_rules_for(plan, target.interface)
     fences = fences_for(plan, target.interface, target.protocol)
+    if observed.lacking:
+        there = {4, 6} - observed.lacking
+        routes = {network: route for network, route in routes.items() if network.version in there}
+        rules = frozenset(rule for rule in rules if rule.version in there)
+        fences = tuple(fence for fence in fences if fence.destination.version in there)
     if not (routes or rules or observed.exit_routes or observed.exit_rules or observed.exit_fences):
         return [], []
     made: list[Change] = [AddRoute(one) for one in fences if one.destination not in observed.exit_fences]

@@ -10,7 +10,9 @@ import errno
 import os
 
 from kilo_etcd.kernel.forward import AddForward, DeleteForward
+from kilo_etcd.kernel.rules import AddRule, DeleteRule
 from kilo_etcd.kernel.state import (
+    MAIN_TABLE,
     AddAddress,
     AddRoute,
     AllowPings,
@@ -54,6 +56,11 @@ def failure(change: Change, error: OSError) -> Failure:
     destination = change.route.destination if isinstance(change, AddRoute | ReplaceRoute | DeleteRoute) else None
     aside = isinstance(change, ReplaceTable | DeleteTable | AddForward | DeleteForward)
     if isinstance(change, AddRoute | DeleteRoute) and change.route.fence:
+        destination, aside = None, True
+    if isinstance(change, AddRule | DeleteRule) or (
+        isinstance(change, AddRoute | ReplaceRoute | DeleteRoute) and change.route.table != MAIN_TABLE
+    ):
+        # A way out is nobody's way into the mesh.
         destination, aside = None, True
     return Failure(subject=str(change), text=_sentence(change, error), destination=destination, aside=aside)
 
@@ -116,6 +123,11 @@ def _sentence(change: Change, error: OSError) -> str:
     if isinstance(change, SetUp) and code == errno.EADDRINUSE:
         return f"{change.name} cannot come up: its UDP port is taken by another program; choose another with --port"
     detail = getattr(error, "detail", "") or os.strerror(code)
+    if isinstance(change, AddRule) or (isinstance(change, AddRoute) and change.route.table != MAIN_TABLE):
+        return (
+            f"`{change}` failed ({detail}): what is for the internet may leave beside the gateway that was asked for; "
+            "does this kernel have policy routing (CONFIG_IP_MULTIPLE_TABLES, CONFIG_IPV6_MULTIPLE_TABLES)?"
+        )
     if isinstance(change, AddRoute) and change.route.fence:
         return (
             f"`{change}` failed ({detail}): where the mesh's own route is missing, packets for "

@@ -213,6 +213,7 @@ class Host:
             ipip=ipip.link if ipip else None,
             ipip_local=ipip.local if ipip else None,
             ipip_ours=ipip is None or ipip.link.kind == "ipip",
+            lacking=sysctl.lacking(),
             forwarding=sysctl.forwarding(),
             advertised=sysctl.advertised(self.interface, self.ipip),
             table=self.netfilter.read(table_name(self.interface)),

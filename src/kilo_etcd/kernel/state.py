@@ -169,6 +169,8 @@ class Observed:
     ipip: Link | None = None
     ipip_local: IPAddress | None = None
     ipip_ours: bool = True
+    lacking: frozenset[int] = frozenset()
+    """Families that the kernel has not at all: it takes no rules and no routes of them, and nothing leaves in them."""
     forwarding: frozenset[int] = frozenset()
     advertised: tuple[str, ...] = ()
     """Interfaces that heed IPv6 router advertisements now, and would not once the host forwards IPv6."""

@@ -25,6 +25,12 @@ def forwarding() -> frozenset[int]:
     return frozenset(family for family in (4, 6) if _read(SetForwarding(family).path) == "1")
 
 
+def lacking() -> frozenset[int]:
+    """The families that the kernel has been told to do without (ipv6.disable=1), or was built without."""
+    net = _ROOT / "net"
+    return frozenset({6}) if (net / "ipv4").is_dir() and not (net / "ipv6").is_dir() else frozenset()
+
+
 def advertised(*ours: str) -> tuple[str, ...]:
     """The interfaces, but `ours`, that heed router advertisements only as long as IPv6 is not forwarded; sorted."""
     if 6 in forwarding():
