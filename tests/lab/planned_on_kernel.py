@@ -7,6 +7,7 @@ processor is slow. Shapes are switched there by `on_kernel_wireguard.py`.
 from __future__ import annotations
 
 import pytest
+
 from planned import handed_over, nothing_moves, planned_world
 
 pytestmark = [pytest.mark.lab, pytest.mark.deadline(560)]
