@@ -1,4 +1,4 @@
-"""The same site as `failover`'s, its two gateways guarded by keepalived instead of kilo-etcd, as an operator would do it.
+"""The same site as `failover`'s, its gateways guarded by keepalived instead of kilo-etcd, as an operator would do it.
 
     gcp-3 (member)                                                                 home-3 (member)
         |  10.4.2.0/24 via 10.101.0.250, which moves                                  |
