@@ -7,7 +7,7 @@ ARGS ?=
 # Sets of texts have one order in every run, so that a failing schedule of the simulation can be played again.
 export PYTHONHASHSEED ?= 0
 
-.PHONY: help demo test test-fast simulate check bench format clean
+.PHONY: help demo test test-fast simulate check bench bench-failover format clean
 
 help:
 	@echo 'make demo       a small internet on this machine: three sites, real etcd, real agents, real packets'
@@ -16,6 +16,7 @@ help:
 	@echo 'make simulate   thousands of schedules of faults, agents and all, in virtual time; KILO_SEEDS=5000'
 	@echo 'make check      ruff, mypy strict, import-linter'
 	@echo 'make bench      the numbers, as tables; ARGS=--quick, or the names of some benchmarks'
+	@echo 'make bench-failover  the gap when a gateway crashes, kilo-etcd beside keepalived (Debian'\''s package is installed)'
 	@echo 'make format     what ruff can put right by itself'
 	@echo 'make clean      remove all that the others have made here'
 
@@ -46,6 +47,11 @@ check:
 bench:
 	@scripts/setup all
 	@bench/run $(ARGS)
+
+bench-failover:
+	@scripts/setup all
+	@scripts/setup keepalived
+	@bench/run $(ARGS) failover
 
 format:
 	@scripts/setup python

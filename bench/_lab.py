@@ -9,17 +9,20 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from datetime import datetime
+from types import MappingProxyType
 from typing import Any
 
 import trio
-from attrs import frozen
+from attrs import define, frozen
 
-from kilo_etcd.lab.client import Lab, running_lab
+from kilo_etcd.lab.client import Lab, RunningProbe, running_lab
 from kilo_etcd.lab.machine import BASE
 from kilo_etcd.lab.spec import Spec
+
+_NONE: Mapping[str, str] = MappingProxyType({})
 
 SETTLED_SECONDS = 2.6
 """After a change: a host that has just come stands for leader after 2 s; then nothing is left to do."""
@@ -32,6 +35,50 @@ async def mesh(spec: Spec, *, deadline: float = 60.0) -> AsyncIterator[Lab]:
         await lab.all_pairs_ping(deadline)
         await trio.sleep(SETTLED_SECONDS)
         yield lab
+
+
+@define
+class Seen:
+    """What became of the probes of one event; times in seconds."""
+
+    gap: float = 0.0
+    """The time over which what was sent was never answered, of the probe that fared worst."""
+    slowest: float = 0.0
+    """The longest round trip of what was answered."""
+    sent: int = 0
+    lost: int = 0
+
+
+@asynccontextmanager
+async def watched(
+    lab: Lab, *pairs: tuple[str, str], interval: float, patience: float, addresses: Mapping[str, str] = _NONE
+) -> AsyncIterator[Seen]:
+    """Probe these pairs, both ways, while in the block and, after it, until packets flow again.
+
+    `interval` and `patience` (how long they may take to flow again) in seconds; `addresses` where they are no nodes.
+    """
+    seen, stop, probes = Seen(), trio.Event(), []
+
+    async def probe(source: str, target: str, task_status: trio.TaskStatus[RunningProbe]) -> None:
+        async with lab.probe(source, target, interval, address=addresses.get(target)) as running:
+            task_status.started(running)
+            await stop.wait()
+
+    async with trio.open_nursery() as nursery:
+        for a, b in pairs:
+            probes.append(await nursery.start(probe, a, b))
+            probes.append(await nursery.start(probe, b, a))
+        begun = trio.current_time()
+        await trio.sleep(0.3)
+        yield seen
+        after = trio.current_time() - begun
+        for running in probes:
+            await running.flowing_again(patience, after=after)
+        stop.set()
+    for running in probes:
+        assert running.result is not None
+        seen.gap, seen.slowest = max(seen.gap, running.longest_gap), max(seen.slowest, running.result.slowest)
+        seen.sent, seen.lost = seen.sent + running.sent, seen.lost + running.lost
 
 
 async def statuses(lab: Lab) -> dict[str, dict[str, Any]]:

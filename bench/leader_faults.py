@@ -12,9 +12,9 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-from _lab import candidates, mesh
+from _lab import candidates, mesh, watched
 from _table import console, runs, spread, table
-from failover import HERE, HOSTS, THERE, spec, watched
+from failover import HERE, HOSTS, THERE, spec
 from kilo_etcd.lab.client import Lab
 
 Act = Callable[[Lab, str], Awaitable[object]]
@@ -53,7 +53,7 @@ async def main() -> None:
                 first, *members = await settled(lab)
                 target = (await candidates(lab, THERE, HOSTS[THERE]))[-1]
                 await trio.sleep(random.uniform(0, 1))
-                async with watched(lab, members[-1], target, interval=0.01, patience=20) as seen:
+                async with watched(lab, (members[-1], target), interval=0.01, patience=20) as seen:
                     await act(lab, first)
                 gaps.append(seen.gap)
                 await (lab.power_on(first) if "powered" in what else lab.heal(first))

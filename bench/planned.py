@@ -12,59 +12,18 @@ that it has yet to shake hands with. Leadership goes round: who has led comes ag
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 
 import trio
-from attrs import define
 
-from _lab import SETTLED_SECONDS, candidates, leads, mesh, statuses
+from _lab import SETTLED_SECONDS, Seen, candidates, leads, mesh, statuses, watched
 from _table import console, distribution, runs, table
-from kilo_etcd.lab.client import Lab, RunningProbe
+from kilo_etcd.lab.client import Lab
 from kilo_etcd.lab.spec import Spec
 
 HERE, THERE = "gcp", "home"
 HOSTS = {HERE: 3, THERE: 3}
 INTERVAL = 0.005
-
-
-@define
-class Seen:
-    """Over all probes of one event, seconds."""
-
-    gap: float = 0.0
-    slowest: float = 0.0
-    sent: int = 0
-    lost: int = 0
-
-
-@asynccontextmanager
-async def watched(
-    lab: Lab, *pairs: tuple[str, str], interval: float = INTERVAL, patience: float = 10.0
-) -> AsyncIterator[Seen]:
-    """Probe these pairs, both ways, while in the block and, after it, until packets flow again."""
-    seen, stop, probes = Seen(), trio.Event(), []
-
-    async def probe(source: str, target: str, task_status: trio.TaskStatus[RunningProbe]) -> None:
-        async with lab.probe(source, target, interval=interval) as running:
-            task_status.started(running)
-            await stop.wait()
-
-    async with trio.open_nursery() as nursery:
-        for a, b in pairs:
-            probes.append(await nursery.start(probe, a, b))
-            probes.append(await nursery.start(probe, b, a))
-        begun = trio.current_time()
-        await trio.sleep(0.3)
-        yield seen
-        after = trio.current_time() - begun
-        for running in probes:
-            await running.flowing_again(patience, after=after)
-        stop.set()
-    for running in probes:
-        assert running.result is not None
-        seen.gap, seen.slowest = max(seen.gap, running.longest_gap), max(seen.slowest, running.result.slowest)
-        seen.sent, seen.lost = seen.sent + running.sent, seen.lost + running.lost
 
 
 # -- the events: each is done to `first`, who leads, or `second`, who is next in line ------------------------------
@@ -131,7 +90,7 @@ async def each(lab: Lab, act: Act, count: int) -> list[Seen]:
     target = (await candidates(lab, THERE, 3))[-1]
     for _ in range(count):
         first, second, third = await candidates(lab, HERE, 3)
-        async with watched(lab, (third, target)) as seen:
+        async with watched(lab, (third, target), interval=INTERVAL, patience=10) as seen:
             await act(lab, first, second)
         found.append(seen)
         await lab.start(first)
@@ -154,7 +113,7 @@ async def moves(lab: Lab, act: Act, count: int) -> list[Seen]:
     found = []
     for _ in range(count):
         await candidates(lab, HERE, 3)
-        async with watched(lab, (third, target)) as seen:
+        async with watched(lab, (third, target), interval=INTERVAL, patience=10) as seen:
             await act(lab, first, second)
         found.append(seen)
         first, second = second, first
@@ -170,7 +129,7 @@ async def switches(lab: Lab, act: Act, count: int) -> list[Seen]:
     shapes = ("full", "location", "cross", "location", "full", "cross")
     for number in range(count):
         before = max(status["revision"] for status in (await statuses(lab)).values())
-        async with watched(lab, ("gcp-3", "home-3"), ("home-2", "home-3")) as seen:
+        async with watched(lab, ("gcp-3", "home-3"), ("home-2", "home-3"), interval=INTERVAL, patience=10) as seen:
             await lab.etcdctl("put", "/kilo/mesh/granularity", shapes[number % len(shapes)])
             await applied_after(lab, before)
         found.append(seen)
