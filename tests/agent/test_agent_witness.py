@@ -459,3 +459,15 @@ def test_each_time_within_a_while_it_is_twice_as_long() -> None:
 def test_the_steady_packet_is_below_a_kilobit_a_second() -> None:
     # 20 of IPv4, 8 of ICMP, 4 of ours; WireGuard pads to 16 and adds 32, UDP and IPv4 28.
     assert (20 + 8 + 4 + 32 + 28) * 8 / duty.PERIOD < 1000
+
+
+async def test_a_host_that_has_nobody_to_try_chooses_nobody(mesh: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand(mesh, "g2")
+    chosen: list[str] = []
+    monkeypatch.setattr(duty, "_targets", lambda topology, segment, own, named: chosen.append(own.name) or ())
+    async with running(mesh):
+        await stands(mesh)
+        assert chosen == [], "g2 is next in line"
+        mesh.etcd.delete("/kilo/elections/gcp/g2")
+        await trio.sleep(1)
+        assert set(chosen) == {"h1"}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Collection, Iterable, Mapping
+from functools import cached_property
 from zlib import crc32
 
 from attrs import define, field, frozen
@@ -59,10 +60,17 @@ class Duty:
     """The leader on the location's own network."""
     fellows: tuple[IPAddress, ...]
     """Others of the location on that network."""
-    targets: tuple[Node, ...] = field(eq=False)
-    """Leaders of other locations, in an order of this host's own."""
     doubts: tuple[Verdict, ...] = ()
     """What others say of this very leader."""
+    own: Node = field(eq=False, repr=False)
+    topology: Topology = field(eq=False, repr=False)
+
+    @cached_property
+    def targets(self) -> tuple[Node, ...]:
+        """Leaders of other locations, in an order of this host's own. In a mesh of thousands it takes milliseconds to
+        choose them, which a host that has nobody to try just now need not spend at each change of the mesh."""
+        named = {name for verdict in self.doubts for name in verdict.targets}
+        return _targets(self.topology, self.topology.segment_of(self.leader.name), self.own, named)
 
     def about(self, leader: str, candidacy: int) -> bool:
         """Whether that is whom this duty concerns."""
@@ -114,8 +122,9 @@ def duty_of(topology: Topology, name: str) -> Duty | None:
         first=segment.next_in_line == name,
         near=near.ip,
         fellows=tuple(address.ip for address in addresses if address is not None)[: PANEL - 2],
-        targets=_targets(topology, segment, own, {name for verdict in doubts for name in verdict.targets}),
         doubts=doubts,
+        own=own,
+        topology=topology,
     )
 
 
