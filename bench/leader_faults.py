@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from _lab import candidates, mesh, watched
-from _table import console, runs, spread, table
+from _table import console, distribution, runs, table
 from failover import HERE, HOSTS, THERE, spec
 from kilo_etcd.lab.client import Lab
 
@@ -38,18 +38,19 @@ FAULTS: dict[str, Act] = {
 async def settled(lab: Lab) -> list[str]:
     """The candidates of the location, the leader first, once witnesses have had their first answers."""
     await lab.all_pairs_ping(60)
-    found = await candidates(lab, HERE, HOSTS[HERE])
-    await trio.sleep(4)
-    return found
+    await trio.sleep(6)
+    return await candidates(lab, HERE, HOSTS[HERE])
 
 
 async def main() -> None:
     """Print the table."""
-    found = table("A leader does not forward: gap, s (probe every 10 ms)", "what", "runs", "min", "median", "max")
+    found = table(
+        "A leader does not forward: gap, s (probe every 10 ms)", "what", "runs", "min", "median", "p90", "max"
+    )
     async with mesh(spec(5)) as lab:
         for what, act in FAULTS.items():
             gaps = []
-            for _ in range(runs(5, 1)):
+            for _ in range(runs(10, 1)):
                 first, *members = await settled(lab)
                 target = (await candidates(lab, THERE, HOSTS[THERE]))[-1]
                 await trio.sleep(random.uniform(0, 1))
@@ -60,7 +61,7 @@ async def main() -> None:
                 for host in (first, *members):
                     await lab.kill(host)
                     await lab.start(host)
-            found.add_row(what, *spread(gaps, unit=1, digits=2))
+            found.add_row(what, *distribution(gaps, unit=1, digits=2))
     console.print(found)
 
 

@@ -471,3 +471,43 @@ async def test_a_host_that_has_nobody_to_try_chooses_nobody(mesh: World, monkeyp
         mesh.etcd.delete("/kilo/elections/gcp/g2")
         await trio.sleep(1)
         assert set(chosen) == {"h1"}
+
+
+async def test_who_leads_all_the_same_takes_its_class_up_again_in_its_place(mesh: World) -> None:
+    mesh.etcd.delete("/kilo/elections/gcp/g1")
+    async with running(mesh) as daemon:
+        await stands(mesh)
+        stand(mesh, "g1", CandidateClass.REST)
+        stand(mesh, "g2", CandidateClass.REST)
+        own = mesh.etcd.data[b"/kilo/elections/gcp/h1"].create_revision
+        for witness in ("g1", "g2"):
+            found = VerdictRecord(leader="h1", candidacy=own, targets=("home",), answers=True, reaches=witness == "g1")
+            mesh.etcd.put(f"/kilo/verdicts/gcp/{witness}", encode(found))
+        await eventually(lambda: daemon.role is not None and daemon.role.leader == "g1", 1, every=0.01)
+        await stands(mesh)
+        for node_name in ("g1", "g2"):
+            mesh.etcd.delete(f"/kilo/elections/gcp/{node_name}")
+            mesh.etcd.delete(f"/kilo/verdicts/gcp/{node_name}")
+        await eventually(lambda: daemon.role is not None and daemon.role.leader == "h1", 1, every=0.01)
+        behind = mesh.etcd.data[b"/kilo/elections/gcp/h1"]
+        assert json.loads(behind.value)["rank"] == CandidateClass.PASSED_OVER
+        await trio.sleep(decide.PASSED_OVER_SECONDS + 5)
+        now = mesh.etcd.data[b"/kilo/elections/gcp/h1"]
+        assert json.loads(now.value)["rank"] == CandidateClass.REST
+        assert now.create_revision == behind.create_revision
+
+
+async def test_the_operators_choice_ends_it(mesh: World) -> None:
+    mesh.etcd.delete("/kilo/elections/gcp/g1")
+    async with running(mesh) as daemon:
+        await stands(mesh)
+        stand(mesh, "g1", CandidateClass.REST)
+        stand(mesh, "g2", CandidateClass.REST)
+        own = mesh.etcd.data[b"/kilo/elections/gcp/h1"].create_revision
+        for witness in ("g1", "g2"):
+            found = VerdictRecord(leader="h1", candidacy=own, targets=("home",), answers=True, reaches=witness == "g1")
+            mesh.etcd.put(f"/kilo/verdicts/gcp/{witness}", encode(found))
+        await eventually(lambda: daemon.role is not None and daemon.role.leader == "g1", 1, every=0.01)
+        await stands(mesh)
+        mesh.etcd.put("/kilo/annotations/h1/leader", "true")
+        await eventually(lambda: daemon.role is not None and daemon.role.leader == "h1", 10, every=0.1)

@@ -29,8 +29,12 @@ def allowed() -> list[str]:
     return RANGE.read_text().split()
 
 
+def allow_groups(text: str) -> None:
+    RANGE.write_text(text)
+
+
 def allow() -> None:
-    RANGE.write_text("0 0")
+    allow_groups("0 0")
     sh("ip link add eth0 type veth peer eth1 && ip link set eth0 up && ip address add 192.0.2.1/24 dev eth0")
 
 
@@ -85,6 +89,14 @@ async def test_where_nobody_may_ping_the_agent_lets_its_own_group_and_gives_it_b
     assert [str(change) for change in await cleanup("kilo0")] == ["sysctl -w net.ipv4.ping_group_range='1 0'"]
     assert allowed() == ["1", "0"]
     assert await cleanup("kilo0") == ()
+
+
+async def test_a_range_that_somebody_has_chosen_is_left_as_it_is() -> None:
+    allow_groups("77 78")
+    async with open_kernel(Setup(private_key=PRIVATE, wireguard="userspace")) as kernel:
+        with pytest.raises(KernelError, match=r"leaves its group out.*set it on the host with `sysctl -w .*='0 0'`"):
+            await kernel.ping([HERE], patience=1)
+    assert allowed() == ["77", "78"]
 
 
 async def test_where_the_host_does_not_let_it_the_remedy_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,8 @@ async def read(lab: Lab, *arguments: str) -> Any:
 
 async def test_a_broken_kernel_is_seen_and_mended_and_a_dead_tunnel_is_red() -> None:
     require("etcd", "etcdctl", "wireguard-go", "ip", "nft", "iptables", "circo")
-    spec = Spec.simple({"gcp": 2, "home": 2}, labels={"gcp": "gcp"})
+    # Without witnesses: a broken leader would not lead for long.
+    spec = Spec.simple({"gcp": 2, "home": 2}, labels={"gcp": "gcp"}, agent_args=("--probe", "off"))
     async with running_lab(spec) as lab:
         await lab.all_pairs_ping(60)
         await lab.kgctl("wait")
@@ -39,17 +40,19 @@ async def test_a_broken_kernel_is_seen_and_mended_and_a_dead_tunnel_is_red() -> 
         assert 'color="#2e7d32"' in (await lab.kgctl("graph")).stdout
         assert 'color="#2e7d32"' not in (await lab.kgctl("graph", "--plain")).stdout
 
-        # A change of WireGuard by hand makes no event; the question finds it, and has it repaired.
+        # A change of WireGuard by hand makes no event; it is found all the same, whether or not somebody asks.
         key = (await lab.exec(one, "wg", "show", "kilo0", "peers", check=True)).stdout.split()[0]
         await lab.exec(one, "wg", "set", "kilo0", "peer", key, "remove", check=True)
-        said = await read(lab, "explain", one, other, "--live")
-        assert said["works"] is False
-        assert "away from the plan, the first: wg set kilo0 peer" in said["live"][0]["text"]
 
         async def mended() -> bool:
+            return key in (await lab.exec(one, "wg", "show", "kilo0", "peers", check=True)).stdout
+
+        await eventually(mended, 20, every=0.1)
+
+        async def works() -> bool:
             return bool((await read(lab, "explain", one, other, "--live"))["works"])
 
-        await eventually(mended, 60, every=0.2)
+        await eventually(works, 60, every=0.2)
 
         # The firewall of one end stops WireGuard: with no session left, the edge is red, and it is said which port.
         await lab.exec(other, "sh", "-c", "nft add table inet x; nft add chain inet x i '{ type filter hook input "

@@ -11,6 +11,12 @@ from kilo_etcd import store
 from kilo_etcd.agent import decide
 from kilo_etcd.model import CandidateClass, Snapshot
 
+_CHOSEN = (CandidateClass.ANNOTATED_PUBLIC, CandidateClass.ANNOTATED)
+
+
+def _newly_chosen(before: decide.Stand | None, now: decide.Stand | None) -> bool:
+    return before is not None and now is not None and now.rank in _CHOSEN and before.rank not in _CHOSEN
+
 
 class Candidacy:
     """The candidacy of node `name`, entered and given up through `session`."""
@@ -20,6 +26,8 @@ class Candidacy:
         self._name = name
         self._eligible: decide.Stand | None = None
         self._steady_since = 0.0
+        self._wish: decide.Stand | None = None
+        """As what this host would stand if it had never been passed over."""
         self._stood = False
         """Whether this host wanted to stand when it was last asked."""
         self._penance = decide.Penance()
@@ -40,12 +48,14 @@ class Candidacy:
         wanted = decide.eligible(snapshot, self._name)
         held = self._session.candidacy
         current = None if held is None else decide.Stand(held.location, held.rank)
-        behind = current is not None and current.rank is CandidateClass.PASSED_OVER
         if passed_over and not self._passed_over:
             self._penance = self._penance.again(now)
         self._passed_over = passed_over
-        # Who leads all the same goes on: to queue anew would be one more change of leader.
-        if wanted is not None and (now < self._penance.until or (behind and leads)):
+        if _newly_chosen(self._wish, wanted):
+            # The operator's word, put since, counts for more than what witnesses said before.
+            self._penance = decide.Penance()
+        self._wish = wanted
+        if wanted is not None and now < self._penance.until:
             wanted = decide.Stand(wanted.location, CandidateClass.PASSED_OVER)
         if wanted != self._eligible or (held is None and self._stood):
             # Who has lost its place with its lease waits as who has just come: if all did, whoever leads stands first.

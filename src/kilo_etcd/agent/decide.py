@@ -156,7 +156,7 @@ def keeps_its_place(current: Stand | None, wanted: Stand | None, *, leads: bool)
     """
     if current is None or wanted is None or current.location != wanted.location:
         return False
-    if CandidateClass.PASSED_OVER in (current.rank, wanted.rank):
+    if wanted.rank is CandidateClass.PASSED_OVER:
         return False
     return leads or wanted.rank > current.rank
 

@@ -65,6 +65,14 @@ def failure(change: Change, error: OSError) -> Failure:
     return Failure(subject=str(change), text=_sentence(change, error), destination=destination, aside=aside)
 
 
+def cannot_ping(error: OSError) -> str:
+    """Why no echo request can be sent, with the step that helps where one is known."""
+    if isinstance(error, PermissionError):
+        change = AllowPings(os.getegid())
+        return f"this process may not ping ({change.path} leaves its group out): set it on the host with `{change}`"
+    return f"this host cannot ping: {error.strerror}"
+
+
 def _sentence(change: Change, error: OSError) -> str:
     code = error.errno or 0
     if isinstance(change, KeepAdvertisements):

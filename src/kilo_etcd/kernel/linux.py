@@ -19,13 +19,13 @@ from typing import TypeVar
 import trio
 from attrs import evolve
 
-from kilo_etcd.kernel import echo, rtnetlink
+from kilo_etcd.kernel import echo, rtnetlink, sysctl
 from kilo_etcd.kernel.api import Kernel
 from kilo_etcd.kernel.diff import Difference, difference, is_drift, must_look, remember, shadows, superseded
 from kilo_etcd.kernel.drift import Watch, Whereabouts, bends_ways, device_period
 from kilo_etcd.kernel.effect import apply_changes
 from kilo_etcd.kernel.egress import Egress
-from kilo_etcd.kernel.errors import NO_PERMISSION, KernelError, taken
+from kilo_etcd.kernel.errors import NO_PERMISSION, KernelError, cannot_ping, taken
 from kilo_etcd.kernel.firewall import table_name
 from kilo_etcd.kernel.forward import DeleteForward, mark
 from kilo_etcd.kernel.host import Host, may_change_the_network
@@ -231,12 +231,13 @@ class LinuxKernel:
             try:
                 return await echo.ping(addresses, times=times, patience=patience, first=first)
             except PermissionError:
+                if not sysctl.nobody_may_ping():
+                    raise  # A range that somebody has chosen is left as it is.
                 async with self._lock:
                     _, failed = await _in_thread(lambda: self._host.make([AllowPings(os.getegid())]))
             return await echo.ping(addresses, times=times, patience=patience, first=first)
         except OSError as error:
-            reason = failed[0][1].text if failed else f"this host cannot ping: {error.strerror}"
-            raise KernelError(reason) from None
+            raise KernelError(failed[0][1].text if failed else cannot_ping(error)) from None
 
     async def wait_drift(self) -> str:
         look_at = trio.current_time()

@@ -43,6 +43,12 @@ def advertised(*ours: str) -> tuple[str, ...]:
     return tuple(name for name in asked if _read(KeepAdvertisements(name).path) == "1")
 
 
+def nobody_may_ping() -> bool:
+    """Whether the kernel's echo sockets are for no group at all, as they are by default: the range is empty."""
+    words = (_read(AllowPings(0).path) or "").split()
+    return len(words) == 2 and all(word.isdecimal() for word in words) and int(words[0]) > int(words[1])
+
+
 def change_to(change: SetForwarding | AllowPings | KeepAdvertisements, record: Path) -> None:
     """OSError if it is not ours to write."""
     before = _read(change.path)
