@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from kilo_etcd import quickip
 from kilo_etcd.store.keys import decode_name
-from kilo_etcd.store.records import _FIELDS, MAX_VALUE, RecordError, encode, read
+from kilo_etcd.store.records import _FIELDS, _REQUIRED, MAX_VALUE, RecordError, encode, read
 
 # --- addresses --------------------------------------------------------------------------------------------------------
 
@@ -150,7 +150,7 @@ def objects(draw: st.DrawFn, kind: type) -> bytes:
     all_sound = draw(st.booleans())
     data: dict[str, Any] = {}
     for name in witness.READERS[kind]:
-        required = next(one.required for one in _FIELDS[kind] if one.written == name)
+        required = name in _REQUIRED[kind]
         how = 0 if all_sound else draw(st.integers(0, 5))
         if how <= 3 and (required or draw(st.booleans())):
             data[name] = draw(sound.get(name, sound_texts))
@@ -173,7 +173,7 @@ def found(work: Callable[[], Any]) -> tuple[str, Any]:
 def test_every_kind_of_record_has_its_witness() -> None:
     assert witness.READERS.keys() == _FIELDS.keys()
     for kind, readers in witness.READERS.items():
-        assert list(readers) == [one.written for one in _FIELDS[kind]]
+        assert list(readers) == list(_FIELDS[kind])
 
 
 @pytest.mark.parametrize("kind", witness.READERS, ids=lambda kind: kind.__name__)
@@ -192,7 +192,7 @@ def test_records_are_read_and_refused_as_the_witness_does(kind: type) -> None:
             assert [type(one) for one in _parts(record)] == [type(one) for one in _parts(theirs[1][0])]
             assert encode(record) == witness.encode(record)
             # An empty field is left out, so what must be there must not be empty.
-            if all(getattr(record, one.name) != "" for one in _FIELDS[kind] if one.required):
+            if all(getattr(record, _FIELDS[kind][name].name) != "" for name in _REQUIRED[kind]):
                 assert read(kind, encode(record)).record == record
 
     holds()

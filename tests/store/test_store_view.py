@@ -12,6 +12,7 @@ from store_world import KEYS, World, record, wg_key
 
 from kilo_etcd.model import CandidateClass, Endpoint, Granularity
 from kilo_etcd.store import CandidateRecord, encode
+from kilo_etcd.store.effective import Registered
 
 
 def test_a_node_is_joined_from_its_record_label_annotations_and_address() -> None:
@@ -321,3 +322,22 @@ def test_one_change_among_thousands_of_nodes_is_cheap_and_leaves_the_others() ->
     assert sum(after.nodes[name] is node for name, node in before.nodes.items()) == 2_000 - 20
     # The number to beat is 2 ms for a mesh of 10,000 (`make bench`); a machine may be busy, so this is generous.
     assert sorted(took)[len(took) // 2] < 0.02, took
+
+
+@given(
+    st.sampled_from([None, Endpoint.parse("203.0.113.1:51820"), Endpoint.parse("a.example:51820")]),
+    st.lists(st.sampled_from(["203.0.113.2:51820", "[2001:db8::1]:51820"]), unique=True),
+    st.sampled_from(["", "10.0.0.1/24"]),
+    st.sampled_from(["", "172.16.0.0/16"]),
+    st.integers(0, 65535),
+)
+def test_without_annotations_a_node_is_what_its_record_says(
+    endpoint: Endpoint | None, more: list[str], internal: str, subnets: str, keepalive: int
+) -> None:
+    said = record(
+        "a", endpoint=endpoint, more_endpoints=tuple(map(Endpoint.parse, more)), subnets=subnets,
+        persistent_keepalive=keepalive, **({"internal_ips": internal} if internal else {}),
+    )  # fmt: skip
+    registered = Registered(said, 1)
+    # One that says nothing is read the long way, in which each annotation is looked for.
+    assert registered.annotated({}) == registered.annotated({"unheard-of": ""})

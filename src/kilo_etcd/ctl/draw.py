@@ -10,7 +10,7 @@ import re
 import subprocess
 from collections.abc import Mapping
 
-from kilo_etcd.topology.graph import Edge, EdgeKind, EdgeState, clusters, edges
+from kilo_etcd.topology.graph import Edge, EdgeKind, EdgeState, clusters, edges, ordered
 from kilo_etcd.topology.segments import Topology
 
 
@@ -59,7 +59,7 @@ def mermaid(topology: Topology, states: Mapping[Edge, EdgeState]) -> str:
         allowed = ", ".join(map(str, topology.peers[peer].allowed_ips))
         lines.append(f"    {name}[{_quoted(peer, allowed)}]")
     good, bad = [], []
-    for number, edge in enumerate(sorted(edges(topology))):
+    for number, edge in enumerate(ordered(edges(topology))):
         arrow = {EdgeKind.TUNNEL: "<-->", EdgeKind.LOCAL: "-.-", EdgeKind.PEER: "-.->"}[edge.kind]
         state = states.get(edge)
         if state is not None and state.up is False:
@@ -113,7 +113,7 @@ def graph_json(topology: Topology, states: Mapping[Edge, EdgeState]) -> str:
             ],
             "edges": [
                 {"one": edge.one, "other": edge.other, "kind": edge.kind.value, **_state(states.get(edge))}
-                for edge in sorted(edges(topology))
+                for edge in ordered(edges(topology))
             ],
         },
         indent=2,

@@ -51,7 +51,10 @@ class Registered:
 
     def annotated(self, annotations: Mapping[str, str]) -> tuple[Annotated, dict[str, str]]:
         """The annotations' effect, and what is wrong with those that have none (annotation name -> reason)."""
-        record, wrong = self.record, {}
+        record = self.record
+        wrong: dict[str, str] = {}
+        if not annotations:
+            return self._unannotated(), wrong
 
         def value(name: str, parse: Callable[[str], T], otherwise: T) -> T:
             text = annotations.get(name)
@@ -82,21 +85,32 @@ class Registered:
             subnets=value("subnets", lambda text: parse_networks(text) or record.subnets, record.subnets),
         ), wrong
 
+    def _unannotated(self) -> Annotated:
+        # As most nodes are. The same as to look for each annotation in vain; a test compares them.
+        record = self.record
+        return Annotated(
+            endpoint=record.endpoint,
+            more_endpoints=_others(record.endpoint, record),
+            internal_ips=record.internal_ips,
+            persistent_keepalive=record.persistent_keepalive,
+            subnets=record.subnets,
+        )
+
 
 @frozen(kw_only=True)
 class Annotated:
     """What annotations can say about a node."""
 
     endpoint: Endpoint | None
-    forced: bool
+    forced: bool = False
     """Whether the endpoint is the operator's word."""
     more_endpoints: tuple[Endpoint, ...]
     internal_ips: tuple[IPInterface, ...]
-    leader_wanted: bool
-    gateway: bool
-    way_out: str
+    leader_wanted: bool = False
+    gateway: bool = False
+    way_out: str = ""
     persistent_keepalive: int
-    allowed_location_ips: tuple[IPNetwork, ...]
+    allowed_location_ips: tuple[IPNetwork, ...] = ()
     subnets: tuple[IPNetwork, ...]
 
 

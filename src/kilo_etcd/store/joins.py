@@ -44,7 +44,9 @@ class KeyIndex:
     def rivals(self, owner: Owner) -> list[Owner]:
         """The other owners of the same key that keep `owner` from being in force, sorted."""
         key = self._key_of.get(owner)
-        others = sorted(self._owners[key] - {owner}) if key is not None else []
+        if key is None or len(self._owners[key]) == 1:
+            return []
+        others = sorted(self._owners[key] - {owner})
         return [other for other in others if other[0] == "node"] if owner[0] == "node" else others
 
 

@@ -182,8 +182,7 @@ class VerdictRecord:
 R = TypeVar("R")
 
 
-@frozen
-class Read(Generic[R]):
+class Read(NamedTuple, Generic[R]):
     """A decoded record, and the fields that it had beside those we know."""
 
     record: R
@@ -250,7 +249,7 @@ def parse_keepalive(value: object) -> int:
 
 def one_per_family(interfaces: tuple[IPInterface, ...]) -> tuple[IPInterface, ...]:
     """The same tuple, if it has at most one address per family; ValueError otherwise."""
-    if len({interface.version for interface in interfaces}) != len(interfaces):
+    if len(interfaces) > 1 and len({interface.version for interface in interfaces}) != len(interfaces):
         raise ValueError("more than one address of a family")
     return interfaces
 
@@ -361,6 +360,8 @@ def _items(parse: Callable[[object], Any]) -> Callable[[object], tuple[Any, ...]
     def read(value: object) -> tuple[Any, ...]:
         if not isinstance(value, list):
             raise ValueError(f"{_short(value)} is no list")
+        if len(value) == 1:  # as most are
+            return (parse(value[0]),)
         return tuple(dict.fromkeys(parse(item) for item in value))
 
     return read
@@ -471,12 +472,10 @@ def _camel(name: str) -> str:
 
 
 class _Field(NamedTuple):
-    """One field of a kind of record: its name here and in JSON, how it is read, and whether it must be there."""
+    """One field of a kind of record: its name here, and how it is read."""
 
     name: str
-    written: str
     read: Callable[[object], Any]
-    required: bool
 
 
 def _plain(value: Any) -> Any:
@@ -488,13 +487,14 @@ def _plain(value: Any) -> Any:
 
 
 _FIELDS = {
-    record: tuple(
-        _Field(attribute.name, _camel(attribute.name), readers[attribute.name], attribute.default is NOTHING)
-        for attribute in fields(record)
-    )
+    record: {_camel(attribute.name): _Field(attribute.name, readers[attribute.name]) for attribute in fields(record)}
     for record, readers in _READERS.items()
 }
-_KNOWN = {record: frozenset(each.written for each in known) for record, known in _FIELDS.items()}
+"""Kind -> its fields in JSON, in their order."""
+_REQUIRED = {
+    record: frozenset(_camel(attribute.name) for attribute in fields(record) if attribute.default is NOTHING)
+    for record in _READERS
+}
 Record = Union[  # noqa: UP007
     NodeRecord,
     CandidateRecord,
@@ -509,7 +509,7 @@ Record = Union[  # noqa: UP007
 
 def encode(record: Record) -> bytes:
     """A record as it is put into etcd: JSON, canonical."""
-    written = {each.written: _plain(getattr(record, each.name)) for each in _FIELDS[type(record)]}
+    written = {name: _plain(getattr(record, each.name)) for name, each in _FIELDS[type(record)].items()}
     said = {name: value for name, value in written.items() if value not in (None, "", [])}
     return json.dumps(said, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
@@ -525,32 +525,32 @@ def read(kind: type[R], value: bytes, limit: int = MAX_VALUE) -> Read[R]:
         raise RecordError(f"the value is not JSON: {error}") from None
     if not isinstance(data, dict):
         raise RecordError("the value is not a JSON object")
+    known = _FIELDS[kind]
+    said: dict[str, Any] = {}
+    wrong: dict[str, Exception] = {}
     unknown: tuple[str, ...] = ()
-    if not data.keys() <= _KNOWN[kind]:
-        strange = data.keys() - _KNOWN[kind]
-        unknown = tuple(sorted(name.encode("utf-8", "backslashreplace").decode() for name in strange))
-    return Read(kind(**_said(kind, data)), unknown)
+    for name, item in data.items():
+        if name not in known:
+            unknown += (name.encode("utf-8", "backslashreplace").decode(),)
+            continue
+        field_name, read_one = known[name]
+        try:
+            said[field_name] = read_one(item)
+        # Not ValueError alone: to show a value that is nested deeply can fail too.
+        except Exception as error:
+            wrong[name] = error
+    if wrong or not data.keys() >= _REQUIRED[kind]:
+        raise RecordError(_complaint(kind, data, wrong))
+    return Read(kind(**said), tuple(sorted(unknown)))
 
 
-def _said(kind: type, data: dict[str, Any]) -> dict[str, Any]:
-    """What a JSON object says of the fields of `kind`, by their names here. RecordError."""
-    said = {}
-    missing, wrong = "", []
-    for name, written, read_one, required in _FIELDS[kind]:
-        if written in data:
-            try:
-                said[name] = read_one(data[written])
-            # Not ValueError alone: to show a value that is nested deeply can fail too.
-            except Exception as error:
-                wrong.append(f"{written}: {error}")
-        elif required:
-            missing = missing or written
+def _complaint(kind: type, data: dict[str, Any], wrong: dict[str, Exception]) -> str:
     # One field is enough to send a person there; the count says whether to go on looking.
-    if missing:
-        raise RecordError(f"the field {missing} is missing")
-    if wrong:
-        raise RecordError(wrong[0] + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""))
-    return said
+    for name in _FIELDS[kind]:
+        if name in _REQUIRED[kind] and name not in data:
+            return f"the field {name} is missing"
+    first = next(name for name in _FIELDS[kind] if name in wrong)
+    return f"{first}: {wrong[first]}" + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else "")
 
 
 def decode_node(value: bytes) -> NodeRecord:
@@ -593,6 +593,6 @@ def decode_peer(value: bytes) -> PeerRecord:
     found = read(PeerRecord, value)
     if found.unknown:
         raise RecordError(
-            f"{', '.join(found.unknown)}: no such field; a peer has {', '.join(sorted(_KNOWN[PeerRecord]))}"
+            f"{', '.join(found.unknown)}: no such field; a peer has {', '.join(sorted(_FIELDS[PeerRecord]))}"
         )
     return found.record

@@ -27,7 +27,7 @@ A node that has claimed no address yet is joining: it is left out without a word
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from attrs import evolve, frozen
@@ -138,7 +138,8 @@ class View:
             self._delete(key)
             changed = True
         for key, kv in listed.items():
-            if self._kvs.get(key) != kv:
+            held = self._kvs.get(key)
+            if held is None or held != kv:
                 self._put(kv)
                 changed = True
         if changed:
@@ -239,16 +240,12 @@ class View:
         if registered is None:
             self._note(owner, ())
             return None
-        key = self._keys.node(name)
         said, wrong = registered.annotated(self._annotations.get(name, {}))
         notes = [SetAside(self._keys.annotation(name, annotation), text) for annotation, text in wrong.items()]
         rivals = self._key_index.rivals(owner)
         if rivals:
-            notes.append(
-                SetAside(
-                    key, f"its public key is also that of {describe(rivals)}; none is in force until one is removed"
-                )
-            )
+            text = f"its public key is also that of {describe(rivals)}; none is in force until one is removed"
+            notes.append(SetAside(self._keys.node(name), text))
         self._note(owner, notes)
         addresses = lowest_per_family(self._claims.get(name, ()), self.subnets or ())
         if rivals or not addresses:
@@ -296,19 +293,20 @@ class View:
 
     def _read(self, key: bytes, kv: KeyValue | None) -> None:
         parsed = self._keys.parse(key)
-        notes: list[str] = []
+        notes: Sequence[str] = ()
         if parsed is None:
             if kv is not None:
-                notes.append(self._keys.hint(key))
+                notes = (self._keys.hint(key),)
         else:
             try:
-                notes.extend(self._take(parsed, kv))
+                notes = self._take(parsed, kv)
             except RecordError as error:
                 self._take(parsed, None)
-                notes = [str(error)]
-        self._note(key, (SetAside(k.key_text(key), note) for note in notes))
+                notes = (str(error),)
+        if notes or key in self._aside:
+            self._note(key, (SetAside(k.key_text(key), note) for note in notes))
 
-    def _take(self, parsed: k.ParsedKey, kv: KeyValue | None) -> Iterable[str]:
+    def _take(self, parsed: k.ParsedKey, kv: KeyValue | None) -> Sequence[str]:
         """One key's value into its table (None: out of it). RecordError before anything has changed."""
         value = None if kv is None else kv.value
         match parsed:
@@ -341,7 +339,7 @@ class View:
                 return self._take_subnets(value)
         return ()
 
-    def _take_node(self, node: str, kv: KeyValue | None) -> Iterable[str]:
+    def _take_node(self, node: str, kv: KeyValue | None) -> Sequence[str]:
         if kv is None:
             self._registered.pop(node, None)
             unknown: tuple[str, ...] = ()
@@ -350,7 +348,8 @@ class View:
             found = read(NodeRecord, kv.value)
             self._registered[node] = Registered(found.record, kv.create_revision)
             unknown, key = found.unknown, found.record.public_key
-        self._dirty |= {("node", node)} | self._key_index.claim(("node", node), key)
+        self._dirty.add(("node", node))
+        self._dirty |= self._key_index.claim(("node", node), key)
         return [_unknown(name) for name in unknown]
 
     def _take_peer(self, name: str, value: bytes | None) -> None:
@@ -371,7 +370,7 @@ class View:
         )
         self._dirty |= {("peer", name)} | self._key_index.claim(("peer", name), record.public_key if record else None)
 
-    def _take_annotation(self, node: str, name: str, value: bytes | None) -> Iterable[str]:
+    def _take_annotation(self, node: str, name: str, value: bytes | None) -> Sequence[str]:
         if name not in ANNOTATIONS:
             return (
                 [f"no such annotation is known; there are {', '.join(sorted(ANNOTATIONS))}"]
@@ -403,7 +402,7 @@ class View:
             return []
         return [f"the address is not within the mesh's subnets ({', '.join(map(str, self.subnets))})"]
 
-    def _take_candidate(self, location: str, node: str, kv: KeyValue | None) -> Iterable[str]:
+    def _take_candidate(self, location: str, node: str, kv: KeyValue | None) -> Sequence[str]:
         found = None if kv is None else read(CandidateRecord, kv.value)
         candidates = dict(self._elections.get(location, {}))
         if found is None or kv is None:
@@ -416,7 +415,7 @@ class View:
         self._dirty_elections.add(location)
         return [_unknown(name) for name in found.unknown] if found else []
 
-    def _take_sighting(self, name: str, observer: str, kv: KeyValue | None) -> Iterable[str]:
+    def _take_sighting(self, name: str, observer: str, kv: KeyValue | None) -> Sequence[str]:
         found = None if kv is None else read(SightingRecord, kv.value)
         observers = dict(self._observers.get(name, {}))
         if found is None or kv is None:
@@ -438,7 +437,7 @@ class View:
             self._dirty.add(("peer", name))
         return [_unknown(unknown) for unknown in found.unknown] if found else []
 
-    def _take_verdict(self, location: str, witness: str, kv: KeyValue | None) -> Iterable[str]:
+    def _take_verdict(self, location: str, witness: str, kv: KeyValue | None) -> Sequence[str]:
         found = None if kv is None else read(VerdictRecord, kv.value)
         witnesses = dict(self._witnesses.get(location, {}))
         if found is None:
@@ -458,13 +457,13 @@ class View:
         self._dirty_verdicts.add(location)
         return [_unknown(unknown) for unknown in found.unknown] if found else []
 
-    def _take_granularity(self, value: bytes | None) -> Iterable[str]:
+    def _take_granularity(self, value: bytes | None) -> Sequence[str]:
         if value is None:
             return [] if self.granularity is None else [f"the value is missing; {self.granularity} stays in force"]
         self.granularity = decode_granularity(value)
         return ()
 
-    def _take_subnets(self, value: bytes | None) -> Iterable[str]:
+    def _take_subnets(self, value: bytes | None) -> Sequence[str]:
         if value is None:
             return [] if not self.subnets else ["the value is missing; the subnets known before stay in force"]
         subnets = decode_subnets(value)

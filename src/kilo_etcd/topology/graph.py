@@ -9,9 +9,10 @@ clusters but draws no boxes (`dot` and `fdp` do): so nodes of one cluster have o
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from itertools import combinations
+from operator import attrgetter
 
 from attrs import frozen
 
@@ -39,7 +40,7 @@ class EdgeKind(StrEnum):
     """A node and an outside peer."""
 
 
-@frozen(order=True)
+@frozen
 class Edge:
     """`one` and `other` are names; two nodes' come in order, and with PEER `other` is the outside peer's."""
 
@@ -81,6 +82,11 @@ def edges(topology: Topology) -> frozenset[Edge]:
                 result.add(_edge(leader, member, EdgeKind.LOCAL))
         result.update(Edge(leader.name, peer, EdgeKind.PEER) for peer in topology.peers)
     return frozenset(result)
+
+
+def ordered(these: Iterable[Edge]) -> list[Edge]:
+    """Edges by the names of their ends."""
+    return sorted(these, key=attrgetter("one", "other", "kind"))
 
 
 def _edge(one: Node, other: Node, kind: EdgeKind) -> Edge:
@@ -131,12 +137,13 @@ def graph(topology: Topology, states: Mapping[Edge, EdgeState] | None = None) ->
     for name in sorted(topology.peers):
         label = _peer_label(topology.peers[name])
         lines.append(f"\t{_id(names['peer', name])} [label={label}, style=dashed];")
-    for edge in sorted(edges(topology)):
-        other = names["peer" if edge.kind is EdgeKind.PEER else "node", edge.other]
+    ids = {end: _id(name) for end, name in names.items()}
+    for edge in ordered(edges(topology)):
+        other = ids["peer" if edge.kind is EdgeKind.PEER else "node", edge.other]
         look = {EdgeKind.TUNNEL: "", EdgeKind.LOCAL: ", style=dotted", EdgeKind.PEER: ", style=dashed"}[edge.kind]
         if states and (state := states.get(edge)) is not None:
             look += _STATES[state.up].format(_text(state.text))
-        lines.append(f"\t{_id(edge.one)} -> {_id(other)} [dir=both{look}];")
+        lines.append(f"\t{ids['node', edge.one]} -> {other} [dir=both{look}];")
     return "\n".join([*lines, "}"]) + "\n"
 
 
@@ -154,6 +161,8 @@ def _peer_label(peer: Peer) -> str:
 
 
 def _clean(text: str) -> str:
+    if text.isascii() and text.isprintable():
+        return text
     # SVG, being XML, has no way to write control characters at all.
     kept = (c if c >= " " and not "\x7f" <= c <= "\x9f" and c not in "\ufffe\uffff" else "\ufffd" for c in text)
     return "".join(kept).encode(errors="replace").decode()
