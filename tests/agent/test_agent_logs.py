@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import structlog
 
-from kilo_etcd.agent.logs import Once, get_logger, render, setup_logging
+from kilo_etcd.agent.logs import Once, get_logger, render, say_due, say_rest, setup_logging
 
 
 @pytest.fixture(autouse=True)
@@ -165,7 +165,7 @@ def test_a_reader_that_does_not_read_loses_lines_and_is_told() -> None:
         begun = time.monotonic()
         # 64 KiB is a pipe's default capacity; every line beyond it would block for ever.
         for number in range(45):
-            get_logger().info("x" * 1900, number=number)
+            get_logger().info(f"{number} {'x' * 1900}", number=number)
         assert time.monotonic() - begun < 10
         before = reader.read()
         get_logger().info("heard again")
@@ -257,7 +257,7 @@ def test_a_frozen_journald_delays_little_and_hears_of_the_loss(journald: socket.
     setup_logging("info", journal=Path(journald.getsockname()))
     begun = time.monotonic()
     for number in range(2000):
-        get_logger().info("on", number=number)
+        get_logger().info(f"on {number}")
     assert time.monotonic() - begun < 5
     journald.setblocking(False)
     with contextlib.suppress(BlockingIOError):
@@ -344,3 +344,21 @@ def test_of_a_group_what_came_and_what_went_is_said() -> None:
         'info: no longer: b {"revision": 4}',
         'info: no longer: c {"revision": 4}',
     ]
+
+
+def test_what_is_said_again_and_again_is_said_less_often_but_the_first_and_the_last_are() -> None:
+    out, now = io.StringIO(), 0.0
+    setup_logging("debug", stream=out, steady=lambda: now)
+    log = get_logger()
+    for revision in range(1000):
+        log.info("applied", revision=revision)
+        log.debug("changed", command="x")
+    assert out.getvalue().count("applied") == 10
+    assert out.getvalue().count("changed") == 1000, "who asks for everything gets everything"
+    now = 10.0
+    say_due()
+    assert out.getvalue().splitlines()[-1].endswith("applied  revision=999 left_out_before=989")
+    log.info("applied", revision=1000)
+    assert "revision=1000" not in out.getvalue()
+    say_rest()
+    assert out.getvalue().endswith("applied  revision=1000\n")

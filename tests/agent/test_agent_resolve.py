@@ -106,7 +106,7 @@ class World:
 
 @asynccontextmanager
 async def running(world: World, *names: str) -> AsyncIterator[Resolver]:
-    resolver = Resolver(lookup=world.lookup)
+    resolver = Resolver(lookup=world.lookup, jitter=0.0)
     resolver.set_names(frozenset(names))
     async with trio.open_nursery() as nursery:
         await nursery.start(resolver.run)

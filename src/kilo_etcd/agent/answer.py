@@ -7,6 +7,7 @@ hear questions, that is said once and tried again now and then.
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable
 
@@ -67,6 +68,7 @@ class Answerer:
         self._kernel = device
         self._programmed = programmed
         self._once = once
+        self._rng = random.Random()
 
     async def run(self) -> None:
         """Answer until cancelled."""
@@ -75,11 +77,11 @@ class Answerer:
                 await attend(self._client, self._keys, self._name, self.answer)
             except etcd.Unavailable:
                 # The rest of the agent says so, louder; who comes back to etcd with us wants an answer soon.
-                await trio.sleep(AWAY_SECONDS)
+                await trio.sleep(AWAY_SECONDS * self._rng.uniform(0.5, 1.5))
                 continue
             except etcd.EtcdError as error:
                 self._once.warning("questions", "questions of kgctl cannot be answered", error=str(error))
-            await trio.sleep(RETRY_SECONDS)
+            await trio.sleep(RETRY_SECONDS * self._rng.uniform(0.5, 1.5))
 
     async def answer(self, _question: QuestionRecord) -> AnswerRecord:
         """What is on the host now."""

@@ -27,7 +27,7 @@ from kilo_etcd.agent.counted import counted
 from kilo_etcd.agent.hearing import Hearing
 from kilo_etcd.agent.hearsay import Hearsay, followed
 from kilo_etcd.agent.lastknown import Disk, Identity, Keeper, Remembered
-from kilo_etcd.agent.logs import Once, get_logger
+from kilo_etcd.agent.logs import Once, get_logger, say_due, say_rest
 from kilo_etcd.agent.lookout import Lookout
 from kilo_etcd.agent.metrics import Metrics
 from kilo_etcd.agent.neighbours import Neighbours, Post
@@ -64,6 +64,9 @@ KERNEL_RETRY_SECONDS = 0.5
 
 POST_RETRY_SECONDS = 60.0
 """After the port for neighbours could not be had."""
+
+SAY_SECONDS = 5.0
+"""Between two looks at what of the log was left out."""
 
 SETTLE_SECONDS = 0.5
 """How long changes of the host's own addresses may go on before they are looked at: they come in bursts."""
@@ -201,6 +204,7 @@ class Daemon:
     async def run(self) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._heed_signals)
+            nursery.start_soon(self._mind_log)
             async with trio.open_nursery() as members:
                 joined = await self._until_stopped(self._join, members)
                 if joined:
@@ -213,6 +217,14 @@ class Daemon:
                 members.cancel_scope.cancel()
             await self._leave()
             nursery.cancel_scope.cancel()
+
+    async def _mind_log(self) -> None:
+        try:
+            while True:
+                await trio.sleep(SAY_SECONDS)
+                say_due()
+        finally:
+            say_rest()
 
     async def _heed_signals(self) -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:

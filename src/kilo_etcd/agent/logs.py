@@ -3,8 +3,9 @@
 An event is a sentence and fields: `log.info("leader elected", location="gcp")`. On a terminal or in a pipe it becomes
 a line; where stderr is the journal it becomes an entry whose MESSAGE is that line and whose fields can be asked for
 (`journalctl -u kilo-etcd KILO_LOCATION=gcp`). A log call never raises and waits for a reader at most a twentieth of a
-second: lines that nobody takes are dropped and counted, since forwarding must not stop with the log. Values come from
-other hosts through etcd, so whatever a terminal could take for a command is escaped.
+second: lines that nobody takes are dropped and counted, since forwarding must not stop with the log. What is said again
+and again is said less often (`agent.repeats`); `say_due` is to be called now and then for the last of it. Values come
+from other hosts through etcd, so whatever a terminal could take for a command is escaped.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from typing import Any, Protocol, TextIO, cast
 
 import structlog
 from attrs import define, field, frozen
+
+from kilo_etcd.agent.repeats import Line, Repeats
 
 IDENTIFIER = "kg"
 OURS = "kilo_etcd"
@@ -52,6 +55,7 @@ def setup_logging(
     stream: TextIO | None = None,
     journal: Path | None = None,
     clock: Callable[[], float] = time.time,
+    steady: Callable[[], float] = time.monotonic,
 ) -> None:
     """Send the log of this process to `journal` (journald's socket), else to `stream`, else to where stderr leads.
 
@@ -63,7 +67,7 @@ def setup_logging(
     global _current
     if _current is not None:
         _current.close()
-    out = _current = _open_journal(journal) if journal is not None else Lines(stream, clock)
+    out = _current = Rarely(_open_journal(journal) if journal is not None else Lines(stream, clock), steady)
     structlog.configure(
         processors=[_hand_over],
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
@@ -205,7 +209,50 @@ class Out(Protocol):
     def close(self) -> None: ...
 
 
-_current: Out | None = None
+class Rarely:
+    """Hands on to `out`, but what is said again and again less often. `steady`: seconds of a monotonic clock."""
+
+    def __init__(self, out: Out, steady: Callable[[], float]) -> None:
+        self._out = out
+        self._steady = steady
+        self._repeats = Repeats()
+
+    def write(self, level: str, event: Mapping[str, Any]) -> None:
+        if level in ("debug", "critical"):
+            self._out.write(level, event)
+            return
+        self._write(self._repeats.offer(Line(level, event), self._steady()))
+
+    def say_due(self) -> None:
+        """Hand on what was left out for long enough."""
+        self._write(self._repeats.due(self._steady()))
+
+    def say_rest(self) -> None:
+        """Hand on the last of each, however short ago the one before it was."""
+        self._write(self._repeats.rest())
+
+    def close(self) -> None:
+        self.say_rest()
+        self._out.close()
+
+    def _write(self, lines: Iterable[Line]) -> None:
+        for line in lines:
+            _write_safely(self._out, line.level, line.event)
+
+
+_current: Rarely | None = None
+
+
+def say_due() -> None:
+    """Say what was left out because it had been said so often, where that is long enough ago."""
+    if _current is not None:
+        _current.say_due()
+
+
+def say_rest() -> None:
+    """Say the last of what was left out: the agent ends."""
+    if _current is not None:
+        _current.say_rest()
 
 
 class Lines:

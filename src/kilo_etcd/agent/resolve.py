@@ -7,6 +7,7 @@ a name with several addresses in changing order must not move a peer back and fo
 
 from __future__ import annotations
 
+import random
 import socket
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from ipaddress import ip_address, ip_network
@@ -27,6 +28,8 @@ LOOKUP_TIMEOUT = 5.0
 """Seconds for one look-up."""
 FIRST_RETRY = 1.0
 """Seconds until a failed look-up is tried again; doubled each time, up to the period."""
+JITTER = 0.2
+"""By how much, in parts of itself, a wait is longer or shorter: hosts that were started together ask one by one."""
 
 Lookup: TypeAlias = Callable[[str], Awaitable[tuple[IPAddress, ...]]]
 Table: TypeAlias = Mapping[str, tuple[IPAddress, ...]]
@@ -168,10 +171,13 @@ class Resolver:
         *,
         timeout: float = LOOKUP_TIMEOUT,
         lookup: Lookup = lookup,
+        jitter: float = JITTER,
     ) -> None:
+        self._jitter = jitter
         self._period = period
         self._timeout = timeout
         self._lookup = lookup
+        self._rng = random.Random()
         self._wanted: frozenset[str] = frozenset()
         self._kept: frozenset[str] = frozenset()
         self._table: dict[str, tuple[IPAddress, ...]] = {}
@@ -262,13 +268,16 @@ class Resolver:
                         # The plan says which peer it costs its endpoint, once: resolvers give changing reasons.
                         self._failed[name] = reason
                         self._changed.set()
-                    await trio.sleep(min(retry, self._period))
+                    await self._pause(min(retry, self._period))
                     retry *= 2
                     continue
                 retry = FIRST_RETRY
                 self._once.clear(name, "the DNS name of an endpoint is resolved again", name=name)
                 self._take(name, answers)
-                await trio.sleep(self._period)
+                await self._pause(self._period)
+
+    async def _pause(self, seconds: float) -> None:
+        await trio.sleep(seconds * self._rng.uniform(1 - self._jitter, 1 + self._jitter))
 
     def _take(self, name: str, answers: tuple[IPAddress, ...]) -> None:
         held = self._table.get(name, ())
