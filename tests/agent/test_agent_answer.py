@@ -174,7 +174,7 @@ async def test_who_may_not_hear_questions_says_so_once_and_goes_on(
     monkeypatch.setattr(answer, "attend", denied)
     with trio.move_on_after(100):
         await world.answerer().run()
-    assert tries == 4
+    assert 3 <= tries <= 7
     assert world.log.getvalue().count("questions of kgctl cannot be answered") == 1
 
 

@@ -162,7 +162,7 @@ def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> World:
 
     monkeypatch.setattr(discover, "gather", gather)
     monkeypatch.setattr(discover, "location_from_cloud_init", lambda: (None, ""))
-    setup_logging("info", stream=made.log, steady=trio.current_time)
+    setup_logging("info", stream=made.log, repeated=True)
     return made
 
 

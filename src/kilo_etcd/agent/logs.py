@@ -56,18 +56,22 @@ def setup_logging(
     journal: Path | None = None,
     clock: Callable[[], float] = time.time,
     steady: Callable[[], float] = time.monotonic,
+    repeated: bool = False,
 ) -> None:
     """Send the log of this process to `journal` (journald's socket), else to `stream`, else to where stderr leads.
 
     `level` is one of debug, info, warning, error and none (only what ends the agent). Warnings of libraries that use
-    the standard library's logging come along. May be called again: the last call counts.
+    the standard library's logging come along. With `repeated` what is said again and again is never left out; `steady`
+    tells the seconds for that otherwise. May be called again: the last call counts.
     """
     if journal is None and stream is None and _stderr_is_journal():
         journal = JOURNAL_SOCKET
     global _current
     if _current is not None:
         _current.close()
-    out = _current = Rarely(_open_journal(journal) if journal is not None else Lines(stream, clock), steady)
+    out: Out = _open_journal(journal) if journal is not None else Lines(stream, clock)
+    _current = out if repeated else Rarely(out, steady)
+    out = _current
     structlog.configure(
         processors=[_hand_over],
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
@@ -240,18 +244,18 @@ class Rarely:
             _write_safely(self._out, line.level, line.event)
 
 
-_current: Rarely | None = None
+_current: Out | None = None
 
 
 def say_due() -> None:
     """Say what was left out because it had been said so often, where that is long enough ago."""
-    if _current is not None:
+    if isinstance(_current, Rarely):
         _current.say_due()
 
 
 def say_rest() -> None:
     """Say the last of what was left out: the agent ends."""
-    if _current is not None:
+    if isinstance(_current, Rarely):
         _current.say_rest()
 
 
