@@ -27,7 +27,7 @@ from kilo_etcd.ctl.render import Table, clean, shown_location
 from kilo_etcd.model import IPAddress, Snapshot
 from kilo_etcd.topology.hostplan import HostPlan, Problem, Via
 from kilo_etcd.topology.plan import host_plan
-from kilo_etcd.topology.segments import Topology, build_topology
+from kilo_etcd.topology.segments import Topology
 from kilo_etcd.topology.walk import Hop, Path, walk
 
 _MEDIUM = {Via.TUNNEL: "WireGuard", Via.UNDERLAY: "clear", Via.IPIP: "clear, in IPIP"}
@@ -109,14 +109,14 @@ class Plans(Mapping[str, HostPlan]):
         return len(self._topology.snapshot.nodes)
 
 
-def explain(snapshot: Snapshot, source: str, target: str) -> tuple[Journey, ...]:
+def explain(topology: Topology, source: str, target: str) -> tuple[Journey, ...]:
     """The journeys from node `source` to a node, a peer or an address, one for each family that they share.
 
     Unknown: `source` is no node, or `target` is nothing that the mesh knows.
     """
+    snapshot = topology.snapshot
     if source not in snapshot.nodes:
         raise Unknown(_no_node(snapshot, source))
-    topology = build_topology(snapshot)
     plans = Plans(topology)
     sender = snapshot.nodes[source]
     if not sender.mesh_addresses:
@@ -261,20 +261,21 @@ def explain_command(mesh: Mesh, source: str, target: str, output: str, live: boo
     there differs.
     """
     from kilo_etcd.ctl.report import remarks_on
-    from kilo_etcd.ctl.status import read_mesh
+    from kilo_etcd.ctl.status import look
 
-    snapshot, report = mesh.ask(read_mesh)
+    looked = mesh.ask(look)
+    snapshot = looked.topology.snapshot
     try:
-        journeys = explain(snapshot, source, target)
+        journeys = explain(looked.topology, source, target)
     except Unknown as error:
         raise Failure(str(error)) from None
     names = met(journeys) | {source} | ({target} if target in snapshot.nodes else set())
     against = None
     if live:
-        living = names & {row.name for row in report.nodes if row.alive}
+        living = names & looked.statuses.keys()
         said = mesh.ask(partial(gather, names=living))
-        against = doubts(journeys, build_topology(snapshot), said)
-    found = Explanation(journeys=journeys, remarks=remarks_on(report, names), live=against)
+        against = doubts(journeys, looked.topology, said)
+    found = Explanation(journeys=journeys, remarks=remarks_on(looked.report(about=names), names), live=against)
     if output == "json":
         click.echo(explanation_json(found))
     else:

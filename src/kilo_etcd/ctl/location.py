@@ -138,7 +138,7 @@ def list_command(mesh: Mesh, output: str) -> None:
 
     async def work(client: Client, keys: Keys) -> tuple[LocationLine, ...]:
         snapshot, view = await operator.snapshot(client, keys)
-        labels = dict(await operator.locations(client, keys))
+        labels = dict(operator.labels(keys, view.kvs(keys.locations_root)))
         return location_lines(snapshot, labels, registered_names(view, keys))
 
     lines = mesh.ask(work)

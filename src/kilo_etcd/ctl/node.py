@@ -18,7 +18,7 @@ from kilo_etcd.ctl.context import Failure, Mesh
 from kilo_etcd.ctl.output import output_option, show
 from kilo_etcd.ctl.render import NONE, Table, clean, shown_location
 from kilo_etcd.ctl.report import NodeRow, registered_names, remarks_on
-from kilo_etcd.ctl.status import read_mesh
+from kilo_etcd.ctl.status import look, read_mesh
 from kilo_etcd.model import Snapshot
 from kilo_etcd.store.keys import AddressKey, ElectionKey, Keys, encode_name
 from kilo_etcd.store.view import View
@@ -37,7 +37,7 @@ def node_group() -> None:
 @click.pass_obj
 def list_command(mesh: Mesh, output: str) -> None:
     """List the nodes, with location, role, and whether their agents live."""
-    _, report = mesh.ask(read_mesh)
+    report = mesh.ask(read_mesh)
     if output == "json":
         found = [
             {"node": row.name, "location": row.location, "role": row.role, "alive": row.alive,
@@ -75,13 +75,14 @@ class Shown:
 @click.pass_obj
 def show_command(mesh: Mesh, node: str, output: str) -> None:
     """Show NODE: its record with what was said about it, and the peers and routes that its kernel should hold."""
-    from kilo_etcd.topology import build_topology, host_plan
+    from kilo_etcd.topology import host_plan
 
-    snapshot, report = mesh.ask(read_mesh)
-    row = next((row for row in report.nodes if row.name == node), None)
+    looked = mesh.ask(look)
+    snapshot, report = looked.topology.snapshot, looked.report(about={node})
+    row = next(iter(report.nodes), None)
     if row is None:
         raise Failure(f"there is no node {node}; kgctl node list lists them")
-    plan = host_plan(build_topology(snapshot), node) if node in snapshot.nodes else None
+    plan = host_plan(looked.topology, node) if node in snapshot.nodes else None
     part = encode_name(node)
     aside = [f"{note.key}: {note.reason}" for note in snapshot.set_aside if part in note.key.split("/")]
     found = Shown(
@@ -158,7 +159,7 @@ def _json(found: Shown) -> str:
             "peers": [
                 {"name": p.name, "publicKey": p.public_key, "endpoint": str(p.endpoint) if p.endpoint else None,
                  "allowedIPs": list(map(str, p.allowed_ips)), "persistentKeepalive": p.persistent_keepalive}
-                for p in (plan.peers.values() if plan is not None else ())
+                for p in (sorted(plan.peers.values(), key=lambda p: p.name) if plan is not None else ())
             ],
             "routes": [
                 {"to": str(r.destination), "way": r.way.value, "gateway": str(r.gateway) if r.gateway else None}

@@ -7,7 +7,9 @@ or not give in full is refused. Kilo's Peer manifests are read as they are. A pr
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,7 @@ from kilo_etcd.store.view import View
 
 if TYPE_CHECKING:
     from kilo_etcd.ctl.wgconf import Configuration
+    from kilo_etcd.etcd.api import Client
 
 FORMATS = ("table", "json", "yaml")
 
@@ -304,15 +307,7 @@ def show_command(mesh: Mesh, name: str, output: str) -> None:
 
 
 def _print(mesh: Mesh, output: str, only: str | None) -> None:
-    snapshot, view, keys = mesh.ask(_look)
-    found: dict[str, PeerRecord | str] = {}
-    for kv in view.kvs(keys.peers_root):
-        parsed = keys.parse(kv.key)
-        if isinstance(parsed, PeerKey) and only in (None, parsed.name):
-            try:
-                found[parsed.name] = decode_peer(kv.value)
-            except RecordError as error:
-                found[parsed.name] = str(error)
+    found, notes = mesh.ask(partial(_look, only=only, noted=output == "table"))
     if only is not None and only not in found:
         raise Failure(f"there is no peer {only}; kgctl peer list lists them")
     if output != "table":
@@ -322,25 +317,51 @@ def _print(mesh: Mesh, output: str, only: str | None) -> None:
         if readable or output == "json":
             click.echo(as_text(readable, output))
         return
-    rows = tuple(_row(name, record, snapshot, keys) for name, record in sorted(found.items()))
+    rows = tuple(_row(name, record, notes.get(name, ())) for name, record in sorted(found.items()))
     columns = ("PEER", "PUBLIC KEY", "ALLOWED IPS", "ENDPOINT", "KEEPALIVE", "PRESHARED KEY", "NOTE")
     spare = ("PRESHARED KEY", "KEEPALIVE", "PUBLIC KEY") if only is None else ()
     show([Table("", columns, rows, "There is no peer yet.", spare)])
 
 
-async def _look(client: Any, keys: Keys) -> tuple[Snapshot, View, Keys]:
-    return *await operator.snapshot(client, keys), keys
+async def _look(
+    client: Client, keys: Keys, *, only: str | None, noted: bool
+) -> tuple[dict[str, PeerRecord | str], Mapping[str, list[str]]]:
+    """The peers, or what is wrong with their records; with `noted` what of them is not in force, for which all of the
+    mesh has to be looked at."""
+    kvs = (await client.get_prefix(keys.peers_root)).kvs
+    notes: Mapping[str, list[str]] = {}
+    if noted and kvs:
+        snapshot, view = await operator.snapshot(client, keys)
+        kvs, notes = view.kvs(keys.peers_root), _notes(snapshot, keys)
+    found: dict[str, PeerRecord | str] = {}
+    for kv in kvs:
+        parsed = keys.parse(kv.key)
+        if isinstance(parsed, PeerKey) and only in (None, parsed.name):
+            try:
+                found[parsed.name] = decode_peer(kv.value)
+            except RecordError as error:
+                found[parsed.name] = str(error)
+    return found, notes
 
 
-def _row(name: str, record: PeerRecord | str, snapshot: Snapshot, keys: Keys) -> tuple[str, ...]:
-    if isinstance(record, str):
-        return clean(name), NONE, NONE, NONE, NONE, NONE, f"not in force: {clean(record)}"
-    reasons = [note.reason for note in snapshot.set_aside if note.key == keys.peer(name)]
+def _notes(snapshot: Snapshot, keys: Keys) -> Mapping[str, list[str]]:
+    """What peers are not given, by name."""
     from kilo_etcd.topology import build_topology
 
-    reasons += [
-        problem.text for problem in build_topology(snapshot).problems if name in (problem.subject, problem.about)
-    ]
+    found = defaultdict(list)
+    for note in snapshot.set_aside:
+        parsed = keys.parse(note.key)
+        if isinstance(parsed, PeerKey):
+            found[parsed.name].append(note.reason)
+    for problem in build_topology(snapshot).problems:
+        for name in {problem.subject, problem.about}:
+            found[name].append(problem.text)
+    return found
+
+
+def _row(name: str, record: PeerRecord | str, reasons: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(record, str):
+        return clean(name), NONE, NONE, NONE, NONE, NONE, f"not in force: {clean(record)}"
     return (
         clean(name),
         record.public_key,

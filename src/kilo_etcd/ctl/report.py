@@ -145,10 +145,17 @@ def report(
     newest: int,
     registered: frozenset[str] = frozenset(),
     live: Live | None = None,
+    topology: Topology | None = None,
+    about: Collection[str] | None = None,
 ) -> Report:
-    """The report on `snapshot`; `newest` is what `newest_revision` says, `registered` what `registered_names` says."""
-    topology = build_topology(snapshot)
-    names = sorted({*snapshot.nodes, *registered, *statuses})
+    """The report on `snapshot`; `newest` is what `newest_revision` says, `registered` what `registered_names` says.
+
+    `topology` is that of the snapshot, where the caller has it already. With `about` it has no rows for other nodes,
+    and none of their own words.
+    """
+    if topology is None:
+        topology = build_topology(snapshot)
+    names = sorted(name for name in {*snapshot.nodes, *registered, *statuses} if about is None or name in about)
     everyones = {problem.text for problem in topology.problems}
     return Report(
         revision=newest,

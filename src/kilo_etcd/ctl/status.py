@@ -4,20 +4,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from datetime import datetime
 from functools import partial
+from typing import TYPE_CHECKING
 
 import click
+from attrs import frozen
 
 from kilo_etcd.ctl.context import Mesh
 from kilo_etcd.ctl.output import output_option, show
 from kilo_etcd.ctl.render import status_heading, status_json, status_tables
 from kilo_etcd.ctl.report import Report, newest_revision, registered_names, report
 from kilo_etcd.etcd.api import Client, Unavailable
-from kilo_etcd.model import Snapshot
 from kilo_etcd.store import operator
 from kilo_etcd.store.keys import Keys
+from kilo_etcd.store.records import StatusRecord
+from kilo_etcd.topology.segments import Topology, build_topology
+
+if TYPE_CHECKING:
+    from kilo_etcd.ctl.live import Live
 
 PAUSE_SECONDS = 0.5
 """How long `--watch` lets changes gather: they come in bursts."""
@@ -26,23 +32,49 @@ LIVE_SECONDS = 5.0
 """How often `--watch --live` asks the hosts when etcd is quiet."""
 
 
-async def read_mesh(client: Client, keys: Keys, *, live: bool = False) -> tuple[Snapshot, Report]:
-    """What etcd holds now, and the report on it; with `live` the hosts are asked too."""
+@frozen(kw_only=True)
+class Looked:
+    """What etcd held when it was looked at."""
+
+    topology: Topology
+    statuses: Mapping[str, StatusRecord]
+    newest: int
+    registered: frozenset[str]
+
+    def report(self, *, about: Collection[str] | None = None, live: Live | None = None) -> Report:
+        """The report on it; see `ctl.report`."""
+        return report(
+            self.topology.snapshot,
+            self.statuses,
+            newest=self.newest,
+            registered=self.registered,
+            live=live,
+            topology=self.topology,
+            about=about,
+        )
+
+
+async def look(client: Client, keys: Keys) -> Looked:
+    """Look at all that etcd holds of the mesh now."""
     # Statuses first: an agent can only have got further since, so nobody is called behind for our slowness.
     statuses = await operator.statuses(client, keys)
     snapshot, view = await operator.snapshot(client, keys)
-    said = None
-    if live:
-        from kilo_etcd.ctl.live import gather
-
-        said = await gather(client, keys, statuses.keys())
-    return snapshot, report(
-        snapshot,
-        statuses,
+    return Looked(
+        topology=build_topology(snapshot),
+        statuses=statuses,
         newest=newest_revision(view, keys),
         registered=registered_names(view, keys),
-        live=said,
     )
+
+
+async def read_mesh(client: Client, keys: Keys, *, live: bool = False) -> Report:
+    """The report on what etcd holds now; with `live` the hosts are asked too."""
+    looked = await look(client, keys)
+    if not live:
+        return looked.report()
+    from kilo_etcd.ctl.live import gather
+
+    return looked.report(live=await gather(client, keys, looked.statuses.keys()))
 
 
 @click.command(
@@ -71,7 +103,7 @@ def status_command(mesh: Mesh, output: str, live: bool, watch: bool) -> None:
     if watch:
         mesh.ask(partial(_follow, put_out=put_out, live=live))
     else:
-        put_out(mesh.ask(partial(read_mesh, live=live))[1])
+        put_out(mesh.ask(partial(read_mesh, live=live)))
 
 
 async def _follow(client: Client, keys: Keys, *, put_out: Callable[[Report], None], live: bool) -> None:
@@ -93,7 +125,7 @@ async def _follow(client: Client, keys: Keys, *, put_out: Callable[[Report], Non
             nursery.start_soon(partial(heed, client, prefix, changed_now, retry=PAUSE_SECONDS, passing_over=asked))
         while True:
             try:
-                found = (await read_mesh(client, keys, live=live))[1]
+                found = await read_mesh(client, keys, live=live)
             except Unavailable as error:
                 if str(error) != away:
                     away = str(error)

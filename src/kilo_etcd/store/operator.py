@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-from kilo_etcd.etcd.api import Client
+from kilo_etcd.etcd.api import Client, KeyValue
 from kilo_etcd.model import Snapshot
 from kilo_etcd.store.history import last_good
 from kilo_etcd.store.keys import Keys, LocationKey, StatusKey
@@ -58,8 +58,13 @@ async def unset_location(client: Client, keys: Keys, node: str) -> bool:
 
 async def locations(client: Client, keys: Keys) -> Mapping[str, str]:
     """The labels, by node. One that cannot be read is left out."""
+    return labels(keys, (await client.get_prefix(keys.locations_root)).kvs)
+
+
+def labels(keys: Keys, kvs: Iterable[KeyValue]) -> Mapping[str, str]:
+    """The labels that stand in these key-values, by node. One that cannot be read is left out."""
     found = {}
-    for kv in (await client.get_prefix(keys.locations_root)).kvs:
+    for kv in kvs:
         parsed = keys.parse(kv.key)
         if isinstance(parsed, LocationKey):
             try:
