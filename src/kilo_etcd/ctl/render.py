@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -133,7 +134,7 @@ def status_heading(report: Report) -> str:
 
 def status_json(report: Report) -> str:
     """The report as JSON, with the field names of the records in etcd (camel case). Text is as etcd has it."""
-    return json.dumps(_camel(attrs.asdict(report)), indent=2, ensure_ascii=False)
+    return json.dumps(_data(report), indent=2, ensure_ascii=False)
 
 
 def plain(tables: Iterable[Table], heading: str = "") -> str:
@@ -253,14 +254,16 @@ def _width(text: str) -> int:
     return cell_len(text)
 
 
-def _camel(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {_camel_name(name): _camel(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_camel(item) for item in value]
+def _data(value: Any) -> Any:
+    """What JSON can hold of our values, with names in camel case."""
+    if isinstance(value, tuple):
+        return [_data(item) for item in value]
+    if attrs.has(type(value)):
+        return {_camel_name(field.name): _data(getattr(value, field.name)) for field in attrs.fields(type(value))}
     return value
 
 
+@cache
 def _camel_name(name: str) -> str:
     first, *rest = name.split("_")
     return first + "".join(part.title() for part in rest)

@@ -1,0 +1,116 @@
+"""What a start of `kgctl` costs, told by what it imports: time would depend on the machine and on who else is at work.
+
+Where one of these fails, something was imported at the head of a module that few commands need; import it where it is
+used. `bench/kgctl.py` says what it costs in milliseconds.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from kilo_etcd import topology
+from kilo_etcd.store.keys import Keys
+from kilo_etcd.store.records import NodeRecord, PeerRecord, Role, StatusRecord, encode, parse_networks
+
+KEY, OTHER = "A" * 43 + "=", "B" * 42 + "A="
+KEYS = Keys()
+WORLD = {
+    "/kilo/mesh/granularity": "location",
+    "/kilo/mesh/subnets": "10.4.0.0/16",
+    KEYS.node("a"): encode(NodeRecord(public_key=KEY)).decode(),
+    "/kilo/addresses/10.4.0.1": "a",
+    KEYS.peer("phone"): encode(PeerRecord(public_key=OTHER, allowed_ips=parse_networks("10.9.0.1/32"))).decode(),
+    KEYS.status("a"): encode(StatusRecord(public_key=KEY, role=Role.ALONE)).decode(),
+}
+
+ETCD_IN_MEMORY = """
+import kilo_etcd.etcd
+from contextlib import asynccontextmanager
+from kilo_etcd.testing.fake_etcd import FakeEtcd
+
+fake = FakeEtcd()
+for key, value in {world!r}.items():
+    fake.put(key, value)
+
+@asynccontextmanager
+async def opened(config):
+    yield fake.client()
+
+kilo_etcd.etcd.open_client = opened
+"""
+RUN = """
+import sys
+from kilo_etcd.ctl.entry import main
+try:
+    main()
+finally:
+    print(*sys.modules, file=sys.stderr)
+"""
+
+NEVER = (
+    *("asyncio", "cattrs", "cryptography", "logging_journald", "multiprocessing", "prometheus_client", "rich", "segno"),
+    *("structlog", "yaml", "kilo_etcd.kernel", "kilo_etcd.lab", "kilo_etcd.agent.daemon", "kilo_etcd.agent.main"),
+)
+"""No command that only reads needs them, and prints a table to a pipe, or JSON."""
+NO_MESH = ("trio", "h2", "google", "ssl", "kilo_etcd.store.records", "kilo_etcd.topology.segments")
+NO_PLAN = (
+    *("kilo_etcd.topology.plan", "kilo_etcd.topology.guard", "kilo_etcd.topology.walk", "kilo_etcd.topology.graph"),
+    *("kilo_etcd.ctl.live", "kilo_etcd.ctl.consequences", "kilo_etcd.store.session", "kilo_etcd.store.mirror"),
+)
+
+
+def imported(arguments: str, *, etcd: bool) -> set[str]:
+    """The modules that a kgctl has imported when it has done its work, and their packages."""
+    script = (ETCD_IN_MEMORY.format(world=WORLD) if etcd else "") + RUN
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments.split()], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip(), "the command has printed nothing"
+    return set(done.stderr.split())
+
+
+@pytest.mark.parametrize("arguments", ["--version", "--help", "completion bash"])
+def test_what_asks_no_mesh_imports_nothing_of_it(arguments: str) -> None:
+    found = imported(arguments, etcd=False)
+    assert "kilo_etcd.ctl.main" in found
+    assert not found.intersection((*NEVER, *NO_MESH, *NO_PLAN))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "mesh show",
+        "location list",
+        "node list",
+        "node list -o json",
+        "peer list",
+        "peer show phone",
+        "status",
+        "status -o json",
+    ],
+)
+def test_what_shows_no_plan_imports_no_planning(arguments: str) -> None:
+    found = imported(arguments, etcd=True)
+    assert "kilo_etcd.store.view" in found
+    assert not found.intersection((*NEVER, *NO_PLAN))
+
+
+@pytest.mark.parametrize("arguments", ["peer list -o json", "peer show phone -o json"])
+def test_peers_as_data_need_no_topology(arguments: str) -> None:
+    found = imported(arguments, etcd=True)
+    assert not found.intersection((*NEVER, *NO_PLAN, "kilo_etcd.topology.segments"))
+
+
+@pytest.mark.parametrize("arguments", ["node show a", "showconf node a", "explain a phone", "graph --plain"])
+def test_no_command_that_only_reads_imports_the_agent_or_what_draws(arguments: str) -> None:
+    assert not imported(arguments, etcd=True).intersection(NEVER)
+
+
+def test_the_names_of_topology_are_those_of_its_parts() -> None:
+    assert sorted(topology.__all__) == sorted(name for names in topology._PARTS.values() for name in names)
+    for part, names in topology._PARTS.items():
+        for name in names:
+            assert getattr(topology, name).__module__ == f"kilo_etcd.topology.{part}"
