@@ -7,9 +7,11 @@
 Both gateways of gcp have the same WireGuard key, so that the far side has one peer for the location, and WireGuard's
 own roaming follows whichever of them speaks: nothing has to be switched at home. VRRP (multicast on the site's bridge)
 moves the address that the members have as next hop; keepalived tells them by gratuitous ARP. At a takeover the notify
-script sends one packet into the tunnel, so that the handshake begins before a member's packet would begin it. Timers
-and priorities are keepalived's defaults (an advertisement every second, 100) but for the backup's priority of 90.
-Agents of kilo-etcd do not run. WireGuard is `wireguard-go` or the kernel's, as the lab's agents would choose.
+script sends one packet into the tunnel, so that the handshake begins before a member's packet would begin it; when it
+becomes the backup again, it forgets its session, which the far side has left for the master's: else a second takeover
+within three minutes would cost 15 s more, until WireGuard finds that out. Timers and priorities are keepalived's
+defaults (an advertisement every second, 100) but for the backup's priority of 90. Agents of kilo-etcd do not run.
+WireGuard is `wireguard-go` or the kernel's, as the lab's agents would choose.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ vrrp_instance gateway {{
         {next_hop}/24
     }}
     notify_master "/bin/ping -c 1 -W 1 {far}" root
+    notify_backup "/bin/sh /run/begin-anew" root
 }}
 """
 
@@ -95,6 +98,10 @@ class Site:
             host,
             f"""
             ip route add {MESH["gcp-3"]}/32 via {member}
+            cat > /run/begin-anew <<'END'
+            wg set wg0 peer {self._keys["home"][1]} remove
+            wg set wg0 peer {self._keys["home"][1]} allowed-ips {THERE} endpoint {home}:51820
+END
             cat > /run/keepalived.conf <<'END'
 {text}
 END
