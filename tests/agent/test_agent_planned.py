@@ -9,11 +9,9 @@ from functools import partial
 
 import pytest
 import trio
-from simulation import KEYS, SimulatedHost, World, facts, seeded
+from simulation import KEYS, Shape, SimulatedHost, World, in_memory, seeded
 
 from helpers import eventually
-from kilo_etcd.agent import discover, program
-from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.agent.logs import setup_logging
 from kilo_etcd.topology import build_topology
 
@@ -24,24 +22,17 @@ HOSTS = ("a-1", "a-2", "a-3", "b-1", "b-2", "c-1")
 
 
 @pytest.fixture(autouse=True)
-def _hosts_in_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    async def gather(config: AgentConfig) -> discover.HostFacts:
-        await trio.lowlevel.checkpoint()
-        return facts(config.hostname)
-
-    monkeypatch.setattr(discover, "gather", gather)
-    monkeypatch.setattr(discover, "location_from_cloud_init", lambda: (None, ""))
-    monkeypatch.setattr(program, "speak", lambda addresses: list(addresses))
+def _hosts_in_memory() -> Iterator[None]:
     setup_logging("info", stream=io.StringIO())
-    with seeded(7):
+    with seeded(7), in_memory():
         yield
 
 
 class Watched(World):
     """The world, and who has led location a, as host b-1 saw it."""
 
-    def __init__(self) -> None:
-        super().__init__(7)
+    def __init__(self, nursery: trio.Nursery) -> None:
+        super().__init__(7, nursery, shape=Shape(sites=(3, 2, 1)))
         self.led: list[str] = []
 
     async def look(self) -> None:
@@ -66,10 +57,10 @@ class Watched(World):
 @asynccontextmanager
 async def at_rest() -> AsyncIterator[Watched]:
     """Six hosts at locations a, b and c; the queue of a is a-1, a-2, a-3."""
-    world = Watched()
-    for name in HOSTS:
-        world.etcd.put(KEYS.location(name), name[0])
-    async with trio.open_nursery() as world.nursery:
+    async with trio.open_nursery() as nursery:
+        world = Watched(nursery)
+        for name in HOSTS:
+            world.etcd.put(KEYS.location(name), name[0])
         for host in world.hosts.values():
             host.start()
             await trio.sleep(1)
@@ -78,12 +69,8 @@ async def at_rest() -> AsyncIterator[Watched]:
         world.nursery.start_soon(world.look)
         await eventually(lambda: world.led == ["a-1"], 10)
         assert world.queue() == ["a-1", "a-2", "a-3"]
-        # Those who lead have shaken hands, as packets would have made them.
-        for name in ("a-1", "b-1", "c-1"):
-            for key in world.hosts[name].machine.observed.peers:
-                world.hosts[name].machine.hear_from(key)
         yield world
-        world.nursery.cancel_scope.cancel()
+        nursery.cancel_scope.cancel()
 
 
 def _is_gone(host: SimulatedHost) -> bool:

@@ -60,6 +60,9 @@ RESIGN_SECONDS = 2.0
 ETCD_PATIENCE_SECONDS = 2.0
 """How long a starting agent waits for etcd before it goes by the last known mesh."""
 
+SETTINGS_SECONDS = 2.0
+"""Within which the agents put lost settings of the mesh back, each at its own moment."""
+
 KERNEL_RETRY_SECONDS = 0.5
 
 POST_RETRY_SECONDS = 60.0
@@ -92,6 +95,13 @@ class _Fence:
 
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
+
+    @property
+    def taken_up(self) -> int:
+        return self._daemon.mirror.taken_up
+
+    def heed(self, header: etcd.Header) -> None:
+        self._daemon.mirror.heed(header)
 
     def check(self) -> None:
         self._daemon.mirror.check()
@@ -177,6 +187,7 @@ class Daemon:
         self._fresh = False
         self._beat = False
         self._unclaimed = trio.Event()
+        self._unsettled = trio.Event()
         self._applied = trio.Event()
         self._stopping = trio.Event()
         self._programmed = False
@@ -283,9 +294,10 @@ class Daemon:
             self._nudge()
         for task in (
             self._mind_claims,
+            self._mind_settings,
             self._stand_for_leader,
             self._reporter.run,
-            self._answerer.run,
+            self._answer_questions,
             self._hearing.run,
             self.keeper.run,
         ):
@@ -422,6 +434,8 @@ class Daemon:
         """Let the successor lead before we go: candidacy away, its plan applied here, then seen applied elsewhere."""
         if self.session.candidacy is None or self.topology is None or self.role is None:
             return
+        if self.name not in self.topology.snapshot.nodes:
+            return  # Its record or its address was taken away, and is on its way back.
         segment = self.topology.segment_of(self.name)
         led = segment.leader.name == self.name and segment.next_in_line is not None
         told = False
@@ -529,6 +543,15 @@ class Daemon:
                 self.log.warning("the claim of the host's mesh address was gone; claimed again",
                                  addresses=",".join(map(str, addresses)))  # fmt: skip
 
+    async def _answer_questions(self) -> None:
+        """Answer, and begin anew in another etcd: there a watch would wait for a revision that is far away."""
+        taken_up = self.mirror.taken_up
+        while True:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._answerer.run)
+                taken_up = await self.mirror.wait_taken_up(taken_up)
+                nursery.cancel_scope.cancel()
+
     def _note_claims(self, snapshot: Snapshot) -> None:
         """Wake `_mind_claims` if this host has no address in one of the mesh's subnets, neither here nor on its way."""
         if self.remembered is not None or set(snapshot.subnets) != set(self.subnets):
@@ -544,6 +567,29 @@ class Daemon:
                 have.update(subnet.version for subnet in snapshot.subnets if key.address in subnet)
         if not {subnet.version for subnet in snapshot.subnets} <= have:
             self._unclaimed.set()
+
+    async def _mind_settings(self) -> None:
+        """Put the mesh's settings back where etcd has none: it was empty when it was adopted, or somebody took them
+        away. The next host to join would put its own there, which may be others than those in force."""
+        while True:
+            await self._unsettled.wait()
+            # One is enough, and it need not be everybody at once.
+            await trio.sleep(self._rng.uniform(0.0, SETTINGS_SECONDS))
+            self._unsettled = trio.Event()
+            snapshot = self.snapshot
+            if snapshot is None or not self._lacks_settings():
+                continue
+            try:
+                await self.mirror.vouch()
+                await self.session.ensure_mesh(snapshot.granularity, snapshot.subnets)
+            except (etcd.EtcdError, store.RecordError) as error:
+                self.once.error("settings lost", "the mesh's settings are not in etcd, and cannot be put there",
+                                error=str(error))  # fmt: skip
+            else:
+                self.once.clear("settings lost", "the mesh's settings are in etcd again")
+
+    def _lacks_settings(self) -> bool:
+        return any(self.mirror.kv(key) is None for key in (self.keys.granularity, self.keys.subnets))
 
     async def _watchdog(self) -> None:
         """Have the reconciler tell systemd that it is alive."""
@@ -570,6 +616,8 @@ class Daemon:
     async def _apply(self, snapshot: Snapshot, fresh: bool) -> None:
         self._report_snapshot(snapshot)
         self._note_claims(snapshot)
+        if self.remembered is None and snapshot.subnets and self._lacks_settings():
+            self._unsettled.set()
         self.topology = build_topology(snapshot, self.topology)
         if self._neighbours is not None:
             self._neighbours.follow(self.topology)
@@ -591,7 +639,7 @@ class Daemon:
         resolved = resolve_plan(self.raw_plan, self.resolver.table, self.resolver.failed, self.whereabouts.families)
         guarded = guard(resolved, self.protected(), self.guarded, offered_by=self.topology.settlement.offered_by)
         plan = self._at_the_internet(guarded, self.topology)
-        standby = decide.role_of(self.topology, self.name).kind is store.Role.MEMBER
+        standby = decide.is_standby(decide.role_of(self.topology, self.name), plan)
         before = self.kernel.writes
         try:
             report = await self.programmer.apply(plan, self.topology, standby=standby, fresh=fresh)
@@ -740,13 +788,14 @@ class Daemon:
         self._nudge()
 
     def _in_force(self) -> Programmed:
-        sends = self.role is not None and self.role.kind is not store.Role.MEMBER
+        sends = self.role is not None and self.plan is not None and not decide.is_standby(self.role, self.plan)
         return Programmed(plan=self.programmer.programmed, revision=self.applied_revision, sends=sends)
 
     def _standing_errors(self) -> tuple[str, ...]:
         """All that is wrong with this host, as sentences."""
         behind = None if self.penance is None else f"{self.penance}; for some minutes it leads only if nobody else can"
-        further = (self.beyond, self._etcd_trouble(), behind, self.metrics.listen_trouble)
+        # What etcd could not be told it has been told by the time that somebody reads this there.
+        further = (self.beyond, self.mirror.suspect or self._bridged(), behind, self.metrics.listen_trouble)
         said = (*self.disagreements, *self.failures, *self.unmet, *self.whereabouts.overlaps)
         return (*said, *(text for text in further if text))
 

@@ -12,6 +12,7 @@ from attrs import frozen
 from kilo_etcd.model import CandidateClass, Granularity, IPNetwork, Node, Snapshot
 from kilo_etcd.store import Role as RoleKind
 from kilo_etcd.topology import Topology
+from kilo_etcd.topology.hostplan import HostPlan, Via
 
 SETTLE_SECONDS = 2.0
 """How long a host that does not lead keeps its class unchanged before it stands for leader (no flapping)."""
@@ -46,6 +47,12 @@ def role_of(topology: Topology, name: str) -> Role:
     else:
         kind = RoleKind.LEADER if segment.leader.name == name else RoleKind.MEMBER
     return Role(kind=kind, location=segment.location, leader=segment.leader.name)
+
+
+def is_standby(role: Role, plan: HostPlan) -> bool:
+    """Whether a host's own packets leave by none of its tunnels, which are kept for the day when it leads: a member's,
+    unless it reaches its location through the tunnel too (`--encapsulate wireguard`)."""
+    return role.kind is RoleKind.MEMBER and all(route.way is not Via.TUNNEL for route in plan.routes.values())
 
 
 PASSED_OVER_SECONDS, PASSED_OVER_MOST = 300.0, 3600.0

@@ -50,7 +50,7 @@ class Programmer:
             plan, topology.snapshot, self._since, self._waiting,
             promoted=promotions(self._topology, topology), standby=standby, now=now,
         )  # fmt: skip
-        wanted = self._with_proofs(contact.plan, plan) if standby else contact.plan
+        wanted = self._with_proofs(contact.plan, plan, standby=standby)
         over = self._begin_over | contact.late.keys()
         silent = await self._start_over(contact.late.keys(), wanted)
         report = await self._device.apply(wanted, fresh=fresh)
@@ -75,11 +75,13 @@ class Programmer:
         self._begin_over.update(wanted - self._proving)
         self._proving = wanted
 
-    def _with_proofs(self, programmed: HostPlan, plan: HostPlan) -> HostPlan:
-        # What is given keepalive sends at once, and needs an endpoint, which a standby's peers are not told.
+    def _with_proofs(self, programmed: HostPlan, plan: HostPlan, *, standby: bool) -> HostPlan:
+        # What is given keepalive sends at once, and needs an endpoint, which a standby's peers are not told. Who leads
+        # by now has nothing to prove.
         proofs = {
             key: evolve(plan.peers[key], persistent_keepalive=PROOF_KEEPALIVE)
             for key in self._proving & plan.peers.keys()
+            if standby or not plan.peers[key].in_use
         }
         return evolve(programmed, peers={**programmed.peers, **proofs}) if proofs else programmed
 

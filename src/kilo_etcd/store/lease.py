@@ -48,6 +48,10 @@ class KeptLease:
         """Ask etcd before the lease is used again."""
         self.doubted = self._lease is not None
 
+    def forget(self) -> None:
+        """Have none, whatever has become of it."""
+        self._set(None)
+
     async def lives(self) -> bool:
         """Whether there is a lease; etcd is asked only if there is doubt. EtcdError."""
         if self._lease is not None and self.doubted:

@@ -101,6 +101,9 @@ class Mirror:
         self.last_error: str | None = None
         self.suspect: str | None = None
         """Why etcd is not followed at present, as a sentence; None: it is."""
+        self.taken_up = 0
+        """How often etcd was followed again after it had been another one, or another one was adopted: then what is
+        known to stand there may never have been written to it."""
         self._judged = trio.Event()
         self._published = trio.Event()
         self._changed = trio.Event()
@@ -133,6 +136,20 @@ class Mirror:
         while (self.suspect is not None) is than:
             await self._judged.wait()
         return not than
+
+    async def wait_taken_up(self, than: int) -> int:
+        """`taken_up`, as soon as it is more `than` said."""
+        while self.taken_up == than:
+            await self._judged.wait()
+        return self.taken_up
+
+    def heed(self, header: Header) -> None:
+        """This etcd took what was written, and may be another one than the last time that it was looked at."""
+        floor = self._floor
+        if self.suspect is None and floor is not None and header.cluster_id not in (0, floor.cluster_id):
+            reason = _why_not(header, floor)
+            if reason is not None:
+                self._hold_off(reason)
 
     async def judge(self) -> bool:
         """Look at etcd once, before `run`: whether it may be followed, and written to. EtcdError."""
@@ -276,7 +293,9 @@ class Mirror:
                 return False
             self._log.warning("this etcd is adopted; following it", cluster=f"{found.header.cluster_id:x}",
                               revision=found.header.revision)  # fmt: skip
+            self.taken_up += 1
         elif self.suspect is not None:
+            self.taken_up += 1
             self._log.info("etcd is as it was; following it again")
         self._floor = found.header
         self._set_suspect(None)

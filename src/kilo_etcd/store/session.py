@@ -38,6 +38,7 @@ from kilo_etcd.etcd.api import (
     EtcdError,
     EventType,
     Get,
+    Header,
     Is,
     KeyValue,
     LeaseNotFound,
@@ -80,6 +81,13 @@ MOST_AT_ONCE = 100
 class Fence(Protocol):
     """Who knows whether etcd is the one that is followed; see `Mirror`."""
 
+    @property
+    def taken_up(self) -> int:
+        """How often it was followed again after it had not been."""
+
+    def heed(self, header: Header) -> None:
+        """This one has taken a write."""
+
     def check(self) -> None:
         """Raise HeldOff if it is known not to be."""
 
@@ -88,6 +96,11 @@ class Fence(Protocol):
 
 
 class _NoFence:
+    taken_up = 0
+
+    def heed(self, header: Header) -> None:
+        pass
+
     def check(self) -> None:
         pass
 
@@ -168,6 +181,9 @@ class Session:
         """etcd's revision up to which the record is known to be as `_record_kv` says."""
         self._long = KeptLease(client, forget_after, on_doubt=self._mend, on_lost=self._lost)
         self._short = KeptLease(client, lease_ttl, on_doubt=self._mend, on_lost=self._lost_short)
+        self._taken_up = 0
+        """Of the fence, as far as they have been heeded."""
+        self._record_watch = trio.CancelScope()
         self._registered = trio.Event()
         self._wake = trio.Event()
         self.last_error: str | None = None
@@ -273,6 +289,7 @@ class Session:
             except LeaseNotFound:
                 self._doubt_leases()
                 continue
+            self._fence.heed(done.header)
             if done.succeeded:
                 if status is not None:
                     self._held.put(self._status_key, status, done.header.revision)
@@ -439,6 +456,9 @@ class Session:
         """Make etcd say what is wanted. Called under the lock. EtcdError, NameTaken, NoAddressLeft."""
         while True:
             self._fence.check()
+            if self._taken_up != self._fence.taken_up:
+                self._taken_up = self._fence.taken_up
+                self._look_anew()
             try:
                 if self._record is not None and self._long.doubted:
                     self._record_kv = None
@@ -456,6 +476,15 @@ class Session:
                 self._record_kv = None
             except LeaseNotFound:
                 self._doubt_leases()
+
+    def _look_anew(self) -> None:
+        """This etcd may not be the one that was written to: an earlier state of that, or what it was before another one
+        was in its place. Our leases may live in it all the same, and a watch would wait for a revision far away."""
+        self._record_kv = None
+        self._long.forget()
+        self._short.forget()
+        self._held.clear()
+        self._record_watch.cancel()
 
     async def _sync_short(self) -> None:
         if self._wanted() or self._words() or self._held.values:
@@ -524,6 +553,7 @@ class Session:
             else [Compare(self._node_key, Target.MOD, Is.EQUAL, self._record_kv.mod_revision)]
         )
         done = await self._client.txn(compare, ops[-MOST_AT_ONCE:])
+        self._fence.heed(done.header)
         if not done.succeeded:
             raise _RecordChanged
         return done.header.revision
@@ -590,11 +620,12 @@ class Session:
                 await trio.sleep(delay)
                 continue
             try:
-                async with self._client.watch(self._node_key, start_revision=self._seen + 1) as watch:
-                    async for batch in watch:
-                        delay = RETRY_FIRST
-                        for event in batch.events:
-                            await self._record_event(event.type, event.kv)
+                with trio.CancelScope() as self._record_watch:
+                    async with self._client.watch(self._node_key, start_revision=self._seen + 1) as watch:
+                        async for batch in watch:
+                            delay = RETRY_FIRST
+                            for event in batch.events:
+                                await self._record_event(event.type, event.kv)
             except EtcdError:
                 # Whatever happened meanwhile is seen by looking again.
                 self._record_kv = None

@@ -71,7 +71,7 @@ class _FakeLease:
 
 @frozen
 class Backup:
-    """What `etcdctl snapshot save` keeps: the key-values with their revisions, and the leases."""
+    """What `etcdctl snapshot save` keeps: the key-values with their revisions and history, and the leases."""
 
     cluster_id: int
     revision: int
@@ -79,6 +79,9 @@ class Backup:
     data: Mapping[bytes, KeyValue]
     leases: Mapping[int, int]
     """Lease -> its TTL in seconds."""
+    compacted: int
+    log: tuple[Event, ...]
+    versions: Mapping[bytes, tuple[tuple[int, KeyValue | None], ...]]
 
 
 class FakeEtcd:
@@ -94,6 +97,8 @@ class FakeEtcd:
         self._keeper: _FakeWatch | None = None
         """The one of them that looks when the next lease is due."""
         self._keeper_scope: trio.CancelScope | None = None
+        # No two clusters give one lease the same number: etcd makes it of the member's id and the time.
+        self._next_lease = 0x1000
         self._fresh()
 
     def _fresh(self) -> None:
@@ -104,7 +109,6 @@ class FakeEtcd:
         self._log: list[Event] = []
         self._versions: dict[bytes, list[tuple[int, KeyValue | None]]] = {}
         self._leases: dict[int, _FakeLease] = {}
-        self._next_lease = 0x1000
         self._drops = 0
         self._drop_error: EtcdError | None = None
 
@@ -170,23 +174,26 @@ class FakeEtcd:
             raft_term=self.raft_term,
             data=dict(self.data),
             leases={lease.id: lease.ttl for lease in self._leases.values()},
+            compacted=self.compacted,
+            log=tuple(self._log),
+            versions={key: tuple(versions) for key, versions in self._versions.items()},
         )
 
     def restore(self, backup: Backup, cluster_id: int | None = None) -> None:
         """Go on from a backup, as another cluster (`etcdctl snapshot restore`), or with the cluster id of the backup's
-        as the same one, which went back in time. History is gone, and every lease has its full time."""
+        as the same one, which went back in time. Every lease has its full time."""
         self._wake()
         self._fresh()
         self.cluster_id = backup.cluster_id if cluster_id is None else cluster_id
         self.raft_term = 2 if cluster_id is not None else backup.raft_term + 1
-        self.revision = self.compacted = backup.revision
+        self.revision, self.compacted = backup.revision, backup.compacted
+        self._log = list(backup.log)
+        self._versions = {key: list(versions) for key, versions in backup.versions.items()}
         now = trio.current_time()
         self._leases = {one: _FakeLease(one, ttl, now + ttl) for one, ttl in backup.leases.items()}
-        self._next_lease = max([self._next_lease, *backup.leases])
         self.data = dict(backup.data)
         self._sorted = sorted(self.data)
         for key, kv in self.data.items():
-            self._versions[key] = [(kv.mod_revision, kv)]
             if kv.lease in self._leases:
                 self._leases[kv.lease].keys.add(key)
         self._wake()
@@ -402,6 +409,13 @@ class FakeClient:
     def mend(self) -> None:
         self._speaks = self._hears = True
         self.server._wake()
+
+    def mend_all(self) -> None:
+        """None of these faults is left or to come."""
+        self.lag = None
+        self._lose = self._lose_batches = self._repeat_batches = 0
+        self._stalled_until = float("-inf")
+        self.mend()
 
     def lose_answer(self, calls: int = 1) -> None:
         """The next calls are carried out, and fail."""
@@ -686,7 +700,8 @@ class _FakeWatch:
 
     def _catch_up(self) -> None:
         client, server = self._client, self._client.server
-        if client._hears and server.available and self._drops == server._drops:
+        known = self._next >= server.compacted
+        if client._hears and server.available and self._drops == server._drops and known:
             behind = any(_within(event.kv.key, self._key, self._range_end) for event in server._events_from(self._next))
             if not behind:
                 self._next = max(self._next, server.revision + 1)

@@ -167,6 +167,8 @@ class FakeKernel:
             await trio.lowlevel.checkpoint()
             if self.host.broken is not None:
                 raise KernelError(self.host.broken)
+            # What is done by somebody from here on is drift again.
+            self._drift = None
             todo = difference(plan, self._now(), self._memory, self._target(plan))
             refused = {change: why for change in todo.changes if (why := self.host.refuse(change)) is not None}
             made = tuple(change for change in todo.changes if change not in refused)
@@ -181,7 +183,9 @@ class FakeKernel:
             self.writes += len(made)
             self.plan = plan
             self._memory = remember(plan, self._memory)
-            self._drift = None
+            if lost := {change.public_key for change in refused if isinstance(change, SetPeer)}:
+                kept = {key: one for key, one in self._memory.endpoints.items() if key not in lost}
+                self._memory = Memory(endpoints=kept)
             failures = (*todo.failures, *(_failure(change, why) for change, why in refused.items()))
             return ApplyReport(changes=made, failures=failures)
 
