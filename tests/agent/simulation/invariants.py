@@ -1,0 +1,338 @@
+"""What must hold at every step of a schedule, whatever happens: looked at after each apply and each write.
+
+* An agent never applies a revision older than one that its host has applied of the same etcd, and follows another etcd
+  only where the operator has adopted it.
+* All that is ever applied of one revision is one and the same snapshot, and makes the same leaders, on every host.
+* What is computed from one change to the next is what is computed afresh.
+* A mesh address never moves, and no two nodes, and no two kernels, have the same one.
+* The kernel is not written to without cause: the plan changed, or somebody has been at the kernel, or the agent is new
+  and sets endpoints, which it cannot know to be right. A host that a change does not concern writes nothing.
+* Nothing that the last plan held is taken away without a newer snapshot: what is lost with etcd is news only.
+
+A Watchman says what is wrong by raising Broken, which ends the schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from attrs import define, evolve, field, fields, frozen
+
+from kilo_etcd.agent.hearsay import Hearsay
+from kilo_etcd.kernel.state import (
+    AddAddress,
+    AddRoute,
+    ApplyReport,
+    Change,
+    DeleteAddress,
+    DeleteRoute,
+    RemovePeer,
+    SetPeer,
+)
+from kilo_etcd.model import IPAddress, Snapshot
+from kilo_etcd.topology import Topology, UnknownNode, build_topology, host_plan
+from kilo_etcd.topology.hostplan import HostPlan
+
+if TYPE_CHECKING:
+    from simulation.host import SimulatedAgent, SimulatedHost, SimulatedKernel
+    from simulation.world import World
+
+AFRESH_EVERY = 5
+"""Each so many-th apply is compared with what is computed without a predecessor, which takes longer."""
+
+COMPARED = tuple(one.name for one in fields(Snapshot) if one.name not in ("revision", "raft_term"))
+"""A listing is dated by etcd's revision, a change by its own; both may be told of one state of the records."""
+
+
+class Broken(AssertionError):
+    """Something that must hold does not; the message says what, where."""
+
+
+def differences(one: Snapshot, other: Snapshot) -> list[str]:
+    """In what two snapshots differ, for people."""
+    return [
+        f"{name}: {getattr(one, name)} instead of {getattr(other, name)}"
+        for name in COMPARED
+        if getattr(one, name) != getattr(other, name)
+    ]
+
+
+@frozen
+class _Account:
+    """What was true when an apply began."""
+
+    snapshot: Snapshot | None
+    """What the host applied last."""
+    raw_plan: HostPlan | None
+    plan: HostPlan | None
+    history: int
+    touches: int
+    clean: bool
+    """Whether its kernel was as it should be."""
+    busy: bool
+    """Whether peers are to be spoken to, begun over, or to prove something."""
+    contacts: bool
+    """The same, or was so when the host applied something last."""
+    heard: Hearsay
+    """What it had heard from neighbours."""
+    new: bool
+
+
+@define
+class _Seen:
+    """What is known of one host."""
+
+    newest: dict[int, int] = field(factory=dict)
+    """Cluster -> the newest revision that was applied of it."""
+    snapshot: Snapshot | None = None
+    kernel: SimulatedKernel | None = None
+    heard: Hearsay = field(factory=Hearsay)
+    raw_plan: HostPlan | None = None
+    """What its agent had planned then."""
+    busy: bool = False
+    """Whether its agent was busy with single peers when it had applied something last."""
+    plan: HostPlan | None = None
+    """The plan that its kernel was brought to last."""
+    touches: int = 0
+    """How often somebody else has been at its kernel."""
+    settled: int = -1
+    """`touches` when the kernel was last brought to its plan, without failures."""
+
+
+class Watchman:
+    """Of one world. `world` is asked only for what etcd holds and which hosts there are."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._hosts: dict[str, _Seen] = {}
+        self._snapshots: dict[tuple[int, int], Snapshot] = {}
+        self._leaders: dict[tuple[int, int, str], tuple[str, str]] = {}
+        self._addresses: dict[tuple[int, str, int], IPAddress] = {}
+        """Of a cluster, a node and a family."""
+        self._fresh: dict[tuple[int, int], Topology] = {}
+        self._applies = 0
+        self.lossy = False
+        """Whether etcd breaks what a watch promises: then agents may differ until they list again."""
+        self.disturbed = False
+        """Whether claims of addresses were lost: then two kernels may have one for a while."""
+
+    # -- what is looked at --------------------------------------------------------------------------------------
+
+    def before(self, agent: SimulatedAgent, snapshot: Snapshot) -> _Account:
+        """An agent begins to apply a snapshot."""
+        host = agent.host
+        seen = self._seen(host)
+        new = agent.snapshot is not None and agent.plan is None
+        newest = seen.newest.get(snapshot.cluster_id, 0)
+        bridged = agent.remembered is not None and snapshot is agent.remembered.snapshot
+        if snapshot.revision < newest and not bridged:
+            raise Broken(f"{host.name} applies revision {snapshot.revision} after {newest}")
+        last = seen.snapshot
+        if last is not None and last.cluster_id != snapshot.cluster_id and not new and not self.lossy:
+            self._check_adopted(host.name, last, snapshot)
+        busy = _busy(agent)
+        seen.busy = seen.busy or busy
+        seen.newest[snapshot.cluster_id] = max(newest, snapshot.revision)
+        return _Account(
+            snapshot=seen.snapshot,
+            raw_plan=seen.raw_plan,
+            plan=seen.plan,
+            history=len(host.machine.history),
+            touches=seen.touches,
+            clean=seen.settled == seen.touches,
+            busy=busy,
+            contacts=seen.busy,
+            heard=seen.heard,
+            new=new,
+        )
+
+    def applied(self, agent: SimulatedAgent, snapshot: Snapshot, account: _Account) -> None:
+        """It has done so."""
+        host, topology = agent.host, agent.topology
+        if topology is None or agent.applied_revision != snapshot.revision:
+            return
+        self._applies += 1
+        seen = self._seen(host)
+        repeated = seen.snapshot is snapshot
+        seen.snapshot, seen.raw_plan, seen.heard = snapshot, agent.raw_plan, agent.hearsay
+        seen.busy = account.busy or _busy(agent)
+        self._check_writes(agent, account)
+        # What neighbours say while etcd is away is no etcd's truth.
+        if repeated or topology.snapshot is not snapshot:
+            return
+        if not self.lossy:
+            self._check_one_truth(host.name, snapshot, topology)
+        self._check_addresses(host.name, snapshot)
+        if self._applies % AFRESH_EVERY == 0 and not self.lossy:
+            self._check_afresh(agent, snapshot)
+
+    def touches(self, host: SimulatedHost) -> int:
+        """How often somebody else has been at the kernel of a host."""
+        return self._seen(host).touches
+
+    def wrote(self, kernel: SimulatedKernel, plan: HostPlan, report: ApplyReport, touches: int) -> None:
+        """A kernel was brought to a plan; when that began somebody else had been at it so often."""
+        host, seen = kernel.owner, self._seen(kernel.owner)
+        untouched = seen.settled == seen.touches
+        if report.changes and untouched and seen.plan is not None:
+            if kernel is seen.kernel:
+                if plan == seen.plan:
+                    self._broken(f"{host.name} was written to without cause", report.changes)
+            elif _without_endpoints(plan) == _without_endpoints(seen.plan):
+                more = [one for one in report.changes if not _endpoint_only(one)]
+                if more:
+                    self._broken(f"{host.name} was written to by a new agent that had nothing to change", more)
+        for change in report.changes:
+            if isinstance(change, AddAddress) and not self.disturbed:
+                self._check_only_one(host, change.address.ip)
+        seen.kernel, seen.plan = kernel, plan
+        seen.settled = -1 if report.failures else touches
+
+    def touched(self, host: SimulatedHost) -> None:
+        """Somebody else has been at the kernel of a host."""
+        self._seen(host).touches += 1
+
+    def left(self, host: SimulatedHost) -> None:
+        """A host has left the mesh, and may get another address when it comes again."""
+        self.touched(host)
+        self._forget_addresses(host.name)
+
+    def unclaimed(self, name: str) -> None:
+        """Somebody has taken away the claim of a node's address."""
+        self.disturbed = True
+        self._forget_addresses(name)
+
+    def fresh(self, snapshot: Snapshot) -> Topology:
+        """The topology of a snapshot, computed without a predecessor."""
+        key = (snapshot.cluster_id, snapshot.revision)
+        known = self._fresh.get(key)
+        if known is None or known.snapshot is not snapshot:
+            known = self._fresh[key] = build_topology(snapshot)
+        return known
+
+    # -- what must hold -----------------------------------------------------------------------------------------
+
+    def _forget_addresses(self, name: str) -> None:
+        self._addresses = {key: address for key, address in self._addresses.items() if key[1] != name}
+
+    def _seen(self, host: SimulatedHost) -> _Seen:
+        return self._hosts.setdefault(host.name, _Seen())
+
+    @staticmethod
+    def _broken(what: str, changes: Iterable[Change]) -> None:
+        raise Broken(f"{what}: {'; '.join(map(str, changes))}")
+
+    def _check_adopted(self, name: str, last: Snapshot, snapshot: Snapshot) -> None:
+        if snapshot.cluster_id not in self._world.adopted:
+            raise Broken(f"{name} follows cluster {snapshot.cluster_id:x} after {last.cluster_id:x}, not adopted")
+
+    def _check_one_truth(self, name: str, snapshot: Snapshot, topology: Topology) -> None:
+        key = (snapshot.cluster_id, snapshot.revision)
+        known = self._snapshots.setdefault(key, snapshot)
+        if known is not snapshot and (differ := differences(snapshot, known)):
+            raise Broken(f"{name} sees another mesh at revision {snapshot.revision}: {'; '.join(differ)}")
+        for segment in topology.segments.values():
+            leader = segment.leader.name
+            first, who = self._leaders.setdefault((*key, segment.key), (leader, name))
+            if first != leader:
+                raise Broken(
+                    f"at revision {snapshot.revision} {leader} leads {segment.key!r} for {name}, but {first} for {who}"
+                )
+
+    def _check_addresses(self, name: str, snapshot: Snapshot) -> None:
+        owners: dict[IPAddress, str] = {}
+        for node in snapshot.nodes.values():
+            for address in node.mesh_addresses:
+                if owners.setdefault(address, node.name) != node.name:
+                    raise Broken(f"{node.name} and {owners[address]} have {address}, as {name} sees it")
+            if node.name in self._world.gone:
+                continue  # It takes back one claim after the other.
+            for address in node.mesh_addresses:
+                known = self._addresses.setdefault((snapshot.cluster_id, node.name, address.version), address)
+                if known != address and not self.disturbed:
+                    raise Broken(f"{node.name} moved from {known} to {address}, as {name} sees it")
+
+    def _check_only_one(self, host: SimulatedHost, address: IPAddress) -> None:
+        for other in self._world.hosts.values():
+            if other is not host and any(one.ip == address for one in other.machine.observed.addresses):
+                raise Broken(f"the kernels of {host.name} and {other.name} both have {address}")
+
+    def _check_afresh(self, agent: SimulatedAgent, snapshot: Snapshot) -> None:
+        fresh = self.fresh(self._snapshots[snapshot.cluster_id, snapshot.revision])
+        assert agent.topology is not None
+        if agent.topology.segments != fresh.segments:
+            raise Broken(f"{agent.name} draws another mesh than what is drawn afresh, at revision {snapshot.revision}")
+        try:
+            plan = host_plan(fresh, agent.name)
+        except UnknownNode:
+            return
+        if plan != agent.raw_plan:
+            raise Broken(f"the plan of {agent.name} is not what is planned afresh, at revision {snapshot.revision}")
+
+    def _check_writes(self, agent: SimulatedAgent, account: _Account) -> None:
+        host = agent.host
+        seen = self._seen(host)
+        made = host.machine.history[account.history :]
+        if not made or not account.clean or seen.touches != account.touches or seen.settled != seen.touches:
+            return
+        # Who changes itself may be reached otherwise, and who speaks first with it is decided anew.
+        busy = account.contacts or _busy(agent) or _changed(account, agent)
+        if not account.new and account.raw_plan == agent.raw_plan and not busy and not _promoted(account, agent):
+            self._broken(f"{host.name} was written to by a change that does not concern it", made)
+        nothing_new = account.snapshot is agent.snapshot and account.heard == agent.hearsay
+        if nothing_new and account.plan is not None and not account.new:
+            lost = _lost(made, account.plan)
+            if lost:
+                self._broken(f"{host.name} lost what its plan holds although nothing new was heard", lost)
+
+
+def _busy(agent: SimulatedAgent) -> bool:
+    """Whether it has to do with single peers, which may be made anew."""
+    programmer = agent.programmer
+    return bool(programmer._waiting or programmer._proving or programmer._begin_over)
+
+
+def _changed(account: _Account, agent: SimulatedAgent) -> bool:
+    """Whether the host's own node is another one than before."""
+    if account.snapshot is None or agent.snapshot is None:
+        return True
+    return account.snapshot.nodes.get(agent.name) != agent.snapshot.nodes.get(agent.name)
+
+
+def _promoted(account: _Account, agent: SimulatedAgent) -> bool:
+    """Whether the hosts have other roles than before, which decides who tells endpoints to its WireGuard."""
+    if account.snapshot is None or agent.topology is None:
+        return True
+    before = build_topology(account.snapshot)
+    return {one.leader.name for one in before.segments.values()} != {
+        one.leader.name for one in agent.topology.segments.values()
+    }
+
+
+def _lost(made: Iterable[Change], plan: HostPlan) -> list[Change]:
+    """What `plan` held, was taken away, and was not put back."""
+    lost: dict[object, Change] = {}
+    for change in made:
+        match change:
+            case RemovePeer(public_key=key) if key in plan.peers:
+                lost[key] = change
+            case SetPeer(public_key=key):
+                lost.pop(key, None)
+            case DeleteRoute(route=route) if route.destination in plan.routes:
+                lost[route.destination] = change
+            case AddRoute(route=route):
+                lost.pop(route.destination, None)
+            case DeleteAddress(address=address) if address in plan.addresses:
+                lost[address] = change
+    return list(lost.values())
+
+
+def _without_endpoints(plan: HostPlan) -> HostPlan:
+    return evolve(plan, peers={key: evolve(peer, endpoint=None) for key, peer in plan.peers.items()})
+
+
+def _endpoint_only(change: Change) -> bool:
+    return isinstance(change, SetPeer) and change == SetPeer(
+        name=change.name, public_key=change.public_key, endpoint=change.endpoint
+    )

@@ -1,0 +1,400 @@
+"""A world drawn from a seed: hosts, their etcd, their network, and the schedule of faults that they go through.
+
+`run_schedule(seed)` plays it: all hosts start, faults come for a while, everything is mended, and then the world has to
+come to rest. What must hold at each step is `invariants`' business; what must hold at rest is here:
+
+* every agent has applied the newest record, and they all see what etcd holds and draw the same of it;
+* every kernel holds what its agent planned, and nothing is left to do;
+* every pair of hosts is connected in both directions, by the plans and by what the kernels really hold;
+* whoever shares a location stands for leader, and the leader is on record;
+* from then on nothing is written any more, neither to a kernel nor to etcd.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable
+from ipaddress import ip_network
+from itertools import permutations
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import trio
+from attrs import frozen
+
+from helpers import eventually
+from kilo_etcd.kernel.diff import difference
+from kilo_etcd.model import IPNetwork, Snapshot
+from kilo_etcd.store import Keys
+from kilo_etcd.store.view import View
+from kilo_etcd.testing.fake_etcd import Backup, FakeEtcd
+from kilo_etcd.topology import build_topology, host_plan
+from kilo_etcd.topology.walk import walk
+from simulation import faults
+from simulation.clockwork import freezable, seeded
+from simulation.faults import FAULTS, Fault
+from simulation.host import SimulatedAgent, SimulatedHost, in_memory
+from simulation.invariants import Watchman, differences
+from simulation.network import Network
+
+KEYS = Keys()
+
+REST_SECONDS = 150.0
+"""How long everything may take to come to rest: the longest waits of the agents are a minute or two."""
+
+LISTED_AGAIN = 400.0
+"""How long where watches have lost something: until every agent has listed again."""
+
+KEEPALIVE_SECONDS = 100.0
+
+_SHM = next((path for path in (Path("/dev/shm"),) if path.is_dir()), None)
+
+
+@frozen(kw_only=True)
+class Shape:
+    """What a schedule is like."""
+
+    sites: tuple[int, ...]
+    """Hosts per site."""
+    late: int = 0
+    """How many of them are not there at the start."""
+    families: frozenset[str] = frozenset()
+    """Which faults there are."""
+    chaos: float = 0.0
+    """Seconds during which they come."""
+    pauses: tuple[float, ...] = (1.0,)
+    """Seconds between two of them, on an average."""
+    quiet: float = 45.0
+    """Seconds during which nothing may be written at the end."""
+    delay: float = 0.0
+    """Seconds that etcd takes to answer."""
+    granularity: str = "location"
+    encapsulate: str = "crosssubnet"
+    dual: bool = False
+    disks: bool = False
+    forget_after: str = "24h"
+    kernel_delays: tuple[float, ...] = (0.0,)
+    """Seconds that a kernel takes for changes; one of them for each host."""
+
+
+FAMILIES = tuple(sorted({fault.family for fault in FAULTS} - {"lossy"}))
+
+
+def shape_of(seed: int, rng: random.Random) -> Shape:
+    """Most worlds are small and short; a few are large, long or rest for long. Which, does not depend on `rng` alone,
+    so that any row of seeds has some of each."""
+    large, long = seed % 50 == 7, seed % 10 == 3
+    sites = rng.choice(((2, 1), (2, 2), (3, 1), (2, 1, 1)))
+    if large:
+        sites = rng.choice(((4, 3, 2, 1), (6, 4), (3, 3, 3, 2)))
+    elif long:
+        sites = rng.choice(((3, 2, 1), (4, 2), (2, 2, 1)))
+    wanted = rng.choice((1, 2, 3, 5, len(FAMILIES)))
+    families = set(rng.sample(FAMILIES, wanted))
+    if seed % 40 == 11:
+        families.add("lossy")
+    dual = rng.random() < 0.15
+    return Shape(
+        sites=sites,
+        late=rng.choice((0, 0, 1)),
+        families=frozenset(families),
+        chaos=60.0 if long else 25.0,
+        pauses=(0.05, 1.0, 3.0) if large or long else (0.05, 0.5, 2.0),
+        quiet=400.0 if seed % 50 == 13 else 45.0,
+        delay=rng.choice((0.0, 0.0, 0.002, 0.05)),
+        granularity=rng.choice(("location", "location", "location", "full", "cross")),
+        encapsulate="wireguard" if dual else rng.choice(("crosssubnet", "crosssubnet", "always", "wireguard")),
+        dual=dual,
+        disks=rng.random() < 0.3,
+        forget_after=rng.choice(("24h", "24h", "24h", "30s")),
+        kernel_delays=(0.0, 0.0, 0.01, 0.3),
+    )
+
+
+class World:
+    """All hosts and their etcd."""
+
+    stray: IPNetwork = ip_network("172.31.0.0/16")
+    """Where somebody else's routes lead."""
+
+    def __init__(
+        self, seed: int, nursery: trio.Nursery, *, shape: Shape | None = None, disks: Path | None = None
+    ) -> None:
+        """`shape`: None draws one; `disks`: a directory in which some hosts, if any by the shape, have a disk."""
+        self.seed, self.nursery = seed, nursery
+        self.random = random.Random(seed)
+        self.shape = shape = shape or shape_of(seed, self.random)
+        self.usual_delay = shape.delay
+        self.etcd = FakeEtcd(delay=shape.delay)
+        self.network = Network()
+        self.watchman = Watchman(self)
+        self.said: list[str] = []
+        self.saved: Backup | None = None
+        self.genuine = True
+        """Whether etcd is what the agents know, or has been adopted since."""
+        self.clusters = 0
+        self.adopted: set[int] = set()
+        """The etcds that the operator has ever said to be the mesh's."""
+        self.put_right: Callable[[], None] = self.adopt
+        """What ends the reign of an etcd that is not genuine."""
+        self.hosts: dict[str, SimulatedHost] = {}
+        self._ends: trio.Nursery | None = None
+        options = {
+            "lease_ttl": "5s",
+            "resync_period": "20s",
+            "mesh_granularity": shape.granularity,
+            "encapsulate": shape.encapsulate,
+            "forget_after": shape.forget_after,
+            "subnet": "10.4.0.0/16,fd00:4::/64" if shape.dual else "10.4.0.0/16",
+        }
+        for site, count in zip("abcd", shape.sites, strict=False):
+            for number in range(1, count + 1):
+                name = f"{site}-{number}"
+                disk = None
+                if disks is not None and shape.disks and self.random.random() < 0.7:
+                    disk = disks / name
+                    disk.mkdir()
+                self.hosts[name] = SimulatedHost(
+                    name, seed, self.etcd.client(name), self.network, self.watchman, nursery,
+                    options=options, dual=shape.dual, disk=disk,
+                    kernel_delay=self.random.choice(shape.kernel_delays),
+                )  # fmt: skip
+        late = min(shape.late, len(self.hosts) - 2)
+        self.gone = set(self.random.sample(sorted(self.hosts), late))
+        """Who is no member, by the operator's wish."""
+        self._faults: list[Fault] = [fault for fault in FAULTS if fault.family in shape.families]
+
+    # -- who there is -------------------------------------------------------------------------------------------
+
+    def members(self) -> Iterable[SimulatedHost]:
+        return (host for name, host in self.hosts.items() if name not in self.gone)
+
+    def site_of(self, host: SimulatedHost) -> list[SimulatedHost]:
+        """The members at a host's site."""
+        return [one for one in self.members() if one.name[0] == host.name[0]]
+
+    # -- what happens to them -----------------------------------------------------------------------------------
+
+    def fault(self) -> None:
+        """One thing goes wrong, or is changed by the operator."""
+        host = self.random.choice(list(self.members()))
+        (fault,) = self.random.choices(self._faults, [one.weight for one in self._faults])
+        more = fault.act(self, host)
+        self.said.append(f"{trio.current_time():9.3f} {fault.name} {host.name} {more}".rstrip())
+
+    def later(self, seconds: float, act: Callable[[], object]) -> None:
+        """Do it after that time, unless all is healed by then."""
+
+        async def wait() -> None:
+            await trio.sleep(seconds)
+            act()
+
+        assert self._ends is not None
+        self._ends.start_soon(wait)
+
+    def start(self, host: SimulatedHost) -> None:
+        """If it is a member."""
+        if host.name not in self.gone:
+            host.start()
+
+    def put(self, key: str, value: str) -> None:
+        if self.etcd.available:
+            self.etcd.put(key, value)
+
+    def delete(self, key: str) -> None:
+        if self.etcd.available:
+            self.etcd.delete(key)
+
+    def forget_claims(self, name: str) -> None:
+        if self.etcd.available:
+            self.watchman.unclaimed(name)
+            for key in faults.addresses_of(self, name):
+                self.etcd.delete(key)
+
+    def etcd_up(self) -> None:
+        if not self.etcd.available:
+            self.etcd.up()
+
+    def adopt(self) -> None:
+        """As by `kgctl mesh adopt`."""
+        if self.etcd.available:
+            self.adopted.add(self.etcd.cluster_id)
+            self.etcd.put(KEYS.adopted, f"{self.etcd.cluster_id:x} {trio.current_time()}")
+
+    def settle_cluster(self) -> None:
+        """It is put right which etcd is the mesh's."""
+        if not self.genuine and self.etcd.available:
+            self.said.append(f"{trio.current_time():9.3f} the etcd of the mesh is settled")
+            self.put_right()
+            # Those that were started meanwhile follow the other one.
+            self.adopt()
+            self.genuine = True
+
+    def heal(self) -> None:
+        """The last fault is over."""
+        self.said.append(f"{trio.current_time():9.3f} healed")
+        self.etcd_up()
+        self.etcd.delay = self.usual_delay
+        self.settle_cluster()
+        for host in self.hosts.values():
+            host.client.mend_all()
+            host.condition.mend()
+            host.mend_kernel()
+            host.freezer.thaw()
+            if host.name in self.gone:
+                self._see_off(host)
+            else:
+                host.start()
+
+    def _see_off(self, host: SimulatedHost) -> None:
+        """What a host that has left could not take away itself: `kg cleanup` and `kgctl node forget`."""
+        host.kill()
+        host.cleaned_up()
+        self.etcd.delete(KEYS.node(host.name))
+        for key in faults.addresses_of(self, host.name):
+            self.etcd.delete(key)
+
+    # -- what must be true of them in the end -------------------------------------------------------------------
+
+    def truth(self) -> Snapshot:
+        """What etcd holds, as whoever starts now would see it."""
+        view = View(KEYS)
+        root = KEYS.root.encode()
+        view.load([kv for key, kv in self.etcd.data.items() if key.startswith(root)], self.etcd.header())
+        return view.snapshot()
+
+    def at_rest(self) -> bool:
+        """Whether all has been followed; AssertionError says what has not."""
+        newest = max((kv.mod_revision for key, kv in self.etcd.data.items() if key.startswith(b"/kilo/")), default=0)
+        agents: dict[str, SimulatedAgent] = {}
+        for host in self.members():
+            agent = host.agent
+            assert agent is not None, f"{host.name} does not run"
+            assert agent.applied_revision >= newest, f"{host.name} is at {agent.applied_revision}, not {newest}"
+            assert agent.topology is not None
+            assert agent.plan is not None
+            agents[host.name] = agent
+        truth = self.truth()
+        assert set(truth.nodes) == set(agents), f"{sorted(truth.nodes)} are nodes"
+        fresh = build_topology(truth)
+        for name, agent in agents.items():
+            assert agent.topology is not None
+            assert not agent._etcd_away(), f"{name} does not know yet that etcd is back"
+            assert not agent.hearsay.leaders, f"{name} still follows hearsay"
+            differ = differences(agent.topology.snapshot, truth)
+            assert not differ, f"{name} sees another mesh than etcd: {'; '.join(differ)}"
+            assert agent.topology.segments == fresh.segments, f"{name} draws another mesh"
+            assert agent.raw_plan == host_plan(fresh, name), f"{name} has another plan than what is planned afresh"
+            trouble = agent._etcd_trouble()
+            assert trouble is None, f"{name} is in trouble: {trouble}"
+            self._programmed(self.hosts[name], agent)
+        for segment in fresh.segments.values():
+            members = {node.name for node in segment.members}
+            if len(members) > 1:
+                standing = {one.node for one in truth.candidates.get(segment.location, ())}
+                assert members <= standing, f"{members - standing} do not stand at {segment.location!r}"
+                assert truth.leaders.get(segment.location) == segment.leader.name, (
+                    f"{truth.leaders.get(segment.location)} and not {segment.leader.name} is on record at "
+                    f"{segment.location!r}"
+                )
+        plans = {name: agent.plan for name, agent in agents.items() if agent.plan is not None}
+        for name, other in permutations(agents, 2):
+            for address in truth.nodes[other].mesh_addresses:
+                path = walk(plans, fresh, name, address)
+                assert path.delivered, f"{name} to {other}: {path}"
+                why = self.network.trace(name, address)
+                assert not why, f"{name} gets no answer from {other} at {address}: {why}"
+        return True
+
+    @staticmethod
+    def _programmed(host: SimulatedHost, agent: SimulatedAgent) -> None:
+        """The kernel holds the plan, and there is nothing left to do."""
+        device, wanted = host.device, agent.programmer.programmed
+        assert device is not None
+        assert wanted is not None
+        assert agent.plan is not None
+        todo = difference(wanted, device._now(), device._memory, device._target(wanted))
+        assert not todo.changes, f"the kernel of {host.name} wants {'; '.join(map(str, todo.changes))}"
+        assert not todo.failures, f"the kernel of {host.name}: {'; '.join(map(str, todo.failures))}"
+        assert set(wanted.peers) == set(agent.plan.peers), f"{host.name} has other peers than planned"
+        assert wanted.routes == agent.plan.routes, f"{host.name} has other routes than planned"
+        for network in agent.subnets:
+            assert network in host.machine.observed.routes, f"{host.name} has no route to the mesh"
+
+    def penance(self) -> float:
+        """Until when a host stands behind all others, or looks once more: then it writes."""
+        agents = (host.agent for host in self.members())
+        ends = [agent._candidacy.penance for agent in agents if agent is not None]
+        return max((end for end in ends if end is not None), default=0.0)
+
+    async def keepalives(self) -> None:
+        """What WireGuard does by itself: peers with persistent keepalive shake hands now and then."""
+        while True:
+            await trio.sleep(KEEPALIVE_SECONDS)
+            for name, host in self.hosts.items():
+                for key, peer in list(host.machine.observed.peers.items()):
+                    if peer.persistent_keepalive:
+                        self.network.shake(name, key)
+
+    async def thaw_at_the_end(self) -> None:
+        """Who stands still cannot come to an end."""
+        try:
+            await trio.sleep_forever()
+        finally:
+            for host in self.hosts.values():
+                host.freezer.thaw()
+
+    # -- a schedule ---------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Play it."""
+        async with trio.open_nursery() as self._ends:
+            for host in self.members():
+                host.start()
+                await trio.sleep(self.random.choice((0.0, 0.01, 1.0)))
+            end = trio.current_time() + self.shape.chaos
+            while trio.current_time() < end:
+                self.fault()
+                await trio.sleep(self.random.expovariate(1 / self.random.choice(self.shape.pauses)))
+            self._ends.cancel_scope.cancel()
+        # A stopping agent is given its time.
+        for host in self.hosts.values():
+            host.freezer.thaw()
+        await trio.sleep(6)
+        self.heal()
+        await eventually(self.at_rest, LISTED_AGAIN if self.watchman.lossy else REST_SECONDS, every=1.0)
+        await trio.sleep(LISTED_AGAIN if self.watchman.lossy else 15)
+        now, penance = trio.current_time(), self.penance()
+        if now < penance < now + self.shape.quiet:
+            await trio.sleep(penance - now + 15)
+        assert self.at_rest()
+        written = [len(host.machine.history) for host in self.members()]
+        revision = self.etcd.revision
+        await trio.sleep(self.shape.quiet)
+        assert self.at_rest()
+        made = [
+            f"{host.name}: {change}"
+            for host, before in zip(self.members(), written, strict=True)
+            for change in host.machine.history[before:]
+        ]
+        assert not made, f"kernels were written to at rest: {'; '.join(made)}"
+        news = {kv.key.decode(): kv.value for kv in self.etcd.data.values() if kv.mod_revision > revision}
+        assert self.etcd.revision == revision, f"etcd was written to at rest: {news}"
+
+
+async def run_schedule(seed: int) -> list[str]:
+    """One schedule of faults; what happened in it. AssertionError: something that must hold does not."""
+    with seeded(seed), in_memory(), freezable(), TemporaryDirectory(dir=_SHM) as disks:
+        said: list[str] = []
+        try:
+            async with trio.open_nursery() as nursery:
+                world = World(seed, nursery, disks=Path(disks))
+                said = world.said
+                nursery.start_soon(world.thaw_at_the_end)
+                nursery.start_soon(world.keepalives)
+                await world.run()
+                nursery.cancel_scope.cancel()
+        except BaseException as error:
+            error.add_note(f"seed {seed}, {world.shape}; the schedule ended with:\n" + "\n".join(said[-60:]))
+            raise
+        return said
