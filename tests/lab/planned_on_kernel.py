@@ -16,4 +16,4 @@ pytestmark = [pytest.mark.lab, pytest.mark.deadline(560)]
 async def test_what_an_operator_does_on_the_kernels_wireguard() -> None:
     async with planned_world("kernel", lease_ttl=20) as lab:
         await nothing_moves(lab)
-        await handed_over(lab)
+        await handed_over(lab, crowded=True)
