@@ -168,7 +168,7 @@ async def _is_away(lab: Lab, host: str) -> bool:
 async def handed_over(lab: Lab, *, crowded: bool = False) -> None:
     """Leadership goes from one host to another in every way that an operator has.
 
-    `crowded`: all hosts share one slow processor, where a gap says little; each is tried once, and only the worst counts.
+    `crowded`: all hosts share one slow processor, where gaps say little; each is tried once, and the worst counts.
     """
 
     async def stopped(first: str, second: str) -> None:
