@@ -229,7 +229,8 @@ def power_on(host: str, no_agent: bool, name: str | None) -> None:
 @click.option("--from", "kind", type=click.Choice(CUTS), default="all", show_default=True)
 @name_option
 def cut(host: str, kind: str, name: str | None) -> None:
-    """Silently drop what a host exchanges with etcd, its location's hosts, all others, or everything."""
+    """Silently drop what a host exchanges with etcd, its location's hosts, all others, or everything; or what it
+    forwards, what goes to its WireGuard port, or a fifth of that."""
     _with_lab(name, lambda lab: lab.cut(host, kind))
 
 
