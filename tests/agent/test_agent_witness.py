@@ -16,6 +16,7 @@ from attrs import evolve
 
 from helpers import eventually
 from kilo_etcd.agent import decide, duty, privatekey
+from kilo_etcd.agent.daemon import Daemon
 from kilo_etcd.kernel.state import DeleteRoute, SetPeer
 from kilo_etcd.model import CandidateClass, Endpoint
 from kilo_etcd.store import CandidateRecord, VerdictRecord
@@ -399,6 +400,17 @@ async def test_those_who_were_called_do_not_keep_each_others_words_in_force(worl
 # -- the accused ------------------------------------------------------------------------------------------------------
 
 
+async def accuse(mesh: World, daemon: Daemon) -> None:
+    """g1 and g2 come to stand beside h1, which leads, and say that it does not forward; g1 leads then."""
+    stand(mesh, "g1", CandidateClass.REST)
+    stand(mesh, "g2", CandidateClass.REST)
+    own = mesh.etcd.data[b"/kilo/elections/gcp/h1"].create_revision
+    for witness in ("g1", "g2"):
+        found = VerdictRecord(leader="h1", candidacy=own, targets=("home",), answers=True, reaches=witness == "g1")
+        mesh.etcd.put(f"/kilo/verdicts/gcp/{witness}", encode(found))
+    await eventually(lambda: daemon.role is not None and daemon.role.leader == "g1", 1, every=0.01)
+
+
 async def test_who_is_passed_over_stands_behind_everyone_for_a_while(mesh: World) -> None:
     mesh.etcd.delete("/kilo/elections/gcp/g1")
     async with running(mesh) as daemon:
@@ -477,13 +489,7 @@ async def test_who_leads_all_the_same_takes_its_class_up_again_in_its_place(mesh
     mesh.etcd.delete("/kilo/elections/gcp/g1")
     async with running(mesh) as daemon:
         await stands(mesh)
-        stand(mesh, "g1", CandidateClass.REST)
-        stand(mesh, "g2", CandidateClass.REST)
-        own = mesh.etcd.data[b"/kilo/elections/gcp/h1"].create_revision
-        for witness in ("g1", "g2"):
-            found = VerdictRecord(leader="h1", candidacy=own, targets=("home",), answers=True, reaches=witness == "g1")
-            mesh.etcd.put(f"/kilo/verdicts/gcp/{witness}", encode(found))
-        await eventually(lambda: daemon.role is not None and daemon.role.leader == "g1", 1, every=0.01)
+        await accuse(mesh, daemon)
         await stands(mesh)
         for node_name in ("g1", "g2"):
             mesh.etcd.delete(f"/kilo/elections/gcp/{node_name}")
@@ -501,13 +507,7 @@ async def test_the_operators_choice_ends_it(mesh: World) -> None:
     mesh.etcd.delete("/kilo/elections/gcp/g1")
     async with running(mesh) as daemon:
         await stands(mesh)
-        stand(mesh, "g1", CandidateClass.REST)
-        stand(mesh, "g2", CandidateClass.REST)
-        own = mesh.etcd.data[b"/kilo/elections/gcp/h1"].create_revision
-        for witness in ("g1", "g2"):
-            found = VerdictRecord(leader="h1", candidacy=own, targets=("home",), answers=True, reaches=witness == "g1")
-            mesh.etcd.put(f"/kilo/verdicts/gcp/{witness}", encode(found))
-        await eventually(lambda: daemon.role is not None and daemon.role.leader == "g1", 1, every=0.01)
+        await accuse(mesh, daemon)
         await stands(mesh)
         mesh.etcd.put("/kilo/annotations/h1/leader", "true")
         await eventually(lambda: daemon.role is not None and daemon.role.leader == "h1", 10, every=0.1)
