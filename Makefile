@@ -31,7 +31,7 @@ test:
 
 test-fast:
 	@scripts/setup python
-	@.venv/bin/python -m pytest -m 'not etcd and not root and not lab and not guest' $(ARGS)
+	@.venv/bin/python -m pytest -n 2 --dist loadgroup -m 'not etcd and not root and not lab and not guest' $(ARGS)
 
 simulate:
 	@scripts/setup python
