@@ -1,4 +1,5 @@
-"""Holds this host's candidacy as `decide.stand` says: remembers since when the host has wished what it wishes.
+"""Holds this host's candidacy as `decide.stand` says: remembers since when the host has wished what it wishes, and that
+it was passed over.
 
 It decides nothing itself and knows nothing of plans and kernels; whoever calls it says whether the host is ready.
 """
@@ -9,7 +10,10 @@ import trio
 
 from kilo_etcd import store
 from kilo_etcd.agent import decide
+from kilo_etcd.agent.logs import get_logger
 from kilo_etcd.model import CandidateClass, Snapshot
+from kilo_etcd.topology import Topology
+from kilo_etcd.topology.verdicts import sentence
 
 _CHOSEN = (CandidateClass.ANNOTATED_PUBLIC, CandidateClass.ANNOTATED)
 
@@ -31,26 +35,42 @@ class Candidacy:
         self._stood = False
         """Whether this host wanted to stand when it was last asked."""
         self._penance = decide.Penance()
-        self._passed_over = False
-        """As of the last call: until its candidacy is gone a host is passed over again and again."""
+        self._passed_over: str | None = None
+        """Why this host does not lead although it is first in line, by the topology in force."""
+        self._counted = False
+        """`_passed_over` is in the penance: until its candidacy is gone a host is passed over again and again."""
+        self.why: str | None = None
+        """Why this host stands behind all other candidates, as a sentence."""
 
     @property
     def penance(self) -> float | None:
         """Until when this host stands behind everyone, on trio's clock; None: it does not."""
         return self._penance.until if trio.current_time() < self._penance.until else None
 
-    async def update(self, snapshot: Snapshot, *, leads: bool, ready: bool, passed_over: bool) -> float | None:
-        """Stand, or stand no more, in the face of `snapshot`; when to call again although nothing changed.
+    def follow(self, topology: Topology) -> None:
+        """Take note of whether this host, by the topology that is in force now, would lead but for the witnesses."""
+        segment = topology.segment_of(self._name)
+        text = None
+        if segment.election.passed_over == self._name:
+            text = sentence(self._name, topology.snapshot.verdicts.get(segment.location, ()))
+        self._passed_over = text
+        if text is not None and self.why is None:
+            self.why = text
+            get_logger(node=self._name, location=segment.location).warning("passed over as leader", why=text)
+        elif self.why is not None and text is None and self.penance is None:
+            self.why = None
+            get_logger(node=self._name, location=segment.location).info("standing for leader as before")
 
-        `passed_over`: by it this host would lead, but for the witnesses.
-        """
+    async def update(self, snapshot: Snapshot, *, leads: bool, ready: bool) -> float | None:
+        """Stand, or stand no more, in the face of `snapshot`; when to call again although nothing changed."""
         now = trio.current_time()
         wanted = decide.eligible(snapshot, self._name)
         held = self._session.candidacy
         current = None if held is None else decide.Stand(held.location, held.rank)
-        if passed_over and not self._passed_over:
+        passed_over = self._passed_over is not None
+        if passed_over and not self._counted:
             self._penance = self._penance.again(now)
-        self._passed_over = passed_over
+        self._counted = passed_over
         if _newly_chosen(self._wish, wanted):
             # The operator's word, put since, counts for more than what witnesses said before.
             self._penance = decide.Penance()

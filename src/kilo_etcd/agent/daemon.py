@@ -36,14 +36,13 @@ from kilo_etcd.agent.pace import Pace
 from kilo_etcd.agent.program import Programmer
 from kilo_etcd.agent.report import Reporter, State
 from kilo_etcd.agent.resolve import Resolver, names_of, plan_names, resolve_plan
+from kilo_etcd.agent.upkeep import REFUSALS, Upkeep
 from kilo_etcd.agent.whereabouts import Whereabouts
 from kilo_etcd.agent.witness import Witness
 from kilo_etcd.model import Granularity, IPNetwork, Snapshot
-from kilo_etcd.store.keys import AddressKey
 from kilo_etcd.topology import Topology, UnknownNode, build_topology, host_plan
 from kilo_etcd.topology.guard import guard
 from kilo_etcd.topology.hostplan import HostPlan
-from kilo_etcd.topology.verdicts import sentence
 from kilo_etcd.topology.wayout import at_gateway, by_way_out
 
 T = TypeVar("T")
@@ -60,9 +59,6 @@ RESIGN_SECONDS = 2.0
 ETCD_PATIENCE_SECONDS = 2.0
 """How long a starting agent waits for etcd before it goes by the last known mesh."""
 
-SETTINGS_SECONDS = 2.0
-"""Within which the agents put lost settings of the mesh back, each at its own moment."""
-
 KERNEL_RETRY_SECONDS = 0.5
 
 POST_RETRY_SECONDS = 60.0
@@ -73,9 +69,6 @@ SAY_SECONDS = 5.0
 
 SETTLE_SECONDS = 0.5
 """How long changes of the host's own addresses may go on before they are looked at: they come in bursts."""
-
-REFUSALS = (store.NameTaken, store.NoAddressLeft, store.RecordError)
-"""What etcd holds and the agent cannot get past without the operator."""
 
 
 class Fatal(Exception):
@@ -175,8 +168,6 @@ class Daemon:
         """What neighbours have said of leaders since etcd was out of reach."""
         self.beyond: str | None = None
         """A sentence on the gateway that this host uses and that does not answer."""
-        self.penance: str | None = None
-        """Why this host stands behind all other candidates, as a sentence."""
         self.subnets: tuple[IPNetwork, ...] = ()
         """The mesh's, as they were when this agent joined."""
 
@@ -186,8 +177,6 @@ class Daemon:
         """Somebody wants the plan made and applied again; else it was the watchdog that woke the reconciler."""
         self._fresh = False
         self._beat = False
-        self._unclaimed = trio.Event()
-        self._unsettled = trio.Event()
         self._applied = trio.Event()
         self._stopping = trio.Event()
         self._programmed = False
@@ -195,6 +184,7 @@ class Daemon:
         """Programmed well enough to lead."""
         self._leaving = False
         self._reporter = Reporter(self.session, public_key, config.mesh_granularity)
+        self._upkeep = Upkeep(self.session, self.keys, self.name, self.once, mirror=lambda: self.mirror, rng=self._rng)
         self._candidacy = Candidacy(self.session, self.name)
         self._answerer = Answerer(client, self.keys, self.name, device, self._in_force, self.once)
         self._post = post
@@ -293,8 +283,7 @@ class Daemon:
             self.log.info("etcd is back: this host has joined again, and follows the mesh")
             self._nudge()
         for task in (
-            self._mind_claims,
-            self._mind_settings,
+            self._upkeep.run,
             self._stand_for_leader,
             self._reporter.run,
             self._answer_questions,
@@ -529,20 +518,6 @@ class Daemon:
             await self.whereabouts.look_again(register=self.remembered is None)
             self._nudge()
 
-    async def _mind_claims(self) -> None:
-        """Claim a mesh address anew where somebody has taken the claim away: without one the host is no member."""
-        while True:
-            await self._unclaimed.wait()
-            self._unclaimed = trio.Event()
-            try:
-                addresses = await self.session.claim_addresses(self.subnets)
-            except (etcd.EtcdError, *REFUSALS) as error:
-                self.once.error("claim", "the host's mesh address is claimed no more, and cannot be", error=str(error))
-            else:
-                self.once.clear("claim", "the host has a mesh address again")
-                self.log.warning("the claim of the host's mesh address was gone; claimed again",
-                                 addresses=",".join(map(str, addresses)))  # fmt: skip
-
     async def _answer_questions(self) -> None:
         """Answer, and begin anew in another etcd: there a watch would wait for a revision that is far away."""
         taken_up = self.mirror.taken_up
@@ -551,45 +526,6 @@ class Daemon:
                 nursery.start_soon(self._answerer.run)
                 taken_up = await self.mirror.wait_taken_up(taken_up)
                 nursery.cancel_scope.cancel()
-
-    def _note_claims(self, snapshot: Snapshot) -> None:
-        """Wake `_mind_claims` if this host has no address in one of the mesh's subnets, neither here nor on its way."""
-        if self.remembered is not None or set(snapshot.subnets) != set(self.subnets):
-            # A host claims when it joins. The subnets of a running mesh are fixed: a slip of the operator's must not
-            # renumber every host.
-            return
-        node = snapshot.nodes.get(self.name)
-        have = {address.version for address in node.mesh_addresses} if node else set()
-        if {subnet.version for subnet in snapshot.subnets} <= have:
-            return
-        for kv in self.mirror.kvs(self.keys.addresses_root):
-            if kv.value == self.name.encode() and isinstance(key := self.keys.parse(kv.key), AddressKey):
-                have.update(subnet.version for subnet in snapshot.subnets if key.address in subnet)
-        if not {subnet.version for subnet in snapshot.subnets} <= have:
-            self._unclaimed.set()
-
-    async def _mind_settings(self) -> None:
-        """Put the mesh's settings back where etcd has none: it was empty when it was adopted, or somebody took them
-        away. The next host to join would put its own there, which may be others than those in force."""
-        while True:
-            await self._unsettled.wait()
-            # One is enough, and it need not be everybody at once.
-            await trio.sleep(self._rng.uniform(0.0, SETTINGS_SECONDS))
-            self._unsettled = trio.Event()
-            snapshot = self.snapshot
-            if snapshot is None or not self._lacks_settings():
-                continue
-            try:
-                await self.mirror.vouch()
-                await self.session.ensure_mesh(snapshot.granularity, snapshot.subnets)
-            except (etcd.EtcdError, store.RecordError) as error:
-                self.once.error("settings lost", "the mesh's settings are not in etcd, and cannot be put there",
-                                error=str(error))  # fmt: skip
-            else:
-                self.once.clear("settings lost", "the mesh's settings are in etcd again")
-
-    def _lacks_settings(self) -> bool:
-        return any(self.mirror.kv(key) is None for key in (self.keys.granularity, self.keys.subnets))
 
     async def _watchdog(self) -> None:
         """Have the reconciler tell systemd that it is alive."""
@@ -615,9 +551,8 @@ class Daemon:
 
     async def _apply(self, snapshot: Snapshot, fresh: bool) -> None:
         self._report_snapshot(snapshot)
-        self._note_claims(snapshot)
-        if self.remembered is None and snapshot.subnets and self._lacks_settings():
-            self._unsettled.set()
+        if self.remembered is None:
+            self._upkeep.follow(snapshot, self.subnets)
         self.topology = build_topology(snapshot, self.topology)
         if self._neighbours is not None:
             self._neighbours.follow(self.topology)
@@ -679,7 +614,7 @@ class Daemon:
         self._programmed = True
         missing = (failure.destination for failure in report.failures if not failure.aside)
         self._ready = decide.able_to_lead(missing, snapshot.subnets)
-        self._note_passed_over()
+        self._candidacy.follow(self.topology)
         self._note_role(snapshot)
         self._publish(snapshot)
         self._hearing.follow(snapshot, plan, tunnels=not standby)
@@ -793,7 +728,8 @@ class Daemon:
 
     def _standing_errors(self) -> tuple[str, ...]:
         """All that is wrong with this host, as sentences."""
-        behind = None if self.penance is None else f"{self.penance}; for some minutes it leads only if nobody else can"
+        why = self._candidacy.why
+        behind = why and f"{why}; for some minutes it leads only if nobody else can"
         # What etcd could not be told it has been told by the time that somebody reads this there.
         further = (self.beyond, self.mirror.suspect or self._bridged(), behind, self.metrics.listen_trouble)
         said = (*self.disagreements, *self.failures, *self.unmet, *self.whereabouts.overlaps)
@@ -812,24 +748,6 @@ class Daemon:
         return f"etcd is out of reach; the last known mesh is in force, which was kept on disk (age {age})"
 
     # -- candidacy ------------------------------------------------------------------------------------------
-
-    def _note_passed_over(self) -> None:
-        text = self._passed_over()
-        if text is not None and self.penance is None:
-            self.penance = text
-            self.log.warning("passed over as leader", why=text)
-        elif self.penance is not None and text is None and self._candidacy.penance is None:
-            self.penance = None
-            self.log.info("standing for leader as before")
-
-    def _passed_over(self) -> str | None:
-        """Why this host does not lead although it is first in line, as a sentence."""
-        if self.topology is None or self.name not in self.topology.snapshot.nodes:
-            return None
-        segment = self.topology.segment_of(self.name)
-        if segment.election.passed_over != self.name:
-            return None
-        return sentence(self.name, self.topology.snapshot.verdicts.get(segment.location, ()))
 
     async def _sound(self) -> bool:
         """Whether the kernel is as the plan in force wants it, read anew."""
@@ -851,8 +769,6 @@ class Daemon:
             if self.snapshot is not None and self.topology is not None and not self._leaving:
                 ready = self._ready and self.applied_revision >= self.snapshot.revision
                 leads = self.role is not None and self.role.kind is store.Role.LEADER
-                due = await self._candidacy.update(
-                    self.snapshot, leads=leads, ready=ready, passed_over=self._passed_over() is not None
-                )
+                due = await self._candidacy.update(self.snapshot, leads=leads, ready=ready)
             with trio.move_on_at(due if due is not None else float("inf")):
                 await applied.wait()

@@ -18,7 +18,7 @@ import trio
 from kilo_etcd import __version__, etcd, kernel, store
 from kilo_etcd.agent import lastknown, privatekey
 from kilo_etcd.agent.config import AgentConfig
-from kilo_etcd.agent.daemon import REFUSALS, Daemon, Fatal, Reload, StoppedAtOnce
+from kilo_etcd.agent.daemon import Daemon, Fatal, Reload, StoppedAtOnce
 from kilo_etcd.agent.dryrun import dry_run
 from kilo_etcd.agent.logs import get_logger, setup_logging
 from kilo_etcd.agent.metrics import Metrics
@@ -26,6 +26,7 @@ from kilo_etcd.agent.neighbours import UdpPost
 from kilo_etcd.agent.notify import notify
 from kilo_etcd.agent.only_one import AlreadyRunning, only_one
 from kilo_etcd.agent.options import agent_options
+from kilo_etcd.agent.upkeep import REFUSALS
 
 EXPECTED = (Fatal, AlreadyRunning, etcd.EtcdError, kernel.KernelError, privatekey.KeyError_, *REFUSALS)
 
