@@ -417,15 +417,7 @@ async def test_who_is_passed_over_stands_behind_everyone_for_a_while(mesh: World
         await stands(mesh)
         assert daemon.role is not None
         assert daemon.role.leader == "h1"
-        stand(mesh, "g1", CandidateClass.REST)
-        stand(mesh, "g2", CandidateClass.REST)
-        own = mesh.etcd.data[b"/kilo/elections/gcp/h1"].create_revision
-        for witness in ("g1", "g2"):
-            record = VerdictRecord(
-                leader="h1", candidacy=own, targets=("home",), answers=True, reaches=witness == "g1"
-            )  # fmt: skip
-            mesh.etcd.put(f"/kilo/verdicts/gcp/{witness}", encode(record))
-        await eventually(lambda: daemon.role is not None and daemon.role.leader == "g1", 1, every=0.01)
+        await accuse(mesh, daemon)
         await eventually(lambda: mesh.etcd.get("/kilo/elections/gcp/h1") is None, 1, every=0.01)
         await stands(mesh)
         record = json.loads(mesh.etcd.get("/kilo/elections/gcp/h1") or b"")
