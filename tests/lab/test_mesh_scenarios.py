@@ -328,6 +328,41 @@ async def test_h_without_etcd_everything_forwards() -> None:
         await lab.all_pairs_ping(30)
 
 
+async def test_h_when_etcds_leader_is_cut_off_from_its_members_nobody_loses_a_lease() -> None:
+    """It goes on answering agents, from what it knows."""
+    async with world(etcd=3) as lab:
+        await candidates(lab, "gcp", 3)
+        stood = await _stood_since(lab)
+        ttl = lab.spec.lease_ttl if lab.spec else 5
+        members = json.loads((await lab.etcdctl("member", "list", "-w", "json")).stdout)["members"]
+        (reply, *_) = json.loads((await lab.etcdctl("endpoint", "status", "-w", "json")).stdout)
+        (alone,) = (one for one in members if one["ID"] == reply["Status"]["leader"])
+        others = ",".join(one["clientURLs"][0] for one in members if one != alone)
+        async with lab.probe("gcp-2", "home-2", interval=0.05) as probe:
+            await lab.etcd("cut", alone["name"])
+            await eventually(lambda: _longer(probe, 2.0 * ttl), 3.0 * ttl, every=0.2)
+        assert probe.lost == 0
+        put = ("--endpoints", others, "put", "/kilo/locations/home-3", "edge")
+        await lab.etcdctl(*put)
+
+        async def followed() -> bool:
+            lines = (await lab.etcdctl("--endpoints", others, "get", "--prefix", "/kilo-status/")).stdout.splitlines()
+            reports = dict(zip(lines[::2], map(json.loads, lines[1::2]), strict=True))
+            return bool(reports["/kilo-status/home-3"]["location"] == "edge")
+
+        await eventually(followed, 20, every=0.2, what="the label followed through the other members")
+        await lab.etcd("heal", alone["name"])
+        await lab.etcd_ready()
+        assert await _stood_since(lab) == stood
+        await lab.all_pairs_ping(30)
+
+
+async def _stood_since(lab: Lab) -> dict[str, int]:
+    """The revision at which each candidacy in gcp was entered."""
+    answer = json.loads((await lab.etcdctl("get", "--prefix", "/kilo/elections/gcp/", "-w", "json")).stdout)
+    return {base64.b64decode(kv["key"]).decode(): kv["create_revision"] for kv in answer["kvs"]}
+
+
 async def _longer(probe: object, seconds: float) -> bool:
     return (await probe.peek()).duration > seconds  # type: ignore[attr-defined]
 

@@ -277,11 +277,12 @@ def unlabel(host: str, name: str | None) -> None:
 
 
 @lab_group.command("etcd")
-@click.argument("action", type=click.Choice(["kill", "stop", "start", "freeze", "thaw"]))
+@click.argument("action", type=click.Choice(["kill", "stop", "start", "freeze", "thaw", "cut", "heal"]))
 @click.argument("member", default="etcd1")
 @name_option
 def etcd_command(action: str, member: str, name: str | None) -> None:
-    """Kill, stop, start, freeze or thaw an etcd member (etcd1 unless named)."""
+    """Kill, stop, start, freeze or thaw an etcd member (etcd1 unless named); cut it off from the other members, or heal
+    that."""
     _with_lab(name, lambda lab: lab.etcd(action, member))
 
 

@@ -491,6 +491,30 @@ table inet lab-cut {{
     )
 
 
+def member_cut_script(*, cut: bool) -> str:
+    """nftables script that drops silently what an etcd member and the others say to each other, or heals that."""
+    table = "table inet lab-cut\ndelete table inet lab-cut\n"
+    if not cut:
+        return table
+    return (
+        table
+        + f"""\
+table inet lab-cut {{
+    chain in {{
+        type filter hook input priority -400; policy accept;
+        tcp sport {ETCD_PEER_PORT} drop
+        tcp dport {ETCD_PEER_PORT} drop
+    }}
+    chain out {{
+        type filter hook output priority -400; policy accept;
+        tcp sport {ETCD_PEER_PORT} drop
+        tcp dport {ETCD_PEER_PORT} drop
+    }}
+}}
+"""
+    )
+
+
 def _cut_rules(layout: Layout, cuts: Iterable[str], *, host: str = "", site: str = "") -> list[str]:
     rules: list[str] = []
     servers = [ip for addresses in layout.members.values() for ip in addresses]

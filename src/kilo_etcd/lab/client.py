@@ -330,7 +330,7 @@ class Lab:
         await self._ask("label", host=host, label=None)
 
     async def etcd(self, action: str, member: str = "etcd1") -> None:
-        """kill, stop, start, freeze or thaw an etcd member (`etcd1`, ...)."""
+        """kill, stop, start, freeze or thaw an etcd member (`etcd1`, ...); cut it off from the others, or heal that."""
         await self._ask("etcd", action=action, member=member)
 
     async def etcd_ready(self, deadline: float = 20.0) -> None:

@@ -262,12 +262,14 @@ class World:
         return b'"health":"true"' in answer.replace(b" ", b"")
 
     async def etcd(self, action: str, name: str) -> None:
-        """kill (SIGKILL), stop (SIGTERM), start, freeze or thaw a member."""
+        """kill (SIGKILL), stop (SIGTERM), start, freeze or thaw a member; cut it off from the others, or heal that."""
         member = self._member(name)
         async with self._lock(member):
             process = self.members[member]
             if action == "start":
                 self._start_member(member)
+            elif action in ("cut", "heal"):
+                await self._nft(member, addressing.member_cut_script(cut=action == "cut"))
             elif action in ("kill", "stop"):
                 await end(process, action)
             else:
