@@ -299,7 +299,7 @@ async def test_g_the_leaders_host_crashes_and_returns() -> None:
 
 
 LEASE_SLACK = 2.5
-"""Seconds by which a 2 s lease may end late (etcd looks every half second: docs/etcd, "Behaviours seen"), and agents on
+"""Seconds by which a 2 s lease may end late (etcd looks for ended leases every half second), and agents on
 a busy machine may follow late. How long it takes on an idle one is measured by `bench/run failover`."""
 
 
