@@ -1,5 +1,6 @@
-"""Schedules of faults drawn from seeds 0, 1, ... (docs/simulation.md). KILO_SEEDS says how many, `make simulate` plays
-more. One that fails names the command that plays it again, which also shows what every agent has logged."""
+"""Schedules of faults drawn from seeds 0, 1, ... (docs/simulation.md). KILO_SEEDS says how many, KILO_SEED_FIRST from
+which on; `make simulate` plays more. One that fails names the command that plays it again, which also shows what every
+agent has logged."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ BATCH = 20
 """Schedules in one test."""
 
 ONE = os.environ.get("KILO_SEED")
-SEEDS = range(int(ONE), int(ONE) + 1) if ONE else range(int(os.environ.get("KILO_SEEDS", "40")))
+FIRST = int(ONE or os.environ.get("KILO_SEED_FIRST", "0"))
+SEEDS = range(FIRST, FIRST + (1 if ONE else int(os.environ.get("KILO_SEEDS", "40"))))
 BATCHES = [SEEDS[first : first + BATCH] for first in range(0, len(SEEDS), BATCH)]
 
 FOREVER = 1e6
