@@ -173,6 +173,17 @@ def test_the_mesh_keeps_its_last_good_settings() -> None:
     assert set(world.aside) == {KEYS.granularity, KEYS.subnets}
 
 
+def test_what_is_made_of_a_views_holdings_is_what_it_gave() -> None:
+    world = World()
+    world.put(KEYS.granularity, "full")
+    world.node("a-1", "10.4.0.1")
+    world.delete(KEYS.granularity)
+    world.delete(KEYS.subnets)
+    snapshot = world.view.snapshot()
+    assert len(snapshot.set_aside) == 2
+    assert world.view.holdings().snapshot(KEYS) == snapshot
+
+
 def test_one_public_key_for_two_programs_neither() -> None:
     world = World()
     world.node("a", "10.4.0.1")

@@ -142,6 +142,10 @@ class View:
             if held is None or held != kv:
                 self._put(kv)
                 changed = True
+        for setting in (self._keys.granularity, self._keys.subnets):
+            # Known from elsewhere, the value is missed all the same.
+            if (raw := setting.encode()) not in listed:
+                self._read(raw, None)
         if changed:
             self.revision = header.revision
         self.header = header

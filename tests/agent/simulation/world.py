@@ -42,6 +42,9 @@ KEYS = Keys()
 REST_SECONDS = 150.0
 """How long everything may take to come to rest: the longest waits of the agents are a minute or two."""
 
+NAMED_SECONDS = 40.0
+"""How long until the last pair behind NAT that cannot meet is named: patience and two looks at the device."""
+
 LISTED_AGAIN = 400.0
 """How long where watches have lost something: until every agent has listed again."""
 
@@ -363,7 +366,7 @@ class World:
         await trio.sleep(6)
         self.heal()
         await eventually(self.at_rest, LISTED_AGAIN if self.watchman.lossy else REST_SECONDS, every=1.0)
-        await trio.sleep(LISTED_AGAIN if self.watchman.lossy else 15)
+        await trio.sleep(LISTED_AGAIN if self.watchman.lossy else NAMED_SECONDS)
         now, penance = trio.current_time(), self.penance()
         if now < penance < now + self.shape.quiet:
             await trio.sleep(penance - now + 15)
