@@ -72,6 +72,23 @@ def test_what_is_saved_is_loaded_and_closed_to_others(tmp_path: Path) -> None:
     assert [found.age(now) for now in (1030, 1000 + 7200, 999)] == ["30 s", "2 h", "unknown"]
 
 
+def test_what_cannot_be_written_whole_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / FILE
+    save(path, WHO, holdings(), now=1000.0)
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lastknown.os, "fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            save(path, WHO, holdings(), now=2000.0)
+    found = load(path, WHO)
+    assert found is not None
+    assert found.written == 1000.0
+    assert os.listdir(tmp_path) == [FILE]
+
+
 def _flip(data: bytes) -> bytes:
     lines = gzip.decompress(data).replace(b"10.4.0.1", b"10.4.0.2")
     return gzip.compress(lines)

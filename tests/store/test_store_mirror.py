@@ -147,6 +147,23 @@ async def test_compaction_while_cut_off_means_listing_again() -> None:
         assert set((await newer(mirror, first)).nodes) == {"b"}
 
 
+async def test_subnets_that_a_relisting_brings_make_nodes_of_those_who_had_claimed() -> None:
+    etcd = FakeEtcd()
+    node(etcd, "a", 1)
+    client = etcd.client()
+    async with mirrored(etcd, client) as mirror:
+        first = await newer(mirror, None)
+        assert not first.nodes
+        client.cut()
+        etcd.put(KEYS.granularity, "full")
+        etcd.put(KEYS.subnets, "10.4.0.0/16")
+        etcd.compact()
+        client.mend()
+        second = await newer(mirror, first)
+        assert second.granularity is Granularity.FULL
+        assert set(second.nodes) == {"a"}
+
+
 async def test_relisting_finds_what_a_watch_missed() -> None:
     etcd = seeded()
     async with mirrored(etcd, relist_period=60) as mirror:

@@ -279,9 +279,9 @@ class Mirror:
         """Look up what is in force where the mesh's own settings hold nonsense and this view has nothing better."""
         for kv in listing.kvs:
             if self._view.granularity is None and kv.key == self._keys.granularity.encode():
-                self._view.granularity = await last_good(self._client, kv, decode_granularity)
+                self._view.recall(granularity=await last_good(self._client, kv, decode_granularity))
             if not self._view.subnets and kv.key == self._keys.subnets.encode():
-                self._view.subnets = await last_good(self._client, kv, decode_subnets)
+                self._view.recall(subnets=await last_good(self._client, kv, decode_subnets))
 
     def _follows(self, found: RangeResult, floor: Header | None) -> bool:
         """Whether a linearizable answer may be followed, which was asked for when `floor` was known; sets or clears

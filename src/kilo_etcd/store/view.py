@@ -166,6 +166,12 @@ class View:
         self.header = header
         return newest != seen
 
+    def recall(self, *, granularity: Granularity | None = None, subnets: tuple[IPNetwork, ...] | None = None) -> None:
+        """These are in force, as far as they are given: etcd's history says so where its values are nonsense."""
+        self.granularity = granularity or self.granularity
+        if subnets:
+            self._set_subnets(subnets)
+
     def kv(self, key: str | bytes) -> KeyValue | None:
         """The raw key-value, readable or not."""
         return self._kvs.get(key.encode() if isinstance(key, str) else key)
@@ -470,14 +476,16 @@ class View:
     def _take_subnets(self, value: bytes | None) -> Sequence[str]:
         if value is None:
             return [] if not self.subnets else ["the value is missing; the subnets known before stay in force"]
-        subnets = decode_subnets(value)
+        self._set_subnets(decode_subnets(value))
+        return ()
+
+    def _set_subnets(self, subnets: tuple[IPNetwork, ...]) -> None:
         if subnets != self.subnets:
             self.subnets = subnets
             for address, node in self._claimant.items():
                 self._dirty.add(("node", node))
                 key = self._keys.address(address)
                 self._note(key.encode(), (SetAside(key, note) for note in self._outside(address)))
-        return ()
 
 
 def _public(node: Node | None) -> tuple[bool, bool]:
