@@ -36,7 +36,7 @@ def line(*names: str, behind: Sequence[str] = ()) -> list[Candidate]:
 def word(witness: str, flags: str = "", leader: str = "a1", candidacy: int = 100) -> Verdict:
     """What a witness says; `flags` are the letters of answers, fellows and reaches."""
     return Verdict(
-        witness=witness, leader=leader, candidacy=candidacy, targets=("b1",),
+        witness=witness, leader=leader, candidacy=candidacy, targets=("a2",) if witness.startswith("b") else ("b1",),
         answers="a" in flags, fellows="f" in flags, reaches="r" in flags,
     )  # fmt: skip
 
@@ -79,6 +79,12 @@ def test_a_member_that_does_not_stand_is_neither_of_the_panel_nor_from_elsewhere
     nodes, words = A[:4], [word("a2", "fr"), word("a4", "f")]
     assert elect(nodes, line("a1", "a2", "a3"), None, words).leader == "a1"
     assert elect(nodes, line("a1", "a2", "a3"), None, [*words, word("b1")]).leader == "a2"
+
+
+def test_a_witness_that_has_moved_away_is_not_from_elsewhere() -> None:
+    words = [word("a2", "r"), word("a3")]
+    assert elect(A[:3], line("a1", "a2", "a3"), None, words).leader == "a1"
+    assert elect(A[:2], line("a1", "a2"), None, words).leader == "a1"
 
 
 def test_who_was_passed_over_before_takes_over_from_nobody() -> None:

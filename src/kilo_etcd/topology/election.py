@@ -65,8 +65,14 @@ def elect(
     if standing:
         order = tuple(standing)
         first, *others = order
-        # A member that stands no more is neither one of the panel nor somebody elsewhere.
-        verdicts = [one for one in verdicts if one.witness in standing or one.witness not in by_name]
+        # A member that stands no more is neither one of the panel nor somebody elsewhere; nor is one that has moved
+        # away, whose word is still there: who is elsewhere has tried members of this segment.
+        verdicts = [
+            one
+            for one in verdicts
+            if one.witness in standing
+            or (one.witness not in by_name and any(target in by_name for target in one.targets))
+        ]
         able = successors(standing[first], {name: standing[name] for name in others}, verdicts) if verdicts else ()
         if able:
             # Who has proved that it can leads; the one passed over comes last, as it will when it stands anew.
