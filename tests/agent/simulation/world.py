@@ -23,6 +23,7 @@ import trio
 from attrs import frozen
 
 from helpers import eventually
+from kilo_etcd.agent.sightings import STALE
 from kilo_etcd.kernel.diff import difference
 from kilo_etcd.model import IPNetwork, Snapshot
 from kilo_etcd.store import Keys
@@ -42,8 +43,8 @@ KEYS = Keys()
 REST_SECONDS = 150.0
 """How long everything may take to come to rest: the longest waits of the agents are a minute or two."""
 
-NAMED_SECONDS = 40.0
-"""How long until the last pair behind NAT that cannot meet is named: patience and two looks at the device."""
+NAMED_SECONDS = STALE + 40.0
+"""How long until the last pair behind NAT that cannot meet is named: its last handshake is old, patience, two looks."""
 
 LISTED_AGAIN = 400.0
 """How long where watches have lost something: until every agent has listed again."""
@@ -366,7 +367,8 @@ class World:
         await trio.sleep(6)
         self.heal()
         await eventually(self.at_rest, LISTED_AGAIN if self.watchman.lossy else REST_SECONDS, every=1.0)
-        await trio.sleep(LISTED_AGAIN if self.watchman.lossy else NAMED_SECONDS)
+        behind_nat = any(key.endswith(b"/force-endpoint") for key in self.etcd.data)
+        await trio.sleep(LISTED_AGAIN if self.watchman.lossy else NAMED_SECONDS if behind_nat else 15)
         now, penance = trio.current_time(), self.penance()
         if now < penance < now + self.shape.quiet:
             await trio.sleep(penance - now + 15)
