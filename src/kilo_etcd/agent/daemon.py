@@ -267,6 +267,7 @@ class Daemon:
         followed = settings is None and self.mirror.current is not None
         granularity, subnets = settings if settings is not None else await self._insist(self._settings)
         self._take_subnets(subnets)
+        self._upkeep.joined(granularity, subnets)
         addresses = await self._insist(lambda: self.session.claim_addresses(subnets))
         self.log.info("address claimed", addresses=",".join(map(str, addresses)), granularity=str(granularity))
         if not followed:
@@ -552,7 +553,7 @@ class Daemon:
     async def _apply(self, snapshot: Snapshot, fresh: bool) -> None:
         self._report_snapshot(snapshot)
         if self.remembered is None:
-            self._upkeep.follow(snapshot, self.subnets)
+            self._upkeep.follow(snapshot)
         self.topology = build_topology(snapshot, self.topology)
         if self._neighbours is not None:
             self._neighbours.follow(self.topology)

@@ -13,7 +13,7 @@ import trio
 
 from kilo_etcd import etcd, store
 from kilo_etcd.agent.logs import Once, get_logger
-from kilo_etcd.model import IPNetwork, Snapshot
+from kilo_etcd.model import Granularity, IPNetwork, Snapshot
 from kilo_etcd.store.keys import AddressKey
 
 SETTINGS_SECONDS = 2.0
@@ -43,16 +43,21 @@ class Upkeep:
         self._mirror = mirror
         self._rng = rng
         self._snapshot: Snapshot | None = None
+        self._granularity = Granularity.LOCATION
         self._subnets: tuple[IPNetwork, ...] = ()
         self._unclaimed = trio.Event()
         self._unsettled = trio.Event()
 
-    def follow(self, snapshot: Snapshot, subnets: tuple[IPNetwork, ...]) -> None:
-        """Look at what a snapshot of etcd lacks. `subnets` are the mesh's, as they were when this host joined."""
-        self._snapshot, self._subnets = snapshot, subnets
+    def joined(self, granularity: Granularity, subnets: tuple[IPNetwork, ...]) -> None:
+        """These were the mesh's settings when this host joined."""
+        self._granularity, self._subnets = granularity, subnets
+
+    def follow(self, snapshot: Snapshot) -> None:
+        """Look at what a snapshot of etcd lacks."""
+        self._snapshot = snapshot
         if self._lacks_claim(snapshot):
             self._unclaimed.set()
-        if snapshot.subnets and self._lacks_settings():
+        if self._lacks_settings():
             self._unsettled.set()
 
     async def run(self) -> None:
@@ -91,7 +96,11 @@ class Upkeep:
                 continue
             try:
                 await self._mirror().vouch()
-                await self._session.ensure_mesh(snapshot.granularity, snapshot.subnets)
+                if snapshot.subnets:
+                    await self._session.ensure_mesh(snapshot.granularity, snapshot.subnets)
+                else:
+                    # Another etcd was adopted before anybody saw them in the first one.
+                    await self._session.ensure_mesh(self._granularity, self._subnets)
             except (etcd.EtcdError, store.RecordError) as error:
                 self._once.error("settings lost", "the mesh's settings are not in etcd, and cannot be put there",
                                  error=str(error))  # fmt: skip
