@@ -43,6 +43,8 @@ KEYS = Keys()
 REST_SECONDS = 150.0
 """How long everything may take to come to rest: the longest waits of the agents are a minute or two."""
 
+RESYNC_SECONDS = 30.0
+
 NAMED_SECONDS = STALE + 40.0
 """How long until the last pair behind NAT that cannot meet is named: its last handshake is old, patience, two looks."""
 
@@ -327,9 +329,10 @@ class World:
 
     def penance(self) -> float:
         """Until when a host stands behind all others, or looks once more: then it writes."""
-        agents = (host.agent for host in self.members())
-        ends = [agent._candidacy.penance for agent in agents if agent is not None]
-        return max((end for end in ends if end is not None), default=0.0)
+        standings = [host.agent._candidacy for host in self.members() if host.agent is not None]
+        # It is over, and the next look at the kernel says so.
+        over = [trio.current_time() for one in standings if one.penance is None and one.why is not None]
+        return max([*over, *(one.penance for one in standings if one.penance is not None)], default=0.0)
 
     async def keepalives(self) -> None:
         """What WireGuard does by itself: peers with persistent keepalive shake hands now and then."""
@@ -370,8 +373,8 @@ class World:
         behind_nat = any(key.endswith(b"/force-endpoint") for key in self.etcd.data)
         await trio.sleep(LISTED_AGAIN if self.watchman.lossy else NAMED_SECONDS if behind_nat else 15)
         now, penance = trio.current_time(), self.penance()
-        if now < penance < now + self.shape.quiet:
-            await trio.sleep(penance - now + 15)
+        if now <= penance < now + self.shape.quiet:
+            await trio.sleep(penance - now + RESYNC_SECONDS + 15)
         assert self.at_rest()
         written = [len(host.machine.history) for host in self.members()]
         revision = self.etcd.revision
