@@ -90,7 +90,8 @@ def test_routes_of_another_table_and_kind(route: Route, kind: int) -> None:
 @pytest.mark.parametrize(
     "rule",
     [
-        RoutingRule(version=4, priority=10700, table=254, suppress=True),
+        RoutingRule(version=4, priority=10700, table=254, suppress=0),
+        RoutingRule(version=6, priority=10700, table=254, suppress=6),
         RoutingRule(version=6, priority=10701, table=107_000_001, not_mark=107),
     ],
     ids=str,
@@ -106,7 +107,7 @@ def test_rules(rule: RoutingRule) -> None:
     assert seen.get_attr("FRA_TABLE") == rule.table
     assert seen.get_attr("FRA_PROTOCOL") == 108
     assert seen.get_attr("FRA_FWMARK") == (rule.not_mark or None)
-    assert seen.get_attr("FRA_SUPPRESS_PREFIXLEN") == (0 if rule.suppress else None)
+    assert seen.get_attr("FRA_SUPPRESS_PREFIXLEN") == rule.suppress
     assert rtnetlink.read_rule(message.body) == (rule, 108)
 
 

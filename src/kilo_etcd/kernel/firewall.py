@@ -8,7 +8,11 @@ The table is replaced whole, in one transaction, and only where it differs from 
   forwards it there, so that the answer finds its way back. The location's nodes have routes and need none of that,
   nor do networks behind a node; what this host sends itself, to etcd for instance, is never touched;
 * of a gateway: what comes out of the tunnel for outside the mesh is masqueraded too; what is for a private network that
-  the gateway stands in, and that nobody offers, is dropped, and so is what is for link-local addresses.
+  the gateway stands in, and that nobody offers, is dropped, and so is what is for link-local addresses;
+* of a node that has an exit node, in IPv6 (`kernel.wayout` says why): an answer to a connection that somebody else has
+  opened gets WireGuard's mark, and with it a route outside the tunnel; what else is about to enter the tunnel from an
+  address that the mesh does not know is refused, since the exit node would drop it in silence. Packets with a mark of
+  somebody else's are left to them.
 
 Nothing is opened here: an `accept` of ours does not take back a `drop` of another table.
 """
@@ -20,10 +24,12 @@ from collections.abc import Iterable
 
 from kilo_etcd.kernel import nftables as nft
 from kilo_etcd.kernel.table import AddressSet, Chain, Rule, Table
+from kilo_etcd.kernel.wayout import MARK
 from kilo_etcd.model import DEFAULT_INTERFACE
 from kilo_etcd.topology.hostplan import HostPlan
 
-_COUNTERS = ("ipip_accepted", "ipip_dropped", "masqueraded", "way_out", "way_out_closed")
+_COUNTERS = ("answers", "ipip_accepted", "ipip_dropped", "masqueraded", "refused", "way_out", "way_out_closed")
+"""Sorted, as the kernel's are when they are read."""
 
 IPIP_PROTOCOL = 4
 """IANA's number for IPv4 in IPv4."""
@@ -67,6 +73,9 @@ def table_for(plan: HostPlan, interface: str) -> Table | None:
     if plan.gateway and plan.closed:
         chains.append(Chain(name="forward", kind="filter", hook="forward", priority=0))
         rules += _closed(plan, interface)
+    if plan.way_out is not None and plan.way_out.answers6:
+        chains.append(Chain(name="output", kind="route", hook="output", priority=-150))
+        rules += _answers(plan, interface)
     if not rules:
         return None
     counters = [name for name in _COUNTERS if _counted(rules, name)]
@@ -140,6 +149,37 @@ def _closed(plan: HostPlan, interface: str) -> Iterable[Rule]:
             ),
             text=f'{text} oifname != "{interface}" {family} daddr {network} counter name way_out_closed drop',
         )  # fmt: skip
+
+
+def _answers(plan: HostPlan, interface: str) -> Iterable[Rule]:
+    for own in (address.ip for address in plan.addresses if address.version == 6):
+        yield Rule(
+            chain="output",
+            expressions=(*nft.match_address(own, "saddr"), nft.RETURN),
+            text=f"ip6 saddr {own} return",
+        )
+    unmarked, text = (*nft.match_family(6), *nft.match_mark(0)), "meta nfproto ipv6 meta mark 0"
+    # What a host says to itself needs no second route.
+    yield Rule(
+        chain="output",
+        expressions=(
+            *unmarked, *nft.match_interface("oifname", "lo", equal=False), *nft.match_answer(), *nft.count("answers"),
+            *nft.set_mark(MARK),
+        ),
+        text=f'{text} oifname != "lo" ct direction reply counter name answers meta mark set {MARK}',
+    )  # fmt: skip
+    for network in dict.fromkeys((*plan.behind, *plan.masquerade)):
+        if network.version == 6:
+            yield Rule(
+                chain="output",
+                expressions=(*nft.match_network(network, "saddr"), nft.RETURN),
+                text=f"ip6 saddr {network} return",
+            )
+    yield Rule(
+        chain="output",
+        expressions=(*unmarked, *nft.match_interface("oifname", interface), *nft.count("refused"), nft.REJECT),
+        text=f'{text} oifname "{interface}" counter name refused reject with icmpx host-unreachable',
+    )
 
 
 def _counted(rules: Iterable[Rule], name: str) -> bool:

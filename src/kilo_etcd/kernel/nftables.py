@@ -18,7 +18,8 @@ from kilo_etcd.model import IPAddress, IPNetwork
 
 _PLAIN, _VALUE, _VERDICT = range(3)
 _SHAPES = {
-    "meta": {1: _PLAIN, 2: _PLAIN},
+    "meta": {1: _PLAIN, 2: _PLAIN, 3: _PLAIN},
+    "ct": {1: _PLAIN, 2: _PLAIN},
     "payload": {1: _PLAIN, 2: _PLAIN, 3: _PLAIN, 4: _PLAIN},
     "bitwise": {1: _PLAIN, 2: _PLAIN, 3: _PLAIN, 4: _VALUE, 5: _VALUE},
     "cmp": {1: _PLAIN, 2: _PLAIN, 3: _VALUE},
@@ -26,12 +27,14 @@ _SHAPES = {
     "objref": {1: _PLAIN, 2: _PLAIN},
     "immediate": {1: _PLAIN, 2: _VERDICT},
     "masq": {1: _PLAIN},
+    "reject": {1: _PLAIN, 2: _PLAIN},
 }
 """Expression -> its attributes that count, and how each is wrapped."""
 
 _REGISTER = 1
 _VERDICT_REGISTER = 0
-_IIFNAME, _OIFNAME, _NFPROTO, _L4PROTO = 6, 7, 15, 16
+_MARK, _IIFNAME, _OIFNAME, _NFPROTO, _L4PROTO = 3, 6, 7, 15, 16
+_CT_DIRECTION = 1
 _FAMILY = {4: 2, 6: 10}
 _OFFSET = {(4, "saddr"): 12, (4, "daddr"): 16, (6, "saddr"): 8, (6, "daddr"): 24}
 """Bytes into the network header (RFC 791, RFC 8200)."""
@@ -54,6 +57,8 @@ def _verdict(code: int) -> Expression:
 
 ACCEPT, DROP, RETURN = _verdict(1), _verdict(0), _verdict(-5)
 MASQUERADE: Expression = ("masq", ())
+REJECT: Expression = ("reject", ((1, be32(2)), (2, b"\x02")))
+"""With an ICMP error of the packet's own family: host unreachable (NFT_REJECT_ICMPX_UNREACH)."""
 
 
 def _meta(key: int) -> Expression:
@@ -80,6 +85,26 @@ def match_interface(which: str, name: str, *, equal: bool = True) -> tuple[Expre
 
 def match_protocol(number: int) -> tuple[Expression, ...]:
     return _meta(_L4PROTO), _compare(bytes([number]))
+
+
+def match_family(version: int) -> tuple[Expression, ...]:
+    return _meta(_NFPROTO), _compare(bytes([_FAMILY[version]]))
+
+
+def match_answer() -> tuple[Expression, ...]:
+    """Packets of a connection that the other side opened. The kernel tracks connections as long as a rule asks."""
+    return ("ct", ((1, be32(_REGISTER)), (2, be32(_CT_DIRECTION)))), _compare(b"\x01")
+
+
+def match_mark(mark: int) -> tuple[Expression, ...]:
+    return _meta(_MARK), _compare(struct.pack("=I", mark))
+
+
+def set_mark(mark: int) -> tuple[Expression, ...]:
+    bits = struct.pack("=I", mark)
+    register = be32(_REGISTER)
+    made: Expression = ("bitwise", ((1, register), (2, register), (3, be32(4)), (4, bytes(4)), (5, bits)))
+    return _meta(_MARK), made, ("meta", ((2, be32(_MARK)), (3, register)))
 
 
 def match_address(address: IPAddress, side: str) -> tuple[Expression, ...]:

@@ -56,6 +56,8 @@ _UNICAST, _UNREACHABLE = 1, 7
 _KINDS = {"": _UNICAST, "unreachable": _UNREACHABLE, "throw": 9}
 _KIND_NAMES = {number: name for name, number in _KINDS.items()}
 _FRA_SRC, _FRA_PRIORITY, _FRA_FWMARK, _FRA_SUPPRESS, _FRA_TABLE, _FRA_FWMASK, _FRA_PROTOCOL = 2, 6, 10, 14, 15, 16, 21
+_NOT_SUPPRESSED = 0xFFFFFFFF
+"""What the kernel says of a rule that suppresses nothing."""
 _TO_TABLE, _INVERT = 1, 0x2
 
 _IFINFO = struct.Struct("=BxHiII")
@@ -310,8 +312,8 @@ def _rule(rule: RoutingRule, protocol: int) -> bytes:
         parts.append(netlink.attribute(_FRA_SRC, rule.source.packed))
     if rule.not_mark:
         parts += [netlink.u32(_FRA_FWMARK, rule.not_mark), netlink.u32(_FRA_FWMASK, 0xFFFFFFFF)]
-    if rule.suppress:
-        parts.append(netlink.u32(_FRA_SUPPRESS, 0))
+    if rule.suppress is not None:
+        parts.append(netlink.u32(_FRA_SUPPRESS, rule.suppress))
     return b"".join(parts)
 
 
@@ -337,15 +339,14 @@ def read_rule(body: bytes) -> tuple[RoutingRule, int] | None:
     mark = _u32(found[_FRA_FWMARK]) if _FRA_FWMARK in found else 0
     if bool(mark) is not bool(flags & _INVERT):
         return None
-    # The kernel says -1 where nothing is suppressed.
-    suppressed = _u32(found[_FRA_SUPPRESS]) if _FRA_SUPPRESS in found else 0xFFFFFFFF
+    suppressed = _u32(found[_FRA_SUPPRESS]) if _FRA_SUPPRESS in found else _NOT_SUPPRESSED
     rule = RoutingRule(
         version=4 if family == socket.AF_INET else 6,
         priority=_u32(found[_FRA_PRIORITY]) if _FRA_PRIORITY in found else 0,
         table=_u32(found[_FRA_TABLE]) if _FRA_TABLE in found else table,
         not_mark=mark,
         source=address,
-        suppress=suppressed == 0,
+        suppress=None if suppressed == _NOT_SUPPRESSED else suppressed,
     )
     return rule, found[_FRA_PROTOCOL][0] if _FRA_PROTOCOL in found else 0
 

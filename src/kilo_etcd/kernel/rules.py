@@ -18,8 +18,8 @@ class RoutingRule:
     """Packets with this mark are left out; 0: none are."""
     source: IPAddress | None = None
     """Only packets from this address; None: from any."""
-    suppress: bool = False
-    """Whether a default route that the table has does not count."""
+    suppress: int | None = None
+    """Routes of the table whose prefixes are at most this long do not count, so with 0 the default route does not."""
 
     @property
     def order(self) -> tuple[int, int, str]:
@@ -33,8 +33,8 @@ class RoutingRule:
         if self.not_mark:
             words.append(f"not fwmark {self.not_mark}")
         words.append(f"lookup {self.table}" if self.table != 254 else "lookup main")
-        if self.suppress:
-            words.append("suppress_prefixlength 0")
+        if self.suppress is not None:
+            words.append(f"suppress_prefixlength {self.suppress}")
         return " ".join(words)
 
 

@@ -21,7 +21,7 @@ class Chain:
 
     name: str
     kind: str
-    """`filter` or `nat`."""
+    """`filter`, `nat` or `route` (which looks for a route anew if a rule has changed the mark)."""
     hook: str
     priority: int
 

@@ -1,13 +1,20 @@
 """The default route into the tunnel as values: a table of its own, a few rules that lead there, and a mark. Pure.
 
 The rules, in their order: what the main table has more than a default route for goes there (the machine's own network,
-the mesh), and so does what is sent from the host's own addresses, where that is asked for; everything else goes to our
-table, unless it carries the mark of WireGuard's own packets. Our table has the default route, and `throw` routes for
+the mesh), and so does in IPv4 what is sent from the host's own addresses, where that is asked for; everything else goes
+to our table, unless it carries the mark of WireGuard's own packets. Our table has the default route, and `throw` routes for
 those addresses that the main table shall decide about after all: etcd's, what is near, and the peers' endpoints, whose
 answers a strict rp_filter would drop otherwise. An endpoint known from hearsay is none of these: who says where a peer
 is seen would decide what goes beside the tunnel. And it has a fence: a default route that refuses, for the time when
 the device, and with it the other one, is gone. No sysctl is needed, nothing in the main table is touched, and what is
 ours is known by the interface: table and priorities are computed from its name.
+
+In IPv6 a rule by source would let everything out that our table refuses: a socket without a source address asks for a
+route; if it is refused, the kernel chooses an address of any device and asks once more, from that address (Linux,
+`ip6_dst_lookup_tail`). So answers are told by connection tracking there: a rule of nftables gives them WireGuard's mark
+when they have found a route into the tunnel, and then the kernel looks for a route anew (`kernel.firewall`). That first
+route must exist, so that the default route into the tunnel is there although no peer may be allowed anything: the
+device drops what nobody is to get. Without the rule, or without the device, answers do not get out, and nothing else.
 """
 
 from __future__ import annotations
@@ -25,6 +32,9 @@ MARK = 107
 """WireGuard's fwmark on its own packets."""
 
 _TABLES, _PRIORITIES = 107_000_000, 10_700
+_WIDE = {4: 7, 6: 6}
+"""Prefix length -> what of the main table is as good as a default route: halves of all addresses, as VPN programs set
+them, and IPv6's 2000::/3. Private networks are narrower (10.0.0.0/8, fc00::/7)."""
 _ANYWHERE: dict[int, IPNetwork] = {4: ip_network("0.0.0.0/0"), 6: ip_network("::/0")}
 
 
@@ -48,13 +58,14 @@ def rules_for(plan: HostPlan, interface: str) -> frozenset[RoutingRule]:
         rule
         for version in (4, 6)
         for rule in (
-            RoutingRule(version=version, priority=main_first, table=MAIN_TABLE, suppress=True),
+            RoutingRule(version=version, priority=main_first, table=MAIN_TABLE, suppress=_WIDE[version]),
             RoutingRule(version=version, priority=ours, table=exit_table(interface), not_mark=MARK),
         )
     ]
     rules += [
         RoutingRule(version=address.version, priority=main_first, table=MAIN_TABLE, source=address)
         for address in plan.way_out.sources
+        if address.version == 4
     ]
     return frozenset(rules)
 
@@ -92,9 +103,13 @@ def _routes(plan: HostPlan, interface: str, protocol: int) -> Iterator[Route]:
     for network in sorted(aside, key=lambda network: (network.version, network)):
         yield Route(destination=network, protocol=protocol, table=table, kind="throw")
     by: dict[int, RoutePlan] = {route.destination.version: route for route in plan.way_out.by}
-    for version in sorted(plan.way_out.families):
+    own = {address.version: address.ip for address in reversed(plan.addresses)}
+    for version in sorted(plan.way_out.families | ({6} if plan.way_out.answers6 else set())):
         if (wanted := by.get(version)) is None:
-            yield Route(destination=_ANYWHERE[version], device=interface, protocol=protocol, table=table)
+            yield Route(
+                destination=_ANYWHERE[version], device=interface, source=own.get(version), protocol=protocol,
+                table=table,
+            )  # fmt: skip
         else:
             yield Route(
                 destination=_ANYWHERE[version],

@@ -89,11 +89,16 @@ class WayOut:
     outside: tuple[IPNetwork, ...] = ()
     """Reached as if there were no tunnel: etcd, what is near. The peers' endpoints are without being named."""
     sources: tuple[IPAddress, ...] = ()
-    """What is sent from these addresses, which are the host's own, goes as if there were no tunnel: answers to whom has
-    called the host there."""
+    """The host's own addresses on the underlay: answers to whom has called the host there go as if there were no tunnel.
+    """
     held: bool = False
     """It is not to be touched in the kernel, neither made nor changed nor removed: what must stay outside is not known
     yet."""
+
+    @property
+    def answers6(self) -> bool:
+        """Whether there is an IPv6 address of the host's own that others can call, and are to be answered from."""
+        return any(address.version == 6 for address in self.sources)
 
 
 @frozen(kw_only=True)
