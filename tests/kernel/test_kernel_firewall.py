@@ -17,7 +17,7 @@ from kilo_etcd.kernel.firewall import table_for, table_name
 from kilo_etcd.kernel.netfilter import Netfilter
 from kilo_etcd.kernel.table import ReplaceTable, Rule, Table
 from kilo_etcd.testing.fake_kernel import FakeHost, open_fake_kernel
-from kilo_etcd.topology.hostplan import HostPlan
+from kilo_etcd.topology.hostplan import HostPlan, WayOut
 
 LOCATION = plan(
     masquerade=("192.168.1.50/32", "192.168.16.0/20", "10.0.0.0/7", "fd00:7::/61"),
@@ -27,6 +27,9 @@ ENCAPSULATED = evolve(
     LOCATION,
     ipip_remotes=frozenset({ip_address("192.168.9.2"), ip_address("192.168.8.2")}),
     ipip_local=ip_address("192.168.9.1"),
+)
+ANSWERING = evolve(
+    plan(addresses=("fd00:4::1/128",)), way_out=WayOut(sources=(ip_address("2001:db8::7"),), families=frozenset({6}))
 )
 
 
@@ -97,6 +100,9 @@ def test_a_kernel_without_nftables_is_one_sentence_and_the_host_may_lead_all_the
         "this kernel lacks nftables or a part of it, so IPIP is taken from anybody and hosts without an agent do not "
         "answer the mesh: load the modules nf_tables, nft_nat and nft_masq"
     )
+    said = failure(ReplaceTable(table(ANSWERING)), OSError(95, "Operation not supported"))
+    assert "no answer as long as it has an exit node: load the modules nf_tables" in said.text
+    assert said.text.endswith(", nft_ct and nft_reject_inet")
 
 
 async def test_the_kernel_in_memory_has_a_table_too() -> None:
@@ -120,14 +126,15 @@ async def test_the_kernel_in_memory_has_a_table_too() -> None:
 def test_the_kernel_gives_back_what_it_was_given_and_nft_reads_our_text_alike() -> None:
     netfilter = Netfilter()
     assert netfilter.read("kilo") is None
-    for wanted in (LOCATION, ENCAPSULATED, evolve(ENCAPSULATED, masquerade=())):
+    for wanted in (LOCATION, ENCAPSULATED, evolve(ENCAPSULATED, masquerade=()), ANSWERING):
         netfilter.replace(table(wanted))
         assert netfilter.read("kilo") == table(wanted)
-    netfilter.replace(table(ENCAPSULATED))
-    ours = nft("list", "table", "inet", "kilo")
-    nft("delete", "table", "inet", "kilo")
-    nft(str(ReplaceTable(table(ENCAPSULATED))).removeprefix("nft '").removesuffix("'"))
-    assert nft("list", "table", "inet", "kilo") == ours
+    for wanted in (ENCAPSULATED, ANSWERING):
+        netfilter.replace(table(wanted))
+        ours = nft("list", "table", "inet", "kilo")
+        nft("delete", "table", "inet", "kilo")
+        nft(str(ReplaceTable(table(wanted))).removeprefix("nft '").removesuffix("'"))
+        assert nft("list", "table", "inet", "kilo") == ours
     odd = table(LOCATION, "wg 1;flush")
     netfilter.replace(odd)
     assert netfilter.read(odd.name) == odd

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import socket
 import subprocess
-from contextlib import AsyncExitStack
+from collections.abc import Mapping
+from contextlib import AsyncExitStack, suppress
 from ipaddress import ip_address, ip_network
 
 import pytest
@@ -16,8 +18,10 @@ from helpers import eventually
 from kilo_etcd.kernel import PEER_PROTOCOL, ROUTE_PROTOCOL, Kernel, Memory, Setup, cleanup, diff, open_kernel
 from kilo_etcd.kernel.effect import apply_changes
 from kilo_etcd.kernel.errors import NetlinkError, failure
-from kilo_etcd.kernel.state import Observed, Target, is_ours
+from kilo_etcd.kernel.firewall import table_for
+from kilo_etcd.kernel.state import MAIN_TABLE, Observed, Route, Target, is_ours
 from kilo_etcd.kernel.wayout import exit_table, rule_priorities
+from kilo_etcd.model import IPAddress, IPNetwork
 from kilo_etcd.topology.hostplan import HostPlan, Via, WayOut
 
 FIRST = plan(peer(2, "10.4.0.2/32"), tunnel("10.4.0.0/16", "10.4.0.1"), port=51001)
@@ -129,10 +133,14 @@ def test_what_is_sent_from_the_hosts_own_addresses_goes_as_before() -> None:
     own = (ip_address("192.168.9.1"), ip_address("2001:db8::7"))
     sourced = evolve(AWAY, way_out=evolve(AWAY.way_out, sources=own))
     host = host_with(AWAY, TARGET)
-    assert lines(diff(sourced, host, Memory(), TARGET)) == [
+    table, *changes = lines(diff(sourced, host, Memory(), TARGET))
+    # In IPv6 a rule by source would let out what is refused: answers are told by connection tracking, and find a route
+    # into the tunnel first.
+    assert changes == [
+        f"ip route add ::/0 dev kilo-a proto 108 table {TABLE}",
         f"ip -4 rule add priority {MAIN_FIRST} from 192.168.9.1 lookup main",
-        f"ip -6 rule add priority {MAIN_FIRST} from 2001:db8::7 lookup main",
     ]
+    assert "type route hook output priority -150; policy accept; meta nfproto ipv6 meta mark 0" in table
     moved = evolve(AWAY, way_out=evolve(AWAY.way_out, sources=own[1:]))
     assert lines(diff(moved, host_with(sourced, TARGET), Memory(), TARGET)) == [
         f"ip -4 rule del priority {MAIN_FIRST} from 192.168.9.1 lookup main"
@@ -171,7 +179,81 @@ def test_what_fails_of_a_way_out_is_said_and_keeps_nobody_from_leading() -> None
     for change in way_out:
         said = failure(change, NetlinkError(errno.EOPNOTSUPP))
         assert said.aside
-        assert "may leave beside the gateway" in said.text
+        closed = "unreachable" in str(change) or "rule" in str(change)
+        assert ("may leave beside the gateway" if closed else "is refused or ends in the tunnel") in said.text
+
+
+def test_ipv6_that_is_switched_off_on_the_device_is_said_to_be_so() -> None:
+    own = AWAY.way_out
+    assert own is not None
+    away = evolve(AWAY, way_out=evolve(own, sources=(ip_address("2001:db8::7"),)))
+    (into,) = [change for change in diff(away, Observed(), Memory(), TARGET) if "::/0 dev" in str(change)]
+    said = failure(into, NetlinkError(errno.EACCES))
+    assert "set net.ipv6.conf.kilo-a.disable_ipv6=0" in said.text
+
+
+ANSWERING = plan(
+    peer(2, "0.0.0.0/0", "10.5.0.2/32", "fd00:5::2/128", "::/0", endpoint="192.168.9.2:51820"),
+    addresses=("10.5.0.1/32", "fd00:5::1/128"),
+)
+
+
+def test_answers_in_ipv6_are_told_from_what_the_host_begins() -> None:
+    way_out = WayOut(families=frozenset({4, 6}), sources=(ip_address("2001:db8::7"),))
+    behind = (ip_network("172.20.0.0/24"), ip_network("fd77::/64"))
+    table = table_for(evolve(ANSWERING, way_out=way_out, behind=behind), "kilo0")
+    assert table is not None
+    assert [rule.text for rule in table.rules] == [
+        "ip6 saddr fd00:5::1 return",
+        'meta nfproto ipv6 meta mark 0 oifname != "lo" ct direction reply counter name answers meta mark set 107',
+        "ip6 saddr fd77::/64 return",
+        'meta nfproto ipv6 meta mark 0 oifname "kilo0" counter name refused reject with icmpx host-unreachable',
+    ]
+    # A host that has no IPv6 address which others could call tracks no connections; a laptop answers nobody.
+    for sources in ((), (ip_address("192.168.9.1"),)):
+        assert table_for(evolve(ANSWERING, way_out=evolve(way_out, sources=sources)), "kilo0") is None
+
+
+PLANS_OUT = [
+    WayOut(families=frozenset(families), by=tuple(by), sources=tuple(map(ip_address, sources)))
+    for families in ((), (4,), (6,), (4, 6))
+    for by in ((), *([[via("::/0", "fe80::9", source="fd00:5::1")]] if 6 in families else []))
+    for sources in ((), ("192.168.9.1",), ("2001:db8::7",), ("192.168.9.1", "2001:db8::7", "2001:db8::8"))
+]
+
+
+@pytest.mark.parametrize("way_out", PLANS_OUT, ids=str)
+def test_no_packet_for_the_internet_that_the_host_begins_has_a_way_outside(way_out: WayOut) -> None:
+    """Walks the rules as the kernel does, with a main table that has a default route, halves of it, and 2000::/3."""
+    wanted = evolve(ANSWERING, way_out=way_out)
+    host = host_with(wanted, evolve(TARGET, interface="kilo0", protocol=ROUTE_PROTOCOL))
+    for device_gone in (False, True):
+        routes = {} if device_gone else host.exit_routes
+        for address in ("1.1.1.1", "203.0.113.9", "2001:db8:99::1", "2600::1"):
+            to = ip_address(address)
+            asked = [None, *map(ip_address, ("2001:db8::7", "2001:db8::8") if to.version == 6 else ())]
+            # In IPv6 the kernel asks once more if it is refused, from an address that it chooses.
+            assert {_walk(to, source, host, routes) for source in asked} <= {"kilo0", "by a neighbour", "refused"}
+
+
+def _walk(to: IPAddress, source: IPAddress | None, host: Observed, routes: Mapping[IPNetwork, Route]) -> str:
+    main = [ip_network(text) for text in ("0.0.0.0/0", "0.0.0.0/1", "128.0.0.0/1", "::/0", "2000::/3")]
+    for rule in sorted(host.exit_rules, key=lambda rule: rule.order):
+        if rule.version != to.version or rule.source not in (None, source):
+            continue
+        if rule.table == MAIN_TABLE:
+            shortest = -1 if rule.suppress is None else rule.suppress
+            if any(to in one and one.prefixlen > shortest for one in main if one.version == to.version):
+                return "outside"
+            continue
+        found = [one for one in routes.values() if one.destination.version == to.version and to in one.destination]
+        best = max(found, key=lambda one: one.destination.prefixlen, default=None)
+        if best is None:
+            assert ip_network("::/0" if to.version == 6 else "0.0.0.0/0") in host.exit_fences
+            return "refused"
+        if best.kind != "throw":
+            return best.device or "by a neighbour"
+    return "outside"
 
 
 @pytest.mark.parametrize("way", [Via.UNDERLAY, Via.IPIP])
@@ -288,6 +370,29 @@ async def test_a_nodes_way_out_leaves_answers_outside_and_is_closed_without_its_
         words = done.stdout.split()
         return words[words.index("dev") + 1] if done.returncode == 0 and "unreachable" not in words else "refused"
 
+    sh("ip neighbour replace 2001:db8:9::77 lladdr 02:00:00:00:00:77 dev eth0 nud permanent")
+
+    def begins(address: str) -> int:
+        """How many packets leave by eth0 when programs begin to speak to an IPv6 address: TCP, UDP, pings."""
+        with socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0) as seen:
+            seen.bind(("eth0", 3))  # ETH_P_ALL
+            for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+                with socket.socket(socket.AF_INET6, kind) as one, suppress(OSError):
+                    one.settimeout(0.1)
+                    one.connect((address, 9))
+                    one.send(b"hello")
+            with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as one, suppress(OSError):
+                one.sendto(b"hello", (address, 9))
+            subprocess.run(["ping", "-6", "-c", "1", "-W", "0.1", address], capture_output=True)
+            seen.setblocking(False)
+            packets: list[bytes] = []
+            with suppress(BlockingIOError):
+                while True:
+                    packets.append(seen.recv(2048))
+        return sum(packet[24:40] == ip_address(address).packed for packet in packets)
+
+    assert begins("2001:db8::99") >= 4
+
     async def settles(kernel: Kernel, wanted: HostPlan) -> None:
         assert (await kernel.apply(wanted)).failures == ()
         writes = kernel.writes
@@ -311,10 +416,37 @@ async def test_a_nodes_way_out_leaves_answers_outside_and_is_closed_without_its_
 
         # An address that comes is one more rule, one that is taken away is one less; what is removed comes back.
         assert NODE.way_out is not None
-        more = evolve(NODE, way_out=evolve(NODE.way_out, sources=(*NODE.way_out.sources, ip_address("2001:db8:9::1"))))
-        assert len((await kernel.apply(more)).changes) == 1
-        assert way("2001:db8::99 from 2001:db8:9::1", 6) == "eth0"
+        other = (*NODE.way_out.sources, ip_address("192.168.9.5"))
+        assert len((await kernel.apply(evolve(NODE, way_out=evolve(NODE.way_out, sources=other)))).changes) == 1
         await settles(kernel, NODE)
+
+        # In IPv6 the rule of nftables tells answers; without it, and without the device, nothing gets out either.
+        six = (*NODE.way_out.sources, ip_address("2001:db8:9::1"))
+        answering = evolve(NODE, way_out=evolve(NODE.way_out, sources=six))
+        await settles(kernel, answering)
+        assert way("2001:db8::99", 6) == way("2001:db8::99 from 2001:db8:9::1", 6) == "kilo0"
+        assert way("2001:db8::99 mark 107", 6) == "eth0"
+        # What it forwards, for containers, goes the same way.
+        assert way("2001:db8::99 from 2001:db8:9::2 iif eth0", 6) == "kilo0"
+        assert begins("2001:db8::99") == 0
+        sh("nft flush ruleset")
+        assert begins("2001:db8::99") == 0
+        with trio.fail_after(30):
+            await kernel.wait_drift()
+        assert [str(change)[:3] for change in (await kernel.apply(answering, fresh=True)).changes] == ["nft"]
+        sh("ip link del kilo0")
+        assert begins("2001:db8::99") == 0
+        with trio.fail_after(30):
+            await kernel.wait_drift()
+        await kernel.apply(answering, fresh=True)
+        # Halves of all addresses, as VPN programs set them, are no way outside, nor is what is given out in IPv6.
+        for route in ("0.0.0.0/1 via 192.168.9.77", "2000::/3 via 2001:db8:9::77"):
+            sh(f"ip route add {route}")
+        assert (way("8.8.8.8 from 0.0.0.0"), begins("2001:db8::99")) == ("kilo0", 0)
+        for route in ("0.0.0.0/1 via 192.168.9.77", "2000::/3 via 2001:db8:9::77"):
+            sh(f"ip route del {route}")
+        await settles(kernel, NODE)
+        assert begins("2001:db8::99") == 0
         sh("ip rule del from 192.168.9.1 lookup main")
         with trio.fail_after(30):
             await kernel.wait_drift()

@@ -80,6 +80,7 @@ def test_a_router_lets_wireguard_and_etcd_through_and_counts_the_rest() -> None:
     assert "udp dport 51820 counter name wireguard accept" in text
     assert "ip daddr 192.0.2.1 tcp dport 2379 counter name etcd accept" in text
     assert "counter name other drop" in text
+    assert "counter name other accept" in router_firewall(lay_out(SPEC.evolve(open=True)), "gcp")
     assert "oifname wan ip saddr 10.101.0.0/24 masquerade" in text
 
 

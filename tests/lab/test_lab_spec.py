@@ -59,7 +59,7 @@ def test_every_example_that_ships_is_valid(path: Path) -> None:
 
 
 def test_what_is_sent_to_the_lab_is_what_arrives() -> None:
-    spec = Spec.simple({"gcp": 3, "dc": 2}, labels={"gcp": "gcp", "dc-2": "dc-2"}, etcd=3, agents=False)
+    spec = Spec.simple({"gcp": 3, "dc": 2}, labels={"gcp": "gcp", "dc-2": "dc-2"}, etcd=3, agents=False, open=True)
     assert parse_spec(spec.as_mapping(), "there") == spec
 
 

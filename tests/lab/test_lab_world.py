@@ -84,6 +84,12 @@ async def test_the_underlay_is_an_internet_that_lets_wireguard_and_etcd_through(
         assert (await lab.counters("dc"))["etcd"].packets > 0
 
 
+async def test_an_open_lab_delivers_everything_and_counts_it() -> None:
+    async with lab_of(Spec.simple({"gcp": 1, "dc": 1}, agents=False, open=True)) as lab:
+        assert await lab.ping("gcp-1", "198.51.100.2")
+        assert [(await lab.counters(site))["other"].packets for site in ("gcp", "dc")] == [2, 2]
+
+
 async def test_programs_run_in_a_machine_as_on_a_host() -> None:
     async with lab_of(SIX) as lab:
         done = await lab.exec("dc-2", "sh", "-c", "hostname; cat; echo oops >&2; exit 7", input="given\n")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
 import trio
 
 from helpers import eventually, require
+from kilo_etcd.lab.addressing import lay_out
+from kilo_etcd.lab.capture import Flow
 from kilo_etcd.lab.client import Completed, Lab, running_lab
 from kilo_etcd.lab.spec import HostSpec, SiteSpec, Spec
 
@@ -148,6 +151,25 @@ import socket
 with socket.create_connection(("{INTERNET}", 7777), timeout=2) as connection:
     print(connection.recv(99).decode())
 """
+TRIES = """
+import socket
+for family, address in ((socket.AF_INET, "192.0.2.100"), (socket.AF_INET6, "2001:db8:2::64")):
+    for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+        with socket.socket(family, kind) as one:
+            one.settimeout(0.5)
+            try:
+                one.connect((address, 9))
+                one.send(b"hello")
+            except OSError:
+                pass
+    with socket.socket(family, socket.SOCK_DGRAM) as one:
+        try:
+            one.sendto(b"hello", (address, 9))
+        except OSError:
+            pass
+"""
+"""Begins to speak to the server in each family: TCP, UDP that is connected, UDP that is not."""
+EVERY = [(4, "tcp"), (4, "udp"), (4, "icmp"), (6, "tcp"), (6, "udp"), (6, "icmpv6")]
 OUT = Spec(
     sites=(
         site("gcp", host("gcp-1"), host("gcp-2", public=False)),
@@ -155,7 +177,31 @@ OUT = Spec(
         site("cafe", host("cafe-1", public=False)),
     ),
     lease_ttl=2,
+    families=("ipv4", "ipv6"),
+    open=True,
 )
+
+
+async def leaving(lab: Lab, site: str, *names: str) -> list[Flow]:
+    """What arrives at the server from the addresses of a site when hosts begin to speak to it, in each family."""
+    assert lab.spec is not None
+    layout = lay_out(lab.spec)
+    own = [ip for one in layout.hosts.values() if one.site == site for ip in one.public]
+    addresses = set(map(str, (*layout.sites[site].wan, *own)))
+    async with lab.capture("operator") as capture:
+        for name in names:
+            await lab.exec(name, sys.executable, "-c", TRIES, check=True)
+            for version in ("-4", "-6"):
+                server = INTERNET if version == "-4" else "2001:db8:2::64"
+                await lab.exec(name, "ping", version, "-c", "1", "-W", "0.5", server)
+    return [flow for flow in capture.flows if flow.source in addresses]
+
+
+def kinds(flows: Iterable[Flow]) -> set[tuple[int, str]]:
+    return {(ip_address(flow.source).version, flow.protocol) for flow in flows}
+
+
+leaks = leaving  # of the site that the hosts stand in
 
 
 async def seen_as(lab: Lab) -> str:
@@ -176,13 +222,11 @@ async def test_a_laptop_leaves_by_a_gateway_and_what_must_stay_outside_does() ->
         await lab.stop("cafe-1")
         kg = str(Path(sys.executable).parent / "kg")
         await lab.exec("cafe-1", kg, "--hostname", "cafe-1", "--state-dir", "/var/lib/kilo-etcd", "cleanup", check=True)
-        # The labs' routers let nothing through but WireGuard and etcd; that of gcp lets this through too.
-        for side in ("dport", "sport"):
-            rule = f"insert rule inet lab forward tcp {side} 7777 accept"
-            await lab.exec("router:gcp", "nft", *rule.split(), check=True)
         nursery.start_soon(lab.exec, "operator", sys.executable, "-c", SERVER)
         await eventually(lambda: direct(lab, "gcp-1"), 30, every=0.2, what="the server's answer to gcp-1")
-        assert await seen_as(lab) == ""
+        beside = await seen_as(lab)
+        assert beside not in ("", await direct(lab, "gcp-2"))
+        assert kinds(await leaks(lab, "cafe", "cafe-1")) == set(EVERY), "what would leak is seen"
         before = await all_routing(lab)
 
         for node, says in {
@@ -198,9 +242,14 @@ async def test_a_laptop_leaves_by_a_gateway_and_what_must_stay_outside_does() ->
         await lab.kgctl("annotate", "gcp-1", "gateway=true")
 
         async with connected(lab, "first", "connect", "laptop", "--gateway", "gcp-1", "--dns-hosts") as first:
-            await eventually(lambda: seen_as(lab), 60, every=0.2, what="the server's answer to the laptop")
             # As what comes from behind gcp's router, and not from behind the café's.
-            assert await seen_as(lab) == await direct(lab, "gcp-2")
+            expected = await direct(lab, "gcp-2")
+
+            async def by_gcp() -> bool:
+                return await seen_as(lab) == expected
+
+            await eventually(by_gcp, 60, every=0.2, what="the laptop leaves by gcp")
+            assert await leaks(lab, "cafe", "cafe-1") == []
             await reaches(lab, "gcp-2.kilo", "home-1.kilo")
             for outside in ("192.0.2.1", "198.51.100.1", "10.103.0.1"):
                 assert " dev eth0 " in await shown(lab, "ip", "route", "get", outside), outside
@@ -211,7 +260,7 @@ async def test_a_laptop_leaves_by_a_gateway_and_what_must_stay_outside_does() ->
             # What somebody takes away comes back; nobody is let out beside the gateway.
             (ours,) = [line for line in (await shown(lab, "ip", "rule")).splitlines() if "fwmark" in line]
             await lab.exec("cafe-1", "ip", "rule", "del", "priority", ours.partition(":")[0], check=True)
-            await eventually(lambda: seen_as(lab), 60, every=0.2, what="the server's answer to the laptop")
+            await eventually(by_gcp, 60, every=0.2, what="the laptop leaves by gcp")
             await lab.kgctl("annotate", "gcp-1", "gateway-", "--yes")
 
             async def shut() -> bool:
@@ -219,9 +268,10 @@ async def test_a_laptop_leaves_by_a_gateway_and_what_must_stay_outside_does() ->
 
             await eventually(shut, 30, every=0.2, what="no way out")
             assert " dev kilo-kilo " in await shown(lab, "ip", "route", "get", INTERNET)
+            assert await leaks(lab, "cafe", "cafe-1") == []
             await reaches(lab, "home-1.kilo")
             await lab.kgctl("annotate", "gcp-1", "gateway=true")
-            await eventually(lambda: seen_as(lab), 60, every=0.2, what="the server's answer to the laptop")
+            await eventually(by_gcp, 60, every=0.2, what="the laptop leaves by gcp")
 
         assert first.ended is not None
         assert first.ended.returncode == 0, first.ended.stdout

@@ -43,7 +43,7 @@ from kilo_etcd.model import Granularity, IPNetwork, Snapshot
 from kilo_etcd.topology import Topology, UnknownNode, build_topology, host_plan
 from kilo_etcd.topology.guard import guard
 from kilo_etcd.topology.hostplan import HostPlan
-from kilo_etcd.topology.wayout import at_gateway, by_way_out
+from kilo_etcd.topology.wayout import STAYS_OUTSIDE, at_gateway, by_way_out
 
 T = TypeVar("T")
 Settings = tuple[Granularity, tuple[IPNetwork, ...]]
@@ -692,7 +692,7 @@ class Daemon:
 
     def _note_gateway(self, sentence: str | None) -> None:
         self.beyond = sentence and (
-            f"{sentence}, so nothing leaves this host but for the mesh and what is near it: is it up, does UDP reach "
+            f"{sentence}, so nothing leaves this host but for {STAYS_OUTSIDE}: is it up, does UDP reach "
             f"it? else kgctl annotate {self.name} way-out=ANOTHER, or way-out-"
         )
         self.once.errors("gateway", () if self.beyond is None else (self.beyond,), level="warning")

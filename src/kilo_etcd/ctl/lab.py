@@ -331,7 +331,12 @@ def gap(source: str, target: str, interval: float, seconds: float, name: str | N
 @click.argument("site")
 @name_option
 def counters(site: str, name: str | None) -> None:
-    """Show what a site's router has let through to and from other sites, and dropped."""
+    """Show what a site's router has seen go to and from other sites: WireGuard, etcd, and anything else.
+
+    Anything else (`other`; `stray` between the subnets of a strict site) is dropped, unless the lab is open: with
+    `open = true` at the top of its file everything is delivered, so that what leaves its host although it must not is
+    seen where it arrives.
+    """
 
     async def work(lab: Lab) -> None:
         for kind, count in (await lab.counters(site)).items():

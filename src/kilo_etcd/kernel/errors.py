@@ -94,9 +94,10 @@ def _sentence(change: Change, error: OSError) -> str:
             )
         if code == errno.ENOENT:
             return f"{name} does not exist: this kernel runs without IPv{change.family}"
-    exit_route = isinstance(change, AddRoute | ReplaceRoute) and change.route.table != MAIN_TABLE
-    if exit_route and code == errno.EACCES and change.route.destination.version == 6 and change.route.device:
-        name = change.route.device
+    way = change.route if isinstance(change, AddRoute | ReplaceRoute) else None
+    exit_route = way if way is not None and way.table != MAIN_TABLE else None
+    if exit_route is not None and code == errno.EACCES and exit_route.destination.version == 6 and exit_route.device:
+        name = exit_route.device
         return (
             f"`{change}` failed, since IPv6 is switched off on {name}: nothing leaves by the exit node in IPv6, and "
             f"whoever calls this host's own IPv6 addresses gets no answer; set net.ipv6.conf.{name}.disable_ipv6=0"
@@ -116,11 +117,11 @@ def _sentence(change: Change, error: OSError) -> str:
             "postrouting": "hosts without an agent do not answer the mesh",
             "output": "whoever calls this host's own IPv6 addresses gets no answer as long as it has an exit node",
         }
-        found = " and ".join(lost[chain.name] for chain in change.table.chains if chain.name in lost)
-        return (
-            f"this kernel lacks nftables or a part of it, so {found}: load the modules nf_tables, nft_nat, nft_masq, "
-            "nft_ct and nft_reject_inet (the kernel must be Linux 5.2 or later)"
-        )
+        chains = [chain.name for chain in change.table.chains]
+        found = " and ".join(lost[name] for name in chains if name in lost)
+        answers = ", nft_ct and nft_reject_inet" if "output" in chains else ""
+        modules = f"nf_tables, nft_nat, nft_masq{answers}" if answers else "nf_tables, nft_nat and nft_masq"
+        return f"this kernel lacks nftables or a part of it, so {found}: load the modules {modules}"
     if isinstance(change, CreateLink) and change.kind == "ipip" and code in (errno.EOPNOTSUPP, errno.ENODEV):
         return "this kernel has no IPIP (module ipip): load it, or use --encapsulate never or --encapsulate wireguard"
     if isinstance(change, CreateLink) and change.kind == "ipip" and code == errno.EEXIST:
@@ -143,9 +144,9 @@ def _sentence(change: Change, error: OSError) -> str:
     if isinstance(change, SetUp) and code == errno.EADDRINUSE:
         return f"{change.name} cannot come up: its UDP port is taken by another program; choose another with --port"
     detail = getattr(error, "detail", "") or os.strerror(code)
-    if exit_route and not change.route.fence:
-        return f"`{change}` failed ({detail}): what is for {change.route.destination} is refused or ends in the tunnel"
-    if isinstance(change, AddRule) or exit_route:
+    if exit_route is not None and not exit_route.fence:
+        return f"`{change}` failed ({detail}): what is for {exit_route.destination} is refused or ends in the tunnel"
+    if isinstance(change, AddRule) or exit_route is not None:
         return (
             f"`{change}` failed ({detail}): what is for the internet may leave beside the gateway that was asked for; "
             "does this kernel have policy routing (CONFIG_IP_MULTIPLE_TABLES, CONFIG_IPV6_MULTIPLE_TABLES)?"

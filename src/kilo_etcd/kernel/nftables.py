@@ -26,10 +26,12 @@ _SHAPES = {
     "lookup": {1: _PLAIN, 2: _PLAIN, 5: _PLAIN},
     "objref": {1: _PLAIN, 2: _PLAIN},
     "immediate": {1: _PLAIN, 2: _VERDICT},
+    "immediate value": {1: _PLAIN, 2: _VALUE},
     "masq": {1: _PLAIN},
     "reject": {1: _PLAIN, 2: _PLAIN},
 }
-"""Expression -> its attributes that count, and how each is wrapped."""
+"""Expression -> its attributes that count, and how each is wrapped. `immediate` has two shapes under one name: what it
+puts into the register of verdicts, and what into others."""
 
 _REGISTER = 1
 _VERDICT_REGISTER = 0
@@ -101,10 +103,8 @@ def match_mark(mark: int) -> tuple[Expression, ...]:
 
 
 def set_mark(mark: int) -> tuple[Expression, ...]:
-    bits = struct.pack("=I", mark)
-    register = be32(_REGISTER)
-    made: Expression = ("bitwise", ((1, register), (2, register), (3, be32(4)), (4, bytes(4)), (5, bits)))
-    return _meta(_MARK), made, ("meta", ((2, be32(_MARK)), (3, register)))
+    value: Expression = ("immediate value", ((1, be32(_REGISTER)), (2, struct.pack("=I", mark))))
+    return value, ("meta", ((2, be32(_MARK)), (3, be32(_REGISTER))))
 
 
 def match_address(address: IPAddress, side: str) -> tuple[Expression, ...]:
@@ -138,7 +138,7 @@ def pack_expressions(expressions: tuple[Expression, ...]) -> bytes:
     return b"".join(
         nested(
             _LIST_ELEMENT,
-            text(1, name),
+            text(1, name.partition(" ")[0]),
             nested(2, *(_pack(_SHAPES[name][kind], kind, value) for kind, value in values)),
         )
         for name, values in expressions
@@ -160,9 +160,12 @@ def read_expressions(data: bytes) -> tuple[Expression, ...]:
 def _read(element: bytes) -> Expression:
     outer = attributes(element)
     name = outer.get(1, b"").rstrip(b"\0").decode(errors="replace")
+    found = attributes(outer.get(2, b""))
+    if name == "immediate" and found.get(1) != be32(_VERDICT_REGISTER):
+        name = "immediate value"
     shapes = _SHAPES.get(name, {})
     values = []
-    for kind, value in sorted(attributes(outer.get(2, b"")).items()):
+    for kind, value in sorted(found.items()):
         if kind not in shapes:
             continue
         if shapes[kind] == _VALUE:

@@ -2,12 +2,12 @@
 
 The rules, in their order: what the main table has more than a default route for goes there (the machine's own network,
 the mesh), and so does in IPv4 what is sent from the host's own addresses, where that is asked for; everything else goes
-to our table, unless it carries the mark of WireGuard's own packets. Our table has the default route, and `throw` routes for
-those addresses that the main table shall decide about after all: etcd's, what is near, and the peers' endpoints, whose
-answers a strict rp_filter would drop otherwise. An endpoint known from hearsay is none of these: who says where a peer
-is seen would decide what goes beside the tunnel. And it has a fence: a default route that refuses, for the time when
-the device, and with it the other one, is gone. No sysctl is needed, nothing in the main table is touched, and what is
-ours is known by the interface: table and priorities are computed from its name.
+to our table, unless it carries the mark of WireGuard's own packets. Our table has the default route, and `throw`
+routes for those addresses that the main table shall decide about after all: etcd's, what is near, and the peers'
+endpoints, whose answers a strict rp_filter would drop otherwise. An endpoint known from hearsay is none of these: who
+says where a peer is seen would decide what goes beside the tunnel. And it has a fence: a default route that refuses,
+for the time when the device, and with it the other one, is gone. No sysctl is needed, nothing in the main table is
+touched, and what is ours is known by the interface: table and priorities are computed from its name.
 
 In IPv6 a rule by source would let everything out that our table refuses: a socket without a source address asks for a
 route; if it is refused, the kernel chooses an address of any device and asks once more, from that address (Linux,
@@ -25,7 +25,7 @@ from zlib import crc32
 
 from kilo_etcd.kernel.rules import RoutingRule
 from kilo_etcd.kernel.state import FENCE_METRIC, MAIN_TABLE, Observed, Route, ipip_name
-from kilo_etcd.model import IPNetwork
+from kilo_etcd.model import IPAddress, IPNetwork
 from kilo_etcd.topology.hostplan import HostPlan, RoutePlan, Via
 
 MARK = 107
@@ -103,7 +103,7 @@ def _routes(plan: HostPlan, interface: str, protocol: int) -> Iterator[Route]:
     for network in sorted(aside, key=lambda network: (network.version, network)):
         yield Route(destination=network, protocol=protocol, table=table, kind="throw")
     by: dict[int, RoutePlan] = {route.destination.version: route for route in plan.way_out.by}
-    own = {address.version: address.ip for address in reversed(plan.addresses)}
+    own: dict[int, IPAddress] = {address.version: address.ip for address in reversed(plan.addresses)}
     for version in sorted(plan.way_out.families | ({6} if plan.way_out.answers6 else set())):
         if (wanted := by.get(version)) is None:
             yield Route(

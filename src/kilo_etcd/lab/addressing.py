@@ -2,8 +2,8 @@
 
 Pure. What is promised: hosts of a site share LANs with private addresses; a public host has a documentation
 address besides, routed without NAT; everything else is masqueraded at its site's router, which lets nothing
-through between sites but WireGuard and etcd (and ICMP errors, without which path MTU discovery fails), and
-counts all of it. Uplinks are routed point-to-point wires, so no neighbour table grows with the lab.
+through between sites but WireGuard and etcd (and ICMP errors, without which path MTU discovery fails), unless the
+lab is open, and counts all of it. Uplinks are routed point-to-point wires, so no neighbour table grows with the lab.
 
 The text is what `ip -batch -` and `nft -f -` read; the tests compare it and the world feeds it to them.
 """
@@ -356,7 +356,8 @@ def hosts_file(layout: Layout, machine: str) -> str:
 
 
 def router_firewall(layout: Layout, site: str, cuts: Iterable[str] = ()) -> str:
-    """nftables script of a router: NAT, counters, drop, and the site's cuts."""
+    """nftables script of a router: NAT, counters, what becomes of other packets, and the site's cuts."""
+    rest = "accept" if layout.spec.open else "drop"
     networks = [network for lan in layout.sites[site].subnets for network in lan]
     servers = [ip for addresses in layout.members.values() for ip in addresses]
     rules = []
@@ -368,7 +369,7 @@ def router_firewall(layout: Layout, site: str, cuts: Iterable[str] = ()) -> str:
     masquerade = [f"oifname wan {'ip' if n.version == 4 else 'ip6'} saddr {n} masquerade" for n in networks]
     inside = ["iifname != wan oifname != wan accept"]
     if any(each.name == site and each.strict for each in layout.spec.sites):
-        inside = [*_between_hosts(layout, site), "iifname != wan oifname != wan counter name stray drop"]
+        inside = [*_between_hosts(layout, site), f"iifname != wan oifname != wan counter name stray {rest}"]
     return f"""\
 table inet lab {{
     counter wireguard {{ }}
@@ -388,7 +389,7 @@ table inet lab {{
 {_indent(rules)}
         icmp type {{ {_ERRORS4} }} counter name icmperrors accept
         icmpv6 type {{ {_ERRORS6} }} counter name icmperrors accept
-        counter name other drop
+        counter name other {rest}
     }}
     chain nat {{
         type nat hook postrouting priority 100; policy accept;

@@ -394,8 +394,8 @@ class Lab:
         return bool(await self._ask("ping", timeout=timeout, to=target, **{"from": source}))
 
     async def counters(self, site: str) -> dict[str, Count]:
-        """A router's counters since the start: wireguard, etcd, icmp (errors), other (dropped), and stray (dropped
-        inside a strict site)."""
+        """A router's counters since the start: wireguard, etcd, icmp (errors), other, and stray (between the
+        subnets of a strict site). An open lab lets the last two through, every other lab drops them."""
         return {name: Count(**count) for name, count in (await self._ask("counters", site=site)).items()}
 
     @asynccontextmanager

@@ -83,6 +83,9 @@ class Spec:
     wireguard: str = "auto"
     agents: bool = True
     """Whether each host runs an agent."""
+    open: bool = False
+    """Whether routers pass on what is neither WireGuard nor etcd, as the internet does, and count it. Else they count
+    and drop it: then a packet that must not leave its host gets nowhere, whether it has left or not."""
     agent_args: tuple[str, ...] = ()
     """Further arguments for every agent."""
     agent_command: tuple[str, ...] = field(default=())
@@ -187,6 +190,7 @@ def parse_spec(data: Mapping[str, Any], source: str) -> Spec:
         "lease_ttl": top.integer("lease_ttl", 5),
         "wireguard": top.text("wireguard", "auto"),
         "agents": top.boolean("agents", True),
+        "open": top.boolean("open", False),
         "agent_args": top.texts("agent_args"),
         "agent_command": top.texts("agent_command"),
     }

@@ -89,8 +89,7 @@ class WayOut:
     outside: tuple[IPNetwork, ...] = ()
     """Reached as if there were no tunnel: etcd, what is near. The peers' endpoints are without being named."""
     sources: tuple[IPAddress, ...] = ()
-    """The host's own addresses on the underlay: answers to whom has called the host there go as if there were no tunnel.
-    """
+    """The host's own addresses on the underlay: answers to who has called it there go as if there were no tunnel."""
     held: bool = False
     """It is not to be touched in the kernel, neither made nor changed nor removed: what must stay outside is not known
     yet."""

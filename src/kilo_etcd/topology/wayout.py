@@ -26,6 +26,9 @@ ANYWHERE: tuple[IPNetwork, ...] = (ip_network("0.0.0.0/0"), ip_network("::/0"))
 LINK_LOCAL: tuple[IPNetwork, ...] = (ip_network("169.254.0.0/16"), ip_network("fe80::/10"))
 """Of one link alone (RFC 3927, RFC 4291); clouds answer a host's questions about itself there."""
 
+STAYS_OUTSIDE = "the mesh, what is near it, answers to callers, and programs that bind to its own addresses or devices"
+"""What leaves a node otherwise than by its exit node, as the end of a sentence."""
+
 ON_THE_LINK: tuple[IPNetwork, ...] = (*LINK_LOCAL, ip_network("224.0.0.0/4"), ip_network("255.255.255.255/32"))
 """What a host says to its neighbours whatever its routes are, DHCP included. IPv6's multicast has routes of its own."""
 
@@ -227,7 +230,7 @@ def by_way_out(
     families: frozenset[int] = frozenset()
     by: tuple[RoutePlan, ...] = ()
     if isinstance(found, Trouble):
-        text = f"{found.text}; until then nothing leaves {plan.node} but for the mesh and what is near it"
+        text = f"{found.text}; until then nothing leaves {plan.node} but for {STAYS_OUTSIDE}"
         problems = (*problems, Problem(subject=plan.node, text=text))
     elif found.key:
         families = frozenset(address.version for address in plan.addresses)
