@@ -11,8 +11,9 @@ The table is replaced whole, in one transaction, and only where it differs from 
   the gateway stands in, and that nobody offers, is dropped, and so is what is for link-local addresses;
 * of a node that has an exit node, in IPv6 (`kernel.wayout` says why): an answer to a connection that somebody else has
   opened gets WireGuard's mark, and with it a route outside the tunnel; what else is about to enter the tunnel from an
-  address that the mesh does not know is refused, since the exit node would drop it in silence. Packets with a mark of
-  somebody else's are left to them.
+  address that the mesh does not know is refused, since the exit node would drop it in silence. What comes in for one of
+  the host's own addresses has the mark too: firewalld asks which way its source is reached, mark and all, and drops it
+  if that is another than it came. Packets with a mark of somebody else's are left to them.
 
 Nothing is opened here: an `accept` of ours does not take back a `drop` of another table.
 """
@@ -74,7 +75,10 @@ def table_for(plan: HostPlan, interface: str) -> Table | None:
         chains.append(Chain(name="forward", kind="filter", hook="forward", priority=0))
         rules += _closed(plan, interface)
     if plan.way_out is not None and plan.way_out.answers6:
+        chains.append(Chain(name="prerouting", kind="filter", hook="prerouting", priority=-150))
         chains.append(Chain(name="output", kind="route", hook="output", priority=-150))
+        own = frozenset(address for address in plan.way_out.sources if address.version == 6)
+        sets.append(AddressSet(name="own6", version=6, addresses=own))
         rules += _answers(plan, interface)
     if not rules:
         return None
@@ -152,6 +156,15 @@ def _closed(plan: HostPlan, interface: str) -> Iterable[Rule]:
 
 
 def _answers(plan: HostPlan, interface: str) -> Iterable[Rule]:
+    mark = f"meta mark set {MARK}"
+    yield Rule(
+        chain="prerouting",
+        expressions=(
+            *nft.match_set("own6", 6, "daddr"), *nft.match_interface("iifname", interface, equal=False),
+            *nft.match_mark(0), *nft.set_mark(MARK),
+        ),
+        text=f'ip6 daddr @own6 iifname != "{interface}" meta mark 0 {mark}',
+    )  # fmt: skip
     for own in (address.ip for address in plan.addresses if address.version == 6):
         yield Rule(
             chain="output",
@@ -166,7 +179,7 @@ def _answers(plan: HostPlan, interface: str) -> Iterable[Rule]:
             *unmarked, *nft.match_interface("oifname", "lo", equal=False), *nft.match_answer(), *nft.count("answers"),
             *nft.set_mark(MARK),
         ),
-        text=f'{text} oifname != "lo" ct direction reply counter name answers meta mark set {MARK}',
+        text=f'{text} oifname != "lo" ct direction reply counter name answers {mark}',
     )  # fmt: skip
     for network in dict.fromkeys((*plan.behind, *plan.masquerade)):
         if network.version == 6:
