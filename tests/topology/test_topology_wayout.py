@@ -95,7 +95,8 @@ def test_a_gateway_that_is_none_any_more_lets_nothing_out_beside_it(world: objec
     assert plan.way_out == WayOut(families=frozenset({4}), outside=ETCD)
     assert all(network.prefixlen for one in plan.peers.values() for network in one.allowed_ips)
     assert plan.problems[-1].text.endswith(
-        "until then nothing leaves this machine but for the mesh and its own network"
+        "until then nothing leaves this machine but for the mesh, its own network, and programs that bind to its "
+        "devices"
     )
 
 

@@ -28,6 +28,8 @@ LINK_LOCAL: tuple[IPNetwork, ...] = (ip_network("169.254.0.0/16"), ip_network("f
 
 STAYS_OUTSIDE = "the mesh, what is near it, answers to callers, and programs that bind to its own addresses or devices"
 """What leaves a node otherwise than by its exit node, as the end of a sentence."""
+STAYS_OUTSIDE_A_PEER = "the mesh, its own network, and programs that bind to its devices"
+"""The same of a machine that is a peer."""
 
 ON_THE_LINK: tuple[IPNetwork, ...] = (*LINK_LOCAL, ip_network("224.0.0.0/4"), ip_network("255.255.255.255/32"))
 """What a host says to its neighbours whatever its routes are, DHCP included. IPv6's multicast has routes of its own."""
@@ -103,7 +105,7 @@ def through(
         if (text := speechless(node, families)) is not None:
             problems = (*problems, Problem(subject=gateway, text=text))
     else:
-        text = f"{trouble}; until then nothing leaves this machine but for the mesh and its own network"
+        text = f"{trouble}; until then nothing leaves this machine but for {STAYS_OUTSIDE_A_PEER}"
         problems = (*problems, Problem(subject=gateway, text=text))
     way_out = WayOut(families=families, outside=tuple(sorted(set(outside), key=network_key)), held=bool(unresolved))
     return evolve(plan, peers=peers, way_out=way_out, problems=problems)

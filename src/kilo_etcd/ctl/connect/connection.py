@@ -27,7 +27,7 @@ from kilo_etcd.ctl.wait import applied
 from kilo_etcd.model import IPAddress, IPNetwork, Snapshot
 from kilo_etcd.topology import HostPlan, Topology, build_topology, peer_plan
 from kilo_etcd.topology.guard import guard
-from kilo_etcd.topology.wayout import through
+from kilo_etcd.topology.wayout import STAYS_OUTSIDE_A_PEER, through
 
 KNOWN_SECONDS = 2.0
 """How long to wait for all agents to know this machine's key: a first handshake that nobody answers costs five."""
@@ -190,7 +190,7 @@ class Connection:
             self.once.clear("gateway", "the gateway answers")
             return
         self.once.warning(
-            "gateway", f"{sentence}, so nothing leaves this machine but for the mesh and its own network: is it up, "
+            "gateway", f"{sentence}, so nothing leaves this machine but for {STAYS_OUTSIDE_A_PEER}: is it up, "
             "and does UDP reach it? else end this command, or name another gateway",
         )  # fmt: skip
 
