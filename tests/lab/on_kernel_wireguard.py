@@ -1,4 +1,4 @@
-"""Scenarios a to g on the kernel's own WireGuard: one world that is led from shape to shape while it runs.
+"""Scenarios a to g on the kernel's own WireGuard, in one world that is led from shape to shape; and an exit node.
 
 Not collected by itself: `test_mesh_kernel.py` runs it where a kernel has WireGuard, on this machine or in a guest. A
 guest has one slow processor for six hosts and etcd, so its clocks are wider than those of `test_mesh_scenarios.py`.
@@ -19,6 +19,7 @@ from test_mesh_scenarios import (
     status,
     world,
 )
+from test_way_out import MESH6, in_an_ipv6_mesh
 
 from helpers import eventually
 from kilo_etcd.lab.client import Lab
@@ -115,6 +116,10 @@ async def test_a_to_g() -> None:
         assert await candidates(lab, "", 3) == [second, third, first]
         assert await leader(lab, "") == second
         await lab.all_pairs_ping(WITHIN)
+
+
+async def test_nothing_leaks_past_an_exit_node() -> None:
+    await in_an_ipv6_mesh(MESH6.evolve(wireguard="kernel"), WITHIN)
 
 
 async def _shaken(lab: Lab, number: int) -> bool:
