@@ -78,6 +78,22 @@ async def test_the_annotation_turns_the_way_out_on_and_off_live(world: World) ->
             every=0.1,
         )
 
+        # One of IPv6: its answers are told by nftables, and there is a route for them to begin with.
+        six = HostAddress(interface="eth0", index=2, address=ip_interface("2001:db8::7/64"))
+        before = world.facts
+        world.facts = evolve(before, addresses=(*before.addresses, six))
+        world.host.moved.set()
+        await eventually(lambda: world.host.observed.table is not None, 10, every=0.1)
+        table = world.host.observed.table
+        assert table is not None
+        assert [chain.name for chain in table.chains] == ["prerouting", "output"]
+        assert world.host.observed.exit_routes[ip_network("::/0")].device == "kilo0"
+        assert {str(rule.source) for rule in world.host.observed.exit_rules if rule.source} == sources
+        world.facts = before
+        world.host.moved.set()
+        await eventually(lambda: world.host.observed.table is None, 10, every=0.1)
+        assert ip_network("::/0") not in world.host.observed.exit_routes
+
         # Somebody takes the device away: nothing is let out beside it, and it comes back.
         world.host.tamper([DeleteLink("kilo0")])
         assert ANYWHERE not in world.host.observed.exit_routes

@@ -101,8 +101,7 @@ def test_a_kernel_without_nftables_is_one_sentence_and_the_host_may_lead_all_the
         "answer the mesh: load the modules nf_tables, nft_nat and nft_masq"
     )
     said = failure(ReplaceTable(table(ANSWERING)), OSError(95, "Operation not supported"))
-    assert "no answer as long as it has an exit node: load the modules nf_tables" in said.text
-    assert said.text.endswith(", nft_ct and nft_reject_inet")
+    assert "no answer as long as it has an exit node: load the modules nf_tables, nft_ct, " in said.text
 
 
 async def test_the_kernel_in_memory_has_a_table_too() -> None:

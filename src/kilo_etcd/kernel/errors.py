@@ -119,9 +119,8 @@ def _sentence(change: Change, error: OSError) -> str:
         }
         chains = [chain.name for chain in change.table.chains]
         found = " and ".join(lost[name] for name in chains if name in lost)
-        answers = ", nft_ct and nft_reject_inet" if "output" in chains else ""
-        modules = f"nf_tables, nft_nat, nft_masq{answers}" if answers else "nf_tables, nft_nat and nft_masq"
-        return f"this kernel lacks nftables or a part of it, so {found}: load the modules {modules}"
+        modules = "nft_ct, nft_reject_inet, nft_nat and nft_masq" if "output" in chains else "nft_nat and nft_masq"
+        return f"this kernel lacks nftables or a part of it, so {found}: load the modules nf_tables, {modules}"
     if isinstance(change, CreateLink) and change.kind == "ipip" and code in (errno.EOPNOTSUPP, errno.ENODEV):
         return "this kernel has no IPIP (module ipip): load it, or use --encapsulate never or --encapsulate wireguard"
     if isinstance(change, CreateLink) and change.kind == "ipip" and code == errno.EEXIST:

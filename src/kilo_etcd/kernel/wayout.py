@@ -13,8 +13,9 @@ In IPv6 a rule by source would let everything out that our table refuses: a sock
 route; if it is refused, the kernel chooses an address of any device and asks once more, from that address (Linux,
 `ip6_dst_lookup_tail`). So answers are told by connection tracking there: a rule of nftables gives them WireGuard's mark
 when they have found a route into the tunnel, and then the kernel looks for a route anew (`kernel.firewall`). That first
-route must exist, so that the default route into the tunnel is there although no peer may be allowed anything: the
-device drops what nobody is to get. Without the rule, or without the device, answers do not get out, and nothing else.
+route must exist, so that the default route into the tunnel is there although nothing may get through: WireGuard, here
+or at the exit node, drops what comes from an address that the mesh does not know. Without the rule, or without the
+device, answers do not get out, and nothing else does.
 """
 
 from __future__ import annotations
