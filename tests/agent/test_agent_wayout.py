@@ -86,7 +86,7 @@ async def test_the_annotation_turns_the_way_out_on_and_off_live(world: World) ->
         await eventually(lambda: world.host.observed.table is not None, 10, every=0.1)
         table = world.host.observed.table
         assert table is not None
-        assert [chain.name for chain in table.chains] == ["prerouting", "output"]
+        assert [chain.name for chain in table.chains] == ["prerouting", "delivered", "output"]
         assert world.host.observed.exit_routes[ip_network("::/0")].device == "kilo0"
         assert {str(rule.source) for rule in world.host.observed.exit_rules if rule.source} == sources
         world.facts = before

@@ -205,6 +205,7 @@ def test_answers_in_ipv6_are_told_from_what_the_host_begins() -> None:
     assert table is not None
     assert [rule.text for rule in table.rules] == [
         'ip6 daddr @own6 iifname != "kilo0" meta mark 0 meta mark set 107',
+        "meta nfproto ipv6 meta mark 107 meta mark set 0",
         "ip6 saddr fd00:5::1 return",
         'meta nfproto ipv6 meta mark 0 oifname != "lo" ct direction reply counter name answers meta mark set 107',
         "ip6 saddr fd77::/64 return",

@@ -12,8 +12,8 @@ The table is replaced whole, in one transaction, and only where it differs from 
 * of a node that has an exit node, in IPv6 (`kernel.wayout` says why): an answer to a connection that somebody else has
   opened gets WireGuard's mark, and with it a route outside the tunnel; what else is about to enter the tunnel from an
   address that the mesh does not know is refused, since the exit node would drop it in silence. What comes in for one of
-  the host's own addresses has the mark too: firewalld asks which way its source is reached, mark and all, and drops it
-  if that is another than it came. Packets with a mark of somebody else's are left to them.
+  the host's own addresses has the mark on its way in: firewalld asks which way its source is reached, mark and all, and
+  drops it if that is another than it came. Packets with a mark of somebody else's are left to them.
 
 Nothing is opened here: an `accept` of ours does not take back a `drop` of another table.
 """
@@ -76,6 +76,7 @@ def table_for(plan: HostPlan, interface: str) -> Table | None:
         rules += _closed(plan, interface)
     if plan.way_out is not None and plan.way_out.answers6:
         chains.append(Chain(name="prerouting", kind="filter", hook="prerouting", priority=-150))
+        chains.append(Chain(name="delivered", kind="filter", hook="input", priority=0))
         chains.append(Chain(name="output", kind="route", hook="output", priority=-150))
         own = frozenset(address for address in plan.way_out.sources if address.version == 6)
         sets.append(AddressSet(name="own6", version=6, addresses=own))
@@ -165,6 +166,12 @@ def _answers(plan: HostPlan, interface: str) -> Iterable[Rule]:
         ),
         text=f'ip6 daddr @own6 iifname != "{interface}" meta mark 0 {mark}',
     )  # fmt: skip
+    # What a tunnel of somebody else's takes out of it must not have the mark any more.
+    yield Rule(
+        chain="delivered",
+        expressions=(*nft.match_family(6), *nft.match_mark(MARK), *nft.set_mark(0)),
+        text=f"meta nfproto ipv6 meta mark {MARK} meta mark set 0",
+    )
     for own in (address.ip for address in plan.addresses if address.version == 6):
         yield Rule(
             chain="output",
