@@ -243,6 +243,8 @@ class Peer:
     preshared_key: str | None = field(default=None, repr=False)
     seen: tuple[Endpoint, ...] = ()
     """As a node's; only of peers with keepalive whose record has no endpoint."""
+    registered_revision: int = 0
+    """etcd's create revision of the peer's record: older peers have lower ones."""
 
 
 @frozen(kw_only=True)

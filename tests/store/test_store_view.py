@@ -13,6 +13,7 @@ from store_world import KEYS, World, record, wg_key
 from kilo_etcd.model import CandidateClass, Endpoint, Granularity
 from kilo_etcd.store import CandidateRecord, encode
 from kilo_etcd.store.effective import Registered
+from kilo_etcd.store.records import parse_interface
 
 
 def test_a_node_is_joined_from_its_record_label_annotations_and_address() -> None:
@@ -84,7 +85,7 @@ def test_a_node_without_an_address_is_joining() -> None:
     assert world.aside == {}
     world.put("/kilo/addresses/10.4.0.9", "a")
     world.put("/kilo/addresses/10.4.0.8", "a")
-    assert world.view.snapshot().nodes["a"].mesh_addresses == (ip_address("10.4.0.8"),)
+    assert world.view.snapshot().nodes["a"].mesh_addresses == (ip_address("10.4.0.9"),), "the older claim counts"
 
 
 GOOD = encode(record("x")).decode()
@@ -184,23 +185,45 @@ def test_what_is_made_of_a_views_holdings_is_what_it_gave() -> None:
     assert world.view.holdings().snapshot(KEYS) == snapshot
 
 
-def test_one_public_key_for_two_programs_neither() -> None:
+def test_of_two_nodes_with_one_key_the_older_record_keeps_it() -> None:
     world = World()
-    world.node("a", "10.4.0.1")
-    world.node("b", "10.4.0.2")
+    world.node("b", "10.4.0.1")
     world.node("c", "10.4.0.3")
-    c = world.view.snapshot().nodes["c"]
-    world.node("b", public_key=wg_key("a"))
+    before = world.view.snapshot().nodes
+    world.node("a", "10.4.0.2", public_key=wg_key("b"))
     snapshot = world.view.snapshot()
-    assert set(snapshot.nodes) == {"c"}
-    assert snapshot.nodes["c"] is c
+    assert set(snapshot.nodes) == {"b", "c"}
+    assert all(snapshot.nodes[name] is before[name] for name in "bc")
     assert world.aside == {
-        "/kilo/nodes/a": "its public key is also that of node b; none is in force until one is removed",
-        "/kilo/nodes/b": "its public key is also that of node a; none is in force until one is removed",
+        "/kilo/nodes/a": "its public key is that of node b, whose record is older: b keeps it; give this host a key of "
+        "its own (stop the agent, remove its key file, start it), or, if b should not be in the mesh, stop its agent "
+        "and say kgctl node forget b"
     }
+    # Written again, the record is as old as before.
+    world.node("b", subnets="172.16.0.0/16")
+    assert set(world.view.snapshot().nodes) == {"b", "c"}
+    # Gone and come back, it is the younger one.
+    world.delete(KEYS.node("b"))
+    assert set(world.view.snapshot().nodes) == {"a", "c"}
     world.node("b")
+    assert set(world.view.snapshot().nodes) == {"a", "c"}
+    assert set(world.aside) == {"/kilo/nodes/b"}
+    world.node("a")
     assert set(world.view.snapshot().nodes) == {"a", "b", "c"}
     assert world.aside == {}
+
+
+def test_of_two_peers_with_one_key_the_older_record_keeps_it() -> None:
+    world = World()
+    world.peer("phone")
+    world.peer("laptop", publicKey=wg_key("phone"))
+    assert set(world.view.snapshot().peers) == {"phone"}
+    assert world.aside == {
+        "/kilo/peers/laptop": "its public key is that of peer phone, whose record is older: phone keeps it; give this "
+        "peer a key of its own, or remove the older record with kgctl peer remove phone"
+    }
+    world.peer("phone", persistentKeepalive=5)
+    assert set(world.view.snapshot().peers) == {"phone"}
 
 
 def test_a_peer_with_the_public_key_of_a_node_harms_only_itself() -> None:
@@ -213,17 +236,161 @@ def test_a_peer_with_the_public_key_of_a_node_harms_only_itself() -> None:
     snapshot = world.view.snapshot()
     assert snapshot.nodes == before
     assert set(snapshot.peers) == {"tablet"}
-    assert world.aside == {
-        "/kilo/peers/laptop": "its public key is also that of node a, peer phone; give the peer a key of its own",
-        "/kilo/peers/phone": "its public key is also that of node a, peer laptop; give the peer a key of its own",
-    }
-    world.delete(KEYS.peer("phone"))
+    text = "its public key is that of node a, which keeps it; give the peer a key of its own"
+    assert world.aside == {"/kilo/peers/laptop": text, "/kilo/peers/phone": text}
     world.delete(KEYS.node("a"))
     assert set(world.view.snapshot().peers) == {"laptop", "tablet"}
-    # The host comes back: its place is its own, whoever was first.
+    # The host comes back: its place is its own, however old the peer is.
     world.node("a")
     assert world.view.snapshot().nodes.keys() == {"a"}
     assert set(world.view.snapshot().peers) == {"tablet"}
+
+
+def test_a_nodes_record_alone_takes_no_peer_out() -> None:
+    world = World()
+    world.peer("laptop")
+    world.node("x", public_key=wg_key("laptop"))
+    assert set(world.view.snapshot().peers) == {"laptop"}
+    world.put("/kilo/addresses/10.4.0.1", "x")
+    assert set(world.view.snapshot().peers) == set()
+    world.delete("/kilo/addresses/10.4.0.1")
+    assert set(world.view.snapshot().peers) == {"laptop"}
+
+
+# --- who has which mesh address ----------------------------------------------------------------------------------------
+
+
+def addresses(world: World) -> dict[str, str]:
+    return {
+        name: ",".join(map(str, node.mesh_addresses)) for name, node in sorted(world.view.snapshot().nodes.items())
+    }
+
+
+def stating(*addresses: str) -> dict[str, object]:
+    return {"mesh_addresses": tuple(map(parse_interface, addresses))}
+
+
+def mesh_of_two(**fields: object) -> World:
+    """The thief first, so that its record is the older one."""
+    world = World()
+    world.node("thief", "10.4.0.2", **stating("10.4.0.2/16"))
+    world.node("a", "10.4.0.1", **stating("10.4.0.1/16"))
+    assert addresses(world) == {"a": "10.4.0.1", "thief": "10.4.0.2"}
+    assert world.aside == {}
+    return world
+
+
+@pytest.mark.parametrize("claimant", ["thief", "peer/laptop", "nobody", ""])
+def test_an_overwritten_claim_takes_nothing_from_its_owner(claimant: str) -> None:
+    world = mesh_of_two()
+    before = world.view.snapshot()
+    world.put("/kilo/addresses/10.4.0.1", claimant)
+    assert addresses(world) == {"a": "10.4.0.1", "thief": "10.4.0.2"}
+    assert world.view.snapshot().nodes["a"] is before.nodes["a"]
+    assert "but the record of node a stated the address before: a keeps it" in world.aside["/kilo/addresses/10.4.0.1"]
+    # As its agent does.
+    world.delete("/kilo/addresses/10.4.0.1")
+    assert world.view.snapshot().nodes["a"] is before.nodes["a"]
+    world.put("/kilo/addresses/10.4.0.1", "a")
+    assert world.view.snapshot().nodes["a"] is before.nodes["a"]
+    assert world.aside == {}
+
+
+def test_a_claim_that_is_deleted_and_made_anew_for_another_takes_nothing_from_its_owner() -> None:
+    world = mesh_of_two()
+    world.delete("/kilo/addresses/10.4.0.1")
+    world.put("/kilo/addresses/10.4.0.1", "thief")
+    assert addresses(world) == {"a": "10.4.0.1", "thief": "10.4.0.2"}
+    assert set(world.aside) == {"/kilo/addresses/10.4.0.1"}
+
+
+def test_a_record_that_states_the_address_of_another_gets_nothing() -> None:
+    world = mesh_of_two()
+    world.node("thief", **stating("10.4.0.1/16"))
+    assert addresses(world) == {"a": "10.4.0.1", "thief": "10.4.0.2"}
+    assert world.aside == {"/kilo/nodes/thief": "it states mesh address 10.4.0.1, which is claimed by a: a keeps it"}
+
+
+@pytest.mark.parametrize("rewritten", [False, True])
+def test_a_record_and_a_claim_together_do_not_get_the_address_either(rewritten: bool) -> None:
+    world = mesh_of_two()
+    world.node("thief", **stating("10.4.0.1/16"))
+    if rewritten:
+        world.node("a", **stating("10.4.0.1/16"))
+    world.put("/kilo/addresses/10.4.0.1", "thief")
+    assert addresses(world) == {"thief": "10.4.0.2"}
+    assert "nobody has it until" in world.aside["/kilo/addresses/10.4.0.1"]
+    world.delete("/kilo/addresses/10.4.0.1")
+    assert addresses(world) == {"thief": "10.4.0.2"}
+    world.put("/kilo/addresses/10.4.0.1", "a")
+    if rewritten:
+        # Who stated it first cannot be told any more: the operator has to say who goes.
+        assert addresses(world) == {"thief": "10.4.0.2"}
+        assert "kgctl node forget" in world.aside["/kilo/addresses/10.4.0.1"]
+        world.node("thief", **stating("10.4.0.2/16"))
+    assert addresses(world) == {"a": "10.4.0.1", "thief": "10.4.0.2"}
+
+
+def test_a_claim_deleted_and_made_anew_together_with_a_record_does_not_get_the_address_either() -> None:
+    world = mesh_of_two()
+    world.node("thief", **stating("10.4.0.1/16"))
+    world.delete("/kilo/addresses/10.4.0.1")
+    world.put("/kilo/addresses/10.4.0.1", "thief")
+    assert addresses(world) == {"thief": "10.4.0.2"}
+
+
+def test_another_claim_for_a_node_does_not_renumber_it() -> None:
+    world = mesh_of_two()
+    world.put("/kilo/addresses/10.4.0.0", "a")
+    assert addresses(world)["a"] == "10.4.0.1"
+
+
+def test_an_overwritten_claim_that_no_record_speaks_for_is_nobodys() -> None:
+    world = World()
+    world.node("a", "10.4.0.1")
+    world.node("thief", "10.4.0.2")
+    world.put("/kilo/addresses/10.4.0.1", "thief")
+    assert addresses(world) == {"thief": "10.4.0.2"}
+    assert "delete the key, then a node can claim it anew" in world.aside["/kilo/addresses/10.4.0.1"]
+
+
+def test_a_connected_peer_that_claims_again_is_no_contradiction() -> None:
+    world = World()
+    for _ in range(2):
+        world.put("/kilo/addresses/10.4.0.9", "peer/laptop")
+    assert world.aside == {}
+
+
+def test_changed_subnets_leave_the_nodes_in_force() -> None:
+    world = World()
+    for i, name in enumerate("abc", 1):
+        world.node(name, f"10.4.0.{i}", **stating(f"10.4.0.{i}/16"))
+    before = world.view.snapshot()
+    world.put(KEYS.subnets, "10.5.0.0/16")
+    after = world.view.snapshot()
+    assert after.subnets == before.subnets
+    assert after.nodes is before.nodes
+    assert world.aside == {
+        KEYS.subnets: "the value is 10.5.0.0/16, but the nodes' addresses are in 10.4.0.0/16, which stays in force: put "
+        "it back with etcdctl put /kilo/mesh/subnets 10.4.0.0/16, or, to renumber the nodes, start each agent once with "
+        "--renumber"
+    }
+    # On purpose: one after the other.
+    world.delete("/kilo/addresses/10.4.0.1")
+    world.node("a", "10.5.0.1", **stating("10.5.0.1/16"))
+    assert set(world.view.snapshot().nodes) == {"b", "c"}
+    world.delete("/kilo/addresses/10.4.0.2")
+    world.node("b", "10.5.0.2", **stating("10.5.0.2/16"))
+    assert set(world.view.snapshot().nodes) == {"a", "b"}
+    assert KEYS.subnets not in world.aside
+
+
+def test_a_second_family_is_in_force_at_once() -> None:
+    world = World()
+    world.node("a", "10.4.0.1", **stating("10.4.0.1/16"))
+    world.put(KEYS.subnets, "fd00::/64,10.4.0.0/16")
+    assert [str(subnet) for subnet in world.view.snapshot().subnets] == ["fd00::/64", "10.4.0.0/16"]
+    assert world.aside == {}
 
 
 def test_candidates_and_leaders() -> None:
@@ -257,7 +424,9 @@ subnets = st.lists(
     max_size=3,
     unique=True,
 )
+states = st.sampled_from([(), ("10.4.0.1/16",), ("10.4.0.2/16",), ("10.5.0.1/16",), ("10.4.0.3/24", "fd00::1/64")])
 puts = st.one_of(
+    st.builds(lambda name, made: (KEYS.node(name), encode(record(name, **stating(*made)))), names, states),
     st.builds(
         lambda name, key, nets: (KEYS.node(name), encode(record(name, public_key=wg_key(key), subnets=",".join(nets)))),
         names,
@@ -266,6 +435,7 @@ puts = st.one_of(
     ),
     st.builds(lambda name, key: (KEYS.peer(name), b'{"publicKey":"%s"}' % wg_key(key).encode()), names, names),
     st.builds(lambda i, name: (f"/kilo/addresses/10.4.0.{i}", name.encode()), st.integers(1, 3), names),
+    st.builds(lambda i, name: (f"/kilo/addresses/10.4.0.{i}", b"peer/" + name.encode()), st.integers(1, 3), names),
     st.builds(lambda i, name: (f"/kilo/addresses/10.5.0.{i}", name.encode()), st.integers(1, 2), names),
     st.builds(lambda name, nets: (KEYS.annotation(name, "subnets"), ",".join(nets).encode()), names, subnets),
     st.builds(lambda name, label: (KEYS.location(name), label.encode()), names, st.sampled_from(["", "gcp", "aws"])),
@@ -288,7 +458,48 @@ def test_one_change_at_a_time_comes_to_the_same_as_reading_all(sequence: list) -
             world.delete(key)
         if look:
             world.view.snapshot()
-    assert world.view.snapshot() == world.from_scratch().snapshot()
+    snapshot = world.view.snapshot()
+    assert snapshot == world.from_scratch().snapshot()
+    keys = [node.public_key for node in snapshot.nodes.values()] + [peer.public_key for peer in snapshot.peers.values()]
+    assert len(keys) == len(set(keys)), "one key, one owner"
+    held = [address for node in snapshot.nodes.values() for address in node.mesh_addresses]
+    assert len(held) == len(set(held)), "one address, one owner"
+
+
+victims = st.builds(
+    lambda claimed, name, made, key: [
+        (f"/kilo/addresses/{claimed}", name.encode()),
+        (f"/kilo/addresses/{claimed}", None),
+        (KEYS.node(name), encode(record(name, public_key=wg_key(key), **stating(*made)))),
+        (KEYS.peer(name), b'{"publicKey":"%s"}' % wg_key(key).encode()),
+        (KEYS.subnets, b"10.5.0.0/16"),
+        (KEYS.subnets, None),
+    ],
+    st.sampled_from(["10.4.0.1", "10.4.0.2", "10.4.0.3", "10.4.0.0", "10.5.0.1"]),
+    st.sampled_from(["young", "x"]),
+    states,
+    st.sampled_from(["old", "young", "x"]),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(victims, st.integers(0, 5))
+def test_no_one_write_takes_another_node_out_or_its_address(writes: list, which: int) -> None:
+    """The record of the node itself apart, which its agent restores."""
+    world = World()
+    world.node("old", "10.4.0.1", **stating("10.4.0.1/16"))
+    world.node("young", "10.4.0.2", **stating("10.4.0.2/16"))
+    world.node("last", "10.4.0.3", **stating("10.4.0.3/16"))
+    before = world.view.snapshot().nodes
+    key, value = writes[which]
+    if value is None:
+        world.delete(key)
+    else:
+        world.put(key, value)
+    after = world.view.snapshot().nodes
+    for name in before:
+        if key != KEYS.node(name):
+            assert after[name] is before[name]
 
 
 @settings(max_examples=60, deadline=None)

@@ -184,10 +184,17 @@ def _refuse(mesh: Mesh, edit: Edit) -> None:
 def after(view: View, puts: Mapping[str, str], deletes: list[str]) -> Snapshot:
     """The snapshot if this were written. `view` is used up."""
     revision = view.revision + 1
-    events = [
-        Event(type=EventType.PUT, kv=KeyValue(key=key.encode(), value=value.encode(), mod_revision=revision))
-        for key, value in puts.items()
-    ]
+    events = []
+    for key, value in puts.items():
+        held = view.kv(key)
+        kv = KeyValue(
+            key=key.encode(),
+            value=value.encode(),
+            # Who has a key or an address goes by age.
+            create_revision=revision if held is None else held.create_revision,
+            mod_revision=revision,
+        )
+        events.append(Event(type=EventType.PUT, kv=kv))
     events += [
         Event(type=EventType.DELETE, kv=KeyValue(key=key.encode(), value=b"", mod_revision=revision)) for key in deletes
     ]

@@ -175,15 +175,6 @@ def _version(endpoint: Endpoint) -> int:
     return 4 if endpoint.address is None else endpoint.address.version
 
 
-def lowest_per_family(addresses: Iterable[IPAddress], subnets: tuple[IPNetwork, ...]) -> tuple[IPAddress, ...]:
-    """The addresses within `subnets`, IPv4 first, only the lowest of a family: the same for everyone who looks."""
-    lowest: dict[int, IPAddress] = {}
-    for address in sorted(addresses, key=lambda address: (address.version, int(address))):
-        if address.version not in lowest and any(address in subnet for subnet in subnets):
-            lowest[address.version] = address
-    return tuple(lowest.values())
-
-
 def _yes_or_no(text: str) -> bool:
     # What opens a way must be said clearly.
     word = text.strip().lower()

@@ -7,7 +7,6 @@ order in which it came: agents that hold the same records judge the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TypeAlias
 
 Owner: TypeAlias = tuple[str, str]
@@ -15,17 +14,19 @@ Owner: TypeAlias = tuple[str, str]
 
 
 class KeyIndex:
-    """Who claims which public key. Two nodes of one key: neither is programmed. A peer never costs a node its place:
-    whoever may write one peer could put any host out of the mesh otherwise."""
+    """Who has which public key. Of two nodes, and of two peers, the one whose record is older keeps it: who writes one
+    record cannot take another's key away. `View` decides between a node and a peer (decision 0024)."""
 
     def __init__(self) -> None:
         self._owners: dict[str, set[Owner]] = {}
         self._key_of: dict[Owner, str] = {}
+        self._since: dict[Owner, int] = {}
 
-    def claim(self, owner: Owner, key: str | None) -> set[Owner]:
-        """`owner` claims `key` (None: nothing any more). Returns the others concerned."""
+    def claim(self, owner: Owner, key: str | None, since: int = 0) -> set[Owner]:
+        """The record of `owner`, of create revision `since`, has `key` (None: there is no record any more). Returns the
+        others concerned."""
         old = self._key_of.get(owner)
-        if old == key:
+        if old == key and (key is None or self._since[owner] == since):
             return set()
         concerned: set[Owner] = set()
         if old is not None:
@@ -34,22 +35,23 @@ class KeyIndex:
             concerned |= rest
             if not rest:
                 del self._owners[old]
-            del self._key_of[owner]
+            del self._key_of[owner], self._since[owner]
         if key is not None:
             concerned |= self._owners.setdefault(key, set())
             self._owners[key].add(owner)
-            self._key_of[owner] = key
+            self._key_of[owner], self._since[owner] = key, since
         return concerned
 
-    def rivals(self, owner: Owner) -> list[Owner]:
-        """The other owners of the same key that keep `owner` from being in force, sorted."""
-        key = self._key_of.get(owner)
-        if key is None or len(self._owners[key]) == 1:
-            return []
-        others = sorted(self._owners[key] - {owner})
-        return [other for other in others if other[0] == "node"] if owner[0] == "node" else others
+    def keeper(self, kind: str, owner: Owner) -> str | None:
+        """The name of the node (or peer) that keeps the key of `owner` among all nodes (peers) with that key: the one
+        with the oldest record, by name if two are of one revision. None: there is none."""
+        owners = self._owners.get(self._key_of.get(owner, ""), ())
+        if len(owners) == 1:  # As nearly always.
+            return owner[1] if kind == owner[0] else None
+        ages = [(self._since[other], other[1]) for other in owners if other[0] == kind]
+        return min(ages)[1] if ages else None
 
-
-def describe(owners: Iterable[Owner]) -> str:
-    """`node a, peer b`."""
-    return ", ".join(f"{kind} {name}" for kind, name in owners)
+    def peers(self, owner: Owner) -> set[Owner]:
+        """The peers that have the same key as `owner`."""
+        owners = self._owners.get(self._key_of.get(owner, ""), ())
+        return {other for other in owners if other[0] == "peer"} if len(owners) > 1 else set()

@@ -72,6 +72,8 @@ class NodeRecord:
     persistent_keepalive: int = 0
     encapsulate: Encapsulate = Encapsulate.CROSSSUBNET
     version: str = ""
+    mesh_addresses: tuple[IPInterface, ...] = ()
+    """The mesh addresses that it has claimed, with the subnets that they are in: see `store.addresses`."""
 
 
 @frozen(kw_only=True)
@@ -421,6 +423,7 @@ _READERS: dict[type, dict[str, Callable[[object], Any]]] = {
         "persistent_keepalive": lambda value: parse_keepalive(_whole(value)),
         "encapsulate": _chosen(Encapsulate),
         "version": _string,
+        "mesh_addresses": lambda value: one_per_family(_items(parse_interface)(value)),
     },
     CandidateRecord: {"rank": _chosen(CandidateClass), "since": _string},
     PeerRecord: {

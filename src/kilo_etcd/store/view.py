@@ -16,9 +16,11 @@ What is not in force is named, one by one, in `Snapshot.set_aside`:
 
 * records that cannot be read, and keys under the prefix that are none of ours;
 * unknown fields: the whole record for a peer, the field alone for what agents write (decision 0002);
-* two owners (nodes or peers) of one public key: neither is in force;
+* a public key that is another's: of two nodes, and of two peers, the one with the older record keeps it, and a node
+  that is in force keeps it against every peer (`store.joins`, decision 0024);
 * annotations with bad values: the node is as it would be without them;
-* address claims outside the mesh's subnets.
+* address claims outside the mesh's subnets, and those that contradict an older statement (`store.addresses`);
+* a `mesh/subnets` that most nodes' addresses are not in.
 
 A node that has claimed no address yet is joining: it is left out without a word. The annotations `subnets` and
 `force-*` replace what the node's record says. Who gets a network that two offer is the topology's to say
@@ -37,6 +39,7 @@ from kilo_etcd.model import (
     Candidate,
     Granularity,
     IPAddress,
+    IPInterface,
     IPNetwork,
     Node,
     Peer,
@@ -46,8 +49,9 @@ from kilo_etcd.model import (
     Verdict,
 )
 from kilo_etcd.store import keys as k
-from kilo_etcd.store.effective import ANNOTATIONS, Registered, join, join_peer, lowest_per_family
-from kilo_etcd.store.joins import KeyIndex, Owner, describe
+from kilo_etcd.store.addresses import AddressIndex, Claim
+from kilo_etcd.store.effective import ANNOTATIONS, Registered, join, join_peer
+from kilo_etcd.store.joins import KeyIndex, Owner
 from kilo_etcd.store.records import (
     CandidateRecord,
     NodeRecord,
@@ -101,8 +105,8 @@ class View:
         self._registered: dict[str, Registered] = {}
         self._labels: dict[str, str] = {}
         self._annotations: dict[str, dict[str, str]] = {}
-        self._claims: dict[str, set[IPAddress]] = {}
-        self._claimant: dict[IPAddress, str] = {}
+        self._addresses = AddressIndex()
+        self._subnets_in_force = subnets or ()
         self._peer_records: dict[str, Peer] = {}
         self._elections: dict[str, dict[str, Candidate]] = {}
         self._leaders: dict[str, str] = {}
@@ -146,6 +150,8 @@ class View:
             # Known from elsewhere, the value is missed all the same.
             if (raw := setting.encode()) not in listed:
                 self._read(raw, None)
+        # `subnets` may have been known from elsewhere.
+        self._judge_subnets()
         if changed:
             self.revision = header.revision
         self.header = header
@@ -171,6 +177,10 @@ class View:
         self.granularity = granularity or self.granularity
         if subnets:
             self._set_subnets(subnets)
+
+    def holder(self, address: IPAddress) -> str | None:
+        """Whose a mesh address is, claimed or stated: a node's name, `peer/<name>`, or None."""
+        return self._addresses.holder(address)
 
     def kv(self, key: str | bytes) -> KeyValue | None:
         """The raw key-value, readable or not."""
@@ -200,7 +210,7 @@ class View:
             cluster_id=self.header.cluster_id,
             raft_term=self.header.raft_term,
             granularity=self.granularity or Granularity.LOCATION,
-            subnets=self.subnets or (),
+            subnets=self._subnets_in_force,
             nodes=self._nodes,
             peers=self._peers,
             candidates=self._candidates,
@@ -219,6 +229,8 @@ class View:
             if kind == "node":
                 before = nodes.get(name)
                 nodes_changed |= _replace(nodes, name, self._join_node(name, nodes))
+                if (before is None) != (name not in nodes):
+                    self._dirty |= self._key_index.peers(owner)
                 if name in self._subjects and _public(before) != _public(nodes.get(name)):
                     # What it says of others counts now, or no more.
                     self._dirty |= {(kind, one) for one in self._subjects[name] for kind in ("node", "peer")}
@@ -252,13 +264,18 @@ class View:
             return None
         said, wrong = registered.annotated(self._annotations.get(name, {}))
         notes = [SetAside(self._keys.annotation(name, annotation), text) for annotation, text in wrong.items()]
-        rivals = self._key_index.rivals(owner)
-        if rivals:
-            text = f"its public key is also that of {describe(rivals)}; none is in force until one is removed"
+        keeper = self._key_index.keeper("node", owner)
+        if keeper != name:
+            text = (
+                f"its public key is that of node {keeper}, whose record is older: {keeper} keeps it; give this host a "
+                f"key of its own (stop the agent, remove its key file, start it), or, if {keeper} should not be in the "
+                f"mesh, stop its agent and say kgctl node forget {keeper}"
+            )
             notes.append(SetAside(self._keys.node(name), text))
+        notes += (SetAside(self._keys.node(name), text) for text in self._addresses.wrong_statements(name))
         self._note(owner, notes)
-        addresses = lowest_per_family(self._claims.get(name, ()), self.subnets or ())
-        if rivals or not addresses:
+        addresses = self._addresses.of(name, self._subnets_in_force)
+        if keeper != name or not addresses:
             return None
         return join(
             name,
@@ -271,15 +288,17 @@ class View:
 
     def _join_peer(self, name: str, nodes: Mapping[str, Node]) -> Peer | None:
         owner: Owner = ("peer", name)
-        rivals = self._key_index.rivals(owner)
-        remedy = (
-            "give the peer a key of its own"
-            if any(kind == "node" for kind, _ in rivals)
-            else "none is in force until one is removed"
-        )
-        text = f"its public key is also that of {describe(rivals)}; {remedy}"
-        self._note(owner, [SetAside(self._keys.peer(name), text)] if rivals else ())
-        peer = None if rivals else self._peer_records.get(name)
+        node, keeper = self._key_index.keeper("node", owner), self._key_index.keeper("peer", owner)
+        text = ""
+        if node is not None and node in nodes:
+            text = f"its public key is that of node {node}, which keeps it; give the peer a key of its own"
+        elif keeper not in (None, name):
+            text = (
+                f"its public key is that of peer {keeper}, whose record is older: {keeper} keeps it; give this peer "
+                f"a key of its own, or remove the older record with kgctl peer remove {keeper}"
+            )
+        self._note(owner, [SetAside(self._keys.peer(name), text)] if text else ())
+        peer = None if text else self._peer_records.get(name)
         return None if peer is None else join_peer(peer, self._seen(name, nodes))
 
     # --- one key at a time -------------------------------------------------------------------------------------
@@ -323,15 +342,14 @@ class View:
             case k.NodeKey(node):
                 return self._take_node(node, kv)
             case k.PeerKey(name):
-                self._take_peer(name, value)
+                self._take_peer(name, kv)
             case k.LocationKey(node):
                 _replace(self._labels, node, None if value is None else decode_label(value))
                 self._dirty.add(("node", node))
             case k.AnnotationKey(node, name):
                 return self._take_annotation(node, name, value)
             case k.AddressKey(address):
-                self._take_claim(address, value)
-                return self._outside(address)
+                self._take_claim(address, kv)
             case k.ElectionKey(location, node):
                 return self._take_candidate(location, node, kv)
             case k.LeaderKey(location):
@@ -350,20 +368,21 @@ class View:
         return ()
 
     def _take_node(self, node: str, kv: KeyValue | None) -> Sequence[str]:
+        self._dirty.add(("node", node))
         if kv is None:
             self._registered.pop(node, None)
-            unknown: tuple[str, ...] = ()
-            key = None
-        else:
-            found = read(NodeRecord, kv.value)
-            self._registered[node] = Registered(found.record, kv.create_revision)
-            unknown, key = found.unknown, found.record.public_key
-        self._dirty.add(("node", node))
-        self._dirty |= self._key_index.claim(("node", node), key)
-        return [_unknown(name) for name in unknown]
+            self._take_statement(node, (), 0)
+            self._dirty |= self._key_index.claim(("node", node), None)
+            return ()
+        found = read(NodeRecord, kv.value)
+        self._registered[node] = Registered(found.record, kv.create_revision)
+        self._take_statement(node, found.record.mesh_addresses, kv.mod_revision)
+        self._dirty |= self._key_index.claim(("node", node), found.record.public_key, kv.create_revision)
+        return [_unknown(name) for name in found.unknown]
 
-    def _take_peer(self, name: str, value: bytes | None) -> None:
-        record = None if value is None else decode_peer(value)
+    def _take_peer(self, name: str, kv: KeyValue | None) -> None:
+        record = None if kv is None else decode_peer(kv.value)
+        created = 0 if kv is None else kv.create_revision
         _replace(
             self._peer_records,
             name,
@@ -376,9 +395,11 @@ class View:
                 endpoint=record.endpoint,
                 persistent_keepalive=record.persistent_keepalive,
                 preshared_key=record.preshared_key,
+                registered_revision=created,
             ),
         )
-        self._dirty |= {("peer", name)} | self._key_index.claim(("peer", name), record.public_key if record else None)
+        self._dirty.add(("peer", name))
+        self._dirty |= self._key_index.claim(("peer", name), record.public_key if record else None, created)
 
     def _take_annotation(self, node: str, name: str, value: bytes | None) -> Sequence[str]:
         if name not in ANNOTATIONS:
@@ -394,23 +415,27 @@ class View:
         self._dirty.add(("node", node))
         return ()
 
-    def _take_claim(self, address: IPAddress, value: bytes | None) -> None:
-        node = None if value is None else decode_text(value)
-        before = self._claimant.pop(address, None)
-        if before is not None:
-            self._claims[before].discard(address)
-            if not self._claims[before]:
-                del self._claims[before]
-            self._dirty.add(("node", before))
-        if node is not None:
-            self._claimant[address] = node
-            self._claims.setdefault(node, set()).add(address)
-            self._dirty.add(("node", node))
+    def _take_claim(self, address: IPAddress, kv: KeyValue | None) -> None:
+        claim = None if kv is None else Claim(decode_text(kv.value), kv.create_revision, kv.mod_revision)
+        self._dirty |= {("node", name) for name in self._addresses.claim(address, claim)}
+        self._note_address(address)
 
-    def _outside(self, address: IPAddress) -> list[str]:
-        if address not in self._claimant or not self.subnets or any(address in subnet for subnet in self.subnets):
-            return []
-        return [f"the address is not within the mesh's subnets ({', '.join(map(str, self.subnets))})"]
+    def _take_statement(self, node: str, interfaces: tuple[IPInterface, ...], written: int) -> None:
+        """Its record says so much of the mesh addresses of `node`."""
+        addresses = self._addresses.state(node, interfaces, written)
+        if addresses:
+            self._dirty |= {("node", name) for name in self._addresses.settle(addresses)}
+            for address in addresses:
+                self._note_address(address)
+            self._judge_subnets()
+
+    def _note_address(self, address: IPAddress) -> None:
+        text, subnets = self._addresses.wrong_claim(address), self._subnets_in_force
+        if address in self._addresses and subnets and not any(address in subnet for subnet in subnets):
+            text = f"the address is not within the mesh's subnets ({', '.join(map(str, subnets))})"
+        source = ("address", address)
+        if text is not None or source in self._aside:
+            self._note(source, () if text is None else (SetAside(self._keys.address(address), text),))
 
     def _take_candidate(self, location: str, node: str, kv: KeyValue | None) -> Sequence[str]:
         found = None if kv is None else read(CandidateRecord, kv.value)
@@ -482,10 +507,25 @@ class View:
     def _set_subnets(self, subnets: tuple[IPNetwork, ...]) -> None:
         if subnets != self.subnets:
             self.subnets = subnets
-            for address, node in self._claimant.items():
-                self._dirty.add(("node", node))
-                key = self._keys.address(address)
-                self._note(key.encode(), (SetAside(key, note) for note in self._outside(address)))
+            self._judge_subnets()
+
+    def _judge_subnets(self) -> None:
+        """Which subnets are in force, after something has changed that they depend on."""
+        configured = self.subnets or ()
+        subnets = self._addresses.subnets(configured)
+        if subnets != self._subnets_in_force:
+            self._subnets_in_force = subnets
+            self._dirty |= {("node", name) for name in self._registered}
+            for address in self._addresses.claimed():
+                self._note_address(address)
+        text = (
+            f"the value is {', '.join(map(str, configured)) or 'missing'}, but the nodes' addresses are in "
+            f"{', '.join(map(str, subnets))}, which stays in force: put it back with etcdctl put {self._keys.subnets} "
+            f"{','.join(map(str, subnets))}, or, to renumber the nodes, start each agent once with --renumber"
+        )
+        source = ("subnets", "in force")
+        if subnets != configured or source in self._aside:
+            self._note(source, () if subnets == configured else (SetAside(self._keys.subnets, text),))
 
 
 def _public(node: Node | None) -> tuple[bool, bool]:

@@ -338,18 +338,19 @@ def _claims_of_peers(
         if peer is None or name in refused or not peer.allowed_ips:
             yield ("peer", name), ()
         else:
-            yield ("peer", name), (Claim((1, 0, name), f"peer {name}", peer.allowed_ips),)
+            yield ("peer", name), (Claim((1, peer.registered_revision, name), f"peer {name}", peer.allowed_ips),)
 
 
 def _clashing_keys(
     snapshot: Snapshot, previous: Topology, changed: list[str]
 ) -> tuple[frozenset[str], tuple[Problem, ...]]:
-    """The outside peers whose public key is a node's, or that of a peer with a smaller name."""
+    """The outside peers whose public key is a node's, or that of an older peer. A view has left them out already; a
+    snapshot that was made by other means must not bring the kernel one key for two."""
     if not snapshot.peers:
         return frozenset(), ()
     by_key: dict[str, str] = {}
     refused: dict[str, str] = {}
-    for name in sorted(snapshot.peers):
+    for name in sorted(snapshot.peers, key=lambda name: (snapshot.peers[name].registered_revision, name)):
         first = by_key.setdefault(snapshot.peers[name].public_key, name)
         if first != name:
             refused[name] = f"peer {first}"
