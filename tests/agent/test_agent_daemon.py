@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from contextlib import suppress
-from ipaddress import ip_interface
+from ipaddress import ip_interface, ip_network
 from pathlib import Path
 
 import pytest
@@ -51,8 +51,51 @@ async def test_a_claim_that_is_taken_away_is_claimed_again(world: World) -> None
         world.etcd.delete(claim)
         await eventually(lambda: world.etcd.keys("/kilo/addresses/") == [claim], 10, every=0.1)
         await eventually(lambda: world.daemon.snapshot and "h1" in world.daemon.snapshot.nodes, 10, every=0.1)
-        assert world.said("claimed again") == 1
-        assert world.said("this host is among the mesh's nodes again") == world.said("is not among the mesh's nodes")
+        assert world.said(f"{claim} was deleted") == 1
+        assert world.said("is not among the mesh's nodes") == 0
+
+
+async def test_an_overwritten_claim_is_restored_and_reported(world: World) -> None:
+    async with running(world):
+        (claim,) = world.etcd.keys("/kilo/addresses/")
+        addresses = world.host.observed.addresses
+        netlink = world.daemon.kernel.writes
+        world.etcd.put(claim, "thief")
+        await eventually(lambda: world.etcd.get(claim) == b"h1", 10, every=0.1)
+        await trio.sleep(5)
+        assert world.said("the claim of this host's mesh address was changed by another; restored") == 1
+        assert world.said(f"{claim} was changed to 'thief' at revision") == 1
+        assert (world.host.observed.addresses, world.daemon.kernel.writes) == (addresses, netlink)
+
+
+async def test_whoever_overwrites_a_claim_for_ever_is_not_fought_for_ever(world: World) -> None:
+    async with running(world):
+        (claim,) = world.etcd.keys("/kilo/addresses/")
+        addresses = world.host.observed.addresses
+        before = world.etcd.revision
+        for _ in range(600):
+            if world.etcd.get(claim) == b"h1":
+                world.etcd.put(claim, "thief")
+            await trio.sleep(0.1)
+        assert world.etcd.revision - before < 120
+        assert world.host.observed.addresses == addresses
+        await eventually(lambda: world.etcd.get(claim) == b"h1", 30, every=0.1)
+
+
+async def test_a_host_whose_key_is_that_of_an_older_record_says_so(world: World) -> None:
+    """As after its own record has ended, and somebody else has put one with its key before it came back."""
+    keys = store.Keys()
+    async with running(world) as daemon:
+        world.etcd.delete(keys.node("h1"))
+        world.etcd.put(keys.node("older"), encode(NodeRecord(public_key=daemon.public_key)))
+        says = "this host is not among the mesh's nodes: its public key is that of node older, whose record is older"
+        await eventually(lambda: world.said(says) == 1, 10, every=0.1)
+        await eventually(lambda: says in str(world.metrics.health()), 10, every=0.1)
+        assert "kgctl node forget older" in str(world.metrics.health())
+        status = keys.status("h1")
+        await eventually(lambda: says.encode() in (world.etcd.get(status) or b""), 10, every=0.1)
+        world.etcd.delete(keys.node("older"))
+        await eventually(lambda: world.metrics.health() is None, 10, every=0.1)
 
 
 async def test_an_etcd_that_was_replaced_is_held_off_until_it_is_adopted(world: World) -> None:
@@ -77,16 +120,31 @@ async def test_an_etcd_that_was_replaced_is_held_off_until_it_is_adopted(world: 
         await eventually(lambda: world.metrics.health() is None, 60, every=0.1)
 
 
-async def test_other_subnets_renumber_nobody_who_runs(world: World) -> None:
+async def test_other_subnets_renumber_nobody(world: World) -> None:
     async with running(world):
         addresses = world.host.observed.addresses
+        (claim,) = world.etcd.keys("/kilo/addresses/")
         world.etcd.put("/kilo/mesh/subnets", "10.50.0.0/16")
         await trio.sleep(60)
+        assert world.said("/kilo/mesh/subnets: the value is 10.50.0.0/16, but the nodes' addresses are in 10.4.0.0/16") == 1
         assert world.host.observed.addresses == addresses
-        assert len(world.etcd.keys("/kilo/addresses/")) == 1
-        assert world.said("/kilo/mesh/subnets was changed from 10.4.0.0/16 to 10.50.0.0/16") == 1
-        world.etcd.put("/kilo/mesh/subnets", "10.4.0.0/16")
-        await eventually(lambda: world.said("this host is among the mesh's nodes again"), 5, every=0.1)
+        assert world.metrics.health() is None
+    async with running(world):
+        await trio.sleep(60)
+        assert world.host.observed.addresses == addresses
+        assert world.etcd.keys("/kilo/addresses/") == [claim]
+        assert world.daemon.subnets == (ip_network("10.4.0.0/16"),)
+
+
+async def test_a_host_is_renumbered_on_purpose(world: World) -> None:
+    async with running(world):
+        pass
+    world.etcd.put("/kilo/mesh/subnets", "10.50.0.0/16")
+    async with running(world, renumber=True):
+        await eventually(lambda: "10.50." in str(world.host.observed.addresses), 10, every=0.1)
+        (claim,) = world.etcd.keys("/kilo/addresses/")
+        assert claim.startswith("/kilo/addresses/10.50.")
+        await eventually(lambda: world.metrics.health() is None, 10, every=0.1)
 
 
 async def test_whoever_undoes_everything_is_not_fought_for_ever(world: World) -> None:

@@ -50,7 +50,7 @@ def holdings(**others: bytes) -> Holdings:
     return Holdings(
         header=Header(cluster_id=7, revision=42, raft_term=3),
         kvs=tuple(
-            KeyValue(key=key.encode(), value=value, create_revision=2, mod_revision=number, version=1, lease=9)
+            KeyValue(key=key.encode(), value=value, create_revision=number, mod_revision=number, version=1, lease=9)
             for number, (key, value) in enumerate(texts.items(), 3)
         ),
         granularity=None,

@@ -457,7 +457,7 @@ async def test_what_cannot_be_is_refused_in_one_sentence_and_nothing_is_written(
     await refused(world, "overlaps 10.9.0.0/24 of peer tablet", allowed_ips=(ip_network("10.9.0.2/32"),),
                   name="zenbook")  # fmt: skip
     await refused(world, "registered with another public key", name="tablet")
-    await refused(world, "public key is also that of node gcp-1", public_key=key_of(1))
+    await refused(world, "public key is that of node gcp-1", public_key=key_of(1))
     own = encode(PeerRecord(public_key=PUBLIC, allowed_ips=(ip_network("10.8.0.2/32"),)))
     await world.client.put(RECORD, own)
     await refused(world, "is registered with 10.8.0.2/32; leave --allowed-ips out",

@@ -65,7 +65,7 @@ class World:
 
     def node(self, name: str, address: str | None = None, **fields: object) -> None:
         self.put(KEYS.node(name), encode(record(name, **fields)))
-        if address:
+        if address and f"/kilo/addresses/{address}".encode() not in self.data:
             self.put(f"/kilo/addresses/{address}", name)
 
     def peer(self, name: str, **fields: object) -> None:

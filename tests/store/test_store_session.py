@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from ipaddress import ip_address, ip_network
+from ipaddress import ip_address, ip_interface, ip_network
 from typing import Any
 
 import pytest
@@ -321,6 +321,7 @@ async def test_a_name_lost_with_no_address_left_is_an_error_not_the_end() -> Non
         (mine,) = await it.claim_addresses(small)
         await it.register(record("a"))
         etcd.delete(NODE)
+        etcd.delete(KEYS.address(mine))
         etcd.put(KEYS.address(ip_address("10.4.0.1")), "b")
         etcd.put(KEYS.address(ip_address("10.4.0.2")), "c")
         await eventually(lambda: "no address is left" in (it.last_error or ""))
@@ -490,6 +491,91 @@ async def test_hosts_that_claim_at_once_never_share_an_address() -> None:
     revision = etcd.revision
     assert await session(etcd.client(), "node-3").claim_addresses(subnets) == claimed["node-3"]
     assert etcd.revision == revision
+
+
+async def claimed_by_a(etcd: FakeEtcd) -> tuple[Session, str]:
+    """A member that has a mesh address, and the key of its claim."""
+    it = session(etcd.client())
+    (address,) = await it.claim_addresses(SUBNETS)
+    return it, KEYS.address(address)
+
+
+@pytest.mark.parametrize("overwritten", [False, True])
+@pytest.mark.parametrize("restarted", [False, True])
+async def test_a_claim_that_somebody_took_is_restored_and_the_address_stays(overwritten: bool, restarted: bool) -> None:
+    etcd = FakeEtcd()
+    it, claim = await claimed_by_a(etcd)
+    async with running(it):
+        await it.register(record("a"))
+        assert decode_node(etcd.data[NODE.encode()].value).mesh_addresses == (ip_interface(f"{it.addresses[0]}/16"),)
+        if not overwritten:
+            etcd.delete(claim)
+        etcd.put(claim, "thief")
+        again = session(etcd.client()) if restarted else it
+        assert await again.claim_addresses(SUBNETS) == it.addresses
+        kv = etcd.data[claim.encode()]
+        assert (kv.value, kv.create_revision) == (b"a", kv.mod_revision)
+        revision = etcd.revision
+        assert await again.claim_addresses(SUBNETS) == it.addresses
+        assert etcd.revision == revision
+
+
+async def test_an_address_that_is_another_nodes_by_now_is_given_up_and_the_record_says_so() -> None:
+    etcd = FakeEtcd()
+    it, claim = await claimed_by_a(etcd)
+    async with running(it):
+        await it.register(record("a"))
+        etcd.delete(claim)
+        etcd.put(claim, "b")
+        address = it.addresses[0]
+        etcd.put(KEYS.node("b"), encode(evolve(record("b"), mesh_addresses=(ip_interface(f"{address}/16"),))))
+        etcd.put(NODE, encode(record("a")))  # What it stated is not known any more.
+        (now,) = await it.claim_addresses(SUBNETS)
+        assert now != address
+        assert etcd.get(claim) == b"b"
+        await eventually(lambda: decode_node(etcd.data[NODE.encode()].value).mesh_addresses[0].ip == now, 10)
+
+
+async def test_two_hosts_that_claim_one_address_do_not_fight_for_it() -> None:
+    """The claim of one was deleted while it was away, and the other took the free address."""
+    etcd = FakeEtcd()
+    first, claim = await claimed_by_a(etcd)
+    async with running(first):
+        await first.register(record("a"))
+    etcd.delete(claim)
+    address = first.addresses[0]
+    etcd.put(claim, "b")
+    second = session(etcd.client(), "b")
+    async with running(second):
+        assert await second.claim_addresses(SUBNETS) == (address,)
+        await second.register(record("b"))
+        again = session(etcd.client())
+        assert await again.claim_addresses(SUBNETS) == (address,), "it stated the address first"
+        assert etcd.get(claim) == b"a"
+        (other,) = await second.claim_addresses(SUBNETS)
+        assert other != address
+        revision = etcd.revision
+        assert await again.claim_addresses(SUBNETS) == (address,)
+        assert await second.claim_addresses(SUBNETS) == (other,)
+        assert etcd.revision == revision
+
+
+async def test_changed_subnets_renumber_a_host_only_on_purpose() -> None:
+    etcd = FakeEtcd()
+    it, claim = await claimed_by_a(etcd)
+    await it.ensure_mesh(Granularity.LOCATION, SUBNETS)
+    async with running(it):
+        await it.register(record("a"))
+    etcd.put(KEYS.subnets, "10.5.0.0/16")
+    other = (ip_network("10.5.0.0/16"),)
+    again = session(etcd.client())
+    assert await again.subnets_in_force(other) == SUBNETS
+    assert await again.claim_addresses(SUBNETS) == it.addresses
+    (new,) = await again.claim_addresses(other, renumber=True)
+    assert new in other[0]
+    assert etcd.get(claim) is None
+    await again.register(record("a"))
+    assert await session(etcd.client()).subnets_in_force(other) == other
 
 
 async def test_a_full_subnet_is_said_so() -> None:

@@ -200,6 +200,7 @@ READERS: dict[type, dict[str, Callable[[object], Any]]] = {
         "persistentKeepalive": keepalive,
         "encapsulate": one_of(Encapsulate),
         "version": string,
+        "meshAddresses": interfaces,
     },
     CandidateRecord: {"rank": one_of(CandidateClass), "since": string},
     PeerRecord: {

@@ -98,6 +98,8 @@ class AgentConfig:
     clean_up: bool = False
     probe: bool = True
     """Whether this host is a witness of leaders that do not forward."""
+    renumber: bool = False
+    """Whether a mesh address outside of etcd's `mesh/subnets` is given up for one within, at the start."""
     forward_rules: bool = False
     """Whether mesh traffic is let through a FORWARD chain whose policy is drop."""
     log_level: str = "info"
@@ -140,6 +142,7 @@ class AgentConfig:
         resync_period: str = "30s",
         clean_up: bool = False,
         probe: str = "auto",
+        renumber: bool = False,
         forward_rules: bool = False,
         log_level: str = "info",
         wireguard: str = "auto",
@@ -176,6 +179,7 @@ class AgentConfig:
             resync_period=read("--resync-period", lambda: _at_least(parse_duration(resync_period), 1.0)),
             clean_up=clean_up,
             probe=read("--probe", lambda: _one_of(Probe, probe)) is Probe.AUTO,
+            renumber=renumber,
             forward_rules=forward_rules,
             log_level=read("--log-level", lambda: parse_log_level(log_level)),
             wireguard=read("--wireguard", lambda: _one_of(WireGuardKind, wireguard)),

@@ -268,7 +268,8 @@ class Daemon:
         granularity, subnets = settings if settings is not None else await self._insist(self._settings)
         self._take_subnets(subnets)
         self._upkeep.joined(granularity, subnets)
-        addresses = await self._insist(lambda: self.session.claim_addresses(subnets))
+        renumber = self.config.renumber
+        addresses = await self._insist(lambda: self.session.claim_addresses(subnets, renumber=renumber))
         self.log.info("address claimed", addresses=",".join(map(str, addresses)), granularity=str(granularity))
         if not followed:
             await nursery.start(self.resolver.run)
@@ -366,7 +367,10 @@ class Daemon:
 
     async def _settings(self) -> Settings:
         wanted = self.config.mesh_granularity or Granularity.LOCATION
-        return await self.session.ensure_mesh(wanted, self.config.subnets)
+        granularity, subnets = await self.session.ensure_mesh(wanted, self.config.subnets)
+        if not self.config.renumber:
+            subnets = await self.session.subnets_in_force(subnets)
+        return granularity, subnets
 
     def _take_subnets(self, subnets: tuple[IPNetwork, ...]) -> None:
         if reason := too_small_for(self.config.mtu, subnets):
@@ -568,6 +572,7 @@ class Daemon:
                 return
             self.failures = (self._why_unknown(snapshot),)
             self.once.error("unknown", self.failures[0], revision=snapshot.revision)
+            self.metrics.not_programmed(self.failures[0])
             self._publish(snapshot)
             return
         self.once.clear("unknown", "this host is among the mesh's nodes again")
@@ -645,12 +650,18 @@ class Daemon:
 
     def _why_unknown(self, snapshot: Snapshot) -> str:
         if set(snapshot.subnets) != set(self.subnets):
-            now, then = (",".join(map(str, subnets)) for subnets in (snapshot.subnets, self.subnets))
+            now, own = (",".join(map(str, subnets)) for subnets in (snapshot.subnets, self.subnets))
             return (
-                f"{self.keys.subnets} was changed from {then} to {now}, which a running mesh does not follow: put it "
-                "back, or restart the agents to have their hosts renumbered"
+                f"this host is not among the mesh's nodes: its address is in {own}, and most nodes' are in {now} now; to "
+                "have it renumbered, start its agent once with --renumber"
+                if not self.config.renumber
+                else f"this host is not among the mesh's nodes: it was renumbered into {own}, and most nodes' addresses "
+                f"are in {now} still; start their agents once with --renumber too"
             )
-        return f"this host is not among the mesh's nodes; see the records set aside for {self.name}"
+        key = self.keys.node(self.name)
+        claims = {self.keys.address(address) for address in self.session.addresses}
+        reasons = "; ".join(note.reason for note in snapshot.set_aside if note.key == key or note.key in claims)
+        return f"this host is not among the mesh's nodes: {reasons or f'see the records set aside for {self.name}'}"
 
     def protected(self) -> tuple[IPNetwork, ...]:
         """Networks that no route into the tunnel may cover: etcd's addresses and the host's own underlay."""
@@ -732,7 +743,7 @@ class Daemon:
         why = self._candidacy.why
         behind = why and f"{why}; for some minutes it leads only if nobody else can"
         # What etcd could not be told it has been told by the time that somebody reads this there.
-        further = (self.beyond, self.mirror.suspect or self._bridged(), behind, self.metrics.listen_trouble)
+        further = (self.beyond, self._upkeep.renumbered, self.mirror.suspect or self._bridged(), behind, self.metrics.listen_trouble)
         said = (*self.disagreements, *self.failures, *self.unmet, *self.whereabouts.overlaps)
         return (*said, *(text for text in further if text))
 

@@ -95,6 +95,10 @@ class Metrics:
         self.problems.set(problems)
         self._trouble = trouble
 
+    def not_programmed(self, trouble: str) -> None:
+        """Say at each look at the health why the newest snapshot is not brought to the kernel, until one is."""
+        self._trouble = trouble
+
     def error(self, kind: str) -> None:
         """Count an error of a kind such as etcd, netlink, dns."""
         self.errors.labels(kind).inc()

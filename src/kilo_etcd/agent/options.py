@@ -101,6 +101,12 @@ _AGENT = (
         f"(default: {DEFAULT_SUBNET}).",
     ),
     _flag(
+        "--renumber",
+        "false",
+        "At the start, give up a mesh address outside of etcd's mesh/subnets for one within.",
+        switch=True,
+    ),
+    _flag(
         "--encapsulate",
         Encapsulate.CROSSSUBNET.value,
         "When packets between nodes of one location are encapsulated.",

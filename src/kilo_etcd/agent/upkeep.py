@@ -13,11 +13,13 @@ import trio
 
 from kilo_etcd import etcd, store
 from kilo_etcd.agent.logs import Once, get_logger
+from kilo_etcd.agent.pace import Pace
 from kilo_etcd.model import Granularity, IPNetwork, Snapshot
-from kilo_etcd.store.keys import AddressKey
-
 SETTINGS_SECONDS = 2.0
 """Within which the agents put lost settings of the mesh back, each at its own moment."""
+
+RETRY_SECONDS = 5.0
+"""After a claim could not be restored."""
 
 REFUSALS = (store.NameTaken, store.NoAddressLeft, store.RecordError)
 """What etcd holds and the agent cannot get past without the operator."""
@@ -45,6 +47,8 @@ class Upkeep:
         self._snapshot: Snapshot | None = None
         self._granularity = Granularity.LOCATION
         self._subnets: tuple[IPNetwork, ...] = ()
+        self.renumbered: str | None = None
+        """A sentence on the address that this host has lost since it joined."""
         self._unclaimed = trio.Event()
         self._unsettled = trio.Event()
 
@@ -55,7 +59,7 @@ class Upkeep:
     def follow(self, snapshot: Snapshot) -> None:
         """Look at what a snapshot of etcd lacks."""
         self._snapshot = snapshot
-        if self._lacks_claim(snapshot):
+        if self._lost_claims():
             self._unclaimed.set()
         if self._lacks_settings():
             self._unsettled.set()
@@ -67,21 +71,38 @@ class Upkeep:
             nursery.start_soon(self._mind_settings)
 
     async def _mind_claims(self) -> None:
-        """Claim a mesh address anew where somebody has taken the claim away: without one the host is no member."""
+        """Restore the claim of a mesh address that somebody has deleted or overwritten; take another address if this
+        one is another's by now."""
+        pace = Pace()
+        log = get_logger(node=self._name)
         while True:
             await self._unclaimed.wait()
             self._unclaimed = trio.Event()
+            # Whoever changes it for ever is not fought at every instant: the address stays this host's meanwhile.
+            await trio.sleep(pace.pause(trio.current_time()))
+            lost, before = self._lost_claims(), self._session.addresses
+            if not lost:
+                continue
             try:
+                await self._mirror().vouch()
                 addresses = await self._session.claim_addresses(self._subnets)
             except (etcd.EtcdError, *REFUSALS) as error:
-                self._once.error("claim", "the host's mesh address is claimed no more, and cannot be",
-                                 error=str(error))  # fmt: skip
-            else:
-                self._once.clear("claim", "the host has a mesh address again")
-                get_logger(node=self._name).warning(
-                    "the claim of the host's mesh address was gone; claimed again",
-                    addresses=",".join(map(str, addresses)),
-                )
+                self._once.error("claim", "the claim of this host's mesh address cannot be restored",
+                                 claim="; ".join(lost), error=str(error))  # fmt: skip
+                await trio.sleep(RETRY_SECONDS)
+                self._unclaimed.set()
+                continue
+            self._once.clear("claim", "this host's mesh address is claimed again")
+            if addresses == before:
+                log.error("the claim of this host's mesh address was changed by another; restored",
+                          claim="; ".join(lost))  # fmt: skip
+                continue
+            now, then = (",".join(map(str, one)) for one in (addresses, before))
+            self.renumbered = (
+                f"this host has mesh address {now} and no longer {then}: {'; '.join(lost)}; see who may write "
+                f"{self._keys.addresses_root}"
+            )
+            log.error(self.renumbered)
 
     async def _mind_settings(self) -> None:
         """Put the mesh's settings back where etcd has none: it was empty when it was adopted, or somebody took them
@@ -110,18 +131,14 @@ class Upkeep:
     def _lacks_settings(self) -> bool:
         return any(self._mirror().kv(key) is None for key in (self._keys.granularity, self._keys.subnets))
 
-    def _lacks_claim(self, snapshot: Snapshot) -> bool:
-        """Whether this host has no address in one of the mesh's subnets, neither in the snapshot nor on its way."""
-        if set(snapshot.subnets) != set(self._subnets):
-            # A host claims when it joins. The subnets of a running mesh are fixed: a slip of the operator's must not
-            # renumber every host.
-            return False
-        versions = {subnet.version for subnet in snapshot.subnets}
-        node = snapshot.nodes.get(self._name)
-        have = {address.version for address in node.mesh_addresses} if node else set()
-        if versions <= have:
-            return False
-        for kv in self._mirror().kvs(self._keys.addresses_root):
-            if kv.value == self._name.encode() and isinstance(key := self._keys.parse(kv.key), AddressKey):
-                have.update(subnet.version for subnet in snapshot.subnets if key.address in subnet)
-        return not versions <= have
+    def _lost_claims(self) -> tuple[str, ...]:
+        """What is wrong with the claims of this host's addresses, as etcd holds them now."""
+        found = []
+        for address in self._session.addresses:
+            key = self._keys.address(address)
+            kv = self._mirror().kv(key)
+            if kv is None:
+                found.append(f"{key} was deleted")
+            elif kv.value != self._name.encode() or kv.create_revision != kv.mod_revision:
+                found.append(f"{key} was changed to {kv.value.decode(errors='replace')!r} at revision {kv.mod_revision}")
+        return tuple(found)

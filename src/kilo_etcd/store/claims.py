@@ -3,6 +3,9 @@
 Both by create-only transactions, so that of any number of hosts that try at once exactly one wins, and the others
 see what it wrote. A node's search starts at a hash of its name and probes onward: hosts that come at once
 rarely meet, and the same host comes back to the same place.
+
+A claim is never overwritten. One that somebody else overwrote, deleted, or made anew is restored by the node whose
+record stated the address before (`store.addresses` says who that is): deleted, if it stands there, and made anew.
 """
 
 from __future__ import annotations
@@ -11,17 +14,20 @@ from collections.abc import Iterator, Set
 from hashlib import sha256
 from ipaddress import IPv4Network, ip_address
 
-from kilo_etcd.etcd.api import Client, Get, KeyValue, Put, RangeResult, absent
-from kilo_etcd.model import Granularity, IPAddress, IPNetwork
+from kilo_etcd.etcd.api import Client, Delete, Get, KeyValue, Put, RangeResult, TxnResult, absent, unchanged
+from kilo_etcd.model import Granularity, IPAddress, IPInterface, IPNetwork
 from kilo_etcd.store.history import last_good
 from kilo_etcd.store.keys import AddressKey, Keys
 from kilo_etcd.store.records import (
     RecordError,
     decode_granularity,
+    decode_node,
     decode_subnets,
-    decode_text,
     encode_subnets,
 )
+
+ATTEMPTS = 5
+"""How often a claim is restored that others write at the same moment."""
 
 
 class NoAddressLeft(Exception):
@@ -65,46 +71,126 @@ def _unreadable(key: str, kv: KeyValue) -> str:
     return key
 
 
+async def subnets_in_force(
+    client: Client, keys: Keys, node: str, configured: tuple[IPNetwork, ...]
+) -> tuple[IPNetwork, ...]:
+    """The mesh's subnets by which `node` finds its address, if `configured` is what stands in etcd: see
+    `AddressIndex.subnets`. The whole mesh is looked at only if the value was changed. EtcdError."""
+    answer = await client.txn([], [Get(keys.subnets), Get(keys.node(node))])
+    kvs = [one.kvs[0] if isinstance(one, RangeResult) and one.kvs else None for one in answer.responses]
+    changed = kvs[0] is None or kvs[0].create_revision != kvs[0].mod_revision
+    if not changed and all(one.network in configured for one in _stated(kvs[1])):
+        return configured
+    from kilo_etcd.store import operator
+
+    snapshot, _ = await operator.snapshot(client, keys)
+    return snapshot.subnets or configured
+
+
 async def claim_addresses(
-    client: Client, keys: Keys, node: str, subnets: tuple[IPNetwork, ...]
+    client: Client,
+    keys: Keys,
+    node: str,
+    subnets: tuple[IPNetwork, ...],
+    *,
+    held: tuple[IPAddress, ...] = (),
+    renumber: bool = False,
 ) -> tuple[IPAddress, ...]:
-    """One address per family of `subnets`, IPv4 first: the node's own from before, else newly claimed. NoAddressLeft,
-    EtcdError."""
+    """One address per family of `subnets`, IPv4 first: the node's own, else newly claimed. NoAddressLeft, EtcdError.
+
+    Its own is what it holds, else what its record states, else what it claimed first. With `renumber` its claims
+    outside `subnets` are given up.
+    """
     listing = await client.get_prefix(keys.addresses_root)
-    taken: dict[IPAddress, str] = {}
+    taken: dict[IPAddress, KeyValue] = {}
     for kv in listing.kvs:
         parsed = keys.parse(kv.key)
         if isinstance(parsed, AddressKey):
-            try:
-                taken[parsed.address] = decode_text(kv.value)
-            except RecordError:
-                taken[parsed.address] = ""
+            taken[parsed.address] = kv
+    record = await client.get(keys.node(node))
+    known = (*held, *(one.ip for one in _stated(record)))
+    name = node.encode()
     claimed = []
     for version in (4, 6):
         family = [subnet for subnet in subnets if subnet.version == version]
         if not family:
             continue
-        own = [a for a, owner in taken.items() if owner == node and any(a in subnet for subnet in family)]
-        # The lowest, as everybody else counts it too (`effective.lowest_per_family`).
-        claimed.append(min(own, key=int) if own else await _claim(client, keys, node, family, taken))
+        own = sorted(
+            (address for address, kv in taken.items() if kv.value == name),
+            key=lambda address: (taken[address].create_revision, int(address)),
+        )
+        mine = next((a for a in (*known, *own) if any(a in subnet for subnet in family)), None)
+        if mine is None or not await _restore(client, keys, node, mine, taken.get(mine)):
+            mine = await _claim(client, keys, node, family, set(taken))
+        claimed.append(mine)
+    if renumber:
+        for address, kv in taken.items():
+            if kv.value == name and not any(address in subnet for subnet in subnets):
+                await client.txn([unchanged(kv)], [Delete(kv.key)])
     return tuple(claimed)
 
 
+def _stated(record: KeyValue | None) -> tuple[IPInterface, ...]:
+    """The mesh addresses that a node's record states."""
+    try:
+        return () if record is None else decode_node(record.value).mesh_addresses
+    except RecordError:
+        return ()
+
+
+async def _restore(client: Client, keys: Keys, node: str, address: IPAddress, kv: KeyValue | None) -> bool:
+    """See to it that the claim of `address`, where `kv` stands, is the node's, as it was first written. False: it is
+    another's."""
+    key = keys.address(address)
+    for _ in range(ATTEMPTS):
+        if kv is None:
+            result = await client.txn([absent(key)], [Put(key, node)], [Get(key)])
+            if result.succeeded:
+                return True
+            kv = _found(result)
+            continue
+        if kv.value == node.encode() and kv.create_revision == kv.mod_revision:
+            return True
+        if not await _may_take(client, keys, node, address, kv):
+            return False
+        result = await client.txn([unchanged(kv)], [Delete(key)], [Get(key)])
+        kv = None if result.succeeded else _found(result)
+    return False
+
+
+async def _may_take(client: Client, keys: Keys, node: str, address: IPAddress, kv: KeyValue) -> bool:
+    """Whether the claim `kv` of `address`, which is not as this node wrote it, is this node's to restore."""
+    if kv.create_revision != kv.mod_revision:
+        return True
+    own = await client.get(keys.node(node))
+    if own is None or address not in (one.ip for one in _stated(own)) or own.mod_revision > kv.create_revision:
+        return False
+    other = await client.get(keys.node(kv.value.decode(errors="replace"))) if kv.value else None
+    return address not in (one.ip for one in _stated(other)) or (
+        other is not None and own.mod_revision < other.mod_revision
+    )
+
+
+def _found(result: TxnResult) -> KeyValue | None:
+    answer = result.responses[0]
+    assert isinstance(answer, RangeResult)
+    return answer.kvs[0] if answer.kvs else None
+
+
 async def _claim(
-    client: Client, keys: Keys, node: str, subnets: list[IPNetwork], taken: dict[IPAddress, str]
+    client: Client, keys: Keys, node: str, subnets: list[IPNetwork], taken: set[IPAddress]
 ) -> IPAddress:
     for subnet in subnets:
-        for address in candidates(node, subnet, taken.keys()):
+        for address in candidates(node, subnet, taken):
             key = keys.address(address)
             result = await client.txn([absent(key)], [Put(key, node)], [Get(key)])
             if result.succeeded:
                 return address
-            answer = result.responses[0]
-            assert isinstance(answer, RangeResult)
             # An earlier attempt of ours may have gone through although its answer was lost.
-            if answer.kvs and answer.kvs[0].value == node.encode():
+            held = _found(result)
+            if held is not None and held.value == node.encode():
                 return address
-            taken[address] = ""
+            taken.add(address)
     raise NoAddressLeft(
         f"no address is left for {node} in {', '.join(map(str, subnets))}: all are claimed under "
         f"{keys.addresses_root}; delete the keys of nodes that are gone for good"

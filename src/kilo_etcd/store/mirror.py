@@ -32,7 +32,7 @@ from kilo_etcd.etcd.api import (
     Unavailable,
     WatchBatch,
 )
-from kilo_etcd.model import Granularity, IPNetwork, Snapshot
+from kilo_etcd.model import Granularity, IPAddress, IPNetwork, Snapshot
 from kilo_etcd.store.history import last_good
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import adopts, decode_granularity, decode_subnets
@@ -120,6 +120,10 @@ class Mirror:
     def kvs(self, prefix: str) -> tuple[KeyValue, ...]:
         """The raw key-values under `prefix`, sorted; may be newer than `current`."""
         return self._view.kvs(prefix)
+
+    def holder(self, address: IPAddress) -> str | None:
+        """Whose a mesh address is as of the newest event: a node's name, `peer/<name>`, or None."""
+        return self._view.holder(address)
 
     def holdings(self) -> Holdings | None:
         """What etcd holds as of the newest event, to be kept for an agent that starts later; None: it is not known."""

@@ -25,11 +25,12 @@ from __future__ import annotations
 import random
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from datetime import UTC, datetime
+from ipaddress import ip_interface
 from typing import Protocol
 
 import structlog
 import trio
-from attrs import frozen
+from attrs import evolve, frozen
 
 from kilo_etcd.etcd.api import (
     Client,
@@ -51,7 +52,7 @@ from kilo_etcd.etcd.api import (
     absent,
     unchanged,
 )
-from kilo_etcd.model import CandidateClass, Granularity, IPAddress, IPNetwork
+from kilo_etcd.model import CandidateClass, Granularity, IPAddress, IPInterface, IPNetwork
 from kilo_etcd.store import claims, said
 from kilo_etcd.store.held import Held
 from kilo_etcd.store.keys import ElectionKey, EndpointKey, Keys, StatusKey, VerdictKey
@@ -165,6 +166,8 @@ class Session:
         self._sightings = said.sightings(keys, node_name)
         self._verdicts = said.verdicts(keys, node_name)
         self._subnets: tuple[IPNetwork, ...] = ()
+        self.addresses: tuple[IPAddress, ...] = ()
+        """The mesh addresses that this host has claimed; its record states them."""
         # What etcd is known to hold.
         self._record_kv: KeyValue | None = None
         self._held = Held(
@@ -226,10 +229,36 @@ class Session:
         """Put the mesh's settings where there are none; those in force. RecordError, EtcdError."""
         return await claims.ensure_mesh(self._client, self._keys, granularity, subnets)
 
-    async def claim_addresses(self, subnets: tuple[IPNetwork, ...]) -> tuple[IPAddress, ...]:
-        """This host's mesh addresses, claimed now if it has none yet. NoAddressLeft, EtcdError."""
+    async def subnets_in_force(self, configured: tuple[IPNetwork, ...]) -> tuple[IPNetwork, ...]:
+        """The subnets by which this host finds its address, if etcd's value is `configured`. EtcdError."""
+        return await claims.subnets_in_force(self._client, self._keys, self._name, configured)
+
+    async def claim_addresses(
+        self, subnets: tuple[IPNetwork, ...], *, renumber: bool = False
+    ) -> tuple[IPAddress, ...]:
+        """This host's mesh addresses, claimed now if it has none yet, and their claims restored if somebody else has
+        changed them. With `renumber` its claims outside `subnets` are given up. NoAddressLeft, EtcdError."""
         self._subnets = subnets
-        return await claims.claim_addresses(self._client, self._keys, self._name, subnets)
+        before = self.addresses
+        await self._claim(renumber=renumber)
+        if before and before != self.addresses and self._record is not None:
+            async with self._lock:
+                await self._register(trio.current_time() + self._lease_ttl + 1)
+        return self.addresses
+
+    async def _claim(self, *, renumber: bool = False) -> None:
+        held = () if renumber else self.addresses
+        self.addresses = await claims.claim_addresses(
+            self._client, self._keys, self._name, self._subnets, held=held, renumber=renumber
+        )
+
+    def _statement(self) -> tuple[IPInterface, ...]:
+        return tuple(
+            ip_interface(f"{address}/{subnet.prefixlen}")
+            for address in self.addresses
+            for subnet in self._subnets
+            if address in subnet
+        )
 
     # --- the registration --------------------------------------------------------------------------------------
 
@@ -254,7 +283,7 @@ class Session:
         """Returns whether the record was written."""
         assert self._record is not None
         await self._fence.vouch()
-        value = encode(self._record)
+        value = encode(evolve(self._record, mesh_addresses=self._statement()))
         wrote = False
         while True:
             node_kv, status_kv, seen = await self._look()
@@ -466,7 +495,7 @@ class Session:
                     self._put_backs.check(trio.current_time())
                     await self._fence.vouch()
                     if self._subnets:
-                        await claims.claim_addresses(self._client, self._keys, self._name, self._subnets)
+                        await self._claim()
                     if await self._register(trio.current_time()):
                         self._put_backs.note(trio.current_time())
                     self._on_event("registered again")
@@ -578,15 +607,16 @@ class Session:
         await self.resign()
         async with self._lock:
             self._record = None
-            self._subnets = ()
+            self._subnets, self.addresses = (), ()
             self._record_kv = None
+            # First: a record that states an address whose claim is gone looks like an attack.
+            node_kv = await self._client.get(self._node_key)
+            if node_kv is not None and public_key_of(node_kv) == self._public_key:
+                await self._client.txn([unchanged(node_kv)], [Delete(self._node_key)])
             for root in (self._keys.leaders_root, self._keys.addresses_root):
                 for kv in (await self._client.get_prefix(root)).kvs:
                     if kv.value == self._name.encode():
                         await self._client.txn([unchanged(kv)], [Delete(kv.key)])
-            node_kv = await self._client.get(self._node_key)
-            if node_kv is not None and public_key_of(node_kv) == self._public_key:
-                await self._client.txn([unchanged(node_kv)], [Delete(self._node_key)])
             await self._long.end()
 
     # --- the tasks ---------------------------------------------------------------------------------------------
