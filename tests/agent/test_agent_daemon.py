@@ -126,7 +126,10 @@ async def test_other_subnets_renumber_nobody(world: World) -> None:
         (claim,) = world.etcd.keys("/kilo/addresses/")
         world.etcd.put("/kilo/mesh/subnets", "10.50.0.0/16")
         await trio.sleep(60)
-        assert world.said("/kilo/mesh/subnets: the value is 10.50.0.0/16, but the nodes' addresses are in 10.4.0.0/16") == 1
+        assert (
+            world.said("/kilo/mesh/subnets: the value is 10.50.0.0/16, but the nodes' addresses are in 10.4.0.0/16")
+            == 1
+        )
         assert world.host.observed.addresses == addresses
         assert world.metrics.health() is None
     async with running(world):

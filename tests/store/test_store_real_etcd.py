@@ -14,8 +14,10 @@ from kilo_etcd.model import CandidateClass, Granularity
 from kilo_etcd.store import (
     Mirror,
     NameTaken,
+    PeerRecord,
     Session,
     StatusRecord,
+    encode,
     locations,
     set_location,
     snapshot,
@@ -26,6 +28,48 @@ from kilo_etcd.testing.etcd_server import EtcdServer
 
 pytestmark = [pytest.mark.etcd]
 SUBNETS = (ip_network("10.4.0.0/16"), ip_network("fd00:4::/64"))
+
+
+async def test_a_key_and_an_address_stay_with_their_owner() -> None:
+    require("etcd")
+    async with EtcdServer.run() as server, open_client(server.config()) as client, trio.open_nursery() as nursery:
+        mirror = Mirror(client, KEYS)
+        await nursery.start(mirror.run)
+        it = Session(client, KEYS, "a", wg_key("a"))
+        await nursery.start(it.run)
+        _, subnets = await it.ensure_mesh(Granularity.LOCATION, SUBNETS)
+        await it.claim_addresses(subnets)
+        await it.register(record("a"))
+        await eventually(lambda: mirror.current and mirror.current.nodes)
+        assert mirror.current is not None
+        node = mirror.current.nodes["a"]
+        await client.put(KEYS.node("thief"), encode(record("thief", public_key=wg_key("a"))))
+        await client.put(KEYS.peer("laptop"), encode(PeerRecord(public_key=wg_key("a"))))
+        for address in it.addresses:
+            await client.put(KEYS.address(address), "thief")
+        await client.put(KEYS.subnets, "10.5.0.0/16")
+        for address in it.addresses:
+            await client.delete(KEYS.address(address))
+            await client.put(KEYS.address(address), "thief")
+        last = (await client.get_prefix(KEYS.root)).header.revision
+        await eventually(lambda: mirror.current and mirror.current.revision >= last)
+        assert mirror.current.nodes == {"a": node}
+        assert mirror.current.peers == {}
+        assert {note.key for note in mirror.current.set_aside} == {
+            KEYS.node("thief"), KEYS.peer("laptop"), KEYS.subnets, *map(KEYS.address, it.addresses)
+        }  # fmt: skip
+        now, _ = await snapshot(client, KEYS)
+        assert (now.nodes, now.set_aside) == (mirror.current.nodes, mirror.current.set_aside)
+        again = Session(client, KEYS, "a", wg_key("a"))
+        assert await again.subnets_in_force((ip_network("10.5.0.0/16"),)) == SUBNETS
+        assert await again.claim_addresses(SUBNETS) == it.addresses
+        for address in it.addresses:
+            kv = await client.get(KEYS.address(address))
+            assert kv is not None
+            assert (kv.value, kv.create_revision) == (b"a", kv.mod_revision)
+        await eventually(lambda: mirror.current and len(mirror.current.set_aside) == 3)
+        assert mirror.current.nodes == {"a": node}
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_host_comes_crashes_returns_and_leaves() -> None:

@@ -257,13 +257,11 @@ def test_a_nodes_record_alone_takes_no_peer_out() -> None:
     assert set(world.view.snapshot().peers) == {"laptop"}
 
 
-# --- who has which mesh address ----------------------------------------------------------------------------------------
+# --- who has which mesh address ---------------------------------------------------------------------------------------
 
 
 def addresses(world: World) -> dict[str, str]:
-    return {
-        name: ",".join(map(str, node.mesh_addresses)) for name, node in sorted(world.view.snapshot().nodes.items())
-    }
+    return {name: ",".join(map(str, node.mesh_addresses)) for name, node in sorted(world.view.snapshot().nodes.items())}
 
 
 def stating(*addresses: str) -> dict[str, object]:
@@ -371,9 +369,9 @@ def test_changed_subnets_leave_the_nodes_in_force() -> None:
     assert after.subnets == before.subnets
     assert after.nodes is before.nodes
     assert world.aside == {
-        KEYS.subnets: "the value is 10.5.0.0/16, but the nodes' addresses are in 10.4.0.0/16, which stays in force: put "
-        "it back with etcdctl put /kilo/mesh/subnets 10.4.0.0/16, or, to renumber the nodes, start each agent once with "
-        "--renumber"
+        KEYS.subnets: "the value is 10.5.0.0/16, but the nodes' addresses are in 10.4.0.0/16, which stays in force: "
+        "put it back with etcdctl put /kilo/mesh/subnets 10.4.0.0/16, or, to renumber the nodes, start each agent once "
+        "with --renumber"
     }
     # On purpose: one after the other.
     world.delete("/kilo/addresses/10.4.0.1")

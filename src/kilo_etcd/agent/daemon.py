@@ -652,11 +652,11 @@ class Daemon:
         if set(snapshot.subnets) != set(self.subnets):
             now, own = (",".join(map(str, subnets)) for subnets in (snapshot.subnets, self.subnets))
             return (
-                f"this host is not among the mesh's nodes: its address is in {own}, and most nodes' are in {now} now; to "
-                "have it renumbered, start its agent once with --renumber"
+                f"this host is not among the mesh's nodes: its address is in {own}, and most nodes' are in {now} now; "
+                "to have it renumbered, start its agent once with --renumber"
                 if not self.config.renumber
-                else f"this host is not among the mesh's nodes: it was renumbered into {own}, and most nodes' addresses "
-                f"are in {now} still; start their agents once with --renumber too"
+                else f"this host is not among the mesh's nodes: it was renumbered into {own}, and most nodes' "
+                f"addresses are in {now} still; start their agents once with --renumber too"
             )
         key = self.keys.node(self.name)
         claims = {self.keys.address(address) for address in self.session.addresses}
@@ -743,7 +743,13 @@ class Daemon:
         why = self._candidacy.why
         behind = why and f"{why}; for some minutes it leads only if nobody else can"
         # What etcd could not be told it has been told by the time that somebody reads this there.
-        further = (self.beyond, self._upkeep.renumbered, self.mirror.suspect or self._bridged(), behind, self.metrics.listen_trouble)
+        further = (
+            self.beyond,
+            self._upkeep.renumbered,
+            self.mirror.suspect or self._bridged(),
+            behind,
+            self.metrics.listen_trouble,
+        )
         said = (*self.disagreements, *self.failures, *self.unmet, *self.whereabouts.overlaps)
         return (*said, *(text for text in further if text))
 

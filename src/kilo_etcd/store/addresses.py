@@ -2,9 +2,9 @@
 
 A claim is written once, when there is none, and never changed. A node's record states the address that the node has
 claimed, so that a contradiction shows. An address belongs to the node that the claim names if the claim stands as it
-was first written, and no other node's record stated the address before claim and claimant did. Otherwise it belongs to the one node whose
-record states it; if several do, to nobody. So one write takes no address away: neither a changed or deleted claim nor
-a record that states another's address (decision 0024).
+was first written, and no other node's record stated the address before the claim was made and before the claimant's
+record did. Otherwise it belongs to the one node whose record states it; if several do, to nobody. So one write takes no
+address away: neither a changed or deleted claim nor a record that states another's address (decision 0024).
 
 The mesh's subnets are judged likewise: those that most records state stay in force when `mesh/subnets` changes.
 
@@ -13,8 +13,8 @@ Pure, one change at a time, and independent of the order of the changes, like `s
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
+from typing import TypeAlias
 
 from attrs import frozen
 
@@ -42,106 +42,124 @@ class _Statement:
     written: int
 
 
+Place: TypeAlias = int
+"""An address as a key: hashing an address is slow, and there are very many."""
+
+
+def place(address: IPAddress) -> Place:
+    """The key of an address; IPv6 is below zero."""
+    return int(address) if address.version == 4 else ~int(address)
+
+
 class AddressIndex:
     """Claims and statements, joined."""
 
     def __init__(self) -> None:
-        self._claims: dict[IPAddress, Claim] = {}
+        self._claims: dict[Place, Claim] = {}
         self._statements: dict[str, _Statement] = {}
-        self._stated_by: dict[IPAddress, tuple[str, ...]] = {}
-        self._holders: dict[IPAddress, str] = {}
-        self._held: dict[str, set[IPAddress]] = {}
-        self._networks: Counter[IPNetwork] = Counter()
+        self._stated_by: dict[Place, tuple[str, ...]] = {}
+        self._holders: dict[Place, str] = {}
+        self._held: dict[str, dict[Place, IPAddress]] = {}
+        self._networks: dict[tuple[Place, int], tuple[IPNetwork, int]] = {}
+        """What records state: the network, and how many do."""
+        self.networks_changed = False
+        """Whether `subnets` may be others since somebody last set this to False."""
 
     # --- taking in ---------------------------------------------------------------------------------------------
 
     def claim(self, address: IPAddress, claim: Claim | None) -> set[str]:
         """`claim` stands at `address` now. Returns the names of the nodes concerned."""
-        before = self._claims.get(address)
+        key = place(address)
+        before = self._claims.get(key)
         if claim is None:
-            self._claims.pop(address, None)
+            self._claims.pop(key, None)
         else:
-            self._claims[address] = claim
+            self._claims[key] = claim
         concerned = self._settle(address)
         # Which of two claims of its own a node goes by depends on their age.
         return concerned | {one.claimant for one in (before, claim) if one is not None}
 
-    def state(self, node: str, interfaces: tuple[IPInterface, ...], written: int) -> set[IPAddress]:
+    def state(self, node: str, interfaces: tuple[IPInterface, ...], written: int) -> tuple[IPAddress, ...]:
         """The record of `node`, written at revision `written`, states these addresses with their networks. Returns the
-        addresses whose owner, or what is wrong with them, may be another now."""
+        addresses whose owner, or what is wrong with them, may be another now: to be settled."""
         before = self._statements.get(node)
         if before is None and not interfaces:
-            return set()
+            return ()
         old = () if before is None else before.interfaces
         if interfaces:
             self._statements[node] = _Statement(interfaces, written)
         else:
             del self._statements[node]
-        if old != interfaces:
-            self._networks.subtract(one.network for one in old)
-            self._networks.update(one.network for one in interfaces)
-            for network in {one.network for one in old}:
-                if not self._networks[network]:
-                    del self._networks[network]
-            for one in old:
-                rest = tuple(name for name in self._stated_by[one.ip] if name != node)
-                if rest:
-                    self._stated_by[one.ip] = rest
-                else:
-                    del self._stated_by[one.ip]
-            for one in interfaces:
-                self._stated_by[one.ip] = (*self._stated_by.get(one.ip, ()), node)
-        return {one.ip for one in (*old, *interfaces)}
+        if old == interfaces:
+            return tuple(one.ip for one in interfaces)
+        for one in old:
+            self._count(one.network, -1)
+            rest = tuple(name for name in self._stated_by[place(one.ip)] if name != node)
+            if rest:
+                self._stated_by[place(one.ip)] = rest
+            else:
+                del self._stated_by[place(one.ip)]
+        for one in interfaces:
+            self._count(one.network, 1)
+            self._stated_by[place(one.ip)] = (*self._stated_by.get(place(one.ip), ()), node)
+        return tuple(one.ip for one in (*old, *interfaces))
+
+    def _count(self, network: IPNetwork, more: int) -> None:
+        key = (place(network.network_address), network.prefixlen)
+        _, before = self._networks.get(key, (network, 0))
+        if before + more:
+            self._networks[key] = (network, before + more)
+        else:
+            del self._networks[key]
+        if not before or not before + more or len(self._networks) > 1:
+            self.networks_changed = True
 
     def settle(self, addresses: Iterable[IPAddress]) -> set[str]:
         """Judge `addresses` anew after `state`; the names of the nodes concerned."""
         return {name for address in addresses for name in self._settle(address)}
 
     def _settle(self, address: IPAddress) -> set[str]:
-        before, holder = self._holders.get(address), self._judge(address)
-        concerned = set(self._stated_by.get(address, ()))
+        key = place(address)
+        before, holder = self._holders.get(key), self._judge(key)
+        concerned = set(self._stated_by.get(key, ()))
         if before == holder:
             return concerned
         if before is not None:
-            self._held[before].discard(address)
+            del self._held[before][key], self._holders[key]
             if not self._held[before]:
                 del self._held[before]
-            del self._holders[address]
             concerned.add(before)
         if holder is not None:
-            self._holders[address] = holder
-            self._held.setdefault(holder, set()).add(address)
+            self._holders[key] = holder
+            self._held.setdefault(holder, {})[key] = address
             concerned.add(holder)
         return concerned
 
-    def _judge(self, address: IPAddress) -> str | None:
-        claim, stating = self._claims.get(address), self._stated_by.get(address, ())
-        if claim is not None and claim.intact and self._before(address, claim) is None:
+    def _judge(self, key: Place) -> str | None:
+        claim, stating = self._claims.get(key), self._stated_by.get(key, ())
+        if claim is not None and claim.intact and not self._stated_before(claim, stating):
             return claim.claimant
         return stating[0] if len(stating) == 1 else None
 
-    def _before(self, address: IPAddress, claim: Claim) -> str | None:
-        """Another node whose record stated the address before the claim was made, and before the claimant's own record
-        did: a claim that was deleted and made anew is its owner's, or somebody else's."""
-        stating = self._stated_by.get(address, ())
-        first = self._statements[claim.claimant].written if claim.claimant in stating else claim.written
-        for node in stating:
-            if node != claim.claimant and self._statements[node].written < min(first, claim.written):
-                return node
-        return None
+    def _stated_before(self, claim: Claim, stating: tuple[str, ...]) -> bool:
+        """Whether another node's record stated the address before the claim was made, and before the claimant's own
+        record did: a claim that was deleted and made anew is its owner's, or somebody else's."""
+        if not stating or stating == (claim.claimant,):
+            return False
+        first = claim.written
+        if claim.claimant in stating:
+            first = min(first, self._statements[claim.claimant].written)
+        return any(self._statements[node].written < first for node in stating if node != claim.claimant)
 
     # --- giving out --------------------------------------------------------------------------------------------
 
-    def __contains__(self, address: object) -> bool:
-        return address in self._claims
-
-    def claimed(self) -> Iterable[IPAddress]:
-        """The addresses at which a claim stands."""
-        return self._claims
+    def claimed(self, address: IPAddress) -> bool:
+        """Whether a claim stands at it, valid or not."""
+        return place(address) in self._claims
 
     def holder(self, address: IPAddress) -> str | None:
         """Whose an address is: a node's name, or `peer/<name>`."""
-        return self._holders.get(address)
+        return self._holders.get(place(address))
 
     def of(self, node: str, subnets: tuple[IPNetwork, ...]) -> tuple[IPAddress, ...]:
         """The addresses of a node within `subnets`, IPv4 first, one of a family: the one that its record states, else
@@ -153,16 +171,16 @@ class AddressIndex:
             statement = self._statements.get(node)
             stated = () if statement is None else tuple(one.ip for one in statement.interfaces)
             order = sorted(
-                held,
+                held.values(),
                 key=lambda address: (
                     address.version,
                     address not in stated,
-                    claim.created if (claim := self._claims.get(address)) is not None else 0,
+                    claim.created if (claim := self._claims.get(place(address))) is not None else 0,
                     int(address),
                 ),
             )
         else:
-            order = list(held)
+            order = list(held.values())
         found: dict[int, IPAddress] = {}
         for address in order:
             if address.version not in found and any(address in subnet for subnet in subnets):
@@ -172,30 +190,31 @@ class AddressIndex:
     def subnets(self, configured: tuple[IPNetwork, ...]) -> tuple[IPNetwork, ...]:
         """The subnets in force: of each family the one that most records state (of equals the configured one, then the
         lowest), else the configured one."""
-        if not self._networks or all(network in configured for network in self._networks):
+        if all(network in configured for network, _ in self._networks.values()):
             return configured
         best: dict[int, IPNetwork] = {network.version: network for network in configured}
         for version in (4, 6):
-            counted = [(count, network) for network, count in self._networks.items() if network.version == version]
+            counted = [(count, network) for network, count in self._networks.values() if network.version == version]
             if counted:
                 most = max(count for count, _ in counted)
                 equals = [network for count, network in counted if count == most]
                 if best.get(version) not in equals:
                     best[version] = min(equals)
         # In the order of the configured ones, so that it is the same value if they are.
-        return tuple(sorted(best.values(), key=lambda one: _place(one, configured)))
+        return tuple(sorted(best.values(), key=lambda one: _rank(one, configured)))
 
     # --- what is wrong -----------------------------------------------------------------------------------------
 
     def wrong_claim(self, address: IPAddress) -> str | None:
         """Why the claim of `address` is not in force, as a sentence; None: it is, or there is none."""
-        claim, stating = self._claims.get(address), self._stated_by.get(address, ())
-        holder = self._holders.get(address)
+        key = place(address)
+        claim, stating = self._claims.get(key), self._stated_by.get(key, ())
+        holder = self._holders.get(key)
+        if claim is not None and claim.intact and holder == claim.claimant:
+            return None
         if claim is None:
             if len(stating) > 1:
                 return f"the claim is gone and the records of {_listed(stating)} state the address: nobody has it"
-            return None
-        if claim.intact and holder == claim.claimant:
             return None
         what = (
             f"the claim was made at revision {claim.written}"
@@ -206,8 +225,8 @@ class AddressIndex:
             return None  # Its record says so too.
         if holder is not None:
             return (
-                f"{what} and names {claim.claimant}, but the record of node {holder} stated the address before: {holder} "
-                "keeps it, and its agent restores the claim; to have the address free, stop that agent and say "
+                f"{what} and names {claim.claimant}, but the record of node {holder} stated the address before: "
+                f"{holder} keeps it, and its agent restores the claim; to have the address free, stop that agent and say "
                 f"kgctl node forget {holder}"
             )
         if stating:
@@ -217,10 +236,12 @@ class AddressIndex:
                 "not have it is gone: stop its agent and say kgctl node forget NODE"
             )
         if claim.claimant.startswith("peer/"):
-            return None  # A peer that connects again writes its claim again; who gets its networks is no claim's to say.
+            return (
+                None  # A peer that connects again writes its claim again; who gets its networks is no claim's to say.
+            )
         return (
-            f"{what}, and a claim is only valid as it was first written: nobody has the address; delete the key, then a "
-            "node can claim it anew"
+            f"{what}, and a claim is only valid as it was first written: nobody has the address; delete the key, then "
+            "a node can claim it anew"
         )
 
     def wrong_statements(self, node: str) -> tuple[str, ...]:
@@ -228,15 +249,13 @@ class AddressIndex:
         statement = self._statements.get(node)
         found = []
         for one in () if statement is None else statement.interfaces:
-            holder = self._holders.get(one.ip)
+            holder = self._holders.get(place(one.ip))
             if holder is not None and holder != node:
-                found.append(
-                    f"it states mesh address {one.ip}, which is claimed by {holder}: {holder} keeps it"
-                )
+                found.append(f"it states mesh address {one.ip}, which is claimed by {holder}: {holder} keeps it")
         return tuple(found)
 
 
-def _place(network: IPNetwork, configured: tuple[IPNetwork, ...]) -> tuple[int, int]:
+def _rank(network: IPNetwork, configured: tuple[IPNetwork, ...]) -> tuple[int, int]:
     versions = [one.version for one in configured]
     return (versions.index(network.version) if network.version in versions else len(versions), network.version)
 

@@ -177,9 +177,7 @@ def _found(result: TxnResult) -> KeyValue | None:
     return answer.kvs[0] if answer.kvs else None
 
 
-async def _claim(
-    client: Client, keys: Keys, node: str, subnets: list[IPNetwork], taken: set[IPAddress]
-) -> IPAddress:
+async def _claim(client: Client, keys: Keys, node: str, subnets: list[IPNetwork], taken: set[IPAddress]) -> IPAddress:
     for subnet in subnets:
         for address in candidates(node, subnet, taken):
             key = keys.address(address)

@@ -233,9 +233,7 @@ class Session:
         """The subnets by which this host finds its address, if etcd's value is `configured`. EtcdError."""
         return await claims.subnets_in_force(self._client, self._keys, self._name, configured)
 
-    async def claim_addresses(
-        self, subnets: tuple[IPNetwork, ...], *, renumber: bool = False
-    ) -> tuple[IPAddress, ...]:
+    async def claim_addresses(self, subnets: tuple[IPNetwork, ...], *, renumber: bool = False) -> tuple[IPAddress, ...]:
         """This host's mesh addresses, claimed now if it has none yet, and their claims restored if somebody else has
         changed them. With `renumber` its claims outside `subnets` are given up. NoAddressLeft, EtcdError."""
         self._subnets = subnets

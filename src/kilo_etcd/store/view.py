@@ -49,7 +49,7 @@ from kilo_etcd.model import (
     Verdict,
 )
 from kilo_etcd.store import keys as k
-from kilo_etcd.store.addresses import AddressIndex, Claim
+from kilo_etcd.store.addresses import AddressIndex, Claim, place
 from kilo_etcd.store.effective import ANNOTATIONS, Registered, join, join_peer
 from kilo_etcd.store.joins import KeyIndex, Owner
 from kilo_etcd.store.records import (
@@ -115,7 +115,7 @@ class View:
         """Observer -> of whom it speaks."""
         self._witnesses: dict[str, dict[str, Verdict]] = {}
         self._key_index = KeyIndex()
-        self._aside: dict[object, tuple[SetAside, ...]] = {}  # raw key, or owner for what a join found
+        self._aside: dict[object, tuple[SetAside, ...]] = {}  # raw key, owner or place
         # What has changed since the last snapshot.
         self._dirty: set[Owner] = set()
         self._dirty_elections: set[str] = set()
@@ -427,13 +427,15 @@ class View:
             self._dirty |= {("node", name) for name in self._addresses.settle(addresses)}
             for address in addresses:
                 self._note_address(address)
-            self._judge_subnets()
+            if self._addresses.networks_changed:
+                self._addresses.networks_changed = False
+                self._judge_subnets()
 
     def _note_address(self, address: IPAddress) -> None:
         text, subnets = self._addresses.wrong_claim(address), self._subnets_in_force
-        if address in self._addresses and subnets and not any(address in subnet for subnet in subnets):
+        if subnets and not any(address in subnet for subnet in subnets) and self._addresses.claimed(address):
             text = f"the address is not within the mesh's subnets ({', '.join(map(str, subnets))})"
-        source = ("address", address)
+        source = place(address)
         if text is not None or source in self._aside:
             self._note(source, () if text is None else (SetAside(self._keys.address(address), text),))
 
@@ -516,8 +518,9 @@ class View:
         if subnets != self._subnets_in_force:
             self._subnets_in_force = subnets
             self._dirty |= {("node", name) for name in self._registered}
-            for address in self._addresses.claimed():
-                self._note_address(address)
+            for key in self._kvs:
+                if isinstance(parsed := self._keys.parse(key), k.AddressKey):
+                    self._note_address(parsed.address)
         text = (
             f"the value is {', '.join(map(str, configured)) or 'missing'}, but the nodes' addresses are in "
             f"{', '.join(map(str, subnets))}, which stays in force: put it back with etcdctl put {self._keys.subnets} "

@@ -121,10 +121,12 @@ def _free_addresses(name: str, snapshot: Snapshot, view: View, keys: Keys) -> tu
     """One address of each of the mesh's subnets: the peer's own claim of before, or else a free one."""
     held = {parsed.address: kv.value.decode(errors="replace") for parsed, kv in _claims(view, keys)}
     granted = [network for peer in snapshot.peers.values() if peer.name != name for network in peer.allowed_ips]
+    # A node keeps the address that its record states while its claim is gone.
+    nodes = {address for node in snapshot.nodes.values() for address in node.mesh_addresses}
     found: list[IPAddress] = []
     for subnet in snapshot.subnets:
         own = sorted((a for a, owner in held.items() if owner == claimant(name) and a in subnet), key=int)
-        tries: Iterable[IPAddress] = own or candidates(claimant(name), subnet, held.keys())
+        tries: Iterable[IPAddress] = own or candidates(claimant(name), subnet, held.keys() | nodes)
         free = (a for a in tries if not any(a.version == n.version and a in n for n in granted))
         address = next(free, None)
         if address is None:
