@@ -520,6 +520,26 @@ async def test_a_claim_that_somebody_took_is_restored_and_the_address_stays(over
         assert etcd.revision == revision
 
 
+async def test_a_forged_record_does_not_renumber_the_host_that_starts() -> None:
+    etcd = FakeEtcd()
+    it, _ = await claimed_by_a(etcd)
+    other = session(etcd.client(), "b", "b")
+    (theirs,) = await other.claim_addresses(SUBNETS)
+    etcd.put(NODE, encode(evolve(record("a"), mesh_addresses=(ip_interface(f"{theirs}/16"),))))
+    again = session(etcd.client())
+    assert await again.claim_addresses(SUBNETS) == it.addresses
+    assert etcd.get(KEYS.address(theirs)) == b"b"
+
+
+async def test_a_claim_with_blanks_around_it_is_the_hosts_too() -> None:
+    etcd = FakeEtcd()
+    it = session(etcd.client())
+    etcd.put(KEYS.address(ip_address("10.4.7.7")), "a\n")
+    revision = etcd.revision
+    assert await it.claim_addresses(SUBNETS) == (ip_address("10.4.7.7"),)
+    assert etcd.revision == revision
+
+
 async def test_an_address_that_is_another_nodes_by_now_is_given_up_and_the_record_says_so() -> None:
     etcd = FakeEtcd()
     it, claim = await claimed_by_a(etcd)

@@ -140,7 +140,7 @@ class Upkeep:
             kv = self._mirror().kv(key)
             if kv is None:
                 found.append(f"{key} was deleted")
-            elif kv.value != self._name.encode() or kv.create_revision != kv.mod_revision:
+            elif kv.value.strip() != self._name.encode() or kv.create_revision != kv.mod_revision:
                 found.append(
                     f"{key} was changed to {kv.value.decode(errors='replace')!r} at revision {kv.mod_revision}"
                 )

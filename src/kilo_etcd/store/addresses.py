@@ -226,8 +226,8 @@ class AddressIndex:
         if holder is not None:
             return (
                 f"{what} and names {claim.claimant}, but the record of node {holder} stated the address before: "
-                f"{holder} keeps it, and its agent restores the claim; to have the address free, stop that agent and say "
-                f"kgctl node forget {holder}"
+                f"{holder} keeps it, and its agent restores the claim; to have the address free, stop that agent and "
+                f"say kgctl node forget {holder}"
             )
         if stating:
             return (
@@ -236,9 +236,7 @@ class AddressIndex:
                 "not have it is gone: stop its agent and say kgctl node forget NODE"
             )
         if claim.claimant.startswith("peer/"):
-            return (
-                None  # A peer that connects again writes its claim again; who gets its networks is no claim's to say.
-            )
+            return None  # A peer that connects again writes its claim again.
         return (
             f"{what}, and a claim is only valid as it was first written: nobody has the address; delete the key, then "
             "a node can claim it anew"

@@ -116,16 +116,18 @@ async def claim_addresses(
         if not family:
             continue
         own = sorted(
-            (address for address, kv in taken.items() if kv.value == name),
+            (address for address, kv in taken.items() if kv.value.strip() == name),
             key=lambda address: (taken[address].create_revision, int(address)),
         )
-        mine = next((a for a in (*known, *own) if any(a in subnet for subnet in family)), None)
-        if mine is None or not await _restore(client, keys, node, mine, taken.get(mine)):
-            mine = await _claim(client, keys, node, family, set(taken))
-        claimed.append(mine)
+        for mine in dict.fromkeys((*known, *own)):
+            if any(mine in subnet for subnet in family) and await _restore(client, keys, node, mine, taken.get(mine)):
+                claimed.append(mine)
+                break
+        else:
+            claimed.append(await _claim(client, keys, node, family, set(taken)))
     if renumber:
         for address, kv in taken.items():
-            if kv.value == name and not any(address in subnet for subnet in subnets):
+            if kv.value.strip() == name and not any(address in subnet for subnet in subnets):
                 await client.txn([unchanged(kv)], [Delete(kv.key)])
     return tuple(claimed)
 
@@ -149,7 +151,7 @@ async def _restore(client: Client, keys: Keys, node: str, address: IPAddress, kv
                 return True
             kv = _found(result)
             continue
-        if kv.value == node.encode() and kv.create_revision == kv.mod_revision:
+        if kv.value.strip() == node.encode() and kv.create_revision == kv.mod_revision:
             return True
         if not await _may_take(client, keys, node, address, kv):
             return False
@@ -186,7 +188,7 @@ async def _claim(client: Client, keys: Keys, node: str, subnets: list[IPNetwork]
                 return address
             # An earlier attempt of ours may have gone through although its answer was lost.
             held = _found(result)
-            if held is not None and held.value == node.encode():
+            if held is not None and held.value.strip() == node.encode():
                 return address
             taken.add(address)
     raise NoAddressLeft(

@@ -245,10 +245,14 @@ class Session:
         return self.addresses
 
     async def _claim(self, *, renumber: bool = False) -> None:
-        held = () if renumber else self.addresses
+        before = self.addresses
+        held = () if renumber else before
         self.addresses = await claims.claim_addresses(
             self._client, self._keys, self._name, self._subnets, held=held, renumber=renumber
         )
+        if before and before != self.addresses:
+            now, then = (",".join(map(str, addresses)) for addresses in (self.addresses, before))
+            self._log.error("mesh address lost to another claim; another one was claimed", lost=then, address=now)
 
     def _statement(self) -> tuple[IPInterface, ...]:
         return tuple(
