@@ -166,3 +166,17 @@ def test_granted_networks_are_disjoint_and_do_not_depend_on_the_way_there(
                    and network.overlaps(wide)}  # fmt: skip
         named = {ip_network(problem.subject) for problem in settlement.problems}
         assert refused - covered <= named, "what is left out is named"
+
+
+def test_of_two_peers_the_older_one_gets_the_network_and_keeps_the_key() -> None:
+    old = peer("old", "172.20.0.0/16", registered_revision=4)
+    young = peer("a-young-one", "172.20.1.0/24", registered_revision=9)
+    topology = build_topology(world(peers=(old, young)))
+    assert topology.peers["old"].allowed_ips == old.allowed_ips
+    assert topology.peers["a-young-one"].allowed_ips == ()
+    # Not from a view, which lets only one of them through.
+    topology = build_topology(world(peers=(old, evolve(young, public_key=old.public_key))))
+    assert set(topology.peers) == {"old"}
+    assert [problem.text for problem in topology.problems] == [
+        "peer a-young-one is left out: it has the public key of peer old; give it its own"
+    ]
