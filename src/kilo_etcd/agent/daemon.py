@@ -574,6 +574,7 @@ class Daemon:
             self.once.error("unknown", self.failures[0], revision=snapshot.revision)
             self.metrics.not_programmed(self.failures[0])
             self._publish(snapshot)
+            notify(f"STATUS={self.failures[0]}")
             return
         self.once.clear("unknown", "this host is among the mesh's nodes again")
         self.resolver.set_names(plan_names(self.raw_plan))
