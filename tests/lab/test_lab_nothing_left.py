@@ -165,7 +165,7 @@ async def test_without_root() -> None:
         prefix, python = [], sys.executable
     # pytest's directories are closed to others.
     base = open_directory()
-    env = {**os.environ, "PYTHONPATH": ":".join(filter(None, sys.path)), VARIABLE: str(base / "labs"), "HOME": "/"}
+    env = {**os.environ, "PYTHONPATH": ":".join(filter(None, sys.path)), VARIABLE: str(base), "HOME": "/"}
     try:
         done = await trio.run_process(
             [*prefix, python, "-c", RUN, "rootless"], env=env, capture_stdout=True, capture_stderr=True, check=False

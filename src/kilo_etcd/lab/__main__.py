@@ -20,6 +20,7 @@ import trio
 from kilo_etcd.lab import namespaces
 from kilo_etcd.lab.machine import BASE, STATE_DIR
 from kilo_etcd.lab.namespaces import MS_BIND, MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_PRIVATE, MS_REC
+from kilo_etcd.lab.runtime import SUBDIRECTORY
 from kilo_etcd.lab.server import serve
 from kilo_etcd.lab.spec import parse_spec
 
@@ -56,8 +57,8 @@ def _furnish(base: str) -> None:
         namespaces.mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
     control = os.open(base, os.O_PATH | os.O_CLOEXEC)
     namespaces.mount("tmpfs", "/run", "tmpfs", MS_NOSUID | MS_NODEV, "mode=755")
-    os.makedirs(f"{BASE}/control")
-    namespaces.mount(f"/proc/self/fd/{control}", f"{BASE}/control", flags=MS_BIND)
+    os.makedirs(f"{BASE}/control/{SUBDIRECTORY}")
+    namespaces.mount(f"/proc/self/fd/{control}", f"{BASE}/control/{SUBDIRECTORY}", flags=MS_BIND)
     os.close(control)
     if not os.path.isdir(STATE_DIR):
         _make_room_for_state()

@@ -93,7 +93,10 @@ async def connect(path: Path) -> Connection:
     handle = -1
     try:
         # Socket addresses are limited to 108 bytes; the directory's handle is always short.
-        handle = os.open(path.parent, os.O_PATH | os.O_CLOEXEC)
+        handle = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        if os.fstat(handle).st_uid != os.geteuid():
+            # Our standard input and output would go to whoever listens there.
+            raise PermissionError
         await sock.connect(f"/proc/self/fd/{handle}/{path.name}")
     except OSError:
         sock.close()

@@ -1,7 +1,9 @@
 """The only trace of a lab outside its namespaces: a directory with its control socket, found by its name.
 
-The directory is locked by the process that runs the lab; the kernel lets go of the lock however that process
-ends, so a directory that can be locked is a leftover, and the next run removes it.
+All of it lies in `kilo-lab`, a subdirectory of this user's own, whatever directory the user names. The directory of a
+lab is locked by the process that runs the lab; the kernel lets go of the lock however that process ends, so a lab whose
+lock can be had has ended, and the next run removes what it left: its two files, if the lock file bears our mark, and
+then the directory, if it is empty. Nothing else is ever removed, and no symbolic link is followed.
 """
 
 from __future__ import annotations
@@ -9,17 +11,23 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-import shutil
 import socket
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from enum import Enum, auto
 from pathlib import Path
 
 from attrs import frozen
 
 VARIABLE = "KILO_LAB_RUNTIME_DIR"
 NAME_VARIABLE = "KILO_LAB"
+SUBDIRECTORY = "kilo-lab"
+"""Ours, below the directory that VARIABLE names."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}")
+_MARK = re.compile(rb"kilo-lab [0-9]+\n")
+"""What a lock file of ours holds: its program and process."""
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class LabError(Exception):
@@ -29,12 +37,12 @@ class LabError(Exception):
 def base_directory() -> Path:
     """Where the running labs of this user are found."""
     if chosen := os.environ.get(VARIABLE):
-        return Path(chosen)
+        return Path(chosen, SUBDIRECTORY)
     if (user := os.environ.get("XDG_RUNTIME_DIR")) and os.access(user, os.W_OK):
-        return Path(user, "kilo-lab")
+        return Path(user, SUBDIRECTORY)
     if os.geteuid() == 0 and os.access("/run", os.W_OK):
-        return Path("/run/kilo-lab")
-    return Path(f"/tmp/kilo-lab-{os.geteuid()}")
+        return Path("/run", SUBDIRECTORY)
+    return Path(f"/tmp/{SUBDIRECTORY}-{os.geteuid()}")
 
 
 def socket_path(name: str) -> Path:
@@ -43,11 +51,15 @@ def socket_path(name: str) -> Path:
 
 
 def running_labs() -> list[str]:
-    """The names of the labs that run now."""
-    base = base_directory()
-    if not base.is_dir():
+    """The names of the labs that run now. LabError if their directory is another user's."""
+    try:
+        base = _open_base(base_directory())
+    except FileNotFoundError:
         return []
-    return sorted(path.name for path in base.iterdir() if (path / "control").exists() and not _abandoned(path))
+    try:
+        return sorted(name for name in os.listdir(base) if _look(base, name) is _State.RUNNING)
+    finally:
+        os.close(base)
 
 
 def choose_lab(name: str | None) -> str:
@@ -80,70 +92,141 @@ def hold(name: str) -> Iterator[Runtime]:
     if not _NAME.fullmatch(name):
         raise LabError(f"{name!r} cannot be a lab's name: use letters, digits, dots and dashes")
     base = base_directory()
-    with _locked(base):
-        for path in base.iterdir():
-            if path.is_dir() and _abandoned(path):
-                shutil.rmtree(path, ignore_errors=True)
-        directory = base / name
-        try:
-            directory.mkdir(mode=0o700)
-        except FileExistsError:
-            raise LabError(
-                f"a lab called {name!r} is running already; choose another --name, or stop that one"
-            ) from None
-        lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        os.write(lock, f"{os.getpid()}\n".encode())
-    try:
+    with ExitStack() as stack:
+
+        def kept(fd: int) -> int:
+            stack.callback(os.close, fd)
+            return fd
+
+        with _locked(base) as fd:
+            for entry in os.listdir(fd):
+                if _look(fd, entry) is _State.ENDED:
+                    _remove(fd, entry)
+            # A descriptor of its own, since the lock belongs to the other one.
+            own = kept(os.open(".", _DIRECTORY, dir_fd=fd))
+            place = kept(_take(base, fd, name))
+            lock = kept(os.open("lock", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=place))
+            stack.callback(_leave, base, own, name)
+            os.write(lock, f"kilo-lab {os.getpid()}\n".encode())
+            fcntl.flock(lock, fcntl.LOCK_EX)
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
             # Socket addresses are limited to 108 bytes; the directory's handle is always short.
-            handle = os.open(directory, os.O_PATH | os.O_CLOEXEC)
-            try:
-                listener.bind(f"/proc/self/fd/{handle}/control")
-            finally:
-                os.close(handle)
+            listener.bind(f"/proc/self/fd/{place}/control")
             listener.listen(128)
-            yield Runtime(name, directory, listener)
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
-        os.close(lock)
-        with suppress(OSError):
-            base.rmdir()
+            yield Runtime(name, base / name, listener)
+
+
+def _take(base: Path, fd: int, name: str) -> int:
+    """A directory of this name, empty and open. LabError when there is another one."""
+    with suppress(FileExistsError):
+        os.mkdir(name, mode=0o700, dir_fd=fd)
+    if _look(fd, name) is _State.RUNNING:
+        raise LabError(f"a lab called {name!r} is running already; choose another --name, or stop that one")
+    foreign = LabError(f"{base / name} is not the directory of a lab; move it away, or choose another --name")
+    try:
+        place = os.open(name, _DIRECTORY, dir_fd=fd)
+    except OSError:
+        raise foreign from None
+    # A run that was killed as it began has left an empty one.
+    if os.listdir(place) or os.fstat(place).st_uid != os.geteuid():
+        os.close(place)
+        raise foreign
+    return place
+
+
+def _leave(base: Path, fd: int, name: str) -> None:
+    """Remove our own directory, and the base directory if nothing else is in it."""
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    _remove(fd, name)
+    with suppress(OSError):
+        if os.path.samestat(os.fstat(fd), os.lstat(base)):
+            os.rmdir(base)
 
 
 @contextmanager
-def _locked(base: Path) -> Iterator[None]:
-    """Hold the base directory, made if missing, against other runs that start or clean up now."""
+def _locked(base: Path) -> Iterator[int]:
+    """Hold the base directory, open and made if missing, against other runs that start or clean up now. LabError."""
     while True:
-        base.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
-            fd = os.open(base, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            base.mkdir(mode=0o700, parents=True, exist_ok=True)
+            fd = _open_base(base)
         except FileNotFoundError:
             continue
+        except OSError as error:
+            raise _unfit(base, f"cannot be made: {error.strerror}") from None
         try:
-            if os.fstat(fd).st_uid != os.geteuid():
-                raise LabError(f"{base} belongs to another user; set {VARIABLE} to a directory of your own")
             fcntl.flock(fd, fcntl.LOCK_EX)
             # A lab that ended meanwhile removes the directory when it was the last.
             if base.exists() and os.path.samestat(os.fstat(fd), os.stat(base)):
-                yield
+                yield fd
                 return
         finally:
             os.close(fd)
 
 
-def _abandoned(directory: Path) -> bool:
+def _open_base(base: Path) -> int:
+    """The base directory, opened. FileNotFoundError; LabError if anybody else could put something there."""
     try:
-        fd = os.open(directory / "lock", os.O_RDWR | os.O_CLOEXEC)
+        fd = os.open(base, _DIRECTORY)
     except FileNotFoundError:
-        return True
-    except OSError:
-        return False
+        raise
+    except OSError as error:
+        linked = "is a symbolic link" if base.is_symlink() else f"cannot be opened: {error.strerror}"
+        raise _unfit(base, linked) from None
+    status = os.fstat(fd)
+    if status.st_uid == os.geteuid() and not status.st_mode & 0o022:
+        return fd
+    os.close(fd)
+    raise _unfit(base, "can be written to by others" if status.st_uid == os.geteuid() else "belongs to another user")
+
+
+def _unfit(base: Path, why: str) -> LabError:
+    return LabError(f"{base} {why}; set {VARIABLE} to a directory of your own")
+
+
+class _State(Enum):
+    """What an entry of the base directory is."""
+
+    RUNNING = auto()
+    ENDED = auto()
+    FOREIGN = auto()
+    """Nothing that a lab has made, or not all of it."""
+
+
+def _look(base: int, name: str) -> _State:
     try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        place = os.open(name, _DIRECTORY, dir_fd=base)
     except OSError:
-        return False
-    else:
-        return True
+        return _State.FOREIGN
+    try:
+        # O_NONBLOCK: a FIFO in the file's place must not hang us.
+        lock = os.open("lock", os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=place)
+    except OSError:
+        return _State.FOREIGN
     finally:
-        os.close(fd)
+        os.close(place)
+    try:
+        status = os.fstat(lock)
+        ours = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid()
+        if not ours or not _MARK.fullmatch(os.pread(lock, 64, 0)):
+            return _State.FOREIGN
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return _State.RUNNING
+    else:
+        return _State.ENDED
+    finally:
+        os.close(lock)
+
+
+def _remove(base: int, name: str) -> None:
+    """Remove what a lab makes in its directory, and the directory if that was all."""
+    with suppress(OSError):
+        place = os.open(name, _DIRECTORY, dir_fd=base)
+        try:
+            for own in ("control", "lock"):
+                with suppress(FileNotFoundError):
+                    os.unlink(own, dir_fd=place)
+        finally:
+            os.close(place)
+        os.rmdir(name, dir_fd=base)
