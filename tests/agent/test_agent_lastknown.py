@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
+import json
 import os
 import signal
 from collections.abc import AsyncIterator, Callable
@@ -17,10 +19,11 @@ from attrs import evolve
 
 from helpers import eventually
 from kilo_etcd import kernel
-from kilo_etcd.agent import discover, lastknown, privatekey
+from kilo_etcd.agent import cachefile, discover, lastknown, privatekey
+from kilo_etcd.agent.cachefile import FILE, Identity, Unusable, load, save
 from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.agent.daemon import Daemon
-from kilo_etcd.agent.lastknown import FILE, Disk, Identity, Unusable, load, save
+from kilo_etcd.agent.lastknown import Disk
 from kilo_etcd.agent.logs import setup_logging
 from kilo_etcd.agent.metrics import Metrics
 from kilo_etcd.etcd import Header, KeyValue
@@ -58,6 +61,15 @@ def holdings(**others: bytes) -> Holdings:
     )
 
 
+def put(path: Path, lines: list[bytes]) -> None:
+    """Write these lines with the checksum made right."""
+    body = b"".join(line + b"\n" for line in lines)
+    end = json.dumps({"sha256": hashlib.sha256(body).hexdigest()}).encode() + b"\n"
+    path.unlink(missing_ok=True)
+    path.touch(mode=0o600)
+    path.write_bytes(gzip.compress(body + end))
+
+
 def test_what_is_saved_is_loaded_and_closed_to_others(tmp_path: Path) -> None:
     path = tmp_path / FILE
     assert load(path, WHO) is None
@@ -80,7 +92,7 @@ def test_what_cannot_be_written_whole_leaves_what_was_there(tmp_path: Path, monk
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(lastknown.os, "fsync", full)
+        patch.setattr(cachefile.os, "fsync", full)
         with pytest.raises(OSError, match="No space"):
             save(path, WHO, holdings(), now=2000.0)
     found = load(path, WHO)
@@ -131,8 +143,8 @@ def test_another_mesh_host_key_or_an_open_file_is_unusable(tmp_path: Path) -> No
     save(path, WHO, holdings(**{KEYS.node("h1"): b"{}"}), now=1000.0)
     with pytest.raises(Unusable, match="does not have this host"):
         load(path, WHO)
-    assert lastknown.remove(tmp_path)
-    assert not lastknown.remove(tmp_path)
+    assert cachefile.remove(tmp_path)
+    assert not cachefile.remove(tmp_path)
 
 
 # -- a whole agent, in virtual time ---------------------------------------------------------------------------------
@@ -252,6 +264,42 @@ async def test_what_is_on_the_disk_is_used_only_while_etcd_is_away(world: World)
         assert world.said("the last known mesh cannot be used; going by etcd alone") == 1
         world.etcd.up()
         await eventually(world.programmed, 60, every=0.1)
+
+
+@pytest.mark.autojump
+@pytest.mark.parametrize("away", [True, False])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda lines: [*lines, b"[" * 100_000],
+        lambda lines: [b"[" * 100_000, *lines[1:]],
+        lambda lines: [lines[0].replace(b'"clusterId":', b'"clusterId":Infinity,"x":'), *lines[1:]],
+        lambda lines: [lines[0].replace(b'"written":', b'"written":1' + b"0" * 400 + b',"x":'), *lines[1:]],
+        lambda lines: [*lines, json.dumps([KEYS.adopted, None, 3, 3, 1, 0]).encode()],
+        lambda lines: [*lines, json.dumps([["fe80::1%x/64"], "a", 2, 2, 1, 0]).encode()],
+        lambda lines: [*lines, json.dumps(["/kilo/nodes/h2", "{}", "2", 2.5, None, 0]).encode()],
+    ],
+)
+async def test_an_agent_goes_on_without_a_cache_whose_checksum_is_right_and_whose_content_is_not(
+    world: World, spoil: Callable[[list[bytes]], list[bytes]], away: bool
+) -> None:
+    async with running(world):
+        await eventually(world.programmed, 30, every=0.1)
+        await trio.sleep(10)
+    put(world.disk.path, spoil(gzip.decompress(world.disk.path.read_bytes()).splitlines()[:-1]))
+    world.reboot()
+    if away:
+        world.etcd.down()
+    async with running(world):
+        await trio.sleep(60)
+        # Whether more than the first lines is looked at depends on whether etcd answers.
+        assert world.said("the last known mesh cannot be used; going by etcd alone") == 1 or not away
+        assert world.said("the last known mesh is in force") == 0
+        world.etcd.up()
+        await eventually(world.programmed, 60, every=0.1)
+        await trio.sleep(30)
+    # And the next one finds a good one again.
+    assert load(world.disk.path, WHO) is not None
 
 
 @pytest.mark.autojump

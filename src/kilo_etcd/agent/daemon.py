@@ -21,12 +21,13 @@ import trio
 from kilo_etcd import etcd, kernel, store
 from kilo_etcd.agent import decide
 from kilo_etcd.agent.answer import Answerer, Programmed
+from kilo_etcd.agent.cachefile import Identity, Remembered
 from kilo_etcd.agent.candidacy import Candidacy
 from kilo_etcd.agent.config import AgentConfig, too_small_for
 from kilo_etcd.agent.counted import counted
 from kilo_etcd.agent.hearing import Hearing
 from kilo_etcd.agent.hearsay import Hearsay, followed
-from kilo_etcd.agent.lastknown import Disk, Identity, Keeper, Remembered
+from kilo_etcd.agent.lastknown import Disk, Keeper
 from kilo_etcd.agent.logs import Once, get_logger, say_due, say_rest
 from kilo_etcd.agent.lookout import Lookout
 from kilo_etcd.agent.metrics import Metrics

@@ -16,7 +16,7 @@ import click
 import trio
 
 from kilo_etcd import __version__, etcd, kernel, store
-from kilo_etcd.agent import lastknown, privatekey
+from kilo_etcd.agent import cachefile, lastknown, privatekey
 from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.agent.daemon import Daemon, Fatal, Reload, StoppedAtOnce
 from kilo_etcd.agent.dryrun import dry_run
@@ -143,7 +143,7 @@ async def _cleanup(config: AgentConfig) -> None:
         for change in await kernel.cleanup(config.interface, public_key=public):
             click.echo(str(change))
         try:
-            lastknown.remove(config.state_dir)
+            cachefile.remove(config.state_dir)
         except OSError as error:
             click.echo(f"kg: the last known mesh stays in {config.state_dir}: {error.strerror}", err=True)
         if unusable is not None:

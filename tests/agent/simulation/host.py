@@ -20,7 +20,7 @@ from unittest.mock import patch
 import trio
 
 from kilo_etcd import kernel
-from kilo_etcd.agent import discover, lastknown, program
+from kilo_etcd.agent import cachefile, discover, lastknown, program
 from kilo_etcd.agent import report as agent_report
 from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.agent.daemon import Daemon, Reload
@@ -279,5 +279,5 @@ def in_memory() -> Iterator[None]:
         ):
             patches.enter_context(patch.object(target, name, stand_in))
         # What the disk keeps is flushed for a power failure that no simulated host has.
-        patches.enter_context(patch.object(lastknown.os, "fsync", lambda _: None))
+        patches.enter_context(patch.object(cachefile.os, "fsync", lambda _: None))
         yield
