@@ -61,7 +61,10 @@ class Connection:
             self._buffer += data
         line, _, rest = bytes(self._buffer).partition(b"\n")
         self._buffer[:] = rest
-        message = json.loads(line)
+        try:
+            message = json.loads(line)
+        except RecursionError:
+            raise ValueError("a message is nested too deeply") from None
         if not isinstance(message, dict):
             raise ValueError("a message must be an object")
         return message

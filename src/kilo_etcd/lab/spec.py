@@ -171,6 +171,8 @@ def read_spec(path: Path) -> Spec:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise SpecError(f"{path}: is not TOML: {error}") from None
+    except RecursionError:
+        raise SpecError(f"{path}: is nested too deeply") from None
     return parse_spec(data, str(path))
 
 
