@@ -26,6 +26,7 @@ from typing import TypeAlias
 from attrs import field, frozen
 
 from kilo_etcd.quickip import ip_address
+from kilo_etcd.quoting import shown
 
 IPAddress: TypeAlias = IPv4Address | IPv6Address
 IPInterface: TypeAlias = IPv4Interface | IPv6Interface
@@ -86,25 +87,27 @@ class Endpoint:
         if text.startswith("["):
             name, closed, rest = text[1:].partition("]")
             if not closed or (rest and not rest.startswith(":")):
-                raise ValueError(f"{text!r} is no endpoint: write [address]:port")
+                raise ValueError(f"{shown(text)} is no endpoint: write [address]:port")
             port_text = rest[1:]
         elif text.count(":") > 1:
             name, port_text = text, ""
         else:
             name, _, port_text = text.partition(":")
         if not port_text and default_port is None:
-            raise ValueError(f"{text!r} is no endpoint: the port is missing (host:port)")
+            raise ValueError(f"{shown(text)} is no endpoint: the port is missing (host:port)")
         try:
             port = int(port_text) if port_text else int(default_port or 0)
         except ValueError:
-            raise ValueError(f"{text!r} is no endpoint: {port_text!r} is no port") from None
+            raise ValueError(f"{shown(text)} is no endpoint: {shown(port_text)} is no port") from None
         if not 0 < port < 65536:
-            raise ValueError(f"{text!r} is no endpoint: port {port} is not within 1 to 65535")
+            raise ValueError(f"{shown(text)} is no endpoint: {shown(port_text)} is not within 1 to 65535")
         try:
             return cls(ip_address(name), port)
         except ValueError:
             if not is_dns_name(name):
-                raise ValueError(f"{text!r} is no endpoint: {name!r} is neither an address nor a DNS name") from None
+                raise ValueError(
+                    f"{shown(text)} is no endpoint: {shown(name)} is neither an address nor a DNS name"
+                ) from None
             return cls(name.lower(), port)
 
     @property

@@ -103,7 +103,7 @@ GOOD = encode(record("x")).decode()
         ("/kilo/nodes/x", GOOD[:-1].encode() + b',"port":"51820"}', "port: '51820' is no port"),
         ("/kilo/nodes/x", GOOD[:-1].encode() + b',"endpoint":"1.2.3.4"}', "the port is missing"),
         ("/kilo/nodes/x", b" " * (1 << 20), "1048576 bytes long"),
-        ("/kilo/peers/x", b'{"publicKey":"short"}', "publicKey: 'short' is no WireGuard key"),
+        ("/kilo/peers/x", b'{"publicKey":"short"}', "publicKey: a text of 5 characters is no WireGuard key"),
         ("/kilo/peers/x", GOOD.replace("{", '{"allowedIps":[],', 1).encode(), "allowedIps"),
         ("/kilo/peers/a b", GOOD.encode(), "percent-encoding"),
         ("/kilo/nodes/%2Da", GOOD.encode(), "percent-encoding"),

@@ -33,7 +33,22 @@ from kilo_etcd.store.records import (
 )
 
 
+def described(value: object) -> str:
+    if isinstance(value, str):
+        return f"a text of {len(value)} characters" if value else "an empty text"
+    words = {type(None): "null", bool: "a truth value", int: "a number", float: "a number", list: "a list"}
+    return words.get(type(value), "an object")
+
+
 def short(value: object) -> str:
+    if isinstance(value, (list, dict)):
+        return described(value)
+    if value is not None:
+        run = 0
+        for letter in str(value):
+            run = run + 1 if letter.isascii() and (letter.isalnum() or letter in "+/_=-") else 0
+            if run == 32:  # It may be a key.
+                return described(value)
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -46,7 +61,7 @@ def key(value: object) -> str:
             raw = b""
         if len(raw) == 32 and b64encode(raw).decode() == value:
             return value
-    raise ValueError(f"{short(value)} is no WireGuard key (32 bytes in base64)")
+    raise ValueError(f"{described(value)} is no WireGuard key (32 bytes in base64)")
 
 
 def network(value: object) -> Any:
@@ -116,25 +131,27 @@ def endpoint(value: object) -> Endpoint | None:
     if text.startswith("["):
         name, closed, rest = text[1:].partition("]")
         if not closed or (rest and not rest.startswith(":")):
-            raise ValueError(f"{text!r} is no endpoint: write [address]:port")
+            raise ValueError(f"{short(text)} is no endpoint: write [address]:port")
         port_text = rest[1:]
     elif text.count(":") > 1:
         name, port_text = text, ""
     else:
         name, _, port_text = text.partition(":")
     if not port_text:
-        raise ValueError(f"{text!r} is no endpoint: the port is missing (host:port)")
+        raise ValueError(f"{short(text)} is no endpoint: the port is missing (host:port)")
     try:
         port = int(port_text)
     except ValueError:
-        raise ValueError(f"{text!r} is no endpoint: {port_text!r} is no port") from None
+        raise ValueError(f"{short(text)} is no endpoint: {short(port_text)} is no port") from None
     if not 0 < port < 65536:
-        raise ValueError(f"{text!r} is no endpoint: port {port} is not within 1 to 65535")
+        raise ValueError(f"{short(text)} is no endpoint: {short(port_text)} is not within 1 to 65535")
     try:
         return Endpoint(ip_address(name), port)
     except ValueError:
         if not is_dns_name(name):
-            raise ValueError(f"{text!r} is no endpoint: {name!r} is neither an address nor a DNS name") from None
+            raise ValueError(
+                f"{short(text)} is no endpoint: {short(name)} is neither an address nor a DNS name"
+            ) from None
         return Endpoint(name.lower(), port)
 
 

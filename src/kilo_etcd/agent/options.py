@@ -32,6 +32,7 @@ from kilo_etcd.agent.config import (
 )
 from kilo_etcd.etcd.api import Config, Tls
 from kilo_etcd.model import DEFAULT_INTERFACE, DEFAULT_PORT, DEFAULT_PREFIX, DEFAULT_SUBNET, Encapsulate, Granularity
+from kilo_etcd.quoting import shown_path
 
 __all__ = [
     "AgentConfig",
@@ -306,15 +307,19 @@ def _endpoints(text: str) -> tuple[str, ...]:
     urls = tuple(item.strip().rstrip("/") for item in text.split(",") if item.strip())
     if not urls:
         raise ValueError("no endpoint is given; write for instance 127.0.0.1:2379")
+    write = "write host:port, http://host:port or https://host:port"
+    if "@" in text:
+        # Nothing of it is repeated: a password may have commas and slashes in it.
+        raise ValueError(f"an etcd endpoint has no user and no password in it, which --user is for; {write}")
     for url in urls:
-        parts = urlsplit(url if "://" in url else f"//{url}")
         try:
+            parts = urlsplit(url if "://" in url else f"//{url}")
             sound = bool(parts.hostname) and parts.scheme in ("", "http", "https") and parts.port != 0
+            sound = sound and not (parts.path or parts.query or parts.fragment)
         except ValueError:
             sound = False
-        if not sound or parts.path or parts.query or parts.username is not None:
-            shown = parts.hostname if parts.username is not None else url
-            raise ValueError(f"{shown!r} is no etcd endpoint; write host:port, http://host:port or https://host:port")
+        if not sound:
+            raise ValueError(f"{url!r} is no etcd endpoint; {write}")
     return urls
 
 
@@ -325,7 +330,7 @@ def _check_file(path: str) -> None:
         with Path(path).open("rb"):
             pass
     except OSError as error:
-        raise ValueError(f"{path!r} cannot be read: {error.strerror}") from None
+        raise ValueError(f"{shown_path(path)!r} cannot be read: {error.strerror}") from None
 
 
 def _positive(text: str) -> float:

@@ -1,7 +1,8 @@
 """Peers as text: Kilo's Peer manifests, in YAML or JSON, to and from records.
 
 What is read may be one Peer or several (YAML documents, a List of Kubernetes, a JSON list), Kilo's custom resource or
-just its fields; `kgctl peer show -o yaml` of one mesh is what `kgctl peer add -f -` of another takes. Pure.
+just its fields; `kgctl peer show -o yaml` of one mesh is what `kgctl peer add -f -` of another takes. No message shows
+what may be a secret: neither a preshared key nor what is written where one may have slipped to. Pure.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 from attrs import frozen
 
 from kilo_etcd.model import Endpoint, IPNetwork
+from kilo_etcd.quoting import described, shown, shown_name
 from kilo_etcd.store.records import PeerRecord, check_key, parse_keepalive, parse_network
 
 API_VERSION = "kilo.squat.ai/v1alpha1"
@@ -28,18 +30,9 @@ class NamedPeer:
 
 def read_peers(text: str, source: str) -> tuple[NamedPeer, ...]:
     """All peers in a text. ValueError, in one clause that names `source` and the field."""
-    import yaml
+    from kilo_etcd.ctl.bounded_yaml import load_documents
 
-    try:
-        # JSON is YAML, and YAML 1.1's `yes` and `0o17` do no harm in keys, networks and numbers that are checked.
-        documents = [document for document in yaml.safe_load_all(text) if document is not None]
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark is not None else ""
-        raise ValueError(f"{source}{where} is neither YAML nor JSON") from None
-    except RecursionError:
-        raise ValueError(f"{source} is nested too deeply") from None
-    found = tuple(_peer(item, source) for document in documents for item in _items(document))
+    found = tuple(_peer(item, source) for document in load_documents(text, source) for item in _items(document))
     if not found:
         raise ValueError(f"{source} has no peer in it")
     return found
@@ -49,7 +42,7 @@ def _items(document: Any) -> Iterator[Any]:
     if isinstance(document, list):
         for item in document:
             yield from _items(item)
-    elif isinstance(document, Mapping) and str(document.get("kind", "")).endswith("List"):
+    elif isinstance(document, Mapping) and isinstance(kind := document.get("kind"), str) and kind.endswith("List"):
         yield from _items(document.get("items") or [])
     else:
         yield document
@@ -57,14 +50,14 @@ def _items(document: Any) -> Iterator[Any]:
 
 def _peer(item: Any, source: str) -> NamedPeer:
     if not isinstance(item, Mapping):
-        raise ValueError(f"{source}: {_short(item)} is no peer")
+        raise ValueError(f"{source}: {described(item)} is no peer")
     kind = item.get("kind", "Peer")
     if kind != "Peer":
-        raise ValueError(f"{source}: a {_short(kind)} is no Peer")
+        raise ValueError(f"{source}: a {shown(kind)} is no Peer")
     metadata = item.get("metadata")
     name = metadata.get("name") if isinstance(metadata, Mapping) else item.get("name")
     if name is not None and not isinstance(name, str):
-        raise ValueError(f"{source}: the name {_short(name)} is no text")
+        raise ValueError(f"{source}: the name is {described(name)}, and no text")
     spec = item.get("spec", item)
     called = f"{source}: peer {name}" if name else source
     if not isinstance(spec, Mapping):
@@ -73,7 +66,9 @@ def _peer(item: Any, source: str) -> NamedPeer:
     beside = {"name", "apiVersion", "kind", "metadata", "status"} if spec is item else set()
     for field in spec:
         if field not in known | beside:
-            raise ValueError(f"{called}: {_short(field)} is no field of a peer; there are {', '.join(sorted(known))}")
+            raise ValueError(
+                f"{called}: {shown_name(field)} is no field of a peer; there are {', '.join(sorted(known))}"
+            )
     try:
         return NamedPeer(name, _record(spec))
     except ValueError as error:
@@ -81,16 +76,17 @@ def _peer(item: Any, source: str) -> NamedPeer:
 
 
 def _record(spec: Mapping[str, Any]) -> PeerRecord:
-    allowed = spec.get("allowedIPs") or []
+    allowed = [] if spec.get("allowedIPs") is None else spec["allowedIPs"]
     if not isinstance(allowed, list):
         raise ValueError("allowedIPs is no list")
     preshared = spec.get("presharedKey")
+    keepalive = spec.get("persistentKeepalive")
     return PeerRecord(
         public_key=_in("publicKey", check_key, spec.get("publicKey")),
         allowed_ips=tuple(dict.fromkeys(_in("allowedIPs", exact_network, network) for network in allowed)),
         endpoint=_in("endpoint", _endpoint, spec.get("endpoint")),
-        persistent_keepalive=_in("persistentKeepalive", parse_keepalive, spec.get("persistentKeepalive") or 0),
-        preshared_key=None if not preshared else _in("presharedKey", check_key, preshared),
+        persistent_keepalive=_in("persistentKeepalive", parse_keepalive, 0 if keepalive is None else keepalive),
+        preshared_key=None if preshared in (None, "") else _in("presharedKey", check_key, preshared),
     )
 
 
@@ -106,7 +102,7 @@ def exact_network(value: object) -> IPNetwork:
     network = parse_network(value)
     text = str(value).strip()
     if text.partition("/")[0] != str(network.network_address) and "/" in text and _differs(text, network):
-        raise ValueError(f"{text!r} is an address within {network}: write the address alone, or {network}")
+        raise ValueError(f"{shown(text)} is an address within {network}: write the address alone, or {network}")
     return network
 
 
@@ -122,14 +118,17 @@ def _endpoint(value: Any) -> Endpoint | None:
     if isinstance(value, str):
         return Endpoint.parse(value)
     if not isinstance(value, Mapping):
-        raise ValueError(f"{_short(value)} is no endpoint")
+        raise ValueError(f"{described(value)} is no endpoint")
     # Kilo's first releases had `ip` beside `port`.
     host = value.get("dnsOrIP", value)
     where = host.get("ip") or host.get("dns") if isinstance(host, Mapping) else None
     if not isinstance(where, str):
         raise ValueError("it has neither dnsOrIP.ip nor dnsOrIP.dns")
+    port = value.get("port", "")
+    if isinstance(port, bool) or not isinstance(port, int | str):
+        raise ValueError(f"its port is {described(port)}")
     text = f"[{where}]" if ":" in where else where
-    return Endpoint.parse(f"{text}:{value.get('port', '')}")
+    return Endpoint.parse(f"{text}:{port}")
 
 
 def manifest(name: str, record: PeerRecord) -> dict[str, Any]:
@@ -157,8 +156,3 @@ def as_text(manifests: list[dict[str, Any]], output: str) -> str:
 
     text: str = yaml.safe_dump_all(manifests, sort_keys=False, allow_unicode=True)
     return text.rstrip("\n")
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

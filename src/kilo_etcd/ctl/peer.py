@@ -22,6 +22,7 @@ from kilo_etcd.ctl.manifest import NamedPeer, as_text, exact_network, manifest, 
 from kilo_etcd.ctl.output import show
 from kilo_etcd.ctl.render import NONE, Table, clean
 from kilo_etcd.model import Endpoint, Snapshot
+from kilo_etcd.quoting import shown_path
 from kilo_etcd.store import operator
 from kilo_etcd.store.keys import Keys, PeerKey, claimant
 from kilo_etcd.store.records import PeerRecord, RecordError, check_key, decode_peer, encode, parse_keepalive
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from kilo_etcd.etcd.api import Client
 
 FORMATS = ("table", "json", "yaml")
+MAX_FILE = 8 * 1024 * 1024
+"""Bytes that are read of a file: some 25,000 peers."""
 
 
 def parse_peer_name(text: str) -> str:
@@ -217,15 +220,23 @@ def _from_file(file: str, name: str | None) -> tuple[NamedPeer, ...]:
 
 
 def read_text(file: str) -> str:
-    """The text of a file, or of standard input for `-`. Failure if it cannot be read."""
+    """The text of a file, or of standard input for `-`. Failure if it cannot be read, or is larger than any that is of
+    use here."""
+    source = "standard input" if file == "-" else file
     try:
         if file == "-":
-            return sys.stdin.read()
-        return Path(file).read_text(encoding="utf-8")
+            raw = sys.stdin.buffer.read(MAX_FILE + 1)
+        else:
+            with Path(file).open("rb") as opened:
+                raw = opened.read(MAX_FILE + 1)
+        text = raw.decode()
     except OSError as error:
-        raise Failure(f"{file} cannot be read: {error.strerror}") from None
+        raise Failure(f"{shown_path(file)} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise Failure(f"{'standard input' if file == '-' else file} is not UTF-8 text") from None
+        raise Failure(f"{source} is not UTF-8 text") from None
+    if len(raw) > MAX_FILE:
+        raise Failure(f"{source} is larger than {MAX_FILE} bytes; split it")
+    return text
 
 
 def _key_in(path: Path) -> str:

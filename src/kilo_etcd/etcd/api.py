@@ -316,6 +316,7 @@ class Config:
     endpoints: tuple[str, ...] = ("127.0.0.1:2379",)
     tls: Tls | None = None
     user: str | None = None
+    """In messages: `shown_user`."""
     password: str | None = field(default=None, repr=False)
     dial_timeout: float = 2.0
     """Seconds for one attempt to connect (TCP, TLS, HTTP/2 preface)."""
@@ -327,3 +328,8 @@ class Config:
     """Seconds of silence after which the member is pinged."""
     ping_timeout: float = 1.5
     """Seconds without an answer to a ping after which the member is left. ping_interval + ping_timeout < 3."""
+
+    @property
+    def shown_user(self) -> str:
+        """The user's name up to a colon: beside a password of its own, `name:password` is taken for the name."""
+        return (self.user or "").partition(":")[0]

@@ -184,7 +184,7 @@ class Caller:
     def explain(self, failure: Exception, connection: Connection, doing: Doing) -> EtcdError:
         endpoint = str(connection.endpoint)
         if isinstance(failure, StatusError):
-            return to_error(failure, doing, endpoint=endpoint, user=self.config.user)
+            return to_error(failure, doing, endpoint=endpoint, user=self.config.shown_user)
         return Unavailable(f"etcd at {endpoint} could not {doing}: {failure}; retry")
 
     def _unknown(self, failure: Exception, connection: Connection, doing: Doing) -> EtcdError:
@@ -206,7 +206,7 @@ class Caller:
 
     async def _authenticate(self) -> str:
         request = pb.AuthenticateRequest(name=self.config.user or "", password=self.config.password or "")
-        doing = Doing(f"authenticate user {self.config.user!r}")
+        doing = Doing(f"authenticate user {self.config.shown_user!r}")
         try:
             answer = await self.unary(
                 "/etcdserverpb.Auth/Authenticate", request, pb.AuthenticateResponse, doing, idempotent=True, auth=False

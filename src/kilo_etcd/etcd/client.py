@@ -218,7 +218,7 @@ class EtcdClient:
         return await self._caller.unary(f"/etcdserverpb.{method}", request, answer, doing, idempotent=idempotent)
 
     def __repr__(self) -> str:
-        user = f" as {self._config.user!r}" if self._config.user else ""
+        user = f" as {self._config.shown_user!r}" if self._config.user else ""
         return f"<EtcdClient{user} {self._caller.channel!r}>"
 
 

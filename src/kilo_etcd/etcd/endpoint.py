@@ -29,6 +29,11 @@ class Endpoint:
         return f"{'https' if self.tls else 'http'}://{self.authority}"
 
 
+def _shown(text: str) -> str:
+    """Without user and password, which may stand before an @ and be spelled in any way."""
+    return repr(text.rpartition("@")[2])
+
+
 def parse_endpoint(text: str, *, tls: bool) -> Endpoint:
     """Parse one endpoint; `tls` decides where no scheme does (as etcdctl: TLS when certificates are given).
 
@@ -37,7 +42,7 @@ def parse_endpoint(text: str, *, tls: bool) -> Endpoint:
     stripped = text.strip()
     scheme, separator, _ = stripped.partition("://")
     if separator and scheme.lower() not in ("http", "https"):
-        raise BadRequest(f"{text!r} is not an etcd endpoint: use http:// or https://, not {scheme}://")
+        raise BadRequest(f"{_shown(text)} is not an etcd endpoint: use http:// or https://")
     try:
         url = urlsplit(stripped if separator else f"//{stripped}")
         host, port = url.hostname, url.port
@@ -45,5 +50,7 @@ def parse_endpoint(text: str, *, tls: bool) -> Endpoint:
     except ValueError:
         host, port = None, None
     if not host or url.path.strip("/") or url.query or url.username or any(letter.isspace() for letter in host):
-        raise BadRequest(f"{text!r} is not an etcd endpoint: write host:port, such as 10.0.0.1:2379 or [fd00::1]:2379")
+        raise BadRequest(
+            f"{_shown(text)} is not an etcd endpoint: write host:port, such as 10.0.0.1:2379 or [fd00::1]:2379"
+        )
     return Endpoint(host, DEFAULT_PORT if port is None else port, scheme.lower() == "https" if separator else tls)

@@ -15,6 +15,7 @@ from typing import TypeVar
 from attrs import evolve, frozen
 
 from kilo_etcd.model import Endpoint, IPAddress, IPInterface, IPNetwork, Node, Peer, Sighting
+from kilo_etcd.quoting import shown
 from kilo_etcd.store.records import (
     NodeRecord,
     one_per_family,
@@ -179,7 +180,7 @@ def _yes_or_no(text: str) -> bool:
     # What opens a way must be said clearly.
     word = text.strip().lower()
     if word not in ("true", "false", "1", "0", ""):
-        raise ValueError(f"{text[:60]!r} is neither true nor false")
+        raise ValueError(f"{shown(text)} is neither true nor false")
     return word in ("true", "1")
 
 
@@ -187,7 +188,7 @@ def _endpoint(text: str, record: NodeRecord) -> Endpoint | None:
     if not text:
         return record.endpoint
     if "%" in text or len(text) > 300:
-        raise ValueError(f"{text[:60]!r} is no endpoint: write host:port, without a zone")
+        raise ValueError(f"{shown(text)} is no endpoint: write host:port, without a zone")
     return Endpoint.parse(text, default_port=record.port)
 
 

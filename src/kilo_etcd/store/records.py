@@ -6,6 +6,8 @@ wrong; it never raises anything else. A value over 64 KiB is refused unread. Enc
 blanks, empty fields left out), so equal records are equal bytes and "unchanged" is a comparison
 of bytes.
 
+No message shows a value of a field that is marked secret, nor what else may be a key (`quoting`).
+
 Unknown fields: a peer with one is refused, since a person wrote it and most likely mistyped; records that agents write
 are read without it, and `Read.unknown` names it (docs/decisions/0002-unknown-fields.md).
 
@@ -21,7 +23,7 @@ from collections.abc import Callable
 from enum import StrEnum
 from typing import Any, Generic, NamedTuple, TypeVar, Union
 
-from attrs import NOTHING, field, fields, frozen
+from attrs import NOTHING, Attribute, field, fields, frozen
 
 from kilo_etcd.model import (
     DEFAULT_LOCATION,
@@ -35,6 +37,7 @@ from kilo_etcd.model import (
     IPNetwork,
 )
 from kilo_etcd.quickip import ip_address, ip_interface, ip_network
+from kilo_etcd.quoting import SECRET, described, shown, shown_name
 
 MAX_VALUE = 64 * 1024
 """Bytes. etcd takes 1.5 MiB; no record of ours comes near, and every agent would have to hold and read it."""
@@ -92,7 +95,7 @@ class PeerRecord:
     allowed_ips: tuple[IPNetwork, ...] = ()
     endpoint: Endpoint | None = None
     persistent_keepalive: int = 0
-    preshared_key: str | None = field(default=None, repr=False)
+    preshared_key: str | None = field(default=None, repr=False, metadata={SECRET: "WireGuard key (32 bytes in base64)"})
 
 
 @frozen(kw_only=True)
@@ -202,37 +205,38 @@ def check_key(text: object) -> str:
     """A WireGuard key: 32 bytes in base64, spelled canonically."""
     if isinstance(text, str) and _IS_KEY(text):
         return text
-    raise ValueError(f"{_short(text)} is no WireGuard key (32 bytes in base64)")
+    # Never shown: it may be a private or preshared key in the wrong place.
+    raise ValueError(f"{described(text)} is no WireGuard key (32 bytes in base64)")
 
 
 def parse_network(text: object) -> IPNetwork:
     """A CIDR; host bits are masked away, as wg(8) does it."""
     if not isinstance(text, str) or "%" in text:
-        raise ValueError(f"{_short(text)} is no network (CIDR)")
+        raise ValueError(f"{shown(text)} is no network (CIDR)")
     try:
         return ip_network(text.strip())
     except ValueError:
-        raise ValueError(f"{_short(text)} is no network (CIDR)") from None
+        raise ValueError(f"{shown(text)} is no network (CIDR)") from None
 
 
 def parse_interface(text: object) -> IPInterface:
     """An address with its prefix length; without one it is a /32 or /128."""
     if not isinstance(text, str) or "%" in text:
-        raise ValueError(f"{_short(text)} is no address with a prefix length")
+        raise ValueError(f"{shown(text)} is no address with a prefix length")
     try:
         return ip_interface(text.strip())
     except ValueError:
-        raise ValueError(f"{_short(text)} is no address with a prefix length") from None
+        raise ValueError(f"{shown(text)} is no address with a prefix length") from None
 
 
 def parse_address(text: object) -> IPAddress:
     """An address without a zone."""
     if not isinstance(text, str) or "%" in text:
-        raise ValueError(f"{_short(text)} is no address")
+        raise ValueError(f"{shown(text)} is no address")
     try:
         return ip_address(text.strip())
     except ValueError:
-        raise ValueError(f"{_short(text)} is no address") from None
+        raise ValueError(f"{shown(text)} is no address") from None
 
 
 def parse_networks(text: str) -> tuple[IPNetwork, ...]:
@@ -246,7 +250,7 @@ def parse_keepalive(value: object) -> int:
         value = int(value)
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 65535:
         return value
-    raise ValueError(f"{_short(value)} is no number of seconds from 0 to 65535")
+    raise ValueError(f"{shown(value)} is no number of seconds from 0 to 65535")
 
 
 def one_per_family(interfaces: tuple[IPInterface, ...]) -> tuple[IPInterface, ...]:
@@ -280,7 +284,7 @@ def decode_granularity(value: bytes) -> Granularity:
     try:
         return Granularity(text)
     except ValueError:
-        raise RecordError(f"{_short(text)} is no granularity: write location, full or cross") from None
+        raise RecordError(f"{shown(text)} is no granularity: write location, full or cross") from None
 
 
 def decode_subnets(value: bytes) -> tuple[IPNetwork, ...]:
@@ -315,30 +319,25 @@ def adopts(value: bytes | None, before: bytes | None, cluster_id: int) -> bool:
 # --- JSON ----------------------------------------------------------------------------------------------------------
 
 
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def _string(value: object, _type: object = None) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{_short(value)} is no text")
+        raise ValueError(f"{shown(value)} is no text")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{_short(value)} is no Unicode text") from None
+        raise ValueError(f"{shown(value)} is no Unicode text") from None
     return value
 
 
 def _whole(value: object, _type: object = None) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
-        raise ValueError(f"{_short(value)} is no whole number")
+        raise ValueError(f"{shown(value)} is no whole number")
     return value
 
 
 def _port(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 65536:
-        raise ValueError(f"{_short(value)} is no port (1 to 65535)")
+        raise ValueError(f"{shown(value)} is no port (1 to 65535)")
     return value
 
 
@@ -347,21 +346,21 @@ def _endpoint(value: object) -> Endpoint | None:
         return None
     text = _string(value)
     if "%" in text or len(text) > 300:
-        raise ValueError(f"{_short(text)} is no endpoint: write host:port, without a zone")
+        raise ValueError(f"{shown(text)} is no endpoint: write host:port, without a zone")
     return Endpoint.parse(text)
 
 
 def _address_endpoint(value: object) -> Endpoint:
     endpoint = _endpoint(_string(value))
     if endpoint is None or endpoint.address is None:
-        raise ValueError(f"{_short(value)} is no address and port")
+        raise ValueError(f"{shown(value)} is no address and port")
     return endpoint
 
 
 def _items(parse: Callable[[object], Any]) -> Callable[[object], tuple[Any, ...]]:
     def read(value: object) -> tuple[Any, ...]:
         if not isinstance(value, list):
-            raise ValueError(f"{_short(value)} is no list")
+            raise ValueError(f"{shown(value)} is no list")
         if len(value) == 1:  # as most are
             return (parse(value[0]),)
         return tuple(dict.fromkeys(parse(item) for item in value))
@@ -375,7 +374,7 @@ def _chosen(kind: type[StrEnum] | type[CandidateClass]) -> Callable[[object], An
     def read(value: object) -> Any:
         if isinstance(value, (str, int)) and not isinstance(value, bool) and value in members:
             return members[value]
-        raise ValueError(f"{_short(value)} is none of {', '.join(str(member.value) for member in kind)}")
+        raise ValueError(f"{shown(value)} is none of {', '.join(str(member.value) for member in kind)}")
 
     return read
 
@@ -399,13 +398,13 @@ def _number(value: object) -> int:
 
 def _truth(value: object) -> bool:
     if not isinstance(value, bool):
-        raise ValueError(f"{_short(value)} is neither true nor false")
+        raise ValueError(f"{shown(value)} is neither true nor false")
     return value
 
 
 def _tunnel(value: object) -> Tunnel:
     if not isinstance(value, list) or len(value) < len(Tunnel._fields):
-        raise ValueError(f"{_short(value)} is no tunnel: a list of {', '.join(map(_camel, Tunnel._fields))}")
+        raise ValueError(f"{shown(value)} is no tunnel: a list of {', '.join(map(_camel, Tunnel._fields))}")
     key, handshake, received, sent, endpoint = value[: len(Tunnel._fields)]
     return Tunnel(check_key(key), _number(handshake), _whole(received), _whole(sent), _string(endpoint))
 
@@ -489,8 +488,25 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
+def _withholding(parse: Callable[[object], Any], what: str) -> Callable[[object], Any]:
+    """Reads a secret: whatever is wrong with it, the message tells only what kind of value it is."""
+
+    def read_secret(value: object) -> Any:
+        try:
+            return parse(value)
+        except Exception:
+            raise ValueError(f"{described(value)} is no {what}") from None
+
+    return read_secret
+
+
+def _field(attribute: Attribute[Any], parse: Callable[[object], Any]) -> _Field:
+    secret = attribute.metadata.get(SECRET)
+    return _Field(attribute.name, _withholding(parse, secret) if secret else parse)
+
+
 _FIELDS = {
-    record: {_camel(attribute.name): _Field(attribute.name, readers[attribute.name]) for attribute in fields(record)}
+    record: {_camel(attribute.name): _field(attribute, readers[attribute.name]) for attribute in fields(record)}
     for record, readers in _READERS.items()
 }
 """Kind -> its fields in JSON, in their order."""
@@ -595,7 +611,6 @@ def decode_peer(value: bytes) -> PeerRecord:
     """An unknown field is an error."""
     found = read(PeerRecord, value)
     if found.unknown:
-        raise RecordError(
-            f"{', '.join(found.unknown)}: no such field; a peer has {', '.join(sorted(_FIELDS[PeerRecord]))}"
-        )
+        names = ", ".join(map(shown_name, found.unknown))
+        raise RecordError(f"{names}: no such field; a peer has {', '.join(sorted(_FIELDS[PeerRecord]))}")
     return found.record

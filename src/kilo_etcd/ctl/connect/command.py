@@ -18,6 +18,7 @@ from attrs import frozen
 from kilo_etcd.ctl import complete
 from kilo_etcd.ctl.context import Failure, Mesh
 from kilo_etcd.ctl.peer import checked, parse_allowed, parse_peer_name
+from kilo_etcd.quoting import shown_path
 from kilo_etcd.store.keys import encode_name
 from kilo_etcd.store.records import parse_keepalive
 
@@ -169,6 +170,9 @@ def connect_command(
         name = peer or parse_peer_name(socket.gethostname())
     except ValueError as error:
         raise click.UsageError(f"{error}; name this machine: kgctl connect PEER.") from None
+    if private_key is not None and shown_path(str(private_key)) != str(private_key) and not private_key.exists():
+        # It would become the name of a file.
+        raise click.UsageError("--private-key takes the name of a file with the key, not the key itself.")
     setup_logging(log_level)
     _run(
         mesh,
