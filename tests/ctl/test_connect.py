@@ -168,6 +168,30 @@ async def test_it_connects_and_leaves_nothing_behind(world: World) -> None:
     assert nothing_is_left(world), world.etcd.keys("/")
 
 
+async def test_no_record_of_a_peer_leads_another_name_or_anything_out_of_the_mesh_astray(world: World) -> None:
+    async with connected(world):
+        for name, address in {
+            "github.com": "203.0.113.66/32",
+            "wpad": "10.4.77.1/32",
+            "bank": "203.0.113.67/32",
+        }.items():
+            record = PeerRecord(public_key=key_of(ord(name[0])), allowed_ips=(ip_network(address),))
+            await world.etcd.client().put(KEYS.peer(name), encode(record))
+        await eventually(
+            lambda: world.said("bank is not written as 203.0.113.67, which is not routed here"), 10, every=0.1
+        )
+        await trio.sleep(1000)
+        assert world.names is not None
+        assert set(world.names) == {"gcp-1", "gcp-2", "home-1", "laptop", "wpad"}
+        assert "203.0.113" not in str(world.names)
+        assert world.said("wpad is written as wpad.kilo only")
+        assert world.said("not all names of the mesh are written") <= 3
+        for name in ("github.com", "bank"):
+            await world.etcd.client().delete(KEYS.peer(name))
+        await world.etcd.client().delete(KEYS.peer("wpad"))
+        await eventually(lambda: world.said("all names of the mesh are written"), 30, every=0.1)
+
+
 async def test_it_follows_a_failover_a_label_a_new_node_and_granularity(world: World) -> None:
     async with connected(world):
         await world.etcd.client().delete(KEYS.election("gcp", "gcp-1"))

@@ -267,7 +267,7 @@ async def _connect(mesh: Mesh, options: Options) -> None:
                     if options.dry_run:
                         from kilo_etcd.ctl.connect.dryrun import show
 
-                        await show(before, after, wish, settings, device, edges, mesh.etcd)
+                        await show(before, after, wish, settings, device, edges, mesh.etcd, mesh.prefix)
                         return
                     await Connection(wish, settings, client, mesh.prefix, device, edges).run()
 
@@ -299,8 +299,9 @@ async def _write_names(options: Options, prefix: str, names: Any) -> bool:
 
     from kilo_etcd.ctl.connect.hostsfile import write_names
 
+    host = socket.gethostname()
     return await trio.to_thread.run_sync(
-        partial(write_names, names, options.interface, prefix=prefix, own=options.peer)
+        partial(write_names, names, options.interface, prefix=prefix, own=(options.peer, host, host.partition(".")[0]))
     )
 
 

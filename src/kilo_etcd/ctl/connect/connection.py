@@ -104,6 +104,7 @@ class Connection:
         self.kernel = device
         self.edges = edges
         self.client = client
+        self.prefix = prefix
         self.keys = store.Keys(prefix)
         self.mirror = store.Mirror(client, self.keys)
         self.registration = Registration(client, self.keys, wish, self._nudge)
@@ -284,6 +285,8 @@ class Connection:
         plan = resolve_plan(plan, self.resolver.table, self.resolver.failed, self.facts.families())
         protected = (*self.resolver.networks(self.settings.endpoints), *self.facts.underlay())
         plan = protected_plan(plan, protected, snapshot.subnets)
+        # Through the exit node goes everything, so what is of the mesh is told by the plan without it.
+        within = plan
         if self.settings.gateway is not None:
             plan = through(
                 plan, topology, self.settings.gateway, self.resolver.networks(self.settings.endpoints),
@@ -306,16 +309,20 @@ class Connection:
         self.once.errors(
             "plan", (*map(str, report.failures), *(problem.text for problem in plan.problems)), level="warning"
         )
-        await self._write_names(topology)
+        await self._write_names(topology, within)
         self._tell(plan)
 
-    async def _write_names(self, topology: Topology) -> None:
+    async def _write_names(self, topology: Topology, plan: HostPlan) -> None:
         if not self.settings.dns_hosts:
             return
-        names = known_names(topology)
+        known = known_names(topology, plan, self.prefix)
+        if known.left_out:
+            self.once.warning("left out", "not all names of the mesh are written", names=known.left_out_in_short())
+        else:
+            self.once.clear("left out", "all names of the mesh are written")
         try:
-            if await self.edges.write_names(names):
-                self.log.info("names written", names=len(names))
+            if await self.edges.write_names(dict(known.addresses)):
+                self.log.info("names written", names=len(known.addresses))
         except OSError as error:
             self.once.warning("hosts", "the names cannot be written", error=str(error))
         else:

@@ -20,7 +20,7 @@ from kilo_etcd.topology.wayout import through
 
 async def show(
     before: Snapshot, after: Snapshot, wish: Wish, settings: Settings, device: kernel.Kernel, edges: Edges,
-    config: etcd.Config,
+    config: etcd.Config, prefix: str,
 ) -> None:  # fmt: skip
     """Print it; `before` and `after` are the mesh without and with this machine's record. Failure: it is refused."""
     if trouble := new_trouble(before, after):
@@ -33,6 +33,7 @@ async def show(
     plan = resolve_plan(plan, *await resolve_once(plan), facts.families())
     etcd_at = await etcd_networks(config)
     plan = protected_plan(plan, (*facts.underlay(), *etcd_at), after.subnets)
+    within = plan
     if settings.gateway is not None:
         plan = through(plan, topology, settings.gateway, etcd_at)
     for problem in plan.problems:
@@ -40,6 +41,9 @@ async def show(
     for change in await device.preview(plan):
         click.echo(str(change))
     if settings.dns_hosts:
-        for name, addresses in known_names(topology).items():
+        known = known_names(topology, within, prefix)
+        for name, addresses in known.addresses.items():
             click.echo(f"# /etc/hosts: {clean(name)} is {', '.join(map(str, addresses))}")
+        if known.left_out:
+            click.echo(f"# /etc/hosts: not all names are written: {clean(known.left_out_in_short())}")
     click.echo("# nothing was changed (--dry-run)")

@@ -1,51 +1,148 @@
 """The names of nodes and peers as lines of a hosts file, in a block of our own. Pure.
 
-Each is written as `NAME.DOMAIN`, where the domain is the prefix (`/kilo` gives `gcp-1.kilo`), and as bare `NAME` unless
-another line of the file has that name already: what the operator or another mesh said first stays. Everything outside
-the block is kept byte for byte.
+Each is written as `NAME.DOMAIN`, where the domain is the prefix (`/kilo` gives `gcp-1.kilo`), and as bare `NAME` if
+that is a single label that means nothing else: whoever may put a record into etcd must not decide where `github.com` or
+`wpad` leads on this machine. What another line of the file says first stays, and no line leads to an address that does
+not go into the mesh by this connection. Everything outside the block is kept byte for byte.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+
+from attrs import frozen
 
 from kilo_etcd.model import IPAddress, is_dns_name
-from kilo_etcd.topology import Topology
+from kilo_etcd.quoting import shown
+from kilo_etcd.topology import HostPlan, Topology
+
+_SYSTEM = (
+    "localhost localdomain loopback broadcasthost local internal onion arpa alt _gateway _outbound wpad isatap "
+    "metadata instance-data"
+)
+"""What systems, browsers and clouds take for something of their own: RFC 6761 and 6762, nss-myhostname, the discovery
+of proxies, clouds' instance data."""
+_TOP_LEVEL = (
+    "com net org edu gov mil int aero asia biz cat coop info jobs mobi museum name post pro tel travel xxx "
+    "academy agency app art bank blog bot cam center chat click cloud club codes company dev digital directory email "
+    "expert foo free fun fyi games global group guru help host hosting inc ink ing live llc love ltd market media "
+    "mov network new news one online page party photos plus press rocks run services shop site social software "
+    "solutions space store stream studio support systems team tech technology today tools top video vip watch "
+    "website wiki win work world xyz zip zone"
+)
+"""The top-level domains of old and the larger ones of today. The whole list changes every month; what it lacks does
+little harm, since a line answers for exactly its name, and nobody looks `dev` up."""
+_TAKEN = frozenset(f"{_SYSTEM} {_TOP_LEVEL}".split())
 
 
 def domain(prefix: str) -> str:
-    """`/kilo` is `kilo`, `/corp/emea` is `emea.corp`."""
+    """`/kilo` is `kilo`, `/corp/emea` is `emea.corp`. Never within a top-level domain: `/dev` is `dev.mesh`."""
     parts = (re.sub(r"[^a-z0-9]+", "-", part.lower()).strip("-")[:63].strip("-") for part in prefix.split("/"))
-    return ".".join(reversed([part for part in parts if part])) or "mesh"
+    labels = [part for part in parts if part]
+    if labels and _taken_elsewhere(labels[0]):
+        labels.insert(0, "mesh")
+    return ".".join(reversed(labels)) or "mesh"
 
 
-def known_names(topology: Topology) -> dict[str, tuple[IPAddress, ...]]:
-    """Name -> addresses, of all nodes and all peers that have an address. A node's name is not given to a peer."""
+def _taken_elsewhere(label: str) -> bool:
+    # Two letters are, or may become, a country; ip6-localhost and the like stand in hosts(5).
+    return (len(label) == 2 and label.isalpha()) or label.startswith("ip6-") or label in _TAKEN
+
+
+def may_be_bare(name: str) -> bool:
+    """Whether a name may stand without the mesh's domain, as far as the name itself tells."""
+    return "." not in name and not _taken_elsewhere(name.lower())
+
+
+@frozen
+class Known:
+    """The names to be written."""
+
+    addresses: Mapping[str, tuple[IPAddress, ...]]
+    left_out: tuple[str, ...]
+    """What is not written, or not bare, and why; in clauses."""
+
+    def left_out_in_short(self, most: int = 5) -> str:
+        """The first of it, and how many there are beside."""
+        more = len(self.left_out) - most
+        return "; ".join((*self.left_out[:most], *([f"and {more} more"] if more > 0 else [])))
+
+
+def known_names(topology: Topology, plan: HostPlan, prefix: str) -> Known:
+    """The names of all nodes and all peers, with those of their addresses that `plan`, this machine's, sends into the
+    mesh. A node's name is not given to a peer."""
     found: dict[str, tuple[IPAddress, ...]] = {}
+    left_out: list[str] = []
+    taken: set[str] = set()
+    reach = _Reach(plan)
+    for name, addresses in _offered(topology):
+        # Letters' case counts in etcd, and not in a name.
+        if name.lower() in taken or not addresses:
+            continue
+        taken.add(name.lower())
+        # A peer's name is any text.
+        if not is_dns_name(name) or name.endswith("."):
+            left_out.append(f"{shown(name)} is not a host name")
+            continue
+        # A family that the machine has no address in is of no use here, and nobody misses it.
+        addresses = tuple(address for address in addresses if address.version in reach.families)
+        strange = [address for address in addresses if not reach.holds(address)]
+        left_out += [f"{name} is not written as {address}, which is not routed here" for address in strange]
+        if written := tuple(address for address in addresses if address not in strange):
+            found[name] = written
+            if not may_be_bare(name):
+                left_out.append(f"{name} is written as {name}.{domain(prefix)} only")
+    return Known(found, tuple(left_out))
+
+
+def _offered(topology: Topology) -> Iterator[tuple[str, tuple[IPAddress, ...]]]:
     for name in sorted(topology.snapshot.nodes):
-        found[name] = topology.snapshot.nodes[name].mesh_addresses
+        yield name, topology.snapshot.nodes[name].mesh_addresses
     for name in sorted(topology.peers):
-        single = (n.network_address for n in topology.peers[name].allowed_ips if n.num_addresses == 1)
-        found.setdefault(name, tuple(single))
-    # A peer's name is any text.
-    return {name: addresses for name, addresses in found.items() if addresses and is_dns_name(name)}
+        yield name, tuple(n.network_address for n in topology.peers[name].allowed_ips if n.num_addresses == 1)
+
+
+class _Reach:
+    """What goes into the mesh by a plan."""
+
+    def __init__(self, plan: HostPlan) -> None:
+        self._own = {address.ip for address in plan.addresses}
+        self.families = {address.version for address in self._own}
+        self._networks: dict[int, dict[int, set[int]]] = {4: {}, 6: {}}
+        """Family -> by how many bits a network's address is shifted -> the networks."""
+        for network in plan.routes:
+            shift = network.max_prefixlen - network.prefixlen
+            self._networks[network.version].setdefault(shift, set()).add(int(network.network_address) >> shift)
+
+    def holds(self, address: IPAddress) -> bool:
+        """Whether packets to it go into the mesh, or it is the machine's own there."""
+        number = int(address)
+        shifts = self._networks[address.version].items()
+        return address in self._own or any(number >> shift in networks for shift, networks in shifts)
 
 
 def with_block(
-    text: bytes, interface: str, names: Mapping[str, tuple[IPAddress, ...]] | None, *, prefix: str, own: str = ""
+    text: bytes,
+    interface: str,
+    names: Mapping[str, tuple[IPAddress, ...]] | None,
+    *,
+    prefix: str,
+    own: Collection[str] = (),
 ) -> bytes:
-    """The file with the block of `interface` saying `names`; None: without the block. `own` is never written bare."""
+    """The file with the block of `interface` saying `names`; None: without the block. `own`, the machine's names, are
+    never written bare."""
     # In its place, if it has one: of several blocks each may be written at any time.
     head, tail = _around(text, interface)
     if not names:
         return head + tail
-    taken = {own.lower(), "localhost", *_names_in(head), *_names_in(tail)}
+    taken = {*map(str.lower, own), *_names_in(head), *_names_in(tail)}
     suffix = domain(prefix)
     lines = [_begin(interface).decode() + f" (kgctl connect writes it for {prefix}, and removes it at its end)"]
     for name, addresses in names.items():
-        bare = "" if name.lower() in taken else f" {name}"
-        lines += [f"{address} {name}.{suffix}{bare}" for address in addresses]
+        written = [f"{name}.{suffix}", *([name] if may_be_bare(name) else [])]
+        if free := " ".join(one for one in written if one.lower() not in taken):
+            lines += [f"{address} {free}" for address in addresses]
     lines.append(_end(interface).decode())
     gap = b"" if not head or head.endswith(b"\n") else b"\n"
     return head + gap + "\n".join(lines).encode() + b"\n" + tail
