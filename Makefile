@@ -59,5 +59,6 @@ format:
 	.venv/bin/ruff format
 
 clean:
+	@[ -f scripts/setup ] && [ -d src/kilo_etcd ] || { echo 'make clean: this directory is not a checkout of kilo-etcd' >&2; exit 1; }
 	rm -rf .venv build dist mesh.svg .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find src tests bench -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -20,11 +20,12 @@ from kilo_etcd.lab.client import Lab
 from kilo_etcd.lab.spec import Spec
 
 PUT = """
+acknowledged=$(mktemp) || exit
 date +%s.%N
-etcdctl put -w json -- "$1" "$2" >/tmp/acknowledged || exit
-stat -c %.9Y /tmp/acknowledged
-cat /tmp/acknowledged
-rm /tmp/acknowledged
+etcdctl put -w json -- "$1" "$2" >"$acknowledged" || exit
+stat -c %.9Y "$acknowledged"
+cat "$acknowledged"
+rm "$acknowledged"
 """
 
 

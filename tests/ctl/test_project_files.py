@@ -190,6 +190,17 @@ def test_without_sudo_an_ordinary_user_is_told_what_root_has_to_run(machine: Pat
     assert not (machine / "apt.log").exists()
 
 
+def test_make_clean_removes_nothing_of_another_directory(tmp_path: Path) -> None:
+    for name in ("build", "dist", ".venv", "src"):
+        (tmp_path / name).mkdir()
+    done = subprocess.run(
+        ["make", "-f", ROOT / "Makefile", "clean"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert "this directory is not a checkout of kilo-etcd" in done.stderr
+    assert len(list(tmp_path.iterdir())) == 4
+
+
 def test_what_the_troubleshooting_page_quotes_is_what_the_program_says() -> None:
     sources = "\n".join(path.read_text() for path in sorted((ROOT / "src").rglob("*.py")))
     # Sentences are written over several lines, as adjacent literals.

@@ -38,6 +38,18 @@ def test_a_named_kernel_that_is_none_is_refused(tmp_path: Path) -> None:
         assert done.stderr.startswith(f"guest: KILO_UML names {named}, which is no executable file")
 
 
+def test_no_kernel_is_taken_from_a_cache_that_others_can_write_to(tmp_path: Path) -> None:
+    script = checkout(tmp_path)
+    cache = tmp_path / "cache" / "kilo-etcd"
+    cache.mkdir(parents=True)
+    cache.chmod(0o777)
+    mark = hashlib.sha256(script.with_name("guest.config").read_bytes()).hexdigest()[:12]
+    (cache / f"linux-6.12.1-um-{mark}").touch()
+    done = guest(script, "kernel", XDG_CACHE_HOME=str(tmp_path / "cache"))
+    assert done.returncode == 2
+    assert done.stderr == f"guest: others can write to {cache}; set XDG_CACHE_HOME to a directory of your own\n"
+
+
 def test_a_kernel_built_from_this_configuration_is_taken_and_no_other(tmp_path: Path) -> None:
     script = checkout(tmp_path)
     cache = tmp_path / "cache" / "kilo-etcd"

@@ -14,6 +14,7 @@ import click
 
 from kilo_etcd import __version__
 from kilo_etcd.ctl.context import Failure
+from kilo_etcd.wholefile import write_whole
 
 _EXIT = {
     "0": "Done, and well.",
@@ -34,7 +35,7 @@ def man_command(directory: Path) -> None:
         file = directory / f"man{section}" / f"{name}.{section}"
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(page(command, name, section, date.today()))
+            write_whole(file, page(command, name, section, date.today()).encode())
         except OSError as error:
             raise Failure(f"{file} cannot be written: {error.strerror}; choose a directory of yours") from None
         click.echo(str(file))

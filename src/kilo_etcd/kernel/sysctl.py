@@ -16,6 +16,7 @@ import os
 from pathlib import Path
 
 from kilo_etcd.kernel.state import AllowPings, KeepAdvertisements, RestoreSysctl, SetForwarding
+from kilo_etcd.wholefile import write_whole
 
 _ROOT = Path("/proc/sys")
 
@@ -58,7 +59,7 @@ def change_to(change: SetForwarding | AllowPings | KeepAdvertisements, record: P
         former[change.path] = before
         try:
             record.parent.mkdir(parents=True, exist_ok=True)
-            record.write_text(json.dumps({"namespace": _namespace(), "before": former}))
+            write_whole(record, json.dumps({"namespace": _namespace(), "before": former}).encode())
         except OSError:
             return  # without a record cleanup leaves the sysctl as it is, which is the safe side
 
@@ -102,6 +103,10 @@ def _load(record: Path) -> dict[str, str]:
         data = json.loads(record.read_text())
         if data["namespace"] != _namespace():
             return {}
-        return {path: value for path, value in data["before"].items() if path.startswith("net/") and ".." not in path}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {
+            path: value
+            for path, value in data["before"].items()
+            if path.startswith("net/") and ".." not in path and isinstance(value, str)
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
