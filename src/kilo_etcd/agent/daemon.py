@@ -346,7 +346,7 @@ class Daemon:
             follows = await self._insist(self.mirror.judge)
             if follows:
                 return await self._insist(self._settings)
-        remembered = await self.keeper.remember(kept)
+        remembered = await self.keeper.remember(kept, fits=self._fits)
         await nursery.start(self.resolver.run)
         await nursery.start(self.mirror.run)
         if remembered is not None:
@@ -372,6 +372,9 @@ class Daemon:
         if not self.config.renumber:
             subnets = await self.session.subnets_in_force(subnets)
         return granularity, subnets
+
+    def _fits(self, snapshot: Snapshot) -> str | None:
+        return too_small_for(self.config.mtu, snapshot.subnets)
 
     def _take_subnets(self, subnets: tuple[IPNetwork, ...]) -> None:
         if reason := too_small_for(self.config.mtu, subnets):

@@ -74,11 +74,14 @@ class Keeper:
             return None
         return found
 
-    async def remember(self, kept: Kept) -> Remembered | None:
-        """The mesh that is kept, if it is of use; if it is not, that is said."""
+    async def remember(self, kept: Kept, *, fits: Callable[[Snapshot], str | None]) -> Remembered | None:
+        """The mesh that is kept, if it is of use; if it is not, that is said. `fits`: why it cannot be of use to this
+        host, in a sentence; None: it can."""
         assert self._disk is not None
         try:
             found: Remembered = await self._disk.run(kept.remembered)
+            if (reason := fits(found.snapshot)) is not None:
+                raise Unusable(reason)
         except Unusable as error:
             self._unusable(error)
             return None

@@ -22,7 +22,7 @@ from kilo_etcd.ctl.manifest import NamedPeer, as_text, exact_network, manifest, 
 from kilo_etcd.ctl.output import show
 from kilo_etcd.ctl.render import NONE, Table, clean
 from kilo_etcd.model import Endpoint, Snapshot
-from kilo_etcd.quoting import shown_path
+from kilo_etcd.quoting import shown, shown_path
 from kilo_etcd.store import operator
 from kilo_etcd.store.keys import Keys, PeerKey, claimant
 from kilo_etcd.store.records import PeerRecord, RecordError, check_key, decode_peer, encode, parse_keepalive
@@ -42,7 +42,7 @@ def parse_peer_name(text: str) -> str:
     if not text:
         raise ValueError("the peer's name is empty")
     if "/" in text or any(c.isspace() or not c.isprintable() for c in text):
-        raise ValueError(f"{text!r} is no peer name; leave out '/', white space and control characters")
+        raise ValueError(f"{shown(text)} is no peer name; leave out '/', white space and control characters")
     if len(text.encode()) > 253:
         raise ValueError("the peer's name is longer than 253 bytes")
     return text

@@ -78,9 +78,11 @@ def known_names(topology: Topology, plan: HostPlan, prefix: str) -> Known:
     reach = _Reach(plan)
     for name, addresses in _offered(topology):
         # Letters' case counts in etcd, and not in a name.
-        if name.lower() in taken or not addresses:
+        if name.lower() in taken:
             continue
         taken.add(name.lower())
+        if not addresses:
+            continue
         # A peer's name is any text.
         if not is_dns_name(name) or name.endswith("."):
             left_out.append(f"{shown(name)} is not a host name")
