@@ -13,7 +13,7 @@ from typing import Final
 SECRET: Final = "secret"
 """Key in the metadata of an attrs field whose value is never shown; there it says what the value is."""
 
-_MAY_BE_A_KEY = re.compile(r"[A-Za-z0-9+/_=-]{32}").search
+_MAY_BE_A_KEY = re.compile(r"[A-Za-z0-9+/=]{32}").search
 """A key of 32 bytes has 44 digits in base64, 64 in hex; a mistyped one has fewer."""
 _IS_A_PASTED_KEY = re.compile(r"[A-Za-z0-9+][A-Za-z0-9+/=]{38,46}").fullmatch
 """Where a path belongs, which rarely is of that length without any point, dash or slash at its beginning."""

@@ -32,6 +32,8 @@ MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 
         ("&a {kind: List, items: [*a]}", "stands for something around it"),
         ("&a {? *a : 1}", "stands for something around it"),
         ("spec: &a {<<: *a}", "stands for something around it"),
+        # Not even if nodes of an earlier document were in the same place in memory.
+        ("&a [[], []]\n---\n" * 50 + "&a [*a]", "stands for something around it"),
         (BOMB, "holds more than 1000000 values"),
         (f"kind: List\n{BOMB}items: [*a29]", "holds more than 1000000 values"),
         (MERGES, "holds more than 1000000 values"),

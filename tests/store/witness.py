@@ -46,7 +46,7 @@ def short(value: object) -> str:
     if value is not None:
         run = 0
         for letter in str(value):
-            run = run + 1 if letter.isascii() and (letter.isalnum() or letter in "+/_=-") else 0
+            run = run + 1 if letter.isascii() and (letter.isalnum() or letter in "+/=") else 0
             if run == 32:  # It may be a key.
                 return described(value)
     text = repr(value)

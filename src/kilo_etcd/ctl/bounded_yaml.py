@@ -3,8 +3,7 @@
 A few lines of YAML can mean a list that holds itself, or billions of items, by aliases (`*name`); a few thousand
 brackets are enough to exhaust a recursive reader. Here a text has a greatest depth and number of values, where what an
 alias stands for counts as often as it is used. Ordinary anchors, aliases and merge keys work. The caller bounds the
-text's size.
-No message quotes the text, which may hold preshared keys.
+text's size. No message quotes the text, which may hold preshared keys.
 """
 
 from __future__ import annotations
@@ -28,8 +27,9 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
         super().__init__(text)
         self._open: list[Any] = []
         """The nodes that are being composed, outermost first."""
-        self._weights: dict[int, int] = {}
-        """Collection -> how many values it stands for, with all within."""
+        self._weights: dict[int, tuple[Any, int]] = {}
+        """Identity of a node with an anchor -> the node (so that no other gets its identity), and how many values it
+        stands for, with all within."""
         self._values = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
@@ -45,11 +45,11 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
             # An anchor is known as soon as its node begins, and has a weight when it has ended.
             if id(node) not in self._weights:
                 raise _Refused("has an alias that stands for something around it")
-            self._values += self._weights[id(node)]
+            self._values += self._weights[id(node)][1]
         else:
             self._values += 1
             if name is not None:
-                self._weights[id(node)] = self._values - before
+                self._weights[id(node)] = node, self._values - before
         if self._values > MAX_VALUES:
             raise _Refused(f"holds more than {MAX_VALUES} values, aliases written out")
         return node

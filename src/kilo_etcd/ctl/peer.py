@@ -229,14 +229,14 @@ def read_text(file: str) -> str:
         else:
             with Path(file).open("rb") as opened:
                 raw = opened.read(MAX_FILE + 1)
-        text = raw.decode()
     except OSError as error:
         raise Failure(f"{shown_path(file)} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise Failure(f"{source} is not UTF-8 text") from None
     if len(raw) > MAX_FILE:
         raise Failure(f"{source} is larger than {MAX_FILE} bytes; split it")
-    return text
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        raise Failure(f"{source} is not UTF-8 text") from None
 
 
 def _key_in(path: Path) -> str:

@@ -317,7 +317,8 @@ class Connection:
             return
         known = known_names(topology, plan, self.prefix)
         if known.left_out:
-            self.once.warning("left out", "not all names of the mesh are written", names=known.left_out_in_short())
+            short = known.left_out_in_short()
+            self.once.error("left out", "not all names of the mesh are written", level="info", names=short)
         else:
             self.once.clear("left out", "all names of the mesh are written")
         try:

@@ -3,9 +3,9 @@
 The file is replaced whole (written aside, synced, renamed), with its mode, owner and extended attributes, so that
 nobody ever reads half of it. It is written in place only if it cannot be replaced: it is a mount of its own, as in a
 container, or its directory cannot be written to. Then nothing before our block is touched, room is reserved first, and
-what was there is put back if anything fails. Whatever fails, the file is as it was before, and the error says so.
+what was there is put back if a step fails. After an error the file is as it was before, and the error says so.
 
-Several runs take turns; what another program changes meanwhile is read again. A symbolic link stays one.
+Several runs take turns. If another program changes the file meanwhile, it is read again. A symbolic link stays one.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The names of nodes and peers as lines of a hosts file, in a block of our own. Pure.
 
 Each is written as `NAME.DOMAIN`, where the domain is the prefix (`/kilo` gives `gcp-1.kilo`), and as bare `NAME` if
-that is a single label that means nothing else: whoever may put a record into etcd must not decide where `github.com` or
-`wpad` leads on this machine. What another line of the file says first stays, and no line leads to an address that does
-not go into the mesh by this connection. Everything outside the block is kept byte for byte.
+that is a single label that means nothing else: the author of a record must not decide where `github.com` or `wpad`
+leads on this machine. Other lines of the file keep their names, and no line leads to an address that this connection
+does not send into the mesh (decision 0026). Everything outside the block is kept byte for byte.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def known_names(topology: Topology, plan: HostPlan, prefix: str) -> Known:
         if not is_dns_name(name) or name.endswith("."):
             left_out.append(f"{shown(name)} is not a host name")
             continue
-        # A family that the machine has no address in is of no use here, and nobody misses it.
+        # The machine has no use for a family in which it has no address.
         addresses = tuple(address for address in addresses if address.version in reach.families)
         strange = [address for address in addresses if not reach.holds(address)]
         left_out += [f"{name} is not written as {address}, which is not routed here" for address in strange]
