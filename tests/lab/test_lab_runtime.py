@@ -90,13 +90,17 @@ def test_in_our_own_subdirectory_too_only_what_a_lab_has_made_is_removed(home: P
         assert running_labs() == ["empty"]
 
 
-def test_a_link_in_the_place_of_the_subdirectory_is_not_followed(home: Path) -> None:
+def test_a_link_in_the_place_of_the_subdirectory_is_not_followed(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (home / SUBDIRECTORY).symlink_to(home / "photos")
     with pytest.raises(LabError, match=f"{SUBDIRECTORY} is a symbolic link; set {VARIABLE}"), hold("a"):
         pass
     with pytest.raises(LabError, match="is a symbolic link"):
         running_labs()
     assert (home / "photos/2025/a.jpg").exists()
+    monkeypatch.setenv(VARIABLE, "/proc/nowhere")
+    with pytest.raises(LabError, match="/proc/nowhere/kilo-lab cannot be made: No such file"), hold("a"):
+        pass
+    monkeypatch.setenv(VARIABLE, str(home))
     (home / SUBDIRECTORY).unlink()
     (home / SUBDIRECTORY).symlink_to(home / "nowhere")
     with pytest.raises(LabError, match="cannot be made: File exists"), hold("a"):

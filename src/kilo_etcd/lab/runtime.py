@@ -149,11 +149,14 @@ def _locked(base: Path) -> Iterator[int]:
     while True:
         try:
             base.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            if isinstance(error, FileExistsError) and (base.is_dir() or not os.path.lexists(base)):
+                continue  # Another run has removed it at this very moment.
+            raise _unfit(base, f"cannot be made: {error.strerror}") from None
+        try:
             fd = _open_base(base)
         except FileNotFoundError:
             continue
-        except OSError as error:
-            raise _unfit(base, f"cannot be made: {error.strerror}") from None
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
             # A lab that ended meanwhile removes the directory when it was the last.
