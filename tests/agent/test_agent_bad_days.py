@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -32,6 +33,7 @@ from kilo_etcd.testing.etcd_server import EtcdServer, Options
 pytestmark = [pytest.mark.root, pytest.mark.etcd, pytest.mark.usefixtures("own_namespaces")]
 
 BIN = Path(sys.executable).parent
+KGCTL = shlex.quote(str(BIN / "kgctl"))
 KEYS = ("AgICAgICAgICAgICAgICAgICAgICAgICAgICAgICAgI=", "AwMDAwMDAwMDAwMDAwMDAwMDAwMDAwMDAwMDAwMDAwM=")
 READY = "leader elected|this host is a segment"
 NO_CAPABILITY = ("setpriv", "--bounding-set", "-net_admin", "--inh-caps", "-net_admin")
@@ -241,7 +243,7 @@ async def test_what_the_operator_has_on_the_host_is_left_alone_and_reported_unti
         async with h1.agent("--resync-period", "1s") as agent:
             await h1.settled(collision)
             assert re.search(collision, health()[1])
-            assert re.search(collision, sh(f"{BIN}/kgctl --endpoints {h1.server.endpoint} status"))
+            assert re.search(collision, sh(f"{KGCTL} --endpoints {h1.server.endpoint} status"))
             assert "dev kilo0" not in sh("ip route show 10.4.0.0/16")
             sh("ip route del 10.4.0.0/16 dev eth1")
             await h1.settled()
@@ -400,7 +402,7 @@ async def test_an_etcd_that_lost_its_data_is_not_followed_and_health_says_so(tmp
             assert "kgctl mesh adopt" in health()[1]
             assert len(re.findall(lost, agent.log())) == 1
             assert await h1.etcdctl("get", "--prefix", "/kilo", "--keys-only") == ""
-            sh(f"{BIN}/kgctl --endpoints {h1.server.endpoint} mesh adopt --yes")
+            sh(f"{KGCTL} --endpoints {h1.server.endpoint} mesh adopt --yes")
             await eventually(lambda: health() == (200, "ok") and not sh("wg show kilo0 peers"), 60)
             assert "/kilo/nodes/h1" in await h1.etcdctl("get", "--prefix", "/kilo", "--keys-only")
 

@@ -6,7 +6,6 @@ import os
 import pwd
 import shutil
 import signal
-import stat
 import subprocess
 import sys
 import tempfile
@@ -16,7 +15,9 @@ from pathlib import Path
 import pytest
 import trio
 
+import kilo_etcd
 from helpers import eventually, require
+from helpers_packages import copy_requirements
 from kilo_etcd.lab import Spec, running_lab, running_labs
 from kilo_etcd.lab.runtime import VARIABLE
 
@@ -135,44 +136,57 @@ async def test_kgctl_lab_run_gives_the_status_of_its_command(tmp_path: Path) -> 
     assert (done.stderr, done.returncode) == (f"kgctl: {file}: site is missing\n".encode(), 1)
 
 
-def interpreter_for_nobody() -> str:
-    """A Python of this version that a user without rights may run."""
-    for candidate in (
-        sys.executable,
-        shutil.which(f"python3.{sys.version_info.minor}", path="/usr/local/bin:/usr/bin"),
-    ):
-        if candidate is None:
-            continue
-        path = Path(candidate).resolve()
-        if all(parent.stat().st_mode & stat.S_IXOTH for parent in [path, *path.parents]):
-            return candidate
-    pytest.fail("needs a Python that every user may run: apt-get install python3", pytrace=False)
+def as_nobody(base: Path) -> tuple[list[str], dict[str, str]]:
+    """A command that runs this Python as the user nobody, and its environment; both need the directory `base`.
+
+    Others can read neither the checkout nor the Python if they are below a home directory. The packages that the lab
+    imports are copied, since their own modes may be as closed as their directories (umask 077). The Python is bound, in
+    a mount namespace of the command's own.
+    """
+    nobody = pwd.getpwnam("nobody")
+    require("setpriv", "unshare", "mount")
+    packages, python = base / "packages", base / "python"
+    shutil.copytree(Path(kilo_etcd.__file__).parent, packages / "kilo_etcd")
+    copy_requirements(packages)
+    python.mkdir()
+    subprocess.run(["chmod", "-R", "a+rX", packages, python], check=True)
+    program = python / Path(sys.executable).resolve().relative_to(Path(sys.base_prefix).resolve())
+    bind = 'mount --bind "$0" "$1" && shift && exec "$@"'
+    command = [
+        *("unshare", "--mount", "sh", "-c", bind, sys.base_prefix, str(python)),
+        *("setpriv", "--reuid", str(nobody.pw_uid), "--regid", str(nobody.pw_gid), "--clear-groups", str(program)),
+    ]  # fmt: skip
+    return command, {
+        "PYTHONHOME": str(python),
+        "PYTHONPATH": str(packages),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "LD_LIBRARY_PATH": str(python / "lib"),  # where a Python with a shared library finds that
+    }
 
 
-def open_directory() -> Path:
+@pytest.fixture
+def open_directory() -> Iterator[Path]:
+    """A directory that others may enter, which pytest's are not."""
     base = Path(tempfile.mkdtemp(prefix="kilo-lab-test-"))
-    base.chmod(0o777)
-    return base
+    base.chmod(0o755)
+    yield base
+    shutil.rmtree(base)
 
 
-async def test_without_root() -> None:
+async def test_without_root(open_directory: Path) -> None:
     if os.geteuid() == 0:
-        nobody = pwd.getpwnam("nobody")
-        require("setpriv")
-        prefix = ["setpriv", "--reuid", str(nobody.pw_uid), "--regid", str(nobody.pw_gid), "--clear-groups"]
-        python = interpreter_for_nobody()
+        command, env = as_nobody(open_directory)
     else:
-        prefix, python = [], sys.executable
-    # pytest's directories are closed to others.
-    base = open_directory()
-    env = {**os.environ, "PYTHONPATH": ":".join(filter(None, sys.path)), VARIABLE: str(base), "HOME": "/"}
-    try:
-        done = await trio.run_process(
-            [*prefix, python, "-c", RUN, "rootless"], env=env, capture_stdout=True, capture_stderr=True, check=False
-        )
-        assert done.returncode == 0, done.stderr.decode()
-        assert done.stdout == b"0\n"
-        assert os.listdir(base) == []
-    finally:
-        shutil.rmtree(base)
+        command, env = [sys.executable], {"PYTHONPATH": ":".join(filter(None, sys.path))}
+    labs = open_directory / "labs"
+    labs.mkdir()
+    os.chmod(labs, 0o777)
+    done = await trio.run_process(
+        [*command, "-c", RUN, "rootless"],
+        env={**os.environ, **env, VARIABLE: str(labs), "HOME": "/"},
+        cwd="/", capture_stdout=True, capture_stderr=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout == b"0\n"
+    assert os.listdir(labs) == []
     assert lab_processes("rootless") == []

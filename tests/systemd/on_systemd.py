@@ -11,7 +11,7 @@ import base64
 import json
 import os
 import re
-import shutil
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,12 +19,12 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib import metadata
 from ipaddress import ip_interface
 from pathlib import Path
 
 import pytest
 
+from helpers_packages import copy_requirements
 from kilo_etcd.model import Endpoint
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import NodeRecord, encode
@@ -130,22 +130,7 @@ def borrowed_packages() -> Iterator[None]:
     (site / "tests.pth").write_text(f"{ours}\n")
     yield
     (site / "tests.pth").unlink()
-    wanted, seen = ["kilo-etcd"], set[str]()
-    while wanted:
-        name = re.split(r"[^A-Za-z0-9_.-]", wanted.pop(), maxsplit=1)[0].lower()
-        if name in seen:
-            continue
-        seen.add(name)
-        try:
-            distribution = metadata.distribution(name)
-        except metadata.PackageNotFoundError:
-            continue  # for another Python or system
-        wanted += [line for line in distribution.requires or () if "extra ==" not in line]
-        for file in distribution.files or () if name != "kilo-etcd" else ():
-            source = Path(str(file.locate()))
-            if source.is_relative_to(ours) and source.suffix != ".pyc":
-                (site / file).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(source, site / file)
+    copy_requirements(site)
 
 
 def test_it_installs_by_the_readmes_own_lines() -> None:
@@ -158,7 +143,7 @@ def test_it_installs_by_the_readmes_own_lines() -> None:
             with borrowed_packages():
                 run(f"{line} --no-index --no-deps --no-build-isolation --disable-pip-version-check", cwd=source)
             continue
-        run(line.replace("python3 -m venv", f"{sys.executable} -m venv"), cwd=ROOT)
+        run(line.replace("python3 -m venv", f"{shlex.quote(sys.executable)} -m venv"), cwd=ROOT)
     assert run("kg --version").stdout.startswith("kg")
     assert Path("/usr/local/bin/kgctl").resolve().parent == Path("/opt/kilo-etcd/bin")
     assert ENVIRONMENT.stat().st_mode & 0o777 == 0o600
