@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import os
 import random
+import shlex
 import signal
 import socket
 import sys
@@ -202,7 +203,7 @@ def measure(backend: Backend) -> None:
         build(world)
         if world == "kilo":
             for host in HOSTS:
-                at(world, host, f"exec {sys.executable} {__file__} {host}")
+                at(world, host, f"exec {shlex.join([sys.executable, __file__, host])}")
         else:
             by_hand(world, backend)
     servers = [serve(world) for world in WORLDS]

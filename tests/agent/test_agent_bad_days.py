@@ -199,7 +199,7 @@ async def test_a_wireguard_device_of_the_operators_keeps_its_key_and_peers(tmp_p
             f"the interface name kilo0 is taken by a device that is not ours (a WireGuard device of somebody else's, "
             f"with public key {key}): choose another name with --interface, or remove it with `ip link del kilo0`"
         )
-        sh(" ".join([*h1.command(), "cleanup"]))
+        sh(shlex.join([*h1.command(), "cleanup"]))
         assert sh("wg showconf kilo0; ip -o address show dev kilo0") == before
         async with h1.agent("--interface", "kilo1"):
             # Ours, although the host has got another key meanwhile: our routes lead there.
@@ -433,7 +433,7 @@ async def test_a_host_boots_into_its_last_known_mesh_while_etcd_is_away(tmp_path
             assert agent.said("this host has joined again") == 1
             await h1.add_node("n3", 3, "c")
             await eventually(lambda: KEYS[1] in on_the_host())
-        sh(" ".join([*h1.command(), "cleanup"]))
+        sh(shlex.join([*h1.command(), "cleanup"]))
         assert [path.name for path in h1.state.iterdir()] == ["key"]
 
 
