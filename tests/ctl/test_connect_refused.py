@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.root,
     pytest.mark.etcd,
     pytest.mark.usefixtures("own_namespaces"),
-    pytest.mark.deadline(180),
+    pytest.mark.deadline(600),
 ]
 
 KGCTL = str(Path(sys.executable).with_name("kgctl"))

@@ -19,7 +19,7 @@ from kernel_worlds import PRIVATE, key, lines, peer, plan, tunnel
 from helpers import eventually
 from kilo_etcd.kernel import Setup, open_kernel
 
-pytestmark = [pytest.mark.root, pytest.mark.usefixtures("own_namespaces"), pytest.mark.deadline(300)]
+pytestmark = [pytest.mark.root, pytest.mark.usefixtures("own_namespaces"), pytest.mark.deadline(1000)]
 
 MESH = tunnel("10.4.0.0/16", "10.4.0.1")
 KERNEL = Setup(private_key=PRIVATE, wireguard="kernel")

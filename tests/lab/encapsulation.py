@@ -22,7 +22,7 @@ from helpers import eventually, require
 from kilo_etcd.lab.client import Lab, running_lab
 from kilo_etcd.lab.spec import HostSpec, SiteSpec, Spec
 
-pytestmark = [pytest.mark.lab, pytest.mark.deadline(480)]
+pytestmark = [pytest.mark.lab, pytest.mark.deadline(1000)]
 
 IPIP = os.environ.get("KILO_HAS_IPIP") is not None
 WITHIN = 60 if IPIP else 30

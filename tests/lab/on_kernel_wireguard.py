@@ -24,7 +24,7 @@ from test_way_out import MESH6, in_an_ipv6_mesh
 from helpers import eventually
 from kilo_etcd.lab.client import Lab
 
-pytestmark = [pytest.mark.lab, pytest.mark.deadline(480)]
+pytestmark = [pytest.mark.lab, pytest.mark.deadline(1000)]
 
 WITHIN = 30
 """Seconds for all pairs to ping after a change."""

@@ -10,7 +10,7 @@ import pytest
 
 from planned import handed_over, nothing_moves, planned_world
 
-pytestmark = [pytest.mark.lab, pytest.mark.deadline(560)]
+pytestmark = [pytest.mark.lab, pytest.mark.deadline(1000)]
 
 
 async def test_what_an_operator_does_on_the_kernels_wireguard() -> None:

@@ -14,7 +14,7 @@ from helpers import eventually, require
 from kilo_etcd.lab.client import Completed, Lab, running_lab
 from kilo_etcd.lab.spec import Spec
 
-pytestmark = [pytest.mark.lab, pytest.mark.deadline(300)]
+pytestmark = [pytest.mark.lab, pytest.mark.deadline(600)]
 
 KG = str(Path(sys.executable).parent / "kg")
 

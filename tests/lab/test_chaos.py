@@ -16,7 +16,7 @@ from test_mesh_scenarios import status, world
 from helpers import eventually
 from kilo_etcd.lab.client import Lab
 
-pytestmark = [pytest.mark.lab, pytest.mark.deadline(300)]
+pytestmark = [pytest.mark.lab, pytest.mark.deadline(600)]
 
 SEED = int(os.environ.get("KILO_CHAOS", "1"))
 HOSTS = {"gcp": 3, "home": 2}

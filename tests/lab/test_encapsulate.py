@@ -9,7 +9,7 @@ from helpers_guest import pytest_in_guest
 
 
 @pytest.mark.lab
-@pytest.mark.deadline(300)
+@pytest.mark.deadline(600)
 async def test_each_mode_on_a_kernel_without_ipip() -> None:
     await without_ipip()
 

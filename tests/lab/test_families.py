@@ -14,7 +14,7 @@ from helpers import eventually, require
 from kilo_etcd.lab.client import Lab, running_lab
 from kilo_etcd.lab.spec import HostSpec, SiteSpec, Spec
 
-pytestmark = [pytest.mark.lab, pytest.mark.deadline(300)]
+pytestmark = [pytest.mark.lab, pytest.mark.deadline(600)]
 
 BOTH = ("--subnet", "10.4.0.0/16,fd00:4::/64")
 SIX = ("--subnet", "fd00:4::/64", "--encapsulate", "wireguard")

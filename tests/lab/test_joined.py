@@ -11,7 +11,7 @@ from helpers import eventually, require
 from kilo_etcd.lab.client import Lab, running_lab
 from kilo_etcd.lab.spec import HostSpec, SiteSpec, Spec
 
-pytestmark = [pytest.mark.lab, pytest.mark.deadline(300)]
+pytestmark = [pytest.mark.lab, pytest.mark.deadline(600)]
 
 OTHER = ("--prefix", "/b", "--subnet", "10.5.0.0/16")
 

@@ -11,7 +11,7 @@ from helpers import eventually, require
 from kilo_etcd.lab.client import Lab, running_lab
 from kilo_etcd.lab.spec import Spec
 
-pytestmark = [pytest.mark.lab, pytest.mark.deadline(300)]
+pytestmark = [pytest.mark.lab, pytest.mark.deadline(600)]
 
 LAPTOP = "10.9.0.2"
 

@@ -17,7 +17,7 @@ from kilo_etcd.lab.capture import Flow
 from kilo_etcd.lab.client import Completed, Lab, running_lab
 from kilo_etcd.lab.spec import HostSpec, SiteSpec, Spec
 
-pytestmark = [pytest.mark.lab, pytest.mark.deadline(150)]
+pytestmark = [pytest.mark.lab, pytest.mark.deadline(600)]
 
 KGCTL = str(Path(sys.executable).parent / "kgctl")
 SECOND = ("--prefix", "/second")

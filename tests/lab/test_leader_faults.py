@@ -13,7 +13,7 @@ from test_mesh_scenarios import candidates, leader, status, world
 from helpers import eventually
 from kilo_etcd.lab.client import Lab
 
-pytestmark = [pytest.mark.lab, pytest.mark.deadline(300)]
+pytestmark = [pytest.mark.lab, pytest.mark.deadline(600)]
 
 SEEN = 6.0
 """Seconds. It is under 2 on an idle machine (`make bench-failover`); the lease is longer."""

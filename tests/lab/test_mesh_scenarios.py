@@ -24,7 +24,7 @@ from kilo_etcd.lab.capture import Flow
 from kilo_etcd.lab.client import Lab, running_lab
 from kilo_etcd.lab.spec import Spec
 
-pytestmark = [pytest.mark.lab, pytest.mark.deadline(300)]
+pytestmark = [pytest.mark.lab, pytest.mark.deadline(600)]
 
 WIREGUARD = 51820
 MESH = ip_network("10.4.0.0/16")

@@ -15,7 +15,7 @@ from kilo_etcd.lab.client import Lab, running_lab
 from kilo_etcd.lab.spec import HostSpec, SiteSpec, Spec
 from kilo_etcd.model import Granularity
 
-pytestmark = [pytest.mark.lab, pytest.mark.deadline(150)]
+pytestmark = [pytest.mark.lab, pytest.mark.deadline(600)]
 
 KEEPALIVE = ("--persistent-keepalive", "5")
 KINDS = {"cone": "full-cone", "port": "port-restricted", "sym": "symmetric"}

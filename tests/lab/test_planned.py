@@ -6,7 +6,7 @@ import pytest
 
 from planned import EVENTS, planned_world
 
-pytestmark = [pytest.mark.lab, pytest.mark.deadline(300)]
+pytestmark = [pytest.mark.lab, pytest.mark.deadline(600)]
 
 
 async def test_what_an_operator_does_interrupts_no_more_than_it_must() -> None:

@@ -12,7 +12,7 @@ from kilo_etcd.lab.client import Lab, running_lab
 from kilo_etcd.lab.runtime import LabError
 from kilo_etcd.lab.spec import HostSpec, SiteSpec, Spec
 
-pytestmark = [pytest.mark.lab, pytest.mark.deadline(150)]
+pytestmark = [pytest.mark.lab, pytest.mark.deadline(600)]
 
 OPEN = ("--forward-rules",)
 BOXES = {"gcp-2": "172.20.2.5", "aws-1": "172.20.3.5"}

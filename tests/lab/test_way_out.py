@@ -18,7 +18,7 @@ from kilo_etcd.lab.addressing import lay_out
 from kilo_etcd.lab.client import Lab, running_lab
 from kilo_etcd.lab.spec import Spec
 
-pytestmark = [pytest.mark.lab, pytest.mark.deadline(150)]
+pytestmark = [pytest.mark.lab, pytest.mark.deadline(600)]
 
 SPEC = Spec(
     sites=(

@@ -19,7 +19,7 @@ from kilo_etcd.model import CandidateClass, Granularity
 from kilo_etcd.store import Mirror, Session, StatusRecord
 from kilo_etcd.testing.etcd_server import EtcdCluster, EtcdServer, Options
 
-pytestmark = [pytest.mark.etcd, pytest.mark.deadline(150)]
+pytestmark = [pytest.mark.etcd, pytest.mark.deadline(600)]
 
 HOSTS = ("a-1", "a-2", "a-3")
 TTL = 5
