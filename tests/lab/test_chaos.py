@@ -116,8 +116,10 @@ async def _agreed(lab: Lab) -> bool:
     reports = await status(lab)
     assert reports.keys() == set(lab.hosts), reports.keys()
     for site in HOSTS:
-        leaders = {str(report["leader"]) for host, report in reports.items() if host.startswith(site)}
+        leaders = {str(report.get("leader")) for host, report in reports.items() if host.startswith(site)}
         assert len(leaders) == 1, leaders
+        # A host that is alone, or not yet labelled anew, names none.
+        assert leaders <= set(lab.hosts), leaders
     errors = [text for report in reports.values() for text in report.get("errors", ())]  # type: ignore[attr-defined]
     assert all("does not forward" in str(text) for text in errors), errors
     return True

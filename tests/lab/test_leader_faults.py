@@ -5,19 +5,25 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 
 import pytest
 import trio
 from test_mesh_scenarios import candidates, leader, status, world
 
 from helpers import eventually
+from helpers_load import measured
+from kilo_etcd.agent.decide import SETTLE_SECONDS
 from kilo_etcd.lab.client import Lab
 
 pytestmark = [pytest.mark.lab, pytest.mark.deadline(600)]
 
 SEEN = 6.0
 """Seconds. It is under 2 on an idle machine (`make bench-failover`); the lease is longer."""
-LONG_LEASE = 30
+LONG_LEASE = 90
+"""Far longer than any of them needs to notice, however busy the machine is."""
+PATIENCE = 60.0
+"""Seconds; shorter than the lease, whose end must not be what helps."""
 
 Act = Callable[[Lab, str], Awaitable[object]]
 
@@ -54,15 +60,18 @@ async def in_line(lab: Lab, number: int) -> tuple[str, list[str]]:
 
 @asynccontextmanager
 async def gap(lab: Lab, source: str, target: str, within: float) -> AsyncIterator[None]:
-    """What happens in the block costs less than so many seconds, in both directions."""
-    async with lab.probe(source, target, interval=0.02) as out, lab.probe(target, source, interval=0.02) as back:
-        await trio.sleep(0.3)
-        began = trio.current_time()
-        yield
-        after = trio.current_time() - began + 0.3
-        await out.flowing_again(within + 5, after=after)
-        await back.flowing_again(within + 5, after=after)
-    assert max(out.longest_gap, back.longest_gap) < within
+    """What happens in the block costs less than so many seconds, in both directions; more where the machine is busy.
+
+    That packets flow again must hold however busy it is."""
+    with measured() as machine:
+        async with lab.probe(source, target, interval=0.02) as out, lab.probe(target, source, interval=0.02) as back:
+            await trio.sleep(0.3)
+            began = trio.current_time()
+            yield
+            after = trio.current_time() - began + 0.3
+            await out.flowing_again(PATIENCE, after=after)
+            await back.flowing_again(PATIENCE, after=after)
+    assert max(out.longest_gap, back.longest_gap) < machine.allows(within), machine
 
 
 async def test_a_leader_that_lets_nothing_through_is_passed_over() -> None:
@@ -76,13 +85,9 @@ async def test_a_leader_that_lets_nothing_through_is_passed_over() -> None:
             first, members = await in_line(lab, 3)
             async with gap(lab, members[0], "home-2", SEEN):
                 await fault(lab, first)
-            now = {str((await status(lab))[name]["leader"]) for name in members}
-            assert len(now) == 1, f"{now} lead"
-            assert now <= set(members)
+            await eventually(partial(_led_by_one_of, lab, members), 20, every=0.1, what="one of the members leads")
             if fault is not power_off:
-                log = await lab.log(first)
-                assert "passed over as leader" in log
-                assert "found no way through it, to home-" in log
+                await eventually(partial(_says_why, lab, first), 20, every=0.1, what=f"{first} says why")
             before = await elections(lab, *members)
             await undo(lab, first)
             await lab.all_pairs_ping(30)
@@ -136,24 +141,33 @@ async def test_agents_that_die_or_freeze_and_a_site_without_etcd() -> None:
         before = await elections(lab, first, *members)
 
         # Nobody there can stand for leader any more, so the one on record goes on, and leads when they can again.
-        async with gap(lab, members[0], "home-1", 1.0), gap(lab, first, "home-1", 1.0):
-            await lab.cut_site("gcp", "etcd")
-            await eventually(lambda: _nobody_stands(lab), 20, every=0.2)
-            await trio.sleep(2)
-            await lab.heal_site("gcp")
-            assert len(await candidates(lab, "gcp", 3)) == 3
-        assert await elections(lab, first, *members) == before
-        assert await leader(lab, "gcp") == first
+        with measured() as machine:
+            async with gap(lab, members[0], "home-1", 1.0), gap(lab, first, "home-1", 1.0):
+                await lab.cut_site("gcp", "etcd")
+                await eventually(lambda: _nobody_stands(lab), 20, every=0.2)
+                await trio.sleep(2)
+                await lab.heal_site("gcp")
+                queue = await candidates(lab, "gcp", 3)
+        assert await leader(lab, "gcp") == queue[0]
+        # The others wait for SETTLE_SECONDS, within which a busy machine may not let the leader come back.
+        if machine.allows(1.0) < SETTLE_SECONDS:
+            assert queue[0] == first
+            assert await elections(lab, first, *members) == before
 
         # The kernel goes on forwarding without its agent, until the lease has ended and another leads.
         for stop, start in ((lab.freeze, lab.thaw), (lab.kill, lab.start)):
             first, members = await in_line(lab, 3)
             async with gap(lab, members[0], "home-1", 1.0):
                 await stop(first)
-                await eventually(lambda names=members: _led_by_one_of(lab, names), 20, every=0.1)  # type: ignore[misc]
+                await eventually(partial(_led_by_one_of, lab, members), 20, every=0.1, what="one of the members leads")
             await start(first)
             await lab.all_pairs_ping(30)
             assert await leader(lab, "gcp") in members
+
+
+async def _says_why(lab: Lab, host: str) -> bool:
+    log = await lab.log(host)
+    return "passed over as leader" in log and "found no way through it, to home-" in log
 
 
 async def _nobody_stands(lab: Lab) -> bool:
@@ -162,7 +176,7 @@ async def _nobody_stands(lab: Lab) -> bool:
 
 async def _led_by_one_of(lab: Lab, names: list[str]) -> bool:
     found = await status(lab)
-    return {found[name]["leader"] for name in names} in ({name} for name in names)
+    return {found.get(name, {}).get("leader") for name in names} in ({name} for name in names)
 
 
 async def _follows(lab: Lab, host: str) -> bool:

@@ -20,6 +20,7 @@ import pytest
 import trio
 
 from helpers import eventually, require
+from helpers_load import measured
 from kilo_etcd.lab.capture import Flow
 from kilo_etcd.lab.client import Lab, running_lab
 from kilo_etcd.lab.spec import Spec
@@ -30,8 +31,8 @@ WIREGUARD = 51820
 MESH = ip_network("10.4.0.0/16")
 
 SHORT = 3.0
-"""Seconds; milliseconds on an idle machine (`bench/run failover`), and 5 or more where a handshake must be begun again
-or a lease has to end."""
+"""Seconds, more where the machine is busy; milliseconds on an idle one (`bench/run failover`), and 5 or more where a
+handshake must be begun again or a lease has to end."""
 
 LOGICAL = {"gcp": "gcp"}
 _others_before: dict[tuple[str, str], int] = {}
@@ -253,7 +254,7 @@ async def test_f_a_label_moves_a_live_host() -> None:
         before = await pids(lab)
         members = await candidates(lab, "", 3)
         mover, target = members[-1], (await candidates(lab, "gcp", 3))[-1]
-        async with lab.probe(mover, target) as probe:
+        async with lab.probe(mover, target) as probe, measured() as machine:
             await lab.etcdctl("put", f"/kilo/locations/{mover}", "edge")
 
             async def alone() -> bool:
@@ -261,9 +262,9 @@ async def test_f_a_label_moves_a_live_host() -> None:
 
             await eventually(alone, 60, every=0.05, what=f"{mover} in its new location")
             await probe.flowing_again(30)
-        assert probe.longest_gap < SHORT
+        assert probe.longest_gap < machine.allows(SHORT), machine
         await lab.all_pairs_ping(30)
-        async with lab.probe(mover, target) as probe:
+        async with lab.probe(mover, target) as probe, measured() as machine:
             await lab.etcdctl("del", f"/kilo/locations/{mover}")
 
             async def back() -> bool:
@@ -271,7 +272,7 @@ async def test_f_a_label_moves_a_live_host() -> None:
 
             await eventually(back, 60, every=0.05, what=f"{mover} back in the default location")
             await probe.flowing_again(30)
-        assert probe.longest_gap < SHORT
+        assert probe.longest_gap < machine.allows(SHORT), machine
         await lab.all_pairs_ping(30)
         assert await pids(lab) == before
         await check_routers(lab, "gcp", "home")
@@ -290,11 +291,11 @@ async def test_g_the_leaders_host_crashes_and_returns() -> None:
         first, second, third = await candidates(lab, "", 3)
         assert await leader(lab, "") == first
         target = (await candidates(lab, "gcp", 3))[-1]
-        async with lab.probe(third, target) as probe:
+        async with lab.probe(third, target) as probe, measured() as machine:
             await lab.power_off(first)
             await eventually(lambda: _is_leader(lab, second), 60, every=0.05)
             await probe.flowing_again(30)
-        assert 0 < probe.longest_gap < ttl + 1 + LEASE_SLACK
+        assert 0 < probe.longest_gap < machine.allows(ttl + 1 + LEASE_SLACK), machine
         await lab.power_on(first)
         assert (await candidates(lab, "", 3)) == [second, third, first]
         assert await leader(lab, "") == second
@@ -351,7 +352,7 @@ async def test_h_when_etcds_leader_is_cut_off_from_its_members_nobody_loses_a_le
         async def followed() -> bool:
             lines = (await lab.etcdctl("--endpoints", others, "get", "--prefix", "/kilo-status/")).stdout.splitlines()
             reports = dict(zip(lines[::2], map(json.loads, lines[1::2]), strict=True))
-            return bool(reports["/kilo-status/home-3"]["location"] == "edge")
+            return bool(reports.get("/kilo-status/home-3", {}).get("location") == "edge")
 
         await eventually(followed, 20, every=0.2, what="the label followed through the other members")
         await lab.etcd("heal", alone["name"])
@@ -401,15 +402,17 @@ async def test_what_somebody_undoes_on_a_leader_is_put_back_while_it_forwards() 
             KILL_WIREGUARD,
         ):
             said = (await lab.log(first)).count(repaired)
-            async with lab.probe(third, target) as out, lab.probe(target, third) as back:
+            async with lab.probe(third, target) as out, lab.probe(target, third) as back, measured() as machine:
                 await out.flowing_again(30)
                 await lab.exec(first, "sh", "-c", damage, check=True)
                 await eventually(lambda said=said: _said(lab, first, repaired, said + 1), 30, every=0.05)
                 await out.flowing_again(30, after=(await out.peek()).duration)
                 await back.flowing_again(30)
-            assert max(out.longest_gap, back.longest_gap) < SHORT, damage
-            # Once; twice where the kernel reports the second half of it after the repair has begun.
-            assert (await lab.log(first)).count(repaired) - said <= 2, damage
+            assert max(out.longest_gap, back.longest_gap) < machine.allows(SHORT), (damage, machine)
+            # Once; twice where the kernel reports the second half of it after the repair has begun. `ip ... flush`
+            # looks again until nothing is left, so that it removes what was repaired meanwhile as well.
+            times = (await lab.log(first)).count(repaired) - said
+            assert times <= 2 or (damage.startswith("ip ") and "flush" in damage), damage
         assert await _succeeds(lab, first, *table)
         assert await leader(lab, "") == first
         await lab.all_pairs_ping(30)

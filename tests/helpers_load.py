@@ -1,0 +1,57 @@
+"""How much slower this machine is than an idle one, measured while a test runs, for bounds that depend on it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from attrs import define, field
+
+WORK, EVERY = 0.02, 0.4
+"""Seconds of processor time that each measurement takes, and from one to the next."""
+
+FREE = 1.5
+"""So much slower is a machine that does nothing but the test, whose own processes share two processors."""
+
+
+@define
+class Machine:
+    """What `measured` has found. `stall` is the longest measurement, in seconds: WORK where a processor is free."""
+
+    taken: list[float] = field(factory=list)
+
+    @property
+    def slowness(self) -> float:
+        """How many times longer work took than the processor time it needed, on average; 1.0 at least."""
+        return max(1.0, sum(self.taken) / (WORK * len(self.taken)) / FREE) if self.taken else 1.0
+
+    @property
+    def stall(self) -> float:
+        return max(self.taken, default=WORK)
+
+    def allows(self, seconds: float) -> float:
+        """What becomes here, in seconds, of a bound that an idle machine keeps with room to spare."""
+        return seconds * self.slowness + self.stall
+
+
+@contextmanager
+def measured() -> Iterator[Machine]:
+    """Measure while in the block. It takes 5 % of one processor."""
+    machine, ended = Machine(), threading.Event()
+
+    def measure() -> None:
+        while not ended.wait(EVERY):
+            began, end = time.monotonic(), time.thread_time() + WORK
+            while time.thread_time() < end:
+                pass
+            machine.taken.append(time.monotonic() - began)
+
+    thread = threading.Thread(target=measure, name="load", daemon=True)
+    thread.start()
+    try:
+        yield machine
+    finally:
+        ended.set()
+        thread.join()
