@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import trio
 from attrs import define, field
 
 WORK, EVERY = 0.02, 0.4
@@ -42,11 +43,13 @@ def measured() -> Iterator[Machine]:
     machine, ended = Machine(), threading.Event()
 
     def measure() -> None:
-        while not ended.wait(EVERY):
+        while True:
             began, end = time.monotonic(), time.thread_time() + WORK
             while time.thread_time() < end:
                 pass
             machine.taken.append(time.monotonic() - began)
+            if ended.wait(EVERY):
+                return
 
     thread = threading.Thread(target=measure, name="load", daemon=True)
     thread.start()
@@ -55,3 +58,13 @@ def measured() -> Iterator[Machine]:
     finally:
         ended.set()
         thread.join()
+
+
+@contextmanager
+def soon(seconds: float) -> Iterator[None]:
+    """What is in the block takes less than so many seconds; as many times longer as this machine is slower."""
+    with measured() as machine, trio.fail_after(seconds * 20):
+        began = trio.current_time()
+        yield
+        took = trio.current_time() - began
+    assert took < machine.allows(seconds), (took, machine)

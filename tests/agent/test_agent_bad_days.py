@@ -81,7 +81,7 @@ class Host:
 
     def refused(self, *arguments: str, before: tuple[str, ...] = (), status: int = 1) -> str:
         """`kg` ends by itself; its last word, which is one sentence."""
-        done = subprocess.run([*before, *self.command(*arguments)], capture_output=True, text=True, timeout=30)
+        done = subprocess.run([*before, *self.command(*arguments)], capture_output=True, text=True, timeout=120)
         assert "Traceback" not in done.stderr
         *log, sentence = done.stderr.splitlines()
         assert done.returncode == status, done.stderr
@@ -137,7 +137,7 @@ class Host:
 
 def health() -> tuple[int, str]:
     try:
-        with urllib.request.urlopen("http://127.0.0.1:1107/health", timeout=5) as answer:
+        with urllib.request.urlopen("http://127.0.0.1:1107/health", timeout=30) as answer:
             return answer.status, answer.read().decode().strip()
     except urllib.error.HTTPError as answer:
         with closing(answer):

@@ -23,7 +23,7 @@ ANYWHERE = ListenAddress("127.0.0.1", 0)
 
 def ask(where: ListenAddress | None, path: str, method: str = "GET") -> tuple[int, str]:
     assert where is not None
-    connection = http.client.HTTPConnection(where.host or "127.0.0.1", where.port, timeout=5)
+    connection = http.client.HTTPConnection(where.host or "127.0.0.1", where.port, timeout=30)
     try:
         connection.request(method, path)
         answer = connection.getresponse()

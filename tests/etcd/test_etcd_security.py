@@ -13,6 +13,7 @@ from attrs import evolve
 from cryptography.hazmat.primitives import serialization
 
 from helpers import eventually, require
+from helpers_load import soon
 from kilo_etcd.etcd import (
     Config,
     ConnectionRefusedByTls,
@@ -37,7 +38,7 @@ async def refusal(config: Config, kind: type[EtcdError], words: str) -> None:
     """A call and a watch both fail with `kind`, in one sentence with `words`, soon."""
     async with open_client(config) as client:
         for attempt in (lambda: client.get("/k"), lambda: first(client.watch("/k"))):
-            with pytest.raises(kind, match=words) as caught, trio.fail_after(4):
+            with pytest.raises(kind, match=words) as caught, soon(4):
                 await attempt()
             assert type(caught.value) is kind
             assert config.endpoints[0].split("//")[-1] in str(caught.value)
@@ -175,7 +176,7 @@ async def test_a_client_certificate_that_expires_ends_nothing_and_its_renewal_ne
     require("etcd")
     async with EtcdServer.run(Options(client_cert=True)) as server:
         assert server.authority
-        short = server.authority.issue("short", seconds=2)
+        short = server.authority.issue("short", seconds=5)
         config = evolve(
             server.config(),
             tls=Tls(ca=str(server.authority.ca), cert=str(short.cert), key=str(short.key)),

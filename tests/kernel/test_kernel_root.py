@@ -24,6 +24,7 @@ from attrs import evolve
 from kernel_worlds import GATEWAY4, PRIVATE, key, lines, peer, plan, plans, tunnel, via
 
 from helpers import eventually
+from helpers_load import soon
 from kilo_etcd.kernel import Kernel, KernelError, Setup, cleanup, list_addresses, open_kernel, rtnetlink, userspace
 from kilo_etcd.kernel.netlink import Message, Socket
 from kilo_etcd.kernel.state import Route, without_counters
@@ -192,7 +193,7 @@ async def test_wireguard_changed_by_hand_which_no_event_tells_is_found_soon(harm
             await kernel.wait_drift()
         assert quiet.cancelled_caught, "our own changes were taken for somebody else's"
         sh(harm)
-        with trio.fail_after(5):
+        with soon(5):
             assert "found undone: " in await kernel.wait_drift()
         assert (await kernel.apply(WORLD)).failures == ()
         await settled(kernel, WORLD)
@@ -215,7 +216,7 @@ async def test_userspace_wireguard_that_does_not_answer_is_told_once(monkeypatch
         await kernel.apply(WORLD)
         os.kill(process_of("kilo0"), signal.SIGSTOP)
         try:
-            with trio.fail_after(10):
+            with soon(10):
                 assert "does not answer (is its process stopped?)" in await kernel.wait_drift()
             with pytest.raises(KernelError, match="does not answer"):
                 await kernel.apply(WORLD, fresh=True)

@@ -68,11 +68,15 @@ async def endpoint_of(lab: Lab, at: str, name: str) -> str:
 
 async def leads(lab: Lab, *names: str) -> str:
     """Which of these hosts of one location says of itself that it leads."""
-    for name in names:
-        text = (await lab.etcdctl("get", "--print-value-only", f"/kilo-status/{name}")).stdout
-        if json.loads(text)["role"] == "leader":
-            return name
-    raise AssertionError(f"none of {names} leads")
+
+    async def found() -> str | None:
+        for name in names:
+            text = (await lab.etcdctl("get", "--print-value-only", f"/kilo-status/{name}")).stdout
+            if text and json.loads(text)["role"] == "leader":
+                return name
+        return None
+
+    return str(await eventually(found, 30, every=0.1, what=f"one of {names} leads"))
 
 
 async def mtu_of(lab: Lab, name: str, interface: str = "kilo0") -> int:

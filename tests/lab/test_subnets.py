@@ -81,11 +81,14 @@ async def masquerading(lab: Lab) -> list[str]:
 
 
 async def leads(lab: Lab, *names: str) -> str:
-    for name in names:
-        text = (await lab.etcdctl("get", "--print-value-only", f"/kilo-status/{name}")).stdout
-        if json.loads(text)["role"] == "leader":
-            return name
-    raise AssertionError(f"none of {names} leads")
+    async def found() -> str | None:
+        for name in names:
+            text = (await lab.etcdctl("get", "--print-value-only", f"/kilo-status/{name}")).stdout
+            if text and json.loads(text)["role"] == "leader":
+                return name
+        return None
+
+    return str(await eventually(found, 30, every=0.1, what=f"one of {names} leads"))
 
 
 async def registered(lab: Lab, name: str) -> int:

@@ -535,12 +535,12 @@ def test_one_change_among_thousands_of_nodes_is_cheap_and_leaves_the_others() ->
     took = []
     for i in range(20):
         world.put(KEYS.location(f"n{i * 7}"), "gcp")
-        started = time.perf_counter()
+        started = time.thread_time()
         after = world.view.snapshot()
-        took.append(time.perf_counter() - started)
+        took.append(time.thread_time() - started)
     assert after.nodes["n7"].location == "gcp"
     assert sum(after.nodes[name] is node for name, node in before.nodes.items()) == 2_000 - 20
-    # The number to beat is 2 ms for a mesh of 10,000 (`make bench`); a machine may be busy, so this is generous.
+    # The number to beat is 2 ms for a mesh of 10,000 (`make bench`); processors differ, so this is generous.
     assert sorted(took)[len(took) // 2] < 0.02, took
 
 
