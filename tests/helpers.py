@@ -11,7 +11,7 @@ import pytest
 import trio
 import trio.testing
 
-_PACKAGES = {
+PACKAGES = {
     "etcd": "etcd-server",
     "etcdctl": "etcd-client",
     "wg": "wireguard-tools",
@@ -22,8 +22,12 @@ _PACKAGES = {
     "circo": "graphviz",
     "ip": "iproute2",
     "ping": "iputils-ping",
-    "tcpdump": "tcpdump",
     "strace": "strace",
+    "pgrep": "procps",
+    "wg-quick": "wireguard-tools",
+    "setpriv": "util-linux",
+    "unshare": "util-linux",
+    "mount": "mount",
 }
 
 
@@ -65,4 +69,4 @@ def require(*programs: str) -> None:
     """Fail the test, naming the Debian package, if a program is not installed."""
     for program in programs:
         if shutil.which(program) is None and shutil.which(program, path="/usr/sbin:/sbin") is None:
-            pytest.fail(f"needs {program}: apt-get install {_PACKAGES.get(program, program)}", pytrace=False)
+            pytest.fail(f"needs {program}: apt-get install {PACKAGES.get(program, program)}", pytrace=False)

@@ -13,6 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from helpers import PACKAGES
 from kilo_etcd.agent.options import all_flags
 
 ROOT = Path(__file__).parents[2]
@@ -95,12 +96,13 @@ def test_the_lock_pins_all_that_the_project_asks_for_and_names_no_host() -> None
 # --- scripts/setup, on systems that are made up of stubs -------------------------------------------------------------
 
 BASICS = ("bash", "env", "dirname", "id", "cat", "mktemp", "rm", "touch", "chmod", "flock")
-COMMANDS = ("etcd", "etcdctl", "wireguard-go", "wg", "nft", "iptables", "circo", "ip", "ping", "strace")
 
 
 @pytest.fixture
 def machine(tmp_path: Path) -> Path:
     """A clone whose machine has nothing but a shell; what the script's PATH adds is taken out."""
+    tmp_path /= "a home"
+    tmp_path.mkdir()
     (tmp_path / "scripts").mkdir()
     (tmp_path / "bin").mkdir()
     text = (ROOT / "scripts/setup").read_text()
@@ -137,11 +139,26 @@ echo "$@" >>apt.log
 case "$*" in
     *update*) touch lists ;;
     *install*) [ -e lists ] || { echo "E: Unable to locate package" >&2; exit 100; }
-        for name in etcd etcdctl wireguard-go wg nft iptables circo ip ping strace python3; do
+        for name in etcd etcdctl wireguard-go wg nft iptables circo ip ping strace pgrep systemctl dbus-daemon \\
+            python3; do
             printf '#!/usr/bin/env bash\\n' >bin/$name; chmod +x bin/$name
         done ;;
 esac
 """
+
+
+def test_the_set_up_installs_every_program_that_tests_ask_for() -> None:
+    """A new machine has Debian's essential packages and what scripts/setup installs."""
+    (listed,) = re.findall(r"^SYSTEM=\($(.*?)^\)", (ROOT / "scripts/setup").read_text(), re.MULTILINE | re.DOTALL)
+    packages = {"util-linux", "mount", *re.findall(r"=(\S+)", listed)}
+    asked = {
+        program
+        for path in (ROOT / "tests").rglob("*.py")
+        for arguments in re.findall(r"\brequire\(([^()]*)\)", path.read_text())
+        for program in re.findall(r'"([\w-]+)"', arguments)
+    }
+    assert {"etcd", "setpriv", "circo"} <= asked
+    assert {program: PACKAGES.get(program) for program in asked if PACKAGES.get(program) not in packages} == {}
 
 
 def test_without_apt_one_sentence_names_what_is_missing(machine: Path) -> None:
@@ -150,7 +167,8 @@ def test_without_apt_one_sentence_names_what_is_missing(machine: Path) -> None:
     assert done.returncode == 1
     assert done.stderr == (
         "kilo-etcd: this system has no apt-get, so install these yourself and try again: "
-        "Python 3.11 or later with venv, etcd, etcdctl, wireguard-go, wg, iptables, circo, ip, ping, strace\n"
+        "Python 3.11 or later with venv, etcd, etcdctl, wireguard-go, wg, iptables, circo, ip, ping, strace, pgrep, "
+        "systemctl, dbus-daemon\n"
     )
 
 
@@ -177,7 +195,7 @@ def test_apts_own_words_are_shown_when_it_fails(machine: Path) -> None:
     assert done.stderr.splitlines()[-2:] == [
         "E: no network",
         "kilo-etcd: apt-get could not install python3-venv etcd-server etcd-client wireguard-go wireguard-tools "
-        "nftables iptables graphviz iproute2 iputils-ping strace; its words are above",
+        "nftables iptables graphviz iproute2 iputils-ping strace procps systemd dbus; its words are above",
     ]
 
 
