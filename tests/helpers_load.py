@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 import trio
 from attrs import define, field
@@ -58,6 +58,13 @@ def measured() -> Iterator[Machine]:
     finally:
         ended.set()
         thread.join()
+
+
+@asynccontextmanager
+async def measured_beside() -> AsyncIterator[Machine]:
+    """`measured`, to be written behind a probe in one `async with`."""
+    with measured() as machine:
+        yield machine
 
 
 @contextmanager

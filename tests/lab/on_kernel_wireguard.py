@@ -22,7 +22,7 @@ from test_mesh_scenarios import (
 from test_way_out import MESH6, in_an_ipv6_mesh
 
 from helpers import eventually
-from helpers_load import measured
+from helpers_load import measured_beside
 from kilo_etcd.lab.client import Lab
 
 pytestmark = [pytest.mark.lab, pytest.mark.deadline(1000)]
@@ -68,7 +68,7 @@ async def test_a_to_g() -> None:
         # f: a live host moves, and its pings go on.
         mover = (await candidates(lab, "", 3))[-1]
         target = (await candidates(lab, "gcp", 3))[-1]
-        async with lab.probe(mover, target) as probe, measured() as machine:
+        async with lab.probe(mover, target) as probe, measured_beside() as machine:
             await label(lab, **{mover.replace("-", "_"): "edge"})
             await probe.flowing_again(WITHIN)
         assert probe.longest_gap < machine.allows(SHORT), machine
@@ -86,7 +86,7 @@ async def test_a_to_g() -> None:
         # b: full mesh; nothing between hosts in clear, on the private networks neither.
         rows = await lab.status()
         private = {ip.partition("/")[0] for row in rows for ip in (*row.private, *row.public)}
-        async with lab.probe(mover, target) as probe, measured() as machine:
+        async with lab.probe(mover, target) as probe, measured_beside() as machine:
             await lab.etcdctl("put", "/kilo/mesh/granularity", "full")
             await eventually(lambda: _shaken(lab, 5), WITHIN, every=0.5, what="five tunnels on each host")
             await probe.flowing_again(WITHIN)
@@ -108,7 +108,7 @@ async def test_a_to_g() -> None:
 
         # g: the leader's host crashes, the next in line leads, and the first does not take it back.
         first, second, third = await candidates(lab, "", 3)
-        async with lab.probe(third, target) as probe, measured() as machine:
+        async with lab.probe(third, target) as probe, measured_beside() as machine:
             await lab.power_off(first)
             await eventually(lambda: _is_leader(lab, second), WITHIN, every=0.1)
             await probe.flowing_again(WITHIN)

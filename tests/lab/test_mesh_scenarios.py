@@ -20,7 +20,7 @@ import pytest
 import trio
 
 from helpers import eventually, require
-from helpers_load import measured
+from helpers_load import measured_beside
 from kilo_etcd.lab.capture import Flow
 from kilo_etcd.lab.client import Lab, running_lab
 from kilo_etcd.lab.spec import Spec
@@ -254,7 +254,7 @@ async def test_f_a_label_moves_a_live_host() -> None:
         before = await pids(lab)
         members = await candidates(lab, "", 3)
         mover, target = members[-1], (await candidates(lab, "gcp", 3))[-1]
-        async with lab.probe(mover, target) as probe, measured() as machine:
+        async with lab.probe(mover, target) as probe, measured_beside() as machine:
             await lab.etcdctl("put", f"/kilo/locations/{mover}", "edge")
 
             async def alone() -> bool:
@@ -264,7 +264,7 @@ async def test_f_a_label_moves_a_live_host() -> None:
             await probe.flowing_again(30)
         assert probe.longest_gap < machine.allows(SHORT), machine
         await lab.all_pairs_ping(30)
-        async with lab.probe(mover, target) as probe, measured() as machine:
+        async with lab.probe(mover, target) as probe, measured_beside() as machine:
             await lab.etcdctl("del", f"/kilo/locations/{mover}")
 
             async def back() -> bool:
@@ -291,7 +291,7 @@ async def test_g_the_leaders_host_crashes_and_returns() -> None:
         first, second, third = await candidates(lab, "", 3)
         assert await leader(lab, "") == first
         target = (await candidates(lab, "gcp", 3))[-1]
-        async with lab.probe(third, target) as probe, measured() as machine:
+        async with lab.probe(third, target) as probe, measured_beside() as machine:
             await lab.power_off(first)
             await eventually(lambda: _is_leader(lab, second), 60, every=0.05)
             await probe.flowing_again(30)
@@ -402,7 +402,7 @@ async def test_what_somebody_undoes_on_a_leader_is_put_back_while_it_forwards() 
             KILL_WIREGUARD,
         ):
             said = (await lab.log(first)).count(repaired)
-            async with lab.probe(third, target) as out, lab.probe(target, third) as back, measured() as machine:
+            async with lab.probe(third, target) as out, lab.probe(target, third) as back, measured_beside() as machine:
                 await out.flowing_again(30)
                 await lab.exec(first, "sh", "-c", damage, check=True)
                 await eventually(lambda said=said: _said(lab, first, repaired, said + 1), 30, every=0.05)
