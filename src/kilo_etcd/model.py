@@ -303,6 +303,9 @@ class SetAside:
     key: str
     reason: str
 
+    def __str__(self) -> str:
+        return f"{self.key}: {self.reason}"
+
 
 _NOTHING: Mapping[str, str] = MappingProxyType({})
 

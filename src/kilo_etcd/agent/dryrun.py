@@ -15,6 +15,7 @@ from attrs import evolve
 from kilo_etcd import etcd, kernel, store
 from kilo_etcd.agent import discover, privatekey
 from kilo_etcd.agent.config import AgentConfig, too_small_for
+from kilo_etcd.agent.logs import MOST_NAMED
 from kilo_etcd.agent.resolve import names_of, resolve_once, resolve_plan
 from kilo_etcd.model import Node, Snapshot
 from kilo_etcd.store.claims import candidates
@@ -51,8 +52,10 @@ async def dry_run(config: AgentConfig, client: etcd.Client, setup: Callable[[Age
         plan = host_plan(topology, config.hostname)
     except UnknownNode:
         click.echo(f"# {config.hostname} would not be among the mesh's nodes, so nothing would be changed")
-        for aside in snapshot.set_aside:
-            click.echo(f"# {aside.key}: {aside.reason}")
+        for aside in snapshot.set_aside[:MOST_NAMED]:
+            click.echo(f"# {aside}")
+        if (more := len(snapshot.set_aside) - MOST_NAMED) > 0:
+            click.echo(f"# {more} more rejected records; kgctl status -o json lists all")
         return
     table, failed = await resolve_once(plan)
     unresolved = names_of(plan, topology.snapshot.nodes[config.hostname].way_out, table)

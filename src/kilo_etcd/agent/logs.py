@@ -24,7 +24,7 @@ from typing import Any, Protocol, TextIO, cast
 import structlog
 from attrs import define, field, frozen
 
-from kilo_etcd.agent.repeats import Line, Repeats
+from kilo_etcd.agent.repeats import LIKE, Line, Repeats
 
 IDENTIFIER = "kg"
 OURS = "kilo_etcd"
@@ -32,6 +32,9 @@ PATIENCE = 0.05
 """Seconds that a log call waits for its reader."""
 MOST_CHARACTERS = 2000
 """Of one value; the rest is cut, so that a record of 1 MiB does not become a line of 1 MiB."""
+
+MOST_NAMED = 10
+"""Conditions of one group that are said one by one when they come or go together."""
 
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "none": 50}
 _PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
@@ -109,7 +112,7 @@ class Once:
 
     log: Logger
     _said: dict[str, _Said] = field(factory=dict)
-    _groups: dict[str, tuple[str, ...]] = field(factory=dict)
+    _groups: dict[str, tuple[object, ...]] = field(factory=dict)
 
     def error(self, key: str, event: str, /, *, level: str = "error", **fields: Any) -> bool:
         """Say that the condition `key` holds; whether that was news."""
@@ -132,20 +135,31 @@ class Once:
         self.log.info(event or f"no longer: {said.event}", **fields)
         return True
 
-    def errors(self, group: str, texts: Iterable[str], /, *, level: str = "error", **fields: Any) -> None:
-        """Say which conditions of a group are new and which are gone; `texts` are all that hold now."""
-        now = tuple(dict.fromkeys(texts))
+    def errors(
+        self, group: str, found: Iterable[object], /, *, level: str = "error", what: str = "problems", **fields: Any
+    ) -> None:
+        """Say which conditions of a group are new and which are gone; `found` are all that hold now, as text or as
+        what has one. Of very many at once `MOST_NAMED` are named and the others counted, as so many `what`."""
+        given = found if isinstance(found, tuple) else tuple(found)
         before = self._groups.get(group, ())
+        if given is before:
+            return
+        now = tuple(dict.fromkeys(given))
+        self._groups[group] = given if len(given) == len(now) else now
         if now == before:
             return
         known, holding = set(before), set(now)
-        for text in now:
-            if text not in known:
-                getattr(self.log, level)(text, **fields)
-        for text in before:
-            if text not in holding:
-                self.log.info(f"no longer: {text}", **fields)
-        self._groups[group] = now
+        new = [one for one in now if one not in known]
+        gone = [one for one in before if one not in holding]
+        for change, these, say, prefix in (("new", new, getattr(self.log, level), ""),
+                                           ("gone", gone, self.log.info, "no longer: ")):  # fmt: skip
+            # Many that come in small parts are as much of a flood as many at once.
+            many = max(len(now), len(before)) > MOST_NAMED
+            for one in these[:MOST_NAMED]:
+                say(f"{prefix}{one}", **({LIKE: f"{group} {change}"} if many else {}), **fields)
+            if (rest := len(these) - MOST_NAMED) > 0:
+                say(f"{prefix}{rest} more {what} ({len(now)} in all now); kgctl status shows them",
+                    **{LIKE: f"{group} {change}, counted"}, **fields)  # fmt: skip
 
 
 # -- an event as text ---------------------------------------------------------------------------------------------
@@ -160,7 +174,7 @@ def render(event: Mapping[str, Any]) -> str:
 
 def _fields(event: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, value in event.items():
-        if name not in ("event", "exc_info", "stack_info") and value is not None:
+        if name not in ("event", "exc_info", "stack_info", LIKE) and value is not None:
             yield name, _text(value)
 
 

@@ -3,7 +3,8 @@
 The first `BURST` lines of a kind are said as they come. After that they are said one every `PAUSE` seconds, the newest,
 with the number of those that were left out before it. So the first are never hidden, the state that a line tells is
 never older than a pause, and the last is said when its pause is over. A kind that has been quiet for a while has its
-burst again. Lines are of one kind if one node says the same sentence at the same level; other fields may differ.
+burst again. Lines are of one kind if one node says the same sentence at the same level; other fields may differ. Where
+sentences differ and yet are alike, as those on many rejected records, the field `LIKE` names their kind instead.
 
 Pure: times come in, lines go out. Errors that end the agent, and what is for debugging, are not for this.
 """
@@ -24,6 +25,9 @@ _ONE = 1.0 - 1e-6
 KINDS = 1000
 """Kinds that are remembered; the one that was heard longest ago is forgotten first."""
 
+LIKE = "_like"
+"""The field, never shown, that says of what kind a line is whatever its sentence."""
+
 LEFT_OUT = "left_out_before"
 """The field that tells how many lines of its kind were left out before a line."""
 
@@ -37,7 +41,8 @@ class Line:
 
     @property
     def kind(self) -> Hashable:
-        return self.level, str(self.event.get("event", "")), self.event.get("node")
+        like = self.event.get(LIKE)
+        return self.level, str(self.event.get("event", "")) if like is None else (like,), self.event.get("node")
 
 
 @define

@@ -16,6 +16,10 @@ from kilo_etcd.agent.decide import Role
 from kilo_etcd.agent.notify import notify
 from kilo_etcd.model import Granularity, Snapshot
 
+MOST_ERRORS = 20
+MOST_CHARACTERS = 500
+"""Of the errors in a status record, and of each of them: every host of the mesh keeps all statuses within reach."""
+
 PAUSE_PER_NODE = 0.001
 """Seconds of pause after a status write, per node of the mesh: 10,000 hosts that follow one change make 1,000 writes
 a second at most."""
@@ -69,7 +73,7 @@ class Reporter:
             location=role.location if role else "",
             leader=role.leader if role and role.kind is not store.Role.ALONE else "",
             granularity_flag=self._granularity_flag,
-            errors=state.errors,
+            errors=bounded(state.errors),
             set_aside=len(snapshot.set_aside),
             version=__version__,
             since=self._since,
@@ -92,6 +96,15 @@ class Reporter:
                 written = self._status
                 await self._session.put_status(written)
             await trio.sleep(pause)
+
+
+def bounded(errors: tuple[str, ...]) -> tuple[str, ...]:
+    """The first errors, cut where they are long, and how many more there are."""
+    first = tuple(
+        text if len(text) <= MOST_CHARACTERS else text[: MOST_CHARACTERS - 1] + "…" for text in errors[:MOST_ERRORS]
+    )
+    more = len(errors) - len(first)
+    return (*first, f"{more} more; the agent's log on this host names the first of them") if more else first
 
 
 def _count(number: int, what: str) -> str:

@@ -32,6 +32,8 @@ CLOCK_SECONDS = 5.0
 SLOW_SECONDS = 0.5
 """etcd promises a lease's keepalive every second or so; from here on it is in danger."""
 
+MOST_NAMED = 20
+"""Records that are named where there is something wrong with very many; the others are counted."""
 SHOWN = 5
 """How many names a finding lists."""
 
@@ -123,6 +125,7 @@ def _agents(found: Report) -> Iterator[Finding]:
             severity=Severity.WARNING, subject="mesh", text="no node has registered under this prefix",
             remedy="is it the right --prefix, and the right etcd? else start an agent: systemctl start kilo-etcd",
         )  # fmt: skip
+    idle = 0
     for row in found.nodes:
         if row.role == NOT_IN_FORCE and row.alive:
             yield Finding(
@@ -130,11 +133,19 @@ def _agents(found: Report) -> Iterator[Finding]:
                 remedy=f"journalctl -u kilo-etcd there; kgctl node show {row.name}",
             )  # fmt: skip
         if not row.alive:
+            if row.role == NOT_IN_FORCE and (idle := idle + 1) > MOST_NAMED:
+                continue
             yield Finding(
                 severity=Severity.WARNING, subject=row.name,
                 text="its agent does not report; its place in the mesh is kept",
                 remedy=f"is the host up? systemctl status kilo-etcd there; gone for good: kgctl node forget {row.name}",
             )  # fmt: skip
+    if idle > MOST_NAMED:
+        yield Finding(
+            severity=Severity.WARNING, subject="nodes",
+            text=f"{idle - MOST_NAMED} more are registered, no part of the mesh, and without an agent that reports",
+            remedy="kgctl status -o json lists all; who may write node records?",
+        )  # fmt: skip
     for remark in found.disagreements:
         yield Finding(severity=Severity.WARNING, subject=remark.subject, text=remark.text)
     for remark in found.errors:
@@ -149,10 +160,15 @@ def _agents(found: Report) -> Iterator[Finding]:
 
 
 def _records(found: Report) -> Iterator[Finding]:
-    for aside in found.set_aside:
+    for aside in found.set_aside[:MOST_NAMED]:
         yield Finding(
             severity=Severity.ERROR, subject=aside.key, text=f"set aside: {aside.reason}",
             remedy=f"etcdctl get {aside.key}; put it right or delete it",
+        )  # fmt: skip
+    if (more := len(found.set_aside) - MOST_NAMED) > 0:
+        yield Finding(
+            severity=Severity.ERROR, subject="records", text=f"{more} more are rejected",
+            remedy="kgctl status -o json lists all under setAside; who writes them?",
         )  # fmt: skip
     for remark in found.problems:
         yield Finding(severity=Severity.WARNING, subject=remark.subject, text=remark.text)

@@ -162,14 +162,15 @@ def _peers(old: Topology, new: Topology) -> Iterator[str]:
 
 def new_trouble(before: Snapshot, after: Snapshot) -> tuple[str, ...]:
     """What is set aside, or not given in full, that was not before."""
-    known = _troubles(build_topology(before))
+    known = set(_troubles(build_topology(before)))
     return tuple(text for text in _troubles(build_topology(after)) if text not in known)
 
 
 def _complaints(old: Topology, new: Topology) -> Iterator[str]:
     before, after = _troubles(old), _troubles(new)
-    yield from (f"new trouble: {text}" for text in after if text not in before)
-    yield from (f"trouble that ends: {text}" for text in before if text not in after)
+    known, left = set(before), set(after)
+    yield from (f"new trouble: {text}" for text in after if text not in known)
+    yield from (f"trouble that ends: {text}" for text in before if text not in left)
 
 
 def _troubles(topology: Topology) -> list[str]:

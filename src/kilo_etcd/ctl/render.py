@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,8 @@ from kilo_etcd.model import DEFAULT_LOCATION
 if TYPE_CHECKING:
     from kilo_etcd.ctl.report import LiveReport, LocationRow, NodeRow, Report
 
+MOST_TROUBLES = 20
+"""Rows of one kind of trouble; the others are counted. JSON has all."""
 MOST_TUNNELS = 60
 """How many tunnels a table has; of more, those without a session only. JSON has all."""
 DEFAULT_LOCATION_SHOWN = "(default)"
@@ -57,7 +59,7 @@ def status_tables(report: Report) -> tuple[Table, ...]:
         Table(
             "Nodes",
             ("NODE", "LOCATION", "MESH ADDRESS", "INTERNAL IP", "ENDPOINT", "ROLE", "AGENT", "REVISION"),
-            tuple(_node_cells(row) for row in report.nodes),
+            _node_rows(report.nodes),
             "No node has registered yet.",
             spare=("INTERNAL IP", "REVISION", "ENDPOINT"),
         ),
@@ -67,7 +69,11 @@ def status_tables(report: Report) -> tuple[Table, ...]:
             tuple(_location_cells(row) for row in report.locations),
             spare=("CANDIDATES",),
         ),
-        Table("Set aside", ("KEY", "REASON"), tuple((clean(r.key), clean(r.reason)) for r in report.set_aside)),
+        Table(
+            "Set aside",
+            ("KEY", "REASON"),
+            _first(report.set_aside, lambda r: (clean(r.key), clean(r.reason)), "rejected records"),
+        ),
         Table("Agents that disagree", ("NODE", "WHAT"), _remarks(report.disagreements)),
         Table("Errors that agents report", ("NODE", "ERROR"), _remarks(report.errors)),
         Table("Problems", ("SUBJECT", "PROBLEM"), _remarks(report.problems)),
@@ -242,7 +248,29 @@ def _location_cells(row: LocationRow) -> tuple[str, ...]:
 
 
 def _remarks(remarks: Sequence[Any]) -> tuple[tuple[str, ...], ...]:
-    return tuple((clean(remark.subject), clean(remark.text)) for remark in remarks)
+    return _first(remarks, lambda remark: (clean(remark.subject), clean(remark.text)), "of these")
+
+
+def _first(found: Sequence[Any], cells: Callable[[Any], tuple[str, ...]], what: str) -> tuple[tuple[str, ...], ...]:
+    """The first `MOST_TROUBLES` as rows, and a row that counts the others."""
+    rows = tuple(cells(one) for one in found[:MOST_TROUBLES])
+    more = len(found) - len(rows)
+    if not more:
+        return rows
+    return (*rows, (f"{more} more", f"{what}; kgctl status -o json lists all"))
+
+
+def _node_rows(nodes: Sequence[NodeRow]) -> tuple[tuple[str, ...], ...]:
+    """All members, and the first of what is registered and yet no member: anybody who may write can add to those."""
+    from kilo_etcd.ctl.report import NOT_IN_FORCE
+
+    idle = [row for row in nodes if row.role == NOT_IN_FORCE and not row.alive]
+    left_out = {row.name for row in idle[MOST_TROUBLES:]}
+    rows = tuple(_node_cells(row) for row in nodes if row.name not in left_out)
+    if not left_out:
+        return rows
+    more = (f"{len(left_out)} more", NONE, NONE, NONE, NONE, f"{NOT_IN_FORCE}; kgctl status -o json lists all")
+    return (*rows, (*more, NONE, NONE))
 
 
 def _width(text: str) -> int:

@@ -2,7 +2,8 @@
 
 JSON with camelCase names where a program writes, plain text where a person does (DESIGN section 3). Decoding takes any
 bytes at all and either returns a well-formed record or raises `RecordError` with one clause that says what is
-wrong; it never raises anything else. A value over 64 KiB is refused unread. Encoding is canonical (sorted keys, no
+wrong; it never raises anything else. A value that is longer than any of its kind has to be is rejected unread (64 KiB
+for nodes and peers, less for the others). Encoding is canonical (sorted keys, no
 blanks, empty fields left out), so equal records are equal bytes and "unchanged" is a comparison
 of bytes.
 
@@ -21,6 +22,7 @@ import json
 import re
 from collections.abc import Callable
 from enum import StrEnum
+from heapq import nsmallest
 from typing import Any, Generic, NamedTuple, TypeVar, Union
 
 from attrs import NOTHING, Attribute, field, fields, frozen
@@ -43,6 +45,16 @@ MAX_VALUE = 64 * 1024
 """Bytes. etcd takes 1.5 MiB; no record of ours comes near, and every agent would have to hold and read it."""
 MAX_ANSWER = 1536 * 1024
 """Bytes; etcd's own limit. No agent reads answers."""
+MAX_SMALL = 4 * 1024
+"""Bytes of a value that has a few short fields, or is a name: candidacies, claims, labels, the mesh's settings."""
+MAX_VERDICT = 16 * 1024
+"""Bytes; its targets are node names."""
+MAX_NAMED = 10
+"""Unknown fields of one record that are named; the others are counted."""
+_MOST_SHOWN = 60
+_MOST_REASON = 300
+_REJECTED = b"\xffrejected: "
+"""What stands before a reason where a rejected value is kept no longer; no record begins so, since it is no UTF-8."""
 MAX_LABEL = 1024
 """Bytes of UTF-8 in a location label; it goes into keys, three times as long when encoded."""
 
@@ -188,10 +200,12 @@ R = TypeVar("R")
 
 
 class Read(NamedTuple, Generic[R]):
-    """A decoded record, and the fields that it had beside those we know."""
+    """A decoded record, and the fields that it had beside those we know: the first `MAX_NAMED` of them by name, cut
+    where they are long, and how many more there are."""
 
     record: R
     unknown: tuple[str, ...] = ()
+    more_unknown: int = 0
 
 
 # --- single values -------------------------------------------------------------------------------------------------
@@ -262,6 +276,8 @@ def one_per_family(interfaces: tuple[IPInterface, ...]) -> tuple[IPInterface, ..
 
 def decode_text(value: bytes, limit: int = MAX_VALUE) -> str:
     """Plain text as a person puts it: blanks around it do not count."""
+    if value.startswith(_REJECTED):
+        raise RecordError(value[len(_REJECTED) : len(_REJECTED) + _MOST_REASON].decode(errors="replace"))
     if len(value) > limit:
         raise RecordError(f"the value is {len(value)} bytes long; at most {limit} are read")
     try:
@@ -270,17 +286,24 @@ def decode_text(value: bytes, limit: int = MAX_VALUE) -> str:
         raise RecordError("the value is not UTF-8") from None
 
 
+def rejected(value: bytes, reason: str) -> bytes:
+    """What to keep in memory of a value that was rejected for `reason`: decoding it gives the same error. Short values
+    stay as they are."""
+    stub = _REJECTED + reason.encode("utf-8", "backslashreplace")[:_MOST_REASON]
+    return stub if len(value) > len(stub) else value
+
+
 def decode_label(value: bytes) -> str:
     """A location's name."""
-    text = decode_text(value)
-    if len(text.encode()) > MAX_LABEL:
+    text = decode_text(value) if len(value) <= MAX_SMALL else None
+    if text is None or len(text.encode()) > MAX_LABEL:
         raise RecordError(f"the name is longer than {MAX_LABEL} bytes")
     return text
 
 
 def decode_granularity(value: bytes) -> Granularity:
     """`location`, `full` or `cross`."""
-    text = decode_text(value)
+    text = decode_text(value, MAX_SMALL)
     try:
         return Granularity(text)
     except ValueError:
@@ -289,7 +312,7 @@ def decode_granularity(value: bytes) -> Granularity:
 
 def decode_subnets(value: bytes) -> tuple[IPNetwork, ...]:
     """The mesh's subnets: at least one, at most one per family."""
-    text = decode_text(value)
+    text = decode_text(value, MAX_SMALL)
     try:
         subnets = parse_networks(text)
     except ValueError as error:
@@ -313,7 +336,12 @@ def encode_adoption(cluster_id: int, moment: str) -> str:
 
 def adopts(value: bytes | None, before: bytes | None, cluster_id: int) -> bool:
     """Whether an adoption, which is not the one known `before`, is of this cluster."""
-    return bool(value) and value != before and value.split(b" ")[0] == f"{cluster_id:x}".encode()  # type: ignore[union-attr]
+    return (
+        value is not None
+        and value != before
+        and len(value) <= MAX_SMALL
+        and value.split(b" ")[0] == f"{cluster_id:x}".encode()
+    )
 
 
 # --- JSON ----------------------------------------------------------------------------------------------------------
@@ -547,10 +575,10 @@ def read(kind: type[R], value: bytes, limit: int = MAX_VALUE) -> Read[R]:
     known = _FIELDS[kind]
     said: dict[str, Any] = {}
     wrong: dict[str, Exception] = {}
-    unknown: tuple[str, ...] = ()
+    unknown: list[str] = []
     for name, item in data.items():
         if name not in known:
-            unknown += (name.encode("utf-8", "backslashreplace").decode(),)
+            unknown.append(name)
             continue
         field_name, read_one = known[name]
         try:
@@ -560,7 +588,15 @@ def read(kind: type[R], value: bytes, limit: int = MAX_VALUE) -> Read[R]:
             wrong[name] = error
     if wrong or not data.keys() >= _REQUIRED[kind]:
         raise RecordError(_complaint(kind, data, wrong))
-    return Read(kind(**said), tuple(sorted(unknown)))
+    record = kind(**said)
+    return Read(record, *_named(unknown)) if unknown else Read(record)
+
+
+def _named(unknown: list[str]) -> tuple[tuple[str, ...], int]:
+    """The first names, fit to be shown, and how many more there are."""
+    first = nsmallest(MAX_NAMED, unknown)
+    shown = (name if len(name) <= _MOST_SHOWN else name[: _MOST_SHOWN - 3] + "..." for name in first)
+    return tuple(name.encode("utf-8", "backslashreplace").decode() for name in shown), len(unknown) - len(first)
 
 
 def _complaint(kind: type, data: dict[str, Any], wrong: dict[str, Exception]) -> str:
@@ -579,7 +615,7 @@ def decode_node(value: bytes) -> NodeRecord:
 
 def decode_candidate(value: bytes) -> CandidateRecord:
     """Unknown fields are ignored; `read` names them."""
-    return read(CandidateRecord, value).record
+    return read(CandidateRecord, value, MAX_SMALL).record
 
 
 def decode_status(value: bytes) -> StatusRecord:
@@ -599,12 +635,12 @@ def decode_answer(value: bytes) -> AnswerRecord:
 
 def decode_sighting(value: bytes) -> SightingRecord:
     """Unknown fields are ignored; `read` names them."""
-    return read(SightingRecord, value).record
+    return read(SightingRecord, value, MAX_SMALL).record
 
 
 def decode_verdict(value: bytes) -> VerdictRecord:
     """Unknown fields are ignored; `read` names them."""
-    return read(VerdictRecord, value).record
+    return read(VerdictRecord, value, MAX_VERDICT).record
 
 
 def decode_peer(value: bytes) -> PeerRecord:
@@ -612,5 +648,6 @@ def decode_peer(value: bytes) -> PeerRecord:
     found = read(PeerRecord, value)
     if found.unknown:
         names = ", ".join(map(shown_name, found.unknown))
-        raise RecordError(f"{names}: no such field; a peer has {', '.join(sorted(_FIELDS[PeerRecord]))}")
+        more = f" and {found.more_unknown} more" if found.more_unknown else ""
+        raise RecordError(f"{names}{more}: no such field; a peer has {', '.join(sorted(_FIELDS[PeerRecord]))}")
     return found.record

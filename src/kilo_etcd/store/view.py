@@ -22,6 +22,8 @@ What is not in force is named, one by one, in `Snapshot.set_aside`:
 * address claims outside the mesh's subnets, and those that contradict an older statement (`store.addresses`);
 * a `mesh/subnets` that most nodes' addresses are not in.
 
+Of a value that is rejected whole nothing is kept but the reason, so that what nobody uses fills no memory.
+
 A node that has claimed no address yet is joining: it is left out without a word. The annotations `subnets` and
 `force-*` replace what the node's record says. Who gets a network that two offer is the topology's to say
 (`topology.claims`), which knows locations and peers too.
@@ -53,8 +55,11 @@ from kilo_etcd.store.addresses import AddressIndex, Claim, place
 from kilo_etcd.store.effective import ANNOTATIONS, Registered, join, join_peer
 from kilo_etcd.store.joins import KeyIndex, Owner
 from kilo_etcd.store.records import (
+    MAX_SMALL,
+    MAX_VERDICT,
     CandidateRecord,
     NodeRecord,
+    Read,
     RecordError,
     SightingRecord,
     VerdictRecord,
@@ -64,9 +69,14 @@ from kilo_etcd.store.records import (
     decode_subnets,
     decode_text,
     read,
+    rejected,
 )
 
+R = TypeVar("R")
 V = TypeVar("V")
+
+_MOST_SHOWN = 1000
+"""Characters of a key that nobody knows."""
 
 
 @frozen(kw_only=True)
@@ -143,8 +153,8 @@ class View:
             changed = True
         for key, kv in listed.items():
             held = self._kvs.get(key)
-            if held is None or held != kv:
-                self._put(kv)
+            # What is kept of a rejected value is compared with what would be kept of this one.
+            if held != kv and self._put(kv) != held:
                 changed = True
         for setting in (self._keys.granularity, self._keys.subnets):
             # Known from elsewhere, the value is missed all the same.
@@ -303,9 +313,11 @@ class View:
 
     # --- one key at a time -------------------------------------------------------------------------------------
 
-    def _put(self, kv: KeyValue) -> None:
-        self._kvs[kv.key] = kv
-        self._read(kv.key, kv)
+    def _put(self, kv: KeyValue) -> KeyValue:
+        """What is kept of it: of a value that is not in force no more than the reason."""
+        reason = self._read(kv.key, kv)
+        self._kvs[kv.key] = kept = kv if reason is None else evolve(kv, value=rejected(kv.value, reason))
+        return kept
 
     def _delete(self, key: bytes) -> None:
         if self._kvs.pop(key, None) is not None:
@@ -320,20 +332,25 @@ class View:
             else:
                 del self._aside[source]
 
-    def _read(self, key: bytes, kv: KeyValue | None) -> None:
+    def _read(self, key: bytes, kv: KeyValue | None) -> str | None:
+        """Take in what stands at a key now; why none of it is in force, or None."""
         parsed = self._keys.parse(key)
         notes: Sequence[str] = ()
+        reason: str | None = None
         if parsed is None:
             if kv is not None:
-                notes = (self._keys.hint(key),)
+                reason = self._keys.hint(key)
+                notes = (reason,)
         else:
             try:
                 notes = self._take(parsed, kv)
             except RecordError as error:
                 self._take(parsed, None)
-                notes = (str(error),)
+                reason = str(error)
+                notes = (reason,)
         if notes or key in self._aside:
-            self._note(key, (SetAside(k.key_text(key), note) for note in notes))
+            self._note(key, (SetAside(_shown(key), note) for note in notes))
+        return reason
 
     def _take(self, parsed: k.ParsedKey, kv: KeyValue | None) -> Sequence[str]:
         """One key's value into its table (None: out of it). RecordError before anything has changed."""
@@ -353,14 +370,16 @@ class View:
             case k.ElectionKey(location, node):
                 return self._take_candidate(location, node, kv)
             case k.LeaderKey(location):
-                _replace(self._leaders, location, None if value is None else decode_text(value))
+                _replace(self._leaders, location, None if value is None else decode_text(value, MAX_SMALL))
                 self._dirty_leaders = True
             case k.EndpointKey(name, observer):
                 return self._take_sighting(name, observer, kv)
             case k.VerdictKey(location, witness):
                 return self._take_verdict(location, witness, kv)
             case k.AdoptedKey():
-                pass  # for whoever holds on to another etcd (`store.mirror`)
+                # Read by whoever holds on to another etcd (`store.mirror`).
+                if value is not None:
+                    decode_text(value, MAX_SMALL)
             case k.GranularityKey():
                 return self._take_granularity(value)
             case k.SubnetsKey():
@@ -378,7 +397,7 @@ class View:
         self._registered[node] = Registered(found.record, kv.create_revision)
         self._take_statement(node, found.record.mesh_addresses, kv.mod_revision)
         self._dirty |= self._key_index.claim(("node", node), found.record.public_key, kv.create_revision)
-        return [_unknown(name) for name in found.unknown]
+        return _unknown(found)
 
     def _take_peer(self, name: str, kv: KeyValue | None) -> None:
         record = None if kv is None else decode_peer(kv.value)
@@ -416,7 +435,7 @@ class View:
         return ()
 
     def _take_claim(self, address: IPAddress, kv: KeyValue | None) -> None:
-        claim = None if kv is None else Claim(decode_text(kv.value), kv.create_revision, kv.mod_revision)
+        claim = None if kv is None else Claim(decode_text(kv.value, MAX_SMALL), kv.create_revision, kv.mod_revision)
         self._dirty |= {("node", name) for name in self._addresses.claim(address, claim)}
         self._note_address(address)
 
@@ -440,7 +459,7 @@ class View:
             self._note(source, () if text is None else (SetAside(self._keys.address(address), text),))
 
     def _take_candidate(self, location: str, node: str, kv: KeyValue | None) -> Sequence[str]:
-        found = None if kv is None else read(CandidateRecord, kv.value)
+        found = None if kv is None else read(CandidateRecord, kv.value, MAX_SMALL)
         candidates = dict(self._elections.get(location, {}))
         if found is None or kv is None:
             candidates.pop(node, None)
@@ -450,10 +469,10 @@ class View:
             )
         _replace(self._elections, location, candidates or None)
         self._dirty_elections.add(location)
-        return [_unknown(name) for name in found.unknown] if found else []
+        return _unknown(found)
 
     def _take_sighting(self, name: str, observer: str, kv: KeyValue | None) -> Sequence[str]:
-        found = None if kv is None else read(SightingRecord, kv.value)
+        found = None if kv is None else read(SightingRecord, kv.value, MAX_SMALL)
         observers = dict(self._observers.get(name, {}))
         if found is None or kv is None:
             observers.pop(observer, None)
@@ -472,10 +491,10 @@ class View:
             self._dirty.add(("node", name))
         if name in self._peer_records:
             self._dirty.add(("peer", name))
-        return [_unknown(unknown) for unknown in found.unknown] if found else []
+        return _unknown(found)
 
     def _take_verdict(self, location: str, witness: str, kv: KeyValue | None) -> Sequence[str]:
-        found = None if kv is None else read(VerdictRecord, kv.value)
+        found = None if kv is None else read(VerdictRecord, kv.value, MAX_VERDICT)
         witnesses = dict(self._witnesses.get(location, {}))
         if found is None:
             witnesses.pop(witness, None)
@@ -492,7 +511,7 @@ class View:
             )
         _replace(self._witnesses, location, witnesses or None)
         self._dirty_verdicts.add(location)
-        return [_unknown(unknown) for unknown in found.unknown] if found else []
+        return _unknown(found)
 
     def _take_granularity(self, value: bytes | None) -> Sequence[str]:
         if value is None:
@@ -559,5 +578,16 @@ def _replace(table: dict[str, V], name: str, value: V | None) -> bool:
     return True
 
 
-def _unknown(name: str) -> str:
-    return f"{name}: no such field is known; the rest of the record is in force"
+def _unknown(found: Read[R] | None) -> Sequence[str]:
+    """What to say of fields that nobody knows."""
+    if found is None or not found.unknown:
+        return ()
+    notes = [f"{name}: no such field is known; the rest of the record is in force" for name in found.unknown]
+    if found.more_unknown:
+        notes.append(f"{found.more_unknown} more fields are not known; the rest of the record is in force")
+    return notes
+
+
+def _shown(key: bytes) -> str:
+    text = k.key_text(key[: 4 * _MOST_SHOWN])
+    return text if len(text) <= _MOST_SHOWN else text[:_MOST_SHOWN] + "…"
