@@ -12,6 +12,7 @@ from kilo_etcd.etcd import (
     BadRequest,
     Compacted,
     EtcdError,
+    Full,
     LeaseNotFound,
     PermissionDenied,
     Unauthenticated,
@@ -114,7 +115,7 @@ def test_status_is_read_from_trailers() -> None:
         (14, "etcdserver: no leader", Unavailable, "retry"),
         (14, "etcdserver: request timed out", Unavailable, "timed out"),
         (8, "etcdserver: too many requests", Unavailable, "retry"),
-        (8, "etcdserver: mvcc: database space exceeded", Unavailable, "defragment"),
+        (8, "etcdserver: mvcc: database space exceeded", Full, "defragment"),
         (12, "unknown method", EtcdError, "gRPC status 12"),
     ],
 )

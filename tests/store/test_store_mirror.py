@@ -103,7 +103,7 @@ async def test_etcd_away_keeps_the_last_snapshot_and_comes_back() -> None:
         client.cut()
         await eventually(lambda: not mirror.connected, 20)
         assert mirror.current is first
-        assert mirror.last_error
+        assert mirror.trouble == "etcd is out of reach: no endpoint of etcd answered"
         assert mirror.disconnected_since is not None
         node(etcd, "b", 2)
         await trio.sleep(30)
@@ -111,7 +111,7 @@ async def test_etcd_away_keeps_the_last_snapshot_and_comes_back() -> None:
         client.mend()
         assert set((await newer(mirror, first)).nodes) == {"a", "b"}
         await eventually(lambda: mirror.connected, 20)
-        assert mirror.last_error is None
+        assert mirror.trouble is None
 
 
 async def test_it_starts_while_etcd_is_away() -> None:

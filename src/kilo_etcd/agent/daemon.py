@@ -172,6 +172,8 @@ class Daemon:
         self.subnets: tuple[IPNetwork, ...] = ()
         """The mesh's, as they were when this agent joined."""
 
+        self._waiting: str | None = None
+        """What this agent waits for before it can join, as a sentence."""
         self._rng = random.Random()
         self._wake = trio.Event()
         self._wanted = False
@@ -389,7 +391,8 @@ class Daemon:
                 result = await call()
             except etcd.Unavailable as error:
                 if not isinstance(error, store.HeldOff):
-                    self.once.error("etcd", "etcd is out of reach", error=str(error))
+                    self.once.error("etcd", error.kind, error=str(error))
+                    self._waiting = f"waiting for etcd: {error.kind}: {error}"
                 self.metrics.error("etcd")
                 if self.remembered is None:
                     notify(f"STATUS=waiting for etcd: {error}")
@@ -399,6 +402,7 @@ class Daemon:
                 raise Fatal(str(error)) from error
             else:
                 self.once.clear("etcd", "etcd is back")
+                self._waiting = None
                 return result
 
     async def _leave(self) -> None:
@@ -491,10 +495,11 @@ class Daemon:
             self._nudge(fresh=True)
 
     async def _follow_suspicion(self) -> None:
-        """Have the status say when etcd is held off, and when it is followed again: the plan stays what it was."""
-        suspect = False
+        """Have the status say when etcd is held off or cannot be read, and when it is followed again: the plan stays
+        what it was."""
+        standing: str | None = None
         while True:
-            suspect = await self.mirror.wait_suspect(suspect)
+            standing = await self.mirror.wait_standing(standing)
             if self.snapshot is not None and self.topology is not None:
                 self._publish(self.snapshot)
 
@@ -673,10 +678,7 @@ class Daemon:
         return (*self.resolver.networks(self.config.etcd.endpoints), *self.whereabouts.underlay)
 
     def _report_snapshot(self, snapshot: Snapshot) -> None:
-        self.once.errors(
-            "set aside", tuple(f"{aside.key}: {aside.reason}" for aside in snapshot.set_aside),
-            revision=snapshot.revision,
-        )  # fmt: skip
+        self.once.errors("set aside", snapshot.set_aside, what="rejected records", revision=snapshot.revision)
         self.disagreements = decide.disagreements(
             snapshot, granularity=self.config.mesh_granularity, subnets=self.config.wanted_subnets
         )
@@ -723,7 +725,7 @@ class Daemon:
             errors=self._standing_errors(),
             programmed=self._programmed,
             address=self.whereabouts.address,
-            without_etcd=self.mirror.suspect or self._bridged() or "",
+            without_etcd=self.mirror.suspect or self._bridged() or self.mirror.trouble or "",
         )
         self._reporter.publish(snapshot, state, leaving=self._leaving)
 
@@ -759,16 +761,20 @@ class Daemon:
         return (*said, *(text for text in further if text))
 
     def _etcd_trouble(self) -> str | None:
-        """Why etcd is not followed or does not hold what this host has to say; that it is away need not be said here,
-        unless this host has not been in the mesh since it started."""
-        silent = self.session.last_error if self.mirror.connected else None
-        return self.mirror.suspect or self._bridged() or silent
+        """Why etcd is not followed or does not hold what this host has to say, with etcd's own error and what to do."""
+        if (held := self.mirror.suspect or self._bridged()) is not None:
+            return held
+        if (trouble := self.mirror.trouble) is not None:
+            return f"{trouble}; forwarding goes on by the last plan"
+        return self._waiting or self.session.last_error
 
     def _bridged(self) -> str | None:
         if self.remembered is None:
             return None
         age = self.keeper.age(self.remembered)
-        return f"etcd is out of reach; the last known mesh is in force, which was kept on disk (age {age})"
+        failure = self.mirror.failure
+        what, why = ("etcd is out of reach", "") if failure is None else (failure.kind, f": {failure}")
+        return f"{what}; the last known mesh is in force, which was kept on disk (age {age}){why}"
 
     # -- candidacy ------------------------------------------------------------------------------------------
 

@@ -22,21 +22,38 @@ Text: TypeAlias = str | bytes
 class EtcdError(Exception):
     """Something that etcd or the way to it refused or failed; the message is one sentence for the operator."""
 
+    kind = "etcd failed"
+    """What sort of failure it is, in a few words; the message says the rest."""
+
 
 class Unavailable(EtcdError):
     """No endpoint answered in time, or the member has no quorum: retrying later can help."""
+
+    kind = "etcd is out of reach"
+
+
+class Full(Unavailable):
+    """etcd's database has reached its quota (NOSPACE): it answers, and takes no writes until that is mended."""
+
+    kind = "etcd takes no writes"
 
 
 class Unauthenticated(EtcdError):
     """Wrong or missing user, password, token or client certificate."""
 
+    kind = "etcd does not let this host in"
+
 
 class PermissionDenied(EtcdError):
     """The user is known but may not do this; the message names the key."""
 
+    kind = "etcd denies permission"
+
 
 class ConnectionRefusedByTls(EtcdError):
     """TLS could not be agreed: unknown CA, wrong name, client certificate refused or missing."""
+
+    kind = "TLS with etcd fails"
 
 
 class Compacted(EtcdError):

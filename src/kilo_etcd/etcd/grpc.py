@@ -12,7 +12,7 @@ from urllib.parse import unquote_to_bytes
 
 from attrs import frozen
 
-from .api import BadRequest, Compacted, EtcdError, LeaseNotFound, PermissionDenied, Unauthenticated, Unavailable
+from .api import BadRequest, Compacted, EtcdError, Full, LeaseNotFound, PermissionDenied, Unauthenticated, Unavailable
 
 OK, CANCELLED, UNKNOWN, INVALID_ARGUMENT, DEADLINE_EXCEEDED, NOT_FOUND = range(6)
 ALREADY_EXISTS, PERMISSION_DENIED, RESOURCE_EXHAUSTED, FAILED_PRECONDITION, ABORTED, OUT_OF_RANGE = range(6, 12)
@@ -158,7 +158,7 @@ def to_error(status: StatusError, doing: Doing, *, endpoint: str, user: str | No
     if "lease not found" in said:
         return LeaseNotFound(f"etcd at {endpoint} has no such lease (expired or revoked): could not {doing}")
     if "database space exceeded" in said:
-        return Unavailable(
+        return Full(
             f"etcd at {endpoint} is full ({said}): could not {doing}; compact, defragment, then etcdctl alarm disarm"
         )
     if status.leaves_member or code in (CANCELLED, ABORTED, INTERNAL):

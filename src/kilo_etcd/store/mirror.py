@@ -98,7 +98,8 @@ class Mirror:
         self.connected = False
         self.disconnected_since: float | None = None
         """trio.current_time() since which etcd has not answered; None while it does."""
-        self.last_error: str | None = None
+        self.failure: EtcdError | None = None
+        """Why etcd could not be read the last time; None while it answers."""
         self.suspect: str | None = None
         """Why etcd is not followed at present, as a sentence; None: it is."""
         self.taken_up = 0
@@ -135,11 +136,21 @@ class Mirror:
             await self._published.wait()
         return self.current
 
-    async def wait_suspect(self, than: bool) -> bool:
-        """Whether etcd is suspect, as soon as that is other `than` said."""
-        while (self.suspect is not None) is than:
+    @property
+    def trouble(self) -> str | None:
+        """Why etcd cannot be read at present, as a sentence of etcd's own with what to do; None: it answers."""
+        return None if self.failure is None else f"{self.failure.kind}: {self.failure}"
+
+    @property
+    def standing(self) -> str | None:
+        """What sort of trouble there is with etcd, in words that change only with the sort; None: there is none."""
+        return self.suspect or (None if self.failure is None else self.failure.kind)
+
+    async def wait_standing(self, than: str | None) -> str | None:
+        """`standing`, as soon as it is another one `than` said."""
+        while self.standing == than:
             await self._judged.wait()
-        return not than
+        return self.standing
 
     async def wait_taken_up(self, than: int) -> int:
         """`taken_up`, as soon as it is more `than` said."""
@@ -322,20 +333,28 @@ class Mirror:
 
     def _set_suspect(self, sentence: str | None) -> None:
         self.suspect = sentence
+        self._tell()
+
+    def _tell(self) -> None:
         judged, self._judged = self._judged, trio.Event()
         judged.set()
 
     def _answered(self) -> None:
         if not self.connected:
             self._log.info("etcd answers", prefix=self._keys.root)
-        self.connected, self.disconnected_since, self.last_error = True, None, None
+        self.connected, self.disconnected_since = True, None
+        if self.failure is not None:
+            self.failure = None
+            self._tell()
 
     def _failed(self, error: EtcdError) -> None:
-        if self.connected or self.last_error is None:
-            self._log.warning("etcd does not answer; the last snapshot stays", error=str(error))
+        if self.connected or self.failure is None or self.failure.kind != error.kind:
+            what = "etcd does not answer" if type(error) is Unavailable else error.kind
+            self._log.warning(f"{what}; the last snapshot stays", error=str(error))
         if self.connected:
             self.disconnected_since = trio.current_time()
-        self.connected, self.last_error = False, str(error)
+        self.connected, self.failure = False, error
+        self._tell()
 
 
 def _why_not(header: Header, floor: Header | None) -> str | None:
