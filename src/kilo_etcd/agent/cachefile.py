@@ -27,7 +27,7 @@ from typing import IO, Any
 
 from attrs import frozen
 
-from kilo_etcd import store
+from kilo_etcd import descriptors, store
 from kilo_etcd.agent.config import shown_duration
 from kilo_etcd.agent.privatekey import sync_directory
 from kilo_etcd.etcd import Header, KeyValue
@@ -153,7 +153,7 @@ def read(path: Path, identity: Identity) -> Kept | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise Unusable(f"{path} cannot be read: {error.strerror}") from None
+        raise Unusable(f"{path} cannot be read: {descriptors.shortage(error) or error.strerror}") from None
     with os.fdopen(handle, "rb") as raw, _reading(path):
         status = os.fstat(raw.fileno())
         if not stat.S_ISREG(status.st_mode):

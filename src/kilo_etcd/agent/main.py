@@ -27,8 +27,17 @@ from kilo_etcd.agent.notify import notify
 from kilo_etcd.agent.only_one import AlreadyRunning, only_one
 from kilo_etcd.agent.options import agent_options
 from kilo_etcd.agent.upkeep import REFUSALS
+from kilo_etcd.descriptors import OutOfDescriptors
 
-EXPECTED = (Fatal, AlreadyRunning, etcd.EtcdError, kernel.KernelError, privatekey.KeyError_, *REFUSALS)
+EXPECTED = (
+    Fatal,
+    AlreadyRunning,
+    OutOfDescriptors,
+    etcd.EtcdError,
+    kernel.KernelError,
+    privatekey.KeyError_,
+    *REFUSALS,
+)
 
 PAUSE_SECONDS = 10.0
 """How long an agent that could not go on stays before it ends, where systemd starts it again.

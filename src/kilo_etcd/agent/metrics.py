@@ -1,32 +1,24 @@
-"""What the agent counts, and the small HTTP server that shows it: `/metrics` for Prometheus, `/health` in one line.
+"""What the agent counts, and what it answers on `--listen`: `/metrics` for Prometheus, `/health` in one line.
 
-The server has a thread of its own that sleeps until somebody asks, holds no request longer than a few seconds, and
-never stops the agent: an address that cannot be listened on is an error in the log. The registry is the agent's own.
+The server (`agent.http`) is a task of the agent's: an agent whose loop hangs does not say that it is well. An address
+that cannot be listened on is an error in the log and stops nothing. The registry is the agent's own.
 """
 
 from __future__ import annotations
 
-import selectors
-import socket
-import socketserver
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager, suppress
-from typing import Any
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+from contextlib import asynccontextmanager
 
 import trio
-from prometheus_client import CollectorRegistry, Counter, Gauge, make_wsgi_app
+from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client.exposition import choose_encoder
 
-from kilo_etcd import __version__
+from kilo_etcd import __version__, descriptors
+from kilo_etcd.agent import http
 from kilo_etcd.agent.config import ListenAddress
 from kilo_etcd.agent.logs import get_logger
 from kilo_etcd.model import Snapshot
-
-REQUEST_TIMEOUT = 5.0
-"""Seconds that a client may take over its request."""
-IP_FREEBIND = 15
 
 
 class Metrics:
@@ -123,30 +115,22 @@ class Metrics:
 
     def health(self) -> str | None:
         """None where all is well, else one sentence."""
-        trouble = self._reported or self._suspicion() or self._trouble
+        trouble = self._reported or self._suspicion() or self._trouble or descriptors.running_short()
         if trouble is None and not _value(self.etcd_connected):
             return "etcd is out of reach; forwarding goes on by the last plan"
         return trouble
 
-    def application(self) -> Callable[..., Iterable[bytes]]:
-        """The WSGI application behind `--listen`."""
-        exposition = make_wsgi_app(self.registry)
-
-        def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-            path, method = environ.get("PATH_INFO", ""), environ.get("REQUEST_METHOD", "GET")
-            if method not in ("GET", "HEAD"):
-                return _plain(start_response, "405 Method Not Allowed", "only GET and HEAD are answered")
-            if path == "/metrics":
-                exposed: Iterable[bytes] = exposition(environ, start_response)
-                return exposed
-            if path == "/health":
-                trouble = self.health()
-                if trouble is None:
-                    return _plain(start_response, "200 OK", "ok")
-                return _plain(start_response, "503 Service Unavailable", trouble)
-            return _plain(start_response, "404 Not Found", "there is /metrics and /health")
-
-        return answer
+    def answer(self, request: http.Request) -> http.Answer:
+        """What is served behind `--listen`."""
+        if request.path == "/metrics":
+            encode, kind = choose_encoder(request.headers.get("accept", ""))
+            return http.Answer("200 OK", encode(self.registry), kind)
+        if request.path == "/health":
+            trouble = self.health()
+            if trouble is None:
+                return http.Answer.line("200 OK", "ok")
+            return http.Answer.line("503 Service Unavailable", " ".join(trouble.split()))
+        return http.Answer.line("404 Not Found", "there is /metrics and /health")
 
     @asynccontextmanager
     async def serve(self, listen: ListenAddress | None) -> AsyncIterator[ListenAddress | None]:
@@ -155,109 +139,27 @@ class Metrics:
             yield None
             return
         try:
-            server = _Server(listen)
+            listener = http.listen(listen)
         except OSError as error:
             self.error("listen")
-            reason = error.strerror or str(error)
-            self.listen_trouble = (
-                f"metrics and health are not served, since {listen} cannot be listened on ({reason}): "
-                "choose another address with --listen"
-            )
+            if (short := descriptors.shortage(error)) is not None:
+                self.listen_trouble = f"metrics and health are not served: {short}"
+            else:
+                reason = error.strerror or str(error)
+                self.listen_trouble = (
+                    f"metrics and health are not served, since {listen} cannot be listened on ({reason}): "
+                    "choose another address with --listen"
+                )
             get_logger().error(self.listen_trouble)
             yield None
             return
-        server.set_app(self.application())
-        thread = threading.Thread(target=server.run, name="kg-http", daemon=True)
-        thread.start()
-        try:
-            yield ListenAddress(listen.host, server.server_port)
-        finally:
-            server.stop()
-            with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(thread.join)
-            server.server_close()
-
-
-class _Handler(WSGIRequestHandler):
-    timeout = REQUEST_TIMEOUT
-
-    def address_string(self) -> str:
-        # The default looks the client's name up in the DNS.
-        return str(self.client_address[0])
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing: scrapes are no events."""
-
-
-class _Server(socketserver.ThreadingMixIn, WSGIServer):
-    daemon_threads = True
-    block_on_close = False
-
-    def __init__(self, listen: ListenAddress) -> None:
-        host = listen.host
-        if not host:
-            host = "::" if _has_ipv6() else "0.0.0.0"
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        # Before the base class, which closes the server where the address cannot be had.
-        self._wake, self._awake = socket.socketpair()
-        try:
-            super().__init__((host, listen.port), _Handler)
-        except BaseException:
-            self._close_pair()
-            raise
-        self.timeout = 0
-
-    def server_bind(self) -> None:
-        # Not HTTPServer's, which asks the DNS for the host's own full name and may wait long for it.
-        if self.address_family == socket.AF_INET6:
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        # The mesh address may be listened on although the agent has yet to make it.
-        with suppress(OSError):
-            self.socket.setsockopt(socket.SOL_IP, IP_FREEBIND, 1)
-        socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
-        self.setup_environ()
-
-    def run(self) -> None:
-        """Answer until `stop`, without ever waking up for nothing."""
-        with selectors.DefaultSelector() as selector:
-            selector.register(self, selectors.EVENT_READ)
-            selector.register(self._awake, selectors.EVENT_READ)
-            while True:
-                if any(key.fileobj is self._awake for key, _ in selector.select()):
-                    return
-                self.handle_request()
-
-    def stop(self) -> None:
-        self._wake.send(b"x")
-
-    def server_close(self) -> None:
-        super().server_close()
-        self._close_pair()
-
-    def _close_pair(self) -> None:
-        self._wake.close()
-        self._awake.close()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hung up or was too slow is no event."""
-
-
-def _has_ipv6() -> bool:
-    try:
-        with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as probe:
-            probe.bind(("::1", 0))
-    except OSError:
-        return False
-    return True
-
-
-def _plain(start_response: Callable[..., Any], status: str, line: str) -> Iterable[bytes]:
-    body = (line + "\n").encode()
-    start_response(
-        status, [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", str(len(body)))]
-    )  # fmt: skip
-    return [body]
+        port = int(listener.getsockname()[1])
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(http.Server(listener, self.answer).run)
+            try:
+                yield ListenAddress(listen.host, port)
+            finally:
+                nursery.cancel_scope.cancel()
 
 
 def _value(gauge: Gauge) -> float:

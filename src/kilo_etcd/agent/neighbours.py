@@ -19,6 +19,7 @@ from typing import Protocol
 
 import trio
 
+from kilo_etcd import descriptors
 from kilo_etcd.agent.hearsay import Chronicle, Hearsay, Message, Word, digest, leaders_heard, sender_of, unpack
 from kilo_etcd.model import IPAddress, Node
 from kilo_etcd.topology import Topology, UnknownNode
@@ -71,7 +72,9 @@ class UdpPost:
             for version, family in ((4, socket.AF_INET), (6, socket.AF_INET6)):
                 try:
                     one = trio.socket.socket(family, socket.SOCK_DGRAM)
-                except OSError:
+                except OSError as error:
+                    if descriptors.is_shortage(error):
+                        raise
                     continue  # A kernel without that family.
                 if version == 6:
                     one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from kilo_etcd import descriptors
+
 RUNTIME_DIR = Path("/run/kilo-etcd")
 
 
@@ -22,7 +24,8 @@ class AlreadyRunning(Exception):
 
 @contextmanager
 def only_one(directory: Path = RUNTIME_DIR) -> Iterator[None]:
-    """Be the only agent of this network namespace while in the block. AlreadyRunning if there is one."""
+    """Be the only agent of this network namespace while in the block. AlreadyRunning if there is one;
+    OutOfDescriptors if that cannot be found out."""
     with claimed(
         "agent",
         "an agent runs on this host already{}; stop it first, for instance with `systemctl stop kilo-etcd`",
@@ -39,7 +42,9 @@ def claimed(what: str, refusal: str, directory: Path = RUNTIME_DIR) -> Iterator[
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / f"{what}.{os.stat('/proc/self/ns/net').st_ino}.lock"
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError:
+    except OSError as error:
+        if (short := descriptors.shortage(error)) is not None:
+            raise descriptors.OutOfDescriptors(f"it cannot be seen whether another agent runs here: {short}") from None
         yield
         return
     try:

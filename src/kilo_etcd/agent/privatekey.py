@@ -18,6 +18,8 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
+from kilo_etcd import descriptors
+
 KEY_FILE = "key"
 KEY_BYTES = 32
 _MOST_BYTES = 1024
@@ -46,6 +48,8 @@ def load_or_create_file(path: Path, *, flag: str) -> str:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         _write_new(path, generate())
     except OSError as error:
+        if (short := descriptors.shortage(error)) is not None:
+            raise KeyError_(f"the private key cannot be written to {path.parent}: {short}") from None
         remedy = "make room there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "make the directory writable"
         raise KeyError_(
             f"the private key cannot be written to {path.parent}: {error.strerror}; "
@@ -70,6 +74,8 @@ def peek_file(path: Path) -> str | None:
     except FileNotFoundError:
         return None
     except OSError as error:
+        if (short := descriptors.shortage(error)) is not None:
+            raise KeyError_(f"the private key {path} cannot be read: {short}") from None
         raise KeyError_(f"the private key {path} cannot be read: {error.strerror}; mend or move the file") from None
     with os.fdopen(handle, "rb") as file:
         status = os.fstat(file.fileno())

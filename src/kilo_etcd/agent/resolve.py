@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import trio
 from attrs import evolve, frozen
 
+from kilo_etcd import descriptors
 from kilo_etcd.agent.logs import Once, get_logger
 from kilo_etcd.model import Endpoint, IPAddress, IPNetwork
 from kilo_etcd.topology.hostplan import HostPlan, Problem
@@ -293,4 +294,5 @@ class Resolver:
 def _reason(error: OSError | trio.TooSlowError) -> str:
     if isinstance(error, trio.TooSlowError):
         return "no answer in time"
-    return error.strerror or str(error)
+    # The resolver does not tell: without a descriptor it finds no server, no file, and no such name.
+    return descriptors.shortage(error) or descriptors.exhausted() or error.strerror or str(error)

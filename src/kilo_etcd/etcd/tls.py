@@ -16,6 +16,8 @@ from ipaddress import ip_address
 import trio
 from attrs import define, field
 
+from kilo_etcd import descriptors
+
 from .api import Tls
 from .connection import explain_tls
 from .endpoint import Endpoint
@@ -50,6 +52,8 @@ def tls_context(tls: Tls) -> ssl.SSLContext:
             ) from None
         raise TransportFailed(f"{doing} is not usable as PEM ({error.reason or error})", permanent=True) from None
     except OSError as error:
+        if (short := descriptors.shortage(error)) is not None:
+            raise TransportFailed(f"cannot read {doing or 'certificates'}: {short}", processed=False) from None
         raise TransportFailed(f"cannot read {doing} ({error.strerror})", permanent=True) from None
     context.set_alpn_protocols(["h2"])
     return context
@@ -151,7 +155,13 @@ def _explain_tcp(error: OSError) -> str:
         elif one.__cause__ is not None:
             found.append(one.__cause__)
     for one in found:
+        if (short := descriptors.shortage(one)) is not None:
+            return short
+    for one in found:
         if isinstance(one, socket.gaierror):
+            # The resolver does not tell: without a descriptor no name has an address.
+            if (short := descriptors.exhausted()) is not None:
+                return short
             return f"its name does not resolve ({one.strerror})"
     numbers = [one.errno for one in found if isinstance(one, OSError) and one.errno]
     if errno.ECONNREFUSED in numbers:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 
+from kilo_etcd import descriptors
 from kilo_etcd.kernel.forward import AddForward, DeleteForward
 from kilo_etcd.kernel.rules import AddRule, DeleteRule
 from kilo_etcd.kernel.state import (
@@ -31,6 +32,13 @@ from kilo_etcd.kernel.table import DeleteTable, ReplaceTable
 
 class KernelError(Exception):
     """Nothing can be programmed at all; the message is one sentence for the operator."""
+
+
+def why_not(error: OSError) -> str:
+    """Why something could not be opened or done, as a clause: that descriptors are short, else the kernel's words."""
+    # What netlink answers is about the kernel's own tables, not about descriptors of ours.
+    short = None if isinstance(error, NetlinkError) else descriptors.shortage(error)
+    return short or getattr(error, "detail", "") or error.strerror or str(error)
 
 
 class NetlinkError(OSError):
@@ -70,11 +78,13 @@ def cannot_ping(error: OSError) -> str:
     if isinstance(error, PermissionError):
         change = AllowPings(os.getegid())
         return f"this process may not ping ({change.path} leaves its group out): set it on the host with `{change}`"
-    return f"this host cannot ping: {error.strerror}"
+    return f"this host cannot ping: {why_not(error)}"
 
 
 def _sentence(change: Change, error: OSError) -> str:
     code = error.errno or 0
+    if descriptors.is_shortage(error) and not isinstance(error, NetlinkError):
+        return f"`{change}` was not done: {why_not(error)}"
     if isinstance(change, KeepAdvertisements):
         return (
             f"{change.path} could not be set to 2 ({error.strerror}): a host that forwards IPv6 loses what it has "

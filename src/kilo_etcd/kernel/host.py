@@ -14,7 +14,7 @@ from pathlib import Path
 from attrs import evolve
 
 from kilo_etcd.kernel import netlink, routing, rtnetlink, sysctl, userspace, wireguard
-from kilo_etcd.kernel.errors import NO_PERMISSION, KernelError, NetlinkError, failure, taken
+from kilo_etcd.kernel.errors import NO_PERMISSION, KernelError, NetlinkError, failure, taken, why_not
 from kilo_etcd.kernel.firewall import table_name
 from kilo_etcd.kernel.forward import AddForward, DeleteForward
 from kilo_etcd.kernel.iptables import Iptables
@@ -290,8 +290,7 @@ class Host:
                 raise KernelError(f"{link.name} cannot be read: {NO_PERMISSION}") from None
             if error.errno in _NOBODY_THERE:
                 return False, nothing
-            detail = getattr(error, "detail", "") or error.strerror
-            raise KernelError(f"{link.name} cannot be read: {detail}") from None
+            raise KernelError(f"{link.name} cannot be read: {why_not(error)}") from None
         return False, nothing
 
     def _dated(self, state: wireguard.DeviceState) -> wireguard.DeviceState:

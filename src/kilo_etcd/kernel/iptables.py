@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from kilo_etcd import descriptors
 from kilo_etcd.kernel.forward import AddForward, DeleteForward, ForwardRule, blocked, read_rules
 
 _PROGRAMS = {4: "iptables", 6: "ip6tables"}
@@ -63,7 +64,9 @@ class Iptables:
                 continue
             try:
                 chains[version], own = read_rules(_run(program, "-w", "5", "-S"), version, self._interface)
-            except OSError:
+            except OSError as error:
+                if descriptors.is_shortage(error):
+                    raise  # Else our own rules would be taken to be gone.
                 continue
             rules |= own
         return chains, rules

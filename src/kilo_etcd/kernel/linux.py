@@ -12,20 +12,21 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from typing import TypeVar
 
 import trio
 from attrs import evolve
 
+from kilo_etcd import descriptors
 from kilo_etcd.kernel import echo, rtnetlink, sysctl
 from kilo_etcd.kernel.api import Kernel
 from kilo_etcd.kernel.diff import Difference, difference, is_drift, must_look, remember, shadows, superseded
 from kilo_etcd.kernel.drift import Watch, Whereabouts, bends_ways, device_period
 from kilo_etcd.kernel.effect import apply_changes
 from kilo_etcd.kernel.egress import Egress
-from kilo_etcd.kernel.errors import NO_PERMISSION, KernelError, cannot_ping, taken
+from kilo_etcd.kernel.errors import NO_PERMISSION, KernelError, NetlinkError, cannot_ping, taken, why_not
 from kilo_etcd.kernel.firewall import table_name
 from kilo_etcd.kernel.forward import DeleteForward, mark
 from kilo_etcd.kernel.host import Host, may_change_the_network
@@ -71,15 +72,17 @@ async def open_kernel(setup: Setup) -> AsyncIterator[Kernel]:
     except OSError as error:
         raise KernelError(f"the private key is unusable: {error.strerror}") from None
     public_key = public_key_of(raw(setup.private_key))
-    host = Host(
-        setup.interface, setup.uapi_dir, setup.runtime_dir,
-        public_key=public_key, forward_rules=setup.forward_rules, protocol=setup.protocol,
-    )  # fmt: skip
+    with _descriptors_named():
+        host = Host(
+            setup.interface, setup.uapi_dir, setup.runtime_dir,
+            public_key=public_key, forward_rules=setup.forward_rules, protocol=setup.protocol,
+        )  # fmt: skip
     try:
-        listener, reports = (
-            Listener(rtnetlink.GROUPS),
-            Reports(table_name(setup.interface), mark(setup.interface) if setup.forward_rules else ""),
-        )
+        with _descriptors_named():
+            listener, reports = (
+                Listener(rtnetlink.GROUPS),
+                Reports(table_name(setup.interface), mark(setup.interface) if setup.forward_rules else ""),
+            )
         try:
             backend = await _in_thread(lambda: host.choose(setup.wireguard, setup.userspace_command))
             yield LinuxKernel(setup, host, listener, reports, backend)
@@ -152,7 +155,20 @@ async def list_addresses() -> HostAddresses:
 
 
 async def _in_thread(work: Callable[[], _T]) -> _T:
-    return await trio.to_thread.run_sync(work)
+    with _descriptors_named():
+        return await trio.to_thread.run_sync(work)
+
+
+@contextmanager
+def _descriptors_named() -> Iterator[None]:
+    """Raise KernelError where something could not be opened for want of a descriptor: that says nothing of what was
+    to be opened."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, NetlinkError) or not descriptors.is_shortage(error):
+            raise
+        raise KernelError(f"the kernel cannot be asked: {why_not(error)}") from None
 
 
 class LinuxKernel:
@@ -300,7 +316,8 @@ class LinuxKernel:
             state = self._host.device(believed.link)
         except (OSError, KernelError) as error:
             self._looked_at = False
-            self._drift = f"{believed.link.name} cannot be read: {getattr(error, 'strerror', None) or error}"
+            why = why_not(error) if isinstance(error, OSError) else error
+            self._drift = f"{believed.link.name} cannot be read: {why}"
         else:
             if state is None:
                 return

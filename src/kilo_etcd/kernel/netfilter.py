@@ -10,9 +10,9 @@ import errno
 import socket
 import struct
 from collections.abc import Sequence
-from contextlib import suppress
 from ipaddress import ip_address
 
+from kilo_etcd import descriptors
 from kilo_etcd.kernel import netlink
 from kilo_etcd.kernel.netlink import Message, attribute, attributes, nested, text
 from kilo_etcd.kernel.nftables import be32, elements, pack_expressions, read_expressions
@@ -198,8 +198,11 @@ class Reports:
         self._name = name.encode() + b"\0"
         self._what = f"nftables table inet {name} was changed"
         self._listener: netlink.Listener | None = None
-        with suppress(OSError):
+        try:
             self._listener = netlink.Listener([_GROUP], PROTOCOL)
+        except OSError as error:
+            if descriptors.is_shortage(error):
+                raise  # Else changes to the table would go unnoticed for as long as the agent runs.
 
     @property
     def socket(self) -> socket.socket | None:

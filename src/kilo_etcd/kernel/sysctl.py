@@ -15,6 +15,7 @@ import json
 import os
 from pathlib import Path
 
+from kilo_etcd import descriptors
 from kilo_etcd.kernel.state import AllowPings, KeepAdvertisements, RestoreSysctl, SetForwarding
 from kilo_etcd.wholefile import write_whole
 
@@ -38,7 +39,9 @@ def advertised(*ours: str) -> tuple[str, ...]:
         return ()
     try:
         names = os.listdir(_ROOT / "net/ipv6/conf")
-    except OSError:
+    except OSError as error:
+        if descriptors.is_shortage(error):
+            raise
         return ()
     asked = [name for name in sorted(names) if name not in ("all", "lo", *ours)]
     return tuple(name for name in asked if _read(KeepAdvertisements(name).path) == "1")
@@ -86,7 +89,9 @@ def restore(change: RestoreSysctl) -> None:
 def _read(path: str) -> str | None:
     try:
         return (_ROOT / path).read_text().strip()
-    except OSError:
+    except OSError as error:
+        if descriptors.is_shortage(error):
+            raise
         return None
 
 

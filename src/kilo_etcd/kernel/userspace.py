@@ -22,8 +22,9 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from kilo_etcd import descriptors
 from kilo_etcd.kernel.effect import network_order
-from kilo_etcd.kernel.errors import NO_PERMISSION, KernelError
+from kilo_etcd.kernel.errors import NO_PERMISSION, KernelError, why_not
 from kilo_etcd.kernel.netlink import same_namespace
 from kilo_etcd.kernel.state import ObservedPeer, RemovePeer, SetDevice, SetPeer, WireGuardChange
 from kilo_etcd.kernel.wireguard import DeviceState, raw
@@ -104,7 +105,7 @@ def decode(answer: str) -> DeviceState:
                     peers.append(_decode_peer(values, allowed))
                 values, allowed = {name: value}, []
             case "errno" if value != "0":
-                raise OSError(abs(int(value)), os.strerror(abs(int(value))))
+                raise _refusal(abs(int(value)))
             case "allowed_ip":
                 allowed.append(value)
             case _:
@@ -114,6 +115,13 @@ def decode(answer: str) -> DeviceState:
     return DeviceState(
         public_key=public_key, listen_port=port, mark=mark, peers={peer.public_key: peer for peer in peers}
     )
+
+
+def _refusal(code: int) -> OSError:
+    if descriptors.is_shortage(error := OSError(code, os.strerror(code))):
+        # Its descriptors, not ours.
+        return OSError(errno.EIO, "the process of the userspace WireGuard has no file descriptor left")
+    return error
 
 
 def _decode_peer(values: dict[str, str], allowed: Iterable[str]) -> ObservedPeer:
@@ -165,13 +173,15 @@ class UserspaceDevice:
         decode(self._ask(name, encode(changes)))
 
     def process(self, name: str) -> int | None:
-        """The process that serves a device of our network namespace, or None."""
+        """The process that serves a device of our network namespace, or None. OSError: no descriptor is left to ask."""
         try:
             with self._connect(name) as connection:
                 process, _, _ = struct.unpack(
                     "=iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("=iII"))
                 )
-        except OSError:
+        except OSError as error:
+            if descriptors.is_shortage(error):
+                raise
             return None
         return process if same_namespace(process) else None
 
@@ -187,6 +197,8 @@ class UserspaceDevice:
         try:
             os.close(os.open(_TUN, os.O_RDWR | os.O_CLOEXEC))
         except OSError as error:
+            if descriptors.is_shortage(error):
+                raise KernelError(f"{words[0]} cannot make {name}: {why_not(error)}") from None
             raise KernelError(
                 f"{words[0]} cannot make {name}, since {_TUN} cannot be opened ({error.strerror}): load the module tun "
                 "(modprobe tun), or let the agent have it (systemd unit: DeviceAllow=/dev/net/tun rw; container: "
@@ -244,7 +256,9 @@ class UserspaceDevice:
         except ConnectionRefusedError:
             path.unlink(missing_ok=True)
             return True
-        except OSError:
+        except OSError as error:
+            if descriptors.is_shortage(error):
+                raise
             return False
         return False
 
