@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from ipaddress import IPv4Address, ip_address, ip_interface
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from helpers import eventually
 from kilo_etcd.agent import hearsay, privatekey
+from kilo_etcd.agent.admission import stamp
 from kilo_etcd.agent.hearsay import (
     Chronicle,
     Hearsay,
@@ -194,6 +196,8 @@ class Letters:
 
     def __init__(self) -> None:
         self.sent: list[tuple[bytes, IPv4Address]] = []
+        self.admit: Any = lambda _data, _source: True
+        self.served: set[Any] = set()
         self._in, self._out = trio.open_memory_channel[tuple[bytes, Any]](100)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -208,7 +212,11 @@ class Letters:
         return await self._out.receive()
 
     def bring(self, data: bytes, source: Any = MESH_G1) -> None:
-        self._in.send_nowait((data, source))
+        if self.admit(data, source):
+            self._in.send_nowait((data, source))
+
+    def serve(self, addresses: Any) -> None:
+        self.served = set(addresses)
 
 
 @pytest.fixture
@@ -318,16 +326,25 @@ async def test_who_asks_is_answered_if_it_is_known(mesh: World) -> None:
         assert told is not None
         assert told.leaders == ((digest("location:gcp"), digest(daemon.public_key)),)
         assert (told.nonce, told.revision) == (b"question", daemon.applied_revision)
-        # Whoever brings it again is not answered, only the one who made it.
+        assert daemon.snapshot is not None
+        own = daemon.snapshot.nodes["h1"]
+        assert post.served == {*own.mesh_addresses, *(interface.ip for interface in own.internal_ips)}
+        assert len(post.served) == 2
+        # Whoever brings it again, from wherever, is not answered, and neither is the one who made it: it is a replay.
         post.sent.clear()
-        post.bring(question.pack(secret()), ip_address("192.0.2.66"))
+        for source in (ip_address("192.0.2.66"), MESH_G1):
+            post.bring(question.pack(secret()), source)
+        await trio.sleep(1)
+        assert post.sent == []
+        # Another question, relayed from an address that the answerer does not know, is answered to its maker.
+        post.bring(evolve(question, nonce=stamp(int(time.time()), 1)).pack(secret()), ip_address("192.0.2.66"))
         await eventually(lambda: post.sent, 1, every=0.01)
         assert post.sent[0][1] == MESH_G1
         # Who has lost etcd itself has nothing to say.
         mesh.client.cut()
         await eventually(lambda: len(post.sent) > 1, 20, every=0.1)
         post.sent.clear()
-        post.bring(question.pack(secret()))
+        post.bring(evolve(question, nonce=stamp(int(time.time()), 2)).pack(secret()))
         await trio.sleep(0.1)
         assert all(unpack(data, secret()) != told for data, _ in post.sent)
         assert not any(found.tells for data, _ in post.sent if (found := unpack(data, secret())))

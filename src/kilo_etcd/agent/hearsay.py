@@ -75,6 +75,12 @@ def sender_of(data: bytes) -> bytes | None:
     return bytes(sender) if magic == _MAGIC and kind in (_ASK, _TELL) and fits else None
 
 
+def nonce_of(data: bytes) -> tuple[bytes, bool]:
+    """The random number of a message of which `sender_of` knows the sender, and whether it says that it is an answer:
+    a look that costs nothing."""
+    return data[3:11], data[2] == _TELL
+
+
 def unpack(data: bytes, secret: bytes) -> Message | None:
     """The message, if it was made with this secret."""
     if sender_of(data) is None:

@@ -4,15 +4,19 @@ One UDP socket for each family on port 1107. While etcd answers it is silent: it
 second whether etcd has gone. A host that has lost etcd asks one neighbour every half second, of its own location and of
 others in turn. What the words mean is decided in `agent.hearsay`.
 
-It reads the messages of known nodes only (`hearsay.unpack`), and it never raises: where the port is taken, that is said
-once, and this host goes without.
+It reads the messages of known nodes only (`hearsay.unpack`), answers each question once (`agent.admission`), and it
+never raises: where the port is taken, that is said once, and this host goes without. The sockets are bound to all
+addresses, which come and go, but datagrams count only if they were sent to a mesh address or an internal IP of this
+host: the kernel says with each where it was sent to (IP_PKTINFO).
 """
 
 from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+import struct
+import time
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from ipaddress import ip_address
 from typing import Protocol
@@ -20,7 +24,18 @@ from typing import Protocol
 import trio
 
 from kilo_etcd import descriptors
-from kilo_etcd.agent.hearsay import Chronicle, Hearsay, Message, Word, digest, leaders_heard, sender_of, unpack
+from kilo_etcd.agent.admission import Admission, stamp
+from kilo_etcd.agent.hearsay import (
+    Chronicle,
+    Hearsay,
+    Message,
+    Word,
+    digest,
+    leaders_heard,
+    nonce_of,
+    sender_of,
+    unpack,
+)
 from kilo_etcd.model import IPAddress, Node
 from kilo_etcd.topology import Topology, UnknownNode
 
@@ -41,12 +56,23 @@ MOST_ASKED = 8
 
 _QUESTIONS_KEPT = 16
 
-MOST_SECRETS = 4096
-"""Secrets kept: to compute one takes as long as to check twenty messages. One and its key have 200 bytes."""
+MOST_SECRETS = 16384
+"""Secrets kept, more than a mesh has nodes: to compute one takes as long as to check twenty messages, and whoever knows
+public keys can name each node once. One and its key have 200 bytes."""
+
+_IP_PKTINFO, _IPV6_RECVPKTINFO, _IPV6_PKTINFO = 8, 49, 50
+_AT_ONCE = 64
+"""Datagrams that are taken from a socket before other tasks have their turn."""
 
 
 class Post(Protocol):
     """Datagrams to and from mesh addresses."""
+
+    admit: Callable[[bytes, IPAddress], bool]
+    """Whether a datagram from this address is worth being received; asked before it costs anything more."""
+
+    def serve(self, addresses: Collection[IPAddress]) -> None:
+        """Receive what is sent to these addresses of this host, and nothing else."""
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Receive until cancelled. OSError: it cannot be had."""
@@ -63,7 +89,10 @@ class UdpPost:
 
     def __init__(self, port: int = PORT) -> None:
         self._port = port
-        self._sockets: dict[int, trio.socket.SocketType] = {}
+        self.admit: Callable[[bytes, IPAddress], bool] = lambda _data, _source: True
+        self._served: frozenset[bytes] | None = None
+        """Packed addresses; None: all."""
+        self._sockets: dict[int, socket.socket] = {}
         self._arrived_in, self._arrived = trio.open_memory_channel[tuple[bytes, IPAddress]](32)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -71,15 +100,18 @@ class UdpPost:
         async with trio.open_nursery() as nursery:
             for version, family in ((4, socket.AF_INET), (6, socket.AF_INET6)):
                 try:
-                    one = trio.socket.socket(family, socket.SOCK_DGRAM)
+                    one = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
                 except OSError as error:
                     if descriptors.is_shortage(error):
                         raise
                     continue  # A kernel without that family.
-                if version == 6:
-                    one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
                 try:
-                    await one.bind(("" if version == 4 else "::", self._port))
+                    if version == 6:
+                        one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                        one.setsockopt(socket.IPPROTO_IPV6, _IPV6_RECVPKTINFO, 1)
+                    else:
+                        one.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
+                    one.bind(("" if version == 4 else "::", self._port))
                 except BaseException:
                     one.close()
                     raise
@@ -87,24 +119,46 @@ class UdpPost:
                 nursery.start_soon(self._listen, one)
             task_status.started()
 
-    async def _listen(self, one: trio.socket.SocketType) -> None:
+    def serve(self, addresses: Collection[IPAddress]) -> None:
+        self._served = frozenset(address.packed for address in addresses)
+
+    async def _listen(self, one: socket.socket) -> None:
         with one:
             while True:
-                try:
-                    data, sender = await one.recvfrom(2048)
-                except OSError:
-                    continue  # Word of an earlier packet that did not arrive.
-                with suppress(trio.WouldBlock):  # As if it had been lost on its way.
-                    self._arrived_in.send_nowait((data, ip_address(sender[0].partition("%")[0])))
+                await trio.lowlevel.wait_readable(one)
+                for _ in range(_AT_ONCE):
+                    try:
+                        data, told, _, sender = one.recvmsg(2048, 64)
+                    except BlockingIOError:
+                        break
+                    except OSError:
+                        continue  # Word of an earlier packet that did not arrive.
+                    if self._served is not None and _sent_to(told) not in self._served:
+                        continue
+                    source = ip_address(sender[0].partition("%")[0])
+                    if self.admit(data, source):
+                        with suppress(trio.WouldBlock):  # As if it had been lost on its way.
+                            self._arrived_in.send_nowait((data, source))
 
     async def send(self, data: bytes, address: IPAddress) -> None:
+        await trio.lowlevel.checkpoint()
         one = self._sockets.get(address.version)
         with suppress(OSError):
             if one is not None:
-                await one.sendto(data, (str(address), self._port))
+                one.sendto(data, (str(address), self._port))
 
     async def receive(self) -> tuple[bytes, IPAddress]:
         return await self._arrived.receive()
+
+
+def _sent_to(told: list[tuple[int, int, bytes]]) -> bytes | None:
+    """The address in a datagram's header as it came, packed. ip(7), ipv6(7)."""
+    for level, kind, info in told:
+        if level == socket.IPPROTO_IP and kind == _IP_PKTINFO:
+            return struct.unpack("=i4s4s", info[:12])[2]  # type: ignore[no-any-return]
+        if level == socket.IPPROTO_IPV6 and kind == _IPV6_PKTINFO:
+            return info[:16]
+    return None
 
 
 class Neighbours:
@@ -119,9 +173,15 @@ class Neighbours:
         *,
         etcd_away: Callable[[], bool],
         on_heard: Callable[[Hearsay], object],
+        wall: Callable[[], float] = time.time,
     ) -> None:
         self._name = name
         self._post = post
+        self._admission = Admission()
+        self._wall = wall
+        self._stamped = 0
+        """The second of the last question's stamp: it never goes back."""
+        post.admit = self._admits
         self._secret = secret
         self._secrets: dict[str, bytes | None] = {}
         self._etcd_away = etcd_away
@@ -143,6 +203,7 @@ class Neighbours:
         self._chronicle.note(topology)
         if self._topology is None or topology.snapshot.nodes is not self._topology.snapshot.nodes:
             self._by_digest = None
+            self._post.serve(_addresses(topology.snapshot.nodes.get(self._name)))
         self._topology = topology
 
     async def run(self) -> None:
@@ -182,7 +243,8 @@ class Neighbours:
         node = whom[self._turn % len(whom)]
         secret = self._agreed(node.public_key)
         if secret is not None:
-            nonce = os.urandom(8)
+            self._stamped = max(self._stamped, int(self._wall()))
+            nonce = stamp(self._stamped, int.from_bytes(os.urandom(2)))
             self._asked[nonce] = digest(node.public_key)
             while len(self._asked) > _QUESTIONS_KEPT:
                 del self._asked[next(iter(self._asked))]
@@ -191,6 +253,17 @@ class Neighbours:
             )
             await self._post.send(question.pack(secret), node.mesh_addresses[0])
         self._evaluate()
+
+    def _admits(self, data: bytes, source: IPAddress) -> bool:
+        """Whether a datagram may be more than noise, by what costs next to nothing to look at."""
+        sender = sender_of(data)
+        node = None if sender is None else self._known().get(sender)
+        if sender is None or node is None:
+            return False
+        nonce, tells = nonce_of(data)
+        if (nonce not in self._asked) if tells else self._admission.repeated(sender, nonce):
+            return False
+        return source in _addresses(node) or self._admission.from_stranger(source, trio.current_time())
 
     async def _listen(self) -> None:
         while True:
@@ -205,6 +278,9 @@ class Neighbours:
             if node is None or secret is None or message is None:
                 continue
             if not message.tells:
+                now = trio.current_time()
+                if not self._admission.answers(sender, message.nonce, now=now, wall=self._wall()):
+                    continue
                 own = topology.snapshot.nodes.get(self._name)
                 # Not to wherever a question says that it comes from: somebody may have recorded it.
                 there = node.mesh_address(address.version)
@@ -238,6 +314,13 @@ class Neighbours:
                 self._secrets.clear()
             self._secrets[public_key] = self._secret(public_key)
         return self._secrets[public_key]
+
+
+def _addresses(node: Node | None) -> tuple[IPAddress, ...]:
+    """Where a node sends from, and where it is asked."""
+    if node is None:
+        return ()
+    return (*node.mesh_addresses, *(interface.ip for interface in node.internal_ips))
 
 
 def _neighbours(topology: Topology, own: Node) -> list[Node]:

@@ -1,0 +1,132 @@
+"""Which questions on the peer-query port are answered: each once, and so many a second of one source.
+
+A question is authentic (`agent.hearsay` sees to that), but anybody may have recorded it and send it again. Its eight
+random bytes therefore are a stamp: the second in which it was made, two random bytes, and two check bytes by which a
+stamp is known. It travels as it always did, so agents of other versions take it for the random number that it was.
+
+* A stamp whose second is within `WINDOW` of this host's clock is answered if it is later than the last one of its
+  sender, or of the same second and new.
+* Anything else is from an agent that makes no stamps, or from a host with another time. It is answered if it is none of
+  the sender's last ones, slowly, and only if the sender has not shown a stamp within `WINDOW`: then it is a recording.
+
+What is remembered comes from authentic questions only, so strangers can neither fill nor change it. A source that does
+not fit the sender has a rate of its own, in a table from which the one heard longest ago goes first: who is forgotten
+may ask at once. A source that fits is not limited before its question has been verified, or a stranger who forges it
+would silence its owner.
+
+Pure: times come in, booleans go out.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Hashable
+from hashlib import blake2s
+
+from attrs import define, field
+
+WINDOW = 300.0
+"""Seconds by which the clocks of two hosts may differ."""
+RATE, BURST = 4.0, 8.0
+"""Answers a second to one node. A host that has lost etcd asks twice a second, all neighbours in turn."""
+SLOW_RATE, SLOW_BURST = 0.5, 4.0
+"""The same for questions without a stamp of the time."""
+STRANGE_RATE, STRANGE_BURST = 10.0, 20.0
+"""Datagrams a second that are looked at from an address that is none of the sender's."""
+MOST_NODES = 16384
+MOST_SOURCES = 1024
+_RECENT = 32
+"""Numbers of one node that are remembered."""
+
+_STAMP = struct.Struct("!IH")
+
+
+def stamp(second: int, random: int) -> bytes:
+    """Eight bytes for a question that is made in this second since 1970; `random` has 16 bits."""
+    head = _STAMP.pack(second & 0xFFFFFFFF, random)
+    return head + _check(head)
+
+
+def second_of(nonce: bytes) -> int | None:
+    """The second of a stamp, modulo 2**32; None: it is none."""
+    return int(_STAMP.unpack(nonce[:6])[0]) if nonce[6:] == _check(nonce[:6]) else None
+
+
+def _check(head: bytes) -> bytes:
+    return blake2s(head, digest_size=2, person=b"kilo-ask").digest()
+
+
+@define
+class Bucket:
+    """A token bucket: `burst` at once, `rate` a second after that."""
+
+    rate: float
+    burst: float
+    room: float
+    at: float
+
+    def take(self, now: float) -> bool:
+        """Whether there is one left."""
+        self.room = min(self.burst, self.room + max(0.0, now - self.at) * self.rate)
+        self.at = now
+        if self.room < 1.0:
+            return False
+        self.room -= 1.0
+        return True
+
+
+@define
+class _Asker:
+    answers: Bucket
+    slow: Bucket
+    newest: int = 0
+    """The second of its last stamp."""
+    seen: float = float("-inf")
+    """When that was taken, by our clock."""
+    recent: dict[bytes, None] = field(factory=dict)
+
+
+@define
+class Admission:
+    """The memory of one host. `now`: seconds of a clock that never goes back; `wall`: seconds since 1970."""
+
+    _askers: dict[bytes, _Asker] = field(factory=dict)
+    _strange: dict[Hashable, Bucket] = field(factory=dict)
+
+    def repeated(self, sender: bytes, nonce: bytes) -> bool:
+        """Whether this very question has been taken lately; for a look before anything is computed."""
+        asker = self._askers.get(sender)
+        return asker is not None and nonce in asker.recent
+
+    def from_stranger(self, source: Hashable, now: float) -> bool:
+        """Whether a datagram is looked at whose source is no address of the node that it names."""
+        bucket = self._strange.pop(source, None) or Bucket(STRANGE_RATE, STRANGE_BURST, STRANGE_BURST, now)
+        self._strange[source] = bucket
+        if len(self._strange) > MOST_SOURCES:
+            del self._strange[next(iter(self._strange))]
+        return bucket.take(now)
+
+    def answers(self, sender: bytes, nonce: bytes, *, now: float, wall: float) -> bool:
+        """Whether a question of `sender`, known to be authentic, is answered."""
+        asker = self._askers.pop(sender, None)
+        if asker is None:
+            asker = _Asker(Bucket(RATE, BURST, BURST, now), Bucket(SLOW_RATE, SLOW_BURST, SLOW_BURST, now))
+        self._askers[sender] = asker
+        if len(self._askers) > MOST_NODES:
+            del self._askers[next(iter(self._askers))]
+        if nonce in asker.recent:
+            return False
+        second = second_of(nonce)
+        if second is not None and abs(wall - second) <= WINDOW:
+            if second < asker.newest and now - asker.seen <= 2 * WINDOW:
+                return False
+            asker.newest, asker.seen = second, now
+            bucket = asker.answers
+        else:
+            if now - asker.seen <= WINDOW:
+                return False
+            bucket = asker.slow
+        asker.recent[nonce] = None
+        if len(asker.recent) > _RECENT:
+            del asker.recent[next(iter(asker.recent))]
+        return bucket.take(now)

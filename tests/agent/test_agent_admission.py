@@ -1,0 +1,158 @@
+"""Which questions on the peer-query port are answered: replays, floods, old agents, other clocks, forged sources."""
+
+from __future__ import annotations
+
+import socket
+from ipaddress import ip_address
+
+import pytest
+import trio
+
+from helpers import eventually
+from kilo_etcd.agent.admission import (
+    BURST,
+    MOST_NODES,
+    MOST_SOURCES,
+    RATE,
+    SLOW_BURST,
+    STRANGE_BURST,
+    WINDOW,
+    Admission,
+    second_of,
+    stamp,
+)
+from kilo_etcd.agent.neighbours import UdpPost
+
+A, B = b"sender-a", b"sender-b"
+WALL = 1_800_000_000.0
+
+
+def test_a_stamp_tells_its_second_and_a_random_number_is_none() -> None:
+    assert second_of(stamp(1_800_000_000, 7)) == 1_800_000_000
+    assert second_of(b"12345678") is None
+    assert len({stamp(5, number) for number in range(1000)}) == 1000
+
+
+def test_a_question_is_answered_once_however_often_and_late_it_is_brought() -> None:
+    admission = Admission()
+    question = stamp(int(WALL), 1)
+    assert not admission.repeated(A, question)
+    assert admission.answers(A, question, now=0.0, wall=WALL)
+    assert admission.repeated(A, question)
+    for second in range(200):
+        later = float(second)
+        assert not admission.answers(A, question, now=later, wall=WALL + later)
+    # It is forgotten, and is older than what was asked since.
+    for second in range(1, 100):
+        assert admission.answers(A, stamp(int(WALL) + second, 1), now=float(second), wall=WALL + second)
+    assert not admission.repeated(A, question)
+    assert not admission.answers(A, question, now=100.0, wall=WALL + 100)
+    # Even when it is older than all that a clock may be off: a host that makes stamps does not ask without.
+    now = 99 + WINDOW - 1
+    assert not admission.answers(A, question, now=now, wall=WALL + WINDOW + 1)
+
+
+def test_who_asks_as_hosts_do_is_always_answered_and_who_asks_more_is_not() -> None:
+    admission = Admission()
+    for half in range(1000):
+        now = half / 2
+        assert admission.answers(A, stamp(int(WALL + now), half), now=now, wall=WALL + now)
+    told = sum(admission.answers(B, stamp(int(WALL), n), now=n / 1000, wall=WALL) for n in range(2000))
+    assert told <= BURST + 2 * RATE + 1
+
+
+def test_agents_without_stamps_are_answered_slowly_and_each_question_once() -> None:
+    admission = Admission()
+    old = [f"random{number:02}".encode() for number in range(20)]
+    assert admission.answers(A, old[0], now=0.0, wall=WALL)
+    assert not admission.answers(A, old[0], now=1.0, wall=WALL)
+    told = sum(admission.answers(A, nonce, now=2.0, wall=WALL) for nonce in old[1:])
+    assert 1 <= told <= SLOW_BURST
+    assert admission.answers(A, b"another!", now=60.0, wall=WALL)
+    # One who makes stamps has no need of that, until it has been silent for long.
+    assert admission.answers(B, stamp(int(WALL), 1), now=0.0, wall=WALL)
+    assert not admission.answers(B, b"recorded", now=1.0, wall=WALL)
+    assert admission.answers(B, b"recorded", now=WINDOW + 2, wall=WALL)
+
+
+@pytest.mark.parametrize("off", [-10 * WINDOW, 10 * WINDOW, -(2.0**30)])
+def test_a_host_with_another_time_is_answered_too(off: float) -> None:
+    admission = Admission()
+    told = sum(
+        admission.answers(A, stamp(int(WALL + off + n), n), now=float(n), wall=WALL + n) for n in range(60)
+    )  # fmt: skip
+    assert told >= 30
+
+
+def test_strangers_have_a_rate_each_and_forged_ones_crowd_out_nobody() -> None:
+    admission = Admission()
+    assert sum(admission.from_stranger("x", 0.0) for _ in range(1000)) == STRANGE_BURST
+    for number in range(10 * MOST_SOURCES):
+        assert admission.from_stranger(number, 1.0)
+    assert len(admission._strange) <= MOST_SOURCES
+    assert admission.from_stranger("an honest one", 1.0)
+
+
+def test_the_memory_is_bounded() -> None:
+    admission = Admission()
+    for number in range(MOST_NODES + 10):
+        admission.answers(number.to_bytes(8), stamp(int(WALL), 1), now=0.0, wall=WALL)
+    assert len(admission._askers) == MOST_NODES
+    for number in range(1000):
+        admission.answers(A, stamp(int(WALL), number), now=float(number), wall=WALL)
+    assert len(admission._askers[A].recent) <= 32
+
+
+async def test_only_what_is_sent_to_the_served_addresses_and_admitted_is_received() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    post = UdpPost(port)
+    post.serve([ip_address("127.0.0.7"), ip_address("::1")])
+    post.admit = lambda data, _source: data != b"noise"
+    with (
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as out,
+        socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as out6,
+    ):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(post.run)
+            for target in ("127.0.0.1", "127.0.0.8", "127.0.0.7"):
+                out.sendto(f"to {target}".encode(), (target, port))
+                out.sendto(b"noise", (target, port))
+            with trio.fail_after(5):
+                assert (await post.receive())[0] == b"to 127.0.0.7"
+                out6.sendto(b"to ::1", ("::1", port))
+                assert (await post.receive())[0] == b"to ::1"
+                # The address has moved.
+                post.serve([ip_address("127.0.0.8")])
+                for target in ("127.0.0.7", "127.0.0.8"):
+                    out.sendto(target.encode(), (target, port))
+                assert (await post.receive())[0] == b"127.0.0.8"
+            nursery.cancel_scope.cancel()
+
+
+async def test_a_flood_of_replays_costs_no_answer_and_an_honest_question_gets_through() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    post = UdpPost(port)
+    admission = Admission()
+    replay, honest = stamp(int(WALL), 1), stamp(int(WALL), 2)
+    assert admission.answers(A, replay, now=0.0, wall=WALL)
+    post.admit = lambda data, _source: not admission.repeated(A, data)
+    got: list[bytes] = []
+
+    async def collect() -> None:
+        while True:
+            got.append((await post.receive())[0])
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as out:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(post.run)
+            nursery.start_soon(collect)
+            for _ in range(100):
+                out.sendto(replay, ("127.0.0.1", port))
+            out.sendto(honest, ("127.0.0.1", port))
+            await eventually(lambda: got, 5)
+            nursery.cancel_scope.cancel()
+    assert got == [honest]
