@@ -16,6 +16,7 @@ import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -340,7 +341,11 @@ async def test_an_etcd_that_is_not_there_or_refuses(tmp_path: Path) -> None:
         nobody = "127.0.0.1:1"
         async with h1.agent("--endpoints", nobody, "--command-timeout", "1s", ready="etcd is out of reach") as agent:
             assert "cannot reach etcd at http://127.0.0.1:1: connection refused (is etcd running there?)" in agent.log()
-            assert health() == (503, "the mesh has not been programmed yet")
+            assert health() == (
+                503,
+                "waiting for etcd: etcd is out of reach: cannot reach etcd at http://127.0.0.1:1: "
+                "connection refused (is etcd running there?)",
+            )
         await h1.server.enable_auth({"h1": ("secret", ["/elsewhere"])})
         assert re.search(r"has authentication on: give a user and password \(--user\)$", h1.refused())
         assert re.search(r"refused user 'h1': wrong password .* check --user$", h1.refused("--user", "h1:guess"))
@@ -354,6 +359,35 @@ async def test_an_etcd_that_is_not_there_or_refuses(tmp_path: Path) -> None:
             await h1.etcdctl("role", "grant-permission", "h1", "--prefix=true", "readwrite", prefix)
         async with h1.agent("--user", "h1:secret"):
             pass
+
+
+def refused_as(sentence: str) -> bool:
+    status, text = health()
+    return status == 503 and re.match(sentence, text) is not None
+
+
+async def test_health_says_what_etcd_refuses_while_the_agent_runs(tmp_path: Path) -> None:
+    async with host(tmp_path) as h1:
+        await h1.server.enable_auth({"h1": ("secret", ["/kilo"])})
+        await h1.etcdctl("role", "grant-permission", "h1", "--prefix=true", "readwrite", "/kilo")
+        async with h1.agent("--user", "h1:secret", "--command-timeout", "2s") as agent:
+            await h1.settled()
+            for refuse, allow, sentence in (
+                (("role", "revoke-permission", "h1", "--prefix=true", "/kilo"),
+                 ("role", "grant-permission", "h1", "--prefix=true", "readwrite", "/kilo"),
+                 r"etcd denies permission: user 'h1' may not .*: grant it with etcdctl role grant-permission; "),
+                (("user", "delete", "h1"), None,
+                 r"etcd does not let this host in: .* refused user 'h1': wrong password or no such user; check --user"),
+            ):  # fmt: skip
+                await h1.etcdctl(*refuse)
+                await eventually(partial(refused_as, sentence), 30)
+                assert "out of reach" not in health()[1]
+                assert health()[1].endswith("; forwarding goes on by the last plan")
+                if allow is not None:
+                    await h1.etcdctl(*allow)
+                    await eventually(lambda: health() == (200, "ok"), 30)
+            assert "etcd denies permission; the last snapshot stays" in agent.log()
+            assert "etcd does not let this host in; the last snapshot stays" in agent.log()
 
 
 async def test_an_etcd_that_speaks_tls_to_those_it_knows(tmp_path: Path) -> None:

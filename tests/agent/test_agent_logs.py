@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import structlog
 
-from kilo_etcd.agent.logs import Once, get_logger, render, say_due, say_rest, setup_logging
+from kilo_etcd.agent.logs import MOST_NAMED, Once, get_logger, render, say_due, say_rest, setup_logging
 
 
 @pytest.fixture(autouse=True)
@@ -327,6 +327,51 @@ def test_a_new_revision_is_no_news() -> None:
     once = Once(Heard())  # type: ignore[arg-type]
     assert once.error("k", "bad", revision=1)
     assert not once.error("k", "bad", revision=2)
+
+
+def test_of_very_many_at_once_the_first_are_named_and_the_others_counted() -> None:
+    log = Heard()
+    once = Once(log)  # type: ignore[arg-type]
+    flood = tuple(f"record {number}" for number in range(5000))
+    once.errors("records", flood, what="rejected records", revision=1)
+    assert len(log.events) == MOST_NAMED + 1
+    assert log.events[0].startswith("error: record 0 ")
+    assert log.events[-1].startswith("error: 4990 more rejected records (5000 in all now); kgctl status shows them")
+    log.events.clear()
+    once.errors("records", flood, what="rejected records", revision=2)
+    assert log.events == []
+    once.errors("records", ("one",), what="rejected records", revision=3)
+    assert [event for event in log.events if event.startswith("error")] == [
+        event for event in log.events if event.startswith("error: one ")
+    ]
+    assert len(log.events) == 1 + MOST_NAMED + 1
+    assert log.events[-1].startswith("info: no longer: 4990 more rejected records (1 in all now)")
+    log.events.clear()
+    once.errors("records", (), what="rejected records", revision=4)
+    assert [event.partition(" {")[0] for event in log.events] == ["info: no longer: one"]
+
+
+def test_a_flood_in_small_parts_is_a_flood() -> None:
+    stream = io.StringIO()
+    now = 0.0
+    setup_logging("info", stream=stream, steady=lambda: now)
+    try:
+        once = Once(get_logger())
+        for part in range(200):
+            now = part * 0.025
+            once.errors("records", tuple(f"record {number}" for number in range(25 * part)), what="rejected records")
+        for part in range(200, -1, -1):
+            now += 0.025
+            once.errors("records", tuple(f"record {number}" for number in range(25 * part)), what="rejected records")
+        now += 100
+        say_due()
+        lines = stream.getvalue().splitlines()
+        assert len(lines) < 60
+        assert "record 0" in lines[0]
+        assert "_like" not in stream.getvalue()
+        assert any("no longer: 15 more rejected records (0 in all now)" in line for line in lines[-6:])
+    finally:
+        structlog.reset_defaults()
 
 
 def test_of_a_group_what_came_and_what_went_is_said() -> None:

@@ -10,6 +10,7 @@ import attrs
 import pytest
 from attrs import evolve
 
+from kilo_etcd.ctl.check import _agents, _records
 from kilo_etcd.ctl.live import LiveTunnel
 from kilo_etcd.ctl.location import check_label, location_lines, locations_table
 from kilo_etcd.ctl.render import Table, clean, framed, plain, status_heading, status_json, status_tables
@@ -289,3 +290,19 @@ def test_any_text_may_be_a_label(label: str) -> None:
 def test_labels_that_would_only_do_harm_are_refused(label: str) -> None:
     with pytest.raises(ValueError, match=r"empty|print|longer"):
         check_label(label)
+
+
+def test_ten_thousand_rejected_records_are_counted_and_the_first_are_shown() -> None:
+    flood = tuple(SetAside(f"/kilo/nodes/b{number:05}", "the value is not UTF-8") for number in range(10_000))
+    names = frozenset(note.key.rpartition("/")[2] for note in flood)
+    found = report(evolve(WORLD, set_aside=flood), {}, newest=40, registered=names)
+    text = plain(status_tables(found), status_heading(found))
+    assert len(text.splitlines()) < 80
+    assert "/kilo/nodes/b00000" in text
+    assert "9980 more" in text
+    assert "kgctl status -o json lists all" in text
+    assert len(json.loads(status_json(found))["setAside"]) == 10_000
+    findings = [*_records(found), *_agents(found)]
+    assert len(findings) < 60
+    assert any(finding.text == "9980 more are rejected" for finding in findings)
+    assert any(finding.text.startswith("9980 more are registered, no part of the mesh") for finding in findings)

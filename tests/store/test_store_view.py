@@ -154,6 +154,44 @@ def test_an_unknown_field_of_a_newer_agent_is_named_and_the_node_stays() -> None
     assert world.aside == {"/kilo/nodes/a": "colour: no such field is known; the rest of the record is in force"}
 
 
+def test_of_thousands_of_unknown_fields_ten_are_named_and_the_others_counted() -> None:
+    world = World()
+    world.node("a", "10.4.0.1")
+    extra = "".join(f',"{"long" * 100}{number:04}":0' if number < 3 else f',"x{number:04}":0' for number in range(5000))
+    world.put(KEYS.node("a"), (encode(record("a"))[:-1].decode() + extra + "}").encode())
+    assert "a" in world.view.snapshot().nodes
+    notes = [note.reason for note in world.view.snapshot().set_aside]
+    assert len(notes) == 11
+    assert "4990 more fields are not known; the rest of the record is in force" in notes
+    assert all(len(note) < 130 for note in notes)
+
+
+@pytest.mark.parametrize("last", [KEYS.node("huge"), KEYS.peer("huge"), KEYS.location("a"), KEYS.adopted,
+                                  KEYS.annotation("a", "subnets"), KEYS.annotation("a", "none"),
+                                  KEYS.address(ip_address("10.4.0.9")),
+                                  KEYS.election("x", "a"), KEYS.leader("x"), KEYS.endpoint("a", "b"),
+                                  KEYS.verdict("x", "a"), "/kilo/nothing/known"])  # fmt: skip
+def test_of_a_rejected_value_the_reason_is_kept_and_no_more(last: str) -> None:
+    world = World()
+    world.node("a", "10.4.0.1")
+    in_order = world.view.snapshot()
+    for value in (b"x" * 1_000_000, b"\xff" * 60_000, b"[" * 60_000, b'{"publicKey":' + b"[" * 20_000 + b"]" * 20_000):
+        world.put(last, value)
+        kept = world.view.kv(last)
+        assert kept is not None
+        assert len(kept.value) < 500
+        # A listing of the same is no news, and an agent that starts from what was kept says the same.
+        snapshot = world.view.snapshot()
+        assert not world.view.load(world.data.values(), world.view.header)
+        assert world.view.snapshot() is not None
+        assert world.view.holdings().snapshot(KEYS).set_aside == snapshot.set_aside
+        assert world.from_scratch().snapshot().set_aside == snapshot.set_aside
+        assert all(len(note.reason) < 400 for note in snapshot.set_aside)
+    world.delete(last)
+    assert world.view.snapshot().set_aside == ()
+    assert world.view.snapshot().nodes == in_order.nodes
+
+
 def test_a_good_record_that_turns_bad_is_left_out_as_a_latecomer_sees_it() -> None:
     world = World()
     world.node("a", "10.4.0.1")

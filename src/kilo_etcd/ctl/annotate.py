@@ -19,7 +19,7 @@ from kilo_etcd.ctl.report import registered_names
 from kilo_etcd.model import Snapshot
 from kilo_etcd.store.effective import ANNOTATIONS, Registered
 from kilo_etcd.store.keys import Keys
-from kilo_etcd.store.records import NodeRecord, RecordError, decode_node, decode_text
+from kilo_etcd.store.records import MAX_ANNOTATION, NodeRecord, RecordError, decode_node, decode_text
 from kilo_etcd.store.view import View
 from kilo_etcd.topology import build_topology
 from kilo_etcd.topology.wayout import trouble_of
@@ -36,7 +36,7 @@ def parse_annotation(text: str) -> tuple[str, str | None]:
         near = get_close_matches(name, ANNOTATIONS, 1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(ANNOTATIONS))}"
         raise ValueError(f"no annotation is called {name!r}; {hint}")
-    return name, (decode_text(value.encode()) if given else None)
+    return name, (decode_text(value.encode(), MAX_ANNOTATION) if given else None)
 
 
 def _record(view: View, keys: Keys, node: str) -> NodeRecord:

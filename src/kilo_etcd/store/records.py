@@ -47,6 +47,8 @@ MAX_ANSWER = 1536 * 1024
 """Bytes; etcd's own limit. No agent reads answers."""
 MAX_SMALL = 4 * 1024
 """Bytes of a value that has a few short fields, or is a name: candidacies, claims, labels, the mesh's settings."""
+MAX_ANNOTATION = 16 * 1024
+"""Bytes: room for some 800 networks."""
 MAX_VERDICT = 16 * 1024
 """Bytes; its targets are node names."""
 MAX_NAMED = 10

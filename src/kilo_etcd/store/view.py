@@ -55,6 +55,7 @@ from kilo_etcd.store.addresses import AddressIndex, Claim, place
 from kilo_etcd.store.effective import ANNOTATIONS, Registered, join, join_peer
 from kilo_etcd.store.joins import KeyIndex, Owner
 from kilo_etcd.store.records import (
+    MAX_ANNOTATION,
     MAX_SMALL,
     MAX_VERDICT,
     CandidateRecord,
@@ -422,12 +423,10 @@ class View:
 
     def _take_annotation(self, node: str, name: str, value: bytes | None) -> Sequence[str]:
         if name not in ANNOTATIONS:
-            return (
-                [f"no such annotation is known; there are {', '.join(sorted(ANNOTATIONS))}"]
-                if value is not None
-                else []
-            )
-        text = None if value is None else decode_text(value)
+            if value is not None:
+                raise RecordError(f"no such annotation is known; there are {', '.join(sorted(ANNOTATIONS))}")
+            return ()
+        text = None if value is None else decode_text(value, MAX_ANNOTATION)
         annotations = dict(self._annotations.get(node, {}))
         _replace(annotations, name, text)
         _replace(self._annotations, node, annotations or None)
