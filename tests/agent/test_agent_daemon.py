@@ -13,8 +13,8 @@ from agent_world import World, running
 from attrs import evolve
 
 from helpers import eventually
-from kilo_etcd import kernel, store
-from kilo_etcd.agent import discover, privatekey
+from kilo_etcd import etcd, kernel, store
+from kilo_etcd.agent import discover, privatekey, report
 from kilo_etcd.kernel.state import Change, DeleteLink, DeleteRoute, HostAddress
 from kilo_etcd.model import CandidateClass, Endpoint
 from kilo_etcd.store.records import CandidateRecord, NodeRecord, StatusRecord, encode, encode_adoption
@@ -43,6 +43,36 @@ async def test_what_clean_up_removes_is_not_put_back(
     assert world.said("could not be removed") == (0 if etcd_is_there else 1)
     if etcd_is_there:
         assert not [key for key in world.etcd.keys("/") if key.endswith("h1")]
+
+
+async def test_health_and_the_status_line_have_etcds_own_error_and_its_kind(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(report, "notify", lambda *assignments: said.append(assignments[-1]))
+    async with running(world) as daemon:
+        await eventually(lambda: world.metrics.health() is None, 30, every=0.1)
+        for error, kind in (
+            (etcd.PermissionDenied("user 'h1' may not read: grant it"), "etcd denies permission"),
+            (etcd.Unauthenticated("refused user 'h1': wrong password; check --user"), "etcd does not let this host in"),
+            (etcd.ConnectionRefusedByTls("its certificate has expired; renew it"), "TLS with etcd fails"),
+            (etcd.Full("etcd is full; compact, defragment, then etcdctl alarm disarm"), "etcd takes no writes"),
+            (etcd.Unavailable("connection refused"), "etcd is out of reach"),
+        ):
+            look = world.client.range
+
+            async def refuse(*_args: object, error: etcd.EtcdError = error, **_options: object) -> None:
+                await trio.lowlevel.checkpoint()
+                raise error
+
+            monkeypatch.setattr(world.client, "range", refuse)
+            await eventually(lambda: not daemon.mirror.connected, 30, every=0.1)
+            await eventually(lambda kind=kind: kind in said[-1], 5, every=0.1)
+            assert world.metrics.health() == f"{kind}: {error}; forwarding goes on by the last plan"
+            assert f"{kind}: {error}" in said[-1]
+            monkeypatch.setattr(world.client, "range", look)
+            await eventually(lambda: world.metrics.health() is None, 30, every=0.1)
+            await eventually(lambda: "etcd" not in said[-1], 5, every=0.1)
 
 
 async def test_a_claim_that_is_taken_away_is_claimed_again(world: World) -> None:

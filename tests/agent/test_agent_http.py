@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import resource
 import socket
@@ -9,6 +10,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
 import pytest
+import structlog
 import trio
 
 from helpers import eventually
@@ -16,6 +18,7 @@ from kilo_etcd import descriptors
 from kilo_etcd.agent import http
 from kilo_etcd.agent.config import ListenAddress
 from kilo_etcd.agent.http import DEADLINE, MOST_CONNECTIONS, MOST_HEAD, Answer, Request, Server, parse
+from kilo_etcd.agent.logs import setup_logging
 
 GET = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 
@@ -30,10 +33,15 @@ def test_requests_are_parsed_and_nonsense_is_none() -> None:
 
 
 @asynccontextmanager
-async def serving(host: str = "127.0.0.1") -> AsyncIterator[tuple[Server, int]]:
-    listener = http.listen(ListenAddress(host, 0))
+async def serving() -> AsyncIterator[tuple[Server, int]]:
+    def answer(request: Request) -> Answer:
+        if request.path == "/broken":
+            raise ZeroDivisionError("a gauge that cannot be read")
+        return Answer.line("200 OK", request.path)
+
+    listener = http.listen(ListenAddress("127.0.0.1", 0))
     port = listener.getsockname()[1]
-    server = Server(listener, lambda request: Answer.line("200 OK", request.path))
+    server = Server(listener, answer)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(server.run)
         yield server, port
@@ -65,6 +73,16 @@ async def test_head_and_wrong_methods_and_long_headers_are_answered_and_the_conn
         assert (await ask(port, b"\x16\x03\x01 tls\r\n\r\n")).startswith(b"HTTP/1.1 400 ")
         assert (await ask(port, b"GET / HTTP/1.1\r\nX: " + b"a" * MOST_HEAD)).startswith(b"HTTP/1.1 431 ")
         assert (await ask(port, GET + b"a body that nobody asked for" * 100)).startswith(b"HTTP/1.1 200 ")
+
+
+async def test_an_answer_that_fails_harms_that_request_alone() -> None:
+    stream = io.StringIO()
+    setup_logging("info", stream=stream)
+    async with serving() as (_, port):
+        assert (await ask(port, GET.replace(b"/health", b"/broken"))).startswith(b"HTTP/1.1 500 ")
+        assert (await ask(port)).startswith(b"HTTP/1.1 200 ")
+    structlog.reset_defaults()
+    assert "a gauge that cannot be read" in stream.getvalue()
 
 
 async def test_no_more_than_so_many_are_open_and_a_flood_of_one_source_does_not_keep_out_another() -> None:

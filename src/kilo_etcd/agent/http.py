@@ -22,6 +22,7 @@ from attrs import define, field, frozen
 
 from kilo_etcd import descriptors
 from kilo_etcd.agent.config import ListenAddress
+from kilo_etcd.agent.logs import get_logger
 
 MOST_CONNECTIONS = 16
 DEADLINE = 5.0
@@ -71,6 +72,8 @@ TOO_LARGE = Answer.line(
     "431 Request Header Fields Too Large", f"request line and headers have {MOST_HEAD} bytes at most"
 )
 WRONG_METHOD = Answer.line("405 Method Not Allowed", "only GET and HEAD are answered")
+
+FAILED = Answer.line("500 Internal Server Error", "this could not be answered; the agent's log says why")
 
 
 def parse(head: bytes) -> Request | None:
@@ -204,7 +207,11 @@ class Server:
         elif request.method not in ("GET", "HEAD"):
             answer = WRONG_METHOD
         else:
-            answer = self._answer(request)
+            try:
+                answer = self._answer(request)
+            except Exception as error:  # Whatever is wrong with a number, the agent goes on.
+                get_logger().error("a request to --listen could not be answered", path=request.path, error=repr(error))
+                answer = FAILED
         for part in _parts(answer.pack(head_only=request is not None and request.method == "HEAD")):
             await _send_all(stream, part)
         stream.shutdown(socket.SHUT_WR)
