@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from kilo_etcd import descriptors, etcd, kernel
-from kilo_etcd.agent import lastknown, only_one, privatekey, resolve
+from kilo_etcd.agent import discover, lastknown, only_one, privatekey, resolve
 from kilo_etcd.agent.config import ListenAddress
 from kilo_etcd.agent.metrics import Metrics
 from kilo_etcd.agent.neighbours import UdpPost
@@ -149,6 +149,17 @@ def test_certificates_that_cannot_be_opened_now_are_tried_again(monkeypatch: pyt
         tls_context(etcd.Tls(ca="/etc/ca.pem"))
     assert about_descriptors(caught.value)
     assert not caught.value.permanent
+
+
+def test_a_host_does_not_lose_its_location(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_args: object, **_options: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    assert discover.location_from_cloud_init(tmp_path / "none")[0] is None
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(descriptors.OutOfDescriptors) as caught:
+        discover.location_from_cloud_init(tmp_path / "none")
+    assert about_descriptors(caught.value)
 
 
 async def test_the_listener_and_the_peer_query_port_say_so(nothing_left: Callable[[], None]) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 import trio
 from attrs import frozen
 
-from kilo_etcd import kernel
+from kilo_etcd import descriptors, kernel
 from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.agent.resolve import LOOKUP_TIMEOUT, endpoint_hosts, lookup, network_of
 from kilo_etcd.etcd.api import Config
@@ -321,7 +321,7 @@ async def _resolve_hostname(hostname: str) -> tuple[IPAddress, ...]:
         try:
             _hostnames[hostname] = await lookup(hostname)
         except socket.gaierror as error:
-            if error.errno == socket.EAI_NONAME:
+            if error.errno == socket.EAI_NONAME and descriptors.exhausted() is None:
                 _hostnames.pop(hostname, None)
         except OSError:
             pass
@@ -348,6 +348,8 @@ async def etcd_networks(etcd: Config) -> tuple[IPNetwork, ...]:
 def location_from_cloud_init(path: Path = INSTANCE_DATA) -> tuple[str | None, str]:
     """The region that cloud-init recorded on the host (`v1.region`), and a sentence on where it comes from or why not.
 
+    OutOfDescriptors if it cannot be opened for want of one: that is no word on where the host is.
+
     Read from the world-readable, redacted file of this boot; what cloud-init keeps under /var/lib/cloud is a pickle,
     which nobody should load.
     """
@@ -358,6 +360,8 @@ def location_from_cloud_init(path: Path = INSTANCE_DATA) -> tuple[str | None, st
     except FileNotFoundError:
         return None, f"no location from cloud-init: there is no {path}"
     except OSError as error:
+        if (short := descriptors.shortage(error)) is not None:
+            raise descriptors.OutOfDescriptors(f"{path} cannot be read: {short}") from None
         return None, f"no location from cloud-init: {path} cannot be read: {error.strerror}"
     except (ValueError, RecursionError):
         return None, f"no location from cloud-init: {path} is not JSON"

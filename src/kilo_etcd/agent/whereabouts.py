@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import trio
 
-from kilo_etcd import __version__, etcd, kernel, store
+from kilo_etcd import __version__, descriptors, etcd, kernel, store
 from kilo_etcd.agent import discover
 from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.agent.logs import Logger, Once
@@ -57,8 +57,10 @@ class Whereabouts:
                     self._keep(found, reasons)
             except (etcd.EtcdError, store.NameTaken) as error:
                 self._once.warning("addresses", "the changed addresses are not registered yet", error=str(error))
-            except (OSError, kernel.KernelError) as error:
-                self._once.warning("addresses", "the host's addresses cannot be read", error=str(error))
+            except (OSError, kernel.KernelError, descriptors.OutOfDescriptors) as error:
+                self._once.warning(
+                    "addresses", "the host's addresses cannot be read", error=descriptors.shortage(error) or str(error)
+                )
             else:
                 self._once.clear("addresses", "the host's addresses are registered again")
 
