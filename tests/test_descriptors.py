@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from kilo_etcd import descriptors, etcd, kernel
-from kilo_etcd.agent import discover, lastknown, only_one, privatekey, resolve
+from kilo_etcd.agent import cachefile, discover, only_one, privatekey, resolve
 from kilo_etcd.agent.config import ListenAddress
 from kilo_etcd.agent.metrics import Metrics
 from kilo_etcd.agent.neighbours import UdpPost
@@ -109,15 +109,15 @@ def test_a_lock_that_cannot_be_looked_at_is_not_free(tmp_path: Path, nothing_lef
 
 
 def test_key_and_kept_mesh_are_not_broken(tmp_path: Path, nothing_left: Callable[[], None]) -> None:
-    identity = lastknown.Identity(prefix="/kilo", node="h1", public_key="k")
+    identity = cachefile.Identity(prefix="/kilo", node="h1", public_key="k")
     nothing_left()
     with pytest.raises(privatekey.KeyError_) as key:
         privatekey.load_or_create(tmp_path)
     assert about_descriptors(key.value)
     assert not isinstance(key.value, privatekey.UnusableKey)
     assert "mend or move" not in str(key.value)
-    with pytest.raises(lastknown.Unusable) as kept:
-        lastknown.read(tmp_path / lastknown.FILE, identity)
+    with pytest.raises(cachefile.Unusable) as kept:
+        cachefile.read(tmp_path / cachefile.FILE, identity)
     assert about_descriptors(kept.value)
 
 

@@ -597,8 +597,8 @@ def read(kind: type[R], value: bytes, limit: int = MAX_VALUE) -> Read[R]:
 def _named(unknown: list[str]) -> tuple[tuple[str, ...], int]:
     """The first names, fit to be shown, and how many more there are."""
     first = nsmallest(MAX_NAMED, unknown)
-    shown = (name if len(name) <= _MOST_SHOWN else name[: _MOST_SHOWN - 3] + "..." for name in first)
-    return tuple(name.encode("utf-8", "backslashreplace").decode() for name in shown), len(unknown) - len(first)
+    cut = (name if len(name) <= _MOST_SHOWN else name[: _MOST_SHOWN - 3] + "..." for name in first)
+    return tuple(name.encode("utf-8", "backslashreplace").decode() for name in cut), len(unknown) - len(first)
 
 
 def _complaint(kind: type, data: dict[str, Any], wrong: dict[str, Exception]) -> str:
