@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import trio
+import trio.testing
 
 from helpers import require
 from kilo_etcd.etcd import open_client
@@ -136,3 +137,28 @@ async def test_faults() -> None:
     async with client.watch("/l") as watch:
         batch = await anext(watch)
     assert (batch.events[0].type.name, trio.current_time() - started) == ("DELETE", 5)
+
+
+@pytest.mark.autojump
+async def test_a_watch_does_not_count_the_revisions_of_another_cluster() -> None:
+    etcd = FakeEtcd(cluster_id=1)
+    client = etcd.client()
+    async with client.watch("/x") as watch, trio.open_nursery() as nursery:
+        seen: list[object] = []
+
+        async def read() -> None:
+            seen.append((await anext(watch)).events[0].kv.value)
+
+        nursery.start_soon(read)
+        await trio.testing.wait_all_tasks_blocked()
+        mesh = etcd.backup()
+        etcd.replace_cluster(2)
+        for _ in range(20):
+            etcd.put("/y", "")
+        # Whoever is cut off has been told all there was, there too.
+        client.cut()
+        etcd.restore(mesh)
+        etcd.put("/x", "1")
+        etcd.put("/y", "2")
+        client.mend()
+    assert seen == [b"1"]

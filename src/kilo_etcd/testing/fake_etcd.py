@@ -99,9 +99,11 @@ class FakeEtcd:
         self._keeper_scope: trio.CancelScope | None = None
         # No two clusters give one lease the same number: etcd makes it of the member's id and the time.
         self._next_lease = 0x1000
+        self._generation = 0
         self._fresh()
 
     def _fresh(self) -> None:
+        self._generation += 1
         self.revision = 1
         self.compacted = 0
         self.data: dict[bytes, KeyValue] = {}
@@ -636,7 +638,11 @@ class _FakeWatch:
 
     def __init__(self, client: FakeClient, key: bytes, range_end: Text | None, start: int) -> None:
         self._client = client
-        self._key, self._range_end, self._next = key, range_end, start
+        self._key, self._range_end = key, range_end
+        self._next = start
+        """Where it resumes, by what it has given out."""
+        self._seen = (client.server._generation, start)
+        """How far it has looked in which generation of the server: another cluster's revisions say nothing here."""
         self._drops = client.server._drops
         self._progress = False
         self._again: WatchBatch | None = None
@@ -700,22 +706,28 @@ class _FakeWatch:
 
     def _catch_up(self) -> None:
         client, server = self._client, self._client.server
-        known = self._next >= server.compacted
-        if client._hears and server.available and self._drops == server._drops and known:
-            behind = any(_within(event.kv.key, self._key, self._range_end) for event in server._events_from(self._next))
+        start = self._start(server)
+        if client._hears and server.available and self._drops == server._drops and start >= server.compacted:
+            behind = any(_within(event.kv.key, self._key, self._range_end) for event in server._events_from(start))
             if not behind:
-                self._next = max(self._next, server.revision + 1)
+                self._seen = server._generation, max(start, server.revision + 1)
+
+    def _start(self, server: FakeEtcd) -> int:
+        generation, revision = self._seen
+        return revision if generation == server._generation else self._next
 
     def _gather(self, server: FakeEtcd) -> WatchBatch | None:
-        if self._next < server.compacted:
+        start = self._start(server)
+        if start < server.compacted:
             raise Compacted(server.compacted)
         events = tuple(
-            event for event in server._events_from(self._next) if _within(event.kv.key, self._key, self._range_end)
+            event for event in server._events_from(start) if _within(event.kv.key, self._key, self._range_end)
         )
-        self._next = max(self._next, server.revision + 1)
+        end = max(start, server.revision + 1)
+        self._seen = server._generation, end
         if not events and not self._progress:
             return None
-        self._progress = False
+        self._progress, self._next = False, end
         return WatchBatch(events=events, revision=server.revision, header=server.header())
 
 
