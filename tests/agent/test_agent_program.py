@@ -10,7 +10,8 @@ from kilo_etcd.agent import program
 from kilo_etcd.agent.contact import STAGES
 from kilo_etcd.agent.privatekey import generate
 from kilo_etcd.agent.program import Programmer
-from kilo_etcd.kernel.state import DeleteLink, RemovePeer, Setup
+from kilo_etcd.kernel import KernelError
+from kilo_etcd.kernel.state import DeleteLink, RemovePeer, SetPeer, Setup
 from kilo_etcd.model import Endpoint
 from kilo_etcd.testing.fake_kernel import FakeHost, FakeKernel
 from kilo_etcd.topology import build_topology, host_plan
@@ -21,8 +22,9 @@ TOPOLOGY = build_topology(world())
 PLAN = host_plan(TOPOLOGY, "high")
 
 
-def removals(host: FakeHost) -> int:
-    return sum(isinstance(change, RemovePeer) for change in host.history)
+def resets(host: FakeHost) -> int:
+    assert not any(isinstance(change, RemovePeer) for change in host.history)
+    return sum(isinstance(change, SetPeer) and change.reset for change in host.history)
 
 
 async def until_settled(programmer: Programmer) -> list[float]:
@@ -44,7 +46,7 @@ async def test_a_silent_peer_is_begun_over_at_each_stage_and_then_left_in_peace(
     host = FakeHost()
     programmer = Programmer(FakeKernel(host, Setup(private_key=generate())))
     assert await until_settled(programmer) == list(STAGES)
-    assert removals(host) == len(STAGES)
+    assert resets(host) == len(STAGES)
     assert host.observed.peers[LOW].endpoint == PLAN.peers[LOW].endpoint
 
 
@@ -58,7 +60,7 @@ async def test_a_peer_that_has_spoken_keeps_its_session_and_the_endpoint_that_wa
     for _ in STAGES:
         await programmer.wait_due()
         await programmer.apply(PLAN, TOPOLOGY, standby=False, fresh=True)
-    assert removals(host) == 0
+    assert resets(host) == 0
     assert host.observed.peers[LOW].endpoint == learnt
 
 
@@ -98,3 +100,57 @@ async def test_a_peer_that_somebody_took_away_is_spoken_to_once_it_is_back(
     spoken.clear()
     await programmer.apply(PLAN, TOPOLOGY, standby=standby, fresh=True)
     assert spoken == []
+
+
+@pytest.mark.parametrize("asked", [False, True])
+async def test_a_peer_that_is_to_be_reset_stays_where_the_kernel_refuses_to_add_it(asked: bool) -> None:
+    """A silent peer, or one whose session is dead: either is better than none."""
+    host = FakeHost()
+    programmer = Programmer(FakeKernel(host, Setup(private_key=generate())))
+    await programmer.apply(PLAN, TOPOLOGY, standby=False, fresh=False)
+    host.refuse = lambda change: "no memory" if isinstance(change, SetPeer) else None
+    if asked:
+        programmer.begin_over([LOW])
+    else:
+        await programmer.wait_due()
+    report = await programmer.apply(PLAN, TOPOLOGY, standby=False, fresh=True)
+    assert len(report.failures) == 1
+    assert LOW in host.observed.peers
+    host.refuse = lambda change: None
+    await programmer.apply(PLAN, TOPOLOGY, standby=False, fresh=True)
+    assert resets(host) == int(asked), "what was asked for is done as soon as it can be; silent ones have their stages"
+
+
+async def test_a_peer_is_reset_although_the_first_attempt_to_apply_failed() -> None:
+    host = FakeHost()
+    programmer = Programmer(FakeKernel(host, Setup(private_key=generate())))
+    await programmer.apply(PLAN, TOPOLOGY, standby=True, fresh=False)
+    programmer.begin_over([LOW])
+    host.broken = "netlink is out of buffers"
+    with pytest.raises(KernelError):
+        await programmer.apply(PLAN, TOPOLOGY, standby=True, fresh=True)
+    host.broken = None
+    await programmer.apply(PLAN, TOPOLOGY, standby=True, fresh=True)
+    await programmer.apply(PLAN, TOPOLOGY, standby=True, fresh=True)
+    assert resets(host) == 1
+
+
+@pytest.mark.parametrize(("name", "endpoint_at_first", "spoken_at_first"), [("low", True, 1), ("high", False, 0)])
+async def test_who_speaks_first_is_the_same_after_an_attempt_to_apply_that_failed(
+    monkeypatch: pytest.MonkeyPatch, name: str, endpoint_at_first: bool, spoken_at_first: int
+) -> None:
+    """Both ends would begin a handshake at one moment else, which costs five seconds."""
+    spoken: list[str] = []
+    monkeypatch.setattr(program, "speak", lambda addresses: spoken.extend(map(str, addresses)))
+    plan = host_plan(TOPOLOGY, name)
+    (key,) = plan.peers
+    host = FakeHost()
+    programmer = Programmer(FakeKernel(host, Setup(private_key=generate())))
+    host.broken = "netlink is out of buffers"
+    with pytest.raises(KernelError):
+        await programmer.apply(plan, TOPOLOGY, standby=False, fresh=False)
+    host.broken = None
+    await trio.sleep(0.5)
+    await programmer.apply(plan, TOPOLOGY, standby=False, fresh=True)
+    assert (host.observed.peers[key].endpoint is not None) is endpoint_at_first
+    assert len(spoken) == spoken_at_first

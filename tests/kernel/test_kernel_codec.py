@@ -174,6 +174,29 @@ def test_wireguard_messages() -> None:
     assert four.get_attr("WGPEER_A_FLAGS") == 1
 
 
+def test_a_peer_that_is_reset_is_removed_and_added_in_one_message() -> None:
+    from pyroute2.netlink.generic.wireguard import wgmsg
+
+    change = SetPeer(
+        name="kilo0", public_key=key(2), reset=True, replace_allowed_ips=True, allowed_ips=(ip_network("10.4.0.2/32"),)
+    )
+    crowd = [SetPeer(name="k", public_key=key(3), allowed_ips=tuple(ip_network((j << 8, 24)) for j in range(n)))
+             for n in range(1055, 1075)]  # fmt: skip
+    messages = set()
+    for before in ([], *([one] for one in crowd)):
+        *rest, last = wireguard.encode(33, "kilo0", [*before, change])
+        messages.add(len(rest) + 1)
+        gone, back = read(wgmsg, last).get_attr("WGDEVICE_A_PEERS")[-2:]
+        assert gone.get_attr("WGPEER_A_PUBLIC_KEY") == back.get_attr("WGPEER_A_PUBLIC_KEY") == key(2).encode()
+        assert (gone.get_attr("WGPEER_A_FLAGS"), back.get_attr("WGPEER_A_FLAGS")) == (1, 2)
+        assert [ip["addr"] for ip in back.get_attr("WGPEER_A_ALLOWEDIPS")] == ["10.4.0.2/32"]
+    assert messages == {1, 2}, "with and without room for both in the first message"
+    name = f"public_key={bytes([2] * 32).hex()}"
+    assert userspace.encode([change]).split()[1:] == [
+        name, "remove=true", name, "replace_allowed_ips=true", "allowed_ip=10.4.0.2/32"
+    ]  # fmt: skip
+
+
 def test_the_mark_of_wireguards_own_packets() -> None:
     from pyroute2.netlink.generic.wireguard import wgmsg
 

@@ -125,6 +125,25 @@ def test_a_peer_goes_after_the_routes_have_changed() -> None:
     ]
 
 
+def test_a_peer_is_reset_in_one_change() -> None:
+    before = plan(peer(2, "10.4.0.2/32", "10.5.0.0/24", endpoint="203.0.113.2:51820", psk=key(90)), peer(3), MESH)
+    after = plan(peer(2, "10.4.0.2/32", endpoint="203.0.113.2:51820", psk=key(90)), peer(3, "10.5.0.0/24"), MESH)
+    host = host_with(before)
+    heard = evolve(host.peers[key(2)], last_handshake=5.0, endpoint=Endpoint.parse("198.51.100.2:4000"))
+    host = evolve(host, peers={**host.peers, key(2): heard})
+    for settled in (None, before):
+        memory = remember(before, Memory())
+        todo = difference(after, host, memory, TARGET, settled, reset={key(2), key(4)}).changes
+        assert lines(todo) == [
+            "wg set kilo0 peer #2 remove peer #2 preshared-key (hidden) endpoint 203.0.113.2:51820 "
+            "allowed-ips 10.4.0.2/32",
+            "wg set kilo0 peer #3 allowed-ips +10.5.0.0/24",
+        ]
+        then = apply_changes(host, todo, "kilo0")
+        assert then.peers == host_with(after).peers
+        assert diff(after, then, memory, TARGET) == ()
+
+
 def test_keepalive_and_preshared_key_change_alone() -> None:
     before = plan(peer(2, "10.4.0.2/32", keepalive=25, psk=key(90)))
     assert step(before, plan(peer(2, "10.4.0.2/32"))) == [

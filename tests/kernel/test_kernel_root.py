@@ -14,9 +14,10 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from ipaddress import ip_address, ip_network
+from typing import NoReturn
 
 import pytest
 import trio
@@ -26,8 +27,10 @@ from kernel_worlds import GATEWAY4, PRIVATE, key, lines, peer, plan, plans, tunn
 from helpers import eventually
 from helpers_load import soon
 from kilo_etcd.kernel import Kernel, KernelError, Setup, cleanup, list_addresses, open_kernel, rtnetlink, userspace
+from kilo_etcd.kernel.errors import NetlinkError
+from kilo_etcd.kernel.linux import LinuxKernel
 from kilo_etcd.kernel.netlink import Message, Socket
-from kilo_etcd.kernel.state import Route, without_counters
+from kilo_etcd.kernel.state import Change, Route, without_counters
 from kilo_etcd.model import Endpoint
 from kilo_etcd.topology.hostplan import HostPlan, PeerPlan, Via
 
@@ -418,6 +421,60 @@ async def test_networks_move_to_the_new_leader_in_one_transaction() -> None:
         ]
         assert kernel.writes == writes + 1
         await settled(kernel, after)
+
+
+async def test_a_peer_is_reset_in_one_transaction() -> None:
+    wanted = plan(peer(2, "10.4.0.2/32", endpoint="203.0.113.2:51820", psk=key(90)), peer(3, "10.4.0.3/32"), MESH)
+    async with agent() as kernel:
+        await kernel.apply(wanted)
+        sh(f"wg set kilo0 peer {key(2)} endpoint 203.0.113.9:4000 && wg set kilo0 peer {key(3)} endpoint 192.0.2.1:1")
+        await settled(kernel, wanted)
+        writes = kernel.writes
+        report = await kernel.apply(wanted, reset=[key(2)])
+        assert lines(report.changes) == [
+            "wg set kilo0 peer #2 remove peer #2 preshared-key (hidden) endpoint 203.0.113.2:51820 "
+            "allowed-ips 10.4.0.2/32"
+        ]
+        assert kernel.writes == writes + 1
+        await settled(kernel, wanted)
+        # A peer that was only changed has the endpoint that was learnt.
+        assert {k: str(p.endpoint) for k, p in (await kernel.observe()).peers.items()} == {
+            key(2): "203.0.113.2:51820",
+            key(3): "192.0.2.1:1",
+        }
+
+
+async def test_nothing_is_believed_after_an_error_between_two_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, after = plan(peer(2, "10.4.0.2/32"), MESH), plan(peer(3, "10.4.0.3/32"), MESH)
+    async with agent() as kernel:
+        assert isinstance(kernel, LinuxKernel)
+        await kernel.apply(before)
+        make = kernel._host.make
+
+        def half(changes: Sequence[Change]) -> NoReturn:
+            make(changes[:1])
+            raise NetlinkError(errno.ENOBUFS)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(kernel._host, "make", half)
+            with pytest.raises(KernelError, match="No buffer space available"):
+                await kernel.apply(after)
+        report = await kernel.apply(before)
+        assert lines(report.changes) == ["wg set kilo0 peer #3 remove"]
+        await settled(kernel, before)
+
+
+async def test_a_kernel_that_cannot_be_read_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with agent() as kernel:
+        assert isinstance(kernel, LinuxKernel)
+
+        def silent() -> NoReturn:
+            raise NetlinkError(errno.ENOBUFS)
+
+        monkeypatch.setattr(kernel._host, "observe", silent)
+        for call in (kernel.apply(WORLD), kernel.preview(WORLD), kernel.observe(), kernel.check()):
+            with pytest.raises(KernelError, match="does not tell this host's network state: No buffer space available"):
+                await call
 
 
 async def test_a_failover_on_a_member_is_one_message_and_reads_nothing() -> None:

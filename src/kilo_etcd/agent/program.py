@@ -45,20 +45,22 @@ class Programmer:
         KernelError if nothing can be programmed at all. `wait_due` says when to call again although nothing changed.
         """
         now = trio.current_time()
-        self._since = contacts(self._since, plan, standby=standby, now=now)
+        since = contacts(self._since, plan, standby=standby, now=now)
         contact = first_contact(
-            plan, topology.snapshot, self._since, self._waiting,
+            plan, topology.snapshot, since, self._waiting,
             promoted=promotions(self._topology, topology), standby=standby, now=now,
         )  # fmt: skip
         wanted = self._with_proofs(contact.plan, plan, standby=standby)
-        over = self._begin_over | contact.late.keys()
-        silent = await self._start_over(contact.late.keys(), wanted)
-        report = await self._device.apply(wanted, fresh=fresh)
-        before, self.programmed = self.programmed, wanted
+        silent = await self._silent(contact.late.keys())
+        report = await self._device.apply(wanted, fresh=fresh, reset=silent | self._begin_over)
+        # What follows is remembered of an apply that succeeded: another one has all that is new still before it.
+        self._since, before, self.programmed = since, self.programmed, wanted
+        made = {change.public_key for change in report.changes if isinstance(change, SetPeer) and change.new}
+        self._begin_over = (self._begin_over - made) & wanted.peers.keys()
         speak({**contact.speak_to, **{key: contact.late[key] for key in silent}}.values())
         if not standby:
             speak(_told_of(report, contact.plan, topology)[:MOST_SPOKEN_TO])
-            remade = _remade(report, before, topology, over)
+            remade = _remade(report, before, topology)
             speak(remade if len(remade) <= MOST_SPOKEN_TO else ())
         self._waiting, self._due, self._topology = contact.waiting, contact.due, topology
         self._due_changed.set()
@@ -96,21 +98,16 @@ class Programmer:
                     continue
                 return
 
-    async def _start_over(self, late: Collection[str], plan: HostPlan) -> Collection[str]:
-        """Take away those of `late` that have not shaken hands, for `plan` to put back, and return them.
+    async def _silent(self, late: Collection[str]) -> frozenset[str]:
+        """Those of `late` that have not shaken hands, which are to be reset.
 
         Packets for a peer without an endpoint count as an attempt with some WireGuards, and the next one is five
         seconds away; a peer that is new has made none.
         """
-        lost, self._begin_over = self._begin_over & plan.peers.keys(), set()
-        if not late and not lost:
-            return ()
+        if not late:
+            return frozenset()
         observed = (await self._device.observe()).peers
-        silent = {key for key in late if key in observed and not observed[key].last_handshake}
-        if silent or lost:
-            kept = {key: peer for key, peer in plan.peers.items() if key not in silent and key not in lost}
-            await self._device.apply(evolve(plan, peers=kept))
-        return silent
+        return frozenset(key for key in late if key in observed and not observed[key].last_handshake)
 
 
 def _told_of(report: kernel.ApplyReport, plan: HostPlan, topology: Topology) -> list[IPAddress]:
@@ -124,17 +121,15 @@ def _told_of(report: kernel.ApplyReport, plan: HostPlan, topology: Topology) -> 
     return found
 
 
-def _remade(
-    report: kernel.ApplyReport, before: HostPlan | None, topology: Topology, apart: Collection[str]
-) -> list[IPAddress]:
+def _remade(report: kernel.ApplyReport, before: HostPlan | None, topology: Topology) -> list[IPAddress]:
     """Mesh addresses of nodes that had to be made peers once more, since somebody took them or the whole device away.
 
-    They go on with a session that is lost here, and would not notice for fifteen seconds. `apart` are those that were
-    begun over on purpose.
+    They go on with a session that is lost here, and would not notice for fifteen seconds. Those that were reset on
+    purpose are not among them.
     """
     found: list[IPAddress] = []
     for change in report.changes:
-        if isinstance(change, SetPeer) and change.new and before is not None and change.public_key not in apart:
+        if isinstance(change, SetPeer) and change.new and not change.reset and before is not None:
             peer = before.peers.get(change.public_key)
             node = None if peer is None else topology.snapshot.nodes.get(peer.name)
             found += node.mesh_addresses[:1] if node is not None else ()

@@ -25,8 +25,11 @@ class Kernel(Protocol):
         """KernelError if no plan could be brought about as things are: no permission, no WireGuard, the interface's
         name taken. Nothing is changed."""
 
-    async def apply(self, plan: HostPlan, *, fresh: bool = False) -> ApplyReport:
+    async def apply(self, plan: HostPlan, *, fresh: bool = False, reset: Collection[str] = ()) -> ApplyReport:
         """Bring the host to `plan`. The same plan again writes nothing; `fresh` reads the host anew first.
+
+        `reset` are public keys of peers of `plan` whose sessions are forgotten: WireGuard gets the peer removed and
+        added in one change, so that an error leaves it either as it was or as it is planned.
 
         KernelError if nothing can be programmed at all; what fails by itself is in the report.
         """

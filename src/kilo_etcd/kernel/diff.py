@@ -79,12 +79,19 @@ def diff(plan: HostPlan, observed: Observed, memory: Memory, target: Target) -> 
 
 
 def difference(
-    plan: HostPlan, observed: Observed, memory: Memory, target: Target, settled: HostPlan | None = None
+    plan: HostPlan,
+    observed: Observed,
+    memory: Memory,
+    target: Target,
+    settled: HostPlan | None = None,
+    *,
+    reset: Collection[str] = (),
 ) -> Difference:
     """As `diff`, with the reasons for what is left out.
 
     `settled` is a plan that `observed` and `memory` are known to fulfil to the last: what `plan` has in common with it
-    is not looked at, which changes nothing but the time that it takes.
+    is not looked at, which changes nothing but the time that it takes. `reset` are public keys of peers that are
+    removed and added, if they are there, whatever else is changed of them.
     """
     failures: list[Failure] = []
     device, base = _device(observed, target)
@@ -107,7 +114,7 @@ def difference(
         *_addresses(plan, base, target),
         *_table(plan, base, target),
         *ipip,
-        *_wireguard(plan, base, memory, target, settled),
+        *_wireguard(plan, base, memory, target, settled, frozenset(reset)),
         *_up(plan, base, target),
         *opened,
         *routes,
@@ -205,7 +212,12 @@ def _ipip(plan: HostPlan, observed: Observed, target: Target) -> Iterator[Change
 
 
 def _wireguard(
-    plan: HostPlan, observed: Observed, memory: Memory, target: Target, settled: HostPlan | None
+    plan: HostPlan,
+    observed: Observed,
+    memory: Memory,
+    target: Target,
+    settled: HostPlan | None,
+    reset: frozenset[str],
 ) -> Iterator[Change]:
     key = target.private_key if observed.public_key != target.public_key else None
     port = plan.listen_port if observed.listen_port != plan.listen_port else None
@@ -220,11 +232,16 @@ def _wireguard(
         )
     peers: Collection[PeerPlan] = plan.peers.values()
     if settled is not None:
-        peers = [plan.peers[key] for key in changed_keys(settled.peers, plan.peers) if key in plan.peers]
+        news = {*changed_keys(settled.peers, plan.peers), *reset} if reset else changed_keys(settled.peers, plan.peers)
+        peers = [plan.peers[key] for key in news if key in plan.peers]
     gaining: list[SetPeer] = []
     gained = cache(lambda: _gained(peers, observed))
     for peer in peers:
-        change = _peer(peer, observed.peers.get(peer.public_key), observed.time, memory, target, gained)
+        found = observed.peers.get(peer.public_key)
+        if found is not None and peer.public_key in reset:
+            gaining.append(_new_peer(peer, target, reset=True))
+            continue
+        change = _peer(peer, found, observed.time, memory, target, gained)
         if change is None:
             continue
         if change.replace_allowed_ips and not change.new:
@@ -296,16 +313,7 @@ def _peer(
     gained: Callable[[], frozenset[IPNetwork]],
 ) -> SetPeer | None:
     if peer is None:
-        return SetPeer(
-            name=target.interface,
-            public_key=plan.public_key,
-            new=True,
-            endpoint=_address(plan),
-            persistent_keepalive=plan.persistent_keepalive or None,
-            preshared_key=plan.preshared_key or None,
-            allowed_ips=plan.allowed_ips,
-            replace_allowed_ips=True,
-        )
+        return _new_peer(plan, target)
     endpoint = _endpoint(plan, peer, now, memory)
     keepalive = plan.persistent_keepalive if plan.persistent_keepalive != peer.persistent_keepalive else None
     preshared = (plan.preshared_key or "") if (plan.preshared_key or None) != peer.preshared_key else None
@@ -326,6 +334,20 @@ def _peer(
         preshared_key=preshared,
         allowed_ips=allowed,
         replace_allowed_ips=replace,
+    )
+
+
+def _new_peer(plan: PeerPlan, target: Target, *, reset: bool = False) -> SetPeer:
+    return SetPeer(
+        name=target.interface,
+        public_key=plan.public_key,
+        new=True,
+        endpoint=_address(plan),
+        persistent_keepalive=plan.persistent_keepalive or None,
+        preshared_key=plan.preshared_key or None,
+        allowed_ips=plan.allowed_ips,
+        replace_allowed_ips=True,
+        reset=reset,
     )
 
 

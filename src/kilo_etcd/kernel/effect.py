@@ -230,6 +230,10 @@ class _Effect:
         if self._owner is None:
             self._owner = {network: k for k, p in self._peers.items() for network in p.allowed_ips}
         owner = self._owner
+        if change.reset:
+            for network in peer.allowed_ips:
+                owner.pop(network, None)
+            peer = ObservedPeer(public_key=key)
         if change.replace_allowed_ips:
             for network in peer.allowed_ips:
                 owner.pop(network, None)

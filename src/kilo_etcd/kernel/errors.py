@@ -81,6 +81,12 @@ def cannot_ping(error: OSError) -> str:
     return f"this host cannot ping: {why_not(error)}"
 
 
+def unreadable(error: OSError) -> str:
+    """Why neither the host's network state nor its WireGuard device can be read or changed at present."""
+    detail = getattr(error, "detail", "") or error.strerror or str(error)
+    return f"the kernel does not tell this host's network state: {detail}"
+
+
 def _sentence(change: Change, error: OSError) -> str:
     code = error.errno or 0
     if descriptors.is_shortage(error) and not isinstance(error, NetlinkError):

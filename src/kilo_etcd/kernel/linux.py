@@ -26,7 +26,7 @@ from kilo_etcd.kernel.diff import Difference, difference, is_drift, must_look, r
 from kilo_etcd.kernel.drift import Watch, Whereabouts, bends_ways, device_period
 from kilo_etcd.kernel.effect import apply_changes
 from kilo_etcd.kernel.egress import Egress
-from kilo_etcd.kernel.errors import NO_PERMISSION, KernelError, NetlinkError, cannot_ping, taken, why_not
+from kilo_etcd.kernel.errors import NO_PERMISSION, KernelError, NetlinkError, cannot_ping, taken, unreadable, why_not
 from kilo_etcd.kernel.firewall import table_name
 from kilo_etcd.kernel.forward import DeleteForward, mark
 from kilo_etcd.kernel.host import Host, may_change_the_network
@@ -171,6 +171,14 @@ def _descriptors_named() -> Iterator[None]:
         raise KernelError(f"the kernel cannot be asked: {why_not(error)}") from None
 
 
+async def _told(work: Callable[[], _T]) -> _T:
+    """As `_in_thread`. KernelError where the kernel does not answer, or has no memory for it: what is there stays."""
+    try:
+        return await _in_thread(work)
+    except OSError as error:
+        raise KernelError(unreadable(error)) from error
+
+
 class LinuxKernel:
     """See `kernel.api.Kernel`; made by `open_kernel`."""
 
@@ -215,29 +223,29 @@ class LinuxKernel:
 
     async def check(self) -> None:
         async with self._lock:
-            await _in_thread(lambda: self._host.check(self._backend, self._setup.userspace_command))
+            await _told(lambda: self._host.check(self._backend, self._setup.userspace_command))
 
-    async def apply(self, plan: HostPlan, *, fresh: bool = False) -> ApplyReport:
+    async def apply(self, plan: HostPlan, *, fresh: bool = False, reset: Collection[str] = ()) -> ApplyReport:
         async with self._lock:
-            return await _in_thread(lambda: self._apply(plan, fresh))
+            return await _told(lambda: self._apply(plan, fresh, frozenset(reset)))
 
     async def preview(self, plan: HostPlan) -> tuple[Change, ...]:
         async with self._lock:
-            return await _in_thread(lambda: self._preview(plan))
+            return await _told(lambda: self._preview(plan))
 
     async def observe(self) -> Observed:
         async with self._lock:
-            observed = await _in_thread(self._read)
+            observed = await _told(self._read)
             self._notice(observed)
             return observed
 
     async def obstacles(self) -> tuple[str, ...]:
         async with self._lock:
-            return await _in_thread(self._host.obstacles)
+            return await _told(self._host.obstacles)
 
     async def hear(self) -> Heard:
         async with self._lock:
-            return await _in_thread(self._host.hear)
+            return await _told(self._host.hear)
 
     async def ping(
         self, addresses: Collection[IPAddress], *, times: int = 1, patience: float, first: bool = False
@@ -397,7 +405,7 @@ class LinuxKernel:
         self._observed = None
         return difference(plan, self._ready(), self._memory, self._target(plan)).changes
 
-    def _apply(self, plan: HostPlan, fresh: bool) -> ApplyReport:
+    def _apply(self, plan: HostPlan, fresh: bool, reset: frozenset[str]) -> ApplyReport:
         if not may_change_the_network():
             raise KernelError(f"{self._setup.interface} cannot be set up: {NO_PERMISSION}")
         if fresh or must_look(plan, self._settled):
@@ -406,13 +414,17 @@ class LinuxKernel:
         self._drift = None
         observed = self._ready()
         target = self._target(plan)
-        todo = difference(plan, observed, self._memory, target, self._settled)
+        settled = self._settled
+        todo = difference(plan, observed, self._memory, target, settled, reset=reset)
+        # An error between two writes leaves a state that nobody knows: nothing is believed then.
+        self._observed = self._settled = None
         all_made: list[Change] = []
         if any(self._structural(change) for change in todo.changes):
             all_made.extend(self._make_device(todo))
             observed = self._read()
             target = self._target(plan)
-            todo = difference(plan, observed, self._memory, target)
+            settled = None
+            todo = difference(plan, observed, self._memory, target, reset=reset)
         made, failed = self._host.make(todo.changes)
         all_made.extend(made)
         if failed:
@@ -421,14 +433,16 @@ class LinuxKernel:
             gone, _ = self._host.make(superseded([change for change, _ in failed], observed))
             all_made.extend(gone)
             observed = apply_changes(observed, gone, target.interface)
-            again = difference(plan, observed, self._memory, self._target(plan))
+            settled = None
+            reset -= {change.public_key for change in made if isinstance(change, SetPeer)}
+            again = difference(plan, observed, self._memory, self._target(plan), reset=reset)
             if set(again.changes) - {change for change, _ in failed}:
                 todo = again
                 made, failed = self._host.make(todo.changes)
                 all_made.extend(made)
             else:
                 made = []
-        self._settle(plan, observed, made, failed, todo, target)
+        self._settle(plan, observed, made, failed, todo, target, settled)
         if any(isinstance(change, DeleteForward) for change in all_made):
             # The program that did it is reported as somebody else.
             self._reports.news(0)
@@ -445,6 +459,7 @@ class LinuxKernel:
         failed: list[tuple[Change, Failure]],
         todo: Difference,
         target: Target,
+        settled: HostPlan | None,
     ) -> None:
         """Keep what is now believed of the host."""
         observed = apply_changes(observed, made, target.interface) if made else observed
@@ -453,7 +468,7 @@ class LinuxKernel:
             observed = evolve(observed, ipip=evolve(observed.ipip, index=index))
         self._index = observed.link.index if observed.link is not None else 0
         self._looked_at = True
-        self._memory = remember(plan, self._memory, self._settled)
+        self._memory = remember(plan, self._memory, settled)
         if lost := {change.public_key for change, _ in failed if isinstance(change, SetPeer)}:
             self._memory = Memory(endpoints={k: v for k, v in self._memory.endpoints.items() if k not in lost})
         # What goes takes other things along: that is looked at once more.

@@ -316,6 +316,7 @@ class SetPeer:
 
     With `replace_allowed_ips` the list is the whole list, without it the networks are added (and so taken away
     from the peer that had them, in the same transaction). It is in the order of `PeerPlan.allowed_ips`.
+    With `reset` a peer that is there is removed before, in the same transaction, so that its session is forgotten.
     """
 
     name: str
@@ -327,9 +328,12 @@ class SetPeer:
     """An empty text removes it."""
     allowed_ips: tuple[IPNetwork, ...] = ()
     replace_allowed_ips: bool = False
+    reset: bool = False
 
     def __str__(self) -> str:
         words = [f"wg set {self.name} peer {self.public_key}"]
+        if self.reset:
+            words.append(f"remove peer {self.public_key}")
         if self.preshared_key is not None:
             words.append("preshared-key (hidden)" if self.preshared_key else "preshared-key /dev/null")
         if self.endpoint is not None:

@@ -54,10 +54,13 @@ def encode(changes: Iterable[WireGuardChange]) -> str:
             if change.mark is not None:
                 lines.append(f"fwmark={change.mark}")
             continue
-        peers.append(f"public_key={raw(change.public_key).hex()}")
+        name = f"public_key={raw(change.public_key).hex()}"
+        peers.append(name)
         if isinstance(change, RemovePeer):
             peers.append("remove=true")
             continue
+        if change.reset:
+            peers += ("remove=true", name)
         peers.extend(_encode_peer(change))
     return "\n".join((*lines, *peers, "", ""))
 

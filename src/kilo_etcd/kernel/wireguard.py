@@ -110,17 +110,19 @@ def encode(family: int, name: str, changes: Sequence[WireGuardChange]) -> list[M
         for peer in _encode_peer(change):
             if len(peer) > room:
                 flush()
-            peers.append(netlink.nested(0, peer))
-            room -= len(peer) + 4
+            peers.append(peer)
+            room -= len(peer)
     flush()
     return sent
 
 
 def _encode_peer(change: SetPeer | RemovePeer) -> Iterator[bytes]:
-    """The peer's attributes; more than once if its allowed IPs do not fit one message."""
+    """The peer as one item of the list, or as two that belong into one message; more of them if its allowed IPs do
+    not fit one message."""
     key = netlink.attribute(_P_KEY, raw(change.public_key))
+    removal = netlink.nested(0, key, netlink.u32(_P_FLAGS, _REMOVE))
     if isinstance(change, RemovePeer):
-        yield key + netlink.u32(_P_FLAGS, _REMOVE)
+        yield removal
         return
     head = key
     if change.preshared_key is not None:
@@ -135,7 +137,11 @@ def _encode_peer(change: SetPeer | RemovePeer) -> Iterator[bytes]:
     step = 500
     for start in range(0, max(1, len(ips)), step):
         part = [_allowed(ip) for ip in ips[start : start + step]]
-        yield (head if start == 0 else key) + (netlink.nested(_P_ALLOWED, *part) if part else b"")
+        allowed = netlink.nested(_P_ALLOWED, *part) if part else b""
+        if start == 0:
+            yield (removal if change.reset else b"") + netlink.nested(0, head, allowed)
+        else:
+            yield netlink.nested(0, key, allowed)
 
 
 def _sockaddr(endpoint: Endpoint) -> bytes:

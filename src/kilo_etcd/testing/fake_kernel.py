@@ -162,14 +162,14 @@ class FakeKernel:
     async def check(self) -> None:
         await trio.lowlevel.checkpoint()
 
-    async def apply(self, plan: HostPlan, *, fresh: bool = False) -> ApplyReport:
+    async def apply(self, plan: HostPlan, *, fresh: bool = False, reset: Collection[str] = ()) -> ApplyReport:
         async with self._lock:
             await trio.lowlevel.checkpoint()
             if self.host.broken is not None:
                 raise KernelError(self.host.broken)
             # What is done by somebody from here on is drift again.
             self._drift = None
-            todo = difference(plan, self._now(), self._memory, self._target(plan))
+            todo = difference(plan, self._now(), self._memory, self._target(plan), reset=reset)
             refused = {change: why for change in todo.changes if (why := self.host.refuse(change)) is not None}
             made = tuple(change for change in todo.changes if change not in refused)
             made += superseded(refused, self._now())

@@ -7,7 +7,7 @@ whose task asks.
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, tzinfo
 from functools import cache
@@ -90,10 +90,10 @@ class SimulatedKernel(FakeKernel):
         super().__init__(host.machine, setup, delay=delay)
         self.owner, self._watchman = host, watchman
 
-    async def apply(self, plan: HostPlan, *, fresh: bool = False) -> ApplyReport:
+    async def apply(self, plan: HostPlan, *, fresh: bool = False, reset: Collection[str] = ()) -> ApplyReport:
         touches = self._watchman.touches(self.owner)
-        report = await super().apply(plan, fresh=fresh)
-        self._watchman.wrote(self, plan, report, touches)
+        report = await super().apply(plan, fresh=fresh, reset=reset)
+        self._watchman.wrote(self, plan, report, touches, reset)
         return report
 
 
