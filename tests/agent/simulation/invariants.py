@@ -2,11 +2,13 @@
 
 * An agent never applies a revision older than one that its host has applied of the same etcd, and follows another etcd
   only where the operator has adopted it.
-* All that is ever applied of one revision is one and the same snapshot, and makes the same leaders, on every host.
+* All that is ever applied of one revision is one and the same snapshot, and makes the same leaders, on every host that
+  has the same mesh settings in force: while etcd lacks them that is what each host has seen last.
 * What is computed from one change to the next is what is computed afresh.
 * A mesh address never moves, and no two nodes, and no two kernels, have the same one.
-* The kernel is not written to without cause: the plan changed, or somebody has been at the kernel, or the agent is new
-  and sets endpoints, which it cannot know to be right. A host that a change does not concern writes nothing.
+* The kernel is not written to without cause: the plan changed, or somebody has been at the kernel, or a peer's session
+  is to be forgotten, or the agent is new and sets endpoints, which it cannot know to be right. A host that a change
+  does not concern writes nothing.
 * Nothing that the last plan held is taken away without a newer snapshot: what is lost with etcd is news only.
 
 A Watchman says what is wrong by raising Broken, which ends the schedule.
@@ -14,7 +16,7 @@ A Watchman says what is wrong by raising Broken, which ends the schedule.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
 from attrs import define, evolve, field, fields, frozen
@@ -30,13 +32,16 @@ from kilo_etcd.kernel.state import (
     RemovePeer,
     SetPeer,
 )
-from kilo_etcd.model import IPAddress, Snapshot
+from kilo_etcd.model import Granularity, IPAddress, IPNetwork, Snapshot
+from kilo_etcd.store import Keys
 from kilo_etcd.topology import Topology, UnknownNode, build_topology, host_plan
 from kilo_etcd.topology.hostplan import HostPlan
 
 if TYPE_CHECKING:
     from simulation.host import SimulatedAgent, SimulatedHost, SimulatedKernel
     from simulation.world import World
+
+KEYS = Keys()
 
 AFRESH_EVERY = 5
 """Each so many-th apply is compared with what is computed without a predecessor, which takes longer."""
@@ -59,6 +64,38 @@ def differences(one: Snapshot, other: Snapshot) -> list[str]:
 
 
 @frozen
+class _Truth:
+    """What all hosts that apply it must agree on.
+
+    An etcd that lacks the mesh's settings (it was empty when it was adopted, or somebody deleted them) leaves in force
+    what each host has seen of them last, perhaps in different etcds. The stricter claim would need a default for all,
+    which takes a mesh down that has other settings, because a key was deleted. Within `upkeep.SETTINGS_SECONDS` a host
+    puts its own there, and at rest all hosts have those.
+    """
+
+    cluster: int
+    revision: int
+    lacking: tuple[str, ...] = ()
+    granularity: Granularity | None = None
+    subnets: tuple[IPNetwork, ...] | None = None
+
+
+def _truth(snapshot: Snapshot) -> _Truth:
+    lacking = tuple(
+        one.key
+        for one in snapshot.set_aside
+        if one.key in (KEYS.granularity, KEYS.subnets) and one.reason.startswith("the value is missing")
+    )
+    return _Truth(
+        snapshot.cluster_id,
+        snapshot.revision,
+        lacking,
+        snapshot.granularity if KEYS.granularity in lacking else None,
+        snapshot.subnets if KEYS.subnets in lacking else None,
+    )
+
+
+@frozen
 class _Account:
     """What was true when an apply began."""
 
@@ -74,8 +111,10 @@ class _Account:
     """Whether peers are to be spoken to, begun over, or to prove something."""
     contacts: bool
     """The same, or was so when the host applied something last."""
+    before: Hearsay
+    """What it had heard from neighbours when it applied something last."""
     heard: Hearsay
-    """What it had heard from neighbours."""
+    """What it has heard by now: what is heard while it applies is for the next time."""
     new: bool
 
 
@@ -106,11 +145,11 @@ class Watchman:
     def __init__(self, world: World) -> None:
         self._world = world
         self._hosts: dict[str, _Seen] = {}
-        self._snapshots: dict[tuple[int, int], Snapshot] = {}
-        self._leaders: dict[tuple[int, int, str], tuple[str, str]] = {}
+        self._snapshots: dict[_Truth, Snapshot] = {}
+        self._leaders: dict[tuple[_Truth, str], tuple[str, str]] = {}
         self._addresses: dict[tuple[int, str, int], IPAddress] = {}
         """Of a cluster, a node and a family."""
-        self._fresh: dict[tuple[int, int], Topology] = {}
+        self._fresh: dict[_Truth, Topology] = {}
         self._applies = 0
         self.lossy = False
         """Whether etcd breaks what a watch promises: then agents may differ until they list again."""
@@ -143,21 +182,22 @@ class Watchman:
             clean=seen.settled == seen.touches,
             busy=busy,
             contacts=seen.busy,
-            heard=seen.heard,
+            before=seen.heard,
+            heard=agent.hearsay,
             new=new,
         )
 
     def applied(self, agent: SimulatedAgent, snapshot: Snapshot, account: _Account) -> None:
         """It has done so."""
         host, topology = agent.host, agent.topology
-        if topology is None or agent.applied_revision != snapshot.revision:
+        if topology is None or agent.applied_revision != snapshot.revision or not agent._programmed:
             return
         self._applies += 1
         seen = self._seen(host)
         repeated = seen.snapshot is snapshot
-        seen.snapshot, seen.raw_plan, seen.heard = snapshot, agent.raw_plan, agent.hearsay
+        seen.snapshot, seen.raw_plan, seen.heard = snapshot, agent.raw_plan, account.heard
         seen.busy = account.busy or _busy(agent)
-        self._check_writes(agent, account)
+        self._check_writes(agent, snapshot, account)
         # What neighbours say while etcd is away is no etcd's truth.
         if repeated or topology.snapshot is not snapshot:
             return
@@ -171,16 +211,22 @@ class Watchman:
         """How often somebody else has been at the kernel of a host."""
         return self._seen(host).touches
 
-    def wrote(self, kernel: SimulatedKernel, plan: HostPlan, report: ApplyReport, touches: int) -> None:
-        """A kernel was brought to a plan; when that began somebody else had been at it so often."""
+    def wrote(
+        self, kernel: SimulatedKernel, plan: HostPlan, report: ApplyReport, touches: int, reset: Collection[str]
+    ) -> None:
+        """A kernel was brought to a plan; when that began somebody else had been at it so often. The sessions of the
+        peers `reset` were to be forgotten, which is a cause to write to these peers, and to nothing else."""
         host, seen = kernel.owner, self._seen(kernel.owner)
         untouched = seen.settled == seen.touches
-        if report.changes and untouched and seen.plan is not None:
+        changes = [
+            one for one in report.changes if not (isinstance(one, SetPeer) and one.reset and one.public_key in reset)
+        ]
+        if changes and untouched and seen.plan is not None:
             if kernel is seen.kernel:
                 if plan == seen.plan:
-                    self._broken(f"{host.name} was written to without cause", report.changes)
+                    self._broken(f"{host.name} was written to without cause", changes)
             elif _without_endpoints(plan) == _without_endpoints(seen.plan):
-                more = [one for one in report.changes if not _endpoint_only(one)]
+                more = [one for one in changes if not _endpoint_only(one)]
                 if more:
                     self._broken(f"{host.name} was written to by a new agent that had nothing to change", more)
         for change in report.changes:
@@ -205,7 +251,7 @@ class Watchman:
 
     def fresh(self, snapshot: Snapshot) -> Topology:
         """The topology of a snapshot, computed without a predecessor."""
-        key = (snapshot.cluster_id, snapshot.revision)
+        key = _truth(snapshot)
         known = self._fresh.get(key)
         if known is None or known.snapshot is not snapshot:
             known = self._fresh[key] = build_topology(snapshot)
@@ -228,13 +274,13 @@ class Watchman:
             raise Broken(f"{name} follows cluster {snapshot.cluster_id:x} after {last.cluster_id:x}, not adopted")
 
     def _check_one_truth(self, name: str, snapshot: Snapshot, topology: Topology) -> None:
-        key = (snapshot.cluster_id, snapshot.revision)
+        key = _truth(snapshot)
         known = self._snapshots.setdefault(key, snapshot)
         if known is not snapshot and (differ := differences(snapshot, known)):
             raise Broken(f"{name} sees another mesh at revision {snapshot.revision}: {'; '.join(differ)}")
         for segment in topology.segments.values():
             leader = segment.leader.name
-            first, who = self._leaders.setdefault((*key, segment.key), (leader, name))
+            first, who = self._leaders.setdefault((key, segment.key), (leader, name))
             if first != leader:
                 raise Broken(
                     f"at revision {snapshot.revision} {leader} leads {segment.key!r} for {name}, but {first} for {who}"
@@ -259,7 +305,7 @@ class Watchman:
                 raise Broken(f"the kernels of {host.name} and {other.name} both have {address}")
 
     def _check_afresh(self, agent: SimulatedAgent, snapshot: Snapshot) -> None:
-        fresh = self.fresh(self._snapshots[snapshot.cluster_id, snapshot.revision])
+        fresh = self.fresh(self._snapshots[_truth(snapshot)])
         assert agent.topology is not None
         if agent.topology.segments != fresh.segments:
             raise Broken(f"{agent.name} draws another mesh than what is drawn afresh, at revision {snapshot.revision}")
@@ -270,17 +316,17 @@ class Watchman:
         if plan != agent.raw_plan:
             raise Broken(f"the plan of {agent.name} is not what is planned afresh, at revision {snapshot.revision}")
 
-    def _check_writes(self, agent: SimulatedAgent, account: _Account) -> None:
+    def _check_writes(self, agent: SimulatedAgent, snapshot: Snapshot, account: _Account) -> None:
         host = agent.host
         seen = self._seen(host)
         made = host.machine.history[account.history :]
         if not made or not account.clean or seen.touches != account.touches or seen.settled != seen.touches:
             return
         # Who changes itself may be reached otherwise, and who speaks first with it is decided anew.
-        busy = account.contacts or _busy(agent) or _changed(account, agent)
+        busy = account.contacts or _busy(agent) or _changed(account, snapshot, agent.name)
         if not account.new and account.raw_plan == agent.raw_plan and not busy and not _promoted(account, agent):
             self._broken(f"{host.name} was written to by a change that does not concern it", made)
-        nothing_new = account.snapshot is agent.snapshot and account.heard == agent.hearsay
+        nothing_new = account.snapshot is snapshot and account.before == account.heard
         if nothing_new and account.plan is not None and not account.new:
             lost = _lost(made, account.plan)
             if lost:
@@ -293,11 +339,9 @@ def _busy(agent: SimulatedAgent) -> bool:
     return bool(programmer._waiting or programmer._proving or programmer._begin_over)
 
 
-def _changed(account: _Account, agent: SimulatedAgent) -> bool:
+def _changed(account: _Account, snapshot: Snapshot, name: str) -> bool:
     """Whether the host's own node is another one than before."""
-    if account.snapshot is None or agent.snapshot is None:
-        return True
-    return account.snapshot.nodes.get(agent.name) != agent.snapshot.nodes.get(agent.name)
+    return account.snapshot is None or account.snapshot.nodes.get(name) != snapshot.nodes.get(name)
 
 
 def _promoted(account: _Account, agent: SimulatedAgent) -> bool:
