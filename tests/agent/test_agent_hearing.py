@@ -16,7 +16,7 @@ from helpers import eventually
 from kilo_etcd.agent import discover, privatekey
 from kilo_etcd.agent.unmet import PATIENCE
 from kilo_etcd.kernel import KernelError
-from kilo_etcd.kernel.state import Heard, HostAddress, RemovePeer, SetPeer
+from kilo_etcd.kernel.state import Heard, HostAddress, SetPeer
 from kilo_etcd.model import Endpoint
 from kilo_etcd.store import SightingRecord
 from kilo_etcd.store.records import NodeRecord, encode
@@ -192,7 +192,7 @@ async def test_a_session_that_died_with_the_others_nat_is_begun_over(world: Worl
         sees(world, "a", MOVED)
         await eventually(lambda: endpoint(world) == MOVED, 100, every=0.5)
         since = world.host.history[changes:]
-        assert [type(change) for change in since] == [RemovePeer, SetPeer]
+        assert [isinstance(change, SetPeer) and change.reset for change in since] == [True]
         assert world.said("behind the agent's back") == 0
 
 

@@ -30,7 +30,7 @@ from kilo_etcd.kernel import Kernel, KernelError, Setup, cleanup, list_addresses
 from kilo_etcd.kernel.errors import NetlinkError
 from kilo_etcd.kernel.linux import LinuxKernel
 from kilo_etcd.kernel.netlink import Message, Socket
-from kilo_etcd.kernel.state import Change, Route, without_counters
+from kilo_etcd.kernel.state import Change, Route, SetPeer, without_counters
 from kilo_etcd.model import Endpoint
 from kilo_etcd.topology.hostplan import HostPlan, PeerPlan, Via
 
@@ -462,6 +462,30 @@ async def test_nothing_is_believed_after_an_error_between_two_writes(monkeypatch
         report = await kernel.apply(before)
         assert lines(report.changes) == ["wg set kilo0 peer #3 remove"]
         await settled(kernel, before)
+
+
+async def test_nothing_is_believed_of_a_new_device_after_an_error_between_two_writes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wanted = plan(peer(2, "10.4.0.2/32"), MESH)
+    async with agent() as kernel:
+        assert isinstance(kernel, LinuxKernel)
+        make = kernel._host.make
+
+        def half(changes: Sequence[Change]) -> object:
+            if any(isinstance(change, SetPeer) for change in changes):
+                make(changes[:3])
+                raise NetlinkError(errno.ENOBUFS)
+            return make(changes)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(kernel._host, "make", half)
+            with pytest.raises(KernelError, match="No buffer space available"):
+                await kernel.apply(wanted)
+        assert "10.4.0.1/32" in sh("ip -br address show dev kilo0")
+        other = plan(peer(2, "10.4.0.2/32"), tunnel("10.4.0.0/16", "10.4.0.9"), addresses=("10.4.0.9/32",))
+        await kernel.apply(other)
+        await settled(kernel, other)
 
 
 async def test_a_kernel_that_cannot_be_read_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -416,8 +416,6 @@ class LinuxKernel:
         target = self._target(plan)
         settled = self._settled
         todo = difference(plan, observed, self._memory, target, settled, reset=reset)
-        # An error between two writes leaves a state that nobody knows: nothing is believed then.
-        self._observed = self._settled = None
         all_made: list[Change] = []
         if any(self._structural(change) for change in todo.changes):
             all_made.extend(self._make_device(todo))
@@ -425,20 +423,20 @@ class LinuxKernel:
             target = self._target(plan)
             settled = None
             todo = difference(plan, observed, self._memory, target, reset=reset)
-        made, failed = self._host.make(todo.changes)
+        made, failed = self._make(todo.changes)
         all_made.extend(made)
         if failed:
             # What was believed may have been wrong, or one change in another's way: look again, once.
             observed = self._read()
-            gone, _ = self._host.make(superseded([change for change, _ in failed], observed))
+            settled, target = None, self._target(plan)
+            gone, _ = self._make(superseded([change for change, _ in failed], observed))
             all_made.extend(gone)
             observed = apply_changes(observed, gone, target.interface)
-            settled = None
             reset -= {change.public_key for change in made if isinstance(change, SetPeer)}
-            again = difference(plan, observed, self._memory, self._target(plan), reset=reset)
+            again = difference(plan, observed, self._memory, target, reset=reset)
             if set(again.changes) - {change for change, _ in failed}:
                 todo = again
-                made, failed = self._host.make(todo.changes)
+                made, failed = self._make(todo.changes)
                 all_made.extend(made)
             else:
                 made = []
@@ -450,6 +448,11 @@ class LinuxKernel:
             changes=tuple(all_made),
             failures=(*todo.failures, *(failure for _, failure in failed)),
         )
+
+    def _make(self, changes: Sequence[Change]) -> tuple[list[Change], list[tuple[Change, Failure]]]:
+        # Nothing is believed of the host until all is made: an error in between leaves a state that nobody knows.
+        self._observed = self._settled = None
+        return self._host.make(changes)
 
     def _settle(
         self,
@@ -495,7 +498,7 @@ class LinuxKernel:
             for change in todo.changes
             if self._structural(change) or (isinstance(change, DeleteLink) and change.name == self._setup.interface)
         ]
-        made, failed = self._host.make(changes)
+        made, failed = self._make(changes)
         if failed:
             raise KernelError(failed[0][1].text)
         return made
