@@ -121,15 +121,16 @@ async def test_a_peer_that_is_to_be_reset_stays_where_the_kernel_refuses_to_add_
     assert resets(host) == int(asked), "what was asked for is done as soon as it can be; silent ones have their stages"
 
 
-async def test_a_peer_is_reset_although_the_first_attempt_to_apply_failed() -> None:
+@pytest.mark.parametrize("fault", ["broken", "unreadable"])
+async def test_a_peer_is_reset_although_the_first_attempt_to_apply_failed(fault: str) -> None:
     host = FakeHost()
     programmer = Programmer(FakeKernel(host, Setup(private_key=generate())))
     await programmer.apply(PLAN, TOPOLOGY, standby=True, fresh=False)
     programmer.begin_over([LOW])
-    host.broken = "netlink is out of buffers"
+    setattr(host, fault, "netlink is out of buffers")
     with pytest.raises(KernelError):
         await programmer.apply(PLAN, TOPOLOGY, standby=True, fresh=True)
-    host.broken = None
+    setattr(host, fault, None)
     await programmer.apply(PLAN, TOPOLOGY, standby=True, fresh=True)
     await programmer.apply(PLAN, TOPOLOGY, standby=True, fresh=True)
     assert resets(host) == 1

@@ -2,7 +2,8 @@
 
 It decides with the real diff and changes its state by the real `kernel.effect`, so that a simulated agent programs
 exactly what a real one would; only netlink is missing. Nothing is ever slow or wrong here unless a test says so:
-`refuse` makes single changes fail, `broken` makes all of them fail, `tamper` is somebody else at the keyboard.
+`refuse` makes single changes fail, `broken` makes all of them fail, with `unreadable` nobody knows what is there,
+`tamper` is somebody else at the keyboard.
 
     host = FakeHost()
     kernel = FakeKernel(host, Setup(private_key=key))
@@ -68,6 +69,8 @@ class FakeHost:
         """Why a change fails, or None if it succeeds."""
         self.broken: str | None = None
         """Why nothing can be programmed at all."""
+        self.unreadable: str | None = None
+        """Why nothing can be read; what needs no reading can be programmed all the same."""
         self.obstacles: tuple[str, ...] = ()
         """What would drop forwarded traffic."""
         self.moved = trio.Event()
@@ -167,6 +170,8 @@ class FakeKernel:
             await trio.lowlevel.checkpoint()
             if self.host.broken is not None:
                 raise KernelError(self.host.broken)
+            if fresh or self.plan is None:
+                self._read()
             # What is done by somebody from here on is drift again.
             self._drift = None
             todo = difference(plan, self._now(), self._memory, self._target(plan), reset=reset)
@@ -191,11 +196,11 @@ class FakeKernel:
 
     async def preview(self, plan: HostPlan) -> tuple[Change, ...]:
         await trio.lowlevel.checkpoint()
-        return difference(plan, self._now(), self._memory, self._target(plan)).changes
+        return difference(plan, self._read(), self._memory, self._target(plan)).changes
 
     async def observe(self) -> Observed:
         await trio.lowlevel.checkpoint()
-        observed = self._now()
+        observed = self._read()
         plan = self.plan
         if plan is not None and any(
             map(is_drift, difference(plan, observed, self._memory, self._target(plan)).changes)
@@ -209,6 +214,7 @@ class FakeKernel:
 
     async def hear(self) -> Heard:
         await trio.lowlevel.checkpoint()
+        self._read()
         return Heard(time=self.host.clock(), peers=self.host.observed.peers)
 
     async def ping(
@@ -237,9 +243,17 @@ class FakeKernel:
                 await self._event.wait()
             if trio.current_time() >= self._look_at:
                 self._look_at = float("inf")
-                await self.observe()
+                try:
+                    await self.observe()
+                except KernelError as error:
+                    self._drift = str(error)
         reason, self._drift = self._drift, None
         return reason
+
+    def _read(self) -> Observed:
+        if self.host.unreadable is not None:
+            raise KernelError(self.host.unreadable)
+        return self._now()
 
     def _now(self) -> Observed:
         return evolve(self.host.observed, time=self.host.clock())

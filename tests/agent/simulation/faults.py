@@ -513,6 +513,17 @@ def unprogrammable(world: World, host: SimulatedHost) -> str:
     return f"for {seconds} s"
 
 
+@_fault("kernel")
+def unreadable(world: World, host: SimulatedHost) -> str:
+    """Nobody knows what the kernel holds; changes that need no look are made."""
+    if host.agent is None or host.agent.plan is None:
+        return "not now"
+    seconds = world.random.choice(BRIEF)
+    host.machine.unreadable = "netlink is out of buffers"
+    world.later(seconds, host.mend_kernel)
+    return f"for {seconds} s"
+
+
 def addresses_of(world: World, name: str) -> list[str]:
     """The keys of a node's address claims."""
     found = []

@@ -180,7 +180,8 @@ class SimulatedHost:
                 return 0.0
             if reloads is not None and others is not None:
                 raise others from None  # It was killed in that very moment.
-            if self.machine.broken is not None and group.split(kernel.KernelError)[1] is None:
+            out_of_order = self.machine.broken or self.machine.unreadable
+            if out_of_order is not None and group.split(kernel.KernelError)[1] is None:
                 return SYSTEMD_SECONDS
             raise
         finally:
@@ -217,7 +218,7 @@ class SimulatedHost:
 
     def mend_kernel(self) -> None:
         """It takes all changes again."""
-        self.machine.refuse, self.machine.broken = lambda _: None, None
+        self.machine.refuse, self.machine.broken, self.machine.unreadable = lambda _: None, None, None
 
     def cleaned_up(self) -> tuple[Change, ...]:
         """Nothing of ours is left."""
