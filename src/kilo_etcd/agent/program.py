@@ -53,7 +53,7 @@ class Programmer:
         wanted = self._with_proofs(contact.plan, plan, standby=standby)
         silent = await self._silent(contact.late.keys())
         report = await self._device.apply(wanted, fresh=fresh, reset=silent | self._begin_over)
-        # What follows is remembered of an apply that succeeded: another one has all that is new still before it.
+        # Only an apply that succeeded is remembered: after an error the next one takes the same peers for new.
         self._since, before, self.programmed = since, self.programmed, wanted
         made = {change.public_key for change in report.changes if isinstance(change, SetPeer) and change.new}
         self._begin_over = (self._begin_over - made) & wanted.peers.keys()

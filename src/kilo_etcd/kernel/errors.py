@@ -82,7 +82,7 @@ def cannot_ping(error: OSError) -> str:
 
 
 def unreadable(error: OSError) -> str:
-    """Why neither the host's network state nor its WireGuard device can be read or changed at present."""
+    """Why the host's network state can be neither read nor changed at present."""
     detail = getattr(error, "detail", "") or error.strerror or str(error)
     return f"the kernel does not tell this host's network state: {detail}"
 

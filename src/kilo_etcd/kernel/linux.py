@@ -172,7 +172,8 @@ def _descriptors_named() -> Iterator[None]:
 
 
 async def _told(work: Callable[[], _T]) -> _T:
-    """As `_in_thread`. KernelError where the kernel does not answer, or has no memory for it: what is there stays."""
+    """As `_in_thread`, with any OSError as a KernelError: netlink may fail for a time, mostly for want of memory, and
+    the caller is to retry."""
     try:
         return await _in_thread(work)
     except OSError as error:

@@ -316,7 +316,7 @@ class SetPeer:
 
     With `replace_allowed_ips` the list is the whole list, without it the networks are added (and so taken away
     from the peer that had them, in the same transaction). It is in the order of `PeerPlan.allowed_ips`.
-    With `reset` a peer that is there is removed before, in the same transaction, so that its session is forgotten.
+    With `reset` a peer that exists is removed first, in the same transaction, so that its session is forgotten.
     """
 
     name: str
