@@ -82,9 +82,8 @@ def cannot_ping(error: OSError) -> str:
 
 
 def unreadable(error: OSError) -> str:
-    """Why the host's network state can be neither read nor changed at present."""
-    detail = getattr(error, "detail", "") or error.strerror or str(error)
-    return f"the kernel does not tell this host's network state: {detail}"
+    """Why neither the host's network state nor its WireGuard device can be read or changed at present."""
+    return f"the kernel does not tell this host's network state: {why_not(error)}"
 
 
 def _sentence(change: Change, error: OSError) -> str:
