@@ -29,6 +29,7 @@ from kilo_etcd.store.records import (
     SightingRecord,
     StatusRecord,
     Tunnel,
+    Unreachable,
     VerdictRecord,
 )
 
@@ -205,6 +206,12 @@ def tunnel(value: object) -> Tunnel:
     return Tunnel(key(value[0]), number(value[1]), whole(value[2]), whole(value[3]), string(value[4]))
 
 
+def unreachable(value: object) -> Unreachable:
+    if not isinstance(value, list) or len(value) < 2:
+        raise ValueError(f"{short(value)} is no list of node, address")
+    return Unreachable(string(value[0]), string(value[1]))
+
+
 READERS: dict[type, dict[str, Callable[[object], Any]]] = {
     NodeRecord: {
         "publicKey": key,
@@ -239,6 +246,9 @@ READERS: dict[type, dict[str, Callable[[object], Any]]] = {
         "version": string,
         "since": string,
         "address": string,
+        "unreachable": items(unreachable),
+        "unsigned": items(string),
+        "answers": truth,
     },
     QuestionRecord: {"nodes": items(string)},
     AnswerRecord: {

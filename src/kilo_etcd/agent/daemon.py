@@ -35,15 +35,18 @@ from kilo_etcd.agent.neighbours import Neighbours, Post
 from kilo_etcd.agent.notify import notify, notify_reloading, watchdog_interval
 from kilo_etcd.agent.pace import Pace
 from kilo_etcd.agent.program import Programmer
+from kilo_etcd.agent.reachability import Reachability
 from kilo_etcd.agent.report import Reporter, State
 from kilo_etcd.agent.resolve import Resolver, names_of, plan_names, resolve_plan
 from kilo_etcd.agent.upkeep import REFUSALS, Upkeep
 from kilo_etcd.agent.whereabouts import Whereabouts
 from kilo_etcd.agent.witness import Witness
+from kilo_etcd.kernel.state import Observed
 from kilo_etcd.model import Granularity, IPNetwork, Snapshot
 from kilo_etcd.topology import Topology, UnknownNode, build_topology, host_plan
 from kilo_etcd.topology.guard import guard
 from kilo_etcd.topology.hostplan import HostPlan
+from kilo_etcd.topology.reach import withhold
 from kilo_etcd.topology.wayout import STAYS_OUTSIDE, at_gateway, by_way_out
 
 T = TypeVar("T")
@@ -67,6 +70,9 @@ POST_RETRY_SECONDS = 60.0
 
 SAY_SECONDS = 5.0
 """Between two looks at what of the log was left out."""
+
+MOST_LISTED = 64
+"""Members that do not answer, in the status."""
 
 SETTLE_SECONDS = 0.5
 """How long changes of the host's own addresses may go on before they are looked at: they come in bursts."""
@@ -196,6 +202,12 @@ class Daemon:
             if secret is None or post is None or not config.probe
             else Neighbours(self.name, post, secret, etcd_away=self._etcd_away, on_heard=self._note_heard)
         )
+        self._reachability = None
+        if config.probe:
+            ask = None if self._neighbours is None else self._neighbours.ask_local
+            self._reachability = Reachability(device, self.name, ask=ask, on_change=self._nudge)
+            if self._neighbours is not None:
+                self._neighbours.reachability = self._reachability
         self._witness = Witness(
             device, self.session, self.name, self.once,
             sound=self._sound, prove=self._prove, look_again=lambda: self._nudge(fresh=True),
@@ -316,6 +328,8 @@ class Daemon:
             nursery.start_soon(task)
         if self._neighbours is not None and self._post is not None:
             nursery.start_soon(self._talk, self._neighbours, self._post)
+        if self._reachability is not None:
+            nursery.start_soon(self._reachability.run)
 
     async def _talk(self, neighbours: Neighbours, post: Post) -> None:
         """Speak with neighbours, as long as this host has etcd or they have."""
@@ -589,7 +603,7 @@ class Daemon:
         self.resolver.set_names(plan_names(self.raw_plan))
         resolved = resolve_plan(self.raw_plan, self.resolver.table, self.resolver.failed, self.whereabouts.families)
         guarded = guard(resolved, self.protected(), self.guarded, offered_by=self.topology.settlement.offered_by)
-        plan = self._at_the_internet(guarded, self.topology)
+        plan = await self._within_reach(self._at_the_internet(guarded, self.topology), self.topology)
         standby = decide.is_standby(decide.role_of(self.topology, self.name), plan)
         before = self.kernel.writes
         try:
@@ -654,6 +668,20 @@ class Daemon:
             sources=self.whereabouts.sources,
             unresolved=(*self.resolver.unresolved(endpoints), *names_of(self.raw_plan, gateway, self.resolver.table)),
         )
+
+    async def _within_reach(self, plan: HostPlan, topology: Topology) -> HostPlan:
+        """The plan without the routes to members of the location that have never answered."""
+        reachability = self._reachability
+        if reachability is None:
+            return plan
+        if not reachability.ready:
+            try:
+                reachability.start(await self.kernel.observe())
+            except (OSError, kernel.KernelError):
+                reachability.start(Observed())  # If that lasts, `apply` says so.
+        silent = reachability.follow(topology)
+        self.metrics.unreachable.set(len({one.target.node for one in silent if one.named}))
+        return withhold(plan, topology, silent)
 
     def _holdings(self) -> store.Holdings | None:
         return self.mirror.holdings()
@@ -725,9 +753,17 @@ class Daemon:
             errors=self._standing_errors(),
             programmed=self._programmed,
             address=self.whereabouts.address,
+            unreachable=self._unreachable(),
+            unsigned=() if self._reachability is None else self._reachability.unsigned[:MOST_LISTED],
+            answers=self._neighbours is not None,
             without_etcd=self.mirror.suspect or self._bridged() or self.mirror.trouble or "",
         )
         self._reporter.publish(snapshot, state, leaving=self._leaving)
+
+    def _unreachable(self) -> tuple[store.Unreachable, ...]:
+        silent = () if self._reachability is None else self._reachability.silent
+        named = (store.Unreachable(one.target.node, str(one.target.address)) for one in silent if one.named)
+        return tuple(sorted(named))[:MOST_LISTED]
 
     def _etcd_away(self) -> bool:
         return not self.mirror.connected or self.session.lapsed

@@ -31,7 +31,8 @@ MOST_TOLD = 60
 FRESH = 15.0
 """Seconds for which a neighbour's word counts."""
 
-_ASK, _TELL = 1, 2
+_ASK, _TELL, _LOCAL = 1, 2, 2
+"""Kinds: a question, an answer, and what is added where it goes over a location's own network."""
 _HEAD = struct.Struct("!2sB8s8sQB")
 """`kE`, kind, nonce, digest of the sender's public key, revision, number of leaders."""
 _LEADER = struct.Struct("!8s8s")
@@ -57,10 +58,12 @@ class Message:
     """The one that the sender has applied."""
     leaders: tuple[tuple[bytes, bytes], ...] = ()
     """(segment, leader): those that have changed since the asker's revision, as far as they fit."""
+    local: bool = False
+    """It goes between the internal IPs of two nodes, and that it arrives is all there is to it."""
 
     def pack(self, secret: bytes) -> bytes:
         """The bytes of it, for whom this secret is shared with."""
-        kind = _TELL if self.tells else _ASK
+        kind = (_TELL if self.tells else _ASK) + (_LOCAL if self.local else 0)
         head = _HEAD.pack(_MAGIC, kind, self.nonce, self.sender, self.revision, len(self.leaders))
         body = head + b"".join(_LEADER.pack(*one) for one in self.leaders)
         return body + _tag(body, secret)
@@ -72,13 +75,13 @@ def sender_of(data: bytes) -> bytes | None:
         return None
     magic, kind, _, sender, _, number = _HEAD.unpack(data[: _HEAD.size])
     fits = len(data) == _HEAD.size + number * _LEADER.size + _TAG_BYTES
-    return bytes(sender) if magic == _MAGIC and kind in (_ASK, _TELL) and fits else None
+    return bytes(sender) if magic == _MAGIC and _ASK <= kind <= _TELL + _LOCAL and fits else None
 
 
 def nonce_of(data: bytes) -> tuple[bytes, bool]:
     """The random number of a message of which `sender_of` knows the sender, and whether it says that it is an answer:
     a look that costs nothing."""
-    return data[3:11], data[2] == _TELL
+    return data[3:11], data[2] in (_TELL, _TELL + _LOCAL)
 
 
 def unpack(data: bytes, secret: bytes) -> Message | None:
@@ -90,7 +93,9 @@ def unpack(data: bytes, secret: bytes) -> Message | None:
         return None
     _, kind, nonce, sender, revision, _ = _HEAD.unpack(body[: _HEAD.size])
     leaders = tuple((one, other) for one, other in _LEADER.iter_unpack(body[_HEAD.size :]))
-    return Message(tells=kind == _TELL, nonce=nonce, sender=sender, revision=revision, leaders=leaders)
+    local = kind > _LOCAL
+    tells = kind in (_TELL, _TELL + _LOCAL)
+    return Message(tells=tells, nonce=nonce, sender=sender, revision=revision, leaders=leaders, local=local)
 
 
 def _tag(body: bytes, secret: bytes) -> bytes:

@@ -34,6 +34,9 @@ class Metrics:
         self.revision_seen = gauge("kilo_revision_seen", "etcd revision of the newest snapshot")
         self.revision_applied = gauge("kilo_revision_applied", "etcd revision of the snapshot that the kernel holds")
         self.problems = gauge("kilo_problems", "What the newest plan could not do")
+        self.unreachable = gauge(
+            "kilo_unreachable_members", "Members of this location that do not answer at their internal IPs"
+        )
         self.errors = counter("kilo_errors_total", "Errors by kind", ("kind",))
         self.reconciles = counter("kilo_reconciles_total", "Runs of plan and apply by result", ("result",))
         self.netlink_writes = counter("kilo_netlink_writes_total", "Messages that changed the kernel")

@@ -22,6 +22,7 @@ from ipaddress import ip_address
 from typing import Protocol
 
 import trio
+from attrs import evolve
 
 from kilo_etcd import descriptors
 from kilo_etcd.agent.admission import Admission, stamp
@@ -36,6 +37,7 @@ from kilo_etcd.agent.hearsay import (
     sender_of,
     unpack,
 )
+from kilo_etcd.agent.reachability import Reachability
 from kilo_etcd.model import IPAddress, Node
 from kilo_etcd.topology import Topology, UnknownNode
 
@@ -55,6 +57,7 @@ MOST_ASKED = 8
 """Of each kind, fellows and leaders elsewhere, so many are asked in turn."""
 
 _QUESTIONS_KEPT = 16
+_LOCAL_QUERIES_KEPT = 1024
 
 MOST_SECRETS = 16384
 """Secrets kept, more than a mesh has nodes: to compute one takes as long as to check twenty messages, and whoever knows
@@ -66,7 +69,7 @@ _AT_ONCE = 64
 
 
 class Post(Protocol):
-    """Datagrams to and from mesh addresses."""
+    """Datagrams to and from mesh addresses, and internal IPs of the location."""
 
     admit: Callable[[bytes, IPAddress], bool]
     """Whether a datagram from this address is worth being received; asked before it costs anything more."""
@@ -175,6 +178,7 @@ class Neighbours:
         on_heard: Callable[[Hearsay], object],
         wall: Callable[[], float] = time.time,
     ) -> None:
+        """`reachability`, set later, is told of what comes over the location's own network."""
         self._name = name
         self._post = post
         self._admission = Admission()
@@ -186,12 +190,15 @@ class Neighbours:
         self._secrets: dict[str, bytes | None] = {}
         self._etcd_away = etcd_away
         self._on_heard = on_heard
+        self.reachability: Reachability | None = None
         self._chronicle = Chronicle()
         self._topology: Topology | None = None
         """By etcd alone."""
         self._by_digest: dict[bytes, Node] | None = None
         self._asked: dict[bytes, bytes] = {}
         """Nonce -> digest of the node that it was sent to."""
+        self._asked_locally: dict[bytes, None] = {}
+        """Nonces of the last queries over the location's own network."""
         self._words: dict[bytes, Word] = {}
         self._heard = Hearsay()
         self._back_since: float | None = None
@@ -243,8 +250,7 @@ class Neighbours:
         node = whom[self._turn % len(whom)]
         secret = self._agreed(node.public_key)
         if secret is not None:
-            self._stamped = max(self._stamped, int(self._wall()))
-            nonce = stamp(self._stamped, int.from_bytes(os.urandom(2)))
+            nonce = self._nonce()
             self._asked[nonce] = digest(node.public_key)
             while len(self._asked) > _QUESTIONS_KEPT:
                 del self._asked[next(iter(self._asked))]
@@ -261,7 +267,10 @@ class Neighbours:
         if sender is None or node is None:
             return False
         nonce, tells = nonce_of(data)
-        if (nonce not in self._asked) if tells else self._admission.repeated(sender, nonce):
+        if tells:
+            if nonce not in self._asked and nonce not in self._asked_locally:
+                return False
+        elif self._admission.repeated(sender, nonce):
             return False
         return source in _addresses(node) or self._admission.from_stranger(source, trio.current_time())
 
@@ -277,10 +286,13 @@ class Neighbours:
             message = None if secret is None else unpack(data, secret)
             if node is None or secret is None or message is None:
                 continue
-            if not message.tells:
-                now = trio.current_time()
-                if not self._admission.answers(sender, message.nonce, now=now, wall=self._wall()):
-                    continue
+            if not message.tells and not self._admission.answers(
+                sender, message.nonce, now=trio.current_time(), wall=self._wall()
+            ):
+                continue
+            if message.local:
+                await self._local(message, node, secret, address)
+            elif not message.tells:
                 own = topology.snapshot.nodes.get(self._name)
                 # Not to wherever a question says that it comes from: somebody may have recorded it.
                 there = node.mesh_address(address.version)
@@ -290,6 +302,36 @@ class Neighbours:
             elif self._asked.pop(message.nonce, None) == sender and self._etcd_away():
                 self._words[sender] = Word(trio.current_time(), message.revision, dict(message.leaders))
                 self._evaluate()
+
+    async def ask_local(self, node: Node, address: IPAddress) -> bytes | None:
+        """Ask a node of this location at its internal IP; the nonce of the query, or None if there is no way to."""
+        secret, own = self._agreed(node.public_key), self._own()
+        if secret is None or own is None:
+            return None
+        query = Message(tells=False, nonce=os.urandom(8), sender=digest(own.public_key), revision=0, local=True)
+        await self._post.send(query.pack(secret), address)
+        return query.nonce
+
+    async def _local(self, message: Message, node: Node, secret: bytes, address: IPAddress) -> None:
+        if self.reachability is None:
+            return
+        if message.tells:
+            self._asked_locally.pop(message.nonce, None)
+            self.reachability.answered_by(message.nonce, node)
+            return
+        own, there = self._own(), node.internal_ip(address.version)
+        # To where the node's record says that it is, as with other questions.
+        if own is not None and there is not None:
+            answer = evolve(message, tells=True, sender=digest(own.public_key))
+            await self._post.send(answer.pack(secret), there.ip)
+        self.reachability.asked_by(node, address.version)
+
+    def _nonce(self) -> bytes:
+        self._stamped = max(self._stamped, int(self._wall()))
+        return stamp(self._stamped, int.from_bytes(os.urandom(2)))
+
+    def _own(self) -> Node | None:
+        return None if self._topology is None else self._topology.snapshot.nodes.get(self._name)
 
     def _evaluate(self) -> None:
         assert self._topology is not None

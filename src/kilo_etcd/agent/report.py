@@ -39,6 +39,12 @@ class State:
     """All that is wrong with this host, failures among it."""
     programmed: bool
     address: str
+    unreachable: tuple[store.Unreachable, ...] = ()
+    """Members of the location that do not answer."""
+    unsigned: tuple[str, ...] = ()
+    """Those that answer without their key."""
+    answers: bool = False
+    """Whether this host answers others."""
     without_etcd: str
     """Why the mesh in force is not etcd's, as a sentence; empty: it is."""
 
@@ -78,6 +84,9 @@ class Reporter:
             version=__version__,
             since=self._since,
             address=state.address,
+            unreachable=state.unreachable,
+            unsigned=state.unsigned,
+            answers=state.answers,
         )
         self._due.set()
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from ipaddress import ip_address, ip_network
+from types import MappingProxyType
 from typing import Any
 
 import click
@@ -25,12 +26,17 @@ from kilo_etcd.ctl.live import Live, differs, gather, pairs, tunnels
 from kilo_etcd.ctl.output import output_option, show
 from kilo_etcd.ctl.render import Table, clean, shown_location
 from kilo_etcd.model import IPAddress, Snapshot
+from kilo_etcd.store.records import StatusRecord
 from kilo_etcd.topology.hostplan import HostPlan, Problem, Via
 from kilo_etcd.topology.plan import host_plan
+from kilo_etcd.topology.reach import Silent, Target, withhold
 from kilo_etcd.topology.segments import Topology
 from kilo_etcd.topology.walk import Hop, Path, walk
 
 _MEDIUM = {Via.TUNNEL: "WireGuard", Via.UNDERLAY: "clear", Via.IPIP: "clear, in IPIP"}
+
+
+_NO_STATUSES: Mapping[str, StatusRecord] = MappingProxyType({})
 
 
 class Unknown(ValueError):
@@ -89,17 +95,22 @@ class Explanation:
 
 
 class Plans(Mapping[str, HostPlan]):
-    """The plan of every node, each computed when it is first asked for: a packet meets only a few."""
+    """The plan of every node, each computed when it is first asked for: a packet meets only a few.
 
-    def __init__(self, topology: Topology) -> None:
+    `statuses`: what the agents report; what they say is not reached they send nothing to.
+    """
+
+    def __init__(self, topology: Topology, statuses: Mapping[str, StatusRecord]) -> None:
         self._topology = topology
+        self._statuses = statuses
         self._made: dict[str, HostPlan] = {}
 
     def __getitem__(self, name: str) -> HostPlan:
         if name not in self._made:
             if name not in self._topology.snapshot.nodes:
                 raise KeyError(name)
-            self._made[name] = host_plan(self._topology, name)
+            plan = host_plan(self._topology, name)
+            self._made[name] = withhold(plan, self._topology, _silent(self._statuses.get(name)))
         return self._made[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -109,15 +120,27 @@ class Plans(Mapping[str, HostPlan]):
         return len(self._topology.snapshot.nodes)
 
 
-def explain(topology: Topology, source: str, target: str) -> tuple[Journey, ...]:
+def _silent(status: StatusRecord | None) -> tuple[Silent, ...]:
+    found = []
+    for node, address in status.unreachable if status is not None else ():
+        with suppress(ValueError):
+            found.append(Silent(target=Target(node, ip_address(address)), withheld=True, named=False))
+    return tuple(found)
+
+
+def explain(
+    topology: Topology, source: str, target: str, statuses: Mapping[str, StatusRecord] = _NO_STATUSES
+) -> tuple[Journey, ...]:
     """The journeys from node `source` to a node, a peer or an address, one for each family that they share.
+
+    `statuses` are what the agents report, by node.
 
     Unknown: `source` is no node, or `target` is nothing that the mesh knows.
     """
     snapshot = topology.snapshot
     if source not in snapshot.nodes:
         raise Unknown(_no_node(snapshot, source))
-    plans = Plans(topology)
+    plans = Plans(topology, statuses)
     sender = snapshot.nodes[source]
     if not sender.mesh_addresses:
         raise Unknown(f"node {source} has no mesh address yet, so nothing can be sent from it")
@@ -266,7 +289,7 @@ def explain_command(mesh: Mesh, source: str, target: str, output: str, live: boo
     looked = mesh.ask(look)
     snapshot = looked.topology.snapshot
     try:
-        journeys = explain(looked.topology, source, target)
+        journeys = explain(looked.topology, source, target, looked.statuses)
     except Unknown as error:
         raise Failure(str(error)) from None
     names = met(journeys) | {source} | ({target} if target in snapshot.nodes else set())

@@ -55,6 +55,9 @@ class Kernel(Protocol):
         It waits for no other call. KernelError, with the remedy, if this host may not ping.
         """
 
+    async def resolved(self, addresses: Collection[IPAddress]) -> frozenset[IPAddress]:
+        """Which of `addresses` have answered on a link of this host: their link-layer addresses are known (ARP, ND)."""
+
     async def wait_drift(self) -> str:
         """Return, with a word on what happened, when somebody else has changed something of ours.
 

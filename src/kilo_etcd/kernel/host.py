@@ -348,6 +348,24 @@ class Host:
                     raise
         return routes, strays, foreign, fences
 
+    def resolved(self, addresses: Collection[IPAddress]) -> frozenset[IPAddress]:
+        """See `kernel.api.Kernel.resolved`."""
+        found: set[IPAddress] = set()
+
+        def keep(body: bytes) -> None:
+            address = rtnetlink.read_neighbour(body)
+            if address is not None and address in wanted:
+                found.add(address)
+
+        wanted = frozenset(addresses)
+        for version in sorted({address.version for address in wanted}):
+            try:
+                self._route.dump(rtnetlink.get_neighbours(version), keep)
+            except NetlinkError as error:
+                if error.errno not in _NO_SUCH_FAMILY:
+                    raise
+        return frozenset(found)
+
     def addresses(self) -> HostAddresses:
         """Everything that discovery of internal IP and endpoint looks at."""
         self._read_links()

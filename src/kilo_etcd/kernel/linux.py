@@ -264,6 +264,10 @@ class LinuxKernel:
         except OSError as error:
             raise KernelError(failed[0][1].text if failed else cannot_ping(error)) from None
 
+    async def resolved(self, addresses: Collection[IPAddress]) -> frozenset[IPAddress]:
+        async with self._lock:
+            return await _in_thread(lambda: self._host.resolved(addresses))
+
     async def wait_drift(self) -> str:
         look_at = trio.current_time()
         while self._drift is None:

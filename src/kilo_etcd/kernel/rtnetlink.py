@@ -29,6 +29,7 @@ from kilo_etcd.model import IPAddress, IPInterface, IPNetwork
 NEWLINK, DELLINK, GETLINK, SETLINK = 16, 17, 18, 19
 NEWADDR, DELADDR, GETADDR = 20, 21, 22
 NEWROUTE, DELROUTE, GETROUTE = 24, 25, 26
+NEWNEIGH, DELNEIGH, GETNEIGH = 28, 29, 30
 NEWRULE, DELRULE, GETRULE = 32, 33, 34
 NEWNETCONF = 80
 
@@ -60,6 +61,11 @@ _NOT_SUPPRESSED = 0xFFFFFFFF
 """What the kernel says of a rule that suppresses nothing."""
 _TO_TABLE, _INVERT = 1, 0x2
 
+_NDA_DST, _NDA_LLADDR = 1, 2
+_RESOLVED = 0x02 | 0x04 | 0x08 | 0x10 | 0x80
+"""States of a neighbour whose link-layer address is known: reachable, stale, delay, probe, permanent."""
+
+_NDMSG = struct.Struct("=BxHiHBB")
 _IFINFO = struct.Struct("=BxHiII")
 _IFADDR = struct.Struct("=BBBBI")
 _RTMSG = struct.Struct("=BBBBBBBBI")
@@ -128,6 +134,18 @@ def _u32(data: bytes) -> int:
 
 def get_link(name: str) -> Message:
     return Message(GETLINK, 0, _IFINFO.pack(0, 0, 0, 0, 0) + netlink.text(_IFLA_IFNAME, name))
+
+
+def get_neighbours(version: int) -> Message:
+    return Message(GETNEIGH, 0, _NDMSG.pack(_family(version), 0, 0, 0, 0, 0))
+
+
+def read_neighbour(body: bytes) -> IPAddress | None:
+    """The address of a neighbour on a link, if it has answered there."""
+    *_, state, _, _ = _NDMSG.unpack_from(body)
+    found = netlink.attributes(body, _NDMSG.size)
+    answered = state & _RESOLVED and any(found.get(_NDA_LLADDR, b""))
+    return _ip(found[_NDA_DST]) if answered and _NDA_DST in found else None
 
 
 def get_links() -> Message:

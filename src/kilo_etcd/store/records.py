@@ -133,6 +133,19 @@ class StatusRecord:
     """RFC 3339: when the agent started; for people."""
     address: str = ""
     """Where the host is reached, for the error that a second host of this name gets."""
+    unreachable: tuple[Unreachable, ...] = ()
+    """Members of its location that do not answer it at their internal IPs, as far as they fit."""
+    unsigned: tuple[str, ...] = ()
+    """Members at whose internal IPs something answers, but never with the member's key."""
+    answers: bool = False
+    """Whether it answers others on UDP 1107; agents of older versions do not say so, and do not."""
+
+
+class Unreachable(NamedTuple):
+    """A node, and the internal IP at which it does not answer; in JSON a list."""
+
+    node: str
+    address: str
 
 
 class Tunnel(NamedTuple):
@@ -439,6 +452,12 @@ def _tunnel(value: object) -> Tunnel:
     return Tunnel(check_key(key), _number(handshake), _whole(received), _whole(sent), _string(endpoint))
 
 
+def _unreachable(value: object) -> Unreachable:
+    if not isinstance(value, list) or len(value) < len(Unreachable._fields):
+        raise ValueError(f"{_short(value)} is no list of {', '.join(Unreachable._fields)}")
+    return Unreachable(_string(value[0]), _string(value[1]))
+
+
 _networks = _items(parse_network)
 _READERS: dict[type, dict[str, Callable[[object], Any]]] = {
     NodeRecord: {
@@ -474,6 +493,9 @@ _READERS: dict[type, dict[str, Callable[[object], Any]]] = {
         "version": _string,
         "since": _string,
         "address": _string,
+        "unreachable": _items(_unreachable),
+        "unsigned": _items(_string),
+        "answers": _truth,
     },
     QuestionRecord: {"nodes": _items(_string)},
     AnswerRecord: {

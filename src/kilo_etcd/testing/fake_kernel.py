@@ -77,6 +77,8 @@ class FakeHost:
         """Set by a test that changes `addresses`."""
         self.reach: Callable[[IPAddress], bool] = lambda address: False
         """Whether an echo request to an address is answered; asked once for each."""
+        self.resolves: Callable[[IPAddress], bool] = lambda address: False
+        """Whether an address answers on a link of the host (ARP, ND)."""
         self.no_pings: str | None = None
         """Why the host may not ping."""
         self.clock: Callable[[], float] = trio.current_time
@@ -230,6 +232,10 @@ class FakeKernel:
                 break
             await trio.sleep(SPACING if turn + 1 < times else patience)
         return answered
+
+    async def resolved(self, addresses: Collection[IPAddress]) -> frozenset[IPAddress]:
+        await trio.lowlevel.checkpoint()
+        return frozenset(filter(self.host.resolves, addresses))
 
     async def wait_moved(self) -> None:
         await self.host.moved.wait()

@@ -119,7 +119,9 @@ class HostPlan:
     """Destination -> route."""
     fences: tuple[IPNetwork, ...] = ()
     """The mesh's subnets: where none of `routes` takes a packet for them it is refused, so that it does not leave in
-    clear by the host's default route."""
+    clear by the host's default route. And `refused`."""
+    refused: Mapping[IPNetwork, str] = field(factory=dict)
+    """Networks within the location that are refused, since whoever they are behind does not answer; why, for people."""
     forwarding: frozenset[int] = frozenset()
     """Families (4, 6) in which the host must forward packets."""
     ipip_remotes: frozenset[IPAddress] = frozenset()

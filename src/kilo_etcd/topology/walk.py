@@ -105,6 +105,14 @@ def longest_match(networks: Iterable[tuple[IPNetwork, T]], address: IPAddress) -
     return found
 
 
+def refusal(plan: HostPlan, address: IPAddress) -> str | None:
+    """Why a host refuses packets for `address` although the mesh knows a way; None: it does not."""
+    if not plan.refused:
+        return None
+    routed = ((network, None) for network in plan.routes)
+    return longest_match((*routed, *plan.refused.items()), address)
+
+
 class _Walker:
     def __init__(self, plans: Mapping[str, HostPlan], topology: Topology, destination: IPAddress) -> None:
         self.plans, self.topology, self.destination = plans, topology, destination
@@ -119,6 +127,8 @@ class _Walker:
                 return evolve(path, dropped=f"the plan of {at} is not known")
             if at != start and self.destination.version not in plan.forwarding:
                 return evolve(path, dropped=f"{at} does not forward IPv{self.destination.version}")
+            if (why := refusal(plan, self.destination)) is not None:
+                return evolve(path, dropped=why)
             route = longest_match(plan.routes.items(), self.destination)
             if route is None:
                 return evolve(path, dropped=f"{at} has no route to {self.destination}")

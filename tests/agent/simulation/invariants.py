@@ -36,6 +36,7 @@ from kilo_etcd.model import Granularity, IPAddress, IPNetwork, Snapshot
 from kilo_etcd.store import Keys
 from kilo_etcd.topology import Topology, UnknownNode, build_topology, host_plan
 from kilo_etcd.topology.hostplan import HostPlan
+from kilo_etcd.topology.reach import Silent
 
 if TYPE_CHECKING:
     from simulation.host import SimulatedAgent, SimulatedHost, SimulatedKernel
@@ -115,6 +116,10 @@ class _Account:
     """What it had heard from neighbours when it applied something last."""
     heard: Hearsay
     """What it has heard by now: what is heard while it applies is for the next time."""
+    silent_before: tuple[Silent, ...]
+    """Who of its location did not answer when it applied something last."""
+    silent: tuple[Silent, ...]
+    """Who does not answer by now."""
     new: bool
 
 
@@ -127,6 +132,7 @@ class _Seen:
     snapshot: Snapshot | None = None
     kernel: SimulatedKernel | None = None
     heard: Hearsay = field(factory=Hearsay)
+    silent: tuple[Silent, ...] = ()
     raw_plan: HostPlan | None = None
     """What its agent had planned then."""
     busy: bool = False
@@ -184,6 +190,8 @@ class Watchman:
             contacts=seen.busy,
             before=seen.heard,
             heard=agent.hearsay,
+            silent_before=seen.silent,
+            silent=_silent(agent),
             new=new,
         )
 
@@ -196,6 +204,7 @@ class Watchman:
         seen = self._seen(host)
         repeated = seen.snapshot is snapshot
         seen.snapshot, seen.raw_plan, seen.heard = snapshot, agent.raw_plan, account.heard
+        seen.silent = account.silent
         seen.busy = account.busy or _busy(agent)
         self._check_writes(agent, snapshot, account)
         # What neighbours say while etcd is away is no etcd's truth.
@@ -324,9 +333,10 @@ class Watchman:
             return
         # Who changes itself may be reached otherwise, and who speaks first with it is decided anew.
         busy = account.contacts or _busy(agent) or _changed(account, snapshot, agent.name)
-        if not account.new and account.raw_plan == agent.raw_plan and not busy and not _promoted(account, agent):
+        silent = account.silent_before != account.silent
+        if not account.new and account.raw_plan == agent.raw_plan and not (busy or silent or _promoted(account, agent)):
             self._broken(f"{host.name} was written to by a change that does not concern it", made)
-        nothing_new = account.snapshot is snapshot and account.before == account.heard
+        nothing_new = account.snapshot is snapshot and account.before == account.heard and not silent
         if nothing_new and account.plan is not None and not account.new:
             lost = _lost(made, account.plan)
             if lost:
@@ -337,6 +347,11 @@ def _busy(agent: SimulatedAgent) -> bool:
     """Whether it has to do with single peers, which may be made anew."""
     programmer = agent.programmer
     return bool(programmer._waiting or programmer._proving or programmer._begin_over)
+
+
+def _silent(agent: SimulatedAgent) -> tuple[Silent, ...]:
+    """Who of its location does not answer, as far as it has found out."""
+    return () if agent._reachability is None else agent._reachability.silent
 
 
 def _changed(account: _Account, snapshot: Snapshot, name: str) -> bool:

@@ -135,6 +135,12 @@ class Network:
 
     def deliver(self, data: bytes, source: str, address: IPAddress) -> None:
         """A datagram from `source`, which arrives if there is a way."""
+        lan = self._on_lan(address)
+        if lan is not None:
+            sender = next((one.ip for one in self._hosts[source].place.inside if one.version == address.version), None)
+            if lan in self._posts and sender is not None and self.answers(source, address):
+                self._posts[lan].arrived(data, sender)
+            return
         for name, host in self._hosts.items():
             if _has(host.machine.observed, address) and name in self._posts and self.answers(source, address):
                 own = self._hosts[source].machine.observed.addresses

@@ -1,0 +1,355 @@
+"""Whether members of this host's location answer at their internal IPs: a record of answers, and the task that asks.
+
+Each member is asked once when it joins, and rarely after that. What counts as an answer, in this order:
+
+1. a signed answer to a query on UDP 1107 (`agent.neighbours`): it proves that it is that very node;
+2. an echo reply from the address;
+3. on a link of this host, the address's link-layer address (ARP, ND): networks that filter the other two lose nothing.
+
+Who has answered once stays answered: a host that is down later is no reason to change a route. A node that was moved,
+has another address or another key begins anew, and so do all if this host itself has moved. A route that is in the
+kernel when the agent starts counts as an answer until its node has been silent a few times although its agent lives.
+
+`Records` is pure: targets, answers and times (seconds of one monotonic clock) come in, what is due and what is silent
+goes out. `Reachability` acts; it never raises, and writes nowhere.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from enum import IntEnum
+
+import trio
+from attrs import define, field
+
+from kilo_etcd import kernel
+from kilo_etcd.kernel.state import Observed
+from kilo_etcd.model import IPAddress, Node
+from kilo_etcd.topology import Topology, UnknownNode
+from kilo_etcd.topology.reach import Silent, Target, targets
+from kilo_etcd.topology.segments import host_network
+
+NAMED_AFTER = 4
+"""Attempts in a row without an answer after which a target is reported: they take about six seconds."""
+
+AGAIN = 0.5
+"""Seconds to the second attempt; each further one is twice as far away as the one before."""
+
+LONGEST, LONGEST_OF_MANY, PER_SILENT = 60.0, 300.0, 0.3
+"""Seconds at most between two attempts at a silent target: in general, where there are very many, and for each."""
+
+RARELY, PER_TARGET = 600.0, 3.6
+"""Seconds between two looks at a target that answers: at least, and for each target: 1,000 make it an hour."""
+
+AT_ONCE, SPACING = 64, 0.002
+"""Targets that are asked together at most, and seconds of pause for each: 500 queries in a second at most."""
+
+QUERY_SECONDS, ECHO_SECONDS = 0.25, 0.5
+"""How long an answer may take."""
+
+GATHER = 0.0005
+"""Seconds for each target, until news of answers is passed on: those of a large location come in a row."""
+
+MOST_GATHER = 0.25
+
+
+class Answer(IntEnum):
+    """How well a target has answered so far."""
+
+    NONE = 0
+    ASSUMED = 1
+    """Its route was in the kernel when the agent started."""
+    UNSIGNED = 2
+    """Something answers at the address."""
+    SIGNED = 3
+    """The node does."""
+
+
+@define
+class _Record:
+    node: Node
+    due: float
+    best: Answer = Answer.NONE
+    silent: int = 0
+    """Attempts in a row without an answer."""
+    unsigned: int = 0
+    """Attempts in a row with no signed one."""
+
+
+@define
+class Records:
+    """What is known of each target."""
+
+    rng: random.Random = field(factory=random.Random)
+    _records: dict[Target, _Record] = field(factory=dict)
+    _own: object = None
+
+    def follow(
+        self, own: Node, found: Mapping[Target, Node], now: float, *, first: str = "", assumed: Collection[Target] = ()
+    ) -> bool:
+        """`found` is who there is now; `first` is asked before others: this host's leader. Whether anything is due."""
+        place = (own.location, own.internal_ips)
+        if self._own != place:
+            self._own, self._records = place, {}
+        news = False
+        spread = SPACING * len(found)
+        records: dict[Target, _Record] = {}
+        for target, node in found.items():
+            record = self._records.get(target)
+            if record is None or record.node.public_key != node.public_key:
+                # Where a location is large, all of it must not ask a newcomer in one moment.
+                due = now if target.node == first else now + self.rng.uniform(0.0, spread)
+                record = _Record(node, due, Answer.ASSUMED if target in assumed else Answer.NONE)
+                news = True
+            elif record.node is not node:
+                if record.node != node and record.best is not Answer.SIGNED:
+                    record.due, news = now, True
+                record.node = node
+            records[target] = record
+        self._records = records
+        return news
+
+    def node(self, target: Target) -> Node | None:
+        """The node of a target; None: it is none any more."""
+        record = self._records.get(target)
+        return None if record is None else record.node
+
+    def due(self, now: float) -> list[Target]:
+        """Whom to ask now: at most AT_ONCE, those that have waited longest first."""
+        found = [(record.due, index, target) for index, (target, record) in enumerate(self._records.items())]
+        return [target for due, _, target in sorted(entry for entry in found if entry[0] <= now)[:AT_ONCE]]
+
+    def next_due(self) -> float:
+        """When `due` has somebody."""
+        return min((record.due for record in self._records.values()), default=float("inf"))
+
+    def answered(self, target: Target, answer: Answer, now: float) -> bool:
+        """An answer came; whether that changes what is said or routed."""
+        record = self._records.get(target)
+        if record is None:
+            return False
+        news = record.best in (Answer.NONE, Answer.ASSUMED) or record.silent >= NAMED_AFTER
+        news = news or (answer is Answer.SIGNED) != (record.best is Answer.SIGNED)
+        record.best = max(record.best, answer)
+        record.silent = 0
+        rarely = max(RARELY, PER_TARGET * len(self._records)) * self.rng.uniform(0.8, 1.2)
+        if answer is Answer.SIGNED:
+            record.unsigned, record.due = 0, now + rarely
+        else:
+            record.unsigned += 1
+            news = news or record.unsigned == NAMED_AFTER
+            record.due = now + min(AGAIN * 2.0 ** min(record.unsigned, 20), rarely)
+        return news
+
+    def silent(self, target: Target, now: float) -> bool:
+        """No answer came; whether that changes what is said or routed."""
+        record = self._records.get(target)
+        if record is None:
+            return False
+        record.silent += 1
+        number = sum(one.silent > 0 for one in self._records.values())
+        longest = max(LONGEST, min(LONGEST_OF_MANY, PER_SILENT * number))
+        pause = min(AGAIN * 2.0 ** min(record.silent - 1, 20), longest)
+        record.due = now + pause * self.rng.uniform(0.8, 1.2)
+        return record.silent == NAMED_AFTER
+
+    def heard_of(self, target: Target, now: float) -> bool:
+        """The node itself has asked this host, so it is worth asking now; whether it is asked."""
+        record = self._records.get(target)
+        if record is None or (record.best is Answer.SIGNED and not record.silent) or record.due <= now:
+            return False
+        record.due = now
+        return True
+
+    def silent_ones(self, living: Collection[str]) -> tuple[Silent, ...]:
+        """The targets that do not answer. Of nodes whose agents do not live nothing is concluded."""
+        found = []
+        for target, record in self._records.items():
+            named = record.silent >= NAMED_AFTER and target.node in living
+            if named and record.best is Answer.ASSUMED:
+                record.best = Answer.NONE
+            if record.best is Answer.NONE or named:
+                found.append(Silent(target=target, withheld=record.best is Answer.NONE, named=named))
+        return tuple(found)
+
+    def unsigned(self) -> tuple[Target, ...]:
+        """The targets that answer, but never with the node's key, although they were asked several times."""
+        return tuple(
+            target
+            for target, record in self._records.items()
+            if record.best is Answer.UNSIGNED and record.unsigned >= NAMED_AFTER
+        )
+
+
+class Reachability:
+    """Of node `name`.
+
+    `ask` sends a signed query to a node at an address, and returns the query's nonce (None: it cannot be sent);
+    `on_change` is called when there is news of who answers.
+    """
+
+    def __init__(
+        self,
+        device: kernel.Kernel,
+        name: str,
+        *,
+        ask: Callable[[Node, IPAddress], Awaitable[bytes | None]] | None,
+        on_change: Callable[[], object],
+        rng: random.Random | None = None,
+    ) -> None:
+        self._device = device
+        self._name = name
+        self._ask = ask
+        self._on_change = on_change
+        self._records = Records(rng or random.Random())
+        self._topology: Topology | None = None
+        self._targets: dict[Target, Node] = {}
+        self._own: Node | None = None
+        self._observed: Observed | None = None
+        self._waiting: dict[bytes, Target] = {}
+        self._answered = trio.Event()
+        self._news = trio.Event()
+        self._told = trio.Event()
+        self.ready = False
+        """Whether `start` was called."""
+        self.silent: tuple[Silent, ...] = ()
+        """By the last `follow`."""
+
+    def start(self, observed: Observed) -> None:
+        """What the kernel held when the agent started: routes that are there are kept until more is known."""
+        self.ready, self._observed = True, observed
+
+    def follow(self, topology: Topology) -> tuple[Silent, ...]:
+        """`topology` is in force; who does not answer. UnknownNode."""
+        own = topology.snapshot.nodes.get(self._name)
+        if own is None:
+            raise UnknownNode(self._name)
+        if self._changed(topology, own):
+            self._targets = targets(topology, self._name)
+            first = topology.segment_of(self._name).leader.name
+            assumed = () if self._observed is None else _routed(self._observed, topology, self._targets, first)
+            self._observed = None
+            if self._records.follow(own, self._targets, trio.current_time(), first=first, assumed=assumed):
+                self._news.set()
+        self._topology, self._own = topology, own
+        living = {one.node for one in topology.snapshot.candidates.get(own.location, ())} if self._targets else ()
+        self.silent = self._records.silent_ones(living) if self._targets else ()
+        return self.silent
+
+    def _changed(self, topology: Topology, own: Node) -> bool:
+        """Whether there may be other targets than before."""
+        before = self._topology
+        if before is None or self._own != own or topology.base is not before.identity:
+            return before is not topology
+        if (before.snapshot.granularity, before.families) != (topology.snapshot.granularity, topology.families):
+            return True
+        segments = (before.segments.get(key) or topology.segments.get(key) for key in topology.changed)
+        here = own.location
+        return any(one is not None and one.location == here for one in segments) or any(
+            one.location == here for key in topology.changed if (one := topology.segments.get(key)) is not None
+        )
+
+    @property
+    def unsigned(self) -> tuple[str, ...]:
+        """The nodes at whose internal IPs something answers that may be another host."""
+        return tuple(sorted({target.node for target in self._records.unsigned()}))
+
+    # -- what others send ---------------------------------------------------------------------------------------
+
+    def asked_by(self, node: Node, version: int) -> None:
+        """A node has asked this host over their location's network."""
+        address = node.internal_ip(version)
+        if address is not None and self._records.heard_of(Target(node.name, address.ip), trio.current_time()):
+            self._news.set()
+
+    def answered_by(self, nonce: bytes, node: Node) -> None:
+        """A signed answer of a node has come."""
+        target = self._waiting.get(nonce)
+        if target is None or target.node != node.name:
+            return
+        del self._waiting[nonce]
+        if self._records.answered(target, Answer.SIGNED, trio.current_time()):
+            self._told.set()
+        self._answered.set()
+
+    # -- asking -------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Ask until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._tell)
+            while True:
+                self._news = trio.Event()
+                batch = self._records.due(trio.current_time())
+                if not batch:
+                    with trio.move_on_at(self._records.next_due()):
+                        await self._news.wait()
+                    continue
+                await self._try(batch)
+                await trio.sleep(SPACING * len(batch))
+
+    async def _tell(self) -> None:
+        while True:
+            await self._told.wait()
+            await trio.sleep(min(GATHER * len(self._targets), MOST_GATHER))
+            self._told = trio.Event()
+            self._on_change()
+
+    async def _try(self, batch: list[Target]) -> None:
+        await self._query(batch)
+        left = [target for target in batch if target in self._waiting.values() or self._ask is None]
+        self._waiting.clear()
+        own = {one.ip for one in self._own.internal_ips} if self._own is not None else set()
+        # What this host has itself it cannot reach elsewhere, whoever answers.
+        addresses = {target.address for target in left} - own
+        answering = await self._unsigned(addresses) if addresses else set()
+        now = trio.current_time()
+        for target in left:
+            if target.address in answering:
+                news = self._records.answered(target, Answer.UNSIGNED, now)
+            else:
+                news = self._records.silent(target, now)
+            if news:
+                self._told.set()
+
+    async def _query(self, batch: list[Target]) -> None:
+        self._waiting.clear()
+        if self._ask is None:
+            await trio.lowlevel.checkpoint()
+            return
+        for target in batch:
+            node = self._records.node(target)
+            nonce = None if node is None else await self._ask(node, target.address)
+            self._waiting[nonce or target.node.encode() + target.address.packed] = target
+        with trio.move_on_after(QUERY_SECONDS):
+            while self._waiting:
+                self._answered = trio.Event()
+                await self._answered.wait()
+
+    async def _unsigned(self, addresses: Collection[IPAddress]) -> set[IPAddress]:
+        """Which of the addresses answer in another way."""
+        answering: set[IPAddress] = set()
+        try:
+            answering.update(await self._device.ping(addresses, times=2, patience=ECHO_SECONDS))
+        except kernel.KernelError:
+            await trio.sleep(ECHO_SECONDS)  # It may not ping; ARP and ND need a moment, too.
+        try:
+            if left := set(addresses) - answering:
+                answering.update(await self._device.resolved(left))
+        except (OSError, kernel.KernelError):
+            pass  # The reconciler will say so.
+        return answering
+
+
+def _routed(observed: Observed, topology: Topology, found: Mapping[Target, Node], leader: str) -> set[Target]:
+    """The targets to which routes of ours lead already."""
+    routed: set[Target] = set()
+    for target, node in found.items():
+        networks = {*map(host_network, node.mesh_addresses)}
+        if target.node == leader:
+            networks.update(topology.snapshot.subnets)
+        routes = (observed.routes.get(network) for network in networks)
+        if any(route is not None and route.gateway == target.address for route in routes):
+            routed.add(target)
+    return routed

@@ -1,0 +1,174 @@
+"""Which members of a location a host needs to reach at their internal IPs, and its plan where some do not answer.
+
+That two nodes have one label, or none, says that they share a network; nothing proves it. If they do not, packets for
+the other's private address leave by the default route, in clear, to whoever has that address there. So a host sends
+none of the mesh's packets to an internal IP that has never answered: those routes are taken out of its plan, and where
+no other route of the plan takes such packets they are refused. Each pair is named, with the remedy.
+
+Who has answered is the agent's to find out (`agent.reachability`); here it is a value that goes into the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from attrs import evolve, frozen
+
+from kilo_etcd.model import Granularity, IPAddress, IPNetwork, Node
+from kilo_etcd.topology.claims import network_key
+from kilo_etcd.topology.hostplan import HostPlan, Problem, RoutePlan
+from kilo_etcd.topology.segments import Topology, host_network, same_site
+from kilo_etcd.topology.ways import bonded, hop
+
+MOST_NAMED = 8
+"""Pairs that are named one by one: the sentences are part of a record in etcd."""
+
+
+@frozen
+class Target:
+    """A member of the location that is reached at an internal IP."""
+
+    node: str
+    address: IPAddress
+
+
+@frozen(kw_only=True)
+class Silent:
+    """A target that does not answer."""
+
+    target: Target
+    withheld: bool
+    """It has never answered, so nothing is sent to it; else it did once, and its routes stay."""
+    named: bool
+    """It is to be reported: it was tried often enough, and its agent lives."""
+
+
+def targets(topology: Topology, name: str) -> dict[Target, Node]:
+    """Where node `name` sends packets for members of its location outside of WireGuard. UnknownNode.
+
+    In a `full` mesh that is nowhere: each node is a segment of its own.
+    """
+    own = topology.snapshot.nodes[name]
+    found: dict[Target, Node] = {}
+    for node in neighbours(topology, name):
+        if bonded(own, node):
+            continue
+        for version in topology.families:
+            way = hop(own, node, version)
+            if way is not None and way.gateway is not None:
+                found[Target(node.name, way.gateway)] = node
+    return found
+
+
+def neighbours(topology: Topology, name: str) -> list[Node]:
+    """The nodes that node `name` reaches inside its location."""
+    own = topology.snapshot.nodes[name]
+    if topology.snapshot.granularity is Granularity.CROSS:
+        near = (one.leader for one in topology.segments.values() if one.location == own.location)
+        return [node for node in near if node.name != name and same_site(own, node)]
+    return [node for node in topology.segment_of(name).members if node.name != name]
+
+
+def withhold(plan: HostPlan, topology: Topology, silent: Collection[Silent]) -> HostPlan:
+    """`plan`, complete otherwise, without the routes to targets that never answered; who does not answer is named.
+
+    A member sends what it withholds by its leader instead, where that one answers; all else is refused. `plan` itself
+    where everybody answers.
+    """
+    if not silent:
+        return plan
+    segment = topology.segment_of(plan.node)
+    leader = "" if segment.leader.name == plan.node else segment.leader.name
+    withheld = {one.target for one in silent if one.withheld}
+    routes, refused = _rerouted(plan, topology, leader, withheld) if withheld else (plan.routes, {})
+    unheard = {target.address for target in withheld}
+    if unheard:
+        unheard -= {target.address for target in targets(topology, plan.node) if target not in withheld}
+    remotes = plan.ipip_remotes - unheard
+    way_out = plan.way_out
+    if way_out is not None and any(Target(leader, one.gateway) in withheld for one in way_out.by if one.gateway):
+        way_out = evolve(way_out, by=())
+    return evolve(
+        plan,
+        routes=routes,
+        fences=(*plan.fences, *sorted(set(refused).difference(plan.fences), key=network_key)),
+        refused=refused,
+        ipip_remotes=remotes,
+        ipip_local=plan.ipip_local if remotes else None,
+        way_out=way_out,
+        problems=(*plan.problems, *_problems(topology, plan.node, leader, silent)),
+    )
+
+
+def _rerouted(
+    plan: HostPlan, topology: Topology, leader: str, withheld: Collection[Target]
+) -> tuple[dict[IPNetwork, RoutePlan], dict[IPNetwork, str]]:
+    """(the routes that are left, what is refused and why)."""
+    direct: dict[IPNetwork, str] = {}
+    for node in neighbours(topology, plan.node):
+        networks = topology.segment_of(node.name).subnets.get(node.name, ())
+        direct.update(dict.fromkeys((*map(host_network, node.mesh_addresses), *networks), node.name))
+    addresses = {target.address for target in withheld}
+    routes: dict[IPNetwork, RoutePlan] = {}
+    lost: dict[IPNetwork, Target] = {}
+    for network, route in plan.routes.items():
+        target = None if route.gateway is None else Target(direct.get(network, leader), route.gateway)
+        if target is not None and target.address in addresses and target in withheld:
+            lost[network] = target
+        else:
+            routes[network] = route
+    outward = {network.version: routes[network] for network in topology.snapshot.subnets if network in routes}
+    refused = {}
+    for network, target in lost.items():
+        if leader and network in direct and network.version in outward:
+            if not any(_within(network, subnet) for subnet in topology.snapshot.subnets):
+                routes[network] = evolve(outward[network.version], destination=network)
+        else:
+            refused[network] = f"{target.node} does not answer {plan.node} at its internal IP {target.address}"
+    return routes, refused
+
+
+def _within(network: IPNetwork, subnet: IPNetwork) -> bool:
+    same = network.version == subnet.version and network.prefixlen >= subnet.prefixlen
+    return same and network.network_address in subnet
+
+
+def _problems(topology: Topology, name: str, leader: str, silent: Collection[Silent]) -> list[Problem]:
+    named = sorted(
+        (one for one in silent if one.named),
+        key=lambda one: (one.target.node != leader, not one.withheld, one.target.node, one.target.address.version),
+    )
+    location = topology.snapshot.nodes[name].location
+    where = f"location {location}" if location else "the default location, which is that of hosts without a label"
+    through = leader if all(one.target.node != leader for one in silent if one.withheld) else ""
+    problems = []
+    for one in named[:MOST_NAMED]:
+        problems.append(Problem(subject=one.target.node, text=_sentence(name, one, where, leader, through)))
+    if (more := len(named) - MOST_NAMED) > 0:
+        text = f"{more} more members of {where} do not answer {name} at their internal IPs; kgctl explain names each"
+        problems.append(Problem(subject=name, text=text))
+    return problems
+
+
+def _sentence(name: str, one: Silent, where: str, leader: str, through: str) -> str:
+    node, address = one.target.node, one.target.address
+    called = f"{node}, its leader," if node == leader else node
+    remedy = (
+        f"if they share no network, label them apart (kgctl location set {node} NAME), or give {node} no internal IP "
+        f"(kgctl annotate {node} force-internal-ip=-); if they share one, let UDP 1107 or ICMP echo pass, or set "
+        "--encapsulate wireguard where WireGuard alone passes"
+    )
+    if not one.withheld:
+        return (
+            f"{name} and {node} are both at {where}: {called} no longer answers at its internal IP {address}, although "
+            f"its agent lives; {remedy}"
+        )
+    follows = ""
+    if node == leader:
+        follows = f", and {name} is cut off from all other locations"
+    elif through:
+        follows = f"; packets for it go by {through}, which leads both"
+    return (
+        f"{name} and {node} are both at {where}, but {called} has never answered at its internal IP {address}, so "
+        f"{name} sends it nothing there{follows}; {remedy}"
+    )
