@@ -18,7 +18,7 @@ from helpers import eventually
 from kilo_etcd.agent import decide, duty, privatekey
 from kilo_etcd.agent.daemon import Daemon
 from kilo_etcd.kernel.state import DeleteRoute, SetPeer
-from kilo_etcd.model import CandidateClass, Endpoint
+from kilo_etcd.model import CandidateClass, Endpoint, IPAddress
 from kilo_etcd.store import CandidateRecord, VerdictRecord
 from kilo_etcd.store.records import NodeRecord, encode
 
@@ -91,6 +91,7 @@ async def test_as_long_as_all_is_well_one_small_packet_goes_out_and_nothing_is_w
     mesh.host.reach = lambda address: asked.append(address) or True  # type: ignore[func-returns-value,assignment]
     async with running(mesh) as daemon:
         await stands(mesh)
+        await trio.sleep(600)  # Until members of the location are asked rarely.
         asked.clear()
         revision, written = mesh.etcd.revision, daemon.kernel.writes
         await trio.sleep(60)
@@ -259,7 +260,14 @@ async def test_a_link_that_loses_a_fifth_of_its_packets_makes_no_verdict(mesh: W
 
 async def test_who_never_answered_is_no_proof(mesh: World) -> None:
     asked: list[IPv4Address] = []
-    mesh.host.reach = lambda address: asked.append(address)  # type: ignore[assignment,func-returns-value]
+
+    def nobody(address: IPAddress) -> bool:
+        if isinstance(address, IPv4Address) and address in ip_network("10.4.0.0/16"):
+            asked.append(address)
+            return False
+        return True
+
+    mesh.host.reach = nobody
     async with running(mesh):
         await stands(mesh)
         asked.clear()

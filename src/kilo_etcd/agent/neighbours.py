@@ -319,12 +319,13 @@ class Neighbours:
             self._asked_locally.pop(message.nonce, None)
             self.reachability.answered_by(message.nonce, node)
             return
-        own, there = self._own(), node.internal_ip(address.version)
+        own, inside = self._own(), node.internal_ip(address.version)
         # To where the node's record says that it is, as with other questions.
+        there = address if address in node.mesh_addresses else None if inside is None else inside.ip
         if own is not None and there is not None:
             answer = evolve(message, tells=True, sender=digest(own.public_key))
-            await self._post.send(answer.pack(secret), there.ip)
-        self.reachability.asked_by(node, address.version)
+            await self._post.send(answer.pack(secret), there)
+            self.reachability.asked_by(node, there)
 
     def _nonce(self) -> bytes:
         self._stamped = max(self._stamped, int(self._wall()))

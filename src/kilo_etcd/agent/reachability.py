@@ -6,6 +6,8 @@ Each member is asked once when it joins, and rarely after that. What counts as a
 2. an echo reply from the address;
 3. on a link of this host, the address's link-layer address (ARP, ND): networks that filter the other two lose nothing.
 
+Members that are reached through the tunnel (`--encapsulate wireguard`) are asked through it, and any answer will do.
+
 Who has answered once stays answered: a host that is down later is no reason to change a route. A node that was moved,
 has another address or another key begins anew, and so do all if this host itself has moved. A route that is in the
 kernel when the agent starts counts as an answer until its node has been silent a few times although its agent lives.
@@ -25,7 +27,7 @@ from attrs import define, field
 
 from kilo_etcd import kernel
 from kilo_etcd.kernel.state import Observed
-from kilo_etcd.model import IPAddress, Node
+from kilo_etcd.model import Granularity, IPAddress, Node
 from kilo_etcd.topology import Topology, UnknownNode
 from kilo_etcd.topology.reach import Silent, Target, targets
 from kilo_etcd.topology.segments import host_network
@@ -44,6 +46,10 @@ RARELY, PER_TARGET = 600.0, 3.6
 
 AT_ONCE, SPACING = 64, 0.002
 """Targets that are asked together at most, and seconds of pause for each: 500 queries in a second at most."""
+
+TUNNEL_FIRST = 10.0
+"""Seconds until a member is first asked through the tunnel: by then the two ends have shaken hands, one after the other
+(decision 0004). Nothing waits for the answer."""
 
 QUERY_SECONDS, ECHO_SECONDS = 0.25, 0.5
 """How long an answer may take."""
@@ -71,6 +77,7 @@ class _Record:
     node: Node
     due: float
     best: Answer = Answer.NONE
+    tunneled: bool = False
     silent: int = 0
     """Attempts in a row without an answer."""
     unsigned: int = 0
@@ -101,6 +108,8 @@ class Records:
                 # Where a location is large, all of it must not ask a newcomer in one moment.
                 due = now if target.node == first else now + self.rng.uniform(0.0, spread)
                 record = _Record(node, due, Answer.ASSUMED if target in assumed else Answer.NONE)
+                if target.address in node.mesh_addresses:
+                    record = _Record(node, due + TUNNEL_FIRST, tunneled=True)
                 news = True
             elif record.node is not node:
                 if record.node != node and record.best is not Answer.SIGNED:
@@ -129,6 +138,8 @@ class Records:
         record = self._records.get(target)
         if record is None:
             return False
+        if record.tunneled:
+            answer = Answer.SIGNED  # By WireGuard.
         news = record.best in (Answer.NONE, Answer.ASSUMED) or record.silent >= NAMED_AFTER
         news = news or (answer is Answer.SIGNED) != (record.best is Answer.SIGNED)
         record.best = max(record.best, answer)
@@ -169,8 +180,9 @@ class Records:
             named = record.silent >= NAMED_AFTER and target.node in living
             if named and record.best is Answer.ASSUMED:
                 record.best = Answer.NONE
-            if record.best is Answer.NONE or named:
-                found.append(Silent(target=target, withheld=record.best is Answer.NONE, named=named))
+            withheld = record.best is Answer.NONE and not record.tunneled
+            if withheld or named:
+                found.append(Silent(target=target, withheld=withheld, named=named, tunneled=record.tunneled))
         return tuple(found)
 
     def unsigned(self) -> tuple[Target, ...]:
@@ -244,6 +256,8 @@ class Reachability:
             return before is not topology
         if (before.snapshot.granularity, before.families) != (topology.snapshot.granularity, topology.families):
             return True
+        if topology.snapshot.granularity is Granularity.LOCATION:
+            return before.segment_of(self._name).members != topology.segment_of(self._name).members
         segments = (before.segments.get(key) or topology.segments.get(key) for key in topology.changed)
         here = own.location
         return any(one is not None and one.location == here for one in segments) or any(
@@ -253,14 +267,15 @@ class Reachability:
     @property
     def unsigned(self) -> tuple[str, ...]:
         """The nodes at whose internal IPs something answers that may be another host."""
+        if self._ask is None:
+            return ()
         return tuple(sorted({target.node for target in self._records.unsigned()}))
 
     # -- what others send ---------------------------------------------------------------------------------------
 
-    def asked_by(self, node: Node, version: int) -> None:
-        """A node has asked this host over their location's network."""
-        address = node.internal_ip(version)
-        if address is not None and self._records.heard_of(Target(node.name, address.ip), trio.current_time()):
+    def asked_by(self, node: Node, address: IPAddress) -> None:
+        """A node has asked this host from that address."""
+        if self._records.heard_of(Target(node.name, address), trio.current_time()):
             self._news.set()
 
     def answered_by(self, nonce: bytes, node: Node) -> None:

@@ -187,7 +187,8 @@ def _destinations(snapshot: Snapshot, target: str) -> tuple[IPAddress, ...]:
 def _journey(topology: Topology, plans: Plans, source: str, own: IPAddress, destination: IPAddress) -> Journey:
     nodes = topology.snapshot.nodes
     path = walk(plans, topology, source, destination, sender=own)
-    routed = any(destination in n for n in plans[source].routes if n.version == destination.version)
+    plan = plans[source]
+    routed = any(destination in n for n in (*plan.routes, *plan.refused) if n.version == destination.version)
     if not routed and destination not in nodes[source].mesh_addresses:
         why = next((problem.text for problem in topology.problems if _about(problem, destination)), None)
         raise Unknown(

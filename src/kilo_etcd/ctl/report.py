@@ -6,7 +6,7 @@ report at all. It decides nothing and it knows nothing of tables or JSON; `ctl.r
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from attrs import field, frozen
@@ -169,7 +169,10 @@ def report(
             Remark(subject=name, text=text)
             for name in names
             if name in statuses
-            for text in _disagreements(name, statuses[name], topology, newest)
+            for text in (
+                *_disagreements(name, statuses[name], topology, newest),
+                *_unsigned(name, statuses, topology),
+            )
         ),
         errors=tuple(
             Remark(subject=name, text=error)
@@ -281,6 +284,21 @@ def _reason(segment: Segment, snapshot: Snapshot) -> str:
     if passed_over is None:
         return segment.election.reason.value
     return sentence(passed_over, snapshot.verdicts.get(segment.location, ()))
+
+
+def _unsigned(name: str, statuses: Mapping[str, StatusRecord], topology: Topology) -> Iterator[str]:
+    """On members of its location at whose internal IPs something answers that does not prove to be them, although their
+    agents would."""
+    nodes = topology.snapshot.nodes
+    for other in statuses[name].unsigned:
+        node, status = nodes.get(other), statuses.get(other)
+        if name in nodes and node is not None and status is not None and status.answers:
+            addresses = " and ".join(str(one.ip) for one in node.internal_ips)
+            yield (
+                f"something answers it at {addresses}, the internal IP of {other}, but not with {other}'s key: a "
+                "firewall drops UDP 1107 between the two, or that is another host's network; if so, label them apart "
+                f"(kgctl location set {other} NAME)"
+            )
 
 
 def _disagreements(name: str, status: StatusRecord, topology: Topology, newest: int) -> list[str]:

@@ -26,7 +26,8 @@ MOST_NAMED = 8
 
 @frozen
 class Target:
-    """A member of the location that is reached at an internal IP."""
+    """A member of the location, and where it is asked: at an internal IP, or at a mesh address if it is reached through
+    the tunnel."""
 
     node: str
     address: IPAddress
@@ -39,12 +40,14 @@ class Silent:
     target: Target
     withheld: bool
     """It has never answered, so nothing is sent to it; else it did once, and its routes stay."""
+    tunneled: bool = False
+    """It is reached through the tunnel: its packets are encrypted, and nothing has to be withheld."""
     named: bool
     """It is to be reported: it was tried often enough, and its agent lives."""
 
 
 def targets(topology: Topology, name: str) -> dict[Target, Node]:
-    """Where node `name` sends packets for members of its location outside of WireGuard. UnknownNode.
+    """Where node `name` reaches the members of its location. UnknownNode.
 
     In a `full` mesh that is nowhere: each node is a segment of its own.
     """
@@ -52,6 +55,8 @@ def targets(topology: Topology, name: str) -> dict[Target, Node]:
     found: dict[Target, Node] = {}
     for node in neighbours(topology, name):
         if bonded(own, node):
+            here = {address.version for address in own.mesh_addresses}
+            found.update((Target(node.name, one), node) for one in node.mesh_addresses if one.version in here)
             continue
         for version in topology.families:
             way = hop(own, node, version)
@@ -109,14 +114,25 @@ def _rerouted(
         networks = topology.segment_of(node.name).subnets.get(node.name, ())
         direct.update(dict.fromkeys((*map(host_network, node.mesh_addresses), *networks), node.name))
     addresses = {target.address for target in withheld}
+    tunneled = {target.node: target for target in withheld if host_network(target.address) in direct}
     routes: dict[IPNetwork, RoutePlan] = {}
-    lost: dict[IPNetwork, Target] = {}
+    lost = {host_network(target.address): target for target in tunneled.values()}
     for network, route in plan.routes.items():
-        target = None if route.gateway is None else Target(direct.get(network, leader), route.gateway)
+        node_there = direct.get(network, leader)
+        if route.gateway is None:
+            target = tunneled.get(node_there)
+        else:
+            target = Target(node_there, route.gateway)
         if target is not None and target.address in addresses and target in withheld:
             lost[network] = target
         else:
             routes[network] = route
+    if leader in tunneled:
+        # Who has a tunnel of its own, and no route since the mesh's does for it too, is reached as before.
+        for network in direct.keys() - plan.routes.keys() - lost.keys():
+            way = next((plan.routes[one] for one in topology.snapshot.subnets if _within(network, one)), None)
+            if way is not None:
+                routes[network] = evolve(way, destination=network)
     outward = {network.version: routes[network] for network in topology.snapshot.subnets if network in routes}
     refused = {}
     for network, target in lost.items():
@@ -124,7 +140,8 @@ def _rerouted(
             if not any(_within(network, subnet) for subnet in topology.snapshot.subnets):
                 routes[network] = evolve(outward[network.version], destination=network)
         else:
-            refused[network] = f"{target.node} does not answer {plan.node} at its internal IP {target.address}"
+            at = f"at {target.address}" if target in tunneled.values() else f"at its internal IP {target.address}"
+            refused[network] = f"{target.node} does not answer {plan.node} {at}"
     return routes, refused
 
 
@@ -153,22 +170,25 @@ def _problems(topology: Topology, name: str, leader: str, silent: Collection[Sil
 def _sentence(name: str, one: Silent, where: str, leader: str, through: str) -> str:
     node, address = one.target.node, one.target.address
     called = f"{node}, its leader," if node == leader else node
+    apart = f"if the two share no network, label them apart (kgctl location set {node} NAME; both are at {where})"
+    if one.tunneled:
+        return (
+            f"{called} does not answer {name} through their tunnel inside the location, although its agent lives: let "
+            f"UDP 51820 (--port) pass between them; {apart}"
+        )
     remedy = (
-        f"if they share no network, label them apart (kgctl location set {node} NAME), or give {node} no internal IP "
-        f"(kgctl annotate {node} force-internal-ip=-); if they share one, let UDP 1107 or ICMP echo pass, or set "
-        "--encapsulate wireguard where WireGuard alone passes"
+        f"{apart} or take the address away (kgctl annotate {node} force-internal-ip=-); if they do, let UDP 1107 or "
+        "ICMP echo pass between them, or set --encapsulate wireguard"
     )
     if not one.withheld:
         return (
-            f"{name} and {node} are both at {where}: {called} no longer answers at its internal IP {address}, although "
-            f"its agent lives; {remedy}"
+            f"{called} no longer answers {name} at its internal IP {address}, although its agent lives: is the "
+            f"location's network up? {remedy}"
         )
     follows = ""
     if node == leader:
-        follows = f", and {name} is cut off from all other locations"
+        follows = f" and {name} is cut off from all other locations"
     elif through:
-        follows = f"; packets for it go by {through}, which leads both"
-    return (
-        f"{name} and {node} are both at {where}, but {called} has never answered at its internal IP {address}, so "
-        f"{name} sends it nothing there{follows}; {remedy}"
-    )
+        follows = f" but by {through}, which leads both"
+    silent = f"{called} has never answered {name} at its internal IP {address}, so {name} sends it nothing"
+    return f"{silent}{follows}: {remedy}"

@@ -1,0 +1,362 @@
+"""Whether members of a location answer at their internal IPs: what is remembered, and a whole agent that asks."""
+
+from __future__ import annotations
+
+import random
+from ipaddress import ip_address, ip_interface, ip_network
+from typing import Any
+
+import pytest
+import trio
+from agent_world import PRIVATE, World, running
+from attrs import evolve
+
+from helpers import eventually
+from kilo_etcd.agent import privatekey
+from kilo_etcd.agent.config import Probe
+from kilo_etcd.agent.hearsay import Message, digest, sender_of, unpack
+from kilo_etcd.agent.reachability import (
+    AGAIN,
+    AT_ONCE,
+    LONGEST,
+    LONGEST_OF_MANY,
+    NAMED_AFTER,
+    PER_TARGET,
+    RARELY,
+    SPACING,
+    Answer,
+    Records,
+)
+from kilo_etcd.model import CandidateClass, Endpoint, Node
+from kilo_etcd.store import CandidateRecord
+from kilo_etcd.store.records import NodeRecord, decode_status, encode
+from kilo_etcd.topology.reach import Silent, Target
+
+# -- the record of answers --------------------------------------------------------------------------------------------
+
+
+def node(name: str, address: str, **rest: Any) -> Node:
+    return Node(name=name, public_key=f"key-{name}", internal_ips=(ip_interface(f"{address}/24"),), **rest)
+
+
+OWN = node("h", "10.0.0.1")
+A, B = node("a", "10.0.0.2"), node("b", "10.0.0.3")
+TA, TB = Target("a", ip_address("10.0.0.2")), Target("b", ip_address("10.0.0.3"))
+BOTH = {TA: A, TB: B}
+ALL = ("a", "b")
+
+
+def records() -> Records:
+    return Records(random.Random(1))
+
+
+def withheld(one: Records) -> set[str]:
+    return {silent.target.node for silent in one.silent_ones(ALL) if silent.withheld}
+
+
+def named(one: Records, living: tuple[str, ...] = ALL) -> set[str]:
+    return {silent.target.node for silent in one.silent_ones(living) if silent.named}
+
+
+def test_nobody_counts_before_the_first_answer_and_everybody_after_it() -> None:
+    known = records()
+    assert known.follow(OWN, BOTH, 0.0, first="b")
+    assert withheld(known) == {"a", "b"}
+    assert named(known) == set(), "nobody was asked yet"
+    assert known.due(0.0) == [TB], "the leader is asked at once"
+    assert set(known.due(2 * SPACING)) == {TA, TB}
+    assert known.answered(TA, Answer.SIGNED, 1.0)
+    assert known.answered(TB, Answer.UNSIGNED, 1.0)
+    assert withheld(known) == set()
+    for _ in range(10 * NAMED_AFTER):
+        known.silent(TA, 5.0)
+    assert withheld(known) == set(), "who has answered once keeps its routes"
+    assert known.silent_ones(ALL) == (Silent(target=TA, withheld=False, named=True),)
+    assert named(known, ("b",)) == set(), "a host that is down is no news"
+    assert known.answered(TA, Answer.UNSIGNED, 6.0), "and that it answers again is"
+    assert named(known) == set()
+
+
+def test_who_never_answers_is_named_after_some_attempts_and_asked_less_and_less_often() -> None:
+    known = records()
+    known.follow(OWN, {TA: A}, 0.0)
+    now, news, pauses = 0.0, [], []
+    for _ in range(20):
+        news.append(known.silent(TA, now))
+        pauses.append(known.next_due() - now)
+        now = known.next_due()
+    assert [index for index, one in enumerate(news, 1) if one] == [NAMED_AFTER]
+    assert named(known) == {"a"}
+    assert pauses[0] < 1.3 * AGAIN
+    assert sum(pauses[: NAMED_AFTER - 1]) < 5.0
+    assert 0.7 * LONGEST < max(pauses) < 1.3 * LONGEST
+    many = {
+        Target(f"n{i}", ip_address(f"10.1.{i // 250}.{i % 250 + 1}")): node(f"n{i}", "10.1.0.1") for i in range(2000)
+    }
+    known.follow(OWN, many, now)
+    for _ in range(20):
+        for target in many:
+            known.silent(target, now)
+    assert known.next_due() - now > 0.7 * LONGEST_OF_MANY
+
+
+def test_a_changed_record_an_answer_due_and_a_question_are_reasons_to_ask_at_once() -> None:
+    known = records()
+    known.follow(OWN, BOTH, 0.0)
+    for target in BOTH:
+        known.silent(target, 100.0)
+    assert known.due(100.0) == []
+    assert not known.follow(OWN, dict(BOTH), 100.0), "nothing has changed"
+    assert known.follow(OWN, {TA: evolve(A, port=1), TB: B}, 100.0)
+    assert known.due(100.0) == [TA]
+    assert known.heard_of(TB, 100.0)
+    assert set(known.due(100.0)) == {TA, TB}
+    known.answered(TA, Answer.SIGNED, 100.0)
+    assert not known.heard_of(TA, 101.0), "that it answers is known"
+    assert not known.heard_of(Target("x", TA.address), 101.0)
+    assert known.next_due() <= 100.0
+    known.answered(TB, Answer.SIGNED, 100.0)
+    assert known.next_due() > 100.0 + 0.7 * RARELY
+
+
+def test_who_was_moved_or_has_another_key_or_address_begins_anew_and_so_does_all_if_this_host_was_moved() -> None:
+    known = records()
+    elsewhere = Target("a", ip_address("10.0.7.2"))
+    for change in (
+        {TA: evolve(A, public_key="another"), TB: B},
+        {elsewhere: evolve(A, internal_ips=(ip_interface("10.0.7.2/24"),)), TB: B},
+    ):
+        known.follow(OWN, BOTH, 0.0)
+        for target in BOTH:
+            known.answered(target, Answer.SIGNED, 0.0)
+        known.follow(OWN, change, 1.0)
+        assert withheld(known) == {"a"}
+    known.follow(OWN, {TB: B}, 2.0)  # a has another label for a while.
+    known.follow(OWN, BOTH, 3.0)
+    assert withheld(known) == {"a"}
+    known.follow(evolve(OWN, location="x"), BOTH, 4.0)
+    assert withheld(known) == {"a", "b"}
+
+
+def test_a_route_that_is_there_counts_until_its_node_is_silent_although_it_lives() -> None:
+    known = records()
+    known.follow(OWN, BOTH, 0.0, assumed={TA, TB})
+    assert withheld(known) == set()
+    for target in BOTH:
+        for _ in range(NAMED_AFTER):
+            known.silent(target, 1.0)
+    assert known.silent_ones(("b",)) == (Silent(target=TB, withheld=True, named=True),)
+    known.answered(TB, Answer.UNSIGNED, 2.0)
+    assert known.silent_ones(("b",)) == ()
+
+
+def test_a_large_location_is_asked_bit_by_bit_and_rarely() -> None:
+    known = records()
+    many = {
+        Target(f"n{i}", ip_address(f"10.1.{i // 250}.{i % 250 + 1}")): node(f"n{i}", "10.1.0.1") for i in range(1000)
+    }
+    known.follow(OWN, many, 0.0)
+    assert len(known.due(SPACING * 1000 / 10)) == AT_ONCE
+    assert len([one for one in many if one in known.due(SPACING * 10)]) < 30, (
+        "a newcomer does not hear from all at once"
+    )
+    for target in many:
+        known.answered(target, Answer.SIGNED, 0.0)
+    assert known.next_due() > 0.7 * PER_TARGET * 1000, "about an hour"
+
+
+def test_an_answer_without_the_key_is_asked_for_again_and_said() -> None:
+    known = records()
+    known.follow(OWN, BOTH, 0.0)
+    assert [known.answered(TA, Answer.UNSIGNED, 0.0) for _ in range(NAMED_AFTER)] == [True, False, False, True]
+    assert known.unsigned() == (TA,)
+    assert known.answered(TA, Answer.SIGNED, 1.0)
+    assert known.unsigned() == ()
+
+
+# -- a whole agent ----------------------------------------------------------------------------------------------------
+
+G1 = privatekey.generate()
+INSIDE = ip_address("192.168.1.51")
+MESH_G1 = ip_network("10.4.0.51/32")
+NEVER = "has never answered h1 at its internal IP 192.168.1.51"
+
+
+class Wire:
+    """The post of h1, and g1 at its other end, as far as `answers` says."""
+
+    def __init__(self) -> None:
+        self.answers = True
+        self.asked = 0
+        self._in, self._out = trio.open_memory_channel[tuple[bytes, Any]](100)
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        task_status.started()
+        await trio.sleep_forever()
+
+    async def send(self, data: bytes, address: Any) -> None:
+        await trio.lowlevel.checkpoint()
+        query = unpack(data, secret())
+        if query is not None and query.local and not query.tells and address == INSIDE:
+            self.asked += 1
+            if self.answers:
+                self.bring(evolve(query, tells=True, sender=digest(privatekey.public_key(G1))))
+
+    def bring(self, message: Message) -> None:
+        self._in.send_nowait((message.pack(secret()), INSIDE))
+
+    async def receive(self) -> tuple[bytes, Any]:
+        return await self._out.receive()
+
+
+def secret() -> bytes:
+    found = privatekey.agreed(G1, privatekey.public_key(PRIVATE))
+    assert found is not None
+    return found
+
+
+@pytest.fixture
+def mesh(world: World) -> World:
+    """g1 is at gcp and leads it; h1 is going to be labelled gcp."""
+    record = NodeRecord(
+        public_key=privatekey.public_key(G1),
+        endpoint=Endpoint.parse("203.0.113.51:51820"),
+        internal_ips=(ip_interface("192.168.1.51/24"),),
+        location="gcp",
+    )
+    world.etcd.put("/kilo/addresses/10.4.0.51", "g1")
+    world.etcd.put("/kilo/nodes/g1", encode(record))
+    world.etcd.put("/kilo/locations/h1", "gcp")
+    world.etcd.put("/kilo/elections/gcp/g1", encode(CandidateRecord(rank=CandidateClass.PUBLIC)))
+    return world
+
+
+def routed(world: World) -> bool:
+    return MESH_G1 in world.host.observed.routes
+
+
+def unreachable(world: World) -> list[tuple[str, str]]:
+    value = world.etcd.get("/kilo-status/h1")
+    return [] if value is None else [tuple(one) for one in decode_status(value).unreachable]
+
+
+def gauge(world: World) -> float | None:
+    return world.metrics.registry.get_sample_value("kilo_unreachable_members")
+
+
+pytestmark = pytest.mark.autojump
+
+
+async def test_a_member_that_answers_is_routed_within_a_moment_and_asked_rarely(mesh: World) -> None:
+    wire = Wire()
+    async with running(mesh, post=wire) as daemon:
+        await eventually(lambda: routed(mesh), 0.5, every=0.01)
+        await eventually(lambda: mesh.etcd.get("/kilo/elections/gcp/h1") is not None, 30, every=0.1)
+        await trio.sleep(30)
+        asked, revision, writes = wire.asked, mesh.etcd.revision, daemon.kernel.writes
+        wire.answers = False
+        mesh.etcd.delete("/kilo/elections/gcp/g1")  # It is down.
+        await trio.sleep(7200)
+        assert asked + 2 < wire.asked < asked + 200
+        assert routed(mesh), "who is down later keeps its route"
+        assert (mesh.said(NEVER), mesh.said("no longer answers"), gauge(mesh)) == (0, 0, 0.0)
+        assert daemon.kernel.writes - writes <= 4, "h1 leads now, and that is all"
+        assert mesh.etcd.revision - revision <= 6
+
+
+async def test_a_member_that_never_answers_is_not_routed_and_is_named_until_it_answers(mesh: World) -> None:
+    wire = Wire()
+    wire.answers = False
+    async with running(mesh, post=wire) as daemon:
+        await eventually(lambda: mesh.said(NEVER), 12, every=0.1)
+        assert not routed(mesh)
+        assert ip_network("10.4.0.0/16") not in mesh.host.observed.routes
+        assert {ip_network("10.4.0.0/16"), MESH_G1} <= mesh.host.observed.fences
+        await eventually(lambda: unreachable(mesh) == [("g1", "192.168.1.51")], 5, every=0.1)
+        assert gauge(mesh) == 1.0
+        assert daemon.plan is not None
+        revision, writes = mesh.etcd.revision, daemon.kernel.writes
+        asked = wire.asked
+        await trio.sleep(3600)
+        assert mesh.said(NEVER) == 1
+        assert 3600 / LONGEST - 5 < wire.asked - asked < 3600 / LONGEST + 30
+        assert (mesh.etcd.revision, daemon.kernel.writes) == (revision, writes), "nothing is written meanwhile"
+        wire.answers = True
+        # It has been started, say, and asks; else its next turn comes within about a minute.
+        query = Message(
+            tells=False, nonce=b"12345678", sender=digest(privatekey.public_key(G1)), revision=0, local=True
+        )
+        wire.bring(query)
+        await eventually(lambda: routed(mesh), 0.5, every=0.01)
+        assert MESH_G1 not in mesh.host.observed.fences
+        await eventually(lambda: unreachable(mesh) == [], 5, every=0.1)
+        assert (mesh.said("no longer: g1, its leader, has never answered"), gauge(mesh)) == (1, 0.0)
+
+
+@pytest.mark.parametrize("by", ["echo", "link"])
+async def test_a_network_that_filters_one_thing_loses_nothing(mesh: World, by: str) -> None:
+    """Neither the query arrives nor, in the second case, an echo request: ARP is enough."""
+    wire = Wire()
+    wire.answers = False
+    if by == "echo":
+        mesh.host.reach = lambda address: address == INSIDE
+    else:
+        mesh.host.resolves = lambda address: address == INSIDE
+    async with running(mesh, post=wire):
+        await eventually(lambda: routed(mesh), 2, every=0.01)
+        await trio.sleep(60)
+        assert mesh.said(NEVER) == 0
+        value = mesh.etcd.get("/kilo-status/h1")
+        assert value is not None
+        assert decode_status(value).unsigned == ("g1",), "something answers"
+
+
+async def test_an_agent_that_may_not_ping_asks_all_the_same(mesh: World) -> None:
+    mesh.host.no_pings = "this host may not ping"
+    async with running(mesh, post=Wire()):
+        await eventually(lambda: routed(mesh), 0.5, every=0.01)
+
+
+async def test_without_probes_all_is_as_the_records_say(mesh: World) -> None:
+    async with running(mesh, post=Wire(), probe=Probe.OFF):
+        await eventually(lambda: routed(mesh), 0.5, every=0.01)
+        await trio.sleep(60)
+        assert routed(mesh)
+        assert mesh.said(NEVER) == 0
+
+
+async def test_a_restarted_agent_keeps_a_route_as_long_as_nothing_speaks_against_it(mesh: World) -> None:
+    wire = Wire()
+    async with running(mesh, post=wire):
+        await eventually(lambda: routed(mesh), 0.5, every=0.01)
+    mesh.host.history.clear()
+    wire.answers = False
+    mesh.etcd.delete("/kilo/elections/gcp/g1")
+    async with running(mesh, post=wire):
+        await trio.sleep(60)
+        assert routed(mesh), "g1 is down"
+        assert not [change for change in mesh.host.history if "10.4.0.51" in str(change)]
+        # It lives, and they do not reach each other, as in a mesh that was set up by an agent that did not look.
+        mesh.etcd.put("/kilo/elections/gcp/g1", encode(CandidateRecord(rank=CandidateClass.PUBLIC)))
+        await eventually(lambda: mesh.said("has never answered h1"), 90, every=0.1)
+        assert not routed(mesh)
+
+
+async def test_an_address_that_this_host_has_itself_is_no_other_hosts(mesh: World) -> None:
+    """Two sites without labels, both 192.168.1.0/24, a host .1 at each: it would answer itself."""
+    record = NodeRecord(
+        public_key=privatekey.public_key(G1), internal_ips=(ip_interface("192.168.1.1/24"),), location="gcp"
+    )
+    mesh.etcd.put("/kilo/nodes/g1", encode(record))
+    mesh.host.reach = lambda address: True
+    async with running(mesh, post=Wire()):
+        await eventually(lambda: mesh.said("has never answered h1 at its internal IP 192.168.1.1"), 15, every=0.1)
+        assert not routed(mesh)
+
+
+def test_local_messages_are_told_from_others() -> None:
+    query = Message(tells=False, nonce=b"12345678", sender=digest("a"), revision=0, local=True)
+    for one in (query, evolve(query, tells=True), evolve(query, local=False), evolve(query, tells=True, local=False)):
+        data = one.pack(secret())
+        assert (unpack(data, secret()), sender_of(data)) == (one, digest("a"))
+        assert len(data) == 44
