@@ -1,0 +1,89 @@
+"""Hosts of one location that do not reach each other at their internal IPs, with real packets; and networks that filter
+what agents ask by."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from helpers import eventually, require
+from kilo_etcd.lab.client import Lab, running_lab
+from kilo_etcd.lab.spec import HostSpec, SiteSpec, Spec
+
+pytestmark = [pytest.mark.lab, pytest.mark.deadline(240)]
+
+
+async def named(lab: Lab, *pair: str) -> bool:
+    """Whether `kgctl check` exits with 1 and names the pair and the remedy."""
+    found = await lab.kgctl("check", check=False)
+    lines = [line for line in found.stdout.splitlines() if all(name in line for name in pair)]
+    said = any("never answered" in line and f"kgctl location set {pair[1]} NAME" in line for line in lines)
+    return found.returncode == 1 and said
+
+
+async def test_three_sites_without_labels_are_told_apart_and_nothing_leaves_in_clear() -> None:
+    require("etcd", "etcdctl", "wireguard-go", "ip", "nft")
+    async with running_lab(Spec.simple({"one": 1, "two": 1, "three": 1})) as lab:
+        await eventually(lambda: named(lab, "one-1", "two-1"), 60, every=0.5)
+        for pair in (("two-1", "one-1"), ("one-1", "three-1"), ("three-1", "two-1")):
+            await eventually(lambda pair=pair: named(lab, *pair), 30, every=0.5)  # type: ignore[misc]
+        mesh = [str(await lab.mesh_address(host)) for host in lab.hosts]
+        async with lab.capture("one-1") as one, lab.capture("two-1") as two, lab.capture("three-1") as three:
+            assert len(await lab.missing_pings()) == 6
+        for flow in (*one.flows, *two.flows, *three.flows):
+            assert flow.protocol != "ipip", flow
+            assert flow.source not in mesh, flow
+            assert flow.destination not in mesh, flow
+        explained = await lab.kgctl("explain", "one-1", "two-1", "--live", check=False)
+        assert explained.returncode == 1
+        assert (
+            "dropped on the way there: two-1 does not answer one-1 at its internal IP 10.102.0.11" in explained.stdout
+        )
+        status = (await lab.kgctl("status")).stdout
+        assert "two-1 has never answered one-1" in status.replace(", its leader,", "")
+        metric = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:1107/metrics').read().decode())"
+        assert "kilo_unreachable_members 2.0" in (await lab.exec("one-1", "python3", "-c", metric, check=True)).stdout
+
+        # The remedy, without a restart.
+        for host in lab.hosts:
+            await lab.kgctl("location", "set", host, host.partition("-")[0])
+        await lab.all_pairs_ping(30)
+
+        async def well() -> bool:
+            found = json.loads((await lab.kgctl("check", "-o", "json", check=False)).stdout)
+            return {finding["severity"] for finding in found} <= {"note"}
+
+        await eventually(well, 60, every=0.5)
+        assert (await lab.kgctl("explain", "one-1", "two-1", "--live")).returncode == 0
+
+
+async def test_a_location_whose_network_filters_icmp_and_udp_1107_works_and_so_does_a_restart() -> None:
+    require("etcd", "etcdctl", "wireguard-go", "ip", "nft")
+    lan = SiteSpec(name="lan", hosts=tuple(HostSpec(name=f"lan-{i}", public=i == 1, label="lan") for i in range(1, 4)))
+    far = SiteSpec(name="far", hosts=(HostSpec(name="far-1", public=True, label="far"),))
+    spec = Spec(sites=(lan, far), agents=False)
+    async with running_lab(spec) as lab:
+        for host in lab.hosts:
+            # lan-1 still answers echo requests, lan-2 queries, and lan-3 nothing but ARP.
+            rules = {"lan-1": ["udp dport 1107"], "lan-2": ["icmp type echo-request"]}.get(
+                host, ["udp dport 1107", "icmp type echo-request"]
+            )
+            text = "table inet filtered { chain input { type filter hook input priority -10;\n"
+            text += "\n".join(f'iifname "eth0" {rule} drop' for rule in rules) + "\n} }"
+            await lab.exec(host, "nft", "-f", "-", input=text, check=True)
+        for host in lab.hosts:
+            await lab.start(host)
+        await lab.all_pairs_ping(60)
+        found = await lab.kgctl("check", check=False)
+        assert "never answered" not in found.stdout
+        async with lab.probe("lan-3", "far-1") as out, lab.probe("lan-3", "lan-2") as near:
+            await lab.reload("lan-3")
+            await lab.kill("lan-3")
+            await lab.start("lan-3")
+            await eventually(lambda: restarted(lab, "lan-3"), 30, every=0.2)
+        assert (out.lost, near.lost) == (0, 0)
+
+
+async def restarted(lab: Lab, host: str) -> bool:
+    return (await lab.log(host)).count("leader elected") >= 3
