@@ -10,6 +10,9 @@ import pytest
 import trio
 from agent_world import PRIVATE, World, running
 from attrs import evolve
+from simulation import KEYS, Shape, in_memory, seeded
+from simulation import World as Simulated
+from simulation.host import SimulatedAgent
 
 from helpers import eventually
 from kilo_etcd.agent import privatekey
@@ -360,3 +363,45 @@ def test_local_messages_are_told_from_others() -> None:
         data = one.pack(secret())
         assert (unpack(data, secret()), sender_of(data)) == (one, digest("a"))
         assert len(data) == 44
+
+
+# -- a location of whole agents ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lonely", ["a-1", "a-3"])
+async def test_a_location_whose_network_is_cut_from_the_start_sends_nothing_into_it_and_heals_by_itself(
+    lonely: str,
+) -> None:
+    """In a-1's case it is the one that leads, or would."""
+    shape = Shape(sites=(3, 1))
+    with seeded(1), in_memory():
+        async with trio.open_nursery() as nursery:
+            world = Simulated(1, nursery, shape=shape)
+            nursery.start_soon(world.keepalives)
+            for name, host in world.hosts.items():
+                world.etcd.put(KEYS.location(name), name[0])
+                host.condition.lan = name != lonely
+            for host in world.hosts.values():
+                host.start()
+                await trio.sleep(0.5)
+
+            def agents() -> list[SimulatedAgent]:
+                return [host.agent for host in world.hosts.values() if host.agent is not None]
+
+            def heard() -> bool:
+                found = {agent.name: {one.target.node for one in agent._reachability.silent} for agent in agents()}  # type: ignore[union-attr]
+                others = {"a-1", "a-2", "a-3"} - {lonely}
+                return found == {"b-1": set(), lonely: others} | {name: {lonely} for name in others}
+
+            await eventually(heard, 60, every=0.5)
+            await trio.sleep(20)
+            inside = {one.ip for one in world.hosts[lonely].place.inside}
+            for name, host in world.hosts.items():
+                ways = {route.gateway for route in host.machine.observed.routes.values()}
+                assert not ways & inside, f"{name} sends into the network that is cut"
+                said = " ".join(host.agent._standing_errors()) if host.agent is not None else ""
+                assert ("has never answered" in said) is (name != "b-1"), name
+            assert not {route.gateway for route in world.hosts[lonely].machine.observed.routes.values()} - {None}
+            world.hosts[lonely].condition.lan = True
+            await eventually(world.at_rest, 1.3 * LONGEST + 20, every=1.0)
+            nursery.cancel_scope.cancel()

@@ -306,3 +306,15 @@ def test_ten_thousand_rejected_records_are_counted_and_the_first_are_shown() -> 
     assert len(findings) < 60
     assert any(finding.text == "9980 more are rejected" for finding in findings)
     assert any(finding.text.startswith("9980 more are registered, no part of the mesh") for finding in findings)
+
+
+def test_an_answer_that_may_be_another_hosts_is_named_if_the_member_would_have_signed_it() -> None:
+    def said(**others: object) -> list[tuple[str, str]]:
+        told = {**ALL_WELL, "a1": status("a1", unsigned=("a2",)), "a2": status("a2", **others)}
+        return [(remark.subject, remark.text) for remark in report(WORLD, told, newest=40).disagreements]
+
+    ((subject, text),) = said(answers=True)
+    assert subject == "a1"
+    assert text.startswith("something answers it at 192.168.97.2, the internal IP of a2, but not with a2's key")
+    assert "kgctl location set a2 NAME" in text
+    assert said() == [], "an agent that is older, or has --probe off, signs nothing"

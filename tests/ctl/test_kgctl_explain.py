@@ -13,7 +13,7 @@ from kilo_etcd.ctl.main import main
 from kilo_etcd.etcd import Client
 from kilo_etcd.model import CandidateClass, Endpoint
 from kilo_etcd.store.keys import Keys
-from kilo_etcd.store.records import CandidateRecord, NodeRecord, Role, StatusRecord, encode
+from kilo_etcd.store.records import CandidateRecord, NodeRecord, Role, StatusRecord, Unreachable, encode
 from kilo_etcd.testing.fake_etcd import FakeEtcd
 
 HOSTS = {
@@ -162,3 +162,32 @@ def test_a_node_that_was_set_aside_is_named_with_its_reason(etcd: FakeEtcd) -> N
     found = run("gcp-1", "broken")
     assert found.exit_code == 1
     assert "broken is not in force: the value is not JSON" in found.stderr
+
+
+def test_a_member_that_does_not_answer_is_where_a_packets_way_ends(etcd: FakeEtcd) -> None:
+    def reports(name: str, *unreachable: tuple[str, str]) -> None:
+        number = HOSTS[name][0]
+        status = StatusRecord(
+            public_key=f"{chr(64 + number)}{'A' * 42}=",
+            revision=10**6,
+            unreachable=tuple(Unreachable(*one) for one in unreachable),
+        )
+        etcd.put(Keys().status(name), encode(status))
+
+    reports("gcp-1", ("gcp-2", "10.1.0.2"))
+    found = run("home-2", "gcp-2", "-o", "json")
+    assert found.exit_code == 1
+    (journey,) = json.loads(found.stdout)["journeys"]
+    assert journey["there"]["dropped"] == "gcp-2 does not answer gcp-1 at its internal IP 10.1.0.2"
+    assert [step["to"] for step in journey["there"]["hops"]] == ["home-1", "gcp-1"]
+    reports("gcp-2", ("gcp-1", "10.1.0.1"))
+    assert "dropped on the way there: gcp-1 does not answer gcp-2 at its internal IP 10.1.0.1" in run(
+        "gcp-2", "gcp-1"
+    ).output.replace("\n", " ")
+    # It has another address by now, so what is said of the former one is out of date.
+    reports("gcp-1", ("gcp-2", "10.1.0.99"))
+    reports("gcp-2")
+    assert run("home-2", "gcp-2").exit_code == 0
+    # A record that cannot be meant is no reason to say nothing.
+    reports("gcp-1", ("gcp-2", "nowhere"))
+    assert run("home-2", "gcp-2").exit_code == 0

@@ -47,7 +47,7 @@ async def test_three_sites_without_labels_are_told_apart_and_nothing_leaves_in_c
 
         # The remedy, without a restart.
         for host in lab.hosts:
-            await lab.kgctl("location", "set", host, host.partition("-")[0])
+            await lab.kgctl("location", "set", host, host.partition("-")[0], "--yes")
         await lab.all_pairs_ping(30)
 
         async def well() -> bool:

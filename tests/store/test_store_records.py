@@ -20,6 +20,7 @@ from kilo_etcd.store import (
     RecordError,
     Role,
     StatusRecord,
+    Unreachable,
     decode_candidate,
     decode_node,
     decode_peer,
@@ -63,8 +64,15 @@ def test_a_node_record_comes_back(value: object) -> None:
 
 
 def test_a_status_comes_back() -> None:
-    status = StatusRecord(public_key=wg_key("a"), role=Role.LEADER, errors=("x: y",), set_aside=2, revision=7)
+    status = StatusRecord(
+        public_key=wg_key("a"), role=Role.LEADER, errors=("x: y",), set_aside=2, revision=7, answers=True,
+        unreachable=(Unreachable("b", "10.0.0.2"),), unsigned=("c",),
+    )  # fmt: skip
     assert decode_status(encode(status)) == status
+    older = json.loads(encode(status))
+    for name in ("answers", "unreachable", "unsigned"):
+        del older[name]
+    assert decode_status(json.dumps(older).encode()).unreachable == (), "of an agent that does not say so"
 
 
 json_values = st.recursive(
