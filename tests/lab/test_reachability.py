@@ -70,7 +70,7 @@ async def test_a_location_whose_network_filters_icmp_and_udp_1107_works_and_so_d
                 host, ["udp dport 1107", "icmp type echo-request"]
             )
             text = "table inet filtered { chain input { type filter hook input priority -10;\n"
-            text += "\n".join(f'iifname "eth0" {rule} drop' for rule in rules) + "\n} }"
+            text += "\n".join(f'iifname "eth0" {rule} drop' for rule in rules) + "\n}\n}\n"
             await lab.exec(host, "nft", "-f", "-", input=text, check=True)
         for host in lab.hosts:
             await lab.start(host)

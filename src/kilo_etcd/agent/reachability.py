@@ -29,7 +29,7 @@ from kilo_etcd import kernel
 from kilo_etcd.kernel.state import Observed
 from kilo_etcd.model import Granularity, IPAddress, Node
 from kilo_etcd.topology import Topology, UnknownNode
-from kilo_etcd.topology.reach import Silent, Target, targets
+from kilo_etcd.topology.reach import Silent, Target, neighbours, targets_of
 from kilo_etcd.topology.segments import host_network
 
 NAMED_AFTER = 4
@@ -218,6 +218,9 @@ class Reachability:
         self._topology: Topology | None = None
         self._targets: dict[Target, Node] = {}
         self._own: Node | None = None
+        self._by_node: dict[str, tuple[Node, tuple[Target, ...]]] = {}
+        self._by_node_for: object = None
+        """The node, and the families, for which these were computed."""
         self._observed: Observed | None = None
         self._waiting: dict[bytes, Target] = {}
         self._answered = trio.Event()
@@ -238,7 +241,7 @@ class Reachability:
         if own is None:
             raise UnknownNode(self._name)
         if self._changed(topology, own):
-            self._targets = targets(topology, self._name)
+            self._targets = self._targets_now(topology, own)
             first = topology.segment_of(self._name).leader.name
             assumed = () if self._observed is None else _routed(self._observed, topology, self._targets, first)
             self._observed = None
@@ -267,6 +270,18 @@ class Reachability:
         return any(one is not None and one.location == here for one in segments) or any(
             one.location == here for key in topology.changed if (one := topology.segments.get(key)) is not None
         )
+
+    def _targets_now(self, topology: Topology, own: Node) -> dict[Target, Node]:
+        # Of a large location one member changes, and the others are the same objects.
+        families = topology.families
+        former = self._by_node if (own, families) == self._by_node_for else {}
+        found: dict[str, tuple[Node, tuple[Target, ...]]] = {}
+        for node in neighbours(topology, self._name):
+            known = former.get(node.name)
+            same = known is not None and known[0] is node
+            found[node.name] = known if known and same else (node, targets_of(own, node, families))
+        self._by_node, self._by_node_for = found, (own, families)
+        return {target: node for node, ones in found.values() for target in ones}
 
     @property
     def unsigned(self) -> tuple[str, ...]:

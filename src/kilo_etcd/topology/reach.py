@@ -24,7 +24,7 @@ MOST_NAMED = 8
 """Pairs that are named one by one: the sentences are part of a record in etcd."""
 
 
-@frozen
+@frozen(cache_hash=True)
 class Target:
     """A member of the location, and where it is asked: at an internal IP, or at a mesh address if it is reached through
     the tunnel."""
@@ -51,18 +51,18 @@ def targets(topology: Topology, name: str) -> dict[Target, Node]:
 
     In a `full` mesh that is nowhere: each node is a segment of its own.
     """
-    own = topology.snapshot.nodes[name]
-    found: dict[Target, Node] = {}
-    for node in neighbours(topology, name):
-        if bonded(own, node):
-            here = {address.version for address in own.mesh_addresses}
-            found.update((Target(node.name, one), node) for one in node.mesh_addresses if one.version in here)
-            continue
-        for version in topology.families:
-            way = hop(own, node, version)
-            if way is not None and way.gateway is not None:
-                found[Target(node.name, way.gateway)] = node
-    return found
+    own, families = topology.snapshot.nodes[name], topology.families
+    return {target: node for node in neighbours(topology, name) for target in targets_of(own, node, families)}
+
+
+def targets_of(own: Node, node: Node, families: Collection[int]) -> tuple[Target, ...]:
+    """Where `own` reaches one member of its location, for packets of these families."""
+    if bonded(own, node):
+        here = {address.version for address in own.mesh_addresses}
+        return tuple(Target(node.name, one) for one in node.mesh_addresses if one.version in here)
+    ways = (hop(own, node, version) for version in sorted(families))
+    gateways = (way.gateway for way in ways if way is not None and way.gateway is not None)
+    return tuple(Target(node.name, gateway) for gateway in dict.fromkeys(gateways))
 
 
 def neighbours(topology: Topology, name: str) -> list[Node]:
