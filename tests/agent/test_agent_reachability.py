@@ -30,7 +30,7 @@ from kilo_etcd.agent.reachability import (
     Answer,
     Records,
 )
-from kilo_etcd.model import CandidateClass, Endpoint, Node
+from kilo_etcd.model import CandidateClass, Encapsulate, Endpoint, Node
 from kilo_etcd.store import CandidateRecord
 from kilo_etcd.store.records import NodeRecord, decode_status, encode
 from kilo_etcd.topology.reach import Silent, Target
@@ -355,6 +355,23 @@ async def test_an_address_that_this_host_has_itself_is_no_other_hosts(mesh: Worl
     async with running(mesh, post=Wire()):
         await eventually(lambda: mesh.said("has never answered h1 at its internal IP 192.168.1.1"), 15, every=0.1)
         assert not routed(mesh)
+
+
+@pytest.mark.parametrize("shakes", [False, True])
+async def test_a_member_in_the_tunnel_is_named_if_it_does_not_even_shake_hands(mesh: World, shakes: bool) -> None:
+    wire = Wire()
+    wire.answers = False
+    async with running(mesh, post=wire, encapsulate=Encapsulate.WIREGUARD):
+        key = privatekey.public_key(G1)
+        await eventually(lambda: key in mesh.host.observed.peers, 10, every=0.1)
+        for _ in range(60):
+            if shakes:
+                mesh.host.hear_from(key)
+            await trio.sleep(1)
+        said = mesh.said("g1, its leader, does not answer h1 through their tunnel inside the location")
+        assert said == (0 if shakes else 1)
+        assert ip_network("10.4.0.0/16") in mesh.host.observed.routes, "what is encrypted is not withheld"
+        assert unreachable(mesh) == ([] if shakes else [("g1", "10.4.0.51")])
 
 
 def test_local_messages_are_told_from_others() -> None:

@@ -56,7 +56,7 @@ class WireGuardKind(StrEnum):
 
 
 class Probe(StrEnum):
-    """Whether hosts try if packets get through leaders."""
+    """Whether hosts try if packets get through leaders, and reach the members of their location."""
 
     AUTO = "auto"
     OFF = "off"

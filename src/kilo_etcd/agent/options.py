@@ -139,7 +139,8 @@ _AGENT = (
     _flag(
         "--probe",
         Probe.AUTO.value,
-        "Whether this host tries if packets get through leaders, and says in etcd when they do not.",
+        "Whether this host tries if packets get through leaders and reach members of its location, and says in etcd "
+        "when they do not.",
         choices=tuple(Probe),
     ),
     _flag(

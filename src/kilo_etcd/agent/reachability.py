@@ -6,7 +6,8 @@ Each member is asked once when it joins, and rarely after that. What counts as a
 2. an echo reply from the address;
 3. on a link of this host, the address's link-layer address (ARP, ND): networks that filter the other two lose nothing.
 
-Members that are reached through the tunnel (`--encapsulate wireguard`) are asked through it, and any answer will do.
+Members that are reached through the tunnel (`--encapsulate wireguard`) are asked through it, and any answer will do, a
+handshake too.
 
 Who has answered once stays answered: a host that is down later is no reason to change a route. A node that was moved,
 has another address or another key begins anew, and so do all if this host itself has moved. A route that is in the
@@ -27,7 +28,7 @@ from attrs import define, field
 
 from kilo_etcd import kernel
 from kilo_etcd.kernel.state import Observed
-from kilo_etcd.model import Granularity, IPAddress, Node
+from kilo_etcd.model import SESSION_SECONDS, Granularity, IPAddress, Node
 from kilo_etcd.topology import Topology, UnknownNode
 from kilo_etcd.topology.reach import Silent, Target, neighbours, targets_of
 from kilo_etcd.topology.segments import host_network
@@ -338,6 +339,7 @@ class Reachability:
         # What this host has itself it cannot reach elsewhere, whoever answers.
         addresses = {target.address for target in left} - own
         answering = await self._unsigned(addresses) if addresses else set()
+        answering.update(await self._shaken([target for target in left if target.address not in answering]))
         now = trio.current_time()
         for target in left:
             if target.address in answering:
@@ -360,6 +362,19 @@ class Reachability:
             while self._waiting:
                 self._answered = trio.Event()
                 await self._answered.wait()
+
+    async def _shaken(self, left: Collection[Target]) -> set[IPAddress]:
+        """Which of the targets, asked through the tunnel just now, have a session: a firewall may drop all but that."""
+        found = ((target, self._records.node(target)) for target in left)
+        keys = {node.public_key: target for target, node in found if node and target.address in node.mesh_addresses}
+        if not keys:
+            return set()
+        try:
+            heard = await self._device.hear()
+        except (OSError, kernel.KernelError):
+            return set()
+        peers = ((target, heard.peers.get(key)) for key, target in keys.items())
+        return {target.address for target, peer in peers if peer and heard.silence(peer) <= SESSION_SECONDS}
 
     async def _unsigned(self, addresses: Collection[IPAddress]) -> set[IPAddress]:
         """Which of the addresses answer in another way."""
