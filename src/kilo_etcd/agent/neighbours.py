@@ -303,14 +303,15 @@ class Neighbours:
                 self._words[sender] = Word(trio.current_time(), message.revision, dict(message.leaders))
                 self._evaluate()
 
-    async def ask_local(self, node: Node, address: IPAddress) -> bytes | None:
-        """Ask a node of this location at its internal IP; the nonce of the query, or None if there is no way to."""
+    async def ask_local(self, node: Node, address: IPAddress, note: Callable[[bytes], None]) -> None:
+        """Ask a node of this location at its internal IP; `note` is told the nonce of the query before it is sent."""
         secret, own = self._agreed(node.public_key), self._own()
         if secret is None or own is None:
-            return None
+            await trio.lowlevel.checkpoint()
+            return
         query = Message(tells=False, nonce=os.urandom(8), sender=digest(own.public_key), revision=0, local=True)
+        note(query.nonce)
         await self._post.send(query.pack(secret), address)
-        return query.nonce
 
     async def _local(self, message: Message, node: Node, secret: bytes, address: IPAddress) -> None:
         if self.reachability is None:

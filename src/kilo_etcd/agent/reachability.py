@@ -198,8 +198,8 @@ class Records:
 class Reachability:
     """Of node `name`.
 
-    `ask` sends a signed query to a node at an address, and returns the query's nonce (None: it cannot be sent);
-    `on_change` is called when there is news of who answers.
+    `ask` sends a signed query to a node at an address, if it can, and hands over the query's nonce before that: the
+    answer may be faster than the sender. `on_change` is called when there is news of who answers.
     """
 
     def __init__(
@@ -207,7 +207,7 @@ class Reachability:
         device: kernel.Kernel,
         name: str,
         *,
-        ask: Callable[[Node, IPAddress], Awaitable[bytes | None]] | None,
+        ask: Callable[[Node, IPAddress, Callable[[bytes], None]], Awaitable[None]] | None,
         on_change: Callable[[], object],
         rng: random.Random | None = None,
     ) -> None:
@@ -332,9 +332,8 @@ class Reachability:
             self._on_change()
 
     async def _try(self, batch: list[Target]) -> None:
-        await self._query(batch)
-        left = [target for target in batch if target in self._waiting.values() or self._ask is None]
-        self._waiting.clear()
+        signed = await self._query(batch)
+        left = [target for target in batch if target not in signed]
         own = {one.ip for one in self._own.internal_ips} if self._own is not None else set()
         # What this host has itself it cannot reach elsewhere, whoever answers.
         addresses = {target.address for target in left} - own
@@ -349,19 +348,27 @@ class Reachability:
             if news:
                 self._told.set()
 
-    async def _query(self, batch: list[Target]) -> None:
-        self._waiting.clear()
+    async def _query(self, batch: list[Target]) -> set[Target]:
+        """Which of the targets send a signed answer."""
         if self._ask is None:
             await trio.lowlevel.checkpoint()
-            return
+            return set()
+        asked: dict[bytes, Target] = {}
         for target in batch:
             node = self._records.node(target)
-            nonce = None if node is None else await self._ask(node, target.address)
-            self._waiting[nonce or target.node.encode() + target.address.packed] = target
+
+            def note(nonce: bytes, target: Target = target) -> None:
+                asked[nonce] = self._waiting[nonce] = target
+
+            if node is not None:
+                await self._ask(node, target.address, note)
         with trio.move_on_after(QUERY_SECONDS):
             while self._waiting:
                 self._answered = trio.Event()
                 await self._answered.wait()
+        unanswered = set(self._waiting.values())
+        self._waiting.clear()
+        return set(asked.values()) - unanswered
 
     async def _shaken(self, left: Collection[Target]) -> set[IPAddress]:
         """Which of the targets, asked through the tunnel just now, have a session: a firewall may drop all but that."""
