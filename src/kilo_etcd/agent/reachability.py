@@ -83,6 +83,8 @@ class _Record:
     """Attempts in a row without an answer."""
     unsigned: int = 0
     """Attempts in a row with no signed one."""
+    heard: bool = False
+    """The node has asked this host since the last attempt ended: the one under way may have come too early for it."""
 
 
 @define
@@ -151,7 +153,8 @@ class Records:
         else:
             record.unsigned += 1
             news = news or record.unsigned == NAMED_AFTER
-            record.due = now + min(AGAIN * 2.0 ** min(record.unsigned, 20), rarely)
+            record.due = now if record.heard else now + min(AGAIN * 2.0 ** min(record.unsigned, 20), rarely)
+        record.heard = False
         return news
 
     def silent(self, target: Target, now: float) -> bool:
@@ -163,15 +166,16 @@ class Records:
         number = sum(one.silent > 0 for one in self._records.values())
         longest = max(LONGEST, min(LONGEST_OF_MANY, PER_SILENT * number))
         pause = min(AGAIN * 2.0 ** min(record.silent - 1, 20), longest)
-        record.due = now + pause * self.rng.uniform(0.8, 1.2)
+        record.due = now if record.heard else now + pause * self.rng.uniform(0.8, 1.2)
+        record.heard = False
         return record.silent == NAMED_AFTER
 
     def heard_of(self, target: Target, now: float) -> bool:
         """The node itself has asked this host, so it is worth asking now; whether it is asked."""
         record = self._records.get(target)
-        if record is None or (record.best is Answer.SIGNED and not record.silent) or record.due <= now:
+        if record is None or (record.best is Answer.SIGNED and not record.silent):
             return False
-        record.due = now
+        record.heard, record.due = True, min(record.due, now)
         return True
 
     def silent_ones(self, living: Collection[str]) -> tuple[Silent, ...]:
