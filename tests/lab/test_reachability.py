@@ -65,7 +65,8 @@ async def test_a_location_whose_network_filters_icmp_and_udp_1107_works_and_so_d
     spec = Spec(sites=(lan, far), agents=False)
     async with running_lab(spec) as lab:
         for host in lab.hosts:
-            # The mesh's own pings, which are plain on the LAN, pass. lan-1 still answers echo requests, lan-2 queries, and lan-3 nothing but ARP.
+            # The mesh's own pings, which are plain on the LAN, pass. At their internal IPs lan-1 still answers echo
+            # requests, lan-2 queries, and lan-3 nothing but ARP.
             rules = {"lan-1": ["udp dport 1107"], "lan-2": ["icmp type echo-request"]}.get(
                 host, ["udp dport 1107", "icmp type echo-request"]
             )
