@@ -454,7 +454,7 @@ def _tunnel(value: object) -> Tunnel:
 
 def _unreachable(value: object) -> Unreachable:
     if not isinstance(value, list) or len(value) < len(Unreachable._fields):
-        raise ValueError(f"{_short(value)} is no list of {', '.join(Unreachable._fields)}")
+        raise ValueError(f"{shown(value)} is no list of {', '.join(Unreachable._fields)}")
     return Unreachable(_string(value[0]), _string(value[1]))
 
 
