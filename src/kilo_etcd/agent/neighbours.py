@@ -309,7 +309,10 @@ class Neighbours:
         if secret is None or own is None:
             await trio.lowlevel.checkpoint()
             return
-        query = Message(tells=False, nonce=os.urandom(8), sender=digest(own.public_key), revision=0, local=True)
+        query = Message(tells=False, nonce=self._nonce(), sender=digest(own.public_key), revision=0, local=True)
+        self._asked_locally[query.nonce] = None
+        while len(self._asked_locally) > _LOCAL_QUERIES_KEPT:
+            del self._asked_locally[next(iter(self._asked_locally))]
         note(query.nonce)
         await self._post.send(query.pack(secret), address)
 

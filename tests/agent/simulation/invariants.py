@@ -116,10 +116,10 @@ class _Account:
     """What it had heard from neighbours when it applied something last."""
     heard: Hearsay
     """What it has heard by now: what is heard while it applies is for the next time."""
-    silent_before: tuple[Silent, ...]
-    """Who of its location did not answer when it applied something last."""
+    silent_before: tuple[Silent, ...] | None
+    """Who of its location did not answer when it applied something last; None: that changed meanwhile."""
     silent: tuple[Silent, ...]
-    """Who does not answer by now."""
+    """Who does not answer when it begins to apply."""
     new: bool
 
 
@@ -132,7 +132,7 @@ class _Seen:
     snapshot: Snapshot | None = None
     kernel: SimulatedKernel | None = None
     heard: Hearsay = field(factory=Hearsay)
-    silent: tuple[Silent, ...] = ()
+    silent: tuple[Silent, ...] | None = ()
     raw_plan: HostPlan | None = None
     """What its agent had planned then."""
     busy: bool = False
@@ -204,7 +204,7 @@ class Watchman:
         seen = self._seen(host)
         repeated = seen.snapshot is snapshot
         seen.snapshot, seen.raw_plan, seen.heard = snapshot, agent.raw_plan, account.heard
-        seen.silent = account.silent
+        seen.silent = account.silent if account.silent == _silent(agent) else None
         seen.busy = account.busy or _busy(agent)
         self._check_writes(agent, snapshot, account)
         # What neighbours say while etcd is away is no etcd's truth.
@@ -333,7 +333,7 @@ class Watchman:
             return
         # Who changes itself may be reached otherwise, and who speaks first with it is decided anew.
         busy = account.contacts or _busy(agent) or _changed(account, snapshot, agent.name)
-        silent = account.silent_before != account.silent
+        silent = not (account.silent_before == account.silent == _silent(agent))
         if not account.new and account.raw_plan == agent.raw_plan and not (busy or silent or _promoted(account, agent)):
             self._broken(f"{host.name} was written to by a change that does not concern it", made)
         nothing_new = account.snapshot is snapshot and account.before == account.heard and not silent
