@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from ipaddress import ip_address
 
 import trio
 from attrs import frozen
@@ -17,11 +19,13 @@ from attrs import frozen
 from kilo_etcd import etcd, kernel
 from kilo_etcd.agent.logs import Once
 from kilo_etcd.agent.program import speak
+from kilo_etcd.agent.tries import addresses_to_try
 from kilo_etcd.kernel.state import Observed
 from kilo_etcd.model import SESSION_SECONDS, IPAddress
 from kilo_etcd.store.inquiry import attend
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import AnswerRecord, QuestionRecord, Tunnel
+from kilo_etcd.topology import Topology
 from kilo_etcd.topology.hostplan import HostPlan, PeerPlan
 
 SHOWN = 20
@@ -35,6 +39,10 @@ KNOCK_SECONDS = 1.5
 
 KNOCK_POLL_SECONDS = 0.1
 
+PINGS, PING_SECONDS = 8, 1.2
+"""Echo requests to each address, and how long an answer to the last one may take: a tunnel may have to shake hands
+first."""
+
 RETRY_SECONDS = 30.0
 AWAY_SECONDS = 2.0
 
@@ -46,6 +54,7 @@ class Programmed:
     plan: HostPlan | None
     """None: nothing yet."""
     revision: int
+    topology: Topology | None
     sends: bool
     """Whether the host's own packets leave through its tunnels, so that a packet tries them."""
 
@@ -83,21 +92,27 @@ class Answerer:
                 self._once.warning("questions", "questions of kgctl cannot be answered", error=str(error))
             await trio.sleep(RETRY_SECONDS * self._rng.uniform(0.5, 1.5))
 
-    async def answer(self, _question: QuestionRecord) -> AnswerRecord:
-        """What is on the host now."""
+    async def answer(self, question: QuestionRecord) -> AnswerRecord:
+        """What is on the host now, and whether packets arrive, if that is asked."""
         programmed = self._programmed()
         plan = programmed.plan
         trouble: list[str] = []
+        suspects: list[str] = []
+        reached: dict[str, bool] = {}
         commands: tuple[str, ...] = ()
         observed = Observed()
         try:
             if plan is not None:
                 commands = tuple(map(str, await self._kernel.preview(plan)))
             observed = await self._kernel.observe()
-            if programmed.sends and plan is not None:
-                observed = await self._knock(plan, observed)
+            if plan is not None:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._send, question, programmed.topology, reached, trouble)
+                    if programmed.sends:
+                        observed = await self._knock(plan, observed)
             if programmed.sends and plan is not None and plan.forwarding:
-                trouble.extend(await self._kernel.obstacles())
+                for one in await self._kernel.obstacles():
+                    (trouble if one.certain else suspects).append(one.text)
         except kernel.KernelError as error:
             trouble.append(str(error))
         return AnswerRecord(
@@ -108,8 +123,28 @@ class Answerer:
             tunnels=tunnels(observed),
             undone=len(commands),
             changes=commands[:SHOWN],
-            trouble=tuple(trouble),
+            trouble=tuple(dict.fromkeys(trouble)),
+            suspects=tuple(suspects),
+            reached=tuple(address for address, answered in reached.items() if answered),
+            unreached=tuple(address for address, answered in reached.items() if not answered),
         )
+
+    async def _send(
+        self, question: QuestionRecord, topology: Topology | None, reached: dict[str, bool], trouble: list[str]
+    ) -> None:
+        """Send echo requests to whom the question asks for, and note who answers."""
+        chosen = () if topology is None else addresses_to_try(topology, self._name, question.tries)
+        wanted = dict.fromkeys((*chosen, *_addresses(question.targets)))
+        own = topology.snapshot.nodes.get(self._name) if topology is not None else None
+        mine = own.mesh_addresses if own is not None else ()
+        versions = {address.version for address in mine}
+        wanted = {address: None for address in wanted if address.version in versions and address not in mine}
+        try:
+            answers = await self._kernel.ping(wanted, times=PINGS, patience=PING_SECONDS)
+        except kernel.KernelError as error:
+            trouble.append(str(error))
+        else:
+            reached.update((str(address), address in answers) for address in wanted)
 
     async def _knock(self, plan: HostPlan, observed: Observed) -> Observed:
         """Send one packet through each tunnel at rest, and give handshakes a moment: without traffic there are none.
@@ -139,6 +174,12 @@ def tunnels(observed: Observed) -> tuple[Tunnel, ...]:
         ago = max(0, int(observed.time - peer.last_handshake)) if peer.last_handshake else -1
         found.append(Tunnel(key, ago, peer.rx_bytes, peer.tx_bytes, str(peer.endpoint) if peer.endpoint else ""))
     return tuple(found)
+
+
+def _addresses(texts: Iterable[str]) -> Iterator[IPAddress]:
+    for text in texts:
+        with suppress(ValueError):
+            yield ip_address(text)
 
 
 def _someone(peer: PeerPlan) -> IPAddress | None:

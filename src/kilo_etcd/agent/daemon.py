@@ -14,6 +14,7 @@ import random
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Collection
+from contextlib import suppress
 from typing import TypeVar
 
 import trio
@@ -67,6 +68,9 @@ KERNEL_RETRY_SECONDS = 0.5
 
 POST_RETRY_SECONDS = 60.0
 """After the port for neighbours could not be had."""
+
+OBSTACLES_PAUSE, OBSTACLES_PERIOD = 2.0, 30.0
+"""Seconds between two looks at what drops forwarded packets: at least after a change of the plan, and at most."""
 
 SAY_SECONDS = 5.0
 """Between two looks at what of the log was left out."""
@@ -173,6 +177,10 @@ class Daemon:
         """Sentences on nodes that, like this host, are behind NAT, and are not heard."""
         self.hearsay = Hearsay()
         """What neighbours have said of leaders since etcd was out of reach."""
+        self.blind: str | None = None
+        """A sentence on a leader through which nobody has ever answered this host, which would report it."""
+        self.obstructed: tuple[str, ...] = ()
+        """Sentences on what drops what this host forwards."""
         self.beyond: str | None = None
         """A sentence on the gateway that this host uses and that does not answer."""
         self.subnets: tuple[IPNetwork, ...] = ()
@@ -210,7 +218,8 @@ class Daemon:
                 self._neighbours.reachability = self._reachability
         self._witness = Witness(
             device, self.session, self.name, self.once,
-            sound=self._sound, prove=self._prove, look_again=lambda: self._nudge(fresh=True),
+            sound=self._sound, forwards=self._forwards, prove=self._prove,
+            look_again=lambda: self._nudge(fresh=True), on_blind=self._note_blind,
         )  # fmt: skip
         self._hearing = Hearing(device, self.session, self.name, on_unmet=self._note_unmet, begin_over=self._begin_over)
         self._lookout = Lookout(device, self._note_gateway)
@@ -305,6 +314,7 @@ class Daemon:
             self._reporter.run,
             self._answer_questions,
             self._hearing.run,
+            self._follow_obstacles,
             self.keeper.run,
         ):
             nursery.start_soon(task)
@@ -736,6 +746,30 @@ class Daemon:
         if self.snapshot is not None:
             self._publish(self.snapshot)
 
+    def _note_blind(self, sentence: str | None) -> None:
+        self.blind = sentence
+        self.once.errors("blind", () if sentence is None else (sentence,), level="warning")
+        if self.snapshot is not None:
+            self._publish(self.snapshot)
+
+    async def _follow_obstacles(self) -> None:
+        """Say what on this host drops what it forwards, for as long as it does forward."""
+        while True:
+            applied = self._applied
+            found: tuple[str, ...] = ()
+            plan = self._in_force()
+            if plan.sends and plan.plan is not None and plan.plan.forwarding:
+                with suppress(OSError, kernel.KernelError):
+                    found = tuple(one.text for one in await self.kernel.obstacles() if one.certain)
+            if found != self.obstructed:
+                self.obstructed = found
+                self.once.errors("forwarding", found)
+                if self.snapshot is not None:
+                    self._publish(self.snapshot)
+            await trio.sleep(OBSTACLES_PAUSE)
+            with trio.move_on_after(OBSTACLES_PERIOD):
+                await applied.wait()
+
     def _note_gateway(self, sentence: str | None) -> None:
         self.beyond = sentence and (
             f"{sentence}, so nothing leaves this host but for {STAYS_OUTSIDE}: is it up, does UDP reach "
@@ -779,7 +813,9 @@ class Daemon:
 
     def _in_force(self) -> Programmed:
         sends = self.role is not None and self.plan is not None and not decide.is_standby(self.role, self.plan)
-        return Programmed(plan=self.programmer.programmed, revision=self.applied_revision, sends=sends)
+        return Programmed(
+            plan=self.programmer.programmed, revision=self.applied_revision, topology=self.topology, sends=sends
+        )
 
     def _standing_errors(self) -> tuple[str, ...]:
         """All that is wrong with this host, as sentences."""
@@ -788,12 +824,13 @@ class Daemon:
         # What etcd could not be told it has been told by the time that somebody reads this there.
         further = (
             self.beyond,
+            self.blind,
             self._upkeep.renumbered,
             self.mirror.suspect or self._bridged(),
             behind,
             self.metrics.listen_trouble,
         )
-        said = (*self.disagreements, *self.failures, *self.unmet, *self.whereabouts.overlaps)
+        said = (*self.disagreements, *self.failures, *self.obstructed, *self.unmet, *self.whereabouts.overlaps)
         return (*said, *(text for text in further if text))
 
     def _etcd_trouble(self) -> str | None:
@@ -821,6 +858,13 @@ class Daemon:
             return plan is not None and not await self.kernel.preview(plan)
         except (OSError, kernel.KernelError):
             return False  # Who cannot look at itself accuses nobody.
+
+    async def _forwards(self) -> bool:
+        """Whether nothing is known on this host that drops what it would forward."""
+        try:
+            return not any(one.certain for one in await self.kernel.obstacles())
+        except (OSError, kernel.KernelError):
+            return True
 
     def _prove(self, keys: Collection[str]) -> None:
         self.programmer.prove(keys)

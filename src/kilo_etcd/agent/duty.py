@@ -72,6 +72,24 @@ class Duty:
         named = {name for verdict in self.doubts for name in verdict.targets}
         return _targets(self.topology, self.topology.segment_of(self.leader.name), self.own, named)
 
+    @cached_property
+    def near_doubts(self) -> bool:
+        """Whether another member of the location doubts the leader too."""
+        return any(verdict.witness in self._members for verdict in self.doubts)
+
+    @cached_property
+    def far_doubts(self) -> tuple[Verdict, ...]:
+        """What those in other locations say who have tried members of this one through the leader."""
+        return tuple(
+            verdict
+            for verdict in self.doubts
+            if verdict.witness not in self._members and not self._members.isdisjoint(verdict.targets)
+        )
+
+    @cached_property
+    def _members(self) -> frozenset[str]:
+        return frozenset(node.name for node in self.topology.segment_of(self.leader.name).members)
+
     def about(self, leader: str, candidacy: int) -> bool:
         """Whether that is whom this duty concerns."""
         return (self.leader.name, self.candidacy) == (leader, candidacy)

@@ -17,6 +17,7 @@ from attrs import evolve
 
 from kilo_etcd import kernel, store
 from kilo_etcd.agent import duty as duties
+from kilo_etcd.agent.baseline import OPEN_SECONDS, NoBaseline
 from kilo_etcd.agent.duty import Account, Duty, Summons, accused, duty_of, stands, summons_of
 from kilo_etcd.agent.logs import Once
 from kilo_etcd.model import IPAddress, Node
@@ -44,9 +45,6 @@ OTHERS_WAIT = 1.0
 PROOF_AGAIN = 6.0
 """Seconds until a proof that failed is tried again: WireGuard shakes hands every five seconds at most."""
 
-BLIND_SECONDS = 120.0
-"""After so long without any answer an operator is told that there are no witnesses."""
-
 TAKE_BACK = 0.25
 """Seconds between an answer and the taking back of what was said, in which it may turn out that another leads now."""
 
@@ -57,9 +55,10 @@ UNABLE_SECONDS = 60.0
 class Witness:
     """Of node `name`.
 
-    `sound` says whether this host's kernel is as planned; `prove` has handshakes made with these public keys, and with
-    none any more when it is empty; `look_again` is called when the kernel may not be as planned: this host has seen
-    it, or others say that it does not forward.
+    `sound` says whether this host's kernel is as planned, and `forwards` whether nothing is known on this host that
+    drops what it forwards; `prove` has handshakes made with these public keys, and with none any more when it is empty;
+    `look_again` is called when the kernel may not be as planned: this host has seen it, or others say that it does not
+    forward; `on_blind` takes a sentence for the operator while there is no baseline, and None when there is one.
     """
 
     def __init__(
@@ -70,8 +69,10 @@ class Witness:
         once: Once,
         *,
         sound: Callable[[], Awaitable[bool]],
+        forwards: Callable[[], Awaitable[bool]],
         prove: Callable[[Collection[str]], object],
         look_again: Callable[[], object],
+        on_blind: Callable[[str | None], object],
         rng: random.Random | None = None,
     ) -> None:
         self._device = device
@@ -79,10 +80,14 @@ class Witness:
         self._name = name
         self._once = once
         self._sound = sound
+        self._forwards = forwards
         self._prove = prove
         self._look_again = look_again
+        self._on_blind = on_blind
         self._rng = rng or random.Random()
         self._account = Account()
+        self._baseline: NoBaseline | None = NoBaseline()
+        """None: somebody has answered through the leader."""
         self._watched = ("", 0)
         """The leader, and its candidacy, that the account is of."""
         self._topology: Topology | None = None
@@ -93,7 +98,9 @@ class Witness:
         self._far_news = trio.Event()
         self._proving: frozenset[str] = frozenset()
         self._proof_due = 0.0
-        self._blind_since: float | None = None
+        self._since = 0.0
+        """When this host's present report on its leader was made."""
+        self._blind: str | None = None
         self._lock = trio.Lock()
 
     def follow(self, topology: Topology) -> None:
@@ -102,6 +109,9 @@ class Witness:
         before, self._duty = self._duty, duty_of(topology, self._name)
         if self._duty is not None and not self._duty.about(*self._watched):
             self._watched, self._account = (self._duty.leader.name, self._duty.candidacy), Account()
+            self._baseline = NoBaseline()
+        if self._duty is None or not self._duty.first:
+            self._note_blind(None)
         if self._duty != before:
             news, self._news = self._news, trio.Event()
             news.set()
@@ -155,23 +165,29 @@ class Witness:
             if target is None:
                 return duties.BLIND_PERIOD
             counts = self._account.knows(target, now)
-            if await self._through([target], times=1) or not counts:
-                return self._pause(duty, now)
-            targets = self._in_doubt(duty)
+            if await self._through([target], times=1) or not (counts or self._account.blind(duty, now)):
+                return self._pause(duty)
+            if counts:
+                targets = self._in_doubt(duty)
+            elif self._without_baseline().silent(duty.targets, now):
+                targets = duty.targets[: duties.TOGETHER]
+            else:
+                return self._pause(duty)
         if not targets:
             return duties.PERIOD
         through, near = await self._try_hard(duty, targets)
         if through and self._says(duty):
             # It may have answered by way of a successor whose plan is being applied; `follow` is called after that.
             await trio.sleep(TAKE_BACK)
-        if not self._current(duty):
+        if not self._current(duty) or self._duty is None:
             return 0.0
+        duty = self._duty
         said = self._said(duty)
         if through:
             self._stop_proving()
             if said is not None:
                 await self._say(duty.location, None)
-            return duties.PERIOD
+            return self._pause(duty)
         if not await self._sound():
             # What is missing here is on its way back; it says nothing about the leader.
             self._look_again()
@@ -182,36 +198,89 @@ class Witness:
             targets=tuple(sorted(node.name for node in targets)),
             answers=duty.near in near,
             fellows=any(address in near for address in duty.fellows),
-            reaches=said is not None and said.reaches,
+            reaches=said is not None and said.reaches and (self._baseline is None or bool(duty.far_doubts)),
         )
-        if not self._says(duty):
-            self._proof_due = trio.current_time() + (0.0 if duty.first else OTHERS_WAIT)
+        if not self._may_say(duty, found):
+            self._stop_proving()
+            await self._say(duty.location, None)
+            return self._pause(duty)
+        if said is None:
+            self._since = trio.current_time()
+            self._proof_due = self._since + (0.0 if duty.first else OTHERS_WAIT)
         former = await self._handshakes([node.public_key for node in targets])
         await self._say(duty.location, found)
         if not found.reaches and trio.current_time() >= self._proof_due:
-            if not await self._reaches(targets, former):
-                self._proof_due = trio.current_time() + PROOF_AGAIN
-            elif await self._through(targets, times=ONCE_MORE):
-                # What kept both of us from them is over.
-                return 0.0
-            else:
-                await self._say(duty.location, evolve(found, reaches=True))
+            self._proof_due = trio.current_time() + PROOF_AGAIN
+            if await self._can_take_over(duty, targets, former):
+                if await self._through(targets, times=ONCE_MORE):
+                    # What kept both of us from them is over.
+                    return 0.0
+                if self._current(duty):
+                    await self._say(duty.location, evolve(found, reaches=True))
         return IN_DOUBT
 
-    def _pause(self, duty: Duty, now: float) -> float:
+    def _may_say(self, duty: Duty, found: store.VerdictRecord) -> bool:
+        """Whether silence is enough for a report. Without a baseline it takes a leader that answers on the location's
+        network, or another member of the location that has doubts too; and there is an end to it if no target
+        confirms it."""
+        baseline, now = self._baseline, trio.current_time()
+        if baseline is None:
+            return True
+        if baseline.over(now):
+            baseline.close(now)
+        if baseline.waits(now):
+            return False
+        if duty.near_doubts and baseline.opened is None:
+            return True
+        if not duty.first or not found.answers:
+            return False
+        baseline.open(now)
+        return True
+
+    async def _can_take_over(self, duty: Duty, targets: Collection[Node], former: Container[float] | None) -> bool:
+        """Whether this host could do better than the leader; if there is no baseline, a target must say too that the
+        leader does not forward."""
+        reaches = await self._reaches(targets, former)
+        if self._baseline is not None:
+            self._baseline.handshakes = reaches
+        return reaches and await self._confirmed(duty) and await self._forwards()
+
+    async def _confirmed(self, duty: Duty) -> bool:
+        baseline, until = self._baseline, self._since + OPEN_SECONDS
+        if baseline is None:
+            return True
+        while self._current(duty):
+            news, now = self._news, trio.current_time()
+            assert self._duty is not None
+            if baseline.confirms(self._duty.far_doubts, self._since, now):
+                return True
+            if now >= until:
+                break
+            with trio.move_on_at(min(until, now + IN_DOUBT)):
+                await news.wait()
+        return False
+
+    def _without_baseline(self) -> NoBaseline:
+        """The baseline is lost with time, if nobody answers any more and no report stands."""
+        if self._baseline is None:
+            self._baseline = NoBaseline()
+        return self._baseline
+
+    def _pause(self, duty: Duty) -> float:
+        """The seconds until the next try, and a word to the operator if nobody ever answers."""
+        now = trio.current_time()
         if not self._account.blind(duty, now):
-            self._blind_since = None
-            self._once.clear("blind", "leaders of other locations answer echo requests again")
+            self._baseline = None
+            self._note_blind(None)
             return duties.PERIOD
-        self._blind_since = now if self._blind_since is None else self._blind_since
-        if now - self._blind_since >= BLIND_SECONDS:
-            self._once.warning(
-                "blind",
-                "no leader of another location answers echo requests, so nobody would notice if this location's leader "
-                "did not forward; if they are up, let ICMP echo pass",
-                leader=duty.leader.name, tried=tuple(sorted(node.name for node in duty.targets)),
-            )  # fmt: skip
-        return duties.BLIND_PERIOD
+        baseline = self._without_baseline()
+        self._note_blind(baseline.sentence(duty.leader.name, [node.name for node in duty.targets], now))
+        return duties.BLIND_PERIOD if baseline.waits(now) else duties.PERIOD
+
+    def _note_blind(self, sentence: str | None) -> None:
+        if sentence != self._blind:
+            self._blind = sentence
+            self._on_blind(sentence)
 
     def _in_doubt(self, duty: Duty) -> tuple[Node, ...]:
         said = self._said(duty)
@@ -251,6 +320,8 @@ class Witness:
             by_address, times=times, patience=self._account.patience(targets), first=True
         )  # fmt: skip
         answered = {by_address[address].name: took for address, took in answers.items()}
+        if answered:
+            self._baseline = None
         # Of several, one answer is enough, and the others were not waited for.
         tried = [node for node in targets if node.name in answered] if answered else targets
         self._account.tried(tried, answered, trio.current_time())

@@ -15,6 +15,7 @@ from enum import StrEnum
 import click
 from attrs import asdict, field, frozen
 
+from kilo_etcd.ctl.arrivals import TRIES, losses, some
 from kilo_etcd.ctl.context import Mesh
 from kilo_etcd.ctl.live import Live, differs, gather, pairs, tunnels
 from kilo_etcd.ctl.output import output_option
@@ -34,8 +35,6 @@ SLOW_SECONDS = 0.5
 
 MOST_NAMED = 20
 """Records that are named where there is something wrong with very many; the others are counted."""
-SHOWN = 5
-"""How many names a finding lists."""
 
 
 class Severity(StrEnum):
@@ -205,15 +204,23 @@ def _hosts(found: Examined) -> Iterator[Finding]:
     if slow := [name for name, answer in sorted(live.answers.items()) if answer.backend == "userspace"]:
         yield Finding(
             severity=Severity.NOTE, subject="agents",
-            text=f"WireGuard runs in userspace, which is slower, on {_some(slow)}",
+            text=f"WireGuard runs in userspace, which is slower, on {some(slow)}",
             remedy="modprobe wireguard there, then restart kilo-etcd",
         )  # fmt: skip
     yield from _tunnels(topology, live)
-
-
-def _some(names: list[str]) -> str:
-    more = len(names) - SHOWN
-    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
+    known = pairs(topology, tunnels(topology, live))
+    down = frozenset(frozenset((pair.one, pair.other)) for pair in known if pair.up is False)
+    for loss in losses(topology, live, down):
+        yield Finding(
+            severity=Severity.WARNING if loss.filtered else Severity.ERROR, subject=loss.subject, text=loss.text,
+            remedy=loss.remedy,
+        )  # fmt: skip
+    untried = [name for name, answer in sorted(live.answers.items()) if not (answer.reached or answer.unreached)]
+    if untried and len(topology.snapshot.nodes) > 1:
+        yield Finding(
+            severity=Severity.NOTE, subject="agents", text=f"packets were not tried by {some(untried)}",
+            remedy="agents of an older version do not try; upgrade them when it suits",
+        )  # fmt: skip
 
 
 def _tunnels(topology: Topology, live: Live) -> Iterator[Finding]:
@@ -255,7 +262,8 @@ def _coloured(severity: Severity) -> str:
 def check_command(mesh: Mesh, output: str) -> None:
     """Look for everything that is wrong, and say what to do about it.
 
-    The living agents are asked what their hosts have. Exit status 1: there are errors or warnings.
+    The living agents are asked what their hosts have, and to send packets to each other. Exit status 1: there are
+    errors or warnings.
     """
     found = mesh_findings(mesh)
     counts = Counter(finding.severity for finding in found)
@@ -268,7 +276,7 @@ def check_command(mesh: Mesh, output: str) -> None:
             if finding.remedy:
                 click.echo(f"    {clean(finding.remedy)}")
         said = [f"{counts[kind]} {kind}{'' if counts[kind] == 1 else 's'}" for kind in Severity if counts[kind]]
-        click.echo(", ".join(said) if said else "All is well: etcd, records, agents, kernels and tunnels.")
+        click.echo(", ".join(said) if said else "All is well: etcd, records, agents, kernels, tunnels and packets.")
     if counts[Severity.ERROR] or counts[Severity.WARNING]:
         raise SystemExit(1)
 
@@ -309,7 +317,7 @@ async def examine(client: Client, keys: Keys, endpoints: tuple[str, ...]) -> Exa
     members = await _members(client, endpoints)
     statuses = await operator.statuses(client, keys)
     snapshot, view = await operator.snapshot(client, keys)
-    live = await gather(client, keys, statuses.keys())
+    live = await gather(client, keys, statuses.keys(), tries=TRIES)
     return Examined(
         members=members,
         report=report(snapshot, statuses, newest=newest_revision(view, keys), registered=registered_names(view, keys)),

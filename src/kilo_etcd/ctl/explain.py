@@ -21,6 +21,7 @@ import click
 from attrs import frozen
 
 from kilo_etcd.ctl import complete
+from kilo_etcd.ctl.arrivals import losses
 from kilo_etcd.ctl.context import Failure, Mesh
 from kilo_etcd.ctl.live import Live, differs, gather, pairs, tunnels
 from kilo_etcd.ctl.output import output_option, show
@@ -245,6 +246,12 @@ def met(journeys: tuple[Journey, ...]) -> frozenset[str]:
     return frozenset(name for way in ways for step in way.steps for name in (step.source, step.target))
 
 
+def ends(journeys: tuple[Journey, ...], snapshot: Snapshot) -> tuple[str, ...]:
+    """The mesh addresses of the nodes that the journeys begin and end at and pass, which the hosts on the way try."""
+    nodes = [snapshot.nodes[name] for name in sorted(met(journeys) & snapshot.nodes.keys())]
+    return tuple(str(address) for node in nodes for address in node.mesh_addresses)
+
+
 def doubts(journeys: tuple[Journey, ...], topology: Topology, live: Live) -> tuple[tuple[str, str], ...]:
     """What the kernels of the hosts on the way say against the journeys: (name, sentence)."""
     if live.refused:
@@ -262,10 +269,13 @@ def doubts(journeys: tuple[Journey, ...], topology: Topology, live: Live) -> tup
         for step in way.steps
         if step.medium == _MEDIUM[Via.TUNNEL]
     }
+    down = set()
     for pair in pairs(topology, tunnels(topology, live)):
         if pair.up is False and frozenset((pair.one, pair.other)) in used:
+            down.add(frozenset((pair.one, pair.other)))
             found.append((pair.one, f"its tunnel to {pair.other} has no session: {pair.last}"))
-    return tuple(found)
+    found.extend((loss.subject, f"{loss.text}: {loss.remedy}") for loss in losses(topology, live, down))
+    return tuple(dict.fromkeys(found))
 
 
 @click.command(
@@ -294,11 +304,12 @@ def explain_command(mesh: Mesh, source: str, target: str, output: str, live: boo
     except Unknown as error:
         raise Failure(str(error)) from None
     names = met(journeys) | {source} | ({target} if target in snapshot.nodes else set())
-    against = None
+    against, tried = None, False
     if live:
         living = names & looked.statuses.keys()
-        said = mesh.ask(partial(gather, names=living))
+        said = mesh.ask(partial(gather, names=living, targets=ends(journeys, snapshot)))
         against = doubts(journeys, looked.topology, said)
+        tried = source in said.answers and bool(said.answers[source].reached)
     found = Explanation(journeys=journeys, remarks=remarks_on(looked.report(about=names), names), live=against)
     if output == "json":
         click.echo(explanation_json(found))
@@ -312,7 +323,8 @@ def explain_command(mesh: Mesh, source: str, target: str, output: str, live: boo
             rows = tuple((clean(n), clean(t)) for n, t in found.live)
             show([Table("What their kernels say against it", ("NODE", "REMARK"), rows)])
         elif found.live is not None:
-            click.echo("The kernels of the hosts on the way hold what they should.")
+            arrive = ", and packets arrive" if tried else f"; whether packets arrive was not tried by {source}"
+            click.echo(f"The kernels of the hosts on the way hold what they should{arrive}.")
     if not found.works:
         raise SystemExit(1)
 

@@ -52,12 +52,19 @@ class LiveTunnel:
 
 
 async def gather(
-    client: Client, keys: Keys, names: Collection[str], *, patience: float = PATIENCE_SECONDS
-) -> Live:  # fmt: skip
-    """Ask the agents of `names`, who should be known to live. What etcd refuses is said in the outcome."""
+    client: Client,
+    keys: Keys,
+    names: Collection[str],
+    *,
+    patience: float = PATIENCE_SECONDS,
+    tries: int = 0,
+    targets: Collection[str] = (),
+) -> Live:
+    """Ask the agents of `names`, who should be known to live. What etcd refuses is said in the outcome. For `tries` and
+    `targets` see `store.inquiry.ask`."""
     before = time.time()
     try:
-        answers = await ask(client, keys, names, patience=patience)
+        answers = await ask(client, keys, names, patience=patience, tries=tries, targets=targets)
     except EtcdError as error:
         return Live(refused=str(error))
     after = time.time()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Protocol
 
+from kilo_etcd.kernel.chains import Obstacle
 from kilo_etcd.kernel.state import ApplyReport, Backend, Change, Heard, Observed
 from kilo_etcd.model import IPAddress
 from kilo_etcd.topology.hostplan import HostPlan
@@ -40,9 +41,9 @@ class Kernel(Protocol):
     async def observe(self) -> Observed:
         """What is there now, read anew."""
 
-    async def obstacles(self) -> tuple[str, ...]:
-        """What of the host's own settings would drop mesh traffic that it forwards, as sentences. Programs are run for
-        it, so it is for when somebody asks."""
+    async def obstacles(self) -> tuple[Obstacle, ...]:
+        """What of the host's own settings drops mesh traffic that it forwards, or may do so. Cheap as long as nothing
+        has changed, unless there are chains of the older xtables, for which programs are run."""
 
     async def hear(self) -> Heard:
         """What the WireGuard device says of its peers now: much less to read than all that `observe` does."""

@@ -24,7 +24,8 @@ from attrs import frozen
 from kilo_etcd.kernel.effect import apply_changes
 from kilo_etcd.kernel.errors import collision, shadow
 from kilo_etcd.kernel.firewall import table_for
-from kilo_etcd.kernel.forward import AddForward, DeleteForward, rules_for
+from kilo_etcd.kernel.forward import AddForward, DeleteForward, mark, rules_for
+from kilo_etcd.kernel.openings import AddOpening, DeleteOpening, openings_for
 from kilo_etcd.kernel.rules import AddRule, DeleteRule
 from kilo_etcd.kernel.state import (
     KERNEL_PROTOCOL,
@@ -472,6 +473,13 @@ def _forward_rules(
             failures.append(Failure(subject="--forward-rules", text=text, aside=True))
     made: list[Change] = [AddForward(rule) for rule in wanted if rule not in observed.forward_rules]
     stale: list[Change] = [DeleteForward(rule) for rule in observed.forward_rules.difference(wanted)]
+    openings = (
+        openings_for(plan, target.interface, target.ipip, observed.dropping, mark(target.interface))
+        if target.forward_rules
+        else ()
+    )
+    made += [AddOpening(one) for one in openings if one not in observed.openings]
+    stale += [DeleteOpening(one) for one in observed.openings.difference(openings)]
     return made, sorted(stale, key=str)
 
 

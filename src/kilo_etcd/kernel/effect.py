@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from attrs import evolve
 
 from kilo_etcd.kernel.forward import AddForward, DeleteForward
+from kilo_etcd.kernel.openings import AddOpening, DeleteOpening
 from kilo_etcd.kernel.rules import AddRule, DeleteRule
 from kilo_etcd.kernel.state import (
     MAIN_TABLE,
@@ -100,6 +101,7 @@ class _Effect:
         self._advertised = observed.advertised
         self._table = observed.table
         self._forward_rules = set(observed.forward_rules)
+        self._openings = set(observed.openings)
 
     def make(self, change: Change) -> None:
         match change:
@@ -163,6 +165,10 @@ class _Effect:
                 self._forward_rules.add(rule)
             case DeleteForward(rule=rule):
                 self._forward_rules.discard(rule)
+            case AddOpening(opening=opening):
+                self._openings.add(opening)
+            case DeleteOpening(opening=opening):
+                self._openings.discard(opening)
             case _:
                 pass
 
@@ -187,6 +193,7 @@ class _Effect:
             advertised=self._advertised,
             table=self._table,
             forward_rules=frozenset(self._forward_rules),
+            openings=frozenset(self._openings),
             memo=None if self._owner is None else _Owners(self._owner, self._peers),
         )
 

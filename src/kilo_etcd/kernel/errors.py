@@ -11,6 +11,7 @@ import os
 
 from kilo_etcd import descriptors
 from kilo_etcd.kernel.forward import AddForward, DeleteForward
+from kilo_etcd.kernel.openings import AddOpening, DeleteOpening
 from kilo_etcd.kernel.rules import AddRule, DeleteRule
 from kilo_etcd.kernel.state import (
     MAIN_TABLE,
@@ -62,7 +63,7 @@ _NO_NFTABLES = frozenset({errno.ENOENT, errno.EOPNOTSUPP, errno.EPROTONOSUPPORT,
 def failure(change: Change, error: OSError) -> Failure:
     """Why `change` could not be made, with the step that helps where one is known."""
     destination = change.route.destination if isinstance(change, AddRoute | ReplaceRoute | DeleteRoute) else None
-    aside = isinstance(change, ReplaceTable | DeleteTable | AddForward | DeleteForward)
+    aside = isinstance(change, ReplaceTable | DeleteTable | AddForward | DeleteForward | AddOpening | DeleteOpening)
     if isinstance(change, AddRoute | DeleteRoute) and change.route.fence:
         destination, aside = None, True
     if isinstance(change, AddRule | DeleteRule) or (
@@ -116,6 +117,11 @@ def _sentence(change: Change, error: OSError) -> str:
         return (
             f"`{change}` failed, since IPv6 is switched off on {name}: nothing leaves by the exit node in IPv6, and "
             f"whoever calls this host's own IPv6 addresses gets no answer; set net.ipv6.conf.{name}.disable_ipv6=0"
+        )
+    if isinstance(change, AddOpening | DeleteOpening) and code == errno.EPERM:
+        return (
+            f"`{change}` was refused: the table belongs to the program that made it (nftables' flag owner), so "
+            f"--forward-rules can do nothing there: {change.opening.remedy}"
         )
     if code in (errno.EPERM, errno.EACCES) and not isinstance(change, AddAddress):
         return f"`{change}` was refused: {NO_PERMISSION}"

@@ -76,11 +76,11 @@ def rules_for(plan: HostPlan, interface: str, ipip: str, chains: Mapping[int, st
         ForwardRule(version, chains[version], match, mark(interface))
         for version in sorted(plan.forwarding)
         if version in chains
-        for match in _matches(plan, interface, ipip if plan.ipip_remotes and version == 4 else "", version)
+        for match in matches(plan, interface, ipip if plan.ipip_remotes and version == 4 else "", version)
     )
 
 
-def _matches(plan: HostPlan, interface: str, ipip: str, version: int) -> Iterator[tuple[str, ...]]:
+def matches(plan: HostPlan, interface: str, ipip: str, version: int) -> Iterator[tuple[str, ...]]:
     for device in (interface, ipip):
         if device:
             yield "-i", device
@@ -111,11 +111,3 @@ def read_rules(printed: str, version: int, interface: str) -> tuple[str, frozens
             if tuple(words[2:]) == rule.words:
                 rules.add(rule)
     return chain, frozenset(rules)
-
-
-def blocked(printed: str, interface: str) -> bool:
-    """Whether, by what `iptables -S` prints, FORWARD's policy drops what comes out of the tunnel, and no rule in any
-    chain that names the tunnel accepts it."""
-    lines = [shlex.split(line) for line in printed.splitlines()]
-    drops = any(words[:3] == ["-P", FORWARD, "DROP"] for words in lines)
-    return drops and not any(words[:1] == ["-A"] and interface in words and words[-1] == "ACCEPT" for words in lines)

@@ -9,17 +9,21 @@ from __future__ import annotations
 import errno
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from attrs import evolve
 
 from kilo_etcd.kernel import netlink, routing, rtnetlink, sysctl, userspace, wireguard
+from kilo_etcd.kernel.chains import Obstacle, Packet, drops, obstacles, packets
 from kilo_etcd.kernel.errors import NO_PERMISSION, KernelError, NetlinkError, failure, taken, why_not
 from kilo_etcd.kernel.firewall import table_name
-from kilo_etcd.kernel.forward import AddForward, DeleteForward
+from kilo_etcd.kernel.forward import AddForward, DeleteForward, mark
+from kilo_etcd.kernel.hooks import ours
 from kilo_etcd.kernel.iptables import Iptables
 from kilo_etcd.kernel.netfilter import Netfilter
 from kilo_etcd.kernel.netlink import Message
+from kilo_etcd.kernel.openings import AddOpening, DeleteOpening, Opening, Place
 from kilo_etcd.kernel.rtnetlink import FoundLink
 from kilo_etcd.kernel.rules import AddRule, DeleteRule
 from kilo_etcd.kernel.state import (
@@ -63,6 +67,7 @@ from kilo_etcd.kernel.steady import SteadyTime
 from kilo_etcd.kernel.table import DeleteTable, ReplaceTable
 from kilo_etcd.kernel.wayout import MARK, exit_fences
 from kilo_etcd.model import IPAddress, IPInterface, IPNetwork
+from kilo_etcd.topology.hostplan import HostPlan
 
 _CAP_NET_ADMIN = 12
 _NO_SUCH_FAMILY = frozenset({errno.EOPNOTSUPP, errno.EAFNOSUPPORT, errno.ENOENT})
@@ -117,6 +122,8 @@ class Host:
         self._generic = wireguard.generic_socket()
         self.netfilter = Netfilter()
         self._forward_rules = forward_rules
+        self._opened = Path(runtime_dir) / f"{interface}.openings"
+        """Says that there may be rules of ours in others' nftables chains."""
         self._iptables = Iptables(interface, Path(runtime_dir) / f"{interface}.forward", self.netfilter.generation)
         self.userspace = userspace.UserspaceDevice(uapi_dir, runtime_dir)
         self._kernel: wireguard.KernelDevice | None = None
@@ -125,6 +132,8 @@ class Host:
         self.links: dict[int, Link] = {}
         self.egress: set[int] = set()
         """Indexes of the devices that `egress_mtus` has come upon."""
+        self._devices: tuple[str, ...] = ()
+        """By which mesh packets go on to the location, when last read; else the devices with a default route."""
         self.ways: dict[IPNetwork, int] = {}
         """Destination of each route of ours -> index of its device, when last read."""
 
@@ -138,13 +147,31 @@ class Host:
         written = self._writes + self.netfilter.writes + self._iptables.writes + self.userspace.writes
         return written + (self._kernel.writes if self._kernel else 0)
 
-    def obstacles(self) -> tuple[str, ...]:
-        """What of this host's own settings would drop mesh traffic that it forwards."""
-        return tuple(
-            f"{self.interface}'s IPv{version} packets are not forwarded, since the policy of the firewall's FORWARD "
-            f"chain is to drop: set KILO_FORWARD_RULES=true, or let {self.interface} through with a rule of your own"
-            for version in sorted(self._iptables.blocked())
+    def obstacles(self, plan: HostPlan | None) -> tuple[Obstacle, ...]:
+        """What of this host's own settings drops mesh traffic that it forwards, or may do so."""
+        versions = plan.forwarding if plan is not None and plan.forwarding else frozenset({4, 6})
+        sent = self._forwarded(versions, plan)
+        legacy = tuple(
+            chain for version in sorted(versions) if (chain := self._iptables.legacy(version)) is not None
+        )  # fmt: skip
+        chains = (*self.netfilter.forward_chains(), *legacy)
+        found = obstacles(chains, sent, self.interface, opening=self._forward_rules)
+        off = sysctl.not_forwarding([self.interface, *self._devices]) if 4 in versions else ()
+        return (
+            *found,
+            *(
+                Obstacle(
+                    f"net.ipv4.conf.{name}.forwarding is 0, so what comes in by {name} is not forwarded: "
+                    f"sysctl -w {sysctl.command(name)}=1, and look for who switches it off in /etc/sysctl.d"
+                )
+                for name in off
+            ),
         )
+
+    def _forwarded(self, versions: Collection[int], plan: HostPlan | None) -> tuple[Packet, ...]:
+        """The packets that this host forwards, as its firewall sees them."""
+        subnets = () if plan is None else plan.fences
+        return packets(self.interface, self._devices or ("any other device",), versions, subnets)
 
     def choose(self, wanted: str, command: str) -> Backend:
         """Where WireGuard runs here: what is there already counts, then what the kernel can do."""
@@ -194,6 +221,10 @@ class Host:
             self._route, self.interface, self.protocol, {index: link.name for index, link in self.links.items()}
         )
         forward_chains, forward_rules = self._iptables.read(self._forward_rules)
+        near = {route.device for route in routes.values()} - {self.interface, ""}
+        far = {route.device for network, route in foreign.items() if not network.prefixlen}
+        self._devices = tuple(sorted(near or far))
+        dropping, openings = self._read_openings()
         return Observed(
             time=self.steady.now(),
             link=own,
@@ -219,7 +250,26 @@ class Host:
             table=self.netfilter.read(table_name(self.interface)),
             forward_rules=forward_rules,
             forward_chains=forward_chains,
+            dropping=dropping,
+            openings=openings,
         )
+
+    def _read_openings(self) -> tuple[frozenset[Place], frozenset[Opening]]:
+        """Which chains of others drop what is forwarded, and the rules of ours in such chains."""
+        if not self._forward_rules and not self._opened.exists():
+            return frozenset(), frozenset()
+        own, chains = mark(self.interface), self.netfilter.forward_chains()
+        found = ours(chains, own)
+        if not self._forward_rules:
+            if not found:
+                self._opened.unlink(missing_ok=True)
+            return frozenset(), found
+        sent = self._forwarded((4, 6), None)
+        return frozenset(
+            (chain.family, chain.table, chain.name)
+            for chain in chains
+            if not chain.iptables and any(drops(chain, one, without=own) is not False for one in sent)
+        ), found
 
     def hear(self) -> Heard:
         """Read what the device says of its peers; nobody, if there is none or it is not ours."""
@@ -511,6 +561,11 @@ class Host:
                     self.netfilter.delete(name)
                 case AddForward() | DeleteForward():
                     self._iptables.make(change)
+                case AddOpening() | DeleteOpening():
+                    with suppress(OSError):
+                        self._opened.parent.mkdir(parents=True, exist_ok=True)
+                        self._opened.touch()
+                    self.netfilter.edit(change)
                 case _:
                     raise TypeError(change)
         except OSError as error:
@@ -559,6 +614,7 @@ class Host:
         if observed.table is not None:
             changes.append(DeleteTable(observed.table.name))
         changes.extend(DeleteForward(rule) for rule in sorted(observed.forward_rules, key=str))
+        changes.extend(DeleteOpening(one) for one in sorted(observed.openings, key=str))
         changes.extend(sysctl.to_restore(self._record))
         return tuple(changes)
 

@@ -16,7 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from kilo_etcd import descriptors
-from kilo_etcd.kernel.forward import AddForward, DeleteForward, ForwardRule, blocked, read_rules
+from kilo_etcd.kernel.chains import BaseChain, from_iptables
+from kilo_etcd.kernel.forward import AddForward, DeleteForward, ForwardRule, read_rules
 
 _PROGRAMS = {4: "iptables", 6: "ip6tables"}
 _PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
@@ -71,15 +72,17 @@ class Iptables:
             rules |= own
         return chains, rules
 
-    def blocked(self) -> frozenset[int]:
-        """The families in which FORWARD drops what comes out of the tunnel. What cannot be read blocks nothing."""
-        found = set()
-        for version, program in _PROGRAMS.items():
-            if shutil.which(program, path=_PATH) is not None:
-                with suppress(OSError):
-                    if blocked(_run(program, "-w", "5", "-S"), self._interface):
-                        found.add(version)
-        return frozenset(found)
+    def legacy(self, version: int) -> BaseChain | None:
+        """The chain FORWARD of the older xtables, which nftables does not show; None: it has none, or it is not to be
+        read."""
+        tables = Path("/proc/net/ip_tables_names" if version == 4 else "/proc/net/ip6_tables_names")
+        with suppress(OSError):
+            if "filter" not in tables.read_text().split():
+                return None
+            for program in (f"{_PROGRAMS[version]}-legacy", _PROGRAMS[version]):
+                if shutil.which(program, path=_PATH) is not None:
+                    return from_iptables(_run(program, "-w", "5", "-S"), version)
+        return None
 
     def _reported(self) -> bool:
         """Whether iptables writes to nftables, whose generation tells of changes."""

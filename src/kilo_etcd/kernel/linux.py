@@ -22,6 +22,7 @@ from attrs import evolve
 from kilo_etcd import descriptors
 from kilo_etcd.kernel import echo, rtnetlink, sysctl
 from kilo_etcd.kernel.api import Kernel
+from kilo_etcd.kernel.chains import Obstacle
 from kilo_etcd.kernel.diff import Difference, difference, is_drift, must_look, remember, shadows, superseded
 from kilo_etcd.kernel.drift import Watch, Whereabouts, bends_ways, device_period
 from kilo_etcd.kernel.effect import apply_changes
@@ -240,9 +241,9 @@ class LinuxKernel:
             self._notice(observed)
             return observed
 
-    async def obstacles(self) -> tuple[str, ...]:
+    async def obstacles(self) -> tuple[Obstacle, ...]:
         async with self._lock:
-            return await _told(self._host.obstacles)
+            return await _told(lambda: self._host.obstacles(self._plan))
 
     async def hear(self) -> Heard:
         async with self._lock:

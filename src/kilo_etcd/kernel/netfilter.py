@@ -13,9 +13,11 @@ from collections.abc import Sequence
 from ipaddress import ip_address
 
 from kilo_etcd import descriptors
-from kilo_etcd.kernel import netlink
+from kilo_etcd.kernel import hooks, netlink
+from kilo_etcd.kernel.chains import BaseChain
 from kilo_etcd.kernel.netlink import Message, attribute, attributes, nested, text
 from kilo_etcd.kernel.nftables import be32, elements, pack_expressions, read_expressions
+from kilo_etcd.kernel.openings import AddOpening, DeleteOpening
 from kilo_etcd.kernel.table import AddressSet, Chain, Rule, Table
 
 PROTOCOL = 12
@@ -90,6 +92,7 @@ class Netfilter:
 
     def __init__(self) -> None:
         self._socket: netlink.Socket | None = None
+        self._forward: tuple[int, tuple[BaseChain, ...]] | None = None
         self.writes = 0
 
     def close(self) -> None:
@@ -156,6 +159,24 @@ class Netfilter:
         except OSError:
             return None
 
+    def forward_chains(self) -> tuple[BaseChain, ...]:
+        """Every base chain of hook forward; read again only if nftables has changed."""
+        generation = self.generation()
+        if generation is None:
+            return ()
+        if self._forward is None or self._forward[0] != generation:
+            try:
+                self._forward = generation, hooks.read(self._open())
+            except OSError as error:
+                if error.errno in _NONE:
+                    return ()
+                raise
+        return self._forward[1]
+
+    def edit(self, change: AddOpening | DeleteOpening) -> None:
+        pack = hooks.pack_insertion if isinstance(change, AddOpening) else hooks.pack_removal
+        self._transact([pack(change.opening)])
+
     def replace(self, table: Table) -> None:
         self._transact(pack_table(table))
 
@@ -190,8 +211,9 @@ def _chain(item: dict[int, bytes]) -> Chain:
 
 
 class Reports:
-    """Hears of changes to one table that others make, and of rules with a comment of ours that go from a table named
-    filter (see `kernel.forward`). `socket` is None where the kernel has no nfnetlink."""
+    """Hears of changes to one table that others make, and, if there is a comment of ours to look for, of rules with it
+    that go and of forward chains that come (see `kernel.forward`, `kernel.openings`). `socket` is None where the kernel
+    has no nfnetlink."""
 
     def __init__(self, name: str, comment: str = "") -> None:
         self._comment = comment.encode()
@@ -223,13 +245,22 @@ class Reports:
 
     def _heard(self, kind: int, body: bytes) -> str | None:
         table = attributes(body, 4).get(1)
-        if body[0] == _INET:
-            return self._what if table == self._name else None
-        if not self._comment or table != b"filter\0":
+        if body[0] == _INET and table == self._name:
+            return self._what
+        if not self._comment:
             return None
+        item = attributes(body, 4)
         if kind == _DELRULE and self._comment in body:
-            return "a rule of ours was removed from the chain FORWARD or DOCKER-USER"
-        return "docker has come" if kind == _NEWCHAIN and b"DOCKER-USER\0" in body else None
+            where = "FORWARD or DOCKER-USER" if table == b"filter\0" else f"{_text(item, 2)} of table {_text(item, 1)}"
+            return f"a rule of ours was removed from the chain {where}"
+        if kind != _NEWCHAIN:
+            return None
+        if table == b"filter\0" and body[0] != _INET:
+            return "docker has come" if b"DOCKER-USER\0" in body else None
+        hook = attributes(item.get(4, b""))
+        if hook.get(1) == be32(_HOOKS["forward"]):
+            return f"a firewall has made the chain {_text(item, 3)} of table {_text(item, 1)}"
+        return None
 
     def close(self) -> None:
         if self._listener is not None:

@@ -14,6 +14,7 @@ from typing import Literal, TypeAlias
 from attrs import evolve, field, frozen
 
 from kilo_etcd.kernel.forward import AddForward, DeleteForward, ForwardRule
+from kilo_etcd.kernel.openings import AddOpening, DeleteOpening, Opening, Place
 from kilo_etcd.kernel.rules import AddRule, DeleteRule, RoutingRule
 from kilo_etcd.kernel.table import DeleteTable, ReplaceTable, Table
 from kilo_etcd.model import DEFAULT_INTERFACE, Endpoint, IPAddress, IPInterface, IPNetwork
@@ -178,6 +179,10 @@ class Observed:
     """The nftables table of our name."""
     forward_rules: frozenset[ForwardRule] = frozenset()
     forward_chains: Mapping[int, str] = field(factory=dict)
+    dropping: frozenset[Place] = frozenset()
+    """Other programs' nftables chains that drop what is forwarded for the mesh, but for rules of ours."""
+    openings: frozenset[Opening] = frozenset()
+    """Rules of ours in such chains."""
     """Family -> the chain that they belong in; looked at only where there are, or shall be, any."""
     memo: object = field(default=None, eq=False, repr=False)
     """What `kernel.effect` needs to compute the next state from this one; it means nothing to anyone else."""
@@ -439,7 +444,7 @@ class RestoreSysctl:
 LinkChange: TypeAlias = CreateLink | StartUserspace | DeleteLink | SetMtu | SetUp
 WireGuardChange: TypeAlias = SetDevice | SetPeer | RemovePeer
 RouteChange: TypeAlias = AddRoute | ReplaceRoute | DeleteRoute | AddRule | DeleteRule
-FilterChange: TypeAlias = ReplaceTable | DeleteTable | AddForward | DeleteForward
+FilterChange: TypeAlias = ReplaceTable | DeleteTable | AddForward | DeleteForward | AddOpening | DeleteOpening
 SysctlChange: TypeAlias = SetForwarding | AllowPings | KeepAdvertisements | RestoreSysctl
 AddressChange: TypeAlias = AddAddress | DeleteAddress
 Change: TypeAlias = LinkChange | AddressChange | WireGuardChange | RouteChange | SysctlChange | FilterChange

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from kilo_etcd import descriptors
@@ -25,6 +26,20 @@ _ROOT = Path("/proc/sys")
 def forwarding() -> frozenset[int]:
     """The families (4, 6) that are forwarded."""
     return frozenset(family for family in (4, 6) if _read(SetForwarding(family).path) == "1")
+
+
+def not_forwarding(names: Iterable[str]) -> tuple[str, ...]:
+    """Those interfaces that are kept from forwarding IPv4 while the host forwards it. IPv6 has no such switch: there
+    only that of all interfaces counts (ip-sysctl.rst)."""
+    if 4 not in forwarding():
+        return ()
+    return tuple(name for name in names if _read(f"net/ipv4/conf/{name}/forwarding") == "0")
+
+
+def command(name: str) -> str:
+    """The name of an interface's switch as sysctl takes it: with slashes if the interface's own has dots."""
+    path = f"net/ipv4/conf/{name}/forwarding"
+    return path if "." in name else path.replace("/", ".")
 
 
 def lacking() -> frozenset[int]:

@@ -31,9 +31,18 @@ PATIENCE_SECONDS = 3.0
 
 
 async def ask(
-    client: Client, keys: Keys, names: Collection[str], *, patience: float = PATIENCE_SECONDS
+    client: Client,
+    keys: Keys,
+    names: Collection[str],
+    *,
+    patience: float = PATIENCE_SECONDS,
+    tries: int = 0,
+    targets: Collection[str] = (),
 ) -> Mapping[str, AnswerRecord]:
     """The answers of the agents of nodes `names`, by node; who has not answered after `patience` seconds is left out.
+
+    Each is asked to send packets to `tries` nodes of its own choice and to the mesh addresses `targets`, which agents
+    of older versions do not do.
 
     Who is asked should be known to live. EtcdError: the question could not be put.
     """
@@ -43,7 +52,7 @@ async def ask(
         return answers
     lease = (await client.grant_lease(LEASE_SECONDS)).id
     try:
-        question = QuestionRecord(nodes=tuple(sorted(names)))
+        question = QuestionRecord(nodes=tuple(sorted(names)), tries=tries, targets=tuple(targets))
         put = await client.put(keys.question(lease), encode(question), lease=lease)
         root = keys.answers_to(lease)
         with trio.move_on_after(patience):

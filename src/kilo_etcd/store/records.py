@@ -167,6 +167,10 @@ class QuestionRecord:
 
     nodes: tuple[str, ...] = ()
     """Who is asked; empty: all."""
+    tries: int = 0
+    """How many nodes each is to send packets to, of its own choice; 0: to none."""
+    targets: tuple[str, ...] = ()
+    """Mesh addresses that all are to send packets to besides."""
 
 
 @frozen(kw_only=True)
@@ -188,6 +192,12 @@ class AnswerRecord:
     """The first of them, as commands."""
     trouble: tuple[str, ...] = ()
     """What the agent found wrong when it was asked, beyond what its status says."""
+    suspects: tuple[str, ...] = ()
+    """What on the host may drop packets that it forwards."""
+    reached: tuple[str, ...] = ()
+    """Mesh addresses that have answered its echo requests."""
+    unreached: tuple[str, ...] = ()
+    """Those that have not."""
 
 
 @frozen(kw_only=True)
@@ -497,7 +507,7 @@ _READERS: dict[type, dict[str, Callable[[object], Any]]] = {
         "unsigned": _items(_string),
         "answers": _truth,
     },
-    QuestionRecord: {"nodes": _items(_string)},
+    QuestionRecord: {"nodes": _items(_string), "tries": _whole, "targets": _items(_string)},
     AnswerRecord: {
         "time": _whole,
         "revision": _whole,
@@ -507,6 +517,9 @@ _READERS: dict[type, dict[str, Callable[[object], Any]]] = {
         "undone": _whole,
         "changes": _items(_string),
         "trouble": _items(_string),
+        "suspects": _items(_string),
+        "reached": _items(_string),
+        "unreached": _items(_string),
     },
     SightingRecord: {"public_key": check_key, "endpoint": _address_endpoint},
     VerdictRecord: {

@@ -20,12 +20,14 @@ import trio
 from attrs import evolve
 
 from kilo_etcd.kernel.api import Kernel
+from kilo_etcd.kernel.chains import Obstacle
 from kilo_etcd.kernel.diff import difference, is_drift, remember, superseded
 from kilo_etcd.kernel.drift import device_period
 from kilo_etcd.kernel.echo import SPACING
 from kilo_etcd.kernel.effect import apply_changes
 from kilo_etcd.kernel.errors import KernelError
 from kilo_etcd.kernel.forward import AddForward, DeleteForward
+from kilo_etcd.kernel.openings import AddOpening, DeleteOpening
 from kilo_etcd.kernel.rules import DeleteRule
 from kilo_etcd.kernel.state import (
     ROUTE_PROTOCOL,
@@ -71,7 +73,7 @@ class FakeHost:
         """Why nothing can be programmed at all."""
         self.unreadable: str | None = None
         """Why nothing can be read; what needs no reading can be programmed all the same."""
-        self.obstacles: tuple[str, ...] = ()
+        self.obstacles: tuple[Obstacle, ...] = ()
         """What would drop forwarded traffic."""
         self.moved = trio.Event()
         """Set by a test that changes `addresses`."""
@@ -127,6 +129,7 @@ class FakeHost:
         if self.observed.table is not None:
             changes.append(DeleteTable(self.observed.table.name))
         changes.extend(DeleteForward(rule) for rule in sorted(self.observed.forward_rules, key=str))
+        changes.extend(DeleteOpening(one) for one in sorted(self.observed.openings, key=str))
         self.observed = apply_changes(self.observed, changes, interface)
         self.history.extend(changes)
         return tuple(changes)
@@ -210,7 +213,7 @@ class FakeKernel:
             self.drifted("found undone")
         return observed
 
-    async def obstacles(self) -> tuple[str, ...]:
+    async def obstacles(self) -> tuple[Obstacle, ...]:
         await trio.lowlevel.checkpoint()
         return self.host.obstacles
 
@@ -288,7 +291,7 @@ async def open_fake_kernel(host: FakeHost, setup: Setup, *, delay: float = 0.0) 
 
 def _failure(change: Change, why: str) -> Failure:
     destination = change.route.destination if isinstance(change, AddRoute | ReplaceRoute | DeleteRoute) else None
-    aside = isinstance(change, ReplaceTable | DeleteTable | AddForward | DeleteForward)
+    aside = isinstance(change, ReplaceTable | DeleteTable | AddForward | DeleteForward | AddOpening | DeleteOpening)
     if isinstance(change, AddRoute | DeleteRoute) and change.route.fence:
         destination, aside = None, True
     return Failure(subject=str(change), text=why, destination=destination, aside=aside)

@@ -1,0 +1,106 @@
+"""What a prober may conclude while nobody has ever answered through its leader. Pure.
+
+Silence counts only against a target that has answered before. A leader that has never forwarded has no such baseline,
+and neither has a prober that has just started. In that case a report needs more evidence than a silence that follows
+answers:
+
+* the leader answers this host on the location's own network, and no target does through it;
+* the takeover check succeeds: a direct WireGuard handshake with a target;
+* a target confirms it, by a report of its own: it has tried members of the location through the leader, and none has
+  answered. Echo requests travel the other way then, so a target whose firewall drops incoming ones disproves the
+  suspicion instead of feeding it. If the leader answers the target, that counts at once; else (its port is blocked, or
+  its tunnels are still coming up) once the report has stood for SETTLE_SECONDS.
+
+A report that nobody confirms is taken back after OPEN_SECONDS, and is made again after a pause that doubles, so a
+network that filters echo requests sees a write now and then and never a change of leader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from attrs import define, field
+
+from kilo_etcd.model import Node, Verdict
+
+TRIES = 2
+"""So many tries in a row, PERIOD apart, before all targets are tried at once."""
+
+SETTLE_SECONDS = 5.5
+"""WireGuard repeats a handshake after 5 s."""
+
+OPEN_SECONDS = 8.0
+
+PAUSE, LONGEST_PAUSE = 30.0, 600.0
+"""Seconds between two reports without a baseline that came to nothing: at first, and at most."""
+
+WARN_SECONDS = 20.0
+"""After so long without a baseline the operator is told."""
+
+
+@define
+class NoBaseline:
+    """The state of one prober towards one leader, by one candidacy. Times are seconds of one monotonic clock."""
+
+    _tried: int = 0
+    _since: float | None = None
+    _due: float = float("-inf")
+    _pause: float = PAUSE
+    _targets: frozenset[str] = frozenset()
+    opened: float | None = None
+    """When the report that stands without a baseline was made."""
+    handshakes: bool | None = None
+    """Whether a target has shaken hands directly; None: not tried."""
+    confirmed: bool = field(default=False)
+    """Whether a target has confirmed that the leader does not forward."""
+
+    def silent(self, targets: Iterable[Node], now: float) -> bool:
+        """A try has found nobody; whether all `targets` are to be tried at once now."""
+        names = frozenset(node.name for node in targets)
+        if names != self._targets:
+            # Other targets may know better.
+            self._targets, self._due, self._pause = names, float("-inf"), PAUSE
+        self._since = now if self._since is None else self._since
+        self._tried += 1
+        return self._tried >= TRIES and now >= self._due
+
+    def waits(self, now: float) -> bool:
+        """Whether no report is due for a while, so that there is no hurry to try again."""
+        return now < self._due
+
+    def open(self, now: float) -> None:
+        """A report without a baseline is made."""
+        self.opened = now if self.opened is None else self.opened
+
+    def close(self, now: float) -> None:
+        """It is taken back unconfirmed, and is not made again for a while."""
+        self.opened = None
+        self._due, self._pause = now + self._pause, min(self._pause * 2, LONGEST_PAUSE)
+
+    def over(self, now: float) -> bool:
+        """Whether the report has stood for as long as it may without being confirmed."""
+        return self.opened is not None and now - self.opened >= OPEN_SECONDS
+
+    def confirms(self, far: Iterable[Verdict], since: float, now: float) -> bool:
+        """Whether the reports of targets confirm one that was made at `since`."""
+        found = tuple(far)
+        self.confirmed = self.confirmed or bool(found)
+        return any(one.answers for one in found) or (bool(found) and now - since >= SETTLE_SECONDS)
+
+    def sentence(self, leader: str, targets: Iterable[str], now: float) -> str | None:
+        """What to tell the operator; None: nothing yet."""
+        if self._since is None or now - self._since < WARN_SECONDS:
+            return None
+        tried = ", ".join(sorted(targets))
+        text = f"nobody elsewhere has ever answered an echo request through the leader {leader} (tried: {tried})"
+        if self.confirmed:
+            return f"{text}, and they find no way through it either: {leader} does not forward; kgctl check says more"
+        if self.handshakes:
+            return (
+                f"{text}, although they shake hands with this host directly: if {leader} forwards, let ICMP echo pass "
+                "there, else nobody notices when it does not; kgctl check says more"
+            )
+        return (
+            f"{text}, so nobody notices if {leader} does not forward: are they up, and does UDP reach them? if both, "
+            "let ICMP echo pass; kgctl check says more"
+        )

@@ -1,0 +1,182 @@
+"""Which hosts' packets arrive, by the echo requests that the living agents have sent when they were asked. Pure.
+
+A lost packet alone says little; all of them together say where it is lost. Members who reach nobody outside while their
+leader does have a leader that passes nothing on. A host that nobody reaches is down or filters echo requests, and it is
+the latter if its own requests are answered. What a tunnel without a session explains is left to whoever says that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from ipaddress import ip_address
+
+from attrs import field, frozen
+
+from kilo_etcd.ctl.live import Live
+from kilo_etcd.model import Granularity
+from kilo_etcd.topology.segments import Topology
+
+TRIES = 64
+"""Nodes that each host is to try."""
+
+SHOWN = 5
+"""How many names a sentence lists."""
+
+
+@frozen(kw_only=True)
+class Loss:
+    """Packets that do not arrive, in a sentence with its remedy. `names`: the hosts concerned."""
+
+    subject: str
+    text: str
+    remedy: str
+    filtered: bool = False
+    """Only echo requests are known to be lost."""
+    names: frozenset[str] = field(default=frozenset(), eq=False)
+
+
+@frozen
+class _Tried:
+    """Who has reached whom, by node and family."""
+
+    good: frozenset[tuple[str, str]]
+    bad: Mapping[tuple[str, str], frozenset[int]]
+    """Pair -> the families in which there was no answer."""
+
+    def meet(self, one: str, other: str) -> bool:
+        """Whether one of the two has reached the other, or they are the same."""
+        return one == other or (one, other) in self.good or (other, one) in self.good
+
+    def cut(self, one: str, other: str) -> bool:
+        """Whether packets between the two are known to be lost, which is said of them."""
+        return ((one, other) in self.bad or (other, one) in self.bad) and not self.meet(one, other)
+
+
+def losses(topology: Topology, live: Live, down: Collection[frozenset[str]] = ()) -> tuple[Loss, ...]:
+    """What was lost. `down`: pairs of leaders whose tunnel is known to have no session."""
+    tried = _tried(topology, live)
+    if not tried.bad:
+        return ()
+    found: list[Loss] = []
+    rest = set(tried.bad)
+    for target in sorted({pair[1] for pair in rest}):
+        askers = sorted(one for one, other in (*rest, *tried.good) if other == target)
+        if any((one, target) in tried.good for one in askers) or _explained(topology, target, askers, down):
+            continue
+        reaches = any(one == target for one, _ in tried.good)
+        if len(askers) < 2 and not reaches:
+            continue  # It may as well be the one that asks.
+        families = frozenset(version for one in askers for version in tried.bad[one, target])
+        rest = {pair for pair in rest if pair[1] != target}
+        found.append(_unreached(topology, target, askers, families, reaches=reaches))
+    mute = {loss.subject for loss in found if not loss.filtered}
+    # Who is cut off reaches nobody either; that need not be said twice.
+    rest = {pair for pair in rest if pair[0] not in mute}
+    found += _by_leader(topology, live, tried, rest, down)
+    return tuple(found)
+
+
+def _tried(topology: Topology, live: Live) -> _Tried:
+    nodes = topology.snapshot.nodes.values()
+    by_address = {str(address): node.name for node in nodes for address in node.mesh_addresses}
+    living = {*live.answers, *live.silent}
+    good: set[tuple[str, str]] = set()
+    bad: dict[tuple[str, str], frozenset[int]] = {}
+    for name, answer in live.answers.items():
+        if name not in topology.snapshot.nodes:
+            continue
+        for address in answer.unreached:
+            target = by_address.get(address)
+            # That an agent is not there is said anyway; its host may be off.
+            if target is not None and target != name and target in living:
+                pair = name, target
+                bad[pair] = bad.get(pair, frozenset()) | {ip_address(address).version}
+        good |= {(name, by_address[address]) for address in answer.reached if address in by_address}
+    return _Tried(frozenset(good - bad.keys()), bad)
+
+
+def _explained(
+    topology: Topology, target: str, askers: Iterable[str], down: Collection[frozenset[str]]
+) -> bool:  # fmt: skip
+    there = _end(topology, target)
+    return all(frozenset((_end(topology, one), there)) in down for one in askers)
+
+
+def _end(topology: Topology, name: str) -> str:
+    """Whose tunnel carries what a node sends elsewhere."""
+    if topology.snapshot.granularity is Granularity.CROSS:
+        return name
+    return topology.segment_of(name).leader.name
+
+
+def _unreached(
+    topology: Topology, target: str, askers: list[str], families: frozenset[int], *, reaches: bool
+) -> Loss:  # fmt: skip
+    addresses = " and ".join(
+        str(address) for address in topology.snapshot.nodes[target].mesh_addresses if address.version in families
+    )
+    if reaches:
+        return Loss(
+            subject=target, filtered=True, names=frozenset({target, *askers}),
+            text=f"its own packets are answered, but echo requests to {addresses} are not (tried by {some(askers)})",
+            remedy="let ICMP echo requests from the mesh pass its firewall: without them nobody can tell whether "
+                   "packets arrive there",
+        )  # fmt: skip
+    return Loss(
+        subject=target, names=frozenset({target, *askers}),
+        text=f"no host reaches it at {addresses} (tried by {some(askers)})",
+        remedy="is the host up? journalctl -u kilo-etcd there; does its firewall let pass what comes in by kilo0?",
+    )  # fmt: skip
+
+
+def _by_leader(
+    topology: Topology,
+    live: Live,
+    tried: _Tried,
+    rest: Collection[tuple[str, str]],
+    down: Collection[frozenset[str]],
+) -> Iterator[Loss]:
+    blamed: dict[str, list[tuple[str, str]]] = {}
+    alone: list[tuple[str, str]] = []
+    for one, other in sorted(rest):
+        here, there = _end(topology, one), _end(topology, other)
+        if here == there:
+            # Within a segment nobody else is on the way.
+            alone.append((one, other))
+        elif frozenset((here, there)) in down or tried.cut(one, here) or tried.cut(there, other):
+            continue
+        elif there != other and (one, there) in tried.good:
+            blamed.setdefault(there, []).append((one, other))
+        elif here != one and (tried.meet(here, other) or tried.meet(here, there)):
+            blamed.setdefault(here, []).append((one, other))
+        elif there != other and (tried.meet(there, one) or tried.meet(there, here)):
+            blamed.setdefault(there, []).append((one, other))
+        else:
+            alone.append((one, other))
+    for leader, lost in sorted(blamed.items()):
+        senders, targets = sorted({one for one, _ in lost}), sorted({other for _, other in lost})
+        answer = live.answers.get(leader)
+        known = () if answer is None else (*answer.trouble, *answer.suspects)
+        yield Loss(
+            subject=leader, names=frozenset({leader, *senders, *targets}),
+            text=f"it does not forward: {some(senders)} {'does' if len(senders) == 1 else 'do'} not reach "
+                 f"{some(targets)} through it",
+            remedy="; ".join(known)
+            or f"look there for what drops forwarded packets: sysctl net.ipv4.ip_forward, nft list ruleset; "
+               f"kgctl explain {senders[0]} {targets[0]} --live",
+        )  # fmt: skip
+    for pair in sorted({(min(pair), max(pair)) for pair in alone}):
+        one, other = pair if pair in alone else pair[::-1]
+        both = pair in alone and pair[::-1] in alone
+        yield Loss(
+            subject=f"{one} - {other}", names=frozenset(pair),
+            text=f"{one} does not reach {other}{' nor the other way round' if both else ''}",
+            remedy=f"kgctl explain {one} {other} --live; a firewall on the way, or on one of the two",
+        )  # fmt: skip
+
+
+def some(names: Iterable[str]) -> str:
+    """The first few names."""
+    known = list(names)
+    more = len(known) - SHOWN
+    return ", ".join(known[:SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,274 @@
+"""Which of a host's forward chains drop mesh packets. Pure: values in, answers and sentences out.
+
+A packet that is forwarded passes every base chain of hook forward, whoever made it: an accept in one takes back no drop
+in another. So each is followed with the packets that this host forwards: new ones, from the tunnel to the location's
+network and back. A rule matches, does not match, or cannot be told (sets, marks, protocols, ...). A chain drops for
+certain if it does so whatever the untold rules do; it may drop if only an untold rule could accept.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Mapping
+from ipaddress import ip_network
+from typing import Literal
+
+from attrs import field, frozen
+
+from kilo_etcd.model import IPNetwork
+
+Verdict = Literal["accept", "drop", "return", "jump", "goto", "unknown", ""]
+"""`unknown`: it depends (a verdict map, a queue); empty: the packet goes on to the next rule."""
+
+_DEPTH = 16
+_VERSIONS = {"inet": (4, 6), "ip": (4,), "ip6": (6,)}
+
+
+@frozen
+class Packet:
+    """A new packet that the host is to forward; its addresses are within the mesh's subnets."""
+
+    version: int
+    iif: str
+    oif: str
+    subnets: tuple[IPNetwork, ...] = ()
+
+
+@frozen
+class Condition:
+    """One test of a rule. `kind`: `iif`, `oif` (value: a name, with a `*` at its end a prefix), `version`, `saddr`,
+    `daddr` (a network), `new` (whether new packets pass), anything else: cannot be told."""
+
+    kind: str
+    value: object = None
+    equal: bool = True
+
+    def matches(self, packet: Packet) -> bool | None:
+        """None: it cannot be told."""
+        found: bool | None = None
+        match self.kind:
+            case "iif" | "oif":
+                name = packet.iif if self.kind == "iif" else packet.oif
+                wanted = str(self.value)
+                found = name.startswith(wanted[:-1]) if wanted.endswith("*") else name == wanted
+            case "version":
+                found = packet.version == self.value
+            case "new":
+                found = bool(self.value)
+            case "saddr" | "daddr":
+                found = _within(self.value, packet)
+        return found if found is None or self.equal else not found
+
+
+def _within(network: object, packet: Packet) -> bool | None:
+    ours = [subnet for subnet in packet.subnets if subnet.version == packet.version]
+    if getattr(network, "version", None) != packet.version:
+        return False
+    if ours and all(subnet.subnet_of(network) for subnet in ours):  # type: ignore[arg-type]
+        return True
+    return False if ours and not any(subnet.overlaps(network) for subnet in ours) else None  # type: ignore[arg-type]
+
+
+@frozen(kw_only=True)
+class FilterRule:
+    conditions: tuple[Condition, ...] = ()
+    verdict: Verdict = ""
+    target: str = ""
+    """The chain of a jump or goto."""
+    comment: str = ""
+    handle: int = field(default=0, eq=False)
+
+    def matches(self, packet: Packet) -> bool | None:
+        """None: it cannot be told."""
+        found = [condition.matches(packet) for condition in self.conditions]
+        return False if False in found else None if None in found else True
+
+
+@frozen(kw_only=True)
+class BaseChain:
+    """A base chain of hook forward. `chains` are those of its table, for jumps."""
+
+    family: str
+    """As nft says it; `ip` and `ip6` too for the older iptables."""
+    table: str
+    name: str
+    drops: bool
+    """Its policy."""
+    rules: tuple[FilterRule, ...] = ()
+    chains: Mapping[str, tuple[FilterRule, ...]] = field(factory=dict, eq=False, repr=False)
+    legacy: bool = False
+    """Of the older xtables, which nft does not show."""
+
+    @property
+    def iptables(self) -> bool:
+        """Whether the program iptables (or ip6tables) keeps it."""
+        return self.legacy or (self.family in ("ip", "ip6") and (self.table, self.name) == ("filter", "FORWARD"))
+
+    def __str__(self) -> str:
+        if self.iptables:
+            return f"{'ip6tables' if self.family == 'ip6' else 'iptables'}' chain {self.name}"
+        return f"the chain {self.name} of nftables table {self.family} {self.table}"
+
+
+def drops(chain: BaseChain, packet: Packet, *, without: str = "") -> bool | None:
+    """Whether a chain drops a packet; None: it may. Rules whose comment begins with `without` do not count."""
+    if packet.version not in _VERSIONS.get(chain.family, ()):
+        return False
+    end, spared = _follow(chain.rules, chain, packet, without, 0)
+    if end == "accept" or (not end and not chain.drops):
+        return False
+    return None if spared else True
+
+
+def _follow(
+    rules: Iterable[FilterRule], chain: BaseChain, packet: Packet, without: str, depth: int
+) -> tuple[Verdict, bool]:
+    """What becomes of the packet if no rule matches that cannot be told (empty: the end is reached), and whether such
+    a rule could spare it."""
+    spared = False
+    for rule in rules:
+        matched = rule.matches(packet)
+        if matched is False or (without and rule.comment.startswith(without)):
+            continue
+        if rule.verdict == "unknown":
+            spared = True
+        elif rule.verdict in ("jump", "goto"):
+            if depth >= _DEPTH:
+                return "", True
+            end, maybe = _follow(chain.chains.get(rule.target, ()), chain, packet, without, depth + 1)
+            spared = spared or maybe or (matched is None and end == "accept")
+            if matched and (end or rule.verdict == "goto"):
+                return end, spared
+        elif rule.verdict and matched:
+            return ("" if rule.verdict == "return" else rule.verdict), spared
+        elif rule.verdict in ("accept", "return"):
+            spared = True
+    return "", spared
+
+
+def packets(
+    interface: str, devices: Iterable[str], versions: Iterable[int], subnets: tuple[IPNetwork, ...]
+) -> tuple[Packet, ...]:
+    """Those that a host forwards between its tunnel and `devices`, both ways."""
+    return tuple(
+        Packet(version, *pair, subnets)
+        for version in sorted(versions)
+        for device in sorted(devices)
+        for pair in ((interface, device), (device, interface))
+    )
+
+
+@frozen
+class Obstacle:
+    """Something of the host's own that drops what it forwards for the mesh, as a sentence with its remedy."""
+
+    text: str
+    certain: bool = True
+    """Else it only may do so."""
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def obstacles(
+    chains: Iterable[BaseChain], sent: Iterable[Packet], interface: str, *, opening: bool
+) -> tuple[Obstacle, ...]:
+    """What drops `sent`, a sentence for each chain. `opening`: the agent has --forward-rules."""
+    sent = tuple(sent)
+    found = []
+    for chain in chains:
+        answers = [(packet, drops(chain, packet)) for packet in sent]
+        hit = [(packet, answer) for packet, answer in answers if answer is not False]
+        if not hit:
+            continue
+        certain = any(answer for _, answer in hit)
+        devices = sorted({name for packet, _ in hit for name in (packet.iif, packet.oif)} - {interface})
+        families = " and ".join(f"IPv{version}" for version in sorted({packet.version for packet, _ in hit}))
+        how = "its policy is to drop" if chain.drops else "a rule there drops what no other accepts"
+        found.append(
+            Obstacle(
+                f"the firewall {'drops' if certain else 'may drop'} what this host forwards between {interface} and "
+                f"{', '.join(devices)} ({families}), in {chain} ({how}): "
+                f"{remedy(chain, interface, devices, opening=opening)}",
+                certain,
+            )
+        )
+    return tuple(found)
+
+
+def remedy(chain: BaseChain, interface: str, devices: Iterable[str], *, opening: bool) -> str:
+    """What lets mesh packets through, in the words of whoever keeps the chain."""
+    names = " ".join((chain.table, chain.name, *chain.chains))
+    if chain.table == "firewalld":
+        words = " ".join(f"--add-interface={name}" for name in (interface, *devices))
+        return f"firewall-cmd --permanent --zone=trusted {words} && firewall-cmd --reload"
+    if "ufw" in names:
+        return f"ufw route allow in on {interface} && ufw route allow out on {interface}"
+    accept = f"let through what comes in by {interface} and what goes out by {interface}"
+    if opening:
+        return f"{accept} there; --forward-rules could not"
+    return f"set KILO_FORWARD_RULES=true, or {accept} there"
+
+
+# -- the older xtables ------------------------------------------------------------------------------------------------
+
+_ENDS: dict[str, Verdict] = {"ACCEPT": "accept", "DROP": "drop", "REJECT": "drop", "RETURN": "return",
+                             "NFQUEUE": "unknown"}  # fmt: skip
+
+
+def from_iptables(printed: str, version: int) -> BaseChain | None:
+    """The chain FORWARD of what `iptables -S` or `ip6tables -S` prints; None: there is none."""
+    chains: dict[str, list[FilterRule]] = {}
+    policy = None
+    for line in printed.splitlines():
+        try:
+            words = shlex.split(line)
+        except ValueError:
+            continue
+        if words[:2] == ["-P", "FORWARD"]:
+            policy = words[-1]
+        elif words[:1] == ["-N"]:
+            chains.setdefault(words[-1], [])
+        elif words[:1] == ["-A"]:
+            chains.setdefault(words[1], []).append(_rule(words[2:]))
+    if policy is None:
+        return None
+    whole = {name: tuple(rules) for name, rules in chains.items()}
+    return BaseChain(
+        family="ip" if version == 4 else "ip6", table="filter", name="FORWARD", drops=policy == "DROP",
+        rules=whole.get("FORWARD", ()), chains=whole, legacy=True,
+    )  # fmt: skip
+
+
+def _rule(words: list[str]) -> FilterRule:
+    conditions: list[Condition] = []
+    verdict: Verdict = ""
+    target = comment = ""
+    equal = True
+    rest = iter(words)
+    for word in rest:
+        if word == "!":
+            equal = False
+            continue
+        if word in ("-j", "-g"):
+            target = next(rest, "")
+            verdict = _ENDS.get(target, "goto" if word == "-g" else "jump")
+            break  # What follows are the target's own words.
+        if word in ("-i", "-o"):
+            name = next(rest, "")
+            conditions.append(Condition("iif" if word == "-i" else "oif", name.replace("+", "*"), equal))
+        elif word in ("-s", "-d"):
+            conditions.append(Condition("saddr" if word == "-s" else "daddr", ip_network(next(rest), False), equal))
+        elif word == "--comment":
+            comment = next(rest, "")
+        elif word in ("--ctstate", "--state"):
+            conditions.append(Condition("new", "NEW" in next(rest, "").split(","), equal))
+        elif word == "-m":
+            module = next(rest, "")
+            if module not in ("comment", "conntrack", "state"):
+                conditions.append(Condition(module))
+        else:
+            conditions.append(Condition(word))
+        equal = True
+    # A target that is no chain (LOG, MARK) leaves the packet to the next rule: an unknown chain is an empty one.
+    return FilterRule(conditions=tuple(conditions), verdict=verdict, target=target, comment=comment)
