@@ -14,6 +14,7 @@ from kilo_etcd.agent import answer, privatekey
 from kilo_etcd.agent.answer import Answerer, Programmed
 from kilo_etcd.agent.logs import Once, get_logger, setup_logging
 from kilo_etcd.etcd import PermissionDenied
+from kilo_etcd.kernel.chains import Obstacle
 from kilo_etcd.kernel.state import Setup
 from kilo_etcd.model import Endpoint, IPAddress
 from kilo_etcd.store.inquiry import LEASE_SECONDS, ask
@@ -62,7 +63,7 @@ class World:
             KEYS,
             "h1",
             self.kernel,
-            lambda: Programmed(plan=plan, revision=7, sends=self.sends),
+            lambda: Programmed(plan=plan, revision=7, topology=None, sends=self.sends),
             Once(get_logger()),
         )
 
@@ -135,7 +136,7 @@ async def test_what_the_kernel_lacks_is_counted_and_named(world: World) -> None:
     assert found.undone > 5
     assert any(command.startswith("ip route add 10.4.0.0/16") for command in found.changes)
     assert decode_answer(encode(found)) == found
-    world.host.obstacles = ("FORWARD drops",)
+    world.host.obstacles = (Obstacle("FORWARD drops"), Obstacle("the chain x may drop", certain=False))
     assert (await world.answerer().answer(QuestionRecord())).trouble == ()  # it has nothing to forward
     assert (await world.answerer(evolve(PLAN, forwarding=frozenset({4}))).answer(QuestionRecord())).trouble == (
         "FORWARD drops",

@@ -10,6 +10,7 @@ from functools import partial
 
 import pytest
 import trio
+from attrs import evolve
 from click.testing import CliRunner, Result
 from test_kgctl_explain import world
 
@@ -36,6 +37,10 @@ class Mesh:
         self.etcd = FakeEtcd()
         self.says: Says = {}
         self.silent: set[str] = set()
+        self.old: set[str] = set()
+        """Whose agents do not know that they may be asked to send packets."""
+        self.lost: Callable[[str, str], bool] = lambda source, target: False
+        """Whether packets between two nodes are lost."""
         self.denied = False
         self.snapshot: Snapshot = trio.run(self._fill)
 
@@ -64,9 +69,17 @@ class Mesh:
         return Tunnel(self.key(to), handshake, received, sent, "203.0.113.9:51820")
 
     async def agent(self, name: str) -> None:
-        async def reply(_: QuestionRecord) -> AnswerRecord:
+        async def reply(question: QuestionRecord) -> AnswerRecord:
             await trio.lowlevel.checkpoint()
-            return self.says.get(name, AnswerRecord(time=int(live.time.time() * 1000), backend="kernel", mtu=1420))
+            said = self.says.get(name, AnswerRecord(time=int(live.time.time() * 1000), backend="kernel", mtu=1420))
+            if name in self.old:
+                return said
+            found: dict[bool, list[str]] = {False: [], True: []}
+            for other, node in self.snapshot.nodes.items():
+                for address in map(str, node.mesh_addresses):
+                    if other != name and (question.tries or address in question.targets):
+                        found[self.lost(name, other)].append(address)
+            return evolve(said, reached=tuple(found[False]), unreached=tuple(found[True]))
 
         await attend(self.etcd.client(name), KEYS, name, reply)
 
@@ -246,7 +259,7 @@ def test_explain_is_held_against_the_kernels_on_the_way(mesh: Mesh) -> None:
     found = mesh.run("explain", "gcp-2", "10.4.0.5", "--live")
     assert (found.exit_code, found.output.splitlines()[-1]) == (
         0,
-        "The kernels of the hosts on the way hold what they should.",
+        "The kernels of the hosts on the way hold what they should, and packets arrive.",
     )
     mesh.says["gcp-1"] = AnswerRecord(time=now(), tunnels=(mesh.tunnel("home-1", 400),), trouble=("FORWARD drops",))
     mesh.says["gcp-2"] = AnswerRecord(time=now(), undone=1, changes=("ip route add 10.4.0.0/16 via 10.1.0.1",))
@@ -277,7 +290,7 @@ def test_check_has_nothing_to_say_of_a_good_mesh(mesh: Mesh) -> None:
     found = mesh.run("check")
     assert (found.exit_code, found.output) == (
         0,
-        "All is well: etcd, records, agents, kernels and tunnels.\n",
+        "All is well: etcd, records, agents, kernels, tunnels and packets.\n",
     )
 
 
@@ -337,3 +350,36 @@ def test_check_of_etcds_members() -> None:
         "the endpoints belong to different clusters",
     ]
     assert list(_etcd((MemberState(endpoint="a:2379", cluster_id=1),))) == []
+
+
+def test_check_and_explain_name_the_leader_that_passes_nothing_on(mesh: Mesh) -> None:
+    mesh.says["gcp-1"] = AnswerRecord(
+        time=now(), tunnels=(mesh.tunnel("home-1", 3),), suspects=("the chain forward of nftables table inet x",)
+    )
+    inside = {"gcp-2", "gcp-3"}
+    mesh.lost = lambda source, target: len({source, target} & inside) == 1 and "gcp-1" not in (source, target)
+    found = mesh.run("check", "-o", "json")
+    assert found.exit_code == 1
+    (finding,) = json.loads(found.stdout)
+    assert (finding["severity"], finding["subject"]) == ("error", "gcp-1")
+    assert finding["text"] == (
+        "it leads its location and does not forward: through it nothing arrives between gcp-2, gcp-3 and home-1, home-2"
+    )
+    assert finding["remedy"] == "the chain forward of nftables table inet x"
+    found = mesh.run("explain", "gcp-2", "home-1", "--live")
+    assert found.exit_code == 1
+    assert "through it nothing arrives between gcp-2 and home-1" in " ".join(found.output.split())
+
+
+def test_agents_that_do_not_know_how_to_try_are_named_and_nothing_is_claimed_of_packets(mesh: Mesh) -> None:
+    mesh.says["gcp-1"] = AnswerRecord(time=now(), tunnels=(mesh.tunnel("home-1", 3),))
+    mesh.old = set(mesh.snapshot.nodes)
+    found = mesh.run("check")
+    assert found.exit_code == 0
+    assert "note: packets: they were not tried by gcp-1, gcp-2, gcp-3, home-1, home-2" in found.output
+    assert "All is well" not in found.output
+    said = mesh.run("explain", "gcp-2", "10.4.0.5", "--live").output.splitlines()[-1]
+    assert (
+        said
+        == "The kernels of the hosts on the way hold what they should; whether packets arrive was not tried by gcp-2."
+    )

@@ -154,16 +154,24 @@ def _by_leader(
         else:
             alone.append((one, other))
     for leader, lost in sorted(blamed.items()):
-        senders, targets = sorted({one for one, _ in lost}), sorted({other for _, other in lost})
+        own = {node.name for node in topology.segment_of(leader).members}
+        out, back = [pair for pair in lost if pair[0] in own], [pair for pair in lost if pair[0] not in own]
+        near = sorted({one for one, _ in out} | {other for _, other in back})
+        far = sorted({other for _, other in out} | {one for one, _ in back})
+        source, target = lost[0]
+        way = (
+            f"between {some(near)} and {some(far)}"
+            if out and back
+            else f"from {some(near if out else far)} to {some(far if out else near)}"
+        )
         answer = live.answers.get(leader)
         known = () if answer is None else (*answer.trouble, *answer.suspects)
         yield Loss(
-            subject=leader, names=frozenset({leader, *senders, *targets}),
-            text=f"it does not forward: {some(senders)} {'does' if len(senders) == 1 else 'do'} not reach "
-                 f"{some(targets)} through it",
+            subject=leader, names=frozenset({leader, *near, *far}),
+            text=f"it leads its location and does not forward: through it nothing arrives {way}",
             remedy="; ".join(known)
             or f"look there for what drops forwarded packets: sysctl net.ipv4.ip_forward, nft list ruleset; "
-               f"kgctl explain {senders[0]} {targets[0]} --live",
+               f"kgctl explain {source} {target} --live",
         )  # fmt: skip
     for pair in sorted({(min(pair), max(pair)) for pair in alone}):
         one, other = pair if pair in alone else pair[::-1]

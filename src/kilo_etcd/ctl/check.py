@@ -218,7 +218,7 @@ def _hosts(found: Examined) -> Iterator[Finding]:
     untried = [name for name, answer in sorted(live.answers.items()) if not (answer.reached or answer.unreached)]
     if untried and len(topology.snapshot.nodes) > 1:
         yield Finding(
-            severity=Severity.NOTE, subject="agents", text=f"packets were not tried by {some(untried)}",
+            severity=Severity.NOTE, subject="packets", text=f"they were not tried by {some(untried)}",
             remedy="agents of an older version do not try; upgrade them when it suits",
         )  # fmt: skip
 

@@ -449,6 +449,13 @@ def does_not_forward(world: World, host: SimulatedHost) -> str:
 
 
 @_fault("network")
+def leader_that_never_forwarded(world: World, host: SimulatedHost) -> str:
+    """The operator chooses a host that does not forward, so nobody has ever been reached through it."""
+    world.put(KEYS.annotation(host.name, "leader"), "true")
+    return _network(world, host, forwards=False)
+
+
+@_fault("network")
 def port_blocked(world: World, host: SimulatedHost) -> str:
     return _network(world, host, tunnels=False)
 

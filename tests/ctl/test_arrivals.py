@@ -1,0 +1,114 @@
+"""What lost packets say: who lets none through, who is reached by nobody, and what is said elsewhere already."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from ipaddress import ip_address, ip_interface
+
+import pytest
+
+from kilo_etcd.ctl.arrivals import losses
+from kilo_etcd.ctl.live import Live
+from kilo_etcd.model import Candidate, CandidateClass, Endpoint, Node, Snapshot
+from kilo_etcd.store.records import AnswerRecord
+from kilo_etcd.topology import Topology, build_topology
+
+PLACES = {"a1": "a", "a2": "a", "a3": "a", "b1": "b", "b2": "b", "c1": "c"}
+NOTHING = "it leads its location and does not forward: through it nothing arrives "
+Lost = Callable[[str, str], bool]
+
+
+def mesh() -> Topology:
+    """Locations a, b and c, led by a1, b1 and c1."""
+    nodes = {
+        name: Node(
+            name=name,
+            public_key=name,
+            location=place,
+            internal_ips=(ip_interface(f"192.168.{ord(place)}.{number}/24"),),
+            mesh_addresses=(ip_address(f"10.4.0.{number}"),),
+            endpoint=Endpoint.parse(f"203.0.113.{number}:51820"),
+        )
+        for number, (name, place) in enumerate(PLACES.items(), 1)
+    }
+    first = {place: Candidate(node=f"{place}1", rank=CandidateClass.PUBLIC, create_revision=1) for place in "abc"}
+    return build_topology(Snapshot(revision=1, nodes=nodes, candidates={p: (one,) for p, one in first.items()}))
+
+
+def asked(topology: Topology, lost: Lost, names: Iterable[str] = PLACES) -> Live:
+    answers = {}
+    for name in names:
+        found: dict[bool, list[str]] = {False: [], True: []}
+        for other, node in topology.snapshot.nodes.items():
+            if other != name:
+                found[lost(name, other)].append(str(node.mesh_addresses[0]))
+        answers[name] = AnswerRecord(reached=tuple(found[False]), unreached=tuple(found[True]))
+    return Live(answers=answers)
+
+
+def behind(leader: str) -> Lost:
+    """What is lost if a leader does not forward."""
+    return lambda one, other: (
+        (PLACES[one] == PLACES[leader]) != (PLACES[other] == PLACES[leader]) and leader not in (one, other)
+    )
+
+
+CASES: dict[str, tuple[Lost, list[tuple[str, str]]]] = {
+    "nothing": (lambda one, other: False, []),
+    "a leader does not forward": (
+        behind("a1"),
+        [("a1", NOTHING + "between a2, a3 and b1, b2, c1")],
+    ),
+    "two leaders do not": (
+        lambda one, other: behind("a1")(one, other) or behind("b1")(one, other),
+        [("a1", NOTHING + "between a2, a3 and b1, b2, c1"),
+         ("b1", NOTHING + "between b2 and a1, a2, a3, c1")],
+    ),
+    "one way only": (
+        lambda one, other: behind("a1")(one, other) and PLACES[one] == "a",
+        [("a1", NOTHING + "from a2, a3 to b1, b2, c1")],
+    ),
+    "a host that is reached by nobody, and reaches nobody": (
+        lambda one, other: "a3" in (one, other),
+        [("a3", "no host reaches it at 10.4.0.3 (tried by a1, a2, b1, b2, c1)")],
+    ),
+    "a host that filters echo requests": (
+        lambda one, other: other == "a3",
+        [("a3", "its own packets are answered, but echo requests to 10.4.0.3 are not (tried by a1, a2, b1, b2, c1)")],
+    ),
+    "two members that do not reach each other": (
+        lambda one, other: {one, other} == {"a2", "a3"}, [("a2 - a3", "a2 does not reach a3 nor the other way round")],
+    ),
+    "a member that does not reach its leader is no leader's fault": (
+        lambda one, other: "a3" in (one, other) and "a2" not in (one, other),
+        [("a1 - a3", "a1 does not reach a3 nor the other way round")],
+    ),
+    "two locations whose leaders do not meet": (
+        lambda one, other: {PLACES[one], PLACES[other]} == {"b", "c"},
+        [("b1 - c1", "b1 does not reach c1"), ("b2 - c1", "b2 does not reach c1")],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_lost_packets_say(case: str) -> None:
+    lost, said = CASES[case]
+    topology = mesh()
+    found = losses(topology, asked(topology, lost))
+    assert [loss.subject for loss in found] == [subject for subject, _ in said]
+    for loss, (_, text) in zip(found, said, strict=True):
+        assert loss.text.startswith(text), loss.text
+        assert loss.filtered == ("echo requests" in text)
+
+
+def test_a_tunnel_that_is_known_to_be_down_explains_what_is_lost() -> None:
+    topology = mesh()
+    lost: Lost = lambda one, other: {PLACES[one], PLACES[other]} == {"a", "c"}  # noqa: E731
+    live = asked(topology, lost)
+    assert losses(topology, live)
+    assert losses(topology, live, [frozenset({"a1", "c1"})]) == ()
+
+
+def test_who_does_not_live_is_not_missed() -> None:
+    topology = mesh()
+    assert losses(topology, asked(topology, lambda one, other: other == "c1", set(PLACES) - {"c1"})) == ()
