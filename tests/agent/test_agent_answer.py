@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from ipaddress import ip_interface, ip_network
+from ipaddress import ip_address, ip_interface, ip_network
 
 import pytest
 import trio
@@ -16,12 +16,13 @@ from kilo_etcd.agent.logs import Once, get_logger, setup_logging
 from kilo_etcd.etcd import PermissionDenied
 from kilo_etcd.kernel.chains import Obstacle
 from kilo_etcd.kernel.state import Setup
-from kilo_etcd.model import Endpoint, IPAddress
+from kilo_etcd.model import Endpoint, IPAddress, Node, Snapshot
 from kilo_etcd.store.inquiry import LEASE_SECONDS, ask
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import AnswerRecord, QuestionRecord, RecordError, Tunnel, decode_answer, encode
 from kilo_etcd.testing.fake_etcd import FakeEtcd
 from kilo_etcd.testing.fake_kernel import FakeHost, FakeKernel
+from kilo_etcd.topology import Topology, build_topology
 from kilo_etcd.topology.hostplan import HostPlan, PeerPlan, RoutePlan, Via
 
 pytestmark = pytest.mark.autojump
@@ -57,13 +58,13 @@ class World:
         setup_logging("info", stream=self.log)
         monkeypatch.setattr(answer, "speak", self.knocked.extend)
 
-    def answerer(self, plan: HostPlan | None = PLAN) -> Answerer:
+    def answerer(self, plan: HostPlan | None = PLAN, topology: Topology | None = None) -> Answerer:
         return Answerer(
             self.etcd.client("h1"),
             KEYS,
             "h1",
             self.kernel,
-            lambda: Programmed(plan=plan, revision=7, topology=None, sends=self.sends),
+            lambda: Programmed(plan=plan, revision=7, topology=topology, sends=self.sends),
             Once(get_logger()),
         )
 
@@ -138,9 +139,40 @@ async def test_what_the_kernel_lacks_is_counted_and_named(world: World) -> None:
     assert decode_answer(encode(found)) == found
     world.host.obstacles = (Obstacle("FORWARD drops"), Obstacle("the chain x may drop", certain=False))
     assert (await world.answerer().answer(QuestionRecord())).trouble == ()  # it has nothing to forward
-    assert (await world.answerer(evolve(PLAN, forwarding=frozenset({4}))).answer(QuestionRecord())).trouble == (
-        "FORWARD drops",
+    forwarding = world.answerer(evolve(PLAN, forwarding=frozenset({4})))
+    found = await forwarding.answer(QuestionRecord())
+    assert (found.trouble, found.suspects) == (("FORWARD drops",), ("the chain x may drop",))
+    world.sends = False
+    found = await forwarding.answer(QuestionRecord())
+    assert (found.trouble, found.suspects) == ((), ("FORWARD drops",)), "it may lead one day"
+
+
+async def test_packets_are_sent_to_whom_is_asked_for(world: World) -> None:
+    world.host.reach = lambda address: str(address) == "10.4.0.9"
+    found = await world.answerer().answer(QuestionRecord(targets=("10.4.0.9", "10.4.0.8", "nonsense", "fd00::1")))
+    assert (found.reached, found.unreached) == ((), ()), "this host has no address yet"
+    topology = build_topology(
+        Snapshot(
+            revision=1,
+            nodes={
+                f"h{number}": Node(
+                    name=f"h{number}", public_key=str(number), mesh_addresses=(ip_address(f"10.4.0.{number}"),)
+                )
+                for number in range(1, 101)
+            },
+        )
     )
+    answerer = world.answerer(topology=topology)
+    found = await answerer.answer(QuestionRecord(targets=("10.4.0.1", "10.4.0.9", "10.4.0.8", "nonsense", "fd00::1")))
+    assert (found.reached, found.unreached) == (("10.4.0.9",), ("10.4.0.8",))
+    assert decode_answer(encode(found)) == found
+    everybody = await answerer.answer(QuestionRecord(tries=200))
+    assert len(everybody.unreached) == 98
+    some = await answerer.answer(QuestionRecord(tries=64))
+    assert len(some.unreached) + len(some.reached) == 64
+    world.host.no_pings = "this process may not ping"
+    assert (await answerer.answer(QuestionRecord(tries=4))).trouble == ("this process may not ping",)
+    assert (await answerer.answer(QuestionRecord())).trouble == ()
     assert (await world.answerer(plan=None).answer(QuestionRecord())).undone == 0
 
 

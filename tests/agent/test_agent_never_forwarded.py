@@ -106,7 +106,7 @@ async def test_where_nobody_forwards_each_is_demoted_once_in_a_hold_down() -> No
                 seen.append(now)
             await trio.sleep(1)
         # Three at once, and three each time that the hold-downs (5, 10, 20 minutes, ...) end.
-        assert 3 <= len(seen) <= 10, seen
+        assert 3 <= len(seen) <= 12, seen
 
 
 @pytest.mark.parametrize("what", ["powered", "tunnels", "wan"])

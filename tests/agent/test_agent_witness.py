@@ -515,6 +515,27 @@ async def test_who_is_passed_over_stands_behind_everyone_for_a_while(mesh: World
         await eventually(lambda: mesh.said("standing for leader as before") == 1, 30, every=1)
 
 
+async def test_who_was_demoted_and_sees_its_firewall_go_stands_as_before(mesh: World) -> None:
+    mesh.etcd.delete("/kilo/elections/gcp/g1")
+    mesh.host.obstacles = (Obstacle("the firewall drops what this host forwards"),)
+    async with running(mesh) as daemon:
+        await stands(mesh)
+        await accuse(mesh, daemon)
+        await stands(mesh)
+        for witness in ("g1", "g2"):
+            mesh.etcd.delete(f"/kilo/verdicts/gcp/{witness}")
+        await trio.sleep(30)
+        assert json.loads(mesh.etcd.get("/kilo/elections/gcp/h1") or b"")["rank"] == CandidateClass.PASSED_OVER
+        mesh.host.obstacles = ()
+
+        def as_before() -> bool:
+            return bool(
+                json.loads(mesh.etcd.get("/kilo/elections/gcp/h1") or b"")["rank"] != CandidateClass.PASSED_OVER
+            )
+
+        await eventually(as_before, 20, every=0.1)
+
+
 async def test_who_is_accused_looks_at_itself(mesh: World) -> None:
     mesh.etcd.delete("/kilo/elections/gcp/g1")
     async with running(mesh):

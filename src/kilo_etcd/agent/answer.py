@@ -109,10 +109,16 @@ class Answerer:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._send, question, programmed.topology, reached, trouble)
                     if programmed.sends:
-                        observed = await self._knock(plan, observed)
-            if programmed.sends and plan is not None and plan.forwarding:
+                        try:
+                            observed = await self._knock(plan, observed)
+                        except kernel.KernelError as error:
+                            # Caught in here: a nursery would make a group of it.
+                            trouble.append(str(error))
+            if plan is not None and plan.forwarding:
                 for one in await self._kernel.obstacles():
-                    (trouble if one.certain else suspects).append(one.text)
+                    # On a member they harm nobody until it leads.
+                    if one.certain or programmed.sends:
+                        (trouble if one.certain and programmed.sends else suspects).append(one.text)
         except kernel.KernelError as error:
             trouble.append(str(error))
         return AnswerRecord(
@@ -139,6 +145,8 @@ class Answerer:
         mine = own.mesh_addresses if own is not None else ()
         versions = {address.version for address in mine}
         wanted = {address: None for address in wanted if address.version in versions and address not in mine}
+        if not wanted:
+            return
         try:
             answers = await self._kernel.ping(wanted, times=PINGS, patience=PING_SECONDS)
         except kernel.KernelError as error:

@@ -68,6 +68,10 @@ class NoBaseline:
         """Whether no report is due for a while, so that there is no hurry to try again."""
         return now < self._due
 
+    def hurry(self) -> None:
+        """Whatever came to nothing may come to something now."""
+        self._due, self._pause = float("-inf"), PAUSE
+
     def open(self, now: float) -> None:
         """A report without a baseline is made."""
         self.opened = now if self.opened is None else self.opened

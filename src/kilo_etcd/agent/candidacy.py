@@ -39,6 +39,8 @@ class Candidacy:
         """Why this host does not lead although it is first in line, by the topology in force."""
         self._counted = False
         """`_passed_over` is in the penance: until its candidacy is gone a host is passed over again and again."""
+        self._released = False
+        """The hold-down is to end as soon as it can."""
         self.why: str | None = None
         """Why this host stands behind all other candidates, as a sentence."""
 
@@ -46,6 +48,10 @@ class Candidacy:
     def penance(self) -> float | None:
         """Until when this host stands behind everyone, on trio's clock; None: it does not."""
         return self._penance.until if trio.current_time() < self._penance.until else None
+
+    def release(self) -> None:
+        """What kept this host from forwarding is gone: end its hold-down."""
+        self._released = True
 
     def follow(self, topology: Topology) -> None:
         """Take note of whether this host, by the topology that is in force now, would lead but for the witnesses."""
@@ -70,6 +76,10 @@ class Candidacy:
         passed_over = self._passed_over is not None
         if passed_over and not self._counted:
             self._penance = self._penance.again(now)
+            self._released = False
+        if self._released and not passed_over:
+            # Not while the candidacy stands that the reports are of: that has to go first.
+            self._penance, self._released = decide.Penance(), False
         self._counted = passed_over
         if _newly_chosen(self._wish, wanted):
             # The operator's word, put since, counts for more than what witnesses said before.

@@ -69,7 +69,7 @@ KERNEL_RETRY_SECONDS = 0.5
 POST_RETRY_SECONDS = 60.0
 """After the port for neighbours could not be had."""
 
-OBSTACLES_PAUSE, OBSTACLES_PERIOD = 2.0, 30.0
+OBSTACLES_PAUSE, OBSTACLES_PERIOD = 2.0, 10.0
 """Seconds between two looks at what drops forwarded packets: at least after a change of the plan, and at most."""
 
 SAY_SECONDS = 5.0
@@ -753,14 +753,24 @@ class Daemon:
             self._publish(self.snapshot)
 
     async def _follow_obstacles(self) -> None:
-        """Say what on this host drops what it forwards, for as long as it does forward."""
+        """Say what on this host drops what it forwards, for as long as it does forward; and when that is gone, have a
+        host that was demoted stand as before."""
+        obstructed: tuple[str, ...] = ()
         while True:
-            applied = self._applied
-            found: tuple[str, ...] = ()
+            applied, found = self._applied, obstructed
             plan = self._in_force()
-            if plan.sends and plan.plan is not None and plan.plan.forwarding:
+            if plan.plan is not None:
                 with suppress(OSError, kernel.KernelError):
-                    found = tuple(one.text for one in await self.kernel.obstacles() if one.certain)
+                    there = await self.kernel.obstacles() if plan.plan.forwarding else ()
+                    found = tuple(one.text for one in there if one.certain)
+            if obstructed and not found:
+                # Whoever was found wanting is so no more.
+                self._candidacy.release()
+                self._witness.try_again()
+                self._nudge()
+            obstructed = found
+            if not plan.sends:
+                found = ()
             if found != self.obstructed:
                 self.obstructed = found
                 self.once.errors("forwarding", found)

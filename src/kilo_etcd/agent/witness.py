@@ -125,6 +125,13 @@ class Witness:
             self._look_again()
         self._accusers = accusers
 
+    def try_again(self) -> None:
+        """This host can lead now, which it could not: have it look at its leader at once."""
+        if self._baseline is not None:
+            self._baseline.hurry()
+            news, self._news = self._news, trio.Event()
+            news.set()
+
     async def run(self) -> None:
         """Be a witness until cancelled."""
         async with trio.open_nursery() as nursery:

@@ -201,6 +201,12 @@ def _hosts(found: Examined) -> Iterator[Finding]:
                 text=f"its kernel was {differs(answer)}",
                 remedy="the agent repairs what it can, now; if it comes back: journalctl -u kilo-etcd there",
             )  # fmt: skip
+        if _may_lead(topology, name):
+            for text in answer.suspects:
+                yield Finding(
+                    severity=Severity.WARNING, subject=name,
+                    text=f"it stands for leader, and if it led nothing would get through: {text}",
+                )  # fmt: skip
     if slow := [name for name, answer in sorted(live.answers.items()) if answer.backend == "userspace"]:
         yield Finding(
             severity=Severity.NOTE, subject="agents",
@@ -221,6 +227,14 @@ def _hosts(found: Examined) -> Iterator[Finding]:
             severity=Severity.NOTE, subject="packets", text=f"they were not tried by {some(untried)}",
             remedy="agents of an older version do not try; upgrade them when it suits",
         )  # fmt: skip
+
+
+def _may_lead(topology: Topology, name: str) -> bool:
+    """Whether a node does not lead, and stands for it."""
+    if name not in topology.snapshot.nodes:
+        return False
+    segment = topology.segment_of(name)
+    return segment.leader.name != name and name in segment.election.order
 
 
 def _tunnels(topology: Topology, live: Live) -> Iterator[Finding]:

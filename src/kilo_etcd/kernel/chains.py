@@ -36,8 +36,8 @@ class Packet:
 
 @frozen
 class Condition:
-    """One test of a rule. `kind`: `iif`, `oif` (value: a name, with a `*` at its end a prefix), `version`, `saddr`,
-    `daddr` (a network), `new` (whether new packets pass), anything else: cannot be told."""
+    """One test of a rule. `kind`: `iif`, `oif` (value: a name or several, a prefix with a `*` at its end), `version`,
+    `saddr`, `daddr` (a network), `new` (whether new packets pass), anything else: cannot be told."""
 
     kind: str
     value: object = None
@@ -49,8 +49,8 @@ class Condition:
         match self.kind:
             case "iif" | "oif":
                 name = packet.iif if self.kind == "iif" else packet.oif
-                wanted = str(self.value)
-                found = name.startswith(wanted[:-1]) if wanted.endswith("*") else name == wanted
+                wanted = self.value if isinstance(self.value, tuple) else (str(self.value),)
+                found = any(name.startswith(one[:-1]) if one.endswith("*") else name == one for one in wanted)
             case "version":
                 found = packet.version == self.value
             case "new":

@@ -8,7 +8,7 @@ conditions that cannot be told.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from ipaddress import ip_network
 
 from kilo_etcd.kernel import netlink
@@ -19,7 +19,7 @@ from kilo_etcd.kernel.openings import Opening
 from kilo_etcd.kernel.table import Expression
 
 _SUBSYSTEM = 10
-_GETCHAIN, _NEWRULE, _GETRULE, _DELRULE = 4, 6, 7, 8
+_GETCHAIN, _NEWRULE, _GETRULE, _DELRULE, _GETSETELEM = 4, 6, 7, 8, 13
 _FORWARD = 2
 _FAMILIES = {1: "inet", 2: "ip", 10: "ip6"}
 _NUMBERS = {name: number for number, name in _FAMILIES.items()}
@@ -32,6 +32,9 @@ _EQUAL, _UNEQUAL = 0, 1
 _VERDICTS: dict[int, Verdict] = {0: "drop", 1: "accept", -3: "jump", -4: "goto", -5: "return"}
 _SILENT = frozenset({"counter", "log", "objref", "notrack", "last", "dynset"})
 """They match every packet."""
+_LOOKED_UP = ("state", "iif", "oif")
+"""What is looked up in sets that are read for it; other sets cannot be told."""
+Elements = Callable[[str], Iterable[Mapping[int, bytes]]]
 _XT_STATE = struct.Struct("=HHH")
 _XT_STATE_AT = 148
 """match_flags, invert_flags and state_mask in struct xt_conntrack_mtinfo3."""
@@ -55,16 +58,7 @@ def read(device: netlink.Socket) -> tuple[BaseChain, ...]:
     device.dump(_message(_GETCHAIN, 0), chain)
     found = []
     for (family, table), chains in sorted(bases.items()):
-        rules: dict[str, list[FilterRule]] = {}
-
-        def rule(data: bytes, family: int = family, table: str = table,
-                 rules: dict[str, list[FilterRule]] = rules) -> None:  # fmt: skip
-            item = attributes(data, 4)
-            if data[0] == family and _text(item, 1) == table:
-                rules.setdefault(_text(item, 2), []).append(read_rule(item))
-
-        device.dump(_message(_GETRULE, family, text(1, table)), rule)
-        whole = {name: tuple(some) for name, some in rules.items()}
+        whole = _rules_of(device, family, table)
         found += [
             BaseChain(
                 family=_FAMILIES[family], table=table, name=name, drops=dropping, rules=whole.get(name, ()),
@@ -75,12 +69,36 @@ def read(device: netlink.Socket) -> tuple[BaseChain, ...]:
     return tuple(found)
 
 
+def _rules_of(device: netlink.Socket, family: int, table: str) -> dict[str, tuple[FilterRule, ...]]:
+    """The rules of one table, by chain."""
+    items: list[dict[int, bytes]] = []
+
+    def keep(data: bytes) -> None:
+        item = attributes(data, 4)
+        if data[0] == family and _text(item, 1) == table:
+            items.append(item)
+
+    def elements(name: str) -> tuple[dict[int, bytes], ...]:
+        known: list[dict[int, bytes]] = []
+        device.dump(
+            _message(_GETSETELEM, family, text(1, table), text(2, name)),
+            lambda data: known.extend(map(attributes, nft.elements(attributes(data, 4).get(3, b"")))),
+        )
+        return tuple(known)
+
+    device.dump(_message(_GETRULE, family, text(1, table)), keep)
+    rules: dict[str, list[FilterRule]] = {}
+    for item in items:
+        rules.setdefault(_text(item, 2), []).append(read_rule(item, elements))
+    return {name: tuple(some) for name, some in rules.items()}
+
+
 def _text(item: Mapping[int, bytes], kind: int) -> str:
     return item.get(kind, b"").rstrip(b"\0").decode(errors="replace")
 
 
-def read_rule(item: Mapping[int, bytes]) -> FilterRule:
-    """One rule's netlink attributes as a value."""
+def read_rule(item: Mapping[int, bytes], elements: Elements = lambda name: ()) -> FilterRule:
+    """One rule's netlink attributes as a value. `elements` gives those of a set of its table."""
     conditions: list[Condition] = []
     verdict: Verdict = ""
     target = ""
@@ -105,11 +123,16 @@ def read_rule(item: Mapping[int, bytes]) -> FilterRule:
                 _condition(held, mask, _number(values.get(2)), attributes(values.get(3, b"")).get(1, b""))
             )
         elif name == "immediate" and register == nft.be32(0):
-            said = attributes(attributes(values.get(2, b"")).get(2, b""))
-            verdict = _VERDICTS.get(struct.unpack("!i", said.get(1, bytes(4)))[0], "unknown")
-            target = _text(said, 2)
+            verdict, target = _verdict(values.get(2, b""))
         elif name == "reject":
             verdict = "drop"
+        elif name == "lookup" and (held := registers.get(values.get(2, b""), ("?", b""))[0]) in _LOOKED_UP:
+            members = elements(_text(values, 1))
+            if values.get(3) == nft.be32(0):
+                # A verdict map: whom it does not name goes on.
+                verdict, target = _mapped(members) if held == "state" else ("unknown", "")
+            else:
+                conditions.append(_among(held, members, inverted=bool(_number(values.get(5)) & 1)))
         elif name == "queue" or (name == "lookup" and values.get(3) == nft.be32(0)):
             verdict = "unknown"
         elif name == "match":
@@ -122,6 +145,33 @@ def read_rule(item: Mapping[int, bytes]) -> FilterRule:
         conditions=tuple(conditions), verdict=verdict, target=target, comment=_comment(item.get(7, b"")),
         handle=_number(item.get(3)),
     )  # fmt: skip
+
+
+def _verdict(data: bytes) -> tuple[Verdict, str]:
+    said = attributes(attributes(data).get(2, b""))
+    return _VERDICTS.get(struct.unpack("!i", said.get(1, bytes(4)))[0], "unknown"), _text(said, 2)
+
+
+def _key(element: Mapping[int, bytes]) -> bytes:
+    return attributes(element.get(1, b"")).get(1, b"")
+
+
+def _mapped(members: Iterable[Mapping[int, bytes]]) -> tuple[Verdict, str]:
+    """What a verdict map of ct state says of new packets."""
+    return next((_verdict(one.get(2, b"")) for one in members if _state(_key(one)) & _NEW), ("", ""))
+
+
+def _among(held: str, members: Iterable[Mapping[int, bytes]], *, inverted: bool) -> Condition:
+    """Membership in a set of states or of interface names."""
+    keys = [_key(one) for one in members]
+    if held == "state":
+        return Condition("new", any(_state(key) & _NEW for key in keys), not inverted)
+    names = tuple(key.rstrip(b"\0").decode(errors="replace") for key in keys)
+    return Condition(held, names, not inverted)
+
+
+def _state(data: bytes) -> int:
+    return int.from_bytes(data, "little" if struct.pack("=H", 1)[0] else "big")
 
 
 def _number(data: bytes | None) -> int:
@@ -151,7 +201,7 @@ def _condition(held: str, mask: bytes, operator: int, data: bytes) -> Condition:
     if held == "version":
         return Condition("version", {2: 4, 10: 6}.get(data[0] if data else 0), equal)
     if held == "state":
-        bits = int.from_bytes(mask or data, "little" if struct.pack("=H", 1)[0] else "big")
+        bits = _state(mask or data)
         # With a mask: unequal to nothing means that a bit is set.
         return Condition("new", bool(bits & _NEW), equal if not mask else not equal)
     if held == "status":

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import shutil
 import subprocess
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +23,8 @@ from kilo_etcd.kernel.forward import AddForward, DeleteForward, ForwardRule, rea
 _PROGRAMS = {4: "iptables", 6: "ip6tables"}
 _PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
 _DEADLINE = 15.0
+_LEGACY_SECONDS = 15.0
+"""How long a reading of the older xtables is believed: they tell of no changes, and each reading runs a program."""
 
 
 class IptablesError(OSError):
@@ -41,6 +44,7 @@ class Iptables:
         """Says that there may be rules of ours, so that nothing is run on hosts that never had any."""
         self._generation = generation
         self._known: tuple[int, tuple[dict[int, str], frozenset[ForwardRule]]] | None = None
+        self._legacy: dict[int, tuple[float, BaseChain | None]] = {}
         self._events: bool | None = None
         self.writes = 0
 
@@ -75,6 +79,12 @@ class Iptables:
     def legacy(self, version: int) -> BaseChain | None:
         """The chain FORWARD of the older xtables, which nftables does not show; None: it has none, or it is not to be
         read."""
+        known = self._legacy.get(version)
+        if known is None or time.monotonic() - known[0] > _LEGACY_SECONDS:
+            known = self._legacy[version] = time.monotonic(), self._read_legacy(version)
+        return known[1]
+
+    def _read_legacy(self, version: int) -> BaseChain | None:
         tables = Path("/proc/net/ip_tables_names" if version == 4 else "/proc/net/ip6_tables_names")
         with suppress(OSError):
             if "filter" not in tables.read_text().split():

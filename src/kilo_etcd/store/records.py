@@ -193,7 +193,8 @@ class AnswerRecord:
     trouble: tuple[str, ...] = ()
     """What the agent found wrong when it was asked, beyond what its status says."""
     suspects: tuple[str, ...] = ()
-    """What on the host may drop packets that it forwards."""
+    """What on the host may drop packets that it forwards. Of a member: what drops them for certain, which harms nobody
+    until it leads."""
     reached: tuple[str, ...] = ()
     """Mesh addresses that have answered its echo requests."""
     unreached: tuple[str, ...] = ()

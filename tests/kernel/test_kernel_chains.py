@@ -1,0 +1,181 @@
+"""Which forward chains drop mesh packets: firewalls as people have them, followed as the kernel does."""
+
+from __future__ import annotations
+
+from ipaddress import ip_network
+
+import pytest
+import trio
+from attrs import evolve
+from kernel_worlds import PRIVATE
+from test_kernel_forward import LEADER as PLAN
+from test_kernel_forward import sh
+
+from kilo_etcd.kernel import cleanup, open_kernel
+from kilo_etcd.kernel.chains import Packet, drops, from_iptables, obstacles, packets
+from kilo_etcd.kernel.state import Setup
+
+MESH = (ip_network("10.4.0.0/16"),)
+LEADER = evolve(PLAN, fences=MESH)
+OUT, BACK = Packet(4, "kilo0", "eth0", MESH), Packet(4, "eth0", "kilo0", MESH)
+
+DOCKER = """\
+-P FORWARD DROP
+-N DOCKER
+-N DOCKER-USER
+-N DOCKER-ISOLATION-STAGE-1
+-A FORWARD -j DOCKER-USER
+-A FORWARD -j DOCKER-ISOLATION-STAGE-1
+-A FORWARD -o docker0 -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
+-A FORWARD -o docker0 -j DOCKER
+-A FORWARD -i docker0 ! -o docker0 -j ACCEPT
+-A DOCKER-ISOLATION-STAGE-1 -i docker0 ! -o docker0 -j RETURN
+-A DOCKER-ISOLATION-STAGE-1 -j RETURN
+-A DOCKER-USER -j RETURN
+"""
+UFW = """\
+-P FORWARD DROP
+-N ufw-before-forward
+-N ufw-after-forward
+-N ufw-user-forward
+-A FORWARD -j ufw-before-forward
+-A FORWARD -j ufw-after-forward
+-A ufw-before-forward -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
+-A ufw-before-forward -p icmp -m icmp --icmp-type 8 -j ACCEPT
+-A ufw-before-forward -j ufw-user-forward
+"""
+KUBERNETES = """\
+-P FORWARD ACCEPT
+-N KUBE-FORWARD
+-A FORWARD -m comment --comment "kubernetes forwarding rules" -j KUBE-FORWARD
+-A KUBE-FORWARD -m conntrack --ctstate INVALID -j DROP
+-A KUBE-FORWARD -m mark --mark 0x4000/0x4000 -j ACCEPT
+"""
+
+
+@pytest.mark.parametrize(
+    ("printed", "out", "back"),
+    [
+        ("-P FORWARD ACCEPT", False, False),
+        ("-P FORWARD DROP", True, True),
+        (DOCKER, True, True),
+        (DOCKER + "-A DOCKER-USER -i kilo0 -j ACCEPT\n", True, True),  # after its return
+        (DOCKER.replace("-A DOCKER-USER", "-A DOCKER-USER -i kilo0 -j ACCEPT\n-A DOCKER-USER"), False, True),
+        (UFW, None, None),  # echo requests pass, and who knows what else
+        (UFW + "-A ufw-user-forward -i kilo0 -j ACCEPT\n-A ufw-user-forward -o kilo0 -j ACCEPT\n", False, False),
+        (KUBERNETES, False, False),
+        ("-P FORWARD DROP\n-A FORWARD -i kilo+ -j ACCEPT", False, True),
+        ("-P FORWARD DROP\n-A FORWARD -s 10.0.0.0/8 -d 10.0.0.0/8 -j ACCEPT", False, False),
+        ("-P FORWARD DROP\n-A FORWARD -s 192.168.0.0/16 -j ACCEPT", True, True),
+        ("-P FORWARD DROP\n-A FORWARD -s 10.4.1.0/24 -j ACCEPT", None, None),
+        ("-P FORWARD ACCEPT\n-A FORWARD -j REJECT --reject-with icmp-host-prohibited", True, True),
+        ("-P FORWARD ACCEPT\n-A FORWARD -i eth0 -j REJECT --reject-with icmp-host-prohibited", False, True),
+        ("-P FORWARD ACCEPT\n-A FORWARD -d 10.4.1.1/32 -j DROP", False, False),  # somebody's own wish
+        ("-P FORWARD DROP\n-A FORWARD -j LOG\n-A FORWARD -m set --match-set x src -j ACCEPT", None, None),
+    ],
+)  # fmt: skip
+def test_what_iptables_says_of_its_chain(printed: str, out: bool | None, back: bool | None) -> None:
+    chain = from_iptables(printed, 4)
+    assert chain is not None
+    assert (drops(chain, OUT), drops(chain, BACK)) == (out, back)
+    assert drops(chain, Packet(6, "kilo0", "eth0")) is False
+
+
+def test_the_sentence_says_how_certain_it_is_and_whose_firewall_it_is() -> None:
+    ufw = from_iptables(UFW, 4)
+    assert ufw is not None
+    (one,) = obstacles([ufw], packets("kilo0", ["eth0"], [4], MESH), "kilo0", opening=False)
+    assert not one.certain
+    assert one.text == (
+        "the firewall may drop what this host forwards between kilo0 and eth0 (IPv4), in iptables' chain FORWARD (its "
+        "policy is to drop): ufw route allow in on kilo0 && ufw route allow out on kilo0"
+    )
+
+
+# -- with the real nftables -------------------------------------------------------------------------------------------
+
+FIREWALLD = """
+table inet firewalld {
+  chain filter_FORWARD {
+    type filter hook forward priority filter + 10; policy accept;
+    ct state { established, related } accept
+    ct status dnat accept
+    iifname "lo" accept
+    ct state invalid drop
+    jump filter_FORWARD_POLICIES
+    reject with icmpx type admin-prohibited
+  }
+  chain filter_FORWARD_POLICIES {
+    iifname "eth0" oifname "eth0" jump filter_FWD_public
+    iifname "eth9" return
+  }
+  chain filter_FWD_public {
+    accept
+  }
+}
+"""
+
+
+def load(ruleset: str) -> None:
+    sh(f"nft -f - <<'END'\n{ruleset}\nEND")
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("own_namespaces")
+async def test_every_forward_chain_is_looked_at_and_opened_on_request() -> None:
+    sh(
+        "ip link add eth0 type veth peer eth1; ip link set eth1 up; ip addr add 192.168.9.1/24 dev eth0; "
+        "ip link set eth0 up; ip route add default via 192.168.9.2"
+    )
+    load(FIREWALLD)
+    async with open_kernel(Setup(private_key=PRIVATE)) as kernel:
+        await kernel.apply(LEADER)
+        (one,) = await kernel.obstacles()
+        assert one.certain
+        assert one.text == (
+            "the firewall drops what this host forwards between kilo0 and eth0 (IPv4), in the chain filter_FORWARD of "
+            "nftables table inet firewalld (a rule there drops what no other accepts): firewall-cmd --permanent "
+            "--zone=trusted --add-interface=kilo0 --add-interface=eth0 && firewall-cmd --reload"
+        )
+        # As firewalld does when kilo0 and eth0 are in its trusted zone.
+        sh("nft insert rule inet firewalld filter_FORWARD_POLICIES iifname kilo0 accept; "
+           "nft insert rule inet firewalld filter_FORWARD_POLICIES iifname eth0 goto filter_FWD_public")  # fmt: skip
+        assert await kernel.obstacles() == ()
+        # A prefix, a network, a verdict map; and a chain that drops all but some.
+        sh("nft delete table inet firewalld")
+        load("table ip x { chain f { type filter hook forward priority 0; policy drop;"
+             "iifname \"kil*\" accept; ip daddr 10.0.0.0/8 ct state new accept; }\n}")  # fmt: skip
+        assert await kernel.obstacles() == ()
+        sh("nft flush chain ip x f; nft add rule ip x f iifname vmap { kilo0 : accept, eth1 : drop }")
+        (one,) = await kernel.obstacles()
+        assert not one.certain
+        sh("nft delete table ip x; sysctl -qw net.ipv4.conf.eth0.forwarding=0")
+        (one,) = await kernel.obstacles()
+        assert one.text.startswith("net.ipv4.conf.eth0.forwarding is 0")
+        assert one.certain
+        sh("sysctl -qw net.ipv4.conf.eth0.forwarding=1")
+    load(FIREWALLD)
+    async with open_kernel(Setup(private_key=PRIVATE, forward_rules=True)) as kernel:
+        report = await kernel.apply(LEADER, fresh=True)
+        assert report.failures == ()
+        made = [str(change) for change in report.changes if "firewalld" in str(change)]
+        assert made == [
+            'nft insert rule inet firewalld filter_FORWARD iifname "kilo0" accept comment "kilo-etcd:kilo0 -i kilo0"',
+            'nft insert rule inet firewalld filter_FORWARD oifname "kilo0" accept comment "kilo-etcd:kilo0 -o kilo0"',
+        ]
+        assert await kernel.obstacles() == ()
+        writes = kernel.writes
+        assert (await kernel.apply(LEADER, fresh=True)).changes == ()
+        assert kernel.writes == writes
+        # firewalld is reloaded.
+        sh("nft delete table inet firewalld")
+        with trio.fail_after(30):
+            assert "filter_FORWARD of table firewalld" in await kernel.wait_drift()
+        await kernel.apply(LEADER, fresh=True)
+        load(FIREWALLD)
+        with trio.fail_after(30):
+            assert "has made the chain filter_FORWARD" in await kernel.wait_drift()
+        assert len((await kernel.apply(LEADER, fresh=True)).changes) == 2
+    removed = [str(change) for change in await cleanup("kilo0")]
+    assert sum("nft delete rule inet firewalld filter_FORWARD handle" in one for one in removed) == 2
+    assert "kilo" not in sh("nft list table inet firewalld")
