@@ -34,6 +34,9 @@ OPEN_SECONDS = 8.0
 PAUSE, LONGEST_PAUSE = 30.0, 600.0
 """Seconds between two reports without a baseline that came to nothing: at first, and at most."""
 
+DEFERRAL = 5.0
+"""The same, at first, after a try in which the leader itself did not answer."""
+
 WARN_SECONDS = 20.0
 """After so long without a baseline the operator is told."""
 
@@ -46,6 +49,7 @@ class NoBaseline:
     _since: float | None = None
     _due: float = float("-inf")
     _pause: float = PAUSE
+    _deferral: float = DEFERRAL
     _targets: frozenset[str] = frozenset()
     opened: float | None = None
     """When the report that stands without a baseline was made."""
@@ -70,7 +74,11 @@ class NoBaseline:
 
     def hurry(self) -> None:
         """Whatever came to nothing may come to something now."""
-        self._due, self._pause = float("-inf"), PAUSE
+        self._due, self._pause, self._deferral = float("-inf"), PAUSE, DEFERRAL
+
+    def defer(self, now: float) -> None:
+        """There is no report to be made: the leader itself does not answer."""
+        self._due, self._deferral = now + self._deferral, min(self._deferral * 2, LONGEST_PAUSE)
 
     def open(self, now: float) -> None:
         """A report without a baseline is made."""

@@ -146,7 +146,7 @@ _AGENT = (
     _flag(
         "--forward-rules",
         "false",
-        "Let forwarded mesh traffic through iptables' FORWARD chain, where its policy is drop (docker's is).",
+        "Let forwarded mesh traffic through the forward chains that drop it: iptables' (docker's policy), firewalld's, others'.",
         switch=True,
         negative="--no-forward-rules",
     ),

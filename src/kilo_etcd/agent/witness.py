@@ -239,7 +239,11 @@ class Witness:
             return False
         if duty.near_doubts and baseline.opened is None:
             return True
-        if not duty.first or not found.answers:
+        if not duty.first:
+            return False
+        if not found.answers:
+            if baseline.opened is None:
+                baseline.defer(now)
             return False
         baseline.open(now)
         return True
