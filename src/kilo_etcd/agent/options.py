@@ -146,7 +146,7 @@ _AGENT = (
     _flag(
         "--forward-rules",
         "false",
-        "Let forwarded mesh traffic through the forward chains that drop it: iptables' (docker's policy), firewalld's, others'.",
+        "Let forwarded mesh traffic through the forward chains that drop it: docker's, firewalld's, any other's.",
         switch=True,
         negative="--no-forward-rules",
     ),

@@ -9,7 +9,7 @@ and no write anywhere.
 from __future__ import annotations
 
 import random
-from collections.abc import Awaitable, Callable, Collection, Container, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Container, Mapping
 from contextlib import suppress
 
 import trio
@@ -20,6 +20,7 @@ from kilo_etcd.agent import duty as duties
 from kilo_etcd.agent.baseline import OPEN_SECONDS, NoBaseline
 from kilo_etcd.agent.duty import Account, Duty, Summons, accused, duty_of, stands, summons_of
 from kilo_etcd.agent.logs import Once
+from kilo_etcd.agent.takeover import TakeoverCheck
 from kilo_etcd.model import IPAddress, Node
 from kilo_etcd.topology import Topology, UnknownNode
 
@@ -28,13 +29,6 @@ IN_DOUBT = 0.5
 
 FAR_PERIOD = 1.0
 """The same for another location's leader."""
-
-PROOF_SECONDS, PROOF_POLL = 1.0, 0.03
-"""How long a handshake may take that proves that this host could lead, and the time between two looks for it."""
-
-FIRST_WORD = 0.3
-"""Seconds that the targets have to shake hands, who have got to know this host by its word, before it begins itself:
-only one of two may (decision 0004), and one of them may be behind a NAT."""
 
 ONCE_MORE = 3
 """Requests through the leader once the proof is there: it may have come because a way is open again for all."""
@@ -81,7 +75,7 @@ class Witness:
         self._once = once
         self._sound = sound
         self._forwards = forwards
-        self._prove = prove
+        self._check = TakeoverCheck(device, prove)
         self._look_again = look_again
         self._on_blind = on_blind
         self._rng = rng or random.Random()
@@ -96,7 +90,6 @@ class Witness:
         self._accusers: tuple[str, ...] = ()
         self._news = trio.Event()
         self._far_news = trio.Event()
-        self._proving: frozenset[str] = frozenset()
         self._proof_due = 0.0
         self._since = 0.0
         """When this host's present report on its leader was made."""
@@ -144,7 +137,7 @@ class Witness:
         while True:
             duty, news = self._duty, self._news
             if duty is None or not (duty.first or duty.doubts or self._says(duty)):
-                self._stop_proving()
+                self._check.stop()
                 await news.wait()
                 continue
             try:
@@ -162,7 +155,7 @@ class Witness:
         targets = self._in_doubt(duty) if duty.doubts or self._says(duty) else ()
         if not targets and self._says(duty):
             # Whoever was named leads no more, so whether it answers says nothing about the way there.
-            self._stop_proving()
+            self._check.stop()
             await self._say(duty.location, None)
         if not targets:
             if not duty.first:
@@ -191,7 +184,7 @@ class Witness:
         duty = self._duty
         said = self._said(duty)
         if through:
-            self._stop_proving()
+            self._check.stop()
             if said is not None:
                 await self._say(duty.location, None)
             return self._pause(duty)
@@ -208,13 +201,13 @@ class Witness:
             reaches=said is not None and said.reaches and (self._baseline is None or bool(duty.far_doubts)),
         )
         if not self._may_say(duty, found):
-            self._stop_proving()
+            self._check.stop()
             await self._say(duty.location, None)
             return self._pause(duty)
         if said is None:
             self._since = trio.current_time()
             self._proof_due = self._since + (0.0 if duty.first else OTHERS_WAIT)
-        former = await self._handshakes([node.public_key for node in targets])
+        former = await self._check.handshakes([node.public_key for node in targets])
         await self._say(duty.location, found)
         if not found.reaches and trio.current_time() >= self._proof_due:
             self._proof_due = trio.current_time() + PROOF_AGAIN
@@ -251,7 +244,7 @@ class Witness:
     async def _can_take_over(self, duty: Duty, targets: Collection[Node], former: Container[float] | None) -> bool:
         """Whether this host could do better than the leader; if there is no baseline, a target must say too that the
         leader does not forward."""
-        reaches = await self._reaches(targets, former)
+        reaches = await self._check.reaches(targets, former)
         if self._baseline is not None:
             self._baseline.handshakes = reaches
         return reaches and await self._confirmed(duty) and await self._forwards()
@@ -337,42 +330,6 @@ class Witness:
         tried = [node for node in targets if node.name in answered] if answered else targets
         self._account.tried(tried, answered, trio.current_time())
         return bool(answered)
-
-    async def _reaches(self, targets: Iterable[Node], former: Container[float] | None) -> bool:
-        """Whether this host itself shakes hands with one of them; `former` are the handshakes that it had before."""
-        if former is None:
-            return False
-        keys = frozenset(node.public_key for node in targets)
-        if await self._shaken(keys, former, FIRST_WORD):
-            return True
-        self._proving = keys
-        self._prove(keys)
-        if await self._shaken(keys, former, PROOF_SECONDS):
-            return True
-        self._stop_proving()
-        return False
-
-    async def _handshakes(self, keys: Collection[str]) -> frozenset[float] | None:
-        """When the last ones with these peers were; None: it cannot be known."""
-        with suppress(OSError, kernel.KernelError):
-            peers = (await self._device.hear()).peers
-            return frozenset((0.0, *(peers[key].last_handshake for key in keys if key in peers)))
-        return None
-
-    async def _shaken(self, keys: Collection[str], former: Container[float], seconds: float) -> bool:
-        """Any other handshake than those will do: whether it is a later one, a clock that jumps cannot tell."""
-        with trio.move_on_after(seconds):
-            while True:
-                now = await self._handshakes(keys)
-                if now is not None and any(time not in former for time in now):
-                    return True
-                await trio.sleep(PROOF_POLL)
-        return False
-
-    def _stop_proving(self) -> None:
-        if self._proving:
-            self._proving = frozenset()
-            self._prove(())
 
     # -- others' leaders ----------------------------------------------------------------------------------------
 

@@ -9,21 +9,20 @@ from __future__ import annotations
 import errno
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from attrs import evolve
 
 from kilo_etcd.kernel import netlink, routing, rtnetlink, sysctl, userspace, wireguard
-from kilo_etcd.kernel.chains import Obstacle, Packet, drops, obstacles, packets
+from kilo_etcd.kernel.chains import Obstacle
 from kilo_etcd.kernel.errors import NO_PERMISSION, KernelError, NetlinkError, failure, taken, why_not
 from kilo_etcd.kernel.firewall import table_name
-from kilo_etcd.kernel.forward import AddForward, DeleteForward, mark
-from kilo_etcd.kernel.hooks import ours
+from kilo_etcd.kernel.forward import AddForward, DeleteForward
+from kilo_etcd.kernel.forwardchains import ForwardChains
 from kilo_etcd.kernel.iptables import Iptables
 from kilo_etcd.kernel.netfilter import Netfilter
 from kilo_etcd.kernel.netlink import Message
-from kilo_etcd.kernel.openings import AddOpening, DeleteOpening, Opening, Place
+from kilo_etcd.kernel.openings import AddOpening, DeleteOpening
 from kilo_etcd.kernel.rtnetlink import FoundLink
 from kilo_etcd.kernel.rules import AddRule, DeleteRule
 from kilo_etcd.kernel.state import (
@@ -122,9 +121,14 @@ class Host:
         self._generic = wireguard.generic_socket()
         self.netfilter = Netfilter()
         self._forward_rules = forward_rules
-        self._opened = Path(runtime_dir) / f"{interface}.openings"
-        """Says that there may be rules of ours in others' nftables chains."""
         self._iptables = Iptables(interface, Path(runtime_dir) / f"{interface}.forward", self.netfilter.generation)
+        self._chains = ForwardChains(
+            interface,
+            Path(runtime_dir) / f"{interface}.openings",
+            self.netfilter,
+            self._iptables,
+            opening=forward_rules,
+        )
         self.userspace = userspace.UserspaceDevice(uapi_dir, runtime_dir)
         self._kernel: wireguard.KernelDevice | None = None
         self._writes = 0
@@ -149,29 +153,7 @@ class Host:
 
     def obstacles(self, plan: HostPlan | None) -> tuple[Obstacle, ...]:
         """What of this host's own settings drops mesh traffic that it forwards, or may do so."""
-        versions = plan.forwarding if plan is not None and plan.forwarding else frozenset({4, 6})
-        sent = self._forwarded(versions, plan)
-        legacy = tuple(
-            chain for version in sorted(versions) if (chain := self._iptables.legacy(version)) is not None
-        )  # fmt: skip
-        chains = (*self.netfilter.forward_chains(), *legacy)
-        found = obstacles(chains, sent, self.interface, opening=self._forward_rules)
-        off = sysctl.not_forwarding([self.interface, *self._devices]) if 4 in versions else ()
-        return (
-            *found,
-            *(
-                Obstacle(
-                    f"net.ipv4.conf.{name}.forwarding is 0, so what comes in by {name} is not forwarded: "
-                    f"sysctl -w {sysctl.command(name)}=1, and look for who switches it off in /etc/sysctl.d"
-                )
-                for name in off
-            ),
-        )
-
-    def _forwarded(self, versions: Collection[int], plan: HostPlan | None) -> tuple[Packet, ...]:
-        """The packets that this host forwards, as its firewall sees them."""
-        subnets = () if plan is None else plan.fences
-        return packets(self.interface, self._devices or ("any other device",), versions, subnets)
+        return self._chains.obstacles(plan, self._devices)
 
     def choose(self, wanted: str, command: str) -> Backend:
         """Where WireGuard runs here: what is there already counts, then what the kernel can do."""
@@ -224,7 +206,7 @@ class Host:
         near = {route.device for route in routes.values()} - {self.interface, ""}
         far = {route.device for network, route in foreign.items() if not network.prefixlen}
         self._devices = tuple(sorted(near or far))
-        dropping, openings = self._read_openings()
+        dropping, openings = self._chains.read(self._devices)
         return Observed(
             time=self.steady.now(),
             link=own,
@@ -253,23 +235,6 @@ class Host:
             dropping=dropping,
             openings=openings,
         )
-
-    def _read_openings(self) -> tuple[frozenset[Place], frozenset[Opening]]:
-        """Which chains of others drop what is forwarded, and the rules of ours in such chains."""
-        if not self._forward_rules and not self._opened.exists():
-            return frozenset(), frozenset()
-        own, chains = mark(self.interface), self.netfilter.forward_chains()
-        found = ours(chains, own)
-        if not self._forward_rules:
-            if not found:
-                self._opened.unlink(missing_ok=True)
-            return frozenset(), found
-        sent = self._forwarded((4, 6), None)
-        return frozenset(
-            (chain.family, chain.table, chain.name)
-            for chain in chains
-            if not chain.iptables and any(drops(chain, one, without=own) is not False for one in sent)
-        ), found
 
     def hear(self) -> Heard:
         """Read what the device says of its peers; nobody, if there is none or it is not ours."""
@@ -562,10 +527,7 @@ class Host:
                 case AddForward() | DeleteForward():
                     self._iptables.make(change)
                 case AddOpening() | DeleteOpening():
-                    with suppress(OSError):
-                        self._opened.parent.mkdir(parents=True, exist_ok=True)
-                        self._opened.touch()
-                    self.netfilter.edit(change)
+                    self._chains.edit(change)
                 case _:
                     raise TypeError(change)
         except OSError as error:

@@ -1,0 +1,83 @@
+"""A host's forward chains, whoever made them: what in them drops mesh packets, and the rules of ours that open them.
+
+`kernel.chains` says what a chain does, `kernel.hooks` reads nftables', `kernel.iptables` the older xtables'. Here they
+are put together for one host; nothing is read again as long as nftables' ruleset stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from contextlib import suppress
+from pathlib import Path
+
+from kilo_etcd.kernel import sysctl
+from kilo_etcd.kernel.chains import Obstacle, Packet, drops, obstacles, packets
+from kilo_etcd.kernel.forward import mark
+from kilo_etcd.kernel.hooks import ours
+from kilo_etcd.kernel.iptables import Iptables
+from kilo_etcd.kernel.netfilter import Netfilter
+from kilo_etcd.kernel.openings import AddOpening, DeleteOpening, Opening, Place
+from kilo_etcd.topology.hostplan import HostPlan
+
+
+class ForwardChains:
+    """Of one network namespace. Blocking. `record`: a file that says that there may be rules of ours, so that hosts
+    that never had any are not searched for them; `opening`: whether chains that drop are to be opened."""
+
+    def __init__(
+        self, interface: str, record: Path, netfilter: Netfilter, iptables: Iptables, *, opening: bool
+    ) -> None:  # fmt: skip
+        self._interface = interface
+        self._record = record
+        self._netfilter = netfilter
+        self._iptables = iptables
+        self._opening = opening
+
+    def obstacles(self, plan: HostPlan | None, devices: Collection[str]) -> tuple[Obstacle, ...]:
+        """What drops mesh traffic between the tunnel and `devices`, or may do so. OSError."""
+        versions = plan.forwarding if plan is not None and plan.forwarding else frozenset({4, 6})
+        legacy = [chain for version in sorted(versions) if (chain := self._iptables.legacy(version)) is not None]
+        off = sysctl.not_forwarding([self._interface, *devices]) if 4 in versions else ()
+        return (
+            *obstacles(
+                (*self._netfilter.forward_chains(), *legacy), self._sent(versions, plan, devices), self._interface,
+                opening=self._opening,
+            ),
+            *(
+                Obstacle(
+                    f"net.ipv4.conf.{name}.forwarding is 0, so what comes in by {name} is not forwarded: "
+                    f"sysctl -w {sysctl.command(name)}=1, and look for who switches it off in /etc/sysctl.d"
+                )
+                for name in off
+            ),
+        )  # fmt: skip
+
+    def _sent(self, versions: Collection[int], plan: HostPlan | None, devices: Collection[str]) -> tuple[Packet, ...]:
+        """The packets that this host forwards, as its firewall sees them."""
+        subnets = () if plan is None else plan.fences
+        return packets(self._interface, devices or ("any other device",), versions, subnets)
+
+    def read(self, devices: Collection[str]) -> tuple[frozenset[Place], frozenset[Opening]]:
+        """Which nftables chains of others drop what is forwarded, but for rules of ours, and those rules; nothing if
+        nobody wants any and none were made. OSError."""
+        if not self._opening and not self._record.exists():
+            return frozenset(), frozenset()
+        own, chains = mark(self._interface), self._netfilter.forward_chains()
+        found = ours(chains, own)
+        if not self._opening:
+            if not found:
+                self._record.unlink(missing_ok=True)
+            return frozenset(), found
+        sent = self._sent((4, 6), None, devices)
+        return frozenset(
+            (chain.family, chain.table, chain.name)
+            for chain in chains
+            if not chain.iptables and any(drops(chain, one, without=own) is not False for one in sent)
+        ), found
+
+    def edit(self, change: AddOpening | DeleteOpening) -> None:
+        """OSError if the chain's table is gone, or is not ours to change."""
+        with suppress(OSError):
+            self._record.parent.mkdir(parents=True, exist_ok=True)
+            self._record.touch()
+        self._netfilter.edit(change)
