@@ -90,8 +90,8 @@ class CrowdHost:
         self._scope: trio.CancelScope | None = None
         self._over: trio.Event | None = None
         self.machine = FakeHost()
-        # Echo requests are answered on the locations' own networks, and by nobody through the mesh.
-        self.machine.reach = lambda address: address in ip_network("192.168.0.0/16")
+        # Echo requests are answered everywhere.
+        self.machine.reach = lambda address: True
         self.client = crowd.etcd.client(name)
         self.private = b64encode(sha256(name.encode()).digest()).decode()
 

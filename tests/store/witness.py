@@ -250,7 +250,7 @@ READERS: dict[type, dict[str, Callable[[object], Any]]] = {
         "unsigned": items(string),
         "answers": truth,
     },
-    QuestionRecord: {"nodes": items(string)},
+    QuestionRecord: {"nodes": items(string), "tries": whole, "targets": items(string)},
     AnswerRecord: {
         "time": whole,
         "revision": whole,
@@ -260,6 +260,9 @@ READERS: dict[type, dict[str, Callable[[object], Any]]] = {
         "undone": whole,
         "changes": items(string),
         "trouble": items(string),
+        "suspects": items(string),
+        "reached": items(string),
+        "unreached": items(string),
     },
     SightingRecord: {"publicKey": key, "endpoint": address_endpoint},
     VerdictRecord: {

@@ -62,8 +62,9 @@ class NoBaseline:
         """A try has found nobody; whether all `targets` are to be tried at once now."""
         names = frozenset(node.name for node in targets)
         if names != self._targets:
-            # Other targets may know better.
-            self._targets, self._due, self._pause = names, float("-inf"), PAUSE
+            # Other targets may know better; but a mesh in which somebody comes every minute is no reason for a report
+            # each time.
+            self._targets, self._due = names, min(self._due, now + PAUSE)
         self._since = now if self._since is None else self._since
         self._tried += 1
         return self._tried >= TRIES and now >= self._due
@@ -99,12 +100,11 @@ class NoBaseline:
         self.confirmed = self.confirmed or bool(found)
         return any(one.answers for one in found) or (bool(found) and now - since >= SETTLE_SECONDS)
 
-    def sentence(self, leader: str, targets: Iterable[str], now: float) -> str | None:
-        """What to tell the operator; None: nothing yet."""
+    def sentence(self, leader: str, now: float) -> str | None:
+        """What to tell the operator; None: nothing yet. It names no targets: those change."""
         if self._since is None or now - self._since < WARN_SECONDS:
             return None
-        tried = ", ".join(sorted(targets))
-        text = f"nobody elsewhere has ever answered an echo request through the leader {leader} (tried: {tried})"
+        text = f"nobody elsewhere has ever answered an echo request through the leader {leader}"
         if self.confirmed:
             return f"{text}, and they find no way through it either: {leader} does not forward; kgctl check says more"
         if self.handshakes:

@@ -278,7 +278,7 @@ class Witness:
             self._note_blind(None)
             return duties.PERIOD
         baseline = self._without_baseline()
-        self._note_blind(baseline.sentence(duty.leader.name, [node.name for node in duty.targets], now))
+        self._note_blind(baseline.sentence(duty.leader.name, now))
         return duties.BLIND_PERIOD if baseline.waits(now) else duties.PERIOD
 
     def _note_blind(self, sentence: str | None) -> None:
