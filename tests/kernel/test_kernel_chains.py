@@ -179,3 +179,18 @@ async def test_every_forward_chain_is_looked_at_and_opened_on_request() -> None:
     removed = [str(change) for change in await cleanup("kilo0")]
     assert sum("nft delete rule inet firewalld filter_FORWARD handle" in one for one in removed) == 2
     assert "kilo" not in sh("nft list table inet firewalld")
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("own_namespaces")
+async def test_a_tunnel_that_is_born_without_forwarding_is_given_it() -> None:
+    sh("sysctl -qw net.ipv4.ip_forward=1 net.ipv4.conf.default.forwarding=0")
+    async with open_kernel(Setup(private_key=PRIVATE)) as kernel:
+        report = await kernel.apply(LEADER)
+        assert "sysctl -w net.ipv4.conf.kilo0.forwarding=1" in map(str, report.changes)
+        assert report.failures == ()
+        assert sh("cat /proc/sys/net/ipv4/conf/kilo0/forwarding") == "1\n"
+        assert (await kernel.apply(LEADER, fresh=True)).changes == ()
+        assert await kernel.obstacles() == ()
+    await cleanup("kilo0")
+    assert sh("cat /proc/sys/net/ipv4/conf/default/forwarding") == "0\n"

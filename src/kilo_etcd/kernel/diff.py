@@ -377,6 +377,8 @@ def _up(plan: HostPlan, observed: Observed, target: Target) -> Iterator[Change]:
         if family == 6:
             yield from map(KeepAdvertisements, observed.advertised)
         yield SetForwarding(family)
+    if 4 in plan.forwarding & observed.forwarding:
+        yield from (SetForwarding(4, device) for device in observed.held_back)
     if not observed.link.up:
         yield SetUp(target.interface)
 

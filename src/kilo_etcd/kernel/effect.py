@@ -100,6 +100,7 @@ class _Effect:
         self._forwarding = set(observed.forwarding)
         self._advertised = observed.advertised
         self._table = observed.table
+        self._held_back = observed.held_back
         self._forward_rules = set(observed.forward_rules)
         self._openings = set(observed.openings)
 
@@ -152,6 +153,8 @@ class _Effect:
                 if self._routes.get(route.destination) == route:
                     del self._routes[route.destination]
                 self._strays = [stray for stray in self._strays if stray != route]
+            case SetForwarding(device=device) if device:
+                self._held_back = tuple(one for one in self._held_back if one != device)
             case SetForwarding(family=family):
                 self._forwarding.add(family)
                 self._advertised = self._advertised if family == 4 else ()
@@ -192,6 +195,7 @@ class _Effect:
             forwarding=frozenset(self._forwarding),
             advertised=self._advertised,
             table=self._table,
+            held_back=self._held_back,
             forward_rules=frozenset(self._forward_rules),
             openings=frozenset(self._openings),
             memo=None if self._owner is None else _Owners(self._owner, self._peers),

@@ -109,6 +109,8 @@ def _sentence(change: Change, error: OSError) -> str:
                 f"set it on the host with `{change}`"
             )
         if code == errno.ENOENT:
+            if change.device:
+                return f"{name} does not exist, since {change.device} is gone"
             return f"{name} does not exist: this kernel runs without IPv{change.family}"
     way = change.route if isinstance(change, AddRoute | ReplaceRoute) else None
     exit_route = way if way is not None and way.table != MAIN_TABLE else None

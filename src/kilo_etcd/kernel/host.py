@@ -202,6 +202,7 @@ class Host:
         exit = routing.read(
             self._route, self.interface, self.protocol, {index: link.name for index, link in self.links.items()}
         )
+        names = {one.link.name for one in found}
         forward_chains, forward_rules = self._iptables.read(self._forward_rules)
         near = {route.device for route in routes.values()} - {self.interface, ""}
         far = {route.device for network, route in foreign.items() if not network.prefixlen}
@@ -228,6 +229,7 @@ class Host:
             ipip_ours=ipip is None or ipip.link.kind == "ipip",
             lacking=sysctl.lacking(),
             forwarding=sysctl.forwarding(),
+            held_back=sysctl.not_forwarding(name for name in (self.interface, self.ipip) if name in names),
             advertised=sysctl.advertised(self.interface, self.ipip),
             table=self.netfilter.read(table_name(self.interface)),
             forward_rules=forward_rules,

@@ -173,6 +173,8 @@ class Observed:
     lacking: frozenset[int] = frozenset()
     """Families that the kernel has not at all: it takes no rules and no routes of them, and nothing leaves in them."""
     forwarding: frozenset[int] = frozenset()
+    held_back: tuple[str, ...] = ()
+    """Devices of ours that are kept from forwarding IPv4 although the host forwards it, as by `conf.default`."""
     advertised: tuple[str, ...] = ()
     """Interfaces that heed IPv6 router advertisements now, and would not once the host forwards IPv6."""
     table: Table | None = None
@@ -389,14 +391,19 @@ class DeleteRoute:
 
 @frozen
 class SetForwarding:
+    """For the whole host; with `device`, for a device of ours that is kept from it (IPv4 alone has such a switch)."""
+
     family: int
+    device: str = ""
 
     @property
     def path(self) -> str:
+        if self.device:
+            return f"net/ipv4/conf/{self.device}/forwarding"
         return "net/ipv4/ip_forward" if self.family == 4 else "net/ipv6/conf/all/forwarding"
 
     def __str__(self) -> str:
-        return f"sysctl -w {self.path.replace('/', '.')}=1"
+        return f"sysctl -w {self.path if '.' in self.device else self.path.replace('/', '.')}=1"
 
 
 @frozen

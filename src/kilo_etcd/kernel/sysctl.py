@@ -72,6 +72,8 @@ def change_to(change: SetForwarding | AllowPings | KeepAdvertisements, record: P
     """OSError if it is not ours to write."""
     before = _read(change.path)
     _write(change.path, _ours(change.path))
+    if isinstance(change, SetForwarding) and change.device:
+        return  # It goes with its device.
     former = _load(record)
     if before is not None and change.path not in former:
         former[change.path] = before
