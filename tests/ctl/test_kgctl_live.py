@@ -371,6 +371,20 @@ def test_check_and_explain_name_the_leader_that_passes_nothing_on(mesh: Mesh) ->
     assert "through it nothing arrives between gcp-2 and home-1" in " ".join(found.output.split())
 
 
+def test_explain_says_that_packets_arrive_only_if_they_were_seen_to(mesh: Mesh) -> None:
+    mesh.says["gcp-1"] = AnswerRecord(time=now(), tunnels=(mesh.tunnel("home-1", 3),))
+    said = mesh.run("explain", "gcp-2", "home-1", "--live")
+    assert (said.exit_code, said.output.splitlines()[-1][-20:]) == (0, " and packets arrive.")
+    said = mesh.run("explain", "gcp-2", "laptop", "--live").output.splitlines()[-1]
+    assert said.endswith("whether packets arrive was not tried by gcp-2.")
+    # Nobody asks whose agent does not live, and so it answers for nobody.
+    mesh.etcd.delete("/kilo-status/home-1")
+    mesh.lost = lambda source, target: target == "home-1"
+    said = mesh.run("explain", "gcp-2", "home-1", "--live")
+    assert said.exit_code == 1
+    assert "home-1 does not answer its echo requests at 10.4.0.4, fd04::4: is it up?" in " ".join(said.output.split())
+
+
 def test_agents_that_do_not_know_how_to_try_are_named_and_nothing_is_claimed_of_packets(mesh: Mesh) -> None:
     mesh.says["gcp-1"] = AnswerRecord(time=now(), tunnels=(mesh.tunnel("home-1", 3),))
     mesh.old = set(mesh.snapshot.nodes)

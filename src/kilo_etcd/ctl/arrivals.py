@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from ipaddress import ip_address
 
-from attrs import field, frozen
+from attrs import frozen
 
 from kilo_etcd.ctl.live import Live
 from kilo_etcd.model import Granularity
@@ -19,20 +19,22 @@ from kilo_etcd.topology.segments import Topology
 TRIES = 64
 """Nodes that each host is to try."""
 
+PAIRS = 20
+"""Pairs that are named one by one."""
+
 SHOWN = 5
 """How many names a sentence lists."""
 
 
 @frozen(kw_only=True)
 class Loss:
-    """Packets that do not arrive, in a sentence with its remedy. `names`: the hosts concerned."""
+    """Packets that do not arrive, in a sentence with its remedy."""
 
     subject: str
     text: str
     remedy: str
     filtered: bool = False
     """Only echo requests are known to be lost."""
-    names: frozenset[str] = field(default=frozenset(), eq=False)
 
 
 @frozen
@@ -117,13 +119,13 @@ def _unreached(
     )
     if reaches:
         return Loss(
-            subject=target, filtered=True, names=frozenset({target, *askers}),
+            subject=target, filtered=True,
             text=f"its own packets are answered, but echo requests to {addresses} are not (tried by {some(askers)})",
             remedy="let ICMP echo requests from the mesh pass its firewall: without them nobody can tell whether "
                    "packets arrive there",
         )  # fmt: skip
     return Loss(
-        subject=target, names=frozenset({target, *askers}),
+        subject=target,
         text=f"no host reaches it at {addresses} (tried by {some(askers)})",
         remedy="is the host up? journalctl -u kilo-etcd there; does its firewall let pass what comes in by kilo0?",
     )  # fmt: skip
@@ -167,19 +169,26 @@ def _by_leader(
         answer = live.answers.get(leader)
         known = () if answer is None else (*answer.trouble, *answer.suspects)
         yield Loss(
-            subject=leader, names=frozenset({leader, *near, *far}),
+            subject=leader,
             text=f"it leads its location and does not forward: through it nothing arrives {way}",
             remedy="; ".join(known)
             or f"look there for what drops forwarded packets: sysctl net.ipv4.ip_forward, nft list ruleset; "
                f"kgctl explain {source} {target} --live",
         )  # fmt: skip
-    for pair in sorted({(min(pair), max(pair)) for pair in alone}):
+    pairs = sorted({(min(pair), max(pair)) for pair in alone})
+    for pair in pairs[:PAIRS]:
         one, other = pair if pair in alone else pair[::-1]
         both = pair in alone and pair[::-1] in alone
         yield Loss(
-            subject=f"{one} - {other}", names=frozenset(pair),
+            subject=f"{one} - {other}",
             text=f"{one} does not reach {other}{' nor the other way round' if both else ''}",
             remedy=f"kgctl explain {one} {other} --live; a firewall on the way, or on one of the two",
+        )  # fmt: skip
+    if more := pairs[PAIRS:]:
+        yield Loss(
+            subject="packets",
+            text=f"{len(more)} more pairs do not reach each other, {some(f'{one} - {other}' for one, other in more)}",
+            remedy="mend what is named first, then ask again",
         )  # fmt: skip
 
 

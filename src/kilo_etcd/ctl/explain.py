@@ -309,7 +309,13 @@ def explain_command(mesh: Mesh, source: str, target: str, output: str, live: boo
         living = names & looked.statuses.keys()
         said = mesh.ask(partial(gather, names=living, targets=ends(journeys, snapshot)))
         against = doubts(journeys, looked.topology, said)
-        tried = source in said.answers and bool(said.answers[source].reached)
+        answer, far = said.answers.get(source), snapshot.nodes.get(target)
+        addresses = {target} if far is None else set(map(str, far.mesh_addresses))
+        if answer is not None:
+            if not against and (lost := sorted(addresses.intersection(answer.unreached))):
+                # Its agent does not live, or was not asked.
+                against = ((source, f"{target} does not answer its echo requests at {', '.join(lost)}: is it up?"),)
+            tried = bool(addresses.intersection(answer.reached))
     found = Explanation(journeys=journeys, remarks=remarks_on(looked.report(about=names), names), live=against)
     if output == "json":
         click.echo(explanation_json(found))

@@ -56,27 +56,18 @@ def read(device: netlink.Socket) -> tuple[BaseChain, ...]:
             bases.setdefault((data[0], _text(item, 1)), []).append((_text(item, 3), dropping))
 
     device.dump(_message(_GETCHAIN, 0), chain)
-    found = []
-    for (family, table), chains in sorted(bases.items()):
-        whole = _rules_of(device, family, table)
-        found += [
-            BaseChain(
-                family=_FAMILIES[family], table=table, name=name, drops=dropping, rules=whole.get(name, ()),
-                chains=whole,
-            )
-            for name, dropping in chains
-        ]  # fmt: skip
-    return tuple(found)
+    return tuple(
+        BaseChain(
+            family=_FAMILIES[family], table=table, name=name, drops=dropping, rules=rules[name], chains=rules,
+        )
+        for (family, table), chains in sorted(bases.items())
+        for name, dropping in chains
+        for rules in (_rules_from(device, family, table, name),)
+    )  # fmt: skip
 
 
-def _rules_of(device: netlink.Socket, family: int, table: str) -> dict[str, tuple[FilterRule, ...]]:
-    """The rules of one table, by chain."""
-    items: list[dict[int, bytes]] = []
-
-    def keep(data: bytes) -> None:
-        item = attributes(data, 4)
-        if data[0] == family and _text(item, 1) == table:
-            items.append(item)
+def _rules_from(device: netlink.Socket, family: int, table: str, base: str) -> dict[str, tuple[FilterRule, ...]]:
+    """The rules of a chain and of those that it leads to. Others are not read: Kubernetes has thousands in a table."""
 
     def elements(name: str) -> tuple[dict[int, bytes], ...]:
         known: list[dict[int, bytes]] = []
@@ -86,11 +77,22 @@ def _rules_of(device: netlink.Socket, family: int, table: str) -> dict[str, tupl
         )
         return tuple(known)
 
-    device.dump(_message(_GETRULE, family, text(1, table)), keep)
-    rules: dict[str, list[FilterRule]] = {}
-    for item in items:
-        rules.setdefault(_text(item, 2), []).append(read_rule(item, elements))
-    return {name: tuple(some) for name, some in rules.items()}
+    found: dict[str, tuple[FilterRule, ...]] = {}
+    missing = [base]
+    while missing:
+        chain = missing.pop()
+        items: list[dict[int, bytes]] = []
+
+        def keep(data: bytes, chain: str = chain, items: list[dict[int, bytes]] = items) -> None:
+            item = attributes(data, 4)
+            # An old kernel gives the rules of all chains.
+            if data[0] == family and (_text(item, 1), _text(item, 2)) == (table, chain):
+                items.append(item)
+
+        device.dump(_message(_GETRULE, family, text(1, table), text(2, chain)), keep)
+        found[chain] = rules = tuple(read_rule(item, elements) for item in items)
+        missing += [rule.target for rule in rules if rule.target and rule.target not in found]
+    return found
 
 
 def _text(item: Mapping[int, bytes], kind: int) -> str:
