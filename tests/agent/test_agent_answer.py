@@ -141,10 +141,10 @@ async def test_what_the_kernel_lacks_is_counted_and_named(world: World) -> None:
     assert (await world.answerer().answer(QuestionRecord())).trouble == ()  # it has nothing to forward
     forwarding = world.answerer(evolve(PLAN, forwarding=frozenset({4})))
     found = await forwarding.answer(QuestionRecord())
-    assert (found.trouble, found.suspects) == (("FORWARD drops",), ("the chain x may drop",))
+    assert (found.trouble, found.possible_obstacles) == (("FORWARD drops",), ("the chain x may drop",))
     world.sends = False
     found = await forwarding.answer(QuestionRecord())
-    assert (found.trouble, found.suspects) == ((), ("FORWARD drops",)), "it may lead one day"
+    assert (found.trouble, found.possible_obstacles) == ((), ("FORWARD drops",)), "it may lead one day"
 
 
 async def test_packets_are_sent_to_whom_is_asked_for(world: World) -> None:

@@ -354,7 +354,9 @@ def test_check_of_etcds_members() -> None:
 
 def test_check_and_explain_name_the_leader_that_passes_nothing_on(mesh: Mesh) -> None:
     mesh.says["gcp-1"] = AnswerRecord(
-        time=now(), tunnels=(mesh.tunnel("home-1", 3),), suspects=("the chain forward of nftables table inet x",)
+        time=now(),
+        tunnels=(mesh.tunnel("home-1", 3),),
+        possible_obstacles=("the chain forward of nftables table inet x",),
     )
     inside = {"gcp-2", "gcp-3"}
     mesh.lost = lambda source, target: len({source, target} & inside) == 1 and "gcp-1" not in (source, target)

@@ -260,7 +260,7 @@ READERS: dict[type, dict[str, Callable[[object], Any]]] = {
         "undone": whole,
         "changes": items(string),
         "trouble": items(string),
-        "suspects": items(string),
+        "possibleObstacles": items(string),
         "reached": items(string),
         "unreached": items(string),
     },

@@ -97,7 +97,7 @@ class Answerer:
         programmed = self._programmed()
         plan = programmed.plan
         trouble: list[str] = []
-        suspects: list[str] = []
+        possible_obstacles: list[str] = []
         reached: dict[str, bool] = {}
         commands: tuple[str, ...] = ()
         observed = Observed()
@@ -118,7 +118,7 @@ class Answerer:
                 for one in await self._kernel.obstacles():
                     # On a member they harm nobody until it leads.
                     if one.certain or programmed.sends:
-                        (trouble if one.certain and programmed.sends else suspects).append(one.text)
+                        (trouble if one.certain and programmed.sends else possible_obstacles).append(one.text)
         except kernel.KernelError as error:
             trouble.append(str(error))
         return AnswerRecord(
@@ -130,7 +130,7 @@ class Answerer:
             undone=len(commands),
             changes=commands[:SHOWN],
             trouble=tuple(dict.fromkeys(trouble)),
-            suspects=tuple(suspects),
+            possible_obstacles=tuple(possible_obstacles),
             reached=tuple(address for address, answered in reached.items() if answered),
             unreached=tuple(address for address, answered in reached.items() if not answered),
         )

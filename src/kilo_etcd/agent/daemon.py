@@ -177,7 +177,7 @@ class Daemon:
         """Sentences on nodes that, like this host, are behind NAT, and are not heard."""
         self.hearsay = Hearsay()
         """What neighbours have said of leaders since etcd was out of reach."""
-        self.blind: str | None = None
+        self.no_baseline: str | None = None
         """A sentence on a leader through which nobody has ever answered this host, which would report it."""
         self.obstructed: tuple[str, ...] = ()
         """Sentences on what drops what this host forwards."""
@@ -219,7 +219,7 @@ class Daemon:
         self._witness = Witness(
             device, self.session, self.name, self.once,
             sound=self._sound, forwards=self._forwards, prove=self._prove,
-            look_again=lambda: self._nudge(fresh=True), on_blind=self._note_blind,
+            look_again=lambda: self._nudge(fresh=True), on_no_baseline=self._note_no_baseline,
         )  # fmt: skip
         self._hearing = Hearing(device, self.session, self.name, on_unmet=self._note_unmet, begin_over=self._begin_over)
         self._lookout = Lookout(device, self._note_gateway)
@@ -746,8 +746,8 @@ class Daemon:
         if self.snapshot is not None:
             self._publish(self.snapshot)
 
-    def _note_blind(self, sentence: str | None) -> None:
-        self.blind = sentence
+    def _note_no_baseline(self, sentence: str | None) -> None:
+        self.no_baseline = sentence
         self.once.errors("blind", () if sentence is None else (sentence,), level="warning")
         if self.snapshot is not None:
             self._publish(self.snapshot)
@@ -834,7 +834,7 @@ class Daemon:
         # What etcd could not be told it has been told by the time that somebody reads this there.
         further = (
             self.beyond,
-            self.blind,
+            self.no_baseline,
             self._upkeep.renumbered,
             self.mirror.suspect or self._bridged(),
             behind,

@@ -73,12 +73,12 @@ class Duty:
         return _targets(self.topology, self.topology.segment_of(self.leader.name), self.own, named)
 
     @cached_property
-    def near_doubts(self) -> bool:
+    def reported_nearby(self) -> bool:
         """Whether another member of the location doubts the leader too."""
         return any(verdict.witness in self._members for verdict in self.doubts)
 
     @cached_property
-    def far_doubts(self) -> tuple[Verdict, ...]:
+    def far_reports(self) -> tuple[Verdict, ...]:
         """What those in other locations say who have tried members of this one through the leader."""
         return tuple(
             verdict

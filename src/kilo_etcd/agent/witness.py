@@ -52,7 +52,7 @@ class Witness:
     `sound` says whether this host's kernel is as planned, and `forwards` whether nothing is known on this host that
     drops what it forwards; `prove` has handshakes made with these public keys, and with none any more when it is empty;
     `look_again` is called when the kernel may not be as planned: this host has seen it, or others say that it does not
-    forward; `on_blind` takes a sentence for the operator while there is no baseline, and None when there is one.
+    forward; `on_no_baseline` takes a sentence for the operator while there is no baseline, and None when there is one.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Witness:
         forwards: Callable[[], Awaitable[bool]],
         prove: Callable[[Collection[str]], object],
         look_again: Callable[[], object],
-        on_blind: Callable[[str | None], object],
+        on_no_baseline: Callable[[str | None], object],
         rng: random.Random | None = None,
     ) -> None:
         self._device = device
@@ -77,7 +77,7 @@ class Witness:
         self._forwards = forwards
         self._check = TakeoverCheck(device, prove)
         self._look_again = look_again
-        self._on_blind = on_blind
+        self._on_no_baseline = on_no_baseline
         self._rng = rng or random.Random()
         self._account = Account()
         self._baseline: NoBaseline | None = NoBaseline()
@@ -93,7 +93,7 @@ class Witness:
         self._proof_due = 0.0
         self._since = 0.0
         """When this host's present report on its leader was made."""
-        self._blind: str | None = None
+        self._no_baseline: str | None = None
         self._lock = trio.Lock()
 
     def follow(self, topology: Topology) -> None:
@@ -104,7 +104,7 @@ class Witness:
             self._watched, self._account = (self._duty.leader.name, self._duty.candidacy), Account()
             self._baseline = NoBaseline()
         if self._duty is None or not self._duty.first:
-            self._note_blind(None)
+            self._note_no_baseline(None)
         if self._duty != before:
             news, self._news = self._news, trio.Event()
             news.set()
@@ -198,7 +198,7 @@ class Witness:
             targets=tuple(sorted(node.name for node in targets)),
             answers=duty.near in near,
             fellows=any(address in near for address in duty.fellows),
-            reaches=said is not None and said.reaches and (self._baseline is None or bool(duty.far_doubts)),
+            reaches=said is not None and said.reaches and (self._baseline is None or bool(duty.far_reports)),
         )
         if not self._may_say(duty, found):
             self._check.stop()
@@ -230,7 +230,7 @@ class Witness:
             baseline.close(now)
         if baseline.waits(now):
             return False
-        if duty.near_doubts and baseline.opened is None:
+        if duty.reported_nearby and baseline.opened is None:
             return True
         if not duty.first:
             return False
@@ -256,7 +256,7 @@ class Witness:
         while self._current(duty):
             news, now = self._news, trio.current_time()
             assert self._duty is not None
-            if baseline.confirms(self._duty.far_doubts, self._since, now):
+            if baseline.confirms(self._duty.far_reports, self._since, now):
                 return True
             if now >= until:
                 break
@@ -275,16 +275,16 @@ class Witness:
         now = trio.current_time()
         if not self._account.blind(duty, now):
             self._baseline = None
-            self._note_blind(None)
+            self._note_no_baseline(None)
             return duties.PERIOD
         baseline = self._without_baseline()
-        self._note_blind(baseline.sentence(duty.leader.name, now))
+        self._note_no_baseline(baseline.sentence(duty.leader.name, now))
         return duties.BLIND_PERIOD if baseline.waits(now) else duties.PERIOD
 
-    def _note_blind(self, sentence: str | None) -> None:
-        if sentence != self._blind:
-            self._blind = sentence
-            self._on_blind(sentence)
+    def _note_no_baseline(self, sentence: str | None) -> None:
+        if sentence != self._no_baseline:
+            self._no_baseline = sentence
+            self._on_no_baseline(sentence)
 
     def _in_doubt(self, duty: Duty) -> tuple[Node, ...]:
         said = self._said(duty)

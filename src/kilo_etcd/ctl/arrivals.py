@@ -167,7 +167,7 @@ def _by_leader(
             else f"from {some(near if out else far)} to {some(far if out else near)}"
         )
         answer = live.answers.get(leader)
-        known = () if answer is None else (*answer.trouble, *answer.suspects)
+        known = () if answer is None else (*answer.trouble, *answer.possible_obstacles)
         yield Loss(
             subject=leader,
             text=f"it leads its location and does not forward: through it nothing arrives {way}",

@@ -202,7 +202,7 @@ def _hosts(found: Examined) -> Iterator[Finding]:
                 remedy="the agent repairs what it can, now; if it comes back: journalctl -u kilo-etcd there",
             )  # fmt: skip
         if _may_lead(topology, name):
-            for text in answer.suspects:
+            for text in answer.possible_obstacles:
                 yield Finding(
                     severity=Severity.WARNING, subject=name,
                     text=f"it stands for leader, and if it led nothing would get through: {text}",

@@ -192,7 +192,7 @@ class AnswerRecord:
     """The first of them, as commands."""
     trouble: tuple[str, ...] = ()
     """What the agent found wrong when it was asked, beyond what its status says."""
-    suspects: tuple[str, ...] = ()
+    possible_obstacles: tuple[str, ...] = ()
     """What on the host may drop packets that it forwards. Of a member: what drops them for certain, which harms nobody
     until it leads."""
     reached: tuple[str, ...] = ()
@@ -518,7 +518,7 @@ _READERS: dict[type, dict[str, Callable[[object], Any]]] = {
         "undone": _whole,
         "changes": _items(_string),
         "trouble": _items(_string),
-        "suspects": _items(_string),
+        "possible_obstacles": _items(_string),
         "reached": _items(_string),
         "unreached": _items(_string),
     },
