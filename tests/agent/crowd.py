@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from hashlib import sha256
-from ipaddress import ip_interface, ip_network
+from ipaddress import ip_interface
 
 import pytest
 import trio

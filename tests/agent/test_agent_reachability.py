@@ -444,9 +444,8 @@ async def test_a_query_over_the_locations_network_is_answered_once(mesh: World) 
     wire = Wire()
     async with running(mesh, post=wire):
         await eventually(lambda: routed(mesh), 5, every=0.01)
-        query = Message(
-            tells=False, nonce=stamp(int(time.time()), 1), sender=digest(privatekey.public_key(G1)), revision=0, local=True
-        )  # fmt: skip
+        nonce, sender = stamp(int(time.time()), 1), digest(privatekey.public_key(G1))
+        query = Message(tells=False, nonce=nonce, sender=sender, revision=0, local=True)
         for _ in range(20):
             wire.bring(query)
             await trio.sleep(1)
