@@ -1,0 +1,241 @@
+"""`kgctl check` in a lab in which one thing at a time is broken.
+
+It exits with 1 and names the cause as long as a pair of hosts that should reach each other does not, and says nothing
+more when the fault is undone. Each fault is one that the agents cannot repair, so that the pairs stay apart until
+somebody does something.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Awaitable, Callable
+
+import pytest
+import trio
+from attrs import frozen
+
+from helpers import eventually, require
+from kilo_etcd.lab.client import Lab, running_lab
+from kilo_etcd.lab.spec import HostSpec, SiteSpec, Spec
+
+pytestmark = [pytest.mark.lab, pytest.mark.deadline(1200)]
+
+DEAD = 30.0
+"""Seconds until a fault has cut its pair off, at most."""
+
+TOLD = 40.0
+"""Seconds after that until `check` names the cause, at most."""
+
+WELL = 60.0
+"""Seconds until all is well again once the fault is undone, at most; WireGuard may have to begin a handshake again."""
+
+Act = Callable[[Lab], Awaitable[object]]
+
+
+@frozen(kw_only=True)
+class Fault:
+    """One thing that is broken.
+
+    At least one host of `cut_off` is reached by somebody no more; a finding of `check` has to match `named` (a regular
+    expression over subject, text and remedy)."""
+
+    name: str
+    break_it: Act
+    mend: Act
+    cut_off: tuple[str, ...]
+    named: str
+
+
+def run(host: str, *commands: str) -> Act:
+    """Shell commands on a host."""
+
+    async def act(lab: Lab) -> None:
+        for command in commands:
+            await lab.exec(host, "sh", "-c", command, check=True)
+
+    return act
+
+
+def put(key: str, value: str) -> Act:
+    return lambda lab: lab.etcdctl("put", key, value)
+
+
+def delete(key: str) -> Act:
+    return lambda lab: lab.etcdctl("del", key)
+
+
+def each(*acts: Act) -> Act:
+    async def act(lab: Lab) -> None:
+        for one in acts:
+            await one(lab)
+
+    return act
+
+
+def firewall(host: str, hook: str, *rules: str) -> tuple[Act, Act]:
+    """A table of the host's own with these rules in a base chain, and its removal."""
+    table = f"inet own_{hook}"
+    chain = f"nft add chain {table} c '{{ type filter hook {hook} priority 10; }}'"
+    added = [f"nft add rule {table} c {rule}" for rule in rules]
+    return run(host, f"nft add table {table}", chain, *added), run(host, f"nft delete table {table}")
+
+
+def fault(name: str, acts: tuple[Act, Act], *cut_off: str, named: str) -> Fault:
+    return Fault(name=name, break_it=acts[0], mend=acts[1], cut_off=cut_off, named=named)
+
+
+def both(*pairs: tuple[Act, Act]) -> tuple[Act, Act]:
+    return each(*(pair[0] for pair in pairs)), each(*(pair[1] for pair in pairs))
+
+
+GCP = ("gcp-1", "gcp-2")
+"""A location of two on one LAN; gcp-3 is on another one."""
+LONE = "lone-1"
+"""A location of one host: nobody can lead instead of it."""
+SPEC = Spec(
+    sites=(
+        SiteSpec(
+            name="gcp",
+            hosts=(HostSpec(name="gcp-1", label="gcp", public=True), HostSpec(name="gcp-2", label="gcp")),
+            subnets=("10.1.0.0/24",),
+        ),
+        SiteSpec(
+            name="home",
+            hosts=(HostSpec(name="home-1", label="home", public=True), HostSpec(name="home-2", label="home")),
+            subnets=("10.2.0.0/24",),
+        ),
+        SiteSpec(name="lone", hosts=(HostSpec(name=LONE, label="lone", public=True),), subnets=("10.3.0.0/24",)),
+    ),
+)  # fmt: skip
+
+STOP_FORWARDING = "sysctl -q -w net.ipv4.conf.kilo0.forwarding={0} net.ipv4.conf.eth0.forwarding={0}"
+
+
+def faults(mesh: dict[str, str], lan: dict[str, str]) -> list[Fault]:
+    """The faults, for hosts with these mesh addresses and these addresses on their LANs."""
+    port = "udp dport 51820 drop"
+    everywhere = "10.4.0.0/16"
+    return [
+        fault("nothing is forwarded in a location", both(*(firewall(host, "forward", "drop") for host in GCP)),
+              *GCP, named=r"gcp-\d.*(forward|firewall)"),
+        fault("a firewall that rejects what it forwards, as firewalld's",
+              both(*(firewall(host, "forward", "ct state established,related accept",
+                              "reject with icmpx type admin-prohibited") for host in GCP)),
+              *GCP, named=r"gcp-\d.*(forward|firewall|chain)"),
+        fault("forwarding is off on single interfaces",
+              both(*((run(host, STOP_FORWARDING.format(0)), run(host, STOP_FORWARDING.format(1))) for host in GCP)),
+              *GCP, named=r"gcp-\d.*forward"),
+        fault("WireGuard's port is closed to the world", firewall(LONE, "input", port), LONE, named="lone-1"),
+        fault("WireGuard's packets do not leave", firewall(LONE, "output", "udp sport 51820 drop"), LONE,
+              named="lone-1"),
+        fault("a site is cut off from the others",
+              (lambda lab: lab.cut_site("lone", "others"), lambda lab: lab.heal_site("lone")), LONE, named="lone-1"),
+        fault("a wrong internal IP",
+              (put("/kilo/annotations/gcp-2/force-internal-ip", "10.1.0.250/24"),
+               delete("/kilo/annotations/gcp-2/force-internal-ip")), "gcp-2", named="gcp-2.*(internal|10.1.0.250)"),
+        fault("a location's network is cut",
+              (lambda lab: lab.cut("gcp-2", "location"), lambda lab: lab.heal("gcp-2")), *GCP, named="gcp-[12]"),
+        fault("a wrong entry in the neighbour table",
+              (run("gcp-2", f"ip neigh replace {lan['gcp-1']} lladdr 02:00:00:00:00:99 nud permanent dev eth0"),
+               run("gcp-2", f"ip neigh del {lan['gcp-1']} dev eth0")), *GCP, named="gcp-[12]"),
+        fault("a rule before the routing table",
+              (run(LONE, f"ip rule add pref 50 to {everywhere} unreachable"), run(LONE, "ip rule del pref 50")),
+              LONE, named="lone-1"),
+        fault("a rule that sends the mesh's packets in clear",
+              (run(LONE, "ip route add default dev eth0 table 99", f"ip rule add pref 50 to {everywhere} lookup 99"),
+               run(LONE, "ip rule del pref 50", "ip route flush table 99")), LONE, named="lone-1"),
+        fault("narrower routes of the operator's",
+              (run(LONE, "ip route add blackhole 10.4.0.0/17", "ip route add blackhole 10.4.128.0/17"),
+               run(LONE, "ip route del blackhole 10.4.0.0/17", "ip route del blackhole 10.4.128.0/17")),
+              LONE, named="lone-1"),
+        fault("one address has a route of the operator's",
+              (run(LONE, f"ip route add blackhole {mesh['gcp-2']}/32"),
+               run(LONE, f"ip route del blackhole {mesh['gcp-2']}/32")), LONE, named="lone-1"),
+        fault("a host takes nothing from its tunnels", firewall(LONE, "input", 'iifname "kilo0" drop'), LONE,
+              named="lone-1"),
+        fault("a host sends nothing into its tunnels", firewall(LONE, "output", 'oifname "kilo0" drop'), LONE,
+              named="lone-1"),
+        fault("a host takes no echo requests", firewall(LONE, "input", "icmp type echo-request drop"), LONE,
+              named="lone-1"),
+        fault("an iptables rule drops one source",
+              (run(LONE, f"iptables -I INPUT -s {mesh['gcp-2']} -j DROP"),
+               run(LONE, f"iptables -D INPUT -s {mesh['gcp-2']} -j DROP")), LONE, named="lone-1"),
+        fault("an agent hangs and its device is gone",
+              (each(lambda lab: lab.freeze(LONE), run(LONE, "ip link del kilo0")), lambda lab: lab.thaw(LONE)),
+              LONE, named="lone-1"),
+        fault("a host is down", (lambda lab: lab.power_off("home-2"), lambda lab: lab.power_on("home-2")),
+              "home-2", named="home-2"),
+        fault("two hosts with no label that share no network",
+              (each(delete("/kilo/locations/lone-1"), delete("/kilo/locations/home-2")),
+               each(put("/kilo/locations/lone-1", "lone"), put("/kilo/locations/home-2", "home"))),
+              LONE, "home-2", named="(lone-1|home-2).*label"),
+        fault("full mesh, and one pair's WireGuard is blocked on the LAN",
+              (each(put("/kilo/mesh/granularity", "full"),
+                    firewall("gcp-2", "input", f"ip saddr {{ {lan['gcp-1']}, {lan['gcp-1 public']} }} {port}")[0],
+                    firewall("gcp-1", "input", f"ip saddr {lan['gcp-2']} {port}")[0]),
+               each(firewall("gcp-2", "input")[1], firewall("gcp-1", "input")[1],
+                    put("/kilo/mesh/granularity", "location"))),
+              *GCP, named="gcp-1 - gcp-2|gcp-2 - gcp-1|gcp-[12].*gcp-[12]"),
+        fault("cross, and a pair's tunnel is blocked",
+              (each(put("/kilo/mesh/granularity", "cross"),
+                    firewall(LONE, "input", f"ip saddr {lan['gcp-1 public']} {port}")[0],
+                    firewall(LONE, "output", f"ip daddr {lan['gcp-1 public']} {port}")[0]),
+               each(firewall(LONE, "input")[1], firewall(LONE, "output")[1],
+                    put("/kilo/mesh/granularity", "location"))),
+              LONE, "gcp-1", named="gcp-1 - lone-1|lone-1.*gcp-1|gcp-1.*lone-1"),
+    ]  # fmt: skip
+
+
+async def dead_pairs(lab: Lab, hosts: tuple[str, ...], mesh: dict[str, str]) -> list[tuple[str, str]]:
+    """The ordered pairs with one of `hosts` in them whose ping is not answered; a host that is off answers nobody."""
+    missing = [(one, other) for one, other in await lab.missing_pings(timeout=1.0) if {one, other} & set(hosts)]
+    off = [row.host for row in await lab.status() if not row.power]
+    return missing + [("gcp-1", host) for host in off if host in hosts]
+
+
+async def doctor(lab: Lab) -> tuple[int, list[str]]:
+    """The exit status of `kgctl check`, and its findings but for notes, each as one text."""
+    done = await lab.kgctl("check", "-o", "json", check=False)
+    found = [one for one in json.loads(done.stdout) if one["severity"] != "note"]
+    return done.returncode, [" ".join((one["subject"], one["text"], one["remedy"])) for one in found]
+
+
+async def well(lab: Lab) -> bool:
+    if await lab.missing_pings(timeout=1.0):
+        return False
+    # A leader that was demoted is named for some minutes after it forwards again.
+    assert [text for text in (await doctor(lab))[1] if "for some minutes it leads only if" not in text] == []
+    return True
+
+
+async def test_check_names_whatever_keeps_two_hosts_apart() -> None:
+    require("etcd", "etcdctl", "wireguard-go", "ip", "nft", "iptables")
+    async with running_lab(SPEC) as lab:
+        await lab.all_pairs_ping(60)
+        await eventually(lambda: well(lab), WELL, every=0.5)
+        rows = {row.host: row for row in await lab.status()}
+        mesh = {host: row.mesh[0] for host, row in rows.items()}
+        lan = {host: row.private[0].partition("/")[0] for host, row in rows.items()}
+        lan |= {f"{host} public": row.public[0] for host, row in rows.items() if row.public}
+        for one in faults(mesh, lan):
+            began = trio.current_time()
+            await one.break_it(lab)
+            apart = await eventually(
+                lambda one=one: dead_pairs(lab, one.cut_off, mesh), DEAD, every=0.2, what=f"a dead pair: {one.name}"
+            )
+            dead = trio.current_time() - began
+
+            async def told(one: Fault = one) -> bool:
+                status, found = await doctor(lab)
+                assert status == 1, f"{one.name}: all is well, says check"
+                assert any(re.search(one.named, text) for text in found), f"{one.name}: check says only {found}"
+                return True
+
+            await eventually(told, TOLD, every=0.2)
+            said = trio.current_time() - began
+            assert await dead_pairs(lab, one.cut_off, mesh), f"{one.name}: {apart} were apart, and reach each other now"
+            await one.mend(lab)
+            await eventually(lambda: well(lab), WELL, every=0.2, what=f"all is well again after: {one.name}")
+            print(f"{one.name}: apart after {dead:.1f} s, named after {said:.1f} s, "
+                  f"well again after {trio.current_time() - began:.1f} s")  # fmt: skip
