@@ -293,6 +293,8 @@ class World:
             assert agent.raw_plan == host_plan(fresh, name), f"{name} has another plan than what is planned afresh"
             trouble = agent._etcd_trouble()
             assert trouble is None, f"{name} is in trouble: {trouble}"
+            silent = () if agent._reachability is None else agent._reachability.silent
+            assert not silent, f"{name} does not know yet that {silent[0].target.node} answers again"
             self._programmed(self.hosts[name], agent)
         for segment in fresh.segments.values():
             members = {node.name for node in segment.members}
