@@ -9,11 +9,16 @@ import pytest
 from attrs import evolve
 from kernel_worlds import PRIVATE, key, peer
 
-from kilo_etcd.kernel import netlink, rtnetlink, userspace, wireguard
+from kilo_etcd.kernel import netlink, userspace
 from kilo_etcd.kernel.drift import device_period
+from kilo_etcd.kernel.formats import core
 from kilo_etcd.kernel.netlink import Message
+from kilo_etcd.kernel.read import rtnl as replies
+from kilo_etcd.kernel.read.wireguard import DeviceReader
 from kilo_etcd.kernel.rules import RoutingRule
 from kilo_etcd.kernel.state import RemovePeer, Route, SetDevice, SetPeer
+from kilo_etcd.kernel.write import rtnl as requests
+from kilo_etcd.kernel.write.wireguard import set_device
 from kilo_etcd.model import Endpoint
 
 
@@ -40,8 +45,8 @@ def read(kind: Any, message: Message) -> Any:
 def test_routes(route: Route) -> None:
     from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
-    message = rtnetlink.add_route(route, 7)
-    assert (message.type, message.flags) == (rtnetlink.NEWROUTE, netlink.CREATE | netlink.EXCLUSIVE)
+    message = requests.add_route(route, 7)
+    assert (message.type, message.flags) == (replies.NEWROUTE, core.NLM_F_CREATE | core.NLM_F_EXCL)
     seen = read(rtmsg, message)
     assert seen["dst_len"] == route.destination.prefixlen
     assert seen["proto"] == 107
@@ -53,15 +58,15 @@ def test_routes(route: Route) -> None:
     gateway = seen.get_attr("RTA_GATEWAY") or (via["addr"] if via else None)
     assert gateway == (None if route.gateway is None else str(route.gateway))
     assert seen.get_attr("RTA_PREFSRC") == (None if route.source is None else str(route.source))
-    found = rtnetlink.read_route(message.body)
+    found = replies.read_route(message.body)
     assert found is not None
     assert found.route({}) == route
 
 
 def test_replacing_and_deleting_say_so() -> None:
     route = Route(destination=ip_network("10.4.0.0/16"), source=ip_address("10.4.0.1"))
-    assert rtnetlink.replace_route(route, 0).flags == netlink.CREATE | netlink.REPLACE
-    deleted = rtnetlink.read_route(rtnetlink.delete_route(route, 0).body)
+    assert requests.replace_route(route, 0).flags == core.NLM_F_CREATE | core.NLM_F_REPLACE
+    deleted = replies.read_route(requests.delete_route(route, 0).body)
     assert deleted is not None
     assert deleted.protocol == 107, "so that nobody else's route can be hit"
 
@@ -78,11 +83,11 @@ def test_replacing_and_deleting_say_so() -> None:
 def test_routes_of_another_table_and_kind(route: Route, kind: int) -> None:
     from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
-    message = rtnetlink.add_route(route, 0)
+    message = requests.add_route(route, 0)
     seen = read(rtmsg, message)
     assert (seen["type"], seen["proto"], seen["table"]) == (kind, 108, 0)
     assert seen.get_attr("RTA_TABLE") == 107_000_001
-    found = rtnetlink.read_route(message.body)
+    found = replies.read_route(message.body)
     assert found is not None
     assert found.route({}) == route
 
@@ -99,8 +104,8 @@ def test_routes_of_another_table_and_kind(route: Route, kind: int) -> None:
 def test_rules(rule: RoutingRule) -> None:
     from pyroute2.netlink.rtnl.fibmsg import fibmsg
 
-    message = rtnetlink.add_rule(rule, 108)
-    assert (message.type, message.flags) == (rtnetlink.NEWRULE, netlink.CREATE | netlink.EXCLUSIVE)
+    message = requests.add_rule(rule, 108)
+    assert (message.type, message.flags) == (replies.NEWRULE, core.NLM_F_CREATE | core.NLM_F_EXCL)
     seen = read(fibmsg, message)
     assert (seen["action"], seen["flags"]) == (1, 2 if rule.not_mark else 0)
     assert seen.get_attr("FRA_PRIORITY") == rule.priority
@@ -108,19 +113,19 @@ def test_rules(rule: RoutingRule) -> None:
     assert seen.get_attr("FRA_PROTOCOL") == 108
     assert seen.get_attr("FRA_FWMARK") == (rule.not_mark or None)
     assert seen.get_attr("FRA_SUPPRESS_PREFIXLEN") == rule.suppress
-    assert rtnetlink.read_rule(message.body) == (rule, 108)
+    assert replies.read_rule(message.body) == (rule, 108)
 
 
 @pytest.mark.parametrize("text", ["10.4.0.1/32", "fd00:4::1/128"])
 def test_addresses(text: str) -> None:
     from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
 
-    message = rtnetlink.add_address(7, ip_interface(text))
+    message = requests.add_address(7, ip_interface(text))
     seen = read(ifaddrmsg, message)
     assert seen["index"] == 7
     assert f"{seen.get_attr('IFA_LOCAL')}/{seen['prefixlen']}" == text
     assert seen["flags"] == (2 if ":" in text else 0), "IPv6: no duplicate address detection"
-    found = rtnetlink.read_address(message.body, {})
+    found = replies.read_address(message.body, {})
     assert found is not None
     assert str(found.address) == text
 
@@ -128,7 +133,7 @@ def test_addresses(text: str) -> None:
 def test_links() -> None:
     from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 
-    seen = read(ifinfmsg, rtnetlink.create_link("kilo-ipip", "ipip", ip_address("192.168.9.1")))
+    seen = read(ifinfmsg, requests.create_link("kilo-ipip", "ipip", ip_address("192.168.9.1")))
     assert seen.get_attr("IFLA_IFNAME") == "kilo-ipip"
     info = seen.get_attr("IFLA_LINKINFO")
     assert info.get_attr("IFLA_INFO_KIND") == "ipip"
@@ -154,7 +159,7 @@ CHANGES = (
 def test_wireguard_messages() -> None:
     from pyroute2.netlink.generic.wireguard import wgmsg
 
-    (message,) = wireguard.encode(33, "kilo0", CHANGES)
+    (message,) = set_device(33, "kilo0", CHANGES)
     seen = read(wgmsg, message)
     assert seen["cmd"] == 1
     assert seen.get_attr("WGDEVICE_A_IFNAME") == "kilo0"
@@ -184,7 +189,7 @@ def test_a_peer_that_is_reset_is_removed_and_added_in_one_message() -> None:
              for n in range(1055, 1075)]  # fmt: skip
     messages = set()
     for before in ([], *([one] for one in crowd)):
-        *rest, last = wireguard.encode(33, "kilo0", [*before, change])
+        *rest, last = set_device(33, "kilo0", [*before, change])
         messages.add(len(rest) + 1)
         gone, back = read(wgmsg, last).get_attr("WGDEVICE_A_PEERS")[-2:]
         assert gone.get_attr("WGPEER_A_PUBLIC_KEY") == back.get_attr("WGPEER_A_PUBLIC_KEY") == key(2).encode()
@@ -201,9 +206,9 @@ def test_the_mark_of_wireguards_own_packets() -> None:
     from pyroute2.netlink.generic.wireguard import wgmsg
 
     for mark in (107, 0):
-        (message,) = wireguard.encode(33, "kilo0", [SetDevice(name="kilo0", mark=mark)])
+        (message,) = set_device(33, "kilo0", [SetDevice(name="kilo0", mark=mark)])
         assert read(wgmsg, message).get_attr("WGDEVICE_A_FWMARK") == mark
-        reader = wireguard.Reader()
+        reader = DeviceReader()
         reader.take(message.body)
         assert reader.result().mark == mark
         assert userspace.encode([SetDevice(name="kilo0", mark=mark)]) == f"set=1\nfwmark={mark}\n\n"
@@ -213,9 +218,9 @@ def test_the_mark_of_wireguards_own_packets() -> None:
 def test_a_peer_that_comes_back_in_two_messages_is_one() -> None:
     def message(*allowed: str) -> bytes:
         change = SetPeer(name="k", public_key=key(2), allowed_ips=tuple(ip_network(a) for a in allowed))
-        return wireguard.encode(33, "k", [change])[0].body
+        return set_device(33, "k", [change])[0].body
 
-    reader = wireguard.Reader()
+    reader = DeviceReader()
     for part in (message("10.4.0.9/32", "10.5.0.0/24"), message("10.4.0.2/32")):
         reader.take(part)
     found = reader.result().peers[key(2)]
@@ -223,15 +228,15 @@ def test_a_peer_that_comes_back_in_two_messages_is_one() -> None:
 
 
 def test_a_second_reading_takes_over_what_is_the_same_and_nothing_else() -> None:
-    def reading(former: wireguard.Reader | None, endpoint: str, *allowed: str) -> wireguard.Reader:
+    def reading(former: DeviceReader | None, endpoint: str, *allowed: str) -> DeviceReader:
         change = SetPeer(
             name="k",
             public_key=key(2),
             endpoint=Endpoint.parse(endpoint),
             allowed_ips=tuple(ip_network(a) for a in allowed),
         )
-        reader = wireguard.Reader(former)
-        reader.take(wireguard.encode(33, "k", [change])[0].body)
+        reader = DeviceReader(former)
+        reader.take(set_device(33, "k", [change])[0].body)
         return reader
 
     first = reading(None, "203.0.113.2:51820", "10.4.0.2/32", "fd00:4::2/128")
@@ -249,10 +254,10 @@ def test_many_peers_are_spread_over_messages_that_each_fit() -> None:
         SetPeer(name="k", public_key=key(i), allowed_ips=tuple(ip_network(f"10.{i}.{j}.0/24") for j in range(200)))
         for i in range(1, 20)
     ]
-    sent = wireguard.encode(33, "k", crowd)
+    sent = set_device(33, "k", crowd)
     assert 1 < len(sent) < len(crowd)
     assert all(len(message.body) < 40_000 for message in sent)
-    reader = wireguard.Reader()
+    reader = DeviceReader()
     for message in sent:
         reader.take(message.body)
     assert {k: len(p.allowed_ips) for k, p in reader.result().peers.items()} == {key(i): 200 for i in range(1, 20)}
@@ -260,7 +265,7 @@ def test_many_peers_are_spread_over_messages_that_each_fit() -> None:
 
 def test_a_key_that_is_none_is_an_error_of_that_peer() -> None:
     with pytest.raises(OSError, match="32 bytes in base64"):
-        wireguard.encode(33, "k", [RemovePeer("k", "nonsense")])
+        set_device(33, "k", [RemovePeer("k", "nonsense")])
 
 
 def test_userspace_is_told_in_one_transaction() -> None:
@@ -355,11 +360,11 @@ def test_what_userspace_has_seen_does_not_change_its_mark_and_what_it_was_told_d
 
 def test_what_the_kernels_device_has_seen_does_not_change_its_mark_and_what_it_was_told_does() -> None:
     def mark(*changes: SetPeer, counter: int = 1) -> int:
-        reader = wireguard.Reader()
-        for message in wireguard.encode(30, "kilo0", changes):
+        reader = DeviceReader()
+        for message in set_device(30, "kilo0", changes):
             reader.take(message.body)
         for found in reader._peers.values():
-            found[wireguard._P_RX] = counter.to_bytes(8, "little")
+            found["WGPEER_A_RX_BYTES"] = counter.to_bytes(8, "little")
         return reader.mark()
 
     one = SetPeer(
@@ -388,7 +393,7 @@ def test_what_the_kernels_device_has_seen_does_not_change_its_mark_and_what_it_w
     ],
 )
 def test_forwarding_that_is_switched(body: str, found: tuple[int, bool] | None) -> None:
-    assert rtnetlink.read_forwarding(bytes.fromhex(body)) == found
+    assert replies.read_forwarding(bytes.fromhex(body)) == found
 
 
 def test_a_device_is_looked_at_within_a_second_up_to_a_thousand_peers() -> None:

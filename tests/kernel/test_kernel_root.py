@@ -26,11 +26,13 @@ from kernel_worlds import GATEWAY4, PRIVATE, key, lines, peer, plan, plans, tunn
 
 from helpers import eventually
 from helpers_load import soon
-from kilo_etcd.kernel import Kernel, KernelError, Setup, cleanup, list_addresses, open_kernel, rtnetlink, userspace
+from kilo_etcd.kernel import Kernel, KernelError, Setup, cleanup, list_addresses, open_kernel, userspace
 from kilo_etcd.kernel.errors import NetlinkError
 from kilo_etcd.kernel.linux import LinuxKernel
 from kilo_etcd.kernel.netlink import Message, Socket
+from kilo_etcd.kernel.read import rtnl as replies
 from kilo_etcd.kernel.state import Change, Route, SetPeer, without_counters
+from kilo_etcd.kernel.write import rtnl as requests
 from kilo_etcd.model import Endpoint
 from kilo_etcd.topology.hostplan import HostPlan, PeerPlan, Via
 
@@ -390,7 +392,7 @@ async def test_messages_that_are_refused_among_many_are_told_apart() -> None:
 
     def routes_to(numbers: range) -> list[Message]:
         networks = [ip_network((0x6440_0000 + number * 256, 24)) for number in numbers]
-        return [rtnetlink.add_route(Route(destination=network, device="eth0"), index) for network in networks]
+        return [requests.add_route(Route(destination=network, device="eth0"), index) for network in networks]
 
     routing = Socket(0)
     try:
@@ -401,9 +403,9 @@ async def test_messages_that_are_refused_among_many_are_told_apart() -> None:
         assert {error.errno for error in routing.send(routes_to(range(1000))) if error} == {errno.EEXIST}
         assert routing.send([]) == []
         # An answer that nobody fetched, as after a time out, is nobody's answer.
-        routing._socket.sendto(routing._frame(rtnetlink.get_link("eth1"), 0), (0, 0))
-        asked = [rtnetlink.get_link(name) for name in ("eth0", "none", "eth1") * 50]
-        told = [a if isinstance(a, OSError) else rtnetlink.read_link(a).link.name for a in routing.ask(asked)]
+        routing._socket.sendto(routing._frame(requests.get_link("eth1"), 0), (0, 0))
+        asked = [requests.get_link(name) for name in ("eth0", "none", "eth1") * 50]
+        told = [a if isinstance(a, OSError) else replies.read_link(a).link.name for a in routing.ask(asked)]
         assert [name for name in told if isinstance(name, str)] == ["eth0", "eth1"] * 50
         assert {error.errno for error in told if isinstance(error, OSError)} == {errno.ENODEV}
     finally:

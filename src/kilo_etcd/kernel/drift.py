@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable
 
-from kilo_etcd.kernel import rtnetlink
 from kilo_etcd.kernel.diff import fulfils
+from kilo_etcd.kernel.read import rtnl as replies
 from kilo_etcd.kernel.state import MAIN_TABLE, ROUTE_PROTOCOL, AddressScope, Link, Observed, Target, is_ours
 from kilo_etcd.kernel.wayout import exit_table, same_way
 from kilo_etcd.model import IPAddress, IPInterface, IPNetwork
@@ -52,22 +52,22 @@ class Whereabouts:
 
         Addresses on our own devices, whose indexes are `own`, do not count.
         """
-        if kind in (rtnetlink.NEWADDR, rtnetlink.DELADDR):
-            found = rtnetlink.read_address(body, {})
+        if kind in (replies.NEWADDR, replies.DELADDR):
+            found = replies.read_address(body, {})
             if found is None or found.scope is not AddressScope.GLOBAL or found.index in own:
                 return False
             key = found.index, found.address
-            if kind == rtnetlink.DELADDR:
+            if kind == replies.DELADDR:
                 self._addresses.pop(key, None)
                 return True
             before, self._addresses[key] = self._addresses.get(key), found.deprecated
             return before is not found.deprecated
-        if kind in (rtnetlink.NEWROUTE, rtnetlink.DELROUTE):
-            route = rtnetlink.read_route(body)
+        if kind in (replies.NEWROUTE, replies.DELROUTE):
+            route = replies.read_route(body)
             if route is None or route.destination.prefixlen or route.table != MAIN_TABLE:
                 return False
             which, way = (route.destination.version, route.metric), (route.index, route.gateway)
-            if kind == rtnetlink.DELROUTE:
+            if kind == replies.DELROUTE:
                 self._defaults.pop(which, None)
                 return True
             former, self._defaults[which] = self._defaults.get(which), way
@@ -80,10 +80,10 @@ def bends_ways(kind: int, body: bytes, own: Container[int]) -> bool:
 
     Our own routes and what happens on our own devices, whose indexes are `own`, do not count.
     """
-    if kind in (rtnetlink.NEWLINK, rtnetlink.DELLINK):
-        return rtnetlink.read_link(body).link.index not in own
-    if kind in (rtnetlink.NEWROUTE, rtnetlink.DELROUTE):
-        route = rtnetlink.read_route(body)
+    if kind in (replies.NEWLINK, replies.DELLINK):
+        return replies.read_link(body).link.index not in own
+    if kind in (replies.NEWROUTE, replies.DELROUTE):
+        route = replies.read_route(body)
         return route is not None and route.protocol != ROUTE_PROTOCOL and route.index not in own
     return False
 
@@ -115,18 +115,18 @@ class Watch:
 
     def news(self, kind: int, body: bytes) -> str | None:
         """What an event says that must be looked into, or None."""
-        if kind in (rtnetlink.NEWLINK, rtnetlink.DELLINK):
-            return self._link(kind, rtnetlink.read_link(body).link)
-        if kind in (rtnetlink.NEWADDR, rtnetlink.DELADDR):
+        if kind in (replies.NEWLINK, replies.DELLINK):
+            return self._link(kind, replies.read_link(body).link)
+        if kind in (replies.NEWADDR, replies.DELADDR):
             return self._address(kind, body)
-        if kind in (rtnetlink.NEWROUTE, rtnetlink.DELROUTE):
+        if kind in (replies.NEWROUTE, replies.DELROUTE):
             return self._route(kind, body)
-        if kind == rtnetlink.DELRULE:
-            rule = rtnetlink.read_rule(body)
+        if kind == replies.DELRULE:
+            rule = replies.read_rule(body)
             if rule is not None and rule[1] == self.target.protocol and rule[0] in self.observed.exit_rules:
                 return f"the rule {rule[0]} was removed"
-        if kind == rtnetlink.NEWNETCONF:
-            found = rtnetlink.read_forwarding(body)
+        if kind == replies.NEWNETCONF:
+            found = replies.read_forwarding(body)
             if found is not None and not found[1] and found[0] in self.observed.forwarding:
                 return f"forwarding of IPv{found[0]} was switched off"
         return None
@@ -135,7 +135,7 @@ class Watch:
         return [link for link in (self.observed.link, self.observed.ipip) if link is not None]
 
     def _link(self, kind: int, link: Link) -> str | None:
-        if kind == rtnetlink.DELLINK:
+        if kind == replies.DELLINK:
             self.links.pop(link.index, None)
             if any(link.index == own.index for own in self._own()):
                 return f"link {link.name} was deleted"
@@ -160,24 +160,24 @@ class Watch:
         return None
 
     def _address(self, kind: int, body: bytes) -> str | None:
-        found = rtnetlink.read_address(body, self.links)
+        found = replies.read_address(body, self.links)
         own = self.observed.link
         if found is None or found.scope is AddressScope.LINK:
             return None
         if own is not None and found.index == own.index:
-            if kind == rtnetlink.DELADDR and found.address in self.observed.addresses:
+            if kind == replies.DELADDR and found.address in self.observed.addresses:
                 return f"address {found.address} was removed from {own.name}"
-            if kind == rtnetlink.NEWADDR and found.address not in self.observed.addresses:
+            if kind == replies.NEWADDR and found.address not in self.observed.addresses:
                 return f"address {found.address} was added to {own.name}"
             return None
-        if kind == rtnetlink.DELADDR and found.index in self.ways.values():
+        if kind == replies.DELADDR and found.index in self.ways.values():
             return f"address {found.address} was removed from {found.interface}"
-        if kind == rtnetlink.NEWADDR and self.failing:
+        if kind == replies.NEWADDR and self.failing:
             return f"address {found.address} was added to {found.interface}"
         return None
 
     def _route(self, kind: int, body: bytes) -> str | None:
-        found = rtnetlink.read_route(body)
+        found = replies.read_route(body)
         if found is not None and found.table == exit_table(self.target.interface):
             return self._exit_route(kind, found)
         if found is None or found.table != MAIN_TABLE:
@@ -185,20 +185,20 @@ class Watch:
         destination = found.destination
         if found.fence:
             wanted = destination in self.observed.fences
-            if self.target.protocol != ROUTE_PROTOCOL or (kind == rtnetlink.NEWROUTE) is wanted:
+            if self.target.protocol != ROUTE_PROTOCOL or (kind == replies.NEWROUTE) is wanted:
                 return None
-            return f"the fence around {destination} was {'removed' if kind == rtnetlink.DELROUTE else 'added'}"
+            return f"the fence around {destination} was {'removed' if kind == replies.DELROUTE else 'added'}"
         expected = self.observed.routes.get(destination)
         link = self.links.get(found.index)
         device = link.name if link is not None else ""
         if not is_ours(found.protocol, device, own=self.target.protocol, interface=self.target.interface):
-            if kind == rtnetlink.NEWROUTE and expected is not None:
+            if kind == replies.NEWROUTE and expected is not None:
                 return f"somebody set a route to {destination}"
-            if kind == rtnetlink.DELROUTE and destination in self.collisions:
+            if kind == replies.DELROUTE and destination in self.collisions:
                 return f"the route to {destination} that was in the way is gone"
             return None
         route = found.route({} if link is None else {found.index: link.name})
-        if kind == rtnetlink.NEWROUTE:
+        if kind == replies.NEWROUTE:
             if expected is None:
                 return f"a route to {destination} with our protocol was added"
             if not fulfils(route, expected, self.target):
@@ -209,17 +209,17 @@ class Watch:
             return f"the route to {destination} was removed"
         return None
 
-    def _exit_route(self, kind: int, found: rtnetlink.FoundRoute) -> str | None:
+    def _exit_route(self, kind: int, found: replies.FoundRoute) -> str | None:
         link = self.links.get(found.index)
         route = found.route({} if link is None else {found.index: link.name})
         if found.last_resort:
             wanted = found.destination in self.observed.exit_fences
-            if (kind == rtnetlink.NEWROUTE) is wanted:
+            if (kind == replies.NEWROUTE) is wanted:
                 return None
-            verb = "removed from" if kind == rtnetlink.DELROUTE else "added to"
+            verb = "removed from" if kind == replies.DELROUTE else "added to"
             return f"the fence around {found.destination} was {verb} table {found.table}"
         expected = self.observed.exit_routes.get(found.destination)
-        if kind == rtnetlink.NEWROUTE:
+        if kind == replies.NEWROUTE:
             as_expected = expected is not None and same_way(route, expected, self.target.interface)
             return None if as_expected else f"a route to {found.destination} was set in table {found.table}"
         if expected is not None and same_way(route, expected, self.target.interface):

@@ -13,17 +13,21 @@ from pathlib import Path
 
 from attrs import evolve
 
-from kilo_etcd.kernel import netlink, routing, rtnetlink, sysctl, userspace, wireguard
+from kilo_etcd.kernel import netlink, routing, sysctl, userspace, wireguard
 from kilo_etcd.kernel.chains import Obstacle
+from kilo_etcd.kernel.codec import FormatError
 from kilo_etcd.kernel.errors import NO_PERMISSION, KernelError, NetlinkError, failure, taken, why_not
 from kilo_etcd.kernel.firewall import table_name
+from kilo_etcd.kernel.formats import core
 from kilo_etcd.kernel.forward import AddForward, DeleteForward
 from kilo_etcd.kernel.forwardchains import ForwardChains
 from kilo_etcd.kernel.iptables import Iptables
 from kilo_etcd.kernel.netfilter import Netfilter
 from kilo_etcd.kernel.netlink import Message
 from kilo_etcd.kernel.openings import AddOpening, DeleteOpening
-from kilo_etcd.kernel.rtnetlink import FoundLink
+from kilo_etcd.kernel.read import rtnl as replies
+from kilo_etcd.kernel.read.rtnl import FoundLink
+from kilo_etcd.kernel.read.wireguard import DeviceState
 from kilo_etcd.kernel.rules import AddRule, DeleteRule
 from kilo_etcd.kernel.state import (
     KERNEL_PROTOCOL,
@@ -65,6 +69,7 @@ from kilo_etcd.kernel.state import (
 from kilo_etcd.kernel.steady import SteadyTime
 from kilo_etcd.kernel.table import DeleteTable, ReplaceTable
 from kilo_etcd.kernel.wayout import MARK, exit_fences
+from kilo_etcd.kernel.write import rtnl as requests
 from kilo_etcd.model import IPAddress, IPInterface, IPNetwork
 from kilo_etcd.topology.hostplan import HostPlan
 
@@ -117,7 +122,7 @@ class Host:
         self.protocol = protocol
         self.ipip = ipip_name(interface)
         self._record = Path(runtime_dir) / f"{interface}.sysctl.json"
-        self._route = netlink.Socket(0)
+        self._route = netlink.Socket(core.NETLINK_ROUTE)
         self._generic = wireguard.generic_socket()
         self.netfilter = Netfilter()
         self._forward_rules = forward_rules
@@ -255,12 +260,12 @@ class Host:
                 return None
             raise
 
-    def device(self, link: Link) -> wireguard.DeviceState | None:
+    def device(self, link: Link) -> DeviceState | None:
         """What our WireGuard device `link` says; None: it is not there. KernelError."""
         ours, state = self._read_device(link)
         return state if ours else None
 
-    def _recognises(self, name: str, state: wireguard.DeviceState, routes: Iterable[Route]) -> bool:
+    def _recognises(self, name: str, state: DeviceState, routes: Iterable[Route]) -> bool:
         """Whether a WireGuard device is an agent's: it has this host's key, or none yet, or routes of ours lead there,
         as they do when the host's key was replaced. Any other is an operator's, who must not lose peers and key."""
         if state.public_key == self._public_key or not (state.public_key or state.peers):
@@ -279,7 +284,7 @@ class Host:
 
     def _find(self, name: str) -> FoundLink | None:
         try:
-            return rtnetlink.read_link(self._route.get(rtnetlink.get_link(name)))
+            return replies.read_link(self._route.get(requests.get_link(name)))
         except NetlinkError as error:
             if error.errno == errno.ENODEV:
                 return None
@@ -287,13 +292,13 @@ class Host:
 
     def _read_links(self) -> list[FoundLink]:
         found: list[FoundLink] = []
-        self._route.dump(rtnetlink.get_links(), lambda body: found.append(rtnetlink.read_link(body)))
+        self._route.dump(requests.get_links(), lambda body: found.append(replies.read_link(body)))
         self.links = {f.link.index: f.link for f in found}
         return found
 
-    def _read_device(self, link: Link | None) -> tuple[bool, wireguard.DeviceState]:
+    def _read_device(self, link: Link | None) -> tuple[bool, DeviceState]:
         """Whether the link is ours, and what its WireGuard says."""
-        nothing = wireguard.DeviceState()
+        nothing = DeviceState()
         if link is None:
             return True, nothing
         try:
@@ -310,19 +315,19 @@ class Host:
             raise KernelError(f"{link.name} cannot be read: {why_not(error)}") from None
         return False, nothing
 
-    def _dated(self, state: wireguard.DeviceState) -> wireguard.DeviceState:
+    def _dated(self, state: DeviceState) -> DeviceState:
         return evolve(state, peers=self.steady.date(state.peers))
 
     def _read_addresses(self, index: int = 0) -> list[HostAddress]:
         found: list[HostAddress] = []
 
         def keep(body: bytes) -> None:
-            address = rtnetlink.read_address(body, self.links)
+            address = replies.read_address(body, self.links)
             if address is not None and index in (0, address.index):
                 found.append(address)
 
         try:
-            self._route.dump(rtnetlink.get_addresses(index), keep)
+            self._route.dump(requests.get_addresses(index), keep)
         except NetlinkError as error:
             if error.errno != errno.ENODEV:  # gone since the links were read
                 raise
@@ -338,7 +343,7 @@ class Host:
         self.ways = {}
 
         def keep(body: bytes) -> None:
-            found = rtnetlink.read_route(body)
+            found = replies.read_route(body)
             if found is None or found.table != MAIN_TABLE:
                 return
             if found.fence:
@@ -359,7 +364,7 @@ class Host:
 
         for version in (4, 6):
             try:
-                self._route.dump(rtnetlink.get_routes(version), keep)
+                self._route.dump(requests.get_routes(version), keep)
             except NetlinkError as error:
                 if error.errno not in _NO_SUCH_FAMILY:
                     raise
@@ -370,14 +375,14 @@ class Host:
         found: set[IPAddress] = set()
 
         def keep(body: bytes) -> None:
-            address = rtnetlink.read_neighbour(body)
+            address = replies.read_neighbour(body)
             if address is not None and address in wanted:
                 found.add(address)
 
         wanted = frozenset(addresses)
         for version in sorted({address.version for address in wanted}):
             try:
-                self._route.dump(rtnetlink.get_neighbours(version), keep)
+                self._route.dump(requests.get_neighbours(version), keep)
             except NetlinkError as error:
                 if error.errno not in _NO_SUCH_FAMILY:
                     raise
@@ -389,7 +394,7 @@ class Host:
         defaults: list[DefaultRoute] = []
 
         def keep(body: bytes) -> None:
-            found = rtnetlink.read_route(body)
+            found = replies.read_route(body)
             if found is None or found.table != MAIN_TABLE or found.destination.prefixlen:
                 return
             link = self.links.get(found.index)
@@ -405,7 +410,7 @@ class Host:
 
         for version in (4, 6):
             try:
-                self._route.dump(rtnetlink.get_routes(version), keep)
+                self._route.dump(requests.get_routes(version), keep)
             except NetlinkError as error:
                 if error.errno not in _NO_SUCH_FAMILY:
                     raise
@@ -420,13 +425,13 @@ class Host:
 
         They are asked for as WireGuard's own packets, which go beside a way out.
         """
-        answers = self._route.ask([rtnetlink.get_route_to(address, MARK) for address in addresses])
+        answers = self._route.ask([requests.get_route_to(address, MARK) for address in addresses])
         return dict(zip(addresses, map(self._egress_mtu, answers), strict=True))
 
     def _egress_mtu(self, answer: bytes | NetlinkError) -> int | None:
         if isinstance(answer, NetlinkError):
             return None
-        index, mtu = rtnetlink.read_way(answer)
+        index, mtu = replies.read_way(answer)
         link = self.links.get(index)
         if link is None or link.name in (self.interface, self.ipip, "lo"):
             return None
@@ -470,33 +475,40 @@ class Host:
 
     def _make_batch(self, group: list[Change]) -> Iterator[tuple[Change, OSError | None]]:
         changes: list[_Batched] = [c for c in group if isinstance(c, _Batched)]
-        sent = [(change, self._message(change)) for change in changes]
-        batch = [message for _, message in sent if message is not None]
+        sent = [(change, self._packed(change)) for change in changes]
+        batch = [message for _, message in sent if isinstance(message, Message)]
         self._writes += len(batch)
         answers = iter(self._route.send(batch))
         for change, message in sent:
-            error = NetlinkError(errno.ENODEV) if message is None else next(answers)
+            error = next(answers) if isinstance(message, Message) else message
             yield change, None if error and error.errno in _ALREADY.get(type(change), ()) else error
+
+    def _packed(self, change: _Batched) -> Message | OSError:
+        """An error concerns this change alone."""
+        try:
+            return self._message(change) or NetlinkError(errno.ENODEV)
+        except FormatError as error:
+            return error
 
     def _message(self, change: _Batched) -> Message | None:
         """None: the device that the change names is not there."""
         if isinstance(change, AddAddress | DeleteAddress):
             index = self._index(change.name)
-            pack = rtnetlink.add_address if isinstance(change, AddAddress) else rtnetlink.delete_address
+            pack = requests.add_address if isinstance(change, AddAddress) else requests.delete_address
             return pack(index, change.address) if index else None
         if isinstance(change, AddRule):
-            return rtnetlink.add_rule(change.rule, self.protocol)
+            return requests.add_rule(change.rule, self.protocol)
         if isinstance(change, DeleteRule):
-            return rtnetlink.delete_rule(change.rule, self.protocol)
+            return requests.delete_rule(change.rule, self.protocol)
         route = change.route
         index = self._index(route.device) if route.device else 0
         if route.device and not index:
             return None
         if isinstance(change, AddRoute):
-            return rtnetlink.add_route(route, index)
+            return requests.add_route(route, index)
         if isinstance(change, ReplaceRoute):
-            return rtnetlink.replace_route(route, index)
-        return rtnetlink.delete_route(route, index)
+            return requests.replace_route(route, index)
+        return requests.delete_route(route, index)
 
     def _make_one(self, change: Change) -> OSError | None:
         try:
@@ -504,7 +516,7 @@ class Host:
                 case CreateLink(name=name, kind=kind, local=local):
                     if kind == "wireguard" and self._kernel_device() is None:
                         raise OSError(errno.EOPNOTSUPP, "this kernel has no WireGuard")
-                    self._send(rtnetlink.create_link(name, kind, local))
+                    self._send(requests.create_link(name, kind, local))
                     self._forget(name)
                 case StartUserspace(name=name, command=command):
                     self._writes += 1
@@ -513,9 +525,9 @@ class Host:
                 case DeleteLink(name=name):
                     self._delete_link(name)
                 case SetMtu(name=name, mtu=mtu):
-                    self._send(rtnetlink.set_mtu(self._index(name), mtu))
+                    self._send(requests.set_mtu(self._index(name), mtu))
                 case SetUp(name=name):
-                    self._send(rtnetlink.set_up(self._index(name)))
+                    self._send(requests.set_up(self._index(name)))
                 case SetForwarding() | AllowPings() | KeepAdvertisements():
                     self._writes += 1
                     sysctl.change_to(change, self._record)
@@ -540,7 +552,7 @@ class Host:
         process = self.userspace.process(name)
         index = self._index(name)
         if index:
-            self._send(rtnetlink.delete_link(index))
+            self._send(requests.delete_link(index))
         self._forget(name)
         if process is not None:
             self.userspace.wait_gone(name, process)

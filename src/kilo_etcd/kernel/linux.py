@@ -13,16 +13,17 @@ import os
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import TypeVar
 
 import trio
 from attrs import evolve
 
 from kilo_etcd import descriptors
-from kilo_etcd.kernel import echo, rtnetlink, sysctl
+from kilo_etcd.kernel import echo, sysctl
 from kilo_etcd.kernel.api import Kernel
 from kilo_etcd.kernel.chains import Obstacle
+from kilo_etcd.kernel.codec import UNREADABLE
 from kilo_etcd.kernel.diff import Difference, difference, is_drift, must_look, remember, shadows, superseded
 from kilo_etcd.kernel.drift import Watch, Whereabouts, bends_ways, device_period
 from kilo_etcd.kernel.effect import apply_changes
@@ -33,6 +34,7 @@ from kilo_etcd.kernel.forward import DeleteForward, mark
 from kilo_etcd.kernel.host import Host, may_change_the_network
 from kilo_etcd.kernel.netfilter import Reports
 from kilo_etcd.kernel.netlink import Listener
+from kilo_etcd.kernel.read import rtnl as replies
 from kilo_etcd.kernel.state import (
     ROUTE_PROTOCOL,
     AllowPings,
@@ -54,7 +56,7 @@ from kilo_etcd.kernel.state import (
     Target,
 )
 from kilo_etcd.kernel.userspace import public_key_of
-from kilo_etcd.kernel.wireguard import raw
+from kilo_etcd.kernel.write.wireguard import raw
 from kilo_etcd.model import IPAddress
 from kilo_etcd.topology.hostplan import HostPlan
 
@@ -81,7 +83,7 @@ async def open_kernel(setup: Setup) -> AsyncIterator[Kernel]:
     try:
         with _descriptors_named():
             listener, reports = (
-                Listener(rtnetlink.GROUPS),
+                Listener(replies.GROUPS),
                 Reports(table_name(setup.interface), mark(setup.interface) if setup.forward_rules else ""),
             )
         try:
@@ -314,9 +316,16 @@ class LinuxKernel:
                     self._observed = None
                 continue
             for kind, body in events:
-                if self._watch is not None and (news := self._watch.news(kind, body)) is not None:
+                if self._watch is not None and (news := self._news(self._watch, kind, body)) is not None:
                     self._drift = news
                     self._observed = None
+
+    @staticmethod
+    def _news(watch: Watch, kind: int, body: bytes) -> str | None:
+        try:
+            return watch.news(kind, body)
+        except UNREADABLE:
+            return "the kernel reported something that could not be read"
 
     def _look_at_device(self) -> None:
         """Whether somebody else has changed the WireGuard device, of which no event tells."""
@@ -353,15 +362,18 @@ class LinuxKernel:
     def _heed(self, events: list[tuple[int, bytes]] | None) -> bool:
         """What events mean for others than the plan (None: some were lost). Whether the host may have moved."""
         own = {link.index for link in self._own()}
-        if events is None or any(bends_ways(kind, body, own) for kind, body in events):
-            self._egress.forget()
-        if events is None:
-            self._whereabouts.forget()
-            return True
         moved = False
-        for kind, body in events:
-            moved |= self._whereabouts.news(kind, body, own)
-        return moved
+        with suppress(*UNREADABLE):
+            if events is not None:
+                for kind, body in events:
+                    moved |= self._whereabouts.news(kind, body, own)
+                if any(bends_ways(kind, body, own) for kind, body in events):
+                    self._egress.forget()
+                return moved
+        # What they said is not known.
+        self._egress.forget()
+        self._whereabouts.forget()
+        return True
 
     def _own(self) -> list[Link]:
         observed = self._watch.observed if self._watch is not None else Observed()

@@ -8,83 +8,29 @@ from __future__ import annotations
 
 import errno
 import socket
-import struct
-from collections.abc import Sequence
-from ipaddress import ip_address
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import TypeVar
+
+from attrs import evolve
 
 from kilo_etcd import descriptors
 from kilo_etcd.kernel import hooks, netlink
 from kilo_etcd.kernel.chains import BaseChain
-from kilo_etcd.kernel.netlink import Message, attribute, attributes, nested, text
-from kilo_etcd.kernel.nftables import be32, elements, pack_expressions, read_expressions
+from kilo_etcd.kernel.codec import UNREADABLE
+from kilo_etcd.kernel.formats import NF_INET_HOOKS, nft
+from kilo_etcd.kernel.netlink import Message
+from kilo_etcd.kernel.nftables import be32
 from kilo_etcd.kernel.openings import AddOpening, DeleteOpening
-from kilo_etcd.kernel.table import AddressSet, Chain, Rule, Table
+from kilo_etcd.kernel.read import nft as read
+from kilo_etcd.kernel.table import Table
+from kilo_etcd.kernel.write import nft as write
 
-PROTOCOL = 12
-_SUBSYSTEM = 10
-_INET = 1
-_GROUP = 7
-_BATCH_BEGIN, _BATCH_END = 0x10, 0x11
-_NEWTABLE, _GETTABLE, _DELTABLE, _NEWCHAIN, _GETCHAIN = 0, 1, 2, 3, 4
-_NEWRULE, _GETRULE, _DELRULE, _NEWSET, _GETSET, _NEWSETELEM, _GETSETELEM = 6, 7, 8, 9, 10, 12, 13
-_GETGEN, _NEWOBJ, _GETOBJ = 16, 18, 19
-_HOOKS = {"prerouting": 0, "input": 1, "forward": 2, "output": 3, "postrouting": 4}
-_KEY_TYPE = {4: 7, 6: 8}
-_KEY_LENGTH = {4: 4, 6: 16}
-_COUNTER = 1
-_ACCEPT = 1
-_APPEND = 0x800
-_ELEMENTS = 1000
-"""Elements per message: a list is one attribute, which has at most 65,535 bytes."""
+PROTOCOL = read.PROTOCOL
 _NONE = frozenset({errno.ENOENT, errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.EINVAL, errno.EPROTONOSUPPORT})
 """What reading says where there is nothing to be read."""
 
-
-def _message(kind: int, *body: bytes, flags: int = 0) -> Message:
-    return Message(_SUBSYSTEM << 8 | kind, flags, struct.pack("=BBH", _INET, 0, 0) + b"".join(body))
-
-
-def _delimiter(kind: int) -> Message:
-    return Message(kind, 0, struct.pack("!BBH", 0, 0, _SUBSYSTEM))
-
-
-def pack_table(table: Table) -> list[Message]:
-    """The messages that put a table in the place of what there is of that name."""
-    create = netlink.CREATE
-    name = text(1, table.name)
-    found = [*pack_deletion(table.name), _message(_NEWTABLE, name, flags=create)]
-    for counter in table.counters:
-        found.append(_message(_NEWOBJ, name, text(2, counter), attribute(3, be32(_COUNTER)), nested(4), flags=create))
-    for number, one in enumerate(table.sets, 1):
-        found.append(
-            _message(
-                _NEWSET,
-                name,
-                text(2, one.name),
-                attribute(3, be32(0)),
-                attribute(4, be32(_KEY_TYPE[one.version])),
-                attribute(5, be32(_KEY_LENGTH[one.version])),
-                attribute(10, be32(number)),
-                flags=create,
-            )
-        )
-        addresses = sorted(one.addresses, key=int)
-        for start in range(0, len(addresses), _ELEMENTS):
-            part = (nested(1, nested(1, attribute(1, a.packed))) for a in addresses[start : start + _ELEMENTS])
-            found.append(_message(_NEWSETELEM, name, text(2, one.name), nested(3, *part), flags=create))
-    for chain in table.chains:
-        hook = nested(4, attribute(1, be32(_HOOKS[chain.hook])), attribute(2, be32(chain.priority)))
-        policy = attribute(5, be32(_ACCEPT))
-        found.append(_message(_NEWCHAIN, name, text(3, chain.name), hook, policy, text(7, chain.kind), flags=create))
-    for rule in table.rules:
-        packed = nested(4, pack_expressions(rule.expressions))
-        found.append(_message(_NEWRULE, name, text(2, rule.chain), packed, flags=create | _APPEND))
-    return found
-
-
-def pack_deletion(name: str) -> list[Message]:
-    """The messages that remove a table, whether it is there or not."""
-    return [_message(_NEWTABLE, text(1, name), flags=netlink.CREATE), _message(_DELTABLE, text(1, name))]
+T = TypeVar("T")
 
 
 class Netfilter:
@@ -114,48 +60,17 @@ class Netfilter:
         """The table of that name, or None where there is none to be seen."""
         try:
             device = self._open()
-            device.get(_message(_GETTABLE, text(1, name)))
-            return self._read(device, name)
+            device.get(write.get_table(name))
+            return _read(device, name)
         except OSError as error:
             if error.errno in _NONE:
                 return None
             raise
 
-    def _read(self, device: netlink.Socket, name: str) -> Table:
-        wanted = name.encode() + b"\0"
-
-        def dump(kind: int, *body: bytes) -> list[dict[int, bytes]]:
-            found: list[dict[int, bytes]] = []
-            device.dump(_message(kind, text(1, name), *body), lambda data: found.append(attributes(data, 4)))
-            return [item for item in found if item.get(1) == wanted]
-
-        sets = [(item, _text(item, 2)) for item in dump(_GETSET) if not _number(item.get(3)) & 1]
-        return Table(
-            name=name,
-            chains=tuple(_chain(item) for item in dump(_GETCHAIN)),
-            sets=tuple(
-                AddressSet(
-                    name=own,
-                    version=4 if _number(item.get(5)) == 4 else 6,
-                    addresses=frozenset(
-                        ip_address(key)
-                        for part in dump(_GETSETELEM, text(2, own))
-                        for element in elements(part.get(3, b""))
-                        if len(key := attributes(attributes(element).get(1, b"")).get(1, b"")) in (4, 16)
-                    ),
-                )
-                for item, own in sets
-            ),
-            counters=tuple(sorted(_text(item, 2) for item in dump(_GETOBJ))),
-            rules=tuple(
-                Rule(chain=_text(item, 2), expressions=read_expressions(item.get(4, b""))) for item in dump(_GETRULE)
-            ),
-        )
-
     def generation(self) -> int | None:
         """A number that changes with every change of nftables, whoever makes it; None where there is none."""
         try:
-            return _number(attributes(self._open().get(_message(_GETGEN)), 4).get(1))
+            return read.read_generation(self._open().get(write.get_generation()))
         except OSError:
             return None
 
@@ -174,39 +89,37 @@ class Netfilter:
         return self._forward[1]
 
     def edit(self, change: AddOpening | DeleteOpening) -> None:
-        pack = hooks.pack_insertion if isinstance(change, AddOpening) else hooks.pack_removal
+        pack = write.insert_rule if isinstance(change, AddOpening) else write.delete_rule
         self._transact([pack(change.opening)])
 
     def replace(self, table: Table) -> None:
-        self._transact(pack_table(table))
+        self._transact(write.replace_table(table))
 
     def delete(self, name: str) -> None:
-        self._transact(pack_deletion(name))
+        self._transact(write.delete_table(name))
 
     def _transact(self, messages: Sequence[Message]) -> None:
         """All of it or nothing."""
         self.writes += 1
-        self._open().transact([_delimiter(_BATCH_BEGIN), *messages, _delimiter(_BATCH_END)])
+        self._open().transact(write.transaction(messages))
 
 
-def _text(item: dict[int, bytes], kind: int) -> str:
-    return item.get(kind, b"").rstrip(b"\0").decode(errors="replace")
+def _read(device: netlink.Socket, name: str) -> Table:
+    def dump(request: Message, take: Callable[[bytes, str], T | None]) -> list[T]:
+        bodies: list[bytes] = []
+        device.dump(request, bodies.append)
+        return [item for body in bodies if (item := take(body, name)) is not None]
 
-
-def _number(data: bytes | None) -> int:
-    return int.from_bytes(data or b"")
-
-
-def _chain(item: dict[int, bytes]) -> Chain:
-    hook = attributes(item.get(4, b""))
-    number = _number(hook.get(1)) if 1 in hook else -1
-    accepts = _number(item.get(5)) == _ACCEPT
-    return Chain(
-        name=_text(item, 3),
-        # A chain that drops by default is none of ours, whatever its name.
-        kind=_text(item, 7) if accepts else "",
-        hook=next((name for name, value in _HOOKS.items() if value == number), ""),
-        priority=struct.unpack("!i", hook[2])[0] if 2 in hook else 0,
+    sets = []
+    for one in dump(write.get_sets(name), read.read_set):
+        parts = dump(write.get_elements(name, one.name), read.read_addresses)
+        sets.append(evolve(one, addresses=frozenset(chain.from_iterable(parts))))
+    return Table(
+        name=name,
+        chains=tuple(dump(write.get_chains(name), read.read_chain)),
+        sets=tuple(sets),
+        counters=tuple(sorted(dump(write.get_objects(name), read.read_object))),
+        rules=tuple(dump(write.get_rules(name), read.read_rule)),
     )
 
 
@@ -217,11 +130,12 @@ class Reports:
 
     def __init__(self, name: str, comment: str = "") -> None:
         self._comment = comment.encode()
-        self._name = name.encode() + b"\0"
+        self._name = name
+        self._packed = name.encode() + b"\0"
         self._what = f"nftables table inet {name} was changed"
         self._listener: netlink.Listener | None = None
         try:
-            self._listener = netlink.Listener([_GROUP], PROTOCOL)
+            self._listener = netlink.Listener([read.GROUP], PROTOCOL)
         except OSError as error:
             if descriptors.is_shortage(error):
                 raise  # Else changes to the table would go unnoticed for as long as the agent runs.
@@ -239,27 +153,35 @@ class Reports:
             if events is None:
                 return self._what
             for kind, port, body in events:
-                if kind >> 8 == _SUBSYSTEM and port != own_port:
-                    news = self._heard(kind & 0xFF, body) or news
+                if read.subsystem(kind) and port != own_port:
+                    news = self._heard(kind, body) or news
         return news
 
     def _heard(self, kind: int, body: bytes) -> str | None:
-        table = attributes(body, 4).get(1)
-        if body[0] == _INET and table == self._name:
+        try:
+            return self._read(kind & 0xFF, kind, body)
+        except UNREADABLE:
+            return self._what
+
+    def _read(self, command: int, kind: int, body: bytes) -> str | None:
+        # First what costs nothing: a firewall's reload is thousands of events.
+        inet = read.family_of(body) == nft.NFPROTO_INET
+        if inet and self._packed in body and read.table_of(kind, body) == self._name:
             return self._what
         if not self._comment:
             return None
-        item = attributes(body, 4)
-        if kind == _DELRULE and self._comment in body:
-            where = "FORWARD or DOCKER-USER" if table == b"filter\0" else f"{_text(item, 2)} of table {_text(item, 1)}"
+        if command == nft.NFT_MSG_DELRULE and self._comment in body:
+            table, chain = read.table_of(kind, body), read.chain_of(body)
+            where = "FORWARD or DOCKER-USER" if table == "filter" else f"{chain} of table {table}"
             return f"a rule of ours was removed from the chain {where}"
-        if kind != _NEWCHAIN:
+        if command != nft.NFT_MSG_NEWCHAIN:
             return None
-        if table == b"filter\0" and body[0] != _INET:
+        table = read.table_of(kind, body)
+        if table == "filter" and not inet:
             return "docker has come" if b"DOCKER-USER\0" in body else None
-        hook = attributes(item.get(4, b""))
-        if hook.get(1) == be32(_HOOKS["forward"]):
-            return f"a firewall has made the chain {_text(item, 3)} of table {_text(item, 1)}"
+        found, hook = read.read_chain_items(body)
+        if hook.get("NFTA_HOOK_HOOKNUM") == be32(NF_INET_HOOKS["forward"]):
+            return f"a firewall has made the chain {read.text(found, 'NFTA_CHAIN_NAME')} of table {table}"
         return None
 
     def close(self) -> None:

@@ -1,10 +1,8 @@
-"""Netlink, the framing: messages, attributes, batches with acknowledgements, dumps. What they mean is elsewhere.
+"""Netlink sockets: batches with one acknowledgement, dumps, events. What the messages say is elsewhere.
 
 The sockets are plain and blocking: the kernel handles a request within `sendto`, so there is nothing to wait for
-but locks. They are not bound to a thread; `kernel.linux` uses them in a worker thread, one call at a time.
-
-Why not pyroute2's sockets: they bring an asyncio loop per thread and 0.6 ms per route. What is packed here is
-tested against pyroute2's decoders.
+but locks. They are not bound to a thread; `kernel.linux` uses them in a worker thread, one call at a time. Why not
+pyroute2's: docs/decisions/0027.
 """
 
 from __future__ import annotations
@@ -17,24 +15,17 @@ from collections.abc import Callable, Iterator, Sequence
 
 from attrs import frozen
 
+from kilo_etcd.kernel.codec import UNREADABLE, FormatError, Reader
 from kilo_etcd.kernel.errors import NetlinkError
+from kilo_etcd.kernel.formats import NETLINK_CAP_ACK, core, nlmsg, nlmsgerr, refusal
 
-REQUEST = 0x1
-ACK = 0x4
-DUMP = 0x300
-REPLACE = 0x100
-EXCLUSIVE = 0x200
-CREATE = 0x400
+ACK, DUMP, REQUEST = core.NLM_F_ACK, core.NLM_F_DUMP, core.NLM_F_REQUEST
 
-_MULTI, _DUMP_INTERRUPTED, _ACK_TLVS = 0x2, 0x10, 0x200
-_NLMSG_ERROR, _NLMSG_DONE, _NLMSG_OVERRUN = 2, 3, 4
-_NLMSGERR_MSG = 1
-_SOL_NETLINK, _CAP_ACK, _EXT_ACK, _STRICT_CHECK = 270, 10, 11, 12
-_NESTED = 0x8000
-_TYPE_MASK = 0x3FFF
-
-_HEADER = struct.Struct("=IHHII")
-_ATTRIBUTE = struct.Struct("=HH")
+_HEADER = struct.Struct("=" + "".join(form for _, form in nlmsg.header))
+_OPTIONS = (NETLINK_CAP_ACK, core.NETLINK_EXT_ACK, core.NETLINK_GET_STRICT_CHK)
+_ERROR, _DONE = core.NLMSG_ERROR, core.NLMSG_DONE
+_refusals, _ends = Reader(refusal, "NLMSGERR_ATTR_MSG"), Reader(nlmsgerr, "NLMSGERR_ATTR_MSG")
+"""What is said of a request, and at the end of a dump."""
 _BATCH = 64
 """Messages per send: as many refusals must fit the receive buffer."""
 _BATCH_BYTES = 1 << 16
@@ -54,79 +45,45 @@ class Message:
     body: bytes
 
 
-def attribute(kind: int, value: bytes) -> bytes:
-    """One attribute, padded to four bytes."""
-    return _ATTRIBUTE.pack(4 + len(value), kind) + value + bytes(-len(value) % 4)
-
-
-def nested(kind: int, *children: bytes) -> bytes:
-    return attribute(kind | _NESTED, b"".join(children))
-
-
-def u8(kind: int, value: int) -> bytes:
-    return attribute(kind, struct.pack("=B", value))
-
-
-def u32(kind: int, value: int) -> bytes:
-    return attribute(kind, struct.pack("=I", value))
-
-
-def text(kind: int, value: str) -> bytes:
-    return attribute(kind, value.encode() + b"\0")
-
-
-def attributes(data: bytes, offset: int = 0) -> dict[int, bytes]:
-    """The attributes in `data` from `offset` on, by kind; of a kind that comes twice the last one counts."""
-    found: dict[int, bytes] = {}
-    end = len(data)
-    while offset + 4 <= end:
-        length, kind = _ATTRIBUTE.unpack_from(data, offset)
-        if length < 4:
-            break
-        found[kind & _TYPE_MASK] = data[offset + 4 : offset + length]
-        offset += (length + 3) & ~3
-    return found
-
-
 def messages(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
     """(type, flags, sequence, body) of each message in a datagram."""
     offset = 0
-    while offset + 16 <= len(data):
+    while offset + _HEADER.size <= len(data):
         length, kind, flags, sequence, _ = _HEADER.unpack_from(data, offset)
-        if length < 16:
+        if length < _HEADER.size:
             return
-        yield kind, flags, sequence, data[offset + 16 : offset + length]
+        yield kind, flags, sequence, data[offset + _HEADER.size : offset + length]
         offset += (length + 3) & ~3
 
 
 def _with_ports(data: bytes) -> Iterator[tuple[int, int, bytes]]:
     offset = 0
-    while offset + 16 <= len(data):
+    while offset + _HEADER.size <= len(data):
         length, kind, _, _, port = _HEADER.unpack_from(data, offset)
-        if length < 16:
+        if length < _HEADER.size:
             return
-        yield kind, port, data[offset + 16 : offset + length]
+        yield kind, port, data[offset + _HEADER.size : offset + length]
         offset += (length + 3) & ~3
 
 
-def _error(flags: int, body: bytes) -> NetlinkError | None:
+def _error(flags: int, body: bytes, read: Reader) -> NetlinkError | None:
     code = -struct.unpack_from("=i", body)[0]
     if code == 0:
         return None
     detail = ""
-    if flags & _ACK_TLVS:
-        detail = attributes(body, 20).get(_NLMSGERR_MSG, b"").rstrip(b"\0").decode(errors="replace")
+    if flags & core.NLM_F_ACK_TLVS:
+        detail = read(body).get("NLMSGERR_ATTR_MSG", b"").rstrip(b"\0").decode(errors="replace")
     return NetlinkError(code, detail)
 
 
 class Socket:
-    """A netlink socket of one protocol (0: routing, 12: netfilter, 16: generic)."""
+    """A netlink socket of one protocol (NETLINK_ROUTE, ...)."""
 
     def __init__(self, protocol: int) -> None:
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
-        for option in (_CAP_ACK, _EXT_ACK, _STRICT_CHECK):
+        for option in _OPTIONS:
             try:
-                self._socket.setsockopt(_SOL_NETLINK, option, 1)
+                self._socket.setsockopt(core.SOL_NETLINK, option, 1)
             except OSError:
                 continue  # older kernels go without: dumps are filtered here as well
         self._socket.bind((0, 0))
@@ -150,7 +107,7 @@ class Socket:
                 results.extend(self._send(part))
                 part, size = [], 0
             part.append(message)
-            size += 16 + len(message.body)
+            size += _HEADER.size + len(message.body)
         if part:
             results.extend(self._send(part))
         return results
@@ -167,9 +124,9 @@ class Socket:
         place = -1
         while place != last:
             for kind, flags, sequence, body in messages(self._receive()):
-                if kind == _NLMSG_ERROR and 0 <= sequence - first <= last:
+                if kind == _ERROR and 0 <= sequence - first <= last:
                     place = sequence - first
-                    results[place] = _error(flags, body)
+                    results[place] = _error(flags, body, _refusals)
         return results
 
     def transact(self, batch: Sequence[Message]) -> None:
@@ -182,8 +139,8 @@ class Socket:
         self._socket.sendto(b"".join(parts), (0, 0))
         while True:
             for kind, flags, sequence, body in messages(self._receive()):
-                if kind == _NLMSG_ERROR and 0 <= sequence - first <= last + 1:
-                    if (error := _error(flags, body)) is not None:
+                if kind == _ERROR and 0 <= sequence - first <= last + 1:
+                    if (error := _error(flags, body, _refusals)) is not None:
                         raise error
                     if sequence - first == last:
                         return
@@ -213,9 +170,9 @@ class Socket:
                 place = sequence - first
                 if not 0 <= place < len(requests):
                     continue
-                if kind != _NLMSG_ERROR:
+                if kind != _ERROR:
                     answers[place] = body
-                elif (error := _error(flags, body)) is not None:
+                elif (error := _error(flags, body, _refusals)) is not None:
                     answers[place] = error
         return [answers[place] for place in range(len(requests))]
 
@@ -230,6 +187,7 @@ class Socket:
         """Hand the body of each message of a dump to `keep`.
 
         A dump during which the kernel changed is taken to its end all the same: whoever changed it causes an event.
+        FormatError if `keep` cannot read one.
         """
         self._sequence += 1
         self._socket.sendto(self._frame(message, message.flags | DUMP), (0, 0))
@@ -237,19 +195,22 @@ class Socket:
             for kind, flags, sequence, body in messages(self._receive()):
                 if sequence != self._sequence:
                     continue
-                if kind == _NLMSG_DONE:
-                    if len(body) >= 4 and (error := _error(flags, body)) is not None:
+                if kind == _DONE:
+                    if len(body) >= 4 and (error := _error(flags, body, _ends)) is not None:
                         raise error
                     return
-                if kind == _NLMSG_ERROR:
-                    if (error := _error(flags, body)) is not None:
+                if kind == _ERROR:
+                    if (error := _error(flags, body, _refusals)) is not None:
                         raise error
                     return
-                keep(body)
+                try:
+                    keep(body)
+                except UNREADABLE:
+                    raise FormatError from None
 
     def _frame(self, message: Message, flags: int) -> bytes:
         body = message.body
-        length = 16 + len(body)
+        length = _HEADER.size + len(body)
         header = _HEADER.pack(length, message.type, flags | REQUEST, self._sequence, 0)
         return header + body + bytes(-length % 4)
 
@@ -274,7 +235,7 @@ class Listener:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
         self.socket.bind((0, 0))
         for group in groups:
-            self.socket.setsockopt(_SOL_NETLINK, 1, group)
+            self.socket.setsockopt(core.SOL_NETLINK, core.NETLINK_ADD_MEMBERSHIP, group)
 
     def read(self) -> list[tuple[int, bytes]] | None:
         """(type, body) of what is waiting; an empty list: nothing is; None: events were lost."""

@@ -1,110 +1,127 @@
-"""nftables' expressions as values, packed and read as nfnetlink has them. Pure; the table they make is `firewall`'s.
+"""nftables' expressions as values: the steps of our rules. Pure; the table they make is `firewall`'s.
 
-An expression is its name and those of its attributes that say what it does. The kernel gives back what it was given
-with some words of its own; reading takes the attributes that are known and leaves the rest, so that what was read can
-be compared with what was meant. What is not known here is read as a name alone, and equals nothing of ours.
-
-Numbers are those of linux/netfilter/nf_tables.h; they are big-endian.
+An expression is its name and those of its attributes that say what it does, by their names in pyroute2 and as bytes.
+The kernel gives back what it was given with some words of its own; reading takes the attributes that are known
+(`KNOWN`) and leaves the rest, so that what was read can be compared with what was meant. What is not known here is
+read as a name alone, and equals nothing of ours.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from ipaddress import ip_network
 
-from kilo_etcd.kernel.netlink import attribute, attributes, nested, text
+from kilo_etcd.kernel.formats import IP_CT_DIR_REPLY, NFT_OBJECT_COUNTER, nft
 from kilo_etcd.kernel.table import Expression
 from kilo_etcd.model import IPAddress, IPNetwork
 
-_PLAIN, _VALUE, _VERDICT = range(3)
-_SHAPES = {
-    "meta": {1: _PLAIN, 2: _PLAIN, 3: _PLAIN},
-    "ct": {1: _PLAIN, 2: _PLAIN},
-    "payload": {1: _PLAIN, 2: _PLAIN, 3: _PLAIN, 4: _PLAIN},
-    "bitwise": {1: _PLAIN, 2: _PLAIN, 3: _PLAIN, 4: _VALUE, 5: _VALUE},
-    "cmp": {1: _PLAIN, 2: _PLAIN, 3: _VALUE},
-    "lookup": {1: _PLAIN, 2: _PLAIN, 5: _PLAIN},
-    "objref": {1: _PLAIN, 2: _PLAIN},
-    "immediate": {1: _PLAIN, 2: _VERDICT},
-    "immediate value": {1: _PLAIN, 2: _VALUE},
-    "masq": {1: _PLAIN},
-    "reject": {1: _PLAIN, 2: _PLAIN},
-}
-"""Expression -> its attributes that count, and how each is wrapped. `immediate` has two shapes under one name: what it
-puts into the register of verdicts, and what into others."""
+KNOWN: Mapping[str, tuple[str, ...]] = {
+    "meta": ("NFTA_META_DREG", "NFTA_META_KEY", "NFTA_META_SREG"),
+    "ct": ("NFTA_CT_DREG", "NFTA_CT_KEY"),
+    "payload": ("NFTA_PAYLOAD_DREG", "NFTA_PAYLOAD_BASE", "NFTA_PAYLOAD_OFFSET", "NFTA_PAYLOAD_LEN"),
+    "bitwise": (
+        "NFTA_BITWISE_SREG", "NFTA_BITWISE_DREG", "NFTA_BITWISE_LEN", "NFTA_BITWISE_MASK", "NFTA_BITWISE_XOR"
+    ),
+    "cmp": ("NFTA_CMP_SREG", "NFTA_CMP_OP", "NFTA_CMP_DATA"),
+    "lookup": ("NFTA_LOOKUP_SET", "NFTA_LOOKUP_SREG", "NFTA_LOOKUP_FLAGS"),
+    "objref": ("NFTA_OBJREF_IMM_TYPE", "NFTA_OBJREF_IMM_NAME"),
+    "immediate": ("NFTA_IMMEDIATE_DREG", "NFTA_IMMEDIATE_DATA"),
+    "masq": ("NFTA_MASQ_FLAGS",),
+    "reject": ("NFTA_REJECT_TYPE", "NFTA_REJECT_ICMP_CODE"),
+}  # fmt: skip
+"""Expression -> its attributes that count, in the order of their numbers."""
 
-_REGISTER = 1
-_VERDICT_REGISTER = 0
-_MARK, _IIFNAME, _OIFNAME, _NFPROTO, _L4PROTO = 3, 6, 7, 15, 16
-_CT_DIRECTION = 1
-_FAMILY = {4: 2, 6: 10}
+VALUES = frozenset({"NFTA_CMP_DATA", "NFTA_BITWISE_MASK", "NFTA_BITWISE_XOR", "NFTA_IMMEDIATE_DATA"})
+"""Attributes that hold a value within a container, or a verdict's number within two."""
+TEXTS = frozenset({"NFTA_LOOKUP_SET", "NFTA_OBJREF_IMM_NAME"})
+FLAGS = frozenset({"NFTA_LOOKUP_FLAGS"})
+
+FAMILY = {4: nft.NFPROTO_IPV4, 6: nft.NFPROTO_IPV6}
 _OFFSET = {(4, "saddr"): 12, (4, "daddr"): 16, (6, "saddr"): 8, (6, "daddr"): 24}
 """Bytes into the network header (RFC 791, RFC 8200)."""
-_NETWORK_HEADER = 1
-_COUNTER = 1
-_LIST_ELEMENT = 1
+_INTERFACE_LENGTH = 16
+"""IFNAMSIZ of linux/if.h."""
 
 
 def be32(value: int) -> bytes:
     return struct.pack("!i", value)
 
 
-def _string(value: str) -> bytes:
-    return value.encode() + b"\0"
+def number(names: Mapping[int, str], name: str) -> bytes:
+    """What stands for a name in pyroute2's table of them."""
+    return be32(next(value for value, known in names.items() if known == name))
 
 
-def _verdict(code: int) -> Expression:
-    return ("immediate", ((1, be32(_VERDICT_REGISTER)), (2, be32(code))))
+_expressions = nft.nft_rule_msg.nft_expr
+_verdicts = _expressions.nft_immediate.nfta_data.verdict.verdict_code.ops
+_registers, _keys = _expressions.nft_meta.regs.ops, _expressions.nft_meta.meta_key.ops
+_comparisons = _expressions.nft_cmp.ops.ops
+_REGISTER, VERDICT_REGISTER = number(_registers, "NFT_REG_1"), number(_registers, "NFT_REG_VERDICT")
+NETWORK_HEADER = number(_expressions.nft_payload.base_type.ops, "NFT_PAYLOAD_NETWORK_HEADER")
+_COMPARISONS = {True: number(_comparisons, "NFT_CMP_EQ"), False: number(_comparisons, "NFT_CMP_NEQ")}
+_INTERFACE = {"iifname": "NFT_META_IIFNAME", "oifname": "NFT_META_OIFNAME"}
 
 
-ACCEPT, DROP, RETURN = _verdict(1), _verdict(0), _verdict(-5)
+def _expression(name: str, *values: bytes | None) -> Expression:
+    """`values`: of the attributes that are known, in their order; None: it has none of that name."""
+    return name, tuple((each, value) for each, value in zip(KNOWN[name], values, strict=True) if value is not None)
+
+
+def _verdict(name: str) -> Expression:
+    return _expression("immediate", VERDICT_REGISTER, number(_verdicts, name))
+
+
+ACCEPT, DROP, RETURN = _verdict("NF_ACCEPT"), _verdict("NF_DROP"), _verdict("NFT_RETURN")
 MASQUERADE: Expression = ("masq", ())
-REJECT: Expression = ("reject", ((1, be32(2)), (2, b"\x02")))
-"""With an ICMP error of the packet's own family: host unreachable (NFT_REJECT_ICMPX_UNREACH)."""
+REJECT = _expression(
+    "reject",
+    number(_expressions.nft_reject.types.ops, "NFT_REJECT_ICMPX_UNREACH"),
+    number(_expressions.nft_reject.codes.ops, "NFT_REJECT_ICMPX_HOST_UNREACH")[-1:],
+)
+"""With an ICMP error of the packet's own family: host unreachable."""
 
 
-def _meta(key: int) -> Expression:
-    return ("meta", ((1, be32(_REGISTER)), (2, be32(key))))
+def _meta(key: str) -> Expression:
+    return _expression("meta", _REGISTER, number(_keys, key), None)
 
 
 def _compare(value: bytes, equal: bool = True) -> Expression:
-    return ("cmp", ((1, be32(_REGISTER)), (2, be32(not equal)), (3, value)))
+    return _expression("cmp", _REGISTER, _COMPARISONS[equal], value)
 
 
 def _address(version: int, side: str) -> Iterator[Expression]:
-    yield _meta(_NFPROTO)
-    yield _compare(bytes([_FAMILY[version]]))
+    yield from match_family(version)
     length = 4 if version == 4 else 16
-    offset = _OFFSET[version, side]
-    yield ("payload", ((1, be32(_REGISTER)), (2, be32(_NETWORK_HEADER)), (3, be32(offset)), (4, be32(length))))
+    yield _expression("payload", _REGISTER, NETWORK_HEADER, be32(_OFFSET[version, side]), be32(length))
 
 
 def match_interface(which: str, name: str, *, equal: bool = True) -> tuple[Expression, ...]:
     """`which`: `iifname` or `oifname`."""
-    padded = name.encode().ljust(16, b"\0")
-    return _meta(_IIFNAME if which == "iifname" else _OIFNAME), _compare(padded, equal)
+    return _meta(_INTERFACE[which]), _compare(name.encode().ljust(_INTERFACE_LENGTH, b"\0"), equal)
 
 
 def match_protocol(number: int) -> tuple[Expression, ...]:
-    return _meta(_L4PROTO), _compare(bytes([number]))
+    return _meta("NFT_META_L4PROTO"), _compare(bytes([number]))
 
 
 def match_family(version: int) -> tuple[Expression, ...]:
-    return _meta(_NFPROTO), _compare(bytes([_FAMILY[version]]))
+    return _meta("NFT_META_NFPROTO"), _compare(bytes([FAMILY[version]]))
 
 
 def match_answer() -> tuple[Expression, ...]:
     """Packets of a connection that the other side opened. The kernel tracks connections as long as a rule asks."""
-    return ("ct", ((1, be32(_REGISTER)), (2, be32(_CT_DIRECTION)))), _compare(b"\x01")
+    direction = number(_expressions.nft_ct.keys.ops, "NFT_CT_DIRECTION")
+    return _expression("ct", _REGISTER, direction), _compare(bytes([IP_CT_DIR_REPLY]))
 
 
 def match_mark(mark: int) -> tuple[Expression, ...]:
-    return _meta(_MARK), _compare(struct.pack("=I", mark))
+    return _meta("NFT_META_MARK"), _compare(struct.pack("=I", mark))
 
 
 def set_mark(mark: int) -> tuple[Expression, ...]:
-    value: Expression = ("immediate value", ((1, be32(_REGISTER)), (2, struct.pack("=I", mark))))
-    return value, ("meta", ((2, be32(_MARK)), (3, be32(_REGISTER))))
+    value = _expression("immediate", _REGISTER, struct.pack("=I", mark))
+    return value, _expression("meta", None, number(_keys, "NFT_META_MARK"), _REGISTER)
 
 
 def match_address(address: IPAddress, side: str) -> tuple[Expression, ...]:
@@ -118,70 +135,22 @@ def match_network(network: IPNetwork, side: str) -> tuple[Expression, ...]:
     if network.prefixlen == network.max_prefixlen:
         return *load, compare
     mask = network.netmask.packed
-    masked: Expression = (
-        "bitwise",
-        ((1, be32(_REGISTER)), (2, be32(_REGISTER)), (3, be32(len(mask))), (4, mask), (5, bytes(len(mask)))),
-    )
-    return *load, masked, compare
+    return *load, _expression("bitwise", _REGISTER, _REGISTER, be32(len(mask)), mask, bytes(len(mask))), compare
 
 
 def match_set(name: str, version: int, side: str) -> tuple[Expression, ...]:
-    return *_address(version, side), ("lookup", ((1, _string(name)), (2, be32(_REGISTER)), (5, be32(0))))
+    return *_address(version, side), _expression("lookup", name.encode() + b"\0", _REGISTER, be32(0))
+
+
+def matching(match: Sequence[str]) -> Iterator[Expression]:
+    """`match`: as iptables would say it, in pairs of words (`-i kilo0`)."""
+    for word, value in zip(match[::2], match[1::2], strict=True):
+        if word in ("-i", "-o"):
+            yield from match_interface("iifname" if word == "-i" else "oifname", value)
+        else:
+            yield from match_network(ip_network(value), "saddr" if word == "-s" else "daddr")
 
 
 def count(name: str) -> tuple[Expression, ...]:
     """Add to the counter of that name."""
-    return (("objref", ((1, be32(_COUNTER)), (2, _string(name)))),)
-
-
-def pack_expressions(expressions: tuple[Expression, ...]) -> bytes:
-    return b"".join(
-        nested(
-            _LIST_ELEMENT,
-            text(1, name.partition(" ")[0]),
-            nested(2, *(_pack(_SHAPES[name][kind], kind, value) for kind, value in values)),
-        )
-        for name, values in expressions
-    )
-
-
-def _pack(shape: int, kind: int, value: bytes) -> bytes:
-    if shape == _VALUE:
-        return nested(kind, attribute(1, value))
-    if shape == _VERDICT:
-        return nested(kind, nested(2, attribute(1, value)))
-    return attribute(kind, value)
-
-
-def read_expressions(data: bytes) -> tuple[Expression, ...]:
-    return tuple(_read(element) for element in elements(data))
-
-
-def _read(element: bytes) -> Expression:
-    outer = attributes(element)
-    name = outer.get(1, b"").rstrip(b"\0").decode(errors="replace")
-    found = attributes(outer.get(2, b""))
-    if name == "immediate" and found.get(1) != be32(_VERDICT_REGISTER):
-        name = "immediate value"
-    shapes = _SHAPES.get(name, {})
-    values = []
-    for kind, value in sorted(found.items()):
-        if kind not in shapes:
-            continue
-        if shapes[kind] == _VALUE:
-            value = attributes(value).get(1, b"")
-        elif shapes[kind] == _VERDICT:
-            value = attributes(attributes(value).get(2, b"")).get(1, b"")
-        values.append((kind, value))
-    return name, tuple(values)
-
-
-def elements(data: bytes) -> Iterator[bytes]:
-    """The contents of a list, whose attributes all have the same number."""
-    offset = 0
-    while offset + 4 <= len(data):
-        (length,) = struct.unpack_from("=H", data, offset)
-        if length < 4:
-            return
-        yield data[offset + 4 : offset + length]
-        offset += (length + 3) & ~3
+    return (_expression("objref", be32(NFT_OBJECT_COUNTER), name.encode() + b"\0"),)

@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping
 
 from attrs import field, frozen
 
-from kilo_etcd.kernel import netlink, rtnetlink
+from kilo_etcd.kernel import netlink
 from kilo_etcd.kernel.errors import NetlinkError
 from kilo_etcd.kernel.netlink import Message
+from kilo_etcd.kernel.read import rtnl as replies
 from kilo_etcd.kernel.rules import RoutingRule
 from kilo_etcd.kernel.state import Route
 from kilo_etcd.kernel.wayout import exit_table, rule_priorities
+from kilo_etcd.kernel.write import rtnl as requests
 from kilo_etcd.model import IPNetwork
 
 _NOT_THERE = frozenset({errno.EOPNOTSUPP, errno.EAFNOSUPPORT, errno.ENOENT})
@@ -36,7 +38,7 @@ def read(sock: netlink.Socket, interface: str, protocol: int, names: Mapping[int
     table, priorities = exit_table(interface), rule_priorities(interface)
 
     def keep_route(body: bytes) -> None:
-        found = rtnetlink.read_route(body)
+        found = replies.read_route(body)
         if found is None or found.table != table:
             return
         if found.last_resort:
@@ -45,13 +47,13 @@ def read(sock: netlink.Socket, interface: str, protocol: int, names: Mapping[int
             routes[found.destination] = found.route(names)
 
     def keep_rule(body: bytes) -> None:
-        found = rtnetlink.read_rule(body)
+        found = replies.read_rule(body)
         if found is not None and found[1] == protocol and found[0].priority in priorities:
             rules.add(found[0])
 
     for version in (4, 6):
-        _dump(sock, rtnetlink.get_routes(version, table), keep_route)
-        _dump(sock, rtnetlink.get_rules(version), keep_rule)
+        _dump(sock, requests.get_routes(version, table), keep_route)
+        _dump(sock, requests.get_rules(version), keep_rule)
     return Found(routes=routes, fences=frozenset(fences), rules=frozenset(rules))
 
 

@@ -11,8 +11,8 @@ from attrs import field, frozen
 
 from kilo_etcd.model import IPAddress
 
-Expression: TypeAlias = tuple[str, tuple[tuple[int, bytes], ...]]
-"""A step of a rule as nftables has it: its name, and its attributes by number (see `kernel.nftables`)."""
+Expression: TypeAlias = tuple[str, tuple[tuple[str, bytes], ...]]
+"""A step of a rule as nftables has it: its name, and its attributes by name (see `kernel.nftables`)."""
 
 
 @frozen(kw_only=True)

@@ -26,8 +26,9 @@ from kilo_etcd import descriptors
 from kilo_etcd.kernel.effect import network_order
 from kilo_etcd.kernel.errors import NO_PERMISSION, KernelError, why_not
 from kilo_etcd.kernel.netlink import same_namespace
+from kilo_etcd.kernel.read.wireguard import DeviceState
 from kilo_etcd.kernel.state import ObservedPeer, RemovePeer, SetDevice, SetPeer, WireGuardChange
-from kilo_etcd.kernel.wireguard import DeviceState, raw
+from kilo_etcd.kernel.write.wireguard import raw
 from kilo_etcd.model import Endpoint
 
 _ANSWER = 5.0

@@ -54,7 +54,7 @@ from kilo_etcd.kernel.state import (
 from kilo_etcd.kernel.table import DeleteTable, ReplaceTable
 from kilo_etcd.kernel.userspace import public_key_of
 from kilo_etcd.kernel.wayout import exit_fences
-from kilo_etcd.kernel.wireguard import raw
+from kilo_etcd.kernel.write.wireguard import raw
 from kilo_etcd.model import Endpoint, IPAddress
 from kilo_etcd.topology.hostplan import HostPlan
 

@@ -1,0 +1,167 @@
+"""pyroute2's message classes, and nothing else of pyroute2.
+
+The classes define every netlink format that is packed or read here. `import pyroute2` as a whole loads asyncio, NDB,
+DHCP and more: ten times the memory and six times the time of the classes alone. So the classes are loaded under a bare
+package of that name, with empty classes in place of its sockets; afterwards `sys.modules` is as if nothing had been
+loaded, so that a program may still import the whole of pyroute2. `tests/kernel/test_kernel_formats.py` fails if
+a new pyroute2 changes what this relies on.
+
+What pyroute2 lacks, or packs in another way than the kernel has it, is declared at the end, as subclasses of its own.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
+from struct import Struct
+from types import ModuleType
+from typing import Any
+
+_PACKAGE = "pyroute2"
+_STANDINS = {
+    f"{_PACKAGE}.netlink.nlsocket": ("AsyncNetlinkSocket", "NetlinkSocket"),
+    "multiprocessing": ("Pipe", "Queue", "Process"),
+}
+"""Modules that the classes' modules import and never use for messages, with the names that they take from them."""
+
+
+@contextmanager
+def _classes_alone() -> Iterator[None]:
+    """pyroute2 without its `__init__` and without its sockets, for as long as the block runs."""
+    if _PACKAGE in sys.modules:
+        # The program has all of it already, which serves as well.
+        yield
+        return
+    spec = find_spec(_PACKAGE)
+    if spec is None or spec.submodule_search_locations is None:
+        raise ModuleNotFoundError(f"No module named {_PACKAGE!r}", name=_PACKAGE)
+    package = ModuleType(_PACKAGE)
+    package.__path__ = list(spec.submodule_search_locations)
+    standins = {name: ModuleType(name) for name in _STANDINS if name not in sys.modules}
+    for name, module in standins.items():
+        for each in _STANDINS[name]:
+            setattr(module, each, type(each, (), {}))
+    sys.modules.update({_PACKAGE: package, **standins})
+    try:
+        yield
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] == _PACKAGE or name in standins]:
+            del sys.modules[name]
+
+
+with _classes_alone():
+    _core = import_module("pyroute2.netlink")
+    _rtnl = import_module("pyroute2.netlink.rtnl")
+    _route = import_module("pyroute2.netlink.rtnl.rtmsg")
+    _address = import_module("pyroute2.netlink.rtnl.ifaddrmsg")
+    _rule = import_module("pyroute2.netlink.rtnl.fibmsg")
+    _link = import_module("pyroute2.netlink.rtnl.ifinfmsg")
+    _neighbour = import_module("pyroute2.netlink.rtnl.ndmsg")
+    _wireguard = import_module("pyroute2.netlink.generic.wireguard")
+    _nfnetlink = import_module("pyroute2.netlink.nfnetlink")
+    _nft = import_module("pyroute2.netlink.nfnetlink.nftsocket")
+
+nlmsg, nla, ctrlmsg, nlmsgerr = _core.nlmsg, _core.nla, _core.ctrlmsg, _core.nlmsgerr
+rtmsg, ifaddrmsg, fibmsg, ifinfmsg = _route.rtmsg, _address.ifaddrmsg, _rule.fibmsg, _link.ifinfmsg
+ndmsg = _neighbour.ndmsg
+
+core: Any = _core
+"""Flags and types of netlink itself."""
+rtnl: Any = _rtnl
+"""Types and multicast groups of rtnetlink, kinds and scopes of routes."""
+wg: Any = _wireguard
+"""Commands and flags of WireGuard."""
+nfgen_msg = _nfnetlink.nfgen_msg
+nfnetlink: Any = _nfnetlink
+nft: Any = _nft
+"""Messages, commands and expressions of nftables."""
+routes: Any = _route
+"""Flags of routes."""
+addresses: Any = _address
+"""Flags of addresses."""
+rules: Any = _rule
+links: Any = _link
+"""Flags of links."""
+neighbours: Any = _neighbour
+"""States of neighbours."""
+
+
+class netconfmsg(nlmsg):  # type: ignore[misc, valid-type]
+    """Settings of interfaces (linux/netconf.h), which pyroute2 0.9 lacks."""
+
+    fields = (("family", "B"), ("__align", "3x"))
+    nla_map = (
+        ("NETCONFA_UNSPEC", "none"),
+        ("NETCONFA_IFINDEX", "int32"),
+        ("NETCONFA_FORWARDING", "int32"),
+    )
+
+
+NETCONFA_IFINDEX_ALL = -1
+RTM_NEWNETCONF = 80
+
+
+RTM_F_CLONED = 0x200
+"""A cached copy of a route (linux/rtnetlink.h)."""
+FIB_RULE_INVERT = 0x2
+"""The rule takes what it does not match (linux/fib_rules.h)."""
+NETLINK_CAP_ACK = 10
+"""A refusal does not quote the whole request (linux/netlink.h)."""
+
+
+class nft_obj_msg(nfgen_msg):  # type: ignore[misc, valid-type]
+    """A named object of a table, such as a counter (linux/netfilter/nf_tables.h), which pyroute2 0.9 lacks."""
+
+    prefix = "NFTA_OBJ_"
+    nla_map = (
+        ("NFTA_OBJ_UNSPEC", "none"),
+        ("NFTA_OBJ_TABLE", "asciiz"),
+        ("NFTA_OBJ_NAME", "asciiz"),
+        ("NFTA_OBJ_TYPE", "be32"),
+        ("NFTA_OBJ_DATA", "counter"),
+    )
+
+    class counter(nla):  # type: ignore[misc, valid-type]
+        nla_map = (("NFTA_COUNTER_UNSPEC", "none"), ("NFTA_COUNTER_BYTES", "be64"), ("NFTA_COUNTER_PACKETS", "be64"))
+
+
+NFT_OBJECT_COUNTER = 1
+NFTNL_UDATA_RULE_COMMENT = 0
+"""A comment within the userdata of a rule (libnftnl/udata.h)."""
+NF_CT_STATE_NEW = 8
+"""The bit of new packets, in nftables' ct state and in xtables' conntrack alike (nf_conntrack_common.h)."""
+XT_CONNTRACK3 = Struct("=148xHHH")
+"""match_flags, invert_flags and state_mask in struct xt_conntrack_mtinfo3 (linux/netfilter/xt_conntrack.h)."""
+XT_CONNTRACK_STATE = 1
+"""The match is one of states, and of nothing else."""
+IP_CT_DIR_REPLY = 1
+"""Direction of packets that the other side of a connection sends (linux/netfilter/nf_conntrack_tuple_common.h)."""
+NFNL_MSG_BATCH_BEGIN, NFNL_MSG_BATCH_END = 0x10, 0x11
+"""What stands around messages that are done all or none (linux/netfilter/nfnetlink.h)."""
+NF_INET_HOOKS = {"prerouting": 0, "input": 1, "forward": 2, "output": 3, "postrouting": 4}
+"""Numbers of the places at which base chains are hooked in (linux/netfilter.h)."""
+
+
+class refusal(nlmsg):  # type: ignore[misc, valid-type]
+    """An acknowledgement with the header of its request and the kernel's reason (NETLINK_CAP_ACK, NETLINK_EXT_ACK);
+    pyroute2's nlmsgerr has no place for the header."""
+
+    fields = (("error", "i"), *((f"request_{name}", form) for name, form in nlmsg.header))
+    nla_map = _core.nlmsgerr.nla_map
+
+
+class wgmsg(_wireguard.wgmsg):  # type: ignore[misc, name-defined]
+    """WireGuard's message. pyroute2 0.9 packs the scope of an IPv6 endpoint big-endian; the kernel has sin6_scope_id in
+    its own byte order (linux/in6.h). To be reported there."""
+
+    # Not the tables that the class above may have made of its own attributes.
+    _nlmsg_base__compiled_nla = False
+
+    class wgdevice_peer(_wireguard.wgmsg.wgdevice_peer):  # type: ignore[misc, name-defined]
+        _nlmsg_base__compiled_nla = False
+
+        class endpoint_ipv6(_wireguard.wgmsg.wgdevice_peer.endpoint_ipv6):  # type: ignore[misc, name-defined]
+            fields = (("family", "H"), ("port", ">H"), ("flowinfo", ">I"), ("addr", "16s"), ("scope_id", "I"))

@@ -1,0 +1,1 @@
+"""What the kernel tells, read into values. Nothing here packs; `kernel.write` does."""

@@ -1,0 +1,214 @@
+"""Links, addresses, routes and rules as requests of rtnetlink. Pure: the socket is `kernel.netlink`'s."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+import struct
+
+from kilo_etcd.kernel import formats
+from kilo_etcd.kernel.codec import Writer, encode
+from kilo_etcd.kernel.formats import core, fibmsg, ifaddrmsg, ifinfmsg, ndmsg, rtmsg, rtnl
+from kilo_etcd.kernel.netlink import Message
+from kilo_etcd.kernel.rules import RoutingRule
+from kilo_etcd.kernel.state import MAIN_TABLE, Route
+from kilo_etcd.model import IPAddress, IPInterface
+
+_NEW = core.NLM_F_CREATE | core.NLM_F_EXCL
+_UP = formats.links.IFF_UP
+_NODAD = formats.addresses.IFA_F_NODAD
+_ONLINK = formats.routes.RTNH_F_ONLINK
+_TO_TABLE = formats.rules.FR_ACT_NAMES["FR_ACT_TO_TBL"]
+_SCOPE, _TYPE = rtnl.rt_scope, rtnl.rt_type
+_HIGHEST_BYTE = 255
+"""A table with a larger number stands in an attribute."""
+
+_number = struct.Struct("=I")
+_FAMILY = {4: int(socket.AF_INET), 6: int(socket.AF_INET6)}
+
+
+def _shown(value: bytes) -> object:
+    return str(ipaddress.ip_address(value))
+
+
+def _unpacked(value: bytes) -> object:
+    return _number.unpack(value)[0]
+
+
+def _via(value: bytes) -> object:
+    return {"family": struct.unpack("=H", value[:2])[0], "addr": _shown(value[2:])}
+
+
+_route = Writer(
+    rtmsg,
+    {
+        "RTA_DST": _shown, "RTA_GATEWAY": _shown, "RTA_PREFSRC": _shown, "RTA_VIA": _via, "RTA_OIF": _unpacked,
+        "RTA_PRIORITY": _unpacked, "RTA_TABLE": _unpacked, "RTA_MARK": _unpacked,
+    },
+)  # fmt: skip
+_address = Writer(ifaddrmsg, {"IFA_LOCAL": _shown, "IFA_ADDRESS": _shown})
+_rule = Writer(
+    fibmsg,
+    {
+        "FRA_SRC": _shown, "FRA_PRIORITY": _unpacked, "FRA_TABLE": _unpacked, "FRA_FWMARK": _unpacked,
+        "FRA_FWMASK": _unpacked, "FRA_SUPPRESS_PREFIXLEN": _unpacked, "FRA_PROTOCOL": lambda value: value[0],
+    },
+)  # fmt: skip
+
+
+def get_link(name: str) -> Message:
+    return _link(rtnl.RTM_GETLINK, 0, ("IFLA_IFNAME", name))
+
+
+def get_neighbours(version: int) -> Message:
+    return Message(rtnl.RTM_GETNEIGH, 0, encode(ndmsg, (_FAMILY[version], 0, 0, 0, 0), ()))
+
+
+def get_links() -> Message:
+    return _link(rtnl.RTM_GETLINK, 0)
+
+
+def create_link(name: str, kind: str, local: IPAddress | None = None) -> Message:
+    """A device of this kind; `local`: of an `ipip` device, the address that it sends from."""
+    info: list[tuple[str, object]] = [("IFLA_INFO_KIND", kind)]
+    if kind == "ipip":
+        data: list[tuple[str, object]] = [("IFLA_IPIP_TTL", 64), ("IFLA_IPIP_PMTUDISC", 1)]
+        if local is not None:
+            data.append(("IFLA_IPIP_LOCAL", str(local)))
+        info.append(("IFLA_INFO_DATA", {"attrs": data}))
+    return _link(rtnl.RTM_NEWLINK, 0, ("IFLA_IFNAME", name), ("IFLA_LINKINFO", {"attrs": info}), flags=_NEW)
+
+
+def delete_link(index: int) -> Message:
+    return _link(rtnl.RTM_DELLINK, index)
+
+
+def set_mtu(index: int, mtu: int) -> Message:
+    return _link(rtnl.RTM_SETLINK, index, ("IFLA_MTU", mtu))
+
+
+def set_up(index: int) -> Message:
+    return _link(rtnl.RTM_SETLINK, index, up=_UP)
+
+
+def _link(kind: int, index: int, *attributes: tuple[str, object], flags: int = 0, up: int = 0) -> Message:
+    return Message(kind, flags, encode(ifinfmsg, (socket.AF_UNSPEC, 0, index, up, up), attributes))
+
+
+def get_addresses(index: int = 0) -> Message:
+    """Of one device (kernels without strict checking answer for all of them), or of all."""
+    return Message(rtnl.RTM_GETADDR, 0, _address((socket.AF_UNSPEC, 0, 0, 0, index), {}))
+
+
+def add_address(index: int, address: IPInterface) -> Message:
+    return Message(rtnl.RTM_NEWADDR, _NEW, _on_device(index, address))
+
+
+def delete_address(index: int, address: IPInterface) -> Message:
+    return Message(rtnl.RTM_DELADDR, 0, _on_device(index, address))
+
+
+def _on_device(index: int, address: IPInterface) -> bytes:
+    flags = _NODAD if address.version == 6 else 0
+    fixed = (_FAMILY[address.version], address.network.prefixlen, flags, 0, index)
+    return _address(fixed, {"IFA_LOCAL": address.ip.packed, "IFA_ADDRESS": address.ip.packed})
+
+
+def get_routes(version: int, table: int = MAIN_TABLE) -> Message:
+    """Of one table. Kernels without strict checking answer with all tables."""
+    low, more = _table(table)
+    return Message(rtnl.RTM_GETROUTE, 0, _route((_FAMILY[version], 0, 0, 0, low, 0, 0, 0, 0), more))
+
+
+def get_route_to(address: IPAddress, mark: int = 0) -> Message:
+    """Asks which way a packet to `address`, marked with `mark`, would take."""
+    attributes = {"RTA_DST": address.packed}
+    if mark:
+        attributes["RTA_MARK"] = _number.pack(mark)
+    fixed = (_FAMILY[address.version], address.max_prefixlen, 0, 0, 0, 0, 0, 0, 0)
+    return Message(rtnl.RTM_GETROUTE, 0, _route(fixed, attributes))
+
+
+def add_route(route: Route, index: int) -> Message:
+    """Fails with EEXIST rather than touch a route that somebody else has set."""
+    return Message(rtnl.RTM_NEWROUTE, _NEW, _route_body(route, index))
+
+
+def replace_route(route: Route, index: int) -> Message:
+    return Message(rtnl.RTM_NEWROUTE, core.NLM_F_CREATE | core.NLM_F_REPLACE, _route_body(route, index))
+
+
+def delete_route(route: Route, index: int) -> Message:
+    return Message(rtnl.RTM_DELROUTE, 0, _route_body(route, index, delete=True))
+
+
+def _route_body(route: Route, index: int, *, delete: bool = False) -> bytes:
+    """`index`: the device, 0 for the one that the kernel finds."""
+    destination = route.destination
+    version = destination.version
+    if route.fence:
+        scope, kind = _UNIVERSE, _UNREACHABLE
+    elif delete:
+        scope, kind = _NOWHERE, _UNSPEC
+    else:
+        local = route.gateway is None and version == 4 and not route.kind
+        scope, kind = _LINK if local else _UNIVERSE, _KINDS[route.kind]
+    low, more = _table(route.table)
+    attributes = {"RTA_DST": destination.network_address.packed, **more}
+    if index:
+        attributes["RTA_OIF"] = _number.pack(index)
+    if (gateway := route.gateway) is not None:
+        if gateway.version == version:
+            attributes["RTA_GATEWAY"] = gateway.packed
+        else:
+            attributes["RTA_VIA"] = struct.pack("=H", _FAMILY[gateway.version]) + gateway.packed
+    if route.source is not None and not delete:
+        attributes["RTA_PREFSRC"] = route.source.packed
+    if route.metric:
+        attributes["RTA_PRIORITY"] = _number.pack(route.metric)
+    flags = _ONLINK if route.onlink and not delete else 0
+    fixed = (_FAMILY[version], destination.prefixlen, 0, 0, low, route.protocol, scope, kind, flags)
+    return _route(fixed, attributes)
+
+
+_UNIVERSE, _LINK, _NOWHERE = _SCOPE["universe"], _SCOPE["link"], _SCOPE["nowhere"]
+_UNSPEC, _UNREACHABLE = _TYPE["unspec"], _TYPE["unreachable"]
+_KINDS = {"": _TYPE["unicast"], "unreachable": _UNREACHABLE, "throw": _TYPE["throw"]}
+
+
+def _table(table: int) -> tuple[int, dict[str, bytes]]:
+    """The table in the header, and as an attribute if it does not fit there."""
+    return (table, _NOTHING) if table <= _HIGHEST_BYTE else (0, {"RTA_TABLE": _number.pack(table)})
+
+
+_NOTHING: dict[str, bytes] = {}
+
+
+def get_rules(version: int) -> Message:
+    return Message(rtnl.RTM_GETRULE, 0, _rule((_FAMILY[version], 0, 0, 0, 0, 0, 0, 0, 0), {}))
+
+
+def add_rule(rule: RoutingRule, protocol: int) -> Message:
+    return Message(rtnl.RTM_NEWRULE, _NEW, _rule_body(rule, protocol))
+
+
+def delete_rule(rule: RoutingRule, protocol: int) -> Message:
+    return Message(rtnl.RTM_DELRULE, 0, _rule_body(rule, protocol))
+
+
+def _rule_body(rule: RoutingRule, protocol: int) -> bytes:
+    source = 0 if rule.source is None else rule.source.max_prefixlen
+    low = rule.table if rule.table <= _HIGHEST_BYTE else 0
+    flags = formats.FIB_RULE_INVERT if rule.not_mark else 0
+    attributes = {
+        "FRA_PRIORITY": _number.pack(rule.priority),
+        "FRA_TABLE": _number.pack(rule.table),
+        "FRA_PROTOCOL": bytes([protocol]),
+    }
+    if rule.source is not None:
+        attributes["FRA_SRC"] = rule.source.packed
+    if rule.not_mark:
+        attributes |= {"FRA_FWMARK": _number.pack(rule.not_mark), "FRA_FWMASK": _number.pack(0xFFFFFFFF)}
+    if rule.suppress is not None:
+        attributes["FRA_SUPPRESS_PREFIXLEN"] = _number.pack(rule.suppress)
+    return _rule((_FAMILY[rule.version], 0, source, 0, low, 0, 0, _TO_TABLE, flags), attributes)

@@ -1,0 +1,217 @@
+"""Changes of a kernel WireGuard device as requests of generic netlink.
+
+All changes that fit one message go in one; the kernel makes them under one lock. Keys pass through here and are kept
+nowhere.
+"""
+
+from __future__ import annotations
+
+import base64
+import errno
+import ipaddress
+import socket
+import struct
+from collections.abc import Iterator, Sequence
+from functools import cache
+
+from kilo_etcd.kernel.codec import HEADER, Container, Form, Writer
+from kilo_etcd.kernel.formats import core, ctrlmsg, wg, wgmsg
+from kilo_etcd.kernel.netlink import Message
+from kilo_etcd.kernel.state import RemovePeer, SetDevice, SetPeer, WireGuardChange
+from kilo_etcd.model import Endpoint, IPNetwork
+
+_NO_KEY = bytes(wg.WG_KEY_LEN)
+_ROOM = 30_000
+"""Bytes of peers per message: attributes end at 64 KiB, and half of it keeps clear of socket buffers."""
+_ALLOWED_IPS = 500
+"""Allowed IPs of one peer per message."""
+
+_short, _number = struct.Struct("=H"), struct.Struct("=I")
+_IPV4, _IPV6 = _short.pack(socket.AF_INET), _short.pack(socket.AF_INET6)
+_FAMILY = {4: _IPV4, 6: _IPV6}
+_ENDPOINT4, _ENDPOINT6 = struct.Struct("!H4s8x"), struct.Struct("!HI16s")
+
+
+def _as_text(value: bytes) -> object:
+    return value.rstrip(b"\0").decode()
+
+
+def _as_short(value: bytes) -> object:
+    return _short.unpack(value)[0]
+
+
+def _as_number(value: bytes) -> object:
+    return _number.unpack(value)[0]
+
+
+def _as_endpoint(value: bytes) -> object:
+    if value[:2] == _IPV4:
+        port, packed = _ENDPOINT4.unpack(value[2:])
+        return {"addr": str(ipaddress.IPv4Address(packed)), "port": port}
+    port, flow, packed = _ENDPOINT6.unpack_from(value, 2)
+    scope = _number.unpack(value[-4:])[0]
+    return {"addr": str(ipaddress.IPv6Address(packed)), "port": port, "flowinfo": flow, "scope_id": scope}
+
+
+_control = Writer(ctrlmsg, {"CTRL_ATTR_FAMILY_NAME": _as_text})
+_device = Writer(
+    wgmsg,
+    {
+        "WGDEVICE_A_IFNAME": _as_text, "WGDEVICE_A_PRIVATE_KEY": base64.b64encode,
+        "WGDEVICE_A_LISTEN_PORT": _as_short, "WGDEVICE_A_FWMARK": _as_number,
+    },
+)  # fmt: skip
+_peer = Writer(
+    wgmsg.wgdevice_peer,
+    {
+        "WGPEER_A_PUBLIC_KEY": base64.b64encode, "WGPEER_A_PRESHARED_KEY": base64.b64encode,
+        "WGPEER_A_ENDPOINT": _as_endpoint, "WGPEER_A_PERSISTENT_KEEPALIVE_INTERVAL": _as_short,
+        "WGPEER_A_FLAGS": _as_number,
+    },
+)  # fmt: skip
+_allowed = Writer(
+    wgmsg.wgdevice_peer.wgpeer_allowedip,
+    {"WGALLOWEDIP_A_FAMILY": _as_short, "WGALLOWEDIP_A_CIDR_MASK": lambda value: value[0]},
+)
+_peers = Container.of(wgmsg, "WGDEVICE_A_PEERS")
+_allowed_ips = Container.of(wgmsg.wgdevice_peer, "WGPEER_A_ALLOWEDIPS")
+
+
+def get_family(name: str) -> Message:
+    """Asks for the number of a family of generic netlink."""
+    fixed = (core.CTRL_CMD_GETFAMILY, 1, 0)
+    return Message(core.GENL_ID_CTRL, 0, _control(fixed, {"CTRL_ATTR_FAMILY_NAME": _text(name)}))
+
+
+def get_device(family: int, name: str) -> Message:
+    """Asks for all that a device holds; `family` is WireGuard's number."""
+    return Message(family, 0, _device((wg.WG_CMD_GET_DEVICE, wg.WG_GENL_VERSION, 0), _name(name)))
+
+
+def set_device(family: int, name: str, changes: Sequence[WireGuardChange]) -> list[Message]:
+    """The messages that make `changes` to the device `name`: one, if they fit. OSError(EINVAL): a value that WireGuard
+    cannot have."""
+    sent: list[Message] = []
+    settings: dict[str, bytes] = {}
+    peers: list[bytes] = []
+    room = _ROOM
+
+    def flush() -> None:
+        nonlocal room
+        if settings or peers:
+            body = _device((wg.WG_CMD_SET_DEVICE, wg.WG_GENL_VERSION, 0), _name(name) | settings)
+            sent.append(Message(family, 0, body + (_peers(*peers) if peers else b"")))
+        settings.clear()
+        peers.clear()
+        room = _ROOM
+
+    for change in changes:
+        if isinstance(change, SetDevice):
+            settings |= _settings(change)
+            continue
+        for together in _parts(change):
+            size = sum(map(len, together)) + len(together) * HEADER
+            if size > room:
+                flush()
+            peers += together
+            room -= size
+    flush()
+    return sent
+
+
+def _settings(change: SetDevice) -> dict[str, bytes]:
+    settings = {}
+    if change.private_key is not None:
+        settings["WGDEVICE_A_PRIVATE_KEY"] = raw(change.private_key)
+    if change.listen_port is not None:
+        settings["WGDEVICE_A_LISTEN_PORT"] = _short.pack(change.listen_port)
+    if change.mark is not None:
+        settings["WGDEVICE_A_FWMARK"] = _number.pack(change.mark)
+    return settings
+
+
+def _parts(change: SetPeer | RemovePeer) -> Iterator[tuple[bytes, ...]]:
+    """The peer as one item of the list, or as two that belong into one message; more of them if its allowed IPs do
+    not fit one message."""
+    key = {"WGPEER_A_PUBLIC_KEY": raw(change.public_key)}
+    removal: tuple[bytes, ...] = ()
+    if isinstance(change, RemovePeer) or change.reset:
+        removal = (_peer((), key | {"WGPEER_A_FLAGS": _number.pack(wg.WGPEER_F_REMOVE_ME)}),)
+    if isinstance(change, RemovePeer):
+        yield removal
+        return
+    head = key.copy()
+    if (preshared := change.preshared_key) is not None:
+        head["WGPEER_A_PRESHARED_KEY"] = raw(preshared) if preshared else _NO_KEY
+    if change.endpoint is not None:
+        head["WGPEER_A_ENDPOINT"] = _sockaddr(change.endpoint)
+    if change.persistent_keepalive is not None:
+        head["WGPEER_A_PERSISTENT_KEEPALIVE_INTERVAL"] = _short.pack(change.persistent_keepalive)
+    if change.replace_allowed_ips:
+        head["WGPEER_A_FLAGS"] = _REPLACE
+    ips = change.allowed_ips
+    yield *removal, _peer((), head) + _list(ips[:_ALLOWED_IPS])
+    for start in range(_ALLOWED_IPS, len(ips), _ALLOWED_IPS):
+        yield (_peer((), key) + _list(ips[start : start + _ALLOWED_IPS]),)
+
+
+_REPLACE = _number.pack(wg.WGPEER_F_REPLACE_ALLOWEDIPS)
+
+
+def _list(ips: Sequence[IPNetwork]) -> bytes:
+    if not ips:
+        return b""
+    forms = _allowed_forms()
+    return _allowed_ips(
+        *[forms[ip.version](b"", _FAMILY[ip.version], ip.network_address.packed, _LENGTHS[ip.prefixlen]) for ip in ips]
+    )
+
+
+@cache
+def _allowed_forms() -> dict[int, Form]:
+    """Family -> form of an allowed IP: there are many, and their shapes are known beforehand."""
+    return {
+        version: _allowed.form(
+            (),
+            {
+                "WGALLOWEDIP_A_FAMILY": _FAMILY[version],
+                "WGALLOWEDIP_A_IPADDR": bytes(length),
+                "WGALLOWEDIP_A_CIDR_MASK": b"\0",
+            },
+        )
+        for version, length in ((4, 4), (6, 16))
+    }
+
+
+def raw(key: str) -> bytes:
+    """The 32 bytes of a base64 key. OSError(EINVAL) if it is none: one bad key must not stop the other peers."""
+    try:
+        data = base64.b64decode(key, validate=True)
+    except ValueError:
+        data = b""
+    if len(data) != wg.WG_KEY_LEN:
+        raise OSError(errno.EINVAL, "a WireGuard key has 32 bytes in base64 (44 characters)")
+    return data
+
+
+def _sockaddr(endpoint: Endpoint) -> bytes:
+    address = endpoint.address
+    if address is None:
+        raise OSError(errno.EINVAL, f"the endpoint {endpoint} is a name that was not resolved")
+    if address.version == 4:
+        return _IPV4 + _ENDPOINT4.pack(endpoint.port, address.packed)
+    scope = str(address.scope_id or 0)
+    return (
+        _IPV6 + _ENDPOINT6.pack(endpoint.port, 0, address.packed) + _number.pack(int(scope) if scope.isdigit() else 0)
+    )
+
+
+def _name(name: str) -> dict[str, bytes]:
+    return {"WGDEVICE_A_IFNAME": _text(name)}
+
+
+def _text(value: str) -> bytes:
+    return value.encode() + b"\0"
+
+
+_LENGTHS = [bytes((length,)) for length in range(129)]

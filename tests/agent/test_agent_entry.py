@@ -1,0 +1,26 @@
+"""What the agent's process does not load."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+
+def test_the_agent_loads_neither_rich_nor_asyncio_nor_the_sockets_of_pyroute2() -> None:
+    program = (
+        "import json, sys\n"
+        "from kilo_etcd.agent.entry import main\n"
+        "sys.argv = ['kg', '--help']\n"
+        "try:\n"
+        "    main()\n"
+        "except SystemExit:\n"
+        "    pass\n"
+        "import kilo_etcd.agent.daemon\n"
+        "heavy = ('rich', 'asyncio', 'multiprocessing', 'pyroute2')\n"
+        "loaded = [name for name in sys.modules if name.partition('.')[0] in heavy]\n"
+        "real = [name for name in loaded if getattr(sys.modules[name], '__spec__', None) is not None]\n"
+        "print(json.dumps(real), file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert json.loads(done.stderr) == []

@@ -1,0 +1,167 @@
+"""pyroute2's classes are loaded without the rest of pyroute2, and messages of one shape cost pyroute2 one message."""
+
+from __future__ import annotations
+
+import json
+import struct
+import subprocess
+import sys
+from ipaddress import IPv4Network, ip_address
+from typing import Any
+
+import pytest
+from handmade.attributes import NESTED, attribute
+from hypothesis import given
+from hypothesis import strategies as some
+
+from kilo_etcd.kernel import codec
+from kilo_etcd.kernel.formats import NFT_OBJECT_COUNTER, netconfmsg, nft_obj_msg, nlmsg, rtmsg
+from kilo_etcd.kernel.read import rtnl as replies
+from kilo_etcd.kernel.state import Route
+from kilo_etcd.kernel.write import rtnl as requests
+
+
+def in_a_fresh_python(program: str) -> Any:
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def test_only_the_classes_are_loaded_and_nothing_of_pyroute2_stays_in_the_way() -> None:
+    found = in_a_fresh_python(
+        "import json, sys\n"
+        "before = set(sys.modules)\n"
+        "import kilo_etcd.kernel.formats as formats\n"
+        "came = set(sys.modules) - before\n"
+        "classes = [formats.rtmsg.__module__, formats.nft.nft_rule_msg.__module__]\n"
+        "from pyroute2 import IPRoute\n"
+        "from pyroute2.netlink.generic.wireguard import WireGuard\n"
+        "print(json.dumps([sorted(m for m in came if 'pyroute2' in m), 'asyncio' in came, classes,\n"
+        "    [c.__name__ for c in WireGuard.__mro__]]))\n"
+    )
+    loaded, asyncio, classes, bases = found
+    assert loaded == []
+    assert not asyncio
+    assert classes == ["pyroute2.netlink.rtnl.rtmsg", "pyroute2.netlink.nfnetlink.nftsocket"]
+    assert "NetlinkSocket" in bases, "who imports pyroute2 later has its real sockets"
+
+
+def test_a_program_that_has_all_of_pyroute2_shares_its_classes() -> None:
+    assert in_a_fresh_python(
+        "import json\n"
+        "import pyroute2.netlink.rtnl.rtmsg as theirs\n"
+        "from kilo_etcd.kernel.formats import rtmsg\n"
+        "print(json.dumps(rtmsg is theirs.rtmsg))\n"
+    )
+
+
+def test_pyroute2_packs_the_first_of_a_shape_and_only_the_first_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed: list[Any] = []
+    read: list[Any] = []
+    encode, cut = codec.encode, codec._slots
+    monkeypatch.setattr(codec, "encode", lambda kind, *rest: (packed.append(kind), encode(kind, *rest))[1])
+    monkeypatch.setattr(codec, "_slots", lambda kind, body: (read.append(kind), cut(kind, body))[1])
+    writer, reader = codec.Writer(rtmsg, requests._route._converters), codec.Reader(rtmsg, "RTA_DST", "RTA_PRIORITY")
+    monkeypatch.setattr(requests, "_route", writer)
+    monkeypatch.setattr(replies, "_routes", reader)
+    networks = [IPv4Network((0x0A00_0000 + number * 256, 24)) for number in range(100)]
+    bodies = [requests.add_route(Route(destination=network, metric=5), 7).body for network in networks]
+    assert packed == [rtmsg]
+    read.clear()
+    found = [replies.read_route(body) for body in bodies]
+    assert read == [rtmsg]
+    assert [(one.destination, one.metric) for one in found if one is not None] == [(n, 5) for n in networks]
+    # Of the same length, and another shape: the same bytes mean another thing.
+    source = requests.add_route(Route(destination=networks[0], source=ip_address("10.0.0.1")), 7).body
+    assert len(source) == len(bodies[0])
+    other = replies.read_route(source)
+    assert other is not None
+    assert other.metric == 0
+    assert len(read) == 2 + 1, "one more to pack it, which cuts it too, and one to read it"
+
+
+def test_a_value_that_pyroute2_packs_otherwise_is_an_error_and_is_not_quoted() -> None:
+    writer = codec.Writer(rtmsg, {"RTA_DST": lambda _: "4.3.2.1"})
+    fixed = (2, 32, 0, 0, 254, 107, 0, 1, 0)
+    with pytest.raises(OSError, match="pyroute2's rtmsg has another format than expected") as caught:
+        writer(fixed, {"RTA_DST": b"\1\2\3\4"})
+    assert "4.3.2.1" not in str(caught.value)
+
+
+def test_shapes_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codec, "_SHAPES", 4)
+    reader, writer = (
+        codec.Reader(nft_obj_msg, "NFTA_OBJ_NAME"),
+        codec.Writer(nft_obj_msg, {"NFTA_OBJ_NAME": lambda value: value.rstrip(b"\0").decode()}),
+    )
+    for length in range(1, 20):
+        name = b"x" * length + b"\0"
+        body = writer((1, 0, 0), {"NFTA_OBJ_NAME": name})
+        assert reader(body)["NFTA_OBJ_NAME"] == name
+    assert len(writer._forms) <= 4
+    assert sum(map(len, reader._shapes.values())) <= 4
+
+
+@pytest.mark.parametrize("cut", range(0, 60, 3))
+def test_what_is_cut_short_is_read_as_far_as_it_goes_or_refused(cut: int) -> None:
+    body = requests.add_route(
+        Route(destination=IPv4Network("10.4.0.0/16"), gateway=ip_address("192.0.2.1"), metric=9), 7
+    ).body[:cut]
+    try:
+        found = codec.Reader(rtmsg, "RTA_DST", "RTA_GATEWAY")(body)
+    except ValueError:
+        assert cut < 12
+    else:
+        assert found["dst_len"] == 16
+
+
+def test_what_pyroute2_lacks_is_as_the_kernels_headers_have_it() -> None:
+    body = codec.encode(netconfmsg, (2,), [("NETCONFA_IFINDEX", -1), ("NETCONFA_FORWARDING", 1)])
+    assert body == bytes.fromhex("02000000 08000100ffffffff 0800020001000000")
+    counter = [("NFTA_OBJ_TABLE", "kilo"), ("NFTA_OBJ_TYPE", NFT_OBJECT_COUNTER)]
+    assert codec.encode(nft_obj_msg, (1, 0, 0), counter) == bytes.fromhex(
+        "01000000 090001006b696c6f00000000 0800030000000001"
+    )
+    assert issubclass(netconfmsg, nlmsg)
+
+
+@given(
+    some.lists(some.tuples(some.integers(0, 40), some.booleans(), some.binary(max_size=40)), max_size=8),
+    some.integers(0, 30),
+    some.integers(0, 3),
+)
+def test_attributes_of_any_kind_and_length_are_found_where_they_stand(
+    attributes: list[tuple[int, bool, bytes]], cut: int, junk: int
+) -> None:
+    # A reader that has learnt the shapes of examples before: none may be taken for another one.
+    packed = b"".join(attribute(kind | (NESTED if nested else 0), value) for kind, nested, value in attributes)
+    body = (bytes(range(12)) + packed + bytes([255] * junk))[: 12 + max(0, len(packed) - cut) + junk]
+    expected = attributes_by_hand(body, 12)
+    found = ANY(body)
+    names = {number: name for number, (name, *_) in enumerate(rtmsg.nla_map)}
+    wanted = {names[kind]: value for kind, value in expected.items() if kind in (1, 4, 5, 8)}
+    assert {name: value for name, value in found.items() if name.startswith("RTA_")} == wanted
+    assert (found["family"], found["flags"]) == (0, 0x0B0A0908)
+
+
+ANY = codec.Reader(rtmsg, "RTA_DST", "RTA_OIF", "RTA_GATEWAY", "RTA_METRICS")
+
+
+def attributes_by_hand(data: bytes, offset: int) -> dict[int, bytes]:
+    found: dict[int, bytes] = {}
+    while offset + 4 <= len(data):
+        length, kind = struct.unpack_from("=HH", data, offset)
+        if length < 4:
+            break
+        found[kind & 0x3FFF] = data[offset + 4 : offset + length]
+        offset += (length + 3) & ~3
+    return found
+
+
+class _Odd(rtmsg):  # type: ignore[misc, valid-type]
+    def encode(self) -> None:
+        raise RuntimeError("of any kind")
+
+
+def test_what_pyroute2_raises_is_an_error_of_that_message() -> None:
+    with pytest.raises(codec.FormatError, match="pyroute2's _Odd has another format"):
+        codec.Writer(_Odd, {})([0] * 9, {})
