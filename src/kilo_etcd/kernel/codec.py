@@ -102,15 +102,15 @@ def read(kind: Any, body: bytes) -> dict[str, bytes]:
 class Form:
     """A body whose values are still to be filled in."""
 
-    __slots__ = ("_parts",)
+    __slots__ = ("parts",)
 
     def __init__(self, parts: list[bytes]) -> None:
         """`parts`: by turns what is always the same, and the place of a value."""
-        self._parts = parts
+        self.parts = parts
 
     def __call__(self, *values: bytes) -> bytes:
         """The body with these values, the class's fields being the first; they have the lengths of the shape."""
-        parts = self._parts.copy()
+        parts = self.parts.copy()
         parts[1::2] = values
         return b"".join(parts)
 
@@ -179,7 +179,17 @@ class Container:
 
     def __call__(self, *elements: bytes) -> bytes:
         """The container, whole, with these bodies as its elements."""
-        return attribute(self.type, b"".join([attribute(self.element, element) for element in elements]))
+        return self.whole([attribute(self.element, element) for element in elements])
+
+    def whole(self, elements: Sequence[bytes]) -> bytes:
+        """As `__call__`, with elements that have their headers."""
+        return attribute(self.type, b"".join(elements))
+
+    def element_form(self, form: Form, *values: bytes) -> Form:
+        """The form of a whole element, with its header; `values` are of the right lengths."""
+        body = form(*values)
+        first, *rest, last = form.parts
+        return Form([_NLA.pack(HEADER + len(body), self.element) + first, *rest, last + bytes(-len(body) % nla.align)])
 
 
 def attribute(kind: int, body: bytes) -> bytes:
@@ -198,13 +208,11 @@ def elements(body: bytes) -> Iterator[bytes]:
         at += length + -length % nla.align
 
 
-@frozen
-class _Shape:
-    headers_at: struct.Struct
-    headers: tuple[bytes, ...]
-    values_at: struct.Struct
-    names: tuple[str, ...]
-    """Of the fields and of the attributes that are wanted, in their order."""
+_Shape: TypeAlias = tuple[
+    Callable[[bytes], tuple[bytes, ...]], tuple[bytes, ...], Callable[[bytes], tuple[Any, ...]], tuple[str, ...]
+]
+"""How to cut out the attributes' headers, what they are, how to cut out the fields and the wanted values, and their
+names."""
 
 
 class Reader:
@@ -224,9 +232,9 @@ class Reader:
     def __call__(self, body: bytes) -> dict[str, Any]:
         """The fields (numbers) and the wanted attributes that are there (bytes), by their names; of an attribute that
         comes twice the last one counts. ValueError: it is no such message."""
-        for shape in self._shapes.get(len(body), ()):
-            if shape.headers_at.unpack(body) == shape.headers:
-                return dict(zip(shape.names, shape.values_at.unpack(body), strict=True))
+        for cut_headers, headers, cut_values, names in self._shapes.get(len(body), ()):
+            if cut_headers(body) == headers:
+                return dict(zip(names, cut_values(body), strict=False))
         if len(body) < self._fixed.size:
             raise ValueError(f"{len(body)} bytes are too few for {self._kind.__name__}")
         if self._number >= _SHAPES:
@@ -235,7 +243,7 @@ class Reader:
         self._number += 1
         shape = self._learn(body)
         self._shapes.setdefault(len(body), []).append(shape)
-        return dict(zip(shape.names, shape.values_at.unpack(body), strict=True))
+        return dict(zip(shape[3], shape[2](body), strict=True))
 
     def _learn(self, body: bytes) -> _Shape:
         headers_at, values_at = f"={self._fixed.size}x", self._fixed.format
@@ -256,4 +264,9 @@ class Reader:
             headers_at += f"{gap}x{_NLA.size}s"
             headers.append(body[at + gap : at + gap + _NLA.size])
             rest -= gap + _NLA.size
-        return _Shape(struct.Struct(f"{headers_at}{rest}x"), tuple(headers), struct.Struct(values_at), tuple(names))
+        return (
+            struct.Struct(f"{headers_at}{rest}x").unpack,
+            tuple(headers),
+            struct.Struct(values_at).unpack,
+            tuple(names),
+        )

@@ -14,7 +14,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from functools import cache
 
-from kilo_etcd.kernel.codec import HEADER, Container, Form, Writer
+from kilo_etcd.kernel.codec import Container, Form, Writer, attribute
 from kilo_etcd.kernel.formats import core, ctrlmsg, wg, wgmsg
 from kilo_etcd.kernel.netlink import Message
 from kilo_etcd.kernel.state import RemovePeer, SetDevice, SetPeer, WireGuardChange
@@ -100,7 +100,7 @@ def set_device(family: int, name: str, changes: Sequence[WireGuardChange]) -> li
         nonlocal room
         if settings or peers:
             body = _device((wg.WG_CMD_SET_DEVICE, wg.WG_GENL_VERSION, 0), _name(name) | settings)
-            sent.append(Message(family, 0, body + (_peers(*peers) if peers else b"")))
+            sent.append(Message(family, 0, body + (_peers.whole(peers) if peers else b"")))
         settings.clear()
         peers.clear()
         room = _ROOM
@@ -109,12 +109,11 @@ def set_device(family: int, name: str, changes: Sequence[WireGuardChange]) -> li
         if isinstance(change, SetDevice):
             settings |= _settings(change)
             continue
-        for together in _parts(change):
-            size = sum(map(len, together)) + len(together) * HEADER
-            if size > room:
+        for peer in _parts(change):
+            if len(peer) > room:
                 flush()
-            peers += together
-            room -= size
+            peers.append(peer)
+            room -= len(peer)
     flush()
     return sent
 
@@ -130,15 +129,12 @@ def _settings(change: SetDevice) -> dict[str, bytes]:
     return settings
 
 
-def _parts(change: SetPeer | RemovePeer) -> Iterator[tuple[bytes, ...]]:
+def _parts(change: SetPeer | RemovePeer) -> Iterator[bytes]:
     """The peer as one item of the list, or as two that belong into one message; more of them if its allowed IPs do
     not fit one message."""
     key = {"WGPEER_A_PUBLIC_KEY": raw(change.public_key)}
-    removal: tuple[bytes, ...] = ()
-    if isinstance(change, RemovePeer) or change.reset:
-        removal = (_peer((), key | {"WGPEER_A_FLAGS": _number.pack(wg.WGPEER_F_REMOVE_ME)}),)
     if isinstance(change, RemovePeer):
-        yield removal
+        yield _item(_peer((), key | _REMOVE))
         return
     head = key.copy()
     if (preshared := change.preshared_key) is not None:
@@ -150,37 +146,39 @@ def _parts(change: SetPeer | RemovePeer) -> Iterator[tuple[bytes, ...]]:
     if change.replace_allowed_ips:
         head["WGPEER_A_FLAGS"] = _REPLACE
     ips = change.allowed_ips
-    yield *removal, _peer((), head) + _list(ips[:_ALLOWED_IPS])
+    removal = _item(_peer((), key | _REMOVE)) if change.reset else b""
+    yield removal + _item(_peer((), head) + _list(ips[:_ALLOWED_IPS]))
     for start in range(_ALLOWED_IPS, len(ips), _ALLOWED_IPS):
-        yield (_peer((), key) + _list(ips[start : start + _ALLOWED_IPS]),)
+        yield _item(_peer((), key) + _list(ips[start : start + _ALLOWED_IPS]))
 
 
 _REPLACE = _number.pack(wg.WGPEER_F_REPLACE_ALLOWEDIPS)
+_REMOVE = {"WGPEER_A_FLAGS": _number.pack(wg.WGPEER_F_REMOVE_ME)}
+
+
+def _item(body: bytes) -> bytes:
+    return attribute(_peers.element, body)
 
 
 def _list(ips: Sequence[IPNetwork]) -> bytes:
     if not ips:
         return b""
     forms = _allowed_forms()
-    return _allowed_ips(
-        *[forms[ip.version](b"", _FAMILY[ip.version], ip.network_address.packed, _LENGTHS[ip.prefixlen]) for ip in ips]
+    return _allowed_ips.whole(
+        [forms[ip.version](b"", _FAMILY[ip.version], ip.network_address.packed, _LENGTHS[ip.prefixlen]) for ip in ips]
     )
 
 
 @cache
 def _allowed_forms() -> dict[int, Form]:
-    """Family -> form of an allowed IP: there are many, and their shapes are known beforehand."""
-    return {
-        version: _allowed.form(
-            (),
-            {
-                "WGALLOWEDIP_A_FAMILY": _FAMILY[version],
-                "WGALLOWEDIP_A_IPADDR": bytes(length),
-                "WGALLOWEDIP_A_CIDR_MASK": b"\0",
-            },
-        )
-        for version, length in ((4, 4), (6, 16))
-    }
+    """Family -> form of an allowed IP with its header: there are many, and their shapes are known beforehand."""
+    forms = {}
+    for version, length in ((4, 4), (6, 16)):
+        values = _FAMILY[version], bytes(length), b"\0"
+        names = "WGALLOWEDIP_A_FAMILY", "WGALLOWEDIP_A_IPADDR", "WGALLOWEDIP_A_CIDR_MASK"
+        form = _allowed.form((), dict(zip(names, values, strict=True)))
+        forms[version] = _allowed_ips.element_form(form, b"", *values)
+    return forms
 
 
 def raw(key: str) -> bytes:
