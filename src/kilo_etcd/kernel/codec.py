@@ -139,7 +139,10 @@ class Writer:
             if len(self._forms) >= _SHAPES:
                 self._forms.clear()
             self._forms[shape] = form
-        return form(self._fixed.pack(*fixed), *values)
+        # As `form` does, a call less: there are 10,000 routes.
+        parts = form.parts.copy()
+        parts[1::2] = (self._fixed.pack(*fixed), *values)
+        return b"".join(parts)
 
     def form(self, fixed: Sequence[int], attributes: Mapping[str, bytes]) -> Form:
         """The form that a body of this shape has, to be filled in again and again."""

@@ -60,6 +60,7 @@ _rules = Reader(
 _settings = Reader(netconfmsg, "NETCONFA_IFINDEX", "NETCONFA_FORWARDING")
 _neighbours = Reader(ndmsg, "NDA_DST", "NDA_LLADDR")
 _number, _signed = struct.Struct("=I"), struct.Struct("=i")
+_unpack, _ZERO = _number.unpack_from, bytes(4)
 
 
 @frozen(kw_only=True)
@@ -174,14 +175,14 @@ def read_route(body: bytes) -> FoundRoute | None:
     return FoundRoute(
         destination=destination,
         gateway=gateway,
-        index=_u32(found, "RTA_OIF"),
+        index=_unpack(get("RTA_OIF", _ZERO))[0],
         source=source,
         protocol=found["proto"],
-        metric=_u32(found, "RTA_PRIORITY"),
+        metric=_unpack(get("RTA_PRIORITY", _ZERO))[0],
         onlink=bool(flags & _ONLINK),
         table=_u32(found, "RTA_TABLE", found["table"]),
         type=found["type"],
-        mtu=_mtu(found),
+        mtu=_mtu(found) if "RTA_METRICS" in found else 0,
     )
 
 
