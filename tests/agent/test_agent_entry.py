@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 
-def test_the_agent_loads_neither_rich_nor_asyncio_nor_the_sockets_of_pyroute2() -> None:
+def test_the_agent_loads_neither_rich_nor_asyncio_nor_http_servers_nor_the_sockets_of_pyroute2() -> None:
     program = (
         "import json, sys\n"
         "from kilo_etcd.agent.entry import main\n"
@@ -17,8 +17,8 @@ def test_the_agent_loads_neither_rich_nor_asyncio_nor_the_sockets_of_pyroute2() 
         "except SystemExit:\n"
         "    pass\n"
         "import kilo_etcd.agent.daemon\n"
-        "heavy = ('rich', 'asyncio', 'multiprocessing', 'pyroute2')\n"
-        "loaded = [name for name in sys.modules if name.partition('.')[0] in heavy]\n"
+        "heavy = ('rich', 'asyncio', 'multiprocessing', 'pyroute2', 'wsgiref', 'email', 'http.', 'urllib.request')\n"
+        "loaded = [name for name in sys.modules if name.startswith(heavy)]\n"
         "real = [name for name in loaded if getattr(sys.modules[name], '__spec__', None) is not None]\n"
         "print(json.dumps(real), file=sys.stderr)\n"
     )

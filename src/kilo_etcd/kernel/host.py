@@ -398,7 +398,7 @@ class Host:
             if found is None or found.table != MAIN_TABLE or found.destination.prefixlen:
                 return
             link = self.links.get(found.index)
-            if link is not None and found.type == 1:
+            if link is not None and found.type == replies.UNICAST:
                 defaults.append(
                     DefaultRoute(
                         family=found.destination.version,

@@ -36,8 +36,8 @@ _UP = formats.links.IFF_UP
 _TEMPORARY, _DEPRECATED = formats.addresses.IFA_F_TEMPORARY, formats.addresses.IFA_F_DEPRECATED
 _ONLINK = formats.routes.RTNH_F_ONLINK
 _TO_TABLE = formats.rules.FR_ACT_NAMES["FR_ACT_TO_TBL"]
-_UNICAST, _UNREACHABLE = rtnl.rt_type["unicast"], rtnl.rt_type["unreachable"]
-_KIND_NAMES = {_UNICAST: "", _UNREACHABLE: "unreachable", rtnl.rt_type["throw"]: "throw"}
+UNICAST, _UNREACHABLE = rtnl.rt_type["unicast"], rtnl.rt_type["unreachable"]
+_KIND_NAMES = {UNICAST: "", _UNREACHABLE: "unreachable", rtnl.rt_type["throw"]: "throw"}
 _SCOPES = {rtnl.rt_scope["link"]: AddressScope.LINK, rtnl.rt_scope["host"]: AddressScope.HOST}
 _VERSIONS = {int(socket.AF_INET): 4, int(socket.AF_INET6): 6}
 _states = formats.neighbours
@@ -93,7 +93,7 @@ class FoundRoute:
             destination=self.destination,
             gateway=self.gateway,
             # In IPv6 the kernel gives routes that lead nowhere the loopback device.
-            device=names.get(self.index, "") if self.type == _UNICAST else "",
+            device=names.get(self.index, "") if self.type == UNICAST else "",
             source=self.source,
             protocol=self.protocol,
             metric=self.metric,
