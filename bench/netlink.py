@@ -1,4 +1,4 @@
-"""Programming 1,000 routes: our own netlink messages, pyroute2's, and `ip -batch`, in one run in a namespace.
+"""Programming 1,000 routes: our netlink messages in pyroute2's formats, pyroute2's own sockets, and `ip -batch`, in one run in a namespace.
 
 Prints milliseconds (the median of several rounds, taken in turn) and the ratio to `ip -batch`; needs root.
 """
