@@ -1,4 +1,5 @@
-"""Programming 1,000 routes: our netlink messages in pyroute2's formats, pyroute2's own sockets, and `ip -batch`, in one run in a namespace.
+"""Programming 1,000 routes in one run in a namespace: our messages (in pyroute2's formats, on sockets of our own),
+`IPRoute` of pyroute2, and `ip -batch`.
 
 Prints milliseconds (the median of several rounds, taken in turn) and the ratio to `ip -batch`; needs root.
 """
