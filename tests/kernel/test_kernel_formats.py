@@ -13,9 +13,11 @@ import pytest
 from handmade.attributes import NESTED, attribute
 from hypothesis import given
 from hypothesis import strategies as some
+from kernel_worlds import PRIVATE, plan, tunnel
 
-from kilo_etcd.kernel import codec
+from kilo_etcd.kernel import Setup, codec, open_kernel
 from kilo_etcd.kernel.formats import NFT_OBJECT_COUNTER, netconfmsg, nft_obj_msg, nlmsg, rtmsg
+from kilo_etcd.kernel.linux import LinuxKernel
 from kilo_etcd.kernel.read import rtnl as replies
 from kilo_etcd.kernel.state import Route
 from kilo_etcd.kernel.write import rtnl as requests
@@ -165,3 +167,35 @@ class _Odd(rtmsg):  # type: ignore[misc, valid-type]
 def test_what_pyroute2_raises_is_an_error_of_that_message() -> None:
     with pytest.raises(codec.FormatError, match="pyroute2's _Odd has another format"):
         codec.Writer(_Odd, {})([0] * 9, {})
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("own_namespaces")
+async def test_what_cannot_be_packed_or_read_harms_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    body = requests._route_body
+
+    def odd(route: Route, index: int, *, delete: bool = False) -> bytes:
+        if str(route.destination) == "10.5.0.0/16":
+            raise codec.FormatError(rtmsg)
+        return body(route, index, delete=delete)
+
+    monkeypatch.setattr(requests, "_route_body", odd)
+    wanted = plan(
+        tunnel("10.4.0.0/16", "10.4.0.1"), tunnel("10.5.0.0/16", "10.4.0.1"), tunnel("10.6.0.0/16", "10.4.0.1")
+    )
+    async with open_kernel(Setup(private_key=PRIVATE)) as kernel:
+        report = await kernel.apply(wanted)
+        (failed,) = report.failures
+        assert "10.5.0.0/16" in failed.text
+        assert "pyroute2's rtmsg has another format than expected" in failed.text
+        assert {str(network) for network in (await kernel.observe()).routes} == {"10.4.0.0/16", "10.6.0.0/16"}
+        # An event that cannot be read is one of which nobody knows what it says.
+        assert isinstance(kernel, LinuxKernel)
+        assert kernel._heed([(replies.NEWROUTE, b"\2")])
+        assert kernel._watch is not None
+        assert kernel._news(kernel._watch, replies.NEWROUTE, b"\2") == (
+            "the kernel reported something that could not be read"
+        )
+        with pytest.raises(codec.FormatError, match="the kernel's answer has another format"):
+            kernel._host._route.dump(requests.get_links(), lambda body: replies.read_route(b"\2"))
+        assert (await kernel.observe()).link is not None, "the rest of that dump is in nobody's way"
