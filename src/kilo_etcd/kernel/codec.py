@@ -69,7 +69,7 @@ def _names(kind: Any) -> list[str]:
 
 
 def _fixed(kind: Any) -> struct.Struct:
-    # nfgen_msg's resource id is big-endian; it is packed as two bytes' number that way round by who fills it in.
+    # In this machine's byte order throughout: `Writer.form` refuses a field that pyroute2 packs in another.
     return struct.Struct("=" + "".join(form.lstrip("!>=<") for _, form in kind.fields))
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from kilo_etcd.kernel import netlink
 from kilo_etcd.kernel.chains import BaseChain, FilterRule
+from kilo_etcd.kernel.codec import UNREADABLE
 from kilo_etcd.kernel.openings import Opening
 from kilo_etcd.kernel.read import hooks as replies
-from kilo_etcd.kernel.read.hooks import FAMILIES, Found
+from kilo_etcd.kernel.read.hooks import FAMILIES, Elements, Found
 from kilo_etcd.kernel.write import nft as requests
 
 
@@ -50,9 +51,16 @@ def _rules_from(device: netlink.Socket, family: int, table: str, base: str) -> d
                 items.append(item)
 
         device.dump(requests.get_rules_of(table, chain, family), keep)
-        found[chain] = rules = tuple(replies.to_rule(item, members_of) for item in items)
+        found[chain] = rules = tuple(_rule(item, members_of) for item in items)
         missing += [rule.target for rule in rules if rule.target and rule.target not in found]
     return found
+
+
+def _rule(item: Found, members_of: Elements) -> FilterRule:
+    try:
+        return replies.to_rule(item, members_of)
+    except UNREADABLE:
+        return FilterRule(verdict="unknown")
 
 
 def ours(chains: tuple[BaseChain, ...], mark: str) -> frozenset[Opening]:

@@ -106,9 +106,14 @@ class Netfilter:
 
 def _read(device: netlink.Socket, name: str) -> Table:
     def dump(request: Message, take: Callable[[bytes, str], T | None]) -> list[T]:
-        bodies: list[bytes] = []
-        device.dump(request, bodies.append)
-        return [item for body in bodies if (item := take(body, name)) is not None]
+        found: list[T] = []
+
+        def keep(body: bytes) -> None:
+            if (item := take(body, name)) is not None:
+                found.append(item)
+
+        device.dump(request, keep)
+        return found
 
     sets = []
     for one in dump(write.get_sets(name), read.read_set):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from kilo_etcd.kernel import netlink
+from kilo_etcd.kernel.codec import UNREADABLE, FormatError
 from kilo_etcd.kernel.errors import NetlinkError
 from kilo_etcd.kernel.formats import core, wg
 from kilo_etcd.kernel.read.wireguard import DeviceReader, DeviceState, read_family
@@ -41,7 +42,10 @@ class KernelDevice:
         reader = DeviceReader(self._last)
         self._dump(name, reader)
         self._last = reader
-        return reader.result()
+        try:
+            return reader.result()
+        except UNREADABLE:
+            raise FormatError from None
 
     def mark(self, name: str) -> int:
         reader = DeviceReader()
