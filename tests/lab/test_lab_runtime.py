@@ -105,6 +105,11 @@ def test_a_link_in_the_place_of_the_subdirectory_is_not_followed(home: Path, mon
     (home / SUBDIRECTORY).symlink_to(home / "nowhere")
     with pytest.raises(LabError, match="cannot be made: File exists"), hold("a"):
         pass
+    # A link that leads nowhere above it: an endless loop was here.
+    (home / "link").symlink_to(home / "nowhere/else")
+    monkeypatch.setenv(VARIABLE, str(home / "link"))
+    with pytest.raises(LabError, match="cannot be made: File exists"), hold("a"):
+        pass
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")

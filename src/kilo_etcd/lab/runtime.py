@@ -150,8 +150,11 @@ def _locked(base: Path) -> Iterator[int]:
         try:
             base.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
-            if isinstance(error, FileExistsError) and (base.is_dir() or not os.path.lexists(base)):
-                continue  # Another run has removed it at this very moment.
+            # Another run may have removed it at this very moment. Where a directory above it is a link that leads
+            # nowhere, the error is the same, and stays.
+            above = base.parent.is_dir() and not os.path.lexists(base)
+            if isinstance(error, FileExistsError) and (base.is_dir() or above):
+                continue
             raise _unfit(base, f"cannot be made: {error.strerror}") from None
         try:
             fd = _open_base(base)
