@@ -130,10 +130,18 @@ def test_what_overlaps_is_refused_with_the_pair_named(etcd: FakeEtcd, key: str, 
     assert etcd.revision == before
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps({"publicKey": "Y" + "A" * 42 + "=", "allowedIPs": ["10.11.0.1/32"]}),
+        # Rejected, and long: of such a value a view keeps the reason alone.
+        json.dumps({"publicKey": "Y" + "A" * 42 + "=", "comment": "x" * 2000}),
+    ],
+)
 def test_a_second_mesh_that_cannot_be_written_leaves_the_first_as_it_was(
-    etcd: FakeEtcd, monkeypatch: pytest.MonkeyPatch
+    etcd: FakeEtcd, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
-    etcd.put("/a/peers/b.location.y", json.dumps({"publicKey": "Y" + "A" * 42 + "=", "allowedIPs": ["10.11.0.1/32"]}))
+    etcd.put("/a/peers/b.location.y", text)
     held = etcd.get("/a/peers/b.location.y")
     original = type(etcd.client()).txn
 

@@ -33,6 +33,7 @@ from kilo_etcd.etcd.api import (
 from kilo_etcd.model import Snapshot
 from kilo_etcd.store import operator
 from kilo_etcd.store.keys import Keys
+from kilo_etcd.store.records import is_stub
 from kilo_etcd.store.view import View
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -153,7 +154,7 @@ def prepare(mesh: Mesh, decide: Callable[[Snapshot, View, Keys], Edit]) -> Prepa
             f"{len(conditions)} keys are too many for one transaction of etcd's: change at most {MOST} in one go"
         )
     _refuse(mesh, edit)
-    held = {key: view.kv(key) for key in (*wanted, *gone)}
+    held = _whole(mesh, {key: view.kv(key) for key in (*wanted, *gone)})
     then = after(view, wanted, gone)
     if edit.refuses_trouble and (trouble := new_trouble(before, then)):
         raise Failure("; ".join(trouble) + "; nothing was written")
@@ -168,6 +169,16 @@ def prepare(mesh: Mesh, decide: Callable[[Snapshot, View, Keys], Edit]) -> Prepa
         operations=(*(Put(key, value) for key, value in wanted.items()), *map(Delete, gone)),
         backwards=tuple(Delete(key) if kv is None else Put(key, kv.value, kv.lease) for key, kv in held.items()),
     )
+
+
+def _whole(mesh: Mesh, held: dict[str, KeyValue | None]) -> dict[str, KeyValue | None]:
+    """What is to be put back, as it stands in etcd: of a value that is rejected a view has the reason alone."""
+    stubs = [key for key, kv in held.items() if kv is not None and is_stub(kv.value)]
+
+    async def look(client: Client, _keys: Keys) -> dict[str, KeyValue | None]:
+        return {key: await client.get(key) for key in stubs}
+
+    return {**held, **mesh.ask(look)} if stubs else held
 
 
 def _refuse(mesh: Mesh, edit: Edit) -> None:

@@ -319,11 +319,24 @@ def rejected(value: bytes, reason: str) -> bytes:
     return stub if len(value) > len(stub) else value
 
 
+def is_stub(value: bytes) -> bool:
+    """Whether this is what `rejected` keeps, and not the value that stands in etcd."""
+    return value.startswith(_REJECTED)
+
+
 def decode_label(value: bytes) -> str:
     """A location's name."""
     text = decode_text(value) if len(value) <= MAX_SMALL else None
     if text is None or len(text.encode()) > MAX_LABEL:
         raise RecordError(f"the name is longer than {MAX_LABEL} bytes")
+    return text
+
+
+def decode_claim(value: bytes) -> str:
+    """The claimant of a mesh address: a node's name, or `peer/<name>`."""
+    text = decode_text(value, MAX_SMALL)
+    if not text:
+        raise RecordError("the claim names nobody")
     return text
 
 
