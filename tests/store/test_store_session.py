@@ -520,6 +520,20 @@ async def test_a_claim_that_somebody_took_is_restored_and_the_address_stays(over
         assert etcd.revision == revision
 
 
+@pytest.mark.parametrize("junk", [b"", b"\xff\xfe", b"x" * 1_000_000])
+async def test_a_claim_made_anew_as_junk_is_restored_too(junk: bytes) -> None:
+    etcd = FakeEtcd()
+    it, claim = await claimed_by_a(etcd)
+    async with running(it):
+        await it.register(record("a"))
+        etcd.delete(claim)
+        etcd.put(claim, junk)
+        # Its record is younger than the junk, to which nobody gives the address.
+        await it.register(record("a", version="2"))
+        assert await session(etcd.client()).claim_addresses(SUBNETS) == it.addresses
+        assert etcd.data[claim.encode()].value == b"a"
+
+
 async def test_a_forged_record_does_not_renumber_the_host_that_starts() -> None:
     etcd = FakeEtcd()
     it, _ = await claimed_by_a(etcd)

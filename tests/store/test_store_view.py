@@ -316,7 +316,7 @@ def mesh_of_two(**fields: object) -> World:
     return world
 
 
-@pytest.mark.parametrize("claimant", ["thief", "peer/laptop", "nobody", ""])
+@pytest.mark.parametrize("claimant", ["thief", "peer/laptop", "nobody"])
 def test_an_overwritten_claim_takes_nothing_from_its_owner(claimant: str) -> None:
     world = mesh_of_two()
     before = world.view.snapshot()
@@ -381,6 +381,17 @@ def test_another_claim_for_a_node_does_not_renumber_it() -> None:
     assert addresses(world)["a"] == "10.4.0.1"
 
 
+def test_a_claim_that_names_nobody_takes_nothing_and_is_named() -> None:
+    world = World()
+    world.node("a", "10.4.0.1", mesh_addresses=(ip_interface("10.4.0.1/16"),))
+    world.delete("/kilo/addresses/10.4.0.1")
+    world.put("/kilo/addresses/10.4.0.1", " ")
+    # Its record is written again, later than the claim.
+    world.node("a", mesh_addresses=(ip_interface("10.4.0.1/16"),), version="2")
+    assert world.view.snapshot().nodes["a"].mesh_addresses == (ip_address("10.4.0.1"),)
+    assert world.aside["/kilo/addresses/10.4.0.1"] == "the claim names nobody"
+
+
 def test_an_overwritten_claim_that_no_record_speaks_for_is_nobodys() -> None:
     world = World()
     world.node("a", "10.4.0.1")
@@ -427,6 +438,39 @@ def test_a_second_family_is_in_force_at_once() -> None:
     world.put(KEYS.subnets, "fd00::/64,10.4.0.0/16")
     assert [str(subnet) for subnet in world.view.snapshot().subnets] == ["fd00::/64", "10.4.0.0/16"]
     assert world.aside == {}
+
+
+@pytest.mark.parametrize("stated", ["10.5.0.9/16", "0.0.0.0/0", "fd00::9/64", "2000::/0"])
+@pytest.mark.parametrize("older", [0, 1, 3])
+def test_one_record_changes_no_subnets_beside_agents_that_state_nothing(stated: str, older: int) -> None:
+    world = World()
+    for i, name in enumerate("abc", 1):
+        world.node(name, f"10.4.0.{i}", **(stating(f"10.4.0.{i}/16") if i > older else {}))
+    before = world.view.snapshot()
+    world.node("evil", **stating(stated))
+    after = world.view.snapshot()
+    assert (after.subnets, after.nodes) == (before.subnets, before.nodes)
+    assert world.from_scratch().snapshot() == after
+
+
+def test_subnets_go_by_half_of_all_records_whoever_comes_and_goes() -> None:
+    world = World()
+    world.node("a", "10.4.0.1", **stating("10.4.0.1/16"))
+    world.node("b", "10.4.0.2")
+    world.put(KEYS.subnets, "10.5.0.0/16")
+
+    def subnets() -> str:
+        assert world.view.snapshot() == world.from_scratch().snapshot()
+        return ",".join(map(str, world.view.snapshot().subnets))
+
+    assert subnets() == "10.5.0.0/16"
+    world.node("b", **stating("10.4.0.2/16"))
+    assert subnets() == "10.4.0.0/16"
+    for name in "cd":
+        world.node(name)
+    assert subnets() == "10.5.0.0/16"
+    world.delete(KEYS.node("c"))
+    assert subnets() == "10.4.0.0/16"
 
 
 def test_candidates_and_leaders() -> None:

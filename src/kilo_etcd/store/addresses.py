@@ -6,7 +6,8 @@ was first written, and no other node's record stated the address before the clai
 record did. Otherwise it belongs to the one node whose record states it; if several do, to nobody. So one write takes no
 address away: neither a changed or deleted claim nor a record that states another's address (decision 0024).
 
-The mesh's subnets are judged likewise: those that most records state stay in force when `mesh/subnets` changes.
+The mesh's subnets are judged likewise: those that more than half of all records state stay in force when `mesh/subnets`
+changes. Of all, since records of older agents state nothing: a single one must not speak for them.
 
 Pure, one change at a time, and independent of the order of the changes, like `store.joins`.
 """
@@ -187,21 +188,19 @@ class AddressIndex:
                 found[address.version] = address
         return tuple(found.values())
 
-    def subnets(self, configured: tuple[IPNetwork, ...]) -> tuple[IPNetwork, ...]:
-        """The subnets in force: of each family the one that most records state (of equals the configured one, then the
-        lowest), else the configured one."""
-        if all(network in configured for network, _ in self._networks.values()):
+    def disputed(self, configured: tuple[IPNetwork, ...]) -> bool:
+        """Whether any record states a network that is not a configured one."""
+        return any(network not in configured for network, _ in self._networks.values())
+
+    def subnets(self, configured: tuple[IPNetwork, ...], records: int) -> tuple[IPNetwork, ...]:
+        """The subnets in force: of each family the one that more than half of all nodes' records state, of which there
+        are `records`, else the configured one."""
+        if not self.disputed(configured):
             return configured
-        best: dict[int, IPNetwork] = {network.version: network for network in configured}
-        for version in (4, 6):
-            counted = [(count, network) for network, count in self._networks.values() if network.version == version]
-            if counted:
-                most = max(count for count, _ in counted)
-                equals = [network for count, network in counted if count == most]
-                if best.get(version) not in equals:
-                    best[version] = min(equals)
+        found: dict[int, IPNetwork] = {network.version: network for network in configured}
+        found |= {network.version: network for network, count in self._networks.values() if 2 * count > records}
         # In the order of the configured ones, so that it is the same value if they are.
-        return tuple(sorted(best.values(), key=lambda one: _rank(one, configured)))
+        return tuple(sorted(found.values(), key=lambda one: _rank(one, configured)))
 
     # --- what is wrong -----------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from kilo_etcd.store.history import last_good
 from kilo_etcd.store.keys import AddressKey, Keys
 from kilo_etcd.store.records import (
     RecordError,
+    decode_claim,
     decode_granularity,
     decode_node,
     decode_subnets,
@@ -164,10 +165,14 @@ async def _may_take(client: Client, keys: Keys, node: str, address: IPAddress, k
     """Whether the claim `kv` of `address`, which is not as this node wrote it, is this node's to restore."""
     if kv.create_revision != kv.mod_revision:
         return True
+    try:
+        claimant = decode_claim(kv.value)
+    except RecordError:
+        return True  # To everybody it is no claim, so that the address is whose record states it.
     own = await client.get(keys.node(node))
     if own is None or address not in (one.ip for one in _stated(own)) or own.mod_revision > kv.create_revision:
         return False
-    other = await client.get(keys.node(kv.value.decode(errors="replace"))) if kv.value else None
+    other = await client.get(keys.node(claimant))
     return address not in (one.ip for one in _stated(other)) or (
         other is not None and own.mod_revision < other.mod_revision
     )

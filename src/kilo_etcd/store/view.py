@@ -20,7 +20,7 @@ What is not in force is named, one by one, in `Snapshot.set_aside`:
   that is in force keeps it against every peer (`store.joins`, decision 0024);
 * annotations with bad values: the node is as it would be without them;
 * address claims outside the mesh's subnets, and those that contradict an older statement (`store.addresses`);
-* a `mesh/subnets` that most nodes' addresses are not in.
+* a `mesh/subnets` that the addresses of more than half of the nodes are not in.
 
 Of a value that is rejected whole nothing is kept but the reason, so that what nobody uses fills no memory.
 
@@ -64,6 +64,7 @@ from kilo_etcd.store.records import (
     RecordError,
     SightingRecord,
     VerdictRecord,
+    decode_claim,
     decode_granularity,
     decode_label,
     decode_peer,
@@ -390,13 +391,14 @@ class View:
     def _take_node(self, node: str, kv: KeyValue | None) -> Sequence[str]:
         self._dirty.add(("node", node))
         if kv is None:
-            self._registered.pop(node, None)
-            self._take_statement(node, (), 0)
+            counted = self._registered.pop(node, None) is not None
+            self._take_statement(node, (), 0, counted=counted)
             self._dirty |= self._key_index.claim(("node", node), None)
             return ()
         found = read(NodeRecord, kv.value)
+        counted = node not in self._registered
         self._registered[node] = Registered(found.record, kv.create_revision)
-        self._take_statement(node, found.record.mesh_addresses, kv.mod_revision)
+        self._take_statement(node, found.record.mesh_addresses, kv.mod_revision, counted=counted)
         self._dirty |= self._key_index.claim(("node", node), found.record.public_key, kv.create_revision)
         return _unknown(found)
 
@@ -434,20 +436,22 @@ class View:
         return ()
 
     def _take_claim(self, address: IPAddress, kv: KeyValue | None) -> None:
-        claim = None if kv is None else Claim(decode_text(kv.value, MAX_SMALL), kv.create_revision, kv.mod_revision)
+        claim = None if kv is None else Claim(decode_claim(kv.value), kv.create_revision, kv.mod_revision)
         self._dirty |= {("node", name) for name in self._addresses.claim(address, claim)}
         self._note_address(address)
 
-    def _take_statement(self, node: str, interfaces: tuple[IPInterface, ...], written: int) -> None:
-        """Its record says so much of the mesh addresses of `node`."""
+    def _take_statement(self, node: str, interfaces: tuple[IPInterface, ...], written: int, *, counted: bool) -> None:
+        """Its record says so much of the mesh addresses of `node`. `counted`: there is one record more, or less."""
         addresses = self._addresses.state(node, interfaces, written)
         if addresses:
             self._dirty |= {("node", name) for name in self._addresses.settle(addresses)}
             for address in addresses:
                 self._note_address(address)
-            if self._addresses.networks_changed:
-                self._addresses.networks_changed = False
-                self._judge_subnets()
+        elif not counted:
+            return
+        if self._addresses.networks_changed or self._addresses.disputed(self.subnets or ()):
+            self._addresses.networks_changed = False
+            self._judge_subnets()
 
     def _note_address(self, address: IPAddress) -> None:
         text, subnets = self._addresses.wrong_claim(address), self._subnets_in_force
@@ -532,7 +536,7 @@ class View:
     def _judge_subnets(self) -> None:
         """Which subnets are in force, after something has changed that they depend on."""
         configured = self.subnets or ()
-        subnets = self._addresses.subnets(configured)
+        subnets = self._addresses.subnets(configured, len(self._registered))
         if subnets != self._subnets_in_force:
             self._subnets_in_force = subnets
             self._dirty |= {("node", name) for name in self._registered}
