@@ -47,7 +47,10 @@ MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 
         (f"publicKey: {KEY}\nendpoint: 2026-13-45", "is neither YAML nor JSON"),
         ("a: !!timestamp x", "is neither YAML nor JSON"),
         ("a: !!float x", "is neither YAML nor JSON"),
-        ("a: " + "9" * 5000, "is neither YAML nor JSON"),
+        ("a: " + "9" * 5000, "has a number of more than 100 digits"),
+        # Base 60: its reading took minutes.
+        ("a: 1" + ":1" * 200_000, "has a number of more than 100 digits"),
+        ("a: 1" + ":1" * 200_000 + ".5", "has a number of more than 100 digits"),
         ("a: !!python/object/apply:os.system [x]", "is neither YAML nor JSON"),
         ("*a", "is neither YAML nor JSON"),
         ("a: 'x\x00'", "is neither YAML nor JSON"),

@@ -14,6 +14,8 @@ import yaml
 
 MAX_DEPTH = 40
 MAX_VALUES = 1_000_000
+MAX_DIGITS = 100
+"""Characters of a number: YAML 1.1 has numbers to the base of 60 (`1:30:00`), whose reading takes the square of that."""
 
 
 class _Refused(Exception):
@@ -53,6 +55,17 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
         if self._values > MAX_VALUES:
             raise _Refused(f"holds more than {MAX_VALUES} values, aliases written out")
         return node
+
+
+def _number(loader: _Loader, node: Any) -> Any:
+    if len(node.value) > MAX_DIGITS:
+        raise _Refused(f"has a number of more than {MAX_DIGITS} digits")
+    kind = "int" if node.tag.endswith(":int") else "float"
+    return getattr(loader, f"construct_yaml_{kind}")(node)
+
+
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _number)
 
 
 def load_documents(text: str, source: str) -> list[Any]:
