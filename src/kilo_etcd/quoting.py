@@ -15,6 +15,9 @@ SECRET: Final = "secret"
 
 _MAY_BE_A_KEY = re.compile(r"[A-Za-z0-9+/=]{32}").search
 """A key of 32 bytes has 44 digits in base64, 64 in hex; a mistyped one has fewer."""
+_LONG_NAMES = re.compile(r"[A-Za-z0-9_-]{42,}").findall
+_DIGITS_OF_ALL_KINDS = (re.compile("[a-z]").search, re.compile("[A-Z]").search, re.compile("[0-9]").search)
+"""What a key has that is written in the base64 of URLs, and a long name of a host has not."""
 _IS_A_PASTED_KEY = re.compile(r"[A-Za-z0-9+][A-Za-z0-9+/=]{38,46}").fullmatch
 """Where a path belongs, which rarely is of that length without any point, dash or slash at its beginning."""
 _IS_A_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,30}").fullmatch
@@ -24,10 +27,19 @@ def shown(value: object) -> str:
     """The value as it may stand in a message, in at most 60 characters."""
     if value is not None and not isinstance(value, (str, int, float)):
         return described(value)
-    if _MAY_BE_A_KEY(str(value)):
+    if _may_be_a_key(str(value)):
         return described(value)
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _may_be_a_key(text: str) -> bool:
+    # What was copied from a terminal may be broken over two lines, and have its name before it.
+    words = text.split()
+    joined = "".join(words) if len(words) <= 3 else text
+    if _MAY_BE_A_KEY(joined):
+        return True
+    return any(all(kind(name) for kind in _DIGITS_OF_ALL_KINDS) for name in _LONG_NAMES(joined))
 
 
 def described(value: object) -> str:

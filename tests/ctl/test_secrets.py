@@ -35,6 +35,8 @@ SECRETS = (
     "c2VjcmV0IHNlY3JldCBzZWNyZXQgc2VjcmV0IHNlY3I=a",
     "c2VjcmV0IHNlY3JldCBzZWNyZXQgc2VjcmV0IHNlY3I =",
     "c2VjcmV0IHNlY3JldCBzZWNyZXQgc2VjcmV0",
+    "c2VjcmV0IHNlY3JldCBz\nZWNyZXQgc2VjcmV0IHNlY3I=",  # a line of a terminal ended there
+    "c2Vj_mV0-HNlY3JldCBzZW-yZXQgc2_jcmV0IHN-Y3I=",  # as URLs have it
     "73656372657420736563726574207365637265742073656372657420736563721",
     "sesame, open",
 )
