@@ -158,6 +158,44 @@ def test_a_route_that_is_there_counts_until_its_node_is_silent_although_it_lives
     assert known.silent_ones(("b",)) == ()
 
 
+def test_an_address_of_the_other_family_that_comes_to_this_host_makes_it_forget_nobody() -> None:
+    known = records()
+    sixth = Target("a", ip_address("fd00::2"))
+    both = evolve(OWN, internal_ips=(*OWN.internal_ips, ip_interface("fd00::1/64")))
+    found = {**BOTH, sixth: A}
+    for own, targets, forgotten in (
+        (OWN, BOTH, {"a", "b"}),
+        (both, found, {"a"}),
+        (evolve(both, internal_ips=(*OWN.internal_ips, ip_interface("fd00::9/64"))), found, {"a"}),
+        (OWN, BOTH, set[str]()),
+        (evolve(OWN, internal_ips=(ip_interface("10.0.0.9/24"),)), BOTH, {"a", "b"}),
+    ):
+        known.follow(own, targets, 0.0)
+        assert withheld(known) == forgotten
+        for target in targets:
+            known.answered(target, Answer.SIGNED, 0.0)
+
+
+def test_silence_from_before_a_members_agent_lived_means_nothing_and_it_is_asked_at_once() -> None:
+    known = records()
+    known.follow(OWN, BOTH, 0.0, assumed={TA})
+    for target in BOTH:
+        for _ in range(3 * NAMED_AFTER):
+            known.silent(target, 100.0)
+    assert known.due(110.0) == []
+    assert known.live_again(("a", "b"), 110.0)
+    assert set(known.due(110.0 + 2 * SPACING)) == {TA, TB}
+    assert named(known) == set()
+    assert withheld(known) == {"b"}, "the route that was there still counts"
+    known.silent(TA, 111.0)
+    assert TA in known.due(111.0), "the attempt that was under way may have come too early"
+    known.silent(TA, 111.0)
+    assert not known.live_again(("b",), 111.0) or known.due(111.0 + SPACING) == [TB]
+    for target in BOTH:
+        known.answered(target, Answer.UNSIGNED, 112.0)
+    assert not known.live_again(ALL, 113.0), "who answers needs not be asked"
+
+
 def test_a_large_location_is_asked_bit_by_bit_and_rarely() -> None:
     known = records()
     many = {
@@ -180,6 +218,7 @@ def test_an_answer_without_the_key_is_asked_for_again_and_said() -> None:
     assert known.unsigned() == (TA,)
     assert known.answered(TA, Answer.SIGNED, 1.0)
     assert known.unsigned() == ()
+    assert not known.answered(TA, Answer.UNSIGNED, 2.0), "that changes nothing that is said or routed"
 
 
 # -- a whole agent ----------------------------------------------------------------------------------------------------
@@ -359,6 +398,38 @@ async def test_a_restarted_agent_keeps_a_route_as_long_as_nothing_speaks_against
         mesh.etcd.put("/kilo/elections/gcp/g1", encode(CandidateRecord(rank=CandidateClass.PUBLIC)))
         await eventually(lambda: mesh.said("has never answered h1"), 90, every=0.1)
         assert not routed(mesh)
+
+
+async def test_a_member_that_comes_back_where_only_arp_passes_is_neither_cut_off_nor_named(mesh: World) -> None:
+    """It cannot ask this host, nor answer it but by ARP, and was down when this agent started."""
+    wire = Wire()
+    wire.answers = False
+    mesh.host.resolves = lambda address: address == INSIDE
+    async with running(mesh, post=wire):
+        await eventually(lambda: routed(mesh), 5, every=0.01)
+    mesh.host.history.clear()
+    mesh.host.resolves = lambda address: False
+    mesh.etcd.delete("/kilo/elections/gcp/g1")
+    async with running(mesh, post=wire):
+        await trio.sleep(300)
+        mesh.host.resolves = lambda address: address == INSIDE
+        mesh.etcd.put("/kilo/elections/gcp/g1", encode(CandidateRecord(rank=CandidateClass.PUBLIC)))
+        await trio.sleep(120)
+        assert mesh.said(NEVER) == 0
+        assert not [change for change in mesh.host.history if "10.4.0.51" in str(change)]
+
+
+async def test_a_member_that_boots_later_is_reached_at_once_where_only_arp_passes(mesh: World) -> None:
+    wire = Wire()
+    wire.answers = False
+    mesh.host.resolves = lambda address: False
+    mesh.etcd.delete("/kilo/elections/gcp/g1")
+    async with running(mesh, post=wire):
+        await trio.sleep(400)
+        assert not routed(mesh)
+        mesh.host.resolves = lambda address: address == INSIDE
+        mesh.etcd.put("/kilo/elections/gcp/g1", encode(CandidateRecord(rank=CandidateClass.PUBLIC)))
+        await eventually(lambda: routed(mesh), 3, every=0.01)
 
 
 async def test_an_address_that_this_host_has_itself_is_no_other_hosts(mesh: World) -> None:

@@ -93,15 +93,13 @@ class Records:
 
     rng: random.Random = field(factory=random.Random)
     _records: dict[Target, _Record] = field(factory=dict)
-    _own: object = None
+    _own: Node | None = None
 
     def follow(
         self, own: Node, found: Mapping[Target, Node], now: float, *, first: str = "", assumed: Collection[Target] = ()
     ) -> bool:
         """`found` is who there is now; `first` is asked before others: this host's leader. Whether anything is due."""
-        place = (own.location, own.internal_ips)
-        if self._own != place:
-            self._own, self._records = place, {}
+        self._forget(own)
         news = False
         spread = SPACING * len(found)
         records: dict[Target, _Record] = {}
@@ -121,6 +119,20 @@ class Records:
             records[target] = record
         self._records = records
         return news
+
+    def _forget(self, own: Node) -> None:
+        """What was found out from another place. An address of the other family that comes or goes, as IPv6's do, is no
+        move: what answers at the first family's goes on answering."""
+        before, self._own = self._own, own
+        if before is None or (before.location, before.internal_ips) == (own.location, own.internal_ips):
+            return
+
+        def stays(target: Target, record: _Record) -> bool:
+            version = target.address.version
+            return not record.tunneled and before.internal_ip(version) == own.internal_ip(version)
+
+        kept = self._records.items() if before.location == own.location else ()
+        self._records = {target: record for target, record in kept if stays(target, record)}
 
     def node(self, target: Target) -> Node | None:
         """The node of a target; None: it is none any more."""
@@ -144,7 +156,7 @@ class Records:
         if record.tunneled:
             answer = Answer.SIGNED  # By WireGuard.
         news = record.best in (Answer.NONE, Answer.ASSUMED) or record.silent >= NAMED_AFTER
-        news = news or (answer is Answer.SIGNED) != (record.best is Answer.SIGNED)
+        news = news or (answer is Answer.SIGNED and record.best is not Answer.SIGNED)
         record.best = max(record.best, answer)
         record.silent = 0
         rarely = max(RARELY, PER_TARGET * len(self._records)) * self.rng.uniform(0.8, 1.2)
@@ -177,6 +189,17 @@ class Records:
             return False
         record.heard, record.due = True, min(record.due, now)
         return True
+
+    def live_again(self, names: Collection[str], now: float) -> bool:
+        """The agents of these nodes live, which they did not before: that they were silent meanwhile means nothing, and
+        it is worth asking now. Whether anybody is asked."""
+        news = False
+        spread = SPACING * len(names)
+        for target, record in self._records.items():
+            if record.silent and target.node in names:
+                record.silent, record.heard, news = 0, True, True
+                record.due = min(record.due, now + self.rng.uniform(0.0, spread))
+        return news
 
     def silent_ones(self, living: Collection[str]) -> tuple[Silent, ...]:
         """The targets that do not answer. Of nodes whose agents do not live nothing is concluded."""
@@ -231,6 +254,8 @@ class Reachability:
         self._answered = trio.Event()
         self._news = trio.Event()
         self._told = trio.Event()
+        self._living: frozenset[str] = frozenset()
+        """Members whose agents lived at the last `follow`."""
         self.ready = False
         """Whether `start` was called."""
         self.silent: tuple[Silent, ...] = ()
@@ -257,7 +282,11 @@ class Reachability:
             ):  # fmt: skip
                 self._news.set()
         self._topology, self._own = topology, own
-        living = {one.node for one in topology.snapshot.candidates.get(own.location, ())} if self._targets else ()
+        candidates = topology.snapshot.candidates.get(own.location, ()) if self._targets else ()
+        living = frozenset(one.node for one in candidates)
+        if (came := living - self._living) and self._records.live_again(came, trio.current_time()):
+            self._news.set()
+        self._living = living
         self.silent = self._records.silent_ones(living) if self._targets else ()
         return self.silent
 
