@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from ipaddress import IPv4Address, ip_address, ip_interface
 from typing import Any
 
 import pytest
 import trio
+import trio.testing
 from agent_world import PRIVATE, World, running
 from attrs import evolve
 from hypothesis import given
@@ -28,6 +30,7 @@ from kilo_etcd.agent.hearsay import (
     unpack,
 )
 from kilo_etcd.agent.neighbours import UdpPost
+from kilo_etcd.agent.reachability import AT_ONCE
 from kilo_etcd.model import Candidate, CandidateClass, Endpoint, Node, Snapshot
 from kilo_etcd.store import CandidateRecord
 from kilo_etcd.store.records import NodeRecord, encode
@@ -364,6 +367,13 @@ async def test_datagrams_go_both_ways_in_both_families_and_a_taken_port_is_an_er
             await post.send(b"hello", ip_address(text))
             with trio.fail_after(5):
                 assert await post.receive() == (b"hello", ip_address(text))
+        # The answers of a whole batch of members have come while this process had other things to do.
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
+            for number in range(AT_ONCE):
+                other.sendto(bytes([number]), ("127.0.0.1", port))
+        await trio.testing.wait_all_tasks_blocked()
+        with trio.fail_after(5):
+            assert [(await post.receive())[0][0] for _ in range(AT_ONCE)] == list(range(AT_ONCE))
         with pytest.raises(ExceptionGroup) as caught:
             async with trio.open_nursery() as inner:
                 await inner.start(UdpPost(port).run)

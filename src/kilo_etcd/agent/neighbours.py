@@ -65,7 +65,8 @@ public keys can name each node once. One and its key have 200 bytes."""
 
 _IP_PKTINFO, _IPV6_RECVPKTINFO, _IPV6_PKTINFO = 8, 49, 50
 _AT_ONCE = 64
-"""Datagrams that are taken from a socket before other tasks have their turn."""
+"""Datagrams that are taken from a socket before other tasks have their turn: a batch of local queries has as many
+answers."""
 
 
 class Post(Protocol):
@@ -96,7 +97,7 @@ class UdpPost:
         self._served: frozenset[bytes] | None = None
         """Packed addresses; None: all."""
         self._sockets: dict[int, socket.socket] = {}
-        self._arrived_in, self._arrived = trio.open_memory_channel[tuple[bytes, IPAddress]](32)
+        self._arrived_in, self._arrived = trio.open_memory_channel[tuple[bytes, IPAddress]](2 * _AT_ONCE)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Receive until cancelled. OSError: the port is taken."""
