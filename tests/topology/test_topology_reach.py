@@ -8,6 +8,7 @@ import pytest
 from attrs import evolve
 from topology_worlds import MESH, SIX, WORLDS, node, snapshot, standing
 
+from kilo_etcd.agent.report import bounded
 from kilo_etcd.model import Encapsulate, Granularity, Snapshot
 from kilo_etcd.topology import HostPlan, Via, WayOut, build_topology, host_plan
 from kilo_etcd.topology.hostplan import RoutePlan
@@ -145,6 +146,16 @@ def test_a_large_location_is_named_in_a_few_sentences() -> None:
     plan = planned(world, "n1", *silent(*((f"n{i}", f"10.9.0.{i}") for i in range(2, 31))))
     assert len(plan.problems) == MOST_NAMED + 1
     assert f"{29 - MOST_NAMED} more members" in plan.problems[-1].text
+
+
+def test_the_remedy_reaches_a_status_record_whole_however_long_the_names_are() -> None:
+    names = ["a" * 63, "b" * 63]
+    two = [node(name, i, "x" * 63, f"2001:db8:1111:2222:3333:4444:5555:666{i}/64") for i, name in enumerate(names, 1)]
+    plan = planned(
+        snapshot(two, candidates=standing(*two)), names[1], *silent((names[0], str(two[0].internal_ips[0].ip)))
+    )
+    text = plan.problems[0].text
+    assert bounded((text,)) == (text,)
 
 
 @pytest.mark.parametrize("granularity", [Granularity.LOCATION, Granularity.CROSS])

@@ -17,7 +17,7 @@ from kilo_etcd.agent.notify import notify
 from kilo_etcd.model import Granularity, Snapshot
 
 MOST_ERRORS = 20
-MOST_CHARACTERS = 500
+MOST_CHARACTERS = 1000
 """Of the errors in a status record, and of each of them: every host of the mesh keeps all statuses within reach."""
 
 PAUSE_PER_NODE = 0.001
