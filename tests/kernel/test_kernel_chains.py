@@ -11,8 +11,9 @@ from kernel_worlds import PRIVATE
 from test_kernel_forward import LEADER as PLAN
 from test_kernel_forward import sh
 
-from kilo_etcd.kernel import cleanup, open_kernel
-from kilo_etcd.kernel.chains import Packet, drops, from_iptables, obstacles, packets
+from kilo_etcd.kernel import cleanup, hooks, open_kernel
+from kilo_etcd.kernel.chains import BaseChain, Packet, drops, from_iptables, obstacles, packets
+from kilo_etcd.kernel.netfilter import Netfilter
 from kilo_etcd.kernel.state import Setup
 
 MESH = (ip_network("10.4.0.0/16"),)
@@ -72,6 +73,7 @@ KUBERNETES = """\
         ("-P FORWARD ACCEPT\n-A FORWARD -i eth0 -j REJECT --reject-with icmp-host-prohibited", False, True),
         ("-P FORWARD ACCEPT\n-A FORWARD -d 10.4.1.1/32 -j DROP", False, False),  # somebody's own wish
         ("-P FORWARD DROP\n-A FORWARD -j LOG\n-A FORWARD -m set --match-set x src -j ACCEPT", None, None),
+        ("-P FORWARD DROP\n-A FORWARD -m set --match-set new src -j ACCEPT", None, None),
     ],
 )  # fmt: skip
 def test_what_iptables_says_of_its_chain(printed: str, out: bool | None, back: bool | None) -> None:
@@ -90,6 +92,21 @@ def test_the_sentence_says_how_certain_it_is_and_whose_firewall_it_is() -> None:
         "the firewall may drop what this host forwards between kilo0 and eth0 (IPv4), in iptables' chain FORWARD (its "
         "policy is to drop): ufw route allow in on kilo0 && ufw route allow out on kilo0"
     )
+
+
+def test_a_ruleset_that_changes_while_it_is_read_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A firewall that is being reloaded would be seen without the rules that drop: as one that lets all pass."""
+    whole = BaseChain(family="inet", table="firewalld", name="filter_FORWARD", drops=True)
+    found = [(), (whole,), (), (), (), (whole,)]
+    generations = iter([1, 2, 2, 3, 4, 5, 6, 6, 6])
+    netfilter = Netfilter()
+    monkeypatch.setattr(Netfilter, "generation", lambda self: next(generations))
+    monkeypatch.setattr(Netfilter, "_open", lambda self: None)
+    monkeypatch.setattr(hooks, "read", lambda device: found.pop(0))
+    assert netfilter.forward_chains() == (whole,)
+    assert netfilter.forward_chains() == (), "there is an end to it"
+    assert netfilter.forward_chains() == (whole,), "and the next time it is looked at again"
+    assert found == []
 
 
 # -- with the real nftables -------------------------------------------------------------------------------------------

@@ -266,9 +266,10 @@ def _rule(words: list[str]) -> FilterRule:
         elif word == "-m":
             module = next(rest, "")
             if module not in ("comment", "conntrack", "state"):
-                conditions.append(Condition(module))
+                conditions.append(Condition("?"))
         else:
-            conditions.append(Condition(word))
+            # Not by its own name: a set may be called as a kind is.
+            conditions.append(Condition("?"))
         equal = True
     # A target that is no chain (LOG, MARK) leaves the packet to the next rule: an unknown chain is an empty one.
     return FilterRule(conditions=tuple(conditions), verdict=verdict, target=target, comment=comment)

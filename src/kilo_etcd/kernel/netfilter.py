@@ -27,6 +27,8 @@ from kilo_etcd.kernel.table import Table
 from kilo_etcd.kernel.write import nft as write
 
 PROTOCOL = read.PROTOCOL
+_ATTEMPTS = 3
+"""Readings of all forward chains at most, while somebody goes on changing them; the next call reads them again."""
 _NONE = frozenset({errno.ENOENT, errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.EINVAL, errno.EPROTONOSUPPORT})
 """What reading says where there is nothing to be read."""
 
@@ -79,14 +81,18 @@ class Netfilter:
         generation = self.generation()
         if generation is None:
             return ()
-        if self._forward is None or self._forward[0] != generation:
+        for _ in range(_ATTEMPTS):
+            if self._forward is not None and self._forward[0] == generation:
+                break
             try:
                 self._forward = generation, hooks.read(self._open())
             except OSError as error:
                 if error.errno in _NONE:
                     return ()
                 raise
-        return self._forward[1]
+            # It takes several dumps: a firewall that is reloaded meanwhile is seen half, as one that drops nothing.
+            generation = self.generation()
+        return self._forward[1] if self._forward is not None else ()
 
     def edit(self, change: AddOpening | DeleteOpening) -> None:
         pack = write.insert_rule if isinstance(change, AddOpening) else write.delete_rule
