@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ipaddress import ip_network
+from pathlib import Path
 
 import pytest
 import trio
@@ -13,6 +14,7 @@ from test_kernel_forward import sh
 
 from kilo_etcd.kernel import cleanup, hooks, open_kernel
 from kilo_etcd.kernel.chains import BaseChain, Packet, drops, from_iptables, obstacles, packets
+from kilo_etcd.kernel.forwardchains import ForwardChains
 from kilo_etcd.kernel.netfilter import Netfilter
 from kilo_etcd.kernel.state import Setup
 
@@ -92,6 +94,34 @@ def test_the_sentence_says_how_certain_it_is_and_whose_firewall_it_is() -> None:
         "the firewall may drop what this host forwards between kilo0 and eth0 (IPv4), in iptables' chain FORWARD (its "
         "policy is to drop): ufw route allow in on kilo0 && ufw route allow out on kilo0"
     )
+
+
+class Chains:
+    """In the place of nftables and of iptables."""
+
+    def __init__(self, *chains: BaseChain) -> None:
+        self._chains = chains
+
+    def forward_chains(self) -> tuple[BaseChain, ...]:
+        return self._chains
+
+    def legacy(self, version: int) -> None:
+        return None
+
+
+def test_what_a_host_refuses_of_silent_members_makes_no_firewall_uncertain(tmp_path: Path) -> None:
+    """Else a host would end its hold-down, or take over, because a member has fallen silent."""
+    printed = "-P FORWARD DROP\n-A FORWARD -s 192.168.0.0/16 -j ACCEPT"
+    opened = "-P FORWARD DROP\n-A FORWARD -s 10.0.0.0/8 -d 10.0.0.0/8 -j ACCEPT"
+    refused = {ip_network("10.4.0.9/32"): "it does not answer", ip_network("192.168.0.0/24"): "it does not answer"}
+    silent = evolve(LEADER, fences=(*MESH, *refused), refused=refused)
+    cut_off = evolve(silent, refused={**refused, MESH[0]: "its leader does not answer"})
+    for plan in (LEADER, silent, cut_off):
+        for text, certain in ((printed, [True]), (opened, [])):
+            chain = from_iptables(text, 4)
+            assert chain is not None
+            chains = ForwardChains("kilo0", tmp_path / "x", Chains(chain), Chains(), opening=False)  # type: ignore[arg-type]
+            assert [one.certain for one in chains.obstacles(plan, ["eth0"])] == certain
 
 
 def test_a_ruleset_that_changes_while_it_is_read_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:

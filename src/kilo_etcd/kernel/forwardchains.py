@@ -17,6 +17,7 @@ from kilo_etcd.kernel.hooks import ours
 from kilo_etcd.kernel.iptables import Iptables
 from kilo_etcd.kernel.netfilter import Netfilter
 from kilo_etcd.kernel.openings import AddOpening, DeleteOpening, Opening, Place
+from kilo_etcd.model import IPNetwork
 from kilo_etcd.topology.hostplan import HostPlan
 
 
@@ -54,8 +55,7 @@ class ForwardChains:
 
     def _sent(self, versions: Collection[int], plan: HostPlan | None, devices: Collection[str]) -> tuple[Packet, ...]:
         """The packets that this host forwards, as its firewall sees them."""
-        subnets = () if plan is None else plan.fences
-        return packets(self._interface, devices or ("any other device",), versions, subnets)
+        return packets(self._interface, devices or ("any other device",), versions, _subnets(plan))
 
     def read(self, devices: Collection[str]) -> tuple[frozenset[Place], frozenset[Opening]]:
         """Which nftables chains of others drop what is forwarded, but for rules of ours, and those rules; nothing if
@@ -81,3 +81,12 @@ class ForwardChains:
             self._record.parent.mkdir(parents=True, exist_ok=True)
             self._record.touch()
         self._netfilter.edit(change)
+
+
+def _subnets(plan: HostPlan | None) -> tuple[IPNetwork, ...]:
+    """The mesh's subnets. A plan refuses other networks too, of members that never answered, from which nothing comes
+    and to which nothing goes."""
+    if plan is None:
+        return ()
+    own = [address.ip for address in plan.addresses]
+    return tuple(one for one in plan.fences if one not in plan.refused or any(address in one for address in own))
