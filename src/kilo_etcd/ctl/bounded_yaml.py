@@ -15,7 +15,7 @@ import yaml
 MAX_DEPTH = 40
 MAX_VALUES = 1_000_000
 MAX_DIGITS = 100
-"""Characters of a number: YAML 1.1 has numbers to the base of 60 (`1:30:00`), whose reading takes the square of that."""
+"""Characters of a number: YAML 1.1 has numbers to the base of 60 (`1:30:00`), which take the square of that to read."""
 
 
 class _Refused(Exception):
