@@ -41,7 +41,7 @@ async def test_hosts_that_join_and_start_again_together(log: io.StringIO) -> Non
             for host in it.hosts.values():
                 host.start()
             await it.at_rest()
-        bounded(done, Account(etcd_writes=3, etcd_calls=80, snapshots=10, kernel_writes=60, lines=20))
+        bounded(done, Account(etcd_writes=3, etcd_calls=80, snapshots=20, kernel_writes=60, lines=20))
         assert it.leaders() == leaders
         # After it.
         async with it.counting() as done:

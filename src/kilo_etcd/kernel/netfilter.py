@@ -79,9 +79,9 @@ class Netfilter:
     def forward_chains(self) -> tuple[BaseChain, ...]:
         """Every base chain of hook forward; read again only if nftables has changed."""
         generation = self.generation()
-        if generation is None:
-            return ()
         for _ in range(_ATTEMPTS):
+            if generation is None:
+                return ()
             if self._forward is not None and self._forward[0] == generation:
                 break
             try:
