@@ -14,6 +14,7 @@ import trio
 from prometheus_client import REGISTRY
 
 from kilo_etcd.agent.config import ListenAddress
+from kilo_etcd.agent.http import Request
 from kilo_etcd.agent.logs import setup_logging
 from kilo_etcd.agent.metrics import Metrics
 from kilo_etcd.model import Node, Peer, SetAside, Snapshot
@@ -89,6 +90,12 @@ async def test_metrics_and_health_are_served_until_the_block_ends() -> None:
         await get(where, "/health")
     # trio keeps worker threads for a while, as many as were busy at once.
     assert not [one for one in {*threading.enumerate()} - before if not one.name.startswith("Trio thread")]
+
+
+@pytest.mark.parametrize("accept", ["application/openmetrics-text;version=" + "1" * 5000, ";" * 5000, "\xff", ""])
+def test_metrics_are_answered_whatever_a_client_accepts(accept: str) -> None:
+    answer = Metrics().answer(Request("GET", "/metrics", {"accept": accept}))
+    assert (answer.status, b"kilo_nodes 0.0" in answer.body) == ("200 OK", True)
 
 
 async def test_health_says_in_one_line_what_is_wrong() -> None:

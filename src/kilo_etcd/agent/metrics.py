@@ -126,7 +126,10 @@ class Metrics:
     def answer(self, request: http.Request) -> http.Answer:
         """What is served behind `--listen`."""
         if request.path == "/metrics":
-            encode, kind = choose_encoder(request.headers.get("accept", ""))
+            try:
+                encode, kind = choose_encoder(request.headers.get("accept", ""))
+            except Exception:  # Versions that are none; a client must not fill the log with them.
+                encode, kind = choose_encoder("")
             return http.Answer("200 OK", encode(self.registry), kind)
         if request.path == "/health":
             trouble = self.health()
