@@ -453,24 +453,29 @@ def test_one_record_changes_no_subnets_beside_agents_that_state_nothing(stated: 
     assert world.from_scratch().snapshot() == after
 
 
-def test_subnets_go_by_half_of_all_records_whoever_comes_and_goes() -> None:
+def test_nodes_whose_records_state_nothing_count_for_the_subnets_that_they_are_in() -> None:
     world = World()
     world.node("a", "10.4.0.1", **stating("10.4.0.1/16"))
-    world.node("b", "10.4.0.2")
-    world.put(KEYS.subnets, "10.5.0.0/16")
+    for i, name in enumerate("bcd", 2):
+        world.node(name, f"10.4.0.{i}")
+    before = world.view.snapshot()
 
     def subnets() -> str:
         assert world.view.snapshot() == world.from_scratch().snapshot()
         return ",".join(map(str, world.view.snapshot().subnets))
 
+    world.put(KEYS.subnets, "10.5.0.0/16")
+    # Neither the value, nor a record beside it, nor records without an address.
+    for i, text in enumerate(("10.5.0.9/16", "10.9.0.1/0", "fd00::9/64")):
+        world.node(f"evil-{i}", **stating(text))
+        world.node(f"junk-{i}")
+        assert subnets() == "10.4.0.0/16"
+        assert world.view.snapshot().nodes == before.nodes
+    # Only where they really are.
+    for name, address in zip("bcd", ("10.4.0.2", "10.4.0.3", "10.4.0.4"), strict=True):
+        world.delete(f"/kilo/addresses/{address}")
+        world.put(f"/kilo/addresses/{address.replace('10.4.', '10.5.')}", name)
     assert subnets() == "10.5.0.0/16"
-    world.node("b", **stating("10.4.0.2/16"))
-    assert subnets() == "10.4.0.0/16"
-    for name in "cd":
-        world.node(name)
-    assert subnets() == "10.5.0.0/16"
-    world.delete(KEYS.node("c"))
-    assert subnets() == "10.4.0.0/16"
 
 
 def test_candidates_and_leaders() -> None:

@@ -6,15 +6,15 @@ was first written, and no other node's record stated the address before the clai
 record did. Otherwise it belongs to the one node whose record states it; if several do, to nobody. So one write takes no
 address away: neither a changed or deleted claim nor a record that states another's address (decision 0024).
 
-The mesh's subnets are judged likewise: those that more than half of all records state stay in force when `mesh/subnets`
-changes. Of all, since records of older agents state nothing: a single one must not speak for them.
+The mesh's subnets are judged likewise: those that most nodes are in stay in force when `mesh/subnets` changes. Nodes
+whose records state nothing, as those of older agents, count too: a single record must not speak for them.
 
 Pure, one change at a time, and independent of the order of the changes, like `store.joins`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import TypeAlias
 
 from attrs import frozen
@@ -192,15 +192,34 @@ class AddressIndex:
         """Whether any record states a network that is not a configured one."""
         return any(network not in configured for network, _ in self._networks.values())
 
-    def subnets(self, configured: tuple[IPNetwork, ...], records: int) -> tuple[IPNetwork, ...]:
-        """The subnets in force: of each family the one that more than half of all nodes' records state, of which there
-        are `records`, else the configured one."""
+    def subnets(
+        self, configured: tuple[IPNetwork, ...], silent: Collection[str], records: int
+    ) -> tuple[IPNetwork, ...]:
+        """The subnets in force: of each family the one that most nodes are in (of equals the configured one, then the
+        one that most state). A node is in the one that its record states; one of the `silent`, whose records state
+        none, in the configured one or else a stated one that its address is in. A family that none is configured of
+        takes more than half of all `records`."""
         if not self.disputed(configured):
             return configured
-        found: dict[int, IPNetwork] = {network.version: network for network in configured}
-        found |= {network.version: network for network, count in self._networks.values() if 2 * count > records}
+        found: list[IPNetwork] = []
+        for version in (4, 6):
+            stated = {network: count for network, count in self._networks.values() if network.version == version}
+            own = next((network for network in configured if network.version == version), None)
+            if own is None:
+                found += [network for network, count in stated.items() if 2 * count > records]
+                continue
+            counts = {own: 0} | stated
+            order = sorted(
+                counts, key=lambda one: (one != own, -counts[one], -one.prefixlen, place(one.network_address))
+            )
+            for name in silent:
+                held = self._held.get(name, {}).values()
+                its = next((one for one in order if any(address in one for address in held)), None)
+                if its is not None:
+                    counts[its] += 1
+            found.append(max(order, key=lambda one: counts[one]))
         # In the order of the configured ones, so that it is the same value if they are.
-        return tuple(sorted(found.values(), key=lambda one: _rank(one, configured)))
+        return tuple(sorted(found, key=lambda one: _rank(one, configured)))
 
     # --- what is wrong -----------------------------------------------------------------------------------------
 

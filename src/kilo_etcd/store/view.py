@@ -20,7 +20,7 @@ What is not in force is named, one by one, in `Snapshot.set_aside`:
   that is in force keeps it against every peer (`store.joins`, decision 0024);
 * annotations with bad values: the node is as it would be without them;
 * address claims outside the mesh's subnets, and those that contradict an older statement (`store.addresses`);
-* a `mesh/subnets` that the addresses of more than half of the nodes are not in.
+* a `mesh/subnets` that most nodes' addresses are not in.
 
 Of a value that is rejected whole nothing is kept but the reason, so that what nobody uses fills no memory.
 
@@ -118,6 +118,8 @@ class View:
         self._labels: dict[str, str] = {}
         self._annotations: dict[str, dict[str, str]] = {}
         self._addresses = AddressIndex()
+        self._silent: set[str] = set()
+        """Nodes whose records state no address."""
         self._subnets_in_force = subnets or ()
         self._peer_records: dict[str, Peer] = {}
         self._elections: dict[str, dict[str, Candidate]] = {}
@@ -216,6 +218,9 @@ class View:
 
     def snapshot(self) -> Snapshot:
         """What is in force at `revision`."""
+        if self._dirty and self._addresses.disputed(self.subnets or ()):
+            # Who has which address, and how many records there are, counts then.
+            self._judge_subnets()
         self._join_all()
         return Snapshot(
             revision=self.revision,
@@ -391,14 +396,13 @@ class View:
     def _take_node(self, node: str, kv: KeyValue | None) -> Sequence[str]:
         self._dirty.add(("node", node))
         if kv is None:
-            counted = self._registered.pop(node, None) is not None
-            self._take_statement(node, (), 0, counted=counted)
+            self._registered.pop(node, None)
+            self._take_statement(node, (), 0)
             self._dirty |= self._key_index.claim(("node", node), None)
             return ()
         found = read(NodeRecord, kv.value)
-        counted = node not in self._registered
         self._registered[node] = Registered(found.record, kv.create_revision)
-        self._take_statement(node, found.record.mesh_addresses, kv.mod_revision, counted=counted)
+        self._take_statement(node, found.record.mesh_addresses, kv.mod_revision)
         self._dirty |= self._key_index.claim(("node", node), found.record.public_key, kv.create_revision)
         return _unknown(found)
 
@@ -440,18 +444,20 @@ class View:
         self._dirty |= {("node", name) for name in self._addresses.claim(address, claim)}
         self._note_address(address)
 
-    def _take_statement(self, node: str, interfaces: tuple[IPInterface, ...], written: int, *, counted: bool) -> None:
-        """Its record says so much of the mesh addresses of `node`. `counted`: there is one record more, or less."""
+    def _take_statement(self, node: str, interfaces: tuple[IPInterface, ...], written: int) -> None:
+        """Its record says so much of the mesh addresses of `node`."""
+        if interfaces or node not in self._registered:
+            self._silent.discard(node)
+        else:
+            self._silent.add(node)
         addresses = self._addresses.state(node, interfaces, written)
         if addresses:
             self._dirty |= {("node", name) for name in self._addresses.settle(addresses)}
             for address in addresses:
                 self._note_address(address)
-        elif not counted:
-            return
-        if self._addresses.networks_changed or self._addresses.disputed(self.subnets or ()):
-            self._addresses.networks_changed = False
-            self._judge_subnets()
+            if self._addresses.networks_changed:
+                self._addresses.networks_changed = False
+                self._judge_subnets()
 
     def _note_address(self, address: IPAddress) -> None:
         text, subnets = self._addresses.wrong_claim(address), self._subnets_in_force
@@ -536,7 +542,7 @@ class View:
     def _judge_subnets(self) -> None:
         """Which subnets are in force, after something has changed that they depend on."""
         configured = self.subnets or ()
-        subnets = self._addresses.subnets(configured, len(self._registered))
+        subnets = self._addresses.subnets(configured, self._silent, len(self._registered))
         if subnets != self._subnets_in_force:
             self._subnets_in_force = subnets
             self._dirty |= {("node", name) for name in self._registered}
