@@ -98,6 +98,18 @@ async def test_an_overwritten_claim_is_restored_and_reported(world: World) -> No
         assert (world.host.observed.addresses, world.daemon.kernel.writes) == (addresses, netlink)
 
 
+async def test_an_oversized_claim_is_restored_and_said_in_short(world: World) -> None:
+    async with running(world):
+        (claim,) = world.etcd.keys("/kilo/addresses/")
+        world.etcd.put(claim, b"x" * 1_000_000)
+        await eventually(lambda: world.etcd.get(claim) == b"h1", 10, every=0.1)
+        await eventually(
+            lambda: world.said("the claim of this host's mesh address was changed by another"), 10, every=0.1
+        )
+        assert world.said("the value is 1000000 bytes long") >= 1
+        assert world.said("rejected: ") == 0
+
+
 async def test_whoever_overwrites_a_claim_for_ever_is_not_fought_for_ever(world: World) -> None:
     async with running(world):
         (claim,) = world.etcd.keys("/kilo/addresses/")

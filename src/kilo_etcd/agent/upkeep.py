@@ -15,6 +15,7 @@ from kilo_etcd import etcd, store
 from kilo_etcd.agent.logs import Once, get_logger
 from kilo_etcd.agent.pace import Pace
 from kilo_etcd.model import Granularity, IPNetwork, Snapshot
+from kilo_etcd.store.records import decode_claim
 
 SETTINGS_SECONDS = 2.0
 """Within which the agents put lost settings of the mesh back, each at its own moment."""
@@ -141,7 +142,9 @@ class Upkeep:
             if kv is None:
                 found.append(f"{key} was deleted")
             elif kv.value.strip() != self._name.encode() or kv.create_revision != kv.mod_revision:
-                found.append(
-                    f"{key} was changed to {kv.value.decode(errors='replace')!r} at revision {kv.mod_revision}"
-                )
+                try:
+                    what = f"was changed to {decode_claim(kv.value)!r} at revision {kv.mod_revision}"
+                except store.RecordError as error:
+                    what = f"was changed at revision {kv.mod_revision}: {error}"
+                found.append(f"{key} {what}")
         return tuple(found)
