@@ -354,6 +354,18 @@ async def test_who_would_drop_forwarded_packets_itself_does_not_take_over(mesh: 
         await eventually(lambda: mesh.said("error   the firewall drops what this host forwards") == 1, 40, every=0.1)
 
 
+async def test_who_drops_only_some_of_what_it_would_forward_takes_over_all_the_same(mesh: World) -> None:
+    """IPv6, say, or what strangers begin: as the gateway of a location it is better than none."""
+    mesh.host.obstacles = (Obstacle("the firewall drops what this host forwards", blocked=frozenset({6})),)
+    async with running(mesh) as daemon:
+        await stands(mesh)
+        await trio.sleep(5)
+        mesh.host.reach = lambda address: address == ip_address(NEAR["g1"])
+        found = await eventually(lambda: verdict(mesh), DETECTED, every=0.01)
+        says(mesh, "home", int(str(found["candidacy"])), answers=True, targets=("h1",))
+        await eventually(lambda: daemon.role is not None and daemon.role.leader == "h1", 5, every=0.01)
+
+
 async def test_one_of_several_that_falls_silent_is_no_proof_either(mesh: World) -> None:
     KEYS.setdefault("away", privatekey.public_key(privatekey.generate()))
     MESH["away"] = "10.4.0.78"

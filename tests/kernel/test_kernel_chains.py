@@ -96,6 +96,22 @@ def test_the_sentence_says_how_certain_it_is_and_whose_firewall_it_is() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("printed", "blocked"),
+    [
+        ("-P FORWARD DROP", {4}),
+        ("-P FORWARD DROP\n-A FORWARD -i eth0 -j ACCEPT", set[int]()),  # A router lets out, and answers in.
+        ("-P FORWARD DROP\n-A FORWARD -o eth1 -j ACCEPT\n-A FORWARD -i eth1 -j ACCEPT", set[int]()),  # One of two.
+        (UFW, set[int]()),
+    ],
+)
+def test_in_which_families_nothing_passes(printed: str, blocked: set[int]) -> None:
+    chain = from_iptables(printed, 4)
+    assert chain is not None
+    (one,) = obstacles([chain], packets("kilo0", ["eth0", "eth1"], [4, 6], MESH), "kilo0", opening=False)
+    assert one.blocked == blocked
+
+
 class Chains:
     """In the place of nftables and of iptables."""
 
@@ -200,6 +216,7 @@ async def test_every_forward_chain_is_looked_at_and_opened_on_request() -> None:
         (one,) = await kernel.obstacles()
         assert one.text.startswith("net.ipv4.conf.eth0.forwarding is 0")
         assert one.certain
+        assert one.blocked == {4}
         sh("sysctl -qw net.ipv4.conf.eth0.forwarding=1")
     load(FIREWALLD)
     async with open_kernel(Setup(private_key=PRIVATE, forward_rules=True)) as kernel:

@@ -870,9 +870,11 @@ class Daemon:
             return False  # Who cannot look at itself accuses nobody.
 
     async def _forwards(self) -> bool:
-        """Whether nothing is known on this host that drops what it would forward."""
+        """Whether nothing is known on this host that drops all that it would forward in the family that probers try."""
+        own = self.topology.snapshot.nodes.get(self.name) if self.topology is not None else None
+        tried = {address.version for address in own.mesh_addresses[:1]} if own is not None else set()
         try:
-            return not any(one.certain for one in await self.kernel.obstacles())
+            return not any(one.certain and tried & one.blocked for one in await self.kernel.obstacles())
         except (OSError, kernel.KernelError):
             return True
 

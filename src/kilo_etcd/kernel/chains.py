@@ -165,6 +165,9 @@ class Obstacle:
     text: str
     certain: bool = True
     """Else it only may do so."""
+    blocked: frozenset[int] = frozenset({4, 6})
+    """The families in which nothing passes for certain, neither in nor out: not that of a host that only lets its
+    location call others, or that drops one family of two."""
 
     def __str__(self) -> str:
         return self.text
@@ -182,6 +185,7 @@ def obstacles(
         if not hit:
             continue
         certain = any(answer for _, answer in hit)
+        passing = {packet.version for packet, answer in answers if not answer}
         devices = sorted({name for packet, _ in hit for name in (packet.iif, packet.oif)} - {interface})
         families = " and ".join(f"IPv{version}" for version in sorted({packet.version for packet, _ in hit}))
         how = "its policy is to drop" if chain.drops else "a rule there drops what no other accepts"
@@ -191,6 +195,7 @@ def obstacles(
                 f"{', '.join(devices)} ({families}), in {chain} ({how}): "
                 f"{remedy(chain, interface, devices, opening=opening)}",
                 certain,
+                frozenset(packet.version for packet in sent) - passing,
             )
         )
     return tuple(found)

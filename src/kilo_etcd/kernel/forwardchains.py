@@ -39,6 +39,7 @@ class ForwardChains:
         versions = plan.forwarding if plan is not None and plan.forwarding else frozenset({4, 6})
         legacy = [chain for version in sorted(versions) if (chain := self._iptables.legacy(version)) is not None]
         off = sysctl.not_forwarding([self._interface, *devices]) if 4 in versions else ()
+        blocked = frozenset({4} if self._interface in off or set(devices) <= set(off) else ())
         return (
             *obstacles(
                 (*self._netfilter.forward_chains(), *legacy), self._sent(versions, plan, devices), self._interface,
@@ -47,7 +48,8 @@ class ForwardChains:
             *(
                 Obstacle(
                     f"net.ipv4.conf.{name}.forwarding is 0, so what comes in by {name} is not forwarded: "
-                    f"sysctl -w {sysctl.command(name)}=1, and look for who switches it off in /etc/sysctl.d"
+                    f"sysctl -w {sysctl.command(name)}=1, and look for who switches it off in /etc/sysctl.d",
+                    blocked=blocked,
                 )
                 for name in off
             ),
