@@ -78,8 +78,10 @@ class Netfilter:
 
     def forward_chains(self) -> tuple[BaseChain, ...]:
         """Every base chain of hook forward; read again only if nftables has changed."""
-        generation = self.generation()
         for _ in range(_ATTEMPTS):
+            # Again after each reading, which takes several dumps: a firewall that is reloaded meanwhile is seen half,
+            # as one that drops nothing.
+            generation = self.generation()
             if generation is None:
                 return ()
             if self._forward is not None and self._forward[0] == generation:
@@ -90,8 +92,6 @@ class Netfilter:
                 if error.errno in _NONE:
                     return ()
                 raise
-            # It takes several dumps: a firewall that is reloaded meanwhile is seen half, as one that drops nothing.
-            generation = self.generation()
         return self._forward[1] if self._forward is not None else ()
 
     def edit(self, change: AddOpening | DeleteOpening) -> None:
