@@ -11,7 +11,7 @@ from attrs import evolve
 
 from helpers import eventually
 from kilo_etcd.agent import answer, privatekey
-from kilo_etcd.agent.answer import Answerer, Programmed
+from kilo_etcd.agent.answer import MOST_TRIED, Answerer, Programmed
 from kilo_etcd.agent.logs import Once, get_logger, setup_logging
 from kilo_etcd.etcd import PermissionDenied
 from kilo_etcd.kernel.chains import Obstacle
@@ -170,10 +170,23 @@ async def test_packets_are_sent_to_whom_is_asked_for(world: World) -> None:
     assert len(everybody.unreached) == 98
     some = await answerer.answer(QuestionRecord(tries=64))
     assert len(some.unreached) + len(some.reached) == 64
+    foreign = await answerer.answer(QuestionRecord(targets=("192.0.2.66", "10.4.0.200", "10.4.0.9")))
+    assert (foreign.reached, foreign.unreached) == (("10.4.0.9",), ()), "others' addresses are not pinged"
     world.host.no_pings = "this process may not ping"
     assert (await answerer.answer(QuestionRecord(tries=4))).trouble == ("this process may not ping",)
     assert (await answerer.answer(QuestionRecord())).trouble == ()
     assert (await world.answerer(plan=None).answer(QuestionRecord())).undone == 0
+
+
+async def test_a_question_has_so_many_tried_and_no_more(world: World) -> None:
+    nodes = (
+        Node(name=f"h{number}", public_key=str(number), mesh_addresses=(ip_address("10.4.0.0") + number,))
+        for number in range(1, 1001)
+    )
+    topology = build_topology(Snapshot(revision=1, nodes={node.name: node for node in nodes}))
+    all_of_them = tuple(str(ip_address("10.4.0.0") + number) for number in range(2, 1001))
+    found = await world.answerer(topology=topology).answer(QuestionRecord(tries=10**9, targets=all_of_them))
+    assert MOST_TRIED <= len(found.unreached) + len(found.reached) <= 2 * MOST_TRIED
 
 
 async def test_asking_again_after_etcd_was_away_and_a_foolish_question(world: World) -> None:

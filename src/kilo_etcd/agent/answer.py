@@ -43,6 +43,10 @@ PINGS, PING_SECONDS = 8, 1.2
 """Echo requests to each address, and how long an answer to the last one may take: a tunnel may have to shake hands
 first."""
 
+MOST_TRIED = 128
+"""Nodes that one question has tried at most, of this host's choice, and as many addresses besides: kgctl asks for half.
+Whoever may put a question must not have a whole mesh flood somebody."""
+
 RETRY_SECONDS = 30.0
 AWAY_SECONDS = 2.0
 
@@ -139,12 +143,20 @@ class Answerer:
         self, question: QuestionRecord, topology: Topology | None, reached: dict[str, bool], trouble: list[str]
     ) -> None:
         """Send echo requests to whom the question asks for, and note who answers."""
-        chosen = () if topology is None else addresses_to_try(topology, self._name, question.tries)
-        wanted = dict.fromkeys((*chosen, *_addresses(question.targets)))
-        own = topology.snapshot.nodes.get(self._name) if topology is not None else None
-        mine = own.mesh_addresses if own is not None else ()
+        if topology is None:
+            return
+        nodes = topology.snapshot.nodes
+        chosen = addresses_to_try(topology, self._name, min(question.tries, MOST_TRIED))
+        # Nobody is to learn, or to reach, by this host what is not the mesh's.
+        known = {address for node in nodes.values() for address in node.mesh_addresses} if question.targets else set()
+        asked = [address for address in _addresses(question.targets) if address in known]
+        mine = nodes[self._name].mesh_addresses if self._name in nodes else ()
         versions = {address.version for address in mine}
-        wanted = {address: None for address in wanted if address.version in versions and address not in mine}
+        wanted = {
+            address: None
+            for address in (*chosen, *asked[:MOST_TRIED])
+            if address.version in versions and address not in mine
+        }
         if not wanted:
             return
         try:
