@@ -34,12 +34,14 @@ def shown(value: object) -> str:
 
 
 def _may_be_a_key(text: str) -> bool:
-    # What was copied from a terminal may be broken over two lines, and have its name before it.
+    # What was copied from a terminal may be broken over lines.
     words = text.split()
-    joined = "".join(words) if len(words) <= 3 else text
-    if _MAY_BE_A_KEY(joined):
-        return True
-    return any(all(kind(name) for kind in _DIGITS_OF_ALL_KINDS) for name in _LONG_NAMES(joined))
+    joined = ("".join(words[at : at + 3]) for at in range(len(words)))
+    return any(_MAY_BE_A_KEY(one) or any(map(_is_mixed, _LONG_NAMES(one))) for one in joined)
+
+
+def _is_mixed(name: str) -> bool:
+    return all(kind(name) for kind in _DIGITS_OF_ALL_KINDS)
 
 
 def described(value: object) -> str:
