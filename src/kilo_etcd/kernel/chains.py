@@ -206,7 +206,12 @@ def remedy(chain: BaseChain, interface: str, devices: Iterable[str], *, opening:
     names = " ".join((chain.table, chain.name, *chain.chains))
     if chain.table == "firewalld":
         words = " ".join(f"--add-interface={name}" for name in (interface, *devices))
-        return f"firewall-cmd --permanent --zone=trusted {words} && firewall-cmd --reload"
+        allow = f"firewall-cmd --permanent --zone=trusted {words} && firewall-cmd --reload"
+        # That zone accepts everything: no place for a device that the internet reaches.
+        private = f"if none of these devices has a public address: {allow}"
+        if opening:
+            return private
+        return f"set KILO_FORWARD_RULES=true, which lets the mesh's packets through and no others; or, {private}"
     if "ufw" in names:
         return f"ufw route allow in on {interface} && ufw route allow out on {interface}"
     accept = f"let through what comes in by {interface} and what goes out by {interface}"
