@@ -197,8 +197,8 @@ async def test_every_forward_chain_is_looked_at_and_opened_on_request() -> None:
         assert one.certain
         assert one.text == (
             "the firewall drops what this host forwards between kilo0 and eth0 (IPv4), in the chain filter_FORWARD of "
-            "nftables table inet firewalld (a rule there drops what no other accepts): set KILO_FORWARD_RULES=true, which "
-            "lets the mesh's packets through and no others; or, if none of these devices has a public address: "
+            "nftables table inet firewalld (a rule there drops what no other accepts): set KILO_FORWARD_RULES=true, "
+            "which lets the mesh's packets through and no others; or, if none of these devices has a public address: "
             "firewall-cmd --permanent --zone=trusted --add-interface=kilo0 --add-interface=eth0 && "
             "firewall-cmd --reload"
         )
