@@ -163,7 +163,11 @@ def _locked(base: Path) -> Iterator[int]:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
             # A lab that ended meanwhile removes the directory when it was the last.
-            if base.exists() and os.path.samestat(os.fstat(fd), os.stat(base)):
+            try:
+                same = os.path.samestat(os.fstat(fd), os.stat(base))
+            except FileNotFoundError:
+                same = False
+            if same:
                 yield fd
                 return
         finally:

@@ -192,21 +192,20 @@ class AddressIndex:
         """Whether any record states a network that is not a configured one."""
         return any(network not in configured for network, _ in self._networks.values())
 
-    def subnets(
-        self, configured: tuple[IPNetwork, ...], silent: Collection[str], records: int
-    ) -> tuple[IPNetwork, ...]:
+    def subnets(self, configured: tuple[IPNetwork, ...], silent: Collection[str]) -> tuple[IPNetwork, ...]:
         """The subnets in force: of each family the one that most nodes are in (of equals the configured one, then the
         one that most state). A node is in the one that its record states; one of the `silent`, whose records state
         none, in the configured one or else a stated one that its address is in. A family that none is configured of
-        takes more than half of all `records`."""
+        takes more than half of all that state or have an address."""
         if not self.disputed(configured):
             return configured
         found: list[IPNetwork] = []
+        all_of_them = len(self._statements) + sum(name in self._held for name in silent)
         for version in (4, 6):
             stated = {network: count for network, count in self._networks.values() if network.version == version}
             own = next((network for network in configured if network.version == version), None)
             if own is None:
-                found += [network for network, count in stated.items() if 2 * count > records]
+                found += [network for network, count in stated.items() if 2 * count > all_of_them]
                 continue
             counts = {own: 0} | stated
             order = sorted(

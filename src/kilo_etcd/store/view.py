@@ -542,7 +542,7 @@ class View:
     def _judge_subnets(self) -> None:
         """Which subnets are in force, after something has changed that they depend on."""
         configured = self.subnets or ()
-        subnets = self._addresses.subnets(configured, self._silent, len(self._registered))
+        subnets = self._addresses.subnets(configured, self._silent)
         if subnets != self._subnets_in_force:
             self._subnets_in_force = subnets
             self._dirty |= {("node", name) for name in self._registered}
