@@ -265,5 +265,9 @@ async def test_two_labs_at_once_but_not_with_one_name() -> None:
 async def test_a_signal_to_the_agent_is_not_seen_by_the_lab() -> None:
     async with lab_of(SIX.evolve(agents=True, agent_command=SLEEPER)) as lab:
         await lab.exec("gcp-1", "sh", "-c", "kill -9 -1")
-        assert (await lab.host("gcp-1")).agent == f"killed by {signal.SIGKILL.name}"
+
+        async def killed() -> bool:
+            return (await lab.host("gcp-1")).agent == f"killed by {signal.SIGKILL.name}"
+
+        await eventually(killed, 10, every=0.05)
         assert (await lab.exec("gcp-1", "true")).returncode == 0
