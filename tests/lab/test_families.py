@@ -11,6 +11,7 @@ import pytest
 import trio
 
 from helpers import eventually, require
+from helpers_lab import leads
 from kilo_etcd.lab.client import Lab, running_lab
 from kilo_etcd.lab.spec import HostSpec, SiteSpec, Spec
 
@@ -64,19 +65,6 @@ async def endpoints(lab: Lab, at: str) -> dict[str, str]:
 async def endpoint_of(lab: Lab, at: str, name: str) -> str:
     record = json.loads((await lab.etcdctl("get", "--print-value-only", f"/kilo/nodes/{name}")).stdout)
     return (await endpoints(lab, at))[record["publicKey"]]
-
-
-async def leads(lab: Lab, *names: str) -> str:
-    """Which of these hosts of one location says of itself that it leads."""
-
-    async def found() -> str | None:
-        for name in names:
-            text = (await lab.etcdctl("get", "--print-value-only", f"/kilo-status/{name}")).stdout
-            if text and json.loads(text)["role"] == "leader":
-                return name
-        return None
-
-    return str(await eventually(found, 30, every=0.1, what=f"one of {names} leads"))
 
 
 async def mtu_of(lab: Lab, name: str, interface: str = "kilo0") -> int:

@@ -8,6 +8,7 @@ from itertools import product
 import pytest
 
 from helpers import eventually, require
+from helpers_lab import leads
 from kilo_etcd.lab.client import Lab, running_lab
 from kilo_etcd.lab.runtime import LabError
 from kilo_etcd.lab.spec import HostSpec, SiteSpec, Spec
@@ -78,17 +79,6 @@ async def masquerading(lab: Lab) -> list[str]:
     """The nodes whose nftables table masquerades anything."""
     tables = {name: (await lab.exec(name, "nft", "list", "ruleset", check=True)).stdout for name in NODES}
     return [name for name, text in tables.items() if "masquerade" in text]
-
-
-async def leads(lab: Lab, *names: str) -> str:
-    async def found() -> str | None:
-        for name in names:
-            text = (await lab.etcdctl("get", "--print-value-only", f"/kilo-status/{name}")).stdout
-            if text and json.loads(text)["role"] == "leader":
-                return name
-        return None
-
-    return str(await eventually(found, 30, every=0.1, what=f"one of {names} leads"))
 
 
 async def registered(lab: Lab, name: str) -> int:

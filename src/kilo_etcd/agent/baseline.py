@@ -1,4 +1,4 @@
-"""What a prober may conclude while nobody has ever answered through its leader. Pure.
+"""Decides what a prober concludes while nobody has ever answered through its leader. Pure.
 
 Silence counts only against a target that has answered before. A leader that has never forwarded has no such baseline,
 and neither has a prober that has just started. In that case a report needs more evidence than a silence that follows

@@ -47,7 +47,7 @@ MAX_LINE = 6 * (MAX_KEY + MAX_VALUE) + 200
 
 
 class Unusable(Exception):
-    """What is on the disk is not to be used; the message says why, in a sentence."""
+    """The cache on the disk cannot be used; the message is the reason, one sentence."""
 
 
 class TooLarge(ValueError):
