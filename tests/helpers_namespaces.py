@@ -15,6 +15,8 @@ from collections.abc import Callable
 
 import pytest
 
+from helpers import eventually
+
 _NEWNS, _NEWUSER, _NEWPID, _NEWNET = 0x20000, 0x10000000, 0x20000000, 0x40000000
 _PREPARE = (
     "mount --make-rprivate / && mount -t proc proc /proc && mount -t tmpfs tmpfs /run && mkdir /run/wireguard && "
@@ -26,6 +28,19 @@ _inside = False
 @pytest.fixture
 def own_namespaces() -> None:
     """Marks the test; `pytest_pyfunc_call` does it."""
+
+
+async def in_force(address: str) -> None:
+    """Wait until the kernel has made the local route of a new IPv6 address. A worker of the kernel does that by and by,
+    also with `nodad`."""
+
+    def routed() -> bool:
+        routes = subprocess.run(
+            ["ip", "-6", "route", "show", "table", "local"], check=True, capture_output=True, text=True
+        ).stdout
+        return f"local {address} " in routes
+
+    await eventually(routed, 30, what=f"the local route of {address}")
 
 
 @pytest.hookimpl(tryfirst=True)

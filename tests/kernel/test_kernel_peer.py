@@ -15,6 +15,7 @@ from attrs import evolve
 from kernel_worlds import PRIVATE, host_with, key, lines, peer, plan, tunnel, via
 
 from helpers import eventually
+from helpers_namespaces import in_force
 from kilo_etcd.kernel import PEER_PROTOCOL, ROUTE_PROTOCOL, Kernel, Memory, Setup, cleanup, diff, open_kernel
 from kilo_etcd.kernel.effect import apply_changes
 from kilo_etcd.kernel.errors import NetlinkError, failure
@@ -365,6 +366,7 @@ async def test_a_nodes_way_out_leaves_answers_outside_and_is_closed_without_its_
     await eventually(lambda: sh("ip -br link").count(" UP ") == 2, 30, what="both ends up")
     sh("ip address add 192.168.9.1/24 dev eth0 && ip route add default via 192.168.9.77")
     sh("ip address add 2001:db8:9::1/64 dev eth0 nodad && ip -6 route add default via 2001:db8:9::77")
+    await in_force("2001:db8:9::1")
     before = sh("ip rule; ip -6 rule; ip route show table all; ip -6 route show table all")
 
     def way(address: str, version: int = 4) -> str:
