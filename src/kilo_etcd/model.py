@@ -21,7 +21,7 @@ from ipaddress import (
     IPv6Network,
 )
 from types import MappingProxyType
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from attrs import field, frozen
 
@@ -47,6 +47,25 @@ class Granularity(StrEnum):
     LOCATION = "location"
     FULL = "full"
     CROSS = "cross"
+
+
+class InternalIPs(StrEnum):
+    """What of the traffic between the hosts' internal IPs travels in the tunnels."""
+
+    OFF = "off"
+    """None of it."""
+    ROUTED = "routed"
+    """What goes to internal IPs of other segments."""
+    ENCRYPTED = "encrypted"
+    """The same, and nothing between nodes of two segments travels in clear."""
+
+
+class MeshSettings(NamedTuple):
+    """What holds for the mesh as a whole: written by the first agent, changed by operators."""
+
+    granularity: Granularity
+    subnets: tuple[IPNetwork, ...]
+    internal_ips: InternalIPs = InternalIPs.ROUTED
 
 
 class Encapsulate(StrEnum):
@@ -175,6 +194,9 @@ class Node:
     more_endpoints: tuple[Endpoint, ...] = ()
     """Endpoints in families that `endpoint` is not in; at most one per family, addresses only."""
     internal_ips: tuple[IPInterface, ...] = ()
+    underlay: tuple[IPNetwork, ...] | None = None
+    """What the host reaches over its own links and must go on reaching there: the networks that it stands in, its
+    default gateways, name servers and etcd. None: its agent is of a version that does not report it."""
     mesh_addresses: tuple[IPAddress, ...] = ()
     port: int = DEFAULT_PORT
     subnets: tuple[IPNetwork, ...] = ()
@@ -323,6 +345,8 @@ class Snapshot:
     raft_term: int = 0
     granularity: Granularity = Granularity.LOCATION
     subnets: tuple[IPNetwork, ...] = ()
+    internal_ips: InternalIPs = InternalIPs.OFF
+    """The setting. What is in force is the topology's to say: agents of older versions do not know it."""
     nodes: Mapping[str, Node] = field(factory=dict)
     peers: Mapping[str, Peer] = field(factory=dict)
     candidates: Mapping[str, tuple[Candidate, ...]] = field(factory=dict)

@@ -88,6 +88,7 @@ DEEP = b"[" * 100_000
             for value in (None, "7", 1.5, -1, 10**400, float("inf"), float("nan"), True, [7], {"a": 7}, 2**64)
         ),
         *(headed(written=value) for value in (None, "x", -1, 10**400, float("inf"), float("nan"), 1e300, True, [1.0])),
+        *(headed(internalIPs=value) for value in ("", "yes", 1, ["off"])),
         *(headed(granularity=value) for value in ("", "planet", 1, ["location"], {"full": 1})),
         *(
             headed(subnets=value)

@@ -20,7 +20,7 @@ from kilo_etcd.agent.decide import (
     role_of,
     stand,
 )
-from kilo_etcd.model import Candidate, CandidateClass, Endpoint, Granularity, Node, Snapshot
+from kilo_etcd.model import Candidate, CandidateClass, Endpoint, Granularity, InternalIPs, Node, Snapshot
 from kilo_etcd.topology import build_topology
 
 PUBLIC = CandidateClass.PUBLIC
@@ -142,6 +142,8 @@ def test_flags_that_the_mesh_overrules_are_named() -> None:
     assert disagreements(TWO, granularity=Granularity.LOCATION, subnets=subnets) == ()
     (one,) = disagreements(TWO, granularity=Granularity.FULL, subnets=())
     assert "--mesh-granularity=full is not in force" in one
+    (one,) = disagreements(TWO, granularity=None, subnets=(), internal_ips=InternalIPs.ROUTED)
+    assert "--internal-ips=routed is not in force: the mesh's setting is off" in one
     (one,) = disagreements(TWO, granularity=None, subnets=(ip_network("10.5.0.0/16"),))
     assert "--subnet=10.5.0.0/16 is not in force: the mesh's subnets are 10.4.0.0/16" in one
 

@@ -20,7 +20,7 @@ from kilo_etcd.agent.config import (
 )
 from kilo_etcd.agent.options import agent_flags, agent_options, all_flags, etcd_config, etcd_options, prefix_option
 from kilo_etcd.etcd.api import Config, Tls
-from kilo_etcd.model import Encapsulate, Endpoint, Granularity
+from kilo_etcd.model import Encapsulate, Endpoint, Granularity, InternalIPs
 
 
 def run(*args: str, env: dict[str, str] | None = None) -> AgentConfig:
@@ -64,6 +64,7 @@ def test_without_flags_kilos_defaults_count(monkeypatch: pytest.MonkeyPatch) -> 
     assert config.subnets == (ip_network("10.4.0.0/16"),)
     assert config.wanted_subnets == ()
     assert config.mesh_granularity is None
+    assert config.internal_ips is None
     assert config.state_dir == Path("/var/lib/kilo-etcd")
     assert config.listen == ListenAddress("127.0.0.1", 1107)
     assert config.lease_ttl == 5.0
@@ -77,6 +78,7 @@ FLAGS: list[tuple[list[str], str, Any]] = [
     (["--interface", "wg-kilo"], "interface", "wg-kilo"),
     (["--port", "51821"], "port", 51821),
     (["--mesh-granularity", "cross"], "mesh_granularity", Granularity.CROSS),
+    (["--internal-ips", "off"], "internal_ips", InternalIPs.OFF),
     (["--subnet", "10.5.0.0/16,fd00:5::/64"], "wanted_subnets", (ip_network("10.5.0.0/16"), ip_network("fd00:5::/64"))),
     (["--encapsulate", "wireguard"], "encapsulate", Encapsulate.WIREGUARD),
     (["--mtu", "1380"], "mtu", 1380),
@@ -138,6 +140,7 @@ REFUSALS = [
     (["--interface", "a-name-far-too-long"], "1 to 15 characters"),
     (["--port", "0"], "'0' is not a whole number from 1 to 65535"),
     (["--port", "²"], "is not a whole number"),
+    (["--internal-ips", "on"], "'on' is unknown; choose one of off, routed, encrypted"),
     (["--mesh-granularity", "half"], "'half' is unknown; choose one of location, full, cross"),
     (["--subnet", "10.4.0.1/16"], "did you mean 10.4.0.0/16?"),
     (["--subnet", "10.4.0.0/16,10.5.0.0/16"], "more than one IPv4 subnet"),

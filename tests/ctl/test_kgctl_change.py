@@ -194,7 +194,17 @@ def test_the_granularity_is_switched_when_that_is_confirmed(etcd: FakeEtcd) -> N
         "tunnels between nodes: 3 instead of 1",
     ]
     assert etcd.get("/kilo/mesh/granularity") == b"full"
-    assert run("mesh", "set", "granularity", "full").output == "Nothing to change: the granularity is full already.\n"
+    assert run("mesh", "set", "granularity", "full").output == "Nothing to change: granularity is full already.\n"
+
+
+def test_the_internal_ips_are_switched_when_that_is_confirmed(etcd: FakeEtcd) -> None:
+    assert "The routing to internal IPs of 3 nodes changes" in run("mesh", "set", "internal-ips", "routed").output
+    tried = run("mesh", "set", "internal-ips", "routed", "--dry-run")
+    assert "internal-ips: off becomes routed" in tried.output
+    assert etcd.get("/kilo/mesh/internal-ips") is None
+    assert run("mesh", "set", "internal-ips", "routed", "--yes").exit_code == 0
+    assert etcd.get("/kilo/mesh/internal-ips") == b"routed"
+    assert json.loads(run("mesh", "show", "-o", "json").output)["internalIPs"] == "routed"
 
 
 def test_the_mesh_as_a_whole_is_shown(etcd: FakeEtcd) -> None:
@@ -208,7 +218,8 @@ def test_the_mesh_as_a_whole_is_shown(etcd: FakeEtcd) -> None:
 @pytest.mark.parametrize(
     ("arguments", "status", "sentence"),
     [
-        (["granularity", "ring"], 2, "'ring' is no granularity"),
+        (["granularity", "ring"], 2, "'ring' is not a value of granularity: write location, full or cross"),
+        (["internal-ips", "yes"], 2, "'yes' is not a value of internal-ips: write routed, encrypted or off"),
         (["subnets", "10.5.0.0/16"], 1, "the mesh's subnets are fixed"),
         (["colour", "red"], 2, "'colour' is not one of"),
     ],

@@ -15,7 +15,7 @@ from store_world import KEYS, record, wg_key
 
 from helpers import eventually, require
 from kilo_etcd.etcd import Client, EtcdClient, Unavailable, open_client
-from kilo_etcd.model import CandidateClass, Granularity
+from kilo_etcd.model import CandidateClass, Granularity, MeshSettings
 from kilo_etcd.store import Mirror, Session, StatusRecord
 from kilo_etcd.testing.etcd_server import EtcdCluster, EtcdServer, Options
 
@@ -41,7 +41,7 @@ class World:
         async with open_client(self.cluster.config()) as client, trio.open_nursery() as nursery:
             mirror = self.mirrors[name] = Mirror(client, KEYS, probe_period=1.0)
             session = self.sessions[name] = Session(client, KEYS, name, wg_key(name), lease_ttl=TTL, fence=mirror)
-            await session.ensure_mesh(Granularity.LOCATION, SUBNETS)
+            await session.ensure_mesh(MeshSettings(Granularity.LOCATION, SUBNETS))
             await session.claim_addresses(SUBNETS)
             await session.register(record(name))
             await session.enter("a", CandidateClass.PUBLIC)

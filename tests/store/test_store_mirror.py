@@ -11,7 +11,7 @@ from store_world import KEYS, record
 
 from helpers import eventually
 from kilo_etcd.etcd.api import Header
-from kilo_etcd.model import Granularity, Snapshot
+from kilo_etcd.model import Granularity, InternalIPs, Snapshot
 from kilo_etcd.store import HeldOff, LastSeen, Mirror, encode
 from kilo_etcd.store.records import encode_adoption
 from kilo_etcd.testing.fake_etcd import FakeClient, FakeEtcd
@@ -311,11 +311,14 @@ async def test_a_latecomer_finds_the_last_good_settings_in_history() -> None:
     etcd.put(KEYS.granularity, "cross")
     etcd.put(KEYS.granularity, "crosss")
     etcd.put(KEYS.subnets, "everything")
+    etcd.put(KEYS.internal_ips, "encrypted")
+    etcd.put(KEYS.internal_ips, "all")
     async with mirrored(etcd) as mirror:
         snapshot = await newer(mirror, None)
     assert snapshot.granularity is Granularity.CROSS
+    assert snapshot.internal_ips is InternalIPs.ENCRYPTED
     assert set(snapshot.nodes) == {"a"}
-    assert {note.key for note in snapshot.set_aside} == {KEYS.granularity, KEYS.subnets}
+    assert {note.key for note in snapshot.set_aside} == {KEYS.granularity, KEYS.subnets, KEYS.internal_ips}
 
 
 async def test_a_quiet_etcd_is_only_read_now_and_then() -> None:

@@ -10,7 +10,7 @@ from store_world import KEYS, record, wg_key
 
 from helpers import eventually, require
 from kilo_etcd.etcd import open_client
-from kilo_etcd.model import CandidateClass, Granularity
+from kilo_etcd.model import CandidateClass, Granularity, MeshSettings
 from kilo_etcd.store import (
     Mirror,
     NameTaken,
@@ -37,7 +37,7 @@ async def test_a_key_and_an_address_stay_with_their_owner() -> None:
         await nursery.start(mirror.run)
         it = Session(client, KEYS, "a", wg_key("a"))
         await nursery.start(it.run)
-        _, subnets = await it.ensure_mesh(Granularity.LOCATION, SUBNETS)
+        _, subnets, _ = await it.ensure_mesh(MeshSettings(Granularity.LOCATION, SUBNETS))
         await it.claim_addresses(subnets)
         await it.register(record("a"))
         await eventually(lambda: mirror.current and mirror.current.nodes)
@@ -83,7 +83,7 @@ async def test_a_host_comes_crashes_returns_and_leaves() -> None:
             with trio.CancelScope() as scope:
                 async with trio.open_nursery() as tasks:
                     await tasks.start(it.run)
-                    _, subnets = await it.ensure_mesh(Granularity.LOCATION, SUBNETS)
+                    _, subnets, _ = await it.ensure_mesh(MeshSettings(Granularity.LOCATION, SUBNETS))
                     await it.claim_addresses(subnets)
                     await it.register(record("a"))
                     await it.put_status(StatusRecord(public_key=wg_key("a")))
@@ -126,7 +126,7 @@ async def test_a_host_comes_crashes_returns_and_leaves() -> None:
         await again.forget()
         await eventually(lambda: mirror.current and not mirror.current.nodes and not mirror.current.leaders)
         left = [kv.key.decode() for kv in (await client.get_prefix("/kilo")).kvs]
-        assert left == [KEYS.granularity, KEYS.subnets]
+        assert left == sorted(KEYS.settings)
         nursery.cancel_scope.cancel()
 
 

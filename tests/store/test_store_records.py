@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from typing import Any
 
 import pytest
+from attrs import evolve
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from store_world import record, wg_key
@@ -16,6 +17,7 @@ from kilo_etcd.model import CandidateClass, Endpoint
 from kilo_etcd.store import (
     CandidateRecord,
     Keys,
+    NodeRecord,
     PeerRecord,
     RecordError,
     Role,
@@ -28,9 +30,24 @@ from kilo_etcd.store import (
     encode,
 )
 from kilo_etcd.store import keys as k
-from kilo_etcd.store.records import decode_granularity, decode_label, decode_subnets, parse_networks
+from kilo_etcd.store.records import (
+    decode_granularity,
+    decode_internal_ips,
+    decode_label,
+    decode_subnets,
+    parse_networks,
+)
 
-DECODERS = [decode_node, decode_candidate, decode_peer, decode_status, decode_granularity, decode_subnets, decode_label]
+DECODERS = [
+    decode_node,
+    decode_candidate,
+    decode_peer,
+    decode_status,
+    decode_granularity,
+    decode_subnets,
+    decode_label,
+    decode_internal_ips,
+]
 
 
 def test_records_have_kilos_names_and_say_only_what_there_is() -> None:
@@ -85,6 +102,7 @@ field_names = st.sampled_from(
         "publicKey",
         "endpoint",
         "internalIPs",
+        "underlay",
         "subnets",
         "location",
         "port",
@@ -97,6 +115,15 @@ field_names = st.sampled_from(
 almost = st.dictionaries(field_names, json_values | st.just(wg_key("x")), max_size=5).map(
     lambda data: json.dumps({"publicKey": wg_key("x"), "rank": 1} | data).encode()
 )
+
+
+def test_a_host_that_reaches_nothing_is_not_one_that_does_not_say_what() -> None:
+    record = NodeRecord(public_key=wg_key("x"))
+    assert decode_node(encode(record)).underlay is None
+    assert b"underlay" not in encode(record)
+    assert decode_node(encode(evolve(record, underlay=()))).underlay == ()
+    stated = (ip_network("10.1.0.0/24"), ip_network("fd00:1::/64"))
+    assert decode_node(encode(evolve(record, underlay=stated))).underlay == stated
 
 
 @settings(max_examples=150, deadline=None)

@@ -14,7 +14,7 @@ from store_world import KEYS, record, wg_key
 
 from helpers import eventually
 from kilo_etcd.etcd.api import Compare, Op, PermissionDenied, Unavailable
-from kilo_etcd.model import CandidateClass, Granularity, IPAddress
+from kilo_etcd.model import CandidateClass, Granularity, InternalIPs, IPAddress, MeshSettings
 from kilo_etcd.store import (
     NameTaken,
     NoAddressLeft,
@@ -456,21 +456,25 @@ async def test_the_first_agent_decides_the_mesh_and_the_others_follow() -> None:
     etcd = FakeEtcd()
     first, second = session(etcd.client()), session(etcd.client(), "b")
     wanted = (ip_network("10.4.0.0/16"), ip_network("fd00::/64"))
-    assert await first.ensure_mesh(Granularity.FULL, wanted) == (Granularity.FULL, wanted)
+    assert await first.ensure_mesh(MeshSettings(Granularity.FULL, wanted)) == (Granularity.FULL, wanted, "routed")
     revision = etcd.revision
-    assert await second.ensure_mesh(Granularity.CROSS, SUBNETS) == (Granularity.FULL, wanted)
+    assert await second.ensure_mesh(MeshSettings(Granularity.CROSS, SUBNETS, InternalIPs.OFF)) == (
+        Granularity.FULL,
+        wanted,
+        "routed",
+    )
     assert etcd.revision == revision
 
 
 async def test_unreadable_subnets_are_looked_up_in_history_or_named() -> None:
     etcd = FakeEtcd()
     it = session(etcd.client())
-    await it.ensure_mesh(Granularity.FULL, SUBNETS)
+    await it.ensure_mesh(MeshSettings(Granularity.FULL, SUBNETS))
     etcd.put(KEYS.subnets, "nonsense")
-    assert await it.ensure_mesh(Granularity.FULL, ()) == (Granularity.FULL, SUBNETS)
+    assert await it.ensure_mesh(MeshSettings(Granularity.FULL, ())) == (Granularity.FULL, SUBNETS, "routed")
     etcd.compact()
     with pytest.raises(RecordError, match="/kilo/mesh/subnets: 'nonsense' is no network"):
-        await it.ensure_mesh(Granularity.FULL, SUBNETS)
+        await it.ensure_mesh(MeshSettings(Granularity.FULL, SUBNETS))
 
 
 async def test_hosts_that_claim_at_once_never_share_an_address() -> None:
@@ -597,7 +601,7 @@ async def test_two_hosts_that_claim_one_address_do_not_fight_for_it() -> None:
 async def test_changed_subnets_renumber_a_host_only_on_purpose() -> None:
     etcd = FakeEtcd()
     it, claim = await claimed_by_a(etcd)
-    await it.ensure_mesh(Granularity.LOCATION, SUBNETS)
+    await it.ensure_mesh(MeshSettings(Granularity.LOCATION, SUBNETS))
     async with running(it):
         await it.register(record("a"))
     etcd.put(KEYS.subnets, "10.5.0.0/16")

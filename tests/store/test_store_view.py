@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from store_world import KEYS, World, record, wg_key
 
-from kilo_etcd.model import CandidateClass, Endpoint, Granularity
+from kilo_etcd.model import CandidateClass, Endpoint, Granularity, InternalIPs
 from kilo_etcd.store import CandidateRecord, encode
 from kilo_etcd.store.effective import Registered
 from kilo_etcd.store.records import parse_interface
@@ -206,20 +206,38 @@ def test_the_mesh_keeps_its_last_good_settings() -> None:
     world.node("a", "10.4.0.1")
     world.put(KEYS.granularity, "crosss")
     world.delete(KEYS.subnets)
+    world.put(KEYS.internal_ips, "routed")
+    world.put(KEYS.internal_ips, "yes")
     snapshot = world.view.snapshot()
     assert snapshot.granularity is Granularity.CROSS
+    assert snapshot.internal_ips is InternalIPs.ROUTED
     assert "a" in snapshot.nodes
-    assert set(world.aside) == {KEYS.granularity, KEYS.subnets}
+    assert set(world.aside) == {KEYS.granularity, KEYS.subnets, KEYS.internal_ips}
+    assert "write routed, encrypted or off" in world.aside[KEYS.internal_ips]
+
+
+def test_a_mesh_that_was_never_told_of_internal_ips_routes_none() -> None:
+    world = World()
+    assert world.view.snapshot().internal_ips is InternalIPs.OFF
+    assert KEYS.internal_ips not in world.aside
+    world.put(KEYS.internal_ips, "encrypted")
+    assert world.view.snapshot().internal_ips is InternalIPs.ENCRYPTED
+    world.delete(KEYS.internal_ips)
+    assert world.view.snapshot().internal_ips is InternalIPs.ENCRYPTED
+    assert "encrypted stays in force" in world.aside[KEYS.internal_ips]
 
 
 def test_what_is_made_of_a_views_holdings_is_what_it_gave() -> None:
     world = World()
     world.put(KEYS.granularity, "full")
+    world.put(KEYS.internal_ips, "routed")
     world.node("a-1", "10.4.0.1")
     world.delete(KEYS.granularity)
     world.delete(KEYS.subnets)
+    world.delete(KEYS.internal_ips)
     snapshot = world.view.snapshot()
-    assert len(snapshot.set_aside) == 2
+    assert snapshot.internal_ips is InternalIPs.ROUTED
+    assert len(snapshot.set_aside) == 3
     assert world.view.holdings().snapshot(KEYS) == snapshot
 
 

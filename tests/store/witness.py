@@ -218,6 +218,7 @@ READERS: dict[type, dict[str, Callable[[object], Any]]] = {
         "endpoint": endpoint,
         "moreEndpoints": items(address_endpoint),
         "internalIPs": interfaces,
+        "underlay": items(network),
         "subnets": items(network),
         "location": label,
         "port": port,
@@ -331,5 +332,6 @@ def _explain(error: cattrs.ClassValidationError, kind: type) -> str:
 
 def encode(record: Any) -> bytes:
     """The record as it stands in etcd."""
-    said = {name: value for name, value in CONVERTER.unstructure(record).items() if value not in (None, "", [])}
+    written = CONVERTER.unstructure(record).items()
+    said = {name: value for name, value in written if value not in (None, "", []) or (name, value) == ("underlay", [])}
     return json.dumps(said, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()

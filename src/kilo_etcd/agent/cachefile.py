@@ -31,7 +31,7 @@ from kilo_etcd import descriptors, store
 from kilo_etcd.agent.config import shown_duration
 from kilo_etcd.agent.privatekey import sync_directory
 from kilo_etcd.etcd import Header, KeyValue
-from kilo_etcd.model import Granularity, IPNetwork, Snapshot
+from kilo_etcd.model import Granularity, InternalIPs, IPNetwork, Snapshot
 from kilo_etcd.store.records import MAX_VALUE
 
 FILE = "mesh.jsonl.gz"
@@ -120,13 +120,18 @@ class Kept:
     header: Header
     granularity: Granularity | None
     subnets: tuple[IPNetwork, ...]
+    internal_ips: InternalIPs | None
     adopted: bytes | None
     lines: tuple[bytes, ...]
 
     def last_seen(self) -> store.LastSeen:
         """What etcd is judged by."""
         return store.LastSeen(
-            header=self.header, granularity=self.granularity, subnets=self.subnets, adopted=self.adopted
+            header=self.header,
+            granularity=self.granularity,
+            subnets=self.subnets,
+            internal_ips=self.internal_ips,
+            adopted=self.adopted,
         )
 
     def remembered(self) -> Remembered:
@@ -137,6 +142,7 @@ class Kept:
                 kvs=tuple(map(_kv, self.lines)),
                 granularity=self.granularity,
                 subnets=self.subnets,
+                internal_ips=self.internal_ips,
             )
             snapshot = holdings.snapshot(store.Keys(self.identity.prefix))
         node = snapshot.nodes.get(self.identity.node)
@@ -213,6 +219,7 @@ def _lines(identity: Identity, holdings: store.Holdings, now: float) -> Iterator
             "raftTerm": header.raft_term,
             "granularity": holdings.granularity,
             "subnets": [str(subnet) for subnet in holdings.subnets],
+            "internalIPs": holdings.internal_ips,
         }
     )
     if len(holdings.kvs) > MAX_RECORDS:
@@ -266,6 +273,9 @@ def _kept(path: Path, identity: Identity, lines: list[bytes]) -> Kept:
     granularity = head.get("granularity")
     if granularity is not None and granularity not in tuple(Granularity):
         raise _Wrong("its granularity is none")
+    internal_ips = head.get("internalIPs")
+    if internal_ips is not None and internal_ips not in tuple(InternalIPs):
+        raise _Wrong("its internal-ips is none")
     start = f"[{json.dumps(store.Keys(identity.prefix).adopted)},".encode()
     return Kept(
         path=path,
@@ -278,6 +288,7 @@ def _kept(path: Path, identity: Identity, lines: list[bytes]) -> Kept:
         ),
         granularity=None if granularity is None else Granularity(granularity),
         subnets=_subnets(head.get("subnets")),
+        internal_ips=None if internal_ips is None else InternalIPs(internal_ips),
         adopted=next((_kv(line).value for line in lines[1:] if line.startswith(start)), None),
         lines=tuple(lines[1:]),
     )

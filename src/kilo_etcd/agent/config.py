@@ -26,6 +26,7 @@ from kilo_etcd.model import (
     Encapsulate,
     Endpoint,
     Granularity,
+    InternalIPs,
     IPNetwork,
 )
 
@@ -84,6 +85,8 @@ class AgentConfig:
     port: int = DEFAULT_PORT
     mesh_granularity: Granularity | None = None
     """What this agent puts into an empty etcd (None: not given, so `location`); after that the mesh's own counts."""
+    internal_ips: InternalIPs | None = None
+    """The same for what of the internal IPs' traffic travels in the tunnels; None: `routed`."""
     subnets: tuple[IPNetwork, ...] = (ip_network(DEFAULT_SUBNET),)
     """At most one per family, never empty; for an empty etcd too."""
     subnets_given: bool = False
@@ -134,6 +137,7 @@ class AgentConfig:
         interface: str = DEFAULT_INTERFACE,
         port: str = str(DEFAULT_PORT),
         mesh_granularity: str = "",
+        internal_ips: str = "",
         subnet: str | Iterable[str] = "",
         encapsulate: str = "crosssubnet",
         mtu: str = "auto",
@@ -170,6 +174,7 @@ class AgentConfig:
             mesh_granularity=read(
                 "--mesh-granularity", lambda: _one_of(Granularity, mesh_granularity) if mesh_granularity else None
             ),
+            internal_ips=read("--internal-ips", lambda: _one_of(InternalIPs, internal_ips) if internal_ips else None),
             subnets=read("--subnet", lambda: parse_subnets(subnet if chosen else DEFAULT_SUBNET)),
             subnets_given=chosen,
             encapsulate=read("--encapsulate", lambda: _one_of(Encapsulate, encapsulate)),

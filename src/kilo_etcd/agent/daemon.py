@@ -43,7 +43,7 @@ from kilo_etcd.agent.upkeep import REFUSALS, Upkeep
 from kilo_etcd.agent.whereabouts import Whereabouts
 from kilo_etcd.agent.witness import Witness
 from kilo_etcd.kernel.state import Observed
-from kilo_etcd.model import Granularity, IPNetwork, Snapshot
+from kilo_etcd.model import Granularity, InternalIPs, IPNetwork, MeshSettings, Snapshot
 from kilo_etcd.topology import Topology, UnknownNode, build_topology, host_plan
 from kilo_etcd.topology.guard import guard
 from kilo_etcd.topology.hostplan import HostPlan
@@ -51,7 +51,6 @@ from kilo_etcd.topology.reach import withhold
 from kilo_etcd.topology.wayout import STAYS_OUTSIDE, at_gateway, by_way_out
 
 T = TypeVar("T")
-Settings = tuple[Granularity, tuple[IPNetwork, ...]]
 
 HANDOVER_SECONDS = 2.0
 """How long a stopping leader waits for the others to have applied its successor's plan (DESIGN section 5)."""
@@ -156,7 +155,7 @@ class Daemon:
         metrics.etcd_connected.set_function(lambda: float(self.mirror.connected and not self.mirror.suspect))
         self.log = get_logger().bind(node=self.name)
         self.once = Once(self.log)
-        self.whereabouts = Whereabouts(config, public_key, self.session, self.log, self.once)
+        self.whereabouts = Whereabouts(config, public_key, self.session, self.log, self.once, etcd=self._etcd_networks)
         identity = Identity(prefix=config.prefix, node=self.name, public_key=public_key)
         self.keeper = Keeper(disk, identity, self.once)
         self.remembered: Remembered | None = None
@@ -289,12 +288,14 @@ class Daemon:
         await self.kernel.check()
         settings = await self._bridge(nursery)
         followed = settings is None and self.mirror.current is not None
-        granularity, subnets = settings if settings is not None else await self._insist(self._settings)
+        if settings is None:
+            settings = await self._insist(self._settings)
+        subnets = settings.subnets
         self._take_subnets(subnets)
-        self._upkeep.joined(granularity, subnets)
+        self._upkeep.joined(settings)
         renumber = self.config.renumber
         addresses = await self._insist(lambda: self.session.claim_addresses(subnets, renumber=renumber))
-        self.log.info("address claimed", addresses=",".join(map(str, addresses)), granularity=str(granularity))
+        self.log.info("address claimed", addresses=",".join(map(str, addresses)), granularity=str(settings.granularity))
         if not followed:
             await nursery.start(self.resolver.run)
             await nursery.start(self.mirror.run)
@@ -357,7 +358,7 @@ class Daemon:
                                   error=str(lone))  # fmt: skip
                 await trio.sleep(POST_RETRY_SECONDS)
 
-    async def _bridge(self, nursery: trio.Nursery) -> Settings | None:
+    async def _bridge(self, nursery: trio.Nursery) -> MeshSettings | None:
         """Where etcd does not answer, or is not as the last known mesh on disk knew it: put that mesh in force until
         etcd can be followed. Nothing is written to it before.
 
@@ -392,12 +393,15 @@ class Daemon:
         await self.mirror.wait_newer(None)
         return None
 
-    async def _settings(self) -> Settings:
-        wanted = self.config.mesh_granularity or Granularity.LOCATION
-        granularity, subnets = await self.session.ensure_mesh(wanted, self.config.subnets)
-        if not self.config.renumber:
-            subnets = await self.session.subnets_in_force(subnets)
-        return granularity, subnets
+    async def _settings(self) -> MeshSettings:
+        config = self.config
+        wanted = MeshSettings(
+            config.mesh_granularity or Granularity.LOCATION, config.subnets, config.internal_ips or InternalIPs.ROUTED
+        )
+        settings = await self.session.ensure_mesh(wanted)
+        if config.renumber:
+            return settings
+        return settings._replace(subnets=await self.session.subnets_in_force(settings.subnets))
 
     def _fits(self, snapshot: Snapshot) -> str | None:
         return too_small_for(self.config.mtu, snapshot.subnets)
@@ -713,12 +717,18 @@ class Daemon:
 
     def protected(self) -> tuple[IPNetwork, ...]:
         """Networks that no route into the tunnel may cover: etcd's addresses and the host's own underlay."""
-        return (*self.resolver.networks(self.config.etcd.endpoints), *self.whereabouts.underlay)
+        return (*self._etcd_networks(), *self.whereabouts.underlay)
+
+    def _etcd_networks(self) -> tuple[IPNetwork, ...]:
+        return self.resolver.networks(self.config.etcd.endpoints)
 
     def _report_snapshot(self, snapshot: Snapshot) -> None:
         self.once.errors("set aside", snapshot.set_aside, what="rejected records", revision=snapshot.revision)
         self.disagreements = decide.disagreements(
-            snapshot, granularity=self.config.mesh_granularity, subnets=self.config.wanted_subnets
+            snapshot,
+            granularity=self.config.mesh_granularity,
+            subnets=self.config.wanted_subnets,
+            internal_ips=self.config.internal_ips,
         )
         self.once.errors("settings", self.disagreements)
         self.metrics.snapshot(snapshot)

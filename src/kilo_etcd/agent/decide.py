@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 
 from attrs import frozen
 
-from kilo_etcd.model import CandidateClass, Granularity, IPNetwork, Node, Snapshot
+from kilo_etcd.model import CandidateClass, Granularity, InternalIPs, IPNetwork, Node, Snapshot
 from kilo_etcd.store import Role as RoleKind
 from kilo_etcd.topology import Topology
 from kilo_etcd.topology.hostplan import HostPlan, Via
@@ -182,7 +182,11 @@ def confirmed(revisions: Mapping[str, int], revision: int, apart_from: str) -> b
 
 
 def disagreements(
-    snapshot: Snapshot, *, granularity: Granularity | None, subnets: Iterable[IPNetwork]
+    snapshot: Snapshot,
+    *,
+    granularity: Granularity | None,
+    subnets: Iterable[IPNetwork],
+    internal_ips: InternalIPs | None = None,
 ) -> tuple[str, ...]:
     """In which of its settings the agent differs from the mesh that it has joined; the mesh wins."""
     found = []
@@ -190,6 +194,11 @@ def disagreements(
         found.append(
             f"--mesh-granularity={granularity} is not in force: the mesh's granularity is "
             f"{snapshot.granularity} (etcd's mesh/granularity decides)"
+        )
+    if internal_ips is not None and internal_ips != snapshot.internal_ips:
+        found.append(
+            f"--internal-ips={internal_ips} is not in force: the mesh's setting is {snapshot.internal_ips} "
+            "(etcd's mesh/internal-ips decides; kgctl mesh set internal-ips changes it)"
         )
     wanted = {str(subnet) for subnet in subnets}
     actual = {str(subnet) for subnet in snapshot.subnets}

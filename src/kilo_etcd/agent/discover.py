@@ -23,6 +23,7 @@ from attrs import frozen
 from kilo_etcd import descriptors, kernel
 from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.agent.resolve import LOOKUP_TIMEOUT, endpoint_hosts, lookup, network_of
+from kilo_etcd.agent.underlay import Reached, name_servers
 from kilo_etcd.etcd.api import Config
 from kilo_etcd.kernel.state import DefaultRoute, HostAddress, ipip_name
 from kilo_etcd.model import DEFAULT_INTERFACE, DEFAULT_PORT, Endpoint, IPAddress, IPInterface, IPNetwork, is_public
@@ -55,6 +56,8 @@ class HostFacts:
     """What the host's name resolves to, in the resolver's order."""
     addresses: tuple[HostAddress, ...] = ()
     default_routes: tuple[DefaultRoute, ...] = ()
+    name_servers: tuple[IPAddress, ...] = ()
+    """Those in use, by resolv.conf."""
     own_interface: str = DEFAULT_INTERFACE
 
     def underlay(self) -> tuple[IPNetwork, ...]:
@@ -65,6 +68,17 @@ class HostFacts:
         stood_in = [item.address.network for item in self._stands_at()]
         gateways = [network_of(route.gateway) for route in self.default_routes if route.gateway is not None]
         return tuple(dict.fromkeys((*stood_in, *gateways)))
+
+    def reached(self, etcd: Iterable[IPNetwork]) -> Reached:
+        """What the host reaches over its own links, containers and tunnels included, and these addresses of etcd."""
+        links = [item for item in self.addresses if _usable(item, self.own_interface, ())]
+        gateways = [route.gateway for route in self.default_routes if route.gateway is not None]
+        lasting: list[IPNetwork] = []
+        passing: list[IPNetwork] = []
+        for item in links:
+            (passing if _is_container(item) or item.kind in _TUNNELS else lasting).append(item.address.network)
+        lasting += map(network_of, (*gateways, *self.name_servers))
+        return Reached(tuple(lasting), (*passing, *etcd))
 
     def sources(self) -> tuple[IPAddress, ...]:
         """The host's own addresses there: others call it at these."""
@@ -310,6 +324,7 @@ async def gather(config: AgentConfig) -> HostFacts:
         resolved=resolved,
         addresses=found.addresses,
         default_routes=found.default_routes,
+        name_servers=name_servers(),
         own_interface=config.interface,
     )
 

@@ -17,7 +17,7 @@ from kilo_etcd.agent import discover, privatekey
 from kilo_etcd.agent.config import AgentConfig, too_small_for
 from kilo_etcd.agent.logs import MOST_NAMED
 from kilo_etcd.agent.resolve import names_of, resolve_once, resolve_plan
-from kilo_etcd.model import Node, Snapshot
+from kilo_etcd.model import InternalIPs, Node, Snapshot
 from kilo_etcd.store.claims import candidates
 from kilo_etcd.topology import UnknownNode, build_topology, host_plan
 from kilo_etcd.topology.guard import guard
@@ -31,6 +31,7 @@ async def dry_run(config: AgentConfig, client: etcd.Client, setup: Callable[[Age
         click.echo(f"# no key in {config.state_dir} yet: the agent will make one")
         private = privatekey.generate()
     facts = await discover.gather(config)
+    etcd_at = await discover.etcd_networks(config.etcd)
     chosen = discover.choose(facts, config)
     for reason in chosen.reasons:
         click.echo(f"# {reason}")
@@ -41,12 +42,15 @@ async def dry_run(config: AgentConfig, client: etcd.Client, setup: Callable[[Age
             snapshot,
             subnets=config.subnets,
             granularity=config.mesh_granularity or snapshot.granularity,
+            internal_ips=config.internal_ips or InternalIPs.ROUTED,
         )
     if too_small := too_small_for(config.mtu, snapshot.subnets):
         click.echo(f"# the agent would not start: {too_small}")
     if config.hostname not in snapshot.nodes:
         click.echo(f"# {config.hostname} is not registered yet: shown as if it were")
         snapshot = _with(snapshot, _prospect(config, chosen, snapshot, privatekey.public_key(private)))
+        own = evolve(snapshot.nodes[config.hostname], underlay=facts.reached(etcd_at).stated())
+        snapshot = _with(snapshot, own)
     try:
         topology = build_topology(snapshot)
         plan = host_plan(topology, config.hostname)
@@ -60,7 +64,6 @@ async def dry_run(config: AgentConfig, client: etcd.Client, setup: Callable[[Age
     table, failed = await resolve_once(plan)
     unresolved = names_of(plan, topology.snapshot.nodes[config.hostname].way_out, table)
     plan = resolve_plan(plan, table, failed, facts.families())
-    etcd_at = await discover.etcd_networks(config.etcd)
     plan = guard(plan, (*facts.underlay(), *etcd_at), offered_by=topology.settlement.offered_by)
     plan = at_gateway(plan, facts.underlay(), facts.families())
     plan = by_way_out(plan, topology, outside=etcd_at, sources=facts.sources(), unresolved=unresolved)

@@ -31,7 +31,15 @@ from kilo_etcd.agent.config import (
     read,
 )
 from kilo_etcd.etcd.api import Config, Tls
-from kilo_etcd.model import DEFAULT_INTERFACE, DEFAULT_PORT, DEFAULT_PREFIX, DEFAULT_SUBNET, Encapsulate, Granularity
+from kilo_etcd.model import (
+    DEFAULT_INTERFACE,
+    DEFAULT_PORT,
+    DEFAULT_PREFIX,
+    DEFAULT_SUBNET,
+    Encapsulate,
+    Granularity,
+    InternalIPs,
+)
 from kilo_etcd.quoting import shown_path
 
 __all__ = [
@@ -94,6 +102,13 @@ _AGENT = (
         "",
         "How tunnels are drawn, where etcd does not say it yet (default: location).",
         choices=tuple(Granularity),
+    ),
+    _flag(
+        "--internal-ips",
+        "",
+        "What of the traffic to the hosts' internal IPs travels in the tunnels, where etcd does not say it yet "
+        "(default: routed).",
+        choices=tuple(InternalIPs),
     ),
     _flag(
         "--subnet",

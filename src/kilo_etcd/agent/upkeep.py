@@ -14,7 +14,7 @@ import trio
 from kilo_etcd import etcd, store
 from kilo_etcd.agent.logs import Once, get_logger
 from kilo_etcd.agent.pace import Pace
-from kilo_etcd.model import Granularity, IPNetwork, Snapshot
+from kilo_etcd.model import Granularity, MeshSettings, Snapshot
 from kilo_etcd.store.records import decode_claim
 
 SETTINGS_SECONDS = 2.0
@@ -47,20 +47,21 @@ class Upkeep:
         self._mirror = mirror
         self._rng = rng
         self._snapshot: Snapshot | None = None
-        self._granularity = Granularity.LOCATION
-        self._subnets: tuple[IPNetwork, ...] = ()
+        self._settings = MeshSettings(Granularity.LOCATION, ())
         self.renumbered: str | None = None
         """A sentence on the address that this host has lost since it joined."""
         self._unclaimed = trio.Event()
         self._unsettled = trio.Event()
 
-    def joined(self, granularity: Granularity, subnets: tuple[IPNetwork, ...]) -> None:
+    def joined(self, settings: MeshSettings) -> None:
         """These were the mesh's settings when this host joined."""
-        self._granularity, self._subnets = granularity, subnets
+        self._settings = settings
 
     def follow(self, snapshot: Snapshot) -> None:
         """Look at what a snapshot of etcd lacks."""
         self._snapshot = snapshot
+        if self._mirror().kv(self._keys.internal_ips) is not None:
+            self._settings = self._settings._replace(internal_ips=snapshot.internal_ips)
         if self._lost_claims():
             self._unclaimed.set()
         if self._lacks_settings():
@@ -87,7 +88,7 @@ class Upkeep:
                 continue
             try:
                 await self._mirror().vouch()
-                addresses = await self._session.claim_addresses(self._subnets)
+                addresses = await self._session.claim_addresses(self._settings.subnets)
             except (etcd.EtcdError, *REFUSALS) as error:
                 self._once.error("claim", "the claim of this host's mesh address cannot be restored",
                                  claim="; ".join(lost), error=str(error))  # fmt: skip
@@ -119,11 +120,11 @@ class Upkeep:
                 continue
             try:
                 await self._mirror().vouch()
+                settings = self._settings
                 if snapshot.subnets:
-                    await self._session.ensure_mesh(snapshot.granularity, snapshot.subnets)
-                else:
-                    # Another etcd was adopted before anybody saw them in the first one.
-                    await self._session.ensure_mesh(self._granularity, self._subnets)
+                    # Else another etcd was adopted before anybody saw them in the first one.
+                    settings = settings._replace(granularity=snapshot.granularity, subnets=snapshot.subnets)
+                await self._session.ensure_mesh(settings)
             except (etcd.EtcdError, store.RecordError) as error:
                 self._once.error("settings lost", "the mesh's settings are not in etcd, and cannot be put there",
                                  error=str(error))  # fmt: skip
@@ -131,7 +132,7 @@ class Upkeep:
                 self._once.clear("settings lost", "the mesh's settings are in etcd again")
 
     def _lacks_settings(self) -> bool:
-        return any(self._mirror().kv(key) is None for key in (self._keys.granularity, self._keys.subnets))
+        return any(self._mirror().kv(key) is None for key in self._keys.settings)
 
     def _lost_claims(self) -> tuple[str, ...]:
         """What is wrong with the claims of this host's addresses, as etcd holds them now."""

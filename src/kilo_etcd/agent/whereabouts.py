@@ -6,24 +6,41 @@ asks: the underlay, the families in which the host reaches others, and addresses
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import trio
+from attrs import evolve
 
 from kilo_etcd import __version__, descriptors, etcd, kernel, store
 from kilo_etcd.agent import discover
 from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.agent.logs import Logger, Once
+from kilo_etcd.agent.underlay import Reached
 from kilo_etcd.model import IPAddress, IPNetwork
 
 
 class Whereabouts:
-    """This host's record, and what else is known of its place. `subnets` are the mesh's, once they are known."""
+    """This host's record, and what else is known of its place. `subnets` are the mesh's, once they are known; `etcd`
+    gives etcd's addresses as far as they are known."""
 
-    def __init__(self, config: AgentConfig, public_key: str, session: store.Session, log: Logger, once: Once) -> None:
+    def __init__(
+        self,
+        config: AgentConfig,
+        public_key: str,
+        session: store.Session,
+        log: Logger,
+        once: Once,
+        *,
+        etcd: Callable[[], tuple[IPNetwork, ...]] = tuple,
+    ) -> None:
         self._config = config
         self._public_key = public_key
         self._session = session
         self._log = log
         self._once = once
+        self._etcd = etcd
+        self._reached = Reached()
+        """What the record's `underlay` was made of."""
         self._looking = trio.Lock()
         self.subnets: tuple[IPNetwork, ...] = ()
         self.record: store.NodeRecord | None = None
@@ -41,7 +58,7 @@ class Whereabouts:
 
     async def look(self) -> store.NodeRecord:
         """The record that the host should have, for the caller to register. OSError, KernelError."""
-        found, reasons = await self._find()
+        found, reasons = await self._find(await discover.etcd_networks(self._config.etcd))
         self._keep(found, reasons if found != self.record else ())
         return found
 
@@ -50,11 +67,12 @@ class Whereabouts:
         next time."""
         async with self._looking:
             try:
-                found, reasons = await self._find()
+                found, reasons = await self._find(self._etcd())
                 if found != self.record:
                     if register:
                         await self._session.register(found)
-                    self._keep(found, reasons)
+                    alike = self.record is not None and found == evolve(self.record, underlay=found.underlay)
+                    self._keep(found, () if alike else reasons)
             except (etcd.EtcdError, store.NameTaken) as error:
                 self._once.warning("addresses", "the changed addresses are not registered yet", error=str(error))
             except (OSError, kernel.KernelError, descriptors.OutOfDescriptors) as error:
@@ -64,7 +82,9 @@ class Whereabouts:
             else:
                 self._once.clear("addresses", "the host's addresses are registered again")
 
-    async def _find(self) -> tuple[store.NodeRecord, tuple[tuple[str, dict[str, str]], ...]]:
+    async def _find(
+        self, etcd_at: tuple[IPNetwork, ...]
+    ) -> tuple[store.NodeRecord, tuple[tuple[str, dict[str, str]], ...]]:
         """The record, and what to say of the choices in it."""
         config = self._config
         facts = await discover.gather(config)
@@ -74,12 +94,16 @@ class Whereabouts:
             location, why = discover.location_from_cloud_init()
         self.underlay, self.sources, self.families = facts.underlay(), facts.sources(), facts.families()
         self.overlaps = facts.overlaps(self.subnets)
+        stated, self._reached = facts.reached(etcd_at).registered(
+            self._reached, None if self.record is None else self.record.underlay
+        )
         self._once.errors("overlaps", self.overlaps, level="warning")
         record = store.NodeRecord(
             public_key=self._public_key,
             endpoint=chosen.endpoint,
             more_endpoints=chosen.more_endpoints,
             internal_ips=chosen.internal_ips,
+            underlay=stated,
             location=location or "",
             port=config.port,
             persistent_keepalive=config.persistent_keepalive,

@@ -88,6 +88,8 @@ def _new_leaders(old: Topology, new: Topology) -> Iterator[tuple[str, str, str]]
 def _mesh(before: Snapshot, after: Snapshot) -> Iterator[str]:
     if before.granularity is not after.granularity:
         yield f"granularity: {before.granularity} becomes {after.granularity}"
+    if before.internal_ips is not after.internal_ips:
+        yield f"internal-ips: {before.internal_ips} becomes {after.internal_ips}"
 
 
 def _nodes(before: Snapshot, after: Snapshot) -> Iterator[str]:

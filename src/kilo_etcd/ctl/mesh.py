@@ -1,8 +1,10 @@
-"""`kgctl mesh`: what holds for the mesh as a whole: its granularity, which can be switched live, and its subnets."""
+"""`kgctl mesh`: what holds for the mesh as a whole: granularity and internal-ips, which can be switched live, and its
+subnets."""
 
 from __future__ import annotations
 
 import json
+from enum import StrEnum
 
 import click
 
@@ -11,7 +13,7 @@ from kilo_etcd.ctl.context import Failure, Mesh
 from kilo_etcd.ctl.join import join_command, part_command
 from kilo_etcd.ctl.output import output_option
 from kilo_etcd.etcd.api import Client
-from kilo_etcd.model import Granularity, Snapshot
+from kilo_etcd.model import Granularity, InternalIPs, Snapshot
 from kilo_etcd.store import operator
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import encode_adoption
@@ -31,11 +33,12 @@ mesh_group.add_command(part_command)
 @output_option
 @click.pass_obj
 def show_command(mesh: Mesh, output: str) -> None:
-    """Show granularity, subnets, and how many nodes, locations and peers there are."""
+    """Show granularity, subnets, internal-ips, and how many nodes, locations and peers there are."""
     snapshot = mesh.ask(operator.snapshot)[0]
     found = {
         "granularity": snapshot.granularity.value,
         "subnets": [str(subnet) for subnet in snapshot.subnets],
+        "internalIPs": snapshot.internal_ips.value,
         "nodes": len(snapshot.nodes),
         "locations": len({node.location for node in snapshot.nodes.values()}),
         "peers": len(snapshot.peers),
@@ -47,40 +50,52 @@ def show_command(mesh: Mesh, output: str) -> None:
         return
     if not snapshot.subnets:
         raise Failure(f"there is no mesh under {mesh.prefix} yet: the first agent makes it")
-    names = {"setAside": "records set aside"}
+    names = {"internalIPs": "internal IPs", "setAside": "records set aside"}
     for name, value in found.items():
         shown = ", ".join(value) if isinstance(value, list) else str(value)
         click.echo(f"{names.get(name, name) + ':':<20}{shown}")
 
 
 @mesh_group.command(
-    "set", epilog="Examples:\n\n\b\n  kgctl mesh set granularity full --dry-run\n  kgctl mesh set granularity location"
+    "set",
+    epilog="Examples:\n\n\b\n"
+    "  kgctl mesh set granularity full --dry-run\n"
+    "  kgctl mesh set granularity location\n"
+    "  kgctl mesh set internal-ips off",
 )
-@click.argument("what", type=click.Choice(("granularity", "subnets")))
+@click.argument("what", type=click.Choice(("granularity", "internal-ips", "subnets")))
 @click.argument("value")
 @change_options
 @click.pass_obj
 def set_command(mesh: Mesh, what: str, value: str, dry_run: bool, yes: bool) -> None:
-    """Set the mesh's granularity: location, full or cross. It is switched live, with a short gap everywhere."""
+    """Set what holds for the whole mesh; both are switched live.
+
+    granularity: location, full or cross; the switch has a short gap everywhere. internal-ips: routed (what goes to
+    internal IPs of other segments travels in the tunnels), encrypted (and nothing between two segments' nodes travels
+    in clear), or off (mesh addresses and offered networks only).
+    """
     if what == "subnets":
         raise Failure(
             "the mesh's subnets are fixed: every node's address is from them; for other ones start a second mesh "
             "under another --prefix"
         )
-    try:
-        granularity = Granularity(value)
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is no granularity: write location, full or cross.") from None
+    kind: type[StrEnum] = Granularity if what == "granularity" else InternalIPs
+    if value not in tuple(kind):
+        choices = "location, full or cross" if what == "granularity" else "routed, encrypted or off"
+        raise click.BadParameter(f"{value!r} is not a value of {what}: write {choices}.")
+    effect = "Every tunnel" if what == "granularity" else "The routing to internal IPs"
+    verb = "is drawn anew" if what == "granularity" else "changes"
 
     def decide(before: Snapshot, _view: View, keys: Keys) -> Edit:
         nodes = len(before.nodes)
+        key = keys.granularity if what == "granularity" else keys.internal_ips
         return Edit(
-            puts={keys.granularity: granularity.value},
-            asks=f"Every tunnel of {nodes} node{'' if nodes == 1 else 's'} is drawn anew. Go on?" if nodes else "",
+            puts={key: value},
+            asks=f"{effect} of {nodes} node{'' if nodes == 1 else 's'} {verb}. Go on?" if nodes else "",
         )
 
     if carry_out(mesh, decide, dry_run=dry_run, yes=yes) is Outcome.NOTHING:
-        click.echo(f"Nothing to change: the granularity is {granularity} already.")
+        click.echo(f"Nothing to change: {what} is {value} already.")
 
 
 @mesh_group.command("adopt", epilog="Example:\n\n\b\n  kgctl --endpoints http://10.0.0.9:2379 mesh adopt --dry-run")

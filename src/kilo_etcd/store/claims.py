@@ -15,13 +15,14 @@ from hashlib import sha256
 from ipaddress import IPv4Network, ip_address
 
 from kilo_etcd.etcd.api import Client, Delete, Get, KeyValue, Put, RangeResult, TxnResult, absent, unchanged
-from kilo_etcd.model import Granularity, IPAddress, IPInterface, IPNetwork
+from kilo_etcd.model import Granularity, InternalIPs, IPAddress, IPInterface, IPNetwork, MeshSettings
 from kilo_etcd.store.history import last_good
 from kilo_etcd.store.keys import AddressKey, Keys
 from kilo_etcd.store.records import (
     RecordError,
     decode_claim,
     decode_granularity,
+    decode_internal_ips,
     decode_node,
     decode_subnets,
     encode_subnets,
@@ -35,12 +36,15 @@ class NoAddressLeft(Exception):
     """Every address of the mesh's subnet is claimed; the message says so to the operator."""
 
 
-async def ensure_mesh(
-    client: Client, keys: Keys, granularity: Granularity, subnets: tuple[IPNetwork, ...]
-) -> tuple[Granularity, tuple[IPNetwork, ...]]:
+async def ensure_mesh(client: Client, keys: Keys, settings: MeshSettings) -> MeshSettings:
     """Put the mesh's settings where there are none, and return those in force. RecordError where etcd holds nonsense
     and its history does not say what was in force before; EtcdError."""
-    wanted = {keys.granularity: granularity.value.encode(), keys.subnets: encode_subnets(subnets)}
+    granularity, subnets, internal_ips = settings
+    wanted = {
+        keys.granularity: granularity.value.encode(),
+        keys.subnets: encode_subnets(subnets),
+        keys.internal_ips: internal_ips.value.encode(),
+    }
     found: dict[str, KeyValue] = {}
     for key, value in wanted.items():
         held = await client.get(key)
@@ -61,7 +65,9 @@ async def ensure_mesh(
         if known is None:
             raise RecordError(_unreadable(keys.subnets, kv))
         subnets = known
-    return granularity, subnets
+    if (kv := found.get(keys.internal_ips)) is not None:
+        internal_ips = await last_good(client, kv, decode_internal_ips) or InternalIPs.OFF
+    return MeshSettings(granularity, subnets, internal_ips)
 
 
 def _unreadable(key: str, kv: KeyValue) -> str:

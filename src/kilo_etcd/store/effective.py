@@ -133,6 +133,7 @@ def join(
         endpoint=said.endpoint,
         more_endpoints=said.more_endpoints,
         internal_ips=said.internal_ips,
+        underlay=record.underlay,
         mesh_addresses=addresses,
         port=record.port,
         subnets=said.subnets,

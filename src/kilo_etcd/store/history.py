@@ -1,6 +1,6 @@
 """The last good value of a key, from etcd's own history.
 
-An agent that starts while `/kilo/mesh/granularity` or `/kilo/mesh/subnets` holds nonsense never saw what was in force
+An agent that starts while one of the mesh's settings (`/kilo/mesh/...`) holds nonsense never saw what was in force
 before; the others go on with that. etcd still has it, until the next compaction, at an earlier revision of the key.
 """
 

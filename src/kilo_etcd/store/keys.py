@@ -34,6 +34,11 @@ class SubnetsKey:
 
 
 @frozen
+class InternalIPsKey:
+    pass
+
+
+@frozen
 class AdoptedKey:
     pass
 
@@ -95,6 +100,7 @@ class StatusKey:
 ParsedKey: TypeAlias = (
     GranularityKey
     | SubnetsKey
+    | InternalIPsKey
     | AdoptedKey
     | LocationKey
     | AnnotationKey
@@ -174,6 +180,15 @@ class Keys:
     @property
     def subnets(self) -> str:
         return self.root + "mesh/subnets"
+
+    @property
+    def internal_ips(self) -> str:
+        return self.root + "mesh/internal-ips"
+
+    @property
+    def settings(self) -> tuple[str, str, str]:
+        """The keys that every mesh has."""
+        return self.granularity, self.subnets, self.internal_ips
 
     @property
     def adopted(self) -> str:
@@ -319,6 +334,8 @@ def _parse(parts: list[str]) -> ParsedKey | None:
             return GranularityKey()
         case ["mesh", "subnets"]:
             return SubnetsKey()
+        case ["mesh", "internal-ips"]:
+            return InternalIPsKey()
         case ["mesh", "adopted"]:
             return AdoptedKey()
         case ["addresses", text]:

@@ -32,10 +32,10 @@ from kilo_etcd.etcd.api import (
     Unavailable,
     WatchBatch,
 )
-from kilo_etcd.model import Granularity, IPAddress, IPNetwork, Snapshot
+from kilo_etcd.model import Granularity, InternalIPs, IPAddress, IPNetwork, Snapshot
 from kilo_etcd.store.history import last_good
 from kilo_etcd.store.keys import Keys
-from kilo_etcd.store.records import adopts, decode_granularity, decode_subnets
+from kilo_etcd.store.records import adopts, decode_granularity, decode_internal_ips, decode_subnets
 from kilo_etcd.store.view import Holdings, View
 
 HOLD = 0.025
@@ -57,6 +57,7 @@ class LastSeen:
     header: Header
     granularity: Granularity | None = None
     subnets: tuple[IPNetwork, ...] = ()
+    internal_ips: InternalIPs | None = None
     adopted: bytes | None = None
     """The operator's adoption that was known already; None: there was none."""
 
@@ -90,6 +91,7 @@ class Mirror:
             keys,
             granularity=last_seen.granularity if last_seen else None,
             subnets=last_seen.subnets or None if last_seen else None,
+            internal_ips=last_seen.internal_ips if last_seen else None,
         )
         self._floor = last_seen.header if last_seen else None
         self._adopted = last_seen.adopted if last_seen else None
@@ -295,6 +297,8 @@ class Mirror:
         for kv in listing.kvs:
             if self._view.granularity is None and kv.key == self._keys.granularity.encode():
                 self._view.recall(granularity=await last_good(self._client, kv, decode_granularity))
+            if self._view.internal_ips is None and kv.key == self._keys.internal_ips.encode():
+                self._view.recall(internal_ips=await last_good(self._client, kv, decode_internal_ips))
             if not self._view.subnets and kv.key == self._keys.subnets.encode():
                 self._view.recall(subnets=await last_good(self._client, kv, decode_subnets))
 

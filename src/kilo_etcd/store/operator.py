@@ -12,6 +12,7 @@ from kilo_etcd.store.records import (
     RecordError,
     StatusRecord,
     decode_granularity,
+    decode_internal_ips,
     decode_label,
     decode_status,
     decode_subnets,
@@ -26,6 +27,8 @@ async def snapshot(client: Client, keys: Keys) -> tuple[Snapshot, View]:
     by_key = {kv.key: kv for kv in listing.kvs}
     if (kv := by_key.get(keys.granularity.encode())) is not None:
         view.granularity = await last_good(client, kv, decode_granularity)
+    if (kv := by_key.get(keys.internal_ips.encode())) is not None:
+        view.internal_ips = await last_good(client, kv, decode_internal_ips)
     if (kv := by_key.get(keys.subnets.encode())) is not None:
         view.subnets = await last_good(client, kv, decode_subnets)
     view.load(listing.kvs, listing.header)

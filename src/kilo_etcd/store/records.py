@@ -34,6 +34,7 @@ from kilo_etcd.model import (
     Encapsulate,
     Endpoint,
     Granularity,
+    InternalIPs,
     IPAddress,
     IPInterface,
     IPNetwork,
@@ -82,6 +83,8 @@ class NodeRecord:
     more_endpoints: tuple[Endpoint, ...] = ()
     """In further families; agents that do not know the field use `endpoint` alone."""
     internal_ips: tuple[IPInterface, ...] = ()
+    underlay: tuple[IPNetwork, ...] | None = None
+    """See `model.Node.underlay`. None and empty are not the same."""
     subnets: tuple[IPNetwork, ...] = ()
     location: str = DEFAULT_LOCATION
     """The node's own default; a label at `/kilo/locations/<node>` wins."""
@@ -349,6 +352,15 @@ def decode_granularity(value: bytes) -> Granularity:
         raise RecordError(f"{shown(text)} is no granularity: write location, full or cross") from None
 
 
+def decode_internal_ips(value: bytes) -> InternalIPs:
+    """`routed`, `encrypted` or `off`."""
+    text = decode_text(value, MAX_SMALL)
+    try:
+        return InternalIPs(text)
+    except ValueError:
+        raise RecordError(f"{shown(text)} is not a value of internal-ips: write routed, encrypted or off") from None
+
+
 def decode_subnets(value: bytes) -> tuple[IPNetwork, ...]:
     """The mesh's subnets: at least one, at most one per family."""
     text = decode_text(value, MAX_SMALL)
@@ -489,6 +501,7 @@ _READERS: dict[type, dict[str, Callable[[object], Any]]] = {
         "endpoint": _endpoint,
         "more_endpoints": _items(_address_endpoint),
         "internal_ips": lambda value: one_per_family(_items(parse_interface)(value)),
+        "underlay": _networks,
         "subnets": _networks,
         "location": _label,
         "port": _port,
@@ -593,6 +606,11 @@ _REQUIRED = {
     record: frozenset(_camel(attribute.name) for attribute in fields(record) if attribute.default is NOTHING)
     for record in _READERS
 }
+_EMPTY: tuple[object, ...] = (None, "", [])
+_ABSENT: dict[type, dict[str, tuple[object, ...]]] = {
+    record: {_camel(each.name): (None,) for each in fields(record) if each.default is None} for record in _READERS
+}
+"""Kind -> the fields whose default is None: empty, they are written all the same."""
 Record = Union[  # noqa: UP007
     NodeRecord,
     CandidateRecord,
@@ -608,7 +626,8 @@ Record = Union[  # noqa: UP007
 def encode(record: Record) -> bytes:
     """A record as it is put into etcd: JSON, canonical."""
     written = {name: _plain(getattr(record, each.name)) for name, each in _FIELDS[type(record)].items()}
-    said = {name: value for name, value in written.items() if value not in (None, "", [])}
+    absent = _ABSENT[type(record)]
+    said = {name: value for name, value in written.items() if value not in absent.get(name, _EMPTY)}
     return json.dumps(said, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 

@@ -52,7 +52,7 @@ from kilo_etcd.etcd.api import (
     absent,
     unchanged,
 )
-from kilo_etcd.model import CandidateClass, Granularity, IPAddress, IPInterface, IPNetwork
+from kilo_etcd.model import CandidateClass, IPAddress, IPInterface, IPNetwork, MeshSettings
 from kilo_etcd.store import claims, said
 from kilo_etcd.store.held import Held
 from kilo_etcd.store.keys import ElectionKey, EndpointKey, Keys, StatusKey, VerdictKey
@@ -223,11 +223,9 @@ class Session:
 
     # --- before the first registration -------------------------------------------------------------------------
 
-    async def ensure_mesh(
-        self, granularity: Granularity, subnets: tuple[IPNetwork, ...]
-    ) -> tuple[Granularity, tuple[IPNetwork, ...]]:
+    async def ensure_mesh(self, settings: MeshSettings) -> MeshSettings:
         """Put the mesh's settings where there are none; those in force. RecordError, EtcdError."""
-        return await claims.ensure_mesh(self._client, self._keys, granularity, subnets)
+        return await claims.ensure_mesh(self._client, self._keys, settings)
 
     async def subnets_in_force(self, configured: tuple[IPNetwork, ...]) -> tuple[IPNetwork, ...]:
         """The subnets by which this host finds its address, if etcd's value is `configured`. EtcdError."""

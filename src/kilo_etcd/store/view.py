@@ -8,7 +8,7 @@ object in the next snapshot.
 The invariant (DESIGN section 1): a snapshot depends only on what etcd holds at its revision, not on how the view got
 there; agents at one revision agree. From it follows what happens to a record that was good and turns bad: it is left
 out, although the last good version is at hand, because an agent that started later never saw that version and
-would disagree. The mesh's granularity and subnets are the exception: there the alternative to the last good value
+would disagree. The mesh's own settings are the exception: there the alternative to the last good value
 is a default that would tear the whole mesh down, so the last good one is kept, and an agent that starts later looks
 it up in etcd's history (`store.history`). The same holds when one of the two is deleted.
 
@@ -40,6 +40,7 @@ from kilo_etcd.etcd.api import Event, EventType, Header, KeyValue
 from kilo_etcd.model import (
     Candidate,
     Granularity,
+    InternalIPs,
     IPAddress,
     IPInterface,
     IPNetwork,
@@ -66,6 +67,7 @@ from kilo_etcd.store.records import (
     VerdictRecord,
     decode_claim,
     decode_granularity,
+    decode_internal_ips,
     decode_label,
     decode_peer,
     decode_subnets,
@@ -92,20 +94,26 @@ class Holdings:
     granularity: Granularity | None
     """What is in force, which may be better than what `kvs` say."""
     subnets: tuple[IPNetwork, ...]
+    internal_ips: InternalIPs | None = None
 
     def snapshot(self, keys: k.Keys) -> Snapshot:
         """What is in force by these key-values under the prefix of `keys`."""
-        view = View(keys, granularity=self.granularity, subnets=self.subnets or None)
+        view = View(keys, granularity=self.granularity, subnets=self.subnets or None, internal_ips=self.internal_ips)
         view.load(self.kvs, self.header)
         return view.snapshot()
 
 
 class View:
-    """What etcd holds under the prefix of `keys`, joined. `granularity` and `subnets` are what is in force for as long
-    as etcd's own values cannot be read."""
+    """What etcd holds under the prefix of `keys`, joined. `granularity`, `subnets` and `internal_ips` are what is in
+    force for as long as etcd's own values cannot be read."""
 
     def __init__(
-        self, keys: k.Keys, *, granularity: Granularity | None = None, subnets: tuple[IPNetwork, ...] | None = None
+        self,
+        keys: k.Keys,
+        *,
+        granularity: Granularity | None = None,
+        subnets: tuple[IPNetwork, ...] | None = None,
+        internal_ips: InternalIPs | None = None,
     ) -> None:
         self._keys = keys
         self._kvs: dict[bytes, KeyValue] = {}
@@ -113,6 +121,7 @@ class View:
         self.header = Header()
         self.granularity = granularity
         self.subnets = subnets
+        self.internal_ips = internal_ips
         # What each key says, by name.
         self._registered: dict[str, Registered] = {}
         self._labels: dict[str, str] = {}
@@ -160,7 +169,7 @@ class View:
             # What is kept of a rejected value is compared with what would be kept of this one.
             if held != kv and self._put(kv) != held:
                 changed = True
-        for setting in (self._keys.granularity, self._keys.subnets):
+        for setting in self._keys.settings:
             # Known from elsewhere, the value is missed all the same.
             if (raw := setting.encode()) not in listed:
                 self._read(raw, None)
@@ -186,9 +195,16 @@ class View:
         self.header = header
         return newest != seen
 
-    def recall(self, *, granularity: Granularity | None = None, subnets: tuple[IPNetwork, ...] | None = None) -> None:
+    def recall(
+        self,
+        *,
+        granularity: Granularity | None = None,
+        subnets: tuple[IPNetwork, ...] | None = None,
+        internal_ips: InternalIPs | None = None,
+    ) -> None:
         """These are in force, as far as they are given: etcd's history says so where its values are nonsense."""
         self.granularity = granularity or self.granularity
+        self.internal_ips = internal_ips or self.internal_ips
         if subnets:
             self._set_subnets(subnets)
 
@@ -212,6 +228,7 @@ class View:
             kvs=tuple(self._kvs.values()),
             granularity=self.granularity,
             subnets=self.subnets or (),
+            internal_ips=self.internal_ips,
         )
 
     # --- giving out --------------------------------------------------------------------------------------------
@@ -228,6 +245,7 @@ class View:
             raft_term=self.header.raft_term,
             granularity=self.granularity or Granularity.LOCATION,
             subnets=self._subnets_in_force,
+            internal_ips=self.internal_ips or InternalIPs.OFF,
             nodes=self._nodes,
             peers=self._peers,
             candidates=self._candidates,
@@ -391,6 +409,8 @@ class View:
                 return self._take_granularity(value)
             case k.SubnetsKey():
                 return self._take_subnets(value)
+            case k.InternalIPsKey():
+                return self._take_internal_ips(value)
         return ()
 
     def _take_node(self, node: str, kv: KeyValue | None) -> Sequence[str]:
@@ -532,6 +552,12 @@ class View:
         if value is None:
             return [] if not self.subnets else ["the value is missing; the subnets known before stay in force"]
         self._set_subnets(decode_subnets(value))
+        return ()
+
+    def _take_internal_ips(self, value: bytes | None) -> Sequence[str]:
+        if value is None:
+            return [] if self.internal_ips is None else [f"the value is missing; {self.internal_ips} stays in force"]
+        self.internal_ips = decode_internal_ips(value)
         return ()
 
     def _set_subnets(self, subnets: tuple[IPNetwork, ...]) -> None:

@@ -20,7 +20,7 @@ from typing import TypeVar
 
 from attrs import evolve, field, frozen
 
-from kilo_etcd.model import Granularity, IPAddress, IPNetwork, Node, Peer, Snapshot
+from kilo_etcd.model import Granularity, InternalIPs, IPAddress, IPNetwork, Node, Peer, Snapshot
 from kilo_etcd.topology.claims import Claim, Owner, Settlement, network_key, settle
 from kilo_etcd.topology.election import Election, elect
 from kilo_etcd.topology.hostplan import Problem
@@ -83,6 +83,14 @@ class Topology:
     """`identity` of the topology that this one was computed from."""
     changed: frozenset[str] = field(default=frozenset(), eq=False, repr=False)
     """Keys of the segments that differ from those of `base`."""
+    unaware: frozenset[str] = frozenset()
+    """The nodes whose agents do not know the setting internal-ips: as long as there are any it is not in force, since
+    they would drop what others send them by it."""
+
+    @property
+    def internal_ips(self) -> InternalIPs:
+        """What is in force of the setting."""
+        return InternalIPs.OFF if self.unaware else self.snapshot.internal_ips
 
     def segment_of(self, name: str) -> Segment:
         """The segment that a node is in. UnknownNode: it is not in the mesh."""
@@ -190,6 +198,7 @@ def build_topology(snapshot: Snapshot, previous: Topology | None = None) -> Topo
         previous = Topology(snapshot=nothing, segments={}, peers={}, settlement=Settlement(snapshot.subnets))
     before = previous.snapshot
     changed = changes(before.nodes, snapshot.nodes)
+    unaware = _unaware(previous.unaware, changed, snapshot)
 
     members: dict[str, dict[str, Node]] = {}
     for name in changed:
@@ -250,7 +259,13 @@ def build_topology(snapshot: Snapshot, previous: Topology | None = None) -> Topo
         settlement=settlement,
         base=previous.identity,
         changed=frozenset(really),
+        unaware=unaware,
     )
+
+
+def _unaware(before: frozenset[str], changed: list[str], snapshot: Snapshot) -> frozenset[str]:
+    now = {name for name in changed if (node := snapshot.nodes.get(name)) is not None and node.underlay is None}
+    return before if now == before.intersection(changed) else before.difference(changed) | now
 
 
 def _addresses(snapshot: Snapshot, name: str) -> tuple[IPAddress, ...]:
