@@ -352,6 +352,7 @@ def test_what_userspace_has_seen_does_not_change_its_mark_and_what_it_was_told_d
         ("51820\nfw", "51821\nfw"),
         ("11" * 32, "44" * 32),
         ("22" * 32, "55" * 32),
+        ("endpoint=192.0.2.1:51820\n", ""),
     ):
         assert userspace.steady(UAPI.replace(*told)) != mark
     with pytest.raises(OSError, match="No such device"):
@@ -375,7 +376,10 @@ def test_what_the_kernels_device_has_seen_does_not_change_its_mark_and_what_it_w
     same = mark(one, two)
     assert mark(two, one, counter=7) == same
     assert mark(evolve(one, endpoint=Endpoint.parse("192.0.2.2:2")), two) == same
-    for other in (evolve(one, persistent_keepalive=5), evolve(one, allowed_ips=()), evolve(one, preshared_key=key(9))):
+    for other in (
+        evolve(one, persistent_keepalive=5), evolve(one, allowed_ips=()), evolve(one, preshared_key=key(9)),
+        evolve(one, endpoint=None),
+    ):  # fmt: skip
         assert mark(other, two) != same
     assert mark(one) != same
 

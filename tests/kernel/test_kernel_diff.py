@@ -197,6 +197,42 @@ def test_an_endpoint_that_leaves_the_plan_stays_and_is_not_set_again_when_it_ret
     assert diff(first, host_with(first), memory, TARGET) == ()
 
 
+@pytest.mark.parametrize("settled", [False, True])
+def test_an_endpoint_that_was_set_is_forgotten_with_the_peer(settled: bool) -> None:
+    """Somebody deletes the device while the plan has no endpoint; another one learnt meanwhile may be out of date."""
+    first, without = with_endpoint("203.0.113.2:51820"), with_endpoint(None)
+    memory = remember(without, remember(first, Memory()))
+    made = diff(without, Observed(), memory, TARGET)
+    memory = remember(without, memory, without if settled else None, made=made)
+    anew = apply_changes(Observed(), made, "kilo0")
+    for host in (anew, roamed(anew, "198.51.100.9:4711", 700.0)):
+        assert lines(diff(first, host, memory, TARGET)) == ["wg set kilo0 peer #2 endpoint 203.0.113.2:51820"]
+    assert diff(first, roamed(anew, "198.51.100.9:4711", 950.0), memory, TARGET) == ()
+
+
+def test_a_peer_that_somebody_made_anew_without_an_endpoint_gets_one_at_once() -> None:
+    """As a change of a peer does that somebody removed just before: WireGuard adds it, with no more than the change."""
+    wanted = with_endpoint("203.0.113.2:51820")
+    bare = host_with(with_endpoint(None))
+    (change,) = diff(wanted, bare, remember(wanted, Memory()), TARGET)
+    assert lines((change,)) == ["wg set kilo0 peer #2 endpoint 203.0.113.2:51820"]
+    assert is_drift(change, bare)
+
+
+def test_a_kernel_without_ipv6_is_not_given_an_endpoint_again_and_again() -> None:
+    wanted = with_endpoint("[2001:db8::2]:51820")
+    bare = evolve(host_with(with_endpoint(None)), lacking=frozenset({6}))
+    assert diff(wanted, bare, remember(wanted, Memory()), TARGET) == ()
+
+
+def test_an_endpoint_that_could_not_be_set_is_not_remembered() -> None:
+    before, wanted = with_endpoint("203.0.113.2:51820"), with_endpoint("203.0.113.5:51820")
+    host, memory = host_with(before), remember(before, Memory())
+    for settled in (None, before, wanted):
+        failed = diff(wanted, host, memory, TARGET)
+        assert diff(wanted, host, remember(wanted, memory, settled, failed=failed), TARGET) == failed
+
+
 def test_a_name_that_is_not_resolved_is_left_out() -> None:
     assert step(with_endpoint(None), with_endpoint("node.example.org:51820")) == []
 
@@ -263,9 +299,12 @@ def test_an_endpoint_that_has_grown_old_is_no_drift() -> None:
     wanted = hearsay("198.51.100.2:40002")
     old = roamed(host_with(wanted), "198.51.100.9:4711", 700.0)
     (change,) = diff(wanted, old, remember(wanted, Memory()), TARGET)
-    assert not is_drift(change)
-    assert all(map(is_drift, diff(wanted, host_with(plan()), Memory(), TARGET)))
-    assert all(map(is_drift, diff(plan(), host_with(wanted), Memory(), TARGET)))
+    assert not is_drift(change, old)
+    for found, now in ((plan(), wanted), (wanted, plan())):
+        host = host_with(found)
+        changes = diff(now, host, Memory(), TARGET)
+        assert changes
+        assert all(is_drift(change, host) for change in changes)
 
 
 # Routes of ours and of others

@@ -127,6 +127,17 @@ def test_a_learnt_endpoint_is_never_set_back(before: HostPlan, after: HostPlan, 
     assert not {k for k in set_again if k in before.peers and after.peers[k].hearsay}
 
 
+@quick
+@given(BASES, plans(), plans())
+def test_no_peer_stays_without_an_endpoint_that_is_known(
+    base: Observed, remembered: HostPlan, wanted: HostPlan
+) -> None:
+    changes = diff(wanted, base, remember(remembered, Memory()), TARGET)
+    after = apply_changes(base, changes, "kilo0")
+    known = {key for key, one in wanted.peers.items() if one.endpoint is not None and one.endpoint.address is not None}
+    assert all(after.peers[key].endpoint is not None for key in known)
+
+
 async def test_the_kernel_in_memory_is_one() -> None:
     host = FakeHost()
     kernel = FakeKernel(host, Setup(private_key=PRIVATE))

@@ -181,6 +181,8 @@ async def test_what_somebody_else_breaks_is_reported_and_repaired(harm: str) -> 
     [
         f"wg set kilo0 peer {key(2)} remove",
         f"wg set kilo0 peer {key(2)} allowed-ips 10.99.0.0/16",
+        # All but its endpoint.
+        f"wg set kilo0 peer {key(3)} remove peer {key(3)} allowed-ips 10.4.0.3/32,fd00:4::3/128",
         f"wg set kilo0 peer {key(2)} persistent-keepalive 77",
         f"wg set kilo0 peer {key(2)} preshared-key /dev/null",
         f"wg set kilo0 peer {key(77)} allowed-ips 10.4.0.3/32",

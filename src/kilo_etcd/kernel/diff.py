@@ -129,22 +129,34 @@ def difference(
     return Difference(changes, tuple(failures))
 
 
-def remember(plan: HostPlan, memory: Memory, settled: HostPlan | None = None) -> Memory:
-    """What to remember once `plan` is applied. A plan without an endpoint keeps what was set before.
+def remember(
+    plan: HostPlan,
+    memory: Memory,
+    settled: HostPlan | None = None,
+    *,
+    made: Iterable[Change] = (),
+    failed: Iterable[Change] = (),
+) -> Memory:
+    """What to remember once `plan` is applied by the changes `made`, while `failed` did not succeed.
 
-    `settled`: a plan that `memory` is the memory of.
+    A plan without an endpoint keeps what was set before, unless the peer was made anew. `settled`: a plan that `memory`
+    is the memory of.
     """
+    created = {change.public_key for change in made if isinstance(change, SetPeer) and change.new}
+    lost = {change.public_key for change in failed if isinstance(change, SetPeer)}
     news: Iterable[str] = plan.peers
     endpoints: dict[str, Endpoint | None] = {}
     if settled is not None:
-        news = changed_keys(settled.peers, plan.peers)
+        news = {*changed_keys(settled.peers, plan.peers), *created, *lost}
         if not news:
             return memory
         endpoints.update(memory.endpoints)
     for key in news:
         peer = plan.peers.get(key)
+        known: Endpoint | None = None
         # What hearsay says may never have been set, and may have been over what was: nothing is known then.
-        known = None if peer is None or peer.hearsay else _address(peer) or memory.endpoints.get(key)
+        if peer is not None and not peer.hearsay and key not in lost:
+            known = _address(peer) or (None if key in created else memory.endpoints.get(key))
         # Where none was ever set, one may have been learnt: that is for `_endpoint` to find out.
         if known is not None:
             endpoints[key] = known
@@ -153,11 +165,13 @@ def remember(plan: HostPlan, memory: Memory, settled: HostPlan | None = None) ->
     return Memory(endpoints=endpoints)
 
 
-def is_drift(change: Change) -> bool:
-    """Whether somebody else must have made this change necessary. An endpoint alone also grows old by itself."""
-    return not isinstance(change, SetPeer) or change != SetPeer(
-        name=change.name, public_key=change.public_key, endpoint=change.endpoint
-    )
+def is_drift(change: Change, observed: Observed) -> bool:
+    """Whether somebody else must have made this change to `observed` necessary. An endpoint alone also grows old by
+    itself, but it never vanishes."""
+    if not isinstance(change, SetPeer):
+        return True
+    alone = SetPeer(name=change.name, public_key=change.public_key, endpoint=change.endpoint)
+    return change != alone or observed.peers[change.public_key].endpoint is None
 
 
 def must_look(plan: HostPlan, settled: HostPlan | None) -> bool:
@@ -242,7 +256,7 @@ def _wireguard(
         if found is not None and peer.public_key in reset:
             gaining.append(_new_peer(peer, target, reset=True))
             continue
-        change = _peer(peer, found, observed.time, memory, target, gained)
+        change = _peer(peer, found, observed, memory, target, gained)
         if change is None:
             continue
         if change.replace_allowed_ips and not change.new:
@@ -308,14 +322,14 @@ def _gained(peers: Collection[PeerPlan], observed: Observed) -> frozenset[IPNetw
 def _peer(
     plan: PeerPlan,
     peer: ObservedPeer | None,
-    now: float,
+    observed: Observed,
     memory: Memory,
     target: Target,
     gained: Callable[[], frozenset[IPNetwork]],
 ) -> SetPeer | None:
     if peer is None:
         return _new_peer(plan, target)
-    endpoint = _endpoint(plan, peer, now, memory)
+    endpoint = _endpoint(plan, peer, observed, memory)
     keepalive = plan.persistent_keepalive if plan.persistent_keepalive != peer.persistent_keepalive else None
     preshared = (plan.preshared_key or "") if (plan.preshared_key or None) != peer.preshared_key else None
     allowed: tuple[IPNetwork, ...] = ()
@@ -357,15 +371,19 @@ def _address(peer: PeerPlan) -> Endpoint | None:
     return None if peer.endpoint is None or peer.endpoint.address is None else peer.endpoint
 
 
-def _endpoint(plan: PeerPlan, peer: ObservedPeer, now: float, memory: Memory) -> Endpoint | None:
+def _endpoint(plan: PeerPlan, peer: ObservedPeer, observed: Observed, memory: Memory) -> Endpoint | None:
     """The endpoint to set on a peer that exists, or None for the one that it has."""
     wanted = _address(plan)
-    if wanted is None:
+    if wanted is None or wanted.address is None:
         return None
+    if peer.endpoint is None:
+        # WireGuard never unsets one, so the peer that one was set on was another: somebody removed it, and whoever
+        # named it next made this one. A kernel without the family takes no endpoint of it.
+        return None if wanted.address.version in observed.lacking else wanted
     if plan.public_key in memory.endpoints and not plan.hearsay:
         return wanted if memory.endpoints[plan.public_key] != wanted else None
     # Adopted from a former run, or known from hearsay: an endpoint in use may have been learnt, which is better.
-    in_use = peer.endpoint is not None and peer.last_handshake and now - peer.last_handshake < SESSION_SECONDS
+    in_use = peer.last_handshake and observed.time - peer.last_handshake < SESSION_SECONDS
     if peer.endpoint == wanted or in_use:
         return None
     return wanted

@@ -250,8 +250,8 @@ class Host:
         return Heard(time=self.steady.now(), peers=state.peers if ours else {})
 
     def mark(self, link: Link) -> int | None:
-        """A number that stays the same as long as nobody sets anything of our WireGuard device `link`, but endpoints.
-        None: it is not there. OSError."""
+        """A number that stays the same while nobody sets anything of our WireGuard device `link`. Of endpoints only
+        whether there is one counts. None: it is not there. OSError."""
         device = self._kernel_device() if link.kind == "wireguard" else self.userspace
         try:
             return None if device is None else device.mark(link.name)

@@ -357,7 +357,7 @@ class LinuxKernel:
     def _undone(self, plan: HostPlan, observed: Observed) -> Change | None:
         """The first change that somebody else must have made necessary."""
         changes = difference(plan, observed, self._memory, self._target(plan)).changes
-        return next((change for change in changes if change not in self._failed and is_drift(change)), None)
+        return next((change for change in changes if change not in self._failed and is_drift(change, observed)), None)
 
     def _heed(self, events: list[tuple[int, bytes]] | None) -> bool:
         """What events mean for others than the plan (None: some were lost). Whether the host may have moved."""
@@ -458,7 +458,10 @@ class LinuxKernel:
                 all_made.extend(made)
             else:
                 made = []
-        self._settle(plan, observed, made, failed, todo, target, settled)
+        self._memory = remember(
+            plan, self._memory, settled, made=all_made, failed=[change for change, _ in failed]
+        )  # fmt: skip
+        self._settle(plan, observed, made, failed, todo, target)
         if any(isinstance(change, DeleteForward) for change in all_made):
             # The program that did it is reported as somebody else.
             self._reports.news(0)
@@ -480,7 +483,6 @@ class LinuxKernel:
         failed: list[tuple[Change, Failure]],
         todo: Difference,
         target: Target,
-        settled: HostPlan | None,
     ) -> None:
         """Keep what is now believed of the host."""
         observed = apply_changes(observed, made, target.interface) if made else observed
@@ -489,9 +491,6 @@ class LinuxKernel:
             observed = evolve(observed, ipip=evolve(observed.ipip, index=index))
         self._index = observed.link.index if observed.link is not None else 0
         self._looked_at = True
-        self._memory = remember(plan, self._memory, settled)
-        if lost := {change.public_key for change, _ in failed if isinstance(change, SetPeer)}:
-            self._memory = Memory(endpoints={k: v for k, v in self._memory.endpoints.items() if k not in lost})
         # What goes takes other things along: that is looked at once more.
         whole = not failed and not todo.failures and not any(isinstance(c, DeleteLink | DeleteAddress) for c in made)
         self._settled = plan if whole else None

@@ -37,8 +37,10 @@ _START = 10.0
 _DYING = 2.0
 _POLL = 0.005
 _NO_KEY = "0" * 64
-_UNSTEADY = ("endpoint=", "last_handshake_time_", "tx_bytes=", "rx_bytes=")
+_UNSTEADY = ("last_handshake_time_", "tx_bytes=", "rx_bytes=")
 """Lines of an answer that say what the device has seen, not what it was told."""
+_ENDPOINT = "endpoint="
+"""The line that says either: only whether there is one counts."""
 _TUN = "/dev/net/tun"
 
 
@@ -82,7 +84,8 @@ def _encode_peer(change: SetPeer) -> Iterable[str]:
 def steady(answer: str) -> int:
     """A number that stays the same as long as nothing changes in an answer but what the device has seen. OSError if it
     says an errno."""
-    lines = [line for line in answer.split("\n") if line and not line.startswith(_UNSTEADY)]
+    told = (line for line in answer.split("\n") if line and not line.startswith(_UNSTEADY))
+    lines = [_ENDPOINT if line.startswith(_ENDPOINT) else line for line in told]
     if lines.pop() != "errno=0":
         decode(answer)
     # wireguard-go keeps its peers in a map, which has another order each time.

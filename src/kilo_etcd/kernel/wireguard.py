@@ -23,7 +23,8 @@ class Device(Protocol):
     def read(self, name: str) -> DeviceState: ...
 
     def mark(self, name: str) -> int:
-        """A number that stays the same as long as nothing changes in the device that a plan sets, endpoints aside."""
+        """A number that stays the same as long as nothing changes in the device that a plan sets. Of endpoints only
+        whether there is one counts."""
 
     def write(self, name: str, changes: Sequence[WireGuardChange]) -> None:
         """Make changes, in as few transactions as they fit in."""

@@ -192,10 +192,7 @@ class FakeKernel:
             self.host.history.extend(made)
             self.writes += len(made)
             self.plan = plan
-            self._memory = remember(plan, self._memory)
-            if lost := {change.public_key for change in refused if isinstance(change, SetPeer)}:
-                kept = {key: one for key, one in self._memory.endpoints.items() if key not in lost}
-                self._memory = Memory(endpoints=kept)
+            self._memory = remember(plan, self._memory, made=made, failed=refused)
             failures = (*todo.failures, *(_failure(change, why) for change, why in refused.items()))
             return ApplyReport(changes=made, failures=failures)
 
@@ -206,11 +203,10 @@ class FakeKernel:
     async def observe(self) -> Observed:
         await trio.lowlevel.checkpoint()
         observed = self._read()
-        plan = self.plan
-        if plan is not None and any(
-            map(is_drift, difference(plan, observed, self._memory, self._target(plan)).changes)
-        ):
-            self.drifted("found undone")
+        if (plan := self.plan) is not None:
+            changes = difference(plan, observed, self._memory, self._target(plan)).changes
+            if any(is_drift(change, observed) for change in changes):
+                self.drifted("found undone")
         return observed
 
     async def obstacles(self) -> tuple[Obstacle, ...]:

@@ -91,7 +91,7 @@ class DeviceReader:
                 frozenset(
                     (
                         key, found.get("WGPEER_A_PRESHARED_KEY"), found.get("WGPEER_A_PERSISTENT_KEEPALIVE_INTERVAL"),
-                        found.get("WGPEER_A_ALLOWEDIPS"),
+                        found.get("WGPEER_A_ALLOWEDIPS"), "WGPEER_A_ENDPOINT" in found,
                     )
                     for key, found in self._peers.items()
                 ),
