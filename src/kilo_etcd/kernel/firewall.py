@@ -24,6 +24,7 @@ import re
 from collections.abc import Iterable
 
 from kilo_etcd.kernel import nftables as nft
+from kilo_etcd.kernel.formats import NF_PRIORITIES
 from kilo_etcd.kernel.table import AddressSet, Chain, Rule, Table
 from kilo_etcd.kernel.wayout import MARK
 from kilo_etcd.model import DEFAULT_INTERFACE
@@ -50,7 +51,7 @@ def table_for(plan: HostPlan, interface: str) -> Table | None:
     sets: list[AddressSet] = []
     rules: list[Rule] = []
     if plan.ipip_remotes and plan.ipip_local is not None:
-        chains.append(Chain(name="input", kind="filter", hook="input", priority=0))
+        chains.append(Chain(name="input", kind="filter", hook="input", priority=NF_PRIORITIES["filter"]))
         sets.append(AddressSet(name="ipip_nodes", version=4, addresses=plan.ipip_remotes))
         to_us = (*nft.match_protocol(IPIP_PROTOCOL), *nft.match_address(plan.ipip_local, "daddr"))
         text = f"meta l4proto {IPIP_PROTOCOL} ip daddr {plan.ipip_local}"
@@ -67,17 +68,17 @@ def table_for(plan: HostPlan, interface: str) -> Table | None:
             ),
         )
     if plan.masquerade or plan.gateway:
-        chains.append(Chain(name="postrouting", kind="nat", hook="postrouting", priority=100))
+        chains.append(Chain(name="postrouting", kind="nat", hook="postrouting", priority=NF_PRIORITIES["srcnat"]))
         rules += _masquerade(plan, interface, sets)
         if plan.gateway:
             rules += _gateway(plan, interface)
     if plan.gateway and plan.closed:
-        chains.append(Chain(name="forward", kind="filter", hook="forward", priority=0))
+        chains.append(Chain(name="forward", kind="filter", hook="forward", priority=NF_PRIORITIES["filter"]))
         rules += _closed(plan, interface)
     if plan.way_out is not None and plan.way_out.answers6:
-        chains.append(Chain(name="prerouting", kind="filter", hook="prerouting", priority=-150))
-        chains.append(Chain(name="delivered", kind="filter", hook="input", priority=0))
-        chains.append(Chain(name="output", kind="route", hook="output", priority=-150))
+        chains.append(Chain(name="prerouting", kind="filter", hook="prerouting", priority=NF_PRIORITIES["mangle"]))
+        chains.append(Chain(name="delivered", kind="filter", hook="input", priority=NF_PRIORITIES["filter"]))
+        chains.append(Chain(name="output", kind="route", hook="output", priority=NF_PRIORITIES["mangle"]))
         own = frozenset(address for address in plan.way_out.sources if address.version == 6)
         sets.append(AddressSet(name="own6", version=6, addresses=own))
         rules += _answers(plan, interface)

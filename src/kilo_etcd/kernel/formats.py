@@ -7,6 +7,7 @@ loaded, so that a program may still import the whole of pyroute2. `tests/kernel/
 a new pyroute2 changes what this relies on.
 
 What pyroute2 lacks, or packs in another way than the kernel has it, is declared at the end, as subclasses of its own.
+The numbers among it are the kernel's, each with the header that has it: pyroute2 0.9's classes have none of them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
-from struct import Struct
+from struct import Struct, calcsize
 from types import ModuleType
 from typing import Any
 
@@ -89,6 +90,15 @@ neighbours: Any = _neighbour
 """States of neighbours."""
 
 
+def _number(kind: Any) -> Struct:
+    ((_, form),) = kind.fields
+    return Struct(form if form[0] in "<>!" else f"={form}")
+
+
+U16, U32, I32, BE32 = map(_number, (nla.uint16, nla.uint32, nla.int32, nla.sbe32))
+"""Numbers in the machine's byte order, and one in the network's, which netfilter uses."""
+
+
 class netconfmsg(nlmsg):  # type: ignore[misc, valid-type]
     """Settings of interfaces (linux/netconf.h), which pyroute2 0.9 lacks."""
 
@@ -101,15 +111,25 @@ class netconfmsg(nlmsg):  # type: ignore[misc, valid-type]
 
 
 NETCONFA_IFINDEX_ALL = -1
-RTM_NEWNETCONF = 80
-
-
+"""The setting of all interfaces, and of those that are still to come (linux/netconf.h)."""
+LOOPBACK_IFINDEX = 1
+"""Index of `lo` in every network namespace (net/flow.h)."""
+RT_TABLE_MAIN = 254
+"""The table of routes that is asked if no rule says otherwise (linux/rtnetlink.h)."""
 RTM_F_CLONED = 0x200
 """A cached copy of a route (linux/rtnetlink.h)."""
 FIB_RULE_INVERT = 0x2
 """The rule takes what it does not match (linux/fib_rules.h)."""
+FRA_SUPPRESS_NOTHING = 0xFFFFFFFF
+"""FRA_SUPPRESS_PREFIXLEN of a rule that suppresses nothing (-1 in net/core/fib_rules.c)."""
 NETLINK_CAP_ACK = 10
 """A refusal does not quote the whole request (linux/netlink.h)."""
+SO_RCVBUFFORCE = 33
+"""A receive buffer beyond the host's limit, for who may (asm-generic/socket.h)."""
+UCRED = Struct("=iII")
+"""Process, user and group at the other end of a unix socket: struct ucred (linux/socket.h)."""
+IFNAMSIZ = 16
+"""Bytes of an interface's name, with the NUL behind it (linux/if.h)."""
 
 
 class nft_obj_msg(nfgen_msg):  # type: ignore[misc, valid-type]
@@ -133,6 +153,7 @@ NFTNL_UDATA_RULE_COMMENT = 0
 """A comment within the userdata of a rule (libnftnl/udata.h)."""
 NF_CT_STATE_NEW = 8
 """The bit of new packets, in nftables' ct state and in xtables' conntrack alike (nf_conntrack_common.h)."""
+XT_CONNTRACK_REVISION = 3
 XT_CONNTRACK3 = Struct("=148xHHH")
 """match_flags, invert_flags and state_mask in struct xt_conntrack_mtinfo3 (linux/netfilter/xt_conntrack.h)."""
 XT_CONNTRACK_STATE = 1
@@ -143,6 +164,8 @@ NFNL_MSG_BATCH_BEGIN, NFNL_MSG_BATCH_END = 0x10, 0x11
 """What stands around messages that are done all or none (linux/netfilter/nfnetlink.h)."""
 NF_INET_HOOKS = {"prerouting": 0, "input": 1, "forward": 2, "output": 3, "postrouting": 4}
 """Numbers of the places at which base chains are hooked in (linux/netfilter.h)."""
+NF_PRIORITIES = {"mangle": -150, "filter": 0, "srcnat": 100}
+"""Order of base chains at one hook, by their names in nft(8) (linux/netfilter_ipv4.h)."""
 
 
 class refusal(nlmsg):  # type: ignore[misc, valid-type]
@@ -165,3 +188,18 @@ class wgmsg(_wireguard.wgmsg):  # type: ignore[misc, name-defined]
 
         class endpoint_ipv6(_wireguard.wgmsg.wgdevice_peer.endpoint_ipv6):  # type: ignore[misc, name-defined]
             fields = (("family", "H"), ("port", ">H"), ("flowinfo", ">I"), ("addr", "16s"), ("scope_id", "I"))
+
+
+def _sockaddr(kind: Any) -> Struct:
+    """A socket address: fields in the network's byte order are numbers, those in the machine's own are bytes."""
+    forms = (
+        form.lstrip(">!") if form[0] in ">!" or form[-1] in "sx" else f"{calcsize(f'={form}')}s"
+        for _, form in kind.fields
+    )
+    return Struct("!" + "".join(forms))
+
+
+SOCKADDR_IN = _sockaddr(wgmsg.wgdevice_peer.endpoint_ipv4)
+"""Family, port, address."""
+SOCKADDR_IN6 = _sockaddr(wgmsg.wgdevice_peer.endpoint_ipv6)
+"""Family, port, flow, address, scope."""

@@ -74,6 +74,7 @@ from kilo_etcd.model import IPAddress, IPInterface, IPNetwork
 from kilo_etcd.topology.hostplan import HostPlan
 
 _CAP_NET_ADMIN = 12
+"""Its bit in the mask that /proc shows (linux/capability.h)."""
 _NO_SUCH_FAMILY = frozenset({errno.EOPNOTSUPP, errno.EAFNOSUPPORT, errno.ENOENT})
 """What a dump says where there is no such family, or no such table."""
 _NOBODY_THERE = frozenset({errno.ECONNREFUSED, errno.ECONNRESET, errno.ENOENT, errno.ENODEV, errno.EPIPE})

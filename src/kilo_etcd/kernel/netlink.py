@@ -17,7 +17,7 @@ from attrs import frozen
 
 from kilo_etcd.kernel.codec import UNREADABLE, FormatError, Reader
 from kilo_etcd.kernel.errors import NetlinkError
-from kilo_etcd.kernel.formats import NETLINK_CAP_ACK, core, nlmsg, nlmsgerr, refusal
+from kilo_etcd.kernel.formats import I32, NETLINK_CAP_ACK, SO_RCVBUFFORCE, core, nlmsg, nlmsgerr, refusal
 
 ACK, DUMP, REQUEST = core.NLM_F_ACK, core.NLM_F_DUMP, core.NLM_F_REQUEST
 
@@ -67,7 +67,7 @@ def _with_ports(data: bytes) -> Iterator[tuple[int, int, bytes]]:
 
 
 def _error(flags: int, body: bytes, read: Reader) -> NetlinkError | None:
-    code = -struct.unpack_from("=i", body)[0]
+    code = -I32.unpack_from(body)[0]
     if code == 0:
         return None
     detail = ""
@@ -228,9 +228,9 @@ class Listener:
     def __init__(self, groups: Sequence[int], protocol: int = 0) -> None:
         self.socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
         self.socket.setblocking(False)
-        # SO_RCVBUFFORCE where we may: a burst of foreign routes then costs no resync.
+        # As large as only root may have it: a burst of foreign routes then costs no resync.
         try:
-            self.socket.setsockopt(socket.SOL_SOCKET, 33, 1 << 22)
+            self.socket.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 1 << 22)
         except OSError:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
         self.socket.bind((0, 0))

@@ -8,11 +8,10 @@ read as a name alone, and equals nothing of ours.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from ipaddress import ip_network
 
-from kilo_etcd.kernel.formats import IP_CT_DIR_REPLY, NFT_OBJECT_COUNTER, nft
+from kilo_etcd.kernel.formats import BE32, IFNAMSIZ, IP_CT_DIR_REPLY, NFT_OBJECT_COUNTER, U32, nft
 from kilo_etcd.kernel.table import Expression
 from kilo_etcd.model import IPAddress, IPNetwork
 
@@ -40,12 +39,10 @@ FLAGS = frozenset({"NFTA_LOOKUP_FLAGS"})
 FAMILY = {4: nft.NFPROTO_IPV4, 6: nft.NFPROTO_IPV6}
 _OFFSET = {(4, "saddr"): 12, (4, "daddr"): 16, (6, "saddr"): 8, (6, "daddr"): 24}
 """Bytes into the network header (RFC 791, RFC 8200)."""
-_INTERFACE_LENGTH = 16
-"""IFNAMSIZ of linux/if.h."""
 
 
 def be32(value: int) -> bytes:
-    return struct.pack("!i", value)
+    return BE32.pack(value)
 
 
 def number(names: Mapping[int, str], name: str) -> bytes:
@@ -60,6 +57,7 @@ _comparisons = _expressions.nft_cmp.ops.ops
 _REGISTER, VERDICT_REGISTER = number(_registers, "NFT_REG_1"), number(_registers, "NFT_REG_VERDICT")
 NETWORK_HEADER = number(_expressions.nft_payload.base_type.ops, "NFT_PAYLOAD_NETWORK_HEADER")
 _COMPARISONS = {True: number(_comparisons, "NFT_CMP_EQ"), False: number(_comparisons, "NFT_CMP_NEQ")}
+ACCEPT_VERDICT = number(_verdicts, "NF_ACCEPT")
 _INTERFACE = {"iifname": "NFT_META_IIFNAME", "oifname": "NFT_META_OIFNAME"}
 
 
@@ -98,7 +96,7 @@ def _address(version: int, side: str) -> Iterator[Expression]:
 
 def match_interface(which: str, name: str, *, equal: bool = True) -> tuple[Expression, ...]:
     """`which`: `iifname` or `oifname`."""
-    return _meta(_INTERFACE[which]), _compare(name.encode().ljust(_INTERFACE_LENGTH, b"\0"), equal)
+    return _meta(_INTERFACE[which]), _compare(name.encode().ljust(IFNAMSIZ, b"\0"), equal)
 
 
 def match_protocol(number: int) -> tuple[Expression, ...]:
@@ -116,11 +114,11 @@ def match_answer() -> tuple[Expression, ...]:
 
 
 def match_mark(mark: int) -> tuple[Expression, ...]:
-    return _meta("NFT_META_MARK"), _compare(struct.pack("=I", mark))
+    return _meta("NFT_META_MARK"), _compare(U32.pack(mark))
 
 
 def set_mark(mark: int) -> tuple[Expression, ...]:
-    value = _expression("immediate", _REGISTER, struct.pack("=I", mark))
+    value = _expression("immediate", _REGISTER, U32.pack(mark))
     return value, _expression("meta", None, number(_keys, "NFT_META_MARK"), _REGISTER)
 
 

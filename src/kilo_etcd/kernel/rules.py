@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from attrs import frozen
 
+from kilo_etcd.kernel.formats import RT_TABLE_MAIN
 from kilo_etcd.model import IPAddress
 
 
@@ -32,7 +33,7 @@ class RoutingRule:
             words.append(f"from {self.source}")
         if self.not_mark:
             words.append(f"not fwmark {self.not_mark}")
-        words.append(f"lookup {self.table}" if self.table != 254 else "lookup main")
+        words.append(f"lookup {self.table}" if self.table != RT_TABLE_MAIN else "lookup main")
         if self.suppress is not None:
             words.append(f"suppress_prefixlength {self.suppress}")
         return " ".join(words)

@@ -13,6 +13,7 @@ from typing import Literal, TypeAlias
 
 from attrs import evolve, field, frozen
 
+from kilo_etcd.kernel.formats import RT_TABLE_MAIN, rtnl
 from kilo_etcd.kernel.forward import AddForward, DeleteForward, ForwardRule
 from kilo_etcd.kernel.openings import AddOpening, DeleteOpening, Opening, Place
 from kilo_etcd.kernel.rules import AddRule, DeleteRule, RoutingRule
@@ -28,11 +29,10 @@ agent, so of these routes only those that leave by one's own interface are one's
 
 FENCE_METRIC = 2**32 - 1
 """Of the routes that refuse packets: the worst one that there is, so that any other route comes first."""
-MAIN_TABLE = 254
-"""rtnetlink's RT_TABLE_MAIN."""
+MAIN_TABLE = RT_TABLE_MAIN
 
-KERNEL_PROTOCOL = 2
-"""rtnetlink's mark of the routes that the kernel itself makes for addresses (RTPROT_KERNEL)."""
+KERNEL_PROTOCOL: int = rtnl.rt_proto["kernel"]
+"""The mark of the routes that the kernel itself makes for addresses."""
 
 IPIP_OVERHEAD = 20
 WIREGUARD_OVERHEAD = 80

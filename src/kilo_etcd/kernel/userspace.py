@@ -16,7 +16,6 @@ import shutil
 import signal
 import socket
 import stat
-import struct
 import subprocess
 import time
 from collections.abc import Iterable, Sequence
@@ -25,6 +24,7 @@ from pathlib import Path
 from kilo_etcd import descriptors
 from kilo_etcd.kernel.effect import network_order
 from kilo_etcd.kernel.errors import NO_PERMISSION, KernelError, why_not
+from kilo_etcd.kernel.formats import UCRED
 from kilo_etcd.kernel.netlink import same_namespace
 from kilo_etcd.kernel.read.wireguard import DeviceState
 from kilo_etcd.kernel.state import ObservedPeer, RemovePeer, SetDevice, SetPeer, WireGuardChange
@@ -183,9 +183,7 @@ class UserspaceDevice:
         """The process that serves a device of our network namespace, or None. OSError: no descriptor is left to ask."""
         try:
             with self._connect(name) as connection:
-                process, _, _ = struct.unpack(
-                    "=iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("=iII"))
-                )
+                process, _, _ = UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))
         except OSError as error:
             if descriptors.is_shortage(error):
                 raise

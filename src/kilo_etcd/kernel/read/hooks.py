@@ -6,7 +6,6 @@ cannot be told.
 
 from __future__ import annotations
 
-import struct
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
@@ -217,7 +216,9 @@ def _condition(held: str, mask: bytes, operator: bytes, data: bytes) -> Conditio
         # A prefix is compared in as many bytes as it has.
         return Condition(held, data.rstrip(b"\0").decode(errors="replace") + ("" if b"\0" in data else "*"), equal)
     if held in ("iif index", "oif index"):
-        return Condition(held[:3], "lo", equal) if data == struct.pack("=I", 1) else Condition("?")
+        return (
+            Condition(held[:3], "lo", equal) if data == formats.U32.pack(formats.LOOPBACK_IFINDEX) else Condition("?")
+        )
     if held == "version":
         return Condition("version", _VERSIONS.get(data[0] if data else 0), equal)
     if held == "state":
@@ -237,12 +238,16 @@ def _xt_match(found: Found) -> Iterator[Condition]:
     """A match of iptables' own that nftables carries along."""
     name, info = text(found, "NFTA_MATCH_NAME"), found.get("NFTA_MATCH_INFO", b"")
     layout = formats.XT_CONNTRACK3
-    if name == "conntrack" and found.get("NFTA_MATCH_REV") == be32(3) and len(info) >= layout.size:
+    if (
+        name == "conntrack"
+        and found.get("NFTA_MATCH_REV") == be32(formats.XT_CONNTRACK_REVISION)
+        and len(info) >= layout.size
+    ):
         flags, inverted, state = layout.unpack_from(info)
         of_state = formats.XT_CONNTRACK_STATE
         yield Condition("new", bool(state & _NEW), not inverted & of_state) if flags == of_state else Condition("?")
     elif name == "state" and len(info) >= 4:
-        yield Condition("new", bool(struct.unpack_from("=I", info)[0] & _NEW))
+        yield Condition("new", bool(formats.U32.unpack_from(info)[0] & _NEW))
     elif name != "comment":
         yield Condition(name)
 

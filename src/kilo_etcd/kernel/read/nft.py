@@ -10,14 +10,13 @@ from typing import Any
 from kilo_etcd.kernel import formats
 from kilo_etcd.kernel.codec import Reader, elements
 from kilo_etcd.kernel.formats import nfnetlink, nft, nft_obj_msg
-from kilo_etcd.kernel.nftables import KNOWN, VALUES
+from kilo_etcd.kernel.nftables import ACCEPT_VERDICT, KNOWN, VALUES
 from kilo_etcd.kernel.table import AddressSet, Chain, Expression, Rule
 from kilo_etcd.model import IPAddress
 
 PROTOCOL = formats.core.NETLINK_NETFILTER
 GROUP = nfnetlink.NFNLGRP_NFTABLES
 
-_ACCEPT = 1
 _HOOKS = {number: name for name, number in formats.NF_INET_HOOKS.items()}
 _ANONYMOUS = 1 << nft.nft_set_msg.set_flags.ops.index("NFT_SET_ANONYMOUS")
 
@@ -54,7 +53,7 @@ def read_chain(body: bytes, table: str) -> Chain | None:
     if text(found, "NFTA_CHAIN_TABLE") != table:
         return None
     number = int.from_bytes(hook["NFTA_HOOK_HOOKNUM"]) if "NFTA_HOOK_HOOKNUM" in hook else -1
-    accepts = int.from_bytes(found.get("NFTA_CHAIN_POLICY", b"")) == _ACCEPT
+    accepts = found.get("NFTA_CHAIN_POLICY") == ACCEPT_VERDICT
     return Chain(
         name=text(found, "NFTA_CHAIN_NAME"),
         # A chain that drops by default is none of ours, whatever its name.

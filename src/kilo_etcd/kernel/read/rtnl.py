@@ -21,7 +21,7 @@ NEWLINK, DELLINK = rtnl.RTM_NEWLINK, rtnl.RTM_DELLINK
 NEWADDR, DELADDR = rtnl.RTM_NEWADDR, rtnl.RTM_DELADDR
 NEWROUTE, DELROUTE = rtnl.RTM_NEWROUTE, rtnl.RTM_DELROUTE
 NEWRULE, DELRULE = rtnl.RTM_NEWRULE, rtnl.RTM_DELRULE
-NEWNETCONF = formats.RTM_NEWNETCONF
+NEWNETCONF = rtnl.RTM_NEWNETCONF
 
 GROUPS = (
     rtnl.RTNLGRP_LINK,
@@ -43,8 +43,7 @@ _VERSIONS = {int(socket.AF_INET): 4, int(socket.AF_INET6): 6}
 _states = formats.neighbours
 _RESOLVED = _states.NUD_REACHABLE | _states.NUD_STALE | _states.NUD_DELAY | _states.NUD_PROBE | _states.NUD_PERMANENT
 """States of a neighbour whose link-layer address is known."""
-_NOT_SUPPRESSED = 0xFFFFFFFF
-"""What the kernel says of a rule that suppresses nothing."""
+_NOT_SUPPRESSED = formats.FRA_SUPPRESS_NOTHING
 
 _links = Reader(ifinfmsg, "IFLA_IFNAME", "IFLA_MTU", "IFLA_LINKINFO")
 _link_info = Reader(ifinfmsg.ifinfo, "IFLA_INFO_KIND", "IFLA_INFO_DATA")

@@ -10,7 +10,7 @@ from kilo_etcd.kernel import formats
 from kilo_etcd.kernel.codec import Container, Writer, encode, read
 from kilo_etcd.kernel.formats import core, nfgen_msg, nfnetlink, nft, nft_obj_msg
 from kilo_etcd.kernel.netlink import Message
-from kilo_etcd.kernel.nftables import ACCEPT, FLAGS, KNOWN, TEXTS, VALUES, VERDICT_REGISTER, matching
+from kilo_etcd.kernel.nftables import ACCEPT, ACCEPT_VERDICT, FLAGS, KNOWN, TEXTS, VALUES, VERDICT_REGISTER, matching
 from kilo_etcd.kernel.openings import Opening
 from kilo_etcd.kernel.table import Expression, Table
 
@@ -23,8 +23,6 @@ _ELEMENTS = 1000
 """Elements per message: a list is one attribute, which has at most 65,535 bytes."""
 _KEY_TYPE = {4: nft.DATA_TYPE_IPADDR, 6: nft.DATA_TYPE_IP6ADDR}
 _KEY_LENGTH = {4: 4, 6: 16}
-_ACCEPT = 1
-"""NF_ACCEPT of linux/netfilter.h, as a chain's policy."""
 
 
 def begin() -> Message:
@@ -133,7 +131,7 @@ def replace_table(table: Table) -> list[Message]:
             _message(
                 nft.NFT_MSG_NEWCHAIN, nft.nft_chain_msg,
                 ("NFTA_CHAIN_TABLE", table.name), ("NFTA_CHAIN_NAME", chain.name), ("NFTA_CHAIN_HOOK", {"attrs": hook}),
-                ("NFTA_CHAIN_POLICY", _ACCEPT), ("NFTA_CHAIN_TYPE", chain.kind),
+                ("NFTA_CHAIN_POLICY", _as_number(ACCEPT_VERDICT)), ("NFTA_CHAIN_TYPE", chain.kind),
                 flags=_CREATE,
             )
         )  # fmt: skip

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-import struct
 
 from kilo_etcd.kernel import formats
 from kilo_etcd.kernel.codec import Writer, encode
@@ -23,7 +22,7 @@ _SCOPE, _TYPE = rtnl.rt_scope, rtnl.rt_type
 _HIGHEST_BYTE = 255
 """A table with a larger number stands in an attribute."""
 
-_number = struct.Struct("=I")
+_number, _short = formats.U32, formats.U16
 _FAMILY = {4: int(socket.AF_INET), 6: int(socket.AF_INET6)}
 
 
@@ -36,7 +35,7 @@ def _unpacked(value: bytes) -> object:
 
 
 def _via(value: bytes) -> object:
-    return {"family": struct.unpack("=H", value[:2])[0], "addr": _shown(value[2:])}
+    return {"family": _short.unpack_from(value)[0], "addr": _shown(value[_short.size :])}
 
 
 _route = Writer(
@@ -161,7 +160,7 @@ def _route_body(route: Route, index: int, *, delete: bool = False) -> bytes:
         if gateway.version == version:
             attributes["RTA_GATEWAY"] = gateway.packed
         else:
-            attributes["RTA_VIA"] = struct.pack("=H", _FAMILY[gateway.version]) + gateway.packed
+            attributes["RTA_VIA"] = _short.pack(_FAMILY[gateway.version]) + gateway.packed
     if route.source is not None and not delete:
         attributes["RTA_PREFSRC"] = route.source.packed
     if route.metric:

@@ -10,10 +10,10 @@ import base64
 import errno
 import ipaddress
 import socket
-import struct
 from collections.abc import Iterator, Sequence
 from functools import cache
 
+from kilo_etcd.kernel import formats
 from kilo_etcd.kernel.codec import Container, Form, Writer, attribute
 from kilo_etcd.kernel.formats import core, ctrlmsg, wg, wgmsg
 from kilo_etcd.kernel.netlink import Message
@@ -26,10 +26,10 @@ _ROOM = 30_000
 _ALLOWED_IPS = 500
 """Allowed IPs of one peer per message."""
 
-_short, _number = struct.Struct("=H"), struct.Struct("=I")
+_short, _number = formats.U16, formats.U32
 _IPV4, _IPV6 = _short.pack(socket.AF_INET), _short.pack(socket.AF_INET6)
 _FAMILY = {4: _IPV4, 6: _IPV6}
-_ENDPOINT4, _ENDPOINT6 = struct.Struct("!H4s8x"), struct.Struct("!HI16s")
+_ENDPOINT4, _ENDPOINT6 = formats.SOCKADDR_IN, formats.SOCKADDR_IN6
 
 
 def _as_text(value: bytes) -> object:
@@ -45,12 +45,12 @@ def _as_number(value: bytes) -> object:
 
 
 def _as_endpoint(value: bytes) -> object:
-    if value[:2] == _IPV4:
-        port, packed = _ENDPOINT4.unpack(value[2:])
+    if len(value) == _ENDPOINT4.size:
+        _, port, packed = _ENDPOINT4.unpack(value)
         return {"addr": str(ipaddress.IPv4Address(packed)), "port": port}
-    port, flow, packed = _ENDPOINT6.unpack_from(value, 2)
-    scope = _number.unpack(value[-4:])[0]
-    return {"addr": str(ipaddress.IPv6Address(packed)), "port": port, "flowinfo": flow, "scope_id": scope}
+    _, port, flow, packed, scope = _ENDPOINT6.unpack(value)
+    address = str(ipaddress.IPv6Address(packed))
+    return {"addr": address, "port": port, "flowinfo": flow, "scope_id": _as_number(scope)}
 
 
 _control = Writer(ctrlmsg, {"CTRL_ATTR_FAMILY_NAME": _as_text})
@@ -197,11 +197,9 @@ def _sockaddr(endpoint: Endpoint) -> bytes:
     if address is None:
         raise OSError(errno.EINVAL, f"the endpoint {endpoint} is a name that was not resolved")
     if address.version == 4:
-        return _IPV4 + _ENDPOINT4.pack(endpoint.port, address.packed)
+        return _ENDPOINT4.pack(_IPV4, endpoint.port, address.packed)
     scope = str(address.scope_id or 0)
-    return (
-        _IPV6 + _ENDPOINT6.pack(endpoint.port, 0, address.packed) + _number.pack(int(scope) if scope.isdigit() else 0)
-    )
+    return _ENDPOINT6.pack(_IPV6, endpoint.port, 0, address.packed, _number.pack(int(scope) if scope.isdigit() else 0))
 
 
 def _name(name: str) -> dict[str, bytes]:
