@@ -364,8 +364,7 @@ def test_what_the_kernels_device_has_seen_does_not_change_its_mark_and_what_it_w
         reader = DeviceReader()
         for message in set_device(30, "kilo0", changes):
             reader.take(message.body)
-        for found in reader._peers.values():
-            found["WGPEER_A_RX_BYTES"] = counter.to_bytes(8, "little")
+        reader._peers = {key: (*found[:5], counter, *found[6:]) for key, found in reader._peers.items()}
         return reader.mark()
 
     one = SetPeer(

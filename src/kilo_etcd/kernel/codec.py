@@ -17,8 +17,10 @@ from __future__ import annotations
 
 import errno
 import struct
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
+from operator import itemgetter
 from typing import Any, TypeAlias
 
 from attrs import frozen
@@ -68,28 +70,40 @@ def _names(kind: Any) -> list[str]:
     return [name for name, form in kind.fields if form[-1] != "x"]
 
 
-def _fixed(kind: Any) -> struct.Struct:
+def layout(kind: Any) -> struct.Struct:
+    """The fields before the attributes."""
     # In this machine's byte order throughout: `Writer.form` refuses a field that pyroute2 packs in another.
     return struct.Struct("=" + "".join(form.lstrip("!>=<") for _, form in kind.fields))
 
 
+def _size(form: str) -> int:
+    return struct.calcsize("=" + form.lstrip("!>=<"))
+
+
+_NUMBERS: Mapping[str, str] = {
+    name: getattr(nla, name).fields[0][1]
+    for name in ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")
+}
+"""Types of pyroute2's that are numbers in the machine's byte order -> their form in `struct`'s terms."""
+
+
 @cache
-def _attributes(kind: Any) -> dict[int, str]:
-    """Type of an attribute -> its name in a class of pyroute2's."""
+def _attributes(kind: Any) -> dict[int, tuple[str, str]]:
+    """Type of an attribute -> its name in a class of pyroute2's, and its form if it is a number."""
     numbered = (each if isinstance(each[0], int) else (number, *each) for number, each in enumerate(kind.nla_map))
-    return {number: name for number, name, *_ in numbered}
+    return {number: (name, _NUMBERS.get(of, "")) for number, name, of, *_ in numbered}
 
 
 def _slots(kind: Any, body: bytes) -> list[tuple[str, int, int]]:
     """Name, start and end of each attribute's value in a body; the last one may be cut short. A name that pyroute2 does
     not know is empty."""
-    names, slots = _attributes(kind), []
-    at, end = _fixed(kind).size, len(body)
+    known, slots = _attributes(kind), []
+    at, end = layout(kind).size, len(body)
     while at + _NLA.size <= end:
         length, number = _NLA.unpack_from(body, at)
         if length < _NLA.size:
             break
-        slots.append((names.get(number & ~_FLAGS, ""), at + _NLA.size, min(at + length, end)))
+        slots.append((known.get(number & ~_FLAGS, ("", ""))[0], at + _NLA.size, min(at + length, end)))
         at += length + -length % nla.align
     return slots
 
@@ -97,6 +111,10 @@ def _slots(kind: Any, body: bytes) -> list[tuple[str, int, int]]:
 def read(kind: Any, body: bytes) -> dict[str, bytes]:
     """The values of a body's attributes by their names; for what is read seldom. `Reader` is for all else."""
     return {name: body[start:end] for name, start, end in _slots(kind, body)}
+
+
+def _number(value: bytes) -> object:
+    return int.from_bytes(value, sys.byteorder)
 
 
 class Form:
@@ -118,13 +136,15 @@ class Form:
 class Writer:
     """Packs bodies of one class of pyroute2's, a message's or an attribute's.
 
-    `converters` are for the attributes that it may have; pyroute2 is given bytes for one that has none.
+    `converters` are for the attributes that it may have; pyroute2 is given numbers as such, and bytes for what else has
+    none.
     """
 
     def __init__(self, kind: Any, converters: Converters) -> None:
         self._kind = kind
-        self._converters = converters
-        self._fixed = _fixed(kind)
+        numbers = {name: _number for name, form in _attributes(kind).values() if form}
+        self._converters = {**numbers, **converters}
+        self._fixed = layout(kind)
         self._forms: dict[tuple[tuple[str, ...], tuple[int, ...]], Form] = {}
         """Names and lengths of the attributes -> form."""
 
@@ -211,53 +231,68 @@ def elements(body: bytes) -> Iterator[bytes]:
         at += length + -length % nla.align
 
 
-_Shape: TypeAlias = tuple[
-    Callable[[bytes], tuple[bytes, ...]], tuple[bytes, ...], Callable[[bytes], tuple[Any, ...]], tuple[str, ...]
-]
-"""How to cut out the attributes' headers, what they are, how to cut out the fields and the wanted values, and their
-names."""
+_Values: TypeAlias = Callable[[bytes], tuple[Any, ...]]
+_Shape: TypeAlias = tuple[_Values, tuple[bytes, ...], _Values, Callable[[tuple[Any, ...]], tuple[Any, ...]]]
+"""How to cut out the attributes' headers, what they are, how to cut out the values, and to put them in order."""
+_MISSING = (None,)
 
 
 class Reader:
     """Reads bodies of one class of pyroute2's, a message's or an attribute's.
 
-    `wanted` are the attributes whose values are handed out, by their names in pyroute2.
+    `wanted` are the fields and attributes whose values are handed out, by their names in pyroute2. Numbers in the
+    machine's byte order are numbers, all else is bytes. LookupError: pyroute2 has none of that name.
     """
 
     def __init__(self, kind: Any, *wanted: str) -> None:
         self._kind = kind
-        self._fixed = _fixed(kind)
-        self._wanted = frozenset(wanted)
+        self._wanted = wanted
+        self._size = layout(kind).size
+        self._numbers = {name: form for name, form in _attributes(kind).values() if name in wanted}
+        """Attribute -> its form in `struct`'s terms, if it is a number; else empty."""
+        self._fields = [name for name in _names(kind) if name in wanted]
+        # A field in another byte order cannot be wanted: struct refuses it here.
+        self._head = struct.Struct(
+            "=" + "".join(form if name in wanted else f"{_size(form)}x" for name, form in kind.fields)
+        ).format
+        if unknown := set(wanted).difference(self._fields, self._numbers):
+            raise LookupError(f"pyroute2's {kind.__name__} has no {', '.join(sorted(unknown))}")
         self._shapes: dict[int, list[_Shape]] = {}
         """Length of a body -> its shapes."""
         self._number = 0
 
     def __call__(self, body: bytes) -> dict[str, Any]:
-        """The fields (numbers) and the wanted attributes that are there (bytes), by their names; of an attribute that
-        comes twice the last one counts. ValueError: it is no such message."""
-        for cut_headers, headers, cut_values, names in self._shapes.get(len(body), ()):
+        """What is there of what is wanted, by its name. Errors as of `row`."""
+        return {name: value for name, value in zip(self._wanted, self.row(body), strict=True) if value is not None}
+
+    def row(self, body: bytes) -> tuple[Any, ...]:
+        """What is wanted, in that order; None for an attribute that is not there. Of one that comes twice the last one
+        counts. ValueError: it is no such message."""
+        for cut_headers, headers, cut_values, order in self._shapes.get(len(body), ()):
             if cut_headers(body) == headers:
-                return dict(zip(names, cut_values(body), strict=False))
-        if len(body) < self._fixed.size:
-            raise ValueError(f"{len(body)} bytes are too few for {self._kind.__name__}")
+                return order(cut_values(body) + _MISSING)
+        shape = self._learn(body)
         if self._number >= _SHAPES:
             self._shapes.clear()
             self._number = 0
         self._number += 1
-        shape = self._learn(body)
         self._shapes.setdefault(len(body), []).append(shape)
-        return dict(zip(shape[3], shape[2](body), strict=True))
+        return shape[3](shape[2](body) + _MISSING)
 
     def _learn(self, body: bytes) -> _Shape:
-        headers_at, values_at = f"={self._fixed.size}x", self._fixed.format
-        names, headers = _names(self._kind), []
-        at = self._fixed.size
+        at = self._size
+        if len(body) < at:
+            raise ValueError(f"{len(body)} bytes are too few for {self._kind.__name__}")
+        headers_at, values_at = f"={at}x", self._head
+        names, headers = self._fields.copy(), []
         for name, start, end in _slots(self._kind, body):
             gap = start - _NLA.size - at
             headers_at += f"{gap}x{_NLA.size}s{end - start}x"
-            values_at += f"{gap + _NLA.size}x{end - start}" + ("s" if name in self._wanted else "x")
+            values_at += f"{gap + _NLA.size}x" + (
+                self._form(name, end - start) if name in self._numbers else f"{end - start}x"
+            )
             headers.append(body[start - _NLA.size : start])
-            names += [name] if name in self._wanted else []
+            names += [name] if name in self._numbers else []
             at = end
         rest = len(body) - at
         values_at += f"{rest}x"
@@ -267,9 +302,23 @@ class Reader:
             headers_at += f"{gap}x{_NLA.size}s"
             headers.append(body[at + gap : at + gap + _NLA.size])
             rest -= gap + _NLA.size
+        places = {name: place for place, name in enumerate(names)}
         return (
             struct.Struct(f"{headers_at}{rest}x").unpack,
             tuple(headers),
             struct.Struct(values_at).unpack,
-            tuple(names),
+            _in_order([places.get(name, -1) for name in self._wanted]),
         )
+
+    def _form(self, name: str, length: int) -> str:
+        form = self._numbers[name]
+        if form and _size(form) != length:
+            raise ValueError(f"{name} of {self._kind.__name__} has {length} bytes")
+        return form or f"{length}s"
+
+
+def _in_order(places: Sequence[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    if len(places) == 1:
+        (place,) = places
+        return lambda values: (values[place],)
+    return itemgetter(*places)

@@ -34,7 +34,7 @@ _READERS = {
     "target": ("NFTA_TARGET_NAME",),
 }
 _rules = Reader(
-    nft.nft_rule_msg,
+    nft.nft_rule_msg, "nfgen_family",
     "NFTA_RULE_TABLE", "NFTA_RULE_CHAIN", "NFTA_RULE_HANDLE", "NFTA_RULE_EXPRESSIONS", "NFTA_RULE_USERDATA",
 )  # fmt: skip
 _lists = Reader(nft.nft_set_elem_list_msg, "NFTA_SET_ELEM_LIST_ELEMENTS")

@@ -23,7 +23,8 @@ _ANONYMOUS = 1 << nft.nft_set_msg.set_flags.ops.index("NFT_SET_ANONYMOUS")
 _expr = nft.nft_rule_msg.nft_expr
 _generations = Reader(nft.nft_gen_msg, "NFTA_GEN_ID")
 _chains = Reader(
-    nft.nft_chain_msg, "NFTA_CHAIN_TABLE", "NFTA_CHAIN_NAME", "NFTA_CHAIN_HOOK", "NFTA_CHAIN_POLICY", "NFTA_CHAIN_TYPE"
+    nft.nft_chain_msg, "nfgen_family",
+    "NFTA_CHAIN_TABLE", "NFTA_CHAIN_NAME", "NFTA_CHAIN_HOOK", "NFTA_CHAIN_POLICY", "NFTA_CHAIN_TYPE",
 )  # fmt: skip
 _hooks = Reader(nft.nft_chain_msg.hook, "NFTA_HOOK_HOOKNUM", "NFTA_HOOK_PRIORITY")
 _rules = Reader(nft.nft_rule_msg, "NFTA_RULE_TABLE", "NFTA_RULE_CHAIN", "NFTA_RULE_EXPRESSIONS")

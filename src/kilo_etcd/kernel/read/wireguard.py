@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import base64
 import ipaddress
-import struct
 from typing import Any
 
 from attrs import field, frozen
 
-from kilo_etcd.kernel.codec import Reader, elements
+from kilo_etcd.kernel.codec import Reader, elements, layout
 from kilo_etcd.kernel.effect import network_order
-from kilo_etcd.kernel.formats import ctrlmsg, wgmsg
+from kilo_etcd.kernel.formats import SOCKADDR_IN, SOCKADDR_IN6, ctrlmsg, wg, wgmsg
 from kilo_etcd.kernel.state import ObservedPeer
 from kilo_etcd.model import Endpoint, IPNetwork
 
@@ -25,13 +24,13 @@ _devices = Reader(
 )  # fmt: skip
 _peers = Reader(
     wgmsg.wgdevice_peer,
-    "WGPEER_A_PUBLIC_KEY", "WGPEER_A_PRESHARED_KEY", "WGPEER_A_ENDPOINT", "WGPEER_A_PERSISTENT_KEEPALIVE_INTERVAL",
+    "WGPEER_A_PUBLIC_KEY", "WGPEER_A_PRESHARED_KEY", "WGPEER_A_PERSISTENT_KEEPALIVE_INTERVAL", "WGPEER_A_ENDPOINT",
     "WGPEER_A_LAST_HANDSHAKE_TIME", "WGPEER_A_RX_BYTES", "WGPEER_A_TX_BYTES", "WGPEER_A_ALLOWEDIPS",
 )  # fmt: skip
 _allowed = Reader(wgmsg.wgdevice_peer.wgpeer_allowedip, "WGALLOWEDIP_A_IPADDR", "WGALLOWEDIP_A_CIDR_MASK")
-_TIME, _COUNTER, _SHORT, _NUMBER = struct.Struct("=qq"), struct.Struct("=Q"), struct.Struct("=H"), struct.Struct("=I")
-_NO_KEY = bytes(32)
-_NEVER, _NOTHING, _NO_TIME = bytes(_TIME.size), bytes(_COUNTER.size), bytes(_SHORT.size)
+_TIME = layout(wgmsg.wgdevice_peer.parse_handshake_time)
+_NO_KEY = bytes(wg.WG_KEY_LEN)
+_NEVER = bytes(_TIME.size)
 
 
 @frozen(kw_only=True)
@@ -46,7 +45,7 @@ class DeviceState:
 
 def read_family(body: bytes) -> int:
     """The number of a family of generic netlink."""
-    number: int = _SHORT.unpack(_families(body)["CTRL_ATTR_FAMILY_ID"])[0]
+    number: int = _families(body)["CTRL_ATTR_FAMILY_ID"]
     return number
 
 
@@ -60,28 +59,29 @@ class DeviceReader:
         self._public_key = ""
         self._listen_port = 0
         self._mark = 0
-        self._peers: dict[bytes, dict[str, Any]] = {}
-        """Key -> attributes; allowed IPs of several messages are joined."""
+        self._peers: dict[bytes, tuple[Any, ...]] = {}
+        """Key -> attributes, as `_peers` has them; allowed IPs of several messages are joined."""
         self._former = {} if former is None else former._parsed
         self._parsed: dict[bytes, tuple[bytes, bytes, ObservedPeer]] = {}
         """Key -> endpoint and allowed IPs as bytes, and the peer made of them."""
 
     def take(self, body: bytes) -> None:
         """Read one message."""
-        found = _devices(body)
-        if any(key := found.get("WGDEVICE_A_PUBLIC_KEY", b"")):
+        key, port, mark, peers = _devices.row(body)
+        if any(key or b""):
             self._public_key = base64.b64encode(key).decode()
-        if "WGDEVICE_A_LISTEN_PORT" in found:
-            self._listen_port = _SHORT.unpack(found["WGDEVICE_A_LISTEN_PORT"])[0]
-        if "WGDEVICE_A_FWMARK" in found:
-            self._mark = _NUMBER.unpack(found["WGDEVICE_A_FWMARK"])[0]
-        for element in elements(found.get("WGDEVICE_A_PEERS", b"")):
-            peer = _peers(element)
-            known = self._peers.setdefault(peer["WGPEER_A_PUBLIC_KEY"], peer)
+        if port is not None:
+            self._listen_port = port
+        if mark is not None:
+            self._mark = mark
+        for element in elements(peers or b""):
+            peer = _peers.row(element)
+            if len(key := peer[0] or b"") != wg.WG_KEY_LEN:
+                raise ValueError(f"a peer's key has {len(key)} bytes")
+            known = self._peers.setdefault(key, peer)
             if known is not peer:
                 # A continuation carries the key and more allowed IPs only.
-                more = peer.get("WGPEER_A_ALLOWEDIPS", b"")
-                known["WGPEER_A_ALLOWEDIPS"] = known.get("WGPEER_A_ALLOWEDIPS", b"") + more
+                self._peers[key] = (*known[:-1], (known[-1] or b"") + (peer[-1] or b""))
 
     def mark(self) -> int:
         """See `Device.mark`."""
@@ -89,18 +89,15 @@ class DeviceReader:
             (
                 self._public_key, self._listen_port, self._mark,
                 frozenset(
-                    (
-                        key, found.get("WGPEER_A_PRESHARED_KEY"), found.get("WGPEER_A_PERSISTENT_KEEPALIVE_INTERVAL"),
-                        found.get("WGPEER_A_ALLOWEDIPS"), "WGPEER_A_ENDPOINT" in found,
-                    )
-                    for key, found in self._peers.items()
+                    (key, psk, keepalive, allowed, address is not None)
+                    for key, psk, keepalive, address, *_, allowed in self._peers.values()
                 ),
             )
         )  # fmt: skip
 
     def result(self) -> DeviceState:
         """The device, with each peer's allowed IPs in the order that plans have them in."""
-        peers = [self._peer(key, found) for key, found in self._peers.items()]
+        peers = [self._peer(*found) for found in self._peers.values()]
         self._former, self._peers = {}, {}
         return DeviceState(
             public_key=self._public_key,
@@ -109,35 +106,40 @@ class DeviceReader:
             peers={peer.public_key: peer for peer in peers},
         )
 
-    def _peer(self, key: bytes, found: dict[str, Any]) -> ObservedPeer:
-        get = found.get
-        address, allowed = get("WGPEER_A_ENDPOINT", b""), get("WGPEER_A_ALLOWEDIPS", b"")
+    def _peer(
+        self,
+        key: bytes,
+        psk: bytes | None,
+        keepalive: int | None,
+        address: bytes | None,
+        handshake: bytes | None,
+        received: int | None,
+        sent: int | None,
+        allowed: bytes | None,
+    ) -> ObservedPeer:
+        address, allowed = address or b"", allowed or b""
         former = self._former.get(key)
-        seconds, nanoseconds = _TIME.unpack(get("WGPEER_A_LAST_HANDSHAKE_TIME", _NEVER))
-        psk = get("WGPEER_A_PRESHARED_KEY", _NO_KEY)
+        seconds, nanoseconds = _TIME.unpack(handshake or _NEVER)
         peer = ObservedPeer(
             public_key=base64.b64encode(key).decode() if former is None else former[2].public_key,
             endpoint=former[2].endpoint if former and former[0] == address else _endpoint(address),
             allowed_ips=former[2].allowed_ips if former and former[1] == allowed else _networks(allowed),
-            persistent_keepalive=_SHORT.unpack(get("WGPEER_A_PERSISTENT_KEEPALIVE_INTERVAL", _NO_TIME))[0],
-            preshared_key=base64.b64encode(psk).decode() if psk != _NO_KEY else None,
+            persistent_keepalive=keepalive or 0,
+            preshared_key=None if psk is None or psk == _NO_KEY else base64.b64encode(psk).decode(),
             last_handshake=seconds + nanoseconds / 1e9,
-            rx_bytes=_COUNTER.unpack(get("WGPEER_A_RX_BYTES", _NOTHING))[0],
-            tx_bytes=_COUNTER.unpack(get("WGPEER_A_TX_BYTES", _NOTHING))[0],
+            rx_bytes=received or 0,
+            tx_bytes=sent or 0,
         )
         self._parsed[key] = (address, allowed, peer)
         return peer
 
 
-_ENDPOINT4, _ENDPOINT6 = struct.Struct("!2xH4s8x"), struct.Struct("!2xH4x16s4x")
-
-
 def _endpoint(data: bytes) -> Endpoint | None:
-    if len(data) == _ENDPOINT4.size:
-        port, packed = _ENDPOINT4.unpack(data)
+    if len(data) == SOCKADDR_IN.size:
+        _, port, packed = SOCKADDR_IN.unpack(data)
         return Endpoint(ipaddress.IPv4Address(packed), port)
-    if len(data) == _ENDPOINT6.size:
-        port, packed = _ENDPOINT6.unpack(data)
+    if len(data) == SOCKADDR_IN6.size:
+        _, port, _, packed, _ = SOCKADDR_IN6.unpack(data)
         return Endpoint(ipaddress.IPv6Address(packed), port)
     return None
 
@@ -145,8 +147,9 @@ def _endpoint(data: bytes) -> Endpoint | None:
 def _networks(data: bytes) -> tuple[IPNetwork, ...]:
     networks: set[IPNetwork] = set()
     for element in elements(data):
-        found = _allowed(element)
-        packed, length = found["WGALLOWEDIP_A_IPADDR"], found["WGALLOWEDIP_A_CIDR_MASK"][0]
+        packed, length = _allowed.row(element)
+        if packed is None or length is None:
+            raise ValueError("an allowed IP without its address or length")
         kind = ipaddress.IPv4Network if len(packed) == 4 else ipaddress.IPv6Network
         networks.add(kind((packed, length), strict=False))
     return tuple(sorted(networks, key=network_order))

@@ -30,29 +30,13 @@ def _shown(value: bytes) -> object:
     return str(ipaddress.ip_address(value))
 
 
-def _unpacked(value: bytes) -> object:
-    return _number.unpack(value)[0]
-
-
 def _via(value: bytes) -> object:
     return {"family": _short.unpack_from(value)[0], "addr": _shown(value[_short.size :])}
 
 
-_route = Writer(
-    rtmsg,
-    {
-        "RTA_DST": _shown, "RTA_GATEWAY": _shown, "RTA_PREFSRC": _shown, "RTA_VIA": _via, "RTA_OIF": _unpacked,
-        "RTA_PRIORITY": _unpacked, "RTA_TABLE": _unpacked, "RTA_MARK": _unpacked,
-    },
-)  # fmt: skip
+_route = Writer(rtmsg, {"RTA_DST": _shown, "RTA_GATEWAY": _shown, "RTA_PREFSRC": _shown, "RTA_VIA": _via})
 _address = Writer(ifaddrmsg, {"IFA_LOCAL": _shown, "IFA_ADDRESS": _shown})
-_rule = Writer(
-    fibmsg,
-    {
-        "FRA_SRC": _shown, "FRA_PRIORITY": _unpacked, "FRA_TABLE": _unpacked, "FRA_FWMARK": _unpacked,
-        "FRA_FWMASK": _unpacked, "FRA_SUPPRESS_PREFIXLEN": _unpacked, "FRA_PROTOCOL": lambda value: value[0],
-    },
-)  # fmt: skip
+_rule = Writer(fibmsg, {"FRA_SRC": _shown})
 
 
 def get_link(name: str) -> Message:

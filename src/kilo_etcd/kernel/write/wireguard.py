@@ -36,43 +36,25 @@ def _as_text(value: bytes) -> object:
     return value.rstrip(b"\0").decode()
 
 
-def _as_short(value: bytes) -> object:
-    return _short.unpack(value)[0]
-
-
-def _as_number(value: bytes) -> object:
-    return _number.unpack(value)[0]
-
-
 def _as_endpoint(value: bytes) -> object:
     if len(value) == _ENDPOINT4.size:
         _, port, packed = _ENDPOINT4.unpack(value)
         return {"addr": str(ipaddress.IPv4Address(packed)), "port": port}
     _, port, flow, packed, scope = _ENDPOINT6.unpack(value)
     address = str(ipaddress.IPv6Address(packed))
-    return {"addr": address, "port": port, "flowinfo": flow, "scope_id": _as_number(scope)}
+    return {"addr": address, "port": port, "flowinfo": flow, "scope_id": _number.unpack(scope)[0]}
 
 
 _control = Writer(ctrlmsg, {"CTRL_ATTR_FAMILY_NAME": _as_text})
-_device = Writer(
-    wgmsg,
-    {
-        "WGDEVICE_A_IFNAME": _as_text, "WGDEVICE_A_PRIVATE_KEY": base64.b64encode,
-        "WGDEVICE_A_LISTEN_PORT": _as_short, "WGDEVICE_A_FWMARK": _as_number,
-    },
-)  # fmt: skip
+_device = Writer(wgmsg, {"WGDEVICE_A_IFNAME": _as_text, "WGDEVICE_A_PRIVATE_KEY": base64.b64encode})
 _peer = Writer(
     wgmsg.wgdevice_peer,
     {
         "WGPEER_A_PUBLIC_KEY": base64.b64encode, "WGPEER_A_PRESHARED_KEY": base64.b64encode,
-        "WGPEER_A_ENDPOINT": _as_endpoint, "WGPEER_A_PERSISTENT_KEEPALIVE_INTERVAL": _as_short,
-        "WGPEER_A_FLAGS": _as_number,
+        "WGPEER_A_ENDPOINT": _as_endpoint,
     },
 )  # fmt: skip
-_allowed = Writer(
-    wgmsg.wgdevice_peer.wgpeer_allowedip,
-    {"WGALLOWEDIP_A_FAMILY": _as_short, "WGALLOWEDIP_A_CIDR_MASK": lambda value: value[0]},
-)
+_allowed = Writer(wgmsg.wgdevice_peer.wgpeer_allowedip, {})
 _peers = Container.of(wgmsg, "WGDEVICE_A_PEERS")
 _allowed_ips = Container.of(wgmsg.wgdevice_peer, "WGPEER_A_ALLOWEDIPS")
 
