@@ -145,7 +145,7 @@ def test_attributes_of_any_kind_and_length_are_found_where_they_stand(
     found = ANY(body)
     names = {number: name for number, (name, *_) in enumerate(rtmsg.nla_map)}
     wanted: dict[str, object] = {names[kind]: value for kind, value in expected if kind in (1, 5, 8)}
-    wanted |= {"RTA_OIF": int.from_bytes(value, sys.byteorder) for kind, value in expected if kind == 4}
+    wanted.update(("RTA_OIF", int.from_bytes(value, sys.byteorder)) for kind, value in expected if kind == 4)
     assert found == {"family": 0, "flags": 0x0B0A0908} | wanted
 
 

@@ -124,8 +124,8 @@ FRA_SUPPRESS_NOTHING = 0xFFFFFFFF
 """FRA_SUPPRESS_PREFIXLEN of a rule that suppresses nothing (-1 in net/core/fib_rules.c)."""
 NETLINK_CAP_ACK = 10
 """A refusal does not quote the whole request (linux/netlink.h)."""
-SO_RCVBUFFORCE = 33
-"""A receive buffer beyond the host's limit, for who may (asm-generic/socket.h)."""
+SO_SNDBUFFORCE, SO_RCVBUFFORCE = 32, 33
+"""Buffers beyond the host's limit, for who may (asm-generic/socket.h)."""
 UCRED = Struct("=iII")
 """Process, user and group at the other end of a unix socket: struct ucred (linux/socket.h)."""
 IFNAMSIZ = 16

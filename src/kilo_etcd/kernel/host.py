@@ -285,7 +285,7 @@ class Host:
 
     def _find(self, name: str) -> FoundLink | None:
         try:
-            return replies.read_link(self._route.get(requests.get_link(name)))
+            return self._route.get(requests.get_link(name), replies.read_link)
         except NetlinkError as error:
             if error.errno == errno.ENODEV:
                 return None
@@ -426,13 +426,13 @@ class Host:
 
         They are asked for as WireGuard's own packets, which go beside a way out.
         """
-        answers = self._route.ask([requests.get_route_to(address, MARK) for address in addresses])
+        answers = self._route.ask([requests.get_route_to(address, MARK) for address in addresses], replies.read_way)
         return dict(zip(addresses, map(self._egress_mtu, answers), strict=True))
 
-    def _egress_mtu(self, answer: bytes | NetlinkError) -> int | None:
+    def _egress_mtu(self, answer: tuple[int, int] | NetlinkError) -> int | None:
         if isinstance(answer, NetlinkError):
             return None
-        index, mtu = replies.read_way(answer)
+        index, mtu = answer
         link = self.links.get(index)
         if link is None or link.name in (self.interface, self.ipip, "lo"):
             return None

@@ -62,7 +62,7 @@ class Netfilter:
         """The table of that name, or None where there is none to be seen."""
         try:
             device = self._open()
-            device.get(write.get_table(name))
+            device.get(write.get_table(name), bytes)
             return _read(device, name)
         except OSError as error:
             if error.errno in _NONE:
@@ -72,7 +72,7 @@ class Netfilter:
     def generation(self) -> int | None:
         """A number that changes with every change of nftables, whoever makes it; None where there is none."""
         try:
-            return read.read_generation(self._open().get(write.get_generation()))
+            return self._open().get(write.get_generation(), read.read_generation)
         except OSError:
             return None
 

@@ -67,7 +67,7 @@ class KernelDevice:
 def available(generic: netlink.Socket) -> int | None:
     """The number of the kernel's WireGuard family, or None: it has none. (Asking loads the module.)"""
     try:
-        return read_family(generic.get(get_family(wg.WG_GENL_NAME)))
+        return generic.get(get_family(wg.WG_GENL_NAME), read_family)
     except NetlinkError as error:
         if error.errno == errno.ENOENT:
             return None
