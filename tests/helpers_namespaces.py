@@ -31,16 +31,15 @@ def own_namespaces() -> None:
 
 
 async def in_force(address: str) -> None:
-    """Wait until the kernel has made the local route of a new IPv6 address. A worker of the kernel does that by and by,
+    """Wait until `is_in_force`."""
+    await eventually(lambda: is_in_force(address), 30, what=f"the local route of {address}")
+
+
+def is_in_force(address: str) -> bool:
+    """Whether the kernel has made the local route of a new IPv6 address. A worker of the kernel does that by and by,
     also with `nodad`."""
-
-    def routed() -> bool:
-        routes = subprocess.run(
-            ["ip", "-6", "route", "show", "table", "local"], check=True, capture_output=True, text=True
-        ).stdout
-        return f"local {address} " in routes
-
-    await eventually(routed, 30, what=f"the local route of {address}")
+    command = ["ip", "-6", "route", "show", "table", "local"]
+    return f"local {address} " in subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -26,6 +26,7 @@ from kernel_worlds import GATEWAY4, PRIVATE, key, lines, peer, plan, plans, tunn
 
 from helpers import eventually
 from helpers_load import soon
+from helpers_namespaces import is_in_force
 from kilo_etcd.kernel import Kernel, KernelError, Setup, cleanup, list_addresses, open_kernel, userspace
 from kilo_etcd.kernel.errors import NetlinkError
 from kilo_etcd.kernel.linux import LinuxKernel
@@ -63,10 +64,12 @@ def underlay(mtu: int = 1500) -> None:
         f"ip link add eth0 mtu {mtu} type veth peer eth1 mtu {mtu} && ip link set eth0 up && ip link set eth1 up && "
         "ip address add 192.168.9.1/24 dev eth0 && ip address add fd00:9::1/64 dev eth0 nodad"
     )
-    # The kernel brings a new link up by and by, and tells of it.
+    # The kernel brings a new link up by and by, and tells of it; likewise with addresses.
     deadline = time.monotonic() + 30
-    while sh("ip -br link").count(" UP ") < 2 or sh("ip -br address").count("fe80::") < 2:
-        assert time.monotonic() < deadline, sh("ip -br address")
+    while (
+        sh("ip -br link").count(" UP ") < 2 or sh("ip -br address").count("fe80::") < 2 or not is_in_force("fd00:9::1")
+    ):
+        assert time.monotonic() < deadline, sh("ip -br address; ip -6 route show table local")
 
 
 def routes() -> set[str]:
