@@ -145,14 +145,14 @@ class Writer:
         numbers = {name: _number for name, form in _attributes(kind).values() if form}
         self._converters = {**numbers, **converters}
         self._fixed = layout(kind)
-        self._forms: dict[tuple[tuple[str, ...], tuple[int, ...]], Form] = {}
+        self._forms: dict[tuple[object, ...], Form] = {}
         """Names and lengths of the attributes -> form."""
 
     def __call__(self, fixed: Sequence[int], attributes: Mapping[str, bytes]) -> bytes:
         """The body. `fixed` as in `encode`; `attributes` are in the order in which they are packed. FormatError:
         pyroute2 has another format."""
         values = attributes.values()
-        shape = (tuple(attributes), tuple(map(len, values)))
+        shape = (*attributes, *map(len, values))
         form = self._forms.get(shape)
         if form is None:
             form = self.form(fixed, attributes)

@@ -99,8 +99,8 @@ def _on_device(index: int, address: IPInterface) -> bytes:
 
 def get_routes(version: int, table: int = MAIN_TABLE) -> Message:
     """Of one table. Kernels without strict checking answer with all tables."""
-    low, more = _table(table)
-    return Message(rtnl.RTM_GETROUTE, 0, _route((_FAMILY[version], 0, 0, 0, low, 0, 0, 0, 0), more))
+    more = {"RTA_TABLE": _number.pack(table)} if table > _HIGHEST_BYTE else {}
+    return Message(rtnl.RTM_GETROUTE, 0, _route((_FAMILY[version], 0, 0, 0, _low(table), 0, 0, 0, 0), more))
 
 
 def get_route_to(address: IPAddress, mark: int = 0) -> Message:
@@ -136,8 +136,9 @@ def _route_body(route: Route, index: int, *, delete: bool = False) -> bytes:
     else:
         local = route.gateway is None and version == 4 and not route.kind
         scope, kind = _LINK if local else _UNIVERSE, _KINDS[route.kind]
-    low, more = _table(route.table)
-    attributes = {"RTA_DST": destination.network_address.packed, **more}
+    attributes = {"RTA_DST": destination.network_address.packed}
+    if (table := route.table) > _HIGHEST_BYTE:
+        attributes["RTA_TABLE"] = _number.pack(table)
     if index:
         attributes["RTA_OIF"] = _number.pack(index)
     if (gateway := route.gateway) is not None:
@@ -150,7 +151,7 @@ def _route_body(route: Route, index: int, *, delete: bool = False) -> bytes:
     if route.metric:
         attributes["RTA_PRIORITY"] = _number.pack(route.metric)
     flags = _ONLINK if route.onlink and not delete else 0
-    fixed = (_FAMILY[version], destination.prefixlen, 0, 0, low, route.protocol, scope, kind, flags)
+    fixed = (_FAMILY[version], destination.prefixlen, 0, 0, _low(table), route.protocol, scope, kind, flags)
     return _route(fixed, attributes)
 
 
@@ -159,12 +160,9 @@ _UNSPEC, _UNREACHABLE = _TYPE["unspec"], _TYPE["unreachable"]
 _KINDS = {"": _TYPE["unicast"], "unreachable": _UNREACHABLE, "throw": _TYPE["throw"]}
 
 
-def _table(table: int) -> tuple[int, dict[str, bytes]]:
-    """The table in the header, and as an attribute if it does not fit there."""
-    return (table, _NOTHING) if table <= _HIGHEST_BYTE else (0, {"RTA_TABLE": _number.pack(table)})
-
-
-_NOTHING: dict[str, bytes] = {}
+def _low(table: int) -> int:
+    """What stands in the header."""
+    return table if table <= _HIGHEST_BYTE else 0
 
 
 def get_rules(version: int) -> Message:
@@ -181,7 +179,6 @@ def delete_rule(rule: RoutingRule, protocol: int) -> Message:
 
 def _rule_body(rule: RoutingRule, protocol: int) -> bytes:
     source = 0 if rule.source is None else rule.source.max_prefixlen
-    low = rule.table if rule.table <= _HIGHEST_BYTE else 0
     flags = formats.FIB_RULE_INVERT if rule.not_mark else 0
     attributes = {
         "FRA_PRIORITY": _number.pack(rule.priority),
@@ -194,4 +191,4 @@ def _rule_body(rule: RoutingRule, protocol: int) -> bytes:
         attributes |= {"FRA_FWMARK": _number.pack(rule.not_mark), "FRA_FWMASK": _number.pack(0xFFFFFFFF)}
     if rule.suppress is not None:
         attributes["FRA_SUPPRESS_PREFIXLEN"] = _number.pack(rule.suppress)
-    return _rule((_FAMILY[rule.version], 0, source, 0, low, 0, 0, _TO_TABLE, flags), attributes)
+    return _rule((_FAMILY[rule.version], 0, source, 0, _low(rule.table), 0, 0, _TO_TABLE, flags), attributes)
