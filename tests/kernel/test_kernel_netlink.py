@@ -5,24 +5,27 @@ from __future__ import annotations
 
 import errno
 import struct
+import subprocess
 from collections.abc import Callable, Iterator
 from ipaddress import ip_address, ip_network
 from typing import Any
 
 import pytest
 from handmade.attributes import attribute
+from kernel_worlds import PRIVATE
 
 from helpers import eventually
-from kilo_etcd.kernel import netlink
+from kilo_etcd.kernel import KernelError, Setup, list_addresses, netlink, open_kernel
 from kilo_etcd.kernel.codec import FormatError
 from kilo_etcd.kernel.errors import NetlinkError
 from kilo_etcd.kernel.netfilter import Netfilter
 from kilo_etcd.kernel.netlink import Listener, Message, Socket
-from kilo_etcd.kernel.read.rtnl import read_link, read_route
+from kilo_etcd.kernel.read.nft import read_generation
+from kilo_etcd.kernel.read.rtnl import read_address, read_link, read_route
 from kilo_etcd.kernel.read.wireguard import DeviceReader, read_family
 from kilo_etcd.kernel.state import Route
 from kilo_etcd.kernel.table import AddressSet, Table
-from kilo_etcd.kernel.write.rtnl import add_route
+from kilo_etcd.kernel.write.rtnl import add_route, get_addresses
 
 _ERROR, _DONE, _INTERRUPTED, _TLVS, _ROUTE = 2, 3, 0x10, 0x200, 24
 ASK = Message(26, 0, bytes(12))
@@ -165,8 +168,9 @@ def test_a_refusal_whose_reason_is_cut_off_is_a_refusal(play: Any) -> None:
         (read_route, b"\2" + bytes(11) + attribute(5, b"")),
         (read_family, bytes(4) + attribute(1, b"\1")),
         (read_family, bytes(4)),
+        (read_generation, bytes(4)),
     ],
-    ids=["mtu", "index", "destination", "gateway", "family", "no family"],
+    ids=["mtu", "index", "destination", "gateway", "family", "no family", "no generation"],
 )
 def test_an_answer_that_cannot_be_read_is_an_error(play: Any, read: Any, part: bytes) -> None:
     for body in (b"", b"\2", part):
@@ -290,3 +294,47 @@ def test_padding_is_as_long_as_the_kernel_wants_it(play: Any) -> None:
     (data,) = sent
     assert [len(body) for *_, body in netlink.messages(data)] == [0, 1, 2, 3, 4]
     assert len(data) == 5 * 16 + 4 * 4
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("own_namespaces")
+async def test_a_dump_has_what_did_not_change_while_another_address_went(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ip(*lines: str) -> None:
+        subprocess.run(["ip", "-batch", "-"], input="\n".join(lines), text=True, check=True)
+
+    ip("link set lo up", *(f"address add 10.9.{number // 250}.{number % 250 + 1}/32 dev lo" for number in range(600)))
+    device, found = Socket(0), list[bytes]()
+    receive, received = Socket._receive, []
+
+    def changed_after_the_first(self: Socket) -> bytes:
+        received.append(data := receive(self))
+        if len(received) == 1:
+            ip(*(f"address del 10.9.0.{number}/32 dev lo" for number in range(1, 101)))
+        return data
+
+    monkeypatch.setattr(Socket, "_receive", changed_after_the_first)
+    try:
+        device.dump(get_addresses(), found.append)
+    finally:
+        device.close()
+    assert len(received) > 3, "the first part tells of some of them only"
+    addresses = [str(one.address) for body in found if (one := read_address(body, {})) is not None]
+    assert sorted(one for one in addresses if one.startswith("10.9.")) == sorted(
+        f"10.9.{number // 250}.{number % 250 + 1}/32" for number in range(100, 600)
+    )
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("own_namespaces")
+async def test_a_kernel_that_cannot_be_asked_is_told_in_a_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def lost(self: Socket) -> bytes:
+        raise OSError(errno.ENOBUFS, "No buffer space available")
+
+    monkeypatch.setattr(Socket, "_receive", lost)
+    with pytest.raises(KernelError, match="the kernel does not tell this host's network state: No buffer space"):
+        await list_addresses()
+    with pytest.raises(KernelError, match="the kernel does not tell this host's network state: No buffer space"):
+        async with open_kernel(Setup(private_key=PRIVATE)):
+            pass

@@ -87,7 +87,7 @@ async def open_kernel(setup: Setup) -> AsyncIterator[Kernel]:
                 Reports(table_name(setup.interface), mark(setup.interface) if setup.forward_rules else ""),
             )
         try:
-            backend = await _in_thread(lambda: host.choose(setup.wireguard, setup.userspace_command))
+            backend = await _told(lambda: host.choose(setup.wireguard, setup.userspace_command))
             yield LinuxKernel(setup, host, listener, reports, backend)
         finally:
             listener.close()
@@ -154,7 +154,7 @@ async def list_addresses() -> HostAddresses:
         finally:
             host.close()
 
-    return await _in_thread(read)
+    return await _told(read)
 
 
 async def _in_thread(work: Callable[[], _T]) -> _T:
@@ -269,7 +269,7 @@ class LinuxKernel:
 
     async def resolved(self, addresses: Collection[IPAddress]) -> frozenset[IPAddress]:
         async with self._lock:
-            return await _in_thread(lambda: self._host.resolved(addresses))
+            return await _told(lambda: self._host.resolved(addresses))
 
     async def wait_drift(self) -> str:
         look_at = trio.current_time()

@@ -45,7 +45,7 @@ def subsystem(kind: int) -> bool:
 
 def read_generation(body: bytes) -> int:
     """The number that changes with every change of nftables."""
-    return int.from_bytes(_generations(body).get("NFTA_GEN_ID", b""))
+    return int.from_bytes(_generations(body)["NFTA_GEN_ID"])
 
 
 def read_chain(body: bytes, table: str) -> Chain | None:
