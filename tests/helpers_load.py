@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -15,6 +18,10 @@ WORK, EVERY = 0.02, 0.4
 
 FREE = 1.5
 """So much slower is a machine that does nothing but the test, whose own processes share two processors."""
+
+
+STARTS_IN_A_LEASE = 4
+"""So many times an agent's program can be loaded within a lease: a restart is more than that, and not alone."""
 
 
 @define
@@ -58,6 +65,14 @@ def measured() -> Iterator[Machine]:
     finally:
         ended.set()
         thread.join()
+
+
+def lease_for(seconds: int) -> int:
+    """The TTL of leases, in seconds: `seconds`, but longer where a program takes so long to start that an agent's
+    restart would end a lease."""
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-c", "import kilo_etcd.agent.main"], check=True)
+    return max(seconds, math.ceil(STARTS_IN_A_LEASE * (time.monotonic() - began)))
 
 
 @asynccontextmanager

@@ -36,10 +36,14 @@ def site(name: str, number: int, mode: str, *subnets: int) -> SiteSpec:
         subnets=tuple(f"10.{100 + number}.{lan}.0/24" for lan in range(max(subnets) + 1)),
         strict=True,
         hosts=tuple(
-            HostSpec(name=f"{name}-{k}", public=k == 1, label=name, subnet=lan, args=("--encapsulate", mode))
+            HostSpec(
+                name=f"{name}-{k}", public=k == 1, label=name, subnet=lan,
+                # A slow machine must not make a leader seem not to forward, and another host lead.
+                args=("--encapsulate", mode, "--probe", "off"),
+            )
             for k, lan in enumerate(subnets, 1)
         ),
-    )
+    )  # fmt: skip
 
 
 SPEC = Spec(

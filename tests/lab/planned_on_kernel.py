@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import pytest
 
+from helpers_load import lease_for
 from planned import handed_over, nothing_moves, planned_world
 
 pytestmark = [pytest.mark.lab, pytest.mark.deadline(1000)]
 
 
 async def test_what_an_operator_does_on_the_kernels_wireguard() -> None:
-    async with planned_world("kernel", lease_ttl=20) as lab:
+    async with planned_world("kernel", lease_ttl=lease_for(20)) as lab:
         await nothing_moves(lab)
         await handed_over(lab, crowded=True)
