@@ -426,6 +426,25 @@ def test_a_connected_peer_that_claims_again_is_no_contradiction() -> None:
     assert world.aside == {}
 
 
+def test_hosts_say_the_same_of_missing_subnets_whatever_they_knew_before() -> None:
+    """Seed 7200558 of the simulation: an empty etcd was adopted, and one host had never seen the subnets."""
+    old, new = World(), World(mesh=False)
+    new.put(KEYS.granularity, "location")
+    for world in (old, new):
+        world.node("a", "10.4.0.1", mesh_addresses=(ip_interface("10.4.0.1/16"),))
+    old.delete("/kilo/mesh/subnets")
+    before, after = old.view.snapshot(), new.view.snapshot()
+    assert before.subnets == after.subnets == (ip_network("10.4.0.0/16"),)
+    assert before.set_aside == after.set_aside
+    (note,) = after.set_aside
+    assert note.reason == (
+        "the value is missing; 10.4.0.0/16 stays in force: put it back with etcdctl put /kilo/mesh/subnets 10.4.0.0/16"
+    )
+    for world in (old, new):
+        world.put("/kilo/mesh/subnets", "10.4.0.0/16")
+        assert world.aside == {}
+
+
 def test_changed_subnets_leave_the_nodes_in_force() -> None:
     world = World()
     for i, name in enumerate("abc", 1):

@@ -129,6 +129,8 @@ class View:
         self._addresses = AddressIndex()
         self._silent: set[str] = set()
         """Nodes whose records state no address."""
+        self._subnets_stated: tuple[IPNetwork, ...] = ()
+        """By etcd's value; empty: it is missing, or not valid."""
         self._subnets_in_force = subnets or ()
         self._peer_records: dict[str, Peer] = {}
         self._elections: dict[str, dict[str, Candidate]] = {}
@@ -238,6 +240,7 @@ class View:
         if self._dirty and self._addresses.disputed(self.subnets or ()):
             # Who has which address, and how many records there are, counts then.
             self._judge_subnets()
+        self._note_subnets()
         self._join_all()
         return Snapshot(
             revision=self.revision,
@@ -549,9 +552,9 @@ class View:
         return ()
 
     def _take_subnets(self, value: bytes | None) -> Sequence[str]:
-        if value is None:
-            return [] if not self.subnets else ["the value is missing; the subnets known before stay in force"]
-        self._set_subnets(decode_subnets(value))
+        stated = () if value is None else decode_subnets(value)
+        self.subnets, self._subnets_stated = stated or self.subnets, stated
+        self._judge_subnets()
         return ()
 
     def _take_internal_ips(self, value: bytes | None) -> Sequence[str]:
@@ -575,14 +578,28 @@ class View:
             for key in self._kvs:
                 if isinstance(parsed := self._keys.parse(key), k.AddressKey):
                     self._note_address(parsed.address)
-        text = (
-            f"the value is {', '.join(map(str, configured)) or 'missing'}, but the nodes' addresses are in "
-            f"{', '.join(map(str, subnets))}, which stays in force: put it back with etcdctl put {self._keys.subnets} "
-            f"{','.join(map(str, subnets))}, or, to renumber the nodes, start each agent once with --renumber"
-        )
-        source = ("subnets", "in force")
-        if subnets != configured or source in self._aside:
-            self._note(source, () if subnets == configured else (SetAside(self._keys.subnets, text),))
+
+    def _note_subnets(self) -> None:
+        """Say that the subnets in force are not etcd's value, and the remedy.
+
+        What this host knew before is not part of it: all that see this revision say the same. Of a value that is not
+        valid its own reason says enough.
+        """
+        stated, subnets = self._subnets_stated, self._subnets_in_force
+        source, key = ("subnets", "in force"), self._keys.subnets
+        if subnets == stated or (not stated and key.encode() in self._kvs):
+            self._note(source, ())
+            return
+        in_force = ", ".join(map(str, subnets))
+        text = f"put it back with etcdctl put {key} {in_force.replace(' ', '')}"
+        if not stated:
+            text = f"the value is missing; {in_force} stays in force: {text}"
+        else:
+            text = (
+                f"the value is {', '.join(map(str, stated))}, but the nodes' addresses are in {in_force}, which stays "
+                f"in force: {text}, or, to renumber the nodes, start each agent once with --renumber"
+            )
+        self._note(source, (SetAside(key, text),))
 
 
 def _public(node: Node | None) -> tuple[bool, bool]:
