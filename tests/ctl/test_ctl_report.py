@@ -68,7 +68,7 @@ def status(name: str, **rest: object) -> StatusRecord:
 ALL_WELL = {
     "a1": status("a1"),
     "a2": status("a2"),
-    "a3": status("a3", role=Role.LEADER),
+    "a3": status("a3", role=Role.LEADER, leads_since="2026-11-22T10:30:00Z"),
     "b1": status("b1", role=Role.ALONE, location="", leader=""),
 }
 
@@ -95,7 +95,7 @@ def test_a_mesh_in_order_has_nothing_to_complain_of() -> None:
         "Locations:\n"
         "LOCATION   NODES  LEADER  SINCE                 NEXT IN LINE  CANDIDATES\n"
         "(default)  1      b1      -                     -             -\n"
-        "a          3      a3      2026-11-22T10:00:20Z  a1            a3, a1, a2"
+        "a          3      a3      2026-11-22T10:30:00Z  a1            a3, a1, a2"
     )
 
 
@@ -105,7 +105,23 @@ def test_candidates_are_in_the_order_in_which_they_would_lead() -> None:
     assert (row.leader, row.next_in_line, row.candidates) == ("a2", "a3", ("a2", "a3"))
 
 
-def test_a_leader_without_candidacy_has_no_since() -> None:
+@pytest.mark.parametrize(
+    ("said", "since"),
+    [
+        (status("a3", role=Role.LEADER, leads_since="2026-11-22T10:30:00Z"), "2026-11-22T10:30:00Z"),
+        # An agent of an older version, one that has not followed yet, one that speaks of the location it had before.
+        (status("a3", role=Role.LEADER), None),
+        (status("a3", leads_since="2026-11-22T10:30:00Z"), None),
+        (status("a3", role=Role.LEADER, location="b", leads_since="2026-11-22T10:30:00Z"), None),
+        (None, None),
+    ],
+)
+def test_since_when_a_leader_leads_is_for_its_own_agent_to_say(said: StatusRecord | None, since: str | None) -> None:
+    statuses = {} if said is None else {"a3": said}
+    assert report(WORLD, statuses, newest=40).locations[1].since == since
+
+
+def test_a_leader_without_candidacy_is_no_candidate() -> None:
     row = report(evolve(WORLD, candidates={}, leaders={"a": "a2"}), {}, newest=40).locations[1]
     assert (row.leader, row.since, row.candidates) == ("a2", None, ())
 

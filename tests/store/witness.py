@@ -246,6 +246,7 @@ READERS: dict[type, dict[str, Callable[[object], Any]]] = {
         "setAside": whole,
         "version": string,
         "since": string,
+        "leadsSince": string,
         "address": string,
         "unreachable": items(unreachable),
         "unsigned": items(string),

@@ -56,7 +56,7 @@ class Reporter:
         self._session = session
         self._public_key = public_key
         self._granularity_flag = granularity_flag
-        self._since = datetime.now(UTC).isoformat(timespec="seconds")
+        self._since = _now()
         self._status: store.StatusRecord | None = None
         self._nodes = 0
         self._due = trio.Event()
@@ -83,12 +83,22 @@ class Reporter:
             set_aside=len(snapshot.set_aside),
             version=__version__,
             since=self._since,
+            leads_since=self._since_when(role),
             address=state.address,
             unreachable=state.unreachable,
             unsigned=state.unsigned,
             answers=state.answers,
         )
         self._due.set()
+
+    def _since_when(self, role: Role | None) -> str:
+        """Since when this host leads. An agent that takes over from a former one of this host goes on counting."""
+        if role is None or role.kind is not store.Role.LEADER:
+            return ""
+        before = self._status or self._session.status
+        if before is not None and (before.role, before.location) == (role.kind, role.location) and before.leads_since:
+            return before.leads_since
+        return _now()
 
     async def run(self) -> None:
         """Write the newest status until cancelled."""
@@ -114,6 +124,10 @@ def bounded(errors: tuple[str, ...]) -> tuple[str, ...]:
     )
     more = len(errors) - len(first)
     return (*first, f"{more} more; the agent's log on this host names the first of them") if more else first
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def _count(number: int, what: str) -> str:

@@ -13,7 +13,7 @@ from attrs import field, frozen
 
 from kilo_etcd.model import Candidate, Node, SetAside, Snapshot
 from kilo_etcd.store.keys import Keys, NodeKey
-from kilo_etcd.store.records import StatusRecord
+from kilo_etcd.store.records import Role, StatusRecord
 from kilo_etcd.store.view import View
 from kilo_etcd.topology.segments import Segment, Topology, build_topology
 from kilo_etcd.topology.verdicts import sentence
@@ -55,7 +55,7 @@ class LocationRow:
     leader: str | None
     """None: every node for itself."""
     since: str | None = None
-    """RFC 3339, from the leader's own candidacy; None when it leads without one."""
+    """RFC 3339: since when it leads, as its own agent reports; None if that does not live, or knows of no leadership."""
     reason: str = ""
     next_in_line: str | None = None
     candidates: tuple[str, ...] = ()
@@ -162,7 +162,7 @@ def report(
         granularity=snapshot.granularity.value,
         subnets=tuple(map(str, snapshot.subnets)),
         nodes=tuple(_node_row(name, topology, statuses.get(name), newest, name in registered) for name in names),
-        locations=_location_rows(topology),
+        locations=_location_rows(topology, statuses),
         peers=tuple(sorted(topology.peers)),
         set_aside=snapshot.set_aside,
         disagreements=tuple(
@@ -246,12 +246,12 @@ def _role(node: Node, topology: Topology) -> str:
     return "leader" if segment.leader.name == node.name else "member"
 
 
-def _location_rows(topology: Topology) -> tuple[LocationRow, ...]:
+def _location_rows(topology: Topology, statuses: Mapping[str, StatusRecord]) -> tuple[LocationRow, ...]:
     rows: list[LocationRow] = []
     alone: dict[str, list[str]] = {}
     for segment in topology.segments.values():
         if len(segment.members) > 1:
-            rows.append(_segment_row(segment, topology.snapshot))
+            rows.append(_segment_row(segment, topology.snapshot, statuses.get(segment.leader.name)))
         else:
             alone.setdefault(segment.location, []).append(segment.leader.name)
     rows.extend(
@@ -261,18 +261,18 @@ def _location_rows(topology: Topology) -> tuple[LocationRow, ...]:
     return tuple(sorted(rows, key=lambda row: (row.location, row.nodes)))
 
 
-def _segment_row(segment: Segment, snapshot: Snapshot) -> LocationRow:
+def _segment_row(segment: Segment, snapshot: Snapshot, leader: StatusRecord | None) -> LocationRow:
     members = {node.name for node in segment.members}
     standing: dict[str, Candidate] = {}
     for candidate in sorted(snapshot.candidates.get(segment.location, ()), key=lambda c: (c.rank, c.create_revision)):
         if candidate.node in members:
             standing.setdefault(candidate.node, candidate)
-    leading = standing.get(segment.leader.name)
+    leads = leader is not None and (leader.role, leader.location) == (Role.LEADER, segment.location)
     return LocationRow(
         location=segment.location,
         nodes=tuple(sorted(members)),
         leader=segment.leader.name,
-        since=(leading.since or None) if leading is not None else None,
+        since=(leader.leads_since or None) if leader is not None and leads else None,
         reason=_reason(segment, snapshot),
         next_in_line=segment.next_in_line,
         candidates=tuple(standing),

@@ -134,6 +134,8 @@ class StatusRecord:
     version: str = ""
     since: str = ""
     """RFC 3339: when the agent started; for people."""
+    leads_since: str = ""
+    """RFC 3339: when the host began to lead its location, whatever agents it has had since; empty: it does not lead."""
     address: str = ""
     """Where the host is reached, for the error that a second host of this name gets."""
     unreachable: tuple[Unreachable, ...] = ()
@@ -529,6 +531,7 @@ _READERS: dict[type, dict[str, Callable[[object], Any]]] = {
         "set_aside": _whole,
         "version": _string,
         "since": _string,
+        "leads_since": _string,
         "address": _string,
         "unreachable": _items(_unreachable),
         "unsigned": _items(_string),

@@ -437,6 +437,11 @@ class Session:
         self._status, self._status_given = status, True
         return await self._now()
 
+    @property
+    def status(self) -> StatusRecord | None:
+        """The last one that was put, or that an earlier run of this agent left under a lease that lives."""
+        return self._status
+
     async def put_sightings(self, sightings: Mapping[str, SightingRecord]) -> bool:
         """Say of these nodes and peers, and of no others, where this host sees them; only what differs is written."""
         self._sightings.replace(sightings)
