@@ -516,7 +516,10 @@ async def test_who_is_passed_over_stands_behind_everyone_for_a_while(mesh: World
         record = json.loads(mesh.etcd.get("/kilo/elections/gcp/h1") or b"")
         assert record["rank"] == CandidateClass.PASSED_OVER
         status = json.loads(mesh.etcd.get("/kilo-status/h1") or b"")
-        assert "g1 and g2 found no way through it, to home for instance" in status["errors"][0]
+        (error,) = status["errors"]
+        assert error.startswith("this host was demoted as leader: g1 and g2 found no way through it, to home for instance")
+        assert "restart the agent to clear it now: systemctl restart kilo-etcd" in error
+        assert "h1" not in error, "whoever shows it names the host"
         assert mesh.said("passed over as leader") == 1
         for witness in ("g1", "g2"):
             mesh.etcd.delete(f"/kilo/verdicts/gcp/{witness}")
@@ -617,3 +620,19 @@ async def test_the_operators_choice_ends_it(mesh: World) -> None:
         await stands(mesh)
         mesh.etcd.put("/kilo/annotations/h1/leader", "true")
         await eventually(lambda: daemon.role is not None and daemon.role.leader == "h1", 10, every=0.1)
+
+
+async def test_a_restart_of_its_agent_clears_a_demotion(mesh: World) -> None:
+    mesh.etcd.delete("/kilo/elections/gcp/g1")
+    async with running(mesh) as daemon:
+        await stands(mesh)
+        await accuse(mesh, daemon)
+        await stands(mesh)
+        for witness in ("g1", "g2"):
+            mesh.etcd.delete(f"/kilo/verdicts/gcp/{witness}")
+        await trio.sleep(5)
+        assert b"demoted" in (mesh.etcd.get("/kilo-status/h1") or b"")
+    async with running(mesh):
+        await stands(mesh)
+        assert json.loads(mesh.etcd.get("/kilo/elections/gcp/h1") or b"")["rank"] != CandidateClass.PASSED_OVER
+        assert b"demoted" not in (mesh.etcd.get("/kilo-status/h1") or b"demoted")

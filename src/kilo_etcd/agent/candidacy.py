@@ -42,7 +42,7 @@ class Candidacy:
         self._released = False
         """The hold-down is to end as soon as it can."""
         self.why: str | None = None
-        """Why this host stands behind all other candidates, as a sentence."""
+        """Why this host stands behind all other candidates, as the end of a sentence."""
 
     @property
     def penance(self) -> float | None:

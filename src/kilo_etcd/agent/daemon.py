@@ -77,6 +77,13 @@ SAY_SECONDS = 5.0
 MOST_LISTED = 64
 """Members that do not answer, in the status."""
 
+DEMOTED = (
+    "for some minutes it leads only if nobody else can. Look for what drops forwarded packets (sysctl "
+    "net.ipv4.ip_forward, nft list ruleset) or UDP 51820 (--port); once nothing does, restart the agent to clear it now: "
+    "systemctl restart kilo-etcd"
+)
+"""What follows for a host that was demoted, and what to do."""
+
 SETTLE_SECONDS = 0.5
 """How long changes of the host's own addresses may go on before they are looked at: they come in bursts."""
 
@@ -840,7 +847,7 @@ class Daemon:
     def _standing_errors(self) -> tuple[str, ...]:
         """All that is wrong with this host, as sentences."""
         why = self._candidacy.why
-        behind = why and f"{why}; for some minutes it leads only if nobody else can"
+        behind = why and f"this host was demoted as leader: {why}; {DEMOTED}"
         # What etcd could not be told it has been told by the time that somebody reads this there.
         further = (
             self.beyond,

@@ -283,7 +283,7 @@ def _reason(segment: Segment, snapshot: Snapshot) -> str:
     passed_over = segment.election.passed_over
     if passed_over is None:
         return segment.election.reason.value
-    return sentence(passed_over, snapshot.verdicts.get(segment.location, ()))
+    return f"{passed_over} does not forward: {sentence(passed_over, snapshot.verdicts.get(segment.location, ()))}"
 
 
 def _unsigned(name: str, statuses: Mapping[str, StatusRecord], topology: Topology) -> Iterator[str]:

@@ -55,8 +55,8 @@ def successors(leader: Candidate, others: Mapping[str, Candidate], verdicts: Ite
 
 
 def sentence(leader: str, verdicts: Iterable[Verdict]) -> str:
-    """Why node `leader` is passed over, for people."""
+    """Why node `leader` is demoted, as the end of a sentence about it."""
     said = sorted((one for one in verdicts if one.leader == leader), key=lambda one: one.witness)
     names = " and ".join(one.witness for one in said)
     targets = sorted({target for one in said if one.reaches for target in one.targets})
-    return f"{leader} does not forward: {names} found no way through it, to {', '.join(targets)} for instance"
+    return f"{names} found no way through it, to {', '.join(targets)} for instance"
