@@ -293,7 +293,7 @@ def routed(world: World) -> bool:
     return MESH_G1 in world.host.observed.routes
 
 
-def unreachable(world: World) -> list[tuple[str, str]]:
+def unreachable(world: World) -> list[tuple[str, str, bool]]:
     value = world.etcd.get("/kilo-status/h1")
     return [] if value is None else [tuple(one) for one in decode_status(value).unreachable]
 
@@ -322,6 +322,15 @@ async def test_a_member_that_answers_is_routed_within_a_moment_and_asked_rarely(
         assert mesh.etcd.revision - revision <= 6
 
 
+async def test_a_member_that_answers_no_more_is_named_as_one_that_is_routed(mesh: World) -> None:
+    wire = Wire()
+    async with running(mesh, post=wire):
+        await eventually(lambda: routed(mesh), 20.5, every=0.01)
+        wire.answers = False
+        await eventually(lambda: unreachable(mesh) == [("g1", "192.168.1.51", True)], 7200, every=10)
+        assert routed(mesh)
+
+
 async def test_a_member_that_never_answers_is_not_routed_and_is_named_until_it_answers(mesh: World) -> None:
     wire = Wire()
     wire.answers = False
@@ -330,7 +339,7 @@ async def test_a_member_that_never_answers_is_not_routed_and_is_named_until_it_a
         assert not routed(mesh)
         assert ip_network("10.4.0.0/16") not in mesh.host.observed.routes
         assert {ip_network("10.4.0.0/16"), MESH_G1} <= mesh.host.observed.fences
-        await eventually(lambda: unreachable(mesh) == [("g1", "192.168.1.51")], 5, every=0.1)
+        await eventually(lambda: unreachable(mesh) == [("g1", "192.168.1.51", False)], 5, every=0.1)
         assert gauge(mesh) == 1.0
         assert daemon.plan is not None
         revision, writes = mesh.etcd.revision, daemon.kernel.writes
@@ -458,7 +467,7 @@ async def test_a_member_in_the_tunnel_is_named_if_it_does_not_even_shake_hands(m
         said = mesh.said("g1, its leader, does not answer h1 through their tunnel inside the location")
         assert said == (0 if shakes else 1)
         assert ip_network("10.4.0.0/16") in mesh.host.observed.routes, "what is encrypted is not withheld"
-        assert unreachable(mesh) == ([] if shakes else [("g1", "10.4.0.51")])
+        assert unreachable(mesh) == ([] if shakes else [("g1", "10.4.0.51", True)])
 
 
 def test_local_messages_are_told_from_others() -> None:

@@ -165,12 +165,12 @@ def test_a_node_that_was_set_aside_is_named_with_its_reason(etcd: FakeEtcd) -> N
 
 
 def test_a_member_that_does_not_answer_is_where_a_packets_way_ends(etcd: FakeEtcd) -> None:
-    def reports(name: str, *unreachable: tuple[str, str]) -> None:
+    def reports(name: str, *unreachable: tuple[object, ...]) -> None:
         number = HOSTS[name][0]
         status = StatusRecord(
             public_key=f"{chr(64 + number)}{'A' * 42}=",
             revision=10**6,
-            unreachable=tuple(Unreachable(*one) for one in unreachable),
+            unreachable=tuple(Unreachable(*one) for one in unreachable),  # type: ignore[arg-type]
         )
         etcd.put(Keys().status(name), encode(status))
 
@@ -188,6 +188,11 @@ def test_a_member_that_does_not_answer_is_where_a_packets_way_ends(etcd: FakeEtc
     reports("gcp-1", ("gcp-2", "10.1.0.99"))
     reports("gcp-2")
     assert run("home-2", "gcp-2").exit_code == 0
+    # It answered before, so its route is there still.
+    reports("gcp-1", ("gcp-2", "10.1.0.2", True))
+    (journey,) = json.loads(run("home-2", "gcp-2", "-o", "json").stdout)["journeys"]
+    assert journey["there"]["dropped"] is None
+    assert [step["to"] for step in journey["there"]["hops"]] == ["home-1", "gcp-1", "gcp-2"]
     # A record that cannot be meant is no reason to say nothing.
     reports("gcp-1", ("gcp-2", "nowhere"))
     assert run("home-2", "gcp-2").exit_code == 0

@@ -83,9 +83,11 @@ def test_a_node_record_comes_back(value: object) -> None:
 def test_a_status_comes_back() -> None:
     status = StatusRecord(
         public_key=wg_key("a"), role=Role.LEADER, errors=("x: y",), set_aside=2, revision=7, answers=True,
-        unreachable=(Unreachable("b", "10.0.0.2"),), unsigned=("c",),
+        unreachable=(Unreachable("b", "10.0.0.2"), Unreachable("d", "10.0.0.4", True)), unsigned=("c",),
     )  # fmt: skip
     assert decode_status(encode(status)) == status
+    short = encode(status).replace(b',"10.0.0.4",true', b',"10.0.0.4"').replace(b',"10.0.0.2",false', b',"10.0.0.2"')
+    assert [one.routed for one in decode_status(short).unreachable] == [False, False], "of an agent before 'routed'"
     older = json.loads(encode(status))
     for name in ("answers", "unreachable", "unsigned"):
         del older[name]

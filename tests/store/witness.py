@@ -209,7 +209,7 @@ def tunnel(value: object) -> Tunnel:
 def unreachable(value: object) -> Unreachable:
     if not isinstance(value, list) or len(value) < 2:
         raise ValueError(f"{short(value)} is no list of node, address")
-    return Unreachable(string(value[0]), string(value[1]))
+    return Unreachable(string(value[0]), string(value[1]), len(value) > 2 and truth(value[2]))
 
 
 READERS: dict[type, dict[str, Callable[[object], Any]]] = {

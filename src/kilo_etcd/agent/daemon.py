@@ -823,7 +823,9 @@ class Daemon:
 
     def _unreachable(self) -> tuple[store.Unreachable, ...]:
         silent = () if self._reachability is None else self._reachability.silent
-        named = (store.Unreachable(one.target.node, str(one.target.address)) for one in silent if one.named)
+        named = (
+            store.Unreachable(one.target.node, str(one.target.address), not one.withheld) for one in silent if one.named
+        )
         return tuple(sorted(named))[:MOST_LISTED]
 
     def _etcd_away(self) -> bool:

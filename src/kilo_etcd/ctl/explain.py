@@ -123,9 +123,11 @@ class Plans(Mapping[str, HostPlan]):
 
 def _silent(status: StatusRecord | None) -> tuple[Silent, ...]:
     found = []
-    for node, address in status.unreachable if status is not None else ():
+    for one in status.unreachable if status is not None else ():
         with suppress(ValueError):
-            found.append(Silent(target=Target(node, ip_address(address)), withheld=True, named=False))
+            target = Target(one.node, ip_address(one.address))
+            if not one.routed:
+                found.append(Silent(target=target, withheld=True, named=False))
     return tuple(found)
 
 

@@ -151,6 +151,9 @@ class Unreachable(NamedTuple):
 
     node: str
     address: str
+    routed: bool = False
+    """Packets are sent there all the same: it has answered before, or is reached through a tunnel. Agents of older
+    versions do not say so."""
 
 
 class Tunnel(NamedTuple):
@@ -491,9 +494,9 @@ def _tunnel(value: object) -> Tunnel:
 
 
 def _unreachable(value: object) -> Unreachable:
-    if not isinstance(value, list) or len(value) < len(Unreachable._fields):
-        raise ValueError(f"{shown(value)} is no list of {', '.join(Unreachable._fields)}")
-    return Unreachable(_string(value[0]), _string(value[1]))
+    if not isinstance(value, list) or len(value) < 2:
+        raise ValueError(f"{shown(value)} is no list of {', '.join(Unreachable._fields[:2])}")
+    return Unreachable(_string(value[0]), _string(value[1]), len(value) > 2 and _truth(value[2]))
 
 
 _networks = _items(parse_network)
