@@ -517,7 +517,9 @@ async def test_who_is_passed_over_stands_behind_everyone_for_a_while(mesh: World
         assert record["rank"] == CandidateClass.PASSED_OVER
         status = json.loads(mesh.etcd.get("/kilo-status/h1") or b"")
         (error,) = status["errors"]
-        assert error.startswith("this host was demoted as leader: g1 and g2 found no way through it, to home for instance")
+        assert error.startswith(
+            "this host was demoted as leader: g1 and g2 found no way through it, to home for instance"
+        )
         assert "restart the agent to clear it now: systemctl restart kilo-etcd" in error
         assert "h1" not in error, "whoever shows it names the host"
         assert mesh.said("passed over as leader") == 1

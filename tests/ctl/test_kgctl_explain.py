@@ -48,9 +48,27 @@ async def world(client: Client) -> None:
     await client.put("/kilo/annotations/home-2/subnets", "172.20.0.0/24")
 
 
+def reports(etcd: FakeEtcd, name: str, *unreachable: tuple[object, ...], errors: tuple[str, ...] = ()) -> None:
+    """The agent of a host lives and has these things to say."""
+    number, location = HOSTS[name][:2]
+    status = StatusRecord(
+        public_key=f"{chr(64 + number)}{'A' * 42}=",
+        revision=10**6,
+        role=Role.LEADER if name.endswith("-1") else Role.MEMBER,
+        location=location,
+        leader=f"{location}-1",
+        unreachable=tuple(Unreachable(*one) for one in unreachable),  # type: ignore[arg-type]
+        errors=errors,
+    )
+    etcd.put(Keys().status(name), encode(status))
+
+
 @pytest.fixture
 def etcd(fake: FakeEtcd) -> FakeEtcd:
+    """The mesh, with agents that live and have nothing to complain of."""
     trio.run(world, fake.client())
+    for name in HOSTS:
+        reports(fake, name)
     return fake
 
 
@@ -108,14 +126,136 @@ def test_a_peer_and_a_network_behind_a_node(etcd: FakeEtcd) -> None:
 
 
 def test_what_the_agents_on_the_way_say_is_added(etcd: FakeEtcd) -> None:
-    status = StatusRecord(
-        public_key="A" * 43 + "=", revision=10**6, role=Role.LEADER, leader="gcp-1", errors=("the port is taken",)
-    )
-    etcd.put(Keys().status("gcp-1"), encode(status))
+    reports(etcd, "gcp-1", errors=("the port is taken",))
+    etcd.delete(Keys().status("home-1"))
+    etcd.delete(Keys().status("home-2"))
     remarks = json.loads(run("gcp-2", "home-1", "-o", "json").stdout)["remarks"]
     assert {"node": "gcp-1", "text": "the port is taken"} in remarks
     assert {"node": "home-1", "text": "its agent does not report: is the host up?"} in remarks
     assert "home-2" not in {remark["node"] for remark in remarks}
+
+
+def headline(*arguments: str) -> tuple[int, str]:
+    """Exit status and first line; what is asked for has one address."""
+    found = run(*arguments)
+    (journey,) = json.loads(run(*arguments, "-o", "json").stdout)["journeys"]
+    assert found.output.splitlines()[0] == journey["says"]
+    assert (found.exit_code == 0) == journey["works"]
+    return found.exit_code, found.output.splitlines()[0]
+
+
+THERE = "gcp-2 (10.4.0.2) to 10.4.0.5: "
+NO_TUNNEL = (
+    "no tunnel to node home-1: it and gcp-1 are both behind NAT, and no host with a public endpoint sees gcp-1; do"
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "unreachable", "errors", "says"),
+    [
+        ("gcp-1", [], ["the port is taken"], "may not arrive: gcp-1 reports an error"),
+        ("gcp-1", [], ["the port is taken", "two"], "may not arrive: gcp-1 reports 2 errors"),
+        ("gcp-1", [], [NO_TUNNEL],
+         "does not arrive: there is no tunnel between gcp-1 and home-1, which are both behind NAT"),
+        ("gcp-2", [("gcp-1", "10.1.0.1", True)], [], "does not arrive: gcp-1 does not answer gcp-2 at 10.1.0.1"),
+        ("home-1", [("home-2", "10.2.0.5", True)], [], "does not arrive: home-2 does not answer home-1 at 10.2.0.5"),
+        ("gcp-1", [("gcp-2", "10.1.0.2", True)], [],
+         "arrives, but the answer does not: gcp-2 does not answer gcp-1 at 10.1.0.2"),
+        ("gcp-1", [("gcp-2", "10.1.0.2")], [],
+         "arrives, but the answer is dropped: gcp-2 does not answer gcp-1 at its internal IP 10.1.0.2"),
+        # What concerns other pairs, other networks, or no packets at all.
+        ("gcp-1", [("gcp-3", "10.1.9.3", True)], ["gcp-3 no longer answers gcp-1 at its internal IP 10.1.9.3"],
+         "arrives; the answer takes the same way"),
+        ("gcp-1", [], [NO_TUNNEL.replace("home-1", "lone-1")], "arrives; the answer takes the same way"),
+        ("gcp-1", [], ["--subnet=10.5.0.0/16 is not in force: the mesh's subnets are 10.4.0.0/16"],
+         "arrives; the answer takes the same way"),
+        ("gcp-1", [], ["192.168.7.0/24 of node home-2 is not routed here: it would cut this host off from 10.1.0.0/24"],
+         "arrives; the answer takes the same way"),
+        ("gcp-1", [], ["nothing comes back from the gateway exit-1, so nothing leaves this host but for the mesh"],
+         "arrives; the answer takes the same way"),
+        ("gcp-1", [], ["nothing comes back from the gateway home-1, so nothing leaves this host but for the mesh"],
+         "does not arrive: nothing comes back to gcp-1 from home-1"),
+    ],
+)  # fmt: skip
+def test_the_headline_follows_from_the_worst_hop(
+    etcd: FakeEtcd, name: str, unreachable: list[tuple[object, ...]], errors: list[str], says: str
+) -> None:
+    reports(etcd, name, *unreachable, errors=tuple(errors))
+    assert headline("gcp-2", "10.4.0.5") == (0 if says.startswith("arrives;") else 1, THERE + says)
+
+
+def test_where_nothing_is_known_of_a_host_on_the_way_nothing_is_promised(etcd: FakeEtcd) -> None:
+    etcd.delete(Keys().status("home-1"))
+    assert headline("gcp-2", "10.4.0.5") == (1, THERE + "may not arrive: the agent of home-1 does not report")
+    status = StatusRecord(public_key=f"{'D' + 'A' * 42}=", revision=10**6, location="home", leader="home-2")
+    etcd.put(Keys().status("home-1"), encode(status))
+    says = "may not arrive: home-1 does not follow etcd: it takes home-2 for its leader, where etcd says home-1"
+    assert headline("gcp-2", "10.4.0.5") == (1, THERE + says)
+
+
+def test_a_remark_is_printed_once(etcd: FakeEtcd) -> None:
+    reports(etcd, "gcp-1", errors=("the port is taken", "the port is taken"))
+    assert run("gcp-2", "home-2").output.count("the port is taken") == 1
+
+
+OWN = "sends it by its own routing table"
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "status", "says"),
+    [
+        ("gcp-1", "8.8.8.8", 0, f"gcp-1 {OWN}, outside the mesh"),
+        ("gcp-1", "fd99::7", 1, f"does not arrive: nobody in the mesh has it, and gcp-1 {OWN}, in clear"),
+        ("gcp-2", "2606:4700::1111", 0, f"gcp-2 {OWN}, outside the mesh"),
+        ("gcp-1", "203.0.113.4", 0, f"gcp-1 {OWN}, outside the mesh: it is the endpoint of home-1"),
+        ("gcp-1", "192.168.77.5", 1, f"does not arrive: nobody in the mesh has it, and gcp-1 {OWN}, in clear"),
+        ("gcp-1", "10.1.0.1", 0, "it is the internal IP of gcp-1 itself"),
+        ("gcp-1", "10.1.0.2", 0, f"gcp-1 {OWN}, in clear: it is the internal IP of gcp-2 at the same location"),
+        ("gcp-1", "10.1.0.77", 0, f"gcp-1 {OWN}, in clear: it is on its location's network"),
+        ("gcp-2", "10.2.0.5", 1,
+         "does not arrive: it is the internal IP of home-2, at another location, and the mesh carries no internal IPs; "
+         f"gcp-2 {OWN}, in clear; home-2 is reached at its mesh address 10.4.0.5"),
+        ("home-2", "172.20.0.9", 0, f"home-2 {OWN}: it is in a network behind home-2"),
+        ("home-2", "10.2.0.50", 0, f"home-2 {OWN}: it is in a network of its own location"),
+        ("gcp-2", "10.2.0.50", 0, "arrives; the answer takes the same way"),
+        ("gcp-2", "172.20.0.9", 0, "arrives; the answer takes the same way"),
+    ],
+)  # fmt: skip
+def test_any_address_can_be_asked_for(etcd: FakeEtcd, source: str, target: str, status: int, says: str) -> None:
+    etcd.put("/kilo/annotations/home-1/allowed-location-ips", "10.2.0.50/32")
+    code, line = headline(source, target)
+    assert (code, line.partition(": ")[2]) == (status, says)
+
+
+def test_the_internet_by_an_exit_node(etcd: FakeEtcd) -> None:
+    by = "home-1 sends it on to the internet in its own name"
+    etcd.put("/kilo/annotations/home-1/gateway", "true")
+    for name in ("gcp-1", "gcp-2"):
+        etcd.put(f"/kilo/annotations/{name}/way-out", "home-1")
+    assert headline("gcp-2", "8.8.8.8") == (0, f"gcp-2 (10.4.0.2) to 8.8.8.8: {by}")
+    (journey,) = json.loads(run("gcp-2", "8.8.8.8", "-o", "json").stdout)["journeys"]
+    assert [(hop["to"], hop["how"]) for hop in journey["there"]["hops"]] == [
+        ("gcp-1", "clear"),
+        ("home-1", "WireGuard"),
+    ]
+    assert [hop["to"] for hop in journey["back"]["hops"]] == ["gcp-1", "gcp-2"]
+    assert journey["there"]["leaves"] == by
+    # Its own location stays outside, and so does what has no exit.
+    assert headline("gcp-2", "10.1.0.77")[1].endswith("it is on its location's network")
+    assert headline("home-2", "8.8.8.8")[1].endswith("home-2 sends it by its own routing table, outside the mesh")
+    # The exit node leads to the internet, and not to whoever is beside it.
+    code, line = headline("gcp-1", "10.2.0.77")
+    assert (code, "home-1 leads to the internet, and to nobody in the private networks" in line) == (1, True)
+    code, line = headline("gcp-2", "2606:4700::1111")
+    assert (code, "gcp-2 has no IPv6 address in the mesh, so gcp-2 refuses" in line) == (1, True)
+    # A leader that uses none hands nothing on.
+    etcd.delete("/kilo/annotations/gcp-1/way-out")
+    code, line = headline("gcp-2", "8.8.8.8")
+    assert (code, "dropped on the way there: node gcp-2 leaves its location by gcp-1" in line) == (1, True)
+    etcd.put("/kilo/annotations/gcp-1/way-out", "home-1")
+    etcd.delete("/kilo/annotations/home-1/gateway")
+    code, line = headline("gcp-1", "8.8.8.8")
+    assert (code, "home-1 offers no way out" in line) == (1, True)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +264,6 @@ def test_what_the_agents_on_the_way_say_is_added(etcd: FakeEtcd) -> None:
         (["nobody", "gcp-1"], "there is no node nobody; kgctl status lists them"),
         (["gcp-1", "nobody"], "nobody is no node, no peer and no address; kgctl status lists them"),
         (["laptop", "gcp-1"], "laptop is a peer; explain starts at a node"),
-        (["gcp-1", "8.8.8.8"], "8.8.8.8 is no part of the mesh: gcp-1 sends it by its own routing table"),
         (["gcp-2", "fd04::1"], "node gcp-2 has IPv4 only, in which fd04::1 has no address"),
     ],
 )
@@ -141,11 +280,14 @@ def test_why_an_address_in_a_network_that_was_left_out_is_not_reached(etcd: Fake
     etcd.put("/kilo/annotations/gcp-2/subnets", "0.0.0.0/0")
     found = run("home-1", "10.5.0.9")
     assert found.exit_code == 1
-    assert found.stderr == (
-        "kgctl: 10.5.0.9 is no part of the mesh: home-1 sends it by its own routing table "
-        "(10.4.0.0/15 of node gcp-1 is left out: it covers the mesh's own subnet; offer smaller networks)\n"
+    assert found.output.splitlines()[0] == (
+        "home-1 to 10.5.0.9: does not arrive: it is no part of the mesh, and home-1 sends it by its own routing table "
+        "(10.4.0.0/15 of node gcp-1 is left out: it covers the mesh's own subnet; offer smaller networks)"
     )
-    assert run("home-1", "8.8.8.8").stderr.endswith("home-1 sends it by its own routing table\n")
+    assert headline("home-1", "8.8.8.8") == (
+        0,
+        "home-1 to 8.8.8.8: home-1 sends it by its own routing table, outside the mesh",
+    )
     shown = CliRunner().invoke(main, ["node", "show", "gcp-1"], prog_name="kgctl").output
     assert "10.4.0.0/15 of node gcp-1 is left out" in shown
     assert "0.0.0.0/0 of node gcp-2" not in shown
@@ -165,34 +307,29 @@ def test_a_node_that_was_set_aside_is_named_with_its_reason(etcd: FakeEtcd) -> N
 
 
 def test_a_member_that_does_not_answer_is_where_a_packets_way_ends(etcd: FakeEtcd) -> None:
-    def reports(name: str, *unreachable: tuple[object, ...]) -> None:
-        number = HOSTS[name][0]
-        status = StatusRecord(
-            public_key=f"{chr(64 + number)}{'A' * 42}=",
-            revision=10**6,
-            unreachable=tuple(Unreachable(*one) for one in unreachable),  # type: ignore[arg-type]
-        )
-        etcd.put(Keys().status(name), encode(status))
-
-    reports("gcp-1", ("gcp-2", "10.1.0.2"))
+    reports(etcd, "gcp-1", ("gcp-2", "10.1.0.2"))
     found = run("home-2", "gcp-2", "-o", "json")
     assert found.exit_code == 1
     (journey,) = json.loads(found.stdout)["journeys"]
     assert journey["there"]["dropped"] == "gcp-2 does not answer gcp-1 at its internal IP 10.1.0.2"
     assert [step["to"] for step in journey["there"]["hops"]] == ["home-1", "gcp-1"]
-    reports("gcp-2", ("gcp-1", "10.1.0.1"))
+    reports(etcd, "gcp-2", ("gcp-1", "10.1.0.1"))
     assert "dropped on the way there: gcp-1 does not answer gcp-2 at its internal IP 10.1.0.1" in run(
         "gcp-2", "gcp-1"
     ).output.replace("\n", " ")
     # It has another address by now, so what is said of the former one is out of date.
-    reports("gcp-1", ("gcp-2", "10.1.0.99"))
-    reports("gcp-2")
+    reports(etcd, "gcp-1", ("gcp-2", "10.1.0.99"))
+    reports(etcd, "gcp-2")
     assert run("home-2", "gcp-2").exit_code == 0
     # It answered before, so its route is there still.
-    reports("gcp-1", ("gcp-2", "10.1.0.2", True))
+    reports(etcd, "gcp-1", ("gcp-2", "10.1.0.2", True))
     (journey,) = json.loads(run("home-2", "gcp-2", "-o", "json").stdout)["journeys"]
     assert journey["there"]["dropped"] is None
-    assert [step["to"] for step in journey["there"]["hops"]] == ["home-1", "gcp-1", "gcp-2"]
+    assert [(step["to"], step["broken"]) for step in journey["there"]["hops"]] == [
+        ("home-1", False),
+        ("gcp-1", False),
+        ("gcp-2", True),
+    ]
     # A record that cannot be meant is no reason to say nothing.
-    reports("gcp-1", ("gcp-2", "nowhere"))
+    reports(etcd, "gcp-1", ("gcp-2", "nowhere"))
     assert run("home-2", "gcp-2").exit_code == 0

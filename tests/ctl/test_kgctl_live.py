@@ -269,7 +269,9 @@ def test_explain_is_held_against_the_kernels_on_the_way(mesh: Mesh) -> None:
     found = mesh.run("explain", "gcp-2", "10.4.0.5", "--live", "-o", "json")
     assert found.exit_code == 1
     said = json.loads(found.stdout)
-    assert (said["works"], said["journeys"][0]["works"]) == (False, True)
+    (journey,) = said["journeys"]
+    # The echo was answered, whatever its tunnel says.
+    assert (said["works"], journey["works"], journey["there"]["hops"][1]["broken"]) == (False, True, True)
     assert [(remark["node"], remark["text"]) for remark in said["live"]] == [
         ("home-2", "its agent lives, but has not answered in time"),
         ("gcp-1", "FORWARD drops"),
@@ -370,6 +372,7 @@ def test_check_and_explain_name_the_leader_that_passes_nothing_on(mesh: Mesh) ->
     assert finding["remedy"] == "the chain forward of nftables table inet x"
     found = mesh.run("explain", "gcp-2", "home-1", "--live")
     assert found.exit_code == 1
+    assert found.output.splitlines()[0].endswith("may not arrive: none of the echo requests of gcp-2 was answered")
     assert "through it nothing arrives between gcp-2 and home-1" in " ".join(found.output.split())
 
 
@@ -377,14 +380,26 @@ def test_explain_says_that_packets_arrive_only_if_they_were_seen_to(mesh: Mesh) 
     mesh.says["gcp-1"] = AnswerRecord(time=now(), tunnels=(mesh.tunnel("home-1", 3),))
     said = mesh.run("explain", "gcp-2", "home-1", "--live")
     assert (said.exit_code, said.output.splitlines()[-1][-20:]) == (0, " and packets arrive.")
-    said = mesh.run("explain", "gcp-2", "laptop", "--live").output.splitlines()[-1]
-    assert said.endswith("whether packets arrive was not tried by gcp-2.")
+    mesh.says["gcp-1"] = AnswerRecord(time=now(), tunnels=(mesh.tunnel("home-1", 3), mesh.tunnel("laptop", 3)))
+    said = mesh.run("explain", "gcp-2", "laptop", "--live")
+    assert (said.exit_code, said.output.splitlines()[-1][-47:]) == (
+        0,
+        " whether packets arrive was not tried by gcp-2.",
+    )
+    mesh.says["gcp-1"] = AnswerRecord(time=now(), tunnels=(mesh.tunnel("home-1", 3), mesh.tunnel("laptop", -1)))
+    said = mesh.run("explain", "gcp-2", "laptop", "--live")
+    assert (said.exit_code, said.output.splitlines()[0]) == (
+        1,
+        "gcp-2 (10.4.0.2) to 10.9.0.2: does not arrive: the tunnel between gcp-1 and peer laptop has no session: no "
+        "handshake yet",
+    )
     # Nobody asks whose agent does not live, and so it answers for nobody.
     mesh.etcd.delete("/kilo-status/home-1")
     mesh.lost = lambda source, target: target == "home-1"
     said = mesh.run("explain", "gcp-2", "home-1", "--live")
     assert said.exit_code == 1
-    assert "home-1 does not answer its echo requests at 10.4.0.4, fd04::4: is it up?" in " ".join(said.output.split())
+    assert said.output.splitlines()[0].endswith("may not arrive: none of the echo requests of gcp-2 was answered")
+    assert "home-1 its agent does not report: is the host up?" in " ".join(said.output.split())
 
 
 def test_agents_that_do_not_know_how_to_try_are_named_and_nothing_is_claimed_of_packets(mesh: Mesh) -> None:

@@ -15,7 +15,7 @@ from topology_worlds import MESH, MESH6, node, peer, plans, snapshot
 from kilo_etcd.model import Endpoint, Granularity, Node, Snapshot
 from kilo_etcd.topology import build_topology, host_plan, walk_both
 from kilo_etcd.topology.guard import guard
-from kilo_etcd.topology.nat import hidden_pair, hopeless, unmet
+from kilo_etcd.topology.nat import about_partner, hidden_pair, hopeless, unmet
 
 
 def at(*texts: str) -> tuple[Endpoint, ...]:
@@ -221,6 +221,7 @@ def test_what_is_said_of_a_pair_that_has_not_met(
     assert said.startswith("no tunnel to node two: it and one are both behind NAT, and ")
     assert "public endpoint lead the location" in said
     assert "force-endpoint" in said
+    assert (about_partner(said), about_partner(said[1:])) == ("two", None)
 
 
 def test_a_pair_of_which_one_is_public_or_at_one_site_is_none() -> None:

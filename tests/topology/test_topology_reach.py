@@ -12,7 +12,7 @@ from kilo_etcd.agent.report import bounded
 from kilo_etcd.model import Encapsulate, Granularity, Snapshot
 from kilo_etcd.topology import HostPlan, Via, WayOut, build_topology, host_plan
 from kilo_etcd.topology.hostplan import RoutePlan
-from kilo_etcd.topology.reach import MOST_NAMED, Silent, Target, targets, withhold
+from kilo_etcd.topology.reach import MOST_NAMED, Silent, Target, about_member, targets, withhold
 from kilo_etcd.topology.walk import walk
 
 LED = snapshot(SIX, candidates=standing(*SIX))
@@ -191,3 +191,18 @@ def test_a_tunnel_in_which_nobody_answers_is_named_and_nothing_is_withheld() -> 
     for target in ("a1", "b2"):
         assert walk(shown, topology, "a2", target).dropped == "a1 does not answer a2 at 10.4.0.1"
     assert walk(shown, topology, "a2", "a3").delivered
+
+
+def test_whom_a_sentence_is_about_can_be_told_from_it() -> None:
+    tunneled = [evolve(one, tunneled=True, withheld=False) for one in silent(A3)]
+    for name, unheard in (("a2", silent(A1, A3)), ("a2", silent(A1, A3, withheld=False)), ("a1", silent(A2, A3)),
+                          ("a2", tunneled)):  # fmt: skip
+        found = planned(LED, name, *unheard).problems
+        assert [about_member(problem.text) for problem in found] == [one.target.node for one in unheard]
+    many = [node(f"n{i}", i, "x", f"10.9.0.{i}/24") for i in range(1, 31)]
+    plan = planned(
+        snapshot(many, candidates=standing(*many)), "n1", *silent(*((f"n{i}", f"10.9.0.{i}") for i in range(2, 31)))
+    )
+    assert about_member(plan.problems[-1].text) == "", "of several"
+    for text in ("", "the port is taken", "nobody answers a1 at all", "something answers it at 10.0.0.1"):
+        assert about_member(text) is None

@@ -79,8 +79,8 @@ MOST_LISTED = 64
 
 DEMOTED = (
     "for some minutes it leads only if nobody else can. Look for what drops forwarded packets (sysctl "
-    "net.ipv4.ip_forward, nft list ruleset) or UDP 51820 (--port); once nothing does, restart the agent to clear it now: "
-    "systemctl restart kilo-etcd"
+    "net.ipv4.ip_forward, nft list ruleset) or UDP 51820 (--port); once nothing does, restart the agent to clear it "
+    "now: systemctl restart kilo-etcd"
 )
 """What follows for a host that was demoted, and what to do."""
 

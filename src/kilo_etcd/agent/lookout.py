@@ -16,7 +16,7 @@ from attrs import define, frozen
 from kilo_etcd import kernel
 from kilo_etcd.kernel.state import ObservedPeer
 from kilo_etcd.topology.hostplan import HostPlan, PeerPlan
-from kilo_etcd.topology.wayout import ANYWHERE
+from kilo_etcd.topology.wayout import ANYWHERE, NOTHING_BACK
 
 PATIENCE = 20.0
 """Seconds without an answer before it is said: four attempts at a handshake."""
@@ -105,7 +105,7 @@ class Lookout:
                 pass  # Whoever programs the kernel will say so.
             else:
                 silent = account.silent(gateway, heard.peers.get(gateway.public_key), now=trio.current_time())
-                self._say(f"nothing comes back from the gateway {gateway.name}" if silent else None)
+                self._say(f"{NOTHING_BACK}{gateway.name}" if silent else None)
             with trio.move_on_after(PERIOD):
                 await self._news.wait()
 

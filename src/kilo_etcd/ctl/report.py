@@ -55,7 +55,7 @@ class LocationRow:
     leader: str | None
     """None: every node for itself."""
     since: str | None = None
-    """RFC 3339: since when it leads, as its own agent reports; None if that does not live, or knows of no leadership."""
+    """RFC 3339: since when it leads, as its own agent reports; None if that does not live, or does not say."""
     reason: str = ""
     next_in_line: str | None = None
     candidates: tuple[str, ...] = ()
@@ -303,10 +303,22 @@ def _unsigned(name: str, statuses: Mapping[str, StatusRecord], topology: Topolog
 
 def _disagreements(name: str, status: StatusRecord, topology: Topology, newest: int) -> list[str]:
     snapshot = topology.snapshot
-    node = snapshot.nodes.get(name)
     found = []
     if status.revision < newest:
         found.append(f"it has applied revision {status.revision}, {newest - status.revision} behind {newest}")
+    found += contradictions(name, status, topology)
+    if status.granularity_flag is not None and status.granularity_flag is not snapshot.granularity:
+        found.append(
+            f"it was started with --mesh-granularity {status.granularity_flag.value}, "
+            f"but follows the mesh's: {snapshot.granularity.value}"
+        )
+    return found
+
+
+def contradictions(name: str, status: StatusRecord, topology: Topology) -> list[str]:
+    """In what an agent differs from etcd so that packets may go astray, in sentences that begin with "it"."""
+    node = topology.snapshot.nodes.get(name)
+    found = []
     if node is not None:
         if status.public_key and status.public_key != node.public_key:
             found.append("it reports another public key than the one registered: are there two hosts of this name?")
@@ -314,9 +326,4 @@ def _disagreements(name: str, status: StatusRecord, topology: Topology, newest: 
         if len(segment.members) > 1 and status.leader != segment.leader.name:
             takes = f"takes {status.leader} for its leader" if status.leader else "sees no leader"
             found.append(f"it {takes}, where etcd says {segment.leader.name}")
-    if status.granularity_flag is not None and status.granularity_flag is not snapshot.granularity:
-        found.append(
-            f"it was started with --mesh-granularity {status.granularity_flag.value}, "
-            f"but follows the mesh's: {snapshot.granularity.value}"
-        )
     return found

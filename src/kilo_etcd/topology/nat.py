@@ -20,6 +20,14 @@ REMEDY = (
 )
 
 
+_NO_TUNNEL = "no tunnel to node "
+
+
+def about_partner(text: str) -> str | None:
+    """The node that a sentence of `unmet` says is not met; None: it is another sentence."""
+    return text.removeprefix(_NO_TUNNEL).partition(": ")[0] if text.startswith(_NO_TUNNEL) else None
+
+
 def seen_endpoint(own: Node, other: Node | Peer, registered: Endpoint | None) -> Endpoint | None:
     """Where `own` looks for `other`, which it would reach at `registered` otherwise; None: there."""
     if not other.seen or (registered is not None and registered.public):
@@ -75,7 +83,7 @@ def unmet(own: Node, other: Node) -> str | None:
     version = hidden_pair(own, other)
     if version is None:
         return None
-    pair = f"no tunnel to node {other.name}: it and {own.name} are both behind NAT"
+    pair = f"{_NO_TUNNEL}{other.name}: it and {own.name} are both behind NAT"
     silent = [node.name for node in (own, other) if not node.persistent_keepalive]
     if silent:
         return f"{pair}, and {' and '.join(silent)} without persistent-keepalive; set it on both, or {REMEDY}"

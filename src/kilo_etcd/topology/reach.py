@@ -10,6 +10,7 @@ Who has answered is the agent's to find out (`agent.reachability`); here it is a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 
 from attrs import evolve, frozen
@@ -192,3 +193,15 @@ def _sentence(name: str, one: Silent, where: str, leader: str, through: str) -> 
         follows = f" but by {through}, which leads both"
     silent = f"{called} has never answered {name} at its internal IP {address}, so {name} sends it nothing"
     return f"{silent}{follows}: {remedy}"
+
+
+_ABOUT = re.compile(
+    r"(?P<node>\S+?)(, its leader,)? (has never answered|no longer answers|does not answer) \S+ (at|through) "
+    r"|\d+ more members of "
+).match
+
+
+def about_member(text: str) -> str | None:
+    """The member that a sentence of ours says does not answer; empty: several; None: it is another sentence."""
+    found = _ABOUT(text)
+    return None if found is None else found["node"] or ""

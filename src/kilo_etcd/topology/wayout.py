@@ -31,6 +31,9 @@ STAYS_OUTSIDE = "the mesh, what is near it, answers to callers, and programs tha
 STAYS_OUTSIDE_A_PEER = "the mesh, its own network, and programs that bind to its devices"
 """The same of a machine that is a peer."""
 
+NOTHING_BACK = "nothing comes back from the gateway "
+"""How the sentence on an exit node that does not answer begins; its name follows."""
+
 ON_THE_LINK: tuple[IPNetwork, ...] = (*LINK_LOCAL, ip_network("224.0.0.0/4"), ip_network("255.255.255.255/32"))
 """What a host says to its neighbours whatever its routes are, DHCP included. IPv6's multicast has routes of its own."""
 

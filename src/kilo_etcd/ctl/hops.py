@@ -1,0 +1,172 @@
+"""What is known against the hops of a packet's way: by what the agents report, and by what their kernels hold. Pure.
+
+What speaks against a hop is a clause for the headline; the whole sentence, with its remedy, is among the remarks on the
+host. A hop is `broken` where packets are known not to arrive by it, as far as agents can know. Where nothing is known
+of a host, because its agent does not report, that is a doubt, and no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from ipaddress import ip_address, ip_network
+
+from attrs import evolve, frozen
+
+from kilo_etcd.ctl.arrivals import losses
+from kilo_etcd.ctl.live import Live, LiveTunnel, ago, differs, pairs, tunnels
+from kilo_etcd.ctl.report import contradictions
+from kilo_etcd.ctl.trace import MEDIUM, Journey, Plans, Step, Way
+from kilo_etcd.model import IPAddress
+from kilo_etcd.store.records import StatusRecord
+from kilo_etcd.topology.hostplan import Via
+from kilo_etcd.topology.nat import about_partner
+from kilo_etcd.topology.reach import about_member
+from kilo_etcd.topology.segments import Topology
+from kilo_etcd.topology.wayout import NOTHING_BACK
+
+
+def weigh(
+    journeys: tuple[Journey, ...],
+    source: str,
+    topology: Topology,
+    statuses: Mapping[str, StatusRecord],
+    live: Live | None = None,
+) -> tuple[Journey, ...]:
+    """The journeys from node `source` with what is known against their hops. `live`: what the hosts on the way have
+    answered."""
+    known = _Known(topology, statuses, Plans(topology, statuses), Live() if live is None else live)
+    return tuple(_weighed(journey, source, known) for journey in journeys)
+
+
+@frozen
+class _Known:
+    topology: Topology
+    statuses: Mapping[str, StatusRecord]
+    plans: Plans
+    live: Live
+
+    def broken(self, step: Step) -> str:
+        """Why packets do not arrive by a hop; empty: nothing is known."""
+        source, target = step.source, step.target
+        status = self.statuses.get(source)
+        node = self.topology.snapshot.nodes.get(target)
+        tunneled = step.medium == MEDIUM[Via.TUNNEL]
+        at = {str(address) for address in node.mesh_addresses} if node is not None and tunneled else {step.over}
+        for one in status.unreachable if status is not None else ():
+            if one.node == target and one.address in at:
+                return f"{target} does not answer {source} at {one.address}"
+        if not tunneled:
+            return ""
+        for here, there in ((source, target), (target, source)):
+            if any(about_partner(text) == there for text in self._errors(here)):
+                return f"there is no tunnel between {here} and {there}, which are both behind NAT"
+        if any(text.startswith(f"{NOTHING_BACK}{target},") for text in self._errors(source)):
+            return f"nothing comes back to {source} from {target}"
+        return self._no_session(source, target)
+
+    def _no_session(self, source: str, target: str) -> str:
+        known = tunnels(self.topology, self.live)
+        ends: list[LiveTunnel] = [
+            tunnel
+            for here, there in ((source, target.removeprefix("peer ")), (target, source))
+            for tunnel in known.get(here, ())
+            if tunnel.other == there
+        ]
+        if not ends:
+            missing = [(here, there) for here, there in ((source, target), (target, source)) if here in known]
+            return "{} has no tunnel to {}".format(*missing[0]) if missing else ""
+        if any(end.up for end in ends):
+            return ""
+        heard = [end.handshake for end in ends if end.handshake is not None]
+        last = f"last handshake {ago(min(heard))} ago" if heard else "no handshake yet"
+        return f"the tunnel between {source} and {target} has no session: {last}"
+
+    def doubt(self, name: str, destination: IPAddress | None) -> str:
+        """Why packets may not get through a host; empty: nothing is known."""
+        if name not in self.topology.snapshot.nodes:
+            return ""
+        status = self.statuses.get(name)
+        if status is None:
+            return f"the agent of {name} does not report"
+        if found := contradictions(name, status, self.topology):
+            return f"{name} does not follow etcd: {found[0]}"
+        structural = {problem.text for problem in self.plans[name].problems}
+        errors = [text for text in status.errors if text not in structural and _concerns(text, destination)]
+        if errors:
+            return f"{name} reports {'an error' if len(errors) == 1 else f'{len(errors)} errors'}"
+        answer = self.live.answers.get(name)
+        if answer is not None and (answer.undone or answer.trouble):
+            return f"{name} does not have all of its plan in force"
+        return f"{name} has not answered in time" if name in self.live.silent else ""
+
+    def _errors(self, name: str) -> tuple[str, ...]:
+        status = self.statuses.get(name)
+        return status.errors if status is not None else ()
+
+
+def _concerns(error: str, destination: IPAddress | None) -> bool:
+    """Whether an agent's error may be about packets for this address. What is said of single pairs is weighed at their
+    hops, and what is said of a flag is about none."""
+    if error.startswith(("--", NOTHING_BACK)) or about_partner(error) is not None or about_member(error) is not None:
+        return False
+    with suppress(ValueError):
+        network = ip_network(error.partition(" ")[0])
+        return destination is not None and network.version == destination.version and destination in network
+    return True
+
+
+def _weighed(journey: Journey, source: str, known: _Known) -> Journey:
+    there = _weighed_way(journey.there, known)
+    back = None if journey.back is None else _weighed_way(journey.back, known)
+    answer = known.live.answers.get(source)
+    answered = answer is not None and there.destination in answer.reached
+    unanswered = answer is not None and there.destination in answer.unreached
+    doubt = f"none of the echo requests of {source} was answered" if unanswered else ""
+    return evolve(journey, there=there, back=back, answered=answered, doubt=doubt)
+
+
+def _weighed_way(way: Way, known: _Known) -> Way:
+    destination = _address(way.destination)
+    steps: list[Step] = []
+    for step in way.steps:
+        broken = known.broken(step)
+        trouble = broken or known.doubt(step.target, destination)
+        if not trouble and not steps:
+            trouble = known.doubt(step.source, destination)
+        steps.append(evolve(step, trouble=trouble, broken=bool(broken)))
+    return evolve(way, steps=tuple(steps))
+
+
+def _address(text: str) -> IPAddress | None:
+    with suppress(ValueError):
+        return ip_address(text)
+    return None
+
+
+def doubts(journeys: tuple[Journey, ...], topology: Topology, live: Live) -> Iterator[tuple[str, str]]:
+    """What the kernels of the hosts on the way say against the journeys: (name, sentence)."""
+    if live.refused:
+        yield "-", f"the hosts could not be asked: {live.refused}"
+        return
+    for name in live.silent:
+        yield name, "its agent lives, but has not answered in time"
+    for name, answer in sorted(live.answers.items()):
+        if answer.undone:
+            yield name, f"its kernel is {differs(answer)}"
+        for text in answer.trouble:
+            yield name, text
+    used = {
+        frozenset((step.source, step.target))
+        for journey in journeys
+        for way in journey.ways
+        for step in way.steps
+        if step.medium == MEDIUM[Via.TUNNEL]
+    }
+    down = set()
+    for pair in pairs(topology, tunnels(topology, live)):
+        if pair.up is False and frozenset((pair.one, pair.other)) in used:
+            down.add(frozenset((pair.one, pair.other)))
+            yield pair.one, f"its tunnel to {pair.other} has no session: {pair.last}"
+    for loss in losses(topology, live, down):
+        yield loss.subject, f"{loss.text}: {loss.remedy}"

@@ -1,0 +1,383 @@
+"""The way of a packet from a node to an address, and of the answer, as values. Pure.
+
+Each host's plan is computed as that host computes it, and the packet is led through them (`topology.walk`). Where the
+mesh has no route for an address it is said how the packet goes on outside: by the exit node that its source uses, or by
+the source's own routing table. What is known against a hop is `ctl.hops`' concern.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from ipaddress import ip_address, ip_network
+from types import MappingProxyType
+
+from attrs import frozen
+
+from kilo_etcd.model import IPAddress, Node, Snapshot, is_public
+from kilo_etcd.store.records import StatusRecord
+from kilo_etcd.topology.guard import guard
+from kilo_etcd.topology.hostplan import HostPlan, Problem, Via
+from kilo_etcd.topology.plan import host_plan
+from kilo_etcd.topology.reach import Silent, Target, withhold
+from kilo_etcd.topology.segments import Topology
+from kilo_etcd.topology.walk import Hop, Path, walk
+from kilo_etcd.topology.wayout import LINK_LOCAL, inside, near, trouble_of
+
+MEDIUM = {Via.TUNNEL: "WireGuard", Via.UNDERLAY: "clear", Via.IPIP: "clear, in IPIP"}
+
+_NO_STATUSES: Mapping[str, StatusRecord] = MappingProxyType({})
+
+
+class Unknown(ValueError):
+    """A name or an address that the mesh does not know; the message is one sentence."""
+
+
+@frozen(kw_only=True)
+class Step:
+    """One hop, in words. `over` is where on the underlay the packet goes."""
+
+    source: str
+    target: str
+    encrypted: bool
+    medium: str
+    over: str
+    trouble: str = ""
+    """What is known against this hop, in a clause; empty: nothing."""
+    broken: bool = False
+    """`trouble` is that packets do not arrive by it; else it is only that they may not."""
+
+
+@frozen(kw_only=True)
+class Way:
+    """A packet's way in one direction."""
+
+    source: str
+    destination: str
+    steps: tuple[Step, ...] = ()
+    dropped: str = ""
+    """Where and why a host drops it; empty: none does."""
+    leaves: str = ""
+    """How it goes on from the last host, outside the mesh; empty: it does not leave the mesh."""
+    astray: str = ""
+    """Why it does not arrive although no host of the mesh drops it."""
+
+    @property
+    def lost(self) -> str:
+        """Why it does not arrive, other than `dropped`; empty: nothing is known."""
+        return self.astray or next((step.trouble for step in self.steps if step.broken), "")
+
+    @property
+    def doubt(self) -> str:
+        """Why it may not arrive; empty: nothing is known."""
+        return next((step.trouble for step in self.steps if step.trouble and not step.broken), "")
+
+
+@frozen(kw_only=True)
+class Journey:
+    """There and back in one family. `back` is None where the far end is not ours to ask."""
+
+    there: Way
+    back: Way | None = None
+    unasked: str = ""
+    """Why `back` is None, in a sentence."""
+    answered: bool = False
+    """An echo request was sent there just now and answered: what speaks against the hops matters less."""
+    doubt: str = ""
+    """Why it may not work, beside what speaks against single hops."""
+
+    @property
+    def ways(self) -> tuple[Way, ...]:
+        """There, and back if that is known."""
+        return (self.there,) if self.back is None else (self.there, self.back)
+
+    @property
+    def works(self) -> bool:
+        """Whether nothing is known against it, in either direction."""
+        if any(way.dropped for way in self.ways):
+            return False
+        return self.answered or not (self.doubt or any(way.lost or way.doubt for way in self.ways))
+
+
+class Plans(Mapping[str, HostPlan]):
+    """The plan of every node, each computed when it is first asked for: a packet meets only a few.
+
+    `statuses`: what the agents report; what they say is not reached they send nothing to.
+    """
+
+    def __init__(self, topology: Topology, statuses: Mapping[str, StatusRecord]) -> None:
+        self._topology = topology
+        self._statuses = statuses
+        self._made: dict[str, HostPlan] = {}
+
+    def __getitem__(self, name: str) -> HostPlan:
+        if name not in self._made:
+            if name not in self._topology.snapshot.nodes:
+                raise KeyError(name)
+            topology, plan = self._topology, host_plan(self._topology, name)
+            # Of the networks that a host stands in the record has only those of its internal IPs.
+            near_it = [ip.network for ip in topology.snapshot.nodes[name].internal_ips]
+            plan = guard(plan, near_it, offered_by=topology.settlement.offered_by)
+            self._made[name] = withhold(plan, topology, _silent(self._statuses.get(name)))
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._topology.snapshot.nodes)
+
+    def __len__(self) -> int:
+        return len(self._topology.snapshot.nodes)
+
+
+def _silent(status: StatusRecord | None) -> tuple[Silent, ...]:
+    found = []
+    for one in status.unreachable if status is not None else ():
+        with suppress(ValueError):
+            target = Target(one.node, ip_address(one.address))
+            if not one.routed:
+                found.append(Silent(target=target, withheld=True, named=False))
+    return tuple(found)
+
+
+def explain(
+    topology: Topology, source: str, target: str, statuses: Mapping[str, StatusRecord] = _NO_STATUSES
+) -> tuple[Journey, ...]:
+    """The journeys from node `source` to a node, a peer or an address, one for each family that they share.
+
+    `statuses` are what the agents report, by node.
+
+    Unknown: `source` is no node, or `target` is no name that the mesh knows and no address.
+    """
+    snapshot = topology.snapshot
+    if source not in snapshot.nodes:
+        raise Unknown(_no_node(snapshot, source))
+    plans = Plans(topology, statuses)
+    sender = snapshot.nodes[source]
+    if not sender.mesh_addresses:
+        raise Unknown(f"node {source} has no mesh address yet, so nothing can be sent from it")
+    destinations = _destinations(snapshot, target)
+    found = [
+        _journey(topology, plans, source, own, destination)
+        for destination in destinations
+        if (own := sender.mesh_address(destination.version)) is not None
+    ]
+    if not found and not _is_name(snapshot, target) and not _in_mesh(snapshot, destinations[0]):
+        return (_outward(topology, plans, source, destinations[0]),)
+    if not found:
+        families = " and ".join(f"IPv{address.version}" for address in sender.mesh_addresses)
+        raise Unknown(f"node {source} has {families} only, in which {target} has no address")
+    return tuple(found)
+
+
+def _is_name(snapshot: Snapshot, target: str) -> bool:
+    return target in snapshot.nodes or target in snapshot.peers
+
+
+def _in_mesh(snapshot: Snapshot, address: IPAddress) -> bool:
+    return any(subnet.version == address.version and address in subnet for subnet in snapshot.subnets)
+
+
+def _no_node(snapshot: Snapshot, name: str) -> str:
+    for aside in snapshot.set_aside:
+        if aside.key.endswith(f"/nodes/{name}"):
+            return f"node {name} is not in force: {aside.reason}"
+    if name in snapshot.peers:
+        return f"{name} is a peer; explain starts at a node, so ask the other way round: the answer's way is shown too"
+    return f"there is no node {name}; kgctl status lists them"
+
+
+def _destinations(snapshot: Snapshot, target: str) -> tuple[IPAddress, ...]:
+    if target in snapshot.nodes:
+        found = snapshot.nodes[target].mesh_addresses
+        if not found:
+            raise Unknown(f"node {target} has no mesh address yet")
+        return found
+    if target in snapshot.peers:
+        allowed = snapshot.peers[target].allowed_ips
+        if not allowed:
+            raise Unknown(f"peer {target} has no allowed IPs, so nothing can be sent to it")
+        return tuple({network.version: network.network_address for network in reversed(allowed)}.values())
+    try:
+        return (ip_address(target),)
+    except ValueError:
+        for aside in snapshot.set_aside:
+            if aside.key.endswith((f"/nodes/{target}", f"/peers/{target}")):
+                raise Unknown(f"{target} is not in force: {aside.reason}") from None
+        raise Unknown(f"{target} is no node, no peer and no address; kgctl status lists them") from None
+
+
+def _journey(topology: Topology, plans: Plans, source: str, own: IPAddress, destination: IPAddress) -> Journey:
+    nodes = topology.snapshot.nodes
+    plan = plans[source]
+    routed = any(destination in n for n in (*plan.routes, *plan.refused) if n.version == destination.version)
+    if not routed and destination not in nodes[source].mesh_addresses:
+        return _outward(topology, plans, source, destination)
+    path = walk(plans, topology, source, destination, sender=own)
+    there = _way(path, source, own, destination, topology, plans)
+    end = path.hops[-1].target if path.hops else source
+    if path.dropped:
+        return Journey(there=there, unasked="what does not arrive is not answered")
+    if end not in nodes:
+        return Journey(there=there, unasked=f"{end} answers by its own configuration, which is not in etcd")
+    back = walk(plans, topology, end, own, sender=destination)
+    return Journey(there=there, back=_way(back, end, destination, own, topology, plans))
+
+
+def _way(
+    path: Path, start: str, own: IPAddress, destination: IPAddress, topology: Topology, plans: Plans, leaves: str = ""
+) -> Way:  # fmt: skip
+    return Way(
+        source=f"{start} ({own})" if own in topology.snapshot.nodes[start].mesh_addresses else f"{own} at {start}",
+        destination=str(destination),
+        steps=tuple(_step(hop, topology, plans, destination) for hop in path.hops),
+        dropped=path.dropped,
+        leaves="" if path.dropped else leaves,
+    )
+
+
+def _step(hop: Hop, topology: Topology, plans: Plans, destination: IPAddress) -> Step:
+    plan = plans[hop.source]
+    if hop.peer is not None:
+        endpoint = plan.peers[hop.peer].endpoint
+        over = str(endpoint) if endpoint is not None else "the endpoint that its WireGuard has learnt"
+    else:
+        # The walker has taken the narrowest route; its gateway is the next node's internal IP.
+        there = topology.snapshot.nodes[hop.target]
+        gateways = {route.gateway for route in plan.routes.values() if route.gateway is not None}
+        over = ", ".join(str(ip.ip) for ip in there.internal_ips if ip.ip in gateways) or str(destination)
+    return Step(
+        source=hop.source, target=hop.target, encrypted=hop.encrypted, medium=MEDIUM[hop.medium], over=over
+    )  # fmt: skip
+
+
+# -- outside the mesh --------------------------------------------------------------------------------------------------
+
+
+def _outward(topology: Topology, plans: Plans, source: str, destination: IPAddress) -> Journey:
+    """The way to an address that the mesh has no route for."""
+    node = topology.snapshot.nodes[source]
+    if node.way_out and not _stays(topology, plans, node, destination):
+        return _by_exit_node(topology, plans, node, destination)
+    leaves, astray = _by_own_table(topology, node, destination)
+    there = Way(source=source, destination=str(destination), leaves=leaves, astray=astray)
+    return Journey(there=there, unasked="what is outside the mesh is not known here")
+
+
+def _on_own_network(node: Node, destination: IPAddress) -> bool:
+    return any(ip.version == destination.version and destination in ip.network for ip in node.internal_ips)
+
+
+def _stays(topology: Topology, plans: Plans, node: Node, destination: IPAddress) -> bool:
+    """Whether a node that uses an exit node sends it by its own routing table all the same."""
+    around = near(plans[node.name], topology)
+    return _on_own_network(node, destination) or any(
+        network.version == destination.version and destination in network for network in around
+    )
+
+
+def _by_own_table(topology: Topology, node: Node, destination: IPAddress) -> tuple[str, str]:
+    """(how it leaves the node, why it does not arrive)."""
+    table = f"{node.name} sends it by its own routing table"
+    segment = topology.segment_of(node.name)
+    if any(destination == ip.ip for ip in node.internal_ips):
+        return f"it is the internal IP of {node.name} itself", ""
+    if any(destination in n for n in segment.subnets.get(node.name, ()) if n.version == destination.version):
+        return f"{table}: it is in a network behind {node.name}", ""
+    if any(destination in n for n in segment.location_networks if n.version == destination.version):
+        return f"{table}: it is in a network of its own location", ""
+    why = next((problem.text for problem in topology.problems if _about(problem, destination)), "")
+    if why:
+        return table, f"it is no part of the mesh, and {table} ({why})"
+    owner = next(
+        (one for one in topology.snapshot.nodes.values() if any(destination == ip.ip for ip in one.internal_ips)), None
+    )
+    if owner is not None and owner.location == node.location:
+        return f"{table}, in clear: it is the internal IP of {owner.name} at the same location", ""
+    if _on_own_network(node, destination):
+        return f"{table}, in clear: it is on its location's network", ""
+    if is_public(destination):
+        at = next((one.name for one in topology.snapshot.nodes.values() if _is_endpoint(one, destination)), "")
+        return f"{table}, outside the mesh" + (f": it is the endpoint of {at}" if at else ""), ""
+    if owner is not None:
+        mesh = owner.mesh_address(destination.version) or next(iter(owner.mesh_addresses), None)
+        use = f"; {owner.name} is reached at its mesh address {mesh}" if mesh is not None else ""
+        return table, (
+            f"it is the internal IP of {owner.name}, at another location, and the mesh carries no internal IPs; "
+            f"{table}, in clear{use}"
+        )
+    return table, f"nobody in the mesh has it, and {table}, in clear"
+
+
+def _is_endpoint(node: Node, address: IPAddress) -> bool:
+    return any(endpoint.address == address for endpoint in node.endpoints)
+
+
+def _about(problem: Problem, destination: IPAddress) -> bool:
+    """Whether it says that a network with this address in it was left out; a default route holds nobody's."""
+    with suppress(ValueError):
+        network = ip_network(problem.subject)
+        return bool(network.prefixlen) and network.version == destination.version and destination in network
+    return False
+
+
+def _by_exit_node(topology: Topology, plans: Plans, node: Node, destination: IPAddress) -> Journey:
+    """The way by the exit node that `node` uses. Up to there it is that of any other packet for the exit node."""
+    nodes = topology.snapshot.nodes
+    exit_node, version = node.way_out, destination.version
+
+    def refused(why: str, path: Path | None = None) -> Journey:
+        there = Way(source=node.name, destination=str(destination), dropped=why)
+        if path is not None and own is not None:
+            there = _way(path, node.name, own, destination, topology, plans)
+        return Journey(there=there, unasked="what does not arrive is not answered")
+
+    own = node.mesh_address(version)
+    if (why := trouble_of(topology, node.name)) is not None:
+        return refused(why)
+    at_exit = nodes[exit_node].mesh_address(version)
+    if own is None or at_exit is None:
+        lacking = node.name if own is None else exit_node
+        return refused(
+            f"{lacking} has no IPv{version} address in the mesh, so {node.name} refuses what would leave beside its "
+            f"exit node {exit_node} in IPv{version}"
+        )
+    path = walk(plans, topology, node.name, at_exit, sender=own)
+    if path.dropped:
+        return refused(path.dropped, path)
+    for hop in path.hops:
+        # Its leader, which hands on what is for the internet as it sends its own.
+        if hop.source != node.name and (why := trouble_of(topology, hop.source)) is not None:
+            return refused(why)
+    if (why := _closed(topology, nodes[exit_node], destination)) is not None:
+        return refused(why)
+    there = _way(
+        path, node.name, own, destination, topology, plans,
+        leaves=f"{exit_node} sends it on to the internet in its own name",
+    )  # fmt: skip
+    back = walk(plans, topology, exit_node, own, sender=at_exit)
+    return Journey(there=there, back=_way(back, exit_node, at_exit, own, topology, plans))
+
+
+def _closed(topology: Topology, exit_node: Node, destination: IPAddress) -> str | None:
+    """Why an exit node does not hand a packet on; None: it does. Of the networks that it stands in, the record has only
+    those of its internal IPs."""
+    own = [ip.network for ip in exit_node.internal_ips if not is_public(ip.network.network_address)]
+    shut = (network for network in (*own, *LINK_LOCAL) if network.version == destination.version)
+    open_to = (network for network in inside(topology, exit_node.name) if network.version == destination.version)
+    if any(destination in network for network in shut) and not any(destination in network for network in open_to):
+        return f"{exit_node.name} leads to the internet, and to nobody in the private networks that it stands in"
+    return None
+
+
+# -- what is met on the way --------------------------------------------------------------------------------------------
+
+
+def met(journeys: tuple[Journey, ...]) -> frozenset[str]:
+    """The names on the way."""
+    steps = (step for journey in journeys for way in journey.ways for step in way.steps)
+    return frozenset(name for step in steps for name in (step.source, step.target))
+
+
+def ends(journeys: tuple[Journey, ...], snapshot: Snapshot) -> tuple[str, ...]:
+    """The mesh addresses of the nodes that the journeys begin and end at and pass, which the hosts on the way try."""
+    nodes = [snapshot.nodes[name] for name in sorted(met(journeys) & snapshot.nodes.keys())]
+    return tuple(str(address) for node in nodes for address in node.mesh_addresses)
