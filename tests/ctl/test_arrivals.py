@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterable
 from ipaddress import ip_address, ip_interface
 
 import pytest
+from attrs import evolve
 
 from kilo_etcd.ctl.arrivals import losses
 from kilo_etcd.ctl.live import Live
 from kilo_etcd.model import Candidate, CandidateClass, Endpoint, Node, Snapshot
-from kilo_etcd.store.records import AnswerRecord
+from kilo_etcd.store.records import AnswerRecord, Tunnel
 from kilo_etcd.topology import Topology, build_topology
 
 PLACES = {"a1": "a", "a2": "a", "a3": "a", "b1": "b", "b2": "b", "c1": "c"}
@@ -70,7 +71,7 @@ CASES: dict[str, tuple[Lost, list[tuple[str, str]]]] = {
     ),
     "a host that is reached by nobody, and reaches nobody": (
         lambda one, other: "a3" in (one, other),
-        [("a3", "no host reaches it at 10.4.0.3 (tried by a1, a2, b1, b2, c1)")],
+        [("a3", "no echo request to it at 10.4.0.3 was answered (tried by a1, a2, b1, b2, c1), nor one of its own")],
     ),
     "a host that filters echo requests": (
         lambda one, other: other == "a3",
@@ -98,7 +99,7 @@ def test_what_lost_packets_say(case: str) -> None:
     assert [loss.subject for loss in found] == [subject for subject, _ in said]
     for loss, (_, text) in zip(found, said, strict=True):
         assert loss.text.startswith(text), loss.text
-        assert loss.filtered == ("echo requests" in text)
+        assert loss.filtered == ("its own packets are answered" in text)
 
 
 def test_a_tunnel_that_is_known_to_be_down_explains_what_is_lost() -> None:
@@ -112,3 +113,41 @@ def test_a_tunnel_that_is_known_to_be_down_explains_what_is_lost() -> None:
 def test_who_does_not_live_is_not_missed() -> None:
     topology = mesh()
     assert losses(topology, asked(topology, lambda one, other: other == "c1", set(PLACES) - {"c1"})) == ()
+
+
+def with_sessions(topology: Topology, live: Live, *pairs: tuple[str, str]) -> Live:
+    """The same, with tunnels that have a session."""
+    answers = dict(live.answers)
+    for one, other in (*pairs, *(pair[::-1] for pair in pairs)):
+        key = topology.snapshot.nodes[other].public_key
+        answers[one] = evolve(answers[one], tunnels=(*answers[one].tunnels, Tunnel(key, 5, 1, 1, "")))
+    return evolve(live, answers=answers)
+
+
+def test_where_no_host_answers_echo_requests_it_is_said_what_was_asked_and_no_more() -> None:
+    topology = mesh()
+    live = asked(topology, lambda one, other: True)
+    assert all("no echo request to it" in loss.text and not loss.filtered for loss in losses(topology, live))
+    (loss,) = losses(topology, live, heard=[frozenset({"a1", "a2"})])
+    assert (loss.subject, loss.filtered) == ("packets", True)
+    assert "although members of a location answer each other's peer queries" in loss.text
+    (loss,) = losses(topology, with_sessions(topology, live, ("a1", "b1"), ("a1", "c1"), ("b1", "c1")))
+    assert (loss.subject, loss.filtered) == ("packets", True)
+    assert loss.text == (
+        "none of the echo requests that 6 hosts sent to mesh addresses was answered, although 3 tunnels have sessions: "
+        "it is not known whether other packets arrive"
+    )
+
+
+def test_a_host_that_neither_answers_nor_is_answered_although_its_tunnel_has_a_session() -> None:
+    topology = mesh()
+    live = asked(topology, lambda one, other: "c1" in (one, other))
+    (loss,) = losses(topology, with_sessions(topology, live, ("a1", "b1"), ("a1", "c1")))
+    assert (loss.subject, loss.filtered) == ("c1", False)
+    assert loss.text == (
+        "no echo request to it at 10.4.0.6 was answered (tried by a1, a2, a3, b1, b2), nor one of its own, although "
+        "its tunnel to a1 has a session"
+    )
+    silent = evolve(live, answers={name: said for name, said in live.answers.items() if name != "c1"}, silent=("c1",))
+    (loss,) = losses(topology, silent)
+    assert loss.text == "no echo request to it at 10.4.0.6 was answered (tried by a1, a2, a3, b1, b2)"

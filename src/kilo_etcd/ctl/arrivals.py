@@ -1,8 +1,10 @@
 """Which hosts' packets arrive, by the echo requests that the living agents have sent when they were asked. Pure.
 
-A lost packet alone says little; all of them together say where it is lost. Members who reach nobody outside while their
-leader does have a leader that passes nothing on. A host that nobody reaches is down or filters echo requests, and it is
-the latter if its own requests are answered. What a tunnel without a session explains is left to whoever says that.
+A lost packet alone says little; all of them together say where it is lost. Members that reach nobody outside while
+their leader does have a leader that passes nothing on. A host whose echo requests are answered, and that answers none,
+filters them. Where no host answers any, sessions of tunnels and answered peer queries are the only signals that are
+left: then it is said what was asked, and that it is not known whether packets arrive. What a tunnel without a session
+explains is left to whoever says that.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from ipaddress import ip_address
 
 from attrs import frozen
 
-from kilo_etcd.ctl.live import Live
+from kilo_etcd.ctl.live import Live, Pair, pairs, tunnels
 from kilo_etcd.model import Granularity
 from kilo_etcd.topology.segments import Topology
 
@@ -49,28 +51,46 @@ class _Tried:
         """Whether one of the two has reached the other, or they are the same."""
         return one == other or (one, other) in self.good or (other, one) in self.good
 
+    @property
+    def tried(self) -> frozenset[str]:
+        """The hosts that have sent something."""
+        return frozenset(one for one, _ in (*self.good, *self.bad))
+
     def cut(self, one: str, other: str) -> bool:
         """Whether packets between the two are known to be lost, which is said of them."""
         return ((one, other) in self.bad or (other, one) in self.bad) and not self.meet(one, other)
 
 
-def losses(topology: Topology, live: Live, down: Collection[frozenset[str]] = ()) -> tuple[Loss, ...]:
-    """What was lost. `down`: pairs of leaders whose tunnel is known to have no session."""
+def losses(
+    topology: Topology,
+    live: Live,
+    down: Collection[frozenset[str]] = (),
+    *,
+    heard: Collection[frozenset[str]] = (),
+) -> tuple[Loss, ...]:
+    """What was lost. `down`: pairs of leaders whose tunnel is known to have no session; `heard`: pairs of members of a
+    location that answer each other's peer queries."""
     tried = _tried(topology, live)
     if not tried.bad:
         return ()
+    sessions = [pair for pair in pairs(topology, tunnels(topology, live)) if pair.up]
+    if (sessions or heard) and not tried.good and all(not _explained(topology, *pair, down) for pair in tried.bad):
+        return (_unanswered(topology, tried, sessions),)
     found: list[Loss] = []
     rest = set(tried.bad)
     for target in sorted({pair[1] for pair in rest}):
         askers = sorted(one for one, other in (*rest, *tried.good) if other == target)
-        if any((one, target) in tried.good for one in askers) or _explained(topology, target, askers, down):
+        if any((one, target) in tried.good for one in askers):
+            continue
+        if all(_explained(topology, one, target, down) for one in askers):
             continue
         reaches = any(one == target for one, _ in tried.good)
         if len(askers) < 2 and not reaches:
             continue  # It may as well be the one that asks.
         families = frozenset(version for one in askers for version in tried.bad[one, target])
         rest = {pair for pair in rest if pair[1] != target}
-        found.append(_unreached(topology, target, askers, families, reaches=reaches))
+        own = target in tried.tried
+        found.append(_unreached(topology, target, askers, families, own=own, reaches=reaches, sessions=sessions))
     mute = {loss.subject for loss in found if not loss.filtered}
     # Who is cut off reaches nobody either; that need not be said twice.
     rest = {pair for pair in rest if pair[0] not in mute}
@@ -97,11 +117,23 @@ def _tried(topology: Topology, live: Live) -> _Tried:
     return _Tried(frozenset(good - bad.keys()), bad)
 
 
-def _explained(
-    topology: Topology, target: str, askers: Iterable[str], down: Collection[frozenset[str]]
-) -> bool:  # fmt: skip
-    there = _end(topology, target)
-    return all(frozenset((_end(topology, one), there)) in down for one in askers)
+def _explained(topology: Topology, one: str, other: str, down: Collection[frozenset[str]]) -> bool:
+    return frozenset((_end(topology, one), _end(topology, other))) in down
+
+
+def _unanswered(topology: Topology, tried: _Tried, sessions: Collection[Pair]) -> Loss:
+    """Nobody answers an echo request. Whether packets arrive all the same, nothing that was asked can tell."""
+    number = len(tried.tried)
+    which = f"{number} hosts sent" if number > 1 else f"{next(iter(tried.tried))} sent"
+    tunnel = f"{len(sessions)} tunnel{' has a session' if len(sessions) == 1 else 's have sessions'}"
+    signal = tunnel if sessions else "members of a location answer each other's peer queries (UDP 1107)"
+    return Loss(
+        subject="packets", filtered=True,
+        text=f"none of the echo requests that {which} to mesh addresses was answered, although {signal}: it is not "
+             "known whether other packets arrive",
+        remedy="let ICMP echo requests from the mesh pass the hosts' firewalls; if they do pass, look for what drops "
+               "all that comes in by kilo0 (nft list ruleset), and for a rule or route of the operator's (ip rule)",
+    )  # fmt: skip
 
 
 def _end(topology: Topology, name: str) -> str:
@@ -112,8 +144,16 @@ def _end(topology: Topology, name: str) -> str:
 
 
 def _unreached(
-    topology: Topology, target: str, askers: list[str], families: frozenset[int], *, reaches: bool
-) -> Loss:  # fmt: skip
+    topology: Topology,
+    target: str,
+    askers: list[str],
+    families: frozenset[int],
+    *,
+    own: bool,
+    reaches: bool,
+    sessions: Collection[Pair],
+) -> Loss:
+    """`own`: it has sent echo requests itself; `reaches`: one of them was answered."""
     addresses = " and ".join(
         str(address) for address in topology.snapshot.nodes[target].mesh_addresses if address.version in families
     )
@@ -124,9 +164,17 @@ def _unreached(
             remedy="let ICMP echo requests from the mesh pass its firewall: without them nobody can tell whether "
                    "packets arrive there",
         )  # fmt: skip
+    asked = f"no echo request to it at {addresses} was answered (tried by {some(askers)})"
+    its_own = ", nor one of its own" if own else ""
+    far = sorted({pair.one if pair.other == target else pair.other
+                  for pair in sessions if target in (pair.one, pair.other)})  # fmt: skip
+    if far:
+        return Loss(
+            subject=target, text=f"{asked}{its_own}, although its tunnel to {far[0]} has a session",
+            remedy="look there for what drops packets that come in by kilo0 or go out by it: nft list ruleset, ip rule",
+        )  # fmt: skip
     return Loss(
-        subject=target,
-        text=f"no host reaches it at {addresses} (tried by {some(askers)})",
+        subject=target, text=f"{asked}{its_own}",
         remedy="is the host up? journalctl -u kilo-etcd there; does its firewall let pass what comes in by kilo0?",
     )  # fmt: skip
 
@@ -175,8 +223,8 @@ def _by_leader(
             or f"look there for what drops forwarded packets: sysctl net.ipv4.ip_forward, nft list ruleset; "
                f"kgctl explain {source} {target} --live",
         )  # fmt: skip
-    pairs = sorted({(min(pair), max(pair)) for pair in alone})
-    for pair in pairs[:PAIRS]:
+    each = sorted({(min(pair), max(pair)) for pair in alone})
+    for pair in each[:PAIRS]:
         one, other = pair if pair in alone else pair[::-1]
         both = pair in alone and pair[::-1] in alone
         yield Loss(
@@ -184,7 +232,7 @@ def _by_leader(
             text=f"{one} does not reach {other}{' nor the other way round' if both else ''}",
             remedy=f"kgctl explain {one} {other} --live; a firewall on the way, or on one of the two",
         )  # fmt: skip
-    if more := pairs[PAIRS:]:
+    if more := each[PAIRS:]:
         yield Loss(
             subject="packets",
             text=f"{len(more)} more pairs do not reach each other, {some(f'{one} - {other}' for one, other in more)}",
