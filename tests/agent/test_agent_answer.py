@@ -64,7 +64,7 @@ class World:
             KEYS,
             "h1",
             self.kernel,
-            lambda: Programmed(plan=plan, revision=7, topology=topology, sends=self.sends),
+            lambda: Programmed(plan=plan, revision=7, topology=topology, sends=self.sends, undecided=("h9",)),
             Once(get_logger()),
         )
 
@@ -87,6 +87,7 @@ async def test_who_is_asked_answers_and_nothing_stays(world: World) -> None:
         nursery.cancel_scope.cancel()
     (found,) = answers.values()
     assert (found.revision, found.backend, found.undone, found.mtu) == (7, "kernel", 0, 1420)
+    assert found.undecided == ("h9",)
     assert found.tunnels == (Tunnel(KEY, 4, 0, 0, "203.0.113.2:51820"), Tunnel(SECOND, -1, 0, 0, ""))
     assert world.etcd.keys("/") == []
     # A session of five seconds' age is awake, and a laptop without an endpoint is left asleep.

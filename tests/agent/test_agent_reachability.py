@@ -335,11 +335,13 @@ async def test_a_member_that_never_answers_is_not_routed_and_is_named_until_it_a
     wire = Wire()
     wire.answers = False
     async with running(mesh, post=wire) as daemon:
+        await eventually(lambda: daemon._in_force().undecided == ("g1",), 2, every=0.1)
         await eventually(lambda: mesh.said(NEVER), 12, every=0.1)
         assert not routed(mesh)
         assert ip_network("10.4.0.0/16") not in mesh.host.observed.routes
         assert {ip_network("10.4.0.0/16"), MESH_G1} <= mesh.host.observed.fences
         await eventually(lambda: unreachable(mesh) == [("g1", "192.168.1.51", False)], 5, every=0.1)
+        assert daemon._in_force().undecided == ()
         assert gauge(mesh) == 1.0
         assert daemon.plan is not None
         revision, writes = mesh.etcd.revision, daemon.kernel.writes

@@ -14,20 +14,31 @@ from kilo_etcd.lab.spec import HostSpec, SiteSpec, Spec
 pytestmark = [pytest.mark.lab, pytest.mark.deadline(240)]
 
 
-async def named(lab: Lab, *pair: str) -> bool:
-    """Whether `kgctl check` exits with 1 and names the pair and the remedy."""
-    found = await lab.kgctl("check", check=False)
-    lines = [line for line in found.stdout.splitlines() if all(name in line for name in pair)]
-    said = any("never answered" in line and f"kgctl location set {pair[1]} NAME" in line for line in lines)
-    return found.returncode == 1 and said
+async def findings(lab: Lab) -> tuple[int, list[dict[str, str]]]:
+    """The exit status of `kgctl check`, and what it finds."""
+    done = await lab.kgctl("check", "-o", "json", check=False)
+    return done.returncode, json.loads(done.stdout)
 
 
 async def test_three_sites_without_labels_are_told_apart_and_nothing_leaves_in_clear() -> None:
     require("etcd", "etcdctl", "wireguard-go", "ip", "nft")
     async with running_lab(Spec.simple({"one": 1, "two": 1, "three": 1})) as lab:
-        await eventually(lambda: named(lab, "one-1", "two-1"), 60, every=0.5)
-        for pair in (("two-1", "one-1"), ("one-1", "three-1"), ("three-1", "two-1")):
-            await eventually(lambda pair=pair: named(lab, *pair), 30, every=0.5)  # type: ignore[misc]
+        seen: list[tuple[int, list[dict[str, str]]]] = []
+
+        async def told() -> bool:
+            seen.append(await findings(lab))
+            return [one["text"] for one in seen[-1][1] if one["severity"] == "error"] == [
+                "one-1, three-1, two-1 have never answered each other at their internal IPs"
+            ]
+
+        await eventually(told, 60, every=0.2)
+        (cause,) = (one for one in seen[-1][1] if one["severity"] == "error")
+        assert "label them apart (kgctl location set NODE NAME" in cause["remedy"]
+        # Before the cause is known nothing else is blamed, and nothing is called well.
+        for code, found in seen:
+            assert code == 1, found
+            told_too_much = ("firewall", "does not reach", "do not reach", "no echo request")
+            assert not [one for one in found if any(text in str(one.values()) for text in told_too_much)], found
         mesh = [str(await lab.mesh_address(host)) for host in lab.hosts]
         async with lab.capture("one-1") as one, lab.capture("two-1") as two, lab.capture("three-1") as three:
             assert len(await lab.missing_pings()) == 6

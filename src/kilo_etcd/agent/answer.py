@@ -61,6 +61,8 @@ class Programmed:
     topology: Topology | None
     sends: bool
     """Whether the host's own packets leave through its tunnels, so that a packet tries them."""
+    undecided: tuple[str, ...] = ()
+    """Members of the location of whom it is not known yet whether they answer."""
 
 
 class Answerer:
@@ -137,6 +139,8 @@ class Answerer:
             possible_obstacles=tuple(possible_obstacles),
             reached=tuple(address for address, answered in reached.items() if answered),
             unreached=tuple(address for address, answered in reached.items() if not answered),
+            # As it was before the packets went out: what is decided meanwhile is in the status by now.
+            undecided=programmed.undecided,
         )
 
     async def _send(

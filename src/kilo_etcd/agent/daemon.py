@@ -842,9 +842,11 @@ class Daemon:
 
     def _in_force(self) -> Programmed:
         sends = self.role is not None and self.plan is not None and not decide.is_standby(self.role, self.plan)
+        undecided = () if self._reachability is None else self._reachability.undecided[:MOST_LISTED]
         return Programmed(
-            plan=self.programmer.programmed, revision=self.applied_revision, topology=self.topology, sends=sends
-        )
+            plan=self.programmer.programmed, revision=self.applied_revision, topology=self.topology, sends=sends,
+            undecided=undecided,
+        )  # fmt: skip
 
     def _standing_errors(self) -> tuple[str, ...]:
         """All that is wrong with this host, as sentences."""

@@ -213,6 +213,15 @@ class Records:
                 found.append(Silent(target=target, withheld=withheld, named=named, tunneled=record.tunneled))
         return tuple(found)
 
+    def undecided(self, living: Collection[str]) -> tuple[str, ...]:
+        """The nodes that have not answered so far, and are not named for it: they were not asked often enough, or their
+        agents have not lived long enough."""
+        return tuple(
+            target.node
+            for target, record in self._records.items()
+            if record.best <= Answer.ASSUMED and not (record.silent >= NAMED_AFTER and target.node in living)
+        )
+
     def unsigned(self) -> tuple[Target, ...]:
         """The targets that answer, but never with the node's key, although they were asked several times."""
         return tuple(
@@ -316,6 +325,11 @@ class Reachability:
             found[node.name] = known if known and same else (node, targets_of(own, node, families))
         self._by_node, self._by_node_for = found, (own, families)
         return {target: node for node, ones in found.values() for target in ones}
+
+    @property
+    def undecided(self) -> tuple[str, ...]:
+        """Members of whom it is not known yet whether they answer, by name."""
+        return tuple(sorted(set(self._records.undecided(self._living)))) if self._targets else ()
 
     @property
     def unsigned(self) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from ipaddress import ip_address
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from kilo_etcd.ctl.live import Live, Pair, pairs, tunnels
 from kilo_etcd.model import Granularity
@@ -66,11 +66,18 @@ def losses(
     live: Live,
     down: Collection[frozenset[str]] = (),
     *,
-    heard: Collection[frozenset[str]] = (),
+    apart: Collection[frozenset[str]] = (),
+    heard: bool = False,
 ) -> tuple[Loss, ...]:
-    """What was lost. `down`: pairs of leaders whose tunnel is known to have no session; `heard`: pairs of members of a
-    location that answer each other's peer queries."""
+    """What was lost and is not said elsewhere.
+
+    `down`: pairs of leaders whose tunnel is known to have no session; `apart`: pairs of members of a location that are
+    known not to reach each other; `heard`: members of a location answer each other's peer queries.
+    """
     tried = _tried(topology, live)
+    if apart:
+        bad = {pair: versions for pair, versions in tried.bad.items() if not across(topology, *pair, apart)}
+        tried = evolve(tried, bad=bad)
     if not tried.bad:
         return ()
     sessions = [pair for pair in pairs(topology, tunnels(topology, live)) if pair.up]
@@ -96,6 +103,21 @@ def losses(
     rest = {pair for pair in rest if pair[0] not in mute}
     found += _by_leader(topology, live, tried, rest, down)
     return tuple(found)
+
+
+def lost_across(
+    topology: Topology, live: Live, pairs: Collection[frozenset[str]]
+) -> tuple[tuple[str, str], ...]:  # fmt: skip
+    """The pairs of hosts between which packets were lost on a way that one of these pairs of neighbours is part of."""
+    lost = {(min(pair), max(pair)) for pair in _tried(topology, live).bad if across(topology, *pair, pairs)}
+    return tuple(sorted(lost))
+
+
+def across(topology: Topology, one: str, other: str, pairs: Collection[frozenset[str]]) -> bool:
+    """Whether one of these pairs of neighbours is part of the way from `one` to `other`."""
+    here, there = _end(topology, one), _end(topology, other)
+    hops = ((one, other),) if here == there else ((one, here), (here, there), (there, other))
+    return any(frozenset(hop) in pairs for hop in hops)
 
 
 def _tried(topology: Topology, live: Live) -> _Tried:
@@ -193,7 +215,7 @@ def _by_leader(
         if here == there:
             # Within a segment nobody else is on the way.
             alone.append((one, other))
-        elif frozenset((here, there)) in down or tried.cut(one, here) or tried.cut(there, other):
+        elif _explained(topology, one, other, down) or tried.cut(one, here) or tried.cut(there, other):
             continue
         elif there != other and (one, there) in tried.good:
             blamed.setdefault(there, []).append((one, other))

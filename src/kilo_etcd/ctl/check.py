@@ -9,21 +9,23 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
 
 import click
 from attrs import asdict, field, frozen
 
-from kilo_etcd.ctl.arrivals import TRIES, losses, some
+from kilo_etcd.ctl.arrivals import TRIES, losses, lost_across, some
+from kilo_etcd.ctl.causes import Silence, causes, silence
 from kilo_etcd.ctl.context import Mesh
-from kilo_etcd.ctl.live import Live, differs, gather, pairs, tunnels
+from kilo_etcd.ctl.live import Live, Pair, differs, gather, pairs, tunnels
 from kilo_etcd.ctl.output import output_option
 from kilo_etcd.ctl.render import clean
 from kilo_etcd.ctl.report import NOT_IN_FORCE, Report, newest_revision, registered_names, report
 from kilo_etcd.etcd.api import Client, EtcdError
 from kilo_etcd.store import operator
 from kilo_etcd.store.keys import Keys
+from kilo_etcd.store.records import StatusRecord
 from kilo_etcd.topology.nat import REMEDY, hidden_pair
 from kilo_etcd.topology.segments import Topology, build_topology
 
@@ -76,13 +78,21 @@ class Examined:
     members: tuple[MemberState, ...]
     report: Report
     topology: Topology
+    statuses: Mapping[str, StatusRecord] = field(factory=dict)
     live: Live = field(factory=Live)
 
 
 def findings(found: Examined) -> tuple[Finding, ...]:
     """The findings, the worst first."""
     order = list(Severity)
-    every = (*_etcd(found.members), *_agents(found.report), *_records(found.report), *_hosts(found))
+    known = silence(found.topology, found.statuses, found.live)
+    every = (
+        *_etcd(found.members),
+        *_agents(found.report, known),
+        *_records(found.report),
+        *_hosts(found),
+        *_packets(found, known),
+    )
     return tuple(sorted(dict.fromkeys(every), key=lambda f: (order.index(f.severity), f.subject, f.text)))
 
 
@@ -118,7 +128,7 @@ def _etcd(members: tuple[MemberState, ...]) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def _agents(found: Report) -> Iterator[Finding]:
+def _agents(found: Report, known: Silence | None = None) -> Iterator[Finding]:
     if not found.nodes:
         yield Finding(
             severity=Severity.WARNING, subject="mesh", text="no node has registered under this prefix",
@@ -148,6 +158,8 @@ def _agents(found: Report) -> Iterator[Finding]:
     for remark in found.disagreements:
         yield Finding(severity=Severity.WARNING, subject=remark.subject, text=remark.text)
     for remark in found.errors:
+        if known is not None and known.tells(remark.subject, remark.text):
+            continue  # `_packets` does, once for all of them.
         yield Finding(severity=Severity.ERROR, subject=remark.subject, text=remark.text)
     versions = Counter(row.version for row in found.nodes if row.version)
     if len(versions) > 1:
@@ -213,10 +225,33 @@ def _hosts(found: Examined) -> Iterator[Finding]:
             text=f"WireGuard runs in userspace, which is slower, on {some(slow)}",
             remedy="modprobe wireguard there, then restart kilo-etcd",
         )  # fmt: skip
-    yield from _tunnels(topology, live)
-    known = pairs(topology, tunnels(topology, live))
-    down = frozenset(frozenset((pair.one, pair.other)) for pair in known if pair.up is False)
-    for loss in losses(topology, live, down):
+    mtus = Counter(live.answers[name].mtu for name in live.answers if live.answers[name].mtu)
+    if len(mtus) > 1:
+        said = ", ".join(f"{mtu} on {number}" for mtu, number in sorted(mtus.items()))
+        yield Finding(
+            severity=Severity.NOTE, subject="tunnels", text=f"their MTUs differ: {said}",
+            remedy="where large packets are lost, give the smallest to all with --mtu",
+        )  # fmt: skip
+
+
+def _packets(found: Examined, known: Silence) -> Iterator[Finding]:
+    """Tunnels and packets, and members that do not answer each other: each cause once."""
+    live, topology = found.live, found.topology
+    for cause in causes(topology, known):
+        yield Finding(severity=Severity.ERROR, subject=cause.subject, text=cause.text, remedy=cause.remedy)
+    down = [pair for pair in pairs(topology, tunnels(topology, live)) if pair.up is False]
+    early = {pair for pair in down if pair.handshake is None and known.young & {pair.one, pair.other}}
+    yield from (_tunnel(topology, pair) for pair in down if pair not in early)
+    unsettled = known.undecided | {frozenset((pair.one, pair.other)) for pair in early}
+    if lost := sorted({*lost_across(topology, live, unsettled), *((pair.one, pair.other) for pair in early)}):
+        yield Finding(
+            severity=Severity.WARNING, subject="packets",
+            text=f"it is too early to tell why some do not arrive, between {some(f'{a} and {b}' for a, b in lost)}: "
+                 "the agents have just begun to ask each other",
+            remedy="ask again in ten seconds: kgctl check",
+        )  # fmt: skip
+    ends = [frozenset((pair.one, pair.other)) for pair in down]
+    for loss in losses(topology, live, ends, apart={*known.apart, *unsettled}, heard=known.heard):
         yield Finding(
             severity=Severity.WARNING if loss.filtered else Severity.ERROR, subject=loss.subject, text=loss.text,
             remedy=loss.remedy,
@@ -237,28 +272,18 @@ def _may_lead(topology: Topology, name: str) -> bool:
     return segment.leader.name != name and name in segment.election.order
 
 
-def _tunnels(topology: Topology, live: Live) -> Iterator[Finding]:
-    for pair in pairs(topology, tunnels(topology, live)):
-        if pair.up is not False:
-            continue
-        one, other = ends = [topology.snapshot.nodes[name] for name in (pair.one, pair.other)]
-        ports = " and ".join(f"UDP {node.endpoint} to {node.name}" for node in ends if node.endpoint is not None)
-        yield Finding(
-            severity=Severity.ERROR, subject=f"{pair.one} - {pair.other}",
-            text=f"no tunnel between them: {pair.last}",
-            remedy=(
-                f"{REMEDY}; kgctl status says what their hosts know of it"
-                if hidden_pair(one, other) is not None
-                else f"let {ports or 'UDP 51820'} pass on the way; kgctl explain {pair.one} {pair.other} --live"
-            ),
-        )  # fmt: skip
-    mtus = Counter(live.answers[name].mtu for name in live.answers if live.answers[name].mtu)
-    if len(mtus) > 1:
-        said = ", ".join(f"{mtu} on {number}" for mtu, number in sorted(mtus.items()))
-        yield Finding(
-            severity=Severity.NOTE, subject="tunnels", text=f"their MTUs differ: {said}",
-            remedy="where large packets are lost, give the smallest to all with --mtu",
-        )  # fmt: skip
+def _tunnel(topology: Topology, pair: Pair) -> Finding:
+    one, other = ends = [topology.snapshot.nodes[name] for name in (pair.one, pair.other)]
+    ports = " and ".join(f"UDP {node.endpoint} to {node.name}" for node in ends if node.endpoint is not None)
+    return Finding(
+        severity=Severity.ERROR, subject=f"{pair.one} - {pair.other}",
+        text=f"no tunnel between them: {pair.last}",
+        remedy=(
+            f"{REMEDY}; kgctl status says what their hosts know of it"
+            if hidden_pair(one, other) is not None
+            else f"let {ports or 'UDP 51820'} pass on the way; kgctl explain {pair.one} {pair.other} --live"
+        ),
+    )  # fmt: skip
 
 
 _COLOURS = {Severity.ERROR: "red", Severity.WARNING: "yellow"}
@@ -329,12 +354,17 @@ async def _members(client: Client, endpoints: tuple[str, ...]) -> tuple[MemberSt
 async def examine(client: Client, keys: Keys, endpoints: tuple[str, ...]) -> Examined:
     """Ask etcd's members, etcd and the agents. EtcdError: etcd as a whole does not answer."""
     members = await _members(client, endpoints)
-    statuses = await operator.statuses(client, keys)
+    living = await operator.statuses(client, keys)
+    live = await gather(client, keys, living.keys(), tries=TRIES)
     snapshot, view = await operator.snapshot(client, keys)
-    live = await gather(client, keys, statuses.keys(), tries=TRIES)
+    # Last: what the agents have found out while they were asked explains what they have lost, and none is behind.
+    statuses = {name: said for name, said in (await operator.statuses(client, keys)).items() if name in living}
+    topology = build_topology(snapshot)
+    newest, registered = newest_revision(view, keys), registered_names(view, keys)
     return Examined(
         members=members,
-        report=report(snapshot, statuses, newest=newest_revision(view, keys), registered=registered_names(view, keys)),
-        topology=build_topology(snapshot),
+        report=report(snapshot, statuses, newest=newest, registered=registered, topology=topology),
+        topology=topology,
+        statuses=statuses,
         live=live,
     )

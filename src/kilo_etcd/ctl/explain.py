@@ -71,7 +71,7 @@ def explain_command(mesh: Mesh, source: str, target: str, output: str, live: boo
     said = against = None
     if live:
         said = mesh.ask(partial(gather, names=names & statuses.keys(), targets=ends(journeys, snapshot)))
-        against = tuple(dict.fromkeys(one for one in doubts(journeys, topology, said) if one not in remarks))
+        against = tuple(dict.fromkeys(one for one in doubts(journeys, topology, statuses, said) if one not in remarks))
     found = Explanation(journeys=weigh(journeys, source, topology, statuses, said), remarks=remarks, live=against)
     if output == "json":
         click.echo(explanation_json(found))

@@ -14,6 +14,7 @@ from ipaddress import ip_address, ip_network
 from attrs import evolve, frozen
 
 from kilo_etcd.ctl.arrivals import losses
+from kilo_etcd.ctl.causes import silence
 from kilo_etcd.ctl.live import Live, LiveTunnel, ago, differs, pairs, tunnels
 from kilo_etcd.ctl.report import contradictions
 from kilo_etcd.ctl.trace import MEDIUM, Journey, Plans, Step, Way
@@ -144,7 +145,9 @@ def _address(text: str) -> IPAddress | None:
     return None
 
 
-def doubts(journeys: tuple[Journey, ...], topology: Topology, live: Live) -> Iterator[tuple[str, str]]:
+def doubts(
+    journeys: tuple[Journey, ...], topology: Topology, statuses: Mapping[str, StatusRecord], live: Live
+) -> Iterator[tuple[str, str]]:
     """What the kernels of the hosts on the way say against the journeys: (name, sentence)."""
     if live.refused:
         yield "-", f"the hosts could not be asked: {live.refused}"
@@ -168,5 +171,6 @@ def doubts(journeys: tuple[Journey, ...], topology: Topology, live: Live) -> Ite
         if pair.up is False and frozenset((pair.one, pair.other)) in used:
             down.add(frozenset((pair.one, pair.other)))
             yield pair.one, f"its tunnel to {pair.other} has no session: {pair.last}"
-    for loss in losses(topology, live, down):
+    known = silence(topology, statuses, live)
+    for loss in losses(topology, live, down, apart={*known.apart, *known.undecided}, heard=known.heard):
         yield loss.subject, f"{loss.text}: {loss.remedy}"

@@ -207,6 +207,8 @@ class AnswerRecord:
     """Mesh addresses that have answered its echo requests."""
     unreached: tuple[str, ...] = ()
     """Those that have not."""
+    undecided: tuple[str, ...] = ()
+    """Members of its location that have not answered it yet, and that its status does not name for it so far."""
 
 
 @frozen(kw_only=True)
@@ -553,6 +555,7 @@ _READERS: dict[type, dict[str, Callable[[object], Any]]] = {
         "possible_obstacles": _items(_string),
         "reached": _items(_string),
         "unreached": _items(_string),
+        "undecided": _items(_string),
     },
     SightingRecord: {"public_key": check_key, "endpoint": _address_endpoint},
     VerdictRecord: {

@@ -156,8 +156,7 @@ def _problems(topology: Topology, name: str, leader: str, silent: Collection[Sil
         (one for one in silent if one.named),
         key=lambda one: (one.target.node != leader, not one.withheld, one.target.node, one.target.address.version),
     )
-    location = topology.snapshot.nodes[name].location
-    where = f"location {location}" if location else "the default location, which is that of hosts without a label"
+    where = called_location(topology.snapshot.nodes[name].location)
     through = leader if all(one.target.node != leader for one in silent if one.withheld) else ""
     problems = []
     for one in named[:MOST_NAMED]:
@@ -168,19 +167,35 @@ def _problems(topology: Topology, name: str, leader: str, silent: Collection[Sil
     return problems
 
 
+def called_location(location: str) -> str:
+    """A location, for people."""
+    return f"location {location}" if location else "the default location, which is that of hosts without a label"
+
+
+def apart(node: str, which: str, where: str) -> str:
+    """What to do if hosts share no network, as the beginning of a sentence. `which`: "the two" or "they"; `where`:
+    "both are at location gcp"."""
+    return f"if {which} share no network, label them apart (kgctl location set {node} NAME; {where})"
+
+
+def share(node: str) -> str:
+    """What else to do, as its end."""
+    return (
+        f" or take the address away (kgctl annotate {node} force-internal-ip=-); if they do, let UDP 1107 or "
+        "ICMP echo pass between them, or set --encapsulate wireguard"
+    )
+
+
 def _sentence(name: str, one: Silent, where: str, leader: str, through: str) -> str:
     node, address = one.target.node, one.target.address
     called = f"{node}, its leader," if node == leader else node
-    apart = f"if the two share no network, label them apart (kgctl location set {node} NAME; both are at {where})"
+    labels = apart(node, "the two", f"both are at {where}")
     if one.tunneled:
         return (
             f"{called} does not answer {name} through their tunnel inside the location, although its agent lives: let "
-            f"UDP 51820 (--port) pass between them; {apart}"
+            f"UDP 51820 (--port) pass between them; {labels}"
         )
-    remedy = (
-        f"{apart} or take the address away (kgctl annotate {node} force-internal-ip=-); if they do, let UDP 1107 or "
-        "ICMP echo pass between them, or set --encapsulate wireguard"
-    )
+    remedy = labels + share(node)
     if not one.withheld:
         return (
             f"{called} no longer answers {name} at its internal IP {address}, although its agent lives: is the "
