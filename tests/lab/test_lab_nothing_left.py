@@ -190,3 +190,44 @@ async def test_without_root(open_directory: Path) -> None:
     assert done.stdout == b"0\n"
     assert os.listdir(labs) == []
     assert lab_processes("rootless") == []
+
+
+CHROOT = """
+set -e
+mount --make-rprivate /
+mount -t tmpfs none "$1"
+root="$1/root"
+mkdir "$root"
+if [ "$2" = mounted ]; then mount -t tmpfs none "$root"; fi
+for place in /*; do
+  if [ -L "$place" ]; then ln -s "$(readlink "$place")" "$root$place"; continue; fi
+  [ -d "$place" ] || continue
+  mkdir "$root$place"
+  case "$place" in
+    /proc) if [ "$2" != bare ]; then mount -t proc none "$root/proc"; fi ;;
+    *) mount --rbind "$place" "$root$place" ;;
+  esac
+done
+shift 2
+exec chroot "$root" "$@"
+"""
+"""`sh -c CHROOT sh DIRECTORY KIND COMMAND...`: a command in a root like this machine's, in a mount namespace that is gone
+with it. KIND: bare (no /proc), plain, or mounted (the chroot is onto a mount)."""
+
+
+@pytest.mark.parametrize("kind", ["bare", "plain", "mounted"])
+def test_in_a_chroot_the_lab_says_what_it_needs(tmp_path: Path, kind: str) -> None:
+    require("unshare", "chroot")
+    if os.geteuid():
+        pytest.skip("a chroot needs root")
+    kgctl = [sys.executable, "-c", "from kilo_etcd.ctl.entry import main; main()", "lab", "run", "three-sites"]
+    said = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", CHROOT, "sh", str(tmp_path), kind, *kgctl],
+        env={**os.environ, VARIABLE: f"/var/tmp/kilo-lab-{os.getpid()}"},
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    shutil.rmtree(f"/var/tmp/kilo-lab-{os.getpid()}", ignore_errors=True)
+    needs = "the lab needs /proc" if kind == "bare" else "the lab does not run in a chroot: "
+    assert (said.returncode, said.stdout) == (1, "")
+    assert said.stderr.startswith(f"kgctl: {needs}"), said.stderr
+    assert len(said.stderr.splitlines()) == 1

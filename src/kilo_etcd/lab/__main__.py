@@ -33,6 +33,7 @@ def main(name: str, listener: int, base: str) -> None:
     spec = parse_spec(json.loads(line), "the lab")
     try:
         namespaces.enter_lab_namespaces()
+        namespaces.check_entering()
         namespaces.die_with_parent()
         child = os.fork()
         if child:

@@ -29,6 +29,7 @@ from kilo_etcd.lab import control, runtime
 from kilo_etcd.lab.addressing import Layout, lay_out, member_of
 from kilo_etcd.lab.capture import Flow
 from kilo_etcd.lab.machine import BASE
+from kilo_etcd.lab.namespaces import NamespaceError, check_root
 from kilo_etcd.lab.probe import ProbeResult
 from kilo_etcd.lab.runtime import LabError
 from kilo_etcd.lab.spec import Spec
@@ -469,6 +470,10 @@ async def running_lab(
     its parent.
     """
     layout = lay_out(spec)
+    try:
+        check_root()
+    except NamespaceError as error:
+        raise LabError(error.strerror or str(error)) from None
     name = name or f"lab-{os.getpid()}-{next(_numbers)}"
     with runtime.hold(name) as held, tempfile.TemporaryFile() as errors:
         # trio would start it from a worker thread, whose end the kernel would take for ours (PDEATHSIG).

@@ -74,6 +74,43 @@ def die_with_parent() -> None:
     _checked(_libc.prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL), 0, 0, 0), "prctl failed")
 
 
+NEEDS_ROOT_MOUNT = (
+    "the lab does not run in a chroot: who enters one of its machines would be in the root outside (setns(2)); run it "
+    "outside the chroot, in a virtual machine, or in a container"
+)
+NEEDS_PROC = "the lab needs /proc: mount -t proc proc /proc"
+
+
+def check_root() -> None:
+    """Whether a lab can be built from this root, as far as can be told without a namespace of one's own.
+
+    NamespaceError with a sentence for the user.
+    """
+    try:
+        with open("/proc/self/mountinfo") as file:
+            roots = [line for line in file if line.split(" ", 5)[4] == "/"]
+    except OSError:
+        raise NamespaceError(errno.ENOENT, NEEDS_PROC) from None
+    if not roots:
+        raise NamespaceError(errno.EINVAL, NEEDS_ROOT_MOUNT)
+
+
+def check_entering() -> None:
+    """Whether who enters this process's own mount namespace has the root that the process has: in a chroot onto a mount
+    nobody has. For a process with a mount namespace of its own. NamespaceError with a sentence for the user."""
+    here = os.open(".", os.O_PATH | os.O_CLOEXEC)
+    namespace = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        before = os.stat("/")
+        setns(namespace, CLONE_NEWNS)
+        if not os.path.samestat(before, os.stat("/")):
+            raise NamespaceError(errno.EINVAL, NEEDS_ROOT_MOUNT)
+        os.fchdir(here)
+    finally:
+        os.close(namespace)
+        os.close(here)
+
+
 def enter_lab_namespaces() -> None:
     """Leave the outer world: new mount, PID (for children) and network namespaces, and a user namespace if needed.
 
