@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import click
@@ -13,6 +15,7 @@ from test_kgctl_explain import world
 
 from kilo_etcd.ctl.main import main
 from kilo_etcd.etcd import PermissionDenied
+from kilo_etcd.lab import LabError
 from kilo_etcd.testing.fake_etcd import FakeClient, FakeEtcd
 
 
@@ -133,3 +136,18 @@ def test_a_certificate_that_is_not_there(command: list[str], tmp_path: Path) -> 
     assert found.exit_code == 2
     assert "ca.pem" in found.stderr
     assert "Traceback" not in found.stderr
+
+
+def test_a_lab_that_ends_at_its_deadline_names_the_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Silent:
+        async def all_pairs_ping(self, deadline: float) -> None:
+            await trio.lowlevel.checkpoint()
+            raise LabError(f"after {deadline:g} s 2 pairs do not ping: a to b, b to a")
+
+    @asynccontextmanager
+    async def built(*_: object, **__: object) -> AsyncIterator[Silent]:
+        yield Silent()
+
+    monkeypatch.setattr("kilo_etcd.ctl.lab.running_lab", built)
+    said = one_sentence(run("lab", "run", "three-sites", "--deadline", "6"))
+    assert "after 6 s 2 pairs do not ping: a to b, b to a; so the lab ends: with --deadline 60 it waits longer" in said

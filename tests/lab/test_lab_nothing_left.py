@@ -211,8 +211,8 @@ done
 shift 2
 exec chroot "$root" "$@"
 """
-"""`sh -c CHROOT sh DIRECTORY KIND COMMAND...`: a command in a root like this machine's, in a mount namespace that is gone
-with it. KIND: bare (no /proc), plain, or mounted (the chroot is onto a mount)."""
+"""`sh -c CHROOT sh DIRECTORY KIND COMMAND...`: a command in a root like this machine's, in a mount namespace that is
+gone with it. KIND: bare (no /proc), plain, or mounted (the chroot is onto a mount)."""
 
 
 @pytest.mark.parametrize("kind", ["bare", "plain", "mounted"])

@@ -106,7 +106,13 @@ def _adjusted(source: str, etcd: str | None, granularity: str | None) -> Spec:
 @click.option("--etcd", type=click.Choice(["1", "3"]), help="How many etcd members.")
 @click.option("--granularity", type=click.Choice([g.value for g in Granularity]), help="How tunnels are drawn.")
 @click.option("--command", metavar="CMD", help="Run this in the operator's shell once all hosts ping, then end.")
-@click.option("--deadline", type=float, default=60.0, show_default=True, help="Seconds until all hosts must ping.")
+@click.option(
+    "--deadline",
+    type=float,
+    default=60.0,
+    show_default=True,
+    help="Seconds until all hosts must ping, else the lab ends.",
+)
 def run(file: str, name: str, etcd: str | None, granularity: str | None, command: str | None, deadline: float) -> None:
     """Build the lab of FILE (TOML, or an example's name) and keep it until Ctrl-C."""
 
@@ -114,7 +120,13 @@ def run(file: str, name: str, etcd: str | None, granularity: str | None, command
         spec = _adjusted(file, etcd, granularity)
         async with running_lab(spec, name, say=lambda line: click.echo(line, err=True)) as lab:
             if spec.agents:
-                await lab.all_pairs_ping(deadline)
+                try:
+                    await lab.all_pairs_ping(deadline)
+                except LabError as error:
+                    raise LabError(
+                        f"{error}; so the lab ends: with --deadline {10 * deadline:g} it waits longer, and meanwhile "
+                        "kgctl lab shell and kgctl lab logs HOST in another terminal show why"
+                    ) from None
                 click.echo(f"all {sum(host.agent for host in spec.hosts)} hosts ping each other", err=True)
             if command is not None:
                 return await run_here(lab, "operator", ["sh", "-c", command])
