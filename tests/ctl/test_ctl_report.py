@@ -10,7 +10,8 @@ import attrs
 import pytest
 from attrs import evolve
 
-from kilo_etcd.ctl.check import _agents, _records
+from kilo_etcd.ctl.check import Severity, _agents, _records
+from kilo_etcd.ctl.label import oddity
 from kilo_etcd.ctl.live import LiveTunnel
 from kilo_etcd.ctl.location import check_label, location_lines, locations_table
 from kilo_etcd.ctl.render import Table, clean, framed, plain, status_heading, status_json, status_tables
@@ -300,6 +301,41 @@ def test_locations_say_where_they_come_from() -> None:
 @pytest.mark.parametrize("label", ["gcp", "  gcp ", "eu/west 1", "東京"])
 def test_any_text_may_be_a_label(label: str) -> None:
     assert check_label(label) == label.strip()
+
+
+@pytest.mark.parametrize(
+    ("label", "says"),
+    [
+        ("gcp", None),
+        ("eu/west 1", None),
+        ("東京", None),
+        ("São Paulo-2_b.c:d+e@f", None),
+        ("", None),
+        ("berlin  # the old site", 'has "#" in its name, and a comment behind a value is part of the value'),
+        ("berlin #1", 'has "#" in its name, and a comment behind a value is part of the value'),
+        ('"berlin"', 'has """ in its name'),
+        ("a=b;c$d", 'has "$" and ";" and "=" in its name'),
+        ("a=b;c$d%", 'has "$" and "%" and ";" and more in its name'),
+        ("a\x1b", "has \\x1b in its name"),
+        ("new  york", "has spaces in its name that are easily overlooked"),
+        ("gcp ", "has spaces in its name that are easily overlooked"),
+    ],
+)
+def test_an_odd_character_in_a_location_is_noted_and_no_warning(label: str, says: str | None) -> None:
+    assert oddity(label) == says
+    nodes = {name: evolve(one, location=label) for name, one in WORLD.nodes.items()}
+    found = report(evolve(WORLD, nodes=nodes), {}, newest=40)
+    if says is None:
+        assert found.notes == ()
+        return
+    (note,) = found.notes
+    assert (note.subject, note.text) == (
+        label,
+        f"the location of a1 and 3 more {says}: if that is not meant, correct KILO_LOCATION there, or kgctl location "
+        "set a1 NAME",
+    )
+    assert "Is that meant?" in plain(status_tables(found))
+    assert [one.severity for one in _records(found)] == [Severity.NOTE]
 
 
 @pytest.mark.parametrize("label", ["", "  ", "a\nb", "\x1b[0m", "\udcff", "x" * 5000])

@@ -167,6 +167,12 @@ def test_an_agent_is_behind_only_for_the_mesh_s_own_records(fake: FakeEtcd) -> N
 def test_a_label_is_written_and_taken_away(fake: FakeEtcd) -> None:
     assert run("location", "set", "node-9", " gcp ").output == "node-9: gcp; node-9 is not registered yet\n"
     assert fake.get("/kilo/locations/node-9") == b"gcp"
+    odd = run("location", "set", "node-9", "berlin  # the old site")
+    assert (odd.exit_code, odd.stderr) == (
+        0,
+        'kgctl: location "berlin  # the old site" has "#" in its name, and a comment behind a value is part of the '
+        "value: is that meant?\n",
+    )
     assert run("location", "unset", "node-9").output == "node-9: label removed; node-9 is not registered yet\n"
     assert fake.keys("/kilo/") == []
 

@@ -183,6 +183,8 @@ def _records(found: Report) -> Iterator[Finding]:
         )  # fmt: skip
     for remark in found.problems:
         yield Finding(severity=Severity.WARNING, subject=remark.subject, text=remark.text)
+    for remark in found.notes:
+        yield Finding(severity=Severity.NOTE, subject=remark.subject, text=remark.text)
 
 
 def _hosts(found: Examined) -> Iterator[Finding]:

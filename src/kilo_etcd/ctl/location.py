@@ -17,6 +17,7 @@ from kilo_etcd.agent.config import parse_node_name
 from kilo_etcd.ctl import complete
 from kilo_etcd.ctl.change import Edit, Outcome, carry_out, change_options
 from kilo_etcd.ctl.context import Mesh
+from kilo_etcd.ctl.label import oddity
 from kilo_etcd.ctl.output import output_option, show
 from kilo_etcd.ctl.render import Table, clean, shown_location
 from kilo_etcd.ctl.report import registered_names
@@ -102,6 +103,8 @@ def set_command(mesh: Mesh, node: str, label: str, others: tuple[str, ...], dry_
         registered = registered_names(view, keys)
         return Edit(puts={keys.location(name): label for name in nodes}, asks_if_disruptive=True)
 
+    if (odd := oddity(label)) is not None:
+        click.echo(f'kgctl: location "{clean(label)}" {odd}: is that meant?', err=True)
     outcome = carry_out(mesh, decide, dry_run=dry_run, yes=yes)
     if outcome is not Outcome.DRY_RUN:
         already = " already" if outcome is Outcome.NOTHING else ""

@@ -77,6 +77,7 @@ def status_tables(report: Report) -> tuple[Table, ...]:
         Table("Agents that disagree", ("NODE", "WHAT"), _remarks(report.disagreements)),
         Table("Errors that agents report", ("NODE", "ERROR"), _remarks(report.errors)),
         Table("Problems", ("SUBJECT", "PROBLEM"), _remarks(report.problems)),
+        Table("Is that meant?", ("SUBJECT", "NOTE"), _remarks(report.notes)),
         *(_live_tables(report.live) if report.live is not None else ()),
     )
     return tuple(table for table in tables if table.rows or table.empty)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from attrs import field, frozen
 
+from kilo_etcd.ctl.label import oddity
 from kilo_etcd.model import Candidate, Node, SetAside, Snapshot
 from kilo_etcd.store.keys import Keys, NodeKey
 from kilo_etcd.store.records import Role, StatusRecord
@@ -120,6 +121,8 @@ class Report:
     """What the agents themselves report as failing, without what every one of them says of the mesh (`problems`)."""
     problems: tuple[Remark, ...] = ()
     """What the topology could not give to somebody."""
+    notes: tuple[Remark, ...] = ()
+    """What may be a mistake of the operator's."""
     live: LiveReport | None = None
     """None: nobody was asked."""
 
@@ -184,8 +187,23 @@ def report(
         problems=tuple(
             Remark(subject=problem.subject, text=problem.text, about=problem.about) for problem in topology.problems
         ),
+        notes=tuple(_odd_locations(snapshot)),
         live=None if live is None else _live_report(topology, live),
     )
+
+
+def _odd_locations(snapshot: Snapshot) -> Iterator[Remark]:
+    nodes: dict[str, list[str]] = {}
+    for name, node in sorted(snapshot.nodes.items()):
+        nodes.setdefault(node.location, []).append(name)
+    for location, names in sorted(nodes.items()):
+        if (odd := oddity(location)) is not None:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            yield Remark(
+                subject=location,
+                text=f"the location of {names[0]}{more} {odd}: if that is not meant, correct KILO_LOCATION there, or "
+                f"kgctl location set {names[0]} NAME",
+            )
 
 
 def _live_report(topology: Topology, live: Live) -> LiveReport:
