@@ -217,7 +217,7 @@ gone with it. KIND: bare (no /proc), plain, or mounted (the chroot is onto a mou
 
 @pytest.mark.parametrize("kind", ["bare", "plain", "mounted"])
 def test_in_a_chroot_the_lab_says_what_it_needs(tmp_path: Path, kind: str) -> None:
-    require("unshare", "chroot")
+    require("unshare")
     if os.geteuid():
         pytest.skip("a chroot needs root")
     kgctl = [sys.executable, "-c", "from kilo_etcd.ctl.entry import main; main()", "lab", "run", "three-sites"]

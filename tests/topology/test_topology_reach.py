@@ -69,7 +69,7 @@ def test_a_member_that_never_answered_is_reached_by_the_leader_or_not_at_all() -
     assert plan.ipip_remotes == {ip_address("10.0.0.1")}, "nor is IPIP taken from there"
     (problem,) = plan.problems
     assert problem.text == (
-        "a2 has never answered a3 at its internal IP 10.0.0.2, so a3 sends it nothing but by a1, which leads both: if "
+        "a2 has never answered a3 at its internal IP 10.0.0.2, so a3 reaches it through a1, the leader of both: if "
         "the two share no network, label them apart (kgctl location set a2 NAME; both are at location gcp) or take the "
         "address away (kgctl annotate a2 force-internal-ip=-); if they do, let UDP 1107 or ICMP echo pass between "
         "them, or set --encapsulate wireguard"
@@ -89,7 +89,7 @@ def test_who_never_heard_its_leader_is_cut_off_and_refuses_all() -> None:
     assert routes(plan) == {"10.4.0.3/32": "ipip 10.0.1.3"}
     assert set(plan.fences) == {MESH, ip_network("10.4.0.1/32"), ip_network("192.168.0.0/24")}
     assert "a1, its leader, has never answered a2 at its internal IP 10.0.0.1" in plan.problems[0].text
-    assert "a2 is cut off from all other locations" in plan.problems[0].text
+    assert "so a2 sends it nothing and is cut off from all other locations: " in plan.problems[0].text
     alone = planned(LED, "a2", *silent(A1, A3))
     assert (routes(alone), alone.ipip_remotes, alone.ipip_local) == ({}, frozenset(), None)
     assert len(alone.problems) == 2

@@ -201,13 +201,12 @@ def _sentence(name: str, one: Silent, where: str, leader: str, through: str) -> 
             f"{called} no longer answers {name} at its internal IP {address}, although its agent lives: is the "
             f"location's network up? {remedy}"
         )
-    follows = ""
+    follows = f"so {name} sends it nothing"
     if node == leader:
-        follows = f" and {name} is cut off from all other locations"
+        follows += " and is cut off from all other locations"
     elif through:
-        follows = f" but by {through}, which leads both"
-    silent = f"{called} has never answered {name} at its internal IP {address}, so {name} sends it nothing"
-    return f"{silent}{follows}: {remedy}"
+        follows = f"so {name} reaches it through {through}, the leader of both"
+    return f"{called} has never answered {name} at its internal IP {address}, {follows}: {remedy}"
 
 
 _ABOUT = re.compile(
