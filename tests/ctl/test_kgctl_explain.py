@@ -163,7 +163,17 @@ NO_TUNNEL = (
          "arrives, but the answer does not: gcp-2 does not answer gcp-1 at 10.1.0.2"),
         ("gcp-1", [("gcp-2", "10.1.0.2")], [],
          "arrives, but the answer is dropped: gcp-2 does not answer gcp-1 at its internal IP 10.1.0.2"),
-        # What concerns other pairs, other networks, or no packets at all.
+        ("gcp-1", [], ["the firewall drops what this host forwards between kilo0 and eth0"],
+         "may not arrive: gcp-1 reports an error"),
+        ("gcp-2", [], ["nobody elsewhere has ever answered an echo request through the leader gcp-1; if it forwards"],
+         "may not arrive: gcp-2 reports an error"),
+        # What concerns other pairs, other networks, what it would forward, or no packets at all.
+        ("gcp-2", [], ["this host was demoted as leader: look for what drops forwarded packets"],
+         "arrives; the answer takes the same way"),
+        ("home-2", [], ["the firewall drops what this host forwards between kilo0 and eth0"],
+         "arrives; the answer takes the same way"),
+        ("gcp-1", [], ["metrics and health are not served, since 127.0.0.1:1107 cannot be listened on"],
+         "arrives; the answer takes the same way"),
         ("gcp-1", [("gcp-3", "10.1.9.3", True)], ["gcp-3 no longer answers gcp-1 at its internal IP 10.1.9.3"],
          "arrives; the answer takes the same way"),
         ("gcp-1", [], [NO_TUNNEL.replace("home-1", "lone-1")], "arrives; the answer takes the same way"),

@@ -13,6 +13,7 @@ from ipaddress import ip_address, ip_network
 
 from attrs import evolve, frozen
 
+from kilo_etcd.agent.baseline import NO_BASELINE
 from kilo_etcd.ctl.arrivals import losses
 from kilo_etcd.ctl.causes import silence
 from kilo_etcd.ctl.live import Live, LiveTunnel, ago, differs, pairs, tunnels
@@ -83,8 +84,8 @@ class _Known:
         last = f"last handshake {ago(min(heard))} ago" if heard else "no handshake yet"
         return f"the tunnel between {source} and {target} has no session: {last}"
 
-    def doubt(self, name: str, destination: IPAddress | None) -> str:
-        """Why packets may not get through a host; empty: nothing is known."""
+    def doubt(self, name: str, destination: IPAddress | None, *, forwards: bool) -> str:
+        """Why packets may not get through a host, which `forwards` them or is an end; empty: nothing is known."""
         if name not in self.topology.snapshot.nodes:
             return ""
         status = self.statuses.get(name)
@@ -93,7 +94,9 @@ class _Known:
         if found := contradictions(name, status, self.topology):
             return f"{name} does not follow etcd: {found[0]}"
         structural = {problem.text for problem in self.plans[name].problems}
-        errors = [text for text in status.errors if text not in structural and _concerns(text, destination)]
+        errors = [
+            text for text in status.errors if text not in structural and _concerns(text, destination, forwards=forwards)
+        ]
         if errors:
             return f"{name} reports {'an error' if len(errors) == 1 else f'{len(errors)} errors'}"
         answer = self.live.answers.get(name)
@@ -106,10 +109,16 @@ class _Known:
         return status.errors if status is not None else ()
 
 
-def _concerns(error: str, destination: IPAddress | None) -> bool:
+_OF_NO_PACKET = ("--", "metrics and health are not served", NOTHING_BACK)
+"""How errors begin that are about a flag, about the agent itself, or about an exit node, which has a hop of its own."""
+
+
+def _concerns(error: str, destination: IPAddress | None, *, forwards: bool) -> bool:
     """Whether an agent's error may be about packets for this address. What is said of single pairs is weighed at their
-    hops, and what is said of a flag is about none."""
-    if error.startswith(("--", NOTHING_BACK)) or about_partner(error) is not None or about_member(error) is not None:
+    hops."""
+    if error.startswith(_OF_NO_PACKET) or about_partner(error) is not None or about_member(error) is not None:
+        return False
+    if "forward" in error and not (forwards or error.startswith(NO_BASELINE)):
         return False
     with suppress(ValueError):
         network = ip_network(error.partition(" ")[0])
@@ -130,11 +139,13 @@ def _weighed(journey: Journey, source: str, known: _Known) -> Journey:
 def _weighed_way(way: Way, known: _Known) -> Way:
     destination = _address(way.destination)
     steps: list[Step] = []
-    for step in way.steps:
+    for number, step in enumerate(way.steps, 1):
         broken = known.broken(step)
-        trouble = broken or known.doubt(step.target, destination)
+        node = known.topology.snapshot.nodes.get(step.target)
+        forwards = number < len(way.steps) or node is None or destination not in node.mesh_addresses
+        trouble = broken or known.doubt(step.target, destination, forwards=forwards)
         if not trouble and not steps:
-            trouble = known.doubt(step.source, destination)
+            trouble = known.doubt(step.source, destination, forwards=False)
         steps.append(evolve(step, trouble=trouble, broken=bool(broken)))
     return evolve(way, steps=tuple(steps))
 
