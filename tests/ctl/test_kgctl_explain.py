@@ -203,6 +203,13 @@ def test_where_nothing_is_known_of_a_host_on_the_way_nothing_is_promised(etcd: F
     assert headline("gcp-2", "10.4.0.5") == (1, THERE + says)
 
 
+def test_what_is_the_meshs_and_has_no_route_does_not_leave_by_another(etcd: FakeEtcd) -> None:
+    found = run("gcp-3", "home-1", "-o", "json")
+    assert found.exit_code == 1
+    four, six = json.loads(found.stdout)["journeys"]
+    assert (four["works"], six["there"]["dropped"]) == (True, "gcp-3 has no route to fd04::4"), "its LAN has no IPv6"
+
+
 def test_a_remark_is_printed_once(etcd: FakeEtcd) -> None:
     reports(etcd, "gcp-1", errors=("the port is taken", "the port is taken"))
     assert run("gcp-2", "home-2").output.count("the port is taken") == 1

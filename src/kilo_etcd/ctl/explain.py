@@ -147,9 +147,9 @@ def journey_tables(journey: Journey, snapshot: Snapshot) -> Iterator[Table]:
         if way.dropped:
             rows.append((str(len(rows) + 1), "", "dropped", "", "", clean(way.dropped)))
         columns: tuple[str, ...] = ("HOP", "FROM", "TO", "ENCRYPTED", "HOW", "TO ADDRESS")
-        if any(step.trouble for step in way.steps):
+        if any(step.broken for step in way.steps):
             columns = (*columns, "BUT")
-            troubles = [*(clean(step.trouble) for step in way.steps), ""]
+            troubles = [*(clean(step.trouble) if step.broken else "" for step in way.steps), ""]
             rows = [(*row, trouble) for row, trouble in zip(rows, troubles, strict=False)]
         yield Table(title, columns, tuple(rows))
 

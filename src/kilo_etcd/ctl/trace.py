@@ -208,7 +208,9 @@ def _destinations(snapshot: Snapshot, target: str) -> tuple[IPAddress, ...]:
 def _journey(topology: Topology, plans: Plans, source: str, own: IPAddress, destination: IPAddress) -> Journey:
     nodes = topology.snapshot.nodes
     plan = plans[source]
-    routed = any(destination in n for n in (*plan.routes, *plan.refused) if n.version == destination.version)
+    # What is in the mesh's subnets and has no route is refused (`HostPlan.fences`), and does not leave.
+    known = (*plan.routes, *plan.refused, *topology.snapshot.subnets, *plan.fences)
+    routed = any(destination in network for network in known if network.version == destination.version)
     if not routed and destination not in nodes[source].mesh_addresses:
         return _outward(topology, plans, source, destination)
     path = walk(plans, topology, source, destination, sender=own)
