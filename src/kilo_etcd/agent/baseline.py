@@ -41,7 +41,7 @@ WARN_SECONDS = 20.0
 """After so long without a baseline the operator is told."""
 
 
-NO_BASELINE = "nobody elsewhere has ever answered"
+NO_BASELINE = "nobody elsewhere has ever answered an echo request through the leader"
 """How the sentence on a leader without a baseline begins."""
 
 
@@ -108,7 +108,7 @@ class NoBaseline:
         """What to tell the operator; None: nothing yet. It names no targets: those change."""
         if self._since is None or now - self._since < WARN_SECONDS:
             return None
-        text = f"{NO_BASELINE} an echo request through the leader {leader}"
+        text = f"{NO_BASELINE} {leader}"
         if self.confirmed:
             return f"{text}, and they find no way through it either: {leader} does not forward; kgctl check says more"
         if self.handshakes:
