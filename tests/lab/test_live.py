@@ -68,10 +68,14 @@ async def test_a_broken_kernel_is_seen_and_mended_and_a_dead_tunnel_is_red() -> 
             return 'color="#c62828"' in (await lab.kgctl("graph")).stdout
 
         await eventually(red, 60, every=0.2)
-        found = await read(lab, "check")
-        (finding,) = [finding for finding in found if finding["subject"] == " - ".join(sorted((one, other)))]
-        assert finding["severity"] == "error"
-        assert f"UDP 198.51.100.1:51820 to {one}" in finding["remedy"]
+
+        async def named() -> bool:
+            pair = " - ".join(sorted((one, other)))
+            found = [finding for finding in await read(lab, "check") if finding["subject"] == pair]
+            return [each["severity"] for each in found] == ["error"] and "UDP 198.51.100.1:51820" in found[0]["remedy"]
+
+        # While its agent has just started it is too early to tell.
+        await eventually(named, 20, every=0.5)
         await lab.exec(one, "iptables", "-P", "FORWARD", "DROP", check=True)
         texts = [finding["text"] for finding in await read(lab, "check")]
         assert any("in iptables' chain FORWARD (its policy is to drop)" in text for text in texts)
