@@ -323,7 +323,8 @@ async def test_a_host_whose_name_another_took_says_so_until_that_one_is_gone(wor
         addresses = world.host.observed.addresses
         # This host was away for longer than its lease, and another took its name.
         status = StatusRecord(public_key=stranger, revision=1, address="198.51.100.9:51820")
-        world.etcd.put("/kilo-status/h1", encode(status))
+        lease = (await world.etcd.client().grant_lease(3600)).id
+        world.etcd.put("/kilo-status/h1", encode(status), lease=lease)
         world.etcd.put("/kilo/nodes/h1", encode(NodeRecord(public_key=stranger)))
         await trio.sleep(30)
         sentence = (
@@ -352,6 +353,23 @@ async def test_a_copy_of_this_machine_is_not_fought_for_ever_and_shows_in_its_he
         await trio.sleep(15)
         assert world.writes() == before
         await eventually(lambda: world.metrics.health() is None, 120, every=0.1)
+
+
+async def test_a_status_that_another_writes_again_and_again_is_restored_and_named(world: World) -> None:
+    def sentences() -> tuple[str, ...]:
+        return store.records.decode_status(world.etcd.get("/kilo-status/h1")).errors
+
+    async with running(world) as daemon:
+        await eventually(lambda: "/kilo-status/h1" in world.etcd)
+        for _ in range(4):
+            world.etcd.put("/kilo-status/h1", "{}")
+            await eventually(lambda: world.etcd.get("/kilo-status/h1") != b"{}", 10)
+        (sentence,) = sentences()
+        assert "/kilo-status/h1 is changed again and again by another writer" in sentence
+        assert daemon.session.contested == sentence == world.metrics.health()
+        assert world.said("changed again and again") == 1
+        await eventually(lambda: not sentences(), 400, every=1)
+        assert world.said("no longer: ") == 1
 
 
 async def test_an_address_within_the_meshs_subnet_is_reported_until_it_goes(world: World) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kilo_etcd.agent.only_one import AlreadyRunning, only_one
-from kilo_etcd.agent.pace import BURST, LONGEST_PAUSE, QUIET, Pace
+from kilo_etcd.backoff import RepairBackoff
 
 HOLD = (
     "import sys, pathlib, time\n"
@@ -52,13 +52,13 @@ def test_where_no_lock_can_be_made_the_agent_runs_without(tmp_path: Path) -> Non
 
 
 def test_repairs_are_made_at_once_then_ever_less_often_and_at_once_again_after_a_quiet_time() -> None:
-    pace = Pace()
+    backoff = RepairBackoff()
     now = 100.0
-    assert [pace.pause(now) for _ in range(BURST)] == [0.0] * BURST
+    assert [backoff.pause(now) for _ in range(backoff.burst)] == [0.0] * backoff.burst
     pauses = []
     for _ in range(30):
-        pauses.append(pace.pause(now))
+        pauses.append(backoff.pause(now))
         now += pauses[-1]
     assert pauses[:3] == [0.5, 1.0, 2.0]
-    assert pauses[-1] == LONGEST_PAUSE
-    assert pace.pause(now + QUIET + 1) == 0.0
+    assert pauses[-1] == backoff.longest
+    assert backoff.pause(now + backoff.quiet + 1) == 0.0

@@ -9,7 +9,7 @@ import trio
 from store_world import KEYS, record, wg_key
 
 from helpers import eventually, require
-from kilo_etcd.etcd import open_client
+from kilo_etcd.etcd import KeyValue, open_client
 from kilo_etcd.model import CandidateClass, Granularity, MeshSettings
 from kilo_etcd.store import (
     Mirror,
@@ -127,6 +127,43 @@ async def test_a_host_comes_crashes_returns_and_leaves() -> None:
         await eventually(lambda: mirror.current and not mirror.current.nodes and not mirror.current.leaders)
         left = [kv.key.decode() for kv in (await client.get_prefix("/kilo")).kvs]
         assert left == sorted(KEYS.settings)
+        nursery.cancel_scope.cancel()
+
+
+async def test_an_overwritten_candidacy_and_status_are_restored_under_the_lease() -> None:
+    """Whatever `etcdctl put` does to them: the place in the queue stays, and nothing is written after that."""
+    require("etcd")
+    async with EtcdServer.run() as server, open_client(server.config()) as client, trio.open_nursery() as nursery:
+        it = Session(client, KEYS, "a", wg_key("a"))
+        await nursery.start(it.run)
+        await it.register(record("a"))
+        await it.put_status(StatusRecord(public_key=wg_key("a")))
+        await it.enter("gcp", CandidateClass.PUBLIC)
+        other = (await client.grant_lease(600)).id
+        for key in (KEYS.election("gcp", "a"), KEYS.status("a")):
+            before = await client.get(key)
+            assert before is not None
+            assert before.lease
+
+            async def restored(key: str = key, before: KeyValue = before) -> bool:
+                kv = await client.get(key)
+                return kv is not None and (kv.value, kv.lease) == (before.value, before.lease)
+
+            written = await client.put(key, before.value)
+            assert written.header.revision > before.mod_revision
+            await eventually(restored, 5)
+            await client.put(key, b"junk", lease=other)
+            await eventually(restored, 5)
+            now = await client.get(key)
+            assert now is not None
+            assert now.create_revision == before.create_revision
+            await client.delete(key)
+            await eventually(restored, 10)
+        revision = (await client.get_prefix("/kilo")).header.revision
+        await eventually(lambda: it.healthy)
+        await it.put_status(StatusRecord(public_key=wg_key("a")))
+        assert (await client.get_prefix("/kilo")).header.revision == revision
+        assert it.contested is not None
         nursery.cancel_scope.cancel()
 
 

@@ -8,6 +8,7 @@ from ipaddress import ip_address, ip_interface, ip_network
 from typing import Any
 
 import pytest
+import structlog
 import trio
 from attrs import evolve
 from store_world import KEYS, record, wg_key
@@ -16,6 +17,8 @@ from helpers import eventually
 from kilo_etcd.etcd.api import Compare, Op, PermissionDenied, Unavailable
 from kilo_etcd.model import CandidateClass, Granularity, InternalIPs, IPAddress, MeshSettings
 from kilo_etcd.store import (
+    CandidateRecord,
+    Mirror,
     NameTaken,
     NoAddressLeft,
     RecordError,
@@ -311,6 +314,147 @@ async def test_what_is_taken_away_from_under_the_short_lease_comes_back(compacte
         await it.leave()
         await trio.sleep(60)
         assert GCP not in etcd
+
+
+def _stands(etcd: FakeEtcd, key: str, value: bytes, lease: int) -> bool:
+    kv = etcd.data.get(key.encode())
+    return kv is not None and (kv.value, kv.lease) == (value, lease)
+
+
+@pytest.mark.parametrize("compacted", [False, True])
+@pytest.mark.parametrize("key", [GCP, STATUS])
+@pytest.mark.parametrize("foreign", ["other value", "no lease", "another lease"])
+async def test_an_overwritten_key_is_restored_at_once_in_its_place(key: str, foreign: str, compacted: bool) -> None:
+    etcd = FakeEtcd()
+    async with member(etcd):
+        before = etcd.data[key.encode()]
+        other = (await etcd.client().grant_lease(3600)).id
+        await trio.sleep(60)
+        if compacted:
+            etcd.put("/other", "")
+            etcd.compact()
+            etcd.drop_watches()
+        with structlog.testing.capture_logs() as logs:
+            value = b"{}" if foreign == "other value" else before.value
+            lease = {"other value": before.lease, "no lease": 0, "another lease": other}[foreign]
+            revision = etcd.put(key, value, lease=lease)
+            await eventually(lambda: _stands(etcd, key, before.value, before.lease), 5 if compacted else 0.1)
+        assert etcd.data[key.encode()].create_revision == before.create_revision, "its place in the queue is kept"
+        assert [log["key"] for log in logs if "another writer" in log["event"]] == [key]
+        await trio.sleep(600)
+        assert etcd.revision == revision + 1, "and it is restored once"
+
+
+async def test_a_key_that_is_changed_again_and_again_is_restored_ever_less_often_and_named() -> None:
+    etcd = FakeEtcd()
+    events: list[str] = []
+    async with member(etcd, on_event=events.append) as it:
+        before = etcd.data[GCP.encode()]
+        waited = []
+        with structlog.testing.capture_logs() as logs:
+            for count in range(10):
+                etcd.put(GCP, "{}")
+                if count % 2:
+                    etcd.delete(GCP)
+                began = trio.current_time()
+                await eventually(lambda: _stands(etcd, GCP, before.value, before.lease), 70, every=0.01)
+                waited.append(round(trio.current_time() - began, 1))
+                assert (it.contested is None) == (count < 2)
+                assert STATUS in etcd
+        assert waited == [pytest.approx(one, abs=0.1) for one in (0, 1, 2, 4, 8, 16, 32, 60, 60, 60)]
+        assert len([log for log in logs if "another writer" in log["event"]]) == 1, "one line for all of them"
+        assert it.contested is not None
+        assert GCP in it.contested
+        assert events.count("contested") == 1
+        await eventually(lambda: it.contested is None, 400, every=10)
+        assert events.count("contested") == 2
+        etcd.put(GCP, "{}")
+        await eventually(lambda: _stands(etcd, GCP, before.value, before.lease), 0.1)
+
+
+async def test_news_is_written_although_a_key_waits_to_be_restored() -> None:
+    etcd = FakeEtcd()
+    async with member(etcd) as it:
+        for _ in range(6):
+            etcd.put(STATUS, "{}")
+            etcd.put(GCP, "{}")
+            await eventually(lambda: b"{}" not in (etcd.get(STATUS), etcd.get(GCP)), 60)
+        etcd.put(STATUS, "{}")
+        etcd.put(GCP, "{}")
+        await eventually(lambda: len(it._held.changed) == 2)
+        assert not it.healthy
+        assert await it.put_status(StatusRecord(public_key=wg_key("a"), revision=2))
+        assert decode_status(etcd.get(STATUS) or b"").revision == 2
+        assert etcd.get(GCP) == b"{}"
+        assert await it.leave()
+        assert GCP not in etcd
+
+
+async def test_a_host_that_ends_leaves_no_key_that_another_writer_has_taken_from_its_lease() -> None:
+    etcd = FakeEtcd()
+    async with member(etcd) as it:
+        for _ in range(6):
+            etcd.put(GCP, "{}")
+            await eventually(lambda: etcd.get(GCP) != b"{}", 60)
+        etcd.put(GCP, "{}")
+        await eventually(lambda: bool(it._held.changed))
+        await it.resign()
+        assert etcd.keys() == [NODE]
+
+
+async def test_own_writes_are_not_taken_for_those_of_another() -> None:
+    """Answers that are lost, events that come twice or late, a restart with another lease, and a restored etcd."""
+    etcd = FakeEtcd(delay=0.05)
+    client = etcd.client()
+    with structlog.testing.capture_logs() as logs:
+        async with member(etcd, client) as it:
+            saved = etcd.backup()
+            for revision in range(2, 30):
+                if revision % 3 == 0:
+                    client.lose_answer()
+                if revision % 4 == 0:
+                    client.repeat_batches(2)
+                if revision % 5 == 0:
+                    client.stall(3)
+                await it.put_status(StatusRecord(public_key=wg_key("a"), revision=revision))
+                await it.enter("gcp", CandidateClass.PUBLIC if revision % 2 else CandidateClass.REST)
+                await trio.sleep(revision % 7)
+            await trio.sleep(10)
+            etcd.restore(saved)
+            await trio.sleep(30)
+            assert it._held._backoffs == {}
+        async with running(again := session(etcd.client(), lease_ttl=3)):
+            await again.register(record("a"))
+            await trio.sleep(30)
+            assert again._held._backoffs == {}
+    assert [log for log in logs if "another writer" in log["event"]] == []
+
+
+async def test_a_forged_status_without_a_lease_is_no_living_host() -> None:
+    """Overwritten are the record and the status; a living host's would be respected."""
+    etcd = FakeEtcd()
+    async with member(etcd):
+        before = etcd.data[STATUS.encode()]
+        etcd.put(STATUS, encode(StatusRecord(public_key=wg_key("b"))))
+        etcd.put(NODE, encode(record("b")))
+        await eventually(lambda: _stands(etcd, STATUS, before.value, before.lease))
+        await eventually(lambda: decode_node(etcd.get(NODE) or b"") == record("a"))
+
+
+async def test_copies_of_a_machine_overwrite_each_other_ever_less_often() -> None:
+    """They differ in their statuses only, so nobody is refused."""
+    etcd = FakeEtcd(delay=0.01)
+    one, copy = session(etcd.client()), session(etcd.client())
+    async with running(one, copy):
+        for number, each in enumerate((one, copy)):
+            await each.register(record("a"))
+            await each.put_status(StatusRecord(public_key=wg_key("a"), revision=number))
+        await trio.sleep(300)
+        revision = etcd.revision
+        await trio.sleep(600)
+        assert 5 <= etcd.revision - revision <= 21
+        assert "a copy of this machine" in (one.contested or "")
+        assert "a copy of this machine" in (copy.contested or "")
 
 
 async def test_a_name_lost_with_no_address_left_is_an_error_not_the_end() -> None:
@@ -682,3 +826,40 @@ async def test_what_is_said_of_leaders_stands_under_the_lease_and_is_adopted() -
             assert again.verdicts == said
             assert await again.put_verdicts({})
             assert "/kilo/verdicts/home/a" not in etcd
+
+
+async def test_a_report_that_another_writer_changes_is_restored_and_a_forged_one_is_deleted() -> None:
+    etcd = FakeEtcd()
+    mirror = Mirror(etcd.client(), KEYS)
+    said = {"home": VerdictRecord(leader="h", candidacy=7, targets=("a",), answers=True)}
+    home, forged, candidacy = KEYS.verdict("home", "a"), KEYS.verdict("gcp", "a"), KEYS.election("aws", "a")
+    async with member(etcd) as it, trio.open_nursery() as nursery:
+        await nursery.start(mirror.run)
+
+        async def compare() -> None:
+            snapshot = None
+            while True:
+                snapshot = await mirror.wait_newer(snapshot)
+                await it.compare(snapshot, mirror.kv)
+
+        nursery.start_soon(compare)
+        await it.put_verdicts(said)
+        before = etcd.data[home.encode()]
+        etcd.put(home, before.value)
+        await eventually(lambda: _stands(etcd, home, before.value, before.lease))
+        etcd.put(home, "junk")
+        await eventually(lambda: _stands(etcd, home, before.value, before.lease))
+        etcd.delete(home)
+        await eventually(lambda: _stands(etcd, home, before.value, before.lease))
+        etcd.put(forged, before.value)
+        etcd.put(candidacy, encode(CandidateRecord(rank=CandidateClass.ANNOTATED)))
+        theirs = (await etcd.client().grant_lease(3600)).id
+        etcd.put(KEYS.verdict("azure", "a"), before.value, lease=theirs)
+        await eventually(lambda: forged not in etcd and candidacy not in etcd)
+        revision = etcd.revision
+        await it.put_verdicts({})
+        await it.put_verdicts(said)
+        await trio.sleep(600)
+        assert etcd.revision == revision + 2
+        assert KEYS.verdict("azure", "a") in etcd, "it ends with its lease"
+        nursery.cancel_scope.cancel()

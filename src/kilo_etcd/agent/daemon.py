@@ -34,7 +34,6 @@ from kilo_etcd.agent.lookout import Lookout
 from kilo_etcd.agent.metrics import Metrics
 from kilo_etcd.agent.neighbours import Neighbours, Post
 from kilo_etcd.agent.notify import notify, notify_reloading, watchdog_interval
-from kilo_etcd.agent.pace import Pace
 from kilo_etcd.agent.program import Programmer
 from kilo_etcd.agent.reachability import Reachability
 from kilo_etcd.agent.report import Reporter, State
@@ -42,6 +41,7 @@ from kilo_etcd.agent.resolve import Resolver, names_of, plan_names, resolve_plan
 from kilo_etcd.agent.upkeep import REFUSALS, Upkeep
 from kilo_etcd.agent.whereabouts import Whereabouts
 from kilo_etcd.agent.witness import Witness
+from kilo_etcd.backoff import RepairBackoff
 from kilo_etcd.kernel.state import Observed
 from kilo_etcd.model import Granularity, InternalIPs, IPNetwork, MeshSettings, Snapshot
 from kilo_etcd.topology import Topology, UnknownNode, build_topology, host_plan
@@ -153,7 +153,7 @@ class Daemon:
             public_key,
             lease_ttl=int(config.lease_ttl),
             forget_after=int(config.forget_after),
-            on_event=lambda event: self._nudge() if event == "lease lost" else None,
+            on_event=self._note_event,
             fence=_Fence(self),
         )
         self.resolver = Resolver()
@@ -517,10 +517,10 @@ class Daemon:
             self._nudge()
 
     async def _follow_drift(self) -> None:
-        pace = Pace()
+        backoff = RepairBackoff()
         while True:
             what = await self.kernel.wait_drift()
-            pause = pace.pause(trio.current_time())
+            pause = backoff.pause(trio.current_time())
             if pause:
                 self.log.warning("the kernel is changed behind the agent's back again and again; repairing less often",
                                  what=what, seconds=f"{pause:g}")  # fmt: skip
@@ -763,6 +763,14 @@ class Daemon:
         if self.snapshot is not None:
             self._publish(self.snapshot)
 
+    def _note_event(self, event: str) -> None:
+        if event == "lease lost":
+            self._nudge()
+        elif event == "contested":
+            self.once.errors("contested", () if self.session.contested is None else (self.session.contested,))
+            if self.snapshot is not None:
+                self._publish(self.snapshot)
+
     def _note_no_baseline(self, sentence: str | None) -> None:
         self.no_baseline = sentence
         self.once.errors("blind", () if sentence is None else (sentence,), level="warning")
@@ -857,6 +865,7 @@ class Daemon:
             self.beyond,
             self.no_baseline,
             self._upkeep.renumbered,
+            self.session.contested,
             self.mirror.suspect or self._bridged(),
             behind,
             self.metrics.listen_trouble,
@@ -870,7 +879,7 @@ class Daemon:
             return held
         if (trouble := self.mirror.trouble) is not None:
             return f"{trouble}; forwarding goes on by the last plan"
-        return self._waiting or self.session.last_error
+        return self._waiting or self.session.last_error or self.session.contested
 
     def _bridged(self) -> str | None:
         if self.remembered is None:

@@ -1,7 +1,8 @@
-"""What has to be in etcd for as long as this host is a member, and is put back where somebody took it away: the claim
-of its mesh address, and the mesh's settings.
+"""What has to be in etcd for as long as this host is a member, and is restored if somebody has changed it: the claim
+of its mesh address, the mesh's settings, and what stands in the host's name under its lease.
 
-The host's registration and candidacy are the session's to keep. Both tasks here sleep until a snapshot shows a lack.
+The host's registration, candidacy and status are watched by the session. The tasks here sleep until there is a
+snapshot.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import trio
 
 from kilo_etcd import etcd, store
 from kilo_etcd.agent.logs import Once, get_logger
-from kilo_etcd.agent.pace import Pace
+from kilo_etcd.backoff import RepairBackoff
 from kilo_etcd.model import Granularity, MeshSettings, Snapshot
 from kilo_etcd.store.records import decode_claim
 
@@ -52,6 +53,7 @@ class Upkeep:
         """A sentence on the address that this host has lost since it joined."""
         self._unclaimed = trio.Event()
         self._unsettled = trio.Event()
+        self._news = trio.Event()
 
     def joined(self, settings: MeshSettings) -> None:
         """These were the mesh's settings when this host joined."""
@@ -60,6 +62,7 @@ class Upkeep:
     def follow(self, snapshot: Snapshot) -> None:
         """Look at what a snapshot of etcd lacks."""
         self._snapshot = snapshot
+        self._news.set()
         if self._mirror().kv(self._keys.internal_ips) is not None:
             self._settings = self._settings._replace(internal_ips=snapshot.internal_ips)
         if self._lost_claims():
@@ -72,17 +75,25 @@ class Upkeep:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._mind_claims)
             nursery.start_soon(self._mind_settings)
+            nursery.start_soon(self._mind_leased)
+
+    async def _mind_leased(self) -> None:
+        while True:
+            await self._news.wait()
+            self._news = trio.Event()
+            if self._snapshot is not None and self._mirror().suspect is None:
+                await self._session.compare(self._snapshot, self._mirror().kv)
 
     async def _mind_claims(self) -> None:
         """Restore the claim of a mesh address that somebody has deleted or overwritten; take another address if this
         one is another's by now."""
-        pace = Pace()
+        backoff = RepairBackoff()
         log = get_logger(node=self._name)
         while True:
             await self._unclaimed.wait()
             self._unclaimed = trio.Event()
             # Whoever changes it for ever is not fought at every instant: the address stays this host's meanwhile.
-            await trio.sleep(pace.pause(trio.current_time()))
+            await trio.sleep(backoff.pause(trio.current_time()))
             lost, before = self._lost_claims(), self._session.addresses
             if not lost:
                 continue

@@ -1,6 +1,7 @@
 """Whose a node's name is: pure judgements on the records at it, and the account of how often ours was put back.
 
-A name belongs to the public key of the host that lives under it. A host lives while its status is there.
+A name belongs to the public key of the host that lives under it. A host lives while its status is there, under a lease:
+one that somebody has put by hand has none and would stand for ever.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ class NameTaken(Exception):
 
 def taken_by(name: str, public_key: str, node_kv: KeyValue | None, status_kv: KeyValue | None) -> str | None:
     """The sentence, if another host than the one of `public_key` lives under `name`."""
-    if status_kv is None:
+    if status_kv is None or not status_kv.lease:
         return None
     try:
         status: StatusRecord | None = decode_status(status_kv.value)

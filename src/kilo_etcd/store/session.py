@@ -1,7 +1,8 @@
 """This host's own keys: its registration under a long lease, its candidacy, status and words under a short one.
 
 What is wanted is said once (`register`, `enter`, `leave`, `put_status`, `put_sightings`, `put_verdicts`); `run` sees to
-it that etcd keeps saying so: it keeps both leases, and puts back what was lost with a lease or taken away. While etcd
+it that etcd keeps saying so: it keeps both leases, and restores what was lost with a lease, deleted, or overwritten
+(`store.held`; of sightings and verdicts the mirror tells, see `compare`). While etcd
 is away it tries again with jitter, for ever, and never raises. Nothing is written that etcd holds already: an agent
 that starts again within the lease's time finds its own keys, adopts their leases, and goes on without a write.
 
@@ -23,7 +24,8 @@ nothing.
 from __future__ import annotations
 
 import random
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from ipaddress import ip_interface
 from typing import Protocol
@@ -52,7 +54,7 @@ from kilo_etcd.etcd.api import (
     absent,
     unchanged,
 )
-from kilo_etcd.model import CandidateClass, IPAddress, IPInterface, IPNetwork, MeshSettings
+from kilo_etcd.model import CandidateClass, IPAddress, IPInterface, IPNetwork, MeshSettings, Snapshot
 from kilo_etcd.store import claims, said
 from kilo_etcd.store.held import Held
 from kilo_etcd.store.keys import ElectionKey, EndpointKey, Keys, StatusKey, VerdictKey
@@ -127,7 +129,8 @@ class Candidacy:
 class Session:
     """The keys of `node_name`, whose WireGuard key is `public_key`. `lease_ttl` and `forget_after` are seconds.
 
-    `on_event(name)` is told of "lease lost", "lease granted", "registered", "registered again" and "name taken".
+    `on_event(name)` is told of "lease lost", "lease granted", "registered", "registered again", "name taken", and
+    "contested" when `contested` changes.
     """
 
     def __init__(
@@ -174,8 +177,10 @@ class Session:
             client,
             self._lock,
             retry_most=self._retry_most,
-            on_gone=self._mend,
-            # There may be hundreds of sightings. Other observers can replace each of them, other witnesses a verdict.
+            lease=lambda: self._short.id,
+            on_due=self._mend,
+            on_contested=lambda: self._on_event("contested"),
+            # There may be hundreds of sightings; the mirror has them all.
             minded=lambda key: not self._is_word(key),
             rng=self._rng,
         )
@@ -198,13 +203,27 @@ class Session:
     def healthy(self) -> bool:
         """Whether all that is wanted stands in etcd, as far as is known."""
         return (
-            self.last_error is None and not (self._long.doubted or self._short.doubted) and self._record_kv is not None
+            self.last_error is None
+            and not (self._long.doubted or self._short.doubted)
+            and self._record_kv is not None
+            and not self._held.changed
         )
 
     @property
     def lapsed(self) -> bool:
         """Whether the short lease may have ended, for all that this host knows: it was not kept for its time."""
         return self._short.doubted
+
+    @property
+    def contested(self) -> str | None:
+        """A sentence on the leased keys that another writer changes again and again; None: there are none."""
+        if not (keys := self._held.contested):
+            return None
+        more = f" and {len(keys) - 1} more of this host's keys are" if len(keys) > 1 else " is"
+        return (
+            f"{keys[0]}{more} changed again and again by another writer, and restored once a minute at least; see who "
+            "writes there; if a copy of this machine runs, give it a WireGuard key and a --hostname of its own"
+        )
 
     @property
     def candidacy(self) -> Candidacy | None:
@@ -528,8 +547,30 @@ class Session:
         # leader and reports all the same.
         await self._bring(self._words(), {key for key in self._held.values if self._is_word(key)})
 
+    async def compare(self, snapshot: Snapshot, look: Callable[[str], KeyValue | None]) -> None:
+        """Restore the sightings and verdicts of this host that another writer has changed, and delete sightings,
+        verdicts and candidacies that stand in its name under no lease and are not its own: they would stand for ever.
+        `look` gives what the mirror holds at a key as of `snapshot` or later."""
+        for key in [key for key in self._held.values if self._is_word(key)]:
+            await self._held.compare(key, look(key), snapshot.revision)
+        for key in list(self._places(snapshot)):
+            kv = look(key)
+            known = key in self._held.values or key in self._wanted() or key in self._words()
+            if kv is not None and not kv.lease and not known:
+                await self._held.find(kv, snapshot.revision)
+
+    def _places(self, snapshot: Snapshot) -> Iterator[str]:
+        """The keys at which something stands in this host's name."""
+        keys, name = self._keys, self._name
+        for location, candidates in snapshot.candidates.items():
+            yield from (keys.election(location, name) for one in candidates if one.node == name)
+        for location, verdicts in snapshot.verdicts.items():
+            yield from (keys.verdict(location, name) for one in verdicts if one.witness == name)
+        for subject, sightings in snapshot.sightings.items():
+            yield from (keys.endpoint(subject, name) for one in sightings if one.observer == name)
+
     async def _bring(self, wanted: Mapping[str, bytes], held: Collection[str]) -> None:
-        """Make etcd hold `wanted`, and nothing else of `held`."""
+        """Make etcd hold `wanted`, and nothing else of `held`, but for what is to be restored later."""
         # What has to queue anew must go before it comes again.
         gone = [
             key
@@ -539,11 +580,16 @@ class Session:
         if gone:
             for key in gone:
                 self._held.may_remove(key)
-            await self._write([Delete(key) for key in gone])
+            revision = await self._write([Delete(key) for key in gone])
             for key in gone:
-                self._held.remove(key)
-        new = {key: value for key, value in wanted.items() if not self._held.surely(key, value)}
+                self._held.remove(key, revision)
+        new = {
+            key: value
+            for key, value in wanted.items()
+            if not (self._held.surely(key, value) or self._held.waits(key, value))
+        }
         if new:
+            changed = set(self._held.changed)
             fresh = [key for key in new if key not in self._held.values]
             for key, value in new.items():
                 # Should the answer be lost, it may stand there: then it is for us to put again, or to take away.
@@ -556,6 +602,10 @@ class Session:
                 raise
             for key, value in new.items():
                 self._held.put(key, value, revision)
+            for key in new:
+                # Once for a row of changes: if it goes on, `contested` tells.
+                if key in changed and self._held.changes(key) == 1:
+                    self._log.warning("key restored after another writer changed it", key=key, revision=revision)
 
     def _words(self) -> dict[str, bytes]:
         return {**self._sightings.values, **self._verdicts.values}
@@ -600,8 +650,15 @@ class Session:
             self._candidacy, self._status = None, None
             self._sightings.replace({})
             self._verdicts.replace({})
+            changed = self._held.changed
             self._held.clear()
-            await self._short.end()
+            try:
+                # They may be under no lease, or another, and would outlive the host.
+                if changed:
+                    with suppress(_RecordChanged):
+                        await self._write([Delete(key) for key in changed])
+            finally:
+                await self._short.end()
 
     async def close(self) -> None:
         """The same as `resign`: a stopped host stays a member."""

@@ -405,6 +405,26 @@ def claim_deleted(world: World, host: SimulatedHost) -> str:
     return ""
 
 
+@_fault("keys", 3)
+def key_overwritten(world: World, host: SimulatedHost) -> str:
+    """As by `etcdctl put`: another value or the same, under no lease or another host's; or the key is a new one."""
+    rng, name = world.random, host.name
+    held = [
+        KEYS.node(name),
+        KEYS.status(name),
+        *(key for key in world.etcd.keys("/kilo/elections/") if key.endswith("/" + name)),
+        *(key for key in world.etcd.keys("/kilo/verdicts/") if key.endswith("/" + name)),
+        *(key for key in world.etcd.keys("/kilo/endpoints/") if key.endswith("/" + name)),
+    ]
+    key = rng.choice([*held, KEYS.election(rng.choice("abcd"), name), KEYS.verdict(rng.choice("abcd"), name)])
+    values = ["{}", '{"rank":0}', '{"candidacy":1,"leader":"a-1","reaches":true,"targets":["b-1"],"answers":true}']
+    if (before := world.etcd.get(key)) is not None:
+        values += [before.decode()] * 2
+    lease = rng.choice([0, 0, *sorted(world.etcd.leases())]) if key in held else 0
+    world.put(key, rng.choice(values), lease=lease)
+    return f"{key} under {lease:x}"
+
+
 # -- coming and going -----------------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ come to rest. What must hold at each step is `invariants`' business; what must h
 * every agent has applied the newest record, and they all see what etcd holds and draw the same of it;
 * every kernel holds what its agent planned, and nothing is left to do;
 * every pair of hosts is connected in both directions, by the plans and by what the kernels really hold;
+* what stands in a host's name stands under its lease, and is what its agent has written;
 * whoever shares a location stands for leader, and the leader is on record;
 * from then on nothing is written any more, neither to a kernel nor to etcd.
 """
@@ -27,6 +28,7 @@ from kilo_etcd.agent.sightings import STALE
 from kilo_etcd.kernel.diff import difference
 from kilo_etcd.model import IPNetwork, Snapshot
 from kilo_etcd.store import Keys
+from kilo_etcd.store.held import QUIET_SECONDS
 from kilo_etcd.store.view import View
 from kilo_etcd.testing.fake_etcd import Backup, FakeEtcd
 from kilo_etcd.topology import build_topology, host_plan
@@ -203,9 +205,9 @@ class World:
         if host.name not in self.gone:
             host.start()
 
-    def put(self, key: str, value: str) -> None:
+    def put(self, key: str, value: str, *, lease: int = 0) -> None:
         if self.etcd.available:
-            self.etcd.put(key, value)
+            self.etcd.put(key, value, lease=lease)
 
     def delete(self, key: str) -> None:
         if self.etcd.available:
@@ -291,8 +293,9 @@ class World:
             assert not differ, f"{name} sees another mesh than etcd: {'; '.join(differ)}"
             assert agent.topology.segments == fresh.segments, f"{name} draws another mesh"
             assert agent.raw_plan == host_plan(fresh, name), f"{name} has another plan than what is planned afresh"
+            self._own_leases(name, agent, {note.key for note in truth.set_aside})
             trouble = agent._etcd_trouble()
-            assert trouble is None, f"{name} is in trouble: {trouble}"
+            assert trouble in (None, agent.session.contested), f"{name} is in trouble: {trouble}"
             silent = () if agent._reachability is None else agent._reachability.silent
             assert not silent, f"{name} does not know yet that {silent[0].target.node} answers again"
             self._programmed(self.hosts[name], agent)
@@ -314,6 +317,18 @@ class World:
                 assert not why, f"{name} gets no answer from {other} at {address}: {why}"
         return True
 
+    def _own_leases(self, name: str, agent: SimulatedAgent, rejected: set[str]) -> None:
+        """What stands in a host's name stands under its lease, and is what it has to say. Junk at places where it has
+        nothing to say is `rejected`, and the operator's to remove."""
+        held, lease = agent.session._held, agent.session._short.id
+        assert not held.changed, f"{name} has yet to restore {held.changed[0]}"
+        roots = (KEYS.elections_root, KEYS.verdicts_root, KEYS.endpoints_root, KEYS.status_root)
+        for raw, kv in self.etcd.data.items():
+            key = raw.decode(errors="replace")
+            if key.startswith(roots) and key.endswith("/" + name) and key not in rejected - held.values.keys():
+                assert kv.lease == lease, f"{key} stands under lease {kv.lease:x}, that of {name} is {lease:x}"
+                assert held.values.get(key) == kv.value, f"{key} has a value that {name} did not write: {kv.value!r}"
+
     @staticmethod
     def _programmed(host: SimulatedHost, agent: SimulatedAgent) -> None:
         """The kernel holds the plan, and there is nothing left to do."""
@@ -330,10 +345,16 @@ class World:
             assert network in host.machine.observed.routes, f"{host.name} has no route to the mesh"
 
     def penance(self) -> float:
-        """Until when a host stands behind all others, or looks once more: then it writes."""
+        """Until when a host stands behind all others, or looks once more, or says that its keys are contested: then it
+        writes."""
         standings = [host.agent._candidacy for host in self.members() if host.agent is not None]
         # It is over, and the next look at the kernel says so.
         over = [trio.current_time() for one in standings if one.penance is None and one.why is not None]
+        agents = [host.agent for host in self.members() if host.agent is not None]
+        over += [
+            backoff.until for one in agents for key, backoff in one.session._held._backoffs.items()
+            if key in one.session._held.contested
+        ]  # fmt: skip
         return max([*over, *(one.penance for one in standings if one.penance is not None)], default=0.0)
 
     async def keepalives(self) -> None:
@@ -375,7 +396,7 @@ class World:
         behind_nat = any(key.endswith(b"/force-endpoint") for key in self.etcd.data)
         await trio.sleep(LISTED_AGAIN if self.watchman.lossy else NAMED_SECONDS if behind_nat else 15)
         now, penance = trio.current_time(), self.penance()
-        if now <= penance < now + self.shape.quiet:
+        if now <= penance < now + max(self.shape.quiet, QUIET_SECONDS):
             await trio.sleep(penance - now + RESYNC_SECONDS + 15)
         assert self.at_rest()
         written = [len(host.machine.history) for host in self.members()]

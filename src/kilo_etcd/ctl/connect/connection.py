@@ -18,8 +18,8 @@ from kilo_etcd import etcd, kernel, store
 from kilo_etcd.agent.discover import HostFacts
 from kilo_etcd.agent.logs import Once, get_logger
 from kilo_etcd.agent.lookout import Lookout
-from kilo_etcd.agent.pace import Pace
 from kilo_etcd.agent.resolve import LOOKUP_TIMEOUT, Resolver, names_of, plan_names, resolve_plan
+from kilo_etcd.backoff import RepairBackoff
 from kilo_etcd.ctl.connect.names import known_names
 from kilo_etcd.ctl.connect.registration import KEEPALIVE, LEASE_SECONDS, Registration, Wish
 from kilo_etcd.ctl.context import Failure
@@ -208,11 +208,11 @@ class Connection:
             self._nudge()
 
     async def _follow_drift(self) -> None:
-        pace = Pace()
+        backoff = RepairBackoff()
         while True:
             what = await self.kernel.wait_drift()
             self.log.warning("the kernel was changed behind our back; repairing", what=what)
-            await trio.sleep(pace.pause(trio.current_time()))
+            await trio.sleep(backoff.pause(trio.current_time()))
             self._nudge(fresh=True)
 
     async def _follow_names(self) -> None:
