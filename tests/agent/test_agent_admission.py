@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import tracemalloc
 from ipaddress import ip_address
 
 import pytest
@@ -84,6 +85,28 @@ def test_a_host_with_another_time_is_answered_too(off: float) -> None:
     assert told >= 30
 
 
+@pytest.mark.parametrize("ahead", [WINDOW - 1, 10 * WINDOW])
+@pytest.mark.parametrize("corrected", [0.0, -WINDOW - 10])
+def test_a_local_query_is_answered_after_a_clock_was_corrected(ahead: float, corrected: float) -> None:
+    """A host boots with its clock ahead; then it is corrected, and the agent restarts."""
+    admission, now = Admission(), 100.0
+    assert admission.answers(A, stamp(int(WALL), 0), now=now - 50, wall=WALL - 50)
+    assert admission.answers(A, stamp(int(WALL + ahead), 1), now=now, wall=WALL, local=True)
+    told = [
+        admission.answers(A, stamp(int(WALL + corrected) + n, n), now=now + n, wall=WALL + n, local=True)
+        for n in range(2, 60, 6)
+    ]
+    assert all(told)
+    query = stamp(int(WALL + corrected) + 100, 1)
+    assert admission.answers(A, query, now=now + 100, wall=WALL + 100, local=True)
+    assert not admission.answers(A, query, now=now + 110, wall=WALL + 110, local=True), "a replay"
+    recorded = [stamp(int(WALL - 200) + n, n) for n in range(100)]
+    told = [admission.answers(A, one, now=now + 120, wall=WALL + 120, local=True) for one in recorded]
+    assert sum(told) <= SLOW_BURST, "and recordings are answered slowly"
+    refused = stamp(int(WALL - 100), 9)
+    assert not admission.answers(A, refused, now=now + 150, wall=WALL + 150), "a question about leaders is not"
+
+
 def test_strangers_have_a_rate_each_and_forged_ones_crowd_out_nobody() -> None:
     admission = Admission()
     assert sum(admission.from_stranger("x", 0.0) for _ in range(1000)) == STRANGE_BURST
@@ -98,9 +121,19 @@ def test_the_memory_is_bounded() -> None:
     for number in range(MOST_NODES + 10):
         admission.answers(number.to_bytes(8), stamp(int(WALL), 1), now=0.0, wall=WALL)
     assert len(admission._askers) == MOST_NODES
-    for number in range(1000):
-        admission.answers(A, stamp(int(WALL), number), now=float(number), wall=WALL)
-    assert len(admission._askers[A].recent) <= 32
+
+
+def test_a_node_costs_less_than_a_kilobyte_however_much_it_asks() -> None:
+    admission = Admission()
+    tracemalloc.start()
+    try:
+        for number in range(500):
+            for count in range(50):
+                admission.answers(number.to_bytes(8), stamp(int(WALL), count), now=float(count), wall=WALL)
+        assert tracemalloc.get_traced_memory()[0] < 500 * 1024
+    finally:
+        tracemalloc.stop()
+    assert admission.repeated((1).to_bytes(8), stamp(int(WALL), 49))
 
 
 async def test_only_what_is_sent_to_the_served_addresses_and_admitted_is_received() -> None:

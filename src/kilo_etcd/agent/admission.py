@@ -8,6 +8,9 @@ stamp is known. It travels as it always did, so agents of other versions take it
   sender, or of the same second and new.
 * Anything else is from an agent that makes no stamps, or from a host with another time. It is answered if it is none of
   the sender's last ones, slowly, and only if the sender has not shown a stamp within `WINDOW`: then it is a recording.
+* A query over the location's own network is answered slowly where the rules above refuse it, unless it is the very
+  same again: a clock that was ahead and has been corrected must not make a member look unreachable for minutes. Its
+  answer is one small datagram to an address of the sender, so a recording does no harm at that rate.
 
 What is remembered comes from authentic questions only, so strangers can neither fill nor change it. A source that does
 not fit the sender has a rate of its own, in a table from which the one heard longest ago goes first: who is forgotten
@@ -35,8 +38,8 @@ STRANGE_RATE, STRANGE_BURST = 10.0, 20.0
 """Datagrams a second that are looked at from an address that is none of the sender's."""
 MOST_NODES = 16384
 MOST_SOURCES = 1024
-_RECENT = 32
-"""Numbers of one node that are remembered."""
+_RECENT, _NUMBER = 32, 8
+"""Numbers of one node that are remembered, and the bytes of each."""
 
 _STAMP = struct.Struct("!IH")
 
@@ -83,7 +86,12 @@ class _Asker:
     """The second of its last stamp."""
     seen: float = float("-inf")
     """When that was taken, by our clock."""
-    recent: dict[bytes, None] = field(factory=dict)
+    recent: bytes = b""
+    """Its last numbers, the newest at the end, without space between: there may be half a million of them."""
+
+    def has(self, nonce: bytes) -> bool:
+        """Whether the number is one of the last ones."""
+        return any(self.recent[at : at + _NUMBER] == nonce for at in range(0, len(self.recent), _NUMBER))
 
 
 @define
@@ -96,7 +104,7 @@ class Admission:
     def repeated(self, sender: bytes, nonce: bytes) -> bool:
         """Whether this very question has been taken lately; for a look before anything is computed."""
         asker = self._askers.get(sender)
-        return asker is not None and nonce in asker.recent
+        return asker is not None and asker.has(nonce)
 
     def from_stranger(self, source: Hashable, now: float) -> bool:
         """Whether a datagram is looked at whose source is no address of the node that it names."""
@@ -106,27 +114,26 @@ class Admission:
             del self._strange[next(iter(self._strange))]
         return bucket.take(now)
 
-    def answers(self, sender: bytes, nonce: bytes, *, now: float, wall: float) -> bool:
-        """Whether a question of `sender`, known to be authentic, is answered."""
+    def answers(self, sender: bytes, nonce: bytes, *, now: float, wall: float, local: bool = False) -> bool:
+        """Whether a question of `sender`, known to be authentic, is answered; `local`: it came over the location's own
+        network."""
         asker = self._askers.pop(sender, None)
         if asker is None:
             asker = _Asker(Bucket(RATE, BURST, BURST, now), Bucket(SLOW_RATE, SLOW_BURST, SLOW_BURST, now))
         self._askers[sender] = asker
         if len(self._askers) > MOST_NODES:
             del self._askers[next(iter(self._askers))]
-        if nonce in asker.recent:
+        if asker.has(nonce):
             return False
         second = second_of(nonce)
+        bucket = asker.slow
         if second is not None and abs(wall - second) <= WINDOW:
-            if second < asker.newest and now - asker.seen <= 2 * WINDOW:
+            if second >= asker.newest or now - asker.seen > 2 * WINDOW:
+                asker.newest, asker.seen = second, now
+                bucket = asker.answers
+            elif not local:
                 return False
-            asker.newest, asker.seen = second, now
-            bucket = asker.answers
-        else:
-            if now - asker.seen <= WINDOW:
-                return False
-            bucket = asker.slow
-        asker.recent[nonce] = None
-        if len(asker.recent) > _RECENT:
-            del asker.recent[next(iter(asker.recent))]
+        elif now - asker.seen <= WINDOW and not local:
+            return False
+        asker.recent = (asker.recent + nonce)[-_RECENT * _NUMBER :]
         return bucket.take(now)

@@ -288,7 +288,7 @@ class Neighbours:
             if node is None or secret is None or message is None:
                 continue
             if not message.tells and not self._admission.answers(
-                sender, message.nonce, now=trio.current_time(), wall=self._wall()
+                sender, message.nonce, now=trio.current_time(), wall=self._wall(), local=message.local
             ):
                 continue
             if message.local:
