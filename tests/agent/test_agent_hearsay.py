@@ -29,7 +29,7 @@ from kilo_etcd.agent.hearsay import (
     sender_of,
     unpack,
 )
-from kilo_etcd.agent.neighbours import UdpPost
+from kilo_etcd.agent.neighbours import UdpPost, served
 from kilo_etcd.agent.reachability import AT_ONCE
 from kilo_etcd.model import Candidate, CandidateClass, Endpoint, Node, Snapshot
 from kilo_etcd.store import CandidateRecord
@@ -354,6 +354,36 @@ async def test_who_asks_is_answered_if_it_is_known(mesh: World) -> None:
         await trio.sleep(0.1)
         assert all(unpack(data, secret()) != told for data, _ in post.sent)
         assert not any(found.tells for data, _ in post.sent if (found := unpack(data, secret())))
+
+
+@pytest.mark.autojump
+async def test_behind_a_nat_of_its_own_a_host_is_asked_at_its_private_address(mesh: World) -> None:
+    """The other hosts of the location call it at the NAT's address, which no packet has that arrives."""
+    post, inside = Letters(), ip_address("192.168.1.1")
+    async with running(mesh, post=post) as daemon:
+        await eventually(lambda: inside in post.served, 30, every=0.1)
+        mesh.etcd.put("/kilo/annotations/h1/force-internal-ip", "10.99.0.7/24")
+        await eventually(lambda: ip_address("10.99.0.7") in post.served, 5, every=0.1)
+        assert inside in post.served
+        moved = evolve(mesh.facts.addresses[0], address=ip_interface("192.168.1.8/24"))
+        mesh.facts = evolve(mesh.facts, addresses=(moved,))
+        mesh.host.moved.set()
+        await eventually(lambda: ip_address("192.168.1.8") in post.served, 5, every=0.1)
+        assert inside not in post.served
+        assert daemon.snapshot is not None
+        assert {*daemon.snapshot.nodes["h1"].mesh_addresses} < post.served
+
+
+def test_the_served_addresses_are_those_to_which_packets_for_the_node_come() -> None:
+    def told(own: str, *internal: str) -> list[str]:
+        one = evolve(node("a1", "a", 1), mesh_addresses=(), internal_ips=tuple(map(ip_interface, internal)))
+        return list(map(str, served(one, tuple(map(ip_address, own.split())))))
+
+    assert told("192.168.1.1 203.0.113.5", "192.168.1.1/24") == ["192.168.1.1"]
+    assert told("192.168.1.1 203.0.113.5 fd00::1", "10.99.0.7/24") == ["10.99.0.7", "192.168.1.1"]
+    assert told("203.0.113.5 fd00::1", "10.99.0.7/24") == ["10.99.0.7", "203.0.113.5"]
+    assert told("192.168.1.1 fd00::1", "192.168.1.1/24", "fd00:99::7/64") == ["192.168.1.1", "fd00:99::7", "fd00::1"]
+    assert told("", "192.168.1.1/24") == ["192.168.1.1"]
 
 
 async def test_datagrams_go_both_ways_in_both_families_and_a_taken_port_is_an_error() -> None:

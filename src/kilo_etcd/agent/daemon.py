@@ -214,7 +214,14 @@ class Daemon:
         self._neighbours = (
             None
             if secret is None or post is None or not config.probe
-            else Neighbours(self.name, post, secret, etcd_away=self._etcd_away, on_heard=self._note_heard)
+            else Neighbours(
+                self.name,
+                post,
+                secret,
+                etcd_away=self._etcd_away,
+                on_heard=self._note_heard,
+                sources=lambda: self.whereabouts.sources,
+            )
         )
         self._reachability = None
         if config.probe:

@@ -7,7 +7,8 @@ others in turn. What the words mean is decided in `agent.hearsay`.
 It reads the messages of known nodes only (`hearsay.unpack`), answers each question once (`agent.admission`), and it
 never raises: where the port is taken, that is said once, and this host goes without. The sockets are bound to all
 addresses, which come and go, but datagrams count only if they were sent to a mesh address or an internal IP of this
-host: the kernel says with each where it was sent to (IP_PKTINFO).
+host: the kernel says with each where it was sent to (IP_PKTINFO). If an internal IP is translated on its way (1:1 NAT,
+`force-internal-ip`), that is one of the host's own private addresses (`served`).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from kilo_etcd.agent.hearsay import (
     unpack,
 )
 from kilo_etcd.agent.reachability import Reachability
-from kilo_etcd.model import IPAddress, Node
+from kilo_etcd.model import IPAddress, Node, is_public
 from kilo_etcd.topology import Topology, UnknownNode
 
 PORT = 1107
@@ -177,9 +178,11 @@ class Neighbours:
         *,
         etcd_away: Callable[[], bool],
         on_heard: Callable[[Hearsay], object],
+        sources: Callable[[], Collection[IPAddress]] = lambda: (),
         wall: Callable[[], float] = time.time,
     ) -> None:
-        """`reachability`, set later, is told of what comes over the location's own network."""
+        """`reachability`, set later, is told of what comes over the location's own network. `sources` gives the host's
+        own addresses on the underlay."""
         self._name = name
         self._post = post
         self._admission = Admission()
@@ -187,6 +190,8 @@ class Neighbours:
         self._stamped = 0
         """The second of the last question's stamp: it never goes back."""
         post.admit = self._admits
+        self._sources = sources
+        self._served: tuple[IPAddress, ...] | None = None
         self._secret = secret
         self._secrets: dict[str, bytes | None] = {}
         self._etcd_away = etcd_away
@@ -211,8 +216,11 @@ class Neighbours:
         self._chronicle.note(topology)
         if self._topology is None or topology.snapshot.nodes is not self._topology.snapshot.nodes:
             self._by_digest = None
-            self._post.serve(_addresses(topology.snapshot.nodes.get(self._name)))
         self._topology = topology
+        addresses = served(self._own(), self._sources())
+        if addresses != self._served:
+            self._served = addresses
+            self._post.serve(addresses)
 
     async def run(self) -> None:
         """Ask and answer until cancelled."""
@@ -369,6 +377,20 @@ def _addresses(node: Node | None) -> tuple[IPAddress, ...]:
     if node is None:
         return ()
     return (*node.mesh_addresses, *(interface.ip for interface in node.internal_ips))
+
+
+def served(node: Node | None, own: Collection[IPAddress]) -> tuple[IPAddress, ...]:
+    """The addresses of this host to which queries for `node`, which it is, are sent; `own` are those that it has on the
+    underlay. What is sent to an internal IP that it does not have comes to one of its private addresses of that family
+    (public ones only if it has no other): it is a NAT's, and only the NAT knows to which."""
+    if node is None:
+        return ()
+    found = list(_addresses(node))
+    for interface in node.internal_ips:
+        family = [address for address in own if address.version == interface.version]
+        if interface.ip not in family:
+            found += [address for address in family if not is_public(address)] or family
+    return tuple(dict.fromkeys(found))
 
 
 def _neighbours(topology: Topology, own: Node) -> list[Node]:
