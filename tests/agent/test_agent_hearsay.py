@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers import eventually
+from kilo_etcd import store
 from kilo_etcd.agent import hearsay, privatekey
 from kilo_etcd.agent.admission import stamp
 from kilo_etcd.agent.hearsay import (
@@ -303,14 +304,34 @@ async def test_a_leader_that_was_replaced_while_it_was_cut_off_follows_the_new_o
 @pytest.mark.autojump
 async def test_where_the_port_is_taken_that_is_said_and_the_agent_goes_on(mesh: World) -> None:
     class Taken(Letters):
+        taken = True
+
         async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
             async with trio.open_nursery():
-                raise OSError(98, "Address already in use")
+                if self.taken:
+                    raise OSError(98, "Address already in use")
+                task_status.started()
+                await self.lost.wait()
+                raise OSError(19, "No such device")
 
-    async with running(mesh, post=Taken()):
+        lost = trio.Event()
+
+    def answers() -> bool:
+        return store.records.decode_status(mesh.etcd.get("/kilo-status/h1") or b"").answers
+
+    post = Taken()
+    async with running(mesh, post=post):
         await trio.sleep(200)
         assert mesh.said("neighbours cannot be asked") == 1
         assert mesh.said("Address already in use") == 1
+        assert not answers(), "its status does not promise what it cannot do"
+        post.taken = False
+        await eventually(answers, 70, every=0.1)
+        revision = mesh.etcd.revision
+        await trio.sleep(200)
+        assert mesh.etcd.revision == revision
+        post.lost.set()
+        await eventually(lambda: not answers(), 5, every=0.1)
 
 
 @pytest.mark.autojump

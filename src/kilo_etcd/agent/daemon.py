@@ -185,6 +185,8 @@ class Daemon:
         """What neighbours have said of leaders since etcd was out of reach."""
         self.no_baseline: str | None = None
         """A sentence on a leader through which nobody has ever answered this host, which would report it."""
+        self.answers = False
+        """Whether this host answers peer queries: it has the port."""
         self.obstructed: tuple[str, ...] = ()
         """Sentences on what drops what this host forwards."""
         self.beyond: str | None = None
@@ -363,6 +365,7 @@ class Daemon:
                 async with trio.open_nursery() as nursery:
                     await nursery.start(post.run)
                     self.once.clear("neighbours", "neighbours can be spoken to again")
+                    self._note_answers(True)
                     await neighbours.run()
             except* OSError as group:
                 lone: BaseException = group
@@ -370,7 +373,14 @@ class Daemon:
                     lone = lone.exceptions[0]
                 self.once.warning("neighbours", "neighbours cannot be asked while etcd is away",
                                   error=str(lone))  # fmt: skip
+                self._note_answers(False)
                 await trio.sleep(POST_RETRY_SECONDS)
+
+    def _note_answers(self, answers: bool) -> None:
+        if answers != self.answers:
+            self.answers = answers
+            if self.snapshot is not None and self.role is not None:
+                self._publish(self.snapshot)
 
     async def _bridge(self, nursery: trio.Nursery) -> MeshSettings | None:
         """Where etcd does not answer, or is not as the last known mesh on disk knew it: put that mesh in force until
@@ -831,7 +841,7 @@ class Daemon:
             address=self.whereabouts.address,
             unreachable=self._unreachable(),
             unsigned=() if self._reachability is None else self._reachability.unsigned[:MOST_LISTED],
-            answers=self._neighbours is not None,
+            answers=self.answers,
             without_etcd=self.mirror.suspect or self._bridged() or self.mirror.trouble or "",
         )
         self._reporter.publish(snapshot, state, leaving=self._leaving)
