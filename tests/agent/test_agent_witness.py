@@ -553,6 +553,27 @@ async def test_who_was_demoted_and_sees_its_firewall_go_stands_as_before(mesh: W
         await eventually(as_before, 20, every=0.1)
 
 
+async def test_a_plan_that_does_not_forward_ends_no_hold_down(mesh: World) -> None:
+    """The mesh is full for a while, so each host is a segment of its own; the firewall is what it was."""
+    mesh.etcd.delete("/kilo/elections/gcp/g1")
+    mesh.host.obstacles = (Obstacle("the firewall drops what this host forwards"),)
+    async with running(mesh) as daemon:
+        await stands(mesh)
+        await accuse(mesh, daemon)
+        await stands(mesh)
+        for witness in ("g1", "g2"):
+            mesh.etcd.delete(f"/kilo/verdicts/gcp/{witness}")
+        await trio.sleep(20)
+        mesh.etcd.put("/kilo/mesh/granularity", "full")
+        await eventually(lambda: daemon.plan is not None and not daemon.plan.forwarding, 5, every=0.1)
+        await trio.sleep(30)
+        assert daemon.obstructed == ()
+        mesh.etcd.put("/kilo/mesh/granularity", "location")
+        await eventually(lambda: daemon.plan is not None and bool(daemon.plan.forwarding), 5, every=0.1)
+        await trio.sleep(30)
+        assert json.loads(mesh.etcd.get("/kilo/elections/gcp/h1") or b"")["rank"] == CandidateClass.PASSED_OVER
+
+
 async def test_who_is_accused_looks_at_itself(mesh: World) -> None:
     mesh.etcd.delete("/kilo/elections/gcp/g1")
     async with running(mesh):

@@ -799,23 +799,22 @@ class Daemon:
         host that was demoted stand as before."""
         obstructed: tuple[str, ...] = ()
         while True:
-            applied, found = self._applied, obstructed
-            plan = self._in_force()
-            if plan.plan is not None:
+            applied, plan = self._applied, self._in_force()
+            forwards = plan.plan is not None and bool(plan.plan.forwarding)
+            # A plan that does not forward says nothing about what drops packets: what was found stays.
+            if forwards:
                 with suppress(OSError, kernel.KernelError):
-                    there = await self.kernel.obstacles() if plan.plan.forwarding else ()
-                    found = tuple(one.text for one in there if one.certain)
-            if obstructed and not found:
-                # Whoever was found wanting is so no more.
-                self._candidacy.release()
-                self._witness.try_again()
-                self._nudge()
-            obstructed = found
-            if not plan.sends:
-                found = ()
-            if found != self.obstructed:
-                self.obstructed = found
-                self.once.errors("forwarding", found)
+                    found = tuple(one.text for one in await self.kernel.obstacles() if one.certain)
+                    if obstructed and not found:
+                        # Whoever was found wanting is so no more.
+                        self._candidacy.release()
+                        self._witness.try_again()
+                        self._nudge()
+                    obstructed = found
+            in_force = obstructed if forwards and plan.sends else ()
+            if in_force != self.obstructed:
+                self.obstructed = in_force
+                self.once.errors("forwarding", in_force)
                 if self.snapshot is not None:
                     self._publish(self.snapshot)
             await trio.sleep(OBSTACLES_PAUSE)
