@@ -54,6 +54,8 @@ class NoBaseline:
     _due: float = float("-inf")
     _pause: float = PAUSE
     _deferral: float = DEFERRAL
+    _shortened: float = PAUSE
+    """What is left of a pause at most if there are new targets."""
     _targets: frozenset[str] = frozenset()
     opened: float | None = None
     """When the report that stands without a baseline was made."""
@@ -65,10 +67,12 @@ class NoBaseline:
     def silent(self, targets: Iterable[Node], now: float) -> bool:
         """A try has found nobody; whether all `targets` are to be tried at once now."""
         names = frozenset(node.name for node in targets)
-        if names != self._targets:
-            # Other targets may know better; but a mesh in which somebody comes every minute is no reason for a report
-            # each time.
-            self._targets, self._due = names, min(self._due, now + PAUSE)
+        news, self._targets = names - self._targets, names
+        if news and now + self._shortened < self._due:
+            # New targets may know better. In a mesh in which somebody comes every minute, each time the pause is cut
+            # short less.
+            self._due = now + self._shortened
+            self._shortened = min(self._shortened * 2, LONGEST_PAUSE)
         self._since = now if self._since is None else self._since
         self._tried += 1
         return self._tried >= TRIES and now >= self._due
@@ -79,7 +83,7 @@ class NoBaseline:
 
     def hurry(self) -> None:
         """Whatever came to nothing may come to something now."""
-        self._due, self._pause, self._deferral = float("-inf"), PAUSE, DEFERRAL
+        self._due, self._pause, self._deferral, self._shortened = float("-inf"), PAUSE, DEFERRAL, PAUSE
 
     def defer(self, now: float) -> None:
         """There is no report to be made: the leader itself does not answer."""
