@@ -110,6 +110,43 @@ async def test_an_oversized_claim_is_restored_and_said_in_short(world: World) ->
         assert world.said("rejected: ") == 0
 
 
+async def test_a_claim_that_cannot_be_restored_shows_in_the_health_and_the_status_until_it_can(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(*_args: object, **_rest: object) -> None:
+        await trio.lowlevel.checkpoint()
+        raise etcd.PermissionDenied("user kilo may not write there")
+
+    def named() -> bool:
+        found = store.records.decode_status(world.etcd.get("/kilo-status/h1")).errors
+        return any("cannot be restored" in sentence for sentence in found)
+
+    async with running(world) as daemon:
+        (claim,) = world.etcd.keys("/kilo/addresses/")
+        with monkeypatch.context() as patched:
+            patched.setattr(daemon.session, "claim_addresses", refuse)
+            world.etcd.put(claim, "thief")
+            await eventually(lambda: world.metrics.health() is not None, 10, every=0.1)
+            sentence = world.metrics.health()
+            assert sentence is not None
+            assert sentence.startswith("the claim of this host's mesh address cannot be restored (")
+            assert claim in sentence
+            assert sentence.endswith("user kilo may not write there")
+            await eventually(named, 5, every=0.1)
+            await trio.sleep(60)
+            assert world.said("cannot be restored") == 1
+        await eventually(lambda: world.metrics.health() is None, 20, every=0.1)
+        await eventually(lambda: not named(), 5, every=0.1)
+        # Somebody else puts it right.
+        with monkeypatch.context() as patched:
+            patched.setattr(daemon.session, "claim_addresses", refuse)
+            world.etcd.put(claim, "thief")
+            await eventually(lambda: world.metrics.health() is not None, 10, every=0.1)
+            world.etcd.delete(claim)
+            world.etcd.put(claim, "h1")
+            await eventually(lambda: world.metrics.health() is None, 20, every=0.1)
+
+
 async def test_whoever_overwrites_a_claim_for_ever_is_not_fought_for_ever(world: World) -> None:
     async with running(world):
         (claim,) = world.etcd.keys("/kilo/addresses/")

@@ -111,9 +111,13 @@ async def test_health_says_in_one_line_what_is_wrong() -> None:
         metrics.reconciled(trouble="UDP port 51820 is taken")
         assert await get(where, "/health") == (503, "UDP port 51820 is taken\n")
         metrics.reconciled(trouble=None)
-        metrics.suspect_when(lambda: "etcd went back in time")
+        wrong = ["etcd went back in time", "the firewall drops"]
+        metrics.suspect_when(lambda: wrong[0] if len(wrong) > 1 else None)
+        metrics.suspect_when(lambda: wrong[-1] if wrong else None)
         assert await get(where, "/health") == (503, "etcd went back in time\n")
-        metrics.suspect_when(lambda: None)
+        del wrong[0]
+        assert await get(where, "/health") == (503, "the firewall drops\n")
+        wrong.clear()
         metrics.report_health("stopping")
         assert await get(where, "/health") == (503, "stopping\n")
         metrics.report_health(None)

@@ -350,8 +350,12 @@ async def test_who_would_drop_forwarded_packets_itself_does_not_take_over(mesh: 
         says(mesh, "home", int(str(found["candidacy"])), answers=True, targets=("h1",))
         await eventually(lambda: daemon.role is not None and daemon.role.leader == "h1", 3, every=0.01)
         # As the leader it says so at once.
+        assert mesh.metrics.health() is None
         mesh.host.obstacles = (Obstacle("the firewall drops what this host forwards"),)
         await eventually(lambda: mesh.said("error   the firewall drops what this host forwards") == 1, 40, every=0.1)
+        assert mesh.metrics.health() == "the firewall drops what this host forwards"
+        mesh.host.obstacles = ()
+        await eventually(lambda: mesh.metrics.health() is None, 40, every=0.1)
 
 
 async def test_who_drops_only_some_of_what_it_would_forward_takes_over_all_the_same(mesh: World) -> None:

@@ -159,6 +159,7 @@ class Daemon:
         self.resolver = Resolver()
         # Asked for at each scrape, so that nothing has to poll.
         metrics.suspect_when(self._etcd_trouble)
+        metrics.suspect_when(self._own_trouble)
         metrics.etcd_connected.set_function(lambda: float(self.mirror.connected and not self.mirror.suspect))
         self.log = get_logger().bind(node=self.name)
         self.once = Once(self.log)
@@ -209,7 +210,15 @@ class Daemon:
         """Programmed well enough to lead."""
         self._leaving = False
         self._reporter = Reporter(self.session, public_key, config.mesh_granularity)
-        self._upkeep = Upkeep(self.session, self.keys, self.name, self.once, mirror=lambda: self.mirror, rng=self._rng)
+        self._upkeep = Upkeep(
+            self.session,
+            self.keys,
+            self.name,
+            self.once,
+            mirror=lambda: self.mirror,
+            rng=self._rng,
+            on_news=self._publish_again,
+        )
         self._candidacy = Candidacy(self.session, self.name)
         self._answerer = Answerer(client, self.keys, self.name, device, self._in_force, self.once)
         self._post = post
@@ -379,8 +388,7 @@ class Daemon:
     def _note_answers(self, answers: bool) -> None:
         if answers != self.answers:
             self.answers = answers
-            if self.snapshot is not None and self.role is not None:
-                self._publish(self.snapshot)
+            self._publish_again()
 
     async def _bridge(self, nursery: trio.Nursery) -> MeshSettings | None:
         """Where etcd does not answer, or is not as the last known mesh on disk knew it: put that mesh in force until
@@ -785,8 +793,7 @@ class Daemon:
             self._nudge()
         elif event == "contested":
             self.once.errors("contested", () if self.session.contested is None else (self.session.contested,))
-            if self.snapshot is not None:
-                self._publish(self.snapshot)
+            self._publish_again()
 
     def _note_no_baseline(self, sentence: str | None) -> None:
         self.no_baseline = sentence
@@ -828,6 +835,11 @@ class Daemon:
         )
         self.once.errors("gateway", () if self.beyond is None else (self.beyond,), level="warning")
         if self.snapshot is not None:
+            self._publish(self.snapshot)
+
+    def _publish_again(self) -> None:
+        """The status has changed by itself."""
+        if self.snapshot is not None and self.role is not None:
             self._publish(self.snapshot)
 
     def _publish(self, snapshot: Snapshot) -> None:
@@ -881,6 +893,7 @@ class Daemon:
             self.beyond,
             self.no_baseline,
             self._upkeep.renumbered,
+            self._upkeep.trouble,
             self.session.contested,
             self.mirror.suspect or self._bridged(),
             behind,
@@ -896,6 +909,10 @@ class Daemon:
         if (trouble := self.mirror.trouble) is not None:
             return f"{trouble}; forwarding goes on by the last plan"
         return self._waiting or self.session.last_error or self.session.contested
+
+    def _own_trouble(self) -> str | None:
+        """Why this host does not do its part although etcd is followed and the plan is in the kernel."""
+        return self._upkeep.trouble or next(iter(self.obstructed), None)
 
     def _bridged(self) -> str | None:
         if self.remembered is None:

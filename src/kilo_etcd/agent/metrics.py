@@ -1,5 +1,9 @@
 """What the agent counts, and what it answers on `--listen`: `/metrics` for Prometheus, `/health` in one line.
 
+`/health` answers 503 if the host does not do its part, whatever the cause. It is for monitoring, and for whoever
+chooses hosts; nothing of what it names is mended by a restart. Whether the agent hangs is for systemd's watchdog to
+find out, which `agent.daemon` feeds.
+
 The server (`agent.http`) is a task of the agent's: an agent whose loop hangs does not say that it is well. An address
 that cannot be listened on is an error in the log and stops nothing. The registry is the agent's own.
 """
@@ -54,7 +58,7 @@ class Metrics:
             self.reconciles.labels(result)
         self._trouble: str | None = "the mesh has not been programmed yet"
         self._reported: str | None = None
-        self._suspicion: Callable[[], str | None] = lambda: None
+        self._whys: list[Callable[[], str | None]] = []
         self.listen_trouble: str | None = None
         """Why metrics and health are not served although they should be."""
 
@@ -113,12 +117,13 @@ class Metrics:
         self._reported = trouble
 
     def suspect_when(self, why: Callable[[], str | None]) -> None:
-        """Ask `why` at each look at the health whether etcd can be trusted: None where it can, else a sentence."""
-        self._suspicion = why
+        """Ask `why` too, at each look at the health: None if all is well as far as it knows, else a sentence."""
+        self._whys.append(why)
 
     def health(self) -> str | None:
-        """None where all is well, else one sentence."""
-        trouble = self._reported or self._suspicion() or self._trouble or descriptors.running_short()
+        """None if this host does its part, else one sentence: etcd's trouble first, since it explains others."""
+        whys = (why() for why in self._whys)
+        trouble = self._reported or next(filter(None, whys), None) or self._trouble or descriptors.running_short()
         if trouble is None and not _value(self.etcd_connected):
             return "etcd is out of reach; forwarding goes on by the last plan"
         return trouble

@@ -29,7 +29,8 @@ REFUSALS = (store.NameTaken, store.NoAddressLeft, store.RecordError)
 
 
 class Upkeep:
-    """Of node `name`. `mirror` gives the mirror that is followed at present."""
+    """Of node `name`. `mirror` gives the mirror that is followed at present; `on_news` is called when `trouble` is
+    another."""
 
     def __init__(
         self,
@@ -40,6 +41,7 @@ class Upkeep:
         *,
         mirror: Callable[[], store.Mirror],
         rng: random.Random,
+        on_news: Callable[[], object] = lambda: None,
     ) -> None:
         self._session = session
         self._keys = keys
@@ -51,6 +53,9 @@ class Upkeep:
         self._settings = MeshSettings(Granularity.LOCATION, ())
         self.renumbered: str | None = None
         """A sentence on the address that this host has lost since it joined."""
+        self.trouble: str | None = None
+        """A sentence on the claim that cannot be restored."""
+        self._on_news = on_news
         self._unclaimed = trio.Event()
         self._unsettled = trio.Event()
         self._news = trio.Event()
@@ -96,6 +101,8 @@ class Upkeep:
             await trio.sleep(backoff.pause(trio.current_time()))
             lost, before = self._lost_claims(), self._session.addresses
             if not lost:
+                self._once.clear("claim", "this host's mesh address is claimed again")
+                self._note_trouble(None)
                 continue
             try:
                 await self._mirror().vouch()
@@ -103,10 +110,14 @@ class Upkeep:
             except (etcd.EtcdError, *REFUSALS) as error:
                 self._once.error("claim", "the claim of this host's mesh address cannot be restored",
                                  claim="; ".join(lost), error=str(error))  # fmt: skip
+                self._note_trouble(
+                    f"the claim of this host's mesh address cannot be restored ({'; '.join(lost)}): {error}"
+                )
                 await trio.sleep(RETRY_SECONDS)
                 self._unclaimed.set()
                 continue
             self._once.clear("claim", "this host's mesh address is claimed again")
+            self._note_trouble(None)
             if addresses == before:
                 log.error("the claim of this host's mesh address was changed by another; restored",
                           claim="; ".join(lost))  # fmt: skip
@@ -117,6 +128,11 @@ class Upkeep:
                 f"{self._keys.addresses_root}"
             )
             log.error(self.renumbered)
+
+    def _note_trouble(self, sentence: str | None) -> None:
+        if sentence != self.trouble:
+            self.trouble = sentence
+            self._on_news()
 
     async def _mind_settings(self) -> None:
         """Put the mesh's settings back where etcd has none: it was empty when it was adopted, or somebody took them
