@@ -12,9 +12,11 @@ from kernel_worlds import PRIVATE
 from test_kernel_forward import LEADER as PLAN
 from test_kernel_forward import sh
 
-from kilo_etcd.kernel import cleanup, hooks, open_kernel
+from kilo_etcd.agent.daemon import OBSTACLES_PAUSE, OBSTACLES_PERIOD
+from kilo_etcd.kernel import cleanup, hooks, iptables, open_kernel
 from kilo_etcd.kernel.chains import BaseChain, Packet, drops, from_iptables, obstacles, packets
 from kilo_etcd.kernel.forwardchains import ForwardChains
+from kilo_etcd.kernel.iptables import Iptables
 from kilo_etcd.kernel.netfilter import Netfilter
 from kilo_etcd.kernel.state import Setup
 
@@ -121,7 +123,7 @@ class Chains:
     def forward_chains(self) -> tuple[BaseChain, ...]:
         return self._chains
 
-    def legacy(self, version: int) -> None:
+    def legacy(self, version: int, *, patience: float) -> None:
         return None
 
 
@@ -138,6 +140,57 @@ def test_what_a_host_refuses_of_silent_members_makes_no_firewall_uncertain(tmp_p
             assert chain is not None
             chains = ForwardChains("kilo0", tmp_path / "x", Chains(chain), Chains(), opening=False)  # type: ignore[arg-type]
             assert [one.certain for one in chains.obstacles(plan, ["eth0"])] == certain
+
+
+def test_the_older_xtables_are_read_rarely_and_a_change_is_seen_within_a_minute(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    names, now = tmp_path / "names", 1000.0
+    printed = "-P FORWARD ACCEPT"
+    ran: list[float] = []
+
+    def run(*command: str) -> str:
+        assert command == ("iptables-legacy", "-w", "5", "-S")
+        ran.append(now)
+        return printed
+
+    monkeypatch.setattr(iptables, "_LEGACY_TABLES", {4: names, 6: tmp_path / "none"})
+    monkeypatch.setattr(iptables, "_run", run)
+    monkeypatch.setattr(iptables.shutil, "which", lambda name, path: name)
+    monkeypatch.setattr(iptables.time, "monotonic", lambda: now)
+    chains = ForwardChains(
+        "kilo0", tmp_path / "x", Chains(), Iptables("kilo0", tmp_path / "y", lambda: 1), opening=False,  # type: ignore[arg-type]
+    )  # fmt: skip
+
+    def until(drops: bool) -> float:
+        """Looks, as often as the agent does, until something drops or does not; the seconds that took."""
+        nonlocal now
+        began = now
+        while bool(chains.obstacles(LEADER, ["eth0"])) is not drops:
+            now += OBSTACLES_PAUSE + OBSTACLES_PERIOD
+        return now - began
+
+    for _ in range(600):
+        assert until(False) == 0
+        now += 1
+    assert ran == [], "there is no table, so no program is run"
+    names.write_text("nat\nfilter\n")
+    printed = "-P FORWARD DROP"
+    assert until(True) == 0, "a new table is seen at once"
+    printed = "-P FORWARD ACCEPT"
+    assert 0 < until(False) <= 30, "and so is its end, nearly"
+    ran.clear()
+    for _ in range(600):
+        assert until(False) == 0
+        now += 1
+    assert 10 <= len(ran) <= 600 / 40
+    for offset in range(0, 60, 7):
+        now += offset
+        assert until(False) == 0
+        printed = "-P FORWARD DROP"
+        assert until(True) < 60
+        printed = "-P FORWARD ACCEPT"
+        until(False)
 
 
 def test_a_ruleset_that_changes_while_it_is_read_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:

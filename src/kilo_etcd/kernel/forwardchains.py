@@ -20,6 +20,10 @@ from kilo_etcd.kernel.openings import AddOpening, DeleteOpening, Opening, Place
 from kilo_etcd.model import IPNetwork
 from kilo_etcd.topology.hostplan import HostPlan
 
+LEGACY_SECONDS, LEGACY_DROPPING_SECONDS = 40.0, 15.0
+"""How long a reading of the older xtables' chain is believed: with the pauses between two looks at what drops forwarded
+packets that makes less than a minute. If something drops, its end is to be seen sooner."""
+
 
 class ForwardChains:
     """Of one network namespace. Blocking. `record`: a file that says that there may be rules of ours, so that hosts
@@ -33,18 +37,22 @@ class ForwardChains:
         self._netfilter = netfilter
         self._iptables = iptables
         self._opening = opening
+        self._legacy_drops = False
+        """Whether a chain of the older xtables dropped mesh traffic when it was last looked at."""
 
     def obstacles(self, plan: HostPlan | None, devices: Collection[str]) -> tuple[Obstacle, ...]:
         """What drops mesh traffic between the tunnel and `devices`, or may do so. OSError."""
         versions = plan.forwarding if plan is not None and plan.forwarding else frozenset({4, 6})
-        legacy = [chain for version in sorted(versions) if (chain := self._iptables.legacy(version)) is not None]
+        patience = LEGACY_DROPPING_SECONDS if self._legacy_drops else LEGACY_SECONDS
+        chains = (self._iptables.legacy(version, patience=patience) for version in sorted(versions))
+        sent = self._sent(versions, plan, devices)
+        legacy = obstacles(filter(None, chains), sent, self._interface, opening=self._opening)
+        self._legacy_drops = bool(legacy)
         off = sysctl.not_forwarding([self._interface, *devices]) if 4 in versions else ()
         blocked = frozenset({4} if self._interface in off or set(devices) <= set(off) else ())
         return (
-            *obstacles(
-                (*self._netfilter.forward_chains(), *legacy), self._sent(versions, plan, devices), self._interface,
-                opening=self._opening,
-            ),
+            *obstacles(self._netfilter.forward_chains(), sent, self._interface, opening=self._opening),
+            *legacy,
             *(
                 Obstacle(
                     f"net.ipv4.conf.{name}.forwarding is 0, so what comes in by {name} is not forwarded: "

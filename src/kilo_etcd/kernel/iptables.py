@@ -3,7 +3,8 @@
 Why the programs: whether FORWARD is held by nftables or by the older xtables is the host's choice, made by which
 `iptables` is installed, and docker follows it too. Nothing is run while nothing happens: where iptables writes to
 nftables, the rules are read again only when the kernel's ruleset has another generation than at the last reading.
-The older xtables tells of no changes, so there they are read at every resync.
+The older xtables tells of no changes: there our own rules are read at every resync, and the chain FORWARD is read as
+often as its caller wants to know of changes, if there is a table.
 """
 
 from __future__ import annotations
@@ -23,8 +24,7 @@ from kilo_etcd.kernel.forward import AddForward, DeleteForward, ForwardRule, rea
 _PROGRAMS = {4: "iptables", 6: "ip6tables"}
 _PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
 _DEADLINE = 15.0
-_LEGACY_SECONDS = 15.0
-"""How long a reading of the older xtables is believed: they tell of no changes, and each reading runs a program."""
+_LEGACY_TABLES = {4: Path("/proc/net/ip_tables_names"), 6: Path("/proc/net/ip6_tables_names")}
 
 
 class IptablesError(OSError):
@@ -76,19 +76,24 @@ class Iptables:
             rules |= own
         return chains, rules
 
-    def legacy(self, version: int) -> BaseChain | None:
+    def legacy(self, version: int, *, patience: float) -> BaseChain | None:
         """The chain FORWARD of the older xtables, which nftables does not show; None: it has none, or it is not to be
-        read."""
+        read. A reading is believed for `patience` seconds, since each one runs a program; that there is no table costs
+        nothing to see, and is looked at each time."""
+        try:
+            tables = _LEGACY_TABLES[version].read_text().split()
+        except OSError:
+            tables = []
+        if "filter" not in tables:
+            self._legacy.pop(version, None)
+            return None
         known = self._legacy.get(version)
-        if known is None or time.monotonic() - known[0] > _LEGACY_SECONDS:
+        if known is None or time.monotonic() - known[0] > patience:
             known = self._legacy[version] = time.monotonic(), self._read_legacy(version)
         return known[1]
 
     def _read_legacy(self, version: int) -> BaseChain | None:
-        tables = Path("/proc/net/ip_tables_names" if version == 4 else "/proc/net/ip6_tables_names")
         with suppress(OSError):
-            if "filter" not in tables.read_text().split():
-                return None
             for program in (f"{_PROGRAMS[version]}-legacy", _PROGRAMS[version]):
                 if shutil.which(program, path=_PATH) is not None:
                     return from_iptables(_run(program, "-w", "5", "-S"), version)
