@@ -114,7 +114,7 @@ DEEP = b"[" * 100_000
         lambda lines: [DEEP, *lines[1:]],
         lambda lines: [DEEP],
         lambda lines: [*lines, f'["{KEYS.adopted}",'.encode() + DEEP],
-        lambda lines: [*lines, b'{"a":' * 100_000],
+        lambda lines: [*lines, b'{"a":' * 50_000],
         lambda lines: [*lines, b"9" * 10_000],
         lambda lines: [*lines, b"null"],
         lambda lines: [*lines, b"[1,1,1,1,1,1]"],
@@ -127,7 +127,7 @@ DEEP = b"[" * 100_000
         lambda lines: [b"null", *lines[1:]],
         lambda lines: [b"[]", *lines[1:]],
         lambda lines: [b'"format"', *lines[1:]],
-        lambda lines: [*lines, json.dumps(["/kilo/x", "y" * cachefile.MAX_LINE, 1, 1, 1, 0]).encode()],
+        lambda lines: [json.dumps(["y" * cachefile.MAX_LINE]).encode(), *lines[1:]],
         lambda lines: lines[1:],
         lambda lines: lines[:1],
     ],
@@ -142,6 +142,30 @@ def test_wrong_content_with_a_right_checksum_is_refused_in_a_sentence(
     assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize("size", [-100, -3, -2, -1, 0, 1, 5 * cachefile.MAX_LINE])
+@pytest.mark.parametrize("at", [1, 2, -1])
+def test_one_value_of_any_length_does_not_make_the_rest_unusable(tmp_path: Path, size: int, at: int) -> None:
+    """Agents of earlier versions kept whatever stood under the prefix."""
+    path = tmp_path / FILE
+    lines = lines_of(path)
+    whole = read(path, WHO)
+    assert whole is not None
+    around = len(json.dumps(["/kilo/x", "", 1, 1, 1, 0], separators=(",", ":"))) + 1
+    value = "y" * (cachefile.MAX_LINE - around + size)
+    long = json.dumps(["/kilo/x", value, 1, 1, 1, 0], separators=(",", ":")).encode()
+    assert len(long) + 1 == cachefile.MAX_LINE + size
+    put(path, [*lines, long] if at == -1 else [*lines[:at], long, *lines[at:]])
+    kept = read(path, WHO)
+    assert kept is not None
+    assert set(kept.lines) - {long + b"\n"} == set(whole.lines)
+    assert kept.remembered().snapshot.nodes == whole.remembered().snapshot.nodes
+    # The length is no way around the checksum.
+    spoiled = bytearray(gzip.decompress(path.read_bytes()))
+    spoiled[spoiled.index(b"y" * 50_000) + 49_000] = ord("z")
+    path.write_bytes(gzip.compress(bytes(spoiled)))
+    assert "its checksum is wrong" in refused(path)
+
+
 def test_a_checksum_line_that_is_no_object_and_a_bomb_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,12 +176,16 @@ def test_a_checksum_line_that_is_no_object_and_a_bomb_are_refused(
         refused(path)
     # A thousandth of its size on the disk.
     path.write_bytes(gzip.compress(b"x" * (64 * 1024 * 1024)))
-    assert "more than is ever kept" in refused(path)
+    assert "is cut short" in refused(path)
     monkeypatch.setattr(cachefile, "MAX_RECORDS", 20)
     put(path, [b"[]"] * 30)
     assert "more than is ever kept" in refused(path)
     monkeypatch.setattr(cachefile, "MAX_BYTES", 1000)
-    put(path, [b"x" * 100] * 11)
+    for lines in ([b"x" * 100] * 11, [b"x" * 1000]):
+        put(path, lines)
+        assert "more than is ever kept" in refused(path)
+    monkeypatch.setattr(cachefile, "MAX_LINE", 100)
+    put(path, [b"x" * 1000])
     assert "more than is ever kept" in refused(path)
     path.write_bytes(b"x" * 1001)
     assert "is larger than 1000 bytes" in refused(path)

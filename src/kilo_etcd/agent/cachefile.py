@@ -2,7 +2,8 @@
 
 The file is a gzip of lines of JSON: what it is, the raw key-values one by one, a checksum over all of that. Key-values
 and no plan, so that the code that reads etcd reads this too. It holds preshared keys, so only its owner may read it; it
-appears whole or not at all (written aside, synced, renamed).
+appears whole or not at all (written aside, synced, renamed). A value that is too long for a record of ours is left out,
+when the file is written and when it is read.
 
 Loading is strict and never fatal: whatever is not as this module writes it, is too large, is open to others, or is of
 another mesh, host or key is `Unusable`, with a sentence, and left where it is until the next one replaces it. A right
@@ -233,21 +234,32 @@ def _lines(identity: Identity, holdings: store.Holdings, now: float) -> Iterator
 
 
 def _read(raw: IO[bytes]) -> list[bytes]:
-    """The lines, but the checksum's, which is right."""
+    """The lines, but the checksum's, which is right. One of a value that is nobody's record, as agents of earlier
+    versions kept it, is left out; in memory there is never more than `MAX_LINE` of it."""
     lines: list[bytes] = []
-    size = 0
-    with gzip.GzipFile(fileobj=raw, mode="rb") as file:
-        while line := file.readline(MAX_LINE + 1):
-            lines.append(line)
-            size += len(line)
-            if len(line) > MAX_LINE or size > MAX_BYTES or len(lines) > MAX_RECORDS + 2:
-                raise _Wrong("it holds more than is ever kept")
-    if len(lines) < 2:
-        raise _Wrong("it is cut short")
-    last = json.loads(lines.pop())
     digest = hashlib.sha256()
-    for line in lines:
-        digest.update(line)
+    newest: bytes | None = None
+    """The checksum's, if it is the last line."""
+    size, count, too_long = 0, 0, False
+    with gzip.GzipFile(fileobj=raw, mode="rb") as file:
+        while piece := file.readline(MAX_LINE):
+            size += len(piece)
+            count += not too_long
+            if size > MAX_BYTES or count > MAX_RECORDS + 2:
+                raise _Wrong("it holds more than is ever kept")
+            if newest is not None:
+                digest.update(newest)
+                lines.append(newest)
+                newest = None
+            ends = piece.endswith(b"\n")
+            if too_long or (len(piece) == MAX_LINE and not ends):
+                digest.update(piece)
+                too_long = not ends
+            else:
+                newest = piece
+    if newest is None or not lines:
+        raise _Wrong("it is cut short")
+    last = json.loads(newest)
     if not isinstance(last, dict) or last.get("sha256") != digest.hexdigest():
         raise _Wrong("its checksum is wrong")
     return lines

@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 
 MAX_DEPTH = 40
-MAX_VALUES = 1_000_000
+MAX_VALUES = 200_000
+"""A peer has some 18, keys counted. Each takes some 20 microseconds to read, so a text at the bound takes seconds."""
 MAX_DIGITS = 100
 """Characters of a number: YAML 1.1 has numbers to the base of 60 (`1:30:00`), which take the square of that to read."""
 
@@ -53,7 +54,7 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
             if name is not None:
                 self._weights[id(node)] = node, self._values - before
         if self._values > MAX_VALUES:
-            raise _Refused(f"holds more than {MAX_VALUES} values, aliases written out")
+            raise _Refused(f"holds more than {MAX_VALUES} values, aliases written out: give fewer at once")
         return node
 
 
