@@ -199,6 +199,19 @@ async def test_an_etcd_that_was_replaced_is_held_off_until_it_is_adopted(world: 
         await eventually(lambda: world.metrics.health() is None, 60, every=0.1)
 
 
+async def test_a_backup_made_while_the_record_was_away_is_noticed_to_lack_it(world: World) -> None:
+    """In its history the record was deleted before the revision from which the agent watches it."""
+    async with running(world):
+        await eventually(lambda: "/kilo-status/h1" in world.etcd)
+        world.etcd.delete("/kilo/nodes/h1")
+        saved = world.etcd.backup()
+        await eventually(lambda: "/kilo/nodes/h1" in world.etcd, 10, every=0.1)
+        world.etcd.restore(saved, cluster_id=0xC2)
+        world.etcd.put("/kilo/mesh/adopted", f"{0xC2:x} now")
+        await eventually(lambda: "/kilo/nodes/h1" in world.etcd, 30, every=0.1)
+        await eventually(lambda: world.daemon.snapshot and "h1" in world.daemon.snapshot.nodes, 10, every=0.1)
+
+
 async def test_other_subnets_renumber_nobody(world: World) -> None:
     async with running(world):
         addresses = world.host.observed.addresses

@@ -550,7 +550,11 @@ class Session:
     async def compare(self, snapshot: Snapshot, look: Callable[[str], KeyValue | None]) -> None:
         """Restore the sightings and verdicts of this host that another writer has changed, and delete sightings,
         verdicts and candidacies that stand in its name under no lease and are not its own: they would stand for ever.
-        `look` gives what the mirror holds at a key as of `snapshot` or later."""
+        `look` gives what the mirror holds at a key as of `snapshot` or later. If that is another etcd than the one that
+        was written to, all is looked at anew: its history may lack what its watches would tell."""
+        if self._taken_up != self._fence.taken_up:
+            self._wake.set()
+            return
         for key in [key for key in self._held.values if self._is_word(key)]:
             await self._held.compare(key, look(key), snapshot.revision)
         for key in list(self._places(snapshot)):
