@@ -15,7 +15,7 @@ from store_world import KEYS, record, wg_key
 
 from helpers import eventually
 from kilo_etcd.etcd.api import Compare, Op, PermissionDenied, Unavailable
-from kilo_etcd.model import CandidateClass, Granularity, InternalIPs, IPAddress, MeshSettings
+from kilo_etcd.model import CandidateClass, Endpoint, Granularity, InternalIPs, IPAddress, MeshSettings
 from kilo_etcd.store import (
     CandidateRecord,
     Mirror,
@@ -23,6 +23,7 @@ from kilo_etcd.store import (
     NoAddressLeft,
     RecordError,
     Session,
+    SightingRecord,
     StatusRecord,
     VerdictRecord,
     decode_node,
@@ -832,6 +833,7 @@ async def test_a_report_that_another_writer_changes_is_restored_and_a_forged_one
     etcd = FakeEtcd()
     mirror = Mirror(etcd.client(), KEYS)
     said = {"home": VerdictRecord(leader="h", candidacy=7, targets=("a",), answers=True)}
+    observed = KEYS.endpoint("b", "a")
     home, forged, candidacy = KEYS.verdict("home", "a"), KEYS.verdict("gcp", "a"), KEYS.election("aws", "a")
     async with member(etcd) as it, trio.open_nursery() as nursery:
         await nursery.start(mirror.run)
@@ -840,7 +842,7 @@ async def test_a_report_that_another_writer_changes_is_restored_and_a_forged_one
             snapshot = None
             while True:
                 snapshot = await mirror.wait_newer(snapshot)
-                await it.compare(snapshot, mirror.kv)
+                await it.compare(snapshot, mirror)
 
         nursery.start_soon(compare)
         await it.put_verdicts(said)
@@ -852,10 +854,11 @@ async def test_a_report_that_another_writer_changes_is_restored_and_a_forged_one
         etcd.delete(home)
         await eventually(lambda: _stands(etcd, home, before.value, before.lease))
         etcd.put(forged, before.value)
+        etcd.put(observed, encode(SightingRecord(public_key=wg_key("b"), endpoint=Endpoint.parse("192.0.2.1:1"))))
         etcd.put(candidacy, encode(CandidateRecord(rank=CandidateClass.ANNOTATED)))
         theirs = (await etcd.client().grant_lease(3600)).id
         etcd.put(KEYS.verdict("azure", "a"), before.value, lease=theirs)
-        await eventually(lambda: forged not in etcd and candidacy not in etcd)
+        await eventually(lambda: not {forged, candidacy, observed} & set(etcd.keys()))
         revision = etcd.revision
         await it.put_verdicts({})
         await it.put_verdicts(said)

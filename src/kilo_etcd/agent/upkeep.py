@@ -87,7 +87,7 @@ class Upkeep:
             await self._news.wait()
             self._news = trio.Event()
             if self._snapshot is not None and self._mirror().suspect is None:
-                await self._session.compare(self._snapshot, self._mirror().kv)
+                await self._session.compare(self._snapshot, self._mirror())
 
     async def _mind_claims(self) -> None:
         """Restore the claim of a mesh address that somebody has deleted or overwritten; take another address if this

@@ -124,6 +124,10 @@ class Mirror:
         """The raw key-values under `prefix`, sorted; may be newer than `current`."""
         return self._view.kvs(prefix)
 
+    def observed_by(self, observer: str) -> frozenset[str]:
+        """The nodes and peers whose endpoints a node has observed, as it says as of the newest event."""
+        return self._view.observed_by(observer)
+
     def holder(self, address: IPAddress) -> str | None:
         """Whose a mesh address is as of the newest event: a node's name, `peer/<name>`, or None."""
         return self._view.holder(address)

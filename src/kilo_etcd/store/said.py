@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Generic, TypeVar
 
+from kilo_etcd.model import Snapshot
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import (
     Record,
@@ -58,3 +59,21 @@ def sightings(keys: Keys, observer: str) -> Said[SightingRecord]:
 def verdicts(keys: Keys, witness: str) -> Said[VerdictRecord]:
     """What `witness` found of leaders, by their locations."""
     return Said(keys.verdicts_root, lambda location: keys.verdict(location, witness), decode_verdict)
+
+
+def places(keys: Keys, name: str, snapshot: Snapshot) -> tuple[str, ...]:
+    """The keys at which, by `snapshot`, a candidacy or a report stands in the name of a node."""
+    return (
+        *(
+            keys.election(where, name)
+            for where, all_ in snapshot.candidates.items()
+            for one in all_
+            if one.node == name
+        ),
+        *(
+            keys.verdict(where, name)
+            for where, all_ in snapshot.verdicts.items()
+            for one in all_
+            if one.witness == name
+        ),
+    )

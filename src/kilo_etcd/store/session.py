@@ -24,7 +24,7 @@ nothing.
 from __future__ import annotations
 
 import random
-from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from ipaddress import ip_interface
@@ -59,7 +59,7 @@ from kilo_etcd.store import claims, said
 from kilo_etcd.store.held import Held
 from kilo_etcd.store.keys import ElectionKey, EndpointKey, Keys, StatusKey, VerdictKey
 from kilo_etcd.store.lease import KeptLease
-from kilo_etcd.store.mirror import HeldOff
+from kilo_etcd.store.mirror import HeldOff, Mirror
 from kilo_etcd.store.owner import NameTaken, PutBacks, public_key_of, status_key_of, taken_by, where_is
 from kilo_etcd.store.records import (
     CandidateRecord,
@@ -184,6 +184,8 @@ class Session:
             minded=lambda key: not self._is_word(key),
             rng=self._rng,
         )
+        self._places_of: tuple[object, object, tuple[str, ...]] = (None, None, ())
+        """Candidacies and verdicts of all, and the keys among them that have this host's name."""
         self._put_backs = PutBacks(self._node_key)
         self._seen = 0
         """etcd's revision up to which the record is known to be as `_record_kv` says."""
@@ -547,31 +549,25 @@ class Session:
         # leader and reports all the same.
         await self._bring(self._words(), {key for key in self._held.values if self._is_word(key)})
 
-    async def compare(self, snapshot: Snapshot, look: Callable[[str], KeyValue | None]) -> None:
+    async def compare(self, snapshot: Snapshot, mirror: Mirror) -> None:
         """Restore the sightings and verdicts of this host that another writer has changed, and delete sightings,
         verdicts and candidacies that stand in its name under no lease and are not its own: they would stand for ever.
-        `look` gives what the mirror holds at a key as of `snapshot` or later. If that is another etcd than the one that
-        was written to, all is looked at anew: its history may lack what its watches would tell."""
+        `mirror` has given `snapshot`. If it follows another etcd than the one that was written to, all is looked at
+        anew: that one's history may lack what the watches would tell."""
         if self._taken_up != self._fence.taken_up:
             self._wake.set()
             return
         for key in [key for key in self._held.values if self._is_word(key)]:
-            await self._held.compare(key, look(key), snapshot.revision)
-        for key in list(self._places(snapshot)):
-            kv = look(key)
+            await self._held.compare(key, mirror.kv(key), snapshot.revision)
+        if self._places_of[0] is not snapshot.candidates or self._places_of[1] is not snapshot.verdicts:
+            places = said.places(self._keys, self._name, snapshot)
+            self._places_of = snapshot.candidates, snapshot.verdicts, places
+        observed = [self._keys.endpoint(name, self._name) for name in mirror.observed_by(self._name)]
+        for key in (*self._places_of[2], *observed):
+            kv = mirror.kv(key)
             known = key in self._held.values or key in self._wanted() or key in self._words()
             if kv is not None and not kv.lease and not known:
                 await self._held.find(kv, snapshot.revision)
-
-    def _places(self, snapshot: Snapshot) -> Iterator[str]:
-        """The keys at which something stands in this host's name."""
-        keys, name = self._keys, self._name
-        for location, candidates in snapshot.candidates.items():
-            yield from (keys.election(location, name) for one in candidates if one.node == name)
-        for location, verdicts in snapshot.verdicts.items():
-            yield from (keys.verdict(location, name) for one in verdicts if one.witness == name)
-        for subject, sightings in snapshot.sightings.items():
-            yield from (keys.endpoint(subject, name) for one in sightings if one.observer == name)
 
     async def _bring(self, wanted: Mapping[str, bytes], held: Collection[str]) -> None:
         """Make etcd hold `wanted`, and nothing else of `held`, but for what is to be restored later."""

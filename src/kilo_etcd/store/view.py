@@ -214,6 +214,10 @@ class View:
         """Whose a mesh address is, claimed or stated: a node's name, `peer/<name>`, or None."""
         return self._addresses.holder(address)
 
+    def observed_by(self, observer: str) -> frozenset[str]:
+        """The nodes and peers whose endpoints a node says it has observed."""
+        return frozenset(self._subjects.get(observer, ()))
+
     def kv(self, key: str | bytes) -> KeyValue | None:
         """The raw key-value, readable or not."""
         return self._kvs.get(key.encode() if isinstance(key, str) else key)
