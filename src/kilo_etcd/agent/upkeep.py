@@ -21,6 +21,9 @@ from kilo_etcd.store.records import decode_claim
 SETTINGS_SECONDS = 2.0
 """Within which the agents put lost settings of the mesh back, each at its own moment."""
 
+LOOK_SECONDS = 30.0
+"""Between two looks at what stands in this host's name, if there is no news: some of it is given time to end."""
+
 RETRY_SECONDS = 5.0
 """After a claim could not be restored."""
 
@@ -84,7 +87,8 @@ class Upkeep:
 
     async def _mind_leased(self) -> None:
         while True:
-            await self._news.wait()
+            with trio.move_on_after(LOOK_SECONDS):
+                await self._news.wait()
             self._news = trio.Event()
             if self._snapshot is not None and self._mirror().suspect is None:
                 await self._session.compare(self._snapshot, self._mirror())

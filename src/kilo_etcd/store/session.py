@@ -184,6 +184,8 @@ class Session:
             minded=lambda key: not self._is_word(key),
             rng=self._rng,
         )
+        self._leased_since = float("inf")
+        """Since when this run has its short lease, on trio's clock."""
         self._places_of: tuple[object, object, tuple[str, ...]] = (None, None, ())
         """Candidacies and verdicts of all, and the keys among them that have this host's name."""
         self._put_backs = PutBacks(self._node_key)
@@ -399,6 +401,7 @@ class Session:
         if status_kv is not None and status_kv.lease and status_key_of(status_kv) == self._public_key:
             info = await self._short.adopt(status_kv.lease)
             if info is not None:
+                self._leased_since = trio.current_time()
                 await self._adopt(info.id, info.keys)
         if not self._short.id:
             await self._fence.vouch()
@@ -406,6 +409,7 @@ class Session:
             # revision: the place in the queue is kept.
             self._held.clear()
             await self._short.grant()
+            self._leased_since = trio.current_time()
             self._on_event("lease granted")
 
     async def _adopt(self, lease_id: int, held: tuple[bytes, ...]) -> None:
@@ -551,7 +555,9 @@ class Session:
 
     async def compare(self, snapshot: Snapshot, mirror: Mirror) -> None:
         """Restore the sightings and verdicts of this host that another writer has changed, and delete sightings,
-        verdicts and candidacies that stand in its name under no lease and are not its own: they would stand for ever.
+        verdicts and candidacies that stand in its name and are not its own. Those under a lease are left alone until
+        that of an earlier run has ended: its candidacy may yet be taken over, with its place in the queue.
+
         `mirror` has given `snapshot`. If it follows another etcd than the one that was written to, all is looked at
         anew: that one's history may lack what the watches would tell."""
         if self._taken_up != self._fence.taken_up:
@@ -566,7 +572,8 @@ class Session:
         for key in (*self._places_of[2], *observed):
             kv = mirror.kv(key)
             known = key in self._held.values or key in self._wanted() or key in self._words()
-            if kv is not None and not kv.lease and not known:
+            alone = trio.current_time() - self._leased_since > 2 * self._lease_ttl
+            if kv is not None and not known and (alone or not kv.lease):
                 await self._held.find(kv, snapshot.revision)
 
     async def _bring(self, wanted: Mapping[str, bytes], held: Collection[str]) -> None:
