@@ -225,7 +225,7 @@ class Session:
             return None
         more = f" and {len(keys) - 1} more of this host's keys are" if len(keys) > 1 else " is"
         return (
-            f"{keys[0]}{more} changed again and again by another writer, and restored once a minute at least; see who "
+            f"{keys[0]}{more} changed again and again by another writer, and restored at least once a minute; see who "
             "writes there; if a copy of this machine runs, give it a WireGuard key and a --hostname of its own"
         )
 
