@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import tracemalloc
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_interface
 
 import pytest
 import trio
@@ -22,7 +22,8 @@ from kilo_etcd.agent.admission import (
     second_of,
     stamp,
 )
-from kilo_etcd.agent.neighbours import UdpPost
+from kilo_etcd.agent.neighbours import UdpPost, served
+from kilo_etcd.model import Node
 
 A, B = b"sender-a", b"sender-b"
 WALL = 1_800_000_000.0
@@ -161,6 +162,33 @@ async def test_only_what_is_sent_to_the_served_addresses_and_admitted_is_receive
                 for target in ("127.0.0.7", "127.0.0.8"):
                     out.sendto(target.encode(), (target, port))
                 assert (await post.receive())[0] == b"127.0.0.8"
+            nursery.cancel_scope.cancel()
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("own_namespaces")
+async def test_what_a_nat_has_translated_is_received_at_the_private_address() -> None:
+    """The node's internal IP is the NAT's (`force-internal-ip`); packets for it arrive at the host's own address."""
+    for command in (
+        "ip link set lo up",
+        "ip address add 192.168.9.1/24 dev lo",
+        "ip address add 192.168.10.1/24 dev lo",
+        "ip route add 10.99.0.0/24 dev lo",
+        "nft add table ip nat",
+        "nft add chain ip nat output { type nat hook output priority -100 ; }",
+        "nft add rule ip nat output ip daddr 10.99.0.7 dnat to 192.168.9.1",
+    ):
+        await trio.run_process(command.split())
+    node = Node(name="a", public_key="a", internal_ips=(ip_interface("10.99.0.7/24"),))
+    own, post = (ip_address("192.168.9.1"), ip_address("203.0.113.5")), UdpPost(1107)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as out:
+        async with trio.open_nursery() as nursery:
+            post.serve(served(node, own))
+            await nursery.start(post.run)
+            out.sendto(b"elsewhere", ("192.168.10.1", 1107))
+            out.sendto(b"translated", ("10.99.0.7", 1107))
+            with trio.fail_after(5):
+                assert (await post.receive())[0] == b"translated"
             nursery.cancel_scope.cancel()
 
 
