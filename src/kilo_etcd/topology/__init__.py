@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from kilo_etcd.topology.election import Election, Reason, elect
     from kilo_etcd.topology.graph import Cluster, Edge, EdgeKind, clusters, edges
-    from kilo_etcd.topology.hostplan import HostPlan, PeerPlan, Problem, RoutePlan, Via, WayOut
+    from kilo_etcd.topology.hostplan import (
+        Encryption,
+        Exemption,
+        HostPlan,
+        PeerPlan,
+        Problem,
+        RoutePlan,
+        Via,
+        WayOut,
+    )
     from kilo_etcd.topology.peerplan import peer_plan
     from kilo_etcd.topology.plan import host_plan
     from kilo_etcd.topology.segments import Segment, Topology, UnknownNode, build_topology
@@ -22,6 +31,8 @@ __all__ = [
     "Edge",
     "EdgeKind",
     "Election",
+    "Encryption",
+    "Exemption",
     "Hop",
     "HostPlan",
     "Path",
@@ -46,7 +57,7 @@ __all__ = [
 _PARTS = {
     "election": ("Election", "Reason", "elect"),
     "graph": ("Cluster", "Edge", "EdgeKind", "clusters", "edges"),
-    "hostplan": ("HostPlan", "PeerPlan", "Problem", "RoutePlan", "Via", "WayOut"),
+    "hostplan": ("Encryption", "Exemption", "HostPlan", "PeerPlan", "Problem", "RoutePlan", "Via", "WayOut"),
     "peerplan": ("peer_plan",),
     "plan": ("host_plan",),
     "segments": ("Segment", "Topology", "UnknownNode", "build_topology"),

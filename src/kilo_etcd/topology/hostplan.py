@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import StrEnum
+from ipaddress import ip_network
 
 from attrs import field, frozen
 
@@ -101,6 +102,76 @@ class WayOut:
 
 
 @frozen(kw_only=True)
+class Exemption:
+    """What is sent to a network, and taken from it, in clear although `encrypted` is on: `tcp/22@10.0.0.0/24`."""
+
+    protocol: str
+    """`tcp`, `udp` or `icmp`; with an IPv6 network `icmp` is ICMPv6."""
+    port: int | None = None
+    """Of the server, whichever of the two it is; None: any."""
+    network: IPNetwork
+    """Of the other side."""
+
+    @classmethod
+    def parse(cls, text: str) -> Exemption:
+        """From `PROTOCOL[/PORT]@NETWORK`. ValueError, with a sentence, if it is none."""
+        what, at, where = text.strip().partition("@")
+        protocol, slash, port = what.partition("/")
+        if protocol not in ("tcp", "udp", "icmp") or not at or (slash and not port):
+            raise ValueError(
+                f"{text!r} is not an exemption: write PROTOCOL[/PORT]@NETWORK with the protocol tcp, udp or icmp, "
+                "for example tcp/22@10.0.0.0/24"
+            )
+        try:
+            network = ip_network(where)
+        except ValueError as error:
+            raise ValueError(f"{text!r} does not name a network after the @: {error}") from None
+        if not slash:
+            return cls(protocol=protocol, network=network)
+        if protocol == "icmp":
+            raise ValueError(f"{text!r}: ICMP has no ports; write icmp@{where}")
+        if not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+            raise ValueError(f"{text!r}: {port} is not a port; ports are 1 to 65535")
+        return cls(protocol=protocol, port=int(port), network=network)
+
+    def __str__(self) -> str:
+        return f"{self.protocol}{'' if self.port is None else f'/{self.port}'}@{self.network}"
+
+
+@frozen(kw_only=True)
+class Encryption:
+    """What `encrypted` needs of the kernel: nothing that hosts of two segments say to each other travels in clear.
+
+    The stages of the switch are in the values: an address is in `nodes` as soon as packets from it are accepted from
+    the tunnel, in `send` once it accepts ours there, in `refuse` once it sends its own there.
+    """
+
+    nodes: frozenset[IPAddress] = frozenset()
+    """Internal and endpoint addresses of other segments' nodes that may come out of the tunnel, whichever stage they
+    are at. What is forwarded to them (containers) gets this host's own address."""
+    send: Mapping[IPNetwork, RoutePlan] = field(factory=dict)
+    """Host networks (/32, /128) -> the route of this host's own table; it never falls back to the main table."""
+    hold: frozenset[IPNetwork] = frozenset()
+    """Host networks that nothing leaves for, neither through a tunnel nor in clear."""
+    refuse: frozenset[IPAddress] = frozenset()
+    """Sources whose packets in clear are dropped, but for what is always left outside and `clear`. None of which this
+    host gets packets by a leader that passes them on plain."""
+    etcd: tuple[tuple[IPAddress, int], ...] = ()
+    """Address and TCP port of etcd's endpoints, and of its members' peer ports if this host is one."""
+    etcd_here: tuple[int, ...] = ()
+    """TCP ports of the etcd member on this host."""
+    talk: tuple[int, ...] = ()
+    """UDP ports by which agents talk to each other in clear, on both sides the same."""
+    sources: tuple[IPAddress, ...] = ()
+    """This host's own addresses on the underlay, the preferred one of each family first: WireGuard and etcd answer from
+    these, and forwarded packets leave with the first of their family."""
+    known: tuple[IPNetwork, ...] = ()
+    """What the other segments take packets from by way of this host: what it forwards from there keeps its source. On
+    members the mesh's subnets and what is behind the host, on leaders also the segment's members and networks."""
+    clear: tuple[Exemption, ...] = ()
+
+
+@frozen(kw_only=True)
 class HostPlan:
     """Everything that the kernel of one host shall hold for us.
 
@@ -142,6 +213,8 @@ class HostPlan:
     """Of a gateway: networks that it stands in and leads to nobody: it is a way to the internet, not to what trusts
     its neighbours. What is offered (`inside`, `masquerade`, `behind`) is reached all the same."""
     way_out: WayOut | None = None
+    encryption: Encryption | None = None
+    """None: nothing of it is in the kernel."""
     problems: tuple[Problem, ...] = ()
     memo: object = field(default=None, eq=False, repr=False)
     """What `topology.plan` needs to compute the next plan from this one; it means nothing to anyone else."""

@@ -6,8 +6,10 @@ keys are named as present, never shown.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from kilo_etcd.topology.claims import network_key
-from kilo_etcd.topology.hostplan import HostPlan, PeerPlan, RoutePlan, Via
+from kilo_etcd.topology.hostplan import Encryption, HostPlan, PeerPlan, RoutePlan, Via
 
 
 def render(plan: HostPlan) -> str:
@@ -35,8 +37,23 @@ def render(plan: HostPlan) -> str:
         lines.append(f"default{hops} {families or 'refused'} but not to {outside}")
         if plan.way_out.sources:
             lines.append(f"default but not from {','.join(map(str, plan.way_out.sources))}")
+    if plan.encryption is not None:
+        lines += _encrypted(plan.encryption)
     lines += [f"problem {problem.subject}: {problem.text}" for problem in plan.problems]
     return "\n".join(lines) + "\n"
+
+
+def _encrypted(wanted: Encryption) -> Iterator[str]:
+    for network in sorted((*wanted.send, *wanted.hold), key=network_key):
+        yield f"encrypted {_route(wanted.send[network])}" if network in wanted.send else f"encrypted hold {network}"
+    refused = sorted(wanted.refuse, key=lambda ip: (ip.version, int(ip)))
+    if refused:
+        yield "encrypted refuse " + ",".join(map(str, refused))
+    outside = [f"{address} tcp/{port}" for address, port in wanted.etcd]
+    outside += [f"tcp/{port} here" for port in wanted.etcd_here]
+    outside += [f"udp/{port}" for port in wanted.talk]
+    outside += map(str, wanted.clear)
+    yield "encrypted but not " + (", ".join(outside) or "anything")
 
 
 def _peer(peer: PeerPlan) -> str:
