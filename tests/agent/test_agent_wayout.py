@@ -16,11 +16,13 @@ from kilo_etcd.agent.lookout import KEEPALIVE_BYTES, PATIENCE, PERIOD, Account
 from kilo_etcd.agent.resolve import Resolver
 from kilo_etcd.etcd import Config
 from kilo_etcd.kernel.state import DefaultRoute, DeleteLink, HostAddress, ObservedPeer
+from kilo_etcd.kernel.wayout import exit_table
 from kilo_etcd.model import Endpoint, IPAddress
 from kilo_etcd.store.records import NodeRecord, encode
 from kilo_etcd.topology.hostplan import PeerPlan
 
 ANYWHERE = ip_network("0.0.0.0/0")
+TABLE = exit_table("kilo0")
 EXIT = base64.b64encode(bytes([9]) * 32).decode()
 
 
@@ -54,13 +56,13 @@ async def test_the_annotation_turns_the_way_out_on_and_off_live(world: World) ->
     gateway(world)
     async with running(world):
         await trio.sleep(5)
-        assert world.host.observed.exit_rules == frozenset()
+        assert world.host.observed.policy.rules == frozenset()
         way_out(world)
-        await eventually(lambda: ANYWHERE in world.host.observed.exit_routes, 10, every=0.1)
+        await eventually(lambda: ANYWHERE in world.host.observed.policy.table(TABLE).routes, 10, every=0.1)
         observed = world.host.observed
-        assert observed.exit_routes[ANYWHERE].device == "kilo0"
-        assert {str(rule.source) for rule in observed.exit_rules if rule.source} == {"192.168.1.1"}
-        assert "203.0.113.9/32" in {str(network) for network in observed.exit_routes}
+        assert observed.policy.table(TABLE).routes[ANYWHERE].device == "kilo0"
+        assert {str(rule.source) for rule in observed.policy.rules if rule.source} == {"192.168.1.1"}
+        assert "203.0.113.9/32" in {str(network) for network in observed.policy.table(TABLE).routes}
         assert ANYWHERE in observed.peers[EXIT].allowed_ips
         assert ANYWHERE not in observed.routes
         writes, netlink = world.writes(), world.daemon.kernel.writes
@@ -73,7 +75,7 @@ async def test_the_annotation_turns_the_way_out_on_and_off_live(world: World) ->
         world.host.moved.set()
         sources = {"192.168.1.1", "192.168.1.77"}
         await eventually(
-            lambda: {str(rule.source) for rule in world.host.observed.exit_rules if rule.source} == sources,
+            lambda: {str(rule.source) for rule in world.host.observed.policy.rules if rule.source} == sources,
             10,
             every=0.1,
         )
@@ -87,27 +89,30 @@ async def test_the_annotation_turns_the_way_out_on_and_off_live(world: World) ->
         table = world.host.observed.table
         assert table is not None
         assert [chain.name for chain in table.chains] == ["prerouting", "delivered", "output"]
-        assert world.host.observed.exit_routes[ip_network("::/0")].device == "kilo0"
-        assert {str(rule.source) for rule in world.host.observed.exit_rules if rule.source} == sources
+        assert world.host.observed.policy.table(TABLE).routes[ip_network("::/0")].device == "kilo0"
+        assert {str(rule.source) for rule in world.host.observed.policy.rules if rule.source} == sources
         world.facts = before
         world.host.moved.set()
         await eventually(lambda: world.host.observed.table is None, 10, every=0.1)
-        assert ip_network("::/0") not in world.host.observed.exit_routes
+        assert ip_network("::/0") not in world.host.observed.policy.table(TABLE).routes
 
         # Somebody takes the device away: nothing is let out beside it, and it comes back.
         world.host.tamper([DeleteLink("kilo0")])
-        assert ANYWHERE not in world.host.observed.exit_routes
-        assert ANYWHERE in world.host.observed.exit_fences
-        await eventually(lambda: ANYWHERE in world.host.observed.exit_routes, 10, every=0.1)
+        assert ANYWHERE not in world.host.observed.policy.table(TABLE).routes
+        assert ANYWHERE in world.host.observed.policy.table(TABLE).last
+        await eventually(lambda: ANYWHERE in world.host.observed.policy.table(TABLE).routes, 10, every=0.1)
 
         # The gateway withdraws its offer: closed, and said, until the annotation goes.
         world.etcd.delete("/kilo/annotations/exit-1/gateway")
-        await eventually(lambda: ANYWHERE not in world.host.observed.exit_routes, 10, every=0.1)
-        assert ANYWHERE in world.host.observed.exit_fences
+        await eventually(lambda: ANYWHERE not in world.host.observed.policy.table(TABLE).routes, 10, every=0.1)
+        assert ANYWHERE in world.host.observed.policy.table(TABLE).last
         await eventually(lambda: any("until then nothing leaves h1" in text for text in errors(world)), 10, every=0.1)
         world.etcd.delete("/kilo/annotations/h1/way-out")
-        await eventually(lambda: not world.host.observed.exit_rules, 10, every=0.1)
-        assert (world.host.observed.exit_routes, world.host.observed.exit_fences) == ({}, frozenset())
+        await eventually(lambda: not world.host.observed.policy.rules, 10, every=0.1)
+        assert (world.host.observed.policy.table(TABLE).routes, world.host.observed.policy.table(TABLE).last) == (
+            {},
+            {},
+        )
         assert ANYWHERE not in world.host.observed.peers[EXIT].allowed_ips
         await eventually(lambda: errors(world) == [], 10, every=0.1)
 
@@ -117,7 +122,7 @@ async def test_a_gateway_that_dies_is_named_until_it_answers(world: World) -> No
     gateway(world)
     way_out(world)
     async with running(world):
-        await eventually(lambda: ANYWHERE in world.host.observed.exit_routes, 10, every=0.1)
+        await eventually(lambda: ANYWHERE in world.host.observed.policy.table(TABLE).routes, 10, every=0.1)
         for _ in range(20):
             traffic(world, sent=5000, received=4000)
             await trio.sleep(PERIOD)
@@ -153,10 +158,10 @@ async def test_nothing_is_touched_before_etcds_name_is_known(world: World, monke
     async with running(world, etcd=Config(endpoints=("http://etcd.example.org:2379",))):
         await eventually(lambda: EXIT in world.host.observed.peers, 10, every=0.1)
         await trio.sleep(10)
-        assert world.host.observed.exit_rules == frozenset()
+        assert world.host.observed.policy.rules == frozenset()
         assert any("the DNS name etcd.example.org is not resolved" in text for text in errors(world))
         answers.append(ip_interface("192.0.2.77").ip)
-        await eventually(lambda: world.host.observed.exit_rules, 60, every=0.1)
+        await eventually(lambda: world.host.observed.policy.rules, 60, every=0.1)
         made = [str(change) for change in world.host.history]
         outside = next(at for at, text in enumerate(made) if text.startswith("ip route add throw 192.0.2.77/32"))
         assert outside < min(at for at, text in enumerate(made) if "rule add" in text)

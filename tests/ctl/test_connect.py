@@ -26,6 +26,7 @@ from kilo_etcd.ctl.connect.registration import LEASE_SECONDS, Gone, Registration
 from kilo_etcd.ctl.context import Failure
 from kilo_etcd.etcd import PermissionDenied, Unavailable
 from kilo_etcd.kernel.state import Change, DeleteLink, DeleteRoute, HostAddress
+from kilo_etcd.kernel.wayout import exit_table
 from kilo_etcd.model import CandidateClass, Endpoint, IPAddress
 from kilo_etcd.store.keys import Keys, claimant
 from kilo_etcd.store.records import CandidateRecord, NodeRecord, PeerRecord, decode_peer, encode
@@ -37,6 +38,7 @@ pytestmark = pytest.mark.autojump
 PRIVATE = privatekey.generate()
 PUBLIC = privatekey.public_key(PRIVATE)
 KEYS = Keys()
+EXIT = exit_table("kilo-kilo")
 RECORD = KEYS.peer("laptop")
 
 
@@ -376,20 +378,22 @@ async def test_a_gateway_takes_all_but_etcd_and_nothing_passes_when_it_is_none_a
     async with connected(world, gateway="gcp-1"):
         observed = world.host.observed
         assert allowed() == {1}
-        kinds = {str(network): route.kind or route.device for network, route in observed.exit_routes.items()}
+        kinds = {
+            str(network): route.kind or route.device for network, route in observed.policy.table(EXIT).routes.items()
+        }
         assert kinds == {
             "0.0.0.0/0": "kilo-kilo", "192.0.2.1/32": "throw",
             "203.0.113.1/32": "throw", "203.0.113.3/32": "throw",
         }  # fmt: skip
-        assert {str(network) for network in observed.exit_fences} == {"0.0.0.0/0", "::/0"}
-        assert len(observed.exit_rules) == 4
+        assert {str(network) for network in observed.policy.table(EXIT).last} == {"0.0.0.0/0", "::/0"}
+        assert len(observed.policy.rules) == 4
         assert [str(network) for network in observed.routes] == ["10.4.0.0/16"]
         await world.etcd.client().delete(KEYS.election("gcp", "gcp-1"))
         await eventually(lambda: allowed() == set(), 10, every=0.1)
-        assert anywhere in world.host.observed.exit_routes
+        assert anywhere in world.host.observed.policy.table(EXIT).routes
         assert world.said("node gcp-1 cannot be a gateway as long as gcp-2 leads its location") == 1
-    assert (world.host.observed.exit_routes, world.host.observed.exit_rules) == ({}, frozenset())
-    assert world.host.observed.exit_fences == frozenset()
+    assert (world.host.observed.policy.table(EXIT).routes, world.host.observed.policy.rules) == ({}, frozenset())
+    assert world.host.observed.policy.table(EXIT).last == {}
 
 
 async def test_etcd_is_outside_before_anything_goes_through_the_gateway(

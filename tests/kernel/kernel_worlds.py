@@ -5,13 +5,14 @@ from __future__ import annotations
 import base64
 from ipaddress import ip_address, ip_interface, ip_network
 
+from attrs import evolve
 from hypothesis import strategies as st
 
 from kilo_etcd.kernel.diff import diff
 from kilo_etcd.kernel.effect import apply_changes, network_order
 from kilo_etcd.kernel.state import Memory, Observed, Target
 from kilo_etcd.model import Endpoint
-from kilo_etcd.topology.hostplan import HostPlan, PeerPlan, RoutePlan, Via
+from kilo_etcd.topology.hostplan import Encryption, Exemption, HostPlan, PeerPlan, RoutePlan, Via
 
 PRIVATE = base64.b64encode(bytes([9]) * 32).decode()
 
@@ -134,7 +135,7 @@ def plans(draw: st.DrawFn, ipip: bool = True, v6_via_v4: bool = False) -> HostPl
         gateway = GATEWAY4 if network.version == 4 else GATEWAY6
         routes.append(tunnel(str(network), source) if way is Via.TUNNEL else via(str(network), gateway, way, source))
     encapsulated = any(route.way is Via.IPIP for route in routes)
-    return plan(
+    drawn = plan(
         *peers,
         *routes,
         addresses=addresses,
@@ -145,4 +146,35 @@ def plans(draw: st.DrawFn, ipip: bool = True, v6_via_v4: bool = False) -> HostPl
         masquerade=draw(st.sampled_from(((), ("192.168.1.50/32", "fd00:7::/61")))),
         masquerade_not=draw(st.sampled_from(((), ("192.168.1.50",)))),
         port=draw(st.sampled_from((51820, 51821))),
+    )
+    return evolve(drawn, encryption=draw(st.none() | encryptions(encapsulated)))
+
+
+OTHERS = tuple(map(ip_network, ("192.168.9.2/32", "192.168.9.3/32", "10.2.0.7/32", "fd00:9::2/128", "fd00:9::3/128")))
+"""Addresses of other segments' nodes."""
+OWN4, OWN6 = "192.168.9.1", "fd00:9::1"
+
+
+@st.composite
+def encryptions(draw: st.DrawFn, ipip: bool = False) -> Encryption:
+    """`ipip`: whether the plan has the device."""
+    where = {network: draw(st.sampled_from(("", "send", "hold"))) for network in OTHERS}
+    send = {}
+    for network in (network for network, stage in where.items() if stage == "send"):
+        version = network.version
+        way = draw(st.sampled_from((Via.TUNNEL, Via.UNDERLAY, *([Via.IPIP] if ipip and version == 4 else []))))
+        own, gateway = (OWN4, GATEWAY4) if version == 4 else (OWN6, GATEWAY6)
+        send[network] = tunnel(str(network), own) if way is Via.TUNNEL else via(str(network), gateway, way, own)
+    nodes = [network.network_address for network in OTHERS]
+    return Encryption(
+        nodes=frozenset(draw(st.sets(st.sampled_from(nodes)))),
+        send=send,
+        hold=frozenset(network for network, stage in where.items() if stage == "hold"),
+        refuse=frozenset(draw(st.sets(st.sampled_from(nodes)))),
+        etcd=tuple((ip_address(a), 2379) for a in draw(st.sets(st.sampled_from(("192.168.9.2", "fd00:9::2"))))),
+        etcd_here=draw(st.sampled_from(((), (2379, 2380)))),
+        sources=(ip_address(OWN4), ip_address(OWN6)),
+        talk=draw(st.sampled_from(((), (1107,)))),
+        known=draw(st.sampled_from(((), (ip_network("10.4.0.0/16"), ip_network("192.168.9.7/32"))))),
+        clear=draw(st.sampled_from(((), (Exemption.parse("tcp/22@192.168.8.0/21"),)))),
     )

@@ -12,10 +12,11 @@ from attrs import evolve
 from kernel_worlds import PRIVATE, TARGET, host_with, lines, plan
 
 from kilo_etcd.kernel import Memory, Setup, cleanup, diff, open_kernel
+from kilo_etcd.kernel.effect import apply_changes
 from kilo_etcd.kernel.errors import failure
 from kilo_etcd.kernel.firewall import table_for, table_name
 from kilo_etcd.kernel.netfilter import Netfilter
-from kilo_etcd.kernel.table import ReplaceTable, Rule, Table
+from kilo_etcd.kernel.table import AddElements, ReplaceTable, Rule, Table
 from kilo_etcd.testing.fake_kernel import FakeHost, open_fake_kernel
 from kilo_etcd.topology.hostplan import HostPlan, WayOut
 
@@ -81,8 +82,15 @@ def test_the_table_is_named_after_the_interface() -> None:
 def test_the_table_is_replaced_only_where_it_differs() -> None:
     host = host_with(ENCAPSULATED)
     assert diff(ENCAPSULATED, host, Memory(), TARGET) == ()
-    fewer = evolve(ENCAPSULATED, ipip_remotes=frozenset({ip_address("192.168.9.2")}))
-    assert [type(change) for change in diff(fewer, host, Memory(), TARGET)] == [ReplaceTable]
+    others = evolve(ENCAPSULATED, ipip_remotes=frozenset({ip_address("192.168.9.2"), ip_address("192.168.9.3")}))
+    moved = diff(others, host, Memory(), TARGET)
+    assert lines(moved) == [
+        "nft add element inet kilo ipip_nodes { 192.168.9.3 }",
+        "nft delete element inet kilo ipip_nodes { 192.168.8.2 }",
+    ]
+    assert diff(others, apply_changes(host, moved, "kilo0"), Memory(), TARGET) == ()
+    local = evolve(ENCAPSULATED, ipip_local=ip_address("192.168.9.9"))
+    assert ReplaceTable in [type(change) for change in diff(local, host, Memory(), TARGET)]
     assert lines(diff(plan(), host, Memory(), TARGET))[-1] == "nft delete table inet kilo"
 
 
@@ -146,7 +154,7 @@ def test_the_kernel_gives_back_what_it_was_given_and_nft_reads_our_text_alike() 
 @pytest.mark.root
 @pytest.mark.usefixtures("own_namespaces")
 def test_thousands_of_nodes_fit_one_transaction() -> None:
-    many = frozenset(ip_address(0x0A000001 + number) for number in range(5000))
+    many = frozenset(ip_address(0x0A000001 + number) for number in range(20_000))
     wanted = table(evolve(ENCAPSULATED, ipip_remotes=many))
     netfilter = Netfilter()
     netfilter.replace(wanted)
@@ -181,7 +189,8 @@ async def test_a_table_that_somebody_changes_is_repaired(harm: str) -> None:
             with trio.fail_after(30):
                 assert await kernel.wait_drift() == "nftables table inet kilo was changed"
         report = await kernel.apply(LOCATION, fresh=True)
-        assert [type(change) for change in report.changes] == [ReplaceTable]
+        only = AddElements if harm.startswith("delete element") else ReplaceTable
+        assert [type(change) for change in report.changes] == [only]
         # Neither our own change nor somebody's own table is news.
         nft("add table inet other; add chain inet other more")
         with trio.move_on_after(0.2) as waited:

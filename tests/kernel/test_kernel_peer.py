@@ -20,7 +20,7 @@ from kilo_etcd.kernel import PEER_PROTOCOL, ROUTE_PROTOCOL, Kernel, Memory, Setu
 from kilo_etcd.kernel.effect import apply_changes
 from kilo_etcd.kernel.errors import NetlinkError, failure
 from kilo_etcd.kernel.firewall import table_for
-from kilo_etcd.kernel.state import MAIN_TABLE, Observed, Route, Target, is_ours
+from kilo_etcd.kernel.state import MAIN_TABLE, Observed, OwnTable, Route, Target, is_ours
 from kilo_etcd.kernel.wayout import exit_table, rule_priorities
 from kilo_etcd.model import IPAddress, IPNetwork
 from kilo_etcd.topology.hostplan import HostPlan, Via, WayOut
@@ -121,9 +121,10 @@ def test_the_way_out_is_made_routes_first_and_unmade_rules_first() -> None:
     host = host_with(AWAY, TARGET)
     assert diff(AWAY, host, Memory(), TARGET) == ()
     without = lines(diff(evolve(AWAY, way_out=None), host, Memory(), TARGET))
-    assert without[0] == "wg set kilo-a fwmark off"
-    assert [line.split()[2] for line in without[1:5]] == ["rule"] * 4
-    assert [line.split()[1] for line in without[5:]] == ["route"] * 6
+    assert [line.split()[2] for line in without[:4]] == ["rule"] * 4
+    assert [line.split()[1] for line in without[4:10]] == ["route"] * 6
+    # As long as a rule asks for the mark WireGuard's own packets need it.
+    assert without[10:] == ["wg set kilo-a fwmark off"]
     # An operator's own mark is nobody's business where none is needed.
     assert diff(evolve(AWAY, way_out=None), evolve(host_with(evolve(AWAY, way_out=None), TARGET), mark=7),
                 Memory(), TARGET) == ()  # fmt: skip
@@ -231,7 +232,7 @@ def test_no_packet_for_the_internet_that_the_host_begins_has_a_way_outside(way_o
     wanted = evolve(ANSWERING, way_out=way_out)
     host = host_with(wanted, evolve(TARGET, interface="kilo0", protocol=ROUTE_PROTOCOL))
     for device_gone in (False, True):
-        routes = {} if device_gone else host.exit_routes
+        routes = {} if device_gone else host.policy.table(exit_table("kilo0")).routes
         for address in ("1.1.1.1", "203.0.113.9", "2001:db8:99::1", "2600::1"):
             to = ip_address(address)
             asked = [None, *map(ip_address, ("2001:db8::7", "2001:db8::8") if to.version == 6 else ())]
@@ -241,7 +242,7 @@ def test_no_packet_for_the_internet_that_the_host_begins_has_a_way_outside(way_o
 
 def _walk(to: IPAddress, source: IPAddress | None, host: Observed, routes: Mapping[IPNetwork, Route]) -> str:
     main = [ip_network(text) for text in ("0.0.0.0/0", "0.0.0.0/1", "128.0.0.0/1", "::/0", "2000::/3")]
-    for rule in sorted(host.exit_rules, key=lambda rule: rule.order):
+    for rule in sorted(host.policy.rules, key=lambda rule: rule.order):
         if rule.version != to.version or rule.source not in (None, source):
             continue
         if rule.table == MAIN_TABLE:
@@ -252,7 +253,7 @@ def _walk(to: IPAddress, source: IPAddress | None, host: Observed, routes: Mappi
         found = [one for one in routes.values() if one.destination.version == to.version and to in one.destination]
         best = max(found, key=lambda one: one.destination.prefixlen, default=None)
         if best is None:
-            assert ip_network("::/0" if to.version == 6 else "0.0.0.0/0") in host.exit_fences
+            assert ip_network("::/0" if to.version == 6 else "0.0.0.0/0") in host.policy.table(exit_table("kilo0")).last
             return "refused"
         if best.kind != "throw":
             return best.device or "by a neighbour"
@@ -274,9 +275,21 @@ def test_a_member_leaves_by_its_leader(way: Via) -> None:
     host = host_with(away, target)
     found = {
         key: evolve(route, device=route.device or "eth0") if route.gateway else route
-        for key, route in host.exit_routes.items()
+        for key, route in host.policy.table(exit_table("kilo0")).routes.items()
     }
-    assert lines(diff(away, evolve(host, exit_routes=found), Memory(), target)) == []
+    assert (
+        lines(
+            diff(
+                away,
+                evolve(
+                    host, policy=evolve(host.policy, tables={table: OwnTable(found, host.policy.table(table).last)})
+                ),
+                Memory(),
+                target,
+            )
+        )
+        == []
+    )
 
 
 def exit_state() -> str:

@@ -11,15 +11,18 @@ from kernel_worlds import NETWORKS, PRIVATE, TARGET, host_with, plan, plans, tun
 
 from kilo_etcd.kernel.diff import diff, difference, fulfils, remember, route_for
 from kilo_etcd.kernel.effect import apply_changes
-from kilo_etcd.kernel.state import DeleteRoute, Memory, Observed, ReplaceRoute, Route, SetPeer, Setup
-from kilo_etcd.model import Endpoint
+from kilo_etcd.kernel.encrypted import table_of
+from kilo_etcd.kernel.state import MAIN_TABLE, DeleteRoute, Memory, Observed, ReplaceRoute, Route, SetPeer, Setup
+from kilo_etcd.kernel.wayout import MARK
+from kilo_etcd.model import Endpoint, IPNetwork
 from kilo_etcd.testing.fake_kernel import FakeHost, FakeKernel
 from kilo_etcd.topology.hostplan import HostPlan
 
 FOREIGN = st.sets(st.sampled_from(NETWORKS), max_size=3).map(
     lambda some: {n: Route(destination=n, device="eth0", protocol=4) for n in some}
 )
-BASES = st.one_of(st.just(Observed()), plans().map(host_with))
+STRICT = Observed(underlay=("eth0",), strict={"eth0": "1", "kilo0": "0"}, forwarding=frozenset({4}))
+BASES = st.one_of(st.sampled_from((Observed(), STRICT)), plans().map(host_with))
 quick = settings(max_examples=50, deadline=None)
 
 
@@ -43,6 +46,14 @@ def test_applying_the_diff_yields_the_plan_and_a_second_time_nothing(
     assert wanted.forwarding <= after.forwarding
     assert (after.ipip is not None) == bool(wanted.ipip_remotes)
     assert len(todo.failures) == len(set(wanted.routes) & set(foreign))
+    encryption = wanted.encryption
+    assert (after.mark == MARK) == (encryption is not None)
+    assert bool(after.policy.rules) == (encryption is not None)
+    table = after.policy.table(table_of("kilo0"))
+    assert set(table.routes) == (set(encryption.send) if encryption is not None else set())
+    assert set(table.last) == ({*encryption.send, *encryption.hold} if encryption is not None else set())
+    assert encryption is None or not after.strict
+    assert encryption is not None or not after.loosened
 
 
 @quick
@@ -52,7 +63,7 @@ def test_routes_of_others_are_never_named(base: Observed, wanted: HostPlan, fore
     for change in diff(wanted, base, Memory(), TARGET):
         if isinstance(change, DeleteRoute | ReplaceRoute):
             assert change.route.protocol == 107
-            if isinstance(change, ReplaceRoute):
+            if isinstance(change, ReplaceRoute) and change.route.table == MAIN_TABLE:
                 assert change.route.destination in base.routes
                 assert change.route.destination not in foreign
 
@@ -75,6 +86,23 @@ def test_no_destination_that_both_plans_have_is_ever_without_a_route(before: Hos
     for change in diff(after, state, remember(before, Memory()), TARGET):
         state = apply_changes(state, [change], "kilo0")
         assert both <= set(state.routes)
+
+
+@quick
+@given(plans(), plans())
+def test_no_address_that_both_plans_encrypt_ever_leaves_in_clear(before: HostPlan, after: HostPlan) -> None:
+    """Nor does a WireGuard packet ever go into the tunnel itself: the mark is there as long as a rule asks for it."""
+    both: set[IPNetwork] = set()
+    if (first := before.encryption) is not None and (second := after.encryption) is not None:
+        both = {*first.send, *first.hold} & {*second.send, *second.hold}
+    state = host_with(before)
+    for change in diff(after, state, remember(before, Memory()), TARGET):
+        state = apply_changes(state, [change], "kilo0")
+        table = state.policy.table(table_of("kilo0"))
+        into = {rule.version for rule in state.policy.rules if rule.not_mark}
+        assert not both or into == {4, 6}
+        assert both <= table.last.keys()
+        assert not into or state.mark == MARK
 
 
 def sharing(before: HostPlan, after: HostPlan) -> HostPlan:

@@ -499,7 +499,7 @@ async def test_a_kernel_that_cannot_be_read_is_a_sentence(monkeypatch: pytest.Mo
     async with agent() as kernel:
         assert isinstance(kernel, LinuxKernel)
 
-        def silent() -> NoReturn:
+        def silent(sources: object = ()) -> NoReturn:
             raise NetlinkError(errno.ENOBUFS)
 
         monkeypatch.setattr(kernel._host, "observe", silent)

@@ -20,7 +20,7 @@ from kilo_etcd.kernel.read import hooks
 from kilo_etcd.kernel.read import rtnl as replies
 from kilo_etcd.kernel.rules import RoutingRule
 from kilo_etcd.kernel.state import RemovePeer, Route, SetDevice, SetPeer
-from kilo_etcd.kernel.table import AddressSet, Chain, Rule, Table
+from kilo_etcd.kernel.table import AddElements, AddressSet, Chain, DeleteElements, Rule, Table
 from kilo_etcd.kernel.write import nft, rtnl, wireguard
 from kilo_etcd.model import Endpoint, IPNetwork
 
@@ -67,11 +67,17 @@ def test_routes(route: Route, index: int) -> None:
 
 @given(some.builds(
     RoutingRule, version=VERSIONS, priority=NUMBERS, table=NUMBERS, not_mark=some.just(0) | NUMBERS,
-    suppress=some.none() | some.integers(0, 128),
-), some.booleans(), some.integers(0, 255), some.data())  # fmt: skip
-def test_rules(rule: RoutingRule, with_source: bool, protocol: int, data: some.DataObject) -> None:
+    suppress=some.none() | some.integers(0, 128), protocol=some.integers(0, 255), sport=some.integers(0, 65535),
+    dport=some.integers(0, 65535),
+), some.booleans(), some.booleans(), some.integers(0, 255), some.data())  # fmt: skip
+def test_rules(
+    rule: RoutingRule, with_source: bool, with_destination: bool, protocol: int, data: some.DataObject
+) -> None:
     if with_source:
         rule = evolve(rule, source=data.draw(ADDRESSES[rule.version]))
+    if with_destination:
+        to = data.draw(networks(rule.version).filter(lambda network: network.prefixlen > 0))
+        rule = evolve(rule, destination=to)
     assert rtnl.add_rule(rule, protocol) == by_hand.add_rule(rule, protocol)
     assert rtnl.delete_rule(rule, protocol) == by_hand.delete_rule(rule, protocol)
     assert replies.read_rule(rtnl.add_rule(rule, protocol).body) == (rule, protocol)
@@ -160,6 +166,11 @@ def test_tables(network: IPNetwork, side: str, addresses: set[IPv4Address], mark
         *nftables.match_protocol(4), *nftables.match_network(network, side), *nftables.match_set("nodes", 4, side),
         *nftables.match_address(network.network_address, side), *nftables.count("dropped"),
         *nftables.match_family(6), *nftables.match_mark(0), *nftables.match_answer(), *nftables.set_mark(mark),
+        *nftables.match_set("nodes", 4, side, within=False), *nftables.match_some_source(), *nftables.match_to_us(),
+        *nftables.match_other_way_back(), *nftables.match_port("sport", 2379), *nftables.match_ports(67, 68),
+        *nftables.match_tcp_flags(0x12, 0x02), *nftables.match_icmp(4, 11, 12), *nftables.match_icmp(6, 143, 143),
+        *nftables.match_later_fragment(4), *nftables.match_later_fragment(6), *nftables.clamp_segments(),
+        *nftables.source_nat(network.network_address),
     )  # fmt: skip
     table = Table(
         name="kilo",
@@ -173,6 +184,8 @@ def test_tables(network: IPNetwork, side: str, addresses: set[IPv4Address], mark
     )
     assert nft.replace_table(table) == by_hand_nft.pack_table(table)
     assert nft.delete_table("kilo") == by_hand_nft.pack_deletion("kilo")
+    for change in (AddElements("kilo", table.sets[0]), DeleteElements("kilo", table.sets[0])):
+        assert nft.change_elements(change) == by_hand_nft.change_elements(change)
 
 
 @pytest.mark.parametrize("family", ["inet", "ip", "ip6"])

@@ -6,8 +6,10 @@ The order of the changes is make before break:
    that it guards, so that nothing later lacks what it needs;
 2. one run of WireGuard changes, which the kernel layer sends as one transaction: peers that come, and allowed IPs
    that move to a peer (which takes them from the peer that had them, with no moment in between);
-3. forwarding and the device up, then routes: added, or replaced by one message each;
-4. what goes: routes, then peers, addresses and devices.
+3. forwarding and the device up, reverse-path checks, then routes: added, or replaced by one message each; the main
+   table's first, then those of our own tables, then the rules that lead there;
+4. what goes: rules, routes, then peers, addresses and devices; reverse-path checks are as they were, and the mark
+   goes last, since as long as a rule asks for it WireGuard's own packets would go into the tunnel without it.
 
 Promised: equal plans give no change the second time; a route with another protocol than ours is never touched; an
 endpoint is never set back to what it was before the peer roamed; a peer changes alone, never with the whole list.
@@ -21,14 +23,15 @@ from ipaddress import ip_network
 
 from attrs import frozen
 
+from kilo_etcd.kernel import encrypted, policy
 from kilo_etcd.kernel.effect import apply_changes
 from kilo_etcd.kernel.errors import collision, shadow
 from kilo_etcd.kernel.firewall import table_for
 from kilo_etcd.kernel.forward import AddForward, DeleteForward, mark, rules_for
 from kilo_etcd.kernel.openings import AddOpening, DeleteOpening, openings_for
-from kilo_etcd.kernel.rules import AddRule, DeleteRule
 from kilo_etcd.kernel.state import (
     KERNEL_PROTOCOL,
+    MAIN_TABLE,
     AddAddress,
     AddRoute,
     Change,
@@ -39,11 +42,13 @@ from kilo_etcd.kernel.state import (
     Failure,
     KeepAdvertisements,
     Link,
+    LoosenReversePath,
     Memory,
     Observed,
     ObservedPeer,
     RemovePeer,
     ReplaceRoute,
+    RestoreSysctl,
     Route,
     SetDevice,
     SetForwarding,
@@ -53,12 +58,10 @@ from kilo_etcd.kernel.state import (
     StartUserspace,
     Target,
     fence_around,
+    reverse_path,
 )
-from kilo_etcd.kernel.table import DeleteTable, ReplaceTable
-from kilo_etcd.kernel.wayout import MARK, fences_for, same_way
-from kilo_etcd.kernel.wayout import exit_fences as exit_fences_of
-from kilo_etcd.kernel.wayout import routes_for as exit_routes_for
-from kilo_etcd.kernel.wayout import rules_for as exit_rules_for
+from kilo_etcd.kernel.table import DeleteTable, ReplaceTable, Table, element_changes
+from kilo_etcd.kernel.wayout import MARK, route_of
 from kilo_etcd.model import SESSION_SECONDS, Endpoint, IPNetwork
 from kilo_etcd.topology.hostplan import HostPlan, PeerPlan, RoutePlan, Via
 from kilo_etcd.topology.segments import changes as changed_keys
@@ -107,24 +110,29 @@ def difference(
         Failure(subject=str(destination), text=shadow(destination, subnet), destination=destination)
         for destination, subnet in shadows(plan, base).items()
     )
-    led_out, kept_in = _way_out(plan, base, target)
+    led, led_no_more = policy.changes(plan, base, target.interface, target.protocol, settled)
     opened, closed = _forward_rules(plan, base, target, failures)
+    wanted_table = _wanted_table(plan, base, target)
     changes = (
         *(AddRoute(fence_around(network)) for network in plan.fences if network not in base.fences),
         *device,
         *_addresses(plan, base, target),
-        *_table(plan, base, target),
+        *_table(wanted_table, base.table),
         *ipip,
         *_wireguard(plan, base, memory, target, settled, frozenset(reset)),
         *_up(plan, base, target),
+        *_loosened(plan, base, ipip),
         *opened,
         *routes,
-        *led_out,
-        *kept_in,
+        *led,
+        *led_no_more,
         *stale,
         *(DeleteRoute(fence_around(network)) for network in sorted(base.fences.difference(plan.fences), key=str)),
         *_removals(plan, base, target),
+        *([] if base.table is None or wanted_table is not None else [DeleteTable(base.table.name)]),
         *closed,
+        *_tightened(plan, base, target),
+        *_unmarked(plan, base, target),
     )
     return Difference(changes, tuple(failures))
 
@@ -199,15 +207,24 @@ def _addresses(plan: HostPlan, observed: Observed, target: Target) -> Iterator[C
     assert observed.link is not None
     if observed.link.mtu != target.mtu:
         yield SetMtu(target.interface, target.mtu)
-    for address in plan.addresses:
+    for address in encrypted.addresses_of(plan):
         if address not in observed.addresses:
             yield AddAddress(target.interface, address)
 
 
-def _table(plan: HostPlan, observed: Observed, target: Target) -> Iterator[Change]:
-    wanted = table_for(plan, target.interface)
-    if wanted is not None and wanted != observed.table:
+def _table(wanted: Table | None, found: Table | None) -> Iterator[Change]:
+    if wanted is None or wanted == found:
+        return
+    moved = None if found is None else element_changes(found, wanted)
+    if moved is None:
         yield ReplaceTable(wanted)
+    else:
+        yield from moved
+
+
+def _wanted_table(plan: HostPlan, observed: Observed, target: Target) -> Table | None:
+    check = {name for name in (*observed.strict, *observed.loosened) if name in observed.underlay}
+    return table_for(plan, target.interface, strict=check, forwarding=observed.forwarding)
 
 
 def _ipip(plan: HostPlan, observed: Observed, target: Target) -> Iterator[Change]:
@@ -236,7 +253,7 @@ def _wireguard(
 ) -> Iterator[Change]:
     key = target.private_key if observed.public_key != target.public_key else None
     port = plan.listen_port if observed.listen_port != plan.listen_port else None
-    mark = _mark(plan, observed)
+    mark = MARK if observed.mark != MARK and _marks(plan) else None
     if key is not None or port is not None or mark is not None:
         yield SetDevice(
             name=target.interface,
@@ -266,47 +283,29 @@ def _wireguard(
     yield from gaining
 
 
-def _mark(plan: HostPlan, observed: Observed) -> int | None:
-    """The mark to set: ours where it is needed, none where it is ours and not needed. An operator's own stays."""
-    if plan.way_out is not None and plan.way_out.held:
-        return None
-    if plan.way_out is not None:
-        return MARK if observed.mark != MARK else None
-    return 0 if observed.mark == MARK else None
+def _marks(plan: HostPlan) -> bool:
+    """Whether WireGuard's packets need our mark."""
+    return plan.encryption is not None or (plan.way_out is not None and not plan.way_out.held)
 
 
-def _way_out(plan: HostPlan, observed: Observed, target: Target) -> tuple[list[Change], list[Change]]:
-    """What leads packets for anywhere into the tunnel: the routes, then the rules; and the other way round back."""
-    if plan.way_out is not None and plan.way_out.held:
-        return [], []
-    routes, rules = exit_routes_for(plan, target.interface, target.protocol), exit_rules_for(plan, target.interface)
-    fences = fences_for(plan, target.interface, target.protocol)
-    if observed.lacking:
-        there = {4, 6} - observed.lacking
-        routes = {network: route for network, route in routes.items() if network.version in there}
-        rules = frozenset(rule for rule in rules if rule.version in there)
-        fences = tuple(fence for fence in fences if fence.destination.version in there)
-    if not (routes or rules or observed.exit_routes or observed.exit_rules or observed.exit_fences):
-        return [], []
-    made: list[Change] = [AddRoute(one) for one in fences if one.destination not in observed.exit_fences]
-    for destination, wanted in routes.items():
-        found = observed.exit_routes.get(destination)
-        if found is None:
-            made.append(AddRoute(wanted))
-        elif not same_way(found, wanted, target.interface):
-            if wanted.gateway is not None and not wanted.device:
-                # By which device a neighbour is reached the kernel asks this very table first, where a default route
-                # into the tunnel would be the answer. Meanwhile the fence holds.
-                made += [DeleteRoute(found), AddRoute(wanted)]
-            else:
-                made.append(ReplaceRoute(wanted))
-    made += [AddRule(rule) for rule in sorted(rules - observed.exit_rules, key=lambda rule: rule.order)]
-    gone = sorted(observed.exit_rules - rules, key=lambda rule: rule.order)
-    stale: list[Change] = [DeleteRule(rule) for rule in gone]
-    stale += [DeleteRoute(route) for destination, route in observed.exit_routes.items() if destination not in routes]
-    left = exit_fences_of(observed, target.interface, target.protocol) if not fences else ()
-    stale += [DeleteRoute(one) for one in left]
-    return made, stale
+def _unmarked(plan: HostPlan, observed: Observed, target: Target) -> Iterator[Change]:
+    """Takes the mark away if it is ours and no rule asks for it any more. An operator's own stays."""
+    held = plan.way_out is not None and plan.way_out.held
+    if observed.mark == MARK and not held and not _marks(plan):
+        yield SetDevice(name=target.interface, mark=0)
+
+
+def _loosened(plan: HostPlan, observed: Observed, ipip: Collection[Change]) -> Iterator[Change]:
+    """Devices that packets come in by from nodes that are reached otherwise. `ipip`: what is done to that device."""
+    strict = observed.strict.keys() - {"default"}
+    if "default" in observed.strict:
+        strict |= {change.name for change in ipip if isinstance(change, CreateLink)}
+    yield from map(LoosenReversePath, encrypted.to_loosen(plan, strict))
+
+
+def _tightened(plan: HostPlan, observed: Observed, target: Target) -> Iterator[Change]:
+    for name in encrypted.to_tighten(plan, observed.loosened, {*observed.underlay, target.interface, target.ipip}):
+        yield RestoreSysctl(reverse_path(name), observed.loosened[name])
 
 
 def _gained(peers: Collection[PeerPlan], observed: Observed) -> frozenset[IPNetwork]:
@@ -402,16 +401,8 @@ def _up(plan: HostPlan, observed: Observed, target: Target) -> Iterator[Change]:
 
 
 def route_for(plan: RoutePlan, target: Target) -> Route:
-    """The route that a plan's route asks for; an underlay route names no device: the kernel finds it."""
-    device = {Via.TUNNEL: target.interface, Via.UNDERLAY: "", Via.IPIP: target.ipip}[plan.way]
-    return Route(
-        destination=plan.destination,
-        gateway=None if plan.way is Via.TUNNEL else plan.gateway,
-        device=device,
-        source=plan.source,
-        protocol=target.protocol,
-        onlink=plan.way is Via.IPIP,
-    )
+    """The route of the main table that a plan's route asks for."""
+    return route_of(plan, target.interface, target.protocol)
 
 
 def fulfils(found: Route, wanted: Route, target: Target) -> bool:
@@ -454,8 +445,10 @@ def _routes(
 
 def superseded(failed: Iterable[Change], observed: Observed) -> tuple[Change, ...]:
     """What to do after changes have failed: a route that could not be replaced leads where no packet is to go now."""
-    destinations = [change.route.destination for change in failed if isinstance(change, ReplaceRoute)]
-    return tuple(DeleteRoute(observed.routes[one]) for one in destinations if one in observed.routes)
+    replaced = [change.route for change in failed if isinstance(change, ReplaceRoute)]
+    there = [(observed.routes if one.table == MAIN_TABLE else observed.policy.table(one.table).routes, one.destination)
+             for one in replaced]  # fmt: skip
+    return tuple(DeleteRoute(routes[destination]) for routes, destination in there if destination in routes)
 
 
 def shadows(plan: HostPlan, observed: Observed) -> dict[IPNetwork, IPNetwork]:
@@ -527,11 +520,9 @@ def _removals(plan: HostPlan, observed: Observed, target: Target) -> Iterator[Ch
     for public_key in observed.peers:
         if public_key not in plan.peers:
             yield RemovePeer(target.interface, public_key)
-    wanted = set(plan.addresses)
+    wanted = set(encrypted.addresses_of(plan))
     for address in sorted(observed.addresses, key=str):
         if address not in wanted:
             yield DeleteAddress(target.interface, address)
     if observed.ipip is not None and observed.ipip_ours and not plan.ipip_remotes:
         yield DeleteLink(target.ipip)
-    if observed.table is not None and table_for(plan, target.interface) is None:
-        yield DeleteTable(observed.table.name)

@@ -15,9 +15,19 @@ from __future__ import annotations
 from collections.abc import Container, Iterable
 
 from kilo_etcd.kernel.diff import fulfils
+from kilo_etcd.kernel.policy import own_tables
 from kilo_etcd.kernel.read import rtnl as replies
-from kilo_etcd.kernel.state import MAIN_TABLE, ROUTE_PROTOCOL, AddressScope, Link, Observed, Target, is_ours
-from kilo_etcd.kernel.wayout import exit_table, same_way
+from kilo_etcd.kernel.state import (
+    FENCE_METRIC,
+    MAIN_TABLE,
+    ROUTE_PROTOCOL,
+    AddressScope,
+    Link,
+    Observed,
+    Target,
+    is_ours,
+)
+from kilo_etcd.kernel.wayout import same_way
 from kilo_etcd.model import IPAddress, IPInterface, IPNetwork
 
 LOOK_SECONDS, LOOK_SECONDS_PER_PEER = 0.5, 0.0005
@@ -104,6 +114,7 @@ class Watch:
     ) -> None:
         self.observed = observed
         self.target = target
+        self._tables = own_tables(target.interface)
         self.links = {link.index: link for link in links}
         self.ways = ways
         """Destination of a route of ours -> index of the device that it leaves by; brought up to date by events."""
@@ -123,16 +134,33 @@ class Watch:
             return self._route(kind, body)
         if kind == replies.DELRULE:
             rule = replies.read_rule(body)
-            if rule is not None and rule[1] == self.target.protocol and rule[0] in self.observed.exit_rules:
+            if rule is not None and rule[1] == self.target.protocol and rule[0] in self.observed.policy.rules:
                 return f"the rule {rule[0]} was removed"
         if kind == replies.NEWNETCONF:
-            found = replies.read_forwarding(body)
-            if found is not None and not found[1] and found[0] in self.observed.forwarding:
-                return f"forwarding of IPv{found[0]} was switched off"
+            return self._setting(body)
+        return None
+
+    def _setting(self, body: bytes) -> str | None:
+        found = replies.read_forwarding(body)
+        if found is not None and not found[1] and found[0] in self.observed.forwarding:
+            return f"forwarding of IPv{found[0]} was switched off"
+        if not self.observed.underlay:
+            return None
+        if found is not None and found[1] and found[0] not in self.observed.forwarding:
+            return f"forwarding of IPv{found[0]} was switched on"
+        if (index := replies.read_strict(body)) is None:
+            return None
+        name = "all" if index == replies.EVERY else self.links[index].name if index in self.links else ""
+        if name in ("all", self.target.interface, *self.observed.underlay):
+            return f"the reverse-path check of {name} was made strict"
         return None
 
     def _own(self) -> list[Link]:
         return [link for link in (self.observed.link, self.observed.ipip) if link is not None]
+
+    def _leads(self, index: int, name: str) -> bool:
+        """Whether routes of ours may have gone with a device or its address."""
+        return index in self.ways.values() or name in self.observed.underlay
 
     def _link(self, kind: int, link: Link) -> str | None:
         if kind == replies.DELLINK:
@@ -151,7 +179,7 @@ class Watch:
                 return f"the MTU of {own.name} was changed" if link.mtu != own.mtu else None
             if link.name == own.name:
                 return f"another link is named {own.name}"
-        if before is not None and before.up and not link.up and link.index in self.ways.values():
+        if before is not None and before.up and not link.up and self._leads(link.index, link.name):
             return f"link {link.name} was set down"
         if link.index in self.egress and before is not None and before.mtu != link.mtu:
             return f"the MTU of {link.name}, by which endpoints are reached, is {link.mtu} now"
@@ -170,7 +198,7 @@ class Watch:
             if kind == replies.NEWADDR and found.address not in self.observed.addresses:
                 return f"address {found.address} was added to {own.name}"
             return None
-        if kind == replies.DELADDR and found.index in self.ways.values():
+        if kind == replies.DELADDR and self._leads(found.index, found.interface):
             return f"address {found.address} was removed from {found.interface}"
         if kind == replies.NEWADDR and self.failing:
             return f"address {found.address} was added to {found.interface}"
@@ -178,8 +206,8 @@ class Watch:
 
     def _route(self, kind: int, body: bytes) -> str | None:
         found = replies.read_route(body)
-        if found is not None and found.table == exit_table(self.target.interface):
-            return self._exit_route(kind, found)
+        if found is not None and found.table in self._tables:
+            return self._own_table(kind, found)
         if found is None or found.table != MAIN_TABLE:
             return None
         destination = found.destination
@@ -209,16 +237,11 @@ class Watch:
             return f"the route to {destination} was removed"
         return None
 
-    def _exit_route(self, kind: int, found: replies.FoundRoute) -> str | None:
+    def _own_table(self, kind: int, found: replies.FoundRoute) -> str | None:
         link = self.links.get(found.index)
         route = found.route({} if link is None else {found.index: link.name})
-        if found.last_resort:
-            wanted = found.destination in self.observed.exit_fences
-            if (kind == replies.NEWROUTE) is wanted:
-                return None
-            verb = "removed from" if kind == replies.DELROUTE else "added to"
-            return f"the fence around {found.destination} was {verb} table {found.table}"
-        expected = self.observed.exit_routes.get(found.destination)
+        table = self.observed.policy.table(found.table)
+        expected = (table.last if found.metric == FENCE_METRIC else table.routes).get(found.destination)
         if kind == replies.NEWROUTE:
             as_expected = expected is not None and same_way(route, expected, self.target.interface)
             return None if as_expected else f"a route to {found.destination} was set in table {found.table}"

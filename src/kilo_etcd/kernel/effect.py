@@ -16,6 +16,7 @@ from kilo_etcd.kernel.forward import AddForward, DeleteForward
 from kilo_etcd.kernel.openings import AddOpening, DeleteOpening
 from kilo_etcd.kernel.rules import AddRule, DeleteRule
 from kilo_etcd.kernel.state import (
+    FENCE_METRIC,
     MAIN_TABLE,
     AddAddress,
     AddRoute,
@@ -26,10 +27,14 @@ from kilo_etcd.kernel.state import (
     DeleteRoute,
     KeepAdvertisements,
     Link,
+    LoosenReversePath,
     Observed,
     ObservedPeer,
+    OwnTable,
+    Policy,
     RemovePeer,
     ReplaceRoute,
+    RestoreSysctl,
     Route,
     SetDevice,
     SetForwarding,
@@ -37,8 +42,9 @@ from kilo_etcd.kernel.state import (
     SetPeer,
     SetUp,
     StartUserspace,
+    reverse_path,
 )
-from kilo_etcd.kernel.table import DeleteTable, ReplaceTable
+from kilo_etcd.kernel.table import AddElements, DeleteElements, DeleteTable, ReplaceTable, with_elements
 from kilo_etcd.model import IPNetwork
 
 _RouteTest = Callable[[Route], bool]
@@ -85,9 +91,10 @@ class _Effect:
         self._public_key = observed.public_key
         self._port = observed.listen_port
         self._mark = observed.mark
-        self._exit_routes = dict(observed.exit_routes)
-        self._exit_fences = set(observed.exit_fences)
-        self._exit_rules = set(observed.exit_rules)
+        self._tables: dict[int, tuple[dict[IPNetwork, Route], dict[IPNetwork, Route]]] = {}
+        """Those of our own tables that have changed: their routes, and those of last resort."""
+        self._rules = set(observed.policy.rules)
+        self._strict, self._loosened = dict(observed.strict), dict(observed.loosened)
         self._peers = dict(observed.peers)
         self._owner: dict[IPNetwork, str] | None = None
         """Network -> public key of the peer that has it among its allowed IPs; made when it is needed."""
@@ -135,18 +142,24 @@ class _Effect:
                 if gone is not None and self._owner is not None:
                     for network in gone.allowed_ips:
                         self._owner.pop(network, None)
-            case AddRoute(route=Route(fence=True, destination=destination, table=table)):
-                (self._fences if table == MAIN_TABLE else self._exit_fences).add(destination)
-            case DeleteRoute(route=Route(fence=True, destination=destination, table=table)):
-                (self._fences if table == MAIN_TABLE else self._exit_fences).discard(destination)
+            case AddRoute(route=Route(fence=True, destination=destination)):
+                self._fences.add(destination)
+            case DeleteRoute(route=Route(fence=True, destination=destination)):
+                self._fences.discard(destination)
             case AddRoute(route=route) | ReplaceRoute(route=route) if route.table != MAIN_TABLE:
-                self._exit_routes[route.destination] = route
+                self._own_table(route.table)[route.metric == FENCE_METRIC][route.destination] = route
             case DeleteRoute(route=route) if route.table != MAIN_TABLE:
-                self._exit_routes.pop(route.destination, None)
+                self._own_table(route.table)[route.metric == FENCE_METRIC].pop(route.destination, None)
             case AddRule(rule=rule):
-                self._exit_rules.add(rule)
+                self._rules.add(rule)
             case DeleteRule(rule=rule):
-                self._exit_rules.discard(rule)
+                self._rules.discard(rule)
+            case LoosenReversePath(name=name):
+                former = self._strict.pop(name, None)
+                if former is not None:
+                    self._loosened.setdefault(name, former)
+            case RestoreSysctl(path=path):
+                self._loosened = {name: value for name, value in self._loosened.items() if reverse_path(name) != path}
             case AddRoute(route=route) | ReplaceRoute(route=route):
                 self._routes[route.destination] = route
             case DeleteRoute(route=route):
@@ -162,6 +175,8 @@ class _Effect:
                 self._advertised = tuple(one for one in self._advertised if one != name)
             case ReplaceTable(table=table):
                 self._table = table
+            case AddElements() | DeleteElements():
+                self._table = None if self._table is None else with_elements(self._table, change)
             case DeleteTable():
                 self._table = None
             case AddForward(rule=rule):
@@ -182,9 +197,9 @@ class _Effect:
             public_key=self._public_key,
             listen_port=self._port,
             mark=self._mark,
-            exit_routes=self._exit_routes,
-            exit_fences=frozenset(self._exit_fences),
-            exit_rules=frozenset(self._exit_rules),
+            policy=self._policy(),
+            strict=self._strict,
+            loosened=self._loosened,
             peers=self._peers,
             addresses=frozenset(self._addresses),
             routes=self._routes,
@@ -199,6 +214,21 @@ class _Effect:
             forward_rules=frozenset(self._forward_rules),
             openings=frozenset(self._openings),
             memo=None if self._owner is None else _Owners(self._owner, self._peers),
+        )
+
+    def _own_table(self, number: int) -> tuple[dict[IPNetwork, Route], dict[IPNetwork, Route]]:
+        if number not in self._tables:
+            table = self._start.policy.table(number)
+            self._tables[number] = dict(table.routes), dict(table.last)
+        return self._tables[number]
+
+    def _policy(self) -> Policy:
+        before = self._start.policy
+        if not self._tables and self._rules == before.rules:
+            return before
+        tables = {**before.tables, **{number: OwnTable(*kinds) for number, kinds in self._tables.items()}}
+        return Policy(
+            {number: table for number, table in tables.items() if table.routes or table.last}, frozenset(self._rules)
         )
 
     def _new_device(self, name: str, kind: str) -> None:
@@ -218,6 +248,8 @@ class _Effect:
             self._ipip = link
 
     def _delete_link(self, name: str) -> None:
+        self._strict.pop(name, None)
+        self._loosened.pop(name, None)
         if name == self._interface:
             self._link = None
             self._public_key, self._port, self._mark = "", 0, 0
@@ -233,7 +265,11 @@ class _Effect:
     def _drop_routes(self, goes: _RouteTest) -> None:
         self._routes = {destination: route for destination, route in self._routes.items() if not goes(route)}
         self._strays = [route for route in self._strays if not goes(route)]
-        self._exit_routes = {destination: route for destination, route in self._exit_routes.items() if not goes(route)}
+        for number in {*self._start.policy.tables, *self._tables}:
+            routes, last = self._own_table(number)
+            for kind in (routes, last):
+                for destination in [destination for destination, route in kind.items() if goes(route)]:
+                    del kind[destination]
 
     def _set_peer(self, change: SetPeer) -> None:
         key = change.public_key

@@ -10,10 +10,11 @@ import errno
 import os
 
 from kilo_etcd import descriptors
-from kilo_etcd.kernel.forward import AddForward, DeleteForward
+from kilo_etcd.kernel import encrypted
 from kilo_etcd.kernel.openings import AddOpening, DeleteOpening
 from kilo_etcd.kernel.rules import AddRule, DeleteRule
 from kilo_etcd.kernel.state import (
+    FENCE_METRIC,
     MAIN_TABLE,
     AddAddress,
     AddRoute,
@@ -22,13 +23,15 @@ from kilo_etcd.kernel.state import (
     CreateLink,
     DeleteRoute,
     Failure,
+    FilterChange,
     KeepAdvertisements,
+    LoosenReversePath,
     ReplaceRoute,
     SetDevice,
     SetForwarding,
     SetUp,
 )
-from kilo_etcd.kernel.table import DeleteTable, ReplaceTable
+from kilo_etcd.kernel.table import ReplaceTable
 
 
 class KernelError(Exception):
@@ -63,13 +66,13 @@ _NO_NFTABLES = frozenset({errno.ENOENT, errno.EOPNOTSUPP, errno.EPROTONOSUPPORT,
 def failure(change: Change, error: OSError) -> Failure:
     """Why `change` could not be made, with the step that helps where one is known."""
     destination = change.route.destination if isinstance(change, AddRoute | ReplaceRoute | DeleteRoute) else None
-    aside = isinstance(change, ReplaceTable | DeleteTable | AddForward | DeleteForward | AddOpening | DeleteOpening)
+    aside = isinstance(change, FilterChange | LoosenReversePath)
     if isinstance(change, AddRoute | DeleteRoute) and change.route.fence:
         destination, aside = None, True
     if isinstance(change, AddRule | DeleteRule) or (
         isinstance(change, AddRoute | ReplaceRoute | DeleteRoute) and change.route.table != MAIN_TABLE
     ):
-        # A way out is nobody's way into the mesh.
+        # What an exit node or `encrypted` needs is nobody's way into the mesh.
         destination, aside = None, True
     return Failure(subject=str(change), text=_sentence(change, error), destination=destination, aside=aside)
 
@@ -101,6 +104,11 @@ def _sentence(change: Change, error: OSError) -> str:
             f"this process may not ping ({change.path} could not be set: {error.strerror}), so nobody is told when a "
             f"leader does not forward: set it on the host with `{change}`"
         )
+    if isinstance(change, LoosenReversePath):
+        return (
+            f"{change.path} could not be set to 2 ({error.strerror}): what nodes send to this host in clear, ARP among "
+            f"it, is dropped on {change.name}; set it on the host with `{change}`"
+        )
     if isinstance(change, SetForwarding):
         name = change.path.replace("/", ".")
         if code in (errno.EROFS, errno.EACCES, errno.EPERM):
@@ -116,6 +124,11 @@ def _sentence(change: Change, error: OSError) -> str:
     exit_route = way if way is not None and way.table != MAIN_TABLE else None
     if exit_route is not None and code == errno.EACCES and exit_route.destination.version == 6 and exit_route.device:
         name = exit_route.device
+        if encrypted.is_table(exit_route.table):
+            return (
+                f"`{change}` failed, since IPv6 is switched off on {name}: what is for {exit_route.destination} is "
+                f"dropped; set net.ipv6.conf.{name}.disable_ipv6=0"
+            )
         return (
             f"`{change}` failed, since IPv6 is switched off on {name}: nothing leaves by the exit node in IPv6, and "
             f"whoever calls this host's own IPv6 addresses gets no answer; set net.ipv6.conf.{name}.disable_ipv6=0"
@@ -139,11 +152,14 @@ def _sentence(change: Change, error: OSError) -> str:
             "input": "IPIP is taken from anybody",
             "postrouting": "hosts without an agent do not answer the mesh",
             "output": "whoever calls this host's own IPv6 addresses gets no answer as long as it has an exit node",
+            "encrypted": "what comes in clear from other nodes is taken",
         }
         chains = [chain.name for chain in change.table.chains]
         found = " and ".join(lost[name] for name in chains if name in lost)
-        modules = "nft_ct, nft_reject_inet, nft_nat and nft_masq" if "output" in chains else "nft_nat and nft_masq"
-        return f"this kernel lacks nftables or a part of it, so {found}: load the modules nf_tables, {modules}"
+        modules = ["nf_tables", *(["nft_ct", "nft_reject_inet"] if "output" in chains else []), "nft_nat", "nft_masq"]
+        modules += ["nft_fib_inet", "nft_fib_ipv4", "nft_fib_ipv6"] if "encrypted" in chains else []
+        listed = f"{', '.join(modules[:-1])} and {modules[-1]}"
+        return f"this kernel lacks nftables or a part of it, so {found}: load the modules {listed}"
     if isinstance(change, CreateLink) and change.kind == "ipip" and code in (errno.EOPNOTSUPP, errno.ENODEV):
         return "this kernel has no IPIP (module ipip): load it, or use --encapsulate never or --encapsulate wireguard"
     if isinstance(change, CreateLink) and change.kind == "ipip" and code == errno.EEXIST:
@@ -166,7 +182,20 @@ def _sentence(change: Change, error: OSError) -> str:
     if isinstance(change, SetUp) and code == errno.EADDRINUSE:
         return f"{change.name} cannot come up: its UDP port is taken by another program; choose another with --port"
     detail = getattr(error, "detail", "") or os.strerror(code)
-    if exit_route is not None and not exit_route.fence:
+    if exit_route is not None and encrypted.is_table(exit_route.table):
+        if exit_route.metric != FENCE_METRIC:
+            return f"`{change}` failed ({detail}): what is for {exit_route.destination} is dropped"
+        return (
+            f"`{change}` failed ({detail}): what is for {exit_route.destination} may leave in clear as long as "
+            "its route into the tunnel is missing"
+        )
+    if isinstance(change, AddRule) and encrypted.is_ours(change.rule.priority):
+        return (
+            f"`{change}` failed ({detail}): what this host sends to other nodes in IPv{change.rule.version} leaves in "
+            "clear; does this kernel have policy routing with ports (Linux 4.17, CONFIG_IP_MULTIPLE_TABLES, "
+            "CONFIG_IPV6_MULTIPLE_TABLES)?"
+        )
+    if exit_route is not None and exit_route.metric != FENCE_METRIC:
         return f"`{change}` failed ({detail}): what is for {exit_route.destination} is refused or ends in the tunnel"
     if isinstance(change, AddRule) or exit_route is not None:
         return (

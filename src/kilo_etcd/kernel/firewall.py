@@ -14,6 +14,7 @@ The table is replaced whole, in one transaction, and only where it differs from 
   address that the mesh does not know is refused, since the exit node would drop it in silence. What comes in for one of
   the host's own addresses has the mark on its way in: firewalld asks which way its source is reached, mark and all, and
   drops it if that is another than it came. Packets with a mark of somebody else's are left to them.
+* with `encrypted`, what `kernel.cleartext` has.
 
 Nothing is opened here: an `accept` of ours does not take back a `drop` of another table.
 """
@@ -21,16 +22,25 @@ Nothing is opened here: an `accept` of ours does not take back a `drop` of anoth
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
+from kilo_etcd.kernel import cleartext
 from kilo_etcd.kernel import nftables as nft
 from kilo_etcd.kernel.formats import NF_PRIORITIES
+from kilo_etcd.kernel.state import ipip_name
 from kilo_etcd.kernel.table import AddressSet, Chain, Rule, Table
 from kilo_etcd.kernel.wayout import MARK
 from kilo_etcd.model import DEFAULT_INTERFACE
 from kilo_etcd.topology.hostplan import HostPlan
 
-_COUNTERS = ("answers", "ipip_accepted", "ipip_dropped", "masqueraded", "refused", "way_out", "way_out_closed")
+_COUNTERS = tuple(
+    sorted(
+        (
+            "answers", "ipip_accepted", "ipip_dropped", "masqueraded", "refused", "way_out", "way_out_closed",
+            *cleartext.COUNTERS,
+        )
+    )
+)  # fmt: skip
 """Sorted, as the kernel's are when they are read."""
 
 IPIP_PROTOCOL = 4
@@ -45,8 +55,10 @@ def table_name(interface: str) -> str:
     return "kilo-" + re.sub(r"[^A-Za-z0-9_.-]", lambda found: f"_{ord(found[0]):x}", interface)
 
 
-def table_for(plan: HostPlan, interface: str) -> Table | None:
-    """The table that a plan asks for; None where it needs none."""
+def table_for(
+    plan: HostPlan, interface: str, *, strict: Collection[str] = (), forwarding: Collection[int] = ()
+) -> Table | None:
+    """The table that a plan asks for; None where it needs none. `strict`, `forwarding`: the host's, see `cleartext`."""
     chains: list[Chain] = []
     sets: list[AddressSet] = []
     rules: list[Rule] = []
@@ -82,6 +94,11 @@ def table_for(plan: HostPlan, interface: str) -> Table | None:
         own = frozenset(address for address in plan.way_out.sources if address.version == 6)
         sets.append(AddressSet(name="own6", version=6, addresses=own))
         rules += _answers(plan, interface)
+    forwarded = {*forwarding, *plan.forwarding}
+    more = cleartext.parts(plan, interface, ipip_name(interface), strict, forwarded)
+    chains += more.chains
+    sets += more.sets
+    rules += more.rules
     if not rules:
         return None
     counters = [name for name in _COUNTERS if _counted(rules, name)]

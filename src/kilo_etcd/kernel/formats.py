@@ -107,6 +107,7 @@ class netconfmsg(nlmsg):  # type: ignore[misc, valid-type]
         ("NETCONFA_UNSPEC", "none"),
         ("NETCONFA_IFINDEX", "int32"),
         ("NETCONFA_FORWARDING", "int32"),
+        ("NETCONFA_RP_FILTER", "int32"),
     )
 
 
@@ -160,11 +161,24 @@ XT_CONNTRACK_STATE = 1
 """The match is one of states, and of nothing else."""
 IP_CT_DIR_REPLY = 1
 """Direction of packets that the other side of a connection sends (linux/netfilter/nf_conntrack_tuple_common.h)."""
+PORT_RANGE = Struct("=HH")
+"""struct fib_rule_port_range: the first and the last (linux/fib_rules.h)."""
+NFT_LOOKUP_F_INV = 1
+NFT_EXTHDR_OP_IPV6, NFT_EXTHDR_OP_TCPOPT = 0, 1
+NFT_FIB_RESULT_OIF, NFT_FIB_RESULT_ADDRTYPE = 1, 3
+NFTA_FIB_F_SADDR, NFTA_FIB_F_DADDR, NFTA_FIB_F_IIF, NFTA_FIB_F_PRESENT = 1, 2, 8, 32
+"""Bits, which pyroute2 0.9 takes for numbers."""
+NFT_NAT_SNAT = 0
+"""All of linux/netfilter/nf_tables.h."""
+RTN_LOCAL = 2
+"""The type of a route to an address of this host (linux/rtnetlink.h)."""
+IPPROTO_FRAGMENT, TCPOPT_MAXSEG = 44, 2
+"""IANA's numbers: IPv6's fragment header, TCP's option with the largest segment."""
 NFNL_MSG_BATCH_BEGIN, NFNL_MSG_BATCH_END = 0x10, 0x11
 """What stands around messages that are done all or none (linux/netfilter/nfnetlink.h)."""
 NF_INET_HOOKS = {"prerouting": 0, "input": 1, "forward": 2, "output": 3, "postrouting": 4}
 """Numbers of the places at which base chains are hooked in (linux/netfilter.h)."""
-NF_PRIORITIES = {"mangle": -150, "filter": 0, "srcnat": 100}
+NF_PRIORITIES = {"raw": -300, "mangle": -150, "filter": 0, "srcnat": 100}
 """Order of base chains at one hook, by their names in nft(8) (linux/netfilter_ipv4.h)."""
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from attrs import evolve
 
-from kilo_etcd.kernel import netlink, routing, sysctl, userspace, wireguard
+from kilo_etcd.kernel import encrypted, netlink, routing, sysctl, userspace, wireguard
 from kilo_etcd.kernel.chains import Obstacle
 from kilo_etcd.kernel.codec import FormatError
 from kilo_etcd.kernel.errors import NO_PERMISSION, KernelError, NetlinkError, failure, taken, why_not
@@ -25,10 +25,11 @@ from kilo_etcd.kernel.iptables import Iptables
 from kilo_etcd.kernel.netfilter import Netfilter
 from kilo_etcd.kernel.netlink import Message
 from kilo_etcd.kernel.openings import AddOpening, DeleteOpening
+from kilo_etcd.kernel.policy import removal
 from kilo_etcd.kernel.read import rtnl as replies
 from kilo_etcd.kernel.read.rtnl import FoundLink
 from kilo_etcd.kernel.read.wireguard import DeviceState
-from kilo_etcd.kernel.rules import AddRule, DeleteRule
+from kilo_etcd.kernel.rules import AddRule, DeleteRule, RoutingRule
 from kilo_etcd.kernel.state import (
     KERNEL_PROTOCOL,
     MAIN_TABLE,
@@ -50,6 +51,7 @@ from kilo_etcd.kernel.state import (
     HostAddresses,
     KeepAdvertisements,
     Link,
+    LoosenReversePath,
     Observed,
     RemovePeer,
     ReplaceRoute,
@@ -65,10 +67,11 @@ from kilo_etcd.kernel.state import (
     fence_around,
     ipip_name,
     is_ours,
+    reverse_path,
 )
 from kilo_etcd.kernel.steady import SteadyTime
-from kilo_etcd.kernel.table import DeleteTable, ReplaceTable
-from kilo_etcd.kernel.wayout import MARK, exit_fences
+from kilo_etcd.kernel.table import AddElements, DeleteElements, DeleteTable, ReplaceTable
+from kilo_etcd.kernel.wayout import MARK
 from kilo_etcd.kernel.write import rtnl as requests
 from kilo_etcd.model import IPAddress, IPInterface, IPNetwork
 from kilo_etcd.topology.hostplan import HostPlan
@@ -192,8 +195,8 @@ class Host:
                 self._kernel = wireguard.KernelDevice(self._generic, family)
         return self._kernel
 
-    def observe(self) -> Observed:
-        """Read everything that concerns us."""
+    def observe(self, sources: Collection[IPAddress] = ()) -> Observed:
+        """Read everything that concerns us. `sources`: addresses on whose devices the reverse-path check matters."""
         found = self._read_links()
         own = next((f.link for f in found if f.link.name == self.interface), None)
         ipip = next((f for f in found if f.link.name == self.ipip), None)
@@ -201,16 +204,20 @@ class Host:
         routes, strays, foreign, fences = self._read_routes()
         ours = ours and (own is None or self._recognises(own.name, state, (*routes.values(), *strays)))
         addresses: frozenset[IPInterface] = frozenset()
+        everywhere = self._read_addresses() if sources else []
         if own is not None and ours:
+            found_there = everywhere if sources else self._read_addresses(own.index)
             addresses = frozenset(
-                a.address for a in self._read_addresses(own.index) if a.scope is not AddressScope.LINK
+                a.address for a in found_there if a.index == own.index and a.scope is not AddressScope.LINK
             )
-        exit = routing.read(
+        devices = {a.interface for a in everywhere if a.address.ip in sources} - {"", self.interface, self.ipip, "lo"}
+        policy = routing.read(
             self._route, self.interface, self.protocol, {index: link.name for index, link in self.links.items()}
         )
         names = {one.link.name for one in found}
         forward_chains, forward_rules = self._iptables.read(self._forward_rules)
-        near = {route.device for route in routes.values()} - {self.interface, ""}
+        onward = (*routes.values(), *policy.table(encrypted.table_of(self.interface)).routes.values())
+        near = {route.device for route in onward} - {self.interface, ""}
         far = {route.device for network, route in foreign.items() if not network.prefixlen}
         self._devices = tuple(sorted(near or far))
         dropping, openings = self._chains.read(self._devices)
@@ -227,9 +234,7 @@ class Host:
             stray_routes=tuple(strays),
             fences=frozenset(fences),
             foreign=foreign,
-            exit_routes=exit.routes,
-            exit_fences=exit.fences,
-            exit_rules=exit.rules,
+            policy=policy,
             ipip=ipip.link if ipip else None,
             ipip_local=ipip.local if ipip else None,
             ipip_ours=ipip is None or ipip.link.kind == "ipip",
@@ -237,6 +242,9 @@ class Host:
             forwarding=sysctl.forwarding(),
             held_back=sysctl.not_forwarding(name for name in (self.interface, self.ipip) if name in names),
             advertised=sysctl.advertised(self.interface, self.ipip),
+            underlay=tuple(sorted(devices)),
+            strict=sysctl.strict({"default", *devices, *(names & {self.interface, self.ipip})}) if sources else {},
+            loosened=sysctl.loosened(self._record),
             table=self.netfilter.read(table_name(self.interface)),
             forward_rules=forward_rules,
             forward_chains=forward_chains,
@@ -450,7 +458,7 @@ class Host:
             able = (change for change in run if not _needs(change) & missing)
             if kind == "wireguard":
                 results = self._make_wireguard(list(able))
-            elif kind == "batch":
+            elif kind in ("batch", "into the tunnel"):
                 results = self._make_batch(list(able))
             else:
                 results = ((change, self._make_one(change)) for change in able)
@@ -459,6 +467,8 @@ class Host:
                     made.append(change)
                     continue
                 failed.append((change, failure(change, error)))
+                if isinstance(change, AddRule) and encrypted.is_ours(change.rule.priority):
+                    missing.add(_past(change.rule))
                 if isinstance(change, CreateLink | StartUserspace):
                     missing.add(change.name)
         return made, failed
@@ -529,14 +539,16 @@ class Host:
                     self._send(requests.set_mtu(self._index(name), mtu))
                 case SetUp(name=name):
                     self._send(requests.set_up(self._index(name)))
-                case SetForwarding() | AllowPings() | KeepAdvertisements():
+                case SetForwarding() | AllowPings() | KeepAdvertisements() | LoosenReversePath():
                     self._writes += 1
                     sysctl.change_to(change, self._record)
                 case RestoreSysctl():
                     self._writes += 1
-                    sysctl.restore(change)
+                    sysctl.restore(change, self._record)
                 case ReplaceTable(table=table):
                     self.netfilter.replace(table)
+                case AddElements() | DeleteElements():
+                    self.netfilter.change_elements(change)
                 case DeleteTable(name=name):
                     self.netfilter.delete(name)
                 case AddForward() | DeleteForward():
@@ -578,9 +590,7 @@ class Host:
     def leftovers(self) -> tuple[Change, ...]:
         """What `cleanup` has to make: everything recognisable as ours goes."""
         observed = self.observe()
-        changes: list[Change] = [DeleteRule(rule) for rule in observed.exit_rules]
-        changes.extend(DeleteRoute(route) for route in observed.exit_routes.values())
-        changes.extend(DeleteRoute(route) for route in exit_fences(observed, self.interface, self.protocol))
+        changes = removal(observed.policy)
         changes.extend(DeleteRoute(route) for route in observed.routes.values())
         changes.extend(DeleteRoute(route) for route in observed.stray_routes)
         changes.extend(DeleteRoute(fence_around(network)) for network in sorted(observed.fences, key=str))
@@ -592,7 +602,8 @@ class Host:
             changes.append(DeleteTable(observed.table.name))
         changes.extend(DeleteForward(rule) for rule in sorted(observed.forward_rules, key=str))
         changes.extend(DeleteOpening(one) for one in sorted(observed.openings, key=str))
-        changes.extend(sysctl.to_restore(self._record))
+        gone = {reverse_path(change.name) for change in changes if isinstance(change, DeleteLink)}
+        changes.extend(change for change in sysctl.to_restore(self._record) if change.path not in gone)
         return tuple(changes)
 
     def forget_sysctls(self) -> None:
@@ -619,15 +630,30 @@ def _write(
 def _group(change: Change) -> object:
     if isinstance(change, SetDevice | SetPeer | RemovePeer):
         return "wireguard"
+    if isinstance(change, AddRule) and _leads_into_tunnel(change.rule):
+        return "into the tunnel"
     if isinstance(change, _Batched):
         return "batch"
     return "one"
 
 
 def _needs(change: Change) -> frozenset[str]:
-    """The devices without which a change makes no sense."""
+    """The devices, and rules, without which a change makes no sense."""
+    if isinstance(change, AddRule) and _leads_into_tunnel(change.rule):
+        return frozenset({_past(change.rule)})
     if isinstance(change, AddRoute | ReplaceRoute):
         return frozenset({change.route.device})
     if isinstance(change, SetMtu | SetUp | AddAddress):
         return frozenset({change.name})
     return frozenset()
+
+
+def _leads_into_tunnel(rule: RoutingRule) -> bool:
+    """Whether it must not be there without those that keep etcd outside, which a kernel before 4.17 cannot have: who
+    is cut off from etcd by `encrypted` could not be told to end it."""
+    return encrypted.is_ours(rule.priority) and rule.table != MAIN_TABLE
+
+
+def _past(rule: RoutingRule) -> str:
+    """What stands for the rules that keep something outside."""
+    return f"rules past the tunnel in IPv{rule.version}"

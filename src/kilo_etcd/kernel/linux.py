@@ -206,6 +206,8 @@ class LinuxKernel:
         self._drift: str | None = None
         self._wake = trio.Event()
         self._moved = trio.Event()
+        self._sources: tuple[IPAddress, ...] = ()
+        """This host's addresses on whose devices the reverse-path check matters, of the last plan."""
         self._index = 0
         """Of the interface when it was last ours."""
         self._mark: int | None = None
@@ -406,7 +408,7 @@ class LinuxKernel:
         """A reading; if userspace WireGuard has just died, one taken after its device has gone too."""
         deadline = time.monotonic() + _DYING
         while True:
-            observed = self._host.observe()
+            observed = self._host.observe(self._sources)
             dying = observed.link is not None and not observed.ours and observed.link.index == self._index
             if not dying or time.monotonic() > deadline:
                 return observed
@@ -419,13 +421,22 @@ class LinuxKernel:
             raise KernelError(taken(observed.link.name, observed.link.kind, observed.public_key))
         return observed
 
+    def _look_for(self, plan: HostPlan) -> None:
+        """Have the next reading tell what this plan needs to know; what is believed may lack it."""
+        sources = plan.encryption.sources if plan.encryption is not None else ()
+        if sources != self._sources:
+            self._sources = sources
+            self._observed = None
+
     def _preview(self, plan: HostPlan) -> tuple[Change, ...]:
+        self._look_for(plan)
         self._observed = None
         return difference(plan, self._ready(), self._memory, self._target(plan)).changes
 
     def _apply(self, plan: HostPlan, fresh: bool, reset: frozenset[str]) -> ApplyReport:
         if not may_change_the_network():
             raise KernelError(f"{self._setup.interface} cannot be set up: {NO_PERMISSION}")
+        self._look_for(plan)
         if fresh or must_look(plan, self._settled):
             self._observed = None
         self._plan = plan

@@ -23,7 +23,7 @@ from kilo_etcd.kernel.netlink import Message
 from kilo_etcd.kernel.nftables import be32
 from kilo_etcd.kernel.openings import AddOpening, DeleteOpening
 from kilo_etcd.kernel.read import nft as read
-from kilo_etcd.kernel.table import Table
+from kilo_etcd.kernel.table import AddElements, DeleteElements, Table
 from kilo_etcd.kernel.write import nft as write
 
 PROTOCOL = read.PROTOCOL
@@ -100,6 +100,9 @@ class Netfilter:
 
     def replace(self, table: Table) -> None:
         self._transact(write.replace_table(table))
+
+    def change_elements(self, change: AddElements | DeleteElements) -> None:
+        self._transact(write.change_elements(change))
 
     def delete(self, name: str) -> None:
         self._transact(write.delete_table(name))

@@ -1,11 +1,14 @@
-"""Rules of policy routing as values, and the changes that make them; `kernel.wayout` says which there shall be."""
+"""Rules of policy routing as values, and the changes that make them; `kernel.policy` says which there shall be."""
 
 from __future__ import annotations
 
 from attrs import frozen
 
 from kilo_etcd.kernel.formats import RT_TABLE_MAIN
-from kilo_etcd.model import IPAddress
+from kilo_etcd.model import IPAddress, IPNetwork
+
+_PROTOCOLS = {1: "icmp", 6: "tcp", 17: "udp", 58: "ipv6-icmp"}
+"""IANA's numbers, and their names in ip-rule(8)."""
 
 
 @frozen(kw_only=True)
@@ -19,6 +22,14 @@ class RoutingRule:
     """Packets with this mark are left out; 0: none are."""
     source: IPAddress | None = None
     """Only packets from this address; None: from any."""
+    destination: IPNetwork | None = None
+    """Only packets for this network; None: for any."""
+    protocol: int = 0
+    """Only packets of this IP protocol; 0: of any."""
+    sport: int = 0
+    """Only packets from this port; 0: from any."""
+    dport: int = 0
+    """Only packets for this port; 0: for any."""
     suppress: int | None = None
     """Routes of the table whose prefixes are at most this long do not count, so with 0 the default route does not."""
 
@@ -31,6 +42,14 @@ class RoutingRule:
         words = [f"priority {self.priority}"]
         if self.source is not None:
             words.append(f"from {self.source}")
+        if self.destination is not None:
+            words.append(f"to {self.destination}")
+        if self.protocol:
+            words.append(f"ipproto {_PROTOCOLS.get(self.protocol, self.protocol)}")
+        if self.sport:
+            words.append(f"sport {self.sport}")
+        if self.dport:
+            words.append(f"dport {self.dport}")
         if self.not_mark:
             words.append(f"not fwmark {self.not_mark}")
         words.append(f"lookup {self.table}" if self.table != RT_TABLE_MAIN else "lookup main")

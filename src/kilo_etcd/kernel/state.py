@@ -17,7 +17,7 @@ from kilo_etcd.kernel.formats import RT_TABLE_MAIN, rtnl
 from kilo_etcd.kernel.forward import AddForward, DeleteForward, ForwardRule
 from kilo_etcd.kernel.openings import AddOpening, DeleteOpening, Opening, Place
 from kilo_etcd.kernel.rules import AddRule, DeleteRule, RoutingRule
-from kilo_etcd.kernel.table import DeleteTable, ReplaceTable, Table
+from kilo_etcd.kernel.table import AddElements, DeleteElements, DeleteTable, ReplaceTable, Table
 from kilo_etcd.model import DEFAULT_INTERFACE, Endpoint, IPAddress, IPInterface, IPNetwork
 
 ROUTE_PROTOCOL = 107
@@ -135,6 +135,31 @@ class Route:
         return " ".join(words)
 
 
+@frozen
+class OwnTable:
+    """A routing table of our own, but the main one."""
+
+    routes: Mapping[IPNetwork, Route] = field(factory=dict)
+    last: Mapping[IPNetwork, Route] = field(factory=dict)
+    """What is left for a packet that none of `routes` takes, at `FENCE_METRIC`: it does not leave."""
+
+
+@frozen
+class Policy:
+    """Policy routing of ours: our own tables by their numbers, and the rules that lead there or past them."""
+
+    tables: Mapping[int, OwnTable] = field(factory=dict)
+    """None of them is empty."""
+    rules: frozenset[RoutingRule] = frozenset()
+
+    def table(self, number: int) -> OwnTable:
+        """The table of that number, which may have nothing in it."""
+        return self.tables.get(number, _EMPTY)
+
+
+_EMPTY = OwnTable()
+
+
 def fence_around(network: IPNetwork) -> Route:
     return Route(destination=network, metric=FENCE_METRIC, fence=True)
 
@@ -162,11 +187,8 @@ class Observed:
     """More routes of ours to destinations that `routes` has already: left by somebody with another metric."""
     fences: frozenset[IPNetwork] = frozenset()
     foreign: Mapping[IPNetwork, Route] = field(factory=dict)
-    exit_routes: Mapping[IPNetwork, Route] = field(factory=dict)
-    """Those of our own table, which only a machine that uses a gateway has (`kernel.wayout`)."""
-    exit_fences: frozenset[IPNetwork] = frozenset()
-    """What our own table refuses where none of `exit_routes` takes a packet."""
-    exit_rules: frozenset[RoutingRule] = frozenset()
+    policy: Policy = field(factory=Policy)
+    """What there is of `kernel.policy`."""
     ipip: Link | None = None
     ipip_local: IPAddress | None = None
     ipip_ours: bool = True
@@ -177,6 +199,13 @@ class Observed:
     """Devices of ours that are kept from forwarding IPv4 although the host forwards it, as by `conf.default`."""
     advertised: tuple[str, ...] = ()
     """Interfaces that heed IPv6 router advertisements now, and would not once the host forwards IPv6."""
+    underlay: tuple[str, ...] = ()
+    """Devices with an address that `Encryption.sources` names, sorted."""
+    strict: Mapping[str, str] = field(factory=dict)
+    """Those of them, devices of ours, and `default` for new ones, whose rp_filter is strict -> the own value, beside
+    which that of `all` counts."""
+    loosened: Mapping[str, str] = field(factory=dict)
+    """Devices that were made loose by us, and are -> the former value."""
     table: Table | None = None
     """The nftables table of our name."""
     forward_rules: frozenset[ForwardRule] = frozenset()
@@ -436,8 +465,27 @@ class KeepAdvertisements:
 
 
 @frozen
+class LoosenReversePath:
+    """Have a device take what comes from a source that is reached by another device (RFC 3704, loose)."""
+
+    name: str
+
+    @property
+    def path(self) -> str:
+        return reverse_path(self.name)
+
+    def __str__(self) -> str:
+        return f"sysctl -w {self.path if '.' in self.name else self.path.replace('/', '.')}=2"
+
+
+def reverse_path(device: str) -> str:
+    """The sysctl that says what a device does with sources that are reached by another one."""
+    return f"net/ipv4/conf/{device}/rp_filter"
+
+
+@frozen
 class RestoreSysctl:
-    """Only made by `cleanup`: a sysctl gets the value back that it had before us."""
+    """A sysctl gets the value back that it had before us."""
 
     path: str
     value: str
@@ -445,14 +493,16 @@ class RestoreSysctl:
     def __str__(self) -> str:
         words = self.value.split()
         value = self.value if len(words) < 2 else f"'{' '.join(words)}'"
-        return f"sysctl -w {self.path.replace('/', '.')}={value}"
+        dotted = "." in self.path
+        return f"sysctl -w {self.path if dotted else self.path.replace('/', '.')}={value}"
 
 
 LinkChange: TypeAlias = CreateLink | StartUserspace | DeleteLink | SetMtu | SetUp
 WireGuardChange: TypeAlias = SetDevice | SetPeer | RemovePeer
 RouteChange: TypeAlias = AddRoute | ReplaceRoute | DeleteRoute | AddRule | DeleteRule
-FilterChange: TypeAlias = ReplaceTable | DeleteTable | AddForward | DeleteForward | AddOpening | DeleteOpening
-SysctlChange: TypeAlias = SetForwarding | AllowPings | KeepAdvertisements | RestoreSysctl
+TableChange: TypeAlias = ReplaceTable | AddElements | DeleteElements | DeleteTable
+FilterChange: TypeAlias = TableChange | AddForward | DeleteForward | AddOpening | DeleteOpening
+SysctlChange: TypeAlias = SetForwarding | AllowPings | KeepAdvertisements | LoosenReversePath | RestoreSysctl
 AddressChange: TypeAlias = AddAddress | DeleteAddress
 Change: TypeAlias = LinkChange | AddressChange | WireGuardChange | RouteChange | SysctlChange | FilterChange
 

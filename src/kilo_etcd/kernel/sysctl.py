@@ -6,6 +6,8 @@ heeded them before (accept_ra 1) is set to 2 first: what it did, it goes on doin
 interfaces that come later. Where something else (systemd-networkd, NetworkManager) does that work, accept_ra is 0
 and stays so.
 
+An rp_filter that is strict is made loose for `encrypted` (`kernel.encrypted`), and gets its value back when that ends.
+
 What a sysctl was before us is kept in a file of the runtime directory, with the network namespace that it is true for.
 """
 
@@ -14,10 +16,18 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from kilo_etcd import descriptors
-from kilo_etcd.kernel.state import AllowPings, KeepAdvertisements, RestoreSysctl, SetForwarding
+from kilo_etcd.kernel.state import (
+    AllowPings,
+    KeepAdvertisements,
+    LoosenReversePath,
+    RestoreSysctl,
+    SetForwarding,
+    reverse_path,
+)
 from kilo_etcd.wholefile import write_whole
 
 _ROOT = Path("/proc/sys")
@@ -68,7 +78,28 @@ def nobody_may_ping() -> bool:
     return len(words) == 2 and all(word.isdecimal() for word in words) and int(words[0]) > int(words[1])
 
 
-def change_to(change: SetForwarding | AllowPings | KeepAdvertisements, record: Path) -> None:
+def strict(names: Iterable[str]) -> dict[str, str]:
+    """Those devices whose rp_filter is strict, by their own value or by that of all devices -> their own value. The
+    larger of the two counts (ip-sysctl.rst)."""
+    every = _read(reverse_path("all"))
+    values = {name: value for name in names if (value := _read(reverse_path(name))) is not None}
+    return {name: value for name, value in values.items() if max(every or "0", value) == "1"}
+
+
+def loosened(record: Path) -> dict[str, str]:
+    """Devices that were made loose by us, and still are -> the former value."""
+    before, behind = reverse_path("*").split("*")
+    return {
+        path.removeprefix(before).removesuffix(behind): value
+        for path, value in _load(record).items()
+        if path.startswith(before) and path.endswith(behind) and _read(path) == _LOOSE
+    }
+
+
+_LOOSE = "2"
+
+
+def change_to(change: SetForwarding | AllowPings | KeepAdvertisements | LoosenReversePath, record: Path) -> None:
     """OSError if it is not ours to write."""
     before = _read(change.path)
     _write(change.path, _ours(change.path))
@@ -77,11 +108,14 @@ def change_to(change: SetForwarding | AllowPings | KeepAdvertisements, record: P
     former = _load(record)
     if before is not None and change.path not in former:
         former[change.path] = before
-        try:
-            record.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(record, json.dumps({"namespace": _namespace(), "before": former}).encode())
-        except OSError:
-            return  # without a record cleanup leaves the sysctl as it is, which is the safe side
+        # Without a record cleanup leaves the sysctl as it is, which is the safe side.
+        with suppress(OSError):
+            _store(record, former)
+
+
+def _store(record: Path, former: dict[str, str]) -> None:
+    record.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(record, json.dumps({"namespace": _namespace(), "before": former}).encode())
 
 
 def to_restore(record: Path) -> tuple[RestoreSysctl, ...]:
@@ -96,11 +130,16 @@ def to_restore(record: Path) -> tuple[RestoreSysctl, ...]:
 def _ours(path: str) -> str:
     if path == AllowPings(0).path:
         return f"{os.getegid()}\t{os.getegid()}"
-    return "2" if path.endswith("/accept_ra") else "1"
+    return "2" if path.endswith(("/accept_ra", "/rp_filter")) else "1"
 
 
-def restore(change: RestoreSysctl) -> None:
+def restore(change: RestoreSysctl, record: Path) -> None:
+    """OSError if it is not ours to write."""
     _write(change.path, change.value)
+    former = _load(record)
+    if former.pop(change.path, None) is not None:
+        with suppress(OSError):
+            _store(record, former)
 
 
 def _read(path: str) -> str | None:

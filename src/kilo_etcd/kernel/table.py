@@ -1,4 +1,6 @@
-"""An nftables table of the family inet as a value, and the two changes that can be made to it.
+"""An nftables table of the family inet as a value, and the changes that can be made to it.
+
+It is replaced whole, but for addresses that come and go: they change its sets alone.
 
 Nothing here decides what is in it (`kernel.firewall`) or how the kernel is told (`kernel.netfilter`).
 """
@@ -7,7 +9,7 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from kilo_etcd.model import IPAddress
 
@@ -31,6 +33,10 @@ class AddressSet:
     name: str
     version: int
     addresses: frozenset[IPAddress]
+
+    @property
+    def identity(self) -> tuple[str, int]:
+        return self.name, self.version
 
 
 @frozen(kw_only=True)
@@ -56,7 +62,7 @@ class Table:
         """As `nft` reads it, on one line."""
         parts = [f"counter {name} {{ }}" for name in self.counters]
         for one in self.sets:
-            elements = ", ".join(map(str, sorted(one.addresses, key=int)))
+            elements = _listed(one.addresses)
             kind = "ipv4_addr" if one.version == 4 else "ipv6_addr"
             content = f" elements = {{ {elements} }};" if elements else ""
             parts.append(f"set {one.name} {{ type {kind};{content} }}")
@@ -78,6 +84,62 @@ class ReplaceTable:
     def __str__(self) -> str:
         name = self.table.name
         return f"nft 'add table inet {name}; delete table inet {name}; {self.table}'"
+
+
+@frozen
+class AddElements:
+    """Addresses that come into a set of a table."""
+
+    table: str
+    set: AddressSet
+    """With the addresses that come."""
+
+    def __str__(self) -> str:
+        return f"nft add element inet {self.table} {self.set.name} {{ {_listed(self.set.addresses)} }}"
+
+
+@frozen
+class DeleteElements:
+    """Addresses that leave a set of a table."""
+
+    table: str
+    set: AddressSet
+    """With the addresses that leave."""
+
+    def __str__(self) -> str:
+        return f"nft delete element inet {self.table} {self.set.name} {{ {_listed(self.set.addresses)} }}"
+
+
+def _listed(addresses: frozenset[IPAddress]) -> str:
+    return ", ".join(map(str, sorted(addresses, key=int)))
+
+
+def element_changes(found: Table, wanted: Table) -> list[AddElements | DeleteElements] | None:
+    """What makes one table of the other if they differ in nothing but the elements of their sets; else None."""
+    if evolve(found, sets=()) != evolve(wanted, sets=()) or [one.identity for one in found.sets] != [
+        one.identity for one in wanted.sets
+    ]:
+        return None
+    changes: list[AddElements | DeleteElements] = []
+    for before, after in zip(found.sets, wanted.sets, strict=True):
+        if new := after.addresses - before.addresses:
+            changes.append(AddElements(wanted.name, evolve(after, addresses=new)))
+        if gone := before.addresses - after.addresses:
+            changes.append(DeleteElements(wanted.name, evolve(after, addresses=gone)))
+    return changes
+
+
+def with_elements(table: Table, change: AddElements | DeleteElements) -> Table:
+    """The table after the change."""
+
+    def changed(one: AddressSet) -> AddressSet:
+        if one.identity != change.set.identity:
+            return one
+        if isinstance(change, AddElements):
+            return evolve(one, addresses=one.addresses | change.set.addresses)
+        return evolve(one, addresses=one.addresses - change.set.addresses)
+
+    return evolve(table, sets=tuple(map(changed, table.sets)))
 
 
 @frozen

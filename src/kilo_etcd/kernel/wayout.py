@@ -25,7 +25,7 @@ from ipaddress import ip_network
 from zlib import crc32
 
 from kilo_etcd.kernel.rules import RoutingRule
-from kilo_etcd.kernel.state import FENCE_METRIC, MAIN_TABLE, Observed, Route, ipip_name
+from kilo_etcd.kernel.state import FENCE_METRIC, MAIN_TABLE, OwnTable, Policy, Route, ipip_name
 from kilo_etcd.model import IPAddress, IPNetwork
 from kilo_etcd.topology.hostplan import HostPlan, RoutePlan, Via
 
@@ -50,53 +50,35 @@ def rule_priorities(interface: str) -> tuple[int, int]:
     return first, first + 1
 
 
-def rules_for(plan: HostPlan, interface: str) -> frozenset[RoutingRule]:
-    """The rules that a plan asks for."""
+def policy_for(plan: HostPlan, interface: str, protocol: int) -> Policy:
+    """The rules and the table that a plan asks for; `WayOut.held` is for the caller to see to."""
     if plan.way_out is None:
-        return frozenset()
+        return Policy()
+    table = exit_table(interface)
+    last = {network: last_resort(network, table, protocol) for network in _ANYWHERE.values()}
+    routes = {route.destination: route for route in _routes(plan, interface, protocol)}
+    return Policy({table: OwnTable(routes, last)}, frozenset(_rules(plan, interface)))
+
+
+def last_resort(network: IPNetwork, table: int, protocol: int) -> Route:
+    """Refuses what no other route of the table takes."""
+    return Route(destination=network, protocol=protocol, table=table, metric=FENCE_METRIC, kind="unreachable")
+
+
+def _rules(plan: HostPlan, interface: str) -> Iterator[RoutingRule]:
+    assert plan.way_out is not None
     main_first, ours = rule_priorities(interface)
-    rules = [
-        rule
-        for version in (4, 6)
-        for rule in (
-            RoutingRule(version=version, priority=main_first, table=MAIN_TABLE, suppress=_WIDE[version]),
-            RoutingRule(version=version, priority=ours, table=exit_table(interface), not_mark=MARK),
-        )
-    ]
-    rules += [
-        RoutingRule(version=address.version, priority=main_first, table=MAIN_TABLE, source=address)
-        for address in plan.way_out.sources
-        if address.version == 4
-    ]
-    return frozenset(rules)
-
-
-def routes_for(plan: HostPlan, interface: str, protocol: int) -> dict[IPNetwork, Route]:
-    """The routes of our table that a plan asks for, the default routes last."""
-    return {route.destination: route for route in _routes(plan, interface, protocol)}
-
-
-def fences_for(plan: HostPlan, interface: str, protocol: int) -> tuple[Route, ...]:
-    """What a plan asks for so that nothing leaves beside: in each family, refuse what no other route of ours takes."""
-    if plan.way_out is None:
-        return ()
-    return tuple(_fence(network, interface, protocol) for network in _ANYWHERE.values())
-
-
-def exit_fences(observed: Observed, interface: str, protocol: int) -> tuple[Route, ...]:
-    """The fences that were found."""
-    return tuple(_fence(network, interface, protocol) for network in sorted(observed.exit_fences, key=str))
-
-
-def _fence(network: IPNetwork, interface: str, protocol: int) -> Route:
-    return Route(
-        destination=network, protocol=protocol, table=exit_table(interface), metric=FENCE_METRIC, fence=True
-    )  # fmt: skip
+    for version in (4, 6):
+        yield RoutingRule(version=version, priority=main_first, table=MAIN_TABLE, suppress=_WIDE[version])
+        yield RoutingRule(version=version, priority=ours, table=exit_table(interface), not_mark=MARK)
+    for address in plan.way_out.sources:
+        if address.version == 4:
+            yield RoutingRule(version=4, priority=main_first, table=MAIN_TABLE, source=address)
 
 
 def _routes(plan: HostPlan, interface: str, protocol: int) -> Iterator[Route]:
-    if plan.way_out is None:
-        return
+    """Those of the table, the default routes last."""
+    assert plan.way_out is not None
     table = exit_table(interface)
     known = (peer.endpoint for peer in plan.peers.values() if peer.endpoint is not None and not peer.hearsay)
     endpoints = (endpoint.address for endpoint in known)
@@ -112,15 +94,21 @@ def _routes(plan: HostPlan, interface: str, protocol: int) -> Iterator[Route]:
                 table=table,
             )  # fmt: skip
         else:
-            yield Route(
-                destination=_ANYWHERE[version],
-                gateway=wanted.gateway,
-                device=ipip_name(interface) if wanted.way is Via.IPIP else "",
-                source=wanted.source,
-                protocol=protocol,
-                onlink=wanted.way is Via.IPIP,
-                table=table,
-            )
+            yield route_of(wanted, interface, protocol, table)
+
+
+def route_of(planned: RoutePlan, interface: str, protocol: int, table: int = MAIN_TABLE) -> Route:
+    """The route that a plan's route asks for; an underlay route names no device: the kernel finds it."""
+    way = planned.way
+    return Route(
+        destination=planned.destination,
+        gateway=None if way is Via.TUNNEL else planned.gateway,
+        device=interface if way is Via.TUNNEL else ipip_name(interface) if way is Via.IPIP else "",
+        source=planned.source,
+        protocol=protocol,
+        onlink=way is Via.IPIP,
+        table=table,
+    )
 
 
 def same_way(found: Route, wanted: Route, interface: str) -> bool:

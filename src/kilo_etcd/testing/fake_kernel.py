@@ -28,9 +28,8 @@ from kilo_etcd.kernel.effect import apply_changes
 from kilo_etcd.kernel.errors import KernelError
 from kilo_etcd.kernel.forward import AddForward, DeleteForward
 from kilo_etcd.kernel.openings import AddOpening, DeleteOpening
-from kilo_etcd.kernel.rules import DeleteRule
+from kilo_etcd.kernel.policy import removal
 from kilo_etcd.kernel.state import (
-    ROUTE_PROTOCOL,
     AddRoute,
     ApplyReport,
     Backend,
@@ -53,7 +52,6 @@ from kilo_etcd.kernel.state import (
 )
 from kilo_etcd.kernel.table import DeleteTable, ReplaceTable
 from kilo_etcd.kernel.userspace import public_key_of
-from kilo_etcd.kernel.wayout import exit_fences
 from kilo_etcd.kernel.write.wireguard import raw
 from kilo_etcd.model import Endpoint, IPAddress
 from kilo_etcd.topology.hostplan import HostPlan
@@ -117,9 +115,7 @@ class FakeHost:
 
     def cleanup(self, interface: str = "kilo0") -> tuple[Change, ...]:
         """As `kernel.cleanup`."""
-        changes: list[Change] = [DeleteRule(rule) for rule in self.observed.exit_rules]
-        changes.extend(DeleteRoute(route) for route in self.observed.exit_routes.values())
-        changes.extend(DeleteRoute(route) for route in exit_fences(self.observed, interface, ROUTE_PROTOCOL))
+        changes = removal(self.observed.policy)
         changes.extend(DeleteRoute(route) for route in self.observed.routes.values())
         changes.extend(DeleteRoute(fence_around(network)) for network in sorted(self.observed.fences, key=str))
         if self.observed.ipip is not None:

@@ -7,12 +7,12 @@ import struct
 from handmade.attributes import APPEND, CREATE, attribute, nested, text
 from kilo_etcd.kernel.netlink import Message
 from kilo_etcd.kernel.openings import Opening
-from kilo_etcd.kernel.table import Expression, Table
+from kilo_etcd.kernel.table import AddElements, AddressSet, DeleteElements, Expression, Table
 
 _SUBSYSTEM, _INET = 10, 1
 _GETCHAIN, _GETRULE, _DELRULE, _GETSETELEM = 4, 7, 8, 13
 _FAMILIES = {"inet": 1, "ip": 2, "ip6": 10}
-_NEWTABLE, _DELTABLE, _NEWCHAIN, _NEWRULE, _NEWSET, _NEWSETELEM, _NEWOBJ = 0, 2, 3, 6, 9, 12, 18
+_NEWTABLE, _DELTABLE, _NEWCHAIN, _NEWRULE, _NEWSET, _NEWSETELEM, _DELSETELEM, _NEWOBJ = 0, 2, 3, 6, 9, 12, 14, 18
 _HOOKS = {"prerouting": 0, "input": 1, "forward": 2, "output": 3, "postrouting": 4}
 _KEY_TYPE, _KEY_LENGTH = {4: 7, 6: 8}, {4: 4, 6: 16}
 _COUNTER, _ACCEPT = 1, 1
@@ -32,6 +32,16 @@ _ATTRIBUTES = {
     "immediate value": {"DREG": (1, _PLAIN), "DATA": (2, _VALUE)},
     "masq": {},
     "reject": {"TYPE": (1, _PLAIN), "ICMP_CODE": (2, _PLAIN)},
+    "fib": {"DREG": (1, _PLAIN), "RESULT": (2, _PLAIN), "FLAGS": (3, _PLAIN)},
+    "rt": {"DREG": (1, _PLAIN), "KEY": (2, _PLAIN)},
+    "byteorder": {
+        "SREG": (1, _PLAIN), "DREG": (2, _PLAIN), "OP": (3, _PLAIN), "LEN": (4, _PLAIN), "SIZE": (5, _PLAIN),
+    },
+    "exthdr": {
+        "DREG": (1, _PLAIN), "TYPE": (2, _PLAIN), "OFFSET": (3, _PLAIN), "LEN": (4, _PLAIN), "OP": (6, _PLAIN),
+        "SREG": (7, _PLAIN),
+    },
+    "nat": {"TYPE": (1, _PLAIN), "FAMILY": (2, _PLAIN), "REG_ADDR_MIN": (3, _PLAIN)},
 }  # fmt: skip
 """Expression -> its attributes: number, and how each is wrapped. `immediate` has two forms under one name: what it puts
 into the register of verdicts, and what into others."""
@@ -92,10 +102,7 @@ def pack_table(table: Table) -> list[Message]:
                 flags=create,
             )
         )
-        addresses = sorted(one.addresses, key=int)
-        for start in range(0, len(addresses), _ELEMENTS):
-            part = (nested(1, nested(1, attribute(1, a.packed))) for a in addresses[start : start + _ELEMENTS])
-            found.append(_message(_NEWSETELEM, name, text(2, one.name), nested(3, *part), flags=create))
+        found += _pack_elements(_NEWSETELEM, table.name, one, create)
     for chain in table.chains:
         hook = nested(4, attribute(1, be32(_HOOKS[chain.hook])), attribute(2, be32(chain.priority)))
         policy = attribute(5, be32(_ACCEPT))
@@ -104,6 +111,18 @@ def pack_table(table: Table) -> list[Message]:
         packed = nested(4, pack_expressions(rule.expressions))
         found.append(_message(_NEWRULE, name, text(2, rule.chain), packed, flags=create | APPEND))
     return found
+
+
+def change_elements(change: AddElements | DeleteElements) -> list[Message]:
+    kind, flags = (_NEWSETELEM, CREATE) if isinstance(change, AddElements) else (_DELSETELEM, 0)
+    return _pack_elements(kind, change.table, change.set, flags)
+
+
+def _pack_elements(kind: int, table: str, one: AddressSet, flags: int) -> list[Message]:
+    addresses = sorted(one.addresses, key=int)
+    parts = [addresses[start : start + _ELEMENTS] for start in range(0, len(addresses), _ELEMENTS)]
+    packed = [nested(3, *(nested(1, nested(1, attribute(1, a.packed))) for a in part)) for part in parts]
+    return [_message(kind, text(1, table), text(2, one.name), part, flags=flags) for part in packed]
 
 
 def pack_deletion(name: str) -> list[Message]:

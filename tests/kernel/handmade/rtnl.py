@@ -31,6 +31,7 @@ _ONLINK = 0x4
 _SCOPE_LINK = 253
 _UNICAST, _UNREACHABLE = 1, 7
 _KINDS = {"": _UNICAST, "unreachable": _UNREACHABLE, "throw": 9}
+_FRA_DST, _FRA_IP_PROTO, _FRA_SPORT_RANGE, _FRA_DPORT_RANGE = 1, 22, 23, 24
 _FRA_SRC, _FRA_PRIORITY, _FRA_FWMARK, _FRA_SUPPRESS, _FRA_TABLE, _FRA_FWMASK, _FRA_PROTOCOL = 2, 6, 10, 14, 15, 16, 21
 _TO_TABLE, _INVERT = 1, 0x2
 
@@ -190,15 +191,23 @@ def _rule(rule: RoutingRule, protocol: int) -> bytes:
     flags = _INVERT if rule.not_mark else 0
     low = rule.table if rule.table < 256 else 0
     source = 0 if rule.source is None else rule.source.max_prefixlen
+    destination = 0 if rule.destination is None else rule.destination.prefixlen
     parts = [
         # struct fib_rule_hdr has the layout of struct rtmsg, with the action in place of the type.
-        _RTMSG.pack(_family(rule.version), 0, source, 0, low, 0, 0, _TO_TABLE, flags),
+        _RTMSG.pack(_family(rule.version), destination, source, 0, low, 0, 0, _TO_TABLE, flags),
         u32(_FRA_PRIORITY, rule.priority),
         u32(_FRA_TABLE, rule.table),
         u8(_FRA_PROTOCOL, protocol),
     ]
     if rule.source is not None:
         parts.append(attribute(_FRA_SRC, rule.source.packed))
+    if rule.destination is not None:
+        parts.append(attribute(_FRA_DST, rule.destination.network_address.packed))
+    if rule.protocol:
+        parts.append(u8(_FRA_IP_PROTO, rule.protocol))
+    for kind, port in ((_FRA_SPORT_RANGE, rule.sport), (_FRA_DPORT_RANGE, rule.dport)):
+        if port:
+            parts.append(attribute(kind, struct.pack("=HH", port, port)))
     if rule.not_mark:
         parts += [u32(_FRA_FWMARK, rule.not_mark), u32(_FRA_FWMASK, 0xFFFFFFFF)]
     if rule.suppress is not None:

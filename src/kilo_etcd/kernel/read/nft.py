@@ -125,7 +125,10 @@ def _known(name: str) -> Reader:
     return Reader(getattr(_expr, f"nft_{name}"), *KNOWN[name])
 
 
-def _value(name: str, data: bytes) -> bytes:
+def _value(name: str, data: bytes | int) -> bytes:
+    if isinstance(data, int):
+        # Of one byte: all other numbers of nftables are big-endian.
+        return bytes([data])
     if name in VALUES:
         found = values(data)
         if "NFTA_DATA_VERDICT" in found:

@@ -10,7 +10,7 @@ from attrs import frozen
 
 from kilo_etcd.kernel import formats
 from kilo_etcd.kernel.codec import Reader
-from kilo_etcd.kernel.formats import fibmsg, ifaddrmsg, ifinfmsg, ndmsg, netconfmsg, rtmsg, rtnl
+from kilo_etcd.kernel.formats import PORT_RANGE, fibmsg, ifaddrmsg, ifinfmsg, ndmsg, netconfmsg, rtmsg, rtnl
 from kilo_etcd.kernel.rules import RoutingRule
 from kilo_etcd.kernel.state import FENCE_METRIC, ROUTE_PROTOCOL, AddressScope, HostAddress, Link, Route
 from kilo_etcd.model import IPAddress, IPNetwork
@@ -59,9 +59,10 @@ _ways = Reader(rtmsg, "RTA_OIF", "RTA_METRICS")
 _metrics = Reader(rtmsg.metrics, "RTAX_MTU")
 _rules = Reader(
     fibmsg, "family", "dst_len", "src_len", "table", "action", "flags",
-    "FRA_SRC", "FRA_PRIORITY", "FRA_TABLE", "FRA_FWMARK", "FRA_SUPPRESS_PREFIXLEN", "FRA_PROTOCOL",
+    "FRA_DST", "FRA_SRC", "FRA_PRIORITY", "FRA_TABLE", "FRA_FWMARK", "FRA_SUPPRESS_PREFIXLEN", "FRA_PROTOCOL",
+    "FRA_IP_PROTO", "FRA_SPORT_RANGE", "FRA_DPORT_RANGE",
 )  # fmt: skip
-_settings = Reader(netconfmsg, "family", "NETCONFA_IFINDEX", "NETCONFA_FORWARDING")
+_settings = Reader(netconfmsg, "family", "NETCONFA_IFINDEX", "NETCONFA_FORWARDING", "NETCONFA_RP_FILTER")
 _neighbours = Reader(ndmsg, "state", "NDA_DST", "NDA_LLADDR")
 
 
@@ -194,14 +195,16 @@ def _mtu(metrics: bytes) -> int:
 def read_rule(body: bytes) -> tuple[RoutingRule, int] | None:
     """A rule, and the protocol that it is marked with; None for what says more than our rules ever do."""
     (
-        family, length, source_length, low_table, action, flags, source, priority, table, mark, suppressed, protocol,
+        family, length, source_length, low_table, action, flags,
+        to, source, priority, table, mark, suppressed, protocol, ip_protocol, *ranges,
     ) = _rules.row(body)  # fmt: skip
-    if family not in _VERSIONS or action != _TO_TABLE or length:
+    if family not in _VERSIONS or action != _TO_TABLE or bool(length) is not bool(to):
         return None
     address = None if source is None else _ip(source)
     if source_length != (0 if address is None else address.max_prefixlen):
         return None
-    if bool(mark) is not bool(flags & formats.FIB_RULE_INVERT):
+    ports = [PORT_RANGE.unpack(found) if found is not None else (0, 0) for found in ranges]
+    if bool(mark) is not bool(flags & formats.FIB_RULE_INVERT) or any(first != last for first, last in ports):
         return None
     rule = RoutingRule(
         version=_VERSIONS[family],
@@ -209,6 +212,10 @@ def read_rule(body: bytes) -> tuple[RoutingRule, int] | None:
         table=low_table if table is None else table,
         not_mark=mark or 0,
         source=address,
+        destination=ipaddress.ip_network((to, length), strict=False) if to else None,
+        protocol=ip_protocol or 0,
+        sport=ports[0][0],
+        dport=ports[1][0],
         suppress=None if suppressed in (None, _NOT_SUPPRESSED) else suppressed,
     )
     return rule, protocol or 0
@@ -216,10 +223,20 @@ def read_rule(body: bytes) -> tuple[RoutingRule, int] | None:
 
 def read_forwarding(body: bytes) -> tuple[int, bool] | None:
     """Family (4, 6) and whether it is forwarded, of an event on the settings of all interfaces."""
-    family, index, value = _settings.row(body)
+    family, index, value, _ = _settings.row(body)
     if family not in _VERSIONS or value is None or index != formats.NETCONFA_IFINDEX_ALL:
         return None
     return _VERSIONS[family], bool(value)
+
+
+EVERY = formats.NETCONFA_IFINDEX_ALL
+"""What stands for all interfaces instead of an index."""
+
+
+def read_strict(body: bytes) -> int | None:
+    """Index of the interface (or `EVERY`) of an event that says that its rp_filter is strict."""
+    _, index, _, checks = _settings.row(body)
+    return index if checks == 1 else None
 
 
 def _ip(data: bytes) -> IPAddress:

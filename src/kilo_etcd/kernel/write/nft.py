@@ -10,9 +10,9 @@ from kilo_etcd.kernel import formats
 from kilo_etcd.kernel.codec import Container, Writer, encode, read
 from kilo_etcd.kernel.formats import core, nfgen_msg, nfnetlink, nft, nft_obj_msg
 from kilo_etcd.kernel.netlink import Message
-from kilo_etcd.kernel.nftables import ACCEPT, ACCEPT_VERDICT, FLAGS, KNOWN, TEXTS, VALUES, VERDICT_REGISTER, matching
+from kilo_etcd.kernel.nftables import ACCEPT, ACCEPT_VERDICT, KNOWN, TEXTS, VALUES, VERDICT_REGISTER, matching
 from kilo_etcd.kernel.openings import Opening
-from kilo_etcd.kernel.table import Expression, Table
+from kilo_etcd.kernel.table import AddElements, AddressSet, DeleteElements, Expression, Table
 
 _FAMILIES = {"inet": nft.NFPROTO_INET, "ip": nft.NFPROTO_IPV4, "ip6": nft.NFPROTO_IPV6}
 _SUBSYSTEM = nfnetlink.NFNL_SUBSYS_NFTABLES
@@ -118,11 +118,7 @@ def replace_table(table: Table) -> list[Message]:
                 flags=_CREATE,
             )
         )  # fmt: skip
-        addresses = sorted(one.addresses, key=int)
-        head = encode(nft.nft_set_elem_list_msg, _FIXED, _of_set(table.name, one.name))
-        for start in range(0, len(addresses), _ELEMENTS):
-            part = [_key(address.packed) for address in addresses[start : start + _ELEMENTS]]
-            messages.append(Message(_type(nft.NFT_MSG_NEWSETELEM), _CREATE, head + _elements(*part)))
+        messages += _all_elements(table.name, one, nft.NFT_MSG_NEWSETELEM, _CREATE)
     for chain in table.chains:
         hook = [
             ("NFTA_HOOK_HOOKNUM", formats.NF_INET_HOOKS[chain.hook]), ("NFTA_HOOK_PRIORITY", chain.priority)
@@ -142,6 +138,22 @@ def replace_table(table: Table) -> list[Message]:
         body = heads[rule.chain] + _expressions(*map(_packed, rule.expressions))
         messages.append(Message(_type(nft.NFT_MSG_NEWRULE), _CREATE | _APPEND, body))
     return messages
+
+
+def change_elements(change: AddElements | DeleteElements) -> list[Message]:
+    """The messages that have addresses come into a set, or leave it."""
+    if isinstance(change, AddElements):
+        return _all_elements(change.table, change.set, nft.NFT_MSG_NEWSETELEM, _CREATE)
+    return _all_elements(change.table, change.set, nft.NFT_MSG_DELSETELEM, 0)
+
+
+def _all_elements(table: str, one: AddressSet, command: int, flags: int) -> list[Message]:
+    addresses = sorted(one.addresses, key=int)
+    head = encode(nft.nft_set_elem_list_msg, _FIXED, _of_set(table, one.name))
+    parts = (addresses[start : start + _ELEMENTS] for start in range(0, len(addresses), _ELEMENTS))
+    return [
+        Message(_type(command), flags, head + _elements(*[_key(address.packed) for address in part])) for part in parts
+    ]
 
 
 def delete_table(name: str) -> list[Message]:
@@ -179,9 +191,14 @@ def _as_text(value: bytes) -> object:
     return value.rstrip(b"\0").decode()
 
 
-def _as_no_flags(value: bytes) -> object:
-    assert not any(value), "none of our rules has any"
-    return frozenset()
+def _as_flags(names: Sequence[str]) -> Callable[[bytes], object]:
+    """`names`: pyroute2's, of each bit."""
+
+    def convert(value: bytes) -> object:
+        bits = int.from_bytes(value)
+        return frozenset(name for bit, name in enumerate(names) if bits & 1 << bit)
+
+    return convert
 
 
 def _as_value(packed: bytes) -> object:
@@ -205,7 +222,8 @@ _pack_verdict = Writer(_verdict, {"NFTA_VERDICT_CODE": _as_number})
 _CONVERTERS: Mapping[str, Callable[[bytes], object]] = {
     **dict.fromkeys((name for names in KNOWN.values() for name in names), _as_number),
     **dict.fromkeys(TEXTS, _as_text),
-    **dict.fromkeys(FLAGS, _as_no_flags),
+    "NFTA_LOOKUP_FLAGS": _as_flags(_expr.nft_lookup.lookup_flags.ops),
+    "NFTA_FIB_RESULT": _as_flags(_expr.nft_fib.fib_result.ops),
     **dict.fromkeys(VALUES, _as_value),
 }
 

@@ -7,7 +7,7 @@ import socket
 
 from kilo_etcd.kernel import formats
 from kilo_etcd.kernel.codec import Writer, encode
-from kilo_etcd.kernel.formats import core, fibmsg, ifaddrmsg, ifinfmsg, ndmsg, rtmsg, rtnl
+from kilo_etcd.kernel.formats import PORT_RANGE, core, fibmsg, ifaddrmsg, ifinfmsg, ndmsg, rtmsg, rtnl
 from kilo_etcd.kernel.netlink import Message
 from kilo_etcd.kernel.rules import RoutingRule
 from kilo_etcd.kernel.state import MAIN_TABLE, Route
@@ -30,13 +30,17 @@ def _shown(value: bytes) -> object:
     return str(ipaddress.ip_address(value))
 
 
+def _range(value: bytes) -> object:
+    return ":".join(map(str, PORT_RANGE.unpack(value)))
+
+
 def _via(value: bytes) -> object:
     return {"family": _short.unpack_from(value)[0], "addr": _shown(value[_short.size :])}
 
 
 _route = Writer(rtmsg, {"RTA_DST": _shown, "RTA_GATEWAY": _shown, "RTA_PREFSRC": _shown, "RTA_VIA": _via})
 _address = Writer(ifaddrmsg, {"IFA_LOCAL": _shown, "IFA_ADDRESS": _shown})
-_rule = Writer(fibmsg, {"FRA_SRC": _shown})
+_rule = Writer(fibmsg, {"FRA_DST": _shown, "FRA_SRC": _shown, "FRA_SPORT_RANGE": _range, "FRA_DPORT_RANGE": _range})
 
 
 def get_link(name: str) -> Message:
@@ -179,6 +183,7 @@ def delete_rule(rule: RoutingRule, protocol: int) -> Message:
 
 def _rule_body(rule: RoutingRule, protocol: int) -> bytes:
     source = 0 if rule.source is None else rule.source.max_prefixlen
+    destination = 0 if rule.destination is None else rule.destination.prefixlen
     flags = formats.FIB_RULE_INVERT if rule.not_mark else 0
     attributes = {
         "FRA_PRIORITY": _number.pack(rule.priority),
@@ -187,8 +192,17 @@ def _rule_body(rule: RoutingRule, protocol: int) -> bytes:
     }
     if rule.source is not None:
         attributes["FRA_SRC"] = rule.source.packed
+    if rule.destination is not None:
+        attributes["FRA_DST"] = rule.destination.network_address.packed
+    if rule.protocol:
+        attributes["FRA_IP_PROTO"] = bytes([rule.protocol])
+    if rule.sport:
+        attributes["FRA_SPORT_RANGE"] = PORT_RANGE.pack(rule.sport, rule.sport)
+    if rule.dport:
+        attributes["FRA_DPORT_RANGE"] = PORT_RANGE.pack(rule.dport, rule.dport)
     if rule.not_mark:
         attributes |= {"FRA_FWMARK": _number.pack(rule.not_mark), "FRA_FWMASK": _number.pack(0xFFFFFFFF)}
     if rule.suppress is not None:
         attributes["FRA_SUPPRESS_PREFIXLEN"] = _number.pack(rule.suppress)
-    return _rule((_FAMILY[rule.version], 0, source, 0, _low(rule.table), 0, 0, _TO_TABLE, flags), attributes)
+    fixed = (_FAMILY[rule.version], destination, source, 0, _low(rule.table), 0, 0, _TO_TABLE, flags)
+    return _rule(fixed, attributes)

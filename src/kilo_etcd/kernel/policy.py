@@ -1,0 +1,134 @@
+"""Policy routing of ours: rules, and tables beside the main one. One mechanism for all who need some. Pure.
+
+Who needs some says what there shall be (`kernel.wayout`, `kernel.encrypted`); here it is put together, compared with
+what there is, and taken away. Tables and priorities are computed from the interface's name, so that what is ours is
+known after a crash, and two interfaces of one machine keep out of each other's way. Of two names, one pair in fifty has
+the same priorities: then the protocol tells an agent's rules from a peer's, and there is one agent on a host.
+
+A table is filled before a rule leads there, and the rule goes before the table is emptied. In a table the routes of
+last resort come first and go last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+
+from kilo_etcd.kernel import encrypted, wayout
+from kilo_etcd.kernel.rules import AddRule, DeleteRule
+from kilo_etcd.kernel.state import (
+    AddRoute,
+    Change,
+    DeleteRoute,
+    Observed,
+    OwnTable,
+    Policy,
+    ReplaceRoute,
+    Route,
+)
+from kilo_etcd.kernel.wayout import same_way
+from kilo_etcd.model import IPNetwork
+from kilo_etcd.topology.hostplan import HostPlan
+from kilo_etcd.topology.segments import changes as changed_keys
+
+
+def own_tables(interface: str) -> tuple[int, ...]:
+    """The numbers of the tables that belong to an interface."""
+    return encrypted.table_of(interface), wayout.exit_table(interface)
+
+
+def own_priorities(interface: str) -> frozenset[int]:
+    """Where the rules of an interface stand."""
+    return frozenset((*encrypted.rule_priorities(interface), *wayout.rule_priorities(interface)))
+
+
+def policy_for(plan: HostPlan, observed: Observed, interface: str, protocol: int) -> Policy:
+    """What a plan asks for of a host as it is: nothing of a family that its kernel lacks, and of an exit node that is
+    held just what there is."""
+    parts = [encrypted.policy_for(plan, interface, protocol)]
+    if plan.way_out is not None and plan.way_out.held:
+        parts.append(_part(observed.policy, wayout.exit_table(interface), wayout.rule_priorities(interface)))
+    else:
+        parts.append(wayout.policy_for(plan, interface, protocol))
+    whole = Policy(
+        {number: table for part in parts for number, table in part.tables.items()},
+        frozenset(rule for part in parts for rule in part.rules),
+    )
+    return _without(whole, observed.lacking) if observed.lacking else whole
+
+
+def _part(policy: Policy, table: int, priorities: tuple[int, ...]) -> Policy:
+    tables = {table: policy.tables[table]} if table in policy.tables else {}
+    return Policy(tables, frozenset(rule for rule in policy.rules if rule.priority in priorities))
+
+
+def _without(policy: Policy, versions: frozenset[int]) -> Policy:
+    def there(routes: Mapping[IPNetwork, Route]) -> dict[IPNetwork, Route]:
+        return {network: route for network, route in routes.items() if network.version not in versions}
+
+    tables = {n: OwnTable(there(table.routes), there(table.last)) for n, table in policy.tables.items()}
+    return Policy(
+        {n: table for n, table in tables.items() if table.routes or table.last},
+        frozenset(rule for rule in policy.rules if rule.version not in versions),
+    )
+
+
+def changes(
+    plan: HostPlan, observed: Observed, interface: str, protocol: int, settled: HostPlan | None
+) -> tuple[list[Change], list[Change]]:
+    """What has to be made, and what has to go then. `settled`: a plan that `observed` fulfils to the last."""
+    if plan.way_out is None and plan.encryption is None and not (observed.policy.tables or observed.policy.rules):
+        return [], []
+    found = observed.policy
+    if settled is not None and (news := encrypted.changed(settled, plan)) is not None:
+        plan, found = encrypted.narrowed(plan, news), _narrowed(found, encrypted.table_of(interface), news)
+    wanted = policy_for(plan, observed, interface, protocol)
+    numbers = sorted({*wanted.tables, *found.tables})
+    made = [change for n in numbers for change in _made(wanted.table(n), found.table(n), interface)]
+    made += [AddRule(rule) for rule in sorted(wanted.rules - found.rules, key=lambda rule: rule.order)]
+    # The one that leads to our table goes before those that lead past it.
+    gone = sorted(found.rules - wanted.rules, key=lambda rule: rule.order, reverse=True)
+    stale: list[Change] = [DeleteRule(rule) for rule in gone]
+    stale += [change for n in numbers for change in _stale(wanted.table(n), found.table(n))]
+    return made, stale
+
+
+def _narrowed(policy: Policy, number: int, networks: Collection[IPNetwork]) -> Policy:
+    """With no more of a table than its routes to `networks`."""
+    table = policy.table(number)
+    routes = {network: table.routes[network] for network in networks if network in table.routes}
+    last = {network: table.last[network] for network in networks if network in table.last}
+    others = {n: other for n, other in policy.tables.items() if n != number}
+    return Policy({**others, number: OwnTable(routes, last)}, policy.rules)
+
+
+def _made(wanted: OwnTable, found: OwnTable, interface: str) -> Iterator[Change]:
+    for destination in changed_keys(found.last, wanted.last):
+        if (last := wanted.last.get(destination)) is not None:
+            yield AddRoute(last) if destination not in found.last else ReplaceRoute(last)
+    for destination in changed_keys(found.routes, wanted.routes):
+        route, there = wanted.routes.get(destination), found.routes.get(destination)
+        if route is None or (there is not None and same_way(there, route, interface)):
+            continue
+        if there is None:
+            yield AddRoute(route)
+        elif not route.device and route.gateway is not None and route.gateway in destination:
+            # By which device a neighbour is reached the kernel asks this very table first, where a route into the
+            # tunnel would be the answer. Meanwhile there is the last resort.
+            yield from (DeleteRoute(there), AddRoute(route))
+        else:
+            yield ReplaceRoute(route)
+
+
+def _stale(wanted: OwnTable, found: OwnTable) -> Iterator[Change]:
+    yield from (DeleteRoute(route) for destination, route in found.routes.items() if destination not in wanted.routes)
+    yield from (DeleteRoute(route) for destination, route in found.last.items() if destination not in wanted.last)
+
+
+def removal(found: Policy) -> list[Change]:
+    """What has to be done so that nothing of it is left."""
+    gone = sorted(found.rules, key=lambda rule: rule.order, reverse=True)
+    stale: list[Change] = [DeleteRule(rule) for rule in gone]
+    return [*stale, *(change for table in found.tables.values() for change in _stale(_NOTHING, table))]
+
+
+_NOTHING = OwnTable()
