@@ -9,7 +9,7 @@ from helpers_guest import pytest_in_guest
 # A guest is slow: what differs there from userspace WireGuard, not every case.
 CHOSEN = (
     "set_up or adopts or one_transaction or failover or port or ipip or plan_to_plan or cleanup or by_hand or mtu or "
-    "otherwise or on_kernel"
+    "otherwise or on_kernel or stages"
 )
 
 
@@ -18,6 +18,8 @@ def test_the_kernels_own_wireguard_and_ipip() -> None:
     done = pytest_in_guest(
         "tests/kernel/test_kernel_root.py",
         "tests/kernel/test_kernel_peer.py",
+        "tests/kernel/test_kernel_encrypted.py",
+        "tests/kernel/test_kernel_encrypted_packets.py",
         "tests/kernel/on_kernel_wireguard.py",
         "-k",
         CHOSEN,
