@@ -53,9 +53,11 @@ def peers(count: int) -> dict[str, PeerPlan]:
     return made
 
 
-def routes(count: int) -> dict[object, RoutePlan]:
+def routes(count: int, gateway: str | None = None) -> dict[object, RoutePlan]:
     networks = [ip_network((0x6440_0000 + number * 256, 24)) for number in range(count)]
-    return {n: RoutePlan(destination=n, way=Via.TUNNEL, source=OWN.ip) for n in networks}
+    way = Via.TUNNEL if gateway is None else Via.UNDERLAY
+    by = None if gateway is None else ip_address(gateway)
+    return {n: RoutePlan(destination=n, way=way, gateway=by, source=OWN.ip) for n in networks}
 
 
 def plan(**values: object) -> HostPlan:
@@ -171,6 +173,34 @@ async def routes_come(backend: Backend) -> None:
     print()
 
 
+async def leader_changes(backend: Backend) -> None:
+    """On a member, all of whose routes go by its leader. What it did itself must not make it look at the host again."""
+    shown = table("A member's leader changes: ours, and `ip -batch`", *HEADINGS)
+    for count, rounds in ROUTES.items():
+
+        def batch(gateway: str, count: int = count) -> str:
+            others = (f"11.{number >> 8}.{number & 255}.0/24" for number in range(count))
+            return written("".join(f"route replace {other} via {gateway} src 192.168.9.1\n" for other in others))
+
+        mine, theirs, messages = [], [], 0
+        async with ours(backend) as kernel:
+            await apply(kernel, plan(routes=routes(count, "192.168.9.2")))
+            run("ip", "-batch", batch("192.168.9.2"))()
+            for last in range(3, 3 + runs(rounds)):
+                took, report, messages = await apply(kernel, plan(routes=routes(count, f"192.168.9.{last}")))
+                assert len(report.changes) == count
+                mine.append(took)
+                with trio.move_on_after(0.5) as quiet:
+                    await kernel.wait_drift()
+                assert quiet.cancelled_caught
+                file = batch(f"192.168.9.{last}")
+                theirs.append(timed(run("ip", "-batch", file)))
+        sh("ip route flush root 11.0.0.0/8")
+        shown.add_row(*row(f"{count:,} routes", count, mine, theirs, messages))
+    console.print(shown)
+    print()
+
+
 def changed(wanted: HostPlan, number: int) -> HostPlan:
     """The same with one peer that gets another endpoint and one more network; the other peers are the same objects."""
     key = list(wanted.peers)[number]
@@ -226,7 +256,7 @@ async def measure(backend: Backend) -> None:
         "ip address add 192.168.9.1/24 dev eth0 && ip route add default via 192.168.9.2"
     )
     wanted = os.environ.get("KILO_BENCH_ONLY", "")
-    for part in (peers_come, one_changes, routes_come):
+    for part in (peers_come, one_changes, routes_come, leader_changes):
         if wanted in part.__name__ and not (part is routes_come and backend == "userspace"):
             await part(backend)
 

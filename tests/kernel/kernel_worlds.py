@@ -64,6 +64,7 @@ def plan(
     ipip_local: str | None = None,
     masquerade: tuple[str, ...] = (),
     masquerade_not: tuple[str, ...] = (),
+    returns: tuple[RoutePlan, ...] = (),
     port: int = 51820,
 ) -> HostPlan:
     return HostPlan(
@@ -78,6 +79,7 @@ def plan(
         ipip_local=None if ipip_local is None else ip_address(ipip_local),
         masquerade=tuple(ip_network(n) for n in masquerade),
         masquerade_not=frozenset(ip_address(a) for a in masquerade_not),
+        returns={r.destination: r for r in returns},
     )
 
 
@@ -134,7 +136,10 @@ def plans(draw: st.DrawFn, ipip: bool = True, v6_via_v4: bool = False) -> HostPl
         way = draw(st.sampled_from(ways))
         gateway = GATEWAY4 if network.version == 4 else GATEWAY6
         routes.append(tunnel(str(network), source) if way is Via.TUNNEL else via(str(network), gateway, way, source))
-    encapsulated = any(route.way is Via.IPIP for route in routes)
+    back: list[RoutePlan] = draw(st.sampled_from(([], [tunnel(f"{GATEWAY6}/128")])))
+    encapsulated_back = [via(f"{GATEWAY4}/32", GATEWAY4, Via.IPIP)] if ipip else []
+    back += draw(st.sampled_from(([], [tunnel(f"{GATEWAY4}/32")], encapsulated_back)))
+    encapsulated = any(route.way is Via.IPIP for route in (*routes, *back))
     drawn = plan(
         *peers,
         *routes,
@@ -144,6 +149,7 @@ def plans(draw: st.DrawFn, ipip: bool = True, v6_via_v4: bool = False) -> HostPl
         ipip=(GATEWAY4,) if encapsulated else (),
         ipip_local="192.168.9.1" if encapsulated else None,
         masquerade=draw(st.sampled_from(((), ("192.168.1.50/32", "fd00:7::/61")))),
+        returns=back,
         masquerade_not=draw(st.sampled_from(((), ("192.168.1.50",)))),
         port=draw(st.sampled_from((51820, 51821))),
     )

@@ -10,9 +10,10 @@ from kernel_worlds import GATEWAY4, PRIVATE, TARGET, host_with, key, lines, peer
 
 from kilo_etcd.kernel.diff import diff, difference, is_drift, must_look, remember
 from kilo_etcd.kernel.effect import apply_changes
-from kilo_etcd.kernel.state import Link, Memory, Observed, Route, Target, ipip_name
+from kilo_etcd.kernel.returns import return_priority, return_table
+from kilo_etcd.kernel.state import DeleteLink, Link, Memory, Observed, Route, Target, ipip_name
 from kilo_etcd.model import Endpoint
-from kilo_etcd.topology.hostplan import HostPlan, Via
+from kilo_etcd.topology.hostplan import HostPlan, Via, WayOut
 
 MESH = tunnel("10.4.0.0/16", "10.4.0.1")
 
@@ -55,6 +56,40 @@ def test_what_heeds_router_advertisements_goes_on_heeding_them_when_ipv6_is_forw
     changes = diff(plan(MESH, forwarding=(6,)), bare, Memory(), TARGET)
     assert apply_changes(bare, changes, "kilo0").advertised == ()
     assert "accept_ra" not in "".join(lines(diff(plan(MESH, forwarding=(4,)), bare, Memory(), TARGET)))
+
+
+def test_what_comes_out_of_the_tunnel_has_a_table_of_its_own_while_a_member_encapsulates() -> None:
+    ipip = {"ipip": ("192.168.9.2",), "ipip_local": "192.168.9.1"}
+    back = (via("192.168.9.2/32", "192.168.9.2", Via.IPIP), tunnel("fd00:9::3/128"))
+    asked = plan(MESH, returns=back, **ipip)  # type: ignore[arg-type]
+    table, priority = return_table("kilo0"), return_priority("kilo0")
+    routes = [
+        f"192.168.9.2/32 via 192.168.9.2 dev kilo-ipip proto 107 onlink table {table}",
+        f"fd00:9::3/128 dev kilo0 proto 107 table {table}",
+    ]
+    rules = [f"ip -{v} rule {{}} priority {priority} iif kilo0 lookup {table}" for v in (4, 6)]
+    made = [f"ip route add {route}" for route in routes] + [rule.format("add") for rule in rules]
+    gone = [rule.format("del") for rule in rules] + [f"ip route del {route}" for route in routes]
+    assert step(plan(MESH, **ipip), asked) == made  # type: ignore[arg-type]
+    left = step(asked, plan(MESH, **ipip))  # type: ignore[arg-type]
+    assert [*sorted(left[:2]), *left[2:]] == gone
+    assert step(asked, evolve(asked, returns={back[1].destination: back[1]})) == [gone[0], gone[2]]
+    # One that is sealed now.
+    sealed = evolve(asked, returns={**asked.returns, back[0].destination: tunnel("192.168.9.2/32")})
+    assert step(asked, sealed) == [f"ip route replace 192.168.9.2/32 dev kilo0 proto 107 table {table}"]
+    # Devices take their routes along, and leave the rules.
+    lost = apply_changes(host_with(asked), [DeleteLink("kilo-ipip")], "kilo0")
+    assert lines(diff(asked, lost, Memory(), TARGET))[-1:] == made[:1]
+    assert len(lost.policy.rules) == 2
+    assert apply_changes(lost, [DeleteLink("kilo0")], "kilo0").policy.tables == {}
+    lacking = evolve(host_with(plan(MESH, **ipip)), lacking=frozenset({6}))  # type: ignore[arg-type]
+    assert lines(diff(asked, lacking, Memory(), TARGET)) == made[::2], "a kernel without IPv6 is asked for none"
+    # An exit node whose parts are not to be touched is another matter.
+    held = evolve(asked, way_out=WayOut(held=True))
+    assert step(plan(MESH, **ipip), held) == made  # type: ignore[arg-type]
+    exits = WayOut(families=frozenset({4, 6}), sources=(ip_interface("192.168.9.1/24").ip,))
+    both = step(evolve(plan(MESH, **ipip), way_out=exits), evolve(asked, way_out=exits))  # type: ignore[arg-type]
+    assert sorted(both) == sorted(made)
 
 
 def test_the_fence_comes_first_and_goes_last() -> None:

@@ -21,6 +21,7 @@ def test_the_kernels_own_wireguard_and_ipip() -> None:
         "tests/kernel/test_kernel_encrypted.py",
         "tests/kernel/test_kernel_encrypted_packets.py",
         "tests/kernel/on_kernel_wireguard.py",
+        "tests/kernel/returns_on_kernel.py",
         "-k",
         CHOSEN,
         "--durations=5",

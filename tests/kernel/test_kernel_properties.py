@@ -12,6 +12,7 @@ from kernel_worlds import NETWORKS, PRIVATE, TARGET, host_with, plan, plans, tun
 from kilo_etcd.kernel.diff import diff, difference, fulfils, remember, route_for
 from kilo_etcd.kernel.effect import apply_changes
 from kilo_etcd.kernel.encrypted import table_of
+from kilo_etcd.kernel.returns import return_table
 from kilo_etcd.kernel.state import MAIN_TABLE, DeleteRoute, Memory, Observed, ReplaceRoute, Route, SetPeer, Setup
 from kilo_etcd.kernel.wayout import MARK
 from kilo_etcd.model import Endpoint, IPNetwork
@@ -43,12 +44,15 @@ def test_applying_the_diff_yields_the_plan_and_a_second_time_nothing(
     assert set(after.routes) == set(wanted.routes) - set(foreign)
     assert all(fulfils(r, route_for(wanted.routes[d], TARGET), TARGET) for d, r in after.routes.items())
     assert after.fences == set(wanted.fences)
+    assert after.policy.table(return_table("kilo0")).routes.keys() == wanted.returns.keys()
+    back = {rule.version for rule in after.policy.rules if rule.inbound}
+    assert back == {network.version for network in wanted.returns}
     assert wanted.forwarding <= after.forwarding
     assert (after.ipip is not None) == bool(wanted.ipip_remotes)
     assert len(todo.failures) == len(set(wanted.routes) & set(foreign))
     encryption = wanted.encryption
     assert (after.mark == MARK) == (encryption is not None)
-    assert bool(after.policy.rules) == (encryption is not None)
+    assert any(rule.not_mark for rule in after.policy.rules) == (encryption is not None)
     table = after.policy.table(table_of("kilo0"))
     assert set(table.routes) == (set(encryption.send) if encryption is not None else set())
     assert set(table.last) == ({*encryption.send, *encryption.hold} if encryption is not None else set())

@@ -16,7 +16,7 @@ import subprocess
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from ipaddress import ip_address, ip_network
+from ipaddress import ip_address, ip_interface, ip_network
 from typing import NoReturn
 
 import pytest
@@ -30,8 +30,9 @@ from helpers_namespaces import is_in_force
 from kilo_etcd.kernel import Kernel, KernelError, Setup, cleanup, list_addresses, open_kernel, userspace
 from kilo_etcd.kernel.errors import NetlinkError
 from kilo_etcd.kernel.linux import LinuxKernel
-from kilo_etcd.kernel.netlink import Message, Socket
+from kilo_etcd.kernel.netlink import Listener, Message, Socket
 from kilo_etcd.kernel.read import rtnl as replies
+from kilo_etcd.kernel.returns import return_priority, return_table
 from kilo_etcd.kernel.state import Change, Route, SetPeer, without_counters
 from kilo_etcd.kernel.write import rtnl as requests
 from kilo_etcd.model import Endpoint
@@ -351,6 +352,36 @@ async def test_an_address_that_comes_while_a_plan_is_applied_is_told_all_the_sam
             await kernel.wait_moved()
 
 
+async def test_routes_that_we_set_ourselves_are_not_told_to_us() -> None:
+    underlay()
+    sock, listener = Socket(0), Listener(replies.GROUPS)
+    listener.leave_out(sock.port, (replies.NEWROUTE, replies.DELROUTE))
+    ours, theirs = (Route(destination=ip_network(f"10.{n}.0.0/16"), gateway=ip_address(GATEWAY4)) for n in (20, 21))
+
+    def heard() -> list[tuple[int, str]]:
+        found = []
+        while events := listener.read():
+            for kind, body in events:
+                route = replies.read_route(body) if kind in (replies.NEWROUTE, replies.DELROUTE) else None
+                found.append((kind, "" if route is None else str(route.destination)))
+        return found
+
+    while heard():
+        pass
+    other = Socket(0)
+    for request in (requests.add_route, requests.replace_route, requests.delete_route):
+        assert sock.send([request(ours, 0)]) == [None]
+        assert other.send([request(theirs, 0)]) == [None]
+    new, gone = (replies.NEWROUTE, "10.21.0.0/16"), (replies.DELROUTE, "10.21.0.0/16")
+    assert heard() == [new, gone], "a route that replaces itself is nobody's news"
+    # All else that we do is told, as it always was.
+    index = next(i for i, name in socket.if_nameindex() if name == "eth1")
+    assert sock.send([requests.add_address(index, ip_interface("10.77.0.1/32"))]) == [None]
+    assert replies.NEWADDR in {kind for kind, _ in heard()}
+    for one in (sock, other, listener):
+        one.close()
+
+
 async def test_without_an_endpoint_the_mtu_is_that_of_the_way_out() -> None:
     underlay(mtu=1400)
     sh("ip route add default via 192.168.9.2")
@@ -619,6 +650,43 @@ async def test_cleanup_leaves_nothing_and_may_be_called_twice() -> None:
     after = unchanged().replace("kilo-etcd\n", "")
     assert after.split() == before.split()
     assert sh("cat /proc/sys/net/ipv4/ip_forward /proc/sys/net/ipv6/conf/all/forwarding") == forwarding
+
+
+RETURN_TABLE, RETURN_PRIORITY = return_table("kilo0"), return_priority("kilo0")
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        f"ip rule del priority {RETURN_PRIORITY}",
+        f"ip -6 rule del priority {RETURN_PRIORITY}",
+        f"ip route flush table {RETURN_TABLE}",
+        f"ip -6 route del fd00:9::2 table {RETURN_TABLE}",
+        f"ip route replace 192.168.9.2 dev eth0 proto 107 table {RETURN_TABLE}",
+        f"ip route add 192.168.9.3 dev eth0 table {RETURN_TABLE}",
+    ],
+)
+async def test_the_way_back_to_members_is_repaired_and_cleaned_up(harm: str) -> None:
+    underlay()
+    before = unchanged() + sh("ip rule; ip -6 rule")
+    wanted = evolve(WORLD, returns={r.destination: r for r in (tunnel("192.168.9.2/32"), tunnel("fd00:9::2/128"))})
+    async with agent() as kernel:
+        assert (await kernel.apply(wanted)).failures == ()
+        await settled(kernel, wanted)
+        with trio.move_on_after(0.2) as quiet:
+            await kernel.wait_drift()
+        assert quiet.cancelled_caught, "our own changes were taken for somebody else's"
+        assert "dev kilo0" in sh("ip route get 192.168.9.2 from 10.4.0.2 iif kilo0")
+        assert "dev eth0" in sh("ip route get 192.168.9.2")
+        sh(harm)
+        with trio.fail_after(30):
+            assert await kernel.wait_drift()
+        report = await kernel.apply(wanted)
+        assert report.failures == ()
+        assert report.changes
+        await settled(kernel, wanted)
+    await cleanup("kilo0")
+    assert (unchanged() + sh("ip rule; ip -6 rule")).replace("kilo-etcd\n", "").split() == before.split()
 
 
 @pytest.mark.parametrize("taken", ["ip link add kilo0 type veth peer eth9", "ip tuntap add kilo0 mode tun"])

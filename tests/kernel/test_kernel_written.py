@@ -68,7 +68,7 @@ def test_routes(route: Route, index: int) -> None:
 @given(some.builds(
     RoutingRule, version=VERSIONS, priority=NUMBERS, table=NUMBERS, not_mark=some.just(0) | NUMBERS,
     suppress=some.none() | some.integers(0, 128), protocol=some.integers(0, 255), sport=some.integers(0, 65535),
-    dport=some.integers(0, 65535),
+    dport=some.integers(0, 65535), inbound=some.sampled_from(("", "kilo0", "a-long-name-0.1")),
 ), some.booleans(), some.booleans(), some.integers(0, 255), some.data())  # fmt: skip
 def test_rules(
     rule: RoutingRule, with_source: bool, with_destination: bool, protocol: int, data: some.DataObject

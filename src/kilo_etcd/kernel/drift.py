@@ -1,8 +1,9 @@
 """Which of the kernel's events mean that somebody changed what is ours. Pure: events are bytes, the answer is a word.
 
-The kernel reports our own changes too. They are told apart by comparing with the state that we believe in *after*
-our changes: a route that appears as we set it, or goes where we want none, is no news. So a steady host causes no
-reading, and at worst one reading too many is made.
+The kernel reports our own changes too; routes, of which there may be thousands, it keeps to itself if we have set them
+(`netlink.Listener.leave_out`). The others are told apart by comparing with the state that we believe in *after* our
+changes: what appears as we set it, or goes where we want none, is no news. So a steady host causes no reading, and at
+worst one reading too many is made.
 
 WireGuard reports nothing of its peers: `device_period` is how often its device is worth a look.
 
@@ -107,7 +108,7 @@ class Watch:
         target: Target,
         *,
         links: Iterable[Link],
-        ways: dict[IPNetwork, int],
+        ways: Container[int],
         egress: Container[int] = (),
         collisions: frozenset[IPNetwork] = frozenset(),
         failing: bool = False,
@@ -117,7 +118,7 @@ class Watch:
         self._tables = own_tables(target.interface)
         self.links = {link.index: link for link in links}
         self.ways = ways
-        """Destination of a route of ours -> index of the device that it leaves by; brought up to date by events."""
+        """Indexes of the devices that routes of ours leave by."""
         self.egress = egress
         """Indexes of the devices whose MTU that of the tunnel follows."""
         self.collisions = collisions
@@ -160,14 +161,14 @@ class Watch:
 
     def _leads(self, index: int, name: str) -> bool:
         """Whether routes of ours may have gone with a device or its address."""
-        return index in self.ways.values() or name in self.observed.underlay
+        return index in self.ways or name in self.observed.underlay
 
     def _link(self, kind: int, link: Link) -> str | None:
         if kind == replies.DELLINK:
             self.links.pop(link.index, None)
             if any(link.index == own.index for own in self._own()):
                 return f"link {link.name} was deleted"
-            return f"link {link.name} with routes of ours was deleted" if link.index in self.ways.values() else None
+            return f"link {link.name} with routes of ours was deleted" if link.index in self.ways else None
         before = self.links.get(link.index)
         self.links[link.index] = link
         for own in self._own():
@@ -231,7 +232,6 @@ class Watch:
                 return f"a route to {destination} with our protocol was added"
             if not fulfils(route, expected, self.target):
                 return f"the route to {destination} was changed"
-            self.ways[destination] = found.index
             return None
         if expected is not None and fulfils(route, expected, self.target):
             return f"the route to {destination} was removed"

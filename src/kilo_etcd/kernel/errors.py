@@ -12,6 +12,7 @@ import os
 from kilo_etcd import descriptors
 from kilo_etcd.kernel import encrypted
 from kilo_etcd.kernel.openings import AddOpening, DeleteOpening
+from kilo_etcd.kernel.returns import is_returning
 from kilo_etcd.kernel.rules import AddRule, DeleteRule
 from kilo_etcd.kernel.state import (
     FENCE_METRIC,
@@ -121,7 +122,8 @@ def _sentence(change: Change, error: OSError) -> str:
                 return f"{name} does not exist, since {change.device} is gone"
             return f"{name} does not exist: this kernel runs without IPv{change.family}"
     way = change.route if isinstance(change, AddRoute | ReplaceRoute) else None
-    exit_route = way if way is not None and way.table != MAIN_TABLE else None
+    returning = isinstance(change, AddRule | AddRoute | ReplaceRoute) and is_returning(change)
+    exit_route = way if way is not None and way.table != MAIN_TABLE and not returning else None
     if exit_route is not None and code == errno.EACCES and exit_route.destination.version == 6 and exit_route.device:
         name = exit_route.device
         if encrypted.is_table(exit_route.table):
@@ -194,6 +196,12 @@ def _sentence(change: Change, error: OSError) -> str:
             f"`{change}` failed ({detail}): what this host sends to other nodes in IPv{change.rule.version} leaves in "
             "clear; does this kernel have policy routing with ports (Linux 4.17, CONFIG_IP_MULTIPLE_TABLES, "
             "CONFIG_IPV6_MULTIPLE_TABLES)?"
+        )
+    if returning:
+        where = "members that encapsulate" if way is None else way.destination
+        return (
+            f"`{change}` failed ({detail}): what comes out of the tunnel for {where} is sent on in plain, and a strict "
+            "rp_filter there drops it; does this kernel have policy routing (CONFIG_IP_MULTIPLE_TABLES)?"
         )
     if exit_route is not None and exit_route.metric != FENCE_METRIC:
         return f"`{change}` failed ({detail}): what is for {exit_route.destination} is refused or ends in the tunnel"

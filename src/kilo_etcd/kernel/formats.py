@@ -182,6 +182,14 @@ NF_PRIORITIES = {"raw": -300, "mangle": -150, "filter": 0, "srcnat": 100}
 """Order of base chains at one hook, by their names in nft(8) (linux/netfilter_ipv4.h)."""
 
 
+SO_ATTACH_FILTER = 26
+"""The option by which a socket gets a filter (asm-generic/socket.h)."""
+SOCK_FILTER, SOCK_FPROG = Struct("=HBBI"), Struct("@HP")
+"""A step of a filter, and the filter: the number of its steps and where they are (linux/filter.h)."""
+BPF_LOAD_WORD, BPF_LOAD_HALF, BPF_IF_EQUAL, BPF_RETURN = 0x20, 0x28, 0x15, 0x06
+"""BPF_LD|BPF_W|BPF_ABS, BPF_LD|BPF_H|BPF_ABS, BPF_JMP|BPF_JEQ|BPF_K and BPF_RET|BPF_K (linux/bpf_common.h)."""
+
+
 class refusal(nlmsg):  # type: ignore[misc, valid-type]
     """An acknowledgement with the header of its request and the kernel's reason (NETLINK_CAP_ACK, NETLINK_EXT_ACK);
     pyroute2's nlmsgerr has no place for the header."""

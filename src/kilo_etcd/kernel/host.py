@@ -25,7 +25,7 @@ from kilo_etcd.kernel.iptables import Iptables
 from kilo_etcd.kernel.netfilter import Netfilter
 from kilo_etcd.kernel.netlink import Message
 from kilo_etcd.kernel.openings import AddOpening, DeleteOpening
-from kilo_etcd.kernel.policy import removal
+from kilo_etcd.kernel.policy import onward_tables, removal
 from kilo_etcd.kernel.read import rtnl as replies
 from kilo_etcd.kernel.read.rtnl import FoundLink
 from kilo_etcd.kernel.read.wireguard import DeviceState
@@ -147,13 +147,18 @@ class Host:
         """Indexes of the devices that `egress_mtus` has come upon."""
         self._devices: tuple[str, ...] = ()
         """By which mesh packets go on to the location, when last read; else the devices with a default route."""
-        self.ways: dict[IPNetwork, int] = {}
-        """Destination of each route of ours -> index of its device, when last read."""
+        self.ways: set[int] = set()
+        """Indexes of the devices that routes of ours leave by, and of those that some did since they were last read."""
 
     def close(self) -> None:
         self._route.close()
         self._generic.close()
         self.netfilter.close()
+
+    @property
+    def port(self) -> int:
+        """The kernel's number for the socket that routes are set by."""
+        return self._route.port
 
     @property
     def writes(self) -> int:
@@ -216,7 +221,8 @@ class Host:
         )
         names = {one.link.name for one in found}
         forward_chains, forward_rules = self._iptables.read(self._forward_rules)
-        onward = (*routes.values(), *policy.table(encrypted.table_of(self.interface)).routes.values())
+        tables = (policy.table(number) for number in onward_tables(self.interface))
+        onward = (*routes.values(), *(route for one in tables for route in one.routes.values()))
         near = {route.device for route in onward} - {self.interface, ""}
         far = {route.device for network, route in foreign.items() if not network.prefixlen}
         self._devices = tuple(sorted(near or far))
@@ -349,7 +355,7 @@ class Host:
         strays: list[Route] = []
         foreign: dict[IPNetwork, Route] = {}
         names = {index: link.name for index, link in self.links.items()}
-        self.ways = {}
+        self.ways = set()
 
         def keep(body: bytes) -> None:
             found = replies.read_route(body)
@@ -369,7 +375,7 @@ class Host:
                 strays.append(route)
             else:
                 routes[found.destination] = route
-                self.ways[found.destination] = found.index
+                self.ways.add(found.index)
 
         for version in (4, 6):
             try:
@@ -378,6 +384,15 @@ class Host:
                 if error.errno not in _NO_SUCH_FAMILY:
                     raise
         return routes, strays, foreign, fences
+
+    def note_ways(self, made: Iterable[Change]) -> None:
+        """Add the devices of new routes to `ways`; which one leads to a gateway on the underlay the kernel knows."""
+        routes = (change.route for change in made if isinstance(change, AddRoute | ReplaceRoute))
+        hops = {(route.device, route.gateway) for route in routes}
+        self.ways.update(self._index(device) for device, _ in hops if device)
+        gateways = [gateway for device, gateway in hops if not device and gateway is not None]
+        answers = self._route.ask([requests.get_route_to(gateway, MARK) for gateway in gateways], replies.read_way)
+        self.ways.update(answer[0] for answer in answers if not isinstance(answer, NetlinkError))
 
     def resolved(self, addresses: Collection[IPAddress]) -> frozenset[IPAddress]:
         """See `kernel.api.Kernel.resolved`."""

@@ -86,6 +86,7 @@ async def open_kernel(setup: Setup) -> AsyncIterator[Kernel]:
                 Listener(replies.GROUPS),
                 Reports(table_name(setup.interface), mark(setup.interface) if setup.forward_rules else ""),
             )
+        listener.leave_out(host.port, (replies.NEWROUTE, replies.DELROUTE))
         try:
             backend = await _told(lambda: host.choose(setup.wireguard, setup.userspace_command))
             yield LinuxKernel(setup, host, listener, reports, backend)
@@ -497,6 +498,7 @@ class LinuxKernel:
     ) -> None:
         """Keep what is now believed of the host."""
         observed = apply_changes(observed, made, target.interface) if made else observed
+        self._host.note_ways(made)
         if observed.ipip is not None and not observed.ipip.index:
             index = next((link.index for link in self._host.links.values() if link.name == target.ipip), 0)
             observed = evolve(observed, ipip=evolve(observed.ipip, index=index))

@@ -12,10 +12,12 @@ import os
 import socket
 import struct
 from collections.abc import Callable, Iterator, Sequence
+from ctypes import addressof, create_string_buffer
 from typing import TypeVar
 
 from attrs import evolve, frozen
 
+from kilo_etcd.kernel import formats
 from kilo_etcd.kernel.codec import UNREADABLE, FormatError, Reader
 from kilo_etcd.kernel.errors import NetlinkError
 from kilo_etcd.kernel.formats import (
@@ -262,6 +264,24 @@ class Listener:
         self.socket.bind((0, 0))
         for group in groups:
             self.socket.setsockopt(core.SOL_NETLINK, core.NETLINK_ADD_MEMBERSHIP, group)
+
+    def leave_out(self, port: int, kinds: Sequence[int]) -> None:
+        """Do not hear of messages of two `kinds` that the socket with this number has caused: the kernel drops them
+        before they take room here."""
+        # A classic BPF program: it loads numbers as the network orders them, which netlink's are not.
+        one, other = (socket.htons(kind) for kind in kinds)
+        program = (
+            (formats.BPF_LOAD_WORD, 0, 0, _HEADER.size - 4),
+            (formats.BPF_IF_EQUAL, 0, 4, socket.htonl(port)),
+            (formats.BPF_LOAD_HALF, 0, 0, 4),
+            (formats.BPF_IF_EQUAL, 1, 0, one),
+            (formats.BPF_IF_EQUAL, 0, 1, other),
+            (formats.BPF_RETURN, 0, 0, 0),
+            (formats.BPF_RETURN, 0, 0, 0xFFFF_FFFF),
+        )
+        steps = create_string_buffer(b"".join(formats.SOCK_FILTER.pack(*step) for step in program))
+        told = formats.SOCK_FPROG.pack(len(program), addressof(steps))
+        self.socket.setsockopt(socket.SOL_SOCKET, formats.SO_ATTACH_FILTER, told)
 
     def read(self) -> list[tuple[int, bytes]] | None:
         """(type, body) of what is waiting; an empty list: nothing is; None: events were lost, or cannot be read."""

@@ -1,9 +1,10 @@
 """Policy routing of ours: rules, and tables beside the main one. One mechanism for all who need some. Pure.
 
-Who needs some says what there shall be (`kernel.wayout`, `kernel.encrypted`); here it is put together, compared with
-what there is, and taken away. Tables and priorities are computed from the interface's name, so that what is ours is
-known after a crash, and two interfaces of one machine keep out of each other's way. Of two names, one pair in fifty has
-the same priorities: then the protocol tells an agent's rules from a peer's, and there is one agent on a host.
+Who needs some says what there shall be (`kernel.returns`, `kernel.encrypted`, `kernel.wayout`); here it is put
+together, compared with what there is, and taken away. Tables and priorities are computed from the interface's name, so
+that what is ours is known after a crash, and two interfaces of one machine keep out of each other's way. Of two names,
+one pair in fifty has the same priorities: then the protocol tells an agent's rules from a peer's, and there is one
+agent on a host.
 
 A table is filled before a rule leads there, and the rule goes before the table is emptied. In a table the routes of
 last resort come first and go last.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 
-from kilo_etcd.kernel import encrypted, wayout
+from kilo_etcd.kernel import encrypted, returns, wayout
 from kilo_etcd.kernel.rules import AddRule, DeleteRule
 from kilo_etcd.kernel.state import (
     AddRoute,
@@ -33,18 +34,25 @@ from kilo_etcd.topology.segments import changes as changed_keys
 
 def own_tables(interface: str) -> tuple[int, ...]:
     """The numbers of the tables that belong to an interface."""
-    return encrypted.table_of(interface), wayout.exit_table(interface)
+    return *onward_tables(interface), wayout.exit_table(interface)
+
+
+def onward_tables(interface: str) -> tuple[int, ...]:
+    """Those of them that say, as the main table does, by which devices packets of the mesh go on."""
+    return returns.return_table(interface), encrypted.table_of(interface)
 
 
 def own_priorities(interface: str) -> frozenset[int]:
     """Where the rules of an interface stand."""
-    return frozenset((*encrypted.rule_priorities(interface), *wayout.rule_priorities(interface)))
+    return frozenset(
+        (returns.return_priority(interface), *encrypted.rule_priorities(interface), *wayout.rule_priorities(interface))
+    )
 
 
 def policy_for(plan: HostPlan, observed: Observed, interface: str, protocol: int) -> Policy:
     """What a plan asks for of a host as it is: nothing of a family that its kernel lacks, and of an exit node that is
     held just what there is."""
-    parts = [encrypted.policy_for(plan, interface, protocol)]
+    parts = [returns.policy_for(plan, interface, protocol), encrypted.policy_for(plan, interface, protocol)]
     if plan.way_out is not None and plan.way_out.held:
         parts.append(_part(observed.policy, wayout.exit_table(interface), wayout.rule_priorities(interface)))
     else:
@@ -76,7 +84,8 @@ def changes(
     plan: HostPlan, observed: Observed, interface: str, protocol: int, settled: HostPlan | None
 ) -> tuple[list[Change], list[Change]]:
     """What has to be made, and what has to go then. `settled`: a plan that `observed` fulfils to the last."""
-    if plan.way_out is None and plan.encryption is None and not (observed.policy.tables or observed.policy.rules):
+    asks = plan.returns or plan.encryption is not None or plan.way_out is not None
+    if not (asks or observed.policy.tables or observed.policy.rules) or (settled is not None and _same(plan, settled)):
         return [], []
     found = observed.policy
     if settled is not None and (news := encrypted.changed(settled, plan)) is not None:
@@ -90,6 +99,13 @@ def changes(
     stale: list[Change] = [DeleteRule(rule) for rule in gone]
     stale += [change for n in numbers for change in _stale(wanted.table(n), found.table(n))]
     return made, stale
+
+
+def _same(plan: HostPlan, settled: HostPlan) -> bool:
+    """Whether two plans surely ask for the same. The table of an exit node follows from the peers' endpoints too."""
+    if plan.way_out is not None or settled.way_out is not None or plan.listen_port != settled.listen_port:
+        return False
+    return plan.returns == settled.returns and plan.encryption is settled.encryption
 
 
 def _narrowed(policy: Policy, number: int, networks: Collection[IPNetwork]) -> Policy:

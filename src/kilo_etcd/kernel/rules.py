@@ -30,6 +30,8 @@ class RoutingRule:
     """Only packets from this port; 0: from any."""
     dport: int = 0
     """Only packets for this port; 0: for any."""
+    inbound: str = ""
+    """Only packets that come in by the device of this name, which need not exist; empty: from anywhere."""
     suppress: int | None = None
     """Routes of the table whose prefixes are at most this long do not count, so with 0 the default route does not."""
 
@@ -50,6 +52,8 @@ class RoutingRule:
             words.append(f"sport {self.sport}")
         if self.dport:
             words.append(f"dport {self.dport}")
+        if self.inbound:
+            words.append(f"iif {self.inbound}")
         if self.not_mark:
             words.append(f"not fwmark {self.not_mark}")
         words.append(f"lookup {self.table}" if self.table != RT_TABLE_MAIN else "lookup main")

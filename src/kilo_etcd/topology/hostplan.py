@@ -193,6 +193,9 @@ class HostPlan:
     clear by the host's default route. And `refused`."""
     refused: Mapping[IPNetwork, str] = field(factory=dict)
     """Networks within the location that are refused, since whoever they are behind does not answer; why, for people."""
+    returns: Mapping[IPNetwork, RoutePlan] = field(factory=dict)
+    """Of a leader: a member's internal IP (/32, /128) -> the way, IPIP or TUNNEL, of what comes out of the tunnel for
+    it, as the member sends what is for there. What this host itself sends to the address takes the main table's way."""
     forwarding: frozenset[int] = frozenset()
     """Families (4, 6) in which the host must forward packets."""
     ipip_remotes: frozenset[IPAddress] = frozenset()

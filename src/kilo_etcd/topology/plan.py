@@ -105,6 +105,7 @@ def host_plan(topology: Topology, name: str, previous: HostPlan | None = None) -
         peers=_merged(remote.peers, local.peers),
         routes=_merged(remote.routes, local.routes),
         fences=topology.snapshot.subnets,
+        returns=local.returns,
         forwarding=frozenset(families),
         ipip_remotes=frozenset(local.ipip_remotes),
         ipip_local=local.ipip_local if local.ipip_remotes else None,
@@ -136,6 +137,7 @@ class _Local:
         self.problems: list[Problem] = []
         self.ipip_remotes: set[IPAddress] = set()
         self.ipip_local: IPAddress | None = None
+        self.returns: dict[IPNetwork, RoutePlan] = {}
         leader = segment.leader
         self.leader = None if leader.name == own.name else leader
         if self.leader is None:
@@ -169,6 +171,7 @@ class _Local:
             if bonded(self.own, node):
                 self._bond(node, networks, remote)
             self._neighbour(node, networks)
+            self._return(node)
 
     def masquerade(self) -> tuple[IPNetwork, ...]:
         """The location's networks, where this host is the one that forwards to them."""
@@ -210,8 +213,23 @@ class _Local:
                 self.ipip_remotes.add(there.ip)
                 self.ipip_local = here.ip
 
+    def _return(self, node: Node) -> None:
+        """Send on what comes out of the tunnel for a member's internal IPs as the member sends what is for there."""
+        for address in self._called(node):
+            way = hop(node, self.own, address.version)
+            if way is not None and way.way is not Via.UNDERLAY:
+                destination = host_network(address)
+                gateway = address if way.way is Via.IPIP else None
+                self.returns[destination] = RoutePlan(destination=destination, way=way.way, gateway=gateway)
+
+    def _called(self, node: Node) -> list[IPAddress]:
+        """Where this host leads, the internal IPs of a member to which other segments send."""
+        if self.leader is not None or self.topology.snapshot.granularity is Granularity.CROSS:
+            return []
+        return [ip.ip for ip in node.internal_ips if _within(ip.ip, self.segment.location_networks)]
+
     def _bond(self, node: Node, networks: tuple[IPNetwork, ...], remote: _Remote) -> None:
-        allowed = [*map(host_network, node.mesh_addresses), *networks]
+        allowed = [*map(host_network, node.mesh_addresses), *networks, *map(host_network, self._called(node))]
         if self.leader is not None and node.name == self.leader.name:
             allowed += [*self.topology.snapshot.subnets, *remote.routes]
         self.peers[node.public_key] = PeerPlan(

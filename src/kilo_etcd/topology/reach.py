@@ -99,6 +99,7 @@ def withhold(plan: HostPlan, topology: Topology, silent: Collection[Silent]) -> 
         routes=routes,
         fences=(*plan.fences, *sorted(set(refused).difference(plan.fences), key=network_key)),
         refused=refused,
+        returns={network: route for network, route in plan.returns.items() if route.gateway not in unheard},
         ipip_remotes=remotes,
         ipip_local=plan.ipip_local if remotes else None,
         way_out=way_out,

@@ -17,6 +17,7 @@ def render(plan: HostPlan) -> str:
     lines = [f"addr {address}" for address in plan.addresses]
     lines += [_peer(peer) for peer in sorted(plan.peers.values(), key=lambda peer: (peer.name, peer.public_key))]
     lines += [_route(plan.routes[key]) for key in sorted(plan.routes, key=network_key)]
+    lines += [f"out of the tunnel: {_route(plan.returns[key])}" for key in sorted(plan.returns, key=network_key)]
     if plan.forwarding:
         lines.append("forward " + " ".join(f"ipv{version}" for version in sorted(plan.forwarding)))
     if plan.ipip_remotes:

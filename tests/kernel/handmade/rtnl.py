@@ -31,7 +31,7 @@ _ONLINK = 0x4
 _SCOPE_LINK = 253
 _UNICAST, _UNREACHABLE = 1, 7
 _KINDS = {"": _UNICAST, "unreachable": _UNREACHABLE, "throw": 9}
-_FRA_DST, _FRA_IP_PROTO, _FRA_SPORT_RANGE, _FRA_DPORT_RANGE = 1, 22, 23, 24
+_FRA_DST, _FRA_IIFNAME, _FRA_IP_PROTO, _FRA_SPORT_RANGE, _FRA_DPORT_RANGE = 1, 3, 22, 23, 24
 _FRA_SRC, _FRA_PRIORITY, _FRA_FWMARK, _FRA_SUPPRESS, _FRA_TABLE, _FRA_FWMASK, _FRA_PROTOCOL = 2, 6, 10, 14, 15, 16, 21
 _TO_TABLE, _INVERT = 1, 0x2
 
@@ -208,6 +208,8 @@ def _rule(rule: RoutingRule, protocol: int) -> bytes:
     for kind, port in ((_FRA_SPORT_RANGE, rule.sport), (_FRA_DPORT_RANGE, rule.dport)):
         if port:
             parts.append(attribute(kind, struct.pack("=HH", port, port)))
+    if rule.inbound:
+        parts.append(attribute(_FRA_IIFNAME, rule.inbound.encode() + b"\0"))
     if rule.not_mark:
         parts += [u32(_FRA_FWMARK, rule.not_mark), u32(_FRA_FWMASK, 0xFFFFFFFF)]
     if rule.suppress is not None:

@@ -59,8 +59,8 @@ _ways = Reader(rtmsg, "RTA_OIF", "RTA_METRICS")
 _metrics = Reader(rtmsg.metrics, "RTAX_MTU")
 _rules = Reader(
     fibmsg, "family", "dst_len", "src_len", "table", "action", "flags",
-    "FRA_DST", "FRA_SRC", "FRA_PRIORITY", "FRA_TABLE", "FRA_FWMARK", "FRA_SUPPRESS_PREFIXLEN", "FRA_PROTOCOL",
-    "FRA_IP_PROTO", "FRA_SPORT_RANGE", "FRA_DPORT_RANGE",
+    "FRA_DST", "FRA_SRC", "FRA_IIFNAME", "FRA_PRIORITY", "FRA_TABLE", "FRA_FWMARK", "FRA_SUPPRESS_PREFIXLEN",
+    "FRA_PROTOCOL", "FRA_IP_PROTO", "FRA_SPORT_RANGE", "FRA_DPORT_RANGE",
 )  # fmt: skip
 _settings = Reader(netconfmsg, "family", "NETCONFA_IFINDEX", "NETCONFA_FORWARDING", "NETCONFA_RP_FILTER")
 _neighbours = Reader(ndmsg, "state", "NDA_DST", "NDA_LLADDR")
@@ -196,7 +196,7 @@ def read_rule(body: bytes) -> tuple[RoutingRule, int] | None:
     """A rule, and the protocol that it is marked with; None for what says more than our rules ever do."""
     (
         family, length, source_length, low_table, action, flags,
-        to, source, priority, table, mark, suppressed, protocol, ip_protocol, *ranges,
+        to, source, inbound, priority, table, mark, suppressed, protocol, ip_protocol, *ranges,
     ) = _rules.row(body)  # fmt: skip
     if family not in _VERSIONS or action != _TO_TABLE or bool(length) is not bool(to):
         return None
@@ -216,6 +216,7 @@ def read_rule(body: bytes) -> tuple[RoutingRule, int] | None:
         protocol=ip_protocol or 0,
         sport=ports[0][0],
         dport=ports[1][0],
+        inbound=_text(inbound),
         suppress=None if suppressed in (None, _NOT_SUPPRESSED) else suppressed,
     )
     return rule, protocol or 0

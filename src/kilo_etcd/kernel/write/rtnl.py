@@ -40,7 +40,13 @@ def _via(value: bytes) -> object:
 
 _route = Writer(rtmsg, {"RTA_DST": _shown, "RTA_GATEWAY": _shown, "RTA_PREFSRC": _shown, "RTA_VIA": _via})
 _address = Writer(ifaddrmsg, {"IFA_LOCAL": _shown, "IFA_ADDRESS": _shown})
-_rule = Writer(fibmsg, {"FRA_DST": _shown, "FRA_SRC": _shown, "FRA_SPORT_RANGE": _range, "FRA_DPORT_RANGE": _range})
+_rule = Writer(
+    fibmsg,
+    {
+        "FRA_DST": _shown, "FRA_SRC": _shown, "FRA_IIFNAME": lambda value: value[:-1].decode(),
+        "FRA_SPORT_RANGE": _range, "FRA_DPORT_RANGE": _range,
+    },
+)  # fmt: skip
 
 
 def get_link(name: str) -> Message:
@@ -200,6 +206,8 @@ def _rule_body(rule: RoutingRule, protocol: int) -> bytes:
         attributes["FRA_SPORT_RANGE"] = PORT_RANGE.pack(rule.sport, rule.sport)
     if rule.dport:
         attributes["FRA_DPORT_RANGE"] = PORT_RANGE.pack(rule.dport, rule.dport)
+    if rule.inbound:
+        attributes["FRA_IIFNAME"] = rule.inbound.encode() + b"\0"
     if rule.not_mark:
         attributes |= {"FRA_FWMARK": _number.pack(rule.not_mark), "FRA_FWMASK": _number.pack(0xFFFFFFFF)}
     if rule.suppress is not None:

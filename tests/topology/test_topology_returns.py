@@ -1,0 +1,85 @@
+"""How a leader sends on what comes out of the tunnel for its members' internal IPs."""
+
+from __future__ import annotations
+
+from ipaddress import ip_network
+
+import pytest
+from attrs import evolve
+from topology_worlds import node, plans, snapshot
+
+from kilo_etcd.model import Encapsulate, Granularity
+from kilo_etcd.topology import build_topology
+from kilo_etcd.topology.reach import Silent, Target, withhold
+from kilo_etcd.topology.render import render
+
+NEVER, ALWAYS, CROSS, WIREGUARD = Encapsulate.NEVER, Encapsulate.ALWAYS, Encapsulate.CROSSSUBNET, Encapsulate.WIREGUARD
+INTERNAL = ip_network("10.0.0.2/32")
+
+
+def back(leader: Encapsulate, member: Encapsulate, internal: str = "10.0.0.2/24", **rest: object) -> list[str]:
+    """What leader a1 does with what comes out of the tunnel for its member a2, as text."""
+    world = snapshot(
+        [
+            node("a1", 1, "a", "10.0.0.1/24", "203.0.113.1", encapsulate=leader, location_ips="10.0.0.0/21"),
+            node("a2", 2, "a", (internal, "fd00:a::2/64"), encapsulate=member),
+            node("b1", 3, "b", "10.9.0.1/24", "203.0.113.3"),
+        ],
+        **rest,  # type: ignore[arg-type]
+    )
+    made = plans(world)
+    assert made["a2"].returns == made["b1"].returns == {}, "only a leader does, and for members"
+    head = "out of the tunnel: "
+    return [line.removeprefix(head) for line in render(made["a1"]).splitlines() if line.startswith(head)]
+
+
+@pytest.mark.parametrize("leader", [NEVER, ALWAYS, CROSS])
+def test_the_members_mode_decides(leader: Encapsulate) -> None:
+    encapsulated = ["route 10.0.0.2/32 via 10.0.0.2 dev ipip"]
+    assert back(leader, NEVER) == back(leader, CROSS) == []
+    assert back(leader, ALWAYS) == encapsulated
+    assert back(leader, CROSS, "10.0.7.2/24") == ["route 10.0.7.2/32 via 10.0.7.2 dev ipip"]
+    assert back(leader, WIREGUARD) == ["route 10.0.0.2/32 dev wg"]
+    assert back(WIREGUARD, leader) == ["route 10.0.0.2/32 dev wg"]
+
+
+def test_both_take_part_in_it() -> None:
+    world = snapshot(
+        [
+            node("a1", 1, "a", "10.0.0.1/24", "203.0.113.1", encapsulate=NEVER, location_ips="10.0.0.0/24"),
+            node("a2", 2, "a", "10.0.0.2/24", encapsulate=ALWAYS),
+            node("a3", 3, "a", "10.0.0.3/24", encapsulate=WIREGUARD),
+        ]
+    )
+    made = plans(world)
+    assert made["a1"].ipip_remotes == {INTERNAL.network_address}
+    assert made["a2"].ipip_remotes == {made["a1"].ipip_local}
+    allowed = {peer.name: [str(network) for network in peer.allowed_ips] for peer in made["a1"].peers.values()}
+    assert allowed == {"a3": ["10.0.0.3/32", "10.4.0.3/32"]}, "what it sends from its internal IP is taken"
+
+
+def test_an_address_that_has_never_answered_is_sent_nothing() -> None:
+    world = snapshot(
+        [
+            node("a1", 1, "a", "10.0.0.1/24", "203.0.113.1", encapsulate=ALWAYS, location_ips="10.0.0.0/24"),
+            node("a2", 2, "a", "10.0.0.2/24", encapsulate=ALWAYS),
+            node("a3", 3, "a", "10.0.0.3/24", encapsulate=ALWAYS),
+        ]
+    )
+    plan = plans(world)["a1"]
+    silent = Silent(target=Target("a2", INTERNAL.network_address), withheld=True, named=True)
+    left = withhold(plan, build_topology(world), [silent])
+    assert list(map(str, left.returns)) == ["10.0.0.3/32"]
+    assert {route.gateway for route in left.returns.values()} == left.ipip_remotes
+
+
+def test_an_address_that_nobody_outside_sends_to_needs_none() -> None:
+    lone = [
+        node("a1", 1, "a", "10.0.0.1/24", "203.0.113.1", encapsulate=ALWAYS),
+        node("a2", 2, "a", "10.0.0.2/24", encapsulate=ALWAYS),
+    ]
+    assert plans(snapshot(lone))["a1"].returns == {}
+    offering = [evolve(lone[0], allowed_location_ips=(ip_network("10.0.0.0/24"),)), lone[1]]
+    assert list(plans(snapshot(offering))["a1"].returns) == [INTERNAL]
+    for granularity in (Granularity.FULL, Granularity.CROSS):
+        assert plans(snapshot(offering, granularity))["a1"].returns == {}
