@@ -3,7 +3,7 @@ computing a change gives what computing everything gives."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from ipaddress import ip_address, ip_interface, ip_network
 from itertools import permutations
 
@@ -13,14 +13,27 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 from topology_worlds import MESH, MESH6, node, snapshot
 
-from kilo_etcd.model import Candidate, CandidateClass, Encapsulate, Endpoint, Granularity, Node, Peer, Snapshot, Verdict
+from kilo_etcd.model import (
+    Candidate,
+    CandidateClass,
+    Encapsulate,
+    Endpoint,
+    Granularity,
+    InternalIPs,
+    IPNetwork,
+    Node,
+    Peer,
+    Snapshot,
+    Verdict,
+)
 from kilo_etcd.topology import HostPlan, Topology, Via, build_topology, edges, host_plan, walk_both
 from kilo_etcd.topology.claims import network_key
 from kilo_etcd.topology.graph import graph
 from kilo_etcd.topology.guard import guard
 from kilo_etcd.topology.render import render
-from kilo_etcd.topology.segments import changes, lined_up
+from kilo_etcd.topology.segments import changes, host_network, lined_up, routed_at
 from kilo_etcd.topology.walk import walk
+from kilo_etcd.topology.ways import hop as way_to
 
 QUICK = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 LABELS = ("", "a", "b", "self")
@@ -30,17 +43,37 @@ OVERLAPPING = [
 ]
 
 
-def a_node(draw: DrawFn, number: int, *, tame: bool) -> Node:
-    """Node `number`. Tame: nothing that legitimately keeps others from reaching it."""
+def a_links(draw: DrawFn, *, tame: bool) -> tuple[IPNetwork, ...] | None:
+    """What a host reaches over its own links beside the networks of its internal IPs; None: its agent is older."""
+    if not tame and draw(st.integers(0, 9)) == 0:
+        return None
+    near = ["10.101.0.0/16", "10.102.0.3/32", "10.103.0.0/30", "192.168.1.0/24", "fd00:a1::/64", "10.100.0.0/14"]
+    return tuple(map(ip_network, draw(st.lists(st.sampled_from(near), max_size=2)) if draw(st.booleans()) else ()))
+
+
+def a_node(draw: DrawFn, number: int, *, tame: bool, alike: Collection[str] | None = None) -> Node:
+    """Node `number`; at the locations `alike` networks have the same numbers. Tame: nothing that legitimately keeps
+    others from reaching it."""
     name = f"n{number}"
     location = draw(st.sampled_from(LABELS))
     families = draw(st.sampled_from([(), (4,), (6,), (4, 6)]))
     far = draw(st.booleans())
-    internal = {4: f"192.168.{int(far)}.{number + 1}/24", 6: f"fd00:1::{number + 1:x}/64"}
+    # Sites have networks of their own, or the one that every home has, where hosts may even have one address.
+    site = 20 + number if location == "self" else LABELS.index(location)
+    common = draw(st.booleans()) if alike is None else location in alike
+    host = 77 if common and location == "self" else number + 1
+    internal = {
+        4: f"192.168.{int(far)}.{host}/24" if common else f"10.{100 + site}.{int(far)}.{host}/24",
+        6: f"fd00:a{0 if common else site}::{host:x}/64",
+    }
     modes = [Encapsulate.CROSSSUBNET, Encapsulate.ALWAYS, Encapsulate.WIREGUARD]
     subnets: tuple[str, ...] = (f"172.30.{number}.0/24",) if draw(st.booleans()) else ()
     networks: list[str] = [] if tame else draw(st.lists(st.sampled_from(OVERLAPPING), max_size=2))
     endpoint = Endpoint(ip_address(f"203.0.113.{number}"), 51820)
+    seen: tuple[Endpoint, ...] = ()
+    if 4 in families and draw(st.integers(0, 3)) == 0:
+        endpoint = Endpoint(ip_interface(internal[4]).ip, 51820)
+        seen = (Endpoint(ip_address(f"203.0.114.{number}"), 1024),) if draw(st.booleans()) else ()
     if not tame and draw(st.integers(0, 3)) == 0:
         endpoint = None  # type: ignore[assignment]
     return Node(
@@ -49,6 +82,8 @@ def a_node(draw: DrawFn, number: int, *, tame: bool) -> Node:
         location=name if location == "self" else location,
         endpoint=endpoint,
         internal_ips=tuple(ip_interface(internal[family]) for family in families),
+        underlay=a_links(draw, tame=tame),
+        seen=seen,
         mesh_addresses=(ip_address(f"10.4.0.{number + 1}"), ip_address(f"fd00:4::{number + 1:x}")),
         subnets=tuple(map(ip_network, (*subnets, *networks))),
         allowed_location_ips=(ip_network(f"172.31.{number}.0/24"),) if draw(st.booleans()) else (),
@@ -98,7 +133,8 @@ def outside(draw: DrawFn, *, tame: bool) -> dict[str, Peer]:
 
 @st.composite
 def worlds(draw: DrawFn, *, tame: bool = True) -> Snapshot:
-    nodes = {f"n{n}": a_node(draw, n, tame=tame) for n in range(draw(st.integers(1, 7)))}
+    alike = draw(st.sets(st.sampled_from(LABELS)))
+    nodes = {f"n{n}": a_node(draw, n, tame=tame, alike=alike) for n in range(draw(st.integers(1, 7)))}
     subnets = draw(st.sampled_from([(MESH,), (MESH6,), (MESH, MESH6)]))
     versions = {subnet.version for subnet in subnets}
     nodes = {
@@ -109,6 +145,7 @@ def worlds(draw: DrawFn, *, tame: bool = True) -> Snapshot:
         revision=draw(st.integers(1, 1000)),
         granularity=draw(st.sampled_from(Granularity)),
         subnets=subnets,
+        internal_ips=draw(st.sampled_from(InternalIPs)),
         nodes=nodes,
         peers=outside(draw, tame=tame),
         **elections(draw, nodes),  # type: ignore[arg-type]
@@ -121,7 +158,9 @@ def histories(draw: DrawFn) -> list[Snapshot]:
     world = draw(worlds(tame=False))
     found = [world]
     for _ in range(draw(st.integers(1, 5))):
-        step = draw(st.sampled_from(["node", "node", "node", "go", "candidates", "peers", "granularity", "nothing"]))
+        step = draw(
+            st.sampled_from(["node", "node", "node", "go", "candidates", "peers", "granularity", "internal", "nothing"])
+        )
         number = draw(st.integers(0, 8))
         if step == "node":
             world = evolve(world, nodes={**world.nodes, f"n{number}": a_node(draw, number, tame=False)})
@@ -133,6 +172,8 @@ def histories(draw: DrawFn) -> list[Snapshot]:
             world = evolve(world, peers=outside(draw, tame=False))
         elif step == "granularity":
             world = evolve(world, granularity=draw(st.sampled_from(Granularity)))
+        elif step == "internal":
+            world = evolve(world, internal_ips=draw(st.sampled_from(InternalIPs)))
         world = evolve(world, revision=world.revision + 1)
         found.append(world)
     return found
@@ -171,6 +212,56 @@ def test_everyone_reaches_everyone_and_nothing_crosses_locations_in_clear(world:
                 assert hop.encrypted or local, str(path)
             if world.granularity is Granularity.FULL:
                 assert [hop.medium for hop in path.hops] == [Via.TUNNEL]
+
+
+@settings(QUICK, max_examples=60)
+@given(worlds())
+def test_every_internal_ip_that_is_routed_is_reached_and_answers(world: Snapshot) -> None:
+    topology = build_topology(world)
+    plans = all_plans(topology)
+    for one, other in permutations(world.nodes, 2):
+        here, there = topology.segment_of(one), topology.segment_of(other)
+        if here is there:
+            continue
+        for ip in world.nodes[other].internal_ips:
+            route = plans[one].routes.get(host_network(ip.ip))
+            if not routed_at(ip.ip, there, here, world.granularity):
+                assert route is None or host_network(ip.ip) in there.networks
+                continue
+            out = way_to(world.nodes[one], here.leader, ip.version) if one != here.leader.name else True
+            if route is None:
+                lone = world.nodes[one].mesh_address(ip.version) is None
+                assert out is None or lone, (one, other, ip)
+                continue
+            path = walk(plans, topology, one, ip.ip)
+            assert path.delivered, str(path)
+            assert path.hops[-1].target == other
+            assert path.source == route.source
+            assert path.source is not None
+            answer = walk(plans, topology, other, path.source, sender=ip.ip)
+            assert answer.delivered, (str(path), path.source, str(answer))
+            assert answer.hops[-1].target == one
+            for hops in (path.hops, answer.hops):
+                for step in hops:
+                    same = topology.segment_of(step.source) is topology.segment_of(step.target)
+                    assert step.encrypted or same, (str(path), str(answer))
+
+
+@settings(QUICK, max_examples=60)
+@given(worlds())
+def test_no_internal_ip_is_taken_from_the_links_of_a_host(world: Snapshot) -> None:
+    topology = build_topology(world)
+    for name, plan in all_plans(topology).items():
+        segment = topology.segment_of(name)
+        links = [*segment.underlay, *(ip.network for node in segment.members for ip in node.internal_ips)]
+        held = {ip.ip: node.name for node in world.nodes.values() for ip in node.internal_ips}
+        for network in plan.routes:
+            if network.network_address in held and network.num_addresses == 1 and topology.internal_families:
+                assert not any(link.version == network.version and network.subnet_of(link) for link in links)
+        for peer in plan.peers.values():
+            address = None if peer.endpoint is None else peer.endpoint.address
+            if address is not None and not peer.hearsay:
+                assert host_network(address) not in plan.routes, "WireGuard's own packets go into the tunnel"
 
 
 @QUICK

@@ -19,7 +19,8 @@ from attrs import define, field, frozen
 
 from kilo_etcd.model import IPAddress, Node, Verdict
 from kilo_etcd.topology import Topology, UnknownNode
-from kilo_etcd.topology.segments import Segment, common_family, same_site
+from kilo_etcd.topology.families import common_family, same_site
+from kilo_etcd.topology.segments import Segment
 from kilo_etcd.topology.verdicts import PANEL
 
 PERIOD = 0.75

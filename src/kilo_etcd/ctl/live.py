@@ -17,8 +17,9 @@ from kilo_etcd.model import SESSION_SECONDS, Granularity
 from kilo_etcd.store.inquiry import PATIENCE_SECONDS, ask
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import AnswerRecord, Tunnel
+from kilo_etcd.topology.families import same_site
 from kilo_etcd.topology.graph import Edge, EdgeKind, EdgeState
-from kilo_etcd.topology.segments import Topology, same_site
+from kilo_etcd.topology.segments import Topology
 
 
 @frozen(kw_only=True)

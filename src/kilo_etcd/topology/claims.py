@@ -52,13 +52,19 @@ _EACH_HOSTS_OWN = {
 cloud's metadata at 169.254.169.254)."""
 
 
+def each_hosts_own(address: IPAddress) -> bool:
+    """Whether an address means something else on every host or link."""
+    number = int(address)
+    return any(first <= number <= last for first, last in _EACH_HOSTS_OWN[address.version])
+
+
 def network_key(network: IPNetwork) -> tuple[int, int, int]:
     """The order of networks everywhere: family, address, prefix length."""
     return (network.version, int(network.network_address), network.prefixlen)
 
 
 @frozen(eq=False)
-class _Offer:
+class Offer:
     """One network of a claim; it reaches from `start` to `end`."""
 
     start: int
@@ -80,8 +86,8 @@ class _Group:
 
     start: int
     end: int
-    offers: tuple[_Offer, ...]
-    granted: tuple[_Offer, ...]
+    offers: tuple[Offer, ...]
+    granted: tuple[Offer, ...]
     problems: tuple[Problem, ...]
 
 
@@ -139,6 +145,17 @@ class Settlement:
         near = found.groups[slice(*found.meeting(*_interval(network)))]
         return next((offer.by for group in near for offer in group.granted if offer.network == network), None)
 
+    def granted_at(self, address: IPAddress) -> Offer | None:
+        """What was granted that an address is in."""
+        if (found := self._groups.get(address.version)) is None:
+            return None
+        number = int(address)
+        for group in found.groups[slice(*found.meeting(number, number))]:
+            at = bisect_right(group.granted, number, key=_START) - 1
+            if at >= 0 and group.granted[at].end >= number:
+                return group.granted[at]
+        return None
+
     def within_mesh(self) -> list[tuple[int, int, int]]:
         """Where something is claimed inside the mesh, so that the outcome depends on who has which address."""
         return [
@@ -171,7 +188,7 @@ def settle(
     claims, troubles = dict(previous.claims), dict(previous._troubles)
     groups = {version: found.copy() for version, found in previous._groups.items()}
     taken: list[_Group] = []
-    loose: dict[int, list[_Offer]] = {}
+    loose: dict[int, list[Offer]] = {}
 
     def loosen(version: int, start: int, end: int) -> None:
         for group in groups.setdefault(version, _Groups()).take(start, end):
@@ -227,7 +244,7 @@ class _Nodes:
     ask: Callable[[], Iterable[IPAddress]]
     _found: dict[int, list[int]] = field(factory=dict)
 
-    def hinder(self, offer: _Offer) -> str | None:
+    def hinder(self, offer: Offer) -> str | None:
         """Why a network that does not cover the mesh cannot be had inside it."""
         if not any(_overlap(offer.network, subnet) for subnet in self.mesh):
             return None
@@ -252,16 +269,14 @@ def _overlap(one: IPNetwork, other: IPNetwork) -> bool:
     return one.version == other.version and one.overlaps(other)
 
 
-def _offers(owner: Owner, claims: Iterable[Claim]) -> Iterable[_Offer]:
+def _offers(owner: Owner, claims: Iterable[Claim]) -> Iterable[Offer]:
     for claim in claims:
         for network in claim.networks:
             start, end = _interval(network)
-            yield _Offer(
-                start, end, network, owner, (claim.priority, owner, network.prefixlen, start), claim.offered_by
-            )
+            yield Offer(start, end, network, owner, (claim.priority, owner, network.prefixlen, start), claim.offered_by)
 
 
-def _never(offer: _Offer, mesh: Iterable[IPNetwork]) -> str | None:
+def _never(offer: Offer, mesh: Iterable[IPNetwork]) -> str | None:
     """Why nobody may have the network, whatever else is offered."""
     network = offer.network
     if not network.prefixlen:
@@ -273,9 +288,9 @@ def _never(offer: _Offer, mesh: Iterable[IPNetwork]) -> str | None:
     return None
 
 
-def _apart(offers: list[_Offer]) -> Iterable[list[_Offer]]:
+def _apart(offers: list[Offer]) -> Iterable[list[Offer]]:
     """Those that lie within one network together."""
-    group: list[_Offer] = []
+    group: list[Offer] = []
     for offer in sorted(offers, key=lambda offer: (offer.start, -offer.end)):
         if group and offer.start > group[0].end:
             yield group
@@ -285,11 +300,11 @@ def _apart(offers: list[_Offer]) -> Iterable[list[_Offer]]:
         yield group
 
 
-def _settled(offers: list[_Offer], nodes: _Nodes) -> _Group:
+def _settled(offers: list[Offer], nodes: _Nodes) -> _Group:
     """In order of rank each is granted unless it overlaps what another owner was granted before. `offers` begins with
     the widest."""
     starts: list[int] = []
-    granted: list[_Offer] = []
+    granted: list[Offer] = []
     problems = []
     for offer in sorted(offers, key=_RANK) if len(offers) > 1 else offers:
         first, after = bisect_left(starts, offer.start), bisect_right(starts, offer.end)
@@ -310,6 +325,7 @@ def _settled(offers: list[_Offer], nodes: _Nodes) -> _Group:
 
 
 _RANK = attrgetter("rank")
+_START = attrgetter("start")
 
 
 def _granted(

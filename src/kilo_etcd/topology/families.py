@@ -25,6 +25,16 @@ def families(node: Node) -> frozenset[int]:
     return frozenset(ip.version for ip in node.internal_ips) or BOTH
 
 
+def same_site(one: Node, other: Node) -> bool:
+    """Whether two nodes reach each other over their location's own network: one label, one family in common."""
+    return one.location == other.location and common_family(one, other) is not None
+
+
+def common_family(one: Node, other: Node) -> int | None:
+    """The family in which both have an internal IP; 4 where both will do."""
+    return next((v for v in (4, 6) if one.internal_ip(v) is not None and other.internal_ip(v) is not None), None)
+
+
 def pair_family(one: Node, other: Node) -> int | None:
     """The family that the two speak to each other in; None: they have none in common."""
     common = families(one) & families(other)

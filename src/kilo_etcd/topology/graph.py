@@ -17,7 +17,8 @@ from operator import attrgetter
 from attrs import frozen
 
 from kilo_etcd.model import Granularity, Node, Peer
-from kilo_etcd.topology.segments import Segment, Topology, same_site
+from kilo_etcd.topology.families import same_site
+from kilo_etcd.topology.segments import Segment, Topology
 
 _COLOURS = (
     "#cfe2f3", "#d9ead3", "#fff2cc", "#f4cccc", "#d9d2e9", "#fce5cd", "#d0e0e3", "#ead1dc", "#e6e6e6", "#e2f0b6",

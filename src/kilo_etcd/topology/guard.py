@@ -61,6 +61,21 @@ class _Ranges:
 
 
 @frozen(eq=False)
+class Changed:
+    """That a plan's routes differ from `base`, another plan's, in no more than `keys`."""
+
+    base: object
+    keys: frozenset[IPNetwork]
+
+
+@frozen(kw_only=True, eq=False)
+class PlanMemo:
+    """What the guard finds in the memo of a plan that it is handed."""
+
+    changed: Changed | None = None
+
+
+@frozen(eq=False)
 class GuardMemo:
     """What a clean verdict was about; `inner` is the memo of the plan that was looked at."""
 
@@ -141,13 +156,21 @@ def _still_clean(plan: HostPlan, protected: tuple[IPNetwork, ...], previous: Hos
     memo = previous.memo
     if not isinstance(memo, GuardMemo) or memo.protected != protected or previous.addresses != plan.addresses:
         return None
-    routes = {key for key in _changed(previous.routes, plan.routes) if key in plan.routes}
+    known = plan.memo.changed if isinstance(plan.memo, PlanMemo) else None
+    if known is not None and known.base is previous.routes:
+        differing: Iterable[IPNetwork] = known.keys
+    else:
+        differing = _changed(previous.routes, plan.routes)
+    routes = {key for key in differing if key in plan.routes}
     if any(own in network for network in routes for own in plan.addresses if own.version == network.version):
         return None
-    peers = [plan.peers[key] for key in _changed(previous.peers, plan.peers) if key in plan.peers]
+    changed_peers = [key for key in _changed(previous.peers, plan.peers) if key in plan.peers]
+    peers = [plan.peers[key] for key in changed_peers]
     if len(routes) + len(peers) > len(plan.peers) // 8:
         return None
-    fresh = [network for network in _networks(routes, peers) if not _within(network, memo.mesh)]
+    judged = {id(n) for key in changed_peers if (old := previous.peers.get(key)) for n in old.allowed_ips}
+    allowed = {network for peer in peers for network in peer.allowed_ips if id(network) not in judged}
+    fresh = [network for network in routes | allowed if not _within(network, memo.mesh)]
     if any(network not in previous.routes for network in fresh):
         if not all(network.prefixlen and network in plan.routes for network in fresh):
             return None
@@ -171,6 +194,8 @@ def _still_clean(plan: HostPlan, protected: tuple[IPNetwork, ...], previous: Hos
 
 
 def _changed(old: Mapping[K, V], new: Mapping[K, V]) -> list[K]:
+    if old is new:
+        return []
     few = lined_up(old, new)
     return changes(old, new) if few is None else few
 

@@ -11,8 +11,7 @@ Pure. What it cannot know is what a NAT lets in; whether a pair has met is for t
 from __future__ import annotations
 
 from kilo_etcd.model import DEFAULT_LOCATION, Endpoint, IPAddress, Node, Peer
-from kilo_etcd.topology.families import families, pair_family
-from kilo_etcd.topology.segments import same_site
+from kilo_etcd.topology.families import families, pair_family, same_site
 
 REMEDY = (
     "let a host with a public endpoint lead the location of one of them, or forward a UDP port to one of them and "

@@ -12,6 +12,7 @@ from ipaddress import ip_interface
 
 from kilo_etcd.model import DEFAULT_PORT, Endpoint, IPAddress, IPNetwork, Node, Peer
 from kilo_etcd.topology.hostplan import HostPlan, PeerPlan, Problem, RoutePlan, Via
+from kilo_etcd.topology.internal import Links, collapsed
 from kilo_etcd.topology.segments import Topology
 
 
@@ -22,11 +23,13 @@ def peer_plan(
     listen_port: int = DEFAULT_PORT,
     persistent_keepalive: int | None = None,
     families: Collection[int] = (),
+    links: Collection[IPNetwork] = (),
 ) -> HostPlan:
     """The plan of the machine that is peer `name`. KeyError: no such peer is in force.
 
     `persistent_keepalive`: seconds; None: as in its record. `families` are those in which the machine reaches others
-    over its underlay, none if that is not known; routes are set for those that it has an address of its own in.
+    over its underlay, none if that is not known; routes are set for those that it has an address of its own in. `links`
+    are the networks that it stands in: no internal IP of a node within is routed.
     """
     peer = topology.peers[name]
     own: dict[int, IPAddress] = {}
@@ -37,6 +40,7 @@ def peer_plan(
     peers: dict[str, PeerPlan] = {}
     routes: dict[IPNetwork, RoutePlan] = {}
     problems = list(topology.problems)
+    near = Links.made_of(collapsed(links))
 
     def route(networks: Collection[IPNetwork]) -> None:
         for network in networks:
@@ -46,17 +50,26 @@ def peer_plan(
     route(topology.snapshot.subnets)
     for segment in sorted(topology.segments.values(), key=lambda segment: segment.leader.name):
         leader = segment.leader
-        route(segment.networks)
         endpoint = _endpoint(leader, families)
         seen = _seen(leader, peer, endpoint, families)
+        used = seen or endpoint
+        # What is near the machine is not elsewhere, and WireGuard's own packets must not go into the tunnel.
+        amiss = {
+            network
+            for network in segment.internal
+            if near.hold(network.version, int(network.network_address))
+            or (used is not None and network.network_address == used.address)
+        }
+        route(segment.networks)
+        route([network for network in segment.internal if network not in amiss])
         if endpoint is None and seen is None:
             problems.append(Problem(subject=leader.name, text=_unreachable(leader, families)))
         peers[leader.public_key] = PeerPlan(
             public_key=leader.public_key,
             name=leader.name,
-            endpoint=seen or endpoint,
+            endpoint=used,
             hearsay=seen is not None,
-            allowed_ips=segment.allowed,
+            allowed_ips=tuple(n for n in segment.reach if n not in amiss) if amiss else segment.reach,
             persistent_keepalive=keepalive,
             preshared_key=peer.preshared_key,
         )

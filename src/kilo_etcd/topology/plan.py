@@ -33,11 +33,12 @@ from kilo_etcd.model import (
     Peer,
 )
 from kilo_etcd.topology.claims import network_key
-from kilo_etcd.topology.families import apart, endpoint_for
-from kilo_etcd.topology.guard import GuardMemo
+from kilo_etcd.topology.families import apart, endpoint_for, same_site
+from kilo_etcd.topology.guard import Changed, GuardMemo, PlanMemo
 from kilo_etcd.topology.hostplan import PROOF_KEEPALIVE, HostPlan, PeerPlan, Problem, RoutePlan, Via
+from kilo_etcd.topology.internal import Links, share_no_site
 from kilo_etcd.topology.nat import seen_endpoint
-from kilo_etcd.topology.segments import Segment, Topology, changes, host_network, same_site
+from kilo_etcd.topology.segments import Segment, Topology, changes, host_network
 from kilo_etcd.topology.wayout import inside, unfit
 from kilo_etcd.topology.ways import Hop, bonded, hop, local_endpoint
 
@@ -63,6 +64,18 @@ class _Outlook:
     own: Node
     """Reduced to what counts here: see `_reduced`."""
     hops: tuple[tuple[int, Hop | None], ...]
+    underlay: tuple[IPNetwork, ...]
+    """What the segment's hosts reach over their own links: no internal IP within is routed there."""
+    internal: tuple[IPAddress, ...]
+    """The node's own internal IPs that the mesh routes."""
+
+    def source(self, version: int, links: Links) -> IPAddress | None:
+        """From where it sends to internal IPs of a segment whose hosts reach `links` otherwise: from its own one, if
+        answers to that find back to it; else from its mesh address."""
+        own = next((one for one in self.internal if one.version == version), None)
+        if own is not None and not links.hold(version, int(own)):
+            return own
+        return self.own.mesh_address(version)
 
 
 @frozen(kw_only=True, eq=False)
@@ -71,13 +84,20 @@ class _Remote:
     peers: dict[str, PeerPlan]
     routes: dict[IPNetwork, RoutePlan]
     problems: dict[str, Problem]
+    routes_after: object = None
+    """The routes that these differ from, as far as is known, in no more than `routes_changed`."""
+    routes_changed: frozenset[IPNetwork] = frozenset()
 
 
 @frozen(kw_only=True, eq=False)
-class _Memo:
+class _Memo(PlanMemo):
     name: str
     topology: Topology
     remote: _Remote
+    local: _Local
+    peers: dict[str, PeerPlan]
+    routes: dict[IPNetwork, RoutePlan]
+    """Remote and local ones together."""
 
 
 def host_plan(topology: Topology, name: str, previous: HostPlan | None = None) -> HostPlan:
@@ -85,11 +105,27 @@ def host_plan(topology: Topology, name: str, previous: HostPlan | None = None) -
     segment = topology.segment_of(name)
     own = topology.snapshot.nodes[name]
     local = _Local(topology, segment, own)
-    remote = _remote_part(topology, local, previous)
-    local.add(remote)
+    memo = _memo_of(previous)
+    remote = _remote_part(topology, local, memo)
+    # To copy and to compare what has not changed costs more than all the rest.
+    if memo is not None and local.same_as(memo.local) and (remote is memo.remote or not local.leans_on_remote):
+        local = memo.local
+    else:
+        local.add(remote)
+    changed = None
+    if memo is None or local is not memo.local:
+        peers, routes = _merged(remote.peers, local.peers), _merged(remote.routes, local.routes)
+    else:
+        peers = memo.peers if remote.peers is memo.remote.peers else _merged(remote.peers, local.peers)
+        routes = memo.routes if remote.routes is memo.remote.routes else _merged(remote.routes, local.routes)
+        if remote.routes_after is memo.remote.routes:
+            changed = Changed(memo.routes, remote.routes_changed)
     families: set[int] = set()
     if len(segment.members) > 1 or segment.networks or topology.peers:
         families.update(topology.families)
+    if len(segment.members) > 1:
+        inside_it = {ip.version for node in segment.members for ip in node.internal_ips}
+        families.update(topology.internal_families & inside_it)
     problems = {*topology.problems, *local.problems, *remote.problems.values()}
     gateway = own.gateway
     if gateway and (trouble := unfit(topology, name)) is not None:
@@ -102,8 +138,8 @@ def host_plan(topology: Topology, name: str, previous: HostPlan | None = None) -
         revision=topology.snapshot.revision,
         addresses=tuple(_interface(address) for address in own.mesh_addresses),
         listen_port=own.port,
-        peers=_merged(remote.peers, local.peers),
-        routes=_merged(remote.routes, local.routes),
+        peers=peers,
+        routes=routes,
         fences=topology.snapshot.subnets,
         returns=local.returns,
         forwarding=frozenset(families),
@@ -115,7 +151,15 @@ def host_plan(topology: Topology, name: str, previous: HostPlan | None = None) -
         gateway=gateway,
         inside=inside(topology, name) if gateway else (),
         problems=tuple(sorted(problems, key=lambda problem: (problem.subject, problem.text))),
-        memo=_Memo(name=name, topology=topology, remote=remote),
+        memo=_Memo(
+            name=name,
+            topology=topology,
+            remote=remote,
+            local=local,
+            peers=peers,
+            routes=routes,
+            changed=changed,
+        ),
     )
 
 
@@ -144,33 +188,52 @@ class _Local:
             self.standing = _Standing.LEADER
         else:
             self.standing = _Standing.BEHIND if bonded(own, self.leader) else _Standing.STANDBY
-        self.outward: dict[int, Hop | None] = {version: self._outward(version) for version in sorted(topology.families)}
+        self.outward: dict[int, Hop | None] = {
+            version: self._outward(version) for version in sorted(topology.families | topology.internal_families)
+        }
+
+    def same_as(self, before: _Local) -> bool:
+        """Whether the whole comes out as `before` did, as far as it does not lean on the remote part."""
+        return (
+            self.segment is before.segment
+            and self.own is before.own
+            and self.outward == before.outward
+            and self.topology.families == before.topology.families
+            and self.topology.snapshot.subnets == before.topology.snapshot.subnets
+            and self.topology.snapshot.granularity is before.topology.snapshot.granularity is not Granularity.CROSS
+        )
+
+    @property
+    def leans_on_remote(self) -> bool:
+        """Whether the leader is a WireGuard peer inside the location: all that is elsewhere is allowed it."""
+        return self.standing is _Standing.BEHIND
 
     def _outward(self, version: int) -> Hop | None:
         """The way of everything that leaves the location."""
         return Hop(Via.TUNNEL) if self.leader is None else hop(self.own, self.leader, version)
 
-    def _neighbours(self) -> Iterable[tuple[Node, tuple[IPNetwork, ...]]]:
-        """The nodes that are reached inside the location, with the networks behind each."""
+    def _neighbours(self) -> Iterable[tuple[Node, Segment]]:
+        """The nodes that are reached inside the location, with the segment of each."""
         own = self.own
         if self.topology.snapshot.granularity is Granularity.CROSS:
             for segment in self.topology.segments.values():
                 node = segment.leader
                 if node.location == own.location and node.name != own.name and same_site(own, node):
-                    yield node, segment.subnets.get(node.name, ())
+                    yield node, segment
         else:
             for node in self.segment.members:
                 if node.name != own.name:
-                    yield node, self.segment.subnets.get(node.name, ())
+                    yield node, self.segment
 
     def add(self, remote: _Remote) -> None:
         subnets = self.topology.snapshot.subnets
         for subnet in subnets:
             self._route(subnet, self.outward[subnet.version])
-        for node, networks in sorted(self._neighbours(), key=lambda pair: pair[0].name):
+        for node, segment in sorted(self._neighbours(), key=lambda pair: pair[0].name):
+            networks = segment.subnets.get(node.name, ())
             if bonded(self.own, node):
                 self._bond(node, networks, remote)
-            self._neighbour(node, networks)
+            self._neighbour(node, segment.addresses[node.name], networks)
             self._return(node)
 
     def masquerade(self) -> tuple[IPNetwork, ...]:
@@ -186,14 +249,14 @@ class _Local:
         members = (node for node in self.segment.members if node.name != self.own.name and not bonded(self.own, node))
         return frozenset(ip.ip for node in members for ip in node.internal_ips if _within(ip.ip, networks))
 
-    def _neighbour(self, node: Node, networks: tuple[IPNetwork, ...]) -> None:
-        hops = {version: hop(self.own, node, version) for version in self.outward}
-        for address in node.mesh_addresses:
+    def _neighbour(self, node: Node, addresses: tuple[IPNetwork, ...], networks: tuple[IPNetwork, ...]) -> None:
+        hops = {version: hop(self.own, node, version) for version in sorted(self.topology.families)}
+        for address in addresses:
             way = hops.get(address.version)
             outward = self.outward.get(address.version)
             # Where the mesh subnet's own route goes the same way, the tunnel's allowed IPs do the rest.
             if not (way is not None and outward is not None and way.way is Via.TUNNEL is outward.way):
-                self._route(host_network(address), way)
+                self._route(address, way)
         for network in networks:
             self._route(network, hops[network.version])
         for version, way in hops.items():
@@ -283,18 +346,24 @@ def _endpoint(own: Node, other: Node, near: bool) -> tuple[Endpoint | None, Endp
     return endpoint, None
 
 
-def _remote_part(topology: Topology, local: _Local, previous: HostPlan | None) -> _Remote:
+def _memo_of(plan: HostPlan | None) -> _Memo | None:
+    memo = plan.memo if plan is not None else None
+    if isinstance(memo, GuardMemo):
+        memo = memo.inner
+    return memo if isinstance(memo, _Memo) else None
+
+
+def _remote_part(topology: Topology, local: _Local, memo: _Memo | None) -> _Remote:
     outlook = _Outlook(
         standing=local.standing,
         granularity=topology.snapshot.granularity,
         segment=local.segment.key,
         own=_reduced(local.own, local.standing),
         hops=tuple(local.outward.items()),
+        underlay=local.segment.underlay,
+        internal=tuple(ip.ip for ip in local.own.internal_ips if host_network(ip.ip) in local.segment.internal),
     )
-    memo = previous.memo if previous is not None else None
-    if isinstance(memo, GuardMemo):
-        memo = memo.inner
-    if not isinstance(memo, _Memo) or memo.remote.outlook != outlook:
+    if memo is None or memo.remote.outlook != outlook:
         empty = _Remote(outlook=outlook, peers={}, routes={}, problems={})
         return _follow(empty, topology, {}, topology.segments, {}, topology.peers)
     base = memo.topology
@@ -330,16 +399,20 @@ def _follow(
     cross = outlook.granularity is Granularity.CROSS
     # Here, the order of a dict matters for speed alone: one in which nothing was ever removed copies ten times
     # faster, so what comes again is overwritten in its place.
-    peers, routes, problems = remote.peers.copy(), remote.routes.copy(), remote.problems.copy()
+    peers, problems = remote.peers.copy(), remote.problems.copy()
+    routes: dict[IPNetwork, RoutePlan] = {}
     old_keys = {segment.leader.public_key for segment in gone.values()}
     old_keys.update(node.public_key for segment in gone.values() for node, _ in segment.challengers)
     old_keys.update(peer.public_key for peer in peers_gone.values())
     old_networks = {network for segment in gone.values() for network in segment.networks}
+    internal_gone, internal_come = _internal_changes(gone, come)
+    old_networks.update(internal_gone)
     old_networks.update(network for peer in peers_gone.values() for network in peer.allowed_ips)
     for key in gone:
         problems.pop(key, None)
     ways = dict(outlook.hops)
     sources = {version: own.mesh_address(version) for version in (4, 6)}
+    links = Links.made_of(outlook.underlay)
 
     def route(networks: Iterable[IPNetwork]) -> None:
         for network in networks:
@@ -349,6 +422,15 @@ def _follow(
                 routes[network] = RoutePlan(
                     destination=network, way=way.way, gateway=way.gateway, source=sources[network.version]
                 )
+
+    def route_internal(segment: Segment, networks: Iterable[IPNetwork]) -> None:
+        come_now = internal_come[segment.key]
+        hosts = {version: outlook.source(version, segment.links) for version in segment.internal_families}
+        for network in networks if come_now is None else come_now.intersection(networks):
+            way, source = ways[network.version], hosts[network.version]
+            if way is not None and not way.trouble and source is not None:
+                old_networks.discard(network)
+                routes[network] = RoutePlan(destination=network, way=way.way, gateway=way.gateway, source=source)
 
     def connect(peer: PeerPlan) -> None:
         # Behind another host's tunnel everything is allowed to that one peer; the others are known all the same.
@@ -366,6 +448,13 @@ def _follow(
             networks = tuple(n for n in networks if n not in segment.location_networks)
             allowed = tuple(n for n in allowed if n not in segment.location_networks)
         route(networks)
+        if segment.internal and share_no_site(segment.location, own.location, outlook.granularity):
+            internal = [n for n in segment.internal if not links.hold(n.version, int(n.network_address))]
+            route_internal(segment, internal)
+            if len(internal) == len(segment.internal) and allowed is segment.allowed:
+                allowed = segment.reach
+            else:
+                allowed = tuple(sorted((*allowed, *internal), key=network_key))
         for challenger, targets in segment.challengers:
             if own.name in targets and standing is _Standing.LEADER:
                 # Allowed nothing, and spoken to at once: should it take over, it is allowed what the leader was.
@@ -414,6 +503,39 @@ def _follow(
         )
     for public_key in old_keys:
         peers.pop(public_key, None)
-    for network in old_networks:
-        routes.pop(network, None)
-    return _Remote(outlook=outlook, peers=peers, routes=routes, problems=problems)
+    # The same dict if nothing differs: to copy many routes, and to compare them later, costs more than to look here.
+    routes = {network: route for network, route in routes.items() if remote.routes.get(network) != route}
+    lost = [network for network in old_networks if network in remote.routes]
+    result = remote.routes
+    if routes or lost:
+        result = result.copy()
+        result.update(routes)
+        for network in lost:
+            del result[network]
+    return _Remote(
+        outlook=outlook,
+        peers=peers,
+        routes=result,
+        problems=problems,
+        routes_after=remote.routes,
+        routes_changed=frozenset((*routes, *lost)),
+    )
+
+
+def _internal_changes(
+    gone: Mapping[str, Segment], come: Mapping[str, Segment]
+) -> tuple[set[IPNetwork], dict[str, set[IPNetwork] | None]]:
+    """The internal IPs that are gone, and by segment those that have come; None: all of its, since where they are
+    routed to, or from which source, may have changed."""
+    left: set[IPNetwork] = set()
+    new: dict[str, set[IPNetwork] | None] = dict.fromkeys(come)
+    for key, old in gone.items():
+        now = come.get(key)
+        if now is None or now.links is not old.links or now.location != old.location:
+            left.update(old.internal)
+        else:
+            # What has stayed is the same object, and hashes of networks are slow.
+            here, there = set(map(id, old.internal)), set(map(id, now.internal))
+            left.update(network for network in old.internal if id(network) not in there)
+            new[key] = {network for network in now.internal if id(network) not in here}
+    return left, new

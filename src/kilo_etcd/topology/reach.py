@@ -17,8 +17,9 @@ from attrs import evolve, frozen
 
 from kilo_etcd.model import Granularity, IPAddress, IPNetwork, Node
 from kilo_etcd.topology.claims import network_key
+from kilo_etcd.topology.families import same_site
 from kilo_etcd.topology.hostplan import HostPlan, Problem, RoutePlan
-from kilo_etcd.topology.segments import Topology, host_network, same_site
+from kilo_etcd.topology.segments import Topology, host_network
 from kilo_etcd.topology.ways import bonded, hop
 
 MOST_NAMED = 8

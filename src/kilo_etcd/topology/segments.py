@@ -12,7 +12,7 @@ those with one of the other family only form a second, and a node with none is a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from ipaddress import IPv4Address, IPv4Network, IPv6Network
 from itertools import compress, count, islice
 from operator import is_not
@@ -24,6 +24,7 @@ from kilo_etcd.model import Granularity, InternalIPs, IPAddress, IPNetwork, Node
 from kilo_etcd.topology.claims import Claim, Owner, Settlement, network_key, settle
 from kilo_etcd.topology.election import Election, elect
 from kilo_etcd.topology.hostplan import Problem
+from kilo_etcd.topology.internal import Internals, Links, carried, endpoints_of, public_endpoints, share_no_site, stated
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -61,6 +62,29 @@ class Segment:
     """All networks behind the leader, without the mesh addresses."""
     allowed: tuple[IPNetwork, ...]
     """The allowed IPs of the leader as others' WireGuard peer: mesh addresses and networks."""
+    addresses: Mapping[str, tuple[IPNetwork, ...]] = field(factory=dict, eq=False, repr=False)
+    """Member -> its mesh addresses, as host routes."""
+    carried: Mapping[str, tuple[IPNetwork, ...]] = field(factory=dict, eq=False, repr=False)
+    """Member -> its internal IPs that packets can travel to by way of the leader, as host routes."""
+    internal: tuple[IPNetwork, ...] = ()
+    """Of these, those that the mesh routes, as host routes. Not to segments whose `underlay` holds them (`routed_at`).
+    """
+    routed: Mapping[str, tuple[IPNetwork, ...]] = field(factory=dict, eq=False, repr=False)
+    """`internal` by member."""
+    reach: tuple[IPNetwork, ...] = field(default=(), eq=False, repr=False)
+    """`allowed` and `internal` together."""
+    links: Links = field(factory=Links, eq=False, repr=False)
+    """What the members reach over their own links."""
+
+    @property
+    def underlay(self) -> tuple[IPNetwork, ...]:
+        """What the members reach over their own links: no address within is routed to this segment."""
+        return self.links.networks
+
+    @property
+    def internal_families(self) -> set[int]:
+        """The families of `internal`, which is sorted by them."""
+        return {network.version for network in (*self.internal[:1], *self.internal[-1:])}
 
     @property
     def next_in_line(self) -> str | None:
@@ -83,6 +107,9 @@ class Topology:
     """`identity` of the topology that this one was computed from."""
     changed: frozenset[str] = field(default=frozenset(), eq=False, repr=False)
     """Keys of the segments that differ from those of `base`."""
+    internals: Internals = field(factory=Internals, eq=False, repr=False)
+    internal_families: frozenset[int] = frozenset()
+    """The families of the internal IPs that are routed."""
     unaware: frozenset[str] = frozenset()
     """The nodes whose agents do not know the setting internal-ips: as long as there are any it is not in force, since
     they would drop what others send them by it."""
@@ -114,16 +141,6 @@ def host_network(address: IPAddress) -> IPNetwork:
     if isinstance(address, IPv4Address):
         return IPv4Network((int(address), 32))
     return IPv6Network((int(address), 128))
-
-
-def same_site(one: Node, other: Node) -> bool:
-    """Whether two nodes reach each other over their location's own network: one label, one family in common."""
-    return one.location == other.location and common_family(one, other) is not None
-
-
-def common_family(one: Node, other: Node) -> int | None:
-    """The family in which both have an internal IP; 4 where both will do."""
-    return next((v for v in (4, 6) if one.internal_ip(v) is not None and other.internal_ip(v) is not None), None)
 
 
 def segment_key(node: Node, snapshot: Snapshot) -> str:
@@ -190,15 +207,14 @@ _FEW = 12
 
 def build_topology(snapshot: Snapshot, previous: Topology | None = None) -> Topology:
     """The topology of `snapshot`; equal with and without `previous`, which only saves work."""
-    if previous is None or (previous.snapshot.granularity, previous.snapshot.subnets) != (
-        snapshot.granularity,
-        snapshot.subnets,
-    ):
-        nothing = Snapshot(revision=0, granularity=snapshot.granularity, subnets=snapshot.subnets)
-        previous = Topology(snapshot=nothing, segments={}, peers={}, settlement=Settlement(snapshot.subnets))
+    if previous is None or _settings(previous.snapshot) != _settings(snapshot):
+        previous = _nothing(snapshot)
     before = previous.snapshot
     changed = changes(before.nodes, snapshot.nodes)
     unaware = _unaware(previous.unaware, changed, snapshot)
+    if bool(unaware) != bool(previous.unaware) and snapshot.internal_ips is not InternalIPs.OFF and before.nodes:
+        # Another mode is in force.
+        return build_topology(snapshot)
 
     members: dict[str, dict[str, Node]] = {}
     for name in changed:
@@ -241,25 +257,143 @@ def build_topology(snapshot: Snapshot, previous: Topology | None = None) -> Topo
 
     segments = previous.segments.copy()
     really = set()
+    routed = not unaware and snapshot.internal_ips is not InternalIPs.OFF
     for key in sorted(touched):
         old = segments.get(key)
         nodes_of = members.get(key) if key in members else {m.name: m for m in old.members} if old else {}
-        new = _segment(key, nodes_of, snapshot, settlement) if nodes_of else None
+        new = _segment(key, nodes_of, snapshot, settlement, old, routed=routed) if nodes_of else None
         if old != new:
             really.add(key)
             if new is None:
                 del segments[key]
             else:
                 segments[key] = new
+    peers = _peers(snapshot, previous, settlement, refused)
+    internals, families = previous.internals, previous.internal_families
+    if routed:
+        internals = _route_internal_ips(previous, snapshot, changed, settlement, peers, segments, really)
+        families = _internal_families(previous, segments, really)
     return Topology(
         snapshot=snapshot,
         segments=segments,
-        peers=_peers(snapshot, previous, settlement, refused),
+        peers=peers,
+        internals=internals,
+        internal_families=families,
         problems=settlement.problems + clashes,
         settlement=settlement,
         base=previous.identity,
         changed=frozenset(really),
         unaware=unaware,
+    )
+
+
+def _settings(snapshot: Snapshot) -> tuple[object, ...]:
+    """What all depends on: if it changes all is made anew."""
+    return snapshot.granularity, snapshot.subnets, snapshot.internal_ips
+
+
+def _nothing(snapshot: Snapshot) -> Topology:
+    """The topology of no nodes at all, under the same settings."""
+    empty = evolve(snapshot, revision=0, nodes={}, peers={}, candidates={}, leaders={}, verdicts={}, sightings={})
+    return Topology(snapshot=empty, segments={}, peers={}, settlement=Settlement(snapshot.subnets))
+
+
+def _route_internal_ips(
+    previous: Topology,
+    snapshot: Snapshot,
+    changed: list[str],
+    settlement: Settlement,
+    peers: Mapping[str, Peer],
+    segments: dict[str, Segment],
+    really: set[str],
+) -> Internals:
+    """Give each segment the internal IPs that are routed to it, where that may differ from before; what differs is in
+    `segments` and `really` afterwards."""
+    before = previous.snapshot
+    old_nodes = [node for name in changed if (node := before.nodes.get(name)) is not None]
+    new_nodes = [node for name in changed if (node := snapshot.nodes.get(name)) is not None]
+    changed_peers = changes(previous.peers, peers)
+    old_segments = [segment for key in really if (segment := previous.segments.get(key)) is not None]
+    new_segments = [segment for key in really if (segment := segments.get(key)) is not None]
+    internals, suspects = previous.internals.after(
+        old_nodes,
+        new_nodes,
+        _endpoints(old_nodes, [peer for n in changed_peers if (peer := previous.peers.get(n))], old_segments, snapshot),
+        _endpoints(new_nodes, [peer for name in changed_peers if (peer := peers.get(name))], new_segments, snapshot),
+    )
+    if settlement is not previous.settlement:
+        for owner in changes(previous.settlement.granted, settlement.granted):
+            networks = {*previous.settlement(owner)} ^ {*settlement(owner)}
+            suspects.update(internals.within(networks))
+    suspected = {name for address in suspects for name in internals.holders.get(address, ())}
+    affected = {*really, *(segment_key(snapshot.nodes[name], snapshot) for name in suspected)}
+    for key in affected:
+        if (segment := segments.get(key)) is not None:
+            old = previous.segments.get(key)
+            segments[key] = new = _with_internal(segment, old, suspected, internals, settlement)
+            if old is None or new != old:
+                really.add(key)
+            else:
+                segments[key] = old
+                really.discard(key)
+    return internals
+
+
+def _with_internal(
+    segment: Segment, old: Segment | None, suspected: set[str], internals: Internals, settlement: Settlement
+) -> Segment:
+    """The segment with what is routed to it, given its `old` self, and the nodes about whom something has changed."""
+    routed = {}
+    for name, networks in segment.carried.items():
+        if old is not None and name not in suspected and old.carried.get(name) is networks:
+            routed[name] = old.routed[name]
+        else:
+            routed[name] = tuple(
+                network
+                for network in networks
+                if internals.why_not(network.network_address, name, segment.key, settlement) is None
+            )
+    internal = tuple(network for networks in routed.values() for network in networks)
+    if segment.networks:
+        internal = tuple(network for network in internal if network not in segment.networks)
+    internal = _sorted(internal)
+    if old is not None and internal == old.internal:
+        internal = old.internal
+    if old is not None and internal is old.internal and segment.allowed is old.allowed:
+        reach = old.reach
+    else:
+        reach = _sorted((*segment.allowed, *internal)) if internal else segment.allowed
+    return evolve(segment, internal=internal, routed=routed, reach=reach)
+
+
+def _endpoints(
+    nodes: Iterable[Node], peers: Iterable[Peer], segments: Iterable[Segment], snapshot: Snapshot
+) -> Iterator[IPAddress]:
+    for node in nodes:
+        yield from public_endpoints(node)
+    for peer in peers:
+        yield from public_endpoints(peer)
+    for segment in segments:
+        for node in (segment.leader, *(node for node, _ in segment.challengers)):
+            yield from endpoints_of(node, snapshot.granularity)
+
+
+def _internal_families(previous: Topology, segments: Mapping[str, Segment], really: set[str]) -> frozenset[int]:
+    had = previous.internal_families
+    lost = {version for key in really if (old := previous.segments.get(key)) for version in old.internal_families}
+    now = {version for key in really if (new := segments.get(key)) for version in new.internal_families}
+    for version in lost - now:
+        if not any(version in segment.internal_families for segment in segments.values()):
+            had = had - {version}
+    return had if now <= had else had | now
+
+
+def routed_at(address: IPAddress, segment: Segment, there: Segment, granularity: Granularity) -> bool:
+    """Whether an internal IP of a member of `segment` is routed to it from segment `there`."""
+    return (
+        host_network(address) in segment.internal
+        and share_no_site(segment.location, there.location, granularity)
+        and not there.links.hold(address.version, int(address))
     )
 
 
@@ -273,7 +407,16 @@ def _addresses(snapshot: Snapshot, name: str) -> tuple[IPAddress, ...]:
     return () if node is None else node.mesh_addresses
 
 
-def _segment(key: str, members: Mapping[str, Node], snapshot: Snapshot, settlement: Settlement) -> Segment:
+def _segment(
+    key: str,
+    members: Mapping[str, Node],
+    snapshot: Snapshot,
+    settlement: Settlement,
+    old: Segment | None,
+    *,
+    routed: bool,
+) -> Segment:
+    """The segment of these nodes, but for the internal IPs that are routed to it, which depend on other segments."""
     ordered = tuple(members[name] for name in sorted(members))
     location = ordered[0].location
     election = elect(
@@ -285,18 +428,78 @@ def _segment(key: str, members: Mapping[str, Node], snapshot: Snapshot, settleme
     subnets = {node.name: granted for node in ordered if (granted := settlement(("node", node.name)))}
     location_networks = settlement(("location", key))
     networks = _sorted((*location_networks, *(network for granted in subnets.values() for network in granted)))
+    leader = members[election.leader]
+    addresses = _same_as_before(ordered, old, _addresses_of, lambda node: tuple(map(host_network, node.mesh_addresses)))
+    allowed = _sorted((*(network for each in addresses.values() for network in each), *networks))
+    if old is not None and allowed == old.allowed:
+        allowed = old.allowed
     return Segment(
         key=key,
         location=location,
         members=ordered,
-        leader=members[election.leader],
+        leader=leader,
         challengers=_challengers(members, election.leader, snapshot),
         election=election,
         subnets=subnets,
         location_networks=location_networks,
         networks=networks,
-        allowed=_sorted((*(host_network(a) for node in ordered for a in node.mesh_addresses), *networks)),
+        allowed=allowed,
+        addresses=addresses,
+        carried=_carried(ordered, leader, old) if routed else {},
+        reach=allowed,
+        links=_links(ordered, old) if routed else Links(),
     )
+
+
+def _same_as_before(
+    members: tuple[Node, ...],
+    old: Segment | None,
+    known: Callable[[Segment], Mapping[str, tuple[IPNetwork, ...]]],
+    make: Callable[[Node], tuple[IPNetwork, ...]],
+) -> Mapping[str, tuple[IPNetwork, ...]]:
+    """Something of each member, made anew for those alone that `old` has not as they are. To compare the same objects
+    costs next to nothing."""
+    if old is None:
+        return {node.name: make(node) for node in members}
+    before, values = {node.name: node for node in old.members}, known(old)
+    return {node.name: values[node.name] if before.get(node.name) is node else make(node) for node in members}
+
+
+def _addresses_of(segment: Segment) -> Mapping[str, tuple[IPNetwork, ...]]:
+    return segment.addresses
+
+
+def _carried_of(segment: Segment) -> Mapping[str, tuple[IPNetwork, ...]]:
+    return segment.carried
+
+
+def _carried(members: tuple[Node, ...], leader: Node, old: Segment | None) -> Mapping[str, tuple[IPNetwork, ...]]:
+    if old is not None and old.leader is not leader:
+        known = {network.network_address: network for networks in old.carried.values() for network in networks}
+        return {
+            node.name: tuple(known.get(address) or host_network(address) for address in carried(node, leader))
+            for node in members
+        }
+    return _same_as_before(members, old, _carried_of, lambda node: tuple(map(host_network, carried(node, leader))))
+
+
+def _links(members: tuple[Node, ...], old: Segment | None) -> Links:
+    if old is not None and len(members) >= len(old.members):
+        before = {node.name: node for node in old.members}
+        changed = [node for node in members if before.get(node.name) is not node]
+        if (
+            len(members) - len(changed) >= len(old.members) - len(changed)
+            and all(
+                stated(node) == stated(before[node.name])
+                if node.name in before
+                else stated(node) <= {*old.links.networks}
+                for node in changed
+            )
+            and before.keys() <= {node.name for node in members}
+        ):
+            return old.links
+    found = Links.of(members)
+    return old.links if old is not None and old.links.networks == found.networks else found
 
 
 def _challengers(

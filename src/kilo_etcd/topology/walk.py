@@ -117,6 +117,10 @@ class _Walker:
     def __init__(self, plans: Mapping[str, HostPlan], topology: Topology, destination: IPAddress) -> None:
         self.plans, self.topology, self.destination = plans, topology, destination
         self.names = {node.public_key: name for name, node in topology.snapshot.nodes.items()}
+        self.internal = any(
+            destination == ip.ip for node in topology.snapshot.nodes.values() for ip in node.internal_ips
+        )
+        """Whether a node has the destination on its own links."""
 
     def walk(self, start: str, sender: IPAddress | None) -> Path:
         path = Path(source=sender, destination=self.destination)
@@ -129,7 +133,18 @@ class _Walker:
                 return evolve(path, dropped=f"{at} does not forward IPv{self.destination.version}")
             if (why := refusal(plan, self.destination)) is not None:
                 return evolve(path, dropped=why)
-            route = longest_match(plan.routes.items(), self.destination)
+            route = self._route(at, plan, self.destination)
+            if route is None and self.internal:
+                step = self._on_link(at)
+                if isinstance(step, str):
+                    return evolve(path, dropped=step)
+                own = self.topology.snapshot.nodes[at].internal_ip(self.destination.version)
+                source = path.source or (None if own is None else own.ip)
+                path, at = evolve(path, source=source, hops=(*path.hops, step)), step.target
+                if at in seen:
+                    return evolve(path, dropped=f"{at} has seen it before: a loop")
+                seen.add(at)
+                continue
             if route is None:
                 return evolve(path, dropped=f"{at} has no route to {self.destination}")
             if path.source is None:
@@ -148,10 +163,27 @@ class _Walker:
             seen.add(at)
         return path
 
+    def _route(self, at: str, plan: HostPlan, address: IPAddress) -> RoutePlan | None:
+        """The route that the host's kernel takes; None: none of the plan's, but one over its own links or none."""
+        node = self.topology.snapshot.nodes[at]
+        links = (*(ip.network for ip in node.internal_ips), *(node.underlay or ()))
+        planned: list[tuple[IPNetwork, RoutePlan | None]] = list(plan.routes.items())
+        if self.internal or address != self.destination:
+            planned += [(network, None) for network in links if network not in plan.routes]
+        return longest_match(planned, address)
+
+    def _on_link(self, at: str) -> Hop | str:
+        """Where a packet ends that leaves over the location's own network."""
+        own = self.topology.snapshot.nodes[at]
+        target = self._with_internal_ip(own, self.destination)
+        if target is None:
+            return f"{at} sends it over its own links, where no node has {self.destination}"
+        return Hop(source=at, target=target.name, medium=Via.UNDERLAY)
+
     def _is_home(self, name: str) -> bool:
         """Whether the packet is for the node, or for a network behind it that is no node's."""
         node = self.topology.snapshot.nodes[name]
-        if self.destination in node.mesh_addresses:
+        if self.destination in node.mesh_addresses or any(self.destination == ip.ip for ip in node.internal_ips):
             return True
         segment = self.topology.segment_of(name)
         behind = segment.subnets.get(name, ())
@@ -175,6 +207,10 @@ class _Walker:
             return f"{target} has no WireGuard peer {at}"
         if peer.endpoint is None and back.endpoint is None:
             return f"neither of {at} and {target} knows an endpoint of the other"
+        if peer.endpoint is not None and (address := peer.endpoint.address) is not None:
+            route = self._route(at, plan, address)
+            if route is not None and route.way is Via.TUNNEL:
+                return f"{at} routes {address}, the endpoint of {target}, into the tunnel"
         if (why := hopeless(self.topology.snapshot.nodes[at], self.topology.snapshot.nodes[target])) is not None:
             return why
         expected = None if sender is None else self._peer_for(there, sender)

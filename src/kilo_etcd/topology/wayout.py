@@ -17,8 +17,9 @@ from attrs import evolve, frozen
 
 from kilo_etcd.model import DEFAULT_LOCATION, Granularity, IPAddress, IPNetwork, Node, is_public
 from kilo_etcd.topology.claims import network_key
+from kilo_etcd.topology.families import same_site
 from kilo_etcd.topology.hostplan import HostPlan, PeerPlan, Problem, RoutePlan, Via, WayOut
-from kilo_etcd.topology.segments import Topology, host_network, same_site
+from kilo_etcd.topology.segments import Topology, host_network
 from kilo_etcd.topology.ways import bonded, hop
 
 ANYWHERE: tuple[IPNetwork, ...] = (ip_network("0.0.0.0/0"), ip_network("::/0"))
@@ -68,8 +69,9 @@ def unusable(topology: Topology, name: str) -> str | None:
 
 def inside(topology: Topology, name: str) -> tuple[IPNetwork, ...]:
     """The networks near gateway `name` that answer the mesh's own addresses."""
-    near = (network for networks in topology.segment_of(name).subnets.values() for network in networks)
-    return tuple(sorted({*topology.snapshot.subnets, *near}, key=network_key))
+    segment = topology.segment_of(name)
+    near = (network for networks in segment.subnets.values() for network in networks)
+    return tuple(sorted({*topology.snapshot.subnets, *near, *segment.internal}, key=network_key))
 
 
 def by_gateway(peer: PeerPlan) -> PeerPlan:

@@ -1,0 +1,202 @@
+"""Which internal IPs the mesh routes: those that cannot be mistaken for anything else, anywhere (decision 0029).
+
+An internal IP of a node is routed to the node's segment if
+
+* its segment can carry it: packets to and from it travel between the node and its leader (`carried`),
+* no other node holds it, nobody was granted a network that it is in, and it is not an address of the mesh,
+* no tunnel between segments has its far end there: WireGuard's own packets would go into the tunnel (`endpoints_of`),
+* and, at the segment that would send there, nothing that a host reaches over its own links is meant by it (`Links`).
+
+The first three are the same for the whole mesh and are what `Segment.internal` holds; the last differs from segment to
+segment. All of it is a function of the snapshot. An index over all nodes saves the work for what has not changed.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right, insort
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from ipaddress import IPv4Network, IPv6Network, collapse_addresses
+
+from attrs import field, frozen
+
+from kilo_etcd.model import DEFAULT_LOCATION, Granularity, IPAddress, IPNetwork, Node, Peer
+from kilo_etcd.topology.claims import Settlement, each_hosts_own
+from kilo_etcd.topology.ways import bonded, hop
+
+
+def carried(own: Node, leader: Node) -> tuple[IPAddress, ...]:
+    """The internal IPs at which others can reach node `own`, whose segment `leader` leads."""
+    if own.name == leader.name:
+        return tuple(ip.ip for ip in own.internal_ips)
+    if bonded(own, leader):
+        # It is the WireGuard endpoint inside the location, and what the leader sends there must not go in clear.
+        return ()
+    found = []
+    for ip in own.internal_ips:
+        way = None if leader.internal_ip(ip.version) is None else hop(own, leader, ip.version)
+        if way is not None and not way.trouble:
+            found.append(ip.ip)
+    return tuple(found)
+
+
+def endpoints_of(node: Node, granularity: Granularity) -> Iterator[IPAddress]:
+    """Where other segments may reach the WireGuard of a node that leads or is about to.
+
+    A node that is seen behind its NAT is reached there, and not at the private endpoint that it states.
+    """
+    for endpoint in node.endpoints:
+        address = endpoint.address
+        if address is not None and not endpoint.public and not node.seen_in(address.version):
+            yield address
+    hidden = node.endpoint is None or not node.endpoint.public
+    if hidden and granularity is Granularity.FULL and node.location == DEFAULT_LOCATION:
+        # Whoever has no label may share a network with it.
+        yield from (ip.ip for ip in node.internal_ips if not node.seen_in(ip.version))
+
+
+def public_endpoints(subject: Node | Peer) -> Iterator[IPAddress]:
+    """Where others reach a node or an outside peer whatever its role is."""
+    stated = (subject.endpoint,) if isinstance(subject, Peer) else subject.endpoints
+    for endpoint in (*stated, *subject.seen):
+        if endpoint is not None and endpoint.address is not None and (endpoint.public or isinstance(subject, Peer)):
+            yield endpoint.address
+
+
+def share_no_site(location: str, other: str, granularity: Granularity) -> bool:
+    """Whether nodes of two segments, by their locations, may be sent packets for internal IPs through the tunnels: the
+    segments of one location reach each other there over the location's own network."""
+    return location != other or (granularity is Granularity.FULL and location == DEFAULT_LOCATION)
+
+
+def stated(node: Node) -> set[IPNetwork]:
+    """What a node reaches over its own links: the network of an internal IP counts whether it is stated or not."""
+    return {*(node.underlay or ()), *(ip.network for ip in node.internal_ips)}
+
+
+@frozen(eq=False)
+class Links:
+    """The networks that a segment's hosts reach over their own links, to ask whether an address is within."""
+
+    networks: tuple[IPNetwork, ...] = ()
+    """Sorted, none within another."""
+    _starts: Mapping[int, Sequence[int]] = field(factory=dict)
+    _ends: Mapping[int, Sequence[int]] = field(factory=dict)
+
+    @classmethod
+    def of(cls, members: Iterable[Node]) -> Links:
+        """Of all that the members state. The network of an internal IP counts whether it is stated or not."""
+        found: set[IPNetwork] = set()
+        for node in members:
+            found |= stated(node)
+        return cls.made_of(collapsed(found))
+
+    @classmethod
+    def made_of(cls, networks: tuple[IPNetwork, ...]) -> Links:
+        """Of networks that are sorted and disjoint."""
+        starts: dict[int, list[int]] = {4: [], 6: []}
+        ends: dict[int, list[int]] = {4: [], 6: []}
+        for network in networks:
+            starts[network.version].append(int(network.network_address))
+            ends[network.version].append(int(network.broadcast_address))
+        return cls(networks, starts, ends)
+
+    def hold(self, version: int, number: int) -> bool:
+        """Whether an address, as a number, is within."""
+        starts = self._starts.get(version, ())
+        at = bisect_right(starts, number) - 1
+        return at >= 0 and self._ends[version][at] >= number
+
+    def holding(self, address: IPAddress) -> IPNetwork | None:
+        """The network that an address is in."""
+        return next((n for n in self.networks if n.version == address.version and address in n), None)
+
+
+@frozen(eq=False)
+class Internals:
+    """All internal IPs of the mesh, and all addresses that are endpoints in use, how often each."""
+
+    holders: Mapping[IPAddress, tuple[str, ...]] = field(factory=dict)
+    """Internal IP -> the nodes that have it, by name."""
+    endpoints: Mapping[IPAddress, int] = field(factory=dict)
+    sorted: Mapping[int, list[int]] = field(factory=lambda: {4: [], 6: []})
+    """The internal IPs of each family, as sorted numbers, to find those within a network."""
+
+    def after(
+        self,
+        gone: Iterable[Node],
+        come: Iterable[Node],
+        endpoints_gone: Iterable[IPAddress],
+        endpoints_come: Iterable[IPAddress],
+    ) -> tuple[Internals, set[IPAddress]]:
+        """The index after a change, and the addresses that may be judged otherwise now."""
+        moved: dict[IPAddress, set[str]] = {}
+        for node in gone:
+            for ip in node.internal_ips:
+                moved.setdefault(ip.ip, set(self.holders.get(ip.ip, ()))).discard(node.name)
+        for node in come:
+            for ip in node.internal_ips:
+                moved.setdefault(ip.ip, set(self.holders.get(ip.ip, ()))).add(node.name)
+        moved = {address: names for address, names in moved.items() if names != set(self.holders.get(address, ()))}
+        balance = Counter(endpoints_come)
+        balance.subtract(Counter(endpoints_gone))
+        shifted = {address: more for address, more in balance.items() if more}
+        if not moved and not shifted:
+            return self, set()
+        holders, ordered = self.holders, self.sorted
+        if moved:
+            holders = dict(holders)
+            ordered = {version: list(numbers) for version, numbers in ordered.items()}
+            for address, names in moved.items():
+                if not names:
+                    del holders[address]
+                    numbers = ordered[address.version]
+                    del numbers[bisect_left(numbers, int(address))]
+                else:
+                    if address not in holders:
+                        insort(ordered[address.version], int(address))
+                    holders[address] = tuple(sorted(names))
+        counts = self.endpoints
+        if shifted:
+            counts = dict(counts)
+            for address, more in shifted.items():
+                left = counts.get(address, 0) + more
+                if left:
+                    counts[address] = left
+                else:
+                    del counts[address]
+        return Internals(holders, counts, ordered), {*moved, *shifted}
+
+    def within(self, networks: Iterable[IPNetwork]) -> Iterator[IPAddress]:
+        """The internal IPs within some networks."""
+        for network in networks:
+            numbers = self.sorted[network.version]
+            first = bisect_left(numbers, int(network.network_address))
+            for number in numbers[first : bisect_right(numbers, int(network.broadcast_address), first)]:
+                yield network.network_address + (number - int(network.network_address))
+
+    def why_not(self, address: IPAddress, node: str, segment: str, settlement: Settlement) -> str | None:
+        """Why an internal IP of `node` is routed to nobody, as a clause with its remedy; None: it may be."""
+        if len(holders := self.holders[address]) > 1:
+            return f"{' and '.join(holders)} have it; {REMEDY}"
+        if address in self.endpoints:
+            return "it is the address at which other segments reach a WireGuard device"
+        if each_hosts_own(address):
+            return f"it is each host's own (loopback, link-local, multicast); {REMEDY}"
+        if any(subnet.version == address.version and address in subnet for subnet in settlement.mesh):
+            return f"it is within the mesh's subnet; {REMEDY}"
+        granted = settlement.granted_at(address)
+        if granted is not None and granted.owner not in (("node", node), ("location", segment)):
+            return f"it is within {granted.network} of {granted.by}; take it out of that, or {REMEDY}"
+        return None
+
+
+def collapsed(networks: Iterable[IPNetwork]) -> tuple[IPNetwork, ...]:
+    """The same addresses in as few networks as can be, sorted."""
+    every = set(networks)
+    four = [network for network in every if isinstance(network, IPv4Network)]
+    six = [network for network in every if isinstance(network, IPv6Network)]
+    return (*collapse_addresses(four), *collapse_addresses(six))
+
+
+REMEDY = "name another address of the host with kgctl annotate NODE force-internal-ip=..."
