@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from attrs import evolve
-from topology_worlds import node, snapshot
+from ipaddress import ip_address, ip_network
+from typing import Any
 
-from kilo_etcd.model import InternalIPs
-from kilo_etcd.topology import build_topology
+from attrs import evolve
+from topology_worlds import MESH, MESH6, node, peer, snapshot
+
+from kilo_etcd.model import Encapsulate, Endpoint, Granularity, InternalIPs, Node, Snapshot
+from kilo_etcd.topology import Topology, Via, build_topology, host_plan, peer_plan
+from kilo_etcd.topology.segments import routed_at
 
 
 def test_the_setting_is_in_force_when_every_node_knows_it() -> None:
@@ -23,3 +27,193 @@ def test_the_setting_is_in_force_when_every_node_knows_it() -> None:
     forgotten = evolve(world, nodes={"b": new})
     assert build_topology(forgotten, third) == build_topology(forgotten)
     assert build_topology(forgotten, third).internal_ips is InternalIPs.ROUTED
+
+
+def here(name: str, number: int, location: str, internal: str | tuple[str, ...] = (), **rest: Any) -> Node:
+    """A node whose agent knows the setting."""
+    links = rest.pop("links", "")
+    return node(name, number, location, internal, underlay=tuple(map(ip_network, links.split())), **rest)
+
+
+A1 = here("a1", 1, "a", "10.1.0.1/24", endpoint="203.0.113.1")
+A2 = here("a2", 2, "a", "10.1.0.2/24")
+B1 = here("b1", 3, "b", "10.2.0.1/24", endpoint="203.0.113.3")
+B2 = here("b2", 4, "b", "10.2.0.2/24")
+SITES = (A1, A2, B1, B2)
+
+
+def routed(*nodes: Node, **rest: Any) -> Topology:
+    return build_topology(snapshot(nodes, internal_ips=InternalIPs.ROUTED, **rest))
+
+
+def world_of(topology: Topology) -> Snapshot:
+    return topology.snapshot
+
+
+def routes(topology: Topology, name: str) -> dict[str, tuple[str, str, str]]:
+    """Internal IP -> way, next hop and source of the host's route to it."""
+    every = {ip.ip for other in topology.snapshot.nodes.values() for ip in other.internal_ips}
+    return {
+        str(network.network_address): (str(route.way), str(route.gateway or ""), str(route.source))
+        for network, route in host_plan(topology, name).routes.items()
+        if network.num_addresses == 1 and network.network_address in every
+    }
+
+
+def allowed(topology: Topology, name: str, other: str) -> set[str]:
+    (found,) = (one for one in host_plan(topology, name).peers.values() if one.name == other)
+    return {str(network) for network in found.allowed_ips}
+
+
+def test_leaders_and_members_route_the_internal_ips_of_other_segments_from_their_own() -> None:
+    topology = routed(*SITES)
+    assert routes(topology, "a1") == {
+        "10.2.0.1": ("tunnel", "", "10.1.0.1"),
+        "10.2.0.2": ("tunnel", "", "10.1.0.1"),
+    }
+    assert routes(topology, "a2") == {
+        "10.2.0.1": ("underlay", "10.1.0.1", "10.1.0.2"),
+        "10.2.0.2": ("underlay", "10.1.0.1", "10.1.0.2"),
+    }
+    assert {"10.2.0.1/32", "10.2.0.2/32", "10.4.0.3/32"} <= allowed(topology, "a1", "b1")
+    assert topology.unrouted == ()
+
+
+def test_off_routes_none() -> None:
+    topology = build_topology(snapshot(SITES))
+    assert routes(topology, "a1") == {}
+    assert topology.unrouted == ()
+
+
+def test_an_address_that_two_have_is_routed_to_neither() -> None:
+    # No network in common: forced addresses are on no link.
+    twin = evolve(B2, internal_ips=A2.internal_ips)
+    other = here("c1", 5, "c", "10.3.0.1/24", endpoint="203.0.113.5")
+    topology = routed(A1, A2, B1, twin, other)
+    assert "10.1.0.2" not in routes(topology, "c1")
+    assert "10.1.0.1" in routes(topology, "c1")
+    (entry,) = topology.unrouted
+    assert (str(entry.network), entry.segments) == ("10.1.0.0/24", ("a", "b"))
+    assert "hosts of a, b have networks with these addresses of their own" in str(entry)
+    assert "force-internal-ip" in entry.remedy
+
+
+def test_nothing_is_routed_where_hosts_reach_it_over_their_own_links() -> None:
+    docker = evolve(A2, underlay=(ip_network("10.2.0.0/28"),))
+    topology = routed(A1, docker, B1, B2)
+    assert routes(topology, "a1") == {}
+    assert allowed(topology, "a1", "b1") == {"10.4.0.3/32", "10.4.0.4/32"}
+    # Answers must find back: the other side sends to this side's internal IPs all the same, from its mesh address.
+    assert routes(topology, "b2") == {
+        "10.1.0.1": ("underlay", "10.2.0.1", "10.4.0.4"),
+        "10.1.0.2": ("underlay", "10.2.0.1", "10.4.0.4"),
+    }
+    (entry,) = topology.unrouted
+    assert str(entry.network) == "10.2.0.0/28"
+    assert "hosts of a reach these addresses over their own links" in entry.reason
+
+
+def test_an_endpoint_in_use_is_left_out() -> None:
+    topology = routed(A1, A2, evolve(B1, endpoint=Endpoint.parse("10.2.0.1:51820")), B2)
+    assert routes(topology, "a1").keys() == {"10.2.0.2"}
+    assert [entry.reason for entry in topology.unrouted] == ["other segments reach a WireGuard device there"]
+    # As that of an outside peer, and no more when another leads.
+    calling = peer("p", "10.99.0.1/32", endpoint=Endpoint.parse("10.2.0.2:51820"))
+    assert routes(routed(*SITES, peers=[calling]), "a1").keys() == {"10.2.0.1"}
+    other = routed(A1, A2, evolve(B1, endpoint=Endpoint.parse("10.2.0.1:51820")), evolve(B2, leader_wanted=True))
+    assert "10.2.0.1" in routes(other, "a1")
+
+
+def test_a_private_endpoint_behind_nat_is_not_in_use_where_the_node_is_seen() -> None:
+    behind = evolve(
+        B1,
+        endpoint=Endpoint.parse("10.2.0.1:51820"),
+        seen=(Endpoint.parse("198.51.100.9:1024"),),
+        persistent_keepalive=25,
+    )
+    topology = routed(A1, A2, behind)
+    assert routes(topology, "a1") == {"10.2.0.1": ("tunnel", "", "10.1.0.1")}
+
+
+def test_what_is_granted_to_another_or_within_the_mesh_is_left_out() -> None:
+    offering = evolve(A2, subnets=(ip_network("10.2.0.2/31"),))
+    topology = routed(A1, offering, B1, B2, peers=[peer("p", "10.2.0.0/31")])
+    assert routes(topology, "a1").keys() == set()
+    reasons = " ".join(map(str, topology.unrouted))
+    assert "10.2.0.2 is not routed: it is within 10.2.0.2/31 of node a2" in reasons
+    assert "10.2.0.1 is not routed: it is within 10.2.0.0/31 of peer p" in reasons
+    inside = evolve(B2, internal_ips=here("x", 9, "b", "10.4.200.1/24").internal_ips)
+    assert "it is within the mesh's subnet" in " ".join(map(str, routed(A1, A2, B1, inside).unrouted))
+
+
+def test_a_member_that_speaks_wireguard_with_its_leader_is_reached_at_its_mesh_address() -> None:
+    sealed = evolve(B2, encapsulate=Encapsulate.WIREGUARD)
+    topology = routed(A1, A2, B1, sealed)
+    assert routes(topology, "a1") == {"10.2.0.1": ("tunnel", "", "10.1.0.1")}
+    assert routes(topology, "b2") == {
+        "10.1.0.1": ("tunnel", "", "10.4.0.4"),
+        "10.1.0.2": ("tunnel", "", "10.4.0.4"),
+    }
+    assert {"10.1.0.1/32", "10.1.0.2/32"} <= allowed(topology, "b2", "b1")
+
+
+def test_ipv6_travels_in_a_mesh_of_ipv4_and_is_no_new_problem() -> None:
+    both = [
+        here("a1", 1, "a", ("10.1.0.1/24", "fd00:a1::1/64"), endpoint="203.0.113.1"),
+        here("a2", 2, "a", ("10.1.0.2/24", "fd00:a1::2/64")),
+        here("b1", 3, "b", ("10.2.0.1/24", "fd00:b1::1/64"), endpoint="203.0.113.3"),
+        here("b2", 4, "b", "10.2.0.2/24"),
+        here("b3", 5, "b", ("10.2.0.3/24", "fd00:b1::3/64")),
+    ]
+    topology = routed(*both)
+    assert routes(topology, "a2")["fd00:b1::3"] == ("underlay", "fd00:a1::1", "fd00:a1::2")
+    assert "fd00:a1::1" not in routes(topology, "b2")
+    assert host_plan(topology, "a1").forwarding == {4, 6}
+    assert all(host_plan(topology, one.name).problems == () for one in both)
+
+
+def test_nodes_of_one_location_are_not_sent_into_tunnels_for_each_other() -> None:
+    for granularity in (Granularity.FULL, Granularity.CROSS):
+        topology = routed(*SITES, granularity=granularity)
+        assert routes(topology, "a2").keys() == {"10.2.0.1", "10.2.0.2"}
+        segments = topology.segments
+        assert not routed_at(ip_address("10.1.0.1"), segments["node:a1"], segments["node:a2"], granularity)
+
+
+def test_outside_peers_are_allowed_internal_ips_but_those_on_their_own_links() -> None:
+    topology = routed(*SITES, peers=[peer("laptop", "10.99.0.1/32")])
+    plan = peer_plan(topology, "laptop", links=[ip_network("10.2.0.0/24")])
+    assert plan.routes[ip_network("10.1.0.2/32")].way is Via.TUNNEL
+    assert ip_network("10.2.0.2/32") not in plan.routes
+    every = {network for one in plan.peers.values() for network in one.allowed_ips}
+    assert ip_network("10.1.0.1/32") in every
+    assert ip_network("10.2.0.1/32") not in every
+
+
+def test_a_host_that_moves_is_relabelled_or_leaves_takes_its_routes_along() -> None:
+    topology = routed(*SITES)
+    plan = host_plan(topology, "a1")
+    world = world_of(topology)
+    steps: list[tuple[Node | None, set[str]]] = [
+        (evolve(B2, internal_ips=here("x", 9, "b", "10.2.0.77/24").internal_ips), {"10.2.0.1", "10.2.0.77"}),
+        (evolve(B2, location="a", internal_ips=here("x", 9, "a", "10.1.0.3/24").internal_ips), {"10.2.0.1"}),
+        (evolve(B2, underlay=None), set()),
+        (B2, {"10.2.0.1", "10.2.0.2"}),
+        (None, {"10.2.0.1"}),
+    ]
+    for moved, expected in steps:
+        nodes = {name: one for name, one in world.nodes.items() if name != "b2"}
+        world = evolve(world, revision=world.revision + 1, nodes=nodes if moved is None else {**nodes, "b2": moved})
+        topology = build_topology(world, topology)
+        assert topology == build_topology(world)
+        plan = host_plan(topology, "a1", plan)
+        assert plan == host_plan(build_topology(world), "a1")
+        assert {
+            str(n.network_address) for n in plan.routes if n.prefixlen == 32 and n.network_address not in MESH
+        } == expected
+
+
+def test_the_exit_node_knows_that_members_answer() -> None:
+    exit_node = evolve(A1, gateway=True)
+    topology = routed(exit_node, A2, B1, subnets=(MESH, MESH6))
+    assert ip_network("10.1.0.2/32") in host_plan(topology, "a1").inside

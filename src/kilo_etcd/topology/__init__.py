@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from kilo_etcd.topology.peerplan import peer_plan
     from kilo_etcd.topology.plan import host_plan
     from kilo_etcd.topology.segments import Segment, Topology, UnknownNode, build_topology
+    from kilo_etcd.topology.unrouted import Unrouted
     from kilo_etcd.topology.walk import Hop, Path, walk_both
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "Segment",
     "Topology",
     "UnknownNode",
+    "Unrouted",
     "Via",
     "WayOut",
     "build_topology",
@@ -61,6 +63,7 @@ _PARTS = {
     "peerplan": ("peer_plan",),
     "plan": ("host_plan",),
     "segments": ("Segment", "Topology", "UnknownNode", "build_topology"),
+    "unrouted": ("Unrouted",),
     "walk": ("Hop", "Path", "walk_both"),
 }
 

@@ -176,18 +176,23 @@ class Internals:
                 yield network.network_address + (number - int(network.network_address))
 
     def why_not(self, address: IPAddress, node: str, segment: str, settlement: Settlement) -> str | None:
-        """Why an internal IP of `node` is routed to nobody, as a clause with its remedy; None: it may be."""
+        """Why an internal IP of `node` is routed to nobody, as a clause with its remedy; None: it may be routed."""
+        found = self.obstacle(address, node, segment, settlement)
+        return None if found is None else "; ".join(found)
+
+    def obstacle(self, address: IPAddress, node: str, segment: str, settlement: Settlement) -> tuple[str, str] | None:
+        """The same as a pair: the reason and the remedy."""
         if len(holders := self.holders[address]) > 1:
-            return f"{' and '.join(holders)} have it; {REMEDY}"
+            return f"{' and '.join(holders)} have it", REMEDY
         if address in self.endpoints:
-            return "it is the address at which other segments reach a WireGuard device"
+            return "other segments reach a WireGuard device there", "the mesh address works"
         if each_hosts_own(address):
-            return f"it is each host's own (loopback, link-local, multicast); {REMEDY}"
+            return "it is each host's own (loopback, link-local, multicast)", REMEDY
         if any(subnet.version == address.version and address in subnet for subnet in settlement.mesh):
-            return f"it is within the mesh's subnet; {REMEDY}"
+            return "it is within the mesh's subnet", REMEDY
         granted = settlement.granted_at(address)
         if granted is not None and granted.owner not in (("node", node), ("location", segment)):
-            return f"it is within {granted.network} of {granted.by}; take it out of that, or {REMEDY}"
+            return f"it is within {granted.network} of {granted.by}", f"take it out of that, or {REMEDY}"
         return None
 
 
@@ -199,4 +204,4 @@ def collapsed(networks: Iterable[IPNetwork]) -> tuple[IPNetwork, ...]:
     return (*collapse_addresses(four), *collapse_addresses(six))
 
 
-REMEDY = "name another address of the host with kgctl annotate NODE force-internal-ip=..."
+REMEDY = "name other addresses of the hosts with kgctl annotate NODE force-internal-ip=..."

@@ -25,6 +25,7 @@ from kilo_etcd.topology.claims import Claim, Owner, Settlement, network_key, set
 from kilo_etcd.topology.election import Election, elect
 from kilo_etcd.topology.hostplan import Problem
 from kilo_etcd.topology.internal import Internals, Links, carried, endpoints_of, public_endpoints, share_no_site, stated
+from kilo_etcd.topology.unrouted import Unrouted, unrouted
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -130,6 +131,11 @@ class Topology:
     def families(self) -> frozenset[int]:
         """The families (4, 6) in which packets travel."""
         return self.settlement.versions.union(subnet.version for subnet in self.snapshot.subnets)
+
+    @property
+    def unrouted(self) -> tuple[Unrouted, ...]:
+        """The internal IPs that are routed to nobody or not everywhere, and why. Looked up each time, for people."""
+        return unrouted(self)
 
     def __repr__(self) -> str:
         snapshot = self.snapshot
@@ -351,7 +357,7 @@ def _with_internal(
             routed[name] = tuple(
                 network
                 for network in networks
-                if internals.why_not(network.network_address, name, segment.key, settlement) is None
+                if internals.obstacle(network.network_address, name, segment.key, settlement) is None
             )
     internal = tuple(network for networks in routed.values() for network in networks)
     if segment.networks:

@@ -1,0 +1,147 @@
+"""Which internal IPs are routed to nobody, or not everywhere, and what helps: for people (`Topology.unrouted`).
+
+One entry for each address, and one for each network that means hosts of one segment and something else on the links of
+another, however many addresses are in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from attrs import field, frozen
+
+from kilo_etcd.model import Granularity, InternalIPs, IPNetwork, Node
+from kilo_etcd.topology.internal import REMEDY, share_no_site
+from kilo_etcd.topology.ways import bonded
+
+if TYPE_CHECKING:
+    from kilo_etcd.topology.segments import Segment, Topology
+
+MOST_NAMED = 5
+
+
+@frozen(kw_only=True)
+class Unrouted:
+    """An internal IP, or a network of internal IPs, that is not routed."""
+
+    network: IPNetwork
+    """A host route for one address."""
+    segments: tuple[str, ...]
+    """The segments concerned: their locations, or the one node that each consists of."""
+    reason: str
+    remedy: str
+
+    def __str__(self) -> str:
+        what = str(self.network.network_address) if self.network.num_addresses == 1 else str(self.network)
+        return f"{what} is not routed: {self.reason}; {self.remedy}"
+
+
+def unrouted(topology: Topology) -> tuple[Unrouted, ...]:
+    """All of it, by address; nothing if internal IPs are not routed at all."""
+    if topology.internal_ips is InternalIPs.OFF:
+        return ()
+    shared = list(_shared(topology))
+    found = {entry.network: entry for entry in shared}
+    for segment in topology.segments.values():
+        for node in segment.members:
+            for entry in _addresses(topology, segment, node):
+                if not any(_covers(other.network, entry.network) for other in shared):
+                    found.setdefault(entry.network, entry)
+    return tuple(found[network] for network in sorted(found, key=lambda n: (n.version, n)))
+
+
+def _covers(network: IPNetwork, other: IPNetwork) -> bool:
+    return network.version == other.version and other.network_address in network
+
+
+def named(segment: Segment) -> str:
+    """What people call a segment."""
+    if len(segment.members) == 1 and segment.key.startswith("node:"):
+        return segment.leader.name
+    return segment.location or "the default location"
+
+
+def _addresses(topology: Topology, segment: Segment, node: Node) -> Iterable[Unrouted]:
+    """The internal IPs of one node that are routed to nobody."""
+    routed, carried = segment.routed.get(node.name, ()), segment.carried.get(node.name, ())
+    for ip in node.internal_ips:
+        host = next((network for network in carried if network.network_address == ip.ip), None)
+        if host is None:
+            yield Unrouted(
+                network=_host(ip.network, ip.ip.max_prefixlen, int(ip.ip)),
+                segments=(named(segment),),
+                reason=_not_carried(node, segment.leader),
+                remedy="the mesh address works",
+            )
+        elif host not in routed and host not in segment.networks:
+            why = topology.internals.obstacle(ip.ip, node.name, segment.key, topology.settlement)
+            if why is not None:
+                holders = topology.internals.holders.get(ip.ip, (node.name,))
+                concerned = {named(topology.segment_of(name)) for name in holders}
+                yield Unrouted(network=host, segments=tuple(sorted(concerned)), reason=why[0], remedy=why[1])
+
+
+def _host(near: IPNetwork, length: int, number: int) -> IPNetwork:
+    return type(near)((number, length))
+
+
+def _not_carried(node: Node, leader: Node) -> str:
+    if bonded(node, leader):
+        return f"{node.name} and its leader {leader.name} reach each other by WireGuard there (encapsulate wireguard)"
+    return f"{node.name} and its leader {leader.name} do not reach each other in that family"
+
+
+@frozen(eq=False)
+class _Link:
+    """A network that hosts of some segments reach over their own links."""
+
+    network: IPNetwork
+    segments: list[Segment] = field(factory=list)
+    locations: set[str] = field(factory=set)
+
+
+def _shared(topology: Topology) -> Iterable[Unrouted]:
+    links: dict[tuple[int, int], dict[int, _Link]] = {}
+    for segment in topology.segments.values():
+        for network in segment.underlay:
+            of_length = links.setdefault((network.version, network.prefixlen), {})
+            link = of_length.setdefault(int(network.network_address), _Link(network))
+            link.segments.append(segment)
+            link.locations.add(segment.location)
+    hit: dict[IPNetwork, tuple[_Link, dict[str, Segment]]] = {}
+    for segment in topology.segments.values():
+        for host in (network for networks in segment.carried.values() for network in networks):
+            number, bits = int(host.network_address), host.max_prefixlen
+            for (version, length), of_length in links.items():
+                if version != host.version:
+                    continue
+                known = of_length.get(number >> (bits - length) << (bits - length))
+                if known is not None and _elsewhere(known, segment, topology.snapshot.granularity):
+                    hit.setdefault(known.network, (known, {}))[1][segment.key] = segment
+    for network, (link, having) in hit.items():
+        yield _entry(network, link, having)
+
+
+def _elsewhere(link: _Link, segment: Segment, granularity: Granularity) -> bool:
+    """Whether somebody reaches the network over his own links who would have to send there through the tunnel."""
+    # Nodes of one location have their network in common, and so have those without a label in a full mesh as a rule.
+    others = link.locations - {segment.location}
+    return any(share_no_site(segment.location, location, granularity) for location in others)
+
+
+def _entry(network: IPNetwork, link: _Link, having: Mapping[str, Segment]) -> Unrouted:
+    there = {one.key: one for one in link.segments}
+    names = sorted({named(one) for one in (*there.values(), *having.values())})
+    first = ", ".join(names[:MOST_NAMED]) + (f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else "")
+    if having.keys() <= there.keys():
+        reason = f"hosts of {first} have networks with these addresses of their own"
+    else:
+        near = ", ".join(sorted({named(one) for one in there.values()})[:MOST_NAMED])
+        reason = f"hosts of {near} reach these addresses over their own links, so nothing there is routed to {first}"
+    return Unrouted(
+        network=network,
+        segments=tuple(names),
+        reason=reason,
+        remedy=f"give one of them other addresses, or {REMEDY}; the mesh addresses work",
+    )

@@ -1,0 +1,214 @@
+"""Internal IPs that are routed through the tunnels, with real packets: two sites with networks of their own, and two
+homes whose networks have the same numbers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from itertools import permutations
+
+import pytest
+import trio
+
+from helpers import eventually, require
+from helpers_lab import leads
+from kilo_etcd.lab.client import Lab, running_lab
+from kilo_etcd.lab.spec import HostSpec, SiteSpec, Spec
+
+pytestmark = [pytest.mark.lab, pytest.mark.deadline(600)]
+
+WIREGUARD = 51820
+
+SERVER = """
+import socket, sys
+listener = socket.create_server((sys.argv[1], 7000))
+print("listening", flush=True)
+connection, peer = listener.accept()
+print(peer[0], flush=True)
+while data := connection.recv(4096):
+    connection.sendall(data)
+"""
+CLIENT = """
+import socket, sys, time
+connection = socket.create_connection((sys.argv[1], 7000), timeout=30)
+end, count = time.monotonic() + float(sys.argv[2]), 0
+while time.monotonic() < end:
+    connection.sendall(b"%6d" % count)
+    received = b""
+    while len(received) < 6:
+        received += connection.recv(6 - len(received))
+    assert int(received) == count
+    count += 1
+    time.sleep(0.05)
+print(count)
+"""
+
+
+def site(name: str, network: str, *hosts: HostSpec) -> SiteSpec:
+    return SiteSpec(name=name, subnets=(network,), hosts=hosts)
+
+
+def host(name: str, *, public: bool = False, agent: bool = True) -> HostSpec:
+    """At the location that its name begins with."""
+    return HostSpec(name=name, public=public, agent=agent, label=name.partition("-")[0] if agent else None)
+
+
+async def internal_ips(lab: Lab) -> dict[str, str]:
+    return {row.host: row.private[0].partition("/")[0] for row in await lab.status()}
+
+
+async def missing(lab: Lab, addresses: dict[str, str]) -> list[tuple[str, str]]:
+    """The ordered pairs of hosts that do not ping at internal IPs."""
+    found = []
+
+    async def one(here: str, there: str) -> None:
+        if not await lab.ping(here, addresses[there], timeout=1):
+            found.append((here, there))
+
+    async with trio.open_nursery() as nursery:
+        for here, there in permutations(addresses, 2):
+            nursery.start_soon(one, here, there)
+    return sorted(found)
+
+
+async def test_two_sites_reach_each_other_at_their_internal_ips() -> None:
+    require("etcd", "etcdctl", "wireguard-go", "wg", "nft", "ip", "ping")
+    spec = Spec(
+        open=True,
+        sites=(
+            site("gcp", "10.1.0.0/24", host("gcp-1", public=True), host("gcp-2", public=True), host("gcp-3")),
+            site("home", "10.2.0.0/24", host("home-1", public=True), host("home-2", public=True), host("home-3")),
+        ),
+    )
+    async with running_lab(spec) as lab:
+        await lab.all_pairs_ping(30)
+        addresses = await internal_ips(lab)
+
+        async def all_answer() -> bool:
+            return not await missing(lab, addresses)
+
+        await eventually(all_answer, 30, every=0.2, what="30 pairs ping at internal IPs")
+
+        before = {name: (await lab.counters(name))["other"].packets for name in ("gcp", "home")}
+        async with lab.capture("internet", ["site1", "site2"]) as between, lab.capture("home-3", ["eth0"]) as at_home:
+            assert await missing(lab, addresses) == []
+        clear = [flow for flow in between.flows if flow.protocol == "icmp" or flow.source.startswith("10.")]
+        assert clear == []
+        assert any(flow.protocol == "udp" and flow.between(WIREGUARD) for flow in between.flows)
+        assert {name: (await lab.counters(name))["other"].packets for name in before} == before
+        # Each is seen under its internal IP, not under the mesh's or a leader's.
+        seen = {
+            flow.source for flow in at_home.flows if flow.protocol == "icmp" and flow.destination == addresses["home-3"]
+        }
+        assert seen >= {addresses[name] for name in ("gcp-1", "gcp-2", "gcp-3")}
+
+        await check_session(lab, addresses)
+        await check_switch(lab, addresses)
+
+
+async def check_session(lab: Lab, addresses: dict[str, str]) -> None:
+    """A TCP session between members, to an internal IP, outlives the crash of the leaders on both sides."""
+    here, there = "gcp-3", "home-3"
+    results: dict[str, str] = {}
+
+    async def run(name: str, *argv: str) -> None:
+        results[name] = (await lab.exec(name, sys.executable, "-c", *argv, check=True)).stdout
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run, there, SERVER, addresses[there])
+
+        async def listening() -> bool:
+            return ":7000" in (await lab.exec(there, "ss", "-ltn")).stdout
+
+        await eventually(listening, 20, every=0.1, what="the server listens")
+        nursery.start_soon(run, here, CLIENT, addresses[there], "20")
+        await trio.sleep(1)
+        for location in ("gcp", "home"):
+            leader = await leads(lab, f"{location}-1", f"{location}-2", f"{location}-3")
+            assert leader not in (here, there)
+            await lab.power_off(leader)
+            await eventually(
+                lambda: lab.ping(here, addresses[there], timeout=1), 20, every=0.1, what="the next leader forwards"
+            )
+    assert int(results[here]) > 50
+    assert addresses[here] in results[there], "under its internal IP"
+    for name in lab.hosts:
+        if (await lab.host(name)).agent == "off" or (await lab.host(name)).agent_pid is None:
+            await lab.power_on(name)
+
+
+async def check_switch(lab: Lab, addresses: dict[str, str]) -> None:
+    """Off and on again, live: the routes go and come, the mesh stays."""
+    await lab.all_pairs_ping(60)
+    await lab.kgctl("mesh", "set", "internal-ips", "off", "--yes")
+
+    async def routes(name: str) -> set[str]:
+        shown = json.loads((await lab.exec(name, "ip", "-j", "route", check=True)).stdout)
+        return {route["dst"] for route in shown}
+
+    async def none_left() -> bool:
+        return all(not routes_of & set(addresses.values()) for routes_of in [await routes(n) for n in lab.hosts])
+
+    await eventually(none_left, 20, every=0.2, what="no route to an internal IP is left")
+    assert await lab.missing_pings() == []
+    await lab.kgctl("mesh", "set", "internal-ips", "routed", "--yes")
+
+    async def all_answer() -> bool:
+        return not await missing(lab, addresses)
+
+    await eventually(all_answer, 30, every=0.2, what="30 pairs ping at internal IPs again")
+
+
+async def test_networks_with_the_same_numbers_keep_what_is_theirs() -> None:
+    require("etcd", "etcdctl", "wireguard-go", "wg", "nft", "ip", "ping")
+    spec = Spec(
+        open=True,
+        sites=(
+            site(
+                "home", "192.168.1.0/24", host("home-1", public=True), host("home-2"), host("printer", agent=False),
+            ),
+            site(
+                "cabin", "192.168.1.0/24",
+                host("camera", agent=False), host("cabin-2", public=True), host("cabin-3"), host("cabin-4"),
+            ),
+            site("gcp", "10.1.0.0/24", host("gcp-1", public=True), host("gcp-2")),
+        ),
+    )  # fmt: skip
+    nodes = ["home-1", "home-2", "cabin-2", "cabin-3", "cabin-4", "gcp-1", "gcp-2"]
+    async with running_lab(spec) as lab:
+        await lab.all_pairs_ping(30, hosts=nodes)
+        addresses = await internal_ips(lab)
+        assert addresses["home-2"] == addresses["cabin-2"]
+        assert addresses["printer"] == addresses["cabin-3"]
+        assert addresses["camera"] == addresses["home-1"]
+
+        async def routed(name: str) -> set[str]:
+            shown = json.loads((await lab.exec(name, "ip", "-j", "route", check=True)).stdout)
+            return {route["dst"] for route in shown} & set(addresses.values())
+
+        # From elsewhere each can be told apart but the one that two have.
+        mine, theirs = {addresses["gcp-1"], addresses["gcp-2"]}, {addresses[name] for name in ("cabin-3", "cabin-4")}
+        expected = {
+            **dict.fromkeys(("gcp-1", "gcp-2"), theirs | {addresses["home-1"]}),
+            **dict.fromkeys(("home-1", "home-2", "cabin-2", "cabin-3", "cabin-4"), mine),
+        }
+
+        async def as_expected() -> bool:
+            return {name: await routed(name) for name in nodes} == expected
+
+        await eventually(as_expected, 30, every=0.2, what="routes to what cannot be mistaken")
+        neighbours = {
+            "home-1": ("home-2", "printer"),
+            "home-2": ("home-1", "printer"),
+            "cabin-2": ("camera", "cabin-3", "cabin-4"),
+            "cabin-4": ("camera", "cabin-2"),
+        }
+        for name, near in neighbours.items():
+            async with lab.capture(name, ["kilo0"]) as tunnel:
+                for other in near:
+                    assert await lab.ping(name, addresses[other], timeout=2), (name, other)
+            assert not [flow for flow in tunnel.flows if flow.destination in {addresses[other] for other in near}]
+        for here, there in (("gcp-1", "home-1"), ("gcp-2", "cabin-4"), ("cabin-4", "gcp-2"), ("home-2", "gcp-2"),
+                            ("gcp-2", "cabin-3")):  # fmt: skip
+            assert await lab.ping(here, addresses[there], timeout=2), (here, there)
+        assert await lab.missing_pings(*nodes) == []
