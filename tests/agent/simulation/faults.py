@@ -314,6 +314,28 @@ def granularity(world: World, host: SimulatedHost) -> str:
     return value
 
 
+@_fault("internal", 2)
+def internal_ips(world: World, host: SimulatedHost) -> str:
+    value = world.random.choice(("routed", "routed", "off"))
+    world.put(KEYS.internal_ips, value)
+    return value
+
+
+@_fault("internal", 2)
+def moves(world: World, host: SimulatedHost) -> str:
+    """It gets another internal IP, by itself or one that another host has."""
+    number = world.random.choice((0, 50, 51, 52))
+    host.move(number)
+    return str(number)
+
+
+@_fault("internal")
+def other_links(world: World, host: SimulatedHost) -> str:
+    """It stands in more networks, or fewer: perhaps one with the numbers of another site."""
+    host.links = world.random.choice(((), ("192.168.97.0/24",), ("192.168.98.0/30", "172.18.0.0/16")))
+    return ",".join(host.links)
+
+
 @_fault("labels")
 def leader_wanted(world: World, host: SimulatedHost) -> str:
     world.put(KEYS.annotation(host.name, "leader"), "true")
@@ -334,7 +356,7 @@ def nonsense(world: World, host: SimulatedHost) -> str:
 
 @_fault("annotations", 4)
 def annotation(world: World, host: SimulatedHost) -> str:
-    inside, outside = host.place.inside[0].ip, host.place.outside[0].ip
+    inside, outside = host.home.inside[0].ip, host.place.outside[0].ip
     name, values = world.random.choice(
         [
             ("force-endpoint", (f"{inside}:51820", f"{outside}:51820", "nowhere at all")),

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, tzinfo
 from functools import cache
 from hashlib import sha256
+from ipaddress import ip_interface, ip_network
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,7 @@ from kilo_etcd.store import session as store_session
 from kilo_etcd.testing.fake_kernel import FakeHost, FakeKernel
 from kilo_etcd.topology.hostplan import HostPlan
 from simulation.clockwork import Freezer, running
-from simulation.network import Network, Place, place
+from simulation.network import Network, Place, moved, place
 
 if TYPE_CHECKING:
     from simulation.invariants import Watchman
@@ -118,6 +119,9 @@ class SimulatedHost:
         self.network = network
         self.disk = None if disk is None else Disk(disk, run=_at_once, clock=self.now)
         self.options = options
+        self.home = self.place
+        self.links: tuple[str, ...] = ()
+        """Networks that it stands in besides."""
         self.clean_up = False
         """Whether it leaves the mesh when it is stopped."""
         self.agent: SimulatedAgent | None = None
@@ -211,6 +215,11 @@ class SimulatedHost:
         self.machine.observed = type(self.machine.observed)()
         self._watchman.touched(self)
 
+    def move(self, number: int) -> None:
+        """To another address on its LAN, as by DHCP; 0: back to its own."""
+        self.place = self.home if not number else moved(self.home, number)
+        self.network.move(self.name, self.place)
+
     def tamper(self, changes: list[Change]) -> None:
         """Somebody else changes the kernel's state."""
         self.machine.tamper(changes)
@@ -232,7 +241,13 @@ def facts(host: SimulatedHost) -> discover.HostFacts:
     addresses = (*host.place.inside, *host.place.outside)
     return discover.HostFacts(
         hostname=host.name,
-        addresses=tuple(HostAddress(interface="eth0", index=2, address=address) for address in addresses),
+        addresses=(
+            *(HostAddress(interface="eth0", index=2, address=address) for address in addresses),
+            *(
+                HostAddress(interface="docker0", index=3, address=ip_interface(f"{ip_network(link)[1]}/{link[-2:]}"))
+                for link in host.links
+            ),
+        ),
     )
 
 

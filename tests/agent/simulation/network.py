@@ -17,7 +17,7 @@ from contextlib import suppress
 from ipaddress import ip_interface
 
 import trio
-from attrs import define, frozen
+from attrs import define, evolve, frozen
 
 from kilo_etcd.kernel.state import Observed, ipip_name
 from kilo_etcd.model import DEFAULT_INTERFACE, DEFAULT_PORT, Endpoint, IPAddress, IPInterface, Node, Snapshot, is_public
@@ -88,6 +88,12 @@ class Network:
         machine.reach = lambda address: self.answers(name, address)
         machine.shakes = lambda public_key: self.shake(name, public_key)
         return condition
+
+    def move(self, name: str, place: Place) -> None:
+        """A machine has other addresses."""
+        if self._hosts[name].place != place:
+            self._hosts[name].place = place
+            self._state, self._drawn = [], None
 
     # -- packets ------------------------------------------------------------------------------------------------
 
@@ -343,6 +349,12 @@ def _up(observed: Observed) -> bool:
 
 def _has(observed: Observed, address: IPAddress) -> bool:
     return _up(observed) and any(one.ip == address for one in observed.addresses)
+
+
+def moved(home: Place, number: int) -> Place:
+    """The place with another address on the LAN."""
+    inside = [ip_interface(f"{one.network[number]}/{one.network.prefixlen}") for one in home.inside]
+    return evolve(home, inside=tuple(inside))
 
 
 def place(name: str, public_key: str, *, dual: bool) -> Place:

@@ -5,7 +5,8 @@ come to rest. What must hold at each step is `invariants`' business; what must h
 
 * every agent has applied the newest record, and they all see what etcd holds and draw the same of it;
 * every kernel holds what its agent planned, and nothing is left to do;
-* every pair of hosts is connected in both directions, by the plans and by what the kernels really hold;
+* every pair of hosts is connected in both directions, by the plans and by what the kernels really hold, and so it is
+  at internal IPs, from wherever they are routed;
 * what stands in a host's name stands under its lease, and is what its agent has written;
 * whoever shares a location stands for leader, and the leader is on record;
 * from then on nothing is written any more, neither to a kernel nor to etcd.
@@ -14,7 +15,7 @@ come to rest. What must hold at each step is `invariants`' business; what must h
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from ipaddress import ip_network
 from itertools import permutations
 from pathlib import Path
@@ -31,7 +32,8 @@ from kilo_etcd.store import Keys
 from kilo_etcd.store.held import QUIET_SECONDS
 from kilo_etcd.store.view import View
 from kilo_etcd.testing.fake_etcd import Backup, FakeEtcd
-from kilo_etcd.topology import build_topology, host_plan
+from kilo_etcd.topology import HostPlan, Topology, build_topology, host_plan
+from kilo_etcd.topology.segments import host_network
 from kilo_etcd.topology.walk import walk
 from simulation import faults
 from simulation.clockwork import freezable, seeded
@@ -79,13 +81,14 @@ class Shape:
     granularity: str = "location"
     encapsulate: str = "crosssubnet"
     dual: bool = False
+    internal_ips: str = "off"
     disks: bool = False
     forget_after: str = "24h"
     kernel_delays: tuple[float, ...] = (0.0,)
     """Seconds that a kernel takes for changes; one of them for each host."""
 
 
-FAMILIES = tuple(sorted({fault.family for fault in FAULTS} - {"lossy"}))
+FAMILIES = tuple(sorted({fault.family for fault in FAULTS} - {"lossy", "internal"}))
 
 
 def shape_of(seed: int, rng: random.Random) -> Shape:
@@ -101,6 +104,8 @@ def shape_of(seed: int, rng: random.Random) -> Shape:
     families = set(rng.sample(FAMILIES, wanted))
     if seed % 40 == 11:
         families.add("lossy")
+    if seed % 4 == 1:
+        families.add("internal")
     dual = rng.random() < 0.15
     return Shape(
         sites=sites,
@@ -113,6 +118,7 @@ def shape_of(seed: int, rng: random.Random) -> Shape:
         granularity=rng.choice(("location", "location", "location", "full", "cross")),
         encapsulate="wireguard" if dual else rng.choice(("crosssubnet", "crosssubnet", "always", "wireguard")),
         dual=dual,
+        internal_ips="routed" if "internal" in families else "off",
         disks=rng.random() < 0.3,
         forget_after=rng.choice(("24h", "24h", "24h", "30s")),
         kernel_delays=(0.0, 0.0, 0.01, 0.3),
@@ -152,6 +158,7 @@ class World:
             "resync_period": "20s",
             "mesh_granularity": shape.granularity,
             "encapsulate": shape.encapsulate,
+            "internal_ips": shape.internal_ips,
             "forget_after": shape.forget_after,
             "subnet": "10.4.0.0/16,fd00:4::/64" if shape.dual else "10.4.0.0/16",
         }
@@ -248,6 +255,7 @@ class World:
             host.client.mend_all()
             host.condition.mend()
             host.mend_kernel()
+            host.move(0)
             host.freezer.thaw()
             if host.name in self.gone:
                 self._see_off(host)
@@ -315,6 +323,7 @@ class World:
                 assert path.delivered, f"{name} to {other}: {path}"
                 why = self.network.trace(name, address)
                 assert not why, f"{name} gets no answer from {other} at {address}: {why}"
+            self._internal_ips(plans, fresh, name, other)
         return True
 
     def _own_leases(self, name: str, agent: SimulatedAgent, rejected: set[str]) -> None:
@@ -328,6 +337,18 @@ class World:
             if key.startswith(roots) and key.endswith("/" + name) and key not in rejected - held.values.keys():
                 assert kv.lease == lease, f"{key} stands under lease {kv.lease:x}, that of {name} is {lease:x}"
                 assert held.values.get(key) == kv.value, f"{key} has a value that {name} did not write: {kv.value!r}"
+
+    @staticmethod
+    def _internal_ips(plans: Mapping[str, HostPlan], topology: Topology, name: str, other: str) -> None:
+        """The other host is reached at those of its internal IPs that are routed to this one, and answers."""
+        for ip in topology.snapshot.nodes[other].internal_ips:
+            if (route := plans[name].routes.get(host_network(ip.ip))) is None:
+                continue
+            there = walk(plans, topology, name, ip.ip)
+            assert there.delivered, f"{name} to {other}: {there}"
+            assert route.source is not None
+            back = walk(plans, topology, other, route.source, sender=ip.ip)
+            assert back.delivered, f"{other}, asked at {ip.ip}, to {name}: {back}"
 
     @staticmethod
     def _programmed(host: SimulatedHost, agent: SimulatedAgent) -> None:
