@@ -116,7 +116,13 @@ def test_nothing_is_routed_where_hosts_reach_it_over_their_own_links() -> None:
 def test_an_endpoint_in_use_is_left_out() -> None:
     topology = routed(A1, A2, evolve(B1, endpoint=Endpoint.parse("10.2.0.1:51820")), B2)
     assert routes(topology, "a1").keys() == {"10.2.0.2"}
-    assert [entry.reason for entry in topology.unrouted] == ["other segments reach a WireGuard device there"]
+    assert [entry.reason for entry in topology.unrouted] == [
+        "the WireGuard of b, called at private endpoints, may hear it there",
+        "other segments reach a WireGuard device there",
+    ]
+    assert routes(topology, "b2").keys() == {"10.1.0.2"}
+    assert routes(topology, "a1")["10.2.0.2"] == ("tunnel", "", "10.4.0.1")
+    assert routes(topology, "a2")["10.2.0.2"] == ("underlay", "10.1.0.1", "10.1.0.2")
     # As that of an outside peer, and no more when another leads.
     calling = peer("p", "10.99.0.1/32", endpoint=Endpoint.parse("10.2.0.2:51820"))
     assert routes(routed(*SITES, peers=[calling]), "a1").keys() == {"10.2.0.1"}

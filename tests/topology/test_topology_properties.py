@@ -25,6 +25,7 @@ from kilo_etcd.model import (
     Peer,
     Snapshot,
     Verdict,
+    is_public,
 )
 from kilo_etcd.topology import HostPlan, Topology, Via, build_topology, edges, host_plan, walk_both
 from kilo_etcd.topology.claims import network_key
@@ -251,17 +252,25 @@ def test_every_internal_ip_that_is_routed_is_reached_and_answers(world: Snapshot
 @given(worlds())
 def test_no_internal_ip_is_taken_from_the_links_of_a_host(world: Snapshot) -> None:
     topology = build_topology(world)
-    for name, plan in all_plans(topology).items():
+    plans = all_plans(topology)
+    by_key = {node.public_key: node for node in world.nodes.values()}
+    for name, plan in plans.items():
         segment = topology.segment_of(name)
         links = [*segment.underlay, *(ip.network for node in segment.members for ip in node.internal_ips)]
         held = {ip.ip: node.name for node in world.nodes.values() for ip in node.internal_ips}
         for network in plan.routes:
             if network.network_address in held and network.num_addresses == 1 and topology.internal_families:
                 assert not any(link.version == network.version and network.subnet_of(link) for link in links)
-        for peer in plan.peers.values():
+        for key, peer in plan.peers.items():
             address = None if peer.endpoint is None else peer.endpoint.address
             if address is not None and not peer.hearsay:
                 assert host_network(address) not in plan.routes, "WireGuard's own packets go into the tunnel"
+                # Nor do they where the other's WireGuard is heard, which calls this one at its endpoint.
+                caller, own = by_key[key], world.nodes[name]
+                back = plans[caller.name].peers.get(own.public_key)
+                called = None if back is None or back.endpoint is None or back.hearsay else back.endpoint.address
+                if called is not None and not is_public(called) and (ip := caller.internal_ip(called.version)):
+                    assert host_network(ip.ip) not in plan.routes, "nor where the caller is heard"
 
 
 @QUICK

@@ -42,6 +42,8 @@ class Whereabouts:
         self._reached = Reached()
         """What the record's `underlay` was made of."""
         self._looking = trio.Lock()
+        self._untold = False
+        """Whether the session may hold another record than `record`."""
         self.subnets: tuple[IPNetwork, ...] = ()
         self.record: store.NodeRecord | None = None
         self.underlay: tuple[IPNetwork, ...] = ()
@@ -68,9 +70,12 @@ class Whereabouts:
         async with self._looking:
             try:
                 found, reasons = await self._find(self._etcd())
-                if found != self.record:
+                if found != self.record or self._untold:
                     if register:
+                        # If this fails the session goes on trying, whatever becomes of the addresses meanwhile.
+                        self._untold = True
                         await self._session.register(found)
+                        self._untold = False
                     alike = self.record is not None and found == evolve(self.record, underlay=found.underlay)
                     self._keep(found, () if alike else reasons)
             except (etcd.EtcdError, store.NameTaken) as error:

@@ -66,16 +66,19 @@ class _Outlook:
     hops: tuple[tuple[int, Hop | None], ...]
     underlay: tuple[IPNetwork, ...]
     """What the segment's hosts reach over their own links: no internal IP within is routed there."""
+    called: frozenset[int]
+    """The families in which the segment's leader is called at a private endpoint."""
     internal: tuple[IPAddress, ...]
     """The node's own internal IPs that the mesh routes."""
+    in_front: bool
+    """Whether these may be the far end of a tunnel."""
 
-    def source(self, version: int, links: Links) -> IPAddress | None:
-        """From where it sends to internal IPs of a segment whose hosts reach `links` otherwise: from its own one, if
-        answers to that find back to it; else from its mesh address."""
+    def source(self, version: int, there: Segment) -> IPAddress | None:
+        """From where it sends to internal IPs of another segment: from its own one, if answers to that find back to
+        it; else from its mesh address."""
         own = next((one for one in self.internal if one.version == version), None)
-        if own is not None and not links.hold(version, int(own)):
-            return own
-        return self.own.mesh_address(version)
+        lost = own is None or there.links.hold(version, int(own)) or (self.in_front and version in there.called)
+        return self.own.mesh_address(version) if lost else own
 
 
 @frozen(kw_only=True, eq=False)
@@ -361,6 +364,8 @@ def _remote_part(topology: Topology, local: _Local, memo: _Memo | None) -> _Remo
         own=_reduced(local.own, local.standing),
         hops=tuple(local.outward.items()),
         underlay=local.segment.underlay,
+        called=local.segment.called,
+        in_front=local.leader is None or any(node.name == local.own.name for node, _ in local.segment.challengers),
         internal=tuple(ip.ip for ip in local.own.internal_ips if host_network(ip.ip) in local.segment.internal),
     )
     if memo is None or memo.remote.outlook != outlook:
@@ -405,7 +410,7 @@ def _follow(
     old_keys.update(node.public_key for segment in gone.values() for node, _ in segment.challengers)
     old_keys.update(peer.public_key for peer in peers_gone.values())
     old_networks = {network for segment in gone.values() for network in segment.networks}
-    internal_gone, internal_come = _internal_changes(gone, come)
+    internal_gone, internal_come = _internal_changes(gone, come, outlook)
     old_networks.update(internal_gone)
     old_networks.update(network for peer in peers_gone.values() for network in peer.allowed_ips)
     for key in gone:
@@ -425,7 +430,7 @@ def _follow(
 
     def route_internal(segment: Segment, networks: Iterable[IPNetwork]) -> None:
         come_now = internal_come[segment.key]
-        hosts = {version: outlook.source(version, segment.links) for version in segment.internal_families}
+        hosts = {version: outlook.source(version, segment) for version in segment.internal_families}
         for network in networks if come_now is None else come_now.intersection(networks):
             way, source = ways[network.version], hosts[network.version]
             if way is not None and not way.trouble and source is not None:
@@ -450,6 +455,9 @@ def _follow(
         route(networks)
         if segment.internal and share_no_site(segment.location, own.location, outlook.granularity):
             internal = [n for n in segment.internal if not links.hold(n.version, int(n.network_address))]
+            if outlook.called:
+                ends = {network for network in segment.front if network.version in outlook.called}
+                internal = [network for network in internal if network not in ends]
             route_internal(segment, internal)
             if len(internal) == len(segment.internal) and allowed is segment.allowed:
                 allowed = segment.reach
@@ -522,8 +530,18 @@ def _follow(
     )
 
 
+def _alike(old: Segment, now: Segment, outlook: _Outlook) -> bool:
+    """Whether what has stayed of a segment's internal IPs is routed as before."""
+    return (
+        now.links is old.links
+        and now.location == old.location
+        and now.called == old.called
+        and (not outlook.called or now.front == old.front)
+    )
+
+
 def _internal_changes(
-    gone: Mapping[str, Segment], come: Mapping[str, Segment]
+    gone: Mapping[str, Segment], come: Mapping[str, Segment], outlook: _Outlook
 ) -> tuple[set[IPNetwork], dict[str, set[IPNetwork] | None]]:
     """The internal IPs that are gone, and by segment those that have come; None: all of its, since where they are
     routed to, or from which source, may have changed."""
@@ -531,7 +549,7 @@ def _internal_changes(
     new: dict[str, set[IPNetwork] | None] = dict.fromkeys(come)
     for key, old in gone.items():
         now = come.get(key)
-        if now is None or now.links is not old.links or now.location != old.location:
+        if now is None or not _alike(old, now, outlook):
             left.update(old.internal)
         else:
             # What has stayed is the same object, and hashes of networks are slow.

@@ -76,6 +76,15 @@ class Segment:
     """`allowed` and `internal` together."""
     links: Links = field(factory=Links, eq=False, repr=False)
     """What the members reach over their own links."""
+    called: frozenset[int] = field(default=frozenset(), eq=False, repr=False)
+    """The families in which others reach the leader at a private endpoint: their WireGuard sends from an internal IP
+    then, and is answered there."""
+
+    @property
+    def front(self) -> tuple[IPNetwork, ...]:
+        """Those of `internal` that may be the far end of a tunnel: of the leader and the challengers."""
+        ends = (self.leader, *(node for node, _ in self.challengers))
+        return tuple(network for node in ends for network in self.routed.get(node.name, ()))
 
     @property
     def underlay(self) -> tuple[IPNetwork, ...]:
@@ -396,10 +405,12 @@ def _internal_families(previous: Topology, segments: Mapping[str, Segment], real
 
 def routed_at(address: IPAddress, segment: Segment, there: Segment, granularity: Granularity) -> bool:
     """Whether an internal IP of a member of `segment` is routed to it from segment `there`."""
+    network = host_network(address)
     return (
-        host_network(address) in segment.internal
+        network in segment.internal
         and share_no_site(segment.location, there.location, granularity)
         and not there.links.hold(address.version, int(address))
+        and not (address.version in there.called and network in segment.front)
     )
 
 
@@ -437,6 +448,8 @@ def _segment(
     leader = members[election.leader]
     addresses = _same_as_before(ordered, old, _addresses_of, lambda node: tuple(map(host_network, node.mesh_addresses)))
     allowed = _sorted((*(network for each in addresses.values() for network in each), *networks))
+    challengers = _challengers(members, election.leader, snapshot)
+    ends = (leader, *(node for node, _ in challengers)) if routed else ()
     if old is not None and allowed == old.allowed:
         allowed = old.allowed
     return Segment(
@@ -444,7 +457,7 @@ def _segment(
         location=location,
         members=ordered,
         leader=leader,
-        challengers=_challengers(members, election.leader, snapshot),
+        challengers=challengers,
         election=election,
         subnets=subnets,
         location_networks=location_networks,
@@ -454,6 +467,7 @@ def _segment(
         carried=_carried(ordered, leader, old) if routed else {},
         reach=allowed,
         links=_links(ordered, old) if routed else Links(),
+        called=frozenset(a.version for node in ends for a in endpoints_of(node, snapshot.granularity)),
     )
 
 

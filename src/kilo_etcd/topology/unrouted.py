@@ -74,12 +74,31 @@ def _addresses(topology: Topology, segment: Segment, node: Node) -> Iterable[Unr
                 reason=_not_carried(node, segment.leader),
                 remedy="the mesh address works",
             )
+        elif host in segment.front and (callers := _called(topology, segment, ip.version)):
+            first = ", ".join(callers[:MOST_NAMED])
+            yield Unrouted(
+                network=host,
+                segments=tuple(callers),
+                reason=f"the WireGuard of {first}, called at private endpoints, may hear it there",
+                remedy="the mesh address works",
+            )
         elif host not in routed and host not in segment.networks:
             why = topology.internals.obstacle(ip.ip, node.name, segment.key, topology.settlement)
             if why is not None:
                 holders = topology.internals.holders.get(ip.ip, (node.name,))
                 concerned = {named(topology.segment_of(name)) for name in holders}
                 yield Unrouted(network=host, segments=tuple(sorted(concerned)), reason=why[0], remedy=why[1])
+
+
+def _called(topology: Topology, segment: Segment, version: int) -> list[str]:
+    """The segments whose leaders are called at private endpoints, so that they may hear this one at its internal IP."""
+    granularity = topology.snapshot.granularity
+    return sorted(
+        named(there)
+        for there in topology.segments.values()
+        if version in there.called and there is not segment
+        and share_no_site(segment.location, there.location, granularity)
+    )  # fmt: skip
 
 
 def _host(near: IPNetwork, length: int, number: int) -> IPNetwork:
