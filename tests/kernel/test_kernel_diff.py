@@ -213,6 +213,18 @@ def test_a_roaming_peer_keeps_the_endpoint_that_wireguard_learnt() -> None:
     assert diff(wanted, observed, remember(wanted, Memory()), TARGET) == ()
 
 
+def test_a_learnt_endpoint_that_is_routed_into_the_tunnel_is_set_back() -> None:
+    wanted = with_endpoint("203.0.113.2:51820")
+    route = tunnel("10.2.0.7/32", "10.4.0.1")
+    routed = evolve(wanted, routes={**wanted.routes, route.destination: route})
+    observed = roamed(host_with(routed), "10.2.0.7:51820", 990.0)
+    assert lines(diff(routed, observed, remember(routed, Memory()), TARGET)) == [
+        "wg set kilo0 peer #2 endpoint 203.0.113.2:51820"
+    ]
+    elsewhere = roamed(host_with(routed), "10.2.0.8:51820", 990.0)
+    assert diff(routed, elsewhere, remember(routed, Memory()), TARGET) == ()
+
+
 def test_a_new_endpoint_in_the_plan_is_set() -> None:
     assert step(with_endpoint("203.0.113.2:51820"), with_endpoint("203.0.113.5:51820")) == [
         "wg set kilo0 peer #2 endpoint 203.0.113.5:51820"

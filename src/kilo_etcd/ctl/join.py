@@ -32,6 +32,7 @@ from kilo_etcd.store import operator
 from kilo_etcd.store.keys import Keys, PeerKey
 from kilo_etcd.store.records import PeerRecord, encode
 from kilo_etcd.store.view import View
+from kilo_etcd.topology.internal import Links
 
 if TYPE_CHECKING:
     from kilo_etcd.topology import Topology
@@ -44,17 +45,36 @@ SHOWN = 5
 """How many overlaps are named; one is enough to begin with."""
 
 
-def visitors(topology: Topology, label: str) -> dict[str, PeerRecord]:
-    """What a mesh, called `label`, is to another: one peer for each segment, by name."""
+def visitors(topology: Topology, label: str, hosts: Topology | None = None) -> dict[str, PeerRecord]:
+    """What a mesh, called `label`, is to another, `hosts`: one peer for each segment, by name."""
+    plain = (lambda _: False) if hosts is None else _told_apart(hosts, label)
     return {
         f"{label}.{key.replace(', other family', '-other-family').replace(':', '.', 1).replace(' ', '_')}": PeerRecord(
             public_key=segment.leader.public_key,
             endpoint=segment.leader.endpoint,
-            allowed_ips=segment.allowed,
+            allowed_ips=tuple(n for n in segment.reach if n in segment.allowed or plain(n)),
             persistent_keepalive=segment.leader.persistent_keepalive,
         )
         for key, segment in sorted(topology.segments.items())
     }
+
+
+def _told_apart(hosts: Topology, label: str) -> Callable[[IPNetwork], bool]:
+    """Whether an internal IP of the mesh called `label` can mean nothing else in another mesh: there it is a peer's
+    network, which everybody routes."""
+    links = Links.of(hosts.snapshot.nodes.values())
+
+    def apart(network: IPNetwork) -> bool:
+        address = network.network_address
+        granted = hosts.settlement.granted_at(address)
+        return (
+            not links.hold(network.version, int(address))
+            and not any(subnet.version == network.version and address in subnet for subnet in hosts.snapshot.subnets)
+            and (granted is None or (granted.owner[0] == "peer" and granted.owner[1].startswith(f"{label}.")))
+            and address not in hosts.internals.endpoints
+        )
+
+    return apart
 
 
 def default_label(prefix: str) -> str:
@@ -187,7 +207,7 @@ def _joined(one: Side, other: Side) -> tuple[Peers, Peers]:
     for side, topology in ((other, there), (one, here)):
         if not topology.segments:
             raise Failure(f"there is no node under {side.name}: its first agent makes the mesh; nothing was written")
-    return visitors(there, other.label), visitors(here, one.label)
+    return visitors(there, other.label, here), visitors(here, one.label, there)
 
 
 def _parted(_one: Side, _other: Side) -> tuple[Peers, Peers]:

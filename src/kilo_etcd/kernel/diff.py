@@ -274,6 +274,8 @@ def _wireguard(
             gaining.append(_new_peer(peer, target, reset=True))
             continue
         change = _peer(peer, found, observed, memory, target, gained)
+        if change is None and found is not None and (endpoint := _address(peer)) is not None:
+            change = _out_of_the_tunnel(plan, found, endpoint, target)
         if change is None:
             continue
         if change.replace_allowed_ips and not change.new:
@@ -368,6 +370,15 @@ def _new_peer(plan: PeerPlan, target: Target, *, reset: bool = False) -> SetPeer
 def _address(peer: PeerPlan) -> Endpoint | None:
     """The peer's endpoint, unless it is still a name."""
     return None if peer.endpoint is None or peer.endpoint.address is None else peer.endpoint
+
+
+def _out_of_the_tunnel(plan: HostPlan, peer: ObservedPeer, wanted: Endpoint, target: Target) -> SetPeer | None:
+    """The planned endpoint in place of one that was learnt, if a route of the plan leads there into the tunnel: what
+    WireGuard sends there would never leave the host, and the other end has no reason to be heard from elsewhere."""
+    learnt = None if peer.endpoint is None else peer.endpoint.address
+    if learnt is None or peer.endpoint == wanted or not plan.leads_into_tunnel(learnt):
+        return None
+    return SetPeer(name=target.interface, public_key=peer.public_key, endpoint=wanted)
 
 
 def _endpoint(plan: PeerPlan, peer: ObservedPeer, observed: Observed, memory: Memory) -> Endpoint | None:

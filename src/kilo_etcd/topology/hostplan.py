@@ -219,5 +219,11 @@ class HostPlan:
     encryption: Encryption | None = None
     """None: nothing of it is in the kernel."""
     problems: tuple[Problem, ...] = ()
+
     memo: object = field(default=None, eq=False, repr=False)
     """What `topology.plan` needs to compute the next plan from this one; it means nothing to anyone else."""
+
+    def leads_into_tunnel(self, address: IPAddress) -> bool:
+        """Whether packets for an internal IP of another segment, which has a route of its own, go into the tunnel."""
+        route = self.routes.get(ip_network(address))
+        return route is not None and route.way is Via.TUNNEL

@@ -93,8 +93,12 @@ class SimulatedKernel(FakeKernel):
 
     async def apply(self, plan: HostPlan, *, fresh: bool = False, reset: Collection[str] = ()) -> ApplyReport:
         touches = self._watchman.touches(self.owner)
+        learnt = {
+            key: peer.endpoint.address for key, peer in self.owner.machine.observed.peers.items() if peer.endpoint
+        }
+        lost = {key for key, address in learnt.items() if address is not None and plan.leads_into_tunnel(address)}
         report = await super().apply(plan, fresh=fresh, reset=reset)
-        self._watchman.wrote(self, plan, report, touches, reset)
+        self._watchman.wrote(self, plan, report, touches, reset, lost)
         return report
 
 

@@ -221,14 +221,24 @@ class Watchman:
         return self._seen(host).touches
 
     def wrote(
-        self, kernel: SimulatedKernel, plan: HostPlan, report: ApplyReport, touches: int, reset: Collection[str]
+        self,
+        kernel: SimulatedKernel,
+        plan: HostPlan,
+        report: ApplyReport,
+        touches: int,
+        reset: Collection[str],
+        lost: Collection[str],
     ) -> None:
         """A kernel was brought to a plan; when that began somebody else had been at it so often. The sessions of the
-        peers `reset` were to be forgotten, which is a cause to write to these peers, and to nothing else."""
+        peers `reset` were to be forgotten, and the endpoints learnt of the peers `lost` were led into the tunnel, which is
+        a cause to write to these peers, and to nothing else."""
         host, seen = kernel.owner, self._seen(kernel.owner)
         untouched = seen.settled == seen.touches
         changes = [
-            one for one in report.changes if not (isinstance(one, SetPeer) and one.reset and one.public_key in reset)
+            one
+            for one in report.changes
+            if not (isinstance(one, SetPeer) and one.reset and one.public_key in reset)
+            and not (_endpoint_only(one) and isinstance(one, SetPeer) and one.public_key in lost)
         ]
         if changes and untouched and seen.plan is not None:
             if kernel is seen.kernel:
