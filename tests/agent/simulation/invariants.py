@@ -139,6 +139,8 @@ class _Seen:
     """Whether its agent was busy with single peers when it had applied something last."""
     plan: HostPlan | None = None
     """The plan that its kernel was brought to last."""
+    lost: frozenset[str] = frozenset()
+    """The peers whose learnt endpoints that plan led into the tunnel."""
     touches: int = 0
     """How often somebody else has been at its kernel."""
     settled: int = -1
@@ -230,8 +232,8 @@ class Watchman:
         lost: Collection[str],
     ) -> None:
         """A kernel was brought to a plan; when that began somebody else had been at it so often. The sessions of the
-        peers `reset` were to be forgotten, and the endpoints learnt of the peers `lost` were led into the tunnel, which is
-        a cause to write to these peers, and to nothing else."""
+        peers `reset` were to be forgotten, and the learnt endpoints of the peers `lost` were led into the tunnel, which
+        is a cause to write to these peers, and to nothing else."""
         host, seen = kernel.owner, self._seen(kernel.owner)
         untouched = seen.settled == seen.touches
         changes = [
@@ -251,7 +253,7 @@ class Watchman:
         for change in report.changes:
             if isinstance(change, AddAddress) and not self.disturbed:
                 self._check_only_one(host, change.address.ip)
-        seen.kernel, seen.plan = kernel, plan
+        seen.kernel, seen.plan, seen.lost = kernel, plan, frozenset(lost)
         seen.settled = -1 if report.failures else touches
 
     def touched(self, host: SimulatedHost) -> None:
@@ -338,7 +340,11 @@ class Watchman:
     def _check_writes(self, agent: SimulatedAgent, snapshot: Snapshot, account: _Account) -> None:
         host = agent.host
         seen = self._seen(host)
-        made = host.machine.history[account.history :]
+        made = [
+            one
+            for one in host.machine.history[account.history :]
+            if not (_endpoint_only(one) and isinstance(one, SetPeer) and one.public_key in seen.lost)
+        ]
         if not made or not account.clean or seen.touches != account.touches or seen.settled != seen.touches:
             return
         # Who changes itself may be reached otherwise, and who speaks first with it is decided anew.
