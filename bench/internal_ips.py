@@ -1,0 +1,124 @@
+"""What routing internal IPs costs in topology, plan and guard, for 10,000 nodes in 100 locations.
+
+One change after the other, CPU milliseconds, the median of several runs, `off` and `routed`, and the ratio. The mesh is
+seen from one leader; the location that changes is another one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from ipaddress import ip_address, ip_interface, ip_network
+from statistics import median
+from time import process_time
+
+from attrs import evolve
+from rich.console import Console
+from rich.table import Table
+
+from kilo_etcd.model import Candidate, Endpoint, InternalIPs, Node, Snapshot
+from kilo_etcd.topology import build_topology, host_plan
+from kilo_etcd.topology.guard import guard
+
+LOCATIONS, PER_LOCATION = 100, 100
+RUNS = 10 if os.environ.get("KILO_BENCH_QUICK") else 40
+OWN = "node-0"
+PROTECTED = [ip_network("10.100.0.0/24"), ip_network("192.0.2.10/32")]
+
+
+def mesh(mode: InternalIPs) -> Snapshot:
+    """Each location has a network of its own and two public nodes."""
+    nodes, candidates = {}, {}
+    for location in range(LOCATIONS):
+        offers = []
+        for place in range(PER_LOCATION):
+            number = location * PER_LOCATION + place
+            inside = ip_interface(f"10.{100 + location}.0.{place + 1}/24")
+            nodes[f"node-{number}"] = node = Node(
+                name=f"node-{number}",
+                public_key=f"key-{number}",
+                location=f"location-{location}",
+                endpoint=Endpoint(ip_address(0xCB00_0000 + number) if place < 2 else inside.ip, 51820),
+                internal_ips=(inside,),
+                underlay=(inside.network, ip_network("192.0.2.10/32")),
+                mesh_addresses=(ip_address(0x0A04_0001 + number),),
+                registered_revision=number + 2,
+            )
+            offers.append(Candidate(node=node.name, rank=node.candidate_class, create_revision=number + 2))
+        candidates[f"location-{location}"] = tuple(offers)
+    return Snapshot(
+        revision=1, subnets=(ip_network("10.4.0.0/16"),), nodes=nodes, candidates=candidates, internal_ips=mode
+    )
+
+
+def changes(snapshot: Snapshot) -> Iterator[tuple[str, Snapshot]]:
+    """One snapshot after the other, and what has changed in it."""
+
+    def put(node: Node) -> Snapshot:
+        return evolve(snapshot, revision=snapshot.revision + 1, nodes={**snapshot.nodes, node.name: node})
+
+    for run in range(RUNS):
+        location = 5 + run
+        first, third, member, leaver = (f"node-{location * PER_LOCATION + place}" for place in (0, 1, 50, 60))
+        snapshot = put(evolve(snapshot.nodes[third], endpoint=Endpoint(ip_address("203.0.113.1"), 1024 + run)))
+        yield "another endpoint", snapshot
+        moved = evolve(snapshot.nodes[member], internal_ips=(ip_interface(f"10.{100 + location}.0.200/24"),))
+        snapshot = put(moved)
+        yield "another internal IP", snapshot
+        snapshot = put(
+            evolve(
+                moved,
+                name=f"new-{run}",
+                public_key=f"new-{run}",
+                internal_ips=(ip_interface(f"10.{100 + location}.0.210/24"),),
+                mesh_addresses=(ip_address(0x0A04_8000 + run),),
+                registered_revision=snapshot.revision + 1,
+            )
+        )
+        yield "a node joins", snapshot
+        rest = {name: node for name, node in snapshot.nodes.items() if name != leaver}
+        snapshot = evolve(snapshot, revision=snapshot.revision + 1, nodes=rest)
+        yield "a node leaves", snapshot
+        key = f"location-{location}"
+        standing = tuple(one for one in snapshot.candidates[key] if one.node != first)
+        snapshot = evolve(snapshot, revision=snapshot.revision + 1, candidates={**snapshot.candidates, key: standing})
+        yield "another leader", snapshot
+
+
+def measured(mode: InternalIPs) -> tuple[dict[str, float], int]:
+    """Kind of change -> milliseconds; how many routes there are."""
+    snapshot = mesh(mode)
+    times: dict[str, list[float]] = {}
+
+    def milliseconds(since: float) -> float:
+        return (process_time() - since) * 1000
+
+    begin = process_time()
+    topology = build_topology(snapshot)
+    plan = host_plan(topology, OWN)
+    guarded = guard(plan, PROTECTED)
+    times["from scratch"] = [milliseconds(begin)]
+    for kind, after in changes(snapshot):
+        begin = process_time()
+        topology = build_topology(after, topology)
+        plan = host_plan(topology, OWN, plan)
+        guarded = guard(plan, PROTECTED, guarded)
+        times.setdefault(kind, []).append(milliseconds(begin))
+    return {kind: median(found) for kind, found in times.items()}, len(guarded.routes)
+
+
+def main() -> None:
+    """Print the table."""
+    off, routes_off = measured(InternalIPs.OFF)
+    routed, routes = measured(InternalIPs.ROUTED)
+    title = f"Internal IPs: topology, plan and guard, CPU ms; {routes_off:,} routes off, {routes:,} routed"
+    table = Table(title=title)
+    for heading in ("10,000 nodes in 100 locations", "off", "routed", "ratio"):
+        table.add_column(heading, justify="left" if heading.startswith("10") else "right")
+    for kind, value in routed.items():
+        table.add_row(kind, f"{off[kind]:.2f}", f"{value:.2f}", f"{value / off[kind]:.1f}")
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()
