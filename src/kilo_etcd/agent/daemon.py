@@ -648,6 +648,9 @@ class Daemon:
         self.once.clear("unknown", "this host is among the mesh's nodes again")
         self.resolver.set_names(plan_names(self.raw_plan))
         resolved = resolve_plan(self.raw_plan, self.resolver.table, self.resolver.failed, self.whereabouts.families)
+        resolved = decide.from_own_addresses(
+            resolved, self.topology.snapshot.nodes[self.name], self.whereabouts.addresses
+        )
         guarded = guard(resolved, self.protected(), self.guarded, offered_by=self.topology.settlement.offered_by)
         plan = await self._within_reach(self._at_the_internet(guarded, self.topology), self.topology)
         standby = decide.is_standby(decide.role_of(self.topology, self.name), plan)

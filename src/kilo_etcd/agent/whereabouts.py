@@ -49,6 +49,8 @@ class Whereabouts:
         self.underlay: tuple[IPNetwork, ...] = ()
         self.sources: tuple[IPAddress, ...] = ()
         """The host's own addresses on the underlay."""
+        self.addresses: frozenset[IPAddress] = frozenset()
+        """All addresses of the host."""
         self.families: frozenset[int] = frozenset()
         self.overlaps: tuple[str, ...] = ()
         """Sentences on the operator's addresses within the mesh's subnets."""
@@ -98,6 +100,7 @@ class Whereabouts:
         if not location:
             location, why = discover.location_from_cloud_init()
         self.underlay, self.sources, self.families = facts.underlay(), facts.sources(), facts.families()
+        self.addresses = frozenset(item.address.ip for item in facts.addresses)
         self.overlaps = facts.overlaps(self.subnets)
         stated, self._reached = facts.reached(etcd_at).registered(
             self._reached, None if self.record is None else self.record.underlay
