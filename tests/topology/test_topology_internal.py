@@ -219,6 +219,17 @@ def test_a_host_that_moves_is_relabelled_or_leaves_takes_its_routes_along() -> N
         } == expected
 
 
+def test_a_node_of_a_full_mesh_that_gets_the_label_of_others_is_reached_over_their_network() -> None:
+    topology = routed(A1, A2, B1, granularity=Granularity.FULL)
+    plan = host_plan(topology, "a1")
+    assert routes(topology, "a1").keys() == {"10.2.0.1"}
+    world = topology.snapshot
+    after = build_topology(evolve(world, nodes={**world.nodes, "b1": evolve(B1, location="a")}), topology)
+    again = host_plan(after, "a1", plan)
+    assert again == host_plan(build_topology(after.snapshot), "a1")
+    assert not [network for network in again.routes if network.network_address in ip_network("10.2.0.0/24")]
+
+
 def test_the_exit_node_knows_that_members_answer() -> None:
     exit_node = evolve(A1, gateway=True)
     topology = routed(exit_node, A2, B1, subnets=(MESH, MESH6))

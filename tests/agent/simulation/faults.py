@@ -323,8 +323,9 @@ def internal_ips(world: World, host: SimulatedHost) -> str:
 
 @_fault("internal", 2)
 def moves(world: World, host: SimulatedHost) -> str:
-    """It gets another internal IP, by itself or one that another host has."""
-    number = world.random.choice((0, 50, 51, 52))
+    """It gets another internal IP, or its own again."""
+    base = world.random.choice((0, 50, 60))
+    number = base and base + int(host.name.partition("-")[2])
     host.move(number)
     return str(number)
 

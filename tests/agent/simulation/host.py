@@ -223,6 +223,9 @@ class SimulatedHost:
         """To another address on its LAN, as by DHCP; 0: back to its own."""
         self.place = self.home if not number else moved(self.home, number)
         self.network.move(self.name, self.place)
+        # Whoever has heard it at the other address hears it here now.
+        for key in self.machine.observed.peers:
+            self.network.shake(self.name, key)
 
     def tamper(self, changes: list[Change]) -> None:
         """Somebody else changes the kernel's state."""

@@ -139,6 +139,8 @@ class _Seen:
     """Whether its agent was busy with single peers when it had applied something last."""
     plan: HostPlan | None = None
     """The plan that its kernel was brought to last."""
+    addresses: frozenset[IPAddress] = frozenset()
+    """Those that its agent had found on the host when it had applied something last."""
     lost: frozenset[str] = frozenset()
     """The peers whose learnt endpoints that plan led into the tunnel."""
     touches: int = 0
@@ -209,6 +211,7 @@ class Watchman:
         seen.silent = account.silent if account.silent == _silent(agent) else None
         seen.busy = account.busy or _busy(agent)
         self._check_writes(agent, snapshot, account)
+        seen.addresses = agent.whereabouts.addresses
         # What neighbours say while etcd is away is no etcd's truth.
         if repeated or topology.snapshot is not snapshot:
             return
@@ -348,7 +351,9 @@ class Watchman:
         if not made or not account.clean or seen.touches != account.touches or seen.settled != seen.touches:
             return
         # Who changes itself may be reached otherwise, and who speaks first with it is decided anew.
-        busy = account.contacts or _busy(agent) or _changed(account, snapshot, agent.name)
+        # An address that is gone or has come is no route's source any more, or may be one again.
+        moved = seen.addresses != agent.whereabouts.addresses
+        busy = moved or account.contacts or _busy(agent) or _changed(account, snapshot, agent.name)
         silent = not (account.silent_before == account.silent == _silent(agent))
         if not account.new and account.raw_plan == agent.raw_plan and not (busy or silent or _promoted(account, agent)):
             self._broken(f"{host.name} was written to by a change that does not concern it", made)

@@ -415,7 +415,9 @@ class World:
         self.heal()
         await eventually(self.at_rest, LISTED_AGAIN if self.watchman.lossy else REST_SECONDS, every=1.0)
         behind_nat = any(key.endswith(b"/force-endpoint") for key in self.etcd.data)
-        await trio.sleep(LISTED_AGAIN if self.watchman.lossy else NAMED_SECONDS if behind_nat else 15)
+        # Whether members that have moved answer with their keys is found out in turn.
+        slow = behind_nat or self.shape.internal_ips != "off"
+        await trio.sleep(LISTED_AGAIN if self.watchman.lossy else NAMED_SECONDS if slow else 15)
         now, penance = trio.current_time(), self.penance()
         if now <= penance < now + max(self.shape.quiet, QUIET_SECONDS):
             await trio.sleep(penance - now + RESYNC_SECONDS + 15)
