@@ -219,7 +219,6 @@ class HostPlan:
     encryption: Encryption | None = None
     """None: nothing of it is in the kernel."""
     problems: tuple[Problem, ...] = ()
-
     memo: object = field(default=None, eq=False, repr=False)
     """What `topology.plan` needs to compute the next plan from this one; it means nothing to anyone else."""
 
