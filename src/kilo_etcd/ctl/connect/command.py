@@ -297,7 +297,7 @@ def _alone(options: Options, kind: str, what: str, called: str) -> Iterator[None
 async def _write_names(options: Options, prefix: str, names: Any) -> bool:
     import trio
 
-    from kilo_etcd.ctl.connect.hostsfile import write_names
+    from kilo_etcd.agent.hostsfile import write_names
 
     host = socket.gethostname()
     return await trio.to_thread.run_sync(

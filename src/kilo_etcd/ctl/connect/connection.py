@@ -16,11 +16,11 @@ from attrs import frozen
 
 from kilo_etcd import etcd, kernel, store
 from kilo_etcd.agent.discover import HostFacts
+from kilo_etcd.agent.hostnames import known_names
 from kilo_etcd.agent.logs import Once, get_logger
 from kilo_etcd.agent.lookout import Lookout
 from kilo_etcd.agent.resolve import LOOKUP_TIMEOUT, Resolver, names_of, plan_names, resolve_plan
 from kilo_etcd.backoff import RepairBackoff
-from kilo_etcd.ctl.connect.names import known_names
 from kilo_etcd.ctl.connect.registration import KEEPALIVE, LEASE_SECONDS, Registration, Wish
 from kilo_etcd.ctl.context import Failure
 from kilo_etcd.ctl.wait import applied

@@ -6,9 +6,9 @@ import click
 
 from kilo_etcd import etcd, kernel
 from kilo_etcd.agent.discover import etcd_networks
+from kilo_etcd.agent.hostnames import known_names
 from kilo_etcd.agent.resolve import resolve_once, resolve_plan
 from kilo_etcd.ctl.connect.connection import Edges, Settings, protected_plan, raw_plan
-from kilo_etcd.ctl.connect.names import known_names
 from kilo_etcd.ctl.connect.registration import Wish
 from kilo_etcd.ctl.consequences import consequences, new_trouble
 from kilo_etcd.ctl.context import Failure
@@ -41,9 +41,6 @@ async def show(
     for change in await device.preview(plan):
         click.echo(str(change))
     if settings.dns_hosts:
-        known = known_names(topology, within, prefix)
-        for name, addresses in known.addresses.items():
-            click.echo(f"# /etc/hosts: {clean(name)} is {', '.join(map(str, addresses))}")
-        if known.left_out:
-            click.echo(f"# /etc/hosts: not all names are written: {clean(known.left_out_in_short())}")
+        for line in known_names(topology, within, prefix).described():
+            click.echo(f"# {clean(line)}")
     click.echo("# nothing was changed (--dry-run)")
