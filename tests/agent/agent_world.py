@@ -18,6 +18,7 @@ from kilo_etcd import kernel
 from kilo_etcd.agent import discover, privatekey
 from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.agent.daemon import Daemon
+from kilo_etcd.agent.dnshosts import WriteNames
 from kilo_etcd.agent.lastknown import Disk
 from kilo_etcd.agent.logs import setup_logging
 from kilo_etcd.agent.metrics import Metrics
@@ -70,7 +71,12 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
 
 @asynccontextmanager
 async def running(
-    world: World, *, disk: Disk | None = None, post: Post | None = None, **options: object
+    world: World,
+    *,
+    disk: Disk | None = None,
+    post: Post | None = None,
+    write_names: WriteNames | None = None,
+    **options: object,
 ) -> AsyncIterator[Daemon]:
     """The agent runs in the block; SIGTERM ends it, at the block's end if not before."""
     config = evolve(
@@ -81,6 +87,7 @@ async def running(
     daemon = world.daemon = Daemon(
         config, world.client, FakeKernel(world.host, setup), privatekey.public_key(PRIVATE), metrics=world.metrics,
         disk=disk, post=post, secret=lambda key: privatekey.agreed(PRIVATE, key),
+        write_names=write_names,
     )  # fmt: skip
     async with trio.open_nursery() as nursery:
         nursery.start_soon(daemon.run)

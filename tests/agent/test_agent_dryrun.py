@@ -19,7 +19,7 @@ from kilo_etcd.testing.fake_kernel import FakeHost, FakeKernel
 
 
 async def shown(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], state: Path, etcd: FakeEtcd
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], state: Path, etcd: FakeEtcd, **options: object
 ) -> str:
     host = FakeHost()
     revision = etcd.header().revision
@@ -34,7 +34,7 @@ async def shown(
 
     monkeypatch.setattr(discover, "gather", gather)
     monkeypatch.setattr(kernel, "open_kernel", open_kernel)
-    config = evolve(AgentConfig.build(hostname="h1"), state_dir=state)
+    config = evolve(AgentConfig.build(hostname="h1"), state_dir=state, **options)  # type: ignore[arg-type]
     await dry_run(config, etcd.client(), lambda config, private: kernel.Setup(private_key=private))
     assert host.history == []
     assert etcd.header().revision == revision
@@ -51,6 +51,14 @@ async def test_a_host_that_has_not_joined_sees_what_joining_would_do(
     assert any(line.startswith("ip address add 10.4.") for line in commands)
     assert "private-key (hidden)" in text
     assert "# h1 is not registered yet" in text
+
+
+@pytest.mark.parametrize("dns_hosts", [True, False])
+async def test_it_says_which_names_the_hosts_file_would_get(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, dns_hosts: bool
+) -> None:
+    text = await shown(monkeypatch, capsys, tmp_path / "state", FakeEtcd(), dns_hosts=dns_hosts)
+    assert ("# /etc/hosts: h1 is 10.4." in text) is dns_hosts
 
 
 async def test_a_mesh_without_a_free_address_is_told_in_a_sentence(

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import trio
 
-from kilo_etcd.ctl.connect import hostsfile
+from kilo_etcd.agent import hostsfile
+from kilo_etcd.agent.hostnames import domain, known_names, with_block
+from kilo_etcd.agent.hostsfile import HostsFileError, write_names
 from kilo_etcd.ctl.connect.command import interface_for
-from kilo_etcd.ctl.connect.hostsfile import HostsFileError, write_names
-from kilo_etcd.ctl.connect.names import domain, known_names, with_block
 from kilo_etcd.model import Node, Peer, Snapshot
 from kilo_etcd.topology import HostPlan, build_topology
 from kilo_etcd.topology.hostplan import RoutePlan, Via
@@ -27,7 +27,8 @@ NAMES = {"gcp-1": (GCP,), "home-1": (HOME, SIX)}
 FILE = b"127.0.0.1\tlocalhost\n# a comment\n192.0.2.7 printer\n"
 BLOCK = (
     b"# kilo-etcd kilo-kilo: begin (kgctl connect writes it for /kilo, and removes it at its end)\n"
-    b"10.4.0.1 gcp-1.kilo gcp-1\n10.4.0.2 home-1.kilo home-1\nfd00:4::2 home-1.kilo home-1\n"
+    b"10.4.0.1 gcp-1.kilo gcp-1.mesh gcp-1\n"
+    b"10.4.0.2 home-1.kilo home-1.mesh home-1\nfd00:4::2 home-1.kilo home-1.mesh home-1\n"
     b"# kilo-etcd kilo-kilo: end\n"
 )
 
@@ -59,8 +60,8 @@ def test_a_block_that_was_cut_costs_nobody_elses_line(after: bytes) -> None:
 
 def test_what_the_file_says_already_is_not_said_again_in_short() -> None:
     made = with_block(b"127.0.1.1 GCP-1 gcp-1.example.org\n", "kilo-kilo", NAMES, prefix="/kilo", own=("home-1",))
-    assert b"10.4.0.1 gcp-1.kilo\n" in made
-    assert b"10.4.0.2 home-1.kilo\n" in made
+    assert b"10.4.0.1 gcp-1.kilo gcp-1.mesh\n" in made
+    assert b"10.4.0.2 home-1.kilo home-1.mesh\n" in made
 
 
 def test_two_meshes_share_a_file_and_short_names_are_the_firsts() -> None:
@@ -85,12 +86,12 @@ def test_whoever_writes_a_record_does_not_decide_where_other_names_lead() -> Non
     strange = ("github.com", "com", "dev", "de", "localhost", "ip6-localhost", "wpad", "WPAD", "metadata", "_gateway")
     made = with_block(FILE, "kilo-kilo", dict.fromkeys(strange, (GCP,)), prefix="/kilo").decode()
     written = [word for line in made.splitlines() if line.startswith("10.4.") for word in line.split()[1:]]
-    assert written == [f"{name}.kilo" for name in strange]
+    assert written == [f"{name}.{domain}" for name in strange for domain in ("kilo", "mesh")]
     # Nor where one of the machine's own leads, or one that the file has, with the mesh's domain too.
     hosts = b"192.0.2.1 gcp-1.kilo Laptop.example.org\n"
     names = {"gcp-1": (GCP,), "home-1": (HOME,), "laptop": (HOME,)}
     made = with_block(hosts, "kilo-kilo", names, prefix="/kilo", own=("LAPTOP", "home-1.kilo", "home-1"))
-    assert b"10.4.0.1 gcp-1\n10.4.0.2 laptop.kilo\n#" in made
+    assert b"10.4.0.1 gcp-1.mesh gcp-1\n10.4.0.2 home-1.mesh\n10.4.0.2 laptop.kilo laptop.mesh\n#" in made
 
 
 def test_no_domain_of_a_mesh_is_somebody_elses() -> None:
@@ -117,7 +118,7 @@ def test_a_node_has_its_name_before_a_peer_and_names_that_are_none_are_left_out(
     found = known_names(topology, plan_of("10.4.0.0/16"), "/kilo")
     assert found.addresses == {"Home-1": (GCP,), "gcp-1": (GCP,), "node.example.org": (GCP,)}
     assert found.left_out == (
-        "node.example.org is written as node.example.org.kilo only",
+        "node.example.org is written as node.example.org.kilo and node.example.org.mesh only",
         "'under score!' is not a host name",
     )
 
@@ -149,7 +150,7 @@ def test_only_addresses_that_go_into_the_mesh_are_written() -> None:
         for at in range(9)
     }
     crowd = known_names(build_topology(Snapshot(revision=1, nodes=many)), plan_of("10.4.0.0/16"), "/kilo")
-    assert crowd.left_out_in_short(2).endswith("n1.example.org is written as n1.example.org.kilo only; and 7 more")
+    assert crowd.left_out_in_short(2).endswith("n1.example.org.mesh only; and 7 more")
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------

@@ -186,7 +186,7 @@ async def test_no_record_of_a_peer_leads_another_name_or_anything_out_of_the_mes
         assert world.names is not None
         assert set(world.names) == {"gcp-1", "gcp-2", "home-1", "laptop", "wpad"}
         assert "203.0.113" not in str(world.names)
-        assert world.said("wpad is written as wpad.kilo only")
+        assert world.said("wpad is written as wpad.kilo and wpad.mesh only")
         assert world.said("not all names of the mesh are written") <= 3
         for name in ("github.com", "bank"):
             await world.etcd.client().delete(KEYS.peer(name))

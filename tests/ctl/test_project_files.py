@@ -17,6 +17,7 @@ from helpers import PACKAGES
 from kilo_etcd.agent.options import all_flags
 
 ROOT = Path(__file__).parents[2]
+UNIT = ROOT / "systemd/kilo-etcd.service"
 
 
 def test_the_environment_file_names_exactly_the_flags_with_their_defaults() -> None:
@@ -37,7 +38,7 @@ def test_the_environment_file_explains_every_flag() -> None:
 def unit() -> configparser.ConfigParser:
     parser = configparser.ConfigParser(strict=False, interpolation=None)
     parser.optionxform = str  # type: ignore[assignment,method-assign]
-    parser.read(ROOT / "systemd/kilo-etcd.service")
+    parser.read(UNIT)
     return parser
 
 
@@ -51,8 +52,13 @@ def test_the_unit_leaves_the_userspace_device_running_and_its_socket_in_place(un
 def test_the_unit_lets_the_agent_switch_forwarding_on(unit: configparser.ConfigParser) -> None:
     service = unit["Service"]
     assert "ProtectKernelTunables" not in service
-    assert service["ReadWritePaths"] == "/proc/sys/net"
+    assert "\nReadWritePaths=/proc/sys/net\n" in UNIT.read_text()
     assert service["CapabilityBoundingSet"] == "CAP_NET_ADMIN"
+
+
+def test_the_unit_lets_the_agent_write_the_hosts_file_and_nothing_else_of_etc() -> None:
+    writable = re.findall(r"^ReadWritePaths=(.*)$", UNIT.read_text(), re.MULTILINE)
+    assert writable == ["/proc/sys/net", "-/etc/hosts"]
 
 
 def test_the_unit_is_told_when_the_agent_is_ready_and_starts_it_again(unit: configparser.ConfigParser) -> None:

@@ -249,6 +249,23 @@ def test_it_may_run_iptables_for_forward_rules() -> None:
     assert "--forward-rules" not in journal()
 
 
+def test_it_writes_names_when_told_to_and_says_when_it_cannot() -> None:
+    hosts = Path("/etc/hosts")
+    before = hosts.read_text() if hosts.exists() else ""
+    settings(KILO_DNS_HOSTS="true")
+    run("systemctl restart kilo-etcd")
+    wait(lambda: "node-2.mesh node-2\n" in hosts.read_text(), 60, "names in the hosts file")
+    assert "10.4.0.8" in run("getent hosts node-2.mesh").stdout
+    run("sed -i s/node-2.mesh/node-9.mesh/ /etc/hosts")
+    wait(lambda: "systemctl restart kilo-etcd makes good" in journal(), 60, "a sentence on the replaced file")
+    run("systemctl restart kilo-etcd")
+    wait(lambda: "node-2.mesh node-2\n" in hosts.read_text(), 60, "the names again")
+    settings(KILO_DNS_HOSTS="false")
+    run("systemctl restart kilo-etcd")
+    wait(lambda: "kilo-etcd" not in hosts.read_text(), 60, "the block's end")
+    assert hosts.read_text() == before
+
+
 def test_a_restart_changes_nothing_in_the_kernel() -> None:
     before, pid = interface(), main_pid()
     run("systemctl restart kilo-etcd")

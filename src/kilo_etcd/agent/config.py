@@ -105,6 +105,8 @@ class AgentConfig:
     """Whether a mesh address outside of etcd's `mesh/subnets` is given up for one within, at the start."""
     forward_rules: bool = False
     """Whether mesh traffic is let through a FORWARD chain whose policy is drop."""
+    dns_hosts: bool = False
+    """Whether the hosts file holds the names of the mesh."""
     log_level: str = "info"
     wireguard: WireGuardKind = WireGuardKind.AUTO
     userspace_command: tuple[str, ...] = ("wireguard-go",)
@@ -148,6 +150,7 @@ class AgentConfig:
         probe: str = "auto",
         renumber: bool = False,
         forward_rules: bool = False,
+        dns_hosts: bool = False,
         log_level: str = "info",
         wireguard: str = "auto",
         userspace_command: str = "wireguard-go",
@@ -186,6 +189,7 @@ class AgentConfig:
             probe=read("--probe", lambda: _one_of(Probe, probe)) is Probe.AUTO,
             renumber=renumber,
             forward_rules=forward_rules,
+            dns_hosts=dns_hosts,
             log_level=read("--log-level", lambda: parse_log_level(log_level)),
             wireguard=read("--wireguard", lambda: _one_of(WireGuardKind, wireguard)),
             userspace_command=read("--userspace-command", lambda: parse_command(userspace_command)),

@@ -26,6 +26,7 @@ from kilo_etcd.agent.cachefile import Identity, Remembered
 from kilo_etcd.agent.candidacy import Candidacy
 from kilo_etcd.agent.config import AgentConfig, too_small_for
 from kilo_etcd.agent.counted import counted
+from kilo_etcd.agent.dnshosts import DnsHosts, WriteNames
 from kilo_etcd.agent.hearing import Hearing
 from kilo_etcd.agent.hearsay import Hearsay, followed
 from kilo_etcd.agent.lastknown import Disk, Keeper
@@ -134,9 +135,11 @@ class Daemon:
         disk: Disk | None = None,
         secret: Callable[[str], bytes | None] | None = None,
         post: Post | None = None,
+        write_names: WriteNames | None = None,
     ) -> None:
         """`disk`: where the last known mesh is kept; None: it is not. `secret` is what the host's key and a public key
-        agree on, and `post` the way to neighbours; None: nobody is asked while etcd is away."""
+        agree on, and `post` the way to neighbours; None: nobody is asked while etcd is away. `write_names`
+        writes the hosts file; None: it is not touched."""
         self.config = config
         self.client = client = counted(client, metrics.etcd_writes.inc, metrics.etcd_heard)
         self.kernel = device
@@ -247,6 +250,10 @@ class Daemon:
         )  # fmt: skip
         self._hearing = Hearing(device, self.session, self.name, on_unmet=self._note_unmet, begin_over=self._begin_over)
         self._lookout = Lookout(device, self._note_gateway)
+        self._dns_hosts = write_names and DnsHosts(
+            write_names, wanted=config.dns_hosts, prefix=config.prefix, log=self.log, once=self.once,
+            on_trouble=self._publish_again,
+        )  # fmt: skip
 
     # -- life -----------------------------------------------------------------------------------------------
 
@@ -366,6 +373,8 @@ class Daemon:
             nursery.start_soon(self._talk, self._neighbours, self._post)
         if self._reachability is not None:
             nursery.start_soon(self._reachability.run)
+        if self._dns_hosts is not None:
+            nursery.start_soon(self._dns_hosts.run)
 
     async def _talk(self, neighbours: Neighbours, post: Post) -> None:
         """Speak with neighbours, as long as this host has etcd or they have."""
@@ -483,6 +492,8 @@ class Daemon:
                              error=str(error))  # fmt: skip
         if self.config.clean_up:
             changes = await kernel.cleanup(self.config.interface, public_key=self.public_key)
+            if self._dns_hosts is not None:
+                await self._dns_hosts.remove()
             try:
                 await self.keeper.forget()
             except OSError as failure:
@@ -698,6 +709,8 @@ class Daemon:
         self._publish(snapshot)
         self._hearing.follow(snapshot, plan, tunnels=not standby)
         self._lookout.follow(plan)
+        if self._dns_hosts is not None:
+            self._dns_hosts.follow(self.topology, guarded, fresh=fresh)
         self._witness.follow(self.topology)
         if self.remembered is None or snapshot is not self.remembered.snapshot:
             self.keeper.note(snapshot, self._holdings)
@@ -788,8 +801,7 @@ class Daemon:
     def _note_unmet(self, sentences: tuple[str, ...]) -> None:
         self.unmet = sentences
         self.once.errors("unmet", sentences, level="warning")
-        if self.snapshot is not None:
-            self._publish(self.snapshot)
+        self._publish_again()
 
     def _note_event(self, event: str) -> None:
         if event == "lease lost":
@@ -801,8 +813,7 @@ class Daemon:
     def _note_no_baseline(self, sentence: str | None) -> None:
         self.no_baseline = sentence
         self.once.errors("blind", () if sentence is None else (sentence,), level="warning")
-        if self.snapshot is not None:
-            self._publish(self.snapshot)
+        self._publish_again()
 
     async def _follow_obstacles(self) -> None:
         """Say what on this host drops what it forwards, for as long as it does forward; and when that is gone, have a
@@ -837,6 +848,9 @@ class Daemon:
             f"it? else kgctl annotate {self.name} way-out=ANOTHER, or way-out-"
         )
         self.once.errors("gateway", () if self.beyond is None else (self.beyond,), level="warning")
+        self._publish_again()
+
+    def _publish_again(self) -> None:
         if self.snapshot is not None:
             self._publish(self.snapshot)
 
@@ -901,6 +915,7 @@ class Daemon:
             self.mirror.suspect or self._bridged(),
             behind,
             self.metrics.listen_trouble,
+            self._dns_hosts and self._dns_hosts.trouble,
         )
         said = (*self.disagreements, *self.failures, *self.obstructed, *self.unmet, *self.whereabouts.overlaps)
         return (*said, *(text for text in further if text))

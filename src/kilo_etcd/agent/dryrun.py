@@ -15,6 +15,7 @@ from attrs import evolve
 from kilo_etcd import etcd, kernel, store
 from kilo_etcd.agent import discover, privatekey
 from kilo_etcd.agent.config import AgentConfig, too_small_for
+from kilo_etcd.agent.hostnames import known_names
 from kilo_etcd.agent.logs import MOST_NAMED
 from kilo_etcd.agent.resolve import names_of, resolve_once, resolve_plan
 from kilo_etcd.model import InternalIPs, Node, Snapshot
@@ -65,12 +66,16 @@ async def dry_run(config: AgentConfig, client: etcd.Client, setup: Callable[[Age
     unresolved = names_of(plan, topology.snapshot.nodes[config.hostname].way_out, table)
     plan = resolve_plan(plan, table, failed, facts.families())
     plan = guard(plan, (*facts.underlay(), *etcd_at), offered_by=topology.settlement.offered_by)
+    within = plan
     plan = at_gateway(plan, facts.underlay(), facts.families())
     plan = by_way_out(plan, topology, outside=etcd_at, sources=facts.sources(), unresolved=unresolved)
     for problem in plan.problems:
         click.echo(f"# {problem.text}")
     async with kernel.open_kernel(setup(config, private)) as device:
         changes = await device.preview(plan)
+    if config.dns_hosts:
+        for line in known_names(topology, within, config.prefix).described():
+            click.echo(f"# {line}")
     for change in changes:
         click.echo(str(change))
     if not changes:

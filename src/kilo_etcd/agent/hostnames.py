@@ -1,9 +1,10 @@
 """The names of nodes and peers as lines of a hosts file, in a block of our own. Pure.
 
-Each is written as `NAME.DOMAIN`, where the domain is the prefix (`/kilo` gives `gcp-1.kilo`), and as bare `NAME` if
-that is a single label that means nothing else: the author of a record must not decide where `github.com` or `wpad`
-leads on this machine. Other lines of the file keep their names, and no line leads to an address that this connection
-does not send into the mesh (decision 0026). Everything outside the block is kept byte for byte.
+Each is written as `NAME.DOMAIN`, where the domain is the prefix (`/kilo` gives `gcp-1.kilo`), as `NAME.mesh`, and as
+bare `NAME` if that is a single label that means nothing else: the author of a record must not decide where
+`github.com` or `wpad` leads on this machine. Other lines of the file keep their names, another mesh's among them, and
+no line leads to an address that this machine does not send into the mesh (decision 0026). Everything outside the block
+is kept byte for byte.
 """
 
 from __future__ import annotations
@@ -35,14 +36,24 @@ _TOP_LEVEL = (
 little harm, since a line answers for exactly its name, and nobody looks `dev` up."""
 _TAKEN = frozenset(f"{_SYSTEM} {_TOP_LEVEL}".split())
 
+ANY_MESH = "mesh"
+"""The domain under which the names of any one mesh are found."""
+
+BY_CONNECT = "kgctl connect writes it for {}, and removes it at its end"
+BY_AGENT = "kg writes it for {}, and kg cleanup removes it"
+
 
 def domain(prefix: str) -> str:
     """`/kilo` is `kilo`, `/corp/emea` is `emea.corp`. Never within a top-level domain: `/dev` is `dev.mesh`."""
     parts = (re.sub(r"[^a-z0-9]+", "-", part.lower()).strip("-")[:63].strip("-") for part in prefix.split("/"))
     labels = [part for part in parts if part]
     if labels and _taken_elsewhere(labels[0]):
-        labels.insert(0, "mesh")
-    return ".".join(reversed(labels)) or "mesh"
+        labels.insert(0, ANY_MESH)
+    return ".".join(reversed(labels)) or ANY_MESH
+
+
+def _long(name: str, prefix: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((f"{name}.{domain(prefix)}", f"{name}.{ANY_MESH}")))
 
 
 def _taken_elsewhere(label: str) -> bool:
@@ -67,6 +78,13 @@ class Known:
         """The first of it, and how many there are beside."""
         more = len(self.left_out) - most
         return "; ".join((*self.left_out[:most], *([f"and {more} more"] if more > 0 else [])))
+
+    def described(self) -> Iterator[str]:
+        """What a dry run says of it, line by line."""
+        for name, addresses in self.addresses.items():
+            yield f"/etc/hosts: {name} is {', '.join(map(str, addresses))}"
+        if self.left_out:
+            yield f"/etc/hosts: not all names are written: {self.left_out_in_short()}"
 
 
 def known_names(topology: Topology, plan: HostPlan, prefix: str) -> Known:
@@ -94,7 +112,7 @@ def known_names(topology: Topology, plan: HostPlan, prefix: str) -> Known:
         if written := tuple(address for address in addresses if address not in strange):
             found[name] = written
             if not may_be_bare(name):
-                left_out.append(f"{name} is written as {name}.{domain(prefix)} only")
+                left_out.append(f"{name} is written as {' and '.join(_long(name, prefix))} only")
     return Known(found, tuple(left_out))
 
 
@@ -131,18 +149,18 @@ def with_block(
     *,
     prefix: str,
     own: Collection[str] = (),
+    by: str = BY_CONNECT,
 ) -> bytes:
     """The file with the block of `interface` saying `names`; None: without the block. `own`, the machine's names, are
-    never written bare."""
+    never written bare. `by` says in the block who writes it; `{}` is the prefix."""
     # In its place, if it has one: of several blocks each may be written at any time.
     head, tail = _around(text, interface)
     if not names:
         return head + tail
     taken = {*map(str.lower, own), *_names_in(head), *_names_in(tail)}
-    suffix = domain(prefix)
-    lines = [_begin(interface).decode() + f" (kgctl connect writes it for {prefix}, and removes it at its end)"]
+    lines = [f"{_begin(interface).decode()} ({by.replace('{}', prefix)})"]
     for name, addresses in names.items():
-        written = [f"{name}.{suffix}", *([name] if may_be_bare(name) else [])]
+        written = [*_long(name, prefix), *([name] if may_be_bare(name) else [])]
         if free := " ".join(one for one in written if one.lower() not in taken):
             lines += [f"{address} {free}" for address in addresses]
     lines.append(_end(interface).decode())

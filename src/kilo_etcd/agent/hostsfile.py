@@ -19,9 +19,9 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from kilo_etcd.agent.hostnames import BY_CONNECT, with_block
 from kilo_etcd.agent.only_one import RUNTIME_DIR
 from kilo_etcd.agent.privatekey import sync_directory
-from kilo_etcd.ctl.connect.names import with_block
 from kilo_etcd.model import IPAddress
 
 HOSTS = Path("/etc/hosts")
@@ -47,17 +47,18 @@ def write_names(
     *,
     prefix: str,
     own: Collection[str] = (),
+    by: str = BY_CONNECT,
     path: Path = HOSTS,
     lock_dir: Path = RUNTIME_DIR,
 ) -> bool:
-    """Have the block of `interface` say `names`, or be gone (None). `own` are names of this machine. Whether the file
-    was changed. HostsFileError."""
+    """Have the block of `interface` say `names`, or be gone (None). `own` are names of this machine, `by` says in
+    the block who writes it. Whether the file was changed. HostsFileError."""
     with _turn(lock_dir):
         for _ in range(_ATTEMPTS):
             try:
                 target = Path(os.path.realpath(path))
                 before = _read(target)
-                after = with_block(before or b"", interface, names, prefix=prefix, own=own)
+                after = with_block(before or b"", interface, names, prefix=prefix, own=own, by=by)
                 if after == (before or b""):
                     return False
                 _write(target, before, after)
@@ -66,7 +67,9 @@ def write_names(
             except HostsFileError:
                 raise
             except OSError as error:
-                raise HostsFileError(f"{path} is left as it was: {error.strerror or error}") from None
+                left = HostsFileError(f"{path} is left as it was: {error.strerror or error}")
+                left.errno = error.errno
+                raise left from None
             return True
         raise HostsFileError(f"{path} is left as it was: another program writes it all the time")
 

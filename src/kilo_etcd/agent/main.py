@@ -19,7 +19,9 @@ from kilo_etcd import __version__, etcd, kernel, store
 from kilo_etcd.agent import cachefile, lastknown, privatekey
 from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.agent.daemon import Daemon, Fatal, Reload, StoppedAtOnce
+from kilo_etcd.agent.dnshosts import writer
 from kilo_etcd.agent.dryrun import dry_run
+from kilo_etcd.agent.hostsfile import HostsFileError
 from kilo_etcd.agent.logs import get_logger, setup_logging
 from kilo_etcd.agent.metrics import Metrics
 from kilo_etcd.agent.neighbours import UdpPost
@@ -133,7 +135,7 @@ async def _only_agent(config: AgentConfig) -> None:
             linecache.clearcache()
             await Daemon(
                 config, client, device, public, metrics=metrics, disk=disk,
-                secret=lambda key: privatekey.agreed(private, key), post=UdpPost(),
+                secret=lambda key: privatekey.agreed(private, key), post=UdpPost(), write_names=writer(config),
             ).run()  # fmt: skip
 
 
@@ -151,6 +153,11 @@ async def _cleanup(config: AgentConfig) -> None:
             public, unusable = None, error
         for change in await kernel.cleanup(config.interface, public_key=public):
             click.echo(str(change))
+        try:
+            if await writer(config)(None):
+                click.echo("the names of the mesh are removed from /etc/hosts")
+        except HostsFileError as error:
+            click.echo(f"kg: the names of the mesh stay in the hosts file: {error}", err=True)
         try:
             cachefile.remove(config.state_dir)
         except OSError as error:

@@ -166,6 +166,13 @@ _AGENT = (
         negative="--no-forward-rules",
     ),
     _flag(
+        "--dns-hosts",
+        "false",
+        "Keep the names of all nodes and peers in /etc/hosts: NAME.mesh, and NAME where nothing else has it.",
+        switch=True,
+        negative="--no-dns-hosts",
+    ),
+    _flag(
         "--wireguard",
         WireGuardKind.AUTO.value,
         "The WireGuard that is used: auto takes the kernel's where there is one.",
