@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from kilo_etcd.lab import HostSpec, SiteSpec, Spec, SpecError, parse_spec, read_spec
+from kilo_etcd.model import InternalIPs
 
 EXAMPLES = sorted(Path(str(files("kilo_etcd.lab") / "examples")).glob("*.toml"))
 
@@ -25,6 +26,7 @@ def test_a_site_in_short_and_hosts_at_length(tmp_path: Path) -> None:
             """
             etcd = 3
             granularity = "cross"
+            internal_ips = "off"
             [[site]]
             name = "gcp"
             label = "gcp"
@@ -42,6 +44,7 @@ def test_a_site_in_short_and_hosts_at_length(tmp_path: Path) -> None:
         )
     )
     assert spec.etcd == 3
+    assert spec.internal_ips is InternalIPs.OFF
     assert spec.sites == (
         SiteSpec(
             name="gcp",
@@ -79,6 +82,7 @@ SITE = '[[site]]\nname = "a"\nhosts = 2\n'
         ("etcd = 2\n" + SITE, "etcd"),
         ("colour = 1\n" + SITE, "colour is unknown"),
         ('granularity = "mesh"\n' + SITE, "granularity"),
+        ('internal_ips = "clear"\n' + SITE, "write routed, encrypted or off"),
         ("lease_ttl = 1\n" + SITE, "lease_ttl"),
         ('wireguard = "magic"\n' + SITE, "wireguard"),
         ('families = ["ipx"]\n' + SITE, "families"),

@@ -23,7 +23,7 @@ from kilo_etcd.ctl.context import Failure
 from kilo_etcd.lab import Lab, LabError, Spec, SpecError, attach, demo, read_spec, running_lab
 from kilo_etcd.lab.addressing import CUTS, SITE_CUTS
 from kilo_etcd.lab.terminal import SHELL, SHELL_ENVIRONMENT, run_here
-from kilo_etcd.model import Granularity
+from kilo_etcd.model import Granularity, InternalIPs
 
 T = TypeVar("T")
 
@@ -91,12 +91,14 @@ def load(source: str) -> Spec:
     return read_spec(Path(source))
 
 
-def _adjusted(source: str, etcd: str | None, granularity: str | None) -> Spec:
+def _adjusted(source: str, etcd: str | None, granularity: str | None, internal_ips: str | None) -> Spec:
     spec = load(source)
     if etcd:
         spec = spec.evolve(etcd=int(etcd))
     if granularity:
         spec = spec.evolve(granularity=Granularity(granularity))
+    if internal_ips:
+        spec = spec.evolve(internal_ips=InternalIPs(internal_ips))
     return spec
 
 
@@ -105,6 +107,9 @@ def _adjusted(source: str, etcd: str | None, granularity: str | None) -> Spec:
 @click.option("--name", default="default", show_default=True, help="The lab's name, for the other commands.")
 @click.option("--etcd", type=click.Choice(["1", "3"]), help="How many etcd members.")
 @click.option("--granularity", type=click.Choice([g.value for g in Granularity]), help="How tunnels are drawn.")
+@click.option(
+    "--internal-ips", type=click.Choice([v.value for v in InternalIPs]), help="What goes to internal IPs in tunnels."
+)
 @click.option("--command", metavar="CMD", help="Run this in the operator's shell once all hosts ping, then end.")
 @click.option(
     "--deadline",
@@ -113,11 +118,19 @@ def _adjusted(source: str, etcd: str | None, granularity: str | None) -> Spec:
     show_default=True,
     help="Seconds until all hosts must ping, else the lab ends.",
 )
-def run(file: str, name: str, etcd: str | None, granularity: str | None, command: str | None, deadline: float) -> None:
+def run(
+    file: str,
+    name: str,
+    etcd: str | None,
+    granularity: str | None,
+    internal_ips: str | None,
+    command: str | None,
+    deadline: float,
+) -> None:
     """Build the lab of FILE (TOML, or an example's name) and keep it until Ctrl-C."""
 
     async def work() -> int:
-        spec = _adjusted(file, etcd, granularity)
+        spec = _adjusted(file, etcd, granularity, internal_ips)
         async with running_lab(spec, name, say=lambda line: click.echo(line, err=True)) as lab:
             if spec.agents:
                 try:

@@ -15,7 +15,7 @@ from typing import Any
 
 from attrs import asdict, evolve, field, frozen
 
-from kilo_etcd.model import Granularity, IPNetwork
+from kilo_etcd.model import Granularity, InternalIPs, IPNetwork
 
 FAMILIES = ("ipv4", "ipv6")
 WIREGUARD = ("auto", "kernel", "userspace")
@@ -78,6 +78,7 @@ class Spec:
     sites: tuple[SiteSpec, ...]
     etcd: int = 1
     granularity: Granularity = Granularity.LOCATION
+    internal_ips: InternalIPs = InternalIPs.ROUTED
     families: tuple[str, ...] = ("ipv4",)
     lease_ttl: int = 5
     wireguard: str = "auto"
@@ -184,10 +185,15 @@ def parse_spec(data: Mapping[str, Any], source: str) -> Spec:
         granularity = Granularity(top.text("granularity", "location"))
     except ValueError:
         raise top.wrong("granularity", "write location, full or cross") from None
+    try:
+        internal_ips = InternalIPs(top.text("internal_ips", "routed"))
+    except ValueError:
+        raise top.wrong("internal_ips", "write routed, encrypted or off") from None
     values: dict[str, Any] = {
         "sites": sites,
         "etcd": top.integer("etcd", 1),
         "granularity": granularity,
+        "internal_ips": internal_ips,
         "families": top.texts("families", ("ipv4",)),
         "lease_ttl": top.integer("lease_ttl", 5),
         "wireguard": top.text("wireguard", "auto"),

@@ -303,6 +303,7 @@ class World:
             "--endpoints", ",".join(self.layout.endpoints_for(host)),
             "--state-dir", STATE_DIR,
             "--mesh-granularity", spec.granularity.value,
+            "--internal-ips", spec.internal_ips.value,
             "--lease-ttl", f"{spec.lease_ttl}s",
             "--wireguard", spec.wireguard,
             *spec.agent_args,
