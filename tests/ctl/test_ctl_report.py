@@ -30,7 +30,7 @@ from kilo_etcd.ctl.report import (
     report,
 )
 from kilo_etcd.etcd.api import Header, KeyValue
-from kilo_etcd.model import Candidate, CandidateClass, Endpoint, Granularity, Node, SetAside, Snapshot
+from kilo_etcd.model import Candidate, CandidateClass, Endpoint, Granularity, InternalIPs, Node, SetAside, Snapshot
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import Role, StatusRecord
 from kilo_etcd.store.view import View
@@ -84,7 +84,7 @@ def test_a_mesh_in_order_has_nothing_to_complain_of() -> None:
     ]
     assert (found.disagreements, found.errors, found.problems, found.set_aside) == ((), (), (), ())
     assert plain(status_tables(found), status_heading(found)) == (
-        "granularity location; subnets 10.4.0.0/16; 4 nodes, 4 alive; revision 40\n"
+        "granularity location; internal-ips off; subnets 10.4.0.0/16; 4 nodes, 4 alive; revision 40\n"
         "\n"
         "Nodes:\n"
         "NODE  LOCATION   MESH ADDRESS  INTERNAL IP      ENDPOINT           ROLE    AGENT  REVISION\n"
@@ -98,6 +98,38 @@ def test_a_mesh_in_order_has_nothing_to_complain_of() -> None:
         "(default)  1      b1      -                     -             -\n"
         "a          3      a3      2026-11-22T10:30:00Z  a1            a3, a1, a2"
     )
+
+
+def test_internal_ips_wait_for_agents_that_do_not_know_them() -> None:
+    known = {name: evolve(node, underlay=()) for name, node in WORLD.nodes.items()}
+    world = evolve(WORLD, nodes=known, internal_ips=InternalIPs.ROUTED)
+    found = report(world, ALL_WELL, newest=40, registered=frozenset(world.nodes))
+    assert (found.internal_ips, found.internal_ips_in_force, found.unaware, found.unrouted) == (
+        "routed",
+        "routed",
+        (),
+        (),
+    )
+    assert "; internal-ips routed; " in status_heading(found)
+
+    world = evolve(world, nodes={**known, "a2": WORLD.nodes["a2"]})
+    found = report(world, ALL_WELL, newest=40, registered=frozenset(world.nodes))
+    assert "; internal-ips off (routed waits for 1 agent); " in status_heading(found)
+    sentence = (
+        "routed is set, and off is in force until every agent knows the setting: upgrade the agents on a2, or forget "
+        "the nodes (kgctl node forget)"
+    )
+    assert f"Internal IPs that are not routed:\nSUBJECT       WHY\ninternal-ips  {sentence}" in plain(
+        status_tables(found)
+    )
+    told = json.loads(status_json(found))
+    assert (told["internalIps"], told["internalIpsInForce"], told["unaware"]) == ("routed", "off", ["a2"])
+    assert told["unrouted"] == [{"subject": "internal-ips", "text": sentence, "about": ""}]
+    assert [(f.severity, f.text) for f in _records(found)] == [("note", sentence)]
+
+    old = {f"n{at:02}": evolve(WORLD.nodes["a1"], name=f"n{at:02}", public_key=f"{at}") for at in range(30)}
+    (note,) = report(evolve(world, nodes=old), {}, newest=40).unrouted
+    assert "agents on n00, n01, n02, n03, n04, n05, n06, n07, n08, n09 and 20 more, or forget" in note.text
 
 
 def test_candidates_are_in_the_order_in_which_they_would_lead() -> None:

@@ -204,7 +204,7 @@ def test_the_internal_ips_are_switched_when_that_is_confirmed(etcd: FakeEtcd) ->
     assert etcd.get("/kilo/mesh/internal-ips") is None
     assert run("mesh", "set", "internal-ips", "routed", "--yes").exit_code == 0
     assert etcd.get("/kilo/mesh/internal-ips") == b"routed"
-    assert json.loads(run("mesh", "show", "-o", "json").output)["internalIPs"] == "routed"
+    assert json.loads(run("mesh", "show", "-o", "json").output)["internalIps"] == "routed"
 
 
 def test_the_mesh_as_a_whole_is_shown(etcd: FakeEtcd) -> None:

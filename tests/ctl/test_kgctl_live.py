@@ -176,13 +176,14 @@ def test_a_graph_is_coloured_by_what_either_end_says(mesh: Mesh) -> None:
 def test_a_graph_in_other_hands(mesh: Mesh) -> None:
     mesh.says["gcp-1"] = AnswerRecord(time=now(), tunnels=(mesh.tunnel("home-1", 5),))
     said = json.loads(mesh.run("graph", "-o", "json").stdout)
+    assert said["internalIps"] == "off"
     assert {"one": "gcp-1", "other": "home-1", "kind": "tunnel", "up": True, "says": "last handshake 5 s ago"} in said[
         "edges"
     ]
     assert {"one": "gcp-1", "other": "gcp-2", "kind": "local", "up": None, "says": None} in said["edges"]
     assert [node["name"] for node in said["nodes"] if node["leader"]] == ["gcp-1", "home-1"]
     drawn = mesh.run("graph", "-o", "mermaid").stdout.splitlines()
-    assert drawn[0] == "flowchart LR"
+    assert drawn[:4] == ["---", 'title: "10.4.0.0/16, fd04::/64; internal-ips off"', "---", "flowchart LR"]
     assert '        n0(["gcp-1<br>10.4.0.1, fd04::1"])' in drawn
     assert "    n0 <--> n3" in drawn
     assert any(line.strip().endswith("stroke:#2e7d32") for line in drawn)

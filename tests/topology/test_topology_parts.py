@@ -10,7 +10,7 @@ import pytest
 from attrs import evolve
 from topology_worlds import PHONE, SIX, WORLDS, node, peer, plans, snapshot
 
-from kilo_etcd.model import Candidate, CandidateClass, Endpoint, Granularity, IPNetwork
+from kilo_etcd.model import Candidate, CandidateClass, Endpoint, Granularity, InternalIPs, IPNetwork
 from kilo_etcd.topology import Edge, EdgeKind, HostPlan, Reason, build_topology, clusters, edges, elect, host_plan
 from kilo_etcd.topology.claims import Claim, Settlement, settle
 from kilo_etcd.topology.graph import graph
@@ -213,6 +213,12 @@ class TestGraph:
         assert drawn == {
             (min(name, p.name), max(name, p.name)) for name, plan in plans(world).items() for p in plan.peers.values()
         }
+
+    def test_its_label_says_what_is_in_force_of_internal_ips(self) -> None:
+        known = evolve(WORLDS["location"], internal_ips=InternalIPs.ROUTED)
+        known = evolve(known, nodes={name: evolve(node, underlay=()) for name, node in known.nodes.items()})
+        for world, mode in ((WORLDS["location"], "off"), (known, "routed")):
+            assert f'\tlabel="10.4.0.0/16\\ninternal-ips {mode}";\n' in graph(build_topology(world))
 
     def test_clusters(self) -> None:
         found = [

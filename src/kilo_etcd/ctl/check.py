@@ -185,6 +185,13 @@ def _records(found: Report) -> Iterator[Finding]:
         yield Finding(severity=Severity.WARNING, subject=remark.subject, text=remark.text)
     for remark in found.notes:
         yield Finding(severity=Severity.NOTE, subject=remark.subject, text=remark.text)
+    for remark in found.unrouted[:MOST_NAMED]:
+        yield Finding(severity=Severity.NOTE, subject=remark.subject, text=remark.text)
+    if (more := len(found.unrouted) - MOST_NAMED) > 0:
+        yield Finding(
+            severity=Severity.NOTE, subject="internal-ips", text=f"{more} more are not routed",
+            remedy="kgctl status -o json lists all under unrouted",
+        )  # fmt: skip
 
 
 def _hosts(found: Examined) -> Iterator[Finding]:

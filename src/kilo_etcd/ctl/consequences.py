@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from math import comb
 
 from kilo_etcd.ctl.render import clean, shown_location
+from kilo_etcd.ctl.report import unrouted_remarks
 from kilo_etcd.model import Granularity, Node, Snapshot
 from kilo_etcd.topology import Segment, Topology, build_topology
 from kilo_etcd.topology.graph import EdgeKind, edges
@@ -17,6 +18,8 @@ from kilo_etcd.topology.wayout import trouble_of
 
 MOST_REASONS = 4
 """Named in a question; a label set on a hundred nodes moves a hundred."""
+
+MOST_NOTES = 10
 
 
 def consequences(before: Snapshot, after: Snapshot) -> tuple[str, ...]:
@@ -29,6 +32,7 @@ def consequences(before: Snapshot, after: Snapshot) -> tuple[str, ...]:
         *_tunnels(old, new),
         *_peers(old, new),
         *_complaints(old, new),
+        *_notes(old, new),
     )
 
 
@@ -173,6 +177,14 @@ def _complaints(old: Topology, new: Topology) -> Iterator[str]:
     known, left = set(before), set(after)
     yield from (f"new trouble: {text}" for text in after if text not in known)
     yield from (f"trouble that ends: {text}" for text in before if text not in left)
+
+
+def _notes(old: Topology, new: Topology) -> Iterator[str]:
+    known = set(unrouted_remarks(old))
+    came = [note for note in unrouted_remarks(new) if note not in known]
+    yield from (f"note: {clean(note.subject)}: {clean(note.text)}" for note in came[:MOST_NOTES])
+    if len(came) > MOST_NOTES:
+        yield f"note: {len(came) - MOST_NOTES} more of these; kgctl status will show them"
 
 
 def _troubles(topology: Topology) -> list[str]:

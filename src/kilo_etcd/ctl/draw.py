@@ -43,7 +43,8 @@ def picture(dot: str, kind: str, engine: str = "circo") -> bytes:
 
 def mermaid(topology: Topology, states: Mapping[Edge, EdgeState]) -> str:
     """A Mermaid flowchart. Names stand in labels only, escaped; ids are numbers."""
-    lines = ["flowchart LR"]
+    title = f"{', '.join(map(str, topology.snapshot.subnets))}; internal-ips {topology.internal_ips}"
+    lines = ["---", f'title: "{title}"', "---", "flowchart LR"]
     ids: dict[tuple[str, str], str] = {}
     for number, cluster in enumerate(clusters(topology)):
         title = f"location: {cluster.label}" if cluster.label else "default location"
@@ -88,6 +89,7 @@ def graph_json(topology: Topology, states: Mapping[Edge, EdgeState]) -> str:
         {
             "subnets": list(map(str, topology.snapshot.subnets)),
             "granularity": topology.snapshot.granularity.value,
+            "internalIps": topology.internal_ips.value,
             "clusters": [
                 {"location": cluster.label, "nodes": [node.name for node in cluster.nodes]}
                 for cluster in clusters(topology)

@@ -12,12 +12,14 @@ from kilo_etcd.ctl.change import Edit, Outcome, carry_out, change_options
 from kilo_etcd.ctl.context import Failure, Mesh
 from kilo_etcd.ctl.join import join_command, part_command
 from kilo_etcd.ctl.output import output_option
+from kilo_etcd.ctl.render import shown_internal_ips
 from kilo_etcd.etcd.api import Client
 from kilo_etcd.model import Granularity, InternalIPs, Snapshot
 from kilo_etcd.store import operator
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import encode_adoption
 from kilo_etcd.store.view import View
+from kilo_etcd.topology import build_topology
 
 
 @click.group("mesh")
@@ -35,10 +37,12 @@ mesh_group.add_command(part_command)
 def show_command(mesh: Mesh, output: str) -> None:
     """Show granularity, subnets, internal-ips, and how many nodes, locations and peers there are."""
     snapshot = mesh.ask(operator.snapshot)[0]
+    topology = build_topology(snapshot)
     found = {
         "granularity": snapshot.granularity.value,
         "subnets": [str(subnet) for subnet in snapshot.subnets],
-        "internalIPs": snapshot.internal_ips.value,
+        "internalIps": snapshot.internal_ips.value,
+        "internalIpsInForce": topology.internal_ips.value,
         "nodes": len(snapshot.nodes),
         "locations": len({node.location for node in snapshot.nodes.values()}),
         "peers": len(snapshot.peers),
@@ -50,7 +54,9 @@ def show_command(mesh: Mesh, output: str) -> None:
         return
     if not snapshot.subnets:
         raise Failure(f"there is no mesh under {mesh.prefix} yet: the first agent makes it")
-    names = {"internalIPs": "internal IPs", "setAside": "records set aside"}
+    found["internalIps"] = shown_internal_ips(snapshot.internal_ips, topology.internal_ips, len(topology.unaware))
+    del found["internalIpsInForce"]
+    names = {"internalIps": "internal-ips", "setAside": "records set aside"}
     for name, value in found.items():
         shown = ", ".join(value) if isinstance(value, list) else str(value)
         click.echo(f"{names.get(name, name) + ':':<20}{shown}")

@@ -78,6 +78,7 @@ def status_tables(report: Report) -> tuple[Table, ...]:
         Table("Errors that agents report", ("NODE", "ERROR"), _remarks(report.errors)),
         Table("Problems", ("SUBJECT", "PROBLEM"), _remarks(report.problems)),
         Table("Is that meant?", ("SUBJECT", "NOTE"), _remarks(report.notes)),
+        Table("Internal IPs that are not routed", ("SUBJECT", "WHY"), _remarks(report.unrouted)),
         *(_live_tables(report.live) if report.live is not None else ()),
     )
     return tuple(table for table in tables if table.rows or table.empty)
@@ -128,15 +129,23 @@ def status_heading(report: Report) -> str:
     alive = sum(row.alive for row in report.nodes)
     parts = [
         f"granularity {report.granularity}",
+        f"internal-ips {shown_internal_ips(report.internal_ips, report.internal_ips_in_force, len(report.unaware))}",
         f"subnets {', '.join(report.subnets) or NONE}",
         f"{len(report.nodes)} node{'' if len(report.nodes) == 1 else 's'}, {alive} alive",
         f"revision {report.revision}",
     ]
     if report.peers:
-        parts.insert(3, f"peers {', '.join(map(clean, report.peers))}")
+        parts.insert(4, f"peers {', '.join(map(clean, report.peers))}")
     if report.live is not None and report.live.tunnels:
         parts.append(f"{report.live.up} of {report.live.tunnels} tunnels up")
     return "; ".join(parts)
+
+
+def shown_internal_ips(setting: str, in_force: str, unaware: int) -> str:
+    """The setting internal-ips, and what is in force as long as `unaware` agents do not know it."""
+    if setting == in_force:
+        return setting
+    return f"{in_force} ({setting} waits for {unaware} agent{'' if unaware == 1 else 's'})"
 
 
 def status_json(report: Report) -> str:

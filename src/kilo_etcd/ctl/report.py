@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 NOT_IN_FORCE = "not in force"
 """The role of a node that is registered and yet no part of the mesh: it has no address yet, or is set aside."""
+MOST_UNAWARE = 10
+"""Nodes whose agents are to be upgraded that are named; the others are counted."""
 UNREGISTERED = "not registered"
 """The role of an agent that reports but has no record."""
 
@@ -111,6 +113,11 @@ class Report:
     revision: int
     granularity: str
     subnets: tuple[str, ...]
+    internal_ips: str
+    """The setting."""
+    internal_ips_in_force: str
+    unaware: tuple[str, ...] = ()
+    """The nodes whose agents do not know the setting: it is not in force before they do, or are forgotten."""
     nodes: tuple[NodeRow, ...] = ()
     locations: tuple[LocationRow, ...] = ()
     peers: tuple[str, ...] = ()
@@ -123,6 +130,8 @@ class Report:
     """What the topology could not give to somebody."""
     notes: tuple[Remark, ...] = ()
     """What may be a mistake of the operator's."""
+    unrouted: tuple[Remark, ...] = ()
+    """Internal IPs that are not routed, and why; what the setting waits for."""
     live: LiveReport | None = None
     """None: nobody was asked."""
 
@@ -164,6 +173,9 @@ def report(
         revision=newest,
         granularity=snapshot.granularity.value,
         subnets=tuple(map(str, snapshot.subnets)),
+        internal_ips=snapshot.internal_ips.value,
+        internal_ips_in_force=topology.internal_ips.value,
+        unaware=tuple(sorted(topology.unaware)),
         nodes=tuple(_node_row(name, topology, statuses.get(name), newest, name in registered) for name in names),
         locations=_location_rows(topology, statuses),
         peers=tuple(sorted(topology.peers)),
@@ -188,6 +200,7 @@ def report(
             Remark(subject=problem.subject, text=problem.text, about=problem.about) for problem in topology.problems
         ),
         notes=tuple(_odd_locations(snapshot)),
+        unrouted=tuple(unrouted_remarks(topology)),
         live=None if live is None else _live_report(topology, live),
     )
 
@@ -204,6 +217,20 @@ def _odd_locations(snapshot: Snapshot) -> Iterator[Remark]:
                 text=f"the location of {names[0]}{more} {odd}: if that is not meant, correct KILO_LOCATION there, or "
                 f"kgctl location set {names[0]} NAME",
             )
+
+
+def unrouted_remarks(topology: Topology) -> Iterator[Remark]:
+    """What of the setting internal-ips is not in force, and why."""
+    setting, unaware = topology.snapshot.internal_ips, sorted(topology.unaware)
+    if setting is not topology.internal_ips:
+        nodes = f"{', '.join(unaware[:MOST_UNAWARE])}" + (
+            f" and {len(unaware) - MOST_UNAWARE} more" if len(unaware) > MOST_UNAWARE else ""
+        )
+        yield Remark(
+            subject="internal-ips",
+            text=f"{setting} is set, and {topology.internal_ips} is in force until every agent knows the setting: "
+            f"upgrade the agents on {nodes}, or forget the nodes (kgctl node forget)",
+        )
 
 
 def _live_report(topology: Topology, live: Live) -> LiveReport:

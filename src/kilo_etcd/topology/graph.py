@@ -121,7 +121,7 @@ def graph(topology: Topology, states: Mapping[Edge, EdgeState] | None = None) ->
         names["peer", name] = identity
     lines = [
         "digraph kilo {",
-        f"\tlabel={_text(subnets)};",
+        f"\tlabel={_text(subnets, f'internal-ips {topology.internal_ips}')};",
         "\tlabelloc=t;",
         "\toutputorder=nodesfirst;",
         "\toverlap=false;",
