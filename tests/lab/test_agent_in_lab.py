@@ -157,3 +157,31 @@ async def test_a_normal_start_has_no_word_of_warning() -> None:
         for host in lab.hosts:
             log = await lab.log(host)
             assert log.count(" info ") == len(log.splitlines()), log
+
+
+async def test_names_of_the_mesh_resolve_on_every_host_and_go_with_the_agent() -> None:
+    async with mesh(agent_args=("--dns-hosts",)) as lab:
+        before = {host: (await lab.exec(host, "cat", "/etc/hosts")).stdout.split("# kilo")[0] for host in lab.hosts}
+        mesh_addresses = {row.host: row.mesh[0] for row in await lab.status()}
+        for host, other in (("gcp-1", "home-2"), ("home-2", "gcp-1"), ("home-2", "home-1")):
+            for name in (f"{other}.mesh", other):
+
+                async def resolves(host: str = host, name: str = name, other: str = other) -> bool:
+                    return (await lab.exec(host, "getent", "hosts", name)).stdout.startswith(
+                        f"{mesh_addresses[other]} "
+                    )
+
+                await eventually(resolves, 10, every=0.1)
+                await lab.exec(host, "ping", "-c1", "-W5", name, check=True)
+        # A host's own name leads where it led, and so does what is looked up after the agent has stopped.
+        assert not (await lab.exec("home-2", "getent", "hosts", "home-2")).stdout.startswith("10.4.")
+        await lab.stop("home-2")
+        assert (await lab.exec("home-2", "getent", "hosts", "gcp-1")).stdout.startswith("10.4.")
+        removed = await kg(lab, "home-2", "cleanup")
+        assert "the names of the mesh are removed from /etc/hosts" in removed.stdout
+        assert (await lab.exec("home-2", "cat", "/etc/hosts")).stdout == before["home-2"]
+
+        async def forgotten() -> bool:
+            return "home-2" not in (await lab.exec("gcp-1", "cat", "/etc/hosts")).stdout
+
+        await eventually(forgotten, 10, every=0.1)
