@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from ipaddress import ip_interface
+from ipaddress import ip_interface, ip_network
+from typing import Any
 
 import pytest
 import trio
+from attrs import evolve
 from click.testing import CliRunner, Result
 
 from kilo_etcd.ctl.main import main
 from kilo_etcd.etcd import Client
 from kilo_etcd.model import CandidateClass, Endpoint
 from kilo_etcd.store.keys import Keys
-from kilo_etcd.store.records import CandidateRecord, NodeRecord, Role, StatusRecord, Unreachable, encode
+from kilo_etcd.store.records import CandidateRecord, NodeRecord, Role, StatusRecord, Unreachable, encode, read
 from kilo_etcd.testing.fake_etcd import FakeEtcd
 
 HOSTS = {
@@ -230,8 +232,8 @@ OWN = "sends it by its own routing table"
         ("gcp-1", "10.1.0.2", 0, f"gcp-1 {OWN}, in clear: it is the internal IP of gcp-2 at the same location"),
         ("gcp-1", "10.1.0.77", 0, f"gcp-1 {OWN}, in clear: it is on its location's network"),
         ("gcp-2", "10.2.0.5", 1,
-         "does not arrive: it is the internal IP of home-2, at another location, and the mesh carries no internal IPs; "
-         f"gcp-2 {OWN}, in clear; home-2 is reached at its mesh address 10.4.0.5"),
+         "does not arrive: it is the internal IP of home-2, which is not routed: the mesh carries no internal IPs ("
+         f"kgctl mesh set internal-ips routed); gcp-2 {OWN}, in clear; home-2 is reached at its mesh address 10.4.0.5"),
         ("home-2", "172.20.0.9", 0, f"home-2 {OWN}: it is in a network behind home-2"),
         ("home-2", "10.2.0.50", 0, f"home-2 {OWN}: it is in a network of its own location"),
         ("gcp-2", "10.2.0.50", 0, "arrives; the answer takes the same way"),
@@ -350,3 +352,83 @@ def test_a_member_that_does_not_answer_is_where_a_packets_way_ends(etcd: FakeEtc
     # A record that cannot be meant is no reason to say nothing.
     reports(etcd, "gcp-1", ("gcp-2", "nowhere"))
     assert run("home-2", "gcp-2").exit_code == 0
+
+
+def routes_internal_ips(etcd: FakeEtcd, **changes: dict[str, Any]) -> None:
+    """Every agent knows the setting, and it is `routed`. `changes`: how a node's record is otherwise."""
+    etcd.put("/kilo/mesh/internal-ips", "routed")
+    for name in HOSTS:
+        key = Keys().node(name)
+        record = evolve(read(NodeRecord, etcd.get(key) or b"").record, underlay=())
+        etcd.put(key, encode(evolve(record, **changes.get(name.replace("-", "_"), {}))))
+
+
+def by_internal_ip(source: str, target: str) -> tuple[int, dict[str, Any]]:
+    found = run(source, target, "-o", "json")
+    (journey,) = json.loads(found.stdout)["internal"]
+    return found.exit_code, journey["there"]
+
+
+def test_an_internal_ip_is_routed_with_the_senders_own_as_source(etcd: FakeEtcd) -> None:
+    routes_internal_ips(etcd)
+    assert headline("gcp-2", "10.2.0.5") == (
+        0,
+        "gcp-2 (10.1.0.2) to 10.2.0.5, the internal IP of home-2: arrives; the answer takes the same way",
+    )
+    (journey,) = json.loads(run("gcp-2", "10.2.0.5", "-o", "json").stdout)["journeys"]
+    assert hops(journey["there"]) == [
+        ("gcp-2", "gcp-1", "clear", "10.1.0.1"),
+        ("gcp-1", "home-1", "WireGuard", "203.0.113.4:51820"),
+        ("home-1", "home-2", "clear", "10.2.0.5"),
+    ]
+    assert (journey["there"]["source"], journey["there"]["internalIpOf"]) == ("gcp-2 (10.1.0.2)", "home-2")
+    assert [hop["table"] for hop in journey["there"]["hops"]] == ["main"] * 3
+    lines = [" ".join(line.split()) for line in run("gcp-2", "10.2.0.5").output.splitlines()]
+    assert "2 gcp-1 [gcp] home-1 [home] yes WireGuard 203.0.113.4:51820 main" in lines
+    # At its own location nothing of it is the mesh's.
+    assert headline("gcp-2", "10.1.0.1") == (
+        0,
+        f"gcp-2 to 10.1.0.1: gcp-2 {OWN}, in clear: it is the internal IP of gcp-1 at the same location",
+    )
+
+
+def test_between_two_nodes_it_says_how_the_internal_ip_is_reached_too(etcd: FakeEtcd) -> None:
+    routes_internal_ips(etcd)
+    lines = [" ".join(line.split()) for line in run("gcp-2", "home-2").output.splitlines()]
+    assert lines[lines.index("By internal IP:") + 1 :][:2] == [
+        "INTERNAL IP FROM BY TABLE OUTCOME",
+        "10.2.0.5 gcp-2 (10.1.0.2) gcp-1 (clear), home-1 (WireGuard), home-2 (clear) main arrives; the answer takes "
+        "the same way",
+    ]
+    # What an agent reports on the way counts.
+    reports(etcd, "gcp-2", ("gcp-1", "10.1.0.1", False))
+    assert by_internal_ip("gcp-2", "home-2")[0] == 1
+    reports(etcd, "gcp-2")
+    assert "By internal IP" not in run("gcp-1", "10.4.0.5").output
+    assert run("gcp-1", "laptop").exit_code == 0
+    assert "in clear: it is the internal IP of gcp-3 at the same location" in run("gcp-1", "gcp-3").output
+
+
+REMEDY = "name another address of the host with kgctl annotate NODE force-internal-ip=..."
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"home_2": {"underlay": None}},
+         "internal-ips routed waits for agents that do not know it (kgctl status names them)"),
+        ({"gcp_1": {"underlay": (ip_network("10.2.0.0/16"),)}},
+         f"gcp-2 or a host of its segment reaches 10.2.0.0/16 over its own links; {REMEDY}"),
+        ({"gcp_3": {"internal_ips": (ip_interface("10.2.0.5/24"),)}}, f"gcp-3 and home-2 have it; {REMEDY}"),
+        ({"home_1": {"endpoint": Endpoint.parse("10.2.0.5:51820")}},
+         "it is the address at which other segments reach a WireGuard device"),
+        ({"home_2": {"internal_ips": (ip_interface("169.254.7.7/24"),)}},
+         f"it is each host's own (loopback, link-local, multicast); {REMEDY}"),
+    ],
+)  # fmt: skip
+def test_why_an_internal_ip_is_not_routed(etcd: FakeEtcd, changes: dict[str, dict[str, Any]], why: str) -> None:
+    routes_internal_ips(etcd, **changes)
+    status, there = by_internal_ip("gcp-2", "home-2")
+    assert (status, there["unrouted"], there["hops"]) == (0, why, [])
+    lines = [" ".join(line.split()) for line in run("gcp-2", "home-2").output.splitlines()]
+    assert any(line.endswith(f"- - not routed: {why}") for line in lines)

@@ -19,7 +19,7 @@ from kilo_etcd.ctl import complete
 from kilo_etcd.ctl.context import Failure, Mesh
 from kilo_etcd.ctl.output import output_option, show
 from kilo_etcd.ctl.render import Table, clean, shown_location
-from kilo_etcd.ctl.trace import Journey, Unknown, Way, ends, explain, met
+from kilo_etcd.ctl.trace import Journey, Unknown, Way, ends, explain, internal_journeys, met
 from kilo_etcd.model import Snapshot
 
 
@@ -28,6 +28,8 @@ class Explanation:
     """All that `kgctl explain` has to say. `remarks` are about the hosts on the way: (name, sentence)."""
 
     journeys: tuple[Journey, ...]
+    internal: tuple[Journey, ...] = ()
+    """To the internal IPs of the node at the far end, if that is one and was asked for by its name."""
     remarks: tuple[tuple[str, str], ...] = ()
     live: tuple[tuple[str, str], ...] | None = None
     """What speaks against it in the kernels of the hosts on the way, likewise, beyond `remarks`; None: they were not
@@ -36,7 +38,9 @@ class Explanation:
     @property
     def works(self) -> bool:
         """Whether every journey works, as far as is known."""
-        return all(journey.works for journey in self.journeys) and not self.live
+        # An internal IP that is not routed is none of the mesh's.
+        carried = (journey for journey in self.internal if not journey.there.unrouted)
+        return all(journey.works for journey in (*self.journeys, *carried)) and not self.live
 
 
 @click.command(
@@ -66,13 +70,15 @@ def explain_command(mesh: Mesh, source: str, target: str, output: str, live: boo
         journeys = explain(topology, source, target, statuses)
     except Unknown as error:
         raise Failure(str(error)) from None
-    names = met(journeys) | {source} | ({target} if target in snapshot.nodes else set())
+    internal = internal_journeys(topology, source, target, statuses)
+    names = met((*journeys, *internal)) | {source} | ({target} if target in snapshot.nodes else set())
     remarks = remarks_on(looked.report(about=names), names)
     said = against = None
     if live:
         said = mesh.ask(partial(gather, names=names & statuses.keys(), targets=ends(journeys, snapshot)))
         against = tuple(dict.fromkeys(one for one in doubts(journeys, topology, statuses, said) if one not in remarks))
-    found = Explanation(journeys=weigh(journeys, source, topology, statuses, said), remarks=remarks, live=against)
+    journeys, internal = (weigh(which, source, topology, statuses, said) for which in (journeys, internal))
+    found = Explanation(journeys=journeys, internal=internal, remarks=remarks, live=against)
     if output == "json":
         click.echo(explanation_json(found))
     else:
@@ -84,6 +90,9 @@ def explain_command(mesh: Mesh, source: str, target: str, output: str, live: boo
 def _print(found: Explanation, source: str, snapshot: Snapshot) -> None:
     for journey in found.journeys:
         show(journey_tables(journey, snapshot), clean(journey_heading(journey)))
+        click.echo()
+    if found.internal:
+        show([internal_table(found.internal)])
         click.echo()
     for title, remarks in (("Hosts on the way", found.remarks), ("What their kernels say against it", found.live)):
         if remarks:
@@ -100,7 +109,7 @@ def _print(found: Explanation, source: str, snapshot: Snapshot) -> None:
 def journey_heading(journey: Journey) -> str:
     """The outcome in one line: that of the worst hop."""
     there, back = journey.there, journey.back
-    start = f"{there.source} to {there.destination}: "
+    start = _start(journey)
     if there.dropped:
         return f"{start}dropped on the way there: {there.dropped}"
     if there.lost and not journey.answered:
@@ -128,6 +137,11 @@ def journey_heading(journey: Journey) -> str:
     return f"{start}arrives; {way}"
 
 
+def _start(journey: Journey) -> str:
+    whose = f", the internal IP of {journey.there.whose}" if journey.there.whose else ""
+    return f"{journey.there.source} to {journey.there.destination}{whose}: "
+
+
 def journey_tables(journey: Journey, snapshot: Snapshot) -> Iterator[Table]:
     """The steps there and back, as tables."""
     for title, way in (("There", journey.there), ("Back", journey.back)):
@@ -147,11 +161,35 @@ def journey_tables(journey: Journey, snapshot: Snapshot) -> Iterator[Table]:
         if way.dropped:
             rows.append((str(len(rows) + 1), "", "dropped", "", "", clean(way.dropped)))
         columns: tuple[str, ...] = ("HOP", "FROM", "TO", "ENCRYPTED", "HOW", "TO ADDRESS")
-        if any(step.broken for step in way.steps):
-            columns = (*columns, "BUT")
-            troubles = [*(clean(step.trouble) if step.broken else "" for step in way.steps), ""]
-            rows = [(*row, trouble) for row, trouble in zip(rows, troubles, strict=False)]
+        further = (
+            ("TABLE", [step.table for step in way.steps], journey.there.whose),
+            (
+                "BUT",
+                [step.trouble if step.broken else "" for step in way.steps],
+                any(step.broken for step in way.steps),
+            ),
+        )
+        for column, cells, shown in further:
+            if shown:
+                columns = (*columns, column)
+                rows = [(*row, clean(cell)) for row, cell in zip(rows, [*cells, ""], strict=False)]
         yield Table(title, columns, tuple(rows))
+
+
+def internal_table(journeys: tuple[Journey, ...]) -> Table:
+    """How each internal IP is reached, a line for each."""
+    rows = []
+    for journey in journeys:
+        there = journey.there
+        way = ", ".join(f"{step.target} ({step.medium})" for step in there.steps)
+        outcome = journey_heading(journey).removeprefix(_start(journey))
+        if there.unrouted:
+            outcome = f"not routed: {there.unrouted}"
+        rows.append(
+            (there.destination, there.source, way or "-", there.steps[0].table if there.steps else "-", outcome)
+        )
+    columns = ("INTERNAL IP", "FROM", "BY", "TABLE", "OUTCOME")
+    return Table("By internal IP", columns, tuple(tuple(map(clean, row)) for row in rows))
 
 
 def _called(name: str, snapshot: Snapshot) -> str:
@@ -168,24 +206,30 @@ def explanation_json(found: Explanation) -> str:
         return {
             "source": value.source,
             "destination": value.destination,
+            "internalIpOf": value.whose or None,
+            "unrouted": value.unrouted or None,
             "arrives": not (value.dropped or value.lost),
             "dropped": value.dropped or None,
             "leaves": value.leaves or None,
             "hops": [
                 {"from": s.source, "to": s.target, "encrypted": s.encrypted, "how": s.medium, "address": s.over,
-                 "trouble": s.trouble or None, "broken": s.broken}
+                 "table": s.table, "trouble": s.trouble or None, "broken": s.broken}
                 for s in value.steps
             ],
         }  # fmt: skip
 
+    def told(these: tuple[Journey, ...]) -> list[dict[str, Any]]:
+        return [
+            {"works": j.works, "says": journey_heading(j), "there": way(j.there), "back": way(j.back),
+             "unasked": j.unasked or None}
+            for j in these
+        ]  # fmt: skip
+
     return json.dumps(
         {
             "works": found.works,
-            "journeys": [
-                {"works": j.works, "says": journey_heading(j), "there": way(j.there), "back": way(j.back),
-                 "unasked": j.unasked or None}
-                for j in found.journeys
-            ],
+            "journeys": told(found.journeys),
+            "internal": told(found.internal),
             "remarks": [{"node": name, "text": text} for name, text in found.remarks],
             "live": None if found.live is None else [{"node": name, "text": text} for name, text in found.live],
         },

@@ -12,8 +12,9 @@ from contextlib import suppress
 from ipaddress import ip_address, ip_network
 from types import MappingProxyType
 
-from attrs import frozen
+from attrs import evolve, frozen
 
+from kilo_etcd.ctl.internal import holders, same_network, why_not_routed
 from kilo_etcd.model import IPAddress, Node, Snapshot, is_public
 from kilo_etcd.store.records import StatusRecord
 from kilo_etcd.topology.guard import guard
@@ -21,10 +22,12 @@ from kilo_etcd.topology.hostplan import HostPlan, Problem, Via
 from kilo_etcd.topology.plan import host_plan
 from kilo_etcd.topology.reach import Silent, Target, withhold
 from kilo_etcd.topology.segments import Topology
-from kilo_etcd.topology.walk import Hop, Path, walk
+from kilo_etcd.topology.walk import Hop, Path, longest_match, walk
 from kilo_etcd.topology.wayout import LINK_LOCAL, inside, near, trouble_of
 
 MEDIUM = {Via.TUNNEL: "WireGuard", Via.UNDERLAY: "clear", Via.IPIP: "clear, in IPIP"}
+
+MAIN = "main"
 
 _NO_STATUSES: Mapping[str, StatusRecord] = MappingProxyType({})
 
@@ -42,6 +45,8 @@ class Step:
     encrypted: bool
     medium: str
     over: str
+    table: str = MAIN
+    """The routing table that `source` finds it in, and the rule and the mark by which it gets there."""
     trouble: str = ""
     """What is known against this hop, in a clause; empty: nothing."""
     broken: bool = False
@@ -54,6 +59,8 @@ class Way:
 
     source: str
     destination: str
+    whose: str = ""
+    """The node whose internal IP the destination is; empty: it is none, or not reached by the mesh."""
     steps: tuple[Step, ...] = ()
     dropped: str = ""
     """Where and why a host drops it; empty: none does."""
@@ -61,6 +68,8 @@ class Way:
     """How it goes on from the last host, outside the mesh; empty: it does not leave the mesh."""
     astray: str = ""
     """Why it does not arrive although no host of the mesh drops it."""
+    unrouted: str = ""
+    """Why the mesh does not carry it, if it is for another node's internal IP; empty: it does, or need not."""
 
     @property
     def lost(self) -> str:
@@ -158,7 +167,7 @@ def explain(
     found = [
         _journey(topology, plans, source, own, destination)
         for destination in destinations
-        if (own := sender.mesh_address(destination.version)) is not None
+        if (own := _own_address(plans[source], sender, destination)) is not None
     ]
     if not found and not _is_name(snapshot, target) and not _in_mesh(snapshot, destinations[0]):
         return (_outward(topology, plans, source, destinations[0]),)
@@ -166,6 +175,36 @@ def explain(
         families = " and ".join(f"IPv{address.version}" for address in sender.mesh_addresses)
         raise Unknown(f"node {source} has {families} only, in which {target} has no address")
     return tuple(found)
+
+
+def internal_journeys(
+    topology: Topology, source: str, target: str, statuses: Mapping[str, StatusRecord] = _NO_STATUSES
+) -> tuple[Journey, ...]:
+    """The journeys from node `source` to the internal IPs of another node: how its partners that know it by these reach
+    it. None to a name that is no node's."""
+    nodes = topology.snapshot.nodes
+    if target not in nodes or target == source:
+        return ()
+    plans = Plans(topology, statuses)
+    found = []
+    for ip in nodes[target].internal_ips:
+        own = _own_address(plans[source], nodes[source], ip.ip)
+        journey = (
+            _outward(topology, plans, source, ip.ip) if own is None else _journey(topology, plans, source, own, ip.ip)
+        )
+        if not journey.there.whose and not same_network(topology, nodes[target], nodes[source]):
+            why = why_not_routed(topology, ip.ip, nodes[target], nodes[source])
+            journey = evolve(journey, there=evolve(journey.there, unrouted=why))
+        found.append(journey)
+    return tuple(found)
+
+
+def _own_address(plan: HostPlan, sender: Node, destination: IPAddress) -> IPAddress | None:
+    """The address that a node sends from: what its route prefers. None: it has none of that family in the mesh."""
+    route = longest_match(plan.routes.items(), destination)
+    if route is not None and route.source is not None:
+        return route.source
+    return sender.mesh_address(destination.version)
 
 
 def _is_name(snapshot: Snapshot, target: str) -> bool:
@@ -220,6 +259,8 @@ def _journey(topology: Topology, plans: Plans, source: str, own: IPAddress, dest
         return Journey(there=there, unasked="what does not arrive is not answered")
     if end not in nodes:
         return Journey(there=there, unasked=f"{end} answers by its own configuration, which is not in etcd")
+    if destination in (ip.ip for ip in nodes[end].internal_ips):
+        there = evolve(there, whose=end)
     back = walk(plans, topology, end, own, sender=destination)
     return Journey(there=there, back=_way(back, end, destination, own, topology, plans))
 
@@ -228,12 +269,16 @@ def _way(
     path: Path, start: str, own: IPAddress, destination: IPAddress, topology: Topology, plans: Plans, leaves: str = ""
 ) -> Way:  # fmt: skip
     return Way(
-        source=f"{start} ({own})" if own in topology.snapshot.nodes[start].mesh_addresses else f"{own} at {start}",
+        source=f"{start} ({own})" if _has(topology.snapshot.nodes[start], own) else f"{own} at {start}",
         destination=str(destination),
         steps=tuple(_step(hop, topology, plans, destination) for hop in path.hops),
         dropped=path.dropped,
         leaves="" if path.dropped else leaves,
     )
+
+
+def _has(node: Node, address: IPAddress) -> bool:
+    return address in node.mesh_addresses or any(address == ip.ip for ip in node.internal_ips)
 
 
 def _step(hop: Hop, topology: Topology, plans: Plans, destination: IPAddress) -> Step:
@@ -289,11 +334,13 @@ def _by_own_table(topology: Topology, node: Node, destination: IPAddress) -> tup
     why = next((problem.text for problem in topology.problems if _about(problem, destination)), "")
     if why:
         return table, f"it is no part of the mesh, and {table} ({why})"
-    owner = next(
-        (one for one in topology.snapshot.nodes.values() if any(destination == ip.ip for ip in one.internal_ips)), None
-    )
-    if owner is not None and owner.location == node.location:
-        return f"{table}, in clear: it is the internal IP of {owner.name} at the same location", ""
+    owners = holders(topology, destination)
+    owner = next((one for one in owners if one.location == node.location), owners[0] if owners else None)
+    if owner is not None and (same_network(topology, owner, node) or _on_own_network(node, destination)):
+        where = "at the same location" if owner.location == node.location else "on its own network"
+        why = "" if same_network(topology, owner, node) else why_not_routed(topology, destination, owner, node)
+        not_so = f", and not routed: {why}" if why else ""
+        return f"{table}, in clear: it is the internal IP of {owner.name} {where}{not_so}", ""
     if _on_own_network(node, destination):
         return f"{table}, in clear: it is on its location's network", ""
     if is_public(destination):
@@ -302,10 +349,8 @@ def _by_own_table(topology: Topology, node: Node, destination: IPAddress) -> tup
     if owner is not None:
         mesh = owner.mesh_address(destination.version) or next(iter(owner.mesh_addresses), None)
         use = f"; {owner.name} is reached at its mesh address {mesh}" if mesh is not None else ""
-        return table, (
-            f"it is the internal IP of {owner.name}, at another location, and the mesh carries no internal IPs; "
-            f"{table}, in clear{use}"
-        )
+        why = why_not_routed(topology, destination, owner, node) or f"{node.name} has no route to it in the mesh"
+        return table, f"it is the internal IP of {owner.name}, which is not routed: {why}; {table}, in clear{use}"
     return table, f"nobody in the mesh has it, and {table}, in clear"
 
 
