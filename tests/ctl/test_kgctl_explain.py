@@ -17,6 +17,7 @@ from kilo_etcd.model import CandidateClass, Endpoint
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import CandidateRecord, NodeRecord, Role, StatusRecord, Unreachable, encode, read
 from kilo_etcd.testing.fake_etcd import FakeEtcd
+from kilo_etcd.topology.internal import REMEDY
 
 HOSTS = {
     # name: (number, location, internal IP, public)
@@ -407,9 +408,6 @@ def test_between_two_nodes_it_says_how_the_internal_ip_is_reached_too(etcd: Fake
     assert "By internal IP" not in run("gcp-1", "10.4.0.5").output
     assert run("gcp-1", "laptop").exit_code == 0
     assert "in clear: it is the internal IP of gcp-3 at the same location" in run("gcp-1", "gcp-3").output
-
-
-REMEDY = "name another address of the host with kgctl annotate NODE force-internal-ip=..."
 
 
 @pytest.mark.parametrize(
