@@ -11,6 +11,7 @@ import pytest
 from attrs import evolve
 
 from kilo_etcd.ctl.check import Severity, _agents, _records
+from kilo_etcd.ctl.consequences import consequences
 from kilo_etcd.ctl.label import oddity
 from kilo_etcd.ctl.live import LiveTunnel
 from kilo_etcd.ctl.location import check_label, location_lines, locations_table
@@ -24,6 +25,7 @@ from kilo_etcd.ctl.report import (
     NodeRow,
     Remark,
     Report,
+    grouped,
     newest_revision,
     registered_names,
     remarks_on,
@@ -130,6 +132,31 @@ def test_internal_ips_wait_for_agents_that_do_not_know_them() -> None:
     old = {f"n{at:02}": evolve(WORLD.nodes["a1"], name=f"n{at:02}", public_key=f"{at}") for at in range(30)}
     (note,) = report(evolve(world, nodes=old), {}, newest=40).unrouted
     assert "agents on n00, n01, n02, n03, n04, n05, n06, n07, n08, n09 and 20 more, or forget" in note.text
+
+
+def test_internal_ips_that_are_not_routed_are_notes_and_the_same_of_several_is_one_line() -> None:
+    nodes = {name: evolve(node, underlay=()) for name, node in WORLD.nodes.items()}
+    nodes["b1"] = evolve(nodes["b1"], internal_ips=(ip_interface("192.168.97.2/24"),))
+    world = evolve(WORLD, nodes=nodes, internal_ips=InternalIPs.ROUTED)
+    found = report(world, ALL_WELL, newest=40, registered=frozenset(nodes))
+    (remark,) = found.unrouted
+    assert remark.subject == "192.168.97.0/24"
+    assert remark.text.startswith("hosts of a, the default location have networks with these addresses of their own; ")
+    assert "Internal IPs that are not routed:" in plain(status_tables(found))
+    assert [(f.severity, f.subject) for f in _records(found)] == [("note", "192.168.97.0/24")]
+    assert any(line.startswith("note: 192.168.97.0/24: hosts of a, ") for line in consequences(
+        evolve(world, internal_ips=InternalIPs.OFF), world
+    ))  # fmt: skip
+
+    # One LAN, a full mesh: WireGuard is reached at the internal IPs themselves.
+    lan = {
+        f"n{at}": evolve(nodes["a1"], name=f"n{at}", public_key=f"{at}", mesh_addresses=(ip_address(f"10.4.1.{at}"),),
+                         internal_ips=(ip_interface(f"10.7.0.{at}/24"),), endpoint=Endpoint.parse(f"10.7.0.{at}:51820"))
+        for at in range(1, 6)
+    }  # fmt: skip
+    found = report(evolve(world, nodes=lan, candidates={}, granularity=Granularity.FULL), {}, newest=40)
+    assert len(found.unrouted) == 5
+    assert [remark.subject for remark in grouped(found.unrouted)] == ["10.7.0.1, 10.7.0.2, 10.7.0.3 and 2 more"]
 
 
 def test_candidates_are_in_the_order_in_which_they_would_lead() -> None:

@@ -419,7 +419,7 @@ def test_between_two_nodes_it_says_how_the_internal_ip_is_reached_too(etcd: Fake
          f"gcp-2 or a host of its segment reaches 10.2.0.0/16 over its own links; {REMEDY}"),
         ({"gcp_3": {"internal_ips": (ip_interface("10.2.0.5/24"),)}}, f"gcp-3 and home-2 have it; {REMEDY}"),
         ({"home_1": {"endpoint": Endpoint.parse("10.2.0.5:51820")}},
-         "it is the address at which other segments reach a WireGuard device"),
+         "other segments reach a WireGuard device there; the mesh address works"),
         ({"home_2": {"internal_ips": (ip_interface("169.254.7.7/24"),)}},
          f"it is each host's own (loopback, link-local, multicast); {REMEDY}"),
     ],

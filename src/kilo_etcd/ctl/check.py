@@ -21,7 +21,7 @@ from kilo_etcd.ctl.context import Mesh
 from kilo_etcd.ctl.live import Live, Pair, differs, gather, pairs, tunnels
 from kilo_etcd.ctl.output import output_option
 from kilo_etcd.ctl.render import clean
-from kilo_etcd.ctl.report import NOT_IN_FORCE, Report, newest_revision, registered_names, report
+from kilo_etcd.ctl.report import NOT_IN_FORCE, Report, grouped, newest_revision, registered_names, report
 from kilo_etcd.etcd.api import Client, EtcdError
 from kilo_etcd.store import operator
 from kilo_etcd.store.keys import Keys
@@ -185,9 +185,10 @@ def _records(found: Report) -> Iterator[Finding]:
         yield Finding(severity=Severity.WARNING, subject=remark.subject, text=remark.text)
     for remark in found.notes:
         yield Finding(severity=Severity.NOTE, subject=remark.subject, text=remark.text)
-    for remark in found.unrouted[:MOST_NAMED]:
+    unrouted = grouped(found.unrouted)
+    for remark in unrouted[:MOST_NAMED]:
         yield Finding(severity=Severity.NOTE, subject=remark.subject, text=remark.text)
-    if (more := len(found.unrouted) - MOST_NAMED) > 0:
+    if (more := len(unrouted) - MOST_NAMED) > 0:
         yield Finding(
             severity=Severity.NOTE, subject="internal-ips", text=f"{more} more are not routed",
             remedy="kgctl status -o json lists all under unrouted",

@@ -55,6 +55,8 @@ def shown_location(location: str | None) -> str:
 
 def status_tables(report: Report) -> tuple[Table, ...]:
     """The report as tables; those about trouble are left out when there is none."""
+    from kilo_etcd.ctl.report import grouped
+
     tables = (
         Table(
             "Nodes",
@@ -78,7 +80,7 @@ def status_tables(report: Report) -> tuple[Table, ...]:
         Table("Errors that agents report", ("NODE", "ERROR"), _remarks(report.errors)),
         Table("Problems", ("SUBJECT", "PROBLEM"), _remarks(report.problems)),
         Table("Is that meant?", ("SUBJECT", "NOTE"), _remarks(report.notes)),
-        Table("Internal IPs that are not routed", ("SUBJECT", "WHY"), _remarks(report.unrouted)),
+        Table("Internal IPs that are not routed", ("SUBJECT", "WHY"), _remarks(grouped(report.unrouted))),
         *(_live_tables(report.live) if report.live is not None else ()),
     )
     return tuple(table for table in tables if table.rows or table.empty)

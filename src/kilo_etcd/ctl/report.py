@@ -6,7 +6,7 @@ report at all. It decides nothing and it knows nothing of tables or JSON; `ctl.r
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from attrs import field, frozen
@@ -26,6 +26,8 @@ NOT_IN_FORCE = "not in force"
 """The role of a node that is registered and yet no part of the mesh: it has no address yet, or is set aside."""
 MOST_UNAWARE = 10
 """Nodes whose agents are to be upgraded that are named; the others are counted."""
+MOST_SUBJECTS = 3
+"""Of which the same is said, that are named in one line."""
 UNREGISTERED = "not registered"
 """The role of an agent that reports but has no record."""
 
@@ -200,7 +202,7 @@ def report(
             Remark(subject=problem.subject, text=problem.text, about=problem.about) for problem in topology.problems
         ),
         notes=tuple(_odd_locations(snapshot)),
-        unrouted=tuple(unrouted_remarks(topology)),
+        unrouted=tuple(unrouted_remarks(topology)) if about is None else (),
         live=None if live is None else _live_report(topology, live),
     )
 
@@ -220,17 +222,34 @@ def _odd_locations(snapshot: Snapshot) -> Iterator[Remark]:
 
 
 def unrouted_remarks(topology: Topology) -> Iterator[Remark]:
-    """What of the setting internal-ips is not in force, and why."""
+    """Which internal IPs are not routed although the setting asks for it, and why."""
     setting, unaware = topology.snapshot.internal_ips, sorted(topology.unaware)
     if setting is not topology.internal_ips:
-        nodes = f"{', '.join(unaware[:MOST_UNAWARE])}" + (
-            f" and {len(unaware) - MOST_UNAWARE} more" if len(unaware) > MOST_UNAWARE else ""
-        )
         yield Remark(
             subject="internal-ips",
             text=f"{setting} is set, and {topology.internal_ips} is in force until every agent knows the setting: "
-            f"upgrade the agents on {nodes}, or forget the nodes (kgctl node forget)",
+            f"upgrade the agents on {_first_of(unaware, MOST_UNAWARE)}, or forget the nodes (kgctl node forget)",
         )
+    for one in topology.unrouted:
+        network = one.network
+        subject = str(network.network_address) if network.num_addresses == 1 else str(network)
+        yield Remark(subject=subject, text=f"{one.reason}; {one.remedy}")
+
+
+def grouped(remarks: Iterable[Remark]) -> tuple[Remark, ...]:
+    """Remarks that say the same of several subjects as one: in a full mesh on one LAN there is one for each node."""
+    subjects: dict[tuple[str, str], list[str]] = {}
+    for remark in remarks:
+        subjects.setdefault((remark.text, remark.about), []).append(remark.subject)
+    return tuple(
+        Remark(subject=_first_of(these, MOST_SUBJECTS), text=text, about=about)
+        for (text, about), these in subjects.items()
+    )
+
+
+def _first_of(names: Sequence[str], most: int) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
 
 
 def _live_report(topology: Topology, live: Live) -> LiveReport:
