@@ -201,10 +201,19 @@ def test_the_internal_ips_are_switched_when_that_is_confirmed(etcd: FakeEtcd) ->
     assert "The routing to internal IPs of 3 nodes changes" in run("mesh", "set", "internal-ips", "routed").output
     tried = run("mesh", "set", "internal-ips", "routed", "--dry-run")
     assert "internal-ips: off becomes routed" in tried.output
+    assert "note: internal-ips: routed is set, and off is in force until every agent knows the setting" in tried.output
     assert etcd.get("/kilo/mesh/internal-ips") is None
     assert run("mesh", "set", "internal-ips", "routed", "--yes").exit_code == 0
     assert etcd.get("/kilo/mesh/internal-ips") == b"routed"
-    assert json.loads(run("mesh", "show", "-o", "json").output)["internalIps"] == "routed"
+    told = json.loads(run("mesh", "show", "-o", "json").output)
+    assert (told["internalIps"], told["internalIpsInForce"]) == ("routed", "off")
+    assert "internal-ips:       off (routed waits for 3 agents)\n" in run("mesh", "show").output
+    assert run("mesh", "set", "internal-ips", "encrypted", "--yes").exit_code == 0
+    assert etcd.get("/kilo/mesh/internal-ips") == b"encrypted"
+    assert (
+        run("mesh", "set", "internal-ips", "encrypted").output
+        == "Nothing to change: internal-ips is encrypted already.\n"
+    )
 
 
 def test_the_mesh_as_a_whole_is_shown(etcd: FakeEtcd) -> None:
