@@ -430,3 +430,10 @@ def test_why_an_internal_ip_is_not_routed(etcd: FakeEtcd, changes: dict[str, dic
     assert (status, there["unrouted"], there["hops"]) == (0, why, [])
     lines = [" ".join(line.split()) for line in run("gcp-2", "home-2").output.splitlines()]
     assert any(line.endswith(f"- - not routed: {why}") for line in lines)
+
+
+def test_a_leader_that_may_be_heard_at_its_internal_ip_is_not_routed_there(etcd: FakeEtcd) -> None:
+    routes_internal_ips(etcd, gcp_1={"endpoint": Endpoint.parse("10.1.0.1:51820")})
+    _, there = by_internal_ip("gcp-2", "home-1")
+    why = "the WireGuard of gcp-1, called at a private endpoint, may hear that of home-1 there"
+    assert (there["unrouted"], there["hops"]) == (why, [])

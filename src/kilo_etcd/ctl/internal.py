@@ -38,4 +38,7 @@ def why_not_routed(topology: Topology, address: IPAddress, holder: Node, source:
         return f"the leader of its segment, {there.leader.name}, does not reach {holder.name} there"
     if (network := here.links.holding(address)) is not None:
         return f"{source.name} or a host of its segment reaches {network} over its own links; {REMEDY}"
+    if address.version in here.called and host_network(address) in there.front:
+        caller = here.leader.name
+        return f"the WireGuard of {caller}, called at a private endpoint, may hear that of {holder.name} there"
     return ""
