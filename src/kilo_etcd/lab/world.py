@@ -29,7 +29,7 @@ from kilo_etcd.lab.machine import BASE, STATE_DIR, Machine, Process, run_program
 from kilo_etcd.lab.namespaces import NamespaceError, spawn
 from kilo_etcd.lab.probe import Pinger
 from kilo_etcd.lab.runtime import NAME_VARIABLE, VARIABLE, LabError
-from kilo_etcd.model import DEFAULT_INTERFACE, DEFAULT_PREFIX, IPAddress
+from kilo_etcd.model import DEFAULT_INTERFACE, DEFAULT_PREFIX, InternalIPs, IPAddress
 
 Say = Callable[[str], Awaitable[None]]
 
@@ -303,7 +303,8 @@ class World:
             "--endpoints", ",".join(self.layout.endpoints_for(host)),
             "--state-dir", STATE_DIR,
             "--mesh-granularity", spec.granularity.value,
-            "--internal-ips", spec.internal_ips.value,
+            # By default nobody asks for it, so that agents do not complain when an operator sets another value.
+            *(() if spec.internal_ips is InternalIPs.ROUTED else ("--internal-ips", spec.internal_ips.value)),
             "--lease-ttl", f"{spec.lease_ttl}s",
             "--wireguard", spec.wireguard,
             *spec.agent_args,
