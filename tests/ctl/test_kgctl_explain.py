@@ -12,11 +12,14 @@ from attrs import evolve
 from click.testing import CliRunner, Result
 
 from kilo_etcd.ctl.main import main
+from kilo_etcd.ctl.trace import routing_table
 from kilo_etcd.etcd import Client
+from kilo_etcd.kernel.encrypted import rule_priorities, table_of
 from kilo_etcd.model import CandidateClass, Endpoint
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import CandidateRecord, NodeRecord, Role, StatusRecord, Unreachable, encode, read
 from kilo_etcd.testing.fake_etcd import FakeEtcd
+from kilo_etcd.topology.hostplan import Encryption, HostPlan, RoutePlan, Via
 from kilo_etcd.topology.internal import REMEDY
 
 HOSTS = {
@@ -437,3 +440,14 @@ def test_a_leader_that_may_be_heard_at_its_internal_ip_is_not_routed_there(etcd:
     _, there = by_internal_ip("gcp-2", "home-1")
     why = "the WireGuard of gcp-1, called at a private endpoint, may hear that of home-1 there"
     assert (there["unrouted"], there["hops"]) == (why, [])
+
+
+def test_the_table_and_the_rule_by_which_encrypted_leads_into_the_tunnel() -> None:
+    there, held, other = ip_network("10.2.0.5/32"), ip_network("10.2.0.9/32"), ip_network("10.2.0.7/32")
+    route = RoutePlan(destination=there, way=Via.TUNNEL)
+    plan = HostPlan(node="a", encryption=Encryption(send={there: route}, hold=frozenset({held})))
+    number, (_, priority) = table_of("kilo0"), rule_priorities("kilo0")
+    for network in (there, held):
+        assert routing_table(plan, network.network_address) == f"{number} (rule {priority}: not fwmark 107)"
+    assert routing_table(plan, other.network_address) == "main"
+    assert routing_table(HostPlan(node="a"), there.network_address) == "main"

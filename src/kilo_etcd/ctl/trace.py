@@ -15,13 +15,13 @@ from types import MappingProxyType
 from attrs import evolve, frozen
 
 from kilo_etcd.ctl.internal import holders, same_network, why_not_routed
-from kilo_etcd.model import IPAddress, Node, Snapshot, is_public
+from kilo_etcd.model import DEFAULT_INTERFACE, IPAddress, Node, Snapshot, is_public
 from kilo_etcd.store.records import StatusRecord
 from kilo_etcd.topology.guard import guard
 from kilo_etcd.topology.hostplan import HostPlan, Problem, Via
 from kilo_etcd.topology.plan import host_plan
 from kilo_etcd.topology.reach import Silent, Target, withhold
-from kilo_etcd.topology.segments import Topology
+from kilo_etcd.topology.segments import Topology, host_network
 from kilo_etcd.topology.walk import Hop, Path, longest_match, walk
 from kilo_etcd.topology.wayout import LINK_LOCAL, inside, near, trouble_of
 
@@ -292,8 +292,22 @@ def _step(hop: Hop, topology: Topology, plans: Plans, destination: IPAddress) ->
         gateways = {route.gateway for route in plan.routes.values() if route.gateway is not None}
         over = ", ".join(str(ip.ip) for ip in there.internal_ips if ip.ip in gateways) or str(destination)
     return Step(
-        source=hop.source, target=hop.target, encrypted=hop.encrypted, medium=MEDIUM[hop.medium], over=over
+        source=hop.source, target=hop.target, encrypted=hop.encrypted, medium=MEDIUM[hop.medium], over=over,
+        table=routing_table(plan, destination),
     )  # fmt: skip
+
+
+def routing_table(plan: HostPlan, destination: IPAddress) -> str:
+    """The routing table in which a host finds its route to an address, and what leads there; numbers are those of the
+    interface's default name."""
+    wanted = plan.encryption
+    if wanted is None or host_network(destination) not in {*wanted.send, *wanted.hold}:
+        return MAIN
+    from kilo_etcd.kernel.encrypted import rule_priorities, table_of
+    from kilo_etcd.kernel.wayout import MARK
+
+    priority = rule_priorities(DEFAULT_INTERFACE)[1]
+    return f"{table_of(DEFAULT_INTERFACE)} (rule {priority}: not fwmark {MARK})"
 
 
 # -- outside the mesh --------------------------------------------------------------------------------------------------
