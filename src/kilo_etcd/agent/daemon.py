@@ -851,10 +851,6 @@ class Daemon:
         self._publish_again()
 
     def _publish_again(self) -> None:
-        if self.snapshot is not None:
-            self._publish(self.snapshot)
-
-    def _publish_again(self) -> None:
         """The status has changed by itself."""
         if self.snapshot is not None and self.role is not None:
             self._publish(self.snapshot)
