@@ -8,7 +8,7 @@ import pytest
 from attrs import evolve
 from topology_worlds import node, plans, snapshot
 
-from kilo_etcd.model import Encapsulate, Granularity
+from kilo_etcd.model import Encapsulate, Granularity, InternalIPs
 from kilo_etcd.topology import build_topology
 from kilo_etcd.topology.reach import Silent, Target, withhold
 from kilo_etcd.topology.render import render
@@ -83,3 +83,22 @@ def test_an_address_that_nobody_outside_sends_to_needs_none() -> None:
     assert list(plans(snapshot(offering))["a1"].returns) == [INTERNAL]
     for granularity in (Granularity.FULL, Granularity.CROSS):
         assert plans(snapshot(offering, granularity))["a1"].returns == {}
+
+
+def test_what_the_setting_internal_ips_routes_is_sent_on_as_the_member_sends_too() -> None:
+    world = snapshot(
+        [
+            node("a1", 1, "a", "10.0.0.1/24", "203.0.113.1", encapsulate=NEVER, underlay=()),
+            node("a2", 2, "a", "10.0.0.2/24", encapsulate=ALWAYS, underlay=()),
+            node("b1", 3, "b", "10.9.0.1/24", "203.0.113.3", underlay=()),
+        ],
+        internal_ips=InternalIPs.ROUTED,
+    )
+    made = plans(world)
+    assert INTERNAL in made["b1"].routes
+    assert [(str(route.way), route.gateway) for route in made["a1"].returns.values()] == [
+        ("ipip", INTERNAL.network_address)
+    ]
+    # An address that is routed to nobody needs none.
+    twin = evolve(world.nodes["b1"], internal_ips=world.nodes["a2"].internal_ips)
+    assert plans(evolve(world, nodes={**world.nodes, "b1": twin}))["a1"].returns == {}

@@ -292,7 +292,12 @@ class _Local:
         """Where this host leads, the internal IPs of a member to which other segments send."""
         if self.leader is not None or self.topology.snapshot.granularity is Granularity.CROSS:
             return []
-        return [ip.ip for ip in node.internal_ips if _within(ip.ip, self.segment.location_networks)]
+        routed = self.segment.routed.get(node.name, ())
+        return [
+            ip.ip
+            for ip in node.internal_ips
+            if host_network(ip.ip) in routed or _within(ip.ip, self.segment.location_networks)
+        ]
 
     def _bond(self, node: Node, networks: tuple[IPNetwork, ...], remote: _Remote) -> None:
         allowed = [*map(host_network, node.mesh_addresses), *networks, *map(host_network, self._called(node))]
