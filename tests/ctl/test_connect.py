@@ -52,6 +52,7 @@ async def add_node(etcd: FakeEtcd, name: str, number: int, location: str) -> Non
         endpoint=Endpoint.parse(f"203.0.113.{number}:51820"),
         internal_ips=(ip_interface(f"10.{1 if location == 'gcp' else 2}.0.{number}/24"),),
         location=location,
+        underlay=(),
     )
     client = etcd.client()
     await client.put(f"/kilo/addresses/10.4.0.{number}", name)
@@ -365,6 +366,18 @@ async def test_a_laptop_that_is_carried_into_another_network_keeps_that_network(
         world.host.moved.set()
         await eventually(lambda: home not in world.host.observed.routes, 10, every=0.1)
         assert world.said("172.20.0.0/24 is not routed here") == 1
+
+
+async def test_no_internal_ip_is_taken_from_its_name_server_or_its_containers(world: World) -> None:
+    # The cafe's name server is behind its router, and a container network has the numbers of home's.
+    containers = HostAddress(interface="docker0", index=3, kind="bridge", address=ip_interface("10.2.0.1/16"))
+    world.facts = evolve(
+        world.facts, addresses=(*world.facts.addresses, containers), name_servers=(ip_address("10.1.0.2"),)
+    )
+    async with connected(world):
+        await world.etcd.client().put(KEYS.internal_ips, "routed")
+        await eventually(lambda: ip_network("10.1.0.1/32") in world.host.observed.routes, 10, every=0.1)
+        assert set(map(str, world.host.observed.routes)) == {"10.4.0.0/16", "10.1.0.1/32"}
 
 
 async def test_a_gateway_takes_all_but_etcd_and_nothing_passes_when_it_is_none_any_more(world: World) -> None:

@@ -76,7 +76,7 @@ def raw_plan(topology: Topology, wish: Wish, settings: Settings, facts: HostFact
         listen_port=settings.listen_port,
         persistent_keepalive=keepalive,
         families=facts.families(),
-        links=facts.underlay(),
+        links=facts.reached(()).stated(),
     )
 
 
