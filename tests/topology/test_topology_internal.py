@@ -113,6 +113,47 @@ def test_nothing_is_routed_where_hosts_reach_it_over_their_own_links() -> None:
     assert "hosts of a reach these addresses over their own links" in entry.reason
 
 
+def test_a_network_that_one_host_states_hides_no_other_reason() -> None:
+    twins = [
+        here(name, number, name, "10.3.0.7/24", endpoint=f"203.0.113.{number}") for name, number in (("c", 5), ("d", 6))
+    ]
+    topology = routed(A1, A2, evolve(B1, underlay=(ip_network("0.0.0.0/0"),)), B2, *twins)
+    assert routes(topology, "b1") == {}
+    assert "10.2.0.1" in routes(topology, "a1"), "others send there all the same"
+    reasons = {str(entry.network): entry.reason for entry in topology.unrouted}
+    assert reasons["0.0.0.0/0"] == (
+        "hosts of b reach these addresses over their own links, so they are not routed from there"
+    )
+    # Both twins have 10.3.0.0/24 themselves, so that is said once, of the network.
+    assert reasons.keys() == {"0.0.0.0/0", "10.3.0.0/24"}
+    forced = [evolve(one, internal_ips=here("x", 9, "c", "10.3.0.7/32").internal_ips) for one in twins]
+    lone = evolve(B1, underlay=(ip_network("10.3.0.0/16"),))
+    found = routed(A1, A2, lone, B2, *forced).unrouted
+    assert [str(entry.network) for entry in found] == ["10.3.0.0/16", "10.3.0.7/32"]
+    offering = evolve(A2, subnets=(ip_network("10.5.0.0/24"),))
+    taken = here("c", 5, "c", "10.5.0.7/32", endpoint="203.0.113.5")
+    found = routed(A1, offering, evolve(lone, underlay=(ip_network("10.5.0.0/16"),)), B2, taken).unrouted
+    assert [str(entry.network) for entry in found] == ["10.5.0.0/16", "10.5.0.7/32"]
+    assert "10.5.0.0/24 of node a2" in found[1].reason
+
+
+def test_a_host_without_an_internal_ip_stands_in_no_network_of_its_locations() -> None:
+    rented = here("rented", 7, "a", endpoint="203.0.113.7")
+    topology = routed(A1, A2, B1, rented)
+    assert routes(topology, "rented") == dict.fromkeys(("10.1.0.1", "10.1.0.2", "10.2.0.1"), ("tunnel", "", "10.4.0.7"))
+    assert {"10.1.0.1/32", "10.1.0.2/32"} <= allowed(topology, "rented", "a1")
+    assert routed_at(ip_address("10.1.0.2"), topology.segments["location:a"], topology.segments["node:rented"],
+                     Granularity.LOCATION)  # fmt: skip
+    # As soon as it has one the location's network is its own.
+    world, plan = topology.snapshot, host_plan(topology, "rented")
+    for moved in (evolve(rented, internal_ips=here("x", 9, "a", "10.1.0.9/24").internal_ips), rented):
+        world = evolve(world, nodes={**world.nodes, "rented": moved})
+        topology = build_topology(world, topology)
+        plan = host_plan(topology, "rented", plan)
+        assert plan == host_plan(build_topology(world), "rented")
+        assert ("10.1.0.2" in routes(topology, "rented")) is not bool(moved.internal_ips)
+
+
 def test_an_endpoint_in_use_is_left_out() -> None:
     topology = routed(A1, A2, evolve(B1, endpoint=Endpoint.parse("10.2.0.1:51820")), B2)
     assert routes(topology, "a1").keys() == {"10.2.0.2"}

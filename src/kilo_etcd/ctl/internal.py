@@ -20,7 +20,7 @@ def holders(topology: Topology, address: IPAddress) -> tuple[Node, ...]:
 def same_network(topology: Topology, one: Node, other: Node) -> bool:
     """Whether two nodes reach each other's internal IPs over a network of their location's own, if at all."""
     there, here = topology.segment_of(one.name), topology.segment_of(other.name)
-    return there.key == here.key or not share_no_site(there.location, here.location, topology.snapshot.granularity)
+    return there.key == here.key or not share_no_site(there.site, here.site, topology.snapshot.granularity)
 
 
 def why_not_routed(topology: Topology, address: IPAddress, holder: Node, source: Node) -> str:

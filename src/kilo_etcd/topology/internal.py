@@ -63,10 +63,15 @@ def public_endpoints(subject: Node | Peer) -> Iterator[IPAddress]:
             yield endpoint.address
 
 
-def share_no_site(location: str, other: str, granularity: Granularity) -> bool:
-    """Whether nodes of two segments, by their locations, may be sent packets for internal IPs through the tunnels: the
+def site_of(node: Node) -> str | None:
+    """The location over whose network a node reaches others; None: it has no internal IP, and stands in none."""
+    return node.location if node.internal_ips else None
+
+
+def share_no_site(site: str | None, other: str | None, granularity: Granularity) -> bool:
+    """Whether nodes of two segments, by their sites, may be sent packets for internal IPs through the tunnels: the
     segments of one location reach each other there over the location's own network."""
-    return location != other or (granularity is Granularity.FULL and location == DEFAULT_LOCATION)
+    return site is None or site != other or (granularity is Granularity.FULL and site == DEFAULT_LOCATION)
 
 
 def stated(node: Node) -> set[IPNetwork]:

@@ -36,7 +36,7 @@ from kilo_etcd.topology.claims import network_key
 from kilo_etcd.topology.families import apart, endpoint_for, same_site
 from kilo_etcd.topology.guard import Changed, GuardMemo, PlanMemo
 from kilo_etcd.topology.hostplan import PROOF_KEEPALIVE, HostPlan, PeerPlan, Problem, RoutePlan, Via
-from kilo_etcd.topology.internal import Links, share_no_site
+from kilo_etcd.topology.internal import Links, share_no_site, site_of
 from kilo_etcd.topology.nat import seen_endpoint
 from kilo_etcd.topology.segments import Segment, Topology, changes, host_network
 from kilo_etcd.topology.wayout import inside, unfit
@@ -458,7 +458,7 @@ def _follow(
             networks = tuple(n for n in networks if n not in segment.location_networks)
             allowed = tuple(n for n in allowed if n not in segment.location_networks)
         route(networks)
-        if segment.internal and share_no_site(segment.location, own.location, outlook.granularity):
+        if segment.internal and share_no_site(segment.site, site_of(own), outlook.granularity):
             internal = [n for n in segment.internal if not links.hold(n.version, int(n.network_address))]
             if outlook.called:
                 ends = {network for network in segment.front if network.version in outlook.called}
@@ -539,7 +539,7 @@ def _alike(old: Segment, now: Segment, outlook: _Outlook) -> bool:
     """Whether what has stayed of a segment's internal IPs is routed as before."""
     return (
         now.links is old.links
-        and now.location == old.location
+        and now.site == old.site
         and now.called == old.called
         and (not outlook.called or now.front == old.front)
     )

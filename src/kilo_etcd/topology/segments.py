@@ -24,7 +24,16 @@ from kilo_etcd.model import Granularity, InternalIPs, IPAddress, IPNetwork, Node
 from kilo_etcd.topology.claims import Claim, Owner, Settlement, network_key, settle
 from kilo_etcd.topology.election import Election, elect
 from kilo_etcd.topology.hostplan import Problem
-from kilo_etcd.topology.internal import Internals, Links, carried, endpoints_of, public_endpoints, share_no_site, stated
+from kilo_etcd.topology.internal import (
+    Internals,
+    Links,
+    carried,
+    endpoints_of,
+    public_endpoints,
+    share_no_site,
+    site_of,
+    stated,
+)
 from kilo_etcd.topology.unrouted import Unrouted, unrouted
 
 K = TypeVar("K")
@@ -79,6 +88,11 @@ class Segment:
     called: frozenset[int] = field(default=frozenset(), eq=False, repr=False)
     """The families in which others reach the leader at a private endpoint: their WireGuard sends from an internal IP
     then, and is answered there."""
+
+    @property
+    def site(self) -> str | None:
+        """The location over whose network the members reach others; None: over none (a node without internal IPs)."""
+        return site_of(self.leader)
 
     @property
     def front(self) -> tuple[IPNetwork, ...]:
@@ -408,7 +422,7 @@ def routed_at(address: IPAddress, segment: Segment, there: Segment, granularity:
     network = host_network(address)
     return (
         network in segment.internal
-        and share_no_site(segment.location, there.location, granularity)
+        and share_no_site(segment.site, there.site, granularity)
         and not there.links.hold(address.version, int(address))
         and not (address.version in there.called and network in segment.front)
     )

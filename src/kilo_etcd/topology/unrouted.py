@@ -41,12 +41,16 @@ def unrouted(topology: Topology) -> tuple[Unrouted, ...]:
     """All of it, by address; nothing if internal IPs are not routed at all."""
     if topology.internal_ips is InternalIPs.OFF:
         return ()
-    shared = list(_shared(topology))
+    shared = dict(_shared(topology))
     found = {entry.network: entry for entry in shared}
     for segment in topology.segments.values():
         for node in segment.members:
             for entry in _addresses(topology, segment, node):
-                if not any(_covers(other.network, entry.network) for other in shared):
+                # Where all concerned have the network itself, that is said of the network once. A network that somebody
+                # else states, however wide, hides nothing.
+                if not any(
+                    _covers(one.network, entry.network) and own >= {*entry.segments} for one, own in shared.items()
+                ):
                     found.setdefault(entry.network, entry)
     return tuple(found[network] for network in sorted(found, key=lambda n: (n.version, n)))
 
@@ -97,7 +101,7 @@ def _called(topology: Topology, segment: Segment, version: int) -> list[str]:
         named(there)
         for there in topology.segments.values()
         if version in there.called and there is not segment
-        and share_no_site(segment.location, there.location, granularity)
+        and share_no_site(segment.site, there.site, granularity)
     )  # fmt: skip
 
 
@@ -117,17 +121,18 @@ class _Link:
 
     network: IPNetwork
     segments: list[Segment] = field(factory=list)
-    locations: set[str] = field(factory=set)
+    sites: set[str | None] = field(factory=set)
 
 
-def _shared(topology: Topology) -> Iterable[Unrouted]:
+def _shared(topology: Topology) -> Iterable[tuple[Unrouted, set[str]]]:
+    """The networks in question, and the segments whose hosts reach each over their own links."""
     links: dict[tuple[int, int], dict[int, _Link]] = {}
     for segment in topology.segments.values():
         for network in segment.underlay:
             of_length = links.setdefault((network.version, network.prefixlen), {})
             link = of_length.setdefault(int(network.network_address), _Link(network))
             link.segments.append(segment)
-            link.locations.add(segment.location)
+            link.sites.add(segment.site)
     hit: dict[IPNetwork, tuple[_Link, dict[str, Segment]]] = {}
     for segment in topology.segments.values():
         for host in (network for networks in segment.carried.values() for network in networks):
@@ -139,14 +144,14 @@ def _shared(topology: Topology) -> Iterable[Unrouted]:
                 if known is not None and _elsewhere(known, segment, topology.snapshot.granularity):
                     hit.setdefault(known.network, (known, {}))[1][segment.key] = segment
     for network, (link, having) in hit.items():
-        yield _entry(network, link, having)
+        yield _entry(network, link, having), {named(one) for one in link.segments}
 
 
 def _elsewhere(link: _Link, segment: Segment, granularity: Granularity) -> bool:
     """Whether somebody reaches the network over his own links who would have to send there through the tunnel."""
     # Nodes of one location have their network in common, and so have those without a label in a full mesh as a rule.
-    others = link.locations - {segment.location}
-    return any(share_no_site(segment.location, location, granularity) for location in others)
+    others = link.sites - {segment.site}
+    return any(share_no_site(segment.site, site, granularity) for site in others)
 
 
 def _entry(network: IPNetwork, link: _Link, having: Mapping[str, Segment]) -> Unrouted:
@@ -157,7 +162,7 @@ def _entry(network: IPNetwork, link: _Link, having: Mapping[str, Segment]) -> Un
         reason = f"hosts of {first} have networks with these addresses of their own"
     else:
         near = ", ".join(sorted({named(one) for one in there.values()})[:MOST_NAMED])
-        reason = f"hosts of {near} reach these addresses over their own links, so nothing there is routed to {first}"
+        reason = f"hosts of {near} reach these addresses over their own links, so they are not routed from there"
     return Unrouted(
         network=network,
         segments=tuple(names),
