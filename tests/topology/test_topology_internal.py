@@ -130,6 +130,10 @@ def test_a_network_that_one_host_states_hides_no_other_reason() -> None:
     lone = evolve(B1, underlay=(ip_network("10.3.0.0/16"),))
     found = routed(A1, A2, lone, B2, *forced).unrouted
     assert [str(entry.network) for entry in found] == ["10.3.0.0/16", "10.3.0.7/32"]
+    # Nor does the address itself, as the network that a record with a forged internal IP states.
+    forger = here("forger", 9, "e", "10.2.0.2/32", endpoint="203.0.113.9")
+    (entry,) = (one for one in routed(*SITES, forger).unrouted if str(one.network) == "10.2.0.2/32")
+    assert (entry.reason, entry.segments) == ("b2 and forger have it", ("b", "e"))
     offering = evolve(A2, subnets=(ip_network("10.5.0.0/24"),))
     taken = here("c", 5, "c", "10.5.0.7/32", endpoint="203.0.113.5")
     found = routed(A1, offering, evolve(lone, underlay=(ip_network("10.5.0.0/16"),)), B2, taken).unrouted

@@ -46,12 +46,13 @@ def unrouted(topology: Topology) -> tuple[Unrouted, ...]:
     for segment in topology.segments.values():
         for node in segment.members:
             for entry in _addresses(topology, segment, node):
-                # Where all concerned have the network itself, that is said of the network once. A network that somebody
-                # else states, however wide, hides nothing.
-                if not any(
+                # Where all of several concerned have the network itself, that is said of the network once. A network
+                # that somebody else states, however wide, hides nothing.
+                hidden = len(entry.segments) > 1 and any(
                     _covers(one.network, entry.network) and own >= {*entry.segments} for one, own in shared.items()
-                ):
-                    found.setdefault(entry.network, entry)
+                )
+                if not hidden:
+                    found[entry.network] = entry
     return tuple(found[network] for network in sorted(found, key=lambda n: (n.version, n)))
 
 
