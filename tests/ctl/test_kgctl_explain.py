@@ -180,6 +180,8 @@ NO_TUNNEL = (
          "arrives; the answer takes the same way"),
         ("gcp-1", [], ["metrics and health are not served, since 127.0.0.1:1107 cannot be listened on"],
          "arrives; the answer takes the same way"),
+        ("gcp-1", [], ["the names of the mesh cannot be brought into the hosts file: /etc/hosts: Read-only file system"],
+         "arrives; the answer takes the same way"),
         ("gcp-1", [("gcp-3", "10.1.9.3", True)], ["gcp-3 no longer answers gcp-1 at its internal IP 10.1.9.3"],
          "arrives; the answer takes the same way"),
         ("gcp-1", [], [NO_TUNNEL.replace("home-1", "lone-1")], "arrives; the answer takes the same way"),
@@ -356,6 +358,19 @@ def test_a_member_that_does_not_answer_is_where_a_packets_way_ends(etcd: FakeEtc
     # A record that cannot be meant is no reason to say nothing.
     reports(etcd, "gcp-1", ("gcp-2", "nowhere"))
     assert run("home-2", "gcp-2").exit_code == 0
+
+
+def test_a_member_with_an_internal_ip_of_each_family_is_reached_at_that_of_the_packets(etcd: FakeEtcd) -> None:
+    for name in HOSTS:
+        key, number = Keys().node(name), HOSTS[name][0]
+        record = read(NodeRecord, etcd.get(key) or b"").record
+        internal = (*record.internal_ips, ip_interface(f"fd0{1 if number < 4 else 2}::{number}/64"))
+        etcd.put(key, encode(evolve(record, internal_ips=internal)))
+    reports(etcd, "home-1", ("home-2", "10.2.0.5", True))
+    four, six = json.loads(run("gcp-1", "home-2", "-o", "json").stdout)["journeys"]
+    assert [hops(journey["there"])[-1][-1] for journey in (four, six)] == ["10.2.0.5", "fd02::5"]
+    assert four["says"].endswith("does not arrive: home-2 does not answer home-1 at 10.2.0.5")
+    assert not four["works"] and six["works"]
 
 
 def routes_internal_ips(etcd: FakeEtcd, **changes: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ import trio
 from attrs import frozen
 
 from kilo_etcd.agent.config import AgentConfig
-from kilo_etcd.agent.hostnames import BY_AGENT, Known, known_names
+from kilo_etcd.agent.hostnames import BY_AGENT, NAMES_TROUBLE, Known, known_names
 from kilo_etcd.agent.hostsfile import HOSTS, HostsFileError, write_names
 from kilo_etcd.agent.logs import Logger, Once
 from kilo_etcd.model import IPAddress
@@ -122,7 +122,7 @@ class DnsHosts:
             changed = await self._write(names)
         except HostsFileError as error:
             what = "brought into" if names is not None else "removed from"
-            trouble = f"the names of the mesh cannot be {what} the hosts file: {error}{_remedy(error)}"
+            trouble = f"{NAMES_TROUBLE}{what} the hosts file: {error}{_remedy(error)}"
             self._once.warning("dns hosts", trouble)
         else:
             self._once.clear("dns hosts", "the hosts file can be written again")

@@ -39,6 +39,9 @@ _TAKEN = frozenset(f"{_SYSTEM} {_TOP_LEVEL}".split())
 ANY_MESH = "mesh"
 """The domain under which the names of any one mesh are found."""
 
+NAMES_TROUBLE = "the names of the mesh cannot be "
+"""How an agent's error about its hosts file begins."""
+
 BY_CONNECT = "kgctl connect writes it for {}, and removes it at its end"
 BY_AGENT = "kg writes it for {}, and kg cleanup removes it"
 

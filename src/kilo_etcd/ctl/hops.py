@@ -14,6 +14,7 @@ from ipaddress import ip_address, ip_network
 from attrs import evolve, frozen
 
 from kilo_etcd.agent.baseline import NO_BASELINE
+from kilo_etcd.agent.hostnames import NAMES_TROUBLE
 from kilo_etcd.ctl.arrivals import losses
 from kilo_etcd.ctl.causes import silence
 from kilo_etcd.ctl.live import Live, LiveTunnel, ago, differs, pairs, tunnels
@@ -109,8 +110,9 @@ class _Known:
         return status.errors if status is not None else ()
 
 
-_OF_NO_PACKET = ("--", "metrics and health are not served", NOTHING_BACK)
-"""How errors begin that are about a flag, about the agent itself, or about an exit node, which has a hop of its own."""
+_OF_NO_PACKET = ("--", "metrics and health are not served", NAMES_TROUBLE, NOTHING_BACK)
+"""How errors begin that are about a flag, about the agent itself, about the hosts file, or about an exit node, which has
+a hop of its own."""
 
 
 def _concerns(error: str, destination: IPAddress | None, *, forwards: bool) -> bool:

@@ -287,9 +287,10 @@ def _step(hop: Hop, topology: Topology, plans: Plans, destination: IPAddress) ->
         endpoint = plan.peers[hop.peer].endpoint
         over = str(endpoint) if endpoint is not None else "the endpoint that its WireGuard has learnt"
     else:
-        # The walker has taken the narrowest route; its gateway is the next node's internal IP.
+        # The walker has taken the narrowest route; its gateway is the next node's internal IP of that family.
         there = topology.snapshot.nodes[hop.target]
-        gateways = {route.gateway for route in plan.routes.values() if route.gateway is not None}
+        version = destination.version
+        gateways = {route.gateway for network, route in plan.routes.items() if network.version == version}
         over = ", ".join(str(ip.ip) for ip in there.internal_ips if ip.ip in gateways) or str(destination)
     return Step(
         source=hop.source, target=hop.target, encrypted=hop.encrypted, medium=MEDIUM[hop.medium], over=over,
