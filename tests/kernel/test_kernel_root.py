@@ -374,6 +374,9 @@ async def test_routes_that_we_set_ourselves_are_not_told_to_us() -> None:
         assert other.send([request(theirs, 0)]) == [None]
     new, gone = (replies.NEWROUTE, "10.21.0.0/16"), (replies.DELROUTE, "10.21.0.0/16")
     assert heard() == [new, gone], "a route that replaces itself is nobody's news"
+    # One of ours that another program takes away is news, and so is one that it sets with our protocol.
+    assert sock.send([requests.add_route(ours, 0)]) == other.send([requests.delete_route(ours, 0)]) == [None]
+    assert heard() == [(replies.DELROUTE, "10.20.0.0/16")]
     # All else that we do is told, as it always was.
     index = next(i for i, name in socket.if_nameindex() if name == "eth1")
     assert sock.send([requests.add_address(index, ip_interface("10.77.0.1/32"))]) == [None]

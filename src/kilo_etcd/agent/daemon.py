@@ -836,8 +836,7 @@ class Daemon:
             if in_force != self.obstructed:
                 self.obstructed = in_force
                 self.once.errors("forwarding", in_force)
-                if self.snapshot is not None:
-                    self._publish(self.snapshot)
+                self._publish_again()
             await trio.sleep(OBSTACLES_PAUSE)
             with trio.move_on_after(OBSTACLES_PERIOD):
                 await applied.wait()
