@@ -180,7 +180,7 @@ NO_TUNNEL = (
          "arrives; the answer takes the same way"),
         ("gcp-1", [], ["metrics and health are not served, since 127.0.0.1:1107 cannot be listened on"],
          "arrives; the answer takes the same way"),
-        ("gcp-1", [], ["the names of the mesh cannot be brought into the hosts file: /etc/hosts: Read-only file system"],
+        ("gcp-1", [], ["the names of the mesh cannot be brought into the hosts file: /etc/hosts: Read-only"],
          "arrives; the answer takes the same way"),
         ("gcp-1", [("gcp-3", "10.1.9.3", True)], ["gcp-3 no longer answers gcp-1 at its internal IP 10.1.9.3"],
          "arrives; the answer takes the same way"),
@@ -370,7 +370,8 @@ def test_a_member_with_an_internal_ip_of_each_family_is_reached_at_that_of_the_p
     four, six = json.loads(run("gcp-1", "home-2", "-o", "json").stdout)["journeys"]
     assert [hops(journey["there"])[-1][-1] for journey in (four, six)] == ["10.2.0.5", "fd02::5"]
     assert four["says"].endswith("does not arrive: home-2 does not answer home-1 at 10.2.0.5")
-    assert not four["works"] and six["works"]
+    assert not four["works"]
+    assert six["works"]
 
 
 def routes_internal_ips(etcd: FakeEtcd, **changes: dict[str, Any]) -> None:

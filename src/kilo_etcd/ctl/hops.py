@@ -111,8 +111,8 @@ class _Known:
 
 
 _OF_NO_PACKET = ("--", "metrics and health are not served", NAMES_TROUBLE, NOTHING_BACK)
-"""How errors begin that are about a flag, about the agent itself, about the hosts file, or about an exit node, which has
-a hop of its own."""
+"""How errors begin that are about a flag, about the agent itself, about the hosts file, or about an exit node, which
+has a hop of its own."""
 
 
 def _concerns(error: str, destination: IPAddress | None, *, forwards: bool) -> bool:
