@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as some
 from kernel_worlds import PRIVATE, plan, tunnel
 
-from kilo_etcd.kernel import Setup, codec, open_kernel
+from kilo_etcd.kernel import Setup, codec, formats, open_kernel
 from kilo_etcd.kernel.formats import NFT_OBJECT_COUNTER, netconfmsg, nft_obj_msg, nlmsg, rtmsg
 from kilo_etcd.kernel.linux import LinuxKernel
 from kilo_etcd.kernel.read import rtnl as replies
@@ -208,3 +208,14 @@ async def test_what_cannot_be_packed_or_read_harms_nothing_else(monkeypatch: pyt
         with pytest.raises(codec.FormatError, match="the kernel's answer has another format"):
             kernel._host._route.dump(requests.get_links(), lambda body: replies.read_route(b"\2"))
         assert (await kernel.observe()).link is not None, "the rest of that dump is in nobody's way"
+
+
+def test_what_pyroute2_has_of_nftables_expressions_is_not_declared_anew() -> None:
+    expressions = vars(formats.nft.nft_rule_msg.nft_expr).values()
+    parts = (part for each in expressions if isinstance(each, type) for part in vars(each).values())
+    tables = (getattr(part, "ops", ()) for part in parts)
+    known = {name for table in tables for name in (table.values() if isinstance(table, dict) else table)}
+    assert "NFT_NAT_SNAT" in known
+    # It takes these bits for numbers.
+    bits = {f"NFTA_FIB_F_{name}" for name in ("SADDR", "DADDR", "IIF", "PRESENT")}
+    assert known & vars(formats).keys() == bits

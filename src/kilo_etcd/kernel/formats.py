@@ -163,15 +163,8 @@ IP_CT_DIR_REPLY = 1
 """Direction of packets that the other side of a connection sends (linux/netfilter/nf_conntrack_tuple_common.h)."""
 PORT_RANGE = Struct("=HH")
 """struct fib_rule_port_range: the first and the last (linux/fib_rules.h)."""
-NFT_LOOKUP_F_INV = 1
-NFT_EXTHDR_OP_IPV6, NFT_EXTHDR_OP_TCPOPT = 0, 1
-NFT_FIB_RESULT_OIF, NFT_FIB_RESULT_ADDRTYPE = 1, 3
 NFTA_FIB_F_SADDR, NFTA_FIB_F_DADDR, NFTA_FIB_F_IIF, NFTA_FIB_F_PRESENT = 1, 2, 8, 32
-"""Bits, which pyroute2 0.9 takes for numbers."""
-NFT_NAT_SNAT = 0
-"""All of linux/netfilter/nf_tables.h."""
-RTN_LOCAL = 2
-"""The type of a route to an address of this host (linux/rtnetlink.h)."""
+"""Bits, which pyroute2 0.9 takes for numbers (linux/netfilter/nf_tables.h)."""
 IPPROTO_FRAGMENT, TCPOPT_MAXSEG = 44, 2
 """IANA's numbers: IPv6's fragment header, TCP's option with the largest segment."""
 NFNL_MSG_BATCH_BEGIN, NFNL_MSG_BATCH_END = 0x10, 0x11

@@ -16,21 +16,15 @@ from kilo_etcd.kernel.formats import (
     IFNAMSIZ,
     IP_CT_DIR_REPLY,
     IPPROTO_FRAGMENT,
-    NFT_EXTHDR_OP_IPV6,
-    NFT_EXTHDR_OP_TCPOPT,
-    NFT_FIB_RESULT_ADDRTYPE,
-    NFT_FIB_RESULT_OIF,
-    NFT_LOOKUP_F_INV,
-    NFT_NAT_SNAT,
     NFT_OBJECT_COUNTER,
     NFTA_FIB_F_DADDR,
     NFTA_FIB_F_IIF,
     NFTA_FIB_F_PRESENT,
     NFTA_FIB_F_SADDR,
-    RTN_LOCAL,
     TCPOPT_MAXSEG,
     U32,
     nft,
+    rtnl,
 )
 from kilo_etcd.kernel.table import Expression
 from kilo_etcd.model import IPAddress, IPNetwork
@@ -91,6 +85,10 @@ TRANSPORT_HEADER = number(_expressions.nft_payload.base_type.ops, "NFT_PAYLOAD_T
 _COMPARISONS = {True: number(_comparisons, "NFT_CMP_EQ"), False: number(_comparisons, "NFT_CMP_NEQ")}
 _AT_LEAST, _AT_MOST = number(_comparisons, "NFT_CMP_GTE"), number(_comparisons, "NFT_CMP_LTE")
 _TO_NETWORK = number(_expressions.nft_byteorder.ops.ops, "NFT_BYTEORDER_HTON")
+_RESULTS: tuple[str, ...] = _expressions.nft_fib.fib_result.ops
+"""Each at its number, although pyroute2 0.9 takes them for bits."""
+_INVERTED = 1 << _expressions.nft_lookup.lookup_flags.ops.index("NFT_LOOKUP_F_INV")
+_HEADERS = _expressions.nft_exthdr.exthdr_op.ops
 ACCEPT_VERDICT = number(_verdicts, "NF_ACCEPT")
 _INTERFACE = {"iifname": "NFT_META_IIFNAME", "oifname": "NFT_META_OIFNAME"}
 
@@ -172,7 +170,7 @@ def match_network(network: IPNetwork, side: str) -> tuple[Expression, ...]:
 
 def match_set(name: str, version: int, side: str, *, within: bool = True) -> tuple[Expression, ...]:
     """`within`: whether the address is to be in the set, or outside it."""
-    flags = be32(0 if within else NFT_LOOKUP_F_INV)
+    flags = be32(0 if within else _INVERTED)
     return *_address(version, side), _expression("lookup", name.encode() + b"\0", _REGISTER, flags)
 
 
@@ -214,7 +212,7 @@ def match_later_fragment(version: int) -> tuple[Expression, ...]:
     if version == 4:
         load, mask = _expression("payload", _REGISTER, NETWORK_HEADER, be32(6), be32(2)), b"\x1f\xff"
     else:
-        tests = be32(NFT_EXTHDR_OP_IPV6)
+        tests = number(_HEADERS, "NFT_EXTHDR_OP_IPV6")
         load = _expression("exthdr", _REGISTER, bytes([IPPROTO_FRAGMENT]), be32(2), be32(2), tests, None)
         mask = b"\xff\xf8"
     masked = _expression("bitwise", _REGISTER, _REGISTER, be32(2), mask, bytes(2))
@@ -223,19 +221,19 @@ def match_later_fragment(version: int) -> tuple[Expression, ...]:
 
 def match_to_us() -> tuple[Expression, ...]:
     """Packets for an address of this host."""
-    to = _expression("fib", _REGISTER, be32(NFT_FIB_RESULT_ADDRTYPE), be32(NFTA_FIB_F_DADDR))
-    return to, _compare(U32.pack(RTN_LOCAL))
+    to = _expression("fib", _REGISTER, be32(_RESULTS.index("NFT_FIB_RESULT_ADDRTYPE")), be32(NFTA_FIB_F_DADDR))
+    return to, _compare(U32.pack(rtnl.rt_type["local"]))
 
 
 def match_other_way_back() -> tuple[Expression, ...]:
     """Packets whose source is reached by another device than they came by, as a strict rp_filter has it."""
     flags = be32(NFTA_FIB_F_SADDR | NFTA_FIB_F_IIF | NFTA_FIB_F_PRESENT)
-    return _expression("fib", _REGISTER, be32(NFT_FIB_RESULT_OIF), flags), _compare(bytes(4))
+    return _expression("fib", _REGISTER, be32(_RESULTS.index("NFT_FIB_RESULT_OIF")), flags), _compare(bytes(4))
 
 
 def clamp_segments() -> tuple[Expression, ...]:
     """Lower the segment size that a TCP handshake names to what the route takes."""
-    tcp_option = be32(NFT_EXTHDR_OP_TCPOPT)
+    tcp_option = number(_HEADERS, "NFT_EXTHDR_OP_TCPOPT")
     return (
         _expression("rt", _REGISTER, number(_expressions.nft_rt.rt_keys.ops, "NFT_RT_TCPMSS")),
         _expression("byteorder", _REGISTER, _REGISTER, _TO_NETWORK, be32(2), be32(2)),
@@ -246,7 +244,8 @@ def clamp_segments() -> tuple[Expression, ...]:
 def source_nat(address: IPAddress) -> tuple[Expression, ...]:
     """Give the packet this source, and its answers the former one as their destination."""
     value = _expression("immediate", _REGISTER, address.packed)
-    return value, _expression("nat", be32(NFT_NAT_SNAT), be32(FAMILY[address.version]), _REGISTER)
+    source = number(_expressions.nft_nat.types.ops, "NFT_NAT_SNAT")
+    return value, _expression("nat", source, be32(FAMILY[address.version]), _REGISTER)
 
 
 def matching(match: Sequence[str]) -> Iterator[Expression]:
