@@ -547,6 +547,7 @@ async def test_who_was_demoted_and_sees_its_firewall_go_stands_as_before(mesh: W
             mesh.etcd.delete(f"/kilo/verdicts/gcp/{witness}")
         await trio.sleep(30)
         assert json.loads(mesh.etcd.get("/kilo/elections/gcp/h1") or b"")["rank"] == CandidateClass.PASSED_OVER
+        assert daemon.obstructed == ("the firewall drops what this host forwards",), "the operator has to know"
         mesh.host.obstacles = ()
 
         def as_before() -> bool:
@@ -555,6 +556,7 @@ async def test_who_was_demoted_and_sees_its_firewall_go_stands_as_before(mesh: W
             )
 
         await eventually(as_before, 20, every=0.1)
+        await eventually(lambda: daemon.obstructed == (), 20, every=0.1)
 
 
 async def test_a_plan_that_does_not_forward_ends_no_hold_down(mesh: World) -> None:

@@ -816,8 +816,8 @@ class Daemon:
         self._publish_again()
 
     async def _follow_obstacles(self) -> None:
-        """Say what on this host drops what it forwards, for as long as it does forward; and when that is gone, have a
-        host that was demoted stand as before."""
+        """Say what on this host drops what it forwards, for as long as it forwards or was demoted for it; and when that
+        is gone, have a host that was demoted stand as before."""
         obstructed: tuple[str, ...] = ()
         while True:
             applied, plan = self._applied, self._in_force()
@@ -832,7 +832,9 @@ class Daemon:
                         self._witness.try_again()
                         self._nudge()
                     obstructed = found
-            in_force = obstructed if forwards and plan.sends else ()
+            # The demoted leader's operator has to know what to mend, although others forward now.
+            concerned = plan.sends or self._candidacy.penance is not None
+            in_force = obstructed if forwards and concerned else ()
             if in_force != self.obstructed:
                 self.obstructed = in_force
                 self.once.errors("forwarding", in_force)
