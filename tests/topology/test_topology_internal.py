@@ -5,11 +5,13 @@ from __future__ import annotations
 from ipaddress import ip_address, ip_network
 from typing import Any
 
+import pytest
 from attrs import evolve
 from topology_worlds import MESH, MESH6, node, peer, snapshot
 
 from kilo_etcd.model import Encapsulate, Endpoint, Granularity, InternalIPs, Node, Snapshot
 from kilo_etcd.topology import Topology, Via, build_topology, host_plan, peer_plan
+from kilo_etcd.topology.guard import guard
 from kilo_etcd.topology.segments import routed_at
 
 
@@ -197,15 +199,25 @@ def test_what_is_granted_to_another_or_within_the_mesh_is_left_out() -> None:
     assert "it is within the mesh's subnet" in " ".join(map(str, routed(A1, A2, B1, inside).unrouted))
 
 
-def test_a_member_that_speaks_wireguard_with_its_leader_is_reached_at_its_mesh_address() -> None:
-    sealed = evolve(B2, encapsulate=Encapsulate.WIREGUARD)
-    topology = routed(A1, A2, B1, sealed)
-    assert routes(topology, "a1") == {"10.2.0.1": ("tunnel", "", "10.1.0.1")}
+@pytest.mark.parametrize("sealed", ["b1", "b2"])
+def test_a_member_that_speaks_wireguard_with_its_leader_is_reached_through_that_tunnel(sealed: str) -> None:
+    nodes = [evolve(one, encapsulate=Encapsulate.WIREGUARD) if one.name == sealed else one for one in SITES]
+    topology = routed(*nodes)
+    assert routes(topology, "a1") == routes(routed(*SITES), "a1")
     assert routes(topology, "b2") == {
-        "10.1.0.1": ("tunnel", "", "10.4.0.4"),
-        "10.1.0.2": ("tunnel", "", "10.4.0.4"),
+        "10.1.0.1": ("tunnel", "", "10.2.0.2"),
+        "10.1.0.2": ("tunnel", "", "10.2.0.2"),
     }
     assert {"10.1.0.1/32", "10.1.0.2/32"} <= allowed(topology, "b2", "b1")
+    assert {"10.2.0.1/32", "10.2.0.2/32"}.isdisjoint(allowed(topology, "b2", "b1")), "they share a network"
+    # The leader's own packets for the address, WireGuard's to the member's endpoint among them, take the network's way.
+    leader = host_plan(topology, "b1")
+    assert allowed(topology, "b1", "b2") == {"10.4.0.4/32", "10.2.0.2/32"}
+    assert routes(topology, "b1").keys() == {"10.1.0.1", "10.1.0.2"}
+    assert list(map(str, leader.returns)) == ["10.2.0.2/32"]
+    near = guard(leader, [ip_network("10.2.0.0/24")])
+    assert near == leader, "what only comes out of the tunnel cuts nobody off"
+    assert guard(leader, [ip_network("10.2.0.0/24")], near).memo is not None
 
 
 def test_ipv6_travels_in_a_mesh_of_ipv4_and_is_no_new_problem() -> None:

@@ -34,6 +34,7 @@ from kilo_etcd.topology.guard import guard
 from kilo_etcd.topology.render import render
 from kilo_etcd.topology.segments import changes, host_network, lined_up, routed_at
 from kilo_etcd.topology.walk import walk
+from kilo_etcd.topology.ways import Hop as Way
 from kilo_etcd.topology.ways import hop as way_to
 
 QUICK = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -52,7 +53,9 @@ def a_links(draw: DrawFn, *, tame: bool) -> tuple[IPNetwork, ...] | None:
     return tuple(map(ip_network, draw(st.lists(st.sampled_from(near), max_size=2)) if draw(st.booleans()) else ()))
 
 
-def a_node(draw: DrawFn, number: int, *, tame: bool, alike: Collection[str] | None = None) -> Node:
+def a_node(
+    draw: DrawFn, number: int, *, tame: bool, alike: Collection[str] | None = None, plain: bool = False
+) -> Node:
     """Node `number`; at the locations `alike` networks have the same numbers. Tame: nothing that legitimately keeps
     others from reaching it."""
     name = f"n{number}"
@@ -67,7 +70,7 @@ def a_node(draw: DrawFn, number: int, *, tame: bool, alike: Collection[str] | No
         4: f"192.168.{int(far)}.{host}/24" if common else f"10.{100 + site}.{int(far)}.{host}/24",
         6: f"fd00:a{0 if common else site}::{host:x}/64",
     }
-    modes = [Encapsulate.CROSSSUBNET, Encapsulate.ALWAYS, Encapsulate.WIREGUARD]
+    modes = [mode for mode in Encapsulate if not tame or plain or mode is not Encapsulate.NEVER]
     subnets: tuple[str, ...] = (f"172.30.{number}.0/24",) if draw(st.booleans()) else ()
     networks: list[str] = [] if tame else draw(st.lists(st.sampled_from(OVERLAPPING), max_size=2))
     endpoint = Endpoint(ip_address(f"203.0.113.{number}"), 51820)
@@ -90,7 +93,7 @@ def a_node(draw: DrawFn, number: int, *, tame: bool, alike: Collection[str] | No
         allowed_location_ips=(ip_network(f"172.31.{number}.0/24"),) if draw(st.booleans()) else (),
         persistent_keepalive=draw(st.sampled_from([0, 25])),
         leader_wanted=draw(st.booleans()),
-        encapsulate=draw(st.sampled_from(modes if tame else list(Encapsulate))),
+        encapsulate=draw(st.sampled_from(modes)),
         registered_revision=draw(st.integers(1, 20)),
     )
 
@@ -133,9 +136,10 @@ def outside(draw: DrawFn, *, tame: bool) -> dict[str, Peer]:
 
 
 @st.composite
-def worlds(draw: DrawFn, *, tame: bool = True) -> Snapshot:
+def worlds(draw: DrawFn, *, tame: bool = True, plain: bool = False) -> Snapshot:
+    """`plain`: some hosts never encapsulate, though they may have members on other subnets."""
     alike = draw(st.sets(st.sampled_from(LABELS)))
-    nodes = {f"n{n}": a_node(draw, n, tame=tame, alike=alike) for n in range(draw(st.integers(1, 7)))}
+    nodes = {f"n{n}": a_node(draw, n, tame=tame, alike=alike, plain=plain) for n in range(draw(st.integers(1, 7)))}
     subnets = draw(st.sampled_from([(MESH,), (MESH6,), (MESH, MESH6)]))
     versions = {subnet.version for subnet in subnets}
     nodes = {
@@ -216,7 +220,7 @@ def test_everyone_reaches_everyone_and_nothing_crosses_locations_in_clear(world:
 
 
 @settings(QUICK, max_examples=60)
-@given(worlds())
+@given(worlds(plain=True))
 def test_every_internal_ip_that_is_routed_is_reached_and_answers(world: Snapshot) -> None:
     topology = build_topology(world)
     plans = all_plans(topology)
@@ -232,16 +236,24 @@ def test_every_internal_ip_that_is_routed_is_reached_and_answers(world: Snapshot
             out = way_to(world.nodes[one], here.leader, ip.version) if one != here.leader.name else True
             if route is None:
                 lone = world.nodes[one].mesh_address(ip.version) is None
-                assert out is None or lone, (one, other, ip)
+                assert out is None or lone or (isinstance(out, Way) and out.trouble), (one, other, ip)
                 continue
             path = walk(plans, topology, one, ip.ip)
             assert path.delivered, str(path)
             assert path.hops[-1].target == other
             assert path.source == route.source
             assert path.source is not None
+            own = any(path.source == mine.ip for mine in world.nodes[one].internal_ips)
+            if not own and here.leader.encapsulate is Encapsulate.NEVER:
+                continue  # Its members on other subnets it does not reach, and says so.
             answer = walk(plans, topology, other, path.source, sender=ip.ip)
             assert answer.delivered, (str(path), path.source, str(answer))
             assert answer.hops[-1].target == one
+            if own:
+                # A strict check of the reverse path takes no answer by another way.
+                assert [(step.target, step.source, step.medium) for step in reversed(answer.hops)] == [
+                    (step.source, step.target, step.medium) for step in path.hops
+                ], (str(path), str(answer))
             for hops in (path.hops, answer.hops):
                 for step in hops:
                     same = topology.segment_of(step.source) is topology.segment_of(step.target)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from ipaddress import ip_network
+from ipaddress import ip_address, ip_network
 
 import pytest
 from attrs import evolve
 from topology_worlds import node, plans, snapshot
 
-from kilo_etcd.model import Encapsulate, Granularity, InternalIPs
-from kilo_etcd.topology import build_topology
+from kilo_etcd.model import Encapsulate, Granularity, InternalIPs, Snapshot
+from kilo_etcd.topology import Via, build_topology
 from kilo_etcd.topology.reach import Silent, Target, withhold
 from kilo_etcd.topology.render import render
+from kilo_etcd.topology.walk import walk
 
 NEVER, ALWAYS, CROSS, WIREGUARD = Encapsulate.NEVER, Encapsulate.ALWAYS, Encapsulate.CROSSSUBNET, Encapsulate.WIREGUARD
 INTERNAL = ip_network("10.0.0.2/32")
@@ -71,6 +72,52 @@ def test_an_address_that_has_never_answered_is_sent_nothing() -> None:
     left = withhold(plan, build_topology(world), [silent])
     assert list(map(str, left.returns)) == ["10.0.0.3/32"]
     assert {route.gateway for route in left.returns.values()} == left.ipip_remotes
+    # Nor is what comes out of the tunnel for it left to the main table, by which it would go in clear.
+    assert "out of the tunnel: unreachable 10.0.0.2/32" in render(left).splitlines()
+    answered_once = withhold(plan, build_topology(world), [evolve(silent, withheld=False)])
+    assert (answered_once.returns, answered_once.returns_refused) == (plan.returns, {})
+
+
+@pytest.mark.parametrize("member", [NEVER, ALWAYS])
+def test_what_comes_out_of_the_tunnel_for_an_address_that_has_never_answered_is_refused(member: Encapsulate) -> None:
+    world = routed_world(ALWAYS, member)
+    topology, made = build_topology(world), plans(world)
+    assert walk(made, topology, "b1", INTERNAL.network_address).delivered
+    silent = Silent(target=Target("a2", INTERNAL.network_address), withheld=True, named=True)
+    made["a1"] = withhold(made["a1"], topology, [silent])
+    path = walk(made, topology, "b1", INTERNAL.network_address)
+    assert path.dropped == "a2 does not answer a1 at its internal IP 10.0.0.2"
+    # A member has nothing of the kind: nothing comes out of its tunnel for others.
+    silent = Silent(target=Target("a1", ip_address("10.0.0.1")), withheld=True, named=True)
+    assert withhold(made["a2"], topology, [silent]).returns_refused == {}
+
+
+def routed_world(leader: Encapsulate, member: Encapsulate, **rest: object) -> Snapshot:
+    """Two sites with networks of their own, and internal IPs that are routed."""
+    return snapshot(
+        [
+            node("a1", 1, "a", "10.0.0.1/24", "203.0.113.1", encapsulate=leader, underlay=()),
+            node("a2", 2, "a", "10.0.0.2/24", encapsulate=member, underlay=()),
+            node("b1", 3, "b", "10.9.0.1/24", "203.0.113.3", underlay=()),
+        ],
+        internal_ips=InternalIPs.ROUTED,
+        **rest,  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize("member", Encapsulate)
+@pytest.mark.parametrize("leader", Encapsulate)
+def test_a_member_is_answered_at_a_routed_internal_ip_as_it_sends(leader: Encapsulate, member: Encapsulate) -> None:
+    world = routed_world(leader, member)
+    topology, made = build_topology(world), plans(world)
+    there = walk(made, topology, "a2", ip_address("10.9.0.1"))
+    back = walk(made, topology, "b1", INTERNAL.network_address)
+    assert (there.source, back.source) == (INTERNAL.network_address, ip_address("10.9.0.1"))
+    for path in (there, back):
+        assert path.delivered, path
+    mode = Encapsulate.WIREGUARD if WIREGUARD in (leader, member) else member
+    medium = {WIREGUARD: Via.TUNNEL, ALWAYS: Via.IPIP}.get(mode, Via.UNDERLAY)
+    assert there.hops[0].medium is back.hops[-1].medium is medium
 
 
 def test_an_address_that_nobody_outside_sends_to_needs_none() -> None:

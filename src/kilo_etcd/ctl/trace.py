@@ -271,7 +271,10 @@ def _way(
     return Way(
         source=f"{start} ({own})" if _has(topology.snapshot.nodes[start], own) else f"{own} at {start}",
         destination=str(destination),
-        steps=tuple(_step(hop, topology, plans, destination) for hop in path.hops),
+        steps=tuple(
+            _step(hop, topology, plans, destination, before is not None and before.encrypted)
+            for before, hop in zip((None, *path.hops), path.hops, strict=False)
+        ),
         dropped=path.dropped,
         leaves="" if path.dropped else leaves,
     )
@@ -281,7 +284,7 @@ def _has(node: Node, address: IPAddress) -> bool:
     return address in node.mesh_addresses or any(address == ip.ip for ip in node.internal_ips)
 
 
-def _step(hop: Hop, topology: Topology, plans: Plans, destination: IPAddress) -> Step:
+def _step(hop: Hop, topology: Topology, plans: Plans, destination: IPAddress, out_of_tunnel: bool) -> Step:
     plan = plans[hop.source]
     if hop.peer is not None:
         endpoint = plan.peers[hop.peer].endpoint
@@ -290,17 +293,23 @@ def _step(hop: Hop, topology: Topology, plans: Plans, destination: IPAddress) ->
         # The walker has taken the narrowest route; its gateway is the next node's internal IP of that family.
         there = topology.snapshot.nodes[hop.target]
         version = destination.version
-        gateways = {route.gateway for network, route in plan.routes.items() if network.version == version}
+        routes = (*plan.routes.values(), *(plan.returns.values() if out_of_tunnel else ()))
+        gateways = {route.gateway for route in routes if route.destination.version == version}
         over = ", ".join(str(ip.ip) for ip in there.internal_ips if ip.ip in gateways) or str(destination)
     return Step(
         source=hop.source, target=hop.target, encrypted=hop.encrypted, medium=MEDIUM[hop.medium], over=over,
-        table=routing_table(plan, destination),
+        table=routing_table(plan, destination, out_of_tunnel=out_of_tunnel),
     )  # fmt: skip
 
 
-def routing_table(plan: HostPlan, destination: IPAddress) -> str:
+def routing_table(plan: HostPlan, destination: IPAddress, *, out_of_tunnel: bool = False) -> str:
     """The routing table in which a host finds its route to an address, and what leads there; numbers are those of the
-    interface's default name."""
+    interface's default name. `out_of_tunnel`: for a packet that it has received through the tunnel."""
+    if out_of_tunnel and host_network(destination) in plan.returns:
+        from kilo_etcd.kernel.returns import return_priority, return_table
+
+        rule = f"rule {return_priority(DEFAULT_INTERFACE)}: iif {DEFAULT_INTERFACE}"
+        return f"{return_table(DEFAULT_INTERFACE)} ({rule})"
     wanted = plan.encryption
     if wanted is None or host_network(destination) not in {*wanted.send, *wanted.hold}:
         return MAIN

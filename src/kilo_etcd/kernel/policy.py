@@ -84,7 +84,7 @@ def changes(
     plan: HostPlan, observed: Observed, interface: str, protocol: int, settled: HostPlan | None
 ) -> tuple[list[Change], list[Change]]:
     """What has to be made, and what has to go then. `settled`: a plan that `observed` fulfils to the last."""
-    asks = plan.returns or plan.encryption is not None or plan.way_out is not None
+    asks = plan.returns or plan.returns_refused or plan.encryption is not None or plan.way_out is not None
     if not (asks or observed.policy.tables or observed.policy.rules) or (settled is not None and _same(plan, settled)):
         return [], []
     found = observed.policy
@@ -105,7 +105,8 @@ def _same(plan: HostPlan, settled: HostPlan) -> bool:
     """Whether two plans surely ask for the same. The table of an exit node follows from the peers' endpoints too."""
     if plan.way_out is not None or settled.way_out is not None or plan.listen_port != settled.listen_port:
         return False
-    return plan.returns == settled.returns and plan.encryption is settled.encryption
+    same = plan.returns == settled.returns and plan.returns_refused.keys() == settled.returns_refused.keys()
+    return same and plan.encryption is settled.encryption
 
 
 def _narrowed(policy: Policy, number: int, networks: Collection[IPNetwork]) -> Policy:

@@ -11,6 +11,9 @@ device where the member's packets came from. No sysctl is needed, and the device
 
 Table and priority are computed from the interface's name, so what is ours is known after a crash. The rule stands
 before those of an exit node: by the main table, which these ask first, the internal IP is a neighbour.
+
+A member that has never answered has an unreachable route there: by the main table what comes out of the tunnel for it
+would go in clear to whoever has its address on the location's network.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from zlib import crc32
 
 from kilo_etcd.kernel.rules import AddRule, RoutingRule
 from kilo_etcd.kernel.state import AddRoute, OwnTable, Policy, ReplaceRoute
-from kilo_etcd.kernel.wayout import route_of
+from kilo_etcd.kernel.wayout import last_resort, route_of
 from kilo_etcd.topology.hostplan import HostPlan
 
 _TABLES, _PRIORITIES = 109_000_000, 10_500
@@ -44,8 +47,9 @@ def policy_for(plan: HostPlan, interface: str, protocol: int) -> Policy:
     """The table that a plan asks for, and a rule for each family that it has routes in."""
     number, priority = return_table(interface), return_priority(interface)
     routes = {one: route_of(planned, interface, protocol, number) for one, planned in plan.returns.items()}
+    last = {one: last_resort(one, number, protocol) for one in plan.returns_refused}
     rules = (
         RoutingRule(version=version, priority=priority, table=number, inbound=interface)
-        for version in {network.version for network in plan.returns}
+        for version in {network.version for network in (*plan.returns, *plan.returns_refused)}
     )
-    return Policy({number: OwnTable(routes)} if routes else {}, frozenset(rules))
+    return Policy({number: OwnTable(routes, last)} if routes or last else {}, frozenset(rules))

@@ -105,7 +105,8 @@ def guard(
         return evolve(plan, memo=memo)
     mesh = _mesh(plan) if mesh is None else tuple(mesh)
     plan, unheeded = _without_hearsay(plan)
-    exposed = [network for network in _networks(plan.routes, plan.peers.values()) if not _within(network, mesh)]
+    networks = _networks(plan.routes, plan.peers.values())
+    exposed = [network for network in networks if not _within(network, mesh) and not _returned(network, plan)]
     harmful: dict[IPNetwork, str] = {}
     if exposed:
         ranges = _Ranges.of([*_items(protected), *_endpoint_items(plan.peers.values())])
@@ -131,6 +132,12 @@ def guard(
         peers={key: _without(peer, harmful) for key, peer in plan.peers.items()},
         problems=tuple(sorted(problems, key=lambda problem: (problem.subject, problem.text))),
     )
+
+
+def _returned(network: IPNetwork, plan: HostPlan) -> bool:
+    """Whether it is a member's internal IP that only what comes out of the tunnel is sent to through the tunnel: this
+    host's own packets, WireGuard's among them, take another way."""
+    return network in plan.returns and network not in plan.routes
 
 
 def _without_hearsay(plan: HostPlan) -> tuple[HostPlan, bool]:
@@ -170,6 +177,7 @@ def _still_clean(plan: HostPlan, protected: tuple[IPNetwork, ...], previous: Hos
         return None
     judged = {id(n) for key in changed_peers if (old := previous.peers.get(key)) for n in old.allowed_ips}
     allowed = {network for peer in peers for network in peer.allowed_ips if id(network) not in judged}
+    allowed = {network for network in allowed if not _returned(network, plan)}
     fresh = [network for network in routes | allowed if not _within(network, memo.mesh)]
     if any(network not in previous.routes for network in fresh):
         if not all(network.prefixlen and network in plan.routes for network in fresh):

@@ -22,16 +22,13 @@ from attrs import field, frozen
 
 from kilo_etcd.model import DEFAULT_LOCATION, Granularity, IPAddress, IPNetwork, Node, Peer
 from kilo_etcd.topology.claims import Settlement, each_hosts_own
-from kilo_etcd.topology.ways import bonded, hop
+from kilo_etcd.topology.ways import hop
 
 
 def carried(own: Node, leader: Node) -> tuple[IPAddress, ...]:
     """The internal IPs at which others can reach node `own`, whose segment `leader` leads."""
     if own.name == leader.name:
         return tuple(ip.ip for ip in own.internal_ips)
-    if bonded(own, leader):
-        # It is the WireGuard endpoint inside the location, and what the leader sends there must not go in clear.
-        return ()
     found = []
     for ip in own.internal_ips:
         way = None if leader.internal_ip(ip.version) is None else hop(own, leader, ip.version)

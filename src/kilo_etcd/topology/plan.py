@@ -281,26 +281,21 @@ class _Local:
 
     def _return(self, node: Node) -> None:
         """Send on what comes out of the tunnel for a member's internal IPs as the member sends what is for there."""
-        for address in self._called(node):
-            way = hop(node, self.own, address.version)
+        for destination in self._reached_at(node):
+            way = hop(node, self.own, destination.version)
             if way is not None and way.way is not Via.UNDERLAY:
-                destination = host_network(address)
-                gateway = address if way.way is Via.IPIP else None
+                gateway = destination.network_address if way.way is Via.IPIP else None
                 self.returns[destination] = RoutePlan(destination=destination, way=way.way, gateway=gateway)
 
-    def _called(self, node: Node) -> list[IPAddress]:
+    def _reached_at(self, node: Node) -> list[IPNetwork]:
         """Where this host leads, the internal IPs of a member to which other segments send."""
         if self.leader is not None or self.topology.snapshot.granularity is Granularity.CROSS:
             return []
-        routed = self.segment.routed.get(node.name, ())
-        return [
-            ip.ip
-            for ip in node.internal_ips
-            if host_network(ip.ip) in routed or _within(ip.ip, self.segment.location_networks)
-        ]
+        return self.segment.reached_at(node)
 
     def _bond(self, node: Node, networks: tuple[IPNetwork, ...], remote: _Remote) -> None:
-        allowed = [*map(host_network, node.mesh_addresses), *networks, *map(host_network, self._called(node))]
+        allowed = [*map(host_network, node.mesh_addresses), *networks]
+        allowed += (network for network in self._reached_at(node) if network not in networks)
         if self.leader is not None and node.name == self.leader.name:
             allowed += [*self.topology.snapshot.subnets, *remote.routes]
         self.peers[node.public_key] = PeerPlan(

@@ -91,6 +91,7 @@ def withhold(plan: HostPlan, topology: Topology, silent: Collection[Silent]) -> 
     unheard = {target.address for target in withheld}
     if unheard:
         unheard -= {target.address for target in targets(topology, plan.node) if target not in withheld}
+    closed = {} if leader else _closed(topology, plan.node, unheard)
     remotes = plan.ipip_remotes - unheard
     way_out = plan.way_out
     if way_out is not None and any(Target(leader, one.gateway) in withheld for one in way_out.by if one.gateway):
@@ -100,12 +101,27 @@ def withhold(plan: HostPlan, topology: Topology, silent: Collection[Silent]) -> 
         routes=routes,
         fences=(*plan.fences, *sorted(set(refused).difference(plan.fences), key=network_key)),
         refused=refused,
-        returns={network: route for network, route in plan.returns.items() if route.gateway not in unheard},
+        returns={n: route for n, route in plan.returns.items() if route.gateway not in unheard},
+        returns_refused=closed,
         ipip_remotes=remotes,
         ipip_local=plan.ipip_local if remotes else None,
         way_out=way_out,
         problems=(*plan.problems, *_problems(topology, plan.node, leader, silent)),
     )
+
+
+def _closed(topology: Topology, leader: str, unheard: Collection[IPAddress]) -> dict[IPNetwork, str]:
+    """The members' internal IPs, of those that do not answer their leader, that other segments send to; and why not."""
+    if not unheard or topology.snapshot.granularity is Granularity.CROSS:
+        return {}
+    segment = topology.segment_of(leader)
+    return {
+        network: f"{node.name} does not answer {leader} at its internal IP {network.network_address}"
+        for node in segment.members
+        if node.name != leader
+        for network in segment.reached_at(node)
+        if network.network_address in unheard
+    }
 
 
 def _rerouted(

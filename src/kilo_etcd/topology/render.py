@@ -18,6 +18,7 @@ def render(plan: HostPlan) -> str:
     lines += [_peer(peer) for peer in sorted(plan.peers.values(), key=lambda peer: (peer.name, peer.public_key))]
     lines += [_route(plan.routes[key]) for key in sorted(plan.routes, key=network_key)]
     lines += [f"out of the tunnel: {_route(plan.returns[key])}" for key in sorted(plan.returns, key=network_key)]
+    lines += [f"out of the tunnel: unreachable {key}" for key in sorted(plan.returns_refused, key=network_key)]
     if plan.forwarding:
         lines.append("forward " + " ".join(f"ipv{version}" for version in sorted(plan.forwarding)))
     if plan.ipip_remotes:

@@ -100,6 +100,17 @@ class Segment:
         ends = (self.leader, *(node for node, _ in self.challengers))
         return tuple(network for node in ends for network in self.routed.get(node.name, ()))
 
+    def reached_at(self, node: Node) -> list[IPNetwork]:
+        """A member's internal IPs that other segments may send to, as host routes: those that are routed, and those within
+        a network that the location offers."""
+        found = list(self.routed.get(node.name, ()))
+        if self.networks:
+            found = [network for network in found if network not in self.networks]
+        for network in self.location_networks:
+            inside = (ip.ip for ip in node.internal_ips if ip.version == network.version and ip.ip in network)
+            found += (host for host in map(host_network, inside) if host not in found)
+        return found
+
     @property
     def underlay(self) -> tuple[IPNetwork, ...]:
         """What the members reach over their own links: no address within is routed to this segment."""

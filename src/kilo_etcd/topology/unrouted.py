@@ -13,7 +13,6 @@ from attrs import field, frozen
 
 from kilo_etcd.model import Granularity, InternalIPs, IPNetwork, Node
 from kilo_etcd.topology.internal import REMEDY, share_no_site
-from kilo_etcd.topology.ways import bonded
 
 if TYPE_CHECKING:
     from kilo_etcd.topology.segments import Segment, Topology
@@ -111,8 +110,6 @@ def _host(near: IPNetwork, length: int, number: int) -> IPNetwork:
 
 
 def _not_carried(node: Node, leader: Node) -> str:
-    if bonded(node, leader):
-        return f"{node.name} and its leader {leader.name} reach each other by WireGuard there (encapsulate wireguard)"
     return f"{node.name} and its leader {leader.name} do not reach each other in that family"
 
 

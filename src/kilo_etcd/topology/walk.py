@@ -1,6 +1,7 @@
 """Follows a packet through the mesh: given all host plans, which way does it take, and where does it end?
 
-Each host is asked as its kernel would: the longest matching route, WireGuard's choice of a peer by allowed
+Each host is asked as its kernel would: the longest matching route, of a table of its own for what comes out of the
+tunnel (`HostPlan.returns`) before those of the main table, WireGuard's choice of a peer by allowed
 IPs, and at the far end WireGuard's check that the source address belongs to the peer it came from. The walker
 trusts nothing but the plans, so it finds what is wrong with them. A connection works if both directions do.
 
@@ -131,9 +132,14 @@ class _Walker:
                 return evolve(path, dropped=f"the plan of {at} is not known")
             if at != start and self.destination.version not in plan.forwarding:
                 return evolve(path, dropped=f"{at} does not forward IPv{self.destination.version}")
-            if (why := refusal(plan, self.destination)) is not None:
-                return evolve(path, dropped=why)
-            route = self._route(at, plan, self.destination)
+            out_of_tunnel = bool(path.hops) and path.hops[-1].encrypted
+            route = longest_match(plan.returns.items(), self.destination) if out_of_tunnel else None
+            if route is None:
+                if out_of_tunnel and (why := longest_match(plan.returns_refused.items(), self.destination)) is not None:
+                    return evolve(path, dropped=why)
+                if (why := refusal(plan, self.destination)) is not None:
+                    return evolve(path, dropped=why)
+                route = self._route(at, plan, self.destination)
             if route is None and self.internal:
                 step = self._on_link(at)
                 if isinstance(step, str):
