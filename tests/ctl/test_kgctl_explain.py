@@ -15,7 +15,8 @@ from kilo_etcd.ctl.main import main
 from kilo_etcd.ctl.trace import routing_table
 from kilo_etcd.etcd import Client
 from kilo_etcd.kernel.encrypted import rule_priorities, table_of
-from kilo_etcd.model import CandidateClass, Endpoint
+from kilo_etcd.kernel.returns import return_priority, return_table
+from kilo_etcd.model import CandidateClass, Encapsulate, Endpoint
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import CandidateRecord, NodeRecord, Role, StatusRecord, Unreachable, encode, read
 from kilo_etcd.testing.fake_etcd import FakeEtcd
@@ -410,6 +411,35 @@ def test_an_internal_ip_is_routed_with_the_senders_own_as_source(etcd: FakeEtcd)
         0,
         f"gcp-2 to 10.1.0.1: gcp-2 {OWN}, in clear: it is the internal IP of gcp-1 at the same location",
     )
+
+
+@pytest.mark.parametrize(
+    ("mode", "how", "address"),
+    [
+        (Encapsulate.ALWAYS, "clear, in IPIP", "10.2.0.5"),
+        (Encapsulate.WIREGUARD, "WireGuard", "10.2.0.5:51820"),
+    ],
+)
+def test_the_table_and_the_rule_by_which_a_leader_answers_its_member_as_the_member_sends(
+    etcd: FakeEtcd, mode: Encapsulate, how: str, address: str
+) -> None:
+    routes_internal_ips(etcd, home_2={"encapsulate": mode})
+    (journey,) = json.loads(run("gcp-2", "10.2.0.5", "-o", "json").stdout)["journeys"]
+    assert hops(journey["there"])[-1] == ("home-1", "home-2", how, address)
+    assert hops(journey["back"])[0][2] == how
+    table = f"{return_table('kilo0')} (rule {return_priority('kilo0')}: iif kilo0)"
+    assert [hop["table"] for hop in journey["there"]["hops"]] == ["main", "main", table]
+    assert [hop["table"] for hop in journey["back"]["hops"]] == ["main"] * 3
+    # A packet of the leader's own, as one for a mesh address, takes the main table.
+    (journey,) = json.loads(run("gcp-2", "10.4.0.5", "-o", "json").stdout)["journeys"]
+    assert journey["there"]["hops"][-1]["table"] == "main"
+
+
+def test_a_leader_refuses_what_others_send_to_a_member_that_has_never_answered(etcd: FakeEtcd) -> None:
+    routes_internal_ips(etcd)
+    reports(etcd, "home-1", ("home-2", "10.2.0.5", False))
+    status, said = headline("gcp-2", "10.2.0.5")
+    assert (status, "home-2 does not answer home-1 at its internal IP 10.2.0.5" in said) == (1, True), said
 
 
 def test_between_two_nodes_it_says_how_the_internal_ip_is_reached_too(etcd: FakeEtcd) -> None:

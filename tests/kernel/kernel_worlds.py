@@ -65,6 +65,7 @@ def plan(
     masquerade: tuple[str, ...] = (),
     masquerade_not: tuple[str, ...] = (),
     returns: tuple[RoutePlan, ...] = (),
+    returns_refused: tuple[str, ...] = (),
     port: int = 51820,
 ) -> HostPlan:
     return HostPlan(
@@ -80,6 +81,7 @@ def plan(
         masquerade=tuple(ip_network(n) for n in masquerade),
         masquerade_not=frozenset(ip_address(a) for a in masquerade_not),
         returns={r.destination: r for r in returns},
+        returns_refused={ip_network(text): "it does not answer" for text in returns_refused},
     )
 
 
@@ -150,6 +152,7 @@ def plans(draw: st.DrawFn, ipip: bool = True, v6_via_v4: bool = False) -> HostPl
         ipip_local="192.168.9.1" if encapsulated else None,
         masquerade=draw(st.sampled_from(((), ("192.168.1.50/32", "fd00:7::/61")))),
         returns=back,
+        returns_refused=draw(st.sampled_from(((), ("192.168.9.9/32",), ("192.168.9.9/32", "fd00:9::9/128")))),
         masquerade_not=draw(st.sampled_from(((), ("192.168.1.50",)))),
         port=draw(st.sampled_from((51820, 51821))),
     )

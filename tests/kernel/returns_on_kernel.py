@@ -7,8 +7,8 @@ Not collected by itself: `test_kernel_guest.py` runs it where a kernel has WireG
     site B, 10.2.0.0/16 likewise: b1 leads, b2 is its neighbour
     203.0.113.0/24 between a1 and b1, which do not forward for anybody outside the mesh
 
-Each host is a network namespace, programmed by the kernel layer with the plan that the topology yields. Internal IPs
-are what the sites offer, one by one, and every ping is sent from one.
+Each host is a network namespace, programmed by the kernel layer with the guarded plan that the topology yields.
+Internal IPs are routed, or what the sites offer, and every ping is sent from one.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ from attrs import evolve
 
 from kilo_etcd.kernel import Setup, open_kernel
 from kilo_etcd.kernel.userspace import public_key_of
-from kilo_etcd.model import Candidate, Encapsulate, Endpoint, Node, Snapshot
+from kilo_etcd.model import Candidate, Encapsulate, Endpoint, InternalIPs, Node, Snapshot
 from kilo_etcd.topology import HostPlan, build_topology, host_plan
+from kilo_etcd.topology.guard import guard
 from kilo_etcd.topology.hostplan import Via
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("own_namespaces"), pytest.mark.deadline(1000)]
@@ -79,8 +80,8 @@ def cables(internal_ips: Mapping[str, str]) -> None:
         sh(f"ip -n {host} route add 10.1.{other}.0/24 via 10.1.{router}.254")
 
 
-def nodes(internal_ips: Mapping[str, str], leader: Encapsulate, member: Encapsulate) -> Snapshot:
-    """Both sites in these modes."""
+def nodes(internal_ips: Mapping[str, str], leader: Encapsulate, member: Encapsulate, *, offered: bool) -> Snapshot:
+    """Both sites in these modes; internal IPs are routed, or `offered` by the sites one by one."""
     made = {
         name: Node(
             name=name,
@@ -89,14 +90,21 @@ def nodes(internal_ips: Mapping[str, str], leader: Encapsulate, member: Encapsul
             endpoint=Endpoint.parse(PUBLIC[name], 51820) if name in PUBLIC else None,
             internal_ips=(ip_interface(internal),),
             mesh_addresses=(ip_address(f"10.4.0.{number}"),),
-            allowed_location_ips=(ip_network(ip_interface(internal).ip),),
+            underlay=(),
+            allowed_location_ips=(ip_network(ip_interface(internal).ip),) if offered else (),
             encapsulate=leader if name in PUBLIC else member,
             registered_revision=number,
         )
         for number, (name, internal) in enumerate(internal_ips.items(), 1)
     }
     standing = {n[0]: (Candidate(node=n, rank=made[n].candidate_class, create_revision=9),) for n in PUBLIC}
-    return Snapshot(revision=9, subnets=(ip_network("10.4.0.0/16"),), nodes=made, candidates=standing)
+    return Snapshot(
+        revision=9,
+        subnets=(ip_network("10.4.0.0/16"),),
+        internal_ips=InternalIPs.OFF if offered else InternalIPs.ROUTED,
+        nodes=made,
+        candidates=standing,
+    )
 
 
 def program(plans: Mapping[str, HostPlan]) -> None:
@@ -145,25 +153,39 @@ def unreached(internal_ips: Mapping[str, str]) -> set[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(
-    ("leader", "member"),
-    [(ALWAYS, ALWAYS), (NEVER, ALWAYS), (ALWAYS, CROSS), (CROSS, CROSS), (NEVER, WIREGUARD), (ALWAYS, NEVER)],
-    ids=lambda mode: mode.value,
+    ("leader", "member", "offered"),
+    [
+        *((ALWAYS, ALWAYS, ""), (NEVER, ALWAYS, ""), (ALWAYS, CROSS, ""), (CROSS, CROSS, ""), (ALWAYS, NEVER, "")),
+        *((NEVER, WIREGUARD, ""), (WIREGUARD, ALWAYS, ""), (NEVER, ALWAYS, "offered"), (NEVER, WIREGUARD, "offered")),
+    ],
 )
-def test_every_pair_at_internal_ips(leader: Encapsulate, member: Encapsulate) -> None:
+def test_every_pair_at_internal_ips(leader: Encapsulate, member: Encapsulate, offered: str) -> None:
     internal = {**INTERNAL, "a3": "10.1.0.3/24"} if NEVER in (leader, member) else INTERNAL
     cables(internal)
-    topology = build_topology(nodes(internal, leader, member))
-    plans = {name: host_plan(topology, name) for name in INTERNAL}
+    topology = build_topology(nodes(internal, leader, member, offered=bool(offered)))
+    plans = {
+        name: guard(host_plan(topology, name), [ip_interface(internal[name]).network, ip_network("203.0.113.0/24")])
+        for name in INTERNAL
+    }
+    assert all(plan.problems == () for plan in plans.values())
     ways = {str(network.network_address): route.way for network, route in plans["a1"].returns.items()}
     far = {NEVER: (), CROSS: ("a3",)}.get(member, ("a2", "a3"))
-    way = Via.TUNNEL if member is WIREGUARD else Via.IPIP
+    sealed = WIREGUARD in (leader, member)
+    way = Via.TUNNEL if sealed else Via.IPIP
     assert ways == {internal[name].partition("/")[0]: way for name in far}
     for value in (1, 2):
         # New devices take the default over, those that are there do not.
         check_reverse_paths(value)
         program(plans)
         check_reverse_paths(value)
+        sh("nft add table ip seen", "a2")
+        sh("nft add chain ip seen in '{ type filter hook prerouting priority -300; }'", "a2")
+        sh("nft add rule ip seen in iifname eth0 ip saddr 10.2.0.0/16 counter", "a2")
         assert unreached(internal) == set(), f"rp_filter {value}"
+        plain = " packets 0 " not in sh("nft list table ip seen; nft delete table ip seen", "a2")
+        assert plain == (member in (NEVER, CROSS)), "what the other site sends reaches a2 as it sends itself"
+        if sealed:
+            assert "dev eth0" in sh("ip route get 10.1.0.2", "a1"), "WireGuard's own packets take the network's way"
     if (leader, member) == (ALWAYS, ALWAYS):
         # That the packets need it: without, a strict check drops them on both hosts, and a loose one on the leader,
         # since it is strict on a device without an address.

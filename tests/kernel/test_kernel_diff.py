@@ -77,6 +77,14 @@ def test_what_comes_out_of_the_tunnel_has_a_table_of_its_own_while_a_member_enca
     # One that is sealed now.
     sealed = evolve(asked, returns={**asked.returns, back[0].destination: tunnel("192.168.9.2/32")})
     assert step(asked, sealed) == [f"ip route replace 192.168.9.2/32 dev kilo0 proto 107 table {table}"]
+    # Who does not answer is sent nothing, and least of all in clear by the main table.
+    refusing = evolve(asked, returns={}, returns_refused={ip_network("192.168.9.2/32"): "it does not answer"})
+    unreachable = f"unreachable 192.168.9.2/32 proto 107 metric 4294967295 table {table}"
+    turned = step(asked, refusing)
+    assert turned[0] == f"ip route add {unreachable}"
+    assert turned[1] == gone[1]
+    assert f"ip route del {routes[0]}" in turned
+    assert step(plan(MESH), plan(MESH, returns_refused=("192.168.9.2/32",))) == [turned[0], rules[0].format("add")]
     # Devices take their routes along, and leave the rules.
     lost = apply_changes(host_with(asked), [DeleteLink("kilo-ipip")], "kilo0")
     assert lines(diff(asked, lost, Memory(), TARGET))[-1:] == made[:1]

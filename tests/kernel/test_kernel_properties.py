@@ -45,8 +45,9 @@ def test_applying_the_diff_yields_the_plan_and_a_second_time_nothing(
     assert all(fulfils(r, route_for(wanted.routes[d], TARGET), TARGET) for d, r in after.routes.items())
     assert after.fences == set(wanted.fences)
     assert after.policy.table(return_table("kilo0")).routes.keys() == wanted.returns.keys()
+    assert after.policy.table(return_table("kilo0")).last.keys() == wanted.returns_refused.keys()
     back = {rule.version for rule in after.policy.rules if rule.inbound}
-    assert back == {network.version for network in wanted.returns}
+    assert back == {network.version for network in (*wanted.returns, *wanted.returns_refused)}
     assert wanted.forwarding <= after.forwarding
     assert (after.ipip is not None) == bool(wanted.ipip_remotes)
     assert len(todo.failures) == len(set(wanted.routes) & set(foreign))

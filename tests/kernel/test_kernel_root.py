@@ -673,6 +673,8 @@ async def test_the_way_back_to_members_is_repaired_and_cleaned_up(harm: str) -> 
     underlay()
     before = unchanged() + sh("ip rule; ip -6 rule")
     wanted = evolve(WORLD, returns={r.destination: r for r in (tunnel("192.168.9.2/32"), tunnel("fd00:9::2/128"))})
+    silent = {ip_network(text): "it does not answer" for text in ("192.168.9.4/32", "fd00:9::4/128")}
+    wanted = evolve(wanted, returns_refused=silent)
     async with agent() as kernel:
         assert (await kernel.apply(wanted)).failures == ()
         await settled(kernel, wanted)
@@ -681,6 +683,9 @@ async def test_the_way_back_to_members_is_repaired_and_cleaned_up(harm: str) -> 
         assert quiet.cancelled_caught, "our own changes were taken for somebody else's"
         assert "dev kilo0" in sh("ip route get 192.168.9.2 from 10.4.0.2 iif kilo0")
         assert "dev eth0" in sh("ip route get 192.168.9.2")
+        assert "dev eth0" in sh("ip route get 192.168.9.4")
+        for way in ("192.168.9.4 from 10.4.0.2", "fd00:9::4 from fd00:4::2"):
+            assert re.search("No route to host|unreachable", sh(f"ip route get {way} iif kilo0 2>&1 || true"))
         sh(harm)
         with trio.fail_after(30):
             assert await kernel.wait_drift()

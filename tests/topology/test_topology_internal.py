@@ -11,7 +11,7 @@ from topology_worlds import MESH, MESH6, node, peer, snapshot
 
 from kilo_etcd.model import Encapsulate, Endpoint, Granularity, InternalIPs, Node, Snapshot
 from kilo_etcd.topology import Topology, Via, build_topology, host_plan, peer_plan
-from kilo_etcd.topology.guard import guard
+from kilo_etcd.topology.guard import GuardMemo, guard
 from kilo_etcd.topology.segments import routed_at
 
 
@@ -217,7 +217,9 @@ def test_a_member_that_speaks_wireguard_with_its_leader_is_reached_through_that_
     assert list(map(str, leader.returns)) == ["10.2.0.2/32"]
     near = guard(leader, [ip_network("10.2.0.0/24")])
     assert near == leader, "what only comes out of the tunnel cuts nobody off"
-    assert guard(leader, [ip_network("10.2.0.0/24")], near).memo is not None
+    assert isinstance(near.memo, GuardMemo)
+    again = guard(host_plan(topology, "b1", near), [ip_network("10.2.0.0/24")], near)
+    assert (again, type(again.memo)) == (leader, GuardMemo)
 
 
 def test_ipv6_travels_in_a_mesh_of_ipv4_and_is_no_new_problem() -> None:

@@ -54,13 +54,13 @@ def a_links(draw: DrawFn, *, tame: bool) -> tuple[IPNetwork, ...] | None:
 
 
 def a_node(
-    draw: DrawFn, number: int, *, tame: bool, alike: Collection[str] | None = None, plain: bool = False
+    draw: DrawFn, number: int, *, tame: bool, alike: Collection[str] | None = None, at_site: bool = False
 ) -> Node:
     """Node `number`; at the locations `alike` networks have the same numbers. Tame: nothing that legitimately keeps
-    others from reaching it."""
+    others from reaching it. `at_site`: at one of two locations, with an internal IP, in any mode."""
     name = f"n{number}"
-    location = draw(st.sampled_from(LABELS))
-    families = draw(st.sampled_from([(), (4,), (6,), (4, 6)]))
+    location = draw(st.sampled_from(("a", "b") if at_site else LABELS))
+    families = draw(st.sampled_from([(4,), (4, 6)] if at_site else [(), (4,), (6,), (4, 6)]))
     far = draw(st.booleans())
     # Sites have networks of their own, or the one that every home has, where hosts may even have one address.
     site = 20 + number if location == "self" else LABELS.index(location)
@@ -70,7 +70,7 @@ def a_node(
         4: f"192.168.{int(far)}.{host}/24" if common else f"10.{100 + site}.{int(far)}.{host}/24",
         6: f"fd00:a{0 if common else site}::{host:x}/64",
     }
-    modes = [mode for mode in Encapsulate if not tame or plain or mode is not Encapsulate.NEVER]
+    modes = [mode for mode in Encapsulate if not tame or at_site or mode is not Encapsulate.NEVER]
     subnets: tuple[str, ...] = (f"172.30.{number}.0/24",) if draw(st.booleans()) else ()
     networks: list[str] = [] if tame else draw(st.lists(st.sampled_from(OVERLAPPING), max_size=2))
     endpoint = Endpoint(ip_address(f"203.0.113.{number}"), 51820)
@@ -136,10 +136,9 @@ def outside(draw: DrawFn, *, tame: bool) -> dict[str, Peer]:
 
 
 @st.composite
-def worlds(draw: DrawFn, *, tame: bool = True, plain: bool = False) -> Snapshot:
-    """`plain`: some hosts never encapsulate, though they may have members on other subnets."""
+def worlds(draw: DrawFn, *, tame: bool = True) -> Snapshot:
     alike = draw(st.sets(st.sampled_from(LABELS)))
-    nodes = {f"n{n}": a_node(draw, n, tame=tame, alike=alike, plain=plain) for n in range(draw(st.integers(1, 7)))}
+    nodes = {f"n{n}": a_node(draw, n, tame=tame, alike=alike) for n in range(draw(st.integers(1, 7)))}
     subnets = draw(st.sampled_from([(MESH,), (MESH6,), (MESH, MESH6)]))
     versions = {subnet.version for subnet in subnets}
     nodes = {
@@ -153,6 +152,19 @@ def worlds(draw: DrawFn, *, tame: bool = True, plain: bool = False) -> Snapshot:
         internal_ips=draw(st.sampled_from(InternalIPs)),
         nodes=nodes,
         peers=outside(draw, tame=tame),
+        **elections(draw, nodes),  # type: ignore[arg-type]
+    )
+
+
+@st.composite
+def sites(draw: DrawFn) -> Snapshot:
+    """Two sites of several hosts in any modes, with networks of their own, whose internal IPs are routed."""
+    nodes = {f"n{n}": a_node(draw, n, tame=True, alike=(), at_site=True) for n in range(draw(st.integers(3, 6)))}
+    return Snapshot(
+        revision=1,
+        subnets=(MESH, MESH6),
+        internal_ips=InternalIPs.ROUTED,
+        nodes=nodes,
         **elections(draw, nodes),  # type: ignore[arg-type]
     )
 
@@ -220,7 +232,7 @@ def test_everyone_reaches_everyone_and_nothing_crosses_locations_in_clear(world:
 
 
 @settings(QUICK, max_examples=60)
-@given(worlds(plain=True))
+@given(worlds() | sites())
 def test_every_internal_ip_that_is_routed_is_reached_and_answers(world: Snapshot) -> None:
     topology = build_topology(world)
     plans = all_plans(topology)

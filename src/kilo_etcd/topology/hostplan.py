@@ -197,8 +197,8 @@ class HostPlan:
     """Of a leader: a member's internal IP (/32, /128) -> the way, IPIP or TUNNEL, of what comes out of the tunnel for
     it, as the member sends what is for there. What this host itself sends to the address takes the main table's way."""
     returns_refused: Mapping[IPNetwork, str] = field(factory=dict)
-    """Of a leader: a member's internal IP at which nobody answers -> why, for people, nothing that comes out of the tunnel
-    is sent there, in clear or otherwise."""
+    """Of a leader: a member's internal IP that has never answered -> why, for people. What comes out of the tunnel for
+    it is refused, so that it does not go in clear to whoever has the address here."""
     forwarding: frozenset[int] = frozenset()
     """Families (4, 6) in which the host must forward packets."""
     ipip_remotes: frozenset[IPAddress] = frozenset()

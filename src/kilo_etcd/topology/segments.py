@@ -101,8 +101,8 @@ class Segment:
         return tuple(network for node in ends for network in self.routed.get(node.name, ()))
 
     def reached_at(self, node: Node) -> list[IPNetwork]:
-        """A member's internal IPs that other segments may send to, as host routes: those that are routed, and those within
-        a network that the location offers."""
+        """A member's internal IPs that other segments may send to, as host routes: those that are routed, and those
+        within a network that the location offers."""
         found = list(self.routed.get(node.name, ()))
         if self.networks:
             found = [network for network in found if network not in self.networks]
