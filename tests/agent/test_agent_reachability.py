@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable
 from ipaddress import ip_address, ip_interface, ip_network
 from typing import Any
 
@@ -29,11 +30,16 @@ from kilo_etcd.agent.reachability import (
     RARELY,
     SPACING,
     Answer,
+    Reachability,
     Records,
 )
-from kilo_etcd.model import CandidateClass, Encapsulate, Endpoint, Node
+from kilo_etcd.kernel.state import Observed, Setup
+from kilo_etcd.model import CandidateClass, Encapsulate, Endpoint, IPAddress, Node, Snapshot
 from kilo_etcd.store import CandidateRecord
 from kilo_etcd.store.records import NodeRecord, decode_status, encode
+from kilo_etcd.testing.fake_kernel import FakeHost, FakeKernel
+from kilo_etcd.topology import HostPlan, build_topology
+from kilo_etcd.topology.hostplan import RoutePlan, Via
 from kilo_etcd.topology.reach import Silent, Target
 
 # -- the record of answers --------------------------------------------------------------------------------------------
@@ -470,6 +476,43 @@ async def test_a_member_in_the_tunnel_is_named_if_it_does_not_even_shake_hands(m
         assert said == (0 if shakes else 1)
         assert ip_network("10.4.0.0/16") in mesh.host.observed.routes, "what is encrypted is not withheld"
         assert unreachable(mesh) == ([] if shakes else [("g1", "10.4.0.51", True)])
+
+
+async def test_a_new_member_is_asked_only_once_the_kernel_leads_nothing_for_it_into_the_tunnel() -> None:
+    """It was at another location, so that its internal IP was routed through the tunnels, where it answers."""
+    there = ip_network("10.0.0.2/32")
+    before = HostPlan(node="h", routes={there: RoutePlan(destination=there, way=Via.TUNNEL)})
+    kernel_holds: list[HostPlan | None] = [None]
+    asked: list[str] = []
+
+    async def ask(member: Node, address: IPAddress, note: Callable[[bytes], None]) -> None:
+        asked.append(member.name)
+        note(b"nonce")
+        reachability.answered_by(b"nonce", member)
+
+    reachability = Reachability(
+        FakeKernel(FakeHost(), Setup(private_key=PRIVATE)),
+        "h",
+        ask=ask,
+        on_change=lambda: None,
+        programmed=lambda: kernel_holds[0],
+        rng=random.Random(1),
+    )
+    reachability.start(Observed())
+    snapshot = Snapshot(
+        revision=1, subnets=(ip_network("10.4.0.0/16"),),
+        nodes={one.name: evolve(one, mesh_addresses=(ip_address(f"10.4.0.{i}"),)) for i, one in enumerate((OWN, A), 1)},
+    )  # fmt: skip
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(reachability.run)
+        assert reachability.follow(build_topology(snapshot)) != ()
+        await trio.sleep(5)
+        kernel_holds[0] = before
+        await trio.sleep(5)
+        assert asked == []
+        kernel_holds[0] = HostPlan(node="h")
+        await eventually(lambda: asked == ["a"], 1)
+        nursery.cancel_scope.cancel()
 
 
 def test_local_messages_are_told_from_others() -> None:

@@ -28,7 +28,7 @@ def bounded(done: dict[str, Account], bounds: Account) -> None:
 async def test_hosts_that_join_and_start_again_together(log: io.StringIO) -> None:  # noqa: F811
     async with crowd(log) as it:
         # Nobody knows anybody, and all claim addresses at one moment.
-        bounded(it.accounts(), Account(etcd_writes=20, etcd_calls=80, snapshots=20, kernel_writes=120, lines=20))
+        bounded(it.accounts(), Account(etcd_writes=20, etcd_calls=80, snapshots=20, kernel_writes=240, lines=20))
         leaders = it.leaders()
         assert sorted(leaders.values()) == [PER_SITE] * SITES
         async with it.counting() as done:
@@ -62,7 +62,7 @@ async def test_a_label_for_each_host_within_a_second(log: io.StringIO) -> None: 
                 it.etcd.put(KEYS.location(name), "abcde"[number % SITES])
                 await trio.sleep(0.02)
             await it.at_rest()
-        bounded(done, Account(etcd_writes=60, etcd_calls=120, snapshots=160, kernel_writes=400, lines=45))
+        bounded(done, Account(etcd_writes=60, etcd_calls=120, snapshots=160, kernel_writes=800, lines=45))
         # All of it in one moment is one change.
         async with it.counting() as done:
             for name in names:

@@ -114,6 +114,8 @@ async def test_a_to_g() -> None:
             await eventually(lambda: _is_leader(lab, second), WITHIN, every=0.1)
             await probe.flowing_again(WITHIN)
         assert 0 < probe.longest_gap < machine.allows(lease + 1 + LEASE_SLACK), machine
+        # It comes back as somebody new.
+        assert await candidates(lab, "", 2) == [second, third]
         await lab.power_on(first)
         assert await candidates(lab, "", 3) == [second, third, first]
         assert await leader(lab, "") == second

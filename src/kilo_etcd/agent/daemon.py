@@ -240,7 +240,9 @@ class Daemon:
         self._reachability = None
         if config.probe:
             ask = None if self._neighbours is None else self._neighbours.ask_local
-            self._reachability = Reachability(device, self.name, ask=ask, on_change=self._nudge)
+            self._reachability = Reachability(
+                device, self.name, ask=ask, on_change=self._nudge, programmed=lambda: self.programmer.programmed
+            )
             if self._neighbours is not None:
                 self._neighbours.reachability = self._reachability
         self._witness = Witness(

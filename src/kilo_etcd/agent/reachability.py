@@ -29,7 +29,7 @@ from attrs import define, field
 from kilo_etcd import kernel
 from kilo_etcd.kernel.state import Observed
 from kilo_etcd.model import SESSION_SECONDS, Granularity, IPAddress, Node
-from kilo_etcd.topology import Topology, UnknownNode
+from kilo_etcd.topology import HostPlan, Topology, UnknownNode
 from kilo_etcd.topology.reach import Silent, Target, neighbours, targets_of
 from kilo_etcd.topology.segments import host_network
 
@@ -59,6 +59,8 @@ GATHER = 0.0005
 """Seconds for each target, until news of answers is passed on: those of a large location come in a row."""
 
 MOST_GATHER = 0.25
+ROUTES_CHANGE = 0.25
+"""Seconds until it is looked again if the kernel holds the plan that makes a node a member of this host's segment."""
 
 
 class Answer(IntEnum):
@@ -143,6 +145,12 @@ class Records:
         """Whom to ask now: at most AT_ONCE, those that have waited longest first."""
         found = [(record.due, index, target) for index, (target, record) in enumerate(self._records.items())]
         return [target for due, _, target in sorted(entry for entry in found if entry[0] <= now)[:AT_ONCE]]
+
+    def postpone(self, targets: Collection[Target], due: float) -> None:
+        """Ask these at `due` and not now; their nodes may ask for an earlier attempt meanwhile."""
+        for target in targets:
+            if (record := self._records.get(target)) is not None:
+                record.due = due
 
     def next_due(self) -> float:
         """When `due` has somebody."""
@@ -235,7 +243,9 @@ class Reachability:
     """Of node `name`.
 
     `ask` sends a signed query to a node at an address, if it can, and hands over the query's nonce before that: the
-    answer may be faster than the sender. `on_change` is called when there is news of who answers.
+    answer may be faster than the sender. `on_change` is called when there is news of who answers. `programmed` is the
+    plan that the kernel holds: as long as that has a route into the tunnel to an address, an answer from there proves
+    nothing of the location's own network.
     """
 
     def __init__(
@@ -245,9 +255,11 @@ class Reachability:
         *,
         ask: Callable[[Node, IPAddress, Callable[[bytes], None]], Awaitable[None]] | None,
         on_change: Callable[[], object],
+        programmed: Callable[[], HostPlan | None],
         rng: random.Random | None = None,
     ) -> None:
         self._device = device
+        self._programmed = programmed
         self._name = name
         self._ask = ask
         self._on_change = on_change
@@ -363,13 +375,25 @@ class Reachability:
             nursery.start_soon(self._tell)
             while True:
                 self._news = trio.Event()
-                batch = self._records.due(trio.current_time())
+                now = trio.current_time()
+                batch = self._records.due(now)
+                if early := [target for target in batch if self._too_early(target)]:
+                    self._records.postpone(early, now + ROUTES_CHANGE)
+                    continue
                 if not batch:
                     with trio.move_on_at(self._records.next_due()):
                         await self._news.wait()
                     continue
                 await self._try(batch)
                 await trio.sleep(SPACING * len(batch))
+
+    def _too_early(self, target: Target) -> bool:
+        """Whether packets for a target of the location's own network would go into the tunnel: its node was in another
+        segment until now, and the kernel does not know otherwise yet."""
+        plan, node = self._programmed(), self._records.node(target)
+        if node is None or target.address in node.mesh_addresses:
+            return False
+        return plan is None or plan.leads_into_tunnel(target.address)
 
     async def _tell(self) -> None:
         while True:
