@@ -68,7 +68,7 @@ async def test_a_label_for_each_host_within_a_second(log: io.StringIO) -> None: 
             for name in names:
                 it.etcd.put(KEYS.location(name), name[0])
             await it.at_rest()
-        bounded(done, Account(etcd_writes=15, etcd_calls=60, snapshots=15, kernel_writes=80, lines=25))
+        bounded(done, Account(etcd_writes=15, etcd_calls=60, snapshots=15, kernel_writes=320, lines=25))
 
 
 async def test_a_host_that_joins_and_leaves_every_two_seconds(log: io.StringIO) -> None:  # noqa: F811
