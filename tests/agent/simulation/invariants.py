@@ -32,7 +32,7 @@ from kilo_etcd.kernel.state import (
     RemovePeer,
     SetPeer,
 )
-from kilo_etcd.model import Granularity, IPAddress, IPNetwork, Snapshot
+from kilo_etcd.model import Granularity, InternalIPs, IPAddress, IPNetwork, Snapshot
 from kilo_etcd.store import Keys
 from kilo_etcd.topology import Topology, UnknownNode, build_topology, host_plan
 from kilo_etcd.topology.hostplan import HostPlan
@@ -64,6 +64,9 @@ def differences(one: Snapshot, other: Snapshot) -> list[str]:
     ]
 
 
+SETTINGS = (KEYS.granularity, KEYS.subnets, KEYS.internal_ips)
+
+
 @frozen
 class _Truth:
     """What all hosts that apply it must agree on.
@@ -79,13 +82,12 @@ class _Truth:
     lacking: tuple[str, ...] = ()
     granularity: Granularity | None = None
     subnets: tuple[IPNetwork, ...] | None = None
+    internal_ips: InternalIPs | None = None
 
 
 def _truth(snapshot: Snapshot) -> _Truth:
     lacking = tuple(
-        one.key
-        for one in snapshot.set_aside
-        if one.key in (KEYS.granularity, KEYS.subnets) and one.reason.startswith("the value is missing")
+        one.key for one in snapshot.set_aside if one.key in SETTINGS and one.reason.startswith("the value is missing")
     )
     return _Truth(
         snapshot.cluster_id,
@@ -93,6 +95,7 @@ def _truth(snapshot: Snapshot) -> _Truth:
         lacking,
         snapshot.granularity if KEYS.granularity in lacking else None,
         snapshot.subnets if KEYS.subnets in lacking else None,
+        snapshot.internal_ips if KEYS.internal_ips in lacking else None,
     )
 
 
@@ -141,6 +144,9 @@ class _Seen:
     """The plan that its kernel was brought to last."""
     addresses: frozenset[IPAddress] = frozenset()
     """Those that its agent had found on the host when it had applied something last."""
+    moved: bool = False
+    """Whether `addresses` were others at the check before: an apply may have begun with those, and the next one finds
+    the rest."""
     lost: frozenset[str] = frozenset()
     """The peers whose learnt endpoints that plan led into the tunnel."""
     touches: int = 0
@@ -211,6 +217,7 @@ class Watchman:
         seen.silent = account.silent if account.silent == _silent(agent) else None
         seen.busy = account.busy or _busy(agent)
         self._check_writes(agent, snapshot, account)
+        seen.moved = seen.addresses != agent.whereabouts.addresses
         seen.addresses = agent.whereabouts.addresses
         # What neighbours say while etcd is away is no etcd's truth.
         if repeated or topology.snapshot is not snapshot:
@@ -352,7 +359,7 @@ class Watchman:
             return
         # Who changes itself may be reached otherwise, and who speaks first with it is decided anew.
         # An address that is gone or has come is no route's source any more, or may be one again.
-        moved = seen.addresses != agent.whereabouts.addresses
+        moved = seen.moved or seen.addresses != agent.whereabouts.addresses
         busy = moved or account.contacts or _busy(agent) or _changed(account, snapshot, agent.name)
         silent = not (account.silent_before == account.silent == _silent(agent))
         if not account.new and account.raw_plan == agent.raw_plan and not (busy or silent or _promoted(account, agent)):

@@ -108,6 +108,10 @@ class Network:
     def answers(self, source: str, address: IPAddress) -> bool:
         """As `reaches`; sessions of WireGuard on the way are renewed, as packets have it done."""
         why, hops = self._follow(source, address)
+        if why:
+            # The packet itself, once it arrives, tells the first host on the way where the sender is now.
+            self.knock(source, address)
+            why, hops = self._follow(source, address)
         if not why:
             self._renew(hops)
         return not why
