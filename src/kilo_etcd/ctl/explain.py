@@ -19,7 +19,7 @@ from kilo_etcd.ctl import complete
 from kilo_etcd.ctl.context import Failure, Mesh
 from kilo_etcd.ctl.output import output_option, show
 from kilo_etcd.ctl.render import Table, clean, shown_location
-from kilo_etcd.ctl.trace import Journey, Unknown, Way, ends, explain, internal_journeys, met
+from kilo_etcd.ctl.trace import Journey, Plans, Unknown, Way, ends, explain, internal_journeys, met
 from kilo_etcd.model import Snapshot
 
 
@@ -66,18 +66,19 @@ def explain_command(mesh: Mesh, source: str, target: str, output: str, live: boo
 
     looked = mesh.ask(look)
     topology, snapshot, statuses = looked.topology, looked.topology.snapshot, looked.statuses
+    plans = Plans(topology, statuses)
     try:
-        journeys = explain(topology, source, target, statuses)
+        journeys = explain(plans, source, target)
     except Unknown as error:
         raise Failure(str(error)) from None
-    internal = internal_journeys(topology, source, target, statuses)
+    internal = internal_journeys(plans, source, target)
     names = met((*journeys, *internal)) | {source} | ({target} if target in snapshot.nodes else set())
     remarks = remarks_on(looked.report(about=names), names)
     said = against = None
     if live:
         said = mesh.ask(partial(gather, names=names & statuses.keys(), targets=ends(journeys, snapshot)))
         against = tuple(dict.fromkeys(one for one in doubts(journeys, topology, statuses, said) if one not in remarks))
-    journeys, internal = (weigh(which, source, topology, statuses, said) for which in (journeys, internal))
+    journeys, internal = (weigh(which, source, plans, said) for which in (journeys, internal))
     found = Explanation(journeys=journeys, internal=internal, remarks=remarks, live=against)
     if output == "json":
         click.echo(explanation_json(found))

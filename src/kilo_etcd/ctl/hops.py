@@ -1,8 +1,8 @@
 """What is known against the hops of a packet's way: by what the agents report, and by what their kernels hold. Pure.
 
-What speaks against a hop is a clause for the headline; the whole sentence, with its remedy, is among the remarks on the
-host. A hop is `broken` where packets are known not to arrive by it, as far as agents can know. Where nothing is known
-of a host, because its agent does not report, that is a doubt, and no more.
+Each hop gets a clause for the headline. The remarks on the host hold the whole sentence with its remedy. A hop is
+`broken` where packets are known not to arrive by it, as far as agents can know. Where nothing is known of a host,
+because its agent does not report, that is a doubt, and no more.
 """
 
 from __future__ import annotations
@@ -32,22 +32,27 @@ from kilo_etcd.topology.wayout import NOTHING_BACK
 def weigh(
     journeys: tuple[Journey, ...],
     source: str,
-    topology: Topology,
-    statuses: Mapping[str, StatusRecord],
+    plans: Plans,
     live: Live | None = None,
 ) -> tuple[Journey, ...]:
     """The journeys from node `source` with what is known against their hops. `live`: what the hosts on the way have
     answered."""
-    known = _Known(topology, statuses, Plans(topology, statuses), Live() if live is None else live)
+    known = _Known(plans, Live() if live is None else live)
     return tuple(_weighed(journey, source, known) for journey in journeys)
 
 
 @frozen
 class _Known:
-    topology: Topology
-    statuses: Mapping[str, StatusRecord]
     plans: Plans
     live: Live
+
+    @property
+    def topology(self) -> Topology:
+        return self.plans.topology
+
+    @property
+    def statuses(self) -> Mapping[str, StatusRecord]:
+        return self.plans.statuses
 
     def broken(self, step: Step) -> str:
         """Why packets do not arrive by a hop; empty: nothing is known."""

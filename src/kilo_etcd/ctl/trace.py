@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from ipaddress import ip_address, ip_network
-from types import MappingProxyType
 
 from attrs import evolve, frozen
 
@@ -28,8 +27,6 @@ from kilo_etcd.topology.wayout import LINK_LOCAL, inside, near, trouble_of
 MEDIUM = {Via.TUNNEL: "WireGuard", Via.UNDERLAY: "clear", Via.IPIP: "clear, in IPIP"}
 
 MAIN = "main"
-
-_NO_STATUSES: Mapping[str, StatusRecord] = MappingProxyType({})
 
 
 class Unknown(ValueError):
@@ -115,26 +112,26 @@ class Plans(Mapping[str, HostPlan]):
     """
 
     def __init__(self, topology: Topology, statuses: Mapping[str, StatusRecord]) -> None:
-        self._topology = topology
-        self._statuses = statuses
+        self.topology = topology
+        self.statuses = statuses
         self._made: dict[str, HostPlan] = {}
 
     def __getitem__(self, name: str) -> HostPlan:
         if name not in self._made:
-            if name not in self._topology.snapshot.nodes:
+            if name not in self.topology.snapshot.nodes:
                 raise KeyError(name)
-            topology, plan = self._topology, host_plan(self._topology, name)
+            topology, plan = self.topology, host_plan(self.topology, name)
             # Of the networks that a host stands in the record has only those of its internal IPs.
             near_it = [ip.network for ip in topology.snapshot.nodes[name].internal_ips]
             plan = guard(plan, near_it, offered_by=topology.settlement.offered_by)
-            self._made[name] = withhold(plan, topology, _silent(self._statuses.get(name)))
+            self._made[name] = withhold(plan, topology, _silent(self.statuses.get(name)))
         return self._made[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._topology.snapshot.nodes)
+        return iter(self.topology.snapshot.nodes)
 
     def __len__(self) -> int:
-        return len(self._topology.snapshot.nodes)
+        return len(self.topology.snapshot.nodes)
 
 
 def _silent(status: StatusRecord | None) -> tuple[Silent, ...]:
@@ -147,19 +144,15 @@ def _silent(status: StatusRecord | None) -> tuple[Silent, ...]:
     return tuple(found)
 
 
-def explain(
-    topology: Topology, source: str, target: str, statuses: Mapping[str, StatusRecord] = _NO_STATUSES
-) -> tuple[Journey, ...]:
+def explain(plans: Plans, source: str, target: str) -> tuple[Journey, ...]:
     """The journeys from node `source` to a node, a peer or an address, one for each family that they share.
-
-    `statuses` are what the agents report, by node.
 
     Unknown: `source` is no node, or `target` is no name that the mesh knows and no address.
     """
+    topology = plans.topology
     snapshot = topology.snapshot
     if source not in snapshot.nodes:
         raise Unknown(_no_node(snapshot, source))
-    plans = Plans(topology, statuses)
     sender = snapshot.nodes[source]
     if not sender.mesh_addresses:
         raise Unknown(f"node {source} has no mesh address yet, so nothing can be sent from it")
@@ -177,15 +170,13 @@ def explain(
     return tuple(found)
 
 
-def internal_journeys(
-    topology: Topology, source: str, target: str, statuses: Mapping[str, StatusRecord] = _NO_STATUSES
-) -> tuple[Journey, ...]:
+def internal_journeys(plans: Plans, source: str, target: str) -> tuple[Journey, ...]:
     """The journeys from node `source` to the internal IPs of another node: how its partners that know it by these reach
     it. None to a name that is no node's."""
+    topology = plans.topology
     nodes = topology.snapshot.nodes
     if target not in nodes or target == source:
         return ()
-    plans = Plans(topology, statuses)
     found = []
     for ip in nodes[target].internal_ips:
         own = _own_address(plans[source], nodes[source], ip.ip)
