@@ -23,12 +23,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from ipaddress import ip_interface, ip_network
-from zlib import crc32
 
 from attrs import evolve
 
 from kilo_etcd.kernel.nftables import ICMP
-from kilo_etcd.kernel.rules import RoutingRule
+from kilo_etcd.kernel.rules import TABLE_SPAN, RoutingRule, priority_pair, table_number
 from kilo_etcd.kernel.state import FENCE_METRIC, MAIN_TABLE, OwnTable, Policy, Route
 from kilo_etcd.kernel.wayout import MARK, last_resort, route_of
 from kilo_etcd.model import IPInterface, IPNetwork
@@ -41,13 +40,12 @@ _TCP, _UDP = 6, 17
 
 def table_of(interface: str) -> int:
     """The number of the routing table that belongs to an interface."""
-    return _TABLES + crc32(interface.encode()) % 1_000_000
+    return table_number(_TABLES, interface)
 
 
 def rule_priorities(interface: str) -> tuple[int, int]:
     """Where the rules of an interface stand: those that lead to the main table, and the one that leads to ours."""
-    first = _PRIORITIES + 2 * (crc32(interface.encode()) % 50)
-    return first, first + 1
+    return priority_pair(_PRIORITIES, interface)
 
 
 def is_ours(priority: int) -> bool:
@@ -57,7 +55,7 @@ def is_ours(priority: int) -> bool:
 
 def is_table(number: int) -> bool:
     """Whether a table is that of some interface."""
-    return _TABLES <= number < _TABLES + 1_000_000
+    return _TABLES <= number < _TABLES + TABLE_SPAN
 
 
 def policy_for(plan: HostPlan, interface: str, protocol: int) -> Policy:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from zlib import crc32
 
-from kilo_etcd.kernel.rules import AddRule, RoutingRule
+from kilo_etcd.kernel.rules import TABLE_SPAN, AddRule, RoutingRule, table_number
 from kilo_etcd.kernel.state import AddRoute, OwnTable, Policy, ReplaceRoute
 from kilo_etcd.kernel.wayout import last_resort, route_of
 from kilo_etcd.topology.hostplan import HostPlan
@@ -30,7 +30,7 @@ _TABLES, _PRIORITIES = 109_000_000, 10_500
 
 def return_table(interface: str) -> int:
     """The number of the routing table that belongs to an interface."""
-    return _TABLES + crc32(interface.encode()) % 1_000_000
+    return table_number(_TABLES, interface)
 
 
 def return_priority(interface: str) -> int:
@@ -40,7 +40,11 @@ def return_priority(interface: str) -> int:
 
 def is_returning(change: AddRoute | ReplaceRoute | AddRule) -> bool:
     """Whether a change is one of these, of whichever interface."""
-    return bool(change.rule.inbound) if isinstance(change, AddRule) else _TABLES <= change.route.table < _TABLES + 10**6
+    return (
+        bool(change.rule.inbound)
+        if isinstance(change, AddRule)
+        else _TABLES <= change.route.table < _TABLES + TABLE_SPAN
+    )
 
 
 def policy_for(plan: HostPlan, interface: str, protocol: int) -> Policy:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from zlib import crc32
+
 from attrs import frozen
 
 from kilo_etcd.kernel.formats import RT_TABLE_MAIN
@@ -9,6 +11,22 @@ from kilo_etcd.model import IPAddress, IPNetwork
 
 _PROTOCOLS = {1: "icmp", 6: "tcp", 17: "udp", 58: "ipv6-icmp"}
 """IANA's numbers, and their names in ip-rule(8)."""
+
+
+TABLE_SPAN = 1_000_000
+"""So many tables may belong to interfaces, from the first one of a kind on."""
+
+
+def table_number(first: int, interface: str) -> int:
+    """The routing table of an interface among those from `first` on. It is computed from the name, so what is ours is
+    known after a crash."""
+    return first + crc32(interface.encode()) % TABLE_SPAN
+
+
+def priority_pair(first: int, interface: str) -> tuple[int, int]:
+    """Two priorities of an interface's rules, one behind the other, among the hundred from `first` on."""
+    lower = first + 2 * (crc32(interface.encode()) % 50)
+    return lower, lower + 1
 
 
 @frozen(kw_only=True)

@@ -22,9 +22,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from ipaddress import ip_network
-from zlib import crc32
 
-from kilo_etcd.kernel.rules import RoutingRule
+from kilo_etcd.kernel.rules import RoutingRule, priority_pair, table_number
 from kilo_etcd.kernel.state import FENCE_METRIC, MAIN_TABLE, OwnTable, Policy, Route, ipip_name
 from kilo_etcd.model import IPAddress, IPNetwork
 from kilo_etcd.topology.hostplan import HostPlan, RoutePlan, Via
@@ -41,13 +40,12 @@ _ANYWHERE: dict[int, IPNetwork] = {4: ip_network("0.0.0.0/0"), 6: ip_network("::
 
 def exit_table(interface: str) -> int:
     """The number of the routing table that belongs to an interface."""
-    return _TABLES + crc32(interface.encode()) % 1_000_000
+    return table_number(_TABLES, interface)
 
 
 def rule_priorities(interface: str) -> tuple[int, int]:
     """Where the rules of an interface stand: those that lead to the main table, and the one that leads to ours."""
-    first = _PRIORITIES + 2 * (crc32(interface.encode()) % 50)
-    return first, first + 1
+    return priority_pair(_PRIORITIES, interface)
 
 
 def policy_for(plan: HostPlan, interface: str, protocol: int) -> Policy:
