@@ -22,9 +22,10 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from enum import StrEnum
 from ipaddress import ip_network
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from attrs import frozen
 
@@ -282,12 +283,6 @@ def _kept(path: Path, identity: Identity, lines: list[bytes]) -> Kept:
     written = head.get("written")
     if isinstance(written, bool) or not isinstance(written, int | float) or not 0 <= written < 1e12:
         raise _Wrong("its time is no time")
-    granularity = head.get("granularity")
-    if granularity is not None and granularity not in tuple(Granularity):
-        raise _Wrong("its granularity is none")
-    internal_ips = head.get("internalIPs")
-    if internal_ips is not None and internal_ips not in tuple(InternalIPs):
-        raise _Wrong("its internal-ips is none")
     start = f"[{json.dumps(store.Keys(identity.prefix).adopted)},".encode()
     return Kept(
         path=path,
@@ -298,9 +293,9 @@ def _kept(path: Path, identity: Identity, lines: list[bytes]) -> Kept:
             revision=_whole(head.get("revision")),
             raft_term=_whole(head.get("raftTerm"), 2**64),
         ),
-        granularity=None if granularity is None else Granularity(granularity),
+        granularity=_setting(Granularity, head.get("granularity"), "granularity"),
         subnets=_subnets(head.get("subnets")),
-        internal_ips=None if internal_ips is None else InternalIPs(internal_ips),
+        internal_ips=_setting(InternalIPs, head.get("internalIPs"), "internal-ips"),
         adopted=next((_kv(line).value for line in lines[1:] if line.startswith(start)), None),
         lines=tuple(lines[1:]),
     )
@@ -318,6 +313,19 @@ def _whole(value: object, end: int = 2**63) -> int:
     if type(value) is not int or not 0 <= value < end:
         raise _Wrong("a number in it is none that etcd gives")
     return value
+
+
+_Setting = TypeVar("_Setting", bound=StrEnum)
+
+
+def _setting(kind: type[_Setting], value: object, name: str) -> _Setting | None:
+    """A setting of the mesh as the file has it; None: it had none."""
+    if value is None:
+        return None
+    found = next((one for one in kind if one == value), None)
+    if found is None:
+        raise _Wrong(f"its {name} is none")
+    return found
 
 
 def _subnets(value: object) -> tuple[IPNetwork, ...]:

@@ -76,7 +76,7 @@ class HostFacts:
         lasting: list[IPNetwork] = []
         passing: list[IPNetwork] = []
         for item in links:
-            (passing if _is_container(item) or item.kind in _TUNNELS else lasting).append(item.address.network)
+            (passing if _comes_and_goes(item) else lasting).append(item.address.network)
         lasting += map(network_of, (*gateways, *self.name_servers))
         return Reached(tuple(lasting), (*passing, *etcd))
 
@@ -89,8 +89,7 @@ class HostFacts:
         return [
             item
             for item in self.addresses
-            if _usable(item, self.own_interface, ())
-            and (item.interface in ways or not (_is_container(item) or item.kind in _TUNNELS))
+            if _usable(item, self.own_interface, ()) and (item.interface in ways or not _comes_and_goes(item))
         ]
 
     def families(self) -> frozenset[int]:
@@ -306,6 +305,11 @@ def _usable(item: HostAddress, own_interface: str, subnets: tuple[IPNetwork, ...
 
 def _is_container(item: HostAddress) -> bool:
     return item.interface.startswith(_CONTAINERS)
+
+
+def _comes_and_goes(item: HostAddress) -> bool:
+    """Whether it stands on a bridge of containers or on a tunnel."""
+    return _is_container(item) or item.kind in _TUNNELS
 
 
 def _within(address: IPInterface, network: IPNetwork) -> bool:

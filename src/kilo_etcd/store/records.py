@@ -350,22 +350,26 @@ def decode_claim(value: bytes) -> str:
     return text
 
 
-def decode_granularity(value: bytes) -> Granularity:
-    """`location`, `full` or `cross`."""
+_Setting = TypeVar("_Setting", bound=StrEnum)
+
+
+def _setting(kind: type[_Setting], value: bytes, wrong: str) -> _Setting:
+    """One of a kind's values; `wrong` says of another text that it is none."""
     text = decode_text(value, MAX_SMALL)
     try:
-        return Granularity(text)
+        return kind(text)
     except ValueError:
-        raise RecordError(f"{shown(text)} is no granularity: write location, full or cross") from None
+        raise RecordError(f"{shown(text)} {wrong}") from None
+
+
+def decode_granularity(value: bytes) -> Granularity:
+    """`location`, `full` or `cross`."""
+    return _setting(Granularity, value, "is no granularity: write location, full or cross")
 
 
 def decode_internal_ips(value: bytes) -> InternalIPs:
     """`routed`, `encrypted` or `off`."""
-    text = decode_text(value, MAX_SMALL)
-    try:
-        return InternalIPs(text)
-    except ValueError:
-        raise RecordError(f"{shown(text)} is not a value of internal-ips: write routed, encrypted or off") from None
+    return _setting(InternalIPs, value, "is not a value of internal-ips: write routed, encrypted or off")
 
 
 def decode_subnets(value: bytes) -> tuple[IPNetwork, ...]:

@@ -7,6 +7,7 @@ another, however many addresses are in it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from ipaddress import ip_network
 from typing import TYPE_CHECKING
 
 from attrs import field, frozen
@@ -73,7 +74,7 @@ def _addresses(topology: Topology, segment: Segment, node: Node) -> Iterable[Unr
         host = next((network for network in carried if network.network_address == ip.ip), None)
         if host is None:
             yield Unrouted(
-                network=_host(ip.network, ip.ip.max_prefixlen, int(ip.ip)),
+                network=ip_network(ip.ip),
                 segments=(named(segment),),
                 reason=_not_carried(node, segment.leader),
                 remedy="the mesh address works",
@@ -103,10 +104,6 @@ def _called(topology: Topology, segment: Segment, version: int) -> list[str]:
         if version in there.called and there is not segment
         and share_no_site(segment.site, there.site, granularity)
     )  # fmt: skip
-
-
-def _host(near: IPNetwork, length: int, number: int) -> IPNetwork:
-    return type(near)((number, length))
 
 
 def _not_carried(node: Node, leader: Node) -> str:
