@@ -55,7 +55,7 @@ class NoBaseline:
     _pause: float = PAUSE
     _deferral: float = DEFERRAL
     _shortened: float = PAUSE
-    """What is left of a pause at most if there are new targets."""
+    """New targets shorten a pause to this many seconds; it grows each time that they do."""
     _targets: frozenset[str] = frozenset()
     opened: float | None = None
     """When the report that stands without a baseline was made."""

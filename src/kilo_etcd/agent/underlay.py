@@ -1,7 +1,7 @@
-"""What this host reaches over its own links and must go on reaching there, as it registers it.
+"""Finds the networks that this host reaches over its own links, for its record.
 
-No internal IP of another segment that lies within is routed to this host's segment (`topology`): a printer, a
-container, the gateway or etcd has that address here. Pure but for `name_servers`, which reads resolv.conf.
+The mesh routes no internal IP in these networks to the host's segment (`topology`): a printer, a container, the gateway
+or etcd has that address here. Pure but for `name_servers`, which reads resolv.conf.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""What has to be in etcd for as long as this host is a member, and is restored if somebody has changed it: the claim
-of its mesh address, the mesh's settings, and what stands in the host's name under its lease.
+"""Restores what somebody else has changed in etcd: the claim of this host's mesh address, the mesh's settings, and the
+keys in the host's name under its lease.
 
 The host's registration, candidacy and status are watched by the session. The tasks here sleep until there is a
 snapshot.

@@ -69,7 +69,7 @@ def losses(
     apart: Collection[frozenset[str]] = (),
     heard: bool = False,
 ) -> tuple[Loss, ...]:
-    """What was lost and is not said elsewhere.
+    """The losses that no other finding explains.
 
     `down`: pairs of leaders whose tunnel is known to have no session; `apart`: pairs of members of a location that are
     known not to reach each other; `heard`: members of a location answer each other's peer queries.

@@ -1,8 +1,8 @@
-"""What the agents have found out about members of one location: one cause, one error. Pure.
+"""Joins the agents' reports on members that do not answer into one error for each cause. Pure.
 
-Each agent names every member that does not answer it. Hosts that carry no label and share no network do so all with
-all, in both directions, and their lost packets would be told once more: here they become one sentence that names them
-all. As long as the agents are still asking, it is too early to blame anything.
+Each agent names every member that does not answer it. If hosts without a label share no network, each of them names all
+others, and `check` would report the lost packets of each pair too. This module makes one sentence of it that names all
+these hosts. While agents are still asking, it is too early to name a cause.
 """
 
 from __future__ import annotations
