@@ -508,6 +508,15 @@ async def accuse(mesh: World, daemon: Daemon) -> None:
     await eventually(lambda: daemon.role is not None and daemon.role.leader == "g1", 1, every=0.01)
 
 
+async def demote(mesh: World, daemon: Daemon) -> None:
+    """Have h1 lead, be demoted on the reports of g1 and g2, and stand again, with the reports withdrawn."""
+    await stands(mesh)
+    await accuse(mesh, daemon)
+    await stands(mesh)
+    for prober in ("g1", "g2"):
+        mesh.etcd.delete(f"/kilo/verdicts/gcp/{prober}")
+
+
 async def test_who_is_passed_over_stands_behind_everyone_for_a_while(mesh: World) -> None:
     mesh.etcd.delete("/kilo/elections/gcp/g1")
     async with running(mesh) as daemon:
@@ -540,11 +549,7 @@ async def test_who_was_demoted_and_sees_its_firewall_go_stands_as_before(mesh: W
     mesh.etcd.delete("/kilo/elections/gcp/g1")
     mesh.host.obstacles = (Obstacle("the firewall drops what this host forwards"),)
     async with running(mesh) as daemon:
-        await stands(mesh)
-        await accuse(mesh, daemon)
-        await stands(mesh)
-        for witness in ("g1", "g2"):
-            mesh.etcd.delete(f"/kilo/verdicts/gcp/{witness}")
+        await demote(mesh, daemon)
         await trio.sleep(30)
         assert json.loads(mesh.etcd.get("/kilo/elections/gcp/h1") or b"")["rank"] == CandidateClass.PASSED_OVER
         assert daemon.obstructed == ("the firewall drops what this host forwards",), "the operator has to know"
@@ -564,11 +569,7 @@ async def test_a_plan_that_does_not_forward_ends_no_hold_down(mesh: World) -> No
     mesh.etcd.delete("/kilo/elections/gcp/g1")
     mesh.host.obstacles = (Obstacle("the firewall drops what this host forwards"),)
     async with running(mesh) as daemon:
-        await stands(mesh)
-        await accuse(mesh, daemon)
-        await stands(mesh)
-        for witness in ("g1", "g2"):
-            mesh.etcd.delete(f"/kilo/verdicts/gcp/{witness}")
+        await demote(mesh, daemon)
         await trio.sleep(20)
         mesh.etcd.put("/kilo/mesh/granularity", "full")
         await eventually(lambda: daemon.plan is not None and not daemon.plan.forwarding, 5, every=0.1)
@@ -654,11 +655,7 @@ async def test_the_operators_choice_ends_it(mesh: World) -> None:
 async def test_a_restart_of_its_agent_clears_a_demotion(mesh: World) -> None:
     mesh.etcd.delete("/kilo/elections/gcp/g1")
     async with running(mesh) as daemon:
-        await stands(mesh)
-        await accuse(mesh, daemon)
-        await stands(mesh)
-        for witness in ("g1", "g2"):
-            mesh.etcd.delete(f"/kilo/verdicts/gcp/{witness}")
+        await demote(mesh, daemon)
         await trio.sleep(5)
         assert b"demoted" in (mesh.etcd.get("/kilo-status/h1") or b"")
     async with running(mesh):
