@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from attrs import evolve
+from handmade.attributes import attribute
 from kernel_worlds import PRIVATE, key, peer
 
 from kilo_etcd.kernel import netlink, userspace
@@ -114,6 +115,59 @@ def test_rules(rule: RoutingRule) -> None:
     assert seen.get_attr("FRA_FWMARK") == (rule.not_mark or None)
     assert seen.get_attr("FRA_SUPPRESS_PREFIXLEN") == rule.suppress
     assert replies.read_rule(message.body) == (rule, 108)
+
+
+PLAIN_RULE = RoutingRule(version=4, priority=10701, table=107_000_001)
+
+
+@pytest.mark.parametrize(
+    ("number", "value"),
+    [
+        (10, bytes(3) + b"\1"),
+        (11, bytes(3) + b"\1"),
+        (12, bytes(7) + b"\1"),
+        (13, bytes(4)),
+        (16, bytes([255, 0, 0, 0])),
+        (16, bytes([255] * 4)),
+        (17, b"eth0\0"),
+        (19, b"\1"),
+        (20, bytes(8)),
+        (25, b"\1"),
+        (28, b"\0\xf0"),
+        (99, b"\1"),
+    ],
+    ids=[
+        "fwmark",
+        "realm",
+        "tun_id",
+        "suppress_ifgroup",
+        "mask",
+        "mark 0",
+        "oif",
+        "l3mdev",
+        "uidrange",
+        "dscp",
+        "port mask",
+        "new",
+    ],
+)
+def test_a_rule_of_others_that_selects_fewer_packets_is_none_of_ours(number: int, value: bytes) -> None:
+    """By linux/fib_rules.h."""
+    body = requests.add_rule(PLAIN_RULE, 108).body
+    assert replies.read_rule(body) == (PLAIN_RULE, 108)
+    assert replies.read_rule(body + attribute(number, value)) is None
+
+
+def test_a_rule_of_ours_is_known_by_a_kernel_that_adds_masks_of_ports() -> None:
+    rule = evolve(PLAIN_RULE, sport=51820)
+    body = requests.add_rule(rule, 108).body
+    assert replies.read_rule(body + attribute(28, b"\xff\xff")) == (rule, 108)
+
+
+def test_a_rule_of_others_for_one_class_of_traffic_is_none_of_ours() -> None:
+    body = bytearray(requests.add_rule(PLAIN_RULE, 108).body)
+    body[3] = 0x10
+    assert replies.read_rule(bytes(body)) is None
 
 
 @pytest.mark.parametrize("text", ["10.4.0.1/32", "fd00:4::1/128"])

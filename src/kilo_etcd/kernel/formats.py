@@ -66,7 +66,7 @@ with _classes_alone():
     _nft = import_module("pyroute2.netlink.nfnetlink.nftsocket")
 
 nlmsg, nla, ctrlmsg, nlmsgerr = _core.nlmsg, _core.nla, _core.ctrlmsg, _core.nlmsgerr
-rtmsg, ifaddrmsg, fibmsg, ifinfmsg = _route.rtmsg, _address.ifaddrmsg, _rule.fibmsg, _link.ifinfmsg
+rtmsg, ifaddrmsg, ifinfmsg = _route.rtmsg, _address.ifaddrmsg, _link.ifinfmsg
 ndmsg = _neighbour.ndmsg
 
 core: Any = _core
@@ -131,6 +131,16 @@ UCRED = Struct("=iII")
 """Process, user and group at the other end of a unix socket: struct ucred (linux/socket.h)."""
 IFNAMSIZ = 16
 """Bytes of an interface's name, with the NUL behind it (linux/if.h)."""
+
+
+class fibmsg(_rule.fibmsg):  # type: ignore[misc, name-defined]
+    """A rule of policy routing. Linux 6.15 and later add the masks of its ports (linux/fib_rules.h), which pyroute2 0.9
+    lacks."""
+
+    # Not the tables that the class above may have made of its own attributes.
+    _nlmsg_base__compiled_nla = False
+
+    nla_map = (*_rule.fibmsg.nla_map, (28, "FRA_SPORT_MASK", "uint16"), (29, "FRA_DPORT_MASK", "uint16"))
 
 
 class nft_obj_msg(nfgen_msg):  # type: ignore[misc, valid-type]

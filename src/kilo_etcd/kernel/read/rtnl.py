@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from attrs import frozen
 
 from kilo_etcd.kernel import formats
-from kilo_etcd.kernel.codec import Reader
+from kilo_etcd.kernel.codec import Reader, read
 from kilo_etcd.kernel.formats import PORT_RANGE, fibmsg, ifaddrmsg, ifinfmsg, ndmsg, netconfmsg, rtmsg, rtnl
 from kilo_etcd.kernel.rules import RoutingRule
 from kilo_etcd.kernel.state import FENCE_METRIC, ROUTE_PROTOCOL, AddressScope, HostAddress, Link, Route
@@ -44,6 +44,8 @@ _states = formats.neighbours
 _RESOLVED = _states.NUD_REACHABLE | _states.NUD_STALE | _states.NUD_DELAY | _states.NUD_PROBE | _states.NUD_PERMANENT
 """States of a neighbour whose link-layer address is known."""
 _NOT_SUPPRESSED = formats.FRA_SUPPRESS_NOTHING
+_WHOLE_MARK, _WHOLE_PORT = 0xFFFFFFFF, 0xFFFF
+"""Masks of a rule that looks at all bits of a mark, and of a port."""
 
 _links = Reader(ifinfmsg, "index", "flags", "IFLA_IFNAME", "IFLA_MTU", "IFLA_LINKINFO")
 _link_info = Reader(ifinfmsg.ifinfo, "IFLA_INFO_KIND", "IFLA_INFO_DATA")
@@ -57,11 +59,14 @@ _routes = Reader(
 )  # fmt: skip
 _ways = Reader(rtmsg, "RTA_OIF", "RTA_METRICS")
 _metrics = Reader(rtmsg.metrics, "RTAX_MTU")
-_rules = Reader(
-    fibmsg, "family", "dst_len", "src_len", "table", "action", "flags",
-    "FRA_DST", "FRA_SRC", "FRA_IIFNAME", "FRA_PRIORITY", "FRA_TABLE", "FRA_FWMARK", "FRA_SUPPRESS_PREFIXLEN",
-    "FRA_PROTOCOL", "FRA_IP_PROTO", "FRA_SPORT_RANGE", "FRA_DPORT_RANGE",
+_RULE_ATTRIBUTES = (
+    "FRA_DST", "FRA_SRC", "FRA_IIFNAME", "FRA_PRIORITY", "FRA_TABLE", "FRA_FWMARK", "FRA_FWMASK",
+    "FRA_SUPPRESS_PREFIXLEN", "FRA_PROTOCOL", "FRA_IP_PROTO", "FRA_SPORT_RANGE", "FRA_DPORT_RANGE",
+    "FRA_SPORT_MASK", "FRA_DPORT_MASK",
 )  # fmt: skip
+"""All that a rule of ours may have, and that the kernel adds to it. A rule with another attribute is somebody else's:
+it selects fewer packets, or does something else with them."""
+_rules = Reader(fibmsg, "family", "dst_len", "src_len", "tos", "table", "action", "flags", *_RULE_ATTRIBUTES)
 _settings = Reader(netconfmsg, "family", "NETCONFA_IFINDEX", "NETCONFA_FORWARDING", "NETCONFA_RP_FILTER")
 _neighbours = Reader(ndmsg, "state", "NDA_DST", "NDA_LLADDR")
 
@@ -195,15 +200,20 @@ def _mtu(metrics: bytes) -> int:
 def read_rule(body: bytes) -> tuple[RoutingRule, int] | None:
     """A rule, and the protocol that it is marked with; None for what says more than our rules ever do."""
     (
-        family, length, source_length, low_table, action, flags,
-        to, source, inbound, priority, table, mark, suppressed, protocol, ip_protocol, *ranges,
+        family, length, source_length, tos, low_table, action, flags,
+        to, source, inbound, priority, table, mark, mask, suppressed, protocol, ip_protocol,
+        sports, dports, *port_masks,
     ) = _rules.row(body)  # fmt: skip
-    if family not in _VERSIONS or action != _TO_TABLE or bool(length) is not bool(to):
+    if family not in _VERSIONS or action != _TO_TABLE or bool(length) is not bool(to) or tos:
+        return None
+    if mask != (_WHOLE_MARK if mark else None) or not {None, _WHOLE_PORT}.issuperset(port_masks):
+        return None
+    if not read(fibmsg, body).keys() <= frozenset(_RULE_ATTRIBUTES):
         return None
     address = None if source is None else _ip(source)
     if source_length != (0 if address is None else address.max_prefixlen):
         return None
-    ports = [PORT_RANGE.unpack(found) if found is not None else (0, 0) for found in ranges]
+    ports = [PORT_RANGE.unpack(found) if found is not None else (0, 0) for found in (sports, dports)]
     if bool(mark) is not bool(flags & formats.FIB_RULE_INVERT) or any(first != last for first, last in ports):
         return None
     rule = RoutingRule(
