@@ -77,6 +77,20 @@ def test_agents_without_stamps_are_answered_slowly_and_each_question_once() -> N
     assert admission.answers(B, b"recorded", now=WINDOW + 2, wall=WALL)
 
 
+@pytest.mark.parametrize("stamped", [True, False])
+def test_a_query_that_the_rate_refused_may_be_asked_again(stamped: bool) -> None:
+    admission = Admission()
+    queries = [stamp(int(WALL), n) if stamped else f"random{n:02}".encode() for n in range(20)]
+    refused = [one for one in queries if not admission.answers(A, one, now=0.0, wall=WALL)]
+    assert refused
+    for number, one in enumerate(refused, 1):
+        now = 10.0 * number
+        assert not admission.repeated(A, one)
+        assert admission.answers(A, one, now=now, wall=WALL + now)
+        assert admission.repeated(A, one)
+        assert not admission.answers(A, one, now=now + 5, wall=WALL + now + 5)
+
+
 @pytest.mark.parametrize("off", [-10 * WINDOW, 10 * WINDOW, -(2.0**30)])
 def test_a_host_with_another_time_is_answered_too(off: float) -> None:
     admission = Admission()

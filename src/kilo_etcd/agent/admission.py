@@ -135,5 +135,8 @@ class Admission:
                 return False
         elif now - asker.seen <= WINDOW and not local:
             return False
+        if not bucket.take(now):
+            # Not remembered: what was not answered may be asked again.
+            return False
         asker.recent = (asker.recent + nonce)[-_RECENT * _NUMBER :]
-        return bucket.take(now)
+        return True
