@@ -403,6 +403,26 @@ async def test_a_host_that_ends_leaves_no_key_that_another_writer_has_taken_from
         assert etcd.keys() == [NODE]
 
 
+@pytest.mark.parametrize("registered", [True, False])
+async def test_a_host_that_ends_leaves_the_keys_of_the_host_that_has_its_name_by_now(registered: bool) -> None:
+    """The other host has written its status, and its record too or not yet."""
+    etcd = FakeEtcd()
+    client = etcd.client()
+    async with member(etcd, client) as it:
+        client.stall(3600)
+        lease = (await etcd.client().grant_lease(3600)).id
+        theirs = {STATUS: encode(StatusRecord(public_key=wg_key("b")))}
+        if registered:
+            theirs |= {NODE: encode(record("b")), GCP: encode(CandidateRecord(rank=CandidateClass.REST))}
+        for key, value in theirs.items():
+            etcd.put(key, value, lease=lease)
+            await it._held.compare(key, etcd.data[key.encode()], etcd.revision)
+        assert set(it._held.changed) == theirs.keys() - {NODE}
+        await it.resign()
+        assert {key: etcd.get(key) for key in theirs} == theirs
+        assert set(etcd.keys()) == {NODE, *theirs}
+
+
 async def test_own_writes_are_not_taken_for_those_of_another() -> None:
     """Answers that are lost, events that come twice or late, a restart with another lease, and a restored etcd."""
     etcd = FakeEtcd(delay=0.05)

@@ -24,8 +24,7 @@ nothing.
 from __future__ import annotations
 
 import random
-from collections.abc import Awaitable, Callable, Collection, Mapping
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from ipaddress import ip_interface
 from typing import Protocol
@@ -660,12 +659,26 @@ class Session:
             changed = self._held.changed
             self._held.clear()
             try:
-                # They may be under no lease, or another, and would outlive the host.
                 if changed:
-                    with suppress(_RecordChanged):
-                        await self._write([Delete(key) for key in changed])
+                    await self._delete_own(changed)
             finally:
                 await self._short.end()
+
+    async def _delete_own(self, changed: Sequence[str]) -> None:
+        """Delete keys of this host that another writer has changed: they may be under no lease, or another, and would
+        outlive the host. If the name is another host's by now, they are that one's; so is a status with its key."""
+        node_kv = await self._client.get(self._node_key)
+        if node_kv is not None and public_key_of(node_kv) not in (None, self._public_key):
+            return
+        record_unchanged = unchanged(node_kv) if node_kv is not None else absent(self._node_key)
+        for key in changed:
+            kv = await self._client.get(key)
+            if kv is not None and not (key == self._status_key and self._is_anothers(kv)):
+                await self._client.txn([record_unchanged, unchanged(kv)], [Delete(key)])
+
+    def _is_anothers(self, status_kv: KeyValue) -> bool:
+        """Whether another host of this name lives: nobody keeps a status that is under no lease."""
+        return bool(status_kv.lease) and status_key_of(status_kv) not in (None, self._public_key)
 
     async def close(self) -> None:
         """The same as `resign`: a stopped host stays a member."""
