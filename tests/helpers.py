@@ -11,6 +11,9 @@ import pytest
 import trio
 import trio.testing
 
+from kilo_etcd.etcd.api import Client
+from kilo_etcd.testing.fake_etcd import FakeClient
+
 PACKAGES = {
     "etcd": "etcd-server",
     "etcdctl": "etcd-client",
@@ -63,6 +66,15 @@ async def eventually(
     if last is not None:
         raise last
     raise AssertionError(f"not within {deadline} s: {what or inspect.getsource(condition).strip()} (last: {seen!r})")
+
+
+async def put_kept(client: Client, key: str, value: bytes) -> int:
+    """Put a key as a host does that goes on living, under a lease; the revision."""
+    if isinstance(client, FakeClient):
+        await trio.lowlevel.checkpoint()
+        return client.server.put_kept(key, value)
+    lease = await client.grant_lease(3600)
+    return (await client.put(key, value, lease=lease.id)).header.revision
 
 
 def require(*programs: str) -> None:

@@ -285,7 +285,9 @@ async def test_a_host_that_cannot_forward_goes_on_as_a_member(tmp_path: Path) ->
         await h1.add_node("n3", 3, "a")
         await h1.etcdctl("put", "/kilo/locations/h1", "a")
         await h1.etcdctl("put", "/kilo/annotations/h1/leader", "true")
-        await h1.etcdctl("put", "/kilo/elections/a/n3", encode(CandidateRecord(rank=CandidateClass.PUBLIC)).decode())
+        offer = encode(CandidateRecord(rank=CandidateClass.PUBLIC)).decode()
+        lease = (await h1.etcdctl("lease", "grant", "3600")).split()[1]
+        await h1.etcdctl("put", "--lease", lease, "/kilo/elections/a/n3", offer)
         sh("sysctl -q -w net.ipv4.ip_forward=0; mount --bind /proc/sys /proc/sys && mount -o remount,bind,ro /proc/sys")
         wrong = (
             r"net.ipv4.ip_forward could not be set to 1 \(/proc/sys is read-only or not ours to write\): "

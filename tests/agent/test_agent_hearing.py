@@ -79,7 +79,7 @@ def observers(world: World, *names: str) -> None:
 def sees(world: World, observer: str, endpoint: Endpoint, key: str = HOME, name: str = "home") -> None:
     """What a public node says of another, or of a peer."""
     observers(world, observer)
-    world.etcd.put(f"/kilo/endpoints/{name}/{observer}", encode(SightingRecord(public_key=key, endpoint=endpoint)))
+    world.etcd.put_kept(f"/kilo/endpoints/{name}/{observer}", encode(SightingRecord(public_key=key, endpoint=endpoint)))
 
 
 def endpoint(world: World, key: str = HOME) -> Endpoint | None:

@@ -262,7 +262,7 @@ async def test_a_leader_that_was_replaced_while_it_was_cut_off_follows_the_new_o
         await eventually(lambda: mesh.etcd.get("/kilo/elections/gcp/h1") is not None, 30, every=0.1)
         await trio.sleep(20)
         assert post.sent == [], "as long as etcd answers nobody is asked"
-        mesh.etcd.put("/kilo/elections/gcp/g1", encode(CandidateRecord(rank=CandidateClass.REST)))
+        mesh.etcd.put_kept("/kilo/elections/gcp/g1", encode(CandidateRecord(rank=CandidateClass.REST)))
         await trio.sleep(1)
         assert daemon.role is not None
         assert daemon.role.leader == "h1"

@@ -291,7 +291,7 @@ def mesh(world: World) -> World:
     world.etcd.put("/kilo/addresses/10.4.0.51", "g1")
     world.etcd.put("/kilo/nodes/g1", encode(record))
     world.etcd.put("/kilo/locations/h1", "gcp")
-    world.etcd.put("/kilo/elections/gcp/g1", encode(CandidateRecord(rank=CandidateClass.PUBLIC)))
+    world.etcd.put_kept("/kilo/elections/gcp/g1", encode(CandidateRecord(rank=CandidateClass.PUBLIC)))
     return world
 
 
@@ -412,7 +412,7 @@ async def test_a_restarted_agent_keeps_a_route_as_long_as_nothing_speaks_against
         assert routed(mesh), "g1 is down"
         assert not [change for change in mesh.host.history if "10.4.0.51" in str(change)]
         # It lives, and they do not reach each other, as in a mesh that was set up by an agent that did not look.
-        mesh.etcd.put("/kilo/elections/gcp/g1", encode(CandidateRecord(rank=CandidateClass.PUBLIC)))
+        mesh.etcd.put_kept("/kilo/elections/gcp/g1", encode(CandidateRecord(rank=CandidateClass.PUBLIC)))
         await eventually(lambda: mesh.said("has never answered h1"), 90, every=0.1)
         assert not routed(mesh)
 
@@ -430,7 +430,7 @@ async def test_a_member_that_comes_back_where_only_arp_passes_is_neither_cut_off
     async with running(mesh, post=wire):
         await trio.sleep(300)
         mesh.host.resolves = lambda address: address == INSIDE
-        mesh.etcd.put("/kilo/elections/gcp/g1", encode(CandidateRecord(rank=CandidateClass.PUBLIC)))
+        mesh.etcd.put_kept("/kilo/elections/gcp/g1", encode(CandidateRecord(rank=CandidateClass.PUBLIC)))
         await trio.sleep(120)
         assert mesh.said(NEVER) == 0
         assert not [change for change in mesh.host.history if "10.4.0.51" in str(change)]
@@ -445,7 +445,7 @@ async def test_a_member_that_boots_later_is_reached_at_once_where_only_arp_passe
         await trio.sleep(400)
         assert not routed(mesh)
         mesh.host.resolves = lambda address: address == INSIDE
-        mesh.etcd.put("/kilo/elections/gcp/g1", encode(CandidateRecord(rank=CandidateClass.PUBLIC)))
+        mesh.etcd.put_kept("/kilo/elections/gcp/g1", encode(CandidateRecord(rank=CandidateClass.PUBLIC)))
         await eventually(lambda: routed(mesh), 3, every=0.01)
 
 

@@ -67,7 +67,9 @@ async def test_it_leads_since_it_was_elected_and_not_since_it_stands(
     world.etcd.put("/kilo/addresses/10.4.0.2", "h2")
     record = json.loads(encode(other)) | {"internalIPs": ["192.168.1.2/24"]}
     world.etcd.put("/kilo/nodes/h2", json.dumps(record))
-    world.etcd.put("/kilo/elections/@default/h2", encode(CandidateRecord(rank=CandidateClass.PUBLIC, since=EARLIER)))
+    world.etcd.put_kept(
+        "/kilo/elections/@default/h2", encode(CandidateRecord(rank=CandidateClass.PUBLIC, since=EARLIER))
+    )
     async with running(world):
         await eventually(lambda: world.etcd.keys("/kilo/elections/@default/h1") != [], 30, every=0.1)
         await trio.sleep(300)

@@ -48,7 +48,7 @@ def node(world: World, name: str, location: str, internal: str, number: int) -> 
 
 def stand(world: World, name: str, rank: CandidateClass = CandidateClass.PUBLIC) -> int:
     """Its candidacy's create revision."""
-    world.etcd.put(f"/kilo/elections/gcp/{name}", encode(CandidateRecord(rank=rank)))
+    world.etcd.put_kept(f"/kilo/elections/gcp/{name}", encode(CandidateRecord(rank=rank)))
     return world.etcd.revision
 
 
@@ -77,7 +77,7 @@ async def stands(world: World) -> None:
 
 def says(world: World, witness: str, candidacy: int, **found: object) -> None:
     record = VerdictRecord(leader="g1", candidacy=candidacy, **{"targets": ("home",), **found})  # type: ignore[arg-type]
-    world.etcd.put(f"/kilo/verdicts/gcp/{witness}", encode(record))
+    world.etcd.put_kept(f"/kilo/verdicts/gcp/{witness}", encode(record))
 
 
 def keepalives(world: World) -> list[int | None]:
@@ -191,7 +191,7 @@ async def test_when_a_way_is_open_again_for_all_nobody_has_proved_anything(mesh:
 async def test_when_the_far_end_has_another_leader_the_word_is_taken_back_and_the_watch_goes_on(mesh: World) -> None:
     node(mesh, "next", "home", "192.168.7.3/24", 79)
     for name in ("home", "next"):
-        mesh.etcd.put(f"/kilo/elections/home/{name}", encode(CandidateRecord(rank=CandidateClass.PUBLIC)))
+        mesh.etcd.put_kept(f"/kilo/elections/home/{name}", encode(CandidateRecord(rank=CandidateClass.PUBLIC)))
     async with running(mesh):
         await stands(mesh)
         mesh.host.reach = lambda address: address != HOME
@@ -464,7 +464,7 @@ async def test_a_leader_elsewhere_that_is_named_tries_back(world: World) -> None
     async with running(world):
         await trio.sleep(5)
         record = VerdictRecord(leader="g1", candidacy=candidacy, targets=("h1",), answers=True)
-        world.etcd.put("/kilo/verdicts/gcp/g2", encode(record))
+        world.etcd.put_kept("/kilo/verdicts/gcp/g2", encode(record))
         await eventually(lambda: verdict(world) is not None, 1, every=0.01)
         assert verdict(world) == {
             "leader": "g1", "candidacy": candidacy, "targets": ["g2"], "answers": True, "fellows": False,
@@ -487,9 +487,9 @@ async def test_those_who_were_called_do_not_keep_each_others_words_in_force(worl
     async with running(world):
         await trio.sleep(5)
         record = VerdictRecord(leader="g1", candidacy=candidacy, targets=("h1", "home"), answers=True)
-        world.etcd.put("/kilo/verdicts/gcp/g2", encode(record))
+        world.etcd.put_kept("/kilo/verdicts/gcp/g2", encode(record))
         await eventually(lambda: verdict(world) is not None, 1, every=0.01)
-        world.etcd.put("/kilo/verdicts/gcp/home", encode(evolve(record, targets=("g2",))))
+        world.etcd.put_kept("/kilo/verdicts/gcp/home", encode(evolve(record, targets=("g2",))))
         world.etcd.delete("/kilo/verdicts/gcp/g2")
         await eventually(lambda: verdict(world) is None, 1, every=0.01)
 
@@ -504,7 +504,7 @@ async def accuse(mesh: World, daemon: Daemon) -> None:
     own = mesh.etcd.data[b"/kilo/elections/gcp/h1"].create_revision
     for witness in ("g1", "g2"):
         found = VerdictRecord(leader="h1", candidacy=own, targets=("home",), answers=True, reaches=witness == "g1")
-        mesh.etcd.put(f"/kilo/verdicts/gcp/{witness}", encode(found))
+        mesh.etcd.put_kept(f"/kilo/verdicts/gcp/{witness}", encode(found))
     await eventually(lambda: daemon.role is not None and daemon.role.leader == "g1", 1, every=0.01)
 
 
@@ -591,7 +591,9 @@ async def test_who_is_accused_looks_at_itself(mesh: World) -> None:
         mesh.host.tamper([DeleteRoute(route)])
         mesh.host._listeners = listeners
         own = mesh.etcd.data[b"/kilo/elections/gcp/h1"].create_revision
-        mesh.etcd.put("/kilo/verdicts/gcp/g2", encode(VerdictRecord(leader="h1", candidacy=own, targets=("home",))))
+        mesh.etcd.put_kept(
+            "/kilo/verdicts/gcp/g2", encode(VerdictRecord(leader="h1", candidacy=own, targets=("home",)))
+        )
         await eventually(lambda: route.destination in mesh.host.observed.routes, 1, every=0.01)
 
 

@@ -15,7 +15,7 @@ import pytest
 import trio
 from attrs import evolve
 
-from helpers import eventually
+from helpers import eventually, put_kept
 from kilo_etcd import kernel
 from kilo_etcd.agent import privatekey
 from kilo_etcd.agent.discover import HostFacts
@@ -57,7 +57,7 @@ async def add_node(etcd: FakeEtcd, name: str, number: int, location: str) -> Non
     client = etcd.client()
     await client.put(f"/kilo/addresses/10.4.0.{number}", name)
     await client.put(KEYS.node(name), encode(record))
-    await client.put(KEYS.election(location, name), encode(CandidateRecord(rank=CandidateClass.PUBLIC)))
+    await put_kept(client, KEYS.election(location, name), encode(CandidateRecord(rank=CandidateClass.PUBLIC)))
 
 
 class World:

@@ -16,7 +16,7 @@ import pytest
 import trio
 from click.testing import CliRunner, Result
 
-from helpers import require
+from helpers import put_kept, require
 from kilo_etcd import __version__
 from kilo_etcd.ctl.main import _COMMANDS, main
 from kilo_etcd.etcd import Client, Config, Unavailable, open_client
@@ -111,7 +111,7 @@ async def register(client: Client, number: int, *, candidate: bool = False) -> i
     revision = (await client.put(keys.node(name), encode(record))).header.revision
     if candidate:
         offer = CandidateRecord(rank=CandidateClass.PUBLIC, since=f"2026-11-22T10:00:0{number}Z")
-        revision = (await client.put(keys.election("gcp", name), encode(offer))).header.revision
+        revision = await put_kept(client, keys.election("gcp", name), encode(offer))
     return revision
 
 

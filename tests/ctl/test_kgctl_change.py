@@ -10,6 +10,7 @@ import pytest
 import trio
 from click.testing import CliRunner, Result
 
+from helpers import put_kept
 from kilo_etcd.ctl.main import main
 from kilo_etcd.etcd import Client
 from kilo_etcd.model import CandidateClass, Endpoint
@@ -40,7 +41,7 @@ async def world(client: Client) -> None:
         await client.put(f"/kilo/addresses/10.4.0.{number}", name)
         await client.put(KEYS.node(name), encode(record))
         offer = encode(CandidateRecord(rank=CandidateClass.PUBLIC))
-        revision = (await client.put(KEYS.election(location, name), offer)).header.revision
+        revision = await put_kept(client, KEYS.election(location, name), offer)
     await alive(client, "gcp-1", revision)
 
 

@@ -11,6 +11,7 @@ import trio
 from attrs import evolve
 from click.testing import CliRunner, Result
 
+from helpers import put_kept
 from kilo_etcd.ctl.main import main
 from kilo_etcd.ctl.trace import routing_table
 from kilo_etcd.etcd import Client
@@ -49,7 +50,9 @@ async def world(client: Client) -> None:
         if number != 2:
             await client.put(f"/kilo/addresses/fd04::{number}", name)
         await client.put(keys.node(name), encode(record))
-        await client.put(keys.election(location, name), encode(CandidateRecord(rank=CandidateClass.REST, since="")))
+        await put_kept(
+            client, keys.election(location, name), encode(CandidateRecord(rank=CandidateClass.REST, since=""))
+        )
     peer = {"publicKey": "Z" + "A" * 42 + "=", "allowedIPs": ["10.9.0.2/32"]}
     await client.put("/kilo/peers/laptop", json.dumps(peer))
     await client.put("/kilo/annotations/home-2/subnets", "172.20.0.0/24")

@@ -14,7 +14,7 @@ import pytest
 import trio
 from click.testing import CliRunner, Result
 
-from helpers import eventually
+from helpers import eventually, put_kept
 from kilo_etcd.ctl.join import visitors
 from kilo_etcd.ctl.main import main
 from kilo_etcd.etcd import Client, Unavailable, open_client
@@ -42,7 +42,9 @@ async def fill(client: Client, keys: Keys, number: int, hosts: dict[str, str]) -
         )
         await client.put(keys.address(ip_interface(f"10.{number}.0.{index}").ip), name)
         await client.put(keys.node(name), encode(record))
-        await client.put(keys.election(location, name), encode(CandidateRecord(rank=CandidateClass.REST, since="")))
+        await put_kept(
+            client, keys.election(location, name), encode(CandidateRecord(rank=CandidateClass.REST, since=""))
+        )
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import trio
 import yaml
 from click.testing import CliRunner, Result
 
-from helpers import require
+from helpers import put_kept, require
 from kilo_etcd.ctl import peer
 from kilo_etcd.ctl.context import Failure
 from kilo_etcd.ctl.main import main
@@ -59,7 +59,7 @@ async def world(client: Client) -> None:
         )
         await client.put(f"/kilo/addresses/10.4.0.{number}", name)
         await client.put(KEYS.node(name), encode(record))
-        await client.put(KEYS.election(location, name), encode(CandidateRecord(rank=CandidateClass.PUBLIC)))
+        await put_kept(client, KEYS.election(location, name), encode(CandidateRecord(rank=CandidateClass.PUBLIC)))
     await client.put("/kilo/annotations/home-1/subnets", "172.20.0.0/24")
     await client.put("/kilo/peers/tablet", json.dumps({"publicKey": key_of(20), "allowedIPs": ["10.9.0.20/32"]}))
 

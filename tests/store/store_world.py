@@ -38,7 +38,7 @@ class World:
             self.put(KEYS.granularity, "location")
             self.put(KEYS.subnets, "10.4.0.0/16")
 
-    def put(self, key: str | bytes, value: str | bytes) -> None:
+    def put(self, key: str | bytes, value: str | bytes, *, lease: int = 9) -> None:
         raw = key.encode() if isinstance(key, str) else key
         self.revision += 1
         old = self.data.get(raw)
@@ -48,6 +48,7 @@ class World:
             create_revision=old.create_revision if old else self.revision,
             mod_revision=self.revision,
             version=old.version + 1 if old else 1,
+            lease=lease,
         )
         self.data[raw] = kv
         self.view.apply([Event(type=EventType.PUT, kv=kv)], self.header)

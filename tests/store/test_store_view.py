@@ -6,14 +6,17 @@ import time
 from ipaddress import ip_address, ip_interface, ip_network
 
 import pytest
+from attrs import evolve
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from store_world import KEYS, World, record, wg_key
 
 from kilo_etcd.model import CandidateClass, Endpoint, Granularity, InternalIPs
-from kilo_etcd.store import CandidateRecord, encode
+from kilo_etcd.store import CandidateRecord, SightingRecord, VerdictRecord, encode
 from kilo_etcd.store.effective import Registered
 from kilo_etcd.store.records import parse_interface
+
+SEEN = Endpoint.parse("203.0.113.9:51820")
 
 
 def test_a_node_is_joined_from_its_record_label_annotations_and_address() -> None:
@@ -528,6 +531,39 @@ def test_candidates_and_leaders() -> None:
     assert set(world.view.snapshot().candidates) == {"eu/west"}
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        (KEYS.election("gcp", "b"), encode(CandidateRecord(rank=CandidateClass.ANNOTATED))),
+        (KEYS.verdict("gcp", "b"), encode(VerdictRecord(leader="a", candidacy=4, targets=("a",)))),
+        (KEYS.endpoint("a", "b"), encode(SightingRecord(public_key=wg_key("a"), endpoint=SEEN))),
+        (KEYS.election("gcp", "b"), b"{"),
+    ],
+    ids=["candidacy", "probe report", "observed endpoint", "junk"],
+)
+def test_what_would_outlive_its_host_is_rejected_with_the_remedy(key: str, value: bytes) -> None:
+    """As after `etcdctl put` in the name of a host that does not run."""
+    world = World()
+    world.node("a", "10.4.0.1", location="gcp", endpoint=Endpoint.parse("10.1.0.1:51820"))
+    world.node("b", "10.4.0.2", location="gcp")
+    without = world.view.snapshot()
+    for _ in range(2):
+        world.put(key, value, lease=0)
+        snapshot = world.view.snapshot()
+        assert evolve(snapshot, revision=without.revision, set_aside=()) == without
+        assert "it is under no lease" in world.aside[key]
+        assert f"etcdctl del {key}" in world.aside[key]
+        assert world.view.leaseless("b") == {key}
+        assert snapshot == world.from_scratch().snapshot()
+        world.put(key, value)
+        assert world.view.leaseless("b") == frozenset()
+        assert ("no lease" in world.aside.get(key, "")) is False
+    world.put(key, value, lease=0)
+    world.delete(key)
+    assert world.view.leaseless("b") == frozenset()
+    assert world.aside == {}
+
+
 def test_other_subnets_bring_other_addresses_in() -> None:
     world = World()
     world.node("a", "10.4.0.1")
@@ -562,6 +598,11 @@ puts = st.one_of(
     st.builds(lambda name, nets: (KEYS.annotation(name, "subnets"), ",".join(nets).encode()), names, subnets),
     st.builds(lambda name, label: (KEYS.location(name), label.encode()), names, st.sampled_from(["", "gcp", "aws"])),
     st.builds(lambda name: (KEYS.election("gcp", name), b'{"rank":1}'), names),
+    st.builds(
+        lambda name, to: (KEYS.endpoint(to, name), encode(SightingRecord(public_key=wg_key(to), endpoint=SEEN))),
+        names,
+        names,
+    ),
     st.builds(lambda name, junk: (KEYS.node(name), junk), names, st.binary(max_size=8)),
     st.just((KEYS.subnets, b"10.4.0.0/16")),
     st.just((KEYS.subnets, b"10.5.0.0/16")),
@@ -570,12 +611,12 @@ steps = st.one_of(puts, st.builds(lambda put: (put[0], None), puts))
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.tuples(steps, st.booleans()), max_size=40))
+@given(st.lists(st.tuples(steps, st.booleans(), st.booleans()), max_size=40))
 def test_one_change_at_a_time_comes_to_the_same_as_reading_all(sequence: list) -> None:
     world = World()
-    for (key, value), look in sequence:
+    for (key, value), look, leased in sequence:
         if value is not None:
-            world.put(key, value)
+            world.put(key, value, lease=9 * leased)
         elif key != KEYS.subnets:
             world.delete(key)
         if look:

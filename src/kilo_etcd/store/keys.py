@@ -151,6 +151,14 @@ def _without_slash(prefix: str) -> str:
     return prefix.rstrip("/")
 
 
+def leased_by(key: ParsedKey | None) -> str | None:
+    """The node whose agent alone writes a key, under its short lease; None: it is no such key."""
+    match key:
+        case ElectionKey(node=name) | StatusKey(node=name) | EndpointKey(observer=name) | VerdictKey(witness=name):
+            return name
+    return None
+
+
 @frozen
 class Keys:
     """The keys under one prefix.

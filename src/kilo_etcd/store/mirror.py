@@ -128,6 +128,10 @@ class Mirror:
         """The nodes and peers whose endpoints a node has observed, as it says as of the newest event."""
         return self._view.observed_by(observer)
 
+    def leaseless(self, node: str) -> frozenset[str]:
+        """What is in a node's name as of the newest event, and would have to be under its short lease and is not."""
+        return self._view.leaseless(node)
+
     def holder(self, address: IPAddress) -> str | None:
         """Whose a mesh address is as of the newest event: a node's name, `peer/<name>`, or None."""
         return self._view.holder(address)

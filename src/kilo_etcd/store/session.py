@@ -56,7 +56,7 @@ from kilo_etcd.etcd.api import (
 from kilo_etcd.model import CandidateClass, IPAddress, IPInterface, IPNetwork, MeshSettings, Snapshot
 from kilo_etcd.store import claims, said
 from kilo_etcd.store.held import Held
-from kilo_etcd.store.keys import ElectionKey, EndpointKey, Keys, StatusKey, VerdictKey
+from kilo_etcd.store.keys import ElectionKey, EndpointKey, Keys, StatusKey, VerdictKey, leased_by
 from kilo_etcd.store.lease import KeptLease
 from kilo_etcd.store.mirror import HeldOff, Mirror
 from kilo_etcd.store.owner import NameTaken, PutBacks, public_key_of, status_key_of, taken_by, where_is
@@ -415,11 +415,7 @@ class Session:
         """Take over what an earlier run of this agent put under a lease that still lives."""
         for raw in held:
             parsed = self._keys.parse(raw)
-            if not (
-                (isinstance(parsed, (ElectionKey, StatusKey)) and parsed.node == self._name)
-                or (isinstance(parsed, EndpointKey) and parsed.observer == self._name)
-                or (isinstance(parsed, VerdictKey) and parsed.witness == self._name)
-            ):
+            if leased_by(parsed) != self._name:
                 continue
             kv = await self._client.get(raw)
             if kv is None or kv.lease != lease_id:
@@ -433,7 +429,7 @@ class Session:
                 elif isinstance(parsed, StatusKey):
                     if not self._status_given:
                         self._status = decode_status(kv.value)
-                elif self._candidacy is None:
+                elif isinstance(parsed, ElectionKey) and self._candidacy is None:
                     record = decode_candidate(kv.value)
                     self._candidacy = Candidacy(parsed.location, record.rank, record.since)
                     self._log.info("candidacy adopted", location=parsed.location)
@@ -568,7 +564,7 @@ class Session:
             places = said.places(self._keys, self._name, snapshot)
             self._places_of = snapshot.candidates, snapshot.verdicts, places
         observed = [self._keys.endpoint(name, self._name) for name in mirror.observed_by(self._name)]
-        for key in (*self._places_of[2], *observed):
+        for key in (*self._places_of[2], *observed, *mirror.leaseless(self._name)):
             kv = mirror.kv(key)
             known = key in self._held.values or key in self._wanted() or key in self._words()
             alone = trio.current_time() - self._leased_since > 2 * self._lease_ttl

@@ -15,6 +15,7 @@ it up in etcd's history (`store.history`). The same holds when one of the two is
 What is not in force is named, one by one, in `Snapshot.set_aside`:
 
 * records that cannot be read, and keys under the prefix that are none of ours;
+* candidacies, probe reports and observed endpoints under no lease, which would outlive their host;
 * unknown fields: the whole record for a peer, the field alone for what agents write (decision 0002);
 * a public key that is another's: of two nodes, and of two peers, the one with the older record keeps it, and a node
   that is in force keeps it against every peer (`store.joins`, decision 0024);
@@ -139,6 +140,8 @@ class View:
         self._subjects: dict[str, set[str]] = {}
         """Observer -> of whom it speaks."""
         self._witnesses: dict[str, dict[str, Verdict]] = {}
+        self._leaseless: dict[str, frozenset[bytes]] = {}
+        """Node -> keys that its agent alone may write, under its short lease, and that are under none."""
         self._key_index = KeyIndex()
         self._aside: dict[object, tuple[SetAside, ...]] = {}  # raw key, owner or place
         # What has changed since the last snapshot.
@@ -217,6 +220,10 @@ class View:
     def observed_by(self, observer: str) -> frozenset[str]:
         """The nodes and peers whose endpoints a node says it has observed."""
         return frozenset(self._subjects.get(observer, ()))
+
+    def leaseless(self, node: str) -> frozenset[str]:
+        """The candidacies, probe reports and observed endpoints in the name of a node that are under no lease."""
+        return frozenset(key.decode(errors="replace") for key in self._leaseless.get(node, ()))
 
     def kv(self, key: str | bytes) -> KeyValue | None:
         """The raw key-value, readable or not."""
@@ -375,6 +382,7 @@ class View:
                 notes = (reason,)
         else:
             try:
+                self._check_lease(parsed, kv, key)
                 notes = self._take(parsed, kv)
             except RecordError as error:
                 self._take(parsed, None)
@@ -383,6 +391,20 @@ class View:
         if notes or key in self._aside:
             self._note(key, (SetAside(_shown(key), note) for note in notes))
         return reason
+
+    def _check_lease(self, parsed: k.ParsedKey, kv: KeyValue | None, key: bytes) -> None:
+        """RecordError for what would outlive its host: it would count until somebody deletes it."""
+        if (author := k.leased_by(parsed)) is None:
+            return
+        found = self._leaseless.get(author, frozenset()) - {key}
+        if leaseless := kv is not None and not kv.lease:
+            found |= {key}
+        _replace(self._leaseless, author, found or None)
+        if leaseless:
+            raise RecordError(
+                f"it is under no lease, so nobody keeps it; the agent of {author} writes it under a lease of a few "
+                f"seconds, and restores or deletes it if it runs; else delete it: etcdctl del {_shown(key)}"
+            )
 
     def _take(self, parsed: k.ParsedKey, kv: KeyValue | None) -> Sequence[str]:
         """One key's value into its table (None: out of it). RecordError before anything has changed."""

@@ -57,6 +57,8 @@ from kilo_etcd.etcd.api import (
 _T = TypeVar("_T")
 MAX_OPERATIONS = 128
 MAX_REQUEST = 1536 * 1024
+_KEPT = 1
+"""The lease that never ends."""
 MIN_TTL = 2
 """Seconds; etcd's own floor with its default election timeout."""
 
@@ -208,6 +210,11 @@ class FakeEtcd:
         self._commit([Put(key, value, lease)])
         return self.revision
 
+    def put_kept(self, key: Text, value: Text) -> int:
+        """What a host does that goes on living: `put` under a lease that never ends; the revision."""
+        self._leases.setdefault(_KEPT, _FakeLease(_KEPT, 10**9, float("inf")))
+        return self.put(key, value, lease=_KEPT)
+
     def delete(self, key: Text) -> int:
         """What an operator's `etcdctl del` does; the revision."""
         self._expire()
@@ -259,7 +266,7 @@ class FakeEtcd:
         return min((lease.expires_at for lease in self._leases.values() if lease.keys), default=float("inf"))
 
     def _expire(self) -> None:
-        if not self.available or not self._leases:
+        if not self.available or not self._leases.keys() - {_KEPT}:
             return
         now = trio.current_time()
         due = sorted(
