@@ -10,6 +10,7 @@ import attrs
 import pytest
 from attrs import evolve
 
+from kilo_etcd.agent.decide import disagreements
 from kilo_etcd.ctl.check import Severity, _agents, _records
 from kilo_etcd.ctl.consequences import consequences
 from kilo_etcd.ctl.label import oddity
@@ -203,7 +204,7 @@ def test_agents_that_disagree_are_named_with_what() -> None:
         | {
             "a1": status("a1", leader="a1", role=Role.LEADER),
             "a2": status("a2", revision=33, leader=""),
-            "b1": status("a2", role=Role.ALONE, location="", leader="", granularity_flag=Granularity.FULL),
+            "b1": status("a2", role=Role.ALONE, location="", leader=""),
         },
         newest=40,
     )
@@ -212,7 +213,6 @@ def test_agents_that_disagree_are_named_with_what() -> None:
         ("a2", "it has applied revision 33, 7 behind 40"),
         ("a2", "it sees no leader, where etcd says a3"),
         ("b1", "it reports another public key than the one registered: are there two hosts of this name?"),
-        ("b1", "it was started with --mesh-granularity full, but follows the mesh's: location"),
     ]
     assert "33 (7 behind)" in plain(status_tables(found))
 
@@ -228,6 +228,37 @@ def test_what_every_agent_says_of_the_mesh_is_shown_once() -> None:
     assert plain(status_tables(found)).count(problem.text) == 1
     assert ("a2", problem.text) in remarks_on(found, {"a2"})
     assert all(text != problem.text for _, text in remarks_on(found, {"a1"}))
+
+
+def test_flags_that_differ_from_the_mesh_are_one_note_for_all_nodes() -> None:
+    """As after `kgctl mesh set granularity full`, in a mesh whose agents have the flag that made it."""
+    said = disagreements(
+        evolve(WORLD, granularity=Granularity.FULL),
+        granularity=Granularity.LOCATION,
+        subnets=(ip_network("10.5.0.0/16"),),
+    )
+    assert len(said) == 2
+    statuses = {
+        name: evolve(one, granularity_flag=Granularity.LOCATION, errors=(*said, f"{name} itself"))
+        for name, one in ALL_WELL.items()
+    }
+    found = report(WORLD, statuses, newest=40)
+    assert found.disagreements == ()
+    assert [remark.text for remark in found.errors] == [f"{name} itself" for name in statuses]
+    assert [(note.subject, note.text) for note in found.notes] == [("a1, a2, a3 and 1 more", text) for text in said]
+    assert plain(status_tables(found)).count("--mesh-granularity") == 1
+    assert [(one.severity, one.subject) for one in _records(found)] == [(Severity.NOTE, "a1, a2, a3 and 1 more")] * 2
+    assert all("--" not in text for _, text in remarks_on(found, set(statuses)))
+
+
+def test_junk_in_a_node_s_name_has_no_place_in_the_mesh() -> None:
+    found = report(WORLD, ALL_WELL | {"a1": status("a1")}, newest=40, registered=frozenset({*WORLD.nodes, "junk"}))
+    assert [(one.subject, one.text) for one in _agents(found)] == [
+        ("junk", "its agent does not report, and it is no part of the mesh")
+    ]
+    found = report(WORLD, {}, newest=40, registered=frozenset({*WORLD.nodes, "junk"}))
+    kept = {one.subject: "its place in the mesh is kept" in one.text for one in _agents(found)}
+    assert kept == {"a1": True, "a2": True, "a3": True, "b1": True, "junk": False}
 
 
 def test_an_agent_that_listed_later_than_the_newest_record_is_not_behind() -> None:
@@ -429,3 +460,21 @@ def test_an_answer_that_may_be_another_hosts_is_named_if_the_member_would_have_s
     assert text.startswith("something answers it at 192.168.97.2, the internal IP of a2, but not with a2's key")
     assert "kgctl location set a2 NAME" in text
     assert said() == [], "an agent that is older, or has --probe off, signs nothing"
+
+
+def test_answers_without_a_key_are_one_line_for_a_location() -> None:
+    """As where a firewall drops UDP 1107 between all hosts of a location."""
+    names = sorted(WORLD.nodes)
+    told = {
+        name: evolve(one, answers=True, unsigned=tuple(other for other in names if other not in (name, "b1")))
+        for name, one in ALL_WELL.items()
+        if name != "b1"
+    }
+    (remark,) = report(WORLD, told, newest=40).disagreements
+    assert remark.subject == "location a"
+    assert remark.text.startswith(
+        "something answers at the internal IPs of a1, a2, a3, but not with their keys, in 6 cases (a1 asks a2, a1 asks "
+        "a3, a2 asks a1 and 3 more): a firewall drops UDP 1107"
+    )
+    found = report(WORLD, told, newest=40, about={"a1", "a2"})
+    assert [text.count("kgctl location set") for _, text in remarks_on(found, {"a1"})] == [1, 1], "of a host each"

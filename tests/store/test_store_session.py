@@ -32,6 +32,7 @@ from kilo_etcd.store import (
 )
 from kilo_etcd.store.claims import candidates
 from kilo_etcd.store.records import decode_candidate
+from kilo_etcd.store.session import about_status_key
 from kilo_etcd.testing.fake_etcd import FakeClient, FakeEtcd
 
 pytestmark = pytest.mark.autojump
@@ -366,11 +367,22 @@ async def test_a_key_that_is_changed_again_and_again_is_restored_ever_less_often
         assert len([log for log in logs if "another writer" in log["event"]]) == 1, "one line for all of them"
         assert it.contested is not None
         assert GCP in it.contested
+        assert not about_status_key(it.contested)
         assert events.count("contested") == 1
         await eventually(lambda: it.contested is None, 400, every=10)
         assert events.count("contested") == 2
         etcd.put(GCP, "{}")
         await eventually(lambda: _stands(etcd, GCP, before.value, before.lease), 0.1)
+
+
+async def test_a_contested_status_is_told_from_other_keys() -> None:
+    etcd = FakeEtcd()
+    async with member(etcd) as it:
+        for _ in range(4):
+            etcd.put(STATUS, "{}")
+            await eventually(lambda: etcd.get(STATUS) != b"{}", 60)
+        assert it.contested is not None
+        assert about_status_key(it.contested)
 
 
 async def test_news_is_written_although_a_key_waits_to_be_restored() -> None:

@@ -198,6 +198,15 @@ def confirmed(revisions: Mapping[str, int], revision: int, apart_from: str) -> b
     return all(applied >= revision for node, applied in revisions.items() if node != apart_from)
 
 
+_NOT_IN_FORCE = " is not in force: the mesh's "
+
+
+def about_flag(error: str) -> bool:
+    """Whether what an agent reports is only that one of its flags differs from the mesh's setting: such a flag counts
+    for whoever makes the mesh."""
+    return error.startswith("--") and _NOT_IN_FORCE in error
+
+
 def disagreements(
     snapshot: Snapshot,
     *,
@@ -209,12 +218,12 @@ def disagreements(
     found = []
     if granularity is not None and granularity != snapshot.granularity:
         found.append(
-            f"--mesh-granularity={granularity} is not in force: the mesh's granularity is "
+            f"--mesh-granularity={granularity}{_NOT_IN_FORCE}granularity is "
             f"{snapshot.granularity} (etcd's mesh/granularity decides)"
         )
     if internal_ips is not None and internal_ips != snapshot.internal_ips:
         found.append(
-            f"--internal-ips={internal_ips} is not in force: the mesh's setting is {snapshot.internal_ips} "
+            f"--internal-ips={internal_ips}{_NOT_IN_FORCE}setting is {snapshot.internal_ips} "
             "(etcd's mesh/internal-ips decides; kgctl mesh set internal-ips changes it)"
         )
     if snapshot.internal_ips is InternalIPs.ENCRYPTED:
@@ -226,7 +235,7 @@ def disagreements(
     actual = {str(subnet) for subnet in snapshot.subnets}
     if wanted and wanted != actual:
         found.append(
-            f"--subnet={','.join(sorted(wanted))} is not in force: the mesh's subnets are "
+            f"--subnet={','.join(sorted(wanted))}{_NOT_IN_FORCE}subnets are "
             f"{','.join(sorted(actual))} (etcd's mesh/subnets, fixed when the mesh was made)"
         )
     return tuple(found)

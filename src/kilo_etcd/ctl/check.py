@@ -142,7 +142,14 @@ def _agents(found: Report, known: Silence | None = None) -> Iterator[Finding]:
                 remedy=f"journalctl -u kilo-etcd there; kgctl node show {row.name}",
             )  # fmt: skip
         if not row.alive:
-            if row.role == NOT_IN_FORCE and (idle := idle + 1) > MOST_NAMED:
+            if row.role == NOT_IN_FORCE:
+                if (idle := idle + 1) <= MOST_NAMED:
+                    yield Finding(
+                        severity=Severity.WARNING, subject=row.name,
+                        text="its agent does not report, and it is no part of the mesh",
+                        remedy=f"kgctl node show {row.name}; gone for good, or never there: "
+                               f"kgctl node forget {row.name}",
+                    )  # fmt: skip
                 continue
             yield Finding(
                 severity=Severity.WARNING, subject=row.name,

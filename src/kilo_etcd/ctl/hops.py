@@ -22,6 +22,7 @@ from kilo_etcd.ctl.report import contradictions
 from kilo_etcd.ctl.trace import MEDIUM, Journey, Plans, Step, Way
 from kilo_etcd.model import IPAddress
 from kilo_etcd.store.records import StatusRecord
+from kilo_etcd.store.session import about_status_key
 from kilo_etcd.topology.hostplan import Via
 from kilo_etcd.topology.nat import about_partner
 from kilo_etcd.topology.reach import about_member
@@ -123,7 +124,9 @@ has a hop of its own."""
 def _concerns(error: str, destination: IPAddress | None, *, forwards: bool) -> bool:
     """Whether an agent's error may be about packets for this address. What is said of single pairs is weighed at their
     hops."""
-    if error.startswith(_OF_NO_PACKET) or about_partner(error) is not None or about_member(error) is not None:
+    if error.startswith(_OF_NO_PACKET) or about_status_key(error):
+        return False
+    if about_partner(error) is not None or about_member(error) is not None:
         return False
     if "forward" in error and not (forwards or error.startswith(NO_BASELINE)):
         return False

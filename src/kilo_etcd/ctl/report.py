@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 
 from attrs import field, frozen
 
+from kilo_etcd.agent.decide import about_flag
 from kilo_etcd.ctl.label import oddity
 from kilo_etcd.model import Candidate, Node, SetAside, Snapshot
 from kilo_etcd.store.keys import Keys, NodeKey
 from kilo_etcd.store.records import Role, StatusRecord
 from kilo_etcd.store.view import View
+from kilo_etcd.topology.reach import called_location
 from kilo_etcd.topology.segments import Segment, Topology, build_topology
 from kilo_etcd.topology.verdicts import sentence
 
@@ -186,22 +188,20 @@ def report(
             Remark(subject=name, text=text)
             for name in names
             if name in statuses
-            for text in (
-                *_disagreements(name, statuses[name], topology, newest),
-                *_unsigned(name, statuses, topology),
-            )
-        ),
+            for text in _disagreements(name, statuses[name], topology, newest)
+        )
+        + tuple(_unsigned(names, statuses, topology, each=about is not None)),
         errors=tuple(
             Remark(subject=name, text=error)
             for name in names
             if name in statuses
             for error in statuses[name].errors
-            if error not in everyones
+            if error not in everyones and not about_flag(error)
         ),
         problems=tuple(
             Remark(subject=problem.subject, text=problem.text, about=problem.about) for problem in topology.problems
         ),
-        notes=tuple(_odd_locations(snapshot)),
+        notes=(*_odd_locations(snapshot), *_flags(names, statuses)),
         unrouted=tuple(unrouted_remarks(topology)) if about is None else (),
         live=None if live is None else _live_report(topology, live),
     )
@@ -219,6 +219,18 @@ def _odd_locations(snapshot: Snapshot) -> Iterator[Remark]:
                 text=f"the location of {names[0]}{more} {odd}: if that is not meant, correct KILO_LOCATION there, or "
                 f"kgctl location set {names[0]} NAME",
             )
+
+
+def _flags(names: Iterable[str], statuses: Mapping[str, StatusRecord]) -> tuple[Remark, ...]:
+    """On flags that differ from the mesh's settings, each kind once for all nodes: after a setting was changed that is
+    as it should be."""
+    return grouped(
+        Remark(subject=name, text=error)
+        for name in names
+        if name in statuses
+        for error in statuses[name].errors
+        if about_flag(error)
+    )
 
 
 def unrouted_remarks(topology: Topology) -> Iterator[Remark]:
@@ -350,33 +362,45 @@ def _reason(segment: Segment, snapshot: Snapshot) -> str:
     return f"{passed_over} does not forward: {sentence(passed_over, snapshot.verdicts.get(segment.location, ()))}"
 
 
-def _unsigned(name: str, statuses: Mapping[str, StatusRecord], topology: Topology) -> Iterator[str]:
-    """On members of its location at whose internal IPs something answers that does not prove to be them, although their
-    agents would."""
+def _unsigned(
+    names: Iterable[str], statuses: Mapping[str, StatusRecord], topology: Topology, *, each: bool
+) -> Iterator[Remark]:
+    """On members of a location at whose internal IPs something answers that does not prove to be them, although their
+    agents would. A firewall may drop the peer queries of a whole location: several pairs are one remark for each
+    location, unless `each` is wanted."""
     nodes = topology.snapshot.nodes
-    for other in statuses[name].unsigned:
-        node, status = nodes.get(other), statuses.get(other)
-        if name in nodes and node is not None and status is not None and status.answers:
-            addresses = " and ".join(str(one.ip) for one in node.internal_ips)
-            yield (
-                f"something answers it at {addresses}, the internal IP of {other}, but not with {other}'s key: a "
-                "firewall drops UDP 1107 between the two, or that is another host's network; if so, label them apart "
-                f"(kgctl location set {other} NAME)"
-            )
+    pairs: dict[str, list[tuple[str, str]]] = {}
+    for name in names:
+        for other in statuses[name].unsigned if name in statuses and name in nodes else ():
+            status = statuses.get(other)
+            if other in nodes and status is not None and status.answers:
+                pairs.setdefault(nodes[other].location, []).append((name, other))
+    for location, found in sorted(pairs.items()):
+        if each or len(found) == 1:
+            for name, other in found:
+                addresses = " and ".join(str(one.ip) for one in nodes[other].internal_ips)
+                yield Remark(
+                    subject=name,
+                    text=f"something answers it at {addresses}, the internal IP of {other}, but not with {other}'s "
+                    "key: a firewall drops UDP 1107 between the two, or that is another host's network; if so, label "
+                    f"them apart (kgctl location set {other} NAME)",
+                )
+            continue
+        answering = sorted({other for _, other in found})
+        first = _first_of([f"{name} asks {other}" for name, other in found], MOST_SUBJECTS)
+        yield Remark(
+            subject=called_location(location).partition(",")[0],
+            text=f"something answers at the internal IPs of {_first_of(answering, MOST_SUBJECTS)}, but not with their "
+            f"keys, in {len(found)} cases ({first}): a firewall drops UDP 1107 between these hosts, or these are other "
+            "hosts' networks; if so, label them apart (kgctl location set NODE NAME)",
+        )
 
 
 def _disagreements(name: str, status: StatusRecord, topology: Topology, newest: int) -> list[str]:
-    snapshot = topology.snapshot
     found = []
     if status.revision < newest:
         found.append(f"it has applied revision {status.revision}, {newest - status.revision} behind {newest}")
-    found += contradictions(name, status, topology)
-    if status.granularity_flag is not None and status.granularity_flag is not snapshot.granularity:
-        found.append(
-            f"it was started with --mesh-granularity {status.granularity_flag.value}, "
-            f"but follows the mesh's: {snapshot.granularity.value}"
-        )
-    return found
+    return [*found, *contradictions(name, status, topology)]
 
 
 def contradictions(name: str, status: StatusRecord, topology: Topology) -> list[str]:
