@@ -272,12 +272,10 @@ class _Local:
             elif way.trouble:
                 text = f"node {node.name} cannot be reached in IPv{version} inside the location: {way.trouble}"
                 self.problems.append(Problem(subject=node.name, text=text))
-        here, there = self.own.internal_ip(4), node.internal_ip(4)
-        if 4 in hops and here is not None and there is not None:
-            back = hop(node, self.own, 4)
-            if Via.IPIP in (hops[4] and hops[4].way, back and back.way):
-                self.ipip_remotes.add(there.ip)
-                self.ipip_local = here.ip
+        way, here = hops.get(4), self.own.internal_ip(4)
+        if way is not None and way.way is Via.IPIP and way.gateway is not None and here is not None:
+            self.ipip_remotes.add(way.gateway)
+            self.ipip_local = here.ip
 
     def _return(self, node: Node) -> None:
         """Send on what comes out of the tunnel for a member's internal IPs as the member sends what is for there."""

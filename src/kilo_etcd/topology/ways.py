@@ -1,9 +1,9 @@
 """How one node reaches another of its own location: plainly, encapsulated, or through the tunnel.
 
-The sender's `encapsulate` decides its own outgoing routes; `wireguard` is a bond that holds for a pair as
-soon as either of the two wants it, since a tunnel has two ends. Packets of IPv4 may travel over an IPv6
-underlay (a route with a gateway of the other family), never the other way round; IPIP carries IPv4 in IPv4
-only.
+A pair uses one way in both directions: the tunnel if the `encapsulate` of either is `wireguard`, else IPIP if either
+encapsulates what it sends to the other, else plain packets. A host that checks the reverse path (`rp_filter`) drops
+what comes in by another device than its answers go out. Packets of IPv4 may travel over an IPv6 underlay (a route with
+a gateway of the other family), never the other way round; IPIP carries IPv4 in IPv4 only.
 """
 
 from __future__ import annotations
@@ -37,16 +37,15 @@ def hop(own: Node, other: Node, version: int) -> Hop | None:
         here, there = own.internal_ip(family), other.internal_ip(family)
         if here is None or there is None:
             continue
-        neighbour = there.ip in here.network
-        mode = own.encapsulate
-        wanted = mode is Encapsulate.ALWAYS or (mode is Encapsulate.CROSSSUBNET and not neighbour)
+        modes = (own.encapsulate, other.encapsulate)
+        neighbours = there.ip in here.network and here.ip in there.network
+        wanted = Encapsulate.ALWAYS in modes or (Encapsulate.CROSSSUBNET in modes and not neighbours)
         if wanted and family == 4:
             return Hop(Via.IPIP, there.ip)
         trouble = ""
-        if not neighbour:
-            remedy = (
-                "encapsulate wireguard" if mode is not Encapsulate.NEVER else "encapsulate crosssubnet or wireguard"
-            )
+        if there.ip not in here.network:
+            # IPIP carries IPv4 only.
+            remedy = "encapsulate crosssubnet or wireguard" if family == 4 else "encapsulate wireguard"
             trouble = f"{there.ip} is not within its network {here.network} and may not be encapsulated; use {remedy}"
         return Hop(Via.UNDERLAY, there.ip, trouble)
     return None
