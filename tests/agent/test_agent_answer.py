@@ -167,6 +167,15 @@ async def test_packets_are_sent_to_whom_is_asked_for(world: World) -> None:
     found = await answerer.answer(QuestionRecord(targets=("10.4.0.1", "10.4.0.9", "10.4.0.8", "nonsense", "fd00::1")))
     assert (found.reached, found.unreached) == (("10.4.0.9",), ("10.4.0.8",))
     assert decode_answer(encode(found)) == found
+    assert found.small_only == ()
+    await world.kernel.apply(PLAN)
+    found = await answerer.answer(QuestionRecord(targets=("10.4.0.9",)))
+    assert (found.mtu > 0, found.small_only) == (True, ())
+    world.host.largest = found.mtu - 1
+    assert (narrow := await answerer.answer(QuestionRecord(targets=("10.4.0.9",)))).small_only == ("10.4.0.9",)
+    assert decode_answer(encode(narrow)) == narrow
+    world.host.largest = found.mtu
+    assert (await answerer.answer(QuestionRecord(targets=("10.4.0.9",)))).small_only == ()
     everybody = await answerer.answer(QuestionRecord(tries=200))
     assert len(everybody.unreached) == 98
     some = await answerer.answer(QuestionRecord(tries=64))

@@ -8,7 +8,7 @@ from ipaddress import ip_address, ip_interface
 import pytest
 from attrs import evolve
 
-from kilo_etcd.ctl.arrivals import losses
+from kilo_etcd.ctl.arrivals import losses, narrow
 from kilo_etcd.ctl.live import Live
 from kilo_etcd.model import Candidate, CandidateClass, Endpoint, Node, Snapshot
 from kilo_etcd.store.records import AnswerRecord, Tunnel
@@ -151,3 +151,33 @@ def test_a_host_that_neither_answers_nor_is_answered_although_its_tunnel_has_a_s
     silent = evolve(live, answers={name: said for name, said in live.answers.items() if name != "c1"}, silent=("c1",))
     (loss,) = losses(topology, silent)
     assert loss.text == "no echo request to it at 10.4.0.6 was answered (tried by a1, a2, a3, b1, b2)"
+
+
+@pytest.mark.parametrize(
+    ("small_only", "told"),
+    [
+        (lambda one, other: False, []),
+        # What goes by b1's tunnels, whoever sends it.
+        (lambda one, other: (PLACES[one] == "b") != (PLACES[other] == "b"),
+         [("b1", "small packets arrive between it and a1, c1, and none of 1420 bytes does")]),
+        (lambda one, other: {PLACES[one], PLACES[other]} == {"b", "c"},
+         [("b1 - c1", "small packets arrive between them, and none of 1420 bytes does")]),
+        (lambda one, other: {one, other} == {"a2", "a3"},
+         [("a2 - a3", "small packets arrive between them, and none of 1420 bytes does")]),
+    ],
+    ids=["none", "a host", "a pair of locations", "within a location"],
+)  # fmt: skip
+def test_where_no_large_packet_arrives_the_tunnel_is_named(small_only: Lost, told: list[tuple[str, str]]) -> None:
+    topology = mesh()
+    live = asked(topology, lambda one, other: False)
+    addresses = {name: str(node.mesh_addresses[0]) for name, node in topology.snapshot.nodes.items()}
+    live = Live(answers={
+        name: evolve(answer, mtu=1420, small_only=tuple(
+            addresses[other] for other in PLACES if other != name and small_only(name, other)
+        ))
+        for name, answer in live.answers.items()
+    })  # fmt: skip
+    found = list(narrow(topology, live))
+    assert [(loss.subject, loss.text) for loss in found] == told
+    assert all("KILO_MTU" in loss.remedy for loss in found)
+    assert losses(topology, live) == ()

@@ -54,6 +54,15 @@ async def test_the_first_answer_ends_it_if_one_is_enough() -> None:
     assert await echo.ping([], patience=1000) == {}
 
 
+async def test_a_request_is_as_large_as_it_is_to_be() -> None:
+    allow()
+    sh("nft add table inet t && nft add chain inet t c '{ type filter hook input priority 0; }'")
+    sh("nft add rule inet t c meta length gt 1400 drop")
+    with trio.fail_after(20):
+        assert set(await echo.ping([HERE, SIX], times=2, patience=0.3, size=1400)) == {HERE, SIX}
+        assert await echo.ping([HERE, SIX], times=2, patience=0.3, size=1401) == {}
+
+
 async def test_calls_do_not_take_each_others_answers() -> None:
     allow()
     found: list[set[object]] = []

@@ -265,6 +265,7 @@ READERS: dict[type, dict[str, Callable[[object], Any]]] = {
         "possibleObstacles": items(string),
         "reached": items(string),
         "unreached": items(string),
+        "smallOnly": items(string),
         "undecided": items(string),
     },
     SightingRecord: {"publicKey": key, "endpoint": address_endpoint},

@@ -43,6 +43,10 @@ PINGS, PING_SECONDS = 8, 1.2
 """Echo requests to each address, and how long an answer to the last one may take: a tunnel may have to shake hands
 first."""
 
+LARGE_PINGS, LARGE_SECONDS = 4, 0.6
+"""The same for requests as large as the tunnel's MTU, to those that have answered small ones. The first ones may be
+lost while the host learns of a smaller MTU on the way."""
+
 MOST_TRIED = 128
 """Nodes that one question has tried at most, of this host's choice, and as many addresses besides: kgctl asks for half.
 Whoever may put a question must not have a whole mesh flood somebody."""
@@ -105,6 +109,7 @@ class Answerer:
         trouble: list[str] = []
         possible_obstacles: list[str] = []
         reached: dict[str, bool] = {}
+        small_only: list[str] = []
         commands: tuple[str, ...] = ()
         observed = Observed()
         try:
@@ -113,7 +118,8 @@ class Answerer:
             observed = await self._kernel.observe()
             if plan is not None:
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._send, question, programmed.topology, reached, trouble)
+                    mtu = observed.link.mtu if observed.link is not None else 0
+                    nursery.start_soon(self._send, question, programmed.topology, mtu, reached, small_only, trouble)
                     if programmed.sends:
                         try:
                             observed = await self._knock(plan, observed)
@@ -139,14 +145,22 @@ class Answerer:
             possible_obstacles=tuple(possible_obstacles),
             reached=tuple(address for address, answered in reached.items() if answered),
             unreached=tuple(address for address, answered in reached.items() if not answered),
+            small_only=tuple(small_only),
             # As it was before the packets went out: what is decided meanwhile is in the status by now.
             undecided=programmed.undecided,
         )
 
     async def _send(
-        self, question: QuestionRecord, topology: Topology | None, reached: dict[str, bool], trouble: list[str]
+        self,
+        question: QuestionRecord,
+        topology: Topology | None,
+        mtu: int,
+        reached: dict[str, bool],
+        small_only: list[str],
+        trouble: list[str],
     ) -> None:
-        """Send echo requests to whom the question asks for, and note who answers."""
+        """Send echo requests to whom the question asks for, small ones and then some as large as `mtu`, and note who
+        answers which."""
         if topology is None:
             return
         nodes = topology.snapshot.nodes
@@ -165,10 +179,12 @@ class Answerer:
             return
         try:
             answers = await self._kernel.ping(wanted, times=PINGS, patience=PING_SECONDS)
+            reached.update((str(address), address in answers) for address in wanted)
+            if mtu and answers:
+                large = await self._kernel.ping(answers, times=LARGE_PINGS, patience=LARGE_SECONDS, size=mtu)
+                small_only += [str(address) for address in answers if address not in large]
         except kernel.KernelError as error:
             trouble.append(str(error))
-        else:
-            reached.update((str(address), address in answers) for address in wanted)
 
     async def _knock(self, plan: HostPlan, observed: Observed) -> Observed:
         """Send one packet through each tunnel at rest, and give handshakes a moment: without traffic there are none.

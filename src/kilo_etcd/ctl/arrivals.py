@@ -9,6 +9,7 @@ explains is left to whoever says that.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from ipaddress import ip_address
 
@@ -23,6 +24,12 @@ TRIES = 64
 
 PAIRS = 20
 """Pairs that are named one by one."""
+
+_SMALLER = (
+    "the way carries less than their tunnels take it to: give both ends a smaller --mtu (KILO_MTU=1280 for instance) "
+    "and restart the agents, or let large UDP packets and ICMP's fragmentation-needed pass; a firewall that drops only "
+    "large echo requests looks the same"
+)
 
 SHOWN = 5
 """How many names a sentence lists."""
@@ -103,6 +110,33 @@ def losses(
     rest = {pair for pair in rest if pair[0] not in mute}
     found += _by_leader(topology, live, tried, rest, down)
     return tuple(found)
+
+
+def narrow(topology: Topology, live: Live) -> Iterator[Loss]:
+    """Ways on which small packets arrive and none as large as the tunnel's MTU, one for all tunnels of a host. Where
+    ping works and nothing else does, this is why."""
+    nodes = topology.snapshot.nodes
+    by_address = {str(address): node.name for node in nodes.values() for address in node.mesh_addresses}
+    tunnels: dict[frozenset[str], int] = {}
+    for name, answer in sorted(live.answers.items()):
+        for address in answer.small_only:
+            if name in nodes and (target := by_address.get(address)) is not None:
+                here, there = _end(topology, name), _end(topology, target)
+                ends = frozenset((here, there) if here != there else (name, target))
+                tunnels[ends] = max(answer.mtu, tunnels.get(ends, 0))
+    while tunnels:
+        # The host that most of them have in common.
+        count = Counter(name for ends in tunnels for name in ends)
+        host = min(count, key=lambda name: (-count[name], name))
+        others = sorted(next(iter(ends - {host}), host) for ends in tunnels if host in ends)
+        size = max(mtu for ends, mtu in tunnels.items() if host in ends)
+        tunnels = {ends: mtu for ends, mtu in tunnels.items() if host not in ends}
+        yield Loss(
+            subject=host if len(others) > 1 else f"{host} - {others[0]}", filtered=True,
+            text=f"small packets arrive between it and {some(others)}, and none of {size} bytes does" if len(others) > 1
+                 else f"small packets arrive between them, and none of {size} bytes does",
+            remedy=_SMALLER,
+        )  # fmt: skip
 
 
 def lost_across(

@@ -15,7 +15,7 @@ from enum import StrEnum
 import click
 from attrs import asdict, field, frozen
 
-from kilo_etcd.ctl.arrivals import TRIES, losses, lost_across, some
+from kilo_etcd.ctl.arrivals import TRIES, losses, lost_across, narrow, some
 from kilo_etcd.ctl.causes import Silence, causes, silence
 from kilo_etcd.ctl.context import Mesh
 from kilo_etcd.ctl.live import Live, Pair, differs, gather, pairs, tunnels
@@ -273,6 +273,8 @@ def _packets(found: Examined, known: Silence) -> Iterator[Finding]:
             severity=Severity.WARNING if loss.filtered else Severity.ERROR, subject=loss.subject, text=loss.text,
             remedy=loss.remedy,
         )  # fmt: skip
+    for loss in narrow(topology, live):
+        yield Finding(severity=Severity.WARNING, subject=loss.subject, text=loss.text, remedy=loss.remedy)
     untried = [name for name, answer in sorted(live.answers.items()) if not (answer.reached or answer.unreached)]
     if untried and len(topology.snapshot.nodes) > 1:
         yield Finding(

@@ -15,7 +15,7 @@ from attrs import evolve, frozen
 
 from kilo_etcd.agent.baseline import NO_BASELINE
 from kilo_etcd.agent.hostnames import NAMES_TROUBLE
-from kilo_etcd.ctl.arrivals import losses
+from kilo_etcd.ctl.arrivals import losses, narrow
 from kilo_etcd.ctl.causes import silence
 from kilo_etcd.ctl.live import Live, LiveTunnel, ago, differs, pairs, tunnels
 from kilo_etcd.ctl.report import contradictions
@@ -193,5 +193,6 @@ def doubts(
             down.add(frozenset((pair.one, pair.other)))
             yield pair.one, f"its tunnel to {pair.other} has no session: {pair.last}"
     known = silence(topology, statuses, live)
-    for loss in losses(topology, live, down, apart={*known.apart, *known.undecided}, heard=known.heard):
+    lost = losses(topology, live, down, apart={*known.apart, *known.undecided}, heard=known.heard)
+    for loss in (*lost, *narrow(topology, live)):
         yield loss.subject, f"{loss.text}: {loss.remedy}"

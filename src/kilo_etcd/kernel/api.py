@@ -49,7 +49,7 @@ class Kernel(Protocol):
         """What the WireGuard device says of its peers now: much less to read than all that `observe` does."""
 
     async def ping(
-        self, addresses: Collection[IPAddress], *, times: int = 1, patience: float, first: bool = False
+        self, addresses: Collection[IPAddress], *, times: int = 1, patience: float, first: bool = False, size: int = 0
     ) -> Mapping[IPAddress, float]:
         """Who of `addresses` answers an echo request, and after how many seconds; see `kernel.echo.ping`.
 

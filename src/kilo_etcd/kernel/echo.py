@@ -26,17 +26,21 @@ _KINDS = {
 }
 """Family -> socket family, protocol, type of a request, type of its reply (RFC 792, RFC 4443)."""
 
+_HEADERS = {4: 20, 6: 40}
+"""Bytes of an IP header."""
+
 _FORM = struct.Struct("!BBHHH4s")
 """Type, code, checksum and identifier (both the kernel's), sequence number, a token by which our request is known."""
 
 
 async def ping(
-    addresses: Collection[IPAddress], *, times: int = 1, patience: float, first: bool = False
+    addresses: Collection[IPAddress], *, times: int = 1, patience: float, first: bool = False, size: int = 0
 ) -> Mapping[IPAddress, float]:
     """Who of `addresses` answers, and the seconds that it took.
 
     Up to `times` requests go to each that has not answered yet, and `patience` seconds are waited after the last one;
-    with `first` the first answer ends it all. PermissionError: this process may not ping; OSError: it has no socket to
+    with `first` the first answer ends it all. `size`: bytes of each request's IP packet, to see whether large ones
+    pass; 0: as few as can be. PermissionError: this process may not ping; OSError: it has no socket to
     do it with.
     """
     answered: dict[IPAddress, float] = {}
@@ -75,7 +79,7 @@ async def ping(
                 for address in list(waiting):
                     number = len(sent) & 0xFFFF
                     sent[address.version, number] = (address, trio.current_time())
-                    _request(sockets[address.version], address, number, token)
+                    _request(sockets[address.version], address, number, token, size)
                 await trio.sleep(SPACING if turn + 1 < times else patience)
             nursery.cancel_scope.cancel()
         # What came while this process was kept from running came all the same.
@@ -89,12 +93,13 @@ def _open(version: int) -> socket.socket:
     return socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, protocol)
 
 
-def _request(out: socket.socket, address: IPAddress, number: int, token: bytes) -> None:
+def _request(out: socket.socket, address: IPAddress, number: int, token: bytes, size: int) -> None:
     kind = _KINDS[address.version][2]
+    message = _FORM.pack(kind, 0, 0, 0, number, token)
     # Whatever keeps it from leaving (no route, a firewall, a WireGuard peer that is not there or has no endpoint):
     # nobody will answer it.
     with suppress(OSError):
-        out.sendto(_FORM.pack(kind, 0, 0, 0, number, token), (str(address), 0))
+        out.sendto(message.ljust(size - _HEADERS[address.version], b"\0"), (str(address), 0))
 
 
 def _reply(source: socket.socket, version: int, token: bytes) -> int | None:

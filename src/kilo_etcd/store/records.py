@@ -207,6 +207,8 @@ class AnswerRecord:
     """Mesh addresses that have answered its echo requests."""
     unreached: tuple[str, ...] = ()
     """Those that have not."""
+    small_only: tuple[str, ...] = ()
+    """Of those that have answered, the ones that answer no packet as large as the tunnel's MTU."""
     undecided: tuple[str, ...] = ()
     """Members of its location that have not answered it yet, and that its status does not name for it so far."""
 
@@ -559,6 +561,7 @@ _READERS: dict[type, dict[str, Callable[[object], Any]]] = {
         "possible_obstacles": _items(_string),
         "reached": _items(_string),
         "unreached": _items(_string),
+        "small_only": _items(_string),
         "undecided": _items(_string),
     },
     SightingRecord: {"public_key": check_key, "endpoint": _address_endpoint},

@@ -80,6 +80,8 @@ class FakeHost:
         self.resolves: Callable[[IPAddress], bool] = lambda address: False
         """Whether an address answers on a link of the host (ARP, ND)."""
         self.no_pings: str | None = None
+        self.largest = float("inf")
+        """Bytes of the largest echo request that is answered."""
         """Why the host may not ping."""
         self.clock: Callable[[], float] = trio.current_time
         """The host's own clock, which may be wrong and may jump; handshakes are dated by it."""
@@ -215,11 +217,14 @@ class FakeKernel:
         return Heard(time=self.host.clock(), peers=self.host.observed.peers)
 
     async def ping(
-        self, addresses: Collection[IPAddress], *, times: int = 1, patience: float, first: bool = False
+        self, addresses: Collection[IPAddress], *, times: int = 1, patience: float, first: bool = False, size: int = 0
     ) -> Mapping[IPAddress, float]:
         if self.host.no_pings is not None:
             raise KernelError(self.host.no_pings)
         answered: dict[IPAddress, float] = {}
+        if size > self.host.largest:
+            await trio.sleep(SPACING * (times - 1) + patience)
+            return answered
         for turn in range(times):
             answered.update((one, 0.0) for one in addresses if one not in answered and self.host.reach(one))
             if len(answered) == len(addresses) or (first and answered):
