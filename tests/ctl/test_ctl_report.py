@@ -251,6 +251,22 @@ def test_flags_that_differ_from_the_mesh_are_one_note_for_all_nodes() -> None:
     assert all("--" not in text for _, text in remarks_on(found, set(statuses)))
 
 
+def test_one_internal_ip_of_two_hosts_of_a_location_is_named() -> None:
+    def told(location: str, address: str) -> list[tuple[str, str]]:
+        other = evolve(WORLD.nodes["a2"], internal_ips=(ip_interface(address),), location=location)
+        found = report(evolve(WORLD, nodes={**WORLD.nodes, "a2": other}), ALL_WELL, newest=40)
+        return [(remark.subject, remark.text) for remark in found.problems]
+
+    same = str(WORLD.nodes["a1"].internal_ips[0])
+    ((subject, text),) = told("a", same)
+    assert subject == "a1, a2"
+    assert text.startswith(
+        "they have the same internal IP 192.168.97.1 at location a, so at most one of them is reached"
+    )
+    assert "kgctl annotate a2 force-internal-ip=ADDRESS" in text
+    assert told("b", same) == told("a", "192.168.97.99/24") == [], "another site may have the same network"
+
+
 def test_junk_in_a_node_s_name_has_no_place_in_the_mesh() -> None:
     found = report(WORLD, ALL_WELL | {"a1": status("a1")}, newest=40, registered=frozenset({*WORLD.nodes, "junk"}))
     assert [(one.subject, one.text) for one in _agents(found)] == [

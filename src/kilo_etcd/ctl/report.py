@@ -13,7 +13,7 @@ from attrs import field, frozen
 
 from kilo_etcd.agent.decide import about_flag
 from kilo_etcd.ctl.label import oddity
-from kilo_etcd.model import Candidate, Node, SetAside, Snapshot
+from kilo_etcd.model import Candidate, IPAddress, Node, SetAside, Snapshot
 from kilo_etcd.store.keys import Keys, NodeKey
 from kilo_etcd.store.records import Role, StatusRecord
 from kilo_etcd.store.view import View
@@ -198,8 +198,9 @@ def report(
             for error in statuses[name].errors
             if error not in everyones and not about_flag(error)
         ),
-        problems=tuple(
-            Remark(subject=problem.subject, text=problem.text, about=problem.about) for problem in topology.problems
+        problems=(
+            *(Remark(subject=problem.subject, text=problem.text, about=problem.about) for problem in topology.problems),
+            *_same_internal_ips(snapshot),
         ),
         notes=(*_odd_locations(snapshot), *_flags(names, statuses)),
         unrouted=tuple(unrouted_remarks(topology)) if about is None else (),
@@ -218,6 +219,24 @@ def _odd_locations(snapshot: Snapshot) -> Iterator[Remark]:
                 subject=location,
                 text=f"the location of {names[0]}{more} {odd}: if that is not meant, correct KILO_LOCATION there, or "
                 f"kgctl location set {names[0]} NAME",
+            )
+
+
+def _same_internal_ips(snapshot: Snapshot) -> Iterator[Remark]:
+    """On hosts of one location that have one internal IP: at most one of them is reached there."""
+    having: dict[tuple[str, IPAddress], list[str]] = {}
+    for name, node in sorted(snapshot.nodes.items()):
+        for one in node.internal_ips:
+            having.setdefault((node.location, one.ip), []).append(name)
+    for (location, address), names in having.items():
+        if len(names) > 1:
+            yield Remark(
+                subject=_first_of(names, MOST_SUBJECTS),
+                text=f"they have the same internal IP {address} at {called_location(location)}, so at most one of them "
+                f"is reached there: give {names[-1]} another one (--internal-cidr, or kgctl annotate {names[-1]} "
+                f"force-internal-ip=ADDRESS); if they share no network, label them apart (kgctl location set "
+                f"{names[-1]} NAME)",
+                about=names[-1],
             )
 
 
