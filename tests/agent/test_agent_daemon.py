@@ -340,6 +340,32 @@ async def test_a_leader_that_cannot_hand_over_says_so(world: World) -> None:
     assert world.host.observed.link is not None
 
 
+async def test_a_leader_whose_candidacy_was_put_under_no_lease_leads_on_and_a_dead_host_s_does_not_count(
+    world: World,
+) -> None:
+    """As by `etcdctl put`, in the name of the leader and of a host that does not run."""
+    other = NodeRecord(
+        public_key=privatekey.public_key(privatekey.generate()), internal_ips=(ip_interface("192.168.1.2/24"),)
+    )
+    key = "/kilo/elections/@default/h1"
+    async with running(world):
+        world.etcd.put("/kilo/addresses/10.4.0.2", "h2")
+        world.etcd.put("/kilo/nodes/h2", encode(other))
+        await eventually(lambda: key in world.etcd, 10, every=0.1)
+        offer = encode(CandidateRecord(rank=CandidateClass.ANNOTATED, since=""))
+        world.etcd.put("/kilo/elections/@default/h2", offer)
+        await trio.sleep(5)
+        before = world.etcd.data[key.encode()]
+        world.etcd.put(key, before.value)
+        await eventually(lambda: world.etcd.data[key.encode()].lease == before.lease, 1, every=0.1)
+        assert world.etcd.data[key.encode()].create_revision == before.create_revision
+        await trio.sleep(5)
+        assert world.daemon.topology is not None
+        assert world.daemon.topology.segment_of("h1").leader.name == "h1"
+        assert [one.node for one in world.daemon.topology.snapshot.candidates[""]] == ["h1"]
+    assert world.said("it is under no lease, so nobody keeps it") >= 1
+
+
 async def test_addresses_that_come_late_are_registered_at_once(world: World) -> None:
     late, world.facts = world.facts, discover.HostFacts(hostname="h1")
     async with running(world, resync_period=3600.0):
