@@ -861,6 +861,37 @@ async def test_what_is_said_of_leaders_stands_under_the_lease_and_is_adopted() -
             assert "/kilo/verdicts/home/a" not in etcd
 
 
+async def test_thousands_of_keys_in_a_host_s_name_are_deleted_in_a_few_writes_and_watched_by_nobody() -> None:
+    """As by somebody who may write there and wants to keep the agent busy until its lease ends."""
+    calls: list[str] = []
+
+    class Counting(FakeClient):
+        async def txn(self, *arguments: Any, **options: Any) -> Any:
+            calls.append("txn")
+            return await super().txn(*arguments, **options)
+
+        def watch(self, *arguments: Any, **options: Any) -> Any:
+            calls.append("watch")
+            return super().watch(*arguments, **options)
+
+    etcd = FakeEtcd()
+    mirror = Mirror(etcd.client(), KEYS)
+    async with member(etcd, Counting(etcd, "a")) as it, trio.open_nursery() as nursery:
+        await nursery.start(mirror.run)
+        await trio.sleep(60)
+        calls.clear()
+        forged = {make(f"x{number}", "a") for number in range(1000) for make in (KEYS.election, KEYS.verdict)}
+        for key in forged:
+            etcd.put(key, '{"rank":0,"leader":"b","candidacy":1}')
+        while set(etcd.keys()) & forged:
+            await trio.sleep(0.1)
+            await it.compare(mirror.current, mirror)
+        assert calls.count("watch") == 0
+        assert calls.count("txn") <= len(forged) / 100 + 10
+        assert GCP in etcd
+        nursery.cancel_scope.cancel()
+
+
 async def test_a_report_that_another_writer_changes_is_restored_and_a_forged_one_is_deleted() -> None:
     etcd = FakeEtcd()
     mirror = Mirror(etcd.client(), KEYS)

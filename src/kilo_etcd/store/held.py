@@ -14,7 +14,7 @@ a later one is restored like a foreign one: etcd holds the wrong value then.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import trio
 
@@ -65,6 +65,8 @@ class Held:
         self._due: dict[str, float] = {}
         """When a changed key may be written again, on trio's clock."""
         self._backoffs: dict[str, RepairBackoff] = {}
+        self._foreign: set[str] = set()
+        """Keys that `find` has brought: they are only to be deleted, so nobody watches them. There may be thousands."""
         self._deleted_at = 0
         """etcd's revision of the last own deletion."""
         self.values: dict[str, bytes] = {}
@@ -95,6 +97,7 @@ class Held:
     def put(self, key: str, value: bytes, revision: int) -> None:
         """`key` was written, or read, at `revision`."""
         self.values[key], self._since[key] = value, revision
+        self._foreign.discard(key)
         self._unsure.discard(key)
         self._due.pop(key, None)
         self._tell()
@@ -103,6 +106,7 @@ class Held:
         """`key` is about to be written, at a revision after `after`."""
         self.values[key] = value
         self._since.setdefault(key, after)
+        self._foreign.discard(key)
         self._unsure.add(key)
         self._tell()
 
@@ -114,6 +118,7 @@ class Held:
         """`key` is held no more; it was deleted at `revision`."""
         self._deleted_at = max(self._deleted_at, revision)
         self.values.pop(key, None)
+        self._foreign.discard(key)
         self._since.pop(key, None)
         self._due.pop(key, None)
         self._unsure.discard(key)
@@ -140,15 +145,16 @@ class Held:
         if not self._ours(key, kv) and self._since.get(key, revision) < revision:
             await self._found(key, kv, revision)
 
-    async def find(self, kv: KeyValue, revision: int) -> None:
-        """Take note of `kv`, of which `revision` or a later one knows, at a place that is this host's alone: held and
-        not wanted it is deleted."""
-        key = kv.key.decode()
+    async def find(self, kvs: Iterable[KeyValue], revision: int) -> None:
+        """Take note of `kvs`, of which `revision` or a later one knows, at places that are this host's alone: held and
+        not wanted they are deleted."""
         async with self._lock:
-            if key in self.values or revision < self._deleted_at:
-                return
-            self._note_change(key)
-            self.values[key], self._since[key], self._due[key] = kv.value, kv.mod_revision, trio.current_time()
+            new = {kv.key.decode(): kv for kv in kvs} if revision >= self._deleted_at else {}
+            for key in new.keys() - self.values.keys():
+                self._note_change(key)
+                self.values[key], self._since[key] = new[key].value, new[key].mod_revision
+                self._due[key] = trio.current_time()
+                self._foreign.add(key)
             self._tell()
 
     async def _found(self, key: str, kv: KeyValue | None, revision: int) -> None:
@@ -172,7 +178,6 @@ class Held:
     def _note_change(self, key: str) -> float:
         """Another writer has changed `key`; the seconds until it may be restored."""
         now = trio.current_time()
-        self._backoffs = {one: backoff for one, backoff in self._backoffs.items() if now <= backoff.until}
         backoff = self._backoffs.setdefault(
             key, RepairBackoff(burst=1, first=PAUSE_FIRST, longest=PAUSE_LONGEST, quiet=QUIET_SECONDS)
         )
@@ -201,6 +206,7 @@ class Held:
             if over.items() - told.items():
                 self._on_due()
             told = over
+            self._backoffs = {key: one for key, one in self._backoffs.items() if now <= one.until}
             contested = tuple(
                 sorted(key for key, one in self._backoffs.items() if one.repairs >= CONTESTED and now < one.until)
             )
@@ -212,7 +218,7 @@ class Held:
                 await changed.wait()
 
     def _to_mind(self) -> set[str]:
-        return {key for key in self.values if self._minded(key)}
+        return {key for key in self.values if key not in self._foreign and self._minded(key)}
 
     async def _mind_key(self, key: str) -> None:
         delay = RETRY_FIRST

@@ -572,12 +572,11 @@ class Session:
             places = said.places(self._keys, self._name, snapshot)
             self._places_of = snapshot.candidates, snapshot.verdicts, places
         observed = [self._keys.endpoint(name, self._name) for name in mirror.observed_by(self._name)]
-        for key in (*self._places_of[2], *observed, *mirror.leaseless(self._name)):
-            kv = mirror.kv(key)
-            known = key in self._held.values or key in self._wanted() or key in self._words()
-            alone = trio.current_time() - self._leased_since > 2 * self._lease_ttl
-            if kv is not None and not known and (alone or not kv.lease):
-                await self._held.find(kv, snapshot.revision)
+        known = self._held.values.keys() | self._wanted().keys() | self._words().keys()
+        alone = trio.current_time() - self._leased_since > 2 * self._lease_ttl
+        found = (mirror.kv(key) for key in {*self._places_of[2], *observed, *mirror.leaseless(self._name)} - known)
+        if foreign := [kv for kv in found if kv is not None and (alone or not kv.lease)]:
+            await self._held.find(foreign, snapshot.revision)
 
     async def _bring(self, wanted: Mapping[str, bytes], held: Collection[str]) -> None:
         """Make etcd hold `wanted`, and nothing else of `held`, but for what is to be restored later."""
@@ -639,18 +638,19 @@ class Session:
 
     async def _write(self, ops: list[Op]) -> int:
         """The revision of the last of them."""
-        if len(ops) > MOST_AT_ONCE:
-            await self._write(ops[:-MOST_AT_ONCE])
-        compare = (
-            []
-            if self._record_kv is None
-            else [Compare(self._node_key, Target.MOD, Is.EQUAL, self._record_kv.mod_revision)]
-        )
-        done = await self._client.txn(compare, ops[-MOST_AT_ONCE:])
-        self._fence.heed(done.header)
-        if not done.succeeded:
-            raise _RecordChanged
-        return done.header.revision
+        revision = 0
+        for first in range(0, len(ops), MOST_AT_ONCE):
+            compare = (
+                []
+                if self._record_kv is None
+                else [Compare(self._node_key, Target.MOD, Is.EQUAL, self._record_kv.mod_revision)]
+            )
+            done = await self._client.txn(compare, ops[first : first + MOST_AT_ONCE])
+            self._fence.heed(done.header)
+            if not done.succeeded:
+                raise _RecordChanged
+            revision = done.header.revision
+        return revision
 
     # --- the end -----------------------------------------------------------------------------------------------
 

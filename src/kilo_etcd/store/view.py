@@ -140,7 +140,7 @@ class View:
         self._subjects: dict[str, set[str]] = {}
         """Observer -> of whom it speaks."""
         self._witnesses: dict[str, dict[str, Verdict]] = {}
-        self._leaseless: dict[str, frozenset[bytes]] = {}
+        self._leaseless: dict[str, set[bytes]] = {}
         """Node -> keys that its agent alone may write, under its short lease, and that are under none."""
         self._key_index = KeyIndex()
         self._aside: dict[object, tuple[SetAside, ...]] = {}  # raw key, owner or place
@@ -396,15 +396,17 @@ class View:
         """RecordError for what would outlive its host: it would count until somebody deletes it."""
         if (author := k.leased_by(parsed)) is None:
             return
-        found = self._leaseless.get(author, frozenset()) - {key}
-        if leaseless := kv is not None and not kv.lease:
-            found |= {key}
-        _replace(self._leaseless, author, found or None)
-        if leaseless:
+        # Changed in place: of one node there may be thousands.
+        leaseless = self._leaseless.setdefault(author, set())
+        leaseless.discard(key)
+        if kv is not None and not kv.lease:
+            leaseless.add(key)
             raise RecordError(
                 f"it is under no lease, so nobody keeps it; the agent of {author} writes it under a lease of a few "
                 f"seconds, and restores or deletes it if it runs; else delete it: etcdctl del {_shown(key)}"
             )
+        if not leaseless:
+            del self._leaseless[author]
 
     def _take(self, parsed: k.ParsedKey, kv: KeyValue | None) -> Sequence[str]:
         """One key's value into its table (None: out of it). RecordError before anything has changed."""
