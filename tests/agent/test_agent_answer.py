@@ -106,6 +106,21 @@ async def test_who_is_silent_is_not_waited_for_long_and_who_is_not_asked_is_sile
         nursery.cancel_scope.cancel()
 
 
+async def test_requests_whose_askers_have_gone_keep_nobody_waiting(world: World) -> None:
+    """Each takes seconds, since nobody has a session with the host's peers."""
+    await world.kernel.apply(PLAN)
+    desk = world.etcd.client("desk")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(world.answerer().run)
+        await trio.testing.wait_all_tasks_blocked()
+        for _ in range(500):
+            lease = (await desk.grant_lease(15)).id
+            await desk.put(KEYS.question(lease), encode(QuestionRecord()), lease=lease)
+            await desk.revoke_lease(lease)
+        assert set(await ask(desk, KEYS, ["h1"], patience=5)) == {"h1"}
+        nursery.cancel_scope.cancel()
+
+
 async def test_a_tunnel_at_rest_is_knocked_at(world: World) -> None:
     await world.kernel.apply(PLAN)
     async with trio.open_nursery() as nursery:
