@@ -15,6 +15,7 @@ from typing import Any
 
 import hypothesis
 import pytest
+import structlog
 import trio
 import trio.testing
 
@@ -38,6 +39,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         guest = item.get_closest_marker("guest") is not None
         virtual = item.path.name == "test_agent_simulation.py"
         item.add_marker(pytest.mark.xdist_group("guest" if guest else "virtual" if virtual else "here"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Give each test structlog as it is by itself: an earlier one may have set a level at which nothing is logged."""
+    structlog.reset_defaults()
 
 
 @pytest.hookimpl(tryfirst=True)
