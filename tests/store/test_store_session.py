@@ -32,7 +32,7 @@ from kilo_etcd.store import (
 )
 from kilo_etcd.store.claims import candidates
 from kilo_etcd.store.records import decode_candidate
-from kilo_etcd.store.session import about_status_key
+from kilo_etcd.store.said import about_status_key
 from kilo_etcd.testing.fake_etcd import FakeClient, FakeEtcd
 
 pytestmark = pytest.mark.autojump

@@ -22,7 +22,7 @@ from kilo_etcd.ctl.report import contradictions
 from kilo_etcd.ctl.trace import MEDIUM, Journey, Plans, Step, Way
 from kilo_etcd.model import IPAddress
 from kilo_etcd.store.records import StatusRecord
-from kilo_etcd.store.session import about_status_key
+from kilo_etcd.store.said import about_status_key
 from kilo_etcd.topology.hostplan import Via
 from kilo_etcd.topology.nat import about_partner
 from kilo_etcd.topology.reach import about_member

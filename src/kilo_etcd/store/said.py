@@ -23,6 +23,15 @@ from kilo_etcd.store.records import (
 
 R = TypeVar("R", bound=Record)
 
+CHANGED_AGAIN = "changed again and again by another writer"
+"""What an agent says of its keys that another writer contests."""
+
+
+def about_status_key(error: str) -> bool:
+    """Whether what an agent reports is only that its status is contested, which moves no packet."""
+    key, _, rest = error.partition(" ")
+    return "-status/" in key and rest.startswith(f"is {CHANGED_AGAIN}")
+
 
 class Said(Generic[R]):
     """All words of one kind; `values` is the same as keys and bytes, encoded once however often asked for."""

@@ -76,16 +76,8 @@ RETRY_FIRST = 0.2
 RETRY_MOST = 5.0
 """Seconds between two attempts; less for short leases, which an election in etcd gives their full time just once."""
 
-_CHANGED_AGAIN = "changed again and again by another writer"
-
 MOST_AT_ONCE = 100
 """Operations in one transaction: etcd takes 128 (--max-txn-ops)."""
-
-
-def about_status_key(error: str) -> bool:
-    """Whether what an agent reports is only that its status is changed again and again, which moves no packet."""
-    key, _, rest = error.partition(" ")
-    return "-status/" in key and rest.startswith(f"is {_CHANGED_AGAIN}")
 
 
 class Fence(Protocol):
@@ -232,7 +224,7 @@ class Session:
             return None
         more = f" and {len(keys) - 1} more of this host's keys are" if len(keys) > 1 else " is"
         return (
-            f"{keys[0]}{more} {_CHANGED_AGAIN}, and restored at least once a minute; see who "
+            f"{keys[0]}{more} {said.CHANGED_AGAIN}, and restored at least once a minute; see who "
             "writes there; if a copy of this machine runs, give it a WireGuard key and a --hostname of its own"
         )
 
