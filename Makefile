@@ -7,7 +7,7 @@ ARGS ?=
 # Sets of texts have one order in every run, so that a failing schedule of the simulation can be played again.
 export PYTHONHASHSEED ?= 0
 
-.PHONY: help demo test test-fast simulate check bench bench-failover format clean
+.PHONY: help demo test test-fast simulate check coverage matrix bench bench-failover format clean
 
 help:
 	@echo 'make demo       a small internet on this machine: three sites, real etcd, real agents, real packets'
@@ -15,6 +15,8 @@ help:
 	@echo 'make test-fast  the tests that need neither etcd nor root nor a network, under a minute'
 	@echo 'make simulate   thousands of schedules of faults, agents and all, in virtual time; KILO_SEEDS=5000'
 	@echo 'make check      ruff, mypy strict, import-linter'
+	@echo 'make coverage   which lines the tests reach, as a table; ARGS chooses tests as with make test'
+	@echo 'make matrix     the fast tests under each Python from 3.11 that this machine has'
 	@echo 'make bench      the numbers, as tables; ARGS=--quick, or the names of some benchmarks'
 	@echo 'make bench-failover  the gap when a gateway crashes, kilo-etcd beside keepalived (Debian'\''s package is installed)'
 	@echo 'make format     what ruff can put right by itself'
@@ -43,6 +45,13 @@ check:
 	.venv/bin/ruff format --check
 	.venv/bin/mypy --strict
 	.venv/bin/lint-imports
+
+coverage:
+	@scripts/setup all
+	@scripts/coverage $(ARGS)
+
+matrix:
+	@scripts/matrix $(ARGS)
 
 bench:
 	@scripts/setup all
