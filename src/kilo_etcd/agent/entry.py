@@ -3,21 +3,27 @@
 structlog draws tracebacks with rich wherever it finds it, and importing that costs a daemon that never draws 3 MiB and
 0.1 s; so rich is not to be found in this process. It stays `kgctl`'s. structlog also imports asyncio, for methods that
 nobody calls in a trio program: 1.5 MiB and 7 ms; it finds an empty module of that name. prometheus_client imports HTTP
-servers and clients, which are not used either: 2.6 MiB. And glibc gives each thread a heap of its own to allocate from,
-which is for threads that compete; the agent's two seldom run, and share the first: 1 MiB.
+servers and clients, which are not used either: 2.6 MiB. protobuf imports its implementation in Python also where that
+in C is in use: 1.3 MiB and 8 ms. And glibc gives each thread a heap of its own to allocate from,
+which is for threads that compete; the agent's two seldom run, and share the first: 1 MiB. What is imported stays: until
+all is there (`agent.main`) the collector of cyclic garbage looks at each new object once, not again and again.
 """
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import signal
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from types import ModuleType
 from typing import cast
 
 M_ARENA_MAX = -8
 """<malloc.h>"""
+OBJECTS_BETWEEN_LOOKS, NEVER = 5_000, 1_000_000
+"""Thresholds of the collector: of objects, and of its looks at the new ones until it looks at older ones."""
 _EMPTY = {
     "asyncio": (),
     "http.server": ("BaseHTTPRequestHandler",),
@@ -38,11 +44,23 @@ def main() -> None:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
     # None makes an import fail as that of a package that is not installed.
     sys.modules.setdefault("rich", cast(ModuleType, None))
-    for name, contents in _EMPTY.items():
+    for name, contents in _unused():
         module = sys.modules.setdefault(name, ModuleType(name))
         for each in contents:
             if not hasattr(module, each):
                 setattr(module, each, type(each, (), {}))
+    gc.set_threshold(OBJECTS_BETWEEN_LOOKS, NEVER)
+    from kilo_etcd.sharedrepr import share_repr
+
+    share_repr()
     from kilo_etcd.agent.main import main as kg
 
     kg()
+
+
+def _unused() -> Iterator[tuple[str, tuple[str, ...]]]:
+    from google.protobuf.internal import api_implementation
+
+    yield from _EMPTY.items()
+    if api_implementation.Type() == "upb":  # the one in C
+        yield "google.protobuf.internal.python_message", ()
