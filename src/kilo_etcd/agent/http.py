@@ -35,6 +35,7 @@ SHORT_PAUSE = 0.2
 """Seconds until the next connection is taken while descriptors are short."""
 _LISTEN_QUEUE = 128
 _IP_FREEBIND = 15
+"""Which neither Python nor pyroute2 has (linux/in.h)."""
 
 
 @frozen

@@ -65,6 +65,7 @@ MOST_SECRETS = 16384
 public keys can name each node once. One and its key have 200 bytes."""
 
 _IP_PKTINFO, _IPV6_RECVPKTINFO, _IPV6_PKTINFO = 8, 49, 50
+"""Options of sockets, which neither Python nor pyroute2 has (linux/in.h, linux/in6.h)."""
 _AT_ONCE = 64
 """Datagrams that are taken from a socket before other tasks have their turn: a batch of local queries has as many
 answers."""
@@ -157,7 +158,8 @@ class UdpPost:
 
 
 def _sent_to(told: list[tuple[int, int, bytes]]) -> bytes | None:
-    """The address in a datagram's header as it came, packed. ip(7), ipv6(7)."""
+    """The address in a datagram's header as it came, packed: of struct in_pktinfo the third field, of in6_pktinfo the
+    first, ip(7), ipv6(7)."""
     for level, kind, info in told:
         if level == socket.IPPROTO_IP and kind == _IP_PKTINFO:
             return struct.unpack("=i4s4s", info[:12])[2]  # type: ignore[no-any-return]

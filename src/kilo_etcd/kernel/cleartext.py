@@ -31,6 +31,7 @@ from kilo_etcd.topology.hostplan import Encryption, Exemption, HostPlan
 COUNTERS = ("clear_refused", "outgoing", "spoofed")
 _FILTER, _NAT, _SIZES = "encrypted", "outgoing", "sizes"
 _SYN, _RST, _ACK = 0x02, 0x04, 0x10
+"""Flags of TCP (RFC 9293)."""
 _FAMILY = {4: "ip", 6: "ip6"}
 _ERRORS = {4: ((3, 3), (11, 12)), 6: ((1, 4), (130, 136), (143, 143))}
 """Types of ICMP from and to: errors; in IPv6 also listener discovery, router and neighbour discovery, but no redirects

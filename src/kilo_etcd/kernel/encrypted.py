@@ -36,6 +36,7 @@ from kilo_etcd.topology.segments import changes as changed_keys
 
 _TABLES, _PRIORITIES = 108_000_000, 10_600
 _TCP, _UDP = 6, 17
+"""IANA's numbers of protocols."""
 
 
 def table_of(interface: str) -> int:

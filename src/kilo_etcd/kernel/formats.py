@@ -160,11 +160,13 @@ class nft_obj_msg(nfgen_msg):  # type: ignore[misc, valid-type]
 
 
 NFT_OBJECT_COUNTER = 1
+"""The type of an object that counts (linux/netfilter/nf_tables.h)."""
 NFTNL_UDATA_RULE_COMMENT = 0
 """A comment within the userdata of a rule (libnftnl/udata.h)."""
 NF_CT_STATE_NEW = 8
 """The bit of new packets, in nftables' ct state and in xtables' conntrack alike (nf_conntrack_common.h)."""
 XT_CONNTRACK_REVISION = 3
+"""The newest form of the match (net/netfilter/xt_conntrack.c)."""
 XT_CONNTRACK3 = Struct("=148xHHH")
 """match_flags, invert_flags and state_mask in struct xt_conntrack_mtinfo3 (linux/netfilter/xt_conntrack.h)."""
 XT_CONNTRACK_STATE = 1
