@@ -18,7 +18,8 @@ class KeyIndex:
     record cannot take another's key away. `View` decides between a node and a peer (decision 0024)."""
 
     def __init__(self) -> None:
-        self._owners: dict[str, set[Owner]] = {}
+        self._owners: dict[str, tuple[Owner, ...]] = {}
+        """In tuples: nearly all have one, and a set has four times the size."""
         self._key_of: dict[Owner, str] = {}
         self._since: dict[Owner, int] = {}
 
@@ -30,15 +31,17 @@ class KeyIndex:
             return set()
         concerned: set[Owner] = set()
         if old is not None:
-            rest = self._owners[old]
-            rest.discard(owner)
-            concerned |= rest
-            if not rest:
+            rest = tuple(other for other in self._owners[old] if other != owner)
+            concerned.update(rest)
+            if rest:
+                self._owners[old] = rest
+            else:
                 del self._owners[old]
             del self._key_of[owner], self._since[owner]
         if key is not None:
-            concerned |= self._owners.setdefault(key, set())
-            self._owners[key].add(owner)
+            others = self._owners.get(key, ())
+            concerned.update(others)
+            self._owners[key] = (*others, owner)
             self._key_of[owner], self._since[owner] = key, since
         return concerned
 
