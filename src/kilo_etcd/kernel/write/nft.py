@@ -35,10 +35,12 @@ def end() -> Message:
     return _delimiter(formats.NFNL_MSG_BATCH_END)
 
 
+@cache
 def _delimiter(kind: int) -> Message:
     return Message(kind, 0, encode(nfgen_msg, (0, 0, _SUBSYSTEM), ()))
 
 
+@cache
 def get_generation() -> Message:
     """Asks for the number that changes with every change of nftables."""
     return Message(_type(nft.NFT_MSG_GETGEN), 0, encode(nft.nft_gen_msg, _FIXED, ()))
@@ -64,6 +66,7 @@ def get_elements(table: str, name: str, family: int = nft.NFPROTO_INET) -> Messa
     return _message(nft.NFT_MSG_GETSETELEM, nft.nft_set_elem_list_msg, *_of_set(table, name), family=family)
 
 
+@cache
 def get_all_chains() -> Message:
     """Of all tables of all families."""
     return _message(nft.NFT_MSG_GETCHAIN, nft.nft_chain_msg, family=socket.AF_UNSPEC)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+from functools import cache, lru_cache
 
 from kilo_etcd.kernel import formats
 from kilo_etcd.kernel.codec import Writer, encode
@@ -49,14 +50,17 @@ _rule = Writer(
 )  # fmt: skip
 
 
+@lru_cache(16)  # As those that are cached below: the same question is asked again and again.
 def get_link(name: str) -> Message:
     return _link(rtnl.RTM_GETLINK, 0, ("IFLA_IFNAME", name))
 
 
+@cache
 def get_neighbours(version: int) -> Message:
     return Message(rtnl.RTM_GETNEIGH, 0, encode(ndmsg, (_FAMILY[version], 0, 0, 0, 0), ()))
 
 
+@cache
 def get_links() -> Message:
     return _link(rtnl.RTM_GETLINK, 0)
 
