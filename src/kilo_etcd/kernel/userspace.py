@@ -84,8 +84,11 @@ def _encode_peer(change: SetPeer) -> Iterable[str]:
 def steady(answer: str) -> int:
     """A number that stays the same as long as nothing changes in an answer but what the device has seen. OSError if it
     says an errno."""
-    told = (line for line in answer.split("\n") if line and not line.startswith(_UNSTEADY))
-    lines = [_ENDPOINT if line.startswith(_ENDPOINT) else line for line in told]
+    lines = [
+        _ENDPOINT if line.startswith(_ENDPOINT) else line
+        for line in answer.split("\n")
+        if line and not line.startswith(_UNSTEADY)
+    ]
     if lines.pop() != "errno=0":
         decode(answer)
     # wireguard-go keeps its peers in a map, which has another order each time.
