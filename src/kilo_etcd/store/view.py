@@ -588,7 +588,13 @@ class View:
     def _take_internal_ips(self, value: bytes | None) -> Sequence[str]:
         if value is None:
             return [] if self.internal_ips is None else [f"the value is missing; {self.internal_ips} stays in force"]
-        self.internal_ips = decode_internal_ips(value)
+        try:
+            self.internal_ips = decode_internal_ips(value)
+        except RecordError as error:
+            in_force = self.internal_ips or InternalIPs.OFF
+            raise RecordError(
+                f"{error} (kgctl mesh set internal-ips {in_force}); {in_force} stays in force until then"
+            ) from None
         return ()
 
     def _set_subnets(self, subnets: tuple[IPNetwork, ...]) -> None:
