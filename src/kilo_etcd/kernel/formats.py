@@ -118,6 +118,7 @@ LOOPBACK_IFINDEX = 1
 RT_TABLE_MAIN = 254
 """The table of routes that is asked if no rule says otherwise (linux/rtnetlink.h)."""
 RTM_F_CLONED = 0x200
+RTM_F_LOOKUP_TABLE = 0x1000
 """A cached copy of a route (linux/rtnetlink.h)."""
 FIB_RULE_INVERT = 0x2
 """The rule takes what it does not match (linux/fib_rules.h)."""
