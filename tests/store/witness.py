@@ -28,6 +28,7 @@ from kilo_etcd.store.records import (
     Role,
     SightingRecord,
     StatusRecord,
+    TakenRoute,
     Tunnel,
     Unreachable,
     VerdictRecord,
@@ -200,6 +201,12 @@ def truth(value: object) -> bool:
     return value
 
 
+def taken_route(value: object) -> TakenRoute:
+    if not isinstance(value, list) or len(value) < 4:
+        raise ValueError
+    return TakenRoute(string(value[0]), string(value[1]), string(value[2]), truth(value[3]))
+
+
 def tunnel(value: object) -> Tunnel:
     if not isinstance(value, list) or len(value) < 5:
         raise ValueError(f"{short(value)} is no tunnel: a list of publicKey, handshake, received, sent, endpoint")
@@ -266,6 +273,7 @@ READERS: dict[type, dict[str, Callable[[object], Any]]] = {
         "reached": items(string),
         "unreached": items(string),
         "smallOnly": items(string),
+        "routes": items(taken_route),
         "undecided": items(string),
     },
     SightingRecord: {"publicKey": key, "endpoint": address_endpoint},
