@@ -435,6 +435,24 @@ async def test_a_host_that_ends_leaves_the_keys_of_the_host_that_has_its_name_by
         assert set(etcd.keys()) == {NODE, *theirs}
 
 
+async def test_a_host_that_ends_deletes_thousands_of_forged_keys_in_a_few_writes() -> None:
+    """It has two seconds for that, and its lease ends after it."""
+    etcd = FakeEtcd(delay=0.05)
+    async with member(etcd) as it:
+        forged = {KEYS.election(f"x{number}", "a") for number in range(2000)}
+        for key in forged:
+            etcd.put(key, '{"rank":0}')
+        for _ in range(3):
+            etcd.put(STATUS, "{}")
+            await eventually(lambda: etcd.get(STATUS) != b"{}", 60)
+        etcd.put(STATUS, "{}")
+        await eventually(lambda: STATUS in it._held.changed)
+        await it._held.find([etcd.data[key.encode()] for key in forged], etcd.revision)
+        with trio.fail_after(2):
+            await it.resign()
+        assert etcd.keys() == [NODE]
+
+
 async def test_own_writes_are_not_taken_for_those_of_another() -> None:
     """Answers that are lost, events that come twice or late, a restart with another lease, and a restored etcd."""
     etcd = FakeEtcd(delay=0.05)

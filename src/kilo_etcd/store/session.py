@@ -663,14 +663,17 @@ class Session:
     async def _delete_own(self, changed: Sequence[str]) -> None:
         """Delete keys of this host that another writer has changed: they may be under no lease, or another, and would
         outlive the host. If the name is another host's by now, they are that one's; so is a status with its key."""
-        node_kv = await self._client.get(self._node_key)
+        node_kv, status_kv, _ = await self._look()
         if node_kv is not None and public_key_of(node_kv) not in (None, self._public_key):
             return
-        record_unchanged = unchanged(node_kv) if node_kv is not None else absent(self._node_key)
-        for key in changed:
-            kv = await self._client.get(key)
-            if kv is not None and not (key == self._status_key and self._is_anothers(kv)):
-                await self._client.txn([record_unchanged, unchanged(kv)], [Delete(key)])
+        compare = [unchanged(kv) if kv else absent(key) for kv, key in self._both(node_kv, status_kv)]
+        keys = [key for key in changed if key != self._status_key]
+        if len(keys) < len(changed) and status_kv is not None and not self._is_anothers(status_kv):
+            keys.append(self._status_key)  # The last, since all writes compare it.
+        for first in range(0, len(keys), MOST_AT_ONCE):
+            done = await self._client.txn(compare, [Delete(key) for key in keys[first : first + MOST_AT_ONCE]])
+            if not done.succeeded:
+                return  # Another host has taken the name.
 
     def _is_anothers(self, status_kv: KeyValue) -> bool:
         """Whether another host of this name lives: nobody keeps a status that is under no lease."""
