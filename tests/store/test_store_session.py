@@ -385,6 +385,19 @@ async def test_a_contested_status_is_told_from_other_keys() -> None:
         assert about_status_key(it.contested)
 
 
+async def test_a_contested_candidacy_is_no_status_whatever_its_location_is_called() -> None:
+    etcd = FakeEtcd()
+    async with member(etcd) as it:
+        assert await it.enter("eu-status", CandidateClass.REST)
+        key = KEYS.election("eu-status", "a")
+        for _ in range(4):
+            etcd.put(key, "{}")
+            await eventually(lambda: etcd.get(key) != b"{}", 60)
+        assert it.contested is not None
+        assert it.contested.startswith(key)
+        assert not about_status_key(it.contested)
+
+
 async def test_news_is_written_although_a_key_waits_to_be_restored() -> None:
     etcd = FakeEtcd()
     async with member(etcd) as it:
