@@ -277,6 +277,19 @@ def test_one_internal_ip_of_two_hosts_of_a_location_is_named() -> None:
     assert told("b", same) == told("a", "192.168.97.99/24") == [], "another site may have the same network"
 
 
+def test_whoever_has_the_internal_ip_of_another_host_is_told_so_and_the_one_that_is_silent_is_to_go() -> None:
+    """As of a host that was installed anew under another name."""
+    other = evolve(WORLD.nodes["a2"], internal_ips=WORLD.nodes["a1"].internal_ips)
+    world = evolve(WORLD, nodes={**WORLD.nodes, "a2": other})
+    for name in ("a1", "a2"):
+        ((_, text),) = remarks_on(report(world, ALL_WELL, newest=40, about={name, "b1"}), {name, "b1"})
+        assert text.startswith("a1, a2: they have the same internal IP")
+        assert "node forget" not in text
+    silent = {name: one for name, one in ALL_WELL.items() if name != "a1"}
+    (remark,) = report(world, silent, newest=40).problems
+    assert "if a1 is gone for good, kgctl node forget a1; else give a1 another one" in remark.text
+
+
 def test_junk_in_a_node_s_name_has_no_place_in_the_mesh() -> None:
     found = report(WORLD, ALL_WELL | {"a1": status("a1")}, newest=40, registered=frozenset({*WORLD.nodes, "junk"}))
     assert [(one.subject, one.text) for one in _agents(found)] == [
@@ -502,5 +515,8 @@ def test_answers_without_a_key_are_one_line_for_a_location() -> None:
         "something answers at the internal IPs of a1, a2, a3, but not with their keys, in 6 cases (a1 asks a2, a1 asks "
         "a3, a2 asks a1 and 3 more): a firewall drops UDP 1107"
     )
+    nodes = {name: evolve(node, location="eu, west") for name, node in WORLD.nodes.items()}
+    found = report(evolve(WORLD, nodes=nodes), told, newest=40).disagreements
+    assert "location eu, west" in {remark.subject for remark in found}
     found = report(WORLD, told, newest=40, about={"a1", "a2"})
     assert [text.count("kgctl location set") for _, text in remarks_on(found, {"a1"})] == [1, 1], "of a host each"

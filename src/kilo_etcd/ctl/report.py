@@ -224,7 +224,7 @@ def report(
                 Remark(subject=problem.subject, text=problem.text, about=problem.about)
                 for problem in (*topology.problems, *private_leaders(topology))
             ),
-            *_same_internal_ips(snapshot),
+            *_same_internal_ips(snapshot, statuses, each=about is not None),
         ),
         notes=(*_odd_locations(snapshot), *_flags(names, statuses)),
         unrouted=tuple(unrouted_remarks(topology)) if about is None else (),
@@ -246,22 +246,28 @@ def _odd_locations(snapshot: Snapshot) -> Iterator[Remark]:
             )
 
 
-def _same_internal_ips(snapshot: Snapshot) -> Iterator[Remark]:
-    """On hosts of one location that have one internal IP: at most one of them is reached there."""
+def _same_internal_ips(snapshot: Snapshot, statuses: Mapping[str, StatusRecord], *, each: bool) -> Iterator[Remark]:
+    """On hosts of one location that have one internal IP: at most one of them is reached there. One remark for all of
+    them; with `each` one for each host."""
     having: dict[tuple[str, IPAddress], list[str]] = {}
     for name, node in sorted(snapshot.nodes.items()):
-        for one in node.internal_ips:
-            having.setdefault((node.location, one.ip), []).append(name)
+        for ip in node.internal_ips:
+            having.setdefault((node.location, ip.ip), []).append(name)
     for (location, address), names in having.items():
-        if len(names) > 1:
-            yield Remark(
-                subject=_first_of(names, MOST_SUBJECTS),
-                text=f"they have the same internal IP {address} at {called_location(location)}, so at most one of them "
-                f"is reached there: give {names[-1]} another one (--internal-cidr, or kgctl annotate {names[-1]} "
-                f"force-internal-ip=ADDRESS); if they share no network, label them apart (kgctl location set "
-                f"{names[-1]} NAME)",
-                about=names[-1],
-            )
+        if len(names) == 1:
+            continue
+        silent = [name for name in names if name not in statuses]
+        one = (silent or names)[-1]
+        gone = f"if {one} is gone for good, kgctl node forget {one}; else " if silent else ""
+        text = (
+            f"they have the same internal IP {address} at {called_location(location)}, so at most one of them is "
+            f"reached there: {gone}give {one} another one (--internal-cidr, or kgctl annotate {one} "
+            f"force-internal-ip=ADDRESS); if they share no network, label them apart (kgctl location set {one} NAME)"
+        )
+        if each:
+            yield from (Remark(subject=name, text=f"{_first_of(names, MOST_SUBJECTS)}: {text}") for name in names)
+        else:
+            yield Remark(subject=_first_of(names, MOST_SUBJECTS), text=text, about=one)
 
 
 def _flags(names: Iterable[str], statuses: Mapping[str, StatusRecord]) -> tuple[Remark, ...]:
@@ -457,7 +463,7 @@ def _unsigned(
         answering = sorted({other for _, other in found})
         first = _first_of([f"{name} asks {other}" for name, other in found], MOST_SUBJECTS)
         yield Remark(
-            subject=called_location(location).partition(",")[0],
+            subject=f"location {location}" if location else "the default location",
             text=f"something answers at the internal IPs of {_first_of(answering, MOST_SUBJECTS)}, but not with their "
             f"keys, in {len(found)} cases ({first}): a firewall drops UDP 1107 between these hosts, or these are other "
             "hosts' networks; if so, label them apart (kgctl location set NODE NAME)",
