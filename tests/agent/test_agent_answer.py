@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from ipaddress import ip_address, ip_interface, ip_network
+from typing import Any
 
 import pytest
 import trio
@@ -13,14 +14,14 @@ from helpers import eventually
 from kilo_etcd.agent import answer, privatekey
 from kilo_etcd.agent.answer import MOST_TRIED, Answerer, Programmed
 from kilo_etcd.agent.logs import Once, get_logger, setup_logging
-from kilo_etcd.etcd import PermissionDenied
+from kilo_etcd.etcd import PermissionDenied, Unavailable
 from kilo_etcd.kernel.chains import Obstacle
 from kilo_etcd.kernel.state import Route, Setup
 from kilo_etcd.model import Endpoint, IPAddress, Node, Snapshot
 from kilo_etcd.store.inquiry import LEASE_SECONDS, ask
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import AnswerRecord, QuestionRecord, RecordError, TakenRoute, Tunnel, decode_answer, encode
-from kilo_etcd.testing.fake_etcd import FakeEtcd
+from kilo_etcd.testing.fake_etcd import FakeClient, FakeEtcd
 from kilo_etcd.testing.fake_kernel import FakeHost, FakeKernel
 from kilo_etcd.topology import Topology, build_topology
 from kilo_etcd.topology.hostplan import Encryption, HostPlan, PeerPlan, RoutePlan, Via
@@ -58,9 +59,11 @@ class World:
         setup_logging("info", stream=self.log)
         monkeypatch.setattr(answer, "speak", self.knocked.extend)
 
-    def answerer(self, plan: HostPlan | None = PLAN, topology: Topology | None = None) -> Answerer:
+    def answerer(
+        self, plan: HostPlan | None = PLAN, topology: Topology | None = None, client: FakeClient | None = None
+    ) -> Answerer:
         return Answerer(
-            self.etcd.client("h1"),
+            client or self.etcd.client("h1"),
             KEYS,
             "h1",
             self.kernel,
@@ -118,6 +121,27 @@ async def test_requests_whose_askers_have_gone_keep_nobody_waiting(world: World)
             await desk.put(KEYS.question(lease), encode(QuestionRecord()), lease=lease)
             await desk.revoke_lease(lease)
         assert set(await ask(desk, KEYS, ["h1"], patience=5)) == {"h1"}
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_request_that_etcd_could_not_be_asked_about_is_skipped_and_the_next_one_answered(world: World) -> None:
+    class Failing(FakeClient):
+        async def get(self, *arguments: Any, **options: Any) -> Any:
+            if not failed:
+                failed.append(True)
+                raise Unavailable("no leader")
+            return await super().get(*arguments, **options)
+
+    failed: list[bool] = []
+    desk = world.etcd.client("desk")
+    answerer = world.answerer(client=Failing(world.etcd, "h1"))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(answerer.run)
+        await trio.testing.wait_all_tasks_blocked()
+        lease = (await desk.grant_lease(15)).id
+        await desk.put(KEYS.question(lease), encode(QuestionRecord()), lease=lease)
+        assert set(await ask(desk, KEYS, ["h1"], patience=3)) == {"h1"}
+        assert failed
         nursery.cancel_scope.cancel()
 
 

@@ -104,10 +104,10 @@ async def _attend(
         return
     if question.nodes and name not in question.nodes:
         return
-    if await client.get(event.kv.key) is None:
-        return  # Its lease has ended while others were answered, of which there may be very many.
-    answer = encode(await reply(question))
     try:
+        if await client.get(event.kv.key) is None:
+            return  # Its lease has ended while others were answered, of which there may be very many.
+        answer = encode(await reply(question))
         await client.put(keys.answer(event.kv.lease, name), answer, lease=event.kv.lease)
     except (LeaseNotFound, Unavailable):
         return  # Who asked waits no longer, or cannot be told; the next may be.
