@@ -163,7 +163,10 @@ def _sentence(change: Change, error: OSError) -> str:
         listed = f"{', '.join(modules[:-1])} and {modules[-1]}"
         return f"this kernel lacks nftables or a part of it, so {found}: load the modules {listed}"
     if isinstance(change, CreateLink) and change.kind == "ipip" and code in (errno.EOPNOTSUPP, errno.ENODEV):
-        return "this kernel has no IPIP (module ipip): load it, or use --encapsulate never or --encapsulate wireguard"
+        return (
+            "this kernel has no IPIP (module ipip): load it, or use --encapsulate wireguard on this host, or "
+            "--encapsulate never on all hosts of the location"
+        )
     if isinstance(change, CreateLink) and change.kind == "ipip" and code == errno.EEXIST:
         return f"another IPIP device uses the local address {change.local or 'any'} already: remove it, then {change}"
     if isinstance(change, AddRoute | ReplaceRoute):
