@@ -84,9 +84,9 @@ class FakeHost:
         self.resolves: Callable[[IPAddress], bool] = lambda address: False
         """Whether an address answers on a link of the host (ARP, ND)."""
         self.no_pings: str | None = None
+        """Why the host may not ping."""
         self.largest = float("inf")
         """Bytes of the largest echo request that is answered."""
-        """Why the host may not ping."""
         self.clock: Callable[[], float] = trio.current_time
         """The host's own clock, which may be wrong and may jump; handshakes are dated by it."""
         self.shakes: Callable[[str], bool] = lambda public_key: False
