@@ -331,7 +331,7 @@ async def test_a_leader_that_cannot_hand_over_says_so(world: World) -> None:
         world.etcd.put("/kilo/nodes/h2", encode(other))
         await eventually(lambda: world.etcd.keys("/kilo/elections/") != [], 10, every=0.1)
         world.etcd.put_kept("/kilo/elections/@default/h2", encode(CandidateRecord(rank=CandidateClass.REST, since="")))
-        world.etcd.put("/kilo-status/h2", encode(StatusRecord(public_key=other.public_key, revision=1)))
+        world.etcd.put_kept("/kilo-status/h2", encode(StatusRecord(public_key=other.public_key, revision=1)))
         await trio.sleep(1)
         assert world.daemon.topology is not None
         assert world.daemon.topology.segment_of("h1").next_in_line is not None, world.daemon.snapshot

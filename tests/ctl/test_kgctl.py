@@ -133,7 +133,7 @@ async def small_world(client: Client) -> None:
         leader="node-1",
         errors=("the name vpn.example.org does not resolve",),
     )
-    await client.put(Keys().status("node-1"), encode(told))
+    await put_kept(client, Keys().status("node-1"), encode(told))
 
 
 def test_an_empty_mesh_says_so(fake: FakeEtcd) -> None:
@@ -154,10 +154,18 @@ def test_status_json_of_a_small_world(fake: FakeEtcd) -> None:
     assert [remark["subject"] for remark in data["disagreements"]] == ["node-1"]
 
 
+def test_a_status_under_no_lease_makes_no_agent_alive(fake: FakeEtcd) -> None:
+    trio.run(small_world, fake.client())
+    fake.put(Keys().status("node-2"), encode(StatusRecord(public_key=KEY["node-2"])))
+    rows = {row["name"]: row["alive"] for row in json.loads(run("status", "-o", "json").output)["nodes"]}
+    assert (rows["node-1"], rows["node-2"]) == (True, False)
+    assert "its agent does not report" in run("node", "show", "node-2").output
+
+
 def test_an_agent_is_behind_only_for_the_mesh_s_own_records(fake: FakeEtcd) -> None:
     trio.run(small_world, fake.client())
     fake.put("/somebody/else", "x")
-    fake.put(Keys().status("node-2"), encode(StatusRecord(public_key=KEY["node-2"])))
+    fake.put_kept(Keys().status("node-2"), encode(StatusRecord(public_key=KEY["node-2"])))
     assert [n["behind"] for n in json.loads(run("status", "-o", "json").output)["nodes"]][1] == 0
     fake.put("/kilo/locations/node-3", "gcp")
     behind = [n["behind"] for n in json.loads(run("status", "-o", "json").output)["nodes"]][1]

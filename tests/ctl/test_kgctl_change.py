@@ -50,7 +50,7 @@ async def alive(client: Client, name: str, revision: int) -> None:
     status = StatusRecord(
         public_key=key_of(number), revision=revision, role=Role.LEADER, location=location, leader="gcp-1"
     )  # fmt: skip
-    await client.put(KEYS.status(name), encode(status))
+    await put_kept(client, KEYS.status(name), encode(status))
 
 
 @pytest.fixture

@@ -71,7 +71,7 @@ def reports(etcd: FakeEtcd, name: str, *unreachable: tuple[object, ...], errors:
         unreachable=tuple(Unreachable(*one) for one in unreachable),  # type: ignore[arg-type]
         errors=errors,
     )
-    etcd.put(Keys().status(name), encode(status))
+    etcd.put_kept(Keys().status(name), encode(status))
 
 
 @pytest.fixture
@@ -215,7 +215,7 @@ def test_where_nothing_is_known_of_a_host_on_the_way_nothing_is_promised(etcd: F
     etcd.delete(Keys().status("home-1"))
     assert headline("gcp-2", "10.4.0.5") == (1, THERE + "may not arrive: the agent of home-1 does not report")
     status = StatusRecord(public_key=f"{'D' + 'A' * 42}=", revision=10**6, location="home", leader="home-2")
-    etcd.put(Keys().status("home-1"), encode(status))
+    etcd.put_kept(Keys().status("home-1"), encode(status))
     says = "may not arrive: home-1 does not follow etcd: it takes home-2 for its leader, where etcd says home-1"
     assert headline("gcp-2", "10.4.0.5") == (1, THERE + says)
 

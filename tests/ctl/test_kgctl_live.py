@@ -14,6 +14,7 @@ from attrs import evolve
 from click.testing import CliRunner, Result
 from test_kgctl_explain import world
 
+from helpers import put_kept
 from kilo_etcd.ctl import draw, live
 from kilo_etcd.ctl.live import ago, amount
 from kilo_etcd.ctl.main import main
@@ -58,7 +59,7 @@ class Mesh:
                 location=node.location,
                 leader=leader,
             )
-            await client.put(KEYS.status(name), encode(status))
+            await put_kept(client, KEYS.status(name), encode(status))
         return snapshot
 
     def key(self, name: str) -> str:

@@ -33,7 +33,7 @@ from kilo_etcd.testing.fake_etcd import FakeEtcd
 
 fake = FakeEtcd()
 for key, value in {world!r}.items():
-    fake.put(key, value)
+    fake.put_kept(key, value)
 
 @asynccontextmanager
 async def opened(config):

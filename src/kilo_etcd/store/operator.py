@@ -47,11 +47,12 @@ async def snapshot(client: Client, keys: Keys) -> tuple[Snapshot, View]:
 
 
 async def statuses(client: Client, keys: Keys) -> Mapping[str, StatusRecord]:
-    """What the living agents report, by node. One that cannot be read is left out."""
+    """What the living agents report, by node. One that cannot be read is left out, and one under no lease: it would
+    stand for ever, whether its agent lives or not, which restores it if it does."""
     found = {}
     for kv in (await client.get_prefix(keys.status_root)).kvs:
         parsed = keys.parse(kv.key)
-        if isinstance(parsed, StatusKey):
+        if isinstance(parsed, StatusKey) and kv.lease:
             try:
                 found[parsed.node] = decode_status(kv.value)
             except RecordError:
