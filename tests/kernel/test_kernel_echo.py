@@ -93,6 +93,14 @@ async def test_a_request_is_as_large_as_it_is_to_be() -> None:
         assert await echo.ping([HERE, SIX], times=2, patience=0.3, size=1401) == {}
 
 
+async def test_many_large_answers_are_all_taken() -> None:
+    """As large as a tunnel's MTU where the network has jumbo frames."""
+    allow()
+    many = {ip_address(f"127.0.1.{number}") for number in range(1, 129)}
+    with trio.fail_after(20):
+        assert set(await echo.ping(many, times=4, patience=0.6, size=8921)) == many
+
+
 async def test_calls_do_not_take_each_others_answers() -> None:
     allow()
     found: list[set[object]] = []

@@ -31,6 +31,10 @@ _KINDS = {
 }
 """Family -> socket family, protocol, type of a request, type of its reply (RFC 792, RFC 4443)."""
 
+BURST, BURST_SECONDS = 64 * 1024, 0.005
+"""Bytes of large requests that are sent at once, and the pause after them: a socket's buffer has no room for more
+answers."""
+
 _HEADERS = {4: 20, 6: 40}
 """Bytes of an IP header."""
 
@@ -95,7 +99,14 @@ async def ping(
             for start in sockets:
                 nursery.start_soon(listen, start)
             for turn in range(times):
+                burst = 0
                 for address in list(waiting):
+                    burst += size
+                    if burst > BURST:
+                        await trio.sleep(BURST_SECONDS)
+                        burst = size
+                    if address not in waiting:
+                        continue
                     number, start = len(sent) & 0xFFFF, starts[address]
                     sent[start, number] = (address, trio.current_time())
                     _request(sockets[start], address, number, token, size)
