@@ -25,7 +25,7 @@ from statistics import median
 
 import trio
 
-from _fill import records
+from _fill import LEASE_SECONDS, records
 from _table import console, runs, spread, table
 from kilo_etcd.etcd import open_client
 from kilo_etcd.store import operator
@@ -78,7 +78,8 @@ async def fill(server: EtcdServer) -> None:
     async with open_client(server.config()) as client:
         await client.put("/kilo/mesh/subnets", "10.4.0.0/16")
         await client.put("/kilo/mesh/granularity", "location")
-        hosts = records(NODES, "172.24.0.0/16")
+        lease = (await client.grant_lease(LEASE_SECONDS)).id
+        hosts = records(NODES, "172.24.0.0/16", lease)
         for start in range(0, len(hosts), 25):
             await client.txn([], [put for puts in hosts[start : start + 25] for put in puts])
         for number in range(1, PEERS + 1):
@@ -96,7 +97,7 @@ async def fill(server: EtcdServer) -> None:
                 location=node.location,
                 leader=leader,
             )
-            await client.put(keys.status(name), encode(status))
+            await client.put(keys.status(name), encode(status), lease=lease)
 
 
 def cpu_seconds() -> float:
