@@ -32,6 +32,7 @@ from kilo_etcd.model import (
     DEFAULT_PORT,
     CandidateClass,
     Encapsulate,
+    EncryptionStage,
     Endpoint,
     Granularity,
     InternalIPs,
@@ -85,6 +86,10 @@ class NodeRecord:
     internal_ips: tuple[IPInterface, ...] = ()
     underlay: tuple[IPNetwork, ...] | None = None
     """See `model.Node.underlay`. None and empty are not the same."""
+    encryption: EncryptionStage | None = None
+    """See `model.Node.encryption`."""
+    accepts_since: int | None = None
+    """See `model.Node.accepts_since`."""
     subnets: tuple[IPNetwork, ...] = ()
     location: str = DEFAULT_LOCATION
     """The node's own default; a label at `/kilo/locations/<node>` wins."""
@@ -515,6 +520,8 @@ _READERS: dict[type, dict[str, Callable[[object], Any]]] = {
         "more_endpoints": _items(_address_endpoint),
         "internal_ips": lambda value: one_per_family(_items(parse_interface)(value)),
         "underlay": _networks,
+        "encryption": _or_none(_chosen(EncryptionStage)),
+        "accepts_since": _or_none(_whole),
         "subnets": _networks,
         "location": _label,
         "port": _port,

@@ -555,3 +555,11 @@ def _internal_changes(
             left.update(network for network in old.internal if id(network) not in there)
             new[key] = {network for network in now.internal if id(network) not in here}
     return left, new
+
+
+def called_at(own: Node, other: Node) -> IPAddress | None:
+    """The address at which leader `own` calls the WireGuard of leader `other`, if `other` states it: not where that is
+    seen through a NAT."""
+    near = other.location == own.location and same_site(own, other)
+    endpoint, seen = _endpoint(own, other, near)
+    return None if endpoint is None or seen is not None else endpoint.address
