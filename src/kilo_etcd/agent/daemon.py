@@ -27,7 +27,7 @@ from kilo_etcd.agent.candidacy import Candidacy
 from kilo_etcd.agent.config import AgentConfig, too_small_for
 from kilo_etcd.agent.counted import counted
 from kilo_etcd.agent.dnshosts import DnsHosts, WriteNames
-from kilo_etcd.agent.encrypting import Encrypting, concerns
+from kilo_etcd.agent.encrypting import Encrypting
 from kilo_etcd.agent.hearing import Hearing
 from kilo_etcd.agent.hearsay import Hearsay, followed
 from kilo_etcd.agent.lastknown import Disk, Keeper
@@ -699,7 +699,7 @@ class Daemon:
         )
         guarded = guard(resolved, self.protected(), self.guarded, offered_by=self.topology.settlement.offered_by)
         plan = await self._within_reach(self._at_the_internet(guarded, self.topology), self.topology)
-        if concerns(self.topology, self.name):
+        if self._encrypting.concerns(self.topology):
             await self._encrypting.prepare(self.topology, etcd_away=self.remembered is not None)
             plan = self._encrypting.encrypt(plan, self.topology, self.whereabouts.sources, self.resolver.table)
         standby = decide.is_standby(decide.role_of(self.topology, self.name), plan)

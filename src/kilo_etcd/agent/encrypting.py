@@ -145,6 +145,9 @@ class Encrypting:
         self._prepared = False
         self._topology: Topology | None = None
         self._wanted: Report | None = None
+        self._told: Report | None = None
+        self._left: Report | None = None
+        """The last report, and what the record said before, as long as the snapshot says nothing newer."""
         self._changed = trio.Event()
         self.living = Living()
 
@@ -165,15 +168,23 @@ class Encrypting:
             await self._ask_members()
             await self._ask_statuses(topology)
 
+    def concerns(self, topology: Topology) -> bool:
+        """Whether the setting is in force here, or the host on its way back from it."""
+        return self._told is not None or concerns(topology, self._name)
+
     def encrypt(self, plan: HostPlan, topology: Topology, sources: tuple[IPAddress, ...], table: Table) -> HostPlan:
         """The plan with what the setting asks for."""
         around = outside(self._config, self._members, sources, table)
-        return encrypt(plan, topology, outside=around, living=self.living)
+        return encrypt(plan, topology, outside=around, living=self.living, told=self._told)
 
     def follow(self, topology: Topology, plan: HostPlan, *, whole: bool) -> None:
         """The kernel holds `plan`; `whole`: all of it."""
-        said = report(topology, plan)
-        self._wanted = said if whole and said != Report.of(topology.snapshot.nodes[self._name]) else None
+        shown = Report.of(topology.snapshot.nodes[self._name])
+        if shown != self._left:
+            self._told = self._left = None
+        if self._told is None:
+            said = report(topology, plan)
+            self._wanted = said if whole and said != shown else None
         self._topology = topology
         changed, self._changed = self._changed, trio.Event()
         changed.set()
@@ -187,13 +198,13 @@ class Encrypting:
 
     async def _report(self) -> None:
         while True:
-            wanted, changed = self._wanted, self._changed
-            if wanted is not None and not await self._register(wanted):
-                await trio.sleep(RETRY_SECONDS)
+            wanted, topology, changed = self._wanted, self._topology, self._changed
+            if wanted is not None and topology is not None:
+                self._told, self._left, self._wanted = wanted, Report.of(topology.snapshot.nodes[self._name]), None
+                while not await self._register(wanted):  # noqa: ASYNC110 - etcd does not say when it is back
+                    await trio.sleep(RETRY_SECONDS)
                 continue
-            # What was reported comes back in a snapshot.
-            if self._wanted is wanted:
-                await changed.wait()
+            await changed.wait()
 
     async def _follow_statuses(self) -> None:
         pause = 0.0

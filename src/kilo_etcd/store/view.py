@@ -123,6 +123,7 @@ class View:
         self.granularity = granularity
         self.subnets = subnets
         self.internal_ips = internal_ips
+        self._internal_ips_since = 0
         # What each key says, by name.
         self._registered: dict[str, Registered] = {}
         self._labels: dict[str, str] = {}
@@ -260,6 +261,7 @@ class View:
             granularity=self.granularity or Granularity.LOCATION,
             subnets=self._subnets_in_force,
             internal_ips=self.internal_ips or InternalIPs.OFF,
+            internal_ips_since=self._internal_ips_since,
             nodes=self._nodes,
             peers=self._peers,
             candidates=self._candidates,
@@ -441,7 +443,7 @@ class View:
             case k.SubnetsKey():
                 return self._take_subnets(value)
             case k.InternalIPsKey():
-                return self._take_internal_ips(value)
+                return self._take_internal_ips(kv)
         return ()
 
     def _take_node(self, node: str, kv: KeyValue | None) -> Sequence[str]:
@@ -585,10 +587,11 @@ class View:
         self._judge_subnets()
         return ()
 
-    def _take_internal_ips(self, value: bytes | None) -> Sequence[str]:
-        if value is None:
+    def _take_internal_ips(self, kv: KeyValue | None) -> Sequence[str]:
+        if kv is None:
             return [] if self.internal_ips is None else [f"the value is missing; {self.internal_ips} stays in force"]
-        self.internal_ips = decode_internal_ips(value)
+        self.internal_ips = decode_internal_ips(kv.value)
+        self._internal_ips_since = kv.mod_revision
         return ()
 
     def _set_subnets(self, subnets: tuple[IPNetwork, ...]) -> None:

@@ -96,12 +96,23 @@ class Report:
         return cls(stage=node.encryption, accepts_since=node.accepts_since)
 
 
-def encrypt(plan: HostPlan, topology: Topology, *, outside: Outside, living: Living = NOBODY_ASKED) -> HostPlan:
+def encrypt(
+    plan: HostPlan,
+    topology: Topology,
+    *,
+    outside: Outside,
+    living: Living = NOBODY_ASKED,
+    told: Report | None = None,
+) -> HostPlan:
     """A host's `plan`, guarded already, with what the setting `encrypted` asks for at the host's stage; without any
-    of it, `plan` itself."""
+    of it, `plan` itself. `told`: what the host has reported, or tried to, and the snapshot does not show yet."""
     on = _in_force(topology)
     own = topology.snapshot.nodes[plan.node]
-    if not on and (own.encryption is None or _gone_back(topology, own, living)):
+    if told is not None and told.stage not in _ACCEPTING:
+        # Others may have seen already what it does not do any more, but not yet what it does from now on.
+        own = evolve(own, encryption=told.stage)
+    promised = told is not None and told.stage in _ACCEPTING
+    if not promised and not on and (own.encryption is None or _gone_back(topology, own, living)):
         return plan
     view = _View.of(topology, own.name)
     nodes: set[IPAddress] = set()
@@ -130,7 +141,11 @@ def encrypt(plan: HostPlan, topology: Topology, *, outside: Outside, living: Liv
                     hold.add(one.network)
                     text = f"nothing is sent to {one.address} of node {one.node.name} as long as all is encrypted: "
                     problems.append(Problem(subject=one.node.name, text=text + route))
-            if on and _refuses(own, one.node, own_leader, leader, living) and view.whole(one.address.version, here):
+            if (
+                on
+                and _refuses(own, one.node, own_leader, leader, living, topology)
+                and view.whole(one.address.version, here)
+            ):
                 refuse.add(one.address)
     peers = dict(plan.peers)
     for key, networks in allowed.items():
@@ -181,12 +196,13 @@ def waited_for(topology: Topology, name: str, living: Living) -> frozenset[str]:
     if own.encryption is not EncryptionStage.SENDS:
         return frozenset()
     own_leader = topology.segment_of(name).leader
-    return frozenset(
-        node.name
-        for node in others
-        if node.encryption is EncryptionStage.SENDS
-        and not living.knows_of(node.name, _since(own, own_leader, topology.segment_of(node.name).leader))
-    )
+    found: set[str] = set()
+    for node in others:
+        leader = topology.segment_of(node.name).leader
+        if node.encryption is leader.encryption is EncryptionStage.SENDS:
+            since = _since(own, own_leader, leader, topology)
+            found.update(one.name for one in (node, leader) if not living.knows_of(one.name, since))
+    return frozenset(found - {name})
 
 
 def _in_force(topology: Topology) -> bool:
@@ -213,15 +229,16 @@ def _sends(own: Node, node: Node, own_leader: Node, leader: Node, living: Living
     return node.encryption is EncryptionStage.SENDS and living.lives(node.name)
 
 
-def _since(own: Node, own_leader: Node, leader: Node) -> int:
+def _since(own: Node, own_leader: Node, leader: Node, topology: Topology) -> int:
     """The revision of a snapshot by which a node that `leader` stands before sends the host nothing in clear."""
-    return max(own.accepts_since, own_leader.accepts_since, leader.accepts_since)
+    return max(*(one.accepts_since for one in (own, own_leader, leader)), topology.snapshot.internal_ips_since)
 
 
-def _refuses(own: Node, node: Node, own_leader: Node, leader: Node, living: Living) -> bool:
+def _refuses(own: Node, node: Node, own_leader: Node, leader: Node, living: Living, topology: Topology) -> bool:
     """Whether `node` sends this host nothing in clear any more."""
     ready = all(one.encryption is EncryptionStage.SENDS for one in (own, node, own_leader, leader))
-    return ready and living.knows_of(node.name, _since(own, own_leader, leader))
+    since = _since(own, own_leader, leader, topology)
+    return ready and living.knows_of(node.name, since) and living.knows_of(leader.name, since)
 
 
 def _allowing(peer: PeerPlan, networks: Iterable[IPNetwork]) -> PeerPlan:
