@@ -10,9 +10,9 @@ import pytest
 from attrs import define, evolve, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from topology_worlds import node, snapshot
+from topology_worlds import node, pair, snapshot
 
-from kilo_etcd.model import EncryptionStage, Granularity, InternalIPs, IPNetwork, Node, Snapshot
+from kilo_etcd.model import EncryptionStage, Endpoint, Granularity, InternalIPs, IPNetwork, Node, Snapshot
 from kilo_etcd.topology import HostPlan, RoutePlan, Topology, Via, build_topology, host_plan
 from kilo_etcd.topology.encryption import Living, Outside, Report, encrypt, report, waited_for
 
@@ -66,6 +66,17 @@ def test_on_one_lan_all_goes_through_the_tunnels() -> None:
     }
     assert plan.encryption is not None
     assert list(map(str, plan.encryption.sources)) == ["10.1.0.1", "192.168.7.7"], "the internal IP first"
+
+
+def test_a_node_that_is_called_over_a_common_link_is_meant_by_all_its_addresses_there() -> None:
+    nodes = [
+        here(name, k, "", (f"10.1.0.{k}/24", f"fd00:1::{k}/64"), endpoint=f"10.1.0.{k}", mesh=pair(str(k)), **SENDS)
+        for k, name in enumerate("ab", 1)
+    ]
+    assert set(sent(planned(mesh(nodes), "a"))) == {"10.1.0.2", "fd00:1::2"}
+    # Called elsewhere, both are as near as a stranger's.
+    elsewhere = [evolve(one, endpoint=Endpoint.parse(f"203.0.113.{one.name == 'a':d}:51820")) for one in nodes]
+    assert sent(planned(mesh(elsewhere), "a")) == {}
 
 
 def test_stages_hold_back_what_is_not_agreed() -> None:

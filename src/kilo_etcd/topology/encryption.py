@@ -19,7 +19,7 @@ counts as having gone all of it. Nothing follows from the time.
 
 An address is sent through the tunnel if no other node has it, nobody else was granted it, and it is not taken for
 something near: one that the sender's segment reaches over its own links only if the two share those links on
-purpose (one label in a full mesh, or the sender's WireGuard calls the node at this very address). Decision 0033.
+purpose: one label in a full mesh, or the sender's WireGuard calls the node at an address on them. Decision 0033.
 """
 
 from __future__ import annotations
@@ -392,6 +392,9 @@ def _sent(here: _Place, there: _Place, links: Links) -> list[_Address]:
     location = there.segment.location
     if location == here.segment.location and location != DEFAULT_LOCATION:
         return list(there.addresses)
-    called = called_at(here.segment.leader, there.segment.leader)
-    alike = {one.network for one in near if not (one.node.name == there.segment.leader.name and one.address == called)}
+    leader = there.segment.leader
+    called = called_at(here.segment.leader, leader)
+    # Whose WireGuard is called at one address over a common link is meant by its other ones there too.
+    meant = leader.name if any(one.node is leader and one.address == called for one in near) else None
+    alike = {one.network for one in near if one.node.name != meant}
     return [one for one in there.addresses if one.network not in alike]
