@@ -16,7 +16,7 @@ from kilo_etcd.model import EncryptionStage, Endpoint, Granularity, InternalIPs,
 from kilo_etcd.topology import HostPlan, RoutePlan, Topology, Via, build_topology, host_plan
 from kilo_etcd.topology.encryption import Living, Outside, Report, encrypt, report, waited_for
 
-SENDS = {"encryption": EncryptionStage.SENDS, "accepts_since": 5}
+SENDS: dict[str, Any] = {"encryption": EncryptionStage.SENDS, "accepts_since": 5}
 ON, OFF = InternalIPs.ENCRYPTED, InternalIPs.OFF
 
 
@@ -82,7 +82,7 @@ def test_a_node_that_is_called_over_a_common_link_is_meant_by_all_its_addresses_
 def test_stages_hold_back_what_is_not_agreed() -> None:
     a, b, c = on_lan("a", "b", "c")
     assert sent(planned(mesh([a, b, c]), "a")) == {}
-    accepts = {"encryption": EncryptionStage.ACCEPTS}
+    accepts: dict[str, Any] = {"encryption": EncryptionStage.ACCEPTS}
     plan = planned(mesh([evolve(a, **accepts), evolve(b, **accepts), c]), "a")
     assert (set(sent(plan)), refused(plan)) == ({"10.1.0.2"}, set())
     assert plan.encryption is not None

@@ -701,7 +701,10 @@ class Daemon:
         plan = await self._within_reach(self._at_the_internet(guarded, self.topology), self.topology)
         if self._encrypting.concerns(self.topology):
             await self._encrypting.prepare(self.topology, etcd_away=self.remembered is not None)
-            plan = self._encrypting.encrypt(plan, self.topology, self.whereabouts.sources, self.resolver.table)
+            plan = self._encrypting.encrypt(
+                plan, self.topology, sources=self.whereabouts.sources, addresses=self.whereabouts.addresses,
+                table=self.resolver.table,
+            )  # fmt: skip
         standby = decide.is_standby(decide.role_of(self.topology, self.name), plan)
         before = self.kernel.writes
         try:

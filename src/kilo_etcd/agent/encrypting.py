@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import trio
-from attrs import frozen
+from attrs import evolve, frozen
 
 from kilo_etcd import etcd, store
 from kilo_etcd.agent.config import AgentConfig
@@ -172,9 +172,18 @@ class Encrypting:
         """Whether the setting is in force here, or the host on its way back from it."""
         return self._told is not None or concerns(topology, self._name)
 
-    def encrypt(self, plan: HostPlan, topology: Topology, sources: tuple[IPAddress, ...], table: Table) -> HostPlan:
-        """The plan with what the setting asks for."""
-        around = outside(self._config, self._members, sources, table)
+    def encrypt(
+        self,
+        plan: HostPlan,
+        topology: Topology,
+        *,
+        sources: tuple[IPAddress, ...],
+        addresses: frozenset[IPAddress],
+        table: Table,
+    ) -> HostPlan:
+        """The plan with what the setting asks for. `sources` are the host's own addresses on the underlay, `addresses`
+        all that it has; `table` those of DNS names."""
+        around = evolve(outside(self._config, self._members, sources, table), addresses=addresses)
         return encrypt(plan, topology, outside=around, living=self.living, told=self._told)
 
     def follow(self, topology: Topology, plan: HostPlan, *, whole: bool) -> None:

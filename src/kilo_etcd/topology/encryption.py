@@ -59,6 +59,13 @@ class Outside:
     talk: tuple[int, ...] = ()
     sources: tuple[IPAddress, ...] = ()
     clear: tuple[Exemption, ...] = ()
+    addresses: frozenset[IPAddress] = frozenset()
+    """All addresses of the host: an internal IP that is none of them (the operator forced it, or it is gone for now)
+    is no source that the kernel takes. Empty: not known."""
+
+    def has(self, address: IPAddress) -> bool:
+        """Whether the host may have an address."""
+        return not self.addresses or address in self.addresses
 
 
 @frozen(kw_only=True)
@@ -134,7 +141,7 @@ def encrypt(
         here = frozenset(one.address for one in view.sent_from(there))
         for one in found:
             if _sends(own, one.node, own_leader, leader, living, on=on):
-                route = view.route(one, here)
+                route = view.route(one, frozenset(filter(outside.has, here)))
                 if isinstance(route, RoutePlan):
                     send[one.network] = route
                 else:
@@ -161,7 +168,7 @@ def encrypt(
         encryption=Encryption(
             nodes=frozenset(nodes), send=send, hold=frozenset(hold), refuse=frozenset(refuse),
             etcd=outside.etcd, etcd_here=outside.etcd_here, talk=outside.talk, clear=outside.clear,
-            sources=_in_order(outside.sources, own), known=view.known(plan),
+            sources=_in_order(outside, own), known=view.known(plan),
         ),
         problems=(*plan.problems, *problems),
     )  # fmt: skip
@@ -248,10 +255,10 @@ def _allowing(peer: PeerPlan, networks: Iterable[IPNetwork]) -> PeerPlan:
     return evolve(peer, allowed_ips=tuple(sorted(every, key=network_key)))
 
 
-def _in_order(sources: Iterable[IPAddress], own: Node) -> tuple[IPAddress, ...]:
+def _in_order(outside: Outside, own: Node) -> tuple[IPAddress, ...]:
     """The internal IPs first."""
-    internal = [ip.ip for ip in own.internal_ips]
-    return tuple(dict.fromkeys((*internal, *sources)))
+    internal = [ip.ip for ip in own.internal_ips if outside.has(ip.ip)]
+    return tuple(dict.fromkeys((*internal, *outside.sources)))
 
 
 @frozen(eq=False)
