@@ -144,6 +144,10 @@ async def test_a_full_mesh_on_one_lan_says_nothing_in_clear() -> None:
             servers.start_soon(lab.exec, name, sys.executable, "-c", SERVER, *addresses[name])
         await set_to(lab, "encrypted", "sends")
         await refuse_each_other(lab, addresses)
+        explained = await lab.kgctl("explain", "lan-1", addresses["lan-2"][0])
+        assert "WireGuard" in explained.stdout
+        assert "not fwmark 107" in explained.stdout
+        assert "not routed" not in (await lab.kgctl("status")).stdout
         for cold in (False, True):
             async with AsyncExitStack() as stack:
                 seen = [await stack.enter_async_context(lab.capture(name, ["eth0"])) for name in NODES]

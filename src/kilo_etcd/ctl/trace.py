@@ -16,6 +16,7 @@ from attrs import evolve, frozen
 from kilo_etcd.ctl.internal import holders, same_network, why_not_routed
 from kilo_etcd.model import DEFAULT_INTERFACE, IPAddress, Node, Snapshot, is_public
 from kilo_etcd.store.records import StatusRecord
+from kilo_etcd.topology.encryption import Living, Outside, encrypt
 from kilo_etcd.topology.guard import guard
 from kilo_etcd.topology.hostplan import HostPlan, Problem, Via
 from kilo_etcd.topology.plan import host_plan
@@ -124,7 +125,16 @@ class Plans(Mapping[str, HostPlan]):
             # Of the networks that a host stands in the record has only those of its internal IPs.
             near_it = [ip.network for ip in topology.snapshot.nodes[name].internal_ips]
             plan = guard(plan, near_it, offered_by=topology.settlement.offered_by)
-            self._made[name] = withhold(plan, topology, _silent(self.statuses.get(name)))
+            plan = withhold(plan, topology, _silent(self.statuses.get(name)))
+            living = Living(
+                asked=frozenset(topology.snapshot.nodes),
+                applied={other: status.revision for other, status in self.statuses.items()},
+            )
+            plan = encrypt(plan, topology, outside=Outside(), living=living)
+            if plan.encryption is not None:
+                # The table of these comes before the main one.
+                plan = evolve(plan, routes={**plan.routes, **plan.encryption.send})
+            self._made[name] = plan
         return self._made[name]
 
     def __iter__(self) -> Iterator[str]:

@@ -182,11 +182,13 @@ class Internals:
         found = self.obstacle(address, node, segment, settlement)
         return None if found is None else "; ".join(found)
 
-    def obstacle(self, address: IPAddress, node: str, segment: str, settlement: Settlement) -> tuple[str, str] | None:
-        """The same as a pair: the reason and the remedy."""
+    def obstacle(
+        self, address: IPAddress, node: str, segment: str, settlement: Settlement, *, endpoints: bool = True
+    ) -> tuple[str, str] | None:
+        """The same as a pair: the reason and the remedy. `endpoints`: whether being one is an obstacle."""
         if len(holders := self.holders[address]) > 1:
             return f"{' and '.join(holders)} have it", REMEDY
-        if address in self.endpoints:
+        if endpoints and address in self.endpoints:
             return "other segments reach a WireGuard device there", "the mesh address works"
         if each_hosts_own(address):
             return "it is each host's own (loopback, link-local, multicast)", REMEDY

@@ -69,6 +69,7 @@ def named(segment: Segment) -> str:
 
 def _addresses(topology: Topology, segment: Segment, node: Node) -> Iterable[Unrouted]:
     """The internal IPs of one node that are routed to nobody."""
+    encrypted = topology.internal_ips is InternalIPs.ENCRYPTED  # Then WireGuard's own packets are told by their mark.
     routed, carried = segment.routed.get(node.name, ()), segment.carried.get(node.name, ())
     for ip in node.internal_ips:
         host = next((network for network in carried if network.network_address == ip.ip), None)
@@ -79,7 +80,7 @@ def _addresses(topology: Topology, segment: Segment, node: Node) -> Iterable[Unr
                 reason=_not_carried(node, segment.leader),
                 remedy="the mesh address works",
             )
-        elif host in segment.front and (callers := _called(topology, segment, ip.version)):
+        elif not encrypted and host in segment.front and (callers := _called(topology, segment, ip.version)):
             first = ", ".join(callers[:MOST_NAMED])
             yield Unrouted(
                 network=host,
@@ -88,7 +89,9 @@ def _addresses(topology: Topology, segment: Segment, node: Node) -> Iterable[Unr
                 remedy="the mesh address works",
             )
         elif host not in routed and host not in segment.networks:
-            why = topology.internals.obstacle(ip.ip, node.name, segment.key, topology.settlement)
+            why = topology.internals.obstacle(
+                ip.ip, node.name, segment.key, topology.settlement, endpoints=not encrypted
+            )
             if why is not None:
                 holders = topology.internals.holders.get(ip.ip, (node.name,))
                 concerned = {named(topology.segment_of(name)) for name in holders}
