@@ -17,7 +17,7 @@ import cattrs
 from attrs import fields
 from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn, override
 
-from kilo_etcd.model import CandidateClass, Encapsulate, Endpoint, Granularity, is_dns_name
+from kilo_etcd.model import CandidateClass, Encapsulate, EncryptionStage, Endpoint, Granularity, is_dns_name
 from kilo_etcd.store.records import (
     AnswerRecord,
     CandidateRecord,
@@ -219,6 +219,8 @@ READERS: dict[type, dict[str, Callable[[object], Any]]] = {
         "moreEndpoints": items(address_endpoint),
         "internalIPs": interfaces,
         "underlay": items(network),
+        "encryption": or_none(one_of(EncryptionStage)),
+        "acceptsSince": or_none(whole),
         "subnets": items(network),
         "location": label,
         "port": port,

@@ -701,6 +701,7 @@ class Daemon:
         plan = await self._within_reach(self._at_the_internet(guarded, self.topology), self.topology)
         if self._encrypting.concerns(self.topology):
             await self._encrypting.prepare(self.topology, etcd_away=self.remembered is not None)
+            self.resolver.networks(self._encrypting.etcd_urls)
             plan = self._encrypting.encrypt(
                 plan, self.topology, sources=self.whereabouts.sources, addresses=self.whereabouts.addresses,
                 table=self.resolver.table,

@@ -151,6 +151,12 @@ class Encrypting:
         self._changed = trio.Event()
         self.living = Living()
 
+    @property
+    def etcd_urls(self) -> tuple[str, ...]:
+        """Where etcd's members listen, for their names to be looked up."""
+        members = self._members or Members()
+        return (*members.client, *members.peer)
+
     async def prepare(self, topology: Topology, *, etcd_away: bool) -> None:
         """Before the first plan under the setting: learn what `encrypt` has to know of etcd and others. An agent that
         starts goes on from where the last one was, so that nothing leaves in clear meanwhile."""

@@ -320,7 +320,8 @@ def one_per_family(interfaces: tuple[IPInterface, ...]) -> tuple[IPInterface, ..
 def decode_text(value: bytes, limit: int = MAX_VALUE) -> str:
     """Plain text as a person puts it: blanks around it do not count."""
     if value.startswith(_REJECTED):
-        raise RecordError(value[len(_REJECTED) : len(_REJECTED) + _MOST_REASON].decode(errors="replace"))
+        reason = value[len(_REJECTED) : len(_REJECTED) + _MOST_REASON].decode(errors="replace")
+        raise RecordError(reason or "it was rejected")
     if len(value) > limit:
         raise RecordError(f"the value is {len(value)} bytes long; at most {limit} are read")
     try:
