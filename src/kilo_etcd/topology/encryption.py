@@ -139,20 +139,23 @@ def encrypt(
         gate = own_leader if by_leader else leader
         allowed.setdefault(gate.public_key, []).extend(one.network for one in found)
         here = frozenset(one.address for one in view.sent_from(there))
+        ways = {version: view.way(version, frozenset(filter(outside.has, here))) for version in (4, 6)}
+        whole = {version: on and view.whole(version, here) for version in (4, 6)}
         for one in found:
+            version = one.address.version
             if _sends(own, one.node, own_leader, leader, living, on=on):
-                route = view.route(one, frozenset(filter(outside.has, here)))
-                if isinstance(route, RoutePlan):
-                    send[one.network] = route
+                way = ways[version]
+                if isinstance(way, _Way):
+                    send[one.network] = RoutePlan(
+                        destination=one.network, way=way.hop.way, gateway=way.hop.gateway, source=way.source
+                    )
                 else:
                     hold.add(one.network)
-                    text = f"nothing is sent to {one.address} of node {one.node.name} as long as all is encrypted: "
-                    problems.append(Problem(subject=one.node.name, text=text + route))
-            if (
-                on
-                and _refuses(own, one.node, own_leader, leader, living, topology)
-                and view.whole(one.address.version, here)
-            ):
+                    text = (
+                        f"nothing is sent to {one.address} of node {one.node.name} as long as all is encrypted: {way}"
+                    )
+                    problems.append(Problem(subject=one.node.name, text=text))
+            if whole[version] and _refuses(own, one.node, own_leader, leader, living, topology):
                 refuse.add(one.address)
     peers = dict(plan.peers)
     for key, networks in allowed.items():
@@ -270,6 +273,14 @@ class _Address:
     network: IPNetwork
 
 
+@frozen
+class _Way:
+    """How packets go, and from which address."""
+
+    hop: Hop
+    source: IPAddress
+
+
 @frozen(eq=False)
 class _Place:
     """A segment, with what of it counts here."""
@@ -280,7 +291,9 @@ class _Place:
 
     def links(self) -> Links:
         """What its hosts reach over their own links."""
-        return Links.of(self.segment.members)
+        # Where internal IPs are not routed the topology has none.
+        known = self.segment.links
+        return known if known.networks else Links.of(self.segment.members)
 
 
 def own_addresses(node: Node) -> Iterator[IPAddress]:
@@ -337,9 +350,8 @@ class _View:
         found = [one for one in self.place.addresses if one.node.name == self.own.name]
         return _sent(there, _Place(self.place.segment, tuple(found)), there.links()) if found else []
 
-    def route(self, one: _Address, here: frozenset[IPAddress]) -> RoutePlan | str:
-        """How packets go to an address, or why they cannot. `here`: own addresses at which answers are sent back."""
-        version = one.address.version
+    def way(self, version: int, here: frozenset[IPAddress]) -> _Way | str:
+        """How packets of a family go to a segment, or why they cannot. `here`: own addresses that answers find."""
         leader = self.place.segment.leader
         way = Hop(Via.TUNNEL) if leader.name == self.own.name else hop(self.own, leader, version)
         if way is None or way.trouble:
@@ -349,7 +361,7 @@ class _View:
         source = next((address for address in (*inner, self.own.mesh_address(version)) if address is not None), None)
         if source is None:
             return f"{self.own.name} has no address in IPv{version} at which an answer finds it; give it a mesh address"
-        return RoutePlan(destination=one.network, way=way.way, gateway=way.gateway, source=source)
+        return _Way(way, source)
 
     def whole(self, version: int, here: frozenset[IPAddress]) -> bool:
         """Whether what comes in clear in a family to the host itself can be none of what it is to get: all own
@@ -373,10 +385,15 @@ class _View:
 def _place(segment: Segment, topology: Topology, holders: Mapping[IPAddress, int]) -> _Place:
     found = []
     for node in segment.members:
-        alone = len(segment.members) == 1
-        for address in own_addresses(node) if alone else carried(node, segment.leader):
+        known = segment.carried.get(node.name)
+        if len(segment.members) == 1:
+            networks: Iterable[IPNetwork] = map(host_network, own_addresses(node))
+        else:
+            networks = map(host_network, carried(node, segment.leader)) if known is None else known
+        for network in networks:
+            address = network.network_address
             if holders[address] == 1 and _meant(address, node, segment.key, topology):
-                found.append(_Address(node, address, host_network(address)))
+                found.append(_Address(node, address, network))
     return _Place(segment, tuple(found))
 
 
