@@ -77,8 +77,8 @@ def set_command(mesh: Mesh, what: str, value: str, dry_run: bool, yes: bool) -> 
     """Set what holds for the whole mesh; both are switched live.
 
     granularity: location, full or cross; the switch has a short gap everywhere. internal-ips: routed (what goes to
-    internal IPs of other segments travels in the tunnels), or off (mesh addresses and offered networks only). The value
-    encrypted is kept for a later version: until then agents do as with routed and report an error.
+    internal IPs of other segments travels in the tunnels), encrypted (and nothing between two segments' nodes travels
+    in clear), or off (mesh addresses and offered networks only).
     """
     if what == "subnets":
         raise Failure(

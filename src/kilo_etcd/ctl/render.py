@@ -147,8 +147,6 @@ def shown_internal_ips(setting: str, in_force: str, unaware: int) -> str:
     """The setting internal-ips, and what is in force as long as `unaware` agents do not know it."""
     if setting == in_force:
         return setting
-    if not unaware:
-        return f"{in_force} ({setting} is not in force: this version does not know it)"
     return f"{in_force} ({setting} waits for {unaware} agent{'' if unaware == 1 else 's'})"
 
 

@@ -151,9 +151,8 @@ class Topology:
 
     @property
     def internal_ips(self) -> InternalIPs:
-        """What is in force of the setting. Agents cannot switch to `encrypted` yet, so that is `routed`."""
-        setting = self.snapshot.internal_ips
-        return InternalIPs.OFF if self.unaware else InternalIPs.ROUTED if setting is InternalIPs.ENCRYPTED else setting
+        """What is in force of the setting."""
+        return InternalIPs.OFF if self.unaware else self.snapshot.internal_ips
 
     def segment_of(self, name: str) -> Segment:
         """The segment that a node is in. UnknownNode: it is not in the mesh."""
