@@ -63,7 +63,7 @@ class InternalIPs(StrEnum):
 class EncryptionStage(StrEnum):
     """How far a node is with the switch to `encrypted`, as it reports it. No stage: none of it is in its kernel.
 
-    Each is reported once the kernel holds it, and given up before the kernel does (`topology.encryption`).
+    Each is reported once the kernel holds it, and given up before the kernel does (`topology.stages`).
     """
 
     ACCEPTS = "accepts"
@@ -74,6 +74,10 @@ class EncryptionStage(StrEnum):
     """On the way back: it refuses nothing any more."""
     STOPPED = "stopped"
     """On the way back: it sends nobody anything so any more; it still takes it."""
+
+
+ACCEPTING = (EncryptionStage.ACCEPTS, EncryptionStage.SENDS)
+"""The stages of who takes part in `encrypted`."""
 
 
 class MeshSettings(NamedTuple):

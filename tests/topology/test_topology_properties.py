@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from ipaddress import ip_address, ip_interface, ip_network
 from itertools import permutations
+from typing import Any
 
 from attrs import evolve
 from hypothesis import HealthCheck, given, settings
@@ -17,6 +18,7 @@ from kilo_etcd.model import (
     Candidate,
     CandidateClass,
     Encapsulate,
+    EncryptionStage,
     Endpoint,
     Granularity,
     InternalIPs,
@@ -29,6 +31,7 @@ from kilo_etcd.model import (
 )
 from kilo_etcd.topology import HostPlan, Topology, Via, build_topology, edges, host_plan, walk_both
 from kilo_etcd.topology.claims import network_key
+from kilo_etcd.topology.encryption import Living, Outside, awaited, encrypt, waited_for
 from kilo_etcd.topology.graph import graph
 from kilo_etcd.topology.guard import guard
 from kilo_etcd.topology.render import render
@@ -95,7 +98,14 @@ def a_node(
         leader_wanted=draw(st.booleans()),
         encapsulate=draw(st.sampled_from(modes)),
         registered_revision=draw(st.integers(1, 20)),
+        **({} if tame else a_stage(draw)),
     )
+
+
+def a_stage(draw: DrawFn) -> dict[str, Any]:
+    """How far a node is with the switch to `encrypted`: most are through."""
+    stage = draw(st.sampled_from([EncryptionStage.SENDS] * 4 + [None, *EncryptionStage]))
+    return {"encryption": stage, "accepts_since": draw(st.integers(0, 9))}
 
 
 def elections(draw: DrawFn, nodes: dict[str, Node]) -> dict[str, dict[str, object]]:
@@ -194,6 +204,16 @@ def histories(draw: DrawFn) -> list[Snapshot]:
         world = evolve(world, revision=world.revision + 1)
         found.append(world)
     return found
+
+
+@st.composite
+def around_a_host(draw: DrawFn) -> tuple[Living, dict[str, Any]]:
+    """Who lives, and what a host knows of its own addresses."""
+    names = st.sampled_from([f"n{n}" for n in range(9)])
+    asked = draw(st.frozensets(names)) if draw(st.booleans()) else frozenset(f"n{n}" for n in range(9))
+    applied = draw(st.dictionaries(names, st.integers(0, 2000)))
+    addresses = draw(st.sampled_from([frozenset(), frozenset({ip_address("192.168.1.77")})]))
+    return Living(asked=asked, applied=applied), {"addresses": addresses}
 
 
 def all_plans(topology: Topology) -> dict[str, HostPlan]:
@@ -353,11 +373,14 @@ def test_what_every_plan_keeps_to(world: Snapshot) -> None:
 
 
 @settings(QUICK, max_examples=40)
-@given(histories())
-def test_the_difference_gives_what_the_whole_gives(history: list[Snapshot]) -> None:
+@given(histories(), st.lists(around_a_host(), min_size=1, max_size=3))
+def test_the_difference_gives_what_the_whole_gives(
+    history: list[Snapshot], words: list[tuple[Living, dict[str, Any]]]
+) -> None:
     topology: Topology | None = None
     plans: dict[str, HostPlan] = {}
     guarded: dict[str, HostPlan] = {}
+    encrypted: dict[str, HostPlan] = {}
     protected = [ip_network("172.17.0.8/32"), ip_network("fd00:9::1/128")]
     for step, world in enumerate(history):
         fresh = build_topology(world)
@@ -375,6 +398,14 @@ def test_the_difference_gives_what_the_whole_gives(history: list[Snapshot]) -> N
                 result = guard(plans[name], protected, guarded.get(name))
                 assert result == guard(expected, protected)
                 guarded[name] = result
+                # The last plan, if there is one, or that of another host.
+                before = encrypted.get(name) or next(iter(encrypted.values()), None)
+                last_word = words[(step + len(name)) % len(words)]
+                around = Outside(sources=tuple(ip.ip for ip in world.nodes[name].internal_ips), **last_word[1])
+                result = encrypt(result, topology, outside=around, living=last_word[0], previous=before)
+                assert result == encrypt(guard(expected, protected), fresh, outside=around, living=last_word[0])
+                assert awaited(result) == waited_for(fresh, name, last_word[0])
+                encrypted[name] = result
 
 
 keys = st.integers(0, 30)

@@ -26,7 +26,7 @@ from kilo_etcd.agent.resolve import Table
 from kilo_etcd.model import InternalIPs, IPAddress
 from kilo_etcd.quickip import ip_address
 from kilo_etcd.topology import HostPlan, Topology
-from kilo_etcd.topology.encryption import Living, Outside, Report, encrypt, report, waited_for
+from kilo_etcd.topology.encryption import Living, Outside, Report, awaited, encrypt, report
 
 MEMBERS_FILE = "etcd-members.json"
 MEMBERS_PERIOD = 60.0
@@ -144,6 +144,9 @@ class Encrypting:
         self._members: Members | None = None
         self._prepared = False
         self._topology: Topology | None = None
+        self._last: HostPlan | None = None
+        """The last outcome of `encrypt`."""
+        self._awaited: frozenset[str] = frozenset()
         self._wanted: Report | None = None
         self._told: Report | None = None
         self._left: Report | None = None
@@ -190,7 +193,8 @@ class Encrypting:
         """The plan with what the setting asks for. `sources` are the host's own addresses on the underlay, `addresses`
         all that it has; `table` those of DNS names."""
         around = evolve(outside(self._config, self._members, sources, table), addresses=addresses)
-        return encrypt(plan, topology, outside=around, living=self.living, told=self._told)
+        self._last = encrypt(plan, topology, outside=around, living=self.living, told=self._told, previous=self._last)
+        return self._last
 
     def follow(self, topology: Topology, plan: HostPlan, *, whole: bool) -> None:
         """The kernel holds `plan`; `whole`: all of it."""
@@ -200,7 +204,7 @@ class Encrypting:
         if self._told is None:
             said = report(topology, plan)
             self._wanted = said if whole and said != shown else None
-        self._topology = topology
+        self._topology, self._awaited = topology, awaited(plan)
         changed, self._changed = self._changed, trio.Event()
         changed.set()
 
@@ -225,7 +229,7 @@ class Encrypting:
         pause = 0.0
         while True:
             changed, topology = self._changed, self._topology
-            if topology is None or not waited_for(topology, self._name, self.living):
+            if topology is None or not self._awaited:
                 pause = 0.0
                 await changed.wait()
                 continue

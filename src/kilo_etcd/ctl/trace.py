@@ -130,7 +130,9 @@ class Plans(Mapping[str, HostPlan]):
                 asked=frozenset(topology.snapshot.nodes),
                 applied={other: status.revision for other, status in self.statuses.items()},
             )
-            plan = encrypt(plan, topology, outside=Outside(), living=living)
+            # What was found out for one host, of the whole mesh, serves the next.
+            last = next(reversed(self._made.values()), None)
+            plan = encrypt(plan, topology, outside=Outside(), living=living, previous=last)
             if plan.encryption is not None:
                 # The table of these comes before the main one.
                 plan = evolve(plan, routes={**plan.routes, **plan.encryption.send})

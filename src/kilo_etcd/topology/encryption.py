@@ -1,53 +1,30 @@
-"""What `encrypted` asks of one host, and how far it is with the switch to it or back. Pure.
+"""What `encrypted` asks of one host's kernel: the plan with its routes, what it accepts and what it refuses. Pure.
 
-Between two segments' nodes nothing is to travel in clear, and a switch on a running mesh is to lose nothing. So each
-node goes through stages, one by one, and reports each in its record (`model.EncryptionStage`):
-
-    on:    (none) --> ACCEPTS --> SENDS          back:   SENDS --> LEAVES --> STOPPED --> (none)
-
-A stage is reported when the kernel holds it, and what it promises is given up only after a snapshot shows that it is
-not promised any more. All that others need to know is then in the snapshot:
-
-* Who is ACCEPTS or SENDS takes packets from all nodes out of the tunnels: others may send there, and do.
-* Who is SENDS sends so to all who take it, as soon as it has applied the snapshot that says so of them. A node
-  refuses its packets in clear from then on: that revision agents report in their statuses (`Living`).
-* On the way back nobody refuses (LEAVES), then nobody sends (STOPPED), then nobody accepts; a node is sent packets in
-  clear as soon as it does not refuse them, and takes them from the tunnel as long as somebody may send so.
-
-Who does not live (no status in etcd) is waited for by nobody: it is treated as its record says, and on the way back
-counts as having gone all of it. Nothing follows from the time.
-
-An address is sent through the tunnel if no other node has it, nobody else was granted it, and it is not taken for
-something near: one that the sender's segment reaches over its own links only if the two share those links on
-purpose: one label in a full mesh, or the sender's WireGuard calls the node at an address on them. Decision 0033.
+Which addresses are sent to through the tunnels, `topology.places` says; who does so at which stage of the switch,
+`topology.stages`. Here the two become a host's plan, segment by segment: what a host does about one other segment
+depends on that segment and on the host alone, so the next plan costs what has changed and not what there is.
+The outcome is the same with and without a previous plan.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from typing import TypeVar
 
 from attrs import evolve, field, frozen
 
-from kilo_etcd.model import (
-    DEFAULT_LOCATION,
-    EncryptionStage,
-    Granularity,
-    InternalIPs,
-    IPAddress,
-    IPNetwork,
-    Node,
-)
-from kilo_etcd.topology.claims import each_hosts_own, network_key
+from kilo_etcd.model import ACCEPTING, EncryptionStage, Granularity, IPAddress, IPNetwork, Node
+from kilo_etcd.topology.claims import network_key
 from kilo_etcd.topology.families import same_site
 from kilo_etcd.topology.hostplan import Encryption, Exemption, HostPlan, PeerPlan, Problem, RoutePlan, Via
-from kilo_etcd.topology.internal import Links, carried, stated
-from kilo_etcd.topology.plan import called_at
-from kilo_etcd.topology.segments import Segment, Topology, host_network
+from kilo_etcd.topology.places import Address, Place, Places, own_addresses, sent
+from kilo_etcd.topology.segments import Topology, changes
+from kilo_etcd.topology.stages import NOBODY_ASKED, Living, Pair, Report, in_force, report, waited_for
 from kilo_etcd.topology.ways import Hop, bonded, hop
 
-_ACCEPTING = (EncryptionStage.ACCEPTS, EncryptionStage.SENDS)
-_MAY_SEND = (*_ACCEPTING, EncryptionStage.LEAVES)
+__all__ = ["NOBODY_ASKED", "Living", "Outside", "Report", "awaited", "encrypt", "report", "waited_for"]
+
+T = TypeVar("T")
 
 
 @frozen(kw_only=True)
@@ -68,41 +45,6 @@ class Outside:
         return not self.addresses or address in self.addresses
 
 
-@frozen(kw_only=True)
-class Living:
-    """What the statuses in etcd said of other agents when they were read last."""
-
-    asked: frozenset[str] = frozenset()
-    """The nodes that there were then. Of others nothing is known, and they count as living and as having applied
-    nothing."""
-    applied: Mapping[str, int] = field(factory=dict)
-    """The nodes whose agents live -> the newest revision that their kernels are known to have held."""
-
-    def lives(self, name: str) -> bool:
-        """Whether a node may live."""
-        return name in self.applied or name not in self.asked
-
-    def knows_of(self, name: str, revision: int) -> bool:
-        """Whether a node acts by what stands in the snapshot of `revision`, if it acts at all."""
-        return name in self.asked and self.applied.get(name, revision) >= revision
-
-
-NOBODY_ASKED = Living()
-
-
-@frozen(kw_only=True)
-class Report:
-    """What a node's record is to say of the switch."""
-
-    stage: EncryptionStage | None = None
-    accepts_since: int = 0
-
-    @classmethod
-    def of(cls, node: Node) -> Report:
-        """What it says."""
-        return cls(stage=node.encryption, accepts_since=node.accepts_since)
-
-
 def encrypt(
     plan: HostPlan,
     topology: Topology,
@@ -110,167 +52,129 @@ def encrypt(
     outside: Outside,
     living: Living = NOBODY_ASKED,
     told: Report | None = None,
+    previous: HostPlan | None = None,
 ) -> HostPlan:
     """A host's `plan`, guarded already, with what the setting `encrypted` asks for at the host's stage; without any
-    of it, `plan` itself. `told`: what the host has reported, or tried to, and the snapshot does not show yet."""
-    on = _in_force(topology)
+    of it, `plan` itself. `told`: what the host has reported, or tried to, and the snapshot does not show yet.
+    `previous`, the last outcome, only saves work; that of another host does too."""
+    on = in_force(topology)
     own = topology.snapshot.nodes[plan.node]
-    if told is not None and told.stage not in _ACCEPTING:
+    promised = told is not None and told.stage in ACCEPTING
+    if told is not None and not promised:
         # Others may have seen already what it does not do any more, but not yet what it does from now on.
         own = evolve(own, encryption=told.stage)
-    promised = told is not None and told.stage in _ACCEPTING
-    if not promised and not on and (own.encryption is None or _gone_back(topology, own, living)):
+    if not promised and not on and own.encryption is None:
         return plan
-    view = _View.of(topology, own.name)
-    nodes: set[IPAddress] = set()
-    refuse: set[IPAddress] = set()
-    hold: set[IPNetwork] = set()
-    send: dict[IPNetwork, RoutePlan] = {}
-    allowed: dict[str, list[IPNetwork]] = {}
-    problems: list[Problem] = []
-    own_leader = view.place.segment.leader
-    by_leader = own_leader.name != own.name and bonded(own, own_leader)
-    for there in view.others():
-        found = view.sent_to(there)
-        if not found:
-            continue
-        leader = there.segment.leader
-        nodes.update(one.address for one in found)
-        gate = own_leader if by_leader else leader
-        allowed.setdefault(gate.public_key, []).extend(one.network for one in found)
-        here = frozenset(one.address for one in view.sent_from(there))
-        ways = {version: view.way(version, frozenset(filter(outside.has, here))) for version in (4, 6)}
-        whole = {version: on and view.whole(version, here) for version in (4, 6)}
-        for one in found:
-            version = one.address.version
-            if _sends(own, one.node, own_leader, leader, living, on=on):
-                way = ways[version]
-                if isinstance(way, _Way):
-                    send[one.network] = RoutePlan(
-                        destination=one.network, way=way.hop.way, gateway=way.hop.gateway, source=way.source
-                    )
-                else:
-                    hold.add(one.network)
-                    text = (
-                        f"nothing is sent to {one.address} of node {one.node.name} as long as all is encrypted: {way}"
-                    )
-                    problems.append(Problem(subject=one.node.name, text=text))
-            if whole[version] and _refuses(own, one.node, own_leader, leader, living, topology):
-                refuse.add(one.address)
-    peers = dict(plan.peers)
-    for key, networks in allowed.items():
-        if (peer := peers.get(key)) is not None:
-            peers[key] = _allowing(peer, networks)
-    forwarding = plan.forwarding
-    if len(view.place.segment.members) > 1:
-        forwarding = forwarding.union(address.version for address in nodes)
+    last = previous.memo if previous is not None else None
+    memo = last if isinstance(last, _Memo) else _Memo()
+    places, moved = memo.places.after(topology)
+    outlook = _Outlook.of(own, topology, places, outside)
+    if memo.living is not living or memo.outlook != outlook:
+        moved = frozenset({*places.of, *memo.parts})
+    parts, whole = _followed(memo, moved, outlook, places, living)
+    if not promised and not on and own.encryption is EncryptionStage.STOPPED and not whole.awaited:
+        return plan
+    peers = _peers(plan.peers, memo, outlook, places, parts, moved)
+    base, forwarding = plan.peers, plan.forwarding
+    segment = topology.segment_of(own.name)
+    if len(segment.members) > 1:
+        forwarding = forwarding.union(version for part in parts.values() for version in part.versions)
+    of = (topology.snapshot.subnets, plan.behind, places.of[segment.key], own.name)
+    known = memo.known if memo.known_of == of and memo.wanted is not None else _known(*of)
+    wanted = Encryption(
+        nodes=whole.nodes, send=whole.send, hold=whole.hold, refuse=whole.refuse,
+        etcd=outside.etcd, etcd_here=outside.etcd_here, talk=outside.talk, clear=outside.clear,
+        sources=_in_order(outside, own), known=known,
+    )  # fmt: skip
+    if memo.wanted is not None and _same(wanted, memo.wanted):
+        wanted = memo.wanted
+    problems = (problem for key in sorted(whole.troubled) for problem in parts[key].problems)
     return evolve(
         plan,
         peers=peers,
         forwarding=forwarding,
-        encryption=Encryption(
-            nodes=frozenset(nodes), send=send, hold=frozenset(hold), refuse=frozenset(refuse),
-            etcd=outside.etcd, etcd_here=outside.etcd_here, talk=outside.talk, clear=outside.clear,
-            sources=_in_order(outside, own), known=view.known(plan),
-        ),
+        encryption=wanted,
         problems=(*plan.problems, *problems),
+        memo=_Memo(
+            places=places, outlook=outlook, living=living, parts=parts, whole=whole, base=base, peers=peers,
+            wanted=wanted, known=known, known_of=of,
+        ),
     )  # fmt: skip
 
 
-def report(topology: Topology, plan: HostPlan) -> Report:
-    """What the record of the host is to say once its kernel holds `plan`, which `encrypt` made of the same."""
-    own = topology.snapshot.nodes[plan.node]
-    said = Report.of(own)
-    if _in_force(topology):
-        if own.encryption is EncryptionStage.SENDS:
-            return said
-        if own.encryption is EncryptionStage.ACCEPTS:
-            return Report(stage=EncryptionStage.SENDS, accepts_since=topology.snapshot.revision)
-        return Report(stage=EncryptionStage.ACCEPTS)
-    if own.encryption in _ACCEPTING:
-        return Report(stage=EncryptionStage.LEAVES)
-    if own.encryption is EncryptionStage.LEAVES:
-        sends = plan.encryption is not None and plan.encryption.send
-        return said if sends else Report(stage=EncryptionStage.STOPPED)
-    return Report() if own.encryption is None or plan.encryption is None else said
+def awaited(plan: HostPlan) -> frozenset[str]:
+    """The same as `waited_for`, of a plan that `encrypt` has made or left as it was."""
+    return plan.memo.whole.awaited if isinstance(plan.memo, _Memo) else frozenset()
 
 
-def waited_for(topology: Topology, name: str, living: Living) -> frozenset[str]:
-    """The nodes of whom the host has to know whether they live or what they have applied, before it goes on."""
-    own = topology.snapshot.nodes.get(name)
-    if own is None or own.encryption is None:
-        return frozenset()
-    others = (node for node in topology.snapshot.nodes.values() if node.name != name)
-    if not _in_force(topology):
-        return frozenset(node.name for node in others if node.encryption in _MAY_SEND and living.lives(node.name))
-    if own.encryption is not EncryptionStage.SENDS:
-        return frozenset()
-    own_leader = topology.segment_of(name).leader
-    found: set[str] = set()
-    for node in others:
-        leader = topology.segment_of(node.name).leader
-        if node.encryption is leader.encryption is EncryptionStage.SENDS:
-            since = _since(own, own_leader, leader, topology)
-            found.update(one.name for one in (node, leader) if not living.knows_of(one.name, since))
-    return frozenset(found - {name})
+# -- what is done about one segment ------------------------------------------------------------------------------------
 
 
-def _in_force(topology: Topology) -> bool:
-    return topology.internal_ips is InternalIPs.ENCRYPTED
+@frozen(kw_only=True)
+class _Outlook:
+    """All that a part depends on, apart from its segment and who lives."""
 
+    own: Node
+    leader: Node
+    segment: str
+    addresses: tuple[tuple[IPAddress, bool], ...]
+    """The host's own that may be sent to through the tunnels, and whether it has each."""
+    links: tuple[IPNetwork, ...]
+    granularity: Granularity
+    on: bool
+    since: int
 
-def _gone_back(topology: Topology, own: Node, living: Living) -> bool:
-    """Whether nobody sends to the host through the tunnel any more, nor the host to anybody."""
-    return own.encryption is EncryptionStage.STOPPED and not any(
-        node.encryption in _MAY_SEND and living.lives(node.name)
-        for node in topology.snapshot.nodes.values()
-        if node.name != own.name
-    )
+    @classmethod
+    def of(cls, own: Node, topology: Topology, places: Places, outside: Outside) -> _Outlook:
+        """Of the present."""
+        segment = topology.segment_of(own.name)
+        place = places.of[segment.key]
+        return cls(
+            own=own, leader=segment.leader, segment=segment.key,
+            addresses=tuple((one.address, outside.has(one.address)) for one in place.of[own.name]),
+            links=place.links.networks, granularity=topology.snapshot.granularity,
+            on=in_force(topology), since=topology.snapshot.internal_ips_since,
+        )  # fmt: skip
 
+    def before(self, there: Place, living: Living) -> Pair:
+        """The host and another segment."""
+        return Pair(
+            own=self.own, own_leader=self.leader, leader=there.segment.leader, on=self.on, since=self.since,
+            living=living,
+        )  # fmt: skip
 
-def _sends(own: Node, node: Node, own_leader: Node, leader: Node, living: Living, *, on: bool) -> bool:
-    """Whether what goes to `node`, which `leader` stands before, goes through the tunnel, or nowhere."""
-    if own.encryption not in _MAY_SEND:
-        return False
-    if on:
-        # What a leader does not take from the tunnels, or does not send into them, its members do not get.
-        here = own_leader.name == own.name or own_leader.encryption in _ACCEPTING
-        return here and node.encryption in _ACCEPTING and leader.encryption in _ACCEPTING
-    return node.encryption is EncryptionStage.SENDS and living.lives(node.name)
+    def exchanges(self, there: Place) -> bool:
+        """Whether the host exchanges packets with a segment through the tunnels."""
+        leader = there.segment.leader
+        near = leader.location == self.leader.location and same_site(self.leader, leader)
+        return there.segment.key != self.segment and not (self.granularity is Granularity.CROSS and near)
 
+    @property
+    def by_leader(self) -> bool:
+        """Whether all tunnels are its leader's, and the host has one to that."""
+        return self.leader.name != self.own.name and bonded(self.own, self.leader)
 
-def _since(own: Node, own_leader: Node, leader: Node, topology: Topology) -> int:
-    """The revision of a snapshot by which a node that `leader` stands before sends the host nothing in clear."""
-    return max(*(one.accepts_since for one in (own, own_leader, leader)), topology.snapshot.internal_ips_since)
+    def way(self, version: int, here: Collection[IPAddress]) -> _Way | str:
+        """How packets of a family go to a segment, or why they cannot. `here`: own addresses that answers find."""
+        leader, own = self.leader, self.own
+        way = Hop(Via.TUNNEL) if leader.name == own.name else hop(own, leader, version)
+        if way is None or way.trouble:
+            why = "they share no address family" if way is None else way.trouble
+            return f"{own.name} does not reach its leader {leader.name} in IPv{version}: {why}"
+        inner = [ip.ip for ip in own.internal_ips if ip.version == version and ip.ip in here]
+        source = next((address for address in (*inner, own.mesh_address(version)) if address is not None), None)
+        if source is None:
+            return f"{own.name} has no address in IPv{version} at which an answer finds it; give it a mesh address"
+        return _Way(way, source)
 
-
-def _refuses(own: Node, node: Node, own_leader: Node, leader: Node, living: Living, topology: Topology) -> bool:
-    """Whether `node` sends this host nothing in clear any more."""
-    ready = all(one.encryption is EncryptionStage.SENDS for one in (own, node, own_leader, leader))
-    since = _since(own, own_leader, leader, topology)
-    return ready and living.knows_of(node.name, since) and living.knows_of(leader.name, since)
-
-
-def _allowing(peer: PeerPlan, networks: Iterable[IPNetwork]) -> PeerPlan:
-    every = {*peer.allowed_ips, *networks}
-    if len(every) == len(peer.allowed_ips):
-        return peer
-    return evolve(peer, allowed_ips=tuple(sorted(every, key=network_key)))
-
-
-def _in_order(outside: Outside, own: Node) -> tuple[IPAddress, ...]:
-    """The internal IPs first."""
-    internal = [ip.ip for ip in own.internal_ips if outside.has(ip.ip)]
-    return tuple(dict.fromkeys((*internal, *outside.sources)))
-
-
-@frozen(eq=False)
-class _Address:
-    """One at which a node is called."""
-
-    node: Node
-    address: IPAddress
-    network: IPNetwork
+    def whole(self, version: int, here: Collection[IPAddress]) -> bool:
+        """Whether what comes in clear in a family to the host itself can be none of what it is to get: all own
+        addresses are sent through the tunnel, and its leader does not pass packets on plain."""
+        if self.leader.name != self.own.name:
+            way = hop(self.leader, self.own, version)
+            if way is None or way.way is Via.UNDERLAY:
+                return False
+        return all(address in here for address in own_addresses(self.own) if address.version == version)
 
 
 @frozen
@@ -281,144 +185,241 @@ class _Way:
     source: IPAddress
 
 
-@frozen(eq=False)
-class _Place:
-    """A segment, with what of it counts here."""
+@frozen(kw_only=True)
+class _Part:
+    """What a host does about one other segment. No two parts of a host have a network in common."""
 
-    segment: Segment
-    addresses: tuple[_Address, ...]
-    """What may be sent to it through the tunnels."""
-
-    def links(self) -> Links:
-        """What its hosts reach over their own links."""
-        # Where internal IPs are not routed the topology has none.
-        known = self.segment.links
-        return known if known.networks else Links.of(self.segment.members)
-
-
-def own_addresses(node: Node) -> Iterator[IPAddress]:
-    """The internal IPs of a node, and the endpoints that are addresses of its own: in a network that it stands in. Not
-    that of a router which forwards its port."""
-    yield from (ip.ip for ip in node.internal_ips)
-    known = {ip.ip for ip in node.internal_ips}
-    for endpoint in node.endpoints:
-        address = endpoint.address
-        if (
-            address is not None
-            and address not in known
-            and any(network.version == address.version and address in network for network in stated(node))
-        ):
-            yield address
+    gate: str = ""
+    """The public key of the peer through which it is spoken to."""
+    nodes: tuple[IPAddress, ...] = ()
+    networks: tuple[IPNetwork, ...] = ()
+    """The same as host networks."""
+    send: tuple[RoutePlan, ...] = ()
+    hold: tuple[IPNetwork, ...] = ()
+    refuse: tuple[IPAddress, ...] = ()
+    problems: tuple[Problem, ...] = ()
+    awaited: frozenset[str] = frozenset()
+    versions: frozenset[int] = frozenset()
 
 
-@frozen(eq=False)
-class _View:
-    """The mesh as one host sees it."""
-
-    topology: Topology
-    own: Node
-    place: _Place
-    _holders: Mapping[IPAddress, int]
-    _links: Links
-    _memo: dict[str, _Place] = field(factory=dict)
-
-    @classmethod
-    def of(cls, topology: Topology, name: str) -> _View:
-        """Of node `name`."""
-        holders = Counter(address for node in topology.snapshot.nodes.values() for address in set(own_addresses(node)))
-        own, segment = topology.snapshot.nodes[name], topology.segment_of(name)
-        place = _place(segment, topology, holders)
-        return cls(topology, own, place, holders, place.links())
-
-    def others(self) -> Iterator[_Place]:
-        """The segments that this host exchanges packets with through the tunnels."""
-        leader = self.place.segment.leader
-        cross = self.topology.snapshot.granularity is Granularity.CROSS
-        for key, segment in self.topology.segments.items():
-            if key == self.place.segment.key:
-                continue
-            if cross and segment.leader.location == leader.location and same_site(leader, segment.leader):
-                continue
-            yield _place(segment, self.topology, self._holders)
-
-    def sent_to(self, there: _Place) -> list[_Address]:
-        """The addresses that this host's segment sends to that one."""
-        return _sent(self.place, there, self._links)
-
-    def sent_from(self, there: _Place) -> list[_Address]:
-        """This host's own addresses that are sent to its segment from that one."""
-        found = [one for one in self.place.addresses if one.node.name == self.own.name]
-        return _sent(there, _Place(self.place.segment, tuple(found)), there.links()) if found else []
-
-    def way(self, version: int, here: frozenset[IPAddress]) -> _Way | str:
-        """How packets of a family go to a segment, or why they cannot. `here`: own addresses that answers find."""
-        leader = self.place.segment.leader
-        way = Hop(Via.TUNNEL) if leader.name == self.own.name else hop(self.own, leader, version)
-        if way is None or way.trouble:
-            why = "they share no address family" if way is None else way.trouble
-            return f"{self.own.name} does not reach its leader {leader.name} in IPv{version}: {why}"
-        inner = [ip.ip for ip in self.own.internal_ips if ip.version == version and ip.ip in here]
-        source = next((address for address in (*inner, self.own.mesh_address(version)) if address is not None), None)
-        if source is None:
-            return f"{self.own.name} has no address in IPv{version} at which an answer finds it; give it a mesh address"
-        return _Way(way, source)
-
-    def whole(self, version: int, here: frozenset[IPAddress]) -> bool:
-        """Whether what comes in clear in a family to the host itself can be none of what it is to get: all own
-        addresses are sent through the tunnel, and its leader does not pass packets on plain."""
-        leader = self.place.segment.leader
-        if leader.name != self.own.name:
-            way = hop(leader, self.own, version)
-            if way is None or way.way is Via.UNDERLAY:
-                return False
-        return all(address in here for address in own_addresses(self.own) if address.version == version)
-
-    def known(self, plan: HostPlan) -> tuple[IPNetwork, ...]:
-        """What others take packets from by way of this host."""
-        found = {*self.topology.snapshot.subnets, *plan.behind}
-        if self.place.segment.leader.name == self.own.name:
-            found.update(self.place.segment.networks)
-            found.update(one.network for one in self.place.addresses)
-        return tuple(sorted(found, key=network_key))
+_NO_PART = _Part()
 
 
-def _place(segment: Segment, topology: Topology, holders: Mapping[IPAddress, int]) -> _Place:
-    found = []
-    for node in segment.members:
-        known = segment.carried.get(node.name)
-        if len(segment.members) == 1:
-            networks: Iterable[IPNetwork] = map(host_network, own_addresses(node))
+def _part(outlook: _Outlook, here: Place, there: Place, living: Living, old: _Part) -> _Part:
+    pair = outlook.before(there, living)
+    awaited = pair.awaited(there.segment.members)
+    if not outlook.exchanges(there):
+        # On the way back the members of its own segment count too: they send by it.
+        return _Part(awaited=awaited - {outlook.own.name}) if awaited and not outlook.on else _NO_PART
+    found = sent(here, there)
+    if not found:
+        return _Part(awaited=awaited)
+    own = here.of[outlook.own.name]
+    answered = {one.address for one in sent(there, here, own)} if own else set()
+    usable = {address for address, has in outlook.addresses if has and address in answered}
+    versions = frozenset(one.address.version for one in found)
+    ways = {version: outlook.way(version, usable) for version in versions}
+    whole = {version: outlook.on and outlook.whole(version, answered) for version in versions}
+    members = there.segment.members
+    sends = {node.name for node in members if pair.sends(node)}
+    refused = pair.refused(members) if any(whole.values()) else frozenset()
+    before = {id(route.destination): route for route in old.send}
+    send, hold, refuse, problems = [], [], [], []
+    for one in found:
+        version, name = one.address.version, one.node.name
+        if name in sends:
+            way = ways[version]
+            if isinstance(way, _Way):
+                send.append(_route(one, way, before.get(id(one.network))))
+            else:
+                hold.append(one.network)
+                text = f"nothing is sent to {one.address} of node {name} as long as all is encrypted: {way}"
+                problems.append(Problem(subject=name, text=text))
+        if whole[version] and name in refused:
+            refuse.append(one.address)
+    nodes = tuple(one.address for one in found)
+    return _Part(
+        gate=(outlook.leader if outlook.by_leader else there.segment.leader).public_key,
+        nodes=nodes, networks=tuple(one.network for one in found), send=tuple(send), hold=tuple(hold),
+        refuse=nodes if len(refuse) == len(nodes) else tuple(refuse), problems=tuple(problems), awaited=awaited,
+        versions=versions,
+    )  # fmt: skip
+
+
+def _route(one: Address, way: _Way, old: RoutePlan | None) -> RoutePlan:
+    if old is not None and (old.way, old.gateway, old.source) == (way.hop.way, way.hop.gateway, way.source):
+        return old
+    return RoutePlan(destination=one.network, way=way.hop.way, gateway=way.hop.gateway, source=way.source)
+
+
+# -- all of it, as it follows changes ----------------------------------------------------------------------------------
+
+
+@frozen(kw_only=True, eq=False)
+class _Whole:
+    """The parts together."""
+
+    nodes: frozenset[IPAddress] = frozenset()
+    send: Mapping[IPNetwork, RoutePlan] = field(factory=dict)
+    hold: frozenset[IPNetwork] = frozenset()
+    refuse: frozenset[IPAddress] = frozenset()
+    awaited: frozenset[str] = frozenset()
+    troubled: frozenset[str] = frozenset()
+    """The segments whose parts have problems."""
+
+
+@frozen(kw_only=True, eq=False)
+class _Memo:
+    """What the next plan is computed from."""
+
+    places: Places = field(factory=Places)
+    outlook: _Outlook | None = None
+    living: Living = NOBODY_ASKED
+    parts: Mapping[str, _Part] = field(factory=dict)
+    whole: _Whole = field(factory=_Whole)
+    base: Mapping[str, PeerPlan] = field(factory=dict)
+    """The peers of the plan that was handed in."""
+    peers: Mapping[str, PeerPlan] = field(factory=dict)
+    wanted: Encryption | None = None
+    known: tuple[IPNetwork, ...] = ()
+    known_of: object = None
+    """What `known` was computed from."""
+
+
+def _followed(
+    memo: _Memo, moved: frozenset[str], outlook: _Outlook, places: Places, living: Living
+) -> tuple[Mapping[str, _Part], _Whole]:
+    here = places.of[outlook.segment]
+    differing: list[tuple[str, _Part, _Part]] = []
+    for key in moved:
+        old, there = memo.parts.get(key, _NO_PART), places.of.get(key)
+        new = _NO_PART if there is None else _part(outlook, here, there, living, old)
+        if new != old or key not in memo.parts or there is None:
+            differing.append((key, old, new))
+    if not differing:
+        return memo.parts, memo.whole
+    parts = dict(memo.parts)
+    for key, _, new in differing:
+        if key in places.of:
+            parts[key] = new
         else:
-            networks = map(host_network, carried(node, segment.leader)) if known is None else known
-        for network in networks:
-            address = network.network_address
-            if holders[address] == 1 and _meant(address, node, segment.key, topology):
-                found.append(_Address(node, address, network))
-    return _Place(segment, tuple(found))
+            parts.pop(key, None)
+    whole = memo.whole
+    pairs = [(old, new) for _, old, new in differing]
+    nodes = _changed(whole.nodes, ((old.nodes, new.nodes) for old, new in pairs))
+    if whole.refuse is whole.nodes and all(one.refuse is one.nodes for pair in pairs for one in pair):
+        # All are through with the switch: to copy 10,000 addresses costs a millisecond.
+        refuse = nodes
+    else:
+        refuse = _changed(whole.refuse, ((old.refuse, new.refuse) for old, new in pairs))
+        refuse = nodes if refuse == nodes else refuse
+    return parts, _Whole(
+        nodes=nodes,
+        send=_sent(whole.send, pairs),
+        hold=_changed(whole.hold, ((old.hold, new.hold) for old, new in pairs)),
+        refuse=refuse,
+        awaited=_changed(whole.awaited, ((old.awaited, new.awaited) for old, new in pairs)),
+        troubled=_changed(
+            whole.troubled,
+            (((key,) if old.problems else (), (key,) if new.problems else ()) for key, old, new in differing),
+        ),
+    )
 
 
-def _meant(address: IPAddress, node: Node, segment: str, topology: Topology) -> bool:
-    """Whether an address can mean nothing but the node, apart from what others have near them."""
-    settlement = topology.settlement
-    if each_hosts_own(address):
-        return False
-    if any(subnet.version == address.version and address in subnet for subnet in settlement.mesh):
-        return False
-    granted = settlement.granted_at(address)
-    return granted is None or granted.owner in (("node", node.name), ("location", segment))
+def _changed(had: frozenset[T], pairs: Iterable[tuple[Collection[T], Collection[T]]]) -> frozenset[T]:
+    """`had` itself if it comes out the same. `pairs`: what parts of it were, and are."""
+    less: set[T] = set()
+    more: set[T] = set()
+    for old, new in pairs:
+        # Most are the same objects, and hashes of addresses are slow.
+        here, there = set(map(id, new)), set(map(id, old))
+        less.update(one for one in old if id(one) not in here)
+        more.update(one for one in new if id(one) not in there)
+    differing = frozenset(more - had) | ((less - more) & had)
+    # In this order the large one is copied once.
+    return differing ^ had if differing else had
 
 
-def _sent(here: _Place, there: _Place, links: Links) -> list[_Address]:
-    """The addresses of `there` that segment `here`, whose hosts reach `links`, sends through the tunnel."""
-    near = [one for one in there.addresses if links.hold(one.address.version, int(one.address))]
-    if not near:
-        return list(there.addresses)
-    location = there.segment.location
-    if location == here.segment.location and location != DEFAULT_LOCATION:
-        return list(there.addresses)
-    leader = there.segment.leader
-    called = called_at(here.segment.leader, leader)
-    # Whose WireGuard is called at one address over a common link is meant by its other ones there too.
-    meant = leader.name if any(one.node is leader and one.address == called for one in near) else None
-    alike = {one.network for one in near if one.node.name != meant}
-    return [one for one in there.addresses if one.network not in alike]
+def _sent(had: Mapping[IPNetwork, RoutePlan], pairs: Iterable[tuple[_Part, _Part]]) -> Mapping[IPNetwork, RoutePlan]:
+    """`had` itself if it comes out the same."""
+    less: dict[IPNetwork, RoutePlan] = {}
+    more: dict[IPNetwork, RoutePlan] = {}
+    for old, new in pairs:
+        here, there = set(map(id, new.send)), set(map(id, old.send))
+        less.update((route.destination, route) for route in old.send if id(route) not in here)
+        more.update((route.destination, route) for route in new.send if id(route) not in there)
+    if not more and not less:
+        return had
+    result = dict(had)
+    for network in less:
+        if network not in more:
+            del result[network]
+    result.update(more)
+    return result
+
+
+def _peers(
+    base: Mapping[str, PeerPlan],
+    memo: _Memo,
+    outlook: _Outlook,
+    places: Places,
+    parts: Mapping[str, _Part],
+    moved: Iterable[str],
+) -> Mapping[str, PeerPlan]:
+    """The plan's peers, allowed what comes out of the tunnels from nodes."""
+    touched = set(changes(memo.base, base))
+    for key in moved:
+        old, new = memo.parts.get(key, _NO_PART), parts.get(key, _NO_PART)
+        if (old.gate, old.networks) != (new.gate, new.networks):
+            touched.update((old.gate, new.gate))
+    if not touched:
+        return memo.peers
+    every: tuple[IPNetwork, ...] = ()
+    if outlook.by_leader and outlook.leader.public_key in touched:
+        every = tuple(network for part in parts.values() for network in part.networks)
+    result = dict(memo.peers)
+    for key in touched:
+        peer = base.get(key)
+        if peer is None:
+            result.pop(key, None)
+            continue
+        if outlook.by_leader:
+            networks = every if key == outlook.leader.public_key else ()
+        else:
+            part = parts.get(places.key_of(peer.name), _NO_PART)
+            networks = part.networks if part.gate == key else ()
+        result[key] = _allowing(peer, networks)
+    return result
+
+
+def _allowing(peer: PeerPlan, networks: Iterable[IPNetwork]) -> PeerPlan:
+    known = set(map(id, peer.allowed_ips))
+    if all(id(network) in known for network in networks):
+        return peer
+    every = {*peer.allowed_ips, *networks}
+    if len(every) == len(peer.allowed_ips):
+        return peer
+    return evolve(peer, allowed_ips=tuple(sorted(every, key=network_key)))
+
+
+def _known(subnets: Iterable[IPNetwork], behind: Iterable[IPNetwork], place: Place, name: str) -> tuple[IPNetwork, ...]:
+    """What others take packets from by way of this host."""
+    found = {*subnets, *behind}
+    if place.segment.leader.name == name:
+        found.update(place.segment.networks)
+        found.update(one.network for one in place.addresses)
+    return tuple(sorted(found, key=network_key))
+
+
+def _in_order(outside: Outside, own: Node) -> tuple[IPAddress, ...]:
+    """The internal IPs first."""
+    internal = [ip.ip for ip in own.internal_ips if outside.has(ip.ip)]
+    return tuple(dict.fromkeys((*internal, *outside.sources)))
+
+
+def _same(one: Encryption, other: Encryption) -> bool:
+    """Whether two are alike, told quickly: what is large is the same object if it is."""
+    large = ("nodes", "send", "hold", "refuse")
+    return all(getattr(one, name) is getattr(other, name) for name in large) and evolve(
+        one, nodes=frozenset(), send={}, hold=frozenset(), refuse=frozenset()
+    ) == evolve(other, nodes=frozenset(), send={}, hold=frozenset(), refuse=frozenset())
