@@ -15,6 +15,7 @@ from topology_worlds import node, pair, snapshot
 from kilo_etcd.model import EncryptionStage, Endpoint, Granularity, InternalIPs, IPNetwork, Node, Snapshot
 from kilo_etcd.topology import HostPlan, RoutePlan, Topology, Via, build_topology, host_plan
 from kilo_etcd.topology.encryption import Living, Outside, Report, encrypt, report, waited_for
+from kilo_etcd.topology.unaware import unaware_problems
 
 SENDS: dict[str, Any] = {"encryption": EncryptionStage.SENDS, "accepts_since": 5}
 ON, OFF = InternalIPs.ENCRYPTED, InternalIPs.OFF
@@ -163,6 +164,45 @@ def test_what_no_way_leads_to_is_held_and_named() -> None:
     assert plan.encryption is not None
     assert set(map(str, plan.encryption.hold)) == {"10.2.0.1/32"}
     assert any("nothing is sent to 10.2.0.1 of node b1" in problem.text for problem in plan.problems)
+
+
+def test_one_old_agent_does_not_have_the_mesh_speak_in_clear() -> None:
+    a, b, c = on_lan("a", "b", "c", **SENDS)
+    old = evolve(c, underlay=None, encryption=None, accepts_since=0)
+    topology = mesh([a, b, old])
+    assert topology.internal_ips is ON
+    assert topology.left_out == {"c"}
+    plan = planned(topology, "a")
+    assert (set(sent(plan)), refused(plan)) == ({"10.1.0.2"}, {"10.1.0.2"})
+    (problem,) = plan.problems
+    assert problem.text.startswith("node c is left out of internal-ips=encrypted")
+    # It joins, or is upgraded, on a running mesh.
+    later = build_topology(evolve(topology.snapshot, revision=10, nodes={"a": a, "b": b, "c": c}), topology)
+    assert (later.left_out, set(sent(planned(later, "a")))) == (set(), {"10.1.0.2", "10.1.0.3"})
+    # Nobody takes part yet: the switch waits for it.
+    for mode in (ON, InternalIPs.ROUTED):
+        first = mesh([evolve(one, encryption=None) for one in (a, b, old)], mode=mode)
+        assert first.internal_ips is OFF
+        (waits,) = unaware_problems(first)
+        assert waits.text.startswith(f"internal-ips={mode} is not in force, since the agents on c do not know")
+
+
+def test_an_old_leader_and_whom_it_leads_are_left_out_alone() -> None:
+    nodes = [
+        here("a1", 1, "a", "10.1.0.1/24", endpoint="203.0.113.1", **SENDS),
+        here("a2", 2, "a", "10.1.0.2/24", **SENDS),
+        here("b1", 3, "b", "10.2.0.1/24", endpoint="203.0.113.3", **SENDS),
+        here("c1", 4, "c", "10.3.0.1/24", endpoint="203.0.113.4", **SENDS),
+    ]
+    old = evolve(nodes[0], underlay=None, encryption=None)
+    topology = mesh([old, *nodes[1:]], Granularity.LOCATION)
+    assert set(sent(planned(topology, "b1"))) == {"10.3.0.1"}
+    assert not any(str(network).startswith("10.1.") for network in planned(topology, "b1").routes)
+    for name in ("a1", "a2"):
+        plan = planned(topology, name)
+        assert not any(str(network).startswith(("10.2.", "10.3.")) for network in plan.routes)
+        assert (sent(plan), refused(plan)) == ({}, set())
+    assert any("it and the nodes that it leads" in problem.text for problem in planned(topology, "b1").problems)
 
 
 def test_off_and_never_on_is_the_plan_itself() -> None:

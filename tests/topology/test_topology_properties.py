@@ -180,6 +180,18 @@ def sites(draw: DrawFn) -> Snapshot:
 
 
 @st.composite
+def with_old_agents(draw: DrawFn) -> Snapshot:
+    """A mesh that encrypts, and nodes whose agents do not know the setting."""
+    world = draw(worlds() | sites())
+    old = draw(st.sets(st.sampled_from([*world.nodes]), max_size=2))
+    nodes = {
+        name: evolve(node, underlay=None) if name in old else evolve(node, encryption=EncryptionStage.SENDS)
+        for name, node in world.nodes.items()
+    }
+    return evolve(world, internal_ips=InternalIPs.ENCRYPTED, nodes=nodes)
+
+
+@st.composite
 def histories(draw: DrawFn) -> list[Snapshot]:
     """A snapshot and what becomes of it, step by step; what does not change stays the same object."""
     world = draw(worlds(tame=False))
@@ -252,7 +264,7 @@ def test_everyone_reaches_everyone_and_nothing_crosses_locations_in_clear(world:
 
 
 @settings(QUICK, max_examples=60)
-@given(worlds() | sites())
+@given(worlds() | sites() | with_old_agents())
 def test_every_internal_ip_that_is_routed_is_reached_and_answers(world: Snapshot) -> None:
     topology = build_topology(world)
     plans = all_plans(topology)
@@ -262,7 +274,8 @@ def test_every_internal_ip_that_is_routed_is_reached_and_answers(world: Snapshot
             continue
         for ip in world.nodes[other].internal_ips:
             route = plans[one].routes.get(host_network(ip.ip))
-            if not routed_at(ip.ip, there, here, world.granularity):
+            if world.nodes[one].underlay is None or not routed_at(ip.ip, there, here, world.granularity):
+                # An agent that does not know the setting routes none.
                 assert route is None or host_network(ip.ip) in there.networks
                 continue
             out = way_to(world.nodes[one], here.leader, ip.version) if one != here.leader.name else True

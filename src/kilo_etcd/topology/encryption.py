@@ -20,6 +20,7 @@ from kilo_etcd.topology.hostplan import Encryption, Exemption, HostPlan, PeerPla
 from kilo_etcd.topology.places import Address, Place, Places, own_addresses, sent
 from kilo_etcd.topology.segments import Topology, changes
 from kilo_etcd.topology.stages import NOBODY_ASKED, Living, Pair, Report, in_force, report, waited_for
+from kilo_etcd.topology.unaware import unaware_problems
 from kilo_etcd.topology.ways import Hop, bonded, hop
 
 __all__ = ["NOBODY_ASKED", "Living", "Outside", "Report", "awaited", "encrypt", "report", "waited_for"]
@@ -94,7 +95,7 @@ def encrypt(
         peers=peers,
         forwarding=forwarding,
         encryption=wanted,
-        problems=(*plan.problems, *problems),
+        problems=(*plan.problems, *(unaware_problems(topology) if on else ()), *problems),
         memo=_Memo(
             places=places, outlook=outlook, living=living, parts=parts, whole=whole, base=base, peers=peers,
             wanted=wanted, known=known, known_of=of,

@@ -26,8 +26,15 @@ from kilo_etcd.topology.holders import Holders
 from kilo_etcd.topology.ways import hop
 
 
+def knows(node: Node) -> bool:
+    """Whether a node's agent is of a version that knows the setting internal-ips: only those state their links."""
+    return node.underlay is not None
+
+
 def carried(own: Node, leader: Node) -> tuple[IPAddress, ...]:
     """The internal IPs at which others can reach node `own`, whose segment `leader` leads."""
+    if not (knows(own) and knows(leader)):
+        return ()
     if own.name == leader.name:
         return tuple(ip.ip for ip in own.internal_ips)
     found = []

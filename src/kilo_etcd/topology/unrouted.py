@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from attrs import field, frozen
 
 from kilo_etcd.model import Granularity, InternalIPs, IPNetwork, Node
-from kilo_etcd.topology.internal import REMEDY, share_no_site
+from kilo_etcd.topology.internal import REMEDY, knows, share_no_site
 
 if TYPE_CHECKING:
     from kilo_etcd.topology.segments import Segment, Topology
@@ -110,6 +110,8 @@ def _called(topology: Topology, segment: Segment, version: int) -> list[str]:
 
 
 def _not_carried(node: Node, leader: Node) -> str:
+    if older := next((one.name for one in (node, leader) if not knows(one)), None):
+        return f"the agent of {older} does not know the setting internal-ips"
     return f"{node.name} and its leader {leader.name} do not reach each other in that family"
 
 
