@@ -73,6 +73,8 @@ class FakeHost:
         """Why nothing can be read; what needs no reading can be programmed all the same."""
         self.obstacles: tuple[Obstacle, ...] = ()
         """What would drop forwarded traffic."""
+        self.bypasses: tuple[str, ...] = ()
+        """Rules of others by which packets leave in clear."""
         self.moved = trio.Event()
         """Set by a test that changes `addresses`."""
         self.reach: Callable[[IPAddress], bool] = lambda address: False
@@ -210,6 +212,10 @@ class FakeKernel:
     async def obstacles(self) -> tuple[Obstacle, ...]:
         await trio.lowlevel.checkpoint()
         return self.host.obstacles
+
+    async def bypasses(self) -> tuple[str, ...]:
+        await trio.lowlevel.checkpoint()
+        return self.host.bypasses
 
     async def hear(self) -> Heard:
         await trio.lowlevel.checkpoint()
