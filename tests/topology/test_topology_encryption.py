@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from ipaddress import ip_address, ip_network
+from itertools import permutations
 from typing import Any
 
 import pytest
@@ -263,6 +264,8 @@ class World:
         # A host that has come back reads what stands in etcd now.
         host.applied = min(host.applied + ahead, len(self.log)) if host.sound else len(self.log)
         topology = build_topology(self.log[host.applied - 1])
+        if name not in topology.snapshot.nodes:
+            return  # Its kernel stays as it is until it is registered again.
         shown = Report.of(topology.snapshot.nodes[name])
         if shown != host.left:
             host.told = host.left = None
@@ -349,10 +352,56 @@ class World:
             refuses = there.encryption is not None and source.network_address in there.encryption.refuse
             return "refused" if refuses else "clear"
         assert route.way is Via.TUNNEL
+        if route.source is not None:
+            source = ip_network(route.source)
         gate = self.hosts[topology.segment_of(other).leader.name].plan
         assert gate is not None
         accepts = any(source in peer.allowed_ips for peer in gate.peers.values())
         return "encrypted" if accepts else "not accepted"
+
+    def change(self, what: str, name: str) -> None:
+        """Something of an operator's, or of the mesh's own, in the middle of a switch."""
+        now = self.now
+        node = now.nodes.get(name)
+        if what == "forget":
+            # Its agent registers anew, and goes on from the stage that it has reported.
+            gone = {one: node for one, node in now.nodes.items() if one != name}
+            self.write(nodes=gone)
+            if node is not None:
+                self.write(nodes={**gone, name: node})
+        elif what == "granularity":
+            other = {Granularity.FULL: Granularity.LOCATION, Granularity.LOCATION: Granularity.FULL}
+            self.write(granularity=other[now.granularity])
+        elif node is None:
+            return
+        elif what == "relabel":
+            self.write(nodes={**now.nodes, name: evolve(node, location="b" if node.location == "a" else "a")})
+        elif what == "lead":
+            self.write(leaders={**now.leaders, node.location: name})
+        elif what == "age":
+            # An agent of an older version writes the record, or the newer one again.
+            old = evolve(node, underlay=None, encryption=None, accepts_since=0)
+            self.write(nodes={**now.nodes, name: old if node.underlay is not None else evolve(node, underlay=())})
+
+    def at_rest(self) -> bool:
+        return all(host.status is not None and host.applied == len(self.log) for host in self.hosts.values())
+
+    def check_at_rest(self) -> None:
+        """All have applied one and the same revision: whatever has just happened, everything arrives, and between nodes
+        that encrypt nothing is in clear."""
+        topology, on = self.topology, self.topology.internal_ips is ON
+        for one, other in permutations(self.hosts, 2):
+            if not self.has_tunnel(one, other) or topology.unaware & {one, other}:
+                continue
+            fate = self.sends(one, other)
+            assert fate in ("encrypted", "clear"), (one, other, fate)
+            ends = [self.now.nodes[name] for name in (one, other)]
+            leaders = [topology.segment_of(name).leader for name in (one, other)]
+            at = ends[1].internal_ips[0].ip
+            if topology.segment_of(one).links.hold(at.version, int(at)):
+                continue  # By a label the two sites have become one for the sender, so that the address is near.
+            if on and all(n.encryption is EncryptionStage.SENDS for n in (*ends, *leaders)):
+                assert fate == "encrypted", (one, other)
 
     def settle(self) -> None:
         for _ in range(12):
@@ -423,6 +472,46 @@ def test_no_packet_is_lost_at_any_step(nodes: list[Node], granularity: Granulari
     else:
         assert {node.encryption for node in world.now.nodes.values()} == {None}
         assert all(host.plan is not None and host.plan.encryption is None for host in world.hosts.values())
+
+
+CHANGES = ("relabel", "granularity", "lead", "forget", "age")
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_what_else_happens_during_a_switch_lasts_no_longer_than_a_revision(data: st.DataObject) -> None:
+    """Labels, leaders, granularity, records that are forgotten, agents of an older version: once all hosts have applied
+    the revision everything arrives, whatever the others have heard of each other, and what encrypts goes on."""
+    world = World.of(SITES, Granularity.LOCATION, InternalIPs.ROUTED)
+    names = st.sampled_from(sorted(world.hosts))
+    on = False
+    acts = ("apply", "publish", "publish", "tell", "ask", "switch", "rest", "rest", *CHANGES)
+    for _ in range(data.draw(st.integers(0, 50))):
+        act, name = data.draw(st.sampled_from(acts)), data.draw(names)
+        if act == "switch":
+            on = not on
+            world.switch(ON if on else InternalIPs.ROUTED)
+        elif act == "apply":
+            world.apply(name, 1)
+        elif act in CHANGES:
+            world.change(act, name)
+        elif act != "rest":
+            call: Callable[[str], None] = getattr(world, act)
+            call(name)
+        if act == "rest":
+            for each in world.hosts:
+                world.apply_all(each)
+            assert world.at_rest()
+            world.check_at_rest()
+    world.write(nodes={name: evolve(node, underlay=node.underlay or ()) for name, node in world.now.nodes.items()})
+    for _ in range(12):
+        for act in (world.apply_all, world.tell, world.ask, world.apply_all, world.publish):
+            for name in world.hosts:
+                act(name)
+    for name in world.hosts:
+        world.apply_all(name)
+    world.check_at_rest()
+    assert {node.encryption for node in world.now.nodes.values()} == {EncryptionStage.SENDS if on else None}
 
 
 def test_an_absent_host_holds_nobody_up() -> None:

@@ -531,6 +531,7 @@ class Daemon:
                 await self._dns_hosts.remove()
             try:
                 await self.keeper.forget()
+                await self._encrypting.forget()
             except OSError as failure:
                 self.log.warning("the last known mesh could not be removed from disk", error=str(failure))
             self.log.info("cleaned up", changes=len(changes))

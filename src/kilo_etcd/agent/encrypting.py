@@ -10,7 +10,7 @@ quorum must reach the others in clear, or there never is one.
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -35,6 +35,8 @@ ASK_PATIENCE = 2.0
 """Seconds that the first plan under the setting waits for etcd."""
 FIRST_PAUSE, PAUSE_PER_NODE, MOST_PAUSE = 0.1, 0.002, 20.0
 """Seconds between two looks at the statuses, as long as somebody is waited for: with 1,000 nodes a look is 0.3 MB."""
+FEW = 8
+"""Nodes whose statuses are read one by one."""
 RETRY_SECONDS = 1.0
 _MOST_BYTES = 2**16
 
@@ -89,6 +91,9 @@ def outside(config: AgentConfig, members: Members | None, sources: tuple[IPAddre
     clients = {*_sockets(config.etcd.endpoints, table), *_sockets(members.client, table)}
     a_member = any(address in own for address, _ in peers)
     here = {port for address, port in (*clients, *peers) if address in own or address.is_loopback}
+    # A name without an address, as long as DNS does not answer, may be this host's: others must reach etcd here.
+    every = (*config.etcd.endpoints, *members.client, *members.peer)
+    here |= {port for host, port in _named(every) if host not in table}
     there = {*clients, *(peers if a_member else ())}
     return Outside(
         etcd=tuple(sorted(
@@ -100,6 +105,17 @@ def outside(config: AgentConfig, members: Members | None, sources: tuple[IPAddre
         sources=sources,
         clear=config.clear,
     )  # fmt: skip
+
+
+def _named(urls: Iterable[str]) -> Iterator[tuple[str, int]]:
+    """Those of the hosts that are called by a name, and the port."""
+    for url in urls:
+        with suppress(etcd.BadRequest):
+            endpoint = etcd.parse_endpoint(url, tls=False)
+            try:
+                ip_address(endpoint.host)
+            except ValueError:
+                yield endpoint.host, endpoint.port
 
 
 def _sockets(urls: Iterable[str], table: Table) -> Iterator[tuple[IPAddress, int]]:
@@ -153,6 +169,12 @@ class Encrypting:
         """The last report, and what the record said before, as long as the snapshot says nothing newer."""
         self._changed = trio.Event()
         self.living = Living()
+
+    async def forget(self) -> None:
+        """Remove from disk what is kept of etcd's members. OSError."""
+        if self._disk is not None:
+            path = self._disk.state_dir
+            await self._disk.run(lambda: remove_members(path))
 
     @property
     def etcd_urls(self) -> tuple[str, ...]:
@@ -233,11 +255,15 @@ class Encrypting:
                 pause = 0.0
                 await changed.wait()
                 continue
-            least = FIRST_PAUSE + len(topology.snapshot.nodes) * PAUSE_PER_NODE
+            looks_at = len(topology.snapshot.nodes) if len(self._awaited) > FEW else len(self._awaited)
+            least = FIRST_PAUSE + looks_at * PAUSE_PER_NODE
             pause = min(max(least, 1.5 * pause), max(least, MOST_PAUSE))
             before = self.living
             with suppress(etcd.EtcdError):
-                await self._ask_statuses(topology)
+                if len(self._awaited) > FEW:
+                    await self._ask_statuses(topology)
+                else:
+                    await self._ask_few(self._awaited)
             if self.living != before:
                 self._nudge()
             await trio.sleep(pause)
@@ -249,6 +275,17 @@ class Encrypting:
         known = self.living.applied
         applied = {name: max(status.revision, known.get(name, 0)) for name, status in found.items() if name in asked}
         self.living = Living(asked=asked, applied=applied)
+
+    async def _ask_few(self, names: Collection[str]) -> None:
+        """Of one node that joins 10,000 agents want to know, who must not all read 10,000 statuses."""
+        applied = dict(self.living.applied)
+        for name in names:
+            status = await store.status(self._client, self._keys, name)
+            if status is None:
+                applied.pop(name, None)
+            else:
+                applied[name] = max(status.revision, applied.get(name, 0))
+        self.living = Living(asked=self.living.asked.union(names), applied=applied)
 
     async def _follow_members(self) -> None:
         while True:

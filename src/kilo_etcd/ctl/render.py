@@ -58,6 +58,7 @@ def status_tables(report: Report) -> tuple[Table, ...]:
     from kilo_etcd.ctl.report import grouped
 
     tables = (
+        Table("What is wrong with the mesh", ("SUBJECT", "ERROR"), _remarks(report.urgent)),
         Table(
             "Nodes",
             ("NODE", "LOCATION", "MESH ADDRESS", "INTERNAL IP", "ENDPOINT", "ROLE", "AGENT", "REVISION"),
@@ -131,7 +132,7 @@ def status_heading(report: Report) -> str:
     alive = sum(row.alive for row in report.nodes)
     parts = [
         f"granularity {report.granularity}",
-        f"internal-ips {shown_internal_ips(report.internal_ips, report.internal_ips_in_force, len(report.unaware))}",
+        f"internal-ips {shown_mode(report)}",
         f"subnets {', '.join(report.subnets) or NONE}",
         f"{len(report.nodes)} node{'' if len(report.nodes) == 1 else 's'}, {alive} alive",
         f"revision {report.revision}",
@@ -141,6 +142,12 @@ def status_heading(report: Report) -> str:
     if report.live is not None and report.live.tunnels:
         parts.append(f"{report.live.up} of {report.live.tunnels} tunnels up")
     return "; ".join(parts)
+
+
+def shown_mode(report: Report) -> str:
+    """The setting internal-ips, what is in force, and how far the switch to `encrypted` or back is."""
+    shown = shown_internal_ips(report.internal_ips, report.internal_ips_in_force, len(report.unaware))
+    return shown if report.switch is None else f"{shown} ({clean(str(report.switch))})"
 
 
 def shown_internal_ips(setting: str, in_force: str, unaware: int) -> str:

@@ -133,9 +133,15 @@ class Plans(Mapping[str, HostPlan]):
             # What was found out for one host, of the whole mesh, serves the next.
             last = next(reversed(self._made.values()), None)
             plan = encrypt(plan, topology, outside=Outside(), living=living, previous=last)
-            if plan.encryption is not None:
-                # The table of these comes before the main one.
-                plan = evolve(plan, routes={**plan.routes, **plan.encryption.send})
+            if (wanted := plan.encryption) is not None:
+                # The table of these comes before the main one, and what is held goes nowhere.
+                routes = {**plan.routes, **wanted.send}
+                why = f"{name} has no way into the tunnel for it, and sends nothing in clear"
+                plan = evolve(
+                    plan,
+                    routes={network: route for network, route in routes.items() if network not in wanted.hold},
+                    refused={**plan.refused, **dict.fromkeys(wanted.hold, why)},
+                )
             self._made[name] = plan
         return self._made[name]
 
@@ -314,7 +320,8 @@ def routing_table(plan: HostPlan, destination: IPAddress, *, out_of_tunnel: bool
         rule = f"rule {return_priority(DEFAULT_INTERFACE)}: iif {DEFAULT_INTERFACE}"
         return f"{return_table(DEFAULT_INTERFACE)} ({rule})"
     wanted = plan.encryption
-    if wanted is None or host_network(destination) not in {*wanted.send, *wanted.hold}:
+    host = host_network(destination)
+    if wanted is None or not (host in wanted.send or host in wanted.hold):
         return MAIN
     from kilo_etcd.kernel.encrypted import rule_priorities, table_of
     from kilo_etcd.kernel.wayout import MARK

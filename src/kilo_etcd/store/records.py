@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from heapq import nsmallest
 from typing import Any, Generic, NamedTuple, TypeVar, Union
@@ -249,6 +249,8 @@ class Read(NamedTuple, Generic[R]):
     record: R
     unknown: tuple[str, ...] = ()
     more_unknown: int = 0
+    unreadable: tuple[str, ...] = ()
+    """Fields that the record can do without (`_OPTIONAL`) and that cannot be read, and why, in clauses."""
 
 
 # --- single values -------------------------------------------------------------------------------------------------
@@ -630,6 +632,9 @@ _REQUIRED = {
     record: frozenset(_camel(attribute.name) for attribute in fields(record) if attribute.default is NOTHING)
     for record in _READERS
 }
+_OPTIONAL: Mapping[type, tuple[str, ...]] = {NodeRecord: ("encryption", "acceptsSince")}
+"""Kind -> the fields without which, if they cannot be read, the record is in force all the same: a stage that a later
+version has must not take a node out of the mesh."""
 _EMPTY: tuple[object, ...] = (None, "", [])
 _ABSENT: dict[type, dict[str, tuple[object, ...]]] = {
     record: {_camel(each.name): (None,) for each in fields(record) if each.default is None} for record in _READERS
@@ -669,6 +674,7 @@ def read(kind: type[R], value: bytes, limit: int = MAX_VALUE) -> Read[R]:
     known = _FIELDS[kind]
     said: dict[str, Any] = {}
     wrong: dict[str, Exception] = {}
+    spared: dict[str, Exception] = {}
     unknown: list[str] = []
     for name, item in data.items():
         if name not in known:
@@ -679,11 +685,13 @@ def read(kind: type[R], value: bytes, limit: int = MAX_VALUE) -> Read[R]:
             said[field_name] = read_one(item)
         # Not ValueError alone: to show a value that is nested deeply can fail too.
         except Exception as error:
-            wrong[name] = error
+            (spared if name in _OPTIONAL.get(kind, ()) else wrong)[name] = error
     if wrong or not data.keys() >= _REQUIRED[kind]:
         raise RecordError(_complaint(kind, data, wrong))
     record = kind(**said)
-    return Read(record, *_named(unknown)) if unknown else Read(record)
+    if not unknown and not spared:
+        return Read(record)
+    return Read(record, *_named(unknown), tuple(f"{name}: {why}" for name, why in spared.items()))
 
 
 def _named(unknown: list[str]) -> tuple[tuple[str, ...], int]:

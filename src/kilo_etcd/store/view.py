@@ -663,9 +663,10 @@ def _replace(table: dict[str, V], name: str, value: V | None) -> bool:
 
 def _unknown(found: Read[R] | None) -> Sequence[str]:
     """What to say of fields that nobody knows."""
-    if found is None or not found.unknown:
+    if found is None or not (found.unknown or found.unreadable):
         return ()
     notes = [f"{name}: no such field is known; the rest of the record is in force" for name in found.unknown]
+    notes += (f"{one}; the rest of the record is in force" for one in found.unreadable)
     if found.more_unknown:
         notes.append(f"{found.more_unknown} more fields are not known; the rest of the record is in force")
     return notes

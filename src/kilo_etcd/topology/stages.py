@@ -20,7 +20,7 @@ counts as having gone all of it. Nothing follows from the time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from attrs import field, frozen
 
@@ -161,3 +161,55 @@ def waited_for(topology: Topology, name: str, living: Living) -> frozenset[str]:
         if there is not segment or not in_force(topology):
             found |= before(there, own, segment.leader, topology, living).awaited(there.members)
     return frozenset(found - {name})
+
+
+@frozen(kw_only=True)
+class Switch:
+    """How far a mesh is with the switch to `encrypted`, or with the way back. For people."""
+
+    on: bool
+    """Whether to it; else back."""
+    nodes: int
+    """Those that have a part in it."""
+    waits_for: tuple[str, ...]
+    """Those that have not gone all of it yet, and whose agents may live."""
+    absent: tuple[str, ...] = ()
+    """Those that have not, and whose agents do not live: nobody waits for them."""
+
+    def __str__(self) -> str:
+        done = self.nodes - len(self.waits_for) - len(self.absent)
+        said = f"{done} of {self.nodes} nodes {'encrypt' if self.on else 'are back'}"
+        if self.waits_for:
+            said += f", waits for {_first_of(self.waits_for)}"
+        if self.absent:
+            said += f", {'not' if self.on else 'not yet'} {_first_of(self.absent)}: no agent lives there"
+        return said
+
+
+def switch(topology: Topology, living: Collection[str] | None = None) -> Switch | None:
+    """How far the mesh is; None: all of it is through. `living`: the nodes whose agents live; None: all may."""
+    on, nodes = in_force(topology), topology.snapshot.nodes
+    left: list[str] = []
+    for segment in topology.segments.values():
+        ready = segment.leader.encryption is EncryptionStage.SENDS
+        for node in segment.members:
+            done = ready and node.encryption is EncryptionStage.SENDS if on else node.encryption is None
+            if not done and node.name not in topology.left_out:
+                left.append(node.name)
+    if not left:
+        return None
+    lives = nodes if living is None else living
+    return Switch(
+        on=on,
+        nodes=len(nodes) - len(topology.left_out),
+        waits_for=tuple(sorted(name for name in left if name in lives)),
+        absent=tuple(sorted(name for name in left if name not in lives)),
+    )
+
+
+def _first_of(names: tuple[str, ...]) -> str:
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return f"{', '.join(names[:MOST_NAMED])}{more}"
+
+
+MOST_NAMED = 5
