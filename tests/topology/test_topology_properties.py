@@ -3,6 +3,7 @@ computing a change gives what computing everything gives."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator
 from ipaddress import ip_address, ip_interface, ip_network
 from itertools import permutations
@@ -34,6 +35,7 @@ from kilo_etcd.topology.claims import network_key
 from kilo_etcd.topology.encryption import Living, Outside, awaited, encrypt, waited_for
 from kilo_etcd.topology.graph import graph
 from kilo_etcd.topology.guard import guard
+from kilo_etcd.topology.places import exchanged
 from kilo_etcd.topology.render import render
 from kilo_etcd.topology.segments import changes, host_network, lined_up, routed_at
 from kilo_etcd.topology.walk import walk
@@ -303,6 +305,43 @@ def test_every_internal_ip_that_is_routed_is_reached_and_answers(world: Snapshot
                 for step in hops:
                     same = topology.segment_of(step.source) is topology.segment_of(step.target)
                     assert step.encrypted or same, (str(path), str(answer))
+
+
+@settings(QUICK, max_examples=60)
+@given(worlds(tame=False) | worlds())
+def test_two_nodes_encrypt_in_both_directions_or_in_none_and_what_is_in_clear_is_named(world: Snapshot) -> None:
+    nodes = {
+        name: evolve(node, underlay=node.underlay or (), encryption=EncryptionStage.SENDS)
+        for name, node in world.nodes.items()
+    }
+    world = evolve(world, nodes=nodes, internal_ips=InternalIPs.ENCRYPTED)
+    topology = build_topology(world)
+    living = Living(asked=frozenset(nodes))
+    wanted = {
+        name: encrypt(host_plan(topology, name), topology, outside=Outside(), living=living).encryption
+        for name in nodes
+    }
+    through: dict[str, set[IPNetwork]] = {}
+    for name, one in wanted.items():
+        assert one is not None
+        assert {host_network(address) for address in one.refuse} <= {*one.send, *one.hold}, "who is refused is sent to"
+        through[name] = {*one.send, *one.hold}
+    held = Counter(ip.ip for node in nodes.values() for ip in node.internal_ips)
+    named = {str(entry.network) for entry in topology.unrouted}
+    for one, other in permutations(nodes, 2):
+        here, there = topology.segment_of(one), topology.segment_of(other)
+        if not exchanged(here, there, world.granularity):
+            continue
+        for version in (4, 6):
+            ours, theirs = (
+                {host_network(ip.ip) for ip in nodes[name].internal_ips if ip.version == version and held[ip.ip] == 1}
+                for name in (one, other)
+            )
+            if ours and through[other] & ours and theirs and not through[one] & theirs:
+                raise AssertionError((one, other, version))
+            for network in theirs - through[one]:
+                if here.links.hold(version, int(network.network_address)) and not ours & through[other]:
+                    assert named & set(map(str, ours | theirs)), (one, other, network)
 
 
 @settings(QUICK, max_examples=60)

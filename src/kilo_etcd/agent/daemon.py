@@ -259,8 +259,9 @@ class Daemon:
             on_trouble=self._publish_again,
         )  # fmt: skip
         self._encrypting = Encrypting(
-            config, client, self.keys, self.once, disk=disk, register=self._report_stage, nudge=self._nudge
-        )
+            config, client, self.keys, self.once, disk=disk, register=self._report_stage, keep=self.keeper.flush,
+            nudge=self._nudge,
+        )  # fmt: skip
 
     # -- life -----------------------------------------------------------------------------------------------
 

@@ -140,7 +140,7 @@ def concerns(topology: Topology, name: str) -> bool:
 
 class Encrypting:
     """One agent's. `run` is its task, for an agent that is registered; `register` has the host's record say a report,
-    and tells whether it does now."""
+    and tells whether it does now; `keep` writes the mesh as it is in force to disk, for a boot without etcd."""
 
     def __init__(
         self,
@@ -151,12 +151,13 @@ class Encrypting:
         *,
         disk: Disk | None,
         register: Callable[[Report], Awaitable[bool]],
+        keep: Callable[[], Awaitable[object]],
         nudge: Callable[[], None],
     ) -> None:
         self._config, self._client, self._keys, self._once = config, client, keys, once
         self._name = config.hostname
         self._disk = disk
-        self._register, self._nudge = register, nudge
+        self._register, self._keep, self._nudge = register, keep, nudge
         self._members: Members | None = None
         self._prepared = False
         self._topology: Topology | None = None
@@ -242,6 +243,8 @@ class Encrypting:
             wanted, topology, changed = self._wanted, self._topology, self._changed
             if wanted is not None and topology is not None:
                 self._told, self._left, self._wanted = wanted, Report.of(topology.snapshot.nodes[self._name]), None
+                # Who boots without etcd goes by what is on disk: that must not be from before the switch.
+                await self._keep()
                 while not await self._register(wanted):  # noqa: ASYNC110 - etcd does not say when it is back
                     await trio.sleep(RETRY_SECONDS)
                 continue

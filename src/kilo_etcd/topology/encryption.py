@@ -15,9 +15,8 @@ from attrs import evolve, field, frozen
 
 from kilo_etcd.model import ACCEPTING, EncryptionStage, Granularity, IPAddress, IPNetwork, Node
 from kilo_etcd.topology.claims import network_key
-from kilo_etcd.topology.families import same_site
 from kilo_etcd.topology.hostplan import Encryption, Exemption, HostPlan, PeerPlan, Problem, RoutePlan, Via
-from kilo_etcd.topology.places import Address, Place, Places, own_addresses, sent
+from kilo_etcd.topology.places import Address, Place, Places, both_ways, exchanged, own_addresses, sent
 from kilo_etcd.topology.segments import Topology, changes
 from kilo_etcd.topology.stages import NOBODY_ASKED, Living, Pair, Report, in_force, report, waited_for
 from kilo_etcd.topology.unaware import unaware_problems
@@ -144,11 +143,9 @@ class _Outlook:
             living=living,
         )  # fmt: skip
 
-    def exchanges(self, there: Place) -> bool:
+    def exchanges(self, here: Place, there: Place) -> bool:
         """Whether the host exchanges packets with a segment through the tunnels."""
-        leader = there.segment.leader
-        near = leader.location == self.leader.location and same_site(self.leader, leader)
-        return there.segment.key != self.segment and not (self.granularity is Granularity.CROSS and near)
+        return exchanged(here.segment, there.segment, self.granularity)
 
     @property
     def by_leader(self) -> bool:
@@ -209,14 +206,13 @@ _NO_PART = _Part()
 def _part(outlook: _Outlook, here: Place, there: Place, living: Living, old: _Part) -> _Part:
     pair = outlook.before(there, living)
     awaited = pair.awaited(there.segment.members)
-    if not outlook.exchanges(there):
+    if not outlook.exchanges(here, there):
         # On the way back the members of its own segment count too: they send by it.
         return _Part(awaited=awaited - {outlook.own.name}) if awaited and not outlook.on else _NO_PART
     found = sent(here, there)
     if not found:
         return _Part(awaited=awaited)
-    own = here.of[outlook.own.name]
-    answered = {one.address for one in sent(there, here, own)} if own else set()
+    both, answered = both_ways(here, there, outlook.own.name, found)
     usable = {address for address, has in outlook.addresses if has and address in answered}
     versions = frozenset(one.address.version for one in found)
     ways = {version: outlook.way(version, usable) for version in versions}
@@ -226,7 +222,7 @@ def _part(outlook: _Outlook, here: Place, there: Place, living: Living, old: _Pa
     refused = pair.refused(members) if any(whole.values()) else frozenset()
     before = {id(route.destination): route for route in old.send}
     send, hold, refuse, problems = [], [], [], []
-    for one in found:
+    for one in both:
         version, name = one.address.version, one.node.name
         if name in sends:
             way = ways[version]

@@ -14,8 +14,9 @@ from itertools import chain
 
 from attrs import field, frozen
 
-from kilo_etcd.model import DEFAULT_LOCATION, IPAddress, IPNetwork, Node
+from kilo_etcd.model import DEFAULT_LOCATION, Granularity, IPAddress, IPNetwork, Node
 from kilo_etcd.topology.claims import Settlement, each_hosts_own
+from kilo_etcd.topology.families import same_site
 from kilo_etcd.topology.holders import Holders
 from kilo_etcd.topology.internal import Links, carried, stated
 from kilo_etcd.topology.plan import called_at
@@ -64,6 +65,14 @@ class Places:
         snapshot = None if self.topology is None else self.topology.snapshot
         node = None if snapshot is None else snapshot.nodes.get(name)
         return "" if snapshot is None or node is None else segment_key(node, snapshot)
+
+    def holder(self, address: IPAddress) -> str:
+        """The first node that has an address; empty: none."""
+        return next(iter(self._holders.names.get(address, ())), "")
+
+    def near(self, here: Place) -> Iterator[IPAddress]:
+        """The addresses of nodes on the links of a segment."""
+        return self._holders.within(here.links.networks)
 
     def after(self, topology: Topology) -> tuple[Places, frozenset[str]]:
         """Those of a later topology, and the segments about which something differs."""
@@ -127,6 +136,34 @@ def sent(here: Place, there: Place, addresses: Iterable[Address] | None = None) 
     meant = leader.name if any(one.node is leader and one.address == called for one in near) else None
     alike = {id(one) for one in near if one.node.name != meant}
     return [one for one in every if id(one) not in alike]
+
+
+def both_ways(here: Place, there: Place, own: str, found: Iterable[Address]) -> tuple[list[Address], set[IPAddress]]:
+    """(those of `found`, the addresses that `here` sends, to which its node `own` does; own addresses that `there`
+    sends).
+
+    Two nodes send to each other through the tunnel in both directions or in none, family by family: what one of them
+    sends in clear the other could not answer through the tunnel.
+    """
+    mine = here.of[own]
+    answered = sent(there, here, mine) if mine else []
+    known, got = set(map(id, found)), set(map(id, answered))
+    closed = {one.address.version for one in mine if id(one) not in got}
+    partly = {(one.node.name, one.address.version) for one in there.addresses if id(one) not in known}
+    if closed or partly:
+        found = (
+            one
+            for one in found
+            if one.address.version not in closed and (one.node.name, one.address.version) not in partly
+        )
+    return list(found), {one.address for one in answered}
+
+
+def exchanged(segment: Segment, there: Segment, granularity: Granularity) -> bool:
+    """Whether the hosts of two segments exchange packets through tunnels between the two."""
+    one, other = segment.leader, there.leader
+    near = one.location == other.location and same_site(one, other)
+    return segment.key != there.key and not (granularity is Granularity.CROSS and near)
 
 
 def _without(members: Iterable[Node], others: Iterable[Node]) -> list[Node]:

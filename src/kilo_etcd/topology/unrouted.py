@@ -41,7 +41,8 @@ def unrouted(topology: Topology) -> tuple[Unrouted, ...]:
     """All of it, by address; nothing if internal IPs are not routed at all."""
     if topology.internal_ips is InternalIPs.OFF:
         return ()
-    shared = dict(_shared(topology))
+    encrypted = topology.internal_ips is InternalIPs.ENCRYPTED
+    shared = {} if encrypted else dict(_shared(topology))
     found = {entry.network: entry for entry in shared}
     for segment in topology.segments.values():
         for node in segment.members:
@@ -53,7 +54,32 @@ def unrouted(topology: Topology) -> tuple[Unrouted, ...]:
                 )
                 if not hidden:
                     found[entry.network] = entry
+    if encrypted:
+        found.update((entry.network, entry) for entry in _in_clear(topology))
     return tuple(found[network] for network in sorted(found, key=lambda n: (n.version, n)))
+
+
+def _in_clear(topology: Topology) -> Iterable[Unrouted]:
+    """The addresses that a segment takes for those of its own links, each once."""
+    from kilo_etcd.topology.inclear import in_clear
+
+    of: dict[IPNetwork, tuple[Node, list[str]]] = {}
+    for segment, node, address in in_clear(topology):
+        of.setdefault(ip_network(address), (node, []))[1].append(named(segment))
+    for network, (node, near) in of.items():
+        first = ", ".join(near[:MOST_NAMED]) + (f" and {len(near) - MOST_NAMED} more" if len(near) > MOST_NAMED else "")
+        yield Unrouted(
+            network=network,
+            segments=tuple(sorted({named(topology.segment_of(node.name)), *near})),
+            reason=(
+                f"hosts of {first} have it on their own links, and nothing says that {node.name} is meant there: what "
+                "they and it send each other by internal IPs is not encrypted"
+            ),
+            remedy=(
+                "if they share that network, give them one label (granularity full), or have them call each other so "
+                f"(kgctl annotate {node.name} force-endpoint={network.network_address}:{node.port}); else {REMEDY}"
+            ),
+        )
 
 
 def _covers(network: IPNetwork, other: IPNetwork) -> bool:
