@@ -32,6 +32,7 @@ from kilo_etcd.ctl.report import (
     remarks_on,
     report,
 )
+from kilo_etcd.ctl.trace import Plans, explain
 from kilo_etcd.etcd.api import Header, KeyValue
 from kilo_etcd.model import (
     Candidate,
@@ -374,6 +375,35 @@ def test_how_far_the_switch_to_encrypted_is() -> None:
     assert heading(back) == f"internal-ips off (2 of {len(WORLD.nodes)} nodes are back, waits for a2, b1)"
     # A member of whose leader less is known sends in clear.
     assert "waits for a1, a2, a3)" in heading(encrypting(a3=None)), "a3 leads"
+
+
+def test_what_becomes_of_packets_is_said_before_the_setting_is_changed() -> None:
+    def said(before: InternalIPs, after: InternalIPs) -> str:
+        world = encrypting()
+        return "\n".join(consequences(evolve(world, internal_ips=before), evolve(world, internal_ips=after)))
+
+    on = said(InternalIPs.OFF, InternalIPs.ENCRYPTED)
+    assert "internal-ips: off becomes encrypted" in on
+    assert f"the agents of {len(WORLD.nodes)} nodes switch one by one, so that no packet is lost" in on
+    assert "where a tunnel is down packets are dropped; multicast and broadcast" in on
+    assert "packets for internal IPs of other segments go into the tunnels" in on
+    back = said(InternalIPs.ENCRYPTED, InternalIPs.ROUTED)
+    assert f"internal IPs of {len(WORLD.nodes)} nodes go in clear again, from the moment on that both ends" in back
+    assert "leave the tunnels" not in back
+    off = said(InternalIPs.ENCRYPTED, InternalIPs.OFF)
+    assert "go in clear again" in off
+    assert (
+        "packets for internal IPs of other segments leave the tunnels: the hosts' own routes lead them, in clear" in off
+    )
+
+
+def test_explain_names_the_table_the_rule_and_the_mark() -> None:
+    world = encrypting()
+    plans = Plans(build_topology(world), ALL_WELL)
+    (journey,) = explain(plans, "a1", str(world.nodes["b1"].internal_ips[0].ip))
+    tables = [step.table for way in journey.ways for step in way.steps if step.source != "a3"]
+    assert tables
+    assert all("(rule 10601: not fwmark 107)" in table for table in tables), tables
 
 
 def test_an_old_agent_that_a_mesh_leaves_out_is_an_error_above_all() -> None:
