@@ -1,7 +1,8 @@
 """What routing internal IPs costs in topology, plan and guard, for 10,000 nodes in 100 locations.
 
 One change after the other, CPU milliseconds, the median of several runs, `off`, `routed` and `encrypted`. The mesh is
-seen from one leader; the location that changes is another one. Under `encrypted` all nodes are through with the switch.
+seen from one leader; the location that changes is another one, but for "in the own location". Under `encrypted` all
+nodes are through with the switch.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from kilo_etcd.topology.guard import guard
 
 LOCATIONS, PER_LOCATION = 100, 100
 RUNS = 10 if os.environ.get("KILO_BENCH_QUICK") else 40
-OWN = "node-0"
+OWN, OWN_MEMBER = "node-0", "node-50"
 PROTECTED = [ip_network("10.100.0.0/24"), ip_network("192.0.2.10/32")]
 
 
@@ -85,6 +86,11 @@ def changes(snapshot: Snapshot) -> Iterator[tuple[str, Snapshot]]:
         standing = tuple(one for one in snapshot.candidates[key] if one.node != first)
         snapshot = evolve(snapshot, revision=snapshot.revision + 1, candidates={**snapshot.candidates, key: standing})
         yield "another leader", snapshot
+        near = snapshot.nodes[OWN_MEMBER]
+        snapshot = put(evolve(near, internal_ips=(ip_interface(f"10.100.0.{200 + run % 2}/24"),)))
+        yield "another internal IP, in the own location", snapshot
+        snapshot = put(evolve(snapshot.nodes[OWN_MEMBER], persistent_keepalive=run + 1))
+        yield "another keepalive, in the own location", snapshot
 
 
 def measured(mode: InternalIPs) -> tuple[dict[str, float], int]:

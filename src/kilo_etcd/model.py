@@ -273,7 +273,10 @@ class Node:
 
     def internal_ip(self, version: int) -> IPInterface | None:
         """The node's address on its location's network in family 4 or 6."""
-        return next((ip for ip in self.internal_ips if ip.version == version), None)
+        for ip in self.internal_ips:
+            if ip.version == version:
+                return ip
+        return None
 
     def mesh_address(self, version: int) -> IPAddress | None:
         """The node's mesh address in family 4 or 6."""

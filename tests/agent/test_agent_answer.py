@@ -15,15 +15,15 @@ from kilo_etcd.agent.answer import MOST_TRIED, Answerer, Programmed
 from kilo_etcd.agent.logs import Once, get_logger, setup_logging
 from kilo_etcd.etcd import PermissionDenied
 from kilo_etcd.kernel.chains import Obstacle
-from kilo_etcd.kernel.state import Setup
+from kilo_etcd.kernel.state import Route, Setup
 from kilo_etcd.model import Endpoint, IPAddress, Node, Snapshot
 from kilo_etcd.store.inquiry import LEASE_SECONDS, ask
 from kilo_etcd.store.keys import Keys
-from kilo_etcd.store.records import AnswerRecord, QuestionRecord, RecordError, Tunnel, decode_answer, encode
+from kilo_etcd.store.records import AnswerRecord, QuestionRecord, RecordError, TakenRoute, Tunnel, decode_answer, encode
 from kilo_etcd.testing.fake_etcd import FakeEtcd
 from kilo_etcd.testing.fake_kernel import FakeHost, FakeKernel
 from kilo_etcd.topology import Topology, build_topology
-from kilo_etcd.topology.hostplan import HostPlan, PeerPlan, RoutePlan, Via
+from kilo_etcd.topology.hostplan import Encryption, HostPlan, PeerPlan, RoutePlan, Via
 
 pytestmark = pytest.mark.autojump
 
@@ -201,6 +201,37 @@ async def test_packets_are_sent_to_whom_is_asked_for(world: World) -> None:
     assert (await answerer.answer(QuestionRecord(tries=4))).trouble == ("this process may not ping",)
     assert (await answerer.answer(QuestionRecord())).trouble == ()
     assert (await world.answerer(plan=None).answer(QuestionRecord())).undone == 0
+
+
+async def test_internal_ips_that_the_plan_has_a_route_to_are_tried_from_its_source(world: World) -> None:
+    internal, mine = ip_address("10.2.0.2"), ip_address("10.1.0.1")
+    route = RoutePlan(destination=ip_network("10.2.0.2/32"), way=Via.TUNNEL, source=mine)
+    plan = evolve(PLAN, routes={**PLAN.routes, route.destination: route})
+    nodes = {
+        "h1": Node(name="h1", public_key="1", mesh_addresses=(ip_address("10.4.0.1"),)),
+        "h2": Node(
+            name="h2", public_key=KEY, mesh_addresses=(ip_address("10.4.0.2"),),
+            internal_ips=(ip_interface("10.2.0.2/24"), ip_interface("10.2.0.200/24")),
+        ),
+    }  # fmt: skip
+    answerer = world.answerer(plan, build_topology(Snapshot(revision=1, nodes=nodes)))
+    await world.kernel.apply(plan)
+    world.host.reach = lambda address: address == internal
+    for question in (QuestionRecord(tries=4), QuestionRecord(targets=("10.2.0.2", "10.2.0.200", "10.4.0.2"))):
+        found = await answerer.answer(question)
+        assert (found.reached, found.unreached) == (("10.2.0.2",), ("10.4.0.2",))
+        assert found.routes == (TakenRoute("10.2.0.2", "10.1.0.1", "10.2.0.2 dev kilo0", False),)
+        assert decode_answer(encode(found)) == found
+    # One that goes through the tunnel by a table of its own is tried as well.
+    encrypted = evolve(PLAN, encryption=Encryption(send={route.destination: route}))
+    answerer2 = world.answerer(encrypted, build_topology(Snapshot(revision=1, nodes=nodes)))
+    assert (await answerer2.answer(QuestionRecord(tries=4))).reached == ("10.2.0.2",)
+    other = Route(destination=ip_network("10.2.0.2/32"), device="eth0", gateway=ip_address("10.1.0.254"), table=99)
+    world.host.taken = lambda address, source: other
+    (taken,) = (await answerer.answer(QuestionRecord(tries=4))).routes
+    assert taken == TakenRoute("10.2.0.2", "10.1.0.1", "10.2.0.2 via 10.1.0.254 dev eth0 table 99", True)
+    world.host.taken = lambda address, source: "No route to host"
+    assert (await answerer.answer(QuestionRecord(tries=4))).routes[0][2:] == ("none: No route to host", True)
 
 
 async def test_a_question_has_so_many_tried_and_no_more(world: World) -> None:

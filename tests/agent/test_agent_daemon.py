@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from contextlib import suppress
-from ipaddress import ip_interface, ip_network
+from ipaddress import ip_address, ip_interface, ip_network
 from pathlib import Path
 
 import pytest
@@ -475,3 +475,36 @@ async def test_an_address_within_the_meshs_subnet_is_reported_until_it_goes(worl
         world.facts = usual
         await eventually(lambda: not reported(), 30, every=0.1)
         assert world.said("br0 has the address") == 2
+
+
+async def test_a_change_of_internal_ips_and_what_it_waits_for_are_a_line_each(world: World) -> None:
+    key = privatekey.public_key(privatekey.generate())
+    old = encode(NodeRecord(public_key=key, internal_ips=(ip_interface("10.9.0.1/24"),)))
+    async with running(world) as daemon:
+        await eventually(lambda: world.metrics.health() is None, 30, every=0.1)
+        assert world.said("internal-ips") == 0
+
+        async def put(key: str, value: str | bytes | None) -> None:
+            if value is None:
+                world.etcd.delete(key)
+            else:
+                world.etcd.put(key, value)
+            revision = world.etcd.revision
+            await eventually(lambda: daemon.applied_revision >= revision, 30, every=0.1)
+
+        await put(daemon.keys.internal_ips, "off")
+        assert world.said("internal-ips changed ") == world.said("setting=off before=routed") == 1
+        await put(daemon.keys.node("old"), old)
+        await put(daemon.keys.address(ip_address("10.4.0.99")), "old")
+        await put(daemon.keys.internal_ips, "routed")
+        assert world.said("internal-ips changed and is not in force yet") == 1
+        assert world.said("waits_for_agents_of=old") == 1
+        await put(daemon.keys.node("old"), None)
+        assert world.said("internal-ips is in force now") == 1
+        await put(daemon.keys.node("old"), old)
+        assert world.said("internal-ips is not in force any more") == 1
+        # Nonsense changes nothing, and is named with what stays in force.
+        await put(daemon.keys.internal_ips, "all")
+        assert world.said("kgctl mesh set internal-ips routed); routed stays in force until then") == 1
+        lines = [line for line in world.log.getvalue().splitlines() if "info    internal-ips" in line]
+        assert len(lines) == 4, lines

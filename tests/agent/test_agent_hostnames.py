@@ -52,10 +52,28 @@ def test_a_file_without_a_last_newline_gets_one() -> None:
     assert with_block(b"127.0.0.1 localhost", "kilo-kilo", NAMES, prefix="/kilo") == b"127.0.0.1 localhost\n" + BLOCK
 
 
-@pytest.mark.parametrize("after", [b"", b"\n192.0.2.9 nas\n", b"# mine\n192.0.2.9 nas\n"])
+@pytest.mark.parametrize(
+    "after",
+    [
+        b"", b"\n192.0.2.9 nas\n", b"# mine\n192.0.2.9 nas\n", b"192.0.2.9 nas\n", b"192.0.2.9 nas nas.mesh box\n",
+        b"10.5.0.1 other.second\n# kilo-etcd kilo-second: end\n",
+    ],
+)  # fmt: skip
 def test_a_block_that_was_cut_costs_nobody_elses_line(after: bytes) -> None:
     cut = FILE + BLOCK[: BLOCK.rindex(b"#")] + after
     assert with_block(cut, "kilo-kilo", None, prefix="/kilo") == FILE + after
+
+
+def test_a_second_block_of_one_interface_is_taken_out() -> None:
+    between, after = b"192.0.2.8 scanner\n", b"192.0.2.9 nas\n"
+    cut = BLOCK[: BLOCK.rindex(b"#")]
+    for first in (BLOCK, cut):
+        twice = FILE + first + between + BLOCK + after + cut
+        assert with_block(twice, "kilo-kilo", NAMES, prefix="/kilo") == FILE + BLOCK + between + after
+        assert with_block(twice, "kilo-kilo", None, prefix="/kilo") == FILE + between + after
+    # Another interface's block ends one that was cut.
+    other = BLOCK.replace(b"kilo-kilo", b"kilo-second").replace(b".kilo", b".second")
+    assert with_block(FILE + cut + other, "kilo-kilo", None, prefix="/kilo") == FILE + other
 
 
 def test_what_the_file_says_already_is_not_said_again_in_short() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kilo_etcd.agent.discover import HostFacts
 from kilo_etcd.agent.underlay import MOST_NETWORKS, Reached, name_servers
-from kilo_etcd.kernel.state import DefaultRoute, HostAddress
+from kilo_etcd.kernel.state import DefaultRoute, HostAddress, StaticRoute
 from kilo_etcd.model import IPNetwork
 
 
@@ -70,14 +70,43 @@ def test_a_host_with_too_many_networks_states_their_family() -> None:
     assert Reached((*many, *nets("fd00::/64"))).stated() == nets("0.0.0.0/0", "fd00::/64")
 
 
+def test_static_routes_are_reached() -> None:
+    facts = HostFacts(
+        addresses=(address("eth0", "10.1.0.5/24"),),
+        static_routes=(
+            StaticRoute(ip_network("10.20.0.0/16"), "eth0"),
+            StaticRoute(ip_network("10.30.0.0/16"), "wg0", "wireguard"),
+            StaticRoute(ip_network("10.4.0.0/16"), "kilo0", "wireguard"),
+            # A VPN's default route in two halves.
+            StaticRoute(ip_network("0.0.0.0/1"), "tun0", "tun"),
+            StaticRoute(ip_network("8000::/1"), "tun0", "tun"),
+        ),
+    )
+    found = facts.reached(())
+    assert found.lasting == nets("10.1.0.0/24", "10.20.0.0/16")
+    assert found.passing == nets("10.30.0.0/16"), "tunnels come and go"
+
+
 def test_name_servers_are_those_that_are_asked_in_the_end(tmp_path: Path) -> None:
-    own, behind = tmp_path / "resolv.conf", tmp_path / "resolved.conf"
-    assert name_servers(own, behind) == ()
+    own, behind, more = tmp_path / "resolv.conf", tmp_path / "resolved.conf", tmp_path / "unbound.conf"
+
+    def asked() -> list[str]:
+        return [str(one) for one in name_servers(own, (behind, more))]
+
+    assert asked() == []
     own.write_text("# nameserver 9.9.9.9\nnameserver 10.1.0.1\nnameserver x\n nameserver fe80::1%eth0\nsearch a\n")
-    assert [str(one) for one in name_servers(own, behind)] == ["10.1.0.1"]
-    own.write_text("nameserver 127.0.0.53\n")
-    assert name_servers(own, behind) == ()
+    assert asked() == ["10.1.0.1"]
     behind.write_text("nameserver 192.168.1.1\nnameserver fd00::53\n")
-    assert [str(one) for one in name_servers(own, behind)] == ["192.168.1.1", "fd00::53"]
+    assert asked() == ["10.1.0.1"], "no resolver of the host's own is asked"
+    for stub in ("127.0.0.53", "127.0.0.1", "::1"):
+        own.write_text(f"nameserver {stub}\n")
+        assert asked() == ["192.168.1.1", "fd00::53"]
+    own.write_text("nameserver 127.0.0.1\nnameserver 10.1.0.1\n")
+    assert asked() == ["10.1.0.1", "192.168.1.1", "fd00::53"]
+    more.write_text('forward-zone:\n  name: "."\n  forward-addr: 10.5.0.1@53\n  forward-addr: fd00::5\n')
     behind.write_bytes(b"nameserver 10.0.0.1\n\xff\xfe")
-    assert [str(one) for one in name_servers(own, behind)] == ["10.0.0.1"]
+    assert asked() == ["10.1.0.1", "10.0.0.1", "10.5.0.1", "fd00::5"]
+    behind.unlink()
+    more.unlink()
+    own.write_text("nameserver 127.0.0.1\n")
+    assert asked() == [], "what stands in its configuration is not known"

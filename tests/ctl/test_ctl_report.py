@@ -26,7 +26,7 @@ from kilo_etcd.ctl.report import (
     NodeRow,
     Remark,
     Report,
-    grouped,
+    grouped_unrouted,
     newest_revision,
     registered_names,
     remarks_on,
@@ -152,14 +152,21 @@ def test_internal_ips_that_are_not_routed_are_notes_and_the_same_of_several_is_o
     nodes["b1"] = evolve(nodes["b1"], internal_ips=(ip_interface("192.168.97.2/24"),))
     world = evolve(WORLD, nodes=nodes, internal_ips=InternalIPs.ROUTED)
     found = report(world, ALL_WELL, newest=40, registered=frozenset(nodes))
-    (remark,) = found.unrouted
-    assert remark.subject == "192.168.97.0/24"
+    remark, twice = found.unrouted
+    assert (remark.subject, remark.nowhere) == ("192.168.97.0/24", "a, the default location")
+    assert (twice.subject, twice.nowhere, twice.nodes) == ("192.168.97.2", "anywhere", ("a2", "b1"))
+    assert twice.text.startswith("a2 and b1 have it; ")
     assert remark.text.startswith("hosts of a, the default location have networks with these addresses of their own; ")
     assert "Internal IPs that are not routed:" in plain(status_tables(found))
-    assert [(f.severity, f.subject) for f in _records(found)] == [("note", "192.168.97.0/24")]
-    assert any(line.startswith("note: 192.168.97.0/24: hosts of a, ") for line in consequences(
-        evolve(world, internal_ips=InternalIPs.OFF), world
-    ))  # fmt: skip
+    assert [(f.severity, f.subject) for f in _records(found)] == [
+        ("note", "192.168.97.0/24"), ("note", "192.168.97.2 (a2, b1)"),
+    ]  # fmt: skip
+    assert [f.text.partition(":")[0] for f in _records(found)] == [
+        "not routed from a, the default location", "not routed from anywhere",
+    ]  # fmt: skip
+    note = "note: 192.168.97.0/24: not routed from a, the default location: hosts of a, "
+    said = consequences(evolve(world, internal_ips=InternalIPs.OFF), world)
+    assert any(line.startswith(note) for line in said)
 
     # One LAN, a full mesh: WireGuard is reached at the internal IPs themselves.
     lan = {
@@ -169,7 +176,9 @@ def test_internal_ips_that_are_not_routed_are_notes_and_the_same_of_several_is_o
     }  # fmt: skip
     found = report(evolve(world, nodes=lan, candidates={}, granularity=Granularity.FULL), {}, newest=40)
     assert len(found.unrouted) == 5
-    assert [remark.subject for remark in grouped(found.unrouted)] == ["10.7.0.1, 10.7.0.2, 10.7.0.3 and 2 more"]
+    assert [remark.subject for remark in grouped_unrouted(found.unrouted)] == [
+        "10.7.0.1 (n1), 10.7.0.2 (n2), 10.7.0.3 (n3) and 2 more"
+    ]
 
 
 def test_candidates_are_in_the_order_in_which_they_would_lead() -> None:

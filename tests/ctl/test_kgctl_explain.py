@@ -23,6 +23,7 @@ from kilo_etcd.store.records import CandidateRecord, NodeRecord, Role, StatusRec
 from kilo_etcd.testing.fake_etcd import FakeEtcd
 from kilo_etcd.topology.hostplan import Encryption, HostPlan, RoutePlan, Via
 from kilo_etcd.topology.internal import REMEDY
+from kilo_etcd.topology.unrouted import ENDPOINT_REMEDY
 
 HOSTS = {
     # name: (number, location, internal IP, public)
@@ -391,6 +392,27 @@ def routes_internal_ips(etcd: FakeEtcd, **changes: dict[str, Any]) -> None:
         etcd.put(key, encode(evolve(record, **changes.get(name.replace("-", "_"), {}))))
 
 
+def test_a_setting_that_is_nonsense_or_missing_is_named_with_what_is_in_force(etcd: FakeEtcd) -> None:
+    key = Keys().internal_ips
+
+    def rejected() -> tuple[str, dict[str, str]]:
+        told = json.loads(CliRunner().invoke(main, ["status", "-o", "json"]).stdout)
+        return told["internalIps"], {one["key"]: one["reason"] for one in told["setAside"]}
+
+    assert rejected() == ("off", {}), "an older mesh has no such setting"
+    routes_internal_ips(etcd)
+    assert rejected() == ("routed", {})
+    etcd.put(key, "all")
+    in_force, reasons = rejected()
+    assert (in_force, list(reasons)) == ("routed", [key])
+    assert reasons[key].endswith("(kgctl mesh set internal-ips routed); routed stays in force until then")
+    etcd.delete(key)
+    reasons = rejected()[1]
+    assert "the value is missing: agents that run keep the one that they know" in reasons[key]
+    assert "by default routed. kgctl mesh set internal-ips" in reasons[key]
+    assert any(key in line for line in CliRunner().invoke(main, ["check"]).stdout.splitlines())
+
+
 def by_internal_ip(source: str, target: str) -> tuple[int, dict[str, Any]]:
     found = run(source, target, "-o", "json")
     (journey,) = json.loads(found.stdout)["internal"]
@@ -475,7 +497,7 @@ def test_between_two_nodes_it_says_how_the_internal_ip_is_reached_too(etcd: Fake
          f"gcp-2 or a host of its segment reaches 10.2.0.0/16 over its own links; {REMEDY}"),
         ({"gcp_3": {"internal_ips": (ip_interface("10.2.0.5/24"),)}}, f"gcp-3 and home-2 have it; {REMEDY}"),
         ({"home_1": {"endpoint": Endpoint.parse("10.2.0.5:51820")}},
-         "other segments reach a WireGuard device there; the mesh address works"),
+         f"other segments reach the WireGuard of home-1 there; the mesh address works; {ENDPOINT_REMEDY}"),
         ({"home_2": {"internal_ips": (ip_interface("169.254.7.7/24"),)}},
          f"it is each host's own (loopback, link-local, multicast); {REMEDY}"),
     ],
@@ -486,6 +508,37 @@ def test_why_an_internal_ip_is_not_routed(etcd: FakeEtcd, changes: dict[str, dic
     assert (status, there["unrouted"], there["hops"]) == (0, why, [])
     lines = [" ".join(line.split()) for line in run("gcp-2", "home-2").output.splitlines()]
     assert any(line.endswith(f"- - not routed: {why}") for line in lines)
+
+
+def test_an_address_that_somebody_else_has_on_the_own_network_does_not_arrive_at_the_node(etcd: FakeEtcd) -> None:
+    """The homes of home-1 and gcp-1 have networks with the same numbers."""
+    same = {"internal_ips": (ip_interface("10.2.0.1/24"),)}
+    routes_internal_ips(etcd, gcp_1=same, gcp_2={"internal_ips": (ip_interface("10.2.0.2/24"),)})
+    status, said = headline("gcp-1", "10.2.0.5")
+    assert status == 1
+    assert "does not arrive: it is the internal IP of home-2, which is not routed: gcp-1 or a host of its segm" in said
+    assert said.endswith(
+        f"gcp-1 {OWN}, in clear, and reaches a host on gcp-1's own network, if there is one; home-2 is reached at its "
+        "mesh address 10.4.0.5"
+    )
+    # Nobody of the mesh has this one, and nobody else could be meant.
+    assert headline("gcp-1", "10.2.0.77") == (
+        0, f"gcp-1 to 10.2.0.77: gcp-1 {OWN}, in clear: it is on its location's network"
+    )  # fmt: skip
+    # A node of the own location has it too.
+    routes_internal_ips(etcd, gcp_1=same, gcp_2={"internal_ips": (ip_interface("10.2.0.5/24"),)})
+    assert headline("gcp-1", "10.2.0.5") == (
+        0,
+        f"gcp-1 to 10.2.0.5: gcp-1 {OWN}, in clear: it is the internal IP of gcp-2 at the same location; home-2 is "
+        "reached at its mesh address 10.4.0.5, elsewhere",
+    )
+    # The far leader is called at that address, over one network then.
+    home = {"internal_ips": (ip_interface("10.2.0.4/24"),), "endpoint": Endpoint.parse("10.2.0.4:51820")}
+    routes_internal_ips(etcd, gcp_1=same, home_1=home)
+    status, said = headline("gcp-1", "10.2.0.4")
+    assert (status, "it is the internal IP of home-1 if both are on that network; it is not routed: " in said) == (
+        0, True,
+    )  # fmt: skip
 
 
 def test_a_leader_that_may_be_heard_at_its_internal_ip_is_not_routed_there(etcd: FakeEtcd) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import trio
 import yaml
+from attrs import evolve
 from click.testing import CliRunner, Result
 
 from helpers import put_kept, require
@@ -20,7 +21,7 @@ from kilo_etcd.ctl.main import main
 from kilo_etcd.etcd import Client
 from kilo_etcd.model import CandidateClass, Endpoint
 from kilo_etcd.store.keys import Keys
-from kilo_etcd.store.records import CandidateRecord, NodeRecord, decode_peer, encode
+from kilo_etcd.store.records import CandidateRecord, NodeRecord, decode_peer, encode, read
 from kilo_etcd.testing.fake_etcd import FakeEtcd
 
 KEYS = Keys()
@@ -336,6 +337,24 @@ def test_a_node_as_peer_can_be_piped_into_another_mesh(etcd: FakeEtcd) -> None:
     record = decode_peer(etcd.get("/b/peers/gcp-1") or b"")
     assert [str(network) for network in record.allowed_ips] == ["10.4.0.1/32", "10.4.0.2/32", "10.77.0.0/16"]
     assert str(record.endpoint) == "203.0.113.1:51820"
+
+
+def test_a_node_as_peer_has_the_internal_ips_that_are_routed(etcd: FakeEtcd) -> None:
+    etcd.put(KEYS.internal_ips, "routed")
+    for name in HOSTS:
+        record = read(NodeRecord, etcd.get(KEYS.node(name)) or b"").record
+        endpoint = Endpoint.parse("10.2.0.3:51820") if name == "home-1" else record.endpoint
+        etcd.put(KEYS.node(name), encode(evolve(record, underlay=(), endpoint=endpoint)))
+
+    def allowed(name: str) -> list[str]:
+        entry = json.loads(run("showconf", "node", name, "--as-peer", "-o", "json").output)
+        return list(entry["spec"]["allowedIPs"])
+
+    assert allowed("gcp-1") == ["10.1.0.1/32", "10.1.0.2/32", "10.4.0.1/32", "10.4.0.2/32"]
+    assert allowed("gcp-2") == ["10.4.0.2/32", "10.1.0.2/32"]
+    assert "10.2.0.3/32" not in allowed("home-1"), "its WireGuard is reached there"
+    etcd.put(KEYS.internal_ips, "off")
+    assert allowed("gcp-1") == ["10.4.0.1/32", "10.4.0.2/32"]
 
 
 def test_a_gateway_takes_everything_that_is_nobody_elses(etcd: FakeEtcd) -> None:

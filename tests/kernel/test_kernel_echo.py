@@ -46,6 +46,36 @@ async def test_who_is_there_answers_in_both_families_and_who_is_not_does_not() -
     assert all(0 <= seconds < 5 for seconds in found.values())
 
 
+async def test_requests_leave_from_the_source_address_that_is_asked_for() -> None:
+    allow()
+    sh("ip address add 192.0.2.7/32 dev lo; ip address add fd00::7/128 dev lo")
+    # Only what comes from the second address is answered.
+    sh("nft 'add table inet t; add chain inet t out { type filter hook output priority 0; }'")
+    sh("nft 'add rule inet t out icmp type echo-request ip saddr != 192.0.2.7 drop'")
+    sh("nft 'add rule inet t out icmpv6 type echo-request ip6 saddr != fd00::7 drop'")
+    own = {HERE: ip_address("192.0.2.7"), SIX: ip_address("fd00::7"), ALSO: ip_address("203.0.113.66")}
+    with trio.fail_after(20):
+        assert await echo.ping([HERE, SIX, ALSO], times=2, patience=0.2) == {}
+        assert set(await echo.ping([HERE, SIX, ALSO], sources=own, times=2, patience=0.2)) == {HERE, SIX}
+
+
+async def test_the_kernel_names_the_route_that_it_chooses() -> None:
+    allow()
+    sh("ip address add fd00:2::1/64 dev eth0 nodad; ip link set eth1 up; ip route add 10.2.0.7 via 192.0.2.9")
+    sh("ip rule add pref 50 from 192.0.2.1 to 10.2.0.8 lookup 99; ip route add default dev eth0 table 99")
+    sh("ip route add blackhole 10.2.0.9")
+    here = ip_address("192.0.2.1")
+    seven, eight, nine, six = map(ip_address, ("10.2.0.7", "10.2.0.8", "10.2.0.9", "fd00:2::7"))
+    async with open_kernel(Setup(private_key=PRIVATE, wireguard="userspace")) as kernel:
+        found = await kernel.routes_taken({seven: here, eight: here, nine: here, six: ip_address("fd00:2::1")})
+        assert {address: (one.device, str(one.gateway), one.table) for address, one in found.items()
+                if not isinstance(one, str)} == {
+            seven: ("eth0", "192.0.2.9", 254), eight: ("eth0", "None", 99), six: ("eth0", "None", 254),
+        }  # fmt: skip
+        assert found[nine] == "Invalid argument"
+        assert await kernel.routes_taken({eight: None}) == {eight: "Network is unreachable"}
+
+
 async def test_the_first_answer_ends_it_if_one_is_enough() -> None:
     allow()
     with trio.fail_after(20):

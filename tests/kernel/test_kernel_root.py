@@ -845,6 +845,14 @@ async def test_addresses_of_the_host() -> None:
         "192.168.9.1/24",
         "fd00:9::1/64",
     ]
+    sh("ip route add 10.20.0.0/16 via 192.168.9.254; ip route add blackhole 10.21.0.0/16")
+    sh("ip route add fd00:20::/32 dev eth0")
+    # A routing daemon's.
+    sh("ip route add 10.22.0.0/16 via 192.168.9.254 proto bird; ip route add 10.23.0.0/16 dev eth0 table 99")
+    found = await list_addresses()
+    assert [(str(route.destination), route.interface) for route in found.static_routes] == [
+        ("10.20.0.0/16", "eth0"), ("fd00:20::/32", "eth0"),
+    ]  # fmt: skip
     (default,) = found.default_routes
     assert (default.family, default.interface, default.gateway, default.metric) == (
         4, "eth0", ip_address("192.168.9.254"), 100,

@@ -119,6 +119,9 @@ def test_links_and_questions() -> None:
         ("get_neighbours", (4,)), ("get_neighbours", (6,)),
         ("get_routes", (6, 107_000_001)), ("get_rules", (4,)), ("get_rules", (6,)),
         ("get_route_to", (ip_address("192.0.2.1"),)), ("get_route_to", (ip_address("2001:db8::1"), 107)),
+        ("get_route_between", (None, ip_address("192.0.2.1"))),
+        ("get_route_between", (ip_address("192.0.2.7"), ip_address("192.0.2.1"))),
+        ("get_route_between", (ip_address("2001:db8::7"), ip_address("2001:db8::1"))),
     ):  # fmt: skip
         assert getattr(rtnl, name)(*arguments) == getattr(by_hand, name)(*arguments), name
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import sys
 from itertools import permutations
+from typing import Any
 
 import pytest
 import trio
@@ -104,6 +105,69 @@ async def test_two_sites_reach_each_other_at_their_internal_ips() -> None:
 
         await check_session(lab, addresses)
         await check_switch(lab, addresses)
+
+
+async def test_what_drops_packets_by_internal_ips_alone_is_found() -> None:
+    require("etcd", "etcdctl", "wireguard-go", "nft", "ip")
+    spec = Spec(
+        open=True,
+        sites=(
+            site("gcp", "10.1.0.0/24", host("gcp-1", public=True), host("gcp-2"), host("gcp-3")),
+            site("home", "10.2.0.0/24", host("home-1", public=True), host("home-2"), host("home-3")),
+        ),
+    )
+    async with running_lab(spec) as lab:
+        await lab.all_pairs_ping(60)
+        addresses = await internal_ips(lab)
+
+        async def findings() -> list[tuple[str, str]]:
+            found = json.loads((await lab.kgctl("check", "-o", "json", check=False)).stdout)
+            return [(one["subject"], one["text"]) for one in found if one["severity"] == "error"]
+
+        async def explained(here: str, to: str) -> dict[str, Any]:
+            found = json.loads((await lab.kgctl("explain", here, to, "--live", "-o", "json", check=False)).stdout)
+            (journey,) = found["internal"] or found["journeys"]
+            return {**journey, "all": found["works"], "live": found["live"]}
+
+        async def well() -> bool:
+            return await findings() == [] and (await explained("gcp-2", "home-2"))["answered"] is True
+
+        await eventually(well, 60, every=0.5, what="all is well, and internal IPs are tried")
+        for to in ("home-2", addresses["home-2"]):
+            found = await explained("gcp-2", to)
+            assert (found["works"], found["all"], found["answered"]) == (True, True, True)
+            assert found["there"]["source"] == f"gcp-2 ({addresses['gcp-2']})"
+            route = f"{addresses['home-2']} via {addresses['gcp-1']} dev eth0"
+            assert found["there"]["kernelsRoute"] == route
+        chain = (
+            "nft add table inet x; nft add chain inet x c '{{ type filter hook {} priority -10; }}'; "
+            "nft add rule inet x c {}"
+        )
+        faults = {
+            "home-2": ("home-2", chain.format("input", "ip saddr 10.1.0.0/24 drop"), "nft delete table inet x"),
+            "gcp-1": ("gcp-1", chain.format("forward", "ip daddr 10.2.0.0/24 drop"), "nft delete table inet x"),
+            "gcp-2": (
+                "gcp-2", "ip route add default dev eth0 table 99; ip rule add pref 50 to 10.2.0.0/24 lookup 99",
+                "ip rule del pref 50; ip route flush table 99",
+            ),
+        }  # fmt: skip
+        for subject, (where, break_it, mend) in faults.items():
+            await lab.exec(where, "sh", "-c", break_it, check=True)
+            assert await lab.missing_pings() == [], "mesh addresses are reached"
+
+            async def named(subject: str = subject) -> bool:
+                found = await findings()
+                return bool(found) and all(name == subject or subject in name.split(" - ") for name, _ in found)
+
+            await eventually(named, 20, every=0.5, what=f"check names {subject}")
+            found = await explained("gcp-2", "home-2")
+            assert (found["works"], found["all"]) == (False, False), (subject, found)
+            assert subject in str(found["live"])
+            if subject == "gcp-2":
+                assert found["there"]["kernelsRoute"] == f"{addresses['home-2']} dev eth0 table 99"
+                assert "by another route than the agent's" in found["says"]
+            await lab.exec(where, "sh", "-c", mend, check=True)
+            await eventually(well, 30, every=0.5, what="all is well again")
 
 
 async def check_session(lab: Lab, addresses: dict[str, str]) -> None:

@@ -228,7 +228,10 @@ def test_the_mesh_keeps_its_last_good_settings() -> None:
     assert snapshot.internal_ips is InternalIPs.ROUTED
     assert "a" in snapshot.nodes
     assert set(world.aside) == {KEYS.granularity, KEYS.subnets, KEYS.internal_ips}
-    assert "write routed, encrypted or off" in world.aside[KEYS.internal_ips]
+    assert world.aside[KEYS.internal_ips] == (
+        "'yes' is not a value of internal-ips: write routed, encrypted or off (kgctl mesh set internal-ips routed); "
+        "routed stays in force until then"
+    )
 
 
 def test_a_mesh_that_was_never_told_of_internal_ips_routes_none() -> None:

@@ -28,6 +28,7 @@ from kilo_etcd.store.records import (
     Role,
     SightingRecord,
     StatusRecord,
+    TakenRoute,
     Tunnel,
     Unreachable,
     VerdictRecord,
@@ -194,10 +195,28 @@ def or_none(read: Callable[[object], Any]) -> Callable[[object], Any]:
     return lambda value: None if value is None else read(value)
 
 
+def or_nothing(read: Callable[[object], Any]) -> Callable[[object], Any]:
+    """Of a field that the record can do without."""
+
+    def forgiving(value: object) -> Any:
+        try:
+            return None if value is None else read(value)
+        except ValueError:
+            return None
+
+    return forgiving
+
+
 def truth(value: object) -> bool:
     if not isinstance(value, bool):
         raise ValueError(f"{short(value)} is neither true nor false")
     return value
+
+
+def taken_route(value: object) -> TakenRoute:
+    if not isinstance(value, list) or len(value) < 4:
+        raise ValueError
+    return TakenRoute(string(value[0]), string(value[1]), string(value[2]), truth(value[3]))
 
 
 def tunnel(value: object) -> Tunnel:
@@ -219,8 +238,8 @@ READERS: dict[type, dict[str, Callable[[object], Any]]] = {
         "moreEndpoints": items(address_endpoint),
         "internalIPs": interfaces,
         "underlay": items(network),
-        "encryption": or_none(one_of(EncryptionStage)),
-        "acceptsSince": or_none(whole),
+        "encryption": or_nothing(one_of(EncryptionStage)),
+        "acceptsSince": or_nothing(whole),
         "subnets": items(network),
         "location": label,
         "port": port,
@@ -268,6 +287,7 @@ READERS: dict[type, dict[str, Callable[[object], Any]]] = {
         "reached": items(string),
         "unreached": items(string),
         "smallOnly": items(string),
+        "routes": items(taken_route),
         "undecided": items(string),
     },
     SightingRecord: {"publicKey": key, "endpoint": address_endpoint},

@@ -157,7 +157,7 @@ def test_members_send_by_their_leader() -> None:
 
 def test_what_no_way_leads_to_is_held_and_named() -> None:
     nodes = [
-        here("a1", 1, "a", "10.1.0.1/24", endpoint="203.0.113.1", **SENDS),
+        here("a1", 1, "a", "10.1.0.1/24", endpoint="203.0.113.1", encapsulate="never", **SENDS),
         here("a2", 2, "a", "10.7.0.2/24", encapsulate="never", **SENDS),
         here("b1", 3, "b", "10.2.0.1/24", endpoint="203.0.113.3", **SENDS),
     ]

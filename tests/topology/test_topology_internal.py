@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 from attrs import evolve
-from topology_worlds import MESH, MESH6, node, peer, snapshot
+from topology_worlds import MESH, MESH6, node, peer, snapshot, standing
 
 from kilo_etcd.model import Encapsulate, Endpoint, Granularity, InternalIPs, Node, Snapshot
 from kilo_etcd.topology import Topology, Via, build_topology, host_plan, peer_plan
 from kilo_etcd.topology.guard import GuardMemo, guard
 from kilo_etcd.topology.segments import routed_at
+from kilo_etcd.topology.unrouted import named, private_leaders
 
 
 def test_the_setting_is_in_force_when_every_node_knows_it() -> None:
@@ -94,8 +95,10 @@ def test_an_address_that_two_have_is_routed_to_neither() -> None:
     topology = routed(A1, A2, B1, twin, other)
     assert "10.1.0.2" not in routes(topology, "c1")
     assert "10.1.0.1" in routes(topology, "c1")
-    (entry,) = topology.unrouted
-    assert (str(entry.network), entry.segments) == ("10.1.0.0/24", ("a", "b"))
+    entry, twice = topology.unrouted
+    assert (str(entry.network), entry.segments, entry.not_from) == ("10.1.0.0/24", ("a", "b"), ("a", "b"))
+    assert (str(twice.network), twice.nodes, twice.not_from) == ("10.1.0.2/32", ("a2", "b2"), ())
+    assert twice.reason == "a2 and b2 have it"
     assert "hosts of a, b have networks with these addresses of their own" in str(entry)
     assert "force-internal-ip" in entry.remedy
 
@@ -126,8 +129,9 @@ def test_a_network_that_one_host_states_hides_no_other_reason() -> None:
     assert reasons["0.0.0.0/0"] == (
         "hosts of b reach these addresses over their own links, so they are not routed from there"
     )
-    # Both twins have 10.3.0.0/24 themselves, so that is said once, of the network.
-    assert reasons.keys() == {"0.0.0.0/0", "10.3.0.0/24"}
+    # Both twins have 10.3.0.0/24 themselves, and one address in it.
+    assert reasons.keys() == {"0.0.0.0/0", "10.3.0.0/24", "10.3.0.7/32"}
+    assert reasons["10.3.0.7/32"] == "c and d have it"
     forced = [evolve(one, internal_ips=here("x", 9, "c", "10.3.0.7/32").internal_ips) for one in twins]
     lone = evolve(B1, underlay=(ip_network("10.3.0.0/16"),))
     found = routed(A1, A2, lone, B2, *forced).unrouted
@@ -165,7 +169,7 @@ def test_an_endpoint_in_use_is_left_out() -> None:
     assert routes(topology, "a1").keys() == {"10.2.0.2"}
     assert [entry.reason for entry in topology.unrouted] == [
         "the WireGuard of b, called at private endpoints, may hear it there",
-        "other segments reach a WireGuard device there",
+        "other segments reach its WireGuard there",
     ]
     assert routes(topology, "b2").keys() == {"10.1.0.2"}
     assert routes(topology, "a1")["10.2.0.2"] == ("tunnel", "", "10.4.0.1")
@@ -175,6 +179,60 @@ def test_an_endpoint_in_use_is_left_out() -> None:
     assert routes(routed(*SITES, peers=[calling]), "a1").keys() == {"10.2.0.1"}
     other = routed(A1, A2, evolve(B1, endpoint=Endpoint.parse("10.2.0.1:51820")), evolve(B2, leader_wanted=True))
     assert "10.2.0.1" in routes(other, "a1")
+
+
+def test_whose_wireguard_is_reached_at_an_address_is_named() -> None:
+    taken = evolve(B1, endpoint=Endpoint.parse("10.1.0.2:51820"))
+    entries = {str(entry.network): entry for entry in routed(A1, A2, taken, B2).unrouted}
+    assert entries["10.1.0.2/32"].reason == "other segments reach the WireGuard of b1 there"
+    calling = peer("p", "10.99.0.1/32", endpoint=Endpoint.parse("10.2.0.2:51820"))
+    (entry,) = routed(*SITES, peers=[calling]).unrouted
+    assert (entry.nodes, entry.reason) == (("b2",), "other segments reach the WireGuard of peer p there")
+
+
+def test_a_leader_with_a_private_endpoint_instead_of_one_with_a_public_one_is_named() -> None:
+    private = evolve(A2, endpoint=Endpoint.parse("10.1.0.2:51820"))
+    stands = standing(private)
+    topology = routed(A1, private, B1, B2, candidates=stands)
+    (problem,) = private_leaders(topology)
+    assert (problem.subject, problem.about) == ("a", "a2")
+    assert (
+        "at the private endpoint 10.1.0.2:51820: as long as it leads, its internal IP 10.1.0.2 is not rou"
+        in problem.text
+    )
+    assert "a1 would lead with a public endpoint, and does not stand for leader: is the host up?" in problem.text
+    wanted = evolve(private, leader_wanted=True)
+    (problem,) = private_leaders(routed(A1, wanted, B1, B2, candidates=standing(A1, wanted)))
+    assert problem.text.endswith("let a1 lead, with a public endpoint: kgctl annotate a2 leader-")
+    # The public one leads; or nobody is public; or internal IPs are not routed; or there is no other segment.
+    assert not list(private_leaders(routed(A1, private, B1, B2, candidates=standing(A1, private))))
+    hidden = evolve(A1, endpoint=Endpoint.parse("10.1.0.1:51820"))
+    assert not list(private_leaders(routed(hidden, private, B1, B2)))
+    assert not list(private_leaders(build_topology(snapshot((A1, private, B1, B2), candidates=stands))))
+    assert not list(private_leaders(routed(A1, private, candidates=stands)))
+
+
+def test_segments_of_one_location_are_told_apart_by_name() -> None:
+    six = here("a6", 6, "a", "fd00:1::6/64", endpoint="203.0.113.6")
+    topology = routed(A1, A2, six)
+    assert sorted(map(named, topology.segments.values())) == ["a", "a (its nodes with IPv6 only)"]
+
+
+def test_homes_without_a_label_in_a_full_mesh_are_named() -> None:
+    homes = [
+        here(name, number, "", f"192.168.1.{number}/24", endpoint=f"203.0.113.{number}")
+        for name, number in (("h1", 1), ("h2", 2))
+    ]
+    topology = routed(*homes, A1, granularity=Granularity.FULL)
+    assert "192.168.1.2" not in routes(topology, "h1")
+    assert "192.168.1.2" in routes(topology, "a1")
+    (entry,) = topology.unrouted
+    assert (str(entry.network), entry.not_from) == ("192.168.1.0/24", ("h1", "h2"))
+    assert entry.reason == "h1, h2, which have no label, stand in this network, or in several with the same addresses"
+    # On one LAN whose addresses are the endpoints, each address has its own reason, and that alone.
+    lan = [evolve(one, endpoint=Endpoint.parse(f"{one.internal_ips[0].ip}:51820")) for one in homes]
+    found = routed(*lan, granularity=Granularity.FULL).unrouted
+    assert [entry.reason for entry in found] == ["other segments reach its WireGuard there"] * 2
 
 
 def test_a_private_endpoint_behind_nat_is_not_in_use_where_the_node_is_seen() -> None:

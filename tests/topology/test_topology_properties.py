@@ -3,7 +3,6 @@ computing a change gives what computing everything gives."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Iterator
 from ipaddress import ip_address, ip_interface, ip_network
 from itertools import permutations
@@ -30,15 +29,16 @@ from kilo_etcd.model import (
     Verdict,
     is_public,
 )
-from kilo_etcd.topology import HostPlan, Topology, Via, build_topology, edges, host_plan, walk_both
+from kilo_etcd.topology import HostPlan, Topology, Via, build_topology, edges, host_plan, peer_plan, walk_both
 from kilo_etcd.topology.claims import network_key
 from kilo_etcd.topology.encryption import Living, Outside, awaited, encrypt, waited_for
 from kilo_etcd.topology.graph import graph
 from kilo_etcd.topology.guard import guard
-from kilo_etcd.topology.places import exchanged
+from kilo_etcd.topology.places import Places, exchanged
 from kilo_etcd.topology.render import render
 from kilo_etcd.topology.segments import changes, host_network, lined_up, routed_at
 from kilo_etcd.topology.walk import walk
+from kilo_etcd.topology.wayout import by_way_out
 from kilo_etcd.topology.ways import Hop as Way
 from kilo_etcd.topology.ways import hop as way_to
 
@@ -59,10 +59,17 @@ def a_links(draw: DrawFn, *, tame: bool) -> tuple[IPNetwork, ...] | None:
 
 
 def a_node(
-    draw: DrawFn, number: int, *, tame: bool, alike: Collection[str] | None = None, at_site: bool = False
+    draw: DrawFn,
+    number: int,
+    *,
+    tame: bool,
+    alike: Collection[str] | None = None,
+    at_site: bool = False,
+    any_mode: bool = False,
 ) -> Node:
     """Node `number`; at the locations `alike` networks have the same numbers. Tame: nothing that legitimately keeps
-    others from reaching it. `at_site`: at one of two locations, with an internal IP, in any mode."""
+    others from reaching it, but for `any_mode` of encapsulation. `at_site`: at one of two locations, with an internal
+    IP, in any mode."""
     name = f"n{number}"
     location = draw(st.sampled_from(("a", "b") if at_site else LABELS))
     families = draw(st.sampled_from([(4,), (4, 6)] if at_site else [(), (4,), (6,), (4, 6)]))
@@ -75,7 +82,7 @@ def a_node(
         4: f"192.168.{int(far)}.{host}/24" if common else f"10.{100 + site}.{int(far)}.{host}/24",
         6: f"fd00:a{0 if common else site}::{host:x}/64",
     }
-    modes = [mode for mode in Encapsulate if not tame or at_site or mode is not Encapsulate.NEVER]
+    modes = [mode for mode in Encapsulate if not tame or at_site or any_mode or mode is not Encapsulate.NEVER]
     subnets: tuple[str, ...] = (f"172.30.{number}.0/24",) if draw(st.booleans()) else ()
     networks: list[str] = [] if tame else draw(st.lists(st.sampled_from(OVERLAPPING), max_size=2))
     endpoint = Endpoint(ip_address(f"203.0.113.{number}"), 51820)
@@ -194,6 +201,31 @@ def with_old_agents(draw: DrawFn) -> Snapshot:
 
 
 @st.composite
+def mixed(draw: DrawFn, *, any_mode: bool = True) -> Snapshot:
+    """Labels and granularities of any kind, NATs, outside peers, and exit nodes that some use; internal IPs are
+    routed."""
+    alike = draw(st.sets(st.sampled_from(LABELS)))
+    nodes = {
+        f"n{n}": a_node(draw, n, tame=True, alike=alike, any_mode=any_mode) for n in range(draw(st.integers(2, 7)))
+    }
+    exits = draw(st.sets(st.sampled_from(sorted(nodes)), max_size=2))
+    users = draw(st.sets(st.sampled_from(sorted(nodes)))) - exits if exits else set()
+    nodes = {
+        name: evolve(node, gateway=name in exits, way_out=draw(st.sampled_from(sorted(exits))) if name in users else "")
+        for name, node in nodes.items()
+    }
+    return Snapshot(
+        revision=1,
+        granularity=draw(st.sampled_from(Granularity)),
+        subnets=(MESH, MESH6),
+        internal_ips=InternalIPs.ROUTED,
+        nodes=nodes,
+        peers=outside(draw, tame=True),
+        **elections(draw, nodes),  # type: ignore[arg-type]
+    )
+
+
+@st.composite
 def histories(draw: DrawFn) -> list[Snapshot]:
     """A snapshot and what becomes of it, step by step; what does not change stays the same object."""
     world = draw(worlds(tame=False))
@@ -231,7 +263,7 @@ def around_a_host(draw: DrawFn) -> tuple[Living, dict[str, Any]]:
 
 
 def all_plans(topology: Topology) -> dict[str, HostPlan]:
-    return {name: host_plan(topology, name) for name in topology.snapshot.nodes}
+    return {name: by_way_out(host_plan(topology, name), topology, outside=()) for name in topology.snapshot.nodes}
 
 
 def can_carry(world: Snapshot, name: str, version: int) -> bool:
@@ -249,8 +281,8 @@ def pairs(world: Snapshot) -> Iterator[tuple[str, str, int]]:
                 yield one, other, subnet.version
 
 
-@QUICK
-@given(worlds())
+@settings(QUICK, max_examples=50)
+@given(worlds() | mixed(any_mode=False))
 def test_everyone_reaches_everyone_and_nothing_crosses_locations_in_clear(world: Snapshot) -> None:
     topology = build_topology(world)
     plans = all_plans(topology)
@@ -265,8 +297,8 @@ def test_everyone_reaches_everyone_and_nothing_crosses_locations_in_clear(world:
                 assert [hop.medium for hop in path.hops] == [Via.TUNNEL]
 
 
-@settings(QUICK, max_examples=60)
-@given(worlds() | sites() | with_old_agents())
+@settings(QUICK, max_examples=90)
+@given(worlds() | sites() | mixed() | with_old_agents())
 def test_every_internal_ip_that_is_routed_is_reached_and_answers(world: Snapshot) -> None:
     topology = build_topology(world)
     plans = all_plans(topology)
@@ -326,7 +358,7 @@ def test_two_nodes_encrypt_in_both_directions_or_in_none_and_what_is_in_clear_is
         assert one is not None
         assert {host_network(address) for address in one.refuse} <= {*one.send, *one.hold}, "who is refused is sent to"
         through[name] = {*one.send, *one.hold}
-    held = Counter(ip.ip for node in nodes.values() for ip in node.internal_ips)
+    places, _ = Places().after(topology)
     named = {str(entry.network) for entry in topology.unrouted}
     for one, other in permutations(nodes, 2):
         here, there = topology.segment_of(one), topology.segment_of(other)
@@ -334,8 +366,8 @@ def test_two_nodes_encrypt_in_both_directions_or_in_none_and_what_is_in_clear_is
             continue
         for version in (4, 6):
             ours, theirs = (
-                {host_network(ip.ip) for ip in nodes[name].internal_ips if ip.version == version and held[ip.ip] == 1}
-                for name in (one, other)
+                {a.network for a in places.of[segment.key].of[name] if a.address.version == version}
+                for segment, name in ((here, one), (there, other))
             )
             if ours and through[other] & ours and theirs and not through[one] & theirs:
                 raise AssertionError((one, other, version))
@@ -345,7 +377,36 @@ def test_two_nodes_encrypt_in_both_directions_or_in_none_and_what_is_in_clear_is
 
 
 @settings(QUICK, max_examples=60)
-@given(worlds())
+@given(mixed())
+def test_outside_peers_reach_every_internal_ip_that_is_routed(world: Snapshot) -> None:
+    topology = build_topology(world)
+    plans = all_plans(topology)
+    by_key = {node.public_key: node.name for node in world.nodes.values()}
+    for name, peer in world.peers.items():
+        own = peer.allowed_ips[0].network_address
+        plan = peer_plan(topology, name)
+        for segment in topology.segments.values():
+            for member in segment.members:
+                for network in segment.routed.get(member.name, ()):
+                    if (route := plan.routes.get(network)) is None:
+                        assert network.version != own.version or any(
+                            one.endpoint is not None and one.endpoint.address == network.network_address
+                            for one in plan.peers.values()
+                        )
+                        continue
+                    (key,) = (key for key, one in plan.peers.items() if network in one.allowed_ips)
+                    assert (route.way, by_key[key]) == (Via.TUNNEL, segment.leader.name)
+                    address = network.network_address
+                    path = walk(plans, topology, segment.leader.name, address, sender=own)
+                    end = path.hops[-1].target if path.hops else segment.leader.name
+                    assert (path.delivered, end) == (True, member.name), str(path)
+                    back = walk(plans, topology, member.name, own, sender=address)
+                    assert back.hops[-1].target == f"peer {name}", str(back)
+                    assert [step.source for step in back.hops[1:]] == [step.source for step in reversed(path.hops)]
+
+
+@settings(QUICK, max_examples=60)
+@given(worlds() | mixed())
 def test_no_internal_ip_is_taken_from_the_links_of_a_host(world: Snapshot) -> None:
     topology = build_topology(world)
     plans = all_plans(topology)

@@ -14,17 +14,17 @@ from contextlib import suppress
 from ipaddress import ip_address
 
 import trio
-from attrs import frozen
+from attrs import define, field, frozen
 
 from kilo_etcd import etcd, kernel
 from kilo_etcd.agent.logs import Once
 from kilo_etcd.agent.program import speak
-from kilo_etcd.agent.tries import addresses_to_try
-from kilo_etcd.kernel.state import Observed
+from kilo_etcd.agent.tries import addresses_to_try, nodes_to_try
+from kilo_etcd.kernel.state import MAIN_TABLE, Observed
 from kilo_etcd.model import SESSION_SECONDS, IPAddress
 from kilo_etcd.store.inquiry import attend
 from kilo_etcd.store.keys import Keys
-from kilo_etcd.store.records import AnswerRecord, QuestionRecord, Tunnel
+from kilo_etcd.store.records import AnswerRecord, QuestionRecord, TakenRoute, Tunnel
 from kilo_etcd.topology import Topology
 from kilo_etcd.topology.hostplan import HostPlan, PeerPlan
 
@@ -50,6 +50,9 @@ lost while the host learns of a smaller MTU on the way."""
 MOST_TRIED = 128
 """Nodes that one question has tried at most, of this host's choice, and as many addresses besides: kgctl asks for half.
 Whoever may put a question must not have a whole mesh flood somebody."""
+
+MOST_INTERNAL = 256
+"""Internal IPs that one question has tried at most: a node may have several."""
 
 RETRY_SECONDS = 30.0
 AWAY_SECONDS = 2.0
@@ -108,8 +111,7 @@ class Answerer:
         plan = programmed.plan
         trouble: list[str] = []
         possible_obstacles: list[str] = []
-        reached: dict[str, bool] = {}
-        small_only: list[str] = []
+        tried = _Tried()
         commands: tuple[str, ...] = ()
         observed = Observed()
         try:
@@ -119,7 +121,7 @@ class Answerer:
             if plan is not None:
                 async with trio.open_nursery() as nursery:
                     mtu = observed.link.mtu if observed.link is not None else 0
-                    nursery.start_soon(self._send, question, programmed.topology, mtu, reached, small_only, trouble)
+                    nursery.start_soon(self._send, question, programmed.topology, plan, observed, mtu, tried, trouble)
                     if programmed.sends:
                         try:
                             observed = await self._knock(plan, observed)
@@ -144,9 +146,10 @@ class Answerer:
             changes=commands[:SHOWN],
             trouble=tuple(dict.fromkeys(trouble)),
             possible_obstacles=tuple(possible_obstacles),
-            reached=tuple(address for address, answered in reached.items() if answered),
-            unreached=tuple(address for address, answered in reached.items() if not answered),
-            small_only=tuple(small_only),
+            reached=tuple(address for address, answered in tried.answered.items() if answered),
+            unreached=tuple(address for address, answered in tried.answered.items() if not answered),
+            routes=tuple(tried.routes),
+            small_only=tuple(tried.small_only),
             # As it was before the packets went out: what is decided meanwhile is in the status by now.
             undecided=programmed.undecided,
         )
@@ -155,35 +158,41 @@ class Answerer:
         self,
         question: QuestionRecord,
         topology: Topology | None,
+        plan: HostPlan,
+        observed: Observed,
         mtu: int,
-        reached: dict[str, bool],
-        small_only: list[str],
+        tried: _Tried,
         trouble: list[str],
     ) -> None:
         """Send echo requests to whom the question asks for, small ones and then some as large as `mtu`, and note who
-        answers which."""
+        answers which, and which routes the kernel takes."""
         if topology is None:
             return
-        nodes = topology.snapshot.nodes
-        chosen = addresses_to_try(topology, self._name, min(question.tries, MOST_TRIED))
-        # Nobody is to learn, or to reach, by this host what is not the mesh's.
-        known = {address for node in nodes.values() for address in node.mesh_addresses} if question.targets else set()
-        asked = [address for address in _addresses(question.targets) if address in known]
-        mine = nodes[self._name].mesh_addresses if self._name in nodes else ()
-        versions = {address.version for address in mine}
-        wanted = {
-            address: None
-            for address in (*chosen, *asked[:MOST_TRIED])
-            if address.version in versions and address not in mine
-        }
+        chosen = nodes_to_try(topology, self._name, min(question.tries, MOST_TRIED))
+        wanted = addresses_to_try(topology, self._name, plan, chosen)
+        if question.targets:
+            # Nobody is to learn, or to reach, by this host what is not the mesh's.
+            known = addresses_to_try(topology, self._name, plan, topology.snapshot.nodes.values())
+            asked = [address for address in _addresses(question.targets) if address in known]
+            wanted.update((address, known[address]) for address in asked[:MOST_TRIED])
+        routes = {address: route for address, route in wanted.items() if route is not None}
+        for address in list(routes)[MOST_INTERNAL:]:
+            del routes[address], wanted[address]
         if not wanted:
             return
+        sources = {address: route.source for address, route in routes.items() if route.source is not None}
         try:
-            answers = await self._kernel.ping(wanted, times=PINGS, patience=PING_SECONDS)
-            reached.update((str(address), address in answers) for address in wanted)
-            if mtu and answers:
-                large = await self._kernel.ping(answers, times=LARGE_PINGS, patience=LARGE_SECONDS, size=mtu)
-                small_only += [str(address) for address in answers if address not in large]
+            if routes:
+                taken = await self._kernel.routes_taken({address: sources.get(address) for address in routes})
+                tried.routes.extend(
+                    _taken(address, sources.get(address), found, observed) for address, found in taken.items()
+                )
+            answers = await self._kernel.ping(wanted, sources=sources, times=PINGS, patience=PING_SECONDS)
+            tried.answered.update((str(address), address in answers) for address in wanted)
+            mesh = [address for address in answers if address not in routes]
+            if mtu and mesh:
+                large = await self._kernel.ping(mesh, times=LARGE_PINGS, patience=LARGE_SECONDS, size=mtu)
+                tried.small_only += [str(address) for address in mesh if address not in large]
         except kernel.KernelError as error:
             trouble.append(str(error))
 
@@ -205,6 +214,42 @@ class Answerer:
             await trio.sleep(KNOCK_POLL_SECONDS)
             observed = await self._kernel.observe()
         return observed
+
+
+@define
+class _Tried:
+    """What came of the echo requests that a question has had sent."""
+
+    answered: dict[str, bool] = field(factory=dict)
+    small_only: list[str] = field(factory=list)
+    routes: list[TakenRoute] = field(factory=list)
+
+
+def _taken(address: IPAddress, source: IPAddress | None, found: kernel.Route | str, observed: Observed) -> TakenRoute:
+    """The kernel's choice for an internal IP beside our own routes."""
+    if isinstance(found, str):
+        return TakenRoute(str(address), str(source or ""), f"none: {found}", True)
+    own = (
+        *observed.routes.values(),
+        *(route for table in observed.policy.tables.values() for route in table.routes.values()),
+    )
+    ours = any(
+        (route.device, route.gateway) == (found.device, found.gateway)
+        for route in own
+        if route.destination.version == address.version and address in route.destination
+    )
+    return TakenRoute(str(address), str(source or ""), _shown_route(address, found), not ours)
+
+
+def _shown_route(address: IPAddress, route: kernel.Route) -> str:
+    """As `ip route get` shows it."""
+    words = [str(address)]
+    if route.gateway is not None:
+        words.append(f"via {route.gateway}")
+    words.append(f"dev {route.device}" if route.device else "local")
+    if route.table != MAIN_TABLE:
+        words.append(f"table {route.table}")
+    return " ".join(words)
 
 
 def tunnels(observed: Observed) -> tuple[Tunnel, ...]:

@@ -214,6 +214,7 @@ class Daemon:
         self._ready = False
         """Programmed well enough to lead."""
         self._leaving = False
+        self._internal_ips: decide.InternalIPsState | None = None
         self._reporter = Reporter(self.session, public_key, config.mesh_granularity)
         self._upkeep = Upkeep(
             self.session,
@@ -725,6 +726,7 @@ class Daemon:
             self._nudge(fresh=True)
             return
         self.once.clear("kernel", "the kernel can be programmed again")
+        self._note_internal_ips(self.topology)
         self.guarded, self.plan = guarded, plan
         self.applied_revision = snapshot.revision
         for change in report.changes:
@@ -825,6 +827,12 @@ class Daemon:
         )
         self.once.errors("settings", self.disagreements)
         self.metrics.snapshot(snapshot)
+
+    def _note_internal_ips(self, topology: Topology) -> None:
+        before, self._internal_ips = self._internal_ips, decide.InternalIPsState.of(topology)
+        if (news := self._internal_ips.news(before)) is not None:
+            event, fields = news
+            self.log.info(event, revision=topology.snapshot.revision, **fields)
 
     def _note_role(self, snapshot: Snapshot) -> None:
         assert self.topology is not None

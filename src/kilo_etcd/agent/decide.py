@@ -234,3 +234,43 @@ def disagreements(
             f"{','.join(sorted(actual))} (etcd's mesh/subnets, fixed when the mesh was made)"
         )
     return tuple(found)
+
+
+@frozen
+class InternalIPsState:
+    """The mesh's setting internal-ips, and what is in force of it."""
+
+    setting: InternalIPs
+    in_force: InternalIPs
+    waits_for: tuple[str, ...] = ()
+    """The nodes whose agents do not know the setting."""
+
+    @classmethod
+    def of(cls, topology: Topology) -> InternalIPsState:
+        return cls(topology.snapshot.internal_ips, topology.internal_ips, tuple(sorted(topology.unaware)))
+
+    def news(self, before: InternalIPsState | None) -> tuple[str, dict[str, str]] | None:
+        """The log event, with its fields, that this is after `before` (None: nothing yet); None: no news."""
+        if before is not None and (before.setting, before.in_force) == (self.setting, self.in_force):
+            return None
+        changed = before is not None and before.setting is not self.setting
+        fields = {"setting": str(self.setting), **({"before": str(before.setting)} if before and changed else {})}
+        if self.setting is self.in_force:
+            if before is None:
+                return None
+            return "internal-ips changed" if changed else "internal-ips is in force now", fields
+        waits = ", ".join(self.waits_for[:MOST_WAITED])
+        more = f" and {len(self.waits_for) - MOST_WAITED} more" if len(self.waits_for) > MOST_WAITED else ""
+        if waits:
+            fields |= {"in_force": str(self.in_force), "waits_for_agents_of": waits + more}
+        else:
+            fields |= {"in_force": str(self.in_force)}
+        lost = before is not None and not changed and before.setting is before.in_force
+        return (
+            f"internal-ips {'changed and ' if changed else ''}is not in force{' any more' if lost else ' yet'}",
+            fields,
+        )
+
+
+MOST_WAITED = 10
+"""Nodes that a log line names."""

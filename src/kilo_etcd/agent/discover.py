@@ -25,7 +25,7 @@ from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.agent.resolve import LOOKUP_TIMEOUT, endpoint_hosts, lookup, network_of
 from kilo_etcd.agent.underlay import Reached, name_servers
 from kilo_etcd.etcd.api import Config
-from kilo_etcd.kernel.state import DefaultRoute, HostAddress, ipip_name
+from kilo_etcd.kernel.state import DefaultRoute, HostAddress, StaticRoute, ipip_name
 from kilo_etcd.model import DEFAULT_INTERFACE, DEFAULT_PORT, Endpoint, IPAddress, IPInterface, IPNetwork, is_public
 
 INSTANCE_DATA = Path("/run/cloud-init/instance-data.json")
@@ -47,6 +47,10 @@ _CONTAINERS = (
 # fmt: on
 
 
+_SHORTEST = {4: 8, 6: 7}
+"""Prefix lengths below which a static route is a part of a default route, as VPNs split it."""
+
+
 @frozen(kw_only=True)
 class HostFacts:
     """What was found on the host: the addresses in the kernel's order, default routes with the lowest metric first."""
@@ -56,6 +60,7 @@ class HostFacts:
     """What the host's name resolves to, in the resolver's order."""
     addresses: tuple[HostAddress, ...] = ()
     default_routes: tuple[DefaultRoute, ...] = ()
+    static_routes: tuple[StaticRoute, ...] = ()
     name_servers: tuple[IPAddress, ...] = ()
     """Those in use, by resolv.conf."""
     own_interface: str = DEFAULT_INTERFACE
@@ -70,13 +75,20 @@ class HostFacts:
         return tuple(dict.fromkeys((*stood_in, *gateways)))
 
     def reached(self, etcd: Iterable[IPNetwork]) -> Reached:
-        """What the host reaches over its own links, containers and tunnels included, and these addresses of etcd."""
+        """What the host reaches over its own links, containers, tunnels and static routes included, and these addresses
+        of etcd."""
         links = [item for item in self.addresses if _usable(item, self.own_interface, ())]
         gateways = [route.gateway for route in self.default_routes if route.gateway is not None]
         lasting: list[IPNetwork] = []
         passing: list[IPNetwork] = []
         for item in links:
             (passing if _comes_and_goes(item) else lasting).append(item.address.network)
+        for route in self.static_routes:
+            if route.destination.prefixlen < _SHORTEST[route.destination.version]:
+                continue
+            if route.interface not in (self.own_interface, ipip_name(self.own_interface), "lo"):
+                comes_and_goes = route.interface.startswith(_CONTAINERS) or route.kind in _TUNNELS
+                (passing if comes_and_goes else lasting).append(route.destination)
         lasting += map(network_of, (*gateways, *self.name_servers))
         return Reached(tuple(lasting), (*passing, *etcd))
 
@@ -328,6 +340,7 @@ async def gather(config: AgentConfig) -> HostFacts:
         resolved=resolved,
         addresses=found.addresses,
         default_routes=found.default_routes,
+        static_routes=found.static_routes,
         name_servers=name_servers(),
         own_interface=config.interface,
     )

@@ -10,7 +10,7 @@ is kept byte for byte.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from attrs import frozen
 
@@ -157,7 +157,7 @@ def with_block(
     """The file with the block of `interface` saying `names`; None: without the block. `own`, the machine's names, are
     never written bare. `by` says in the block who writes it; `{}` is the prefix."""
     # In its place, if it has one: of several blocks each may be written at any time.
-    head, tail = _around(text, interface)
+    head, tail = _around(text, interface, prefix)
     if not names:
         return head + tail
     taken = {*map(str.lower, own), *_names_in(head), *_names_in(tail)}
@@ -179,20 +179,52 @@ def _end(interface: str) -> bytes:
     return f"# kilo-etcd {interface}: end".encode()
 
 
-def _around(text: bytes, interface: str) -> tuple[bytes, bytes]:
-    """What stands before and after the block; all of it before, if there is none."""
+def _around(text: bytes, interface: str, prefix: str) -> tuple[bytes, bytes]:
+    """What stands before and after the block; all of it before, if there is none. A second block is taken out."""
     lines = text.splitlines(keepends=True)
-    begin, end = _begin(interface), _end(interface)
-    first = next((at for at, line in enumerate(lines) if line.rstrip() == begin or line.startswith(begin + b" ")), None)
-    if first is None:
+    blocks: list[range] = []
+    at = 0
+    while at < len(lines):
+        if _is_marker(lines[at], _begin(interface)):
+            blocks.append(range(at, _last(lines, at, interface, prefix) + 1))
+            at = blocks[-1].stop
+        else:
+            at += 1
+    if not blocks:
         return text, b""
-    last = next((at for at in range(first, len(lines)) if lines[at].rstrip() == end), None)
-    if last is None:
-        # Somebody has cut the end off. Lines of ours are neither blank nor comments.
-        rest = range(first + 1, len(lines))
-        foreign = (at for at in rest if not lines[at].strip() or lines[at].lstrip().startswith(b"#"))
-        last = next(foreign, len(lines)) - 1
-    return b"".join(lines[:first]), b"".join(lines[last + 1 :])
+    inside = {at for block in blocks for at in block}
+    after = (line for at, line in enumerate(lines) if at >= blocks[0].stop and at not in inside)
+    return b"".join(lines[: blocks[0].start]), b"".join(after)
+
+
+def _is_marker(line: bytes, marker: bytes) -> bool:
+    return line.rstrip() == marker or line.startswith(marker + b" ")
+
+
+def _last(lines: Sequence[bytes], first: int, interface: str, prefix: str) -> int:
+    """The last line of the block that begins with line `first`."""
+    for at in range(first + 1, len(lines)):
+        if lines[at].rstrip() == _end(interface):
+            return at
+        if _MARKER.match(lines[at]):
+            break
+    # Somebody has cut the end off.
+    at = first + 1
+    while at < len(lines) and _ours(lines[at], prefix):
+        at += 1
+    return at - 1
+
+
+_MARKER = re.compile(rb"# kilo-etcd \S+: (begin|end)\b")
+
+
+def _ours(line: bytes, prefix: str) -> bool:
+    """Whether a line that stands in no whole block has the form of ours: an address, and the forms of one name, a long
+    one among them."""
+    words = line.decode(errors="replace").split()[1:]
+    suffixes = (f".{domain(prefix)}", f".{ANY_MESH}")
+    names = {word.removesuffix(suffix) for word in words for suffix in suffixes if word.endswith(suffix)}
+    return any({*words} <= {name, *_long(name, prefix)} for name in names)
 
 
 def _names_in(text: bytes) -> Iterator[str]:

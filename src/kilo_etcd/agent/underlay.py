@@ -6,6 +6,7 @@ or etcd has that address here. Pure but for `name_servers`, which reads resolv.c
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import suppress
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, collapse_addresses
 from pathlib import Path
@@ -16,9 +17,20 @@ from kilo_etcd.model import IPAddress, IPNetwork
 from kilo_etcd.quickip import ip_address
 
 RESOLV_CONF = Path("/etc/resolv.conf")
-RESOLVED_CONF = Path("/run/systemd/resolve/resolv.conf")
-"""What systemd-resolved asks, where resolv.conf names its stub."""
-RESOLVED_STUBS = frozenset(map(IPv4Address, ("127.0.0.53", "127.0.0.54")))
+BEHIND = tuple(
+    map(
+        Path,
+        (
+            "/run/systemd/resolve/resolv.conf",
+            "/run/dnsmasq/resolv.conf",
+            "/run/NetworkManager/no-stub-resolv.conf",
+            "/run/unbound/resolvconf_resolvers.conf",
+            "/var/cache/unbound/resolvconf_resolvers.conf",
+        ),
+    )
+)
+"""Where the name servers stand that a resolver on the host itself asks (systemd-resolved, dnsmasq, NetworkManager,
+unbound), as resolvconf and these programs write them."""
 MOST_NETWORKS = 500
 """Of one family in a record. A host with more states the whole family, so that nothing is routed to its segment."""
 _MOST_BYTES = 2**16
@@ -57,10 +69,13 @@ class Reached:
         )
 
 
-def name_servers(path: Path = RESOLV_CONF, behind: Path = RESOLVED_CONF) -> tuple[IPAddress, ...]:
-    """The name servers in use; none where that cannot be read. Those of systemd-resolved are looked up `behind` it."""
+def name_servers(path: Path = RESOLV_CONF, behind: Iterable[Path] = BEHIND) -> tuple[IPAddress, ...]:
+    """The name servers in use; none where that cannot be read. Behind a resolver on the host itself, those in the files
+    of `behind`; what stands in a resolver's own configuration is not known."""
     found = _name_servers(path)
-    return _name_servers(behind) if RESOLVED_STUBS.intersection(found) else found
+    if any(server.is_loopback for server in found):
+        found = (*found, *(server for file in behind for server in _name_servers(file)))
+    return tuple(dict.fromkeys(server for server in found if not server.is_loopback))
 
 
 def _name_servers(path: Path) -> tuple[IPAddress, ...]:
@@ -76,6 +91,10 @@ def _name_servers(path: Path) -> tuple[IPAddress, ...]:
             case ["nameserver", word, *_] if "%" not in word:
                 with suppress(ValueError):
                     found.append(ip_address(word))
+            case ["forward-addr:", word, *_]:
+                # unbound's form; a port may follow.
+                with suppress(ValueError):
+                    found.append(ip_address(word.partition("@")[0]))
     return tuple(found)
 
 

@@ -121,7 +121,7 @@ def narrow(topology: Topology, live: Live) -> Iterator[Loss]:
     for name, answer in sorted(live.answers.items()):
         for address in answer.small_only:
             if name in nodes and (target := by_address.get(address)) is not None:
-                here, there = _end(topology, name), _end(topology, target)
+                here, there = end_of(topology, name), end_of(topology, target)
                 ends = frozenset((here, there) if here != there else (name, target))
                 tunnels[ends] = max(answer.mtu, tunnels.get(ends, 0))
     while tunnels:
@@ -149,7 +149,7 @@ def lost_across(
 
 def across(topology: Topology, one: str, other: str, pairs: Collection[frozenset[str]]) -> bool:
     """Whether one of these pairs of neighbours is part of the way from `one` to `other`."""
-    here, there = _end(topology, one), _end(topology, other)
+    here, there = end_of(topology, one), end_of(topology, other)
     hops = ((one, other),) if here == there else ((one, here), (here, there), (there, other))
     return any(frozenset(hop) in pairs for hop in hops)
 
@@ -174,7 +174,7 @@ def _tried(topology: Topology, live: Live) -> _Tried:
 
 
 def _explained(topology: Topology, one: str, other: str, down: Collection[frozenset[str]]) -> bool:
-    return frozenset((_end(topology, one), _end(topology, other))) in down
+    return frozenset((end_of(topology, one), end_of(topology, other))) in down
 
 
 def _unanswered(topology: Topology, tried: _Tried, sessions: Collection[Pair]) -> Loss:
@@ -192,7 +192,7 @@ def _unanswered(topology: Topology, tried: _Tried, sessions: Collection[Pair]) -
     )  # fmt: skip
 
 
-def _end(topology: Topology, name: str) -> str:
+def end_of(topology: Topology, name: str) -> str:
     """Whose tunnel carries what a node sends elsewhere."""
     if topology.snapshot.granularity is Granularity.CROSS:
         return name
@@ -245,7 +245,7 @@ def _by_leader(
     blamed: dict[str, list[tuple[str, str]]] = {}
     alone: list[tuple[str, str]] = []
     for one, other in sorted(rest):
-        here, there = _end(topology, one), _end(topology, other)
+        here, there = end_of(topology, one), end_of(topology, other)
         if here == there:
             # Within a segment nobody else is on the way.
             alone.append((one, other))

@@ -18,10 +18,20 @@ from attrs import asdict, field, frozen
 from kilo_etcd.ctl.arrivals import TRIES, losses, lost_across, narrow, some
 from kilo_etcd.ctl.causes import Silence, causes, silence
 from kilo_etcd.ctl.context import Mesh
+from kilo_etcd.ctl.internal_arrivals import internal_losses
 from kilo_etcd.ctl.live import Live, Pair, differs, gather, pairs, tunnels
 from kilo_etcd.ctl.output import output_option
 from kilo_etcd.ctl.render import clean
-from kilo_etcd.ctl.report import DROPPED, NOT_IN_FORCE, Report, grouped, newest_revision, registered_names, report
+from kilo_etcd.ctl.report import (
+    DROPPED,
+    NOT_IN_FORCE,
+    Report,
+    grouped_unrouted,
+    newest_revision,
+    registered_names,
+    report,
+    unrouted_sentence,
+)
 from kilo_etcd.etcd.api import Client, EtcdError
 from kilo_etcd.model import InternalIPs
 from kilo_etcd.store import operator
@@ -207,9 +217,9 @@ def _records(found: Report) -> Iterator[Finding]:
         yield Finding(severity=Severity.WARNING, subject=remark.subject, text=remark.text)
     for remark in found.notes:
         yield Finding(severity=Severity.NOTE, subject=remark.subject, text=remark.text)
-    unrouted = grouped(found.unrouted)
+    unrouted = grouped_unrouted(found.unrouted)
     for remark in unrouted[:MOST_NAMED]:
-        yield Finding(severity=Severity.NOTE, subject=remark.subject, text=remark.text)
+        yield Finding(severity=Severity.NOTE, subject=remark.subject, text=unrouted_sentence(remark))
     if (more := len(unrouted) - MOST_NAMED) > 0:
         yield Finding(
             severity=Severity.NOTE, subject="internal-ips", text=f"{more} more are not routed",
@@ -288,6 +298,8 @@ def _packets(found: Examined, known: Silence) -> Iterator[Finding]:
             severity=Severity.WARNING if loss.filtered else Severity.ERROR, subject=loss.subject, text=loss.text,
             remedy=loss.remedy,
         )  # fmt: skip
+    for loss in internal_losses(topology, live, {*known.apart, *unsettled}):
+        yield Finding(severity=Severity.ERROR, subject=loss.subject, text=loss.text, remedy=loss.remedy)
     for loss in narrow(topology, live):
         yield Finding(severity=Severity.WARNING, subject=loss.subject, text=loss.text, remedy=loss.remedy)
     untried = [name for name, answer in sorted(live.answers.items()) if not (answer.reached or answer.unreached)]

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from math import comb
 
 from kilo_etcd.ctl.render import clean, shown_location
-from kilo_etcd.ctl.report import grouped, unrouted_remarks
+from kilo_etcd.ctl.report import grouped_unrouted, unrouted_remarks, unrouted_sentence
 from kilo_etcd.model import Granularity, InternalIPs, Node, Snapshot
 from kilo_etcd.topology import Segment, Topology, build_topology
 from kilo_etcd.topology.graph import EdgeKind, edges
@@ -214,8 +214,8 @@ def _complaints(old: Topology, new: Topology) -> Iterator[str]:
 
 def _notes(old: Topology, new: Topology) -> Iterator[str]:
     known = set(unrouted_remarks(old))
-    came = grouped(note for note in unrouted_remarks(new) if note not in known)
-    yield from (f"note: {clean(note.subject)}: {clean(note.text)}" for note in came[:MOST_NOTES])
+    came = grouped_unrouted(note for note in unrouted_remarks(new) if note not in known)
+    yield from (f"note: {clean(note.subject)}: {clean(unrouted_sentence(note))}" for note in came[:MOST_NOTES])
     if len(came) > MOST_NOTES:
         yield f"note: {len(came) - MOST_NOTES} more of these; kgctl status will show them"
 

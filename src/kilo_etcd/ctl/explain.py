@@ -79,7 +79,7 @@ def explain_command(mesh: Mesh, source: str, target: str, output: str, live: boo
     remarks = remarks_on(looked.report(about=names), names)
     said = against = None
     if live:
-        said = mesh.ask(partial(gather, names=names & statuses.keys(), targets=ends(journeys, snapshot)))
+        said = mesh.ask(partial(gather, names=names & statuses.keys(), targets=ends((*journeys, *internal), snapshot)))
         against = tuple(dict.fromkeys(one for one in doubts(journeys, topology, statuses, said) if one not in remarks))
     journeys, internal = (weigh(which, source, plans, said) for which in (journeys, internal))
     urgent = tuple(problem.text for problem in unaware_problems(topology))
@@ -99,7 +99,7 @@ def _print(found: Explanation, source: str, snapshot: Snapshot) -> None:
         show(journey_tables(journey, snapshot), clean(journey_heading(journey)))
         click.echo()
     if found.internal:
-        show([internal_table(found.internal)])
+        show([internal_table(found.internal, live=found.live is not None)])
         click.echo()
     for title, remarks in (("Hosts on the way", found.remarks), ("What their kernels say against it", found.live)):
         if remarks:
@@ -170,6 +170,7 @@ def journey_tables(journey: Journey, snapshot: Snapshot) -> Iterator[Table]:
         columns: tuple[str, ...] = ("HOP", "FROM", "TO", "ENCRYPTED", "HOW", "TO ADDRESS")
         further = (
             ("TABLE", [step.table for step in way.steps], journey.there.whose),
+            ("KERNEL'S ROUTE", [way.taken, *("" for _ in way.steps[1:])], way.taken),
             (
                 "BUT",
                 [step.trouble if step.broken else "" for step in way.steps],
@@ -183,7 +184,7 @@ def journey_tables(journey: Journey, snapshot: Snapshot) -> Iterator[Table]:
         yield Table(title, columns, tuple(rows))
 
 
-def internal_table(journeys: tuple[Journey, ...]) -> Table:
+def internal_table(journeys: tuple[Journey, ...], *, live: bool = False) -> Table:
     """How each internal IP is reached, a line for each."""
     rows = []
     for journey in journeys:
@@ -193,8 +194,18 @@ def internal_table(journeys: tuple[Journey, ...]) -> Table:
         outcome = journey_heading(journey).removeprefix(_start(journey))
         if there.unrouted:
             outcome = f"not routed: {there.unrouted}"
-        rows.append((there.destination, there.source, way or "-", tables or "-", outcome))
-    columns = ("INTERNAL IP", "FROM", "BY", "TABLE", "OUTCOME")
+        tried = "answered" if journey.answered else "no answer" if journey.tried else "not tried"
+        rows.append(
+            (
+                there.destination,
+                there.source,
+                way or "-",
+                tables or "-",
+                *((there.taken or "-", tried) if live else ()),
+                outcome,
+            )
+        )
+    columns = ("INTERNAL IP", "FROM", "BY", "TABLE", *(("KERNEL'S ROUTE", "ECHO") if live else ()), "OUTCOME")
     return Table("By internal IP", columns, tuple(tuple(map(clean, row)) for row in rows))
 
 
@@ -215,6 +226,7 @@ def explanation_json(found: Explanation) -> str:
             "internalIpOf": value.whose or None,
             "unrouted": value.unrouted or None,
             "arrives": not (value.dropped or value.lost),
+            "kernelsRoute": value.taken or None,
             "dropped": value.dropped or None,
             "leaves": value.leaves or None,
             "hops": [
@@ -226,7 +238,8 @@ def explanation_json(found: Explanation) -> str:
 
     def told(these: tuple[Journey, ...]) -> list[dict[str, Any]]:
         return [
-            {"works": j.works, "says": journey_heading(j), "there": way(j.there), "back": way(j.back),
+            {"works": j.works, "answered": j.answered if j.tried else None, "says": journey_heading(j),
+             "there": way(j.there), "back": way(j.back),
              "unasked": j.unasked or None}
             for j in these
         ]  # fmt: skip

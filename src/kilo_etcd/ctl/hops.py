@@ -17,6 +17,7 @@ from kilo_etcd.agent.baseline import NO_BASELINE
 from kilo_etcd.agent.hostnames import NAMES_TROUBLE
 from kilo_etcd.ctl.arrivals import losses, narrow
 from kilo_etcd.ctl.causes import silence
+from kilo_etcd.ctl.internal_arrivals import internal_losses
 from kilo_etcd.ctl.live import Live, LiveTunnel, ago, differs, pairs, tunnels
 from kilo_etcd.ctl.report import DROPPED, contradictions
 from kilo_etcd.ctl.trace import MEDIUM, Journey, Plans, Step, Way
@@ -144,7 +145,13 @@ def _weighed(journey: Journey, source: str, known: _Known) -> Journey:
     answered = answer is not None and there.destination in answer.reached
     unanswered = answer is not None and there.destination in answer.unreached
     doubt = f"none of the echo requests of {source} was answered" if unanswered else ""
-    return evolve(journey, there=there, back=back, answered=answered, doubt=doubt)
+    taken = () if answer is None else (one for one in answer.routes if one.address == there.destination)
+    if (route := next(iter(taken), None)) is not None:
+        there = evolve(there, taken=route.route)
+        if route.foreign:
+            doubt = f"the kernel of {source} sends it by another route than the agent's: {route.route}"
+            answered = False
+    return evolve(journey, there=there, back=back, answered=answered, tried=answered or unanswered, doubt=doubt)
 
 
 def _weighed_way(way: Way, known: _Known) -> Way:
@@ -196,4 +203,6 @@ def doubts(
     known = silence(topology, statuses, live)
     lost = losses(topology, live, down, apart={*known.apart, *known.undecided}, heard=known.heard)
     for loss in (*lost, *narrow(topology, live)):
+        yield loss.subject, f"{loss.text}: {loss.remedy}"
+    for loss in internal_losses(topology, live, {*known.apart, *known.undecided}):
         yield loss.subject, f"{loss.text}: {loss.remedy}"

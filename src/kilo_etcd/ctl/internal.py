@@ -9,6 +9,7 @@ from __future__ import annotations
 from kilo_etcd.model import InternalIPs, IPAddress, Node
 from kilo_etcd.topology.internal import REMEDY, share_no_site
 from kilo_etcd.topology.segments import Topology, host_network
+from kilo_etcd.topology.unrouted import endpoint_holders, obstacle
 
 
 def holders(topology: Topology, address: IPAddress) -> tuple[Node, ...]:
@@ -32,8 +33,8 @@ def why_not_routed(topology: Topology, address: IPAddress, holder: Node, source:
             return "the mesh carries no internal IPs (kgctl mesh set internal-ips routed)"
         return f"internal-ips {setting} waits for agents that do not know it (kgctl status names them)"
     there, here = topology.segment_of(holder.name), topology.segment_of(source.name)
-    if (why := topology.internals.why_not(address, holder.name, there.key, topology.settlement)) is not None:
-        return why
+    if (found := obstacle(topology, address, holder.name, there, endpoint_holders(topology))) is not None:
+        return "; ".join(found)
     if host_network(address) not in there.internal:
         return f"the leader of its segment, {there.leader.name}, does not reach {holder.name} there"
     if (network := here.links.holding(address)) is not None:

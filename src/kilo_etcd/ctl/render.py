@@ -55,7 +55,7 @@ def shown_location(location: str | None) -> str:
 
 def status_tables(report: Report) -> tuple[Table, ...]:
     """The report as tables; those about trouble are left out when there is none."""
-    from kilo_etcd.ctl.report import grouped
+    from kilo_etcd.ctl.report import grouped_unrouted
 
     tables = (
         Table("What is wrong with the mesh", ("SUBJECT", "ERROR"), _remarks(report.urgent)),
@@ -81,7 +81,15 @@ def status_tables(report: Report) -> tuple[Table, ...]:
         Table("Errors that agents report", ("NODE", "ERROR"), _remarks(report.errors)),
         Table("Problems", ("SUBJECT", "PROBLEM"), _remarks(report.problems)),
         Table("Is that meant?", ("SUBJECT", "NOTE"), _remarks(report.notes)),
-        Table("Internal IPs that are not routed", ("SUBJECT", "WHY"), _remarks(grouped(report.unrouted))),
+        Table(
+            "Internal IPs that are not routed",
+            ("SUBJECT", "NOT FROM", "WHY"),
+            _first(
+                grouped_unrouted(report.unrouted),
+                lambda one: (clean(one.subject), clean(one.nowhere), clean(one.text)),
+                "of these",
+            ),
+        ),
         *(_live_tables(report.live) if report.live is not None else ()),
     )
     return tuple(table for table in tables if table.rows or table.empty)
@@ -276,7 +284,8 @@ def _first(found: Sequence[Any], cells: Callable[[Any], tuple[str, ...]], what: 
     more = len(found) - len(rows)
     if not more:
         return rows
-    return (*rows, (f"{more} more", f"{what}; kgctl status -o json lists all"))
+    filled = [NONE] * (len(rows[0]) - 2)
+    return (*rows, (f"{more} more", *filled, f"{what}; kgctl status -o json lists all"))
 
 
 def _node_rows(nodes: Sequence[NodeRow]) -> tuple[tuple[str, ...], ...]:

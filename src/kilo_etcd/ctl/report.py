@@ -21,6 +21,7 @@ from kilo_etcd.topology.reach import called_location
 from kilo_etcd.topology.segments import Segment, Topology, build_topology
 from kilo_etcd.topology.stages import Switch, switch
 from kilo_etcd.topology.unaware import unaware_problems
+from kilo_etcd.topology.unrouted import private_leaders
 from kilo_etcd.topology.verdicts import sentence
 
 if TYPE_CHECKING:
@@ -82,6 +83,26 @@ class Remark:
 
 
 @frozen(kw_only=True)
+class UnroutedRemark(Remark):
+    """An internal IP, or a network of internal IPs, that is not routed, and why."""
+
+    nodes: tuple[str, ...] = ()
+    """The nodes that have this one address."""
+    not_from: tuple[str, ...] = ()
+    """The segments that do not route it; empty: no segment does."""
+
+    @property
+    def subject_with_nodes(self) -> str:
+        """The subject, for people."""
+        return f"{self.subject} ({_first_of(self.nodes, MOST_SUBJECTS)})" if self.nodes else self.subject
+
+    @property
+    def nowhere(self) -> str:
+        """From where it is not routed, for people."""
+        return _first_of(self.not_from, MOST_SUBJECTS) or "anywhere"
+
+
+@frozen(kw_only=True)
 class KernelRow:
     """What a living agent has answered of its host's kernel."""
 
@@ -140,7 +161,7 @@ class Report:
     """What the topology could not give to somebody."""
     notes: tuple[Remark, ...] = ()
     """What may be a mistake of the operator's."""
-    unrouted: tuple[Remark, ...] = ()
+    unrouted: tuple[UnroutedRemark, ...] = ()
     """Internal IPs that are not routed, and why; what the setting waits for."""
     live: LiveReport | None = None
     """None: nobody was asked."""
@@ -211,7 +232,10 @@ def report(
             if error not in everyones and not about_flag(error)
         ),
         problems=(
-            *(Remark(subject=problem.subject, text=problem.text, about=problem.about) for problem in topology.problems),
+            *(
+                Remark(subject=problem.subject, text=problem.text, about=problem.about)
+                for problem in (*topology.problems, *private_leaders(topology))
+            ),
             *_same_internal_ips(snapshot),
         ),
         notes=(*_odd_locations(snapshot), *_flags(names, statuses)),
@@ -264,12 +288,14 @@ def _flags(names: Iterable[str], statuses: Mapping[str, StatusRecord]) -> tuple[
     )
 
 
-def unrouted_remarks(topology: Topology) -> Iterator[Remark]:
+def unrouted_remarks(topology: Topology) -> Iterator[UnroutedRemark]:
     """Which internal IPs are not routed although the setting asks for it, and why."""
     for one in topology.unrouted:
         network = one.network
         subject = str(network.network_address) if network.num_addresses == 1 else str(network)
-        yield Remark(subject=subject, text=f"{one.reason}; {one.remedy}")
+        yield UnroutedRemark(
+            subject=subject, text=f"{one.reason}; {one.remedy}", nodes=one.nodes, not_from=one.not_from
+        )
 
 
 def _cut_off(topology: Topology, live: Live) -> Iterator[Remark]:
@@ -286,7 +312,7 @@ def _cut_off(topology: Topology, live: Live) -> Iterator[Remark]:
 
 
 def grouped(remarks: Iterable[Remark]) -> tuple[Remark, ...]:
-    """Remarks that say the same of several subjects as one: in a full mesh on one LAN there is one for each node."""
+    """Remarks that say the same of several subjects as one."""
     subjects: dict[tuple[str, str], list[str]] = {}
     for remark in remarks:
         subjects.setdefault((remark.text, remark.about), []).append(remark.subject)
@@ -294,6 +320,29 @@ def grouped(remarks: Iterable[Remark]) -> tuple[Remark, ...]:
         Remark(subject=_first_of(these, MOST_SUBJECTS), text=text, about=about)
         for (text, about), these in subjects.items()
     )
+
+
+def grouped_unrouted(remarks: Iterable[UnroutedRemark]) -> tuple[UnroutedRemark, ...]:
+    """Remarks that say the same of several subjects as one: in a full mesh on one LAN there is one for each node. The
+    subjects name the nodes."""
+    alike: dict[tuple[str, tuple[str, ...]], list[UnroutedRemark]] = {}
+    for remark in remarks:
+        alike.setdefault((remark.text, remark.not_from), []).append(remark)
+    return tuple(
+        UnroutedRemark(
+            subject=_first_of([one.subject_with_nodes for one in these], MOST_SUBJECTS),
+            text=text,
+            nodes=tuple(dict.fromkeys(name for one in these for name in one.nodes)),
+            not_from=not_from,
+        )
+        for (text, not_from), these in alike.items()
+    )
+
+
+def unrouted_sentence(remark: UnroutedRemark) -> str:
+    """The remark with where it is from, for text without columns."""
+    about_the_setting = not (remark.nodes or remark.not_from)
+    return remark.text if about_the_setting else f"not routed from {remark.nowhere}: {remark.text}"
 
 
 def _first_of(names: Sequence[str], most: int) -> str:

@@ -7,7 +7,7 @@ the source's own routing table. What is known against a hop is `ctl.hops`' conce
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from ipaddress import ip_address, ip_network
 
@@ -19,6 +19,7 @@ from kilo_etcd.store.records import StatusRecord
 from kilo_etcd.topology.encryption import Living, Outside, encrypt
 from kilo_etcd.topology.guard import guard
 from kilo_etcd.topology.hostplan import HostPlan, Problem, Via
+from kilo_etcd.topology.internal import endpoints_of
 from kilo_etcd.topology.plan import host_plan
 from kilo_etcd.topology.reach import Silent, Target, withhold
 from kilo_etcd.topology.segments import Topology, host_network
@@ -66,6 +67,8 @@ class Way:
     """How it goes on from the last host, outside the mesh; empty: it does not leave the mesh."""
     astray: str = ""
     """Why it does not arrive although no host of the mesh drops it."""
+    taken: str = ""
+    """The route that the first host's kernel chooses, as it says itself; empty: it was not asked."""
     unrouted: str = ""
     """Why the mesh does not carry it, if it is for another node's internal IP; empty: it does, or need not."""
 
@@ -90,6 +93,8 @@ class Journey:
     """Why `back` is None, in a sentence."""
     answered: bool = False
     """An echo request was sent there just now and answered: what speaks against the hops matters less."""
+    tried: bool = False
+    """An echo request was sent there just now."""
     doubt: str = ""
     """Why it may not work, beside what speaks against single hops."""
 
@@ -370,22 +375,50 @@ def _by_own_table(topology: Topology, node: Node, destination: IPAddress) -> tup
         return table, f"it is no part of the mesh, and {table} ({why})"
     owners = holders(topology, destination)
     owner = next((one for one in owners if one.location == node.location), owners[0] if owners else None)
-    if owner is not None and (same_network(topology, owner, node) or _on_own_network(node, destination)):
+    if owner is not None and same_network(topology, owner, node):
+        others = [other for other in owners if not same_network(topology, other, node)]
+        too = f"; {_named_at(others, destination.version)}, elsewhere" if others else ""
         where = "at the same location" if owner.location == node.location else "on its own network"
-        why = "" if same_network(topology, owner, node) else why_not_routed(topology, destination, owner, node)
-        not_so = f", and not routed: {why}" if why else ""
-        return f"{table}, in clear: it is the internal IP of {owner.name} {where}{not_so}", ""
+        return f"{table}, in clear: it is the internal IP of {owner.name} {where}{too}", ""
+    if owner is not None and _on_own_network(node, destination):
+        why = why_not_routed(topology, destination, owner, node) or f"{node.name} has no route to it in the mesh"
+        if _maybe_one_network(topology, owner, node, destination):
+            one = f"it is the internal IP of {owner.name} if both are on that network"
+            return f"{table}, in clear: {one}; it is not routed: {why}", ""
+        near = f"and reaches a host on {node.name}'s own network, if there is one"
+        return table, (
+            f"it is the internal IP of {owner.name}, which is not routed: {why}; {table}, in clear, {near}; "
+            f"{_named_at(owners, destination.version)}"
+        )
     if _on_own_network(node, destination):
         return f"{table}, in clear: it is on its location's network", ""
     if is_public(destination):
         at = next((one.name for one in topology.snapshot.nodes.values() if _is_endpoint(one, destination)), "")
         return f"{table}, outside the mesh" + (f": it is the endpoint of {at}" if at else ""), ""
     if owner is not None:
-        mesh = owner.mesh_address(destination.version) or next(iter(owner.mesh_addresses), None)
-        use = f"; {owner.name} is reached at its mesh address {mesh}" if mesh is not None else ""
         why = why_not_routed(topology, destination, owner, node) or f"{node.name} has no route to it in the mesh"
-        return table, f"it is the internal IP of {owner.name}, which is not routed: {why}; {table}, in clear{use}"
+        return (
+            table,
+            f"it is the internal IP of {owner.name}, which is not routed: {why}; {table}, in clear; "
+            f"{_named_at(owners, destination.version)}",
+        )
     return table, f"nobody in the mesh has it, and {table}, in clear"
+
+
+def _maybe_one_network(topology: Topology, owner: Node, node: Node, destination: IPAddress) -> bool:
+    """Whether two nodes of different segments may stand in one network, although no label says so: both have no label,
+    or the tunnel between them ends at that address."""
+    leads = topology.segment_of(owner.name).leader.name == owner.name
+    return owner.location == node.location or (
+        leads and destination in endpoints_of(owner, topology.snapshot.granularity)
+    )
+
+
+def _named_at(owners: Sequence[Node], version: int) -> str:
+    """At which mesh addresses the nodes are reached, of this family if they have one."""
+    found = ((one.name, one.mesh_address(version) or next(iter(one.mesh_addresses), None)) for one in owners)
+    each = (f"{name} is reached at its mesh address {address}" for name, address in found if address is not None)
+    return "; ".join(each) or "it has no mesh address yet"
 
 
 def _is_endpoint(node: Node, address: IPAddress) -> bool:
@@ -459,6 +492,10 @@ def met(journeys: tuple[Journey, ...]) -> frozenset[str]:
 
 
 def ends(journeys: tuple[Journey, ...], snapshot: Snapshot) -> tuple[str, ...]:
-    """The mesh addresses of the nodes that the journeys begin and end at and pass, which the hosts on the way try."""
+    """The addresses that the hosts on the way try: the mesh addresses of the nodes that the journeys begin and end at
+    and pass, and the internal IPs that are one end of them."""
     nodes = [snapshot.nodes[name] for name in sorted(met(journeys) & snapshot.nodes.keys())]
-    return tuple(str(address) for node in nodes for address in node.mesh_addresses)
+    mesh = [str(address) for node in nodes for address in node.mesh_addresses]
+    internal = {str(ip.ip) for node in nodes for ip in node.internal_ips}
+    theirs = [way.destination for journey in journeys for way in journey.ways if way.destination in internal]
+    return tuple(dict.fromkeys((*mesh, *theirs)))

@@ -79,13 +79,21 @@ def of_peer(topology: Topology, name: str, gateway: str | None = None) -> Config
 
 
 def node_as_peer(topology: Topology, name: str) -> Entry:
-    """A node as an entry for somebody else: with all that is behind it if it leads its segment. UnknownNode."""
+    """A node as an entry for somebody else: with all that is behind it if it leads its segment, and the internal IPs
+    that the mesh routes, but for the endpoint: WireGuard's own packets go there. UnknownNode."""
     segment, node = topology.segment_of(name), topology.snapshot.nodes[name]
     allowed = (
-        segment.allowed
+        segment.reach
         if segment.leader.name == name
-        else (*(_single(address) for address in node.mesh_addresses), *segment.subnets.get(name, ()))
+        else (
+            *(_single(address) for address in node.mesh_addresses),
+            *segment.subnets.get(name, ()),
+            *segment.routed.get(name, ()),
+        )
     )
+    if node.endpoint is not None and node.endpoint.address is not None:
+        at = _single(node.endpoint.address)
+        allowed = tuple(network for network in allowed if network != at)
     return Entry(
         name=name,
         record=PeerRecord(

@@ -6,7 +6,8 @@ from collections.abc import Collection, Mapping
 from typing import Protocol
 
 from kilo_etcd.kernel.chains import Obstacle
-from kilo_etcd.kernel.state import ApplyReport, Backend, Change, Heard, Observed
+from kilo_etcd.kernel.echo import ANY_SOURCE
+from kilo_etcd.kernel.state import ApplyReport, Backend, Change, Heard, Observed, Route
 from kilo_etcd.model import IPAddress
 from kilo_etcd.topology.hostplan import HostPlan
 
@@ -52,12 +53,24 @@ class Kernel(Protocol):
         """What the WireGuard device says of its peers now: much less to read than all that `observe` does."""
 
     async def ping(
-        self, addresses: Collection[IPAddress], *, times: int = 1, patience: float, first: bool = False, size: int = 0
+        self,
+        addresses: Collection[IPAddress],
+        *,
+        sources: Mapping[IPAddress, IPAddress] = ANY_SOURCE,
+        times: int = 1,
+        patience: float,
+        first: bool = False,
+        size: int = 0,
     ) -> Mapping[IPAddress, float]:
         """Who of `addresses` answers an echo request, and after how many seconds; see `kernel.echo.ping`.
 
         It waits for no other call. KernelError, with the remedy, if this host may not ping.
         """
+
+    async def routes_taken(self, wanted: Mapping[IPAddress, IPAddress | None]) -> Mapping[IPAddress, Route | str]:
+        """The route that the kernel chooses for a packet to each address from the source address beside it, with every
+        rule and table of the host considered; or the kernel's own words if it refuses such a packet. None: the kernel
+        chooses the source address too."""
 
     async def resolved(self, addresses: Collection[IPAddress]) -> frozenset[IPAddress]:
         """Which of `addresses` have answered on a link of this host: their link-layer addresses are known (ARP, ND)."""

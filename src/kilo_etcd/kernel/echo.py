@@ -7,15 +7,20 @@ other. Nothing here judges: who did not answer may be gone, far away, or behind 
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack, suppress
+from types import MappingProxyType
 
 import trio
 
 from kilo_etcd.model import IPAddress
+
+_From = tuple[int, IPAddress | None]
+"""Family (4, 6), and the source address that requests are sent from; None: the kernel's choice."""
 
 SPACING = 0.035
 """Seconds between two requests to the same address."""
@@ -33,64 +38,91 @@ _FORM = struct.Struct("!BBHHH4s")
 """Type, code, checksum and identifier (both the kernel's), sequence number, a token by which our request is known."""
 
 
+ANY_SOURCE: Mapping[IPAddress, IPAddress] = MappingProxyType({})
+"""The kernel chooses each source address."""
+
+
 async def ping(
-    addresses: Collection[IPAddress], *, times: int = 1, patience: float, first: bool = False, size: int = 0
+    addresses: Collection[IPAddress],
+    *,
+    sources: Mapping[IPAddress, IPAddress] = ANY_SOURCE,
+    times: int = 1,
+    patience: float,
+    first: bool = False,
+    size: int = 0,
 ) -> Mapping[IPAddress, float]:
     """Who of `addresses` answers, and the seconds that it took.
 
-    Up to `times` requests go to each that has not answered yet, and `patience` seconds are waited after the last one;
-    with `first` the first answer ends it all. `size`: bytes of each request's IP packet, to see whether large ones
-    pass; 0: as few as can be. PermissionError: this process may not ping; OSError: it has no socket to
-    do it with.
+    `sources`: the source address of the requests to an address; for others the kernel chooses it. Nothing is sent to
+    an address whose source address the host does not have. Up to `times` requests go to each that has not answered
+    yet, and `patience` seconds are waited after the last one; with `first` the first answer ends it all. `size`: bytes
+    of each request's IP packet, to see whether large ones pass; 0: as few as can be. PermissionError: this process may
+    not ping; OSError: it has no socket to do it with.
     """
     answered: dict[IPAddress, float] = {}
     if not addresses:
         await trio.lowlevel.checkpoint()
         return answered
     with ExitStack() as stack:
-        sockets: dict[int, socket.socket] = {
-            version: stack.enter_context(_open(version)) for version in sorted({one.version for one in addresses})
-        }
+        sockets: dict[_From, socket.socket] = {}
+        starts: dict[IPAddress, _From] = {address: (address.version, sources.get(address)) for address in addresses}
+        for start in dict.fromkeys(starts.values()):
+            out = stack.enter_context(_open(start[0]))
+            if _bound(out, start[1]):
+                sockets[start] = out
         token = os.urandom(4)
-        sent: dict[tuple[int, int], tuple[IPAddress, float]] = {}
-        waiting = dict.fromkeys(addresses)
+        sent: dict[tuple[_From, int], tuple[IPAddress, float]] = {}
+        waiting = dict.fromkeys(address for address in addresses if starts[address] in sockets)
 
         def done() -> bool:
             return not waiting or (first and bool(answered))
 
-        def read(version: int) -> None:
-            while (number := _reply(sockets[version], version, token)) is not None:
-                found = sent.get((version, number))
+        def read(start: _From) -> None:
+            while (number := _reply(sockets[start], start[0], token)) is not None:
+                found = sent.get((start, number))
                 if found is not None and found[0] in waiting:
                     del waiting[found[0]]
                     answered[found[0]] = trio.current_time() - found[1]
 
-        async def listen(version: int) -> None:
+        async def listen(start: _From) -> None:
             while True:
-                await trio.lowlevel.wait_readable(sockets[version])
-                read(version)
+                await trio.lowlevel.wait_readable(sockets[start])
+                read(start)
                 if done():
                     nursery.cancel_scope.cancel()
 
         async with trio.open_nursery() as nursery:
-            for version in sockets:
-                nursery.start_soon(listen, version)
+            for start in sockets:
+                nursery.start_soon(listen, start)
             for turn in range(times):
                 for address in list(waiting):
-                    number = len(sent) & 0xFFFF
-                    sent[address.version, number] = (address, trio.current_time())
-                    _request(sockets[address.version], address, number, token, size)
+                    number, start = len(sent) & 0xFFFF, starts[address]
+                    sent[start, number] = (address, trio.current_time())
+                    _request(sockets[start], address, number, token, size)
                 await trio.sleep(SPACING if turn + 1 < times else patience)
             nursery.cancel_scope.cancel()
         # What came while this process was kept from running came all the same.
-        for version in sockets:
-            read(version)
+        for start in sockets:
+            read(start)
     return answered
 
 
 def _open(version: int) -> socket.socket:
     family, protocol, _, _ = _KINDS[version]
     return socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, protocol)
+
+
+def _bound(out: socket.socket, source: IPAddress | None) -> bool:
+    """Bind a socket to its source address, if it has one. Whether the host has that address."""
+    if source is None:
+        return True
+    try:
+        out.bind((str(source), 0))
+    except OSError as error:
+        if error.errno != errno.EADDRNOTAVAIL:
+            raise
+        return False
+    return True
 
 
 def _request(out: socket.socket, address: IPAddress, number: int, token: bytes, size: int) -> None:

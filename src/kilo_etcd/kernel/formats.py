@@ -120,6 +120,7 @@ RT_TABLE_MAIN = 254
 RT_TABLE_LOCAL = 255
 """The table of the host's own addresses, which is asked first (linux/rtnetlink.h)."""
 RTM_F_CLONED = 0x200
+RTM_F_LOOKUP_TABLE = 0x1000
 """A cached copy of a route (linux/rtnetlink.h)."""
 FIB_RULE_INVERT = 0x2
 """The rule takes what it does not match (linux/fib_rules.h)."""

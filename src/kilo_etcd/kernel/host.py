@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import itertools
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from attrs import evolve
@@ -35,6 +35,7 @@ from kilo_etcd.kernel.state import (
     KERNEL_PROTOCOL,
     MAIN_TABLE,
     ROUTE_PROTOCOL,
+    STATIC_PROTOCOLS,
     AddAddress,
     AddressScope,
     AddRoute,
@@ -64,6 +65,7 @@ from kilo_etcd.kernel.state import (
     SetPeer,
     SetUp,
     StartUserspace,
+    StaticRoute,
     WireGuardChange,
     fence_around,
     ipip_name,
@@ -425,17 +427,32 @@ class Host:
                     raise
         return frozenset(found)
 
+    def routes_taken(self, wanted: Mapping[IPAddress, IPAddress | None]) -> dict[IPAddress, Route | str]:
+        """See `kernel.api.Kernel.routes_taken`."""
+        self._read_links()
+        names = {index: link.name for index, link in self.links.items()}
+        asked = [requests.get_route_between(source, address) for address, source in wanted.items()]
+        answers = self._route.ask(asked, replies.read_taken)
+        return {
+            address: str(answer.strerror) if isinstance(answer, NetlinkError) else answer.route(names)
+            for address, answer in zip(wanted, answers, strict=True)
+        }
+
     def addresses(self) -> HostAddresses:
         """Everything that discovery of internal IP and endpoint looks at."""
         self._read_links()
         defaults: list[DefaultRoute] = []
+        static: list[StaticRoute] = []
 
         def keep(body: bytes) -> None:
             found = replies.read_route(body)
-            if found is None or found.table != MAIN_TABLE or found.destination.prefixlen:
+            if found is None or found.table != MAIN_TABLE or found.type != replies.UNICAST:
                 return
             link = self.links.get(found.index)
-            if link is not None and found.type == replies.UNICAST:
+            if link is not None and found.destination.prefixlen:
+                if found.protocol in STATIC_PROTOCOLS and link.up:
+                    static.append(StaticRoute(found.destination, link.name, link.kind))
+            elif link is not None:
                 defaults.append(
                     DefaultRoute(
                         family=found.destination.version,
@@ -455,6 +472,7 @@ class Host:
             addresses=tuple(self._read_addresses()),
             default_routes=tuple(sorted(defaults, key=lambda route: (route.metric, route.family))),
             links=tuple(self.links.values()),
+            static_routes=tuple(sorted(static, key=lambda route: (route.interface, str(route.destination)))),
         )
 
     def egress_mtus(self, addresses: Collection[IPAddress]) -> dict[IPAddress, int | None]:

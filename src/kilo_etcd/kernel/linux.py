@@ -50,6 +50,7 @@ from kilo_etcd.kernel.state import (
     Link,
     Memory,
     Observed,
+    Route,
     SetPeer,
     Setup,
     StartUserspace,
@@ -259,20 +260,33 @@ class LinuxKernel:
             return await _told(self._host.hear)
 
     async def ping(
-        self, addresses: Collection[IPAddress], *, times: int = 1, patience: float, first: bool = False, size: int = 0
+        self,
+        addresses: Collection[IPAddress],
+        *,
+        sources: Mapping[IPAddress, IPAddress] = echo.ANY_SOURCE,
+        times: int = 1,
+        patience: float,
+        first: bool = False,
+        size: int = 0,
     ) -> Mapping[IPAddress, float]:
         failed: Sequence[tuple[Change, Failure]] = ()
         try:
             try:
-                return await echo.ping(addresses, times=times, patience=patience, first=first, size=size)
+                return await echo.ping(
+                    addresses, sources=sources, times=times, patience=patience, first=first, size=size
+                )
             except PermissionError:
                 if not sysctl.nobody_may_ping():
                     raise  # A range that somebody has chosen is left as it is.
                 async with self._lock:
                     _, failed = await _in_thread(lambda: self._host.make([AllowPings(os.getegid())]))
-            return await echo.ping(addresses, times=times, patience=patience, first=first, size=size)
+            return await echo.ping(addresses, sources=sources, times=times, patience=patience, first=first, size=size)
         except OSError as error:
             raise KernelError(failed[0][1].text if failed else cannot_ping(error)) from None
+
+    async def routes_taken(self, wanted: Mapping[IPAddress, IPAddress | None]) -> Mapping[IPAddress, Route | str]:
+        async with self._lock:
+            return await _told(lambda: self._host.routes_taken(wanted))
 
     async def resolved(self, addresses: Collection[IPAddress]) -> frozenset[IPAddress]:
         async with self._lock:

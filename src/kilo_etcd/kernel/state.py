@@ -32,6 +32,8 @@ FENCE_METRIC = 2**32 - 1
 MAIN_TABLE = RT_TABLE_MAIN
 
 KERNEL_PROTOCOL: int = rtnl.rt_proto["kernel"]
+STATIC_PROTOCOLS: frozenset[int] = frozenset(rtnl.rt_proto[name] for name in ("boot", "static", "dhcp", "ra"))
+"""What administrators and DHCP servers mark their routes with; routing daemons have others, and may set very many."""
 """The mark of the routes that the kernel itself makes for addresses."""
 
 IPIP_OVERHEAD = 20
@@ -561,6 +563,16 @@ class DefaultRoute:
     metric: int = 0
 
 
+@frozen
+class StaticRoute:
+    """A network that the host reaches by a device, whether over a gateway or not."""
+
+    destination: IPNetwork
+    interface: str
+    kind: str = ""
+    """Of the device."""
+
+
 @frozen(kw_only=True)
 class HostAddresses:
     """What `list_addresses` finds; default routes with the lowest metric first."""
@@ -568,6 +580,8 @@ class HostAddresses:
     addresses: tuple[HostAddress, ...] = ()
     default_routes: tuple[DefaultRoute, ...] = ()
     links: tuple[Link, ...] = ()
+    static_routes: tuple[StaticRoute, ...] = ()
+    """Routes of the main table, without default routes, that an administrator or a DHCP server has set."""
 
 
 def without_counters(observed: Observed) -> Observed:

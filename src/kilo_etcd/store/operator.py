@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from attrs import evolve
+
 from kilo_etcd.etcd.api import Client, KeyValue
-from kilo_etcd.model import Snapshot
+from kilo_etcd.model import SetAside, Snapshot
 from kilo_etcd.store.history import last_good
 from kilo_etcd.store.keys import Keys, LocationKey, StatusKey
 from kilo_etcd.store.records import (
@@ -32,7 +34,16 @@ async def snapshot(client: Client, keys: Keys) -> tuple[Snapshot, View]:
     if (kv := by_key.get(keys.subnets.encode())) is not None:
         view.subnets = await last_good(client, kv, decode_subnets)
     view.load(listing.kvs, listing.header)
-    return view.snapshot(), view
+    found = view.snapshot()
+    if keys.internal_ips.encode() not in by_key and any(node.underlay is not None for node in found.nodes.values()):
+        missing = SetAside(
+            keys.internal_ips,
+            "the value is missing: agents that run keep the one that they know, and one of them puts it back; else the "
+            "next agent to start writes its --internal-ips, by default routed. kgctl mesh set internal-ips routed, "
+            "encrypted or off says which",
+        )
+        found = evolve(found, set_aside=(*found.set_aside, missing))
+    return found, view
 
 
 async def statuses(client: Client, keys: Keys) -> Mapping[str, StatusRecord]:

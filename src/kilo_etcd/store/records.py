@@ -174,6 +174,18 @@ class Tunnel(NamedTuple):
     """Empty: none is known."""
 
 
+class TakenRoute(NamedTuple):
+    """The route that a host's kernel chooses for an internal IP that the mesh routes; in JSON a list."""
+
+    address: str
+    source: str
+    """The source address that the agent's route prefers; empty: none."""
+    route: str
+    """As `ip route get` shows it, or why the kernel refuses such packets."""
+    foreign: bool
+    """It is not the agent's route."""
+
+
 @frozen(kw_only=True)
 class QuestionRecord:
     """What `kgctl` asks living agents, at `/kilo-status/questions/<lease>`, under that lease."""
@@ -183,7 +195,7 @@ class QuestionRecord:
     tries: int = 0
     """How many nodes each is to send packets to, of its own choice; 0: to none."""
     targets: tuple[str, ...] = ()
-    """Mesh addresses that all are to send packets to besides."""
+    """Mesh addresses and internal IPs that all are to send packets to besides."""
 
 
 @frozen(kw_only=True)
@@ -209,11 +221,13 @@ class AnswerRecord:
     """What on the host may drop packets that it forwards. Of a member: what drops them for certain, which harms nobody
     until it leads."""
     reached: tuple[str, ...] = ()
-    """Mesh addresses that have answered its echo requests."""
+    """Mesh addresses, and internal IPs that the mesh routes there, that have answered its echo requests."""
     unreached: tuple[str, ...] = ()
     """Those that have not."""
     small_only: tuple[str, ...] = ()
     """Of those that have answered, the ones that answer no packet as large as the tunnel's MTU."""
+    routes: tuple[TakenRoute, ...] = ()
+    """The kernel's routes to the internal IPs among both."""
     undecided: tuple[str, ...] = ()
     """Members of its location that have not answered it yet, and that its status does not name for it so far."""
 
@@ -502,6 +516,13 @@ def _truth(value: object) -> bool:
     return value
 
 
+def _taken_route(value: object) -> TakenRoute:
+    if not isinstance(value, list) or len(value) < len(TakenRoute._fields):
+        raise ValueError(f"{shown(value)} is no route: a list of {', '.join(map(_camel, TakenRoute._fields))}")
+    address, source, route, foreign = value[: len(TakenRoute._fields)]
+    return TakenRoute(_string(address), _string(source), _string(route), _truth(foreign))
+
+
 def _tunnel(value: object) -> Tunnel:
     if not isinstance(value, list) or len(value) < len(Tunnel._fields):
         raise ValueError(f"{shown(value)} is no tunnel: a list of {', '.join(map(_camel, Tunnel._fields))}")
@@ -572,6 +593,7 @@ _READERS: dict[type, dict[str, Callable[[object], Any]]] = {
         "reached": _items(_string),
         "unreached": _items(_string),
         "small_only": _items(_string),
+        "routes": _items(_taken_route),
         "undecided": _items(_string),
     },
     SightingRecord: {"public_key": check_key, "endpoint": _address_endpoint},

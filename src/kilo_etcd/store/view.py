@@ -590,7 +590,13 @@ class View:
     def _take_internal_ips(self, kv: KeyValue | None) -> Sequence[str]:
         if kv is None:
             return [] if self.internal_ips is None else [f"the value is missing; {self.internal_ips} stays in force"]
-        self.internal_ips = decode_internal_ips(kv.value)
+        try:
+            self.internal_ips = decode_internal_ips(kv.value)
+        except RecordError as error:
+            in_force = self.internal_ips or InternalIPs.OFF
+            raise RecordError(
+                f"{error} (kgctl mesh set internal-ips {in_force}); {in_force} stays in force until then"
+            ) from None
         self._internal_ips_since = kv.mod_revision
         return ()
 

@@ -23,7 +23,7 @@ from kilo_etcd.kernel.api import Kernel
 from kilo_etcd.kernel.chains import Obstacle
 from kilo_etcd.kernel.diff import difference, is_drift, remember, superseded
 from kilo_etcd.kernel.drift import device_period
-from kilo_etcd.kernel.echo import SPACING
+from kilo_etcd.kernel.echo import ANY_SOURCE, SPACING
 from kilo_etcd.kernel.effect import apply_changes
 from kilo_etcd.kernel.errors import KernelError
 from kilo_etcd.kernel.forward import AddForward, DeleteForward
@@ -43,6 +43,7 @@ from kilo_etcd.kernel.state import (
     Observed,
     RemovePeer,
     ReplaceRoute,
+    Route,
     SetDevice,
     SetPeer,
     Setup,
@@ -55,6 +56,7 @@ from kilo_etcd.kernel.userspace import public_key_of
 from kilo_etcd.kernel.write.wireguard import raw
 from kilo_etcd.model import Endpoint, IPAddress
 from kilo_etcd.topology.hostplan import HostPlan
+from kilo_etcd.topology.walk import longest_match
 
 
 class FakeHost:
@@ -79,6 +81,8 @@ class FakeHost:
         """Set by a test that changes `addresses`."""
         self.reach: Callable[[IPAddress], bool] = lambda address: False
         """Whether an echo request to an address is answered; asked once for each."""
+        self.taken: Callable[[IPAddress, IPAddress | None], Route | str] = self._own_route
+        """The route to an address from a source address, or why the kernel refuses such packets."""
         self.resolves: Callable[[IPAddress], bool] = lambda address: False
         """Whether an address answers on a link of the host (ARP, ND)."""
         self.no_pings: str | None = None
@@ -110,6 +114,9 @@ class FakeHost:
             last_handshake=self.clock() if when is None else when,
         )
         self.observed = evolve(self.observed, peers={**self.observed.peers, public_key: heard})
+
+    def _own_route(self, address: IPAddress, source: IPAddress | None) -> Route | str:
+        return longest_match(self.observed.routes.items(), address) or "Network is unreachable"
 
     def watch(self, listener: FakeKernel) -> None:
         self._listeners.append(listener)
@@ -223,7 +230,14 @@ class FakeKernel:
         return Heard(time=self.host.clock(), peers=self.host.observed.peers)
 
     async def ping(
-        self, addresses: Collection[IPAddress], *, times: int = 1, patience: float, first: bool = False, size: int = 0
+        self,
+        addresses: Collection[IPAddress],
+        *,
+        sources: Mapping[IPAddress, IPAddress] = ANY_SOURCE,
+        times: int = 1,
+        patience: float,
+        first: bool = False,
+        size: int = 0,
     ) -> Mapping[IPAddress, float]:
         if self.host.no_pings is not None:
             raise KernelError(self.host.no_pings)
@@ -238,6 +252,10 @@ class FakeKernel:
                 break
             await trio.sleep(SPACING if turn + 1 < times else patience)
         return answered
+
+    async def routes_taken(self, wanted: Mapping[IPAddress, IPAddress | None]) -> Mapping[IPAddress, Route | str]:
+        await trio.lowlevel.checkpoint()
+        return {address: self.host.taken(address, source) for address, source in wanted.items()}
 
     async def resolved(self, addresses: Collection[IPAddress]) -> frozenset[IPAddress]:
         await trio.lowlevel.checkpoint()

@@ -166,19 +166,16 @@ class Internals:
         """The internal IPs within some networks."""
         return self._held.within(networks)
 
-    def why_not(self, address: IPAddress, node: str, segment: str, settlement: Settlement) -> str | None:
-        """Why an internal IP of `node` is routed to nobody, as a clause with its remedy; None: it may be routed."""
-        found = self.obstacle(address, node, segment, settlement)
-        return None if found is None else "; ".join(found)
-
     def obstacle(
         self, address: IPAddress, node: str, segment: str, settlement: Settlement, *, endpoints: bool = True
     ) -> tuple[str, str] | None:
-        """The same as a pair: the reason and the remedy. `endpoints`: whether being one is an obstacle."""
+        """Why an internal IP of `node` is routed to nobody, and the remedy; None: it may be routed.
+        `endpoints`: whether being one is an obstacle."""
         if len(holders := self.holders[address]) > 1:
-            return f"{' and '.join(holders)} have it", REMEDY
+            more = f", {len(holders) - MOST_HOLDERS} more" if len(holders) > MOST_HOLDERS else ""
+            return f"{' and '.join(holders[:MOST_HOLDERS])}{more} have it", REMEDY
         if endpoints and address in self.endpoints:
-            return "other segments reach a WireGuard device there", "the mesh address works"
+            return ENDPOINT
         if each_hosts_own(address):
             return "it is each host's own (loopback, link-local, multicast)", REMEDY
         if any(subnet.version == address.version and address in subnet for subnet in settlement.mesh):
@@ -197,4 +194,8 @@ def collapsed(networks: Iterable[IPNetwork]) -> tuple[IPNetwork, ...]:
     return (*collapse_addresses(four), *collapse_addresses(six))
 
 
+MOST_HOLDERS = 5
+"""Nodes with one address that are named; the others are counted."""
+ENDPOINT = ("other segments reach a WireGuard device there", "the mesh address works")
+"""`topology.unrouted` says whose."""
 REMEDY = "name other addresses of the hosts with kgctl annotate NODE force-internal-ip=..."

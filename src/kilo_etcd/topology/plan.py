@@ -120,6 +120,8 @@ def host_plan(topology: Topology, name: str, previous: HostPlan | None = None) -
     changed = None
     if memo is None or local is not memo.local:
         peers, routes = _merged(remote.peers, local.peers), _merged(remote.routes, local.routes)
+        if memo is not None and remote.routes is memo.remote.routes:
+            changed = Changed(memo.routes, frozenset(changes(memo.local.routes, local.routes)))
     else:
         peers = memo.peers if remote.peers is memo.remote.peers else _merged(remote.peers, local.peers)
         routes = memo.routes if remote.routes is memo.remote.routes else _merged(remote.routes, local.routes)
@@ -193,8 +195,9 @@ class _Local:
             self.standing = _Standing.LEADER
         else:
             self.standing = _Standing.BEHIND if bonded(own, self.leader) else _Standing.STANDBY
+        self.families = sorted(topology.families)
         self.outward: dict[int, Hop | None] = {
-            version: self._outward(version) for version in sorted(topology.families | topology.internal_families)
+            version: self._outward(version) for version in sorted({*self.families, *topology.internal_families})
         }
 
     def same_as(self, before: _Local) -> bool:
@@ -255,7 +258,7 @@ class _Local:
         return frozenset(ip.ip for node in members for ip in node.internal_ips if _within(ip.ip, networks))
 
     def _neighbour(self, node: Node, addresses: tuple[IPNetwork, ...], networks: tuple[IPNetwork, ...]) -> None:
-        hops = {version: hop(self.own, node, version) for version in sorted(self.topology.families)}
+        hops = {version: hop(self.own, node, version) for version in self.families}
         for address in addresses:
             way = hops.get(address.version)
             outward = self.outward.get(address.version)

@@ -96,6 +96,11 @@ class Segment:
         return site_of(self.leader)
 
     @property
+    def other_family(self) -> bool:
+        """Whether it holds those nodes of a location that have no internal IP of the mesh's first family."""
+        return self.key.startswith(_OTHER_FAMILY)
+
+    @property
     def front(self) -> tuple[IPNetwork, ...]:
         """Those of `internal` that may be the far end of a tunnel: of the leader and the challengers."""
         ends = (self.leader, *(node for node, _ in self.challengers))
@@ -200,7 +205,10 @@ def segment_key(node: Node, snapshot: Snapshot) -> str:
 
 
 def _location_keys(location: str) -> tuple[str, str]:
-    return f"location:{location}", f"location, other family:{location}"
+    return f"location:{location}", f"{_OTHER_FAMILY}{location}"
+
+
+_OTHER_FAMILY = "location, other family:"
 
 
 def _first_family(snapshot: Snapshot) -> int:

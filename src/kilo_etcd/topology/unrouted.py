@@ -1,19 +1,20 @@
 """Which internal IPs are routed to nobody, or not everywhere, and what helps: for people (`Topology.unrouted`).
 
 One entry for each address, and one for each network that means hosts of one segment and something else on the links of
-another, however many addresses are in it.
+another, however many addresses are in it. An address that two nodes have is always an entry of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from ipaddress import ip_network
 from typing import TYPE_CHECKING
 
 from attrs import field, frozen
 
-from kilo_etcd.model import Granularity, InternalIPs, IPNetwork, Node
-from kilo_etcd.topology.internal import REMEDY, knows, share_no_site
+from kilo_etcd.model import Granularity, InternalIPs, IPAddress, IPNetwork, Node, Peer
+from kilo_etcd.topology.hostplan import Problem
+from kilo_etcd.topology.internal import ENDPOINT, REMEDY, endpoints_of, knows, public_endpoints, share_no_site
 
 if TYPE_CHECKING:
     from kilo_etcd.topology.segments import Segment, Topology
@@ -27,8 +28,12 @@ class Unrouted:
 
     network: IPNetwork
     """A host route for one address."""
+    nodes: tuple[str, ...] = ()
+    """The nodes that have this one address."""
     segments: tuple[str, ...]
     """The segments concerned: their locations, or the one node that each consists of."""
+    not_from: tuple[str, ...] = ()
+    """The segments that do not route it; empty: no segment does."""
     reason: str
     remedy: str
 
@@ -44,12 +49,13 @@ def unrouted(topology: Topology) -> tuple[Unrouted, ...]:
     encrypted = topology.internal_ips is InternalIPs.ENCRYPTED
     shared = {} if encrypted else dict(_shared(topology))
     found = {entry.network: entry for entry in shared}
+    ends = endpoint_holders(topology)
     for segment in topology.segments.values():
         for node in segment.members:
-            for entry in _addresses(topology, segment, node):
-                # Where all of several concerned have the network itself, that is said of the network once. A network
-                # that somebody else states, however wide, hides nothing.
-                hidden = len(entry.segments) > 1 and any(
+            for entry in _addresses(topology, segment, node, ends):
+                # Where all of several concerned have the network itself, that is said of the network once, unless two
+                # nodes have the address. A network that somebody else states, however wide, hides nothing.
+                hidden = len(entry.nodes) == 1 < len(entry.segments) and any(
                     _covers(one.network, entry.network) and own >= {*entry.segments} for one, own in shared.items()
                 )
                 if not hidden:
@@ -70,7 +76,9 @@ def _in_clear(topology: Topology) -> Iterable[Unrouted]:
         first = ", ".join(near[:MOST_NAMED]) + (f" and {len(near) - MOST_NAMED} more" if len(near) > MOST_NAMED else "")
         yield Unrouted(
             network=network,
+            nodes=(node.name,),
             segments=tuple(sorted({named(topology.segment_of(node.name)), *near})),
+            not_from=tuple(sorted(near)),
             reason=(
                 f"hosts of {first} have it on their own links, and nothing says that {node.name} is meant there: what "
                 "they and it send each other by internal IPs is not encrypted"
@@ -82,6 +90,85 @@ def _in_clear(topology: Topology) -> Iterable[Unrouted]:
         )
 
 
+def private_leaders(topology: Topology) -> Iterator[Problem]:
+    """Leaders that are reached at a private endpoint although another node of the location has a public one: as long as
+    they lead, internal IPs of leaders are not routed to and from their location."""
+    if topology.internal_ips is not InternalIPs.ROUTED or len(topology.segments) == 1:
+        return
+    granularity = topology.snapshot.granularity
+    for segment in topology.segments.values():
+        leader = segment.leader
+        if len(segment.members) == 1:
+            continue
+        for version in sorted({address.version for address in endpoints_of(leader, granularity)}):
+            better = [node.name for node in segment.members if node is not leader and node.public_in(version)]
+            own = [str(ip.ip) for ip in leader.internal_ips if ip.version == version]
+            # One that stands and does not lead was demoted, which its agent and `kgctl status` say.
+            demoted = not leader.leader_wanted and bool({*better} & {*segment.election.order})
+            if better and own and not demoted:
+                yield Problem(
+                    subject=named(segment),
+                    text=f"{leader.name} leads, and other segments reach its WireGuard at the private endpoint "
+                    f"{leader.endpoint_in(version)}: as long as it leads, its internal IP {own[0]} is not routed, and "
+                    f"those of other leaders are not routed from here; {_instead(segment, better)}",
+                    about=leader.name,
+                )
+
+
+def _instead(segment: Segment, better: Sequence[str]) -> str:
+    """What lets a node with a public endpoint lead instead of the leader."""
+    leader = segment.leader
+    if leader.leader_wanted:
+        return f"let {listed(better)} lead, with a public endpoint: kgctl annotate {leader.name} leader-"
+    return (
+        f"{listed(better)} would lead with a public endpoint, and does not stand for leader: is the host up? "
+        "systemctl status kilo-etcd there"
+    )
+
+
+def endpoint_holders(topology: Topology) -> dict[IPAddress, tuple[str, ...]]:
+    """Each address at which other segments, or outside peers, may be reached -> whose WireGuard that is."""
+    found: dict[IPAddress, dict[str, None]] = {}
+    granularity = topology.snapshot.granularity
+    for segment in topology.segments.values():
+        for node in (segment.leader, *(node for node, _ in segment.challengers)):
+            for address in endpoints_of(node, granularity):
+                found.setdefault(address, {})[node.name] = None
+    subjects: dict[str, Node | Peer] = {**topology.snapshot.nodes}
+    subjects.update((f"peer {peer.name}", peer) for peer in topology.peers.values())
+    for name, subject in subjects.items():
+        for address in public_endpoints(subject):
+            found.setdefault(address, {})[name] = None
+    return {address: tuple(names) for address, names in found.items()}
+
+
+def obstacle(
+    topology: Topology, address: IPAddress, node: str, segment: Segment, ends: Mapping[IPAddress, tuple[str, ...]]
+) -> tuple[str, str] | None:
+    """Why an internal IP of `node` is routed to nobody, with nodes named, and the remedy; None: it may be routed."""
+    encrypted = topology.internal_ips is InternalIPs.ENCRYPTED  # Then WireGuard's own packets are told by their mark.
+    found = topology.internals.obstacle(address, node, segment.key, topology.settlement, endpoints=not encrypted)
+    if found != ENDPOINT:
+        return found
+    whose = ends.get(address, ())
+    return (
+        f"other segments reach {'its WireGuard' if whose == (node,) else f'the WireGuard of {listed(whose)}'} there",
+        (f"the mesh address works; {ENDPOINT_REMEDY}"),
+    )
+
+
+ENDPOINT_REMEDY = (
+    "reached at a public endpoint (kgctl annotate NODE force-endpoint=...), or as a member of a location that another "
+    "node leads, it is routed"
+)
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first few names."""
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more
+
+
 def _covers(network: IPNetwork, other: IPNetwork) -> bool:
     return network.version == other.version and other.network_address in network
 
@@ -90,10 +177,15 @@ def named(segment: Segment) -> str:
     """What people call a segment."""
     if len(segment.members) == 1 and segment.key.startswith("node:"):
         return segment.leader.name
-    return segment.location or "the default location"
+    location = segment.location or "the default location"
+    if segment.other_family:
+        return f"{location} (its nodes with IPv{segment.leader.internal_ips[0].version} only)"
+    return location
 
 
-def _addresses(topology: Topology, segment: Segment, node: Node) -> Iterable[Unrouted]:
+def _addresses(
+    topology: Topology, segment: Segment, node: Node, ends: Mapping[IPAddress, tuple[str, ...]]
+) -> Iterable[Unrouted]:
     """The internal IPs of one node that are routed to nobody."""
     encrypted = topology.internal_ips is InternalIPs.ENCRYPTED  # Then WireGuard's own packets are told by their mark.
     routed, carried = segment.routed.get(node.name, ()), segment.carried.get(node.name, ())
@@ -102,26 +194,29 @@ def _addresses(topology: Topology, segment: Segment, node: Node) -> Iterable[Unr
         if host is None:
             yield Unrouted(
                 network=ip_network(ip.ip),
+                nodes=(node.name,),
                 segments=(named(segment),),
                 reason=_not_carried(node, segment.leader),
                 remedy="the mesh address works",
             )
         elif not encrypted and host in segment.front and (callers := _called(topology, segment, ip.version)):
-            first = ", ".join(callers[:MOST_NAMED])
             yield Unrouted(
                 network=host,
+                nodes=(node.name,),
                 segments=tuple(callers),
-                reason=f"the WireGuard of {first}, called at private endpoints, may hear it there",
-                remedy="the mesh address works",
+                not_from=tuple(callers),
+                reason=f"the WireGuard of {listed(callers)}, called at private endpoints, may hear it there",
+                remedy="the mesh address works; give the leaders there a public endpoint (kgctl annotate NODE "
+                "force-endpoint=...)",
             )
         elif host not in routed and host not in segment.networks:
-            why = topology.internals.obstacle(
-                ip.ip, node.name, segment.key, topology.settlement, endpoints=not encrypted
-            )
+            why = obstacle(topology, ip.ip, node.name, segment, ends)
             if why is not None:
                 holders = topology.internals.holders.get(ip.ip, (node.name,))
                 concerned = {named(topology.segment_of(name)) for name in holders}
-                yield Unrouted(network=host, segments=tuple(sorted(concerned)), reason=why[0], remedy=why[1])
+                yield Unrouted(
+                    network=host, nodes=holders, segments=tuple(sorted(concerned)), reason=why[0], remedy=why[1]
+                )
 
 
 def _called(topology: Topology, segment: Segment, version: int) -> list[str]:
@@ -159,6 +254,7 @@ def _shared(topology: Topology) -> Iterable[tuple[Unrouted, set[str]]]:
             link = of_length.setdefault(int(network.network_address), _Link(network))
             link.segments.append(segment)
             link.sites.add(segment.site)
+    granularity = topology.snapshot.granularity
     hit: dict[IPNetwork, tuple[_Link, dict[str, Segment]]] = {}
     for segment in topology.segments.values():
         for host in (network for networks in segment.carried.values() for network in networks):
@@ -167,31 +263,42 @@ def _shared(topology: Topology) -> Iterable[tuple[Unrouted, set[str]]]:
                 if version != host.version:
                     continue
                 known = of_length.get(number >> (bits - length) << (bits - length))
-                if known is not None and _elsewhere(known, segment, topology.snapshot.granularity):
+                if known is not None and _elsewhere(known, segment, host, granularity):
                     hit.setdefault(known.network, (known, {}))[1][segment.key] = segment
     for network, (link, having) in hit.items():
         yield _entry(network, link, having), {named(one) for one in link.segments}
 
 
-def _elsewhere(link: _Link, segment: Segment, granularity: Granularity) -> bool:
+def _elsewhere(link: _Link, segment: Segment, host: IPNetwork, granularity: Granularity) -> bool:
     """Whether somebody reaches the network over his own links who would have to send there through the tunnel."""
-    # Nodes of one location have their network in common, and so have those without a label in a full mesh as a rule.
-    others = link.sites - {segment.site}
-    return any(share_no_site(segment.site, site, granularity) for site in others)
+    # Nodes of one location have their network in common.
+    if any(share_no_site(segment.site, site, granularity) for site in link.sites - {segment.site}):
+        return True
+    # Nodes without a label in a full mesh may have, so that an address with another reason has that one only.
+    return (
+        len(link.segments) > 1
+        and host in segment.internal
+        and share_no_site(segment.site, segment.site, granularity)
+        and segment in link.segments
+    )
 
 
 def _entry(network: IPNetwork, link: _Link, having: Mapping[str, Segment]) -> Unrouted:
     there = {one.key: one for one in link.segments}
     names = sorted({named(one) for one in (*there.values(), *having.values())})
-    first = ", ".join(names[:MOST_NAMED]) + (f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else "")
-    if having.keys() <= there.keys():
-        reason = f"hosts of {first} have networks with these addresses of their own"
+    near = sorted({named(one) for one in there.values()})
+    if not having.keys() <= there.keys():
+        reason = (
+            f"hosts of {listed(near)} reach these addresses over their own links, so they are not routed from there"
+        )
+    elif len(link.sites) == 1:
+        reason = f"{listed(names)}, which have no label, stand in this network, or in several with the same addresses"
     else:
-        near = ", ".join(sorted({named(one) for one in there.values()})[:MOST_NAMED])
-        reason = f"hosts of {near} reach these addresses over their own links, so they are not routed from there"
+        reason = f"hosts of {listed(names)} have networks with these addresses of their own"
     return Unrouted(
         network=network,
         segments=tuple(names),
+        not_from=tuple(near),
         reason=reason,
         remedy=f"give one of them other addresses, or {REMEDY}; the mesh addresses work",
     )

@@ -37,17 +37,20 @@ def hop(own: Node, other: Node, version: int) -> Hop | None:
         here, there = own.internal_ip(family), other.internal_ip(family)
         if here is None or there is None:
             continue
+        address = there.ip
+        near = address in here.network
         modes = (own.encapsulate, other.encapsulate)
-        neighbours = there.ip in here.network and here.ip in there.network
-        wanted = Encapsulate.ALWAYS in modes or (Encapsulate.CROSSSUBNET in modes and not neighbours)
+        wanted = Encapsulate.ALWAYS in modes or (
+            Encapsulate.CROSSSUBNET in modes and not (near and here.ip in there.network)
+        )
         if wanted and family == 4:
-            return Hop(Via.IPIP, there.ip)
+            return Hop(Via.IPIP, address)
         trouble = ""
-        if there.ip not in here.network:
+        if not near:
             # IPIP carries IPv4 only.
             remedy = "encapsulate crosssubnet or wireguard" if family == 4 else "encapsulate wireguard"
-            trouble = f"{there.ip} is not within its network {here.network} and may not be encapsulated; use {remedy}"
-        return Hop(Via.UNDERLAY, there.ip, trouble)
+            trouble = f"{address} is not within its network {here.network} and may not be encapsulated; use {remedy}"
+        return Hop(Via.UNDERLAY, address, trouble)
     return None
 
 

@@ -39,6 +39,7 @@ _NDA_DST, _NDA_LLADDR = 1, 2
 _NDMSG = struct.Struct("=BxHiHBB")
 _IFINFO = struct.Struct("=BxHiII")
 _IFADDR = struct.Struct("=BBBBI")
+_RTA_SRC, _RTM_F_LOOKUP_TABLE = 2, 0x1000
 _RTMSG = struct.Struct("=BBBBBBBBI")
 
 
@@ -128,6 +129,15 @@ def get_route_to(address: IPAddress, mark: int = 0) -> Message:
     header = _RTMSG.pack(_family(address.version), address.max_prefixlen, 0, 0, 0, 0, 0, 0, 0)
     marked = u32(_RTA_MARK, mark) if mark else b""
     return Message(GETROUTE, 0, header + attribute(_RTA_DST, address.packed) + marked)
+
+
+def get_route_between(source: IPAddress | None, address: IPAddress) -> Message:
+    """Asks which route a packet from `source` to `address` would take, and in which table it is."""
+    bits = address.max_prefixlen
+    flags = _RTM_F_LOOKUP_TABLE if address.version == 4 else 0
+    header = _RTMSG.pack(_family(address.version), bits, bits if source else 0, 0, 0, 0, 0, 0, flags)
+    sent = attribute(_RTA_SRC, source.packed) if source else b""
+    return Message(GETROUTE, 0, header + attribute(_RTA_DST, address.packed) + sent)
 
 
 def add_route(route: Route, index: int) -> Message:

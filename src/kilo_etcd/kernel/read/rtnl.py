@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from attrs import frozen
 
 from kilo_etcd.kernel import formats
-from kilo_etcd.kernel.codec import Reader, read
+from kilo_etcd.kernel.codec import FormatError, Reader, read
 from kilo_etcd.kernel.formats import PORT_RANGE, fibmsg, ifaddrmsg, ifinfmsg, ndmsg, netconfmsg, rtmsg, rtnl
 from kilo_etcd.kernel.rules import ForeignRule, RoutingRule
 from kilo_etcd.kernel.state import FENCE_METRIC, ROUTE_PROTOCOL, AddressScope, HostAddress, Link, Route
@@ -165,11 +165,25 @@ def read_address(body: bytes, links: Mapping[int, Link]) -> HostAddress | None:
 
 def read_route(body: bytes) -> FoundRoute | None:
     """None for what is no route of the tables (cached clones, other families)."""
+    flags, found = _route(body)
+    return None if flags & formats.RTM_F_CLONED else found
+
+
+def read_taken(body: bytes) -> FoundRoute:
+    """The answer to `get_route_between`. FormatError: it is no route of IPv4 or IPv6."""
+    _, found = _route(body)
+    if found is None:
+        raise FormatError
+    return found
+
+
+def _route(body: bytes) -> tuple[int, FoundRoute | None]:
+    """The flags, and the route; None for other families."""
     (
         family, length, low_table, protocol, kind, flags, target, gateway, via, index, source, metric, table, metrics,
     ) = _routes.row(body)  # fmt: skip
-    if flags & formats.RTM_F_CLONED or family not in _VERSIONS:
-        return None
+    if family not in _VERSIONS:
+        return flags, None
     destination: IPNetwork
     if family == _IPV4:
         destination = ipaddress.IPv4Network((_ANYWHERE4 if target is None else target, length), strict=False)
@@ -177,7 +191,7 @@ def read_route(body: bytes) -> FoundRoute | None:
         destination = ipaddress.IPv6Network((_ANYWHERE6 if target is None else target, length), strict=False)
     if gateway is None and via is not None:
         gateway = via[formats.U16.size :]
-    return FoundRoute(
+    return flags, FoundRoute(
         destination=destination,
         gateway=None if gateway is None else _ip(gateway),
         index=index or 0,

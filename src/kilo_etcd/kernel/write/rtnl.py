@@ -39,7 +39,9 @@ def _via(value: bytes) -> object:
     return {"family": _short.unpack_from(value)[0], "addr": _shown(value[_short.size :])}
 
 
-_route = Writer(rtmsg, {"RTA_DST": _shown, "RTA_GATEWAY": _shown, "RTA_PREFSRC": _shown, "RTA_VIA": _via})
+_route = Writer(
+    rtmsg, {"RTA_DST": _shown, "RTA_SRC": _shown, "RTA_GATEWAY": _shown, "RTA_PREFSRC": _shown, "RTA_VIA": _via}
+)
 _address = Writer(ifaddrmsg, {"IFA_LOCAL": _shown, "IFA_ADDRESS": _shown})
 _rule = Writer(
     fibmsg,
@@ -123,6 +125,18 @@ def get_route_to(address: IPAddress, mark: int = 0) -> Message:
     if mark:
         attributes["RTA_MARK"] = _number.pack(mark)
     fixed = (_FAMILY[address.version], address.max_prefixlen, 0, 0, 0, 0, 0, 0, 0)
+    return Message(rtnl.RTM_GETROUTE, 0, _route(fixed, attributes))
+
+
+def get_route_between(source: IPAddress | None, address: IPAddress) -> Message:
+    """Asks which route a packet from `source` to `address` would take, and in which table it is."""
+    attributes = {"RTA_DST": address.packed}
+    if source is not None:
+        attributes["RTA_SRC"] = source.packed
+    bits = address.max_prefixlen
+    # Of IPv6 the kernel names the table unasked, and refuses the flag.
+    flags = formats.RTM_F_LOOKUP_TABLE if address.version == 4 else 0
+    fixed = (_FAMILY[address.version], bits, bits if source else 0, 0, 0, 0, 0, 0, flags)
     return Message(rtnl.RTM_GETROUTE, 0, _route(fixed, attributes))
 
 

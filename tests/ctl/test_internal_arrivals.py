@@ -1,0 +1,139 @@
+"""What echo requests to internal IPs say: which host drops them, and whose kernel takes another route."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from ipaddress import ip_address, ip_interface
+
+import pytest
+from attrs import evolve
+from test_arrivals import PLACES, mesh
+
+from kilo_etcd.ctl.arrivals import PAIRS
+from kilo_etcd.ctl.internal_arrivals import internal_losses
+from kilo_etcd.ctl.live import Live
+from kilo_etcd.model import Granularity, InternalIPs
+from kilo_etcd.store.records import AnswerRecord, TakenRoute
+from kilo_etcd.topology import Topology, build_topology
+
+Lost = Callable[[str, str], bool]
+
+
+def routed() -> Topology:
+    """Locations a, b and c, led by a1, b1 and c1, in which internal IPs are routed."""
+    snapshot = mesh().snapshot
+    nodes = {name: evolve(node, underlay=()) for name, node in snapshot.nodes.items()}
+    return build_topology(evolve(snapshot, nodes=nodes, internal_ips=InternalIPs.ROUTED))
+
+
+def internal(topology: Topology, name: str) -> str:
+    return str(topology.snapshot.nodes[name].internal_ips[0].ip)
+
+
+def asked(topology: Topology, lost: Lost, *, mesh_lost: Lost = lambda one, other: False) -> Live:
+    """Everybody has tried everybody at mesh addresses, and those elsewhere at internal IPs."""
+    answers = {}
+    for name, place in PLACES.items():
+        found: dict[bool, list[str]] = {False: [], True: []}
+        routes = []
+        for other, node in topology.snapshot.nodes.items():
+            if other == name:
+                continue
+            found[mesh_lost(name, other)].append(str(node.mesh_addresses[0]))
+            if PLACES[other] != place:
+                address = internal(topology, other)
+                found[lost(name, other)].append(address)
+                routes.append(TakenRoute(address, internal(topology, name), f"{address} dev kilo0", False))
+        answers[name] = AnswerRecord(reached=tuple(found[False]), unreached=tuple(found[True]), routes=tuple(routes))
+    return Live(answers=answers)
+
+
+CASES: dict[str, tuple[Lost, list[tuple[str, str]]]] = {
+    "nothing": (lambda one, other: False, []),
+    "a host drops what comes to its internal IP": (
+        lambda one, other: other == "b2",
+        [("b2", "no echo request to its internal IP 192.168.98.5 is answered (tried by a1, a2, a3, c1), although those "
+                "to mesh addresses are")],
+    ),
+    "a host drops what it sends, and the answers": (
+        lambda one, other: one == "b2",
+        [("b2", "no echo request that it sends to the internal IPs of a1, a2, a3, c1 is answered, although")],
+    ),
+    "a host drops both": (
+        lambda one, other: "b2" in (one, other),
+        [("b2", "no echo request between its internal IP and those of a1, a2, a3, c1 is answered, although")],
+    ),
+    "a leader drops what it forwards": (
+        lambda one, other: "a" in (PLACES[one], PLACES[other]) and "a1" not in (one, other),
+        [("a1", "it leads its location, and no echo request to internal IPs arrives through it, as from a2 to b1")],
+    ),
+    "one pair": (
+        lambda one, other: {one, other} == {"a2", "b2"},
+        [("a2 - b2", "a2 does not reach b2 at its internal IP 192.168.98.5 nor the other way round, although it does "
+                     "at the mesh address")],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_who_loses_packets_for_internal_ips(case: str) -> None:
+    lost, said = CASES[case]
+    topology = routed()
+    found = internal_losses(topology, asked(topology, lost))
+    assert [loss.subject for loss in found] == [subject for subject, _ in said]
+    for loss, (subject, text) in zip(found, said, strict=True):
+        assert loss.text.startswith(text), loss.text
+        assert "nft list ruleset" in loss.remedy
+        assert all(name in loss.remedy for name in subject.split(" - "))
+
+
+def test_what_arrives_at_no_address_is_said_elsewhere() -> None:
+    topology = routed()
+    lost: Lost = lambda one, other: "b2" in (one, other)  # noqa: E731
+    assert internal_losses(topology, asked(topology, lost, mesh_lost=lost)) == ()
+    live = asked(topology, lambda one, other: {one, other} == {"a2", "b2"})
+    assert internal_losses(topology, live, {frozenset({"a1", "a2"})}) == ()
+
+
+def test_another_route_is_named_with_its_table_and_explains_what_is_lost() -> None:
+    topology = routed()
+    live = asked(topology, lambda one, other: {one, other} == {"a2", "b1"})
+    address = internal(topology, "b1")
+    route = f"{address} via 192.168.97.254 dev eth0 table 99"
+    answers = dict(live.answers)
+    others = (one for one in answers["a2"].routes if one.address != address)
+    answers["a2"] = evolve(answers["a2"], routes=(*others, TakenRoute(address, "192.168.97.2", route, True)))
+    (loss,) = internal_losses(topology, evolve(live, answers=answers))
+    assert (loss.subject, loss.text) == (
+        "a2", f"its kernel sends packets for the internal IPs {address} by another route than the agent's: {route}",
+    )  # fmt: skip
+    assert "ip route show table 99" in loss.remedy
+
+
+def test_many_pairs_are_counted() -> None:
+    topology = routed()
+    one = topology.snapshot.nodes["a1"]
+    nodes = {
+        f"{place}{number:02}": evolve(
+            one, name=f"{place}{number:02}", public_key=f"{place}{number:02}", location=place,
+            mesh_addresses=(ip_address(f"10.4.{ord(place)}.{number}"),),
+            internal_ips=(ip_interface(f"192.168.{ord(place)}.{number}/24"),),
+        )
+        for place in "ab" for number in range(1, 26)
+    }  # fmt: skip
+    topology = build_topology(evolve(topology.snapshot, nodes=nodes, granularity=Granularity.CROSS))
+    answers = {
+        f"a{number:02}": AnswerRecord(reached=(f"10.4.98.{number}",), unreached=(f"192.168.98.{number}",))
+        for number in range(1, 26)
+    }
+    *first, last = internal_losses(topology, Live(answers=answers))
+    assert [loss.subject for loss in first] == [f"a{number:02} - b{number:02}" for number in range(1, PAIRS + 1)]
+    assert last.text.startswith("5 more pairs do not reach each other at internal IPs, a21 - b21")
+    # So are hosts whose kernels take other routes.
+    astray = {
+        f"a{number:02}": AnswerRecord(routes=(TakenRoute(f"192.168.98.{number}", "", "x dev eth1", True),))
+        for number in range(1, 26)
+    }
+    *first, last = internal_losses(topology, Live(answers=astray))
+    assert len(first) == PAIRS
+    assert last.text.startswith("the kernels of 5 more hosts take other routes than the agents' too, a21, a22")
