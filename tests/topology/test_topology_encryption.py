@@ -213,6 +213,15 @@ def test_off_and_never_on_is_the_plan_itself() -> None:
     assert report(topology, plan) == Report()
 
 
+def test_a_revision_of_another_etcd_is_not_waited_for() -> None:
+    """A record that was written to an etcd which has been restored, or begun anew, since."""
+    a, b = on_lan("a", "b")
+    ahead = mesh([evolve(a, encryption=EncryptionStage.SENDS, accepts_since=1_000_000), evolve(b, **SENDS)])
+    wanted = report(ahead, planned(ahead, "a"))
+    assert wanted == Report(stage=EncryptionStage.SENDS, accepts_since=ahead.snapshot.revision)
+    assert report(ahead, planned(ahead, "b")) == Report.of(ahead.snapshot.nodes["b"])
+
+
 # --- the switch, in all orders of arrival --------------------------------------------------------------------------
 
 

@@ -169,6 +169,8 @@ class Encrypting:
         self._left: Report | None = None
         """The last report, and what the record said before, as long as the snapshot says nothing newer."""
         self._changed = trio.Event()
+        self._cluster: int | None = None
+        """The etcd that `living` speaks of."""
         self.living = Living()
 
     async def forget(self) -> None:
@@ -215,6 +217,11 @@ class Encrypting:
     ) -> HostPlan:
         """The plan with what the setting asks for. `sources` are the host's own addresses on the underlay, `addresses`
         all that it has; `table` those of DNS names."""
+        cluster = topology.snapshot.cluster_id
+        if self._cluster not in (None, cluster):
+            # Which revisions were applied of another etcd says nothing of this one's.
+            self.living = Living()
+        self._cluster = cluster
         around = evolve(outside(self._config, self._members, sources, table), addresses=addresses)
         self._last = encrypt(plan, topology, outside=around, living=self.living, told=self._told, previous=self._last)
         return self._last

@@ -77,7 +77,10 @@ def report(topology: Topology, plan: HostPlan) -> Report:
     said = Report.of(own)
     if in_force(topology):
         if own.encryption is EncryptionStage.SENDS:
-            return said
+            # A revision that is still to come is another etcd's (this one was restored, or begun anew), and nobody
+            # would have applied it for long.
+            since = min(own.accepts_since, topology.snapshot.revision)
+            return Report(stage=EncryptionStage.SENDS, accepts_since=since)
         if own.encryption is EncryptionStage.ACCEPTS:
             return Report(stage=EncryptionStage.SENDS, accepts_since=topology.snapshot.revision)
         return Report(stage=EncryptionStage.ACCEPTS)
