@@ -43,6 +43,7 @@ from kilo_etcd.kernel.state import (
     Observed,
     RemovePeer,
     ReplaceRoute,
+    RestoreSysctl,
     Route,
     SetDevice,
     SetPeer,
@@ -50,6 +51,7 @@ from kilo_etcd.kernel.state import (
     Target,
     fence_around,
     ipip_name,
+    reverse_path,
 )
 from kilo_etcd.kernel.table import DeleteTable, ReplaceTable
 from kilo_etcd.kernel.userspace import public_key_of
@@ -137,6 +139,7 @@ class FakeHost:
             changes.append(DeleteTable(self.observed.table.name))
         changes.extend(DeleteForward(rule) for rule in sorted(self.observed.forward_rules, key=str))
         changes.extend(DeleteOpening(one) for one in sorted(self.observed.openings, key=str))
+        changes.extend(RestoreSysctl(reverse_path(name), value) for name, value in self.observed.loosened.items())
         self.observed = apply_changes(self.observed, changes, interface)
         self.history.extend(changes)
         return tuple(changes)
