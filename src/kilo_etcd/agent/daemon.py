@@ -702,6 +702,7 @@ class Daemon:
         )
         guarded = guard(resolved, self.protected(), self.guarded, offered_by=self.topology.settlement.offered_by)
         plan = await self._within_reach(self._at_the_internet(guarded, self.topology), self.topology)
+        self._encrypting.withdraw()
         if self._encrypting.concerns(self.topology):
             await self._encrypting.prepare(self.topology, etcd_away=self.remembered is not None)
             self.resolver.networks(self._encrypting.etcd_urls)

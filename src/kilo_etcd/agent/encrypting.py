@@ -202,6 +202,11 @@ class Encrypting:
             await self._ask_members()
             await self._ask_statuses(topology)
 
+    def withdraw(self) -> None:
+        """Another plan than the last is about to be applied, so a report that followed from the last one, and that
+        nobody has been told yet, may not be true any more."""
+        self._wanted = None
+
     def concerns(self, topology: Topology) -> bool:
         """Whether the setting is in force here, or the host on its way back from it."""
         return self._told is not None or concerns(topology, self._name)
