@@ -31,8 +31,8 @@ from kilo_etcd.kernel.wayout import MARK
 from kilo_etcd.model import DEFAULT_INTERFACE, EncryptionStage, InternalIPs, IPAddress, Node, Snapshot
 from kilo_etcd.store import Keys
 from kilo_etcd.topology import Topology
-from kilo_etcd.topology.places import own_addresses
 from kilo_etcd.topology.families import same_site
+from kilo_etcd.topology.places import own_addresses
 from kilo_etcd.topology.segments import host_network
 from kilo_etcd.topology.unrouted import unrouted
 from simulation.network import T, refused
@@ -43,8 +43,9 @@ if TYPE_CHECKING:
 
 KEYS = Keys()
 
-LAPSE_SECONDS = 30.0
-"""For so long a host is not `steady` after its lease was seen to have ended: others may have gone on without it."""
+LAPSE_SECONDS, JOIN_SECONDS = 30.0, 5.0
+"""For so long a host is not `steady` after its lease was seen to have ended (others may have gone on without it), and
+after it has come for the first time: the others follow."""
 
 
 # -- at rest --------------------------------------------------------------------------------------------------------
@@ -162,7 +163,7 @@ class Steady:
     def __init__(self, world: World) -> None:
         self._world = world
         self._lapsed: dict[str, float] = {}
-        """When a host was last seen without a status in etcd."""
+        """The hosts that have ever had a status in etcd -> when one was last seen without."""
 
     async def run(self) -> None:
         """See whose leases end."""
@@ -172,7 +173,9 @@ class Steady:
 
     def _look(self) -> None:
         for name in self._world.hosts:
-            if self._world.etcd.get(KEYS.status(name)) is None:
+            if self._world.etcd.get(KEYS.status(name)) is not None:
+                self._lapsed.setdefault(name, trio.current_time() + JOIN_SECONDS - LAPSE_SECONDS)
+            elif name in self._lapsed:
                 self._lapsed[name] = trio.current_time()
 
     def lost(self, settled: Mapping[str, bool]) -> Iterator[str]:
@@ -181,7 +184,7 @@ class Steady:
         since = trio.current_time() - LAPSE_SECONDS
         hosts = [
             host for name, host in self._world.hosts.items()
-            if host.condition.powered and settled.get(name) and self._lapsed.get(name, -LAPSE_SECONDS) <= since
+            if host.condition.powered and settled.get(name) and self._lapsed.get(name, since + 1) <= since
         ]  # fmt: skip
         for here, there in permutations(hosts, 2):
             if here.name[0] != there.name[0] and "off" in self._world.shape.modes:
