@@ -1,238 +1,169 @@
-"""`encrypted` with real packets: a full mesh of hosts that share one network."""
+"""`encrypted` with real packets: a full mesh of hosts that share one network, etcd on hosts of the mesh, and members
+behind leaders."""
 
 from __future__ import annotations
 
 import json
-import sys
 from base64 import b64decode
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from itertools import permutations
 
 import pytest
 import trio
 
+from encrypted import WIREGUARD, in_clear, nothing_in_clear, one_lan, refuse_each_other, set_to, switched
 from helpers import eventually, require
-from kilo_etcd.lab.capture import Flow
-from kilo_etcd.lab.client import Lab, running_lab
+from kilo_etcd.lab.client import Lab, LabError, running_lab
 from kilo_etcd.lab.spec import HostSpec, SiteSpec, Spec
 from kilo_etcd.model import Granularity
 
 pytestmark = [pytest.mark.lab, pytest.mark.deadline(600)]
 
-WIREGUARD, ETCD = 51820, 2379
-NODES = ("lan-1", "lan-2", "lan-3", "lan-4")
-STRANGER = "lan-5"
-
-SERVER = """
-import socket, sys, threading
-def tcp(family, address):
-    listener = socket.create_server((address, 7000), family=family)
-    while True:
-        connection, _ = listener.accept()
-        connection.sendall(b"hello")
-        connection.close()
-def udp(family, address):
-    one = socket.socket(family, socket.SOCK_DGRAM)
-    one.bind((address, 7000))
-    while True:
-        data, peer = one.recvfrom(2000)
-        one.sendto(data, peer)
-for address in sys.argv[1:]:
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    for work in (tcp, udp):
-        threading.Thread(target=work, args=(family, address)).start()
-"""
-CLIENT = """
-import socket, sys
-for address in sys.argv[1:]:
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.create_connection((address, 7000), timeout=5) as connection:
-        assert connection.recv(9) == b"hello"
-    with socket.socket(family, socket.SOCK_DGRAM) as one:
-        one.settimeout(5)
-        one.sendto(b"x" * 1500, (address, 7000))
-        assert len(one.recv(2000)) == 1500
-"""
-KILL_WIREGUARD = """
-import os, signal
-own = os.readlink("/proc/self/ns/net")
-for pid in filter(str.isdigit, os.listdir("/proc")):
-    try:
-        if open(f"/proc/{pid}/comm").read() == "wireguard-go\\n" and os.readlink(f"/proc/{pid}/ns/net") == own:
-            os.kill(int(pid), signal.SIGKILL)
-            print(pid)
-    except OSError:
-        pass
-"""
-
-
-def one_lan(*families: str) -> Spec:
-    hosts = (*(HostSpec(name=name) for name in NODES), HostSpec(name=STRANGER, agent=False))
-    lan = SiteSpec(name="lan", hosts=hosts)
-    return Spec(sites=(lan,), granularity=Granularity.FULL, open=True, families=families)
-
-
-async def internal_ips(lab: Lab) -> dict[str, list[str]]:
-    return {row.host: [address.partition("/")[0] for address in row.private] for row in await lab.status()}
-
-
-async def set_to(lab: Lab, mode: str, stage: str | None) -> None:
-    await lab.kgctl("mesh", "set", "internal-ips", mode, "--yes")
-    await all_report(lab, stage)
-
-
-async def all_report(lab: Lab, stage: str | None) -> None:
-    """Wait until all nodes are at a stage of the switch."""
-
-    async def there() -> bool:
-        found = json.loads((await lab.etcdctl("get", "--prefix", "-w", "json", "/kilo/nodes/")).stdout)
-        return {json.loads(b64decode(kv["value"])).get("encryption") for kv in found["kvs"]} == {stage}
-
-    await eventually(there, 60, every=0.1, what=f"all nodes report {stage}")
-
-
-async def refuse_each_other(lab: Lab, addresses: dict[str, list[str]]) -> None:
-    async def each() -> bool:
-        for name in NODES:
-            rules = (await lab.exec(name, "nft", "list", "table", "inet", "kilo")).stdout
-            refused = rules.partition("set refuse4")[2].partition("chain ")[0]
-            if not all(address in refused for other in NODES if other != name for address in addresses[other]):
-                return False
-        return True
-
-    await eventually(each, 60, every=0.1, what="all nodes refuse each other's packets in clear")
-
-
-async def all_pairs_talk(lab: Lab, addresses: dict[str, list[str]]) -> None:
-    """Ping, TCP and UDP, large enough for fragments."""
-
-    async def one(here: str, *there: str) -> None:
-        for address in there:
-            assert await lab.ping(here, address, timeout=3), (here, address)
-        await lab.exec(here, sys.executable, "-c", CLIENT, *there, check=True)
-
-    async with trio.open_nursery() as nursery:
-        for here, there in permutations(NODES, 2):
-            nursery.start_soon(one, here, *addresses[there])
-
-
-def in_clear(flows: tuple[Flow, ...]) -> list[Flow]:
-    """What is neither WireGuard nor etcd, ARP, neighbour or listener discovery."""
-    return [
-        flow
-        for flow in flows
-        if flow.protocol not in ("arp", "icmpv6")
-        and not (flow.protocol == "udp" and flow.between(WIREGUARD))
-        and not (flow.protocol == "tcp" and flow.between(ETCD))
-    ]
-
-
-async def recovers(lab: Lab, addresses: dict[str, list[str]]) -> None:
-    async def talk() -> bool:
-        return all([await lab.ping(here, addresses[there][0], timeout=1) for here, there in permutations(NODES, 2)])
-
-    await eventually(talk, 60, every=0.2, what="all pairs ping by themselves again")
+PROGRAMS = ("etcd", "etcdctl", "wireguard-go", "wg", "nft", "ip", "ping")
 
 
 async def test_a_full_mesh_on_one_lan_says_nothing_in_clear() -> None:
-    require("etcd", "etcdctl", "wireguard-go", "wg", "nft", "ip", "ping")
-    async with running_lab(one_lan("ipv4", "ipv6")) as lab, trio.open_nursery() as servers:
-        await lab.all_pairs_ping(60, hosts=NODES)
-        addresses = await internal_ips(lab)
-        assert all(len(addresses[name]) == 2 for name in NODES)
-        for name in NODES:
-            servers.start_soon(lab.exec, name, sys.executable, "-c", SERVER, *addresses[name])
-        await set_to(lab, "encrypted", "sends")
-        await refuse_each_other(lab, addresses)
-        explained = await lab.kgctl("explain", "lan-1", addresses["lan-2"][0])
-        assert "WireGuard" in explained.stdout
-        assert "not fwmark 107" in explained.stdout
-        assert "not routed" not in (await lab.kgctl("status")).stdout
-        for cold in (False, True):
-            async with AsyncExitStack() as stack:
-                seen = [await stack.enter_async_context(lab.capture(name, ["eth0"])) for name in NODES]
-                if cold:
-                    for name in NODES:
-                        await lab.exec(name, "ip", "neigh", "flush", "all", check=True)
-                await all_pairs_talk(lab, addresses)
-            flows = tuple(flow for one in seen for flow in one.flows)
-            assert in_clear(flows) == []
-            echoes = [flow for flow in flows if flow.protocol == "icmpv6" and flow.bytes // flow.packets > 90]
-            assert echoes == [], "nothing of ICMPv6 but discovery"
-            assert any(flow.between(WIREGUARD) for flow in flows)
-
-        # A machine that takes over a node's address.
-        await lab.power_off("lan-4")
-        stolen, victim = addresses["lan-4"][0], addresses["lan-1"][0]
-        await lab.exec(STRANGER, "ip", "address", "add", f"{stolen}/24", "dev", "eth0", check=True)
-        assert await lab.ping(STRANGER, victim, timeout=2), "under its own address, as ever"
-        for name in NODES[:3]:
-            await lab.exec(name, "ip", "neigh", "flush", "all", check=True)
-        code = (await lab.exec(STRANGER, "ping", "-c", "2", "-W", "1", "-I", stolen, victim)).returncode
-        assert code != 0, "no answer"
-        assert not await lab.ping("lan-1", stolen, timeout=2), "nor is it called"
-        await lab.exec(STRANGER, "ip", "address", "del", f"{stolen}/24", "dev", "eth0", check=True)
-        await lab.power_on("lan-4")
-        await recovers(lab, addresses)
-
-        await lab.etcd("kill")
-        assert [await lab.ping("lan-1", addresses[name][0], timeout=2) for name in NODES[1:]] == [True] * 3
-        await lab.etcd("start")
-        await lab.etcd_ready()
-        await lab.kill("lan-2")
-        await lab.start("lan-2")
-        killed = await lab.exec("lan-3", sys.executable, "-c", KILL_WIREGUARD, check=True)
-        assert killed.stdout.strip()
-        await recovers(lab, addresses)
-        await all_report(lab, "sends")
-        async with lab.capture("lan-3", ["eth0"]) as after:
-            for name in ("lan-1", "lan-2", "lan-4"):
-                assert await lab.ping("lan-3", addresses[name][0], timeout=2)
-                assert await lab.ping(name, addresses["lan-3"][0], timeout=2)
-        assert in_clear(after.flows) == []
-        servers.cancel_scope.cancel()
+    require(*PROGRAMS)
+    async with running_lab(one_lan("ipv4", "ipv6")) as lab:
+        await nothing_in_clear(lab, 60)
 
 
 async def test_the_switch_loses_no_packet_and_leaves_nothing() -> None:
-    require("etcd", "etcdctl", "wireguard-go", "wg", "nft", "ip", "ping")
-    async with running_lab(one_lan("ipv4")) as lab:
-        await lab.all_pairs_ping(60, hosts=NODES)
-        addresses = {name: found[0] for name, found in (await internal_ips(lab)).items()}
-        await set_to(lab, "off", None)
-        untouched = {name: await traces(lab, name) for name in NODES}
+    require(*PROGRAMS)
+    async with running_lab(one_lan("ipv4", "ipv6")) as lab:
+        await switched(lab, 60)
+
+
+MEMBERS = ("m-1", "m-2", "m-3")
+
+
+class EtcdOnHosts:
+    """An etcd cluster, a member on each host of a lab, whose data outlive a power cut as a disk's do."""
+
+    def __init__(self, lab: Lab, nursery: trio.Nursery, addresses: dict[str, str]) -> None:
+        self.lab, self.nursery, self.addresses = lab, nursery, addresses
+
+    def start(self, name: str) -> None:
+        own, urls = self.addresses[name], {one: f"http://{at}:2380" for one, at in self.addresses.items()}
+        self.nursery.start_soon(
+            self._run, name, "etcd", "--name", name, "--data-dir", f"/var/lib/kilo-etcd/{name}",
+            "--listen-client-urls", f"http://{own}:2379", "--advertise-client-urls", f"http://{own}:2379",
+            "--listen-peer-urls", urls[name], "--initial-advertise-peer-urls", urls[name],
+            "--initial-cluster", ",".join(f"{one}={url}" for one, url in urls.items()), "--log-level", "error",
+        )  # fmt: skip
+
+    async def _run(self, name: str, *argv: str) -> None:
+        await self.lab.exec(name, *argv, env={"ETCDCTL_ENDPOINTS": None})
+
+    async def ctl(self, *argv: str) -> str:
+        endpoints = ",".join(f"http://{at}:2379" for at in self.addresses.values())
+        env = {"ETCDCTL_ENDPOINTS": None}
+        return (await self.lab.exec("m-1", "etcdctl", "--endpoints", endpoints, *argv, env=env, check=True)).stdout
+
+    async def ready(self) -> None:
+        async def healthy() -> bool:
+            with suppress(LabError):
+                await self.ctl("endpoint", "health")
+                return True
+            return False
+
+        await eventually(healthy, 60, every=0.2, what="etcd has a quorum")
+
+    async def stages(self) -> set[str | None]:
+        found = json.loads(await self.ctl("get", "--prefix", "-w", "json", "/kilo/nodes/")).get("kvs", ())
+        return {json.loads(b64decode(kv["value"])).get("encryption") for kv in found}
+
+
+async def test_hosts_with_etcd_on_them_boot_without_it_and_let_it_come() -> None:
+    """Three nodes on one network, etcd's three members on them. All are switched off, and boot before any etcd runs."""
+    require(*PROGRAMS)
+    endpoints = ",".join(f"http://10.101.0.{11 + k}:2379" for k in range(3))
+    hosts = tuple(HostSpec(name=name, args=("--endpoints", endpoints)) for name in MEMBERS)
+    spec = Spec(sites=(SiteSpec(name="m", hosts=hosts),), granularity=Granularity.FULL, agents=False, open=True)
+    async with running_lab(spec) as lab, trio.open_nursery() as running:
+        addresses = {row.host: row.private[0].partition("/")[0] for row in await lab.status()}
+        assert set(endpoints.split(",")) == {f"http://{address}:2379" for address in addresses.values()}
+        etcd = EtcdOnHosts(lab, running, addresses)
+        for name in MEMBERS:
+            etcd.start(name)
+        await etcd.ready()
+        for name in MEMBERS:
+            await lab.start(name)
+        await lab.all_pairs_ping(60)
+        await etcd.ctl("put", "/kilo/mesh/internal-ips", "encrypted")
+
+        async def sending() -> bool:
+            return await etcd.stages() == {"sends"}
+
+        async def talk() -> bool:
+            return all([await lab.ping(a, addresses[b], timeout=1) for a, b in permutations(MEMBERS, 2)])
+
+        async def says_nothing_in_clear() -> None:
+            async with AsyncExitStack() as stack:
+                seen = [await stack.enter_async_context(lab.capture(name, ["eth0"])) for name in MEMBERS]
+                assert await talk()
+            flows = [flow for one in seen for flow in in_clear(one.flows)]
+            assert [flow for flow in flows if not (flow.protocol == "tcp" and flow.between(2380))] == []
+
+        await eventually(sending, 60, every=0.2, what="all send")
+        await refuse_each_other(lab, {name: [address] for name, address in addresses.items()})
+        await says_nothing_in_clear()
+
+        for name in MEMBERS:
+            await lab.power_off(name)
+        for name in MEMBERS:
+            await lab.power_on(name, agent=True)
+        # By the mesh that each has kept, and with nobody to ask.
+        await eventually(talk, 60, every=0.2, what="all pairs ping without etcd")
+        async with lab.capture("m-1", ["eth0"]) as alone:
+            assert await lab.ping("m-1", addresses["m-2"], timeout=2)
+        assert [flow for flow in in_clear(alone.flows) if flow.protocol != "tcp"] == []
+        for name in MEMBERS:
+            etcd.start(name)
+        await etcd.ready()
+        await eventually(sending, 60, every=0.2, what="all send")
+        await refuse_each_other(lab, {name: [address] for name, address in addresses.items()})
+        await says_nothing_in_clear()
+        running.cancel_scope.cancel()
+
+
+async def test_members_behind_leaders_say_nothing_in_clear_between_sites() -> None:
+    """Two sites with logical groups. The leaders' firewalls drop what is forwarded, as docker has it."""
+    require(*PROGRAMS, "iptables")
+    sites = tuple(
+        SiteSpec(
+            name=name,
+            hosts=tuple(HostSpec(name=f"{name}-{k}", public=k == 1, label=name) for k in (1, 2)),
+        )
+        for name in ("one", "two")
+    )
+    spec = Spec(sites=sites, open=True, agent_args=("--forward-rules",))
+    async with running_lab(spec) as lab:
+        for name in ("one-1", "two-1"):
+            await lab.exec(name, "iptables", "-P", "FORWARD", "DROP", check=True)
+        await lab.all_pairs_ping(60)
+        addresses = {row.host: row.private[0].partition("/")[0] for row in await lab.status()}
+        across = [(a, b) for a, b in permutations(lab.hosts, 2) if a.partition("-")[0] != b.partition("-")[0]]
+
+        async def talk() -> bool:
+            return all([await lab.ping(a, addresses[b], timeout=1) for a, b in across])
+
+        await eventually(talk, 60, every=0.2, what="routed before")
         async with AsyncExitStack() as stack:
             probes = [
-                await stack.enter_async_context(lab.probe(here, there, address=addresses[there]))
-                for here, there in (("lan-1", "lan-2"), ("lan-2", "lan-1"), ("lan-3", "lan-4"), ("lan-4", "lan-3"))
+                await stack.enter_async_context(lab.probe(a, b, address=addresses[b]))
+                for a, b in (("one-2", "two-2"), ("two-2", "one-2"), ("one-1", "two-2"), ("two-2", "one-1"))
             ]
-            for mode, stage in (("routed", None), ("encrypted", "sends"), ("off", None)):
-                await trio.sleep(1)
-                await set_to(lab, mode, stage)
-                if stage is not None:
-                    await refuse_each_other(lab, {name: [address] for name, address in addresses.items()})
-            await trio.sleep(1)
+            await set_to(lab, "encrypted", "sends")
+            async with lab.capture("router:one") as one, lab.capture("router:two") as two:
+                assert await talk()
+            await set_to(lab, "routed", None)
         assert [probe.lost for probe in probes] == [0] * len(probes)
-        assert all(probe.sent > 200 for probe in probes)
-
-        async def as_before() -> bool:
-            return {name: await traces(lab, name) for name in NODES} == untouched
-
-        await eventually(as_before, 20, every=0.2, what="nothing of it is left")
-
-        await set_to(lab, "encrypted", "sends")
-        await lab.stop("lan-1")
-        kg = (sys.executable, "-m", "kilo_etcd.agent.main")
-        await lab.exec("lan-1", *kg, "--hostname", "lan-1", "--state-dir", "/var/lib/kilo-etcd", "cleanup", check=True)
-        left = await traces(lab, "lan-1")
-        assert "107" not in left, left
-        assert "kilo" not in left, left
-        assert not (await lab.exec("lan-1", "ls", "/var/lib/kilo-etcd/etcd-members.json")).stdout
+        inside = set(addresses.values())
+        between = [flow for flow in (*one.flows, *two.flows) if {flow.source, flow.destination} <= inside]
+        assert [flow for flow in between if _site(flow.source) != _site(flow.destination)] == []
+        assert any(flow.between(WIREGUARD) for flow in one.flows)
 
 
-async def traces(lab: Lab, name: str) -> str:
-    """Rules, tables, the mark, nft and rp_filter of a host, as text."""
-    script = (
-        "ip rule; ip -6 rule; ip route show table all | grep -v 'proto kernel' | grep -v 'dev kilo0 proto 107 scope'"
-        " | grep -v 'unreachable 10.4'; wg show all fwmark; nft list ruleset; cat /proc/sys/net/ipv4/conf/*/rp_filter"
-    )
-    return (await lab.exec(name, "sh", "-c", script)).stdout
+def _site(address: str) -> str:
+    return address.rpartition(".")[0]
