@@ -10,18 +10,24 @@ from typing import Any
 
 import click
 import pytest
+import structlog
 import trio
 from agent_world import World, running
 from attrs import evolve
 
 from helpers import eventually
 from kilo_etcd.agent.config import AgentConfig
-from kilo_etcd.agent.encrypting import Members, outside, read_members, remove_members, write_members
+from kilo_etcd.agent.encrypting import Encrypting, Members, outside, read_members, remove_members, write_members
 from kilo_etcd.agent.lastknown import Disk
+from kilo_etcd.agent.logs import Once
 from kilo_etcd.etcd import Config, Member
 from kilo_etcd.kernel.encrypted import table_of
-from kilo_etcd.model import EncryptionStage, Endpoint, IPNetwork
+from kilo_etcd.model import EncryptionStage, Endpoint, Granularity, InternalIPs, IPNetwork, Node, Snapshot
+from kilo_etcd.store import Keys
 from kilo_etcd.store.records import NodeRecord, StatusRecord, decode_node, encode
+from kilo_etcd.testing.fake_etcd import FakeEtcd
+from kilo_etcd.topology import build_topology, host_plan
+from kilo_etcd.topology.encryption import Report
 from kilo_etcd.topology.hostplan import Exemption
 
 OTHER = base64.b64encode(bytes([9]) * 32).decode()
@@ -172,3 +178,49 @@ async def test_who_is_gone_is_waited_for_by_nobody(world: World) -> None:
         world.etcd.put("/kilo/mesh/internal-ips", "routed")
         await eventually(lambda: stage(world) is None, 60, every=0.1)
         assert world.host.observed.policy.rules == frozenset()
+
+
+@pytest.mark.autojump
+async def test_a_stage_is_not_reported_of_a_plan_that_is_being_replaced() -> None:
+    """The kernel may be on its way from it already when the report is made."""
+    hosts = {
+        name: Node(
+            name=name,
+            public_key=name,
+            endpoint=Endpoint(ip_address(f"192.168.1.{number}"), 51820),
+            internal_ips=(ip_interface(f"192.168.1.{number}/24"),),
+            underlay=(ip_network("192.168.1.0/24"),),
+            mesh_addresses=(ip_address(f"10.4.0.{number}"),),
+        )
+        for number, name in enumerate(("h1", "h9"), 1)
+    }
+    topology = build_topology(
+        Snapshot(revision=5, nodes=hosts, granularity=Granularity.FULL, internal_ips=InternalIPs.ENCRYPTED)
+    )
+    told: list[Report] = []
+
+    async def register(report: Report) -> bool:
+        told.append(report)
+        return True
+
+    encrypting = Encrypting(
+        config("10.0.0.1:2379"), FakeEtcd().client(), Keys(), Once(structlog.get_logger()),
+        disk=None, register=register, nudge=lambda: None,
+    )  # fmt: skip
+
+    def applied() -> None:
+        plan = encrypting.encrypt(
+            host_plan(topology, "h1"), topology, sources=(), addresses=frozenset(), table={}
+        )  # fmt: skip
+        encrypting.follow(topology, plan, whole=True)
+
+    async with trio.open_nursery() as nursery:
+        applied()
+        encrypting.withdraw()
+        nursery.start_soon(encrypting.run)
+        await trio.sleep(10)
+        assert told == []
+        applied()
+        await trio.sleep(10)
+        assert told == [Report(stage=EncryptionStage.ACCEPTS)]
+        nursery.cancel_scope.cancel()
