@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import gzip
+import json
 from collections.abc import Callable
 from ipaddress import IPv4Network, ip_address, ip_interface, ip_network
 from pathlib import Path
@@ -168,6 +170,24 @@ async def test_the_switch_by_stages_and_back(world: World, tmp_path: Path) -> No
 
 
 @pytest.mark.autojump
+async def test_the_mesh_is_kept_on_disk_before_others_rely_on_the_setting(world: World, tmp_path: Path) -> None:
+    world.etcd.put("/kilo/mesh/internal-ips", "off")
+    disk = Disk(tmp_path, run=at_once)
+
+    def kept() -> str:
+        with gzip.open(disk.path) as file:
+            return str(json.loads(file.readline())["internalIPs"])
+
+    async with running(world, disk=disk):
+        await eventually(disk.path.exists, 30, every=0.1)
+        # Within the pause between two writes.
+        world.etcd.put("/kilo/mesh/internal-ips", "encrypted")
+        assert kept() == "off"
+        await eventually(lambda: stage(world) is EncryptionStage.ACCEPTS, 30)
+        assert kept() == "encrypted"
+
+
+@pytest.mark.autojump
 async def test_who_is_gone_is_waited_for_by_nobody(world: World) -> None:
     world.etcd.put("/kilo/mesh/granularity", "full")
     world.etcd.put("/kilo/mesh/internal-ips", "encrypted")
@@ -205,7 +225,7 @@ async def test_a_stage_is_not_reported_of_a_plan_that_is_being_replaced() -> Non
 
     encrypting = Encrypting(
         config("10.0.0.1:2379"), FakeEtcd().client(), Keys(), Once(structlog.get_logger()),
-        disk=None, register=register, nudge=lambda: None,
+        disk=None, register=register, keep=trio.lowlevel.checkpoint, nudge=lambda: None,
     )  # fmt: skip
 
     def applied() -> None:
