@@ -19,7 +19,6 @@ At every step:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from ipaddress import ip_network
 from itertools import permutations
 from typing import TYPE_CHECKING
 
@@ -70,8 +69,6 @@ def at_rest(world: World, topology: Topology, agents: Mapping[str, SimulatedAgen
         for ip in topology.snapshot.nodes[other].internal_ips:
             if any(ip.version == network.version and ip.ip in network for network in left_out):
                 continue
-            if _taken_for_near(world, topology, name, other) or _taken_for_near(world, topology, other, name):
-                continue
             fate = world.network.fate(name, ip.ip)
             assert fate == ("encrypted" if apart else "clear"), f"what {name} sends to {other} at {ip.ip}: {fate}"
         _refusals(world, topology, name, other)
@@ -98,13 +95,6 @@ def _apart(topology: Topology, name: str, other: str) -> bool:
         return False
     near = here.leader.location == there.leader.location and same_site(here.leader, there.leader)
     return not (near and topology.snapshot.granularity == "cross")
-
-
-def _taken_for_near(world: World, topology: Topology, name: str, other: str) -> bool:
-    """Whether a host of the node's segment stands besides in a network with the numbers of the other one's. In a full
-    mesh without labels `kgctl status` does not name these."""
-    links = [ip_network(link) for one in topology.segment_of(name).members for link in world.hosts[one.name].links]
-    return any(ip.ip in link for ip in topology.snapshot.nodes[other].internal_ips for link in links)
 
 
 def _refusals(world: World, topology: Topology, name: str, other: str) -> None:
