@@ -35,6 +35,12 @@ def sh(command: str, *, given: str | None = None) -> str:
     return subprocess.run(["sh", "-c", command], input=given, text=True, check=True, stdout=subprocess.PIPE).stdout
 
 
+def at(world: str, host: str, script: str) -> None:
+    """Run lines of shell on a host of a world, with a directory of its own for WireGuard's sockets."""
+    given = f"set -e\nmount -t tmpfs none /run/wireguard\n{script}\n"
+    sh(f"ip netns exec {world}-{host} unshare -m sh >/dev/null", given=given)
+
+
 def run_in_worlds(file: str, *arguments: str) -> int:
     """0 if the benchmark did well each time. Where no kernel has WireGuard, that part is left out, in words."""
     failed = 0

@@ -60,6 +60,26 @@ class InternalIPs(StrEnum):
     """The same, and nothing between nodes of two segments travels in clear."""
 
 
+class EncryptionStage(StrEnum):
+    """How far a node is with the switch to `encrypted`, as it reports it. No stage: none of it is in its kernel.
+
+    Each is reported once the kernel holds it, and given up before the kernel does (`topology.stages`).
+    """
+
+    ACCEPTS = "accepts"
+    """It takes what others send it through the tunnels, and begins to send so itself."""
+    SENDS = "sends"
+    """It also sends through the tunnel to all who accept it, and refuses clear text of those who send so too."""
+    LEAVES = "leaves"
+    """On the way back: it refuses nothing any more."""
+    STOPPED = "stopped"
+    """On the way back: it sends nobody anything so any more; it still takes it."""
+
+
+ACCEPTING = (EncryptionStage.ACCEPTS, EncryptionStage.SENDS)
+"""The stages of who takes part in `encrypted`."""
+
+
 class MeshSettings(NamedTuple):
     """What holds for the mesh as a whole: written by the first agent, changed by operators."""
 
@@ -197,6 +217,10 @@ class Node:
     underlay: tuple[IPNetwork, ...] | None = None
     """What the host reaches over its own links and must go on reaching there: the networks that it stands in, its
     default gateways, name servers and etcd. None: its agent is of a version that does not report it."""
+    encryption: EncryptionStage | None = None
+    """How far it is with the switch to `encrypted`, or back."""
+    accepts_since: int = 0
+    """The revision of a snapshot in which it was ACCEPTS: who has applied that sends it nothing in clear. 0: none."""
     mesh_addresses: tuple[IPAddress, ...] = ()
     port: int = DEFAULT_PORT
     subnets: tuple[IPNetwork, ...] = ()
@@ -350,6 +374,8 @@ class Snapshot:
     subnets: tuple[IPNetwork, ...] = ()
     internal_ips: InternalIPs = InternalIPs.OFF
     """The setting. What is in force is the topology's to say: agents of older versions do not know it."""
+    internal_ips_since: int = field(default=0, eq=False)
+    """etcd's revision at which the setting was written."""
     nodes: Mapping[str, Node] = field(factory=dict)
     peers: Mapping[str, Peer] = field(factory=dict)
     candidates: Mapping[str, tuple[Candidate, ...]] = field(factory=dict)

@@ -181,12 +181,3 @@ def test_a_route_is_from_an_address_that_the_host_has() -> None:
     assert changed.routes == {four: evolve(routes[four], source=ip_address("10.4.0.1")), six: routes[six]}
     lone = evolve(node, mesh_addresses=())
     assert from_own_addresses(plan, lone, {ip_address("10.1.0.6")}).routes == {six: routes[six]}
-
-
-def test_encrypted_is_said_not_to_be_in_force_by_every_agent() -> None:
-    snapshot = Snapshot(revision=1, internal_ips=InternalIPs.ENCRYPTED)
-    (said,) = disagreements(snapshot, granularity=None, subnets=())
-    assert "internal-ips=encrypted is not in force" in said
-    assert build_topology(snapshot).internal_ips is InternalIPs.ROUTED
-    for value in (InternalIPs.ROUTED, InternalIPs.OFF):
-        assert disagreements(evolve(snapshot, internal_ips=value), granularity=None, subnets=()) == ()

@@ -11,7 +11,7 @@ import pytest
 from attrs import evolve
 
 from kilo_etcd.agent.decide import disagreements
-from kilo_etcd.ctl.check import Severity, _agents, _records
+from kilo_etcd.ctl.check import Examined, Severity, _agents, _mode, _records, findings
 from kilo_etcd.ctl.consequences import consequences
 from kilo_etcd.ctl.label import oddity
 from kilo_etcd.ctl.live import LiveTunnel
@@ -32,11 +32,23 @@ from kilo_etcd.ctl.report import (
     remarks_on,
     report,
 )
+from kilo_etcd.ctl.trace import Plans, explain
 from kilo_etcd.etcd.api import Header, KeyValue
-from kilo_etcd.model import Candidate, CandidateClass, Endpoint, Granularity, InternalIPs, Node, SetAside, Snapshot
+from kilo_etcd.model import (
+    Candidate,
+    CandidateClass,
+    EncryptionStage,
+    Endpoint,
+    Granularity,
+    InternalIPs,
+    Node,
+    SetAside,
+    Snapshot,
+)
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import Role, StatusRecord
 from kilo_etcd.store.view import View
+from kilo_etcd.topology import build_topology
 
 KEYS = {name: f"{name:_<43}=" for name in ("a1", "a2", "a3", "b1", "b2")}
 
@@ -119,21 +131,20 @@ def test_internal_ips_wait_for_agents_that_do_not_know_them() -> None:
     found = report(world, ALL_WELL, newest=40, registered=frozenset(world.nodes))
     assert "; internal-ips off (routed waits for 1 agent); " in status_heading(found)
     sentence = (
-        "routed is set, and off is in force until every agent knows the setting: upgrade the agents on a2, or forget "
-        "the nodes (kgctl node forget)"
+        "internal-ips=routed is not in force, since the agents on a2 do not know the setting: packets for internal IPs "
+        "travel outside of the tunnels; upgrade these agents, or forget the nodes (kgctl node forget NODE)"
     )
-    assert (
-        f"Internal IPs that are not routed:\nSUBJECT       NOT FROM  WHY\ninternal-ips  anywhere  {sentence}"
-        in plain(status_tables(found))
+    assert plain(status_tables(found)).startswith(
+        f"What is wrong with the mesh:\nSUBJECT       ERROR\ninternal-ips  {sentence}\n"
     )
     told = json.loads(status_json(found))
     assert (told["internalIps"], told["internalIpsInForce"], told["unaware"]) == ("routed", "off", ["a2"])
-    assert told["unrouted"] == [{"subject": "internal-ips", "text": sentence, "about": "", "nodes": [], "notFrom": []}]
-    assert [(f.severity, f.text) for f in _records(found)] == [("note", sentence)]
+    assert told["urgent"] == [{"subject": "internal-ips", "text": sentence, "about": "a2"}]
+    assert [(f.severity, f.text) for f in _mode(found)] == [("error", sentence)]
 
     old = {f"n{at:02}": evolve(WORLD.nodes["a1"], name=f"n{at:02}", public_key=f"{at}") for at in range(30)}
-    (note,) = report(evolve(world, nodes=old), {}, newest=40).unrouted
-    assert "agents on n00, n01, n02, n03, n04, n05, n06, n07, n08, n09 and 20 more, or forget" in note.text
+    (error,) = report(evolve(world, nodes=old), {}, newest=40).urgent
+    assert "the agents on n00, n01, n02, n03, n04 and 25 more do not know the setting" in error.text
 
 
 def test_internal_ips_that_are_not_routed_are_notes_and_the_same_of_several_is_one_line() -> None:
@@ -360,6 +371,75 @@ def test_json_has_everything_in_camel_case() -> None:
     }
     assert data["locations"][1]["nextInLine"] == "a1"
     assert data["setAside"] == []
+
+
+def encrypting(**stages: EncryptionStage | None) -> Snapshot:
+    nodes = {
+        name: evolve(node, underlay=(), encryption=stages.get(name, EncryptionStage.SENDS))
+        for name, node in WORLD.nodes.items()
+    }
+    return evolve(WORLD, nodes=nodes, internal_ips=InternalIPs.ENCRYPTED)
+
+
+def test_how_far_the_switch_to_encrypted_is() -> None:
+    def heading(world: Snapshot, *absent: str) -> str:
+        living = {name: status for name, status in ALL_WELL.items() if name not in absent}
+        found = report(world, living, newest=40, registered=frozenset(world.nodes))
+        return status_heading(found).split("; ")[1]
+
+    some = encrypting(a2=EncryptionStage.ACCEPTS, b1=None)
+    through = len(WORLD.nodes) - 2
+    of = f"{through} of {len(WORLD.nodes)} nodes"
+    assert heading(encrypting()) == "internal-ips encrypted"
+    assert heading(some) == f"internal-ips encrypted ({of} encrypt, waits for a2, b1)"
+    assert heading(some, "b1") == f"internal-ips encrypted ({of} encrypt, waits for a2, not b1: no agent lives there)"
+    back = evolve(encrypting(a1=None, a3=None), internal_ips=InternalIPs.OFF)
+    assert heading(back) == f"internal-ips off (2 of {len(WORLD.nodes)} nodes are back, waits for a2, b1)"
+    # A member of whose leader less is known sends in clear.
+    assert "waits for a1, a2, a3)" in heading(encrypting(a3=None)), "a3 leads"
+
+
+def test_what_becomes_of_packets_is_said_before_the_setting_is_changed() -> None:
+    def said(before: InternalIPs, after: InternalIPs) -> str:
+        world = encrypting()
+        return "\n".join(consequences(evolve(world, internal_ips=before), evolve(world, internal_ips=after)))
+
+    on = said(InternalIPs.OFF, InternalIPs.ENCRYPTED)
+    assert "internal-ips: off becomes encrypted" in on
+    assert f"the agents of {len(WORLD.nodes)} nodes switch one by one, so that no packet is lost" in on
+    assert "where a tunnel is down packets are dropped; multicast and broadcast" in on
+    assert "packets for internal IPs of other segments go into the tunnels" in on
+    back = said(InternalIPs.ENCRYPTED, InternalIPs.ROUTED)
+    assert f"internal IPs of {len(WORLD.nodes)} nodes go in clear again, from the moment on that both ends" in back
+    assert "leave the tunnels" not in back
+    off = said(InternalIPs.ENCRYPTED, InternalIPs.OFF)
+    assert "go in clear again" in off
+    assert (
+        "packets for internal IPs of other segments leave the tunnels: the hosts' own routes lead them, in clear" in off
+    )
+
+
+def test_explain_names_the_table_the_rule_and_the_mark() -> None:
+    world = encrypting()
+    plans = Plans(build_topology(world), ALL_WELL)
+    (journey,) = explain(plans, "a1", str(world.nodes["b1"].internal_ips[0].ip))
+    tables = [step.table for way in journey.ways for step in way.steps if step.source != "a3"]
+    assert tables
+    assert all("(rule 10601: not fwmark 107)" in table for table in tables), tables
+
+
+def test_an_old_agent_that_a_mesh_leaves_out_is_an_error_above_all() -> None:
+    world = encrypting()
+    world = evolve(world, nodes={**world.nodes, "b1": evolve(WORLD.nodes["b1"], encryption=None)})
+    found = report(world, ALL_WELL, newest=40, registered=frozenset(world.nodes))
+    assert found.internal_ips_in_force == "encrypted"
+    assert found.switch is None
+    (remark,) = found.urgent
+    assert remark.subject == "b1"
+    assert remark.text.startswith("node b1 is left out of internal-ips=encrypted, since its agent does not know")
+    assert remark.text.endswith("upgrade its agent, or forget the node (kgctl node forget b1)")
+    worst, *_ = findings(Examined(members=(), report=found, topology=build_topology(world), statuses=ALL_WELL))
+    assert (worst.severity, worst.subject) == (Severity.ERROR, "b1")
 
 
 @pytest.mark.parametrize("kind", [Report, NodeRow, LocationRow, KernelRow, LiveReport, LiveTunnel, Remark, SetAside])

@@ -372,6 +372,43 @@ async def test_it_is_set_up_repaired_and_removed_on_a_real_kernel() -> None:
 
 @pytest.mark.root
 @pytest.mark.usefixtures("own_namespaces")
+async def test_a_rule_of_an_operators_that_lets_packets_out_in_clear_is_named() -> None:
+    await lan()
+    async with open_kernel(Setup(private_key=PRIVATE)) as kernel:
+        await kernel.apply(ON)
+        sh("ip route add default dev eth0 table 300")
+        sh("ip route add 10.99.0.0/16 dev eth0 table 301")
+        harmless = (
+            "from 10.50.0.1 lookup 300",  # another host's address
+            "from all lookup 301",  # nobody's network
+            "fwmark 7 lookup 300",  # marked packets
+            "iif eth0 lookup 300",  # forwarded packets
+            "from all blackhole to 192.168.9.2",
+            "to 10.99.0.0/16 lookup 300",
+        )
+        for words in harmless:
+            sh(f"ip rule add priority 300 {words}")
+        assert await kernel.bypasses() == ()
+        for words, first in (
+            ("from all lookup 300", "10.2.0.7 and 2 more addresses of nodes"),
+            ("from 192.168.9.1 to 192.168.9.3 lookup 300", "192.168.9.3, the address of a node,"),
+            ("from all lookup main suppress_prefixlength 0", "192.168.9.2 and 1 more addresses of nodes"),
+            ("from all ipproto tcp lookup main", "10.2.0.7 and 2 more addresses of nodes"),
+        ):
+            sh(f"ip rule add priority 301 {words}")
+            (said,) = await kernel.bypasses()
+            assert f"(priority {INTO})" in said
+            assert f"so that packets for {first} leave in clear: ip -4 rule priority 301 from " in said
+            sh(f"ip rule del priority 301 {words}")
+        sh("ip rule add priority 12000 lookup 300")
+        assert await kernel.bypasses() == ()
+        await kernel.apply(PLAIN)
+        sh("ip rule add priority 301 lookup 300")
+        assert await kernel.bypasses() == ()
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("own_namespaces")
 async def test_a_person_who_types_what_is_printed_gets_the_same() -> None:
     await lan()
     async with open_kernel(Setup(private_key=PRIVATE)) as kernel:

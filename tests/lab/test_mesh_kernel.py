@@ -1,4 +1,4 @@
-"""Scenarios a to g, and what operators do on purpose, with the kernel's own WireGuard.
+"""Scenarios a to g, what operators do on purpose, and `encrypted`, with the kernel's own WireGuard.
 
 On this machine if it has it, else in a guest.
 """
@@ -22,5 +22,13 @@ def test_a_to_g_on_kernel_wireguard() -> None:
 @pytest.mark.lab
 def test_what_an_operator_does_on_kernel_wireguard() -> None:
     done = pytest_in_guest("tests/lab/planned_on_kernel.py", "--durations=5")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+
+
+@pytest.mark.guest
+@pytest.mark.lab
+def test_encrypted_on_kernel_wireguard() -> None:
+    done = pytest_in_guest("tests/lab/encrypted_on_kernel.py", "--durations=5")
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout

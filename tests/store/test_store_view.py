@@ -157,6 +157,18 @@ def test_an_unknown_field_of_a_newer_agent_is_named_and_the_node_stays() -> None
     assert world.aside == {"/kilo/nodes/a": "colour: no such field is known; the rest of the record is in force"}
 
 
+@pytest.mark.parametrize(
+    "field", ['"encryption":"paused"', '"encryption":["sends"]', '"acceptsSince":-1', '"acceptsSince":"x"']
+)
+def test_a_stage_that_nobody_knows_is_named_and_the_node_stays(field: str) -> None:
+    world = World()
+    world.node("a", "10.4.0.1")
+    world.put(KEYS.node("a"), f"{encode(record('a'))[:-1].decode()},{field}}}".encode())
+    node = world.view.snapshot().nodes["a"]
+    assert (node.encryption, node.accepts_since) == (None, 0)
+    assert world.aside["/kilo/nodes/a"].endswith("; the rest of the record is in force")
+
+
 def test_of_thousands_of_unknown_fields_ten_are_named_and_the_others_counted() -> None:
     world = World()
     world.node("a", "10.4.0.1")

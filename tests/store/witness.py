@@ -17,7 +17,7 @@ import cattrs
 from attrs import fields
 from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn, override
 
-from kilo_etcd.model import CandidateClass, Encapsulate, Endpoint, Granularity, is_dns_name
+from kilo_etcd.model import CandidateClass, Encapsulate, EncryptionStage, Endpoint, Granularity, is_dns_name
 from kilo_etcd.store.records import (
     AnswerRecord,
     CandidateRecord,
@@ -195,6 +195,18 @@ def or_none(read: Callable[[object], Any]) -> Callable[[object], Any]:
     return lambda value: None if value is None else read(value)
 
 
+def or_nothing(read: Callable[[object], Any]) -> Callable[[object], Any]:
+    """Of a field that the record can do without."""
+
+    def forgiving(value: object) -> Any:
+        try:
+            return None if value is None else read(value)
+        except ValueError:
+            return None
+
+    return forgiving
+
+
 def truth(value: object) -> bool:
     if not isinstance(value, bool):
         raise ValueError(f"{short(value)} is neither true nor false")
@@ -226,6 +238,8 @@ READERS: dict[type, dict[str, Callable[[object], Any]]] = {
         "moreEndpoints": items(address_endpoint),
         "internalIPs": interfaces,
         "underlay": items(network),
+        "encryption": or_nothing(one_of(EncryptionStage)),
+        "acceptsSince": or_nothing(whole),
         "subnets": items(network),
         "location": label,
         "port": port,

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from ipaddress import ip_address, ip_interface, ip_network
 from itertools import permutations
+from typing import Any
 
 from attrs import evolve
 from hypothesis import HealthCheck, given, settings
@@ -17,6 +18,7 @@ from kilo_etcd.model import (
     Candidate,
     CandidateClass,
     Encapsulate,
+    EncryptionStage,
     Endpoint,
     Granularity,
     InternalIPs,
@@ -29,8 +31,10 @@ from kilo_etcd.model import (
 )
 from kilo_etcd.topology import HostPlan, Topology, Via, build_topology, edges, host_plan, peer_plan, walk_both
 from kilo_etcd.topology.claims import network_key
+from kilo_etcd.topology.encryption import Living, Outside, awaited, encrypt, waited_for
 from kilo_etcd.topology.graph import graph
 from kilo_etcd.topology.guard import guard
+from kilo_etcd.topology.places import Places, exchanged
 from kilo_etcd.topology.render import render
 from kilo_etcd.topology.segments import changes, host_network, lined_up, routed_at
 from kilo_etcd.topology.walk import walk
@@ -103,7 +107,14 @@ def a_node(
         leader_wanted=draw(st.booleans()),
         encapsulate=draw(st.sampled_from(modes)),
         registered_revision=draw(st.integers(1, 20)),
+        **({} if tame else a_stage(draw)),
     )
+
+
+def a_stage(draw: DrawFn) -> dict[str, Any]:
+    """How far a node is with the switch to `encrypted`: most are through."""
+    stage = draw(st.sampled_from([EncryptionStage.SENDS] * 4 + [None, *EncryptionStage]))
+    return {"encryption": stage, "accepts_since": draw(st.integers(0, 9))}
 
 
 def elections(draw: DrawFn, nodes: dict[str, Node]) -> dict[str, dict[str, object]]:
@@ -178,6 +189,18 @@ def sites(draw: DrawFn) -> Snapshot:
 
 
 @st.composite
+def with_old_agents(draw: DrawFn) -> Snapshot:
+    """A mesh that encrypts, and nodes whose agents do not know the setting."""
+    world = draw(worlds() | sites())
+    old = draw(st.sets(st.sampled_from([*world.nodes]), max_size=2))
+    nodes = {
+        name: evolve(node, underlay=None) if name in old else evolve(node, encryption=EncryptionStage.SENDS)
+        for name, node in world.nodes.items()
+    }
+    return evolve(world, internal_ips=InternalIPs.ENCRYPTED, nodes=nodes)
+
+
+@st.composite
 def mixed(draw: DrawFn, *, any_mode: bool = True) -> Snapshot:
     """Labels and granularities of any kind, NATs, outside peers, and exit nodes that some use; internal IPs are
     routed."""
@@ -229,6 +252,16 @@ def histories(draw: DrawFn) -> list[Snapshot]:
     return found
 
 
+@st.composite
+def around_a_host(draw: DrawFn) -> tuple[Living, dict[str, Any]]:
+    """Who lives, and what a host knows of its own addresses."""
+    names = st.sampled_from([f"n{n}" for n in range(9)])
+    asked = draw(st.frozensets(names)) if draw(st.booleans()) else frozenset(f"n{n}" for n in range(9))
+    applied = draw(st.dictionaries(names, st.integers(0, 2000)))
+    addresses = draw(st.sampled_from([frozenset(), frozenset({ip_address("192.168.1.77")})]))
+    return Living(asked=asked, applied=applied), {"addresses": addresses}
+
+
 def all_plans(topology: Topology) -> dict[str, HostPlan]:
     return {name: by_way_out(host_plan(topology, name), topology, outside=()) for name in topology.snapshot.nodes}
 
@@ -265,7 +298,7 @@ def test_everyone_reaches_everyone_and_nothing_crosses_locations_in_clear(world:
 
 
 @settings(QUICK, max_examples=90)
-@given(worlds() | sites() | mixed())
+@given(worlds() | sites() | mixed() | with_old_agents())
 def test_every_internal_ip_that_is_routed_is_reached_and_answers(world: Snapshot) -> None:
     topology = build_topology(world)
     plans = all_plans(topology)
@@ -275,7 +308,8 @@ def test_every_internal_ip_that_is_routed_is_reached_and_answers(world: Snapshot
             continue
         for ip in world.nodes[other].internal_ips:
             route = plans[one].routes.get(host_network(ip.ip))
-            if not routed_at(ip.ip, there, here, world.granularity):
+            if world.nodes[one].underlay is None or not routed_at(ip.ip, there, here, world.granularity):
+                # An agent that does not know the setting routes none.
                 assert route is None or host_network(ip.ip) in there.networks
                 continue
             out = way_to(world.nodes[one], here.leader, ip.version) if one != here.leader.name else True
@@ -303,6 +337,43 @@ def test_every_internal_ip_that_is_routed_is_reached_and_answers(world: Snapshot
                 for step in hops:
                     same = topology.segment_of(step.source) is topology.segment_of(step.target)
                     assert step.encrypted or same, (str(path), str(answer))
+
+
+@settings(QUICK, max_examples=60)
+@given(worlds(tame=False) | worlds())
+def test_two_nodes_encrypt_in_both_directions_or_in_none_and_what_is_in_clear_is_named(world: Snapshot) -> None:
+    nodes = {
+        name: evolve(node, underlay=node.underlay or (), encryption=EncryptionStage.SENDS)
+        for name, node in world.nodes.items()
+    }
+    world = evolve(world, nodes=nodes, internal_ips=InternalIPs.ENCRYPTED)
+    topology = build_topology(world)
+    living = Living(asked=frozenset(nodes))
+    wanted = {
+        name: encrypt(host_plan(topology, name), topology, outside=Outside(), living=living).encryption
+        for name in nodes
+    }
+    through: dict[str, set[IPNetwork]] = {}
+    for name, one in wanted.items():
+        assert one is not None
+        assert {host_network(address) for address in one.refuse} <= {*one.send, *one.hold}, "who is refused is sent to"
+        through[name] = {*one.send, *one.hold}
+    places, _ = Places().after(topology)
+    named = {str(entry.network) for entry in topology.unrouted}
+    for one, other in permutations(nodes, 2):
+        here, there = topology.segment_of(one), topology.segment_of(other)
+        if not exchanged(here, there, world.granularity):
+            continue
+        for version in (4, 6):
+            ours, theirs = (
+                {a.network for a in places.of[segment.key].of[name] if a.address.version == version}
+                for segment, name in ((here, one), (there, other))
+            )
+            if ours and through[other] & ours and theirs and not through[one] & theirs:
+                raise AssertionError((one, other, version))
+            for network in theirs - through[one]:
+                if here.links.hold(version, int(network.network_address)) and not ours & through[other]:
+                    assert named & set(map(str, ours | theirs)), (one, other, network)
 
 
 @settings(QUICK, max_examples=60)
@@ -415,11 +486,14 @@ def test_what_every_plan_keeps_to(world: Snapshot) -> None:
 
 
 @settings(QUICK, max_examples=40)
-@given(histories())
-def test_the_difference_gives_what_the_whole_gives(history: list[Snapshot]) -> None:
+@given(histories(), st.lists(around_a_host(), min_size=1, max_size=3))
+def test_the_difference_gives_what_the_whole_gives(
+    history: list[Snapshot], words: list[tuple[Living, dict[str, Any]]]
+) -> None:
     topology: Topology | None = None
     plans: dict[str, HostPlan] = {}
     guarded: dict[str, HostPlan] = {}
+    encrypted: dict[str, HostPlan] = {}
     protected = [ip_network("172.17.0.8/32"), ip_network("fd00:9::1/128")]
     for step, world in enumerate(history):
         fresh = build_topology(world)
@@ -437,6 +511,14 @@ def test_the_difference_gives_what_the_whole_gives(history: list[Snapshot]) -> N
                 result = guard(plans[name], protected, guarded.get(name))
                 assert result == guard(expected, protected)
                 guarded[name] = result
+                # The last plan, if there is one, or that of another host.
+                before = encrypted.get(name) or next(iter(encrypted.values()), None)
+                last_word = words[(step + len(name)) % len(words)]
+                around = Outside(sources=tuple(ip.ip for ip in world.nodes[name].internal_ips), **last_word[1])
+                result = encrypt(result, topology, outside=around, living=last_word[0], previous=before)
+                assert result == encrypt(guard(expected, protected), fresh, outside=around, living=last_word[0])
+                assert awaited(result) == waited_for(fresh, name, last_word[0])
+                encrypted[name] = result
 
 
 keys = st.integers(0, 30)

@@ -128,6 +128,7 @@ class Answerer:
                         except kernel.KernelError as error:
                             # Caught in here: a nursery would make a group of it.
                             trouble.append(str(error))
+            trouble += await self._kernel.bypasses()
             if plan is not None and plan.forwarding:
                 for one in await self._kernel.obstacles():
                     # On a member they harm nobody until it leads.

@@ -29,6 +29,7 @@ from kilo_etcd.model import (
     InternalIPs,
     IPNetwork,
 )
+from kilo_etcd.topology.hostplan import Exemption
 
 T = TypeVar("T")
 E = TypeVar("E", bound=StrEnum)
@@ -87,6 +88,8 @@ class AgentConfig:
     """What this agent puts into an empty etcd (None: not given, so `location`); after that the mesh's own counts."""
     internal_ips: InternalIPs | None = None
     """The same for what of the internal IPs' traffic travels in the tunnels; None: `routed`."""
+    clear: tuple[Exemption, ...] = ()
+    """What is said to other nodes in clear although `encrypted` is in force."""
     subnets: tuple[IPNetwork, ...] = (ip_network(DEFAULT_SUBNET),)
     """At most one per family, never empty; for an empty etcd too."""
     subnets_given: bool = False
@@ -140,6 +143,7 @@ class AgentConfig:
         port: str = str(DEFAULT_PORT),
         mesh_granularity: str = "",
         internal_ips: str = "",
+        clear: str | Iterable[str] = (),
         subnet: str | Iterable[str] = "",
         encapsulate: str = "crosssubnet",
         mtu: str = "auto",
@@ -178,6 +182,7 @@ class AgentConfig:
                 "--mesh-granularity", lambda: _one_of(Granularity, mesh_granularity) if mesh_granularity else None
             ),
             internal_ips=read("--internal-ips", lambda: _one_of(InternalIPs, internal_ips) if internal_ips else None),
+            clear=read("--clear", lambda: tuple(map(Exemption.parse, _items(clear)))),
             subnets=read("--subnet", lambda: parse_subnets(subnet if chosen else DEFAULT_SUBNET)),
             subnets_given=chosen,
             encapsulate=read("--encapsulate", lambda: _one_of(Encapsulate, encapsulate)),

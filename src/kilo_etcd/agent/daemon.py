@@ -27,6 +27,7 @@ from kilo_etcd.agent.candidacy import Candidacy
 from kilo_etcd.agent.config import AgentConfig, too_small_for
 from kilo_etcd.agent.counted import counted
 from kilo_etcd.agent.dnshosts import DnsHosts, WriteNames
+from kilo_etcd.agent.encrypting import Encrypting
 from kilo_etcd.agent.hearing import Hearing
 from kilo_etcd.agent.hearsay import Hearsay, followed
 from kilo_etcd.agent.lastknown import Disk, Keeper
@@ -46,6 +47,7 @@ from kilo_etcd.backoff import RepairBackoff
 from kilo_etcd.kernel.state import Observed
 from kilo_etcd.model import Granularity, InternalIPs, IPNetwork, MeshSettings, Snapshot
 from kilo_etcd.topology import Topology, UnknownNode, build_topology, host_plan
+from kilo_etcd.topology.encryption import Report
 from kilo_etcd.topology.guard import guard
 from kilo_etcd.topology.hostplan import HostPlan
 from kilo_etcd.topology.reach import withhold
@@ -257,6 +259,10 @@ class Daemon:
             write_names, wanted=config.dns_hosts, prefix=config.prefix, log=self.log, once=self.once,
             on_trouble=self._publish_again,
         )  # fmt: skip
+        self._encrypting = Encrypting(
+            config, client, self.keys, self.once, disk=disk, register=self._report_stage, keep=self.keeper.flush,
+            nudge=self._nudge,
+        )  # fmt: skip
 
     # -- life -----------------------------------------------------------------------------------------------
 
@@ -334,6 +340,8 @@ class Daemon:
         if not followed:
             await nursery.start(self.resolver.run)
             await nursery.start(self.mirror.run)
+        # Where the last agent was with the switch to `encrypted`, the kernel still is, or is to be again.
+        self.whereabouts.report = await self._insist(self._reported)
         # Not before: etcd may have kept us waiting, and the network may have come meanwhile.
         record = await self.whereabouts.look()
         await self._insist(lambda: self.session.register(record))
@@ -351,6 +359,7 @@ class Daemon:
             self._answer_questions,
             self._hearing.run,
             self._follow_obstacles,
+            self._encrypting.run,
             self.keeper.run,
         ):
             nursery.start_soon(task)
@@ -447,6 +456,31 @@ class Daemon:
             return settings
         return settings._replace(subnets=await self.session.subnets_in_force(settings.subnets))
 
+    async def _reported(self) -> Report:
+        """What this host's record in etcd says of the switch to `encrypted`."""
+        found = await self.client.get(self.keys.node(self.name))
+        if found is None:
+            return Report()
+        try:
+            record = store.decode_node(found.value)
+        except store.RecordError:
+            return Report()
+        if record.public_key != self.public_key:
+            return Report()
+        return Report(stage=record.encryption, accepts_since=record.accepts_since or 0)
+
+    async def _report_stage(self, report: Report) -> bool:
+        self.whereabouts.report = report
+        await self.whereabouts.look_again(register=True)
+        record = self.whereabouts.record
+        said = record is not None and (record.encryption, record.accepts_since or 0) == (
+            report.stage,
+            report.accepts_since,
+        )
+        if said:
+            self.log.info("encryption stage reported", stage=report.stage or "none")
+        return said
+
     def _fits(self, snapshot: Snapshot) -> str | None:
         return too_small_for(self.config.mtu, snapshot.subnets)
 
@@ -499,6 +533,7 @@ class Daemon:
                 await self._dns_hosts.remove()
             try:
                 await self.keeper.forget()
+                await self._encrypting.forget()
             except OSError as failure:
                 self.log.warning("the last known mesh could not be removed from disk", error=str(failure))
             self.log.info("cleaned up", changes=len(changes))
@@ -667,6 +702,14 @@ class Daemon:
         )
         guarded = guard(resolved, self.protected(), self.guarded, offered_by=self.topology.settlement.offered_by)
         plan = await self._within_reach(self._at_the_internet(guarded, self.topology), self.topology)
+        self._encrypting.withdraw()
+        if self._encrypting.concerns(self.topology):
+            await self._encrypting.prepare(self.topology, etcd_away=self.remembered is not None)
+            self.resolver.networks(self._encrypting.etcd_urls)
+            plan = self._encrypting.encrypt(
+                plan, self.topology, sources=self.whereabouts.sources, addresses=self.whereabouts.addresses,
+                table=self.resolver.table,
+            )  # fmt: skip
         standby = decide.is_standby(decide.role_of(self.topology, self.name), plan)
         before = self.kernel.writes
         try:
@@ -715,6 +758,7 @@ class Daemon:
         self._lookout.follow(plan)
         if self._dns_hosts is not None:
             self._dns_hosts.follow(self.topology, guarded, fresh=fresh)
+        self._encrypting.follow(self.topology, plan, whole=not report.failures)
         self._witness.follow(self.topology)
         if self.remembered is None or snapshot is not self.remembered.snapshot:
             self.keeper.note(snapshot, self._holdings)

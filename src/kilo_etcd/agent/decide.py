@@ -226,11 +226,6 @@ def disagreements(
             f"--internal-ips={internal_ips}{_NOT_IN_FORCE}setting is {snapshot.internal_ips} "
             "(etcd's mesh/internal-ips decides; kgctl mesh set internal-ips changes it)"
         )
-    if snapshot.internal_ips is InternalIPs.ENCRYPTED:
-        found.append(
-            "internal-ips=encrypted is not in force: this version of the agent only routes internal IPs, and packets "
-            "between hosts of one network go there in clear; kgctl mesh set internal-ips routed (or off)"
-        )
     wanted = {str(subnet) for subnet in subnets}
     actual = {str(subnet) for subnet in snapshot.subnets}
     if wanted and wanted != actual:

@@ -15,12 +15,14 @@ from attrs import evolve
 from kilo_etcd import etcd, kernel, store
 from kilo_etcd.agent import discover, privatekey
 from kilo_etcd.agent.config import AgentConfig, too_small_for
+from kilo_etcd.agent.encrypting import concerns, outside, read_members
 from kilo_etcd.agent.hostnames import known_names
 from kilo_etcd.agent.logs import MOST_NAMED
 from kilo_etcd.agent.resolve import names_of, resolve_once, resolve_plan
 from kilo_etcd.model import InternalIPs, Node, Snapshot
 from kilo_etcd.store.claims import candidates
 from kilo_etcd.topology import UnknownNode, build_topology, host_plan
+from kilo_etcd.topology.encryption import encrypt
 from kilo_etcd.topology.guard import guard
 from kilo_etcd.topology.wayout import at_gateway, by_way_out
 
@@ -69,6 +71,9 @@ async def dry_run(config: AgentConfig, client: etcd.Client, setup: Callable[[Age
     within = plan
     plan = at_gateway(plan, facts.underlay(), facts.families())
     plan = by_way_out(plan, topology, outside=etcd_at, sources=facts.sources(), unresolved=unresolved)
+    if concerns(topology, config.hostname):
+        around = outside(config, read_members(config.state_dir), facts.sources(), table)
+        plan = encrypt(plan, topology, outside=around)
     for problem in plan.problems:
         click.echo(f"# {problem.text}")
     async with kernel.open_kernel(setup(config, private)) as device:

@@ -61,6 +61,7 @@ class Keeper:
         self._noted: Snapshot | None = None
         self._holdings: Callable[[], store.Holdings | None] = lambda: None
         self._due = trio.Event()
+        self._writing = trio.Lock()
 
     async def read(self) -> Kept | None:
         """What is kept, if it is of use; if it is not, that is said."""
@@ -108,11 +109,16 @@ class Keeper:
 
     async def flush(self) -> float:
         """Write now what is noted and not written yet; the seconds to leave it alone."""
-        disk, holdings = self._disk, self._holdings()
-        if disk is None or holdings is None or not self._due.is_set():
-            self._due = trio.Event()
+        async with self._writing:
+            return await self._flush()
+
+    async def _flush(self) -> float:
+        if not self._due.is_set():
             return 0.0
         self._due = trio.Event()
+        disk, holdings = self._disk, self._holdings()
+        if disk is None or holdings is None:
+            return 0.0
         began = time.monotonic()
         try:
             await disk.run(lambda: save(disk.path, self._identity, holdings, now=disk.clock()))

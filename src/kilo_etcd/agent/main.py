@@ -22,6 +22,7 @@ from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.agent.daemon import Daemon, Fatal, Reload, StoppedAtOnce
 from kilo_etcd.agent.dnshosts import writer
 from kilo_etcd.agent.dryrun import dry_run
+from kilo_etcd.agent.encrypting import remove_members
 from kilo_etcd.agent.hostsfile import HostsFileError
 from kilo_etcd.agent.logs import get_logger, setup_logging
 from kilo_etcd.agent.metrics import Metrics
@@ -172,6 +173,7 @@ async def _cleanup(config: AgentConfig) -> None:
             click.echo(f"kg: the names of the mesh stay in the hosts file: {error}", err=True)
         try:
             cachefile.remove(config.state_dir)
+            remove_members(config.state_dir)
         except OSError as error:
             click.echo(f"kg: the last known mesh stays in {config.state_dir}: {error.strerror}", err=True)
         if unusable is not None:

@@ -111,6 +111,13 @@ _AGENT = (
         choices=tuple(InternalIPs),
     ),
     _flag(
+        "--clear",
+        "",
+        "What this host and other nodes may say to each other in clear under internal-ips=encrypted, such as "
+        "tcp/22@10.0.0.0/24 (PROTOCOL[/PORT]@NETWORK); several times or comma-separated.",
+        several=True,
+    ),
+    _flag(
         "--subnet",
         "",
         "The network of the mesh addresses, where etcd does not say it yet; one per family, comma-separated "

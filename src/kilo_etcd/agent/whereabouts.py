@@ -17,6 +17,7 @@ from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.agent.logs import Logger, Once
 from kilo_etcd.agent.underlay import Reached
 from kilo_etcd.model import IPAddress, IPNetwork
+from kilo_etcd.topology.encryption import Report
 
 
 class Whereabouts:
@@ -46,6 +47,8 @@ class Whereabouts:
         """Whether the session may hold another record than `record`."""
         self.subnets: tuple[IPNetwork, ...] = ()
         self.record: store.NodeRecord | None = None
+        self.report = Report()
+        """What the record says of the switch to `encrypted`."""
         self.underlay: tuple[IPNetwork, ...] = ()
         self.sources: tuple[IPAddress, ...] = ()
         """The host's own addresses on the underlay."""
@@ -78,7 +81,12 @@ class Whereabouts:
                         self._untold = True
                         await self._session.register(found)
                         self._untold = False
-                    alike = self.record is not None and found == evolve(self.record, underlay=found.underlay)
+                    alike = self.record is not None and found == evolve(
+                        self.record,
+                        underlay=found.underlay,
+                        encryption=found.encryption,
+                        accepts_since=found.accepts_since,
+                    )
                     self._keep(found, () if alike else reasons)
             except (etcd.EtcdError, store.NameTaken) as error:
                 self._once.warning("addresses", "the changed addresses are not registered yet", error=str(error))
@@ -112,6 +120,8 @@ class Whereabouts:
             more_endpoints=chosen.more_endpoints,
             internal_ips=chosen.internal_ips,
             underlay=stated,
+            encryption=self.report.stage,
+            accepts_since=self.report.accepts_since or None,
             location=location or "",
             port=config.port,
             persistent_keepalive=config.persistent_keepalive,

@@ -23,6 +23,7 @@ from kilo_etcd.ctl.live import Live, Pair, differs, gather, pairs, tunnels
 from kilo_etcd.ctl.output import output_option
 from kilo_etcd.ctl.render import clean
 from kilo_etcd.ctl.report import (
+    DROPPED,
     NOT_IN_FORCE,
     Report,
     grouped_unrouted,
@@ -32,6 +33,7 @@ from kilo_etcd.ctl.report import (
     unrouted_sentence,
 )
 from kilo_etcd.etcd.api import Client, EtcdError
+from kilo_etcd.model import InternalIPs
 from kilo_etcd.store import operator
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import StatusRecord
@@ -98,6 +100,7 @@ def findings(found: Examined) -> tuple[Finding, ...]:
     every = (
         *_etcd(found.members),
         *_agents(found.report, known),
+        *_mode(found.report),
         *_records(found.report),
         *_hosts(found),
         *_packets(found, known),
@@ -183,6 +186,19 @@ def _agents(found: Report, known: Silence | None = None) -> Iterator[Finding]:
         yield Finding(
             severity=Severity.NOTE, subject="agents", text=f"different versions run: {said}",
             remedy="upgrade the older ones when it suits",
+        )  # fmt: skip
+
+
+def _mode(found: Report) -> Iterator[Finding]:
+    for remark in found.urgent:
+        # Of tunnels `_tunnel` tells, with the remedy.
+        if DROPPED not in remark.text:
+            yield Finding(severity=Severity.ERROR, subject=remark.subject, text=remark.text)
+    if found.switch is not None:
+        yield Finding(
+            severity=Severity.NOTE, subject="internal-ips",
+            text=f"the switch to {found.internal_ips} is under way: {found.switch}",
+            remedy="journalctl -u kilo-etcd on those that it waits for; kgctl node forget those that are gone for good",
         )  # fmt: skip
 
 
@@ -303,11 +319,12 @@ def _may_lead(topology: Topology, name: str) -> bool:
 
 
 def _tunnel(topology: Topology, pair: Pair) -> Finding:
+    dropped = topology.internal_ips is InternalIPs.ENCRYPTED
     one, other = ends = [topology.snapshot.nodes[name] for name in (pair.one, pair.other)]
     ports = " and ".join(f"UDP {node.endpoint} to {node.name}" for node in ends if node.endpoint is not None)
     return Finding(
         severity=Severity.ERROR, subject=f"{pair.one} - {pair.other}",
-        text=f"no tunnel between them: {pair.last}",
+        text=f"no tunnel between them: {pair.last}" + (f"; {DROPPED}" if dropped else ""),
         remedy=(
             f"{REMEDY}; kgctl status says what their hosts know of it"
             if hidden_pair(one, other) is not None

@@ -11,9 +11,10 @@ from math import comb
 
 from kilo_etcd.ctl.render import clean, shown_location
 from kilo_etcd.ctl.report import grouped_unrouted, unrouted_remarks, unrouted_sentence
-from kilo_etcd.model import Granularity, Node, Snapshot
+from kilo_etcd.model import Granularity, InternalIPs, Node, Snapshot
 from kilo_etcd.topology import Segment, Topology, build_topology
 from kilo_etcd.topology.graph import EdgeKind, edges
+from kilo_etcd.topology.unaware import unaware_problems
 from kilo_etcd.topology.wayout import trouble_of
 
 MOST_REASONS = 4
@@ -27,6 +28,7 @@ def consequences(before: Snapshot, after: Snapshot) -> tuple[str, ...]:
     old, new = build_topology(before), build_topology(after)
     return (
         *_mesh(before, after),
+        *_internal_ips(old, new),
         *_nodes(before, after),
         *_leaders(old, new),
         *_tunnels(old, new),
@@ -94,6 +96,37 @@ def _mesh(before: Snapshot, after: Snapshot) -> Iterator[str]:
         yield f"granularity: {before.granularity} becomes {after.granularity}"
     if before.internal_ips is not after.internal_ips:
         yield f"internal-ips: {before.internal_ips} becomes {after.internal_ips}"
+
+
+def _internal_ips(old: Topology, new: Topology) -> Iterator[str]:
+    """What becomes of packets between nodes if the setting is another."""
+    was, becomes = old.internal_ips, new.internal_ips
+    if old.snapshot.internal_ips is new.snapshot.internal_ips or was is becomes:
+        return
+    nodes = f"{len(new.snapshot.nodes)} node{'' if len(new.snapshot.nodes) == 1 else 's'}"
+    if becomes is InternalIPs.ENCRYPTED:
+        yield (
+            f"the agents of {nodes} switch one by one, so that no packet is lost: each takes packets from the tunnels, "
+            "then sends into them, then refuses what comes in clear; kgctl status says who is waited for"
+        )
+        yield (
+            "from then on nodes of different segments say nothing to each other in clear but etcd's, WireGuard's and "
+            "the agents' own packets, ICMP errors, DHCP and what --clear lists; where a tunnel is down packets are "
+            "dropped; multicast and broadcast between these nodes are refused"
+        )
+    elif was is InternalIPs.ENCRYPTED:
+        yield (
+            f"packets between the endpoints and internal IPs of {nodes} go in clear again, from the moment on that "
+            "both ends have gone back: each first takes what comes in clear, then sends it"
+        )
+    if becomes is InternalIPs.OFF:
+        yield (
+            f"packets for internal IPs of other segments leave the tunnels: the hosts' own routes lead them, in clear, "
+            f"or nowhere ({sum(len(segment.internal) for segment in old.segments.values())} addresses)"
+        )
+    elif was is InternalIPs.OFF:
+        count = sum(len(segment.internal) for segment in new.segments.values())
+        yield f"packets for internal IPs of other segments go into the tunnels ({count} addresses), at once"
 
 
 def _nodes(before: Snapshot, after: Snapshot) -> Iterator[str]:
@@ -194,7 +227,14 @@ def _troubles(topology: Topology) -> list[str]:
         for name, node in sorted(topology.snapshot.nodes.items())
         if node.way_out and (text := trouble_of(topology, name)) is not None
     ]
-    return aside + [f"{clean(problem.subject)}: {clean(problem.text)}" for problem in topology.problems] + stuck
+    return (
+        aside
+        + [
+            f"{clean(problem.subject)}: {clean(problem.text)}"
+            for problem in (*topology.problems, *unaware_problems(topology))
+        ]
+        + stuck
+    )
 
 
 def _listed(items: Iterable[object]) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 from kilo_etcd.topology.graph import Edge, EdgeKind, EdgeState, clusters, edges, ordered
 from kilo_etcd.topology.segments import Topology
+from kilo_etcd.topology.stages import switch
 
 
 class CannotDraw(Exception):
@@ -43,7 +44,9 @@ def picture(dot: str, kind: str, engine: str = "circo") -> bytes:
 
 def mermaid(topology: Topology, states: Mapping[Edge, EdgeState]) -> str:
     """A Mermaid flowchart. Names stand in labels only, escaped; ids are numbers."""
+    far = switch(topology)
     title = f"{', '.join(map(str, topology.snapshot.subnets))}; internal-ips {topology.internal_ips}"
+    title += f" ({far})" if far is not None else ""
     lines = ["---", f'title: "{title}"', "---", "flowchart LR"]
     ids: dict[tuple[str, str], str] = {}
     for number, cluster in enumerate(clusters(topology)):
@@ -90,6 +93,7 @@ def graph_json(topology: Topology, states: Mapping[Edge, EdgeState]) -> str:
             "subnets": list(map(str, topology.snapshot.subnets)),
             "granularity": topology.snapshot.granularity.value,
             "internalIps": topology.internal_ips.value,
+            "switch": None if (far := switch(topology)) is None else str(far),
             "clusters": [
                 {"location": cluster.label, "nodes": [node.name for node in cluster.nodes]}
                 for cluster in clusters(topology)

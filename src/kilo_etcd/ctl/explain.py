@@ -21,6 +21,7 @@ from kilo_etcd.ctl.output import output_option, show
 from kilo_etcd.ctl.render import Table, clean, shown_location
 from kilo_etcd.ctl.trace import Journey, Plans, Unknown, Way, ends, explain, internal_journeys, met
 from kilo_etcd.model import Snapshot
+from kilo_etcd.topology.unaware import unaware_problems
 
 
 @frozen(kw_only=True)
@@ -28,6 +29,8 @@ class Explanation:
     """All that `kgctl explain` has to say. `remarks` are about the hosts on the way: (name, sentence)."""
 
     journeys: tuple[Journey, ...]
+    urgent: tuple[str, ...] = ()
+    """Errors of the mesh as a whole, to be said before all else."""
     internal: tuple[Journey, ...] = ()
     """To the internal IPs of the node at the far end, if that is one and was asked for by its name."""
     remarks: tuple[tuple[str, str], ...] = ()
@@ -79,7 +82,8 @@ def explain_command(mesh: Mesh, source: str, target: str, output: str, live: boo
         said = mesh.ask(partial(gather, names=names & statuses.keys(), targets=ends((*journeys, *internal), snapshot)))
         against = tuple(dict.fromkeys(one for one in doubts(journeys, topology, statuses, said) if one not in remarks))
     journeys, internal = (weigh(which, source, plans, said) for which in (journeys, internal))
-    found = Explanation(journeys=journeys, internal=internal, remarks=remarks, live=against)
+    urgent = tuple(problem.text for problem in unaware_problems(topology))
+    found = Explanation(urgent=urgent, journeys=journeys, internal=internal, remarks=remarks, live=against)
     if output == "json":
         click.echo(explanation_json(found))
     else:
@@ -89,6 +93,8 @@ def explain_command(mesh: Mesh, source: str, target: str, output: str, live: boo
 
 
 def _print(found: Explanation, source: str, snapshot: Snapshot) -> None:
+    for text in found.urgent:
+        click.echo(f"error: {clean(text)}")
     for journey in found.journeys:
         show(journey_tables(journey, snapshot), clean(journey_heading(journey)))
         click.echo()
@@ -184,6 +190,7 @@ def internal_table(journeys: tuple[Journey, ...], *, live: bool = False) -> Tabl
     for journey in journeys:
         there = journey.there
         way = ", ".join(f"{step.target} ({step.medium})" for step in there.steps)
+        tables = "; ".join(dict.fromkeys(step.table for step in there.steps))
         outcome = journey_heading(journey).removeprefix(_start(journey))
         if there.unrouted:
             outcome = f"not routed: {there.unrouted}"
@@ -193,7 +200,7 @@ def internal_table(journeys: tuple[Journey, ...], *, live: bool = False) -> Tabl
                 there.destination,
                 there.source,
                 way or "-",
-                there.steps[0].table if there.steps else "-",
+                tables or "-",
                 *((there.taken or "-", tried) if live else ()),
                 outcome,
             )
@@ -240,6 +247,7 @@ def explanation_json(found: Explanation) -> str:
     return json.dumps(
         {
             "works": found.works,
+            "urgent": list(found.urgent),
             "journeys": told(found.journeys),
             "internal": told(found.internal),
             "remarks": [{"node": name, "text": text} for name, text in found.remarks],

@@ -19,9 +19,9 @@ from kilo_etcd.ctl.arrivals import losses, narrow
 from kilo_etcd.ctl.causes import silence
 from kilo_etcd.ctl.internal_arrivals import internal_losses
 from kilo_etcd.ctl.live import Live, LiveTunnel, ago, differs, pairs, tunnels
-from kilo_etcd.ctl.report import contradictions
+from kilo_etcd.ctl.report import DROPPED, contradictions
 from kilo_etcd.ctl.trace import MEDIUM, Journey, Plans, Step, Way
-from kilo_etcd.model import IPAddress
+from kilo_etcd.model import InternalIPs, IPAddress
 from kilo_etcd.store.records import StatusRecord
 from kilo_etcd.store.said import about_status_key
 from kilo_etcd.topology.hostplan import Via
@@ -90,7 +90,8 @@ class _Known:
             return ""
         heard = [end.handshake for end in ends if end.handshake is not None]
         last = f"last handshake {ago(min(heard))} ago" if heard else "no handshake yet"
-        return f"the tunnel between {source} and {target} has no session: {last}"
+        dropped = f"; {DROPPED}" if self.topology.internal_ips is InternalIPs.ENCRYPTED else ""
+        return f"the tunnel between {source} and {target} has no session: {last}{dropped}"
 
     def doubt(self, name: str, destination: IPAddress | None, *, forwards: bool) -> str:
         """Why packets may not get through a host, which `forwards` them or is an end; empty: nothing is known."""

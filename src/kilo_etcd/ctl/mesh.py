@@ -4,6 +4,7 @@ subnets."""
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from enum import StrEnum
 
 import click
@@ -20,6 +21,7 @@ from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import encode_adoption
 from kilo_etcd.store.view import View
 from kilo_etcd.topology import build_topology
+from kilo_etcd.topology.stages import switch
 
 
 @click.group("mesh")
@@ -36,13 +38,19 @@ mesh_group.add_command(part_command)
 @click.pass_obj
 def show_command(mesh: Mesh, output: str) -> None:
     """Show granularity, subnets, internal-ips, and how many nodes, locations and peers there are."""
-    snapshot = mesh.ask(operator.snapshot)[0]
+
+    async def look(client: Client, keys: Keys) -> tuple[Snapshot, Collection[str]]:
+        return (await operator.snapshot(client, keys))[0], await operator.statuses(client, keys)
+
+    snapshot, living = mesh.ask(look)
     topology = build_topology(snapshot)
+    far = switch(topology, living)
     found = {
         "granularity": snapshot.granularity.value,
         "subnets": [str(subnet) for subnet in snapshot.subnets],
         "internalIps": snapshot.internal_ips.value,
         "internalIpsInForce": topology.internal_ips.value,
+        "switch": None if far is None else str(far),
         "nodes": len(snapshot.nodes),
         "locations": len({node.location for node in snapshot.nodes.values()}),
         "peers": len(snapshot.peers),
@@ -54,8 +62,9 @@ def show_command(mesh: Mesh, output: str) -> None:
         return
     if not snapshot.subnets:
         raise Failure(f"there is no mesh under {mesh.prefix} yet: the first agent makes it")
-    found["internalIps"] = shown_internal_ips(snapshot.internal_ips, topology.internal_ips, len(topology.unaware))
-    del found["internalIpsInForce"]
+    shown = shown_internal_ips(snapshot.internal_ips, topology.internal_ips, len(topology.unaware))
+    found["internalIps"] = shown if far is None else f"{shown} ({far})"
+    del found["internalIpsInForce"], found["switch"]
     names = {"internalIps": "internal-ips", "setAside": "records set aside"}
     for name, value in found.items():
         shown = ", ".join(value) if isinstance(value, list) else str(value)
@@ -77,8 +86,8 @@ def set_command(mesh: Mesh, what: str, value: str, dry_run: bool, yes: bool) -> 
     """Set what holds for the whole mesh; both are switched live.
 
     granularity: location, full or cross; the switch has a short gap everywhere. internal-ips: routed (what goes to
-    internal IPs of other segments travels in the tunnels), or off (mesh addresses and offered networks only). The value
-    encrypted is kept for a later version: until then agents do as with routed and report an error.
+    internal IPs of other segments travels in the tunnels), encrypted (and nothing between two segments' nodes travels
+    in clear), or off (mesh addresses and offered networks only).
     """
     if what == "subnets":
         raise Failure(

@@ -58,6 +58,7 @@ def status_tables(report: Report) -> tuple[Table, ...]:
     from kilo_etcd.ctl.report import grouped_unrouted
 
     tables = (
+        Table("What is wrong with the mesh", ("SUBJECT", "ERROR"), _remarks(report.urgent)),
         Table(
             "Nodes",
             ("NODE", "LOCATION", "MESH ADDRESS", "INTERNAL IP", "ENDPOINT", "ROLE", "AGENT", "REVISION"),
@@ -139,7 +140,7 @@ def status_heading(report: Report) -> str:
     alive = sum(row.alive for row in report.nodes)
     parts = [
         f"granularity {report.granularity}",
-        f"internal-ips {shown_internal_ips(report.internal_ips, report.internal_ips_in_force, len(report.unaware))}",
+        f"internal-ips {shown_mode(report)}",
         f"subnets {', '.join(report.subnets) or NONE}",
         f"{len(report.nodes)} node{'' if len(report.nodes) == 1 else 's'}, {alive} alive",
         f"revision {report.revision}",
@@ -151,12 +152,16 @@ def status_heading(report: Report) -> str:
     return "; ".join(parts)
 
 
+def shown_mode(report: Report) -> str:
+    """The setting internal-ips, what is in force, and how far the switch to `encrypted` or back is."""
+    shown = shown_internal_ips(report.internal_ips, report.internal_ips_in_force, len(report.unaware))
+    return shown if report.switch is None else f"{shown} ({clean(str(report.switch))})"
+
+
 def shown_internal_ips(setting: str, in_force: str, unaware: int) -> str:
     """The setting internal-ips, and what is in force as long as `unaware` agents do not know it."""
     if setting == in_force:
         return setting
-    if not unaware:
-        return f"{in_force} ({setting} is not in force: this version does not know it)"
     return f"{in_force} ({setting} waits for {unaware} agent{'' if unaware == 1 else 's'})"
 
 

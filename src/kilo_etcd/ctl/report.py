@@ -13,12 +13,14 @@ from attrs import field, frozen
 
 from kilo_etcd.agent.decide import about_flag
 from kilo_etcd.ctl.label import oddity
-from kilo_etcd.model import Candidate, IPAddress, Node, SetAside, Snapshot
+from kilo_etcd.model import Candidate, InternalIPs, IPAddress, Node, SetAside, Snapshot
 from kilo_etcd.store.keys import Keys, NodeKey
 from kilo_etcd.store.records import Role, StatusRecord
 from kilo_etcd.store.view import View
 from kilo_etcd.topology.reach import called_location
 from kilo_etcd.topology.segments import Segment, Topology, build_topology
+from kilo_etcd.topology.stages import Switch, switch
+from kilo_etcd.topology.unaware import unaware_problems
 from kilo_etcd.topology.unrouted import private_leaders
 from kilo_etcd.topology.verdicts import sentence
 
@@ -27,9 +29,9 @@ if TYPE_CHECKING:
 
 NOT_IN_FORCE = "not in force"
 """The role of a node that is registered and yet no part of the mesh: it has no address yet, or is set aside."""
-MOST_UNAWARE = 10
 """Nodes whose agents are to be upgraded that are named; the others are counted."""
 MOST_SUBJECTS = 3
+DROPPED = "under internal-ips=encrypted packets for there are dropped, not sent in clear"
 """Of which the same is said, that are named in one line."""
 UNREGISTERED = "not registered"
 """The role of an agent that reports but has no record."""
@@ -143,6 +145,10 @@ class Report:
     internal_ips_in_force: str
     unaware: tuple[str, ...] = ()
     """The nodes whose agents do not know the setting: it is not in force before they do, or are forgotten."""
+    switch: Switch | None = None
+    """How far the switch to `encrypted`, or back, is; None: nothing of it is under way."""
+    urgent: tuple[Remark, ...] = ()
+    """Errors of the mesh as a whole, to be said before all else."""
     nodes: tuple[NodeRow, ...] = ()
     locations: tuple[LocationRow, ...] = ()
     peers: tuple[str, ...] = ()
@@ -193,7 +199,8 @@ def report(
     if topology is None:
         topology = build_topology(snapshot)
     names = sorted(name for name in {*snapshot.nodes, *registered, *statuses} if about is None or name in about)
-    everyones = {problem.text for problem in topology.problems}
+    urgent = unaware_problems(topology)
+    everyones = {problem.text for problem in (*topology.problems, *urgent)}
     return Report(
         revision=newest,
         granularity=snapshot.granularity.value,
@@ -201,6 +208,11 @@ def report(
         internal_ips=snapshot.internal_ips.value,
         internal_ips_in_force=topology.internal_ips.value,
         unaware=tuple(sorted(topology.unaware)),
+        switch=switch(topology, statuses),
+        urgent=(
+            *(Remark(subject=problem.subject, text=problem.text, about=problem.about) for problem in urgent),
+            *(_cut_off(topology, live) if live is not None else ()),
+        ),
         nodes=tuple(_node_row(name, topology, statuses.get(name), newest, name in registered) for name in names),
         locations=_location_rows(topology, statuses),
         peers=tuple(sorted(topology.peers)),
@@ -284,19 +296,25 @@ def _flags(names: Iterable[str], statuses: Mapping[str, StatusRecord]) -> tuple[
 
 def unrouted_remarks(topology: Topology) -> Iterator[UnroutedRemark]:
     """Which internal IPs are not routed although the setting asks for it, and why."""
-    setting, unaware = topology.snapshot.internal_ips, sorted(topology.unaware)
-    if setting is not topology.internal_ips:
-        yield UnroutedRemark(
-            subject="internal-ips",
-            text=f"{setting} is set, and {topology.internal_ips} is in force until every agent knows the setting: "
-            f"upgrade the agents on {_first_of(unaware, MOST_UNAWARE)}, or forget the nodes (kgctl node forget)",
-        )
     for one in topology.unrouted:
         network = one.network
         subject = str(network.network_address) if network.num_addresses == 1 else str(network)
         yield UnroutedRemark(
             subject=subject, text=f"{one.reason}; {one.remedy}", nodes=one.nodes, not_from=one.not_from
         )
+
+
+def _cut_off(topology: Topology, live: Live) -> Iterator[Remark]:
+    """The tunnels without a session, if nothing goes past them."""
+    if topology.internal_ips is not InternalIPs.ENCRYPTED:
+        return
+    from kilo_etcd.ctl.live import pairs, tunnels
+
+    down = [pair for pair in pairs(topology, tunnels(topology, live)) if pair.up is False]
+    for pair in down[:MOST_SUBJECTS]:
+        yield Remark(subject=f"{pair.one} - {pair.other}", text=f"no tunnel between them ({pair.last}): {DROPPED}")
+    if (more := len(down) - MOST_SUBJECTS) > 0:
+        yield Remark(subject="tunnels", text=f"{more} more have no session: {DROPPED}")
 
 
 def grouped(remarks: Iterable[Remark]) -> tuple[Remark, ...]:

@@ -16,6 +16,7 @@ from attrs import evolve, frozen
 from kilo_etcd.ctl.internal import holders, same_network, why_not_routed
 from kilo_etcd.model import DEFAULT_INTERFACE, IPAddress, Node, Snapshot, is_public
 from kilo_etcd.store.records import StatusRecord
+from kilo_etcd.topology.encryption import Living, Outside, encrypt
 from kilo_etcd.topology.guard import guard
 from kilo_etcd.topology.hostplan import HostPlan, Problem, Via
 from kilo_etcd.topology.internal import endpoints_of
@@ -129,7 +130,24 @@ class Plans(Mapping[str, HostPlan]):
             # Of the networks that a host stands in the record has only those of its internal IPs.
             near_it = [ip.network for ip in topology.snapshot.nodes[name].internal_ips]
             plan = guard(plan, near_it, offered_by=topology.settlement.offered_by)
-            self._made[name] = withhold(plan, topology, _silent(self.statuses.get(name)))
+            plan = withhold(plan, topology, _silent(self.statuses.get(name)))
+            living = Living(
+                asked=frozenset(topology.snapshot.nodes),
+                applied={other: status.revision for other, status in self.statuses.items()},
+            )
+            # What was found out for one host, of the whole mesh, serves the next.
+            last = next(reversed(self._made.values()), None)
+            plan = encrypt(plan, topology, outside=Outside(), living=living, previous=last)
+            if (wanted := plan.encryption) is not None:
+                # The table of these comes before the main one, and what is held goes nowhere.
+                routes = {**plan.routes, **wanted.send}
+                why = f"{name} has no way into the tunnel for it, and sends nothing in clear"
+                plan = evolve(
+                    plan,
+                    routes={network: route for network, route in routes.items() if network not in wanted.hold},
+                    refused={**plan.refused, **dict.fromkeys(wanted.hold, why)},
+                )
+            self._made[name] = plan
         return self._made[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -307,7 +325,8 @@ def routing_table(plan: HostPlan, destination: IPAddress, *, out_of_tunnel: bool
         rule = f"rule {return_priority(DEFAULT_INTERFACE)}: iif {DEFAULT_INTERFACE}"
         return f"{return_table(DEFAULT_INTERFACE)} ({rule})"
     wanted = plan.encryption
-    if wanted is None or host_network(destination) not in {*wanted.send, *wanted.hold}:
+    host = host_network(destination)
+    if wanted is None or not (host in wanted.send or host in wanted.hold):
         return MAIN
     from kilo_etcd.kernel.encrypted import rule_priorities, table_of
     from kilo_etcd.kernel.wayout import MARK

@@ -16,6 +16,8 @@ from attrs import field, frozen
 if TYPE_CHECKING:
     import trio
 
+    from .values import Member
+
 Text: TypeAlias = str | bytes
 
 
@@ -311,6 +313,10 @@ class Client(Protocol):
         progress_notify: bool = True,
     ) -> AbstractAsyncContextManager[Watch]: ...
     def watch_prefix(self, prefix: Text, *, start_revision: int = 0) -> AbstractAsyncContextManager[Watch]: ...
+    async def members(self) -> tuple[Member, ...]:
+        """The members of the cluster, as the member in use knows them."""
+        ...
+
     async def status(self, endpoint: str | None = None) -> Status:
         """What a member says of itself: the one in use, or the one at `endpoint`."""
         ...

@@ -46,6 +46,9 @@ class Kernel(Protocol):
         """What of the host's own settings drops mesh traffic that it forwards, or may do so. Cheap as long as nothing
         has changed, unless there are chains of the older xtables, for which programs are run."""
 
+    async def bypasses(self) -> tuple[str, ...]:
+        """Policy rules of others by which packets leave in clear that the plan in force has encrypted, as sentences."""
+
     async def hear(self) -> Heard:
         """What the WireGuard device says of its peers now: much less to read than all that `observe` does."""
 

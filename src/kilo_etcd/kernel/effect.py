@@ -159,7 +159,8 @@ class _Effect:
                 if former is not None:
                     self._loosened.setdefault(name, former)
             case RestoreSysctl(path=path):
-                self._loosened = {name: value for name, value in self._loosened.items() if reverse_path(name) != path}
+                for name in [name for name in self._loosened if reverse_path(name) == path]:
+                    self._strict[name] = self._loosened.pop(name)
             case AddRoute(route=route) | ReplaceRoute(route=route):
                 self._routes[route.destination] = route
             case DeleteRoute(route=route):

@@ -117,6 +117,8 @@ LOOPBACK_IFINDEX = 1
 """Index of `lo` in every network namespace (net/flow.h)."""
 RT_TABLE_MAIN = 254
 """The table of routes that is asked if no rule says otherwise (linux/rtnetlink.h)."""
+RT_TABLE_LOCAL = 255
+"""The table of the host's own addresses, which is asked first (linux/rtnetlink.h)."""
 RTM_F_CLONED = 0x200
 RTM_F_LOOKUP_TABLE = 0x1000
 """A cached copy of a route (linux/rtnetlink.h)."""

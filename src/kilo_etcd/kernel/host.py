@@ -14,6 +14,7 @@ from pathlib import Path
 from attrs import evolve
 
 from kilo_etcd.kernel import encrypted, netlink, routing, sysctl, userspace, wireguard
+from kilo_etcd.kernel.bypasses import bypasses, suspects
 from kilo_etcd.kernel.chains import Obstacle
 from kilo_etcd.kernel.codec import FormatError
 from kilo_etcd.kernel.errors import NO_PERMISSION, KernelError, NetlinkError, failure, taken, why_not
@@ -170,6 +171,18 @@ class Host:
     def obstacles(self, plan: HostPlan | None) -> tuple[Obstacle, ...]:
         """What of this host's own settings drops mesh traffic that it forwards, or may do so."""
         return self._chains.obstacles(plan, self._devices)
+
+    def bypasses(self, plan: HostPlan | None) -> tuple[str, ...]:
+        """Rules of others by which packets leave in clear that `plan` has encrypted, as sentences."""
+        if plan is None or plan.encryption is None:
+            return ()
+        rules = suspects(plan, routing.foreign_rules(self._route, self.protocol), self.interface)
+        if not rules:
+            return ()
+        self._read_links()
+        names = {index: link.name for index, link in self.links.items()}
+        found = [(rule, routing.routes_of(self._route, rule.version, rule.table, names)) for rule in rules]
+        return tuple(bypasses(plan, found, self.interface, (self.interface, self.ipip)))
 
     def choose(self, wanted: str, command: str) -> Backend:
         """Where WireGuard runs here: what is there already counts, then what the kernel can do."""

@@ -260,6 +260,10 @@ class LinuxKernel:
         async with self._lock:
             return await _told(lambda: self._host.obstacles(self._plan))
 
+    async def bypasses(self) -> tuple[str, ...]:
+        async with self._lock:
+            return await _told(lambda: self._host.bypasses(self._plan))
+
     async def hear(self) -> Heard:
         async with self._lock:
             return await _told(self._host.hear)

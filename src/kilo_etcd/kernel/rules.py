@@ -80,6 +80,37 @@ class RoutingRule:
         return " ".join(words)
 
 
+@frozen(kw_only=True)
+class ForeignRule:
+    """A rule that is none of ours, as far as it matters here."""
+
+    version: int
+    priority: int
+    table: int
+    """That it leads to; 0: none."""
+    goto: int = 0
+    """The priority that it leads to; 0: none."""
+    source: IPNetwork | None = None
+    destination: IPNetwork | None = None
+    protocol: int = 0
+    """Of the packets that it asks for; 0: any."""
+    suppress: int | None = None
+    picks: bool = False
+    """Whether it asks for a mark, a device, or for what else a packet to a node need not have."""
+
+    def __str__(self) -> str:
+        words = [f"priority {self.priority}", f"from {self.source or 'all'}"]
+        if self.destination is not None:
+            words.append(f"to {self.destination}")
+        if self.protocol:
+            words.append(f"ipproto {self.protocol}")
+        table = "main" if self.table == RT_TABLE_MAIN else str(self.table)
+        words.append(f"goto {self.goto}" if self.goto else f"lookup {table}")
+        if self.suppress is not None:
+            words.append(f"suppress_prefixlength {self.suppress}")
+        return f"ip -{self.version} rule {' '.join(words)}"
+
+
 @frozen
 class AddRule:
     rule: RoutingRule

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from kilo_etcd.store.effective import ANNOTATIONS
     from kilo_etcd.store.keys import Keys, ParsedKey
     from kilo_etcd.store.mirror import HeldOff, LastSeen, Mirror
-    from kilo_etcd.store.operator import locations, set_location, snapshot, statuses, unset_location
+    from kilo_etcd.store.operator import locations, set_location, snapshot, status, statuses, unset_location
     from kilo_etcd.store.owner import NameTaken
     from kilo_etcd.store.records import (
         CandidateRecord,
@@ -64,6 +64,7 @@ __all__ = [
     "locations",
     "set_location",
     "snapshot",
+    "status",
     "statuses",
     "unset_location",
 ]

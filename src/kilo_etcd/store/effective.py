@@ -134,6 +134,8 @@ def join(
         more_endpoints=said.more_endpoints,
         internal_ips=said.internal_ips,
         underlay=record.underlay,
+        encryption=record.encryption,
+        accepts_since=record.accepts_since or 0,
         mesh_addresses=addresses,
         port=record.port,
         subnets=said.subnets,

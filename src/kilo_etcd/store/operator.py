@@ -60,6 +60,15 @@ async def statuses(client: Client, keys: Keys) -> Mapping[str, StatusRecord]:
     return found
 
 
+async def status(client: Client, keys: Keys, node: str) -> StatusRecord | None:
+    """What the agent of one node reports; None: it does not live, or that cannot be read."""
+    kv = await client.get(keys.status(node))
+    try:
+        return None if kv is None else decode_status(kv.value)
+    except RecordError:
+        return None
+
+
 async def set_location(client: Client, keys: Keys, node: str, label: str) -> int:
     """Label a node; the revision at which it is labelled. ValueError if `label` is no possible name, EtcdError."""
     decode_label(label.encode())

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from heapq import nsmallest
 from typing import Any, Generic, NamedTuple, TypeVar, Union
@@ -32,6 +32,7 @@ from kilo_etcd.model import (
     DEFAULT_PORT,
     CandidateClass,
     Encapsulate,
+    EncryptionStage,
     Endpoint,
     Granularity,
     InternalIPs,
@@ -85,6 +86,10 @@ class NodeRecord:
     internal_ips: tuple[IPInterface, ...] = ()
     underlay: tuple[IPNetwork, ...] | None = None
     """See `model.Node.underlay`. None and empty are not the same."""
+    encryption: EncryptionStage | None = None
+    """See `model.Node.encryption`."""
+    accepts_since: int | None = None
+    """See `model.Node.accepts_since`."""
     subnets: tuple[IPNetwork, ...] = ()
     location: str = DEFAULT_LOCATION
     """The node's own default; a label at `/kilo/locations/<node>` wins."""
@@ -258,6 +263,8 @@ class Read(NamedTuple, Generic[R]):
     record: R
     unknown: tuple[str, ...] = ()
     more_unknown: int = 0
+    unreadable: tuple[str, ...] = ()
+    """Fields that the record can do without (`_OPTIONAL`) and that cannot be read, and why, in clauses."""
 
 
 # --- single values -------------------------------------------------------------------------------------------------
@@ -329,7 +336,8 @@ def one_per_family(interfaces: tuple[IPInterface, ...]) -> tuple[IPInterface, ..
 def decode_text(value: bytes, limit: int = MAX_VALUE) -> str:
     """Plain text as a person puts it: blanks around it do not count."""
     if value.startswith(_REJECTED):
-        raise RecordError(value[len(_REJECTED) : len(_REJECTED) + _MOST_REASON].decode(errors="replace"))
+        reason = value[len(_REJECTED) : len(_REJECTED) + _MOST_REASON].decode(errors="replace")
+        raise RecordError(reason or "it was rejected")
     if len(value) > limit:
         raise RecordError(f"the value is {len(value)} bytes long; at most {limit} are read")
     try:
@@ -536,6 +544,8 @@ _READERS: dict[type, dict[str, Callable[[object], Any]]] = {
         "more_endpoints": _items(_address_endpoint),
         "internal_ips": lambda value: one_per_family(_items(parse_interface)(value)),
         "underlay": _networks,
+        "encryption": _or_none(_chosen(EncryptionStage)),
+        "accepts_since": _or_none(_whole),
         "subnets": _networks,
         "location": _label,
         "port": _port,
@@ -644,6 +654,9 @@ _REQUIRED = {
     record: frozenset(_camel(attribute.name) for attribute in fields(record) if attribute.default is NOTHING)
     for record in _READERS
 }
+_OPTIONAL: Mapping[type, tuple[str, ...]] = {NodeRecord: ("encryption", "acceptsSince")}
+"""Kind -> the fields without which, if they cannot be read, the record is in force all the same: a stage that a later
+version has must not take a node out of the mesh."""
 _EMPTY: tuple[object, ...] = (None, "", [])
 _ABSENT: dict[type, dict[str, tuple[object, ...]]] = {
     record: {_camel(each.name): (None,) for each in fields(record) if each.default is None} for record in _READERS
@@ -683,6 +696,7 @@ def read(kind: type[R], value: bytes, limit: int = MAX_VALUE) -> Read[R]:
     known = _FIELDS[kind]
     said: dict[str, Any] = {}
     wrong: dict[str, Exception] = {}
+    spared: dict[str, Exception] = {}
     unknown: list[str] = []
     for name, item in data.items():
         if name not in known:
@@ -693,11 +707,13 @@ def read(kind: type[R], value: bytes, limit: int = MAX_VALUE) -> Read[R]:
             said[field_name] = read_one(item)
         # Not ValueError alone: to show a value that is nested deeply can fail too.
         except Exception as error:
-            wrong[name] = error
+            (spared if name in _OPTIONAL.get(kind, ()) else wrong)[name] = error
     if wrong or not data.keys() >= _REQUIRED[kind]:
         raise RecordError(_complaint(kind, data, wrong))
     record = kind(**said)
-    return Read(record, *_named(unknown)) if unknown else Read(record)
+    if not unknown and not spared:
+        return Read(record)
+    return Read(record, *_named(unknown), tuple(f"{name}: {why}" for name, why in spared.items()))
 
 
 def _named(unknown: list[str]) -> tuple[tuple[str, ...], int]:

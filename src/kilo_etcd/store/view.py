@@ -123,6 +123,7 @@ class View:
         self.granularity = granularity
         self.subnets = subnets
         self.internal_ips = internal_ips
+        self._internal_ips_since = 0
         # What each key says, by name.
         self._registered: dict[str, Registered] = {}
         self._labels: dict[str, str] = {}
@@ -260,6 +261,7 @@ class View:
             granularity=self.granularity or Granularity.LOCATION,
             subnets=self._subnets_in_force,
             internal_ips=self.internal_ips or InternalIPs.OFF,
+            internal_ips_since=self._internal_ips_since,
             nodes=self._nodes,
             peers=self._peers,
             candidates=self._candidates,
@@ -441,7 +443,7 @@ class View:
             case k.SubnetsKey():
                 return self._take_subnets(value)
             case k.InternalIPsKey():
-                return self._take_internal_ips(value)
+                return self._take_internal_ips(kv)
         return ()
 
     def _take_node(self, node: str, kv: KeyValue | None) -> Sequence[str]:
@@ -585,16 +587,17 @@ class View:
         self._judge_subnets()
         return ()
 
-    def _take_internal_ips(self, value: bytes | None) -> Sequence[str]:
-        if value is None:
+    def _take_internal_ips(self, kv: KeyValue | None) -> Sequence[str]:
+        if kv is None:
             return [] if self.internal_ips is None else [f"the value is missing; {self.internal_ips} stays in force"]
         try:
-            self.internal_ips = decode_internal_ips(value)
+            self.internal_ips = decode_internal_ips(kv.value)
         except RecordError as error:
             in_force = self.internal_ips or InternalIPs.OFF
             raise RecordError(
                 f"{error} (kgctl mesh set internal-ips {in_force}); {in_force} stays in force until then"
             ) from None
+        self._internal_ips_since = kv.mod_revision
         return ()
 
     def _set_subnets(self, subnets: tuple[IPNetwork, ...]) -> None:
@@ -666,9 +669,10 @@ def _replace(table: dict[str, V], name: str, value: V | None) -> bool:
 
 def _unknown(found: Read[R] | None) -> Sequence[str]:
     """What to say of fields that nobody knows."""
-    if found is None or not found.unknown:
+    if found is None or not (found.unknown or found.unreadable):
         return ()
     notes = [f"{name}: no such field is known; the rest of the record is in force" for name in found.unknown]
+    notes += (f"{one}; the rest of the record is in force" for one in found.unreadable)
     if found.more_unknown:
         notes.append(f"{found.more_unknown} more fields are not known; the rest of the record is in force")
     return notes

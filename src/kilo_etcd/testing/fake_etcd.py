@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, TypeVar
 import trio
 from attrs import define, evolve, field, frozen
 
+from kilo_etcd.etcd import Member
 from kilo_etcd.etcd.api import (
     BadRequest,
     Client,
@@ -91,6 +92,7 @@ class FakeEtcd:
 
     def __init__(self, *, cluster_id: int = 0xC1, delay: float = 0.0) -> None:
         self.delay = delay
+        self.members: tuple[Member, ...] = ()
         self.cluster_id = cluster_id
         self.raft_term = 2
         self.available = True
@@ -610,6 +612,9 @@ class FakeClient:
             )  # fmt: skip
 
         return await self._call("status", act)
+
+    async def members(self) -> tuple[Member, ...]:
+        return await self._call("members", lambda: self.server.members)
 
     def watch_prefix(self, prefix: Text, *, start_revision: int = 0) -> AbstractAsyncContextManager[Watch]:
         return self.watch(prefix, prefix_end(prefix), start_revision=start_revision)

@@ -43,6 +43,7 @@ from kilo_etcd.kernel.state import (
     Observed,
     RemovePeer,
     ReplaceRoute,
+    RestoreSysctl,
     Route,
     SetDevice,
     SetPeer,
@@ -50,6 +51,7 @@ from kilo_etcd.kernel.state import (
     Target,
     fence_around,
     ipip_name,
+    reverse_path,
 )
 from kilo_etcd.kernel.table import DeleteTable, ReplaceTable
 from kilo_etcd.kernel.userspace import public_key_of
@@ -75,6 +77,8 @@ class FakeHost:
         """Why nothing can be read; what needs no reading can be programmed all the same."""
         self.obstacles: tuple[Obstacle, ...] = ()
         """What would drop forwarded traffic."""
+        self.bypasses: tuple[str, ...] = ()
+        """Rules of others by which packets leave in clear."""
         self.moved = trio.Event()
         """Set by a test that changes `addresses`."""
         self.reach: Callable[[IPAddress], bool] = lambda address: False
@@ -137,6 +141,7 @@ class FakeHost:
             changes.append(DeleteTable(self.observed.table.name))
         changes.extend(DeleteForward(rule) for rule in sorted(self.observed.forward_rules, key=str))
         changes.extend(DeleteOpening(one) for one in sorted(self.observed.openings, key=str))
+        changes.extend(RestoreSysctl(reverse_path(name), value) for name, value in self.observed.loosened.items())
         self.observed = apply_changes(self.observed, changes, interface)
         self.history.extend(changes)
         return tuple(changes)
@@ -223,6 +228,10 @@ class FakeKernel:
     async def obstacles(self) -> tuple[Obstacle, ...]:
         await trio.lowlevel.checkpoint()
         return self.host.obstacles
+
+    async def bypasses(self) -> tuple[str, ...]:
+        await trio.lowlevel.checkpoint()
+        return self.host.bypasses
 
     async def hear(self) -> Heard:
         await trio.lowlevel.checkpoint()

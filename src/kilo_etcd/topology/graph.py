@@ -19,6 +19,7 @@ from attrs import frozen
 from kilo_etcd.model import Granularity, Node, Peer
 from kilo_etcd.topology.families import same_site
 from kilo_etcd.topology.segments import Segment, Topology
+from kilo_etcd.topology.stages import switch
 
 _COLOURS = (
     "#cfe2f3", "#d9ead3", "#fff2cc", "#f4cccc", "#d9d2e9", "#fce5cd", "#d0e0e3", "#ead1dc", "#e6e6e6", "#e2f0b6",
@@ -119,9 +120,11 @@ def graph(topology: Topology, states: Mapping[Edge, EdgeState] | None = None) ->
         while identity in topology.snapshot.nodes:
             identity = f"peer {identity}"
         names["peer", name] = identity
+    far = switch(topology)
+    mode = f"internal-ips {topology.internal_ips}" + (f" ({far})" if far is not None else "")
     lines = [
         "digraph kilo {",
-        f"\tlabel={_text(subnets, f'internal-ips {topology.internal_ips}')};",
+        f"\tlabel={_text(subnets, mode)};",
         "\tlabelloc=t;",
         "\toutputorder=nodesfirst;",
         "\toverlap=false;",

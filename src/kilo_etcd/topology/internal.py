@@ -13,7 +13,7 @@ segment. All of it is a function of the snapshot. An index over all nodes saves 
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right, insort
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from ipaddress import IPv4Network, IPv6Network, collapse_addresses
@@ -22,11 +22,19 @@ from attrs import field, frozen
 
 from kilo_etcd.model import DEFAULT_LOCATION, Granularity, IPAddress, IPNetwork, Node, Peer
 from kilo_etcd.topology.claims import Settlement, each_hosts_own
+from kilo_etcd.topology.holders import Holders
 from kilo_etcd.topology.ways import hop
+
+
+def knows(node: Node) -> bool:
+    """Whether a node's agent is of a version that knows the setting internal-ips: only those state their links."""
+    return node.underlay is not None
 
 
 def carried(own: Node, leader: Node) -> tuple[IPAddress, ...]:
     """The internal IPs at which others can reach node `own`, whose segment `leader` leads."""
+    if not (knows(own) and knows(leader)):
+        return ()
     if own.name == leader.name:
         return tuple(ip.ip for ip in own.internal_ips)
     found = []
@@ -118,11 +126,13 @@ class Links:
 class Internals:
     """All internal IPs of the mesh, and all addresses that are endpoints in use, how often each."""
 
-    holders: Mapping[IPAddress, tuple[str, ...]] = field(factory=dict)
-    """Internal IP -> the nodes that have it, by name."""
+    _held: Holders = field(factory=Holders)
     endpoints: Mapping[IPAddress, int] = field(factory=dict)
-    sorted: Mapping[int, list[int]] = field(factory=lambda: {4: [], 6: []})
-    """The internal IPs of each family, as sorted numbers, to find those within a network."""
+
+    @property
+    def holders(self) -> Mapping[IPAddress, tuple[str, ...]]:
+        """Internal IP -> the nodes that have it, by name."""
+        return self._held.names
 
     def after(
         self,
@@ -132,32 +142,15 @@ class Internals:
         endpoints_come: Iterable[IPAddress],
     ) -> tuple[Internals, set[IPAddress]]:
         """The index after a change, and the addresses that may be judged otherwise now."""
-        moved: dict[IPAddress, set[str]] = {}
-        for node in gone:
-            for ip in node.internal_ips:
-                moved.setdefault(ip.ip, set(self.holders.get(ip.ip, ()))).discard(node.name)
-        for node in come:
-            for ip in node.internal_ips:
-                moved.setdefault(ip.ip, set(self.holders.get(ip.ip, ()))).add(node.name)
-        moved = {address: names for address, names in moved.items() if names != set(self.holders.get(address, ()))}
+        held, moved = self._held.after(
+            ((node.name, ip.ip) for node in gone for ip in node.internal_ips),
+            ((node.name, ip.ip) for node in come for ip in node.internal_ips),
+        )
         balance = Counter(endpoints_come)
         balance.subtract(Counter(endpoints_gone))
         shifted = {address: more for address, more in balance.items() if more}
         if not moved and not shifted:
             return self, set()
-        holders, ordered = self.holders, self.sorted
-        if moved:
-            holders = dict(holders)
-            ordered = {version: list(numbers) for version, numbers in ordered.items()}
-            for address, names in moved.items():
-                if not names:
-                    del holders[address]
-                    numbers = ordered[address.version]
-                    del numbers[bisect_left(numbers, int(address))]
-                else:
-                    if address not in holders:
-                        insort(ordered[address.version], int(address))
-                    holders[address] = tuple(sorted(names))
         counts = self.endpoints
         if shifted:
             counts = dict(counts)
@@ -167,22 +160,21 @@ class Internals:
                     counts[address] = left
                 else:
                     del counts[address]
-        return Internals(holders, counts, ordered), {*moved, *shifted}
+        return Internals(held, counts), {*moved, *shifted}
 
     def within(self, networks: Iterable[IPNetwork]) -> Iterator[IPAddress]:
         """The internal IPs within some networks."""
-        for network in networks:
-            numbers = self.sorted[network.version]
-            first = bisect_left(numbers, int(network.network_address))
-            for number in numbers[first : bisect_right(numbers, int(network.broadcast_address), first)]:
-                yield network.network_address + (number - int(network.network_address))
+        return self._held.within(networks)
 
-    def obstacle(self, address: IPAddress, node: str, segment: str, settlement: Settlement) -> tuple[str, str] | None:
-        """Why an internal IP of `node` is routed to nobody, and the remedy; None: it may be routed."""
+    def obstacle(
+        self, address: IPAddress, node: str, segment: str, settlement: Settlement, *, endpoints: bool = True
+    ) -> tuple[str, str] | None:
+        """Why an internal IP of `node` is routed to nobody, and the remedy; None: it may be routed.
+        `endpoints`: whether being one is an obstacle."""
         if len(holders := self.holders[address]) > 1:
             more = f", {len(holders) - MOST_HOLDERS} more" if len(holders) > MOST_HOLDERS else ""
             return f"{' and '.join(holders[:MOST_HOLDERS])}{more} have it", REMEDY
-        if address in self.endpoints:
+        if endpoints and address in self.endpoints:
             return ENDPOINT
         if each_hosts_own(address):
             return "it is each host's own (loopback, link-local, multicast)", REMEDY

@@ -36,7 +36,7 @@ from kilo_etcd.topology.claims import network_key
 from kilo_etcd.topology.families import apart, endpoint_for, same_site
 from kilo_etcd.topology.guard import Changed, GuardMemo, PlanMemo
 from kilo_etcd.topology.hostplan import PROOF_KEEPALIVE, HostPlan, PeerPlan, Problem, RoutePlan, Via
-from kilo_etcd.topology.internal import Links, share_no_site, site_of
+from kilo_etcd.topology.internal import Links, knows, share_no_site, site_of
 from kilo_etcd.topology.nat import seen_endpoint
 from kilo_etcd.topology.segments import Segment, Topology, changes, host_network
 from kilo_etcd.topology.wayout import inside, unfit
@@ -72,6 +72,8 @@ class _Outlook:
     """The node's own internal IPs that the mesh routes."""
     in_front: bool
     """Whether these may be the far end of a tunnel."""
+    knows: bool
+    """Whether the node and its leader know the setting internal-ips."""
 
     def source(self, version: int, there: Segment) -> IPAddress | None:
         """From where it sends to internal IPs of another segment: from its own one, if answers to that find back to
@@ -368,6 +370,7 @@ def _remote_part(topology: Topology, local: _Local, memo: _Memo | None) -> _Remo
         called=local.segment.called,
         in_front=local.leader is None or any(node.name == local.own.name for node, _ in local.segment.challengers),
         internal=tuple(ip.ip for ip in local.own.internal_ips if host_network(ip.ip) in local.segment.internal),
+        knows=knows(local.own) and knows(local.segment.leader),
     )
     if memo is None or memo.remote.outlook != outlook:
         empty = _Remote(outlook=outlook, peers={}, routes={}, problems={})
@@ -454,7 +457,7 @@ def _follow(
             networks = tuple(n for n in networks if n not in segment.location_networks)
             allowed = tuple(n for n in allowed if n not in segment.location_networks)
         route(networks)
-        if segment.internal and share_no_site(segment.site, site_of(own), outlook.granularity):
+        if segment.internal and outlook.knows and share_no_site(segment.site, site_of(own), outlook.granularity):
             internal = [n for n in segment.internal if not links.hold(n.version, int(n.network_address))]
             if outlook.called:
                 ends = {network for network in segment.front if network.version in outlook.called}
@@ -558,3 +561,11 @@ def _internal_changes(
             left.update(network for network in old.internal if id(network) not in there)
             new[key] = {network for network in now.internal if id(network) not in here}
     return left, new
+
+
+def called_at(own: Node, other: Node) -> IPAddress | None:
+    """The address at which leader `own` calls the WireGuard of leader `other`, if `other` states it: not where that is
+    seen through a NAT."""
+    near = other.location == own.location and same_site(own, other)
+    endpoint, seen = _endpoint(own, other, near)
+    return None if endpoint is None or seen is not None else endpoint.address

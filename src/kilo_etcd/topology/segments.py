@@ -12,7 +12,7 @@ those with one of the other family only form a second, and a node with none is a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from ipaddress import IPv4Address, IPv4Network, IPv6Network
 from itertools import compress, count, islice
 from operator import is_not
@@ -20,7 +20,7 @@ from typing import TypeVar
 
 from attrs import evolve, field, frozen
 
-from kilo_etcd.model import Granularity, InternalIPs, IPAddress, IPNetwork, Node, Peer, Snapshot
+from kilo_etcd.model import ACCEPTING, Granularity, InternalIPs, IPAddress, IPNetwork, Node, Peer, Snapshot
 from kilo_etcd.topology.claims import Claim, Owner, Settlement, network_key, settle
 from kilo_etcd.topology.election import Election, elect
 from kilo_etcd.topology.hostplan import Problem
@@ -29,6 +29,7 @@ from kilo_etcd.topology.internal import (
     Links,
     carried,
     endpoints_of,
+    knows,
     public_endpoints,
     share_no_site,
     site_of,
@@ -151,14 +152,21 @@ class Topology:
     internal_families: frozenset[int] = frozenset()
     """The families of the internal IPs that are routed."""
     unaware: frozenset[str] = frozenset()
-    """The nodes whose agents do not know the setting internal-ips: as long as there are any it is not in force, since
-    they would drop what others send them by it."""
+    """The nodes whose agents do not know the setting internal-ips: they would drop what others send them by it. As long
+    as there are any the setting is not put into force."""
+    encrypting: int = 0
+    """How many nodes take part in `encrypted`. Once there are any, the setting stays in force, and who does not know it
+    is left out alone: an agent of an older version must not have the whole mesh send in clear."""
 
     @property
     def internal_ips(self) -> InternalIPs:
-        """What is in force of the setting. Agents cannot switch to `encrypted` yet, so that is `routed`."""
-        setting = self.snapshot.internal_ips
-        return InternalIPs.OFF if self.unaware else InternalIPs.ROUTED if setting is InternalIPs.ENCRYPTED else setting
+        """What is in force of the setting."""
+        return _in_force(self.snapshot, self.unaware, self.encrypting)
+
+    @property
+    def left_out(self) -> frozenset[str]:
+        """The nodes that have no part in the setting that is in force, since their agents do not know it."""
+        return self.unaware if self.internal_ips is not InternalIPs.OFF else frozenset()
 
     def segment_of(self, name: str) -> Segment:
         """The segment that a node is in. UnknownNode: it is not in the mesh."""
@@ -261,8 +269,9 @@ def build_topology(snapshot: Snapshot, previous: Topology | None = None) -> Topo
     before = previous.snapshot
     changed = changes(before.nodes, snapshot.nodes)
     unaware = _unaware(previous.unaware, changed, snapshot)
-    if bool(unaware) != bool(previous.unaware) and snapshot.internal_ips is not InternalIPs.OFF and before.nodes:
-        # Another mode is in force.
+    encrypting = previous.encrypting + _encrypting(snapshot, changed) - _encrypting(before, changed)
+    in_force = _in_force(snapshot, unaware, encrypting)
+    if in_force is not previous.internal_ips and before.nodes:
         return build_topology(snapshot)
 
     members: dict[str, dict[str, Node]] = {}
@@ -306,7 +315,7 @@ def build_topology(snapshot: Snapshot, previous: Topology | None = None) -> Topo
 
     segments = previous.segments.copy()
     really = set()
-    routed = not unaware and snapshot.internal_ips is not InternalIPs.OFF
+    routed = in_force is not InternalIPs.OFF
     for key in sorted(touched):
         old = segments.get(key)
         nodes_of = members.get(key) if key in members else {m.name: m for m in old.members} if old else {}
@@ -333,6 +342,7 @@ def build_topology(snapshot: Snapshot, previous: Topology | None = None) -> Topo
         base=previous.identity,
         changed=frozenset(really),
         unaware=unaware,
+        encrypting=encrypting,
     )
 
 
@@ -442,6 +452,7 @@ def routed_at(address: IPAddress, segment: Segment, there: Segment, granularity:
     network = host_network(address)
     return (
         network in segment.internal
+        and knows(there.leader)
         and share_no_site(segment.site, there.site, granularity)
         and not there.links.hold(address.version, int(address))
         and not (address.version in there.called and network in segment.front)
@@ -451,6 +462,17 @@ def routed_at(address: IPAddress, segment: Segment, there: Segment, granularity:
 def _unaware(before: frozenset[str], changed: list[str], snapshot: Snapshot) -> frozenset[str]:
     now = {name for name in changed if (node := snapshot.nodes.get(name)) is not None and node.underlay is None}
     return before if now == before.intersection(changed) else before.difference(changed) | now
+
+
+def _encrypting(snapshot: Snapshot, names: Iterable[str]) -> int:
+    return sum((node := snapshot.nodes.get(name)) is not None and node.encryption in ACCEPTING for name in names)
+
+
+def _in_force(snapshot: Snapshot, unaware: Collection[str], encrypting: int) -> InternalIPs:
+    setting = snapshot.internal_ips
+    if unaware and not (setting is InternalIPs.ENCRYPTED and encrypting):
+        return InternalIPs.OFF
+    return setting
 
 
 def _addresses(snapshot: Snapshot, name: str) -> tuple[IPAddress, ...]:

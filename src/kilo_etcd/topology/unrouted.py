@@ -14,7 +14,7 @@ from attrs import field, frozen
 
 from kilo_etcd.model import Granularity, InternalIPs, IPAddress, IPNetwork, Node, Peer
 from kilo_etcd.topology.hostplan import Problem
-from kilo_etcd.topology.internal import ENDPOINT, REMEDY, endpoints_of, public_endpoints, share_no_site
+from kilo_etcd.topology.internal import ENDPOINT, REMEDY, endpoints_of, knows, public_endpoints, share_no_site
 
 if TYPE_CHECKING:
     from kilo_etcd.topology.segments import Segment, Topology
@@ -46,7 +46,8 @@ def unrouted(topology: Topology) -> tuple[Unrouted, ...]:
     """All of it, by address; nothing if internal IPs are not routed at all."""
     if topology.internal_ips is InternalIPs.OFF:
         return ()
-    shared = dict(_shared(topology))
+    encrypted = topology.internal_ips is InternalIPs.ENCRYPTED
+    shared = {} if encrypted else dict(_shared(topology))
     found = {entry.network: entry for entry in shared}
     ends = endpoint_holders(topology)
     for segment in topology.segments.values():
@@ -59,7 +60,34 @@ def unrouted(topology: Topology) -> tuple[Unrouted, ...]:
                 )
                 if not hidden:
                     found[entry.network] = entry
+    if encrypted:
+        found.update((entry.network, entry) for entry in _in_clear(topology))
     return tuple(found[network] for network in sorted(found, key=lambda n: (n.version, n)))
+
+
+def _in_clear(topology: Topology) -> Iterable[Unrouted]:
+    """The addresses that a segment takes for those of its own links, each once."""
+    from kilo_etcd.topology.inclear import in_clear
+
+    of: dict[IPNetwork, tuple[Node, list[str]]] = {}
+    for segment, node, address in in_clear(topology):
+        of.setdefault(ip_network(address), (node, []))[1].append(named(segment))
+    for network, (node, near) in of.items():
+        first = ", ".join(near[:MOST_NAMED]) + (f" and {len(near) - MOST_NAMED} more" if len(near) > MOST_NAMED else "")
+        yield Unrouted(
+            network=network,
+            nodes=(node.name,),
+            segments=tuple(sorted({named(topology.segment_of(node.name)), *near})),
+            not_from=tuple(sorted(near)),
+            reason=(
+                f"hosts of {first} have it on their own links, and nothing says that {node.name} is meant there: what "
+                "they and it send each other by internal IPs is not encrypted"
+            ),
+            remedy=(
+                "if they share that network, give them one label (granularity full), or have them call each other so "
+                f"(kgctl annotate {node.name} force-endpoint={network.network_address}:{node.port}); else {REMEDY}"
+            ),
+        )
 
 
 def private_leaders(topology: Topology) -> Iterator[Problem]:
@@ -118,7 +146,8 @@ def obstacle(
     topology: Topology, address: IPAddress, node: str, segment: Segment, ends: Mapping[IPAddress, tuple[str, ...]]
 ) -> tuple[str, str] | None:
     """Why an internal IP of `node` is routed to nobody, with nodes named, and the remedy; None: it may be routed."""
-    found = topology.internals.obstacle(address, node, segment.key, topology.settlement)
+    encrypted = topology.internal_ips is InternalIPs.ENCRYPTED  # Then WireGuard's own packets are told by their mark.
+    found = topology.internals.obstacle(address, node, segment.key, topology.settlement, endpoints=not encrypted)
     if found != ENDPOINT:
         return found
     whose = ends.get(address, ())
@@ -158,6 +187,7 @@ def _addresses(
     topology: Topology, segment: Segment, node: Node, ends: Mapping[IPAddress, tuple[str, ...]]
 ) -> Iterable[Unrouted]:
     """The internal IPs of one node that are routed to nobody."""
+    encrypted = topology.internal_ips is InternalIPs.ENCRYPTED  # Then WireGuard's own packets are told by their mark.
     routed, carried = segment.routed.get(node.name, ()), segment.carried.get(node.name, ())
     for ip in node.internal_ips:
         host = next((network for network in carried if network.network_address == ip.ip), None)
@@ -169,7 +199,7 @@ def _addresses(
                 reason=_not_carried(node, segment.leader),
                 remedy="the mesh address works",
             )
-        elif host in segment.front and (callers := _called(topology, segment, ip.version)):
+        elif not encrypted and host in segment.front and (callers := _called(topology, segment, ip.version)):
             yield Unrouted(
                 network=host,
                 nodes=(node.name,),
@@ -201,6 +231,8 @@ def _called(topology: Topology, segment: Segment, version: int) -> list[str]:
 
 
 def _not_carried(node: Node, leader: Node) -> str:
+    if older := next((one.name for one in (node, leader) if not knows(one)), None):
+        return f"the agent of {older} does not know the setting internal-ips"
     return f"{node.name} and its leader {leader.name} do not reach each other in that family"
 
 

@@ -215,7 +215,9 @@ class _Walker:
             return f"neither of {at} and {target} knows an endpoint of the other"
         if peer.endpoint is not None and (address := peer.endpoint.address) is not None:
             route = self._route(at, plan, address)
-            if route is not None and route.way is Via.TUNNEL:
+            # Under `encrypted` WireGuard's own packets pass those by their mark.
+            passed = plan.encryption is not None and route is not None and route.destination in plan.encryption.send
+            if route is not None and route.way is Via.TUNNEL and not passed:
                 return f"{at} routes {address}, the endpoint of {target}, into the tunnel"
         if (why := hopeless(self.topology.snapshot.nodes[at], self.topology.snapshot.nodes[target])) is not None:
             return why

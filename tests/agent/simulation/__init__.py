@@ -7,6 +7,7 @@ docs/simulation.md says what is checked, and how to play a schedule again. From 
     network     who gets an answer from whom, by what the kernels hold
     host        a machine, and its agent while it runs
     invariants  what must hold at every step
+    encryption  what must hold under `encrypted`, and while it is switched
     faults      what goes wrong
     world       a world drawn from a seed, and what must hold at rest
 """

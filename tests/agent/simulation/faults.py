@@ -38,6 +38,9 @@ KEYS = Keys()
 BRIEF = (0.05, 0.5, 2.0, 4.8, 5.0, 5.2, 8.0, 20.0)
 """Seconds that troubles last: to both sides of a lease's TTL of 5 s, and of three keepalives of it."""
 
+WITHIN_THE_LEASE = (0.05, 0.5, 2.0)
+"""In steady schedules."""
+
 Act = Callable[["World", "SimulatedHost"], str]
 
 
@@ -100,7 +103,7 @@ def reload(world: World, host: SimulatedHost) -> str:
 
 @_fault("agents", 2)
 def freeze(world: World, host: SimulatedHost) -> str:
-    seconds = world.random.choice(BRIEF)
+    seconds = world.brief()
     host.freezer.freeze()
     world.later(seconds, host.freezer.thaw)
     return f"for {seconds} s"
@@ -119,7 +122,7 @@ def all_restarted(world: World, host: SimulatedHost) -> str:
 
 @_fault("machines", 2)
 def power_cut(world: World, host: SimulatedHost) -> str:
-    seconds = world.random.choice(BRIEF)
+    seconds = world.brief()
     host.power_off()
     world.later(seconds, lambda: world.start(host))
     return f"for {seconds} s"
@@ -133,7 +136,7 @@ def power_off(world: World, host: SimulatedHost) -> str:
 
 @_fault("machines")
 def site_off(world: World, host: SimulatedHost) -> str:
-    seconds = world.random.choice(BRIEF)
+    seconds = world.brief()
     for one in world.site_of(host):
         one.power_off()
         world.later(seconds, lambda one=one: world.start(one))  # type: ignore[misc]
@@ -152,7 +155,7 @@ def clock_jumps(world: World, host: SimulatedHost) -> str:
 
 @_fault("path", 3)
 def cut_off(world: World, host: SimulatedHost) -> str:
-    seconds = world.random.choice(BRIEF)
+    seconds = world.brief()
     host.client.cut()
     world.later(seconds, host.client.mend)
     return f"for {seconds} s"
@@ -160,7 +163,7 @@ def cut_off(world: World, host: SimulatedHost) -> str:
 
 @_fault("path")
 def site_cut_off(world: World, host: SimulatedHost) -> str:
-    seconds = world.random.choice(BRIEF)
+    seconds = world.brief()
     for one in world.site_of(host):
         one.client.cut()
         world.later(seconds, one.client.mend)
@@ -170,7 +173,7 @@ def site_cut_off(world: World, host: SimulatedHost) -> str:
 @_fault("path")
 def deaf(world: World, host: SimulatedHost) -> str:
     """Its requests are carried out, and it does not learn of that."""
-    seconds = world.random.choice(BRIEF)
+    seconds = world.brief()
     host.client.cut(requests=False)
     world.later(seconds, host.client.mend)
     return f"for {seconds} s"
@@ -179,7 +182,7 @@ def deaf(world: World, host: SimulatedHost) -> str:
 @_fault("path")
 def dumb(world: World, host: SimulatedHost) -> str:
     """It hears of all changes, and can make none."""
-    seconds = world.random.choice(BRIEF)
+    seconds = world.brief()
     host.client.cut(answers=False)
     world.later(seconds, host.client.mend)
     return f"for {seconds} s"
@@ -193,7 +196,7 @@ def answer_lost(world: World, host: SimulatedHost) -> str:
 
 @_fault("path", 2)
 def slow(world: World, host: SimulatedHost) -> str:
-    mean, seconds = world.random.choice((0.001, 0.02, 0.2, 1.0)), world.random.choice(BRIEF)
+    mean, seconds = world.random.choice((0.001, 0.02, 0.2, 1.0)), world.brief()
     host.client.lag = lambda: world.random.expovariate(1 / mean)
 
     def mend() -> None:
@@ -205,7 +208,7 @@ def slow(world: World, host: SimulatedHost) -> str:
 
 @_fault("path")
 def watches_late(world: World, host: SimulatedHost) -> str:
-    seconds = world.random.choice(BRIEF)
+    seconds = world.brief()
     host.client.stall(seconds)
     return f"for {seconds} s"
 
@@ -229,7 +232,7 @@ def events_lost(world: World, host: SimulatedHost) -> str:
 
 @_fault("etcd", 2)
 def etcd_down(world: World, host: SimulatedHost) -> str:
-    seconds = world.random.choice(BRIEF)
+    seconds = world.brief()
     if world.etcd.available:
         world.etcd.down()
         world.later(seconds, world.etcd_up)
@@ -250,7 +253,7 @@ def compacted(world: World, host: SimulatedHost) -> str:
 
 @_fault("etcd")
 def etcd_slow(world: World, host: SimulatedHost) -> str:
-    seconds = world.random.choice(BRIEF)
+    seconds = world.brief()
     usual, world.etcd.delay = world.usual_delay, 0.2
 
     def mend() -> None:
@@ -314,9 +317,9 @@ def granularity(world: World, host: SimulatedHost) -> str:
     return value
 
 
-@_fault("internal", 2)
+@_fault("switch", 2)
 def internal_ips(world: World, host: SimulatedHost) -> str:
-    value = world.random.choice(("routed", "routed", "off"))
+    value = world.random.choice(world.shape.modes)
     world.put(KEYS.internal_ips, value)
     return value
 
@@ -546,7 +549,7 @@ def tampered(world: World, host: SimulatedHost) -> str:
 @_fault("kernel")
 def refuses(world: World, host: SimulatedHost) -> str:
     """Some changes fail."""
-    seconds, share = world.random.choice(BRIEF), world.random.choice((0.1, 0.5, 1.0))
+    seconds, share = world.brief(), world.random.choice((0.1, 0.5, 1.0))
     host.machine.refuse = lambda _: "the kernel is not in the mood" if world.random.random() < share else None
     world.later(seconds, host.mend_kernel)
     return f"for {seconds} s"
@@ -557,7 +560,7 @@ def unprogrammable(world: World, host: SimulatedHost) -> str:
     """Nothing can be programmed; an agent that has never done so gives up, and is started again by systemd."""
     if host.agent is None or host.agent.plan is None:
         return "not now"
-    seconds = world.random.choice(BRIEF)
+    seconds = world.brief()
     host.machine.broken = "netlink is out of buffers"
     world.later(seconds, host.mend_kernel)
     return f"for {seconds} s"
@@ -568,7 +571,7 @@ def unreadable(world: World, host: SimulatedHost) -> str:
     """Nobody knows what the kernel holds; changes that need no look are made."""
     if host.agent is None or host.agent.plan is None:
         return "not now"
-    seconds = world.random.choice(BRIEF)
+    seconds = world.brief()
     host.machine.unreadable = "netlink is out of buffers"
     world.later(seconds, host.mend_kernel)
     return f"for {seconds} s"

@@ -29,7 +29,7 @@ from kilo_etcd.agent.lastknown import Disk
 from kilo_etcd.agent.metrics import Metrics
 from kilo_etcd.agent.privatekey import agreed, public_key
 from kilo_etcd.etcd import Client
-from kilo_etcd.kernel.state import ApplyReport, Change, HostAddress
+from kilo_etcd.kernel.state import ApplyReport, Change, HostAddress, Observed
 from kilo_etcd.model import IPAddress, Snapshot
 from kilo_etcd.store import session as store_session
 from kilo_etcd.testing.fake_kernel import FakeHost, FakeKernel
@@ -108,11 +108,15 @@ class SimulatedHost:
     def __init__(
         self, name: str, seed: int, client: Client, network: Network, watchman: Watchman, nursery: trio.Nursery,
         *, options: dict[str, str], dual: bool = False, disk: Path | None = None, kernel_delay: float = 0.0,
+        strict: bool = False,
     ) -> None:  # fmt: skip
         self.name = name
+        self.strict = {"eth0": "1"} if strict else {}
+        """The devices whose rp_filter is strict as long as nobody changes it."""
         self.client = client
         self.freezer = Freezer()
         self.machine = FakeHost()
+        self.machine.observed = self._booted()
         self.machine.clock = self.now
         self.wall = 0.0
         """Seconds by which its clock is wrong."""
@@ -216,8 +220,11 @@ class SimulatedHost:
         """The kernel's memory is gone with the agent."""
         self.kill()
         self.condition.powered = False
-        self.machine.observed = type(self.machine.observed)()
+        self.machine.observed = self._booted()
         self._watchman.touched(self)
+
+    def _booted(self) -> Observed:
+        return Observed(underlay=("eth0",), strict=self.strict)
 
     def move(self, number: int) -> None:
         """To another address on its LAN, as by DHCP; 0: back to its own."""

@@ -10,6 +10,7 @@
   is to be forgotten, or the agent is new and sets endpoints, which it cannot know to be right. A host that a change
   does not concern writes nothing.
 * Nothing that the last plan held is taken away without a newer snapshot: what is lost with etcd is news only.
+* What `encryption` says.
 
 A Watchman says what is wrong by raising Broken, which ends the schedule.
 """
@@ -23,6 +24,7 @@ from attrs import define, evolve, field, fields, frozen
 
 from kilo_etcd.agent.hearsay import Hearsay
 from kilo_etcd.kernel.state import (
+    MAIN_TABLE,
     AddAddress,
     AddRoute,
     ApplyReport,
@@ -37,6 +39,7 @@ from kilo_etcd.store import Keys
 from kilo_etcd.topology import Topology, UnknownNode, build_topology, host_plan
 from kilo_etcd.topology.hostplan import HostPlan
 from kilo_etcd.topology.reach import Silent
+from simulation.encryption import Steady, sent_in_clear
 
 if TYPE_CHECKING:
     from simulation.host import SimulatedAgent, SimulatedHost, SimulatedKernel
@@ -167,6 +170,8 @@ class Watchman:
         """Of a cluster, a node and a family."""
         self._fresh: dict[_Truth, Topology] = {}
         self._applies = 0
+        self.steady: Steady | None = None
+        """If packets between hosts are looked at."""
         self.lossy = False
         """Whether etcd breaks what a watch promises: then agents may differ until they list again."""
         self.disturbed = False
@@ -225,6 +230,7 @@ class Watchman:
         if not self.lossy:
             self._check_one_truth(host.name, snapshot, topology)
         self._check_addresses(host.name, snapshot)
+        self._check_refusals(host, snapshot)
         if self._applies % AFRESH_EVERY == 0 and not self.lossy:
             self._check_afresh(agent, snapshot)
 
@@ -265,6 +271,10 @@ class Watchman:
                 self._check_only_one(host, change.address.ip)
         seen.kernel, seen.plan, seen.lost = kernel, plan, frozenset(lost)
         seen.settled = -1 if report.failures else touches
+        if self.steady is not None:
+            settled = {name: one.settled == one.touches for name, one in self._hosts.items()}
+            for lost in self.steady.lost(settled):
+                self._broken(f"a packet is lost, {lost}, after", report.changes)
 
     def touched(self, host: SimulatedHost) -> None:
         """Somebody else has been at the kernel of a host."""
@@ -335,6 +345,15 @@ class Watchman:
             if other is not host and any(one.ip == address for one in other.machine.observed.addresses):
                 raise Broken(f"the kernels of {host.name} and {other.name} both have {address}")
 
+    def _check_refusals(self, host: SimulatedHost, snapshot: Snapshot) -> None:
+        for name, seen in self._hosts.items():
+            other = self._world.hosts[name]
+            if other is host or seen.snapshot is None or seen.heard.leaders or not other.condition.powered:
+                continue
+            same = seen.snapshot.revision == snapshot.revision and seen.snapshot.cluster_id == snapshot.cluster_id
+            if same and seen.settled == seen.touches and (why := sent_in_clear(snapshot, host, other)):
+                raise Broken(f"at revision {snapshot.revision} {why}")
+
     def _check_afresh(self, agent: SimulatedAgent, snapshot: Snapshot) -> None:
         fresh = self.fresh(self._snapshots[_truth(snapshot)])
         assert agent.topology is not None
@@ -362,6 +381,8 @@ class Watchman:
         moved = seen.moved or seen.addresses != agent.whereabouts.addresses
         busy = moved or account.contacts or _busy(agent) or _changed(account, snapshot, agent.name)
         silent = not (account.silent_before == account.silent == _silent(agent))
+        # What `encrypted` asks for follows from others' stages and statuses too.
+        busy = busy or account.plan is None or agent.plan is None or account.plan.encryption != agent.plan.encryption
         if not account.new and account.raw_plan == agent.raw_plan and not (busy or silent or _promoted(account, agent)):
             self._broken(f"{host.name} was written to by a change that does not concern it", made)
         nothing_new = account.snapshot is snapshot and account.before == account.heard and not silent
@@ -406,9 +427,9 @@ def _lost(made: Iterable[Change], plan: HostPlan) -> list[Change]:
                 lost[key] = change
             case SetPeer(public_key=key):
                 lost.pop(key, None)
-            case DeleteRoute(route=route) if route.destination in plan.routes:
+            case DeleteRoute(route=route) if route.table == MAIN_TABLE and route.destination in plan.routes:
                 lost[route.destination] = change
-            case AddRoute(route=route):
+            case AddRoute(route=route) if route.table == MAIN_TABLE:
                 lost.pop(route.destination, None)
             case DeleteAddress(address=address) if address in plan.addresses:
                 lost[address] = change

@@ -8,23 +8,45 @@ addresses it has are facts here.
 Public addresses are reached by the WAN, private ones by the LAN, which is one routed network: the operator promises
 that hosts of one label reach each other, and any hosts may get one label. There is no delay and no loss: a packet
 arrives at once or never.
+
+Under `encrypted` a private address is reached as the kernel's own table says, and a host drops what its packet filter
+refuses. What the agents say to each other is outside of that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from ipaddress import ip_interface
 
 import trio
 from attrs import define, evolve, frozen
 
-from kilo_etcd.kernel.state import Observed, ipip_name
-from kilo_etcd.model import DEFAULT_INTERFACE, DEFAULT_PORT, Endpoint, IPAddress, IPInterface, Node, Snapshot, is_public
+from kilo_etcd.kernel import encrypted, returns
+from kilo_etcd.kernel.state import Observed, OwnTable, Route, ipip_name
+from kilo_etcd.kernel.table import AddressSet
+from kilo_etcd.model import (
+    DEFAULT_INTERFACE,
+    DEFAULT_PORT,
+    Endpoint,
+    IPAddress,
+    IPInterface,
+    IPNetwork,
+    Node,
+    Snapshot,
+    is_public,
+)
 from kilo_etcd.testing.fake_kernel import FakeHost
 from kilo_etcd.topology import Topology, build_topology
-from kilo_etcd.topology.hostplan import HostPlan, PeerPlan, RoutePlan, Via
+from kilo_etcd.topology.hostplan import Encryption, HostPlan, PeerPlan, RoutePlan, Via
 from kilo_etcd.topology.walk import Hop, longest_match, walk
+
+_Followed = tuple[str, tuple[Hop, ...], tuple[Hop, ...]]
+"""Why there is no answer, or the ways there and back."""
+
+T, LED = encrypted.table_of(DEFAULT_INTERFACE), encrypted.rule_priorities(DEFAULT_INTERFACE)[1]
+"""The table of `encrypted`, and where the rule that leads there stands."""
+RETURNS, RETURNING = returns.return_table(DEFAULT_INTERFACE), returns.return_priority(DEFAULT_INTERFACE)
 
 FRESH = 120.0
 """Seconds for which a WireGuard session is used before packets have it renewed (its paper's Rekey-After-Time)."""
@@ -66,6 +88,12 @@ class _Host:
     seen: object = None
     plan: HostPlan | None = None
 
+    @property
+    def encrypts(self) -> bool:
+        """Whether its kernel has anything of `encrypted`."""
+        observed = self.machine.observed
+        return T in observed.policy.tables or any(one.addresses for one in refused(observed))
+
 
 class Network:
     """All machines, and the wires between them."""
@@ -77,7 +105,7 @@ class Network:
         self._drawn: tuple[object, Topology] | None = None
         self._state: list[tuple[object, ...]] = []
         self._held: list[Observed] = []
-        self._known: dict[tuple[str, IPAddress], tuple[str, tuple[Hop, ...]]] = {}
+        self._known: dict[tuple[str, IPAddress], _Followed] = {}
         """What has been followed as long as nothing has changed."""
 
     def add(self, name: str, place: Place, machine: FakeHost) -> Condition:
@@ -107,13 +135,13 @@ class Network:
 
     def answers(self, source: str, address: IPAddress) -> bool:
         """As `reaches`; sessions of WireGuard on the way are renewed, as packets have it done."""
-        why, hops = self._follow(source, address)
+        why, there, back = self._follow(source, address)
         if why:
             # The packet itself, once it arrives, tells the first host on the way where the sender is now.
             self.knock(source, address)
-            why, hops = self._follow(source, address)
+            why, there, back = self._follow(source, address)
         if not why:
-            self._renew(hops)
+            self._renew((*there, *back))
         return not why
 
     def knock(self, source: str, address: IPAddress) -> None:
@@ -148,7 +176,7 @@ class Network:
         lan = self._on_lan(address)
         if lan is not None:
             sender = next((one.ip for one in self._hosts[source].place.inside if one.version == address.version), None)
-            if lan in self._posts and sender is not None and self.answers(source, address):
+            if lan in self._posts and sender is not None and not self._over_lan(source, lan):
                 self._posts[lan].arrived(data, sender)
             return
         for name, host in self._hosts.items():
@@ -158,9 +186,15 @@ class Network:
                 if sender is not None:
                     self._posts[name].arrived(data, sender)
 
+    def fate(self, source: str, address: IPAddress) -> str:
+        """What becomes of an echo request from `source`, and of its answer: `encrypted` if both go through a tunnel,
+        `clear` if one does not, or why there is no answer."""
+        why, there, back = self._follow(source, address)
+        return why or ("encrypted" if _encrypted(there) and _encrypted(back) else "clear")
+
     # -- inside -------------------------------------------------------------------------------------------------
 
-    def _follow(self, source: str, address: IPAddress) -> tuple[str, tuple[Hop, ...]]:
+    def _follow(self, source: str, address: IPAddress) -> _Followed:
         state: list[tuple[object, ...]] = []
         for host in self._hosts.values():
             one = host.condition
@@ -174,37 +208,41 @@ class Network:
             found = self._known[source, address] = self._follow_anew(source, address)
         return found
 
-    def _follow_anew(self, source: str, address: IPAddress) -> tuple[str, tuple[Hop, ...]]:
-        sender = self._hosts[source]
-        if not sender.condition.powered:
-            return f"{source} is switched off", ()
-        lan = self._on_lan(address)
-        if lan is not None:
-            if not self._hosts[lan].condition.powered:
-                return f"{lan} is switched off", ()
-            open_ = sender.condition.lan and self._hosts[lan].condition.lan
-            return ("" if open_ or lan == source else f"the LAN between {source} and {lan} is cut"), ()
-        owner = next((name for name, host in self._hosts.items() if _has(host.machine.observed, address)), None)
+    def _follow_anew(self, source: str, address: IPAddress) -> _Followed:
+        if not self._hosts[source].condition.powered:
+            return f"{source} is switched off", (), ()
+        owner = self._on_lan(address)
+        if owner is not None and not any(host.encrypts for host in self._hosts.values()):
+            return self._over_lan(source, owner), (), ()
         if owner is None:
-            return f"nobody has {address}", ()
+            owner = next((name for name, host in self._hosts.items() if _has(host.machine.observed, address)), None)
+        if owner is None:
+            return f"nobody has {address}", (), ()
         plans = {name: self._programmed(host) for name, host in self._hosts.items()}
         topology = self._topology()
         there = walk(plans, topology, source, address)
         if not there.delivered:
-            return str(there), ()
+            return str(there), (), ()
         if there.source is None or owner == source:
-            return "", ()
+            return "", (), ()
         back = walk(plans, topology, owner, there.source, sender=address)
         if not back.delivered:
-            return f"on the way back: {back}", ()
-        for way in (there, back):
+            return f"on the way back: {back}", (), ()
+        for way, sender in ((there, there.source), (back, address)):
             for hop in way.hops:
-                if why := self._stops(hop):
-                    return why, ()
-        return "", (*there.hops, *back.hops)
+                if why := self._stops(hop, sender):
+                    return why, (), ()
+        return "", there.hops, back.hops
 
-    def _stops(self, hop: Hop) -> str:
-        """Why a packet does not make this hop; empty: it does."""
+    def _over_lan(self, source: str, target: str) -> str:
+        """Why the LAN does not take a packet to a host; empty: it does."""
+        here, there = self._hosts[source].condition, self._hosts[target].condition
+        if not here.powered or not there.powered:
+            return f"{target if here.powered else source} is switched off"
+        return "" if (here.lan and there.lan) or source == target else f"the LAN of {source} or {target} is cut"
+
+    def _stops(self, hop: Hop, sender: IPAddress) -> str:
+        """Why a packet of `sender` does not make this hop; empty: it does."""
         host, target = self._hosts[hop.source], self._hosts[hop.target]
         if hop.medium is Via.TUNNEL:
             assert hop.peer is not None
@@ -217,6 +255,8 @@ class Network:
                 return f"{name} is switched off"
             if not condition.lan:
                 return f"{name} is cut off from the LAN"
+        if hop.medium is Via.UNDERLAY and any(sender in one.addresses for one in refused(target.machine.observed)):
+            return f"{hop.target} refuses what comes from {sender} in clear"
         return ""
 
     def _lost(self, source: str, target: str, endpoint: Endpoint) -> str:
@@ -312,21 +352,55 @@ def programmed(observed: Observed, forwards: bool = True) -> HostPlan:
         key: PeerPlan(public_key=key, name=key, endpoint=peer.endpoint, allowed_ips=peer.allowed_ips)
         for key, peer in observed.peers.items()
     }
-    routes = {}
-    for destination, route in observed.routes.items():
-        way = {DEFAULT_INTERFACE: Via.TUNNEL, ipip_name(DEFAULT_INTERFACE): Via.IPIP}.get(route.device, Via.UNDERLAY)
-        if (way is Via.TUNNEL and not up) or (way is Via.IPIP and not ipip):
-            continue
-        gateway = None if way is Via.TUNNEL else route.gateway
-        routes[destination] = RoutePlan(destination=destination, way=way, gateway=gateway, source=route.source)
+
+    def planned(routes: Mapping[IPNetwork, Route]) -> dict[IPNetwork, RoutePlan]:
+        found = {}
+        for destination, route in routes.items():
+            way = _WAYS.get(route.device, Via.UNDERLAY)
+            if (way is Via.TUNNEL and not up) or (way is Via.IPIP and not ipip):
+                continue
+            gateway = None if way is Via.TUNNEL else route.gateway
+            found[destination] = RoutePlan(destination=destination, way=way, gateway=gateway, source=route.source)
+        return found
+
+    def led(table: OwnTable, priority: int) -> tuple[dict[IPNetwork, RoutePlan], dict[IPNetwork, str]]:
+        versions = {rule.version for rule in observed.policy.rules if rule.priority == priority}
+        ways = {one: route for one, route in planned(table.routes).items() if one.version in versions}
+        ends = (one for one in table.last if one.version in versions and one not in ways)
+        return ways, dict.fromkeys(ends, "its last resort takes it")
+
+    routes, refused, encryption = planned(observed.routes), {}, None
+    if T in observed.policy.tables:
+        # A host route to the same address in the main table is asked later.
+        sent, refused = led(observed.policy.table(T), LED)
+        routes = {one: route for one, route in routes.items() if one not in refused} | sent
+        encryption = Encryption(send=sent)
+    back, lost = led(observed.policy.table(RETURNS), RETURNING)
     return HostPlan(
         node="",
         peers=peers if up else {},
         routes=routes,
+        refused=refused,
+        returns=back,
+        returns_refused=lost,
+        encryption=encryption,
         forwarding=observed.forwarding if forwards else frozenset(),
         ipip_remotes=_ipip_nodes(observed) if ipip else frozenset(),
         ipip_local=observed.ipip_local if ipip else None,
     )
+
+
+_WAYS = {DEFAULT_INTERFACE: Via.TUNNEL, ipip_name(DEFAULT_INTERFACE): Via.IPIP}
+
+
+def refused(observed: Observed) -> Iterator[AddressSet]:
+    """The sources whose packets in clear a kernel drops."""
+    sets = () if observed.table is None else observed.table.sets
+    return (one for one in sets if one.name in ("refuse4", "refuse6"))
+
+
+def _encrypted(hops: Iterable[Hop]) -> bool:
+    return any(hop.encrypted for hop in hops)
 
 
 def _ipip_nodes(observed: Observed) -> frozenset[IPAddress]:

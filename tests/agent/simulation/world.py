@@ -9,6 +9,7 @@ come to rest. What must hold at each step is `invariants`' business; what must h
   at internal IPs, from wherever they are routed;
 * what stands in a host's name stands under its lease, and is what its agent has written;
 * whoever shares a location stands for leader, and the leader is on record;
+* what `encryption` says of `encrypted`;
 * from then on nothing is written any more, neither to a kernel nor to etcd.
 """
 
@@ -22,7 +23,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import trio
-from attrs import frozen
+from attrs import evolve, frozen
 
 from helpers import eventually
 from kilo_etcd.agent.sightings import STALE
@@ -35,7 +36,7 @@ from kilo_etcd.testing.fake_etcd import Backup, FakeEtcd
 from kilo_etcd.topology import HostPlan, Topology, build_topology, host_plan
 from kilo_etcd.topology.segments import host_network
 from kilo_etcd.topology.walk import walk
-from simulation import faults
+from simulation import encryption, faults
 from simulation.clockwork import freezable, seeded
 from simulation.faults import FAULTS, Fault
 from simulation.host import SimulatedAgent, SimulatedHost, in_memory
@@ -82,13 +83,19 @@ class Shape:
     encapsulate: str = "crosssubnet"
     dual: bool = False
     internal_ips: str = "off"
+    modes: tuple[str, ...] = ()
+    """What the operator sets that to."""
+    steady: bool = False
+    """Whether no packet between two hosts may be lost; faults last less long then than leases."""
+    strict: bool = False
+    """Whether the hosts check reverse paths strictly."""
     disks: bool = False
     forget_after: str = "24h"
     kernel_delays: tuple[float, ...] = (0.0,)
     """Seconds that a kernel takes for changes; one of them for each host."""
 
 
-FAMILIES = tuple(sorted({fault.family for fault in FAULTS} - {"lossy", "internal"}))
+FAMILIES = tuple(sorted({fault.family for fault in FAULTS} - {"lossy", "internal", "switch"}))
 
 
 def shape_of(seed: int, rng: random.Random) -> Shape:
@@ -104,10 +111,8 @@ def shape_of(seed: int, rng: random.Random) -> Shape:
     families = set(rng.sample(FAMILIES, wanted))
     if seed % 40 == 11:
         families.add("lossy")
-    if seed % 4 == 1:
-        families.add("internal")
     dual = rng.random() < 0.15
-    return Shape(
+    shape = Shape(
         sites=sites,
         late=rng.choice((0, 0, 1)),
         families=frozenset(families),
@@ -118,11 +123,23 @@ def shape_of(seed: int, rng: random.Random) -> Shape:
         granularity=rng.choice(("location", "location", "location", "full", "cross")),
         encapsulate="wireguard" if dual else rng.choice(("crosssubnet", "crosssubnet", "always", "wireguard")),
         dual=dual,
-        internal_ips="routed" if "internal" in families else "off",
         disks=rng.random() < 0.3,
         forget_after=rng.choice(("24h", "24h", "24h", "30s")),
         kernel_delays=(0.0, 0.0, 0.01, 0.3),
     )
+    if seed % 4 == 1:
+        families |= {"internal", "switch"}
+        modes = ("encrypted", "encrypted", "routed", "off")
+        shape = evolve(shape, internal_ips=rng.choice(("encrypted", "routed")))
+    if seed % 8 == 5:
+        families = {"switch", *rng.sample(("agents", "machines", "path", "etcd"), rng.choice((0, 1, 2, 4)))}
+        modes = rng.choice((("encrypted", "off"), ("encrypted", "routed")))
+        shape = evolve(shape, steady=True, granularity="full", disks=False, internal_ips=rng.choice(modes))
+        # Each switch is a lot of work for everybody.
+        shape = evolve(shape, chaos=12.0, pauses=(0.3, 1.0, 3.0))
+    if "switch" in families:
+        shape = evolve(shape, families=frozenset(families), modes=modes, strict=rng.random() < 0.5)
+    return shape
 
 
 class World:
@@ -142,6 +159,8 @@ class World:
         self.etcd = FakeEtcd(delay=shape.delay)
         self.network = Network()
         self.watchman = Watchman(self)
+        if shape.steady:
+            self.watchman.steady = encryption.Steady(self)
         self.said: list[str] = []
         self.saved: Backup | None = None
         self.genuine = True
@@ -172,7 +191,7 @@ class World:
                 self.hosts[name] = SimulatedHost(
                     name, seed, self.etcd.client(name), self.network, self.watchman, nursery,
                     options=options, dual=shape.dual, disk=disk,
-                    kernel_delay=self.random.choice(shape.kernel_delays),
+                    kernel_delay=self.random.choice(shape.kernel_delays), strict=shape.strict,
                 )  # fmt: skip
         late = min(shape.late, len(self.hosts) - 2)
         self.gone = set(self.random.sample(sorted(self.hosts), late))
@@ -187,6 +206,10 @@ class World:
     def site_of(self, host: SimulatedHost) -> list[SimulatedHost]:
         """The members at a host's site."""
         return [one for one in self.members() if one.name[0] == host.name[0]]
+
+    def brief(self) -> float:
+        """Seconds that a trouble lasts."""
+        return self.random.choice(faults.WITHIN_THE_LEASE if self.shape.steady else faults.BRIEF)
 
     # -- what happens to them -----------------------------------------------------------------------------------
 
@@ -324,6 +347,7 @@ class World:
                 why = self.network.trace(name, address)
                 assert not why, f"{name} gets no answer from {other} at {address}: {why}"
             self._internal_ips(plans, fresh, name, other)
+        encryption.at_rest(self, fresh, agents)
         return True
 
     def _own_leases(self, name: str, agent: SimulatedAgent, rejected: set[str]) -> None:
@@ -446,6 +470,8 @@ async def run_schedule(seed: int) -> list[str]:
                 said = world.said
                 nursery.start_soon(world.thaw_at_the_end)
                 nursery.start_soon(world.keepalives)
+                if world.watchman.steady is not None:
+                    nursery.start_soon(world.watchman.steady.run)
                 await world.run()
                 nursery.cancel_scope.cancel()
         except BaseException as error:

@@ -11,7 +11,7 @@ from attrs import frozen
 from kilo_etcd.kernel import formats
 from kilo_etcd.kernel.codec import FormatError, Reader, read
 from kilo_etcd.kernel.formats import PORT_RANGE, fibmsg, ifaddrmsg, ifinfmsg, ndmsg, netconfmsg, rtmsg, rtnl
-from kilo_etcd.kernel.rules import RoutingRule
+from kilo_etcd.kernel.rules import ForeignRule, RoutingRule
 from kilo_etcd.kernel.state import FENCE_METRIC, ROUTE_PROTOCOL, AddressScope, HostAddress, Link, Route
 from kilo_etcd.model import IPAddress, IPNetwork
 
@@ -33,7 +33,7 @@ GROUPS = (
 _UP = formats.links.IFF_UP
 _TEMPORARY, _DEPRECATED = formats.addresses.IFA_F_TEMPORARY, formats.addresses.IFA_F_DEPRECATED
 _ONLINK = formats.routes.RTNH_F_ONLINK
-_TO_TABLE = formats.rules.FR_ACT_NAMES["FR_ACT_TO_TBL"]
+_TO_TABLE, _GOTO = (formats.rules.FR_ACT_NAMES[name] for name in ("FR_ACT_TO_TBL", "FR_ACT_GOTO"))
 UNICAST, _UNREACHABLE = rtnl.rt_type["unicast"], rtnl.rt_type["unreachable"]
 _KIND_NAMES = {UNICAST: "", _UNREACHABLE: "unreachable", rtnl.rt_type["throw"]: "throw"}
 _SCOPES = {rtnl.rt_scope["link"]: AddressScope.LINK, rtnl.rt_scope["host"]: AddressScope.HOST}
@@ -67,6 +67,11 @@ _RULE_ATTRIBUTES = (
 """All that a rule of ours may have, and that the kernel adds to it. A rule with another attribute is somebody else's:
 it selects fewer packets, or does something else with them."""
 _rules = Reader(fibmsg, "family", "dst_len", "src_len", "tos", "table", "action", "flags", *_RULE_ATTRIBUTES)
+_others_rules = Reader(
+    fibmsg, "family", "dst_len", "src_len", "tos", "table", "action", "flags",
+    "FRA_DST", "FRA_SRC", "FRA_IIFNAME", "FRA_OIFNAME", "FRA_PRIORITY", "FRA_TABLE", "FRA_GOTO", "FRA_FWMARK",
+    "FRA_SUPPRESS_PREFIXLEN", "FRA_IP_PROTO", "FRA_UID_RANGE", "FRA_TUN_ID",
+)  # fmt: skip
 _settings = Reader(netconfmsg, "family", "NETCONFA_IFINDEX", "NETCONFA_FORWARDING", "NETCONFA_RP_FILTER")
 _neighbours = Reader(ndmsg, "state", "NDA_DST", "NDA_LLADDR")
 
@@ -244,6 +249,30 @@ def read_rule(body: bytes) -> tuple[RoutingRule, int] | None:
         suppress=None if suppressed in (None, _NOT_SUPPRESSED) else suppressed,
     )
     return rule, protocol or 0
+
+
+def read_foreign_rule(body: bytes) -> ForeignRule | None:
+    """A rule of anybody's; None: it is of another family, or only refuses packets."""
+    (
+        family, length, source_length, tos, low_table, action, flags,
+        to, source, inbound, outbound, priority, table, goto, mark, suppressed, protocol, users, tunnel,
+    ) = _others_rules.row(body)  # fmt: skip
+    if family not in _VERSIONS or action not in (_TO_TABLE, _GOTO):
+        return None
+    return ForeignRule(
+        version=_VERSIONS[family],
+        priority=priority or 0,
+        table=0 if action == _GOTO else low_table if table is None else table,
+        goto=goto or 0 if action == _GOTO else 0,
+        source=ipaddress.ip_network((source, source_length), strict=False) if source else None,
+        destination=ipaddress.ip_network((to, length), strict=False) if to else None,
+        protocol=protocol or 0,
+        suppress=None if suppressed in (None, _NOT_SUPPRESSED) else suppressed,
+        picks=bool(
+            mark or tos or outbound or users or tunnel or _text(inbound) not in ("", "lo")
+            or flags & formats.FIB_RULE_INVERT
+        ),
+    )  # fmt: skip
 
 
 def read_forwarding(body: bytes) -> tuple[int, bool] | None:

@@ -1,0 +1,335 @@
+"""The agent's part of `encrypted`: what stays outside of the tunnels as this host knows it, and the switch's stages.
+
+What follows from a snapshot `topology.encryption` decides. Here is what it is told (etcd's addresses and members, who
+lives and what they have applied), and what it wants reported: the host's record says so, once the kernel holds it.
+
+etcd's members are asked for while the setting is in force, and kept on disk: a member that boots while there is no
+quorum must reach the others in clear, or there never is one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import trio
+from attrs import evolve, frozen
+
+from kilo_etcd import etcd, store
+from kilo_etcd.agent.config import AgentConfig
+from kilo_etcd.agent.lastknown import Disk
+from kilo_etcd.agent.logs import Once
+from kilo_etcd.agent.neighbours import PORT
+from kilo_etcd.agent.resolve import Table
+from kilo_etcd.model import InternalIPs, IPAddress
+from kilo_etcd.quickip import ip_address
+from kilo_etcd.topology import HostPlan, Topology
+from kilo_etcd.topology.encryption import Living, Outside, Report, awaited, encrypt, report
+
+MEMBERS_FILE = "etcd-members.json"
+MEMBERS_PERIOD = 60.0
+"""Seconds between two looks at who etcd's members are."""
+ASK_PATIENCE = 2.0
+"""Seconds that the first plan under the setting waits for etcd."""
+FIRST_PAUSE, PAUSE_PER_NODE, MOST_PAUSE = 0.1, 0.002, 20.0
+"""Seconds between two looks at the statuses, as long as somebody is waited for: with 1,000 nodes a look is 0.3 MB."""
+FEW = 8
+"""Nodes whose statuses are read one by one."""
+RETRY_SECONDS = 1.0
+_MOST_BYTES = 2**16
+
+
+@frozen
+class Members:
+    """Where etcd's members listen, as URLs."""
+
+    client: tuple[str, ...] = ()
+    peer: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, members: Iterable[etcd.Member]) -> Members:
+        """As etcd says."""
+        found = tuple(members)
+        return cls(
+            tuple(sorted({url for member in found for url in member.client_urls})),
+            tuple(sorted({url for member in found for url in member.peer_urls})),
+        )
+
+
+def read_members(state_dir: Path) -> Members | None:
+    """Those kept on disk; None: none are, or what is there is not of this module."""
+    try:
+        with (state_dir / MEMBERS_FILE).open("rb") as file:
+            said = json.loads(file.read(_MOST_BYTES))
+        client, peer = said["client"], said["peer"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    if not all(isinstance(urls, list) and all(isinstance(url, str) for url in urls) for urls in (client, peer)):
+        return None
+    return Members(tuple(client), tuple(peer))
+
+
+def write_members(state_dir: Path, members: Members) -> None:
+    """Keep them. OSError."""
+    path, aside = state_dir / MEMBERS_FILE, state_dir / f"{MEMBERS_FILE}.new"
+    aside.write_text(json.dumps({"client": members.client, "peer": members.peer}))
+    aside.replace(path)
+
+
+def remove_members(state_dir: Path) -> None:
+    """OSError."""
+    (state_dir / MEMBERS_FILE).unlink(missing_ok=True)
+
+
+def outside(config: AgentConfig, members: Members | None, sources: tuple[IPAddress, ...], table: Table) -> Outside:
+    """What stays outside, given etcd's members and the addresses of DNS names; `sources` are the host's own."""
+    members = members or Members()
+    own = frozenset(sources)
+    peers = set(_sockets(members.peer, table))
+    clients = {*_sockets(config.etcd.endpoints, table), *_sockets(members.client, table)}
+    a_member = any(address in own for address, _ in peers)
+    here = {port for address, port in (*clients, *peers) if address in own or address.is_loopback}
+    # A name without an address, as long as DNS does not answer, may be this host's: others must reach etcd here.
+    every = (*config.etcd.endpoints, *members.client, *members.peer)
+    here |= {port for host, port in _named(every) if host not in table}
+    there = {*clients, *(peers if a_member else ())}
+    return Outside(
+        etcd=tuple(sorted(
+            ((address, port) for address, port in there if address not in own and not address.is_loopback),
+            key=lambda pair: (pair[0].version, int(pair[0]), pair[1]),
+        )),
+        etcd_here=tuple(sorted(here)),
+        talk=(PORT,),
+        sources=sources,
+        clear=config.clear,
+    )  # fmt: skip
+
+
+def _named(urls: Iterable[str]) -> Iterator[tuple[str, int]]:
+    """Those of the hosts that are called by a name, and the port."""
+    for url in urls:
+        with suppress(etcd.BadRequest):
+            endpoint = etcd.parse_endpoint(url, tls=False)
+            try:
+                ip_address(endpoint.host)
+            except ValueError:
+                yield endpoint.host, endpoint.port
+
+
+def _sockets(urls: Iterable[str], table: Table) -> Iterator[tuple[IPAddress, int]]:
+    for url in urls:
+        with suppress(etcd.BadRequest):
+            endpoint = etcd.parse_endpoint(url, tls=False)
+            try:
+                addresses: tuple[IPAddress, ...] = (ip_address(endpoint.host),)
+            except ValueError:
+                addresses = table.get(endpoint.host, ())
+            for address in addresses:
+                if not address.is_unspecified:
+                    yield address, endpoint.port
+
+
+def concerns(topology: Topology, name: str) -> bool:
+    """Whether the setting is in force, or the host is on its way back from it."""
+    node = topology.snapshot.nodes.get(name)
+    on = topology.internal_ips is InternalIPs.ENCRYPTED
+    return on or (node is not None and node.encryption is not None)
+
+
+class Encrypting:
+    """One agent's. `run` is its task, for an agent that is registered; `register` has the host's record say a report,
+    and tells whether it does now; `keep` writes the mesh as it is in force to disk, for a boot without etcd."""
+
+    def __init__(
+        self,
+        config: AgentConfig,
+        client: etcd.Client,
+        keys: store.Keys,
+        once: Once,
+        *,
+        disk: Disk | None,
+        register: Callable[[Report], Awaitable[bool]],
+        keep: Callable[[], Awaitable[object]],
+        nudge: Callable[[], None],
+    ) -> None:
+        self._config, self._client, self._keys, self._once = config, client, keys, once
+        self._name = config.hostname
+        self._disk = disk
+        self._register, self._keep, self._nudge = register, keep, nudge
+        self._members: Members | None = None
+        self._prepared = False
+        self._topology: Topology | None = None
+        self._last: HostPlan | None = None
+        """The last outcome of `encrypt`."""
+        self._awaited: frozenset[str] = frozenset()
+        self._wanted: Report | None = None
+        self._told: Report | None = None
+        self._left: Report | None = None
+        """The last report, and what the record said before, as long as the snapshot says nothing newer."""
+        self._changed = trio.Event()
+        self._cluster: int | None = None
+        """The etcd that `living` speaks of."""
+        self.living = Living()
+
+    async def forget(self) -> None:
+        """Remove from disk what is kept of etcd's members. OSError."""
+        if self._disk is not None:
+            path = self._disk.state_dir
+            await self._disk.run(lambda: remove_members(path))
+
+    @property
+    def etcd_urls(self) -> tuple[str, ...]:
+        """Where etcd's members listen, for their names to be looked up."""
+        members = self._members or Members()
+        return (*members.client, *members.peer)
+
+    async def prepare(self, topology: Topology, *, etcd_away: bool) -> None:
+        """Before the first plan under the setting: learn what `encrypt` has to know of etcd and others. An agent that
+        starts goes on from where the last one was, so that nothing leaves in clear meanwhile."""
+        if self._prepared:
+            return
+        self._prepared = True
+        if self._disk is not None:
+            path = self._disk.state_dir
+            self._members = await self._disk.run(lambda: read_members(path))
+        if etcd_away:
+            # Nothing can be learnt of anybody: each is taken as its record says.
+            self.living = Living(asked=frozenset(topology.snapshot.nodes))
+            return
+        with trio.move_on_after(ASK_PATIENCE), suppress(etcd.EtcdError):
+            await self._ask_members()
+            await self._ask_statuses(topology)
+
+    def withdraw(self) -> None:
+        """Another plan than the last is about to be applied, so a report that followed from the last one, and that
+        nobody has been told yet, may not be true any more."""
+        self._wanted = None
+
+    def concerns(self, topology: Topology) -> bool:
+        """Whether the setting is in force here, or the host on its way back from it."""
+        return self._told is not None or concerns(topology, self._name)
+
+    def encrypt(
+        self,
+        plan: HostPlan,
+        topology: Topology,
+        *,
+        sources: tuple[IPAddress, ...],
+        addresses: frozenset[IPAddress],
+        table: Table,
+    ) -> HostPlan:
+        """The plan with what the setting asks for. `sources` are the host's own addresses on the underlay, `addresses`
+        all that it has; `table` those of DNS names."""
+        cluster = topology.snapshot.cluster_id
+        if self._cluster not in (None, cluster):
+            # Which revisions were applied of another etcd says nothing of this one's.
+            self.living = Living()
+        self._cluster = cluster
+        around = evolve(outside(self._config, self._members, sources, table), addresses=addresses)
+        self._last = encrypt(plan, topology, outside=around, living=self.living, told=self._told, previous=self._last)
+        return self._last
+
+    def follow(self, topology: Topology, plan: HostPlan, *, whole: bool) -> None:
+        """The kernel holds `plan`; `whole`: all of it."""
+        shown = Report.of(topology.snapshot.nodes[self._name])
+        if shown != self._left:
+            self._told = self._left = None
+        if self._told is None:
+            said = report(topology, plan)
+            self._wanted = said if whole and said != shown else None
+        self._topology, self._awaited = topology, awaited(plan)
+        changed, self._changed = self._changed, trio.Event()
+        changed.set()
+
+    async def run(self) -> None:
+        """Report, and look at others, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._report)
+            nursery.start_soon(self._follow_statuses)
+            nursery.start_soon(self._follow_members)
+
+    async def _report(self) -> None:
+        while True:
+            wanted, topology, changed = self._wanted, self._topology, self._changed
+            if wanted is not None and topology is not None:
+                self._told, self._left, self._wanted = wanted, Report.of(topology.snapshot.nodes[self._name]), None
+                # Who boots without etcd goes by what is on disk: that must not be from before the switch.
+                await self._keep()
+                while not await self._register(wanted):  # noqa: ASYNC110 - etcd does not say when it is back
+                    await trio.sleep(RETRY_SECONDS)
+                continue
+            await changed.wait()
+
+    async def _follow_statuses(self) -> None:
+        pause = 0.0
+        while True:
+            changed, topology = self._changed, self._topology
+            if topology is None or not self._awaited:
+                pause = 0.0
+                await changed.wait()
+                continue
+            looks_at = len(topology.snapshot.nodes) if len(self._awaited) > FEW else len(self._awaited)
+            least = FIRST_PAUSE + looks_at * PAUSE_PER_NODE
+            pause = min(max(least, 1.5 * pause), max(least, MOST_PAUSE))
+            before = self.living
+            with suppress(etcd.EtcdError):
+                if len(self._awaited) > FEW:
+                    await self._ask_statuses(topology)
+                else:
+                    await self._ask_few(self._awaited)
+            if self.living != before:
+                self._nudge()
+            await trio.sleep(pause)
+
+    async def _ask_statuses(self, topology: Topology) -> None:
+        # Who is in the snapshot has registered before the statuses are read, so its own is there if it lives.
+        asked = frozenset(topology.snapshot.nodes)
+        found = await store.statuses(self._client, self._keys)
+        known = self.living.applied
+        applied = {name: max(status.revision, known.get(name, 0)) for name, status in found.items() if name in asked}
+        self.living = Living(asked=asked, applied=applied)
+
+    async def _ask_few(self, names: Collection[str]) -> None:
+        """Of one node that joins 10,000 agents want to know, who must not all read 10,000 statuses."""
+        applied = dict(self.living.applied)
+        for name in names:
+            status = await store.status(self._client, self._keys, name)
+            if status is None:
+                applied.pop(name, None)
+            else:
+                applied[name] = max(status.revision, applied.get(name, 0))
+        self.living = Living(asked=self.living.asked.union(names), applied=applied)
+
+    async def _follow_members(self) -> None:
+        while True:
+            changed, topology = self._changed, self._topology
+            if topology is None or not concerns(topology, self._name):
+                await changed.wait()
+                continue
+            before = self._members
+            await self._ask_members()
+            if self._members != before:
+                self._nudge()
+            await trio.sleep(MEMBERS_PERIOD)
+
+    async def _ask_members(self) -> None:
+        try:
+            found = Members.of(await self._client.members())
+        except etcd.EtcdError as error:
+            if self._members is None:
+                self._once.warning(
+                    "etcd members", "etcd's members are not known; only its endpoints stay outside of the tunnels",
+                    error=str(error),
+                )  # fmt: skip
+            return
+        self._once.clear("etcd members", "etcd's members are known")
+        if found == self._members:
+            return
+        self._members = found
+        disk = self._disk
+        if disk is not None:
+            path = disk.state_dir
+            with suppress(OSError):
+                await disk.run(lambda: write_members(path, found))

@@ -1,0 +1,66 @@
+"""Rules of others that stand before those of `encrypted`, and by which packets for nodes leave in clear. Pure.
+
+The kernel asks rules in the order of their priorities, so an operator's rule before ours wins: by a table of its own,
+or by the main one with `suppress_prefixlength`, it leads packets past the tunnel. The other node refuses them. Rules
+that ask for a mark, or for what comes in by some device, are left alone: whoever marks packets means those alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from kilo_etcd.kernel.encrypted import rule_priorities
+from kilo_etcd.kernel.formats import RT_TABLE_LOCAL
+from kilo_etcd.kernel.rules import ForeignRule
+from kilo_etcd.kernel.state import Route
+from kilo_etcd.topology.hostplan import HostPlan
+
+
+def suspects(plan: HostPlan, rules: Iterable[ForeignRule], interface: str) -> list[ForeignRule]:
+    """The rules that may lead packets past the tunnel; what their tables hold decides."""
+    wanted = plan.encryption
+    if wanted is None:
+        return []
+    _, ours = rule_priorities(interface)
+    versions = {network.version for network in (*wanted.send, *wanted.hold)}
+    return [
+        rule
+        for rule in rules
+        if rule.version in versions
+        and rule.priority < ours
+        and not rule.picks
+        and (rule.goto > ours or rule.table not in (0, RT_TABLE_LOCAL))
+        and (rule.source is None or any(own.version == rule.version and own in rule.source for own in wanted.sources))
+    ]
+
+
+def bypasses(
+    plan: HostPlan, found: Iterable[tuple[ForeignRule, Iterable[Route]]], interface: str, devices: Iterable[str]
+) -> Iterator[str]:
+    """A sentence for each rule, of `suspects`, by which packets leave in clear. With each, the routes that it leads to;
+    `devices` are ours."""
+    wanted = plan.encryption
+    if wanted is None:
+        return
+    _, ours = rule_priorities(interface)
+    own = {"", "lo", *devices}
+    for rule, routes in found:
+        ways = [
+            route
+            for route in routes
+            if route.destination.version == rule.version and route.device not in own and not route.kind
+            and (rule.suppress is None or route.destination.prefixlen > rule.suppress)
+        ]  # fmt: skip
+        near = [
+            network.network_address
+            for network in sorted({*wanted.send, *wanted.hold}, key=lambda one: (one.version, one))
+            if network.version == rule.version
+            and (rule.destination is None or network.network_address in rule.destination)
+            and (rule.goto or any(network.network_address in route.destination for route in ways))
+        ]
+        if near:
+            more = f" and {len(near) - 1} more addresses of nodes" if len(near) > 1 else ", the address of a node,"
+            yield (
+                f"a rule stands before the one that encrypts (priority {ours}), so that packets for {near[0]}{more} "
+                f"leave in clear: {rule}; give it a priority of 10700 or above, or take these addresses out of it"
+            )

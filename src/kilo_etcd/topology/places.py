@@ -1,0 +1,235 @@
+"""Which addresses of nodes are sent to through the tunnels under `encrypted`, by whom and whatever the stage. Pure.
+
+An address is sent through the tunnel if no other node has it, nobody else was granted it, and it is not taken for
+something near: one that the sender's segment reaches over its own links only if the two share those links on
+purpose: one label in a full mesh, or the sender's WireGuard calls the node at an address on them. Decision 0033.
+
+All of it is a function of the topology, and the same for all hosts; `Places` follows its changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
+
+from attrs import field, frozen
+
+from kilo_etcd.model import DEFAULT_LOCATION, Granularity, IPAddress, IPNetwork, Node
+from kilo_etcd.topology.claims import Settlement, each_hosts_own
+from kilo_etcd.topology.families import same_site
+from kilo_etcd.topology.holders import Holders
+from kilo_etcd.topology.internal import Links, carried, stated
+from kilo_etcd.topology.plan import called_at
+from kilo_etcd.topology.segments import Segment, Topology, changes, host_network, segment_key
+
+
+@frozen(eq=False)
+class Address:
+    """One at which a node is called."""
+
+    node: Node
+    address: IPAddress
+    network: IPNetwork
+
+
+@frozen(eq=False)
+class Place:
+    """A segment, with what of it counts here."""
+
+    segment: Segment
+    of: Mapping[str, tuple[Address, ...]]
+    """Member -> at which addresses it may be sent to through the tunnels."""
+    links: Links
+    """What its hosts reach over their own links."""
+
+    @property
+    def addresses(self) -> Iterator[Address]:
+        """Of all members."""
+        return chain.from_iterable(self.of.values())
+
+
+NOWHERE: Mapping[str, Place] = {}
+
+
+@frozen(eq=False)
+class Places:
+    """The segments of one topology."""
+
+    topology: Topology | None = None
+    of: Mapping[str, Place] = NOWHERE
+    """Segment -> what of it counts here."""
+    _holders: Holders = field(factory=Holders)
+
+    def key_of(self, name: str) -> str:
+        """The segment that a node is in; empty: it is none."""
+        snapshot = None if self.topology is None else self.topology.snapshot
+        node = None if snapshot is None else snapshot.nodes.get(name)
+        return "" if snapshot is None or node is None else segment_key(node, snapshot)
+
+    def holder(self, address: IPAddress) -> str:
+        """The first node that has an address; empty: none."""
+        return next(iter(self._holders.names.get(address, ())), "")
+
+    def near(self, here: Place) -> Iterator[IPAddress]:
+        """The addresses of nodes on the links of a segment."""
+        return self._holders.within(here.links.networks)
+
+    def after(self, topology: Topology) -> tuple[Places, frozenset[str]]:
+        """Those of a later topology, and the segments about which something differs."""
+        last = self.topology
+        if last is topology:
+            return self, frozenset()
+        if last is None or last.settlement.mesh != topology.settlement.mesh:
+            return Places(topology, *_from_scratch(topology)), frozenset({*self.of, *topology.segments})
+        keys = set(topology.changed if topology.base is last.identity else changes(last.segments, topology.segments))
+        gone, come = [], []
+        for key in keys:
+            old, new = (
+                () if one is None else one.members for one in (last.segments.get(key), topology.segments.get(key))
+            )
+            gone += _without(old, new)
+            come += _without(new, old)
+        holders, moved = self._holders.after(_held(gone), _held(come))
+        if topology.settlement is not last.settlement:
+            moved.update(holders.within(_granted_otherwise(last.settlement, topology.settlement)))
+        nodes = topology.snapshot.nodes
+        names = {*chain.from_iterable((*self._holders.names.get(a, ()), *holders.names.get(a, ())) for a in moved)}
+        keys.update(segment_key(node, topology.snapshot) for name in names if (node := nodes.get(name)) is not None)
+        places = dict(self.of)
+        for key in keys:
+            if (segment := topology.segments.get(key)) is None:
+                del places[key]
+            else:
+                places[key] = _place(segment, topology, holders, self.of.get(key), names)
+        return Places(topology, places, holders), frozenset(keys)
+
+
+def own_addresses(node: Node) -> Iterator[IPAddress]:
+    """The internal IPs of a node, and the endpoints that are addresses of its own: in a network that it stands in. Not
+    that of a router which forwards its port."""
+    yield from (ip.ip for ip in node.internal_ips)
+    known = {ip.ip for ip in node.internal_ips}
+    for endpoint in node.endpoints:
+        address = endpoint.address
+        if (
+            address is not None
+            and address not in known
+            and any(network.version == address.version and address in network for network in stated(node))
+        ):
+            known.add(address)
+            yield address
+
+
+def sent(here: Place, there: Place, addresses: Iterable[Address] | None = None) -> list[Address]:
+    """The addresses of `there`, or of those given, that segment `here` sends through the tunnel."""
+    every = list(there.addresses if addresses is None else addresses)
+    links = here.links
+    near = [one for one in every if links.hold(one.address.version, int(one.address))]
+    if not near:
+        return every
+    location = there.segment.location
+    if location == here.segment.location and location != DEFAULT_LOCATION:
+        return every
+    leader = there.segment.leader
+    called = called_at(here.segment.leader, leader)
+    # Whose WireGuard is called at one address over a common link is meant by its other ones there too.
+    meant = leader.name if any(one.node is leader and one.address == called for one in near) else None
+    alike = {id(one) for one in near if one.node.name != meant}
+    return [one for one in every if id(one) not in alike]
+
+
+def both_ways(here: Place, there: Place, own: str, found: Iterable[Address]) -> tuple[list[Address], set[IPAddress]]:
+    """(those of `found`, the addresses that `here` sends, to which its node `own` does; own addresses that `there`
+    sends).
+
+    Two nodes send to each other through the tunnel in both directions or in none, family by family: what one of them
+    sends in clear the other could not answer through the tunnel.
+    """
+    mine = here.of[own]
+    answered = sent(there, here, mine) if mine else []
+    known, got = set(map(id, found)), set(map(id, answered))
+    closed = {one.address.version for one in mine if id(one) not in got}
+    partly = {(one.node.name, one.address.version) for one in there.addresses if id(one) not in known}
+    if closed or partly:
+        found = (
+            one
+            for one in found
+            if one.address.version not in closed and (one.node.name, one.address.version) not in partly
+        )
+    return list(found), {one.address for one in answered}
+
+
+def exchanged(segment: Segment, there: Segment, granularity: Granularity) -> bool:
+    """Whether the hosts of two segments exchange packets through tunnels between the two."""
+    one, other = segment.leader, there.leader
+    near = one.location == other.location and same_site(one, other)
+    return segment.key != there.key and not (granularity is Granularity.CROSS and near)
+
+
+def _without(members: Iterable[Node], others: Iterable[Node]) -> list[Node]:
+    same = set(map(id, others))
+    return [node for node in members if id(node) not in same]
+
+
+def _held(nodes: Iterable[Node]) -> Iterator[tuple[str, IPAddress]]:
+    return ((node.name, address) for node in nodes for address in own_addresses(node))
+
+
+def _granted_otherwise(old: Settlement, new: Settlement) -> Iterator[IPNetwork]:
+    for owner in changes(old.granted, new.granted):
+        yield from {*old(owner)} ^ {*new(owner)}
+
+
+def _from_scratch(topology: Topology) -> tuple[dict[str, Place], Holders]:
+    holders, _ = Holders().after((), _held(topology.snapshot.nodes.values()))
+    return {key: _place(one, topology, holders, None, ()) for key, one in topology.segments.items()}, holders
+
+
+def _place(
+    segment: Segment, topology: Topology, holders: Holders, old: Place | None, suspected: Iterable[str]
+) -> Place:
+    """`old` is what it was before, from which is taken what surely has not changed: not of the nodes `suspected`."""
+    alone = len(segment.members) == 1
+    before: Mapping[str, Node] = {}
+    if old is not None and (len(old.segment.members) == 1) is alone:
+        before = {node.name: node for node in old.segment.members if node.name not in suspected}
+    found = {}
+    for node in segment.members:
+        same = old is not None and before.get(node.name) is node
+        known = segment.carried.get(node.name)
+        if alone:
+            networks: Iterable[IPNetwork] = () if same else map(host_network, own_addresses(node))
+            kept = same
+        else:
+            networks = map(host_network, carried(node, segment.leader)) if known is None else known
+            kept = same and known is not None and old is not None and known is old.segment.carried.get(node.name)
+        if kept and old is not None:
+            found[node.name] = old.of[node.name]
+            continue
+        # Of a network that is the same object nothing has changed either.
+        judged = {id(one.network): one for one in old.of[node.name]} if same and old is not None else {}
+        found[node.name] = tuple(
+            judged.get(id(network)) or Address(node, network.network_address, network)
+            for network in networks
+            if id(network) in judged
+            or (
+                len(holders.names[network.network_address]) == 1
+                and _meant(network.network_address, node, segment.key, topology.settlement)
+            )
+        )
+    links = segment.links
+    if not links.networks:
+        # Where internal IPs are not routed the topology has none.
+        links = Links.of(segment.members)
+    return Place(segment, found, links)
+
+
+def _meant(address: IPAddress, node: Node, segment: str, settlement: Settlement) -> bool:
+    """Whether an address can mean nothing but the node, apart from what others have near them."""
+    if each_hosts_own(address):
+        return False
+    for subnet in settlement.mesh:
+        if subnet.version == address.version and address in subnet:
+            return False
+    granted = settlement.granted_at(address)
+    return granted is None or granted.owner in (("node", node.name), ("location", segment))

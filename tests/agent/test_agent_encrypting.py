@@ -1,0 +1,246 @@
+"""The agent under internal-ips=encrypted: what it keeps outside of the tunnels, and how it reports its stages."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+from collections.abc import Callable
+from ipaddress import IPv4Network, ip_address, ip_interface, ip_network
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import structlog
+import trio
+from agent_world import World, running
+from attrs import evolve
+
+from helpers import eventually
+from kilo_etcd.agent.config import AgentConfig
+from kilo_etcd.agent.encrypting import Encrypting, Members, outside, read_members, remove_members, write_members
+from kilo_etcd.agent.lastknown import Disk
+from kilo_etcd.agent.logs import Once
+from kilo_etcd.etcd import Config, Member
+from kilo_etcd.kernel.encrypted import table_of
+from kilo_etcd.model import EncryptionStage, Endpoint, Granularity, InternalIPs, IPNetwork, Node, Snapshot
+from kilo_etcd.store import Keys
+from kilo_etcd.store.records import NodeRecord, StatusRecord, decode_node, encode
+from kilo_etcd.testing.fake_etcd import FakeEtcd
+from kilo_etcd.topology import build_topology, host_plan
+from kilo_etcd.topology.encryption import Report
+from kilo_etcd.topology.hostplan import Exemption
+
+OTHER = base64.b64encode(bytes([9]) * 32).decode()
+TABLE = table_of("kilo0")
+THEIRS: IPNetwork = IPv4Network("192.168.1.9/32")
+
+
+def config(*endpoints: str, clear: str = "") -> AgentConfig:
+    built = AgentConfig.build(hostname="h1", listen="off", clear=clear)
+    return evolve(built, etcd=Config(endpoints=endpoints))
+
+
+def test_etcd_stays_outside_by_address_and_port() -> None:
+    own = (ip_address("10.0.0.1"),)
+    table = {"etcd.example": (ip_address("10.0.0.7"),)}
+    found = outside(config("https://10.0.0.2:2379", "etcd.example:4001", clear="tcp/22@10.0.0.0/24"), None, own, table)
+    assert found.etcd == ((ip_address("10.0.0.2"), 2379), (ip_address("10.0.0.7"), 4001))
+    assert (found.etcd_here, found.talk, found.sources) == ((), (1107,), own)
+    assert found.clear == (Exemption.parse("tcp/22@10.0.0.0/24"),)
+
+
+def test_a_member_of_etcd_here_has_its_peers_outside_too() -> None:
+    members = Members(
+        ("http://10.0.0.1:2379", "http://10.0.0.2:2379"), ("http://10.0.0.1:2380", "http://10.0.0.2:2380")
+    )
+    here = outside(config("127.0.0.1:2379"), members, (ip_address("10.0.0.1"),), {})
+    assert here.etcd == ((ip_address("10.0.0.2"), 2379), (ip_address("10.0.0.2"), 2380))
+    assert here.etcd_here == (2379, 2380)
+    elsewhere = outside(config("10.0.0.1:2379"), members, (ip_address("10.0.0.9"),), {})
+    assert [port for _, port in elsewhere.etcd] == [2379, 2379]
+    assert elsewhere.etcd_here == ()
+
+
+def test_members_are_kept_on_disk(tmp_path: Path) -> None:
+    assert read_members(tmp_path) is None
+    members = Members(("http://10.0.0.1:2379",), ("http://10.0.0.1:2380",))
+    write_members(tmp_path, members)
+    assert read_members(tmp_path) == members
+    for nonsense in ("", "[]", '{"client": 1, "peer": []}', '{"client": [1], "peer": []}', "{" * 5000):
+        (tmp_path / "etcd-members.json").write_text(nonsense)
+        assert read_members(tmp_path) is None
+    remove_members(tmp_path)
+    remove_members(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_exemption_is_a_sentence() -> None:
+    with pytest.raises(click.UsageError, match="not an exemption"):
+        config("10.0.0.1:2379", clear="22@10.0.0.0/24")
+
+
+def node(world: World, stage: EncryptionStage | None) -> None:
+    """A node on the same LAN."""
+    record = NodeRecord(
+        public_key=OTHER,
+        endpoint=Endpoint.parse("192.168.1.9:51820"),
+        internal_ips=(ip_interface("192.168.1.9/24"),),
+        underlay=(ip_network("192.168.1.0/24"),),
+        encryption=stage,
+        accepts_since=1 if stage is EncryptionStage.SENDS else None,
+    )
+    if world.etcd.get("/kilo/addresses/10.4.0.9") is None:
+        world.etcd.put("/kilo/addresses/10.4.0.9", "h9")
+    world.etcd.put("/kilo/nodes/h9", encode(record))
+
+
+def lives(world: World, revision: int) -> None:
+    world.etcd.put("/kilo-status/h9", encode(StatusRecord(public_key=OTHER, revision=revision)))
+
+
+def stage(world: World) -> EncryptionStage | None:
+    value = world.etcd.get("/kilo/nodes/h1")
+    return None if value is None else decode_node(value).encryption
+
+
+async def at_once(work: Callable[[], Any]) -> Any:
+    """File work that takes no virtual time, as it would in a thread."""
+    await trio.lowlevel.checkpoint()
+    return work()
+
+
+def sends(world: World) -> bool:
+    table = world.host.observed.policy.tables.get(TABLE)
+    return table is not None and THEIRS in table.routes
+
+
+def refuses(world: World) -> bool:
+    plan = world.daemon.plan
+    return plan is not None and plan.encryption is not None and THEIRS.network_address in plan.encryption.refuse
+
+
+@pytest.mark.autojump
+async def test_the_switch_by_stages_and_back(world: World, tmp_path: Path) -> None:
+    world.etcd.put("/kilo/mesh/granularity", "full")
+    world.etcd.put("/kilo/mesh/internal-ips", "encrypted")
+    world.etcd.put("/kilo/mesh/subnets", "10.4.0.0/16")
+    world.etcd.members = (
+        Member(id=1, name="a", peer_urls=("http://192.168.1.1:2380",), client_urls=(), is_learner=False),
+        Member(id=2, name="b", peer_urls=("http://192.168.1.9:2380",), client_urls=(), is_learner=False),
+    )
+    node(world, None)
+    lives(world, 1)
+    disk = Disk(tmp_path, run=at_once)
+    async with running(world, disk=disk):
+        await eventually(lambda: stage(world) is EncryptionStage.SENDS, 30, every=0.1)
+        assert not sends(world)
+        assert read_members(tmp_path) == Members((), ("http://192.168.1.1:2380", "http://192.168.1.9:2380"))
+        plan = world.daemon.plan
+        assert plan is not None
+        assert plan.encryption is not None
+        assert (ip_address("192.168.1.9"), 2380) in plan.encryption.etcd
+        assert plan.encryption.etcd_here == (2379, 2380)
+        node(world, EncryptionStage.ACCEPTS)
+        await eventually(lambda: sends(world), 30, every=0.1)
+        assert not refuses(world)
+        node(world, EncryptionStage.SENDS)
+        await trio.sleep(30)
+        assert not refuses(world), "it has not applied yet that this host accepts"
+        lives(world, 10_000)
+        await eventually(lambda: refuses(world), 60, every=0.1)
+    # The next agent goes on from there.
+    async with running(world, disk=disk):
+        await eventually(lambda: refuses(world), 30, every=0.1)
+        assert (stage(world), sends(world)) == (EncryptionStage.SENDS, True)
+    async with running(world, disk=disk):
+        await eventually(lambda: refuses(world), 30, every=0.1)
+        world.etcd.put("/kilo/mesh/internal-ips", "off")
+        await eventually(lambda: stage(world) is EncryptionStage.LEAVES, 30, every=0.1)
+        assert (refuses(world), sends(world)) == (False, True), "the other one may refuse still"
+        node(world, EncryptionStage.LEAVES)
+        await eventually(lambda: stage(world) is EncryptionStage.STOPPED, 30, every=0.1)
+        assert not sends(world)
+        await trio.sleep(30)
+        assert world.host.observed.policy.rules, "the other one may send still"
+        node(world, EncryptionStage.STOPPED)
+        await eventually(lambda: stage(world) is None, 60, every=0.1)
+        assert world.host.observed.policy.rules == frozenset()
+
+
+@pytest.mark.autojump
+async def test_the_mesh_is_kept_on_disk_before_others_rely_on_the_setting(world: World, tmp_path: Path) -> None:
+    world.etcd.put("/kilo/mesh/internal-ips", "off")
+    disk = Disk(tmp_path, run=at_once)
+
+    def kept() -> str:
+        with gzip.open(disk.path) as file:
+            return str(json.loads(file.readline())["internalIPs"])
+
+    async with running(world, disk=disk):
+        await eventually(disk.path.exists, 30, every=0.1)
+        # Within the pause between two writes.
+        world.etcd.put("/kilo/mesh/internal-ips", "encrypted")
+        assert kept() == "off"
+        await eventually(lambda: stage(world) is EncryptionStage.ACCEPTS, 30)
+        assert kept() == "encrypted"
+
+
+@pytest.mark.autojump
+async def test_who_is_gone_is_waited_for_by_nobody(world: World) -> None:
+    world.etcd.put("/kilo/mesh/granularity", "full")
+    world.etcd.put("/kilo/mesh/internal-ips", "encrypted")
+    world.etcd.put("/kilo/mesh/subnets", "10.4.0.0/16")
+    node(world, EncryptionStage.SENDS)
+    async with running(world):
+        await eventually(lambda: refuses(world) and sends(world), 60, every=0.1)
+        world.etcd.put("/kilo/mesh/internal-ips", "routed")
+        await eventually(lambda: stage(world) is None, 60, every=0.1)
+        assert world.host.observed.policy.rules == frozenset()
+
+
+@pytest.mark.autojump
+async def test_a_stage_is_not_reported_of_a_plan_that_is_being_replaced() -> None:
+    """The kernel may be on its way from it already when the report is made."""
+    hosts = {
+        name: Node(
+            name=name,
+            public_key=name,
+            endpoint=Endpoint(ip_address(f"192.168.1.{number}"), 51820),
+            internal_ips=(ip_interface(f"192.168.1.{number}/24"),),
+            underlay=(ip_network("192.168.1.0/24"),),
+            mesh_addresses=(ip_address(f"10.4.0.{number}"),),
+        )
+        for number, name in enumerate(("h1", "h9"), 1)
+    }
+    topology = build_topology(
+        Snapshot(revision=5, nodes=hosts, granularity=Granularity.FULL, internal_ips=InternalIPs.ENCRYPTED)
+    )
+    told: list[Report] = []
+
+    async def register(report: Report) -> bool:
+        told.append(report)
+        return True
+
+    encrypting = Encrypting(
+        config("10.0.0.1:2379"), FakeEtcd().client(), Keys(), Once(structlog.get_logger()),
+        disk=None, register=register, keep=trio.lowlevel.checkpoint, nudge=lambda: None,
+    )  # fmt: skip
+
+    def applied() -> None:
+        plan = encrypting.encrypt(
+            host_plan(topology, "h1"), topology, sources=(), addresses=frozenset(), table={}
+        )  # fmt: skip
+        encrypting.follow(topology, plan, whole=True)
+
+    async with trio.open_nursery() as nursery:
+        applied()
+        encrypting.withdraw()
+        nursery.start_soon(encrypting.run)
+        await trio.sleep(10)
+        assert told == []
+        applied()
+        await trio.sleep(10)
+        assert told == [Report(stage=EncryptionStage.ACCEPTS)]
+        nursery.cancel_scope.cancel()
