@@ -391,6 +391,9 @@ class World:
             # An agent of an older version writes the record, or the newer one again.
             old = evolve(node, underlay=None, encryption=None, accepts_since=0)
             self.write(nodes={**now.nodes, name: old if node.underlay is not None else evolve(node, underlay=())})
+            # Whichever it is, it has just started, and knows nothing of what the one before has reported.
+            host = self.hosts[name]
+            host.living, host.told, host.left, host.wanted = Living(), None, None, None
 
     def at_rest(self) -> bool:
         return all(host.status is not None and host.applied == len(self.log) for host in self.hosts.values())
