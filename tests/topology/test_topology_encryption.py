@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from ipaddress import ip_address, ip_network
+from ipaddress import ip_address, ip_interface, ip_network
 from itertools import permutations
 from typing import Any
 
@@ -17,6 +17,7 @@ from kilo_etcd.model import EncryptionStage, Endpoint, Granularity, InternalIPs,
 from kilo_etcd.topology import HostPlan, RoutePlan, Topology, Via, build_topology, host_plan
 from kilo_etcd.topology.encryption import Living, Outside, Report, encrypt, report, waited_for
 from kilo_etcd.topology.unaware import unaware_problems
+from kilo_etcd.topology.unrouted import unrouted
 
 SENDS: dict[str, Any] = {"encryption": EncryptionStage.SENDS, "accepts_since": 5}
 ON, OFF = InternalIPs.ENCRYPTED, InternalIPs.OFF
@@ -109,6 +110,26 @@ def test_the_same_network_at_two_sites_keeps_its_printers() -> None:
     assert refused(planned(topology, "home")) == {"10.9.0.1"}
     twins = mesh([home, evolve(cabin, internal_ips=home.internal_ips), cloud])
     assert sent(planned(twins, "cloud")) == {}
+
+
+def test_what_a_leader_does_not_send_through_the_tunnel_none_of_its_segment_does() -> None:
+    """A leader passes on what goes to and from its members by the same table as its own packets."""
+    alone = here("alone", 1, "b", "192.168.1.1/24", endpoint="203.0.113.1", links="192.168.1.0/24", **SENDS)
+    leader = here("leader", 2, "", "192.168.1.2/24", endpoint="203.0.113.2", links="192.168.1.0/24", **SENDS)
+    member = here("member", 3, "", "192.168.2.3/24", endpoint="203.0.113.3", links="192.168.2.0/24", **SENDS)
+    leader = evolve(leader, leader_wanted=True)
+    topology = mesh([alone, leader, member], Granularity.LOCATION)
+    assert topology.segment_of("member").leader.name == "leader"
+    for name in topology.snapshot.nodes:
+        assert (sent(planned(topology, name)), refused(planned(topology, name))) == ({}, set()), name
+    named = {str(one.network): one.nodes for one in unrouted(topology)}
+    assert named.keys() >= {"192.168.1.1/32", "192.168.1.2/32", "192.168.2.3/32"}
+    # On a network of its own the one outside is sent to through the tunnel, by all and at all addresses.
+    apart = evolve(alone, internal_ips=(ip_interface("192.168.7.1/24"),), underlay=(ip_network("192.168.7.0/24"),))
+    topology = mesh([apart, leader, member], Granularity.LOCATION)
+    assert set(sent(planned(topology, "member"))) == {"192.168.7.1"}
+    assert set(sent(planned(topology, "alone"))) == {"192.168.1.2", "192.168.2.3"}
+    assert unrouted(topology) == ()
 
 
 def test_one_label_in_a_full_mesh_is_one_network() -> None:

@@ -119,6 +119,8 @@ class _Outlook:
     segment: str
     addresses: tuple[tuple[IPAddress, bool], ...]
     """The host's own that may be sent to through the tunnels, and whether it has each."""
+    leaders: tuple[IPAddress, ...]
+    """The leader's that may be."""
     links: tuple[IPNetwork, ...]
     granularity: Granularity
     on: bool
@@ -132,6 +134,7 @@ class _Outlook:
         return cls(
             own=own, leader=segment.leader, segment=segment.key,
             addresses=tuple((one.address, outside.has(one.address)) for one in place.of[own.name]),
+            leaders=tuple(one.address for one in place.of[segment.leader.name]),
             links=place.links.networks, granularity=topology.snapshot.granularity,
             on=in_force(topology), since=topology.snapshot.internal_ips_since,
         )  # fmt: skip

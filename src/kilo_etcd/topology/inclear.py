@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kilo_etcd.model import IPAddress, Node
-from kilo_etcd.topology.places import Place, Places, exchanged, sent
+from kilo_etcd.topology.places import Address, Place, Places, both_ways, exchanged, sent
 from kilo_etcd.topology.segments import Segment, Topology
 
 MOST_PAIRS = 50_000
@@ -17,26 +17,29 @@ MOST_PAIRS = 50_000
 
 
 def in_clear(topology: Topology) -> Iterator[tuple[Segment, Node, IPAddress]]:
-    """(a segment, a node of another one, the node's address on the segment's links) for all that is not encrypted
-    between the two."""
+    """(a segment, a node of another one, an address of the node's) for all that is not encrypted between the two."""
     places, _ = Places().after(topology)
-    looked = 0
-    for here in places.of.values():
-        near: dict[str, list[IPAddress]] = {}
-        for address in places.near(here):
-            near.setdefault(places.key_of(places.holder(address)), []).append(address)
-        for key, addresses in near.items():
-            there = places.of.get(key)
-            if there is None or not exchanged(here.segment, there.segment, topology.snapshot.granularity):
+    seen: set[frozenset[str]] = set()
+    for key, here in places.of.items():
+        for other in sorted({places.key_of(places.holder(address)) for address in places.near(here)}):
+            there, pair = places.of.get(other), frozenset({key, other})
+            if there is None or pair in seen:
                 continue
-            looked += 1
-            if looked > MOST_PAIRS:
+            if not exchanged(here.segment, there.segment, topology.snapshot.granularity):
+                continue
+            if len(seen) == MOST_PAIRS:
                 return
-            yield from _of_pair(here, there, addresses)
+            seen.add(pair)
+            for one, another in ((here, there), (there, here)):
+                yield from ((one.segment, each.node, each.address) for each in _kept_back(one, another))
 
 
-def _of_pair(here: Place, there: Place, addresses: list[IPAddress]) -> Iterator[tuple[Segment, Node, IPAddress]]:
-    through = {one.address for one in sent(here, there)}
-    for one in there.addresses:
-        if one.address in addresses and one.address not in through:
-            yield here.segment, one.node, one.address
+def _kept_back(here: Place, there: Place) -> Iterator[Address]:
+    """The addresses of `there` to which `here`, or one of its nodes, does not send through the tunnel."""
+    found = sent(here, there)
+    through = {id(one) for one in found}
+    for own in here.of:
+        if not through:
+            break
+        through &= {id(one) for one in both_ways(here, there, own, found)[0]}
+    yield from (one for one in there.addresses if id(one) not in through)

@@ -143,20 +143,23 @@ def both_ways(here: Place, there: Place, own: str, found: Iterable[Address]) -> 
     sends).
 
     Two nodes send to each other through the tunnel in both directions or in none, family by family: what one of them
-    sends in clear the other could not answer through the tunnel.
+    sends in clear the other could not answer through the tunnel. The leader of either passes on what goes between the
+    two by the same table as its own packets, so all of its segment sends nothing where the leader does not.
     """
-    mine = here.of[own]
-    answered = sent(there, here, mine) if mine else []
-    known, got = set(map(id, found)), set(map(id, answered))
-    closed = {one.address.version for one in mine if id(one) not in got}
+    mine, leader = here.of[own], here.segment.leader.name
+    ours = mine if leader == own else (*mine, *here.of[leader])
+    answered = set(map(id, sent(there, here, ours))) if ours else set()
+    known = set(map(id, found))
+    closed = {one.address.version for one in ours if id(one) not in answered}
     partly = {(one.node.name, one.address.version) for one in there.addresses if id(one) not in known}
+    closed.update(version for name, version in partly if name == there.segment.leader.name)
     if closed or partly:
         found = (
             one
             for one in found
             if one.address.version not in closed and (one.node.name, one.address.version) not in partly
         )
-    return list(found), {one.address for one in answered}
+    return list(found), {one.address for one in mine if id(one) in answered}
 
 
 def exchanged(segment: Segment, there: Segment, granularity: Granularity) -> bool:

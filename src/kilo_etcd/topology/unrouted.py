@@ -66,7 +66,7 @@ def unrouted(topology: Topology) -> tuple[Unrouted, ...]:
 
 
 def _in_clear(topology: Topology) -> Iterable[Unrouted]:
-    """The addresses that a segment takes for those of its own links, each once."""
+    """The addresses to which some segment sends in clear, each once."""
     from kilo_etcd.topology.inclear import in_clear
 
     of: dict[IPNetwork, tuple[Node, list[str]]] = {}
@@ -80,12 +80,13 @@ def _in_clear(topology: Topology) -> Iterable[Unrouted]:
             segments=tuple(sorted({named(topology.segment_of(node.name)), *near})),
             not_from=tuple(sorted(near)),
             reason=(
-                f"hosts of {first} have it on their own links, and nothing says that {node.name} is meant there: what "
-                "they and it send each other by internal IPs is not encrypted"
+                f"a host of {first}, or of {node.name}'s own segment, has an address of the others on its own links, "
+                "and nothing says that they share that network: what they send each other by internal IPs is not "
+                "encrypted"
             ),
             remedy=(
-                "if they share that network, give them one label (granularity full), or have them call each other so "
-                f"(kgctl annotate {node.name} force-endpoint={network.network_address}:{node.port}); else {REMEDY}"
+                "if they share that network, give them one label (granularity full), or have their leaders call each "
+                f"other at addresses in it (kgctl annotate LEADER force-endpoint=ADDRESS:{node.port}); else {REMEDY}"
             ),
         )
 
