@@ -25,10 +25,10 @@ from kilo_etcd.agent.logs import Once
 from kilo_etcd.etcd import Config, Member
 from kilo_etcd.kernel.encrypted import table_of
 from kilo_etcd.model import EncryptionStage, Endpoint, Granularity, InternalIPs, IPNetwork, Node, Snapshot
-from kilo_etcd.store import Keys
+from kilo_etcd.store import Keys, status, statuses
 from kilo_etcd.store.records import NodeRecord, StatusRecord, decode_node, encode
 from kilo_etcd.testing.fake_etcd import FakeEtcd
-from kilo_etcd.topology import build_topology, host_plan
+from kilo_etcd.topology import Topology, build_topology, host_plan
 from kilo_etcd.topology.encryption import Report
 from kilo_etcd.topology.hostplan import Exemption
 
@@ -97,7 +97,7 @@ def node(world: World, stage: EncryptionStage | None) -> None:
 
 
 def lives(world: World, revision: int) -> None:
-    world.etcd.put("/kilo-status/h9", encode(StatusRecord(public_key=OTHER, revision=revision)))
+    world.etcd.put_kept("/kilo-status/h9", encode(StatusRecord(public_key=OTHER, revision=revision)))
 
 
 def stage(world: World) -> EncryptionStage | None:
@@ -201,8 +201,23 @@ async def test_who_is_gone_is_waited_for_by_nobody(world: World) -> None:
 
 
 @pytest.mark.autojump
-async def test_a_stage_is_not_reported_of_a_plan_that_is_being_replaced() -> None:
-    """The kernel may be on its way from it already when the report is made."""
+async def test_who_is_back_is_waited_for_on_the_way_back(world: World) -> None:
+    world.etcd.put("/kilo/mesh/granularity", "full")
+    world.etcd.put("/kilo/mesh/internal-ips", "encrypted")
+    world.etcd.put("/kilo/mesh/subnets", "10.4.0.0/16")
+    node(world, EncryptionStage.SENDS)
+    async with running(world):
+        await eventually(lambda: refuses(world) and sends(world), 60, every=0.1)
+        lives(world, 10_000)
+        world.etcd.put("/kilo/mesh/internal-ips", "routed")
+        await eventually(lambda: stage(world) is EncryptionStage.LEAVES, 60, every=0.1)
+        await trio.sleep(30)
+        assert sends(world), "it has not applied the new setting yet, and refuses clear text"
+        assert stage(world) is EncryptionStage.LEAVES
+
+
+def a_lan() -> Topology:
+    """Of h1 and h9, a full mesh that encrypts."""
     hosts = {
         name: Node(
             name=name,
@@ -214,19 +229,58 @@ async def test_a_stage_is_not_reported_of_a_plan_that_is_being_replaced() -> Non
         )
         for number, name in enumerate(("h1", "h9"), 1)
     }
-    topology = build_topology(
+    return build_topology(
         Snapshot(revision=5, nodes=hosts, granularity=Granularity.FULL, internal_ips=InternalIPs.ENCRYPTED)
     )
-    told: list[Report] = []
+
+
+def bare(server: FakeEtcd, told: list[Report]) -> Encrypting:
+    """The part of an agent on h1; `told`: what it has reported."""
 
     async def register(report: Report) -> bool:
+        await trio.lowlevel.checkpoint()
         told.append(report)
         return True
 
-    encrypting = Encrypting(
-        config("10.0.0.1:2379"), FakeEtcd().client(), Keys(), Once(structlog.get_logger()),
+    return Encrypting(
+        config("10.0.0.1:2379"), server.client(), Keys(), Once(structlog.get_logger()),
         disk=None, register=register, keep=trio.lowlevel.checkpoint, nudge=lambda: None,
     )  # fmt: skip
+
+
+@pytest.mark.autojump
+async def test_who_lives_is_asked_again_when_etcd_is_back() -> None:
+    server, topology = FakeEtcd(), a_lan()
+    encrypting = bare(server, [])
+    server.put_kept("/kilo-status/h9", encode(StatusRecord(public_key=OTHER, revision=3)))
+    await encrypting.prepare(topology, etcd_away=True)
+    assert not encrypting.living.lives("h9"), "as its record says"
+    await encrypting.prepare(topology, etcd_away=True)
+    assert not encrypting.living.lives("h9")
+    await encrypting.prepare(topology, etcd_away=False)
+    assert encrypting.living.applied == {"h9": 3}
+    server.put("/kilo-status/h9", encode(StatusRecord(public_key=OTHER, revision=4)))
+    await encrypting.prepare(topology, etcd_away=False)
+    assert encrypting.living.applied == {"h9": 3}, "from then on as long as somebody is waited for"
+
+
+@pytest.mark.parametrize("lease", [True, False])
+@pytest.mark.autojump
+async def test_a_status_under_no_lease_says_nothing(lease: bool) -> None:
+    server = FakeEtcd()
+    put = server.put_kept if lease else server.put
+    put("/kilo-status/h9", encode(StatusRecord(public_key=OTHER, revision=3)))
+    found = await status(server.client(), Keys(), "h9")
+    assert (found is not None) is lease
+    assert (await statuses(server.client(), Keys())).get("h9") == found
+
+
+@pytest.mark.autojump
+async def test_a_stage_is_not_reported_of_a_plan_that_is_being_replaced() -> None:
+    """The kernel may be on its way from it already when the report is made."""
+    topology = a_lan()
+    told: list[Report] = []
+    encrypting = bare(FakeEtcd(), told)
 
     def applied() -> None:
         plan = encrypting.encrypt(

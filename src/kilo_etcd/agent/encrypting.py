@@ -159,7 +159,8 @@ class Encrypting:
         self._disk = disk
         self._register, self._keep, self._nudge = register, keep, nudge
         self._members: Members | None = None
-        self._prepared = False
+        self._away: bool | None = None
+        """Whether etcd was away when this was prepared; None: it was not yet."""
         self._topology: Topology | None = None
         self._last: HostPlan | None = None
         """The last outcome of `encrypt`."""
@@ -171,6 +172,8 @@ class Encrypting:
         self._changed = trio.Event()
         self._cluster: int | None = None
         """The etcd that `living` speaks of."""
+        self._on: bool | None = None
+        """Whether the setting was in force in the last plan; None: there was none."""
         self.living = Living()
 
     async def forget(self) -> None:
@@ -187,17 +190,19 @@ class Encrypting:
 
     async def prepare(self, topology: Topology, *, etcd_away: bool) -> None:
         """Before the first plan under the setting: learn what `encrypt` has to know of etcd and others. An agent that
-        starts goes on from where the last one was, so that nothing leaves in clear meanwhile."""
-        if self._prepared:
+        starts goes on from where the last one was, so that nothing leaves in clear meanwhile. Once more when etcd is
+        back, if it was away."""
+        if self._away in (False, etcd_away):
             return
-        self._prepared = True
-        if self._disk is not None:
+        first, self._away = self._away is None, etcd_away
+        if first and self._disk is not None:
             path = self._disk.state_dir
             self._members = await self._disk.run(lambda: read_members(path))
         if etcd_away:
             # Nothing can be learnt of anybody: each is taken as its record says.
             self.living = Living(asked=frozenset(topology.snapshot.nodes))
             return
+        self.living = Living()
         with trio.move_on_after(ASK_PATIENCE), suppress(etcd.EtcdError):
             await self._ask_members()
             await self._ask_statuses(topology)
@@ -222,11 +227,12 @@ class Encrypting:
     ) -> HostPlan:
         """The plan with what the setting asks for. `sources` are the host's own addresses on the underlay, `addresses`
         all that it has; `table` those of DNS names."""
-        cluster = topology.snapshot.cluster_id
-        if self._cluster not in (None, cluster):
-            # Which revisions were applied of another etcd says nothing of this one's.
+        cluster, on = topology.snapshot.cluster_id, topology.internal_ips is InternalIPs.ENCRYPTED
+        if self._cluster not in (None, cluster) or self._on not in (None, on):
+            # Which revisions were applied of another etcd says nothing of this one's. And who did not live when asked
+            # about, and was waited for by nobody, may live by the time of the next switch, and refuse clear text.
             self.living = Living()
-        self._cluster = cluster
+        self._cluster, self._on = cluster, on
         around = evolve(outside(self._config, self._members, sources, table), addresses=addresses)
         self._last = encrypt(plan, topology, outside=around, living=self.living, told=self._told, previous=self._last)
         return self._last

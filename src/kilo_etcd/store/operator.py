@@ -61,10 +61,10 @@ async def statuses(client: Client, keys: Keys) -> Mapping[str, StatusRecord]:
 
 
 async def status(client: Client, keys: Keys, node: str) -> StatusRecord | None:
-    """What the agent of one node reports; None: it does not live, or that cannot be read."""
+    """What the agent of one node reports, as `statuses` has it; None: not in there."""
     kv = await client.get(keys.status(node))
     try:
-        return None if kv is None else decode_status(kv.value)
+        return decode_status(kv.value) if kv is not None and kv.lease else None
     except RecordError:
         return None
 
