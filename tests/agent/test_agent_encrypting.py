@@ -58,6 +58,9 @@ def test_a_member_of_etcd_here_has_its_peers_outside_too() -> None:
     here = outside(config("127.0.0.1:2379"), members, (ip_address("10.0.0.1"),), {})
     assert here.etcd == ((ip_address("10.0.0.2"), 2379), (ip_address("10.0.0.2"), 2380))
     assert here.etcd_here == (2379, 2380)
+    # At an address that is none of the underlay.
+    aside = outside(config("10.0.0.1:2379"), members, (), {}, addresses=frozenset({ip_address("10.0.0.1")}))
+    assert (aside.etcd, aside.etcd_here) == (here.etcd, here.etcd_here)
     elsewhere = outside(config("10.0.0.1:2379"), members, (ip_address("10.0.0.9"),), {})
     assert [port for _, port in elsewhere.etcd] == [2379, 2379]
     assert elsewhere.etcd_here == ()

@@ -140,7 +140,9 @@ def test_internal_ips_wait_for_agents_that_do_not_know_them() -> None:
     told = json.loads(status_json(found))
     assert (told["internalIps"], told["internalIpsInForce"], told["unaware"]) == ("routed", "off", ["a2"])
     assert told["urgent"] == [{"subject": "internal-ips", "text": sentence, "about": "a2"}]
-    assert [(f.severity, f.text) for f in _mode(found)] == [("error", sentence)]
+    assert [(f.severity, f.text) for f in _mode(found)] == [("note", sentence)]
+    meant = report(evolve(world, internal_ips=InternalIPs.ENCRYPTED), ALL_WELL, newest=40)
+    assert [f.severity for f in _mode(meant)] == ["error"]
 
     old = {f"n{at:02}": evolve(WORLD.nodes["a1"], name=f"n{at:02}", public_key=f"{at}") for at in range(30)}
     (error,) = report(evolve(world, nodes=old), {}, newest=40).urgent

@@ -72,7 +72,9 @@ async def dry_run(config: AgentConfig, client: etcd.Client, setup: Callable[[Age
     plan = at_gateway(plan, facts.underlay(), facts.families())
     plan = by_way_out(plan, topology, outside=etcd_at, sources=facts.sources(), unresolved=unresolved)
     if concerns(topology, config.hostname):
-        around = outside(config, read_members(config.state_dir), facts.sources(), table)
+        addresses = frozenset(item.address.ip for item in facts.addresses)
+        members = read_members(config.state_dir)
+        around = outside(config, members, facts.sources(), table, addresses=addresses)
         plan = encrypt(plan, topology, outside=around)
     for problem in plan.problems:
         click.echo(f"# {problem.text}")

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import trio
-from attrs import evolve, frozen
+from attrs import frozen
 
 from kilo_etcd import etcd, store
 from kilo_etcd.agent.config import AgentConfig
@@ -83,10 +83,18 @@ def remove_members(state_dir: Path) -> None:
     (state_dir / MEMBERS_FILE).unlink(missing_ok=True)
 
 
-def outside(config: AgentConfig, members: Members | None, sources: tuple[IPAddress, ...], table: Table) -> Outside:
-    """What stays outside, given etcd's members and the addresses of DNS names; `sources` are the host's own."""
+def outside(
+    config: AgentConfig,
+    members: Members | None,
+    sources: tuple[IPAddress, ...],
+    table: Table,
+    *,
+    addresses: frozenset[IPAddress] = frozenset(),
+) -> Outside:
+    """What stays outside, given etcd's members and the addresses of DNS names. `sources` are the host's own addresses
+    on the underlay, `addresses` all that it has: etcd may listen at one of another VPN."""
     members = members or Members()
-    own = frozenset(sources)
+    own = addresses.union(sources)
     peers = set(_sockets(members.peer, table))
     clients = {*_sockets(config.etcd.endpoints, table), *_sockets(members.client, table)}
     a_member = any(address in own for address, _ in peers)
@@ -104,6 +112,7 @@ def outside(config: AgentConfig, members: Members | None, sources: tuple[IPAddre
         talk=(PORT,),
         sources=sources,
         clear=config.clear,
+        addresses=addresses,
     )  # fmt: skip
 
 
@@ -233,7 +242,7 @@ class Encrypting:
             # about, and was waited for by nobody, may live by the time of the next switch, and refuse clear text.
             self.living = Living()
         self._cluster, self._on = cluster, on
-        around = evolve(outside(self._config, self._members, sources, table), addresses=addresses)
+        around = outside(self._config, self._members, sources, table, addresses=addresses)
         self._last = encrypt(plan, topology, outside=around, living=self.living, told=self._told, previous=self._last)
         return self._last
 

@@ -29,10 +29,9 @@ if TYPE_CHECKING:
 
 NOT_IN_FORCE = "not in force"
 """The role of a node that is registered and yet no part of the mesh: it has no address yet, or is set aside."""
-"""Nodes whose agents are to be upgraded that are named; the others are counted."""
 MOST_SUBJECTS = 3
-DROPPED = "under internal-ips=encrypted packets for there are dropped, not sent in clear"
 """Of which the same is said, that are named in one line."""
+DROPPED = "under internal-ips=encrypted packets for there are dropped, not sent in clear"
 UNREGISTERED = "not registered"
 """The role of an agent that reports but has no record."""
 
