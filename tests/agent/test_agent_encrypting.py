@@ -18,11 +18,12 @@ from agent_world import World, running
 from attrs import evolve
 
 from helpers import eventually
+from kilo_etcd import store
 from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.agent.encrypting import Encrypting, Members, outside, read_members, remove_members, write_members
 from kilo_etcd.agent.lastknown import Disk
 from kilo_etcd.agent.logs import Once
-from kilo_etcd.etcd import Config, Member
+from kilo_etcd.etcd import Config, Member, PermissionDenied
 from kilo_etcd.kernel.encrypted import table_of
 from kilo_etcd.model import EncryptionStage, Endpoint, Granularity, InternalIPs, IPNetwork, Node, Snapshot
 from kilo_etcd.store import Keys, status, statuses
@@ -217,6 +218,31 @@ async def test_who_is_back_is_waited_for_on_the_way_back(world: World) -> None:
         await trio.sleep(30)
         assert sends(world), "it has not applied the new setting yet, and refuses clear text"
         assert stage(world) is EncryptionStage.LEAVES
+
+
+@pytest.mark.autojump
+async def test_who_cannot_read_what_others_report_says_so(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def denied(*_: object) -> None:
+        await trio.lowlevel.checkpoint()
+        raise PermissionDenied("permission denied")
+
+    world.etcd.put("/kilo/mesh/granularity", "full")
+    world.etcd.put("/kilo/mesh/internal-ips", "encrypted")
+    world.etcd.put("/kilo/mesh/subnets", "10.4.0.0/16")
+    node(world, None)
+    lives(world, 1)
+    sentence = "what their hosts send in clear is not refused"
+    async with running(world):
+        await eventually(lambda: stage(world) is EncryptionStage.SENDS, 30, every=0.1)
+        assert world.said(sentence) == 0
+        with monkeypatch.context() as patched:
+            patched.setattr(store, "status", denied)
+            node(world, EncryptionStage.SENDS)
+            await eventually(lambda: world.said(sentence) == 1, 30, every=0.1)
+            assert not refuses(world)
+            lives(world, 10_000)
+        await eventually(lambda: refuses(world), 60, every=0.1)
+        assert world.said("what other agents report can be read again") == 1
 
 
 def a_lan() -> Topology:

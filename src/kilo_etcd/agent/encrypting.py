@@ -289,11 +289,20 @@ class Encrypting:
             least = FIRST_PAUSE + looks_at * PAUSE_PER_NODE
             pause = min(max(least, 1.5 * pause), max(least, MOST_PAUSE))
             before = self.living
-            with suppress(etcd.EtcdError):
+            try:
                 if len(self._awaited) > FEW:
                     await self._ask_statuses(topology)
                 else:
                     await self._ask_few(self._awaited)
+            except etcd.Unavailable:
+                pass  # The rest of the agent says so, louder.
+            except etcd.EtcdError as error:
+                self._once.error(
+                    "statuses", "the switch of internal-ips waits: what other agents report cannot be read, so what "
+                    "their hosts send in clear is not refused", error=str(error),
+                )  # fmt: skip
+            else:
+                self._once.clear("statuses", "what other agents report can be read again")
             if self.living != before:
                 self._nudge()
             await trio.sleep(pause)
