@@ -293,6 +293,18 @@ async def test_who_lives_is_asked_again_when_etcd_is_back() -> None:
     assert encrypting.living.applied == {"h9": 3}, "from then on as long as somebody is waited for"
 
 
+@pytest.mark.autojump
+async def test_members_that_are_no_endpoints_end_no_agent(world: World, tmp_path: Path) -> None:
+    odd = ("http://[::1", "http://a:x", "unix://socket:1", "")
+    world.etcd.put("/kilo/mesh/internal-ips", "encrypted")
+    write_members(tmp_path, Members(odd, odd))
+    # Until etcd says who they are.
+    world.etcd.members = (Member(id=1, name="a", peer_urls=odd, client_urls=odd, is_learner=False),)
+    async with running(world, disk=Disk(tmp_path, run=at_once)):
+        await eventually(lambda: stage(world) is EncryptionStage.SENDS, 30, every=0.1)
+    assert list(outside(config("10.0.0.1:2379"), Members(odd, odd), (), {}).etcd) == [(ip_address("10.0.0.1"), 2379)]
+
+
 @pytest.mark.parametrize("lease", [True, False])
 @pytest.mark.autojump
 async def test_a_status_under_no_lease_says_nothing(lease: bool) -> None:

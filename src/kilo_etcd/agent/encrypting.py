@@ -116,28 +116,31 @@ def outside(
     )  # fmt: skip
 
 
-def _named(urls: Iterable[str]) -> Iterator[tuple[str, int]]:
-    """Those of the hosts that are called by a name, and the port."""
+def _endpoints(urls: Iterable[str]) -> Iterator[tuple[str, etcd.Endpoint]]:
+    """Those that are etcd endpoints: another scheme may be, and a file of ours may have been damaged."""
     for url in urls:
         with suppress(etcd.BadRequest):
-            endpoint = etcd.parse_endpoint(url, tls=False)
-            try:
-                ip_address(endpoint.host)
-            except ValueError:
-                yield endpoint.host, endpoint.port
+            yield url, etcd.parse_endpoint(url, tls=False)
+
+
+def _named(urls: Iterable[str]) -> Iterator[tuple[str, int]]:
+    """Those of the hosts that are called by a name, and the port."""
+    for _, endpoint in _endpoints(urls):
+        try:
+            ip_address(endpoint.host)
+        except ValueError:
+            yield endpoint.host, endpoint.port
 
 
 def _sockets(urls: Iterable[str], table: Table) -> Iterator[tuple[IPAddress, int]]:
-    for url in urls:
-        with suppress(etcd.BadRequest):
-            endpoint = etcd.parse_endpoint(url, tls=False)
-            try:
-                addresses: tuple[IPAddress, ...] = (ip_address(endpoint.host),)
-            except ValueError:
-                addresses = table.get(endpoint.host, ())
-            for address in addresses:
-                if not address.is_unspecified:
-                    yield address, endpoint.port
+    for _, endpoint in _endpoints(urls):
+        try:
+            addresses: tuple[IPAddress, ...] = (ip_address(endpoint.host),)
+        except ValueError:
+            addresses = table.get(endpoint.host, ())
+        for address in addresses:
+            if not address.is_unspecified:
+                yield address, endpoint.port
 
 
 def concerns(topology: Topology, name: str) -> bool:
@@ -195,7 +198,7 @@ class Encrypting:
     def etcd_urls(self) -> tuple[str, ...]:
         """Where etcd's members listen, for their names to be looked up."""
         members = self._members or Members()
-        return (*members.client, *members.peer)
+        return tuple(url for url, _ in _endpoints((*members.client, *members.peer)))
 
     async def prepare(self, topology: Topology, *, etcd_away: bool) -> None:
         """Before the first plan under the setting: learn what `encrypt` has to know of etcd and others. An agent that
