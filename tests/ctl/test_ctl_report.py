@@ -399,6 +399,12 @@ def test_how_far_the_switch_to_encrypted_is() -> None:
     assert heading(back) == f"internal-ips off (2 of {len(WORLD.nodes)} nodes are back, waits for a2, b1)"
     # A member of whose leader less is known sends in clear.
     assert "waits for a1, a2, a3)" in heading(encrypting(a3=None)), "a3 leads"
+    # Hosts of both segments have its address on their own links, and are called elsewhere.
+    near = encrypting()
+    nodes = {**near.nodes, "b1": evolve(near.nodes["b1"], internal_ips=(ip_interface("192.168.97.9/24"),))}
+    assert heading(evolve(near, nodes=nodes)) == "internal-ips encrypted (but not 4 internal IPs, named below)"
+    routed = evolve(near, nodes={name: evolve(one, encryption=None) for name, one in nodes.items()})
+    assert heading(evolve(routed, internal_ips=InternalIPs.ROUTED)) == "internal-ips routed"
 
 
 def test_what_becomes_of_packets_is_said_before_the_setting_is_changed() -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 from attrs import evolve, frozen
 
-from kilo_etcd.model import DEFAULT_LOCATION
+from kilo_etcd.model import DEFAULT_LOCATION, InternalIPs
 
 if TYPE_CHECKING:
     from kilo_etcd.ctl.report import LiveReport, LocationRow, NodeRow, Report
@@ -153,9 +153,13 @@ def status_heading(report: Report) -> str:
 
 
 def shown_mode(report: Report) -> str:
-    """The setting internal-ips, what is in force, and how far the switch to `encrypted` or back is."""
+    """The setting internal-ips, what is in force, how far the switch to `encrypted` or back is, and what stays in clear
+    under it."""
     shown = shown_internal_ips(report.internal_ips, report.internal_ips_in_force, len(report.unaware))
-    return shown if report.switch is None else f"{shown} ({clean(str(report.switch))})"
+    said = [] if report.switch is None else [clean(str(report.switch))]
+    if report.internal_ips_in_force == InternalIPs.ENCRYPTED and (left := len(report.unrouted)):
+        said.append(f"but not {left} internal IP{'' if left == 1 else 's'}, named below")
+    return f"{shown} ({', '.join(said)})" if said else shown
 
 
 def shown_internal_ips(setting: str, in_force: str, unaware: int) -> str:
