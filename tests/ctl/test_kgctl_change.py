@@ -12,8 +12,9 @@ from click.testing import CliRunner, Result
 
 from helpers import put_kept
 from kilo_etcd.ctl.main import main
-from kilo_etcd.etcd import Client
+from kilo_etcd.etcd import Client, PermissionDenied
 from kilo_etcd.model import CandidateClass, Endpoint
+from kilo_etcd.store import operator
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import CandidateRecord, NodeRecord, Role, StatusRecord, adopts, encode
 from kilo_etcd.testing.fake_etcd import FakeEtcd
@@ -223,6 +224,23 @@ def test_the_mesh_as_a_whole_is_shown(etcd: FakeEtcd) -> None:
         "location", ["10.4.0.0/16"], 3, 2,
     )  # fmt: skip
     assert "granularity:        location\n" in run("mesh", "show").output
+
+
+def test_statuses_are_read_for_the_mesh_only_while_a_switch_is_under_way(
+    etcd: FakeEtcd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who may not read them sees the rest."""
+
+    async def denied(*_: object) -> None:
+        await trio.lowlevel.checkpoint()
+        raise PermissionDenied("permission denied")
+
+    monkeypatch.setattr(operator, "statuses", denied)
+    assert run("mesh", "show").exit_code == 0
+    key = KEYS.node("gcp-1")
+    value = json.loads(etcd.get(key) or b"")
+    etcd.put(key, json.dumps({**value, "encryption": "sends"}))
+    assert run("mesh", "show").exit_code == 1
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ subnets."""
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
 from enum import StrEnum
 
 import click
@@ -20,8 +19,8 @@ from kilo_etcd.store import operator
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import encode_adoption
 from kilo_etcd.store.view import View
-from kilo_etcd.topology import build_topology
-from kilo_etcd.topology.stages import switch
+from kilo_etcd.topology import Topology, build_topology
+from kilo_etcd.topology.stages import Switch, switch
 
 
 @click.group("mesh")
@@ -39,12 +38,14 @@ mesh_group.add_command(part_command)
 def show_command(mesh: Mesh, output: str) -> None:
     """Show granularity, subnets, internal-ips, and how many nodes, locations and peers there are."""
 
-    async def look(client: Client, keys: Keys) -> tuple[Snapshot, Collection[str]]:
-        return (await operator.snapshot(client, keys))[0], await operator.statuses(client, keys)
+    async def look(client: Client, keys: Keys) -> tuple[Topology, Switch | None]:
+        topology = build_topology((await operator.snapshot(client, keys))[0])
+        if switch(topology) is None:
+            return topology, None
+        return topology, switch(topology, await operator.statuses(client, keys))
 
-    snapshot, living = mesh.ask(look)
-    topology = build_topology(snapshot)
-    far = switch(topology, living)
+    topology, far = mesh.ask(look)
+    snapshot = topology.snapshot
     found = {
         "granularity": snapshot.granularity.value,
         "subnets": [str(subnet) for subnet in snapshot.subnets],
