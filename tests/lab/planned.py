@@ -21,6 +21,7 @@ from test_mesh_scenarios import candidates, leader, pids, status, world
 from helpers import eventually
 from helpers_load import measured
 from kilo_etcd.lab.client import Lab, RunningProbe
+from kilo_etcd.lab.probe import Gap
 
 HOSTS = {"gcp": 3, "home": 2, "aws": 1}
 
@@ -67,15 +68,24 @@ async def writes(lab: Lab, hosts: Iterable[str]) -> dict[str, float]:
 class Seen:
     """What became of the probes during one event."""
 
-    lost: dict[tuple[str, str], int] = field(factory=dict)
+    lost: dict[tuple[str, str], tuple[Gap, ...]] = field(factory=dict)
+    """(From, to) -> what was never answered, and when."""
+    begun: float = 0.0
+    moments: dict[str, float] = field(factory=dict)
+    """What the test did -> seconds after `begun`, which is a moment before the probes begin."""
+    stall: float = 0.0
+    """Seconds: the longest that the test's own process waited for a processor."""
     gap: float = 0.0
     """Seconds: the longest of all; less where the machine was busy, as many times as it was slower."""
+
+    def note(self, what: str) -> None:
+        self.moments[what] = round(trio.current_time() - self.begun, 2)
 
 
 @asynccontextmanager
 async def probed(lab: Lab, *pairs: tuple[str, str]) -> AsyncIterator[Seen]:
     """Probes both ways between the pairs while in the block, and until packets flow again."""
-    seen = Seen()
+    seen = Seen(begun=trio.current_time())
     probes: dict[tuple[str, str], RunningProbe] = {}
     async with AsyncExitStack() as stack:
         machine = stack.enter_context(measured())
@@ -83,11 +93,14 @@ async def probed(lab: Lab, *pairs: tuple[str, str]) -> AsyncIterator[Seen]:
             for way in ((a, b), (b, a)):
                 probes[way] = await stack.enter_async_context(lab.probe(*way))
         begun = trio.current_time()
+        seen.note("probes sent")
         yield seen
+        seen.note("settled")
         after = trio.current_time() - begun
         for running in probes.values():
             await running.flowing_again(30, after=after)
-    seen.lost = {way: running.lost for way, running in probes.items() if running.lost}
+    seen.lost = {way: running.gaps for way, running in probes.items() if running.lost}
+    seen.stall = machine.stall
     seen.gap = max(running.longest_gap for running in probes.values()) / machine.slowness
 
 
@@ -144,11 +157,13 @@ async def nothing_moves(lab: Lab) -> None:
         probing = [pair for pair in pairs if not (rebooted and host in pair)]
         async with probed(lab, *probing) as seen:
             await trio.sleep(1)  # `since` is in whole seconds
+            seen.note("begun")
             await act(host)
-
+            seen.note("done")
             await eventually(partial(_is_back, lab, host, since), 60, every=0.1, what=f"{host} reports anew")
+            seen.note("reports anew")
             await steady(lab)
-        assert seen.lost == {}, what
+        assert seen.lost == {}, (what, seen, f"of gcp leads {await leader(lab, 'gcp')}, it was {first}")
         assert await leader(lab, "gcp") == first, what
         assert await writes(lab, others) == before, what
         assert await candidates(lab, "gcp", 3) == ([first, third, second] if rebooted else queue), what
@@ -192,7 +207,7 @@ async def handed_over(lab: Lab, *, crowded: bool = False) -> None:
                 await act(first, second)
                 await eventually(partial(_leads, lab, second), 30, every=0.05)
             gaps.append(concerned.gap)
-            assert others.lost == {}, what
+            assert others.lost == {}, (what, others)
             # As before, with the two at the end of the queue.
             await lab.start(first)
             await lab.etcdctl("put", f"/kilo/locations/{first}", "gcp")

@@ -30,7 +30,7 @@ from kilo_etcd.lab.addressing import Layout, lay_out, member_of
 from kilo_etcd.lab.capture import Flow
 from kilo_etcd.lab.machine import BASE
 from kilo_etcd.lab.namespaces import NamespaceError, check_root
-from kilo_etcd.lab.probe import ProbeResult
+from kilo_etcd.lab.probe import Gap, ProbeResult
 from kilo_etcd.lab.runtime import LabError
 from kilo_etcd.lab.spec import Spec
 from kilo_etcd.model import IPAddress
@@ -112,6 +112,11 @@ class RunningProbe:
     def lost(self) -> int:
         """Packets never answered."""
         return self._final.lost
+
+    @property
+    def gaps(self) -> tuple[Gap, ...]:
+        """Consecutive packets that were never answered."""
+        return self._final.gaps
 
     @property
     def longest_gap(self) -> float:
