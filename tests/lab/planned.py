@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 
+import pytest
 import trio
 from attrs import define, field
 from test_mesh_scenarios import candidates, leader, pids, status, world
@@ -163,8 +164,9 @@ async def nothing_moves(lab: Lab) -> None:
             await eventually(partial(_is_back, lab, host, since), 60, every=0.1, what=f"{host} reports anew")
             seen.note("reports anew")
             await steady(lab)
-        assert seen.lost == {}, (what, seen, f"of gcp leads {await leader(lab, 'gcp')}, it was {first}")
-        assert await leader(lab, "gcp") == first, what
+        now = await leader(lab, "gcp")
+        if seen.lost or now != first:
+            pytest.fail(f"{what}: {now} leads gcp, before it was {first}; {seen}\n{await last_logged(lab, queue)}")
         assert await writes(lab, others) == before, what
         assert await candidates(lab, "gcp", 3) == ([first, third, second] if rebooted else queue), what
         if not rebooted:
@@ -172,6 +174,11 @@ async def nothing_moves(lab: Lab) -> None:
             assert await writes(lab, [host]) == {host: 0}, what
         if act == lab.reload:
             assert await pids(lab) == running, what
+
+
+async def last_logged(lab: Lab, hosts: Iterable[str], lines: int = 30) -> str:
+    """The end of what the agents of these hosts have logged, for whoever reads why a test failed."""
+    return "\n".join([f"{host}: {line}" for host in hosts for line in (await lab.log(host)).splitlines()[-lines:]])
 
 
 async def _is_back(lab: Lab, host: str, since: object) -> bool:
