@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from attrs import field, frozen
 
 from kilo_etcd.model import Granularity, InternalIPs, IPAddress, IPNetwork, Node, Peer
+from kilo_etcd.quoting import first_of
 from kilo_etcd.topology.hostplan import Problem
 from kilo_etcd.topology.internal import ENDPOINT, REMEDY, endpoints_of, public_endpoints, share_no_site
 
@@ -136,8 +137,7 @@ ENDPOINT_REMEDY = (
 
 def listed(names: Sequence[str]) -> str:
     """The first few names."""
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return ", ".join(names[:MOST_NAMED]) + more
+    return first_of(names, MOST_NAMED)
 
 
 def _covers(network: IPNetwork, other: IPNetwork) -> bool:
