@@ -53,8 +53,8 @@ def unrouted(topology: Topology) -> tuple[Unrouted, ...]:
     for segment in topology.segments.values():
         for node in segment.members:
             for entry in _addresses(topology, segment, node, ends):
-                # Where all of several concerned have the network itself, that is said of the network once, unless two
-                # nodes have the address. A network that somebody else states, however wide, hides nothing.
+                # If every segment concerned has the network itself, one entry for the network is enough, unless two
+                # nodes have the address. A network that another segment states hides no address, however wide it is.
                 hidden = len(entry.nodes) == 1 < len(entry.segments) and any(
                     _covers(one.network, entry.network) and own >= {*entry.segments} for one, own in shared.items()
                 )
@@ -125,7 +125,7 @@ def obstacle(
     whose = ends.get(address, ())
     return (
         f"other segments reach {'its WireGuard' if whose == (node,) else f'the WireGuard of {listed(whose)}'} there",
-        (f"the mesh address works; {ENDPOINT_REMEDY}"),
+        f"the mesh address works; {ENDPOINT_REMEDY}",
     )
 
 
