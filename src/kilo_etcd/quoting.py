@@ -1,4 +1,4 @@
-"""How a wrong value is shown in a message: short, and never if it may be a secret.
+"""How values and long lists are shown in a message: short, and a wrong value never if it may be a secret.
 
 Messages go to logs, to `kgctl status`, into etcd, and into tickets. A value of a field that is marked secret is not
 shown at all. Other values are: but a preshared key is as easily pasted into the wrong field, or written as part of the
@@ -8,6 +8,7 @@ field's name, so text that could be a key is described instead, and so are lists
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Final
 
 SECRET: Final = "secret"
@@ -21,6 +22,13 @@ _DIGITS_OF_ALL_KINDS = (re.compile("[a-z]").search, re.compile("[A-Z]").search, 
 _IS_A_PASTED_KEY = re.compile(r"[A-Za-z0-9+][A-Za-z0-9+/=]{38,46}").fullmatch
 """Where a path belongs, which rarely is of that length without any point, dash or slash at its beginning."""
 _IS_A_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,30}").fullmatch
+
+
+def first_of(names: Iterable[str], most: int, separator: str = ", ") -> str:
+    """The first `most` of them, and how many more there are."""
+    every = list(names)
+    more = f" and {len(every) - most} more" if len(every) > most else ""
+    return separator.join(every[:most]) + more
 
 
 def shown(value: object) -> str:

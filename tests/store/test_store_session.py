@@ -65,6 +65,13 @@ async def member(etcd: FakeEtcd, client: FakeClient | None = None, **options: ob
         yield it
 
 
+async def overwritten(etcd: FakeEtcd, key: str, *, times: int) -> None:
+    """Another writer overwrites a key so many times, and the session restores it each time."""
+    for _ in range(times):
+        etcd.put(key, "{}")
+        await eventually(lambda: etcd.get(key) != b"{}", 60)
+
+
 async def test_registration_lives_long_and_candidacy_and_status_live_short() -> None:
     etcd = FakeEtcd()
     async with member(etcd) as it:
@@ -378,9 +385,7 @@ async def test_a_key_that_is_changed_again_and_again_is_restored_ever_less_often
 async def test_a_contested_status_is_told_from_other_keys() -> None:
     etcd = FakeEtcd()
     async with member(etcd) as it:
-        for _ in range(4):
-            etcd.put(STATUS, "{}")
-            await eventually(lambda: etcd.get(STATUS) != b"{}", 60)
+        await overwritten(etcd, STATUS, times=4)
         assert it.contested is not None
         assert about_status_key(it.contested)
 
@@ -390,9 +395,7 @@ async def test_a_contested_candidacy_is_no_status_whatever_its_location_is_calle
     async with member(etcd) as it:
         assert await it.enter("eu-status", CandidateClass.REST)
         key = KEYS.election("eu-status", "a")
-        for _ in range(4):
-            etcd.put(key, "{}")
-            await eventually(lambda: etcd.get(key) != b"{}", 60)
+        await overwritten(etcd, key, times=4)
         assert it.contested is not None
         assert it.contested.startswith(key)
         assert not about_status_key(it.contested)
@@ -419,9 +422,7 @@ async def test_news_is_written_although_a_key_waits_to_be_restored() -> None:
 async def test_a_host_that_ends_leaves_no_key_that_another_writer_has_taken_from_its_lease() -> None:
     etcd = FakeEtcd()
     async with member(etcd) as it:
-        for _ in range(6):
-            etcd.put(GCP, "{}")
-            await eventually(lambda: etcd.get(GCP) != b"{}", 60)
+        await overwritten(etcd, GCP, times=6)
         etcd.put(GCP, "{}")
         await eventually(lambda: bool(it._held.changed))
         await it.resign()
@@ -455,9 +456,7 @@ async def test_a_host_that_ends_deletes_thousands_of_forged_keys_in_a_few_writes
         forged = {KEYS.election(f"x{number}", "a") for number in range(2000)}
         for key in forged:
             etcd.put(key, '{"rank":0}')
-        for _ in range(3):
-            etcd.put(STATUS, "{}")
-            await eventually(lambda: etcd.get(STATUS) != b"{}", 60)
+        await overwritten(etcd, STATUS, times=3)
         etcd.put(STATUS, "{}")
         await eventually(lambda: STATUS in it._held.changed)
         await it._held.find([etcd.data[key.encode()] for key in forged], etcd.revision)

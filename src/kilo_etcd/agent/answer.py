@@ -218,7 +218,7 @@ class Answerer:
 
 @define
 class _Tried:
-    """What came of the echo requests that a question has had sent."""
+    """The results of the echo requests that one question asked for."""
 
     answered: dict[str, bool] = field(factory=dict)
     small_only: list[str] = field(factory=list)

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from attrs import evolve, frozen
 
 from kilo_etcd.model import CandidateClass, Granularity, InternalIPs, IPAddress, IPNetwork, Node, Snapshot
+from kilo_etcd.quoting import first_of
 from kilo_etcd.store import Role as RoleKind
 from kilo_etcd.topology import Topology
 from kilo_etcd.topology.hostplan import HostPlan, Via
@@ -259,12 +260,9 @@ class InternalIPsState:
             if before is None:
                 return None
             return "internal-ips changed" if changed else "internal-ips is in force now", fields
-        waits = ", ".join(self.waits_for[:MOST_WAITED])
-        more = f" and {len(self.waits_for) - MOST_WAITED} more" if len(self.waits_for) > MOST_WAITED else ""
-        if waits:
-            fields |= {"in_force": str(self.in_force), "waits_for_agents_of": waits + more}
-        else:
-            fields |= {"in_force": str(self.in_force)}
+        fields["in_force"] = str(self.in_force)
+        if self.waits_for:
+            fields["waits_for_agents_of"] = first_of(self.waits_for, MOST_WAITED)
         lost = before is not None and not changed and before.setting is before.in_force
         return (
             f"internal-ips {'changed and ' if changed else ''}is not in force{' any more' if lost else ' yet'}",

@@ -17,6 +17,7 @@ from attrs import evolve, frozen
 
 from kilo_etcd.ctl.live import Live, Pair, pairs, tunnels
 from kilo_etcd.model import Granularity
+from kilo_etcd.quoting import first_of
 from kilo_etcd.topology.segments import Topology
 
 TRIES = 64
@@ -298,6 +299,4 @@ def _by_leader(
 
 def some(names: Iterable[str]) -> str:
     """The first few names."""
-    known = list(names)
-    more = len(known) - SHOWN
-    return ", ".join(known[:SHOWN]) + (f" and {more} more" if more > 0 else "")
+    return first_of(names, SHOWN)

@@ -16,6 +16,7 @@ from attrs import frozen
 
 from kilo_etcd.ctl.arrivals import PAIRS
 from kilo_etcd.ctl.live import Live
+from kilo_etcd.quoting import first_of
 from kilo_etcd.store.records import StatusRecord, Unreachable
 from kilo_etcd.topology.reach import about_member, apart, called_location, share, targets
 from kilo_etcd.topology.segments import Topology
@@ -150,12 +151,16 @@ def _cause(topology: Topology, location: str, kind: Kind, pairs: list[frozenset[
         which, both = "the two", "both"
     elif len(centre) == 1:
         others = [name for name in names if name != centre[0]]
-        subject, text, labelled = centre[0], f"it and {_listed(others)} {verb}", centre[0]
+        subject, text, labelled = centre[0], f"it and {first_of(others, PAIRS)} {verb}", centre[0]
         which, both = "they", "all"
     else:
         subject, labelled = where.partition(",")[0], "NODE"
         every = 2 * len(pairs) == len(names) * (len(names) - 1)
-        text = f"{_listed(names)} {verb}" if every else f"{len(pairs)} pairs of its hosts {verb}: {_listed(shown)}"
+        text = (
+            f"{first_of(names, PAIRS)} {verb}"
+            if every
+            else f"{len(pairs)} pairs of its hosts {verb}: {first_of(shown, PAIRS)}"
+        )
         which, both = "they", "all"
     remedy = apart(labelled, which, f"{both} are at {where}")
     if kind is not Kind.TUNNELED:
@@ -169,9 +174,4 @@ def _cut_off(topology: Topology, kind: Kind, names: list[str], pairs: Collection
         return ""
     leaders = ((name, topology.segment_of(name).leader.name) for name in names)
     lone = [name for name, leader in leaders if name != leader and frozenset((name, leader)) in pairs]
-    return f"; {_listed(lone)} cannot reach other locations" if lone else ""
-
-
-def _listed(names: list[str]) -> str:
-    more = len(names) - PAIRS
-    return ", ".join(names[:PAIRS]) + (f" and {more} more" if more > 0 else "")
+    return f"; {first_of(lone, PAIRS)} cannot reach other locations" if lone else ""

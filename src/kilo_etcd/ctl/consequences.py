@@ -12,6 +12,7 @@ from math import comb
 from kilo_etcd.ctl.render import clean, shown_location
 from kilo_etcd.ctl.report import grouped_unrouted, unrouted_remarks, unrouted_sentence
 from kilo_etcd.model import Granularity, InternalIPs, Node, Snapshot
+from kilo_etcd.quoting import first_of
 from kilo_etcd.topology import Segment, Topology, build_topology
 from kilo_etcd.topology.graph import EdgeKind, edges
 from kilo_etcd.topology.unaware import unaware_problems
@@ -56,9 +57,7 @@ def disruption(before: Snapshot, after: Snapshot) -> str:
     reasons += (f"peer {clean(name)} is cut off" for name in sorted(old.peers.keys() - new.peers.keys()))
     if not reasons:
         return ""
-    said = "; ".join(reasons[:MOST_REASONS])
-    more = f" and {len(reasons) - MOST_REASONS} more" if len(reasons) > MOST_REASONS else ""
-    return f"This interrupts what is in use: {said}{more}. Go on?"
+    return f"This interrupts what is in use: {first_of(reasons, MOST_REASONS, '; ')}. Go on?"
 
 
 def _losses(old: Node | None, new: Node | None) -> Iterator[str]:

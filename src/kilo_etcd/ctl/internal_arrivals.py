@@ -28,9 +28,7 @@ class _Asked:
     """Although a mesh address of the node has answered."""
 
 
-def internal_losses(
-    topology: Topology, live: Live, apart: Collection[frozenset[str]] = ()
-) -> tuple[Loss, ...]:  # fmt: skip
+def internal_losses(topology: Topology, live: Live, apart: Collection[frozenset[str]] = ()) -> tuple[Loss, ...]:
     """One for each host that is known to be the place, then the pairs that remain; of each kind the first `PAIRS`.
 
     `apart`: pairs of members of a location that do not reach each other, or of which that is not known yet.
@@ -76,14 +74,15 @@ def _asked(topology: Topology, live: Live, foreign: Mapping[str, Mapping[str, st
             if target is None or target not in reached or address in foreign[name]:
                 continue
             own = {str(ip.ip) for ip in nodes[name].internal_ips}
-            # What comes back may leave by another route too, which is said of that host.
+            # The answer may take another route than the agent's, too. Then that host has an error of its own.
             if not own & foreign.get(target, {}).keys():
                 lost[name, target] = (*lost.get((name, target), ()), address)
     return _Asked(frozenset(good - lost.keys()), lost)
 
 
 class Role(IntEnum):
-    """What a host does with packets that are lost; the narrowest first."""
+    """The part that a host has in the path of lost packets. Of roles that explain equally many losses the lowest
+    counts."""
 
     RECEIVES = 0
     SENDS = 1

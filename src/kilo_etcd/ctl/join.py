@@ -28,6 +28,7 @@ from kilo_etcd.ctl.heed import heed
 from kilo_etcd.ctl.peer import parse_peer_name
 from kilo_etcd.ctl.render import clean
 from kilo_etcd.model import IPNetwork, Snapshot
+from kilo_etcd.quoting import first_of
 from kilo_etcd.store import operator
 from kilo_etcd.store.keys import Keys, PeerKey
 from kilo_etcd.store.records import PeerRecord, encode
@@ -199,9 +200,8 @@ Wanted = Callable[[Side, Side], tuple[Peers, Peers]]
 def _joined(one: Side, other: Side) -> tuple[Peers, Peers]:
     here, there = _topology(one), _topology(other)
     if found := list(overlaps(here, there, (one.label, other.label))):
-        more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
         raise Failure(
-            f"{'; '.join(found[:SHOWN])}{more}: a network can be in one of the meshes only, so one has to be made with "
+            f"{first_of(found, SHOWN, '; ')}: a network can be in one of the meshes only, so one has to be made with "
             "another --subnet, or its annotations changed; nothing was written"
         )
     for side, topology in ((other, there), (one, here)):

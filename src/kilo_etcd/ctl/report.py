@@ -6,7 +6,7 @@ report at all. It decides nothing and it knows nothing of tables or JSON; `ctl.r
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from attrs import field, frozen
@@ -14,6 +14,7 @@ from attrs import field, frozen
 from kilo_etcd.agent.decide import about_flag
 from kilo_etcd.ctl.label import oddity
 from kilo_etcd.model import Candidate, InternalIPs, IPAddress, Node, SetAside, Snapshot
+from kilo_etcd.quoting import first_of
 from kilo_etcd.store.keys import Keys, NodeKey
 from kilo_etcd.store.records import Role, StatusRecord
 from kilo_etcd.store.view import View
@@ -93,12 +94,12 @@ class UnroutedRemark(Remark):
     @property
     def subject_with_nodes(self) -> str:
         """The subject, for people."""
-        return f"{self.subject} ({_first_of(self.nodes, MOST_SUBJECTS)})" if self.nodes else self.subject
+        return f"{self.subject} ({first_of(self.nodes, MOST_SUBJECTS)})" if self.nodes else self.subject
 
     @property
     def nowhere(self) -> str:
         """From where it is not routed, for people."""
-        return _first_of(self.not_from, MOST_SUBJECTS) or "anywhere"
+        return first_of(self.not_from, MOST_SUBJECTS) or "anywhere"
 
 
 @frozen(kw_only=True)
@@ -249,11 +250,10 @@ def _odd_locations(snapshot: Snapshot) -> Iterator[Remark]:
         nodes.setdefault(node.location, []).append(name)
     for location, names in sorted(nodes.items()):
         if (odd := oddity(location)) is not None:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             yield Remark(
                 subject=location,
-                text=f"the location of {names[0]}{more} {odd}: if that is not meant, correct KILO_LOCATION there, or "
-                f"kgctl location set {names[0]} NAME",
+                text=f"the location of {first_of(names, 1)} {odd}: if that is not meant, correct KILO_LOCATION there, "
+                f"or kgctl location set {names[0]} NAME",
             )
 
 
@@ -276,9 +276,9 @@ def _same_internal_ips(snapshot: Snapshot, statuses: Mapping[str, StatusRecord],
             f"force-internal-ip=ADDRESS); if they share no network, label them apart (kgctl location set {one} NAME)"
         )
         if each:
-            yield from (Remark(subject=name, text=f"{_first_of(names, MOST_SUBJECTS)}: {text}") for name in names)
+            yield from (Remark(subject=name, text=f"{first_of(names, MOST_SUBJECTS)}: {text}") for name in names)
         else:
-            yield Remark(subject=_first_of(names, MOST_SUBJECTS), text=text, about=one)
+            yield Remark(subject=first_of(names, MOST_SUBJECTS), text=text, about=one)
 
 
 def _flags(names: Iterable[str], statuses: Mapping[str, StatusRecord]) -> tuple[Remark, ...]:
@@ -322,7 +322,7 @@ def grouped(remarks: Iterable[Remark]) -> tuple[Remark, ...]:
     for remark in remarks:
         subjects.setdefault((remark.text, remark.about), []).append(remark.subject)
     return tuple(
-        Remark(subject=_first_of(these, MOST_SUBJECTS), text=text, about=about)
+        Remark(subject=first_of(these, MOST_SUBJECTS), text=text, about=about)
         for (text, about), these in subjects.items()
     )
 
@@ -335,7 +335,7 @@ def grouped_unrouted(remarks: Iterable[UnroutedRemark]) -> tuple[UnroutedRemark,
         alike.setdefault((remark.text, remark.not_from), []).append(remark)
     return tuple(
         UnroutedRemark(
-            subject=_first_of([one.subject_with_nodes for one in these], MOST_SUBJECTS),
+            subject=first_of([one.subject_with_nodes for one in these], MOST_SUBJECTS),
             text=text,
             nodes=tuple(dict.fromkeys(name for one in these for name in one.nodes)),
             not_from=not_from,
@@ -348,11 +348,6 @@ def unrouted_sentence(remark: UnroutedRemark) -> str:
     """The remark with where it is from, for text without columns."""
     about_the_setting = not (remark.nodes or remark.not_from)
     return remark.text if about_the_setting else f"not routed from {remark.nowhere}: {remark.text}"
-
-
-def _first_of(names: Sequence[str], most: int) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{', '.join(names[:most])}{more}"
 
 
 def _live_report(topology: Topology, live: Live) -> LiveReport:
@@ -478,10 +473,10 @@ def _unsigned(
                 )
             continue
         answering = sorted({other for _, other in found})
-        first = _first_of([f"{name} asks {other}" for name, other in found], MOST_SUBJECTS)
+        first = first_of([f"{name} asks {other}" for name, other in found], MOST_SUBJECTS)
         yield Remark(
             subject=f"location {location}" if location else "the default location",
-            text=f"something answers at the internal IPs of {_first_of(answering, MOST_SUBJECTS)}, but not with their "
+            text=f"something answers at the internal IPs of {first_of(answering, MOST_SUBJECTS)}, but not with their "
             f"keys, in {len(found)} cases ({first}): a firewall drops UDP 1107 between these hosts, or these are other "
             "hosts' networks; if so, label them apart (kgctl location set NODE NAME)",
         )

@@ -10,6 +10,7 @@ from kilo_etcd.ctl.context import Failure, Mesh
 from kilo_etcd.ctl.render import clean
 from kilo_etcd.ctl.report import newest_revision
 from kilo_etcd.etcd.api import Client, Compacted, EventType
+from kilo_etcd.quoting import first_of
 from kilo_etcd.store import operator
 from kilo_etcd.store.keys import Keys, StatusKey
 from kilo_etcd.store.records import RecordError, decode_status
@@ -38,9 +39,8 @@ def wait_command(mesh: Mesh, timeout: float) -> None:
 
     target, living, behind = mesh.ask(partial(applied, timeout=timeout))
     if behind:
-        named = ", ".join(f"{clean(name)} (at {revision})" for name, revision in sorted(behind.items())[:SHOWN])
-        more = f" and {len(behind) - SHOWN} more" if len(behind) > SHOWN else ""
-        raise Failure(f"{len(behind)} of {living} agents have not applied revision {target} in time: {named}{more}")
+        named = first_of((f"{clean(name)} (at {revision})" for name, revision in sorted(behind.items())), SHOWN)
+        raise Failure(f"{len(behind)} of {living} agents have not applied revision {target} in time: {named}")
     click.echo(f"{living} agents have applied revision {target}.")
 
 

@@ -32,9 +32,10 @@ FENCE_METRIC = 2**32 - 1
 MAIN_TABLE = RT_TABLE_MAIN
 
 KERNEL_PROTOCOL: int = rtnl.rt_proto["kernel"]
+"""The protocol number of the routes that the kernel itself makes for addresses."""
 STATIC_PROTOCOLS: frozenset[int] = frozenset(rtnl.rt_proto[name] for name in ("boot", "static", "dhcp", "ra"))
-"""What administrators and DHCP servers mark their routes with; routing daemons have others, and may set very many."""
-"""The mark of the routes that the kernel itself makes for addresses."""
+"""The protocol numbers of routes that administrators and DHCP servers set. Routing daemons have others, and may set
+very many routes."""
 
 IPIP_OVERHEAD = 20
 WIREGUARD_OVERHEAD = 80

@@ -213,7 +213,7 @@ class FakeEtcd:
         return self.revision
 
     def put_kept(self, key: Text, value: Text) -> int:
-        """What a host does that goes on living: `put` under a lease that never ends; the revision."""
+        """Puts a key under a lease that never ends, as a host does whose agent stays alive; the revision."""
         self._leases.setdefault(_KEPT, _FakeLease(_KEPT, 10**9, float("inf")))
         return self.put(key, value, lease=_KEPT)
 

@@ -25,6 +25,7 @@ from collections.abc import Collection, Iterable, Mapping
 from attrs import field, frozen
 
 from kilo_etcd.model import ACCEPTING, EncryptionStage, InternalIPs, Node
+from kilo_etcd.quoting import first_of
 from kilo_etcd.topology.hostplan import HostPlan
 from kilo_etcd.topology.segments import Segment, Topology
 
@@ -183,9 +184,9 @@ class Switch:
         done = self.nodes - len(self.waits_for) - len(self.absent)
         said = f"{done} of {self.nodes} nodes {'encrypt' if self.on else 'are back'}"
         if self.waits_for:
-            said += f", waits for {_first_of(self.waits_for)}"
+            said += f", waits for {first_of(self.waits_for, MOST_NAMED)}"
         if self.absent:
-            said += f", {'not' if self.on else 'not yet'} {_first_of(self.absent)}: no agent lives there"
+            said += f", {'not' if self.on else 'not yet'} {first_of(self.absent, MOST_NAMED)}: no agent lives there"
         return said
 
 
@@ -208,11 +209,6 @@ def switch(topology: Topology, living: Collection[str] | None = None) -> Switch 
         waits_for=tuple(sorted(name for name in left if name in lives)),
         absent=tuple(sorted(name for name in left if name not in lives)),
     )
-
-
-def _first_of(names: tuple[str, ...]) -> str:
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return f"{', '.join(names[:MOST_NAMED])}{more}"
 
 
 MOST_NAMED = 5

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kilo_etcd.model import InternalIPs
+from kilo_etcd.quoting import first_of
 from kilo_etcd.topology.hostplan import Problem
 from kilo_etcd.topology.segments import Topology
 
@@ -44,10 +45,9 @@ def _left_out(topology: Topology) -> Iterator[Problem]:
 
 def _not_in_force(topology: Topology) -> Problem:
     setting, named = topology.snapshot.internal_ips, sorted(topology.unaware)
-    more = f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""
     return Problem(
         subject="internal-ips",
-        text=f"internal-ips={setting} is not in force, since the agents on {', '.join(named[:MOST_NAMED])}{more} do "
+        text=f"internal-ips={setting} is not in force, since the agents on {first_of(named, MOST_NAMED)} do "
         "not know the setting: packets for internal IPs travel outside of the tunnels; upgrade these agents, or forget "
         "the nodes (kgctl node forget NODE)",
         about=named[0],

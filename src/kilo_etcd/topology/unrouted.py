@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from attrs import field, frozen
 
 from kilo_etcd.model import Granularity, InternalIPs, IPAddress, IPNetwork, Node, Peer
+from kilo_etcd.quoting import first_of
 from kilo_etcd.topology.hostplan import Problem
 from kilo_etcd.topology.internal import ENDPOINT, REMEDY, endpoints_of, knows, public_endpoints, share_no_site
 
@@ -53,8 +54,8 @@ def unrouted(topology: Topology) -> tuple[Unrouted, ...]:
     for segment in topology.segments.values():
         for node in segment.members:
             for entry in _addresses(topology, segment, node, ends):
-                # Where all of several concerned have the network itself, that is said of the network once, unless two
-                # nodes have the address. A network that somebody else states, however wide, hides nothing.
+                # If every segment concerned has the network itself, one entry for the network is enough, unless two
+                # nodes have the address. A network that another segment states hides no address, however wide it is.
                 hidden = len(entry.nodes) == 1 < len(entry.segments) and any(
                     _covers(one.network, entry.network) and own >= {*entry.segments} for one, own in shared.items()
                 )
@@ -73,14 +74,13 @@ def _in_clear(topology: Topology) -> Iterable[Unrouted]:
     for segment, node, address in in_clear(topology):
         of.setdefault(ip_network(address), (node, []))[1].append(named(segment))
     for network, (node, near) in of.items():
-        first = ", ".join(near[:MOST_NAMED]) + (f" and {len(near) - MOST_NAMED} more" if len(near) > MOST_NAMED else "")
         yield Unrouted(
             network=network,
             nodes=(node.name,),
             segments=tuple(sorted({named(topology.segment_of(node.name)), *near})),
             not_from=tuple(sorted(near)),
             reason=(
-                f"a host of {first}, or of {node.name}'s own segment, has an address of the others on its own links, "
+                f"a host of {listed(near)}, or of {node.name}'s own segment, has an address of the others on its own links, "
                 "and nothing says that they share that network: what they send each other by internal IPs is not "
                 "encrypted"
             ),
@@ -154,7 +154,7 @@ def obstacle(
     whose = ends.get(address, ())
     return (
         f"other segments reach {'its WireGuard' if whose == (node,) else f'the WireGuard of {listed(whose)}'} there",
-        (f"the mesh address works; {ENDPOINT_REMEDY}"),
+        f"the mesh address works; {ENDPOINT_REMEDY}",
     )
 
 
@@ -166,8 +166,7 @@ ENDPOINT_REMEDY = (
 
 def listed(names: Sequence[str]) -> str:
     """The first few names."""
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return ", ".join(names[:MOST_NAMED]) + more
+    return first_of(names, MOST_NAMED)
 
 
 def _covers(network: IPNetwork, other: IPNetwork) -> bool:
