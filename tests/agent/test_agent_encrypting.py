@@ -18,7 +18,6 @@ from agent_world import World, running
 from attrs import evolve
 
 from helpers import eventually
-from kilo_etcd import store
 from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.agent.encrypting import Encrypting, Members, outside, read_members, remove_members, write_members
 from kilo_etcd.agent.lastknown import Disk
@@ -26,9 +25,9 @@ from kilo_etcd.agent.logs import Once
 from kilo_etcd.etcd import Config, Member, PermissionDenied
 from kilo_etcd.kernel.encrypted import table_of
 from kilo_etcd.model import EncryptionStage, Endpoint, Granularity, InternalIPs, IPNetwork, Node, Snapshot
-from kilo_etcd.store import Keys, status, statuses
-from kilo_etcd.store.records import NodeRecord, StatusRecord, decode_node, encode
-from kilo_etcd.testing.fake_etcd import FakeEtcd
+from kilo_etcd.store import Keys
+from kilo_etcd.store.records import NodeRecord, StageRecord, decode_node, encode
+from kilo_etcd.testing.fake_etcd import FakeClient, FakeEtcd
 from kilo_etcd.topology import Topology, build_topology, host_plan
 from kilo_etcd.topology.encryption import Report
 from kilo_etcd.topology.hostplan import Exemption
@@ -101,7 +100,7 @@ def node(world: World, stage: EncryptionStage | None) -> None:
 
 
 def lives(world: World, revision: int) -> None:
-    world.etcd.put_kept("/kilo-status/h9", encode(StatusRecord(public_key=OTHER, revision=revision)))
+    world.etcd.put_kept("/kilo-status/stages/h9", encode(StageRecord(revision=revision)))
 
 
 def stage(world: World) -> EncryptionStage | None:
@@ -236,7 +235,7 @@ async def test_who_cannot_read_what_others_report_says_so(world: World, monkeypa
         await eventually(lambda: stage(world) is EncryptionStage.SENDS, 30, every=0.1)
         assert world.said(sentence) == 0
         with monkeypatch.context() as patched:
-            patched.setattr(store, "status", denied)
+            patched.setattr(FakeClient, "range", denied)
             node(world, EncryptionStage.SENDS)
             await eventually(lambda: world.said(sentence) == 1, 30, every=0.1)
             assert not refuses(world)
@@ -271,9 +270,13 @@ def bare(server: FakeEtcd, told: list[Report]) -> Encrypting:
         told.append(report)
         return True
 
+    async def put_stage(_: StageRecord | None) -> None:
+        await trio.lowlevel.checkpoint()
+
     return Encrypting(
         config("10.0.0.1:2379"), server.client(), Keys(), Once(structlog.get_logger()),
         disk=None, register=register, keep=trio.lowlevel.checkpoint, nudge=lambda: None,
+        stage=lambda: None, put_stage=put_stage,
     )  # fmt: skip
 
 
@@ -281,16 +284,26 @@ def bare(server: FakeEtcd, told: list[Report]) -> Encrypting:
 async def test_who_lives_is_asked_again_when_etcd_is_back() -> None:
     server, topology = FakeEtcd(), a_lan()
     encrypting = bare(server, [])
-    server.put_kept("/kilo-status/h9", encode(StatusRecord(public_key=OTHER, revision=3)))
+    server.put_kept("/kilo-status/stages/h9", encode(StageRecord(revision=3)))
     await encrypting.prepare(topology, etcd_away=True)
     assert not encrypting.living.lives("h9"), "as its record says"
     await encrypting.prepare(topology, etcd_away=True)
     assert not encrypting.living.lives("h9")
     await encrypting.prepare(topology, etcd_away=False)
     assert encrypting.living.applied == {"h9": 3}
-    server.put("/kilo-status/h9", encode(StatusRecord(public_key=OTHER, revision=4)))
+    server.put_kept("/kilo-status/stages/h9", encode(StageRecord(revision=4)))
     await encrypting.prepare(topology, etcd_away=False)
     assert encrypting.living.applied == {"h9": 3}, "from then on as long as somebody is waited for"
+
+
+@pytest.mark.parametrize(("mode", "gone"), [(InternalIPs.ENCRYPTED, True), (InternalIPs.ROUTED, False)])
+@pytest.mark.autojump
+async def test_an_agent_that_starts_goes_on_to_refuse_and_waits_on_the_way_back(mode: InternalIPs, gone: bool) -> None:
+    lan = a_lan()
+    topology = build_topology(evolve(lan.snapshot, internal_ips=mode))
+    encrypting = bare(FakeEtcd(), [])
+    await encrypting.prepare(topology, etcd_away=False)
+    assert encrypting.living.lives("h9") is not gone
 
 
 @pytest.mark.autojump
@@ -303,17 +316,6 @@ async def test_members_that_are_no_endpoints_end_no_agent(world: World, tmp_path
     async with running(world, disk=Disk(tmp_path, run=at_once)):
         await eventually(lambda: stage(world) is EncryptionStage.SENDS, 30, every=0.1)
     assert list(outside(config("10.0.0.1:2379"), Members(odd, odd), (), {}).etcd) == [(ip_address("10.0.0.1"), 2379)]
-
-
-@pytest.mark.parametrize("lease", [True, False])
-@pytest.mark.autojump
-async def test_a_status_under_no_lease_says_nothing(lease: bool) -> None:
-    server = FakeEtcd()
-    put = server.put_kept if lease else server.put
-    put("/kilo-status/h9", encode(StatusRecord(public_key=OTHER, revision=3)))
-    found = await status(server.client(), Keys(), "h9")
-    assert (found is not None) is lease
-    assert (await statuses(server.client(), Keys())).get("h9") == found
 
 
 @pytest.mark.autojump

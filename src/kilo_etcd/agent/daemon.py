@@ -261,7 +261,7 @@ class Daemon:
         )  # fmt: skip
         self._encrypting = Encrypting(
             config, client, self.keys, self.once, disk=disk, register=self._report_stage, keep=self.keeper.flush,
-            nudge=self._nudge,
+            stage=lambda: self.session.stage, put_stage=self.session.put_stage, nudge=self._nudge, rng=self._rng,
         )  # fmt: skip
 
     # -- life -----------------------------------------------------------------------------------------------

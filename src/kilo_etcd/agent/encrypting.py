@@ -10,7 +10,8 @@ quorum must reach the others in clear, or there never is one.
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
+import random
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,21 +23,22 @@ from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.agent.lastknown import Disk
 from kilo_etcd.agent.logs import Once
 from kilo_etcd.agent.neighbours import PORT
+from kilo_etcd.agent.others import Others
 from kilo_etcd.agent.resolve import Table
-from kilo_etcd.model import InternalIPs, IPAddress
+from kilo_etcd.model import InternalIPs, IPAddress, Node
 from kilo_etcd.quickip import ip_address
+from kilo_etcd.store import StageRecord
 from kilo_etcd.topology import HostPlan, Topology
 from kilo_etcd.topology.encryption import Living, Outside, Report, awaited, encrypt, report
+from kilo_etcd.topology.segments import changes
 
 MEMBERS_FILE = "etcd-members.json"
 MEMBERS_PERIOD = 60.0
 """Seconds between two looks at who etcd's members are."""
 ASK_PATIENCE = 2.0
 """Seconds that the first plan under the setting waits for etcd."""
-FIRST_PAUSE, PAUSE_PER_NODE, MOST_PAUSE = 0.1, 0.002, 20.0
-"""Seconds between two looks at the statuses, as long as somebody is waited for: with 1,000 nodes a look is 0.3 MB."""
-FEW = 8
-"""Nodes whose statuses are read one by one."""
+PAUSE_PER_NODE = 0.002
+"""Seconds between two reports on the stage, per node of the mesh: all nodes may watch them."""
 RETRY_SECONDS = 1.0
 _MOST_BYTES = 2**16
 
@@ -152,7 +154,8 @@ def concerns(topology: Topology, name: str) -> bool:
 
 class Encrypting:
     """One agent's. `run` is its task, for an agent that is registered; `register` has the host's record say a report,
-    and tells whether it does now; `keep` writes the mesh as it is in force to disk, for a boot without etcd."""
+    and tells whether it does now; `keep` writes the mesh as it is in force to disk, for a boot without etcd. `stage`
+    is what stands at the host's key of its stage, and `put_stage` has it say something else."""
 
     def __init__(
         self,
@@ -164,19 +167,29 @@ class Encrypting:
         disk: Disk | None,
         register: Callable[[Report], Awaitable[bool]],
         keep: Callable[[], Awaitable[object]],
+        stage: Callable[[], StageRecord | None],
+        put_stage: Callable[[StageRecord | None], Awaitable[object]],
         nudge: Callable[[], None],
+        rng: random.Random | None = None,
     ) -> None:
         self._config, self._client, self._keys, self._once = config, client, keys, once
         self._name = config.hostname
         self._disk = disk
         self._register, self._keep, self._nudge = register, keep, nudge
+        self._stage, self._put_stage = stage, put_stage
+        self._rng = rng or random.Random()
+        self._others = Others(client, keys, once, nudge, self._rng)
         self._members: Members | None = None
         self._away: bool | None = None
         """Whether etcd was away when this was prepared; None: it was not yet."""
         self._topology: Topology | None = None
         self._last: HostPlan | None = None
         """The last outcome of `encrypt`."""
-        self._awaited: frozenset[str] = frozenset()
+        self._wanted_stage: StageRecord | None = None
+        self._newest = 0
+        """The newest revision from which on a node takes packets from the tunnels."""
+        self._nodes: Mapping[str, Node] = {}
+        """Those of which `_newest` is."""
         self._wanted: Report | None = None
         self._told: Report | None = None
         self._left: Report | None = None
@@ -186,7 +199,11 @@ class Encrypting:
         """The etcd that `living` speaks of."""
         self._on: bool | None = None
         """Whether the setting was in force in the last plan; None: there was none."""
-        self.living = Living()
+
+    @property
+    def living(self) -> Living:
+        """What is known of other agents."""
+        return self._others.living
 
     async def forget(self) -> None:
         """Remove from disk what is kept of etcd's members. OSError."""
@@ -212,12 +229,15 @@ class Encrypting:
             self._members = await self._disk.run(lambda: read_members(path))
         if etcd_away:
             # Nothing can be learnt of anybody: each is taken as its record says.
-            self.living = Living(asked=frozenset(topology.snapshot.nodes))
+            self._others.take_as_gone(topology.snapshot.nodes)
             return
-        self.living = Living()
+        self._others.forget()
         with trio.move_on_after(ASK_PATIENCE), suppress(etcd.EtcdError):
             await self._ask_members()
-            await self._ask_statuses(topology)
+            await self._others.ask(topology.snapshot.cluster_id)
+            if topology.internal_ips is InternalIPs.ENCRYPTED:
+                # Whom this host refused before its agent's restart it goes on to refuse.
+                self._others.take_as_gone(topology.snapshot.nodes)
 
     def withdraw(self) -> None:
         """Another plan than the last is about to be applied, so a report that followed from the last one, and that
@@ -243,7 +263,10 @@ class Encrypting:
         if self._cluster not in (None, cluster) or self._on not in (None, on):
             # Which revisions were applied of another etcd says nothing of this one's. And who did not live when asked
             # about, and was waited for by nobody, may live by the time of the next switch, and refuse clear text.
-            self.living = Living()
+            self._others.forget()
+        if self._cluster not in (None, cluster):
+            self._newest, self._nodes = 0, {}
+            self._wanted_stage = self._wanted_stage and StageRecord()
         self._cluster, self._on = cluster, on
         around = outside(self._config, self._members, sources, table, addresses=addresses)
         self._last = encrypt(plan, topology, outside=around, living=self.living, told=self._told, previous=self._last)
@@ -257,7 +280,9 @@ class Encrypting:
         if self._told is None:
             said = report(topology, plan)
             self._wanted = said if whole and said != shown else None
-        self._topology, self._awaited = topology, awaited(plan)
+        self._topology, self._wanted_stage = topology, self._stage_for(topology)
+        snapshot = topology.snapshot
+        self._others.follow(awaited(plan), nodes=len(snapshot.nodes), cluster=snapshot.cluster_id)
         changed, self._changed = self._changed, trio.Event()
         changed.set()
 
@@ -265,7 +290,8 @@ class Encrypting:
         """Report, and look at others, until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._report)
-            nursery.start_soon(self._follow_statuses)
+            nursery.start_soon(self._others.run)
+            nursery.start_soon(self._confirm)
             nursery.start_soon(self._follow_members)
 
     async def _report(self) -> None:
@@ -280,54 +306,28 @@ class Encrypting:
                 continue
             await changed.wait()
 
-    async def _follow_statuses(self) -> None:
-        pause = 0.0
+    async def _confirm(self) -> None:
+        """Report what the kernel holds as often as others may wait for it: seldom in a large mesh, as many do."""
         while True:
-            changed, topology = self._changed, self._topology
-            if topology is None or not self._awaited:
-                pause = 0.0
+            wanted, changed, topology = self._wanted_stage, self._changed, self._topology
+            if topology is None or wanted == self._stage():
                 await changed.wait()
                 continue
-            looks_at = len(topology.snapshot.nodes) if len(self._awaited) > FEW else len(self._awaited)
-            least = FIRST_PAUSE + looks_at * PAUSE_PER_NODE
-            pause = min(max(least, 1.5 * pause), max(least, MOST_PAUSE))
-            before = self.living
-            try:
-                if len(self._awaited) > FEW:
-                    await self._ask_statuses(topology)
-                else:
-                    await self._ask_few(self._awaited)
-            except etcd.Unavailable:
-                pass  # The rest of the agent says so, louder.
-            except etcd.EtcdError as error:
-                self._once.error(
-                    "statuses", "the switch of internal-ips waits: what other agents report cannot be read, so what "
-                    "their hosts send in clear is not refused", error=str(error),
-                )  # fmt: skip
-            else:
-                self._once.clear("statuses", "what other agents report can be read again")
-            if self.living != before:
-                self._nudge()
-            await trio.sleep(pause)
+            await self._put_stage(wanted)  # The session goes on trying if it fails.
+            await trio.sleep(len(topology.snapshot.nodes) * PAUSE_PER_NODE * self._rng.uniform(0.5, 1.5))
 
-    async def _ask_statuses(self, topology: Topology) -> None:
-        # Who is in the snapshot has registered before the statuses are read, so its own is there if it lives.
-        asked = frozenset(topology.snapshot.nodes)
-        found = await store.statuses(self._client, self._keys)
-        known = self.living.applied
-        applied = {name: max(status.revision, known.get(name, 0)) for name, status in found.items() if name in asked}
-        self.living = Living(asked=asked, applied=applied)
-
-    async def _ask_few(self, names: Collection[str]) -> None:
-        """Of one node that joins 10,000 agents want to know, who must not all read 10,000 statuses."""
-        applied = dict(self.living.applied)
-        for name in names:
-            status = await store.status(self._client, self._keys, name)
-            if status is None:
-                applied.pop(name, None)
-            else:
-                applied[name] = max(status.revision, applied.get(name, 0))
-        self.living = Living(asked=self.living.asked.union(names), applied=applied)
+    def _stage_for(self, topology: Topology) -> StageRecord | None:
+        """What the host is to report of the switch, now that its kernel holds the plan of a topology."""
+        snapshot = topology.snapshot
+        if not self.concerns(topology):
+            return None
+        for name in changes(self._nodes, snapshot.nodes):
+            node = snapshot.nodes.get(name)
+            self._newest = max(self._newest, 0 if node is None else node.accepts_since)
+        self._nodes = snapshot.nodes
+        newest, said = max(self._newest, snapshot.internal_ips_since), self._wanted_stage or self._stage()
+        enough = said is not None and newest <= said.revision <= snapshot.revision
+        return said if enough else StageRecord(revision=snapshot.revision)
 
     async def _follow_members(self) -> None:
         while True:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from kilo_etcd.store.effective import ANNOTATIONS
     from kilo_etcd.store.keys import Keys, ParsedKey
     from kilo_etcd.store.mirror import HeldOff, LastSeen, Mirror
-    from kilo_etcd.store.operator import locations, set_location, snapshot, status, statuses, unset_location
+    from kilo_etcd.store.operator import locations, set_location, snapshot, statuses, unset_location
     from kilo_etcd.store.owner import NameTaken
     from kilo_etcd.store.records import (
         CandidateRecord,
@@ -22,12 +22,14 @@ if TYPE_CHECKING:
         RecordError,
         Role,
         SightingRecord,
+        StageRecord,
         StatusRecord,
         Unreachable,
         VerdictRecord,
         decode_candidate,
         decode_node,
         decode_peer,
+        decode_stage,
         decode_status,
         encode,
     )
@@ -52,6 +54,7 @@ __all__ = [
     "Role",
     "Session",
     "SightingRecord",
+    "StageRecord",
     "StatusRecord",
     "Unreachable",
     "VerdictRecord",
@@ -59,12 +62,12 @@ __all__ = [
     "decode_candidate",
     "decode_node",
     "decode_peer",
+    "decode_stage",
     "decode_status",
     "encode",
     "locations",
     "set_location",
     "snapshot",
-    "status",
     "statuses",
     "unset_location",
 ]

@@ -97,6 +97,11 @@ class StatusKey:
     node: str
 
 
+@frozen
+class StageKey:
+    node: str
+
+
 ParsedKey: TypeAlias = (
     GranularityKey
     | SubnetsKey
@@ -112,6 +117,7 @@ ParsedKey: TypeAlias = (
     | EndpointKey
     | VerdictKey
     | StatusKey
+    | StageKey
 )
 
 
@@ -154,7 +160,13 @@ def _without_slash(prefix: str) -> str:
 def leased_by(key: ParsedKey | None) -> str | None:
     """The node whose agent alone writes a key, under its short lease; None: it is no such key."""
     match key:
-        case ElectionKey(node=name) | StatusKey(node=name) | EndpointKey(observer=name) | VerdictKey(witness=name):
+        case (
+            ElectionKey(node=name)
+            | StatusKey(node=name)
+            | StageKey(node=name)
+            | EndpointKey(observer=name)
+            | VerdictKey(witness=name)
+        ):
             return name
     return None
 
@@ -275,6 +287,14 @@ class Keys:
         return self.status_root + encode_name(node)
 
     @property
+    def stages_root(self) -> str:
+        """Beside the statuses, which share its permissions; with a slash, so that it is never a node's status."""
+        return self.status_root + "stages/"
+
+    def stage(self, node: str) -> str:
+        return self.stages_root + encode_name(node)
+
+    @property
     def questions_root(self) -> str:
         """Beside the statuses, which share its permissions; with a slash, so that it is never a node's status."""
         return self.status_root + "questions/"
@@ -299,6 +319,9 @@ class Keys:
             return None
         if text.startswith(self.root):
             return _parse(text[len(self.root) :].split("/"))
+        if text.startswith(self.stages_root):
+            node = decode_name(text[len(self.stages_root) :])
+            return StageKey(node) if node else None
         if text.startswith(self.status_root):
             node = decode_name(text[len(self.status_root) :])
             return StatusKey(node) if node else None

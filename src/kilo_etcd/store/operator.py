@@ -60,15 +60,6 @@ async def statuses(client: Client, keys: Keys) -> Mapping[str, StatusRecord]:
     return found
 
 
-async def status(client: Client, keys: Keys, node: str) -> StatusRecord | None:
-    """What the agent of one node reports, as `statuses` has it; None: not in there."""
-    kv = await client.get(keys.status(node))
-    try:
-        return decode_status(kv.value) if kv is not None and kv.lease else None
-    except RecordError:
-        return None
-
-
 async def set_location(client: Client, keys: Keys, node: str, label: str) -> int:
     """Label a node; the revision at which it is labelled. ValueError if `label` is no possible name, EtcdError."""
     decode_label(label.encode())

@@ -151,6 +151,15 @@ class StatusRecord:
     """Whether it answers others on UDP 1107; agents of older versions do not say so, and do not."""
 
 
+@frozen(kw_only=True)
+class StageRecord:
+    """What a living agent has its host do of the switch to `encrypted`, at `/kilo-status/stages/<node>`: small, since
+    whoever waits for others watches it, which a status with each revision would be too much for."""
+
+    revision: int = 0
+    """A snapshot that its kernel holds, no older than the newest by which others take packets from the tunnels."""
+
+
 class Unreachable(NamedTuple):
     """A node, and the internal IP at which it does not answer; in JSON a list."""
 
@@ -579,6 +588,7 @@ _READERS: dict[type, dict[str, Callable[[object], Any]]] = {
         "unsigned": _items(_string),
         "answers": _truth,
     },
+    StageRecord: {"revision": _whole},
     QuestionRecord: {"nodes": _items(_string), "tries": _whole, "targets": _items(_string)},
     AnswerRecord: {
         "time": _whole,
@@ -667,6 +677,7 @@ Record = Union[  # noqa: UP007
     CandidateRecord,
     PeerRecord,
     StatusRecord,
+    StageRecord,
     QuestionRecord,
     AnswerRecord,
     SightingRecord,
@@ -745,6 +756,11 @@ def decode_candidate(value: bytes) -> CandidateRecord:
 def decode_status(value: bytes) -> StatusRecord:
     """Unknown fields are ignored; `read` names them."""
     return read(StatusRecord, value).record
+
+
+def decode_stage(value: bytes) -> StageRecord:
+    """Unknown fields are ignored."""
+    return read(StageRecord, value, MAX_SMALL).record
 
 
 def decode_question(value: bytes) -> QuestionRecord:

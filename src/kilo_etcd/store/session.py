@@ -1,8 +1,8 @@
 """This host's own keys: its registration under a long lease, its candidacy, status and words under a short one.
 
-What is wanted is said once (`register`, `enter`, `leave`, `put_status`, `put_sightings`, `put_verdicts`); `run` sees to
-it that etcd keeps saying so: it keeps both leases, and restores what was lost with a lease, deleted, or overwritten
-(`store.held`; of sightings and verdicts the mirror tells, see `compare`). While etcd
+What is wanted is said once (`register`, `enter`, `leave`, `put_status`, `put_stage`, `put_sightings`, `put_verdicts`);
+`run` sees to it that etcd keeps saying so: it keeps both leases, and restores what was lost with a lease, deleted, or
+overwritten (`store.held`; of sightings and verdicts the mirror tells, see `compare`). While etcd
 is away it tries again with jitter, for ever, and never raises. Nothing is written that etcd holds already: an agent
 that starts again within the lease's time finds its own keys, adopts their leases, and goes on without a write.
 
@@ -56,7 +56,7 @@ from kilo_etcd.etcd.api import (
 from kilo_etcd.model import CandidateClass, IPAddress, IPInterface, IPNetwork, MeshSettings, Snapshot
 from kilo_etcd.store import claims, said
 from kilo_etcd.store.held import Held
-from kilo_etcd.store.keys import ElectionKey, EndpointKey, Keys, StatusKey, VerdictKey, leased_by
+from kilo_etcd.store.keys import ElectionKey, EndpointKey, Keys, StageKey, StatusKey, VerdictKey, leased_by
 from kilo_etcd.store.lease import KeptLease
 from kilo_etcd.store.mirror import HeldOff, Mirror
 from kilo_etcd.store.owner import NameTaken, PutBacks, public_key_of, status_key_of, taken_by, where_is
@@ -65,9 +65,11 @@ from kilo_etcd.store.records import (
     NodeRecord,
     RecordError,
     SightingRecord,
+    StageRecord,
     StatusRecord,
     VerdictRecord,
     decode_candidate,
+    decode_stage,
     decode_status,
     encode,
 )
@@ -158,12 +160,13 @@ class Session:
         self._retry_most = min(RETRY_MOST, lease_ttl / 3)
         self._lock = trio.Lock()
         self._node_key = keys.node(node_name)
-        self._status_key = keys.status(node_name)
+        self._status_key, self._stage_key = keys.status(node_name), keys.stage(node_name)
         # What is wanted.
         self._record: NodeRecord | None = None
         self._status: StatusRecord | None = None
         self._status_given = False
         """Whether the status is the agent's, not one that `register` made up."""
+        self._stage: StageRecord | None = None
         self._candidacy: Candidacy | None = None
         self._sightings = said.sightings(keys, node_name)
         self._verdicts = said.verdicts(keys, node_name)
@@ -429,6 +432,8 @@ class Session:
                 elif isinstance(parsed, StatusKey):
                     if not self._status_given:
                         self._status = decode_status(kv.value)
+                elif isinstance(parsed, StageKey):
+                    self._stage = self._stage or decode_stage(kv.value)
                 elif isinstance(parsed, ElectionKey) and self._candidacy is None:
                     record = decode_candidate(kv.value)
                     self._candidacy = Candidacy(parsed.location, record.rank, record.since)
@@ -461,6 +466,16 @@ class Session:
     def status(self) -> StatusRecord | None:
         """The last one that was put, or that an earlier run of this agent left under a lease that lives."""
         return self._status
+
+    async def put_stage(self, stage: StageRecord | None) -> bool:
+        """Say this of the switch to `encrypted`; None: nothing."""
+        self._stage = stage
+        return await self._now()
+
+    @property
+    def stage(self) -> StageRecord | None:
+        """The last one that was put, or that an earlier run of this agent left under a lease that lives."""
+        return self._stage
 
     async def put_sightings(self, sightings: Mapping[str, SightingRecord]) -> bool:
         """Say of these nodes and peers, and of no others, where this host sees them; only what differs is written."""
@@ -615,13 +630,15 @@ class Session:
         wanted = {}
         if self._status is not None:
             wanted[self._status_key] = encode(self._status)
+        if self._stage is not None:
+            wanted[self._stage_key] = encode(self._stage)
         if (standing := self._candidacy) is not None:
             key = self._keys.election(standing.location, self._name)
             wanted[key] = encode(CandidateRecord(rank=standing.rank, since=standing.since))
         return wanted
 
     def _replaceable(self, key: str) -> bool:
-        if key == self._status_key or self._is_word(key):
+        if key in (self._status_key, self._stage_key) or self._is_word(key):
             return True
         return self._candidacy is not None and self._candidacy.in_place
 
@@ -649,7 +666,7 @@ class Session:
     async def resign(self) -> None:
         """Give candidacy and status up and end the short lease; the registration stays. EtcdError."""
         async with self._lock:
-            self._candidacy, self._status = None, None
+            self._candidacy, self._status, self._stage = None, None, None
             self._sightings.replace({})
             self._verdicts.replace({})
             changed = self._held.changed

@@ -69,8 +69,10 @@ def encrypt(
     memo = last if isinstance(last, _Memo) else _Memo()
     places, moved = memo.places.after(topology)
     outlook = _Outlook.of(own, topology, places, outside)
-    if memo.living is not living or memo.outlook != outlook:
+    if memo.outlook != outlook:
         moved = frozenset({*places.of, *memo.parts})
+    elif memo.living is not living:
+        moved |= {key for name in living.changed(memo.living) if (key := places.key_of(name)) in places.of}
     parts, whole = _followed(memo, moved, outlook, places, living)
     if not promised and not on and own.encryption is EncryptionStage.STOPPED and not whole.awaited:
         return plan

@@ -10,12 +10,13 @@ not promised any more. All that others need to know is then in the snapshot:
 
 * Who is ACCEPTS or SENDS takes packets from all nodes out of the tunnels: others may send there, and do.
 * Who is SENDS sends so to all who take it, as soon as it has applied the snapshot that says so of them. A node
-  refuses its packets in clear from then on: that revision agents report in their statuses (`Living`).
+  refuses its packets in clear from then on: that revision each agent reports, in a record of its own (`Living`).
 * On the way back nobody refuses (LEAVES), then nobody sends (STOPPED), then nobody accepts; a node is sent packets in
   clear as soon as it does not refuse them, and takes them from the tunnel as long as somebody may send so.
 
-Who does not live (no status in etcd) is waited for by nobody: it is treated as its record says, and on the way back
-counts as having gone all of it. Nothing follows from the time.
+Who does not live is waited for by nobody: it is treated as its record says, and on the way back counts as having gone
+all of it. Who does is known by its record under its agent's lease; as an agent that is being restarted has none for a
+moment, it counts as gone only after a bound (`agent.others`). Nothing else follows from the time.
 """
 
 from __future__ import annotations
@@ -27,20 +28,24 @@ from attrs import field, frozen
 from kilo_etcd.model import ACCEPTING, EncryptionStage, InternalIPs, Node
 from kilo_etcd.quoting import first_of
 from kilo_etcd.topology.hostplan import HostPlan
-from kilo_etcd.topology.segments import Segment, Topology
+from kilo_etcd.topology.segments import Segment, Topology, changes
 
 MAY_SEND = (*ACCEPTING, EncryptionStage.LEAVES)
 
 
 @frozen(kw_only=True)
 class Living:
-    """What the statuses in etcd said of other agents when they were read last."""
+    """What is known of other agents by their small records of the switch."""
 
     asked: frozenset[str] = frozenset()
-    """The nodes that there were then. Of others nothing is known, and they count as living and as having applied
+    """The nodes that were asked about. Of others nothing is known, and they count as living and as having applied
     nothing."""
     applied: Mapping[str, int] = field(factory=dict)
     """The nodes whose agents live -> the newest revision that their kernels are known to have held."""
+
+    def changed(self, before: Living) -> set[str]:
+        """The nodes of which something else was known before."""
+        return {*changes(before.applied, self.applied), *(before.asked ^ self.asked)}
 
     def lives(self, name: str) -> bool:
         """Whether a node may live."""

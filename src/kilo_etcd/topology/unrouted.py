@@ -80,9 +80,9 @@ def _in_clear(topology: Topology) -> Iterable[Unrouted]:
             segments=tuple(sorted({named(topology.segment_of(node.name)), *near})),
             not_from=tuple(sorted(near)),
             reason=(
-                f"a host of {listed(near)}, or of {node.name}'s own segment, has an address of the others on its own links, "
-                "and nothing says that they share that network: what they send each other by internal IPs is not "
-                "encrypted"
+                f"a host of {listed(near)}, or of {node.name}'s own segment, has an address of the others on its own "
+                "links, and nothing says that they share that network: what they send each other by internal IPs is "
+                "not encrypted"
             ),
             remedy=(
                 "if they share that network, give them one label (granularity full), or have their leaders call each "

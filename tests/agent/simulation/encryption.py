@@ -12,8 +12,8 @@ At every step:
 
 * of two hosts that have applied one and the same snapshot, neither refuses the other's packets in clear while the other
   sends them so;
-* in a schedule of `steady` hosts (each alone in its segment, whose agents are never away for longer than their leases)
-  no packet between two of them is lost, at whichever stages they are.
+* in a schedule of `steady` hosts (each alone in its segment, whose agents are never away for so long that others go on
+  without them) no packet between two of them is lost, at whichever stages they are.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from kilo_etcd.agent.others import GONE_SECONDS
 from kilo_etcd.kernel import encrypted
 from kilo_etcd.kernel.state import Observed
 from kilo_etcd.kernel.wayout import MARK
@@ -42,8 +43,11 @@ if TYPE_CHECKING:
 
 KEYS = Keys()
 
+ABSENT_SECONDS = GONE_SECONDS - 8.0
+"""How long an agent may be without a status and not be gone for others. As long as its lease may live it counts too, and
+as long as it may take to report again."""
 LAPSE_SECONDS, JOIN_SECONDS = 30.0, 5.0
-"""For so long a host is not `steady` after its lease was seen to have ended (others may have gone on without it), and
+"""For so long a host is not `steady` after its agent was absent for longer (others may have gone on without it), and
 after it has come for the first time: the others follow."""
 
 
@@ -153,7 +157,9 @@ class Steady:
     def __init__(self, world: World) -> None:
         self._world = world
         self._lapsed: dict[str, float] = {}
-        """The hosts that have ever had a status in etcd -> when one was last seen without."""
+        """The hosts that have ever had a status in etcd -> when one was last without for too long."""
+        self._absent: dict[str, float] = {}
+        """Those without one now -> since when."""
 
     async def run(self) -> None:
         """See whose leases end."""
@@ -165,8 +171,11 @@ class Steady:
         for name in self._world.hosts:
             if self._world.etcd.get(KEYS.status(name)) is not None:
                 self._lapsed.setdefault(name, trio.current_time() + JOIN_SECONDS - LAPSE_SECONDS)
+                self._absent.pop(name, None)
             elif name in self._lapsed:
-                self._lapsed[name] = trio.current_time()
+                since = self._absent.setdefault(name, trio.current_time())
+                if trio.current_time() - since > ABSENT_SECONDS:
+                    self._lapsed[name] = trio.current_time()
 
     def lost(self, settled: Mapping[str, bool]) -> Iterator[str]:
         """What is lost between two hosts. `settled`: whose kernels are as they have been programmed."""
