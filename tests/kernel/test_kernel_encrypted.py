@@ -379,6 +379,8 @@ async def test_a_rule_of_an_operators_that_lets_packets_out_in_clear_is_named() 
         sh("ip route add default dev eth0 table 300")
         sh("ip route add 10.99.0.0/16 dev eth0 table 301")
         harmless = (
+            "from all ipproto udp sport 51820 lookup 300",  # WireGuard's own
+            "from all ipproto tcp dport 22 to 192.168.9.2 lookup 300",  # exempted
             "from 10.50.0.1 lookup 300",  # another host's address
             "from all lookup 301",  # nobody's network
             "fwmark 7 lookup 300",  # marked packets
@@ -394,11 +396,16 @@ async def test_a_rule_of_an_operators_that_lets_packets_out_in_clear_is_named() 
             ("from 192.168.9.1 to 192.168.9.3 lookup 300", "192.168.9.3, the address of a node,"),
             ("from all lookup main suppress_prefixlength 0", "192.168.9.2 and 1 more addresses of nodes"),
             ("from all ipproto tcp lookup main", "10.2.0.7 and 2 more addresses of nodes"),
+            ("from all ipproto tcp dport 80 lookup 300", "10.2.0.7 and 2 more addresses of nodes"),
+            ("from all ipproto udp sport 1000-51820 lookup 300", "10.2.0.7 and 2 more addresses of nodes"),
+            ("from all ipproto tcp dport 22 lookup 300", "10.2.0.7, the address of a node,"),
         ):
             sh(f"ip rule add priority 301 {words}")
             (said,) = await kernel.bypasses()
             assert f"(priority {INTO})" in said
-            assert f"so that packets for {first} leave in clear: ip -4 rule priority 301 from " in said
+            asked = words.partition("ipproto ")[2].partition(" lookup")[0]
+            limited = f"with ipproto {asked} " if asked else ""
+            assert f"so that packets {limited}for {first} leave in clear: ip -4 rule priority 301 from " in said
             sh(f"ip rule del priority 301 {words}")
         sh("ip rule add priority 12000 lookup 300")
         assert await kernel.bypasses() == ()

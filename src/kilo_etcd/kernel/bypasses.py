@@ -2,17 +2,20 @@
 
 The kernel asks rules in the order of their priorities, so an operator's rule before ours wins: by a table of its own,
 or by the main one with `suppress_prefixlength`, it leads packets past the tunnel. The other node refuses them. Rules
-that ask for a mark, or for what comes in by some device, are left alone: whoever marks packets means those alone.
+that ask for a mark, or for what comes in by some device, are left alone: whoever marks packets means those alone. So
+are those limited to ports of what is always left outside.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from socket import IPPROTO_TCP, IPPROTO_UDP
 
-from kilo_etcd.kernel.encrypted import rule_priorities
+from kilo_etcd.kernel.encrypted import protocol_of, rule_priorities
 from kilo_etcd.kernel.formats import RT_TABLE_LOCAL
 from kilo_etcd.kernel.rules import ForeignRule
 from kilo_etcd.kernel.state import Route
+from kilo_etcd.model import IPAddress
 from kilo_etcd.topology.hostplan import HostPlan
 
 
@@ -56,11 +59,36 @@ def bypasses(
             for network in sorted({*wanted.send, *wanted.hold}, key=lambda one: (one.version, one))
             if network.version == rule.version
             and (rule.destination is None or network.network_address in rule.destination)
+            and not _outside(rule, network.network_address, plan)
             and (rule.goto or any(network.network_address in route.destination for route in ways))
         ]
         if near:
             more = f" and {len(near) - 1} more addresses of nodes" if len(near) > 1 else ", the address of a node,"
+            what = f"packets with {rule.limits}" if rule.limits else "packets"
             yield (
-                f"a rule stands before the one that encrypts (priority {ours}), so that packets for {near[0]}{more} "
+                f"a rule stands before the one that encrypts (priority {ours}), so that {what} for {near[0]}{more} "
                 f"leave in clear: {rule}; give it a priority of 10700 or above, or take these addresses out of it"
             )
+
+
+def _outside(rule: ForeignRule, address: IPAddress, plan: HostPlan) -> bool:
+    """Whether all that a rule leads to an address is left outside of the tunnels anyway."""
+    wanted = plan.encryption
+    assert wanted is not None
+    udp = (plan.listen_port, *wanted.talk)
+    from_here = {(IPPROTO_TCP, port) for port in wanted.etcd_here} | {(IPPROTO_UDP, port) for port in udp}
+    to_there = {(IPPROTO_TCP, port) for where, port in wanted.etcd if where == address}
+    for one in wanted.clear:
+        if address in one.network:
+            protocol = protocol_of(one)
+            if one.port is None:
+                if rule.protocol == protocol:
+                    return True
+            else:
+                from_here.add((protocol, one.port))
+                to_there.add((protocol, one.port))
+    return _within(rule, rule.sports, from_here) or _within(rule, rule.dports, to_there)
+
+
+def _within(rule: ForeignRule, ports: tuple[int, int] | None, known: Collection[tuple[int, int]]) -> bool:
+    return ports is not None and all((rule.protocol, port) in known for port in range(ports[0], ports[1] + 1))

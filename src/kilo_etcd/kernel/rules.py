@@ -94,16 +94,31 @@ class ForeignRule:
     destination: IPNetwork | None = None
     protocol: int = 0
     """Of the packets that it asks for; 0: any."""
+    sports: tuple[int, int] | None = None
+    """The first and the last port from which they are; None: any."""
+    dports: tuple[int, int] | None = None
+    """The same of the ports that they are for."""
     suppress: int | None = None
     picks: bool = False
     """Whether it asks for a mark, a device, or for what else a packet to a node need not have."""
+
+    @property
+    def limits(self) -> str:
+        """To which protocol and ports it is limited, as ip-rule(8) says it; empty: to none."""
+        words = []
+        if self.protocol:
+            words.append(f"ipproto {_PROTOCOLS.get(self.protocol, self.protocol)}")
+        for side, ports in (("sport", self.sports), ("dport", self.dports)):
+            if ports is not None:
+                words.append(f"{side} {ports[0]}" if ports[0] == ports[1] else f"{side} {ports[0]}-{ports[1]}")
+        return " ".join(words)
 
     def __str__(self) -> str:
         words = [f"priority {self.priority}", f"from {self.source or 'all'}"]
         if self.destination is not None:
             words.append(f"to {self.destination}")
-        if self.protocol:
-            words.append(f"ipproto {self.protocol}")
+        if self.limits:
+            words.append(self.limits)
         table = "main" if self.table == RT_TABLE_MAIN else str(self.table)
         words.append(f"goto {self.goto}" if self.goto else f"lookup {table}")
         if self.suppress is not None:

@@ -44,11 +44,11 @@ if TYPE_CHECKING:
 KEYS = Keys()
 
 ABSENT_SECONDS = GONE_SECONDS - 8.0
-"""How long an agent may be without a status and not be gone for others. As long as its lease may live it counts too, and
-as long as it may take to report again."""
+"""How long an agent may be without a status and not be gone for others, less what it may take to report again."""
 LAPSE_SECONDS, JOIN_SECONDS = 30.0, 5.0
-"""For so long a host is not `steady` after its agent was absent for longer (others may have gone on without it), and
-after it has come for the first time: the others follow."""
+"""For so long a host is not `steady` after its agent was absent for longer (others may have gone on without it), or while
+another host came for the first time, which it does not know; and after it has come for the first time itself: the others
+follow."""
 
 
 # -- at rest --------------------------------------------------------------------------------------------------------
@@ -160,6 +160,8 @@ class Steady:
         """The hosts that have ever had a status in etcd -> when one was last without for too long."""
         self._absent: dict[str, float] = {}
         """Those without one now -> since when."""
+        self._came = 0.0
+        """When a host came for the first time, the last of them."""
 
     async def run(self) -> None:
         """See whose leases end."""
@@ -170,11 +172,13 @@ class Steady:
     def _look(self) -> None:
         for name in self._world.hosts:
             if self._world.etcd.get(KEYS.status(name)) is not None:
-                self._lapsed.setdefault(name, trio.current_time() + JOIN_SECONDS - LAPSE_SECONDS)
+                if name not in self._lapsed:
+                    self._lapsed[name] = trio.current_time() + JOIN_SECONDS - LAPSE_SECONDS
+                    self._came = trio.current_time()
                 self._absent.pop(name, None)
             elif name in self._lapsed:
                 since = self._absent.setdefault(name, trio.current_time())
-                if trio.current_time() - since > ABSENT_SECONDS:
+                if trio.current_time() - since > ABSENT_SECONDS or self._came > since - JOIN_SECONDS:
                     self._lapsed[name] = trio.current_time()
 
     def lost(self, settled: Mapping[str, bool]) -> Iterator[str]:

@@ -70,7 +70,8 @@ _rules = Reader(fibmsg, "family", "dst_len", "src_len", "tos", "table", "action"
 _others_rules = Reader(
     fibmsg, "family", "dst_len", "src_len", "tos", "table", "action", "flags",
     "FRA_DST", "FRA_SRC", "FRA_IIFNAME", "FRA_OIFNAME", "FRA_PRIORITY", "FRA_TABLE", "FRA_GOTO", "FRA_FWMARK",
-    "FRA_SUPPRESS_PREFIXLEN", "FRA_IP_PROTO", "FRA_UID_RANGE", "FRA_TUN_ID",
+    "FRA_SUPPRESS_PREFIXLEN", "FRA_IP_PROTO", "FRA_UID_RANGE", "FRA_TUN_ID", "FRA_SPORT_RANGE", "FRA_DPORT_RANGE",
+    "FRA_SPORT_MASK", "FRA_DPORT_MASK",
 )  # fmt: skip
 _settings = Reader(netconfmsg, "family", "NETCONFA_IFINDEX", "NETCONFA_FORWARDING", "NETCONFA_RP_FILTER")
 _neighbours = Reader(ndmsg, "state", "NDA_DST", "NDA_LLADDR")
@@ -256,6 +257,7 @@ def read_foreign_rule(body: bytes) -> ForeignRule | None:
     (
         family, length, source_length, tos, low_table, action, flags,
         to, source, inbound, outbound, priority, table, goto, mark, suppressed, protocol, users, tunnel,
+        sports, dports, *port_masks,
     ) = _others_rules.row(body)  # fmt: skip
     if family not in _VERSIONS or action not in (_TO_TABLE, _GOTO):
         return None
@@ -267,10 +269,12 @@ def read_foreign_rule(body: bytes) -> ForeignRule | None:
         source=ipaddress.ip_network((source, source_length), strict=False) if source else None,
         destination=ipaddress.ip_network((to, length), strict=False) if to else None,
         protocol=protocol or 0,
+        sports=None if sports is None else PORT_RANGE.unpack(sports),
+        dports=None if dports is None else PORT_RANGE.unpack(dports),
         suppress=None if suppressed in (None, _NOT_SUPPRESSED) else suppressed,
         picks=bool(
             mark or tos or outbound or users or tunnel or _text(inbound) not in ("", "lo")
-            or flags & formats.FIB_RULE_INVERT
+            or not {None, _WHOLE_PORT}.issuperset(port_masks) or flags & formats.FIB_RULE_INVERT
         ),
     )  # fmt: skip
 
