@@ -131,21 +131,27 @@ def test_internal_ips_wait_for_agents_that_do_not_know_them() -> None:
     found = report(world, ALL_WELL, newest=40, registered=frozenset(world.nodes))
     assert "; internal-ips off (routed waits for 1 agent); " in status_heading(found)
     sentence = (
-        "internal-ips=routed is not in force, since the agents on a2 do not know the setting: packets for internal IPs "
-        "travel outside of the tunnels; upgrade these agents, or forget the nodes (kgctl node forget NODE)"
+        "routed waits until every agent knows the setting, and off is in force meanwhile: upgrade the agents on a2, or "
+        "forget the nodes (kgctl node forget NODE)"
     )
-    assert plain(status_tables(found)).startswith(
-        f"What is wrong with the mesh:\nSUBJECT       ERROR\ninternal-ips  {sentence}\n"
+    assert (
+        f"Internal IPs that are not routed:\nSUBJECT       NOT FROM  WHY\ninternal-ips  anywhere  {sentence}"
+        in plain(status_tables(found))
     )
+    assert "wrong" not in plain(status_tables(found))
     told = json.loads(status_json(found))
     assert (told["internalIps"], told["internalIpsInForce"], told["unaware"]) == ("routed", "off", ["a2"])
-    assert told["urgent"] == [{"subject": "internal-ips", "text": sentence, "about": "a2"}]
-    assert [(f.severity, f.text) for f in _mode(found)] == [("note", sentence)]
+    assert told["unrouted"] == [{"subject": "internal-ips", "text": sentence, "about": "", "nodes": [], "notFrom": []}]
+    assert told["urgent"] == []
+    assert [(f.severity, f.text) for f in (*_mode(found), *_records(found))] == [("note", sentence)]
     meant = report(evolve(world, internal_ips=InternalIPs.ENCRYPTED), ALL_WELL, newest=40)
     assert [f.severity for f in _mode(meant)] == ["error"]
+    assert plain(status_tables(meant)).startswith("What is wrong with the mesh:\nSUBJECT       ERROR\ninternal-ips  ")
 
     old = {f"n{at:02}": evolve(WORLD.nodes["a1"], name=f"n{at:02}", public_key=f"{at}") for at in range(30)}
-    (error,) = report(evolve(world, nodes=old), {}, newest=40).urgent
+    (note,) = report(evolve(world, nodes=old), {}, newest=40).unrouted
+    assert "the agents on n00, n01, n02, n03, n04 and 25 more, or forget the nodes" in note.text
+    (error,) = report(evolve(world, nodes=old, internal_ips=InternalIPs.ENCRYPTED), {}, newest=40).urgent
     assert "the agents on n00, n01, n02, n03, n04 and 25 more do not know the setting" in error.text
 
 

@@ -203,7 +203,8 @@ def test_the_internal_ips_are_switched_when_that_is_confirmed(etcd: FakeEtcd) ->
     assert "The routing to internal IPs of 3 nodes changes" in run("mesh", "set", "internal-ips", "routed").output
     tried = run("mesh", "set", "internal-ips", "routed", "--dry-run")
     assert "internal-ips: off becomes routed" in tried.output
-    assert "new trouble: internal-ips: internal-ips=routed is not in force, since the agents on" in tried.output
+    assert "note: internal-ips: routed waits until every agent knows the setting, and off is in force" in tried.output
+    assert "trouble" not in tried.output
     assert etcd.get("/kilo/mesh/internal-ips") is None
     assert run("mesh", "set", "internal-ips", "routed", "--yes").exit_code == 0
     assert etcd.get("/kilo/mesh/internal-ips") == b"routed"

@@ -16,7 +16,7 @@ from topology_worlds import node, pair, snapshot
 from kilo_etcd.model import EncryptionStage, Endpoint, Granularity, InternalIPs, IPNetwork, Node, Snapshot
 from kilo_etcd.topology import HostPlan, RoutePlan, Topology, Via, build_topology, host_plan
 from kilo_etcd.topology.encryption import Living, Outside, Report, encrypt, report, waited_for
-from kilo_etcd.topology.unaware import unaware_problems
+from kilo_etcd.topology.unaware import unaware_problems, waiting
 from kilo_etcd.topology.unrouted import unrouted
 
 SENDS: dict[str, Any] = {"encryption": EncryptionStage.SENDS, "accepts_since": 5}
@@ -202,11 +202,14 @@ def test_one_old_agent_does_not_have_the_mesh_speak_in_clear() -> None:
     later = build_topology(evolve(topology.snapshot, revision=10, nodes={"a": a, "b": b, "c": c}), topology)
     assert (later.left_out, set(sent(planned(later, "a")))) == (set(), {"10.1.0.2", "10.1.0.3"})
     # Nobody takes part yet: the switch waits for it.
-    for mode in (ON, InternalIPs.ROUTED):
-        first = mesh([evolve(one, encryption=None) for one in (a, b, old)], mode=mode)
-        assert first.internal_ips is OFF
-        (waits,) = unaware_problems(first)
-        assert waits.text.startswith(f"internal-ips={mode} is not in force, since the agents on c do not know")
+    first = mesh([evolve(one, encryption=None) for one in (a, b, old)])
+    assert first.internal_ips is OFF
+    (waits,) = unaware_problems(first)
+    assert waits.text.startswith("internal-ips=encrypted is not in force, since the agents on c do not know")
+    # What `routed` waits for harms nobody.
+    routed = mesh([a, b, old], mode=InternalIPs.ROUTED)
+    assert (routed.internal_ips, unaware_problems(routed), waiting(first)) == (OFF, (), None)
+    assert str(waiting(routed)).startswith("routed waits until every agent knows the setting")
 
 
 def test_an_old_leader_and_whom_it_leads_are_left_out_alone() -> None:

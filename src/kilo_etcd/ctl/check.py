@@ -190,12 +190,10 @@ def _agents(found: Report, known: Silence | None = None) -> Iterator[Finding]:
 
 
 def _mode(found: Report) -> Iterator[Finding]:
-    # What `routed` waits for during an upgrade harms nobody; who has set `encrypted` relies on it.
-    severity = Severity.ERROR if found.internal_ips == InternalIPs.ENCRYPTED else Severity.NOTE
     for remark in found.urgent:
         # Of tunnels `_tunnel` tells, with the remedy.
         if DROPPED not in remark.text:
-            yield Finding(severity=severity, subject=remark.subject, text=remark.text)
+            yield Finding(severity=Severity.ERROR, subject=remark.subject, text=remark.text)
     if found.switch is not None:
         yield Finding(
             severity=Severity.NOTE, subject="internal-ips",

@@ -21,7 +21,7 @@ from kilo_etcd.store.view import View
 from kilo_etcd.topology.reach import called_location
 from kilo_etcd.topology.segments import Segment, Topology, build_topology
 from kilo_etcd.topology.stages import Switch, switch
-from kilo_etcd.topology.unaware import unaware_problems
+from kilo_etcd.topology.unaware import unaware_problems, waiting
 from kilo_etcd.topology.unrouted import private_leaders
 from kilo_etcd.topology.verdicts import sentence
 
@@ -295,6 +295,8 @@ def _flags(names: Iterable[str], statuses: Mapping[str, StatusRecord]) -> tuple[
 
 def unrouted_remarks(topology: Topology) -> Iterator[UnroutedRemark]:
     """Which internal IPs are not routed although the setting asks for it, and why."""
+    if (text := waiting(topology)) is not None:
+        yield UnroutedRemark(subject="internal-ips", text=text)
     for one in topology.unrouted:
         network = one.network
         subject = str(network.network_address) if network.num_addresses == 1 else str(network)

@@ -17,10 +17,23 @@ MOST_NAMED = 5
 
 
 def unaware_problems(topology: Topology) -> tuple[Problem, ...]:
-    """One for each node that is left out of the setting, or one if it is not in force for their sake."""
-    if topology.snapshot.internal_ips is InternalIPs.OFF or not topology.unaware:
+    """One for each node that is left out of `encrypted`, or one if that is not in force for their sake: who has set it
+    relies on it. What `routed` waits for is no trouble, see `waiting`."""
+    if topology.snapshot.internal_ips is not InternalIPs.ENCRYPTED or not topology.unaware:
         return ()
     return tuple(_left_out(topology)) if topology.left_out else (_not_in_force(topology),)
+
+
+def waiting(topology: Topology) -> str | None:
+    """What `routed` waits for, as during each upgrade to the first version that knows it; None: for nothing."""
+    setting = topology.snapshot.internal_ips
+    if setting is not InternalIPs.ROUTED or not topology.unaware:
+        return None
+    return (
+        f"{setting} waits until every agent knows the setting, and {topology.internal_ips} is in force meanwhile: "
+        f"upgrade the agents on {first_of(sorted(topology.unaware), MOST_NAMED)}, or forget the nodes (kgctl node "
+        "forget NODE)"
+    )
 
 
 def _left_out(topology: Topology) -> Iterator[Problem]:

@@ -46,9 +46,9 @@ KEYS = Keys()
 ABSENT_SECONDS = GONE_SECONDS - 8.0
 """How long an agent may be without a status and not be gone for others, less what it may take to report again."""
 LAPSE_SECONDS, JOIN_SECONDS = 30.0, 5.0
-"""For so long a host is not `steady` after its agent was absent for longer (others may have gone on without it), or while
-another host came for the first time, which it does not know; and after it has come for the first time itself: the others
-follow."""
+"""For so long a host is not `steady` after its agent was absent for longer (others may have gone on without it), or
+while another host came for the first time, which it does not know; and after it has come for the first time itself: the
+others follow."""
 
 
 # -- at rest --------------------------------------------------------------------------------------------------------
