@@ -313,6 +313,24 @@ async def test_what_comes_in_clear_from_a_node_is_refused(strict: int, tmp_path:
         assert counters("kilo").get("spoofed", 0) == (1 if strict == 1 else 0)
 
 
+@pytest.mark.parametrize("strict", [1, 2])
+async def test_an_etcd_in_a_container_answers_without_the_tunnel(strict: int, tmp_path: Path) -> None:
+    public = await other_node(strict, tmp_path)
+    sh("sysctl -qw net.ipv4.ip_forward=1")
+    sh("ip netns add box && ip link add docker0 type veth peer eth0 netns box && ip link set docker0 up")
+    sh("ip address add 172.17.0.1/16 dev docker0")
+    for words in ("link set eth0 up", "address add 172.17.0.2/16 dev eth0", "route add default via 172.17.0.1"):
+        sh(f"ip -n box {words}")
+    sh("nft add table ip docker")
+    sh("nft 'add chain ip docker published { type nat hook prerouting priority -100; }'")
+    sh("nft 'add rule ip docker published fib daddr type local tcp dport { 2379, 8080 } dnat to 172.17.0.2'")
+    async with host(plan_for(public, refuse=False)):
+        sh("ip link del kilo0")
+        with listening(2379, 8080, where="ip netns exec box"):
+            assert connected(A4, 2379, NODE, mark=107) == B4
+            assert connected(A4, 8080, NODE, mark=107) == "", "what is not etcd's does not leave in clear"
+
+
 async def test_nothing_leaves_in_clear_without_the_device(tmp_path: Path) -> None:
     public = await other_node(1, tmp_path)
     async with host(plan_for(public)) as kernel:

@@ -7,11 +7,11 @@ rp_filter drop what comes in from there, ARP and etcd's answers among it. What T
 
 The rules, before those of an exit node (`kernel.wayout`) and behind an operator's own below 10600:
 
-1. to the main table, in clear, always: etcd by its addresses and ports; on etcd's host the answers of its ports;
-   WireGuard's and the agents' own ports from this host's addresses; the operator's exemptions. WireGuard's packets out
-   carry a mark; the rule by port is for those that come in, whose reverse look-up knows no mark. For the same reason no
-   rule says `iif lo`. They are rules and no marks by nftables: who flushes the ruleset stays encrypted, and reaches
-   etcd;
+1. to the main table, in clear, always: etcd by its addresses and ports; on etcd's host the answers of its ports, a
+   container's too; WireGuard's and the agents' own ports from this host's addresses; the operator's exemptions.
+   WireGuard's packets out carry a mark; the rule by port is for those that come in, whose reverse look-up knows no
+   mark. For the same reason no rule says `iif lo`. They are rules and no marks by nftables: who flushes the ruleset
+   stays encrypted, and reaches etcd;
 2. to T: whatever does not carry the mark, exactly.
 
 A strict rp_filter on the device of the underlay would drop what comes in there from a node, since T leads elsewhere:
@@ -103,9 +103,11 @@ def _rules(wanted: Encryption, listen_port: int, interface: str) -> Iterator[Rou
 
     for address, port in wanted.etcd:
         yield clear(address.version, destination=ip_network(address), protocol=_TCP, dport=port)
-    for own in wanted.sources:
+    # From any address: the answers of an etcd in a container have the container's when they are routed.
+    for version in {own.version for own in wanted.sources}:
         for port in wanted.etcd_here:
-            yield clear(own.version, source=own, protocol=_TCP, sport=port)
+            yield clear(version, protocol=_TCP, sport=port)
+    for own in wanted.sources:
         for port in (listen_port, *wanted.talk):
             yield clear(own.version, source=own, protocol=_UDP, sport=port)
     for one in wanted.clear:
