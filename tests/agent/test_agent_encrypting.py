@@ -26,7 +26,7 @@ from kilo_etcd.etcd import Config, Member, PermissionDenied
 from kilo_etcd.kernel.encrypted import table_of
 from kilo_etcd.model import EncryptionStage, Endpoint, Granularity, InternalIPs, IPNetwork, Node, Snapshot
 from kilo_etcd.store import Keys
-from kilo_etcd.store.records import NodeRecord, StageRecord, decode_node, encode
+from kilo_etcd.store.records import NodeRecord, StageRecord, decode_node, decode_status, encode
 from kilo_etcd.testing.fake_etcd import FakeClient, FakeEtcd
 from kilo_etcd.topology import Topology, build_topology, host_plan
 from kilo_etcd.topology.encryption import Report
@@ -64,6 +64,40 @@ def test_a_member_of_etcd_here_has_its_peers_outside_too() -> None:
     elsewhere = outside(config("10.0.0.1:2379"), members, (ip_address("10.0.0.9"),), {})
     assert [port for _, port in elsewhere.etcd] == [2379, 2379]
     assert elsewhere.etcd_here == ()
+
+
+ANYWHERE = tuple(map(Exemption.parse, ("tcp/2380@0.0.0.0/0", "tcp/2380@::/0")))
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "listening", "clear", "here"),
+    [
+        ("10.0.0.2:2379", (), (), ()),
+        ("10.0.0.2:2379", (22, 2379), (), (2379,)),
+        ("10.0.0.2:2379", (22, 2379, 2380), ANYWHERE, (2379, 2380)),
+        ("10.0.0.1:2379", (), ANYWHERE, (2379,)),  # in a container, of which nothing is seen here
+        ("127.0.0.1:2379", (), ANYWHERE, (2379,)),
+    ],
+)
+def test_nothing_of_etcds_is_cut_where_its_members_are_not_known(
+    endpoint: str, listening: tuple[int, ...], clear: tuple[Exemption, ...], here: tuple[int, ...]
+) -> None:
+    own = (ip_address("10.0.0.1"),)
+    found = outside(config(endpoint), None, own, {}, listening=frozenset(listening))
+    assert (found.clear, found.etcd_here) == (clear, here)
+    members = Members(("http://10.0.0.2:2379",), ("http://10.0.0.2:2380",))
+    known = outside(config(endpoint), members, own, {}, listening=frozenset(listening))
+    assert known.clear == ()
+
+
+def test_a_members_host_reaches_members_whose_names_are_not_resolved_yet() -> None:
+    members = Members((), ("http://a.example:2381", "http://b.example:2381"))
+    own = (ip_address("10.0.0.1"),)
+    found = outside(config("10.0.0.2:2379"), members, own, {}, listening=frozenset({2381}))
+    assert [str(one) for one in found.clear] == ["tcp/2381@0.0.0.0/0", "tcp/2381@::/0"]
+    table = {"a.example": own, "b.example": (ip_address("10.0.0.3"),)}
+    later = outside(config("10.0.0.2:2379"), members, own, table, listening=frozenset({2381}))
+    assert (later.clear, (ip_address("10.0.0.3"), 2381) in later.etcd) == ((), True)
 
 
 def test_members_are_kept_on_disk(tmp_path: Path) -> None:
@@ -244,6 +278,35 @@ async def test_who_cannot_read_what_others_report_says_so(world: World, monkeypa
         assert world.said("what other agents report can be read again") == 1
 
 
+@pytest.mark.autojump
+async def test_etcds_members_that_cannot_be_listed_are_named(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def denied(*_: object) -> None:
+        await trio.lowlevel.checkpoint()
+        raise PermissionDenied("permission denied")
+
+    def reported() -> tuple[str, ...]:
+        value = world.etcd.get("/kilo-status/h1")
+        return () if value is None else tuple(text for text in decode_status(value).errors if "members" in text)
+
+    world.etcd.put("/kilo/mesh/internal-ips", "encrypted")
+    world.host.listening = frozenset({2380})
+    with monkeypatch.context() as patched:
+        patched.setattr(FakeClient, "members", denied)
+        async with running(world):
+            await eventually(lambda: len(reported()) == 1, 30, every=0.1)
+            assert "this agent's etcd endpoints stay outside" in reported()[0]
+            plan = world.daemon.plan
+            assert plan is not None
+            assert plan.encryption is not None
+            assert plan.encryption.clear == ANYWHERE
+            patched.undo()
+            await eventually(lambda: reported() == (), 90, every=0.1)
+            plan = world.daemon.plan
+            assert plan is not None
+            assert plan.encryption is not None
+            assert plan.encryption.clear == ()
+
+
 def a_lan() -> Topology:
     """Of h1 and h9, a full mesh that encrypts."""
     hosts = {
@@ -270,13 +333,17 @@ def bare(server: FakeEtcd, told: list[Report]) -> Encrypting:
         told.append(report)
         return True
 
+    async def listening() -> frozenset[int]:
+        await trio.lowlevel.checkpoint()
+        return frozenset()
+
     async def put_stage(_: StageRecord | None) -> None:
         await trio.lowlevel.checkpoint()
 
     return Encrypting(
         config("10.0.0.1:2379"), server.client(), Keys(), Once(structlog.get_logger()),
         disk=None, register=register, keep=trio.lowlevel.checkpoint, nudge=lambda: None,
-        stage=lambda: None, put_stage=put_stage,
+        stage=lambda: None, put_stage=put_stage, listening=listening,
     )  # fmt: skip
 
 

@@ -261,7 +261,8 @@ class Daemon:
         )  # fmt: skip
         self._encrypting = Encrypting(
             config, client, self.keys, self.once, disk=disk, register=self._report_stage, keep=self.keeper.flush,
-            stage=lambda: self.session.stage, put_stage=self.session.put_stage, nudge=self._nudge, rng=self._rng,
+            stage=lambda: self.session.stage, put_stage=self.session.put_stage,
+            listening=device.listening, nudge=self._nudge, rng=self._rng,
         )  # fmt: skip
 
     # -- life -----------------------------------------------------------------------------------------------
@@ -959,6 +960,7 @@ class Daemon:
         # What etcd could not be told it has been told by the time that somebody reads this there.
         further = (
             self.beyond,
+            self._encrypting.trouble,
             self.no_baseline,
             self._upkeep.renumbered,
             self._upkeep.trouble,

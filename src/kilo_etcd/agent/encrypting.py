@@ -4,7 +4,8 @@ What follows from a snapshot `topology.encryption` decides. Here is what it is t
 lives and what they have applied), and what it wants reported: the host's record says so, once the kernel holds it.
 
 etcd's members are asked for while the setting is in force, and kept on disk: a member that boots while there is no
-quorum must reach the others in clear, or there never is one.
+quorum must reach the others in clear, or there never is one. If who they are cannot be learnt, the agent says so, and
+on a host that seems to run etcd its usual ports stay outside, whoever is at the other end.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ from kilo_etcd.agent.neighbours import PORT
 from kilo_etcd.agent.others import Others
 from kilo_etcd.agent.resolve import Table
 from kilo_etcd.model import InternalIPs, IPAddress, Node
-from kilo_etcd.quickip import ip_address
+from kilo_etcd.quickip import ip_address, ip_network
 from kilo_etcd.store import StageRecord
 from kilo_etcd.topology import HostPlan, Topology
 from kilo_etcd.topology.encryption import Living, Outside, Report, awaited, encrypt, report
+from kilo_etcd.topology.hostplan import Exemption
 from kilo_etcd.topology.segments import changes
 
 MEMBERS_FILE = "etcd-members.json"
@@ -40,6 +42,13 @@ ASK_PATIENCE = 2.0
 PAUSE_PER_NODE = 0.002
 """Seconds between two reports on the stage, per node of the mesh: all nodes may watch them."""
 RETRY_SECONDS = 1.0
+MEMBERS_UNKNOWN = (
+    "who etcd's members are is not known: this agent's etcd endpoints stay outside of the tunnels and, on hosts that "
+    "seem to run etcd, TCP 2380 to and from everybody; if the members speak by other ports, exempt these on their "
+    "hosts (--clear tcp/PORT@NETWORK), or let this agent's etcd user list the members"
+)
+CLIENT_PORT, PEER_PORT = 2379, 2380
+"""Where etcd listens unless it is told otherwise."""
 _MOST_BYTES = 2**16
 
 
@@ -92,18 +101,30 @@ def outside(
     table: Table,
     *,
     addresses: frozenset[IPAddress] = frozenset(),
+    listening: frozenset[int] = frozenset(),
 ) -> Outside:
-    """What stays outside, given etcd's members and the addresses of DNS names. `sources` are the host's own addresses
-    on the underlay, `addresses` all that it has: etcd may listen at one of another VPN."""
-    members = members or Members()
+    """What stays outside, given etcd's members (None: not known) and the addresses of DNS names. `sources` are the
+    host's own addresses on the underlay, `addresses` all that it has: etcd may listen at one of another VPN.
+    `listening` are the TCP ports at which something on the host listens."""
+    known = members or Members()
     own = addresses.union(sources)
-    peers = set(_sockets(members.peer, table))
-    clients = {*_sockets(config.etcd.endpoints, table), *_sockets(members.client, table)}
-    a_member = any(address in own for address, _ in peers)
-    here = {port for address, port in (*clients, *peers) if address in own or address.is_loopback}
+    peers = set(_sockets(known.peer, table))
+    clients = {*_sockets(config.etcd.endpoints, table), *_sockets(known.client, table)}
     # A name without an address, as long as DNS does not answer, may be this host's: others must reach etcd here.
-    every = (*config.etcd.endpoints, *members.client, *members.peer)
-    here |= {port for host, port in _named(every) if host not in table}
+    nameless = {port for host, port in _named(known.peer) if host not in table}
+    peer_ports = {PEER_PORT} if members is None else nameless
+    a_member = any(address in own for address, _ in peers) or not listening.isdisjoint(peer_ports)
+    here = {port for address, port in (*clients, *peers) if address in own or address.is_loopback}
+    here |= nameless | {port for host, port in _named((*config.etcd.endpoints, *known.client)) if host not in table}
+    if members is None:
+        a_member = a_member or bool(here)
+        here |= listening & {CLIENT_PORT, PEER_PORT}
+    # Where those are that a member has to reach nobody can tell.
+    anywhere = tuple(
+        Exemption(protocol="tcp", port=port, network=ip_network(network))
+        for port in (sorted(peer_ports) if a_member else ())
+        for network in ("0.0.0.0/0", "::/0")
+    )
     there = {*clients, *(peers if a_member else ())}
     return Outside(
         etcd=tuple(sorted(
@@ -113,7 +134,7 @@ def outside(
         etcd_here=tuple(sorted(here)),
         talk=(PORT,),
         sources=sources,
-        clear=config.clear,
+        clear=(*config.clear, *(one for one in anywhere if one not in config.clear)),
         addresses=addresses,
     )  # fmt: skip
 
@@ -155,7 +176,8 @@ def concerns(topology: Topology, name: str) -> bool:
 class Encrypting:
     """One agent's. `run` is its task, for an agent that is registered; `register` has the host's record say a report,
     and tells whether it does now; `keep` writes the mesh as it is in force to disk, for a boot without etcd. `stage`
-    is what stands at the host's key of its stage, and `put_stage` has it say something else."""
+    is what stands at the host's key of its stage, and `put_stage` has it say something else. `listening` gives the TCP
+    ports at which something here listens."""
 
     def __init__(
         self,
@@ -169,6 +191,7 @@ class Encrypting:
         keep: Callable[[], Awaitable[object]],
         stage: Callable[[], StageRecord | None],
         put_stage: Callable[[StageRecord | None], Awaitable[object]],
+        listening: Callable[[], Awaitable[frozenset[int]]],
         nudge: Callable[[], None],
         rng: random.Random | None = None,
     ) -> None:
@@ -176,13 +199,16 @@ class Encrypting:
         self._name = config.hostname
         self._disk = disk
         self._register, self._keep, self._nudge = register, keep, nudge
-        self._stage, self._put_stage = stage, put_stage
+        self._stage, self._put_stage, self._look_at_ports = stage, put_stage, listening
+        self._listening: frozenset[int] = frozenset()
         self._rng = rng or random.Random()
         self._others = Others(client, keys, once, nudge, self._rng)
         self._members: Members | None = None
         self._away: bool | None = None
         """Whether etcd was away when this was prepared; None: it was not yet."""
         self._topology: Topology | None = None
+        self.trouble: str | None = None
+        """Why etcd's members are not known, and what follows; None: they are, or are not asked for."""
         self._last: HostPlan | None = None
         """The last outcome of `encrypt`."""
         self._wanted_stage: StageRecord | None = None
@@ -205,6 +231,10 @@ class Encrypting:
         """What is known of other agents."""
         return self._others.living
 
+    def _note_trouble(self, sentence: str | None) -> None:
+        self.trouble = sentence
+        self._once.errors("etcd members", () if sentence is None else (sentence,), level="warning")
+
     async def forget(self) -> None:
         """Remove from disk what is kept of etcd's members. OSError."""
         if self._disk is not None:
@@ -224,6 +254,7 @@ class Encrypting:
         if self._away in (False, etcd_away):
             return
         first, self._away = self._away is None, etcd_away
+        self._listening = await self._look_at_ports()
         if first and self._disk is not None:
             path = self._disk.state_dir
             self._members = await self._disk.run(lambda: read_members(path))
@@ -268,7 +299,9 @@ class Encrypting:
             self._newest, self._nodes = 0, {}
             self._wanted_stage = self._wanted_stage and StageRecord()
         self._cluster, self._on = cluster, on
-        around = outside(self._config, self._members, sources, table, addresses=addresses)
+        around = outside(
+            self._config, self._members, sources, table, addresses=addresses, listening=self._listening
+        )  # fmt: skip
         self._last = encrypt(plan, topology, outside=around, living=self.living, told=self._told, previous=self._last)
         return self._last
 
@@ -333,11 +366,13 @@ class Encrypting:
         while True:
             changed, topology = self._changed, self._topology
             if topology is None or not concerns(topology, self._name):
+                self._note_trouble(None)
                 await changed.wait()
                 continue
-            before = self._members
+            before = self._members, self._listening, self.trouble
+            self._listening = await self._look_at_ports()
             await self._ask_members()
-            if self._members != before:
+            if (self._members, self._listening, self.trouble) != before:
                 self._nudge()
             await trio.sleep(MEMBERS_PERIOD)
 
@@ -345,13 +380,11 @@ class Encrypting:
         try:
             found = Members.of(await self._client.members())
         except etcd.EtcdError as error:
-            if self._members is None:
-                self._once.warning(
-                    "etcd members", "etcd's members are not known; only its endpoints stay outside of the tunnels",
-                    error=str(error),
-                )  # fmt: skip
+            # That etcd does not answer is said elsewhere, and may end soon.
+            if self._members is None and not isinstance(error, etcd.Unavailable):
+                self._note_trouble(f"{MEMBERS_UNKNOWN} ({error})")
             return
-        self._once.clear("etcd members", "etcd's members are known")
+        self._note_trouble(None)
         if found == self._members:
             return
         self._members = found

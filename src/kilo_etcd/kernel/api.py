@@ -49,6 +49,9 @@ class Kernel(Protocol):
     async def bypasses(self) -> tuple[str, ...]:
         """Policy rules of others by which packets leave in clear that the plan in force has encrypted, as sentences."""
 
+    async def listening(self) -> frozenset[int]:
+        """The TCP ports at which something listens here for others, at whatever address that is no loopback's."""
+
     async def hear(self) -> Heard:
         """What the WireGuard device says of its peers now: much less to read than all that `observe` does."""
 

@@ -20,7 +20,7 @@ import trio
 from attrs import evolve
 
 from kilo_etcd import descriptors
-from kilo_etcd.kernel import echo, sysctl
+from kilo_etcd.kernel import echo, listening, sysctl
 from kilo_etcd.kernel.api import Kernel
 from kilo_etcd.kernel.chains import Obstacle
 from kilo_etcd.kernel.codec import UNREADABLE
@@ -263,6 +263,9 @@ class LinuxKernel:
     async def bypasses(self) -> tuple[str, ...]:
         async with self._lock:
             return await _told(lambda: self._host.bypasses(self._plan))
+
+    async def listening(self) -> frozenset[int]:
+        return await _told(listening.read)
 
     async def hear(self) -> Heard:
         async with self._lock:

@@ -79,6 +79,8 @@ class FakeHost:
         """What would drop forwarded traffic."""
         self.bypasses: tuple[str, ...] = ()
         """Rules of others by which packets leave in clear."""
+        self.listening: frozenset[int] = frozenset()
+        """TCP ports at which something listens."""
         self.moved = trio.Event()
         """Set by a test that changes `addresses`."""
         self.reach: Callable[[IPAddress], bool] = lambda address: False
@@ -232,6 +234,10 @@ class FakeKernel:
     async def bypasses(self) -> tuple[str, ...]:
         await trio.lowlevel.checkpoint()
         return self.host.bypasses
+
+    async def listening(self) -> frozenset[int]:
+        await trio.lowlevel.checkpoint()
+        return self.host.listening
 
     async def hear(self) -> Heard:
         await trio.lowlevel.checkpoint()
