@@ -11,10 +11,10 @@ import pytest
 from attrs import evolve
 
 from kilo_etcd.agent.decide import disagreements
-from kilo_etcd.ctl.check import Examined, Severity, _agents, _mode, _records, findings
+from kilo_etcd.ctl.check import Examined, Finding, Severity, _agents, _mode, _records, _unrouted, findings
 from kilo_etcd.ctl.consequences import consequences
 from kilo_etcd.ctl.label import oddity
-from kilo_etcd.ctl.live import LiveTunnel
+from kilo_etcd.ctl.live import Live, LiveTunnel
 from kilo_etcd.ctl.location import check_label, location_lines, locations_table
 from kilo_etcd.ctl.render import Table, clean, framed, plain, status_heading, status_json, status_tables
 from kilo_etcd.ctl.report import (
@@ -46,7 +46,7 @@ from kilo_etcd.model import (
     Snapshot,
 )
 from kilo_etcd.store.keys import Keys
-from kilo_etcd.store.records import Role, StatusRecord
+from kilo_etcd.store.records import AnswerRecord, Role, StatusRecord
 from kilo_etcd.store.view import View
 from kilo_etcd.topology import build_topology
 
@@ -115,6 +115,10 @@ def test_a_mesh_in_order_has_nothing_to_complain_of() -> None:
     )
 
 
+def unrouted(found: Report, world: Snapshot) -> tuple[Finding, ...]:
+    return tuple(_unrouted(Examined(members=(), report=found, topology=build_topology(world))))
+
+
 def test_internal_ips_wait_for_agents_that_do_not_know_them() -> None:
     known = {name: evolve(node, underlay=()) for name, node in WORLD.nodes.items()}
     world = evolve(WORLD, nodes=known, internal_ips=InternalIPs.ROUTED)
@@ -143,7 +147,9 @@ def test_internal_ips_wait_for_agents_that_do_not_know_them() -> None:
     assert (told["internalIps"], told["internalIpsInForce"], told["unaware"]) == ("routed", "off", ["a2"])
     assert told["unrouted"] == [{"subject": "internal-ips", "text": sentence, "about": "", "nodes": [], "notFrom": []}]
     assert told["urgent"] == []
-    assert [(f.severity, f.text) for f in (*_mode(found), *_records(found))] == [("note", sentence)]
+    assert [(f.severity, f.text) for f in (*_mode(found), *_records(found), *unrouted(found, world))] == [
+        ("note", sentence)
+    ]
     meant = report(evolve(world, internal_ips=InternalIPs.ENCRYPTED), ALL_WELL, newest=40)
     assert [f.severity for f in _mode(meant)] == ["error"]
     assert plain(status_tables(meant)).startswith("What is wrong with the mesh:\nSUBJECT       ERROR\ninternal-ips  ")
@@ -166,10 +172,10 @@ def test_internal_ips_that_are_not_routed_are_notes_and_the_same_of_several_is_o
     assert twice.text.startswith("a2 and b1 have it; ")
     assert remark.text.startswith("hosts of a, the default location have networks with these addresses of their own; ")
     assert "Internal IPs that are not routed:" in plain(status_tables(found))
-    assert [(f.severity, f.subject) for f in _records(found)] == [
+    assert [(f.severity, f.subject) for f in unrouted(found, world)] == [
         ("note", "192.168.97.0/24"), ("note", "192.168.97.2 (a2, b1)"),
     ]  # fmt: skip
-    assert [f.text.partition(":")[0] for f in _records(found)] == [
+    assert [f.text.partition(":")[0] for f in unrouted(found, world)] == [
         "not routed from a, the default location", "not routed from anywhere",
     ]  # fmt: skip
     note = "note: 192.168.97.0/24: not routed from a, the default location: hosts of a, "
@@ -411,6 +417,31 @@ def test_how_far_the_switch_to_encrypted_is() -> None:
     assert heading(evolve(near, nodes=nodes)) == "internal-ips encrypted (but not 4 internal IPs, named below)"
     routed = evolve(near, nodes={name: evolve(one, encryption=None) for name, one in nodes.items()})
     assert heading(evolve(routed, internal_ips=InternalIPs.ROUTED)) == "internal-ips routed"
+
+
+def test_what_stays_in_clear_under_encrypted_is_a_warning_unless_the_operator_has_exempted_it() -> None:
+    near = encrypting()
+    nodes = {**near.nodes, "b1": evolve(near.nodes["b1"], internal_ips=(ip_interface("192.168.97.9/24"),))}
+
+    def found(world: Snapshot, **clear: str) -> dict[str, Severity]:
+        answers = {name: AnswerRecord(clear=tuple(text.split(","))) for name, text in clear.items()}
+        examined = Examined(
+            members=(), report=report(world, ALL_WELL, newest=40), topology=build_topology(world), statuses=ALL_WELL,
+            live=Live(answers=answers),
+        )  # fmt: skip
+        texts = ("is not encrypted", "are not routed", "not routed from")
+        return {one.subject: one.severity for one in findings(examined) if any(text in one.text for text in texts)}
+
+    world = evolve(near, nodes=nodes)
+    assert set(found(world).values()) == {Severity.WARNING}
+    whole = "tcp@192.168.97.0/24,icmp@fd00::/8"
+    exempted = found(world, a1=whole, a2=whole, a3=whole, b1="nonsense,udp@192.168.0.0/16")
+    assert set(exempted.values()) == {Severity.NOTE}
+    # One host that sends there has exempted less.
+    some = found(world, a1=whole, a2="tcp@192.168.97.8/32", a3=whole, b1=whole)
+    assert Severity.WARNING in some.values()
+    routed = evolve(world, nodes={name: evolve(one, encryption=None) for name, one in nodes.items()})
+    assert set(found(evolve(routed, internal_ips=InternalIPs.ROUTED)).values()) == {Severity.NOTE}
 
 
 def test_what_becomes_of_packets_is_said_before_the_setting_is_changed() -> None:

@@ -152,6 +152,7 @@ class Answerer:
             small_only=tuple(tried.small_only),
             # As it was before the packets went out: what is decided meanwhile is in the status by now.
             undecided=programmed.undecided,
+            clear=() if plan is None or plan.encryption is None else tuple(map(str, plan.encryption.clear)),
         )
 
     async def _send(

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from enum import StrEnum
 
 import click
@@ -30,15 +31,18 @@ from kilo_etcd.ctl.report import (
     newest_revision,
     registered_names,
     report,
+    subject_of,
     unrouted_sentence,
 )
 from kilo_etcd.etcd.api import Client, EtcdError
-from kilo_etcd.model import InternalIPs
+from kilo_etcd.model import InternalIPs, IPNetwork
 from kilo_etcd.store import operator
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import StatusRecord
+from kilo_etcd.topology.hostplan import Exemption
 from kilo_etcd.topology.nat import REMEDY, hidden_pair
 from kilo_etcd.topology.segments import Topology, build_topology
+from kilo_etcd.topology.unrouted import named
 
 CLOCK_SECONDS = 5.0
 """Clocks that differ by more make logs and certificates hard to trust; the mesh itself does not need them."""
@@ -102,6 +106,7 @@ def findings(found: Examined) -> tuple[Finding, ...]:
         *_agents(found.report, known),
         *_mode(found.report),
         *_records(found.report),
+        *_unrouted(found),
         *_hosts(found),
         *_packets(found, known),
     )
@@ -217,14 +222,50 @@ def _records(found: Report) -> Iterator[Finding]:
         yield Finding(severity=Severity.WARNING, subject=remark.subject, text=remark.text)
     for remark in found.notes:
         yield Finding(severity=Severity.NOTE, subject=remark.subject, text=remark.text)
-    unrouted = grouped_unrouted(found.unrouted)
-    for remark in unrouted[:MOST_NAMED]:
-        yield Finding(severity=Severity.NOTE, subject=remark.subject, text=unrouted_sentence(remark))
-    if (more := len(unrouted) - MOST_NAMED) > 0:
-        yield Finding(
-            severity=Severity.NOTE, subject="internal-ips", text=f"{more} more are not routed",
-            remedy="kgctl status -o json lists all under unrouted",
-        )  # fmt: skip
+
+
+def _unrouted(found: Examined) -> Iterator[Finding]:
+    """Under `encrypted` what is sent to such an address travels in clear, which is a warning unless the operator has
+    exempted it on every host that sends there."""
+    in_clear = found.report.internal_ips_in_force == InternalIPs.ENCRYPTED
+    exempted = _exempted(found) if in_clear else frozenset()
+    for meant in (False, True) if in_clear else (True,):
+        severity = Severity.NOTE if meant else Severity.WARNING
+        remarks = [one for one in found.report.unrouted if not in_clear or (one.subject in exempted) is meant]
+        unrouted = grouped_unrouted(remarks)
+        for remark in unrouted[:MOST_NAMED]:
+            said = f"{unrouted_sentence(remark)} (--clear exempts it)" if in_clear and meant else ""
+            yield Finding(severity=severity, subject=remark.subject, text=said or unrouted_sentence(remark))
+        if (more := len(unrouted) - MOST_NAMED) > 0:
+            yield Finding(
+                severity=severity, subject="internal-ips", text=f"{more} more are not routed",
+                remedy="kgctl status -o json lists all under unrouted",
+            )  # fmt: skip
+
+
+def _exempted(found: Examined) -> frozenset[str]:
+    """The addresses and networks of `Topology.unrouted` to which all hosts that send there leave something in clear on
+    purpose, as far as they have answered."""
+    topology = found.topology
+    clear = {name: tuple(_networks(answer.clear)) for name, answer in found.live.answers.items()}
+    members = {named(segment): segment.members for segment in topology.segments.values()}
+    result = set()
+    for one in topology.unrouted:
+        segments = one.not_from or members.keys()
+        senders = {node.name for name in segments for node in members.get(name, ())}.difference(one.nodes)
+        if senders and all(any(_covers(network, one.network) for network in clear.get(n, ())) for n in senders):
+            result.add(subject_of(one))
+    return frozenset(result)
+
+
+def _networks(exemptions: Iterable[str]) -> Iterator[IPNetwork]:
+    for text in exemptions:
+        with suppress(ValueError):
+            yield Exemption.parse(text).network
+
+
+def _covers(network: IPNetwork, other: IPNetwork) -> bool:
+    return network.version == other.version and other.subnet_of(network)  # type: ignore[arg-type]
 
 
 def _hosts(found: Examined) -> Iterator[Finding]:

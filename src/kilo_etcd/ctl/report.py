@@ -22,7 +22,7 @@ from kilo_etcd.topology.reach import called_location
 from kilo_etcd.topology.segments import Segment, Topology, build_topology
 from kilo_etcd.topology.stages import Switch, switch
 from kilo_etcd.topology.unaware import unaware_problems, waiting
-from kilo_etcd.topology.unrouted import private_leaders
+from kilo_etcd.topology.unrouted import Unrouted, private_leaders
 from kilo_etcd.topology.verdicts import sentence
 
 if TYPE_CHECKING:
@@ -298,11 +298,14 @@ def unrouted_remarks(topology: Topology) -> Iterator[UnroutedRemark]:
     if (text := waiting(topology)) is not None:
         yield UnroutedRemark(subject="internal-ips", text=text)
     for one in topology.unrouted:
-        network = one.network
-        subject = str(network.network_address) if network.num_addresses == 1 else str(network)
         yield UnroutedRemark(
-            subject=subject, text=f"{one.reason}; {one.remedy}", nodes=one.nodes, not_from=one.not_from
+            subject=subject_of(one), text=f"{one.reason}; {one.remedy}", nodes=one.nodes, not_from=one.not_from
         )
+
+
+def subject_of(one: Unrouted) -> str:
+    """The address, or the network."""
+    return str(one.network.network_address) if one.network.num_addresses == 1 else str(one.network)
 
 
 def _cut_off(topology: Topology, live: Live) -> Iterator[Remark]:

@@ -239,6 +239,8 @@ class AnswerRecord:
     """The kernel's routes to the internal IPs among both."""
     undecided: tuple[str, ...] = ()
     """Members of its location that have not answered it yet, and that its status does not name for it so far."""
+    clear: tuple[str, ...] = ()
+    """What its operator leaves in clear under `encrypted` (`--clear`), if that is in its plan."""
 
 
 @frozen(kw_only=True)
@@ -605,6 +607,7 @@ _READERS: dict[type, dict[str, Callable[[object], Any]]] = {
         "small_only": _items(_string),
         "routes": _items(_taken_route),
         "undecided": _items(_string),
+        "clear": _items(_string),
     },
     SightingRecord: {"public_key": check_key, "endpoint": _address_endpoint},
     VerdictRecord: {
