@@ -325,8 +325,9 @@ def a_lan() -> Topology:
     )
 
 
-def bare(server: FakeEtcd, told: list[Report]) -> Encrypting:
-    """The part of an agent on h1; `told`: what it has reported."""
+def bare(server: FakeEtcd, told: list[Report], stages: list[StageRecord | None] | None = None) -> Encrypting:
+    """The part of an agent on h1; `told` and `stages`: what it has reported."""
+    said = [None] if stages is None else stages
 
     async def register(report: Report) -> bool:
         await trio.lowlevel.checkpoint()
@@ -337,13 +338,14 @@ def bare(server: FakeEtcd, told: list[Report]) -> Encrypting:
         await trio.lowlevel.checkpoint()
         return frozenset()
 
-    async def put_stage(_: StageRecord | None) -> None:
+    async def put_stage(stage: StageRecord | None) -> None:
         await trio.lowlevel.checkpoint()
+        said.append(stage)
 
     return Encrypting(
         config("10.0.0.1:2379"), server.client(), Keys(), Once(structlog.get_logger()),
         disk=None, register=register, keep=trio.lowlevel.checkpoint, nudge=lambda: None,
-        stage=lambda: None, put_stage=put_stage, listening=listening,
+        stage=lambda: said[-1], put_stage=put_stage, listening=listening,
     )  # fmt: skip
 
 
@@ -407,4 +409,52 @@ async def test_a_stage_is_not_reported_of_a_plan_that_is_being_replaced() -> Non
         applied()
         await trio.sleep(10)
         assert told == [Report(stage=EncryptionStage.ACCEPTS)]
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.autojump
+async def test_in_a_switch_of_a_large_mesh_each_agent_reports_what_it_has_applied_twice() -> None:
+    lan = a_lan().snapshot
+    crowd = {
+        f"n{number}": Node(
+            name=f"n{number}", public_key=f"n{number}", internal_ips=(ip_interface(f"10.9.{number}.1/24"),), underlay=()
+        )
+        for number in range(200)
+    }
+    nodes = {**lan.nodes, **crowd}
+    stages: list[StageRecord | None] = [None]
+    encrypting = bare(FakeEtcd(), [], stages)
+    topology: Topology | None = None
+
+    async def applied(revision: int) -> None:
+        nonlocal topology
+        snapshot = evolve(lan, revision=revision, nodes=dict(nodes), internal_ips_since=5)
+        topology = build_topology(snapshot, topology)
+        plan = encrypting.encrypt(
+            host_plan(topology, "h1"), topology, sources=(), addresses=frozenset(), table={}
+        )  # fmt: skip
+        encrypting.follow(topology, plan, whole=True)
+        await trio.sleep(0.005)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(encrypting.run)
+        await applied(6)
+        revision = 6
+        for name in nodes:
+            revision += 1
+            nodes[name] = evolve(nodes[name], encryption=EncryptionStage.SENDS, accepts_since=revision - 1)
+            await applied(revision)
+        await trio.sleep(5)
+        reported = [stage.revision for stage in stages if stage is not None]
+        assert (reported[0], len(reported)) == (6, 2)
+        assert reported[-1] >= revision - 1, "by which it sends to all of them"
+        # One that joins is told soon, and nothing is reported without a cause.
+        nodes["n300"] = evolve(crowd["n0"], name="n300", encryption=EncryptionStage.ACCEPTS)
+        await applied(revision + 1)
+        nodes["n300"] = evolve(nodes["n300"], encryption=EncryptionStage.SENDS, accepts_since=revision + 1)
+        await applied(revision + 2)
+        await applied(revision + 3)
+        await trio.sleep(5)
+        assert len(stages) == 4
+        assert stages[-1] in (StageRecord(revision=revision + 2), StageRecord(revision=revision + 3))
         nursery.cancel_scope.cancel()

@@ -26,7 +26,7 @@ from kilo_etcd.agent.logs import Once
 from kilo_etcd.agent.neighbours import PORT
 from kilo_etcd.agent.others import Others
 from kilo_etcd.agent.resolve import Table
-from kilo_etcd.model import InternalIPs, IPAddress, Node
+from kilo_etcd.model import EncryptionStage, InternalIPs, IPAddress, Node
 from kilo_etcd.quickip import ip_address, ip_network
 from kilo_etcd.store import StageRecord
 from kilo_etcd.topology import HostPlan, Topology
@@ -39,8 +39,9 @@ MEMBERS_PERIOD = 60.0
 """Seconds between two looks at who etcd's members are."""
 ASK_PATIENCE = 2.0
 """Seconds that the first plan under the setting waits for etcd."""
-PAUSE_PER_NODE = 0.002
-"""Seconds between two reports on the stage, per node of the mesh: all nodes may watch them."""
+PAUSE_PER_NODE, UNDERWAY_PER_NODE = 0.002, 0.01
+"""Seconds per node of the mesh: within so many all of them report on their stages, as all may watch; and after so many
+one reports again if others are still on their way to `encrypted`."""
 RETRY_SECONDS = 1.0
 MEMBERS_UNKNOWN = (
     "who etcd's members are is not known: this agent's etcd endpoints stay outside of the tunnels and, on hosts that "
@@ -214,8 +215,10 @@ class Encrypting:
         self._wanted_stage: StageRecord | None = None
         self._newest = 0
         """The newest revision from which on a node takes packets from the tunnels."""
+        self._underway: set[str] = set()
+        """The nodes that do not send through the tunnels yet."""
         self._nodes: Mapping[str, Node] = {}
-        """Those of which `_newest` is."""
+        """Those of which both are."""
         self._wanted: Report | None = None
         self._told: Report | None = None
         self._left: Report | None = None
@@ -296,7 +299,7 @@ class Encrypting:
             # about, and was waited for by nobody, may live by the time of the next switch, and refuse clear text.
             self._others.forget()
         if self._cluster not in (None, cluster):
-            self._newest, self._nodes = 0, {}
+            self._newest, self._nodes, self._underway = 0, {}, set()
             self._wanted_stage = self._wanted_stage and StageRecord()
         self._cluster, self._on = cluster, on
         around = outside(
@@ -340,14 +343,23 @@ class Encrypting:
             await changed.wait()
 
     async def _confirm(self) -> None:
-        """Report what the kernel holds as often as others may wait for it: seldom in a large mesh, as many do."""
+        """Report what the kernel holds, when others may wait for it. As long as some are on their way, one report would
+        follow the other, and all nodes may watch: in a switch of the whole mesh most report twice."""
+        again = float("-inf")
         while True:
             wanted, changed, topology = self._wanted_stage, self._changed, self._topology
             if topology is None or wanted == self._stage():
                 await changed.wait()
                 continue
-            await self._put_stage(wanted)  # The session goes on trying if it fails.
-            await trio.sleep(len(topology.snapshot.nodes) * PAUSE_PER_NODE * self._rng.uniform(0.5, 1.5))
+            nodes = len(topology.snapshot.nodes)
+            if wanted is not None and self._underway and trio.current_time() < again:
+                with trio.move_on_at(again):
+                    await changed.wait()
+                continue
+            if self._stage() is not None:
+                await trio.sleep(self._rng.uniform(0, nodes * PAUSE_PER_NODE))
+            await self._put_stage(self._wanted_stage)  # The session goes on trying if it fails.
+            again = trio.current_time() + nodes * UNDERWAY_PER_NODE
 
     def _stage_for(self, topology: Topology) -> StageRecord | None:
         """What the host is to report of the switch, now that its kernel holds the plan of a topology."""
@@ -357,8 +369,14 @@ class Encrypting:
         for name in changes(self._nodes, snapshot.nodes):
             node = snapshot.nodes.get(name)
             self._newest = max(self._newest, 0 if node is None else node.accepts_since)
+            if node is None or node.encryption is EncryptionStage.SENDS:
+                self._underway.discard(name)
+            else:
+                self._underway.add(name)
         self._nodes = snapshot.nodes
-        newest, said = max(self._newest, snapshot.internal_ips_since), self._wanted_stage or self._stage()
+        # On the way back it counts who lives, and not what he has applied.
+        since = snapshot.internal_ips_since if topology.internal_ips is InternalIPs.ENCRYPTED else 0
+        newest, said = max(self._newest, since), self._wanted_stage or self._stage()
         enough = said is not None and newest <= said.revision <= snapshot.revision
         return said if enough else StageRecord(revision=snapshot.revision)
 
