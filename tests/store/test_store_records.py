@@ -189,6 +189,7 @@ def test_every_key_says_what_it_stands_for(location: str, name: str, other: str)
     assert keys.parse(keys.node(name)) == k.NodeKey(name)
     assert keys.parse(keys.peer(name)) == k.PeerKey(name)
     assert keys.parse(keys.status(name)) == k.StatusKey(name)
+    assert keys.parse(keys.stage(name)) == k.StageKey(name)
     assert keys.node(name).count("/") == 4
 
 

@@ -24,9 +24,11 @@ from kilo_etcd.store import (
     RecordError,
     Session,
     SightingRecord,
+    StageRecord,
     StatusRecord,
     VerdictRecord,
     decode_node,
+    decode_stage,
     decode_status,
     encode,
 )
@@ -129,6 +131,31 @@ async def test_a_crashed_agent_that_restarts_within_the_ttl_changes_nothing() ->
         await trio.sleep(60)
         assert (dict(etcd.data), etcd.revision) == (before, revision)
         assert len(etcd.leases()) == 2
+
+
+async def test_what_is_reported_of_the_switch_is_kept_restored_adopted_and_taken_back() -> None:
+    etcd, key = FakeEtcd(), KEYS.stage("a")
+    async with member(etcd) as it:
+        assert await it.put_stage(StageRecord(revision=7))
+        assert etcd.data[key.encode()].lease == etcd.data[STATUS.encode()].lease
+        created = etcd.data[key.encode()].create_revision
+        await it.put_stage(StageRecord(revision=8))
+        assert decode_stage(etcd.get(key) or b"") == StageRecord(revision=8)
+        assert etcd.data[key.encode()].create_revision == created, "nobody sees it go"
+        etcd.delete(key)
+        await eventually(lambda: key in etcd, 60)
+    # The agent crashes, and the next one starts within the lease's time.
+    before = etcd.data[key.encode()]
+    again = session(etcd.client())
+    async with running(again):
+        await again.register(record("a"))
+        await again.put_status(StatusRecord(public_key=wg_key("a"), revision=1))
+        assert (again.stage, etcd.data[key.encode()]) == (StageRecord(revision=8), before)
+        await again.put_stage(None)
+        assert key not in etcd
+        await again.put_stage(StageRecord(revision=9))
+        await again.resign()
+        assert key not in etcd
 
 
 async def test_a_restart_with_another_ttl_keeps_the_place_in_the_queue() -> None:

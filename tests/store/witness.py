@@ -27,6 +27,7 @@ from kilo_etcd.store.records import (
     RecordError,
     Role,
     SightingRecord,
+    StageRecord,
     StatusRecord,
     TakenRoute,
     Tunnel,
@@ -273,6 +274,7 @@ READERS: dict[type, dict[str, Callable[[object], Any]]] = {
         "unsigned": items(string),
         "answers": truth,
     },
+    StageRecord: {"revision": whole},
     QuestionRecord: {"nodes": items(string), "tries": whole, "targets": items(string)},
     AnswerRecord: {
         "time": whole,
@@ -289,6 +291,7 @@ READERS: dict[type, dict[str, Callable[[object], Any]]] = {
         "smallOnly": items(string),
         "routes": items(taken_route),
         "undecided": items(string),
+        "clear": items(string),
     },
     SightingRecord: {"publicKey": key, "endpoint": address_endpoint},
     VerdictRecord: {
