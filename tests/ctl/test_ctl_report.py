@@ -11,6 +11,7 @@ import pytest
 from attrs import evolve
 
 from kilo_etcd.agent.decide import disagreements
+from kilo_etcd.agent.encrypting import MEMBERS_UNKNOWN
 from kilo_etcd.ctl.check import Examined, Finding, Severity, _agents, _mode, _records, _unrouted, findings
 from kilo_etcd.ctl.consequences import consequences
 from kilo_etcd.ctl.label import oddity
@@ -442,6 +443,12 @@ def test_what_stays_in_clear_under_encrypted_is_a_warning_unless_the_operator_ha
     assert Severity.WARNING in some.values()
     routed = evolve(world, nodes={name: evolve(one, encryption=None) for name, one in nodes.items()})
     assert set(found(evolve(routed, internal_ips=InternalIPs.ROUTED)).values()) == {Severity.NOTE}
+
+
+def test_what_all_agents_report_is_one_error() -> None:
+    statuses = {name: evolve(status, errors=(MEMBERS_UNKNOWN,)) for name, status in ALL_WELL.items()}
+    (finding,) = (one for one in _agents(report(WORLD, statuses, newest=40)) if one.text == MEMBERS_UNKNOWN)
+    assert (finding.severity, finding.subject) == (Severity.ERROR, "a1, a2, a3 and 1 more")
 
 
 def test_what_becomes_of_packets_is_said_before_the_setting_is_changed() -> None:

@@ -27,6 +27,7 @@ from kilo_etcd.ctl.report import (
     DROPPED,
     NOT_IN_FORCE,
     Report,
+    grouped,
     grouped_unrouted,
     newest_revision,
     registered_names,
@@ -181,9 +182,9 @@ def _agents(found: Report, known: Silence | None = None) -> Iterator[Finding]:
         )  # fmt: skip
     for remark in found.disagreements:
         yield Finding(severity=Severity.WARNING, subject=remark.subject, text=remark.text)
-    for remark in found.errors:
-        if known is not None and known.tells(remark.subject, remark.text):
-            continue  # `_packets` does, once for all of them.
+    # What `known` tells `_packets` does, once for all of them.
+    errors = [one for one in found.errors if known is None or not known.tells(one.subject, one.text)]
+    for remark in grouped(errors):
         yield Finding(severity=Severity.ERROR, subject=remark.subject, text=remark.text)
     versions = Counter(row.version for row in found.nodes if row.version)
     if len(versions) > 1:
