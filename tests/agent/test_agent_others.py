@@ -98,6 +98,22 @@ async def test_an_agent_counts_as_gone_after_a_bound_only(names: frozenset[str])
         assert not others.living.knows_of("a", 99)
 
 
+@pytest.mark.autojump
+async def test_who_was_missing_long_ago_is_not_gone_when_he_is_missing_again() -> None:
+    server = FakeEtcd()
+    one, nobody = frozenset({"a"}), frozenset[str]()
+    async with following(server, one) as (others, _, _):
+        await trio.sleep(1)
+        others.follow(nobody, nodes=1, cluster=server.cluster_id)
+        await trio.sleep(1)
+        reports(server, "a", 3)
+        await trio.sleep(5 * GONE_SECONDS)
+        server.delete(KEYS.stage("a"))
+        others.follow(one, nodes=1, cluster=server.cluster_id)
+        await trio.sleep(GONE_SECONDS - 5)
+        assert others.living.lives("a")
+
+
 @pytest.mark.parametrize(
     "report",
     [

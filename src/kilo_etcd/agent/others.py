@@ -103,6 +103,7 @@ class Others:
             changed, names, beginning = self._changed, self._awaited, self._beginning
             if not names:
                 await changed.wait()
+                self._missing.clear()  # Whoever was missing then may have been there meanwhile.
                 continue
             every = len(names) > FEW
             async with trio.open_nursery() as nursery:
