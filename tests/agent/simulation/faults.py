@@ -117,6 +117,15 @@ def all_restarted(world: World, host: SimulatedHost) -> str:
     return ""
 
 
+@_fault("restarts", 5)
+def restart(world: World, host: SimulatedHost) -> str:
+    """`systemctl restart`: what is under its short lease goes at once."""
+    seconds = world.random.choice((0.1, 1.0, 3.0))
+    host.stop()
+    world.later(seconds, lambda: world.start(host))
+    return f"for {seconds} s"
+
+
 # -- machines -------------------------------------------------------------------------------------------------------
 
 

@@ -95,7 +95,7 @@ class Shape:
     """Seconds that a kernel takes for changes; one of them for each host."""
 
 
-FAMILIES = tuple(sorted({fault.family for fault in FAULTS} - {"lossy", "internal", "switch"}))
+FAMILIES = tuple(sorted({fault.family for fault in FAULTS} - {"lossy", "internal", "switch", "restarts"}))
 
 
 def shape_of(seed: int, rng: random.Random) -> Shape:
@@ -133,6 +133,8 @@ def shape_of(seed: int, rng: random.Random) -> Shape:
         shape = evolve(shape, internal_ips=rng.choice(("encrypted", "routed")))
     if seed % 8 == 5:
         families = {"switch", *rng.sample(("agents", "machines", "path", "etcd"), rng.choice((0, 1, 2, 4)))}
+        if seed % 16 == 5:
+            families.add("restarts")
         modes = rng.choice((("encrypted", "off"), ("encrypted", "routed")))
         shape = evolve(shape, steady=True, granularity="full", disks=False, internal_ips=rng.choice(modes))
         # Each switch is a lot of work for everybody.
