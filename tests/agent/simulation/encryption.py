@@ -6,7 +6,7 @@ At rest:
   goes through a tunnel in both directions, but for the addresses of which `kgctl status` says that they do not;
 * a host that gets all that a node sends it through the tunnel refuses the node's packets in clear, and nobody is
   refused who sends in clear, nor anybody but nodes of other segments;
-* without it, no record, plan or kernel has anything of it, and reverse-path checks are as they were.
+* without it, no record, report, plan or kernel has anything of it, and reverse-path checks are as they were.
 
 At every step:
 
@@ -61,6 +61,7 @@ def at_rest(world: World, topology: Topology, agents: Mapping[str, SimulatedAgen
     for node in topology.snapshot.nodes.values():
         assert node.encryption is wanted, f"{node.name} is at {node.encryption}, not {wanted}"
     if not on:
+        assert not world.etcd.keys(KEYS.stages_root), "stages are reported"
         for name, agent in agents.items():
             _nothing_left(world.hosts[name], agent)
         return
