@@ -550,6 +550,22 @@ def test_what_else_happens_during_a_switch_lasts_no_longer_than_a_revision(data:
     assert {node.encryption for node in world.now.nodes.values()} == {EncryptionStage.SENDS if on else None}
 
 
+def test_a_member_sends_nothing_to_where_its_leader_has_never_answered() -> None:
+    nodes = [
+        here("a1", 1, "a", "10.1.0.1/24", endpoint="203.0.113.1", encapsulate="always", **SENDS),
+        here("a2", 2, "a", "10.1.0.2/24", encapsulate="always", **SENDS),
+        here("b1", 3, "b", "10.2.0.1/24", endpoint="203.0.113.3", **SENDS),
+    ]
+    topology = mesh(nodes, Granularity.LOCATION)
+    whole = planned(topology, "a2")
+    assert sent(whole)["10.2.0.1"][:2] == ("ipip", "10.1.0.1")
+    silent = planned(topology, "a2", silent=frozenset({ip_address("10.1.0.1")}))
+    assert silent.encryption is not None
+    assert sent(silent) == {}
+    assert "10.2.0.1/32" in set(map(str, silent.encryption.hold))
+    assert any("its leader a1 does not answer a2 at 10.1.0.1" in problem.text for problem in silent.problems)
+
+
 def test_an_absent_host_holds_nobody_up() -> None:
     world = World.of(LAN, Granularity.FULL)
     world.crash("c")

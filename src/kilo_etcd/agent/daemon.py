@@ -45,7 +45,7 @@ from kilo_etcd.agent.whereabouts import Whereabouts
 from kilo_etcd.agent.witness import Witness
 from kilo_etcd.backoff import RepairBackoff
 from kilo_etcd.kernel.state import Observed
-from kilo_etcd.model import Granularity, InternalIPs, IPNetwork, MeshSettings, Snapshot
+from kilo_etcd.model import Granularity, InternalIPs, IPAddress, IPNetwork, MeshSettings, Snapshot
 from kilo_etcd.topology import Topology, UnknownNode, build_topology, host_plan
 from kilo_etcd.topology.encryption import Report
 from kilo_etcd.topology.guard import guard
@@ -210,6 +210,8 @@ class Daemon:
         self._beat = False
         self._applied = trio.Event()
         self._stopping = trio.Event()
+        self._silent_leader: frozenset[IPAddress] = frozenset()
+        """The addresses at which this host's leader has never answered."""
         self._programmed = False
         self._ready = False
         """Programmed well enough to lead."""
@@ -709,7 +711,7 @@ class Daemon:
             self.resolver.networks(self._encrypting.etcd_urls)
             plan = self._encrypting.encrypt(
                 plan, self.topology, sources=self.whereabouts.sources, addresses=self.whereabouts.addresses,
-                table=self.resolver.table,
+                table=self.resolver.table, silent=self._silent_leader,
             )  # fmt: skip
         standby = decide.is_standby(decide.role_of(self.topology, self.name), plan)
         before = self.kernel.writes
@@ -791,6 +793,10 @@ class Daemon:
             except (OSError, kernel.KernelError):
                 reachability.start(Observed())  # If that lasts, `apply` says so.
         silent = reachability.follow(topology)
+        leader = topology.segment_of(self.name).leader.name
+        self._silent_leader = frozenset(
+            one.target.address for one in silent if one.withheld and one.target.node == leader
+        )
         self.metrics.unreachable.set(len({one.target.node for one in silent if one.named}))
         return withhold(plan, topology, silent)
 

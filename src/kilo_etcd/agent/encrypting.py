@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import trio
-from attrs import frozen
+from attrs import evolve, frozen
 
 from kilo_etcd import etcd, store
 from kilo_etcd.agent.config import AgentConfig
@@ -290,9 +290,10 @@ class Encrypting:
         sources: tuple[IPAddress, ...],
         addresses: frozenset[IPAddress],
         table: Table,
+        silent: frozenset[IPAddress] = frozenset(),
     ) -> HostPlan:
         """The plan with what the setting asks for. `sources` are the host's own addresses on the underlay, `addresses`
-        all that it has; `table` those of DNS names."""
+        all that it has; `table` those of DNS names; `silent` those of its leader at which that never answered."""
         cluster, on = topology.snapshot.cluster_id, topology.internal_ips is InternalIPs.ENCRYPTED
         if self._cluster not in (None, cluster) or self._on not in (None, on):
             # Which revisions were applied of another etcd says nothing of this one's. And who did not live when asked
@@ -305,6 +306,7 @@ class Encrypting:
         around = outside(
             self._config, self._members, sources, table, addresses=addresses, listening=self._listening
         )  # fmt: skip
+        around = evolve(around, silent=silent)
         self._last = encrypt(plan, topology, outside=around, living=self.living, told=self._told, previous=self._last)
         return self._last
 

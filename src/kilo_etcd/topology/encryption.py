@@ -39,6 +39,8 @@ class Outside:
     addresses: frozenset[IPAddress] = frozenset()
     """All addresses of the host: an internal IP that is none of them (the operator forced it, or it is gone for now)
     is no source that the kernel takes. Empty: not known."""
+    silent: frozenset[IPAddress] = frozenset()
+    """Those of the leader at which it has never answered: who is there may be anybody."""
 
     def has(self, address: IPAddress) -> bool:
         """Whether the host may have an address."""
@@ -123,6 +125,7 @@ class _Outlook:
     """The host's own that may be sent to through the tunnels, and whether it has each."""
     leaders: tuple[IPAddress, ...]
     """The leader's that may be."""
+    silent: frozenset[IPAddress]
     links: tuple[IPNetwork, ...]
     granularity: Granularity
     on: bool
@@ -137,7 +140,7 @@ class _Outlook:
             own=own, leader=segment.leader, segment=segment.key,
             addresses=tuple((one.address, outside.has(one.address)) for one in place.of[own.name]),
             leaders=tuple(one.address for one in place.of[segment.leader.name]),
-            links=place.links.networks, granularity=topology.snapshot.granularity,
+            silent=outside.silent, links=place.links.networks, granularity=topology.snapshot.granularity,
             on=in_force(topology), since=topology.snapshot.internal_ips_since,
         )  # fmt: skip
 
@@ -164,6 +167,8 @@ class _Outlook:
         if way is None or way.trouble:
             why = "they share no address family" if way is None else way.trouble
             return f"{own.name} does not reach its leader {leader.name} in IPv{version}: {why}"
+        if way.gateway in self.silent:
+            return f"its leader {leader.name} does not answer {own.name} at {way.gateway}"
         inner = [ip.ip for ip in own.internal_ips if ip.version == version and ip.ip in here]
         source = next((address for address in (*inner, own.mesh_address(version)) if address is not None), None)
         if source is None:
