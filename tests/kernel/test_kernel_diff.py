@@ -8,7 +8,7 @@ import pytest
 from attrs import evolve
 from kernel_worlds import GATEWAY4, PRIVATE, TARGET, host_with, key, lines, peer, plan, tunnel, via
 
-from kilo_etcd.kernel.diff import diff, difference, is_drift, must_look, remember
+from kilo_etcd.kernel.diff import diff, difference, is_drift, may_go_back, must_look, remember
 from kilo_etcd.kernel.effect import apply_changes
 from kilo_etcd.kernel.returns import return_priority, return_table
 from kilo_etcd.kernel.state import DeleteLink, Link, Memory, Observed, Route, Target, ipip_name
@@ -250,6 +250,89 @@ def test_an_endpoint_that_leaves_the_plan_stays_and_is_not_set_again_when_it_ret
     memory = remember(without, remember(first, Memory()))
     assert diff(without, host_with(first), memory, TARGET) == ()
     assert diff(first, host_with(first), memory, TARGET) == ()
+
+
+OLD, NEW = "198.51.100.2:51820", "[2001:db8::2]:51820"
+
+
+def moved(memory: Memory, host: Observed, to: str, now: float) -> tuple[Memory, Observed]:
+    """What is remembered and what the device has once a peer is stated to be elsewhere."""
+    made = diff(with_endpoint(to), host, memory, TARGET)
+    assert lines(made) == [f"wg set kilo0 peer #2 endpoint {to}"]
+    return remember(with_endpoint(to), memory, made=made, now=now), apply_changes(host, made, "kilo0")
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["resets first", "resets last"])
+def test_a_peer_that_a_late_packet_takes_back_to_its_former_endpoint_is_set_to_the_new_one_again(first: bool) -> None:
+    """A bounded number of times, and the last time without its session, whose packets would take it back again."""
+    target = evolve(TARGET, public_key="" if first else "~")
+    wanted = with_endpoint(NEW)
+    memory, host = moved(remember(with_endpoint(OLD), Memory()), host_with(with_endpoint(OLD)), NEW, 1000.0)
+    host = evolve(host, time=1000.0, public_key=target.public_key)
+    assert diff(wanted, host, memory, target) == ()
+    assert diff(wanted, roamed(host, OLD, 999.0), memory, target) == (), "more may be under way"
+    assert may_go_back(memory, 1000.0)
+    said = []
+    for number in range(1, 6):
+        back = evolve(roamed(host, OLD, 999.0), time=1000.0 + number / 2)
+        changes = diff(wanted, back, memory, target)
+        if not changes:
+            break
+        assert all(is_drift(change, back, memory) for change in changes)
+        assert difference(wanted, back, memory, target, wanted).changes == changes, "the plan is settled"
+        said += lines(changes)
+        memory = remember(wanted, memory, wanted, made=changes, now=back.time)
+        assert diff(wanted, back, memory, target) == (), "not at once"
+    again = f"wg set kilo0 peer #2 endpoint {NEW}"
+    reset = f"wg set kilo0 peer #2 remove peer #2 endpoint {NEW} allowed-ips 10.4.0.2/32"
+    assert said == [*([again] * (1 if first else 2)), reset]
+    assert not may_go_back(memory, 1000.5)
+
+
+def test_a_peer_that_roams_is_left_where_it_is_although_its_endpoint_was_changed_a_moment_ago() -> None:
+    memory, host = moved(remember(with_endpoint(OLD), Memory()), host_with(with_endpoint(OLD)), NEW, 999.0)
+    assert diff(with_endpoint(NEW), roamed(host, "203.0.113.9:4711", 999.0), memory, TARGET) == ()
+
+
+def test_a_peer_that_roams_to_its_former_endpoint_later_is_left_there() -> None:
+    memory, host = moved(remember(with_endpoint(OLD), Memory()), host_with(with_endpoint(OLD)), NEW, 994.0)
+    assert diff(with_endpoint(NEW), roamed(host, OLD, 999.0), memory, TARGET) == ()
+    assert not may_go_back(memory, 1000.0)
+
+
+def test_an_endpoint_that_changes_twice_and_back_is_what_was_stated_last() -> None:
+    """None of those before it counts; it itself does, although it is one of those."""
+    third = "203.0.113.5:51820"
+    memory, host = moved(remember(with_endpoint(OLD), Memory()), host_with(with_endpoint(OLD)), NEW, 998.0)
+    memory, host = moved(memory, host, third, 999.5)
+    for former in (OLD, NEW):
+        assert lines(diff(with_endpoint(third), roamed(host, former, 999.0), memory, TARGET)) == [
+            f"wg set kilo0 peer #2 endpoint {third}"
+        ]
+    memory, host = moved(memory, host, OLD, 999.6)
+    assert diff(with_endpoint(OLD), roamed(host, OLD, 999.0), memory, TARGET) == ()
+    assert lines(diff(with_endpoint(OLD), roamed(host, third, 999.0), memory, TARGET)) == [
+        f"wg set kilo0 peer #2 endpoint {OLD}"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("found", "handshake", "set_now"),
+    [("203.0.113.9:4711", 950.0, False), ("203.0.113.9:4711", 700.0, True), ("192.168.0.2:51820", 950.0, True)],
+    ids=["heard through its NAT", "silent", "not behind NAT"],
+)
+def test_what_changes_behind_a_nat_takes_no_peer_from_where_it_is_heard(
+    found: str, handshake: float, set_now: bool
+) -> None:
+    before, wanted = with_endpoint("192.168.0.2:51820"), with_endpoint("192.168.0.77:51820")
+    memory, observed = remember(before, Memory()), roamed(host_with(before), found, handshake)
+    assert must_look(wanted, before, memory)
+    set_ = ["wg set kilo0 peer #2 endpoint 192.168.0.77:51820"]
+    changes = diff(wanted, observed, memory, TARGET)
+    assert lines(changes) == (set_ if set_now else [])
+    memory = remember(wanted, memory, before, made=changes, now=1000.0)
+    silent = roamed(apply_changes(observed, changes, "kilo0"), "203.0.113.9:4711", 700.0)
+    assert lines(diff(wanted, silent, memory, TARGET)) == ([] if set_now else set_)
 
 
 @pytest.mark.parametrize("settled", [False, True])

@@ -100,6 +100,29 @@ async def full_size_packets_pass(lab: Lab, apart: Iterable[tuple[str, str]] = ()
     assert failed == []
 
 
+async def test_a_forced_endpoint_is_used_although_packets_come_from_the_former_one() -> None:
+    """The host behind NAT is only ever sent to, by one whose own agent does not follow."""
+    async with world(
+        site("gcp", host("gcp-1")),
+        site("home", host("home-1", public=False), nat="symmetric"),
+        families=("ipv4", "ipv6"),
+        agent_args=BOTH,
+    ) as lab:
+        assert (await endpoint_of(lab, "home-1", "gcp-1")).startswith("198.51.100.")
+        await lab.freeze("gcp-1")
+        async with lab.probe("gcp-1", "home-1") as probe:
+            for forced in ("[2001:db8:1::1]:51820", "198.51.100.1:51820", "[2001:db8:1::1]:51820"):
+                await lab.etcdctl("put", "/kilo/annotations/gcp-1/force-endpoint", forced)
+
+                async def at_both_ends(forced: str = forced) -> bool:
+                    ends = [await endpoint_of(lab, *ends) for ends in permutations(("home-1", "gcp-1"))]
+                    assert [end[0] == "[" for end in ends] == [forced[0] == "["] * 2, ends
+                    return True
+
+                await eventually(at_both_ends, 30, every=0.1, what=f"{forced} is in use")
+                await probe.flowing_again(30, after=(await probe.peek()).duration)
+
+
 async def test_both_families_and_hosts_of_one() -> None:
     apart = [("four-1", "six-1"), ("four-1", "six-2")]
     async with world(

@@ -128,6 +128,11 @@ def first_contact(
     )
 
 
+def begins(own: Node, other: Node, peer: PeerPlan) -> bool:
+    """Whether `own` is the first to send a packet where the two have just become known to each other elsewhere."""
+    return not (_must_come(own, other, peer) or (_listens(own, other, ()) and _reachable(own, peer)))
+
+
 def promotions(before: Topology | None, now: Topology) -> frozenset[str]:
     """Nodes that were members of a segment in the topology `before` and lead one `now`."""
     if before is None or before is now:

@@ -14,7 +14,7 @@ import trio
 from attrs import evolve
 
 from kilo_etcd import kernel
-from kilo_etcd.agent.contact import MOST_SPOKEN_TO, contacts, first_contact, promotions
+from kilo_etcd.agent.contact import MOST_SPOKEN_TO, begins, contacts, first_contact, promotions
 from kilo_etcd.kernel.state import SetPeer
 from kilo_etcd.model import IPAddress
 from kilo_etcd.topology import Topology
@@ -60,6 +60,7 @@ class Programmer:
         speak({**contact.speak_to, **{key: contact.late[key] for key in silent}}.values())
         if not standby:
             speak(_told_of(report, contact.plan, topology)[:MOST_SPOKEN_TO])
+            speak(moved(report, before, contact.plan, topology)[:MOST_SPOKEN_TO])
             remade = _remade(report, before, topology)
             speak(remade if len(remade) <= MOST_SPOKEN_TO else ())
         self._waiting, self._due, self._topology = contact.waiting, contact.due, topology
@@ -118,6 +119,32 @@ def _told_of(report: kernel.ApplyReport, plan: HostPlan, topology: Topology) -> 
             peer = plan.peers.get(change.public_key)
             node = topology.snapshot.nodes.get(peer.name) if peer is not None and peer.hearsay else None
             found += node.mesh_addresses[:1] if node is not None else ()
+    return found
+
+
+def moved(
+    report: kernel.ApplyReport, before: HostPlan | None, plan: HostPlan, topology: Topology
+) -> list[IPAddress]:
+    """Addresses of nodes and peers whose endpoint was just replaced, or set again, by the host of `plan`.
+
+    Until a packet goes there, the next one that comes from the former endpoint has WireGuard go back to that; the other
+    end, which does not know of the new one, would send from there for ever.
+    """
+    found: list[IPAddress] = []
+    own = topology.snapshot.nodes.get(plan.node)
+    for change in report.changes if before is not None else ():
+        if not isinstance(change, SetPeer) or change.endpoint is None or (change.new and not change.reset):
+            continue
+        peer, former = plan.peers.get(change.public_key), before.peers.get(change.public_key)
+        if peer is None or former is None or peer.hearsay or former.hearsay or former.endpoint is None:
+            continue
+        if not peer.in_use:
+            continue
+        node = topology.snapshot.nodes.get(peer.name)
+        if node is None or node.public_key != peer.public_key:
+            found += [one.network_address for one in peer.allowed_ips if one.num_addresses == 1][:1]
+        elif own is None or former.endpoint == peer.endpoint or begins(own, node, peer):
+            found += node.mesh_addresses[:1]
     return found
 
 

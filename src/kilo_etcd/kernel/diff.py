@@ -13,15 +13,17 @@ The order of the changes is make before break:
 
 Promised: equal plans give no change the second time; a route with another protocol than ours is never touched; an
 endpoint is never set back to what it was before the peer roamed; a peer changes alone, never with the whole list.
+What looks like roaming to the very endpoint that was replaced a moment ago is none: then the new one is set again, at
+most `SET_AGAIN` times, and the last time the session is reset, so that what arrives late from there says nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import cache
 from ipaddress import ip_network
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from kilo_etcd.kernel import encrypted, policy
 from kilo_etcd.kernel.effect import apply_changes
@@ -40,6 +42,7 @@ from kilo_etcd.kernel.state import (
     DeleteLink,
     DeleteRoute,
     Failure,
+    Former,
     KeepAdvertisements,
     Link,
     LoosenReversePath,
@@ -67,6 +70,12 @@ from kilo_etcd.topology.hostplan import HostPlan, PeerPlan, RoutePlan, Via
 from kilo_etcd.topology.segments import changes as changed_keys
 
 _NO_PEER = ObservedPeer(public_key="")
+_NOTHING = Memory()
+
+SET_AGAIN, LATE_SECONDS, FORMER_SECONDS = 3, 0.3, 5.0
+"""How many times an endpoint is set again that WireGuard has left for the former one; how many seconds after it was
+set, when what was under way to this host and what answers its own first packet has arrived on most paths; and how many
+seconds after it was changed that ends."""
 
 
 @frozen
@@ -142,21 +151,23 @@ def remember(
     memory: Memory,
     settled: HostPlan | None = None,
     *,
-    made: Iterable[Change] = (),
+    made: Collection[Change] = (),
     failed: Iterable[Change] = (),
+    now: float = 0.0,
 ) -> Memory:
-    """What to remember once `plan` is applied by the changes `made`, while `failed` did not succeed.
+    """What to remember once `plan` is applied by the changes `made`, while `failed` did not succeed. `now`: Unix seconds.
 
     A plan without an endpoint keeps what was set before, unless the peer was made anew. `settled`: a plan that `memory`
     is the memory of.
     """
     created = {change.public_key for change in made if isinstance(change, SetPeer) and change.new}
     lost = {change.public_key for change in failed if isinstance(change, SetPeer)}
+    told = {change.public_key for change in made if isinstance(change, SetPeer) and change.endpoint is not None}
     news: Iterable[str] = plan.peers
     endpoints: dict[str, Endpoint | None] = {}
     if settled is not None:
         news = {*changed_keys(settled.peers, plan.peers), *created, *lost}
-        if not news:
+        if not news and not memory.former:
             return memory
         endpoints.update(memory.endpoints)
     for key in news:
@@ -165,28 +176,59 @@ def remember(
         # What hearsay says may never have been set, and may have been over what was: nothing is known then.
         if peer is not None and not peer.hearsay and key not in lost:
             known = _address(peer) or (None if key in created else memory.endpoints.get(key))
+            if key not in told and _both_private(memory.endpoints.get(key), known):
+                known = memory.endpoints[key]  # One that was learnt is in use, and the new one was not set so far.
         # Where none was ever set, one may have been learnt: that is for `_endpoint` to find out.
         if known is not None:
             endpoints[key] = known
         else:
             endpoints.pop(key, None)
-    return Memory(endpoints=endpoints)
+    return Memory(endpoints=endpoints, former=_former(memory, endpoints, made, now))
 
 
-def is_drift(change: Change, observed: Observed) -> bool:
+def _former(
+    memory: Memory, endpoints: Mapping[str, Endpoint | None], made: Iterable[Change], now: float
+) -> dict[str, Former]:
+    found = {key: one for key, one in memory.former.items() if now <= one.until and key in endpoints}
+    for change in made:
+        if not isinstance(change, SetPeer) or (change.endpoint is None and not change.new):
+            continue
+        key = change.public_key
+        earlier, before, stated = found.pop(key, None), memory.endpoints.get(key), endpoints.get(key)
+        if change.new or stated is None or before is None:
+            continue
+        if before != stated:
+            known = {before} if earlier is None else {before, *earlier.endpoints}
+            found[key] = Former(frozenset(known - {stated}), now, now + FORMER_SECONDS, SET_AGAIN)
+        elif earlier is not None and earlier.again > 1:
+            found[key] = evolve(earlier, since=now, again=earlier.again - 1)
+    return found
+
+
+def may_go_back(memory: Memory, now: float) -> bool:
+    """Whether WireGuard may take a late packet for roaming, so that its endpoints are to be looked at."""
+    return any(now <= one.until for one in memory.former.values())
+
+
+def is_drift(change: Change, observed: Observed, memory: Memory = _NOTHING) -> bool:
     """Whether somebody else must have made this change to `observed` necessary. An endpoint alone also grows old by
-    itself, but it never vanishes."""
-    if not isinstance(change, SetPeer):
+    itself, but it never vanishes, nor does it become the former one by itself."""
+    if not isinstance(change, SetPeer) or change.public_key in memory.former:
         return True
     alone = SetPeer(name=change.name, public_key=change.public_key, endpoint=change.endpoint)
     return change != alone or observed.peers[change.public_key].endpoint is None
 
 
-def must_look(plan: HostPlan, settled: HostPlan | None) -> bool:
+def must_look(plan: HostPlan, settled: HostPlan | None, memory: Memory = _NOTHING) -> bool:
     """Whether `difference` needs to know whom the device has heard, which nobody reports. `settled` as there."""
     news: Iterable[str] = plan.peers if settled is None else changed_keys(settled.peers, plan.peers)
     peers = (plan.peers.get(key) for key in news)
-    return any(peer is not None and peer.hearsay and peer.endpoint is not None for peer in peers)
+    return any(
+        (peer.hearsay and peer.endpoint is not None)
+        or _both_private(memory.endpoints.get(peer.public_key), _address(peer))
+        for peer in peers
+        if peer is not None
+    )
 
 
 def _device(observed: Observed, target: Target) -> tuple[list[Change], Observed]:
@@ -264,13 +306,15 @@ def _wireguard(
         )
     peers: Collection[PeerPlan] = plan.peers.values()
     if settled is not None:
-        news = {*changed_keys(settled.peers, plan.peers), *reset} if reset else changed_keys(settled.peers, plan.peers)
+        news: Iterable[str] = changed_keys(settled.peers, plan.peers)
+        if reset or memory.former:
+            news = {*news, *reset, *memory.former}
         peers = [plan.peers[key] for key in news if key in plan.peers]
     gaining: list[SetPeer] = []
     gained = cache(lambda: _gained(peers, observed))
     for peer in peers:
         found = observed.peers.get(peer.public_key)
-        if found is not None and peer.public_key in reset:
+        if found is not None and (peer.public_key in reset or _is_stuck(found, observed, memory, target)):
             gaining.append(_new_peer(peer, target, reset=True))
             continue
         change = _peer(peer, found, observed, memory, target, gained)
@@ -381,6 +425,26 @@ def _out_of_the_tunnel(plan: HostPlan, peer: ObservedPeer, wanted: Endpoint, tar
     return SetPeer(name=target.interface, public_key=peer.public_key, endpoint=wanted)
 
 
+def _went_back(peer: ObservedPeer, observed: Observed, memory: Memory) -> Former | None:
+    """What the peer's endpoint was, if WireGuard has just left the present one for that."""
+    former = memory.former.get(peer.public_key)
+    if former is None or peer.endpoint not in former.endpoints:
+        return None
+    return former if former.since + LATE_SECONDS <= observed.time <= former.until else None
+
+
+def _is_stuck(peer: ObservedPeer, observed: Observed, memory: Memory, target: Target) -> bool:
+    """Whether the peer goes back to its former endpoint however often the new one is set: packets of its session come
+    from there without a pause. Where both ends find that, one resets first: both at once would hinder each other."""
+    former = _went_back(peer, observed, memory)
+    return former is not None and former.again <= (2 if target.public_key < peer.public_key else 1)
+
+
+def _both_private(before: Endpoint | None, now: Endpoint | None) -> bool:
+    """Whether an endpoint that is no public one was replaced by another that is none."""
+    return before is not None and now is not None and before != now and not (before.public or now.public)
+
+
 def _endpoint(plan: PeerPlan, peer: ObservedPeer, observed: Observed, memory: Memory) -> Endpoint | None:
     """The endpoint to set on a peer that exists, or None for the one that it has."""
     wanted = _address(plan)
@@ -390,10 +454,13 @@ def _endpoint(plan: PeerPlan, peer: ObservedPeer, observed: Observed, memory: Me
         # WireGuard never unsets one, so the peer that one was set on was another: somebody removed it, and whoever
         # named it next made this one. A kernel without the family takes no endpoint of it.
         return None if wanted.address.version in observed.lacking else wanted
-    if plan.public_key in memory.endpoints and not plan.hearsay:
-        return wanted if memory.endpoints[plan.public_key] != wanted else None
-    # Adopted from a former run, or known from hearsay: an endpoint in use may have been learnt, which is better.
     in_use = peer.last_handshake and observed.time - peer.last_handshake < SESSION_SECONDS
+    stated = memory.endpoints.get(plan.public_key)
+    if stated is not None and not plan.hearsay:
+        if in_use and peer.endpoint.public and _both_private(stated, wanted):
+            return None  # It is behind NAT: what changed behind that is not where it is heard.
+        return wanted if stated != wanted or _went_back(peer, observed, memory) else None
+    # Adopted from a former run, or known from hearsay: an endpoint in use may have been learnt, which is better.
     if peer.endpoint == wanted or in_use:
         return None
     return wanted

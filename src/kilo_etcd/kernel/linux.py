@@ -24,7 +24,16 @@ from kilo_etcd.kernel import echo, sysctl
 from kilo_etcd.kernel.api import Kernel
 from kilo_etcd.kernel.chains import Obstacle
 from kilo_etcd.kernel.codec import UNREADABLE
-from kilo_etcd.kernel.diff import Difference, difference, is_drift, must_look, remember, shadows, superseded
+from kilo_etcd.kernel.diff import (
+    Difference,
+    difference,
+    is_drift,
+    may_go_back,
+    must_look,
+    remember,
+    shadows,
+    superseded,
+)
 from kilo_etcd.kernel.drift import Watch, Whereabouts, bends_ways, device_period
 from kilo_etcd.kernel.effect import apply_changes
 from kilo_etcd.kernel.egress import Egress
@@ -351,7 +360,7 @@ class LinuxKernel:
             return
         try:
             mark = self._host.mark(believed.link)
-            if mark is None or mark == self._mark:
+            if mark is None or (mark == self._mark and not may_go_back(self._memory, self._host.steady.now())):
                 return
             state = self._host.device(believed.link)
         except (OSError, KernelError) as error:
@@ -368,13 +377,17 @@ class LinuxKernel:
             if (change := self._undone(plan, seen)) is None:
                 self._mark = mark
                 return
-            self._drift = f"found undone: {change}"
+            self._drift = self._found(change)
         self._observed = None
 
     def _undone(self, plan: HostPlan, observed: Observed) -> Change | None:
         """The first change that somebody else must have made necessary."""
         changes = difference(plan, observed, self._memory, self._target(plan)).changes
-        return next((change for change in changes if change not in self._failed and is_drift(change, observed)), None)
+        return next((change for change in changes if change not in self._failed and is_drift(change, observed, self._memory)), None)
+
+    def _found(self, change: Change) -> str:
+        went_back = isinstance(change, SetPeer) and change.public_key in self._memory.former
+        return f"{'WireGuard went back to a former endpoint' if went_back else 'found undone'}: {change}"
 
     def _heed(self, events: list[tuple[int, bytes]] | None) -> bool:
         """What events mean for others than the plan (None: some were lost). Whether the host may have moved."""
@@ -401,7 +414,7 @@ class LinuxKernel:
         if self._plan is None or not observed.ours:
             return
         if (change := self._undone(self._plan, observed)) is not None:
-            self._drift = f"found undone: {change}"
+            self._drift = self._found(change)
             self._wake.set()
 
     def _read(self) -> Observed:
@@ -452,7 +465,7 @@ class LinuxKernel:
         if not may_change_the_network():
             raise KernelError(f"{self._setup.interface} cannot be set up: {NO_PERMISSION}")
         self._look_for(plan)
-        if fresh or must_look(plan, self._settled):
+        if fresh or must_look(plan, self._settled, self._memory):
             self._observed = None
         self._plan = plan
         self._drift = None
@@ -485,7 +498,8 @@ class LinuxKernel:
             else:
                 made = []
         self._memory = remember(
-            plan, self._memory, settled, made=all_made, failed=[change for change, _ in failed]
+            plan, self._memory, settled, made=all_made, failed=[change for change, _ in failed],
+            now=self._host.steady.now(),
         )  # fmt: skip
         self._settle(plan, observed, made, failed, todo, target)
         if any(isinstance(change, DeleteForward) for change in all_made):

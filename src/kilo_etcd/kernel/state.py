@@ -227,6 +227,25 @@ class Memory:
     """What the host cannot be asked: the endpoint that we set last, by public key (None: none was set)."""
 
     endpoints: Mapping[str, Endpoint | None] = field(factory=dict)
+    former: Mapping[str, Former] = field(factory=dict)
+    """Public key -> where the peer was stated to be until a moment ago."""
+
+
+@frozen
+class Former:
+    """The endpoints of a peer that were replaced by others a moment ago.
+
+    A packet that the peer has sent from there and that arrives late has WireGuard follow it back (roaming). Where this
+    host sends there again the peer goes on as before, and the new endpoint is never used.
+    """
+
+    endpoints: frozenset[Endpoint]
+    since: float
+    """Unix seconds: when the new one was set last."""
+    until: float
+    """Unix seconds: a peer that is found at one of them later has really gone back."""
+    again: int
+    """How many times the new endpoint is set again, at most."""
 
 
 @frozen(kw_only=True)

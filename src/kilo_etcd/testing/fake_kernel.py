@@ -21,7 +21,7 @@ from attrs import evolve
 
 from kilo_etcd.kernel.api import Kernel
 from kilo_etcd.kernel.chains import Obstacle
-from kilo_etcd.kernel.diff import difference, is_drift, remember, superseded
+from kilo_etcd.kernel.diff import difference, is_drift, may_go_back, remember, superseded
 from kilo_etcd.kernel.drift import device_period
 from kilo_etcd.kernel.echo import ANY_SOURCE, SPACING
 from kilo_etcd.kernel.effect import apply_changes
@@ -112,6 +112,8 @@ class FakeHost:
             last_handshake=self.clock() if when is None else when,
         )
         self.observed = evolve(self.observed, peers={**self.observed.peers, public_key: heard})
+        for listener in self._listeners:
+            listener.heard()
 
     def _own_route(self, address: IPAddress, source: IPAddress | None) -> Route | str:
         return longest_match(self.observed.routes.items(), address) or "Network is unreachable"
@@ -172,6 +174,10 @@ class FakeKernel:
         self._look_at = min(self._look_at, when)
         self._event.set()
 
+    def heard(self) -> None:
+        if may_go_back(self._memory, self.host.clock()):
+            self.look_at(trio.current_time() + device_period(len(self.host.observed.peers)))
+
     async def check(self) -> None:
         await trio.lowlevel.checkpoint()
 
@@ -197,7 +203,7 @@ class FakeKernel:
             self.host.history.extend(made)
             self.writes += len(made)
             self.plan = plan
-            self._memory = remember(plan, self._memory, made=made, failed=refused)
+            self._memory = remember(plan, self._memory, made=made, failed=refused, now=self.host.clock())
             failures = (*todo.failures, *(_failure(change, why) for change, why in refused.items()))
             return ApplyReport(changes=made, failures=failures)
 
@@ -210,7 +216,7 @@ class FakeKernel:
         observed = self._read()
         if (plan := self.plan) is not None:
             changes = difference(plan, observed, self._memory, self._target(plan)).changes
-            if any(is_drift(change, observed) for change in changes):
+            if any(is_drift(change, observed, self._memory) for change in changes):
                 self.drifted("found undone")
         return observed
 

@@ -19,6 +19,7 @@ from kilo_etcd.agent.discover import HostFacts
 from kilo_etcd.agent.hostnames import known_names
 from kilo_etcd.agent.logs import Once, get_logger
 from kilo_etcd.agent.lookout import Lookout
+from kilo_etcd.agent.program import moved, speak
 from kilo_etcd.agent.resolve import LOOKUP_TIMEOUT, Resolver, names_of, plan_names, resolve_plan
 from kilo_etcd.backoff import RepairBackoff
 from kilo_etcd.ctl.connect.registration import KEEPALIVE, LEASE_SECONDS, Registration, Wish
@@ -303,6 +304,7 @@ class Connection:
             self._nudge(fresh=True)
             return
         self.once.clear("kernel", "the kernel can be programmed again")
+        speak(moved(report, self.plan, plan, topology))
         self.plan = plan
         self.lookout.follow(plan)
         for change in report.changes:
