@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import trio
+from attrs import evolve
 from test_agent_contact import LOW, world
 
 from kilo_etcd.agent import program
@@ -20,6 +21,9 @@ pytestmark = pytest.mark.autojump
 
 TOPOLOGY = build_topology(world())
 PLAN = host_plan(TOPOLOGY, "high")
+
+BETWEEN = "AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE="
+"""A private key whose public key is higher than one of these hosts' and lower than the other's."""
 
 
 def resets(host: FakeHost) -> int:
@@ -155,3 +159,47 @@ async def test_who_speaks_first_is_the_same_after_an_attempt_to_apply_that_faile
     await programmer.apply(plan, TOPOLOGY, standby=False, fresh=True)
     assert (host.observed.peers[key].endpoint is not None) is endpoint_at_first
     assert len(spoken) == spoken_at_first
+
+
+@pytest.mark.parametrize(("name", "spoken_at_once", "times"), [("low", 1, 2), ("high", 0, 3)])
+async def test_a_peer_that_goes_back_to_its_former_endpoint_is_spoken_to_at_the_new_one(
+    monkeypatch: pytest.MonkeyPatch, name: str, spoken_at_once: int, times: int
+) -> None:
+    """Its packets come from the former one, as long as none from this host has reached it from elsewhere."""
+    spoken: list[str] = []
+    monkeypatch.setattr(program, "speak", lambda addresses: spoken.extend(map(str, addresses)))
+    plan = host_plan(TOPOLOGY, name)
+    ((key, peer),) = plan.peers.items()
+    host = FakeHost()
+    kernel = FakeKernel(host, Setup(private_key=BETWEEN))
+    programmer = Programmer(kernel)
+    await programmer.apply(plan, TOPOLOGY, standby=False, fresh=False)
+    host.hear_from(key, endpoint=peer.endpoint, when=1.0)
+    for _ in STAGES if name == "high" else ():
+        await programmer.wait_due()
+        await programmer.apply(plan, TOPOLOGY, standby=False, fresh=True)
+    new = Endpoint.parse("203.0.113.77:51820")
+    moved = evolve(plan, peers={key: evolve(peer, endpoint=new)})
+    spoken.clear()
+    await trio.sleep(10)
+    await programmer.apply(moved, TOPOLOGY, standby=False, fresh=False)
+    assert len(spoken) == spoken_at_once
+    assert resets(host) == 0
+
+    for number in range(1, times + 1):
+        host.hear_from(key, endpoint=peer.endpoint)
+        with trio.fail_after(2):
+            await kernel.wait_drift()
+        spoken.clear()
+        await programmer.apply(moved, TOPOLOGY, standby=False, fresh=True)
+        assert host.observed.peers[key].endpoint == new
+        assert spoken == [str(TOPOLOGY.snapshot.nodes[peer.name].mesh_addresses[0])]
+        assert resets(host) == int(number == times)
+
+    # Enough: it is left where it is heard.
+    host.hear_from(key, endpoint=peer.endpoint)
+    with trio.move_on_after(60) as idle:
+        await kernel.wait_drift()
+    assert idle.cancelled_caught
+    await programmer.apply(moved, TOPOLOGY, standby=False, fresh=True)
+    assert host.observed.peers[key].endpoint == peer.endpoint

@@ -21,6 +21,7 @@ from kilo_etcd.agent import privatekey
 from kilo_etcd.agent.discover import HostFacts
 from kilo_etcd.agent.logs import setup_logging
 from kilo_etcd.agent.resolve import Resolver
+from kilo_etcd.ctl.connect import connection as connection_module
 from kilo_etcd.ctl.connect.connection import Connection, Edges, Names, Settings
 from kilo_etcd.ctl.connect.registration import LEASE_SECONDS, Gone, Registration, Wish
 from kilo_etcd.ctl.context import Failure
@@ -209,6 +210,27 @@ async def test_it_follows_a_failover_a_label_a_new_node_and_granularity(world: W
         await eventually(lambda: world.leaders() == {2, 3, 9}, 10, every=0.1)
         await world.etcd.client().put(KEYS.granularity, "full")
         await eventually(lambda: world.leaders() == {1, 2, 3, 9}, 10, every=0.1)
+
+
+async def test_a_leader_whose_endpoint_changes_is_spoken_to_there_until_its_packets_come_from_there(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoken: list[IPAddress] = []
+    monkeypatch.setattr(connection_module, "speak", spoken.extend)
+
+    def endpoint() -> Endpoint | None:
+        return world.host.observed.peers[key_of(1)].endpoint
+
+    async with connected(world):
+        former, new = endpoint(), Endpoint.parse("203.0.113.77:51820")
+        world.host.hear_from(key_of(1), endpoint=former)
+        assert spoken == []
+        await world.etcd.client().put(KEYS.annotation("gcp-1", "force-endpoint"), str(new))
+        await eventually(lambda: endpoint() == new, 10, every=0.1)
+        assert spoken == [ip_address("10.4.0.1")]
+        world.host.hear_from(key_of(1), endpoint=former)
+        await eventually(lambda: endpoint() == new, 10, every=0.1)
+        assert spoken == [ip_address("10.4.0.1")] * 2
 
 
 async def test_nothing_is_written_when_nothing_changes_and_drift_is_repaired(world: World) -> None:

@@ -122,17 +122,17 @@ def _told_of(report: kernel.ApplyReport, plan: HostPlan, topology: Topology) -> 
     return found
 
 
-def moved(
-    report: kernel.ApplyReport, before: HostPlan | None, plan: HostPlan, topology: Topology
-) -> list[IPAddress]:
+def moved(report: kernel.ApplyReport, before: HostPlan | None, plan: HostPlan, topology: Topology) -> list[IPAddress]:
     """Addresses of nodes and peers whose endpoint was just replaced, or set again, by the host of `plan`.
 
     Until a packet goes there, the next one that comes from the former endpoint has WireGuard go back to that; the other
     end, which does not know of the new one, would send from there for ever.
     """
     found: list[IPAddress] = []
+    if before is None:
+        return found
     own = topology.snapshot.nodes.get(plan.node)
-    for change in report.changes if before is not None else ():
+    for change in report.changes:
         if not isinstance(change, SetPeer) or change.endpoint is None or (change.new and not change.reset):
             continue
         peer, former = plan.peers.get(change.public_key), before.peers.get(change.public_key)

@@ -155,10 +155,10 @@ def remember(
     failed: Iterable[Change] = (),
     now: float = 0.0,
 ) -> Memory:
-    """What to remember once `plan` is applied by the changes `made`, while `failed` did not succeed. `now`: Unix seconds.
+    """What to remember once `plan` is applied by the changes `made`, while `failed` did not succeed.
 
     A plan without an endpoint keeps what was set before, unless the peer was made anew. `settled`: a plan that `memory`
-    is the memory of.
+    is the memory of. `now`: Unix seconds.
     """
     created = {change.public_key for change in made if isinstance(change, SetPeer) and change.new}
     lost = {change.public_key for change in failed if isinstance(change, SetPeer)}

@@ -382,8 +382,10 @@ class LinuxKernel:
 
     def _undone(self, plan: HostPlan, observed: Observed) -> Change | None:
         """The first change that somebody else must have made necessary."""
-        changes = difference(plan, observed, self._memory, self._target(plan)).changes
-        return next((change for change in changes if change not in self._failed and is_drift(change, observed, self._memory)), None)
+        memory = self._memory
+        changes = difference(plan, observed, memory, self._target(plan)).changes
+        changes = tuple(change for change in changes if change not in self._failed)
+        return next((change for change in changes if is_drift(change, observed, memory)), None)
 
     def _found(self, change: Change) -> str:
         went_back = isinstance(change, SetPeer) and change.public_key in self._memory.former
