@@ -294,6 +294,13 @@ def test_a_peer_that_roams_is_left_where_it_is_although_its_endpoint_was_changed
     assert diff(with_endpoint(NEW), roamed(host, "203.0.113.9:4711", 999.0), memory, TARGET) == ()
 
 
+@pytest.mark.parametrize("wanted", [with_endpoint(None), plan(peer(2, "10.4.0.2/32", endpoint=OLD, hearsay=True))])
+def test_a_peer_is_not_reset_for_an_endpoint_that_is_stated_no_more(wanted: HostPlan) -> None:
+    memory, host = moved(remember(with_endpoint(OLD), Memory()), host_with(with_endpoint(OLD)), NEW, 999.0)
+    stuck = evolve(memory, former={key(2): evolve(memory.former[key(2)], again=1)})
+    assert diff(wanted, roamed(host, OLD, 999.0), stuck, TARGET) == ()
+
+
 def test_a_peer_that_roams_to_its_former_endpoint_later_is_left_there() -> None:
     memory, host = moved(remember(with_endpoint(OLD), Memory()), host_with(with_endpoint(OLD)), NEW, 994.0)
     assert diff(with_endpoint(NEW), roamed(host, OLD, 999.0), memory, TARGET) == ()

@@ -52,7 +52,8 @@ class Programmer:
         )  # fmt: skip
         wanted = self._with_proofs(contact.plan, plan, standby=standby)
         silent = await self._silent(contact.late.keys())
-        report = await self._device.apply(wanted, fresh=fresh, reset=silent | self._begin_over)
+        reset = silent | self._begin_over
+        report = await self._device.apply(wanted, fresh=fresh, reset=reset)
         # Only an apply that succeeded is remembered: after an error the next one takes the same peers for new.
         self._since, before, self.programmed = since, self.programmed, wanted
         made = {change.public_key for change in report.changes if isinstance(change, SetPeer) and change.new}
@@ -60,7 +61,7 @@ class Programmer:
         speak({**contact.speak_to, **{key: contact.late[key] for key in silent}}.values())
         if not standby:
             speak(_told_of(report, contact.plan, topology)[:MOST_SPOKEN_TO])
-            speak(moved(report, before, contact.plan, topology)[:MOST_SPOKEN_TO])
+            speak(moved(report, before, contact.plan, topology, apart_from=reset)[:MOST_SPOKEN_TO])
             remade = _remade(report, before, topology)
             speak(remade if len(remade) <= MOST_SPOKEN_TO else ())
         self._waiting, self._due, self._topology = contact.waiting, contact.due, topology
@@ -122,8 +123,16 @@ def _told_of(report: kernel.ApplyReport, plan: HostPlan, topology: Topology) -> 
     return found
 
 
-def moved(report: kernel.ApplyReport, before: HostPlan | None, plan: HostPlan, topology: Topology) -> list[IPAddress]:
-    """Addresses of nodes and peers whose endpoint was just replaced, or set again, by the host of `plan`.
+def moved(
+    report: kernel.ApplyReport,
+    before: HostPlan | None,
+    plan: HostPlan,
+    topology: Topology,
+    *,
+    apart_from: Collection[str] = (),
+) -> list[IPAddress]:
+    """Addresses of nodes and peers whose endpoint was just replaced, or set again, by the host of `plan`; not of those
+    that were reset for another reason (`apart_from`).
 
     Until a packet goes there, the next one that comes from the former endpoint has WireGuard go back to that; the other
     end, which does not know of the new one, would send from there for ever.
@@ -138,7 +147,7 @@ def moved(report: kernel.ApplyReport, before: HostPlan | None, plan: HostPlan, t
         peer, former = plan.peers.get(change.public_key), before.peers.get(change.public_key)
         if peer is None or former is None or peer.hearsay or former.hearsay or former.endpoint is None:
             continue
-        if not peer.in_use:
+        if not peer.in_use or change.public_key in apart_from:
             continue
         node = topology.snapshot.nodes.get(peer.name)
         if node is None or node.public_key != peer.public_key:

@@ -314,7 +314,7 @@ def _wireguard(
     gained = cache(lambda: _gained(peers, observed))
     for peer in peers:
         found = observed.peers.get(peer.public_key)
-        if found is not None and (peer.public_key in reset or _is_stuck(found, observed, memory, target)):
+        if found is not None and (peer.public_key in reset or _is_stuck(peer, found, observed, memory, target)):
             gaining.append(_new_peer(peer, target, reset=True))
             continue
         change = _peer(peer, found, observed, memory, target, gained)
@@ -433,9 +433,11 @@ def _went_back(peer: ObservedPeer, observed: Observed, memory: Memory) -> Former
     return former if former.since + LATE_SECONDS <= observed.time <= former.until else None
 
 
-def _is_stuck(peer: ObservedPeer, observed: Observed, memory: Memory, target: Target) -> bool:
+def _is_stuck(plan: PeerPlan, peer: ObservedPeer, observed: Observed, memory: Memory, target: Target) -> bool:
     """Whether the peer goes back to its former endpoint however often the new one is set: packets of its session come
     from there without a pause. Where both ends find that, one resets first: both at once would hinder each other."""
+    if plan.hearsay or memory.endpoints.get(plan.public_key) != _address(plan):
+        return False
     former = _went_back(peer, observed, memory)
     return former is not None and former.again <= (2 if target.public_key < peer.public_key else 1)
 
