@@ -97,8 +97,10 @@ class SimulatedKernel(FakeKernel):
             key: peer.endpoint.address for key, peer in self.owner.machine.observed.peers.items() if peer.endpoint
         }
         lost = {key for key, address in learnt.items() if address is not None and plan.leads_into_tunnel(address)}
+        peers, memory = self.owner.machine.observed.peers, self._memory
+        back = {key for key, one in memory.former.items() if key in peers and peers[key].endpoint in one.endpoints}
         report = await super().apply(plan, fresh=fresh, reset=reset)
-        self._watchman.wrote(self, plan, report, touches, reset, lost)
+        self._watchman.wrote(self, plan, report, touches, {*reset, *back}, {*lost, *back})
         return report
 
 

@@ -242,8 +242,8 @@ class Watchman:
         lost: Collection[str],
     ) -> None:
         """A kernel was brought to a plan; when that began somebody else had been at it so often. The sessions of the
-        peers `reset` were to be forgotten, and the learnt endpoints of the peers `lost` were led into the tunnel, which
-        is a cause to write to these peers, and to nothing else."""
+        peers `reset` may be forgotten, and the endpoints of the peers `lost` set: a route led there into the tunnel, or
+        WireGuard had gone back to a former one. That is a cause to write to these peers, and to nothing else."""
         host, seen = kernel.owner, self._seen(kernel.owner)
         untouched = seen.settled == seen.touches
         changes = [
