@@ -100,7 +100,7 @@ class SimulatedKernel(FakeKernel):
         peers, memory = self.owner.machine.observed.peers, self._memory
         back = {key for key, one in memory.former.items() if key in peers and peers[key].endpoint in one.endpoints}
         report = await super().apply(plan, fresh=fresh, reset=reset)
-        self._watchman.wrote(self, plan, report, touches, {*reset, *back}, {*lost, *back})
+        self._watchman.wrote(self, plan, report, touches, reset, lost, back)
         return report
 
 

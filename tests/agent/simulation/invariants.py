@@ -149,6 +149,8 @@ class _Seen:
     the rest."""
     lost: frozenset[str] = frozenset()
     """The peers whose learnt endpoints that plan led into the tunnel."""
+    back: frozenset[str] = frozenset()
+    """The peers whose WireGuard had gone back to a former endpoint, since an apply began."""
     touches: int = 0
     """How often somebody else has been at its kernel."""
     settled: int = -1
@@ -188,6 +190,7 @@ class Watchman:
             self._check_adopted(host.name, last, snapshot)
         busy = _busy(agent)
         seen.busy = seen.busy or busy
+        seen.back = frozenset()
         seen.newest[snapshot.cluster_id] = max(newest, snapshot.revision)
         return _Account(
             snapshot=seen.snapshot,
@@ -240,10 +243,11 @@ class Watchman:
         touches: int,
         reset: Collection[str],
         lost: Collection[str],
+        back: Collection[str],
     ) -> None:
         """A kernel was brought to a plan; when that began somebody else had been at it so often. The sessions of the
-        peers `reset` may be forgotten, and the endpoints of the peers `lost` set: a route led there into the tunnel, or
-        WireGuard had gone back to a former one. That is a cause to write to these peers, and to nothing else."""
+        peers `reset` were to be forgotten, the learnt endpoints of the peers `lost` were led into the tunnel, and those
+        of the peers `back` were former ones again, which is a cause to write to these peers, and to nothing else."""
         host, seen = kernel.owner, self._seen(kernel.owner)
         untouched = seen.settled == seen.touches
         changes = [
@@ -251,7 +255,9 @@ class Watchman:
             for one in report.changes
             if not (isinstance(one, SetPeer) and one.reset and one.public_key in reset)
             and not (_endpoint_only(one) and isinstance(one, SetPeer) and one.public_key in lost)
+            and not _set_again(one, back)
         ]
+        seen.back |= {*back}
         if changes and untouched and seen.plan is not None:
             if kernel is seen.kernel:
                 if plan == seen.plan:
@@ -354,6 +360,7 @@ class Watchman:
             one
             for one in host.machine.history[account.history :]
             if not (_endpoint_only(one) and isinstance(one, SetPeer) and one.public_key in seen.lost)
+            and not _set_again(one, seen.back)
         ]
         if not made or not account.clean or seen.touches != account.touches or seen.settled != seen.touches:
             return
@@ -417,6 +424,10 @@ def _lost(made: Iterable[Change], plan: HostPlan) -> list[Change]:
 
 def _without_endpoints(plan: HostPlan) -> HostPlan:
     return evolve(plan, peers={key: evolve(peer, endpoint=None) for key, peer in plan.peers.items()})
+
+
+def _set_again(change: Change, back: Collection[str]) -> bool:
+    return isinstance(change, SetPeer) and change.public_key in back and (change.reset or _endpoint_only(change))
 
 
 def _endpoint_only(change: Change) -> bool:
