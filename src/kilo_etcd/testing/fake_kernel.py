@@ -21,7 +21,7 @@ from attrs import evolve
 
 from kilo_etcd.kernel.api import Kernel
 from kilo_etcd.kernel.chains import Obstacle
-from kilo_etcd.kernel.diff import difference, is_drift, may_go_back, remember, superseded
+from kilo_etcd.kernel.diff import Difference, difference, is_drift, may_go_back, remember, superseded
 from kilo_etcd.kernel.drift import device_period
 from kilo_etcd.kernel.echo import ANY_SOURCE, SPACING
 from kilo_etcd.kernel.effect import apply_changes
@@ -190,7 +190,8 @@ class FakeKernel:
                 self._read()
             # What is done by somebody from here on is drift again.
             self._drift = None
-            todo = difference(plan, self._now(), self._memory, self._target(plan), reset=reset)
+            found = self._now()
+            todo = self._decide(plan, found, reset)
             refused = {change: why for change in todo.changes if (why := self.host.refuse(change)) is not None}
             made = tuple(change for change in todo.changes if change not in refused)
             made += superseded(refused, self._now())
@@ -206,6 +207,9 @@ class FakeKernel:
             self._memory = remember(plan, self._memory, made=made, failed=refused, now=self.host.clock())
             failures = (*todo.failures, *(_failure(change, why) for change, why in refused.items()))
             return ApplyReport(changes=made, failures=failures)
+
+    def _decide(self, plan: HostPlan, found: Observed, reset: Collection[str]) -> Difference:
+        return difference(plan, found, self._memory, self._target(plan), reset=reset)
 
     async def preview(self, plan: HostPlan) -> tuple[Change, ...]:
         await trio.lowlevel.checkpoint()

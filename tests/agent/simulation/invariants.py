@@ -16,12 +16,13 @@ A Watchman says what is wrong by raising Broken, which ends the schedule.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from attrs import define, evolve, field, fields, frozen
 
 from kilo_etcd.agent.hearsay import Hearsay
+from kilo_etcd.kernel.diff import SET_AGAIN
 from kilo_etcd.kernel.state import (
     AddAddress,
     AddRoute,
@@ -29,10 +30,12 @@ from kilo_etcd.kernel.state import (
     Change,
     DeleteAddress,
     DeleteRoute,
+    Former,
+    Observed,
     RemovePeer,
     SetPeer,
 )
-from kilo_etcd.model import Granularity, InternalIPs, IPAddress, IPNetwork, Snapshot
+from kilo_etcd.model import Endpoint, Granularity, InternalIPs, IPAddress, IPNetwork, Snapshot
 from kilo_etcd.store import Keys
 from kilo_etcd.topology import Topology, UnknownNode, build_topology, host_plan
 from kilo_etcd.topology.hostplan import HostPlan
@@ -100,6 +103,29 @@ def _truth(snapshot: Snapshot) -> _Truth:
 
 
 @frozen
+class _Causes:
+    """Peers of one host that may be written to although the plan is what it was; the rest of the kernel may not."""
+
+    lost: frozenset[str] = frozenset()
+    """Their learnt endpoints were led into the tunnel."""
+    back: frozenset[str] = frozenset()
+    """WireGuard had gone back to a former endpoint of theirs."""
+
+    def explain(self, change: Change, plan: HostPlan) -> bool:
+        """Whether a change is made for the sake of one of them, and does no more than that needs."""
+        if not isinstance(change, SetPeer) or change.public_key not in plan.peers:
+            return False
+        if change.endpoint != plan.peers[change.public_key].endpoint:
+            return False
+        if change.public_key in self.back and change.reset:
+            return True
+        return _endpoint_only(change) and change.public_key in self.lost | self.back
+
+
+_NO_CAUSES = _Causes()
+
+
+@frozen
 class _Account:
     """What was true when an apply began."""
 
@@ -147,10 +173,12 @@ class _Seen:
     moved: bool = False
     """Whether `addresses` were others at the check before: an apply may have begun with those, and the next one finds
     the rest."""
-    lost: frozenset[str] = frozenset()
-    """The peers whose learnt endpoints that plan led into the tunnel."""
-    back: frozenset[str] = frozenset()
-    """The peers whose WireGuard had gone back to a former endpoint, since an apply began."""
+    causes: _Causes = _NO_CAUSES
+    """For which peers' sake its kernel may be written to, as things were when that was decided last."""
+    caused: frozenset[Change] = frozenset()
+    """What has been written for their sake since an apply began."""
+    again: dict[str, tuple[Endpoint | None, int]] = field(factory=dict)
+    """Public key -> the endpoint that is planned, and how often it was set again since it is."""
     touches: int = 0
     """How often somebody else has been at its kernel."""
     settled: int = -1
@@ -190,7 +218,7 @@ class Watchman:
             self._check_adopted(host.name, last, snapshot)
         busy = _busy(agent)
         seen.busy = seen.busy or busy
-        seen.back = frozenset()
+        seen.caused = frozenset()
         seen.newest[snapshot.cluster_id] = max(newest, snapshot.revision)
         return _Account(
             snapshot=seen.snapshot,
@@ -235,6 +263,16 @@ class Watchman:
         """How often somebody else has been at the kernel of a host."""
         return self._seen(host).touches
 
+    def decides(self, kernel: SimulatedKernel, plan: HostPlan, found: Observed, former: Mapping[str, Former]) -> None:
+        """What is to be changed for a plan's sake is decided from what was found, and from `former` endpoints."""
+        learnt = {key: peer.endpoint for key, peer in found.peers.items() if peer.endpoint is not None}
+        self._seen(kernel.owner).causes = _Causes(
+            lost=frozenset(
+                key for key, one in learnt.items() if one.address is not None and plan.leads_into_tunnel(one.address)
+            ),
+            back=frozenset(key for key, one in former.items() if learnt.get(key) in one.endpoints),
+        )
+
     def wrote(
         self,
         kernel: SimulatedKernel,
@@ -242,22 +280,19 @@ class Watchman:
         report: ApplyReport,
         touches: int,
         reset: Collection[str],
-        lost: Collection[str],
-        back: Collection[str],
     ) -> None:
         """A kernel was brought to a plan; when that began somebody else had been at it so often. The sessions of the
-        peers `reset` were to be forgotten, the learnt endpoints of the peers `lost` were led into the tunnel, and those
-        of the peers `back` were former ones again, which is a cause to write to these peers, and to nothing else."""
+        peers `reset` were to be forgotten, which is a cause to write to these peers, and to nothing else."""
         host, seen = kernel.owner, self._seen(kernel.owner)
         untouched = seen.settled == seen.touches
+        caused = frozenset(one for one in report.changes if seen.causes.explain(one, plan))
+        self._count_again(host.name, seen, caused, plan)
         changes = [
             one
             for one in report.changes
-            if not (isinstance(one, SetPeer) and one.reset and one.public_key in reset)
-            and not (_endpoint_only(one) and isinstance(one, SetPeer) and one.public_key in lost)
-            and not _set_again(one, back)
+            if one not in caused and not (isinstance(one, SetPeer) and one.reset and one.public_key in reset)
         ]
-        seen.back |= {*back}
+        seen.caused |= caused
         if changes and untouched and seen.plan is not None:
             if kernel is seen.kernel:
                 if plan == seen.plan:
@@ -269,7 +304,7 @@ class Watchman:
         for change in report.changes:
             if isinstance(change, AddAddress) and not self.disturbed:
                 self._check_only_one(host, change.address.ip)
-        seen.kernel, seen.plan, seen.lost = kernel, plan, frozenset(lost)
+        seen.kernel, seen.plan = kernel, plan
         seen.settled = -1 if report.failures else touches
 
     def touched(self, host: SimulatedHost) -> None:
@@ -301,6 +336,16 @@ class Watchman:
 
     def _seen(self, host: SimulatedHost) -> _Seen:
         return self._hosts.setdefault(host.name, _Seen())
+
+    def _count_again(self, name: str, seen: _Seen, caused: Collection[Change], plan: HostPlan) -> None:
+        for key in seen.again.keys() | seen.causes.back:
+            planned = plan.peers[key].endpoint if key in plan.peers else None
+            endpoint, times = seen.again.get(key, (planned, 0))
+            set_again = [one for one in caused if isinstance(one, SetPeer) and one.public_key == key]
+            times = (times if endpoint == planned else 0) + (len(set_again) if key in seen.causes.back else 0)
+            seen.again[key] = planned, times
+            if times > SET_AGAIN:
+                self._broken(f"{name} has set an endpoint again {times} times", set_again)
 
     @staticmethod
     def _broken(what: str, changes: Iterable[Change]) -> None:
@@ -356,12 +401,7 @@ class Watchman:
     def _check_writes(self, agent: SimulatedAgent, snapshot: Snapshot, account: _Account) -> None:
         host = agent.host
         seen = self._seen(host)
-        made = [
-            one
-            for one in host.machine.history[account.history :]
-            if not (_endpoint_only(one) and isinstance(one, SetPeer) and one.public_key in seen.lost)
-            and not _set_again(one, seen.back)
-        ]
+        made = [one for one in host.machine.history[account.history :] if one not in seen.caused]
         if not made or not account.clean or seen.touches != account.touches or seen.settled != seen.touches:
             return
         # Who changes itself may be reached otherwise, and who speaks first with it is decided anew.
@@ -424,10 +464,6 @@ def _lost(made: Iterable[Change], plan: HostPlan) -> list[Change]:
 
 def _without_endpoints(plan: HostPlan) -> HostPlan:
     return evolve(plan, peers={key: evolve(peer, endpoint=None) for key, peer in plan.peers.items()})
-
-
-def _set_again(change: Change, back: Collection[str]) -> bool:
-    return isinstance(change, SetPeer) and change.public_key in back and (change.reset or _endpoint_only(change))
 
 
 def _endpoint_only(change: Change) -> bool:
