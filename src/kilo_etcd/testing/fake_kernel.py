@@ -58,6 +58,9 @@ from kilo_etcd.model import Endpoint, IPAddress
 from kilo_etcd.topology.hostplan import HostPlan
 from kilo_etcd.topology.walk import longest_match
 
+HANDSHAKE_BYTES = 148
+"""What a handshake begins with."""
+
 
 class FakeHost:
     """A machine: what its kernel holds, and what tests do to it."""
@@ -110,10 +113,17 @@ class FakeHost:
             peer,
             endpoint=endpoint or peer.endpoint,
             last_handshake=self.clock() if when is None else when,
+            rx_bytes=peer.rx_bytes + HANDSHAKE_BYTES,
         )
         self.observed = evolve(self.observed, peers={**self.observed.peers, public_key: heard})
         for listener in self._listeners:
             listener.heard()
+
+    def send_to(self, public_key: str) -> None:
+        """WireGuard sends a peer a packet, which nothing answers."""
+        peer = self.observed.peers[public_key]
+        sent = evolve(peer, tx_bytes=peer.tx_bytes + HANDSHAKE_BYTES)
+        self.observed = evolve(self.observed, peers={**self.observed.peers, public_key: sent})
 
     def _own_route(self, address: IPAddress, source: IPAddress | None) -> Route | str:
         return longest_match(self.observed.routes.items(), address) or "Network is unreachable"
@@ -204,7 +214,9 @@ class FakeKernel:
             self.host.history.extend(made)
             self.writes += len(made)
             self.plan = plan
-            self._memory = remember(plan, self._memory, made=made, failed=refused, now=self.host.clock())
+            self._memory = remember(
+                plan, self._memory, made=made, failed=refused, observed=found, now=self.host.clock()
+            )
             failures = (*todo.failures, *(_failure(change, why) for change, why in refused.items()))
             return ApplyReport(changes=made, failures=failures)
 

@@ -17,6 +17,7 @@ A Watchman says what is wrong by raising Broken, which ends the schedule.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from math import inf
 from typing import TYPE_CHECKING
 
 from attrs import define, evolve, field, fields, frozen
@@ -35,7 +36,7 @@ from kilo_etcd.kernel.state import (
     RemovePeer,
     SetPeer,
 )
-from kilo_etcd.model import Endpoint, Granularity, InternalIPs, IPAddress, IPNetwork, Snapshot
+from kilo_etcd.model import SESSION_SECONDS, Endpoint, Granularity, InternalIPs, IPAddress, IPNetwork, Snapshot
 from kilo_etcd.store import Keys
 from kilo_etcd.topology import Topology, UnknownNode, build_topology, host_plan
 from kilo_etcd.topology.hostplan import HostPlan
@@ -110,16 +111,22 @@ class _Causes:
     """Their learnt endpoints were led into the tunnel."""
     back: frozenset[str] = frozenset()
     """WireGuard had gone back to a former endpoint of theirs."""
+    unanswered: Mapping[str, Collection[Endpoint]] = field(factory=dict)
+    """They were sent packets and have not answered for longer than a session lasts: where they have been found."""
+    time: float = 0.0
+    """Unix seconds by the host's clock."""
 
     def explain(self, change: Change, plan: HostPlan) -> bool:
         """Whether a change is made for the sake of one of them, and does no more than that needs."""
         if not isinstance(change, SetPeer) or change.public_key not in plan.peers:
             return False
+        if _endpoint_only(change) and change.endpoint in self.unanswered.get(change.public_key, ()):
+            return True
         if change.endpoint != plan.peers[change.public_key].endpoint:
             return False
         if change.public_key in self.back and change.reset:
             return True
-        return _endpoint_only(change) and change.public_key in self.lost | self.back
+        return _endpoint_only(change) and change.public_key in {*self.lost, *self.back, *self.unanswered}
 
 
 _NO_CAUSES = _Causes()
@@ -177,6 +184,12 @@ class _Seen:
     """For which peers' sake its kernel may be written to, as things were when that was decided last."""
     caused: frozenset[Change] = frozenset()
     """What has been written for their sake since an apply began."""
+    found_at: dict[str, frozenset[Endpoint]] = field(factory=dict)
+    """Public key -> all endpoints that WireGuard has had for it."""
+    received: dict[str, tuple[int, int]] = field(factory=dict)
+    """Public key -> bytes received, and those that had been sent when that became so many."""
+    turns: dict[str, float] = field(factory=dict)
+    """Public key -> when its endpoint was set last because it did not answer."""
     again: dict[str, tuple[Endpoint | None, int]] = field(factory=dict)
     """Public key -> the endpoint that is planned, and how often it was set again since it is."""
     touches: int = 0
@@ -266,7 +279,20 @@ class Watchman:
     def decides(self, kernel: SimulatedKernel, plan: HostPlan, found: Observed, former: Mapping[str, Former]) -> None:
         """What is to be changed for a plan's sake is decided from what was found, and from `former` endpoints."""
         learnt = {key: peer.endpoint for key, peer in found.peers.items() if peer.endpoint is not None}
-        self._seen(kernel.owner).causes = _Causes(
+        seen = self._seen(kernel.owner)
+        unanswered = {}
+        for key, peer in found.peers.items():
+            if peer.endpoint is None:
+                continue
+            seen.found_at[key] = seen.found_at.get(key, frozenset()) | {peer.endpoint}
+            if seen.received.get(key, (-1, 0))[0] != peer.rx_bytes:
+                seen.received[key] = peer.rx_bytes, peer.tx_bytes
+            silent = found.time - peer.last_handshake >= SESSION_SECONDS
+            if silent and peer.tx_bytes > seen.received[key][1]:
+                unanswered[key] = seen.found_at[key]
+        seen.causes = _Causes(
+            unanswered=unanswered,
+            time=found.time,
             lost=frozenset(
                 key for key, one in learnt.items() if one.address is not None and plan.leads_into_tunnel(one.address)
             ),
@@ -287,6 +313,8 @@ class Watchman:
         untouched = seen.settled == seen.touches
         caused = frozenset(one for one in report.changes if seen.causes.explain(one, plan))
         self._count_again(host.name, seen, caused, plan)
+        if kernel is seen.kernel:
+            self._count_turns(host.name, seen, caused, plan)
         changes = [
             one
             for one in report.changes
@@ -346,6 +374,20 @@ class Watchman:
             seen.again[key] = planned, times
             if times > SET_AGAIN:
                 self._broken(f"{name} has set an endpoint again {times} times", set_again)
+
+    def _count_turns(self, name: str, seen: _Seen, caused: Collection[Change], plan: HostPlan) -> None:
+        for one in caused:
+            if not isinstance(one, SetPeer) or (key := one.public_key) in {*seen.causes.lost, *seen.causes.back}:
+                continue
+            if (
+                seen.plan is None
+                or key not in seen.plan.peers
+                or seen.plan.peers[key].endpoint != plan.peers[key].endpoint
+            ):
+                continue
+            if seen.causes.time - seen.turns.get(key, -inf) < SESSION_SECONDS:
+                self._broken(f"{name} turns to another endpoint of a peer again and again", [one])
+            seen.turns[key] = seen.causes.time
 
     @staticmethod
     def _broken(what: str, changes: Iterable[Change]) -> None:

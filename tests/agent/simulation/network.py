@@ -122,6 +122,16 @@ class Network:
         if key is not None:
             self.shake(source, key)
 
+    def send_in_vain(self, source: str, address: IPAddress) -> None:
+        """Packets from `source` to `address`, or their answers, which are lost between two ends of a tunnel: the first
+        of these two goes on sending to where WireGuard looks for the second."""
+        for hop in self._follow(source, address)[1]:
+            if not self._stops(hop):
+                continue
+            if hop.peer is not None and self._hosts[hop.source].machine.observed.peers[hop.peer].endpoint is not None:
+                self._hosts[hop.source].machine.send_to(hop.peer)
+            return
+
     def shake(self, source: str, public_key: str) -> bool:
         """Whether a handshake that `source` begins with the peer of that key succeeds; both then know of it."""
         name = self._by_key.get(public_key)
@@ -197,11 +207,8 @@ class Network:
         back = walk(plans, topology, owner, there.source, sender=address)
         if not back.delivered:
             return f"on the way back: {back}", ()
-        for way in (there, back):
-            for hop in way.hops:
-                if why := self._stops(hop):
-                    return why, ()
-        return "", (*there.hops, *back.hops)
+        hops = (*there.hops, *back.hops)
+        return next((why for hop in hops if (why := self._stops(hop))), ""), hops
 
     def _stops(self, hop: Hop) -> str:
         """Why a packet does not make this hop; empty: it does."""
