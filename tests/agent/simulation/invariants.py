@@ -7,8 +7,9 @@
 * What is computed from one change to the next is what is computed afresh.
 * A mesh address never moves, and no two nodes, and no two kernels, have the same one.
 * The kernel is not written to without cause: the plan changed, or somebody has been at the kernel, or a peer's session
-  is to be forgotten, or the agent is new and sets endpoints, which it cannot know to be right. A host that a change
-  does not concern writes nothing.
+  is to be forgotten, or WireGuard went back to an endpoint of a peer that was just replaced (three times at most), or a
+  peer has not answered for three minutes although packets were sent (once in three minutes), or the agent is new and
+  sets endpoints, which it cannot know to be right. A host that a change does not concern writes nothing.
 * Nothing that the last plan held is taken away without a newer snapshot: what is lost with etcd is news only.
 
 A Watchman says what is wrong by raising Broken, which ends the schedule.
