@@ -611,15 +611,16 @@ async def test_a_host_that_lost_its_name_while_away_does_not_fight_for_it() -> N
             assert GCP not in etcd
 
 
+class Confined(FakeClient):
+    """A client whose role in etcd has no right to the verdicts."""
+
+    async def txn(self, compare: Sequence[Compare], success: Sequence[Op] = (), failure: Sequence[Op] = ()) -> Any:
+        if any("/verdicts/" in str(getattr(op, "key", "")) for op in success):
+            raise PermissionDenied("etcdserver: permission denied")
+        return await super().txn(compare, success, failure)
+
+
 async def test_a_host_that_may_say_nothing_of_others_stands_and_reports_all_the_same() -> None:
-    class Confined(FakeClient):
-        """A client whose role in etcd has no right to the verdicts."""
-
-        async def txn(self, compare: Sequence[Compare], success: Sequence[Op] = (), failure: Sequence[Op] = ()) -> Any:
-            if any("/verdicts/" in str(getattr(op, "key", "")) for op in success):
-                raise PermissionDenied("etcdserver: permission denied")
-            return await super().txn(compare, success, failure)
-
     etcd = FakeEtcd()
     async with member(etcd, Confined(etcd, "a")) as a:
         record = VerdictRecord(leader="b", candidacy=5)
@@ -632,6 +633,32 @@ async def test_a_host_that_may_say_nothing_of_others_stands_and_reports_all_the_
         await a.leave()
         assert etcd.get(KEYS.election("gcp", "a")) is None
         assert etcd.get(KEYS.verdict("gcp", "a")) is None
+
+
+async def test_a_forged_key_that_a_host_may_not_delete_hinders_no_other_write() -> None:
+    etcd = FakeEtcd()
+    mirror = Mirror(etcd.client(), KEYS)
+    denied, observed, candidacy = KEYS.verdict("aws", "a"), KEYS.endpoint("b", "a"), KEYS.election("aws", "a")
+    async with member(etcd, Confined(etcd, "a")) as a, trio.open_nursery() as nursery:
+        await nursery.start(mirror.run)
+        await trio.sleep(60)
+        for key in (denied, candidacy):
+            etcd.put(key, "{}")
+
+        async def compared() -> bool:
+            await a.compare(mirror.current, mirror)
+            return candidacy not in etcd
+
+        await eventually(compared, 30)
+        assert denied in etcd
+        assert a.last_error is not None
+        await a.put_status(StatusRecord(public_key=wg_key("a"), revision=9))
+        assert decode_status(etcd.get(KEYS.status("a")) or b"").revision == 9
+        await a.put_sightings({"b": SightingRecord(public_key=wg_key("b"), endpoint=Endpoint.parse("192.0.2.1:1"))})
+        assert observed in etcd
+        await a.leave()
+        assert GCP not in etcd
+        nursery.cancel_scope.cancel()
 
 
 async def test_resigning_leaves_the_membership() -> None:

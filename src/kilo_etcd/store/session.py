@@ -543,10 +543,25 @@ class Session:
     async def _sync_short(self) -> None:
         if self._wanted() or self._words() or self._held.values:
             await self._hold_short(None)
-        await self._bring(self._wanted(), {key for key in self._held.values if not self._is_word(key)})
+        wanted, words = self._wanted(), self._words()
+        own = self._held.values.keys() - (self._held.foreign - wanted.keys() - words.keys())
+        await self._bring(wanted, {key for key in own if not self._is_word(key)})
         # In writes of their own, and last: where etcd does not let this host say something of others, it stands for
         # leader and reports all the same.
-        await self._bring(self._words(), {key for key in self._held.values if self._is_word(key)})
+        await self._bring(words, {key for key in own if self._is_word(key)})
+        await self._delete_foreign()
+
+    async def _delete_foreign(self) -> None:
+        """Delete what others have written in this host's name. What etcd denies here hinders nothing of this host's
+        own, and no other kind of key."""
+        denied: PermissionDenied | None = None
+        for words in (False, True):
+            try:
+                await self._bring({}, {key for key in self._held.foreign if self._is_word(key) is words})
+            except PermissionDenied as error:
+                denied = error
+        if denied is not None:
+            raise denied
 
     async def compare(self, snapshot: Snapshot, mirror: Mirror) -> None:
         """Restore the sightings and verdicts of this host that another writer has changed, and delete sightings,
