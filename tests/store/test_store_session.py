@@ -661,6 +661,28 @@ async def test_a_forged_key_that_a_host_may_not_delete_hinders_no_other_write() 
         nursery.cancel_scope.cancel()
 
 
+@pytest.mark.parametrize("away", [False, True])
+async def test_before_a_reload_the_lease_is_renewed_but_etcd_is_not_waited_for(away: bool) -> None:
+    etcd = FakeEtcd()
+    client = etcd.client()
+    async with member(etcd, client) as it:
+        lease, other = etcd.data[GCP.encode()].lease, etcd.client()
+
+        async def left() -> int:
+            return (await other.lease_time_to_live(lease)).ttl
+
+        async def partly_over() -> bool:
+            return await left() <= etcd.leases()[lease] - 2
+
+        await eventually(partly_over)
+        before, began = await left(), trio.current_time()
+        if away:
+            client.cut()
+        await it.renew()
+        assert trio.current_time() - began <= 1
+        assert (await left() > before) is not away
+
+
 async def test_resigning_leaves_the_membership() -> None:
     etcd = FakeEtcd()
     async with member(etcd) as it:

@@ -294,6 +294,7 @@ class Daemon:
                         continue
                     self.log.info("reloading")
                     notify_reloading()
+                    await self.session.renew()
                     raise Reload
                 if self._stopping.is_set():
                     raise StoppedAtOnce(f"stopped at once: {signal.Signals(number).name} was received a second time")

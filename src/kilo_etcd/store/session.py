@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from ipaddress import ip_interface
 from typing import Protocol
@@ -75,6 +76,9 @@ from kilo_etcd.store.records import (
 RETRY_FIRST = 0.2
 RETRY_MOST = 5.0
 """Seconds between two attempts; less for short leases, which an election in etcd gives their full time just once."""
+
+RENEW_SECONDS = 1.0
+"""The longest that a reload waits for etcd to renew the lease."""
 
 MOST_AT_ONCE = 100
 """Operations in one transaction: etcd takes 128 (--max-txn-ops)."""
@@ -693,6 +697,11 @@ class Session:
     def _is_anothers(self, status_kv: KeyValue) -> bool:
         """Whether another host of this name lives: nobody keeps a status that is under no lease."""
         return bool(status_kv.lease) and status_key_of(status_kv) not in (None, self._public_key)
+
+    async def renew(self) -> None:
+        """Leave whoever takes candidacy and status over the whole length of their lease. Never fails."""
+        with suppress(EtcdError), trio.move_on_after(RENEW_SECONDS):
+            await self._short.renew()
 
     async def close(self) -> None:
         """The same as `resign`: a stopped host stays a member."""
