@@ -661,6 +661,30 @@ async def test_a_forged_key_that_a_host_may_not_delete_hinders_no_other_write() 
         nursery.cancel_scope.cancel()
 
 
+async def test_a_record_is_no_older_than_the_key_that_it_states() -> None:
+    """Of two records with one key the older one keeps it: whoever gets a copied key file must not be that one."""
+    etcd = FakeEtcd()
+    first = session(etcd.client(), key="first")
+    async with running(first):
+        await first.register(record("first"))
+        await first.close()
+    before = etcd.data[NODE.encode()]
+    again = session(etcd.client(), key="first")
+    async with running(again):
+        await again.register(record("first"))
+        assert etcd.data[NODE.encode()].create_revision == before.create_revision
+        etcd.put(NODE, encode(record("another")))
+        await eventually(lambda: decode_node(etcd.get(NODE) or b"").public_key == wg_key("first"), 10)
+        assert etcd.data[NODE.encode()].create_revision == before.create_revision, "it is restored with its age"
+        await again.close()
+    revision = etcd.revision
+    other = session(etcd.client(), key="copied")
+    async with running(other):
+        await other.register(record("copied"))
+        assert decode_node(etcd.get(NODE) or b"").public_key == wg_key("copied")
+        assert etcd.data[NODE.encode()].create_revision > revision
+
+
 @pytest.mark.parametrize("away", [False, True])
 async def test_before_a_reload_the_lease_is_renewed_but_etcd_is_not_waited_for(away: bool) -> None:
     etcd = FakeEtcd()

@@ -329,6 +329,11 @@ class Session:
             except LeaseNotFound:
                 continue
             compare = [unchanged(kv) if kv else absent(key) for kv, key in self._both(node_kv, status_kv)]
+            if node_kv is not None and not self._registered.is_set() and public_key_of(node_kv) != self._public_key:
+                # Made anew, since of two records with one key the older one keeps it: this one is no older than its
+                # key. A record that is changed while this runs is another matter: it is restored, with its age.
+                await self._client.txn(compare, [Delete(self._node_key)])
+                continue
             ops: list[Op] = []
             if node_kv is None or node_kv.value != value or node_kv.lease != self._long.id:
                 ops.append(Put(self._node_key, value, lease=self._long.id))
