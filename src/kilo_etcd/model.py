@@ -351,6 +351,8 @@ class SetAside:
 
     key: str
     reason: str
+    author: str = ""
+    """The node whose agent alone writes the key; empty: an operator writes it, or nobody should."""
 
     def __str__(self) -> str:
         return f"{self.key}: {self.reason}"

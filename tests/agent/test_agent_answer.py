@@ -91,7 +91,7 @@ async def test_who_is_asked_answers_and_nothing_stays(world: World) -> None:
     (found,) = answers.values()
     assert (found.revision, found.backend, found.undone, found.mtu) == (7, "kernel", 0, 1420)
     assert found.undecided == ("h9",)
-    assert found.tunnels == (Tunnel(KEY, 4, 0, 0, "203.0.113.2:51820"), Tunnel(SECOND, -1, 0, 0, ""))
+    assert found.tunnels == (Tunnel(KEY, 4, 148, 0, "203.0.113.2:51820"), Tunnel(SECOND, -1, 0, 0, ""))
     assert world.etcd.keys("/") == []
     # A session of five seconds' age is awake, and a laptop without an endpoint is left asleep.
     assert world.knocked == []

@@ -177,6 +177,48 @@ async def test_a_host_whose_key_is_that_of_an_older_record_says_so(world: World)
         await eventually(lambda: world.metrics.health() is None, 10, every=0.1)
 
 
+async def test_a_host_whose_key_is_that_of_a_host_that_runs_exchanges_no_packets(world: World) -> None:
+    """As with a copied key file: to WireGuard both are one, and the mesh would send to whichever spoke last."""
+    keys = store.Keys()
+    world.etcd.put(keys.address(ip_interface("10.4.0.99").ip), "h2")
+    world.etcd.put(
+        keys.node("h2"), encode(NodeRecord(public_key="B" + "A" * 42 + "=", endpoint=Endpoint.parse("198.51.100.9:1")))
+    )
+    async with running(world) as daemon:
+        await eventually(lambda: len(world.host.observed.peers) == 1, 10, every=0.1)
+        world.etcd.put(keys.address(ip_interface("10.4.0.98").ip), "older")
+        lease = (await world.client.grant_lease(3600)).id
+        world.etcd.put(keys.status("older"), encode(StatusRecord(public_key=daemon.public_key)), lease=lease)
+        world.etcd.delete(keys.node("h1"))
+        world.etcd.put(keys.node("older"), encode(NodeRecord(public_key=daemon.public_key)))
+        await eventually(lambda: not world.host.observed.peers, 10, every=0.1)
+        assert {str(route.destination) for route in world.host.observed.routes.values()} == {"10.4.0.0/16"}
+        says = "the agent of older runs, so this host exchanges no packets with the mesh"
+        await eventually(lambda: says in str(world.metrics.health()), 10, every=0.1)
+        writes = daemon.kernel.writes
+        await trio.sleep(120)
+        assert daemon.kernel.writes == writes
+        world.etcd.delete(keys.node("older"))
+        await eventually(lambda: len(world.host.observed.peers) == 1, 10, every=0.1)
+        await eventually(lambda: world.metrics.health() is None, 10, every=0.1)
+
+
+async def test_a_record_with_another_key_at_this_hosts_name_is_not_followed(world: World) -> None:
+    """As the snapshot of an agent that has a new key, before that is registered."""
+    keys = store.Keys()
+    async with running(world) as daemon:
+        own = world.etcd.get(keys.node("h1")) or b""
+        peers, writes = dict(world.host.observed.peers), daemon.kernel.writes
+        for name, key in (("h1", "B" + "A" * 42 + "="), ("thief", daemon.public_key)):
+            world.etcd.put(keys.node(name), encode(NodeRecord(public_key=key)))
+        world.etcd.put(keys.address(ip_interface("10.4.0.99").ip), "thief")
+        await eventually(lambda: world.etcd.get(keys.node("h1")) == own, 10, every=0.1)
+        await trio.sleep(10)
+        assert daemon.kernel.writes == writes
+        assert world.host.observed.peers == peers
+        assert world.said("behind the agent's back") == 0
+
+
 async def test_an_etcd_that_was_replaced_is_held_off_until_it_is_adopted(world: World) -> None:
     keys = store.Keys()
     world.etcd.put(keys.address(ip_interface("10.4.0.99").ip), "h2")

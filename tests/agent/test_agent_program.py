@@ -203,3 +203,33 @@ async def test_a_peer_that_goes_back_to_its_former_endpoint_is_spoken_to_at_the_
     assert idle.cancelled_caught
     await programmer.apply(moved, TOPOLOGY, standby=False, fresh=True)
     assert host.observed.peers[key].endpoint == peer.endpoint
+
+
+async def test_a_peer_that_does_not_answer_is_spoken_to_where_it_is_looked_for_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So that it can tell where this host is by now: neither may know of the other."""
+    spoken: list[str] = []
+    monkeypatch.setattr(program, "speak", lambda addresses: spoken.extend(map(str, addresses)))
+    plan = host_plan(TOPOLOGY, "low")
+    ((key, peer),) = plan.peers.items()
+    host = FakeHost()
+    kernel = FakeKernel(host, Setup(private_key=LOW))
+    programmer = Programmer(kernel)
+    await programmer.apply(plan, TOPOLOGY, standby=False, fresh=False)
+    await trio.sleep(10)
+    learnt = Endpoint.parse("203.0.113.77:4711")
+    host.hear_from(key, endpoint=learnt)
+    for endpoint in (peer.endpoint, learnt):
+        spoken.clear()
+        for _ in range(6):
+            assert spoken == []
+            await programmer.apply(plan, TOPOLOGY, standby=False, fresh=True)
+            host.send_to(key)
+            await trio.sleep(30)
+        await programmer.apply(plan, TOPOLOGY, standby=False, fresh=True)
+        assert host.observed.peers[key].endpoint == endpoint
+        assert spoken == [str(TOPOLOGY.snapshot.nodes[peer.name].mesh_addresses[0])]
+        with trio.move_on_after(20) as quiet:
+            await kernel.wait_drift()
+        assert quiet.cancelled_caught, "nobody was at the kernel"

@@ -328,6 +328,18 @@ def test_check_finds_what_is_wrong_and_says_what_to_do(mesh: Mesh) -> None:
     assert kinds == ["error"] * 3 + ["warning"] * 8 + ["note"] * 2
 
 
+def test_check_does_not_ask_an_operator_to_mend_what_an_agent_writes(mesh: Mesh) -> None:
+    mesh.etcd.put("/kilo/elections/gcp/home-1", '{"rank":0}')
+    mesh.etcd.put("/kilo/nodes/home-9", "{}")
+    mesh.etcd.put("/kilo/annotations/home-1/subnets", "10.x")
+    said = {f["subject"]: f["remedy"] for f in json.loads(mesh.run("check", "-o", "json").stdout)}
+    for key, name in (("/kilo/elections/gcp/home-1", "home-1"), ("/kilo/nodes/home-9", "home-9")):
+        assert "put it right" not in said[key]
+        assert said[key].startswith(f"etcdctl get {key}; the agent of {name} writes it")
+        assert said[key].endswith(f"etcdctl del {key}")
+    assert "put it right" in said["/kilo/annotations/home-1/subnets"]
+
+
 def test_check_does_not_ask_for_ports_that_a_nat_has_not(mesh: Mesh) -> None:
     mesh.says["gcp-1"] = AnswerRecord(time=now(), tunnels=())
     for name in ("gcp-1", "home-1"):

@@ -279,6 +279,38 @@ async def test_a_roamed_endpoint_stays_while_other_things_change() -> None:
         assert key(4) in observed.peers
 
 
+async def test_a_peer_that_does_not_answer_where_it_was_learnt_is_looked_for_at_its_stated_endpoint(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    underlay()
+    stated, learnt = "192.168.9.2:51820", "192.168.9.99:4711"
+    wanted = plan(peer(2, "10.4.0.2/32", endpoint=stated), MESH)
+    async with agent() as kernel:
+        assert isinstance(kernel, LinuxKernel)
+        await kernel.apply(wanted)
+        sh(f"wg set kilo0 peer {key(2)} endpoint {learnt}")
+        await settled(kernel, wanted)
+        steady = kernel._host.steady
+        since_boot = steady._boot
+
+        async def sent() -> int:
+            return (await kernel.hear()).peers[key(2)].tx_bytes
+
+        for number, made in enumerate(([], [f"wg set kilo0 peer #2 endpoint {stated}"]), 1):
+            before = await sent()
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as packet:
+                packet.sendto(b"\0", ("10.4.0.2", 9))
+
+            async def more(before: int = before) -> bool:
+                return await sent() > before
+
+            # WireGuard tries again every five seconds.
+            await eventually(more, 30, every=0.1)
+            monkeypatch.setattr(steady, "_boot", lambda number=number: since_boot() + number * 30)
+            assert lines((await kernel.apply(wanted, fresh=True)).changes) == made
+        await settled(kernel, wanted)
+
+
 async def test_hearsay_is_set_where_nobody_is_heard_and_the_second_time_nothing_is_written() -> None:
     underlay()
     told = peer(2, "10.4.0.2/32", endpoint="192.168.9.40:40001", hearsay=True)

@@ -91,6 +91,26 @@ def both(*pairs: tuple[Act, Act]) -> tuple[Act, Act]:
     return each(*(pair[0] for pair in pairs)), each(*(pair[1] for pair in pairs))
 
 
+KEY = "/var/lib/kilo-etcd/key"
+
+
+def copied_key(host: str, source: str) -> tuple[Act, Act]:
+    """The agent of `host` starts with the private key of `source`, and again with its own."""
+
+    async def copy(lab: Lab) -> None:
+        key = (await lab.exec(source, "cat", KEY, check=True)).stdout.strip()
+        await lab.stop(host)
+        await run(host, f"mv {KEY} {KEY}.own", f"umask 077; echo '{key}' > {KEY}")(lab)
+        await lab.start(host)
+
+    async def own(lab: Lab) -> None:
+        await lab.stop(host)
+        await run(host, f"mv {KEY}.own {KEY}")(lab)
+        await lab.start(host)
+
+    return copy, own
+
+
 GCP = ("gcp-1", "gcp-2")
 """A location of two on one LAN; gcp-3 is on another one."""
 LONE = "lone-1"
@@ -174,6 +194,8 @@ def faults(mesh: dict[str, str], lan: dict[str, str]) -> list[Fault]:
         fault("an agent hangs and its device is gone",
               (each(lambda lab: lab.freeze(LONE), run(LONE, "ip link del kilo0")), lambda lab: lab.thaw(LONE)),
               LONE, named="lone-1"),
+        fault("a host has the key file of another", copied_key(LONE, "gcp-1"), LONE,
+              named="lone-1.*its public key is that of node gcp-1"),
         fault("a host is down", (lambda lab: lab.power_off("home-2"), lambda lab: lab.power_on("home-2")),
               "home-2", named="home-2"),
         fault("two hosts with no label that share no network",

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from attrs import evolve
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from store_world import record, wg_key
 
@@ -128,6 +128,8 @@ def test_a_host_that_reaches_nothing_is_not_one_that_does_not_say_what() -> None
     assert decode_node(encode(evolve(record, underlay=stated))).underlay == stated
 
 
+@example(b"\xffrejected: ")
+@example(b"\xffrejected: a\nline that nobody has logged")
 @settings(max_examples=150, deadline=None)
 @given(st.one_of(st.binary(max_size=60), json_values.map(lambda v: json.dumps(v).encode()), almost))
 def test_any_bytes_are_a_record_or_a_record_error(value: bytes) -> None:

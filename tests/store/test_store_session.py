@@ -638,15 +638,16 @@ async def test_a_host_that_lost_its_name_while_away_does_not_fight_for_it() -> N
             assert GCP not in etcd
 
 
+class Confined(FakeClient):
+    """A client whose role in etcd has no right to the verdicts."""
+
+    async def txn(self, compare: Sequence[Compare], success: Sequence[Op] = (), failure: Sequence[Op] = ()) -> Any:
+        if any("/verdicts/" in str(getattr(op, "key", "")) for op in success):
+            raise PermissionDenied("etcdserver: permission denied")
+        return await super().txn(compare, success, failure)
+
+
 async def test_a_host_that_may_say_nothing_of_others_stands_and_reports_all_the_same() -> None:
-    class Confined(FakeClient):
-        """A client whose role in etcd has no right to the verdicts."""
-
-        async def txn(self, compare: Sequence[Compare], success: Sequence[Op] = (), failure: Sequence[Op] = ()) -> Any:
-            if any("/verdicts/" in str(getattr(op, "key", "")) for op in success):
-                raise PermissionDenied("etcdserver: permission denied")
-            return await super().txn(compare, success, failure)
-
     etcd = FakeEtcd()
     async with member(etcd, Confined(etcd, "a")) as a:
         record = VerdictRecord(leader="b", candidacy=5)
@@ -659,6 +660,78 @@ async def test_a_host_that_may_say_nothing_of_others_stands_and_reports_all_the_
         await a.leave()
         assert etcd.get(KEYS.election("gcp", "a")) is None
         assert etcd.get(KEYS.verdict("gcp", "a")) is None
+
+
+async def test_a_forged_key_that_a_host_may_not_delete_hinders_no_other_write() -> None:
+    etcd = FakeEtcd()
+    mirror = Mirror(etcd.client(), KEYS)
+    denied, observed, candidacy = KEYS.verdict("aws", "a"), KEYS.endpoint("b", "a"), KEYS.election("aws", "a")
+    async with member(etcd, Confined(etcd, "a")) as a, trio.open_nursery() as nursery:
+        await nursery.start(mirror.run)
+        await trio.sleep(60)
+        for key in (denied, candidacy):
+            etcd.put(key, "{}")
+
+        async def compared() -> bool:
+            await a.compare(mirror.current, mirror)
+            return candidacy not in etcd
+
+        await eventually(compared, 30)
+        assert denied in etcd
+        assert a.last_error is not None
+        await a.put_status(StatusRecord(public_key=wg_key("a"), revision=9))
+        assert decode_status(etcd.get(KEYS.status("a")) or b"").revision == 9
+        await a.put_sightings({"b": SightingRecord(public_key=wg_key("b"), endpoint=Endpoint.parse("192.0.2.1:1"))})
+        assert observed in etcd
+        await a.leave()
+        assert GCP not in etcd
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_record_is_no_older_than_the_key_that_it_states() -> None:
+    """Of two records with one key the older one keeps it: whoever gets a copied key file must not be that one."""
+    etcd = FakeEtcd()
+    first = session(etcd.client(), key="first")
+    async with running(first):
+        await first.register(record("first"))
+        await first.close()
+    before = etcd.data[NODE.encode()]
+    again = session(etcd.client(), key="first")
+    async with running(again):
+        await again.register(record("first"))
+        assert etcd.data[NODE.encode()].create_revision == before.create_revision
+        etcd.put(NODE, encode(record("another")))
+        await eventually(lambda: decode_node(etcd.get(NODE) or b"").public_key == wg_key("first"), 10)
+        assert etcd.data[NODE.encode()].create_revision == before.create_revision, "it is restored with its age"
+        await again.close()
+    revision = etcd.revision
+    other = session(etcd.client(), key="copied")
+    async with running(other):
+        await other.register(record("copied"))
+        assert decode_node(etcd.get(NODE) or b"").public_key == wg_key("copied")
+        assert etcd.data[NODE.encode()].create_revision > revision
+
+
+@pytest.mark.parametrize("away", [False, True])
+async def test_before_a_reload_the_lease_is_renewed_but_etcd_is_not_waited_for(away: bool) -> None:
+    etcd = FakeEtcd()
+    client = etcd.client()
+    async with member(etcd, client) as it:
+        lease, other = etcd.data[GCP.encode()].lease, etcd.client()
+
+        async def left() -> int:
+            return (await other.lease_time_to_live(lease)).ttl
+
+        async def partly_over() -> bool:
+            return await left() <= etcd.leases()[lease] - 2
+
+        await eventually(partly_over)
+        before, began = await left(), trio.current_time()
+        if away:
+            client.cut()
+        await it.renew()
+        assert trio.current_time() - began <= 1
+        assert (await left() > before) is not away
 
 
 async def test_resigning_leaves_the_membership() -> None:

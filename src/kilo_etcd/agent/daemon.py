@@ -49,7 +49,7 @@ from kilo_etcd.model import Granularity, InternalIPs, IPAddress, IPNetwork, Mesh
 from kilo_etcd.topology import Topology, UnknownNode, build_topology, host_plan
 from kilo_etcd.topology.encryption import Report
 from kilo_etcd.topology.guard import guard
-from kilo_etcd.topology.hostplan import HostPlan
+from kilo_etcd.topology.hostplan import HostPlan, RoutePlan, Via
 from kilo_etcd.topology.reach import withhold
 from kilo_etcd.topology.wayout import STAYS_OUTSIDE, at_gateway, by_way_out
 
@@ -303,6 +303,7 @@ class Daemon:
                         continue
                     self.log.info("reloading")
                     notify_reloading()
+                    await self.session.renew()
                     raise Reload
                 if self._stopping.is_set():
                     raise StoppedAtOnce(f"stopped at once: {signal.Signals(number).name} was received a second time")
@@ -684,6 +685,10 @@ class Daemon:
             self._neighbours.follow(self.topology)
             if (heard := followed(self.topology, self.hearsay)) is not snapshot:
                 self.topology = build_topology(heard, self.topology)
+        own = snapshot.nodes.get(self.name)
+        if own is not None and own.public_key != self.public_key:
+            # The same: it has the record of an earlier run with another key, or what another writer has put.
+            return
         try:
             self.raw_plan = host_plan(self.topology, self.name, self.raw_plan)
         except UnknownNode:
@@ -691,7 +696,9 @@ class Daemon:
             if record is None or record.mod_revision > snapshot.revision:
                 # The snapshot is older than the registration; the one that has it is on its way.
                 return
-            self.failures = (self._why_unknown(snapshot),)
+            twin = await self._living_twin(snapshot)
+            silenced = await self._silence(twin) if twin else ""
+            self.failures = (self._why_unknown(snapshot) + silenced,)
             self.once.error("unknown", self.failures[0], revision=snapshot.revision)
             self.metrics.not_programmed(self.failures[0])
             self._publish(snapshot)
@@ -802,6 +809,30 @@ class Daemon:
 
     def _holdings(self) -> store.Holdings | None:
         return self.mirror.holdings()
+
+    async def _living_twin(self, snapshot: Snapshot) -> str | None:
+        """The node that has this host's key and is in the mesh, if its agent runs; None also if etcd does not say."""
+        names = (node.name for node in snapshot.nodes.values() if node.public_key == self.public_key)
+        if (name := next(names, None)) is None:
+            return None
+        try:
+            status = await self.client.get(self.keys.status(name))
+        except etcd.EtcdError:
+            return None
+        return name if status is not None and status.lease else None
+
+    async def _silence(self, twin: str) -> str:
+        """Exchange no packets with the mesh, whose WireGuard would take this host for `twin`, and send here what is for
+        that. Returns what to say of it."""
+        # A tunnel without peers drops what its routes lead there. By them an agent that starts here with another key
+        # knows that the device is its own.
+        routes = {subnet: RoutePlan(destination=subnet, way=Via.TUNNEL) for subnet in self.subnets}
+        silent = HostPlan(node=self.name, listen_port=self.config.port, routes=routes, fences=self.subnets)
+        try:
+            await self.programmer.silence(silent)
+        except kernel.KernelError as error:
+            return f"; the kernel still holds its peers: {error}"
+        return f"; the agent of {twin} runs, so this host exchanges no packets with the mesh"
 
     def _why_unknown(self, snapshot: Snapshot) -> str:
         if set(snapshot.subnets) != set(self.subnets):

@@ -68,6 +68,12 @@ class Programmer:
         self._due_changed.set()
         return report
 
+    async def silence(self, plan: HostPlan) -> None:
+        """Bring the kernel to `plan`, which has no peers; the next `apply` takes all peers for new. KernelError."""
+        await self._device.apply(plan, fresh=True)
+        self._since, self._waiting, self._due = {}, {}, None
+        self.programmed, self._topology = plan, None
+
     def begin_over(self, keys: Collection[str]) -> None:
         """Have the next `apply` make these peers anew: their sessions are dead, and others know where they are now."""
         self._begin_over.update(keys)

@@ -212,7 +212,10 @@ def _records(found: Report) -> Iterator[Finding]:
     for aside in found.set_aside[:MOST_NAMED]:
         yield Finding(
             severity=Severity.ERROR, subject=aside.key, text=f"set aside: {aside.reason}",
-            remedy=f"etcdctl get {aside.key}; put it right or delete it",
+            remedy=f"etcdctl get {aside.key}; " + (
+                f"the agent of {aside.author} writes it: is it up? systemctl status kilo-etcd there; gone for good: "
+                f"etcdctl del {aside.key}" if aside.author else "put it right or delete it"
+            ),
         )  # fmt: skip
     if (more := len(found.set_aside) - MOST_NAMED) > 0:
         yield Finding(

@@ -12,7 +12,8 @@ The order of the changes is make before break:
    goes last, since as long as a rule asks for it WireGuard's own packets would go into the tunnel without it.
 
 Promised: equal plans give no change the second time; a route with another protocol than ours is never touched; an
-endpoint is never set back to what it was before the peer roamed; a peer changes alone, never with the whole list.
+endpoint is not set back to what it was before the peer roamed, as long as the peer answers where it is now
+(`kernel.unanswered`); a peer changes alone, never with the whole list.
 What looks like roaming to the very endpoint that was replaced a moment ago is none: then the new one is set again, at
 most `SET_AGAIN` times, and the last time the session is reset, so that what arrives late from there says nothing.
 """
@@ -60,10 +61,12 @@ from kilo_etcd.kernel.state import (
     SetUp,
     StartUserspace,
     Target,
+    Unanswered,
     fence_around,
     reverse_path,
 )
 from kilo_etcd.kernel.table import DeleteTable, ReplaceTable, Table, element_changes
+from kilo_etcd.kernel.unanswered import accounts, next_endpoint
 from kilo_etcd.kernel.wayout import MARK, route_of
 from kilo_etcd.model import SESSION_SECONDS, Endpoint, IPNetwork
 from kilo_etcd.topology.hostplan import HostPlan, PeerPlan, RoutePlan, Via
@@ -153,12 +156,13 @@ def remember(
     *,
     made: Collection[Change] = (),
     failed: Iterable[Change] = (),
+    observed: Observed | None = None,
     now: float = 0.0,
 ) -> Memory:
     """What to remember once `plan` is applied by the changes `made`, while `failed` did not succeed.
 
     A plan without an endpoint keeps what was set before, unless the peer was made anew. `settled`: a plan that `memory`
-    is the memory of. `now`: Unix seconds.
+    is the memory of. `observed`: what was there before the changes, if it was read just now. `now`: Unix seconds.
     """
     created = {change.public_key for change in made if isinstance(change, SetPeer) and change.new}
     lost = {change.public_key for change in failed if isinstance(change, SetPeer)}
@@ -183,7 +187,13 @@ def remember(
             endpoints[key] = known
         else:
             endpoints.pop(key, None)
-    return Memory(endpoints=endpoints, former=_former(memory, endpoints, made, now))
+    former = _former(memory, endpoints, made, now)
+    if observed is None or settled is not None:
+        kept = {key for key in memory.unanswered if endpoints.get(key) == memory.endpoints.get(key)} - created - told
+        unanswered: Mapping[str, Unanswered] = {key: memory.unanswered[key] for key in kept}
+    else:
+        unanswered = accounts(plan, memory, observed, endpoints, made, now)
+    return Memory(endpoints=endpoints, former=former, unanswered=unanswered)
 
 
 def _former(
@@ -461,7 +471,9 @@ def _endpoint(plan: PeerPlan, peer: ObservedPeer, observed: Observed, memory: Me
     if stated is not None and not plan.hearsay:
         if in_use and peer.endpoint.public and _both_private(stated, wanted):
             return None  # It is behind NAT: what changed behind that is not where it is heard.
-        return wanted if stated != wanted or _went_back(peer, observed, memory) else None
+        if stated != wanted or _went_back(peer, observed, memory):
+            return wanted
+        return next_endpoint(memory.unanswered.get(plan.public_key), peer, wanted, observed.time)
     # Adopted from a former run, or known from hearsay: an endpoint in use may have been learnt, which is better.
     if peer.endpoint == wanted or in_use:
         return None

@@ -508,7 +508,7 @@ class LinuxKernel:
                 made = []
         self._memory = remember(
             plan, self._memory, settled, made=all_made, failed=[change for change, _ in failed],
-            now=self._host.steady.now(),
+            observed=observed, now=self._host.steady.now(),
         )  # fmt: skip
         self._settle(plan, observed, made, failed, todo, target)
         if any(isinstance(change, DeleteForward) for change in all_made):

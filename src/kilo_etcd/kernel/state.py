@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import StrEnum
+from math import inf
 from typing import Literal, TypeAlias
 
 from attrs import evolve, field, frozen
@@ -229,6 +230,8 @@ class Memory:
     endpoints: Mapping[str, Endpoint | None] = field(factory=dict)
     former: Mapping[str, Former] = field(factory=dict)
     """Public key -> where the peer was stated to be until a moment ago."""
+    unanswered: Mapping[str, Unanswered] = field(factory=dict)
+    """Public key -> what is known of a peer that WireGuard has, or has had, at another endpoint than the stated one."""
 
 
 @frozen
@@ -246,6 +249,23 @@ class Former:
     """Unix seconds: a peer that is found at one of them later has really gone back."""
     again: int
     """How many times the new endpoint is set again, at most."""
+
+
+@frozen(kw_only=True)
+class Unanswered:
+    """Whether a peer answers where it is looked for (`kernel.unanswered`). Times are Unix seconds."""
+
+    received: int
+    """Bytes, at the last reading."""
+    sent: int
+    sent_at: float
+    """The first reading, or the last one that found more sent."""
+    since: float = inf
+    """The first reading that found more sent, and nothing received so far."""
+    set_at: float = -inf
+    """When an endpoint was set last because the peer did not answer at another one."""
+    other: Endpoint | None = None
+    """The learnt endpoint that the stated one has taken the place of, which has the next turn."""
 
 
 @frozen(kw_only=True)

@@ -65,7 +65,7 @@ class Held:
         self._due: dict[str, float] = {}
         """When a changed key may be written again, on trio's clock."""
         self._backoffs: dict[str, RepairBackoff] = {}
-        self._foreign: set[str] = set()
+        self.foreign: set[str] = set()
         """Keys that `find` has brought: they are only to be deleted, so nobody watches them. There may be thousands."""
         self._deleted_at = 0
         """etcd's revision of the last own deletion."""
@@ -97,7 +97,7 @@ class Held:
     def put(self, key: str, value: bytes, revision: int) -> None:
         """`key` was written, or read, at `revision`."""
         self.values[key], self._since[key] = value, revision
-        self._foreign.discard(key)
+        self.foreign.discard(key)
         self._unsure.discard(key)
         self._due.pop(key, None)
         self._tell()
@@ -106,7 +106,7 @@ class Held:
         """`key` is about to be written, at a revision after `after`."""
         self.values[key] = value
         self._since.setdefault(key, after)
-        self._foreign.discard(key)
+        self.foreign.discard(key)
         self._unsure.add(key)
         self._tell()
 
@@ -118,7 +118,7 @@ class Held:
         """`key` is held no more; it was deleted at `revision`."""
         self._deleted_at = max(self._deleted_at, revision)
         self.values.pop(key, None)
-        self._foreign.discard(key)
+        self.foreign.discard(key)
         self._since.pop(key, None)
         self._due.pop(key, None)
         self._unsure.discard(key)
@@ -154,7 +154,7 @@ class Held:
                 self._note_change(key)
                 self.values[key], self._since[key] = new[key].value, new[key].mod_revision
                 self._due[key] = trio.current_time()
-                self._foreign.add(key)
+                self.foreign.add(key)
             self._tell()
 
     async def _found(self, key: str, kv: KeyValue | None, revision: int) -> None:
@@ -218,7 +218,7 @@ class Held:
                 await changed.wait()
 
     def _to_mind(self) -> set[str]:
-        return {key for key in self.values if key not in self._foreign and self._minded(key)}
+        return {key for key in self.values if key not in self.foreign and self._minded(key)}
 
     async def _mind_key(self, key: str) -> None:
         delay = RETRY_FIRST

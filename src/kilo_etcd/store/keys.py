@@ -171,6 +171,11 @@ def leased_by(key: ParsedKey | None) -> str | None:
     return None
 
 
+def written_by(key: ParsedKey | None) -> str | None:
+    """The node whose agent alone writes a key, under a lease or not; None: it is no such key."""
+    return key.node if isinstance(key, NodeKey) else leased_by(key)
+
+
 @frozen
 class Keys:
     """The keys under one prefix.

@@ -83,6 +83,11 @@ class KeptLease:
         """A new lease. EtcdError."""
         self._set(await self._client.grant_lease(self._ttl))
 
+    async def renew(self) -> None:
+        """Let the lease last its whole length from now on. EtcdError; if so, it lasts what is left of it."""
+        if self._lease is not None:
+            await self._client.refresh_lease(self._lease.id)
+
     async def end(self) -> None:
         """Keep it no more, and tell etcd to end it and delete what is under it. EtcdError; if so, it ends by itself."""
         lease = self._lease

@@ -347,8 +347,10 @@ def one_per_family(interfaces: tuple[IPInterface, ...]) -> tuple[IPInterface, ..
 def decode_text(value: bytes, limit: int = MAX_VALUE) -> str:
     """Plain text as a person puts it: blanks around it do not count."""
     if value.startswith(_REJECTED):
+        # It may also stand in etcd, put there by anybody: whatever it says is one line.
         reason = value[len(_REJECTED) : len(_REJECTED) + _MOST_REASON].decode(errors="replace")
-        raise RecordError(reason or "it was rejected")
+        printable = "".join(letter if letter.isprintable() else " " for letter in reason).strip()
+        raise RecordError(printable or "the value is not UTF-8")
     if len(value) > limit:
         raise RecordError(f"the value is {len(value)} bytes long; at most {limit} are read")
     try:

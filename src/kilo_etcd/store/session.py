@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from ipaddress import ip_interface
 from typing import Protocol
@@ -77,6 +78,9 @@ from kilo_etcd.store.records import (
 RETRY_FIRST = 0.2
 RETRY_MOST = 5.0
 """Seconds between two attempts; less for short leases, which an election in etcd gives their full time just once."""
+
+RENEW_SECONDS = 1.0
+"""The longest that a reload waits for etcd to renew the lease."""
 
 MOST_AT_ONCE = 100
 """Operations in one transaction: etcd takes 128 (--max-txn-ops)."""
@@ -328,6 +332,11 @@ class Session:
             except LeaseNotFound:
                 continue
             compare = [unchanged(kv) if kv else absent(key) for kv, key in self._both(node_kv, status_kv)]
+            if node_kv is not None and not self._registered.is_set() and public_key_of(node_kv) != self._public_key:
+                # Made anew, since of two records with one key the older one keeps it: this one is no older than its
+                # key. A record that is changed while this runs is another matter: it is restored, with its age.
+                await self._client.txn(compare, [Delete(self._node_key)])
+                continue
             ops: list[Op] = []
             if node_kv is None or node_kv.value != value or node_kv.lease != self._long.id:
                 ops.append(Put(self._node_key, value, lease=self._long.id))
@@ -558,10 +567,25 @@ class Session:
     async def _sync_short(self) -> None:
         if self._wanted() or self._words() or self._held.values:
             await self._hold_short(None)
-        await self._bring(self._wanted(), {key for key in self._held.values if not self._is_word(key)})
+        wanted, words = self._wanted(), self._words()
+        own = self._held.values.keys() - (self._held.foreign - wanted.keys() - words.keys())
+        await self._bring(wanted, {key for key in own if not self._is_word(key)})
         # In writes of their own, and last: where etcd does not let this host say something of others, it stands for
         # leader and reports all the same.
-        await self._bring(self._words(), {key for key in self._held.values if self._is_word(key)})
+        await self._bring(words, {key for key in own if self._is_word(key)})
+        await self._delete_foreign()
+
+    async def _delete_foreign(self) -> None:
+        """Delete what others have written in this host's name. What etcd denies here hinders nothing of this host's
+        own, and no other kind of key."""
+        denied: PermissionDenied | None = None
+        for words in (False, True):
+            try:
+                await self._bring({}, {key for key in self._held.foreign if self._is_word(key) is words})
+            except PermissionDenied as error:
+                denied = error
+        if denied is not None:
+            raise denied
 
     async def compare(self, snapshot: Snapshot, mirror: Mirror) -> None:
         """Restore the sightings and verdicts of this host that another writer has changed, and delete sightings,
@@ -695,6 +719,11 @@ class Session:
     def _is_anothers(self, status_kv: KeyValue) -> bool:
         """Whether another host of this name lives: nobody keeps a status that is under no lease."""
         return bool(status_kv.lease) and status_key_of(status_kv) not in (None, self._public_key)
+
+    async def renew(self) -> None:
+        """Leave whoever takes candidacy and status over the whole length of their lease. Never fails."""
+        with suppress(EtcdError), trio.move_on_after(RENEW_SECONDS):
+            await self._short.renew()
 
     async def close(self) -> None:
         """The same as `resign`: a stopped host stays a member."""

@@ -322,8 +322,8 @@ class View:
                 f"key of its own (stop the agent, remove its key file, start it), or, if {keeper} should not be in the "
                 f"mesh, stop its agent and say kgctl node forget {keeper}"
             )
-            notes.append(SetAside(self._keys.node(name), text))
-        notes += (SetAside(self._keys.node(name), text) for text in self._addresses.wrong_statements(name))
+            notes.append(SetAside(self._keys.node(name), text, name))
+        notes += (SetAside(self._keys.node(name), text, name) for text in self._addresses.wrong_statements(name))
         self._note(owner, notes)
         addresses = self._addresses.of(name, self._subnets_in_force)
         if keeper != name or not addresses:
@@ -391,7 +391,8 @@ class View:
                 reason = str(error)
                 notes = (reason,)
         if notes or key in self._aside:
-            self._note(key, (SetAside(_shown(key), note) for note in notes))
+            author = k.written_by(parsed) or ""
+            self._note(key, (SetAside(_shown(key), note, author) for note in notes))
         return reason
 
     def _check_lease(self, parsed: k.ParsedKey, kv: KeyValue | None, key: bytes) -> None:

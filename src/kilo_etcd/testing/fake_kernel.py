@@ -21,7 +21,7 @@ from attrs import evolve
 
 from kilo_etcd.kernel.api import Kernel
 from kilo_etcd.kernel.chains import Obstacle
-from kilo_etcd.kernel.diff import difference, is_drift, may_go_back, remember, superseded
+from kilo_etcd.kernel.diff import Difference, difference, is_drift, may_go_back, remember, superseded
 from kilo_etcd.kernel.drift import device_period
 from kilo_etcd.kernel.echo import ANY_SOURCE, SPACING
 from kilo_etcd.kernel.effect import apply_changes
@@ -59,6 +59,9 @@ from kilo_etcd.kernel.write.wireguard import raw
 from kilo_etcd.model import Endpoint, IPAddress
 from kilo_etcd.topology.hostplan import HostPlan
 from kilo_etcd.topology.walk import longest_match
+
+HANDSHAKE_BYTES = 148
+"""What a handshake begins with."""
 
 
 class FakeHost:
@@ -116,10 +119,17 @@ class FakeHost:
             peer,
             endpoint=endpoint or peer.endpoint,
             last_handshake=self.clock() if when is None else when,
+            rx_bytes=peer.rx_bytes + HANDSHAKE_BYTES,
         )
         self.observed = evolve(self.observed, peers={**self.observed.peers, public_key: heard})
         for listener in self._listeners:
             listener.heard()
+
+    def send_to(self, public_key: str) -> None:
+        """WireGuard sends a peer a packet, which nothing answers."""
+        peer = self.observed.peers[public_key]
+        sent = evolve(peer, tx_bytes=peer.tx_bytes + HANDSHAKE_BYTES)
+        self.observed = evolve(self.observed, peers={**self.observed.peers, public_key: sent})
 
     def _own_route(self, address: IPAddress, source: IPAddress | None) -> Route | str:
         return longest_match(self.observed.routes.items(), address) or "Network is unreachable"
@@ -197,7 +207,8 @@ class FakeKernel:
                 self._read()
             # What is done by somebody from here on is drift again.
             self._drift = None
-            todo = difference(plan, self._now(), self._memory, self._target(plan), reset=reset)
+            found = self._now()
+            todo = self._decide(plan, found, reset)
             refused = {change: why for change in todo.changes if (why := self.host.refuse(change)) is not None}
             made = tuple(change for change in todo.changes if change not in refused)
             made += superseded(refused, self._now())
@@ -210,9 +221,14 @@ class FakeKernel:
             self.host.history.extend(made)
             self.writes += len(made)
             self.plan = plan
-            self._memory = remember(plan, self._memory, made=made, failed=refused, now=self.host.clock())
+            self._memory = remember(
+                plan, self._memory, made=made, failed=refused, observed=found, now=self.host.clock()
+            )
             failures = (*todo.failures, *(_failure(change, why) for change, why in refused.items()))
             return ApplyReport(changes=made, failures=failures)
+
+    def _decide(self, plan: HostPlan, found: Observed, reset: Collection[str]) -> Difference:
+        return difference(plan, found, self._memory, self._target(plan), reset=reset)
 
     async def preview(self, plan: HostPlan) -> tuple[Change, ...]:
         await trio.lowlevel.checkpoint()

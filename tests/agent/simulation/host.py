@@ -29,6 +29,7 @@ from kilo_etcd.agent.lastknown import Disk
 from kilo_etcd.agent.metrics import Metrics
 from kilo_etcd.agent.privatekey import agreed, public_key
 from kilo_etcd.etcd import Client
+from kilo_etcd.kernel.diff import Difference
 from kilo_etcd.kernel.state import ApplyReport, Change, HostAddress, Observed
 from kilo_etcd.model import IPAddress, Snapshot
 from kilo_etcd.store import session as store_session
@@ -93,15 +94,14 @@ class SimulatedKernel(FakeKernel):
 
     async def apply(self, plan: HostPlan, *, fresh: bool = False, reset: Collection[str] = ()) -> ApplyReport:
         touches = self._watchman.touches(self.owner)
-        learnt = {
-            key: peer.endpoint.address for key, peer in self.owner.machine.observed.peers.items() if peer.endpoint
-        }
-        lost = {key for key, address in learnt.items() if address is not None and plan.leads_into_tunnel(address)}
-        peers, memory = self.owner.machine.observed.peers, self._memory
-        back = {key for key, one in memory.former.items() if key in peers and peers[key].endpoint in one.endpoints}
         report = await super().apply(plan, fresh=fresh, reset=reset)
-        self._watchman.wrote(self, plan, report, touches, {*reset, *back}, {*lost, *back})
+        self._watchman.wrote(self, plan, report, touches, reset)
         return report
+
+    def _decide(self, plan: HostPlan, found: Observed, reset: Collection[str]) -> Difference:
+        # A peer may be heard from elsewhere until the very moment of the decision.
+        self._watchman.decides(self, plan, found, self._memory.former)
+        return super()._decide(plan, found, reset)
 
 
 class SimulatedHost:

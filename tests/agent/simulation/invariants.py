@@ -7,8 +7,9 @@
 * What is computed from one change to the next is what is computed afresh.
 * A mesh address never moves, and no two nodes, and no two kernels, have the same one.
 * The kernel is not written to without cause: the plan changed, or somebody has been at the kernel, or a peer's session
-  is to be forgotten, or the agent is new and sets endpoints, which it cannot know to be right. A host that a change
-  does not concern writes nothing.
+  is to be forgotten, or WireGuard went back to an endpoint of a peer that was just replaced (three times at most), or a
+  peer has not answered for three minutes although packets were sent (once in three minutes), or the agent is new and
+  sets endpoints, which it cannot know to be right. A host that a change does not concern writes nothing.
 * Nothing that the last plan held is taken away without a newer snapshot: what is lost with etcd is news only.
 * What `encryption` says.
 
@@ -17,12 +18,14 @@ A Watchman says what is wrong by raising Broken, which ends the schedule.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+from math import inf
 from typing import TYPE_CHECKING
 
 from attrs import define, evolve, field, fields, frozen
 
 from kilo_etcd.agent.hearsay import Hearsay
+from kilo_etcd.kernel.diff import SET_AGAIN
 from kilo_etcd.kernel.state import (
     MAIN_TABLE,
     AddAddress,
@@ -31,10 +34,12 @@ from kilo_etcd.kernel.state import (
     Change,
     DeleteAddress,
     DeleteRoute,
+    Former,
+    Observed,
     RemovePeer,
     SetPeer,
 )
-from kilo_etcd.model import Granularity, InternalIPs, IPAddress, IPNetwork, Snapshot
+from kilo_etcd.model import SESSION_SECONDS, Endpoint, Granularity, InternalIPs, IPAddress, IPNetwork, Snapshot
 from kilo_etcd.store import Keys
 from kilo_etcd.topology import Topology, UnknownNode, build_topology, host_plan
 from kilo_etcd.topology.hostplan import HostPlan
@@ -103,6 +108,35 @@ def _truth(snapshot: Snapshot) -> _Truth:
 
 
 @frozen
+class _Causes:
+    """Peers of one host that may be written to although the plan is what it was; the rest of the kernel may not."""
+
+    lost: frozenset[str] = frozenset()
+    """Their learnt endpoints were led into the tunnel."""
+    back: frozenset[str] = frozenset()
+    """WireGuard had gone back to a former endpoint of theirs."""
+    unanswered: Mapping[str, Collection[Endpoint]] = field(factory=dict)
+    """They were sent packets and have not answered for longer than a session lasts: where they have been found."""
+    time: float = 0.0
+    """Unix seconds by the host's clock."""
+
+    def explain(self, change: Change, plan: HostPlan) -> bool:
+        """Whether a change is made for the sake of one of them, and does no more than that needs."""
+        if not isinstance(change, SetPeer) or change.public_key not in plan.peers:
+            return False
+        if _endpoint_only(change) and change.endpoint in self.unanswered.get(change.public_key, ()):
+            return True
+        if change.endpoint != plan.peers[change.public_key].endpoint:
+            return False
+        if change.public_key in self.back and change.reset:
+            return True
+        return _endpoint_only(change) and change.public_key in {*self.lost, *self.back, *self.unanswered}
+
+
+_NO_CAUSES = _Causes()
+
+
+@frozen
 class _Account:
     """What was true when an apply began."""
 
@@ -150,8 +184,18 @@ class _Seen:
     moved: bool = False
     """Whether `addresses` were others at the check before: an apply may have begun with those, and the next one finds
     the rest."""
-    lost: frozenset[str] = frozenset()
-    """The peers whose learnt endpoints that plan led into the tunnel."""
+    causes: _Causes = _NO_CAUSES
+    """For which peers' sake its kernel may be written to, as things were when that was decided last."""
+    caused: frozenset[Change] = frozenset()
+    """What has been written for their sake since an apply began."""
+    found_at: dict[str, frozenset[Endpoint]] = field(factory=dict)
+    """Public key -> all endpoints that WireGuard has had for it."""
+    received: dict[str, tuple[int, int]] = field(factory=dict)
+    """Public key -> bytes received, and those that had been sent when that became so many."""
+    turns: dict[str, float] = field(factory=dict)
+    """Public key -> when its endpoint was set last because it did not answer."""
+    again: dict[str, tuple[Endpoint | None, int]] = field(factory=dict)
+    """Public key -> the endpoint that is planned, and how often it was set again since it is."""
     touches: int = 0
     """How often somebody else has been at its kernel."""
     settled: int = -1
@@ -193,6 +237,7 @@ class Watchman:
             self._check_adopted(host.name, last, snapshot)
         busy = _busy(agent)
         seen.busy = seen.busy or busy
+        seen.caused = frozenset()
         seen.newest[snapshot.cluster_id] = max(newest, snapshot.revision)
         return _Account(
             snapshot=seen.snapshot,
@@ -238,6 +283,29 @@ class Watchman:
         """How often somebody else has been at the kernel of a host."""
         return self._seen(host).touches
 
+    def decides(self, kernel: SimulatedKernel, plan: HostPlan, found: Observed, former: Mapping[str, Former]) -> None:
+        """What is to be changed for a plan's sake is decided from what was found, and from `former` endpoints."""
+        learnt = {key: peer.endpoint for key, peer in found.peers.items() if peer.endpoint is not None}
+        seen = self._seen(kernel.owner)
+        unanswered = {}
+        for key, peer in found.peers.items():
+            if peer.endpoint is None:
+                continue
+            seen.found_at[key] = seen.found_at.get(key, frozenset()) | {peer.endpoint}
+            if seen.received.get(key, (-1, 0))[0] != peer.rx_bytes:
+                seen.received[key] = peer.rx_bytes, peer.tx_bytes
+            silent = found.time - peer.last_handshake >= SESSION_SECONDS
+            if silent and peer.tx_bytes > seen.received[key][1]:
+                unanswered[key] = seen.found_at[key]
+        seen.causes = _Causes(
+            unanswered=unanswered,
+            time=found.time,
+            lost=frozenset(
+                key for key, one in learnt.items() if one.address is not None and plan.leads_into_tunnel(one.address)
+            ),
+            back=frozenset(key for key, one in former.items() if learnt.get(key) in one.endpoints),
+        )
+
     def wrote(
         self,
         kernel: SimulatedKernel,
@@ -245,19 +313,21 @@ class Watchman:
         report: ApplyReport,
         touches: int,
         reset: Collection[str],
-        lost: Collection[str],
     ) -> None:
         """A kernel was brought to a plan; when that began somebody else had been at it so often. The sessions of the
-        peers `reset` may be forgotten, and the endpoints of the peers `lost` set: a route led there into the tunnel, or
-        WireGuard had gone back to a former one. That is a cause to write to these peers, and to nothing else."""
+        peers `reset` were to be forgotten, which is a cause to write to these peers, and to nothing else."""
         host, seen = kernel.owner, self._seen(kernel.owner)
         untouched = seen.settled == seen.touches
+        caused = frozenset(one for one in report.changes if seen.causes.explain(one, plan))
+        self._count_again(host.name, seen, caused, plan)
+        if kernel is seen.kernel:
+            self._count_turns(host.name, seen, caused, plan)
         changes = [
             one
             for one in report.changes
-            if not (isinstance(one, SetPeer) and one.reset and one.public_key in reset)
-            and not (_endpoint_only(one) and isinstance(one, SetPeer) and one.public_key in lost)
+            if one not in caused and not (isinstance(one, SetPeer) and one.reset and one.public_key in reset)
         ]
+        seen.caused |= caused
         if changes and untouched and seen.plan is not None:
             if kernel is seen.kernel:
                 if plan == seen.plan:
@@ -269,7 +339,7 @@ class Watchman:
         for change in report.changes:
             if isinstance(change, AddAddress) and not self.disturbed:
                 self._check_only_one(host, change.address.ip)
-        seen.kernel, seen.plan, seen.lost = kernel, plan, frozenset(lost)
+        seen.kernel, seen.plan = kernel, plan
         seen.settled = -1 if report.failures else touches
         if self.steady is not None:
             settled = {name: one.settled == one.touches for name, one in self._hosts.items()}
@@ -305,6 +375,30 @@ class Watchman:
 
     def _seen(self, host: SimulatedHost) -> _Seen:
         return self._hosts.setdefault(host.name, _Seen())
+
+    def _count_again(self, name: str, seen: _Seen, caused: Collection[Change], plan: HostPlan) -> None:
+        for key in seen.again.keys() | seen.causes.back:
+            planned = plan.peers[key].endpoint if key in plan.peers else None
+            endpoint, times = seen.again.get(key, (planned, 0))
+            set_again = [one for one in caused if isinstance(one, SetPeer) and one.public_key == key]
+            times = (times if endpoint == planned else 0) + (len(set_again) if key in seen.causes.back else 0)
+            seen.again[key] = planned, times
+            if times > SET_AGAIN:
+                self._broken(f"{name} has set an endpoint again {times} times", set_again)
+
+    def _count_turns(self, name: str, seen: _Seen, caused: Collection[Change], plan: HostPlan) -> None:
+        for one in caused:
+            if not isinstance(one, SetPeer) or (key := one.public_key) in {*seen.causes.lost, *seen.causes.back}:
+                continue
+            if (
+                seen.plan is None
+                or key not in seen.plan.peers
+                or seen.plan.peers[key].endpoint != plan.peers[key].endpoint
+            ):
+                continue
+            if seen.causes.time - seen.turns.get(key, -inf) < SESSION_SECONDS:
+                self._broken(f"{name} turns to another endpoint of a peer again and again", [one])
+            seen.turns[key] = seen.causes.time
 
     @staticmethod
     def _broken(what: str, changes: Iterable[Change]) -> None:
@@ -369,11 +463,7 @@ class Watchman:
     def _check_writes(self, agent: SimulatedAgent, snapshot: Snapshot, account: _Account) -> None:
         host = agent.host
         seen = self._seen(host)
-        made = [
-            one
-            for one in host.machine.history[account.history :]
-            if not (_endpoint_only(one) and isinstance(one, SetPeer) and one.public_key in seen.lost)
-        ]
+        made = [one for one in host.machine.history[account.history :] if one not in seen.caused]
         if not made or not account.clean or seen.touches != account.touches or seen.settled != seen.touches:
             return
         # Who changes itself may be reached otherwise, and who speaks first with it is decided anew.

@@ -150,6 +150,17 @@ class Network:
         if key is not None:
             self.shake(source, key)
 
+    def send_in_vain(self, source: str, address: IPAddress) -> None:
+        """Packets from `source` to `address`, or their answers, which are lost between two ends of a tunnel: the first
+        of these two goes on sending to where WireGuard looks for the second."""
+        _, there, back = self._follow(source, address)
+        for hop in (*there, *back):
+            if not self._stops(hop, address):
+                continue
+            if hop.peer is not None and self._hosts[hop.source].machine.observed.peers[hop.peer].endpoint is not None:
+                self._hosts[hop.source].machine.send_to(hop.peer)
+            return
+
     def shake(self, source: str, public_key: str) -> bool:
         """Whether a handshake that `source` begins with the peer of that key succeeds; both then know of it."""
         name = self._by_key.get(public_key)
@@ -231,7 +242,7 @@ class Network:
         for way, sender in ((there, there.source), (back, address)):
             for hop in way.hops:
                 if why := self._stops(hop, sender):
-                    return why, (), ()
+                    return why, there.hops, back.hops
         return "", there.hops, back.hops
 
     def _over_lan(self, source: str, target: str) -> str:
