@@ -167,3 +167,10 @@ def test_the_account_of_a_peer_goes_with_it_and_is_kept_by_what_reads_nothing() 
     (made,) = diff(host.plan, evolve(host.observed, peers={}), host.memory, TARGET)
     assert remember(host.plan, host.memory, made=[made], observed=host.observed).unanswered == {}
     assert remember(plan(), host.memory, observed=host.observed).unanswered == {}
+
+
+def test_a_private_endpoint_that_changes_behind_a_nat_has_its_turn_once_the_peer_does_not_answer() -> None:
+    host = moved("192.168.0.2:51820")
+    host.plan = with_endpoint("192.168.0.77:51820")
+    assert host.turns(3600, sent=0) == []
+    assert host.turns(240) == [(60.0, "192.168.0.77:51820"), (240.0, LEARNT)]

@@ -180,8 +180,6 @@ def remember(
         # What hearsay says may never have been set, and may have been over what was: nothing is known then.
         if peer is not None and not peer.hearsay and key not in lost:
             known = _address(peer) or (None if key in created else memory.endpoints.get(key))
-            if key not in told and _both_private(memory.endpoints.get(key), known):
-                known = memory.endpoints[key]  # One that was learnt is in use, and the new one was not set so far.
         # Where none was ever set, one may have been learnt: that is for `_endpoint` to find out.
         if known is not None:
             endpoints[key] = known
@@ -470,7 +468,7 @@ def _endpoint(plan: PeerPlan, peer: ObservedPeer, observed: Observed, memory: Me
     stated = memory.endpoints.get(plan.public_key)
     if stated is not None and not plan.hearsay:
         if in_use and peer.endpoint.public and _both_private(stated, wanted):
-            return None  # It is behind NAT: what changed behind that is not where it is heard.
+            return None  # It is behind NAT: what changed behind that is not where it is heard, and has its turn later.
         if stated != wanted or _went_back(peer, observed, memory):
             return wanted
         return next_endpoint(memory.unanswered.get(plan.public_key), peer, wanted, observed.time)
