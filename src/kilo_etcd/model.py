@@ -377,7 +377,7 @@ class Snapshot:
     internal_ips: InternalIPs = InternalIPs.OFF
     """The setting. What is in force is the topology's to say: agents of older versions do not know it."""
     internal_ips_since: int = field(default=0, eq=False)
-    """etcd's revision at which the setting was written."""
+    """etcd's revision at which the setting was written; 0: its key is missing, or holds nonsense."""
     nodes: Mapping[str, Node] = field(factory=dict)
     peers: Mapping[str, Peer] = field(factory=dict)
     candidates: Mapping[str, tuple[Candidate, ...]] = field(factory=dict)

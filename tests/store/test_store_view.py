@@ -11,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from store_world import KEYS, World, record, wg_key
 
+from kilo_etcd.etcd.api import Header
 from kilo_etcd.model import CandidateClass, Endpoint, Granularity, InternalIPs
 from kilo_etcd.store import CandidateRecord, SightingRecord, VerdictRecord, encode
 from kilo_etcd.store.effective import Registered
 from kilo_etcd.store.records import parse_interface
+from kilo_etcd.store.view import View
 
 SEEN = Endpoint.parse("203.0.113.9:51820")
 
@@ -243,6 +245,21 @@ def test_a_mesh_that_was_never_told_of_internal_ips_routes_none() -> None:
     world.delete(KEYS.internal_ips)
     assert world.view.snapshot().internal_ips is InternalIPs.ENCRYPTED
     assert "encrypted stays in force" in world.aside[KEYS.internal_ips]
+
+
+def test_since_when_internal_ips_are_set_follows_from_etcd_alone() -> None:
+    """Who has listed only now says the same as who has watched all the time."""
+    watched = World()
+    for value in ("encrypted", "nonsense", None):
+        if value is None:
+            watched.delete(KEYS.internal_ips)
+        else:
+            watched.put(KEYS.internal_ips, value)
+        listed = View(KEYS, internal_ips=InternalIPs.ENCRYPTED)
+        listed.load(watched.view.kvs(KEYS.root), Header(revision=watched.view.revision))
+        since = watched.view.revision if value == "encrypted" else 0
+        assert watched.view.snapshot().internal_ips_since == listed.snapshot().internal_ips_since == since
+        assert watched.view.snapshot().internal_ips is InternalIPs.ENCRYPTED
 
 
 def test_what_is_made_of_a_views_holdings_is_what_it_gave() -> None:

@@ -589,6 +589,8 @@ class View:
         return ()
 
     def _take_internal_ips(self, kv: KeyValue | None) -> Sequence[str]:
+        # A function of this revision alone: what was known before may be of another etcd.
+        self._internal_ips_since = 0
         if kv is None:
             return [] if self.internal_ips is None else [f"the value is missing; {self.internal_ips} stays in force"]
         try:
