@@ -74,7 +74,8 @@ def encrypt(
     if memo.outlook != outlook:
         moved = frozenset({*places.of, *memo.parts})
     elif memo.living is not living:
-        moved |= {key for name in living.changed(memo.living) if (key := places.key_of(name)) in places.of}
+        nodes = topology.snapshot.nodes
+        moved |= {topology.segment_of(name).key for name in living.changed(memo.living) if name in nodes}
     parts, whole = _followed(memo, moved, outlook, places, living)
     if not promised and not on and own.encryption is EncryptionStage.STOPPED and not whole.awaited:
         return plan

@@ -28,6 +28,7 @@ from attrs import field, frozen
 from kilo_etcd.model import ACCEPTING, EncryptionStage, InternalIPs, Node
 from kilo_etcd.quoting import first_of
 from kilo_etcd.topology.hostplan import HostPlan
+from kilo_etcd.topology.places import exchanged
 from kilo_etcd.topology.segments import Segment, Topology, changes
 
 MAY_SEND = (*ACCEPTING, EncryptionStage.LEAVES)
@@ -167,7 +168,7 @@ def waited_for(topology: Topology, name: str, living: Living) -> frozenset[str]:
     segment = topology.segment_of(name)
     found: set[str] = set()
     for there in topology.segments.values():
-        if there is not segment or not in_force(topology):
+        if not in_force(topology) or exchanged(segment, there, topology.snapshot.granularity):
             found |= before(there, own, segment.leader, topology, living).awaited(there.members)
     return frozenset(found - {name})
 
