@@ -18,7 +18,7 @@ help:
 	@echo 'make coverage   which lines the tests reach, as a table; ARGS chooses tests as with make test'
 	@echo 'make matrix     the fast tests under each Python from 3.11 that this machine has'
 	@echo 'make bench      the numbers, as tables; ARGS=--quick, or the names of some benchmarks'
-	@echo 'make bench-failover  the gap when a gateway crashes, kilo-etcd beside keepalived (Debian'\''s package is installed)'
+	@echo 'make bench-failover  the gap when a leader crashes, kilo-etcd next to keepalived (Debian'\''s package is installed)'
 	@echo 'make format     what ruff can put right by itself'
 	@echo 'make clean      remove all that the others have made here'
 

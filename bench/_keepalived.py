@@ -1,11 +1,11 @@
-"""The same site as `failover`'s, its gateways guarded by keepalived instead of kilo-etcd, as an operator would do it.
+"""The same site as `failover`'s, its leaders guarded by keepalived instead of kilo-etcd, as an operator would do it.
 
     gcp-3 (member)                                                                 home-3 (member)
         |  10.4.2.0/24 via 10.101.0.250, which moves                                  |
     gcp-1 and gcp-2, one WireGuard identity (wg0), keepalived  ==== tunnel ====  home-1 (wg0)
 
-Both gateways of gcp have the same WireGuard key, so that the far side has one peer for the location, and WireGuard's
-own roaming follows whichever of them speaks: nothing has to be switched at home. VRRP (multicast on the site's bridge)
+Both hosts of gcp have the same WireGuard key, so that the far side has one peer for the location, and WireGuard's
+own roaming follows whichever of them sends: nothing has to be switched at home. VRRP (multicast on the site's bridge)
 moves the address that the members have as next hop; keepalived tells them by gratuitous ARP. At a takeover the notify
 script sends one packet into the tunnel, so that the handshake begins before a member's packet would begin it; when it
 becomes the backup again, it forgets its session, which the far side has left for the master's: else a second takeover
@@ -138,7 +138,7 @@ END
 
 async def crashes_under_keepalived(hosts: Mapping[str, int], count: int, *, interval: float) -> list[Seen]:
     """The master is powered off; afterwards it comes back and, having the higher priority, is master again."""
-    found = []
+    result = []
     async with running_lab(Spec.simple(hosts, public=3, agents=False)) as lab:
         site = Site(lab)
         await site.build()
@@ -147,10 +147,10 @@ async def crashes_under_keepalived(hosts: Mapping[str, int], count: int, *, inte
             await trio.sleep(random.uniform(0, 1))
             async with watched(lab, ("gcp-3", "home-3"), interval=interval, patience=20, addresses=MESH) as seen:
                 await lab.power_off("gcp-1")
-            found.append(seen)
+            result.append(seen)
             await lab.power_on("gcp-1", agent=False)
             await site.gateway("gcp-1", site.home)
-    return found
+    return result
 
 
 def _key() -> tuple[str, str]:

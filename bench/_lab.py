@@ -122,16 +122,16 @@ class Line:
 
     @property
     def revision(self) -> int:
-        found = re.search(r"\brevision=(\d+)", self.text)
-        return int(found[1]) if found else 0
+        match = re.search(r"\brevision=(\d+)", self.text)
+        return int(match[1]) if match else 0
 
 
 async def log_lines(lab: Lab, *events: str) -> list[Line]:
     """The lines of all agents' logs that tell of one of these events, in the order of their time stamps."""
     patterns = [part for event in events for part in ("-e", f" {event}")]
-    found = await lab.exec("operator", "sh", "-c", f'cd {BASE}/logs && grep -H "$@" *.log', "grep", *patterns)
+    completed = await lab.exec("operator", "sh", "-c", f'cd {BASE}/logs && grep -H "$@" *.log', "grep", *patterns)
     lines = []
-    for line in found.stdout.splitlines():
+    for line in completed.stdout.splitlines():
         name, _, rest = line.partition(".log:")
         stamp, _, text = rest.partition(" ")
         try:

@@ -61,8 +61,8 @@ def _way(backend: Backend) -> Sequence[str] | None:
     if backend == "userspace" or _has_wireguard():
         return ()
     guest = str(_ROOT / "scripts" / "guest")
-    found = subprocess.run([guest, "kernel"], stdout=subprocess.DEVNULL)  # may build it, and says so
-    return (guest, "run", "--memory", "2G", "--timeout", _TIMEOUT, "--") if found.returncode == 0 else None
+    completed = subprocess.run([guest, "kernel"], stdout=subprocess.DEVNULL)  # may build it, and says so
+    return (guest, "run", "--memory", "2G", "--timeout", _TIMEOUT, "--") if completed.returncode == 0 else None
 
 
 def _has_wireguard() -> bool:

@@ -125,8 +125,8 @@ def measure(backend: Backend) -> None:
 async def followed(lab: Lab, hosts: tuple[str, ...], mode: str) -> None:
     """Wait until all nodes are at the last stage, and under `encrypted` each refuses all others."""
     while True:
-        found = json.loads((await lab.etcdctl("get", "--prefix", "-w", "json", "/kilo/nodes/")).stdout)
-        stages = {json.loads(b64decode(kv["value"])).get("encryption") for kv in found["kvs"]}
+        document = json.loads((await lab.etcdctl("get", "--prefix", "-w", "json", "/kilo/nodes/")).stdout)
+        stages = {json.loads(b64decode(kv["value"])).get("encryption") for kv in document["kvs"]}
         if stages == {"sends" if mode == "encrypted" else None} and (mode != "encrypted" or await refusing(lab, hosts)):
             return
         await trio.sleep(0.05)

@@ -1,8 +1,8 @@
-"""A location's gateway crashes: the gap in packets with kilo-etcd, and with keepalived guarding the same two gateways.
+"""A location's leader crashes: the gap in packets with kilo-etcd, and with keepalived on the same two hosts.
 
 A crash is `power_off`: the host, its interfaces and its processes are gone at once, at a random moment between two
 keepalives of the lease (or two of keepalived's advertisements). A probe sends every 10 ms in each direction between a
-member of the gateway's location and one of the other; the gap of a run is the longer of the two directions'. What
+member of the leader's location and one of the other; the gap of a run is the longer of the two directions'. What
 keepalived is told to do is in `_keepalived.py`.
 """
 
@@ -33,9 +33,9 @@ def spec(ttl: int, *arguments: str) -> Spec:
     return evolve(found, agent_args=arguments)
 
 
-async def crashes(lab: Lab, ttl: int, count: int, *, witnesses: bool) -> list[Seen]:
+async def crashes(lab: Lab, ttl: int, count: int, *, probers: bool) -> list[Seen]:
     """The leader's host is powered off; afterwards it comes back and queues at the end."""
-    found = []
+    result = []
     target = (await candidates(lab, THERE, 3))[-1]
     for _ in range(count):
         first, second, third = await candidates(lab, HERE, 3)
@@ -43,35 +43,35 @@ async def crashes(lab: Lab, ttl: int, count: int, *, witnesses: bool) -> list[Se
         async with watched(lab, (third, target), interval=INTERVAL, patience=ttl + 10) as seen:
             await lab.power_off(first)
             await leads(lab, second)
-        found.append(seen)
+        result.append(seen)
         await lab.power_on(first)
-        if witnesses:
-            # Else who was passed over would stand behind for five minutes.
+        if probers:
+            # Else who was demoted would stand behind for five minutes.
             for host in (first, second, third):
                 await lab.kill(host)
                 await lab.start(host)
         await lab.all_pairs_ping(30)
         await candidates(lab, HERE, 3)
-        # Witnesses have had their first answers by then.
-        await trio.sleep(4 if witnesses else 0.5)
-    return found
+        # Probers have had their first answers by then.
+        await trio.sleep(4 if probers else 0.5)
+    return result
 
 
 async def main() -> None:
     """Print the table."""
     gaps = table(
-        "A location's gateway is powered off: gap, s (probes every 10 ms, both ways)",
+        "A location's leader is powered off: gap, s (probes every 10 ms, both ways)",
         "who guards", "runs", "min", "median", "p90", "max",
     )  # fmt: skip
     count = runs(10)
     for ttl, probe in CASES:
         async with mesh(spec(ttl, "--probe", probe)) as lab:
-            found = await crashes(lab, ttl, count, witnesses=probe == "auto")
+            seen = await crashes(lab, ttl, count, probers=probe == "auto")
         how = "with probes" if probe == "auto" else "--probe off"
-        gaps.add_row(f"kilo-etcd, lease of {ttl} s, {how}", *distribution([s.gap for s in found], unit=1, digits=2))
+        gaps.add_row(f"kilo-etcd, lease of {ttl} s, {how}", *distribution([s.gap for s in seen], unit=1, digits=2))
     if (reason := why_not()) is None:
-        found = await crashes_under_keepalived(HOSTS, count, interval=INTERVAL)
-        gaps.add_row("keepalived, its default timers", *distribution([s.gap for s in found], unit=1, digits=2))
+        seen = await crashes_under_keepalived(HOSTS, count, interval=INTERVAL)
+        gaps.add_row("keepalived, its default timers", *distribution([s.gap for s in seen], unit=1, digits=2))
     console.print(gaps)
     if reason is not None:
         console.print(reason)

@@ -20,7 +20,7 @@ from rich.table import Table
 from kilo_etcd.model import Candidate, EncryptionStage, Endpoint, InternalIPs, Node, Snapshot
 from kilo_etcd.topology import HostPlan, Topology, build_topology, host_plan
 from kilo_etcd.topology.encryption import Living, Outside, encrypt
-from kilo_etcd.topology.guard import guard
+from kilo_etcd.topology.route_filter import filter_routes
 
 LOCATIONS, PER_LOCATION = 100, 100
 RUNS = 10 if os.environ.get("KILO_BENCH_QUICK") else 40
@@ -83,7 +83,7 @@ def changes(snapshot: Snapshot) -> Iterator[tuple[str, Snapshot]]:
         snapshot = evolve(snapshot, revision=snapshot.revision + 1, nodes=rest)
         yield "a node leaves", snapshot
         key = f"location-{location}"
-        standing = tuple(one for one in snapshot.candidates[key] if one.node != first)
+        standing = tuple(candidate for candidate in snapshot.candidates[key] if candidate.node != first)
         snapshot = evolve(snapshot, revision=snapshot.revision + 1, candidates={**snapshot.candidates, key: standing})
         yield "another leader", snapshot
         near = snapshot.nodes[OWN_MEMBER]
@@ -109,17 +109,17 @@ def measured(mode: InternalIPs) -> tuple[dict[str, float], int]:
     begin = process_time()
     topology = build_topology(snapshot)
     plan = host_plan(topology, OWN)
-    guarded = guard(plan, PROTECTED)
-    whole = encrypted(guarded, topology)
+    filtered = filter_routes(plan, PROTECTED)
+    whole = encrypted(filtered, topology)
     times["from scratch"] = [milliseconds(begin)]
     for kind, after in changes(snapshot):
         begin = process_time()
         topology = build_topology(after, topology)
         plan = host_plan(topology, OWN, plan)
-        guarded = guard(plan, PROTECTED, guarded)
-        whole = encrypted(guarded, topology, whole)
+        filtered = filter_routes(plan, PROTECTED, filtered)
+        whole = encrypted(filtered, topology, whole)
         times.setdefault(kind, []).append(milliseconds(begin))
-    return {kind: median(found) for kind, found in times.items()}, len(guarded.routes)
+    return {kind: median(found) for kind, found in times.items()}, len(filtered.routes)
 
 
 def main() -> None:

@@ -74,7 +74,7 @@ async def measure(hosts: int, count: int) -> list[Seen]:
             puts.append(await put(lab, f"/kilo/locations/{mover}", label))
             await trio.sleep(SETTLED_SECONDS)
         lines = await log_lines(lab, "applied")
-    found = []
+    result = []
     for each in puts:
         done: dict[str, float] = {}
         for line in lines:
@@ -83,8 +83,8 @@ async def measure(hosts: int, count: int) -> list[Seen]:
                 done.setdefault(line.host, line.at)
         times = sorted(at - each.acknowledged for at in done.values())
         whole = each.acknowledged - each.started + times[-1]
-        found.append(Seen(times[0], median(times), times[-1], whole, len(times)))
-    return found
+        result.append(Seen(times[0], median(times), times[-1], whole, len(times)))
+    return result
 
 
 async def main() -> None:

@@ -2,7 +2,7 @@
 
 As in `failover`, a probe every 10 ms in each direction, from a member of the leader's location to one of the other; the
 gap of a run is the longer of the two directions' longest ones. The lease is the default one, 5 s: what ends sooner, a
-witness has ended. Between two runs the agents of the location are restarted, so that nobody stands behind.
+prober has ended. Between two runs the agents of the location are restarted, so that nobody stands behind.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ FAULTS: dict[str, Act] = {
 
 
 async def settled(lab: Lab) -> list[str]:
-    """The candidates of the location, the leader first, once witnesses have had their first answers."""
+    """The candidates of the location, the leader first, once probers have had their first answers."""
     await lab.all_pairs_ping(60)
     await trio.sleep(6)
     return await candidates(lab, HERE, HOSTS[HERE])

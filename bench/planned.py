@@ -86,13 +86,13 @@ Act = Callable[[Lab, str, str], Awaitable[None]]
 
 async def each(lab: Lab, act: Act, count: int) -> list[Seen]:
     """Whoever leads, then the next one. Everyone is put in place again after each."""
-    found = []
+    result = []
     target = (await candidates(lab, THERE, 3))[-1]
     for _ in range(count):
         first, second, third = await candidates(lab, HERE, 3)
         async with watched(lab, (third, target), interval=INTERVAL, patience=10) as seen:
             await act(lab, first, second)
-        found.append(seen)
+        result.append(seen)
         await lab.start(first)
         await lab.etcdctl("put", f"/kilo/locations/{first}", HERE)
         removed = await lab.etcdctl("del", f"/kilo/annotations/{second}/leader")
@@ -101,7 +101,7 @@ async def each(lab: Lab, act: Act, count: int) -> list[Seen]:
             await trio.sleep(SETTLED_SECONDS + 1)
         await candidates(lab, HERE, 3)
         await lab.all_pairs_ping(30)
-    return found
+    return result
 
 
 async def moves(lab: Lab, act: Act, count: int) -> list[Seen]:
@@ -110,35 +110,35 @@ async def moves(lab: Lab, act: Act, count: int) -> list[Seen]:
     third, first, second = await candidates(lab, HERE, 3)
     await lab.etcdctl("put", f"/kilo/annotations/{first}/leader", "true")
     await leads(lab, first)
-    found = []
+    result = []
     for _ in range(count):
         await candidates(lab, HERE, 3)
         async with watched(lab, (third, target), interval=INTERVAL, patience=10) as seen:
             await act(lab, first, second)
-        found.append(seen)
+        result.append(seen)
         first, second = second, first
         await lab.all_pairs_ping(30)
     await lab.etcdctl("del", f"/kilo/annotations/{first}/leader")
     await trio.sleep(SETTLED_SECONDS + 1)
-    return found
+    return result
 
 
 async def switches(lab: Lab, act: Act, count: int) -> list[Seen]:
     """Granularity, round and round; probes between the locations and inside one."""
-    found = []
+    result = []
     shapes = ("full", "location", "cross", "location", "full", "cross")
     for number in range(count):
         before = max(status["revision"] for status in (await statuses(lab)).values())
         async with watched(lab, ("gcp-3", "home-3"), ("home-2", "home-3"), interval=INTERVAL, patience=10) as seen:
             await lab.etcdctl("put", "/kilo/mesh/granularity", shapes[number % len(shapes)])
             await applied_after(lab, before)
-        found.append(seen)
+        result.append(seen)
         await lab.all_pairs_ping(30)
         await trio.sleep(SETTLED_SECONDS)
     await lab.etcdctl("put", "/kilo/mesh/granularity", "location")
     await lab.all_pairs_ping(30)
     await trio.sleep(SETTLED_SECONDS)
-    return found
+    return result
 
 
 async def applied_after(lab: Lab, revision: int) -> None:

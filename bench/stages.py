@@ -19,7 +19,7 @@ import trio
 
 from _table import console, table
 from kilo_etcd.agent.logs import Once
-from kilo_etcd.agent.others import Others
+from kilo_etcd.agent.stage_watch import Others
 from kilo_etcd.etcd import Client, open_client
 from kilo_etcd.etcd.api import Put
 from kilo_etcd.etcd.client import PAGE
@@ -68,9 +68,9 @@ class Meter:
         """Bytes, of gRPC messages."""
         await trio.sleep(0.5)
         text = await trio.to_thread.run_sync(self._metrics)
-        found = re.search(r"^etcd_network_client_grpc_sent_bytes_total (\S+)$", text, re.MULTILINE)
-        assert found is not None
-        return int(float(found[1]))
+        match = re.search(r"^etcd_network_client_grpc_sent_bytes_total (\S+)$", text, re.MULTILINE)
+        assert match is not None
+        return int(float(match[1]))
 
     def _metrics(self) -> str:
         with urlopen(f"{self._server.endpoint}/metrics") as answer:
@@ -85,8 +85,8 @@ class Meter:
 
 async def put_all(client: Client, puts: list[Put]) -> None:
     """Each in a write of its own, as each agent's is."""
-    for one in puts:
-        await client.put(one.key, one.value, lease=one.lease)
+    for put in puts:
+        await client.put(put.key, put.value, lease=put.lease)
 
 
 async def main() -> None:

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from kilo_etcd.model import Candidate, Endpoint, Granularity, Node, Snapshot
 from kilo_etcd.topology import build_topology, host_plan
-from kilo_etcd.topology.guard import guard
+from kilo_etcd.topology.route_filter import filter_routes
 
 PER_LOCATION = 10
 
@@ -71,8 +71,8 @@ def measure(snapshot: Snapshot) -> tuple[float, float, float, float, float]:
     first = timed(scratch, 3)
     topology = build_topology(snapshot)
     plan = host_plan(topology, "node-0")
-    guarded = guard(plan, protected)
-    first_guard = timed(lambda: guard(plan, protected), 3)
+    filtered = filter_routes(plan, protected)
+    first_guard = timed(lambda: filter_routes(plan, protected), 3)
     changed_times, guard_times = [], []
     gc.collect()
     for run in range(50):
@@ -83,7 +83,7 @@ def measure(snapshot: Snapshot) -> tuple[float, float, float, float, float]:
         topology = build_topology(snapshot, topology)
         plan = host_plan(topology, "node-0", plan)
         middle = perf_counter()
-        guarded = guard(plan, protected, guarded)
+        filtered = filter_routes(plan, protected, filtered)
         end = perf_counter()
         changed_times.append((middle - begin) * 1000)
         guard_times.append((end - middle) * 1000)
@@ -95,7 +95,7 @@ def measure(snapshot: Snapshot) -> tuple[float, float, float, float, float]:
         begin = perf_counter()
         topology = build_topology(snapshot, topology)
         plan = host_plan(topology, "node-0", plan)
-        guarded = guard(plan, protected, guarded)
+        filtered = filter_routes(plan, protected, filtered)
         moved_times.append((perf_counter() - begin) * 1000)
     return first, median(changed_times), first_guard, median(guard_times), median(moved_times)
 
@@ -108,7 +108,7 @@ def main() -> None:
         "nodes",
         "from scratch",
         "one node changed",
-        "guard",
+        "route filter",
         "guard after the change",
         "a subnet moved: all",
     ):

@@ -28,11 +28,11 @@ def guest_runner(*, systemd: bool = False) -> list[str]:
         return [named, *(["--systemd"] if systemd else []), "--timeout", TIMEOUT, "--"]
     runner = str(ROOT / "scripts" / "guest")
     # `make test` has seen to it that there is a kernel; else one is built now, in silence.
-    found = subprocess.run([runner, "kernel"], capture_output=True, text=True, timeout=3600, check=False)
-    if found.returncode != 0:
+    completed = subprocess.run([runner, "kernel"], capture_output=True, text=True, timeout=3600, check=False)
+    if completed.returncode != 0:
         pytest.fail(
             "needs a kernel with WireGuard and IPIP: load the modules wireguard and ipip, or name a User-mode Linux "
-            f"kernel in KILO_UML ({found.stderr.strip()})",
+            f"kernel in KILO_UML ({completed.stderr.strip()})",
             pytrace=False,
         )
     return [runner, "run", *(["--systemd"] if systemd else []), "--timeout", TIMEOUT, "--"]

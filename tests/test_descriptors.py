@@ -12,10 +12,10 @@ import pytest
 import trio
 
 from kilo_etcd import descriptors, etcd, kernel
-from kilo_etcd.agent import cachefile, discover, only_one, privatekey, resolve
+from kilo_etcd.agent import cachefile, discover, lock_file, privatekey, resolve
 from kilo_etcd.agent.config import ListenAddress
 from kilo_etcd.agent.metrics import Metrics
-from kilo_etcd.agent.neighbours import UdpPost
+from kilo_etcd.agent.peer_query import UdpTransport
 from kilo_etcd.etcd.tls import Lookups, connect, tls_context
 from kilo_etcd.kernel import errors, iptables, sysctl, userspace
 from kilo_etcd.kernel.state import CreateLink, Setup
@@ -103,7 +103,7 @@ def test_what_cannot_be_changed_or_read_names_descriptors(nothing_left: Callable
 
 def test_a_lock_that_cannot_be_looked_at_is_not_free(tmp_path: Path, nothing_left: Callable[[], None]) -> None:
     nothing_left()
-    with pytest.raises(descriptors.OutOfDescriptors) as caught, only_one.only_one(tmp_path):
+    with pytest.raises(descriptors.OutOfDescriptors) as caught, lock_file.agent_lock(tmp_path):
         pass
     assert about_descriptors(caught.value)
 
@@ -111,7 +111,7 @@ def test_a_lock_that_cannot_be_looked_at_is_not_free(tmp_path: Path, nothing_lef
 def test_key_and_kept_mesh_are_not_broken(tmp_path: Path, nothing_left: Callable[[], None]) -> None:
     identity = cachefile.Identity(prefix="/kilo", node="h1", public_key="k")
     nothing_left()
-    with pytest.raises(privatekey.KeyError_) as key:
+    with pytest.raises(privatekey.KeyFileError) as key:
         privatekey.load_or_create(tmp_path)
     assert about_descriptors(key.value)
     assert not isinstance(key.value, privatekey.UnusableKey)
@@ -171,7 +171,7 @@ async def test_the_listener_and_the_peer_query_port_say_so(nothing_left: Callabl
     assert "choose another address" not in str(metrics.listen_trouble)
     with pytest.raises(ExceptionGroup) as caught:
         async with trio.open_nursery() as nursery:
-            await nursery.start(UdpPost(1107).run)
+            await nursery.start(UdpTransport(1107).run)
     assert caught.group_contains(OSError, match=os.strerror(errno.EMFILE))
 
 

@@ -1,4 +1,4 @@
-"""How fast the agent repairs what somebody else changes: at once, but not for ever.
+"""How fast the agent repairs what another program changes: at once, but not forever.
 
 Another program that insists on its own idea of our interface, or another writer of our keys, would otherwise make the
 two undo each other hundreds of times a second. Pure: times come in, pauses go out.

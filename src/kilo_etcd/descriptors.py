@@ -1,8 +1,8 @@
 """File descriptors that run short: which errors mean that, and the sentence for the operator.
 
 A process without a free descriptor cannot open a file, a socket or a netlink connection. The error then says nothing of
-what it was about to open: not that a file is missing, a device is somebody else's, or a port is taken. Whoever turns an
-OSError into a sentence or into a "no" asks `shortage` first.
+what it was about to open: not that a file is missing, a device is somebody else's, or a port is taken. Code that turns
+an OSError into a sentence or into a "no" calls `shortage` first.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import resource
 
 RESERVE = 32
-"""Descriptors that are kept for etcd, netlink and WireGuard: whoever serves others takes none of the last ones."""
+"""Descriptors that are kept for etcd, netlink and WireGuard: a server takes none of the last ones."""
 
 _NUMBERS = frozenset({errno.EMFILE, errno.ENFILE})
 

@@ -1,11 +1,11 @@
-"""The values that everything else speaks in: nodes, peers, candidates and the snapshot of them all.
+"""The values that everything else uses: nodes, peers, candidates and the snapshot of them all.
 
 Every value is frozen; equality is by content, so `is` may be used as a fast path but never as the meaning.
 Nothing here reads a clock, a file or a socket, and nothing here knows how a record looks in etcd
 (`store.records`) or how the kernel is told (`kernel`).
 
 A `Snapshot` holds *effective* values: labels and annotations are already applied to the nodes, address
-claims are already joined, and what could not be read or contradicts another record has been set aside.
+claims are already joined, and what could not be read or contradicts another record has been rejected.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import NamedTuple, TypeAlias
 
 from attrs import field, frozen
 
-from kilo_etcd.quickip import ip_address
+from kilo_etcd.fast_ip import ip_address
 from kilo_etcd.quoting import shown
 
 IPAddress: TypeAlias = IPv4Address | IPv6Address
@@ -69,15 +69,16 @@ class EncryptionStage(StrEnum):
     ACCEPTS = "accepts"
     """It takes what others send it through the tunnels, and begins to send so itself."""
     SENDS = "sends"
-    """It also sends through the tunnel to all who accept it, and refuses clear text of those who send so too."""
+    """It also sends through the tunnel to all nodes that accept it, and refuses clear text of those that send so
+    too."""
     LEAVES = "leaves"
     """On the way back: it refuses nothing any more."""
     STOPPED = "stopped"
-    """On the way back: it sends nobody anything so any more; it still takes it."""
+    """On the way back: it sends nothing so any more; it still takes it."""
 
 
 ACCEPTING = (EncryptionStage.ACCEPTS, EncryptionStage.SENDS)
-"""The stages of who takes part in `encrypted`."""
+"""The stages of nodes that take part in `encrypted`."""
 
 
 class MeshSettings(NamedTuple):
@@ -89,7 +90,7 @@ class MeshSettings(NamedTuple):
 
 
 class Encapsulate(StrEnum):
-    """How nodes of one location reach each other when they are not neighbours (DESIGN section 4)."""
+    """How nodes of one location reach each other when they are not on one link (DESIGN section 4)."""
 
     NEVER = "never"
     CROSSSUBNET = "crosssubnet"
@@ -104,8 +105,8 @@ class CandidateClass(IntEnum):
     ANNOTATED = 1
     PUBLIC = 2
     REST = 3
-    PASSED_OVER = 4
-    """It led and did not forward: it stands again, behind everyone, until some time has passed."""
+    DEMOTED = 4
+    """It led and did not forward: it is a candidate again, behind all others, until its hold-down is over."""
 
 
 @frozen
@@ -215,12 +216,13 @@ class Node:
     """Endpoints in families that `endpoint` is not in; at most one per family, addresses only."""
     internal_ips: tuple[IPInterface, ...] = ()
     underlay: tuple[IPNetwork, ...] | None = None
-    """What the host reaches over its own links and must go on reaching there: the networks that it stands in, its
-    default gateways, name servers and etcd. None: its agent is of a version that does not report it."""
+    """What the host reaches over its own links and must go on reaching there: the networks that it is attached to,
+    its default gateways, name servers and etcd. None: its agent is of a version that does not report it."""
     encryption: EncryptionStage | None = None
     """How far it is with the switch to `encrypted`, or back."""
     accepts_since: int = 0
-    """The revision of a snapshot in which it was ACCEPTS: who has applied that sends it nothing in clear. 0: none."""
+    """The revision of a snapshot in which it was ACCEPTS: a node that has applied that sends it nothing in clear. 0:
+    none."""
     mesh_addresses: tuple[IPAddress, ...] = ()
     port: int = DEFAULT_PORT
     subnets: tuple[IPNetwork, ...] = ()
@@ -228,16 +230,16 @@ class Node:
     persistent_keepalive: int = 0
     """Seconds; 0 is off."""
     leader_wanted: bool = False
-    gateway: bool = False
-    """Whether it offers peers and other nodes a way out to the internet."""
-    way_out: str = ""
+    advertises_exit_node: bool = False
+    """Whether peers and other nodes may use it as their exit node."""
+    exit_node: str = ""
     """The node by which it leaves for the internet itself; empty: by its own network."""
     encapsulate: Encapsulate = Encapsulate.CROSSSUBNET
     default_location: str = DEFAULT_LOCATION
     version: str = ""
     registered_revision: int = 0
     """etcd's create revision of the node's record: older nodes have lower ones."""
-    seen: tuple[Endpoint, ...] = ()
+    observed_endpoints: tuple[Endpoint, ...] = ()
     """Where public hosts' WireGuard sees the node through its NAT: each endpoint once, the newest first. Only of nodes
     that need it: with keepalive, and without a public or forced endpoint in that family."""
 
@@ -256,19 +258,29 @@ class Node:
 
     def endpoint_in(self, version: int) -> Endpoint | None:
         """The node's endpoint with an address of family 4 or 6."""
-        return next((one for one in self.endpoints if one.address and one.address.version == version), None)
+        return next(
+            (endpoint for endpoint in self.endpoints if endpoint.address and endpoint.address.version == version), None
+        )
 
     def public_in(self, version: int) -> bool:
         """Whether others can be expected to reach the node from anywhere in family 4 or 6."""
-        return any(one.public for one in self.endpoints if one.address is None or one.address.version == version)
+        return any(
+            endpoint.public
+            for endpoint in self.endpoints
+            if endpoint.address is None or endpoint.address.version == version
+        )
 
-    def seen_in(self, version: int) -> tuple[Endpoint, ...]:
+    def observed_in(self, version: int) -> tuple[Endpoint, ...]:
         """Where the node is seen in family 4 or 6; several: its NAT shows each partner another, or it has moved."""
-        return tuple(one for one in self.seen if one.address is not None and one.address.version == version)
+        return tuple(
+            endpoint
+            for endpoint in self.observed_endpoints
+            if endpoint.address is not None and endpoint.address.version == version
+        )
 
     def may_tell_of(self, endpoint: Endpoint) -> bool:
-        """Whether its word counts on where others are seen in the endpoint's family: a host that is not public itself
-        may hear what is true at its own site only."""
+        """Whether its observations count in the endpoint's family: a host that is not public itself
+        may see what is true at its own site only."""
         return endpoint.address is not None and self.public_in(endpoint.address.version)
 
     def internal_ip(self, version: int) -> IPInterface | None:
@@ -293,15 +305,15 @@ class Peer:
     endpoint: Endpoint | None = None
     persistent_keepalive: int = 0
     preshared_key: str | None = field(default=None, repr=False)
-    seen: tuple[Endpoint, ...] = ()
+    observed_endpoints: tuple[Endpoint, ...] = ()
     """As a node's; only of peers with keepalive whose record has no endpoint."""
     registered_revision: int = 0
     """etcd's create revision of the peer's record: older peers have lower ones."""
 
 
 @frozen(kw_only=True)
-class Sighting:
-    """What one observer's WireGuard has heard: where the owner of a public key sends from."""
+class ObservedEndpoint:
+    """What one observer's WireGuard reports: where the owner of a public key sends from."""
 
     observer: str
     public_key: str
@@ -327,26 +339,26 @@ class Candidate:
 
 
 @frozen(kw_only=True)
-class Verdict:
-    """What a witness has found of a leader through which it reached nobody any more; it lives as long as the witness's
-    short lease. Single observations: what follows from them is `topology.verdicts`' to say."""
+class ProbeReport:
+    """What a prober reports of a leader through which it reaches no target any more; it lives as long as the prober's
+    short lease. Single observations: `topology.probe_reports` decides what follows from them."""
 
-    witness: str
+    prober: str
     leader: str
     candidacy: int
     """etcd's create revision of the candidacy by which it led: a later one of the same node is not meant."""
     targets: tuple[str, ...] = ()
-    """The nodes that were tried; where the witness is one of them, the members of the leader's location were."""
-    answers: bool = False
-    """The leader itself answers the witness, without being passed through."""
-    fellows: bool = False
-    """Another node of the location answers the witness."""
-    reaches: bool = False
-    """The witness has a tunnel of its own to one of the targets, just proved: it could lead instead."""
+    """The nodes that were tried; if the prober is one of them, the members of the leader's location were."""
+    leader_reachable: bool = False
+    """The leader itself answers the prober, without forwarding."""
+    members_reachable: bool = False
+    """Another member of the location answers the prober."""
+    can_take_over: bool = False
+    """The prober has a tunnel of its own to one of the targets, just verified by a handshake: it could lead instead."""
 
 
 @frozen
-class SetAside:
+class RejectedRecord:
     """A record, or a part of one, that is not in force, and why."""
 
     key: str
@@ -384,9 +396,9 @@ class Snapshot:
     """Location -> its candidates, in no particular order."""
     leaders: Mapping[str, str] = _NOTHING
     """Location -> the node recorded as its leader, for the case that no candidate is left."""
-    sightings: Mapping[str, tuple[Sighting, ...]] = field(factory=dict)
-    """Node or peer -> where it is seen, by observer: all that is said. What of it counts is in `Node.seen` and
-    `Peer.seen`."""
-    verdicts: Mapping[str, tuple[Verdict, ...]] = field(factory=dict)
-    """Location -> what witnesses say of its leader, by witness."""
-    set_aside: tuple[SetAside, ...] = ()
+    observed_endpoints: Mapping[str, tuple[ObservedEndpoint, ...]] = field(factory=dict)
+    """Node or peer -> its observed endpoints, by observer, all of them. Those that count are in
+    `Node.observed_endpoints` and `Peer.observed_endpoints`."""
+    probe_reports: Mapping[str, tuple[ProbeReport, ...]] = field(factory=dict)
+    """Location -> the probe reports on its leader, by prober."""
+    rejected: tuple[RejectedRecord, ...] = ()

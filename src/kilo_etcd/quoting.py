@@ -32,7 +32,7 @@ def first_of(names: Iterable[str], most: int, separator: str = ", ") -> str:
 
 
 def shown(value: object) -> str:
-    """The value as it may stand in a message, in at most 60 characters."""
+    """The value as it may appear in a message, in at most 60 characters."""
     if value is not None and not isinstance(value, (str, int, float)):
         return described(value)
     if _may_be_a_key(str(value)):
@@ -45,7 +45,7 @@ def _may_be_a_key(text: str) -> bool:
     # What was copied from a terminal may be broken over lines.
     words = text.split()
     joined = ("".join(words[at : at + 3]) for at in range(len(words)))
-    return any(_MAY_BE_A_KEY(one) or any(map(_is_mixed, _LONG_NAMES(one))) for one in joined)
+    return any(_MAY_BE_A_KEY(part) or any(map(_is_mixed, _LONG_NAMES(part))) for part in joined)
 
 
 def _is_mixed(name: str) -> bool:
@@ -73,5 +73,5 @@ def shown_name(name: object) -> str:
 
 
 def shown_path(path: str) -> str:
-    """The name of a file, unless a key itself stands in its place."""
+    """The name of a file, unless a key itself is in its place."""
     return described(path) if "\n" in path or _IS_A_PASTED_KEY(path) else path

@@ -19,10 +19,10 @@ from kilo_etcd.agent import discover, privatekey
 from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.agent.daemon import Daemon
 from kilo_etcd.agent.dnshosts import WriteNames
-from kilo_etcd.agent.lastknown import Disk
 from kilo_etcd.agent.logs import setup_logging
 from kilo_etcd.agent.metrics import Metrics
-from kilo_etcd.agent.neighbours import Post
+from kilo_etcd.agent.peer_query import DatagramTransport
+from kilo_etcd.agent.snapshot_cache import Disk
 from kilo_etcd.kernel.state import HostAddress
 from kilo_etcd.testing.fake_etcd import FakeEtcd
 from kilo_etcd.testing.fake_kernel import FakeHost, FakeKernel
@@ -45,7 +45,7 @@ class World:
         )
         self.daemon: Daemon
 
-    def said(self, sentence: str) -> int:
+    def logged(self, sentence: str) -> int:
         return self.log.getvalue().count(sentence)
 
     async def ready(self) -> None:
@@ -74,7 +74,7 @@ async def running(
     world: World,
     *,
     disk: Disk | None = None,
-    post: Post | None = None,
+    transport: DatagramTransport | None = None,
     write_names: WriteNames | None = None,
     **options: object,
 ) -> AsyncIterator[Daemon]:
@@ -86,7 +86,7 @@ async def running(
     setup = kernel.Setup(private_key=PRIVATE)
     daemon = world.daemon = Daemon(
         config, world.client, FakeKernel(world.host, setup), privatekey.public_key(PRIVATE), metrics=world.metrics,
-        disk=disk, post=post, secret=lambda key: privatekey.agreed(PRIVATE, key),
+        disk=disk, transport=transport, secret=lambda key: privatekey.agreed(PRIVATE, key),
         write_names=write_names,
     )  # fmt: skip
     async with trio.open_nursery() as nursery:

@@ -24,8 +24,8 @@ from helpers import eventually
 from kilo_etcd import kernel
 from kilo_etcd.agent import discover, privatekey
 from kilo_etcd.agent.config import AgentConfig
-from kilo_etcd.agent.daemon import SAY_SECONDS, Daemon
-from kilo_etcd.agent.logs import say_due, setup_logging
+from kilo_etcd.agent.daemon import FLUSH_SECONDS, Daemon
+from kilo_etcd.agent.logs import setup_logging, write_due
 from kilo_etcd.agent.metrics import Metrics
 from kilo_etcd.kernel.state import HostAddress
 from kilo_etcd.model import Snapshot
@@ -63,12 +63,12 @@ class CountingAgent(Daemon):
 
     applied = 0
 
-    async def _mind_log(self) -> None:
+    async def _flush_log(self) -> None:
         while True:
-            await trio.sleep(SAY_SECONDS)
-            say_due()
+            await trio.sleep(FLUSH_SECONDS)
+            write_due()
 
-    async def _heed_signals(self) -> None:
+    async def _handle_signals(self) -> None:
         await trio.sleep_forever()
 
     async def _apply(self, snapshot: Snapshot, fresh: bool) -> None:
@@ -223,7 +223,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     monkeypatch.setattr(discover, "gather", gather)
     monkeypatch.setattr(discover, "location_from_cloud_init", lambda: (None, ""))
     stream = io.StringIO()
-    setup_logging("info", stream=stream, steady=trio.current_time)
+    setup_logging("info", stream=stream, monotonic=trio.current_time)
     return stream
 
 

@@ -1,4 +1,4 @@
-"""Which questions on the peer-query port are answered: replays, floods, old agents, other clocks, forged sources."""
+"""Which queries on the peer-query port are answered: replays, floods, old agents, other clocks, forged sources."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from kilo_etcd.agent.admission import (
     second_of,
     stamp,
 )
-from kilo_etcd.agent.neighbours import UdpPost, served
+from kilo_etcd.agent.peer_query import UdpTransport, served
 from kilo_etcd.model import Node
 
 A, B = b"sender-a", b"sender-b"
@@ -35,23 +35,23 @@ def test_a_stamp_tells_its_second_and_a_random_number_is_none() -> None:
     assert len({stamp(5, number) for number in range(1000)}) == 1000
 
 
-def test_a_question_is_answered_once_however_often_and_late_it_is_brought() -> None:
+def test_a_query_is_answered_once_however_often_and_late_it_comes() -> None:
     admission = Admission()
-    question = stamp(int(WALL), 1)
-    assert not admission.repeated(A, question)
-    assert admission.answers(A, question, now=0.0, wall=WALL)
-    assert admission.repeated(A, question)
+    query = stamp(int(WALL), 1)
+    assert not admission.repeated(A, query)
+    assert admission.answers(A, query, now=0.0, wall=WALL)
+    assert admission.repeated(A, query)
     for second in range(200):
         later = float(second)
-        assert not admission.answers(A, question, now=later, wall=WALL + later)
+        assert not admission.answers(A, query, now=later, wall=WALL + later)
     # It is forgotten, and is older than what was asked since.
     for second in range(1, 100):
         assert admission.answers(A, stamp(int(WALL) + second, 1), now=float(second), wall=WALL + second)
-    assert not admission.repeated(A, question)
-    assert not admission.answers(A, question, now=100.0, wall=WALL + 100)
+    assert not admission.repeated(A, query)
+    assert not admission.answers(A, query, now=100.0, wall=WALL + 100)
     # Even when it is older than all that a clock may be off: a host that makes stamps does not ask without.
     now = 99 + WINDOW - 1
-    assert not admission.answers(A, question, now=now, wall=WALL + WINDOW + 1)
+    assert not admission.answers(A, query, now=now, wall=WALL + WINDOW + 1)
 
 
 def test_who_asks_as_hosts_do_is_always_answered_and_who_asks_more_is_not() -> None:
@@ -63,7 +63,7 @@ def test_who_asks_as_hosts_do_is_always_answered_and_who_asks_more_is_not() -> N
     assert told <= BURST + 2 * RATE + 1
 
 
-def test_agents_without_stamps_are_answered_slowly_and_each_question_once() -> None:
+def test_agents_without_stamps_are_answered_slowly_and_each_query_once() -> None:
     admission = Admission()
     old = [f"random{number:02}".encode() for number in range(20)]
     assert admission.answers(A, old[0], now=0.0, wall=WALL)
@@ -81,7 +81,7 @@ def test_agents_without_stamps_are_answered_slowly_and_each_question_once() -> N
 def test_a_query_that_the_rate_refused_may_be_asked_again(stamped: bool) -> None:
     admission = Admission()
     queries = [stamp(int(WALL), n) if stamped else f"random{n:02}".encode() for n in range(20)]
-    refused = [one for one in queries if not admission.answers(A, one, now=0.0, wall=WALL)]
+    refused = [query for query in queries if not admission.answers(A, query, now=0.0, wall=WALL)]
     assert refused
     for number, one in enumerate(refused, 1):
         now = 10.0 * number
@@ -119,7 +119,7 @@ def test_a_local_query_is_answered_after_a_clock_was_corrected(ahead: float, cor
     told = [admission.answers(A, one, now=now + 120, wall=WALL + 120, local=True) for one in recorded]
     assert sum(told) <= SLOW_BURST, "and recordings are answered slowly"
     refused = stamp(int(WALL - 100), 9)
-    assert not admission.answers(A, refused, now=now + 150, wall=WALL + 150), "a question about leaders is not"
+    assert not admission.answers(A, refused, now=now + 150, wall=WALL + 150), "a query about leaders is not"
 
 
 def test_strangers_have_a_rate_each_and_forged_ones_crowd_out_nobody() -> None:
@@ -135,7 +135,7 @@ def test_the_memory_is_bounded() -> None:
     admission = Admission()
     for number in range(MOST_NODES + 10):
         admission.answers(number.to_bytes(8), stamp(int(WALL), 1), now=0.0, wall=WALL)
-    assert len(admission._askers) == MOST_NODES
+    assert len(admission._senders) == MOST_NODES
 
 
 def test_a_node_costs_less_than_a_kilobyte_however_much_it_asks() -> None:
@@ -155,27 +155,27 @@ async def test_only_what_is_sent_to_the_served_addresses_and_admitted_is_receive
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    post = UdpPost(port)
-    post.serve([ip_address("127.0.0.7"), ip_address("::1")])
-    post.admit = lambda data, _source: data != b"noise"
+    transport = UdpTransport(port)
+    transport.serve([ip_address("127.0.0.7"), ip_address("::1")])
+    transport.admit = lambda data, _source: data != b"noise"
     with (
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as out,
         socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as out6,
     ):
         async with trio.open_nursery() as nursery:
-            await nursery.start(post.run)
+            await nursery.start(transport.run)
             for target in ("127.0.0.1", "127.0.0.8", "127.0.0.7"):
                 out.sendto(f"to {target}".encode(), (target, port))
                 out.sendto(b"noise", (target, port))
             with trio.fail_after(5):
-                assert (await post.receive())[0] == b"to 127.0.0.7"
+                assert (await transport.receive())[0] == b"to 127.0.0.7"
                 out6.sendto(b"to ::1", ("::1", port))
-                assert (await post.receive())[0] == b"to ::1"
+                assert (await transport.receive())[0] == b"to ::1"
                 # The address has moved.
-                post.serve([ip_address("127.0.0.8")])
+                transport.serve([ip_address("127.0.0.8")])
                 for target in ("127.0.0.7", "127.0.0.8"):
                     out.sendto(target.encode(), (target, port))
-                assert (await post.receive())[0] == b"127.0.0.8"
+                assert (await transport.receive())[0] == b"127.0.0.8"
             nursery.cancel_scope.cancel()
 
 
@@ -194,36 +194,36 @@ async def test_what_a_nat_has_translated_is_received_at_the_private_address() ->
     ):
         await trio.run_process(command.split())
     node = Node(name="a", public_key="a", internal_ips=(ip_interface("10.99.0.7/24"),))
-    own, post = (ip_address("192.168.9.1"), ip_address("203.0.113.5")), UdpPost(1107)
+    own, transport = (ip_address("192.168.9.1"), ip_address("203.0.113.5")), UdpTransport(1107)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as out:
         async with trio.open_nursery() as nursery:
-            post.serve(served(node, own))
-            await nursery.start(post.run)
+            transport.serve(served(node, own))
+            await nursery.start(transport.run)
             out.sendto(b"elsewhere", ("192.168.10.1", 1107))
             out.sendto(b"translated", ("10.99.0.7", 1107))
             with trio.fail_after(5):
-                assert (await post.receive())[0] == b"translated"
+                assert (await transport.receive())[0] == b"translated"
             nursery.cancel_scope.cancel()
 
 
-async def test_a_flood_of_replays_costs_no_answer_and_an_honest_question_gets_through() -> None:
+async def test_a_flood_of_replays_costs_no_answer_and_an_honest_query_gets_through() -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    post = UdpPost(port)
+    transport = UdpTransport(port)
     admission = Admission()
     replay, honest = stamp(int(WALL), 1), stamp(int(WALL), 2)
     assert admission.answers(A, replay, now=0.0, wall=WALL)
-    post.admit = lambda data, _source: not admission.repeated(A, data)
+    transport.admit = lambda data, _source: not admission.repeated(A, data)
     got: list[bytes] = []
 
     async def collect() -> None:
         while True:
-            got.append((await post.receive())[0])
+            got.append((await transport.receive())[0])
 
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as out:
         async with trio.open_nursery() as nursery:
-            await nursery.start(post.run)
+            await nursery.start(transport.run)
             nursery.start_soon(collect)
             for _ in range(100):
                 out.sendto(replay, ("127.0.0.1", port))

@@ -31,7 +31,7 @@ def reports(seconds: float, targets: Callable[[float], list[str]], baseline: NoB
 def test_reports_that_come_to_nothing_are_made_ever_less_often() -> None:
     made = reports(3000, lambda _now: ["b", "c"])
     pauses = [later - earlier - OPEN_SECONDS for earlier, later in pairwise(made)]
-    assert [round(one / PAUSE) for one in pauses] == [1, 2, 4, 8, 16, 20, 20, 20]
+    assert [round(pause / PAUSE) for pause in pauses] == [1, 2, 4, 8, 16, 20, 20, 20]
 
 
 def test_targets_that_come_and_go_do_not_cut_the_pauses_short_for_ever() -> None:

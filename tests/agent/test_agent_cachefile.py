@@ -12,7 +12,7 @@ import pytest
 from attrs import evolve
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_agent_lastknown import KEYS, PUBLIC, SECOND, WHO, holdings, put
+from test_agent_snapshot_cache import KEYS, PUBLIC, SECOND, WHO, holdings, put
 
 from kilo_etcd.agent import cachefile
 from kilo_etcd.agent.cachefile import FILE, TooLarge, Unusable, load, read, save
@@ -155,10 +155,10 @@ def test_one_value_of_any_length_does_not_make_the_rest_unusable(tmp_path: Path,
     long = json.dumps(["/kilo/x", value, 1, 1, 1, 0], separators=(",", ":")).encode()
     assert len(long) + 1 == cachefile.MAX_LINE + size
     put(path, [*lines, long] if at == -1 else [*lines[:at], long, *lines[at:]])
-    kept = read(path, WHO)
-    assert kept is not None
-    assert set(kept.lines) - {long + b"\n"} == set(whole.lines)
-    assert kept.remembered().snapshot.nodes == whole.remembered().snapshot.nodes
+    cached = read(path, WHO)
+    assert cached is not None
+    assert set(cached.lines) - {long + b"\n"} == set(whole.lines)
+    assert cached.decoded().snapshot.nodes == whole.decoded().snapshot.nodes
     # The length is no way around the checksum.
     spoiled = bytearray(gzip.decompress(path.read_bytes()))
     spoiled[spoiled.index(b"y" * 50_000) + 49_000] = ord("z")
@@ -197,8 +197,8 @@ def test_whatever_goes_wrong_while_it_is_read_is_a_sentence(
 ) -> None:
     path = tmp_path / FILE
     lines_of(path)
-    kept = read(path, WHO)
-    assert kept is not None
+    cached = read(path, WHO)
+    assert cached is not None
 
     def fails(*_: object) -> object:
         raise error
@@ -206,7 +206,7 @@ def test_whatever_goes_wrong_while_it_is_read_is_a_sentence(
     monkeypatch.setattr(cachefile, "_kv", fails)
     refused(path)
     with pytest.raises(Unusable):
-        kept.remembered()
+        cached.decoded()
 
 
 values: st.SearchStrategy[Any] = st.recursive(
@@ -261,12 +261,12 @@ def test_a_cache_changed_anywhere_is_refused_or_makes_a_mesh_that_can_be_planned
             lines = mutate(data, lines)
     put(path, lines)
     try:
-        found = load(path, WHO)
+        cached = load(path, WHO)
     except Unusable:
         return
-    assert found is not None
-    assert found.age(2000.0)
-    host_plan(build_topology(found.snapshot), "h1")
+    assert cached is not None
+    assert cached.age(2000.0)
+    host_plan(build_topology(cached.snapshot), "h1")
 
 
 def test_what_is_never_read_is_not_kept_and_too_much_leaves_the_former_file(
@@ -277,10 +277,10 @@ def test_what_is_never_read_is_not_kept_and_too_much_leaves_the_former_file(
     most = evolve(big, key=b"/kilo/nodes/most", value=b"\xff" * MAX_VALUE)
     long = evolve(big, key=b"/kilo/" + b"x" * cachefile.MAX_KEY, value=b"")
     save(path, WHO, evolve(FULL, kvs=(*FULL.kvs, big, most, long)), now=1000.0)
-    kept = read(path, WHO)
-    assert kept is not None
-    assert len(kept.lines) == len(FULL.kvs) + 1
-    assert "h1" in kept.remembered().snapshot.nodes
+    cached = read(path, WHO)
+    assert cached is not None
+    assert len(cached.lines) == len(FULL.kvs) + 1
+    assert "h1" in cached.decoded().snapshot.nodes
     before = path.read_bytes()
     for limit, value in (("MAX_RECORDS", 3), ("MAX_BYTES", 500)):
         with monkeypatch.context() as patch:
@@ -300,6 +300,6 @@ def test_the_bytes_of_any_record_come_back_as_they_were(tmp_path: Path) -> None:
     path = tmp_path / FILE
     odd = KeyValue(key=b"/kilo/\xff\xed\xa0\x80", value=bytes(range(256)), create_revision=1, mod_revision=2**63 - 1)
     save(path, WHO, evolve(FULL, kvs=(*FULL.kvs, odd)), now=1000.0)
-    kept = read(path, WHO)
-    assert kept is not None
-    assert odd in [cachefile._kv(line) for line in kept.lines]
+    cached = read(path, WHO)
+    assert cached is not None
+    assert odd in [cachefile._kv(line) for line in cached.lines]

@@ -14,7 +14,7 @@ from attrs import evolve
 
 from helpers import eventually
 from kilo_etcd import etcd, kernel, store
-from kilo_etcd.agent import discover, privatekey, report
+from kilo_etcd.agent import discover, privatekey, status
 from kilo_etcd.kernel.state import Change, DeleteLink, DeleteRoute, HostAddress
 from kilo_etcd.model import CandidateClass, Endpoint
 from kilo_etcd.store.records import CandidateRecord, NodeRecord, StatusRecord, encode, encode_adoption
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.autojump
 
 
 @pytest.mark.parametrize("etcd_is_there", [True, False])
-async def test_what_clean_up_removes_is_not_put_back(
+async def test_what_clean_up_removes_is_not_restored(
     world: World, monkeypatch: pytest.MonkeyPatch, etcd_is_there: bool
 ) -> None:
     async def cleanup(interface: str, *, public_key: str) -> tuple[Change, ...]:
@@ -39,8 +39,8 @@ async def test_what_clean_up_removes_is_not_put_back(
             world.etcd.down()
     assert world.host.observed.link is None
     assert not world.host.observed.routes
-    assert world.said("behind the agent's back") == 0
-    assert world.said("could not be removed") == (0 if etcd_is_there else 1)
+    assert world.logged("another program change") == 0
+    assert world.logged("could not be removed") == (0 if etcd_is_there else 1)
     if etcd_is_there:
         assert not [key for key in world.etcd.keys("/") if key.endswith("h1")]
 
@@ -49,7 +49,7 @@ async def test_health_and_the_status_line_have_etcds_own_error_and_its_kind(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(report, "notify", lambda *assignments: said.append(assignments[-1]))
+    monkeypatch.setattr(status, "notify", lambda *assignments: said.append(assignments[-1]))
     async with running(world) as daemon:
         await eventually(lambda: world.metrics.health() is None, 30, every=0.1)
         for error, kind in (
@@ -81,8 +81,8 @@ async def test_a_claim_that_is_taken_away_is_claimed_again(world: World) -> None
         world.etcd.delete(claim)
         await eventually(lambda: world.etcd.keys("/kilo/addresses/") == [claim], 10, every=0.1)
         await eventually(lambda: world.daemon.snapshot and "h1" in world.daemon.snapshot.nodes, 10, every=0.1)
-        assert world.said(f"{claim} was deleted") == 1
-        assert world.said("is not among the mesh's nodes") == 0
+        assert world.logged(f"{claim} was deleted") == 1
+        assert world.logged("is not among the mesh's nodes") == 0
 
 
 async def test_an_overwritten_claim_is_restored_and_reported(world: World) -> None:
@@ -93,8 +93,8 @@ async def test_an_overwritten_claim_is_restored_and_reported(world: World) -> No
         world.etcd.put(claim, "thief")
         await eventually(lambda: world.etcd.get(claim) == b"h1", 10, every=0.1)
         await trio.sleep(5)
-        assert world.said("the claim of this host's mesh address was changed by another; restored") == 1
-        assert world.said(f"{claim} was changed to 'thief' at revision") == 1
+        assert world.logged("another writer changed the claim of this host's mesh address; restored") == 1
+        assert world.logged(f"{claim} was changed to 'thief' at revision") == 1
         assert (world.host.observed.addresses, world.daemon.kernel.writes) == (addresses, netlink)
 
 
@@ -104,10 +104,10 @@ async def test_an_oversized_claim_is_restored_and_said_in_short(world: World) ->
         world.etcd.put(claim, b"x" * 1_000_000)
         await eventually(lambda: world.etcd.get(claim) == b"h1", 10, every=0.1)
         await eventually(
-            lambda: world.said("the claim of this host's mesh address was changed by another"), 10, every=0.1
+            lambda: world.logged("another writer changed the claim of this host's mesh address"), 10, every=0.1
         )
-        assert world.said("the value is 1000000 bytes long") >= 1
-        assert world.said("rejected: ") == 0
+        assert world.logged("the value is 1000000 bytes long") >= 1
+        assert world.logged("rejected: ") == 0
 
 
 async def test_a_claim_that_cannot_be_restored_shows_in_the_health_and_the_status_until_it_can(
@@ -134,7 +134,7 @@ async def test_a_claim_that_cannot_be_restored_shows_in_the_health_and_the_statu
             assert sentence.endswith("user kilo may not write there")
             await eventually(named, 5, every=0.1)
             await trio.sleep(60)
-            assert world.said("cannot be restored") == 1
+            assert world.logged("cannot be restored") == 1
         await eventually(lambda: world.metrics.health() is None, 20, every=0.1)
         await eventually(lambda: not named(), 5, every=0.1)
         # Somebody else puts it right.
@@ -168,7 +168,7 @@ async def test_a_host_whose_key_is_that_of_an_older_record_says_so(world: World)
         world.etcd.delete(keys.node("h1"))
         world.etcd.put(keys.node("older"), encode(NodeRecord(public_key=daemon.public_key)))
         says = "this host is not among the mesh's nodes: its public key is that of node older, whose record is older"
-        await eventually(lambda: world.said(says) == 1, 10, every=0.1)
+        await eventually(lambda: world.logged(says) == 1, 10, every=0.1)
         await eventually(lambda: says in str(world.metrics.health()), 10, every=0.1)
         assert "kgctl node forget older" in str(world.metrics.health())
         status = keys.status("h1")
@@ -216,10 +216,10 @@ async def test_a_record_with_another_key_at_this_hosts_name_is_not_followed(worl
         await trio.sleep(10)
         assert daemon.kernel.writes == writes
         assert world.host.observed.peers == peers
-        assert world.said("behind the agent's back") == 0
+        assert world.logged("another program change") == 0
 
 
-async def test_an_etcd_that_was_replaced_is_held_off_until_it_is_adopted(world: World) -> None:
+async def test_an_etcd_that_was_replaced_is_not_trusted_until_it_is_adopted(world: World) -> None:
     keys = store.Keys()
     world.etcd.put(keys.address(ip_interface("10.4.0.99").ip), "h2")
     world.etcd.put(
@@ -232,7 +232,7 @@ async def test_an_etcd_that_was_replaced_is_held_off_until_it_is_adopted(world: 
         await trio.sleep(600)
         # Nor is it told anything: not a lease, not a registration.
         assert (world.etcd.revision, world.etcd.leases()) == (1, {})
-        assert world.said("etcd is another cluster now") == 1
+        assert world.logged("etcd is another cluster now") == 1
         assert (len(world.host.observed.peers), world.host.observed.addresses) == (1, addresses)
         assert "kgctl mesh adopt" in str(world.metrics.health())
         world.etcd.put(keys.adopted, encode_adoption(world.etcd.cluster_id, "2026-11-24T00:00:00Z"))
@@ -261,7 +261,7 @@ async def test_other_subnets_renumber_nobody(world: World) -> None:
         world.etcd.put("/kilo/mesh/subnets", "10.50.0.0/16")
         await trio.sleep(60)
         assert (
-            world.said("/kilo/mesh/subnets: the value is 10.50.0.0/16, but the nodes' addresses are in 10.4.0.0/16")
+            world.logged("/kilo/mesh/subnets: the value is 10.50.0.0/16, but the nodes' addresses are in 10.4.0.0/16")
             == 1
         )
         assert world.host.observed.addresses == addresses
@@ -291,7 +291,7 @@ async def test_whoever_undoes_everything_is_not_fought_for_ever(world: World) ->
             while True:
                 world.host.tamper([DeleteRoute(route)])
                 await eventually(lambda: bool(world.host.observed.routes), 60, every=0.1)
-        assert 12 <= world.said("behind the agent's back") <= 30
+        assert 12 <= world.logged("another program change") <= 30
         world.host.tamper([DeleteRoute(route)])
         await eventually(lambda: bool(world.host.observed.routes), 12, every=0.1)
         await trio.sleep(60)
@@ -329,7 +329,7 @@ async def test_a_route_that_collides_keeps_the_host_neither_from_being_ready_nor
         monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
         async with running(world):
             await eventually(lambda: world.etcd.keys("/kilo/elections/") != [], 10, every=0.1)
-            assert world.said("it collides") == 1
+            assert world.logged("it collides") == 1
             assert b"READY=1" in supervisor.recv(4096)
 
 
@@ -378,7 +378,7 @@ async def test_a_leader_that_cannot_hand_over_says_so(world: World) -> None:
         assert world.daemon.topology is not None
         assert world.daemon.topology.segment_of("h1").next_in_line is not None, world.daemon.snapshot
         world.etcd.delay = 10.0
-    assert world.said("leadership was not handed over, since etcd does not answer") == 1
+    assert world.logged("leadership was not handed over, since etcd does not answer") == 1
     assert world.host.observed.link is not None
 
 
@@ -404,8 +404,8 @@ async def test_a_leader_whose_candidacy_was_put_under_no_lease_leads_on_and_a_de
         await trio.sleep(5)
         assert world.daemon.topology is not None
         assert world.daemon.topology.segment_of("h1").leader.name == "h1"
-        assert [one.node for one in world.daemon.topology.snapshot.candidates[""]] == ["h1"]
-    assert world.said("it is under no lease, so nobody keeps it") >= 1
+        assert [candidate.node for candidate in world.daemon.topology.snapshot.candidates[""]] == ["h1"]
+    assert world.logged("it is under no lease, so no agent keeps it") >= 1
 
 
 async def test_addresses_that_come_late_are_registered_at_once(world: World) -> None:
@@ -430,8 +430,8 @@ async def test_new_addresses_that_cannot_be_registered_do_not_end_the_agent(
         monkeypatch.setattr(daemon.session, "register", refused)
         world.facts = discover.HostFacts(hostname="h1")
         await trio.sleep(70)
-        assert world.said("are not registered yet") == 1
-        assert world.said("address chosen") == 2  # internal IP and endpoint, as it started
+        assert world.logged("are not registered yet") == 1
+        assert world.logged("address chosen") == 2  # internal IP and endpoint, as it started
 
 
 async def test_a_host_whose_name_another_took_says_so_until_that_one_is_gone(world: World) -> None:
@@ -450,7 +450,7 @@ async def test_a_host_whose_name_another_took_says_so_until_that_one_is_gone(wor
             "stop the agent there or give this host another name with --hostname"
         )
         assert world.metrics.health() == sentence
-        assert world.said(sentence) == 1
+        assert world.logged(sentence) == 1
         assert world.host.observed.addresses == addresses
         world.etcd.delete("/kilo-status/h1")
         await eventually(lambda: world.metrics.health() is None, 30, every=0.1)
@@ -485,9 +485,9 @@ async def test_a_status_that_another_writes_again_and_again_is_restored_and_name
         (sentence,) = sentences()
         assert "/kilo-status/h1 is changed again and again by another writer" in sentence
         assert daemon.session.contested == sentence == world.metrics.health()
-        assert world.said("changed again and again") == 1
+        assert world.logged("changed again and again") == 1
         await eventually(lambda: not sentences(), 400, every=1)
-        assert world.said("no longer: ") == 1
+        assert world.logged("no longer: ") == 1
 
 
 async def test_an_address_within_the_meshs_subnet_is_reported_until_it_goes(world: World) -> None:
@@ -516,7 +516,7 @@ async def test_an_address_within_the_meshs_subnet_is_reported_until_it_goes(worl
         assert world.metrics.health() is None
         world.facts = usual
         await eventually(lambda: not reported(), 30, every=0.1)
-        assert world.said("br0 has the address") == 2
+        assert world.logged("br0 has the address") == 2
 
 
 async def test_a_change_of_internal_ips_and_what_it_waits_for_are_a_line_each(world: World) -> None:
@@ -524,7 +524,7 @@ async def test_a_change_of_internal_ips_and_what_it_waits_for_are_a_line_each(wo
     old = encode(NodeRecord(public_key=key, internal_ips=(ip_interface("10.9.0.1/24"),)))
     async with running(world) as daemon:
         await eventually(lambda: world.metrics.health() is None, 30, every=0.1)
-        assert world.said("internal-ips") == 0
+        assert world.logged("internal-ips") == 0
 
         async def put(key: str, value: str | bytes | None) -> None:
             if value is None:
@@ -535,18 +535,18 @@ async def test_a_change_of_internal_ips_and_what_it_waits_for_are_a_line_each(wo
             await eventually(lambda: daemon.applied_revision >= revision, 30, every=0.1)
 
         await put(daemon.keys.internal_ips, "off")
-        assert world.said("internal-ips changed ") == world.said("setting=off before=routed") == 1
+        assert world.logged("internal-ips changed ") == world.logged("setting=off before=routed") == 1
         await put(daemon.keys.node("old"), old)
         await put(daemon.keys.address(ip_address("10.4.0.99")), "old")
         await put(daemon.keys.internal_ips, "routed")
-        assert world.said("internal-ips changed and is not in force yet") == 1
-        assert world.said("waits_for_agents_of=old") == 1
+        assert world.logged("internal-ips changed and is not in force yet") == 1
+        assert world.logged("waits_for_agents_of=old") == 1
         await put(daemon.keys.node("old"), None)
-        assert world.said("internal-ips is in force now") == 1
+        assert world.logged("internal-ips is in force now") == 1
         await put(daemon.keys.node("old"), old)
-        assert world.said("internal-ips is not in force any more") == 1
+        assert world.logged("internal-ips is not in force any more") == 1
         # Nonsense changes nothing, and is named with what stays in force.
         await put(daemon.keys.internal_ips, "all")
-        assert world.said("kgctl mesh set internal-ips routed); routed stays in force until then") == 1
+        assert world.logged("kgctl mesh set internal-ips routed); routed stays in force until then") == 1
         lines = [line for line in world.log.getvalue().splitlines() if "info    internal-ips" in line]
         assert len(lines) == 4, lines

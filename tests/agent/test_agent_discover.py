@@ -340,7 +340,7 @@ ULA = facts(address("eth0", "203.0.113.5/24"), address("eth0", "fd00::5/64"), wa
             ["vpn.example.org:1", "10.1.0.5:51820", "[2001:db8::5]:51820"],
         ),
         (V6_ONLY, {}, ["[2001:db8::5]:51820"]),
-        # A private network without a way out is nowhere for other sites.
+        # A private network without an exit node is nowhere for other sites.
         (ULA, {}, ["203.0.113.5:51820"]),
         (TWO_LEGS, {}, ["203.0.113.5:51820"]),
     ],
@@ -348,8 +348,8 @@ ULA = facts(address("eth0", "203.0.113.5/24"), address("eth0", "fd00::5/64"), wa
 def test_an_endpoint_per_family(found: HostFacts, args: dict[str, Any], endpoints: list[str]) -> None:
     chosen = choose_addresses(found, **args)
     assert [str(one) for one in (chosen.endpoint, *chosen.more_endpoints)] == endpoints
-    for one in chosen.more_endpoints:
-        assert f"further endpoint {one}" in "\n".join(chosen.reasons)
+    for endpoint in chosen.more_endpoints:
+        assert f"further endpoint {endpoint}" in "\n".join(chosen.reasons)
 
 
 def test_the_families_of_a_host_are_those_of_its_default_routes_or_else_of_its_networks() -> None:

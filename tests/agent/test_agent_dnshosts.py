@@ -88,7 +88,7 @@ async def test_names_come_and_go_with_the_nodes_and_stay_when_the_agent_stops(wo
         world.etcd.delete("/kilo/nodes/node-7")
         await eventually(lambda: len(block(hosts)) == 1, 3, every=0.1)
     assert len(block(hosts)) == 1
-    assert world.said("names removed") == 0
+    assert world.logged("names removed") == 0
 
 
 async def test_what_another_program_takes_away_comes_back(world: World, hosts: Path) -> None:
@@ -153,11 +153,11 @@ async def test_a_file_that_cannot_be_written_is_said_once_and_in_the_status_unti
         await trio.sleep(100)
         assert world.daemon.topology is not None
         assert "node-7" in world.daemon.topology.snapshot.nodes, "all else goes on"
-        assert world.said("the names of the mesh cannot be") == 1
+        assert world.logged("the names of the mesh cannot be") == 1
         assert errors(world) == (sentence,)
         disk.refuses = None
         await eventually(lambda: errors(world) == (), 40, every=0.1)
-        assert world.said("the hosts file can be written again") == 1
+        assert world.logged("the hosts file can be written again") == 1
         assert "node-7" in (disk.written[-1][1] or {})
 
 

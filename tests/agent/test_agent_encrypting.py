@@ -20,8 +20,8 @@ from attrs import evolve
 from helpers import eventually
 from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.agent.encrypting import Encrypting, Members, outside, read_members, remove_members, write_members
-from kilo_etcd.agent.lastknown import Disk
 from kilo_etcd.agent.logs import Once
+from kilo_etcd.agent.snapshot_cache import Disk
 from kilo_etcd.etcd import Config, Member, PermissionDenied
 from kilo_etcd.kernel.encrypted import table_of
 from kilo_etcd.model import EncryptionStage, Endpoint, Granularity, InternalIPs, IPNetwork, Node, Snapshot
@@ -29,7 +29,7 @@ from kilo_etcd.store import Keys
 from kilo_etcd.store.records import NodeRecord, StageRecord, decode_node, decode_status, encode
 from kilo_etcd.testing.fake_etcd import FakeClient, FakeEtcd
 from kilo_etcd.topology import Topology, build_topology, host_plan
-from kilo_etcd.topology.encryption import Report
+from kilo_etcd.topology.encryption import StageReport
 from kilo_etcd.topology.hostplan import Exemption
 
 OTHER = base64.b64encode(bytes([9]) * 32).decode()
@@ -94,7 +94,7 @@ def test_a_members_host_reaches_members_whose_names_are_not_resolved_yet() -> No
     members = Members((), ("http://a.example:2381", "http://b.example:2381"))
     own = (ip_address("10.0.0.1"),)
     found = outside(config("10.0.0.2:2379"), members, own, {}, listening=frozenset({2381}))
-    assert [str(one) for one in found.clear] == ["tcp/2381@0.0.0.0/0", "tcp/2381@::/0"]
+    assert [str(exemption) for exemption in found.clear] == ["tcp/2381@0.0.0.0/0", "tcp/2381@::/0"]
     table = {"a.example": own, "b.example": (ip_address("10.0.0.3"),)}
     later = outside(config("10.0.0.2:2379"), members, own, table, listening=frozenset({2381}))
     assert (later.clear, (ip_address("10.0.0.3"), 2381) in later.etcd) == ((), True)
@@ -267,15 +267,15 @@ async def test_who_cannot_read_what_others_report_says_so(world: World, monkeypa
     sentence = "what their hosts send in clear is not refused"
     async with running(world):
         await eventually(lambda: stage(world) is EncryptionStage.SENDS, 30, every=0.1)
-        assert world.said(sentence) == 0
+        assert world.logged(sentence) == 0
         with monkeypatch.context() as patched:
             patched.setattr(FakeClient, "range", denied)
             node(world, EncryptionStage.SENDS)
-            await eventually(lambda: world.said(sentence) == 1, 30, every=0.1)
+            await eventually(lambda: world.logged(sentence) == 1, 30, every=0.1)
             assert not refuses(world)
             lives(world, 10_000)
         await eventually(lambda: refuses(world), 60, every=0.1)
-        assert world.said("what other agents report can be read again") == 1
+        assert world.logged("the reports of other agents can be read again") == 1
 
 
 @pytest.mark.autojump
@@ -325,11 +325,11 @@ def a_lan() -> Topology:
     )
 
 
-def bare(server: FakeEtcd, told: list[Report], stages: list[StageRecord | None] | None = None) -> Encrypting:
+def bare(server: FakeEtcd, told: list[StageReport], stages: list[StageRecord | None] | None = None) -> Encrypting:
     """The part of an agent on h1; `told` and `stages`: what it has reported."""
     said = [None] if stages is None else stages
 
-    async def register(report: Report) -> bool:
+    async def register(report: StageReport) -> bool:
         await trio.lowlevel.checkpoint()
         told.append(report)
         return True
@@ -391,7 +391,7 @@ async def test_members_that_are_no_endpoints_end_no_agent(world: World, tmp_path
 async def test_a_stage_is_not_reported_of_a_plan_that_is_being_replaced() -> None:
     """The kernel may be on its way from it already when the report is made."""
     topology = a_lan()
-    told: list[Report] = []
+    told: list[StageReport] = []
     encrypting = bare(FakeEtcd(), told)
 
     def applied() -> None:
@@ -408,7 +408,7 @@ async def test_a_stage_is_not_reported_of_a_plan_that_is_being_replaced() -> Non
         assert told == []
         applied()
         await trio.sleep(10)
-        assert told == [Report(stage=EncryptionStage.ACCEPTS)]
+        assert told == [StageReport(stage=EncryptionStage.ACCEPTS)]
         nursery.cancel_scope.cancel()
 
 

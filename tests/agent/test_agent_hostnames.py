@@ -133,9 +133,9 @@ def test_a_node_has_its_name_before_a_peer_and_names_that_are_none_are_left_out(
         for name, allowed in {"gcp-1": (), "HOME-1": (ip_network("10.4.0.77"),), "router": (), "some phone": ()}.items()
     }
     topology = build_topology(Snapshot(revision=1, nodes=nodes, peers=peers))
-    found = known_names(topology, plan_of("10.4.0.0/16"), "/kilo")
-    assert found.addresses == {"Home-1": (GCP,), "gcp-1": (GCP,), "node.example.org": (GCP,)}
-    assert found.left_out == (
+    known = known_names(topology, plan_of("10.4.0.0/16"), "/kilo")
+    assert known.addresses == {"Home-1": (GCP,), "gcp-1": (GCP,), "node.example.org": (GCP,)}
+    assert known.left_out == (
         "node.example.org is written as node.example.org.kilo and node.example.org.mesh only",
         "'under score!' is not a host name",
     )
@@ -154,9 +154,9 @@ def test_only_addresses_that_go_into_the_mesh_are_written() -> None:
         }.items()
     }
     topology = build_topology(Snapshot(revision=1, nodes=nodes, peers=peers, subnets=(ip_network("10.4.0.0/16"),)))
-    found = known_names(topology, plan_of("10.4.0.0/16", "10.9.0.0/30"), "/kilo")
-    assert found.addresses == {"gcp-1": (GCP,), "other": (ip_address("10.4.0.9"),), "phone": (ip_address("10.9.0.2"),)}
-    assert found.left_out_in_short() == (
+    known = known_names(topology, plan_of("10.4.0.0/16", "10.9.0.0/30"), "/kilo")
+    assert known.addresses == {"gcp-1": (GCP,), "other": (ip_address("10.4.0.9"),), "phone": (ip_address("10.9.0.2"),)}
+    assert known.left_out_in_short() == (
         "bank is not written as 203.0.113.66, which is not routed here; 'localhost.' is not a host name; "
         "phone is not written as 198.51.100.7, which is not routed here"
     )
@@ -322,12 +322,12 @@ def test_in_place_whatever_fails_at_whatever_step_the_file_is_as_it_was_or_as_it
     assert ended == {"written", "left"}
 
 
-def test_what_cannot_be_put_back_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_restored_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "hosts"
     path.write_bytes(with_block(FILE, "kilo-kilo", NAMES, prefix="/kilo") + OWN)
     monkeypatch.setattr(hostsfile.os, "rename", lambda *_: (_ for _ in ()).throw(OSError(errno.EBUSY, "busy")))
     monkeypatch.setattr(hostsfile.os, "pwrite", no_room)
-    with pytest.raises(HostsFileError, match=r"hosts is damaged behind its first \d+ bytes, and could not be put back"):
+    with pytest.raises(HostsFileError, match=r"hosts is damaged behind its first \d+ bytes, and could not be restored"):
         write(path, MANY)
     assert path.read_bytes().startswith(FILE)
 

@@ -99,8 +99,8 @@ async def test_no_more_than_so_many_are_open_and_a_flood_of_one_source_does_not_
             # Those that had to go were closed at once, the oldest first.
             assert slow[0].recv(10) == b""
         finally:
-            for one in slow:
-                one.close()
+            for sock in slow:
+                sock.close()
 
 
 async def test_a_source_with_few_connections_loses_none_to_one_with_many() -> None:
@@ -116,8 +116,8 @@ async def test_a_source_with_few_connections_loses_none_to_one_with_many() -> No
             answer = await trio.to_thread.run_sync(honest.recv, 4096)
             assert answer.startswith(b"HTTP/1.1 200 ")
         finally:
-            for one in (*slow, honest):
-                one.close()
+            for sock in (*slow, honest):
+                sock.close()
 
 
 def _closed(client: socket.socket) -> bool:
@@ -189,8 +189,8 @@ async def test_the_last_descriptors_are_not_the_listeners() -> None:
                 assert descriptors.running_short() is not None
                 assert (await ask(port)).startswith(b"HTTP/1.1 200 ")
             finally:
-                for one in slow:
-                    one.close()
+                for sock in slow:
+                    sock.close()
     assert descriptors.running_short() is None
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import structlog
 
-from kilo_etcd.agent.logs import MOST_NAMED, Once, get_logger, render, say_due, say_rest, setup_logging
+from kilo_etcd.agent.logs import MOST_NAMED, Once, get_logger, render, setup_logging, write_due, write_rest
 
 
 @pytest.fixture(autouse=True)
@@ -128,8 +128,8 @@ def test_warnings_of_libraries_come_along_and_their_chatter_does_not() -> None:
     logging.getLogger("pyroute2").info("chatter")
     logging.getLogger("kilo_etcd.kernel").info("of our own")
     logging.getLogger("kilo_etcd.kernel").debug("too fine")
-    said = [line.split(maxsplit=2)[1:] for line in stream.getvalue().splitlines()]
-    assert said == [["warning", "odd message  logger=pyroute2"], ["info", "of our own  logger=kilo_etcd.kernel"]]
+    record = [line.split(maxsplit=2)[1:] for line in stream.getvalue().splitlines()]
+    assert record == [["warning", "odd message  logger=pyroute2"], ["info", "of our own  logger=kilo_etcd.kernel"]]
 
 
 def test_a_second_setup_replaces_the_first() -> None:
@@ -148,9 +148,11 @@ def test_logging_never_raises() -> None:
 
     stream = lines()
     get_logger().info("with", thing=Awkward())
-    assert 'thing="<Awkward: RuntimeError while it was put into words>"' in stream.getvalue()
+    assert 'thing="<Awkward: RuntimeError while it was formatted>"' in stream.getvalue()
     # pytest's own handler would raise, so the record goes to ours alone.
-    (ours,) = [one for one in logging.getLogger().handlers if type(one).__module__ == "kilo_etcd.agent.logs"]
+    (ours,) = [
+        handler for handler in logging.getLogger().handlers if type(handler).__module__ == "kilo_etcd.agent.logs"
+    ]
     ours.handle(logging.LogRecord("x", logging.WARNING, "", 0, "%d", ("not a number",), None))
     assert stream.getvalue().endswith("warning %d  logger=x\n")
     stream.close()
@@ -163,7 +165,7 @@ def test_a_reader_that_does_not_read_loses_lines_and_is_told() -> None:
         setup_logging("info", stream=stream)
         os.set_blocking(reading, False)
         begun = time.monotonic()
-        # 64 KiB is a pipe's default capacity; every line beyond it would block for ever.
+        # 64 KiB is a pipe's default capacity; every line beyond it would block forever.
         for number in range(45):
             get_logger().info(f"{number} {'x' * 1900}", number=number)
         assert time.monotonic() - begun < 10
@@ -290,24 +292,24 @@ def test_under_systemd_the_journal_is_chosen_by_itself(tmp_path: Path) -> None:
                 assert entry(server)["KILO_A"] == "1"
 
 
-# -- said once ----------------------------------------------------------------------------------------------------
+# -- logged once ----------------------------------------------------------------------------------------------------
 
 
-class Heard:
+class RecordedLog:
     """A log that remembers."""
 
     def __init__(self) -> None:
         self.events: list[str] = []
 
     def __getattr__(self, level: str) -> Any:
-        def said(event: str, **fields: Any) -> None:
+        def record(event: str, **fields: Any) -> None:
             self.events.append(f"{level}: {event}" + (f" {json.dumps(fields)}" if fields else ""))
 
-        return said
+        return record
 
 
 def test_a_lasting_error_is_said_once_again_when_changed_and_when_gone() -> None:
-    log = Heard()
+    log = RecordedLog()
     once = Once(log)  # type: ignore[arg-type]
     assert once.error("etcd", "out of reach", error="refused")
     assert not once.error("etcd", "out of reach", error="refused")
@@ -324,13 +326,13 @@ def test_a_lasting_error_is_said_once_again_when_changed_and_when_gone() -> None
 
 
 def test_a_new_revision_is_no_news() -> None:
-    once = Once(Heard())  # type: ignore[arg-type]
+    once = Once(RecordedLog())  # type: ignore[arg-type]
     assert once.error("k", "bad", revision=1)
     assert not once.error("k", "bad", revision=2)
 
 
 def test_of_very_many_at_once_the_first_are_named_and_the_others_counted() -> None:
-    log = Heard()
+    log = RecordedLog()
     once = Once(log)  # type: ignore[arg-type]
     flood = tuple(f"record {number}" for number in range(5000))
     once.errors("records", flood, what="rejected records", revision=1)
@@ -354,7 +356,7 @@ def test_of_very_many_at_once_the_first_are_named_and_the_others_counted() -> No
 def test_a_flood_in_small_parts_is_a_flood() -> None:
     stream = io.StringIO()
     now = 0.0
-    setup_logging("info", stream=stream, steady=lambda: now)
+    setup_logging("info", stream=stream, monotonic=lambda: now)
     try:
         once = Once(get_logger())
         for part in range(200):
@@ -364,7 +366,7 @@ def test_a_flood_in_small_parts_is_a_flood() -> None:
             now += 0.025
             once.errors("records", tuple(f"record {number}" for number in range(25 * part)), what="rejected records")
         now += 100
-        say_due()
+        write_due()
         lines = stream.getvalue().splitlines()
         assert len(lines) < 60
         assert "record 0" in lines[0]
@@ -375,7 +377,7 @@ def test_a_flood_in_small_parts_is_a_flood() -> None:
 
 
 def test_of_a_group_what_came_and_what_went_is_said() -> None:
-    log = Heard()
+    log = RecordedLog()
     once = Once(log)  # type: ignore[arg-type]
     once.errors("records", ("a", "b"), revision=1)
     once.errors("records", ("b", "a"), revision=2)
@@ -393,7 +395,7 @@ def test_of_a_group_what_came_and_what_went_is_said() -> None:
 
 def test_what_is_said_again_and_again_is_said_less_often_but_the_first_and_the_last_are() -> None:
     out, now = io.StringIO(), 0.0
-    setup_logging("debug", stream=out, steady=lambda: now)
+    setup_logging("debug", stream=out, monotonic=lambda: now)
     log = get_logger()
     for revision in range(1000):
         log.info("applied", revision=revision)
@@ -401,9 +403,9 @@ def test_what_is_said_again_and_again_is_said_less_often_but_the_first_and_the_l
     assert out.getvalue().count("applied") == 10
     assert out.getvalue().count("changed") == 1000, "who asks for everything gets everything"
     now = 10.0
-    say_due()
+    write_due()
     assert out.getvalue().splitlines()[-1].endswith("applied  revision=999 left_out_before=989")
     log.info("applied", revision=1000)
     assert "revision=1000" not in out.getvalue()
-    say_rest()
+    write_rest()
     assert out.getvalue().endswith("applied  revision=1000\n")

@@ -17,7 +17,7 @@ from kilo_etcd.agent.config import ListenAddress
 from kilo_etcd.agent.http import Request
 from kilo_etcd.agent.logs import setup_logging
 from kilo_etcd.agent.metrics import Metrics
-from kilo_etcd.model import Node, Peer, SetAside, Snapshot
+from kilo_etcd.model import Node, Peer, RejectedRecord, Snapshot
 
 ANYWHERE = ListenAddress("127.0.0.1", 0)
 
@@ -48,7 +48,7 @@ def test_what_the_agent_notes_is_counted() -> None:
             revision=7,
             nodes={name: Node(name=name, public_key=name) for name in "abc"},
             peers={"p": Peer(name="p", public_key="p")},
-            set_aside=(SetAside("/kilo/nodes/x", "is not JSON"),),
+            rejected=(RejectedRecord("/kilo/nodes/x", "is not JSON"),),
         )
     )
     metrics.leads(True)
@@ -58,7 +58,7 @@ def test_what_the_agent_notes_is_counted() -> None:
     metrics.etcd_writes.inc()
     metrics.etcd_contact(at=1000.0)
     expected = {
-        "kilo_nodes": 3, "kilo_peers": 1, "kilo_set_aside": 1, "kilo_leader": 1, "kilo_revision_seen": 7,
+        "kilo_nodes": 3, "kilo_peers": 1, "kilo_rejected_records": 1, "kilo_leader": 1, "kilo_revision_seen": 7,
         "kilo_revision_applied": 7, "kilo_netlink_writes_total": 12, "kilo_etcd_writes_total": 1,
         "kilo_etcd_connected": 1, "kilo_last_etcd_contact_timestamp_seconds": 1000,
     }  # fmt: skip
@@ -89,7 +89,7 @@ async def test_metrics_and_health_are_served_until_the_block_ends() -> None:
     with pytest.raises(ConnectionRefusedError):
         await get(where, "/health")
     # trio keeps worker threads for a while, as many as were busy at once.
-    assert not [one for one in {*threading.enumerate()} - before if not one.name.startswith("Trio thread")]
+    assert not [thread for thread in {*threading.enumerate()} - before if not thread.name.startswith("Trio thread")]
 
 
 @pytest.mark.parametrize("accept", ["application/openmetrics-text;version=" + "1" * 5000, ";" * 5000, "\xff", ""])
@@ -112,8 +112,8 @@ async def test_health_says_in_one_line_what_is_wrong() -> None:
         assert await get(where, "/health") == (503, "UDP port 51820 is taken\n")
         metrics.reconciled(trouble=None)
         wrong = ["etcd went back in time", "the firewall drops"]
-        metrics.suspect_when(lambda: wrong[0] if len(wrong) > 1 else None)
-        metrics.suspect_when(lambda: wrong[-1] if wrong else None)
+        metrics.untrusted_when(lambda: wrong[0] if len(wrong) > 1 else None)
+        metrics.untrusted_when(lambda: wrong[-1] if wrong else None)
         assert await get(where, "/health") == (503, "etcd went back in time\n")
         del wrong[0]
         assert await get(where, "/health") == (503, "the firewall drops\n")

@@ -1,4 +1,4 @@
-"""What systemd hears."""
+"""What systemd is told."""
 
 from __future__ import annotations
 

@@ -41,14 +41,14 @@ class Watched(World):
         snapshot = None
         while True:
             snapshot = await agent.mirror.wait_newer(snapshot)
-            (segment,) = (one for one in build_topology(snapshot).segments.values() if one.location == "a")
+            (segment,) = (value for value in build_topology(snapshot).segments.values() if value.location == "a")
             if self.led[-1:] != [segment.leader.name]:
                 self.led.append(segment.leader.name)
 
     def queue(self) -> list[str]:
         """The candidates of a, oldest first."""
-        found = [kv for key, kv in self.etcd.data.items() if key.decode().startswith("/kilo/elections/a/")]
-        return [kv.key.decode().rpartition("/")[2] for kv in sorted(found, key=lambda kv: kv.create_revision)]
+        kvs = [kv for key, kv in self.etcd.data.items() if key.decode().startswith("/kilo/elections/a/")]
+        return [kv.key.decode().rpartition("/")[2] for kv in sorted(kvs, key=lambda kv: kv.create_revision)]
 
     def written(self) -> dict[str, int]:
         return {name: len(host.machine.history) for name, host in self.hosts.items()}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from kilo_etcd.agent import privatekey
-from kilo_etcd.agent.privatekey import KeyError_
+from kilo_etcd.agent.privatekey import KeyFileError
 
 
 def test_the_first_start_makes_a_key_and_the_second_finds_it(tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def test_a_key_that_others_can_read_is_refused_with_the_command_that_mends_it(tm
     privatekey.load_or_create(tmp_path)
     path = tmp_path / "key"
     path.chmod(0o640)
-    with pytest.raises(KeyError_, match=rf"open to others \(mode 0640\); run chmod 600 {path}"):
+    with pytest.raises(KeyFileError, match=rf"open to others \(mode 0640\); run chmod 600 {path}"):
         privatekey.load_or_create(tmp_path)
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
 
@@ -58,7 +58,7 @@ def test_what_is_no_key_is_refused_and_left_alone(tmp_path: Path, content: bytes
     path = tmp_path / "key"
     path.write_bytes(content)
     path.chmod(0o600)
-    with pytest.raises(KeyError_, match="holds no WireGuard private key"):
+    with pytest.raises(KeyFileError, match="holds no WireGuard private key"):
         privatekey.load_or_create(tmp_path)
     assert path.read_bytes() == content
 
@@ -72,13 +72,13 @@ def test_a_key_behind_a_symbolic_link_is_taken(tmp_path: Path) -> None:
 
 def test_a_pipe_in_the_keys_place_does_not_hang(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "key", 0o600)
-    with pytest.raises(KeyError_, match="no regular file"):
+    with pytest.raises(KeyFileError, match="no regular file"):
         privatekey.load_or_create(tmp_path)
 
 
 def test_a_directory_that_cannot_be_had_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(KeyError_) as refused:
+    with pytest.raises(KeyFileError) as refused:
         privatekey.load_or_create(tmp_path / "file" / "state")
     assert "\n" not in str(refused.value)
     assert str(tmp_path / "file" / "state") in str(refused.value)
@@ -89,6 +89,6 @@ def test_a_directory_that_cannot_be_written_names_the_flag(tmp_path: Path, monke
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(privatekey.os, "link", refuse)
-    with pytest.raises(KeyError_, match=r"cannot be written to .*: Permission denied; .*--state-dir"):
+    with pytest.raises(KeyFileError, match=r"cannot be written to .*: Permission denied; .*--state-dir"):
         privatekey.load_or_create(tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -19,7 +19,7 @@ from simulation.host import SimulatedAgent
 from helpers import eventually
 from kilo_etcd.agent import privatekey
 from kilo_etcd.agent.admission import stamp
-from kilo_etcd.agent.hearsay import Message, digest, sender_of, unpack
+from kilo_etcd.agent.leader_hints import PeerMessage, digest, sender_of, unpack
 from kilo_etcd.agent.reachability import (
     AGAIN,
     AT_ONCE,
@@ -29,7 +29,7 @@ from kilo_etcd.agent.reachability import (
     PER_TARGET,
     RARELY,
     SPACING,
-    Answer,
+    MemberAnswer,
     Reachability,
     Records,
 )
@@ -75,15 +75,15 @@ def test_nobody_counts_before_the_first_answer_and_everybody_after_it() -> None:
     assert named(known) == set(), "nobody was asked yet"
     assert known.due(0.0) == [TB], "the leader is asked at once"
     assert set(known.due(2 * SPACING)) == {TA, TB}
-    assert known.answered(TA, Answer.SIGNED, 1.0)
-    assert known.answered(TB, Answer.UNSIGNED, 1.0)
+    assert known.answered(TA, MemberAnswer.SIGNED, 1.0)
+    assert known.answered(TB, MemberAnswer.UNSIGNED, 1.0)
     assert withheld(known) == set()
     for _ in range(10 * NAMED_AFTER):
         known.silent(TA, 5.0)
     assert withheld(known) == set(), "who has answered once keeps its routes"
     assert known.silent_ones(ALL) == (Silent(target=TA, withheld=False, named=True),)
     assert named(known, ("b",)) == set(), "a host that is down is no news"
-    assert known.answered(TA, Answer.UNSIGNED, 6.0), "and that it answers again is"
+    assert known.answered(TA, MemberAnswer.UNSIGNED, 6.0), "and that it answers again is"
     assert named(known) == set()
 
 
@@ -125,11 +125,11 @@ def test_a_changed_record_an_answer_due_and_a_question_are_reasons_to_ask_at_onc
     assert set(known.due(100.5)) == {TA, TB}, "it may have been started while it was being asked"
     known.silent(TB, 100.5)
     assert set(known.due(100.5)) == {TA}
-    known.answered(TA, Answer.SIGNED, 100.0)
+    known.answered(TA, MemberAnswer.SIGNED, 100.0)
     assert not known.heard_of(TA, 101.0), "that it answers is known"
     assert not known.heard_of(Target("x", TA.address), 101.0)
     assert 100.5 < known.next_due() < 110.0, "the other is still asked"
-    known.answered(TB, Answer.SIGNED, 100.0)
+    known.answered(TB, MemberAnswer.SIGNED, 100.0)
     assert known.next_due() > 100.0 + 0.7 * RARELY
 
 
@@ -142,7 +142,7 @@ def test_who_was_moved_or_has_another_key_or_address_begins_anew_and_so_does_all
     ):
         known.follow(OWN, BOTH, 0.0)
         for target in BOTH:
-            known.answered(target, Answer.SIGNED, 0.0)
+            known.answered(target, MemberAnswer.SIGNED, 0.0)
         known.follow(OWN, change, 1.0)
         assert withheld(known) == {"a"}
     known.follow(OWN, {TB: B}, 2.0)  # a has another label for a while.
@@ -160,7 +160,7 @@ def test_a_route_that_is_there_counts_until_its_node_is_silent_although_it_lives
         for _ in range(NAMED_AFTER):
             known.silent(target, 1.0)
     assert known.silent_ones(("b",)) == (Silent(target=TB, withheld=True, named=True),)
-    known.answered(TB, Answer.UNSIGNED, 2.0)
+    known.answered(TB, MemberAnswer.UNSIGNED, 2.0)
     assert known.silent_ones(("b",)) == ()
 
 
@@ -168,18 +168,18 @@ def test_an_address_of_the_other_family_that_comes_to_this_host_makes_it_forget_
     known = records()
     sixth = Target("a", ip_address("fd00::2"))
     both = evolve(OWN, internal_ips=(*OWN.internal_ips, ip_interface("fd00::1/64")))
-    found = {**BOTH, sixth: A}
+    nodes = {**BOTH, sixth: A}
     for own, targets, forgotten in (
         (OWN, BOTH, {"a", "b"}),
-        (both, found, {"a"}),
-        (evolve(both, internal_ips=(*OWN.internal_ips, ip_interface("fd00::9/64"))), found, {"a"}),
+        (both, nodes, {"a"}),
+        (evolve(both, internal_ips=(*OWN.internal_ips, ip_interface("fd00::9/64"))), nodes, {"a"}),
         (OWN, BOTH, set[str]()),
         (evolve(OWN, internal_ips=(ip_interface("10.0.0.9/24"),)), BOTH, {"a", "b"}),
     ):
         known.follow(own, targets, 0.0)
         assert withheld(known) == forgotten
         for target in targets:
-            known.answered(target, Answer.SIGNED, 0.0)
+            known.answered(target, MemberAnswer.SIGNED, 0.0)
 
 
 def test_silence_from_before_a_members_agent_lived_means_nothing_and_it_is_asked_at_once() -> None:
@@ -198,7 +198,7 @@ def test_silence_from_before_a_members_agent_lived_means_nothing_and_it_is_asked
     known.silent(TA, 111.0)
     assert not known.live_again(("b",), 111.0) or known.due(111.0 + SPACING) == [TB]
     for target in BOTH:
-        known.answered(target, Answer.UNSIGNED, 112.0)
+        known.answered(target, MemberAnswer.UNSIGNED, 112.0)
     assert not known.live_again(ALL, 113.0), "who answers needs not be asked"
 
 
@@ -213,18 +213,18 @@ def test_a_large_location_is_asked_bit_by_bit_and_rarely() -> None:
         "a newcomer does not hear from all at once"
     )
     for target in many:
-        known.answered(target, Answer.SIGNED, 0.0)
+        known.answered(target, MemberAnswer.SIGNED, 0.0)
     assert known.next_due() > 0.7 * PER_TARGET * 1000, "about an hour"
 
 
 def test_an_answer_without_the_key_is_asked_for_again_and_said() -> None:
     known = records()
     known.follow(OWN, BOTH, 0.0)
-    assert [known.answered(TA, Answer.UNSIGNED, 0.0) for _ in range(NAMED_AFTER)] == [True, False, False, True]
+    assert [known.answered(TA, MemberAnswer.UNSIGNED, 0.0) for _ in range(NAMED_AFTER)] == [True, False, False, True]
     assert known.unsigned() == (TA,)
-    assert known.answered(TA, Answer.SIGNED, 1.0)
+    assert known.answered(TA, MemberAnswer.SIGNED, 1.0)
     assert known.unsigned() == ()
-    assert not known.answered(TA, Answer.UNSIGNED, 2.0), "that changes nothing that is said or routed"
+    assert not known.answered(TA, MemberAnswer.UNSIGNED, 2.0), "that changes nothing that is said or routed"
 
 
 # -- a whole agent ----------------------------------------------------------------------------------------------------
@@ -253,18 +253,18 @@ class Wire:
     async def send(self, data: bytes, address: Any) -> None:
         await trio.lowlevel.checkpoint()
         query = unpack(data, secret())
-        self.told += query is not None and query.local and query.tells
-        if query is not None and query.local and not query.tells and address == INSIDE:
+        self.told += query is not None and query.local and query.is_response
+        if query is not None and query.local and not query.is_response and address == INSIDE:
             self.asked += 1
             if self.answers:
-                self.bring(evolve(query, tells=True, sender=digest(privatekey.public_key(G1))))
+                self.bring(evolve(query, is_response=True, sender=digest(privatekey.public_key(G1))))
                 for _ in range(5):  # The answer is faster than the sender.
                     await trio.lowlevel.checkpoint()
 
     def serve(self, addresses: object) -> None:
         """All of them."""
 
-    def bring(self, message: Message) -> None:
+    def bring(self, message: PeerMessage) -> None:
         data = message.pack(secret())
         if self.admit(data, INSIDE):
             self._in.send_nowait((data, INSIDE))
@@ -313,7 +313,7 @@ pytestmark = pytest.mark.autojump
 
 async def test_a_member_that_answers_is_routed_within_a_moment_and_asked_rarely(mesh: World) -> None:
     wire = Wire()
-    async with running(mesh, post=wire) as daemon:
+    async with running(mesh, transport=wire) as daemon:
         await eventually(lambda: routed(mesh), 20.5, every=0.01)
         await eventually(lambda: mesh.etcd.get("/kilo/elections/gcp/h1") is not None, 30, every=0.1)
         await trio.sleep(30)
@@ -323,14 +323,14 @@ async def test_a_member_that_answers_is_routed_within_a_moment_and_asked_rarely(
         await trio.sleep(7200)
         assert asked + 2 < wire.asked < asked + 200
         assert routed(mesh), "who is down later keeps its route"
-        assert (mesh.said(NEVER), mesh.said("no longer answers"), gauge(mesh)) == (0, 0, 0.0)
+        assert (mesh.logged(NEVER), mesh.logged("no longer answers"), gauge(mesh)) == (0, 0, 0.0)
         assert daemon.kernel.writes - writes <= 4, "h1 leads now, and that is all"
         assert mesh.etcd.revision - revision <= 6
 
 
 async def test_a_member_that_answers_no_more_is_named_as_one_that_is_routed(mesh: World) -> None:
     wire = Wire()
-    async with running(mesh, post=wire):
+    async with running(mesh, transport=wire):
         await eventually(lambda: routed(mesh), 20.5, every=0.01)
         wire.answers = False
         await eventually(lambda: unreachable(mesh) == [("g1", "192.168.1.51", True)], 7200, every=10)
@@ -340,12 +340,12 @@ async def test_a_member_that_answers_no_more_is_named_as_one_that_is_routed(mesh
 async def test_a_member_that_never_answers_is_not_routed_and_is_named_until_it_answers(mesh: World) -> None:
     wire = Wire()
     wire.answers = False
-    async with running(mesh, post=wire) as daemon:
+    async with running(mesh, transport=wire) as daemon:
         await eventually(lambda: daemon._in_force().undecided == ("g1",), 2, every=0.1)
-        await eventually(lambda: mesh.said(NEVER), 12, every=0.1)
+        await eventually(lambda: mesh.logged(NEVER), 12, every=0.1)
         assert not routed(mesh)
         assert ip_network("10.4.0.0/16") not in mesh.host.observed.routes
-        assert {ip_network("10.4.0.0/16"), MESH_G1} <= mesh.host.observed.fences
+        assert {ip_network("10.4.0.0/16"), MESH_G1} <= mesh.host.observed.unreachable_routes
         await eventually(lambda: unreachable(mesh) == [("g1", "192.168.1.51", False)], 5, every=0.1)
         assert daemon._in_force().undecided == ()
         assert gauge(mesh) == 1.0
@@ -353,19 +353,19 @@ async def test_a_member_that_never_answers_is_not_routed_and_is_named_until_it_a
         revision, writes = mesh.etcd.revision, daemon.kernel.writes
         asked = wire.asked
         await trio.sleep(3600)
-        assert mesh.said(NEVER) == 1
+        assert mesh.logged(NEVER) == 1
         assert 3600 / LONGEST - 5 < wire.asked - asked < 3600 / LONGEST + 30
         assert (mesh.etcd.revision, daemon.kernel.writes) == (revision, writes), "nothing is written meanwhile"
         wire.answers = True
         # It has been started, say, and asks; else its next turn comes within about a minute.
-        query = Message(
-            tells=False, nonce=b"12345678", sender=digest(privatekey.public_key(G1)), revision=0, local=True
+        query = PeerMessage(
+            is_response=False, nonce=b"12345678", sender=digest(privatekey.public_key(G1)), revision=0, local=True
         )
         wire.bring(query)
         await eventually(lambda: routed(mesh), 2, every=0.01)
-        assert MESH_G1 not in mesh.host.observed.fences
+        assert MESH_G1 not in mesh.host.observed.unreachable_routes
         await eventually(lambda: unreachable(mesh) == [], 5, every=0.1)
-        assert (mesh.said("no longer: g1, its leader, has never answered"), gauge(mesh)) == (1, 0.0)
+        assert (mesh.logged("no longer: g1, its leader, has never answered"), gauge(mesh)) == (1, 0.0)
 
 
 @pytest.mark.parametrize("by", ["echo", "link"])
@@ -377,10 +377,10 @@ async def test_a_network_that_filters_one_thing_loses_nothing(mesh: World, by: s
         mesh.host.reach = lambda address: address == INSIDE
     else:
         mesh.host.resolves = lambda address: address == INSIDE
-    async with running(mesh, post=wire):
+    async with running(mesh, transport=wire):
         await eventually(lambda: routed(mesh), 2, every=0.01)
         await trio.sleep(60)
-        assert mesh.said(NEVER) == 0
+        assert mesh.logged(NEVER) == 0
         value = mesh.etcd.get("/kilo-status/h1")
         assert value is not None
         assert decode_status(value).unsigned == ("g1",), "something answers"
@@ -388,32 +388,32 @@ async def test_a_network_that_filters_one_thing_loses_nothing(mesh: World, by: s
 
 async def test_an_agent_that_may_not_ping_asks_all_the_same(mesh: World) -> None:
     mesh.host.no_pings = "this host may not ping"
-    async with running(mesh, post=Wire()):
+    async with running(mesh, transport=Wire()):
         await eventually(lambda: routed(mesh), 20.5, every=0.01)
 
 
 async def test_without_probes_all_is_as_the_records_say(mesh: World) -> None:
-    async with running(mesh, post=Wire(), probe=False):
+    async with running(mesh, transport=Wire(), probe=False):
         await eventually(lambda: routed(mesh), 20.5, every=0.01)
         await trio.sleep(60)
         assert routed(mesh)
-        assert mesh.said(NEVER) == 0
+        assert mesh.logged(NEVER) == 0
 
 
 async def test_a_restarted_agent_keeps_a_route_as_long_as_nothing_speaks_against_it(mesh: World) -> None:
     wire = Wire()
-    async with running(mesh, post=wire):
+    async with running(mesh, transport=wire):
         await eventually(lambda: routed(mesh), 20.5, every=0.01)
     mesh.host.history.clear()
     wire.answers = False
     mesh.etcd.delete("/kilo/elections/gcp/g1")
-    async with running(mesh, post=wire):
+    async with running(mesh, transport=wire):
         await trio.sleep(60)
         assert routed(mesh), "g1 is down"
         assert not [change for change in mesh.host.history if "10.4.0.51" in str(change)]
         # It lives, and they do not reach each other, as in a mesh that was set up by an agent that did not look.
         mesh.etcd.put_kept("/kilo/elections/gcp/g1", encode(CandidateRecord(rank=CandidateClass.PUBLIC)))
-        await eventually(lambda: mesh.said("has never answered h1"), 90, every=0.1)
+        await eventually(lambda: mesh.logged("has never answered h1"), 90, every=0.1)
         assert not routed(mesh)
 
 
@@ -422,17 +422,17 @@ async def test_a_member_that_comes_back_where_only_arp_passes_is_neither_cut_off
     wire = Wire()
     wire.answers = False
     mesh.host.resolves = lambda address: address == INSIDE
-    async with running(mesh, post=wire):
+    async with running(mesh, transport=wire):
         await eventually(lambda: routed(mesh), 5, every=0.01)
     mesh.host.history.clear()
     mesh.host.resolves = lambda address: False
     mesh.etcd.delete("/kilo/elections/gcp/g1")
-    async with running(mesh, post=wire):
+    async with running(mesh, transport=wire):
         await trio.sleep(300)
         mesh.host.resolves = lambda address: address == INSIDE
         mesh.etcd.put_kept("/kilo/elections/gcp/g1", encode(CandidateRecord(rank=CandidateClass.PUBLIC)))
         await trio.sleep(120)
-        assert mesh.said(NEVER) == 0
+        assert mesh.logged(NEVER) == 0
         assert not [change for change in mesh.host.history if "10.4.0.51" in str(change)]
 
 
@@ -441,7 +441,7 @@ async def test_a_member_that_boots_later_is_reached_at_once_where_only_arp_passe
     wire.answers = False
     mesh.host.resolves = lambda address: False
     mesh.etcd.delete("/kilo/elections/gcp/g1")
-    async with running(mesh, post=wire):
+    async with running(mesh, transport=wire):
         await trio.sleep(400)
         assert not routed(mesh)
         mesh.host.resolves = lambda address: address == INSIDE
@@ -456,8 +456,8 @@ async def test_an_address_that_this_host_has_itself_is_no_other_hosts(mesh: Worl
     )
     mesh.etcd.put("/kilo/nodes/g1", encode(record))
     mesh.host.reach = lambda address: True
-    async with running(mesh, post=Wire()):
-        await eventually(lambda: mesh.said("has never answered h1 at its internal IP 192.168.1.1"), 15, every=0.1)
+    async with running(mesh, transport=Wire()):
+        await eventually(lambda: mesh.logged("has never answered h1 at its internal IP 192.168.1.1"), 15, every=0.1)
         assert not routed(mesh)
 
 
@@ -465,14 +465,14 @@ async def test_an_address_that_this_host_has_itself_is_no_other_hosts(mesh: Worl
 async def test_a_member_in_the_tunnel_is_named_if_it_does_not_even_shake_hands(mesh: World, shakes: bool) -> None:
     wire = Wire()
     wire.answers = False
-    async with running(mesh, post=wire, encapsulate=Encapsulate.WIREGUARD):
+    async with running(mesh, transport=wire, encapsulate=Encapsulate.WIREGUARD):
         key = privatekey.public_key(G1)
         await eventually(lambda: key in mesh.host.observed.peers, 10, every=0.1)
         for _ in range(60):
             if shakes:
-                mesh.host.hear_from(key)
+                mesh.host.receive_from(key)
             await trio.sleep(1)
-        said = mesh.said("g1, its leader, does not answer h1 through their tunnel inside the location")
+        said = mesh.logged("g1, its leader, does not answer h1 through their tunnel inside the location")
         assert said == (0 if shakes else 1)
         assert ip_network("10.4.0.0/16") in mesh.host.observed.routes, "what is encrypted is not withheld"
         assert unreachable(mesh) == ([] if shakes else [("g1", "10.4.0.51", True)])
@@ -516,10 +516,15 @@ async def test_a_new_member_is_asked_only_once_the_kernel_leads_nothing_for_it_i
 
 
 def test_local_messages_are_told_from_others() -> None:
-    query = Message(tells=False, nonce=b"12345678", sender=digest("a"), revision=0, local=True)
-    for one in (query, evolve(query, tells=True), evolve(query, local=False), evolve(query, tells=True, local=False)):
-        data = one.pack(secret())
-        assert (unpack(data, secret()), sender_of(data)) == (one, digest("a"))
+    query = PeerMessage(is_response=False, nonce=b"12345678", sender=digest("a"), revision=0, local=True)
+    for peer_message in (
+        query,
+        evolve(query, is_response=True),
+        evolve(query, local=False),
+        evolve(query, is_response=True, local=False),
+    ):
+        data = peer_message.pack(secret())
+        assert (unpack(data, secret()), sender_of(data)) == (peer_message, digest("a"))
         assert len(data) == 44
 
 
@@ -553,11 +558,11 @@ async def test_a_location_whose_network_is_cut_from_the_start_sends_nothing_into
 
             await eventually(heard, 60, every=0.5)
             await trio.sleep(20)
-            inside = {one.ip for one in world.hosts[lonely].place.inside}
+            inside = {interface.ip for interface in world.hosts[lonely].place.inside}
             for name, host in world.hosts.items():
                 ways = {route.gateway for route in host.machine.observed.routes.values()}
                 assert not ways & inside, f"{name} sends into the network that is cut"
-                said = " ".join(host.agent._standing_errors()) if host.agent is not None else ""
+                said = " ".join(host.agent._current_errors()) if host.agent is not None else ""
                 assert ("has never answered" in said) is (name != "b-1"), name
             assert not {route.gateway for route in world.hosts[lonely].machine.observed.routes.values()} - {None}
             world.hosts[lonely].condition.lan = True
@@ -567,13 +572,13 @@ async def test_a_location_whose_network_is_cut_from_the_start_sends_nothing_into
 
 async def test_a_query_over_the_locations_network_is_answered_once(mesh: World) -> None:
     wire = Wire()
-    async with running(mesh, post=wire):
+    async with running(mesh, transport=wire):
         await eventually(lambda: routed(mesh), 5, every=0.01)
         nonce, sender = stamp(int(time.time()), 1), digest(privatekey.public_key(G1))
-        query = Message(tells=False, nonce=nonce, sender=sender, revision=0, local=True)
+        query = PeerMessage(is_response=False, nonce=nonce, sender=sender, revision=0, local=True)
         for _ in range(20):
             wire.bring(query)
             await trio.sleep(1)
         assert wire.told == 1
         # An answer to no query of ours is not even looked at.
-        assert not wire.admit(evolve(query, tells=True).pack(secret()), INSIDE)
+        assert not wire.admit(evolve(query, is_response=True).pack(secret()), INSIDE)

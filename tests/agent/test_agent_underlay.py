@@ -36,8 +36,8 @@ def test_links_gateways_name_servers_and_etcd_are_reached() -> None:
         ),
         name_servers=(ip_address("10.9.9.9"), ip_address("127.0.0.1")),
     )
-    found = facts.reached(nets("10.1.0.9/32", "203.0.113.7/32"))
-    assert found.stated() == nets(
+    reached = facts.reached(nets("10.1.0.9/32", "203.0.113.7/32"))
+    assert reached.stated() == nets(
         "10.1.0.0/24", "10.8.0.0/24", "10.9.9.9/32", "172.17.0.0/16", "203.0.113.7/32", "fd00:1::/64"
     )
 
@@ -82,16 +82,16 @@ def test_static_routes_are_reached() -> None:
             StaticRoute(ip_network("8000::/1"), "tun0", "tun"),
         ),
     )
-    found = facts.reached(())
-    assert found.lasting == nets("10.1.0.0/24", "10.20.0.0/16")
-    assert found.passing == nets("10.30.0.0/16"), "tunnels come and go"
+    reached = facts.reached(())
+    assert reached.lasting == nets("10.1.0.0/24", "10.20.0.0/16")
+    assert reached.passing == nets("10.30.0.0/16"), "tunnels come and go"
 
 
 def test_name_servers_are_those_that_are_asked_in_the_end(tmp_path: Path) -> None:
     own, behind, more = tmp_path / "resolv.conf", tmp_path / "resolved.conf", tmp_path / "unbound.conf"
 
     def asked() -> list[str]:
-        return [str(one) for one in name_servers(own, (behind, more))]
+        return [str(name_server) for name_server in name_servers(own, (behind, more))]
 
     assert asked() == []
     own.write_text("# nameserver 9.9.9.9\nnameserver 10.1.0.1\nnameserver x\n nameserver fe80::1%eth0\nsearch a\n")

@@ -11,7 +11,7 @@ from attrs import evolve
 from kilo_etcd.ctl.arrivals import losses, narrow
 from kilo_etcd.ctl.live import Live
 from kilo_etcd.model import Candidate, CandidateClass, Endpoint, Node, Snapshot
-from kilo_etcd.store.records import AnswerRecord, Tunnel
+from kilo_etcd.store.records import DiagnosticsResponse, Tunnel
 from kilo_etcd.topology import Topology, build_topology
 
 PLACES = {"a1": "a", "a2": "a", "a3": "a", "b1": "b", "b2": "b", "c1": "c"}
@@ -33,7 +33,9 @@ def mesh() -> Topology:
         for number, (name, place) in enumerate(PLACES.items(), 1)
     }
     first = {place: Candidate(node=f"{place}1", rank=CandidateClass.PUBLIC, create_revision=1) for place in "abc"}
-    return build_topology(Snapshot(revision=1, nodes=nodes, candidates={p: (one,) for p, one in first.items()}))
+    return build_topology(
+        Snapshot(revision=1, nodes=nodes, candidates={p: (candidate,) for p, candidate in first.items()})
+    )
 
 
 def asked(topology: Topology, lost: Lost, names: Iterable[str] = PLACES) -> Live:
@@ -43,7 +45,7 @@ def asked(topology: Topology, lost: Lost, names: Iterable[str] = PLACES) -> Live
         for other, node in topology.snapshot.nodes.items():
             if other != name:
                 found[lost(name, other)].append(str(node.mesh_addresses[0]))
-        answers[name] = AnswerRecord(reached=tuple(found[False]), unreached=tuple(found[True]))
+        answers[name] = DiagnosticsResponse(reached=tuple(found[False]), unreached=tuple(found[True]))
     return Live(answers=answers)
 
 
@@ -128,7 +130,7 @@ def test_where_no_host_answers_echo_requests_it_is_said_what_was_asked_and_no_mo
     topology = mesh()
     live = asked(topology, lambda one, other: True)
     assert all("no echo request to it" in loss.text and not loss.filtered for loss in losses(topology, live))
-    (loss,) = losses(topology, live, heard=[frozenset({"a1", "a2"})])
+    (loss,) = losses(topology, live, queries_answered=[frozenset({"a1", "a2"})])
     assert (loss.subject, loss.filtered) == ("packets", True)
     assert "although members of a location answer each other's peer queries" in loss.text
     (loss,) = losses(topology, with_sessions(topology, live, ("a1", "b1"), ("a1", "c1"), ("b1", "c1")))
@@ -148,7 +150,9 @@ def test_a_host_that_neither_answers_nor_is_answered_although_its_tunnel_has_a_s
         "no echo request to it at 10.4.0.6 was answered (tried by a1, a2, a3, b1, b2), nor one of its own, although "
         "its tunnel to a1 has a session"
     )
-    silent = evolve(live, answers={name: said for name, said in live.answers.items() if name != "c1"}, silent=("c1",))
+    silent = evolve(
+        live, answers={name: response for name, response in live.answers.items() if name != "c1"}, silent=("c1",)
+    )
     (loss,) = losses(topology, silent)
     assert loss.text == "no echo request to it at 10.4.0.6 was answered (tried by a1, a2, a3, b1, b2)"
 

@@ -61,12 +61,12 @@ MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 
 )
 def test_what_means_more_than_it_says_is_refused_at_once(text: str, says: str) -> None:
     began = time.process_time()
-    found = CliRunner().invoke(main, ["peer", "add", "-f", "-"], input=text)
-    assert found.exit_code == 1, found.output
-    assert found.output.startswith("kgctl: standard input")
-    assert says in found.output
-    assert found.output.count("\n") == 1
-    assert len(found.output) < 300
+    result = CliRunner().invoke(main, ["peer", "add", "-f", "-"], input=text)
+    assert result.exit_code == 1, result.output
+    assert result.output.startswith("kgctl: standard input")
+    assert says in result.output
+    assert result.output.count("\n") == 1
+    assert len(result.output) < 300
     assert time.process_time() - began < 20
 
 
@@ -94,8 +94,8 @@ def test_a_file_without_an_end_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
         (["-f", str(tmp_path / "large")], ""),
         (["-f", "-"], "#" * 1001),
     ):
-        found = CliRunner().invoke(main, ["peer", "add", *arguments], input=text)
-        assert (found.exit_code, "is larger than 1000 bytes" in found.output) == (1, True), found.output
+        result = CliRunner().invoke(main, ["peer", "add", *arguments], input=text)
+        assert (result.exit_code, "is larger than 1000 bytes" in result.output) == (1, True), result.output
 
 
 def test_anchors_aliases_and_merge_keys_work_as_ever() -> None:
@@ -110,8 +110,8 @@ items:
 - metadata: {{name: c}}
   spec: {{<<: *spec, allowedIPs: *ips, persistentKeepalive: *k}}
 """
-    assert [one.name for one in read_peers(text, "x")] == ["a", "b", "c"]
-    assert len({one.record for one in read_peers(text, "x")}) == 1
+    assert [named_peer.name for named_peer in read_peers(text, "x")] == ["a", "b", "c"]
+    assert len({named_peer.record for named_peer in read_peers(text, "x")}) == 1
     # Nor does the depth of an ordinary one come near the bound.
     deep = "[" * (bounded_yaml.MAX_DEPTH - 1) + "]" * (bounded_yaml.MAX_DEPTH - 1)
     assert load_documents(deep, "x") == list(yaml.safe_load_all(deep))

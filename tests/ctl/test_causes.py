@@ -13,7 +13,7 @@ from kilo_etcd.ctl.check import Examined, Finding, Severity, findings
 from kilo_etcd.ctl.live import Live
 from kilo_etcd.ctl.report import report
 from kilo_etcd.model import Candidate, CandidateClass, Endpoint, Node, Snapshot
-from kilo_etcd.store.records import AnswerRecord, Role, StatusRecord, Tunnel, Unreachable
+from kilo_etcd.store.records import DiagnosticsResponse, Role, StatusRecord, Tunnel, Unreachable
 from kilo_etcd.topology import Topology, build_topology
 from kilo_etcd.topology.plan import host_plan
 from kilo_etcd.topology.reach import Silent, targets, withhold
@@ -48,7 +48,7 @@ ALONE = {"a": "", "b": "", "c": ""}
 
 def statuses(topology: Topology, *apart: tuple[str, str], routed: bool = False) -> dict[str, StatusRecord]:
     """What agents report where these pairs do not reach each other: each end with all the sentences of its plan."""
-    found = {}
+    result = {}
     for name, node in topology.snapshot.nodes.items():
         mine = [{*pair} - {name} for pair in apart if name in pair]
         unheard = [
@@ -61,12 +61,20 @@ def statuses(topology: Topology, *apart: tuple[str, str], routed: bool = False) 
         role = Role.LEADER if leader == name else Role.MEMBER
         if len(topology.segment_of(name).members) == 1:
             role, leader = Role.ALONE, ""
-        found[name] = StatusRecord(
-            public_key=node.public_key, revision=1, role=role, location=node.location, leader=leader,
-            errors=tuple(problem.text for problem in plan.problems), answers=True, since=NOON,
-            unreachable=tuple(Unreachable(one.target.node, str(one.target.address), routed) for one in unheard),
-        )  # fmt: skip
-    return found
+        result[name] = StatusRecord(
+            public_key=node.public_key,
+            revision=1,
+            role=role,
+            location=node.location,
+            leader=leader,
+            errors=tuple(problem.text for problem in plan.problems),
+            answers=True,
+            since=NOON,
+            unreachable=tuple(
+                Unreachable(silent.target.node, str(silent.target.address), routed) for silent in unheard
+            ),
+        )
+    return result
 
 
 def lost(topology: Topology, *apart: tuple[str, str], **answer: object) -> Live:
@@ -78,8 +86,10 @@ def lost(topology: Topology, *apart: tuple[str, str], **answer: object) -> Live:
         for other, node in topology.snapshot.nodes.items():
             if other != name:
                 found[frozenset((name, other)) in pairs].append(str(node.mesh_addresses[0]))
-        said = AnswerRecord(reached=tuple(found[False]), unreached=tuple(found[True]), time=NOON_MS + 3_600_000)
-        answers[name] = evolve(said, **answer)
+        response = DiagnosticsResponse(
+            reached=tuple(found[False]), unreached=tuple(found[True]), time=NOON_MS + 3_600_000
+        )
+        answers[name] = evolve(response, **answer)
     return Live(answers=answers)
 
 
@@ -153,8 +163,8 @@ def test_while_the_agents_still_ask_it_is_too_early_to_tell_and_not_well() -> No
     asking = evolve(
         live,
         answers={
-            name: evolve(said, undecided=tuple(other for other in topology.snapshot.nodes if other != name))
-            for name, said in live.answers.items()
+            name: evolve(response, undecided=tuple(other for other in topology.snapshot.nodes if other != name))
+            for name, response in live.answers.items()
         },
     )
     (finding,) = found(topology, statuses(topology), asking)
@@ -187,7 +197,7 @@ def test_what_is_said_of_an_address_that_is_no_more_or_of_a_stranger_counts_for_
     stale = (Unreachable("b", "192.168.1.99"), Unreachable("zz", "192.168.1.2"), Unreachable("b", "nowhere"))
     said["a"] = evolve(said["a"], unreachable=stale)
     known = silence(topology, {**said, "zz": said["a"]}, Live())
-    assert (known.apart, known.heard) == ({}, True)
+    assert (known.apart, known.queries_answered) == ({}, True)
 
 
 def test_where_every_host_filters_echo_requests_answered_peer_queries_speak_for_it() -> None:

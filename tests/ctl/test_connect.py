@@ -22,12 +22,12 @@ from kilo_etcd.agent.discover import HostFacts
 from kilo_etcd.agent.logs import setup_logging
 from kilo_etcd.agent.resolve import Resolver
 from kilo_etcd.ctl.connect import connection as connection_module
-from kilo_etcd.ctl.connect.connection import Connection, Edges, Names, Settings
-from kilo_etcd.ctl.connect.registration import LEASE_SECONDS, Gone, Registration, Wish
+from kilo_etcd.ctl.connect.connection import Edges, Names, PeerConnection, Settings
+from kilo_etcd.ctl.connect.registration import LEASE_SECONDS, DesiredPeer, Gone, PeerRegistration
 from kilo_etcd.ctl.context import Failure
 from kilo_etcd.etcd import PermissionDenied, Unavailable
+from kilo_etcd.kernel.exit_node import exit_table
 from kilo_etcd.kernel.state import Change, DeleteLink, DeleteRoute, HostAddress
-from kilo_etcd.kernel.wayout import exit_table
 from kilo_etcd.model import CandidateClass, Endpoint, IPAddress
 from kilo_etcd.store.keys import Keys, claimant
 from kilo_etcd.store.records import CandidateRecord, NodeRecord, PeerRecord, decode_peer, encode
@@ -86,7 +86,7 @@ class World:
         """The numbers of the nodes that are WireGuard peers here."""
         return {base64.b64decode(key)[0] for key in self.host.observed.peers}
 
-    def said(self, sentence: str) -> int:
+    def logged(self, sentence: str) -> int:
         return self.log.getvalue().count(sentence)
 
     def record(self) -> PeerRecord:
@@ -118,18 +118,18 @@ async def connected(
     world: World,
     *,
     dns_hosts: bool = True,
-    gateway: str | None = None,
+    exit_node: str | None = None,
     endpoints: tuple[str, ...] = ("192.0.2.1:2379",),
-    **wish: object,
-) -> AsyncIterator[Connection]:
+    **desired: object,
+) -> AsyncIterator[PeerConnection]:
     """The command runs in the block, in a mesh of three nodes; SIGTERM ends it at the block's end."""
     await world.build()
     setup = kernel.Setup(interface="kilo-kilo", private_key=PRIVATE, protocol=kernel.PEER_PROTOCOL)
     settings = Settings(
-        interface="kilo-kilo", listen_port=4711, endpoints=endpoints, dns_hosts=dns_hosts, gateway=gateway
+        interface="kilo-kilo", listen_port=4711, endpoints=endpoints, dns_hosts=dns_hosts, exit_node=exit_node
     )
-    connection = Connection(
-        Wish(**{"name": "laptop", "public_key": PUBLIC, **wish}),  # type: ignore[arg-type]
+    connection = PeerConnection(
+        DesiredPeer(**{"name": "laptop", "public_key": PUBLIC, **desired}),  # type: ignore[arg-type]
         settings,
         world.client,
         "/kilo",
@@ -138,7 +138,7 @@ async def connected(
     )
     async with trio.open_nursery() as nursery:
         nursery.start_soon(connection.run)
-        await eventually(lambda: world.said("connected  interface"), 30, every=0.1)
+        await eventually(lambda: world.logged("connected  interface"), 30, every=0.1)
         yield connection
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -182,18 +182,18 @@ async def test_no_record_of_a_peer_leads_another_name_or_anything_out_of_the_mes
             record = PeerRecord(public_key=key_of(ord(name[0])), allowed_ips=(ip_network(address),))
             await world.etcd.client().put(KEYS.peer(name), encode(record))
         await eventually(
-            lambda: world.said("bank is not written as 203.0.113.67, which is not routed here"), 10, every=0.1
+            lambda: world.logged("bank is not written as 203.0.113.67, which is not routed here"), 10, every=0.1
         )
         await trio.sleep(1000)
         assert world.names is not None
         assert set(world.names) == {"gcp-1", "gcp-2", "home-1", "laptop", "wpad"}
         assert "203.0.113" not in str(world.names)
-        assert world.said("wpad is written as wpad.kilo and wpad.mesh only")
-        assert world.said("not all names of the mesh are written") <= 3
+        assert world.logged("wpad is written as wpad.kilo and wpad.mesh only")
+        assert world.logged("not all names of the mesh are written") <= 3
         for name in ("github.com", "bank"):
             await world.etcd.client().delete(KEYS.peer(name))
         await world.etcd.client().delete(KEYS.peer("wpad"))
-        await eventually(lambda: world.said("all names of the mesh are written"), 30, every=0.1)
+        await eventually(lambda: world.logged("all names of the mesh are written"), 30, every=0.1)
 
 
 async def test_it_follows_a_failover_a_label_a_new_node_and_granularity(world: World) -> None:
@@ -215,22 +215,22 @@ async def test_it_follows_a_failover_a_label_a_new_node_and_granularity(world: W
 async def test_a_leader_whose_endpoint_changes_is_spoken_to_there_until_its_packets_come_from_there(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spoken: list[IPAddress] = []
-    monkeypatch.setattr(connection_module, "speak", spoken.extend)
+    triggered: list[IPAddress] = []
+    monkeypatch.setattr(connection_module, "trigger_handshakes", triggered.extend)
 
     def endpoint() -> Endpoint | None:
         return world.host.observed.peers[key_of(1)].endpoint
 
     async with connected(world):
         former, new = endpoint(), Endpoint.parse("203.0.113.77:51820")
-        world.host.hear_from(key_of(1), endpoint=former)
-        assert spoken == []
+        world.host.receive_from(key_of(1), endpoint=former)
+        assert triggered == []
         await world.etcd.client().put(KEYS.annotation("gcp-1", "force-endpoint"), str(new))
         await eventually(lambda: endpoint() == new, 10, every=0.1)
-        assert spoken == [ip_address("10.4.0.1")]
-        world.host.hear_from(key_of(1), endpoint=former)
+        assert triggered == [ip_address("10.4.0.1")]
+        world.host.receive_from(key_of(1), endpoint=former)
         await eventually(lambda: endpoint() == new, 10, every=0.1)
-        assert spoken == [ip_address("10.4.0.1")] * 2
+        assert triggered == [ip_address("10.4.0.1")] * 2
 
 
 async def test_nothing_is_written_when_nothing_changes_and_drift_is_repaired(world: World) -> None:
@@ -263,7 +263,7 @@ async def test_an_etcd_that_is_another_one_is_told_nothing_and_the_last_plan_sta
         world.etcd.replace_cluster()
         revision = world.etcd.revision
         await trio.sleep(5 * LEASE_SECONDS)
-        assert world.said("etcd is another cluster now") >= 1
+        assert world.logged("etcd is another cluster now") >= 1
         assert (world.etcd.revision, world.etcd.get(RECORD)) == (revision, None)
         assert world.leaders() == {1, 3}
     assert world.host.observed.link is None
@@ -278,7 +278,7 @@ async def test_a_machine_that_slept_longer_than_its_lease_comes_back_by_itself(w
         assert world.leaders() == {1, 3}
         world.client.mend()
         await eventually(lambda: world.etcd.get(RECORD) is not None, 60, every=0.1)
-        await eventually(lambda: world.said("registered again"), 10, every=0.1)
+        await eventually(lambda: world.logged("registered again"), 10, every=0.1)
         assert world.host.observed.addresses == address
         await trio.sleep(3 * LEASE_SECONDS)
         assert world.etcd.get(RECORD) is not None
@@ -287,7 +287,7 @@ async def test_a_machine_that_slept_longer_than_its_lease_comes_back_by_itself(w
 
 async def test_a_machine_that_dies_is_forgotten_when_its_lease_ends(world: World) -> None:
     await world.build()
-    registration = Registration(world.client, KEYS, Wish(name="laptop", public_key=PUBLIC), lambda: None)
+    registration = PeerRegistration(world.client, KEYS, DesiredPeer(name="laptop", public_key=PUBLIC), lambda: None)
     await registration.register()
     await trio.sleep(LEASE_SECONDS - 5)
     assert world.etcd.get(RECORD) is not None
@@ -307,7 +307,7 @@ async def ended_by(world: World, what: Awaitable[object]) -> None:
 async def test_an_operator_who_removes_the_peer_ends_it(world: World) -> None:
     with pytest.raises(BaseExceptionGroup) as caught:
         await ended_by(world, world.etcd.client().delete(RECORD))
-    assert caught.group_contains(Gone, match="record of peer laptop was removed by somebody else", depth=None)
+    assert caught.group_contains(Gone, match="record of peer laptop was removed by another writer", depth=None)
     assert nothing_is_left(world)
 
 
@@ -387,7 +387,7 @@ async def test_a_laptop_that_is_carried_into_another_network_keeps_that_network(
         world.facts = HostFacts(addresses=(here,))
         world.host.moved.set()
         await eventually(lambda: home not in world.host.observed.routes, 10, every=0.1)
-        assert world.said("172.20.0.0/24 is not routed here") == 1
+        assert world.logged("172.20.0.0/24 is not routed here") == 1
 
 
 async def test_no_internal_ip_is_taken_from_its_name_server_or_its_containers(world: World) -> None:
@@ -402,15 +402,15 @@ async def test_no_internal_ip_is_taken_from_its_name_server_or_its_containers(wo
         assert set(map(str, world.host.observed.routes)) == {"10.4.0.0/16", "10.1.0.1/32"}
 
 
-async def test_a_gateway_takes_all_but_etcd_and_nothing_passes_when_it_is_none_any_more(world: World) -> None:
+async def test_an_exit_node_takes_all_but_etcd_and_nothing_passes_when_it_is_none_any_more(world: World) -> None:
     anywhere = ip_network("0.0.0.0/0")
 
     def allowed() -> set[int]:
         peers = world.host.observed.peers.values()
         return {base64.b64decode(peer.public_key)[0] for peer in peers if anywhere in peer.allowed_ips}
 
-    await world.client.put("/kilo/annotations/gcp-1/gateway", "true")
-    async with connected(world, gateway="gcp-1"):
+    await world.client.put("/kilo/annotations/gcp-1/advertise-exit-node", "true")
+    async with connected(world, exit_node="gcp-1"):
         observed = world.host.observed
         assert allowed() == {1}
         kinds = {
@@ -426,12 +426,12 @@ async def test_a_gateway_takes_all_but_etcd_and_nothing_passes_when_it_is_none_a
         await world.etcd.client().delete(KEYS.election("gcp", "gcp-1"))
         await eventually(lambda: allowed() == set(), 10, every=0.1)
         assert anywhere in world.host.observed.policy.table(EXIT).routes
-        assert world.said("node gcp-1 cannot be a gateway as long as gcp-2 leads its location") == 1
+        assert world.logged("node gcp-1 cannot be an exit node as long as gcp-2 leads its location") == 1
     assert (world.host.observed.policy.table(EXIT).routes, world.host.observed.policy.rules) == ({}, frozenset())
     assert world.host.observed.policy.table(EXIT).last == {}
 
 
-async def test_etcd_is_outside_before_anything_goes_through_the_gateway(
+async def test_etcd_bypasses_the_exit_node_before_anything_goes_through_it(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def lookup(_name: str) -> tuple[IPAddress, ...]:
@@ -439,14 +439,14 @@ async def test_etcd_is_outside_before_anything_goes_through_the_gateway(
         return (ip_address("192.0.2.77"),)
 
     monkeypatch.setattr("kilo_etcd.ctl.connect.connection.Resolver", partial(Resolver, lookup=lookup))
-    await world.client.put("/kilo/annotations/gcp-1/gateway", "true")
-    async with connected(world, gateway="gcp-1", endpoints=("https://etcd.example.org:2379",)):
+    await world.client.put("/kilo/annotations/gcp-1/advertise-exit-node", "true")
+    async with connected(world, exit_node="gcp-1", endpoints=("https://etcd.example.org:2379",)):
         made = [str(change) for change in world.host.history]
         outside = next(at for at, text in enumerate(made) if text.startswith("ip route add throw 192.0.2.77/32"))
         assert outside < min(at for at, text in enumerate(made) if "rule add" in text)
 
 
-async def test_with_a_gateway_etcd_whose_name_is_not_resolved_is_refused(
+async def test_with_an_exit_node_etcd_whose_name_is_not_resolved_is_refused(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def lookup(_name: str) -> tuple[IPAddress, ...]:
@@ -454,9 +454,9 @@ async def test_with_a_gateway_etcd_whose_name_is_not_resolved_is_refused(
         raise OSError("no such name")
 
     monkeypatch.setattr("kilo_etcd.ctl.connect.connection.Resolver", partial(Resolver, lookup=lookup))
-    await world.client.put("/kilo/annotations/gcp-1/gateway", "true")
+    await world.client.put("/kilo/annotations/gcp-1/advertise-exit-node", "true")
     with pytest.raises(BaseExceptionGroup) as caught:
-        async with connected(world, gateway="gcp-1", endpoints=("https://etcd.example.org:2379",)):
+        async with connected(world, exit_node="gcp-1", endpoints=("https://etcd.example.org:2379",)):
             pytest.fail("it went on")
     assert caught.group_contains(
         Failure, match=r"etcd's name etcd\.example\.org is not resolved within 5 s", depth=None
@@ -464,9 +464,9 @@ async def test_with_a_gateway_etcd_whose_name_is_not_resolved_is_refused(
     assert nothing_is_left(world)
 
 
-async def test_a_gateway_that_falls_silent_is_said_once(world: World) -> None:
-    await world.client.put("/kilo/annotations/gcp-1/gateway", "true")
-    async with connected(world, gateway="gcp-1"):
+async def test_an_exit_node_that_falls_silent_is_said_once(world: World) -> None:
+    await world.client.put("/kilo/annotations/gcp-1/advertise-exit-node", "true")
+    async with connected(world, exit_node="gcp-1"):
         (key,) = [k for k, peer in world.host.observed.peers.items() if ip_network("0.0.0.0/0") in peer.allowed_ips]
 
         def count(sent: int, received: int) -> None:
@@ -476,11 +476,11 @@ async def test_a_gateway_that_falls_silent_is_said_once(world: World) -> None:
 
         await trio.sleep(30)
         count(5000, 0)
-        await eventually(lambda: world.said("nothing comes back from the gateway gcp-1"), 60, every=0.5)
+        await eventually(lambda: world.logged("nothing comes back from the exit node gcp-1"), 60, every=0.5)
         await trio.sleep(60)
-        assert world.said("nothing comes back from the gateway gcp-1") == 1
+        assert world.logged("nothing comes back from the exit node gcp-1") == 1
         count(5000, 92)
-        await eventually(lambda: world.said("the gateway answers"), 30, every=0.5)
+        await eventually(lambda: world.logged("the exit node answers"), 30, every=0.5)
 
 
 async def test_an_unusable_kernel_is_said_at_once_and_the_record_goes(world: World) -> None:
@@ -496,11 +496,11 @@ async def test_an_unusable_kernel_is_said_at_once_and_the_record_goes(world: Wor
 # --- the record -------------------------------------------------------------------------------------------------------
 
 
-async def refused(world: World, says: str, **wish: object) -> None:
+async def refused(world: World, says: str, **desired: object) -> None:
     before = {key: world.etcd.get(key) for key in world.etcd.keys("/")}
-    made = Wish(**{"name": "laptop", "public_key": PUBLIC, **wish})  # type: ignore[arg-type]
+    made = DesiredPeer(**{"name": "laptop", "public_key": PUBLIC, **desired})  # type: ignore[arg-type]
     with pytest.raises(Failure, match=says):
-        await Registration(world.client, KEYS, made, lambda: None).register()
+        await PeerRegistration(world.client, KEYS, made, lambda: None).register()
     assert {key: world.etcd.get(key) for key in world.etcd.keys("/")} == before
 
 
@@ -532,7 +532,9 @@ async def test_what_cannot_be_is_refused_in_one_sentence_and_nothing_is_written(
 async def test_yes_replaces_a_record_that_is_somebody_elses(world: World) -> None:
     await world.build()
     await world.client.put(RECORD, encode(PeerRecord(public_key=key_of(20), allowed_ips=(ip_network("10.9.0.2/32"),))))
-    registration = Registration(world.client, KEYS, Wish(name="laptop", public_key=PUBLIC, replace=True), lambda: None)
+    registration = PeerRegistration(
+        world.client, KEYS, DesiredPeer(name="laptop", public_key=PUBLIC, replace=True), lambda: None
+    )
     await registration.register()
     assert (world.record().public_key, world.record().allowed_ips) == (PUBLIC, (ip_network("10.9.0.2/32"),))
     await registration.withdraw()
@@ -541,10 +543,10 @@ async def test_yes_replaces_a_record_that_is_somebody_elses(world: World) -> Non
 
 async def test_the_leftover_of_a_run_that_crashed_is_taken_over_and_goes_at_the_end(world: World) -> None:
     await world.build()
-    wish = Wish(name="laptop", public_key=PUBLIC)
-    first = await Registration(world.client, KEYS, wish, lambda: None).register()
+    desired = DesiredPeer(name="laptop", public_key=PUBLIC)
+    first = await PeerRegistration(world.client, KEYS, desired, lambda: None).register()
     await trio.sleep(200)
-    second = Registration(world.client, KEYS, wish, lambda: None)
+    second = PeerRegistration(world.client, KEYS, desired, lambda: None)
     assert (await second.register()).record == first.record
     async with trio.open_nursery() as nursery:
         nursery.start_soon(second.keep)
@@ -561,12 +563,16 @@ async def test_no_two_machines_choose_one_address_and_none_a_nodes(world: World)
     await client.put("/kilo/mesh/granularity", "location")
     await add_node(world.etcd, "gcp-1", 1, "gcp")
     made = [
-        Registration(world.etcd.client(), KEYS, Wish(name=f"laptop-{n}", public_key=key_of(100 + n)), lambda: None)
+        PeerRegistration(
+            world.etcd.client(), KEYS, DesiredPeer(name=f"laptop-{n}", public_key=key_of(100 + n)), lambda: None
+        )
         for n in range(5)
     ]
     async with trio.open_nursery() as nursery:
         for registration in made:
             nursery.start_soon(registration.register)
-    chosen = [one.decision.chosen[0] for one in made if one.decision is not None]
+    chosen = [
+        peer_registration.decision.chosen[0] for peer_registration in made if peer_registration.decision is not None
+    ]
     assert sorted(map(str, chosen)) == [f"10.4.0.{n}" for n in range(2, 7)]
     await refused(world, "no address is left for this machine in 10.4.0.0/29")

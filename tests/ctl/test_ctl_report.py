@@ -10,10 +10,10 @@ import attrs
 import pytest
 from attrs import evolve
 
-from kilo_etcd.agent.decide import disagreements
+from kilo_etcd.agent.candidacy_policy import disagreements
 from kilo_etcd.agent.encrypting import MEMBERS_UNKNOWN
 from kilo_etcd.ctl.check import Examined, Finding, Severity, _agents, _mode, _records, _unrouted, findings
-from kilo_etcd.ctl.consequences import consequences
+from kilo_etcd.ctl.impact import impact
 from kilo_etcd.ctl.label import oddity
 from kilo_etcd.ctl.live import Live, LiveTunnel
 from kilo_etcd.ctl.location import check_label, location_lines, locations_table
@@ -43,11 +43,11 @@ from kilo_etcd.model import (
     Granularity,
     InternalIPs,
     Node,
-    SetAside,
+    RejectedRecord,
     Snapshot,
 )
 from kilo_etcd.store.keys import Keys
-from kilo_etcd.store.records import AnswerRecord, Role, StatusRecord
+from kilo_etcd.store.records import DiagnosticsResponse, Role, StatusRecord
 from kilo_etcd.store.view import View
 from kilo_etcd.topology import build_topology
 
@@ -98,7 +98,7 @@ def test_a_mesh_in_order_has_nothing_to_complain_of() -> None:
         ("a3", "leader", True, 0),
         ("b1", "alone", True, 0),
     ]
-    assert (found.disagreements, found.errors, found.problems, found.set_aside) == ((), (), (), ())
+    assert (found.disagreements, found.errors, found.problems, found.rejected) == ((), (), (), ())
     assert plain(status_tables(found), status_heading(found)) == (
         "granularity location; internal-ips off; subnets 10.4.0.0/16; 4 nodes, 4 alive; revision 40\n"
         "\n"
@@ -180,7 +180,7 @@ def test_internal_ips_that_are_not_routed_are_notes_and_the_same_of_several_is_o
         "not routed from a, the default location", "not routed from anywhere",
     ]  # fmt: skip
     note = "note: 192.168.97.0/24: not routed from a, the default location: hosts of a, "
-    said = consequences(evolve(world, internal_ips=InternalIPs.OFF), world)
+    said = impact(evolve(world, internal_ips=InternalIPs.OFF), world)
     assert any(line.startswith(note) for line in said)
 
     # One LAN, a full mesh: WireGuard is reached at the internal IPs themselves.
@@ -283,7 +283,9 @@ def test_flags_that_differ_from_the_mesh_are_one_note_for_all_nodes() -> None:
     assert [remark.text for remark in found.errors] == [f"{name} itself" for name in statuses]
     assert [(note.subject, note.text) for note in found.notes] == [("a1, a2, a3 and 1 more", text) for text in said]
     assert plain(status_tables(found)).count("--mesh-granularity") == 1
-    assert [(one.severity, one.subject) for one in _records(found)] == [(Severity.NOTE, "a1, a2, a3 and 1 more")] * 2
+    assert [(finding.severity, finding.subject) for finding in _records(found)] == [
+        (Severity.NOTE, "a1, a2, a3 and 1 more")
+    ] * 2
     assert all("--" not in text for _, text in remarks_on(found, set(statuses)))
 
 
@@ -318,11 +320,11 @@ def test_whoever_has_the_internal_ip_of_another_host_is_told_so_and_the_one_that
 
 def test_junk_in_a_node_s_name_has_no_place_in_the_mesh() -> None:
     found = report(WORLD, ALL_WELL | {"a1": status("a1")}, newest=40, registered=frozenset({*WORLD.nodes, "junk"}))
-    assert [(one.subject, one.text) for one in _agents(found)] == [
+    assert [(finding.subject, finding.text) for finding in _agents(found)] == [
         ("junk", "its agent does not report, and it is no part of the mesh")
     ]
     found = report(WORLD, {}, newest=40, registered=frozenset({*WORLD.nodes, "junk"}))
-    kept = {one.subject: "its place in the mesh is kept" in one.text for one in _agents(found)}
+    kept = {finding.subject: "its place in the mesh is kept" in finding.text for finding in _agents(found)}
     assert kept == {"a1": True, "a2": True, "a3": True, "b1": True, "junk": False}
 
 
@@ -332,14 +334,14 @@ def test_an_agent_that_listed_later_than_the_newest_record_is_not_behind() -> No
     assert found.disagreements == ()
 
 
-def test_errors_and_what_is_set_aside_are_listed() -> None:
+def test_errors_and_what_is_rejected_are_listed() -> None:
     found = report(
-        evolve(WORLD, set_aside=(SetAside("/kilo/nodes/x", "the value is not JSON"),)),
+        evolve(WORLD, rejected=(RejectedRecord("/kilo/nodes/x", "the value is not JSON"),)),
         {"a1": status("a1", errors=("the name vpn.example.org does not resolve",))},
         newest=40,
     )
     text = plain(status_tables(found))
-    assert "Set aside:\nKEY            REASON\n/kilo/nodes/x  the value is not JSON" in text
+    assert "Rejected:\nKEY            REASON\n/kilo/nodes/x  the value is not JSON" in text
     assert "Errors that agents report:\nNODE  ERROR\na1    the name vpn.example.org does not resolve" in text
 
 
@@ -377,7 +379,7 @@ def test_json_has_everything_in_camel_case() -> None:
         "meshAddresses": ["10.4.0.3"],
         "internalIps": ["192.168.97.3/24"],
         "endpoint": "203.0.113.3:51820",
-        "seen": [],
+        "observedEndpoints": [],
         "role": "leader",
         "alive": True,
         "revision": 40,
@@ -385,7 +387,7 @@ def test_json_has_everything_in_camel_case() -> None:
         "version": "",
     }
     assert data["locations"][1]["nextInLine"] == "a1"
-    assert data["setAside"] == []
+    assert data["rejected"] == []
 
 
 def encrypting(**stages: EncryptionStage | None) -> Snapshot:
@@ -425,13 +427,17 @@ def test_what_stays_in_clear_under_encrypted_is_a_warning_unless_the_operator_ha
     nodes = {**near.nodes, "b1": evolve(near.nodes["b1"], internal_ips=(ip_interface("192.168.97.9/24"),))}
 
     def found(world: Snapshot, **clear: str) -> dict[str, Severity]:
-        answers = {name: AnswerRecord(clear=tuple(text.split(","))) for name, text in clear.items()}
+        answers = {name: DiagnosticsResponse(clear=tuple(text.split(","))) for name, text in clear.items()}
         examined = Examined(
             members=(), report=report(world, ALL_WELL, newest=40), topology=build_topology(world), statuses=ALL_WELL,
             live=Live(answers=answers),
         )  # fmt: skip
         texts = ("is not encrypted", "are not routed", "not routed from")
-        return {one.subject: one.severity for one in findings(examined) if any(text in one.text for text in texts)}
+        return {
+            finding.subject: finding.severity
+            for finding in findings(examined)
+            if any(text in finding.text for text in texts)
+        }
 
     world = evolve(near, nodes=nodes)
     assert set(found(world).values()) == {Severity.WARNING}
@@ -447,14 +453,14 @@ def test_what_stays_in_clear_under_encrypted_is_a_warning_unless_the_operator_ha
 
 def test_what_all_agents_report_is_one_error() -> None:
     statuses = {name: evolve(status, errors=(MEMBERS_UNKNOWN,)) for name, status in ALL_WELL.items()}
-    (finding,) = (one for one in _agents(report(WORLD, statuses, newest=40)) if one.text == MEMBERS_UNKNOWN)
+    (finding,) = (agent for agent in _agents(report(WORLD, statuses, newest=40)) if agent.text == MEMBERS_UNKNOWN)
     assert (finding.severity, finding.subject) == (Severity.ERROR, "a1, a2, a3 and 1 more")
 
 
 def test_what_becomes_of_packets_is_said_before_the_setting_is_changed() -> None:
     def said(before: InternalIPs, after: InternalIPs) -> str:
         world = encrypting()
-        return "\n".join(consequences(evolve(world, internal_ips=before), evolve(world, internal_ips=after)))
+        return "\n".join(impact(evolve(world, internal_ips=before), evolve(world, internal_ips=after)))
 
     on = said(InternalIPs.OFF, InternalIPs.ENCRYPTED)
     assert "internal-ips: off becomes encrypted" in on
@@ -474,8 +480,8 @@ def test_what_becomes_of_packets_is_said_before_the_setting_is_changed() -> None
 def test_explain_names_the_table_the_rule_and_the_mark() -> None:
     world = encrypting()
     plans = Plans(build_topology(world), ALL_WELL)
-    (journey,) = explain(plans, "a1", str(world.nodes["b1"].internal_ips[0].ip))
-    tables = [step.table for way in journey.ways for step in way.steps if step.source != "a3"]
+    (trace,) = explain(plans, "a1", str(world.nodes["b1"].internal_ips[0].ip))
+    tables = [step.table for way in trace.ways for step in way.steps if step.source != "a3"]
     assert tables
     assert all("(rule 10601: not fwmark 107)" in table for table in tables), tables
 
@@ -494,7 +500,9 @@ def test_an_old_agent_that_a_mesh_leaves_out_is_an_error_above_all() -> None:
     assert (worst.severity, worst.subject) == (Severity.ERROR, "b1")
 
 
-@pytest.mark.parametrize("kind", [Report, NodeRow, LocationRow, KernelRow, LiveReport, LiveTunnel, Remark, SetAside])
+@pytest.mark.parametrize(
+    "kind", [Report, NodeRow, LocationRow, KernelRow, LiveReport, LiveTunnel, Remark, RejectedRecord]
+)
 def test_each_field_of_json_is_documented(kind: type) -> None:
     page = (Path(__file__).parents[2] / "docs/kgctl.md").read_text()
     first_and_rest = (field.name.split("_") for field in attrs.fields(kind))
@@ -504,13 +512,13 @@ def test_each_field_of_json_is_documented(kind: type) -> None:
 
 def test_a_node_behind_nat_shows_where_it_is_seen() -> None:
     seen = (Endpoint.parse("198.51.100.7:40001"), Endpoint.parse("198.51.100.7:40002"))
-    hidden = evolve(WORLD.nodes["b1"], endpoint=Endpoint.parse("192.168.0.4:51820"), seen=seen)
+    hidden = evolve(WORLD.nodes["b1"], endpoint=Endpoint.parse("192.168.0.4:51820"), observed_endpoints=seen)
     found = report(evolve(WORLD, nodes={**WORLD.nodes, "b1": hidden}), ALL_WELL, newest=40)
     row = next(line for line in plain(status_tables(found)).splitlines() if line.startswith("b1 "))
-    assert "  198.51.100.7:40001 (seen)  " in row
+    assert "  198.51.100.7:40001 (observed)  " in row
     said = json.loads(status_json(found))["nodes"][3]
     assert said["endpoint"] == "192.168.0.4:51820"
-    assert said["seen"] == ["198.51.100.7:40001", "198.51.100.7:40002"]
+    assert said["observedEndpoints"] == ["198.51.100.7:40001", "198.51.100.7:40002"]
 
 
 def test_names_cannot_steer_the_terminal_nor_be_taken_for_markup() -> None:
@@ -596,7 +604,7 @@ def test_an_odd_character_in_a_location_is_noted_and_no_warning(label: str, says
         "set a1 NAME",
     )
     assert "Is that meant?" in plain(status_tables(found))
-    assert [one.severity for one in _records(found)] == [Severity.NOTE]
+    assert [finding.severity for finding in _records(found)] == [Severity.NOTE]
 
 
 @pytest.mark.parametrize("label", ["", "  ", "a\nb", "\x1b[0m", "\udcff", "x" * 5000])
@@ -606,15 +614,15 @@ def test_labels_that_would_only_do_harm_are_refused(label: str) -> None:
 
 
 def test_ten_thousand_rejected_records_are_counted_and_the_first_are_shown() -> None:
-    flood = tuple(SetAside(f"/kilo/nodes/b{number:05}", "the value is not UTF-8") for number in range(10_000))
+    flood = tuple(RejectedRecord(f"/kilo/nodes/b{number:05}", "the value is not UTF-8") for number in range(10_000))
     names = frozenset(note.key.rpartition("/")[2] for note in flood)
-    found = report(evolve(WORLD, set_aside=flood), {}, newest=40, registered=names)
+    found = report(evolve(WORLD, rejected=flood), {}, newest=40, registered=names)
     text = plain(status_tables(found), status_heading(found))
     assert len(text.splitlines()) < 80
     assert "/kilo/nodes/b00000" in text
     assert "9980 more" in text
     assert "kgctl status -o json lists all" in text
-    assert len(json.loads(status_json(found))["setAside"]) == 10_000
+    assert len(json.loads(status_json(found))["rejected"]) == 10_000
     findings = [*_records(found), *_agents(found)]
     assert len(findings) < 60
     assert any(finding.text == "9980 more are rejected" for finding in findings)
@@ -648,7 +656,7 @@ def test_answers_without_a_key_are_one_line_for_a_location() -> None:
         "a3, a2 asks a1 and 3 more): a firewall drops UDP 1107"
     )
     nodes = {name: evolve(node, location="eu, west") for name, node in WORLD.nodes.items()}
-    found = report(evolve(WORLD, nodes=nodes), told, newest=40).disagreements
-    assert "location eu, west" in {remark.subject for remark in found}
-    found = report(WORLD, told, newest=40, about={"a1", "a2"})
-    assert [text.count("kgctl location set") for _, text in remarks_on(found, {"a1"})] == [1, 1], "of a host each"
+    remarks = report(evolve(WORLD, nodes=nodes), told, newest=40).disagreements
+    assert "location eu, west" in {remark.subject for remark in remarks}
+    remarks = report(WORLD, told, newest=40, about={"a1", "a2"})
+    assert [text.count("kgctl location set") for _, text in remarks_on(remarks, {"a1"})] == [1, 1], "of a host each"

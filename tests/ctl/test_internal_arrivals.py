@@ -13,7 +13,7 @@ from kilo_etcd.ctl.arrivals import PAIRS
 from kilo_etcd.ctl.internal_arrivals import internal_losses
 from kilo_etcd.ctl.live import Live
 from kilo_etcd.model import Granularity, InternalIPs
-from kilo_etcd.store.records import AnswerRecord, TakenRoute
+from kilo_etcd.store.records import DiagnosticsResponse, TakenRoute
 from kilo_etcd.topology import Topology, build_topology
 
 Lost = Callable[[str, str], bool]
@@ -44,7 +44,9 @@ def asked(topology: Topology, lost: Lost, *, mesh_lost: Lost = lambda one, other
                 address = internal(topology, other)
                 found[lost(name, other)].append(address)
                 routes.append(TakenRoute(address, internal(topology, name), f"{address} dev kilo0", False))
-        answers[name] = AnswerRecord(reached=tuple(found[False]), unreached=tuple(found[True]), routes=tuple(routes))
+        answers[name] = DiagnosticsResponse(
+            reached=tuple(found[False]), unreached=tuple(found[True]), routes=tuple(routes)
+        )
     return Live(answers=answers)
 
 
@@ -79,9 +81,9 @@ CASES: dict[str, tuple[Lost, list[tuple[str, str]]]] = {
 def test_who_loses_packets_for_internal_ips(case: str) -> None:
     lost, said = CASES[case]
     topology = routed()
-    found = internal_losses(topology, asked(topology, lost))
-    assert [loss.subject for loss in found] == [subject for subject, _ in said]
-    for loss, (subject, text) in zip(found, said, strict=True):
+    losses = internal_losses(topology, asked(topology, lost))
+    assert [loss.subject for loss in losses] == [subject for subject, _ in said]
+    for loss, (subject, text) in zip(losses, said, strict=True):
         assert loss.text.startswith(text), loss.text
         assert "nft list ruleset" in loss.remedy
         assert all(name in loss.remedy for name in subject.split(" - "))
@@ -101,7 +103,7 @@ def test_another_route_is_named_with_its_table_and_explains_what_is_lost() -> No
     address = internal(topology, "b1")
     route = f"{address} via 192.168.97.254 dev eth0 table 99"
     answers = dict(live.answers)
-    others = (one for one in answers["a2"].routes if one.address != address)
+    others = (taken_route for taken_route in answers["a2"].routes if taken_route.address != address)
     answers["a2"] = evolve(answers["a2"], routes=(*others, TakenRoute(address, "192.168.97.2", route, True)))
     (loss,) = internal_losses(topology, evolve(live, answers=answers))
     assert (loss.subject, loss.text) == (
@@ -112,10 +114,10 @@ def test_another_route_is_named_with_its_table_and_explains_what_is_lost() -> No
 
 def test_many_pairs_are_counted() -> None:
     topology = routed()
-    one = topology.snapshot.nodes["a1"]
+    node = topology.snapshot.nodes["a1"]
     nodes = {
         f"{place}{number:02}": evolve(
-            one, name=f"{place}{number:02}", public_key=f"{place}{number:02}", location=place,
+            node, name=f"{place}{number:02}", public_key=f"{place}{number:02}", location=place,
             mesh_addresses=(ip_address(f"10.4.{ord(place)}.{number}"),),
             internal_ips=(ip_interface(f"192.168.{ord(place)}.{number}/24"),),
         )
@@ -123,7 +125,7 @@ def test_many_pairs_are_counted() -> None:
     }  # fmt: skip
     topology = build_topology(evolve(topology.snapshot, nodes=nodes, granularity=Granularity.CROSS))
     answers = {
-        f"a{number:02}": AnswerRecord(reached=(f"10.4.98.{number}",), unreached=(f"192.168.98.{number}",))
+        f"a{number:02}": DiagnosticsResponse(reached=(f"10.4.98.{number}",), unreached=(f"192.168.98.{number}",))
         for number in range(1, 26)
     }
     *first, last = internal_losses(topology, Live(answers=answers))
@@ -131,7 +133,7 @@ def test_many_pairs_are_counted() -> None:
     assert last.text.startswith("5 more pairs do not reach each other at internal IPs, a21 - b21")
     # So are hosts whose kernels take other routes.
     astray = {
-        f"a{number:02}": AnswerRecord(routes=(TakenRoute(f"192.168.98.{number}", "", "x dev eth1", True),))
+        f"a{number:02}": DiagnosticsResponse(routes=(TakenRoute(f"192.168.98.{number}", "", "x dev eth1", True),))
         for number in range(1, 26)
     }
     *first, last = internal_losses(topology, Live(answers=astray))

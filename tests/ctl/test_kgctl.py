@@ -23,7 +23,7 @@ from kilo_etcd.etcd import Client, Config, Unavailable, open_client
 from kilo_etcd.model import CandidateClass, Endpoint
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import CandidateRecord, NodeRecord, Role, StatusRecord, encode
-from kilo_etcd.testing.etcd_server import EtcdServer, Options
+from kilo_etcd.testing.etcd_server import EtcdServer, ServerOptions
 from kilo_etcd.testing.fake_etcd import FakeEtcd
 
 KGCTL = Path(sys.executable).with_name("kgctl")
@@ -44,8 +44,8 @@ def test_help_names_every_command_and_each_can_be_loaded() -> None:
     text = run("--help").output
     for name in _COMMANDS:
         assert f"\n  {name} " in text
-        found = run(name, "--help")
-        assert (found.exit_code, "Usage: kgctl" in found.output) == (0, True), found.output
+        result = run(name, "--help")
+        assert (result.exit_code, "Usage: kgctl" in result.output) == (0, True), result.output
 
 
 @pytest.mark.parametrize(
@@ -64,10 +64,10 @@ def test_help_names_every_command_and_each_can_be_loaded() -> None:
     ],
 )
 def test_a_wrong_command_line_exits_with_2_and_says_what_is_wrong(arguments: list[str], says: str) -> None:
-    found = run(*arguments)
-    assert found.exit_code == 2
-    assert says in " ".join(found.stderr.split())
-    assert "Traceback" not in found.stderr
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert says in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr
 
 
 async def test_ctrl_c_is_quiet() -> None:
@@ -150,7 +150,7 @@ def test_status_json_of_a_small_world(fake: FakeEtcd) -> None:
         ("node-2", "leader", None),
         ("node-3", "alone", None),
     ]
-    assert [aside["key"] for aside in data["setAside"]] == ["/kilo/nodes/broken"]
+    assert [aside["key"] for aside in data["rejected"]] == ["/kilo/nodes/broken"]
     assert [remark["subject"] for remark in data["disagreements"]] == ["node-1"]
 
 
@@ -192,8 +192,8 @@ def test_several_failures_of_etcd_at_once_are_one_sentence(monkeypatch: pytest.M
         yield
 
     monkeypatch.setattr("kilo_etcd.etcd.open_client", failing)
-    found = run("status")
-    assert (found.exit_code, found.stderr) == (1, "kgctl: etcd is away\n")
+    result = run("status")
+    assert (result.exit_code, result.stderr) == (1, "kgctl: etcd is away\n")
 
 
 def test_a_mistake_of_ours_is_not_dressed_up_as_the_operator_s(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,7 +320,7 @@ async def test_wrong_password_and_wrong_ca_are_one_sentence_each() -> None:
         said = await kgctl(server, "status", check=1)
         assert said.startswith("kgctl: ")
         assert len(said.splitlines()) == 1
-    async with EtcdServer.run(Options(tls=True)) as server:
+    async with EtcdServer.run(ServerOptions(tls=True)) as server:
         said = await kgctl(server, "status", check=1)
         assert said.startswith("kgctl: ")
         assert len(said.splitlines()) == 1

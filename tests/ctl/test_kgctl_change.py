@@ -73,8 +73,8 @@ def held(etcd: FakeEtcd) -> dict[str, bytes | None]:
 
 def test_a_dry_run_says_what_would_be_different_and_writes_nothing(etcd: FakeEtcd) -> None:
     before = held(etcd)
-    found = run("location", "set", "home-1", "gcp", "--dry-run")
-    assert found.output.splitlines() == [
+    result = run("location", "set", "home-1", "gcp", "--dry-run")
+    assert result.output.splitlines() == [
         "home-1 moves from home to gcp",
         "tunnels between nodes: 0 instead of 1",
         "Nothing was written (--dry-run).",
@@ -83,8 +83,8 @@ def test_a_dry_run_says_what_would_be_different_and_writes_nothing(etcd: FakeEtc
 
 
 def test_a_change_of_leader_is_foreseen(etcd: FakeEtcd) -> None:
-    found = run("annotate", "gcp-2", "leader=true")
-    assert found.output.splitlines() == [
+    result = run("annotate", "gcp-2", "leader=true")
+    assert result.output.splitlines() == [
         "gcp-2 is now preferred as its location's leader",
         "gcp-2: annotated",
     ]
@@ -95,8 +95,8 @@ def test_a_change_of_leader_is_foreseen(etcd: FakeEtcd) -> None:
 def test_trouble_that_a_change_would_end_is_said_before(etcd: FakeEtcd) -> None:
     etcd.put("/kilo/annotations/gcp-1/subnets", "172.20.0.0/24")
     etcd.put("/kilo/annotations/home-1/subnets", "172.20.0.0/16")
-    found = run("annotate", "home-1", "subnets-", "--dry-run")
-    (trouble,) = [line for line in found.output.splitlines() if line.startswith("trouble that ends: ")]
+    result = run("annotate", "home-1", "subnets-", "--dry-run")
+    (trouble,) = [line for line in result.output.splitlines() if line.startswith("trouble that ends: ")]
     assert "172.20.0.0/16" in trouble
     assert "gcp-1" in trouble
 
@@ -105,12 +105,12 @@ def test_networks_that_would_be_left_out_are_refused(etcd: FakeEtcd) -> None:
     assert run("annotate", "gcp-1", "subnets=172.20.0.0/24").exit_code == 0
     before = held(etcd)
     for name in ("subnets", "allowed-location-ips"):
-        found = run("annotate", "home-1", f"{name}=172.20.0.0/16")
-        assert found.exit_code == 1
-        assert found.output.count("\n") == 1
-        assert "172.20.0.0/16" in found.output
-        assert "gcp-1" in found.output
-        assert found.output.endswith("nothing was written\n")
+        result = run("annotate", "home-1", f"{name}=172.20.0.0/16")
+        assert result.exit_code == 1
+        assert result.output.count("\n") == 1
+        assert "172.20.0.0/16" in result.output
+        assert "gcp-1" in result.output
+        assert result.output.endswith("nothing was written\n")
     assert held(etcd) == before
     assert run("location", "set", "home-1", "home").output == "home-1: home\n"
     assert run("location", "set", "home-1", "home").output == "home-1: home already\n"
@@ -121,8 +121,8 @@ def test_networks_that_would_be_left_out_are_refused(etcd: FakeEtcd) -> None:
 
 def test_annotations_are_put_and_taken_back_together(etcd: FakeEtcd) -> None:
     assert run("annotate", "home-1", "persistent-keepalive=25", "leader=true").exit_code == 0
-    found = run("annotate", "home-1", "persistent-keepalive-", "leader-", "force-endpoint=vpn.example.org:51821", "-y")
-    assert found.output.splitlines() == [
+    result = run("annotate", "home-1", "persistent-keepalive-", "leader-", "force-endpoint=vpn.example.org:51821", "-y")
+    assert result.output.splitlines() == [
         "home-1 is reached at vpn.example.org:51821 instead of 203.0.113.3:51820",
         "home-1 sends keepalives every 0 s instead of 25 s (0: none)",
         "home-1 is no longer preferred as its location's leader",
@@ -130,13 +130,13 @@ def test_annotations_are_put_and_taken_back_together(etcd: FakeEtcd) -> None:
     ]
     assert etcd.keys("/kilo/annotations") == ["/kilo/annotations/home-1/force-endpoint"]
     assert run("annotate", "home-1", "force-endpoint=vpn.example.org:51821").output == (
-        "Nothing to change: that is what is said about it already.\n"
+        "Nothing to change: its annotations say so already.\n"
     )
 
 
 def test_a_node_may_be_annotated_before_it_registers(etcd: FakeEtcd) -> None:
-    found = run("annotate", "new-1", "leader=true")
-    assert found.output == "new-1: annotated; new-1 is not registered yet\n"
+    result = run("annotate", "new-1", "leader=true")
+    assert result.output == "new-1: annotated; new-1 is not registered yet\n"
 
 
 @pytest.mark.parametrize(
@@ -145,39 +145,39 @@ def test_a_node_may_be_annotated_before_it_registers(etcd: FakeEtcd) -> None:
         (["home-1"], 2, "Missing argument"),
         (["home-1", "leader"], 2, "neither name=value nor"),
         (["home-1", "leder=true"], 2, "did you mean leader?"),
-        (["home-1", "colour=red"], 2, "there are allowed-location-ips"),
+        (["home-1", "colour=red"], 2, "there are advertise-exit-node"),
         (["home-1", "leader=true", "leader-"], 2, "leader is given twice"),
         (["a/b", "leader=true"], 2, "is no node name"),
         (["home-1", "persistent-keepalive=soon"], 1, "persistent-keepalive: 'soon' is no number of seconds"),
         (["home-1", "leader=true", "subnets=10.0.0.0/99"], 1, "subnets: "),
-        (["home-1", "gateway=perhaps"], 1, "gateway: 'perhaps' is neither true nor false"),
+        (["home-1", "advertise-exit-node=perhaps"], 1, "advertise-exit-node: 'perhaps' is neither true nor false"),
         (["home-1", "force-endpoint=fe80::1%eth0"], 1, "force-endpoint: "),
         (["home-1", "force-internal-ip=10.0.0.1,10.0.0.2"], 1, "more than one address of a family"),
     ],
 )
 def test_what_annotate_refuses(etcd: FakeEtcd, arguments: list[str], status: int, sentence: str) -> None:
     before = held(etcd)
-    found = run("annotate", *arguments)
-    assert found.exit_code == status, found.output
-    assert sentence in found.output
+    result = run("annotate", *arguments)
+    assert result.exit_code == status, result.output
+    assert sentence in result.output
     assert held(etcd) == before
 
 
 def test_what_somebody_else_changes_meanwhile_is_not_overwritten(
     etcd: FakeEtcd, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
-    from kilo_etcd.ctl import consequences
+    from kilo_etcd.ctl import impact
 
-    seen = consequences.consequences
+    seen = impact.impact
 
     def interrupted(*snapshots: object) -> tuple[str, ...]:
         etcd.put("/kilo/annotations/home-1/persistent-keepalive", "10")
         return seen(*snapshots)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(consequences, "consequences", interrupted)
-    found = run("annotate", "home-1", "persistent-keepalive=25", "leader=true")
-    assert found.exit_code == 1
-    assert "somebody else has just changed the same; nothing was written" in found.output
+    monkeypatch.setattr(impact, "impact", interrupted)
+    result = run("annotate", "home-1", "persistent-keepalive=25", "leader=true")
+    assert result.exit_code == 1
+    assert "another writer has just changed the same; nothing was written" in result.output
     assert etcd.get("/kilo/annotations/home-1/persistent-keepalive") == b"10"
     assert etcd.get("/kilo/annotations/home-1/leader") is None
 
@@ -190,8 +190,8 @@ def test_the_granularity_is_switched_when_that_is_confirmed(etcd: FakeEtcd) -> N
     assert asked.exit_code == 1
     assert "say --yes" in asked.output
     assert etcd.get("/kilo/mesh/granularity") == b"location"
-    found = run("mesh", "set", "granularity", "full", "--yes")
-    assert found.output.splitlines() == [
+    result = run("mesh", "set", "granularity", "full", "--yes")
+    assert result.output.splitlines() == [
         "granularity: location becomes full",
         "tunnels between nodes: 3 instead of 1",
     ]
@@ -255,9 +255,9 @@ def test_statuses_are_read_for_the_mesh_only_while_a_switch_is_under_way(
 )
 def test_what_mesh_set_refuses(etcd: FakeEtcd, arguments: list[str], status: int, sentence: str) -> None:
     before = held(etcd)
-    found = run("mesh", "set", *arguments, "--yes")
-    assert found.exit_code == status
-    assert sentence in found.output
+    result = run("mesh", "set", *arguments, "--yes")
+    assert result.exit_code == status
+    assert sentence in result.output
     assert held(etcd) == before
 
 
@@ -274,14 +274,14 @@ def test_nodes_are_listed(etcd: FakeEtcd) -> None:
 
 
 def test_a_node_is_shown_with_what_its_kernel_should_hold(etcd: FakeEtcd) -> None:
-    found = json.loads(run("node", "show", "gcp-2", "-o", "json").output)
-    assert (found["role"], found["alive"], found["facts"]["mesh_address"]) == ("member", False, "10.4.0.2")
-    assert [peer["name"] for peer in found["peers"]] == ["home-1"]  # known already, for the case that it leads
-    assert {(route["to"], route["way"], route["gateway"]) for route in found["routes"]} == {
+    document = json.loads(run("node", "show", "gcp-2", "-o", "json").output)
+    assert (document["role"], document["alive"], document["facts"]["mesh_address"]) == ("member", False, "10.4.0.2")
+    assert [peer["name"] for peer in document["peers"]] == ["home-1"]  # known already, for the case that it leads
+    assert {(route["to"], route["way"], route["gateway"]) for route in document["routes"]} == {
         ("10.4.0.0/16", "underlay", "10.1.0.1"),
         ("10.4.0.1/32", "underlay", "10.1.0.1"),
     }
-    assert "its agent does not report: is the host up?" in found["remarks"]
+    assert "its agent does not report: is the host up?" in document["remarks"]
     leader = run("node", "show", "gcp-1")
     assert leader.output.startswith("gcp-1: leader in gcp; its agent lives and has applied revision ")
     assert "home-1" in leader.output
@@ -290,8 +290,8 @@ def test_a_node_is_shown_with_what_its_kernel_should_hold(etcd: FakeEtcd) -> Non
 
 def test_a_node_that_is_gone_is_forgotten_whole(etcd: FakeEtcd) -> None:
     assert run("location", "set", "gcp-2", "gcp").exit_code == 0
-    found = run("node", "forget", "gcp-2", "--yes")
-    assert found.output.splitlines() == [
+    result = run("node", "forget", "gcp-2", "--yes")
+    assert result.output.splitlines() == [
         "gcp-2 leaves the mesh: the others forget its key and its addresses",
         "gcp-2 is forgotten.",
     ]
@@ -313,9 +313,9 @@ def test_a_node_that_is_gone_is_forgotten_whole(etcd: FakeEtcd) -> None:
 )
 def test_what_node_refuses(etcd: FakeEtcd, arguments: list[str], sentence: str) -> None:
     before = held(etcd)
-    found = run("node", *arguments)
-    assert found.exit_code == 1
-    assert sentence in found.output
+    result = run("node", *arguments)
+    assert result.exit_code == 1
+    assert sentence in result.output
     assert held(etcd) == before
 
 
@@ -328,10 +328,10 @@ def test_wait_returns_at_once_when_all_have_applied(etcd: FakeEtcd) -> None:
 
 def test_wait_names_those_that_are_late(etcd: FakeEtcd) -> None:
     etcd.put("/kilo/locations/home-1", "gcp")
-    found = run("wait", "--timeout", "100ms")
-    assert found.exit_code == 1
-    assert "1 of 1 agents have not applied revision" in found.output
-    assert "gcp-1 (at " in found.output
+    result = run("wait", "--timeout", "100ms")
+    assert result.exit_code == 1
+    assert "1 of 1 agents have not applied revision" in result.output
+    assert "gcp-1 (at " in result.output
 
 
 @pytest.mark.parametrize("end", ["applied", "died"])
@@ -365,13 +365,13 @@ def test_wait_refuses_a_time_that_is_none(etcd: FakeEtcd) -> None:
 
 def test_an_etcd_is_adopted_when_that_is_confirmed(etcd: FakeEtcd) -> None:
     before = etcd.revision
-    found = run("mesh", "adopt")
-    assert (found.exit_code, etcd.revision) == (1, before)
-    assert "Have all agents follow this etcd? Nothing was written" in found.stderr
+    result = run("mesh", "adopt")
+    assert (result.exit_code, etcd.revision) == (1, before)
+    assert "Have all agents follow this etcd? Nothing was written" in result.stderr
     assert "Nothing was written (--dry-run)." in run("mesh", "adopt", "--dry-run").output
-    found = run("mesh", "adopt", "--yes")
-    assert found.exit_code == 0, found.output
-    assert f"cluster {etcd.cluster_id:x} at revision {before}" in found.output
+    result = run("mesh", "adopt", "--yes")
+    assert result.exit_code == 0, result.output
+    assert f"cluster {etcd.cluster_id:x} at revision {before}" in result.output
     assert adopts(etcd.get("/kilo/mesh/adopted"), None, etcd.cluster_id)
     # Said again, it is news again: who has followed the first may have met an older etcd since.
     first = etcd.get("/kilo/mesh/adopted")
@@ -387,9 +387,9 @@ def test_an_etcd_is_adopted_when_that_is_confirmed(etcd: FakeEtcd) -> None:
     [
         (["location", "set", "home-1", "gcp"], "home-1 moves to gcp"),
         (["location", "set", "gcp-1", "home"], "gcp-1 moves to home"),
-        (["annotate", "home-1", "force-endpoint=198.51.100.1"], "home-1 is looked for at 198.51.100.1:51820"),
+        (["annotate", "home-1", "force-endpoint=198.51.100.1"], "home-1 is expected at 198.51.100.1:51820"),
         (["annotate", "home-1", "force-internal-ip=-"], "home-1 has internal IP none"),
-        (["annotate", "home-1", "subnets-"], "home-1 leads no more to 172.20.0.0/24"),
+        (["annotate", "home-1", "subnets-"], "home-1 does not lead any more to 172.20.0.0/24"),
         (["peer", "remove", "laptop"], "peer laptop is cut off"),
     ],
 )
@@ -398,11 +398,11 @@ def test_what_interrupts_asks_first(etcd: FakeEtcd, arguments: list[str], reason
     public_key = base64.b64encode(bytes([30]) * 32).decode()
     assert run("peer", "add", "laptop", f"--public-key={public_key}", "--allowed-ips", "10.9.0.3").exit_code == 0
     before = held(etcd)
-    found = run(*arguments)
-    assert (found.exit_code, held(etcd)) == (1, before), found.output
-    assert "This interrupts what is in use: " in found.stderr
-    assert reason in found.stderr
-    assert "there is no terminal to ask at, so say --yes" in found.stderr
+    result = run(*arguments)
+    assert (result.exit_code, held(etcd)) == (1, before), result.output
+    assert "This interrupts traffic in use: " in result.stderr
+    assert reason in result.stderr
+    assert "there is no terminal to ask at, so say --yes" in result.stderr
     assert run(*arguments, "--dry-run").exit_code == 0
     assert run(*arguments, "--yes").exit_code == 0
     assert held(etcd) != before
@@ -414,40 +414,42 @@ def test_what_interrupts_asks_first(etcd: FakeEtcd, arguments: list[str], reason
         ["location", "set", "to-come", "gcp"],
         ["annotate", "home-1", "persistent-keepalive=25"],
         ["annotate", "home-1", "subnets=172.20.0.0/24"],
-        ["annotate", "home-1", "gateway=true"],
+        ["annotate", "home-1", "advertise-exit-node=true"],
         ["annotate", "gcp-2", "leader=true"],
         ["location", "set", "home-1", "home"],
     ],
 )
 def test_what_interrupts_nobody_does_not_ask(etcd: FakeEtcd, arguments: list[str]) -> None:
-    found = run(*arguments)
-    assert found.exit_code == 0, found.output
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
     assert held(etcd) != {}
 
 
-# --- a way out --------------------------------------------------------------------------------------------------------
+# --- an exit node
+# --------------------------------------------------------------------------------------------------------
 
 
-def test_a_node_is_told_its_way_out_and_what_cannot_be_is_refused(etcd: FakeEtcd) -> None:
+def test_a_node_gets_its_exit_node_and_what_cannot_be_is_refused(etcd: FakeEtcd) -> None:
     before = held(etcd)
-    for gateway, says in {
-        "gcp-1": "node gcp-1 offers no way out; allow it with kgctl annotate gcp-1 gateway=true; nothing was written",
-        "nobody": "the gateway nobody is no node of the mesh",
-        "home-1": "node home-1 cannot be its own gateway",
+    for exit_node, says in {
+        "gcp-1": "node gcp-1 does not advertise itself as an exit node; allow it with kgctl annotate gcp-1 "
+        "advertise-exit-node=true; nothing was written",
+        "nobody": "the exit node nobody is no node of the mesh",
+        "home-1": "node home-1 cannot be its own exit node",
     }.items():
-        found = run("annotate", "home-1", f"way-out={gateway}", "--yes")
-        assert (found.exit_code, says in found.stderr) == (1, True), found.output
+        result = run("annotate", "home-1", f"exit-node={exit_node}", "--yes")
+        assert (result.exit_code, says in result.stderr) == (1, True), result.output
     assert held(etcd) == before
-    assert run("annotate", "gcp-1", "gateway=true").exit_code == 0
-    asked = run("annotate", "home-1", "way-out=gcp-1")
-    assert "home-1 leaves for the internet by gcp-1. Go on?" in asked.stderr
-    said = run("annotate", "home-1", "way-out=gcp-1", "--yes").output
+    assert run("annotate", "gcp-1", "advertise-exit-node=true").exit_code == 0
+    asked = run("annotate", "home-1", "exit-node=gcp-1")
+    assert "home-1 leaves for the internet by gcp-1. Continue?" in asked.stderr
+    said = run("annotate", "home-1", "exit-node=gcp-1", "--yes").output
     assert said.splitlines() == ["home-1 leaves for the internet by gcp-1, through the tunnel", "home-1: annotated"]
-    assert etcd.get("/kilo/annotations/home-1/way-out") == b"gcp-1"
+    assert etcd.get("/kilo/annotations/home-1/exit-node") == b"gcp-1"
     assert "gcp-1" in run("node", "show", "home-1").output
     assert "0.0.0.0/0" in run("showconf", "node", "home-1").output
-    # Who takes the gateway away hears who is cut off by that.
-    closed = run("annotate", "gcp-1", "gateway-", "--dry-run").output
-    assert "new trouble: home-1: node gcp-1 offers no way out" in closed
-    assert run("annotate", "new-1", "way-out=gcp-1").exit_code == 0, "where it will be is not known yet"
-    assert "its own network again" in run("annotate", "home-1", "way-out-", "--yes").output
+    # A command that removes the exit node names who is cut off by that.
+    closed = run("annotate", "gcp-1", "advertise-exit-node-", "--dry-run").output
+    assert "new trouble: home-1: node gcp-1 does not advertise itself as an exit node" in closed
+    assert run("annotate", "new-1", "exit-node=gcp-1").exit_code == 0, "where it will be is not known yet"
+    assert "its own network again" in run("annotate", "home-1", "exit-node-", "--yes").output

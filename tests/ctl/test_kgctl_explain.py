@@ -93,15 +93,15 @@ def hops(way: dict[str, object]) -> list[tuple[str, str, str, str]]:
 
 
 def test_from_member_to_member_of_another_location(etcd: FakeEtcd) -> None:
-    found = run("gcp-2", "home-2", "-o", "json")
-    assert found.exit_code == 0, found.output
-    (journey,) = json.loads(found.stdout)["journeys"]
-    assert hops(journey["there"]) == [
+    result = run("gcp-2", "home-2", "-o", "json")
+    assert result.exit_code == 0, result.output
+    (trace,) = json.loads(result.stdout)["traces"]
+    assert hops(trace["there"]) == [
         ("gcp-2", "gcp-1", "clear", "10.1.0.1"),
         ("gcp-1", "home-1", "WireGuard", "203.0.113.4:51820"),
         ("home-1", "home-2", "clear", "10.2.0.5"),
     ]
-    assert [(h["from"], h["encrypted"]) for h in journey["back"]["hops"]] == [
+    assert [(h["from"], h["encrypted"]) for h in trace["back"]["hops"]] == [
         ("home-2", False),
         ("home-1", True),
         ("gcp-1", False),
@@ -112,28 +112,28 @@ def test_from_member_to_member_of_another_location(etcd: FakeEtcd) -> None:
     assert "2 gcp-1 [gcp] home-1 [home] yes WireGuard 203.0.113.4:51820" in lines
 
 
-def test_each_family_is_a_journey_of_its_own_and_what_cannot_be_is_said(etcd: FakeEtcd) -> None:
-    found = run("gcp-1", "home-2", "-o", "json")
+def test_each_family_is_a_trace_of_its_own_and_what_cannot_be_is_reported(etcd: FakeEtcd) -> None:
+    result = run("gcp-1", "home-2", "-o", "json")
     # The LANs are IPv4 only, so IPv6 gets as far as home-1 and no further.
-    assert found.exit_code == 1
-    four, six = json.loads(found.stdout)["journeys"]
+    assert result.exit_code == 1
+    four, six = json.loads(result.stdout)["traces"]
     assert (four["works"], six["works"]) == (True, False)
     assert "home-1" in six["there"]["dropped"]
     assert "dropped on the way there" in run("gcp-1", "home-2").output
 
 
 def test_another_subnet_is_reached_in_ipip(etcd: FakeEtcd) -> None:
-    (journey,) = json.loads(run("gcp-2", "gcp-3", "-o", "json").stdout)["journeys"]
-    assert hops(journey["there"]) == [("gcp-2", "gcp-3", "clear, in IPIP", "10.1.9.3")]
+    (trace,) = json.loads(run("gcp-2", "gcp-3", "-o", "json").stdout)["traces"]
+    assert hops(trace["there"]) == [("gcp-2", "gcp-3", "clear, in IPIP", "10.1.9.3")]
 
 
 def test_a_peer_and_a_network_behind_a_node(etcd: FakeEtcd) -> None:
-    found = run("gcp-2", "laptop")
-    assert found.exit_code == 0, found.output
-    assert "arrives; peer laptop answers by its own configuration" in found.output
-    (journey,) = json.loads(run("gcp-2", "172.20.0.9", "-o", "json").stdout)["journeys"]
-    assert [step["to"] for step in journey["there"]["hops"]] == ["gcp-1", "home-1", "home-2"]
-    assert [step["to"] for step in journey["back"]["hops"]] == ["home-1", "gcp-1", "gcp-2"]
+    result = run("gcp-2", "laptop")
+    assert result.exit_code == 0, result.output
+    assert "arrives; peer laptop answers by its own configuration" in result.output
+    (trace,) = json.loads(run("gcp-2", "172.20.0.9", "-o", "json").stdout)["traces"]
+    assert [step["to"] for step in trace["there"]["hops"]] == ["gcp-1", "home-1", "home-2"]
+    assert [step["to"] for step in trace["back"]["hops"]] == ["home-1", "gcp-1", "gcp-2"]
 
 
 def test_what_the_agents_on_the_way_say_is_added(etcd: FakeEtcd) -> None:
@@ -148,11 +148,11 @@ def test_what_the_agents_on_the_way_say_is_added(etcd: FakeEtcd) -> None:
 
 def headline(*arguments: str) -> tuple[int, str]:
     """Exit status and first line; what is asked for has one address."""
-    found = run(*arguments)
-    (journey,) = json.loads(run(*arguments, "-o", "json").stdout)["journeys"]
-    assert found.output.splitlines()[0] == journey["says"]
-    assert (found.exit_code == 0) == journey["works"]
-    return found.exit_code, found.output.splitlines()[0]
+    result = run(*arguments)
+    (trace,) = json.loads(run(*arguments, "-o", "json").stdout)["traces"]
+    assert result.output.splitlines()[0] == trace["says"]
+    assert (result.exit_code == 0) == trace["works"]
+    return result.exit_code, result.output.splitlines()[0]
 
 
 THERE = "gcp-2 (10.4.0.2) to 10.4.0.5: "
@@ -176,7 +176,7 @@ NO_TUNNEL = (
          "arrives, but the answer is dropped: gcp-2 does not answer gcp-1 at its internal IP 10.1.0.2"),
         ("gcp-1", [], ["the firewall drops what this host forwards between kilo0 and eth0"],
          "may not arrive: gcp-1 reports an error"),
-        ("gcp-2", [], ["nobody elsewhere has ever answered an echo request through the leader gcp-1; if it forwards"],
+        ("gcp-2", [], ["no host elsewhere has ever answered an echo request through the leader gcp-1; if it forwards"],
          "may not arrive: gcp-2 reports an error"),
         # What concerns other pairs, other networks, what it would forward, or no packets at all.
         ("gcp-2", [], ["this host was demoted as leader: look for what drops forwarded packets"],
@@ -198,9 +198,9 @@ NO_TUNNEL = (
          "may not arrive: gcp-1 reports an error"),
         ("gcp-1", [], ["192.168.7.0/24 of node home-2 is not routed here: it would cut this host off from 10.1.0.0/24"],
          "arrives; the answer takes the same way"),
-        ("gcp-1", [], ["nothing comes back from the gateway exit-1, so nothing leaves this host but for the mesh"],
+        ("gcp-1", [], ["nothing comes back from the exit node exit-1, so nothing leaves this host but for the mesh"],
          "arrives; the answer takes the same way"),
-        ("gcp-1", [], ["nothing comes back from the gateway home-1, so nothing leaves this host but for the mesh"],
+        ("gcp-1", [], ["nothing comes back from the exit node home-1, so nothing leaves this host but for the mesh"],
          "does not arrive: nothing comes back to gcp-1 from home-1"),
     ],
 )  # fmt: skip
@@ -221,9 +221,9 @@ def test_where_nothing_is_known_of_a_host_on_the_way_nothing_is_promised(etcd: F
 
 
 def test_what_is_the_meshs_and_has_no_route_does_not_leave_by_another(etcd: FakeEtcd) -> None:
-    found = run("gcp-3", "home-1", "-o", "json")
-    assert found.exit_code == 1
-    four, six = json.loads(found.stdout)["journeys"]
+    result = run("gcp-3", "home-1", "-o", "json")
+    assert result.exit_code == 1
+    four, six = json.loads(result.stdout)["traces"]
     assert (four["works"], six["there"]["dropped"]) == (True, "gcp-3 has no route to fd04::4"), "its LAN has no IPv6"
 
 
@@ -239,10 +239,10 @@ OWN = "sends it by its own routing table"
     ("source", "target", "status", "says"),
     [
         ("gcp-1", "8.8.8.8", 0, f"gcp-1 {OWN}, outside the mesh"),
-        ("gcp-1", "fd99::7", 1, f"does not arrive: nobody in the mesh has it, and gcp-1 {OWN}, in clear"),
+        ("gcp-1", "fd99::7", 1, f"does not arrive: no node or peer of the mesh has it, and gcp-1 {OWN}, in clear"),
         ("gcp-2", "2606:4700::1111", 0, f"gcp-2 {OWN}, outside the mesh"),
         ("gcp-1", "203.0.113.4", 0, f"gcp-1 {OWN}, outside the mesh: it is the endpoint of home-1"),
-        ("gcp-1", "192.168.77.5", 1, f"does not arrive: nobody in the mesh has it, and gcp-1 {OWN}, in clear"),
+        ("gcp-1", "192.168.77.5", 1, f"does not arrive: no node or peer of the mesh has it, and gcp-1 {OWN}, in clear"),
         ("gcp-1", "10.1.0.1", 0, "it is the internal IP of gcp-1 itself"),
         ("gcp-1", "10.1.0.2", 0, f"gcp-1 {OWN}, in clear: it is the internal IP of gcp-2 at the same location"),
         ("gcp-1", "10.1.0.77", 0, f"gcp-1 {OWN}, in clear: it is on its location's network"),
@@ -263,33 +263,33 @@ def test_any_address_can_be_asked_for(etcd: FakeEtcd, source: str, target: str, 
 
 def test_the_internet_by_an_exit_node(etcd: FakeEtcd) -> None:
     by = "home-1 sends it on to the internet in its own name"
-    etcd.put("/kilo/annotations/home-1/gateway", "true")
+    etcd.put("/kilo/annotations/home-1/advertise-exit-node", "true")
     for name in ("gcp-1", "gcp-2"):
-        etcd.put(f"/kilo/annotations/{name}/way-out", "home-1")
+        etcd.put(f"/kilo/annotations/{name}/exit-node", "home-1")
     assert headline("gcp-2", "8.8.8.8") == (0, f"gcp-2 (10.4.0.2) to 8.8.8.8: {by}")
-    (journey,) = json.loads(run("gcp-2", "8.8.8.8", "-o", "json").stdout)["journeys"]
-    assert [(hop["to"], hop["how"]) for hop in journey["there"]["hops"]] == [
+    (trace,) = json.loads(run("gcp-2", "8.8.8.8", "-o", "json").stdout)["traces"]
+    assert [(hop["to"], hop["how"]) for hop in trace["there"]["hops"]] == [
         ("gcp-1", "clear"),
         ("home-1", "WireGuard"),
     ]
-    assert [hop["to"] for hop in journey["back"]["hops"]] == ["gcp-1", "gcp-2"]
-    assert journey["there"]["leaves"] == by
-    # Its own location stays outside, and so does what has no exit.
+    assert [hop["to"] for hop in trace["back"]["hops"]] == ["gcp-1", "gcp-2"]
+    assert trace["there"]["leaves"] == by
+    # Its own location bypasses the exit node, and so does what has no exit.
     assert headline("gcp-2", "10.1.0.77")[1].endswith("it is on its location's network")
     assert headline("home-2", "8.8.8.8")[1].endswith("home-2 sends it by its own routing table, outside the mesh")
     # The exit node leads to the internet, and not to whoever is beside it.
     code, line = headline("gcp-1", "10.2.0.77")
-    assert (code, "home-1 leads to the internet, and to nobody in the private networks" in line) == (1, True)
+    assert (code, "home-1 leads to the internet, and not into the private networks" in line) == (1, True)
     code, line = headline("gcp-2", "2606:4700::1111")
     assert (code, "gcp-2 has no IPv6 address in the mesh, so gcp-2 refuses" in line) == (1, True)
     # A leader that uses none hands nothing on.
-    etcd.delete("/kilo/annotations/gcp-1/way-out")
+    etcd.delete("/kilo/annotations/gcp-1/exit-node")
     code, line = headline("gcp-2", "8.8.8.8")
     assert (code, "dropped on the way there: node gcp-2 leaves its location by gcp-1" in line) == (1, True)
-    etcd.put("/kilo/annotations/gcp-1/way-out", "home-1")
-    etcd.delete("/kilo/annotations/home-1/gateway")
+    etcd.put("/kilo/annotations/gcp-1/exit-node", "home-1")
+    etcd.delete("/kilo/annotations/home-1/advertise-exit-node")
     code, line = headline("gcp-1", "8.8.8.8")
-    assert (code, "home-1 offers no way out" in line) == (1, True)
+    assert (code, "home-1 does not advertise itself as an exit node" in line) == (1, True)
 
 
 @pytest.mark.parametrize(
@@ -302,19 +302,19 @@ def test_the_internet_by_an_exit_node(etcd: FakeEtcd) -> None:
     ],
 )
 def test_what_cannot_be_explained_is_one_sentence(etcd: FakeEtcd, arguments: list[str], says: str) -> None:
-    found = run(*arguments)
-    assert found.exit_code == 1
-    assert found.stdout == ""
-    assert says in found.stderr
-    assert len(found.stderr.splitlines()) == 1
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert says in result.stderr
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_why_an_address_in_a_network_that_was_left_out_is_not_reached(etcd: FakeEtcd) -> None:
     etcd.put("/kilo/annotations/gcp-1/subnets", "10.4.0.0/15")
     etcd.put("/kilo/annotations/gcp-2/subnets", "0.0.0.0/0")
-    found = run("home-1", "10.5.0.9")
-    assert found.exit_code == 1
-    assert found.output.splitlines()[0] == (
+    result = run("home-1", "10.5.0.9")
+    assert result.exit_code == 1
+    assert result.output.splitlines()[0] == (
         "home-1 to 10.5.0.9: does not arrive: it is no part of the mesh, and home-1 sends it by its own routing table "
         "(10.4.0.0/15 of node gcp-1 is left out: it covers the mesh's own subnet; offer smaller networks)"
     )
@@ -328,25 +328,25 @@ def test_why_an_address_in_a_network_that_was_left_out_is_not_reached(etcd: Fake
 
 
 def test_an_address_that_nobody_has_is_dropped_where_it_would_be(etcd: FakeEtcd) -> None:
-    found = run("gcp-2", "10.4.200.200")
-    assert found.exit_code == 1
-    assert "dropped on the way there: gcp-1 has no WireGuard peer whose allowed IPs hold 10.4.200.200" in found.output
+    result = run("gcp-2", "10.4.200.200")
+    assert result.exit_code == 1
+    assert "dropped on the way there: gcp-1 has no WireGuard peer whose allowed IPs hold 10.4.200.200" in result.output
 
 
-def test_a_node_that_was_set_aside_is_named_with_its_reason(etcd: FakeEtcd) -> None:
+def test_a_node_that_was_rejected_is_named_with_its_reason(etcd: FakeEtcd) -> None:
     etcd.put("/kilo/nodes/broken", "{")
-    found = run("gcp-1", "broken")
-    assert found.exit_code == 1
-    assert "broken is not in force: the value is not JSON" in found.stderr
+    result = run("gcp-1", "broken")
+    assert result.exit_code == 1
+    assert "broken is not in force: the value is not JSON" in result.stderr
 
 
 def test_a_member_that_does_not_answer_is_where_a_packets_way_ends(etcd: FakeEtcd) -> None:
     reports(etcd, "gcp-1", ("gcp-2", "10.1.0.2"))
-    found = run("home-2", "gcp-2", "-o", "json")
-    assert found.exit_code == 1
-    (journey,) = json.loads(found.stdout)["journeys"]
-    assert journey["there"]["dropped"] == "gcp-2 does not answer gcp-1 at its internal IP 10.1.0.2"
-    assert [step["to"] for step in journey["there"]["hops"]] == ["home-1", "gcp-1"]
+    result = run("home-2", "gcp-2", "-o", "json")
+    assert result.exit_code == 1
+    (trace,) = json.loads(result.stdout)["traces"]
+    assert trace["there"]["dropped"] == "gcp-2 does not answer gcp-1 at its internal IP 10.1.0.2"
+    assert [step["to"] for step in trace["there"]["hops"]] == ["home-1", "gcp-1"]
     reports(etcd, "gcp-2", ("gcp-1", "10.1.0.1"))
     assert "dropped on the way there: gcp-1 does not answer gcp-2 at its internal IP 10.1.0.1" in run(
         "gcp-2", "gcp-1"
@@ -357,9 +357,9 @@ def test_a_member_that_does_not_answer_is_where_a_packets_way_ends(etcd: FakeEtc
     assert run("home-2", "gcp-2").exit_code == 0
     # It answered before, so its route is there still.
     reports(etcd, "gcp-1", ("gcp-2", "10.1.0.2", True))
-    (journey,) = json.loads(run("home-2", "gcp-2", "-o", "json").stdout)["journeys"]
-    assert journey["there"]["dropped"] is None
-    assert [(step["to"], step["broken"]) for step in journey["there"]["hops"]] == [
+    (trace,) = json.loads(run("home-2", "gcp-2", "-o", "json").stdout)["traces"]
+    assert trace["there"]["dropped"] is None
+    assert [(step["to"], step["broken"]) for step in trace["there"]["hops"]] == [
         ("home-1", False),
         ("gcp-1", False),
         ("gcp-2", True),
@@ -376,8 +376,8 @@ def test_a_member_with_an_internal_ip_of_each_family_is_reached_at_that_of_the_p
         internal = (*record.internal_ips, ip_interface(f"fd0{1 if number < 4 else 2}::{number}/64"))
         etcd.put(key, encode(evolve(record, internal_ips=internal)))
     reports(etcd, "home-1", ("home-2", "10.2.0.5", True))
-    four, six = json.loads(run("gcp-1", "home-2", "-o", "json").stdout)["journeys"]
-    assert [hops(journey["there"])[-1][-1] for journey in (four, six)] == ["10.2.0.5", "fd02::5"]
+    four, six = json.loads(run("gcp-1", "home-2", "-o", "json").stdout)["traces"]
+    assert [hops(trace["there"])[-1][-1] for trace in (four, six)] == ["10.2.0.5", "fd02::5"]
     assert four["says"].endswith("does not arrive: home-2 does not answer home-1 at 10.2.0.5")
     assert not four["works"]
     assert six["works"]
@@ -397,7 +397,7 @@ def test_a_setting_that_is_nonsense_or_missing_is_named_with_what_is_in_force(et
 
     def rejected() -> tuple[str, dict[str, str]]:
         told = json.loads(CliRunner().invoke(main, ["status", "-o", "json"]).stdout)
-        return told["internalIps"], {one["key"]: one["reason"] for one in told["setAside"]}
+        return told["internalIps"], {one["key"]: one["reason"] for one in told["rejected"]}
 
     assert rejected() == ("off", {}), "an older mesh has no such setting"
     routes_internal_ips(etcd)
@@ -414,9 +414,9 @@ def test_a_setting_that_is_nonsense_or_missing_is_named_with_what_is_in_force(et
 
 
 def by_internal_ip(source: str, target: str) -> tuple[int, dict[str, Any]]:
-    found = run(source, target, "-o", "json")
-    (journey,) = json.loads(found.stdout)["internal"]
-    return found.exit_code, journey["there"]
+    result = run(source, target, "-o", "json")
+    (trace,) = json.loads(result.stdout)["internal"]
+    return result.exit_code, trace["there"]
 
 
 def test_an_internal_ip_is_routed_with_the_senders_own_as_source(etcd: FakeEtcd) -> None:
@@ -425,14 +425,14 @@ def test_an_internal_ip_is_routed_with_the_senders_own_as_source(etcd: FakeEtcd)
         0,
         "gcp-2 (10.1.0.2) to 10.2.0.5, the internal IP of home-2: arrives; the answer takes the same way",
     )
-    (journey,) = json.loads(run("gcp-2", "10.2.0.5", "-o", "json").stdout)["journeys"]
-    assert hops(journey["there"]) == [
+    (trace,) = json.loads(run("gcp-2", "10.2.0.5", "-o", "json").stdout)["traces"]
+    assert hops(trace["there"]) == [
         ("gcp-2", "gcp-1", "clear", "10.1.0.1"),
         ("gcp-1", "home-1", "WireGuard", "203.0.113.4:51820"),
         ("home-1", "home-2", "clear", "10.2.0.5"),
     ]
-    assert (journey["there"]["source"], journey["there"]["internalIpOf"]) == ("gcp-2 (10.1.0.2)", "home-2")
-    assert [hop["table"] for hop in journey["there"]["hops"]] == ["main"] * 3
+    assert (trace["there"]["source"], trace["there"]["internalIpOf"]) == ("gcp-2 (10.1.0.2)", "home-2")
+    assert [hop["table"] for hop in trace["there"]["hops"]] == ["main"] * 3
     lines = [" ".join(line.split()) for line in run("gcp-2", "10.2.0.5").output.splitlines()]
     assert "2 gcp-1 [gcp] home-1 [home] yes WireGuard 203.0.113.4:51820 main" in lines
     # At its own location nothing of it is the mesh's.
@@ -453,15 +453,15 @@ def test_the_table_and_the_rule_by_which_a_leader_answers_its_member_as_the_memb
     etcd: FakeEtcd, mode: Encapsulate, how: str, address: str
 ) -> None:
     routes_internal_ips(etcd, home_2={"encapsulate": mode})
-    (journey,) = json.loads(run("gcp-2", "10.2.0.5", "-o", "json").stdout)["journeys"]
-    assert hops(journey["there"])[-1] == ("home-1", "home-2", how, address)
-    assert hops(journey["back"])[0][2] == how
+    (trace,) = json.loads(run("gcp-2", "10.2.0.5", "-o", "json").stdout)["traces"]
+    assert hops(trace["there"])[-1] == ("home-1", "home-2", how, address)
+    assert hops(trace["back"])[0][2] == how
     table = f"{return_table('kilo0')} (rule {return_priority('kilo0')}: iif kilo0)"
-    assert [hop["table"] for hop in journey["there"]["hops"]] == ["main", "main", table]
-    assert [hop["table"] for hop in journey["back"]["hops"]] == ["main"] * 3
+    assert [hop["table"] for hop in trace["there"]["hops"]] == ["main", "main", table]
+    assert [hop["table"] for hop in trace["back"]["hops"]] == ["main"] * 3
     # A packet of the leader's own, as one for a mesh address, takes the main table.
-    (journey,) = json.loads(run("gcp-2", "10.4.0.5", "-o", "json").stdout)["journeys"]
-    assert journey["there"]["hops"][-1]["table"] == "main"
+    (trace,) = json.loads(run("gcp-2", "10.4.0.5", "-o", "json").stdout)["traces"]
+    assert trace["there"]["hops"][-1]["table"] == "main"
 
 
 def test_a_leader_refuses_what_others_send_to_a_member_that_has_never_answered(etcd: FakeEtcd) -> None:
@@ -544,7 +544,7 @@ def test_an_address_that_somebody_else_has_on_the_own_network_does_not_arrive_at
 def test_a_leader_that_may_be_heard_at_its_internal_ip_is_not_routed_there(etcd: FakeEtcd) -> None:
     routes_internal_ips(etcd, gcp_1={"endpoint": Endpoint.parse("10.1.0.1:51820")})
     _, there = by_internal_ip("gcp-2", "home-1")
-    why = "the WireGuard of gcp-1, called at a private endpoint, may hear that of home-1 there"
+    why = "the WireGuard of gcp-1, called at a private endpoint, may receive packets from the WireGuard of home-1 there"
     assert (there["unrouted"], there["hops"]) == (why, [])
 
 

@@ -81,7 +81,7 @@ def test_every_segment_is_a_peer_of_the_other_mesh(etcd: FakeEtcd) -> None:
     for keys in (A, B):
         topology = build_topology(trio.run(operator.snapshot, etcd.client(), keys)[0])
         assert topology.problems == ()
-        assert topology.snapshot.set_aside == ()
+        assert topology.snapshot.rejected == ()
     again = kgctl("join", "--yes")
     assert again.output == "Nothing to change: the meshes are joined already.\n"
 
@@ -95,10 +95,10 @@ def test_joining_again_follows_a_leader_and_parting_forgets_only_the_others(etcd
     assert "peer a.location. leaves the mesh" in done.output
     assert json.loads(etcd.get("/b/peers/a.location.x") or b"")["endpoint"] == "203.0.1.2:51820"
     assert "a.location." not in peers(etcd, B)
-    done = kgctl("part", "--yes")
+    done = kgctl("unjoin", "--yes")
     assert done.output.endswith("The meshes are parted.\n")
     assert (peers(etcd, A), list(peers(etcd, B))) == ({}, ["laptop"])
-    assert kgctl("part", "--yes").output == "Nothing to change: the meshes are not joined.\n"
+    assert kgctl("unjoin", "--yes").output == "Nothing to change: the meshes are not joined.\n"
 
 
 def test_nothing_is_written_unless_it_is_wanted(etcd: FakeEtcd) -> None:

@@ -21,14 +21,14 @@ from kilo_etcd.ctl.main import main
 from kilo_etcd.etcd import Client, Config, PermissionDenied
 from kilo_etcd.model import Snapshot
 from kilo_etcd.store import operator
-from kilo_etcd.store.inquiry import attend
+from kilo_etcd.store.diagnostics import serve
 from kilo_etcd.store.keys import Keys
-from kilo_etcd.store.records import AnswerRecord, QuestionRecord, Role, StatusRecord, Tunnel, encode
+from kilo_etcd.store.records import DiagnosticsRequest, DiagnosticsResponse, Role, StatusRecord, Tunnel, encode
 from kilo_etcd.testing.fake_etcd import FakeEtcd
 from kilo_etcd.topology.segments import build_topology
 
 KEYS = Keys()
-Says = dict[str, AnswerRecord]
+Says = dict[str, DiagnosticsResponse]
 
 
 class Mesh:
@@ -70,19 +70,21 @@ class Mesh:
         return Tunnel(self.key(to), handshake, received, sent, "203.0.113.9:51820")
 
     async def agent(self, name: str) -> None:
-        async def reply(question: QuestionRecord) -> AnswerRecord:
+        async def reply(request: DiagnosticsRequest) -> DiagnosticsResponse:
             await trio.lowlevel.checkpoint()
-            said = self.says.get(name, AnswerRecord(time=int(live.time.time() * 1000), backend="kernel", mtu=1420))
+            response = self.says.get(
+                name, DiagnosticsResponse(time=int(live.time.time() * 1000), backend="kernel", mtu=1420)
+            )
             if name in self.old:
-                return said
+                return response
             found: dict[bool, list[str]] = {False: [], True: []}
             for other, node in self.snapshot.nodes.items():
                 for address in map(str, node.mesh_addresses):
-                    if other != name and (question.tries or address in question.targets):
+                    if other != name and (request.tries or address in request.targets):
                         found[self.lost(name, other)].append(address)
-            return evolve(said, reached=tuple(found[False]), unreached=tuple(found[True]))
+            return evolve(response, reached=tuple(found[False]), unreached=tuple(found[True]))
 
-        await attend(self.etcd.client(name), KEYS, name, reply)
+        await serve(self.etcd.client(name), KEYS, name, reply)
 
     def run(self, *arguments: str) -> Result:
         return CliRunner().invoke(main, arguments, prog_name="kgctl")
@@ -118,17 +120,17 @@ def now() -> int:
     return int(live.time.time() * 1000)
 
 
-def test_tunnels_and_traffic_are_shown_as_the_gateways_have_them(mesh: Mesh) -> None:
-    mesh.says["gcp-1"] = AnswerRecord(
+def test_tunnels_and_traffic_are_shown_as_the_leaders_have_them(mesh: Mesh) -> None:
+    mesh.says["gcp-1"] = DiagnosticsResponse(
         time=now(),
         tunnels=(mesh.tunnel("home-1", 12), mesh.tunnel("laptop", -1, 0, 0), Tunnel("X" + "A" * 42 + "=", 1, 1, 1, "")),
     )
     # A standby knows the leaders too; what it knows is no tunnel.
-    mesh.says["gcp-2"] = AnswerRecord(time=now(), tunnels=(mesh.tunnel("home-1", -1),))
-    mesh.says["home-2"] = AnswerRecord(time=now(), undone=3, changes=("ip route add 10.4.0.0/16 dev kilo0",))
-    found = mesh.run("status", "--live")
-    assert found.exit_code == 0, found.output
-    lines = [" ".join(line.split()) for line in found.output.splitlines()]
+    mesh.says["gcp-2"] = DiagnosticsResponse(time=now(), tunnels=(mesh.tunnel("home-1", -1),))
+    mesh.says["home-2"] = DiagnosticsResponse(time=now(), undone=3, changes=("ip route add 10.4.0.0/16 dev kilo0",))
+    result = mesh.run("status", "--live")
+    assert result.exit_code == 0, result.output
+    lines = [" ".join(line.split()) for line in result.output.splitlines()]
     assert "1 of 1 tunnels up" in lines[0]
     assert "gcp-1 home-1 12 s 2.0 KiB 100 B 203.0.113.9:51820" in lines
     assert "gcp-1 laptop never 0 B 0 B 203.0.113.9:51820" in lines
@@ -143,12 +145,12 @@ def test_tunnels_and_traffic_are_shown_as_the_gateways_have_them(mesh: Mesh) -> 
 
 def test_who_does_not_answer_and_who_may_not_ask_are_told(mesh: Mesh) -> None:
     mesh.silent = {"home-1"}
-    found = mesh.run("status", "--live")
-    assert "home-1  its agent lives, but has not answered in time" in found.output
+    result = mesh.run("status", "--live")
+    assert "home-1  its agent lives, but has not answered in time" in result.output
     mesh.denied = True
-    found = mesh.run("status", "--live")
-    assert found.exit_code == 0
-    assert "nobody could be asked: user eve may not grant a lease in etcd" in found.output
+    result = mesh.run("status", "--live")
+    assert result.exit_code == 0
+    assert "no host could be asked: user eve may not grant a lease in etcd" in result.output
 
 
 def test_a_graph_is_coloured_by_what_either_end_says(mesh: Mesh) -> None:
@@ -157,11 +159,13 @@ def test_a_graph_is_coloured_by_what_either_end_says(mesh: Mesh) -> None:
         return next(line.strip() for line in output.splitlines() if '"gcp-1" -> "home-1"' in line)
 
     assert edge("--plain") == '"gcp-1" -> "home-1" [dir=both];'
-    mesh.says["gcp-1"] = AnswerRecord(time=now(), tunnels=(mesh.tunnel("home-1", 250), mesh.tunnel("laptop", 30)))
+    mesh.says["gcp-1"] = DiagnosticsResponse(
+        time=now(), tunnels=(mesh.tunnel("home-1", 250), mesh.tunnel("laptop", 30))
+    )
     # home-1 answers, and knows no such peer.
     assert 'color="#c62828"' in edge()
     assert 'label="last handshake 4 min ago"' in edge()
-    mesh.says["home-1"] = AnswerRecord(time=now(), tunnels=(mesh.tunnel("gcp-1", 9),))
+    mesh.says["home-1"] = DiagnosticsResponse(time=now(), tunnels=(mesh.tunnel("gcp-1", 9),))
     assert edge() == '"gcp-1" -> "home-1" [dir=both, color="#2e7d32", edgetooltip="last handshake 9 s ago"];'
     assert (
         '"gcp-1" -> "peer laptop"' not in mesh.run("graph").output or "handshake 30 s ago" in mesh.run("graph").output
@@ -169,20 +173,24 @@ def test_a_graph_is_coloured_by_what_either_end_says(mesh: Mesh) -> None:
     mesh.silent = {"gcp-1", "home-1"}
     assert edge() == '"gcp-1" -> "home-1" [dir=both];'
     mesh.denied = True
-    found = mesh.run("graph")
-    assert found.exit_code == 0
-    assert "kgctl: drawn without colours, since the hosts could not be asked: user eve may not" in found.stderr
+    result = mesh.run("graph")
+    assert result.exit_code == 0
+    assert "kgctl: drawn without colours, since the hosts could not be asked: user eve may not" in result.stderr
 
 
 def test_a_graph_in_other_hands(mesh: Mesh) -> None:
-    mesh.says["gcp-1"] = AnswerRecord(time=now(), tunnels=(mesh.tunnel("home-1", 5),))
-    said = json.loads(mesh.run("graph", "-o", "json").stdout)
-    assert said["internalIps"] == "off"
-    assert {"one": "gcp-1", "other": "home-1", "kind": "tunnel", "up": True, "says": "last handshake 5 s ago"} in said[
-        "edges"
-    ]
-    assert {"one": "gcp-1", "other": "gcp-2", "kind": "local", "up": None, "says": None} in said["edges"]
-    assert [node["name"] for node in said["nodes"] if node["leader"]] == ["gcp-1", "home-1"]
+    mesh.says["gcp-1"] = DiagnosticsResponse(time=now(), tunnels=(mesh.tunnel("home-1", 5),))
+    document = json.loads(mesh.run("graph", "-o", "json").stdout)
+    assert document["internalIps"] == "off"
+    assert {
+        "one": "gcp-1",
+        "other": "home-1",
+        "kind": "tunnel",
+        "up": True,
+        "says": "last handshake 5 s ago",
+    } in document["edges"]
+    assert {"one": "gcp-1", "other": "gcp-2", "kind": "local", "up": None, "says": None} in document["edges"]
+    assert [node["name"] for node in document["nodes"] if node["leader"]] == ["gcp-1", "home-1"]
     drawn = mesh.run("graph", "-o", "mermaid").stdout.splitlines()
     assert drawn[:4] == ["---", 'title: "10.4.0.0/16, fd04::/64; internal-ips off"', "---", "flowchart LR"]
     assert '        n0(["gcp-1<br>10.4.0.1, fd04::1"])' in drawn
@@ -208,9 +216,9 @@ def test_graphviz_draws(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
         large.setenv("PATH", "/nowhere")
         assert "sfdp is not installed" in mesh.run("graph", "-o", "svg").stderr
     monkeypatch.setenv("PATH", "/nowhere")
-    found = mesh.run("graph", "-o", "svg")
-    assert (found.exit_code, found.stdout) == (1, "")
-    assert "circo is not installed" in found.stderr
+    result = mesh.run("graph", "-o", "svg")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "circo is not installed" in result.stderr
 
 
 async def test_watching_shows_each_change_once(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,8 +228,8 @@ async def test_watching_shows_each_change_once(mesh: Mesh, monkeypatch: pytest.M
     shown: list[str] = []
     seen = trio.Event()
 
-    def put_out(found: status.Report) -> None:
-        shown.append(found.granularity)
+    def put_out(report: status.Report) -> None:
+        shown.append(report.granularity)
         seen.set()
 
     async def next_one(change: Callable[[], object] = lambda: None) -> None:
@@ -235,7 +243,7 @@ async def test_watching_shows_each_change_once(mesh: Mesh, monkeypatch: pytest.M
         await next_one()
         await next_one(lambda: mesh.etcd.put("/kilo/mesh/granularity", "full"))
         # What changes nothing that is shown is not shown again, and etcd may be away for a while.
-        mesh.etcd.put("/kilo-status/questions/12", "{}")
+        mesh.etcd.put("/kilo-status/requests/12", "{}")
         mesh.etcd.down()
         await trio.sleep(0.1)
         mesh.etcd.up()
@@ -257,24 +265,26 @@ def test_words_for_times_and_amounts() -> None:
 
 
 def test_explain_is_held_against_the_kernels_on_the_way(mesh: Mesh) -> None:
-    mesh.says["gcp-1"] = AnswerRecord(time=now(), tunnels=(mesh.tunnel("home-1", 3),))
-    found = mesh.run("explain", "gcp-2", "10.4.0.5", "--live")
-    assert (found.exit_code, found.output.splitlines()[-1]) == (
+    mesh.says["gcp-1"] = DiagnosticsResponse(time=now(), tunnels=(mesh.tunnel("home-1", 3),))
+    result = mesh.run("explain", "gcp-2", "10.4.0.5", "--live")
+    assert (result.exit_code, result.output.splitlines()[-1]) == (
         0,
         "The kernels of the hosts on the way hold what they should, and packets arrive.",
     )
-    mesh.says["gcp-1"] = AnswerRecord(time=now(), tunnels=(mesh.tunnel("home-1", 400),), trouble=("FORWARD drops",))
-    mesh.says["gcp-2"] = AnswerRecord(time=now(), undone=1, changes=("ip route add 10.4.0.0/16 via 10.1.0.1",))
+    mesh.says["gcp-1"] = DiagnosticsResponse(
+        time=now(), tunnels=(mesh.tunnel("home-1", 400),), trouble=("FORWARD drops",)
+    )
+    mesh.says["gcp-2"] = DiagnosticsResponse(time=now(), undone=1, changes=("ip route add 10.4.0.0/16 via 10.1.0.1",))
     # gcp-3 is not on the way.
-    mesh.says["gcp-3"] = AnswerRecord(time=now(), undone=9)
+    mesh.says["gcp-3"] = DiagnosticsResponse(time=now(), undone=9)
     mesh.silent = {"home-2"}
-    found = mesh.run("explain", "gcp-2", "10.4.0.5", "--live", "-o", "json")
-    assert found.exit_code == 1
-    said = json.loads(found.stdout)
-    (journey,) = said["journeys"]
+    result = mesh.run("explain", "gcp-2", "10.4.0.5", "--live", "-o", "json")
+    assert result.exit_code == 1
+    document = json.loads(result.stdout)
+    (trace,) = document["traces"]
     # The echo was answered, whatever its tunnel says.
-    assert (said["works"], journey["works"], journey["there"]["hops"][1]["broken"]) == (False, True, True)
-    assert [(remark["node"], remark["text"]) for remark in said["live"]] == [
+    assert (document["works"], trace["works"], trace["there"]["hops"][1]["broken"]) == (False, True, True)
+    assert [(remark["node"], remark["text"]) for remark in document["live"]] == [
         ("home-2", "its agent lives, but has not answered in time"),
         ("gcp-1", "FORWARD drops"),
         ("gcp-2", "its kernel is 1 change away from the plan, the first: ip route add 10.4.0.0/16 via 10.1.0.1"),
@@ -284,31 +294,31 @@ def test_explain_is_held_against_the_kernels_on_the_way(mesh: Mesh) -> None:
 
 
 def test_check_does_not_praise_a_prefix_without_a_mesh(mesh: Mesh) -> None:
-    found = mesh.run("--prefix", "/typo", "check")
-    assert found.exit_code == 1
-    assert "no node has registered under this prefix" in found.output
+    result = mesh.run("--prefix", "/typo", "check")
+    assert result.exit_code == 1
+    assert "no node has registered under this prefix" in result.output
 
 
 def test_check_has_nothing_to_say_of_a_good_mesh(mesh: Mesh) -> None:
-    mesh.says["gcp-1"] = AnswerRecord(time=now(), tunnels=(mesh.tunnel("home-1", 3),))
-    found = mesh.run("check")
-    assert (found.exit_code, found.output) == (
+    mesh.says["gcp-1"] = DiagnosticsResponse(time=now(), tunnels=(mesh.tunnel("home-1", 3),))
+    result = mesh.run("check")
+    assert (result.exit_code, result.output) == (
         0,
         "All is well: etcd, records, agents, kernels, tunnels and packets.\n",
     )
 
 
 def test_check_finds_what_is_wrong_and_says_what_to_do(mesh: Mesh) -> None:
-    mesh.says["gcp-1"] = AnswerRecord(
+    mesh.says["gcp-1"] = DiagnosticsResponse(
         time=now() - 60_000, tunnels=(), mtu=1420, backend="userspace", trouble=("FORWARD drops; let it pass",)
     )
-    mesh.says["home-1"] = AnswerRecord(time=now(), mtu=1380, undone=2, changes=("ip link set kilo0 up",))
+    mesh.says["home-1"] = DiagnosticsResponse(time=now(), mtu=1380, undone=2, changes=("ip link set kilo0 up",))
     mesh.silent = {"gcp-3"}
     mesh.etcd.delete("/kilo-status/home-2")
     mesh.etcd.put("/kilo/peers/phone", "{}")
-    found = mesh.run("check", "-o", "json")
-    assert found.exit_code == 1
-    said = {(f["severity"], f["subject"]): (f["text"], f["remedy"]) for f in json.loads(found.stdout)}
+    result = mesh.run("check", "-o", "json")
+    assert result.exit_code == 1
+    said = {(f["severity"], f["subject"]): (f["text"], f["remedy"]) for f in json.loads(result.stdout)}
     text, remedy = said["error", "gcp-1 - home-1"]
     assert text == "no tunnel between them: no handshake yet"
     assert "UDP 203.0.113.1:51820 to gcp-1 and UDP 203.0.113.4:51820 to home-1" in remedy
@@ -317,12 +327,12 @@ def test_check_finds_what_is_wrong_and_says_what_to_do(mesh: Mesh) -> None:
     assert "2 changes away" in said["warning", "home-1"][0]
     assert "kgctl node forget home-2" in said["warning", "home-2"][1]
     assert said["warning", "gcp-3"][0] == "its agent lives, but has not answered in time"
-    assert said["error", "/kilo/peers/phone"][0].startswith("set aside: ")
+    assert said["error", "/kilo/peers/phone"][0].startswith("rejected: ")
     assert said["note", "tunnels"][0] == "their MTUs differ: 1380 on 1, 1420 on 2"
     assert said["note", "agents"][0] == "WireGuard runs in userspace, which is slower, on gcp-1"
     plain = mesh.run("check").output.splitlines()
     assert plain[-1] == "3 errors, 8 warnings, 2 notes"
-    assert plain[0] == "error: /kilo/peers/phone: set aside: the field publicKey is missing"
+    assert plain[0] == "error: /kilo/peers/phone: rejected: the field publicKey is missing"
     assert plain[1] == "    etcdctl get /kilo/peers/phone; put it right or delete it"
     kinds = [line.split(":")[0] for line in plain[:-1] if not line.startswith(" ")]
     assert kinds == ["error"] * 3 + ["warning"] * 8 + ["note"] * 2
@@ -341,7 +351,7 @@ def test_check_does_not_ask_an_operator_to_mend_what_an_agent_writes(mesh: Mesh)
 
 
 def test_check_does_not_ask_for_ports_that_a_nat_has_not(mesh: Mesh) -> None:
-    mesh.says["gcp-1"] = AnswerRecord(time=now(), tunnels=())
+    mesh.says["gcp-1"] = DiagnosticsResponse(time=now(), tunnels=())
     for name in ("gcp-1", "home-1"):
         mesh.etcd.put(f"/kilo/annotations/{name}/force-endpoint", "192.168.77.7:51820")
     said = {f["subject"]: f["remedy"] for f in json.loads(mesh.run("check", "-o", "json").stdout)}
@@ -369,40 +379,40 @@ def test_check_of_etcds_members() -> None:
 
 
 def test_check_and_explain_name_the_leader_that_passes_nothing_on(mesh: Mesh) -> None:
-    mesh.says["gcp-1"] = AnswerRecord(
+    mesh.says["gcp-1"] = DiagnosticsResponse(
         time=now(),
         tunnels=(mesh.tunnel("home-1", 3),),
         possible_obstacles=("the chain forward of nftables table inet x",),
     )
     inside = {"gcp-2", "gcp-3"}
     mesh.lost = lambda source, target: len({source, target} & inside) == 1 and "gcp-1" not in (source, target)
-    found = mesh.run("check", "-o", "json")
-    assert found.exit_code == 1
-    (finding,) = json.loads(found.stdout)
+    result = mesh.run("check", "-o", "json")
+    assert result.exit_code == 1
+    (finding,) = json.loads(result.stdout)
     assert (finding["severity"], finding["subject"]) == ("error", "gcp-1")
     assert finding["text"] == (
         "it leads its location and does not forward: through it nothing arrives between gcp-2, gcp-3 and home-1, home-2"
     )
     assert finding["remedy"] == "the chain forward of nftables table inet x"
-    found = mesh.run("explain", "gcp-2", "home-1", "--live")
-    assert found.exit_code == 1
-    assert found.output.splitlines()[0].endswith("may not arrive: none of the echo requests of gcp-2 was answered")
-    assert "through it nothing arrives between gcp-2 and home-1" in " ".join(found.output.split())
+    result = mesh.run("explain", "gcp-2", "home-1", "--live")
+    assert result.exit_code == 1
+    assert result.output.splitlines()[0].endswith("may not arrive: none of the echo requests of gcp-2 was answered")
+    assert "through it nothing arrives between gcp-2 and home-1" in " ".join(result.output.split())
 
 
 def test_explain_says_that_packets_arrive_only_if_they_were_seen_to(mesh: Mesh) -> None:
-    mesh.says["gcp-1"] = AnswerRecord(time=now(), tunnels=(mesh.tunnel("home-1", 3),))
-    said = mesh.run("explain", "gcp-2", "home-1", "--live")
-    assert (said.exit_code, said.output.splitlines()[-1][-20:]) == (0, " and packets arrive.")
-    mesh.says["gcp-1"] = AnswerRecord(time=now(), tunnels=(mesh.tunnel("home-1", 3), mesh.tunnel("laptop", 3)))
-    said = mesh.run("explain", "gcp-2", "laptop", "--live")
-    assert (said.exit_code, said.output.splitlines()[-1][-47:]) == (
+    mesh.says["gcp-1"] = DiagnosticsResponse(time=now(), tunnels=(mesh.tunnel("home-1", 3),))
+    result = mesh.run("explain", "gcp-2", "home-1", "--live")
+    assert (result.exit_code, result.output.splitlines()[-1][-20:]) == (0, " and packets arrive.")
+    mesh.says["gcp-1"] = DiagnosticsResponse(time=now(), tunnels=(mesh.tunnel("home-1", 3), mesh.tunnel("laptop", 3)))
+    result = mesh.run("explain", "gcp-2", "laptop", "--live")
+    assert (result.exit_code, result.output.splitlines()[-1][-47:]) == (
         0,
         " whether packets arrive was not tried by gcp-2.",
     )
-    mesh.says["gcp-1"] = AnswerRecord(time=now(), tunnels=(mesh.tunnel("home-1", 3), mesh.tunnel("laptop", -1)))
-    said = mesh.run("explain", "gcp-2", "laptop", "--live")
-    assert (said.exit_code, said.output.splitlines()[0]) == (
+    mesh.says["gcp-1"] = DiagnosticsResponse(time=now(), tunnels=(mesh.tunnel("home-1", 3), mesh.tunnel("laptop", -1)))
+    result = mesh.run("explain", "gcp-2", "laptop", "--live")
+    assert (result.exit_code, result.output.splitlines()[0]) == (
         1,
         "gcp-2 (10.4.0.2) to 10.9.0.2: does not arrive: the tunnel between gcp-1 and peer laptop has no session: no "
         "handshake yet",
@@ -410,19 +420,19 @@ def test_explain_says_that_packets_arrive_only_if_they_were_seen_to(mesh: Mesh) 
     # Nobody asks whose agent does not live, and so it answers for nobody.
     mesh.etcd.delete("/kilo-status/home-1")
     mesh.lost = lambda source, target: target == "home-1"
-    said = mesh.run("explain", "gcp-2", "home-1", "--live")
-    assert said.exit_code == 1
-    assert said.output.splitlines()[0].endswith("may not arrive: none of the echo requests of gcp-2 was answered")
-    assert "home-1 its agent does not report: is the host up?" in " ".join(said.output.split())
+    result = mesh.run("explain", "gcp-2", "home-1", "--live")
+    assert result.exit_code == 1
+    assert result.output.splitlines()[0].endswith("may not arrive: none of the echo requests of gcp-2 was answered")
+    assert "home-1 its agent does not report: is the host up?" in " ".join(result.output.split())
 
 
 def test_agents_that_do_not_know_how_to_try_are_named_and_nothing_is_claimed_of_packets(mesh: Mesh) -> None:
-    mesh.says["gcp-1"] = AnswerRecord(time=now(), tunnels=(mesh.tunnel("home-1", 3),))
+    mesh.says["gcp-1"] = DiagnosticsResponse(time=now(), tunnels=(mesh.tunnel("home-1", 3),))
     mesh.old = set(mesh.snapshot.nodes)
-    found = mesh.run("check")
-    assert found.exit_code == 0
-    assert "note: packets: they were not tried by gcp-1, gcp-2, gcp-3, home-1, home-2" in found.output
-    assert "All is well" not in found.output
+    result = mesh.run("check")
+    assert result.exit_code == 0
+    assert "note: packets: they were not tried by gcp-1, gcp-2, gcp-3, home-1, home-2" in result.output
+    assert "All is well" not in result.output
     said = mesh.run("explain", "gcp-2", "10.4.0.5", "--live").output.splitlines()[-1]
     assert (
         said

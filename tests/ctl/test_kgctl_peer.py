@@ -88,9 +88,9 @@ def add(name: str, number: int, allowed: str, *more: str) -> Result:
 
 def test_a_peer_is_added_from_flags(etcd: FakeEtcd, tmp_path: Path) -> None:
     (tmp_path / "psk").write_text(key_of(99) + "\n")
-    found = add("laptop", 21, "10.9.0.2, fd09::2", "--endpoint", "[2001:db8::7]:4711", "--persistent-keepalive", "25",
+    result = add("laptop", 21, "10.9.0.2, fd09::2", "--endpoint", "[2001:db8::7]:4711", "--persistent-keepalive", "25",
                 "--preshared-key-file", str(tmp_path / "psk"))  # fmt: skip
-    assert found.output == "peer laptop joins the mesh\npeer laptop: added\n"
+    assert result.output == "peer laptop joins the mesh\npeer laptop: added\n"
     record = decode_peer(etcd.get("/kilo/peers/laptop") or b"")
     assert [str(network) for network in record.allowed_ips] == ["10.9.0.2/32", "fd09::2/128"]
     assert str(record.endpoint) == "[2001:db8::7]:4711"
@@ -129,9 +129,9 @@ def test_several_peers_come_together_from_standard_input(etcd: FakeEtcd) -> None
 def test_none_is_written_if_one_is_refused(etcd: FakeEtcd) -> None:
     before = held(etcd)
     text = MANIFEST.format(key=key_of(21)) + "---\n" + MANIFEST.format(key="nonsense").replace("squat\n", "bad\n")
-    found = run("peer", "add", "-f", "-", stdin=text)
-    assert found.exit_code == 1
-    assert found.output == (
+    result = run("peer", "add", "-f", "-", stdin=text)
+    assert result.exit_code == 1
+    assert result.output == (
         "kgctl: standard input: peer bad: publicKey: a text of 8 characters is no WireGuard key (32 bytes in base64); "
         "nothing was written\n"
     )
@@ -139,9 +139,9 @@ def test_none_is_written_if_one_is_refused(etcd: FakeEtcd) -> None:
 
 
 def test_a_peer_that_is_there_is_replaced_only_when_that_is_said(etcd: FakeEtcd) -> None:
-    found = add("tablet", 21, "10.9.0.21")
-    assert found.exit_code == 1
-    assert "there is a peer tablet already; --replace replaces it" in found.output
+    result = add("tablet", 21, "10.9.0.21")
+    assert result.exit_code == 1
+    assert "there is a peer tablet already; --replace replaces it" in result.output
     assert add("tablet", 21, "10.9.0.21", "--replace").exit_code == 0
     assert decode_peer(etcd.get("/kilo/peers/tablet") or b"").public_key == key_of(21)
 
@@ -162,11 +162,11 @@ def test_what_contradicts_the_mesh_is_refused(
     etcd: FakeEtcd, name: str, number: int, allowed: str, sentence: str
 ) -> None:
     before = held(etcd)
-    found = add(name, number, allowed)
-    assert found.exit_code == 1, found.output
-    assert found.output.count("\n") == 1
-    assert sentence in found.output
-    assert found.output.endswith("nothing was written\n")
+    result = add(name, number, allowed)
+    assert result.exit_code == 1, result.output
+    assert result.output.count("\n") == 1
+    assert sentence in result.output
+    assert result.output.endswith("nothing was written\n")
     assert held(etcd) == before
 
 
@@ -191,9 +191,9 @@ def test_what_contradicts_the_mesh_is_refused(
 )  # fmt: skip
 def test_what_peer_add_refuses(etcd: FakeEtcd, arguments: list[str], status: int, sentence: str) -> None:
     before = held(etcd)
-    found = run("peer", "add", *arguments)
-    assert found.exit_code == status, found.output
-    assert sentence in found.output
+    result = run("peer", "add", *arguments)
+    assert result.exit_code == status, result.output
+    assert sentence in result.output
     assert held(etcd) == before
 
 
@@ -220,19 +220,19 @@ def test_what_peer_add_refuses(etcd: FakeEtcd, arguments: list[str], status: int
 )
 def test_what_manifests_are_refused(etcd: FakeEtcd, text: str, sentence: str) -> None:
     before = held(etcd)
-    found = run("peer", "add", "-f", "-", stdin=text)
-    assert found.exit_code == 1, found.output
-    assert found.output.startswith("kgctl: ")
-    assert sentence in found.output
+    result = run("peer", "add", "-f", "-", stdin=text)
+    assert result.exit_code == 1, result.output
+    assert result.output.startswith("kgctl: ")
+    assert sentence in result.output
     assert held(etcd) == before
 
 
 def test_keys_are_made_here_and_the_private_one_goes_nowhere_else(etcd: FakeEtcd) -> None:
-    found = run("peer", "add", "phone", "--allowed-ips", "10.9.0.3", "--persistent-keepalive", "25", "--generate")
-    assert found.exit_code == 0, found.output
-    assert found.stderr == "peer phone joins the mesh\npeer phone: added\n"
-    (private,) = (line.split(" = ")[1] for line in found.stdout.splitlines() if line.startswith("PrivateKey = "))
-    assert "Address = 10.9.0.3/32" in found.stdout
+    result = run("peer", "add", "phone", "--allowed-ips", "10.9.0.3", "--persistent-keepalive", "25", "--generate")
+    assert result.exit_code == 0, result.output
+    assert result.stderr == "peer phone joins the mesh\npeer phone: added\n"
+    (private,) = (line.split(" = ")[1] for line in result.stdout.splitlines() if line.startswith("PrivateKey = "))
+    assert "Address = 10.9.0.3/32" in result.stdout
     assert private.encode() not in b"".join(value or b"" for value in held(etcd).values())
     from kilo_etcd.agent.privatekey import public_key
 
@@ -249,10 +249,10 @@ def test_a_configuration_too_long_for_a_code_is_printed_since_its_key_is_kept_no
         raise Failure(f"the configuration has {len(text)} bytes")
 
     monkeypatch.setattr(peer, "show_qr", too_long)
-    found = run("peer", "add", "phone", "--allowed-ips", "10.9.0.3", "--generate", "--qr")
-    assert found.exit_code == 0, found.output
-    assert "PrivateKey = " in found.stdout
-    assert "kgctl: the configuration has" in found.stderr
+    result = run("peer", "add", "phone", "--allowed-ips", "10.9.0.3", "--generate", "--qr")
+    assert result.exit_code == 0, result.output
+    assert "PrivateKey = " in result.stdout
+    assert "kgctl: the configuration has" in result.stderr
 
 
 @pytest.mark.parametrize("field", ["ip: 2001:db8::7", "dns: vpn.example.org", "dnsOrIP: {ip: '2001:db8::7'}"])
@@ -266,9 +266,9 @@ def test_each_way_that_kilo_has_written_an_endpoint(etcd: FakeEtcd, field: str) 
 
 def test_a_dry_run_makes_no_configuration(etcd: FakeEtcd) -> None:
     before = held(etcd)
-    found = run("peer", "add", "phone", "--allowed-ips", "10.9.0.3", "--generate", "--dry-run")
-    assert found.stdout == ""
-    assert found.stderr == "peer phone joins the mesh\nNothing was written (--dry-run).\n"
+    result = run("peer", "add", "phone", "--allowed-ips", "10.9.0.3", "--generate", "--dry-run")
+    assert result.stdout == ""
+    assert result.stderr == "peer phone joins the mesh\nNothing was written (--dry-run).\n"
     assert held(etcd) == before
 
 
@@ -317,8 +317,8 @@ def test_with_a_peer_goes_the_address_that_it_had_claimed(etcd: FakeEtcd) -> Non
 
 
 def test_a_peers_configuration_holds_every_leader_and_the_whole_mesh(etcd: FakeEtcd) -> None:
-    found = run("showconf", "peer", "tablet", "-o", "json")
-    data = json.loads(found.output)
+    result = run("showconf", "peer", "tablet", "-o", "json")
+    data = json.loads(result.output)
     assert [peer["metadata"]["name"] for peer in data["peers"]] == ["gcp-1", "home-1"]
     assert [peer["spec"]["allowedIPs"] for peer in data["peers"]] == [
         ["10.4.0.1/32", "10.4.0.2/32"],
@@ -357,10 +357,10 @@ def test_a_node_as_peer_has_the_internal_ips_that_are_routed(etcd: FakeEtcd) -> 
     assert allowed("gcp-1") == ["10.4.0.1/32", "10.4.0.2/32"]
 
 
-def test_a_gateway_takes_everything_that_is_nobody_elses(etcd: FakeEtcd) -> None:
-    said = run("annotate", "gcp-1", "gateway=true")
-    assert said.output == "gcp-1 offers a way out to the internet\ngcp-1: annotated\n"
-    before, found = (run("showconf", "peer", "tablet", *more).output for more in ((), ("--gateway", "gcp-1")))
+def test_an_exit_node_takes_everything_that_is_nobody_elses(etcd: FakeEtcd) -> None:
+    result = run("annotate", "gcp-1", "advertise-exit-node=true")
+    assert result.output == "gcp-1 advertises itself as an exit node\ngcp-1: annotated\n"
+    before, found = (run("showconf", "peer", "tablet", *more).output for more in ((), ("--exit-node", "gcp-1")))
     changed = [pair for pair in zip(before.splitlines(), found.splitlines(), strict=True) if pair[0] != pair[1]]
     assert changed == [
         ("AllowedIPs = 10.4.0.1/32, 10.4.0.2/32", "AllowedIPs = 0.0.0.0/0, 10.4.0.1/32, 10.4.0.2/32, ::/0")
@@ -370,9 +370,13 @@ def test_a_gateway_takes_everything_that_is_nobody_elses(etcd: FakeEtcd) -> None
 @pytest.mark.parametrize(
     ("arguments", "status", "sentence"),
     [
-        (["peer", "tablet", "--gateway", "gcp-1"], 1, "node gcp-1 offers no way out; allow it with kgctl annotate"),
-        (["peer", "tablet", "--gateway", "nobody"], 1, "the gateway nobody is no node of the mesh"),
-        (["peer", "tablet", "--gateway", "gcp-1", "--as-peer"], 2, "leave --gateway or --as-peer out"),
+        (
+            ["peer", "tablet", "--exit-node", "gcp-1"],
+            1,
+            "node gcp-1 does not advertise itself as an exit node; allow it with kgctl annotate",
+        ),
+        (["peer", "tablet", "--exit-node", "nobody"], 1, "the exit node nobody is no node of the mesh"),
+        (["peer", "tablet", "--exit-node", "gcp-1", "--as-peer"], 2, "leave --exit-node or --as-peer out"),
         (["node", "nobody"], 1, "there is no node"),
         (["peer", "nobody"], 1, "there is no peer nobody in force"),
         (["peer", "tablet", "--allowed-ips", "10.0.0.0/8"], 1, "this configuration has 2 (gcp-1, home-1)"),
@@ -384,16 +388,16 @@ def test_a_gateway_takes_everything_that_is_nobody_elses(etcd: FakeEtcd) -> None
     ],
 )
 def test_what_showconf_refuses(etcd: FakeEtcd, arguments: list[str], status: int, sentence: str) -> None:
-    found = run("showconf", *arguments)
-    assert found.exit_code == status, found.output
-    assert sentence in found.output
+    result = run("showconf", *arguments)
+    assert result.exit_code == status, result.output
+    assert sentence in result.output
 
 
 def test_a_bad_private_key_is_not_repeated(etcd: FakeEtcd) -> None:
-    found = run("showconf", "peer", "tablet", "--private-key-file", "-", stdin="sesame\n")
-    assert found.exit_code == 1
-    assert "standard input holds no WireGuard private key" in found.output
-    assert "sesame" not in found.output
+    result = run("showconf", "peer", "tablet", "--private-key-file", "-", stdin="sesame\n")
+    assert result.exit_code == 1
+    assert "standard input holds no WireGuard private key" in result.output
+    assert "sesame" not in result.output
 
 
 def test_a_png_is_a_png(etcd: FakeEtcd, tmp_path: Path) -> None:

@@ -57,8 +57,13 @@ NEVER = (
 """No command that only reads needs them, and prints a table to a pipe, or JSON."""
 NO_MESH = ("trio", "h2", "google", "ssl", "kilo_etcd.store.records", "kilo_etcd.topology.segments")
 NO_PLAN = (
-    *("kilo_etcd.topology.plan", "kilo_etcd.topology.guard", "kilo_etcd.topology.walk", "kilo_etcd.topology.graph"),
-    *("kilo_etcd.ctl.live", "kilo_etcd.ctl.consequences", "kilo_etcd.store.session", "kilo_etcd.store.mirror"),
+    *(
+        "kilo_etcd.topology.plan",
+        "kilo_etcd.topology.route_filter",
+        "kilo_etcd.topology.walk",
+        "kilo_etcd.topology.graph",
+    ),
+    *("kilo_etcd.ctl.live", "kilo_etcd.ctl.impact", "kilo_etcd.store.session", "kilo_etcd.store.mirror"),
 )
 
 

@@ -46,7 +46,7 @@ WRITING = {
     "location unset": ["location", "unset", "labelled"],
     "mesh adopt": ["mesh", "adopt", "--yes"],
     "mesh join": ["mesh", "join", "--other-prefix", "/b", "--yes"],
-    "mesh part": ["mesh", "part", "--other-prefix", "/b", "--yes"],
+    "mesh unjoin": ["mesh", "unjoin", "--other-prefix", "/b", "--yes"],
     "mesh set": ["mesh", "set", "granularity", "full", "--yes"],
     "node forget": ["node", "forget", "home-2", "--yes"],
     "peer add": ["peer", "add", "phone", "--allowed-ips", "10.9.0.7", "--public-key", "Y" + "A" * 42 + "="],
@@ -71,10 +71,10 @@ def run(*arguments: str) -> Result:
     return CliRunner().invoke(main, arguments, prog_name="kgctl")
 
 
-def one_sentence(found: Result) -> str:
-    assert found.exit_code == 1, found.output
-    assert found.stdout == ""
-    (line,) = found.stderr.splitlines()
+def one_sentence(result: Result) -> str:
+    assert result.exit_code == 1, result.output
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
     assert line.startswith("kgctl: ")
     return line
 
@@ -123,19 +123,19 @@ def test_a_user_who_may_not_write(etcd: FakeEtcd, monkeypatch: pytest.MonkeyPatc
     for name in ("put", "txn", "delete"):
         monkeypatch.setattr(FakeClient, name, denied)
     before = etcd.revision
-    found = run(*command)
-    assert found.exit_code == 1, found.output
-    assert found.stderr.startswith("kgctl: ")
-    assert "user eve may not" in found.stderr
+    result = run(*command)
+    assert result.exit_code == 1, result.output
+    assert result.stderr.startswith("kgctl: ")
+    assert "user eve may not" in result.stderr
     assert etcd.revision == before
 
 
 @pytest.mark.parametrize("command", BOTH, ids=" ".join)
 def test_a_certificate_that_is_not_there(command: list[str], tmp_path: Path) -> None:
-    found = run("--cacert", str(tmp_path / "ca.pem"), *command)
-    assert found.exit_code == 2
-    assert "ca.pem" in found.stderr
-    assert "Traceback" not in found.stderr
+    result = run("--cacert", str(tmp_path / "ca.pem"), *command)
+    assert result.exit_code == 2
+    assert "ca.pem" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_a_lab_that_ends_at_its_deadline_names_the_option(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -202,7 +202,7 @@ def test_apts_own_words_are_shown_when_it_fails(machine: Path) -> None:
     assert done.stderr.splitlines()[-2:] == [
         "E: no network",
         "kilo-etcd: apt-get could not install python3-venv etcd-server etcd-client wireguard-go wireguard-tools "
-        "nftables iptables graphviz iproute2 iputils-ping strace procps systemd dbus; its words are above",
+        "nftables iptables graphviz iproute2 iputils-ping strace procps systemd dbus; its output is above",
     ]
 
 

@@ -111,7 +111,7 @@ def test_no_reason_for_a_rejected_record_quotes_a_secret(secret: str) -> None:
                 key=keys.peer("x").encode(), value=json.dumps(data).encode(), create_revision=1, mod_revision=1
             )
             view.load([kv], Header(revision=1))
-            (note,) = view.snapshot().set_aside
+            (note,) = view.snapshot().rejected
             assert note.reason == str(caught.value)
 
 
@@ -147,7 +147,7 @@ def test_nor_does_a_refusal_of_a_manifest(secret: str) -> None:
         {"name": "x", "publicKey": PUBLIC, "endpoint": {"dnsOrIP": {"ip": value}, "port": value}}
         for value in wrong(secret)
     ]
-    texts = [text for one in documents for text in (json.dumps(one), yaml.safe_dump(one))]
+    texts = [text for document in documents for text in (json.dumps(document), yaml.safe_dump(document))]
     texts += [
         f"publicKey: {PUBLIC}\npresharedKey: {tag} {secret}"
         for tag in ("!!int", "!!float", "!!timestamp", "!!bool", "!x", "*", "&")

@@ -32,13 +32,13 @@ from kilo_etcd.etcd import (
     unchanged,
 )
 from kilo_etcd.etcd.watch import Watcher
-from kilo_etcd.testing.etcd_server import EtcdServer, Options
+from kilo_etcd.testing.etcd_server import EtcdServer, ServerOptions
 
 pytestmark = pytest.mark.etcd
 
 
 @asynccontextmanager
-async def etcd(options: Options | None = None) -> AsyncIterator[tuple[EtcdServer, EtcdClient]]:
+async def etcd(options: ServerOptions | None = None) -> AsyncIterator[tuple[EtcdServer, EtcdClient]]:
     require("etcd", "etcdctl")
     async with EtcdServer.run(options) as server, open_client(server.config()) as client:
         yield server, client
@@ -70,9 +70,9 @@ async def test_a_prefix_larger_than_a_page_is_read_at_one_revision() -> None:
     async with etcd() as (_, client):
         for start in range(0, 1200, 100):
             await client.txn([], [Put(f"/many/{n:05}", "x" * 100) for n in range(start, start + 100)])
-        found = await client.get_prefix("/many/")
-        assert [kv.key.decode() for kv in found.kvs] == [f"/many/{n:05}" for n in range(1200)]
-        assert (found.more, found.count) == (False, 1200)
+        result = await client.get_prefix("/many/")
+        assert [kv.key.decode() for kv in result.kvs] == [f"/many/{n:05}" for n in range(1200)]
+        assert (result.more, result.count) == (False, 1200)
 
 
 async def test_transactions_compare_and_swap() -> None:
@@ -157,7 +157,7 @@ async def test_a_watch_sees_what_happens_after_it_began_and_what_it_asks_for_of_
 
 
 async def test_progress_can_be_asked_for_and_comes_by_itself() -> None:
-    options = Options(arguments=("--experimental-watch-progress-notify-interval", "300ms"))
+    options = ServerOptions(arguments=("--experimental-watch-progress-notify-interval", "300ms"))
     async with etcd(options) as (_, client), client.watch_prefix("/p/") as watch:
         await client.put("/elsewhere", "x")
         await watch.request_progress()
@@ -184,10 +184,10 @@ async def test_a_compacted_watch_says_so_and_so_does_a_range() -> None:
 
 
 async def test_fragments_of_one_revision_arrive_as_one_batch() -> None:
-    async with etcd(Options(arguments=("--max-request-bytes", str(8 << 20)))) as (server, client):
+    async with etcd(ServerOptions(arguments=("--max-request-bytes", str(8 << 20)))) as (server, client):
         await client.txn([], [Put(f"/f/{n}", b"x" * 900_000) for n in range(6)])
         # etcd cuts at its largest request size: with the default one, this transaction is cut in six.
-        server.options = Options()
+        server.options = ServerOptions()
         await server.restart()
         async with client.watch_prefix("/f/", start_revision=2) as watch:
             assert isinstance(watch, Watcher)
@@ -266,8 +266,8 @@ async def test_a_quiet_connection_is_not_hung_up_on_for_its_pings() -> None:
             before = repr(client)
             connection = client._caller.channel._current
             assert connection
-            heard = connection.last_heard
-            await eventually(lambda: connection.last_heard > heard + 2)
+            received = connection.last_received
+            await eventually(lambda: connection.last_received > received + 2)
             await client.put("/quiet", "")
             assert (await anext(watch)).events
             assert repr(client) == before

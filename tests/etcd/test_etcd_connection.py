@@ -311,9 +311,9 @@ async def test_a_large_answer_over_a_slow_link_is_had_in_the_end(monkeypatch: py
         await peer.flush()
 
     async with client_of(monkeypatch, answer) as client:
-        found = await client.get("/k")
-        assert found
-        assert found.value == value
+        kv = await client.get("/k")
+        assert kv
+        assert kv.value == value
         assert attempts == 1
 
 

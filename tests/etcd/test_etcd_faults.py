@@ -260,7 +260,7 @@ async def test_a_member_without_quorum_ends_a_watch_which_goes_on_when_quorum_is
     """The client has one endpoint, whose member loses its quorum as the others freeze, and gets it back."""
     async with three() as (cluster, client):
         member = await connected_member(cluster, client)
-        others = [one for one in cluster.members if one is not member]
+        others = [etcd_server for etcd_server in cluster.members if etcd_server is not member]
         alone = evolve(cluster.config(), endpoints=(member.endpoint,))
         async with open_client(alone) as lonely, lonely.watch("/w") as watch, trio.open_nursery() as nursery:
             seen: list[tuple[int, bytes]] = []

@@ -69,7 +69,7 @@ async def test_a_new_connection_needs_no_name_server_once_the_name_was_resolved(
         names.answers = []
         assert await reached(), "the name server has gone"
         names.hangs.set()
-        assert await reached(), "it takes questions and does not answer"
+        assert await reached(), "it takes queries and does not answer"
         names.hangs.clear()
         names.answers = ["127.0.0.1", "127.0.0.2"]
         assert await reached()

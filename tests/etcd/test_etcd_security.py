@@ -28,7 +28,7 @@ from kilo_etcd.etcd import (
 from kilo_etcd.etcd.grpc import TransportFailed
 from kilo_etcd.etcd.tls import tls_context
 from kilo_etcd.testing.certificates import Authority
-from kilo_etcd.testing.etcd_server import EtcdServer, Options
+from kilo_etcd.testing.etcd_server import EtcdServer, ServerOptions
 
 pytestmark = pytest.mark.etcd
 KILO = {"kilo": ("secret", ["/kilo/"])}
@@ -56,7 +56,7 @@ def user_of(server: EtcdServer, user: str | None, password: str | None) -> Confi
 
 async def test_tls_refusals_are_told_apart(tmp_path: Path) -> None:
     require("etcd")
-    async with EtcdServer.run(Options(client_cert=True)) as server:
+    async with EtcdServer.run(ServerOptions(client_cert=True)) as server:
         good = server.config()
         assert good.tls
         assert server.authority
@@ -82,7 +82,7 @@ async def test_tls_refusals_are_told_apart(tmp_path: Path) -> None:
 async def test_a_certificate_for_another_name_is_refused_by_name(tmp_path: Path) -> None:
     require("etcd")
     authority = Authority(tmp_path)
-    async with EtcdServer.run(Options(tls=True)) as server:
+    async with EtcdServer.run(ServerOptions(tls=True)) as server:
         server.authority = authority
         await server.kill()
         issue = authority.issue
@@ -119,7 +119,9 @@ async def test_what_is_not_etcd_is_told_so() -> None:
 
     async with trio.open_nursery() as nursery:
         listeners = await nursery.start(trio.serve_tcp, answer, 0)
-        port = next(one.socket.getsockname()[1] for one in listeners if one.socket.family == socket.AF_INET)
+        port = next(
+            listener.socket.getsockname()[1] for listener in listeners if listener.socket.family == socket.AF_INET
+        )
         await refusal(Config(endpoints=(f"127.0.0.1:{port}",)), ConnectionRefusedByTls, "does not speak HTTP/2")
         nursery.cancel_scope.cancel()
 
@@ -154,7 +156,7 @@ async def test_a_dns_that_does_not_answer_uses_up_no_more_than_a_few_threads(mon
 
 async def test_renewed_certificate_files_count_from_the_next_connection() -> None:
     require("etcd")
-    async with EtcdServer.run(Options(client_cert=True)) as server:
+    async with EtcdServer.run(ServerOptions(client_cert=True)) as server:
         config = server.config()
         assert config.tls
         assert config.tls.cert
@@ -174,7 +176,7 @@ async def test_renewed_certificate_files_count_from_the_next_connection() -> Non
 
 async def test_a_client_certificate_that_expires_ends_nothing_and_its_renewal_needs_no_restart() -> None:
     require("etcd")
-    async with EtcdServer.run(Options(client_cert=True)) as server:
+    async with EtcdServer.run(ServerOptions(client_cert=True)) as server:
         assert server.authority
         short = server.authority.issue("short", seconds=5)
         config = evolve(
@@ -247,7 +249,7 @@ async def test_users_and_permissions() -> None:
 
 async def test_a_token_is_fetched_once_and_renewed_when_it_expires() -> None:
     require("etcd", "etcdctl")
-    async with EtcdServer.run(Options(token_ttl=1)) as server:
+    async with EtcdServer.run(ServerOptions(token_ttl=1)) as server:
         await server.enable_auth(KILO)
         async with open_client(user_of(server, "kilo", "secret")) as client:
             tokens = client._caller.tokens

@@ -9,7 +9,7 @@ from attrs import evolve
 from hypothesis import strategies as st
 
 from kilo_etcd.kernel.diff import diff
-from kilo_etcd.kernel.effect import apply_changes, network_order
+from kilo_etcd.kernel.predict import apply_changes, network_order
 from kilo_etcd.kernel.state import Memory, Observed, Target
 from kilo_etcd.model import Endpoint
 from kilo_etcd.topology.hostplan import Encryption, Exemption, HostPlan, PeerPlan, RoutePlan, Via
@@ -27,13 +27,13 @@ def peer(
     endpoint: str | None = None,
     keepalive: int = 0,
     psk: str | None = None,
-    hearsay: bool = False,
+    observed: bool = False,
 ) -> PeerPlan:
     return PeerPlan(
         public_key=key(number),
         name=f"node-{number}",
         endpoint=None if endpoint is None else Endpoint.parse(endpoint),
-        hearsay=hearsay,
+        observed=observed,
         allowed_ips=tuple(sorted((ip_network(a) for a in allowed), key=network_order)),
         persistent_keepalive=keepalive,
         preshared_key=psk,
@@ -58,7 +58,7 @@ def via(destination: str, gateway: str, way: Via = Via.UNDERLAY, source: str | N
 def plan(
     *parts: PeerPlan | RoutePlan,
     addresses: tuple[str, ...] = ("10.4.0.1/32",),
-    fences: tuple[str, ...] = (),
+    unreachable_routes: tuple[str, ...] = (),
     forwarding: tuple[int, ...] = (),
     ipip: tuple[str, ...] = (),
     ipip_local: str | None = None,
@@ -74,7 +74,7 @@ def plan(
         listen_port=port,
         peers={p.public_key: p for p in parts if isinstance(p, PeerPlan)},
         routes={r.destination: r for r in parts if isinstance(r, RoutePlan)},
-        fences=tuple(ip_network(n) for n in fences),
+        unreachable_routes=tuple(ip_network(n) for n in unreachable_routes),
         forwarding=frozenset(forwarding),
         ipip_remotes=frozenset(ip_address(a) for a in ipip),
         ipip_local=None if ipip_local is None else ip_address(ipip_local),
@@ -127,7 +127,7 @@ def plans(draw: st.DrawFn, ipip: bool = True, v6_via_v4: bool = False) -> HostPl
                 endpoint=draw(st.sampled_from((None, *ENDPOINTS))),
                 keepalive=draw(st.sampled_from((0, 10, 25))),
                 psk=draw(st.sampled_from((None, key(90), key(91)))),
-                hearsay=draw(st.booleans()),
+                observed=draw(st.booleans()),
             )
         )
     addresses = draw(st.sampled_from((("10.4.0.1/32",), ("10.4.0.1/32", "fd00:4::1/128"), ("10.4.0.9/32",))))
@@ -146,7 +146,7 @@ def plans(draw: st.DrawFn, ipip: bool = True, v6_via_v4: bool = False) -> HostPl
         *peers,
         *routes,
         addresses=addresses,
-        fences=draw(st.sampled_from(((), ("10.4.0.0/16",), ("10.5.0.0/24", "fd00:4::/64")))),
+        unreachable_routes=draw(st.sampled_from(((), ("10.4.0.0/16",), ("10.5.0.0/24", "fd00:4::/64")))),
         forwarding=draw(st.sampled_from(((), (4,), (4, 6)))),
         ipip=(GATEWAY4,) if encapsulated else (),
         ipip_local="192.168.9.1" if encapsulated else None,

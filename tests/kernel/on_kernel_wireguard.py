@@ -47,7 +47,7 @@ async def test_dumps_of_many_messages_are_put_together_by_key() -> None:
         assert {name: p.allowed_ips for name, p in observed.peers.items()} == {
             name: p.allowed_ips for name, p in wanted.peers.items()
         }
-        assert (await kernel.hear()).peers == observed.peers
+        assert (await kernel.peer_activity()).peers == observed.peers
         writes = kernel.writes
         assert lines((await kernel.apply(wanted, fresh=True)).changes) == []
         assert kernel.writes == writes

@@ -33,8 +33,8 @@ from kilo_etcd.kernel import Setup, open_kernel
 from kilo_etcd.kernel.userspace import public_key_of
 from kilo_etcd.model import Candidate, Encapsulate, Endpoint, InternalIPs, Node, Snapshot
 from kilo_etcd.topology import HostPlan, build_topology, host_plan
-from kilo_etcd.topology.guard import guard
 from kilo_etcd.topology.hostplan import Via
+from kilo_etcd.topology.route_filter import filter_routes
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("own_namespaces"), pytest.mark.deadline(1000)]
 
@@ -167,7 +167,9 @@ def test_every_pair_at_internal_ips(leader: Encapsulate, member: Encapsulate, of
     cables(internal)
     topology = build_topology(nodes(internal, leader, member, offered=bool(offered)))
     plans = {
-        name: guard(host_plan(topology, name), [ip_interface(internal[name]).network, ip_network("203.0.113.0/24")])
+        name: filter_routes(
+            host_plan(topology, name), [ip_interface(internal[name]).network, ip_network("203.0.113.0/24")]
+        )
         for name in INTERNAL
     }
     assert all(plan.problems == () for plan in plans.values())

@@ -21,7 +21,7 @@ from kilo_etcd.kernel.netfilter import Netfilter
 from kilo_etcd.kernel.state import Setup
 
 MESH = (ip_network("10.4.0.0/16"),)
-LEADER = evolve(PLAN, fences=MESH)
+LEADER = evolve(PLAN, unreachable_routes=MESH)
 OUT, BACK = Packet(4, "kilo0", "eth0", MESH), Packet(4, "eth0", "kilo0", MESH)
 
 DOCKER = """\
@@ -90,9 +90,9 @@ def test_what_iptables_says_of_its_chain(printed: str, out: bool | None, back: b
 def test_the_sentence_says_how_certain_it_is_and_whose_firewall_it_is() -> None:
     ufw = from_iptables(UFW, 4)
     assert ufw is not None
-    (one,) = obstacles([ufw], packets("kilo0", ["eth0"], [4], MESH), "kilo0", opening=False)
-    assert not one.certain
-    assert one.text == (
+    (obstacle,) = obstacles([ufw], packets("kilo0", ["eth0"], [4], MESH), "kilo0", opening=False)
+    assert not obstacle.certain
+    assert obstacle.text == (
         "the firewall may drop what this host forwards between kilo0 and eth0 (IPv4), in iptables' chain FORWARD (its "
         "policy is to drop): ufw route allow in on kilo0 && ufw route allow out on kilo0"
     )
@@ -110,8 +110,8 @@ def test_the_sentence_says_how_certain_it_is_and_whose_firewall_it_is() -> None:
 def test_in_which_families_nothing_passes(printed: str, blocked: set[int]) -> None:
     chain = from_iptables(printed, 4)
     assert chain is not None
-    (one,) = obstacles([chain], packets("kilo0", ["eth0", "eth1"], [4, 6], MESH), "kilo0", opening=False)
-    assert one.blocked == blocked
+    (obstacle,) = obstacles([chain], packets("kilo0", ["eth0", "eth1"], [4, 6], MESH), "kilo0", opening=False)
+    assert obstacle.blocked == blocked
 
 
 class Chains:
@@ -132,14 +132,14 @@ def test_what_a_host_refuses_of_silent_members_makes_no_firewall_uncertain(tmp_p
     printed = "-P FORWARD DROP\n-A FORWARD -s 192.168.0.0/16 -j ACCEPT"
     opened = "-P FORWARD DROP\n-A FORWARD -s 10.0.0.0/8 -d 10.0.0.0/8 -j ACCEPT"
     refused = {ip_network("10.4.0.9/32"): "it does not answer", ip_network("192.168.0.0/24"): "it does not answer"}
-    silent = evolve(LEADER, fences=(*MESH, *refused), refused=refused)
+    silent = evolve(LEADER, unreachable_routes=(*MESH, *refused), refused=refused)
     cut_off = evolve(silent, refused={**refused, MESH[0]: "its leader does not answer"})
     for plan in (LEADER, silent, cut_off):
         for text, certain in ((printed, [True]), (opened, [])):
             chain = from_iptables(text, 4)
             assert chain is not None
             chains = ForwardChains("kilo0", tmp_path / "x", Chains(chain), Chains(), opening=False)  # type: ignore[arg-type]
-            assert [one.certain for one in chains.obstacles(plan, ["eth0"])] == certain
+            assert [obstacle.certain for obstacle in chains.obstacles(plan, ["eth0"])] == certain
 
 
 def test_the_older_xtables_are_read_rarely_and_a_change_is_seen_within_a_minute(
@@ -159,8 +159,12 @@ def test_the_older_xtables_are_read_rarely_and_a_change_is_seen_within_a_minute(
     monkeypatch.setattr(iptables.shutil, "which", lambda name, path: name)
     monkeypatch.setattr(iptables.time, "monotonic", lambda: now)
     chains = ForwardChains(
-        "kilo0", tmp_path / "x", Chains(), Iptables("kilo0", tmp_path / "y", lambda: 1), opening=False,  # type: ignore[arg-type]
-    )  # fmt: skip
+        "kilo0",
+        tmp_path / "x",
+        Chains(),
+        Iptables("kilo0", tmp_path / "y", lambda: 1),
+        opening=False,  # type: ignore[arg-type]
+    )
 
     def until(drops: bool) -> float:
         """Looks, as often as the agent does, until something drops or does not; the seconds that took."""
@@ -246,9 +250,9 @@ async def test_every_forward_chain_is_looked_at_and_opened_on_request() -> None:
     load(FIREWALLD)
     async with open_kernel(Setup(private_key=PRIVATE)) as kernel:
         await kernel.apply(LEADER)
-        (one,) = await kernel.obstacles()
-        assert one.certain
-        assert one.text == (
+        (obstacle,) = await kernel.obstacles()
+        assert obstacle.certain
+        assert obstacle.text == (
             "the firewall drops what this host forwards between kilo0 and eth0 (IPv4), in the chain filter_FORWARD of "
             "nftables table inet firewalld (a rule there drops what no other accepts): set KILO_FORWARD_RULES=true, "
             "which lets the mesh's packets through and no others; or, if none of these devices has a public address: "
@@ -265,13 +269,13 @@ async def test_every_forward_chain_is_looked_at_and_opened_on_request() -> None:
              "iifname \"kil*\" accept; ip daddr 10.0.0.0/8 ct state new accept; }\n}")  # fmt: skip
         assert await kernel.obstacles() == ()
         sh("nft flush chain ip x f; nft add rule ip x f iifname vmap { kilo0 : accept, eth1 : drop }")
-        (one,) = await kernel.obstacles()
-        assert not one.certain
+        (obstacle,) = await kernel.obstacles()
+        assert not obstacle.certain
         sh("nft delete table ip x; sysctl -qw net.ipv4.conf.eth0.forwarding=0")
-        (one,) = await kernel.obstacles()
-        assert one.text.startswith("net.ipv4.conf.eth0.forwarding is 0")
-        assert one.certain
-        assert one.blocked == {4}
+        (obstacle,) = await kernel.obstacles()
+        assert obstacle.text.startswith("net.ipv4.conf.eth0.forwarding is 0")
+        assert obstacle.certain
+        assert obstacle.blocked == {4}
         sh("sysctl -qw net.ipv4.conf.eth0.forwarding=1")
     load(FIREWALLD)
     async with open_kernel(Setup(private_key=PRIVATE, forward_rules=True)) as kernel:

@@ -179,9 +179,9 @@ def test_addresses(text: str) -> None:
     assert seen["index"] == 7
     assert f"{seen.get_attr('IFA_LOCAL')}/{seen['prefixlen']}" == text
     assert seen["flags"] == (2 if ":" in text else 0), "IPv6: no duplicate address detection"
-    found = replies.read_address(message.body, {})
-    assert found is not None
-    assert str(found.address) == text
+    address = replies.read_address(message.body, {})
+    assert address is not None
+    assert str(address.address) == text
 
 
 def test_links() -> None:
@@ -242,7 +242,7 @@ def test_a_peer_that_is_reset_is_removed_and_added_in_one_message() -> None:
     crowd = [SetPeer(name="k", public_key=key(3), allowed_ips=tuple(ip_network((j << 8, 24)) for j in range(n)))
              for n in range(1055, 1075)]  # fmt: skip
     messages = set()
-    for before in ([], *([one] for one in crowd)):
+    for before in ([], *([set_peer] for set_peer in crowd)):
         *rest, last = set_device(33, "kilo0", [*before, change])
         messages.add(len(rest) + 1)
         gone, back = read(wgmsg, last).get_attr("WGDEVICE_A_PEERS")[-2:]
@@ -277,8 +277,8 @@ def test_a_peer_that_comes_back_in_two_messages_is_one() -> None:
     reader = DeviceReader()
     for part in (message("10.4.0.9/32", "10.5.0.0/24"), message("10.4.0.2/32")):
         reader.take(part)
-    found = reader.result().peers[key(2)]
-    assert [str(ip) for ip in found.allowed_ips] == ["10.4.0.2/32", "10.4.0.9/32", "10.5.0.0/24"]
+    observed_peer = reader.result().peers[key(2)]
+    assert [str(ip) for ip in observed_peer.allowed_ips] == ["10.4.0.2/32", "10.4.0.9/32", "10.5.0.0/24"]
 
 
 def test_a_second_reading_takes_over_what_is_the_same_and_nothing_else() -> None:
@@ -298,9 +298,9 @@ def test_a_second_reading_takes_over_what_is_the_same_and_nothing_else() -> None
     second = reading(first, "203.0.113.2:51820", "10.4.0.2/32", "fd00:4::2/128")
     assert second.result().peers[key(2)] == before
     third = reading(second, "203.0.113.2:4000", "10.4.0.3/32")
-    found = third.result().peers[key(2)]
-    assert str(found.endpoint) == "203.0.113.2:4000"
-    assert [str(ip) for ip in found.allowed_ips] == ["10.4.0.3/32"]
+    observed_peer = third.result().peers[key(2)]
+    assert str(observed_peer.endpoint) == "203.0.113.2:4000"
+    assert [str(ip) for ip in observed_peer.allowed_ips] == ["10.4.0.3/32"]
 
 
 def test_many_peers_are_spread_over_messages_that_each_fit() -> None:
@@ -357,13 +357,13 @@ def test_userspace_answers() -> None:
         "last_handshake_time_nsec=500000000\ntx_bytes=12\nrx_bytes=34\npersistent_keepalive_interval=25\n"
         f"allowed_ip=10.5.0.0/24\nallowed_ip=10.4.0.2/32\npublic_key={three}\nerrno=0\n\n"
     )
-    found = state.peers[key(2)]
+    observed_peer = state.peers[key(2)]
     assert state.listen_port == 51820
     assert state.public_key == userspace.public_key_of(bytes([9] * 32))
-    assert (found.last_handshake, found.tx_bytes, found.rx_bytes) == (1700000000.5, 12, 34)
-    assert found.preshared_key is None
-    assert str(found.endpoint) == "[2001:db8::3]:51820"
-    assert found.allowed_ips == peer(2, "10.4.0.2/32", "10.5.0.0/24").allowed_ips
+    assert (observed_peer.last_handshake, observed_peer.tx_bytes, observed_peer.rx_bytes) == (1700000000.5, 12, 34)
+    assert observed_peer.preshared_key is None
+    assert str(observed_peer.endpoint) == "[2001:db8::3]:51820"
+    assert observed_peer.allowed_ips == peer(2, "10.4.0.2/32", "10.5.0.0/24").allowed_ips
     assert state.peers[key(3)].allowed_ips == ()
 
 
@@ -396,11 +396,11 @@ errno=0
 
 
 def test_what_userspace_has_seen_does_not_change_its_mark_and_what_it_was_told_does() -> None:
-    mark = userspace.steady(UAPI)
+    mark = userspace.fingerprint(UAPI)
     for seen in (("192.0.2.1:51820", "198.51.100.1:7"), ("tx_bytes=3", "tx_bytes=9"), ("time_sec=1", "time_sec=99")):
-        assert userspace.steady(UAPI.replace(*seen)) == mark
+        assert userspace.fingerprint(UAPI.replace(*seen)) == mark
     head, one, two = UAPI.removesuffix("errno=0\n\n").split("public_key=")
-    assert userspace.steady(f"{head}public_key={two}public_key={one}errno=0\n\n") == mark, "peers have no order"
+    assert userspace.fingerprint(f"{head}public_key={two}public_key={one}errno=0\n\n") == mark, "peers have no order"
     for told in (
         ("10.4.0.1/32", "10.4.0.9/32"),
         ("51820\nfw", "51821\nfw"),
@@ -408,9 +408,9 @@ def test_what_userspace_has_seen_does_not_change_its_mark_and_what_it_was_told_d
         ("22" * 32, "55" * 32),
         ("endpoint=192.0.2.1:51820\n", ""),
     ):
-        assert userspace.steady(UAPI.replace(*told)) != mark
+        assert userspace.fingerprint(UAPI.replace(*told)) != mark
     with pytest.raises(OSError, match="No such device"):
-        userspace.steady("errno=-19\n\n")
+        userspace.fingerprint("errno=-19\n\n")
 
 
 def test_what_the_kernels_device_has_seen_does_not_change_its_mark_and_what_it_was_told_does() -> None:
@@ -419,7 +419,7 @@ def test_what_the_kernels_device_has_seen_does_not_change_its_mark_and_what_it_w
         for message in set_device(30, "kilo0", changes):
             reader.take(message.body)
         reader._peers = {key: (*found[:5], counter, *found[6:]) for key, found in reader._peers.items()}
-        return reader.mark()
+        return reader.fingerprint()
 
     one = SetPeer(
         name="kilo0", public_key=key(1), endpoint=Endpoint.parse("192.0.2.1:1"), persistent_keepalive=0,

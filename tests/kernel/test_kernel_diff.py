@@ -9,11 +9,11 @@ from attrs import evolve
 from kernel_worlds import GATEWAY4, PRIVATE, TARGET, host_with, key, lines, peer, plan, tunnel, via
 
 from kilo_etcd.kernel.diff import diff, difference, is_drift, may_go_back, must_look, remember
-from kilo_etcd.kernel.effect import apply_changes
+from kilo_etcd.kernel.predict import apply_changes
 from kilo_etcd.kernel.returns import return_priority, return_table
 from kilo_etcd.kernel.state import DeleteLink, Link, Memory, Observed, Route, Target, ipip_name
 from kilo_etcd.model import Endpoint
-from kilo_etcd.topology.hostplan import HostPlan, Via, WayOut
+from kilo_etcd.topology.hostplan import ExitRoute, HostPlan, Via
 
 MESH = tunnel("10.4.0.0/16", "10.4.0.1")
 
@@ -43,7 +43,7 @@ def test_a_bare_host_gets_everything_in_an_order_without_gaps() -> None:
     ]
 
 
-def test_what_heeds_router_advertisements_goes_on_heeding_them_when_ipv6_is_forwarded() -> None:
+def test_interfaces_that_accept_router_advertisements_go_on_when_ipv6_is_forwarded() -> None:
     bare = Observed(advertised=("default", "eth0", "eth0.100"))
     said = lines(diff(plan(MESH, forwarding=(4, 6)), bare, Memory(), TARGET))
     first = said.index("sysctl -w net.ipv4.ip_forward=1")
@@ -93,20 +93,20 @@ def test_what_comes_out_of_the_tunnel_has_a_table_of_its_own_while_a_member_enca
     lacking = evolve(host_with(plan(MESH, **ipip)), lacking=frozenset({6}))  # type: ignore[arg-type]
     assert lines(diff(asked, lacking, Memory(), TARGET)) == made[::2], "a kernel without IPv6 is asked for none"
     # An exit node whose parts are not to be touched is another matter.
-    held = evolve(asked, way_out=WayOut(held=True))
+    held = evolve(asked, exit_route=ExitRoute(held=True))
     assert step(plan(MESH, **ipip), held) == made  # type: ignore[arg-type]
-    exits = WayOut(families=frozenset({4, 6}), sources=(ip_interface("192.168.9.1/24").ip,))
-    both = step(evolve(plan(MESH, **ipip), way_out=exits), evolve(asked, way_out=exits))  # type: ignore[arg-type]
+    exits = ExitRoute(families=frozenset({4, 6}), sources=(ip_interface("192.168.9.1/24").ip,))
+    both = step(evolve(plan(MESH, **ipip), exit_route=exits), evolve(asked, exit_route=exits))  # type: ignore[arg-type]
     assert sorted(both) == sorted(made)
 
 
 def test_the_fence_comes_first_and_goes_last() -> None:
-    said = step(plan(), plan(MESH, fences=("10.4.0.0/16", "fd00:4::/64")))
+    said = step(plan(), plan(MESH, unreachable_routes=("10.4.0.0/16", "fd00:4::/64")))
     assert said[:2] == [
         "ip route add unreachable 10.4.0.0/16 proto 107 metric 4294967295",
         "ip route add unreachable fd00:4::/64 proto 107 metric 4294967295",
     ]
-    said = step(plan(MESH, fences=("10.4.0.0/16",)), plan())
+    said = step(plan(MESH, unreachable_routes=("10.4.0.0/16",)), plan())
     assert said[-2:] == [
         "ip route del 10.4.0.0/16 dev kilo0 proto 107 src 10.4.0.1",
         "ip route del unreachable 10.4.0.0/16 proto 107 metric 4294967295",
@@ -115,7 +115,10 @@ def test_the_fence_comes_first_and_goes_last() -> None:
 
 def test_the_same_plan_again_changes_nothing() -> None:
     wanted = plan(
-        peer(2, "10.4.0.2/32", endpoint="203.0.113.2:51820"), MESH, fences=("10.4.0.0/16",), forwarding=(4, 6)
+        peer(2, "10.4.0.2/32", endpoint="203.0.113.2:51820"),
+        MESH,
+        unreachable_routes=("10.4.0.0/16",),
+        forwarding=(4, 6),
     )
     assert step(wanted, wanted) == []
 
@@ -172,8 +175,8 @@ def test_a_peer_is_reset_in_one_change() -> None:
     before = plan(peer(2, "10.4.0.2/32", "10.5.0.0/24", endpoint="203.0.113.2:51820", psk=key(90)), peer(3), MESH)
     after = plan(peer(2, "10.4.0.2/32", endpoint="203.0.113.2:51820", psk=key(90)), peer(3, "10.5.0.0/24"), MESH)
     host = host_with(before)
-    heard = evolve(host.peers[key(2)], last_handshake=5.0, endpoint=Endpoint.parse("198.51.100.2:4000"))
-    host = evolve(host, peers={**host.peers, key(2): heard})
+    active = evolve(host.peers[key(2)], last_handshake=5.0, endpoint=Endpoint.parse("198.51.100.2:4000"))
+    host = evolve(host, peers={**host.peers, key(2): active})
     for settled in (None, before):
         memory = remember(before, Memory())
         todo = difference(after, host, memory, TARGET, settled, reset={key(2), key(4)}).changes
@@ -294,7 +297,7 @@ def test_a_peer_that_roams_is_left_where_it_is_although_its_endpoint_was_changed
     assert diff(with_endpoint(NEW), roamed(host, "203.0.113.9:4711", 999.0), memory, TARGET) == ()
 
 
-@pytest.mark.parametrize("wanted", [with_endpoint(None), plan(peer(2, "10.4.0.2/32", endpoint=OLD, hearsay=True))])
+@pytest.mark.parametrize("wanted", [with_endpoint(None), plan(peer(2, "10.4.0.2/32", endpoint=OLD, observed=True))])
 def test_a_peer_is_not_reset_for_an_endpoint_that_is_stated_no_more(wanted: HostPlan) -> None:
     memory, host = moved(remember(with_endpoint(OLD), Memory()), host_with(with_endpoint(OLD)), NEW, 999.0)
     stuck = evolve(memory, former={key(2): evolve(memory.former[key(2)], again=1)})
@@ -392,8 +395,8 @@ def test_an_adopted_peer_keeps_an_endpoint_that_is_in_use(handshake: float, said
     assert lines(diff(wanted, observed, Memory(), TARGET)) == said
 
 
-def hearsay(endpoint: str) -> HostPlan:
-    return plan(peer(2, "10.4.0.2/32", endpoint=endpoint, hearsay=True))
+def by_observers(endpoint: str) -> HostPlan:
+    return plan(peer(2, "10.4.0.2/32", endpoint=endpoint, observed=True))
 
 
 @pytest.mark.parametrize("remembered", [True, False])
@@ -406,8 +409,10 @@ def hearsay(endpoint: str) -> HostPlan:
     ],
     ids=("in use", "long silent", "never heard"),
 )
-def test_hearsay_counts_only_where_nothing_is_heard(handshake: float, said: list[str], remembered: bool) -> None:
-    before, wanted = with_endpoint("192.168.0.2:51820"), hearsay("198.51.100.2:40002")
+def test_an_observed_endpoint_counts_only_if_nothing_is_received(
+    handshake: float, said: list[str], remembered: bool
+) -> None:
+    before, wanted = with_endpoint("192.168.0.2:51820"), by_observers("198.51.100.2:40002")
     memory = remember(before, Memory()) if remembered else Memory()
     observed = roamed(host_with(before), "198.51.100.9:4711", handshake)
     changes = diff(wanted, observed, memory, TARGET)
@@ -416,24 +421,24 @@ def test_hearsay_counts_only_where_nothing_is_heard(handshake: float, said: list
     assert diff(wanted, after, remember(wanted, memory), TARGET) == ()
 
 
-def test_a_new_peer_is_given_what_is_known_of_it_from_hearsay() -> None:
-    assert step(plan(), hearsay("198.51.100.2:40002")) == [
+def test_a_new_peer_gets_its_observed_endpoint() -> None:
+    assert step(plan(), by_observers("198.51.100.2:40002")) == [
         "wg set kilo0 peer #2 endpoint 198.51.100.2:40002 allowed-ips 10.4.0.2/32"
     ]
 
 
-def test_before_hearsay_is_heeded_the_device_is_asked_whom_it_has_heard() -> None:
-    first, second = hearsay("198.51.100.2:40002"), hearsay("198.51.100.2:40003")
+def test_before_an_observed_endpoint_is_used_the_device_is_asked_for_recent_handshakes() -> None:
+    first, second = by_observers("198.51.100.2:40002"), by_observers("198.51.100.2:40003")
     assert must_look(first, None)
     assert must_look(second, first)
     assert not must_look(first, first)
     assert not must_look(with_endpoint("198.51.100.2:1"), first)
     assert not must_look(plan(), first)
-    assert not must_look(evolve(plan(peer(2, "10.4.0.2/32", hearsay=True))), None)
+    assert not must_look(evolve(plan(peer(2, "10.4.0.2/32", observed=True))), None)
 
 
-def test_what_was_learnt_is_not_set_back_when_the_hearsay_ends() -> None:
-    registered, told = with_endpoint("192.168.0.2:51820"), hearsay("198.51.100.2:40002")
+def test_what_was_learnt_is_not_set_back_when_the_observed_endpoint_ends() -> None:
+    registered, told = with_endpoint("192.168.0.2:51820"), by_observers("198.51.100.2:40002")
     memory = remember(told, remember(registered, Memory()))
     learnt = roamed(host_with(told), "198.51.100.2:40777", 950.0)
     assert diff(registered, learnt, memory, TARGET) == ()
@@ -441,7 +446,7 @@ def test_what_was_learnt_is_not_set_back_when_the_hearsay_ends() -> None:
 
 
 def test_an_endpoint_that_has_grown_old_is_no_drift() -> None:
-    wanted = hearsay("198.51.100.2:40002")
+    wanted = by_observers("198.51.100.2:40002")
     old = roamed(host_with(wanted), "198.51.100.9:4711", 700.0)
     (change,) = diff(wanted, old, remember(wanted, Memory()), TARGET)
     assert not is_drift(change, old)
@@ -522,7 +527,7 @@ def test_what_linux_cannot_do_is_a_sentence(route: object, word: str) -> None:
 def test_leftovers_of_ours_go_wherever_they_lead() -> None:
     left = Route(destination=ip_network("10.99.0.0/16"), device="eth0", metric=7)
     stray = Route(destination=ip_network("10.4.0.0/16"), device="kilo0", metric=50)
-    observed = evolve(host_with(plan(MESH)), stray_routes=(stray,))
+    observed = evolve(host_with(plan(MESH)), duplicate_routes=(stray,))
     observed = evolve(
         observed,
         routes={**observed.routes, left.destination: left},

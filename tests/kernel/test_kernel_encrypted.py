@@ -15,18 +15,18 @@ from kernel_worlds import PRIVATE, TARGET, key, lines, peer, plan, tunnel, via
 from helpers import eventually
 from kilo_etcd.kernel import Kernel, Memory, Setup, cleanup, diff, open_kernel
 from kilo_etcd.kernel.codec import FormatError
-from kilo_etcd.kernel.effect import apply_changes
 from kilo_etcd.kernel.encrypted import rule_priorities, table_of
 from kilo_etcd.kernel.errors import NetlinkError, failure
 from kilo_etcd.kernel.firewall import table_for
 from kilo_etcd.kernel.netfilter import Netfilter
 from kilo_etcd.kernel.netlink import Message
 from kilo_etcd.kernel.policy import own_priorities, own_tables
+from kilo_etcd.kernel.predict import apply_changes
 from kilo_etcd.kernel.rules import AddRule, RoutingRule
 from kilo_etcd.kernel.state import AddRoute, Change, LoosenReversePath, Observed, Target, without_counters
 from kilo_etcd.kernel.table import ReplaceTable, Table
 from kilo_etcd.kernel.write import rtnl
-from kilo_etcd.topology.hostplan import Encryption, Exemption, HostPlan, Via, WayOut
+from kilo_etcd.topology.hostplan import Encryption, Exemption, ExitRoute, HostPlan, Via
 
 T = table_of("kilo0")
 PAST, INTO = rule_priorities("kilo0")
@@ -56,7 +56,7 @@ LOCAL = Observed(underlay=("eth0",), strict={"eth0": "1", "kilo0": "0"}, forward
 """A host whose checks of the reverse path are strict, and that forwards."""
 
 
-def said(wanted: HostPlan, observed: Observed, target: Target = TARGET) -> list[str]:
+def commands(wanted: HostPlan, observed: Observed, target: Target = TARGET) -> list[str]:
     return lines(diff(wanted, observed, Memory(), target))
 
 
@@ -72,7 +72,7 @@ def ours(made: list[str]) -> list[str]:
 
 
 def test_it_is_turned_on_from_the_last_resort_to_the_rule() -> None:
-    made = said(ON, LOCAL)
+    made = commands(ON, LOCAL)
     table, *rest = ours(made)
     assert table.startswith("nft 'add table inet kilo")
     assert rest == [
@@ -100,13 +100,13 @@ def test_it_is_turned_on_from_the_last_resort_to_the_rule() -> None:
     marked, known = made.index("wg set kilo0 listen-port 51820 fwmark 107 private-key (hidden)"), made.index(rest[2])
     assert marked < known
     assert any("192.168.9.2/32" in line and "allowed-ips" in line for line in made[marked:known])
-    assert said(ON, after(ON, LOCAL)) == []
+    assert commands(ON, after(ON, LOCAL)) == []
 
 
 def test_it_is_turned_off_from_the_rule_to_the_mark() -> None:
     host = after(ON, LOCAL)
     assert (host.strict, host.loosened, host.mark) == ({}, {"eth0": "1", "kilo0": "0"}, 107)
-    made = said(PLAIN, host)
+    made = commands(PLAIN, host)
     kinds = [line.split()[2] if " rule " in line else line.split()[0] for line in made]
     assert kinds == ["rule"] * 10 + ["ip"] * 7 + ["nft", "sysctl", "sysctl", "wg"]
     # What leads into the tunnel goes before what leads past it.
@@ -141,39 +141,39 @@ def test_one_address_more_is_a_few_changes_and_no_new_table() -> None:
         hold=frozenset(),
         refuse=frozenset({ip_address("192.168.9.3"), ip_address("fd00:9::2")}),
     )
-    assert said(evolve(PLAIN, encryption=more), after(ON, LOCAL)) == [
+    assert commands(evolve(PLAIN, encryption=more), after(ON, LOCAL)) == [
         "nft add element inet kilo others4 { 192.168.9.4 }",
         "nft add element inet kilo refuse4 { 192.168.9.3 }",
         "nft delete element inet kilo refuse4 { 192.168.9.2 }",
         f"ip route add 192.168.9.3/32 dev kilo0 proto 107 src 192.168.9.1 table {T}",
     ]
     # And held again: the last resort is there already, nothing leaves in clear in between.
-    assert said(ON, after(evolve(PLAIN, encryption=more), LOCAL))[3:] == [
+    assert commands(ON, after(evolve(PLAIN, encryption=more), LOCAL))[3:] == [
         f"ip route del 192.168.9.3/32 dev kilo0 proto 107 src 192.168.9.1 table {T}"
     ]
 
 
 def test_a_way_by_a_leader_changes_in_one_message() -> None:
     elsewhere = {**ENCRYPTION.send, ip_network("10.2.0.7/32"): via("10.2.0.7/32", "192.168.9.78", source="192.168.9.1")}
-    assert said(evolve(PLAIN, encryption=evolve(ENCRYPTION, send=elsewhere)), after(ON, LOCAL)) == [
+    assert commands(evolve(PLAIN, encryption=evolve(ENCRYPTION, send=elsewhere)), after(ON, LOCAL)) == [
         f"ip route replace 10.2.0.7/32 via 192.168.9.78 proto 107 src 192.168.9.1 table {T}"
     ]
 
 
 def test_an_exit_node_and_encryption_share_the_mark_and_keep_their_order() -> None:
-    away = evolve(ON, way_out=WayOut(families=frozenset({4}), sources=(ip_address("192.168.9.1"),)))
+    away = evolve(ON, exit_route=ExitRoute(families=frozenset({4}), sources=(ip_address("192.168.9.1"),)))
     host = after(away, LOCAL)
-    assert said(away, host) == []
+    assert commands(away, host) == []
     exit_first = min(rule.priority for rule in host.policy.rules if rule.priority >= 10_700)
     assert {rule.priority for rule in host.policy.rules if rule.priority < 10_700} == {PAST, INTO}
     assert PAST < INTO < exit_first
     assert len(host.policy.tables) == 2
-    for less in (evolve(away, way_out=None), evolve(away, encryption=None)):
-        assert not any("fwmark" in line and line.startswith("wg") for line in said(less, host))
-        assert said(less, after(less, host)) == []
+    for less in (evolve(away, exit_route=None), evolve(away, encryption=None)):
+        assert not any("fwmark" in line and line.startswith("wg") for line in commands(less, host))
+        assert commands(less, after(less, host)) == []
     # One that is held is left as it is, whatever becomes of the encryption.
-    assert away.way_out is not None
-    held = evolve(away, encryption=None, way_out=evolve(away.way_out, held=True, sources=()))
+    assert away.exit_route is not None
+    held = evolve(away, encryption=None, exit_route=evolve(away.exit_route, held=True, sources=()))
     left = after(held, host)
     assert {rule.priority >= 10_700 for rule in left.policy.rules} == {True}
     assert left.mark == 107
@@ -181,18 +181,18 @@ def test_an_exit_node_and_encryption_share_the_mark_and_keep_their_order() -> No
 
 def test_a_mesh_without_ipv4_has_an_address_for_the_reverse_path_check() -> None:
     six = evolve(ON, addresses=plan(addresses=("fd00:4::1/128",)).addresses)
-    assert "ip address add 192.168.9.1/32 dev kilo0" in said(six, LOCAL)
+    assert "ip address add 192.168.9.1/32 dev kilo0" in commands(six, LOCAL)
     host = after(six, LOCAL)
-    assert said(six, host) == []
-    assert "ip address del 192.168.9.1/32 dev kilo0" in said(evolve(six, encryption=None), host)
+    assert commands(six, host) == []
+    assert "ip address del 192.168.9.1/32 dev kilo0" in commands(evolve(six, encryption=None), host)
 
 
 def test_a_host_that_is_loose_already_is_left_so() -> None:
     loose = Observed(underlay=("eth0",))
-    made = said(ON, loose)
+    made = commands(ON, loose)
     assert not any("sysctl" in line for line in made)
     assert "spoofed" not in "".join(made)
-    assert 'iifname "eth0" ip saddr != @others4' in "".join(said(ON, LOCAL))
+    assert 'iifname "eth0" ip saddr != @others4' in "".join(commands(ON, LOCAL))
 
 
 def test_a_host_that_forwards_nothing_tracks_no_connections() -> None:
@@ -202,7 +202,7 @@ def test_a_host_that_forwards_nothing_tracks_no_connections() -> None:
 
 
 def test_a_plan_without_it_costs_and_changes_nothing() -> None:
-    assert ours(said(PLAIN, LOCAL)) == []
+    assert ours(commands(PLAIN, LOCAL)) == []
     assert table_for(PLAIN, "kilo0", strict=("eth0",), forwarding=(4, 6)) is None
 
 
@@ -251,7 +251,7 @@ def sh(command: str) -> str:
 
 def state() -> str:
     shown = "".join(sh(f"ip -{v} rule; ip -{v} route show table all") for v in (4, 6))
-    values = "".join(f"{one.parent.name} {one.read_text()}" for one in _RP_FILTER.glob("*/rp_filter"))
+    values = "".join(f"{path.parent.name} {path.read_text()}" for path in _RP_FILTER.glob("*/rp_filter"))
     return "\n".join(sorted(f"{shown}{values}{sh('nft list tables')}".splitlines()))
 
 
@@ -401,11 +401,11 @@ async def test_a_rule_of_an_operators_that_lets_packets_out_in_clear_is_named() 
             ("from all ipproto tcp dport 22 lookup 300", "10.2.0.7, the address of a node,"),
         ):
             sh(f"ip rule add priority 301 {words}")
-            (said,) = await kernel.bypasses()
-            assert f"(priority {INTO})" in said
+            (commands,) = await kernel.bypasses()
+            assert f"(priority {INTO})" in commands
             asked = words.partition("ipproto ")[2].partition(" lookup")[0]
             limited = f"with ipproto {asked} " if asked else ""
-            assert f"so that packets {limited}for {first} leave in clear: ip -4 rule priority 301 from " in said
+            assert f"so that packets {limited}for {first} leave in clear: ip -4 rule priority 301 from " in commands
             sh(f"ip rule del priority 301 {words}")
         sh("ip rule add priority 12000 lookup 300")
         assert await kernel.bypasses() == ()

@@ -31,7 +31,7 @@ A4, A6, B4, B6 = "192.168.9.1", "fd00:9::1", "192.168.9.2", "fd00:9::2"
 _CLEAR = ("etcd", "exempt", "clear4", "clear6")
 """Counters of what arrives in clear. WireGuard may have something to say at any time."""
 _WITNESS = """
-table inet witness {
+table inet prober {
   counter etcd { }
   counter exempt { }
   counter clear4 { }
@@ -73,7 +73,7 @@ def counters(table: str, where: str = "") -> dict[str, int]:
 
 def arrived() -> dict[str, int]:
     """At the node, by its LAN."""
-    return counters("witness", "ip netns exec node")
+    return counters("prober", "ip netns exec node")
 
 
 def refused() -> int:
@@ -207,8 +207,8 @@ async def other_node(strict: int, tmp_path: Path) -> str:
     for version, own in ((4, B4), (6, B6)):
         node(f"ip -{version} rule add pref 600 from {own} ipproto tcp sport 2379 lookup main")
         node(f"ip -{version} rule add pref 609 not fwmark 107 lookup 1107")
-    (tmp_path / "witness").write_text(_WITNESS)
-    node(f"nft -f {tmp_path}/witness")
+    (tmp_path / "prober").write_text(_WITNESS)
+    node(f"nft -f {tmp_path}/prober")
     return public
 
 
@@ -248,7 +248,7 @@ def grown(before: dict[str, int]) -> set[str]:
 @pytest.mark.parametrize("strict", [1, 2])
 async def test_what_a_host_and_a_node_say_to_each_other_is_encrypted(strict: int, tmp_path: Path) -> None:
     public = await other_node(strict, tmp_path)
-    # In clear before: so what the witness counts is what it is meant to.
+    # In clear before: so what the prober counts is what it is meant to.
     before = arrived()
     assert connected(B4, 22) == ""
     assert {"clear4"} <= grown(before)

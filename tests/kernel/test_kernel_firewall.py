@@ -12,13 +12,13 @@ from attrs import evolve
 from kernel_worlds import PRIVATE, TARGET, host_with, lines, plan
 
 from kilo_etcd.kernel import Memory, Setup, cleanup, diff, open_kernel
-from kilo_etcd.kernel.effect import apply_changes
 from kilo_etcd.kernel.errors import failure
 from kilo_etcd.kernel.firewall import table_for, table_name
 from kilo_etcd.kernel.netfilter import Netfilter
+from kilo_etcd.kernel.predict import apply_changes
 from kilo_etcd.kernel.table import AddElements, ReplaceTable, Rule, Table
 from kilo_etcd.testing.fake_kernel import FakeHost, open_fake_kernel
-from kilo_etcd.topology.hostplan import HostPlan, WayOut
+from kilo_etcd.topology.hostplan import ExitRoute, HostPlan
 
 LOCATION = plan(
     masquerade=("192.168.1.50/32", "192.168.16.0/20", "10.0.0.0/7", "fd00:7::/61"),
@@ -30,7 +30,8 @@ ENCAPSULATED = evolve(
     ipip_local=ip_address("192.168.9.1"),
 )
 ANSWERING = evolve(
-    plan(addresses=("fd00:4::1/128",)), way_out=WayOut(sources=(ip_address("2001:db8::7"),), families=frozenset({6}))
+    plan(addresses=("fd00:4::1/128",)),
+    exit_route=ExitRoute(sources=(ip_address("2001:db8::7"),), families=frozenset({6})),
 )
 
 

@@ -69,9 +69,9 @@ def test_pyroute2_packs_the_first_of_a_shape_and_only_the_first_is_cut(monkeypat
     bodies = [requests.add_route(Route(destination=network, metric=5), 7).body for network in networks]
     assert packed == [rtmsg]
     read.clear()
-    found = [replies.read_route(body) for body in bodies]
+    routes = [replies.read_route(body) for body in bodies]
     assert read == [rtmsg]
-    assert [(one.destination, one.metric) for one in found if one is not None] == [(n, 5) for n in networks]
+    assert [(route.destination, route.metric) for route in routes if route is not None] == [(n, 5) for n in networks]
     # Of the same length, and another shape: the same bytes mean another thing.
     source = requests.add_route(Route(destination=networks[0], source=ip_address("10.0.0.1")), 7).body
     assert len(source) == len(bodies[0])
@@ -158,14 +158,14 @@ def test_what_pyroute2_no_longer_has_is_not_read_as_if_it_were_never_there() -> 
 
 
 def attributes_by_hand(data: bytes, offset: int) -> list[tuple[int, bytes]]:
-    found: list[tuple[int, bytes]] = []
+    result: list[tuple[int, bytes]] = []
     while offset + 4 <= len(data):
         length, kind = struct.unpack_from("=HH", data, offset)
         if length < 4:
             break
-        found.append((kind & 0x3FFF, data[offset + 4 : offset + length]))
+        result.append((kind & 0x3FFF, data[offset + 4 : offset + length]))
         offset += (length + 3) & ~3
-    return found
+    return result
 
 
 class _Odd(rtmsg):  # type: ignore[misc, valid-type]
@@ -200,7 +200,7 @@ async def test_what_cannot_be_packed_or_read_harms_nothing_else(monkeypatch: pyt
         assert {str(network) for network in (await kernel.observe()).routes} == {"10.4.0.0/16", "10.6.0.0/16"}
         # An event that cannot be read is one of which nobody knows what it says.
         assert isinstance(kernel, LinuxKernel)
-        assert kernel._heed([(replies.NEWROUTE, b"\2")])
+        assert kernel._note_event([(replies.NEWROUTE, b"\2")])
         assert kernel._watch is not None
         assert kernel._news(kernel._watch, replies.NEWROUTE, b"\2") == (
             "the kernel reported something that could not be read"

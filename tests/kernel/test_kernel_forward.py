@@ -74,10 +74,11 @@ def test_a_member_lets_the_mesh_through_to_the_networks_behind_it_and_nobody_els
 
 
 def test_without_iptables_it_is_said_what_to_install() -> None:
-    (said,) = difference(LEADER, host_with(LEADER), Memory(), OPEN).failures
-    assert said.aside
+    (failure,) = difference(LEADER, host_with(LEADER), Memory(), OPEN).failures
+    assert failure.aside
     assert (
-        said.text == "--forward-rules needs the program iptables, which is not installed or does not work: install it"
+        failure.text
+        == "--forward-rules needs the program iptables, which is not installed or does not work: install it"
     )
 
 
@@ -103,7 +104,7 @@ def test_rules_of_others_and_of_other_interfaces_are_not_taken_for_ours() -> Non
 async def test_rules_are_made_repaired_and_removed() -> None:
     sh("iptables -P FORWARD DROP")
     async with open_kernel(Setup(private_key=PRIVATE, forward_rules=True)) as kernel:
-        assert ["IPv4" in said.text for said in await kernel.obstacles()] == [True]
+        assert ["IPv4" in obstacle.text for obstacle in await kernel.obstacles()] == [True]
         report = await kernel.apply(LEADER)
         assert await kernel.obstacles() == ()
         assert report.failures == ()

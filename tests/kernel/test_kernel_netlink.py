@@ -255,7 +255,7 @@ def test_a_peer_that_is_cut_off_is_read_in_part_or_refused(cut: int) -> None:
         peers = reader.result().peers
     except (ValueError, LookupError, struct.error):
         return
-    assert all(set(map(str, one.allowed_ips)) <= {"10.4.0.1/32"} for one in peers.values())
+    assert all(set(map(str, observed_peer.allowed_ips)) <= {"10.4.0.1/32"} for observed_peer in peers.values())
 
 
 @pytest.mark.parametrize("cut", range(28))
@@ -263,12 +263,12 @@ def test_a_route_that_is_cut_off_says_nothing_that_it_does_not_say_whole(cut: in
     network = ip_network("10.4.0.0/16")
     body = add_route(Route(destination=network, gateway=ip_address("192.0.2.1"), metric=9), 7).body
     try:
-        found = read_route(body[:cut])
+        route = read_route(body[:cut])
     except (ValueError, LookupError, struct.error):
         return
-    assert found is not None
-    assert found.destination in (network, ip_network("0.0.0.0/16"))
-    assert (found.metric, found.gateway) in ((0, None), (9, None), (9, ip_address("192.0.2.1")))
+    assert route is not None
+    assert route.destination in (network, ip_network("0.0.0.0/16"))
+    assert (route.metric, route.gateway) in ((0, None), (9, None), (9, ip_address("192.0.2.1")))
 
 
 @pytest.mark.root
@@ -318,7 +318,7 @@ async def test_a_dump_has_what_did_not_change_while_another_address_went(monkeyp
     finally:
         device.close()
     assert len(received) > 3, "the first part tells of some of them only"
-    addresses = [str(one.address) for body in found if (one := read_address(body, {})) is not None]
+    addresses = [str(address.address) for body in found if (address := read_address(body, {})) is not None]
     assert sorted(one for one in addresses if one.startswith("10.9.")) == sorted(
         f"10.9.{number // 250}.{number % 250 + 1}/32" for number in range(100, 600)
     )

@@ -17,13 +17,13 @@ from kernel_worlds import PRIVATE, host_with, key, lines, peer, plan, tunnel, vi
 from helpers import eventually
 from helpers_namespaces import in_force
 from kilo_etcd.kernel import PEER_PROTOCOL, ROUTE_PROTOCOL, Kernel, Memory, Setup, cleanup, diff, open_kernel
-from kilo_etcd.kernel.effect import apply_changes
 from kilo_etcd.kernel.errors import NetlinkError, failure
+from kilo_etcd.kernel.exit_node import exit_table, rule_priorities
 from kilo_etcd.kernel.firewall import table_for
+from kilo_etcd.kernel.predict import apply_changes
 from kilo_etcd.kernel.state import MAIN_TABLE, Observed, OwnTable, Route, Target, is_ours
-from kilo_etcd.kernel.wayout import exit_table, rule_priorities
 from kilo_etcd.model import IPAddress, IPNetwork
-from kilo_etcd.topology.hostplan import HostPlan, Via, WayOut
+from kilo_etcd.topology.hostplan import ExitRoute, HostPlan, Via
 
 FIRST = plan(peer(2, "10.4.0.2/32"), tunnel("10.4.0.0/16", "10.4.0.1"), port=51001)
 SECOND = plan(
@@ -88,7 +88,8 @@ async def test_an_agent_and_two_peers_share_a_machine() -> None:
         assert sh("ip route show") + sh("ls /run/wireguard") == ""
 
 
-# -- a way out ---------------------------------------------------------------------------------------------------------
+# -- an exit node
+# ---------------------------------------------------------------------------------------------------------
 
 AWAY = evolve(
     plan(
@@ -97,14 +98,14 @@ AWAY = evolve(
         addresses=("10.5.0.1/32",),
         port=51002,
     ),
-    way_out=WayOut(families=frozenset({4}), outside=(ip_network("192.0.2.1/32"), ip_network("2001:db8::1/128"))),
+    exit_route=ExitRoute(families=frozenset({4}), bypass=(ip_network("192.0.2.1/32"), ip_network("2001:db8::1/128"))),
 )
 TARGET = Target(public_key=key(200), private_key=PRIVATE, interface="kilo-a", protocol=PEER_PROTOCOL)
 TABLE = exit_table("kilo-a")
 MAIN_FIRST, OURS = rule_priorities("kilo-a")
 
 
-def test_the_way_out_is_made_routes_first_and_unmade_rules_first() -> None:
+def test_the_exit_route_is_made_routes_first_and_unmade_rules_first() -> None:
     made = [line for line in lines(diff(AWAY, Observed(), Memory(), TARGET)) if "rule" in line or "table" in line]
     assert made == [
         f"ip route add unreachable 0.0.0.0/0 proto 108 metric 4294967295 table {TABLE}",
@@ -120,20 +121,20 @@ def test_the_way_out_is_made_routes_first_and_unmade_rules_first() -> None:
     ]
     host = host_with(AWAY, TARGET)
     assert diff(AWAY, host, Memory(), TARGET) == ()
-    without = lines(diff(evolve(AWAY, way_out=None), host, Memory(), TARGET))
+    without = lines(diff(evolve(AWAY, exit_route=None), host, Memory(), TARGET))
     assert [line.split()[2] for line in without[:4]] == ["rule"] * 4
     assert [line.split()[1] for line in without[4:10]] == ["route"] * 6
     # As long as a rule asks for the mark WireGuard's own packets need it.
     assert without[10:] == ["wg set kilo-a fwmark off"]
     # An operator's own mark is nobody's business where none is needed.
-    assert diff(evolve(AWAY, way_out=None), evolve(host_with(evolve(AWAY, way_out=None), TARGET), mark=7),
+    assert diff(evolve(AWAY, exit_route=None), evolve(host_with(evolve(AWAY, exit_route=None), TARGET), mark=7),
                 Memory(), TARGET) == ()  # fmt: skip
 
 
 def test_what_is_sent_from_the_hosts_own_addresses_goes_as_before() -> None:
-    assert AWAY.way_out is not None
+    assert AWAY.exit_route is not None
     own = (ip_address("192.168.9.1"), ip_address("2001:db8::7"))
-    sourced = evolve(AWAY, way_out=evolve(AWAY.way_out, sources=own))
+    sourced = evolve(AWAY, exit_route=evolve(AWAY.exit_route, sources=own))
     host = host_with(AWAY, TARGET)
     table, *changes = lines(diff(sourced, host, Memory(), TARGET))
     # In IPv6 a rule by source would let out what is refused: answers are told by connection tracking, and find a route
@@ -143,7 +144,7 @@ def test_what_is_sent_from_the_hosts_own_addresses_goes_as_before() -> None:
         f"ip -4 rule add priority {MAIN_FIRST} from 192.168.9.1 lookup main",
     ]
     assert "type route hook output priority -150; policy accept; meta nfproto ipv6 meta mark 0" in table
-    moved = evolve(AWAY, way_out=evolve(AWAY.way_out, sources=own[1:]))
+    moved = evolve(AWAY, exit_route=evolve(AWAY.exit_route, sources=own[1:]))
     assert lines(diff(moved, host_with(sourced, TARGET), Memory(), TARGET)) == [
         f"ip -4 rule del priority {MAIN_FIRST} from 192.168.9.1 lookup main"
     ]
@@ -151,17 +152,17 @@ def test_what_is_sent_from_the_hosts_own_addresses_goes_as_before() -> None:
 
 def test_where_a_peer_is_only_said_to_be_nothing_goes_beside_the_tunnel() -> None:
     (known,) = AWAY.peers.values()
-    guessed = evolve(AWAY, peers={known.public_key: evolve(known, hearsay=True)})
+    guessed = evolve(AWAY, peers={known.public_key: evolve(known, observed=True)})
     made = lines(diff(guessed, Observed(), Memory(), TARGET))
     assert [line for line in made if "throw 192.168.9.2" in line] == []
     assert "throw 192.168.9.2/32" in "".join(lines(diff(AWAY, Observed(), Memory(), TARGET)))
 
 
-def test_a_way_out_that_is_held_is_left_as_it_is() -> None:
-    assert AWAY.way_out is not None
-    held = evolve(AWAY, way_out=evolve(AWAY.way_out, held=True, outside=()))
+def test_an_exit_route_that_is_held_is_left_as_it_is() -> None:
+    assert AWAY.exit_route is not None
+    held = evolve(AWAY, exit_route=evolve(AWAY.exit_route, held=True, bypass=()))
     assert lines(diff(held, host_with(AWAY, TARGET), Memory(), TARGET)) == []
-    without = host_with(evolve(AWAY, way_out=None), TARGET)
+    without = host_with(evolve(AWAY, exit_route=None), TARGET)
     assert lines(diff(held, without, Memory(), TARGET)) == []
 
 
@@ -174,21 +175,21 @@ def test_a_kernel_without_ipv6_is_asked_for_nothing_of_it() -> None:
     assert diff(AWAY, apply_changes(without, changes, "kilo-a"), Memory(), TARGET) == ()
 
 
-def test_what_fails_of_a_way_out_is_said_and_keeps_nobody_from_leading() -> None:
+def test_a_failure_of_an_exit_route_is_reported_and_keeps_nobody_from_leading() -> None:
     every = diff(AWAY, Observed(), Memory(), TARGET)
-    way_out = [change for change in every if "table" in str(change) or " rule " in str(change)]
-    assert len(way_out) == 10
-    for change in way_out:
+    exit_route = [change for change in every if "table" in str(change) or " rule " in str(change)]
+    assert len(exit_route) == 10
+    for change in exit_route:
         said = failure(change, NetlinkError(errno.EOPNOTSUPP))
         assert said.aside
-        closed = "unreachable" in str(change) or "rule" in str(change)
-        assert ("may leave beside the gateway" if closed else "is refused or ends in the tunnel") in said.text
+        blocked = "unreachable" in str(change) or "rule" in str(change)
+        assert ("may bypass the exit node" if blocked else "is refused or ends in the tunnel") in said.text
 
 
 def test_ipv6_that_is_switched_off_on_the_device_is_said_to_be_so() -> None:
-    own = AWAY.way_out
+    own = AWAY.exit_route
     assert own is not None
-    away = evolve(AWAY, way_out=evolve(own, sources=(ip_address("2001:db8::7"),)))
+    away = evolve(AWAY, exit_route=evolve(own, sources=(ip_address("2001:db8::7"),)))
     (into,) = [change for change in diff(away, Observed(), Memory(), TARGET) if "::/0 dev" in str(change)]
     said = failure(into, NetlinkError(errno.EACCES))
     assert "set net.ipv6.conf.kilo-a.disable_ipv6=0" in said.text
@@ -201,9 +202,9 @@ ANSWERING = plan(
 
 
 def test_answers_in_ipv6_are_told_from_what_the_host_begins() -> None:
-    way_out = WayOut(families=frozenset({4, 6}), sources=(ip_address("2001:db8::7"),))
+    exit_route = ExitRoute(families=frozenset({4, 6}), sources=(ip_address("2001:db8::7"),))
     behind = (ip_network("172.20.0.0/24"), ip_network("fd77::/64"))
-    table = table_for(evolve(ANSWERING, way_out=way_out, behind=behind), "kilo0")
+    table = table_for(evolve(ANSWERING, exit_route=exit_route, behind=behind), "kilo0")
     assert table is not None
     assert [rule.text for rule in table.rules] == [
         'ip6 daddr @own6 iifname != "kilo0" meta mark 0 meta mark set 107',
@@ -215,21 +216,21 @@ def test_answers_in_ipv6_are_told_from_what_the_host_begins() -> None:
     ]
     # A host that has no IPv6 address which others could call tracks no connections; a laptop answers nobody.
     for sources in ((), (ip_address("192.168.9.1"),)):
-        assert table_for(evolve(ANSWERING, way_out=evolve(way_out, sources=sources)), "kilo0") is None
+        assert table_for(evolve(ANSWERING, exit_route=evolve(exit_route, sources=sources)), "kilo0") is None
 
 
 PLANS_OUT = [
-    WayOut(families=frozenset(families), by=tuple(by), sources=tuple(map(ip_address, sources)))
+    ExitRoute(families=frozenset(families), by=tuple(by), sources=tuple(map(ip_address, sources)))
     for families in ((), (4,), (6,), (4, 6))
     for by in ((), *([[via("::/0", "fe80::9", source="fd00:5::1")]] if 6 in families else []))
     for sources in ((), ("192.168.9.1",), ("2001:db8::7",), ("192.168.9.1", "2001:db8::7", "2001:db8::8"))
 ]
 
 
-@pytest.mark.parametrize("way_out", PLANS_OUT, ids=str)
-def test_no_packet_for_the_internet_that_the_host_begins_has_a_way_outside(way_out: WayOut) -> None:
+@pytest.mark.parametrize("exit_route", PLANS_OUT, ids=str)
+def test_no_packet_for_the_internet_that_the_host_begins_bypasses_the_exit_node(exit_route: ExitRoute) -> None:
     """Walks the rules as the kernel does, with a main table that has a default route, halves of it, and 2000::/3."""
-    wanted = evolve(ANSWERING, way_out=way_out)
+    wanted = evolve(ANSWERING, exit_route=exit_route)
     host = host_with(wanted, evolve(TARGET, interface="kilo0", protocol=ROUTE_PROTOCOL))
     for device_gone in (False, True):
         routes = {} if device_gone else host.policy.table(exit_table("kilo0")).routes
@@ -247,10 +248,12 @@ def _walk(to: IPAddress, source: IPAddress | None, host: Observed, routes: Mappi
             continue
         if rule.table == MAIN_TABLE:
             shortest = -1 if rule.suppress is None else rule.suppress
-            if any(to in one and one.prefixlen > shortest for one in main if one.version == to.version):
+            if any(to in network and network.prefixlen > shortest for network in main if network.version == to.version):
                 return "outside"
             continue
-        found = [one for one in routes.values() if one.destination.version == to.version and to in one.destination]
+        found = [
+            route for route in routes.values() if route.destination.version == to.version and to in route.destination
+        ]
         best = max(found, key=lambda one: one.destination.prefixlen, default=None)
         if best is None:
             assert ip_network("::/0" if to.version == 6 else "0.0.0.0/0") in host.policy.table(exit_table("kilo0")).last
@@ -263,7 +266,7 @@ def _walk(to: IPAddress, source: IPAddress | None, host: Observed, routes: Mappi
 @pytest.mark.parametrize("way", [Via.UNDERLAY, Via.IPIP])
 def test_a_member_leaves_by_its_leader(way: Via) -> None:
     by = via("0.0.0.0/0", "192.168.9.77", way, source="10.5.0.1")
-    away = evolve(AWAY, way_out=WayOut(families=frozenset({4}), by=(by,)))
+    away = evolve(AWAY, exit_route=ExitRoute(families=frozenset({4}), by=(by,)))
     target = evolve(TARGET, interface="kilo0", protocol=ROUTE_PROTOCOL)
     device = " dev kilo-ipip" if way is Via.IPIP else ""
     onlink = " onlink" if way is Via.IPIP else ""
@@ -273,7 +276,7 @@ def test_a_member_leaves_by_its_leader(way: Via) -> None:
     assert [line for line in made if "0.0.0.0/0" in line and "unreachable" not in line and "via" in line] == [expected]
     # The kernel says by which device a neighbour is reached.
     host = host_with(away, target)
-    found = {
+    routes = {
         key: evolve(route, device=route.device or "eth0") if route.gateway else route
         for key, route in host.policy.table(exit_table("kilo0")).routes.items()
     }
@@ -282,7 +285,7 @@ def test_a_member_leaves_by_its_leader(way: Via) -> None:
             diff(
                 away,
                 evolve(
-                    host, policy=evolve(host.policy, tables={table: OwnTable(found, host.policy.table(table).last)})
+                    host, policy=evolve(host.policy, tables={table: OwnTable(routes, host.policy.table(table).last)})
                 ),
                 Memory(),
                 target,
@@ -301,7 +304,7 @@ def exit_state() -> str:
 
 @pytest.mark.root
 @pytest.mark.usefixtures("own_namespaces")
-async def test_a_way_out_is_set_up_repaired_and_removed_on_a_real_kernel() -> None:
+async def test_an_exit_route_is_set_up_repaired_and_removed_on_a_real_kernel() -> None:
     sh("ip link add eth0 type veth peer eth1")
     for end in ("eth0", "eth1"):
         sh(f"ip link set {end} addrgenmode none && ip link set {end} up")
@@ -343,7 +346,7 @@ async def test_a_way_out_is_set_up_repaired_and_removed_on_a_real_kernel() -> No
             assert len((await kernel.apply(AWAY, fresh=True)).changes) == 1, taken
             assert sorted(exit_state().splitlines()) == sorted(whole.splitlines())
 
-        await kernel.apply(evolve(AWAY, way_out=None))
+        await kernel.apply(evolve(AWAY, exit_route=None))
         assert (exit_state(), sh("wg show kilo-a fwmark")) == ("", "off\n")
         await kernel.apply(AWAY)
     await cleanup("kilo-a", public_key=key(0), protocol=PEER_PROTOCOL)
@@ -353,9 +356,9 @@ async def test_a_way_out_is_set_up_repaired_and_removed_on_a_real_kernel() -> No
 
 NODE = evolve(
     AWAY,
-    way_out=WayOut(
+    exit_route=ExitRoute(
         families=frozenset({4}),
-        outside=tuple(
+        bypass=tuple(
             ip_network(text)
             for text in ("169.254.0.0/16", "192.0.2.1/32", "224.0.0.0/4", "255.255.255.255/32", "fe80::/10")
         ),
@@ -364,15 +367,15 @@ NODE = evolve(
 )  # fmt: skip
 MEMBER = evolve(
     NODE,
-    way_out=evolve(
-        NODE.way_out, by=(via("0.0.0.0/0", "192.168.9.77", source="10.5.0.1"),)  # type: ignore[arg-type]
+    exit_route=evolve(
+        NODE.exit_route, by=(via("0.0.0.0/0", "192.168.9.77", source="10.5.0.1"),)  # type: ignore[arg-type]
     ),
 )  # fmt: skip
 
 
 @pytest.mark.root
 @pytest.mark.usefixtures("own_namespaces")
-async def test_a_nodes_way_out_leaves_answers_outside_and_is_closed_without_its_device() -> None:
+async def test_a_nodes_exit_route_lets_answers_bypass_it_and_is_blocked_without_its_device() -> None:
     sh("ip link add eth0 type veth peer eth1")
     for end in ("eth0", "eth1"):
         sh(f"ip link set {end} addrgenmode none && ip link set {end} up")
@@ -394,12 +397,12 @@ async def test_a_nodes_way_out_leaves_answers_outside_and_is_closed_without_its_
         with socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0) as seen:
             seen.bind(("eth0", 3))  # ETH_P_ALL
             for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
-                with socket.socket(socket.AF_INET6, kind) as one, suppress(OSError):
-                    one.settimeout(0.1)
-                    one.connect((address, 9))
-                    one.send(b"hello")
-            with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as one, suppress(OSError):
-                one.sendto(b"hello", (address, 9))
+                with socket.socket(socket.AF_INET6, kind) as sock, suppress(OSError):
+                    sock.settimeout(0.1)
+                    sock.connect((address, 9))
+                    sock.send(b"hello")
+            with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sock, suppress(OSError):
+                sock.sendto(b"hello", (address, 9))
             subprocess.run(["ping", "-6", "-c", "1", "-W", "0.1", address], capture_output=True)
             seen.setblocking(False)
             packets: list[bytes] = []
@@ -432,14 +435,14 @@ async def test_a_nodes_way_out_leaves_answers_outside_and_is_closed_without_its_
         assert (way("2001:db8::99", 6), way("2001:db8:9::2", 6)) == ("refused", "eth0")
 
         # An address that comes is one more rule, one that is taken away is one less; what is removed comes back.
-        assert NODE.way_out is not None
-        other = (*NODE.way_out.sources, ip_address("192.168.9.5"))
-        assert len((await kernel.apply(evolve(NODE, way_out=evolve(NODE.way_out, sources=other)))).changes) == 1
+        assert NODE.exit_route is not None
+        other = (*NODE.exit_route.sources, ip_address("192.168.9.5"))
+        assert len((await kernel.apply(evolve(NODE, exit_route=evolve(NODE.exit_route, sources=other)))).changes) == 1
         await settles(kernel, NODE)
 
         # In IPv6 the rule of nftables tells answers; without it, and without the device, nothing gets out either.
-        six = (*NODE.way_out.sources, ip_address("2001:db8:9::1"))
-        answering = evolve(NODE, way_out=evolve(NODE.way_out, sources=six))
+        six = (*NODE.exit_route.sources, ip_address("2001:db8:9::1"))
+        answering = evolve(NODE, exit_route=evolve(NODE.exit_route, sources=six))
         await settles(kernel, answering)
         assert way("2001:db8::99", 6) == way("2001:db8::99 from 2001:db8:9::1", 6) == "kilo0"
         assert way("2001:db8::99 mark 107", 6) == "eth0"
@@ -484,7 +487,7 @@ async def test_a_nodes_way_out_leaves_answers_outside_and_is_closed_without_its_
         assert "src 10.5.0.1" in sh("ip route get 8.8.8.8")
         await settles(kernel, NODE)
 
-        await settles(kernel, evolve(NODE, way_out=None))
+        await settles(kernel, evolve(NODE, exit_route=None))
         left = sh("ip rule; ip -6 rule; ip route show table all; ip -6 route show table all")
         assert str(exit_table("kilo0")) not in left
         assert "suppress" not in left

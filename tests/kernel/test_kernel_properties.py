@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from kernel_worlds import NETWORKS, PRIVATE, TARGET, host_with, plan, plans, tunnel
 
 from kilo_etcd.kernel.diff import diff, difference, fulfils, remember, route_for
-from kilo_etcd.kernel.effect import apply_changes
 from kilo_etcd.kernel.encrypted import table_of
+from kilo_etcd.kernel.exit_node import MARK
+from kilo_etcd.kernel.predict import apply_changes
 from kilo_etcd.kernel.returns import return_table
 from kilo_etcd.kernel.state import MAIN_TABLE, DeleteRoute, Memory, Observed, ReplaceRoute, Route, SetPeer, Setup
-from kilo_etcd.kernel.wayout import MARK
 from kilo_etcd.model import Endpoint, IPNetwork
 from kilo_etcd.testing.fake_kernel import FakeHost, FakeKernel
 from kilo_etcd.topology.hostplan import HostPlan
@@ -43,7 +43,7 @@ def test_applying_the_diff_yields_the_plan_and_a_second_time_nothing(
     assert {k: p.preshared_key for k, p in after.peers.items()} == {k: p.preshared_key for k, p in wanted.peers.items()}
     assert set(after.routes) == set(wanted.routes) - set(foreign)
     assert all(fulfils(r, route_for(wanted.routes[d], TARGET), TARGET) for d, r in after.routes.items())
-    assert after.fences == set(wanted.fences)
+    assert after.unreachable_routes == set(wanted.unreachable_routes)
     assert after.policy.table(return_table("kilo0")).routes.keys() == wanted.returns.keys()
     assert after.policy.table(return_table("kilo0")).last.keys() == wanted.returns_refused.keys()
     back = {rule.version for rule in after.policy.rules if rule.inbound}
@@ -157,7 +157,7 @@ def test_a_learnt_endpoint_is_never_set_back(before: HostPlan, after: HostPlan, 
     changes = diff(after, evolve(state, peers=moved, time=2.0), remember(before, Memory()), TARGET)
     set_again = {c.public_key for c in changes if isinstance(c, SetPeer) and c.endpoint is not None}
     assert not {k for k in set_again if k in before.peers and before.peers[k].endpoint == after.peers[k].endpoint}
-    assert not {k for k in set_again if k in before.peers and after.peers[k].hearsay}
+    assert not {k for k in set_again if k in before.peers and after.peers[k].observed}
 
 
 @quick
@@ -167,7 +167,9 @@ def test_no_peer_stays_without_an_endpoint_that_is_known(
 ) -> None:
     changes = diff(wanted, base, remember(remembered, Memory()), TARGET)
     after = apply_changes(base, changes, "kilo0")
-    known = {key for key, one in wanted.peers.items() if one.endpoint is not None and one.endpoint.address is not None}
+    known = {
+        key for key, peer in wanted.peers.items() if peer.endpoint is not None and peer.endpoint.address is not None
+    }
     assert all(after.peers[key].endpoint is not None for key in known)
 
 

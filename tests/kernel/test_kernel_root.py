@@ -50,10 +50,10 @@ WORLD = plan(
     via("10.8.0.0/16", "fd00:9::77"),
     via("fd00:7::/64", "fd00:9::77", source="fd00:4::1"),
     addresses=("10.4.0.1/32", "fd00:4::1/128"),
-    fences=("10.4.0.0/16", "fd00:4::/64"),
+    unreachable_routes=("10.4.0.0/16", "fd00:4::/64"),
     forwarding=(4, 6),
 )
-FENCES = {f"unreachable {text} metric 4294967295" for text in ("10.4.0.0/16", "fd00:4::/64 dev lo")}
+UNREACHABLE = {f"unreachable {text} metric 4294967295" for text in ("10.4.0.0/16", "fd00:4::/64 dev lo")}
 
 
 def sh(command: str) -> str:
@@ -125,7 +125,7 @@ async def test_a_world_is_set_up_and_the_second_time_nothing_is_written() -> Non
         "10.8.0.0/16 via inet6 fd00:9::77 dev eth0",
         "fd00:4::/64 dev kilo0 src fd00:4::1",
         "fd00:7::/64 via fd00:9::77 dev eth0 src fd00:4::1",
-        *FENCES,
+        *UNREACHABLE,
     }
     shown = sh("wg show kilo0")
     assert "listening port: 51820" in shown
@@ -294,7 +294,7 @@ async def test_a_peer_that_does_not_answer_where_it_was_learnt_is_looked_for_at_
         since_boot = steady._boot
 
         async def sent() -> int:
-            return (await kernel.hear()).peers[key(2)].tx_bytes
+            return (await kernel.peer_activity()).peers[key(2)].tx_bytes
 
         for number, made in enumerate(([], [f"wg set kilo0 peer #2 endpoint {stated}"]), 1):
             before = await sent()
@@ -311,19 +311,19 @@ async def test_a_peer_that_does_not_answer_where_it_was_learnt_is_looked_for_at_
         await settled(kernel, wanted)
 
 
-async def test_hearsay_is_set_where_nobody_is_heard_and_the_second_time_nothing_is_written() -> None:
+async def test_an_observed_endpoint_is_set_if_nothing_is_received_and_the_second_time_nothing_is_written() -> None:
     underlay()
-    told = peer(2, "10.4.0.2/32", endpoint="192.168.9.40:40001", hearsay=True)
+    told = peer(2, "10.4.0.2/32", endpoint="192.168.9.40:40001", observed=True)
     async with agent() as kernel:
-        assert (await kernel.hear()).peers == {}
+        assert (await kernel.peer_activity()).peers == {}
         await kernel.apply(plan(peer(2, "10.4.0.2/32", endpoint="192.168.9.2:51820"), MESH))
         report = await kernel.apply(plan(told, MESH))
         assert lines(report.changes) == ["wg set kilo0 peer #2 endpoint 192.168.9.40:40001"]
         await settled(kernel, plan(told, MESH))
-        heard = await kernel.hear()
-        assert heard.peers[key(2)].endpoint == Endpoint.parse("192.168.9.40:40001")
-        assert heard.silence(heard.peers[key(2)]) == float("inf")
-        assert heard.peers.keys() == (await kernel.observe()).peers.keys()
+        activity = await kernel.peer_activity()
+        assert activity.peers[key(2)].endpoint == Endpoint.parse("192.168.9.40:40001")
+        assert activity.silence(activity.peers[key(2)]) == float("inf")
+        assert activity.peers.keys() == (await kernel.observe()).peers.keys()
 
 
 async def test_thousands_of_peers_are_set_up_in_a_few_messages_whatever_is_wrong_with_one() -> None:
@@ -390,7 +390,7 @@ async def test_routes_that_we_set_ourselves_are_not_told_to_us() -> None:
     listener.leave_out(sock.port, (replies.NEWROUTE, replies.DELROUTE))
     ours, theirs = (Route(destination=ip_network(f"10.{n}.0.0/16"), gateway=ip_address(GATEWAY4)) for n in (20, 21))
 
-    def heard() -> list[tuple[int, str]]:
+    def activity() -> list[tuple[int, str]]:
         found = []
         while events := listener.read():
             for kind, body in events:
@@ -398,26 +398,26 @@ async def test_routes_that_we_set_ourselves_are_not_told_to_us() -> None:
                 found.append((kind, "" if route is None else str(route.destination)))
         return found
 
-    while heard():
+    while activity():
         pass
     other = Socket(0)
     for request in (requests.add_route, requests.replace_route, requests.delete_route):
         assert sock.send([request(ours, 0)]) == [None]
         assert other.send([request(theirs, 0)]) == [None]
     new, gone = (replies.NEWROUTE, "10.21.0.0/16"), (replies.DELROUTE, "10.21.0.0/16")
-    assert heard() == [new, gone], "a route that replaces itself is nobody's news"
+    assert activity() == [new, gone], "a route that replaces itself is nobody's news"
     # One of ours that another program takes away is news, and so is one that it sets with our protocol.
     assert sock.send([requests.add_route(ours, 0)]) == other.send([requests.delete_route(ours, 0)]) == [None]
-    assert heard() == [(replies.DELROUTE, "10.20.0.0/16")]
+    assert activity() == [(replies.DELROUTE, "10.20.0.0/16")]
     # All else that we do is told, as it always was.
     index = next(i for i, name in socket.if_nameindex() if name == "eth1")
     assert sock.send([requests.add_address(index, ip_interface("10.77.0.1/32"))]) == [None]
-    assert replies.NEWADDR in {kind for kind, _ in heard()}
+    assert replies.NEWADDR in {kind for kind, _ in activity()}
     for one in (sock, other, listener):
         one.close()
 
 
-async def test_without_an_endpoint_the_mtu_is_that_of_the_way_out() -> None:
+async def test_without_an_endpoint_the_mtu_is_that_of_the_uplink() -> None:
     underlay(mtu=1400)
     sh("ip route add default via 192.168.9.2")
     async with agent() as kernel:
@@ -442,7 +442,7 @@ async def test_the_mtu_follows_that_of_the_device_by_which_endpoints_are_reached
         assert quiet.cancelled_caught, "a device that leads to no endpoint is not ours to follow"
 
 
-async def test_a_host_that_forwards_ipv6_goes_on_heeding_router_advertisements() -> None:
+async def test_a_host_that_forwards_ipv6_goes_on_accepting_router_advertisements() -> None:
     underlay()
     conf = "/proc/sys/net/ipv6/conf"
     sh(f"echo 0 > {conf}/all/forwarding; echo 1 > {conf}/eth0/accept_ra; echo 0 > {conf}/eth1/accept_ra")
@@ -615,7 +615,7 @@ async def test_where_the_meshs_route_cannot_be_set_packets_do_not_leave_by_the_d
     wanted = plan(
         via("10.4.0.0/16", "192.168.77.1"),
         addresses=("10.4.0.1/32", "fd00:4::1/128"),
-        fences=("10.4.0.0/16", "fd00:4::/64"),
+        unreachable_routes=("10.4.0.0/16", "fd00:4::/64"),
     )
 
     def way(address: str) -> str:
@@ -625,7 +625,7 @@ async def test_where_the_meshs_route_cannot_be_set_packets_do_not_leave_by_the_d
     async with agent() as kernel:
         (failure,) = (await kernel.apply(wanted)).failures
         assert "its gateway 192.168.77.1 is not on a network of this host" in failure.text
-        assert routes() == FENCES
+        assert routes() == UNREACHABLE
         for address in ("10.4.0.2", "fd00:4::2"):
             assert re.search("No route to host|unreachable", way(address)), way(address)
         assert "dev kilo0" not in way("10.4.0.2")
@@ -633,26 +633,26 @@ async def test_where_the_meshs_route_cannot_be_set_packets_do_not_leave_by_the_d
         # Whoever has a route of his own gets what he asked for.
         sh("ip route add 10.4.0.0/16 via 192.168.9.253 metric 5000")
         assert "via 192.168.9.253" in way("10.4.0.2")
-        await kernel.apply(evolve(wanted, fences=()))
+        await kernel.apply(evolve(wanted, unreachable_routes=()))
         assert routes() == set()
 
 
 async def test_a_route_that_cannot_be_replaced_does_not_stay_as_it_was() -> None:
     underlay()
-    before = plan(MESH, fences=("10.4.0.0/16",))
-    after = plan(via("10.4.0.0/16", "192.168.77.1", source="10.4.0.1"), fences=("10.4.0.0/16",))
-    fence = "unreachable 10.4.0.0/16 metric 4294967295"
+    before = plan(MESH, unreachable_routes=("10.4.0.0/16",))
+    after = plan(via("10.4.0.0/16", "192.168.77.1", source="10.4.0.1"), unreachable_routes=("10.4.0.0/16",))
+    unreachable = "unreachable 10.4.0.0/16 metric 4294967295"
     async with agent() as kernel:
         await kernel.apply(before)
         for _ in range(2):
             (failure,) = (await kernel.apply(after)).failures
             assert "its gateway 192.168.77.1 is not on a network of this host" in failure.text
-            assert routes() == {fence}
+            assert routes() == {unreachable}
         sh("ip address add 192.168.77.2/24 dev eth0")
         with trio.fail_after(30):
             await kernel.wait_drift()
         assert (await kernel.apply(after)).failures == ()
-        assert routes() == {fence, "10.4.0.0/16 via 192.168.77.1 dev eth0 src 10.4.0.1"}
+        assert routes() == {unreachable, "10.4.0.0/16 via 192.168.77.1 dev eth0 src 10.4.0.1"}
         await settled(kernel, after)
 
 
@@ -872,8 +872,8 @@ async def test_a_host_that_is_reached_otherwise_is_noticed() -> None:
 async def test_addresses_of_the_host() -> None:
     underlay()
     sh("ip route add default via 192.168.9.254 metric 100")
-    found = await list_addresses()
-    assert [str(a.address) for a in found.addresses if a.interface == "eth0" and a.scope == "global"] == [
+    host_addresses = await list_addresses()
+    assert [str(a.address) for a in host_addresses.addresses if a.interface == "eth0" and a.scope == "global"] == [
         "192.168.9.1/24",
         "fd00:9::1/64",
     ]
@@ -881,11 +881,11 @@ async def test_addresses_of_the_host() -> None:
     sh("ip route add fd00:20::/32 dev eth0")
     # A routing daemon's.
     sh("ip route add 10.22.0.0/16 via 192.168.9.254 proto bird; ip route add 10.23.0.0/16 dev eth0 table 99")
-    found = await list_addresses()
-    assert [(str(route.destination), route.interface) for route in found.static_routes] == [
+    host_addresses = await list_addresses()
+    assert [(str(route.destination), route.interface) for route in host_addresses.static_routes] == [
         ("10.20.0.0/16", "eth0"), ("fd00:20::/32", "eth0"),
     ]  # fmt: skip
-    (default,) = found.default_routes
+    (default,) = host_addresses.default_routes
     assert (default.family, default.interface, default.gateway, default.metric) == (
         4, "eth0", ip_address("192.168.9.254"), 100,
     )  # fmt: skip

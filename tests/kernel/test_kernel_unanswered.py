@@ -7,7 +7,7 @@ from attrs import define, evolve
 from kernel_worlds import TARGET, host_with, key, lines, peer, plan, tunnel
 
 from kilo_etcd.kernel.diff import diff, remember
-from kilo_etcd.kernel.effect import apply_changes
+from kilo_etcd.kernel.predict import apply_changes
 from kilo_etcd.kernel.state import Memory, Observed
 from kilo_etcd.model import Endpoint
 from kilo_etcd.topology.hostplan import HostPlan
@@ -29,14 +29,14 @@ class Host:
         """What it sets at the next reading, before which so many bytes were sent to the peer, and came from there."""
         self.time += RESYNC
         before = self.observed.peers[key(2)]
-        found = evolve(
+        observed_peer = evolve(
             before,
             endpoint=before.endpoint if endpoint is None else Endpoint.parse(endpoint),
             tx_bytes=before.tx_bytes + sent,
             rx_bytes=before.rx_bytes + received,
             last_handshake=self.time if received else before.last_handshake,
         )
-        self.observed = evolve(self.observed, time=self.time, peers={key(2): found})
+        self.observed = evolve(self.observed, time=self.time, peers={key(2): observed_peer})
         changes = diff(self.plan, self.observed, self.memory, TARGET)
         self.memory = remember(self.plan, self.memory, made=changes, observed=self.observed, now=self.time)
         self.observed = apply_changes(self.observed, changes, TARGET.interface)
@@ -49,13 +49,13 @@ class Host:
         return [(self.time - began, one) for _ in range(int(seconds / RESYNC)) for one in self.read(sent=sent)]
 
 
-def with_endpoint(endpoint: str | None, *, hearsay: bool = False) -> HostPlan:
-    return plan(peer(2, "10.4.0.2/32", endpoint=endpoint, hearsay=hearsay))
+def with_endpoint(endpoint: str | None, *, observed: bool = False) -> HostPlan:
+    return plan(peer(2, "10.4.0.2/32", endpoint=endpoint, observed=observed))
 
 
-def moved(stated: str = STATED, learnt: str = LEARNT, *, hearsay: bool = False) -> Host:
+def moved(stated: str = STATED, learnt: str = LEARNT, *, observed: bool = False) -> Host:
     """A peer that was heard at an endpoint that is not stated."""
-    wanted = with_endpoint(stated, hearsay=hearsay)
+    wanted = with_endpoint(stated, observed=observed)
     host = Host(wanted, host_with(wanted), remember(wanted, Memory()))
     host.read(sent=1, received=1, endpoint=learnt)
     return host
@@ -89,7 +89,7 @@ def test_a_peer_that_is_silent_at_both_endpoints_is_looked_for_at_each_in_turn_b
 
 
 def test_a_peer_that_nobody_sends_anything_stays_where_it_was_heard() -> None:
-    """Its endpoint grows old, which says nothing: NATs with a mapping of one to one keep it for ever."""
+    """Its endpoint grows old, which says nothing: NATs with a mapping of one to one keep it forever."""
     host = moved("192.168.0.2:51820")
     assert host.turns(3600, sent=0) == []
     assert host.read(sent=148) == [], "the answer may be under way"
@@ -124,7 +124,7 @@ def test_a_peer_that_is_stated_to_be_nowhere_stays_where_it_was_heard(stated: st
 
 
 def test_a_peer_that_others_see_is_looked_for_there_as_before() -> None:
-    host = moved(STATED, hearsay=True)
+    host = moved(STATED, observed=True)
     assert host.turns(1000) == [(180.0, STATED)]
 
 

@@ -110,7 +110,7 @@ def test_neighbours_that_have_answered(state: int, link_address: bytes | None, a
         assert found == (address if answered else None)
 
 
-def test_links_and_questions() -> None:
+def test_links_and_requests() -> None:
     local = ip_address("192.168.9.1")
     for name, arguments in (
         ("get_link", ("kilo0",)), ("get_links", ()), ("create_link", ("kilo0", "wireguard")),

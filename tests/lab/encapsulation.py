@@ -163,6 +163,6 @@ async def check_spoofed(lab: Lab) -> None:
 
 async def dropped(lab: Lab, host: str) -> int:
     printed = (await lab.exec(host, "nft", "list", "counter", "inet", "kilo", "ipip_dropped", check=True)).stdout
-    found = re.search(r"packets (\d+)", printed)
-    assert found is not None, printed
-    return int(found[1])
+    match = re.search(r"packets (\d+)", printed)
+    assert match is not None, printed
+    return int(match[1])

@@ -172,7 +172,7 @@ async def nothing_in_clear(lab: Lab, within: float) -> None:
                     for name in NODES:
                         await lab.exec(name, "ip", "neigh", "flush", "all", check=True)
                 await all_pairs_talk(lab, addresses)
-            flows = tuple(flow for one in seen for flow in one.flows)
+            flows = tuple(flow for running_capture in seen for flow in running_capture.flows)
             assert in_clear(flows) == []
             echoes = [flow for flow in flows if flow.protocol == "icmpv6" and flow.bytes // flow.packets > 90]
             assert echoes == [], "nothing of ICMPv6 but discovery"

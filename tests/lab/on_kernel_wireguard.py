@@ -7,6 +7,7 @@ guest has one slow processor for six hosts and etcd, so its clocks are wider tha
 from __future__ import annotations
 
 import pytest
+from test_exit_node import MESH6, in_an_ipv6_mesh
 from test_mesh_scenarios import (
     LEASE_SLACK,
     SHORT,
@@ -19,7 +20,6 @@ from test_mesh_scenarios import (
     status,
     world,
 )
-from test_way_out import MESH6, in_an_ipv6_mesh
 
 from helpers import eventually
 from helpers_load import lease_for, measured_beside

@@ -51,18 +51,18 @@ async def planned_world(wireguard: str, lease_ttl: int) -> AsyncIterator[Lab]:
 
 async def writes(lab: Lab, hosts: Iterable[str]) -> dict[str, float]:
     """What the agents of these hosts have sent to their kernels since they were started, in messages."""
-    found: dict[str, float] = {}
+    result: dict[str, float] = {}
 
     async def ask(host: str) -> None:
         answer = (await lab.exec(host, sys.executable, "-SEc", _METRICS, check=True)).stdout
         value = re.search(r"^kilo_netlink_writes_total (\S+)$", answer, re.MULTILINE)
         assert value, answer
-        found[host] = float(value[1])
+        result[host] = float(value[1])
 
     async with trio.open_nursery() as nursery:
         for host in hosts:
             nursery.start_soon(ask, host)
-    return found
+    return result
 
 
 @define

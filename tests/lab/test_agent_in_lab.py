@@ -80,7 +80,7 @@ async def test_leaving_with_clean_up_while_etcd_is_away_leaves_nothing_and_puts_
         await lab.stop("home-2")
         left = await lab.exec("home-2", "sh", "-c", "ip -o link; ip route; ps ax; ls /run/wireguard")
         assert not any(word in left.stdout for word in ("kilo0", "proto 107", "wireguard-go"))
-        assert "behind the agent's back" not in await lab.log("home-2")
+        assert "another program change" not in await lab.log("home-2")
 
 
 async def test_a_dry_run_before_joining_shows_all_and_writes_nothing() -> None:

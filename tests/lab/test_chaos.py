@@ -112,7 +112,7 @@ async def test_a_schedule_of_faults() -> None:
 
 async def _agreed(lab: Lab) -> bool:
     """Whether all report, and those of one location name one leader, and nobody has anything to complain of but that
-    it was passed over."""
+    it was demoted."""
     reports = await status(lab)
     assert reports.keys() == set(lab.hosts), reports.keys()
     for site in HOSTS:

@@ -235,7 +235,7 @@ async def dead_pairs(lab: Lab, one: Fault, mesh: dict[str, str]) -> list[tuple[s
 async def doctor(lab: Lab) -> tuple[int, list[str]]:
     """The exit status of `kgctl check`, and its findings but for notes, each as one text."""
     done = await lab.kgctl("check", "-o", "json", check=False)
-    found = [one for one in json.loads(done.stdout) if one["severity"] != "note"]
+    found = [load for load in json.loads(done.stdout) if load["severity"] != "note"]
     return done.returncode, [" ".join((one["subject"], one["text"], one["remedy"])) for one in found]
 
 

@@ -75,8 +75,8 @@ class EtcdOnHosts:
 
     async def records(self) -> list[dict[str, Any]]:
         """Of the nodes, as etcd has them."""
-        found = json.loads(await self.ctl("get", "--prefix", "-w", "json", "/kilo/nodes/"))
-        return list(found.get("kvs", ()))
+        document = json.loads(await self.ctl("get", "--prefix", "-w", "json", "/kilo/nodes/"))
+        return list(document.get("kvs", ()))
 
     async def newest(self) -> int:
         """The revision of the newest of them."""
@@ -114,7 +114,7 @@ async def test_hosts_with_etcd_on_them_boot_without_it_and_let_it_come() -> None
             async with AsyncExitStack() as stack:
                 seen = [await stack.enter_async_context(lab.capture(name, ["eth0"])) for name in MEMBERS]
                 assert await talk()
-            flows = [flow for one in seen for flow in in_clear(one.flows)]
+            flows = [flow for running_capture in seen for flow in in_clear(running_capture.flows)]
             assert [flow for flow in flows if not (flow.protocol == "tcp" and flow.between(2380))] == []
 
         await eventually(sending, 60, every=0.2, what="all send")

@@ -60,16 +60,16 @@ async def internal_ips(lab: Lab) -> dict[str, str]:
 
 async def missing(lab: Lab, addresses: dict[str, str]) -> list[tuple[str, str]]:
     """The ordered pairs of hosts that do not ping at internal IPs."""
-    found = []
+    result = []
 
     async def one(here: str, there: str) -> None:
         if not await lab.ping(here, addresses[there], timeout=1):
-            found.append((here, there))
+            result.append((here, there))
 
     async with trio.open_nursery() as nursery:
         for here, there in permutations(addresses, 2):
             nursery.start_soon(one, here, there)
-    return sorted(found)
+    return sorted(result)
 
 
 async def test_two_sites_reach_each_other_at_their_internal_ips() -> None:
@@ -121,13 +121,13 @@ async def test_what_drops_packets_by_internal_ips_alone_is_found() -> None:
         addresses = await internal_ips(lab)
 
         async def findings() -> list[tuple[str, str]]:
-            found = json.loads((await lab.kgctl("check", "-o", "json", check=False)).stdout)
-            return [(one["subject"], one["text"]) for one in found if one["severity"] == "error"]
+            document = json.loads((await lab.kgctl("check", "-o", "json", check=False)).stdout)
+            return [(one["subject"], one["text"]) for one in document if one["severity"] == "error"]
 
         async def explained(here: str, to: str) -> dict[str, Any]:
-            found = json.loads((await lab.kgctl("explain", here, to, "--live", "-o", "json", check=False)).stdout)
-            (journey,) = found["internal"] or found["journeys"]
-            return {**journey, "all": found["works"], "live": found["live"]}
+            document = json.loads((await lab.kgctl("explain", here, to, "--live", "-o", "json", check=False)).stdout)
+            (trace,) = document["internal"] or document["traces"]
+            return {**trace, "all": document["works"], "live": document["live"]}
 
         async def well() -> bool:
             return await findings() == [] and (await explained("gcp-2", "home-2"))["answered"] is True

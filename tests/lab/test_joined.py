@@ -51,7 +51,7 @@ async def test_every_node_reaches_every_node_of_the_other_mesh_until_they_part()
         for one, others in (("a-1", there), ("a-2", there), ("b-1", here), ("b-2", here)):
             for other, address in others.items():
                 await eventually(partial(lab.ping, one, address), 60, every=0.2, what=f"{one} to {other}")
-        await lab.kgctl("mesh", "part", "--other-prefix", "/b", "--yes")
+        await lab.kgctl("mesh", "unjoin", "--other-prefix", "/b", "--yes")
 
         async def parted() -> bool:
             return not await lab.ping("a-2", there["b-2"], timeout=0.3)

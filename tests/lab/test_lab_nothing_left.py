@@ -60,7 +60,7 @@ def traces() -> dict[str, set[str]]:
 
 def lab_processes(name: str) -> list[str]:
     """Command lines of processes that belong to the lab called `name` (its name is in their environment)."""
-    found = []
+    result = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
@@ -69,8 +69,8 @@ def lab_processes(name: str) -> list[str]:
         except OSError:
             continue
         if f"KILO_LAB={name}".encode() in environment or name.encode() in command.split(b"\0"):
-            found.append(command.replace(b"\0", b" ").decode())
-    return found
+            result.append(command.replace(b"\0", b" ").decode())
+    return result
 
 
 async def test_a_lab_that_ends_leaves_nothing() -> None:
@@ -108,7 +108,7 @@ async def test_a_lab_whose_process_is_signalled_leaves_nothing(number: signal.Si
             process.send_signal(number)
             await eventually(lambda: process.poll() is not None)
         finally:
-            process.kill()  # so that nothing waits for it for ever
+            process.kill()  # so that nothing waits for it forever
     await eventually(lambda: not lab_processes(name), what="no process of the lab lives")
     assert traces() == before
     assert running_labs() == []
@@ -221,13 +221,13 @@ def test_in_a_chroot_the_lab_says_what_it_needs(tmp_path: Path, kind: str) -> No
     if os.geteuid():
         pytest.skip("a chroot needs root")
     kgctl = [sys.executable, "-c", "from kilo_etcd.ctl.entry import main; main()", "lab", "run", "three-sites"]
-    said = subprocess.run(
+    completed = subprocess.run(
         ["unshare", "--mount", "sh", "-c", CHROOT, "sh", str(tmp_path), kind, *kgctl],
         env={**os.environ, VARIABLE: f"/var/tmp/kilo-lab-{os.getpid()}"},
         capture_output=True, text=True, check=False, timeout=60,
     )  # fmt: skip
     shutil.rmtree(f"/var/tmp/kilo-lab-{os.getpid()}", ignore_errors=True)
     needs = "the lab needs /proc" if kind == "bare" else "the lab does not run in a chroot: "
-    assert (said.returncode, said.stdout) == (1, "")
-    assert said.stderr.startswith(f"kgctl: {needs}"), said.stderr
-    assert len(said.stderr.splitlines()) == 1
+    assert (completed.returncode, completed.stdout) == (1, "")
+    assert completed.stderr.startswith(f"kgctl: {needs}"), completed.stderr
+    assert len(completed.stderr.splitlines()) == 1

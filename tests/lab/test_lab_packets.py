@@ -10,7 +10,7 @@ import pytest
 import trio
 
 from kilo_etcd.lab.capture import Flow, decode
-from kilo_etcd.lab.probe import Probe, ProbeResult, checksum, echo_request, parse_reply
+from kilo_etcd.lab.probe import LabProbe, ProbeResult, checksum, echo_request, parse_reply
 
 IP4 = bytes.fromhex("45000000000000004000 0000 0a650 00b 0a66000c".replace(" ", ""))
 
@@ -88,7 +88,7 @@ class Echo:
 async def account(lost: set[int], seconds: float) -> ProbeResult:
     pinger: Any = Echo(lost)
     machine: Any = None
-    probe = Probe(pinger, machine, ip_address("10.4.0.1"), 0.01)
+    probe = LabProbe(pinger, machine, ip_address("10.4.0.1"), 0.01)
     stop = trio.Event()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(probe.run, stop)

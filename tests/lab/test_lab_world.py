@@ -224,10 +224,10 @@ async def test_a_capture_counts_what_passes_between_hosts() -> None:
         async with lab.capture("router:gcp") as captured:
             assert await lab.ping("gcp-2", "10.101.0.13")
             assert (await udp(lab, "gcp-2", "gcp-3", "10.101.0.13", 51820))[0]
-        found = {(flow.source, flow.destination, flow.protocol, flow.destination_port): flow for flow in captured.flows}
-        assert found["10.101.0.12", "10.101.0.13", "icmp", 0].packets == 1
-        assert found["10.101.0.13", "10.101.0.12", "icmp", 0].packets == 1
-        assert found["10.101.0.12", "10.101.0.13", "udp", 51820].packets == 1
+        flows = {(flow.source, flow.destination, flow.protocol, flow.destination_port): flow for flow in captured.flows}
+        assert flows["10.101.0.12", "10.101.0.13", "icmp", 0].packets == 1
+        assert flows["10.101.0.13", "10.101.0.12", "icmp", 0].packets == 1
+        assert flows["10.101.0.12", "10.101.0.13", "udp", 51820].packets == 1
         with pytest.raises(LabError, match="nosuch in gcp-1 cannot be captured"):
             async with lab.capture("gcp-1", ["nosuch"]):
                 pass

@@ -45,17 +45,17 @@ async def test_a_laptop_reaches_every_node_and_every_node_the_laptop() -> None:
         await quick(lab, "down")
         assert await network(lab) == before
 
-        # With a way out: everything into the tunnel, and its own packets outside.
-        await lab.kgctl("annotate", "gcp-1", "gateway=true", "leader=true", "--yes")
+        # With an exit node: everything into the tunnel, and its own packets outside.
+        await lab.kgctl("annotate", "gcp-1", "advertise-exit-node=true", "leader=true", "--yes")
         private = next(line.split(" = ")[1] for line in conf.splitlines() if line.startswith("PrivateKey"))
-        arguments = ("showconf", "peer", "laptop", "--gateway", "gcp-1", "-o", "wg-quick", "--private-key-file", "-")
+        arguments = ("showconf", "peer", "laptop", "--exit-node", "gcp-1", "-o", "wg-quick", "--private-key-file", "-")
         own = str(Path(sys.executable).parent / "kgctl")
 
         async def everything() -> str:
             # Until gcp-1 leads it is refused.
             return (await lab.exec("operator", own, *arguments, input=private + "\n")).stdout
 
-        await quick(lab, "up", await eventually(everything, 60, every=0.2, what="a configuration with a way out"))
+        await quick(lab, "up", await eventually(everything, 60, every=0.2, what="a configuration with an exit node"))
         for node in nodes:
             await eventually(lambda node=node: lab.ping("cafe-1", node), 60, every=0.2, what=f"laptop to {node}")
         way = await lab.exec("cafe-1", "ip", "route", "get", "192.0.2.100", check=True)

@@ -134,7 +134,8 @@ async def test_a_laptop_behind_nat_follows_two_meshes_by_name_and_leaves_nothing
         assert [key for key in left if "peers/" in key or key.endswith(address)] == []
 
 
-# --- a way out --------------------------------------------------------------------------------------------------------
+# --- an exit node
+# --------------------------------------------------------------------------------------------------------
 
 INTERNET = "192.0.2.100"
 """The operator's desk stands for a server on the internet."""
@@ -186,7 +187,7 @@ async def leaving(lab: Lab, site: str, *names: str) -> list[Flow]:
     """What arrives at the server from the addresses of a site when hosts begin to speak to it, in each family."""
     assert lab.spec is not None
     layout = lay_out(lab.spec)
-    own = [ip for one in layout.hosts.values() if one.site == site for ip in one.public]
+    own = [ip for lab_addresses in layout.hosts.values() if lab_addresses.site == site for ip in lab_addresses.public]
     addresses = set(map(str, (*layout.sites[site].wan, *own)))
     async with lab.capture("operator") as capture:
         for name in names:
@@ -215,7 +216,7 @@ async def all_routing(lab: Lab) -> str:
     return await shown(lab, "sh", "-c", commands)
 
 
-async def test_a_laptop_leaves_by_a_gateway_and_what_must_stay_outside_does() -> None:
+async def test_a_laptop_leaves_by_an_exit_node_and_what_must_bypass_it_does() -> None:
     require("etcd", "etcdctl", "wireguard-go", "wg", "ip", "ping", "nft")
     async with running_lab(OUT) as lab, trio.open_nursery() as nursery:
         await lab.all_pairs_ping(30, hosts=("gcp-1", "gcp-2", "home-1"))
@@ -230,18 +231,18 @@ async def test_a_laptop_leaves_by_a_gateway_and_what_must_stay_outside_does() ->
         before = await all_routing(lab)
 
         for node, says in {
-            "gcp-1": "kgctl annotate gcp-1 gateway=true",
-            "nobody": "the gateway nobody is no node of the mesh",
+            "gcp-1": "kgctl annotate gcp-1 advertise-exit-node=true",
+            "nobody": "the exit node nobody is no node of the mesh",
         }.items():
-            refused = await lab.exec("cafe-1", KGCTL, "connect", "laptop", "--gateway", node)
+            refused = await lab.exec("cafe-1", KGCTL, "connect", "laptop", "--exit-node", node)
             assert (refused.returncode, says in refused.stderr) == (1, True), refused.stderr
-        said = await lab.kgctl("annotate", "gcp-2", "gateway=true")
-        assert "offers a way out" in said.stdout
-        refused = await lab.exec("cafe-1", KGCTL, "connect", "laptop", "--gateway", "gcp-2")
-        assert "annotate gcp-1 with gateway=true instead" in refused.stderr
-        await lab.kgctl("annotate", "gcp-1", "gateway=true")
+        completed = await lab.kgctl("annotate", "gcp-2", "advertise-exit-node=true")
+        assert "offers an exit node" in completed.stdout
+        refused = await lab.exec("cafe-1", KGCTL, "connect", "laptop", "--exit-node", "gcp-2")
+        assert "annotate gcp-1 with advertise-exit-node=true instead" in refused.stderr
+        await lab.kgctl("annotate", "gcp-1", "advertise-exit-node=true")
 
-        async with connected(lab, "first", "connect", "laptop", "--gateway", "gcp-1", "--dns-hosts") as first:
+        async with connected(lab, "first", "connect", "laptop", "--exit-node", "gcp-1", "--dns-hosts") as first:
             # As what comes from behind gcp's router, and not from behind the café's.
             expected = await direct(lab, "gcp-2")
 
@@ -257,20 +258,20 @@ async def test_a_laptop_leaves_by_a_gateway_and_what_must_stay_outside_does() ->
             assert (await lab.exec("cafe-1", "ip", "-6", "route", "get", "2001:db8::9")).returncode != 0
             assert "fwmark" in await shown(lab, "sh", "-c", "wg show kilo-kilo")
 
-            # What somebody takes away comes back; nobody is let out beside the gateway.
+            # What somebody takes away comes back; nothing bypasses the exit node.
             (ours,) = [line for line in (await shown(lab, "ip", "rule")).splitlines() if "fwmark" in line]
             await lab.exec("cafe-1", "ip", "rule", "del", "priority", ours.partition(":")[0], check=True)
             await eventually(by_gcp, 60, every=0.2, what="the laptop leaves by gcp")
-            await lab.kgctl("annotate", "gcp-1", "gateway-", "--yes")
+            await lab.kgctl("annotate", "gcp-1", "advertise-exit-node-", "--yes")
 
             async def shut() -> bool:
                 return await seen_as(lab) == ""
 
-            await eventually(shut, 30, every=0.2, what="no way out")
+            await eventually(shut, 30, every=0.2, what="no exit node")
             assert " dev kilo-kilo " in await shown(lab, "ip", "route", "get", INTERNET)
             assert await leaks(lab, "cafe", "cafe-1") == []
             await reaches(lab, "home-1.kilo")
-            await lab.kgctl("annotate", "gcp-1", "gateway=true")
+            await lab.kgctl("annotate", "gcp-1", "advertise-exit-node=true")
             await eventually(by_gcp, 60, every=0.2, what="the laptop leaves by gcp")
 
         assert first.ended is not None

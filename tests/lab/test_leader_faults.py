@@ -1,5 +1,5 @@
 """A leader that is up and does not forward, or is gone, or cut off: with real packets, and with leases so long that
-only witnesses can have noticed. Where nobody could do better nothing moves."""
+only probers can have noticed. Where nobody could do better nothing moves."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from test_mesh_scenarios import candidates, leader, status, world
 
 from helpers import eventually
 from helpers_load import measured
-from kilo_etcd.agent.decide import SETTLE_SECONDS
+from kilo_etcd.agent.candidacy_policy import SETTLE_SECONDS
 from kilo_etcd.lab.client import Lab
 
 pytestmark = [pytest.mark.lab, pytest.mark.deadline(600)]
@@ -50,7 +50,7 @@ async def elections(lab: Lab, *hosts: str) -> int:
 
 
 async def in_line(lab: Lab, number: int) -> tuple[str, list[str]]:
-    """The leader of gcp and its members, once all stand and witnesses have had their first answers."""
+    """The leader of gcp and its members, once all stand and probers have had their first answers."""
     members = await candidates(lab, "gcp", number)
     first = await leader(lab, "gcp")
     await lab.all_pairs_ping(30)
@@ -74,7 +74,7 @@ async def gap(lab: Lab, source: str, target: str, within: float) -> AsyncIterato
     assert max(out.longest_gap, back.longest_gap) < machine.allows(within), machine
 
 
-async def test_a_leader_that_lets_nothing_through_is_passed_over() -> None:
+async def test_a_leader_that_lets_nothing_through_is_demoted() -> None:
     async with world({"gcp": 3, "home": 2}, lease_ttl=LONG_LEASE) as lab:
         for fault, undo in (
             (cut_off("forwarding"), healed),
@@ -98,7 +98,7 @@ async def test_a_leader_that_lets_nothing_through_is_passed_over() -> None:
                 await lab.start(host)
 
 
-async def test_where_nobody_can_do_better_nothing_moves_and_who_loses_etcd_asks_its_neighbours() -> None:
+async def test_where_nobody_can_do_better_nothing_moves_and_a_host_without_etcd_queries_other_nodes() -> None:
     async with world({"gcp": 3, "home": 1}) as lab:
         first, members = await in_line(lab, 3)
         gcp = (first, *members)
@@ -167,7 +167,7 @@ async def test_agents_that_die_or_freeze_and_a_site_without_etcd() -> None:
 
 async def _says_why(lab: Lab, host: str) -> bool:
     log = await lab.log(host)
-    return "passed over as leader" in log and "found no way through it, to home-" in log
+    return "demoted as leader" in log and "found no way through it, to home-" in log
 
 
 async def _nobody_stands(lab: Lab) -> bool:
@@ -180,7 +180,7 @@ async def _led_by_one_of(lab: Lab, names: list[str]) -> bool:
 
 
 async def _follows(lab: Lab, host: str) -> bool:
-    return "following the leaders that neighbours name" in await lab.log(host)
+    return "following the leaders that other nodes report" in await lab.log(host)
 
 
 async def _is_back(lab: Lab, host: str) -> bool:

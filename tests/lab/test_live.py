@@ -20,7 +20,7 @@ async def read(lab: Lab, *arguments: str) -> Any:
 
 async def test_a_broken_kernel_is_seen_and_mended_and_a_dead_tunnel_is_red() -> None:
     require("etcd", "etcdctl", "wireguard-go", "ip", "nft", "iptables", "circo")
-    # Without witnesses: a broken leader would not lead for long.
+    # Without probers: a broken leader would not lead for long.
     spec = Spec.simple({"gcp": 2, "home": 2}, labels={"gcp": "gcp"}, agent_args=("--probe", "off"))
     async with running_lab(spec) as lab:
         await lab.all_pairs_ping(60)
@@ -79,6 +79,6 @@ async def test_a_broken_kernel_is_seen_and_mended_and_a_dead_tunnel_is_red() -> 
         await lab.exec(one, "iptables", "-P", "FORWARD", "DROP", check=True)
         texts = [finding["text"] for finding in await read(lab, "check")]
         assert any("in iptables' chain FORWARD (its policy is to drop)" in text for text in texts)
-        # Nothing of the questions is left.
+        # Nothing of the requests is left.
         kept = (await lab.etcdctl("get", "--prefix", "--keys-only", "/kilo-status/")).stdout.split()
         assert sorted(kept) == [f"/kilo-status/{host}" for host in sorted(lab.hosts)]

@@ -340,8 +340,8 @@ async def test_h_when_etcds_leader_is_cut_off_from_its_members_nobody_loses_a_le
         ttl = lab.spec.lease_ttl if lab.spec else 5
         members = json.loads((await lab.etcdctl("member", "list", "-w", "json")).stdout)["members"]
         (reply, *_) = json.loads((await lab.etcdctl("endpoint", "status", "-w", "json")).stdout)
-        (alone,) = (one for one in members if one["ID"] == reply["Status"]["leader"])
-        others = ",".join(one["clientURLs"][0] for one in members if one != alone)
+        (alone,) = (member for member in members if member["ID"] == reply["Status"]["leader"])
+        others = ",".join(member["clientURLs"][0] for member in members if member != alone)
         async with lab.probe("gcp-2", "home-2", interval=0.05) as probe:
             await lab.etcd("cut", alone["name"])
             await eventually(lambda: _longer(probe, 2.0 * ttl), 3.0 * ttl, every=0.2)
@@ -379,13 +379,13 @@ KILL_WIREGUARD = """for process in $(pgrep -x wireguard-go); do
 done; true"""
 
 
-async def test_what_somebody_undoes_on_a_leader_is_put_back_while_it_forwards() -> None:
+async def test_what_somebody_undoes_on_a_leader_is_restored_while_it_forwards() -> None:
     """Members' packets pass through it all the time; it is said once each time; leadership does not move."""
     async with world() as lab:
         first, _, third = await candidates(lab, "", 3)
         target = (await candidates(lab, "gcp", 3))[0]
         other_key = (await lab.exec(target, "wg", "show", "kilo0", "public-key", check=True)).stdout.strip()
-        repaired = "the kernel was changed behind the agent's back; repairing"
+        repaired = "another program changed the kernel; repairing"
         # So that there is a table of nftables.
         await lab.kgctl("annotate", first, "allowed-location-ips=172.30.0.0/24")
         table = ("sh", "-c", "nft list table inet kilo")

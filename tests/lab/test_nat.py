@@ -43,13 +43,13 @@ async def missing(lab: Lab) -> set[tuple[str, str]]:
     return {(min(pair), max(pair)) for pair in await lab.missing_pings(timeout=0.5)}
 
 
-async def unmet(lab: Lab) -> set[tuple[str, str]]:
+async def traversal_failures(lab: Lab) -> set[tuple[str, str]]:
     """(host, the other) for all that agents report of hosts that they do not meet."""
     report = json.loads((await lab.kgctl("status", "-o", "json")).stdout)
     said = [(remark["subject"], re.match(r"no tunnel to node (\S+): it and \S+ are both behind NAT", remark["text"]))
             for remark in report["errors"]]  # fmt: skip
-    assert all(found for _, found in said), report["errors"]
-    return {(subject, found[1]) for subject, found in said if found}
+    assert all(match for _, match in said), report["errors"]
+    return {(subject, match[1]) for subject, match in said if match}
 
 
 async def writes(lab: Lab, host: str) -> list[float]:
@@ -77,7 +77,7 @@ async def test_which_nats_let_hosts_meet_and_what_becomes_of_the_others() -> Non
         await eventually(as_the_table_says, 60, every=0.2, what=f"all pairs but {sorted(apart)}")
 
         async def both_ends_say_so() -> bool:
-            return await unmet(lab) == apart | {(there, here) for here, there in apart}
+            return await traversal_failures(lab) == apart | {(there, here) for here, there in apart}
 
         await eventually(both_ends_say_so, 60, every=0.5, what="a word on each of them, from both ends")
 

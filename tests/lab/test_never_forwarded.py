@@ -109,7 +109,7 @@ async def test_a_firewall_at_boot_is_named_and_opened_on_request() -> None:
 
 
 async def _is_led_by_another(lab: Lab, chosen: str) -> bool:
-    return "passed over as leader" in await lab.log(chosen)
+    return "demoted as leader" in await lab.log(chosen)
 
 
 async def _says(lab: Lab, text: str) -> bool:

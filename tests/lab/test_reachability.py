@@ -35,10 +35,10 @@ async def test_three_sites_without_labels_are_told_apart_and_nothing_leaves_in_c
         (cause,) = (one for one in seen[-1][1] if one["severity"] == "error")
         assert "label them apart (kgctl location set NODE NAME" in cause["remedy"]
         # Before the cause is known nothing else is blamed, and nothing is called well.
-        for code, found in seen:
-            assert code == 1, found
+        for code, result in seen:
+            assert code == 1, result
             told_too_much = ("firewall", "does not reach", "do not reach", "no echo request")
-            assert not [one for one in found if any(text in str(one.values()) for text in told_too_much)], found
+            assert not [one for one in result if any(text in str(one.values()) for text in told_too_much)], result
         mesh = [str(await lab.mesh_address(host)) for host in lab.hosts]
         async with lab.capture("one-1") as one, lab.capture("two-1") as two, lab.capture("three-1") as three:
             assert len(await lab.missing_pings()) == 6
@@ -62,8 +62,8 @@ async def test_three_sites_without_labels_are_told_apart_and_nothing_leaves_in_c
         await lab.all_pairs_ping(30)
 
         async def well() -> bool:
-            found = json.loads((await lab.kgctl("check", "-o", "json", check=False)).stdout)
-            return {finding["severity"] for finding in found} <= {"note"}
+            document = json.loads((await lab.kgctl("check", "-o", "json", check=False)).stdout)
+            return {finding["severity"] for finding in document} <= {"note"}
 
         await eventually(well, 60, every=0.5)
         assert (await lab.kgctl("explain", "one-1", "two-1", "--live")).returncode == 0
@@ -87,8 +87,8 @@ async def test_a_location_whose_network_filters_icmp_and_udp_1107_works_and_so_d
         for host in lab.hosts:
             await lab.start(host)
         await lab.all_pairs_ping(60)
-        found = await lab.kgctl("check", check=False)
-        assert "never answered" not in found.stdout
+        completed = await lab.kgctl("check", check=False)
+        assert "never answered" not in completed.stdout
         async with lab.probe("lan-3", "far-1") as out, lab.probe("lan-3", "lan-2") as near:
             runs = await elections(lab, "lan-3")
             await lab.reload("lan-3")

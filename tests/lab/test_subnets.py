@@ -65,14 +65,14 @@ async def reached(lab: Lab, *targets: str, sources: list[str] = NODES, deadline:
 
 async def seen(lab: Lab, machine: str, interface: str, target: str, sources: list[str]) -> dict[str, set[str]]:
     """Node -> the addresses from which its pings of `target` come in at `machine`."""
-    found = {}
+    result = {}
     for source in sources:
         async with lab.capture(machine, [interface]) as capture:
             assert await lab.ping(source, target, timeout=5), f"{source} to {target}"
-        found[source] = {
+        result[source] = {
             flow.source for flow in capture.flows if flow.protocol == "icmp" and flow.destination == target
         }
-    return found
+    return result
 
 
 async def masquerading(lab: Lab) -> list[str]:

@@ -79,4 +79,4 @@ class World:
 
     @property
     def aside(self) -> dict[str, str]:
-        return {note.key: note.reason for note in self.view.snapshot().set_aside}
+        return {note.key: note.reason for note in self.view.snapshot().rejected}

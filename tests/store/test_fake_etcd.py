@@ -33,7 +33,7 @@ from kilo_etcd.testing.fake_etcd import FakeEtcd
 
 async def exercise(client: Client) -> list[object]:
     """Everything that the store asks of etcd; what came back, with revisions counted from the start."""
-    said: list[object] = []
+    result: list[object] = []
     base = (await client.put("/x/start", "0")).header.revision
 
     def shown(kv: KeyValue | None) -> object:
@@ -45,10 +45,10 @@ async def exercise(client: Client) -> list[object]:
         try:
             done = await client.txn(compare, success, failure)
         except EtcdError as error:
-            said.append(type(error))
+            result.append(type(error))
             return
         ranges = [[shown(kv) for kv in r.kvs] for r in done.responses if isinstance(r, RangeResult)]
-        said.append((done.succeeded, len(done.responses), done.header.revision - base, ranges))
+        result.append((done.succeeded, len(done.responses), done.header.revision - base, ranges))
 
     await txn([absent("/x/a")], [Put("/x/a", "1")], [Get("/x/a")])
     await txn([absent("/x/a")], [Put("/x/a", "2")], [Get("/x/a")])
@@ -66,24 +66,24 @@ async def exercise(client: Client) -> list[object]:
     assert kv is not None
     await client.put("/x/a", "3")
     await txn([unchanged(kv)], [Put("/x/a", "4")])
-    said.append(shown(await client.get("/x/a")))
-    said.append([shown(kv) for kv in (await client.range("/x/a", revision=kv.mod_revision)).kvs])
-    said.append((await client.range("/x/", prefix_end("/x/"), count_only=True)).count)
+    result.append(shown(await client.get("/x/a")))
+    result.append([shown(kv) for kv in (await client.range("/x/a", revision=kv.mod_revision)).kvs])
+    result.append((await client.range("/x/", prefix_end("/x/"), count_only=True)).count)
     keys_only = await client.range("/x/", prefix_end("/x/"), keys_only=True, limit=2)
-    said.append(([shown(kv) for kv in keys_only.kvs], keys_only.more))
+    result.append(([shown(kv) for kv in keys_only.kvs], keys_only.more))
 
     lease = await client.grant_lease(60)
     await client.put("/x/l1", "1", lease=lease.id)
     created = (await client.get("/x/l1")) or kv
     other = await client.grant_lease(1)
-    said.append((lease.ttl, other.ttl))
+    result.append((lease.ttl, other.ttl))
     await client.put("/x/l1", "1", lease=other.id)
-    said.append(shown(await client.get("/x/l1")))
+    result.append(shown(await client.get("/x/l1")))
     info = await client.lease_time_to_live(other.id, keys=True)
-    said.append((info.granted_ttl, info.keys, 0 <= info.ttl <= 2))
+    result.append((info.granted_ttl, info.keys, 0 <= info.ttl <= 2))
     await client.revoke_lease(lease.id)
-    said.append((await client.get("/x/l1")) is not None)
-    said.append((await client.lease_time_to_live(lease.id)).ttl)
+    result.append((await client.get("/x/l1")) is not None)
+    result.append((await client.lease_time_to_live(lease.id)).ttl)
     for call in (client.refresh_lease(lease.id), client.revoke_lease(lease.id)):
         with pytest.raises(LeaseNotFound):
             await call
@@ -93,9 +93,9 @@ async def exercise(client: Client) -> list[object]:
             events += [(event.type, shown(event.kv)) for event in batch.events]
             if any(event.kv.key == b"/x/l1" and event.type.name == "DELETE" for event in batch.events):
                 break
-    said.append(events)
+    result.append(events)
     assert created.mod_revision > base
-    return said
+    return result
 
 
 @pytest.mark.etcd

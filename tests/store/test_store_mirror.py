@@ -12,7 +12,7 @@ from store_world import KEYS, record
 from helpers import eventually
 from kilo_etcd.etcd.api import Header
 from kilo_etcd.model import Granularity, InternalIPs, Snapshot
-from kilo_etcd.store import HeldOff, LastSeen, Mirror, encode
+from kilo_etcd.store import ClusterNotTrusted, LastSeen, Mirror, encode
 from kilo_etcd.store.records import encode_adoption
 from kilo_etcd.testing.fake_etcd import FakeClient, FakeEtcd
 
@@ -185,8 +185,8 @@ async def test_another_cluster_is_not_followed_until_adopted(empty: bool) -> Non
     async with mirrored(etcd) as mirror:
         first = await newer(mirror, None)
         etcd.replace_cluster(keep_data=not empty)
-        await eventually(lambda: mirror.suspect, 20)
-        assert "another cluster" in str(mirror.suspect)
+        await eventually(lambda: mirror.untrusted_reason, 20)
+        assert "another cluster" in str(mirror.untrusted_reason)
         node(etcd, "b", 2)
         # Another cluster's adoption, as a backup may hold one, is none of this one.
         etcd.put(KEYS.adopted, encode_adoption(etcd.cluster_id - 1, "2026-11-01T00:00:00Z"))
@@ -196,7 +196,7 @@ async def test_another_cluster_is_not_followed_until_adopted(empty: bool) -> Non
         second = await newer(mirror, first, 10)
         assert set(second.nodes) == ({"b"} if empty else {"a", "b"})
         assert second.cluster_id == etcd.cluster_id
-        assert mirror.suspect is None
+        assert mirror.untrusted_reason is None
         etcd.put(KEYS.granularity, "full")
         await eventually(lambda: mirror.current and mirror.current.granularity is Granularity.FULL)
 
@@ -208,8 +208,8 @@ async def test_a_restored_backup_of_the_same_cluster_is_not_followed() -> None:
     async with mirrored(etcd) as mirror:
         first = await newer(mirror, None)
         etcd.replace_cluster(etcd.cluster_id, keep_data=True)
-        await eventually(lambda: mirror.suspect, 20)
-        assert "its revision is 6, it was 55" in str(mirror.suspect)
+        await eventually(lambda: mirror.untrusted_reason, 20)
+        assert "its revision is 6, it was 55" in str(mirror.untrusted_reason)
         assert mirror.current is first
 
 
@@ -223,13 +223,13 @@ async def test_an_adoption_counts_once() -> None:
         first = await newer(mirror, None)
         # The backup has the adoption that everyone knew already.
         etcd.replace_cluster(etcd.cluster_id, keep_data=True)
-        await eventually(lambda: mirror.suspect, 20)
+        await eventually(lambda: mirror.untrusted_reason, 20)
         await trio.sleep(100)
         assert mirror.current is first
         etcd.put(KEYS.adopted, encode_adoption(etcd.cluster_id, "2026-11-24T01:00:00Z"))
         second = await newer(mirror, first, 10)
         assert second.revision == etcd.revision < first.revision
-        assert second.set_aside == ()
+        assert second.rejected == ()
 
 
 async def test_it_follows_again_when_the_right_cluster_is_back() -> None:
@@ -238,9 +238,9 @@ async def test_it_follows_again_when_the_right_cluster_is_back() -> None:
     async with mirrored(etcd) as mirror:
         first = await newer(mirror, None)
         etcd.cluster_id = 99
-        await eventually(lambda: mirror.suspect, 20)
+        await eventually(lambda: mirror.untrusted_reason, 20)
         etcd.cluster_id = right
-        await eventually(lambda: mirror.suspect is None, 20)
+        await eventually(lambda: mirror.untrusted_reason is None, 20)
         node(etcd, "b", 2)
         assert set((await newer(mirror, first)).nodes) == {"a", "b"}
 
@@ -249,7 +249,7 @@ async def test_what_the_disk_remembers_guards_the_first_listing() -> None:
     etcd = seeded()
     remembered = LastSeen(header=Header(revision=900, cluster_id=etcd.cluster_id, raft_term=1))
     async with mirrored(etcd, last_seen=remembered) as mirror:
-        await eventually(lambda: mirror.suspect, 20)
+        await eventually(lambda: mirror.untrusted_reason, 20)
         assert mirror.current is None
         etcd.put(KEYS.adopted, encode_adoption(etcd.cluster_id, "2026-11-24T01:00:00Z"))
         assert set((await newer(mirror, None)).nodes) == {"a"}
@@ -262,7 +262,7 @@ async def test_an_adoption_that_the_disk_knows_does_not_count_again() -> None:
     header = Header(revision=900, cluster_id=etcd.cluster_id, raft_term=1)
     async with mirrored(etcd, last_seen=LastSeen(header=header, adopted=said.encode())) as mirror:
         await trio.sleep(100)
-        assert "its revision is 6, it was 900" in str(mirror.suspect)
+        assert "its revision is 6, it was 900" in str(mirror.untrusted_reason)
         etcd.put(KEYS.adopted, encode_adoption(etcd.cluster_id, "2026-11-24T02:00:00Z"))
         assert set((await newer(mirror, None)).nodes) == {"a"}
     # One that it did not know, however long ago it was made, does.
@@ -274,36 +274,36 @@ async def test_who_wants_to_write_is_told_at_once_that_etcd_was_replaced() -> No
     etcd = seeded()
     async with mirrored(etcd) as mirror:
         first = await newer(mirror, None)
-        await mirror.vouch()
+        await mirror.verify()
         etcd.replace_cluster()
-        with pytest.raises(HeldOff, match=r"another cluster now .* kgctl mesh adopt"):
-            await mirror.vouch()
-        with pytest.raises(HeldOff):
+        with pytest.raises(ClusterNotTrusted, match=r"another cluster now .* kgctl mesh adopt"):
+            await mirror.verify()
+        with pytest.raises(ClusterNotTrusted):
             mirror.check()
         etcd.put(KEYS.adopted, encode_adoption(etcd.cluster_id, "2026-11-24T02:00:00Z"))
         assert (await newer(mirror, first, 20)).cluster_id == etcd.cluster_id
-        await mirror.vouch()
+        await mirror.verify()
 
 
 async def test_an_answer_that_a_newer_one_overtook_is_no_step_back_in_time() -> None:
-    """Whoever vouches while the mirror hears of a later revision compares with what was known when it asked."""
+    """`verify` compares with what was known when it asked, although the mirror sees a later revision meanwhile."""
     etcd = seeded()
     etcd.delay = 0.5
     async with mirrored(etcd, probe_period=1.0) as mirror:
         await newer(mirror, None)
 
-        async def vouch() -> None:
+        async def verify() -> None:
             for _ in range(200):
-                await mirror.vouch()
+                await mirror.verify()
                 await trio.sleep(0.1)
 
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(vouch)
-            nursery.start_soon(vouch)
+            nursery.start_soon(verify)
+            nursery.start_soon(verify)
             for number in range(100):
                 etcd.put(KEYS.location("a"), f"l{number}")
                 await trio.sleep(0.7)
-        assert mirror.suspect is None
+        assert mirror.untrusted_reason is None
 
 
 async def test_a_latecomer_finds_the_last_good_settings_in_history() -> None:
@@ -318,7 +318,7 @@ async def test_a_latecomer_finds_the_last_good_settings_in_history() -> None:
     assert snapshot.granularity is Granularity.CROSS
     assert snapshot.internal_ips is InternalIPs.ENCRYPTED
     assert set(snapshot.nodes) == {"a"}
-    assert {note.key for note in snapshot.set_aside} == {KEYS.granularity, KEYS.subnets, KEYS.internal_ips}
+    assert {note.key for note in snapshot.rejected} == {KEYS.granularity, KEYS.subnets, KEYS.internal_ips}
 
 
 async def test_a_quiet_etcd_is_only_read_now_and_then() -> None:

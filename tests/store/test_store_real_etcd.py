@@ -55,11 +55,11 @@ async def test_a_key_and_an_address_stay_with_their_owner() -> None:
         await eventually(lambda: mirror.current and mirror.current.revision >= last)
         assert mirror.current.nodes == {"a": node}
         assert mirror.current.peers == {}
-        assert {note.key for note in mirror.current.set_aside} == {
+        assert {note.key for note in mirror.current.rejected} == {
             KEYS.node("thief"), KEYS.peer("laptop"), KEYS.subnets, *map(KEYS.address, it.addresses)
         }  # fmt: skip
         now, _ = await snapshot(client, KEYS)
-        assert (now.nodes, now.set_aside) == (mirror.current.nodes, mirror.current.set_aside)
+        assert (now.nodes, now.rejected) == (mirror.current.nodes, mirror.current.rejected)
         again = Session(client, KEYS, "a", wg_key("a"))
         assert await again.subnets_in_force((ip_network("10.5.0.0/16"),)) == SUBNETS
         assert await again.claim_addresses(SUBNETS) == it.addresses
@@ -67,7 +67,7 @@ async def test_a_key_and_an_address_stay_with_their_owner() -> None:
             kv = await client.get(KEYS.address(address))
             assert kv is not None
             assert (kv.value, kv.create_revision) == (b"a", kv.mod_revision)
-        await eventually(lambda: mirror.current and len(mirror.current.set_aside) == 3)
+        await eventually(lambda: mirror.current and len(mirror.current.rejected) == 3)
         assert mirror.current.nodes == {"a": node}
         nursery.cancel_scope.cancel()
 
@@ -95,7 +95,7 @@ async def test_a_host_comes_crashes_returns_and_leaves() -> None:
         assert mirror.current is not None
         node, candidate = mirror.current.nodes["a"], mirror.current.candidates[""][0]
         assert [address.version for address in node.mesh_addresses] == [4, 6]
-        assert mirror.current.set_aside == ()
+        assert mirror.current.rejected == ()
 
         intruder = Session(client, KEYS, "a", wg_key("intruder"), lease_ttl=2)
         with pytest.raises(NameTaken, match="is taken by a living host"):
@@ -182,7 +182,7 @@ async def test_a_member_killed_and_started_again_costs_no_write() -> None:
         assert mirror.current is not None
         await server.restart()
         await eventually(lambda: mirror.connected and it.healthy, 20)
-        assert mirror.suspect is None
+        assert mirror.untrusted_reason is None
         assert (await client.get_prefix(KEYS.root)).header.revision == revision
         await client.put(KEYS.location("a"), "gcp")
         await eventually(lambda: mirror.current and mirror.current.revision > revision, 10)

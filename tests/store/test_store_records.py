@@ -82,12 +82,14 @@ def test_a_node_record_comes_back(value: object) -> None:
 
 def test_a_status_comes_back() -> None:
     status = StatusRecord(
-        public_key=wg_key("a"), role=Role.LEADER, errors=("x: y",), set_aside=2, revision=7, answers=True,
+        public_key=wg_key("a"), role=Role.LEADER, errors=("x: y",), rejected=2, revision=7, answers=True,
         unreachable=(Unreachable("b", "10.0.0.2"), Unreachable("d", "10.0.0.4", True)), unsigned=("c",),
     )  # fmt: skip
     assert decode_status(encode(status)) == status
     short = encode(status).replace(b',"10.0.0.4",true', b',"10.0.0.4"').replace(b',"10.0.0.2",false', b',"10.0.0.2"')
-    assert [one.routed for one in decode_status(short).unreachable] == [False, False], "of an agent before 'routed'"
+    assert [unreachable.routed for unreachable in decode_status(short).unreachable] == [False, False], (
+        "of an agent before 'routed'"
+    )
     older = json.loads(encode(status))
     for name in ("answers", "unreachable", "unsigned"):
         del older[name]
@@ -112,7 +114,7 @@ field_names = st.sampled_from(
         "encapsulate",
         "rank",
     ]
-    + ["since", "allowedIPs", "presharedKey", "errors", "role", "granularityFlag", "setAside", "revision", "leader"]
+    + ["since", "allowedIPs", "presharedKey", "errors", "role", "granularityFlag", "rejected", "revision", "leader"]
 )
 almost = st.dictionaries(field_names, json_values | st.just(wg_key("x")), max_size=5).map(
     lambda data: json.dumps({"publicKey": wg_key("x"), "rank": 1} | data).encode()

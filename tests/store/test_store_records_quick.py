@@ -10,11 +10,11 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 import pytest
-import witness
+import reference_decoder
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from kilo_etcd import quickip
+from kilo_etcd import fast_ip
 from kilo_etcd.store.keys import decode_name
 from kilo_etcd.store.records import _FIELDS, _REQUIRED, MAX_VALUE, RecordError, encode, read
 
@@ -52,9 +52,9 @@ def outcome(work: Callable[[], Any]) -> tuple[Any, ...]:
 @example("0.0.0.0/0")
 def test_addresses_are_read_as_ipaddress_reads_them(text: str) -> None:
     for quick, slow in (
-        (quickip.ip_address, ipaddress.ip_address),
-        (quickip.ip_interface, ipaddress.ip_interface),
-        (quickip.ip_network, lambda text: ipaddress.ip_network(text, strict=False)),
+        (fast_ip.ip_address, ipaddress.ip_address),
+        (fast_ip.ip_interface, ipaddress.ip_interface),
+        (fast_ip.ip_network, lambda text: ipaddress.ip_network(text, strict=False)),
     ):
         assert outcome(lambda quick=quick: quick(text)) == outcome(lambda slow=slow: slow(text))
 
@@ -139,9 +139,9 @@ sound: dict[str, st.SearchStrategy[Any]] = {
     ),
 }
 sound |= dict.fromkeys(
-    ("persistentKeepalive", "revision", "setAside", "time", "mtu", "undone", "candidacy"), sound_numbers
+    ("persistentKeepalive", "revision", "rejected", "time", "mtu", "undone", "candidacy"), sound_numbers
 )
-sound |= dict.fromkeys(("answers", "fellows", "reaches"), st.booleans())
+sound |= dict.fromkeys(("answers", "leaderReachable", "membersReachable", "canTakeOver"), st.booleans())
 
 
 @st.composite
@@ -149,7 +149,7 @@ def objects(draw: st.DrawFn, kind: type) -> bytes:
     """A JSON object for `kind`: half of them are sound, in the others some fields are not, or not quite."""
     all_sound = draw(st.booleans())
     data: dict[str, Any] = {}
-    for name in witness.READERS[kind]:
+    for name in reference_decoder.READERS[kind]:
         required = name in _REQUIRED[kind]
         how = 0 if all_sound else draw(st.integers(0, 5))
         if how <= 3 and (required or draw(st.booleans())):
@@ -159,7 +159,7 @@ def objects(draw: st.DrawFn, kind: type) -> bytes:
     if not draw(st.integers(0, 4)):
         data[draw(st.text(max_size=4) | st.just("\ud800"))] = draw(values)
     if not all_sound and not draw(st.integers(0, 9)):
-        data.pop(draw(st.sampled_from(sorted(witness.READERS[kind]))), None)
+        data.pop(draw(st.sampled_from(sorted(reference_decoder.READERS[kind]))), None)
     return json.dumps(data).encode()
 
 
@@ -170,14 +170,14 @@ def found(work: Callable[[], Any]) -> tuple[str, Any]:
         return "refused", str(error)
 
 
-def test_every_kind_of_record_has_its_witness() -> None:
-    assert witness.READERS.keys() == _FIELDS.keys()
-    for kind, readers in witness.READERS.items():
+def test_every_kind_of_record_has_its_reference_decoder() -> None:
+    assert reference_decoder.READERS.keys() == _FIELDS.keys()
+    for kind, readers in reference_decoder.READERS.items():
         assert list(readers) == list(_FIELDS[kind])
 
 
-@pytest.mark.parametrize("kind", witness.READERS, ids=lambda kind: kind.__name__)
-def test_records_are_read_and_refused_as_the_witness_does(kind: type) -> None:
+@pytest.mark.parametrize("kind", reference_decoder.READERS, ids=lambda kind: kind.__name__)
+def test_records_are_read_and_refused_as_the_reference_decoder_does(kind: type) -> None:
     @settings(max_examples=200, deadline=None)
     @given(objects(kind))
     def holds(value: bytes) -> None:
@@ -185,12 +185,12 @@ def test_records_are_read_and_refused_as_the_witness_does(kind: type) -> None:
             got = read(kind, value)
             return got.record, got.unknown
 
-        mine, theirs = found(ours), found(lambda: witness.read(kind, value))
+        mine, theirs = found(ours), found(lambda: reference_decoder.read(kind, value))
         assert mine == theirs
         if mine[0] == "read":
             record = mine[1][0]
-            assert [type(one) for one in _parts(record)] == [type(one) for one in _parts(theirs[1][0])]
-            assert encode(record) == witness.encode(record)
+            assert [type(part) for part in _parts(record)] == [type(part) for part in _parts(theirs[1][0])]
+            assert encode(record) == reference_decoder.encode(record)
             # An empty field is left out, so what must be there must not be empty.
             if all(getattr(record, _FIELDS[kind][name].name) != "" for name in _REQUIRED[kind]):
                 assert read(kind, encode(record)).record == record
@@ -220,10 +220,10 @@ def _parts(record: Any) -> list[Any]:
         b'{"endpoint":"","port":0}',
     ],
 )
-@pytest.mark.parametrize("kind", witness.READERS, ids=lambda kind: kind.__name__)
-def test_odd_values_are_read_and_refused_as_the_witness_does(kind: type, value: bytes) -> None:
+@pytest.mark.parametrize("kind", reference_decoder.READERS, ids=lambda kind: kind.__name__)
+def test_odd_values_are_read_and_refused_as_the_reference_decoder_does(kind: type, value: bytes) -> None:
     def ours() -> Any:
         got = read(kind, value, MAX_VALUE)
         return got.record, got.unknown
 
-    assert found(ours) == found(lambda: witness.read(kind, value))
+    assert found(ours) == found(lambda: reference_decoder.read(kind, value))

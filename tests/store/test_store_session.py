@@ -21,20 +21,20 @@ from kilo_etcd.store import (
     Mirror,
     NameTaken,
     NoAddressLeft,
+    ObservedEndpointRecord,
+    ProbeReportRecord,
     RecordError,
     Session,
-    SightingRecord,
     StageRecord,
     StatusRecord,
-    VerdictRecord,
     decode_node,
     decode_stage,
     decode_status,
     encode,
 )
 from kilo_etcd.store.claims import candidates
+from kilo_etcd.store.published_records import about_status_key
 from kilo_etcd.store.records import decode_candidate
-from kilo_etcd.store.said import about_status_key
 from kilo_etcd.testing.fake_etcd import FakeClient, FakeEtcd
 
 pytestmark = pytest.mark.autojump
@@ -293,7 +293,7 @@ async def test_a_record_that_is_taken_away_comes_back_with_its_address() -> None
         assert etcd.leases()[etcd.data[NODE.encode()].lease] == 86400
 
 
-async def test_a_record_older_than_etcds_history_is_minded_too() -> None:
+async def test_a_record_older_than_etcds_history_is_watched_too() -> None:
     etcd = FakeEtcd()
     async with member(etcd):
         pass
@@ -310,7 +310,7 @@ async def test_a_record_older_than_etcds_history_is_minded_too() -> None:
         await eventually(lambda: NODE in etcd, 10)
 
 
-async def test_a_candidacy_whose_answer_was_lost_does_not_outlive_the_wish() -> None:
+async def test_a_candidacy_whose_answer_was_lost_does_not_outlive_its_desired_state() -> None:
     etcd = FakeEtcd()
     client = etcd.client()
     async with member(etcd, client) as it:
@@ -346,7 +346,7 @@ async def test_what_is_taken_away_from_under_the_short_lease_comes_back(compacte
             await trio.sleep(60)
             assert {GCP, STATUS} <= set(etcd.keys())
             assert etcd.data[GCP.encode()].create_revision > created, "it stands in line again, at the end"
-            assert etcd.revision <= revision + 4, "and is put back once"
+            assert etcd.revision <= revision + 4, "and is restored once"
         await it.leave()
         await trio.sleep(60)
         assert GCP not in etcd
@@ -437,7 +437,7 @@ async def test_news_is_written_although_a_key_waits_to_be_restored() -> None:
             await eventually(lambda: b"{}" not in (etcd.get(STATUS), etcd.get(GCP)), 60)
         etcd.put(STATUS, "{}")
         etcd.put(GCP, "{}")
-        await eventually(lambda: len(it._held.changed) == 2)
+        await eventually(lambda: len(it._leased.changed) == 2)
         assert not it.healthy
         assert await it.put_status(StatusRecord(public_key=wg_key("a"), revision=2))
         assert decode_status(etcd.get(STATUS) or b"").revision == 2
@@ -451,7 +451,7 @@ async def test_a_host_that_ends_leaves_no_key_that_another_writer_has_taken_from
     async with member(etcd) as it:
         await overwritten(etcd, GCP, times=6)
         etcd.put(GCP, "{}")
-        await eventually(lambda: bool(it._held.changed))
+        await eventually(lambda: bool(it._leased.changed))
         await it.resign()
         assert etcd.keys() == [NODE]
 
@@ -469,8 +469,8 @@ async def test_a_host_that_ends_leaves_the_keys_of_the_host_that_has_its_name_by
             theirs |= {NODE: encode(record("b")), GCP: encode(CandidateRecord(rank=CandidateClass.REST))}
         for key, value in theirs.items():
             etcd.put(key, value, lease=lease)
-            await it._held.compare(key, etcd.data[key.encode()], etcd.revision)
-        assert set(it._held.changed) == theirs.keys() - {NODE}
+            await it._leased.compare(key, etcd.data[key.encode()], etcd.revision)
+        assert set(it._leased.changed) == theirs.keys() - {NODE}
         await it.resign()
         assert {key: etcd.get(key) for key in theirs} == theirs
         assert set(etcd.keys()) == {NODE, *theirs}
@@ -485,8 +485,8 @@ async def test_a_host_that_ends_deletes_thousands_of_forged_keys_in_a_few_writes
             etcd.put(key, '{"rank":0}')
         await overwritten(etcd, STATUS, times=3)
         etcd.put(STATUS, "{}")
-        await eventually(lambda: STATUS in it._held.changed)
-        await it._held.find([etcd.data[key.encode()] for key in forged], etcd.revision)
+        await eventually(lambda: STATUS in it._leased.changed)
+        await it._leased.find([etcd.data[key.encode()] for key in forged], etcd.revision)
         with trio.fail_after(2):
             await it.resign()
         assert etcd.keys() == [NODE]
@@ -512,11 +512,11 @@ async def test_own_writes_are_not_taken_for_those_of_another() -> None:
             await trio.sleep(10)
             etcd.restore(saved)
             await trio.sleep(30)
-            assert it._held._backoffs == {}
+            assert it._leased._backoffs == {}
         async with running(again := session(etcd.client(), lease_ttl=3)):
             await again.register(record("a"))
             await trio.sleep(30)
-            assert again._held._backoffs == {}
+            assert again._leased._backoffs == {}
     assert [log for log in logs if "another writer" in log["event"]] == []
 
 
@@ -639,19 +639,19 @@ async def test_a_host_that_lost_its_name_while_away_does_not_fight_for_it() -> N
 
 
 class Confined(FakeClient):
-    """A client whose role in etcd has no right to the verdicts."""
+    """A client whose role in etcd has no right to the probe reports."""
 
     async def txn(self, compare: Sequence[Compare], success: Sequence[Op] = (), failure: Sequence[Op] = ()) -> Any:
-        if any("/verdicts/" in str(getattr(op, "key", "")) for op in success):
+        if any("/probe-reports/" in str(getattr(op, "key", "")) for op in success):
             raise PermissionDenied("etcdserver: permission denied")
         return await super().txn(compare, success, failure)
 
 
-async def test_a_host_that_may_say_nothing_of_others_stands_and_reports_all_the_same() -> None:
+async def test_a_host_that_may_publish_nothing_of_others_is_a_candidate_and_reports_all_the_same() -> None:
     etcd = FakeEtcd()
     async with member(etcd, Confined(etcd, "a")) as a:
-        record = VerdictRecord(leader="b", candidacy=5)
-        assert not await a.put_verdicts({"gcp": record})
+        record = ProbeReportRecord(leader="b", candidacy=5)
+        assert not await a.put_probe_reports({"gcp": record})
         assert a.last_error is not None
         await a.enter("gcp", CandidateClass.PUBLIC)
         assert etcd.get(KEYS.election("gcp", "a")) is not None
@@ -659,13 +659,13 @@ async def test_a_host_that_may_say_nothing_of_others_stands_and_reports_all_the_
         assert decode_status(etcd.get(KEYS.status("a")) or b"").revision == 9
         await a.leave()
         assert etcd.get(KEYS.election("gcp", "a")) is None
-        assert etcd.get(KEYS.verdict("gcp", "a")) is None
+        assert etcd.get(KEYS.probe_report("gcp", "a")) is None
 
 
 async def test_a_forged_key_that_a_host_may_not_delete_hinders_no_other_write() -> None:
     etcd = FakeEtcd()
     mirror = Mirror(etcd.client(), KEYS)
-    denied, observed, candidacy = KEYS.verdict("aws", "a"), KEYS.endpoint("b", "a"), KEYS.election("aws", "a")
+    denied, observed, candidacy = KEYS.probe_report("aws", "a"), KEYS.endpoint("b", "a"), KEYS.election("aws", "a")
     async with member(etcd, Confined(etcd, "a")) as a, trio.open_nursery() as nursery:
         await nursery.start(mirror.run)
         await trio.sleep(60)
@@ -681,7 +681,9 @@ async def test_a_forged_key_that_a_host_may_not_delete_hinders_no_other_write() 
         assert a.last_error is not None
         await a.put_status(StatusRecord(public_key=wg_key("a"), revision=9))
         assert decode_status(etcd.get(KEYS.status("a")) or b"").revision == 9
-        await a.put_sightings({"b": SightingRecord(public_key=wg_key("b"), endpoint=Endpoint.parse("192.0.2.1:1"))})
+        await a.put_observed_endpoints(
+            {"b": ObservedEndpointRecord(public_key=wg_key("b"), endpoint=Endpoint.parse("192.0.2.1:1"))}
+        )
         assert observed in etcd
         await a.leave()
         assert GCP not in etcd
@@ -946,9 +948,9 @@ async def test_a_claim_whose_answer_was_lost_is_the_one() -> None:
     [("10.0.0.0/29", 6), ("10.0.0.0/31", 2), ("10.0.0.1/32", 1), ("fd00::/125", 7), ("fd00::/127", 2)],
 )
 def test_the_candidates_are_every_host_address_once(subnet: str, count: int) -> None:
-    found = list(candidates("a", ip_network(subnet), set()))
-    assert len(found) == len(set(found)) == count
-    assert ip_address("10.0.0.0") not in found or count == 2
+    addresses = list(candidates("a", ip_network(subnet), set()))
+    assert len(addresses) == len(set(addresses)) == count
+    assert ip_address("10.0.0.0") not in addresses or count == 2
 
 
 def test_evolve_keeps_equal_records_equal_bytes() -> None:
@@ -961,34 +963,34 @@ async def test_who_may_say_nothing_of_others_keeps_its_own_place(monkeypatch: py
     allowed = client.txn
 
     async def txn(compare, success, failure=()):  # type: ignore[no-untyped-def]
-        if any("/verdicts/" in str(getattr(op, "key", "")) for op in success):
-            raise PermissionDenied("user a may not write on '/kilo/verdicts/'")
+        if any("/probe-reports/" in str(getattr(op, "key", "")) for op in success):
+            raise PermissionDenied("user a may not write on '/kilo/probe-reports/'")
         return await allowed(compare, success, failure)
 
     monkeypatch.setattr(client, "txn", txn)
     async with member(etcd, client) as it:
-        assert not await it.put_verdicts({"home": VerdictRecord(leader="h", candidacy=7)})
+        assert not await it.put_probe_reports({"home": ProbeReportRecord(leader="h", candidacy=7)})
         assert await it.leave() is False
         assert GCP not in etcd
         await it.enter("gcp", CandidateClass.PUBLIC)
         assert GCP in etcd
         assert it.last_error is not None
-        assert await it.put_verdicts({})
+        assert await it.put_probe_reports({})
         assert it.healthy
 
 
-async def test_what_is_said_of_leaders_stands_under_the_lease_and_is_adopted() -> None:
+async def test_probe_reports_stay_under_the_lease_and_are_adopted() -> None:
     etcd = FakeEtcd()
-    said = {"home": VerdictRecord(leader="h", candidacy=7, targets=("a",), answers=True)}
+    reports = {"home": ProbeReportRecord(leader="h", candidacy=7, targets=("a",), leader_reachable=True)}
     async with member(etcd) as it:
-        assert await it.put_verdicts(said)
-        assert etcd.data[b"/kilo/verdicts/home/a"].lease == etcd.data[GCP.encode()].lease
+        assert await it.put_probe_reports(reports)
+        assert etcd.data[b"/kilo/probe-reports/home/a"].lease == etcd.data[GCP.encode()].lease
         again = session(etcd.client())
         async with running(again):
             await again.register(record("a"))
-            assert again.verdicts == said
-            assert await again.put_verdicts({})
-            assert "/kilo/verdicts/home/a" not in etcd
+            assert again.probe_reports == reports
+            assert await again.put_probe_reports({})
+            assert "/kilo/probe-reports/home/a" not in etcd
 
 
 async def test_thousands_of_keys_in_a_host_s_name_are_deleted_in_a_few_writes_and_watched_by_nobody() -> None:
@@ -1010,7 +1012,7 @@ async def test_thousands_of_keys_in_a_host_s_name_are_deleted_in_a_few_writes_an
         await nursery.start(mirror.run)
         await trio.sleep(60)
         calls.clear()
-        forged = {make(f"x{number}", "a") for number in range(1000) for make in (KEYS.election, KEYS.verdict)}
+        forged = {make(f"x{number}", "a") for number in range(1000) for make in (KEYS.election, KEYS.probe_report)}
         for key in forged:
             etcd.put(key, '{"rank":0,"leader":"b","candidacy":1}')
         while set(etcd.keys()) & forged:
@@ -1025,9 +1027,9 @@ async def test_thousands_of_keys_in_a_host_s_name_are_deleted_in_a_few_writes_an
 async def test_a_report_that_another_writer_changes_is_restored_and_a_forged_one_is_deleted() -> None:
     etcd = FakeEtcd()
     mirror = Mirror(etcd.client(), KEYS)
-    said = {"home": VerdictRecord(leader="h", candidacy=7, targets=("a",), answers=True)}
-    observed, leased = KEYS.endpoint("b", "a"), KEYS.verdict("azure", "a")
-    home, forged, candidacy = KEYS.verdict("home", "a"), KEYS.verdict("gcp", "a"), KEYS.election("aws", "a")
+    reports = {"home": ProbeReportRecord(leader="h", candidacy=7, targets=("a",), leader_reachable=True)}
+    observed, leased = KEYS.endpoint("b", "a"), KEYS.probe_report("azure", "a")
+    home, forged, candidacy = KEYS.probe_report("home", "a"), KEYS.probe_report("gcp", "a"), KEYS.election("aws", "a")
     async with member(etcd) as it, trio.open_nursery() as nursery:
         await nursery.start(mirror.run)
 
@@ -1039,7 +1041,7 @@ async def test_a_report_that_another_writer_changes_is_restored_and_a_forged_one
                 await it.compare(snapshot, mirror)
 
         nursery.start_soon(compare)
-        await it.put_verdicts(said)
+        await it.put_probe_reports(reports)
         before = etcd.data[home.encode()]
         etcd.put(home, before.value)
         await eventually(lambda: _stands(etcd, home, before.value, before.lease))
@@ -1048,15 +1050,17 @@ async def test_a_report_that_another_writer_changes_is_restored_and_a_forged_one
         etcd.delete(home)
         await eventually(lambda: _stands(etcd, home, before.value, before.lease))
         etcd.put(forged, before.value)
-        etcd.put(observed, encode(SightingRecord(public_key=wg_key("b"), endpoint=Endpoint.parse("192.0.2.1:1"))))
+        etcd.put(
+            observed, encode(ObservedEndpointRecord(public_key=wg_key("b"), endpoint=Endpoint.parse("192.0.2.1:1")))
+        )
         etcd.put(candidacy, encode(CandidateRecord(rank=CandidateClass.ANNOTATED)))
         etcd.put(leased, before.value, lease=(await etcd.client().grant_lease(3600)).id)
         await eventually(lambda: not {forged, candidacy, observed} & set(etcd.keys()))
         assert leased in etcd, "it may be an earlier run's, and end with its lease"
         await eventually(lambda: leased not in etcd, 30)
         revision = etcd.revision
-        await it.put_verdicts({})
-        await it.put_verdicts(said)
+        await it.put_probe_reports({})
+        await it.put_probe_reports(reports)
         await trio.sleep(600)
         assert etcd.revision == revision + 2
         nursery.cancel_scope.cancel()

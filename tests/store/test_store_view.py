@@ -1,4 +1,4 @@
-"""From key-values to the snapshot: what is in force, what is set aside and named, and that no path matters."""
+"""From key-values to the snapshot: what is in force, what is rejected and named, and that no path matters."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from store_world import KEYS, World, record, wg_key
 
 from kilo_etcd.etcd.api import Header
 from kilo_etcd.model import CandidateClass, Endpoint, Granularity, InternalIPs
-from kilo_etcd.store import CandidateRecord, SightingRecord, VerdictRecord, encode
-from kilo_etcd.store.effective import Registered
+from kilo_etcd.store import CandidateRecord, ObservedEndpointRecord, ProbeReportRecord, encode
+from kilo_etcd.store.annotations import Registered
 from kilo_etcd.store.records import parse_interface
 from kilo_etcd.store.view import View
 
@@ -117,7 +117,7 @@ GOOD = encode(record("x")).decode()
         ("/kilo/annotations/a/colour", b"red", "no such annotation is known"),
         ("/kilo/annotations/a/force-endpoint", b"nowhere", None),
         ("/kilo/annotations/a/persistent-keepalive", b"often", "no number of seconds"),
-        ("/kilo/annotations/a/gateway", b"yes please", "neither true nor false"),
+        ("/kilo/annotations/a/advertise-exit-node", b"yes please", "neither true nor false"),
         ("/kilo/annotations/a/subnets", b"10.0.0.0/8,fish", "'fish' is no network"),
         ("/kilo/locations/a", b"\xff", "not UTF-8"),
         ("/kilo/locations/a", b"x" * 2000, "longer than 1024 bytes"),
@@ -138,9 +138,9 @@ def test_a_bad_record_is_named_and_harms_only_itself(key: str | bytes, value: by
     world.put(key, value)
     after = world.view.snapshot()
     if reason is None:  # a host without a port takes the node's
-        assert after.set_aside == ()
+        assert after.rejected == ()
         return
-    (note,) = after.set_aside
+    (note,) = after.rejected
     assert reason in note.reason
     assert note.key == (key if isinstance(key, str) else "/kilo/nodes/\\xff")
     assert (after.nodes, after.peers) == (before.nodes, before.peers)
@@ -148,7 +148,7 @@ def test_a_bad_record_is_named_and_harms_only_itself(key: str | bytes, value: by
     world.delete(key)
     world.put(KEYS.granularity, "location")
     world.put(KEYS.subnets, "10.4.0.0/16")
-    assert world.view.snapshot().set_aside == ()
+    assert world.view.snapshot().rejected == ()
 
 
 def test_an_unknown_field_of_a_newer_agent_is_named_and_the_node_stays() -> None:
@@ -177,7 +177,7 @@ def test_of_thousands_of_unknown_fields_ten_are_named_and_the_others_counted() -
     extra = "".join(f',"{"long" * 100}{number:04}":0' if number < 3 else f',"x{number:04}":0' for number in range(5000))
     world.put(KEYS.node("a"), (encode(record("a"))[:-1].decode() + extra + "}").encode())
     assert "a" in world.view.snapshot().nodes
-    notes = [note.reason for note in world.view.snapshot().set_aside]
+    notes = [note.reason for note in world.view.snapshot().rejected]
     assert len(notes) == 11
     assert "4990 more fields are not known; the rest of the record is in force" in notes
     assert all(len(note) < 130 for note in notes)
@@ -187,7 +187,7 @@ def test_of_thousands_of_unknown_fields_ten_are_named_and_the_others_counted() -
                                   KEYS.annotation("a", "subnets"), KEYS.annotation("a", "none"),
                                   KEYS.address(ip_address("10.4.0.9")),
                                   KEYS.election("x", "a"), KEYS.leader("x"), KEYS.endpoint("a", "b"),
-                                  KEYS.verdict("x", "a"), "/kilo/nothing/known"])  # fmt: skip
+                                  KEYS.probe_report("x", "a"), "/kilo/nothing/known"])  # fmt: skip
 def test_of_a_rejected_value_the_reason_is_kept_and_no_more(last: str) -> None:
     world = World()
     world.node("a", "10.4.0.1")
@@ -201,11 +201,11 @@ def test_of_a_rejected_value_the_reason_is_kept_and_no_more(last: str) -> None:
         snapshot = world.view.snapshot()
         assert not world.view.load(world.data.values(), world.view.header)
         assert world.view.snapshot() is not None
-        assert world.view.holdings().snapshot(KEYS).set_aside == snapshot.set_aside
-        assert world.from_scratch().snapshot().set_aside == snapshot.set_aside
-        assert all(len(note.reason) < 400 for note in snapshot.set_aside)
+        assert world.view.holdings().snapshot(KEYS).rejected == snapshot.rejected
+        assert world.from_scratch().snapshot().rejected == snapshot.rejected
+        assert all(len(note.reason) < 400 for note in snapshot.rejected)
     world.delete(last)
-    assert world.view.snapshot().set_aside == ()
+    assert world.view.snapshot().rejected == ()
     assert world.view.snapshot().nodes == in_order.nodes
 
 
@@ -272,7 +272,7 @@ def test_what_is_made_of_a_views_holdings_is_what_it_gave() -> None:
     world.delete(KEYS.internal_ips)
     snapshot = world.view.snapshot()
     assert snapshot.internal_ips is InternalIPs.ROUTED
-    assert len(snapshot.set_aside) == 3
+    assert len(snapshot.rejected) == 3
     assert world.view.holdings().snapshot(KEYS) == snapshot
 
 
@@ -445,7 +445,7 @@ def test_a_claim_that_names_nobody_takes_nothing_and_is_named() -> None:
     assert world.aside["/kilo/addresses/10.4.0.1"] == "the claim names nobody"
 
 
-def test_an_overwritten_claim_that_no_record_speaks_for_is_nobodys() -> None:
+def test_an_overwritten_claim_that_no_record_states_is_nobodys() -> None:
     world = World()
     world.node("a", "10.4.0.1")
     world.node("thief", "10.4.0.2")
@@ -470,10 +470,10 @@ def test_hosts_say_the_same_of_missing_subnets_whatever_they_knew_before() -> No
     old.delete("/kilo/mesh/subnets")
     before, after = old.view.snapshot(), new.view.snapshot()
     assert before.subnets == after.subnets == (ip_network("10.4.0.0/16"),)
-    assert before.set_aside == after.set_aside
-    (note,) = after.set_aside
+    assert before.rejected == after.rejected
+    (note,) = after.rejected
     assert note.reason == (
-        "the value is missing; 10.4.0.0/16 stays in force: put it back with etcdctl put /kilo/mesh/subnets 10.4.0.0/16"
+        "the value is missing; 10.4.0.0/16 stays in force: restore it with etcdctl put /kilo/mesh/subnets 10.4.0.0/16"
     )
     for world in (old, new):
         world.put("/kilo/mesh/subnets", "10.4.0.0/16")
@@ -491,7 +491,7 @@ def test_changed_subnets_leave_the_nodes_in_force() -> None:
     assert after.nodes is before.nodes
     assert world.aside == {
         KEYS.subnets: "the value is 10.5.0.0/16, but the nodes' addresses are in 10.4.0.0/16, which stays in force: "
-        "put it back with etcdctl put /kilo/mesh/subnets 10.4.0.0/16, or, to renumber the nodes, start each agent once "
+        "restore it with etcdctl put /kilo/mesh/subnets 10.4.0.0/16, or, to renumber the nodes, start each agent once "
         "with --renumber"
     }
     # On purpose: one after the other.
@@ -567,8 +567,8 @@ def test_candidates_and_leaders() -> None:
     ("key", "value"),
     [
         (KEYS.election("gcp", "b"), encode(CandidateRecord(rank=CandidateClass.ANNOTATED))),
-        (KEYS.verdict("gcp", "b"), encode(VerdictRecord(leader="a", candidacy=4, targets=("a",)))),
-        (KEYS.endpoint("a", "b"), encode(SightingRecord(public_key=wg_key("a"), endpoint=SEEN))),
+        (KEYS.probe_report("gcp", "b"), encode(ProbeReportRecord(leader="a", candidacy=4, targets=("a",)))),
+        (KEYS.endpoint("a", "b"), encode(ObservedEndpointRecord(public_key=wg_key("a"), endpoint=SEEN))),
         (KEYS.election("gcp", "b"), b"{"),
     ],
     ids=["candidacy", "probe report", "observed endpoint", "junk"],
@@ -582,7 +582,7 @@ def test_what_would_outlive_its_host_is_rejected_with_the_remedy(key: str, value
     for _ in range(2):
         world.put(key, value, lease=0)
         snapshot = world.view.snapshot()
-        assert evolve(snapshot, revision=without.revision, set_aside=()) == without
+        assert evolve(snapshot, revision=without.revision, rejected=()) == without
         assert "it is under no lease" in world.aside[key]
         assert f"etcdctl del {key}" in world.aside[key]
         assert world.view.leaseless("b") == {key}
@@ -631,7 +631,10 @@ puts = st.one_of(
     st.builds(lambda name, label: (KEYS.location(name), label.encode()), names, st.sampled_from(["", "gcp", "aws"])),
     st.builds(lambda name: (KEYS.election("gcp", name), b'{"rank":1}'), names),
     st.builds(
-        lambda name, to: (KEYS.endpoint(to, name), encode(SightingRecord(public_key=wg_key(to), endpoint=SEEN))),
+        lambda name, to: (
+            KEYS.endpoint(to, name),
+            encode(ObservedEndpointRecord(public_key=wg_key(to), endpoint=SEEN)),
+        ),
         names,
         names,
     ),
@@ -709,7 +712,7 @@ def test_garbage_leaves_all_others_in_force(garbage: list[tuple[bytes, bytes]], 
     after = world.view.snapshot()
     assert after.nodes["a"] is good.nodes["a"]
     assert after.peers["laptop"] is good.peers["laptop"]
-    assert len(after.set_aside) == len({key.replace(b"/", b"") for key, _ in garbage})
+    assert len(after.rejected) == len({key.replace(b"/", b"") for key, _ in garbage})
 
 
 def test_a_relisting_of_the_same_changes_nothing() -> None:

@@ -18,8 +18,8 @@ def test_an_exemption_prints_as_it_is_written(text: str) -> None:
 
 
 def test_an_exemption_is_a_protocol_a_port_and_a_network() -> None:
-    found = Exemption.parse(" tcp/22@10.0.0.0/24 ")
-    assert found == Exemption(protocol="tcp", port=22, network=ip_network("10.0.0.0/24"))
+    exemption = Exemption.parse(" tcp/22@10.0.0.0/24 ")
+    assert exemption == Exemption(protocol="tcp", port=22, network=ip_network("10.0.0.0/24"))
     assert Exemption.parse("udp@10.0.0.1").network == ip_network("10.0.0.1/32")
 
 

@@ -15,7 +15,7 @@ from topology_worlds import node, pair, snapshot
 
 from kilo_etcd.model import EncryptionStage, Endpoint, Granularity, InternalIPs, IPNetwork, Node, Snapshot
 from kilo_etcd.topology import HostPlan, RoutePlan, Topology, Via, build_topology, host_plan
-from kilo_etcd.topology.encryption import Living, Outside, Report, encrypt, report, waited_for
+from kilo_etcd.topology.encryption import Living, Outside, StageReport, encrypt, report, waited_for
 from kilo_etcd.topology.unaware import unaware_problems, waiting
 from kilo_etcd.topology.unrouted import unrouted
 
@@ -234,7 +234,7 @@ def test_off_and_never_on_is_the_plan_itself() -> None:
     topology = mesh(on_lan("a", "b"), mode=InternalIPs.ROUTED)
     plan = host_plan(topology, "a")
     assert encrypt(plan, topology, outside=Outside()) is plan
-    assert report(topology, plan) == Report()
+    assert report(topology, plan) == StageReport()
 
 
 def test_a_revision_of_another_etcd_is_not_waited_for() -> None:
@@ -242,8 +242,8 @@ def test_a_revision_of_another_etcd_is_not_waited_for() -> None:
     a, b = on_lan("a", "b")
     ahead = mesh([evolve(a, encryption=EncryptionStage.SENDS, accepts_since=1_000_000), evolve(b, **SENDS)])
     wanted = report(ahead, planned(ahead, "a"))
-    assert wanted == Report(stage=EncryptionStage.SENDS, accepts_since=ahead.snapshot.revision)
-    assert report(ahead, planned(ahead, "b")) == Report.of(ahead.snapshot.nodes["b"])
+    assert wanted == StageReport(stage=EncryptionStage.SENDS, accepts_since=ahead.snapshot.revision)
+    assert report(ahead, planned(ahead, "b")) == StageReport.of(ahead.snapshot.nodes["b"])
 
 
 # --- the switch, in all orders of arrival --------------------------------------------------------------------------
@@ -255,9 +255,9 @@ class Host:
 
     plan: HostPlan | None = None
     applied: int = 0
-    wanted: Report | None = None
-    told: Report | None = None
-    left: Report | None = None
+    wanted: StageReport | None = None
+    told: StageReport | None = None
+    left: StageReport | None = None
     living: Living = field(factory=Living)
     status: int | None = 0
     """None: its agent does not live."""
@@ -294,12 +294,12 @@ class World:
         host = self.hosts[name]
         if host.status is None:
             return
-        # A host that has come back reads what stands in etcd now.
+        # A host that has come back reads what is in etcd now.
         host.applied = min(host.applied + ahead, len(self.log)) if host.sound else len(self.log)
         topology = build_topology(self.log[host.applied - 1])
         if name not in topology.snapshot.nodes:
             return  # Its kernel stays as it is until it is registered again.
-        shown = Report.of(topology.snapshot.nodes[name])
+        shown = StageReport.of(topology.snapshot.nodes[name])
         if shown != host.left:
             host.told = host.left = None
         outside = Outside()
@@ -312,9 +312,9 @@ class World:
         if host.status is None or host.wanted is None:
             return
         own = self.now.nodes[name]
-        if Report.of(own) == host.wanted:
+        if StageReport.of(own) == host.wanted:
             return
-        host.told, host.left, host.wanted = host.wanted, Report.of(own), None
+        host.told, host.left, host.wanted = host.wanted, StageReport.of(own), None
         assert host.told is not None
         wanted = host.told
         told = evolve(own, encryption=wanted.stage, accepts_since=wanted.accepts_since)
@@ -339,7 +339,7 @@ class World:
         """The agent alone: its kernel goes on, its status stands."""
         host = self.hosts[name]
         host.living, host.told, host.left, host.wanted = Living(), None, None, None
-        # What it reads first is what stands in etcd.
+        # What it reads first is what is in etcd.
         self.apply(name, len(self.log))
 
     def crash(self, name: str) -> None:

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 from attrs import evolve
-from topology_worlds import MESH, MESH6, node, peer, snapshot, standing
+from topology_worlds import MESH, MESH6, candidates_of, node, peer, snapshot
 
 from kilo_etcd.model import Encapsulate, Endpoint, Granularity, InternalIPs, Node, Snapshot
 from kilo_etcd.topology import Topology, Via, build_topology, host_plan, peer_plan
-from kilo_etcd.topology.guard import GuardMemo, guard
+from kilo_etcd.topology.route_filter import FilterMemo, filter_routes
 from kilo_etcd.topology.segments import routed_at
 from kilo_etcd.topology.unrouted import named, private_leaders
 
@@ -132,19 +132,19 @@ def test_a_network_that_one_host_states_hides_no_other_reason() -> None:
     # Both twins have 10.3.0.0/24 themselves, and one address in it.
     assert reasons.keys() == {"0.0.0.0/0", "10.3.0.0/24", "10.3.0.7/32"}
     assert reasons["10.3.0.7/32"] == "c and d have it"
-    forced = [evolve(one, internal_ips=here("x", 9, "c", "10.3.0.7/32").internal_ips) for one in twins]
+    forced = [evolve(twin, internal_ips=here("x", 9, "c", "10.3.0.7/32").internal_ips) for twin in twins]
     lone = evolve(B1, underlay=(ip_network("10.3.0.0/16"),))
-    found = routed(A1, A2, lone, B2, *forced).unrouted
-    assert [str(entry.network) for entry in found] == ["10.3.0.0/16", "10.3.0.7/32"]
+    unrouted = routed(A1, A2, lone, B2, *forced).unrouted
+    assert [str(entry.network) for entry in unrouted] == ["10.3.0.0/16", "10.3.0.7/32"]
     # Nor does the address itself, as the network that a record with a forged internal IP states.
     forger = here("forger", 9, "e", "10.2.0.2/32", endpoint="203.0.113.9")
     (entry,) = (one for one in routed(*SITES, forger).unrouted if str(one.network) == "10.2.0.2/32")
     assert (entry.reason, entry.segments) == ("b2 and forger have it", ("b", "e"))
     offering = evolve(A2, subnets=(ip_network("10.5.0.0/24"),))
     taken = here("c", 5, "c", "10.5.0.7/32", endpoint="203.0.113.5")
-    found = routed(A1, offering, evolve(lone, underlay=(ip_network("10.5.0.0/16"),)), B2, taken).unrouted
-    assert [str(entry.network) for entry in found] == ["10.5.0.0/16", "10.5.0.7/32"]
-    assert "10.5.0.0/24 of node a2" in found[1].reason
+    unrouted = routed(A1, offering, evolve(lone, underlay=(ip_network("10.5.0.0/16"),)), B2, taken).unrouted
+    assert [str(entry.network) for entry in unrouted] == ["10.5.0.0/16", "10.5.0.7/32"]
+    assert "10.5.0.0/24 of node a2" in unrouted[1].reason
 
 
 def test_a_host_without_an_internal_ip_stands_in_no_network_of_its_locations() -> None:
@@ -168,7 +168,7 @@ def test_an_endpoint_in_use_is_left_out() -> None:
     topology = routed(A1, A2, evolve(B1, endpoint=Endpoint.parse("10.2.0.1:51820")), B2)
     assert routes(topology, "a1").keys() == {"10.2.0.2"}
     assert [entry.reason for entry in topology.unrouted] == [
-        "the WireGuard of b, called at private endpoints, may hear it there",
+        "the WireGuard of b, called at private endpoints, may receive its packets there",
         "other segments reach its WireGuard there",
     ]
     assert routes(topology, "b2").keys() == {"10.1.0.2"}
@@ -192,7 +192,7 @@ def test_whose_wireguard_is_reached_at_an_address_is_named() -> None:
 
 def test_a_leader_with_a_private_endpoint_instead_of_one_with_a_public_one_is_named() -> None:
     private = evolve(A2, endpoint=Endpoint.parse("10.1.0.2:51820"))
-    stands = standing(private)
+    stands = candidates_of(private)
     topology = routed(A1, private, B1, B2, candidates=stands)
     (problem,) = private_leaders(topology)
     assert (problem.subject, problem.about) == ("a", "a2")
@@ -202,10 +202,10 @@ def test_a_leader_with_a_private_endpoint_instead_of_one_with_a_public_one_is_na
     )
     assert "a1 would lead with a public endpoint, and does not stand for leader: is the host up?" in problem.text
     wanted = evolve(private, leader_wanted=True)
-    (problem,) = private_leaders(routed(A1, wanted, B1, B2, candidates=standing(A1, wanted)))
+    (problem,) = private_leaders(routed(A1, wanted, B1, B2, candidates=candidates_of(A1, wanted)))
     assert problem.text.endswith("let a1 lead, with a public endpoint: kgctl annotate a2 leader-")
     # The public one leads; or nobody is public; or internal IPs are not routed; or there is no other segment.
-    assert not list(private_leaders(routed(A1, private, B1, B2, candidates=standing(A1, private))))
+    assert not list(private_leaders(routed(A1, private, B1, B2, candidates=candidates_of(A1, private))))
     hidden = evolve(A1, endpoint=Endpoint.parse("10.1.0.1:51820"))
     assert not list(private_leaders(routed(hidden, private, B1, B2)))
     assert not list(private_leaders(build_topology(snapshot((A1, private, B1, B2), candidates=stands))))
@@ -228,18 +228,21 @@ def test_homes_without_a_label_in_a_full_mesh_are_named() -> None:
     assert "192.168.1.2" in routes(topology, "a1")
     (entry,) = topology.unrouted
     assert (str(entry.network), entry.not_from) == ("192.168.1.0/24", ("h1", "h2"))
-    assert entry.reason == "h1, h2, which have no label, stand in this network, or in several with the same addresses"
+    assert (
+        entry.reason
+        == "h1, h2, which have no label, are attached to this network, or to several with the same addresses"
+    )
     # On one LAN whose addresses are the endpoints, each address has its own reason, and that alone.
     lan = [evolve(one, endpoint=Endpoint.parse(f"{one.internal_ips[0].ip}:51820")) for one in homes]
-    found = routed(*lan, granularity=Granularity.FULL).unrouted
-    assert [entry.reason for entry in found] == ["other segments reach its WireGuard there"] * 2
+    unrouted = routed(*lan, granularity=Granularity.FULL).unrouted
+    assert [entry.reason for entry in unrouted] == ["other segments reach its WireGuard there"] * 2
 
 
 def test_a_private_endpoint_behind_nat_is_not_in_use_where_the_node_is_seen() -> None:
     behind = evolve(
         B1,
         endpoint=Endpoint.parse("10.2.0.1:51820"),
-        seen=(Endpoint.parse("198.51.100.9:1024"),),
+        observed_endpoints=(Endpoint.parse("198.51.100.9:1024"),),
         persistent_keepalive=25,
     )
     topology = routed(A1, A2, behind)
@@ -273,11 +276,11 @@ def test_a_member_that_speaks_wireguard_with_its_leader_is_reached_through_that_
     assert allowed(topology, "b1", "b2") == {"10.4.0.4/32", "10.2.0.2/32"}
     assert routes(topology, "b1").keys() == {"10.1.0.1", "10.1.0.2"}
     assert list(map(str, leader.returns)) == ["10.2.0.2/32"]
-    near = guard(leader, [ip_network("10.2.0.0/24")])
+    near = filter_routes(leader, [ip_network("10.2.0.0/24")])
     assert near == leader, "what only comes out of the tunnel cuts nobody off"
-    assert isinstance(near.memo, GuardMemo)
-    again = guard(host_plan(topology, "b1", near), [ip_network("10.2.0.0/24")], near)
-    assert (again, type(again.memo)) == (leader, GuardMemo)
+    assert isinstance(near.memo, FilterMemo)
+    again = filter_routes(host_plan(topology, "b1", near), [ip_network("10.2.0.0/24")], near)
+    assert (again, type(again.memo)) == (leader, FilterMemo)
 
 
 def test_ipv6_travels_in_a_mesh_of_ipv4_and_is_no_new_problem() -> None:
@@ -308,7 +311,7 @@ def test_outside_peers_are_allowed_internal_ips_but_those_on_their_own_links() -
     plan = peer_plan(topology, "laptop", links=[ip_network("10.2.0.0/24")])
     assert plan.routes[ip_network("10.1.0.2/32")].way is Via.TUNNEL
     assert ip_network("10.2.0.2/32") not in plan.routes
-    every = {network for one in plan.peers.values() for network in one.allowed_ips}
+    every = {network for value in plan.peers.values() for network in value.allowed_ips}
     assert ip_network("10.1.0.1/32") in every
     assert ip_network("10.2.0.1/32") not in every
 
@@ -348,6 +351,6 @@ def test_a_node_of_a_full_mesh_that_gets_the_label_of_others_is_reached_over_the
 
 
 def test_the_exit_node_knows_that_members_answer() -> None:
-    exit_node = evolve(A1, gateway=True)
+    exit_node = evolve(A1, advertises_exit_node=True)
     topology = routed(exit_node, A2, B1, subnets=(MESH, MESH6))
     assert ip_network("10.1.0.2/32") in host_plan(topology, "a1").inside

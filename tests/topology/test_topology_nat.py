@@ -14,8 +14,8 @@ from topology_worlds import MESH, MESH6, node, peer, plans, snapshot
 
 from kilo_etcd.model import Endpoint, Granularity, Node, Snapshot
 from kilo_etcd.topology import build_topology, host_plan, walk_both
-from kilo_etcd.topology.guard import guard
-from kilo_etcd.topology.nat import about_partner, hidden_pair, hopeless, unmet
+from kilo_etcd.topology.nat import about_partner, hidden_pair, hopeless, traversal_failures
+from kilo_etcd.topology.route_filter import filter_routes
 
 
 def at(*texts: str) -> tuple[Endpoint, ...]:
@@ -31,7 +31,7 @@ def hidden(name: str, number: int, *seen: str, lan: str = "", location: str | No
         name if location is None else location,
         f"{lan}.{number}/24",
         f"{lan}.{number}:51820",
-        **{"persistent_keepalive": 25, "seen": at(*seen), **rest},
+        **{"persistent_keepalive": 25, "observed_endpoints": at(*seen), **rest},
     )
 
 
@@ -44,9 +44,9 @@ ONE, TWO = "198.51.100.1:40001", "198.51.100.2:40002"
 
 
 def looks_for(world: Snapshot) -> dict[str, dict[str, str]]:
-    """Host -> peer -> endpoint; with a question mark where it is hearsay."""
+    """Host -> peer -> endpoint; with a question mark if it is an observed endpoint."""
     return {
-        name: {p.name: f"{p.endpoint}{'?' * p.hearsay}" for p in plan.peers.values()}
+        name: {p.name: f"{p.endpoint}{'?' * p.observed}" for p in plan.peers.values()}
         for name, plan in plans(world).items()
     }
 
@@ -68,9 +68,9 @@ def test_where_nobody_has_seen_anybody_all_is_as_before() -> None:
 
 
 def test_a_phone_is_looked_for_where_it_is_seen() -> None:
-    phone = peer("phone", "10.9.0.1/32", persistent_keepalive=25, seen=at(TWO))
+    phone = peer("phone", "10.9.0.1/32", persistent_keepalive=25, observed_endpoints=at(TWO))
     assert looks_for(snapshot([hidden("one", 1, ONE)], peers=[phone]))["one"] == {"phone": f"{TWO}?"}
-    placed = evolve(phone, seen=(), endpoint=Endpoint.parse("198.51.100.77:1"))
+    placed = evolve(phone, observed_endpoints=(), endpoint=Endpoint.parse("198.51.100.77:1"))
     assert looks_for(snapshot([hidden("one", 1, ONE)], peers=[placed]))["one"] == {"phone": "198.51.100.77:1"}
 
 
@@ -85,7 +85,7 @@ def test_hosts_of_one_network_stay_on_it() -> None:
     assert looks_for(snapshot([here, there]))["one"] == {"two": "192.168.7.2:51820"}, "one NAT, one LAN"
     elsewhere = hidden("two", 2, TWO, **same)
     assert looks_for(snapshot([here, elsewhere]))["one"] == {"two": f"{TWO}?"}, "two homes with the same numbers"
-    unseen = evolve(here, seen=())
+    unseen = evolve(here, observed_endpoints=())
     assert looks_for(snapshot([unseen, elsewhere]))["one"] == {"two": "192.168.7.2:51820"}, "as far as is known"
     label = [evolve(each, location="home") for each in (here, elsewhere)]
     assert looks_for(snapshot(label, Granularity.FULL))["one"] == {"two": "192.168.7.2:51820"}, "a label says it"
@@ -96,10 +96,10 @@ def test_without_labels_nothing_says_that_hosts_share_a_network() -> None:
     assert looks_for(world)["one"] == {"two": f"{TWO}?"}
 
 
-def test_a_pair_looks_in_the_family_that_it_speaks() -> None:
+def test_a_pair_looks_in_the_family_that_it_uses() -> None:
     both = hidden("one", 1, ONE, also="[fd00:1::1]:51820", mesh=("10.4.0.1", "fd00:4::1"))
     six = node("six", 2, "six", "fd00:2::2/64", "[fd00:2::2]:51820", mesh=("10.4.0.2", "fd00:4::2"),
-               persistent_keepalive=25, seen=at("[2001:db8::2]:40002", TWO))  # fmt: skip
+               persistent_keepalive=25, observed_endpoints=at("[2001:db8::2]:40002", TWO))  # fmt: skip
     found = looks_for(snapshot([both, six], subnets=(MESH, MESH6)))
     assert found["one"] == {"six": "[2001:db8::2]:40002?"}
     assert found["six"] == {"one": "[fd00:1::1]:51820"}, "seen in the other family only"
@@ -134,13 +134,13 @@ def worlds(draw: st.DrawFn) -> Snapshot:
             f"n{number}", number, *draw(st.sampled_from(SEEN)), lan=draw(st.sampled_from(LANS)),
             location=draw(st.sampled_from(("", "a", "b", f"n{number}"))),
         )  # fmt: skip
-        nodes.append(evolve(found, persistent_keepalive=25) if found.seen else found)
+        nodes.append(evolve(found, persistent_keepalive=25) if found.observed_endpoints else found)
     return snapshot(nodes, draw(st.sampled_from(list(Granularity))))
 
 
 @settings(max_examples=60, deadline=None)
 @given(worlds(), worlds())
-def test_hearsay_is_public_and_of_the_pairs_family_and_costs_nothing_to_follow(
+def test_an_observed_endpoint_is_public_and_of_the_pairs_family_and_costs_nothing_to_follow(
     before: Snapshot, after: Snapshot
 ) -> None:
     old = build_topology(before)
@@ -149,44 +149,44 @@ def test_hearsay_is_public_and_of_the_pairs_family_and_costs_nothing_to_follow(
         previous = host_plan(old, name) if name in before.nodes else None
         plan = host_plan(topology, name, previous)
         assert plan == host_plan(build_topology(after), name)
-        for found in plan.peers.values():
-            if found.hearsay:
-                assert found.endpoint is not None
-                assert found.endpoint.public
-                assert found.endpoint in after.nodes[found.name].seen
-                assert not after.nodes[found.name].public_in(4)
+        for value in plan.peers.values():
+            if value.observed:
+                assert value.endpoint is not None
+                assert value.endpoint.public
+                assert value.endpoint in after.nodes[value.name].observed_endpoints
+                assert not after.nodes[value.name].public_in(4)
             else:
-                assert found.endpoint not in after.nodes[found.name].seen
+                assert value.endpoint not in after.nodes[value.name].observed_endpoints
         for other in after.nodes.values():
             if other.name != name:
                 assert hidden_pair(own, other) == hidden_pair(other, own)
                 assert (hopeless(own, other) is None) == (hopeless(other, own) is None)
 
 
-def test_a_wrong_word_takes_no_route_away_it_is_not_heeded() -> None:
+def test_a_wrong_observation_takes_no_route_away_and_is_ignored() -> None:
     offered = ip_network("198.51.100.0/24")
     hub = evolve(HUB, subnets=(offered,))
     quiet = snapshot([hub, hidden("one", 1), hidden("two", 2, TWO), hidden("three", 3, "203.0.113.77:1")])
     told = evolve(quiet, nodes={**quiet.nodes, "one": hidden("one", 1, ONE)}, revision=8)
     protected = (ip_network("192.168.2.0/24"),)
-    plan, guarded = None, None
+    plan, filtered = None, None
     for world in (quiet, told, told, quiet, told):
-        plan = host_plan(build_topology(world), "two", guarded)
-        guarded = guard(plan, protected, guarded)
-        assert guarded == guard(host_plan(build_topology(world), "two"), protected)
-        assert offered in guarded.routes
-        assert guarded.problems == plan.problems
-        # Where nobody loses anything by it, hearsay is heeded.
-        assert {one.name: str(one.endpoint) for one in guarded.peers.values() if one.hearsay} == {
+        plan = host_plan(build_topology(world), "two", filtered)
+        filtered = filter_routes(plan, protected, filtered)
+        assert filtered == filter_routes(host_plan(build_topology(world), "two"), protected)
+        assert offered in filtered.routes
+        assert filtered.problems == plan.problems
+        # If nobody loses anything by it, an observed endpoint is used.
+        assert {value.name: str(value.endpoint) for value in filtered.peers.values() if value.observed} == {
             "three": "203.0.113.77:1"
         }
     assert plan is not None
     assert plan.peers["key-one"].endpoint == Endpoint.parse(ONE)
-    assert guarded is not None
-    assert guarded.peers["key-one"].endpoint is None
+    assert filtered is not None
+    assert filtered.peers["key-one"].endpoint is None
     # An endpoint that is the node's own word is protected as before.
     other = evolve(told, nodes={**told.nodes, "one": node("one", 1, "one", "10.0.1.1/24", ONE)})
-    assert offered not in guard(host_plan(build_topology(other), "two"), protected).routes
+    assert offered not in filter_routes(host_plan(build_topology(other), "two"), protected).routes
 
 
 # What is said
@@ -212,7 +212,7 @@ def test_what_is_said_of_a_pair_that_has_not_met(
 ) -> None:
     one = hidden("one", 1, *mine, persistent_keepalive=keepalive[0])
     two = hidden("two", 2, *theirs, persistent_keepalive=keepalive[1])
-    said = unmet(one, two)
+    said = traversal_failures(one, two)
     if text is None:
         assert said is None, "nobody sees the other: it may just be down"
         return
@@ -230,8 +230,8 @@ def test_a_pair_of_which_one_is_public_or_at_one_site_is_none() -> None:
     assert hidden_pair(one, hidden("two", 2, *VARYING)) == 4
     near = hidden("two", 2, *VARYING, location="one")
     assert hidden_pair(one, near) is None
-    assert unmet(one, near) is None
-    assert unmet(one, HUB) is None
+    assert traversal_failures(one, near) is None
+    assert traversal_failures(one, HUB) is None
     assert hidden_pair(one, node("six", 3, "six", "fd00:3::3/64", "[fd00:3::3]:1")) is None, "no common family"
 
 

@@ -12,9 +12,9 @@ from topology_worlds import PHONE, SIX, WORLDS, node, peer, plans, snapshot
 
 from kilo_etcd.model import Candidate, CandidateClass, Endpoint, Granularity, InternalIPs, IPNetwork
 from kilo_etcd.topology import Edge, EdgeKind, HostPlan, Reason, build_topology, clusters, edges, elect, host_plan
-from kilo_etcd.topology.claims import Claim, Settlement, settle
 from kilo_etcd.topology.graph import graph
-from kilo_etcd.topology.guard import guard
+from kilo_etcd.topology.prefix_allocation import NetworkRequest, PrefixAllocation, allocate
+from kilo_etcd.topology.route_filter import filter_routes
 
 A1, A2, A3, _, _, LONE = SIX
 REST, PUBLIC, ANNOTATED = CandidateClass.REST, CandidateClass.PUBLIC, CandidateClass.ANNOTATED
@@ -73,69 +73,71 @@ class TestElection:
 
 
 class TestClaims:
-    def settle(self, *claims: tuple[int, str], mesh: str = "10.4.0.0/16") -> dict[str, str]:
+    def allocate(self, *requests: tuple[int, str], mesh: str = "10.4.0.0/16") -> dict[str, str]:
         offered = {
-            ("node", str(number)): (Claim((0, number, ""), f"node {number}", tuple(map(ip_network, networks.split()))),)
-            for number, networks in claims
+            ("node", str(number)): (
+                NetworkRequest((0, number, ""), f"node {number}", tuple(map(ip_network, networks.split()))),
+            )
+            for number, networks in requests
         }
-        settlement = settle(Settlement((ip_network(mesh),)), offered, lambda: [ip_address("10.4.7.7")])
-        return {name: " ".join(map(str, networks)) for (_, name), networks in settlement.granted.items() if networks}
+        allocation = allocate(PrefixAllocation((ip_network(mesh),)), offered, lambda: [ip_address("10.4.7.7")])
+        return {name: " ".join(map(str, networks)) for (_, name), networks in allocation.granted.items() if networks}
 
     def test_the_first_wins_in_whole_and_others_keep_their_rest(self) -> None:
-        assert self.settle((2, "10.1.0.0/16 10.9.0.0/16"), (1, "10.1.2.0/24")) == {
+        assert self.allocate((2, "10.1.0.0/16 10.9.0.0/16"), (1, "10.1.2.0/24")) == {
             "1": "10.1.2.0/24",
             "2": "10.9.0.0/16",
         }
-        assert self.settle((1, "10.1.0.0/16"), (2, "10.1.2.0/24")) == {"1": "10.1.0.0/16"}
+        assert self.allocate((1, "10.1.0.0/16"), (2, "10.1.2.0/24")) == {"1": "10.1.0.0/16"}
 
     def test_an_owner_may_repeat_itself(self) -> None:
-        assert self.settle((1, "10.1.2.0/24 10.1.0.0/16 10.1.0.0/16")) == {"1": "10.1.0.0/16"}
+        assert self.allocate((1, "10.1.2.0/24 10.1.0.0/16 10.1.0.0/16")) == {"1": "10.1.0.0/16"}
 
     def test_a_network_that_was_refused_does_not_hold_up_another(self) -> None:
-        assert self.settle((1, "10.1.1.0/24"), (2, "10.1.0.0/16"), (3, "10.1.9.0/24")) == {
+        assert self.allocate((1, "10.1.1.0/24"), (2, "10.1.0.0/16"), (3, "10.1.9.0/24")) == {
             "1": "10.1.1.0/24",
             "3": "10.1.9.0/24",
         }
 
     def test_inside_the_mesh_an_unused_network_may_be_had(self) -> None:
-        assert self.settle((1, "10.4.7.0/24"), (2, "10.4.8.0/24"), (3, "10.4.0.0/16")) == {"2": "10.4.8.0/24"}
+        assert self.allocate((1, "10.4.7.0/24"), (2, "10.4.8.0/24"), (3, "10.4.0.0/16")) == {"2": "10.4.8.0/24"}
 
     def test_what_nobody_may_have_takes_nothing_from_others(self) -> None:
-        assert self.settle((1, "0.0.0.0/0 10.0.0.0/8 127.0.0.0/8"), (2, "10.1.0.0/16")) == {"2": "10.1.0.0/16"}
+        assert self.allocate((1, "0.0.0.0/0 10.0.0.0/8 127.0.0.0/8"), (2, "10.1.0.0/16")) == {"2": "10.1.0.0/16"}
 
     def test_nodes_of_one_location_do_not_contend_and_each_keeps_its_place(self) -> None:
-        def offer(number: int, networks: str) -> Claim:
-            return Claim((0, number, ""), f"node {number}", tuple(map(ip_network, networks.split())))
+        def offer(number: int, networks: str) -> NetworkRequest:
+            return NetworkRequest((0, number, ""), f"node {number}", tuple(map(ip_network, networks.split())))
 
         here, there = ("location", "location:here"), ("location", "location:there")
         offers = {
             here: (offer(1, "10.1.1.0/24 10.2.0.0/24"), offer(4, "10.1.0.0/16 10.3.0.0/16")),
             there: (offer(2, "10.3.7.0/24"), offer(5, "10.2.0.0/16")),
         }
-        settlement = settle(Settlement(), offers, lambda: ())
-        assert settlement(here) == (ip_network("10.1.0.0/16"), ip_network("10.2.0.0/24"))
-        assert settlement(there) == (ip_network("10.3.7.0/24"),)
-        assert [problem.text for problem in settlement.problems] == [
+        allocation = allocate(PrefixAllocation(), offers, lambda: ())
+        assert allocation(here) == (ip_network("10.1.0.0/16"), ip_network("10.2.0.0/24"))
+        assert allocation(there) == (ip_network("10.3.7.0/24"),)
+        assert [problem.text for problem in allocation.problems] == [
             "10.2.0.0/16 of node 5 is left out: it overlaps 10.2.0.0/24 of node 1, which comes first; "
             "take it out of one of the two",
             "10.3.0.0/16 of node 4 is left out: it overlaps 10.3.7.0/24 of node 2, which comes first; "
             "take it out of one of the two",
         ]
-        assert settlement.offered_by(ip_network("10.1.0.0/16")) == "node 4"
-        assert settlement.offered_by(ip_network("10.3.0.0/16")) is None
+        assert allocation.offered_by(ip_network("10.1.0.0/16")) == "node 4"
+        assert allocation.offered_by(ip_network("10.3.0.0/16")) is None
 
 
 class TestGuard:
     world = snapshot([*SIX[1:], A1], peers=[PHONE])
 
-    def guarded(self, host: str, *protected: str, plan: HostPlan | None = None) -> HostPlan:
+    def filtered(self, host: str, *protected: str, plan: HostPlan | None = None) -> HostPlan:
         plan = plan or host_plan(build_topology(self.world), host)
-        return guard(plan, [ip_network(text) for text in protected])
+        return filter_routes(plan, [ip_network(text) for text in protected])
 
     @pytest.mark.parametrize("protected", ["192.168.0.77/32", "192.168.0.0/16", "192.168.0.0/24"])
     @pytest.mark.parametrize("host", ["a1", "a2"])
     def test_etcd_and_the_underlay_stay_reachable(self, host: str, protected: str) -> None:
-        plan = self.guarded(host, protected)
+        plan = self.filtered(host, protected)
         lost = ip_network("192.168.0.0/24")
         assert lost not in plan.routes
         assert all(lost not in peer.allowed_ips for peer in plan.peers.values())
@@ -148,12 +150,12 @@ class TestGuard:
 
     def test_the_mesh_stays_whatever_is_protected(self) -> None:
         before = host_plan(build_topology(self.world), "a2")
-        assert self.guarded("a2", "10.4.0.0/24", "10.0.0.0/24") == before
+        assert self.filtered("a2", "10.4.0.0/24", "10.0.0.0/24") == before
 
     def test_endpoints_of_peers_are_protected_unnamed(self) -> None:
         greedy = evolve(SIX[3], allowed_location_ips=(ip_network("203.0.113.0/28"), ip_network("192.0.2.0/24")))
         world = snapshot([A1, A2, A3, greedy])
-        plan = guard(host_plan(build_topology(world), "a1"), [])
+        plan = filter_routes(host_plan(build_topology(world), "a1"), [])
         assert ip_network("203.0.113.0/28") not in plan.routes
         assert ip_network("192.0.2.0/24") in plan.routes
         assert "203.0.113.4, the endpoint of b1" in plan.problems[0].text
@@ -165,13 +167,13 @@ class TestGuard:
         other = evolve(plan.peers["key-b1"], allowed_ips=(*plan.peers["key-b1"].allowed_ips, everything))
         route = evolve(plan.routes[ip_network("10.4.0.0/16")], destination=everything)
         bad = evolve(plan, peers={**plan.peers, "key-b1": other}, routes={**plan.routes, everything: route})
-        good = self.guarded("a1", plan=bad)
+        good = self.filtered("a1", plan=bad)
         assert (good.peers, good.routes) == (plan.peers, plan.routes)
         assert [problem.subject for problem in good.problems] == [text]
 
     def test_a_clean_plan_is_not_touched(self) -> None:
         plan = host_plan(build_topology(self.world), "a1")
-        assert self.guarded("a1", plan=plan).peers is plan.peers
+        assert self.filtered("a1", plan=plan).peers is plan.peers
 
 
 NAMES = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ipaddress import ip_network
 
 from attrs import evolve
-from topology_worlds import MESH, MESH6, node, peer, snapshot, standing
+from topology_worlds import MESH, MESH6, candidates_of, node, peer, snapshot
 
 from kilo_etcd.ctl.connect.connection import protected_plan
 from kilo_etcd.model import Endpoint, Granularity, Node, Snapshot
@@ -17,7 +17,7 @@ GCP = [
 ]
 HOME = node("home-1", 3, "home", "10.2.0.1/24", "203.0.113.3", location_ips="192.168.7.0/24")
 LAPTOP = peer("laptop", "10.9.0.2/32 fd09::2/128", persistent_keepalive=10, preshared_key="secret")
-WORLD = snapshot([*GCP, HOME], peers=[LAPTOP], candidates=standing(*GCP))
+WORLD = snapshot([*GCP, HOME], peers=[LAPTOP], candidates=candidates_of(*GCP))
 
 
 def plan(of: Snapshot = WORLD, **options: object) -> HostPlan:
@@ -25,7 +25,7 @@ def plan(of: Snapshot = WORLD, **options: object) -> HostPlan:
 
 
 def allowed(of: HostPlan) -> dict[str, list[str]]:
-    return {one.name: [str(network) for network in one.allowed_ips] for one in of.peers.values()}
+    return {value.name: [str(network) for network in value.allowed_ips] for value in of.peers.values()}
 
 
 def routes(of: HostPlan) -> dict[str, str]:
@@ -41,12 +41,12 @@ def test_every_leader_is_a_peer_with_all_that_is_behind_it() -> None:
     assert routes(made) == dict.fromkeys(("10.4.0.0/16", "172.20.0.0/24", "192.168.7.0/24"), "10.9.0.2")
     assert [str(address) for address in made.addresses] == ["10.9.0.2/32", "fd09::2/128"]
     assert made.listen_port == 4711
-    assert {(one.persistent_keepalive, one.preshared_key) for one in made.peers.values()} == {(10, "secret")}
+    assert {(value.persistent_keepalive, value.preshared_key) for value in made.peers.values()} == {(10, "secret")}
     assert (made.forwarding, made.masquerade, made.ipip_remotes) == (frozenset(), (), frozenset())
 
 
 def test_another_leader_takes_the_place_of_the_one_before() -> None:
-    other = evolve(WORLD, candidates=standing(*reversed(GCP)))
+    other = evolve(WORLD, candidates=candidates_of(*reversed(GCP)))
     assert allowed(plan(other)) == {
         "gcp-2": ["10.4.0.1/32", "10.4.0.2/32", "172.20.0.0/24"],
         "home-1": ["10.4.0.3/32", "192.168.7.0/24"],
@@ -73,7 +73,7 @@ def test_a_leader_is_reached_in_a_family_that_the_machine_has() -> None:
     world = snapshot([HOME, both], peers=[LAPTOP])
 
     def endpoints(*families: int) -> dict[str, str]:
-        return {one.name: str(one.endpoint) for one in plan(world, families=families).peers.values()}
+        return {value.name: str(value.endpoint) for value in plan(world, families=families).peers.values()}
 
     assert endpoints() == endpoints(4) == {"home-1": "203.0.113.3:51820", "six-1": "203.0.113.4:51820"}
     assert endpoints(6) == {"home-1": "None", "six-1": "[2001:db8::4]:51820"}
@@ -83,11 +83,11 @@ def test_a_leader_is_reached_in_a_family_that_the_machine_has() -> None:
     )
     named = evolve(HOME, endpoint=Endpoint("vpn.example.org", 51820))
     made = peer_plan(build_topology(snapshot([named], peers=[LAPTOP])), "laptop", families=(6,))
-    assert [str(one.endpoint) for one in made.peers.values()] == ["vpn.example.org:51820"]
+    assert [str(value.endpoint) for value in made.peers.values()] == ["vpn.example.org:51820"]
 
 
 def test_a_leader_without_an_endpoint_is_named_and_costs_the_others_nothing() -> None:
-    made = plan(snapshot([*GCP, evolve(HOME, endpoint=None)], peers=[LAPTOP], candidates=standing(*GCP)))
+    made = plan(snapshot([*GCP, evolve(HOME, endpoint=None)], peers=[LAPTOP], candidates=candidates_of(*GCP)))
     assert [problem.subject for problem in made.problems] == ["home-1"]
     assert set(allowed(made)) == {"gcp-1", "home-1"}
 
@@ -109,12 +109,12 @@ def test_the_mesh_is_kept_in_a_network_that_overlaps_it_but_not_where_etcd_or_th
 
 def test_a_leader_behind_nat_is_looked_for_where_others_see_it_but_not_through_ones_own_nat() -> None:
     there, elsewhere = Endpoint.parse("198.51.100.3:40001"), Endpoint.parse("198.51.100.9:7000")
-    home = evolve(HOME, endpoint=Endpoint.parse("10.2.0.1:51820"), persistent_keepalive=25, seen=(there,))
+    home = evolve(HOME, endpoint=Endpoint.parse("10.2.0.1:51820"), persistent_keepalive=25, observed_endpoints=(there,))
 
     def looks(seen: tuple[Endpoint, ...], of: Node = home, **options: object) -> tuple[str, bool]:
-        world = snapshot([*GCP, of], peers=[evolve(LAPTOP, seen=seen)], candidates=standing(*GCP))
-        (found,) = (one for one in plan(world, **options).peers.values() if one.name == "home-1")
-        return str(found.endpoint), found.hearsay
+        world = snapshot([*GCP, of], peers=[evolve(LAPTOP, observed_endpoints=seen)], candidates=candidates_of(*GCP))
+        (found,) = (value for value in plan(world, **options).peers.values() if value.name == "home-1")
+        return str(found.endpoint), found.observed
 
     assert looks((elsewhere,)) == ("198.51.100.3:40001", True)
     assert looks((elsewhere,), families=(6,)) == ("None", False)

@@ -25,22 +25,22 @@ from kilo_etcd.model import (
     IPNetwork,
     Node,
     Peer,
+    ProbeReport,
     Snapshot,
-    Verdict,
     is_public,
 )
 from kilo_etcd.topology import HostPlan, Topology, Via, build_topology, edges, host_plan, peer_plan, walk_both
-from kilo_etcd.topology.claims import network_key
 from kilo_etcd.topology.encryption import Living, Outside, awaited, encrypt, waited_for
+from kilo_etcd.topology.exit_node import with_exit_node
 from kilo_etcd.topology.graph import graph
-from kilo_etcd.topology.guard import guard
+from kilo_etcd.topology.next_hop import NextHop as Way
+from kilo_etcd.topology.next_hop import next_hop as way_to
 from kilo_etcd.topology.places import Places, exchanged
+from kilo_etcd.topology.prefix_allocation import network_key
 from kilo_etcd.topology.render import render
+from kilo_etcd.topology.route_filter import filter_routes
 from kilo_etcd.topology.segments import changes, host_network, lined_up, routed_at
 from kilo_etcd.topology.walk import walk
-from kilo_etcd.topology.wayout import by_way_out
-from kilo_etcd.topology.ways import Hop as Way
-from kilo_etcd.topology.ways import hop as way_to
 
 QUICK = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 LABELS = ("", "a", "b", "self")
@@ -99,7 +99,7 @@ def a_node(
         endpoint=endpoint,
         internal_ips=tuple(ip_interface(internal[family]) for family in families),
         underlay=a_links(draw, tame=tame),
-        seen=seen,
+        observed_endpoints=seen,
         mesh_addresses=(ip_address(f"10.4.0.{number + 1}"), ip_address(f"fd00:4::{number + 1:x}")),
         subnets=tuple(map(ip_network, (*subnets, *networks))),
         allowed_location_ips=(ip_network(f"172.31.{number}.0/24"),) if draw(st.booleans()) else (),
@@ -127,21 +127,21 @@ def elections(draw: DrawFn, nodes: dict[str, Node]) -> dict[str, dict[str, objec
             Candidate(node=name, rank=rank, create_revision=revision),
         )
     leaders = draw(st.dictionaries(st.sampled_from(LABELS[:3]), st.sampled_from([*nodes, "stranger"]), max_size=2))
-    verdicts: dict[str, tuple[Verdict, ...]] = {}
-    for location, standing in candidates.items():
+    probe_reports: dict[str, tuple[ProbeReport, ...]] = {}
+    for location, candidates_of in candidates.items():
         found = []
-        for witness in draw(st.lists(st.sampled_from([*nodes, "stranger"]), unique=True, max_size=4)):
-            accused = draw(st.sampled_from(standing))
-            answers, fellows, reaches = draw(st.tuples(st.booleans(), st.booleans(), st.booleans()))
+        for prober in draw(st.lists(st.sampled_from([*nodes, "stranger"]), unique=True, max_size=4)):
+            reports_on = draw(st.sampled_from(candidates_of))
+            answers, members_reachable, can_take_over = draw(st.tuples(st.booleans(), st.booleans(), st.booleans()))
             found.append(
-                Verdict(
-                    witness=witness, leader=accused.node, candidacy=accused.create_revision,
-                    answers=answers, fellows=fellows, reaches=reaches,
+                ProbeReport(
+                    prober=prober, leader=reports_on.node, candidacy=reports_on.create_revision,
+                    leader_reachable=answers, members_reachable=members_reachable, can_take_over=can_take_over,
                 )
             )  # fmt: skip
         if found:
-            verdicts[location] = tuple(found)
-    return {"candidates": candidates, "leaders": leaders, "verdicts": verdicts}  # type: ignore[dict-item]
+            probe_reports[location] = tuple(found)
+    return {"candidates": candidates, "leaders": leaders, "probe_reports": probe_reports}  # type: ignore[dict-item]
 
 
 def outside(draw: DrawFn, *, tame: bool) -> dict[str, Peer]:
@@ -211,7 +211,11 @@ def mixed(draw: DrawFn, *, any_mode: bool = True) -> Snapshot:
     exits = draw(st.sets(st.sampled_from(sorted(nodes)), max_size=2))
     users = draw(st.sets(st.sampled_from(sorted(nodes)))) - exits if exits else set()
     nodes = {
-        name: evolve(node, gateway=name in exits, way_out=draw(st.sampled_from(sorted(exits))) if name in users else "")
+        name: evolve(
+            node,
+            advertises_exit_node=name in exits,
+            exit_node=draw(st.sampled_from(sorted(exits))) if name in users else "",
+        )
         for name, node in nodes.items()
     }
     return Snapshot(
@@ -229,7 +233,7 @@ def mixed(draw: DrawFn, *, any_mode: bool = True) -> Snapshot:
 def histories(draw: DrawFn) -> list[Snapshot]:
     """A snapshot and what becomes of it, step by step; what does not change stays the same object."""
     world = draw(worlds(tame=False))
-    found = [world]
+    snapshots = [world]
     for _ in range(draw(st.integers(1, 5))):
         step = draw(
             st.sampled_from(["node", "node", "node", "go", "candidates", "peers", "granularity", "internal", "nothing"])
@@ -248,8 +252,8 @@ def histories(draw: DrawFn) -> list[Snapshot]:
         elif step == "internal":
             world = evolve(world, internal_ips=draw(st.sampled_from(InternalIPs)))
         world = evolve(world, revision=world.revision + 1)
-        found.append(world)
-    return found
+        snapshots.append(world)
+    return snapshots
 
 
 @st.composite
@@ -263,7 +267,7 @@ def around_a_host(draw: DrawFn) -> tuple[Living, dict[str, Any]]:
 
 
 def all_plans(topology: Topology) -> dict[str, HostPlan]:
-    return {name: by_way_out(host_plan(topology, name), topology, outside=()) for name in topology.snapshot.nodes}
+    return {name: with_exit_node(host_plan(topology, name), topology, bypass=()) for name in topology.snapshot.nodes}
 
 
 def can_carry(world: Snapshot, name: str, version: int) -> bool:
@@ -390,8 +394,8 @@ def test_outside_peers_reach_every_internal_ip_that_is_routed(world: Snapshot) -
                 for network in segment.routed.get(member.name, ()):
                     if (route := plan.routes.get(network)) is None:
                         assert network.version != own.version or any(
-                            one.endpoint is not None and one.endpoint.address == network.network_address
-                            for one in plan.peers.values()
+                            value.endpoint is not None and value.endpoint.address == network.network_address
+                            for value in plan.peers.values()
                         )
                         continue
                     (key,) = (key for key, one in plan.peers.items() if network in one.allowed_ips)
@@ -420,12 +424,12 @@ def test_no_internal_ip_is_taken_from_the_links_of_a_host(world: Snapshot) -> No
                 assert not any(link.version == network.version and network.subnet_of(link) for link in links)
         for key, peer in plan.peers.items():
             address = None if peer.endpoint is None else peer.endpoint.address
-            if address is not None and not peer.hearsay:
+            if address is not None and not peer.observed:
                 assert host_network(address) not in plan.routes, "WireGuard's own packets go into the tunnel"
                 # Nor do they where the other's WireGuard is heard, which calls this one at its endpoint.
                 caller, own = by_key[key], world.nodes[name]
                 back = plans[caller.name].peers.get(own.public_key)
-                called = None if back is None or back.endpoint is None or back.hearsay else back.endpoint.address
+                called = None if back is None or back.endpoint is None or back.observed else back.endpoint.address
                 if called is not None and not is_public(called) and (ip := caller.internal_ip(called.version)):
                     assert host_network(ip.ip) not in plan.routes, "nor where the caller is heard"
 
@@ -492,7 +496,7 @@ def test_the_difference_gives_what_the_whole_gives(
 ) -> None:
     topology: Topology | None = None
     plans: dict[str, HostPlan] = {}
-    guarded: dict[str, HostPlan] = {}
+    filtered: dict[str, HostPlan] = {}
     encrypted: dict[str, HostPlan] = {}
     protected = [ip_network("172.17.0.8/32"), ip_network("fd00:9::1/128")]
     for step, world in enumerate(history):
@@ -505,18 +509,18 @@ def test_the_difference_gives_what_the_whole_gives(
             expected = host_plan(fresh, name)
             # Whichever plan was last, guarded or not, and however long ago: some hosts skip a step.
             if (step + len(name) + ord(name[-1])) % 3 or name not in plans:
-                last = guarded.get(name) if step % 2 else plans.get(name)
+                last = filtered.get(name) if step % 2 else plans.get(name)
                 plans[name] = host_plan(topology, name, last)
                 assert plans[name] == expected
-                result = guard(plans[name], protected, guarded.get(name))
-                assert result == guard(expected, protected)
-                guarded[name] = result
+                result = filter_routes(plans[name], protected, filtered.get(name))
+                assert result == filter_routes(expected, protected)
+                filtered[name] = result
                 # The last plan, if there is one, or that of another host.
                 before = encrypted.get(name) or next(iter(encrypted.values()), None)
                 last_word = words[(step + len(name)) % len(words)]
                 around = Outside(sources=tuple(ip.ip for ip in world.nodes[name].internal_ips), **last_word[1])
                 result = encrypt(result, topology, outside=around, living=last_word[0], previous=before)
-                assert result == encrypt(guard(expected, protected), fresh, outside=around, living=last_word[0])
+                assert result == encrypt(filter_routes(expected, protected), fresh, outside=around, living=last_word[0])
                 assert awaited(result) == waited_for(fresh, name, last_word[0])
                 encrypted[name] = result
 

@@ -6,16 +6,16 @@ from ipaddress import ip_address, ip_network
 
 import pytest
 from attrs import evolve
-from topology_worlds import MESH, SIX, WORLDS, node, snapshot, standing
+from topology_worlds import MESH, SIX, WORLDS, candidates_of, node, snapshot
 
-from kilo_etcd.agent.report import bounded
+from kilo_etcd.agent.status import bounded
 from kilo_etcd.model import Encapsulate, Granularity, Snapshot
-from kilo_etcd.topology import HostPlan, Via, WayOut, build_topology, host_plan
+from kilo_etcd.topology import ExitRoute, HostPlan, Via, build_topology, host_plan
 from kilo_etcd.topology.hostplan import RoutePlan
 from kilo_etcd.topology.reach import MOST_NAMED, Silent, Target, about_member, targets, withhold
 from kilo_etcd.topology.walk import walk
 
-LED = snapshot(SIX, candidates=standing(*SIX))
+LED = snapshot(SIX, candidates=candidates_of(*SIX))
 """a1 leads a2 (same subnet) and a3 (another one); b1 leads b2."""
 
 
@@ -63,9 +63,9 @@ def test_where_everybody_answers_the_plan_is_the_same_object() -> None:
 def test_a_member_that_never_answered_is_reached_by_the_leader_or_not_at_all() -> None:
     before, plan = planned(LED, "a3"), planned(LED, "a3", *silent(A2))
     assert routes(before)["10.4.0.2/32"] == "ipip 10.0.0.2"
-    assert "10.4.0.2/32" not in plan.routes.keys() | set(plan.fences), "the route to the leader takes it"
+    assert "10.4.0.2/32" not in plan.routes.keys() | set(plan.unreachable_routes), "the route to the leader takes it"
     assert routes(plan)["172.20.2.0/24"] == "ipip 10.0.0.1", "and what is behind it"
-    assert plan.fences == (MESH,)
+    assert plan.unreachable_routes == (MESH,)
     assert plan.ipip_remotes == {ip_address("10.0.0.1")}, "nor is IPIP taken from there"
     (problem,) = plan.problems
     assert problem.text == (
@@ -77,17 +77,17 @@ def test_a_member_that_never_answered_is_reached_by_the_leader_or_not_at_all() -
 
     leads = planned(LED, "a1", *silent(A2))
     assert routes(leads)["10.4.0.0/16"] == "tunnel None"
-    assert leads.fences == (MESH, ip_network("10.4.0.2/32"), ip_network("172.20.2.0/24")), (
+    assert leads.unreachable_routes == (MESH, ip_network("10.4.0.2/32"), ip_network("172.20.2.0/24")), (
         "on the leader the mesh's route leads into the tunnel, where nobody has these"
     )
-    assert set(leads.refused) == set(leads.fences[1:])
+    assert set(leads.refused) == set(leads.unreachable_routes[1:])
     assert routes(leads)["10.4.0.3/32"] == "ipip 10.0.1.3"
 
 
 def test_who_never_heard_its_leader_is_cut_off_and_refuses_all() -> None:
     plan = planned(LED, "a2", *silent(A1))
     assert routes(plan) == {"10.4.0.3/32": "ipip 10.0.1.3"}
-    assert set(plan.fences) == {MESH, ip_network("10.4.0.1/32"), ip_network("192.168.0.0/24")}
+    assert set(plan.unreachable_routes) == {MESH, ip_network("10.4.0.1/32"), ip_network("192.168.0.0/24")}
     assert "a1, its leader, has never answered a2 at its internal IP 10.0.0.1" in plan.problems[0].text
     assert "so a2 sends it nothing and is cut off from all other locations: " in plan.problems[0].text
     alone = planned(LED, "a2", *silent(A1, A3))
@@ -95,10 +95,10 @@ def test_who_never_heard_its_leader_is_cut_off_and_refuses_all() -> None:
     assert len(alone.problems) == 2
 
 
-def test_in_a_cross_mesh_nobody_stands_in_for_anybody() -> None:
+def test_in_a_cross_mesh_no_node_stands_in_for_another() -> None:
     plan = planned(WORLDS["cross"], "a2", *silent(A1))
     assert "10.4.0.1/32" not in routes(plan)
-    assert ip_network("10.4.0.1/32") in plan.fences
+    assert ip_network("10.4.0.1/32") in plan.unreachable_routes
     assert routes(plan)["10.4.0.4/32" if "10.4.0.4/32" in routes(plan) else "10.4.0.0/16"] == "tunnel None"
 
 
@@ -126,7 +126,7 @@ def test_of_two_nodes_with_one_internal_ip_the_one_that_answers_is_reached() -> 
         node("a2", 2, "", "192.168.1.20/24"),
         node("a3", 3, "", "192.168.1.20/24"),
     ]
-    plan = planned(snapshot(twins, candidates=standing(*twins)), "a1", *silent(("a3", "192.168.1.20")))
+    plan = planned(snapshot(twins, candidates=candidates_of(*twins)), "a1", *silent(("a3", "192.168.1.20")))
     assert routes(plan) == {"10.4.0.0/16": "tunnel None", "10.4.0.2/32": "underlay 192.168.1.20"}
     assert "both are at the default location, which is that of hosts without a label" in plan.problems[0].text
 
@@ -134,15 +134,15 @@ def test_of_two_nodes_with_one_internal_ip_the_one_that_answers_is_reached() -> 
 def test_the_exit_node_is_not_used_through_a_leader_that_never_answered() -> None:
     topology = build_topology(LED)
     by = RoutePlan(destination=ip_network("0.0.0.0/0"), way=Via.UNDERLAY, gateway=ip_address("10.0.0.1"))
-    plan = evolve(host_plan(topology, "a2"), way_out=WayOut(families=frozenset({4}), by=(by,)))
-    assert withhold(plan, topology, silent(A3)).way_out == plan.way_out
-    kept = withhold(plan, topology, silent(A1)).way_out
-    assert kept == WayOut(families=frozenset({4})), "its fence stays, so nothing goes beside it"
+    plan = evolve(host_plan(topology, "a2"), exit_route=ExitRoute(families=frozenset({4}), by=(by,)))
+    assert withhold(plan, topology, silent(A3)).exit_route == plan.exit_route
+    kept = withhold(plan, topology, silent(A1)).exit_route
+    assert kept == ExitRoute(families=frozenset({4})), "its last resort stays, so nothing bypasses it"
 
 
 def test_a_large_location_is_named_in_a_few_sentences() -> None:
     many = [node(f"n{i}", i, "x", f"10.9.0.{i}/24") for i in range(1, 31)]
-    world = snapshot(many, candidates=standing(*many))
+    world = snapshot(many, candidates=candidates_of(*many))
     plan = planned(world, "n1", *silent(*((f"n{i}", f"10.9.0.{i}") for i in range(2, 31))))
     assert len(plan.problems) == MOST_NAMED + 1
     assert f"{29 - MOST_NAMED} more members" in plan.problems[-1].text
@@ -152,7 +152,7 @@ def test_the_remedy_reaches_a_status_record_whole_however_long_the_names_are() -
     names = ["a" * 63, "b" * 63]
     two = [node(name, i, "x" * 63, f"2001:db8:1111:2222:3333:4444:5555:666{i}/64") for i, name in enumerate(names, 1)]
     plan = planned(
-        snapshot(two, candidates=standing(*two)), names[1], *silent((names[0], str(two[0].internal_ips[0].ip)))
+        snapshot(two, candidates=candidates_of(*two)), names[1], *silent((names[0], str(two[0].internal_ips[0].ip)))
     )
     text = plan.problems[0].text
     assert bounded((text,)) == (text,)
@@ -178,12 +178,12 @@ def test_packets_end_where_the_silence_is_and_it_is_said(granularity: Granularit
 
 
 def test_a_tunnel_in_which_nobody_answers_is_named_and_nothing_is_withheld() -> None:
-    world = snapshot([evolve(one, encapsulate=Encapsulate.WIREGUARD) for one in SIX], candidates=standing(*SIX))
+    world = snapshot([evolve(one, encapsulate=Encapsulate.WIREGUARD) for one in SIX], candidates=candidates_of(*SIX))
     topology = build_topology(world)
     plan = host_plan(topology, "a2")
     dead = Silent(target=Target("a1", ip_address("10.4.0.1")), withheld=False, named=True, tunneled=True)
     found = withhold(plan, topology, [dead])
-    assert (found.routes, found.fences) == (plan.routes, plan.fences)
+    assert (found.routes, found.unreachable_routes) == (plan.routes, plan.unreachable_routes)
     assert found.problems[0].text.startswith("a1, its leader, does not answer a2 through their tunnel")
     # What `kgctl explain` makes of it.
     shown = {name: host_plan(topology, name) for name in world.nodes}
@@ -197,11 +197,13 @@ def test_whom_a_sentence_is_about_can_be_told_from_it() -> None:
     tunneled = [evolve(one, tunneled=True, withheld=False) for one in silent(A3)]
     for name, unheard in (("a2", silent(A1, A3)), ("a2", silent(A1, A3, withheld=False)), ("a1", silent(A2, A3)),
                           ("a2", tunneled)):  # fmt: skip
-        found = planned(LED, name, *unheard).problems
-        assert [about_member(problem.text) for problem in found] == [one.target.node for one in unheard]
+        problems = planned(LED, name, *unheard).problems
+        assert [about_member(problem.text) for problem in problems] == [one.target.node for one in unheard]
     many = [node(f"n{i}", i, "x", f"10.9.0.{i}/24") for i in range(1, 31)]
     plan = planned(
-        snapshot(many, candidates=standing(*many)), "n1", *silent(*((f"n{i}", f"10.9.0.{i}") for i in range(2, 31)))
+        snapshot(many, candidates=candidates_of(*many)),
+        "n1",
+        *silent(*((f"n{i}", f"10.9.0.{i}") for i in range(2, 31))),
     )
     assert about_member(plan.problems[-1].text) == "", "of several"
     for text in ("", "the port is taken", "nobody answers a1 at all", "something answers it at 10.0.0.1"):

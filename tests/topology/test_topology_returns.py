@@ -10,10 +10,10 @@ from topology_worlds import node, plans, snapshot
 
 from kilo_etcd.model import Encapsulate, Granularity, InternalIPs, Snapshot
 from kilo_etcd.topology import Via, build_topology
+from kilo_etcd.topology.next_hop import next_hop
 from kilo_etcd.topology.reach import Silent, Target, withhold
 from kilo_etcd.topology.render import render
 from kilo_etcd.topology.walk import walk
-from kilo_etcd.topology.ways import hop
 
 NEVER, ALWAYS, CROSS, WIREGUARD = Encapsulate.NEVER, Encapsulate.ALWAYS, Encapsulate.CROSSSUBNET, Encapsulate.WIREGUARD
 INTERNAL = ip_network("10.0.0.2/32")
@@ -51,7 +51,7 @@ def test_a_pair_uses_one_way_in_both_directions(one: Encapsulate, other: Encapsu
     """Else a host that checks the reverse path drops half of what comes in."""
     a = node("a1", 1, "a", "10.0.0.201/24", encapsulate=one)
     b = node("a2", 2, "a", internal, encapsulate=other)
-    there, back = hop(a, b, 4), hop(b, a, 4)
+    there, back = next_hop(a, b, 4), next_hop(b, a, 4)
     assert there is not None
     assert back is not None
     assert there.way is back.way

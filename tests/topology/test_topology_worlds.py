@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from attrs import evolve
-from topology_worlds import PHONE, SIX, WORLDS, node, peer, plans, seen_by_all, snapshot, standing
+from topology_worlds import PHONE, SIX, WORLDS, candidates_of, node, peer, plans, seen_by_all, snapshot
 
 from kilo_etcd.model import Endpoint, Granularity
 from kilo_etcd.topology import UnknownNode, Via, build_topology, host_plan, walk_both
@@ -26,8 +26,8 @@ def test_the_world_seen_from_each_host(name: str) -> None:
 def test_a_failover_turns_one_route_on_a_member_and_no_peer() -> None:
     nodes = [node(f"a{n}", n, "a", f"10.0.0.{n}/24", "203.0.113.1") for n in (1, 2, 3)]
     nodes.append(node("b1", 9, "b", "10.0.0.1/24", "203.0.113.9"))
-    before = host_plan(build_topology(snapshot(nodes, candidates=standing(*nodes[:3]))), "a3")
-    after = host_plan(build_topology(snapshot(nodes, candidates=standing(*nodes[1:3]))), "a3")
+    before = host_plan(build_topology(snapshot(nodes, candidates=candidates_of(*nodes[:3]))), "a3")
+    after = host_plan(build_topology(snapshot(nodes, candidates=candidates_of(*nodes[1:3]))), "a3")
     assert before.peers == after.peers
     assert [str(key) for key in before.routes if before.routes[key] != after.routes[key]] == ["10.4.0.0/16"]
 

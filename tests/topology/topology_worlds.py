@@ -50,13 +50,13 @@ def peer(name: str, allowed: str, **rest: Any) -> Peer:
     )
 
 
-def standing(*nodes: Node) -> dict[str, tuple[Candidate, ...]]:
+def candidates_of(*nodes: Node) -> dict[str, tuple[Candidate, ...]]:
     """Candidacies of nodes, entered in this order."""
-    found: dict[str, tuple[Candidate, ...]] = {}
+    result: dict[str, tuple[Candidate, ...]] = {}
     for revision, node in enumerate(nodes, 100):
         offer = Candidate(node=node.name, rank=node.candidate_class, create_revision=revision)
-        found[node.location] = (*found.get(node.location, ()), offer)
-    return found
+        result[node.location] = (*result.get(node.location, ()), offer)
+    return result
 
 
 def snapshot(
@@ -96,7 +96,7 @@ SIX = (
 """A cloud of three, of which a3 is on another subnet; a site of two with a printer; and a laptop at large."""
 
 
-def _bonded(nodes: Iterable[Node], *names: str) -> tuple[Node, ...]:
+def _tunneled(nodes: Iterable[Node], *names: str) -> tuple[Node, ...]:
     return tuple(evolve(n, encapsulate=Encapsulate.WIREGUARD) if n.name in names else n for n in nodes)
 
 
@@ -110,8 +110,8 @@ WORLDS = {
         [evolve(n, location=n.name, endpoint=n.endpoint or Endpoint.parse("192.0.2.5:1")) for n in SIX[3:]]
         + list(SIX[:3])
     ),
-    "wireguard": snapshot(_bonded(SIX, "a3")),
-    "wireguard-leader": snapshot(_bonded(SIX, "a1"), peers=[PHONE]),
+    "wireguard": snapshot(_tunneled(SIX, "a3")),
+    "wireguard-leader": snapshot(_tunneled(SIX, "a1"), peers=[PHONE]),
     "ipip-always": snapshot([evolve(n, encapsulate=Encapsulate.ALWAYS) for n in SIX[:3]]),
     "ipip-never": snapshot([evolve(n, encapsulate=Encapsulate.NEVER) for n in SIX[:3]]),
     "dual-stack": snapshot(

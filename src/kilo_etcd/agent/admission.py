@@ -1,6 +1,6 @@
-"""Which questions on the peer-query port are answered: each once, and so many a second of one source.
+"""Which queries on the peer-query port are answered: each once, and so many a second of one source.
 
-A question is authentic (`agent.hearsay` sees to that), but anybody may have recorded it and send it again. Its eight
+A query is authentic (`agent.leader_hints` verifies that), but anybody may have recorded it and send it again. Its eight
 random bytes therefore are a stamp: the second in which it was made, two random bytes, and two check bytes by which a
 stamp is known. It travels as it always did, so agents of other versions take it for the random number that it was.
 
@@ -12,10 +12,10 @@ stamp is known. It travels as it always did, so agents of other versions take it
   same again: a clock that was ahead and has been corrected must not make a member look unreachable for minutes. Its
   answer is one small datagram to an address of the sender, so a recording does no harm at that rate.
 
-What is remembered comes from authentic questions only, so strangers can neither fill nor change it. A source that does
-not fit the sender has a rate of its own, in a table from which the one heard longest ago goes first: who is forgotten
-may ask at once. A source that fits is not limited before its question has been verified, or a stranger who forges it
-would silence its owner.
+What is remembered comes from authentic queries only, so strangers can neither fill nor change it. A source that does
+not fit the sender has a rate of its own, in a table from which the one used longest ago goes first: a source that is
+forgotten may ask at once. A source that fits is not limited before its query has been verified, or a stranger who
+forges it would silence its owner.
 
 Pure: times come in, booleans go out.
 """
@@ -31,9 +31,9 @@ from attrs import define, field
 WINDOW = 300.0
 """Seconds by which the clocks of two hosts may differ."""
 RATE, BURST = 4.0, 8.0
-"""Answers a second to one node. A host that has lost etcd asks twice a second, all neighbours in turn."""
+"""Answers a second to one node. A host that has lost etcd queries twice a second, all nodes in turn."""
 SLOW_RATE, SLOW_BURST = 0.5, 4.0
-"""The same for questions without a stamp of the time."""
+"""The same for queries without a timestamp."""
 STRANGE_RATE, STRANGE_BURST = 10.0, 20.0
 """Datagrams a second that are looked at from an address that is none of the sender's."""
 MOST_NODES = 16384
@@ -45,7 +45,7 @@ _STAMP = struct.Struct("!IH")
 
 
 def stamp(second: int, random: int) -> bytes:
-    """Eight bytes for a question that is made in this second since 1970; `random` has 16 bits."""
+    """Eight bytes for a query that is made in this second since 1970; `random` has 16 bits."""
     head = _STAMP.pack(second & 0xFFFFFFFF, random)
     return head + _check(head)
 
@@ -79,7 +79,7 @@ class Bucket:
 
 
 @define
-class _Asker:
+class _Sender:
     answers: Bucket
     slow: Bucket
     newest: int = 0
@@ -98,13 +98,13 @@ class _Asker:
 class Admission:
     """The memory of one host. `now`: seconds of a clock that never goes back; `wall`: seconds since 1970."""
 
-    _askers: dict[bytes, _Asker] = field(factory=dict)
+    _senders: dict[bytes, _Sender] = field(factory=dict)
     _strange: dict[Hashable, Bucket] = field(factory=dict)
 
     def repeated(self, sender: bytes, nonce: bytes) -> bool:
-        """Whether this very question has been taken lately; for a look before anything is computed."""
-        asker = self._askers.get(sender)
-        return asker is not None and asker.has(nonce)
+        """Whether this very query has been accepted lately; for a look before anything is computed."""
+        sender_state = self._senders.get(sender)
+        return sender_state is not None and sender_state.has(nonce)
 
     def from_stranger(self, source: Hashable, now: float) -> bool:
         """Whether a datagram is looked at whose source is no address of the node that it names."""
@@ -115,28 +115,28 @@ class Admission:
         return bucket.take(now)
 
     def answers(self, sender: bytes, nonce: bytes, *, now: float, wall: float, local: bool = False) -> bool:
-        """Whether a question of `sender`, known to be authentic, is answered; `local`: it came over the location's own
+        """Whether a query of `sender`, known to be authentic, is answered; `local`: it came over the location's own
         network."""
-        asker = self._askers.pop(sender, None)
-        if asker is None:
-            asker = _Asker(Bucket(RATE, BURST, BURST, now), Bucket(SLOW_RATE, SLOW_BURST, SLOW_BURST, now))
-        self._askers[sender] = asker
-        if len(self._askers) > MOST_NODES:
-            del self._askers[next(iter(self._askers))]
-        if asker.has(nonce):
+        sender_state = self._senders.pop(sender, None)
+        if sender_state is None:
+            sender_state = _Sender(Bucket(RATE, BURST, BURST, now), Bucket(SLOW_RATE, SLOW_BURST, SLOW_BURST, now))
+        self._senders[sender] = sender_state
+        if len(self._senders) > MOST_NODES:
+            del self._senders[next(iter(self._senders))]
+        if sender_state.has(nonce):
             return False
         second = second_of(nonce)
-        bucket = asker.slow
+        bucket = sender_state.slow
         if second is not None and abs(wall - second) <= WINDOW:
-            if second >= asker.newest or now - asker.seen > 2 * WINDOW:
-                asker.newest, asker.seen = second, now
-                bucket = asker.answers
+            if second >= sender_state.newest or now - sender_state.seen > 2 * WINDOW:
+                sender_state.newest, sender_state.seen = second, now
+                bucket = sender_state.answers
             elif not local:
                 return False
-        elif now - asker.seen <= WINDOW and not local:
+        elif now - sender_state.seen <= WINDOW and not local:
             return False
         if not bucket.take(now):
             # Not remembered: what was not answered may be asked again.
             return False
-        asker.recent = (asker.recent + nonce)[-_RECENT * _NUMBER :]
+        sender_state.recent = (sender_state.recent + nonce)[-_RECENT * _NUMBER :]
         return True

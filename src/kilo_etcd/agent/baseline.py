@@ -21,7 +21,7 @@ from collections.abc import Iterable
 
 from attrs import define, field
 
-from kilo_etcd.model import Node, Verdict
+from kilo_etcd.model import Node, ProbeReport
 
 TRIES = 2
 """So many tries in a row, PERIOD apart, before all targets are tried at once."""
@@ -41,7 +41,7 @@ WARN_SECONDS = 20.0
 """After so long without a baseline the operator is told."""
 
 
-NO_BASELINE = "nobody elsewhere has ever answered an echo request through the leader"
+NO_BASELINE = "no host elsewhere has ever answered an echo request through the leader"
 """How the sentence on a leader without a baseline begins."""
 
 
@@ -60,12 +60,12 @@ class NoBaseline:
     opened: float | None = None
     """When the report that stands without a baseline was made."""
     handshakes: bool | None = None
-    """Whether a target has shaken hands directly; None: not tried."""
+    """Whether a target has had a direct handshake; None: not tried."""
     confirmed: bool = field(default=False)
     """Whether a target has confirmed that the leader does not forward."""
 
     def silent(self, targets: Iterable[Node], now: float) -> bool:
-        """A try has found nobody; whether all `targets` are to be tried at once now."""
+        """A try had no answer; whether all `targets` must be tried at once now."""
         names = frozenset(node.name for node in targets)
         news, self._targets = names - self._targets, names
         if news and now + self._shortened < self._due:
@@ -102,11 +102,11 @@ class NoBaseline:
         """Whether the report has stood for as long as it may without being confirmed."""
         return self.opened is not None and now - self.opened >= OPEN_SECONDS
 
-    def confirms(self, far: Iterable[Verdict], since: float, now: float) -> bool:
+    def confirms(self, far: Iterable[ProbeReport], since: float, now: float) -> bool:
         """Whether the reports of targets confirm one that was made at `since`."""
-        found = tuple(far)
-        self.confirmed = self.confirmed or bool(found)
-        return any(one.answers for one in found) or (bool(found) and now - since >= SETTLE_SECONDS)
+        reports = tuple(far)
+        self.confirmed = self.confirmed or bool(reports)
+        return any(report.leader_reachable for report in reports) or (bool(reports) and now - since >= SETTLE_SECONDS)
 
     def sentence(self, leader: str, now: float) -> str | None:
         """What to tell the operator; None: nothing yet. It names no targets: those change."""
@@ -117,10 +117,11 @@ class NoBaseline:
             return f"{text}, and they find no way through it either: {leader} does not forward; kgctl check says more"
         if self.handshakes:
             return (
-                f"{text}, although they shake hands with this host directly: if {leader} forwards, let ICMP echo pass "
-                "there, else nobody notices when it does not; kgctl check says more"
+                f"{text}, although they have handshakes with this host directly: if {leader} forwards, let ICMP echo "
+                f"pass "
+                "there, else no host notices when it does not; kgctl check says more"
             )
         return (
-            f"{text}, so nobody notices if {leader} does not forward: are they up, and does UDP reach them? if both, "
+            f"{text}, so no host notices if {leader} does not forward: are they up, and does UDP reach them? if both, "
             "let ICMP echo pass; kgctl check says more"
         )

@@ -7,7 +7,7 @@ when the file is written and when it is read.
 
 Loading is strict and never fatal: whatever is not as this module writes it, is too large, is open to others, or is of
 another mesh, host or key is `Unusable`, with a sentence, and left where it is until the next one replaces it. A right
-checksum proves nothing of the content: every value is checked for its type and range as it is read, and whatever else
+checksum says nothing of the content: every value is checked for its type and range as it is read, and whatever else
 goes wrong with it is `Unusable` too (`_reading`).
 """
 
@@ -40,7 +40,7 @@ FILE = "mesh.jsonl.gz"
 FORMAT = 1
 
 MAX_BYTES = 128 * 1024 * 1024
-"""Of the file's content, unpacked: some 100,000 nodes with all that is said of each."""
+"""Of the file's content, unpacked: some 100,000 nodes with all their records."""
 MAX_RECORDS = 500_000
 MAX_KEY = 4096
 """Bytes. The longest key of ours has half of that; a longer one, like a value over MAX_VALUE, is nobody's record."""
@@ -63,7 +63,7 @@ class _Wrong(ValueError):
 
 @frozen(kw_only=True)
 class Identity:
-    """Whose view of which mesh it is."""
+    """The node, and the mesh, that the file belongs to."""
 
     prefix: str
     node: str
@@ -71,7 +71,7 @@ class Identity:
 
 
 @frozen(kw_only=True)
-class Remembered:
+class CachedSnapshot:
     """A mesh that this host has been in."""
 
     snapshot: Snapshot
@@ -79,7 +79,7 @@ class Remembered:
     """Seconds since 1970; the mesh had not changed since then for as long as this host was in it."""
 
     def age(self, now: float) -> str:
-        """In words. A host without a battery may boot with its clock in the past, of which nothing can be said."""
+        """As text. A host without a battery may boot with its clock in the past; then the age is unknown."""
         seconds = int(now - self.written)
         return "unknown" if seconds < 0 else shown_duration(seconds)
 
@@ -113,7 +113,7 @@ def save(path: Path, identity: Identity, holdings: store.Holdings, *, now: float
 
 
 @frozen(kw_only=True)
-class Kept:
+class CachedMesh:
     """A file's content: whole and this host's, and not taken apart, which costs time that a start may not need."""
 
     path: Path
@@ -127,7 +127,7 @@ class Kept:
     lines: tuple[bytes, ...]
 
     def last_seen(self) -> store.LastSeen:
-        """What etcd is judged by."""
+        """What etcd is verified against."""
         return store.LastSeen(
             header=self.header,
             granularity=self.granularity,
@@ -136,7 +136,7 @@ class Kept:
             adopted=self.adopted,
         )
 
-    def remembered(self) -> Remembered:
+    def decoded(self) -> CachedSnapshot:
         """The mesh. Unusable."""
         with _reading(self.path):
             holdings = store.Holdings(
@@ -150,10 +150,10 @@ class Kept:
         node = snapshot.nodes.get(self.identity.node)
         if node is None or node.public_key != self.identity.public_key:
             raise Unusable(f"the mesh in {self.path} does not have this host")
-        return Remembered(snapshot=snapshot, written=self.written)
+        return CachedSnapshot(snapshot=snapshot, written=self.written)
 
 
-def read(path: Path, identity: Identity) -> Kept | None:
+def read(path: Path, identity: Identity) -> CachedMesh | None:
     """What is kept at `path` for this host; None: nothing. Unusable."""
     try:
         # O_NONBLOCK: a FIFO in the file's place must not hang the agent.
@@ -171,13 +171,13 @@ def read(path: Path, identity: Identity) -> Kept | None:
             raise Unusable(f"others can write or read {path} (owner {status.st_uid}, mode {mode})")
         if status.st_size > MAX_BYTES:
             raise Unusable(f"{path} is larger than {MAX_BYTES} bytes")
-        return _kept(path, identity, _read(raw))
+        return _cached(path, identity, _read(raw))
 
 
-def load(path: Path, identity: Identity) -> Remembered | None:
+def load(path: Path, identity: Identity) -> CachedSnapshot | None:
     """The mesh that is kept at `path` for this host; None: none. Unusable."""
-    kept = read(path, identity)
-    return None if kept is None else kept.remembered()
+    cached = read(path, identity)
+    return None if cached is None else cached.decoded()
 
 
 @contextmanager
@@ -266,7 +266,7 @@ def _read(raw: IO[bytes]) -> list[bytes]:
     return lines
 
 
-def _kept(path: Path, identity: Identity, lines: list[bytes]) -> Kept:
+def _cached(path: Path, identity: Identity, lines: list[bytes]) -> CachedMesh:
     head = json.loads(lines[0])
     if not isinstance(head, dict):
         raise _Wrong("its first line is no JSON object")
@@ -284,7 +284,7 @@ def _kept(path: Path, identity: Identity, lines: list[bytes]) -> Kept:
     if isinstance(written, bool) or not isinstance(written, int | float) or not 0 <= written < 1e12:
         raise _Wrong("its time is no time")
     start = f"[{json.dumps(store.Keys(identity.prefix).adopted)},".encode()
-    return Kept(
+    return CachedMesh(
         path=path,
         identity=identity,
         written=float(written),
@@ -322,10 +322,10 @@ def _setting(kind: type[_Setting], value: object, name: str) -> _Setting | None:
     """A setting of the mesh as the file has it; None: it had none."""
     if value is None:
         return None
-    found = next((one for one in kind if one == value), None)
-    if found is None:
+    known = next((each for each in kind if each == value), None)
+    if known is None:
         raise _Wrong(f"its {name} is none")
-    return found
+    return known
 
 
 def _subnets(value: object) -> tuple[IPNetwork, ...]:

@@ -1,4 +1,4 @@
-"""What one agent is told on its command line or by its environment, read and checked.
+"""The settings of one agent, from its command line and its environment, read and checked.
 
 `AgentConfig.build` takes the texts as an operator writes them and yields one frozen value; it reads no file and
 asks no kernel, and every refusal is one sentence with the flag and its environment variable (`click.BadParameter`,
@@ -40,7 +40,7 @@ LEASE_TTL_FLOOR = 2.0
 """Seconds. etcd grants no lease shorter than 1.5 election timeouts, which is 2 s with its defaults."""
 
 DEFAULT_LISTEN = "127.0.0.1:1107"
-"""Kilo's port, but on loopback: a mesh host often stands on the open internet, where an unauthenticated page
+"""Kilo's port, but on loopback: a mesh host is often on the open internet, where an unauthenticated page
 about it should be the operator's decision (`--listen :1107`), not ours."""
 
 DEFAULT_STATE_DIR = "/var/lib/kilo-etcd"
@@ -89,7 +89,7 @@ class AgentConfig:
     internal_ips: InternalIPs | None = None
     """The same for what of the internal IPs' traffic travels in the tunnels; None: `routed`."""
     clear: tuple[Exemption, ...] = ()
-    """What is said to other nodes in clear although `encrypted` is in force."""
+    """Traffic with other nodes that stays in clear although `encrypted` is in force."""
     subnets: tuple[IPNetwork, ...] = (ip_network(DEFAULT_SUBNET),)
     """At most one per family, never empty; for an empty etcd too."""
     subnets_given: bool = False
@@ -103,7 +103,7 @@ class AgentConfig:
     resync_period: float = 30.0
     clean_up: bool = False
     probe: bool = True
-    """Whether this host is a witness of leaders that do not forward."""
+    """Whether this host is a prober of leaders."""
     renumber: bool = False
     """Whether a mesh address outside of etcd's `mesh/subnets` is given up for one within, at the start."""
     forward_rules: bool = False
@@ -327,7 +327,7 @@ def parse_log_level(text: str) -> str:
 def parse_listen(text: str) -> ListenAddress | None:
     """`host:port`, `[v6]:port` or `:port`; `off` or empty: None. The host is an address, since names can change."""
     text = text.strip()
-    # An empty environment variable is as good as none, so a word is needed there.
+    # An empty environment variable is as good as none, so a value is needed there.
     if text in ("", "off"):
         return None
     host, colon, port = text.rpartition(":")

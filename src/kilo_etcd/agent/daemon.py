@@ -20,38 +20,38 @@ from typing import TypeVar
 import trio
 
 from kilo_etcd import etcd, kernel, store
-from kilo_etcd.agent import decide
-from kilo_etcd.agent.answer import Answerer, Programmed
-from kilo_etcd.agent.cachefile import Identity, Remembered
-from kilo_etcd.agent.candidacy import Candidacy
+from kilo_etcd.agent import candidacy_policy
+from kilo_etcd.agent.apply import PlanApplier
+from kilo_etcd.agent.cachefile import CachedSnapshot, Identity
+from kilo_etcd.agent.candidacy import CandidacyTask
 from kilo_etcd.agent.config import AgentConfig, too_small_for
-from kilo_etcd.agent.counted import counted
+from kilo_etcd.agent.diagnostics import AppliedPlan, DiagnosticsServer
 from kilo_etcd.agent.dnshosts import DnsHosts, WriteNames
 from kilo_etcd.agent.encrypting import Encrypting
-from kilo_etcd.agent.hearing import Hearing
-from kilo_etcd.agent.hearsay import Hearsay, followed
-from kilo_etcd.agent.lastknown import Disk, Keeper
-from kilo_etcd.agent.logs import Once, get_logger, say_due, say_rest
-from kilo_etcd.agent.lookout import Lookout
+from kilo_etcd.agent.exit_node_monitor import ExitNodeMonitor
+from kilo_etcd.agent.instrumented import instrumented
+from kilo_etcd.agent.leader_hints import LeaderHints, followed
+from kilo_etcd.agent.logs import Once, get_logger, write_due, write_rest
 from kilo_etcd.agent.metrics import Metrics
-from kilo_etcd.agent.neighbours import Neighbours, Post
 from kilo_etcd.agent.notify import notify, notify_reloading, watchdog_interval
-from kilo_etcd.agent.program import Programmer
+from kilo_etcd.agent.peer_query import DatagramTransport, PeerQuery
+from kilo_etcd.agent.prober import Prober
 from kilo_etcd.agent.reachability import Reachability
-from kilo_etcd.agent.report import Reporter, State
+from kilo_etcd.agent.registration import HostRegistration
 from kilo_etcd.agent.resolve import Resolver, names_of, plan_names, resolve_plan
-from kilo_etcd.agent.upkeep import REFUSALS, Upkeep
-from kilo_etcd.agent.whereabouts import Whereabouts
-from kilo_etcd.agent.witness import Witness
+from kilo_etcd.agent.restore import REFUSALS, Restorer
+from kilo_etcd.agent.snapshot_cache import Disk, SnapshotCache
+from kilo_etcd.agent.status import State, StatusReporter
+from kilo_etcd.agent.wireguard_monitor import WireGuardMonitor
 from kilo_etcd.backoff import RepairBackoff
 from kilo_etcd.kernel.state import Observed
 from kilo_etcd.model import Granularity, InternalIPs, IPAddress, IPNetwork, MeshSettings, Snapshot
 from kilo_etcd.topology import Topology, UnknownNode, build_topology, host_plan
-from kilo_etcd.topology.encryption import Report
-from kilo_etcd.topology.guard import guard
+from kilo_etcd.topology.encryption import StageReport
+from kilo_etcd.topology.exit_node import BYPASSES, as_exit_node, with_exit_node
 from kilo_etcd.topology.hostplan import HostPlan, RoutePlan, Via
 from kilo_etcd.topology.reach import withhold
-from kilo_etcd.topology.wayout import STAYS_OUTSIDE, at_gateway, by_way_out
+from kilo_etcd.topology.route_filter import filter_routes
 
 T = TypeVar("T")
 
@@ -64,24 +64,24 @@ RESIGN_SECONDS = 2.0
 """How long a stopping agent tries to take its records away; they are under leases that end by themselves."""
 
 ETCD_PATIENCE_SECONDS = 2.0
-"""How long a starting agent waits for etcd before it goes by the last known mesh."""
+"""How long a starting agent waits for etcd before it goes by the cached snapshot."""
 
 KERNEL_RETRY_SECONDS = 0.5
 
-POST_RETRY_SECONDS = 60.0
-"""After the port for neighbours could not be had."""
+TRANSPORT_RETRY_SECONDS = 60.0
+"""After the port for peer queries could not be had."""
 
 OBSTACLES_PAUSE, OBSTACLES_PERIOD = 2.0, 10.0
 """Seconds between two looks at what drops forwarded packets: at least after a change of the plan, and at most."""
 
-SAY_SECONDS = 5.0
+FLUSH_SECONDS = 5.0
 """Between two looks at what of the log was left out."""
 
 MOST_LISTED = 64
 """Members that do not answer, in the status."""
 
 DEMOTED = (
-    "for some minutes it leads only if nobody else can. Look for what drops forwarded packets (sysctl "
+    "for some minutes it leads only if no other node can. Look for what drops forwarded packets (sysctl "
     "net.ipv4.ip_forward, nft list ruleset) or UDP 51820 (--port); once nothing does, restart the agent to clear it "
     "now: systemctl restart kilo-etcd"
 )
@@ -103,24 +103,24 @@ class Reload(Exception):
     """The agent was asked to run its code anew. Nothing was given up: the next one adopts all of it."""
 
 
-class _Fence:
-    """The judgement of whichever mirror the agent has."""
+class _MirrorGuard:
+    """The cluster guard of whichever mirror the agent has."""
 
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
 
     @property
-    def taken_up(self) -> int:
-        return self._daemon.mirror.taken_up
+    def generation(self) -> int:
+        return self._daemon.mirror.generation
 
-    def heed(self, header: etcd.Header) -> None:
-        self._daemon.mirror.heed(header)
+    def observe(self, header: etcd.Header) -> None:
+        self._daemon.mirror.observe(header)
 
     def check(self) -> None:
         self._daemon.mirror.check()
 
-    async def vouch(self) -> None:
-        await self._daemon.mirror.vouch()
+    async def verify(self) -> None:
+        await self._daemon.mirror.verify()
 
 
 class Daemon:
@@ -136,16 +136,16 @@ class Daemon:
         metrics: Metrics,
         disk: Disk | None = None,
         secret: Callable[[str], bytes | None] | None = None,
-        post: Post | None = None,
+        transport: DatagramTransport | None = None,
         write_names: WriteNames | None = None,
     ) -> None:
-        """`disk`: where the last known mesh is kept; None: it is not. `secret` is what the host's key and a public key
-        agree on, and `post` the way to neighbours; None: nobody is asked while etcd is away. `write_names`
+        """`disk`: where the cached snapshot is kept; None: it is not. `secret` is what the host's key and a public key
+        agree on, and `transport` the way to other nodes; None: no node is queried while etcd is away. `write_names`
         writes the hosts file; None: it is not touched."""
         self.config = config
-        self.client = client = counted(client, metrics.etcd_writes.inc, metrics.etcd_heard)
+        self.client = client = instrumented(client, metrics.etcd_writes.inc, metrics.etcd_answered)
         self.kernel = device
-        self.programmer = Programmer(device)
+        self.applier = PlanApplier(device)
         self.metrics = metrics
         self.name = config.hostname
         self.public_key = public_key
@@ -159,44 +159,46 @@ class Daemon:
             lease_ttl=int(config.lease_ttl),
             forget_after=int(config.forget_after),
             on_event=self._note_event,
-            fence=_Fence(self),
+            guard=_MirrorGuard(self),
         )
         self.resolver = Resolver()
         # Asked for at each scrape, so that nothing has to poll.
-        metrics.suspect_when(self._etcd_trouble)
-        metrics.suspect_when(self._own_trouble)
-        metrics.etcd_connected.set_function(lambda: float(self.mirror.connected and not self.mirror.suspect))
+        metrics.untrusted_when(self._etcd_trouble)
+        metrics.untrusted_when(self._own_trouble)
+        metrics.etcd_connected.set_function(lambda: float(self.mirror.connected and not self.mirror.untrusted_reason))
         self.log = get_logger().bind(node=self.name)
         self.once = Once(self.log)
-        self.whereabouts = Whereabouts(config, public_key, self.session, self.log, self.once, etcd=self._etcd_networks)
+        self.registration = HostRegistration(
+            config, public_key, self.session, self.log, self.once, etcd=self._etcd_networks
+        )
         identity = Identity(prefix=config.prefix, node=self.name, public_key=public_key)
-        self.keeper = Keeper(disk, identity, self.once)
-        self.remembered: Remembered | None = None
-        """The last known mesh, as long as the host has not joined the present one."""
-        metrics.last_known.set_function(lambda: float(self.remembered is not None))
+        self.cache = SnapshotCache(disk, identity, self.once)
+        self.cached: CachedSnapshot | None = None
+        """The cached snapshot, as long as the host has not joined the present one."""
+        metrics.cached_mesh.set_function(lambda: float(self.cached is not None))
 
         self.snapshot: Snapshot | None = None
         self.topology: Topology | None = None
         self.raw_plan: HostPlan | None = None
-        self.guarded: HostPlan | None = None
+        self.filtered: HostPlan | None = None
         self.plan: HostPlan | None = None
-        """What was last brought to the kernel: `guarded`, and what the host's own gateway makes of it."""
-        self.role: decide.Role | None = None
+        """What was last brought to the kernel: `filtered`, and what an exit node adds to it."""
+        self.role: candidacy_policy.Role | None = None
         self.applied_revision = 0
         self.failures: tuple[str, ...] = ()
         self.disagreements: tuple[str, ...] = ()
-        self.unmet: tuple[str, ...] = ()
-        """Sentences on nodes that, like this host, are behind NAT, and are not heard."""
-        self.hearsay = Hearsay()
-        """What neighbours have said of leaders since etcd was out of reach."""
+        self.traversal_failures: tuple[str, ...] = ()
+        """Sentences on nodes that, like this host, are behind NAT, and cannot be reached."""
+        self.leader_hints = LeaderHints()
+        """The leader hints of other nodes since etcd was out of reach."""
         self.no_baseline: str | None = None
-        """A sentence on a leader through which nobody has ever answered this host, which would report it."""
+        """A sentence on a leader through which no target has ever answered this host, which would report it."""
         self.answers = False
         """Whether this host answers peer queries: it has the port."""
         self.obstructed: tuple[str, ...] = ()
         """Sentences on what drops what this host forwards."""
         self.beyond: str | None = None
-        """A sentence on the gateway that this host uses and that does not answer."""
+        """A sentence on the exit node that this host uses and that does not answer."""
         self.subnets: tuple[IPNetwork, ...] = ()
         """The mesh's, as they were when this agent joined."""
 
@@ -216,9 +218,9 @@ class Daemon:
         self._ready = False
         """Programmed well enough to lead."""
         self._leaving = False
-        self._internal_ips: decide.InternalIPsState | None = None
-        self._reporter = Reporter(self.session, public_key, config.mesh_granularity)
-        self._upkeep = Upkeep(
+        self._internal_ips: candidacy_policy.InternalIPsState | None = None
+        self._reporter = StatusReporter(self.session, public_key, config.mesh_granularity)
+        self._restorer = Restorer(
             self.session,
             self.keys,
             self.name,
@@ -227,42 +229,52 @@ class Daemon:
             rng=self._rng,
             on_news=self._publish_again,
         )
-        self._candidacy = Candidacy(self.session, self.name)
-        self._answerer = Answerer(client, self.keys, self.name, device, self._in_force, self.once)
-        self._post = post
-        self._neighbours = (
+        self._candidacy = CandidacyTask(self.session, self.name)
+        self._answerer = DiagnosticsServer(client, self.keys, self.name, device, self._in_force, self.once)
+        self._post = transport
+        self._peer_query = (
             None
-            if secret is None or post is None or not config.probe
-            else Neighbours(
+            if secret is None or transport is None or not config.probe
+            else PeerQuery(
                 self.name,
-                post,
+                transport,
                 secret,
                 etcd_away=self._etcd_away,
-                on_heard=self._note_heard,
-                sources=lambda: self.whereabouts.sources,
+                on_heard=self._note_leader_hints,
+                sources=lambda: self.registration.sources,
             )
         )
         self._reachability = None
         if config.probe:
-            ask = None if self._neighbours is None else self._neighbours.ask_local
+            ask = None if self._peer_query is None else self._peer_query.ask_local
             self._reachability = Reachability(
-                device, self.name, ask=ask, on_change=self._nudge, programmed=lambda: self.programmer.programmed
+                device, self.name, ask=ask, on_change=self._nudge, programmed=lambda: self.applier.programmed
             )
-            if self._neighbours is not None:
-                self._neighbours.reachability = self._reachability
-        self._witness = Witness(
+            if self._peer_query is not None:
+                self._peer_query.reachability = self._reachability
+        self._prober = Prober(
             device, self.session, self.name, self.once,
-            sound=self._sound, forwards=self._forwards, prove=self._prove,
+            sound=self._sound, forwards=self._forwards, check_takeover=self._check_takeover,
             look_again=lambda: self._nudge(fresh=True), on_no_baseline=self._note_no_baseline,
         )  # fmt: skip
-        self._hearing = Hearing(device, self.session, self.name, on_unmet=self._note_unmet, begin_over=self._begin_over)
-        self._lookout = Lookout(device, self._note_gateway)
+        self._wireguard_monitor = WireGuardMonitor(
+            device,
+            self.session,
+            self.name,
+            on_traversal_failures=self._note_traversal_failures,
+            reset_session=self._reset_session,
+        )
+        self._exit_node_monitor = ExitNodeMonitor(device, self._note_exit_node)
         self._dns_hosts = write_names and DnsHosts(
-            write_names, wanted=config.dns_hosts, prefix=config.prefix, log=self.log, once=self.once,
+            write_names,
+            wanted=config.dns_hosts,
+            prefix=config.prefix,
+            log=self.log,
+            once=self.once,
             on_trouble=self._publish_again,
-        )  # fmt: skip
+        )
         self._encrypting = Encrypting(
-            config, client, self.keys, self.once, disk=disk, register=self._report_stage, keep=self.keeper.flush,
+            config, client, self.keys, self.once, disk=disk, register=self._report_stage, keep=self.cache.flush,
             stage=lambda: self.session.stage, put_stage=self.session.put_stage,
             listening=device.listening, nudge=self._nudge, rng=self._rng,
         )  # fmt: skip
@@ -271,8 +283,8 @@ class Daemon:
 
     async def run(self) -> None:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._heed_signals)
-            nursery.start_soon(self._mind_log)
+            nursery.start_soon(self._handle_signals)
+            nursery.start_soon(self._flush_log)
             async with trio.open_nursery() as members:
                 joined = await self._until_stopped(self._join, members)
                 if joined:
@@ -281,20 +293,20 @@ class Daemon:
                 self._leaving = True
                 if joined:
                     await self._hand_over()
-                # What goes now must not be taken for drift and put back.
+                # What is removed now must not be taken for drift and restored.
                 members.cancel_scope.cancel()
             await self._leave()
             nursery.cancel_scope.cancel()
 
-    async def _mind_log(self) -> None:
+    async def _flush_log(self) -> None:
         try:
             while True:
-                await trio.sleep(SAY_SECONDS)
-                say_due()
+                await trio.sleep(FLUSH_SECONDS)
+                write_due()
         finally:
-            say_rest()
+            write_rest()
 
-    async def _heed_signals(self) -> None:
+    async def _handle_signals(self) -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
             async for number in signals:
                 # At a terminal it means that the terminal was closed.
@@ -337,7 +349,7 @@ class Daemon:
             settings = await self._insist(self._settings)
         subnets = settings.subnets
         self._take_subnets(subnets)
-        self._upkeep.joined(settings)
+        self._restorer.joined(settings)
         renumber = self.config.renumber
         addresses = await self._insist(lambda: self.session.claim_addresses(subnets, renumber=renumber))
         self.log.info("address claimed", addresses=",".join(map(str, addresses)), granularity=str(settings.granularity))
@@ -345,30 +357,30 @@ class Daemon:
             await nursery.start(self.resolver.run)
             await nursery.start(self.mirror.run)
         # Where the last agent was with the switch to `encrypted`, the kernel still is, or is to be again.
-        self.whereabouts.report = await self._insist(self._reported)
+        self.registration.report = await self._insist(self._reported)
         # Not before: etcd may have kept us waiting, and the network may have come meanwhile.
-        record = await self.whereabouts.look()
+        record = await self.registration.look()
         await self._insist(lambda: self.session.register(record))
         await nursery.start(self.session.run)
-        if self.remembered is None:
+        if self.cached is None:
             self._keep_programmed(nursery)
         else:
-            self.remembered = None
+            self.cached = None
             self.log.info("etcd is back: this host has joined again, and follows the mesh")
             self._nudge()
         for task in (
-            self._upkeep.run,
-            self._stand_for_leader,
+            self._restorer.run,
+            self._follow_candidacy,
             self._reporter.run,
-            self._answer_questions,
-            self._hearing.run,
+            self._serve_diagnostics,
+            self._wireguard_monitor.run,
             self._follow_obstacles,
             self._encrypting.run,
-            self.keeper.run,
+            self.cache.run,
         ):
             nursery.start_soon(task)
         if self.config.probe:
-            nursery.start_soon(self._witness.run)
+            nursery.start_soon(self._prober.run)
 
     def _keep_programmed(self, nursery: trio.Nursery) -> None:
         """Start what brings snapshots to the kernel and keeps them there; nothing of it writes to etcd."""
@@ -377,38 +389,38 @@ class Daemon:
             self._follow_drift,
             self._follow_names,
             self._follow_addresses,
-            self._follow_first_contacts,
+            self._follow_handshake_order,
             self._follow_suspicion,
             self._watchdog,
             self._resync,
-            self._lookout.run,
+            self._exit_node_monitor.run,
             self._reconcile,
         ):
             nursery.start_soon(task)
-        if self._neighbours is not None and self._post is not None:
-            nursery.start_soon(self._talk, self._neighbours, self._post)
+        if self._peer_query is not None and self._post is not None:
+            nursery.start_soon(self._run_peer_query, self._peer_query, self._post)
         if self._reachability is not None:
             nursery.start_soon(self._reachability.run)
         if self._dns_hosts is not None:
             nursery.start_soon(self._dns_hosts.run)
 
-    async def _talk(self, neighbours: Neighbours, post: Post) -> None:
-        """Speak with neighbours, as long as this host has etcd or they have."""
+    async def _run_peer_query(self, peer_query: PeerQuery, transport: DatagramTransport) -> None:
+        """Run the peer query, as long as this host has etcd or others have."""
         while True:
             try:
                 async with trio.open_nursery() as nursery:
-                    await nursery.start(post.run)
-                    self.once.clear("neighbours", "neighbours can be spoken to again")
+                    await nursery.start(transport.run)
+                    self.once.clear("peer query", "peer queries work again")
                     self._note_answers(True)
-                    await neighbours.run()
+                    await peer_query.run()
             except* OSError as group:
                 lone: BaseException = group
                 while isinstance(lone, BaseExceptionGroup):
                     lone = lone.exceptions[0]
-                self.once.warning("neighbours", "neighbours cannot be asked while etcd is away",
+                self.once.warning("peer query", "peer queries do not work while etcd is away",
                                   error=str(lone))  # fmt: skip
                 self._note_answers(False)
-                await trio.sleep(POST_RETRY_SECONDS)
+                await trio.sleep(TRANSPORT_RETRY_SECONDS)
 
     def _note_answers(self, answers: bool) -> None:
         if answers != self.answers:
@@ -416,34 +428,34 @@ class Daemon:
             self._publish_again()
 
     async def _bridge(self, nursery: trio.Nursery) -> MeshSettings | None:
-        """Where etcd does not answer, or is not as the last known mesh on disk knew it: put that mesh in force until
+        """If etcd does not answer, or is not as the cached snapshot on disk has it: put that snapshot in force until
         etcd can be followed. Nothing is written to it before.
 
-        The mesh's settings, if etcd has told them; else, if a last known mesh is kept, the mirror follows etcd now.
+        The mesh's settings, if etcd has told them; else, if there is a cached snapshot, the mirror follows etcd now.
         """
-        kept = await self.keeper.read()
+        kept = await self.cache.read()
         if kept is None:
             return None
         self.mirror = store.Mirror(self.client, self.keys, last_seen=kept.last_seen())
         follows = None
         with trio.move_on_after(ETCD_PATIENCE_SECONDS):
-            follows = await self._insist(self.mirror.judge)
+            follows = await self._insist(self.mirror.verify_cluster)
             if follows:
                 return await self._insist(self._settings)
-        remembered = await self.keeper.remember(kept, fits=self._fits)
+        cached = await self.cache.remember(kept, fits=self._fits)
         await nursery.start(self.resolver.run)
         await nursery.start(self.mirror.run)
-        if remembered is not None:
-            snapshot = remembered.snapshot
+        if cached is not None:
+            snapshot = cached.snapshot
             self.log.warning(
-                "etcd is held off: the last known mesh is in force"
+                "etcd is not trusted: the cached snapshot is in force"
                 if follows is False
-                else "etcd is out of reach: the last known mesh is in force",
-                revision=snapshot.revision, age=self.keeper.age(remembered), nodes=len(snapshot.nodes),
+                else "etcd is out of reach: the cached snapshot is in force",
+                revision=snapshot.revision, age=self.cache.age(cached), nodes=len(snapshot.nodes),
             )  # fmt: skip
             self._take_subnets(snapshot.subnets)
-            self.remembered = remembered
-            await self.whereabouts.look()
+            self.cached = cached
+            await self.registration.look()
             self.snapshot = snapshot
             self._keep_programmed(nursery)
             self._nudge()
@@ -460,30 +472,30 @@ class Daemon:
             return settings
         return settings._replace(subnets=await self.session.subnets_in_force(settings.subnets))
 
-    async def _reported(self) -> Report:
-        """What this host's record in etcd says of the switch to `encrypted`."""
-        found = await self.client.get(self.keys.node(self.name))
-        if found is None:
-            return Report()
+    async def _reported(self) -> StageReport:
+        """The stage of the switch to `encrypted` in this host's record in etcd."""
+        kv = await self.client.get(self.keys.node(self.name))
+        if kv is None:
+            return StageReport()
         try:
-            record = store.decode_node(found.value)
+            record = store.decode_node(kv.value)
         except store.RecordError:
-            return Report()
+            return StageReport()
         if record.public_key != self.public_key:
-            return Report()
-        return Report(stage=record.encryption, accepts_since=record.accepts_since or 0)
+            return StageReport()
+        return StageReport(stage=record.encryption, accepts_since=record.accepts_since or 0)
 
-    async def _report_stage(self, report: Report) -> bool:
-        self.whereabouts.report = report
-        await self.whereabouts.look_again(register=True)
-        record = self.whereabouts.record
-        said = record is not None and (record.encryption, record.accepts_since or 0) == (
+    async def _report_stage(self, report: StageReport) -> bool:
+        self.registration.report = report
+        await self.registration.look_again(register=True)
+        record = self.registration.record
+        registered = record is not None and (record.encryption, record.accepts_since or 0) == (
             report.stage,
             report.accepts_since,
         )
-        if said:
+        if registered:
             self.log.info("encryption stage reported", stage=report.stage or "none")
-        return said
+        return registered
 
     def _fits(self, snapshot: Snapshot) -> str | None:
         return too_small_for(self.config.mtu, snapshot.subnets)
@@ -491,7 +503,7 @@ class Daemon:
     def _take_subnets(self, subnets: tuple[IPNetwork, ...]) -> None:
         if reason := too_small_for(self.config.mtu, subnets):
             raise Fatal(reason)
-        self.subnets = self.whereabouts.subnets = subnets
+        self.subnets = self.registration.subnets = subnets
 
     async def _insist(self, call: Callable[[], Awaitable[T]]) -> T:
         """The result of an etcd call that is tried until etcd is there; what can't be cured by waiting is fatal."""
@@ -500,11 +512,11 @@ class Daemon:
             try:
                 result = await call()
             except etcd.Unavailable as error:
-                if not isinstance(error, store.HeldOff):
+                if not isinstance(error, store.ClusterNotTrusted):
                     self.once.error("etcd", error.kind, error=str(error))
                     self._waiting = f"waiting for etcd: {error.kind}: {error}"
                 self.metrics.error("etcd")
-                if self.remembered is None:
+                if self.cached is None:
                     notify(f"STATUS=waiting for etcd: {error}")
                 await trio.sleep(delay * self._rng.uniform(0.5, 1.0))
                 delay = min(delay * 1.6, 3.0)
@@ -536,13 +548,13 @@ class Daemon:
             if self._dns_hosts is not None:
                 await self._dns_hosts.remove()
             try:
-                await self.keeper.forget()
+                await self.cache.forget()
                 await self._encrypting.forget()
             except OSError as failure:
-                self.log.warning("the last known mesh could not be removed from disk", error=str(failure))
+                self.log.warning("the cached snapshot could not be removed from disk", error=str(failure))
             self.log.info("cleaned up", changes=len(changes))
         else:
-            await self.keeper.flush()
+            await self.cache.flush()
         self.log.info("stopped", kernel_state="removed" if self.config.clean_up else "left in place")
 
     async def _hand_over(self) -> None:
@@ -562,7 +574,7 @@ class Daemon:
                 while self.role.leader == self.name:
                     await self._applied.wait()
                 revision = self.applied_revision
-                while not decide.confirmed(  # noqa: ASYNC110 - what is waited for happens on other hosts
+                while not candidacy_policy.confirmed(  # noqa: ASYNC110 - what is waited for happens on other hosts
                     {node: status.revision for node, status in (await store.statuses(self.client, self.keys)).items()},
                     revision,
                     self.name,
@@ -574,7 +586,7 @@ class Daemon:
             self.log.info("leadership handed over", location=segment.location, leader=self.role.leader)
             return
         if led and told:
-            self.log.warning("not every host has confirmed the new leader in time; going all the same",
+            self.log.warning("not every host has confirmed the new leader in time; stopping anyway",
                              location=segment.location)  # fmt: skip
         elif led:
             self.log.warning("leadership was not handed over, since etcd does not answer; the lease ends by itself",
@@ -600,19 +612,19 @@ class Daemon:
             what = await self.kernel.wait_drift()
             pause = backoff.pause(trio.current_time())
             if pause:
-                self.log.warning("the kernel is changed behind the agent's back again and again; repairing less often",
+                self.log.warning("another program changes the kernel again and again; repairing less often",
                                  what=what, seconds=f"{pause:g}")  # fmt: skip
                 await trio.sleep(pause)
             else:
-                self.log.warning("the kernel was changed behind the agent's back; repairing", what=what)
+                self.log.warning("another program changed the kernel; repairing", what=what)
             self._nudge(fresh=True)
 
     async def _follow_suspicion(self) -> None:
-        """Have the status say when etcd is held off or cannot be read, and when it is followed again: the plan stays
+        """Have the status say when etcd is not trusted or cannot be read, and when it is followed again: the plan stays
         what it was."""
-        standing: str | None = None
+        outage: str | None = None
         while True:
-            standing = await self.mirror.wait_standing(standing)
+            outage = await self.mirror.wait_outage_change(outage)
             if self.snapshot is not None and self.topology is not None:
                 self._publish(self.snapshot)
 
@@ -621,20 +633,20 @@ class Daemon:
             await self.resolver.wait_changed()
             self._nudge()
 
-    async def _follow_first_contacts(self) -> None:
+    async def _follow_handshake_order(self) -> None:
         while True:
-            await self.programmer.wait_due()
+            await self.applier.wait_due()
             # Read anew: an endpoint that was learnt meanwhile stays as it is.
             self._nudge(fresh=True)
 
-    def _begin_over(self, keys: Collection[str]) -> None:
-        self.programmer.begin_over(keys)
+    def _reset_session(self, keys: Collection[str]) -> None:
+        self.applier.reset_session(keys)
         self._nudge(fresh=True)
 
     async def _resync(self) -> None:
         while True:
             await trio.sleep(self.config.resync_period)
-            await self.whereabouts.look_again(register=self.remembered is None)
+            await self.registration.look_again(register=self.cached is None)
             self._nudge(fresh=True)
 
     async def _follow_addresses(self) -> None:
@@ -642,16 +654,16 @@ class Daemon:
         while True:
             await self.kernel.wait_moved()
             await trio.sleep(SETTLE_SECONDS)
-            await self.whereabouts.look_again(register=self.remembered is None)
+            await self.registration.look_again(register=self.cached is None)
             self._nudge()
 
-    async def _answer_questions(self) -> None:
+    async def _serve_diagnostics(self) -> None:
         """Answer, and begin anew in another etcd: there a watch would wait for a revision that is far away."""
-        taken_up = self.mirror.taken_up
+        generation = self.mirror.generation
         while True:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._answerer.run)
-                taken_up = await self.mirror.wait_taken_up(taken_up)
+                generation = await self.mirror.wait_generation(generation)
                 nursery.cancel_scope.cancel()
 
     async def _watchdog(self) -> None:
@@ -678,13 +690,13 @@ class Daemon:
 
     async def _apply(self, snapshot: Snapshot, fresh: bool) -> None:
         self._report_snapshot(snapshot)
-        if self.remembered is None:
-            self._upkeep.follow(snapshot)
+        if self.cached is None:
+            self._restorer.follow(snapshot)
         self.topology = build_topology(snapshot, self.topology)
-        if self._neighbours is not None:
-            self._neighbours.follow(self.topology)
-            if (heard := followed(self.topology, self.hearsay)) is not snapshot:
-                self.topology = build_topology(heard, self.topology)
+        if self._peer_query is not None:
+            self._peer_query.follow(self.topology)
+            if (hints := followed(self.topology, self.leader_hints)) is not snapshot:
+                self.topology = build_topology(hints, self.topology)
         own = snapshot.nodes.get(self.name)
         if own is not None and own.public_key != self.public_key:
             # The same: it has the record of an earlier run with another key, or what another writer has put.
@@ -706,27 +718,29 @@ class Daemon:
             return
         self.once.clear("unknown", "this host is among the mesh's nodes again")
         self.resolver.set_names(plan_names(self.raw_plan))
-        resolved = resolve_plan(self.raw_plan, self.resolver.table, self.resolver.failed, self.whereabouts.families)
-        resolved = decide.from_own_addresses(
-            resolved, self.topology.snapshot.nodes[self.name], self.whereabouts.addresses
+        resolved = resolve_plan(self.raw_plan, self.resolver.table, self.resolver.failed, self.registration.families)
+        resolved = candidacy_policy.from_own_addresses(
+            resolved, self.topology.snapshot.nodes[self.name], self.registration.addresses
         )
-        guarded = guard(resolved, self.protected(), self.guarded, offered_by=self.topology.settlement.offered_by)
-        plan = await self._within_reach(self._at_the_internet(guarded, self.topology), self.topology)
+        filtered = filter_routes(
+            resolved, self.protected(), self.filtered, offered_by=self.topology.allocation.offered_by
+        )
+        plan = await self._within_reach(self._at_the_internet(filtered, self.topology), self.topology)
         self._encrypting.withdraw()
         if self._encrypting.concerns(self.topology):
-            await self._encrypting.prepare(self.topology, etcd_away=self.remembered is not None)
+            await self._encrypting.prepare(self.topology, etcd_away=self.cached is not None)
             self.resolver.networks(self._encrypting.etcd_urls)
             plan = self._encrypting.encrypt(
-                plan, self.topology, sources=self.whereabouts.sources, addresses=self.whereabouts.addresses,
+                plan, self.topology, sources=self.registration.sources, addresses=self.registration.addresses,
                 table=self.resolver.table, silent=self._silent_leader,
             )  # fmt: skip
-        standby = decide.is_standby(decide.role_of(self.topology, self.name), plan)
+        standby = candidacy_policy.is_standby(candidacy_policy.role_of(self.topology, self.name), plan)
         before = self.kernel.writes
         try:
-            report = await self.programmer.apply(plan, self.topology, standby=standby, fresh=fresh)
+            report = await self.applier.apply(plan, self.topology, standby=standby, fresh=fresh)
         except kernel.KernelError as error:
             if self.plan is None:
-                # Nothing has ever worked: the operator stands before it and wants to know.
+                # Nothing has ever worked: the operator is at the terminal and wants to know.
                 raise
             self._programmed = self._ready = False
             self.failures = (str(error),)
@@ -738,7 +752,7 @@ class Daemon:
             return
         self.once.clear("kernel", "the kernel can be programmed again")
         self._note_internal_ips(self.topology)
-        self.guarded, self.plan = guarded, plan
+        self.filtered, self.plan = filtered, plan
         self.applied_revision = snapshot.revision
         for change in report.changes:
             self.log.debug("changed", command=str(change))
@@ -760,33 +774,33 @@ class Daemon:
             )  # fmt: skip
         self._programmed = True
         missing = (failure.destination for failure in report.failures if not failure.aside)
-        self._ready = decide.able_to_lead(missing, snapshot.subnets)
+        self._ready = candidacy_policy.able_to_lead(missing, snapshot.subnets)
         self._candidacy.follow(self.topology)
         self._note_role(snapshot)
         self._publish(snapshot)
-        self._hearing.follow(snapshot, plan, tunnels=not standby)
-        self._lookout.follow(plan)
+        self._wireguard_monitor.follow(snapshot, plan, tunnels=not standby)
+        self._exit_node_monitor.follow(plan)
         if self._dns_hosts is not None:
-            self._dns_hosts.follow(self.topology, guarded, fresh=fresh)
+            self._dns_hosts.follow(self.topology, filtered, fresh=fresh)
         self._encrypting.follow(self.topology, plan, whole=not report.failures)
-        self._witness.follow(self.topology)
-        if self.remembered is None or snapshot is not self.remembered.snapshot:
-            self.keeper.note(snapshot, self._holdings)
+        self._prober.follow(self.topology)
+        if self.cached is None or snapshot is not self.cached.snapshot:
+            self.cache.note(snapshot, self._holdings)
         applied, self._applied = self._applied, trio.Event()
         applied.set()
 
-    def _at_the_internet(self, guarded: HostPlan, topology: Topology) -> HostPlan:
-        """The plan with what concerns the world outside the mesh: this host as gateway, or the one that it uses."""
+    def _at_the_internet(self, filtered: HostPlan, topology: Topology) -> HostPlan:
+        """The plan with what concerns the world outside the mesh: this host as exit node, or the one that it uses."""
         assert self.raw_plan is not None
-        plan = at_gateway(guarded, self.whereabouts.underlay, self.whereabouts.families)
-        gateway = topology.snapshot.nodes[self.name].way_out
+        plan = as_exit_node(filtered, self.registration.underlay, self.registration.families)
+        exit_node = topology.snapshot.nodes[self.name].exit_node
         endpoints = self.config.etcd.endpoints
-        return by_way_out(
+        return with_exit_node(
             plan,
             topology,
-            outside=self.resolver.networks(endpoints),
-            sources=self.whereabouts.sources,
-            unresolved=(*self.resolver.unresolved(endpoints), *names_of(self.raw_plan, gateway, self.resolver.table)),
+            bypass=self.resolver.networks(endpoints),
+            sources=self.registration.sources,
+            unresolved=(*self.resolver.unresolved(endpoints), *names_of(self.raw_plan, exit_node, self.resolver.table)),
         )
 
     async def _within_reach(self, plan: HostPlan, topology: Topology) -> HostPlan:
@@ -802,9 +816,9 @@ class Daemon:
         silent = reachability.follow(topology)
         leader = topology.segment_of(self.name).leader.name
         self._silent_leader = frozenset(
-            one.target.address for one in silent if one.withheld and one.target.node == leader
+            member.target.address for member in silent if member.withheld and member.target.node == leader
         )
-        self.metrics.unreachable.set(len({one.target.node for one in silent if one.named}))
+        self.metrics.unreachable.set(len({member.target.node for member in silent if member.named}))
         return withhold(plan, topology, silent)
 
     def _holdings(self) -> store.Holdings | None:
@@ -827,9 +841,9 @@ class Daemon:
         # A tunnel without peers drops what its routes lead there. By them an agent that starts here with another key
         # knows that the device is its own.
         routes = {subnet: RoutePlan(destination=subnet, way=Via.TUNNEL) for subnet in self.subnets}
-        silent = HostPlan(node=self.name, listen_port=self.config.port, routes=routes, fences=self.subnets)
+        silent = HostPlan(node=self.name, listen_port=self.config.port, routes=routes, unreachable_routes=self.subnets)
         try:
-            await self.programmer.silence(silent)
+            await self.applier.silence(silent)
         except kernel.KernelError as error:
             return f"; the kernel still holds its peers: {error}"
         return f"; the agent of {twin} runs, so this host exchanges no packets with the mesh"
@@ -846,19 +860,19 @@ class Daemon:
             )
         key = self.keys.node(self.name)
         claims = {self.keys.address(address) for address in self.session.addresses}
-        reasons = "; ".join(note.reason for note in snapshot.set_aside if note.key == key or note.key in claims)
-        return f"this host is not among the mesh's nodes: {reasons or f'see the records set aside for {self.name}'}"
+        reasons = "; ".join(note.reason for note in snapshot.rejected if note.key == key or note.key in claims)
+        return f"this host is not among the mesh's nodes: {reasons or f'see the rejected records of {self.name}'}"
 
     def protected(self) -> tuple[IPNetwork, ...]:
         """Networks that no route into the tunnel may cover: etcd's addresses and the host's own underlay."""
-        return (*self._etcd_networks(), *self.whereabouts.underlay)
+        return (*self._etcd_networks(), *self.registration.underlay)
 
     def _etcd_networks(self) -> tuple[IPNetwork, ...]:
         return self.resolver.networks(self.config.etcd.endpoints)
 
     def _report_snapshot(self, snapshot: Snapshot) -> None:
-        self.once.errors("set aside", snapshot.set_aside, what="rejected records", revision=snapshot.revision)
-        self.disagreements = decide.disagreements(
+        self.once.errors("rejected", snapshot.rejected, what="rejected records", revision=snapshot.revision)
+        self.disagreements = candidacy_policy.disagreements(
             snapshot,
             granularity=self.config.mesh_granularity,
             subnets=self.config.wanted_subnets,
@@ -868,14 +882,14 @@ class Daemon:
         self.metrics.snapshot(snapshot)
 
     def _note_internal_ips(self, topology: Topology) -> None:
-        before, self._internal_ips = self._internal_ips, decide.InternalIPsState.of(topology)
+        before, self._internal_ips = self._internal_ips, candidacy_policy.InternalIPsState.of(topology)
         if (news := self._internal_ips.news(before)) is not None:
             event, fields = news
             self.log.info(event, revision=topology.snapshot.revision, **fields)
 
     def _note_role(self, snapshot: Snapshot) -> None:
         assert self.topology is not None
-        role = decide.role_of(self.topology, self.name)
+        role = candidacy_policy.role_of(self.topology, self.name)
         if role == self.role:
             return
         self.role = role
@@ -883,16 +897,16 @@ class Daemon:
         if role.kind is store.Role.ALONE:
             self.log.info("this host is a segment of its own", revision=snapshot.revision)
         else:
-            passed_over = self.topology.segment_of(self.name).election.passed_over
+            demoted = self.topology.segment_of(self.name).election.demoted
             self.log.info(
-                "leader elected", leader=role.leader, role=role.kind, passed_over=passed_over,
+                "leader elected", leader=role.leader, role=role.kind, demoted=demoted,
                 revision=snapshot.revision,
             )  # fmt: skip
         self.metrics.leads(role.kind is store.Role.LEADER)
 
-    def _note_unmet(self, sentences: tuple[str, ...]) -> None:
-        self.unmet = sentences
-        self.once.errors("unmet", sentences, level="warning")
+    def _note_traversal_failures(self, sentences: tuple[str, ...]) -> None:
+        self.traversal_failures = sentences
+        self.once.errors("traversal", sentences, level="warning")
         self._publish_again()
 
     def _note_event(self, event: str) -> None:
@@ -904,7 +918,7 @@ class Daemon:
 
     def _note_no_baseline(self, sentence: str | None) -> None:
         self.no_baseline = sentence
-        self.once.errors("blind", () if sentence is None else (sentence,), level="warning")
+        self.once.errors("no baseline", () if sentence is None else (sentence,), level="warning")
         self._publish_again()
 
     async def _follow_obstacles(self) -> None:
@@ -917,15 +931,15 @@ class Daemon:
             # A plan that does not forward says nothing about what drops packets: what was found stays.
             if forwards:
                 with suppress(OSError, kernel.KernelError):
-                    found = tuple(one.text for one in await self.kernel.obstacles() if one.certain)
-                    if obstructed and not found:
-                        # Whoever was found wanting is so no more.
+                    dropping = tuple(obstacle.text for obstacle in await self.kernel.obstacles() if obstacle.certain)
+                    if obstructed and not dropping:
+                        # The reason for the demotion is gone.
                         self._candidacy.release()
-                        self._witness.try_again()
+                        self._prober.try_again()
                         self._nudge()
-                    obstructed = found
+                    obstructed = dropping
             # The demoted leader's operator has to know what to mend, although others forward now.
-            concerned = plan.sends or self._candidacy.penance is not None
+            concerned = plan.sends or self._candidacy.demoted_until is not None
             in_force = obstructed if forwards and concerned else ()
             if in_force != self.obstructed:
                 self.obstructed = in_force
@@ -935,12 +949,12 @@ class Daemon:
             with trio.move_on_after(OBSTACLES_PERIOD):
                 await applied.wait()
 
-    def _note_gateway(self, sentence: str | None) -> None:
+    def _note_exit_node(self, sentence: str | None) -> None:
         self.beyond = sentence and (
-            f"{sentence}, so nothing leaves this host but for {STAYS_OUTSIDE}: is it up, does UDP reach "
-            f"it? else kgctl annotate {self.name} way-out=ANOTHER, or way-out-"
+            f"{sentence}, so nothing leaves this host but for {BYPASSES}: is it up, does UDP reach "
+            f"it? else kgctl annotate {self.name} exit-node=ANOTHER, or exit-node-"
         )
-        self.once.errors("gateway", () if self.beyond is None else (self.beyond,), level="warning")
+        self.once.errors("exit node", () if self.beyond is None else (self.beyond,), level="warning")
         self._publish_again()
 
     def _publish_again(self) -> None:
@@ -953,66 +967,79 @@ class Daemon:
             role=self.role,
             revision=self.applied_revision,
             failures=self.failures,
-            errors=self._standing_errors(),
+            errors=self._current_errors(),
             programmed=self._programmed,
-            address=self.whereabouts.address,
+            address=self.registration.address,
             unreachable=self._unreachable(),
             unsigned=() if self._reachability is None else self._reachability.unsigned[:MOST_LISTED],
             answers=self.answers,
-            without_etcd=self.mirror.suspect or self._bridged() or self.mirror.trouble or "",
+            without_etcd=self.mirror.untrusted_reason or self._bridged() or self.mirror.trouble or "",
         )
         self._reporter.publish(snapshot, state, leaving=self._leaving)
 
     def _unreachable(self) -> tuple[store.Unreachable, ...]:
         silent = () if self._reachability is None else self._reachability.silent
         named = (
-            store.Unreachable(one.target.node, str(one.target.address), not one.withheld) for one in silent if one.named
+            store.Unreachable(member.target.node, str(member.target.address), not member.withheld)
+            for member in silent
+            if member.named
         )
         return tuple(sorted(named))[:MOST_LISTED]
 
     def _etcd_away(self) -> bool:
         return not self.mirror.connected or self.session.lapsed
 
-    def _note_heard(self, heard: Hearsay) -> None:
-        self.hearsay = heard
-        if heard.leaders:
-            self.log.warning("etcd is out of reach; following the leaders that neighbours name",
-                             revision=heard.revision, leaders=sorted(set(heard.leaders.values())))  # fmt: skip
+    def _note_leader_hints(self, hints: LeaderHints) -> None:
+        self.leader_hints = hints
+        if hints.leaders:
+            self.log.warning("etcd is out of reach; following the leaders that other nodes report",
+                             revision=hints.revision, leaders=sorted(set(hints.leaders.values())))  # fmt: skip
         else:
-            self.log.info("following etcd again, no longer what neighbours say")
+            self.log.info("following etcd again, no longer leader hints")
         self._nudge()
 
-    def _in_force(self) -> Programmed:
-        sends = self.role is not None and self.plan is not None and not decide.is_standby(self.role, self.plan)
+    def _in_force(self) -> AppliedPlan:
+        sends = (
+            self.role is not None and self.plan is not None and not candidacy_policy.is_standby(self.role, self.plan)
+        )
         undecided = () if self._reachability is None else self._reachability.undecided[:MOST_LISTED]
-        return Programmed(
-            plan=self.programmer.programmed, revision=self.applied_revision, topology=self.topology, sends=sends,
+        return AppliedPlan(
+            plan=self.applier.programmed,
+            revision=self.applied_revision,
+            topology=self.topology,
+            sends=sends,
             undecided=undecided,
-        )  # fmt: skip
+        )
 
-    def _standing_errors(self) -> tuple[str, ...]:
+    def _current_errors(self) -> tuple[str, ...]:
         """All that is wrong with this host, as sentences."""
         why = self._candidacy.why
         behind = why and f"this host was demoted as leader: {why}; {DEMOTED}"
-        # What etcd could not be told it has been told by the time that somebody reads this there.
+        # What etcd could not be updated it has been told by the time that somebody reads this there.
         further = (
             self.beyond,
             self._encrypting.trouble,
             self.no_baseline,
-            self._upkeep.renumbered,
-            self._upkeep.trouble,
+            self._restorer.renumbered,
+            self._restorer.trouble,
             self.session.contested,
-            self.mirror.suspect or self._bridged(),
+            self.mirror.untrusted_reason or self._bridged(),
             behind,
             self.metrics.listen_trouble,
             self._dns_hosts and self._dns_hosts.trouble,
         )
-        said = (*self.disagreements, *self.failures, *self.obstructed, *self.unmet, *self.whereabouts.overlaps)
-        return (*said, *(text for text in further if text))
+        errors = (
+            *self.disagreements,
+            *self.failures,
+            *self.obstructed,
+            *self.traversal_failures,
+            *self.registration.overlaps,
+        )
+        return (*errors, *(text for text in further if text))
 
     def _etcd_trouble(self) -> str | None:
         """Why etcd is not followed or does not hold what this host has to say, with etcd's own error and what to do."""
-        if (held := self.mirror.suspect or self._bridged()) is not None:
+        if (held := self.mirror.untrusted_reason or self._bridged()) is not None:
             return held
         if (trouble := self.mirror.trouble) is not None:
             return f"{trouble}; forwarding goes on by the last plan"
@@ -1020,40 +1047,40 @@ class Daemon:
 
     def _own_trouble(self) -> str | None:
         """Why this host does not do its part although etcd is followed and the plan is in the kernel."""
-        return self._upkeep.trouble or next(iter(self.obstructed), None)
+        return self._restorer.trouble or next(iter(self.obstructed), None)
 
     def _bridged(self) -> str | None:
-        if self.remembered is None:
+        if self.cached is None:
             return None
-        age = self.keeper.age(self.remembered)
+        age = self.cache.age(self.cached)
         failure = self.mirror.failure
         what, why = ("etcd is out of reach", "") if failure is None else (failure.kind, f": {failure}")
-        return f"{what}; the last known mesh is in force, which was kept on disk (age {age}){why}"
+        return f"{what}; the cached snapshot is in force (age {age}){why}"
 
     # -- candidacy ------------------------------------------------------------------------------------------
 
     async def _sound(self) -> bool:
         """Whether the kernel is as the plan in force wants it, read anew."""
-        plan = self.programmer.programmed
+        plan = self.applier.programmed
         try:
             return plan is not None and not await self.kernel.preview(plan)
         except (OSError, kernel.KernelError):
-            return False  # Who cannot look at itself accuses nobody.
+            return False  # A host that cannot check itself reports no other.
 
     async def _forwards(self) -> bool:
         """Whether nothing is known on this host that drops all that it would forward in the family that probers try."""
         own = self.topology.snapshot.nodes.get(self.name) if self.topology is not None else None
         tried = {address.version for address in own.mesh_addresses[:1]} if own is not None else set()
         try:
-            return not any(one.certain and tried & one.blocked for one in await self.kernel.obstacles())
+            return not any(obstacle.certain and tried & obstacle.blocked for obstacle in await self.kernel.obstacles())
         except (OSError, kernel.KernelError):
             return True
 
-    def _prove(self, keys: Collection[str]) -> None:
-        self.programmer.prove(keys)
+    def _check_takeover(self, keys: Collection[str]) -> None:
+        self.applier.check_takeover(keys)
         self._nudge()
 
-    async def _stand_for_leader(self) -> None:
+    async def _follow_candidacy(self) -> None:
         """Hold the candidacy that `decide.stand` says, deciding again after each apply and when a wait is over."""
         while True:
             applied = self._applied

@@ -66,7 +66,7 @@ class HostFacts:
     own_interface: str = DEFAULT_INTERFACE
 
     def underlay(self) -> tuple[IPNetwork, ...]:
-        """The networks that the host's own packets travel on: those it stands in, and its default gateways.
+        """The networks that the host's own packets travel on: those it is attached to, and its default gateways.
 
         Tunnels and container bridges are left out, unless the default route goes there.
         """
@@ -181,12 +181,12 @@ def choose_addresses(
         of_family = [candidate for candidate in candidates if candidate.address.version == family]
         if cidrs:
             fit = sorted(
-                (one for one in of_family if any(_within(one.address, cidr) for cidr in cidrs)),
-                key=lambda one: one.public,
+                (candidate for candidate in of_family if any(_within(candidate.address, cidr) for cidr in cidrs)),
+                key=lambda candidate: candidate.public,
             )
             because = "the first within --internal-cidr"
         else:
-            fit = [one for one in of_family if not one.public and not one.container]
+            fit = [candidate for candidate in of_family if not candidate.public and not candidate.container]
             because = "the first private address"
         if fit:
             internal.append(fit[0].address)
@@ -220,14 +220,14 @@ def _endpoint(
         return None, "no endpoint: the host has no address that others could reach; set --endpoint where it has one"
     best = (first or second)[0]
     endpoint = Endpoint(best.address.ip, port)
-    found = f"endpoint {endpoint} ({best.why}, on {best.interface})"
+    chosen = f"endpoint {endpoint} ({best.why}, on {best.interface})"
     if best.public:
-        return endpoint, f"{found}: the first public address"
+        return endpoint, f"{chosen}: the first public address"
     if prioritise_private:
-        return endpoint, f"{found}: the first private address, as --prioritise-private-addresses wants"
+        return endpoint, f"{chosen}: the first private address, as --prioritise-private-addresses wants"
     return (
         endpoint,
-        f"{found}: the first private address, since there is no public one; if others are to reach this host through "
+        f"{chosen}: the first private address, since there is no public one; if others are to reach this host through "
         "a forwarded port, set --endpoint or the annotation force-endpoint",
     )
 
@@ -235,24 +235,24 @@ def _endpoint(
 def _further(
     facts: HostFacts, candidates: list[_Candidate], prioritise_private: bool, first: Endpoint | None
 ) -> Iterable[_Candidate]:
-    """The best of each family that `first` is not in. A private one counts only where the host has a way out."""
+    """The best of each family that `first` is not in. A private one counts only if the host has a default route."""
     ways = {route.family for route in facts.default_routes}
     for family in (4, 6):
         if first is None or (first.address is not None and first.address.version == family):
             continue
         fit = [
-            one
-            for one in candidates
-            if one.address.version == family and not one.container and (one.public or family in ways)
+            candidate
+            for candidate in candidates
+            if candidate.address.version == family and not candidate.container and (candidate.public or family in ways)
         ]
         if fit:
-            yield min(fit, key=lambda one: one.public is prioritise_private)
+            yield min(fit, key=lambda candidate: candidate.public is prioritise_private)
 
 
 def _no_internal(candidates: list[_Candidate], cidrs: tuple[IPNetwork, ...]) -> str:
     if cidrs:
         return f"no internal IP: no address is within --internal-cidr {','.join(map(str, cidrs))}"
-    if any(one.container and not one.public for one in candidates):
+    if any(candidate.container and not candidate.public for candidate in candidates):
         return "no internal IP: the only private addresses are those of container bridges (--internal-cidr allows one)"
     return "no internal IP: the host has no private address, so it is a segment of its own (--internal-cidr allows one)"
 
@@ -273,7 +273,7 @@ def _candidates(facts: HostFacts, subnets: tuple[IPNetwork, ...]) -> list[_Candi
         family: [item for item in usable if item.address.version == family and item.address.ip in facts.resolved]
         for family in (4, 6)
     }
-    found = []
+    result = []
     for position, item in enumerate(usable):
         family = item.address.version
         on_way = item.interface == first_way[family]
@@ -288,7 +288,7 @@ def _candidates(facts: HostFacts, subnets: tuple[IPNetwork, ...]) -> list[_Candi
             tier, why = 2, "on another interface"
         asked = facts.resolved.index(item.address.ip) if named else 0
         order = (virtual, item.deprecated, item.temporary, tier, family == 6, asked, position)
-        found.append(
+        result.append(
             _Candidate(
                 address=item.address,
                 interface=item.interface,
@@ -297,7 +297,7 @@ def _candidates(facts: HostFacts, subnets: tuple[IPNetwork, ...]) -> list[_Candi
                 container=_is_container(item) and not on_way,
             )
         )
-    return sorted(found, key=lambda candidate: candidate.order)
+    return sorted(result, key=lambda candidate: candidate.order)
 
 
 def _by_metric(routes: Iterable[DefaultRoute]) -> list[DefaultRoute]:
@@ -320,7 +320,7 @@ def _is_container(item: HostAddress) -> bool:
 
 
 def _comes_and_goes(item: HostAddress) -> bool:
-    """Whether it stands on a bridge of containers or on a tunnel."""
+    """Whether it is an address of a container bridge or of a tunnel."""
     return _is_container(item) or item.kind in _TUNNELS
 
 
@@ -334,13 +334,13 @@ def _within(address: IPInterface, network: IPNetwork) -> bool:
 async def gather(config: AgentConfig) -> HostFacts:
     """The host as it is now. A name that does not resolve is no error, it decides nothing."""
     resolved = await _resolve_hostname(config.hostname)
-    found = await kernel.list_addresses()
+    host_addresses = await kernel.list_addresses()
     return HostFacts(
         hostname=config.hostname,
         resolved=resolved,
-        addresses=found.addresses,
-        default_routes=found.default_routes,
-        static_routes=found.static_routes,
+        addresses=host_addresses.addresses,
+        default_routes=host_addresses.default_routes,
+        static_routes=host_addresses.static_routes,
         name_servers=name_servers(),
         own_interface=config.interface,
     )
@@ -362,25 +362,25 @@ async def _resolve_hostname(hostname: str) -> tuple[IPAddress, ...]:
 
 async def etcd_networks(etcd: Config) -> tuple[IPNetwork, ...]:
     """The addresses of etcd's endpoints as networks of one address; names that do not resolve now are left out."""
-    found: list[IPNetwork] = []
+    networks: list[IPNetwork] = []
 
     async def find(name: str) -> None:
         with trio.move_on_after(LOOKUP_TIMEOUT), contextlib.suppress(OSError):
-            found.extend(map(network_of, await lookup(name)))
+            networks.extend(map(network_of, await lookup(name)))
 
     async with trio.open_nursery() as nursery:
         for host in endpoint_hosts(etcd.endpoints):
             if isinstance(host, str):
                 nursery.start_soon(find, host)
             else:
-                found.append(network_of(host))
-    return tuple(dict.fromkeys(found))
+                networks.append(network_of(host))
+    return tuple(dict.fromkeys(networks))
 
 
 def location_from_cloud_init(path: Path = INSTANCE_DATA) -> tuple[str | None, str]:
     """The region that cloud-init recorded on the host (`v1.region`), and a sentence on where it comes from or why not.
 
-    OutOfDescriptors if it cannot be opened for want of one: that is no word on where the host is.
+    OutOfDescriptors if it cannot be opened for want of one: that says nothing on where the host is.
 
     Read from the world-readable, redacted file of this boot; what cloud-init keeps under /var/lib/cloud is a pickle,
     which nobody should load.

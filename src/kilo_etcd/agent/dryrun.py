@@ -1,8 +1,8 @@
-"""`kg --dry-run`: what would the agent change on this host now? Printed as `ip` and `wg` commands, done by nobody.
+"""`kg --dry-run`: what would the agent change on this host now? Printed as `ip` and `wg` commands, and not carried out.
 
 Nothing is written, neither to the kernel nor to etcd nor to the disk. A host that is not registered yet is added to
-the snapshot as it would register, with the first free mesh address; where no key exists yet, a key that is thrown
-away stands in for it.
+the snapshot as it would register, with the first free mesh address; where no key exists yet, a temporary key
+is used instead.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from kilo_etcd.model import InternalIPs, Node, Snapshot
 from kilo_etcd.store.claims import candidates
 from kilo_etcd.topology import UnknownNode, build_topology, host_plan
 from kilo_etcd.topology.encryption import encrypt
-from kilo_etcd.topology.guard import guard
-from kilo_etcd.topology.wayout import at_gateway, by_way_out
+from kilo_etcd.topology.exit_node import as_exit_node, with_exit_node
+from kilo_etcd.topology.route_filter import filter_routes
 
 
 async def dry_run(config: AgentConfig, client: etcd.Client, setup: Callable[[AgentConfig, str], kernel.Setup]) -> None:
@@ -59,18 +59,18 @@ async def dry_run(config: AgentConfig, client: etcd.Client, setup: Callable[[Age
         plan = host_plan(topology, config.hostname)
     except UnknownNode:
         click.echo(f"# {config.hostname} would not be among the mesh's nodes, so nothing would be changed")
-        for aside in snapshot.set_aside[:MOST_NAMED]:
+        for aside in snapshot.rejected[:MOST_NAMED]:
             click.echo(f"# {aside}")
-        if (more := len(snapshot.set_aside) - MOST_NAMED) > 0:
+        if (more := len(snapshot.rejected) - MOST_NAMED) > 0:
             click.echo(f"# {more} more rejected records; kgctl status -o json lists all")
         return
     table, failed = await resolve_once(plan)
-    unresolved = names_of(plan, topology.snapshot.nodes[config.hostname].way_out, table)
+    unresolved = names_of(plan, topology.snapshot.nodes[config.hostname].exit_node, table)
     plan = resolve_plan(plan, table, failed, facts.families())
-    plan = guard(plan, (*facts.underlay(), *etcd_at), offered_by=topology.settlement.offered_by)
+    plan = filter_routes(plan, (*facts.underlay(), *etcd_at), offered_by=topology.allocation.offered_by)
     within = plan
-    plan = at_gateway(plan, facts.underlay(), facts.families())
-    plan = by_way_out(plan, topology, outside=etcd_at, sources=facts.sources(), unresolved=unresolved)
+    plan = as_exit_node(plan, facts.underlay(), facts.families())
+    plan = with_exit_node(plan, topology, bypass=etcd_at, sources=facts.sources(), unresolved=unresolved)
     if concerns(topology, config.hostname):
         addresses = frozenset(item.address.ip for item in facts.addresses)
         members = read_members(config.state_dir)
@@ -92,10 +92,10 @@ async def dry_run(config: AgentConfig, client: etcd.Client, setup: Callable[[Age
 def _prospect(config: AgentConfig, chosen: discover.Chosen, snapshot: Snapshot, public_key: str) -> Node:
     location = config.location or discover.location_from_cloud_init()[0] or ""
     taken = {address for node in snapshot.nodes.values() for address in node.mesh_addresses}
-    found = []
+    addresses = []
     for subnet in snapshot.subnets:
         try:
-            found.append(next(candidates(config.hostname, subnet, taken)))
+            addresses.append(next(candidates(config.hostname, subnet, taken)))
         except StopIteration:
             click.echo(f"# no address is left for {config.hostname} in {subnet}: the agent would not start")
     return Node(
@@ -105,7 +105,7 @@ def _prospect(config: AgentConfig, chosen: discover.Chosen, snapshot: Snapshot, 
         endpoint=chosen.endpoint,
         more_endpoints=chosen.more_endpoints,
         internal_ips=chosen.internal_ips,
-        mesh_addresses=tuple(found),
+        mesh_addresses=tuple(addresses),
         port=config.port,
         persistent_keepalive=config.persistent_keepalive,
         encapsulate=config.encapsulate,

@@ -1,11 +1,13 @@
-"""The agent's part of `encrypted`: what stays outside of the tunnels as this host knows it, and the switch's stages.
+"""The agent's part of `encrypted`: the traffic that bypasses the tunnels as far as this host knows it, and the stages
+of the switch.
 
-What follows from a snapshot `topology.encryption` decides. Here is what it is told (etcd's addresses and members, who
-lives and what they have applied), and what it wants reported: the host's record says so, once the kernel holds it.
+`topology.encryption` decides what follows from a snapshot. This module supplies its inputs (etcd's addresses and
+members, which agents live and what they have applied) and reports its outcome: the host's record has the stage, once
+the kernel holds it.
 
-etcd's members are asked for while the setting is in force, and kept on disk: a member that boots while there is no
-quorum must reach the others in clear, or there never is one. If who they are cannot be learnt, the agent says so, and
-on a host that seems to run etcd its usual ports stay outside, whoever is at the other end.
+It lists etcd's members while the setting is in force, and keeps them on disk: a member that boots while there is no
+quorum must reach the others in clear, else there never is one. If they cannot be listed, the agent reports it, and
+on a host that seems to run etcd its usual ports bypass the tunnels for all nodes.
 """
 
 from __future__ import annotations
@@ -21,22 +23,22 @@ from attrs import evolve, frozen
 
 from kilo_etcd import etcd, store
 from kilo_etcd.agent.config import AgentConfig
-from kilo_etcd.agent.lastknown import Disk
 from kilo_etcd.agent.logs import Once
-from kilo_etcd.agent.neighbours import PORT
-from kilo_etcd.agent.others import Others
+from kilo_etcd.agent.peer_query import PORT
 from kilo_etcd.agent.resolve import Table
+from kilo_etcd.agent.snapshot_cache import Disk
+from kilo_etcd.agent.stage_watch import StageWatch
+from kilo_etcd.fast_ip import ip_address, ip_network
 from kilo_etcd.model import EncryptionStage, InternalIPs, IPAddress, Node
-from kilo_etcd.quickip import ip_address, ip_network
 from kilo_etcd.store import StageRecord
 from kilo_etcd.topology import HostPlan, Topology
-from kilo_etcd.topology.encryption import Living, Outside, Report, awaited, encrypt, report
+from kilo_etcd.topology.encryption import Living, Outside, StageReport, awaited, encrypt, report
 from kilo_etcd.topology.hostplan import Exemption
 from kilo_etcd.topology.segments import changes
 
 MEMBERS_FILE = "etcd-members.json"
 MEMBERS_PERIOD = 60.0
-"""Seconds between two looks at who etcd's members are."""
+"""Seconds between two listings of etcd's members."""
 ASK_PATIENCE = 2.0
 """Seconds that the first plan under the setting waits for etcd."""
 PAUSE_PER_NODE, UNDERWAY_PER_NODE = 0.002, 0.01
@@ -44,8 +46,8 @@ PAUSE_PER_NODE, UNDERWAY_PER_NODE = 0.002, 0.01
 one reports again if others are still on their way to `encrypted`."""
 RETRY_SECONDS = 1.0
 MEMBERS_UNKNOWN = (
-    "who etcd's members are is not known: this agent's etcd endpoints stay outside of the tunnels and, on hosts that "
-    "seem to run etcd, TCP 2380 to and from everybody; if the members speak by other ports, exempt these on their "
+    "etcd's members are not known: this agent's etcd endpoints stay outside of the tunnels and, on hosts that "
+    "seem to run etcd, TCP 2380 to and from everybody; if the members use other ports, exempt these on their "
     "hosts (--clear tcp/PORT@NETWORK), or let this agent's etcd user list the members"
 )
 CLIENT_PORT, PEER_PORT = 2379, 2380
@@ -63,19 +65,19 @@ class Members:
     @classmethod
     def of(cls, members: Iterable[etcd.Member]) -> Members:
         """As etcd says."""
-        found = tuple(members)
+        listed = tuple(members)
         return cls(
-            tuple(sorted({url for member in found for url in member.client_urls})),
-            tuple(sorted({url for member in found for url in member.peer_urls})),
+            tuple(sorted({url for member in listed for url in member.client_urls})),
+            tuple(sorted({url for member in listed for url in member.peer_urls})),
         )
 
 
 def read_members(state_dir: Path) -> Members | None:
-    """Those kept on disk; None: none are, or what is there is not of this module."""
+    """Those kept on disk; None: there are none, or the file is not of this module."""
     try:
         with (state_dir / MEMBERS_FILE).open("rb") as file:
-            said = json.loads(file.read(_MOST_BYTES))
-        client, peer = said["client"], said["peer"]
+            document = json.loads(file.read(_MOST_BYTES))
+        client, peer = document["client"], document["peer"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     if not all(isinstance(urls, list) and all(isinstance(url, str) for url in urls) for urls in (client, peer)):
@@ -120,7 +122,7 @@ def outside(
     if members is None:
         a_member = a_member or bool(here)
         here |= listening & {CLIENT_PORT, PEER_PORT}
-    # Where those are that a member has to reach nobody can tell.
+    # The addresses that a member has to reach are not known.
     anywhere = tuple(
         Exemption(protocol="tcp", port=port, network=ip_network(network))
         for port in (sorted(peer_ports) if a_member else ())
@@ -135,7 +137,7 @@ def outside(
         etcd_here=tuple(sorted(here)),
         talk=(PORT,),
         sources=sources,
-        clear=(*config.clear, *(one for one in anywhere if one not in config.clear)),
+        clear=(*config.clear, *(exemption for exemption in anywhere if exemption not in config.clear)),
         addresses=addresses,
     )  # fmt: skip
 
@@ -175,10 +177,10 @@ def concerns(topology: Topology, name: str) -> bool:
 
 
 class Encrypting:
-    """One agent's. `run` is its task, for an agent that is registered; `register` has the host's record say a report,
-    and tells whether it does now; `keep` writes the mesh as it is in force to disk, for a boot without etcd. `stage`
-    is what stands at the host's key of its stage, and `put_stage` has it say something else. `listening` gives the TCP
-    ports at which something here listens."""
+    """The `encrypted` setting in one agent. `run` is its task, for an agent that is registered; `register` puts a
+    report into the host's record, and returns whether it is there; `keep` writes the snapshot in force to disk, for a
+    boot without etcd. `stage` is what stands at the host's key of its stage, and `put_stage` has it say something else.
+    `listening` gives the TCP ports at which something here listens."""
 
     def __init__(
         self,
@@ -188,7 +190,7 @@ class Encrypting:
         once: Once,
         *,
         disk: Disk | None,
-        register: Callable[[Report], Awaitable[bool]],
+        register: Callable[[StageReport], Awaitable[bool]],
         keep: Callable[[], Awaitable[object]],
         stage: Callable[[], StageRecord | None],
         put_stage: Callable[[StageRecord | None], Awaitable[object]],
@@ -203,7 +205,7 @@ class Encrypting:
         self._stage, self._put_stage, self._look_at_ports = stage, put_stage, listening
         self._listening: frozenset[int] = frozenset()
         self._rng = rng or random.Random()
-        self._others = Others(client, keys, once, nudge, self._rng)
+        self._stage_watch = StageWatch(client, keys, once, nudge, self._rng)
         self._members: Members | None = None
         self._away: bool | None = None
         """Whether etcd was away when this was prepared; None: it was not yet."""
@@ -219,20 +221,20 @@ class Encrypting:
         """The nodes that do not send through the tunnels yet."""
         self._nodes: Mapping[str, Node] = {}
         """Those of which both are."""
-        self._wanted: Report | None = None
-        self._told: Report | None = None
-        self._left: Report | None = None
-        """The last report, and what the record said before, as long as the snapshot says nothing newer."""
+        self._wanted: StageReport | None = None
+        self._told: StageReport | None = None
+        self._left: StageReport | None = None
+        """The last report, and the one in the record before, as long as the snapshot has nothing newer."""
         self._changed = trio.Event()
         self._cluster: int | None = None
-        """The etcd that `living` speaks of."""
+        """The etcd that `living` is about."""
         self._on: bool | None = None
         """Whether the setting was in force in the last plan; None: there was none."""
 
     @property
     def living(self) -> Living:
         """What is known of other agents."""
-        return self._others.living
+        return self._stage_watch.living
 
     def _note_trouble(self, sentence: str | None) -> None:
         self.trouble = sentence
@@ -251,7 +253,7 @@ class Encrypting:
         return tuple(url for url, _ in _endpoints((*members.client, *members.peer)))
 
     async def prepare(self, topology: Topology, *, etcd_away: bool) -> None:
-        """Before the first plan under the setting: learn what `encrypt` has to know of etcd and others. An agent that
+        """Before the first plan under the setting: learn what `encrypt` needs of etcd and of other nodes. An agent that
         starts goes on from where the last one was, so that nothing leaves in clear meanwhile. Once more when etcd is
         back, if it was away."""
         if self._away in (False, etcd_away):
@@ -262,20 +264,20 @@ class Encrypting:
             path = self._disk.state_dir
             self._members = await self._disk.run(lambda: read_members(path))
         if etcd_away:
-            # Nothing can be learnt of anybody: each is taken as its record says.
-            self._others.take_as_gone(topology.snapshot.nodes)
+            # Nothing can be learnt of other nodes: each is treated as its record says.
+            self._stage_watch.take_as_gone(topology.snapshot.nodes)
             return
-        self._others.forget()
+        self._stage_watch.forget()
         with trio.move_on_after(ASK_PATIENCE), suppress(etcd.EtcdError):
             await self._ask_members()
-            await self._others.ask(topology.snapshot.cluster_id)
+            await self._stage_watch.ask(topology.snapshot.cluster_id)
             if topology.internal_ips is InternalIPs.ENCRYPTED:
-                # Whom this host refused before its agent's restart it goes on to refuse.
-                self._others.take_as_gone(topology.snapshot.nodes)
+                # This host goes on refusing the nodes that it refused before its agent's restart.
+                self._stage_watch.take_as_gone(topology.snapshot.nodes)
 
     def withdraw(self) -> None:
-        """Another plan than the last is about to be applied, so a report that followed from the last one, and that
-        nobody has been told yet, may not be true any more."""
+        """Another plan than the last is about to be applied, so a report that followed from the last one,
+        and is not published yet, may not be true any more."""
         self._wanted = None
 
     def concerns(self, topology: Topology) -> bool:
@@ -296,9 +298,9 @@ class Encrypting:
         all that it has; `table` those of DNS names; `silent` those of its leader at which that never answered."""
         cluster, on = topology.snapshot.cluster_id, topology.internal_ips is InternalIPs.ENCRYPTED
         if self._cluster not in (None, cluster) or self._on not in (None, on):
-            # Which revisions were applied of another etcd says nothing of this one's. And who did not live when asked
-            # about, and was waited for by nobody, may live by the time of the next switch, and refuse clear text.
-            self._others.forget()
+            # The revisions that were applied of another etcd mean nothing for this one. And a node that did not live at
+            # the last look, and was not waited for, may live by the time of the next switch, and refuse clear text.
+            self._stage_watch.forget()
         if self._cluster not in (None, cluster):
             self._newest, self._nodes, self._underway = 0, {}, set()
             self._wanted_stage = self._wanted_stage and StageRecord()
@@ -312,15 +314,15 @@ class Encrypting:
 
     def follow(self, topology: Topology, plan: HostPlan, *, whole: bool) -> None:
         """The kernel holds `plan`; `whole`: all of it."""
-        shown = Report.of(topology.snapshot.nodes[self._name])
+        shown = StageReport.of(topology.snapshot.nodes[self._name])
         if shown != self._left:
             self._told = self._left = None
         if self._told is None:
-            said = report(topology, plan)
-            self._wanted = said if whole and said != shown else None
+            own_report = report(topology, plan)
+            self._wanted = own_report if whole and own_report != shown else None
         self._topology, self._wanted_stage = topology, self._stage_for(topology)
         snapshot = topology.snapshot
-        self._others.follow(awaited(plan), nodes=len(snapshot.nodes), cluster=snapshot.cluster_id)
+        self._stage_watch.follow(awaited(plan), nodes=len(snapshot.nodes), cluster=snapshot.cluster_id)
         changed, self._changed = self._changed, trio.Event()
         changed.set()
 
@@ -328,7 +330,7 @@ class Encrypting:
         """Report, and look at others, until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._report)
-            nursery.start_soon(self._others.run)
+            nursery.start_soon(self._stage_watch.run)
             nursery.start_soon(self._confirm)
             nursery.start_soon(self._follow_members)
 
@@ -336,8 +338,8 @@ class Encrypting:
         while True:
             wanted, topology, changed = self._wanted, self._topology, self._changed
             if wanted is not None and topology is not None:
-                self._told, self._left, self._wanted = wanted, Report.of(topology.snapshot.nodes[self._name]), None
-                # Who boots without etcd goes by what is on disk: that must not be from before the switch.
+                self._told, self._left, self._wanted = wanted, StageReport.of(topology.snapshot.nodes[self._name]), None
+                # A host that boots without etcd uses the cached snapshot, which must not be from before the switch.
                 await self._keep()
                 while not await self._register(wanted):  # noqa: ASYNC110 - etcd does not say when it is back
                     await trio.sleep(RETRY_SECONDS)
@@ -364,7 +366,7 @@ class Encrypting:
             again = trio.current_time() + nodes * UNDERWAY_PER_NODE
 
     def _stage_for(self, topology: Topology) -> StageRecord | None:
-        """What the host is to report of the switch, now that its kernel holds the plan of a topology."""
+        """What the host must report of the switch, now that its kernel holds the plan of a topology."""
         snapshot = topology.snapshot
         if not self.concerns(topology):
             return None
@@ -376,11 +378,11 @@ class Encrypting:
             else:
                 self._underway.add(name)
         self._nodes = snapshot.nodes
-        # On the way back it counts who lives, and not what he has applied.
+        # On the way back it counts which nodes live, and not what they have applied.
         since = snapshot.internal_ips_since if topology.internal_ips is InternalIPs.ENCRYPTED else 0
-        newest, said = max(self._newest, since), self._wanted_stage or self._stage()
-        enough = said is not None and newest <= said.revision <= snapshot.revision
-        return said if enough else StageRecord(revision=snapshot.revision)
+        newest, record = max(self._newest, since), self._wanted_stage or self._stage()
+        enough = record is not None and newest <= record.revision <= snapshot.revision
+        return record if enough else StageRecord(revision=snapshot.revision)
 
     async def _follow_members(self) -> None:
         while True:
@@ -398,18 +400,18 @@ class Encrypting:
 
     async def _ask_members(self) -> None:
         try:
-            found = Members.of(await self._client.members())
+            members = Members.of(await self._client.members())
         except etcd.EtcdError as error:
             # That etcd does not answer is said elsewhere, and may end soon.
             if self._members is None and not isinstance(error, etcd.Unavailable):
                 self._note_trouble(f"{MEMBERS_UNKNOWN} ({error})")
             return
         self._note_trouble(None)
-        if found == self._members:
+        if members == self._members:
             return
-        self._members = found
+        self._members = members
         disk = self._disk
         if disk is not None:
             path = disk.state_dir
             with suppress(OSError):
-                await disk.run(lambda: write_members(path, found))
+                await disk.run(lambda: write_members(path, members))

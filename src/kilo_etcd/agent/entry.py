@@ -45,7 +45,7 @@ def main() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_ARENA_MAX, 1)
         libc.mallopt(M_MMAP_THRESHOLD, LARGE)
-    # Whoever reloads twice, or before the agent listens for it, is not to end it.
+    # A second reload, or one before the agent handles the signal, must not end it.
     if not (sys.stdin and sys.stdin.isatty()):
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
     # None makes an import fail as that of a package that is not installed.

@@ -60,7 +60,7 @@ def _long(name: str, prefix: str) -> tuple[str, ...]:
 
 
 def _taken_elsewhere(label: str) -> bool:
-    # Two letters are, or may become, a country; ip6-localhost and the like stand in hosts(5).
+    # Two letters are, or may become, a country; ip6-localhost and the like are in hosts(5).
     return (len(label) == 2 and label.isalpha()) or label.startswith("ip6-") or label in _TAKEN
 
 
@@ -78,7 +78,7 @@ class Known:
     """What is not written, or not bare, and why; in clauses."""
 
     def left_out_in_short(self, most: int = 5) -> str:
-        """The first of it, and how many there are beside."""
+        """The first of it, and how many more there are."""
         more = len(self.left_out) - most
         return "; ".join((*self.left_out[:most], *([f"and {more} more"] if more > 0 else [])))
 
@@ -93,7 +93,7 @@ class Known:
 def known_names(topology: Topology, plan: HostPlan, prefix: str) -> Known:
     """The names of all nodes and all peers, with those of their addresses that `plan`, this machine's, sends into the
     mesh. A node's name is not given to a peer."""
-    found: dict[str, tuple[IPAddress, ...]] = {}
+    names: dict[str, tuple[IPAddress, ...]] = {}
     left_out: list[str] = []
     taken: set[str] = set()
     reach = _Reach(plan)
@@ -113,10 +113,10 @@ def known_names(topology: Topology, plan: HostPlan, prefix: str) -> Known:
         strange = [address for address in addresses if not reach.holds(address)]
         left_out += [f"{name} is not written as {address}, which is not routed here" for address in strange]
         if written := tuple(address for address in addresses if address not in strange):
-            found[name] = written
+            names[name] = written
             if not may_be_bare(name):
                 left_out.append(f"{name} is written as {' and '.join(_long(name, prefix))} only")
-    return Known(found, tuple(left_out))
+    return Known(names, tuple(left_out))
 
 
 def _offered(topology: Topology) -> Iterator[tuple[str, tuple[IPAddress, ...]]]:
@@ -164,7 +164,7 @@ def with_block(
     lines = [f"{_begin(interface).decode()} ({by.replace('{}', prefix)})"]
     for name, addresses in names.items():
         written = [*_long(name, prefix), *([name] if may_be_bare(name) else [])]
-        if free := " ".join(one for one in written if one.lower() not in taken):
+        if free := " ".join(written_name for written_name in written if written_name.lower() not in taken):
             lines += [f"{address} {free}" for address in addresses]
     lines.append(_end(interface).decode())
     gap = b"" if not head or head.endswith(b"\n") else b"\n"
@@ -180,7 +180,7 @@ def _end(interface: str) -> bytes:
 
 
 def _around(text: bytes, interface: str, prefix: str) -> tuple[bytes, bytes]:
-    """What stands before and after the block; all of it before, if there is none. A second block is taken out."""
+    """The text before and after the block; all of it before, if there is none. A second block is taken out."""
     lines = text.splitlines(keepends=True)
     blocks: list[range] = []
     at = 0
@@ -219,7 +219,7 @@ _MARKER = re.compile(rb"# kilo-etcd \S+: (begin|end)\b")
 
 
 def _ours(line: bytes, prefix: str) -> bool:
-    """Whether a line that stands in no whole block has the form of ours: an address, and the forms of one name, a long
+    """Whether a line outside a whole block has the form of ours: an address, and the forms of one name, a long
     one among them."""
     words = line.decode(errors="replace").split()[1:]
     suffixes = (f".{domain(prefix)}", f".{ANY_MESH}")

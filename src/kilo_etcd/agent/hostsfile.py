@@ -3,7 +3,7 @@
 The file is replaced whole (written aside, synced, renamed), with its mode, owner and extended attributes, so that
 nobody ever reads half of it. It is written in place only if it cannot be replaced: it is a mount of its own, as in a
 container, or its directory cannot be written to. Then nothing before our block is touched, room is reserved first, and
-what was there is put back if a step fails. After an error the file is as it was before, and the error says so.
+what was there is restored if a step fails. After an error the file is as it was before, and the error says so.
 
 Several runs take turns. If another program changes the file meanwhile, it is read again. A symbolic link stays one.
 """
@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from kilo_etcd.agent.hostnames import BY_CONNECT, with_block
-from kilo_etcd.agent.only_one import RUNTIME_DIR
+from kilo_etcd.agent.lock_file import RUNTIME_DIR
 from kilo_etcd.agent.privatekey import sync_directory
 from kilo_etcd.model import IPAddress
 
@@ -145,7 +145,7 @@ def _write_in_place(target: Path, before: bytes, after: bytes) -> None:
     with os.fdopen(handle, "r+b", buffering=0) as file:
         if file.read() != before:
             raise _Changed
-        # What stands before the first difference is not touched: as a rule all that is not ours.
+        # The text before the first difference is not touched: as a rule all that is not ours.
         start = _in_common(before, after)
         try:
             # Blank lines say nothing, should we be killed here; once they are on the disk there is room for the rest.
@@ -167,8 +167,7 @@ def _write_in_place(target: Path, before: bytes, after: bytes) -> None:
             if restored:
                 raise
             raise HostsFileError(
-                f"{target} is damaged behind its first {start} bytes, and could not be put back as it was: "
-                f"{error.strerror}"
+                f"{target} is damaged behind its first {start} bytes, and could not be restored: {error.strerror}"
             ) from None
 
 

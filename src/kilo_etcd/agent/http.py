@@ -1,6 +1,6 @@
 """A small HTTP/1.1 server for `--listen`: one GET or HEAD a connection, answered by a function.
 
-It promises the agent that nobody can use it up. At most `MOST_CONNECTIONS` are open at once. Each has `DEADLINE`
+It promises the agent that no client can exhaust it. At most `MOST_CONNECTIONS` are open at once. Each has `DEADLINE`
 seconds for its request and the answer together, and `MOST_HEAD` bytes for the request line and headers. One connection
 too many closes another one at once: the oldest of the source that has most of them, so a source that opens many pushes
 out its own, and a scrape or health check still gets in. The last descriptors that the process may have are never taken
@@ -99,15 +99,16 @@ class _Connection:
 
 
 def _source(address: str) -> str:
-    """Who counts as one: an IPv4 address, or the /64 of an IPv6 address, of which a host has as many as it likes."""
+    """The source that a connection counts for: an IPv4 address, or the /64 of an IPv6 address, of which a host has as
+    many as it likes."""
     try:
-        found = ipaddress.ip_address(address.partition("%")[0])
+        parsed = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
         return address
-    if isinstance(found, ipaddress.IPv6Address):
-        if found.ipv4_mapped is not None:
-            return str(found.ipv4_mapped)
-        return str(ipaddress.ip_network((found, 64), strict=False))
+    if isinstance(parsed, ipaddress.IPv6Address):
+        if parsed.ipv4_mapped is not None:
+            return str(parsed.ipv4_mapped)
+        return str(ipaddress.ip_network((parsed, 64), strict=False))
     return address
 
 
@@ -178,11 +179,13 @@ class Server:
         """Close connections until `newcomer` has a place among `most`; whether any had to go."""
         crowded = False
         while len(self._open) >= most:
-            counts = Counter(one.source for one in self._open)
+            counts = Counter(connection.source for connection in self._open)
             counts[newcomer.source] += 1
             # On a tie the newcomer's own source gives way: others' requests are not cut off for it.
             loser = max(counts, key=lambda source: (counts[source], source == newcomer.source))
-            oldest = next((one for one in self._open if one.source == loser), next(iter(self._open)))
+            oldest = next(
+                (connection for connection in self._open if connection.source == loser), next(iter(self._open))
+            )
             oldest.scope.cancel()
             del self._open[oldest]
             crowded = True

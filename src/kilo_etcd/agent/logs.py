@@ -1,11 +1,11 @@
 """Where the agent's log goes: one readable line per event, or under systemd the same line with fields of its own.
 
-An event is a sentence and fields: `log.info("leader elected", location="gcp")`. On a terminal or in a pipe it becomes
-a line; where stderr is the journal it becomes an entry whose MESSAGE is that line and whose fields can be asked for
+An event is a sentence and fields: `log.info("leader elected", location="gcp")`. On a terminal or in a pipe it becomes a
+line; where stderr is the journal it becomes an entry whose MESSAGE is that line and whose fields can be asked for
 (`journalctl -u kilo-etcd KILO_LOCATION=gcp`). A log call never raises and waits for a reader at most a twentieth of a
-second: lines that nobody takes are dropped and counted, since forwarding must not stop with the log. What is said again
-and again is said less often (`agent.repeats`); `say_due` is to be called now and then for the last of it. Values come
-from other hosts through etcd, so whatever a terminal could take for a command is escaped.
+second: lines that nobody takes are dropped and counted, since forwarding must not stop with the log. What is logged
+again and again is logged less often (`agent.log_rate_limiter`); `write_due` is to be called now and then for the last
+of it. Values come from other hosts through etcd, so whatever a terminal could take for a command is escaped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any, Protocol, TextIO, cast
 import structlog
 from attrs import define, field, frozen
 
-from kilo_etcd.agent.repeats import LIKE, Line, Repeats
+from kilo_etcd.agent.log_rate_limiter import LIKE, Line, LogRateLimiter
 
 IDENTIFIER = "kg"
 OURS = "kilo_etcd"
@@ -34,7 +34,7 @@ MOST_CHARACTERS = 2000
 """Of one value; the rest is cut, so that a record of 1 MiB does not become a line of 1 MiB."""
 
 MOST_NAMED = 10
-"""Conditions of one group that are said one by one when they come or go together."""
+"""Conditions of one group that are logged one by one when they come or go together."""
 
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "none": 50}
 _PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
@@ -58,14 +58,14 @@ def setup_logging(
     stream: TextIO | None = None,
     journal: Path | None = None,
     clock: Callable[[], float] = time.time,
-    steady: Callable[[], float] = time.monotonic,
+    monotonic: Callable[[], float] = time.monotonic,
     repeated: bool = False,
 ) -> None:
     """Send the log of this process to `journal` (journald's socket), else to `stream`, else to where stderr leads.
 
     `level` is one of debug, info, warning, error and none (only what ends the agent). Warnings of libraries that use
-    the standard library's logging come along. With `repeated` what is said again and again is never left out; `steady`
-    tells the seconds for that otherwise. May be called again: the last call counts.
+    the standard library's logging come along. With `repeated` what is logged again and again is never left out;
+    `monotonic` tells the seconds for that otherwise. May be called again: the last call counts.
     """
     if journal is None and stream is None and _stderr_is_journal():
         journal = JOURNAL_SOCKET
@@ -73,7 +73,7 @@ def setup_logging(
     if _current is not None:
         _current.close()
     out: Out = _open_journal(journal) if journal is not None else Lines(stream, clock)
-    _current = out if repeated else Rarely(out, steady)
+    _current = out if repeated else RateLimitedOutput(out, monotonic)
     out = _current
     structlog.configure(
         processors=[_hand_over],
@@ -94,32 +94,32 @@ def get_logger(**fields: Any) -> Logger:
     return cast(Logger, structlog.get_logger(**fields))
 
 
-# -- said once ----------------------------------------------------------------------------------------------------
+# -- logged once ----------------------------------------------------------------------------------------------------
 
 
 @frozen
-class _Said:
+class _LastLine:
     event: str
     fields: Mapping[str, Any]
 
 
 @define
 class Once:
-    """Conditions that last: said when they appear, again when they change, and once more when they are gone.
+    """Conditions that last: logged when they appear, again when they change, and once more when they are gone.
 
     The field `revision` says when something was noticed, not what, so it is no change.
     """
 
     log: Logger
-    _said: dict[str, _Said] = field(factory=dict)
+    _last: dict[str, _LastLine] = field(factory=dict)
     _groups: dict[str, tuple[object, ...]] = field(factory=dict)
 
     def error(self, key: str, event: str, /, *, level: str = "error", **fields: Any) -> bool:
         """Say that the condition `key` holds; whether that was news."""
-        said = _Said(event, {name: value for name, value in fields.items() if name != "revision"})
-        if self._said.get(key) == said:
+        last = _LastLine(event, {name: value for name, value in fields.items() if name != "revision"})
+        if self._last.get(key) == last:
             return False
-        self._said[key] = said
+        self._last[key] = last
         getattr(self.log, level)(event, **fields)
         return True
 
@@ -129,18 +129,25 @@ class Once:
 
     def clear(self, key: str, event: str = "", /, **fields: Any) -> bool:
         """Say that `key` holds no longer, where it held; whether that was news."""
-        said = self._said.pop(key, None)
-        if said is None:
+        last = self._last.pop(key, None)
+        if last is None:
             return False
-        self.log.info(event or f"no longer: {said.event}", **fields)
+        self.log.info(event or f"no longer: {last.event}", **fields)
         return True
 
     def errors(
-        self, group: str, found: Iterable[object], /, *, level: str = "error", what: str = "problems", **fields: Any
+        self,
+        group: str,
+        conditions: Iterable[object],
+        /,
+        *,
+        level: str = "error",
+        what: str = "problems",
+        **fields: Any,
     ) -> None:
-        """Say which conditions of a group are new and which are gone; `found` are all that hold now, as text or as
+        """Say which conditions of a group are new and which are gone; `conditions` are all that hold now, as text or as
         what has one. Of very many at once `MOST_NAMED` are named and the others counted, as so many `what`."""
-        given = found if isinstance(found, tuple) else tuple(found)
+        given = conditions if isinstance(conditions, tuple) else tuple(conditions)
         before = self._groups.get(group, ())
         if given is before:
             return
@@ -155,8 +162,8 @@ class Once:
                                            ("gone", gone, self.log.info, "no longer: ")):  # fmt: skip
             # Many that come in small parts are as much of a flood as many at once.
             many = max(len(now), len(before)) > MOST_NAMED
-            for one in these[:MOST_NAMED]:
-                say(f"{prefix}{one}", **({LIKE: f"{group} {change}"} if many else {}), **fields)
+            for condition in these[:MOST_NAMED]:
+                say(f"{prefix}{condition}", **({LIKE: f"{group} {change}"} if many else {}), **fields)
             if (rest := len(these) - MOST_NAMED) > 0:
                 say(f"{prefix}{rest} more {what} ({len(now)} in all now); kgctl status shows them",
                     **{LIKE: f"{group} {change}, counted"}, **fields)  # fmt: skip
@@ -187,7 +194,7 @@ def _text(value: Any) -> str:
         else:
             text = str(value)
     except Exception as error:
-        text = f"<{type(value).__name__}: {type(error).__name__} while it was put into words>"
+        text = f"<{type(value).__name__}: {type(error).__name__} while it was formatted>"
     return text if len(text) <= MOST_CHARACTERS else text[:MOST_CHARACTERS] + "…"
 
 
@@ -227,30 +234,30 @@ class Out(Protocol):
     def close(self) -> None: ...
 
 
-class Rarely:
-    """Hands on to `out`, but what is said again and again less often. `steady`: seconds of a monotonic clock."""
+class RateLimitedOutput:
+    """Hands on to `out`, but what is logged again and again less often. `monotonic`: seconds of a monotonic clock."""
 
-    def __init__(self, out: Out, steady: Callable[[], float]) -> None:
+    def __init__(self, out: Out, monotonic: Callable[[], float]) -> None:
         self._out = out
-        self._steady = steady
-        self._repeats = Repeats()
+        self._monotonic = monotonic
+        self._limiter = LogRateLimiter()
 
     def write(self, level: str, event: Mapping[str, Any]) -> None:
         if level in ("debug", "critical"):
             self._out.write(level, event)
             return
-        self._write(self._repeats.offer(Line(level, event), self._steady()))
+        self._write(self._limiter.offer(Line(level, event), self._monotonic()))
 
-    def say_due(self) -> None:
+    def write_due(self) -> None:
         """Hand on what was left out for long enough."""
-        self._write(self._repeats.due(self._steady()))
+        self._write(self._limiter.due(self._monotonic()))
 
-    def say_rest(self) -> None:
+    def write_rest(self) -> None:
         """Hand on the last of each, however short ago the one before it was."""
-        self._write(self._repeats.rest())
+        self._write(self._limiter.rest())
 
     def close(self) -> None:
-        self.say_rest()
+        self.write_rest()
         self._out.close()
 
     def _write(self, lines: Iterable[Line]) -> None:
@@ -261,16 +268,16 @@ class Rarely:
 _current: Out | None = None
 
 
-def say_due() -> None:
-    """Say what was left out because it had been said so often, where that is long enough ago."""
-    if isinstance(_current, Rarely):
-        _current.say_due()
+def write_due() -> None:
+    """Write what was left out because it had been logged so often, if that is long enough ago."""
+    if isinstance(_current, RateLimitedOutput):
+        _current.write_due()
 
 
-def say_rest() -> None:
+def write_rest() -> None:
     """Say the last of what was left out: the agent ends."""
-    if isinstance(_current, Rarely):
-        _current.say_rest()
+    if isinstance(_current, RateLimitedOutput):
+        _current.write_rest()
 
 
 class Lines:

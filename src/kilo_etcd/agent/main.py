@@ -17,20 +17,20 @@ import click
 import trio
 
 from kilo_etcd import __version__, etcd, kernel, store
-from kilo_etcd.agent import cachefile, lastknown, privatekey
+from kilo_etcd.agent import cachefile, privatekey, snapshot_cache
 from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.agent.daemon import Daemon, Fatal, Reload, StoppedAtOnce
 from kilo_etcd.agent.dnshosts import writer
 from kilo_etcd.agent.dryrun import dry_run
 from kilo_etcd.agent.encrypting import remove_members
 from kilo_etcd.agent.hostsfile import HostsFileError
+from kilo_etcd.agent.lock_file import AlreadyRunning, agent_lock
 from kilo_etcd.agent.logs import get_logger, setup_logging
 from kilo_etcd.agent.metrics import Metrics
-from kilo_etcd.agent.neighbours import UdpPost
 from kilo_etcd.agent.notify import notify
-from kilo_etcd.agent.only_one import AlreadyRunning, only_one
 from kilo_etcd.agent.options import agent_options
-from kilo_etcd.agent.upkeep import REFUSALS
+from kilo_etcd.agent.peer_query import UdpTransport
+from kilo_etcd.agent.restore import REFUSALS
 from kilo_etcd.descriptors import OutOfDescriptors
 
 EXPECTED = (
@@ -39,7 +39,7 @@ EXPECTED = (
     OutOfDescriptors,
     etcd.EtcdError,
     kernel.KernelError,
-    privatekey.KeyError_,
+    privatekey.KeyFileError,
     *REFUSALS,
 )
 
@@ -73,7 +73,7 @@ def main(context: click.Context, config: AgentConfig) -> None:
 @main.command()
 @click.pass_obj
 def cleanup(config: AgentConfig) -> None:
-    """Remove all that the agent ever made on this host, and its records in etcd."""
+    """Remove everything that the agent has made on this host, and its records in etcd."""
     _run(_cleanup, config)
 
 
@@ -108,7 +108,7 @@ def _run_anew() -> None:
 
 
 def _pause(sentence: str) -> None:
-    """As a service, let some time pass. SIGTERM ends it, as it ends any process that does not heed it."""
+    """As a service, let some time pass. SIGTERM ends it, as it ends any process that does not handle it."""
     if notify(f"STATUS=cannot run, will try again: {sentence}"):
         time.sleep(PAUSE_SECONDS)
 
@@ -120,7 +120,7 @@ def _leaves(group: BaseException) -> list[BaseException]:
 
 
 async def _agent(config: AgentConfig) -> None:
-    with only_one():
+    with agent_lock():
         await _only_agent(config)
 
 
@@ -135,12 +135,19 @@ async def _only_agent(config: AgentConfig) -> None:
         metrics = Metrics()
         async with metrics.serve(config.listen):
             public = privatekey.public_key(private)
-            disk = lastknown.Disk(config.state_dir)
+            disk = snapshot_cache.Disk(config.state_dir)
             _all_is_loaded()
             await Daemon(
-                config, client, device, public, metrics=metrics, disk=disk,
-                secret=lambda key: privatekey.agreed(private, key), post=UdpPost(), write_names=writer(config),
-            ).run()  # fmt: skip
+                config,
+                client,
+                device,
+                public,
+                metrics=metrics,
+                disk=disk,
+                secret=lambda key: privatekey.agreed(private, key),
+                transport=UdpTransport(),
+                write_names=writer(config),
+            ).run()
 
 
 def _all_is_loaded() -> None:
@@ -158,11 +165,11 @@ async def _dry_run(config: AgentConfig) -> None:
 
 
 async def _cleanup(config: AgentConfig) -> None:
-    with only_one():
-        unusable: privatekey.KeyError_ | None = None
+    with agent_lock():
+        unusable: privatekey.KeyFileError | None = None
         try:
             public = privatekey.peek_public_key(config.state_dir)
-        except privatekey.KeyError_ as error:
+        except privatekey.KeyFileError as error:
             public, unusable = None, error
         for change in await kernel.cleanup(config.interface, public_key=public):
             click.echo(str(change))
@@ -175,7 +182,7 @@ async def _cleanup(config: AgentConfig) -> None:
             cachefile.remove(config.state_dir)
             remove_members(config.state_dir)
         except OSError as error:
-            click.echo(f"kg: the last known mesh stays in {config.state_dir}: {error.strerror}", err=True)
+            click.echo(f"kg: the cached snapshot stays in {config.state_dir}: {error.strerror}", err=True)
         if unusable is not None:
             raise unusable
         if public is None:

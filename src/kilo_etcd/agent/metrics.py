@@ -1,7 +1,7 @@
-"""What the agent counts, and what it answers on `--listen`: `/metrics` for Prometheus, `/health` in one line.
+"""The agent's metrics, and its answers on `--listen`: `/metrics` for Prometheus, `/health` in one line.
 
-`/health` answers 503 if the host does not do its part, whatever the cause. It is for monitoring, and for whoever
-chooses hosts; nothing of what it names is mended by a restart. Whether the agent hangs is for systemd's watchdog to
+`/health` answers 503 if the host does not do its part, whatever the cause. It is for monitoring, and for programs
+that choose hosts; nothing of what it names is mended by a restart. Whether the agent hangs is for systemd's watchdog to
 find out, which `agent.daemon` feeds.
 
 The server (`agent.http`) is a task of the agent's: an agent whose loop hangs does not say that it is well. An address
@@ -33,11 +33,11 @@ class Metrics:
         gauge, counter = self._gauge, self._counter
         self.nodes = gauge("kilo_nodes", "Nodes of the mesh")
         self.peers = gauge("kilo_peers", "Peers outside the mesh's hosts")
-        self.set_aside = gauge("kilo_set_aside", "Records, or parts of them, that are not in force")
-        self.leader = gauge("kilo_leader", "1 where this node leads its location")
+        self.rejected = gauge("kilo_rejected_records", "Records, or parts of them, that are rejected and not in force")
+        self.leader = gauge("kilo_leader", "1 if this node leads its location")
         self.revision_seen = gauge("kilo_revision_seen", "etcd revision of the newest snapshot")
         self.revision_applied = gauge("kilo_revision_applied", "etcd revision of the snapshot that the kernel holds")
-        self.problems = gauge("kilo_problems", "What the newest plan could not do")
+        self.problems = gauge("kilo_problems", "Parts of the newest plan that could not be applied")
         self.unreachable = gauge(
             "kilo_unreachable_members", "Members of this location that do not answer at their internal IPs"
         )
@@ -45,12 +45,13 @@ class Metrics:
         self.reconciles = counter("kilo_reconciles_total", "Runs of plan and apply by result", ("result",))
         self.netlink_writes = counter("kilo_netlink_writes_total", "Messages that changed the kernel")
         self.etcd_writes = counter("kilo_etcd_writes_total", "Writes to etcd, keepalives apart")
-        self.etcd_connected = gauge("kilo_etcd_connected", "1 where etcd answers")
-        self.last_known = gauge(
-            "kilo_last_known_mesh", "1 where the mesh in force is from the disk, since etcd was away at the start"
+        self.etcd_connected = gauge("kilo_etcd_connected", "1 if etcd answers")
+        self.cached_mesh = gauge(
+            "kilo_snapshot_from_cache",
+            "1 if the snapshot in force is from the cache on disk, since etcd was away at the start",
         )
         self.last_etcd_contact = gauge(
-            "kilo_last_etcd_contact_timestamp_seconds", "When etcd was last heard of, seconds since 1970"
+            "kilo_last_etcd_contact_timestamp_seconds", "When etcd last answered, seconds since 1970"
         )
         self.info = gauge("kilo_build_info", "1, with the agent's version", ("version",))
         self.info.labels(__version__).set(1)
@@ -72,7 +73,7 @@ class Metrics:
         """Note what the newest snapshot holds."""
         self.nodes.set(len(snapshot.nodes))
         self.peers.set(len(snapshot.peers))
-        self.set_aside.set(len(snapshot.set_aside))
+        self.rejected.set(len(snapshot.rejected))
         self.revision_seen.set(snapshot.revision)
 
     def leads(self, leads: bool) -> None:
@@ -108,7 +109,7 @@ class Metrics:
         if connected:
             self.last_etcd_contact.set(time.time() if at is None else at)
 
-    def etcd_heard(self) -> None:
+    def etcd_answered(self) -> None:
         """Note that etcd has just answered."""
         self.last_etcd_contact.set(time.time())
 
@@ -116,7 +117,7 @@ class Metrics:
         """Say in one sentence why the agent is not well, whatever else is known; None takes it back."""
         self._reported = trouble
 
-    def suspect_when(self, why: Callable[[], str | None]) -> None:
+    def untrusted_when(self, why: Callable[[], str | None]) -> None:
         """Ask `why` too, at each look at the health: None if all is well as far as it knows, else a sentence."""
         self._whys.append(why)
 

@@ -93,40 +93,40 @@ _PREFIX = _flag("--prefix", DEFAULT_PREFIX, "The prefix in etcd under which the 
 _AGENT = (
     _flag("--hostname", "", "The node's name in the mesh (default: the system's host name)."),
     _flag(
-        "--location", "", "The node's location where no label in etcd says otherwise (default: cloud-init's region)."
+        "--location", "", "The node's location, unless a label in etcd overrides it (default: cloud-init's region)."
     ),
     _flag("--interface", DEFAULT_INTERFACE, "The WireGuard interface."),
     _flag("--port", str(DEFAULT_PORT), "The UDP port of WireGuard."),
     _flag(
         "--mesh-granularity",
         "",
-        "How tunnels are drawn, where etcd does not say it yet (default: location).",
+        "How segments are formed, if etcd has no setting yet (default: location).",
         choices=tuple(Granularity),
     ),
     _flag(
         "--internal-ips",
         "",
-        "What of the traffic to the hosts' internal IPs travels in the tunnels, where etcd does not say it yet "
+        "Which traffic to the hosts' internal IPs travels in the tunnels, if etcd has no setting yet "
         "(default: routed).",
         choices=tuple(InternalIPs),
     ),
     _flag(
         "--clear",
         "",
-        "What this host and other nodes may say to each other in clear under internal-ips=encrypted, such as "
+        "Traffic with other nodes that stays in clear under internal-ips=encrypted, such as "
         "tcp/22@10.0.0.0/24 (PROTOCOL[/PORT]@NETWORK); several times or comma-separated.",
         several=True,
     ),
     _flag(
         "--subnet",
         "",
-        "The network of the mesh addresses, where etcd does not say it yet; one per family, comma-separated "
+        "The network of the mesh addresses, if etcd has no setting yet; one per family, comma-separated "
         f"(default: {DEFAULT_SUBNET}).",
     ),
     _flag(
         "--renumber",
         "false",
-        "At the start, give up a mesh address outside of etcd's mesh/subnets for one within.",
+        "At the start, replace a mesh address outside etcd's mesh/subnets by one within.",
         switch=True,
     ),
     _flag(
@@ -161,8 +161,8 @@ _AGENT = (
     _flag(
         "--probe",
         Probe.AUTO.value,
-        "Whether this host tries if packets get through leaders and reach members of its location, and says in etcd "
-        "when they do not.",
+        "Whether this host probes leaders and members of its location, and reports in etcd if "
+        "packets do not get through.",
         choices=tuple(Probe),
     ),
     _flag(
@@ -182,16 +182,16 @@ _AGENT = (
     _flag(
         "--wireguard",
         WireGuardKind.AUTO.value,
-        "The WireGuard that is used: auto takes the kernel's where there is one.",
+        "Which WireGuard to use; auto takes the kernel's if there is one.",
         choices=tuple(WireGuardKind),
     ),
-    _flag("--userspace-command", "wireguard-go", "The userspace WireGuard that is started where one is needed."),
+    _flag("--userspace-command", "wireguard-go", "The userspace WireGuard to start if one is needed."),
     _PREFIX,
     _flag("--lease-ttl", "5s", "How long a silent leader keeps its place; at least 2s, in whole seconds."),
     _flag("--forget-after", "24h", "How long a node that is gone stays a member."),
-    _flag("--state-dir", DEFAULT_STATE_DIR, "Where the private key and the last known mesh are kept."),
+    _flag("--state-dir", DEFAULT_STATE_DIR, "Where the private key and the cached snapshot are kept."),
     _flag("--listen", DEFAULT_LISTEN, "Where /metrics and /health are served; :1107 is everywhere, off is nowhere."),
-    _flag("--log-level", "info", "The least level that is logged.", choices=(*LOG_LEVELS, "all", "warn")),
+    _flag("--log-level", "info", "The lowest level that is logged.", choices=(*LOG_LEVELS, "all", "warn")),
     _flag("--dry-run", "false", "Print what would be changed, change nothing, and end.", switch=True),
 )  # fmt: skip
 

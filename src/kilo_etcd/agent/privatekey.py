@@ -25,22 +25,23 @@ KEY_BYTES = 32
 _MOST_BYTES = 1024
 
 
-class KeyError_(Exception):
+class KeyFileError(Exception):
     """The private key cannot be had; the message is one sentence for the operator."""
 
 
-class UnusableKey(KeyError_):
+class UnusableKey(KeyFileError):
     """The file that is there is no key, or others can read it: that does not pass by itself."""
 
 
 def load_or_create(state_dir: Path) -> str:
-    """The private key in base64, as `wg genkey` prints it; made (with its directory) where there is none. KeyError_."""
+    """The private key in base64, as `wg genkey` prints it; made (with its directory) where there is none.
+    KeyFileError."""
     return load_or_create_file(state_dir / KEY_FILE, flag="--state-dir")
 
 
 def load_or_create_file(path: Path, *, flag: str) -> str:
     """The private key in this file, made (with its directory) where there is none. `flag` is the option that names
-    another place. KeyError_."""
+    another place. KeyFileError."""
     existing = peek_file(path)
     if existing is not None:
         return existing
@@ -49,15 +50,15 @@ def load_or_create_file(path: Path, *, flag: str) -> str:
         _write_new(path, generate())
     except OSError as error:
         if (short := descriptors.shortage(error)) is not None:
-            raise KeyError_(f"the private key cannot be written to {path.parent}: {short}") from None
+            raise KeyFileError(f"the private key cannot be written to {path.parent}: {short}") from None
         remedy = "make room there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "make the directory writable"
-        raise KeyError_(
+        raise KeyFileError(
             f"the private key cannot be written to {path.parent}: {error.strerror}; "
             f"{remedy} or choose another with {flag}"
         ) from None
     made = peek_file(path)
     if made is None:
-        raise KeyError_(f"the private key {path} vanished while it was made; start again")
+        raise KeyFileError(f"the private key {path} vanished while it was made; start again")
     return made
 
 
@@ -75,8 +76,8 @@ def peek_file(path: Path) -> str | None:
         return None
     except OSError as error:
         if (short := descriptors.shortage(error)) is not None:
-            raise KeyError_(f"the private key {path} cannot be read: {short}") from None
-        raise KeyError_(f"the private key {path} cannot be read: {error.strerror}; mend or move the file") from None
+            raise KeyFileError(f"the private key {path} cannot be read: {short}") from None
+        raise KeyFileError(f"the private key {path} cannot be read: {error.strerror}; mend or move the file") from None
     with os.fdopen(handle, "rb") as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
@@ -118,8 +119,8 @@ def public_key(private: str) -> str:
 
 
 def agreed(private: str, public: str) -> bytes | None:
-    """The secret of 32 bytes that the owners of two keys can both compute (X25519) without a word to each other; None
-    with a public key that yields none."""
+    """The secret of 32 bytes that the owners of two keys can both compute (X25519) without a message to each other;
+    None with a public key that yields none."""
     try:
         theirs = X25519PublicKey.from_public_bytes(base64.b64decode(public))
         return X25519PrivateKey.from_private_bytes(base64.b64decode(private)).exchange(theirs)

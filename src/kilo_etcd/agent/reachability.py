@@ -2,16 +2,17 @@
 
 Each member is asked once when it joins, and rarely after that. What counts as an answer, in this order:
 
-1. a signed answer to a query on UDP 1107 (`agent.neighbours`): it proves that it is that very node;
+1. a signed answer to a query on UDP 1107 (`agent.peer_query`): it authenticates that very node;
 2. an echo reply from the address;
 3. on a link of this host, the address's link-layer address (ARP, ND): networks that filter the other two lose nothing.
 
 Members that are reached through the tunnel (`--encapsulate wireguard`) are asked through it, and any answer will do, a
 handshake too.
 
-Who has answered once stays answered: a host that is down later is no reason to change a route. A node that was moved,
-has another address or another key begins anew, and so do all if this host itself has moved. A route that is in the
-kernel when the agent starts counts as an answer until its node has been silent a few times although its agent lives.
+A member that has answered once counts as reachable from then on: a host that is down later is no reason to change a
+route. A node that was moved, has another address or another key begins anew, and so do all if this host itself has
+moved. A route that is in the kernel when the agent starts counts as an answer until its node has been silent a few
+times although its agent lives.
 
 `Records` is pure: targets, answers and times (seconds of one monotonic clock) come in, what is due and what is silent
 goes out. `Reachability` acts; it never raises, and writes nowhere.
@@ -30,7 +31,7 @@ from kilo_etcd import kernel
 from kilo_etcd.kernel.state import Observed
 from kilo_etcd.model import SESSION_SECONDS, Granularity, IPAddress, Node
 from kilo_etcd.topology import HostPlan, Topology, UnknownNode
-from kilo_etcd.topology.reach import Silent, Target, neighbours, targets_of
+from kilo_etcd.topology.reach import Silent, Target, local_members, targets_of
 from kilo_etcd.topology.segments import host_network
 
 NAMED_AFTER = 4
@@ -49,8 +50,8 @@ AT_ONCE, SPACING = 64, 0.002
 """Targets that are asked together at most, and seconds of pause for each: 500 queries in a second at most."""
 
 TUNNEL_FIRST = 10.0
-"""Seconds until a member is first asked through the tunnel: by then the two ends have shaken hands, one after the other
-(decision 0004). Nothing waits for the answer."""
+"""Seconds until a member is first asked through the tunnel: by then the two ends have had a handshake, one after the
+other (decision 0004). Nothing waits for the answer."""
 
 QUERY_SECONDS, ECHO_SECONDS = 0.25, 0.5
 """How long an answer may take."""
@@ -63,7 +64,7 @@ ROUTES_CHANGE = 0.25
 """Seconds until it is looked again if the kernel holds the plan that makes a node a member of this host's segment."""
 
 
-class Answer(IntEnum):
+class MemberAnswer(IntEnum):
     """How well a target has answered so far."""
 
     NONE = 0
@@ -79,13 +80,13 @@ class Answer(IntEnum):
 class _Record:
     node: Node
     due: float
-    best: Answer = Answer.NONE
+    best: MemberAnswer = MemberAnswer.NONE
     tunneled: bool = False
     silent: int = 0
     """Attempts in a row without an answer."""
     unsigned: int = 0
     """Attempts in a row with no signed one."""
-    heard: bool = False
+    heard_from: bool = False
     """The node has asked this host since the last attempt ended: the one under way may have come too early for it."""
 
 
@@ -98,24 +99,24 @@ class Records:
     _own: Node | None = None
 
     def follow(
-        self, own: Node, found: Mapping[Target, Node], now: float, *, first: str = "", assumed: Collection[Target] = ()
+        self, own: Node, nodes: Mapping[Target, Node], now: float, *, first: str = "", assumed: Collection[Target] = ()
     ) -> bool:
-        """`found` is who there is now; `first` is asked before others: this host's leader. Whether anything is due."""
+        """`nodes` is who there is now; `first` is asked before others: this host's leader. Whether anything is due."""
         self._forget(own)
         news = False
-        spread = SPACING * len(found)
+        spread = SPACING * len(nodes)
         records: dict[Target, _Record] = {}
-        for target, node in found.items():
+        for target, node in nodes.items():
             record = self._records.get(target)
             if record is None or record.node.public_key != node.public_key:
                 # Where a location is large, all of it must not ask a newcomer in one moment.
                 due = now if target.node == first else now + self.rng.uniform(0.0, spread)
-                record = _Record(node, due, Answer.ASSUMED if target in assumed else Answer.NONE)
+                record = _Record(node, due, MemberAnswer.ASSUMED if target in assumed else MemberAnswer.NONE)
                 if target.address in node.mesh_addresses:
                     record = _Record(node, due + TUNNEL_FIRST, tunneled=True)
                 news = True
             elif record.node is not node:
-                if record.node != node and record.best is not Answer.SIGNED:
+                if record.node != node and record.best is not MemberAnswer.SIGNED:
                     record.due, news = now, True
                 record.node = node
             records[target] = record
@@ -142,9 +143,9 @@ class Records:
         return None if record is None else record.node
 
     def due(self, now: float) -> list[Target]:
-        """Whom to ask now: at most AT_ONCE, those that have waited longest first."""
-        found = [(record.due, index, target) for index, (target, record) in enumerate(self._records.items())]
-        return [target for due, _, target in sorted(entry for entry in found if entry[0] <= now)[:AT_ONCE]]
+        """The targets to query now: at most AT_ONCE, those that have waited longest first."""
+        waiting = [(record.due, index, target) for index, (target, record) in enumerate(self._records.items())]
+        return [target for due, _, target in sorted(entry for entry in waiting if entry[0] <= now)[:AT_ONCE]]
 
     def postpone(self, targets: Collection[Target], due: float) -> None:
         """Ask these at `due` and not now; their nodes may ask for an earlier attempt meanwhile."""
@@ -156,46 +157,46 @@ class Records:
         """When `due` has somebody."""
         return min((record.due for record in self._records.values()), default=float("inf"))
 
-    def answered(self, target: Target, answer: Answer, now: float) -> bool:
-        """An answer came; whether that changes what is said or routed."""
+    def answered(self, target: Target, answer: MemberAnswer, now: float) -> bool:
+        """An answer came; whether that changes what is reported or routed."""
         record = self._records.get(target)
         if record is None:
             return False
         if record.tunneled:
-            answer = Answer.SIGNED  # By WireGuard.
-        news = record.best in (Answer.NONE, Answer.ASSUMED) or record.silent >= NAMED_AFTER
-        news = news or (answer is Answer.SIGNED and record.best is not Answer.SIGNED)
+            answer = MemberAnswer.SIGNED  # By WireGuard.
+        news = record.best in (MemberAnswer.NONE, MemberAnswer.ASSUMED) or record.silent >= NAMED_AFTER
+        news = news or (answer is MemberAnswer.SIGNED and record.best is not MemberAnswer.SIGNED)
         record.best = max(record.best, answer)
         record.silent = 0
         rarely = max(RARELY, PER_TARGET * len(self._records)) * self.rng.uniform(0.8, 1.2)
-        if answer is Answer.SIGNED:
+        if answer is MemberAnswer.SIGNED:
             record.unsigned, record.due = 0, now + rarely
         else:
             record.unsigned += 1
             news = news or record.unsigned == NAMED_AFTER
-            record.due = now if record.heard else now + min(AGAIN * 2.0 ** min(record.unsigned, 20), rarely)
-        record.heard = False
+            record.due = now if record.heard_from else now + min(AGAIN * 2.0 ** min(record.unsigned, 20), rarely)
+        record.heard_from = False
         return news
 
     def silent(self, target: Target, now: float) -> bool:
-        """No answer came; whether that changes what is said or routed."""
+        """No answer came; whether that changes what is reported or routed."""
         record = self._records.get(target)
         if record is None:
             return False
         record.silent += 1
-        number = sum(one.silent > 0 for one in self._records.values())
+        number = sum(value.silent > 0 for value in self._records.values())
         longest = max(LONGEST, min(LONGEST_OF_MANY, PER_SILENT * number))
         pause = min(AGAIN * 2.0 ** min(record.silent - 1, 20), longest)
-        record.due = now if record.heard else now + pause * self.rng.uniform(0.8, 1.2)
-        record.heard = False
+        record.due = now if record.heard_from else now + pause * self.rng.uniform(0.8, 1.2)
+        record.heard_from = False
         return record.silent == NAMED_AFTER
 
     def heard_of(self, target: Target, now: float) -> bool:
         """The node itself has asked this host, so it is worth asking now; whether it is asked."""
         record = self._records.get(target)
-        if record is None or (record.best is Answer.SIGNED and not record.silent):
+        if record is None or (record.best is MemberAnswer.SIGNED and not record.silent):
             return False
-        record.heard, record.due = True, min(record.due, now)
+        record.heard_from, record.due = True, min(record.due, now)
         return True
 
     def live_again(self, names: Collection[str], now: float) -> bool:
@@ -205,21 +206,21 @@ class Records:
         spread = SPACING * len(names)
         for target, record in self._records.items():
             if record.silent and target.node in names:
-                record.silent, record.heard, news = 0, True, True
+                record.silent, record.heard_from, news = 0, True, True
                 record.due = min(record.due, now + self.rng.uniform(0.0, spread))
         return news
 
     def silent_ones(self, living: Collection[str]) -> tuple[Silent, ...]:
         """The targets that do not answer. Of nodes whose agents do not live nothing is concluded."""
-        found = []
+        result = []
         for target, record in self._records.items():
             named = record.silent >= NAMED_AFTER and target.node in living
-            if named and record.best is Answer.ASSUMED:
-                record.best = Answer.NONE
-            withheld = record.best is Answer.NONE and not record.tunneled
+            if named and record.best is MemberAnswer.ASSUMED:
+                record.best = MemberAnswer.NONE
+            withheld = record.best is MemberAnswer.NONE and not record.tunneled
             if withheld or named:
-                found.append(Silent(target=target, withheld=withheld, named=named, tunneled=record.tunneled))
-        return tuple(found)
+                result.append(Silent(target=target, withheld=withheld, named=named, tunneled=record.tunneled))
+        return tuple(result)
 
     def undecided(self, living: Collection[str]) -> tuple[str, ...]:
         """The nodes that have not answered so far, and are not named for it: they were not asked often enough, or their
@@ -227,7 +228,7 @@ class Records:
         return tuple(
             target.node
             for target, record in self._records.items()
-            if record.best <= Answer.ASSUMED and not (record.silent >= NAMED_AFTER and target.node in living)
+            if record.best <= MemberAnswer.ASSUMED and not (record.silent >= NAMED_AFTER and target.node in living)
         )
 
     def unsigned(self) -> tuple[Target, ...]:
@@ -235,7 +236,7 @@ class Records:
         return tuple(
             target
             for target, record in self._records.items()
-            if record.best is Answer.UNSIGNED and record.unsigned >= NAMED_AFTER
+            if record.best is MemberAnswer.UNSIGNED and record.unsigned >= NAMED_AFTER
         )
 
 
@@ -244,7 +245,7 @@ class Reachability:
 
     `ask` sends a signed query to a node at an address, if it can, and hands over the query's nonce before that: the
     answer may be faster than the sender. `on_change` is called when there is news of who answers. `programmed` is the
-    plan that the kernel holds: as long as that has a route into the tunnel to an address, an answer from there proves
+    plan that the kernel holds: as long as that has a route into the tunnel to an address, an answer from there shows
     nothing of the location's own network.
     """
 
@@ -287,7 +288,7 @@ class Reachability:
         self.ready, self._observed = True, observed
 
     def follow(self, topology: Topology) -> tuple[Silent, ...]:
-        """`topology` is in force; who does not answer. UnknownNode."""
+        """The members that do not answer; `topology` is in force. UnknownNode."""
         own = topology.snapshot.nodes.get(self._name)
         if own is None:
             raise UnknownNode(self._name)
@@ -304,7 +305,7 @@ class Reachability:
                 self._news.set()
         self._topology, self._own = topology, own
         candidates = topology.snapshot.candidates.get(own.location, ()) if self._targets else ()
-        living = frozenset(one.node for one in candidates)
+        living = frozenset(candidate.node for candidate in candidates)
         if (came := living - self._living) and self._records.live_again(came, trio.current_time()):
             self._news.set()
         self._living = living
@@ -323,20 +324,20 @@ class Reachability:
         segments = (before.segments.get(key) or topology.segments.get(key) for key in topology.changed)
         here = own.location
         return any(one is not None and one.location == here for one in segments) or any(
-            one.location == here for key in topology.changed if (one := topology.segments.get(key)) is not None
+            segment.location == here for key in topology.changed if (segment := topology.segments.get(key)) is not None
         )
 
     def _targets_now(self, topology: Topology, own: Node) -> dict[Target, Node]:
         # Of a large location one member changes, and the others are the same objects.
         families = topology.families
         former = self._by_node if (own, families) == self._by_node_for else {}
-        found: dict[str, tuple[Node, tuple[Target, ...]]] = {}
-        for node in neighbours(topology, self._name):
+        by_node: dict[str, tuple[Node, tuple[Target, ...]]] = {}
+        for node in local_members(topology, self._name):
             known = former.get(node.name)
             same = known is not None and known[0] is node
-            found[node.name] = known if known and same else (node, targets_of(own, node, families))
-        self._by_node, self._by_node_for = found, (own, families)
-        return {target: node for node, ones in found.values() for target in ones}
+            by_node[node.name] = known if known and same else (node, targets_of(own, node, families))
+        self._by_node, self._by_node_for = by_node, (own, families)
+        return {target: node for node, ones in by_node.values() for target in ones}
 
     @property
     def undecided(self) -> tuple[str, ...]:
@@ -363,7 +364,7 @@ class Reachability:
         if target is None or target.node != node.name:
             return
         del self._waiting[nonce]
-        if self._records.answered(target, Answer.SIGNED, trio.current_time()):
+        if self._records.answered(target, MemberAnswer.SIGNED, trio.current_time()):
             self._told.set()
         self._answered.set()
 
@@ -405,7 +406,7 @@ class Reachability:
     async def _try(self, batch: list[Target]) -> None:
         signed = await self._query(batch)
         left = [target for target in batch if target not in signed]
-        own = {one.ip for one in self._own.internal_ips} if self._own is not None else set()
+        own = {interface.ip for interface in self._own.internal_ips} if self._own is not None else set()
         # What this host has itself it cannot reach elsewhere, whoever answers.
         addresses = {target.address for target in left} - own
         answering = await self._unsigned(addresses) if addresses else set()
@@ -413,7 +414,7 @@ class Reachability:
         now = trio.current_time()
         for target in left:
             if target.address in answering:
-                news = self._records.answered(target, Answer.UNSIGNED, now)
+                news = self._records.answered(target, MemberAnswer.UNSIGNED, now)
             else:
                 news = self._records.silent(target, now)
             if news:
@@ -443,16 +444,16 @@ class Reachability:
 
     async def _shaken(self, left: Collection[Target]) -> set[IPAddress]:
         """Which of the targets, asked through the tunnel just now, have a session: a firewall may drop all but that."""
-        found = ((target, self._records.node(target)) for target in left)
-        keys = {node.public_key: target for target, node in found if node and target.address in node.mesh_addresses}
+        pairs = ((target, self._records.node(target)) for target in left)
+        keys = {node.public_key: target for target, node in pairs if node and target.address in node.mesh_addresses}
         if not keys:
             return set()
         try:
-            heard = await self._device.hear()
+            activity = await self._device.peer_activity()
         except (OSError, kernel.KernelError):
             return set()
-        peers = ((target, heard.peers.get(key)) for key, target in keys.items())
-        return {target.address for target, peer in peers if peer and heard.silence(peer) <= SESSION_SECONDS}
+        peers = ((target, activity.peers.get(key)) for key, target in keys.items())
+        return {target.address for target, peer in peers if peer and activity.silence(peer) <= SESSION_SECONDS}
 
     async def _unsigned(self, addresses: Collection[IPAddress]) -> set[IPAddress]:
         """Which of the addresses answer in another way."""
@@ -469,10 +470,10 @@ class Reachability:
         return answering
 
 
-def _routed(observed: Observed, topology: Topology, found: Mapping[Target, Node], leader: str) -> set[Target]:
+def _routed(observed: Observed, topology: Topology, nodes: Mapping[Target, Node], leader: str) -> set[Target]:
     """The targets to which routes of ours lead already."""
     routed: set[Target] = set()
-    for target, node in found.items():
+    for target, node in nodes.items():
         networks = {*map(host_network, node.mesh_addresses)}
         if target.node == leader:
             networks.update(topology.snapshot.subnets)

@@ -85,7 +85,7 @@ def resolve_plan(
         if endpoint is None or not isinstance(endpoint.host, str):
             continue
         addresses = table.get(endpoint.host)
-        fit = next((one for one in addresses or () if not families or one.version in families), None)
+        fit = next((address for address in addresses or () if not families or address.version in families), None)
         replaced[key] = evolve(peer, endpoint=None if fit is None else Endpoint(fit, endpoint.port))
         if not addresses:
             if endpoint.host not in failed:
@@ -207,19 +207,19 @@ class Resolver:
     def networks(self, endpoints: Iterable[str]) -> tuple[IPNetwork, ...]:
         """The addresses of etcd's endpoints as networks of one address, as far as they are known by now.
 
-        Names among them are looked up for ever after.
+        Names among them are looked up forever after.
         """
         hosts = endpoint_hosts(endpoints)
         names = frozenset(host for host in hosts if isinstance(host, str))
         if not names <= self._kept:
             self._kept |= names
             self._renewed.set()
-        found = [
+        addresses = [
             address
             for host in hosts
             for address in (self._table.get(host, ()) if isinstance(host, str) else (host,))
         ]  # fmt: skip
-        return tuple(dict.fromkeys(map(network_of, found)))
+        return tuple(dict.fromkeys(map(network_of, addresses)))
 
     def unresolved(self, endpoints: Iterable[str]) -> tuple[str, ...]:
         """The names among etcd's endpoints that no address is known of."""

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from attrs import frozen
 
+from kilo_etcd.fast_ip import ip_address
 from kilo_etcd.model import IPAddress, IPNetwork
-from kilo_etcd.quickip import ip_address
 
 RESOLV_CONF = Path("/etc/resolv.conf")
 BEHIND = tuple(
@@ -71,11 +71,11 @@ class Reached:
 
 def name_servers(path: Path = RESOLV_CONF, behind: Iterable[Path] = BEHIND) -> tuple[IPAddress, ...]:
     """The name servers in use; none where that cannot be read. Behind a resolver on the host itself, those in the files
-    of `behind`; what stands in a resolver's own configuration is not known."""
-    found = _name_servers(path)
-    if any(server.is_loopback for server in found):
-        found = (*found, *(server for file in behind for server in _name_servers(file)))
-    return tuple(dict.fromkeys(server for server in found if not server.is_loopback))
+    of `behind`; a resolver's own configuration is not read."""
+    addresses = _name_servers(path)
+    if any(server.is_loopback for server in addresses):
+        addresses = (*addresses, *(server for file in behind for server in _name_servers(file)))
+    return tuple(dict.fromkeys(server for server in addresses if not server.is_loopback))
 
 
 def _name_servers(path: Path) -> tuple[IPAddress, ...]:
@@ -84,18 +84,18 @@ def _name_servers(path: Path) -> tuple[IPAddress, ...]:
             text = file.read(_MOST_BYTES).decode(errors="replace")
     except OSError:
         return ()
-    found = []
+    result = []
     for line in text.splitlines():
         match line.split():
             # One with a zone (fe80::1%eth0) is on a link of its own.
             case ["nameserver", word, *_] if "%" not in word:
                 with suppress(ValueError):
-                    found.append(ip_address(word))
+                    result.append(ip_address(word))
             case ["forward-addr:", word, *_]:
                 # unbound's form; a port may follow.
                 with suppress(ValueError):
-                    found.append(ip_address(word.partition("@")[0]))
-    return tuple(found)
+                    result.append(ip_address(word.partition("@")[0]))
+    return tuple(result)
 
 
 def _meaningless(network: IPNetwork) -> bool:

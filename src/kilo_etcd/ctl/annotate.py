@@ -1,6 +1,6 @@
 """`kgctl annotate`: what an operator says about one node, as `name=value`; `name-` takes it back.
 
-The values are read as the agents will read them, so one that would be set aside is refused here. As with labels, a
+The values are read as the agents read them, so one that they would reject is refused here. As with labels, a
 node may be annotated before it has registered.
 """
 
@@ -17,12 +17,12 @@ from kilo_etcd.ctl.context import Failure, Mesh
 from kilo_etcd.ctl.render import clean
 from kilo_etcd.ctl.report import registered_names
 from kilo_etcd.model import Snapshot
-from kilo_etcd.store.effective import ANNOTATIONS, Registered
+from kilo_etcd.store.annotations import ANNOTATIONS, Registered
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import MAX_ANNOTATION, NodeRecord, RecordError, decode_node, decode_text
 from kilo_etcd.store.view import View
 from kilo_etcd.topology import build_topology
-from kilo_etcd.topology.wayout import trouble_of
+from kilo_etcd.topology.exit_node import trouble_of
 
 
 def parse_annotation(text: str) -> tuple[str, str | None]:
@@ -50,7 +50,7 @@ def _record(view: View, keys: Keys, node: str) -> NodeRecord:
     return NodeRecord(public_key="A" * 43 + "=")
 
 
-def _no_way_out(after: Snapshot, node: str) -> str | None:
+def _no_exit_node(after: Snapshot, node: str) -> str | None:
     # Of a host that has not registered it is not known where it will be.
     return trouble_of(build_topology(after), node) if node in after.nodes else None
 
@@ -58,16 +58,16 @@ def _no_way_out(after: Snapshot, node: str) -> str | None:
 def _arguments(
     context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
 ) -> dict[str, str | None]:  # fmt: skip
-    found: dict[str, str | None] = {}
+    result: dict[str, str | None] = {}
     for text in values:
         try:
             name, value = parse_annotation(text)
         except ValueError as error:
             raise click.BadParameter(f"{error}.", context, parameter) from None
-        if name in found:
+        if name in result:
             raise click.BadParameter(f"{name} is given twice.", context, parameter)
-        found[name] = value
-    return found
+        result[name] = value
+    return result
 
 
 def node_argument(context: click.Context, parameter: click.Parameter, value: str) -> str:
@@ -84,8 +84,8 @@ def node_argument(context: click.Context, parameter: click.Parameter, value: str
     "  kgctl annotate node-1 leader=true\n"
     "  kgctl annotate node-1 force-endpoint=vpn.example.org:51820 persistent-keepalive=25\n"
     "  kgctl annotate node-1 allowed-location-ips=192.0.2.0/28 --dry-run\n"
-    "  kgctl annotate exit-1 gateway=true\n"
-    "  kgctl annotate node-1 way-out=exit-1\n"
+    "  kgctl annotate exit-1 advertise-exit-node=true\n"
+    "  kgctl annotate node-1 exit-node=exit-1\n"
     "  kgctl annotate node-1 leader-",
 )
 @click.argument("node", callback=node_argument, shell_complete=complete.nodes)
@@ -100,30 +100,30 @@ def node_argument(context: click.Context, parameter: click.Parameter, value: str
 @change_options
 @click.pass_obj
 def annotate_command(mesh: Mesh, node: str, annotations: dict[str, str | None], dry_run: bool, yes: bool) -> None:
-    """Say something about NODE: force-endpoint, force-internal-ip, leader, persistent-keepalive,
-    allowed-location-ips, subnets, gateway or way-out. It counts at once, live; you are asked where that interrupts
-    what is in use."""
+    """Set or remove annotations of NODE: force-endpoint, force-internal-ip, leader, persistent-keepalive,
+    allowed-location-ips, subnets, advertise-exit-node or exit-node. They take effect at once. The command asks first if
+    that interrupts traffic in use."""
     registered: frozenset[str] = frozenset()
 
     def decide(_before: Snapshot, view: View, keys: Keys) -> Edit:
         nonlocal registered
         registered = registered_names(view, keys)
-        said = {name: value for name, value in annotations.items() if value is not None}
-        _, wrong = Registered(_record(view, keys, node), 0).annotated(said)
+        values = {name: value for name, value in annotations.items() if value is not None}
+        _, wrong = Registered(_record(view, keys, node), 0).annotated(values)
         if wrong:
             raise Failure("; ".join(f"{name}: {reason}" for name, reason in wrong.items()) + "; nothing was written")
         return Edit(
-            puts={keys.annotation(node, name): value for name, value in said.items()},
+            puts={keys.annotation(node, name): value for name, value in values.items()},
             deletes=tuple(keys.annotation(node, name) for name, value in annotations.items() if value is None),
             # A network that would be left out is a mistake of this command; other trouble may have other causes.
-            refuses_trouble=any(said.get(name) for name in ("subnets", "allowed-location-ips")),
+            refuses_trouble=any(values.get(name) for name in ("subnets", "allowed-location-ips")),
             asks_if_disruptive=True,
-            forbids=lambda after: _no_way_out(after, node) if said.get("way-out") else None,
+            forbids=lambda after: _no_exit_node(after, node) if values.get("exit-node") else None,
         )
 
     outcome = carry_out(mesh, decide, dry_run=dry_run, yes=yes)
     if outcome is Outcome.NOTHING:
-        click.echo("Nothing to change: that is what is said about it already.")
+        click.echo("Nothing to change: its annotations say so already.")
     elif outcome is Outcome.WRITTEN:
         later = "" if node in registered else f"; {clean(node)} is not registered yet"
         click.echo(f"{clean(node)}: annotated{later}")

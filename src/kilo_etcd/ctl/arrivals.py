@@ -3,8 +3,8 @@
 A lost packet alone says little; all of them together say where it is lost. Members that reach nobody outside while
 their leader does have a leader that passes nothing on. A host whose echo requests are answered, and that answers none,
 filters them. Where no host answers any, sessions of tunnels and answered peer queries are the only signals that are
-left: then it is said what was asked, and that it is not known whether packets arrive. What a tunnel without a session
-explains is left to whoever says that.
+left: then a finding says what was asked, and that it is not known whether packets arrive. What a tunnel without a
+session explains is left to whoever says that.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Loss:
 
 @frozen
 class _Tried:
-    """Who has reached whom, by node and family."""
+    """Which nodes have reached which, by node and family."""
 
     good: frozenset[tuple[str, str]]
     bad: Mapping[tuple[str, str], frozenset[int]]
@@ -65,7 +65,7 @@ class _Tried:
         return frozenset(one for one, _ in (*self.good, *self.bad))
 
     def cut(self, one: str, other: str) -> bool:
-        """Whether packets between the two are known to be lost, which is said of them."""
+        """Whether packets between the two are known to be lost and the findings say so."""
         return ((one, other) in self.bad or (other, one) in self.bad) and not self.meet(one, other)
 
 
@@ -75,12 +75,12 @@ def losses(
     down: Collection[frozenset[str]] = (),
     *,
     apart: Collection[frozenset[str]] = (),
-    heard: bool = False,
+    queries_answered: bool = False,
 ) -> tuple[Loss, ...]:
     """The losses that no other finding explains.
 
     `down`: pairs of leaders whose tunnel is known to have no session; `apart`: pairs of members of a location that are
-    known not to reach each other; `heard`: members of a location answer each other's peer queries.
+    known not to reach each other; `queries_answered`: members of a location answer each other's peer queries.
     """
     tried = _tried(topology, live)
     if apart:
@@ -89,7 +89,11 @@ def losses(
     if not tried.bad:
         return ()
     sessions = [pair for pair in pairs(topology, tunnels(topology, live)) if pair.up]
-    if (sessions or heard) and not tried.good and all(not _explained(topology, *pair, down) for pair in tried.bad):
+    if (
+        (sessions or queries_answered)
+        and not tried.good
+        and all(not _explained(topology, *pair, down) for pair in tried.bad)
+    ):
         return (_unanswered(topology, tried, sessions),)
     found: list[Loss] = []
     rest = set(tried.bad)
@@ -107,7 +111,7 @@ def losses(
         own = target in tried.tried
         found.append(_unreached(topology, target, askers, families, own=own, reaches=reaches, sessions=sessions))
     mute = {loss.subject for loss in found if not loss.filtered}
-    # Who is cut off reaches nobody either; that need not be said twice.
+    # A host that is cut off reaches no other host either; one finding is enough.
     rest = {pair for pair in rest if pair[0] not in mute}
     found += _by_leader(topology, live, tried, rest, down)
     return tuple(found)
@@ -143,13 +147,14 @@ def narrow(topology: Topology, live: Live) -> Iterator[Loss]:
 def lost_across(
     topology: Topology, live: Live, pairs: Collection[frozenset[str]]
 ) -> tuple[tuple[str, str], ...]:  # fmt: skip
-    """The pairs of hosts between which packets were lost on a way that one of these pairs of neighbours is part of."""
+    """The pairs of hosts between which packets were lost on a way that one of these pairs of adjacent hosts is part
+    of."""
     lost = {(min(pair), max(pair)) for pair in _tried(topology, live).bad if across(topology, *pair, pairs)}
     return tuple(sorted(lost))
 
 
 def across(topology: Topology, one: str, other: str, pairs: Collection[frozenset[str]]) -> bool:
-    """Whether one of these pairs of neighbours is part of the way from `one` to `other`."""
+    """Whether one of these pairs of adjacent hosts is part of the way from `one` to `other`."""
     here, there = end_of(topology, one), end_of(topology, other)
     hops = ((one, other),) if here == there else ((one, here), (here, there), (there, other))
     return any(frozenset(hop) in pairs for hop in hops)
@@ -194,7 +199,7 @@ def _unanswered(topology: Topology, tried: _Tried, sessions: Collection[Pair]) -
 
 
 def end_of(topology: Topology, name: str) -> str:
-    """Whose tunnel carries what a node sends elsewhere."""
+    """The node whose tunnel carries what a node sends elsewhere."""
     if topology.snapshot.granularity is Granularity.CROSS:
         return name
     return topology.segment_of(name).leader.name
@@ -218,7 +223,7 @@ def _unreached(
         return Loss(
             subject=target, filtered=True,
             text=f"its own packets are answered, but echo requests to {addresses} are not (tried by {some(askers)})",
-            remedy="let ICMP echo requests from the mesh pass its firewall: without them nobody can tell whether "
+            remedy="let ICMP echo requests from the mesh pass its firewall: without them it is not known whether "
                    "packets arrive there",
         )  # fmt: skip
     asked = f"no echo request to it at {addresses} was answered (tried by {some(askers)})"

@@ -22,7 +22,7 @@ from kilo_etcd.topology.reach import about_member, apart, called_location, share
 from kilo_etcd.topology.segments import Topology
 
 EARLY_SECONDS = 10.0
-"""An agent that has run for less has not had the time to shake hands with everybody and to ask everybody."""
+"""An agent that has run for less has not had the time for handshakes with all peers and queries to all members."""
 
 FEW = 5
 """Members of a location that are looked at for whether they answer each other."""
@@ -48,11 +48,11 @@ class Silence:
     """It is not known yet whether they do."""
     young: frozenset[str]
     """Hosts whose agents have started a moment ago."""
-    heard: bool
+    queries_answered: bool
     """Some members answer each other's peer queries."""
 
     def tells(self, name: str, error: str) -> bool:
-        """Whether what an agent reports is said by `causes` too."""
+        """Whether `causes` covers an agent's error."""
         member = about_member(error)
         if member:
             return frozenset((name, member)) in self.apart
@@ -62,7 +62,7 @@ class Silence:
 def silence(topology: Topology, statuses: Mapping[str, StatusRecord], live: Live) -> Silence:
     """What the living agents say, as far as it is about the members and the addresses that are in force."""
     nodes = topology.snapshot.nodes
-    found: dict[frozenset[str], Kind] = {}
+    kinds: dict[frozenset[str], Kind] = {}
     for name, status in statuses.items():
         if name not in nodes or not status.unreachable:
             continue
@@ -70,7 +70,7 @@ def silence(topology: Topology, statuses: Mapping[str, StatusRecord], live: Live
         for one in status.unreachable:
             if (one.node, one.address) in current:
                 pair, kind = frozenset((name, one.node)), _kind(one, topology)
-                found[pair] = min(kind, found.get(pair, kind))
+                kinds[pair] = min(kind, kinds.get(pair, kind))
     undecided = {
         frozenset((name, other))
         for name, answer in live.answers.items()
@@ -78,16 +78,16 @@ def silence(topology: Topology, statuses: Mapping[str, StatusRecord], live: Live
         if name in nodes and other in nodes
     }
     return Silence(
-        apart=found,
-        undecided=frozenset(undecided - found.keys()),
+        apart=kinds,
+        undecided=frozenset(undecided - kinds.keys()),
         young=frozenset(name for name in live.answers if _young(statuses.get(name), live.answers[name].time)),
-        heard=_heard(topology, statuses, found.keys() | undecided),
+        queries_answered=_queries_answered(topology, statuses, kinds.keys() | undecided),
     )
 
 
-def _kind(one: Unreachable, topology: Topology) -> Kind:
-    tunneled = one.address in map(str, topology.snapshot.nodes[one.node].mesh_addresses)
-    return Kind.TUNNELED if tunneled else Kind.NO_LONGER if one.routed else Kind.NEVER
+def _kind(unreachable: Unreachable, topology: Topology) -> Kind:
+    tunneled = unreachable.address in map(str, topology.snapshot.nodes[unreachable.node].mesh_addresses)
+    return Kind.TUNNELED if tunneled else Kind.NO_LONGER if unreachable.routed else Kind.NEVER
 
 
 def _young(status: StatusRecord | None, time: int) -> bool:
@@ -99,7 +99,7 @@ def _young(status: StatusRecord | None, time: int) -> bool:
     return 0 <= time / 1000 - started < EARLY_SECONDS
 
 
-def _heard(
+def _queries_answered(
     topology: Topology, statuses: Mapping[str, StatusRecord], silent: Collection[frozenset[str]]
 ) -> bool:  # fmt: skip
     for segment in topology.segments.values():

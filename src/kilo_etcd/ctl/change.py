@@ -1,8 +1,8 @@
 """How a command changes the mesh: it looks, says what will be different, asks where that disrupts, and writes.
 
-An `Edit` is what is to be written; `carry_out` shows its consequences (`ctl.consequences`), stops there with
+An `Edit` is what is to be written; `carry_out` shows its impact (`ctl.impact`), stops there with
 `--dry-run`, and else writes it in one transaction, which etcd takes only if the keys concerned are still as they were
-when the consequences were computed. So two operators at once do not undo each other unseen.
+when the impact was computed. So two operators at once do not undo each other unseen.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ class Edit:
     refused_by: Mapping[str, str] = field(factory=dict)
     """Key -> the sentence that it is refused with where that key exists."""
     refuses_trouble: bool = False
-    """Whether it is refused if there would be new trouble: something set aside, or not given in full."""
+    """Whether it is refused if there would be new trouble: something rejected, or not granted in full."""
     asks: str = ""
-    """The question to be answered before it is done; empty: none."""
+    """The question to ask before it is done; empty: none."""
     asks_if_disruptive: bool = False
-    """Whether a question is put where somebody loses packets by it (`consequences.disruption`)."""
+    """Whether the command asks first if hosts lose packets by it (`impact.disruption`)."""
     forbids: Callable[[Snapshot], str | None] = lambda _after: None
     """Why it is refused, given the mesh as it would be; None: it is not."""
 
@@ -72,7 +72,7 @@ def change_options(command: F) -> F:
     """Give a command `--dry-run` and `--yes`."""
     yes: Callable[[F], F] = click.option("--yes", "-y", is_flag=True, help="Do not ask.")
     dry_run: Callable[[F], F] = click.option(
-        "--dry-run", is_flag=True, help="Say what would be different, and write nothing."
+        "--dry-run", is_flag=True, help="Print what would change, and write nothing."
     )
     return dry_run(yes(command))
 
@@ -116,10 +116,10 @@ class Prepared:
         """Make it, or nothing of it. Failure."""
         if not self._transact(self.conditions, self.operations):
             _refuse(self.mesh, self.edit)
-            raise Failure("somebody else has just changed the same; nothing was written: look again")
+            raise Failure("another writer has just changed the same; nothing was written: look again")
 
     def take_back(self) -> bool:
-        """Put back what was there, if nobody has changed it since; whether that was done. Failure."""
+        """Restore what was there, if it was not changed since; whether that was done. Failure."""
         as_made = [
             Compare(op.key, Target.VALUE, Is.EQUAL, _raw(op.value)) if isinstance(op, Put) else absent(op.key)
             for op in self.operations
@@ -137,7 +137,7 @@ class Prepared:
 def prepare(mesh: Mesh, decide: Callable[[Snapshot, View, Keys], Edit]) -> Prepared | None:
     """Look, and compute what `decide` wants and what it does; None where all is so already. Failure: it is refused."""
 
-    from kilo_etcd.ctl.consequences import consequences, disruption, new_trouble
+    from kilo_etcd.ctl.impact import disruption, impact, new_trouble
 
     async def look(client: Client, keys: Keys) -> tuple[Snapshot, View, Keys]:
         return *await operator.snapshot(client, keys), keys
@@ -163,7 +163,7 @@ def prepare(mesh: Mesh, decide: Callable[[Snapshot, View, Keys], Edit]) -> Prepa
     return Prepared(
         mesh=mesh,
         edit=edit,
-        lines=consequences(before, then),
+        lines=impact(before, then),
         question=edit.asks or (disruption(before, then) if edit.asks_if_disruptive else ""),
         conditions=tuple(conditions),
         operations=(*(Put(key, value) for key, value in wanted.items()), *map(Delete, gone)),
@@ -172,7 +172,7 @@ def prepare(mesh: Mesh, decide: Callable[[Snapshot, View, Keys], Edit]) -> Prepa
 
 
 def _whole(mesh: Mesh, held: dict[str, KeyValue | None]) -> dict[str, KeyValue | None]:
-    """What is to be put back, as it stands in etcd: of a value that is rejected a view has the reason alone."""
+    """What is to be restored, as etcd holds it: of a rejected value a view has the reason alone."""
     stubs = [key for key, kv in held.items() if kv is not None and is_stub(kv.value)]
 
     async def look(client: Client, _keys: Keys) -> dict[str, KeyValue | None]:
@@ -201,7 +201,7 @@ def after(view: View, puts: Mapping[str, str], deletes: list[str]) -> Snapshot:
         kv = KeyValue(
             key=key.encode(),
             value=value.encode(),
-            # Who has a key or an address goes by age.
+            # The older record has the key or the address.
             create_revision=revision if held is None else held.create_revision,
             mod_revision=revision,
         )

@@ -98,18 +98,18 @@ class Examined:
     live: Live = field(factory=Live)
 
 
-def findings(found: Examined) -> tuple[Finding, ...]:
+def findings(examined: Examined) -> tuple[Finding, ...]:
     """The findings, the worst first."""
     order = list(Severity)
-    known = silence(found.topology, found.statuses, found.live)
+    known = silence(examined.topology, examined.statuses, examined.live)
     every = (
-        *_etcd(found.members),
-        *_agents(found.report, known),
-        *_mode(found.report),
-        *_records(found.report),
-        *_unrouted(found),
-        *_hosts(found),
-        *_packets(found, known),
+        *_etcd(examined.members),
+        *_agents(examined.report, known),
+        *_mode(examined.report),
+        *_records(examined.report),
+        *_unrouted(examined),
+        *_hosts(examined),
+        *_packets(examined, known),
     )
     return tuple(sorted(dict.fromkeys(every), key=lambda f: (order.index(f.severity), f.subject, f.text)))
 
@@ -183,14 +183,14 @@ def _agents(found: Report, known: Silence | None = None) -> Iterator[Finding]:
     for remark in found.disagreements:
         yield Finding(severity=Severity.WARNING, subject=remark.subject, text=remark.text)
     # What `known` tells `_packets` does, once for all of them.
-    errors = [one for one in found.errors if known is None or not known.tells(one.subject, one.text)]
+    errors = [error for error in found.errors if known is None or not known.tells(error.subject, error.text)]
     for remark in grouped(errors):
         yield Finding(severity=Severity.ERROR, subject=remark.subject, text=remark.text)
     versions = Counter(row.version for row in found.nodes if row.version)
     if len(versions) > 1:
-        said = ", ".join(f"{version} on {number}" for version, number in sorted(versions.items()))
+        listed = ", ".join(f"{version} on {number}" for version, number in sorted(versions.items()))
         yield Finding(
-            severity=Severity.NOTE, subject="agents", text=f"different versions run: {said}",
+            severity=Severity.NOTE, subject="agents", text=f"different versions run: {listed}",
             remedy="upgrade the older ones when it suits",
         )  # fmt: skip
 
@@ -209,18 +209,18 @@ def _mode(found: Report) -> Iterator[Finding]:
 
 
 def _records(found: Report) -> Iterator[Finding]:
-    for aside in found.set_aside[:MOST_NAMED]:
+    for aside in found.rejected[:MOST_NAMED]:
         yield Finding(
-            severity=Severity.ERROR, subject=aside.key, text=f"set aside: {aside.reason}",
+            severity=Severity.ERROR, subject=aside.key, text=f"rejected: {aside.reason}",
             remedy=f"etcdctl get {aside.key}; " + (
                 f"the agent of {aside.author} writes it: is it up? systemctl status kilo-etcd there; gone for good: "
                 f"etcdctl del {aside.key}" if aside.author else "put it right or delete it"
             ),
         )  # fmt: skip
-    if (more := len(found.set_aside) - MOST_NAMED) > 0:
+    if (more := len(found.rejected) - MOST_NAMED) > 0:
         yield Finding(
             severity=Severity.ERROR, subject="records", text=f"{more} more are rejected",
-            remedy="kgctl status -o json lists all under setAside; who writes them?",
+            remedy="kgctl status -o json lists all under rejected; who writes them?",
         )  # fmt: skip
     for remark in found.problems:
         yield Finding(severity=Severity.WARNING, subject=remark.subject, text=remark.text)
@@ -228,14 +228,14 @@ def _records(found: Report) -> Iterator[Finding]:
         yield Finding(severity=Severity.NOTE, subject=remark.subject, text=remark.text)
 
 
-def _unrouted(found: Examined) -> Iterator[Finding]:
+def _unrouted(examined: Examined) -> Iterator[Finding]:
     """Under `encrypted` what is sent to such an address travels in clear, which is a warning unless the operator has
     exempted it on every host that sends there."""
-    in_clear = found.report.internal_ips_in_force == InternalIPs.ENCRYPTED
-    exempted = _exempted(found) if in_clear else frozenset()
+    in_clear = examined.report.internal_ips_in_force == InternalIPs.ENCRYPTED
+    exempted = _exempted(examined) if in_clear else frozenset()
     for meant in (False, True) if in_clear else (True,):
         severity = Severity.NOTE if meant else Severity.WARNING
-        remarks = [one for one in found.report.unrouted if not in_clear or (one.subject in exempted) is meant]
+        remarks = [one for one in examined.report.unrouted if not in_clear or (one.subject in exempted) is meant]
         unrouted = grouped_unrouted(remarks)
         for remark in unrouted[:MOST_NAMED]:
             said = f"{unrouted_sentence(remark)} (--clear exempts it)" if in_clear and meant else ""
@@ -247,18 +247,18 @@ def _unrouted(found: Examined) -> Iterator[Finding]:
             )  # fmt: skip
 
 
-def _exempted(found: Examined) -> frozenset[str]:
+def _exempted(examined: Examined) -> frozenset[str]:
     """The addresses and networks of `Topology.unrouted` to which all hosts that send there leave something in clear on
     purpose, as far as they have answered."""
-    topology = found.topology
-    clear = {name: tuple(_networks(answer.clear)) for name, answer in found.live.answers.items()}
+    topology = examined.topology
+    clear = {name: tuple(_networks(answer.clear)) for name, answer in examined.live.answers.items()}
     members = {named(segment): segment.members for segment in topology.segments.values()}
     result = set()
-    for one in topology.unrouted:
-        segments = one.not_from or members.keys()
-        senders = {node.name for name in segments for node in members.get(name, ())}.difference(one.nodes)
-        if senders and all(any(_covers(network, one.network) for network in clear.get(n, ())) for n in senders):
-            result.add(subject_of(one))
+    for unrouted in topology.unrouted:
+        segments = unrouted.not_from or members.keys()
+        senders = {node.name for name in segments for node in members.get(name, ())}.difference(unrouted.nodes)
+        if senders and all(any(_covers(network, unrouted.network) for network in clear.get(n, ())) for n in senders):
+            result.add(subject_of(unrouted))
     return frozenset(result)
 
 
@@ -272,8 +272,8 @@ def _covers(network: IPNetwork, other: IPNetwork) -> bool:
     return network.version == other.version and other.subnet_of(network)  # type: ignore[arg-type]
 
 
-def _hosts(found: Examined) -> Iterator[Finding]:
-    live, topology = found.live, found.topology
+def _hosts(examined: Examined) -> Iterator[Finding]:
+    live, topology = examined.live, examined.topology
     if live.refused:
         yield Finding(
             severity=Severity.WARNING, subject="hosts", text=f"they could not be asked: {live.refused}",
@@ -281,9 +281,12 @@ def _hosts(found: Examined) -> Iterator[Finding]:
         )  # fmt: skip
     for name in live.silent:
         yield Finding(
-            severity=Severity.WARNING, subject=name, text="its agent lives, but has not answered in time",
-            remedy="systemctl status kilo-etcd there; an agent of an older version does not know questions",
-        )  # fmt: skip
+            severity=Severity.WARNING,
+            subject=name,
+            text="its agent lives, but has not answered in time",
+            remedy="systemctl status kilo-etcd there; an agent of an older version does not answer diagnostics "
+            "requests",
+        )
     for name, off in live.clocks.items():
         if abs(off) > CLOCK_SECONDS:
             yield Finding(
@@ -314,16 +317,16 @@ def _hosts(found: Examined) -> Iterator[Finding]:
         )  # fmt: skip
     mtus = Counter(live.answers[name].mtu for name in live.answers if live.answers[name].mtu)
     if len(mtus) > 1:
-        said = ", ".join(f"{mtu} on {number}" for mtu, number in sorted(mtus.items()))
+        listed = ", ".join(f"{mtu} on {number}" for mtu, number in sorted(mtus.items()))
         yield Finding(
-            severity=Severity.NOTE, subject="tunnels", text=f"their MTUs differ: {said}",
+            severity=Severity.NOTE, subject="tunnels", text=f"their MTUs differ: {listed}",
             remedy="where large packets are lost, give the smallest to all with --mtu",
         )  # fmt: skip
 
 
-def _packets(found: Examined, known: Silence) -> Iterator[Finding]:
+def _packets(examined: Examined, known: Silence) -> Iterator[Finding]:
     """Tunnels and packets, and members that do not answer each other: each cause once."""
-    live, topology = found.live, found.topology
+    live, topology = examined.live, examined.topology
     for cause in causes(topology, known):
         yield Finding(severity=Severity.ERROR, subject=cause.subject, text=cause.text, remedy=cause.remedy)
     down = [pair for pair in pairs(topology, tunnels(topology, live)) if pair.up is False]
@@ -338,7 +341,7 @@ def _packets(found: Examined, known: Silence) -> Iterator[Finding]:
             remedy="ask again in ten seconds: kgctl check",
         )  # fmt: skip
     ends = [frozenset((pair.one, pair.other)) for pair in down]
-    for loss in losses(topology, live, ends, apart={*known.apart, *unsettled}, heard=known.heard):
+    for loss in losses(topology, live, ends, apart={*known.apart, *unsettled}, queries_answered=known.queries_answered):
         yield Finding(
             severity=Severity.WARNING if loss.filtered else Severity.ERROR, subject=loss.subject, text=loss.text,
             remedy=loss.remedy,
@@ -391,7 +394,7 @@ def _coloured(severity: Severity) -> str:
 @output_option
 @click.pass_obj
 def check_command(mesh: Mesh, output: str) -> None:
-    """Look for everything that is wrong, and say what to do about it.
+    """Find everything that is wrong, and say what to do about it.
 
     The living agents are asked what their hosts have, and to send packets to each other. Exit status 1: there are
     errors or warnings.
@@ -406,8 +409,8 @@ def check_command(mesh: Mesh, output: str) -> None:
                        f"{clean(finding.subject)}: {clean(finding.text)}")  # fmt: skip
             if finding.remedy:
                 click.echo(f"    {clean(finding.remedy)}")
-        said = [f"{counts[kind]} {kind}{'' if counts[kind] == 1 else 's'}" for kind in Severity if counts[kind]]
-        click.echo(", ".join(said) if said else "All is well: etcd, records, agents, kernels, tunnels and packets.")
+        totals = [f"{counts[kind]} {kind}{'' if counts[kind] == 1 else 's'}" for kind in Severity if counts[kind]]
+        click.echo(", ".join(totals) if totals else "All is well: etcd, records, agents, kernels, tunnels and packets.")
     if counts[Severity.ERROR] or counts[Severity.WARNING]:
         raise SystemExit(1)
 
@@ -425,16 +428,16 @@ async def _members(client: Client, endpoints: tuple[str, ...]) -> tuple[MemberSt
     async def look(endpoint: str) -> None:
         started = trio.current_time()
         try:
-            said = await client.status(endpoint)
+            response = await client.status(endpoint)
         except EtcdError as error:
             states[endpoint] = MemberState(endpoint=endpoint, error=str(error))
         else:
             states[endpoint] = MemberState(
                 endpoint=endpoint,
-                cluster_id=said.header.cluster_id,
-                has_leader=said.leader != 0,
+                cluster_id=response.header.cluster_id,
+                has_leader=response.leader != 0,
                 seconds=trio.current_time() - started,
-                errors=said.errors,
+                errors=response.errors,
             )
 
     async with trio.open_nursery() as nursery:
@@ -450,7 +453,7 @@ async def examine(client: Client, keys: Keys, endpoints: tuple[str, ...]) -> Exa
     live = await gather(client, keys, living.keys(), tries=TRIES)
     snapshot, view = await operator.snapshot(client, keys)
     # Last: what the agents have found out while they were asked explains what they have lost, and none is behind.
-    statuses = {name: said for name, said in (await operator.statuses(client, keys)).items() if name in living}
+    statuses = {name: status for name, status in (await operator.statuses(client, keys)).items() if name in living}
     topology = build_topology(snapshot)
     newest, registered = newest_revision(view, keys), registered_names(view, keys)
     return Examined(

@@ -43,7 +43,7 @@ def labels(context: click.Context, _parameter: click.Parameter, incomplete: str)
 
 def annotation_names(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
     """`name=` for each annotation that is known."""
-    from kilo_etcd.store.effective import ANNOTATIONS
+    from kilo_etcd.store.annotations import ANNOTATIONS
 
     return _starting((f"{name}=" for name in ANNOTATIONS), incomplete)
 
@@ -69,7 +69,7 @@ async def _look(client: Client, keys: Keys, kinds: tuple[str, ...]) -> set[str]:
     from kilo_etcd.store import keys as k
     from kilo_etcd.store.operator import locations
 
-    found: set[str] = set()
+    names: set[str] = set()
     with trio.move_on_after(PATIENCE_SECONDS):
         for kind, root in (("nodes", keys.nodes_root), ("peers", keys.peers_root), ("labels", keys.leaders_root)):
             if kind not in kinds:
@@ -77,10 +77,10 @@ async def _look(client: Client, keys: Keys, kinds: tuple[str, ...]) -> set[str]:
             for kv in (await client.range(root, prefix_end(root), keys_only=True)).kvs:
                 match keys.parse(kv.key):
                     case k.NodeKey(name) | k.PeerKey(name) | k.LeaderKey(name) if name:
-                        found.add(name)
+                        names.add(name)
         if "labels" in kinds:
-            found |= {label for label in (await locations(client, keys)).values() if label}
-    return found
+            names |= {label for label in (await locations(client, keys)).values() if label}
+    return names
 
 
 @click.command(

@@ -43,7 +43,7 @@ def picture(dot: str, kind: str, engine: str = "circo") -> bytes:
 
 
 def mermaid(topology: Topology, states: Mapping[Edge, EdgeState]) -> str:
-    """A Mermaid flowchart. Names stand in labels only, escaped; ids are numbers."""
+    """A Mermaid flowchart. Names are in labels only, escaped; ids are numbers."""
     far = switch(topology)
     title = f"{', '.join(map(str, topology.snapshot.subnets))}; internal-ips {topology.internal_ips}"
     title += f" ({far})" if far is not None else ""
@@ -81,7 +81,7 @@ def mermaid(topology: Topology, states: Mapping[Edge, EdgeState]) -> str:
 
 def _quoted(*lines: str) -> str:
     """A label: Mermaid has HTML's entities, written with `#` in place of `&`."""
-    escaped = (re.sub(r"[^\w .,:/\[\]()@+-]", lambda found: f"#{ord(found[0])};", line) for line in lines)
+    escaped = (re.sub(r"[^\w .,:/\[\]()@+-]", lambda match: f"#{ord(match[0])};", line) for line in lines)
     return '"' + "<br>".join(escaped) + '"'
 
 

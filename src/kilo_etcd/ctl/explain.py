@@ -19,7 +19,7 @@ from kilo_etcd.ctl import complete
 from kilo_etcd.ctl.context import Failure, Mesh
 from kilo_etcd.ctl.output import output_option, show
 from kilo_etcd.ctl.render import Table, clean, shown_location
-from kilo_etcd.ctl.trace import Journey, Plans, Unknown, Way, ends, explain, internal_journeys, met
+from kilo_etcd.ctl.trace import Plans, Trace, Unknown, Way, ends, explain, internal_traces, met
 from kilo_etcd.model import Snapshot
 from kilo_etcd.topology.unaware import unaware_problems
 
@@ -28,22 +28,22 @@ from kilo_etcd.topology.unaware import unaware_problems
 class Explanation:
     """All that `kgctl explain` has to say. `remarks` are about the hosts on the way: (name, sentence)."""
 
-    journeys: tuple[Journey, ...]
+    traces: tuple[Trace, ...]
     urgent: tuple[str, ...] = ()
     """Errors of the mesh as a whole, to be said before all else."""
-    internal: tuple[Journey, ...] = ()
+    internal: tuple[Trace, ...] = ()
     """To the internal IPs of the node at the far end, if that is one and was asked for by its name."""
     remarks: tuple[tuple[str, str], ...] = ()
     live: tuple[tuple[str, str], ...] | None = None
-    """What speaks against it in the kernels of the hosts on the way, likewise, beyond `remarks`; None: they were not
+    """What the kernels of the hosts on the way lack for it, likewise, beyond `remarks`; None: they were not
     asked."""
 
     @property
     def works(self) -> bool:
-        """Whether every journey works, as far as is known."""
+        """Whether every trace works, as far as is known."""
         # An internal IP that is not routed is none of the mesh's.
-        carried = (journey for journey in self.internal if not journey.there.unrouted)
-        return all(journey.works for journey in (*self.journeys, *carried)) and not self.live
+        carried = (trace for trace in self.internal if not trace.there.unrouted)
+        return all(trace.works for trace in (*self.traces, *carried)) and not self.live
 
 
 @click.command(
@@ -53,16 +53,17 @@ class Explanation:
 )
 @click.argument("source", metavar="FROM", shell_complete=complete.nodes)
 @click.argument("target", metavar="TO", shell_complete=complete.ends)
-@click.option("--live", is_flag=True, help="Ask the hosts on the way whether their kernels hold what they should.")
+@click.option("--live", is_flag=True, help="Ask the hosts on the path whether their kernels hold what they should.")
 @output_option
 @click.pass_obj
 def explain_command(mesh: Mesh, source: str, target: str, output: str, live: bool) -> None:
-    """Show the way of a packet from node FROM to a node, a peer or an address, and back.
+    """Trace a packet from node FROM to a node, a peer or an address, and the answer to it.
 
-    It follows from what etcd holds and what the agents on the way report. Exit status 1: something there would drop
-    the packet or is known not to work, or nothing is known of a host; or, with --live, a host differs from its plan.
+    The trace is computed from what etcd holds and from what the agents on the way report. Exit status 1: something
+    there would drop the packet or is known not to work, or nothing is known of a host; or, with --live, a host differs
+    from its plan.
     """
-    from kilo_etcd.ctl.hops import doubts, weigh
+    from kilo_etcd.ctl.hops import suspicions, weigh
     from kilo_etcd.ctl.live import gather
     from kilo_etcd.ctl.report import remarks_on
     from kilo_etcd.ctl.status import look
@@ -71,70 +72,79 @@ def explain_command(mesh: Mesh, source: str, target: str, output: str, live: boo
     topology, snapshot, statuses = looked.topology, looked.topology.snapshot, looked.statuses
     plans = Plans(topology, statuses)
     try:
-        journeys = explain(plans, source, target)
+        traces = explain(plans, source, target)
     except Unknown as error:
         raise Failure(str(error)) from None
-    internal = internal_journeys(plans, source, target)
-    names = met((*journeys, *internal)) | {source} | ({target} if target in snapshot.nodes else set())
+    internal = internal_traces(plans, source, target)
+    names = met((*traces, *internal)) | {source} | ({target} if target in snapshot.nodes else set())
     remarks = remarks_on(looked.report(about=names), names)
-    said = against = None
+    gathered = against = None
     if live:
-        said = mesh.ask(partial(gather, names=names & statuses.keys(), targets=ends((*journeys, *internal), snapshot)))
-        against = tuple(dict.fromkeys(one for one in doubts(journeys, topology, statuses, said) if one not in remarks))
-    journeys, internal = (weigh(which, source, plans, said) for which in (journeys, internal))
+        gathered = mesh.ask(
+            partial(gather, names=names & statuses.keys(), targets=ends((*traces, *internal), snapshot))
+        )
+        against = tuple(
+            dict.fromkeys(
+                suspicion for suspicion in suspicions(traces, topology, statuses, gathered) if suspicion not in remarks
+            )
+        )
+    traces, internal = (weigh(which, source, plans, gathered) for which in (traces, internal))
     urgent = tuple(problem.text for problem in unaware_problems(topology))
-    found = Explanation(urgent=urgent, journeys=journeys, internal=internal, remarks=remarks, live=against)
+    explanation = Explanation(urgent=urgent, traces=traces, internal=internal, remarks=remarks, live=against)
     if output == "json":
-        click.echo(explanation_json(found))
+        click.echo(explanation_json(explanation))
     else:
-        _print(found, source, snapshot)
-    if not found.works:
+        _print(explanation, source, snapshot)
+    if not explanation.works:
         raise SystemExit(1)
 
 
-def _print(found: Explanation, source: str, snapshot: Snapshot) -> None:
-    for text in found.urgent:
+def _print(explanation: Explanation, source: str, snapshot: Snapshot) -> None:
+    for text in explanation.urgent:
         click.echo(f"error: {clean(text)}")
-    for journey in found.journeys:
-        show(journey_tables(journey, snapshot), clean(journey_heading(journey)))
+    for trace in explanation.traces:
+        show(trace_tables(trace, snapshot), clean(trace_heading(trace)))
         click.echo()
-    if found.internal:
-        show([internal_table(found.internal, live=found.live is not None)])
+    if explanation.internal:
+        show([internal_table(explanation.internal, live=explanation.live is not None)])
         click.echo()
-    for title, remarks in (("Hosts on the way", found.remarks), ("What their kernels say against it", found.live)):
+    for title, remarks in (
+        ("Hosts on the way", explanation.remarks),
+        ("What their kernels say against it", explanation.live),
+    ):
         if remarks:
             show([Table(title, ("NODE", "REMARK"), tuple((clean(n), clean(t)) for n, t in remarks))])
-    if found.live is None:
-        if found.works and any(journey.there.steps for journey in found.journeys):
+    if explanation.live is None:
+        if explanation.works and any(trace.there.steps for trace in explanation.traces):
             click.echo("Nothing was sent: with --live the hosts on the way try it.")
-    elif not found.live and found.works:
-        tried = any(journey.answered for journey in found.journeys)
+    elif not explanation.live and explanation.works:
+        tried = any(trace.answered for trace in explanation.traces)
         arrive = ", and packets arrive" if tried else f"; whether packets arrive was not tried by {source}"
         click.echo(f"The kernels of the hosts on the way hold what they should{arrive}.")
 
 
-def journey_heading(journey: Journey) -> str:
+def trace_heading(trace: Trace) -> str:
     """The outcome in one line: that of the worst hop."""
-    there, back = journey.there, journey.back
-    start = _start(journey)
+    there, back = trace.there, trace.back
+    start = _start(trace)
     if there.dropped:
         return f"{start}dropped on the way there: {there.dropped}"
-    if there.lost and not journey.answered:
+    if there.lost and not trace.answered:
         return f"{start}does not arrive: {there.lost}"
-    doubt = "" if journey.answered else journey.doubt or there.doubt
-    may = "may arrive" if doubt else "arrives"
+    suspicion = "" if trace.answered else trace.suspicion or there.suspicion
+    may = "may arrive" if suspicion else "arrives"
     if back is not None and back.dropped:
         return f"{start}{may}, but the answer is dropped: {back.dropped}"
-    if back is not None and back.lost and not journey.answered:
+    if back is not None and back.lost and not trace.answered:
         return f"{start}{may}, but the answer does not: {back.lost}"
-    if doubt:
-        return f"{start}may not arrive: {doubt}"
-    if back is not None and back.doubt and not journey.answered:
-        return f"{start}arrives, but the answer may not: {back.doubt}"
+    if suspicion:
+        return f"{start}may not arrive: {suspicion}"
+    if back is not None and back.suspicion and not trace.answered:
+        return f"{start}arrives, but the answer may not: {back.suspicion}"
     if there.leaves:
         return f"{start}{there.leaves}"
     if back is None:
-        return f"{start}arrives; {journey.unasked}"
+        return f"{start}arrives; {trace.unasked}"
     same = tuple((s.target, s.source, s.medium) for s in reversed(back.steps))
     way = (
         "the answer takes the same way"
@@ -144,14 +154,14 @@ def journey_heading(journey: Journey) -> str:
     return f"{start}arrives; {way}"
 
 
-def _start(journey: Journey) -> str:
-    whose = f", the internal IP of {journey.there.whose}" if journey.there.whose else ""
-    return f"{journey.there.source} to {journey.there.destination}{whose}: "
+def _start(trace: Trace) -> str:
+    whose = f", the internal IP of {trace.there.whose}" if trace.there.whose else ""
+    return f"{trace.there.source} to {trace.there.destination}{whose}: "
 
 
-def journey_tables(journey: Journey, snapshot: Snapshot) -> Iterator[Table]:
+def trace_tables(trace: Trace, snapshot: Snapshot) -> Iterator[Table]:
     """The steps there and back, as tables."""
-    for title, way in (("There", journey.there), ("Back", journey.back)):
+    for title, way in (("There", trace.there), ("Back", trace.back)):
         if way is None or not (way.steps or way.dropped):
             continue
         rows: list[tuple[str, ...]] = [
@@ -169,7 +179,7 @@ def journey_tables(journey: Journey, snapshot: Snapshot) -> Iterator[Table]:
             rows.append((str(len(rows) + 1), "", "dropped", "", "", clean(way.dropped)))
         columns: tuple[str, ...] = ("HOP", "FROM", "TO", "ENCRYPTED", "HOW", "TO ADDRESS")
         further = (
-            ("TABLE", [step.table for step in way.steps], journey.there.whose),
+            ("TABLE", [step.table for step in way.steps], trace.there.whose),
             ("KERNEL'S ROUTE", [way.taken, *("" for _ in way.steps[1:])], way.taken),
             (
                 "BUT",
@@ -184,17 +194,17 @@ def journey_tables(journey: Journey, snapshot: Snapshot) -> Iterator[Table]:
         yield Table(title, columns, tuple(rows))
 
 
-def internal_table(journeys: tuple[Journey, ...], *, live: bool = False) -> Table:
+def internal_table(traces: tuple[Trace, ...], *, live: bool = False) -> Table:
     """How each internal IP is reached, a line for each."""
     rows = []
-    for journey in journeys:
-        there = journey.there
+    for trace in traces:
+        there = trace.there
         way = ", ".join(f"{step.target} ({step.medium})" for step in there.steps)
         tables = "; ".join(dict.fromkeys(step.table for step in there.steps))
-        outcome = journey_heading(journey).removeprefix(_start(journey))
+        outcome = trace_heading(trace).removeprefix(_start(trace))
         if there.unrouted:
             outcome = f"not routed: {there.unrouted}"
-        tried = "answered" if journey.answered else "no answer" if journey.tried else "not tried"
+        tried = "answered" if trace.answered else "no answer" if trace.tried else "not tried"
         rows.append(
             (
                 there.destination,
@@ -214,7 +224,7 @@ def _called(name: str, snapshot: Snapshot) -> str:
     return clean(name) if node is None else f"{clean(name)} [{shown_location(node.location)}]"
 
 
-def explanation_json(found: Explanation) -> str:
+def explanation_json(explanation: Explanation) -> str:
     """The explanation as JSON; stable (docs/kgctl.md)."""
 
     def way(value: Way | None) -> dict[str, Any] | None:
@@ -236,9 +246,9 @@ def explanation_json(found: Explanation) -> str:
             ],
         }  # fmt: skip
 
-    def told(these: tuple[Journey, ...]) -> list[dict[str, Any]]:
+    def told(these: tuple[Trace, ...]) -> list[dict[str, Any]]:
         return [
-            {"works": j.works, "answered": j.answered if j.tried else None, "says": journey_heading(j),
+            {"works": j.works, "answered": j.answered if j.tried else None, "says": trace_heading(j),
              "there": way(j.there), "back": way(j.back),
              "unasked": j.unasked or None}
             for j in these
@@ -246,12 +256,15 @@ def explanation_json(found: Explanation) -> str:
 
     return json.dumps(
         {
-            "works": found.works,
-            "urgent": list(found.urgent),
-            "journeys": told(found.journeys),
-            "internal": told(found.internal),
-            "remarks": [{"node": name, "text": text} for name, text in found.remarks],
-            "live": None if found.live is None else [{"node": name, "text": text} for name, text in found.live],
+            "works": explanation.works,
+            "urgent": list(explanation.urgent),
+            "traces": told(explanation.traces),
+            "internal": told(explanation.internal),
+            "remarks": [{"node": name, "text": text} for name, text in explanation.remarks],
+            "live": None
+            if explanation.live is None
+            else [{"node": name, "text": text} for name, text in explanation.live],
         },
-        indent=2, ensure_ascii=False,
-    )  # fmt: skip
+        indent=2,
+        ensure_ascii=False,
+    )

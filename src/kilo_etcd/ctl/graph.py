@@ -34,7 +34,7 @@ PATIENCE_SECONDS = 2.5
 def graph_command(mesh: Mesh, output: str, plain: bool) -> None:
     """Print the mesh as a graph. Tunnels that are up are green, those that are not red.
 
-    The living agents are asked for that, by a key in etcd that is gone after the answer.
+    The living agents report that on a request in etcd, which is deleted after the response.
     """
     from kilo_etcd.ctl.draw import CannotDraw, engine, graph_json, mermaid, picture
     from kilo_etcd.ctl.live import edge_states
@@ -71,6 +71,6 @@ async def _read(client: Client, keys: Keys, *, plain: bool) -> tuple[Snapshot, L
     if plain:
         return snapshot, None
     statuses = await operator.statuses(client, keys)
-    # Members have no tunnels of their own to speak of.
-    gateways = [name for name, status in statuses.items() if status.role is not Role.MEMBER]
-    return snapshot, await gather(client, keys, gateways, patience=PATIENCE_SECONDS)
+    # Members have no tunnels of their own.
+    leaders = [name for name, status in statuses.items() if status.role is not Role.MEMBER]
+    return snapshot, await gather(client, keys, leaders, patience=PATIENCE_SECONDS)

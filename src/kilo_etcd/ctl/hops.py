@@ -2,7 +2,7 @@
 
 Each hop gets a clause for the headline. The remarks on the host hold the whole sentence with its remedy. A hop is
 `broken` where packets are known not to arrive by it, as far as agents can know. Where nothing is known of a host,
-because its agent does not report, that is a doubt, and no more.
+because its agent does not report, that is a suspicion, and no more.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from kilo_etcd.ctl.causes import silence
 from kilo_etcd.ctl.internal_arrivals import internal_losses
 from kilo_etcd.ctl.live import Live, LiveTunnel, ago, differs, pairs, tunnels
 from kilo_etcd.ctl.report import DROPPED, contradictions
-from kilo_etcd.ctl.trace import MEDIUM, Journey, Plans, Step, Way
+from kilo_etcd.ctl.trace import MEDIUM, Plans, Step, Trace, Way
 from kilo_etcd.model import InternalIPs, IPAddress
+from kilo_etcd.store.published_records import about_status_key
 from kilo_etcd.store.records import StatusRecord
-from kilo_etcd.store.said import about_status_key
+from kilo_etcd.topology.exit_node import NOTHING_BACK
 from kilo_etcd.topology.hostplan import Via
 from kilo_etcd.topology.nat import about_partner
 from kilo_etcd.topology.reach import about_member
 from kilo_etcd.topology.segments import Topology
-from kilo_etcd.topology.wayout import NOTHING_BACK
 
 
 def weigh(
-    journeys: tuple[Journey, ...],
+    traces: tuple[Trace, ...],
     source: str,
     plans: Plans,
     live: Live | None = None,
-) -> tuple[Journey, ...]:
-    """The journeys from node `source` with what is known against their hops. `live`: what the hosts on the way have
+) -> tuple[Trace, ...]:
+    """The traces from node `source` with what is known against their hops. `live`: what the hosts on the way have
     answered."""
     known = _Known(plans, Live() if live is None else live)
-    return tuple(_weighed(journey, source, known) for journey in journeys)
+    return tuple(_weighed(trace, source, known) for trace in traces)
 
 
 @frozen
@@ -63,9 +63,9 @@ class _Known:
         node = self.topology.snapshot.nodes.get(target)
         tunneled = step.medium == MEDIUM[Via.TUNNEL]
         at = {str(address) for address in node.mesh_addresses} if node is not None and tunneled else {step.over}
-        for one in status.unreachable if status is not None else ():
-            if one.node == target and one.address in at:
-                return f"{target} does not answer {source} at {one.address}"
+        for unreachable in status.unreachable if status is not None else ():
+            if unreachable.node == target and unreachable.address in at:
+                return f"{target} does not answer {source} at {unreachable.address}"
         if not tunneled:
             return ""
         for here, there in ((source, target), (target, source)):
@@ -88,20 +88,20 @@ class _Known:
             return "{} has no tunnel to {}".format(*missing[0]) if missing else ""
         if any(end.up for end in ends):
             return ""
-        heard = [end.handshake for end in ends if end.handshake is not None]
-        last = f"last handshake {ago(min(heard))} ago" if heard else "no handshake yet"
+        handshakes = [end.handshake for end in ends if end.handshake is not None]
+        last = f"last handshake {ago(min(handshakes))} ago" if handshakes else "no handshake yet"
         dropped = f"; {DROPPED}" if self.topology.internal_ips is InternalIPs.ENCRYPTED else ""
         return f"the tunnel between {source} and {target} has no session: {last}{dropped}"
 
-    def doubt(self, name: str, destination: IPAddress | None, *, forwards: bool) -> str:
+    def suspicion(self, name: str, destination: IPAddress | None, *, forwards: bool) -> str:
         """Why packets may not get through a host, which `forwards` them or is an end; empty: nothing is known."""
         if name not in self.topology.snapshot.nodes:
             return ""
         status = self.statuses.get(name)
         if status is None:
             return f"the agent of {name} does not report"
-        if found := contradictions(name, status, self.topology):
-            return f"{name} does not follow etcd: {found[0]}"
+        if reasons := contradictions(name, status, self.topology):
+            return f"{name} does not follow etcd: {reasons[0]}"
         structural = {problem.text for problem in self.plans[name].problems}
         errors = [
             text for text in status.errors if text not in structural and _concerns(text, destination, forwards=forwards)
@@ -124,7 +124,7 @@ has a hop of its own."""
 
 
 def _concerns(error: str, destination: IPAddress | None, *, forwards: bool) -> bool:
-    """Whether an agent's error may be about packets for this address. What is said of single pairs is weighed at their
+    """Whether an agent's error may be about packets for this address. What concerns single pairs is weighed at their
     hops."""
     if error.startswith(_OF_NO_PACKET) or about_status_key(error):
         return False
@@ -138,20 +138,24 @@ def _concerns(error: str, destination: IPAddress | None, *, forwards: bool) -> b
     return True
 
 
-def _weighed(journey: Journey, source: str, known: _Known) -> Journey:
-    there = _weighed_way(journey.there, known)
-    back = None if journey.back is None else _weighed_way(journey.back, known)
+def _weighed(trace: Trace, source: str, known: _Known) -> Trace:
+    there = _weighed_way(trace.there, known)
+    back = None if trace.back is None else _weighed_way(trace.back, known)
     answer = known.live.answers.get(source)
     answered = answer is not None and there.destination in answer.reached
     unanswered = answer is not None and there.destination in answer.unreached
-    doubt = f"none of the echo requests of {source} was answered" if unanswered else ""
-    taken = () if answer is None else (one for one in answer.routes if one.address == there.destination)
+    suspicion = f"none of the echo requests of {source} was answered" if unanswered else ""
+    taken = (
+        ()
+        if answer is None
+        else (taken_route for taken_route in answer.routes if taken_route.address == there.destination)
+    )
     if (route := next(iter(taken), None)) is not None:
         there = evolve(there, taken=route.route)
         if route.foreign:
-            doubt = f"the kernel of {source} sends it by another route than the agent's: {route.route}"
+            suspicion = f"the kernel of {source} sends it by another route than the agent's: {route.route}"
             answered = False
-    return evolve(journey, there=there, back=back, answered=answered, tried=answered or unanswered, doubt=doubt)
+    return evolve(trace, there=there, back=back, answered=answered, tried=answered or unanswered, suspicion=suspicion)
 
 
 def _weighed_way(way: Way, known: _Known) -> Way:
@@ -161,9 +165,9 @@ def _weighed_way(way: Way, known: _Known) -> Way:
         broken = known.broken(step)
         node = known.topology.snapshot.nodes.get(step.target)
         forwards = number < len(way.steps) or node is None or destination not in node.mesh_addresses
-        trouble = broken or known.doubt(step.target, destination, forwards=forwards)
+        trouble = broken or known.suspicion(step.target, destination, forwards=forwards)
         if not trouble and not steps:
-            trouble = known.doubt(step.source, destination, forwards=False)
+            trouble = known.suspicion(step.source, destination, forwards=False)
         steps.append(evolve(step, trouble=trouble, broken=bool(broken)))
     return evolve(way, steps=tuple(steps))
 
@@ -174,10 +178,10 @@ def _address(text: str) -> IPAddress | None:
     return None
 
 
-def doubts(
-    journeys: tuple[Journey, ...], topology: Topology, statuses: Mapping[str, StatusRecord], live: Live
+def suspicions(
+    traces: tuple[Trace, ...], topology: Topology, statuses: Mapping[str, StatusRecord], live: Live
 ) -> Iterator[tuple[str, str]]:
-    """What the kernels of the hosts on the way say against the journeys: (name, sentence)."""
+    """What the kernels of the hosts on the way lack for the traces: (name, sentence)."""
     if live.refused:
         yield "-", f"the hosts could not be asked: {live.refused}"
         return
@@ -190,8 +194,8 @@ def doubts(
             yield name, text
     used = {
         frozenset((step.source, step.target))
-        for journey in journeys
-        for way in journey.ways
+        for trace in traces
+        for way in trace.ways
         for step in way.steps
         if step.medium == MEDIUM[Via.TUNNEL]
     }
@@ -201,7 +205,7 @@ def doubts(
             down.add(frozenset((pair.one, pair.other)))
             yield pair.one, f"its tunnel to {pair.other} has no session: {pair.last}"
     known = silence(topology, statuses, live)
-    lost = losses(topology, live, down, apart={*known.apart, *known.undecided}, heard=known.heard)
+    lost = losses(topology, live, down, apart={*known.apart, *known.undecided}, queries_answered=known.queries_answered)
     for loss in (*lost, *narrow(topology, live)):
         yield loss.subject, f"{loss.text}: {loss.remedy}"
     for loss in internal_losses(topology, live, {*known.apart, *known.undecided}):

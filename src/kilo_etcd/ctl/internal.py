@@ -26,20 +26,23 @@ def same_network(topology: Topology, one: Node, other: Node) -> bool:
 
 def why_not_routed(topology: Topology, address: IPAddress, holder: Node, source: Node) -> str:
     """Why what node `source` sends to an internal IP of `holder`, elsewhere, does not travel in the mesh, in a clause;
-    empty: nothing in the mesh as a whole speaks against it."""
+    empty: nothing in the mesh as a whole prevents it."""
     if topology.internal_ips is InternalIPs.OFF:
         setting = topology.snapshot.internal_ips
         if setting is InternalIPs.OFF:
             return "the mesh carries no internal IPs (kgctl mesh set internal-ips routed)"
         return f"internal-ips {setting} waits for agents that do not know it (kgctl status names them)"
     there, here = topology.segment_of(holder.name), topology.segment_of(source.name)
-    if (found := obstacle(topology, address, holder.name, there, endpoint_holders(topology))) is not None:
-        return "; ".join(found)
+    if (reasons := obstacle(topology, address, holder.name, there, endpoint_holders(topology))) is not None:
+        return "; ".join(reasons)
     if host_network(address) not in there.internal:
         return f"the leader of its segment, {there.leader.name}, does not reach {holder.name} there"
     if (network := here.links.holding(address)) is not None:
         return f"{source.name} or a host of its segment reaches {network} over its own links; {REMEDY}"
     if address.version in here.called and host_network(address) in there.front:
         caller = here.leader.name
-        return f"the WireGuard of {caller}, called at a private endpoint, may hear that of {holder.name} there"
+        return (
+            f"the WireGuard of {caller}, called at a private endpoint, may receive packets from the WireGuard of "
+            f"{holder.name} there"
+        )
     return ""

@@ -39,10 +39,10 @@ def internal_losses(topology: Topology, live: Live, apart: Collection[frozenset[
         if name in topology.snapshot.nodes
     }
     astray = sorted(name for name, routes in foreign.items() if routes)
-    found = [_other_route(name, foreign[name]) for name in astray[:PAIRS]]
+    losses = [_other_route(name, foreign[name]) for name in astray[:PAIRS]]
     if more := astray[PAIRS:]:
         text = f"the kernels of {len(more)} more hosts take other routes than the agents' too, {some(more)}"
-        found.append(Loss(subject="internal-ips", text=text, remedy="mend what is named first, then ask again"))
+        losses.append(Loss(subject="internal-ips", text=text, remedy="mend what is named first, then ask again"))
     asked = _asked(topology, live, foreign)
     rest = {pair for pair in asked.lost if not across(topology, *pair, apart)}
     for _ in range(PAIRS):
@@ -51,9 +51,9 @@ def internal_losses(topology: Topology, live: Live, apart: Collection[frozenset[
         role, name = place
         explained = {pair for pair in rest if place in _places(topology, *pair)}
         rest -= explained
-        found.append(_at(topology, live, name, role, sorted(explained), asked))
-    found.extend(_by_pairs(topology, live, sorted(rest), asked))
-    return tuple(found)
+        losses.append(_at(topology, live, name, role, sorted(explained), asked))
+    losses.extend(_by_pairs(topology, live, sorted(rest), asked))
+    return tuple(losses)
 
 
 def _asked(topology: Topology, live: Live, foreign: Mapping[str, Mapping[str, str]]) -> _Asked:
@@ -80,7 +80,7 @@ def _asked(topology: Topology, live: Live, foreign: Mapping[str, Mapping[str, st
     return _Asked(frozenset(good - lost.keys()), lost)
 
 
-class Role(IntEnum):
+class InternalRole(IntEnum):
     """The part that a host has in the path of lost packets. Of roles that explain equally many losses the lowest
     counts."""
 
@@ -92,18 +92,18 @@ class Role(IntEnum):
     """As the leader of one of the two."""
 
 
-_Place = tuple[Role, str]
+_Place = tuple[InternalRole, str]
 
 
 def _places(topology: Topology, one: str, other: str) -> Iterator[_Place]:
     """The hosts that packets from `one` to `other` pass, and what they do with them."""
-    yield Role.SENDS, one
-    yield Role.RECEIVES, other
-    yield Role.ENDS, one
-    yield Role.ENDS, other
+    yield InternalRole.SENDS, one
+    yield InternalRole.RECEIVES, other
+    yield InternalRole.ENDS, one
+    yield InternalRole.ENDS, other
     for name in (one, other):
         if (leader := end_of(topology, name)) != name:
-            yield Role.FORWARDS, leader
+            yield InternalRole.FORWARDS, leader
 
 
 def _place(topology: Topology, asked: _Asked, rest: Iterable[_Pair]) -> _Place | None:
@@ -131,14 +131,15 @@ def _other_route(name: str, routes: Mapping[str, str]) -> Loss:
 
 
 _DOES = {
-    Role.RECEIVES: "no echo request to its internal IP {own} is answered (tried by {far})",
-    Role.SENDS: "no echo request that it sends to the internal IPs of {far} is answered",
-    Role.ENDS: "no echo request between its internal IP and those of {far} is answered",
-    Role.FORWARDS: "it leads its location, and no echo request to internal IPs arrives through it, as from {first}",
+    InternalRole.RECEIVES: "no echo request to its internal IP {own} is answered (tried by {far})",
+    InternalRole.SENDS: "no echo request that it sends to the internal IPs of {far} is answered",
+    InternalRole.ENDS: "no echo request between its internal IP and those of {far} is answered",
+    InternalRole.FORWARDS: "it leads its location, and no echo request to internal IPs arrives through it, as from "
+    "{first}",
 }
 
 
-def _at(topology: Topology, live: Live, name: str, role: Role, pairs: list[_Pair], asked: _Asked) -> Loss:
+def _at(topology: Topology, live: Live, name: str, role: InternalRole, pairs: list[_Pair], asked: _Asked) -> Loss:
     one, other = pairs[0]
     own = dict.fromkeys(address for pair in pairs for address in asked.lost[pair])
     far = sorted({each for pair in pairs for each in pair} - {name})

@@ -7,7 +7,7 @@ other mesh, by which they are known again: joining once more brings them up to d
 leader changes they have to be brought up to date; `--follow` does that while it runs.
 
 The meshes may live in one etcd under two prefixes, or in two. What overlaps is refused before anything is written; if
-the second mesh cannot be written to, the first is put back as it was.
+the second mesh cannot be written to, the first is restored.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from kilo_etcd.agent.config import parse_prefix
 from kilo_etcd.agent.options import etcd_config, etcd_flags, etcd_values
 from kilo_etcd.ctl.change import Edit, Prepared, change_options, confirm, prepare
 from kilo_etcd.ctl.context import Failure, Mesh, run
-from kilo_etcd.ctl.heed import heed
 from kilo_etcd.ctl.peer import parse_peer_name
 from kilo_etcd.ctl.render import clean
+from kilo_etcd.ctl.watch_changes import watch_changes
 from kilo_etcd.model import IPNetwork, Snapshot
 from kilo_etcd.quoting import first_of
 from kilo_etcd.store import operator
@@ -67,7 +67,7 @@ def _told_apart(hosts: Topology, label: str) -> Callable[[IPNetwork], bool]:
 
     def apart(network: IPNetwork) -> bool:
         address = network.network_address
-        granted = hosts.settlement.granted_at(address)
+        granted = hosts.allocation.granted_at(address)
         return (
             not links.hold(network.version, int(address))
             and not any(subnet.version == network.version and address in subnet for subnet in hosts.snapshot.subnets)
@@ -79,7 +79,7 @@ def _told_apart(hosts: Topology, label: str) -> Callable[[IPNetwork], bool]:
 
 
 def default_label(prefix: str) -> str:
-    """What a mesh is called in the other where nobody says: its prefix, with dashes."""
+    """What a mesh is called in the other by default: its prefix, with dashes."""
     return prefix.strip("/").replace("/", "-")
 
 
@@ -98,10 +98,10 @@ def overlaps(one: Topology, other: Topology, names: tuple[str, str]) -> Iterator
 
 
 def _networks(topology: Topology) -> Iterable[IPNetwork]:
-    found = dict.fromkeys(topology.snapshot.subnets)
+    result = dict.fromkeys(topology.snapshot.subnets)
     for segment in topology.segments.values():
-        found.update(dict.fromkeys(segment.networks))
-    return found
+        result.update(dict.fromkeys(segment.networks))
+    return result
 
 
 @frozen(kw_only=True)
@@ -164,13 +164,13 @@ _EXAMPLES = (
 
 @click.command("join", epilog=_EXAMPLES.format("join", "join"))
 @_other_options
-@click.option("--follow", is_flag=True, help="Go on, and bring the peers up to date when leaders change, until Ctrl-C.")
+@click.option("--follow", is_flag=True, help="Keep running, and update the peers when leaders change, until Ctrl-C.")
 @change_options
 @click.pass_context
 def join_command(context: click.Context, /, dry_run: bool, yes: bool, follow: bool, **given: Any) -> None:
     """Join this mesh and another: every segment of one becomes a peer of the other, both ways.
 
-    Joining again brings the peers up to date. A leader that changes makes that necessary; --follow sees to it.
+    Joining again updates the peers. That is needed when a leader changes; --follow does it.
     """
     one, other = _sides(context, given)
     done = _carry_out(one, other, _joined, dry_run=dry_run, ask="" if yes or follow else "Join the two meshes?")
@@ -180,12 +180,12 @@ def join_command(context: click.Context, /, dry_run: bool, yes: bool, follow: bo
         _follow(one, other)
 
 
-@click.command("part", epilog=_EXAMPLES.format("part", "part"))
+@click.command("unjoin", epilog=_EXAMPLES.format("unjoin", "unjoin"))
 @_other_options
 @change_options
 @click.pass_context
-def part_command(context: click.Context, /, dry_run: bool, yes: bool, **given: Any) -> None:
-    """Part two meshes that were joined: each forgets the peers that the other's segments are."""
+def unjoin_command(context: click.Context, /, dry_run: bool, yes: bool, **given: Any) -> None:
+    """Undo mesh join: each mesh removes the peers that are the other's segments."""
     one, other = _sides(context, given)
     done = _carry_out(one, other, _parted, dry_run=dry_run, ask="" if yes else "Part the two meshes?")
     click.echo("The meshes are parted." if done else "Nothing was written (--dry-run)." if dry_run else
@@ -199,9 +199,10 @@ Wanted = Callable[[Side, Side], tuple[Peers, Peers]]
 
 def _joined(one: Side, other: Side) -> tuple[Peers, Peers]:
     here, there = _topology(one), _topology(other)
-    if found := list(overlaps(here, there, (one.label, other.label))):
+    if overlapping := list(overlaps(here, there, (one.label, other.label))):
         raise Failure(
-            f"{first_of(found, SHOWN, '; ')}: a network can be in one of the meshes only, so one has to be made with "
+            f"{first_of(overlapping, SHOWN, '; ')}: a network can be in one of the meshes only, so one has to be "
+            f"made with "
             "another --subnet, or its annotations changed; nothing was written"
         )
     for side, topology in ((other, there), (one, here)):
@@ -249,7 +250,7 @@ def _write(changes: list[Prepared]) -> None:
             restored = False
             with suppress(Failure):
                 restored = changes[0].take_back()
-            left = "" if restored else f"; {changes[0].mesh.prefix} could not be put back: run the opposite command"
+            left = "" if restored else f"; {changes[0].mesh.prefix} could not be restored: run the opposite command"
             raise Failure(f"{change.mesh.prefix}: {failure.message}{left}") from None
 
 
@@ -269,7 +270,7 @@ def _edit(label: str, peers: dict[str, PeerRecord], _before: Snapshot, view: Vie
 
 
 def _follow(one: Side, other: Side) -> None:
-    """Join again after each change in either mesh, for ever. What fails is said, and tried again."""
+    """Join again after each change in either mesh, forever. A failure is printed, and the next attempt follows."""
     import trio
 
     async def follow() -> None:
@@ -279,12 +280,12 @@ def _follow(one: Side, other: Side) -> None:
             from kilo_etcd.etcd import open_client
 
             async with open_client(side.mesh.etcd) as client:
-                await heed(client, Keys(side.mesh.prefix).root, changed_now, retry=RETRY_SECONDS)
+                await watch_changes(client, Keys(side.mesh.prefix).root, changed_now, retry=RETRY_SECONDS)
 
         def changed_now() -> None:
             changed.set()
 
-        said = ""
+        last = ""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(watch, one)
             nursery.start_soon(watch, other)
@@ -295,11 +296,11 @@ def _follow(one: Side, other: Side) -> None:
                     await trio.to_thread.run_sync(
                         partial(_carry_out, one, other, _joined, dry_run=False, ask=""), abandon_on_cancel=True
                     )
-                    said = ""
+                    last = ""
                 except Failure as failure:
-                    if failure.message != said:
-                        said = failure.message
-                        click.echo(f"kgctl: {said}; trying again", err=True)
+                    if failure.message != last:
+                        last = failure.message
+                        click.echo(f"kgctl: {last}; trying again", err=True)
                     await trio.sleep(RETRY_SECONDS)
                     changed.set()
 

@@ -1,6 +1,6 @@
 """`kgctl lab`: build a small internet on this machine, and operate it.
 
-`run` and `demo` build a lab and have it as long as they run; the other commands speak to one that runs,
+`run` and `demo` build a lab and have it as long as they run; the other commands talk to one that runs,
 the only one unless `--name` says which. Exit status: that of the program run inside where there is one; else 0, and
 1 with one sentence when the lab could not do what was asked.
 """
@@ -106,9 +106,11 @@ def _adjusted(source: str, etcd: str | None, granularity: str | None, internal_i
 @click.argument("file", default=_DEFAULT)
 @click.option("--name", default="default", show_default=True, help="The lab's name, for the other commands.")
 @click.option("--etcd", type=click.Choice(["1", "3"]), help="How many etcd members.")
-@click.option("--granularity", type=click.Choice([g.value for g in Granularity]), help="How tunnels are drawn.")
+@click.option("--granularity", type=click.Choice([g.value for g in Granularity]), help="How segments are formed.")
 @click.option(
-    "--internal-ips", type=click.Choice([v.value for v in InternalIPs]), help="What goes to internal IPs in tunnels."
+    "--internal-ips",
+    type=click.Choice([v.value for v in InternalIPs]),
+    help="Which traffic to internal IPs travels in the tunnels.",
 )
 @click.option("--command", metavar="CMD", help="Run this in the operator's shell once all hosts ping, then end.")
 @click.option(

@@ -1,7 +1,7 @@
 """What looks like a mistake in a location's name. Pure.
 
 Any text that prints may be a label; a `#` in it is mostly a comment that stood behind a value: systemd's environment
-files, and etcdctl, know none. So nothing is refused, and what is odd is said.
+files, and etcdctl, know none. So nothing is refused, and what looks odd is printed.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from kilo_etcd.model import DEFAULT_LOCATION
 
 _USUAL = frozenset("._-/:+@ ")
-"""Beside letters and digits of any script."""
+"""Besides letters and digits of any script."""
 
 
 def oddity(label: str) -> str | None:

@@ -1,4 +1,4 @@
-"""What the hosts' kernels have, asked of the living agents (`store.inquiry`) and put into the mesh's own names.
+"""What the hosts' kernels have, asked of the living agents (`store.diagnostics`) and put into the mesh's own names.
 
 `gather` asks; all else is pure. A host that does not answer is one that nothing is known of, which is neither good
 nor bad; who was asked in vain is named.
@@ -14,9 +14,9 @@ from attrs import field, frozen
 from kilo_etcd.agent.config import shown_duration
 from kilo_etcd.etcd.api import Client, EtcdError
 from kilo_etcd.model import SESSION_SECONDS, Granularity
-from kilo_etcd.store.inquiry import PATIENCE_SECONDS, ask
+from kilo_etcd.store.diagnostics import PATIENCE_SECONDS, request_diagnostics
 from kilo_etcd.store.keys import Keys
-from kilo_etcd.store.records import AnswerRecord, Tunnel
+from kilo_etcd.store.records import DiagnosticsResponse, Tunnel
 from kilo_etcd.topology.families import same_site
 from kilo_etcd.topology.graph import Edge, EdgeKind, EdgeState
 from kilo_etcd.topology.segments import Topology
@@ -26,7 +26,7 @@ from kilo_etcd.topology.segments import Topology
 class Live:
     """The answers, by node; `silent` were asked and have not answered."""
 
-    answers: Mapping[str, AnswerRecord] = field(factory=dict)
+    answers: Mapping[str, DiagnosticsResponse] = field(factory=dict)
     silent: tuple[str, ...] = ()
     refused: str = ""
     """Why nothing could be asked at all, in a sentence."""
@@ -61,18 +61,18 @@ async def gather(
     tries: int = 0,
     targets: Collection[str] = (),
 ) -> Live:
-    """Ask the agents of `names`, who should be known to live. What etcd refuses is said in the outcome. For `tries` and
-    `targets` see `store.inquiry.ask`."""
+    """Ask the agents of `names`, who should be known to live. The outcome has what etcd refuses. For `tries` and
+    `targets` see `store.diagnostics.request_diagnostics`."""
     before = time.time()
     try:
-        answers = await ask(client, keys, names, patience=patience, tries=tries, targets=targets)
+        answers = await request_diagnostics(client, keys, names, patience=patience, tries=tries, targets=targets)
     except EtcdError as error:
         return Live(refused=str(error))
     after = time.time()
     return Live(
         answers=answers,
         silent=tuple(sorted(set(names) - answers.keys())),
-        clocks={name: off for name, said in answers.items() if (off := _off(said.time / 1000, before, after))},
+        clocks={name: off for name, response in answers.items() if (off := _off(response.time / 1000, before, after))},
     )
 
 
@@ -81,18 +81,18 @@ def _off(theirs: float, before: float, after: float) -> float:
 
 
 def tunnels(topology: Topology, live: Live) -> dict[str, tuple[LiveTunnel, ...]]:
-    """The tunnels of each gateway that has answered, by the other end's name; keys that the mesh does not know are
+    """The tunnels of each leader that has answered, by the other end's name; keys that the mesh does not know are
     left out.
 
     Members have no entry: they keep the leaders' keys for the day when they lead, and send nothing to them.
     """
     names = {node.public_key: node.name for node in topology.snapshot.nodes.values()}
     names.update((peer.public_key, peer.name) for peer in topology.peers.values())
-    gateways = {segment.leader.name for segment in topology.segments.values()}
+    leaders = {segment.leader.name for segment in topology.segments.values()}
     return {
         node: tuple(sorted((_named(node, tunnel, names) for tunnel in live.answers[node].tunnels
                             if tunnel.public_key in names), key=lambda tunnel: tunnel.other))
-        for node in sorted(gateways & live.answers.keys())
+        for node in sorted(leaders & live.answers.keys())
     }  # fmt: skip
 
 
@@ -109,7 +109,7 @@ def _named(node: str, tunnel: Tunnel, names: Mapping[str, str]) -> LiveTunnel:
 
 @frozen(kw_only=True)
 class Pair:
-    """Two gateways that a tunnel joins, `one` before `other`, and what their two ends say of it."""
+    """Two leaders that a tunnel joins, `one` before `other`, and what their two ends report of it."""
 
     one: str
     other: str
@@ -135,14 +135,14 @@ class Pair:
 
 
 def pairs(topology: Topology, known: Mapping[str, Iterable[LiveTunnel]]) -> tuple[Pair, ...]:
-    """Every pair of gateways that should have a tunnel, by names; in a full mesh that is every pair of nodes.
+    """Every pair of leaders that should have a tunnel, by names; in a full mesh that is every pair of nodes.
 
     `known` is what `tunnels` gives.
     """
     by_name = {node: {tunnel.other: tunnel for tunnel in theirs} for node, theirs in known.items()}
     cross = topology.snapshot.granularity is Granularity.CROSS
     leaders = sorted((segment.leader for segment in topology.segments.values()), key=lambda node: node.name)
-    found = []
+    result = []
     for index, one in enumerate(leaders):
         for other in leaders[index + 1 :]:
             if cross and same_site(one, other):
@@ -153,26 +153,26 @@ def pairs(topology: Topology, known: Mapping[str, Iterable[LiveTunnel]]) -> tupl
                 for node, far in ((one.name, other.name), (other.name, one.name))
                 if node in by_name
             )
-            found.append(Pair(one=one.name, other=other.name, ends=ends))
-    return tuple(found)
+            result.append(Pair(one=one.name, other=other.name, ends=ends))
+    return tuple(result)
 
 
 def edge_states(topology: Topology, live: Live) -> dict[Edge, EdgeState]:
-    """What has been said of each tunnel, by its edge in the picture; tunnels to sleeping laptops are in no state."""
-    found = {}
+    """The state of each tunnel, by its edge in the picture; tunnels to sleeping laptops are in no state."""
+    result = {}
     known = tunnels(topology, live)
     for pair in pairs(topology, known):
         if pair.ends:
-            found[Edge(pair.one, pair.other, EdgeKind.TUNNEL)] = EdgeState(pair.up, pair.last)
+            result[Edge(pair.one, pair.other, EdgeKind.TUNNEL)] = EdgeState(pair.up, pair.last)
     for node, theirs in known.items():
         for tunnel in theirs:
             if tunnel.other in topology.peers and tunnel.handshake is not None:
                 state = EdgeState(True if tunnel.up else None, f"last handshake {ago(tunnel.handshake)} ago")
-                found[Edge(node, tunnel.other, EdgeKind.PEER)] = state
-    return found
+                result[Edge(node, tunnel.other, EdgeKind.PEER)] = state
+    return result
 
 
-def differs(answer: AnswerRecord) -> str:
+def differs(answer: DiagnosticsResponse) -> str:
     """How a kernel differs from the plan, as `3 changes away from the plan, the first: ip route add ...`."""
     first = f", the first: {answer.changes[0]}" if answer.changes else ""
     return f"{answer.undone} change{'' if answer.undone == 1 else 's'} away from the plan{first}"

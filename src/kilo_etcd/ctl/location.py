@@ -1,7 +1,7 @@
 """`kgctl location`: the labels, which are what shapes the mesh. The same as `etcdctl put`, with checks and an answer.
 
 A node may be labelled before it has ever registered (a host is often labelled while it is being installed); that is
-done and said, so that a mistyped name is noticed.
+done and printed, so that a mistyped name is noticed.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def set_command(mesh: Mesh, node: str, label: str, others: tuple[str, ...], dry_
 @change_options
 @click.pass_obj
 def unset_command(mesh: Mesh, nodes: tuple[str, ...], dry_run: bool, yes: bool) -> None:
-    """Take NODE's label away; its own default location counts again."""
+    """Remove NODE's label; the host's own default location counts again."""
     had: dict[str, bool] = {}
     registered: frozenset[str] = frozenset()
 
@@ -146,11 +146,11 @@ def list_command(mesh: Mesh, output: str) -> None:
 
     lines = mesh.ask(work)
     if output == "json":
-        found = [
+        rows = [
             {"node": li.node, "location": li.location, "source": li.source or None, "registered": li.registered}
             for li in lines
         ]
-        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        click.echo(json.dumps(rows, indent=2, ensure_ascii=False))
         return
     show([locations_table(lines)])
 

@@ -21,17 +21,17 @@ _COMMANDS = {
     "annotate": (
         "kilo_etcd.ctl.annotate",
         "annotate_command",
-        "Say a thing about a node: endpoint, leader, networks.",
+        "Set or remove annotations of a node: endpoint, leader, networks.",
     ),
-    "check": ("kilo_etcd.ctl.check", "check_command", "Look for everything that is wrong, and say what to do."),
+    "check": ("kilo_etcd.ctl.check", "check_command", "Find everything that is wrong, and say what to do."),
     "connect": ("kilo_etcd.ctl.connect.command", "connect_command", "Make this machine a peer while the command runs."),
     "completion": ("kilo_etcd.ctl.complete", "completion_command", "Print the completion script of a shell."),
-    "explain": ("kilo_etcd.ctl.explain", "explain_command", "Show the way of a packet through the mesh, hop by hop."),
+    "explain": ("kilo_etcd.ctl.explain", "explain_command", "Trace a packet through the mesh, hop by hop."),
     "graph": ("kilo_etcd.ctl.graph", "graph_command", "Print the mesh as a graph: DOT, SVG, PNG, Mermaid, JSON."),
     "lab": ("kilo_etcd.ctl.lab", "lab_group", "Build a small internet on this machine and try things out."),
     "location": ("kilo_etcd.ctl.location", "location_group", "Set, list and unset the labels that shape the mesh."),
     "man": ("kilo_etcd.ctl.man", "man_command", "Write the manual pages."),
-    "mesh": ("kilo_etcd.ctl.mesh", "mesh_group", "Show and set what holds for the whole mesh; join two."),
+    "mesh": ("kilo_etcd.ctl.mesh", "mesh_group", "Show and change the settings of the mesh; join two meshes."),
     "node": ("kilo_etcd.ctl.node", "node_group", "List the nodes, show one, forget one that is gone for good."),
     "peer": ("kilo_etcd.ctl.peer", "peer_group", "Add, list, show and remove laptops, phones, routers, other meshes."),
     "showconf": ("kilo_etcd.ctl.showconf", "showconf_group", "Print the WireGuard configuration of a node or a peer."),
@@ -78,7 +78,7 @@ class _Lazy(click.Group):
 @click.version_option(__version__, prog_name="kgctl")
 @click.pass_context
 def main(context: click.Context, etcd: Config, prefix: str) -> None:
-    """Look at and shape the WireGuard mesh that etcd describes.
+    """Inspect and change the WireGuard mesh that etcd describes.
 
     The options of etcd are etcdctl's, and so are their environment variables.
     """

@@ -1,4 +1,4 @@
-"""`kgctl man DIRECTORY`: manual pages for kgctl and kg, made from the same words as their `--help`.
+"""`kgctl man DIRECTORY`: manual pages for kgctl and kg, made from their `--help`.
 
 One page for each program, all subcommands in it, so that `/` in the pager searches everything.
 """

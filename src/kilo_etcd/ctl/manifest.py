@@ -32,10 +32,10 @@ def read_peers(text: str, source: str) -> tuple[NamedPeer, ...]:
     """All peers in a text. ValueError, in one clause that names `source` and the field."""
     from kilo_etcd.ctl.bounded_yaml import load_documents
 
-    found = tuple(_peer(item, source) for document in load_documents(text, source) for item in _items(document))
-    if not found:
+    named_peers = tuple(_peer(item, source) for document in load_documents(text, source) for item in _items(document))
+    if not named_peers:
         raise ValueError(f"{source} has no peer in it")
-    return found
+    return named_peers
 
 
 def _items(document: Any) -> Iterator[Any]:
@@ -119,7 +119,7 @@ def _endpoint(value: Any) -> Endpoint | None:
         return Endpoint.parse(value)
     if not isinstance(value, Mapping):
         raise ValueError(f"{described(value)} is no endpoint")
-    # Kilo's first releases had `ip` beside `port`.
+    # Kilo's first releases had `ip` next to `port`.
     host = value.get("dnsOrIP", value)
     where = host.get("ip") or host.get("dns") if isinstance(host, Mapping) else None
     if not isinstance(where, str):
@@ -150,8 +150,8 @@ def manifest(name: str, record: PeerRecord) -> dict[str, Any]:
 def as_text(manifests: list[dict[str, Any]], output: str) -> str:
     """Manifests as `yaml` documents, or as `json`: one as itself, several as a List."""
     if output == "json":
-        one = manifests[0] if len(manifests) == 1 else {"apiVersion": "v1", "kind": "List", "items": manifests}
-        return json.dumps(one, indent=2, ensure_ascii=False)
+        document = manifests[0] if len(manifests) == 1 else {"apiVersion": "v1", "kind": "List", "items": manifests}
+        return json.dumps(document, indent=2, ensure_ascii=False)
     import yaml
 
     text: str = yaml.safe_dump_all(manifests, sort_keys=False, allow_unicode=True)

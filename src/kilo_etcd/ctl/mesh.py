@@ -10,7 +10,7 @@ import click
 
 from kilo_etcd.ctl.change import Edit, Outcome, carry_out, change_options
 from kilo_etcd.ctl.context import Failure, Mesh
-from kilo_etcd.ctl.join import join_command, part_command
+from kilo_etcd.ctl.join import join_command, unjoin_command
 from kilo_etcd.ctl.output import output_option
 from kilo_etcd.ctl.render import shown_internal_ips
 from kilo_etcd.etcd.api import Client
@@ -25,11 +25,11 @@ from kilo_etcd.topology.stages import Switch, switch
 
 @click.group("mesh")
 def mesh_group() -> None:
-    """Show and set what holds for the whole mesh, and join it to another one."""
+    """Show and change the settings of the mesh, and join it to another one."""
 
 
 mesh_group.add_command(join_command)
-mesh_group.add_command(part_command)
+mesh_group.add_command(unjoin_command)
 
 
 @mesh_group.command("show")
@@ -46,7 +46,7 @@ def show_command(mesh: Mesh, output: str) -> None:
 
     topology, far = mesh.ask(look)
     snapshot = topology.snapshot
-    found = {
+    document = {
         "granularity": snapshot.granularity.value,
         "subnets": [str(subnet) for subnet in snapshot.subnets],
         "internalIps": snapshot.internal_ips.value,
@@ -55,19 +55,19 @@ def show_command(mesh: Mesh, output: str) -> None:
         "nodes": len(snapshot.nodes),
         "locations": len({node.location for node in snapshot.nodes.values()}),
         "peers": len(snapshot.peers),
-        "setAside": len(snapshot.set_aside),
+        "rejected": len(snapshot.rejected),
         "revision": snapshot.revision,
     }
     if output == "json":
-        click.echo(json.dumps(found, indent=2))
+        click.echo(json.dumps(document, indent=2))
         return
     if not snapshot.subnets:
         raise Failure(f"there is no mesh under {mesh.prefix} yet: the first agent makes it")
     shown = shown_internal_ips(snapshot.internal_ips, topology.internal_ips, len(topology.unaware))
-    found["internalIps"] = shown if far is None else f"{shown} ({far})"
-    del found["internalIpsInForce"], found["switch"]
-    names = {"internalIps": "internal-ips", "setAside": "records set aside"}
-    for name, value in found.items():
+    document["internalIps"] = shown if far is None else f"{shown} ({far})"
+    del document["internalIpsInForce"], document["switch"]
+    names = {"internalIps": "internal-ips", "rejected": "rejected records"}
+    for name, value in document.items():
         shown = ", ".join(value) if isinstance(value, list) else str(value)
         click.echo(f"{names.get(name, name) + ':':<20}{shown}")
 
@@ -84,7 +84,7 @@ def show_command(mesh: Mesh, output: str) -> None:
 @change_options
 @click.pass_obj
 def set_command(mesh: Mesh, what: str, value: str, dry_run: bool, yes: bool) -> None:
-    """Set what holds for the whole mesh; both are switched live.
+    """Change a setting of the mesh, live.
 
     granularity: location, full or cross; the switch has a short gap everywhere. internal-ips: routed (what goes to
     internal IPs of other segments travels in the tunnels), encrypted (and nothing between two segments' nodes travels
@@ -107,7 +107,7 @@ def set_command(mesh: Mesh, what: str, value: str, dry_run: bool, yes: bool) -> 
         key = keys.granularity if what == "granularity" else keys.internal_ips
         return Edit(
             puts={key: value},
-            asks=f"{effect} of {nodes} node{'' if nodes == 1 else 's'} {verb}. Go on?" if nodes else "",
+            asks=f"{effect} of {nodes} node{'' if nodes == 1 else 's'} {verb}. Continue?" if nodes else "",
         )
 
     if carry_out(mesh, decide, dry_run=dry_run, yes=yes) is Outcome.NOTHING:
@@ -118,9 +118,9 @@ def set_command(mesh: Mesh, what: str, value: str, dry_run: bool, yes: bool) -> 
 @change_options
 @click.pass_obj
 def adopt_command(mesh: Mesh, dry_run: bool, yes: bool) -> None:
-    """Say that this etcd is the mesh's, after it was restored from a backup or replaced.
+    """Declare that this etcd is the mesh's, after it was restored from a backup or replaced.
 
-    Agents that knew another etcd, or a later state of this one, hold on to what they have until this is said here.
+    Agents that followed another etcd, or a later state of this one, keep what they have until this command is given.
     """
     from datetime import UTC, datetime
 

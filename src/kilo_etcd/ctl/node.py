@@ -39,12 +39,12 @@ def list_command(mesh: Mesh, output: str) -> None:
     """List the nodes, with location, role, and whether their agents live."""
     report = mesh.ask(read_mesh)
     if output == "json":
-        found = [
+        documents = [
             {"node": row.name, "location": row.location, "role": row.role, "alive": row.alive,
              "meshAddresses": list(row.mesh_addresses), "endpoint": row.endpoint}
             for row in report.nodes
         ]  # fmt: skip
-        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        click.echo(json.dumps(documents, indent=2, ensure_ascii=False))
         return
     rows = tuple(
         (
@@ -74,7 +74,7 @@ class Shown:
 @output_option
 @click.pass_obj
 def show_command(mesh: Mesh, node: str, output: str) -> None:
-    """Show NODE: its record with what was said about it, and the peers and routes that its kernel should hold."""
+    """Show NODE: its record with its annotations, and the peers and routes that its kernel should hold."""
     from kilo_etcd.topology import host_plan
 
     looked = mesh.ask(look)
@@ -84,14 +84,14 @@ def show_command(mesh: Mesh, node: str, output: str) -> None:
         raise Failure(f"there is no node {node}; kgctl node list lists them")
     plan = host_plan(looked.topology, node) if node in snapshot.nodes else None
     part = encode_name(node)
-    aside = [f"{note.key}: {note.reason}" for note in snapshot.set_aside if part in note.key.split("/")]
-    found = Shown(
+    aside = [f"{note.key}: {note.reason}" for note in snapshot.rejected if part in note.key.split("/")]
+    shown = Shown(
         row=row,
         facts=_facts(snapshot, node),
         plan=plan,
         remarks=(*(text for _, text in remarks_on(report, {node})), *aside),
     )
-    click.echo(_json(found)) if output == "json" else show(_tables(found), _heading(row))
+    click.echo(_json(shown)) if output == "json" else show(_tables(shown), _heading(row))
 
 
 def _heading(row: NodeRow) -> str:
@@ -111,12 +111,12 @@ def _facts(snapshot: Snapshot, name: str) -> tuple[tuple[str, str], ...]:
         ("mesh address", _listed(node.mesh_addresses)),
         ("internal IP", _listed(node.internal_ips)),
         ("endpoint", ", ".join(map(str, node.endpoints)) or NONE),
-        ("seen through NAT at", _listed(node.seen)),
+        ("observed endpoints", _listed(node.observed_endpoints)),
         ("port", str(node.port)),
         ("own default location", shown_location(node.default_location) if node.default_location else NONE),
         ("preferred as leader", "yes" if node.leader_wanted else "no"),
-        ("way out for peers", "yes" if node.gateway else "no"),
-        ("leaves by", clean(node.way_out) or "its own network"),
+        ("exit node", "yes" if node.advertises_exit_node else "no"),
+        ("leaves by", clean(node.exit_node) or "its own network"),
         ("persistent keepalive", f"{keepalive} s" if keepalive else NONE),
         ("networks behind it", _listed(node.subnets)),
         ("networks of its location", _listed(node.allowed_location_ips)),
@@ -129,33 +129,33 @@ def _listed(items: tuple[Any, ...]) -> str:
     return ", ".join(map(str, items)) or NONE
 
 
-def _tables(found: Shown) -> list[Table]:
-    tables = [Table("", ("WHAT", "VALUE"), found.facts)]
-    if found.plan is not None:
-        peers = sorted(found.plan.peers.values(), key=lambda peer: peer.name)
+def _tables(shown: Shown) -> list[Table]:
+    tables = [Table("", ("WHAT", "VALUE"), shown.facts)]
+    if shown.plan is not None:
+        peers = sorted(shown.plan.peers.values(), key=lambda peer: peer.name)
         rows = tuple(
             (clean(p.name), str(p.endpoint) if p.endpoint is not None else NONE, _listed(p.allowed_ips)) for p in peers
         )
         tables.append(Table("WireGuard peers it should have", ("PEER", "ENDPOINT", "ALLOWED IPS"), rows))
         routes = tuple(
             (str(r.destination), r.way.value, str(r.gateway) if r.gateway is not None else NONE)
-            for r in found.plan.routes.values()
+            for r in shown.plan.routes.values()
         )
         tables.append(Table("Routes it should have", ("TO", "WAY", "GATEWAY"), routes))
-    tables.append(Table("What is wrong", ("REMARK",), tuple((clean(text),) for text in found.remarks)))
+    tables.append(Table("What is wrong", ("REMARK",), tuple((clean(text),) for text in shown.remarks)))
     return [table for table in tables if table.rows]
 
 
-def _json(found: Shown) -> str:
-    plan = found.plan
+def _json(shown: Shown) -> str:
+    plan = shown.plan
     return json.dumps(
         {
-            "node": found.row.name,
-            "location": found.row.location,
-            "role": found.row.role,
-            "alive": found.row.alive,
-            "revision": found.row.revision,
-            "facts": {name.replace(" ", "_"): value for name, value in found.facts},
+            "node": shown.row.name,
+            "location": shown.row.location,
+            "role": shown.row.role,
+            "alive": shown.row.alive,
+            "revision": shown.row.revision,
+            "facts": {name.replace(" ", "_"): value for name, value in shown.facts},
             "peers": [
                 {"name": p.name, "publicKey": p.public_key, "endpoint": str(p.endpoint) if p.endpoint else None,
                  "allowedIPs": list(map(str, p.allowed_ips)), "persistentKeepalive": p.persistent_keepalive}
@@ -165,7 +165,7 @@ def _json(found: Shown) -> str:
                 {"to": str(r.destination), "way": r.way.value, "gateway": str(r.gateway) if r.gateway else None}
                 for r in (plan.routes.values() if plan is not None else ())
             ],
-            "remarks": list(found.remarks),
+            "remarks": list(shown.remarks),
         },
         indent=2, ensure_ascii=False,
     )  # fmt: skip
@@ -173,13 +173,14 @@ def _json(found: Shown) -> str:
 
 @node_group.command("forget", epilog="Example:\n\n\b\n  kgctl node forget node-7")
 @click.argument("node", callback=node_argument, shell_complete=complete.nodes)
-@click.option("--labels", is_flag=True, help="Its label and annotations too, which are kept otherwise.")
+@click.option("--labels", is_flag=True, help="Remove its label and annotations too.")
 @change_options
 @click.pass_obj
 def forget_command(mesh: Mesh, node: str, labels: bool, dry_run: bool, yes: bool) -> None:
-    """Take NODE out of the mesh now, where its record would stay until its lease ends (--forget-after).
+    """Remove NODE from the mesh now; its record would otherwise stay until its lease ends (--forget-after).
 
-    For a host that is gone for good: while its agent lives it is refused, since it would come back at once.
+    Use it for a host that is gone for good. It is refused while the node's agent lives, since the node would come back
+    at once.
     """
 
     def decide(_before: Snapshot, view: View, keys: Keys) -> Edit:
@@ -193,7 +194,8 @@ def forget_command(mesh: Mesh, node: str, labels: bool, dry_run: bool, yes: bool
 
 
 def forgetting(node: str, view: View, keys: Keys, *, labels: bool) -> Edit:
-    """The keys that go with a node: all that it wrote. (Where others see it stands under their own short leases.)"""
+    """The keys that go with a node: all that it wrote. (The observed endpoints are under the observers' short
+    leases.)"""
     doomed = [keys.node(node)]
     for kv in view.kvs(keys.root):
         match keys.parse(kv.key):
@@ -216,5 +218,5 @@ def forgetting(node: str, view: View, keys: Keys, *, labels: bool) -> Edit:
     return Edit(
         deletes=tuple(doomed),
         refused_by={keys.status(node): alive},
-        asks=f"{node} leaves the mesh. Go on?",
+        asks=f"{node} leaves the mesh. Continue?",
     )

@@ -16,7 +16,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 def output_option(command: F) -> F:
     """Give a command `-o`; it is called with `output`, "table" or "json"."""
     decorate: Callable[[F], F] = click.option(
-        "-o", "--output", type=click.Choice(("table", "json")), default="table", help="How it is printed."
+        "-o", "--output", type=click.Choice(("table", "json")), default="table", help="The output format."
     )
     return decorate(command)
 

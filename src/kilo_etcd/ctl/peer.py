@@ -1,6 +1,6 @@
 """`kgctl peer`: WireGuard endpoints outside the mesh's hosts: a laptop, a phone, a router, another mesh.
 
-A peer is checked before anything is written, by the rules that the agents themselves apply: what they would set aside
+A peer is checked before anything is written, by the rules that the agents themselves apply: what they would reject
 or not give in full is refused. Kilo's Peer manifests are read as they are. A private key never goes to etcd.
 """
 
@@ -69,7 +69,7 @@ def parse_allowed(text: str) -> tuple[Any, ...]:
 
 PEER_NAME = checked(parse_peer_name)
 format_option = click.option(
-    "-o", "--output", type=click.Choice(FORMATS), default="table", help="How it is printed; json and yaml: Kilo's Peer."
+    "-o", "--output", type=click.Choice(FORMATS), default="table", help="The output format; json and yaml: Kilo's Peer."
 )
 
 
@@ -90,7 +90,11 @@ def peer_group() -> None:
 @click.argument("name", required=False, callback=PEER_NAME)
 @click.option("--public-key", callback=checked(check_key), help="Its WireGuard public key, as wg pubkey prints it.")
 @click.option("--allowed-ips", callback=checked(parse_allowed), help="The networks behind it, comma-separated.")
-@click.option("--endpoint", callback=checked(Endpoint.parse), help="Where it is reached, host:port; none: it calls us.")
+@click.option(
+    "--endpoint",
+    callback=checked(Endpoint.parse),
+    help="Where it is reached, host:port. Without it, the peer has to connect first.",
+)
 @click.option("--persistent-keepalive", callback=checked(parse_keepalive), help="Seconds; 25 for one behind NAT.")
 @click.option("--preshared-key-file", type=click.Path(path_type=Path), help="A file with a preshared key.")
 @click.option("--generate", is_flag=True, help="Make its private key here and print its configuration for wg-quick.")
@@ -184,7 +188,10 @@ def _clash(peer: NamedPeer, snapshot: Snapshot, replaced: frozenset[str]) -> str
             return f"its public key is that of {whose}; make it a key of its own (wg genkey, or --generate)"
     for network in peer.record.allowed_ips:
         if network.prefixlen == 0:
-            return f"{network} is a default route, which no host follows; a way out is kgctl annotate NODE gateway=true"
+            return (
+                f"{network} is a default route, which no host routes; for an exit node use kgctl annotate NODE "
+                f"advertise-exit-node=true"
+            )
         for subnet in snapshot.subnets:
             if network.version == subnet.version and network.overlaps(subnet):
                 return f"{network} overlaps the mesh's subnet {subnet}, whose addresses nodes claim; choose another"
@@ -313,22 +320,22 @@ def list_command(mesh: Mesh, output: str) -> None:
 @format_option
 @click.pass_obj
 def show_command(mesh: Mesh, name: str, output: str) -> None:
-    """Show one peer. The preshared key stands in json and yaml only."""
+    """Show one peer. The preshared key is in json and yaml only."""
     _print(mesh, output, name)
 
 
 def _print(mesh: Mesh, output: str, only: str | None) -> None:
-    found, notes = mesh.ask(partial(_look, only=only, noted=output == "table"))
-    if only is not None and only not in found:
+    records, notes = mesh.ask(partial(_look, only=only, noted=output == "table"))
+    if only is not None and only not in records:
         raise Failure(f"there is no peer {only}; kgctl peer list lists them")
     if output != "table":
-        readable = [manifest(name, record) for name, record in found.items() if isinstance(record, PeerRecord)]
+        readable = [manifest(name, record) for name, record in records.items() if isinstance(record, PeerRecord)]
         if only is not None and not readable:
-            raise Failure(f"peer {only} cannot be read: {found[only]}")
+            raise Failure(f"peer {only} cannot be read: {records[only]}")
         if readable or output == "json":
             click.echo(as_text(readable, output))
         return
-    rows = tuple(_row(name, record, notes.get(name, ())) for name, record in sorted(found.items()))
+    rows = tuple(_row(name, record, notes.get(name, ())) for name, record in sorted(records.items()))
     columns = ("PEER", "PUBLIC KEY", "ALLOWED IPS", "ENDPOINT", "KEEPALIVE", "PRESHARED KEY", "NOTE")
     spare = ("PRESHARED KEY", "KEEPALIVE", "PUBLIC KEY") if only is None else ()
     show([Table("", columns, rows, "There is no peer yet.", spare)])
@@ -344,30 +351,30 @@ async def _look(
     if noted and kvs:
         snapshot, view = await operator.snapshot(client, keys)
         kvs, notes = view.kvs(keys.peers_root), _notes(snapshot, keys)
-    found: dict[str, PeerRecord | str] = {}
+    result: dict[str, PeerRecord | str] = {}
     for kv in kvs:
         parsed = keys.parse(kv.key)
         if isinstance(parsed, PeerKey) and only in (None, parsed.name):
             try:
-                found[parsed.name] = decode_peer(kv.value)
+                result[parsed.name] = decode_peer(kv.value)
             except RecordError as error:
-                found[parsed.name] = str(error)
-    return found, notes
+                result[parsed.name] = str(error)
+    return result, notes
 
 
 def _notes(snapshot: Snapshot, keys: Keys) -> Mapping[str, list[str]]:
     """What peers are not given, by name."""
     from kilo_etcd.topology import build_topology
 
-    found = defaultdict(list)
-    for note in snapshot.set_aside:
+    result = defaultdict(list)
+    for note in snapshot.rejected:
         parsed = keys.parse(note.key)
         if isinstance(parsed, PeerKey):
-            found[parsed.name].append(note.reason)
+            result[parsed.name].append(note.reason)
     for problem in build_topology(snapshot).problems:
         for name in {problem.subject, problem.about}:
-            found[name].append(problem.text)
-    return found
+            result[name].append(problem.text)
+    return result
 
 
 def _row(name: str, record: PeerRecord | str, reasons: Iterable[str]) -> tuple[str, ...]:

@@ -36,7 +36,7 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     empty: str = ""
-    """What is said instead where there is no row; empty: nothing at all."""
+    """What is printed instead if there is no row; empty: nothing at all."""
     spare: tuple[str, ...] = ()
     """The columns that a terminal too narrow for all leaves out, the first first."""
 
@@ -73,9 +73,9 @@ def status_tables(report: Report) -> tuple[Table, ...]:
             spare=("CANDIDATES",),
         ),
         Table(
-            "Set aside",
+            "Rejected",
             ("KEY", "REASON"),
-            _first(report.set_aside, lambda r: (clean(r.key), clean(r.reason)), "rejected records"),
+            _first(report.rejected, lambda r: (clean(r.key), clean(r.reason)), "rejected records"),
         ),
         Table("Agents that disagree", ("NODE", "WHAT"), _remarks(report.disagreements)),
         Table("Errors that agents report", ("NODE", "ERROR"), _remarks(report.errors)),
@@ -86,7 +86,7 @@ def status_tables(report: Report) -> tuple[Table, ...]:
             ("SUBJECT", "NOT FROM", "WHY"),
             _first(
                 grouped_unrouted(report.unrouted),
-                lambda one: (clean(one.subject), clean(one.nowhere), clean(one.text)),
+                lambda remark: (clean(remark.subject), clean(remark.nowhere), clean(remark.text)),
                 "of these",
             ),
         ),
@@ -99,13 +99,13 @@ def _live_tables(live: LiveReport) -> tuple[Table, ...]:
     from kilo_etcd.ctl.live import ago, amount
 
     rows = [tunnel for kernel in live.kernels for tunnel in kernel.tunnels]
-    title = "Tunnels, as the gateways have them"
+    title = "Tunnels, as the leaders have them"
     if len(rows) > MOST_TUNNELS:
         rows = [tunnel for tunnel in rows if not tunnel.up][:MOST_TUNNELS]
-        title = "Tunnels without a session, as the gateways have them"
+        title = "Tunnels without a session, as the leaders have them"
     trouble = [(kernel.name, text) for kernel in live.kernels for text in kernel.trouble]
     trouble += [(name, "its agent lives, but has not answered in time") for name in live.silent]
-    trouble += [("-", f"nobody could be asked: {live.refused}")] if live.refused else []
+    trouble += [("-", f"no host could be asked: {live.refused}")] if live.refused else []
     return (
         Table(
             title,
@@ -156,10 +156,10 @@ def shown_mode(report: Report) -> str:
     """The setting internal-ips, what is in force, how far the switch to `encrypted` or back is, and what stays in clear
     under it."""
     shown = shown_internal_ips(report.internal_ips, report.internal_ips_in_force, len(report.unaware))
-    said = [] if report.switch is None else [clean(str(report.switch))]
+    notes = [] if report.switch is None else [clean(str(report.switch))]
     if report.internal_ips_in_force == InternalIPs.ENCRYPTED and (left := len(report.unrouted)):
-        said.append(f"but not {left} internal IP{'' if left == 1 else 's'}, named below")
-    return f"{shown} ({', '.join(said)})" if said else shown
+        notes.append(f"but not {left} internal IP{'' if left == 1 else 's'}, named below")
+    return f"{shown} ({', '.join(notes)})" if notes else shown
 
 
 def shown_internal_ips(setting: str, in_force: str, unaware: int) -> str:
@@ -193,7 +193,7 @@ def plain(tables: Iterable[Table], heading: str = "") -> str:
 def framed(tables: Iterable[Table], heading: str = "", *, width: int | None = None, colour: bool = True) -> str:
     """Tables for a terminal of `width` columns (None: this one's).
 
-    Where a table is too wide it loses its frame, then its spare columns, which is said; then cells are wrapped. An
+    Where a table is too wide it loses its frame, then its spare columns, which a line says; then cells are wrapped. An
     address in one piece is worth more than a frame: it is there to be copied.
     """
     from rich.box import HEAVY_HEAD
@@ -258,7 +258,7 @@ def _node_cells(row: NodeRow) -> tuple[str, ...]:
         shown_location(row.location),
         ", ".join(row.mesh_addresses) or NONE,
         ", ".join(row.internal_ips) or NONE,
-        f"{row.seen[0]} (seen)" if row.seen else row.endpoint or NONE,
+        f"{row.observed_endpoints[0]} (observed)" if row.observed_endpoints else row.endpoint or NONE,
         row.role,
         "alive" if row.alive else "gone",
         revision,
@@ -282,10 +282,10 @@ def _remarks(remarks: Sequence[Any]) -> tuple[tuple[str, ...], ...]:
     return _first(remarks, lambda remark: (clean(remark.subject), clean(remark.text)), "of these")
 
 
-def _first(found: Sequence[Any], cells: Callable[[Any], tuple[str, ...]], what: str) -> tuple[tuple[str, ...], ...]:
+def _first(items: Sequence[Any], cells: Callable[[Any], tuple[str, ...]], what: str) -> tuple[tuple[str, ...], ...]:
     """The first `MOST_TROUBLES` as rows, and a row that counts the others."""
-    rows = tuple(cells(one) for one in found[:MOST_TROUBLES])
-    more = len(found) - len(rows)
+    rows = tuple(cells(item) for item in items[:MOST_TROUBLES])
+    more = len(items) - len(rows)
     if not more:
         return rows
     filled = [NONE] * (len(rows[0]) - 2)

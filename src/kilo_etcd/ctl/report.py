@@ -1,4 +1,5 @@
-"""What `kgctl status` has to say, as values: pure functions of a snapshot, etcd's raw view of it and the agents' words.
+"""The content of `kgctl status`, as values: pure functions of a snapshot, etcd's raw view of it and the agents'
+statuses.
 
 It compares three things: what etcd holds (so what the mesh should be), what each agent reports, and which agents
 report at all. It decides nothing and it knows nothing of tables or JSON; `ctl.render` does.
@@ -11,27 +12,27 @@ from typing import TYPE_CHECKING
 
 from attrs import field, frozen
 
-from kilo_etcd.agent.decide import about_flag
+from kilo_etcd.agent.candidacy_policy import about_flag
 from kilo_etcd.ctl.label import oddity
-from kilo_etcd.model import Candidate, InternalIPs, IPAddress, Node, SetAside, Snapshot
+from kilo_etcd.model import Candidate, InternalIPs, IPAddress, Node, RejectedRecord, Snapshot
 from kilo_etcd.quoting import first_of
 from kilo_etcd.store.keys import Keys, NodeKey
 from kilo_etcd.store.records import Role, StatusRecord
 from kilo_etcd.store.view import View
+from kilo_etcd.topology.probe_reports import sentence
 from kilo_etcd.topology.reach import called_location
 from kilo_etcd.topology.segments import Segment, Topology, build_topology
 from kilo_etcd.topology.stages import Switch, switch
 from kilo_etcd.topology.unaware import unaware_problems, waiting
 from kilo_etcd.topology.unrouted import Unrouted, private_leaders
-from kilo_etcd.topology.verdicts import sentence
 
 if TYPE_CHECKING:
     from kilo_etcd.ctl.live import Live, LiveTunnel
 
 NOT_IN_FORCE = "not in force"
-"""The role of a node that is registered and yet no part of the mesh: it has no address yet, or is set aside."""
+"""The role of a node that is registered and yet no part of the mesh: it has no address yet, or is rejected."""
 MOST_SUBJECTS = 3
-"""Of which the same is said, that are named in one line."""
+"""Subjects of the same remark that are named in one line."""
 DROPPED = "under internal-ips=encrypted packets for there are dropped, not sent in clear"
 UNREGISTERED = "not registered"
 """The role of an agent that reports but has no record."""
@@ -46,8 +47,8 @@ class NodeRow:
     mesh_addresses: tuple[str, ...] = ()
     internal_ips: tuple[str, ...] = ()
     endpoint: str | None = None
-    seen: tuple[str, ...] = ()
-    """Where public hosts see it through its NAT, the newest word first."""
+    observed_endpoints: tuple[str, ...] = ()
+    """Its observed endpoints, the newest first."""
     role: str
     alive: bool
     revision: int | None = None
@@ -128,7 +129,7 @@ class LiveReport:
     refused: str | None = None
     """Why nothing could be asked."""
     tunnels: int = 0
-    """Pairs of gateways of which at least one has answered."""
+    """Pairs of leaders of which at least one has answered."""
     up: int = 0
     """Those of them whose session lives."""
 
@@ -152,13 +153,13 @@ class Report:
     nodes: tuple[NodeRow, ...] = ()
     locations: tuple[LocationRow, ...] = ()
     peers: tuple[str, ...] = ()
-    set_aside: tuple[SetAside, ...] = ()
+    rejected: tuple[RejectedRecord, ...] = ()
     disagreements: tuple[Remark, ...] = field(factory=tuple)
-    """Agents whose word differs from what etcd says."""
+    """Agents whose status differs from what etcd says."""
     errors: tuple[Remark, ...] = ()
-    """What the agents themselves report as failing, without what every one of them says of the mesh (`problems`)."""
+    """The failures that agents report, without what each of them reports of the whole mesh (`problems`)."""
     problems: tuple[Remark, ...] = ()
-    """What the topology could not give to somebody."""
+    """Networks that the topology could not grant."""
     notes: tuple[Remark, ...] = ()
     """What may be a mistake of the operator's."""
     unrouted: tuple[UnroutedRemark, ...] = ()
@@ -194,7 +195,7 @@ def report(
     """The report on `snapshot`; `newest` is what `newest_revision` says, `registered` what `registered_names` says.
 
     `topology` is that of the snapshot, where the caller has it already. With `about` it has no rows for other nodes,
-    and none of their own words.
+    and no status of their own.
     """
     if topology is None:
         topology = build_topology(snapshot)
@@ -216,7 +217,7 @@ def report(
         nodes=tuple(_node_row(name, topology, statuses.get(name), newest, name in registered) for name in names),
         locations=_location_rows(topology, statuses),
         peers=tuple(sorted(topology.peers)),
-        set_aside=snapshot.set_aside,
+        rejected=snapshot.rejected,
         disagreements=tuple(
             Remark(subject=name, text=text)
             for name in names
@@ -268,17 +269,17 @@ def _same_internal_ips(snapshot: Snapshot, statuses: Mapping[str, StatusRecord],
         if len(names) == 1:
             continue
         silent = [name for name in names if name not in statuses]
-        one = (silent or names)[-1]
-        gone = f"if {one} is gone for good, kgctl node forget {one}; else " if silent else ""
+        last = (silent or names)[-1]
+        gone = f"if {last} is gone for good, kgctl node forget {last}; else " if silent else ""
         text = (
             f"they have the same internal IP {address} at {called_location(location)}, so at most one of them is "
-            f"reached there: {gone}give {one} another one (--internal-cidr, or kgctl annotate {one} "
-            f"force-internal-ip=ADDRESS); if they share no network, label them apart (kgctl location set {one} NAME)"
+            f"reached there: {gone}give {last} another one (--internal-cidr, or kgctl annotate {last} "
+            f"force-internal-ip=ADDRESS); if they share no network, label them apart (kgctl location set {last} NAME)"
         )
         if each:
             yield from (Remark(subject=name, text=f"{first_of(names, MOST_SUBJECTS)}: {text}") for name in names)
         else:
-            yield Remark(subject=first_of(names, MOST_SUBJECTS), text=text, about=one)
+            yield Remark(subject=first_of(names, MOST_SUBJECTS), text=text, about=last)
 
 
 def _flags(names: Iterable[str], statuses: Mapping[str, StatusRecord]) -> tuple[Remark, ...]:
@@ -297,15 +298,18 @@ def unrouted_remarks(topology: Topology) -> Iterator[UnroutedRemark]:
     """Which internal IPs are not routed although the setting asks for it, and why."""
     if (text := waiting(topology)) is not None:
         yield UnroutedRemark(subject="internal-ips", text=text)
-    for one in topology.unrouted:
+    for unrouted in topology.unrouted:
         yield UnroutedRemark(
-            subject=subject_of(one), text=f"{one.reason}; {one.remedy}", nodes=one.nodes, not_from=one.not_from
+            subject=subject_of(unrouted),
+            text=f"{unrouted.reason}; {unrouted.remedy}",
+            nodes=unrouted.nodes,
+            not_from=unrouted.not_from,
         )
 
 
-def subject_of(one: Unrouted) -> str:
+def subject_of(unrouted: Unrouted) -> str:
     """The address, or the network."""
-    return str(one.network.network_address) if one.network.num_addresses == 1 else str(one.network)
+    return str(unrouted.network.network_address) if unrouted.network.num_addresses == 1 else str(unrouted.network)
 
 
 def _cut_off(topology: Topology, live: Live) -> Iterator[Remark]:
@@ -358,15 +362,15 @@ def unrouted_sentence(remark: UnroutedRemark) -> str:
 def _live_report(topology: Topology, live: Live) -> LiveReport:
     from kilo_etcd.ctl.live import pairs, tunnels
 
-    found = tunnels(topology, live)
-    known = [pair for pair in pairs(topology, found) if pair.ends]
+    by_leader = tunnels(topology, live)
+    known = [pair for pair in pairs(topology, by_leader) if pair.ends]
     return LiveReport(
         kernels=tuple(
             KernelRow(
                 name=name,
                 backend=answer.backend,
                 mtu=answer.mtu,
-                tunnels=found.get(name, ()),
+                tunnels=by_leader.get(name, ()),
                 undone=answer.undone,
                 changes=answer.changes,
                 trouble=answer.trouble,
@@ -383,8 +387,8 @@ def _live_report(topology: Topology, live: Live) -> LiveReport:
 def remarks_on(report: Report, names: Collection[str]) -> tuple[tuple[str, str], ...]:
     """(name, sentence) for everything that the report has to say against the named nodes."""
     gone = [(row.name, "its agent does not report: is the host up?") for row in report.nodes if not row.alive]
-    said = [(r.about or r.subject, r.text) for r in (*report.disagreements, *report.errors, *report.problems)]
-    return tuple(dict.fromkeys(pair for pair in (*gone, *said) if pair[0] in names))
+    told = [(r.about or r.subject, r.text) for r in (*report.disagreements, *report.errors, *report.problems)]
+    return tuple(dict.fromkeys(pair for pair in (*gone, *told) if pair[0] in names))
 
 
 def _node_row(name: str, topology: Topology, status: StatusRecord | None, newest: int, registered: bool) -> NodeRow:
@@ -396,7 +400,7 @@ def _node_row(name: str, topology: Topology, status: StatusRecord | None, newest
         mesh_addresses=tuple(map(str, node.mesh_addresses)) if node is not None else (),
         internal_ips=tuple(map(str, node.internal_ips)) if node is not None else (),
         endpoint=str(node.endpoint) if node is not None and node.endpoint is not None else None,
-        seen=tuple(map(str, node.seen)) if node is not None else (),
+        observed_endpoints=tuple(map(str, node.observed_endpoints)) if node is not None else (),
         role=_role(node, topology) if node is not None else NOT_IN_FORCE if registered else UNREGISTERED,
         alive=status is not None,
         revision=revision,
@@ -447,17 +451,17 @@ def _segment_row(segment: Segment, snapshot: Snapshot, leader: StatusRecord | No
 
 
 def _reason(segment: Segment, snapshot: Snapshot) -> str:
-    passed_over = segment.election.passed_over
-    if passed_over is None:
+    demoted = segment.election.demoted
+    if demoted is None:
         return segment.election.reason.value
-    return f"{passed_over} does not forward: {sentence(passed_over, snapshot.verdicts.get(segment.location, ()))}"
+    return f"{demoted} does not forward: {sentence(demoted, snapshot.probe_reports.get(segment.location, ()))}"
 
 
 def _unsigned(
     names: Iterable[str], statuses: Mapping[str, StatusRecord], topology: Topology, *, each: bool
 ) -> Iterator[Remark]:
-    """On members of a location at whose internal IPs something answers that does not prove to be them, although their
-    agents would. A firewall may drop the peer queries of a whole location: several pairs are one remark for each
+    """On members of a location at whose internal IPs something answers that does not authenticate as them, although
+    their agents would. A firewall may drop the peer queries of a whole location: several pairs are one remark for each
     location, unless `each` is wanted."""
     nodes = topology.snapshot.nodes
     pairs: dict[str, list[tuple[str, str]]] = {}
@@ -466,9 +470,9 @@ def _unsigned(
             status = statuses.get(other)
             if other in nodes and status is not None and status.answers:
                 pairs.setdefault(nodes[other].location, []).append((name, other))
-    for location, found in sorted(pairs.items()):
-        if each or len(found) == 1:
-            for name, other in found:
+    for location, result in sorted(pairs.items()):
+        if each or len(result) == 1:
+            for name, other in result:
                 addresses = " and ".join(str(one.ip) for one in nodes[other].internal_ips)
                 yield Remark(
                     subject=name,
@@ -477,32 +481,33 @@ def _unsigned(
                     f"them apart (kgctl location set {other} NAME)",
                 )
             continue
-        answering = sorted({other for _, other in found})
-        first = first_of([f"{name} asks {other}" for name, other in found], MOST_SUBJECTS)
+        answering = sorted({other for _, other in result})
+        first = first_of([f"{name} asks {other}" for name, other in result], MOST_SUBJECTS)
         yield Remark(
             subject=f"location {location}" if location else "the default location",
             text=f"something answers at the internal IPs of {first_of(answering, MOST_SUBJECTS)}, but not with their "
-            f"keys, in {len(found)} cases ({first}): a firewall drops UDP 1107 between these hosts, or these are other "
+            f"keys, in {len(result)} cases ({first}): a firewall drops UDP 1107 between these hosts, or these are "
+            f"other "
             "hosts' networks; if so, label them apart (kgctl location set NODE NAME)",
         )
 
 
 def _disagreements(name: str, status: StatusRecord, topology: Topology, newest: int) -> list[str]:
-    found = []
+    result = []
     if status.revision < newest:
-        found.append(f"it has applied revision {status.revision}, {newest - status.revision} behind {newest}")
-    return [*found, *contradictions(name, status, topology)]
+        result.append(f"it has applied revision {status.revision}, {newest - status.revision} behind {newest}")
+    return [*result, *contradictions(name, status, topology)]
 
 
 def contradictions(name: str, status: StatusRecord, topology: Topology) -> list[str]:
     """In what an agent differs from etcd so that packets may go astray, in sentences that begin with "it"."""
     node = topology.snapshot.nodes.get(name)
-    found = []
+    result = []
     if node is not None:
         if status.public_key and status.public_key != node.public_key:
-            found.append("it reports another public key than the one registered: are there two hosts of this name?")
+            result.append("it reports another public key than the one registered: are there two hosts of this name?")
         segment = topology.segment_of(name)
         if len(segment.members) > 1 and status.leader != segment.leader.name:
             takes = f"takes {status.leader} for its leader" if status.leader else "sees no leader"
-            found.append(f"it {takes}, where etcd says {segment.leader.name}")
-    return found
+            result.append(f"it {takes}, where etcd says {segment.leader.name}")
+    return result

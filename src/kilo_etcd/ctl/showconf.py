@@ -29,8 +29,8 @@ from kilo_etcd.ctl.wgconf import (
 from kilo_etcd.store import operator
 from kilo_etcd.store.records import check_key
 from kilo_etcd.topology import Topology, build_topology
+from kilo_etcd.topology.exit_node import unusable
 from kilo_etcd.topology.segments import UnknownNode
-from kilo_etcd.topology.wayout import unusable
 
 FORMATS = ("wireguard", "wg-quick", "json", "yaml")
 
@@ -39,8 +39,8 @@ def conf_options(command: Any) -> Any:
     """What both kinds share."""
     for option in reversed(
         (
-            click.option("--as-peer", is_flag=True, help="As one entry for somebody else's configuration."),
-            click.option("-o", "--output", type=click.Choice(FORMATS), default="wireguard", help="How it is printed."),
+            click.option("--as-peer", is_flag=True, help="As one entry for another machine's configuration."),
+            click.option("-o", "--output", type=click.Choice(FORMATS), default="wireguard", help="The output format."),
             click.option(
                 "--allowed-ips", callback=checked(parse_allowed), help="Further allowed IPs, comma-separated."
             ),
@@ -67,10 +67,10 @@ def node_command(mesh: Mesh, /, name: str, **options: Any) -> None:
     """Print the configuration of NODE as its agent programs it; with --as-peer an entry for it."""
     topology = _topology(mesh)
     try:
-        found = node_as_peer(topology, name) if options["as_peer"] else of_node(topology, name)
+        shown = node_as_peer(topology, name) if options["as_peer"] else of_node(topology, name)
     except UnknownNode as error:
         raise Failure(str(error)) from None
-    _print(found, **options)
+    _print(shown, **options)
 
 
 @showconf_group.command(
@@ -78,23 +78,22 @@ def node_command(mesh: Mesh, /, name: str, **options: Any) -> None:
     epilog="Examples:\n\n\b\n"
     "  kgctl showconf peer laptop -o wg-quick --private-key-file key > /etc/wireguard/mesh.conf\n"
     "  kgctl showconf peer phone --qr --private-key-file -\n"
-    "  kgctl showconf peer phone --qr --private-key-file - --gateway exit-1",
+    "  kgctl showconf peer phone --qr --private-key-file - --exit-node exit-1",
 )
 @click.argument("name", metavar="PEER", callback=PEER_NAME, shell_complete=complete.peers)
 @conf_options
 @click.option(
-    "--gateway",
+    "--exit-node",
     metavar="NODE",
     callback=checked(parse_node_name),
     shell_complete=complete.nodes,
-    help="Send what is for outside the mesh through this node; it must have the annotation gateway.",
+    help="Send packets for destinations outside the mesh through this node; it must have the annotation "
+    "advertise-exit-node.",
 )
 @click.option("--qr", is_flag=True, help="As a QR code in the terminal, for a phone.")
 @click.option("--png", type=click.Path(path_type=Path), help="Write it as a QR code into this PNG file.")
 @click.pass_obj
-def peer_command(
-    mesh: Mesh, /, name: str, gateway: str | None, qr: bool, png: Path | None, **options: Any
-) -> None:  # fmt: skip
+def peer_command(mesh: Mesh, /, name: str, exit_node: str | None, qr: bool, png: Path | None, **options: Any) -> None:
     """Print the configuration of PEER: with it the peer reaches the whole mesh; with --as-peer an entry for it.
 
     It names the leaders of the moment. Ask again when a location's leader has changed for good.
@@ -102,16 +101,18 @@ def peer_command(
     topology = _topology(mesh)
     if name not in topology.peers:
         raise Failure(f"there is no peer {name} in force; kgctl peer list lists them")
-    if gateway is not None:
+    if exit_node is not None:
         if options["as_peer"]:
-            raise click.UsageError("An entry for somebody else has no gateway: leave --gateway or --as-peer out.")
-        if (trouble := unusable(topology, gateway)) is not None:
+            raise click.UsageError("An entry for another machine has no exit node: leave --exit-node or --as-peer out.")
+        if (trouble := unusable(topology, exit_node)) is not None:
             raise Failure(trouble)
     if qr or png is not None:
         if options["as_peer"] or options["output"] not in ("wireguard", "wg-quick"):
             raise click.UsageError("A QR code holds a whole configuration: leave --as-peer and --output out.")
-        found = _complete(of_peer(topology, name, gateway), options["private_key_file"], options["allowed_ips"])
-        printed = text(found, quick=True)
+        configuration = _complete(
+            of_peer(topology, name, exit_node), options["private_key_file"], options["allowed_ips"]
+        )
+        printed = text(configuration, quick=True)
         if png is not None:
             code, _ = qr_code(printed)
             try:
@@ -121,7 +122,7 @@ def peer_command(
         if qr:
             show_qr(printed)
         return
-    _print(peer_as_peer(topology, name) if options["as_peer"] else of_peer(topology, name, gateway), **options)
+    _print(peer_as_peer(topology, name) if options["as_peer"] else of_peer(topology, name, exit_node), **options)
 
 
 def _topology(mesh: Mesh) -> Topology:
@@ -129,60 +130,60 @@ def _topology(mesh: Mesh) -> Topology:
 
 
 def _print(
-    found: Configuration | Entry,
+    shown: Configuration | Entry,
     *,
     as_peer: bool,
     output: str,
     allowed_ips: tuple[Any, ...] | None,
     private_key_file: str | None,
 ) -> None:
-    if isinstance(found, Entry):
+    if isinstance(shown, Entry):
         if private_key_file is not None:
-            raise click.UsageError("An entry for somebody else has no private key: leave --private-key-file out.")
-        found = allowing(found, allowed_ips or ())
+            raise click.UsageError("An entry for another machine has no private key: leave --private-key-file out.")
+        shown = allowing(shown, allowed_ips or ())
         if output in ("json", "yaml"):
-            click.echo(as_text([manifest(found.name, found.record)], output))
+            click.echo(as_text([manifest(shown.name, shown.record)], output))
         else:
-            click.echo(section(found))
+            click.echo(section(shown))
         return
-    found = _complete(found, private_key_file, allowed_ips)
+    shown = _complete(shown, private_key_file, allowed_ips)
     if output in ("json", "yaml"):
-        click.echo(_as_data(found, output))
+        click.echo(_as_data(shown, output))
     else:
-        click.echo(text(found, quick=output == "wg-quick"))
+        click.echo(text(shown, quick=output == "wg-quick"))
 
 
 def _complete(
-    found: Configuration, private_key_file: str | None, allowed_ips: tuple[Any, ...] | None
+    configuration: Configuration, private_key_file: str | None, allowed_ips: tuple[Any, ...] | None
 ) -> Configuration:  # fmt: skip
     if allowed_ips:
-        if len(found.peers) != 1:
-            names = ", ".join(entry.name for entry in found.peers) or "none"
+        if len(configuration.peers) != 1:
+            names = ", ".join(entry.name for entry in configuration.peers) or "none"
             raise Failure(
-                f"an allowed IP belongs to one peer, and this configuration has {len(found.peers)} ({names}); "
+                f"an allowed IP belongs to one peer, and this configuration has {len(configuration.peers)} ({names}); "
                 "add it to the one that you mean by hand, or use --as-peer"
             )
-        found = evolve(found, peers=(allowing(found.peers[0], allowed_ips),))
+        configuration = evolve(configuration, peers=(allowing(configuration.peers[0], allowed_ips),))
     if private_key_file is None:
-        return found
+        return configuration
     from kilo_etcd.ctl.peer import read_text
 
     try:
-        return evolve(found, private_key=check_key(read_text(private_key_file).strip()))
+        return evolve(configuration, private_key=check_key(read_text(private_key_file).strip()))
     except ValueError:
         # The key itself is a secret, so it is not repeated.
         source = "standard input" if private_key_file == "-" else private_key_file
         raise Failure(f"{source} holds no WireGuard private key (as wg genkey prints it)") from None
 
 
-def _as_data(found: Configuration, output: str) -> str:
-    data: dict[str, Any] = {"name": found.name}
-    if found.private_key is not None:
-        data["privateKey"] = found.private_key
-    if found.listen_port is not None:
-        data["listenPort"] = found.listen_port
-    data["addresses"] = [str(address) for address in found.addresses]
-    data["peers"] = [manifest(entry.name, entry.record) for entry in found.peers]
+def _as_data(configuration: Configuration, output: str) -> str:
+    data: dict[str, Any] = {"name": configuration.name}
+    if configuration.private_key is not None:
+        data["privateKey"] = configuration.private_key
+    if configuration.listen_port is not None:
+        data["listenPort"] = configuration.listen_port
+    data["addresses"] = [str(address) for address in configuration.addresses]
+    data["peers"] = [manifest(entry.name, entry.record) for entry in configuration.peers]
     if output == "json":
         return json.dumps(data, indent=2, ensure_ascii=False)
     import yaml

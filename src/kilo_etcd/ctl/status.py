@@ -82,12 +82,16 @@ async def read_mesh(client: Client, keys: Keys, *, live: bool = False) -> Report
     epilog="Examples:\n\n\b\n  kgctl status\n  kgctl status --live            tunnels, traffic, kernels\n"
     "  kgctl status --watch           again after each change, until Ctrl-C\n  kgctl status -o json | jq .locations",
 )
-@click.option("--live", is_flag=True, help="Ask the agents what their kernels have: handshakes, traffic, differences.")
+@click.option(
+    "--live",
+    is_flag=True,
+    help="Ask the agents for the state of their kernels: handshakes, traffic, differences from the plan.",
+)
 @click.option("-w", "--watch", is_flag=True, help="Show it again after each change.")
 @output_option
 @click.pass_obj
 def status_command(mesh: Mesh, output: str, live: bool, watch: bool) -> None:
-    """Show nodes, locations, their leaders and who is next, and everything that is not as it should be."""
+    """Show nodes, locations, their leaders and the next in line, and everything that is wrong."""
 
     def put_out(found: Report) -> None:
         if output == "json":
@@ -107,22 +111,24 @@ def status_command(mesh: Mesh, output: str, live: bool, watch: bool) -> None:
 
 
 async def _follow(client: Client, keys: Keys, *, put_out: Callable[[Report], None], live: bool) -> None:
-    """A report now, and one after each change in etcd, for ever."""
+    """A report now, and one after each change in etcd, forever."""
     import trio
 
-    from kilo_etcd.ctl.heed import heed
+    from kilo_etcd.ctl.watch_changes import watch_changes
 
     changed = trio.Event()
 
     def changed_now() -> None:
         changed.set()
 
-    asked = (keys.questions_root.encode(), keys.answers_root.encode())
+    asked = (keys.requests_root.encode(), keys.responses_root.encode())
     shown: Report | None = None
     away = ""
     async with trio.open_nursery() as nursery:
         for prefix in (keys.root, keys.status_root):
-            nursery.start_soon(partial(heed, client, prefix, changed_now, retry=PAUSE_SECONDS, passing_over=asked))
+            nursery.start_soon(
+                partial(watch_changes, client, prefix, changed_now, retry=PAUSE_SECONDS, passing_over=asked)
+            )
         while True:
             try:
                 found = await read_mesh(client, keys, live=live)

@@ -1,8 +1,8 @@
 """The way of a packet from a node to an address, and of the answer, as values. Pure.
 
 Each host's plan is computed as that host computes it, and the packet is led through them (`topology.walk`). Where the
-mesh has no route for an address it is said how the packet goes on outside: by the exit node that its source uses, or by
-the source's own routing table. What is known against a hop is `ctl.hops`' concern.
+mesh has no route for an address, the trace says how the packet goes on outside: by the exit node that its source uses,
+or by the source's own routing table. What is known against a hop is `ctl.hops`' concern.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from kilo_etcd.ctl.internal import holders, same_network, why_not_routed
 from kilo_etcd.model import DEFAULT_INTERFACE, IPAddress, Node, Snapshot, is_public
 from kilo_etcd.store.records import StatusRecord
 from kilo_etcd.topology.encryption import Living, Outside, encrypt
-from kilo_etcd.topology.guard import guard
+from kilo_etcd.topology.exit_node import LINK_LOCAL, inside, near, trouble_of
 from kilo_etcd.topology.hostplan import HostPlan, Problem, Via
 from kilo_etcd.topology.internal import endpoints_of
 from kilo_etcd.topology.plan import host_plan
 from kilo_etcd.topology.reach import Silent, Target, withhold
+from kilo_etcd.topology.route_filter import filter_routes
 from kilo_etcd.topology.segments import Topology, host_network
 from kilo_etcd.topology.walk import Hop, Path, longest_match, walk
-from kilo_etcd.topology.wayout import LINK_LOCAL, inside, near, trouble_of
 
 MEDIUM = {Via.TUNNEL: "WireGuard", Via.UNDERLAY: "clear", Via.IPIP: "clear, in IPIP"}
 
@@ -65,7 +65,7 @@ class Way:
     """Where and why a host drops it; empty: none does."""
     leaves: str = ""
     """How it goes on from the last host, outside the mesh; empty: it does not leave the mesh."""
-    astray: str = ""
+    misdelivered: str = ""
     """Why it does not arrive although no host of the mesh drops it."""
     taken: str = ""
     """The route that the first host's kernel chooses, as it says itself; empty: it was not asked."""
@@ -75,16 +75,16 @@ class Way:
     @property
     def lost(self) -> str:
         """Why it does not arrive, other than `dropped`; empty: nothing is known."""
-        return self.astray or next((step.trouble for step in self.steps if step.broken), "")
+        return self.misdelivered or next((step.trouble for step in self.steps if step.broken), "")
 
     @property
-    def doubt(self) -> str:
+    def suspicion(self) -> str:
         """Why it may not arrive; empty: nothing is known."""
         return next((step.trouble for step in self.steps if step.trouble and not step.broken), "")
 
 
 @frozen(kw_only=True)
-class Journey:
+class Trace:
     """There and back in one family. `back` is None where the far end is not ours to ask."""
 
     there: Way
@@ -92,11 +92,11 @@ class Journey:
     unasked: str = ""
     """Why `back` is None, in a sentence."""
     answered: bool = False
-    """An echo request was sent there just now and answered: what speaks against the hops matters less."""
+    """An echo request was sent there just now and answered: what is known against the hops matters less."""
     tried: bool = False
     """An echo request was sent there just now."""
-    doubt: str = ""
-    """Why it may not work, beside what speaks against single hops."""
+    suspicion: str = ""
+    """Why it may not work, besides what is known against single hops."""
 
     @property
     def ways(self) -> tuple[Way, ...]:
@@ -108,7 +108,7 @@ class Journey:
         """Whether nothing is known against it, in either direction."""
         if any(way.dropped for way in self.ways):
             return False
-        return self.answered or not (self.doubt or any(way.lost or way.doubt for way in self.ways))
+        return self.answered or not (self.suspicion or any(way.lost or way.suspicion for way in self.ways))
 
 
 class Plans(Mapping[str, HostPlan]):
@@ -127,9 +127,9 @@ class Plans(Mapping[str, HostPlan]):
             if name not in self.topology.snapshot.nodes:
                 raise KeyError(name)
             topology, plan = self.topology, host_plan(self.topology, name)
-            # Of the networks that a host stands in the record has only those of its internal IPs.
+            # Of the networks that a host is attached to the record has only those of its internal IPs.
             near_it = [ip.network for ip in topology.snapshot.nodes[name].internal_ips]
-            plan = guard(plan, near_it, offered_by=topology.settlement.offered_by)
+            plan = filter_routes(plan, near_it, offered_by=topology.allocation.offered_by)
             plan = withhold(plan, topology, _silent(self.statuses.get(name)))
             living = Living(
                 asked=frozenset(topology.snapshot.nodes),
@@ -158,17 +158,17 @@ class Plans(Mapping[str, HostPlan]):
 
 
 def _silent(status: StatusRecord | None) -> tuple[Silent, ...]:
-    found = []
-    for one in status.unreachable if status is not None else ():
+    result = []
+    for unreachable in status.unreachable if status is not None else ():
         with suppress(ValueError):
-            target = Target(one.node, ip_address(one.address))
-            if not one.routed:
-                found.append(Silent(target=target, withheld=True, named=False))
-    return tuple(found)
+            target = Target(unreachable.node, ip_address(unreachable.address))
+            if not unreachable.routed:
+                result.append(Silent(target=target, withheld=True, named=False))
+    return tuple(result)
 
 
-def explain(plans: Plans, source: str, target: str) -> tuple[Journey, ...]:
-    """The journeys from node `source` to a node, a peer or an address, one for each family that they share.
+def explain(plans: Plans, source: str, target: str) -> tuple[Trace, ...]:
+    """The traces from node `source` to a node, a peer or an address, one for each family that they share.
 
     Unknown: `source` is no node, or `target` is no name that the mesh knows and no address.
     """
@@ -180,37 +180,35 @@ def explain(plans: Plans, source: str, target: str) -> tuple[Journey, ...]:
     if not sender.mesh_addresses:
         raise Unknown(f"node {source} has no mesh address yet, so nothing can be sent from it")
     destinations = _destinations(snapshot, target)
-    found = [
-        _journey(topology, plans, source, own, destination)
+    traces = [
+        _trace(topology, plans, source, own, destination)
         for destination in destinations
         if (own := _own_address(plans[source], sender, destination)) is not None
     ]
-    if not found and not _is_name(snapshot, target) and not _in_mesh(snapshot, destinations[0]):
+    if not traces and not _is_name(snapshot, target) and not _in_mesh(snapshot, destinations[0]):
         return (_outward(topology, plans, source, destinations[0]),)
-    if not found:
+    if not traces:
         families = " and ".join(f"IPv{address.version}" for address in sender.mesh_addresses)
         raise Unknown(f"node {source} has {families} only, in which {target} has no address")
-    return tuple(found)
+    return tuple(traces)
 
 
-def internal_journeys(plans: Plans, source: str, target: str) -> tuple[Journey, ...]:
-    """The journeys from node `source` to the internal IPs of another node: how its partners that know it by these reach
+def internal_traces(plans: Plans, source: str, target: str) -> tuple[Trace, ...]:
+    """The traces from node `source` to the internal IPs of another node: how its partners that know it by these reach
     it. None to a name that is no node's."""
     topology = plans.topology
     nodes = topology.snapshot.nodes
     if target not in nodes or target == source:
         return ()
-    found = []
+    result = []
     for ip in nodes[target].internal_ips:
         own = _own_address(plans[source], nodes[source], ip.ip)
-        journey = (
-            _outward(topology, plans, source, ip.ip) if own is None else _journey(topology, plans, source, own, ip.ip)
-        )
-        if not journey.there.whose and not same_network(topology, nodes[target], nodes[source]):
+        trace = _outward(topology, plans, source, ip.ip) if own is None else _trace(topology, plans, source, own, ip.ip)
+        if not trace.there.whose and not same_network(topology, nodes[target], nodes[source]):
             why = why_not_routed(topology, ip.ip, nodes[target], nodes[source])
-            journey = evolve(journey, there=evolve(journey.there, unrouted=why))
-        found.append(journey)
-    return tuple(found)
+            trace = evolve(trace, there=evolve(trace.there, unrouted=why))
+        result.append(trace)
+    return tuple(result)
 
 
 def _own_address(plan: HostPlan, sender: Node, destination: IPAddress) -> IPAddress | None:
@@ -230,7 +228,7 @@ def _in_mesh(snapshot: Snapshot, address: IPAddress) -> bool:
 
 
 def _no_node(snapshot: Snapshot, name: str) -> str:
-    for aside in snapshot.set_aside:
+    for aside in snapshot.rejected:
         if aside.key.endswith(f"/nodes/{name}"):
             return f"node {name} is not in force: {aside.reason}"
     if name in snapshot.peers:
@@ -240,10 +238,10 @@ def _no_node(snapshot: Snapshot, name: str) -> str:
 
 def _destinations(snapshot: Snapshot, target: str) -> tuple[IPAddress, ...]:
     if target in snapshot.nodes:
-        found = snapshot.nodes[target].mesh_addresses
-        if not found:
+        addresses = snapshot.nodes[target].mesh_addresses
+        if not addresses:
             raise Unknown(f"node {target} has no mesh address yet")
-        return found
+        return addresses
     if target in snapshot.peers:
         allowed = snapshot.peers[target].allowed_ips
         if not allowed:
@@ -252,17 +250,17 @@ def _destinations(snapshot: Snapshot, target: str) -> tuple[IPAddress, ...]:
     try:
         return (ip_address(target),)
     except ValueError:
-        for aside in snapshot.set_aside:
+        for aside in snapshot.rejected:
             if aside.key.endswith((f"/nodes/{target}", f"/peers/{target}")):
                 raise Unknown(f"{target} is not in force: {aside.reason}") from None
         raise Unknown(f"{target} is no node, no peer and no address; kgctl status lists them") from None
 
 
-def _journey(topology: Topology, plans: Plans, source: str, own: IPAddress, destination: IPAddress) -> Journey:
+def _trace(topology: Topology, plans: Plans, source: str, own: IPAddress, destination: IPAddress) -> Trace:
     nodes = topology.snapshot.nodes
     plan = plans[source]
-    # What is in the mesh's subnets and has no route is refused (`HostPlan.fences`), and does not leave.
-    known = (*plan.routes, *plan.refused, *topology.snapshot.subnets, *plan.fences)
+    # What is in the mesh's subnets and has no route is refused (`HostPlan.unreachable_routes`), and does not leave.
+    known = (*plan.routes, *plan.refused, *topology.snapshot.subnets, *plan.unreachable_routes)
     routed = any(destination in network for network in known if network.version == destination.version)
     if not routed and destination not in nodes[source].mesh_addresses:
         return _outward(topology, plans, source, destination)
@@ -270,13 +268,13 @@ def _journey(topology: Topology, plans: Plans, source: str, own: IPAddress, dest
     there = _way(path, source, own, destination, topology, plans)
     end = path.hops[-1].target if path.hops else source
     if path.dropped:
-        return Journey(there=there, unasked="what does not arrive is not answered")
+        return Trace(there=there, unasked="what does not arrive is not answered")
     if end not in nodes:
-        return Journey(there=there, unasked=f"{end} answers by its own configuration, which is not in etcd")
+        return Trace(there=there, unasked=f"{end} answers by its own configuration, which is not in etcd")
     if destination in (ip.ip for ip in nodes[end].internal_ips):
         there = evolve(there, whose=end)
     back = walk(plans, topology, end, own, sender=destination)
-    return Journey(there=there, back=_way(back, end, destination, own, topology, plans))
+    return Trace(there=there, back=_way(back, end, destination, own, topology, plans))
 
 
 def _way(
@@ -329,7 +327,7 @@ def routing_table(plan: HostPlan, destination: IPAddress, *, out_of_tunnel: bool
     if wanted is None or not (host in wanted.send or host in wanted.hold):
         return MAIN
     from kilo_etcd.kernel.encrypted import rule_priorities, table_of
-    from kilo_etcd.kernel.wayout import MARK
+    from kilo_etcd.kernel.exit_node import MARK
 
     priority = rule_priorities(DEFAULT_INTERFACE)[1]
     return f"{table_of(DEFAULT_INTERFACE)} (rule {priority}: not fwmark {MARK})"
@@ -338,14 +336,14 @@ def routing_table(plan: HostPlan, destination: IPAddress, *, out_of_tunnel: bool
 # -- outside the mesh --------------------------------------------------------------------------------------------------
 
 
-def _outward(topology: Topology, plans: Plans, source: str, destination: IPAddress) -> Journey:
+def _outward(topology: Topology, plans: Plans, source: str, destination: IPAddress) -> Trace:
     """The way to an address that the mesh has no route for."""
     node = topology.snapshot.nodes[source]
-    if node.way_out and not _stays(topology, plans, node, destination):
+    if node.exit_node and not _stays(topology, plans, node, destination):
         return _by_exit_node(topology, plans, node, destination)
-    leaves, astray = _by_own_table(topology, node, destination)
-    there = Way(source=source, destination=str(destination), leaves=leaves, astray=astray)
-    return Journey(there=there, unasked="what is outside the mesh is not known here")
+    leaves, misdelivered = _by_own_table(topology, node, destination)
+    there = Way(source=source, destination=str(destination), leaves=leaves, misdelivered=misdelivered)
+    return Trace(there=there, unasked="what is outside the mesh is not known here")
 
 
 def _on_own_network(node: Node, destination: IPAddress) -> bool:
@@ -383,8 +381,8 @@ def _by_own_table(topology: Topology, node: Node, destination: IPAddress) -> tup
     if owner is not None and _on_own_network(node, destination):
         why = why_not_routed(topology, destination, owner, node) or f"{node.name} has no route to it in the mesh"
         if _maybe_one_network(topology, owner, node, destination):
-            one = f"it is the internal IP of {owner.name} if both are on that network"
-            return f"{table}, in clear: {one}; it is not routed: {why}", ""
+            elsewhere = f"it is the internal IP of {owner.name} if both are on that network"
+            return f"{table}, in clear: {elsewhere}; it is not routed: {why}", ""
         near = f"and reaches a host on {node.name}'s own network, if there is one"
         return table, (
             f"it is the internal IP of {owner.name}, which is not routed: {why}; {table}, in clear, {near}; "
@@ -402,12 +400,12 @@ def _by_own_table(topology: Topology, node: Node, destination: IPAddress) -> tup
             f"it is the internal IP of {owner.name}, which is not routed: {why}; {table}, in clear; "
             f"{_named_at(owners, destination.version)}",
         )
-    return table, f"nobody in the mesh has it, and {table}, in clear"
+    return table, f"no node or peer of the mesh has it, and {table}, in clear"
 
 
 def _maybe_one_network(topology: Topology, owner: Node, node: Node, destination: IPAddress) -> bool:
-    """Whether two nodes of different segments may stand in one network, although no label says so: both have no label,
-    or the tunnel between them ends at that address."""
+    """Whether two nodes of different segments may be attached to one network, although no label says so: both have no
+    label, or the tunnel between them ends at that address."""
     leads = topology.segment_of(owner.name).leader.name == owner.name
     return owner.location == node.location or (
         leads and destination in endpoints_of(owner, topology.snapshot.granularity)
@@ -416,8 +414,8 @@ def _maybe_one_network(topology: Topology, owner: Node, node: Node, destination:
 
 def _named_at(owners: Sequence[Node], version: int) -> str:
     """At which mesh addresses the nodes are reached, of this family if they have one."""
-    found = ((one.name, one.mesh_address(version) or next(iter(one.mesh_addresses), None)) for one in owners)
-    each = (f"{name} is reached at its mesh address {address}" for name, address in found if address is not None)
+    reached = ((node.name, node.mesh_address(version) or next(iter(node.mesh_addresses), None)) for node in owners)
+    each = (f"{name} is reached at its mesh address {address}" for name, address in reached if address is not None)
     return "; ".join(each) or "it has no mesh address yet"
 
 
@@ -433,16 +431,16 @@ def _about(problem: Problem, destination: IPAddress) -> bool:
     return False
 
 
-def _by_exit_node(topology: Topology, plans: Plans, node: Node, destination: IPAddress) -> Journey:
+def _by_exit_node(topology: Topology, plans: Plans, node: Node, destination: IPAddress) -> Trace:
     """The way by the exit node that `node` uses. Up to there it is that of any other packet for the exit node."""
     nodes = topology.snapshot.nodes
-    exit_node, version = node.way_out, destination.version
+    exit_node, version = node.exit_node, destination.version
 
-    def refused(why: str, path: Path | None = None) -> Journey:
+    def refused(why: str, path: Path | None = None) -> Trace:
         there = Way(source=node.name, destination=str(destination), dropped=why)
         if path is not None and own is not None:
             there = _way(path, node.name, own, destination, topology, plans)
-        return Journey(there=there, unasked="what does not arrive is not answered")
+        return Trace(there=there, unasked="what does not arrive is not answered")
 
     own = node.mesh_address(version)
     if (why := trouble_of(topology, node.name)) is not None:
@@ -451,7 +449,7 @@ def _by_exit_node(topology: Topology, plans: Plans, node: Node, destination: IPA
     if own is None or at_exit is None:
         lacking = node.name if own is None else exit_node
         return refused(
-            f"{lacking} has no IPv{version} address in the mesh, so {node.name} refuses what would leave beside its "
+            f"{lacking} has no IPv{version} address in the mesh, so {node.name} refuses what would bypass its "
             f"exit node {exit_node} in IPv{version}"
         )
     path = walk(plans, topology, node.name, at_exit, sender=own)
@@ -461,41 +459,41 @@ def _by_exit_node(topology: Topology, plans: Plans, node: Node, destination: IPA
         # Its leader, which hands on what is for the internet as it sends its own.
         if hop.source != node.name and (why := trouble_of(topology, hop.source)) is not None:
             return refused(why)
-    if (why := _closed(topology, nodes[exit_node], destination)) is not None:
+    if (why := _blocked(topology, nodes[exit_node], destination)) is not None:
         return refused(why)
     there = _way(
         path, node.name, own, destination, topology, plans,
         leaves=f"{exit_node} sends it on to the internet in its own name",
     )  # fmt: skip
     back = walk(plans, topology, exit_node, own, sender=at_exit)
-    return Journey(there=there, back=_way(back, exit_node, at_exit, own, topology, plans))
+    return Trace(there=there, back=_way(back, exit_node, at_exit, own, topology, plans))
 
 
-def _closed(topology: Topology, exit_node: Node, destination: IPAddress) -> str | None:
-    """Why an exit node does not hand a packet on; None: it does. Of the networks that it stands in, the record has only
-    those of its internal IPs."""
+def _blocked(topology: Topology, exit_node: Node, destination: IPAddress) -> str | None:
+    """Why an exit node does not hand a packet on; None: it does. Of the networks that it is attached to, the record has
+    only those of its internal IPs."""
     own = [ip.network for ip in exit_node.internal_ips if not is_public(ip.network.network_address)]
     shut = (network for network in (*own, *LINK_LOCAL) if network.version == destination.version)
     open_to = (network for network in inside(topology, exit_node.name) if network.version == destination.version)
     if any(destination in network for network in shut) and not any(destination in network for network in open_to):
-        return f"{exit_node.name} leads to the internet, and to nobody in the private networks that it stands in"
+        return f"{exit_node.name} leads to the internet, and not into the private networks that it stands in"
     return None
 
 
 # -- what is met on the way --------------------------------------------------------------------------------------------
 
 
-def met(journeys: tuple[Journey, ...]) -> frozenset[str]:
+def met(traces: tuple[Trace, ...]) -> frozenset[str]:
     """The names on the way."""
-    steps = (step for journey in journeys for way in journey.ways for step in way.steps)
+    steps = (step for trace in traces for way in trace.ways for step in way.steps)
     return frozenset(name for step in steps for name in (step.source, step.target))
 
 
-def ends(journeys: tuple[Journey, ...], snapshot: Snapshot) -> tuple[str, ...]:
-    """The addresses that the hosts on the way try: the mesh addresses of the nodes that the journeys begin and end at
+def ends(traces: tuple[Trace, ...], snapshot: Snapshot) -> tuple[str, ...]:
+    """The addresses that the hosts on the way try: the mesh addresses of the nodes that the traces begin and end at
     and pass, and the internal IPs that are one end of them."""
-    nodes = [snapshot.nodes[name] for name in sorted(met(journeys) & snapshot.nodes.keys())]
+    nodes = [snapshot.nodes[name] for name in sorted(met(traces) & snapshot.nodes.keys())]
     mesh = [str(address) for node in nodes for address in node.mesh_addresses]
     internal = {str(ip.ip) for node in nodes for ip in node.internal_ips}
-    theirs = [way.destination for journey in journeys for way in journey.ways if way.destination in internal]
+    theirs = [way.destination for trace in traces for way in trace.ways if way.destination in internal]
     return tuple(dict.fromkeys((*mesh, *theirs)))

@@ -34,7 +34,7 @@ def _seconds(context: click.Context, parameter: click.Parameter, value: str) -> 
 def wait_command(mesh: Mesh, timeout: float) -> None:
     """Wait until every living agent has applied all that is in etcd now.
 
-    Exit status 1: not in time; who has not is said.
+    Exit status 1: not in time; the hosts that have not are named.
     """
 
     target, living, behind = mesh.ask(partial(applied, timeout=timeout))

@@ -1,7 +1,7 @@
 """WireGuard configurations: what `wg setconf` and `wg-quick` read, made from a topology. Pure.
 
-For a peer: itself and every segment's leader. For a node: what its agent programs. As a peer: one entry for somebody
-else's configuration. A private key stands in it only where the caller gives one.
+For a peer: itself and every segment's leader. For a node: what its agent programs. As a peer: one entry for another
+machine's configuration. It has a private key only if the caller gives one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from attrs import evolve, field, frozen
 from kilo_etcd.model import Endpoint, IPNetwork
 from kilo_etcd.store.records import PeerRecord
 from kilo_etcd.topology import HostPlan, Topology, host_plan, peer_plan
-from kilo_etcd.topology.wayout import by_gateway, by_way_out
+from kilo_etcd.topology.exit_node import by_exit_node, with_exit_node
 
 
 @frozen(kw_only=True)
@@ -37,7 +37,7 @@ class Configuration:
 
 def of_node(topology: Topology, name: str) -> Configuration:
     """The WireGuard of a node as its agent programs it. UnknownNode."""
-    plan = by_way_out(host_plan(topology, name), topology, outside=())
+    plan = with_exit_node(host_plan(topology, name), topology, bypass=())
     return Configuration(
         name=name,
         listen_port=plan.listen_port,
@@ -63,13 +63,13 @@ def _entries(plan: HostPlan) -> tuple[Entry, ...]:
     )
 
 
-def of_peer(topology: Topology, name: str, gateway: str | None = None) -> Configuration:
-    """A peer's own configuration: all of the mesh, by way of the segments' leaders; and by node `gateway`, which must
+def of_peer(topology: Topology, name: str, exit_node: str | None = None) -> Configuration:
+    """A peer's own configuration: all of the mesh, by way of the segments' leaders; and by the exit node, which must
     be usable as one, anything else. KeyError."""
     peer, plan = topology.peers[name], peer_plan(topology, name)
-    if gateway is not None:
-        key = topology.snapshot.nodes[gateway].public_key
-        plan = evolve(plan, peers={**plan.peers, key: by_gateway(plan.peers[key])})
+    if exit_node is not None:
+        key = topology.snapshot.nodes[exit_node].public_key
+        plan = evolve(plan, peers={**plan.peers, key: by_exit_node(plan.peers[key])})
     return Configuration(
         name=name,
         listen_port=peer.endpoint.port if peer.endpoint is not None else None,
@@ -106,7 +106,7 @@ def node_as_peer(topology: Topology, name: str) -> Entry:
 
 
 def peer_as_peer(topology: Topology, name: str) -> Entry:
-    """A peer as an entry for somebody else. KeyError."""
+    """A peer as an entry for another machine. KeyError."""
     peer = topology.peers[name]
     return Entry(
         name=name,

@@ -112,6 +112,6 @@ def __getattr__(name: str) -> object:
         for part in _PARTS:
             module = import_module(f"{__name__}.{part}")
             if hasattr(module, name):
-                globals()[name] = found = getattr(module, name)
-                return found
+                globals()[name] = value = getattr(module, name)
+                return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -25,7 +25,7 @@ class EtcdError(Exception):
     """Something that etcd or the way to it refused or failed; the message is one sentence for the operator."""
 
     kind = "etcd failed"
-    """What sort of failure it is, in a few words; the message says the rest."""
+    """The kind of failure, in a few words; the message has the rest."""
 
 
 class Unavailable(EtcdError):
@@ -318,7 +318,7 @@ class Client(Protocol):
         ...
 
     async def status(self, endpoint: str | None = None) -> Status:
-        """What a member says of itself: the one in use, or the one at `endpoint`."""
+        """The status of a member: the one in use, or the one at `endpoint`."""
         ...
 
 

@@ -3,7 +3,7 @@
 The rules. The endpoint in use is used until it fails. One that failed rests: 50 ms the first time, twice as long each
 time after, 1 s at most, with jitter (half to whole) so that a thousand clients of a member that died do not come
 back in one moment. Those that rest least come first, so a bad endpoint is left at once when there is another, and is
-tried again for ever. To have connected is no success: a frozen member's kernel accepts connections, and a member
+tried again forever. To have connected is no success: a frozen member's kernel accepts connections, and a member
 without quorum answers; only an answer from etcd clears the failures.
 """
 
@@ -27,7 +27,7 @@ def backoff(failures: int, jitter: float) -> float:
 
 
 @define
-class _Record:
+class _EndpointState:
     endpoint: Endpoint
     failures: int = 0
     rests_until: float = 0.0
@@ -39,7 +39,7 @@ class Balancer:
 
     def __init__(self, endpoints: Sequence[Endpoint], rng: random.Random | None = None) -> None:
         self._rng = rng or random.Random()
-        self._records = {endpoint: _Record(endpoint) for endpoint in endpoints}
+        self._records = {endpoint: _EndpointState(endpoint) for endpoint in endpoints}
         self._used = 0
         # Clients with one list of endpoints spread over them.
         shuffled = list(self._records.values())
@@ -50,7 +50,7 @@ class Balancer:
     def order(self, now: float) -> list[tuple[float, Endpoint]]:
         """Every endpoint with the seconds it has yet to rest (0: may be tried now), best first."""
 
-        def rank(record: _Record) -> tuple[float, int, int]:
+        def rank(record: _EndpointState) -> tuple[float, int, int]:
             return max(0.0, record.rests_until - now), record.failures, record.last_used
 
         return [(max(0.0, r.rests_until - now), r.endpoint) for r in sorted(self._records.values(), key=rank)]

@@ -1,6 +1,6 @@
 """Calls: what is sent where, for how long, and when it is tried again.
 
-The rule for trying again, in one place. A request that surely was not acted upon (no connection; the stream
+The rule for trying again, in one place. A request that certainly was not acted upon (no connection; the stream
 refused, or above the last one that a closing member named; the token refused) is tried again whatever it is. A
 request that may have been acted upon is tried again only if it is idempotent: `range`, `status`, `members`, time to
 live, one keepalive, authentication, a transaction that only reads. A put, delete, writing transaction, grant,
@@ -19,7 +19,7 @@ import trio
 
 from .api import Config, EtcdError, Unavailable
 from .auth import Tokens
-from .channel import Channel, Unreachable
+from .channel import Channel, EndpointsUnreachable
 from .connection import Connection, Stream
 from .grpc import (
     Deframer,
@@ -102,7 +102,7 @@ class Caller:
             while True:
                 try:
                     connection = await self.channel.connection()
-                except Unreachable as error:
+                except EndpointsUnreachable as error:
                     if error.permanent:
                         raise error.to_error() from None
                     last = error  # The balancer lets endpoints rest, so this loop does not spin.
@@ -110,11 +110,11 @@ class Caller:
                 token = await self.tokens.get() if auth and self.tokens else ""
                 try:
                     under_way = connection, trio.current_time()
-                    with trio.move_on_after(timeout) as one:
+                    with trio.move_on_after(timeout) as attempt:
 
-                        def more(one: trio.CancelScope = one) -> None:
-                            one.deadline = trio.current_time() + timeout
-                            whole.deadline = max(whole.deadline, one.deadline)
+                        def more(scope: trio.CancelScope = attempt) -> None:
+                            scope.deadline = trio.current_time() + timeout
+                            whole.deadline = max(whole.deadline, scope.deadline)
 
                         raw = await self.attempt(connection, path, request, token, more if idempotent else None)
                         self.channel.succeeded(connection)
@@ -144,7 +144,7 @@ class Caller:
             if not idempotent:
                 raise self._unknown(failure, connection, doing)
             last = last or self.explain(failure, connection, doing)
-        if isinstance(last, Unreachable):
+        if isinstance(last, EndpointsUnreachable):
             last = last.to_error()
         raise last if last else Unavailable(f"etcd did not {doing} within {self.config.call_timeout:g} s; retry")
 
@@ -188,9 +188,9 @@ class Caller:
         return Unavailable(f"etcd at {endpoint} could not {doing}: {failure}; retry")
 
     def _unknown(self, failure: Exception, connection: Connection, doing: Doing) -> EtcdError:
-        said = failure.message if isinstance(failure, StatusError) else str(failure)
+        reason = failure.message if isinstance(failure, StatusError) else str(failure)
         return Unavailable(
-            f"etcd at {connection.endpoint} may or may not have done it ({doing}): {said}; read, then retry"
+            f"etcd at {connection.endpoint} may or may not have done it ({doing}): {reason}; read, then retry"
         )
 
     def _refused(self, status: StatusError, token: str) -> bool:

@@ -24,7 +24,7 @@ from .tls import Lookups, connect
 STAGGER = 0.3
 
 
-class Unreachable(Exception):
+class EndpointsUnreachable(Exception):
     """Each endpoint was tried once, none could be connected to."""
 
     def __init__(self, failures: dict[Endpoint, TransportFailed]) -> None:
@@ -39,7 +39,7 @@ class Unreachable(Exception):
     def to_error(self) -> EtcdError:
         reasons = "; ".join(sorted(f"{endpoint}: {failure.reason}" for endpoint, failure in self.failures.items()))
         if self.permanent:
-            return ConnectionRefusedByTls(f"cannot speak with etcd at {reasons}")
+            return ConnectionRefusedByTls(f"cannot talk to etcd at {reasons}")
         return Unavailable(f"cannot reach etcd at {reasons}")
 
 
@@ -72,7 +72,7 @@ class Channel:
             dial = self._dialling
             await dial.done.wait()
             if dial.connection is None:
-                raise Unreachable(dial.failures)
+                raise EndpointsUnreachable(dial.failures)
 
     @property
     def endpoint(self) -> str | None:

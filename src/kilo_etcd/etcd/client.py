@@ -10,7 +10,7 @@ import trio
 
 from . import api, values
 from .calls import Caller, M, Message
-from .channel import Channel, Unreachable
+from .channel import Channel, EndpointsUnreachable
 from .endpoint import parse_endpoint
 from .grpc import Doing, StatusError, TransportFailed
 from .lease import keep_alive
@@ -39,8 +39,8 @@ class EtcdClient:
         return self._caller.channel.endpoint
 
     async def get(self, key: api.Text, *, serializable: bool = False) -> api.KeyValue | None:
-        found = await self.range(key, serializable=serializable)
-        return found.kvs[0] if found.kvs else None
+        result = await self.range(key, serializable=serializable)
+        return result.kvs[0] if result.kvs else None
 
     async def range(
         self,
@@ -176,24 +176,24 @@ class EtcdClient:
         return watch(self._caller, *prefix_range(prefix), start_revision, True)
 
     async def status(self, endpoint: str | None = None) -> api.Status:
-        """What a member says of itself: the one in use, or the one at `endpoint`. Raises EtcdError."""
+        """The status of a member: the one in use, or the one at `endpoint`. Raises EtcdError."""
         doing = Doing("tell its status")
         path = "/etcdserverpb.Maintenance/Status"
         if endpoint is None:
             return values.status(
                 await self._caller.unary(path, pb.StatusRequest(), pb.StatusResponse, doing, idempotent=True)
             )
-        one = parse_endpoint(endpoint, tls=self._config.tls is not None)
+        parsed = parse_endpoint(endpoint, tls=self._config.tls is not None)
         connection = None
         try:
-            connection = await self._caller.channel.dial_one(one)
+            connection = await self._caller.channel.dial_one(parsed)
             token = await self._caller.tokens.get() if self._caller.tokens else ""
             with trio.move_on_after(self._config.attempt_timeout):
                 answer = await self._caller.attempt(connection, path, pb.StatusRequest(), token)
                 return values.status(pb.StatusResponse.FromString(answer))
             raise TransportFailed(f"no answer within {self._config.attempt_timeout:g} s")
         except TransportFailed as failure:
-            raise Unreachable({one: failure}).to_error() from None
+            raise EndpointsUnreachable({parsed: failure}).to_error() from None
         except StatusError as failure:
             assert connection
             raise self._caller.explain(failure, connection, doing) from None

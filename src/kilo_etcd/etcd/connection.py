@@ -109,7 +109,7 @@ class Connection:
         self.number = next(_numbers)
         self.lost: TransportFailed | None = None
         """Why the connection is of no use any more; set once."""
-        self.last_heard = -math.inf
+        self.last_received = -math.inf
         """trio.current_time() when something last arrived."""
         self.retiring = False
         """Takes no new calls; closes itself with its last stream."""
@@ -218,7 +218,7 @@ class Connection:
                 return self._lose(_why(error), permanent=refused and not self._ready.is_set())
             if not data:
                 return self._lose(self._explain_end())
-            self.last_heard = trio.current_time()
+            self.last_received = trio.current_time()
             self._heard.set()
             if not self._ready.is_set():
                 self._first_bytes = (self._first_bytes + bytes(data))[:9]
@@ -251,7 +251,7 @@ class Connection:
         await self._ready.wait()
         while True:
             now = trio.current_time()
-            quiet_until = self.last_heard + self._ping_interval
+            quiet_until = self.last_received + self._ping_interval
             if now < quiet_until:
                 await trio.sleep(quiet_until - now)
                 continue
@@ -402,15 +402,15 @@ def _why(error: BaseException) -> str:
 def explain_tls(error: ssl.SSLError) -> str:
     """What a TLS failure means and what to do about it, as half a sentence."""
     if isinstance(error, ssl.SSLCertVerificationError):
-        said = error.verify_message or str(error)
+        text = error.verify_message or str(error)
         if error.verify_code in (62, 63, 64):
-            return f"its certificate is for another name ({said}); use a name that the certificate has"
-        return f"its certificate is not trusted ({said}); check --cacert"
-    said = f"{error.reason or ''} {error}".upper().replace(" ", "_")
-    if "CERTIFICATE_REQUIRED" in said or "BAD_CERTIFICATE" in said:
+            return f"its certificate is for another name ({text}); use a name that the certificate has"
+        return f"its certificate is not trusted ({text}); check --cacert"
+    text = f"{error.reason or ''} {error}".upper().replace(" ", "_")
+    if "CERTIFICATE_REQUIRED" in text or "BAD_CERTIFICATE" in text:
         return "it refuses the client certificate, or wants one; check --cert (has it expired?) and --key"
-    if "ALERT_UNKNOWN_CA" in said or "CERTIFICATE_UNKNOWN" in said or "CERTIFICATE_EXPIRED" in said:
+    if "ALERT_UNKNOWN_CA" in text or "CERTIFICATE_UNKNOWN" in text or "CERTIFICATE_EXPIRED" in text:
         return "it refuses the client certificate (unknown CA, or expired); check --cert"
-    if "WRONG_VERSION_NUMBER" in said or "RECORD_LAYER_FAILURE" in said:
+    if "WRONG_VERSION_NUMBER" in text or "RECORD_LAYER_FAILURE" in text:
         return "it does not speak TLS; write the endpoint with http://"
     return f"TLS failed ({error.reason or error})"

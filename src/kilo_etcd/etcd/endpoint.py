@@ -30,7 +30,7 @@ class Endpoint:
 
 
 def _shown(text: str) -> str:
-    """Without user and password, which may stand before an @ and be spelled in any way."""
+    """Without user and password, which may precede an @ and be spelled in any way."""
     return repr(text.rpartition("@")[2])
 
 

@@ -1,7 +1,7 @@
 """gRPC's own rules, sans-io: framing, request headers, status, and what a status of etcd's means to a caller.
 
-A status becomes an exception of `api` here and nowhere else. https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md
-is the source of the framing and of the codes.
+A status becomes an exception of `api` here and nowhere else.
+https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md is the source of the framing and of the codes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Metadata = tuple[tuple[str, str], ...]
 
 
 class TransportFailed(Exception):
-    """The way to the member failed. `processed` False: the request surely was not acted upon; anyone may retry."""
+    """The way to the member failed. `processed` False: the request certainly was not acted upon; anyone may retry."""
 
     def __init__(self, reason: str, *, processed: bool = True, permanent: bool = False) -> None:
         super().__init__(reason)
@@ -109,9 +109,9 @@ def request_headers(path: str, *, authority: str, tls: bool, metadata: Metadata 
 
 def status_of(headers: Iterable[tuple[bytes, bytes]]) -> StatusError | None:
     """The status in trailers; None is OK. Trailers without one are a failure of what stands between."""
-    found = dict(headers)
-    raw = found.get(b"grpc-status")
-    message = unquote_to_bytes(found.get(b"grpc-message", b"")).decode(errors="replace")
+    by_name = dict(headers)
+    raw = by_name.get(b"grpc-status")
+    message = unquote_to_bytes(by_name.get(b"grpc-message", b"")).decode(errors="replace")
     if raw is None:
         return StatusError(UNKNOWN, "the answer ended without a gRPC status")
     code = int(raw) if raw.isdigit() else UNKNOWN
@@ -120,8 +120,8 @@ def status_of(headers: Iterable[tuple[bytes, bytes]]) -> StatusError | None:
 
 def check_response(headers: Iterable[tuple[bytes, bytes]]) -> None:
     """Raise TransportFailed unless these are the first headers of a gRPC answer."""
-    found = dict(headers)
-    status, kind = found.get(b":status", b"?"), found.get(b"content-type", b"")
+    by_name = dict(headers)
+    status, kind = by_name.get(b":status", b"?"), by_name.get(b"content-type", b"")
     if status != b"200" or not kind.startswith(b"application/grpc"):
         raise TransportFailed(
             f"it is not etcd that answers there (HTTP status {status.decode()}, content type {kind.decode() or 'none'})"
@@ -141,28 +141,28 @@ class Doing:
 
 def to_error(status: StatusError, doing: Doing, *, endpoint: str, user: str | None) -> EtcdError:
     """The exception for a status: one sentence for the operator, which ends with what to do where that is known."""
-    code, said = status.code, status.message.removeprefix("etcdserver: ")
+    code, result = status.code, status.message.removeprefix("etcdserver: ")
     who = f"user {user!r}" if user else "this client"
-    if "user name is empty" in said:
+    if "user name is empty" in result:
         return Unauthenticated(f"etcd at {endpoint} has authentication on: give a user and password (--user)")
-    if "authentication failed" in said:
+    if "authentication failed" in result:
         return Unauthenticated(f"etcd at {endpoint} refused {who}: wrong password or no such user; check --user")
     if status.token_refused:
-        return Unauthenticated(f"etcd at {endpoint} does not accept the token it gave {who} ({said})")
-    if code == PERMISSION_DENIED or "permission denied" in said:
+        return Unauthenticated(f"etcd at {endpoint} does not accept the token it gave {who} ({result})")
+    if code == PERMISSION_DENIED or "permission denied" in result:
         return PermissionDenied(
             f"{who} may not {doing} in etcd at {endpoint}: grant it with etcdctl role grant-permission"
         )
-    if "has been compacted" in said:
+    if "has been compacted" in result:
         return Compacted(0)
-    if "lease not found" in said:
+    if "lease not found" in result:
         return LeaseNotFound(f"etcd at {endpoint} has no such lease (expired or revoked): could not {doing}")
-    if "database space exceeded" in said:
+    if "database space exceeded" in result:
         return Full(
-            f"etcd at {endpoint} is full ({said}): could not {doing}; compact, defragment, then etcdctl alarm disarm"
+            f"etcd at {endpoint} is full ({result}): could not {doing}; compact, defragment, then etcdctl alarm disarm"
         )
     if status.leaves_member or code in (CANCELLED, ABORTED, INTERNAL):
-        return Unavailable(f"etcd at {endpoint} could not {doing}: {said}; retry")
+        return Unavailable(f"etcd at {endpoint} could not {doing}: {result}; retry")
     if code in (INVALID_ARGUMENT, NOT_FOUND, ALREADY_EXISTS, FAILED_PRECONDITION, OUT_OF_RANGE, RESOURCE_EXHAUSTED):
-        return BadRequest(f"etcd at {endpoint} refused to {doing}: {said}")
-    return EtcdError(f"etcd at {endpoint} could not {doing}: {said} (gRPC status {code})")
+        return BadRequest(f"etcd at {endpoint} refused to {doing}: {result}")
+    return EtcdError(f"etcd at {endpoint} could not {doing}: {result} (gRPC status {code})")

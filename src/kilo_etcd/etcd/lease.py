@@ -16,7 +16,7 @@ import trio
 
 from .api import EtcdError
 from .calls import Call, Caller
-from .channel import Unreachable
+from .channel import EndpointsUnreachable
 from .grpc import StatusError, TransportFailed
 from .pb import etcd_pb2 as pb
 from .tasks import background
@@ -52,7 +52,7 @@ class LeaseKeeper:
                 try:
                     call = await self._caller.stream(PATH)
                     await self._keep(call)
-                except (Unreachable, TransportFailed, StatusError, EtcdError) as error:
+                except (EndpointsUnreachable, TransportFailed, StatusError, EtcdError) as error:
                     self.last_error = error
                     again = call is None or self._caller.stream_failed(call, error)
                     refused = isinstance(error, StatusError) and not error.leaves_member

@@ -148,22 +148,22 @@ def _is_address(host: str) -> bool:
 
 
 def _explain_tcp(error: OSError) -> str:
-    found: list[BaseException] = [error]
-    for one in found:
-        if isinstance(one, BaseExceptionGroup):
-            found.extend(one.exceptions)
-        elif one.__cause__ is not None:
-            found.append(one.__cause__)
-    for one in found:
-        if (short := descriptors.shortage(one)) is not None:
+    errors: list[BaseException] = [error]
+    for cause in errors:
+        if isinstance(cause, BaseExceptionGroup):
+            errors.extend(cause.exceptions)
+        elif cause.__cause__ is not None:
+            errors.append(cause.__cause__)
+    for cause in errors:
+        if (short := descriptors.shortage(cause)) is not None:
             return short
-    for one in found:
-        if isinstance(one, socket.gaierror):
+    for cause in errors:
+        if isinstance(cause, socket.gaierror):
             # The resolver does not tell: without a descriptor no name has an address.
             if (short := descriptors.exhausted()) is not None:
                 return short
-            return f"its name does not resolve ({one.strerror})"
-    numbers = [one.errno for one in found if isinstance(one, OSError) and one.errno]
+            return f"its name does not resolve ({cause.strerror})"
+    numbers = [one.errno for one in errors if isinstance(one, OSError) and one.errno]
     if errno.ECONNREFUSED in numbers:
         return "connection refused (is etcd running there?)"
     return os.strerror(numbers[0]) if numbers else str(error)

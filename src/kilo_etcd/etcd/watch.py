@@ -6,7 +6,7 @@ batch. `Watcher` is the part that waits; it has no task of its own, so a slow re
 windows and no buffer grows. A read that is cancelled loses nothing.
 
 A progress notice that was asked for is not to be trusted from etcd before 3.4.25 and 3.5.8: it may overtake events
-(etcd issue 15220). From those the batch's `revision` is what has surely been seen, and `header.revision` what the
+(etcd issue 15220). From those the batch's `revision` is what has certainly been seen, and `header.revision` what the
 member said.
 """
 
@@ -22,7 +22,7 @@ import trio
 
 from .api import Compacted, Config, EtcdError, Event, Unavailable, WatchBatch
 from .calls import Call, Caller
-from .channel import Unreachable
+from .channel import EndpointsUnreachable
 from .grpc import PERMISSION_DENIED, UNAUTHENTICATED, UNAVAILABLE, Doing, StatusError, TransportFailed
 from .pb import etcd_pb2 as pb
 from .values import event, header
@@ -81,8 +81,8 @@ class Progress:
 
 def trustworthy(version: str) -> bool:
     """Whether an etcd of this version sends a requested progress notice behind the events before it."""
-    found = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
-    numbers = tuple(map(int, found.groups())) if found else (0, 0, 0)
+    match = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
+    numbers = tuple(map(int, match.groups())) if match else (0, 0, 0)
     return (3, 4, 25) <= numbers < (3, 5, 0) or numbers >= (3, 5, 8)
 
 
@@ -131,7 +131,7 @@ class Watcher:
     async def request_progress(self) -> None:
         self._progress_wanted = True
         if self._progress.created:
-            # Whoever iterates sees the same failure, connects again, and asks again.
+            # The caller that iterates sees the same failure, connects again, and asks again.
             with suppress(TransportFailed, StatusError):
                 await self._ask_progress()
 
@@ -159,7 +159,7 @@ class Watcher:
                         await self._ask_progress()
                 return batch
             raise TransportFailed("etcd did not make the watch in time")
-        except Unreachable as error:
+        except EndpointsUnreachable as error:
             if error.permanent:
                 raise error.to_error() from None
             self._last_failure = error.to_error()

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from kilo_etcd.kernel.chains import Obstacle
 from kilo_etcd.kernel.echo import ANY_SOURCE
-from kilo_etcd.kernel.state import ApplyReport, Backend, Change, Heard, Observed, Route
+from kilo_etcd.kernel.state import ApplyReport, Backend, Change, Observed, PeerActivity, Route
 from kilo_etcd.model import IPAddress
 from kilo_etcd.topology.hostplan import HostPlan
 
@@ -52,8 +52,8 @@ class Kernel(Protocol):
     async def listening(self) -> frozenset[int]:
         """The TCP ports at which something listens here for others, at whatever address that is no loopback's."""
 
-    async def hear(self) -> Heard:
-        """What the WireGuard device says of its peers now: much less to read than all that `observe` does."""
+    async def peer_activity(self) -> PeerActivity:
+        """The state of the WireGuard device's peers now: much less to read than all that `observe` does."""
 
     async def ping(
         self,
@@ -65,21 +65,21 @@ class Kernel(Protocol):
         first: bool = False,
         size: int = 0,
     ) -> Mapping[IPAddress, float]:
-        """Who of `addresses` answers an echo request, and after how many seconds; see `kernel.echo.ping`.
+        """Which of `addresses` answer an echo request, and after how many seconds; see `kernel.echo.ping`.
 
         It waits for no other call. KernelError, with the remedy, if this host may not ping.
         """
 
     async def routes_taken(self, wanted: Mapping[IPAddress, IPAddress | None]) -> Mapping[IPAddress, Route | str]:
-        """The route that the kernel chooses for a packet to each address from the source address beside it, with every
-        rule and table of the host considered; or the kernel's own words if it refuses such a packet. None: the kernel
+        """The route that the kernel chooses for a packet to each address from the source address with it, with every
+        rule and table of the host considered; or the kernel's own error if it refuses such a packet. None: the kernel
         chooses the source address too."""
 
     async def resolved(self, addresses: Collection[IPAddress]) -> frozenset[IPAddress]:
         """Which of `addresses` have answered on a link of this host: their link-layer addresses are known (ARP, ND)."""
 
     async def wait_drift(self) -> str:
-        """Return, with a word on what happened, when somebody else has changed something of ours.
+        """Return, with a short text on what happened, when somebody else has changed something of ours.
 
         The caller then calls `apply` again. One task at a time may wait.
         """
@@ -87,5 +87,5 @@ class Kernel(Protocol):
     async def wait_moved(self) -> None:
         """Return when an address of the host or a default route has come or gone: it may be reached otherwise now.
 
-        It hears of that while somebody waits in `wait_drift`. One task at a time may wait.
+        It learns of that while a task waits in `wait_drift`. One task at a time may wait.
         """

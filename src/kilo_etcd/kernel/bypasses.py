@@ -1,4 +1,4 @@
-"""Rules of others that stand before those of `encrypted`, and by which packets for nodes leave in clear. Pure.
+"""Finds other programs' rules that precede those of `encrypted`, and by which packets for nodes leave in clear. Pure.
 
 The kernel asks rules in the order of their priorities, so an operator's rule before ours wins: by a table of its own,
 or by the main one with `suppress_prefixlength`, it leads packets past the tunnel. The other node refuses them. Rules
@@ -38,7 +38,7 @@ def suspects(plan: HostPlan, rules: Iterable[ForeignRule], interface: str) -> li
 
 
 def bypasses(
-    plan: HostPlan, found: Iterable[tuple[ForeignRule, Iterable[Route]]], interface: str, devices: Iterable[str]
+    plan: HostPlan, tables: Iterable[tuple[ForeignRule, Iterable[Route]]], interface: str, devices: Iterable[str]
 ) -> Iterator[str]:
     """A sentence for each rule, of `suspects`, by which packets leave in clear. With each, the routes that it leads to;
     `devices` are ours."""
@@ -47,7 +47,7 @@ def bypasses(
         return
     _, ours = rule_priorities(interface)
     own = {"", "lo", *devices}
-    for rule, routes in found:
+    for rule, routes in tables:
         ways = [
             route
             for route in routes
@@ -56,7 +56,7 @@ def bypasses(
         ]  # fmt: skip
         near = [
             network.network_address
-            for network in sorted({*wanted.send, *wanted.hold}, key=lambda one: (one.version, one))
+            for network in sorted({*wanted.send, *wanted.hold}, key=lambda each: (each.version, each))
             if network.version == rule.version
             and (rule.destination is None or network.network_address in rule.destination)
             and not _outside(rule, network.network_address, plan)
@@ -66,7 +66,7 @@ def bypasses(
             more = f" and {len(near) - 1} more addresses of nodes" if len(near) > 1 else ", the address of a node,"
             what = f"packets with {rule.limits}" if rule.limits else "packets"
             yield (
-                f"a rule stands before the one that encrypts (priority {ours}), so that {what} for {near[0]}{more} "
+                f"a rule precedes the one that encrypts (priority {ours}), so that {what} for {near[0]}{more} "
                 f"leave in clear: {rule}; give it a priority of 10700 or above, or take these addresses out of it"
             )
 
@@ -78,15 +78,15 @@ def _outside(rule: ForeignRule, address: IPAddress, plan: HostPlan) -> bool:
     udp = (plan.listen_port, *wanted.talk)
     from_here = {(IPPROTO_TCP, port) for port in wanted.etcd_here} | {(IPPROTO_UDP, port) for port in udp}
     to_there = {(IPPROTO_TCP, port) for where, port in wanted.etcd if where == address}
-    for one in wanted.clear:
-        if address in one.network:
-            protocol = protocol_of(one)
-            if one.port is None:
+    for exemption in wanted.clear:
+        if address in exemption.network:
+            protocol = protocol_of(exemption)
+            if exemption.port is None:
                 if rule.protocol == protocol:
                     return True
             else:
-                from_here.add((protocol, one.port))
-                to_there.add((protocol, one.port))
+                from_here.add((protocol, exemption.port))
+                to_there.add((protocol, exemption.port))
     return _within(rule, rule.sports, from_here) or _within(rule, rule.dports, to_there)
 
 

@@ -45,19 +45,21 @@ class Condition:
 
     def matches(self, packet: Packet) -> bool | None:
         """None: it cannot be told."""
-        found: bool | None = None
+        fits: bool | None = None
         match self.kind:
             case "iif" | "oif":
                 name = packet.iif if self.kind == "iif" else packet.oif
                 wanted = self.value if isinstance(self.value, tuple) else (str(self.value),)
-                found = any(name.startswith(one[:-1]) if one.endswith("*") else name == one for one in wanted)
+                fits = any(
+                    name.startswith(pattern[:-1]) if pattern.endswith("*") else name == pattern for pattern in wanted
+                )
             case "version":
-                found = packet.version == self.value
+                fits = packet.version == self.value
             case "new":
-                found = bool(self.value)
+                fits = bool(self.value)
             case "saddr" | "daddr":
-                found = _within(self.value, packet)
-        return found if found is None or self.equal else not found
+                fits = _within(self.value, packet)
+        return fits if fits is None or self.equal else not fits
 
 
 def _within(network: object, packet: Packet) -> bool | None:
@@ -80,8 +82,8 @@ class FilterRule:
 
     def matches(self, packet: Packet) -> bool | None:
         """None: it cannot be told."""
-        found = [condition.matches(packet) for condition in self.conditions]
-        return False if False in found else None if None in found else True
+        fits = [condition.matches(packet) for condition in self.conditions]
+        return False if False in fits else None if None in fits else True
 
 
 @frozen(kw_only=True)
@@ -178,7 +180,7 @@ def obstacles(
 ) -> tuple[Obstacle, ...]:
     """What drops `sent`, a sentence for each chain. `opening`: the agent has --forward-rules."""
     sent = tuple(sent)
-    found = []
+    result = []
     for chain in chains:
         answers = [(packet, drops(chain, packet)) for packet in sent]
         hit = [(packet, answer) for packet, answer in answers if answer is not False]
@@ -189,7 +191,7 @@ def obstacles(
         devices = sorted({name for packet, _ in hit for name in (packet.iif, packet.oif)} - {interface})
         families = " and ".join(f"IPv{version}" for version in sorted({packet.version for packet, _ in hit}))
         how = "its policy is to drop" if chain.drops else "a rule there drops what no other accepts"
-        found.append(
+        result.append(
             Obstacle(
                 f"the firewall {'drops' if certain else 'may drop'} what this host forwards between {interface} and "
                 f"{', '.join(devices)} ({families}), in {chain} ({how}): "
@@ -198,11 +200,11 @@ def obstacles(
                 frozenset(packet.version for packet in sent) - passing,
             )
         )
-    return tuple(found)
+    return tuple(result)
 
 
 def remedy(chain: BaseChain, interface: str, devices: Iterable[str], *, opening: bool) -> str:
-    """What lets mesh packets through, in the words of whoever keeps the chain."""
+    """What lets mesh packets through, in the syntax of the program that keeps the chain."""
     names = " ".join((chain.table, chain.name, *chain.chains))
     if chain.table == "firewalld":
         words = " ".join(f"--add-interface={name}" for name in (interface, *devices))

@@ -69,7 +69,7 @@ def parts(plan: HostPlan, interface: str, ipip: str, strict: Collection[str], fo
             Chain(name=_SIZES, kind="filter", hook="forward", priority=NF_PRIORITIES["mangle"]),
         ]
         for version in versions:
-            hosts = (one.network_address for one in wanted.known if one.prefixlen == one.max_prefixlen)
+            hosts = (network.network_address for network in wanted.known if network.prefixlen == network.max_prefixlen)
             known = (*wanted.sources, *hosts)
             sets.append(AddressSet(name=f"known{version}", version=version, addresses=_of(known, version)))
         rules += _outgoing(wanted, devices, versions)
@@ -165,17 +165,17 @@ def _network(network: IPNetwork, side: str) -> _Match:
     return nft.match_network(network, side), f"{_FAMILY[network.version]} {side} {network}"
 
 
-def _exempted(one: Exemption) -> Iterator[Rule]:
-    source, protocol = _network(one.network, "saddr"), protocol_of(one)
-    if one.port is None:
+def _exempted(exemption: Exemption) -> Iterator[Rule]:
+    source, protocol = _network(exemption.network, "saddr"), protocol_of(exemption)
+    if exemption.port is None:
         what: _Match = (nft.match_protocol(protocol), f"meta l4proto {protocol}")
         yield _rule(_FILTER, source, what, then=_ACCEPT)
         return
-    yield _rule(_FILTER, source, _port(protocol, "dport", one.port), then=_ACCEPT)
-    if one.protocol == "tcp":
-        yield _rule(_FILTER, source, _port(protocol, "sport", one.port), _OPENS_NOTHING, then=_ACCEPT)
+    yield _rule(_FILTER, source, _port(protocol, "dport", exemption.port), then=_ACCEPT)
+    if exemption.protocol == "tcp":
+        yield _rule(_FILTER, source, _port(protocol, "sport", exemption.port), _OPENS_NOTHING, then=_ACCEPT)
     else:
-        yield _rule(_FILTER, source, _port(protocol, "sport", one.port), then=_ACCEPT)
+        yield _rule(_FILTER, source, _port(protocol, "sport", exemption.port), then=_ACCEPT)
 
 
 def _outgoing(wanted: Encryption, devices: Collection[str], versions: Collection[int]) -> Iterator[Rule]:

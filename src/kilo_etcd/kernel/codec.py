@@ -5,7 +5,7 @@ for all messages of one *shape*: of one class, with the same attributes of the s
 message of a shape; the messages after it are the same bytes with other values in the places of the first one's
 (`Writer`). Reading is likewise: the first message of a shape is cut at its attributes' headers, and those after it at
 the same places if all these headers are the same bytes (`Reader`). What an attribute's number means, and which fields
-stand before the attributes, is said by pyroute2's class. Its own reading is not used: it logs a traceback where a value
+precede the attributes, is in pyroute2's class. Its own reading is not used: it logs a traceback where a value
 is odd, and does not always return.
 
 The caller says what a value looks like as bytes; for each new shape it is checked that pyroute2 packs the same

@@ -2,8 +2,8 @@
 
 The order of the changes is make before break:
 
-1. the fences around the mesh's subnets, the device, its addresses and MTU, our nftables table, and the IPIP device
-   that it guards, so that nothing later lacks what it needs;
+1. the unreachable routes for the mesh's subnets, the device, its addresses and MTU, our nftables table, and the IPIP
+   device that it guards, so that nothing later lacks what it needs;
 2. one run of WireGuard changes, which the kernel layer sends as one transaction: peers that come, and allowed IPs
    that move to a peer (which takes them from the peer that had them, with no moment in between);
 3. forwarding and the device up, reverse-path checks, then routes: added, or replaced by one message each; the main
@@ -27,11 +27,12 @@ from ipaddress import ip_network
 from attrs import evolve, frozen
 
 from kilo_etcd.kernel import encrypted, policy
-from kilo_etcd.kernel.effect import apply_changes
 from kilo_etcd.kernel.errors import collision, shadow
+from kilo_etcd.kernel.exit_node import MARK, route_of
 from kilo_etcd.kernel.firewall import table_for
-from kilo_etcd.kernel.forward import AddForward, DeleteForward, mark, rules_for
+from kilo_etcd.kernel.forward import AddForward, DeleteForward, comment_prefix, rules_for
 from kilo_etcd.kernel.openings import AddOpening, DeleteOpening, openings_for
+from kilo_etcd.kernel.predict import apply_changes
 from kilo_etcd.kernel.state import (
     KERNEL_PROTOCOL,
     MAIN_TABLE,
@@ -62,12 +63,11 @@ from kilo_etcd.kernel.state import (
     StartUserspace,
     Target,
     Unanswered,
-    fence_around,
     reverse_path,
+    unreachable_route,
 )
 from kilo_etcd.kernel.table import DeleteTable, ReplaceTable, Table, element_changes
 from kilo_etcd.kernel.unanswered import accounts, next_endpoint
-from kilo_etcd.kernel.wayout import MARK, route_of
 from kilo_etcd.model import SESSION_SECONDS, Endpoint, IPNetwork
 from kilo_etcd.topology.hostplan import HostPlan, PeerPlan, RoutePlan, Via
 from kilo_etcd.topology.segments import changes as changed_keys
@@ -126,7 +126,11 @@ def difference(
     opened, closed = _forward_rules(plan, base, target, failures)
     wanted_table = _wanted_table(plan, base, target)
     changes = (
-        *(AddRoute(fence_around(network)) for network in plan.fences if network not in base.fences),
+        *(
+            AddRoute(unreachable_route(network))
+            for network in plan.unreachable_routes
+            if network not in base.unreachable_routes
+        ),
         *device,
         *_addresses(plan, base, target),
         *_table(wanted_table, base.table),
@@ -139,7 +143,10 @@ def difference(
         *led,
         *led_no_more,
         *stale,
-        *(DeleteRoute(fence_around(network)) for network in sorted(base.fences.difference(plan.fences), key=str)),
+        *(
+            DeleteRoute(unreachable_route(network))
+            for network in sorted(base.unreachable_routes.difference(plan.unreachable_routes), key=str)
+        ),
         *_removals(plan, base, target),
         *([] if base.table is None or wanted_table is not None else [DeleteTable(base.table.name)]),
         *closed,
@@ -177,8 +184,8 @@ def remember(
     for key in news:
         peer = plan.peers.get(key)
         known: Endpoint | None = None
-        # What hearsay says may never have been set, and may have been over what was: nothing is known then.
-        if peer is not None and not peer.hearsay and key not in lost:
+        # An observed endpoint may never have been set, and may have been set over what was: nothing is known then.
+        if peer is not None and not peer.observed and key not in lost:
             known = _address(peer) or (None if key in created else memory.endpoints.get(key))
         # Where none was ever set, one may have been learnt: that is for `_endpoint` to find out.
         if known is not None:
@@ -197,25 +204,25 @@ def remember(
 def _former(
     memory: Memory, endpoints: Mapping[str, Endpoint | None], made: Iterable[Change], now: float
 ) -> dict[str, Former]:
-    found = {key: one for key, one in memory.former.items() if now <= one.until and key in endpoints}
+    former = {key: one for key, one in memory.former.items() if now <= one.until and key in endpoints}
     for change in made:
         if not isinstance(change, SetPeer) or (change.endpoint is None and not change.new):
             continue
         key = change.public_key
-        earlier, before, stated = found.pop(key, None), memory.endpoints.get(key), endpoints.get(key)
+        earlier, before, stated = former.pop(key, None), memory.endpoints.get(key), endpoints.get(key)
         if change.new or stated is None or before is None:
             continue
         if before != stated:
             known = {before} if earlier is None else {before, *earlier.endpoints}
-            found[key] = Former(frozenset(known - {stated}), now, now + FORMER_SECONDS, SET_AGAIN)
+            former[key] = Former(frozenset(known - {stated}), now, now + FORMER_SECONDS, SET_AGAIN)
         elif earlier is not None and earlier.again > 1:
-            found[key] = evolve(earlier, since=now, again=earlier.again - 1)
-    return found
+            former[key] = evolve(earlier, since=now, again=earlier.again - 1)
+    return former
 
 
 def may_go_back(memory: Memory, now: float) -> bool:
     """Whether WireGuard may take a late packet for roaming, so that its endpoints are to be looked at."""
-    return any(now <= one.until for one in memory.former.values())
+    return any(now <= former.until for former in memory.former.values())
 
 
 def is_drift(change: Change, observed: Observed, memory: Memory = _NOTHING) -> bool:
@@ -228,11 +235,12 @@ def is_drift(change: Change, observed: Observed, memory: Memory = _NOTHING) -> b
 
 
 def must_look(plan: HostPlan, settled: HostPlan | None, memory: Memory = _NOTHING) -> bool:
-    """Whether `difference` needs to know whom the device has heard, which nobody reports. `settled` as there."""
+    """Whether `difference` needs to know of which peers the device has recent handshakes, of which there is no event.
+    `settled` as there."""
     news: Iterable[str] = plan.peers if settled is None else changed_keys(settled.peers, plan.peers)
     peers = (plan.peers.get(key) for key in news)
     return any(
-        (peer.hearsay and peer.endpoint is not None)
+        (peer.observed and peer.endpoint is not None)
         or _both_private(memory.endpoints.get(peer.public_key), _address(peer))
         for peer in peers
         if peer is not None
@@ -262,10 +270,10 @@ def _addresses(plan: HostPlan, observed: Observed, target: Target) -> Iterator[C
             yield AddAddress(target.interface, address)
 
 
-def _table(wanted: Table | None, found: Table | None) -> Iterator[Change]:
-    if wanted is None or wanted == found:
+def _table(wanted: Table | None, table: Table | None) -> Iterator[Change]:
+    if wanted is None or wanted == table:
         return
-    moved = None if found is None else element_changes(found, wanted)
+    moved = None if table is None else element_changes(table, wanted)
     if moved is None:
         yield ReplaceTable(wanted)
     else:
@@ -321,13 +329,15 @@ def _wireguard(
     gaining: list[SetPeer] = []
     gained = cache(lambda: _gained(peers, observed))
     for peer in peers:
-        found = observed.peers.get(peer.public_key)
-        if found is not None and (peer.public_key in reset or _is_stuck(peer, found, observed, memory, target)):
+        observed_peer = observed.peers.get(peer.public_key)
+        if observed_peer is not None and (
+            peer.public_key in reset or _is_stuck(peer, observed_peer, observed, memory, target)
+        ):
             gaining.append(_new_peer(peer, target, reset=True))
             continue
-        change = _peer(peer, found, observed, memory, target, gained)
-        if change is None and found is not None and (endpoint := _address(peer)) is not None:
-            change = _out_of_the_tunnel(plan, found, endpoint, target)
+        change = _peer(peer, observed_peer, observed, memory, target, gained)
+        if change is None and observed_peer is not None and (endpoint := _address(peer)) is not None:
+            change = _out_of_the_tunnel(plan, observed_peer, endpoint, target)
         if change is None:
             continue
         if change.replace_allowed_ips and not change.new:
@@ -338,13 +348,13 @@ def _wireguard(
 
 
 def _marks(plan: HostPlan) -> bool:
-    """Whether WireGuard's packets need our mark."""
-    return plan.encryption is not None or (plan.way_out is not None and not plan.way_out.held)
+    """Whether WireGuard's packets need our fwmark."""
+    return plan.encryption is not None or (plan.exit_route is not None and not plan.exit_route.held)
 
 
 def _unmarked(plan: HostPlan, observed: Observed, target: Target) -> Iterator[Change]:
-    """Takes the mark away if it is ours and no rule asks for it any more. An operator's own stays."""
-    held = plan.way_out is not None and plan.way_out.held
+    """Removes the fwmark if it is ours and no rule asks for it any more. An operator's own stays."""
+    held = plan.exit_route is not None and plan.exit_route.held
     if observed.mark == MARK and not held and not _marks(plan):
         yield SetDevice(name=target.interface, mark=0)
 
@@ -363,7 +373,7 @@ def _tightened(plan: HostPlan, observed: Observed, target: Target) -> Iterator[C
 
 
 def _gained(peers: Collection[PeerPlan], observed: Observed) -> frozenset[IPNetwork]:
-    """The networks that some peer gains, so that who had them need not be told."""
+    """The networks that some peer gains, so that the former holder need not be written."""
     return frozenset(
         network
         for peer in peers
@@ -426,7 +436,7 @@ def _address(peer: PeerPlan) -> Endpoint | None:
 
 def _out_of_the_tunnel(plan: HostPlan, peer: ObservedPeer, wanted: Endpoint, target: Target) -> SetPeer | None:
     """The planned endpoint in place of one that was learnt, if a route of the plan leads there into the tunnel: what
-    WireGuard sends there would never leave the host, and the other end has no reason to be heard from elsewhere."""
+    WireGuard sends there would never leave the host, and the other end has no reason to send from elsewhere."""
     learnt = None if peer.endpoint is None else peer.endpoint.address
     if learnt is None or peer.endpoint == wanted or not plan.leads_into_tunnel(learnt):
         return None
@@ -444,7 +454,7 @@ def _went_back(peer: ObservedPeer, observed: Observed, memory: Memory) -> Former
 def _is_stuck(plan: PeerPlan, peer: ObservedPeer, observed: Observed, memory: Memory, target: Target) -> bool:
     """Whether the peer goes back to its former endpoint however often the new one is set: packets of its session come
     from there without a pause. Where both ends find that, one resets first: both at once would hinder each other."""
-    if plan.hearsay or memory.endpoints.get(plan.public_key) != _address(plan):
+    if plan.observed or memory.endpoints.get(plan.public_key) != _address(plan):
         return False
     former = _went_back(peer, observed, memory)
     return former is not None and former.again <= (2 if target.public_key < peer.public_key else 1)
@@ -466,13 +476,13 @@ def _endpoint(plan: PeerPlan, peer: ObservedPeer, observed: Observed, memory: Me
         return None if wanted.address.version in observed.lacking else wanted
     in_use = peer.last_handshake and observed.time - peer.last_handshake < SESSION_SECONDS
     stated = memory.endpoints.get(plan.public_key)
-    if stated is not None and not plan.hearsay:
+    if stated is not None and not plan.observed:
         if in_use and peer.endpoint.public and _both_private(stated, wanted):
             return None  # It is behind NAT: what changed behind that is not where it is heard, and has its turn later.
         if stated != wanted or _went_back(peer, observed, memory):
             return wanted
         return next_endpoint(memory.unanswered.get(plan.public_key), peer, wanted, observed.time)
-    # Adopted from a former run, or known from hearsay: an endpoint in use may have been learnt, which is better.
+    # Adopted from a former run, or an observed endpoint: an endpoint in use may have been learnt, which is better.
     if peer.endpoint == wanted or in_use:
         return None
     return wanted
@@ -495,20 +505,20 @@ def route_for(plan: RoutePlan, target: Target) -> Route:
     return route_of(plan, target.interface, target.protocol)
 
 
-def fulfils(found: Route, wanted: Route, target: Target) -> bool:
+def fulfils(route: Route, wanted: Route, target: Target) -> bool:
     """Whether a route found is the one wanted. Which device leads to a gateway on the underlay is the kernel's."""
-    if (found.gateway, found.source, found.protocol) != (wanted.gateway, wanted.source, target.protocol):
+    if (route.gateway, route.source, route.protocol) != (wanted.gateway, wanted.source, target.protocol):
         return False
     if wanted.device:
-        return found.device == wanted.device
-    return found.device not in (target.interface, target.ipip)
+        return route.device == wanted.device
+    return route.device not in (target.interface, target.ipip)
 
 
 def _routes(
     plan: HostPlan, observed: Observed, target: Target, failures: list[Failure], settled: HostPlan | None
 ) -> tuple[list[Change], list[Change]]:
     made: list[Change] = []
-    stale: list[Change] = [DeleteRoute(route) for route in observed.stray_routes]
+    stale: list[Change] = [DeleteRoute(route) for route in observed.duplicate_routes]
     kept: set[IPNetwork] = set()
     wanted_routes, found_routes = plan.routes, observed.routes
     if settled is not None:
@@ -524,10 +534,10 @@ def _routes(
             continue
         kept.add(destination)
         wanted = route_for(planned, target)
-        found = found_routes.get(destination)
-        if found is None:
+        present = found_routes.get(destination)
+        if present is None:
             made.append(AddRoute(wanted))
-        elif not fulfils(found, wanted, target):
+        elif not fulfils(present, wanted, target):
             made.append(ReplaceRoute(wanted))
     stale.extend(DeleteRoute(route) for destination, route in found_routes.items() if destination not in kept)
     return made, stale
@@ -536,8 +546,10 @@ def _routes(
 def superseded(failed: Iterable[Change], observed: Observed) -> tuple[Change, ...]:
     """What to do after changes have failed: a route that could not be replaced leads where no packet is to go now."""
     replaced = [change.route for change in failed if isinstance(change, ReplaceRoute)]
-    there = [(observed.routes if one.table == MAIN_TABLE else observed.policy.table(one.table).routes, one.destination)
-             for one in replaced]  # fmt: skip
+    there = [
+        (observed.routes if route.table == MAIN_TABLE else observed.policy.table(route.table).routes, route.destination)
+        for route in replaced
+    ]
     return tuple(DeleteRoute(routes[destination]) for routes, destination in there if destination in routes)
 
 
@@ -577,12 +589,12 @@ def _forward_rules(
     made: list[Change] = [AddForward(rule) for rule in wanted if rule not in observed.forward_rules]
     stale: list[Change] = [DeleteForward(rule) for rule in observed.forward_rules.difference(wanted)]
     openings = (
-        openings_for(plan, target.interface, target.ipip, observed.dropping, mark(target.interface))
+        openings_for(plan, target.interface, target.ipip, observed.dropping, comment_prefix(target.interface))
         if target.forward_rules
         else ()
     )
-    made += [AddOpening(one) for one in openings if one not in observed.openings]
-    stale += [DeleteOpening(one) for one in observed.openings.difference(openings)]
+    made += [AddOpening(opening) for opening in openings if opening not in observed.openings]
+    stale += [DeleteOpening(opening) for opening in observed.openings.difference(openings)]
     return made, sorted(stale, key=str)
 
 
@@ -592,7 +604,7 @@ def _impossible(route: RoutePlan) -> str | None:
     if route.way is Via.TUNNEL:
         return None
     if route.gateway is None:
-        return f"the route to {route.destination} has no gateway, although it does not lead into the tunnel"
+        return f"the route to {route.destination} has no exit node, although it does not lead into the tunnel"
     if route.destination.version == 6 and route.gateway.version == 4:
         return (
             f"{route.destination} cannot be reached via {route.gateway}: IPv6 needs an IPv6 gateway; "

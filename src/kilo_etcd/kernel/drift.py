@@ -1,13 +1,14 @@
-"""Which of the kernel's events mean that somebody changed what is ours. Pure: events are bytes, the answer is a word.
+"""Which of the kernel's events mean that somebody changed what is ours. Pure: events are bytes, the answer is a short
+text.
 
 The kernel reports our own changes too; routes, of which there may be thousands, it keeps to itself if we have set them
-(`netlink.Listener.leave_out`). The others are told apart by comparing with the state that we believe in *after* our
-changes: what appears as we set it, or goes where we want none, is no news. So a steady host causes no reading, and at
-worst one reading too many is made.
+(`netlink.Listener.leave_out`). The others are told apart by comparing with the state that we expect *after* our
+changes: what appears as we set it, or goes where we want none, is no news. So an unchanged host causes no reading, and
+at worst one reading too many is made.
 
 WireGuard reports nothing of its peers: `device_period` is how often its device is worth a look.
 
-IPv4 routes vanish without a word when their device goes down or an address is removed, so those events count as well,
+IPv4 routes vanish without an event when their device goes down or an address is removed, so those events count as well,
 where a route of ours leaves by that device.
 """
 
@@ -16,19 +17,19 @@ from __future__ import annotations
 from collections.abc import Container, Iterable
 
 from kilo_etcd.kernel.diff import fulfils
+from kilo_etcd.kernel.exit_node import same_way
 from kilo_etcd.kernel.policy import own_tables
 from kilo_etcd.kernel.read import rtnl as replies
 from kilo_etcd.kernel.state import (
-    FENCE_METRIC,
     MAIN_TABLE,
     ROUTE_PROTOCOL,
+    UNREACHABLE_METRIC,
     AddressScope,
     Link,
     Observed,
     Target,
     is_ours,
 )
-from kilo_etcd.kernel.wayout import same_way
 from kilo_etcd.model import IPAddress, IPInterface, IPNetwork
 
 LOOK_SECONDS, LOOK_SECONDS_PER_PEER = 0.5, 0.0005
@@ -40,7 +41,7 @@ def device_period(peers: int) -> float:
     return LOOK_SECONDS + LOOK_SECONDS_PER_PEER * peers
 
 
-class Whereabouts:
+class AddressEvents:
     """Where the host can be reached, as far as events have told: its addresses and its default routes.
 
     A router advertisement has the kernel report the same address and the same route again, every few seconds with some
@@ -64,15 +65,15 @@ class Whereabouts:
         Addresses on our own devices, whose indexes are `own`, do not count.
         """
         if kind in (replies.NEWADDR, replies.DELADDR):
-            found = replies.read_address(body, {})
-            if found is None or found.scope is not AddressScope.GLOBAL or found.index in own:
+            address = replies.read_address(body, {})
+            if address is None or address.scope is not AddressScope.GLOBAL or address.index in own:
                 return False
-            key = found.index, found.address
+            key = address.index, address.address
             if kind == replies.DELADDR:
                 self._addresses.pop(key, None)
                 return True
-            before, self._addresses[key] = self._addresses.get(key), found.deprecated
-            return before is not found.deprecated
+            before, self._addresses[key] = self._addresses.get(key), address.deprecated
+            return before is not address.deprecated
         if kind in (replies.NEWROUTE, replies.DELROUTE):
             route = replies.read_route(body)
             if route is None or route.destination.prefixlen or route.table != MAIN_TABLE:
@@ -86,7 +87,7 @@ class Whereabouts:
         return False
 
 
-def bends_ways(kind: int, body: bytes, own: Container[int]) -> bool:
+def affects_path(kind: int, body: bytes, own: Container[int]) -> bool:
     """Whether an event says that packets to a peer may go another way now, or one with another MTU.
 
     Our own routes and what happens on our own devices, whose indexes are `own`, do not count.
@@ -99,7 +100,7 @@ def bends_ways(kind: int, body: bytes, own: Container[int]) -> bool:
     return False
 
 
-class Watch:
+class DriftWatch:
     """What is believed of the host, and how events bear on it."""
 
     def __init__(
@@ -142,13 +143,13 @@ class Watch:
         return None
 
     def _setting(self, body: bytes) -> str | None:
-        found = replies.read_forwarding(body)
-        if found is not None and not found[1] and found[0] in self.observed.forwarding:
-            return f"forwarding of IPv{found[0]} was switched off"
+        setting = replies.read_forwarding(body)
+        if setting is not None and not setting[1] and setting[0] in self.observed.forwarding:
+            return f"forwarding of IPv{setting[0]} was switched off"
         if not self.observed.underlay:
             return None
-        if found is not None and found[1] and found[0] not in self.observed.forwarding:
-            return f"forwarding of IPv{found[0]} was switched on"
+        if setting is not None and setting[1] and setting[0] not in self.observed.forwarding:
+            return f"forwarding of IPv{setting[0]} was switched on"
         if (index := replies.read_strict(body)) is None:
             return None
         name = "all" if index == replies.EVERY else self.links[index].name if index in self.links else ""
@@ -189,44 +190,44 @@ class Watch:
         return None
 
     def _address(self, kind: int, body: bytes) -> str | None:
-        found = replies.read_address(body, self.links)
+        address = replies.read_address(body, self.links)
         own = self.observed.link
-        if found is None or found.scope is AddressScope.LINK:
+        if address is None or address.scope is AddressScope.LINK:
             return None
-        if own is not None and found.index == own.index:
-            if kind == replies.DELADDR and found.address in self.observed.addresses:
-                return f"address {found.address} was removed from {own.name}"
-            if kind == replies.NEWADDR and found.address not in self.observed.addresses:
-                return f"address {found.address} was added to {own.name}"
+        if own is not None and address.index == own.index:
+            if kind == replies.DELADDR and address.address in self.observed.addresses:
+                return f"address {address.address} was removed from {own.name}"
+            if kind == replies.NEWADDR and address.address not in self.observed.addresses:
+                return f"address {address.address} was added to {own.name}"
             return None
-        if kind == replies.DELADDR and self._leads(found.index, found.interface):
-            return f"address {found.address} was removed from {found.interface}"
+        if kind == replies.DELADDR and self._leads(address.index, address.interface):
+            return f"address {address.address} was removed from {address.interface}"
         if kind == replies.NEWADDR and self.failing:
-            return f"address {found.address} was added to {found.interface}"
+            return f"address {address.address} was added to {address.interface}"
         return None
 
     def _route(self, kind: int, body: bytes) -> str | None:
-        found = replies.read_route(body)
-        if found is not None and found.table in self._tables:
-            return self._own_table(kind, found)
-        if found is None or found.table != MAIN_TABLE:
+        read = replies.read_route(body)
+        if read is not None and read.table in self._tables:
+            return self._own_table(kind, read)
+        if read is None or read.table != MAIN_TABLE:
             return None
-        destination = found.destination
-        if found.fence:
-            wanted = destination in self.observed.fences
+        destination = read.destination
+        if read.unreachable:
+            wanted = destination in self.observed.unreachable_routes
             if self.target.protocol != ROUTE_PROTOCOL or (kind == replies.NEWROUTE) is wanted:
                 return None
-            return f"the fence around {destination} was {'removed' if kind == replies.DELROUTE else 'added'}"
+            return f"the unreachable route for {destination} was {'removed' if kind == replies.DELROUTE else 'added'}"
         expected = self.observed.routes.get(destination)
-        link = self.links.get(found.index)
+        link = self.links.get(read.index)
         device = link.name if link is not None else ""
-        if not is_ours(found.protocol, device, own=self.target.protocol, interface=self.target.interface):
+        if not is_ours(read.protocol, device, own=self.target.protocol, interface=self.target.interface):
             if kind == replies.NEWROUTE and expected is not None:
-                return f"somebody set a route to {destination}"
+                return f"another program set a route to {destination}"
             if kind == replies.DELROUTE and destination in self.collisions:
                 return f"the route to {destination} that was in the way is gone"
             return None
-        route = found.route({} if link is None else {found.index: link.name})
+        route = read.route({} if link is None else {read.index: link.name})
         if kind == replies.NEWROUTE:
             if expected is None:
                 return f"a route to {destination} with our protocol was added"
@@ -237,14 +238,14 @@ class Watch:
             return f"the route to {destination} was removed"
         return None
 
-    def _own_table(self, kind: int, found: replies.FoundRoute) -> str | None:
-        link = self.links.get(found.index)
-        route = found.route({} if link is None else {found.index: link.name})
-        table = self.observed.policy.table(found.table)
-        expected = (table.last if found.metric == FENCE_METRIC else table.routes).get(found.destination)
+    def _own_table(self, kind: int, read: replies.FoundRoute) -> str | None:
+        link = self.links.get(read.index)
+        route = read.route({} if link is None else {read.index: link.name})
+        table = self.observed.policy.table(read.table)
+        expected = (table.last if read.metric == UNREACHABLE_METRIC else table.routes).get(read.destination)
         if kind == replies.NEWROUTE:
             as_expected = expected is not None and same_way(route, expected, self.target.interface)
-            return None if as_expected else f"a route to {found.destination} was set in table {found.table}"
+            return None if as_expected else f"a route to {read.destination} was set in table {read.table}"
         if expected is not None and same_way(route, expected, self.target.interface):
-            return f"the route to {found.destination} was removed from table {found.table}"
+            return f"the route to {read.destination} was removed from table {read.table}"
         return None

@@ -2,7 +2,7 @@
 
 They need no raw socket: the kernel has datagram sockets for them, for the groups in `net.ipv4.ping_group_range`, and
 hands each socket the replies to its own requests only. A call has sockets of its own, so calls do not disturb each
-other. Nothing here judges: who did not answer may be gone, far away, or behind a firewall.
+other. Nothing here draws conclusions: a host that did not answer may be gone, far away, or behind a firewall.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ async def ping(
     first: bool = False,
     size: int = 0,
 ) -> Mapping[IPAddress, float]:
-    """Who of `addresses` answers, and the seconds that it took.
+    """Which of `addresses` answer, and the seconds that it took.
 
     `sources`: the source address of the requests to an address; for others the kernel chooses it. Nothing is sent to
     an address whose source address the host does not have. Up to `times` requests go to each that has not answered
@@ -83,10 +83,10 @@ async def ping(
 
         def read(start: _From) -> None:
             while (number := _reply(sockets[start], start[0], token)) is not None:
-                found = sent.get((start, number))
-                if found is not None and found[0] in waiting:
-                    del waiting[found[0]]
-                    answered[found[0]] = trio.current_time() - found[1]
+                request = sent.get((start, number))
+                if request is not None and request[0] in waiting:
+                    del waiting[request[0]]
+                    answered[request[0]] = trio.current_time() - request[1]
 
         async def listen(start: _From) -> None:
             while True:
@@ -154,8 +154,8 @@ def _reply(source: socket.socket, version: int, token: bytes) -> int | None:
         except BlockingIOError:
             return None
         except OSError:
-            continue  # A router's word that somebody cannot be reached.
+            continue  # A router's message that a destination cannot be reached.
         with suppress(struct.error):
-            found, _, _, _, number, theirs = _FORM.unpack(data[: _FORM.size])
-            if found == kind and theirs == token:
+            answered, _, _, _, number, theirs = _FORM.unpack(data[: _FORM.size])
+            if answered == kind and theirs == token:
                 return int(number)

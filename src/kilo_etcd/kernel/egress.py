@@ -1,8 +1,8 @@
 """The MTU of the tunnel, from the ways that packets to the peers' endpoints take.
 
 The kernel is asked once for each endpoint; what it answered holds until it reports that links or routes have changed
-(`drift.bends_ways`), and for a minute at most. Where there are thousands of peers, asking is most of what a fresh look
-at the host costs.
+(`drift.affects_path`), and for a minute at most. Where there are thousands of peers, asking is most of what a fresh
+look at the host costs.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _SMALLEST = {4: 576, 6: 1280}
 class Egress:
     """What is known of the ways. Not for two threads at once."""
 
-    def __init__(self, ask: Ask, ways_out: Callable[[], list[int]] = list) -> None:
+    def __init__(self, ask: Ask, uplinks: Callable[[], list[int]] = list) -> None:
         self._ask = ask
-        self._ways_out = ways_out
-        """The MTUs of the ways out of the host, for one that has been told no endpoint yet."""
+        self._uplinks = uplinks
+        """The MTUs of the host's uplinks, for one that has no endpoint yet."""
         self._since = time.monotonic()
         self._known: dict[str, tuple[Endpoint, int | None]] = {}
         """Public key -> the peer's endpoint, and the MTU of the way there."""
@@ -59,17 +59,17 @@ class Egress:
             if endpoint is not None and (way is None or (way[0] is not endpoint and way[0] != endpoint)):
                 unknown[key] = endpoint
         if unknown:
-            found = self._ask({e.address for e in unknown.values() if e.address is not None})
+            answers = self._ask({e.address for e in unknown.values() if e.address is not None})
             if len(known) > 2 * len(plan.peers):
                 self._known = known = {key: way for key, way in known.items() if key in plan.peers}
-            known.update((key, (e, None if e.address is None else found[e.address])) for key, e in unknown.items())
+            known.update((key, (e, None if e.address is None else answers[e.address])) for key, e in unknown.items())
         ways = [
             mtu for key, peer in plan.peers.items() if peer.endpoint is not None and (mtu := known[key][1]) is not None
         ]
         overhead = WIREGUARD_OVERHEAD + (IPIP_OVERHEAD if plan.ipip_remotes else 0)
         families = {address.version for address in plan.addresses} or {4}
         return max(
-            min(ways or self._ways_out(), default=_ETHERNET) - overhead, max(_SMALLEST[family] for family in families)
+            min(ways or self._uplinks(), default=_ETHERNET) - overhead, max(_SMALLEST[family] for family in families)
         )
 
     def ipip_mtu(self, plan: HostPlan) -> int:

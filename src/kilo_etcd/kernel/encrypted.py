@@ -1,11 +1,11 @@
 """What `encrypted` asks of routing, as values: a table, the rules that lead there, and reverse-path checks. Pure.
 
 The table T has one route for each address of another segment's node: into the tunnel, or to the segment's leader. Each
-has a last resort beside it, for the time when the first one is missing (the device is gone): in IPv6 `unreachable`, in
+has a last resort next to it, for the time when the first one is missing (the device is gone): in IPv6 `unreachable`, in
 IPv4 a route to `lo`, where the packet ends. IPv4 has none that refuses: a look-up that fails makes even a loose
 rp_filter drop what comes in from there, ARP and etcd's answers among it. What T does not know the main table decides.
 
-The rules, before those of an exit node (`kernel.wayout`) and behind an operator's own below 10600:
+The rules, before those of an exit node (`kernel.exit_node`) and behind an operator's own below 10600:
 
 1. to the main table, in clear, always: etcd by its addresses and ports; on etcd's host the answers of its ports, a
    container's too; WireGuard's and the agents' own ports from this host's addresses; the operator's exemptions.
@@ -26,10 +26,10 @@ from ipaddress import ip_interface, ip_network
 
 from attrs import evolve
 
+from kilo_etcd.kernel.exit_node import MARK, last_resort, route_of
 from kilo_etcd.kernel.nftables import ICMP
 from kilo_etcd.kernel.rules import TABLE_SPAN, RoutingRule, priority_pair, table_number
-from kilo_etcd.kernel.state import FENCE_METRIC, MAIN_TABLE, OwnTable, Policy, Route
-from kilo_etcd.kernel.wayout import MARK, last_resort, route_of
+from kilo_etcd.kernel.state import MAIN_TABLE, UNREACHABLE_METRIC, OwnTable, Policy, Route
 from kilo_etcd.model import IPInterface, IPNetwork
 from kilo_etcd.topology.hostplan import Encryption, Exemption, HostPlan
 from kilo_etcd.topology.segments import changes as changed_keys
@@ -65,8 +65,8 @@ def policy_for(plan: HostPlan, interface: str, protocol: int) -> Policy:
     if wanted is None:
         return Policy()
     table = table_of(interface)
-    routes = {one: route_of(planned, interface, protocol, table) for one, planned in wanted.send.items()}
-    last = {one: _last(one, table, protocol) for one in (*wanted.send, *wanted.hold)}
+    routes = {network: route_of(planned, interface, protocol, table) for network, planned in wanted.send.items()}
+    last = {network: _last(network, table, protocol) for network in (*wanted.send, *wanted.hold)}
     tables = {table: OwnTable(routes, last)} if last else {}
     return Policy(tables, frozenset(_rules(wanted, plan.listen_port, interface)))
 
@@ -92,7 +92,7 @@ def narrowed(plan: HostPlan, networks: Collection[IPNetwork]) -> HostPlan:
 def _last(network: IPNetwork, table: int, protocol: int) -> Route:
     if network.version == 6:
         return last_resort(network, table, protocol)
-    return Route(destination=network, device="lo", protocol=protocol, table=table, metric=FENCE_METRIC)
+    return Route(destination=network, device="lo", protocol=protocol, table=table, metric=UNREACHABLE_METRIC)
 
 
 def _rules(wanted: Encryption, listen_port: int, interface: str) -> Iterator[RoutingRule]:
@@ -110,15 +110,15 @@ def _rules(wanted: Encryption, listen_port: int, interface: str) -> Iterator[Rou
     for own in wanted.sources:
         for port in (listen_port, *wanted.talk):
             yield clear(own.version, source=own, protocol=_UDP, sport=port)
-    for one in wanted.clear:
-        version, protocol = one.network.version, protocol_of(one)
+    for exemption in wanted.clear:
+        version, protocol = exemption.network.version, protocol_of(exemption)
         # The kernel says nothing of a destination that is anywhere.
-        to = one.network if one.network.prefixlen else None
-        if one.port is None:
+        to = exemption.network if exemption.network.prefixlen else None
+        if exemption.port is None:
             yield clear(version, destination=to, protocol=protocol)
         else:
-            yield clear(version, destination=to, protocol=protocol, dport=one.port)
-            yield clear(version, destination=to, protocol=protocol, sport=one.port)
+            yield clear(version, destination=to, protocol=protocol, dport=exemption.port)
+            yield clear(version, destination=to, protocol=protocol, sport=exemption.port)
     for version in (4, 6):
         yield RoutingRule(version=version, priority=ours, table=table_of(interface), not_mark=MARK)
 
@@ -129,7 +129,7 @@ def protocol_of(exemption: Exemption) -> int:
 
 
 def addresses_of(plan: HostPlan) -> tuple[IPInterface, ...]:
-    """What stands on the WireGuard device: the plan's, and one in IPv4 if the reverse-path check asks for one."""
+    """The addresses of the WireGuard device: the plan's, and one in IPv4 if the reverse-path check asks for one."""
     wanted = plan.encryption
     if wanted is None or any(address.version == 4 for address in plan.addresses):
         return plan.addresses

@@ -15,8 +15,8 @@ from kilo_etcd.kernel.openings import AddOpening, DeleteOpening
 from kilo_etcd.kernel.returns import is_returning
 from kilo_etcd.kernel.rules import AddRule, DeleteRule
 from kilo_etcd.kernel.state import (
-    FENCE_METRIC,
     MAIN_TABLE,
+    UNREACHABLE_METRIC,
     AddAddress,
     AddRoute,
     AllowPings,
@@ -55,7 +55,7 @@ class NetlinkError(OSError):
 
 
 NO_PERMISSION = (
-    "this process lacks the capability CAP_NET_ADMIN, without which nobody may change the network: run it as root "
+    "this process lacks the capability CAP_NET_ADMIN, without which no process may change the network: run it as root "
     "(sudo), or grant it (systemd unit: AmbientCapabilities=CAP_NET_ADMIN; container: --cap-add NET_ADMIN)"
 )
 
@@ -68,7 +68,7 @@ def failure(change: Change, error: OSError) -> Failure:
     """Why `change` could not be made, with the step that helps where one is known."""
     destination = change.route.destination if isinstance(change, AddRoute | ReplaceRoute | DeleteRoute) else None
     aside = isinstance(change, FilterChange | LoosenReversePath)
-    if isinstance(change, AddRoute | DeleteRoute) and change.route.fence:
+    if isinstance(change, AddRoute | DeleteRoute) and change.route.unreachable:
         destination, aside = None, True
     if isinstance(change, AddRule | DeleteRule) or (
         isinstance(change, AddRoute | ReplaceRoute | DeleteRoute) and change.route.table != MAIN_TABLE
@@ -102,7 +102,8 @@ def _sentence(change: Change, error: OSError) -> str:
         )
     if isinstance(change, AllowPings):
         return (
-            f"this process may not ping ({change.path} could not be set: {error.strerror}), so nobody is told when a "
+            f"this process may not ping ({change.path} could not be set: {error.strerror}), so there is no report "
+            f"when a "
             f"leader does not forward: set it on the host with `{change}`"
         )
     if isinstance(change, LoosenReversePath):
@@ -133,7 +134,7 @@ def _sentence(change: Change, error: OSError) -> str:
             )
         return (
             f"`{change}` failed, since IPv6 is switched off on {name}: nothing leaves by the exit node in IPv6, and "
-            f"whoever calls this host's own IPv6 addresses gets no answer; set net.ipv6.conf.{name}.disable_ipv6=0"
+            f"connections to this host's own IPv6 addresses get no answer; set net.ipv6.conf.{name}.disable_ipv6=0"
         )
     if isinstance(change, AddOpening | DeleteOpening) and code == errno.EPERM:
         return (
@@ -153,15 +154,15 @@ def _sentence(change: Change, error: OSError) -> str:
         lost = {
             "input": "IPIP is taken from anybody",
             "postrouting": "hosts without an agent do not answer the mesh",
-            "output": "whoever calls this host's own IPv6 addresses gets no answer as long as it has an exit node",
+            "output": "connections to this host's own IPv6 addresses get no answer as long as it has an exit node",
             "encrypted": "what comes in clear from other nodes is taken",
         }
         chains = [chain.name for chain in change.table.chains]
-        found = " and ".join(lost[name] for name in chains if name in lost)
+        lacking = " and ".join(lost[name] for name in chains if name in lost)
         modules = ["nf_tables", *(["nft_ct", "nft_reject_inet"] if "output" in chains else []), "nft_nat", "nft_masq"]
         modules += ["nft_fib_inet", "nft_fib_ipv4", "nft_fib_ipv6"] if "encrypted" in chains else []
         listed = f"{', '.join(modules[:-1])} and {modules[-1]}"
-        return f"this kernel lacks nftables or a part of it, so {found}: load the modules {listed}"
+        return f"this kernel lacks nftables or a part of it, so {lacking}: load the modules {listed}"
     if isinstance(change, CreateLink) and change.kind == "ipip" and code in (errno.EOPNOTSUPP, errno.ENODEV):
         return (
             "this kernel has no IPIP (module ipip): load it, or use --encapsulate wireguard on this host, or "
@@ -188,7 +189,7 @@ def _sentence(change: Change, error: OSError) -> str:
         return f"{change.name} cannot come up: its UDP port is taken by another program; choose another with --port"
     detail = getattr(error, "detail", "") or os.strerror(code)
     if exit_route is not None and encrypted.is_table(exit_route.table):
-        if exit_route.metric != FENCE_METRIC:
+        if exit_route.metric != UNREACHABLE_METRIC:
             return f"`{change}` failed ({detail}): what is for {exit_route.destination} is dropped"
         return (
             f"`{change}` failed ({detail}): what is for {exit_route.destination} may leave in clear as long as "
@@ -206,14 +207,14 @@ def _sentence(change: Change, error: OSError) -> str:
             f"`{change}` failed ({detail}): what comes out of the tunnel for {where} is sent on in plain, and a strict "
             "rp_filter there drops it; does this kernel have policy routing (CONFIG_IP_MULTIPLE_TABLES)?"
         )
-    if exit_route is not None and exit_route.metric != FENCE_METRIC:
+    if exit_route is not None and exit_route.metric != UNREACHABLE_METRIC:
         return f"`{change}` failed ({detail}): what is for {exit_route.destination} is refused or ends in the tunnel"
     if isinstance(change, AddRule) or exit_route is not None:
         return (
-            f"`{change}` failed ({detail}): what is for the internet may leave beside the gateway that was asked for; "
+            f"`{change}` failed ({detail}): packets for the internet may bypass the exit node that was asked for; "
             "does this kernel have policy routing (CONFIG_IP_MULTIPLE_TABLES, CONFIG_IPV6_MULTIPLE_TABLES)?"
         )
-    if isinstance(change, AddRoute) and change.route.fence:
+    if isinstance(change, AddRoute) and change.route.unreachable:
         return (
             f"`{change}` failed ({detail}): where the mesh's own route is missing, packets for "
             f"{change.route.destination} may leave in clear by this host's default route"
@@ -236,7 +237,7 @@ def shadow(destination: object, subnet: object) -> str:
 
 
 def taken(name: str, kind: str, public_key: str) -> str:
-    what = f"a WireGuard device of somebody else's, with public key {public_key}" if public_key else kind or "hardware"
+    what = f"a WireGuard device of another program, with public key {public_key}" if public_key else kind or "hardware"
     return (
         f"the interface name {name} is taken by a device that is not ours ({what}): "
         f"choose another name with --interface, or remove it with `ip link del {name}`"

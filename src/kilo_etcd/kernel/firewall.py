@@ -2,18 +2,19 @@
 
 The table is replaced whole, in one transaction, and only where it differs from what is there. It says two things:
 
-* IPIP, which carries no proof of where it comes from, is taken from the nodes that the plan exchanges it with and from
+* IPIP, which carries no authentication of its sender, is taken from the nodes that the plan exchanges it with and from
   nobody else;
 * what comes out of the tunnel for a location's network (a printer that runs no agent) is masqueraded by the host that
   forwards it there, so that the answer finds its way back. The location's nodes have routes and need none of that,
   nor do networks behind a node; what this host sends itself, to etcd for instance, is never touched;
-* of a gateway: what comes out of the tunnel for outside the mesh is masqueraded too; what is for a private network that
-  the gateway stands in, and that nobody offers, is dropped, and so is what is for link-local addresses;
-* of a node that has an exit node, in IPv6 (`kernel.wayout` says why): an answer to a connection that somebody else has
-  opened gets WireGuard's mark, and with it a route outside the tunnel; what else is about to enter the tunnel from an
-  address that the mesh does not know is refused, since the exit node would drop it in silence. What comes in for one of
-  the host's own addresses has the mark on its way in: firewalld asks which way its source is reached, mark and all, and
-  drops it if that is another than it came. Packets with a mark of somebody else's are left to them.
+* of an exit node: packets from the tunnel for destinations outside the mesh are masqueraded too; what is for a private
+  network that the exit node is attached to, and that nobody offers, is dropped, and so is what is for link-local
+  addresses;
+* of a node that has an exit node, in IPv6 (`kernel.exit_node` says why): an answer to a connection that somebody else
+  has opened gets WireGuard's mark, and with it a route outside the tunnel; what else is about to enter the tunnel from
+  an address that the mesh does not know is refused, since the exit node would drop it in silence. What comes in for one
+  of the host's own addresses has the mark on its way in: firewalld asks which way its source is reached, mark and all,
+  and drops it if that is another than it came. Packets with a mark of somebody else's are left to them.
 * with `encrypted`, what `kernel.cleartext` has.
 
 Nothing is opened here: an `accept` of ours does not take back a `drop` of another table.
@@ -26,17 +27,17 @@ from collections.abc import Collection, Iterable
 
 from kilo_etcd.kernel import cleartext
 from kilo_etcd.kernel import nftables as nft
+from kilo_etcd.kernel.exit_node import MARK
 from kilo_etcd.kernel.formats import NF_PRIORITIES
 from kilo_etcd.kernel.state import ipip_name
 from kilo_etcd.kernel.table import AddressSet, Chain, Rule, Table
-from kilo_etcd.kernel.wayout import MARK
 from kilo_etcd.model import DEFAULT_INTERFACE
 from kilo_etcd.topology.hostplan import HostPlan
 
 _COUNTERS = tuple(
     sorted(
         (
-            "answers", "ipip_accepted", "ipip_dropped", "masqueraded", "refused", "way_out", "way_out_closed",
+            "answers", "ipip_accepted", "ipip_dropped", "masqueraded", "refused", "exit_node", "exit_node_blocked",
             *cleartext.COUNTERS,
         )
     )
@@ -51,8 +52,8 @@ def table_name(interface: str) -> str:
     """The table (family inet) that belongs to a WireGuard interface."""
     if interface == DEFAULT_INTERFACE:
         return "kilo"
-    # nftables' names are plain words, those of interfaces nearly anything.
-    return "kilo-" + re.sub(r"[^A-Za-z0-9_.-]", lambda found: f"_{ord(found[0]):x}", interface)
+    # nftables' names are plain identifiers, those of interfaces nearly anything.
+    return "kilo-" + re.sub(r"[^A-Za-z0-9_.-]", lambda match: f"_{ord(match[0]):x}", interface)
 
 
 def table_for(
@@ -79,19 +80,19 @@ def table_for(
                 text=f"{text} counter name ipip_dropped drop",
             ),
         )
-    if plan.masquerade or plan.gateway:
+    if plan.masquerade or plan.is_exit_node:
         chains.append(Chain(name="postrouting", kind="nat", hook="postrouting", priority=NF_PRIORITIES["srcnat"]))
         rules += _masquerade(plan, interface, sets)
-        if plan.gateway:
-            rules += _gateway(plan, interface)
-    if plan.gateway and plan.closed:
+        if plan.is_exit_node:
+            rules += _exit_node(plan, interface)
+    if plan.is_exit_node and plan.blocked:
         chains.append(Chain(name="forward", kind="filter", hook="forward", priority=NF_PRIORITIES["filter"]))
-        rules += _closed(plan, interface)
-    if plan.way_out is not None and plan.way_out.answers6:
+        rules += _blocked(plan, interface)
+    if plan.exit_route is not None and plan.exit_route.answers6:
         chains.append(Chain(name="prerouting", kind="filter", hook="prerouting", priority=NF_PRIORITIES["mangle"]))
         chains.append(Chain(name="delivered", kind="filter", hook="input", priority=NF_PRIORITIES["filter"]))
         chains.append(Chain(name="output", kind="route", hook="output", priority=NF_PRIORITIES["mangle"]))
-        own = frozenset(address for address in plan.way_out.sources if address.version == 6)
+        own = frozenset(address for address in plan.exit_route.sources if address.version == 6)
         sets.append(AddressSet(name="own6", version=6, addresses=own))
         rules += _answers(plan, interface)
     forwarded = {*forwarding, *plan.forwarding}
@@ -134,7 +135,7 @@ def _masquerade(plan: HostPlan, interface: str, sets: list[AddressSet]) -> Itera
         )  # fmt: skip
 
 
-def _gateway(plan: HostPlan, interface: str) -> Iterable[Rule]:
+def _exit_node(plan: HostPlan, interface: str) -> Iterable[Rule]:
     inbound = nft.match_interface("iifname", interface)
     text = f'iifname "{interface}"'
     for network in plan.inside:
@@ -147,12 +148,12 @@ def _gateway(plan: HostPlan, interface: str) -> Iterable[Rule]:
     outbound = nft.match_interface("oifname", interface, equal=False)
     yield Rule(
         chain="postrouting",
-        expressions=(*inbound, *outbound, *nft.count("way_out"), nft.MASQUERADE),
-        text=f'{text} oifname != "{interface}" counter name way_out masquerade',
+        expressions=(*inbound, *outbound, *nft.count("exit_node"), nft.MASQUERADE),
+        text=f'{text} oifname != "{interface}" counter name exit_node masquerade',
     )
 
 
-def _closed(plan: HostPlan, interface: str) -> Iterable[Rule]:
+def _blocked(plan: HostPlan, interface: str) -> Iterable[Rule]:
     inbound = nft.match_interface("iifname", interface)
     text = f'iifname "{interface}"'
     for network in dict.fromkeys((*plan.inside, *plan.masquerade, *plan.behind)):
@@ -163,14 +164,14 @@ def _closed(plan: HostPlan, interface: str) -> Iterable[Rule]:
             text=f"{text} {family} daddr {network} return",
         )
     outbound = nft.match_interface("oifname", interface, equal=False)
-    for network in plan.closed:
+    for network in plan.blocked:
         family = "ip" if network.version == 4 else "ip6"
         yield Rule(
             chain="forward",
             expressions=(
-                *inbound, *outbound, *nft.match_network(network, "daddr"), *nft.count("way_out_closed"), nft.DROP
+                *inbound, *outbound, *nft.match_network(network, "daddr"), *nft.count("exit_node_blocked"), nft.DROP
             ),
-            text=f'{text} oifname != "{interface}" {family} daddr {network} counter name way_out_closed drop',
+            text=f'{text} oifname != "{interface}" {family} daddr {network} counter name exit_node_blocked drop',
         )  # fmt: skip
 
 

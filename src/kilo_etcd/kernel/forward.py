@@ -1,6 +1,6 @@
 """Which rules let forwarded mesh traffic through where the host's FORWARD policy is drop. Pure: values and text.
 
-Only with `--forward-rules`. They stand in iptables' chain FORWARD, or in docker's DOCKER-USER where there is one: an
+Only with `--forward-rules`. They are in iptables' chain FORWARD, or in docker's DOCKER-USER where there is one: an
 accept in a table of our own does not take back a drop in theirs. Each carries a comment by which it is known as ours.
 What passes: whatever comes out of the tunnel or goes into it, encapsulated packets of the location likewise, and, for
 the networks behind this host, what the mesh sends them over the location's own network. Nothing else is opened.
@@ -20,7 +20,7 @@ from kilo_etcd.topology.hostplan import HostPlan
 FORWARD, DOCKER = "FORWARD", "DOCKER-USER"
 
 
-def mark(interface: str) -> str:
+def comment_prefix(interface: str) -> str:
     """The comment of the rules that belong to an interface."""
     return f"kilo-etcd:{interface}"
 
@@ -73,7 +73,7 @@ class DeleteForward:
 def rules_for(plan: HostPlan, interface: str, ipip: str, chains: Mapping[int, str]) -> tuple[ForwardRule, ...]:
     """The rules that a plan asks for. `chains`: family -> the chain to put them in, where there is one."""
     return tuple(
-        ForwardRule(version, chains[version], match, mark(interface))
+        ForwardRule(version, chains[version], match, comment_prefix(interface))
         for version in sorted(plan.forwarding)
         if version in chains
         for match in matches(plan, interface, ipip if plan.ipip_remotes and version == 4 else "", version)
@@ -105,9 +105,9 @@ def read_rules(printed: str, version: int, interface: str) -> tuple[str, frozens
         words = shlex.split(line)
         if words[:2] == ["-N", DOCKER]:
             chain = DOCKER
-        if len(words) > 2 and words[0] == "-A" and mark(interface) in words:
+        if len(words) > 2 and words[0] == "-A" and comment_prefix(interface) in words:
             at = words.index("-m") if "-m" in words else len(words)
-            rule = ForwardRule(version, words[1], tuple(words[2:at]), mark(interface))
+            rule = ForwardRule(version, words[1], tuple(words[2:at]), comment_prefix(interface))
             if tuple(words[2:]) == rule.words:
                 rules.add(rule)
     return chain, frozenset(rules)

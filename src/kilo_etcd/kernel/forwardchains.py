@@ -12,7 +12,7 @@ from pathlib import Path
 
 from kilo_etcd.kernel import sysctl
 from kilo_etcd.kernel.chains import Obstacle, Packet, drops, obstacles, packets
-from kilo_etcd.kernel.forward import mark
+from kilo_etcd.kernel.forward import comment_prefix
 from kilo_etcd.kernel.hooks import ours
 from kilo_etcd.kernel.iptables import Iptables
 from kilo_etcd.kernel.netfilter import Netfilter
@@ -56,7 +56,7 @@ class ForwardChains:
             *(
                 Obstacle(
                     f"net.ipv4.conf.{name}.forwarding is 0, so what comes in by {name} is not forwarded: "
-                    f"sysctl -w {sysctl.command(name)}=1, and look for who switches it off in /etc/sysctl.d",
+                    f"sysctl -w {sysctl.command(name)}=1, and look for what switches it off in /etc/sysctl.d",
                     blocked=blocked,
                 )
                 for name in off
@@ -72,18 +72,18 @@ class ForwardChains:
         nobody wants any and none were made. OSError."""
         if not self._opening and not self._record.exists():
             return frozenset(), frozenset()
-        own, chains = mark(self._interface), self._netfilter.forward_chains()
-        found = ours(chains, own)
+        own, chains = comment_prefix(self._interface), self._netfilter.forward_chains()
+        openings = ours(chains, own)
         if not self._opening:
-            if not found:
+            if not openings:
                 self._record.unlink(missing_ok=True)
-            return frozenset(), found
+            return frozenset(), openings
         sent = self._sent((4, 6), None, devices)
         return frozenset(
             (chain.family, chain.table, chain.name)
             for chain in chains
-            if not chain.iptables and any(drops(chain, one, without=own) is not False for one in sent)
-        ), found
+            if not chain.iptables and any(drops(chain, packet, without=own) is not False for packet in sent)
+        ), openings
 
     def edit(self, change: AddOpening | DeleteOpening) -> None:
         """OSError if the chain's table is gone, or is not ours to change."""
@@ -99,4 +99,8 @@ def _subnets(plan: HostPlan | None) -> tuple[IPNetwork, ...]:
     if plan is None:
         return ()
     own = [address.ip for address in plan.addresses]
-    return tuple(one for one in plan.fences if one not in plan.refused or any(address in one for address in own))
+    return tuple(
+        network
+        for network in plan.unreachable_routes
+        if network not in plan.refused or any(address in network for address in own)
+    )

@@ -17,8 +17,8 @@ def read(device: netlink.Socket) -> tuple[BaseChain, ...]:
     bases: dict[tuple[int, str], list[tuple[str, bool]]] = {}
 
     def keep(body: bytes) -> None:
-        if (found := replies.read_base(body)) is not None:
-            family, table, name, dropping = found
+        if (base := replies.read_base(body)) is not None:
+            family, table, name, dropping = base
             bases.setdefault((family, table), []).append((name, dropping))
 
     device.dump(requests.get_all_chains(), keep)
@@ -40,7 +40,7 @@ def _rules_from(device: netlink.Socket, family: int, table: str, base: str) -> d
         device.dump(requests.get_elements(table, name, family), lambda body: known.extend(replies.read_members(body)))
         return tuple(known)
 
-    found: dict[str, tuple[FilterRule, ...]] = {}
+    result: dict[str, tuple[FilterRule, ...]] = {}
     missing = [base]
     while missing:
         chain = missing.pop()
@@ -51,9 +51,9 @@ def _rules_from(device: netlink.Socket, family: int, table: str, base: str) -> d
                 items.append(item)
 
         device.dump(requests.get_rules_of(table, chain, family), keep)
-        found[chain] = rules = tuple(_rule(item, members_of) for item in items)
-        missing += [rule.target for rule in rules if rule.target and rule.target not in found]
-    return found
+        result[chain] = rules = tuple(_rule(item, members_of) for item in items)
+        missing += [rule.target for rule in rules if rule.target and rule.target not in result]
+    return result
 
 
 def _rule(item: Found, members_of: Elements) -> FilterRule:
@@ -63,12 +63,12 @@ def _rule(item: Found, members_of: Elements) -> FilterRule:
         return FilterRule(verdict="unknown")
 
 
-def ours(chains: tuple[BaseChain, ...], mark: str) -> frozenset[Opening]:
-    """The rules that carry our mark: `mark`, a space and the words of the match."""
+def ours(chains: tuple[BaseChain, ...], comment_prefix: str) -> frozenset[Opening]:
+    """The rules that carry our comment: `comment_prefix`, a space and the words of the match."""
     return frozenset(
-        Opening(chain.family, chain.table, chain.name, tuple(rule.comment.split()[1:]), mark, rule.handle)
+        Opening(chain.family, chain.table, chain.name, tuple(rule.comment.split()[1:]), comment_prefix, rule.handle)
         for chain in chains
         if not chain.iptables
         for rule in chain.rules
-        if rule.comment.startswith(f"{mark} ")
+        if rule.comment.startswith(f"{comment_prefix} ")
     )

@@ -18,10 +18,12 @@ from kilo_etcd.kernel.bypasses import bypasses, suspects
 from kilo_etcd.kernel.chains import Obstacle
 from kilo_etcd.kernel.codec import FormatError
 from kilo_etcd.kernel.errors import NO_PERMISSION, KernelError, NetlinkError, failure, taken, why_not
+from kilo_etcd.kernel.exit_node import MARK
 from kilo_etcd.kernel.firewall import table_name
 from kilo_etcd.kernel.formats import core
 from kilo_etcd.kernel.forward import AddForward, DeleteForward
 from kilo_etcd.kernel.forwardchains import ForwardChains
+from kilo_etcd.kernel.handshake_clock import HandshakeClock
 from kilo_etcd.kernel.iptables import Iptables
 from kilo_etcd.kernel.netfilter import Netfilter
 from kilo_etcd.kernel.netlink import Message
@@ -48,13 +50,13 @@ from kilo_etcd.kernel.state import (
     DeleteLink,
     DeleteRoute,
     Failure,
-    Heard,
     HostAddress,
     HostAddresses,
     KeepAdvertisements,
     Link,
     LoosenReversePath,
     Observed,
+    PeerActivity,
     RemovePeer,
     ReplaceRoute,
     RestoreSysctl,
@@ -67,14 +69,12 @@ from kilo_etcd.kernel.state import (
     StartUserspace,
     StaticRoute,
     WireGuardChange,
-    fence_around,
     ipip_name,
     is_ours,
     reverse_path,
+    unreachable_route,
 )
-from kilo_etcd.kernel.steady import SteadyTime
 from kilo_etcd.kernel.table import AddElements, DeleteElements, DeleteTable, ReplaceTable
-from kilo_etcd.kernel.wayout import MARK
 from kilo_etcd.kernel.write import rtnl as requests
 from kilo_etcd.model import IPAddress, IPInterface, IPNetwork
 from kilo_etcd.topology.hostplan import HostPlan
@@ -144,7 +144,7 @@ class Host:
         self.userspace = userspace.UserspaceDevice(uapi_dir, runtime_dir)
         self._kernel: wireguard.KernelDevice | None = None
         self._writes = 0
-        self.steady = SteadyTime()
+        self.handshake_clock = HandshakeClock()
         self.links: dict[int, Link] = {}
         self.egress: set[int] = set()
         """Indexes of the devices that `egress_mtus` has come upon."""
@@ -181,8 +181,8 @@ class Host:
             return ()
         self._read_links()
         names = {index: link.name for index, link in self.links.items()}
-        found = [(rule, routing.routes_of(self._route, rule.version, rule.table, names)) for rule in rules]
-        return tuple(bypasses(plan, found, self.interface, (self.interface, self.ipip)))
+        tables = [(rule, routing.routes_of(self._route, rule.version, rule.table, names)) for rule in rules]
+        return tuple(bypasses(plan, tables, self.interface, (self.interface, self.ipip)))
 
     def choose(self, wanted: str, command: str) -> Backend:
         """Where WireGuard runs here: what is there already counts, then what the kernel can do."""
@@ -217,12 +217,12 @@ class Host:
 
     def observe(self, sources: Collection[IPAddress] = ()) -> Observed:
         """Read everything that concerns us. `sources`: addresses on whose devices the reverse-path check matters."""
-        found = self._read_links()
-        own = next((f.link for f in found if f.link.name == self.interface), None)
-        ipip = next((f for f in found if f.link.name == self.ipip), None)
+        links = self._read_links()
+        own = next((f.link for f in links if f.link.name == self.interface), None)
+        ipip = next((f for f in links if f.link.name == self.ipip), None)
         ours, state = self._read_device(own)
-        routes, strays, foreign, fences = self._read_routes()
-        ours = ours and (own is None or self._recognises(own.name, state, (*routes.values(), *strays)))
+        routes, duplicates, foreign, unreachable_routes = self._read_routes()
+        ours = ours and (own is None or self._recognises(own.name, state, (*routes.values(), *duplicates)))
         addresses: frozenset[IPInterface] = frozenset()
         everywhere = self._read_addresses() if sources else []
         if own is not None and ours:
@@ -234,16 +234,16 @@ class Host:
         policy = routing.read(
             self._route, self.interface, self.protocol, {index: link.name for index, link in self.links.items()}
         )
-        names = {one.link.name for one in found}
+        names = {link.link.name for link in links}
         forward_chains, forward_rules = self._iptables.read(self._forward_rules)
         tables = (policy.table(number) for number in onward_tables(self.interface))
-        onward = (*routes.values(), *(route for one in tables for route in one.routes.values()))
+        onward = (*routes.values(), *(route for table in tables for route in table.routes.values()))
         near = {route.device for route in onward} - {self.interface, ""}
         far = {route.device for network, route in foreign.items() if not network.prefixlen}
         self._devices = tuple(sorted(near or far))
         dropping, openings = self._chains.read(self._devices)
         return Observed(
-            time=self.steady.now(),
+            time=self.handshake_clock.now(),
             link=own,
             ours=ours,
             public_key=state.public_key,
@@ -252,8 +252,8 @@ class Host:
             peers=state.peers,
             addresses=addresses,
             routes=routes,
-            stray_routes=tuple(strays),
-            fences=frozenset(fences),
+            duplicate_routes=tuple(duplicates),
+            unreachable_routes=frozenset(unreachable_routes),
             foreign=foreign,
             policy=policy,
             ipip=ipip.link if ipip else None,
@@ -273,18 +273,18 @@ class Host:
             openings=openings,
         )
 
-    def hear(self) -> Heard:
-        """Read what the device says of its peers; nobody, if there is none or it is not ours."""
-        found = self._find(self.interface)
-        ours, state = self._read_device(found.link if found is not None else None)
-        return Heard(time=self.steady.now(), peers=state.peers if ours else {})
+    def peer_activity(self) -> PeerActivity:
+        """Read the device's state of its peers; empty, if there is no device or it is not ours."""
+        link = self._find(self.interface)
+        ours, state = self._read_device(link.link if link is not None else None)
+        return PeerActivity(time=self.handshake_clock.now(), peers=state.peers if ours else {})
 
-    def mark(self, link: Link) -> int | None:
+    def fingerprint(self, link: Link) -> int | None:
         """A number that stays the same while nobody sets anything of our WireGuard device `link`. Of endpoints only
         whether there is one counts. None: it is not there. OSError."""
         device = self._kernel_device() if link.kind == "wireguard" else self.userspace
         try:
-            return None if device is None else device.mark(link.name)
+            return None if device is None else device.fingerprint(link.name)
         except OSError as error:
             if error.errno in _NOBODY_THERE:
                 return None
@@ -306,10 +306,10 @@ class Host:
         """KernelError if no plan could be brought about, as things are. Changes nothing."""
         if not may_change_the_network():
             raise KernelError(f"{self.interface} cannot be set up: {NO_PERMISSION}")
-        found = self.observe()
-        if found.link is not None and not found.ours:
-            raise KernelError(taken(found.link.name, found.link.kind, found.public_key))
-        if backend == "userspace" and found.link is None:
+        observed = self.observe()
+        if observed.link is not None and not observed.ours:
+            raise KernelError(taken(observed.link.name, observed.link.kind, observed.public_key))
+        if backend == "userspace" and observed.link is None:
             self.userspace.check(self.interface, command)
 
     def _find(self, name: str) -> FoundLink | None:
@@ -321,10 +321,10 @@ class Host:
             raise
 
     def _read_links(self) -> list[FoundLink]:
-        found: list[FoundLink] = []
-        self._route.dump(requests.get_links(), lambda body: found.append(replies.read_link(body)))
-        self.links = {f.link.index: f.link for f in found}
-        return found
+        links: list[FoundLink] = []
+        self._route.dump(requests.get_links(), lambda body: links.append(replies.read_link(body)))
+        self.links = {f.link.index: f.link for f in links}
+        return links
 
     def _read_device(self, link: Link | None) -> tuple[bool, DeviceState]:
         """Whether the link is ours, and what its WireGuard says."""
@@ -346,28 +346,29 @@ class Host:
         return False, nothing
 
     def _dated(self, state: DeviceState) -> DeviceState:
-        return evolve(state, peers=self.steady.date(state.peers))
+        return evolve(state, peers=self.handshake_clock.date(state.peers))
 
     def _read_addresses(self, index: int = 0) -> list[HostAddress]:
-        found: list[HostAddress] = []
+        addresses: list[HostAddress] = []
 
         def keep(body: bytes) -> None:
             address = replies.read_address(body, self.links)
             if address is not None and index in (0, address.index):
-                found.append(address)
+                addresses.append(address)
 
         try:
             self._route.dump(requests.get_addresses(index), keep)
         except NetlinkError as error:
             if error.errno != errno.ENODEV:  # gone since the links were read
                 raise
-        return found
+        return addresses
 
     def _read_routes(self) -> tuple[dict[IPNetwork, Route], list[Route], dict[IPNetwork, Route], set[IPNetwork]]:
-        """Ours, further ones of ours to the same destinations, somebody else's, and what our fences are around."""
-        fences: set[IPNetwork] = set()
+        """Ours, duplicates of ours to the same destinations, somebody else's, and the destinations of our unreachable
+        routes."""
+        unreachable_routes: set[IPNetwork] = set()
         routes: dict[IPNetwork, Route] = {}
-        strays: list[Route] = []
+        duplicates: list[Route] = []
         foreign: dict[IPNetwork, Route] = {}
         names = {index: link.name for index, link in self.links.items()}
         self.ways = set()
@@ -376,10 +377,10 @@ class Host:
             found = replies.read_route(body)
             if found is None or found.table != MAIN_TABLE:
                 return
-            if found.fence:
+            if found.unreachable:
                 # An agent's, which is in nobody's way.
                 if self.protocol == ROUTE_PROTOCOL:
-                    fences.add(found.destination)
+                    unreachable_routes.add(found.destination)
                 return
             route = found.route(names)
             if not is_ours(found.protocol, route.device, own=self.protocol, interface=self.interface):
@@ -387,7 +388,7 @@ class Host:
                 if not (found.protocol == KERNEL_PROTOCOL and route.device in (self.interface, self.ipip)):
                     foreign[found.destination] = route
             elif found.destination in routes:
-                strays.append(route)
+                duplicates.append(route)
             else:
                 routes[found.destination] = route
                 self.ways.add(found.index)
@@ -398,7 +399,7 @@ class Host:
             except NetlinkError as error:
                 if error.errno not in _NO_SUCH_FAMILY:
                     raise
-        return routes, strays, foreign, fences
+        return routes, duplicates, foreign, unreachable_routes
 
     def note_ways(self, made: Iterable[Change]) -> None:
         """Add the devices of new routes to `ways`; which one leads to a gateway on the underlay the kernel knows."""
@@ -411,12 +412,12 @@ class Host:
 
     def resolved(self, addresses: Collection[IPAddress]) -> frozenset[IPAddress]:
         """See `kernel.api.Kernel.resolved`."""
-        found: set[IPAddress] = set()
+        result: set[IPAddress] = set()
 
         def keep(body: bytes) -> None:
             address = replies.read_neighbour(body)
             if address is not None and address in wanted:
-                found.add(address)
+                result.add(address)
 
         wanted = frozenset(addresses)
         for version in sorted({address.version for address in wanted}):
@@ -425,7 +426,7 @@ class Host:
             except NetlinkError as error:
                 if error.errno not in _NO_SUCH_FAMILY:
                     raise
-        return frozenset(found)
+        return frozenset(result)
 
     def routes_taken(self, wanted: Mapping[IPAddress, IPAddress | None]) -> dict[IPAddress, Route | str]:
         """See `kernel.api.Kernel.routes_taken`."""
@@ -478,7 +479,7 @@ class Host:
     def egress_mtus(self, addresses: Collection[IPAddress]) -> dict[IPAddress, int | None]:
         """The MTU on the way to each address, in bytes; None if there is no way outside our own devices.
 
-        They are asked for as WireGuard's own packets, which go beside a way out.
+        The lookups carry WireGuard's own fwmark, since its packets bypass an exit node.
         """
         answers = self._route.ask([requests.get_route_to(address, MARK) for address in addresses], replies.read_way)
         return dict(zip(addresses, map(self._egress_mtu, answers), strict=True))
@@ -625,9 +626,9 @@ class Host:
     def _index(self, name: str) -> int:
         """0 if there is no such device."""
         index = next((index for index, link in self.links.items() if link.name == name), 0)
-        if not index and (found := self._find(name)) is not None:
-            index = found.link.index
-            self.links[index] = found.link
+        if not index and (device := self._find(name)) is not None:
+            index = device.link.index
+            self.links[index] = device.link
         return index
 
     def _forget(self, name: str) -> None:
@@ -638,8 +639,10 @@ class Host:
         observed = self.observe()
         changes = removal(observed.policy)
         changes.extend(DeleteRoute(route) for route in observed.routes.values())
-        changes.extend(DeleteRoute(route) for route in observed.stray_routes)
-        changes.extend(DeleteRoute(fence_around(network)) for network in sorted(observed.fences, key=str))
+        changes.extend(DeleteRoute(route) for route in observed.duplicate_routes)
+        changes.extend(
+            DeleteRoute(unreachable_route(network)) for network in sorted(observed.unreachable_routes, key=str)
+        )
         if observed.ipip is not None and observed.ipip_ours:
             changes.append(DeleteLink(self.ipip))
         if observed.link is not None and observed.ours:
@@ -647,7 +650,7 @@ class Host:
         if observed.table is not None:
             changes.append(DeleteTable(observed.table.name))
         changes.extend(DeleteForward(rule) for rule in sorted(observed.forward_rules, key=str))
-        changes.extend(DeleteOpening(one) for one in sorted(observed.openings, key=str))
+        changes.extend(DeleteOpening(opening) for opening in sorted(observed.openings, key=str))
         gone = {reverse_path(change.name) for change in changes if isinstance(change, DeleteLink)}
         changes.extend(change for change in sysctl.to_restore(self._record) if change.path not in gone)
         return tuple(changes)

@@ -28,7 +28,7 @@ _LEGACY_TABLES = {4: Path("/proc/net/ip_tables_names"), 6: Path("/proc/net/ip6_t
 
 
 class IptablesError(OSError):
-    """What the program said."""
+    """The program's error output."""
 
     def __init__(self, detail: str) -> None:
         super().__init__(errno.EIO, detail)
@@ -55,11 +55,11 @@ class Iptables:
         generation = self._generation()
         if self._known is not None and generation is not None and self._known[0] == generation:
             return self._known[1]
-        found = self._read()
-        if not wanted and not found[1]:
+        current = self._read()
+        if not wanted and not current[1]:
             self._record.unlink(missing_ok=True)
-        self._known = (generation, found) if generation is not None and self._reported() else None
-        return found
+        self._known = (generation, current) if generation is not None and self._reported() else None
+        return current
 
     def _read(self) -> tuple[dict[int, str], frozenset[ForwardRule]]:
         chains: dict[int, str] = {}

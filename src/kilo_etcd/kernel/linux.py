@@ -1,6 +1,6 @@
-"""The kernel of a Linux host as an async `Kernel`: keeps what it believes, applies plans, hears of drift.
+"""The kernel of a Linux host as an async `Kernel`: keeps the state that it expects, applies plans, reports drift.
 
-Between two applies little is read: the state after our own changes is computed (`kernel.effect`), and the kernel
+Between two applies little is read: the state after our own changes is computed (`kernel.predict`), and the kernel
 says when somebody else changes something (`kernel.drift`). Of WireGuard's peers it does not, so the device is looked at
 now and then, in a way that costs little as long as nothing has changed. The whole is read anew at the start, after a
 drift, after a failure and when the caller asks for it. Everything that blocks runs in a worker thread, one call at a
@@ -34,15 +34,15 @@ from kilo_etcd.kernel.diff import (
     shadows,
     superseded,
 )
-from kilo_etcd.kernel.drift import Watch, Whereabouts, bends_ways, device_period
-from kilo_etcd.kernel.effect import apply_changes
+from kilo_etcd.kernel.drift import AddressEvents, DriftWatch, affects_path, device_period
 from kilo_etcd.kernel.egress import Egress
 from kilo_etcd.kernel.errors import NO_PERMISSION, KernelError, NetlinkError, cannot_ping, taken, unreadable, why_not
 from kilo_etcd.kernel.firewall import table_name
-from kilo_etcd.kernel.forward import DeleteForward, mark
+from kilo_etcd.kernel.forward import DeleteForward, comment_prefix
 from kilo_etcd.kernel.host import Host, may_change_the_network
 from kilo_etcd.kernel.netfilter import Reports
 from kilo_etcd.kernel.netlink import Listener
+from kilo_etcd.kernel.predict import apply_changes
 from kilo_etcd.kernel.read import rtnl as replies
 from kilo_etcd.kernel.state import (
     ROUTE_PROTOCOL,
@@ -54,11 +54,11 @@ from kilo_etcd.kernel.state import (
     DeleteAddress,
     DeleteLink,
     Failure,
-    Heard,
     HostAddresses,
     Link,
     Memory,
     Observed,
+    PeerActivity,
     Route,
     SetPeer,
     Setup,
@@ -94,7 +94,7 @@ async def open_kernel(setup: Setup) -> AsyncIterator[Kernel]:
         with _descriptors_named():
             listener, reports = (
                 Listener(replies.GROUPS),
-                Reports(table_name(setup.interface), mark(setup.interface) if setup.forward_rules else ""),
+                Reports(table_name(setup.interface), comment_prefix(setup.interface) if setup.forward_rules else ""),
             )
         listener.leave_out(host.port, (replies.NEWROUTE, replies.DELROUTE))
         try:
@@ -208,10 +208,10 @@ class LinuxKernel:
         self._memory = Memory()
         self._observed: Observed | None = None
         self._plan: HostPlan | None = None
-        self._watch: Watch | None = None
-        self._egress = Egress(host.egress_mtus, self._ways_out)
-        self._whereabouts = Whereabouts()
-        self._settled: HostPlan | None = None
+        self._watch: DriftWatch | None = None
+        self._egress = Egress(host.egress_mtus, self._uplinks)
+        self._address_events = AddressEvents()
+        self._allocated: HostPlan | None = None
         """A plan that `_observed` fulfils to the last."""
         self._failed: frozenset[Change] = frozenset()
         self._drift: str | None = None
@@ -221,10 +221,10 @@ class LinuxKernel:
         """This host's addresses on whose devices the reverse-path check matters, of the last plan."""
         self._index = 0
         """Of the interface when it was last ours."""
-        self._mark: int | None = None
-        """What the device said when last it was as we believe it to be."""
+        self._fingerprint: int | None = None
+        """The device's fingerprint when it last was as expected."""
         self._looked_at = True
-        """Whether the device is looked at; not while it cannot be read, which has been said."""
+        """Whether the device is looked at; not while it cannot be read, which has been reported."""
 
     def __repr__(self) -> str:
         known = "unread" if self._observed is None else f"{len(self._observed.peers)} peers"
@@ -267,9 +267,9 @@ class LinuxKernel:
     async def listening(self) -> frozenset[int]:
         return await _told(listening.read)
 
-    async def hear(self) -> Heard:
+    async def peer_activity(self) -> PeerActivity:
         async with self._lock:
-            return await _told(self._host.hear)
+            return await _told(self._host.peer_activity)
 
     async def ping(
         self,
@@ -310,7 +310,7 @@ class LinuxKernel:
             with trio.move_on_at(look_at):
                 await self._wait_event()
             async with self._lock:
-                self._hear()
+                self._note_activity()
                 if trio.current_time() >= look_at and self._drift is None:
                     await _in_thread(self._look_at_device)
                     look_at = trio.current_time() + device_period(0 if self._plan is None else len(self._plan.peers))
@@ -336,12 +336,12 @@ class LinuxKernel:
             await self._wake.wait()
             nursery.cancel_scope.cancel()
 
-    def _hear(self) -> None:
+    def _note_activity(self) -> None:
         if (news := self._reports.news(self._host.netfilter.port)) is not None and self._plan is not None:
             self._drift = news
             self._observed = None
         while (events := self._listener.read()) != []:
-            if self._heed(events):
+            if self._note_event(events):
                 self._moved.set()
             if events is None:
                 if self._plan is not None:
@@ -354,20 +354,22 @@ class LinuxKernel:
                     self._observed = None
 
     @staticmethod
-    def _news(watch: Watch, kind: int, body: bytes) -> str | None:
+    def _news(watch: DriftWatch, kind: int, body: bytes) -> str | None:
         try:
             return watch.news(kind, body)
         except UNREADABLE:
             return "the kernel reported something that could not be read"
 
     def _look_at_device(self) -> None:
-        """Whether somebody else has changed the WireGuard device, of which no event tells."""
+        """Whether another program has changed the WireGuard device, for which there is no event."""
         plan, believed = self._plan, self._watch.observed if self._watch is not None else None
         if plan is None or believed is None or believed.link is None or not self._looked_at:
             return
         try:
-            mark = self._host.mark(believed.link)
-            if mark is None or (mark == self._mark and not may_go_back(self._memory, self._host.steady.now())):
+            fingerprint = self._host.fingerprint(believed.link)
+            if fingerprint is None or (
+                fingerprint == self._fingerprint and not may_go_back(self._memory, self._host.handshake_clock.now())
+            ):
                 return
             state = self._host.device(believed.link)
         except (OSError, KernelError) as error:
@@ -378,17 +380,21 @@ class LinuxKernel:
             if state is None:
                 return
             seen = evolve(
-                believed, time=self._host.steady.now(), public_key=state.public_key, listen_port=state.listen_port,
-                mark=state.mark, peers=state.peers,
-            )  # fmt: skip
+                believed,
+                time=self._host.handshake_clock.now(),
+                public_key=state.public_key,
+                listen_port=state.listen_port,
+                mark=state.mark,
+                peers=state.peers,
+            )
             if (change := self._undone(plan, seen)) is None:
-                self._mark = mark
+                self._fingerprint = fingerprint
                 return
             self._drift = self._found(change)
         self._observed = None
 
     def _undone(self, plan: HostPlan, observed: Observed) -> Change | None:
-        """The first change that somebody else must have made necessary."""
+        """The first change that another program must have made necessary."""
         memory = self._memory
         changes = difference(plan, observed, memory, self._target(plan)).changes
         changes = tuple(change for change in changes if change not in self._failed)
@@ -398,20 +404,20 @@ class LinuxKernel:
         went_back = isinstance(change, SetPeer) and change.public_key in self._memory.former
         return f"{'WireGuard went back to a former endpoint' if went_back else 'found undone'}: {change}"
 
-    def _heed(self, events: list[tuple[int, bytes]] | None) -> bool:
+    def _note_event(self, events: list[tuple[int, bytes]] | None) -> bool:
         """What events mean for others than the plan (None: some were lost). Whether the host may have moved."""
         own = {link.index for link in self._own()}
         moved = False
         with suppress(*UNREADABLE):
             if events is not None:
                 for kind, body in events:
-                    moved |= self._whereabouts.news(kind, body, own)
-                if any(bends_ways(kind, body, own) for kind, body in events):
+                    moved |= self._address_events.news(kind, body, own)
+                if any(affects_path(kind, body, own) for kind, body in events):
                     self._egress.forget()
                 return moved
-        # What they said is not known.
+        # What they reported is not known.
         self._egress.forget()
-        self._whereabouts.forget()
+        self._address_events.forget()
         return True
 
     def _own(self) -> list[Link]:
@@ -429,11 +435,11 @@ class LinuxKernel:
     def _read(self) -> Observed:
         while (events := self._listener.read()) != []:
             # What they say of the plan is forgotten: the state is about to be read.
-            if self._heed(events):
+            if self._note_event(events):
                 trio.from_thread.run_sync(self._moved.set)
         self._reports.news(0)
         self._egress.expire()
-        self._settled = None
+        self._allocated = None
         self._observed = self._observe_settled()
         if self._watch is not None:
             # What is about to be read takes the place of the events that were just forgotten.
@@ -452,7 +458,7 @@ class LinuxKernel:
             time.sleep(_POLL)
 
     def _ready(self) -> Observed:
-        """What is believed, read if it is not known; KernelError if the interface is somebody else's."""
+        """The expected state, read if it is not known; KernelError if the interface is another program's."""
         observed = self._observed or self._read()
         if observed.link is not None and not observed.ours:
             raise KernelError(taken(observed.link.name, observed.link.kind, observed.public_key))
@@ -474,13 +480,13 @@ class LinuxKernel:
         if not may_change_the_network():
             raise KernelError(f"{self._setup.interface} cannot be set up: {NO_PERMISSION}")
         self._look_for(plan)
-        if fresh or must_look(plan, self._settled, self._memory):
+        if fresh or must_look(plan, self._allocated, self._memory):
             self._observed = None
         self._plan = plan
         self._drift = None
         observed = self._ready()
         target = self._target(plan)
-        settled = self._settled
+        settled = self._allocated
         todo = difference(plan, observed, self._memory, target, settled, reset=reset)
         all_made: list[Change] = []
         if any(self._structural(change) for change in todo.changes):
@@ -508,7 +514,7 @@ class LinuxKernel:
                 made = []
         self._memory = remember(
             plan, self._memory, settled, made=all_made, failed=[change for change, _ in failed],
-            observed=observed, now=self._host.steady.now(),
+            observed=observed, now=self._host.handshake_clock.now(),
         )  # fmt: skip
         self._settle(plan, observed, made, failed, todo, target)
         if any(isinstance(change, DeleteForward) for change in all_made):
@@ -521,7 +527,7 @@ class LinuxKernel:
 
     def _make(self, changes: Sequence[Change]) -> tuple[list[Change], list[tuple[Change, Failure]]]:
         # Nothing is believed of the host until all is made: an error in between leaves a state that nobody knows.
-        self._observed = self._settled = None
+        self._observed = self._allocated = None
         return self._host.make(changes)
 
     def _settle(
@@ -543,9 +549,9 @@ class LinuxKernel:
         self._looked_at = True
         # What goes takes other things along: that is looked at once more.
         whole = not failed and not todo.failures and not any(isinstance(c, DeleteLink | DeleteAddress) for c in made)
-        self._settled = plan if whole else None
+        self._allocated = plan if whole else None
         self._failed = frozenset(change for change, _ in failed)
-        self._watch = Watch(
+        self._watch = DriftWatch(
             observed,
             target,
             links=self._host.links.values(),
@@ -583,7 +589,7 @@ class LinuxKernel:
             protocol=self._setup.protocol,
         )
 
-    def _ways_out(self) -> list[int]:
+    def _uplinks(self) -> list[int]:
         """The MTUs of the devices with a default route: for a host that has been told no endpoint, a silent member."""
         foreign = {} if self._observed is None else self._observed.foreign
         names = {route.device for network, route in foreign.items() if not network.prefixlen}

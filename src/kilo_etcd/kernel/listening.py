@@ -14,14 +14,14 @@ _LISTENS = "0A"
 
 def read() -> frozenset[int]:
     """The ports, without those that only this host itself reaches. Blocking; a file that is not there has none."""
-    found: set[int] = set()
+    result: set[int] = set()
     for path in TABLES:
         try:
             with path.open() as lines:
-                found.update(ports(lines))
+                result.update(ports(lines))
         except OSError:
             continue
-    return frozenset(found)
+    return frozenset(result)
 
 
 def ports(lines: Iterable[str]) -> Iterable[int]:

@@ -1,6 +1,6 @@
-"""The kernel's nftables as this project needs them: read one table, replace it or remove it, hear who changes it.
+"""The kernel's nftables as this project needs them: read one table, replace it or remove it, listen for changes.
 
-Spoken by nfnetlink, so that neither a program nor a process is needed. Where the kernel has no nftables, or we may not
+It uses nfnetlink, so that neither a program nor a process is needed. Where the kernel has no nftables, or we may not
 ask, there is no table to be read; a change is refused with an OSError.
 """
 
@@ -55,7 +55,7 @@ class Netfilter:
 
     @property
     def port(self) -> int:
-        """The number by which the kernel names whoever made a change; 0 if we never made any."""
+        """The number by which the kernel names the author of a change; 0 if we never made any."""
         return 0 if self._socket is None else self._socket.port
 
     def read(self, name: str) -> Table | None:
@@ -115,19 +115,19 @@ class Netfilter:
 
 def _read(device: netlink.Socket, name: str) -> Table:
     def dump(request: Message, take: Callable[[bytes, str], T | None]) -> list[T]:
-        found: list[T] = []
+        items: list[T] = []
 
         def keep(body: bytes) -> None:
             if (item := take(body, name)) is not None:
-                found.append(item)
+                items.append(item)
 
         device.dump(request, keep)
-        return found
+        return items
 
     sets = []
-    for one in dump(write.get_sets(name), read.read_set):
-        parts = dump(write.get_elements(name, one.name), read.read_addresses)
-        sets.append(evolve(one, addresses=frozenset(chain.from_iterable(parts))))
+    for address_set in dump(write.get_sets(name), read.read_set):
+        parts = dump(write.get_elements(name, address_set.name), read.read_addresses)
+        sets.append(evolve(address_set, addresses=frozenset(chain.from_iterable(parts))))
     return Table(
         name=name,
         chains=tuple(dump(write.get_chains(name), read.read_chain)),
@@ -138,7 +138,7 @@ def _read(device: netlink.Socket, name: str) -> Table:
 
 
 class Reports:
-    """Hears of changes to one table that others make, and, if there is a comment of ours to look for, of rules with it
+    """Reports changes to one table that others make, and, if there is a comment of ours to look for, of rules with it
     that go and of forward chains that come (see `kernel.forward`, `kernel.openings`). `socket` is None where the kernel
     has no nfnetlink."""
 
@@ -193,9 +193,9 @@ class Reports:
         table = read.table_of(kind, body)
         if table == "filter" and not inet:
             return "docker has come" if b"DOCKER-USER\0" in body else None
-        found, hook = read.read_chain_items(body)
+        result, hook = read.read_chain_items(body)
         if hook.get("NFTA_HOOK_HOOKNUM") == be32(NF_INET_HOOKS["forward"]):
-            return f"a firewall has made the chain {read.text(found, 'NFTA_CHAIN_NAME')} of table {table}"
+            return f"a firewall has made the chain {read.text(result, 'NFTA_CHAIN_NAME')} of table {table}"
         return None
 
     def close(self) -> None:

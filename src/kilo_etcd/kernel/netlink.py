@@ -37,7 +37,7 @@ _HEADER = struct.Struct("=" + "".join(form for _, form in nlmsg.header))
 _OPTIONS = (NETLINK_CAP_ACK, core.NETLINK_EXT_ACK, core.NETLINK_GET_STRICT_CHK)
 _ERROR, _DONE = core.NLMSG_ERROR, core.NLMSG_DONE
 _refusals, _ends = Reader(refusal, "NLMSGERR_ATTR_MSG"), Reader(nlmsgerr, "NLMSGERR_ATTR_MSG")
-"""What is said of a request, and at the end of a dump."""
+"""The answer to a request, and the end of a dump."""
 T = TypeVar("T")
 
 _BATCH = 64
@@ -133,7 +133,8 @@ class Socket:
         return results
 
     def _send(self, batch: Sequence[Message]) -> list[NetlinkError | None]:
-        """The kernel does them in their order and tells of each that it refuses; only the last is asked for a word."""
+        """The kernel does them in their order and tells of each that it refuses; only the last asks for an
+        acknowledgement."""
         last = len(batch) - 1
         first = self._post(batch, last)
         results: list[NetlinkError | None] = [None] * len(batch)
@@ -266,7 +267,7 @@ class Listener:
             self.socket.setsockopt(core.SOL_NETLINK, core.NETLINK_ADD_MEMBERSHIP, group)
 
     def leave_out(self, port: int, kinds: Sequence[int]) -> None:
-        """Do not hear of messages of two `kinds` that the socket with this number has caused: the kernel drops them
+        """Leave out messages of two `kinds` that the socket with this number has caused: the kernel drops them
         before they take room here."""
         # A classic BPF program: it loads numbers as the network orders them, which netlink's are not.
         one, other = (socket.htons(kind) for kind in kinds)

@@ -1,7 +1,7 @@
 """nftables' expressions as values: the steps of our rules. Pure; the table they make is `firewall`'s.
 
 An expression is its name and those of its attributes that say what it does, by their names in pyroute2 and as bytes.
-The kernel gives back what it was given with some words of its own; reading takes the attributes that are known
+The kernel returns what it was given with some attributes of its own; reading takes the attributes that are known
 (`KNOWN`) and leaves the rest, so that what was read can be compared with what was meant. What is not known here is
 read as a name alone, and equals nothing of ours.
 """

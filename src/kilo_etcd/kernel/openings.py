@@ -1,9 +1,9 @@
 """Rules of ours in other programs' nftables chains, which let forwarded mesh packets through (`--forward-rules`). Pure.
 
-An accept in a table of our own takes back no drop in another table, so the rule has to stand at the head of the chain
-that drops. What iptables keeps (FORWARD, DOCKER-USER) is `kernel.forward`'s; here are the chains of everybody else:
+An accept in a table of our own takes back no drop in another table, so the rule has to be at the head of the chain
+that drops. What iptables keeps (FORWARD, DOCKER-USER) is `kernel.forward`'s; here are the chains of all other programs:
 firewalld's, or those of an operator's own ruleset. Each rule carries a comment by which it is known as ours; whoever
-reloads such a firewall takes it away, and the agent puts it back.
+reloads such a firewall takes it away, and the agent restores it.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ class Opening:
     table: str
     chain: str
     match: tuple[str, ...]
-    mark: str
+    comment_prefix: str
     handle: int = field(default=0, eq=False)
     """The kernel's number of the rule; 0: it is not there yet."""
 
     @property
     def comment(self) -> str:
-        return " ".join((self.mark, *self.match))
+        return " ".join((self.comment_prefix, *self.match))
 
     @property
     def remedy(self) -> str:
-        """What its keeper can do instead."""
+        """What the owner of the chain can do instead."""
         names = [value for word, value in zip(self.match[::2], self.match[1::2], strict=True) if word in ("-i", "-o")]
         if self.table == "firewalld" and names:
             return f"firewall-cmd --permanent --zone=trusted --add-interface={names[0]} && firewall-cmd --reload"
@@ -63,8 +63,8 @@ class AddOpening:
     opening: Opening
 
     def __str__(self) -> str:
-        one = self.opening
-        return f"nft insert rule {one.family} {one.table} {one.chain} {one.text}"
+        opening = self.opening
+        return f"nft insert rule {opening.family} {opening.table} {opening.chain} {opening.text}"
 
 
 @frozen
@@ -72,20 +72,20 @@ class DeleteOpening:
     opening: Opening
 
     def __str__(self) -> str:
-        one = self.opening
-        return f"nft delete rule {one.family} {one.table} {one.chain} handle {one.handle}"
+        opening = self.opening
+        return f"nft delete rule {opening.family} {opening.table} {opening.chain} handle {opening.handle}"
 
 
 def openings_for(
-    plan: HostPlan, interface: str, ipip: str, dropping: Collection[Place], mark: str
+    plan: HostPlan, interface: str, ipip: str, dropping: Collection[Place], comment_prefix: str
 ) -> tuple[Opening, ...]:
     """The rules that a plan asks for in the chains that drop."""
-    found: dict[Opening, None] = {}
+    result: dict[Opening, None] = {}
     for family, table, chain in sorted(dropping):
         versions = {"ip": {4}, "ip6": {6}}.get(family, {4, 6}) & plan.forwarding
         for version in sorted(versions):
             for match in matches(plan, interface, ipip if plan.ipip_remotes and version == 4 else "", version):
-                opening = Opening(family, table, chain, match, mark)
+                opening = Opening(family, table, chain, match, comment_prefix)
                 if len(opening.comment) <= _LONGEST:
-                    found[opening] = None
-    return tuple(found)
+                    result[opening] = None
+    return tuple(result)

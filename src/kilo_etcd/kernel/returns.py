@@ -3,8 +3,8 @@ a rule that leads there. Pure.
 
 A member that encapsulates what it sends to other segments expects the answers encapsulated too: they come from an
 address that it reaches by its IPIP device, and a strict `rp_filter` drops them on any other. In the main table such a
-route to an internal IP would be one to the far end of the very packets that carry it, and loop. So it stands in a table
-that only what comes out of the tunnel is led to: the rule says `iif`. Linux asks the same rule when it checks the
+route to an internal IP would be one to the far end of the very packets that carry it, and loop. So it is in a table
+that only packets out of the tunnel use: the rule says `iif`. Linux asks the same rule when it checks the
 reverse path of a packet that is about to leave by the tunnel (`fib_validate_source` takes the device that a packet
 leaves by for the one that its answer comes in by), so the leader's own `rp_filter`, strict or loose, finds the IPIP
 device where the member's packets came from. No sysctl is needed, and the device needs no address.
@@ -20,9 +20,9 @@ from __future__ import annotations
 
 from zlib import crc32
 
+from kilo_etcd.kernel.exit_node import last_resort, route_of
 from kilo_etcd.kernel.rules import TABLE_SPAN, AddRule, RoutingRule, table_number
 from kilo_etcd.kernel.state import AddRoute, OwnTable, Policy, ReplaceRoute
-from kilo_etcd.kernel.wayout import last_resort, route_of
 from kilo_etcd.topology.hostplan import HostPlan
 
 _TABLES, _PRIORITIES = 109_000_000, 10_500
@@ -50,8 +50,8 @@ def is_returning(change: AddRoute | ReplaceRoute | AddRule) -> bool:
 def policy_for(plan: HostPlan, interface: str, protocol: int) -> Policy:
     """The table that a plan asks for, and a rule for each family that it has routes in."""
     number, priority = return_table(interface), return_priority(interface)
-    routes = {one: route_of(planned, interface, protocol, number) for one, planned in plan.returns.items()}
-    last = {one: last_resort(one, number, protocol) for one in plan.returns_refused}
+    routes = {network: route_of(planned, interface, protocol, number) for network, planned in plan.returns.items()}
+    last = {network: last_resort(network, number, protocol) for network in plan.returns_refused}
     rules = (
         RoutingRule(version=version, priority=priority, table=number, inbound=interface)
         for version in {network.version for network in (*plan.returns, *plan.returns_refused)}

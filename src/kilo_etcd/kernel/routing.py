@@ -11,7 +11,7 @@ from kilo_etcd.kernel.netlink import Message
 from kilo_etcd.kernel.policy import own_priorities, own_tables
 from kilo_etcd.kernel.read import rtnl as replies
 from kilo_etcd.kernel.rules import ForeignRule, RoutingRule
-from kilo_etcd.kernel.state import FENCE_METRIC, OwnTable, Policy, Route
+from kilo_etcd.kernel.state import UNREACHABLE_METRIC, OwnTable, Policy, Route
 from kilo_etcd.kernel.write import rtnl as requests
 from kilo_etcd.model import IPNetwork
 
@@ -28,9 +28,9 @@ def read(sock: netlink.Socket, interface: str, protocol: int, names: Mapping[int
     priorities = own_priorities(interface)
 
     def keep_route(body: bytes) -> None:
-        found = replies.read_route(body)
-        if found is not None and found.table in tables:
-            tables[found.table][found.metric == FENCE_METRIC][found.destination] = found.route(names)
+        route = replies.read_route(body)
+        if route is not None and route.table in tables:
+            tables[route.table][route.metric == UNREACHABLE_METRIC][route.destination] = route.route(names)
 
     def keep_rule(body: bytes) -> None:
         found = replies.read_rule(body)
@@ -46,30 +46,30 @@ def read(sock: netlink.Socket, interface: str, protocol: int, names: Mapping[int
 
 def foreign_rules(sock: netlink.Socket, protocol: int) -> list[ForeignRule]:
     """The rules that do not carry our protocol's number."""
-    found: list[ForeignRule] = []
+    rules: list[ForeignRule] = []
 
     def keep(body: bytes) -> None:
         ours = replies.read_rule(body)
         rule = replies.read_foreign_rule(body)
         if rule is not None and (ours is None or ours[1] != protocol):
-            found.append(rule)
+            rules.append(rule)
 
     for version in (4, 6):
         _dump(sock, requests.get_rules(version), keep)
-    return found
+    return rules
 
 
 def routes_of(sock: netlink.Socket, version: int, table: int, names: Mapping[int, str]) -> list[Route]:
     """The routes of one table. `names`: of all devices, by index."""
-    found: list[Route] = []
+    routes: list[Route] = []
 
     def keep(body: bytes) -> None:
         one = replies.read_route(body)
         if one is not None and one.table == table and one.type == replies.UNICAST:
-            found.append(one.route(names))
+            routes.append(one.route(names))
 
     _dump(sock, requests.get_routes(version, table), keep)
-    return found
+    return routes
 
 
 def _dump(sock: netlink.Socket, message: Message, keep: Callable[[bytes], None]) -> None:

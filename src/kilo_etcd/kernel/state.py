@@ -25,10 +25,10 @@ ROUTE_PROTOCOL = 107
 """Marks routes as ours (rtnetlink's `rtm_protocol`; 107 is in no list of well-known numbers)."""
 
 PEER_PROTOCOL = 108
-"""Marks the routes of a machine that is a peer (`kgctl connect`). Several may run beside each other and beside an
-agent, so of these routes only those that leave by one's own interface are one's own."""
+"""Routes of a machine that is a peer have this protocol number (`kgctl connect`). Several may run next to each other
+and next to an agent, so of these routes only those that leave by one's own interface are one's own."""
 
-FENCE_METRIC = 2**32 - 1
+UNREACHABLE_METRIC = 2**32 - 1
 """Of the routes that refuse packets: the worst one that there is, so that any other route comes first."""
 MAIN_TABLE = RT_TABLE_MAIN
 
@@ -113,14 +113,14 @@ class Route:
     protocol: int = ROUTE_PROTOCOL
     metric: int = 0
     onlink: bool = False
-    fence: bool = False
-    """It refuses packets (`unreachable`), at `FENCE_METRIC`."""
+    unreachable: bool = False
+    """It refuses packets (`unreachable`), at `UNREACHABLE_METRIC`."""
     table: int = MAIN_TABLE
     kind: str = ""
     """`throw`: look in the next table; `unreachable`: refuse; empty: the usual kind."""
 
     def __str__(self) -> str:
-        kind = "unreachable" if self.fence else self.kind
+        kind = "unreachable" if self.unreachable else self.kind
         words = [kind, str(self.destination)] if kind else [str(self.destination)]
         if self.gateway is not None:
             family = "inet6 " if self.gateway.version == 6 and self.destination.version == 4 else ""
@@ -145,7 +145,7 @@ class OwnTable:
 
     routes: Mapping[IPNetwork, Route] = field(factory=dict)
     last: Mapping[IPNetwork, Route] = field(factory=dict)
-    """What is left for a packet that none of `routes` takes, at `FENCE_METRIC`: it does not leave."""
+    """What is left for a packet that none of `routes` takes, at `UNREACHABLE_METRIC`: it does not leave."""
 
 
 @frozen
@@ -164,8 +164,8 @@ class Policy:
 _EMPTY = OwnTable()
 
 
-def fence_around(network: IPNetwork) -> Route:
-    return Route(destination=network, metric=FENCE_METRIC, fence=True)
+def unreachable_route(network: IPNetwork) -> Route:
+    return Route(destination=network, metric=UNREACHABLE_METRIC, unreachable=True)
 
 
 @frozen(kw_only=True)
@@ -187,9 +187,9 @@ class Observed:
     peers: Mapping[str, ObservedPeer] = field(factory=dict)
     addresses: frozenset[IPInterface] = frozenset()
     routes: Mapping[IPNetwork, Route] = field(factory=dict)
-    stray_routes: tuple[Route, ...] = ()
+    duplicate_routes: tuple[Route, ...] = ()
     """More routes of ours to destinations that `routes` has already: left by somebody with another metric."""
-    fences: frozenset[IPNetwork] = frozenset()
+    unreachable_routes: frozenset[IPNetwork] = frozenset()
     foreign: Mapping[IPNetwork, Route] = field(factory=dict)
     policy: Policy = field(factory=Policy)
     """What there is of `kernel.policy`."""
@@ -202,11 +202,11 @@ class Observed:
     held_back: tuple[str, ...] = ()
     """Devices of ours that are kept from forwarding IPv4 although the host forwards it, as by `conf.default`."""
     advertised: tuple[str, ...] = ()
-    """Interfaces that heed IPv6 router advertisements now, and would not once the host forwards IPv6."""
+    """Interfaces that accept IPv6 router advertisements now, and would not once the host forwards IPv6."""
     underlay: tuple[str, ...] = ()
     """Devices with an address that `Encryption.sources` names, sorted."""
     strict: Mapping[str, str] = field(factory=dict)
-    """Those of them, devices of ours, and `default` for new ones, whose rp_filter is strict -> the own value, beside
+    """Those of them, devices of ours, and `default` for new ones, whose rp_filter is strict -> the own value, next to
     which that of `all` counts."""
     loosened: Mapping[str, str] = field(factory=dict)
     """Devices that were made loose by us, and are -> the former value."""
@@ -220,7 +220,7 @@ class Observed:
     """Rules of ours in such chains."""
     """Family -> the chain that they belong in; looked at only where there are, or shall be, any."""
     memo: object = field(default=None, eq=False, repr=False)
-    """What `kernel.effect` needs to compute the next state from this one; it means nothing to anyone else."""
+    """What `kernel.predict` needs to compute the next state from this one; it means nothing to anyone else."""
 
 
 @frozen(kw_only=True)
@@ -269,15 +269,15 @@ class Unanswered:
 
 
 @frozen(kw_only=True)
-class Heard:
-    """What the WireGuard device alone says of its peers at `time` (Unix seconds)."""
+class PeerActivity:
+    """What the WireGuard device alone reports of its peers at `time` (Unix seconds)."""
 
     time: float = 0.0
     peers: Mapping[str, ObservedPeer] = field(factory=dict)
     """Public key -> peer."""
 
     def silence(self, peer: ObservedPeer) -> float:
-        """Seconds since the last handshake; infinite where there was none."""
+        """Seconds since the last handshake; infinite if there was none."""
         return self.time - peer.last_handshake if peer.last_handshake else float("inf")
 
 
@@ -371,7 +371,7 @@ class DeleteAddress:
 
 @frozen(kw_only=True)
 class SetDevice:
-    """None leaves the port, the key or the mark as it is."""
+    """None leaves the port, the key or the fwmark as it is."""
 
     name: str
     listen_port: int | None = None
@@ -493,7 +493,7 @@ class AllowPings:
 
 @frozen
 class KeepAdvertisements:
-    """Have an interface heed router advertisements although the host forwards IPv6."""
+    """Have an interface accept router advertisements although the host forwards IPv6."""
 
     name: str
 
@@ -590,7 +590,7 @@ class HostAddress:
     deprecated: bool = False
     temporary: bool = False
     kind: str = ""
-    """The kind of the interface it stands on: empty for hardware, else `bridge`, `wireguard`, ..."""
+    """The kind of the interface that has it: empty for hardware, else `bridge`, `wireguard`, ..."""
     up: bool = True
 
 

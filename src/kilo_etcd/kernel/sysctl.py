@@ -1,8 +1,8 @@
 """Sysctls through /proc/sys: read, set, and given back at `cleanup`. Most are those of forwarding, which are set to 1.
 
-A host that begins to forward IPv6 takes itself for a router: from then on it passes over router advertisements, and
+A host that begins to forward IPv6 takes itself for a router: from then on it ignores router advertisements, and
 forgets at once the default route that it has from them, unless the interface's accept_ra is 2. So each interface that
-heeded them before (accept_ra 1) is set to 2 first: what it did, it goes on doing. `default` is among them, for the
+accepted them before (accept_ra 1) is set to 2 first, so it goes on accepting them. `default` is among them, for the
 interfaces that come later. Where something else (systemd-networkd, NetworkManager) does that work, accept_ra is 0
 and stays so.
 
@@ -59,7 +59,7 @@ def lacking() -> frozenset[int]:
 
 
 def advertised(*ours: str) -> tuple[str, ...]:
-    """The interfaces, but `ours`, that heed router advertisements only as long as IPv6 is not forwarded; sorted."""
+    """The interfaces, but `ours`, that accept router advertisements only as long as IPv6 is not forwarded; sorted."""
     if 6 in forwarding():
         return ()
     try:

@@ -61,11 +61,11 @@ class Table:
     def __str__(self) -> str:
         """As `nft` reads it, on one line."""
         parts = [f"counter {name} {{ }}" for name in self.counters]
-        for one in self.sets:
-            elements = _listed(one.addresses)
-            kind = "ipv4_addr" if one.version == 4 else "ipv6_addr"
+        for address_set in self.sets:
+            elements = _listed(address_set.addresses)
+            kind = "ipv4_addr" if address_set.version == 4 else "ipv6_addr"
             content = f" elements = {{ {elements} }};" if elements else ""
-            parts.append(f"set {one.name} {{ type {kind};{content} }}")
+            parts.append(f"set {address_set.name} {{ type {kind};{content} }}")
         for chain in self.chains:
             rules = "".join(f" {rule.text};" for rule in self.rules if rule.chain == chain.name)
             parts.append(
@@ -114,14 +114,14 @@ def _listed(addresses: frozenset[IPAddress]) -> str:
     return ", ".join(map(str, sorted(addresses, key=int)))
 
 
-def element_changes(found: Table, wanted: Table) -> list[AddElements | DeleteElements] | None:
+def element_changes(table: Table, wanted: Table) -> list[AddElements | DeleteElements] | None:
     """What makes one table of the other if they differ in nothing but the elements of their sets; else None."""
-    if evolve(found, sets=()) != evolve(wanted, sets=()) or [one.identity for one in found.sets] != [
-        one.identity for one in wanted.sets
+    if evolve(table, sets=()) != evolve(wanted, sets=()) or [address_set.identity for address_set in table.sets] != [
+        address_set.identity for address_set in wanted.sets
     ]:
         return None
     changes: list[AddElements | DeleteElements] = []
-    for before, after in zip(found.sets, wanted.sets, strict=True):
+    for before, after in zip(table.sets, wanted.sets, strict=True):
         if new := after.addresses - before.addresses:
             changes.append(AddElements(wanted.name, evolve(after, addresses=new)))
         if gone := before.addresses - after.addresses:
@@ -132,12 +132,12 @@ def element_changes(found: Table, wanted: Table) -> list[AddElements | DeleteEle
 def with_elements(table: Table, change: AddElements | DeleteElements) -> Table:
     """The table after the change."""
 
-    def changed(one: AddressSet) -> AddressSet:
-        if one.identity != change.set.identity:
-            return one
+    def changed(address_set: AddressSet) -> AddressSet:
+        if address_set.identity != change.set.identity:
+            return address_set
         if isinstance(change, AddElements):
-            return evolve(one, addresses=one.addresses | change.set.addresses)
-        return evolve(one, addresses=one.addresses - change.set.addresses)
+            return evolve(address_set, addresses=address_set.addresses | change.set.addresses)
+        return evolve(address_set, addresses=address_set.addresses - change.set.addresses)
 
     return evolve(table, sets=tuple(map(changed, table.sets)))
 

@@ -61,10 +61,10 @@ def accounts(
     `memory` is from before, `endpoints` are those that are stated now. `now`: Unix seconds.
     """
     told = {change.public_key: change for change in made if isinstance(change, SetPeer)}
-    found: dict[str, Unanswered] = {}
+    unanswereds: dict[str, Unanswered] = {}
     for key, stated in endpoints.items():
         planned, peer, before, change = plan.peers.get(key), observed.peers.get(key), None, told.get(key)
-        if planned is None or planned.hearsay or stated is None or peer is None or peer.endpoint is None:
+        if planned is None or planned.observed or stated is None or peer is None or peer.endpoint is None:
             continue
         if change is not None and change.new:
             continue
@@ -74,7 +74,7 @@ def accounts(
             if before is not None:
                 before = _read(before, peer, observed.time)
             if peer.endpoint != stated or (before is not None and before.other is not None):
-                found[key] = before or _begun(peer, observed.time)
+                unanswereds[key] = before or _begun(peer, observed.time)
             continue
         learnt = peer.endpoint not in (stated, memory.endpoints.get(key))
         silent = observed.time - peer.last_handshake >= SESSION_SECONDS
@@ -82,8 +82,8 @@ def accounts(
         usable = address is not None and not plan.leads_into_tunnel(address)
         other = peer.endpoint if learnt and silent and usable else None
         if change.endpoint != stated or other is not None:
-            found[key] = evolve(_begun(peer, now), set_at=now, other=other)
-    return found
+            unanswereds[key] = evolve(_begun(peer, now), set_at=now, other=other)
+    return unanswereds
 
 
 def _begun(peer: ObservedPeer, now: float) -> Unanswered:

@@ -1,4 +1,4 @@
-"""Userspace WireGuard: `wireguard-go`, or another program that speaks the cross-platform UAPI on a unix socket.
+"""Userspace WireGuard: `wireguard-go`, or another program that implements the cross-platform UAPI on a unix socket.
 
 The program is started once, in a session of its own and with nothing inherited, and outlives the agent; a device
 that is there already is used as it is. When the program dies its device goes with it, which the kernel reports as
@@ -22,10 +22,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from kilo_etcd import descriptors
-from kilo_etcd.kernel.effect import network_order
 from kilo_etcd.kernel.errors import NO_PERMISSION, KernelError, why_not
 from kilo_etcd.kernel.formats import UCRED
 from kilo_etcd.kernel.netlink import same_namespace
+from kilo_etcd.kernel.predict import network_order
 from kilo_etcd.kernel.read.wireguard import DeviceState
 from kilo_etcd.kernel.state import ObservedPeer, RemovePeer, SetDevice, SetPeer, WireGuardChange
 from kilo_etcd.kernel.write.wireguard import raw
@@ -81,7 +81,7 @@ def _encode_peer(change: SetPeer) -> Iterable[str]:
         yield f"allowed_ip={network}"
 
 
-def steady(answer: str) -> int:
+def fingerprint(answer: str) -> int:
     """A number that stays the same as long as nothing changes in an answer but what the device has seen. OSError if it
     says an errno."""
     lines = [
@@ -175,8 +175,8 @@ class UserspaceDevice:
     def read(self, name: str) -> DeviceState:
         return decode(self._ask(name, "get=1\n\n"))
 
-    def mark(self, name: str) -> int:
-        return steady(self._ask(name, "get=1\n\n"))
+    def fingerprint(self, name: str) -> int:
+        return fingerprint(self._ask(name, "get=1\n\n"))
 
     def write(self, name: str, changes: Sequence[WireGuardChange]) -> None:
         self.writes += 1
@@ -297,9 +297,9 @@ class UserspaceDevice:
         return answer.decode()
 
     def _why(self, command: str, name: str, errors: Path) -> str:
-        said = errors.read_text(errors="replace")
-        lines = [line for line in said.splitlines() if line.startswith(("ERROR", "Failed"))]
-        if "not permitted" in said or "permission denied" in said.lower():
+        output = errors.read_text(errors="replace")
+        lines = [line for line in output.splitlines() if line.startswith(("ERROR", "Failed"))]
+        if "not permitted" in output or "permission denied" in output.lower():
             return f"{command} cannot make {name}: {NO_PERMISSION}"
         return f"{command} cannot make {name}: {lines[-1] if lines else f'see {errors}'}"
 

@@ -22,7 +22,7 @@ class Device(Protocol):
 
     def read(self, name: str) -> DeviceState: ...
 
-    def mark(self, name: str) -> int:
+    def fingerprint(self, name: str) -> int:
         """A number that stays the same as long as nothing changes in the device that a plan sets. Of endpoints only
         whether there is one counts."""
 
@@ -48,10 +48,10 @@ class KernelDevice:
         except UNREADABLE:
             raise FormatError from None
 
-    def mark(self, name: str) -> int:
+    def fingerprint(self, name: str) -> int:
         reader = DeviceReader()
         self._dump(name, reader)
-        return reader.mark()
+        return reader.fingerprint()
 
     def _dump(self, name: str, reader: DeviceReader) -> None:
         self._generic.dump(get_device(self._family, name), reader.take)

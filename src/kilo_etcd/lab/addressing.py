@@ -58,7 +58,7 @@ class Wire:
 
 
 @frozen(kw_only=True)
-class HostAddresses:
+class LabAddresses:
     """Where a host is found on the underlay."""
 
     name: str
@@ -90,7 +90,7 @@ class SiteAddresses:
 class Layout:
     """All addresses of a lab."""
 
-    hosts: Mapping[str, HostAddresses]
+    hosts: Mapping[str, LabAddresses]
     sites: Mapping[str, SiteAddresses]
     members: Mapping[str, tuple[IPAddress, ...]]
     operator: tuple[IPAddress, ...]
@@ -140,7 +140,7 @@ class Layout:
 def lay_out(spec: Spec) -> Layout:
     """Give every machine its addresses. SpecError when there is not enough room in a subnet."""
     versions = tuple(4 if family == "ipv4" else 6 for family in spec.families)
-    hosts: dict[str, HostAddresses] = {}
+    hosts: dict[str, LabAddresses] = {}
     sites: dict[str, SiteAddresses] = {}
     for number, site in enumerate(spec.sites, 1):
         subnets = _subnets(site, number, versions)
@@ -189,15 +189,15 @@ def _host(
     used: int,
     number: int,
     versions: tuple[int, ...],
-    others: Mapping[str, HostAddresses],
-) -> HostAddresses:
+    others: Mapping[str, LabAddresses],
+) -> LabAddresses:
     # Addresses start at the eleventh where there is room, as DHCP servers do, so that they look like hosts'.
     first = 11 if all(network.num_addresses > 64 for network in networks) else 2
     if any(first + used >= network.num_addresses - 1 for network in networks):
         raise SpecError(f"site {site.name}: {networks[0]} has no address left for host {host.name}")
     has = {4 if family == "ipv4" else 6 for family in host.families} or set(versions)
     public = 1 + sum(bool(other.public) for other in others.values())
-    return HostAddresses(
+    return LabAddresses(
         name=host.name,
         site=site.name,
         bridge=f"lan{host.subnet}",
@@ -230,7 +230,7 @@ def _mac(kind: int, number: int) -> str:
 
 
 def literal(ip: IPAddress) -> str:
-    """An address as it stands in a URL."""
+    """An address as written in a URL."""
     return f"[{ip}]" if ip.version == 6 else str(ip)
 
 
@@ -328,12 +328,12 @@ def _router(layout: Layout, site: SiteAddresses) -> list[str]:
     return lines
 
 
-def port_commands(host: HostAddresses) -> list[str]:
+def port_commands(host: LabAddresses) -> list[str]:
     """`ip` commands in the router when a host is plugged in."""
     return [f"link set {host.wire.other_interface} master {host.bridge} addrgenmode none up"]
 
 
-def _host_commands(host: HostAddresses) -> list[str]:
+def _host_commands(host: LabAddresses) -> list[str]:
     lines = ["link set lo up"]
     lines += [_add(str(interface), "eth0") for interface in host.private]
     lines += [_add(_single(ip), "eth0") for ip in host.public]

@@ -78,7 +78,7 @@ class Count:
 class RunningProbe:
     """A probe under way; `result` is there when its block has ended."""
 
-    _connection: control.Connection
+    _connection: control.ControlConnection
     target: str
     result: ProbeResult | None = None
 
@@ -225,7 +225,7 @@ class Lab:
         *,
         env: Mapping[str, str | None] | None = None,
         terminal: bool = False,
-    ) -> control.Connection:
+    ) -> control.ControlConnection:
         connection = await control.connect(self._path)
         try:
             request = {
@@ -366,10 +366,10 @@ class Lab:
 
     async def mesh_address(self, host: str) -> IPAddress:
         """A host's mesh address, as its WireGuard interface has it."""
-        found = (await self.host(host)).mesh
-        if not found:
+        addresses = (await self.host(host)).mesh
+        if not addresses:
             raise LabError(f"{host} has no mesh address yet: its agent has not set up its interface")
-        return ip_address(found[0])
+        return ip_address(addresses[0])
 
     async def missing_pings(self, *hosts: str, timeout: float = 1.0) -> list[tuple[str, str]]:
         """Ordered pairs of hosts (all that are on, unless named) whose ping is not answered in time."""
@@ -490,7 +490,7 @@ async def running_lab(
             pass_fds=(held.listener.fileno(),),
             start_new_session=True,
         )
-        # With the listener open here too, a request to a lab that died would wait for ever.
+        # With the listener open here too, a request to a lab that died would wait forever.
         held.listener.close()
         assert process.stdin is not None
         try:
@@ -503,8 +503,8 @@ async def running_lab(
             except LabError as error:
                 await _gone(process, 1)
                 errors.seek(0)
-                said = errors.read().decode(errors="replace").strip()
-                raise LabError(said or str(error)) from None
+                output = errors.read().decode(errors="replace").strip()
+                raise LabError(output or str(error)) from None
             yield lab
         finally:
             with suppress(BrokenPipeError):

@@ -1,4 +1,4 @@
-"""How a client speaks to a running lab: one JSON line each way over a unix socket, file descriptors beside.
+"""How a client talks to a running lab: one JSON line each way over a unix socket, with file descriptors.
 
 A request is `{"op": ..., ...}`, with the descriptors of standard input, output and error attached where a
 program is to be run. Answers are `{"ok": result}` or `{"error": sentence}`; progress comes
@@ -24,13 +24,13 @@ _MAX_FDS = 3
 
 
 @define(eq=False)
-class Connection:
+class ControlConnection:
     """Either end of a control connection."""
 
     sock: trio.socket.SocketType
     _buffer: bytearray = field(factory=bytearray)
     fds: list[int] = field(factory=list)
-    """Descriptors received; whoever uses them closes them (`close_fds`)."""
+    """Descriptors received; the user closes them (`close_fds`)."""
 
     async def send(self, message: Mapping[str, Any], fds: Sequence[int] = ()) -> None:
         """Send one message. OSError when the other end is gone."""
@@ -90,7 +90,7 @@ class Connection:
         self.sock.close()
 
 
-async def connect(path: Path) -> Connection:
+async def connect(path: Path) -> ControlConnection:
     """Connect to a lab's control socket. LabError when nobody listens there."""
     sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     handle = -1
@@ -110,4 +110,4 @@ async def connect(path: Path) -> Connection:
     finally:
         if handle >= 0:
             os.close(handle)
-    return Connection(sock)
+    return ControlConnection(sock)

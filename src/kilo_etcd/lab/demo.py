@@ -49,7 +49,7 @@ async def show(lab: Lab, console: Console, picture: Path, *, deadline: float = 4
     say(f"all {pairs} ordered pairs ping each other at their mesh addresses")
     console.print(await ping_table(lab))
     console.print(await host_table(lab))
-    await _settled(lab)
+    await _allocated(lab)
     status = await lab.kgctl("status", check=False, env={"COLUMNS": str(max(console.width, 100))})
     console.print("[bold]kgctl status[/]")
     console.print(status.stdout or status.stderr, markup=False, highlight=False, soft_wrap=True)
@@ -64,7 +64,7 @@ async def show(lab: Lab, console: Console, picture: Path, *, deadline: float = 4
     console.print(await draw(lab, picture), highlight=False, soft_wrap=True)
 
 
-async def _settled(lab: Lab) -> None:
+async def _allocated(lab: Lab) -> None:
     """Wait a little for those next in line: hosts stand for leader when they have been steady for two seconds."""
     assert lab.spec is not None
     labels = [host.label for host in lab.spec.hosts]
@@ -96,7 +96,7 @@ async def listing(lab: Lab, prefix: str) -> Mapping[str, str]:
 
 
 async def ping_table(lab: Lab) -> Table:
-    """Who reaches whom."""
+    """Which host reaches which."""
     missing = set(await lab.missing_pings())
     hosts = [row.host for row in await lab.status() if row.power]
     table = Table(title="pings at mesh addresses", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)

@@ -146,17 +146,17 @@ class Machine:
 
     def interface_addresses(self, interface: str) -> tuple[IPAddress, ...]:
         """An interface's first IPv4 and first global IPv6 address; asks the kernel, spawns nothing."""
-        found: list[IPAddress] = []
+        addresses: list[IPAddress] = []
         with namespaces.open_socket(self.namespaces.net, socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
             answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("16s240x", interface.encode()))
-            found.append(IPv4Address(answer[20:24]))
+            addresses.append(IPv4Address(answer[20:24]))
         with suppress(OSError):
             for line in Path(f"/proc/{self.first.pid}/net/if_inet6").read_text().splitlines():
                 digits, _, _, scope, _, name = line.split()
                 if name == interface and scope == "00":
-                    found.append(IPv6Address(int(digits, 16)))
+                    addresses.append(IPv6Address(int(digits, 16)))
                     break
-        return tuple(found)
+        return tuple(addresses)
 
     async def power_off(self) -> None:
         """Kill everything inside, at once, and let go of the namespaces."""

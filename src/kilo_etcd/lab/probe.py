@@ -183,17 +183,17 @@ class Pinger:
         done = trio.Event()
         identifiers: dict[Machine, int] = {}
 
-        def hear(machine: Machine) -> Callable[[int], None]:
-            def heard(number: int) -> None:
+        def replies_of(machine: Machine) -> Callable[[int], None]:
+            def replied(number: int) -> None:
                 left.discard((machine, number))
                 if not left:
                     done.set()
 
-            return heard
+            return replied
 
         try:
             for machine in by_machine:
-                identifiers[machine] = self.listen(machine, hear(machine))
+                identifiers[machine] = self.listen(machine, replies_of(machine))
             with trio.move_on_after(timeout):
                 for machine, targets in by_machine.items():
                     for number, (_, address) in enumerate(targets):
@@ -210,7 +210,7 @@ class Pinger:
 
 
 @define(eq=False)
-class Probe:
+class LabProbe:
     """Echo requests from one machine to one address at a steady pace, each accounted for."""
 
     pinger: Pinger

@@ -18,10 +18,10 @@ import trio
 
 from kilo_etcd.lab.addressing import lay_out
 from kilo_etcd.lab.capture import Capture
-from kilo_etcd.lab.control import Connection
+from kilo_etcd.lab.control import ControlConnection
 from kilo_etcd.lab.machine import Process
 from kilo_etcd.lab.namespaces import NamespaceError
-from kilo_etcd.lab.probe import Pinger, Probe
+from kilo_etcd.lab.probe import LabProbe, Pinger
 from kilo_etcd.lab.runtime import LabError
 from kilo_etcd.lab.spec import Spec
 from kilo_etcd.lab.world import World
@@ -45,10 +45,10 @@ async def serve(listener: socket.socket, spec: Spec, name: str, lifeline: int) -
 async def _accept(listener: trio.socket.SocketType, world: World, nursery: trio.Nursery) -> None:
     while True:
         sock, _ = await listener.accept()
-        nursery.start_soon(_handle, Connection(sock), world)
+        nursery.start_soon(_handle, ControlConnection(sock), world)
 
 
-async def _handle(connection: Connection, world: World) -> None:
+async def _handle(connection: ControlConnection, world: World) -> None:
     try:
         request = await connection.receive()
         if request is None:
@@ -65,20 +65,20 @@ async def _handle(connection: Connection, world: World) -> None:
             answer = {"error": f"the request {request.get('op')!r} failed: {error!r}"}
         await connection.send(answer)
     except (OSError, ValueError, trio.BrokenResourceError):
-        # The client has gone, or speaks something else; neither is the lab's concern.
+        # The client has gone, or uses another protocol; neither is the lab's concern.
         pass
     finally:
         connection.close()
 
 
-async def _build(world: World, connection: Connection, _: Request) -> None:
+async def _build(world: World, connection: ControlConnection, _: Request) -> None:
     async def say(line: str) -> None:
         await connection.send({"say": line})
 
     await world.build(say)
 
 
-async def _exec(world: World, connection: Connection, request: Request) -> object:
+async def _exec(world: World, connection: ControlConnection, request: Request) -> object:
     machine = world.machine(request["machine"])
     if len(connection.fds) != 3:
         raise LabError("three file descriptors belong to a program: input, output and errors")
@@ -98,7 +98,7 @@ async def _exec(world: World, connection: Connection, request: Request) -> objec
     return process.status
 
 
-async def _end_with_client(connection: Connection, process: Process) -> None:
+async def _end_with_client(connection: ControlConnection, process: Process) -> None:
     """Signals that the client passes on; and when the client goes away, the program's end."""
     with suppress(OSError):
         while message := await connection.receive():
@@ -110,59 +110,59 @@ async def _end_with_client(connection: Connection, process: Process) -> None:
     process.signal(signal.SIGKILL, group=True)
 
 
-async def _agent(world: World, _: Connection, request: Request) -> object:
+async def _agent(world: World, _: ControlConnection, request: Request) -> object:
     return await world.agent(request["action"], request["host"])
 
 
-async def _power_off(world: World, _: Connection, request: Request) -> None:
+async def _power_off(world: World, _: ControlConnection, request: Request) -> None:
     await world.power_off(request["host"])
 
 
-async def _power_on(world: World, _: Connection, request: Request) -> None:
+async def _power_on(world: World, _: ControlConnection, request: Request) -> None:
     await world.power_on(request["host"], agent=request["agent"])
 
 
-async def _cut(world: World, _: Connection, request: Request) -> None:
+async def _cut(world: World, _: ControlConnection, request: Request) -> None:
     await world.cut(request["host"], request["from"])
 
 
-async def _cut_site(world: World, _: Connection, request: Request) -> None:
+async def _cut_site(world: World, _: ControlConnection, request: Request) -> None:
     await world.cut_site(request["site"], request["from"])
 
 
-async def _etcd(world: World, _: Connection, request: Request) -> None:
+async def _etcd(world: World, _: ControlConnection, request: Request) -> None:
     await world.etcd(request["action"], request["member"])
 
 
-async def _etcd_ready(world: World, _: Connection, request: Request) -> None:
+async def _etcd_ready(world: World, _: ControlConnection, request: Request) -> None:
     await world.etcd_ready(request["seconds"])
 
 
-async def _label(world: World, _: Connection, request: Request) -> None:
+async def _label(world: World, _: ControlConnection, request: Request) -> None:
     await world.label(request["host"], request["label"])
 
 
-async def _counters(world: World, _: Connection, request: Request) -> object:
+async def _counters(world: World, _: ControlConnection, request: Request) -> object:
     return await world.counters(request["site"])
 
 
-async def _status(world: World, _: Connection, __: Request) -> object:
+async def _status(world: World, _: ControlConnection, __: Request) -> object:
     return world.status()
 
 
-async def _pings(world: World, _: Connection, request: Request) -> object:
+async def _pings(world: World, _: ControlConnection, request: Request) -> object:
     return await world.missing_pings(request["hosts"], request["timeout"])
 
 
-async def _ping(world: World, _: Connection, request: Request) -> object:
+async def _ping(world: World, _: ControlConnection, request: Request) -> object:
     machine, address = world.machine(request["from"]), world.address_of(request["to"])
     return not await world.pinger.missing([(machine, request["to"], address)], request["timeout"])
 
 
-async def _probe(world: World, connection: Connection, request: Request) -> object:
+async def _probe(world: World, connection: ControlConnection, request: Request) -> object:
     machine = world.machine(request["from"])
     target = ip_address(request["address"]) if request.get("address") else world.address_of(request["to"])
-    probe = Probe(world.pinger, machine, target, float(request["interval"]))
+    probe = LabProbe(world.pinger, machine, target, float(request["interval"]))
     stop = trio.Event()
 
     async def send() -> None:
@@ -182,7 +182,7 @@ async def _probe(world: World, connection: Connection, request: Request) -> obje
     return probe.result(final=True).as_mapping()
 
 
-async def _capture(world: World, connection: Connection, request: Request) -> object:
+async def _capture(world: World, connection: ControlConnection, request: Request) -> object:
     name = request["machine"]
     machine = world.machine(name)
     interfaces = request.get("interfaces") or world.captured_by_default(name)
@@ -199,7 +199,7 @@ async def _capture(world: World, connection: Connection, request: Request) -> ob
     return capture.close()
 
 
-_OPERATIONS: dict[str, Callable[[World, Connection, Request], Awaitable[object]]] = {
+_OPERATIONS: dict[str, Callable[[World, ControlConnection, Request], Awaitable[object]]] = {
     "build": _build,
     "exec": _exec,
     "agent": _agent,

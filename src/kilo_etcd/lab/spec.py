@@ -358,7 +358,7 @@ class _Table:
             yield _Table(item, self._source, f"{self._path}{key}[{number}].")
 
     def finish(self) -> None:
-        """Refuse the keys nobody asked for."""
+        """Refuse unknown keys."""
         for key in self._data:
             if key not in self._known:
                 known = ", ".join(sorted(self._known))

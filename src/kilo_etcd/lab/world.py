@@ -167,12 +167,12 @@ class World:
 
     def machine(self, name: str) -> Machine:
         """A machine that is on. LabError names what is wrong."""
-        found = self.machines.get(name) or self.machines.get(f"etcd:{name}")
-        if found is None:
+        machine = self.machines.get(name) or self.machines.get(f"etcd:{name}")
+        if machine is None:
             if name in self.layout.machines:
                 raise LabError(f"{name} is powered off; kgctl lab power-on {name} switches it on")
             raise LabError(f"there is no {name!r} in this lab; there are {', '.join(self.layout.machines)}")
-        return found
+        return machine
 
     def _nodes(self) -> list[str]:
         """The hosts that run, or could run, an agent."""
@@ -198,10 +198,10 @@ class World:
         A mesh address never moves, so it is remembered while the host is off.
         """
         machine = self.machines.get(self._host(host))
-        found = machine.interface_addresses(DEFAULT_INTERFACE) if machine else ()
-        if found:
-            self._mesh[host] = found
-        return found or self._mesh.get(host, ())
+        addresses = machine.interface_addresses(DEFAULT_INTERFACE) if machine else ()
+        if addresses:
+            self._mesh[host] = addresses
+        return addresses or self._mesh.get(host, ())
 
     # --- etcd ----------------------------------------------------------------------------------------------
 
@@ -394,10 +394,11 @@ class World:
         if site not in self.layout.sites:
             raise LabError(f"there is no site {site!r} in this lab; there are {', '.join(self.layout.sites)}")
         printed = await self._run(router_of(site), ["nft", "-j", "list", "counters", "table", "inet", "lab"])
-        found = (item["counter"] for item in json.loads(printed)["nftables"] if "counter" in item)
+        counters = (item["counter"] for item in json.loads(printed)["nftables"] if "counter" in item)
         # `icmp` itself is a keyword of nftables'.
         return {
-            each["name"].removesuffix("errors"): {"packets": each["packets"], "bytes": each["bytes"]} for each in found
+            each["name"].removesuffix("errors"): {"packets": each["packets"], "bytes": each["bytes"]}
+            for each in counters
         }
 
     def captured_by_default(self, machine: str) -> list[str]:
@@ -449,10 +450,10 @@ class World:
     def address_of(self, target: str) -> IPAddress:
         """A host's (first) mesh address, or a literal address as it is."""
         if target in self.layout.hosts:
-            found = self.mesh_addresses(target)
-            if not found:
+            addresses = self.mesh_addresses(target)
+            if not addresses:
                 raise LabError(f"{target} has no mesh address yet: its agent has not set up {DEFAULT_INTERFACE}")
-            return found[0]
+            return addresses[0]
         try:
             return ip_address(target)
         except ValueError:

@@ -1,6 +1,6 @@
 """What the mesh remembers, in etcd: keys, records, the mirror of them all, and this host's own session.
 
-Speaks to etcd through `kilo_etcd.etcd.api.Client` only, so the in-memory etcd of `kilo_etcd.testing` serves as well.
+Uses etcd through `kilo_etcd.etcd.api.Client` only, so the in-memory etcd of `kilo_etcd.testing` serves as well.
 """
 
 from __future__ import annotations
@@ -9,23 +9,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from kilo_etcd.store.annotations import ANNOTATIONS
     from kilo_etcd.store.claims import NoAddressLeft
-    from kilo_etcd.store.effective import ANNOTATIONS
     from kilo_etcd.store.keys import Keys, ParsedKey
-    from kilo_etcd.store.mirror import HeldOff, LastSeen, Mirror
+    from kilo_etcd.store.mirror import ClusterNotTrusted, LastSeen, Mirror
+    from kilo_etcd.store.node_identity import NameTaken
     from kilo_etcd.store.operator import locations, set_location, snapshot, statuses, unset_location
-    from kilo_etcd.store.owner import NameTaken
     from kilo_etcd.store.records import (
         CandidateRecord,
         NodeRecord,
+        ObservedEndpointRecord,
         PeerRecord,
+        ProbeReportRecord,
         RecordError,
         Role,
-        SightingRecord,
         StageRecord,
         StatusRecord,
         Unreachable,
-        VerdictRecord,
         decode_candidate,
         decode_node,
         decode_peer,
@@ -40,7 +40,7 @@ __all__ = [
     "ANNOTATIONS",
     "Candidacy",
     "CandidateRecord",
-    "HeldOff",
+    "ClusterNotTrusted",
     "Holdings",
     "Keys",
     "LastSeen",
@@ -48,16 +48,16 @@ __all__ = [
     "NameTaken",
     "NoAddressLeft",
     "NodeRecord",
+    "ObservedEndpointRecord",
     "ParsedKey",
     "PeerRecord",
+    "ProbeReportRecord",
     "RecordError",
     "Role",
     "Session",
-    "SightingRecord",
     "StageRecord",
     "StatusRecord",
     "Unreachable",
-    "VerdictRecord",
     "View",
     "decode_candidate",
     "decode_node",
@@ -72,7 +72,7 @@ __all__ = [
     "unset_location",
 ]
 
-_PARTS = ("keys", "records", "effective", "view", "claims", "operator", "mirror", "owner", "session")
+_PARTS = ("keys", "records", "annotations", "view", "claims", "operator", "mirror", "node_identity", "session")
 
 
 def __getattr__(name: str) -> object:
@@ -81,6 +81,6 @@ def __getattr__(name: str) -> object:
         for part in _PARTS:
             module = import_module(f"{__name__}.{part}")
             if hasattr(module, name):
-                globals()[name] = found = getattr(module, name)
-                return found
+                globals()[name] = value = getattr(module, name)
+                return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Who has which mesh address, by the claims in etcd and by what nodes' records state.
+"""Decides which node has which mesh address, by the claims in etcd and by what nodes' records state.
 
 A claim is written once, when there is none, and never changed. A node's record states the address that the node has
 claimed, so that a contradiction shows. An address belongs to the node that the claim names if the claim stands as it
@@ -6,10 +6,10 @@ was first written, and no other node's record stated the address before the clai
 record did. Otherwise it belongs to the one node whose record states it; if several do, to nobody. So one write takes no
 address away: neither a changed or deleted claim nor a record that states another's address (decision 0024).
 
-The mesh's subnets are judged likewise: those that most nodes are in stay in force when `mesh/subnets` changes. Nodes
-whose records state nothing, as those of older agents, count too: a single record must not speak for them.
+The mesh's subnets are decided likewise: those that most nodes are in stay in force when `mesh/subnets` changes. Nodes
+whose records state nothing, as those of older agents, count too: a single record must not decide for them.
 
-Pure, one change at a time, and independent of the order of the changes, like `store.joins`.
+Pure, one change at a time, and independent of the order of the changes, like `store.duplicate_keys`.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class AddressIndex:
             self._claims[key] = claim
         concerned = self._settle(address)
         # Which of two claims of its own a node goes by depends on their age.
-        return concerned | {one.claimant for one in (before, claim) if one is not None}
+        return concerned | {each.claimant for each in (before, claim) if each is not None}
 
     def state(self, node: str, interfaces: tuple[IPInterface, ...], written: int) -> tuple[IPAddress, ...]:
         """The record of `node`, written at revision `written`, states these addresses with their networks. Returns the
@@ -93,16 +93,16 @@ class AddressIndex:
             del self._statements[node]
         if old == interfaces:
             return tuple(one.ip for one in interfaces)
-        for one in old:
-            self._count(one.network, -1)
-            rest = tuple(name for name in self._stated_by[place(one.ip)] if name != node)
+        for stated in old:
+            self._count(stated.network, -1)
+            rest = tuple(name for name in self._stated_by[place(stated.ip)] if name != node)
             if rest:
-                self._stated_by[place(one.ip)] = rest
+                self._stated_by[place(stated.ip)] = rest
             else:
-                del self._stated_by[place(one.ip)]
-        for one in interfaces:
-            self._count(one.network, 1)
-            self._stated_by[place(one.ip)] = (*self._stated_by.get(place(one.ip), ()), node)
+                del self._stated_by[place(stated.ip)]
+        for stated in interfaces:
+            self._count(stated.network, 1)
+            self._stated_by[place(stated.ip)] = (*self._stated_by.get(place(stated.ip), ()), node)
         return tuple(one.ip for one in (*old, *interfaces))
 
     def _count(self, network: IPNetwork, more: int) -> None:
@@ -116,12 +116,12 @@ class AddressIndex:
             self.networks_changed = True
 
     def settle(self, addresses: Iterable[IPAddress]) -> set[str]:
-        """Judge `addresses` anew after `state`; the names of the nodes concerned."""
+        """Evaluate `addresses` anew after `state`; the names of the nodes concerned."""
         return {name for address in addresses for name in self._settle(address)}
 
     def _settle(self, address: IPAddress) -> set[str]:
         key = place(address)
-        before, holder = self._holders.get(key), self._judge(key)
+        before, holder = self._holders.get(key), self._evaluate(key)
         concerned = set(self._stated_by.get(key, ()))
         if before == holder:
             return concerned
@@ -136,7 +136,7 @@ class AddressIndex:
             concerned.add(holder)
         return concerned
 
-    def _judge(self, key: Place) -> str | None:
+    def _evaluate(self, key: Place) -> str | None:
         claim, stating = self._claims.get(key), self._stated_by.get(key, ())
         if claim is not None and claim.intact and not self._stated_before(claim, stating):
             return claim.claimant
@@ -159,7 +159,7 @@ class AddressIndex:
         return place(address) in self._claims
 
     def holder(self, address: IPAddress) -> str | None:
-        """Whose an address is: a node's name, or `peer/<name>`."""
+        """The holder of an address: a node's name, or `peer/<name>`."""
         return self._holders.get(place(address))
 
     def of(self, node: str, subnets: tuple[IPNetwork, ...]) -> tuple[IPAddress, ...]:
@@ -170,7 +170,7 @@ class AddressIndex:
             return ()
         if len(held) > 1:
             statement = self._statements.get(node)
-            stated = () if statement is None else tuple(one.ip for one in statement.interfaces)
+            stated = () if statement is None else tuple(interface.ip for interface in statement.interfaces)
             order = sorted(
                 held.values(),
                 key=lambda address: (
@@ -182,11 +182,11 @@ class AddressIndex:
             )
         else:
             order = list(held.values())
-        found: dict[int, IPAddress] = {}
+        addresses: dict[int, IPAddress] = {}
         for address in order:
-            if address.version not in found and any(address in subnet for subnet in subnets):
-                found[address.version] = address
-        return tuple(found.values())
+            if address.version not in addresses and any(address in subnet for subnet in subnets):
+                addresses[address.version] = address
+        return tuple(addresses.values())
 
     def disputed(self, configured: tuple[IPNetwork, ...]) -> bool:
         """Whether any record states a network that is not a configured one."""
@@ -199,26 +199,27 @@ class AddressIndex:
         takes more than half of all that state or have an address."""
         if not self.disputed(configured):
             return configured
-        found: list[IPNetwork] = []
+        networks: list[IPNetwork] = []
         all_of_them = len(self._statements) + sum(name in self._held for name in silent)
         for version in (4, 6):
             stated = {network: count for network, count in self._networks.values() if network.version == version}
             own = next((network for network in configured if network.version == version), None)
             if own is None:
-                found += [network for network, count in stated.items() if 2 * count > all_of_them]
+                networks += [network for network, count in stated.items() if 2 * count > all_of_them]
                 continue
             counts = {own: 0} | stated
             order = sorted(
-                counts, key=lambda one: (one != own, -counts[one], -one.prefixlen, place(one.network_address))
+                counts,
+                key=lambda subnet: (subnet != own, -counts[subnet], -subnet.prefixlen, place(subnet.network_address)),
             )
             for name in silent:
                 held = self._held.get(name, {}).values()
-                its = next((one for one in order if any(address in one for address in held)), None)
+                its = next((subnet for subnet in order if any(address in subnet for address in held)), None)
                 if its is not None:
                     counts[its] += 1
-            found.append(max(order, key=lambda one: counts[one]))
+            networks.append(max(order, key=lambda subnet: counts[subnet]))
         # In the order of the configured ones, so that it is the same value if they are.
-        return tuple(sorted(found, key=lambda one: _rank(one, configured)))
+        return tuple(sorted(networks, key=lambda subnet: _rank(subnet, configured)))
 
     # --- what is wrong -----------------------------------------------------------------------------------------
 
@@ -262,16 +263,16 @@ class AddressIndex:
     def wrong_statements(self, node: str) -> tuple[str, ...]:
         """Sentences on the addresses that the record of `node` states and that another has."""
         statement = self._statements.get(node)
-        found = []
-        for one in () if statement is None else statement.interfaces:
-            holder = self._holders.get(place(one.ip))
+        result = []
+        for interface in () if statement is None else statement.interfaces:
+            holder = self._holders.get(place(interface.ip))
             if holder is not None and holder != node:
-                found.append(f"it states mesh address {one.ip}, which is claimed by {holder}: {holder} keeps it")
-        return tuple(found)
+                result.append(f"it states mesh address {interface.ip}, which is claimed by {holder}: {holder} keeps it")
+        return tuple(result)
 
 
 def _rank(network: IPNetwork, configured: tuple[IPNetwork, ...]) -> tuple[int, int]:
-    versions = [one.version for one in configured]
+    versions = [subnet.version for subnet in configured]
     return (versions.index(network.version) if network.version in versions else len(versions), network.version)
 
 

@@ -1,4 +1,4 @@
-"""What is claimed once and for ever: the mesh's settings by the first agent, and each node's mesh addresses.
+"""What is claimed once, for good: the mesh's settings by the first agent, and each node's mesh addresses.
 
 Both by create-only transactions, so that of any number of hosts that try at once exactly one wins, and the others
 see what it wrote. A node's search starts at a hash of its name and probes onward: hosts that come at once
@@ -45,7 +45,7 @@ async def ensure_mesh(client: Client, keys: Keys, settings: MeshSettings) -> Mes
         keys.subnets: encode_subnets(subnets),
         keys.internal_ips: internal_ips.value.encode(),
     }
-    found: dict[str, KeyValue] = {}
+    kvs: dict[str, KeyValue] = {}
     for key, value in wanted.items():
         held = await client.get(key)
         if held is None:
@@ -56,16 +56,16 @@ async def ensure_mesh(client: Client, keys: Keys, settings: MeshSettings) -> Mes
             assert isinstance(answer, RangeResult)
             held = answer.kvs[0] if answer.kvs else None
         if held is not None:
-            found[key] = held
-    if (kv := found.get(keys.granularity)) is not None:
+            kvs[key] = held
+    if (kv := kvs.get(keys.granularity)) is not None:
         # Nonsense in the granularity is survivable: a mesh exists in any; which one matters less than that all agree.
         granularity = await last_good(client, kv, decode_granularity) or Granularity.LOCATION
-    if (kv := found.get(keys.subnets)) is not None:
+    if (kv := kvs.get(keys.subnets)) is not None:
         known = await last_good(client, kv, decode_subnets)
         if known is None:
             raise RecordError(_unreadable(keys.subnets, kv))
         subnets = known
-    if (kv := found.get(keys.internal_ips)) is not None:
+    if (kv := kvs.get(keys.internal_ips)) is not None:
         internal_ips = await last_good(client, kv, decode_internal_ips) or InternalIPs.OFF
     return MeshSettings(granularity, subnets, internal_ips)
 
@@ -81,12 +81,14 @@ def _unreadable(key: str, kv: KeyValue) -> str:
 async def subnets_in_force(
     client: Client, keys: Keys, node: str, configured: tuple[IPNetwork, ...]
 ) -> tuple[IPNetwork, ...]:
-    """The mesh's subnets by which `node` finds its address, if `configured` is what stands in etcd: see
+    """The mesh's subnets by which `node` finds its address, if `configured` is what is in etcd: see
     `AddressIndex.subnets`. The whole mesh is looked at only if the value was changed. EtcdError."""
     answer = await client.txn([], [Get(keys.subnets), Get(keys.node(node))])
-    kvs = [one.kvs[0] if isinstance(one, RangeResult) and one.kvs else None for one in answer.responses]
+    kvs = [
+        response.kvs[0] if isinstance(response, RangeResult) and response.kvs else None for response in answer.responses
+    ]
     changed = kvs[0] is None or kvs[0].create_revision != kvs[0].mod_revision
-    if not changed and all(one.network in configured for one in _stated(kvs[1])):
+    if not changed and all(interface.network in configured for interface in _stated(kvs[1])):
         return configured
     from kilo_etcd.store import operator
 
@@ -115,7 +117,7 @@ async def claim_addresses(
         if isinstance(parsed, AddressKey):
             taken[parsed.address] = kv
     record = await client.get(keys.node(node))
-    known = (*held, *(one.ip for one in _stated(record)))
+    known = (*held, *(interface.ip for interface in _stated(record)))
     name = node.encode()
     claimed = []
     for version in (4, 6):
@@ -176,7 +178,11 @@ async def _may_take(client: Client, keys: Keys, node: str, address: IPAddress, k
     except RecordError:
         return True  # To everybody it is no claim, so that the address is whose record states it.
     own = await client.get(keys.node(node))
-    if own is None or address not in (one.ip for one in _stated(own)) or own.mod_revision > kv.create_revision:
+    if (
+        own is None
+        or address not in (interface.ip for interface in _stated(own))
+        or own.mod_revision > kv.create_revision
+    ):
         return False
     other = await client.get(keys.node(claimant))
     return address not in (one.ip for one in _stated(other)) or (

@@ -27,10 +27,10 @@ async def last_good(client: Client, kv: KeyValue, decode: Callable[[bytes], T]) 
         if kv.mod_revision <= kv.create_revision:
             return None
         try:
-            found = await client.range(kv.key, revision=kv.mod_revision - 1)
+            result = await client.range(kv.key, revision=kv.mod_revision - 1)
         except (Compacted, BadRequest):
             return None
-        if not found.kvs:
+        if not result.kvs:
             return None
-        kv = found.kvs[0]
+        kv = result.kvs[0]
     return None

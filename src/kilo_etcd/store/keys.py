@@ -17,8 +17,8 @@ from urllib.parse import quote, unquote
 
 from attrs import field, frozen
 
+from kilo_etcd.fast_ip import ip_address
 from kilo_etcd.model import DEFAULT_PREFIX, IPAddress
-from kilo_etcd.quickip import ip_address
 
 DEFAULT_LOCATION_IN_KEYS = "@default"
 
@@ -87,9 +87,9 @@ class EndpointKey:
 
 
 @frozen
-class VerdictKey:
+class ProbeReportKey:
     location: str
-    witness: str
+    prober: str
 
 
 @frozen
@@ -115,14 +115,14 @@ ParsedKey: TypeAlias = (
     | ElectionKey
     | LeaderKey
     | EndpointKey
-    | VerdictKey
+    | ProbeReportKey
     | StatusKey
     | StageKey
 )
 
 
 def encode_name(name: str) -> str:
-    """A name as it stands in a key. ValueError if it is empty or no Unicode text."""
+    """A name as written in a key. ValueError if it is empty or no Unicode text."""
     if not name:
         raise ValueError("a name in a key must not be empty")
     return quote(name, safe="", errors="strict")
@@ -144,7 +144,7 @@ def decode_name(text: str) -> str | None:
 
 
 def encode_location(location: str) -> str:
-    """A location as it stands in a key; the default location is `@default`."""
+    """A location as written in a key; the default location is `@default`."""
     return encode_name(location) if location else DEFAULT_LOCATION_IN_KEYS
 
 
@@ -165,7 +165,7 @@ def leased_by(key: ParsedKey | None) -> str | None:
             | StatusKey(node=name)
             | StageKey(node=name)
             | EndpointKey(observer=name)
-            | VerdictKey(witness=name)
+            | ProbeReportKey(prober=name)
         ):
             return name
     return None
@@ -217,7 +217,7 @@ class Keys:
 
     @property
     def adopted(self) -> str:
-        """Says which etcd is the mesh's, after it was restored or replaced: `kgctl mesh adopt`."""
+        """Says the etcd that is the mesh's, after it was restored or replaced: `kgctl mesh adopt`."""
         return self.root + "mesh/adopted"
 
     @property
@@ -277,15 +277,15 @@ class Keys:
         return f"{self.endpoints_root}{encode_name(name)}/{encode_name(observer)}"
 
     @property
-    def verdicts_root(self) -> str:
-        return self.root + "verdicts/"
+    def probe_reports_root(self) -> str:
+        return self.root + "probe-reports/"
 
-    def verdict(self, location: str, witness: str) -> str:
-        return f"{self.verdicts_root}{encode_location(location)}/{encode_name(witness)}"
+    def probe_report(self, location: str, prober: str) -> str:
+        return f"{self.probe_reports_root}{encode_location(location)}/{encode_name(prober)}"
 
     @property
     def status_root(self) -> str:
-        """Beside the watched prefix, so that a status wakes nobody."""
+        """Outside the watched prefix, so that a status wakes no agent."""
         return self.prefix + "-status/"
 
     def status(self, node: str) -> str:
@@ -293,29 +293,29 @@ class Keys:
 
     @property
     def stages_root(self) -> str:
-        """Beside the statuses, which share its permissions; with a slash, so that it is never a node's status."""
+        """Next to the statuses, which share its permissions; with a slash, so that it is never a node's status."""
         return self.status_root + "stages/"
 
     def stage(self, node: str) -> str:
         return self.stages_root + encode_name(node)
 
     @property
-    def questions_root(self) -> str:
-        """Beside the statuses, which share its permissions; with a slash, so that it is never a node's status."""
-        return self.status_root + "questions/"
+    def requests_root(self) -> str:
+        """Next to the statuses, which share its permissions; with a slash, so that it is never a node's status."""
+        return self.status_root + "requests/"
 
-    def question(self, lease: int) -> str:
-        return f"{self.questions_root}{lease:x}"
+    def request(self, lease: int) -> str:
+        return f"{self.requests_root}{lease:x}"
 
     @property
-    def answers_root(self) -> str:
-        return self.status_root + "answers/"
+    def responses_root(self) -> str:
+        return self.status_root + "responses/"
 
-    def answers_to(self, lease: int) -> str:
-        return f"{self.answers_root}{lease:x}/"
+    def responses_to(self, lease: int) -> str:
+        return f"{self.responses_root}{lease:x}/"
 
-    def answer(self, lease: int, node: str) -> str:
-        return self.answers_to(lease) + encode_name(node)
+    def response(self, lease: int, node: str) -> str:
+        return self.responses_to(lease) + encode_name(node)
 
     def parse(self, key: str | bytes) -> ParsedKey | None:
         """What a key stands for; None if it is none of ours or not spelled as these methods spell it."""
@@ -380,11 +380,11 @@ def _parse(parts: list[str]) -> ParsedKey | None:
         case ["leaders", text]:
             location = decode_location(text)
             return None if location is None else LeaderKey(location)
-        case [("elections" | "verdicts") as kind, text, rest]:
+        case [("elections" | "probe-reports") as kind, text, rest]:
             location, node = decode_location(text), decode_name(rest)
             if location is None or not node:
                 return None
-            return ElectionKey(location, node) if kind == "elections" else VerdictKey(location, node)
+            return ElectionKey(location, node) if kind == "elections" else ProbeReportKey(location, node)
         case [("locations" | "peers" | "nodes") as kind, text]:
             name = decode_name(text)
             if not name:

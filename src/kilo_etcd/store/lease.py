@@ -1,7 +1,7 @@
-"""One lease of this host over its life: adopted or granted, kept, doubted, lost.
+"""One lease of this host over its life: adopted or granted, kept, unconfirmed, lost.
 
 A lease that could not be kept is not lost yet: etcd refreshes all leases when it elects a new leader, so after an
-outage of etcd a lease is most likely still there. So it is doubted first, and only etcd's own word ends it.
+outage of etcd a lease is most likely still there. So it is unconfirmed first, and only etcd's own answer ends it.
 """
 
 from __future__ import annotations
@@ -19,20 +19,23 @@ LONGEST_INTERVAL = 600.0
 
 
 class KeptLease:
-    """A lease of `ttl` seconds. `on_doubt` is called when keeping it fails, `on_lost` when etcd says it is gone."""
+    """A lease of `ttl` seconds. `on_unconfirmed` is called when keeping it fails, `on_lost` when etcd says it is
+    gone."""
 
-    def __init__(self, client: Client, ttl: int, *, on_doubt: Callable[[], None], on_lost: Callable[[], None]) -> None:
+    def __init__(
+        self, client: Client, ttl: int, *, on_unconfirmed: Callable[[], None], on_lost: Callable[[], None]
+    ) -> None:
         self._client = client
         self._ttl = ttl
-        self._on_doubt = on_doubt
+        self._on_unconfirmed = on_unconfirmed
         self._on_lost = on_lost
         self._lease: Lease | None = None
         self._changed = trio.Event()
         self._log = structlog.get_logger()
-        self.doubted = False
+        self.unconfirmed = False
 
     def __repr__(self) -> str:
-        return f"<KeptLease {self._lease} {'doubted' if self.doubted else ''}>"
+        return f"<KeptLease {self._lease} {'unconfirmed' if self.unconfirmed else ''}>"
 
     @property
     def id(self) -> int:
@@ -40,21 +43,21 @@ class KeptLease:
         return self._lease.id if self._lease is not None else 0
 
     def _set(self, lease: Lease | None) -> None:
-        self._lease, self.doubted = lease, False
+        self._lease, self.unconfirmed = lease, False
         changed, self._changed = self._changed, trio.Event()
         changed.set()
 
-    def doubt(self) -> None:
+    def mark_unconfirmed(self) -> None:
         """Ask etcd before the lease is used again."""
-        self.doubted = self._lease is not None
+        self.unconfirmed = self._lease is not None
 
     def forget(self) -> None:
         """Have none, whatever has become of it."""
         self._set(None)
 
     async def lives(self) -> bool:
-        """Whether there is a lease; etcd is asked only if there is doubt. EtcdError."""
-        if self._lease is not None and self.doubted:
+        """Whether there is a lease; etcd is asked only if it is unconfirmed. EtcdError."""
+        if self._lease is not None and self.unconfirmed:
             try:
                 await self._client.refresh_lease(self._lease.id)
             except LeaseNotFound:
@@ -100,7 +103,7 @@ class KeptLease:
         """The task: keep whatever lease there is, until cancelled."""
         while True:
             changed, lease = self._changed, self._lease
-            if lease is None or self.doubted:
+            if lease is None or self.unconfirmed:
                 await changed.wait()
                 continue
             interval = min(lease.ttl / 3, LONGEST_INTERVAL)
@@ -108,10 +111,10 @@ class KeptLease:
                 async with self._client.keep_alive(lease.id, lease.ttl, interval=interval) as kept:
                     await _either(kept.lost, changed)
             except EtcdError as error:
-                self._log.warning("a lease cannot be kept", error=str(error))
+                self._log.warning("a lease cannot be kept alive", error=str(error))
             if lease is self._lease and not changed.is_set():
-                self.doubt()
-                self._on_doubt()
+                self.mark_unconfirmed()
+                self._on_unconfirmed()
 
 
 async def _either(first: trio.Event, second: trio.Event) -> None:

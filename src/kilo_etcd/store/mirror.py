@@ -1,17 +1,17 @@
 """The watched prefix, held in memory and given out as snapshots in revision order.
 
 `Mirror.run` lists, watches from the next revision on, and lists again when etcd has compacted that revision away, when
-the watch fails, and every few minutes, since a watch alone is not proof that nothing was missed. While etcd is away the
-last snapshot stays (`connected` is False) and is tried again with jitter, for ever.
+the watch fails, and every few minutes, since a watch alone does not ensure that nothing was missed. While etcd is away
+the last snapshot stays (`connected` is False) and is tried again with jitter, forever.
 
 Bursts coalesce: the first change after a quiet time is given out at once; while changes keep coming, at most one
-snapshot every `hold` seconds. Whoever waits gets the newest, never one after the other.
+snapshot every `hold` seconds. A reader that waits gets the newest, never one after the other.
 
 etcd going back in time is not followed. When a listing or a probe comes from another cluster, or its revision or raft
 term is lower than one seen before, `suspect` says so in a sentence, nothing is given out, and the mirror waits until
 that passes or until the operator says in this very etcd that it is the mesh's (`kgctl mesh adopt`). Only answers to
-linearizable reads are judged: a watch may rightly be served by a member that lags behind. Who wants to write asks
-`vouch` first: an etcd that is not followed is told nothing.
+linearizable reads are verified: a watch may rightly be served by a member that lags behind. A writer calls
+`verify` first: nothing is written to an etcd that is not followed.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ from kilo_etcd.store.records import adopts, decode_granularity, decode_internal_
 from kilo_etcd.store.view import Holdings, View
 
 HOLD = 0.025
-"""Seconds between two snapshots of one burst: enough to gather what belongs together, small beside a lease."""
+"""Seconds between two snapshots of one burst: enough to gather what belongs together, short compared with a lease."""
 PROBE_PERIOD = 5.0
-"""Seconds between looks at etcd that prove that it can still be reached: a watch is silent by itself."""
+"""Seconds between reads that confirm that etcd can still be reached: a watch is silent by itself."""
 RETRY_FIRST = 0.2
 RETRY_MOST = 5.0
 
 
-class HeldOff(Unavailable):
+class ClusterNotTrusted(Unavailable):
     """etcd answers, and is not to be followed or told anything; the message says why."""
 
 
 @frozen(kw_only=True)
 class LastSeen:
-    """What an earlier run saw of etcd: what it shows now is judged against that."""
+    """What an earlier run saw of etcd: what it shows now is compared with that."""
 
     header: Header
     granularity: Granularity | None = None
@@ -102,18 +102,18 @@ class Mirror:
         """trio.current_time() since which etcd has not answered; None while it does."""
         self.failure: EtcdError | None = None
         """Why etcd could not be read the last time; None while it answers."""
-        self.suspect: str | None = None
+        self.untrusted_reason: str | None = None
         """Why etcd is not followed at present, as a sentence; None: it is."""
-        self.taken_up = 0
+        self.generation = 0
         """How often etcd was followed again after it had been another one, or another one was adopted: then what is
         known to stand there may never have been written to it."""
-        self._judged = trio.Event()
+        self._verified = trio.Event()
         self._published = trio.Event()
         self._changed = trio.Event()
         self._applied = 0
 
     def __repr__(self) -> str:
-        state = "suspect" if self.suspect else "connected" if self.connected else "disconnected"
+        state = "suspect" if self.untrusted_reason else "connected" if self.connected else "disconnected"
         return f"<Mirror {self._keys.root} {state} revision={self._view.revision}>"
 
     def kv(self, key: str | bytes) -> KeyValue | None:
@@ -133,7 +133,7 @@ class Mirror:
         return self._view.leaseless(node)
 
     def holder(self, address: IPAddress) -> str | None:
-        """Whose a mesh address is as of the newest event: a node's name, `peer/<name>`, or None."""
+        """The holder of a mesh address as of the newest event: a node's name, `peer/<name>`, or None."""
         return self._view.holder(address)
 
     def holdings(self) -> Holdings | None:
@@ -152,50 +152,50 @@ class Mirror:
         return None if self.failure is None else f"{self.failure.kind}: {self.failure}"
 
     @property
-    def standing(self) -> str | None:
-        """What sort of trouble there is with etcd, in words that change only with the sort; None: there is none."""
-        return self.suspect or (None if self.failure is None else self.failure.kind)
+    def outage(self) -> str | None:
+        """What sort of trouble there is with etcd, as a text that changes only with the sort; None: there is none."""
+        return self.untrusted_reason or (None if self.failure is None else self.failure.kind)
 
-    async def wait_standing(self, than: str | None) -> str | None:
-        """`standing`, as soon as it is another one `than` said."""
-        while self.standing == than:
-            await self._judged.wait()
-        return self.standing
+    async def wait_outage_change(self, than: str | None) -> str | None:
+        """`outage`, as soon as it differs from `than`."""
+        while self.outage == than:
+            await self._verified.wait()
+        return self.outage
 
-    async def wait_taken_up(self, than: int) -> int:
-        """`taken_up`, as soon as it is more `than` said."""
-        while self.taken_up == than:
-            await self._judged.wait()
-        return self.taken_up
+    async def wait_generation(self, than: int) -> int:
+        """`generation`, as soon as it is higher than `than`."""
+        while self.generation == than:
+            await self._verified.wait()
+        return self.generation
 
-    def heed(self, header: Header) -> None:
+    def observe(self, header: Header) -> None:
         """This etcd took what was written, and may be another one than the last time that it was looked at."""
         floor = self._floor
-        if self.suspect is None and floor is not None and header.cluster_id not in (0, floor.cluster_id):
+        if self.untrusted_reason is None and floor is not None and header.cluster_id not in (0, floor.cluster_id):
             reason = _why_not(header, floor)
             if reason is not None:
-                self._hold_off(reason)
+                self._distrust(reason)
 
-    async def judge(self) -> bool:
+    async def verify_cluster(self) -> bool:
         """Look at etcd once, before `run`: whether it may be followed, and written to. EtcdError."""
         floor = self._floor
-        found = await self._look()
-        return self._follows(found, floor)
+        result = await self._look()
+        return self._follows(result, floor)
 
-    async def vouch(self) -> None:
-        """Raise HeldOff if this etcd is not the one that is followed; to be asked before something is written to it
-        that a replaced one must not be told. EtcdError."""
-        if self.suspect is None and (floor := self._floor) is not None:
+    async def verify(self) -> None:
+        """Raise ClusterNotTrusted if this etcd is not the one that is followed; to be asked before something is written
+        to it that a replaced one must not be told. EtcdError."""
+        if self.untrusted_reason is None and (floor := self._floor) is not None:
             reason = _why_not((await self._look()).header, floor)
             if reason is not None:
                 # The task will find out whether it has been adopted.
-                self._hold_off(reason)
+                self._distrust(reason)
         self.check()
 
     def check(self) -> None:
-        """Raise HeldOff if it is known already that etcd is not to be followed."""
-        if self.suspect is not None:
-            raise HeldOff(self.suspect)
+        """Raise ClusterNotTrusted if it is known already that etcd is not to be followed."""
+        if self.untrusted_reason is not None:
+            raise ClusterNotTrusted(self.untrusted_reason)
 
     # --- the tasks ---------------------------------------------------------------------------------------------
 
@@ -219,7 +219,7 @@ class Mirror:
 
     async def _follow(self) -> None:
         """List, watch, until it is time to list again. Raises EtcdError."""
-        if self.suspect is not None and not await self.judge():
+        if self.untrusted_reason is not None and not await self.verify_cluster():
             await trio.sleep(self._probe_period * self._rng.uniform(0.8, 1.2))
             return
         floor = self._floor
@@ -250,13 +250,13 @@ class Mirror:
             raise failure
 
     async def _look(self) -> RangeResult:
-        """The cheapest linearizable read: it proves that etcd answers with a quorum, and its header dates it."""
-        found = await self._client.range(self._keys.adopted)
+        """The cheapest linearizable read: it confirms that etcd answers with a quorum, and its header dates it."""
+        result = await self._client.range(self._keys.adopted)
         self._answered()
-        return found
+        return result
 
     async def _probe(self) -> None:
-        """Prove every few seconds that etcd answers and is the one we know; end the watch when it is time to list."""
+        """Confirm every few seconds that etcd answers and is the one we know; end the watch when it is time to list."""
         relist_at = trio.current_time() + self._relist_period * self._rng.uniform(0.8, 1.2)
         while True:
             await trio.sleep(self._probe_period * self._rng.uniform(0.8, 1.2))
@@ -267,7 +267,11 @@ class Mirror:
                 # The watch comes back by itself where it left off, so there is no need to give it up.
                 self._failed(error)
                 continue
-            if trio.current_time() >= relist_at or self.suspect is not None or _why_not(header, floor) is not None:
+            if (
+                trio.current_time() >= relist_at
+                or self.untrusted_reason is not None
+                or _why_not(header, floor) is not None
+            ):
                 raise _ListAgain
             self._floor = header
 
@@ -310,46 +314,46 @@ class Mirror:
             if not self._view.subnets and kv.key == self._keys.subnets.encode():
                 self._view.recall(subnets=await last_good(self._client, kv, decode_subnets))
 
-    def _follows(self, found: RangeResult, floor: Header | None) -> bool:
+    def _follows(self, result: RangeResult, floor: Header | None) -> bool:
         """Whether a linearizable answer may be followed, which was asked for when `floor` was known; sets or clears
-        `suspect`. `found` has the operator's adoption, if there is one."""
-        reason = _why_not(found.header, floor)
+        `suspect`. `result` has the operator's adoption, if there is one."""
+        reason = _why_not(result.header, floor)
         if reason is not None:
-            if not self._adopts(found):
-                self._hold_off(reason)
+            if not self._adopts(result):
+                self._distrust(reason)
                 return False
-            self._log.warning("this etcd is adopted; following it", cluster=f"{found.header.cluster_id:x}",
-                              revision=found.header.revision)  # fmt: skip
-            self.taken_up += 1
-        elif self.suspect is not None:
-            self.taken_up += 1
+            self._log.warning("this etcd is adopted; following it", cluster=f"{result.header.cluster_id:x}",
+                              revision=result.header.revision)  # fmt: skip
+            self.generation += 1
+        elif self.untrusted_reason is not None:
+            self.generation += 1
             self._log.info("etcd is as it was; following it again")
-        self._floor = found.header
-        self._set_suspect(None)
+        self._floor = result.header
+        self._set_untrusted(None)
         return True
 
-    def _adopts(self, found: RangeResult) -> bool:
-        """Whether the operator has said, in this etcd and since the last time, that it is the mesh's."""
+    def _adopts(self, result: RangeResult) -> bool:
+        """Whether the operator has adopted this etcd since the last time."""
         key = self._keys.adopted.encode()
-        said = next((kv.value for kv in found.kvs if kv.key == key), None)
+        adoption = next((kv.value for kv in result.kvs if kv.key == key), None)
         if self.current is not None:
             known = self._view.kv(key)
             self._adopted = known.value if known else None
-        return adopts(said, self._adopted, found.header.cluster_id)
+        return adopts(adoption, self._adopted, result.header.cluster_id)
 
-    def _hold_off(self, reason: str) -> None:
+    def _distrust(self, reason: str) -> None:
         sentence = f"{reason}; the last plan stays in force. If this is intended: kgctl mesh adopt"
-        if self.suspect is None:
+        if self.untrusted_reason is None:
             self._log.error(sentence)
-        self._set_suspect(sentence)
+        self._set_untrusted(sentence)
 
-    def _set_suspect(self, sentence: str | None) -> None:
-        self.suspect = sentence
+    def _set_untrusted(self, sentence: str | None) -> None:
+        self.untrusted_reason = sentence
         self._tell()
 
     def _tell(self) -> None:
-        judged, self._judged = self._judged, trio.Event()
-        judged.set()
+        event, self._verified = self._verified, trio.Event()
+        event.set()
 
     def _answered(self) -> None:
         if not self.connected:
@@ -385,8 +389,8 @@ def _why_not(header: Header, floor: Header | None) -> str | None:
 
 
 def _first(group: BaseExceptionGroup[EtcdError]) -> EtcdError:
-    found: BaseException = group
-    while isinstance(found, BaseExceptionGroup):
-        found = found.exceptions[0]
-    assert isinstance(found, EtcdError)
-    return found
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, EtcdError)
+    return error

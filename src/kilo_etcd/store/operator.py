@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from attrs import evolve
 
 from kilo_etcd.etcd.api import Client, KeyValue
-from kilo_etcd.model import SetAside, Snapshot
+from kilo_etcd.model import RejectedRecord, Snapshot
 from kilo_etcd.store.history import last_good
 from kilo_etcd.store.keys import Keys, LocationKey, StatusKey
 from kilo_etcd.store.records import (
@@ -36,28 +36,28 @@ async def snapshot(client: Client, keys: Keys) -> tuple[Snapshot, View]:
     view.load(listing.kvs, listing.header)
     found = view.snapshot()
     if keys.internal_ips.encode() not in by_key and any(node.underlay is not None for node in found.nodes.values()):
-        missing = SetAside(
+        missing = RejectedRecord(
             keys.internal_ips,
-            "the value is missing: agents that run keep the one that they know, and one of them puts it back; else the "
+            "the value is missing: agents that run keep the one that they know, and one of them restores it; else the "
             "next agent to start writes its --internal-ips, by default routed. kgctl mesh set internal-ips routed, "
             "encrypted or off says which",
         )
-        found = evolve(found, set_aside=(*found.set_aside, missing))
+        found = evolve(found, rejected=(*found.rejected, missing))
     return found, view
 
 
 async def statuses(client: Client, keys: Keys) -> Mapping[str, StatusRecord]:
     """What the living agents report, by node. One that cannot be read is left out, and one under no lease: it would
-    stand for ever, whether its agent lives or not, which restores it if it does."""
-    found = {}
+    stand forever, whether its agent lives or not, which restores it if it does."""
+    result = {}
     for kv in (await client.get_prefix(keys.status_root)).kvs:
         parsed = keys.parse(kv.key)
         if isinstance(parsed, StatusKey) and kv.lease:
             try:
-                found[parsed.node] = decode_status(kv.value)
+                result[parsed.node] = decode_status(kv.value)
             except RecordError:
                 continue
-    return found
+    return result
 
 
 async def set_location(client: Client, keys: Keys, node: str, label: str) -> int:
@@ -77,13 +77,13 @@ async def locations(client: Client, keys: Keys) -> Mapping[str, str]:
 
 
 def labels(keys: Keys, kvs: Iterable[KeyValue]) -> Mapping[str, str]:
-    """The labels that stand in these key-values, by node. One that cannot be read is left out."""
-    found = {}
+    """The labels in these key-values, by node. One that cannot be read is left out."""
+    result = {}
     for kv in kvs:
         parsed = keys.parse(kv.key)
         if isinstance(parsed, LocationKey):
             try:
-                found[parsed.node] = decode_label(kv.value)
+                result[parsed.node] = decode_label(kv.value)
             except RecordError:
                 continue
-    return found
+    return result

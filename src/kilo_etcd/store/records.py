@@ -1,4 +1,4 @@
-"""What stands at the keys: the records, and the way from bytes to records and back.
+"""The values of the keys: the records, and the conversion from bytes to records and back.
 
 JSON with camelCase names where a program writes, plain text where a person does (DESIGN section 3). Decoding takes any
 bytes at all and either returns a well-formed record or raises `RecordError` with one clause that says what is
@@ -27,6 +27,7 @@ from typing import Any, Generic, NamedTuple, TypeVar, Union
 
 from attrs import NOTHING, Attribute, field, fields, frozen
 
+from kilo_etcd.fast_ip import ip_address, ip_interface, ip_network
 from kilo_etcd.model import (
     DEFAULT_LOCATION,
     DEFAULT_PORT,
@@ -40,25 +41,24 @@ from kilo_etcd.model import (
     IPInterface,
     IPNetwork,
 )
-from kilo_etcd.quickip import ip_address, ip_interface, ip_network
 from kilo_etcd.quoting import SECRET, described, shown, shown_name
 
 MAX_VALUE = 64 * 1024
 """Bytes. etcd takes 1.5 MiB; no record of ours comes near, and every agent would have to hold and read it."""
-MAX_ANSWER = 1536 * 1024
-"""Bytes; etcd's own limit. No agent reads answers."""
+MAX_DIAGNOSTICS_RESPONSE = 1536 * 1024
+"""Bytes; etcd's own limit. No agent reads responses."""
 MAX_SMALL = 4 * 1024
 """Bytes of a value that has a few short fields, or is a name: candidacies, claims, labels, the mesh's settings."""
 MAX_ANNOTATION = 16 * 1024
 """Bytes: room for some 800 networks."""
-MAX_VERDICT = 16 * 1024
+MAX_PROBE_REPORT = 16 * 1024
 """Bytes; its targets are node names."""
 MAX_NAMED = 10
 """Unknown fields of one record that are named; the others are counted."""
 _MOST_SHOWN = 60
 _MOST_REASON = 300
 _REJECTED = b"\xffrejected: "
-"""What stands before a reason where a rejected value is kept no longer; no record begins so, since it is no UTF-8."""
+"""The prefix of a reason that replaces a rejected value; no record begins so, since it is no UTF-8."""
 MAX_LABEL = 1024
 """Bytes of UTF-8 in a location label; it goes into keys, three times as long when encoded."""
 
@@ -77,7 +77,7 @@ class Role(StrEnum):
 
 @frozen(kw_only=True)
 class NodeRecord:
-    """What a node says of itself, at `/kilo/nodes/<node>`."""
+    """What a node reports of itself, at `/kilo/nodes/<node>`."""
 
     public_key: str
     endpoint: Endpoint | None = None
@@ -134,8 +134,8 @@ class StatusRecord:
     granularity_flag: Granularity | None = None
     """`--mesh-granularity` as the agent was started; None: not given."""
     errors: tuple[str, ...] = ()
-    set_aside: int = 0
-    """How many records it has set aside."""
+    rejected: int = 0
+    """How many records it has rejected."""
     version: str = ""
     since: str = ""
     """RFC 3339: when the agent started; for people."""
@@ -196,11 +196,11 @@ class TakenRoute(NamedTuple):
 
 
 @frozen(kw_only=True)
-class QuestionRecord:
-    """What `kgctl` asks living agents, at `/kilo-status/questions/<lease>`, under that lease."""
+class DiagnosticsRequest:
+    """A diagnostics request of `kgctl` to living agents, at `/kilo-status/requests/<lease>`, under that lease."""
 
     nodes: tuple[str, ...] = ()
-    """Who is asked; empty: all."""
+    """The nodes that are asked; empty: all."""
     tries: int = 0
     """How many nodes each is to send packets to, of its own choice; 0: to none."""
     targets: tuple[str, ...] = ()
@@ -208,8 +208,8 @@ class QuestionRecord:
 
 
 @frozen(kw_only=True)
-class AnswerRecord:
-    """What an agent sees on its host, at `/kilo-status/answers/<lease>/<node>`, under the question's lease."""
+class DiagnosticsResponse:
+    """What an agent sees on its host, at `/kilo-status/responses/<lease>/<node>`, under the request's lease."""
 
     time: int = 0
     """Milliseconds since 1970 by the host's clock."""
@@ -244,31 +244,32 @@ class AnswerRecord:
 
 
 @frozen(kw_only=True)
-class SightingRecord:
+class ObservedEndpointRecord:
     """Where the observer's WireGuard sees a node or peer, at `/kilo/endpoints/<node or peer>/<observer>`."""
 
     public_key: str
-    """Whose it is: names say less, since a host may be made anew, and a node and a peer may have one name."""
+    """The owner's public key: names say less, since a host may be made anew, and a node and a peer may have one
+    name."""
     endpoint: Endpoint
 
 
 @frozen(kw_only=True)
-class VerdictRecord:
-    """What a witness found of a leader, at `/kilo/verdicts/<location>/<witness>`: see `model.Verdict`."""
+class ProbeReportRecord:
+    """What a prober found of a leader, at `/kilo/probe-reports/<location>/<prober>`: see `model.ProbeReport`."""
 
     leader: str
     candidacy: int
     targets: tuple[str, ...] = ()
-    answers: bool = False
-    fellows: bool = False
-    reaches: bool = False
+    leader_reachable: bool = False
+    members_reachable: bool = False
+    can_take_over: bool = False
 
 
 R = TypeVar("R")
 
 
 class Read(NamedTuple, Generic[R]):
-    """A decoded record, and the fields that it had beside those we know: the first `MAX_NAMED` of them by name, cut
+    """A decoded record, and the fields that it had besides those we know: the first `MAX_NAMED` of them by name, cut
     where they are long, and how many more there are."""
 
     record: R
@@ -367,7 +368,7 @@ def rejected(value: bytes, reason: str) -> bytes:
 
 
 def is_stub(value: bytes) -> bool:
-    """Whether this is what `rejected` keeps, and not the value that stands in etcd."""
+    """Whether this is what `rejected` keeps, and not the value that is in etcd."""
     return value.startswith(_REJECTED)
 
 
@@ -583,7 +584,7 @@ _READERS: dict[type, dict[str, Callable[[object], Any]]] = {
         "leader": _string,
         "granularity_flag": _or_none(_chosen(Granularity)),
         "errors": _items(_string),
-        "set_aside": _whole,
+        "rejected": _whole,
         "version": _string,
         "since": _string,
         "leads_since": _string,
@@ -593,8 +594,8 @@ _READERS: dict[type, dict[str, Callable[[object], Any]]] = {
         "answers": _truth,
     },
     StageRecord: {"revision": _whole},
-    QuestionRecord: {"nodes": _items(_string), "tries": _whole, "targets": _items(_string)},
-    AnswerRecord: {
+    DiagnosticsRequest: {"nodes": _items(_string), "tries": _whole, "targets": _items(_string)},
+    DiagnosticsResponse: {
         "time": _whole,
         "revision": _whole,
         "backend": _string,
@@ -611,14 +612,14 @@ _READERS: dict[type, dict[str, Callable[[object], Any]]] = {
         "undecided": _items(_string),
         "clear": _items(_string),
     },
-    SightingRecord: {"public_key": check_key, "endpoint": _address_endpoint},
-    VerdictRecord: {
+    ObservedEndpointRecord: {"public_key": check_key, "endpoint": _address_endpoint},
+    ProbeReportRecord: {
         "leader": _string,
         "candidacy": _whole,
         "targets": _items(_string),
-        "answers": _truth,
-        "fellows": _truth,
-        "reaches": _truth,
+        "leader_reachable": _truth,
+        "members_reachable": _truth,
+        "can_take_over": _truth,
     },
 }
 
@@ -683,10 +684,10 @@ Record = Union[  # noqa: UP007
     PeerRecord,
     StatusRecord,
     StageRecord,
-    QuestionRecord,
-    AnswerRecord,
-    SightingRecord,
-    VerdictRecord,
+    DiagnosticsRequest,
+    DiagnosticsResponse,
+    ObservedEndpointRecord,
+    ProbeReportRecord,
 ]
 
 
@@ -694,8 +695,8 @@ def encode(record: Record) -> bytes:
     """A record as it is put into etcd: JSON, canonical."""
     written = {name: _plain(getattr(record, each.name)) for name, each in _FIELDS[type(record)].items()}
     absent = _ABSENT[type(record)]
-    said = {name: value for name, value in written.items() if value not in absent.get(name, _EMPTY)}
-    return json.dumps(said, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    fields = {name: value for name, value in written.items() if value not in absent.get(name, _EMPTY)}
+    return json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
 def read(kind: type[R], value: bytes, limit: int = MAX_VALUE) -> Read[R]:
@@ -710,7 +711,7 @@ def read(kind: type[R], value: bytes, limit: int = MAX_VALUE) -> Read[R]:
     if not isinstance(data, dict):
         raise RecordError("the value is not a JSON object")
     known = _FIELDS[kind]
-    said: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     wrong: dict[str, Exception] = {}
     spared: dict[str, Exception] = {}
     unknown: list[str] = []
@@ -720,13 +721,13 @@ def read(kind: type[R], value: bytes, limit: int = MAX_VALUE) -> Read[R]:
             continue
         field_name, read_one = known[name]
         try:
-            said[field_name] = read_one(item)
+            fields[field_name] = read_one(item)
         # Not ValueError alone: to show a value that is nested deeply can fail too.
         except Exception as error:
             (spared if name in _OPTIONAL.get(kind, ()) else wrong)[name] = error
     if wrong or not data.keys() >= _REQUIRED[kind]:
         raise RecordError(_complaint(kind, data, wrong))
-    record = kind(**said)
+    record = kind(**fields)
     if not unknown and not spared:
         return Read(record)
     return Read(record, *_named(unknown), tuple(f"{name}: {why}" for name, why in spared.items()))
@@ -768,31 +769,31 @@ def decode_stage(value: bytes) -> StageRecord:
     return read(StageRecord, value, MAX_SMALL).record
 
 
-def decode_question(value: bytes) -> QuestionRecord:
+def decode_diagnostics_request(value: bytes) -> DiagnosticsRequest:
     """Unknown fields are ignored."""
-    return read(QuestionRecord, value).record
+    return read(DiagnosticsRequest, value).record
 
 
-def decode_answer(value: bytes) -> AnswerRecord:
+def decode_diagnostics_response(value: bytes) -> DiagnosticsResponse:
     """Unknown fields are ignored. A full mesh's is longer than other records."""
-    return read(AnswerRecord, value, MAX_ANSWER).record
+    return read(DiagnosticsResponse, value, MAX_DIAGNOSTICS_RESPONSE).record
 
 
-def decode_sighting(value: bytes) -> SightingRecord:
+def decode_observed_endpoint(value: bytes) -> ObservedEndpointRecord:
     """Unknown fields are ignored; `read` names them."""
-    return read(SightingRecord, value, MAX_SMALL).record
+    return read(ObservedEndpointRecord, value, MAX_SMALL).record
 
 
-def decode_verdict(value: bytes) -> VerdictRecord:
+def decode_probe_report(value: bytes) -> ProbeReportRecord:
     """Unknown fields are ignored; `read` names them."""
-    return read(VerdictRecord, value, MAX_VERDICT).record
+    return read(ProbeReportRecord, value, MAX_PROBE_REPORT).record
 
 
 def decode_peer(value: bytes) -> PeerRecord:
     """An unknown field is an error."""
-    found = read(PeerRecord, value)
-    if found.unknown:
-        names = ", ".join(map(shown_name, found.unknown))
-        more = f" and {found.more_unknown} more" if found.more_unknown else ""
+    decoded = read(PeerRecord, value)
+    if decoded.unknown:
+        names = ", ".join(map(shown_name, decoded.unknown))
+        more = f" and {decoded.more_unknown} more" if decoded.more_unknown else ""
         raise RecordError(f"{names}{more}: no such field; a peer has {', '.join(sorted(_FIELDS[PeerRecord]))}")
-    return found.record
+    return decoded.record

@@ -1,23 +1,25 @@
-"""This host's own keys: its registration under a long lease, its candidacy, status and words under a short one.
+"""This host's own keys: its registration under a long lease, its candidacy, status and published records under a short
+one.
 
-What is wanted is said once (`register`, `enter`, `leave`, `put_status`, `put_stage`, `put_sightings`, `put_verdicts`);
-`run` sees to it that etcd keeps saying so: it keeps both leases, and restores what was lost with a lease, deleted, or
-overwritten (`store.held`; of sightings and verdicts the mirror tells, see `compare`). While etcd
-is away it tries again with jitter, for ever, and never raises. Nothing is written that etcd holds already: an agent
-that starts again within the lease's time finds its own keys, adopts their leases, and goes on without a write.
+The desired state is given once (`register`, `enter`, `leave`, `put_status`, `put_stage`, `put_observed_endpoints`,
+`put_probe_reports`); `run` sees to it that etcd keeps saying so: it keeps both leases, and restores what was lost with
+a lease, deleted, or overwritten (`store.leased_keys`; the mirror reports observed endpoints and probe reports, see
+`compare`). While etcd is away it tries again with jitter, forever, and never raises. Nothing is written that etcd
+holds already: an agent that starts again within the lease's time finds its own keys, adopts their leases, and goes on
+without a write.
 
 The name is the host's as long as the record at it carries the host's public key: every write under the short lease
 is conditional on that. Another key at the name is respected while its owner lives (its status is there), and
 replaced when it does not. A copy of this machine has the same name and key: each would put its own record back over the
-other's for ever, and wake the whole mesh each time. So a record is put back a few times a minute and no more.
+other's forever, and wake the whole mesh each time. So a record is restored a few times a minute and no more.
 
-Wishes that cannot be met at once are kept: `enter`, `leave` and `put_status` return False, and `run` goes on trying.
-A candidacy that is gone with its lease is no longer wished for: `on_event` says "lease lost", and who wants to stand
-says so again.
-`register`, `ensure_mesh` and `claim_addresses` raise instead, since nothing can begin before they are done.
+A desired state that cannot be written at once is kept: `enter`, `leave` and `put_status` return False, and `run` goes
+on trying. A candidacy that is gone with its lease is no longer desired: `on_event` reports "lease lost", and a host
+that wants to stand says so again. `register`, `ensure_mesh` and `claim_addresses` raise instead, since nothing can
+begin before they are done.
 
 An etcd that was restored or replaced would take all of this for news. So before this host registers, claims, or takes
-a lease there, the `fence` is asked whether it is the etcd that is followed; one that is known not to be is told
+a lease there, the `guard` verifies that it is the etcd that is followed; one that is known not to be receives
 nothing.
 """
 
@@ -55,20 +57,20 @@ from kilo_etcd.etcd.api import (
     unchanged,
 )
 from kilo_etcd.model import CandidateClass, IPAddress, IPInterface, IPNetwork, MeshSettings, Snapshot
-from kilo_etcd.store import claims, said
-from kilo_etcd.store.held import Held
-from kilo_etcd.store.keys import ElectionKey, EndpointKey, Keys, StageKey, StatusKey, VerdictKey, leased_by
+from kilo_etcd.store import claims, published_records
+from kilo_etcd.store.keys import ElectionKey, EndpointKey, Keys, ProbeReportKey, StageKey, StatusKey, leased_by
 from kilo_etcd.store.lease import KeptLease
-from kilo_etcd.store.mirror import HeldOff, Mirror
-from kilo_etcd.store.owner import NameTaken, PutBacks, public_key_of, status_key_of, taken_by, where_is
+from kilo_etcd.store.leased_keys import LeasedKeys
+from kilo_etcd.store.mirror import ClusterNotTrusted, Mirror
+from kilo_etcd.store.node_identity import NameTaken, RestoreCounter, public_key_of, status_key_of, taken_by, where_is
 from kilo_etcd.store.records import (
     CandidateRecord,
     NodeRecord,
+    ObservedEndpointRecord,
+    ProbeReportRecord,
     RecordError,
-    SightingRecord,
     StageRecord,
     StatusRecord,
-    VerdictRecord,
     decode_candidate,
     decode_stage,
     decode_status,
@@ -86,33 +88,33 @@ MOST_AT_ONCE = 100
 """Operations in one transaction: etcd takes 128 (--max-txn-ops)."""
 
 
-class Fence(Protocol):
-    """Who knows whether etcd is the one that is followed; see `Mirror`."""
+class ClusterGuard(Protocol):
+    """Knows whether etcd is the one that is followed; see `Mirror`."""
 
     @property
-    def taken_up(self) -> int:
+    def generation(self) -> int:
         """How often it was followed again after it had not been."""
 
-    def heed(self, header: Header) -> None:
+    def observe(self, header: Header) -> None:
         """This one has taken a write."""
 
     def check(self) -> None:
-        """Raise HeldOff if it is known not to be."""
+        """Raise ClusterNotTrusted if it is known not to be."""
 
-    async def vouch(self) -> None:
+    async def verify(self) -> None:
         """The same, having looked. EtcdError."""
 
 
-class _NoFence:
-    taken_up = 0
+class _NoGuard:
+    generation = 0
 
-    def heed(self, header: Header) -> None:
+    def observe(self, header: Header) -> None:
         pass
 
     def check(self) -> None:
         pass
 
-    async def vouch(self) -> None:
+    async def verify(self) -> None:
         await trio.lowlevel.checkpoint()
 
 
@@ -148,11 +150,11 @@ class Session:
         lease_ttl: int = 5,
         forget_after: int = 86400,
         on_event: Callable[[str], None] | None = None,
-        fence: Fence | None = None,
+        guard: ClusterGuard | None = None,
         rng: random.Random | None = None,
     ) -> None:
         self._client = client
-        self._fence = fence or _NoFence()
+        self._guard = guard or _NoGuard()
         self._keys = keys
         self._name = node_name
         self._public_key = public_key
@@ -172,35 +174,35 @@ class Session:
         """Whether the status is the agent's, not one that `register` made up."""
         self._stage: StageRecord | None = None
         self._candidacy: Candidacy | None = None
-        self._sightings = said.sightings(keys, node_name)
-        self._verdicts = said.verdicts(keys, node_name)
+        self._observed_endpoints = published_records.observed_endpoints(keys, node_name)
+        self._probe_reports = published_records.probe_reports(keys, node_name)
         self._subnets: tuple[IPNetwork, ...] = ()
         self.addresses: tuple[IPAddress, ...] = ()
         """The mesh addresses that this host has claimed; its record states them."""
         # What etcd is known to hold.
         self._record_kv: KeyValue | None = None
-        self._held = Held(
+        self._leased = LeasedKeys(
             client,
             self._lock,
             retry_most=self._retry_most,
             lease=lambda: self._short.id,
             on_due=self._mend,
             on_contested=lambda: self._on_event("contested"),
-            # There may be hundreds of sightings; the mirror has them all.
-            minded=lambda key: not self._is_word(key),
+            # There may be hundreds of observed endpoints; the mirror has them all.
+            watched=lambda key: not self._is_published(key),
             rng=self._rng,
         )
         self._leased_since = float("inf")
         """Since when this run has its short lease, on trio's clock."""
         self._places_of: tuple[object, object, tuple[str, ...]] = (None, None, ())
-        """Candidacies and verdicts of all, and the keys among them that have this host's name."""
-        self._put_backs = PutBacks(self._node_key)
+        """Candidacies and probe reports of all, and the keys among them that have this host's name."""
+        self._restores = RestoreCounter(self._node_key)
         self._seen = 0
         """etcd's revision up to which the record is known to be as `_record_kv` says."""
-        self._long = KeptLease(client, forget_after, on_doubt=self._mend, on_lost=self._lost)
-        self._short = KeptLease(client, lease_ttl, on_doubt=self._mend, on_lost=self._lost_short)
-        self._taken_up = 0
-        """Of the fence, as far as they have been heeded."""
+        self._long = KeptLease(client, forget_after, on_unconfirmed=self._mend, on_lost=self._lost)
+        self._short = KeptLease(client, lease_ttl, on_unconfirmed=self._mend, on_lost=self._lost_short)
+        self._generation = 0
+        """Of the guard, as far as they have been handled."""
         self._record_watch = trio.CancelScope()
         self._registered = trio.Event()
         self._wake = trio.Event()
@@ -211,27 +213,27 @@ class Session:
 
     @property
     def healthy(self) -> bool:
-        """Whether all that is wanted stands in etcd, as far as is known."""
+        """Whether all that is wanted is in etcd, as far as is known."""
         return (
             self.last_error is None
-            and not (self._long.doubted or self._short.doubted)
+            and not (self._long.unconfirmed or self._short.unconfirmed)
             and self._record_kv is not None
-            and not self._held.changed
+            and not self._leased.changed
         )
 
     @property
     def lapsed(self) -> bool:
         """Whether the short lease may have ended, for all that this host knows: it was not kept for its time."""
-        return self._short.doubted
+        return self._short.unconfirmed
 
     @property
     def contested(self) -> str | None:
         """A sentence on the leased keys that another writer changes again and again; None: there are none."""
-        if not (keys := self._held.contested):
+        if not (keys := self._leased.contested):
             return None
         more = f" and {len(keys) - 1} more of this host's keys are" if len(keys) > 1 else " is"
         return (
-            f"{keys[0]}{more} {said.CHANGED_AGAIN}, and restored at least once a minute; see who "
+            f"{keys[0]}{more} {published_records.CHANGED_AGAIN}, and restored at least once a minute; see who "
             "writes there; if a copy of this machine runs, give it a WireGuard key and a --hostname of its own"
         )
 
@@ -241,14 +243,14 @@ class Session:
         return self._candidacy
 
     @property
-    def sightings(self) -> Mapping[str, SightingRecord]:
+    def observed_endpoints(self) -> Mapping[str, ObservedEndpointRecord]:
         """Node or peer -> where this host sees it, as etcd says or will as soon as it can be told."""
-        return self._sightings.records
+        return self._observed_endpoints.records
 
     @property
-    def verdicts(self) -> Mapping[str, VerdictRecord]:
+    def probe_reports(self) -> Mapping[str, ProbeReportRecord]:
         """Location -> what this host says of its leader, as etcd says or will as soon as it can be told."""
-        return self._verdicts.records
+        return self._probe_reports.records
 
     # --- before the first registration -------------------------------------------------------------------------
 
@@ -311,7 +313,7 @@ class Session:
     async def _register(self, deadline: float) -> bool:
         """Returns whether the record was written."""
         assert self._record is not None
-        await self._fence.vouch()
+        await self._guard.verify()
         value = encode(evolve(self._record, mesh_addresses=self._statement()))
         wrote = False
         while True:
@@ -341,7 +343,7 @@ class Session:
             if node_kv is None or node_kv.value != value or node_kv.lease != self._long.id:
                 ops.append(Put(self._node_key, value, lease=self._long.id))
             status = None
-            if self._status is not None and self._status_key not in self._held.values:
+            if self._status is not None and self._status_key not in self._leased.values:
                 status = encode(self._status)
                 ops.append(Put(self._status_key, status, lease=self._short.id))
             if not ops and node_kv is not None:
@@ -350,12 +352,12 @@ class Session:
             try:
                 done = await self._client.txn(compare, ops)
             except LeaseNotFound:
-                self._doubt_leases()
+                self._unconfirm_leases()
                 continue
-            self._fence.heed(done.header)
+            self._guard.observe(done.header)
             if done.succeeded:
                 if status is not None:
-                    self._held.put(self._status_key, status, done.header.revision)
+                    self._leased.put(self._status_key, status, done.header.revision)
                 self._seen = revision = done.header.revision
                 wrote = isinstance(ops[0], Put) and ops[0].key == self._node_key
                 self._record_kv = (
@@ -392,10 +394,10 @@ class Session:
         self._candidacy = None
         self._lost()
 
-    def _doubt_leases(self) -> None:
+    def _unconfirm_leases(self) -> None:
         # Which of the two etcd missed it does not say.
-        self._long.doubt()
-        self._short.doubt()
+        self._long.mark_unconfirmed()
+        self._short.mark_unconfirmed()
 
     async def _hold_long(self, node_kv: KeyValue | None) -> None:
         if await self._long.lives():
@@ -408,17 +410,17 @@ class Session:
     async def _hold_short(self, status_kv: KeyValue | None) -> None:
         if await self._short.lives():
             return
-        self._held.clear()
+        self._leased.clear()
         if status_kv is not None and status_kv.lease and status_key_of(status_kv) == self._public_key:
             info = await self._short.adopt(status_kv.lease)
             if info is not None:
                 self._leased_since = trio.current_time()
                 await self._adopt(info.id, info.keys)
         if not self._short.id:
-            await self._fence.vouch()
+            await self._guard.verify()
             # What was adopted from a lease of another length is put under the new one, which does not move its create
             # revision: the place in the queue is kept.
-            self._held.clear()
+            self._leased.clear()
             await self._short.grant()
             self._leased_since = trio.current_time()
             self._on_event("lease granted")
@@ -432,12 +434,12 @@ class Session:
             kv = await self._client.get(raw)
             if kv is None or kv.lease != lease_id:
                 continue
-            self._held.put(raw.decode(), kv.value, kv.mod_revision)
+            self._leased.put(raw.decode(), kv.value, kv.mod_revision)
             try:
                 if isinstance(parsed, EndpointKey):
-                    self._sightings.adopt(parsed.name, kv.value)
-                elif isinstance(parsed, VerdictKey):
-                    self._verdicts.adopt(parsed.location, kv.value)
+                    self._observed_endpoints.adopt(parsed.name, kv.value)
+                elif isinstance(parsed, ProbeReportKey):
+                    self._probe_reports.adopt(parsed.location, kv.value)
                 elif isinstance(parsed, StatusKey):
                     if not self._status_given:
                         self._status = decode_status(kv.value)
@@ -486,14 +488,14 @@ class Session:
         """The last one that was put, or that an earlier run of this agent left under a lease that lives."""
         return self._stage
 
-    async def put_sightings(self, sightings: Mapping[str, SightingRecord]) -> bool:
+    async def put_observed_endpoints(self, observed_endpoints: Mapping[str, ObservedEndpointRecord]) -> bool:
         """Say of these nodes and peers, and of no others, where this host sees them; only what differs is written."""
-        self._sightings.replace(sightings)
+        self._observed_endpoints.replace(observed_endpoints)
         return await self._now()
 
-    async def put_verdicts(self, verdicts: Mapping[str, VerdictRecord]) -> bool:
+    async def put_probe_reports(self, probe_reports: Mapping[str, ProbeReportRecord]) -> bool:
         """Say this of the leaders of these locations, and of no others; only what differs is written."""
-        self._verdicts.replace(verdicts)
+        self._probe_reports.replace(probe_reports)
         return await self._now()
 
     async def record_leader(self, location: str) -> bool:
@@ -501,7 +503,7 @@ class Session:
         key = self._keys.leader(location)
 
         async def put() -> None:
-            self._fence.check()
+            self._guard.check()
             await self._client.txn(
                 [Compare(key, Target.VALUE, Is.EQUAL, self._name.encode())], [], [Put(key, self._name)]
             )
@@ -522,9 +524,9 @@ class Session:
         try:
             await act()
         except (EtcdError, NameTaken, claims.NoAddressLeft) as error:
-            # That etcd is held off has been said by who does so.
-            if str(error) != self.last_error and not isinstance(error, HeldOff):
-                self._log.warning("etcd could not be told", error=str(error))
+            # The mirror has logged already that etcd is not trusted.
+            if str(error) != self.last_error and not isinstance(error, ClusterNotTrusted):
+                self._log.warning("etcd could not be updated", error=str(error))
             self.last_error = str(error)
             return False
         self.last_error = None
@@ -533,27 +535,27 @@ class Session:
     async def _sync(self) -> None:
         """Make etcd say what is wanted. Called under the lock. EtcdError, NameTaken, NoAddressLeft."""
         while True:
-            self._fence.check()
-            if self._taken_up != self._fence.taken_up:
-                self._taken_up = self._fence.taken_up
+            self._guard.check()
+            if self._generation != self._guard.generation:
+                self._generation = self._guard.generation
                 self._look_anew()
             try:
-                if self._record is not None and self._long.doubted:
+                if self._record is not None and self._long.unconfirmed:
                     self._record_kv = None
                 if self._record is not None and self._record_kv is None:
-                    self._put_backs.check(trio.current_time())
-                    await self._fence.vouch()
+                    self._restores.check(trio.current_time())
+                    await self._guard.verify()
                     if self._subnets:
                         await self._claim()
                     if await self._register(trio.current_time()):
-                        self._put_backs.note(trio.current_time())
+                        self._restores.note(trio.current_time())
                     self._on_event("registered again")
                 await self._sync_short()
                 return
             except _RecordChanged:
                 self._record_kv = None
             except LeaseNotFound:
-                self._doubt_leases()
+                self._unconfirm_leases()
 
     def _look_anew(self) -> None:
         """This etcd may not be the one that was written to: an earlier state of that, or what it was before another one
@@ -561,18 +563,18 @@ class Session:
         self._record_kv = None
         self._long.forget()
         self._short.forget()
-        self._held.clear()
+        self._leased.clear()
         self._record_watch.cancel()
 
     async def _sync_short(self) -> None:
-        if self._wanted() or self._words() or self._held.values:
+        if self._wanted() or self._published() or self._leased.values:
             await self._hold_short(None)
-        wanted, words = self._wanted(), self._words()
-        own = self._held.values.keys() - (self._held.foreign - wanted.keys() - words.keys())
-        await self._bring(wanted, {key for key in own if not self._is_word(key)})
+        wanted, words = self._wanted(), self._published()
+        own = self._leased.values.keys() - (self._leased.foreign - wanted.keys() - words.keys())
+        await self._bring(wanted, {key for key in own if not self._is_published(key)})
         # In writes of their own, and last: where etcd does not let this host say something of others, it stands for
         # leader and reports all the same.
-        await self._bring(words, {key for key in own if self._is_word(key)})
+        await self._bring(words, {key for key in own if self._is_published(key)})
         await self._delete_foreign()
 
     async def _delete_foreign(self) -> None:
@@ -581,33 +583,34 @@ class Session:
         denied: PermissionDenied | None = None
         for words in (False, True):
             try:
-                await self._bring({}, {key for key in self._held.foreign if self._is_word(key) is words})
+                await self._bring({}, {key for key in self._leased.foreign if self._is_published(key) is words})
             except PermissionDenied as error:
                 denied = error
         if denied is not None:
             raise denied
 
     async def compare(self, snapshot: Snapshot, mirror: Mirror) -> None:
-        """Restore the sightings and verdicts of this host that another writer has changed, and delete sightings,
-        verdicts and candidacies that stand in its name and are not its own. Those under a lease are left alone until
-        that of an earlier run has ended: its candidacy may yet be taken over, with its place in the queue.
+        """Restore the observed endpoints and probe reports of this host that another writer has changed, and delete
+        observed endpoints, probe reports and candidacies that stand in its name and are not its own. Those under a
+        lease are left alone until that of an earlier run has ended: its candidacy may yet be taken over, with its place
+        in the queue.
 
         `mirror` has given `snapshot`. If it follows another etcd than the one that was written to, all is looked at
         anew: that one's history may lack what the watches would tell."""
-        if self._taken_up != self._fence.taken_up:
+        if self._generation != self._guard.generation:
             self._wake.set()
             return
-        for key in [key for key in self._held.values if self._is_word(key)]:
-            await self._held.compare(key, mirror.kv(key), snapshot.revision)
-        if self._places_of[0] is not snapshot.candidates or self._places_of[1] is not snapshot.verdicts:
-            places = said.places(self._keys, self._name, snapshot)
-            self._places_of = snapshot.candidates, snapshot.verdicts, places
+        for key in [key for key in self._leased.values if self._is_published(key)]:
+            await self._leased.compare(key, mirror.kv(key), snapshot.revision)
+        if self._places_of[0] is not snapshot.candidates or self._places_of[1] is not snapshot.probe_reports:
+            places = published_records.places(self._keys, self._name, snapshot)
+            self._places_of = snapshot.candidates, snapshot.probe_reports, places
         observed = [self._keys.endpoint(name, self._name) for name in mirror.observed_by(self._name)]
-        known = self._held.values.keys() | self._wanted().keys() | self._words().keys()
+        known = self._leased.values.keys() | self._wanted().keys() | self._published().keys()
         alone = trio.current_time() - self._leased_since > 2 * self._lease_ttl
-        found = (mirror.kv(key) for key in {*self._places_of[2], *observed, *mirror.leaseless(self._name)} - known)
-        if foreign := [kv for kv in found if kv is not None and (alone or not kv.lease)]:
-            await self._held.find(foreign, snapshot.revision)
+        kvs = (mirror.kv(key) for key in {*self._places_of[2], *observed, *mirror.leaseless(self._name)} - known)
+        if foreign := [kv for kv in kvs if kv is not None and (alone or not kv.lease)]:
+            await self._leased.find(foreign, snapshot.revision)
 
     async def _bring(self, wanted: Mapping[str, bytes], held: Collection[str]) -> None:
         """Make etcd hold `wanted`, and nothing else of `held`, but for what is to be restored later."""
@@ -615,40 +618,40 @@ class Session:
         gone = [
             key
             for key in held
-            if wanted.get(key) != self._held.values[key] and not (key in wanted and self._replaceable(key))
+            if wanted.get(key) != self._leased.values[key] and not (key in wanted and self._replaceable(key))
         ]
         if gone:
             for key in gone:
-                self._held.may_remove(key)
+                self._leased.may_remove(key)
             revision = await self._write([Delete(key) for key in gone])
             for key in gone:
-                self._held.remove(key, revision)
+                self._leased.remove(key, revision)
         new = {
             key: value
             for key, value in wanted.items()
-            if not (self._held.surely(key, value) or self._held.waits(key, value))
+            if not (self._leased.confirmed(key, value) or self._leased.waits(key, value))
         }
         if new:
-            changed = set(self._held.changed)
-            fresh = [key for key in new if key not in self._held.values]
+            changed = set(self._leased.changed)
+            fresh = [key for key in new if key not in self._leased.values]
             for key, value in new.items():
                 # Should the answer be lost, it may stand there: then it is for us to put again, or to take away.
-                self._held.may_put(key, value, self._seen)
+                self._leased.may_put(key, value, self._seen)
             try:
                 revision = await self._write([Put(key, value, lease=self._short.id) for key, value in new.items()])
             except PermissionDenied:
                 for key in fresh:
-                    self._held.remove(key)
+                    self._leased.remove(key)
                 raise
             for key, value in new.items():
-                self._held.put(key, value, revision)
+                self._leased.put(key, value, revision)
             for key in new:
                 # Once for a row of changes: if it goes on, `contested` tells.
-                if key in changed and self._held.changes(key) == 1:
+                if key in changed and self._leased.changes(key) == 1:
                     self._log.warning("key restored after another writer changed it", key=key, revision=revision)
 
-    def _words(self) -> dict[str, bytes]:
-        return {**self._sightings.values, **self._verdicts.values}
+    def _published(self) -> dict[str, bytes]:
+        return {**self._observed_endpoints.values, **self._probe_reports.values}
 
     def _wanted(self) -> dict[str, bytes]:
         wanted = {}
@@ -656,18 +659,18 @@ class Session:
             wanted[self._status_key] = encode(self._status)
         if self._stage is not None:
             wanted[self._stage_key] = encode(self._stage)
-        if (standing := self._candidacy) is not None:
-            key = self._keys.election(standing.location, self._name)
-            wanted[key] = encode(CandidateRecord(rank=standing.rank, since=standing.since))
+        if (current := self._candidacy) is not None:
+            key = self._keys.election(current.location, self._name)
+            wanted[key] = encode(CandidateRecord(rank=current.rank, since=current.since))
         return wanted
 
     def _replaceable(self, key: str) -> bool:
-        if key in (self._status_key, self._stage_key) or self._is_word(key):
+        if key in (self._status_key, self._stage_key) or self._is_published(key):
             return True
         return self._candidacy is not None and self._candidacy.in_place
 
-    def _is_word(self, key: str) -> bool:
-        return self._sightings.concern(key) or self._verdicts.concern(key)
+    def _is_published(self, key: str) -> bool:
+        return self._observed_endpoints.concern(key) or self._probe_reports.concern(key)
 
     async def _write(self, ops: list[Op]) -> int:
         """The revision of the last of them."""
@@ -679,7 +682,7 @@ class Session:
                 else [Compare(self._node_key, Target.MOD, Is.EQUAL, self._record_kv.mod_revision)]
             )
             done = await self._client.txn(compare, ops[first : first + MOST_AT_ONCE])
-            self._fence.heed(done.header)
+            self._guard.observe(done.header)
             if not done.succeeded:
                 raise _RecordChanged
             revision = done.header.revision
@@ -691,10 +694,10 @@ class Session:
         """Give candidacy and status up and end the short lease; the registration stays. EtcdError."""
         async with self._lock:
             self._candidacy, self._status, self._stage = None, None, None
-            self._sightings.replace({})
-            self._verdicts.replace({})
-            changed = self._held.changed
-            self._held.clear()
+            self._observed_endpoints.replace({})
+            self._probe_reports.replace({})
+            changed = self._leased.changed
+            self._leased.clear()
             try:
                 if changed:
                     await self._delete_own(changed)
@@ -753,8 +756,8 @@ class Session:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._short.keep)
             nursery.start_soon(self._long.keep)
-            nursery.start_soon(self._mind_record)
-            nursery.start_soon(self._held.mind)
+            nursery.start_soon(self._watch_record)
+            nursery.start_soon(self._leased.watch)
             nursery.start_soon(self._repair)
             task_status.started()
 
@@ -767,7 +770,7 @@ class Session:
                 await trio.sleep(delay * self._rng.uniform(0.5, 1.5))
                 delay = min(delay * 2, self._retry_most)
 
-    async def _mind_record(self) -> None:
+    async def _watch_record(self) -> None:
         """See to it that the registration is not taken away unnoticed."""
         delay = RETRY_FIRST
         while True:
@@ -799,11 +802,11 @@ class Session:
                 self._record_kv = kv
                 return
             self._record_kv = None
-        self._log.warning("the record of this host was changed by another; putting it back")
+        self._log.warning("another writer changed this host's record; restoring it")
         self._wake.set()
 
 
 def _one(answer: TxnResult, index: int) -> KeyValue | None:
-    found = answer.responses[index]
-    assert isinstance(found, RangeResult)
-    return found.kvs[0] if found.kvs else None
+    response = answer.responses[index]
+    assert isinstance(response, RangeResult)
+    return response.kvs[0] if response.kvs else None

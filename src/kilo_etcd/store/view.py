@@ -12,22 +12,22 @@ would disagree. The mesh's own settings are the exception: there the alternative
 is a default that would tear the whole mesh down, so the last good one is kept, and an agent that starts later looks
 it up in etcd's history (`store.history`). The same holds when one of the two is deleted.
 
-What is not in force is named, one by one, in `Snapshot.set_aside`:
+What is not in force is named, one by one, in `Snapshot.rejected`:
 
 * records that cannot be read, and keys under the prefix that are none of ours;
 * candidacies, probe reports and observed endpoints under no lease, which would outlive their host;
 * unknown fields: the whole record for a peer, the field alone for what agents write (decision 0002);
 * a public key that is another's: of two nodes, and of two peers, the one with the older record keeps it, and a node
-  that is in force keeps it against every peer (`store.joins`, decision 0024);
+  that is in force keeps it against every peer (`store.duplicate_keys`, decision 0024);
 * annotations with bad values: the node is as it would be without them;
 * address claims outside the mesh's subnets, and those that contradict an older statement (`store.addresses`);
 * a `mesh/subnets` that most nodes' addresses are not in.
 
 Of a value that is rejected whole nothing is kept but the reason, so that what nobody uses fills no memory.
 
-A node that has claimed no address yet is joining: it is left out without a word. The annotations `subnets` and
-`force-*` replace what the node's record says. Who gets a network that two offer is the topology's to say
-(`topology.claims`), which knows locations and peers too.
+A node that has claimed no address yet is joining: it is left out silently. The annotations `subnets` and
+`force-*` replace what the node's record says. The topology decides which owner gets a network that two offer
+(`topology.prefix_allocation`), which knows locations and peers too.
 """
 
 from __future__ import annotations
@@ -46,26 +46,26 @@ from kilo_etcd.model import (
     IPInterface,
     IPNetwork,
     Node,
+    ObservedEndpoint,
     Peer,
-    SetAside,
-    Sighting,
+    ProbeReport,
+    RejectedRecord,
     Snapshot,
-    Verdict,
 )
 from kilo_etcd.store import keys as k
 from kilo_etcd.store.addresses import AddressIndex, Claim, place
-from kilo_etcd.store.effective import ANNOTATIONS, Registered, join, join_peer
-from kilo_etcd.store.joins import KeyIndex, Owner
+from kilo_etcd.store.annotations import ANNOTATIONS, Registered, join, join_peer
+from kilo_etcd.store.duplicate_keys import KeyIndex, KeyOwner
 from kilo_etcd.store.records import (
     MAX_ANNOTATION,
+    MAX_PROBE_REPORT,
     MAX_SMALL,
-    MAX_VERDICT,
     CandidateRecord,
     NodeRecord,
+    ObservedEndpointRecord,
+    ProbeReportRecord,
     Read,
     RecordError,
-    SightingRecord,
-    VerdictRecord,
     decode_claim,
     decode_granularity,
     decode_internal_ips,
@@ -137,29 +137,29 @@ class View:
         self._peer_records: dict[str, Peer] = {}
         self._elections: dict[str, dict[str, Candidate]] = {}
         self._leaders: dict[str, str] = {}
-        self._observers: dict[str, dict[str, Sighting]] = {}
+        self._observers: dict[str, dict[str, ObservedEndpoint]] = {}
         self._subjects: dict[str, set[str]] = {}
-        """Observer -> of whom it speaks."""
-        self._witnesses: dict[str, dict[str, Verdict]] = {}
+        """Observer -> the subjects of its observed endpoints."""
+        self._probers: dict[str, dict[str, ProbeReport]] = {}
         self._leaseless: dict[str, set[bytes]] = {}
         """Node -> keys that its agent alone may write, under its short lease, and that are under none."""
         self._key_index = KeyIndex()
-        self._aside: dict[object, tuple[SetAside, ...]] = {}  # raw key, owner or place
+        self._aside: dict[object, tuple[RejectedRecord, ...]] = {}  # raw key, owner or place
         # What has changed since the last snapshot.
-        self._dirty: set[Owner] = set()
+        self._dirty: set[KeyOwner] = set()
         self._dirty_elections: set[str] = set()
         self._dirty_leaders = False
-        self._dirty_sightings: set[str] = set()
-        self._dirty_verdicts: set[str] = set()
+        self._dirty_observed_endpoints: set[str] = set()
+        self._dirty_probe_reports: set[str] = set()
         self._dirty_aside = False
         # What the last snapshot gave out: replaced, never changed.
         self._nodes: Mapping[str, Node] = {}
         self._peers: Mapping[str, Peer] = {}
         self._candidates: Mapping[str, tuple[Candidate, ...]] = {}
         self._leaders_given: Mapping[str, str] = {}
-        self._sightings: Mapping[str, tuple[Sighting, ...]] = {}
-        self._verdicts: Mapping[str, tuple[Verdict, ...]] = {}
-        self._set_aside: tuple[SetAside, ...] = ()
+        self._observed_endpoints: Mapping[str, tuple[ObservedEndpoint, ...]] = {}
+        self._probe_reports: Mapping[str, tuple[ProbeReport, ...]] = {}
+        self._rejected: tuple[RejectedRecord, ...] = ()
 
     # --- taking in ---------------------------------------------------------------------------------------------
 
@@ -180,7 +180,7 @@ class View:
             if (raw := setting.encode()) not in listed:
                 self._read(raw, None)
         # `subnets` may have been known from elsewhere.
-        self._judge_subnets()
+        self._count_subnets()
         if changed:
             self.revision = header.revision
         self.header = header
@@ -215,7 +215,7 @@ class View:
             self._set_subnets(subnets)
 
     def holder(self, address: IPAddress) -> str | None:
-        """Whose a mesh address is, claimed or stated: a node's name, `peer/<name>`, or None."""
+        """The holder of a mesh address, claimed or stated: a node's name, `peer/<name>`, or None."""
         return self._addresses.holder(address)
 
     def observed_by(self, observer: str) -> frozenset[str]:
@@ -250,8 +250,8 @@ class View:
     def snapshot(self) -> Snapshot:
         """What is in force at `revision`."""
         if self._dirty and self._addresses.disputed(self.subnets or ()):
-            # Who has which address, and how many records there are, counts then.
-            self._judge_subnets()
+            # The holders of addresses, and the number of records, count then.
+            self._count_subnets()
         self._note_subnets()
         self._join_all()
         return Snapshot(
@@ -266,9 +266,9 @@ class View:
             peers=self._peers,
             candidates=self._candidates,
             leaders=self._leaders_given,
-            sightings=self._sightings,
-            verdicts=self._verdicts,
-            set_aside=self._set_aside,
+            observed_endpoints=self._observed_endpoints,
+            probe_reports=self._probe_reports,
+            rejected=self._rejected,
         )
 
     def _join_all(self) -> None:
@@ -284,7 +284,7 @@ class View:
                     self._dirty |= self._key_index.peers(owner)
                 if name in self._subjects and _public(before) != _public(nodes.get(name)):
                     # What it says of others counts now, or no more.
-                    self._dirty |= {(kind, one) for one in self._subjects[name] for kind in ("node", "peer")}
+                    self._dirty |= {(kind, subject) for subject in self._subjects[name] for kind in ("node", "peer")}
             else:
                 peers_changed |= _replace(peers, name, self._join_peer(name, nodes))
         if nodes_changed:
@@ -292,29 +292,29 @@ class View:
         if peers_changed:
             self._peers = peers
         self._candidates = _renewed(self._candidates, self._elections, self._dirty_elections)
-        self._sightings = _renewed(self._sightings, self._observers, self._dirty_sightings)
-        self._verdicts = _renewed(self._verdicts, self._witnesses, self._dirty_verdicts)
+        self._observed_endpoints = _renewed(self._observed_endpoints, self._observers, self._dirty_observed_endpoints)
+        self._probe_reports = _renewed(self._probe_reports, self._probers, self._dirty_probe_reports)
         if self._dirty_leaders:
             self._leaders_given = dict(self._leaders)
             self._dirty_leaders = False
         if self._dirty_aside:
-            self._set_aside = tuple(
+            self._rejected = tuple(
                 sorted((note for notes in self._aside.values() for note in notes), key=lambda n: (n.key, n.reason))
             )
             self._dirty_aside = False
 
-    def _seen(self, name: str, nodes: Mapping[str, Node]) -> Iterable[Sighting]:
-        """What is said of a node or peer by those who can know."""
-        return (one for one in self._observers.get(name, {}).values() if one.counts(nodes))
+    def _observed(self, name: str, nodes: Mapping[str, Node]) -> Iterable[ObservedEndpoint]:
+        """The observed endpoints of a node or peer by observers that count."""
+        return (observed for observed in self._observers.get(name, {}).values() if observed.counts(nodes))
 
     def _join_node(self, name: str, nodes: Mapping[str, Node]) -> Node | None:
-        owner: Owner = ("node", name)
+        owner: KeyOwner = ("node", name)
         registered = self._registered.get(name)
         if registered is None:
             self._note(owner, ())
             return None
-        said, wrong = registered.annotated(self._annotations.get(name, {}))
-        notes = [SetAside(self._keys.annotation(name, annotation), text) for annotation, text in wrong.items()]
+        annotated, wrong = registered.annotated(self._annotations.get(name, {}))
+        notes = [RejectedRecord(self._keys.annotation(name, annotation), text) for annotation, text in wrong.items()]
         keeper = self._key_index.keeper("node", owner)
         if keeper != name:
             text = (
@@ -322,8 +322,8 @@ class View:
                 f"key of its own (stop the agent, remove its key file, start it), or, if {keeper} should not be in the "
                 f"mesh, stop its agent and say kgctl node forget {keeper}"
             )
-            notes.append(SetAside(self._keys.node(name), text, name))
-        notes += (SetAside(self._keys.node(name), text, name) for text in self._addresses.wrong_statements(name))
+            notes.append(RejectedRecord(self._keys.node(name), text, name))
+        notes += (RejectedRecord(self._keys.node(name), text, name) for text in self._addresses.wrong_statements(name))
         self._note(owner, notes)
         addresses = self._addresses.of(name, self._subnets_in_force)
         if keeper != name or not addresses:
@@ -331,14 +331,14 @@ class View:
         return join(
             name,
             registered,
-            said,
+            annotated,
             label=self._labels.get(name),
             addresses=addresses,
-            sightings=self._seen(name, nodes),
+            observed_endpoints=self._observed(name, nodes),
         )
 
     def _join_peer(self, name: str, nodes: Mapping[str, Node]) -> Peer | None:
-        owner: Owner = ("peer", name)
+        owner: KeyOwner = ("peer", name)
         node, keeper = self._key_index.keeper("node", owner), self._key_index.keeper("peer", owner)
         text = ""
         if node is not None and node in nodes:
@@ -348,9 +348,9 @@ class View:
                 f"its public key is that of peer {keeper}, whose record is older: {keeper} keeps it; give this peer "
                 f"a key of its own, or remove the older record with kgctl peer remove {keeper}"
             )
-        self._note(owner, [SetAside(self._keys.peer(name), text)] if text else ())
+        self._note(owner, [RejectedRecord(self._keys.peer(name), text)] if text else ())
         peer = None if text else self._peer_records.get(name)
-        return None if peer is None else join_peer(peer, self._seen(name, nodes))
+        return None if peer is None else join_peer(peer, self._observed(name, nodes))
 
     # --- one key at a time -------------------------------------------------------------------------------------
 
@@ -364,7 +364,7 @@ class View:
         if self._kvs.pop(key, None) is not None:
             self._read(key, None)
 
-    def _note(self, source: object, notes: Iterable[SetAside]) -> None:
+    def _note(self, source: object, notes: Iterable[RejectedRecord]) -> None:
         found = tuple(notes)
         if self._aside.get(source, ()) != found:
             self._dirty_aside = True
@@ -392,11 +392,11 @@ class View:
                 notes = (reason,)
         if notes or key in self._aside:
             author = k.written_by(parsed) or ""
-            self._note(key, (SetAside(_shown(key), note, author) for note in notes))
+            self._note(key, (RejectedRecord(_shown(key), note, author) for note in notes))
         return reason
 
     def _check_lease(self, parsed: k.ParsedKey, kv: KeyValue | None, key: bytes) -> None:
-        """RecordError for what would outlive its host: it would count until somebody deletes it."""
+        """RecordError for a value that would outlive its host: it would count until an operator deletes it."""
         if (author := k.leased_by(parsed)) is None:
             return
         # Changed in place: of one node there may be thousands.
@@ -405,7 +405,7 @@ class View:
         if kv is not None and not kv.lease:
             leaseless.add(key)
             raise RecordError(
-                f"it is under no lease, so nobody keeps it; the agent of {author} writes it under a lease of a few "
+                f"it is under no lease, so no agent keeps it; the agent of {author} writes it under a lease of a few "
                 f"seconds, and restores or deletes it if it runs; else delete it: etcdctl del {_shown(key)}"
             )
         if not leaseless:
@@ -432,9 +432,9 @@ class View:
                 _replace(self._leaders, location, None if value is None else decode_text(value, MAX_SMALL))
                 self._dirty_leaders = True
             case k.EndpointKey(name, observer):
-                return self._take_sighting(name, observer, kv)
-            case k.VerdictKey(location, witness):
-                return self._take_verdict(location, witness, kv)
+                return self._take_observed_endpoint(name, observer, kv)
+            case k.ProbeReportKey(location, prober):
+                return self._take_probe_report(location, prober, kv)
             case k.AdoptedKey():
                 # Read by whoever holds on to another etcd (`store.mirror`).
                 if value is not None:
@@ -454,11 +454,11 @@ class View:
             self._take_statement(node, (), 0)
             self._dirty |= self._key_index.claim(("node", node), None)
             return ()
-        found = read(NodeRecord, kv.value)
-        self._registered[node] = Registered(found.record, kv.create_revision)
-        self._take_statement(node, found.record.mesh_addresses, kv.mod_revision)
-        self._dirty |= self._key_index.claim(("node", node), found.record.public_key, kv.create_revision)
-        return _unknown(found)
+        decoded = read(NodeRecord, kv.value)
+        self._registered[node] = Registered(decoded.record, kv.create_revision)
+        self._take_statement(node, decoded.record.mesh_addresses, kv.mod_revision)
+        self._dirty |= self._key_index.claim(("node", node), decoded.record.public_key, kv.create_revision)
+        return _unknown(decoded)
 
     def _take_peer(self, name: str, kv: KeyValue | None) -> None:
         record = None if kv is None else decode_peer(kv.value)
@@ -499,7 +499,7 @@ class View:
         self._note_address(address)
 
     def _take_statement(self, node: str, interfaces: tuple[IPInterface, ...], written: int) -> None:
-        """Its record says so much of the mesh addresses of `node`."""
+        """The record of `node` states these mesh addresses."""
         if interfaces or node not in self._registered:
             self._silent.discard(node)
         else:
@@ -511,7 +511,7 @@ class View:
                 self._note_address(address)
             if self._addresses.networks_changed:
                 self._addresses.networks_changed = False
-                self._judge_subnets()
+                self._count_subnets()
 
     def _note_address(self, address: IPAddress) -> None:
         text, subnets = self._addresses.wrong_claim(address), self._subnets_in_force
@@ -519,29 +519,29 @@ class View:
             text = f"the address is not within the mesh's subnets ({', '.join(map(str, subnets))})"
         source = place(address)
         if text is not None or source in self._aside:
-            self._note(source, () if text is None else (SetAside(self._keys.address(address), text),))
+            self._note(source, () if text is None else (RejectedRecord(self._keys.address(address), text),))
 
     def _take_candidate(self, location: str, node: str, kv: KeyValue | None) -> Sequence[str]:
-        found = None if kv is None else read(CandidateRecord, kv.value, MAX_SMALL)
+        decoded = None if kv is None else read(CandidateRecord, kv.value, MAX_SMALL)
         candidates = dict(self._elections.get(location, {}))
-        if found is None or kv is None:
+        if decoded is None or kv is None:
             candidates.pop(node, None)
         else:
             candidates[node] = Candidate(
-                node=node, rank=found.record.rank, create_revision=kv.create_revision, since=found.record.since
+                node=node, rank=decoded.record.rank, create_revision=kv.create_revision, since=decoded.record.since
             )
         _replace(self._elections, location, candidates or None)
         self._dirty_elections.add(location)
-        return _unknown(found)
+        return _unknown(decoded)
 
-    def _take_sighting(self, name: str, observer: str, kv: KeyValue | None) -> Sequence[str]:
-        found = None if kv is None else read(SightingRecord, kv.value, MAX_SMALL)
+    def _take_observed_endpoint(self, name: str, observer: str, kv: KeyValue | None) -> Sequence[str]:
+        decoded = None if kv is None else read(ObservedEndpointRecord, kv.value, MAX_SMALL)
         observers = dict(self._observers.get(name, {}))
-        if found is None or kv is None:
+        if decoded is None or kv is None:
             observers.pop(observer, None)
         else:
-            record = found.record
-            observers[observer] = Sighting(
+            record = decoded.record
+            observers[observer] = ObservedEndpoint(
                 observer=observer, public_key=record.public_key, endpoint=record.endpoint, revision=kv.mod_revision
             )
         _replace(self._observers, name, observers or None)
@@ -549,32 +549,32 @@ class View:
         (subjects.add if observer in observers else subjects.discard)(name)
         if not subjects:
             del self._subjects[observer]
-        self._dirty_sightings.add(name)
+        self._dirty_observed_endpoints.add(name)
         if name in self._registered:
             self._dirty.add(("node", name))
         if name in self._peer_records:
             self._dirty.add(("peer", name))
-        return _unknown(found)
+        return _unknown(decoded)
 
-    def _take_verdict(self, location: str, witness: str, kv: KeyValue | None) -> Sequence[str]:
-        found = None if kv is None else read(VerdictRecord, kv.value, MAX_VERDICT)
-        witnesses = dict(self._witnesses.get(location, {}))
-        if found is None:
-            witnesses.pop(witness, None)
+    def _take_probe_report(self, location: str, prober: str, kv: KeyValue | None) -> Sequence[str]:
+        decoded = None if kv is None else read(ProbeReportRecord, kv.value, MAX_PROBE_REPORT)
+        probers = dict(self._probers.get(location, {}))
+        if decoded is None:
+            probers.pop(prober, None)
         else:
-            record = found.record
-            witnesses[witness] = Verdict(
-                witness=witness,
+            record = decoded.record
+            probers[prober] = ProbeReport(
+                prober=prober,
                 leader=record.leader,
                 candidacy=record.candidacy,
                 targets=record.targets,
-                answers=record.answers,
-                fellows=record.fellows,
-                reaches=record.reaches,
+                leader_reachable=record.leader_reachable,
+                members_reachable=record.members_reachable,
+                can_take_over=record.can_take_over,
             )
-        _replace(self._witnesses, location, witnesses or None)
-        self._dirty_verdicts.add(location)
-        return _unknown(found)
+        _replace(self._probers, location, probers or None)
+        self._dirty_probe_reports.add(location)
+        return _unknown(decoded)
 
     def _take_granularity(self, value: bytes | None) -> Sequence[str]:
         if value is None:
@@ -585,7 +585,7 @@ class View:
     def _take_subnets(self, value: bytes | None) -> Sequence[str]:
         stated = () if value is None else decode_subnets(value)
         self.subnets, self._subnets_stated = stated or self.subnets, stated
-        self._judge_subnets()
+        self._count_subnets()
         return ()
 
     def _take_internal_ips(self, kv: KeyValue | None) -> Sequence[str]:
@@ -606,9 +606,9 @@ class View:
     def _set_subnets(self, subnets: tuple[IPNetwork, ...]) -> None:
         if subnets != self.subnets:
             self.subnets = subnets
-            self._judge_subnets()
+            self._count_subnets()
 
-    def _judge_subnets(self) -> None:
+    def _count_subnets(self) -> None:
         """Which subnets are in force, after something has changed that they depend on."""
         configured = self.subnets or ()
         subnets = self._addresses.subnets(configured, self._silent)
@@ -631,7 +631,7 @@ class View:
             self._note(source, ())
             return
         in_force = ", ".join(map(str, subnets))
-        text = f"put it back with etcdctl put {key} {in_force.replace(' ', '')}"
+        text = f"restore it with etcdctl put {key} {in_force.replace(' ', '')}"
         if not stated:
             text = f"the value is missing; {in_force} stays in force: {text}"
         else:
@@ -639,7 +639,7 @@ class View:
                 f"the value is {', '.join(map(str, stated))}, but the nodes' addresses are in {in_force}, which stays "
                 f"in force: {text}, or, to renumber the nodes, start each agent once with --renumber"
             )
-        self._note(source, (SetAside(key, text),))
+        self._note(source, (RejectedRecord(key, text),))
 
 
 def _public(node: Node | None) -> tuple[bool, bool]:
@@ -670,14 +670,14 @@ def _replace(table: dict[str, V], name: str, value: V | None) -> bool:
     return True
 
 
-def _unknown(found: Read[R] | None) -> Sequence[str]:
-    """What to say of fields that nobody knows."""
-    if found is None or not (found.unknown or found.unreadable):
+def _unknown(decoded: Read[R] | None) -> Sequence[str]:
+    """What to report of unknown fields."""
+    if decoded is None or not (decoded.unknown or decoded.unreadable):
         return ()
-    notes = [f"{name}: no such field is known; the rest of the record is in force" for name in found.unknown]
-    notes += (f"{one}; the rest of the record is in force" for one in found.unreadable)
-    if found.more_unknown:
-        notes.append(f"{found.more_unknown} more fields are not known; the rest of the record is in force")
+    notes = [f"{name}: no such field is known; the rest of the record is in force" for name in decoded.unknown]
+    notes += (f"{text}; the rest of the record is in force" for text in decoded.unreadable)
+    if decoded.more_unknown:
+        notes.append(f"{decoded.more_unknown} more fields are not known; the rest of the record is in force")
     return notes
 
 

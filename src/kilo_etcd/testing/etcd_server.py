@@ -38,7 +38,7 @@ class EtcdFailed(Exception):
 
 
 @frozen(kw_only=True)
-class Options:
+class ServerOptions:
     """How the servers are run."""
 
     tls: bool = False
@@ -63,7 +63,7 @@ class EtcdServer:
     peer_port: int
     cluster: str
     token: str
-    options: Options
+    options: ServerOptions
     authority: Authority | None = None
     user: str | None = None
     password: str | None = field(default=None, repr=False)
@@ -71,7 +71,7 @@ class EtcdServer:
 
     @classmethod
     @asynccontextmanager
-    async def run(cls, options: Options | None = None) -> AsyncIterator[EtcdServer]:
+    async def run(cls, options: ServerOptions | None = None) -> AsyncIterator[EtcdServer]:
         """One healthy server until the block ends."""
         async with EtcdCluster.run(1, options) as cluster:
             yield cluster.members[0]
@@ -240,7 +240,7 @@ class EtcdCluster:
 
     @classmethod
     @asynccontextmanager
-    async def run(cls, size: int = 3, options: Options | None = None) -> AsyncIterator[EtcdCluster]:
+    async def run(cls, size: int = 3, options: ServerOptions | None = None) -> AsyncIterator[EtcdCluster]:
         """A healthy cluster of `size` members until the block ends. Raises EtcdFailed."""
         if shutil.which("etcd") is None:
             raise EtcdFailed("etcd is not installed: apt-get install etcd-server")
@@ -248,7 +248,7 @@ class EtcdCluster:
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="etcd-test-")))
             # A free port may be taken before etcd binds it: then once more with others.
             for attempt in range(3):
-                cluster = cls(_members(size, directory / str(attempt), options or Options()))
+                cluster = cls(_members(size, directory / str(attempt), options or ServerOptions()))
                 stack.push_async_callback(cluster._end)
                 try:
                     await cluster._begin()
@@ -277,7 +277,7 @@ class EtcdCluster:
             await member.kill()
 
 
-def _members(size: int, directory: Path, options: Options) -> list[EtcdServer]:
+def _members(size: int, directory: Path, options: ServerOptions) -> list[EtcdServer]:
     directory.mkdir()
     ports = _free_ports(2 * size)
     token = secrets.token_hex(4)
@@ -304,5 +304,5 @@ def _free_ports(count: int) -> list[int]:
     try:
         return [one.getsockname()[1] for one in sockets]
     finally:
-        for one in sockets:
-            one.close()
+        for sock in sockets:
+            sock.close()

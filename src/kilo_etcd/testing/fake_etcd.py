@@ -196,7 +196,7 @@ class FakeEtcd:
         self._log = list(backup.log)
         self._versions = {key: list(versions) for key, versions in backup.versions.items()}
         now = trio.current_time()
-        self._leases = {one: _FakeLease(one, ttl, now + ttl) for one, ttl in backup.leases.items()}
+        self._leases = {lease_id: _FakeLease(lease_id, ttl, now + ttl) for lease_id, ttl in backup.leases.items()}
         self.data = dict(backup.data)
         self._sorted = sorted(self.data)
         for key, kv in self.data.items():
@@ -245,7 +245,7 @@ class FakeEtcd:
     # --- inside ------------------------------------------------------------------------------------------------
 
     def _wake(self, events: Iterable[Event] | None = None) -> None:
-        """Have the watches look whom `events` concern; None: all of them."""
+        """Have the watches compare with `events`; None: all of them."""
         keys = None if events is None else {event.kv.key for event in events}
         for watch, event in self._waiting.items():
             if keys is None or watch._concerns(keys):
@@ -374,15 +374,15 @@ class FakeEtcd:
             if kv is None:
                 return False
             return _relation(kv.value, compare.value, compare.result)
-        found = 0
+        actual = 0
         if kv is not None:
-            found = {
+            actual = {
                 Target.VERSION: kv.version,
                 Target.CREATE: kv.create_revision,
                 Target.MOD: kv.mod_revision,
                 Target.LEASE: kv.lease,
             }[compare.target]
-        return _relation(found, compare.value, compare.result)
+        return _relation(actual, compare.value, compare.result)
 
     def _events_from(self, revision: int) -> list[Event]:
         low = bisect_left(self._log, revision, key=lambda event: event.kv.mod_revision)
@@ -470,8 +470,8 @@ class FakeClient:
     # --- the client's protocol ---------------------------------------------------------------------------------
 
     async def get(self, key: Text, *, serializable: bool = False) -> KeyValue | None:
-        found = (await self.range(key, serializable=serializable)).kvs
-        return found[0] if found else None
+        kvs = (await self.range(key, serializable=serializable)).kvs
+        return kvs[0] if kvs else None
 
     async def range(
         self,
@@ -490,13 +490,13 @@ class FakeClient:
                 raise BadRequest("required revision is a future revision")
             if 0 < revision < server.compacted:
                 raise Compacted(server.compacted)
-            found = server._select(key, range_end, revision)
-            shown = () if count_only else found[:limit] if limit else found
+            stored = server._select(key, range_end, revision)
+            shown = () if count_only else stored[:limit] if limit else stored
             return RangeResult(
                 kvs=tuple(evolve(kv, value=b"") if keys_only else kv for kv in shown),
                 header=server.header(),
-                more=bool(limit) and len(found) > limit,
-                count=len(found),
+                more=bool(limit) and len(stored) > limit,
+                count=len(stored),
             )
 
         return await self._call("range", act)
@@ -694,7 +694,7 @@ class _FakeWatch:
             await self._wait(server)
 
     async def _wait(self, server: FakeEtcd) -> None:
-        """Until there may be something to say. One of those who wait minds the leases, and hands that on."""
+        """Until there may be something to report. One of the waiting tasks watches the leases, and hands that on."""
         event = server._waiting[self] = trio.Event()
         try:
             if server._keeper is not None:
@@ -758,14 +758,14 @@ def _at(versions: list[tuple[int, KeyValue | None]], revision: int) -> KeyValue 
     return next((kv for at, kv in reversed(versions) if at <= revision), None)
 
 
-def _relation(found: int | bytes, wanted: int | bytes, result: Is) -> bool:
-    if isinstance(found, int) != isinstance(wanted, int):
+def _relation(actual: int | bytes, wanted: int | bytes, result: Is) -> bool:
+    if isinstance(actual, int) != isinstance(wanted, int):
         raise BadRequest("the comparison's value does not fit its target")
     if result is Is.EQUAL:
-        return found == wanted
+        return actual == wanted
     if result is Is.NOT_EQUAL:
-        return found != wanted
-    low, high = (wanted, found) if result is Is.GREATER else (found, wanted)
+        return actual != wanted
+    low, high = (wanted, actual) if result is Is.GREATER else (actual, wanted)
     return low < high  # type: ignore[operator]
 
 

@@ -1,6 +1,6 @@
 """A kernel in memory: `FakeHost` is the machine, which stays; `FakeKernel` is one agent's hold on it.
 
-It decides with the real diff and changes its state by the real `kernel.effect`, so that a simulated agent programs
+It decides with the real diff and changes its state by the real `kernel.predict`, so that a simulated agent programs
 exactly what a real one would; only netlink is missing. Nothing is ever slow or wrong here unless a test says so:
 `refuse` makes single changes fail, `broken` makes all of them fail, with `unreadable` nobody knows what is there,
 `tamper` is somebody else at the keyboard.
@@ -24,11 +24,11 @@ from kilo_etcd.kernel.chains import Obstacle
 from kilo_etcd.kernel.diff import Difference, difference, is_drift, may_go_back, remember, superseded
 from kilo_etcd.kernel.drift import device_period
 from kilo_etcd.kernel.echo import ANY_SOURCE, SPACING
-from kilo_etcd.kernel.effect import apply_changes
 from kilo_etcd.kernel.errors import KernelError
 from kilo_etcd.kernel.forward import AddForward, DeleteForward
 from kilo_etcd.kernel.openings import AddOpening, DeleteOpening
 from kilo_etcd.kernel.policy import removal
+from kilo_etcd.kernel.predict import apply_changes
 from kilo_etcd.kernel.state import (
     AddRoute,
     ApplyReport,
@@ -37,10 +37,10 @@ from kilo_etcd.kernel.state import (
     DeleteLink,
     DeleteRoute,
     Failure,
-    Heard,
     HostAddresses,
     Memory,
     Observed,
+    PeerActivity,
     RemovePeer,
     ReplaceRoute,
     RestoreSysctl,
@@ -49,9 +49,9 @@ from kilo_etcd.kernel.state import (
     SetPeer,
     Setup,
     Target,
-    fence_around,
     ipip_name,
     reverse_path,
+    unreachable_route,
 )
 from kilo_etcd.kernel.table import DeleteTable, ReplaceTable
 from kilo_etcd.kernel.userspace import public_key_of
@@ -102,7 +102,9 @@ class FakeHost:
         """Whether a peer that is given an endpoint and keepalive answers at once with a handshake."""
         self._listeners: list[FakeKernel] = []
 
-    def tamper(self, changes: Sequence[Change], interface: str = "kilo0", what: str = "somebody changed it") -> None:
+    def tamper(
+        self, changes: Sequence[Change], interface: str = "kilo0", what: str = "another writer changed it"
+    ) -> None:
         """Somebody else makes changes; the kernel reports them, except WireGuard's, which a look finds."""
         self.observed = apply_changes(self.observed, changes, interface)
         silent = all(isinstance(change, SetDevice | SetPeer | RemovePeer) for change in changes)
@@ -112,18 +114,18 @@ class FakeHost:
             else:
                 listener.drifted(what)
 
-    def hear_from(self, public_key: str, *, endpoint: Endpoint | None = None, when: float | None = None) -> None:
+    def receive_from(self, public_key: str, *, endpoint: Endpoint | None = None, when: float | None = None) -> None:
         """A handshake with a peer, perhaps from a new endpoint (roaming)."""
         peer = self.observed.peers[public_key]
-        heard = evolve(
+        updated = evolve(
             peer,
             endpoint=endpoint or peer.endpoint,
             last_handshake=self.clock() if when is None else when,
             rx_bytes=peer.rx_bytes + HANDSHAKE_BYTES,
         )
-        self.observed = evolve(self.observed, peers={**self.observed.peers, public_key: heard})
+        self.observed = evolve(self.observed, peers={**self.observed.peers, public_key: updated})
         for listener in self._listeners:
-            listener.heard()
+            listener.peer_sent()
 
     def send_to(self, public_key: str) -> None:
         """WireGuard sends a peer a packet, which nothing answers."""
@@ -144,7 +146,9 @@ class FakeHost:
         """As `kernel.cleanup`."""
         changes = removal(self.observed.policy)
         changes.extend(DeleteRoute(route) for route in self.observed.routes.values())
-        changes.extend(DeleteRoute(fence_around(network)) for network in sorted(self.observed.fences, key=str))
+        changes.extend(
+            DeleteRoute(unreachable_route(network)) for network in sorted(self.observed.unreachable_routes, key=str)
+        )
         if self.observed.ipip is not None:
             changes.append(DeleteLink(ipip_name(interface)))
         if self.observed.link is not None and self.observed.ours:
@@ -152,7 +156,7 @@ class FakeHost:
         if self.observed.table is not None:
             changes.append(DeleteTable(self.observed.table.name))
         changes.extend(DeleteForward(rule) for rule in sorted(self.observed.forward_rules, key=str))
-        changes.extend(DeleteOpening(one) for one in sorted(self.observed.openings, key=str))
+        changes.extend(DeleteOpening(opening) for opening in sorted(self.observed.openings, key=str))
         changes.extend(RestoreSysctl(reverse_path(name), value) for name, value in self.observed.loosened.items())
         self.observed = apply_changes(self.observed, changes, interface)
         self.history.extend(changes)
@@ -191,7 +195,7 @@ class FakeKernel:
         self._look_at = min(self._look_at, when)
         self._event.set()
 
-    def heard(self) -> None:
+    def peer_sent(self) -> None:
         if may_go_back(self._memory, self.host.clock()):
             self.look_at(trio.current_time() + device_period(len(self.host.observed.peers)))
 
@@ -207,8 +211,8 @@ class FakeKernel:
                 self._read()
             # What is done by somebody from here on is drift again.
             self._drift = None
-            found = self._now()
-            todo = self._decide(plan, found, reset)
+            observed = self._now()
+            todo = self._decide(plan, observed, reset)
             refused = {change: why for change in todo.changes if (why := self.host.refuse(change)) is not None}
             made = tuple(change for change in todo.changes if change not in refused)
             made += superseded(refused, self._now())
@@ -217,18 +221,18 @@ class FakeKernel:
             self.host.observed = apply_changes(self.host.observed, made, self._setup.interface)
             for change in made:
                 if isinstance(change, SetPeer) and change.persistent_keepalive and self.host.shakes(change.public_key):
-                    self.host.hear_from(change.public_key)
+                    self.host.receive_from(change.public_key)
             self.host.history.extend(made)
             self.writes += len(made)
             self.plan = plan
             self._memory = remember(
-                plan, self._memory, made=made, failed=refused, observed=found, now=self.host.clock()
+                plan, self._memory, made=made, failed=refused, observed=observed, now=self.host.clock()
             )
             failures = (*todo.failures, *(_failure(change, why) for change, why in refused.items()))
             return ApplyReport(changes=made, failures=failures)
 
-    def _decide(self, plan: HostPlan, found: Observed, reset: Collection[str]) -> Difference:
-        return difference(plan, found, self._memory, self._target(plan), reset=reset)
+    def _decide(self, plan: HostPlan, observed: Observed, reset: Collection[str]) -> Difference:
+        return difference(plan, observed, self._memory, self._target(plan), reset=reset)
 
     async def preview(self, plan: HostPlan) -> tuple[Change, ...]:
         await trio.lowlevel.checkpoint()
@@ -255,10 +259,10 @@ class FakeKernel:
         await trio.lowlevel.checkpoint()
         return self.host.listening
 
-    async def hear(self) -> Heard:
+    async def peer_activity(self) -> PeerActivity:
         await trio.lowlevel.checkpoint()
         self._read()
-        return Heard(time=self.host.clock(), peers=self.host.observed.peers)
+        return PeerActivity(time=self.host.clock(), peers=self.host.observed.peers)
 
     async def ping(
         self,
@@ -277,7 +281,9 @@ class FakeKernel:
             await trio.sleep(SPACING * (times - 1) + patience)
             return answered
         for turn in range(times):
-            answered.update((one, 0.0) for one in addresses if one not in answered and self.host.reach(one))
+            answered.update(
+                (address, 0.0) for address in addresses if address not in answered and self.host.reach(address)
+            )
             if len(answered) == len(addresses) or (first and answered):
                 await trio.lowlevel.checkpoint()
                 break
@@ -344,6 +350,6 @@ async def open_fake_kernel(host: FakeHost, setup: Setup, *, delay: float = 0.0) 
 def _failure(change: Change, why: str) -> Failure:
     destination = change.route.destination if isinstance(change, AddRoute | ReplaceRoute | DeleteRoute) else None
     aside = isinstance(change, ReplaceTable | DeleteTable | AddForward | DeleteForward | AddOpening | DeleteOpening)
-    if isinstance(change, AddRoute | DeleteRoute) and change.route.fence:
+    if isinstance(change, AddRoute | DeleteRoute) and change.route.unreachable:
         destination, aside = None, True
     return Failure(subject=str(change), text=why, destination=destination, aside=aside)

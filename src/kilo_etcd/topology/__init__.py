@@ -1,6 +1,6 @@
-"""Decides, and only decides: who leads, what the mesh looks like, what each host's kernel shall hold.
+"""Decides, and only decides: which nodes lead, the shape of the mesh, and what each host's kernel must hold.
 
-What is named as its module is (`graph`, `guard`, `render`, `walk`) is imported from there.
+Functions with the name of their module (`graph`, `route_filter`, `render`, `walk`) are imported from there.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from kilo_etcd.topology.hostplan import (
         Encryption,
         Exemption,
+        ExitRoute,
         HostPlan,
         PeerPlan,
         Problem,
         RoutePlan,
         Via,
-        WayOut,
     )
     from kilo_etcd.topology.peerplan import peer_plan
     from kilo_etcd.topology.plan import host_plan
@@ -34,6 +34,7 @@ __all__ = [
     "Election",
     "Encryption",
     "Exemption",
+    "ExitRoute",
     "Hop",
     "HostPlan",
     "Path",
@@ -46,7 +47,6 @@ __all__ = [
     "UnknownNode",
     "Unrouted",
     "Via",
-    "WayOut",
     "build_topology",
     "clusters",
     "edges",
@@ -59,7 +59,7 @@ __all__ = [
 _PARTS = {
     "election": ("Election", "Reason", "elect"),
     "graph": ("Cluster", "Edge", "EdgeKind", "clusters", "edges"),
-    "hostplan": ("Encryption", "Exemption", "HostPlan", "PeerPlan", "Problem", "RoutePlan", "Via", "WayOut"),
+    "hostplan": ("Encryption", "Exemption", "HostPlan", "PeerPlan", "Problem", "RoutePlan", "Via", "ExitRoute"),
     "peerplan": ("peer_plan",),
     "plan": ("host_plan",),
     "segments": ("Segment", "Topology", "UnknownNode", "build_topology"),
@@ -72,6 +72,6 @@ def __getattr__(name: str) -> object:
     # A name's module is imported when the name is first asked for: most of kgctl's commands plan for no host.
     for part, names in _PARTS.items():
         if name in names:
-            globals()[name] = found = getattr(import_module(f"{__name__}.{part}"), name)
-            return found
+            globals()[name] = value = getattr(import_module(f"{__name__}.{part}"), name)
+            return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

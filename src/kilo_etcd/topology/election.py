@@ -1,9 +1,10 @@
-"""Who leads a segment: a pure function of its members, their candidacies, what witnesses say, and the leader on record.
+"""Elects the leader of a segment: a pure function of its members, their candidacies, the probe reports, and the leader
+on record.
 
-It promises the same answer to everyone who has the same snapshot, whatever order things come in, and an
+It promises the same answer for the same snapshot, whatever order things come in, and an
 answer always: a segment is never without a leader, even before the first candidate or after the last one.
-It does not judge whether a leader is alive; the short lease of a candidacy did that already. Whether packets get
-through it, witnesses say (`topology.verdicts`).
+It does not decide whether a leader is alive; the short lease of a candidacy did that already. Whether packets get
+through it, probers report (`topology.probe_reports`).
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from enum import StrEnum
 
 from attrs import frozen
 
-from kilo_etcd.model import Candidate, Node, Verdict
-from kilo_etcd.topology.verdicts import successors
+from kilo_etcd.model import Candidate, Node, ProbeReport
+from kilo_etcd.topology.probe_reports import successors
 
 
 class Reason(StrEnum):
@@ -23,59 +24,63 @@ class Reason(StrEnum):
     ALONE = "it is alone in its segment"
     CANDIDATE = "it is the best candidate"
     RECORDED = "it led before the last candidate went"
-    INSTEAD = "the best candidate does not forward, as witnesses say"
-    FALLBACK = "nobody stands and nobody is on record: best class, then oldest registration"
+    INSTEAD = "the best candidate does not forward, as probers report"
+    FALLBACK = "no candidate and no leader on record: best class, then oldest registration"
 
 
 @frozen
 class Election:
-    """`next_in_line` leads when the leader's candidacy ends; None when nobody else stands."""
+    """`next_in_line` leads when the leader's candidacy ends; None if there is no other candidate."""
 
     leader: str
     next_in_line: str | None
     reason: Reason
     order: tuple[str, ...] = ()
-    """All candidates as they stand in the queue, the leader first where nobody is passed over."""
-    passed_over: str | None = None
-    """Who would lead, but does not forward."""
+    """All candidates in the order of the queue, the leader first if none is demoted."""
+    demoted: str | None = None
+    """The node that would lead, but does not forward."""
 
 
 def elect(
     members: Sequence[Node],
     candidates: Sequence[Candidate],
     recorded: str | None,
-    verdicts: Sequence[Verdict] = (),
+    probe_reports: Sequence[ProbeReport] = (),
 ) -> Election:
     """Elect the leader of one segment from `members` (at least one).
 
-    Candidates that are no member, or have no internal IP while there are others to serve, do not count.
-    The best rank leads, then the lowest create revision (names break ties that etcd cannot produce); if by `verdicts`
-    it does not forward, the best of those who can do so instead. ValueError: no members.
+    Candidates that are no member, or have no internal IP while there are others to serve, do not count. The best rank
+    leads, then the lowest create revision (names break ties that etcd cannot produce); if by `probe reports` it does
+    not forward, the best of those who can do so instead. ValueError: no members.
     """
     if not members:
         raise ValueError("a segment without members cannot have a leader")
     by_name = {node.name: node for node in members}
     if len(by_name) == 1:
         return Election(members[0].name, None, Reason.ALONE)
-    standing: dict[str, Candidate] = {}
+    candidacies: dict[str, Candidate] = {}
     for candidate in sorted(candidates, key=lambda one: (one.rank, one.create_revision, one.node)):
         if candidate.node in by_name and by_name[candidate.node].internal_ips:
             # A node may stand twice for a moment (relabelled there and back); its better offer counts.
-            standing.setdefault(candidate.node, candidate)
-    if standing:
-        order = tuple(standing)
+            candidacies.setdefault(candidate.node, candidate)
+    if candidacies:
+        order = tuple(candidacies)
         first, *others = order
-        # A member that stands no more is neither one of the panel nor somebody elsewhere; nor is one that has moved
-        # away, whose word is still there: who is elsewhere has tried members of this segment.
-        verdicts = [
+        # A member that is not a candidate any more is neither a voter nor somebody elsewhere; nor is one that has moved
+        # away, whose report is still there: a prober elsewhere has tried members of this segment.
+        probe_reports = [
             one
-            for one in verdicts
-            if one.witness in standing
-            or (one.witness not in by_name and any(target in by_name for target in one.targets))
+            for one in probe_reports
+            if one.prober in candidacies
+            or (one.prober not in by_name and any(target in by_name for target in one.targets))
         ]
-        able = successors(standing[first], {name: standing[name] for name in others}, verdicts) if verdicts else ()
+        able = (
+            successors(candidacies[first], {name: candidacies[name] for name in others}, probe_reports)
+            if probe_reports
+            else ()
+        )
         if able:
-            # Who has proved that it can leads; the one passed over comes last, as it will when it stands anew.
+            # A prober that can take over leads; the demoted one comes last, as it will when it stands anew.
             line = sorted(others, key=lambda name: name not in able)
             return Election(line[0], [*line[1:], first][0], Reason.INSTEAD, order, first)
         return Election(first, others[0] if others else None, Reason.CANDIDATE, order)

@@ -1,8 +1,8 @@
 """What `encrypted` asks of one host's kernel: the plan with its routes, what it accepts and what it refuses. Pure.
 
-Which addresses are sent to through the tunnels, `topology.places` says; who does so at which stage of the switch,
-`topology.stages`. Here the two become a host's plan, segment by segment: what a host does about one other segment
-depends on that segment and on the host alone, so the next plan costs what has changed and not what there is.
+`topology.places` decides which addresses are reached through the tunnels, and `topology.stages` which nodes use them at
+which stage of the switch. This module makes a host's plan of both, segment by segment: what a host does about one other
+segment depends on that segment and on the host alone, so the next plan costs what has changed and not what there is.
 The outcome is the same with and without a previous plan.
 """
 
@@ -14,15 +14,15 @@ from typing import TypeVar
 from attrs import evolve, field, frozen
 
 from kilo_etcd.model import ACCEPTING, EncryptionStage, Granularity, IPAddress, IPNetwork, Node
-from kilo_etcd.topology.claims import network_key
 from kilo_etcd.topology.hostplan import Encryption, Exemption, HostPlan, PeerPlan, Problem, RoutePlan, Via
+from kilo_etcd.topology.next_hop import NextHop, next_hop, tunneled
 from kilo_etcd.topology.places import Address, Place, Places, both_ways, exchanged, own_addresses, sent
+from kilo_etcd.topology.prefix_allocation import network_key
 from kilo_etcd.topology.segments import Topology, changes
-from kilo_etcd.topology.stages import NOBODY_ASKED, Living, Pair, Report, in_force, report, waited_for
+from kilo_etcd.topology.stages import NOBODY_ASKED, Living, SegmentPair, StageReport, in_force, report, waited_for
 from kilo_etcd.topology.unaware import unaware_problems
-from kilo_etcd.topology.ways import Hop, bonded, hop
 
-__all__ = ["NOBODY_ASKED", "Living", "Outside", "Report", "awaited", "encrypt", "report", "waited_for"]
+__all__ = ["NOBODY_ASKED", "Living", "Outside", "StageReport", "awaited", "encrypt", "report", "waited_for"]
 
 T = TypeVar("T")
 
@@ -53,7 +53,7 @@ def encrypt(
     *,
     outside: Outside,
     living: Living = NOBODY_ASKED,
-    told: Report | None = None,
+    told: StageReport | None = None,
     previous: HostPlan | None = None,
 ) -> HostPlan:
     """A host's `plan`, guarded already, with what the setting `encrypted` asks for at the host's stage; without any
@@ -68,18 +68,18 @@ def encrypt(
     if not promised and not on and own.encryption is None:
         return plan
     last = previous.memo if previous is not None else None
-    memo = last if isinstance(last, _Memo) else _Memo()
+    memo = last if isinstance(last, _EncryptionMemo) else _EncryptionMemo()
     places, moved = memo.places.after(topology)
-    outlook = _Outlook.of(own, topology, places, outside)
-    if memo.outlook != outlook:
+    view = _EncryptionView.of(own, topology, places, outside)
+    if memo.view != view:
         moved = frozenset({*places.of, *memo.parts})
     elif memo.living is not living:
         nodes = topology.snapshot.nodes
         moved |= {topology.segment_of(name).key for name in living.changed(memo.living) if name in nodes}
-    parts, whole = _followed(memo, moved, outlook, places, living)
+    parts, whole = _followed(memo, moved, view, places, living)
     if not promised and not on and own.encryption is EncryptionStage.STOPPED and not whole.awaited:
         return plan
-    peers = _peers(plan.peers, memo, outlook, places, parts, moved)
+    peers = _peers(plan.peers, memo, view, places, parts, moved)
     base, forwarding = plan.peers, plan.forwarding
     segment = topology.segment_of(own.name)
     if len(segment.members) > 1:
@@ -100,8 +100,8 @@ def encrypt(
         forwarding=forwarding,
         encryption=wanted,
         problems=(*plan.problems, *(unaware_problems(topology) if on else ()), *problems),
-        memo=_Memo(
-            places=places, outlook=outlook, living=living, parts=parts, whole=whole, base=base, peers=peers,
+        memo=_EncryptionMemo(
+            places=places, view=view, living=living, parts=parts, whole=whole, base=base, peers=peers,
             wanted=wanted, known=known, known_of=of,
         ),
     )  # fmt: skip
@@ -109,15 +109,15 @@ def encrypt(
 
 def awaited(plan: HostPlan) -> frozenset[str]:
     """The same as `waited_for`, of a plan that `encrypt` has made or left as it was."""
-    return plan.memo.whole.awaited if isinstance(plan.memo, _Memo) else frozenset()
+    return plan.memo.whole.awaited if isinstance(plan.memo, _EncryptionMemo) else frozenset()
 
 
 # -- what is done about one segment ------------------------------------------------------------------------------------
 
 
 @frozen(kw_only=True)
-class _Outlook:
-    """All that a part depends on, apart from its segment and who lives."""
+class _EncryptionView:
+    """All that a part depends on, apart from its segment and the living agents."""
 
     own: Node
     leader: Node
@@ -133,21 +133,21 @@ class _Outlook:
     since: int
 
     @classmethod
-    def of(cls, own: Node, topology: Topology, places: Places, outside: Outside) -> _Outlook:
+    def of(cls, own: Node, topology: Topology, places: Places, outside: Outside) -> _EncryptionView:
         """Of the present."""
         segment = topology.segment_of(own.name)
         place = places.of[segment.key]
         return cls(
             own=own, leader=segment.leader, segment=segment.key,
-            addresses=tuple((one.address, outside.has(one.address)) for one in place.of[own.name]),
-            leaders=tuple(one.address for one in place.of[segment.leader.name]),
+            addresses=tuple((address.address, outside.has(address.address)) for address in place.of[own.name]),
+            leaders=tuple(address.address for address in place.of[segment.leader.name]),
             silent=outside.silent, links=place.links.networks, granularity=topology.snapshot.granularity,
             on=in_force(topology), since=topology.snapshot.internal_ips_since,
         )  # fmt: skip
 
-    def before(self, there: Place, living: Living) -> Pair:
+    def before(self, there: Place, living: Living) -> SegmentPair:
         """The host and another segment."""
-        return Pair(
+        return SegmentPair(
             own=self.own, own_leader=self.leader, leader=there.segment.leader, on=self.on, since=self.since,
             living=living,
         )  # fmt: skip
@@ -159,12 +159,12 @@ class _Outlook:
     @property
     def by_leader(self) -> bool:
         """Whether all tunnels are its leader's, and the host has one to that."""
-        return self.leader.name != self.own.name and bonded(self.own, self.leader)
+        return self.leader.name != self.own.name and tunneled(self.own, self.leader)
 
     def way(self, version: int, here: Collection[IPAddress]) -> _Way | str:
         """How packets of a family go to a segment, or why they cannot. `here`: own addresses that answers find."""
         leader, own = self.leader, self.own
-        way = Hop(Via.TUNNEL) if leader.name == own.name else hop(own, leader, version)
+        way = NextHop(Via.TUNNEL) if leader.name == own.name else next_hop(own, leader, version)
         if way is None or way.trouble:
             why = "they share no address family" if way is None else way.trouble
             return f"{own.name} does not reach its leader {leader.name} in IPv{version}: {why}"
@@ -177,10 +177,10 @@ class _Outlook:
         return _Way(way, source)
 
     def whole(self, version: int, here: Collection[IPAddress]) -> bool:
-        """Whether what comes in clear in a family to the host itself can be none of what it is to get: all own
+        """Whether clear text in a family to the host itself is always wrong: all own
         addresses are sent through the tunnel, and its leader does not pass packets on plain."""
         if self.leader.name != self.own.name:
-            way = hop(self.leader, self.own, version)
+            way = next_hop(self.leader, self.own, version)
             if way is None or way.way is Via.UNDERLAY:
                 return False
         return all(address in here for address in own_addresses(self.own) if address.version == version)
@@ -190,7 +190,7 @@ class _Outlook:
 class _Way:
     """How packets go, and from which address."""
 
-    hop: Hop
+    next_hop: NextHop
     source: IPAddress
 
 
@@ -199,7 +199,7 @@ class _Part:
     """What a host does about one other segment. No two parts of a host have a network in common."""
 
     gate: str = ""
-    """The public key of the peer through which it is spoken to."""
+    """The public key of the peer through which it gets packets."""
     nodes: tuple[IPAddress, ...] = ()
     networks: tuple[IPNetwork, ...] = ()
     """The same as host networks."""
@@ -214,20 +214,20 @@ class _Part:
 _NO_PART = _Part()
 
 
-def _part(outlook: _Outlook, here: Place, there: Place, living: Living, old: _Part) -> _Part:
-    pair = outlook.before(there, living)
+def _part(view: _EncryptionView, here: Place, there: Place, living: Living, old: _Part) -> _Part:
+    pair = view.before(there, living)
     awaited = pair.awaited(there.segment.members)
-    if not outlook.exchanges(here, there):
+    if not view.exchanges(here, there):
         # On the way back the members of its own segment count too: they send by it.
-        return _Part(awaited=awaited - {outlook.own.name}) if awaited and not outlook.on else _NO_PART
-    found = sent(here, there)
-    if not found:
+        return _Part(awaited=awaited - {view.own.name}) if awaited and not view.on else _NO_PART
+    addresses = sent(here, there)
+    if not addresses:
         return _Part(awaited=awaited)
-    both, answered = both_ways(here, there, outlook.own.name, found)
-    usable = {address for address, has in outlook.addresses if has and address in answered}
-    versions = frozenset(one.address.version for one in found)
-    ways = {version: outlook.way(version, usable) for version in versions}
-    whole = {version: outlook.on and outlook.whole(version, answered) for version in versions}
+    both, answered = both_ways(here, there, view.own.name, addresses)
+    usable = {address for address, has in view.addresses if has and address in answered}
+    versions = frozenset(address.address.version for address in addresses)
+    ways = {version: view.way(version, usable) for version in versions}
+    whole = {version: view.on and view.whole(version, answered) for version in versions}
     members = there.segment.members
     sends = {node.name for node in members if pair.sends(node)}
     refused = pair.refused(members) if any(whole.values()) else frozenset()
@@ -245,19 +245,19 @@ def _part(outlook: _Outlook, here: Place, there: Place, living: Living, old: _Pa
                 problems.append(Problem(subject=name, text=text))
         if whole[version] and name in refused:
             refuse.append(one.address)
-    nodes = tuple(one.address for one in found)
+    nodes = tuple(address.address for address in addresses)
     return _Part(
-        gate=(outlook.leader if outlook.by_leader else there.segment.leader).public_key,
-        nodes=nodes, networks=tuple(one.network for one in found), send=tuple(send), hold=tuple(hold),
+        gate=(view.leader if view.by_leader else there.segment.leader).public_key,
+        nodes=nodes, networks=tuple(address.network for address in addresses), send=tuple(send), hold=tuple(hold),
         refuse=nodes if len(refuse) == len(nodes) else tuple(refuse), problems=tuple(problems), awaited=awaited,
         versions=versions,
     )  # fmt: skip
 
 
-def _route(one: Address, way: _Way, old: RoutePlan | None) -> RoutePlan:
-    if old is not None and (old.way, old.gateway, old.source) == (way.hop.way, way.hop.gateway, way.source):
+def _route(address: Address, way: _Way, old: RoutePlan | None) -> RoutePlan:
+    if old is not None and (old.way, old.gateway, old.source) == (way.next_hop.way, way.next_hop.gateway, way.source):
         return old
-    return RoutePlan(destination=one.network, way=way.hop.way, gateway=way.hop.gateway, source=way.source)
+    return RoutePlan(destination=address.network, way=way.next_hop.way, gateway=way.next_hop.gateway, source=way.source)
 
 
 # -- all of it, as it follows changes ----------------------------------------------------------------------------------
@@ -277,11 +277,11 @@ class _Whole:
 
 
 @frozen(kw_only=True, eq=False)
-class _Memo:
+class _EncryptionMemo:
     """What the next plan is computed from."""
 
     places: Places = field(factory=Places)
-    outlook: _Outlook | None = None
+    view: _EncryptionView | None = None
     living: Living = NOBODY_ASKED
     parts: Mapping[str, _Part] = field(factory=dict)
     whole: _Whole = field(factory=_Whole)
@@ -295,13 +295,13 @@ class _Memo:
 
 
 def _followed(
-    memo: _Memo, moved: frozenset[str], outlook: _Outlook, places: Places, living: Living
+    memo: _EncryptionMemo, moved: frozenset[str], view: _EncryptionView, places: Places, living: Living
 ) -> tuple[Mapping[str, _Part], _Whole]:
-    here = places.of[outlook.segment]
+    here = places.of[view.segment]
     differing: list[tuple[str, _Part, _Part]] = []
     for key in moved:
         old, there = memo.parts.get(key, _NO_PART), places.of.get(key)
-        new = _NO_PART if there is None else _part(outlook, here, there, living, old)
+        new = _NO_PART if there is None else _part(view, here, there, living, old)
         if new != old or key not in memo.parts or there is None:
             differing.append((key, old, new))
     if not differing:
@@ -315,7 +315,7 @@ def _followed(
     whole = memo.whole
     pairs = [(old, new) for _, old, new in differing]
     nodes = _changed(whole.nodes, ((old.nodes, new.nodes) for old, new in pairs))
-    if whole.refuse is whole.nodes and all(one.refuse is one.nodes for pair in pairs for one in pair):
+    if whole.refuse is whole.nodes and all(part.refuse is part.nodes for pair in pairs for part in pair):
         # All are through with the switch: to copy 10,000 addresses costs a millisecond.
         refuse = nodes
     else:
@@ -341,8 +341,8 @@ def _changed(had: frozenset[T], pairs: Iterable[tuple[Collection[T], Collection[
     for old, new in pairs:
         # Most are the same objects, and hashes of addresses are slow.
         here, there = set(map(id, new)), set(map(id, old))
-        less.update(one for one in old if id(one) not in here)
-        more.update(one for one in new if id(one) not in there)
+        less.update(item for item in old if id(item) not in here)
+        more.update(item for item in new if id(item) not in there)
     differing = frozenset(more - had) | ((less - more) & had)
     # In this order the large one is copied once.
     return differing ^ had if differing else had
@@ -368,8 +368,8 @@ def _sent(had: Mapping[IPNetwork, RoutePlan], pairs: Iterable[tuple[_Part, _Part
 
 def _peers(
     base: Mapping[str, PeerPlan],
-    memo: _Memo,
-    outlook: _Outlook,
+    memo: _EncryptionMemo,
+    view: _EncryptionView,
     places: Places,
     parts: Mapping[str, _Part],
     moved: Iterable[str],
@@ -383,7 +383,7 @@ def _peers(
     if not touched:
         return memo.peers
     every: tuple[IPNetwork, ...] = ()
-    if outlook.by_leader and outlook.leader.public_key in touched:
+    if view.by_leader and view.leader.public_key in touched:
         every = tuple(network for part in parts.values() for network in part.networks)
     result = dict(memo.peers)
     for key in touched:
@@ -391,8 +391,8 @@ def _peers(
         if peer is None:
             result.pop(key, None)
             continue
-        if outlook.by_leader:
-            networks = every if key == outlook.leader.public_key else ()
+        if view.by_leader:
+            networks = every if key == view.leader.public_key else ()
         else:
             part = parts.get(places.key_of(peer.name), _NO_PART)
             networks = part.networks if part.gate == key else ()
@@ -411,12 +411,12 @@ def _allowing(peer: PeerPlan, networks: Iterable[IPNetwork]) -> PeerPlan:
 
 
 def _known(subnets: Iterable[IPNetwork], behind: Iterable[IPNetwork], place: Place, name: str) -> tuple[IPNetwork, ...]:
-    """What others take packets from by way of this host."""
-    found = {*subnets, *behind}
+    """The sources from which others accept packets by way of this host."""
+    networks = {*subnets, *behind}
     if place.segment.leader.name == name:
-        found.update(place.segment.networks)
-        found.update(one.network for one in place.addresses)
-    return tuple(sorted(found, key=network_key))
+        networks.update(place.segment.networks)
+        networks.update(address.network for address in place.addresses)
+    return tuple(sorted(networks, key=network_key))
 
 
 def _in_order(outside: Outside, own: Node) -> tuple[IPAddress, ...]:
@@ -426,7 +426,7 @@ def _in_order(outside: Outside, own: Node) -> tuple[IPAddress, ...]:
 
 
 def _same(one: Encryption, other: Encryption) -> bool:
-    """Whether two are alike, told quickly: what is large is the same object if it is."""
+    """Whether two are equal, decided quickly: large parts are the same object if they are."""
     large = ("nodes", "send", "hold", "refuse")
     return all(getattr(one, name) is getattr(other, name) for name in large) and evolve(
         one, nodes=frozenset(), send={}, hold=frozenset(), refuse=frozenset()

@@ -19,9 +19,9 @@ BOTH = frozenset((4, 6))
 
 def families(node: Node) -> frozenset[int]:
     """The families in which a node reaches others, and they it; both, where nothing is known."""
-    found = frozenset(address.version for one in node.endpoints if (address := one.address) is not None)
-    if found or node.endpoint is not None:
-        return found or BOTH
+    versions = frozenset(address.version for endpoint in node.endpoints if (address := endpoint.address) is not None)
+    if versions or node.endpoint is not None:
+        return versions or BOTH
     return frozenset(ip.version for ip in node.internal_ips) or BOTH
 
 
@@ -36,7 +36,7 @@ def common_family(one: Node, other: Node) -> int | None:
 
 
 def pair_family(one: Node, other: Node) -> int | None:
-    """The family that the two speak to each other in; None: they have none in common."""
+    """The family in which the two reach each other; None: they have none in common."""
     common = families(one) & families(other)
     if len(common) < 2:
         return next(iter(common), None)
@@ -76,5 +76,5 @@ def apart(own: Node, other: Node) -> str | None:
     )
 
 
-def _named(found: frozenset[int]) -> str:
-    return " and ".join(f"IPv{version}" for version in sorted(found))
+def _named(versions: frozenset[int]) -> str:
+    return " and ".join(f"IPv{version}" for version in sorted(versions))

@@ -53,7 +53,7 @@ class Edge:
 
 @frozen
 class EdgeState:
-    """What the hosts themselves say of a tunnel. `up` None: nobody has said anything."""
+    """What the hosts themselves report of a tunnel. `up` None: there is no report."""
 
     up: bool | None
     text: str
@@ -101,17 +101,17 @@ def clusters(topology: Topology) -> tuple[Cluster, ...]:
     for segment in topology.segments.values():
         cross = topology.snapshot.granularity is Granularity.CROSS and segment.leader.internal_ips
         groups[f"location {segment.location}" if cross else f"segment {segment.key}"].append(segment)
-    found = []
+    result = []
     for group in groups.values():
         nodes = tuple(sorted((node for segment in group for node in segment.members), key=lambda node: node.name))
-        found.append(Cluster(group[0].location, nodes, frozenset(segment.leader.name for segment in group)))
-    return tuple(sorted(found, key=lambda cluster: (cluster.label, [node.name for node in cluster.nodes])))
+        result.append(Cluster(group[0].location, nodes, frozenset(segment.leader.name for segment in group)))
+    return tuple(sorted(result, key=lambda cluster: (cluster.label, [node.name for node in cluster.nodes])))
 
 
 def graph(topology: Topology, states: Mapping[Edge, EdgeState] | None = None) -> str:
     """The picture as DOT. A node's id is its name; an outside peer's is its name after `peer `.
 
-    With `states` tunnels that are up are green, those that are not red; what no host speaks of stays black.
+    With `states` tunnels that are up are green, those that are not red; what no host reports stays black.
     """
     subnets = ", ".join(str(subnet) for subnet in topology.snapshot.subnets)
     names = {("node", name): name for name in topology.snapshot.nodes}

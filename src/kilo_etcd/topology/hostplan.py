@@ -1,4 +1,4 @@
-"""What one host's kernel shall hold: the value that the topology yields and the kernel layer realises.
+"""The host plan: what one host's kernel must hold. The topology yields this value, the kernel layer realises it.
 
 A plan is complete (what is not in it is removed, as far as it is ours) and says nothing about how it is
 brought about. It names devices by role, not by name, so that it is the same whatever the interface is called.
@@ -14,8 +14,8 @@ from attrs import field, frozen
 
 from kilo_etcd.model import DEFAULT_PORT, Endpoint, IPAddress, IPInterface, IPNetwork
 
-PROOF_KEEPALIVE = 5
-"""Seconds between keepalives to a peer whose handshake is wanted as a proof: the least that has a device speak at once,
+TAKEOVER_CHECK_KEEPALIVE = 5
+"""Seconds between keepalives to a peer whose handshake is a takeover check: the least that has a device send at once,
 and little more."""
 
 
@@ -25,16 +25,16 @@ class Via(StrEnum):
     TUNNEL = "tunnel"
     """The WireGuard interface: allowed IPs choose the peer."""
     UNDERLAY = "underlay"
-    """To a gateway on the location's network, which is a neighbour."""
+    """To a gateway on the location's network, on the same link."""
     IPIP = "ipip"
-    """To a gateway on the location's network, encapsulated, whether it is a neighbour or not."""
+    """To a gateway on the location's network, encapsulated, whether it is on the same link or not."""
 
 
 @frozen(kw_only=True)
 class PeerPlan:
     """One WireGuard peer. `endpoint` may still be a DNS name; None leaves what the device has learnt.
 
-    `allowed_ips` is sorted by (family, address, prefix length) and without duplicates; no network stands in
+    `allowed_ips` is sorted by (family, address, prefix length) and without duplicates; no network is in
     two peers of one plan. A peer that is allowed nothing is one that a handshake is wanted with,
     and no more.
     """
@@ -43,8 +43,8 @@ class PeerPlan:
     name: str
     """The node's or peer's name; for people."""
     endpoint: Endpoint | None = None
-    hearsay: bool = False
-    """The endpoint is where others have seen the peer: it counts only while this host itself hears nothing of it."""
+    observed: bool = False
+    """The endpoint is an observed endpoint: it counts only while this host itself receives nothing from the peer."""
     allowed_ips: tuple[IPNetwork, ...] = ()
     persistent_keepalive: int = 0
     preshared_key: str | None = field(default=None, repr=False)
@@ -79,20 +79,20 @@ class Problem:
 
 
 @frozen(kw_only=True)
-class WayOut:
-    """The default route into the tunnel, which nobody but the operator can wish for (decision 0013)."""
+class ExitRoute:
+    """The default route into the tunnel, which only the operator can ask for (decision 0013)."""
 
     families: frozenset[int] = frozenset()
-    """In which packets for anywhere go to the gateway. In the other family they are refused at once: what was to go
-    through the gateway must not leave beside it."""
+    """In which packets for anywhere go to the exit node. In the other family they are refused at once: what was
+    to go through the exit node must not bypass it."""
     by: tuple[RoutePlan, ...] = ()
     """The default routes that do not lead into the tunnel: a member's, to its leader. At most one per family."""
-    outside: tuple[IPNetwork, ...] = ()
-    """Reached as if there were no tunnel: etcd, what is near. The peers' endpoints are without being named."""
+    bypass: tuple[IPNetwork, ...] = ()
+    """Reached as if there were no tunnel: etcd, what is near. The peers' endpoints bypass it without being named."""
     sources: tuple[IPAddress, ...] = ()
-    """The host's own addresses on the underlay: answers to who has called it there go as if there were no tunnel."""
+    """The host's own addresses on the underlay: answers from there go as if there were no tunnel."""
     held: bool = False
-    """It is not to be touched in the kernel, neither made nor changed nor removed: what must stay outside is not known
+    """The kernel's routes for it stay as they are: what must bypass it is not known
     yet."""
 
     @property
@@ -188,11 +188,12 @@ class HostPlan:
     """Public key -> peer."""
     routes: Mapping[IPNetwork, RoutePlan] = field(factory=dict)
     """Destination -> route."""
-    fences: tuple[IPNetwork, ...] = ()
+    unreachable_routes: tuple[IPNetwork, ...] = ()
     """The mesh's subnets: where none of `routes` takes a packet for them it is refused, so that it does not leave in
     clear by the host's default route. And `refused`."""
     refused: Mapping[IPNetwork, str] = field(factory=dict)
-    """Networks within the location that are refused, since whoever they are behind does not answer; why, for people."""
+    """Networks within the location that are refused, since the member that they are behind does not answer; why, as a
+    sentence."""
     returns: Mapping[IPNetwork, RoutePlan] = field(factory=dict)
     """Of a leader: a member's internal IP (/32, /128) -> the way, IPIP or TUNNEL, of what comes out of the tunnel for
     it, as the member sends what is for there. What this host itself sends to the address takes the main table's way."""
@@ -211,14 +212,15 @@ class HostPlan:
     runs no agent and would not know how to answer."""
     masquerade_not: frozenset[IPAddress] = frozenset()
     """Addresses within them that do know: members of this host's segment."""
-    gateway: bool = False
-    """This host is a way out: what comes out of the tunnel for outside the mesh it forwards in its own name."""
+    is_exit_node: bool = False
+    """This host is an exit node: it forwards and masquerades packets from the tunnel for destinations outside the
+    mesh."""
     inside: tuple[IPNetwork, ...] = ()
-    """Of a gateway: the networks that know the mesh's addresses and answer them."""
-    closed: tuple[IPNetwork, ...] = ()
-    """Of a gateway: networks that it stands in and leads to nobody: it is a way to the internet, not to what trusts
-    its neighbours. What is offered (`inside`, `masquerade`, `behind`) is reached all the same."""
-    way_out: WayOut | None = None
+    """Of an exit node: the networks that know the mesh's addresses and answer them."""
+    blocked: tuple[IPNetwork, ...] = ()
+    """Of an exit node: networks that it is attached to and leads to nobody: it is a way to the internet, not to hosts
+    that trust their own link. What is offered (`inside`, `masquerade`, `behind`) is reached all the same."""
+    exit_route: ExitRoute | None = None
     encryption: Encryption | None = None
     """None: nothing of it is in the kernel."""
     problems: tuple[Problem, ...] = ()

@@ -1,4 +1,5 @@
-"""What travels in clear although the mesh encrypts: to addresses that some host takes for its own links'. For people.
+"""Lists what travels in clear although the mesh encrypts: packets to addresses that some host takes for addresses on
+its own links. For people.
 
 Whether two hosts that have a network with the same numbers share it, or have one each, no record says. Where nothing
 says that they share it (`topology.places`), their packets are left to their own links, in both directions.
@@ -36,10 +37,10 @@ def in_clear(topology: Topology) -> Iterator[tuple[Segment, Node, IPAddress]]:
 
 def _kept_back(here: Place, there: Place) -> Iterator[Address]:
     """The addresses of `there` to which `here`, or one of its nodes, does not send through the tunnel."""
-    found = sent(here, there)
-    through = {id(one) for one in found}
+    addresses = sent(here, there)
+    through = {id(address) for address in addresses}
     for own in here.of:
         if not through:
             break
-        through &= {id(one) for one in both_ways(here, there, own, found)[0]}
-    yield from (one for one in there.addresses if id(one) not in through)
+        through &= {id(address) for address in both_ways(here, there, own, addresses)[0]}
+    yield from (address for address in there.addresses if id(address) not in through)

@@ -21,9 +21,9 @@ from ipaddress import IPv4Network, IPv6Network, collapse_addresses
 from attrs import field, frozen
 
 from kilo_etcd.model import DEFAULT_LOCATION, Granularity, IPAddress, IPNetwork, Node, Peer
-from kilo_etcd.topology.claims import Settlement, each_hosts_own
 from kilo_etcd.topology.holders import Holders
-from kilo_etcd.topology.ways import hop
+from kilo_etcd.topology.next_hop import next_hop
+from kilo_etcd.topology.prefix_allocation import PrefixAllocation, each_hosts_own
 
 
 def knows(node: Node) -> bool:
@@ -37,12 +37,12 @@ def carried(own: Node, leader: Node) -> tuple[IPAddress, ...]:
         return ()
     if own.name == leader.name:
         return tuple(ip.ip for ip in own.internal_ips)
-    found = []
+    result = []
     for ip in own.internal_ips:
-        way = None if leader.internal_ip(ip.version) is None else hop(own, leader, ip.version)
+        way = None if leader.internal_ip(ip.version) is None else next_hop(own, leader, ip.version)
         if way is not None and not way.trouble:
-            found.append(ip.ip)
-    return tuple(found)
+            result.append(ip.ip)
+    return tuple(result)
 
 
 def endpoints_of(node: Node, granularity: Granularity) -> Iterator[IPAddress]:
@@ -52,24 +52,24 @@ def endpoints_of(node: Node, granularity: Granularity) -> Iterator[IPAddress]:
     """
     for endpoint in node.endpoints:
         address = endpoint.address
-        if address is not None and not endpoint.public and not node.seen_in(address.version):
+        if address is not None and not endpoint.public and not node.observed_in(address.version):
             yield address
     hidden = node.endpoint is None or not node.endpoint.public
     if hidden and granularity is Granularity.FULL and node.location == DEFAULT_LOCATION:
-        # Whoever has no label may share a network with it.
-        yield from (ip.ip for ip in node.internal_ips if not node.seen_in(ip.version))
+        # A node with no label may share a network with it.
+        yield from (ip.ip for ip in node.internal_ips if not node.observed_in(ip.version))
 
 
 def public_endpoints(subject: Node | Peer) -> Iterator[IPAddress]:
     """Where others reach a node or an outside peer whatever its role is."""
     stated = (subject.endpoint,) if isinstance(subject, Peer) else subject.endpoints
-    for endpoint in (*stated, *subject.seen):
+    for endpoint in (*stated, *subject.observed_endpoints):
         if endpoint is not None and endpoint.address is not None and (endpoint.public or isinstance(subject, Peer)):
             yield endpoint.address
 
 
 def site_of(node: Node) -> str | None:
-    """The location over whose network a node reaches others; None: it has no internal IP, and stands in none."""
+    """The location over whose network a node reaches others; None: it has no internal IP, and is attached to none."""
     return node.location if node.internal_ips else None
 
 
@@ -96,10 +96,10 @@ class Links:
     @classmethod
     def of(cls, members: Iterable[Node]) -> Links:
         """Of all that the members state. The network of an internal IP counts whether it is stated or not."""
-        found: set[IPNetwork] = set()
+        networks: set[IPNetwork] = set()
         for node in members:
-            found |= stated(node)
-        return cls.made_of(collapsed(found))
+            networks |= stated(node)
+        return cls.made_of(collapsed(networks))
 
     @classmethod
     def made_of(cls, networks: tuple[IPNetwork, ...]) -> Links:
@@ -141,7 +141,7 @@ class Internals:
         endpoints_gone: Iterable[IPAddress],
         endpoints_come: Iterable[IPAddress],
     ) -> tuple[Internals, set[IPAddress]]:
-        """The index after a change, and the addresses that may be judged otherwise now."""
+        """The index after a change, and the addresses whose result may differ now."""
         held, moved = self._held.after(
             ((node.name, ip.ip) for node in gone for ip in node.internal_ips),
             ((node.name, ip.ip) for node in come for ip in node.internal_ips),
@@ -167,7 +167,7 @@ class Internals:
         return self._held.within(networks)
 
     def obstacle(
-        self, address: IPAddress, node: str, segment: str, settlement: Settlement, *, endpoints: bool = True
+        self, address: IPAddress, node: str, segment: str, allocation: PrefixAllocation, *, endpoints: bool = True
     ) -> tuple[str, str] | None:
         """Why an internal IP of `node` is routed to nobody, and the remedy; None: it may be routed.
         `endpoints`: whether being one is an obstacle."""
@@ -178,9 +178,9 @@ class Internals:
             return ENDPOINT
         if each_hosts_own(address):
             return "it is each host's own (loopback, link-local, multicast)", REMEDY
-        if any(subnet.version == address.version and address in subnet for subnet in settlement.mesh):
+        if any(subnet.version == address.version and address in subnet for subnet in allocation.mesh):
             return "it is within the mesh's subnet", REMEDY
-        granted = settlement.granted_at(address)
+        granted = allocation.granted_at(address)
         if granted is not None and granted.owner not in (("node", node), ("location", segment)):
             return f"it is within {granted.network} of {granted.by}", f"take it out of that, or {REMEDY}"
         return None

@@ -1,11 +1,11 @@
-"""Two nodes behind NATs: where one looks for the other, and what can be said of a pair that does not meet.
+"""NAT traversal of two nodes behind NATs: where one looks for the other, and what to report of a pair that fails.
 
 A NAT lets in what answers something sent out, so two hosts behind different NATs meet when both send to where the
-other's NAT shows it, at about the same time, and keep sending (persistent keepalive). Where that is, public hosts have
-seen (`Node.seen`). It is a guess: a NAT that shows each partner another port (symmetric) shows the next one a third.
-Such a host meets those whose NAT lets in anybody (full cone) and nobody else that is behind a NAT.
+other's NAT shows it, at about the same time, and keep sending (persistent keepalive). Public hosts have seen where that
+is (`Node.observed_endpoints`). It is a guess: a NAT that shows each partner another port (symmetric) shows the next one
+a third. Such a host connects to hosts whose NAT lets in packets from all (full cone), and to no others behind a NAT.
 
-Pure. What it cannot know is what a NAT lets in; whether a pair has met is for the host's own WireGuard to say.
+Pure. It cannot know what a NAT lets in; the host's own WireGuard shows whether a pair has a handshake.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ _NO_TUNNEL = "no tunnel to node "
 
 
 def about_partner(text: str) -> str | None:
-    """The node that a sentence of `unmet` says is not met; None: it is another sentence."""
+    """The node that a sentence of `traversal_failures` is about; None: it is another sentence."""
     return text.removeprefix(_NO_TUNNEL).partition(": ")[0] if text.startswith(_NO_TUNNEL) else None
 
 
-def seen_endpoint(own: Node, other: Node | Peer, registered: Endpoint | None) -> Endpoint | None:
+def observed_endpoint(own: Node, other: Node | Peer, registered: Endpoint | None) -> Endpoint | None:
     """Where `own` looks for `other`, which it would reach at `registered` otherwise; None: there."""
-    if not other.seen or (registered is not None and registered.public):
+    if not other.observed_endpoints or (registered is not None and registered.public):
         return None
     address = None if registered is None else registered.address
-    for one in other.seen:
+    for one in other.observed_endpoints:
         if one.address is None or one.address.version not in families(own):
             continue
         if address is None:
@@ -47,12 +47,12 @@ def _neighbours(own: Node, other: Node | Peer, address: IPAddress, seen: IPAddre
     here = own.internal_ip(address.version)
     if here is None or address not in here.network:
         return False
-    shown = {one.address for one in own.seen_in(address.version)}
+    shown = {endpoint.address for endpoint in own.observed_in(address.version)}
     return not shown or seen in shown
 
 
 def hidden_pair(own: Node, other: Node) -> int | None:
-    """The family in which the two speak to each other, if both are behind NATs there and not at one site; else None."""
+    """The family in which the two reach each other, if both are behind NATs there and not at one site; else None."""
     if own.location == other.location and own.location != DEFAULT_LOCATION and same_site(own, other):
         return None
     version = pair_family(own, other)
@@ -63,7 +63,7 @@ def hidden_pair(own: Node, other: Node) -> int | None:
 
 def symmetric(node: Node, version: int) -> bool:
     """Whether the node's NAT shows each partner another port, as far as is seen."""
-    return len(node.seen_in(version)) > 1
+    return len(node.observed_in(version)) > 1
 
 
 def hopeless(own: Node, other: Node) -> str | None:
@@ -74,8 +74,9 @@ def hopeless(own: Node, other: Node) -> str | None:
     return f"{own.name} and {other.name} are behind NATs that show each partner another port: neither finds the other"
 
 
-def unmet(own: Node, other: Node) -> str | None:
-    """What to tell the operator of `own`, whose WireGuard does not hear `other`; None: nothing, it may just be down.
+def traversal_failures(own: Node, other: Node) -> str | None:
+    """What to tell the operator of `own`, whose WireGuard receives nothing from `other`; None: nothing, it may just be
+    down.
 
     For pairs that `hidden_pair` says yes to.
     """
@@ -86,9 +87,9 @@ def unmet(own: Node, other: Node) -> str | None:
     silent = [node.name for node in (own, other) if not node.persistent_keepalive]
     if silent:
         return f"{pair}, and {' and '.join(silent)} without persistent-keepalive; set it on both, or {REMEDY}"
-    if not own.seen_in(version):
+    if not own.observed_in(version):
         return f"{pair}, and no host with a public endpoint sees {own.name}; {REMEDY}"
-    if not other.seen_in(version):
+    if not other.observed_in(version):
         return None
     varying = [node.name for node in (own, other) if symmetric(node, version)]
     if not varying:

@@ -1,4 +1,4 @@
-"""What the kernel of a machine shall hold that is an outside peer: a laptop that follows the mesh.
+"""The plan for a machine that is an outside peer: a laptop that follows the mesh.
 
 The same value as a node's, so that the same code brings it about. Each segment's leader is a WireGuard peer with all
 that is granted to its segment; the mesh's subnets and the networks behind nodes go into the tunnel; nothing is
@@ -29,7 +29,7 @@ def peer_plan(
 
     `persistent_keepalive`: seconds; None: as in its record. `families` are those in which the machine reaches others
     over its underlay, none if that is not known; routes are set for those that it has an address of its own in. `links`
-    are the networks that it stands in: no internal IP of a node within is routed.
+    are the networks that it is attached to: no internal IP of a node within is routed.
     """
     peer = topology.peers[name]
     own: dict[int, IPAddress] = {}
@@ -68,7 +68,7 @@ def peer_plan(
             public_key=leader.public_key,
             name=leader.name,
             endpoint=used,
-            hearsay=seen is not None,
+            observed=seen is not None,
             allowed_ips=tuple(n for n in segment.reach if n not in amiss) if amiss else segment.reach,
             persistent_keepalive=keepalive,
             preshared_key=peer.preshared_key,
@@ -86,7 +86,9 @@ def peer_plan(
 
 def _endpoint(leader: Node, families: Collection[int]) -> Endpoint | None:
     """Where the leader is reached: its first endpoint, unless the machine has no way there and has one to another."""
-    fit = (one for one in leader.endpoints if one.address is None or one.address.version in families)
+    fit = (
+        endpoint for endpoint in leader.endpoints if endpoint.address is None or endpoint.address.version in families
+    )
     return next(fit, None) if families else leader.endpoint
 
 
@@ -94,16 +96,19 @@ def _seen(leader: Node, peer: Peer, registered: Endpoint | None, families: Colle
     """Where to look for a leader behind NAT: where others see it, unless they see the machine behind that very NAT."""
     if registered is not None and registered.public:
         return None
-    own = {one.address for one in peer.seen}
+    own = {endpoint.address for endpoint in peer.observed_endpoints}
     if not own and registered is not None:
         return None  # It may be at home with it for all that is known.
     return next(
         (
-            one for one in leader.seen
-            if one.address is not None and one.address not in own and one.address.version in (families or (4, 6))
+            endpoint
+            for endpoint in leader.observed_endpoints
+            if endpoint.address is not None
+            and endpoint.address not in own
+            and endpoint.address.version in (families or (4, 6))
         ),
         None,
-    )  # fmt: skip
+    )
 
 
 def _unreachable(leader: Node, families: Collection[int]) -> str:

@@ -1,7 +1,8 @@
-"""Which addresses of nodes are sent to through the tunnels under `encrypted`, by whom and whatever the stage. Pure.
+"""Decides which addresses of nodes are reached through the tunnels under `encrypted`, by which segments, whatever the
+stage. Pure.
 
-An address is sent through the tunnel if no other node has it, nobody else was granted it, and it is not taken for
-something near: one that the sender's segment reaches over its own links only if the two share those links on
+Packets to an address go through the tunnel if no other node has it, it is not granted to another owner, and it is not
+taken for something near: one that the sender's segment reaches over its own links only if the two share those links on
 purpose: one label in a full mesh, or the sender's WireGuard calls the node at an address on them. Decision 0033.
 
 All of it is a function of the topology, and the same for all hosts; `Places` follows its changes.
@@ -15,17 +16,17 @@ from itertools import chain
 from attrs import field, frozen
 
 from kilo_etcd.model import DEFAULT_LOCATION, Granularity, IPAddress, IPNetwork, Node
-from kilo_etcd.topology.claims import Settlement, each_hosts_own
 from kilo_etcd.topology.families import same_site
 from kilo_etcd.topology.holders import Holders
 from kilo_etcd.topology.internal import Links, carried, stated
 from kilo_etcd.topology.plan import called_at
+from kilo_etcd.topology.prefix_allocation import PrefixAllocation, each_hosts_own
 from kilo_etcd.topology.segments import Segment, Topology, changes, host_network, segment_key
 
 
 @frozen(eq=False)
 class Address:
-    """One at which a node is called."""
+    """One address of a node."""
 
     node: Node
     address: IPAddress
@@ -34,7 +35,7 @@ class Address:
 
 @frozen(eq=False)
 class Place:
-    """A segment, with what of it counts here."""
+    """A segment, with its addresses and links."""
 
     segment: Segment
     of: Mapping[str, tuple[Address, ...]]
@@ -57,7 +58,7 @@ class Places:
 
     topology: Topology | None = None
     of: Mapping[str, Place] = NOWHERE
-    """Segment -> what of it counts here."""
+    """Segment -> its addresses and links."""
     _holders: Holders = field(factory=Holders)
 
     def key_of(self, name: str) -> str:
@@ -79,7 +80,7 @@ class Places:
         last = self.topology
         if last is topology:
             return self, frozenset()
-        if last is None or last.settlement.mesh != topology.settlement.mesh:
+        if last is None or last.allocation.mesh != topology.allocation.mesh:
             return Places(topology, *_from_scratch(topology)), frozenset({*self.of, *topology.segments})
         keys = set(topology.changed if topology.base is last.identity else changes(last.segments, topology.segments))
         gone, come = [], []
@@ -90,8 +91,8 @@ class Places:
             gone += _without(old, new)
             come += _without(new, old)
         holders, moved = self._holders.after(_held(gone), _held(come))
-        if topology.settlement is not last.settlement:
-            moved.update(holders.within(_granted_otherwise(last.settlement, topology.settlement)))
+        if topology.allocation is not last.allocation:
+            moved.update(holders.within(_granted_otherwise(last.allocation, topology.allocation)))
         nodes = topology.snapshot.nodes
         names = {*chain.from_iterable((*self._holders.names.get(a, ()), *holders.names.get(a, ())) for a in moved)}
         keys.update(segment_key(node, topology.snapshot) for name in names if (node := nodes.get(name)) is not None)
@@ -105,8 +106,8 @@ class Places:
 
 
 def own_addresses(node: Node) -> Iterator[IPAddress]:
-    """The internal IPs of a node, and the endpoints that are addresses of its own: in a network that it stands in. Not
-    that of a router which forwards its port."""
+    """The internal IPs of a node, and the endpoints that are addresses of its own: in a network that it is attached to.
+    Not that of a router that forwards its port."""
     yield from (ip.ip for ip in node.internal_ips)
     known = {ip.ip for ip in node.internal_ips}
     for endpoint in node.endpoints:
@@ -124,7 +125,7 @@ def sent(here: Place, there: Place, addresses: Iterable[Address] | None = None) 
     """The addresses of `there`, or of those given, that segment `here` sends through the tunnel."""
     every = list(there.addresses if addresses is None else addresses)
     links = here.links
-    near = [one for one in every if links.hold(one.address.version, int(one.address))]
+    near = [place for place in every if links.hold(place.address.version, int(place.address))]
     if not near:
         return every
     location = there.segment.location
@@ -132,14 +133,16 @@ def sent(here: Place, there: Place, addresses: Iterable[Address] | None = None) 
         return every
     leader = there.segment.leader
     called = called_at(here.segment.leader, leader)
-    # Whose WireGuard is called at one address over a common link is meant by its other ones there too.
-    meant = leader.name if any(one.node is leader and one.address == called for one in near) else None
-    alike = {id(one) for one in near if one.node.name != meant}
-    return [one for one in every if id(one) not in alike]
+    # If a node's WireGuard is called at one address over a common link, its other addresses there are its own too.
+    meant = leader.name if any(place.node is leader and place.address == called for place in near) else None
+    alike = {id(place) for place in near if place.node.name != meant}
+    return [place for place in every if id(place) not in alike]
 
 
-def both_ways(here: Place, there: Place, own: str, found: Iterable[Address]) -> tuple[list[Address], set[IPAddress]]:
-    """(those of `found`, the addresses that `here` sends, to which its node `own` does; own addresses that `there`
+def both_ways(
+    here: Place, there: Place, own: str, addresses: Iterable[Address]
+) -> tuple[list[Address], set[IPAddress]]:
+    """(those of `addresses`, the addresses that `here` sends, to which its node `own` does; own addresses that `there`
     sends).
 
     Two nodes send to each other through the tunnel in both directions or in none, family by family: what one of them
@@ -149,17 +152,17 @@ def both_ways(here: Place, there: Place, own: str, found: Iterable[Address]) -> 
     mine, leader = here.of[own], here.segment.leader.name
     ours = mine if leader == own else (*mine, *here.of[leader])
     answered = set(map(id, sent(there, here, ours))) if ours else set()
-    known = set(map(id, found))
-    closed = {one.address.version for one in ours if id(one) not in answered}
-    partly = {(one.node.name, one.address.version) for one in there.addresses if id(one) not in known}
+    known = set(map(id, addresses))
+    closed = {address.address.version for address in ours if id(address) not in answered}
+    partly = {(address.node.name, address.address.version) for address in there.addresses if id(address) not in known}
     closed.update(version for name, version in partly if name == there.segment.leader.name)
     if closed or partly:
-        found = (
-            one
-            for one in found
-            if one.address.version not in closed and (one.node.name, one.address.version) not in partly
+        addresses = (
+            address
+            for address in addresses
+            if address.address.version not in closed and (address.node.name, address.address.version) not in partly
         )
-    return list(found), {one.address for one in mine if id(one) in answered}
+    return list(addresses), {address.address for address in mine if id(address) in answered}
 
 
 def exchanged(segment: Segment, there: Segment, granularity: Granularity) -> bool:
@@ -178,25 +181,25 @@ def _held(nodes: Iterable[Node]) -> Iterator[tuple[str, IPAddress]]:
     return ((node.name, address) for node in nodes for address in own_addresses(node))
 
 
-def _granted_otherwise(old: Settlement, new: Settlement) -> Iterator[IPNetwork]:
+def _granted_otherwise(old: PrefixAllocation, new: PrefixAllocation) -> Iterator[IPNetwork]:
     for owner in changes(old.granted, new.granted):
         yield from {*old(owner)} ^ {*new(owner)}
 
 
 def _from_scratch(topology: Topology) -> tuple[dict[str, Place], Holders]:
     holders, _ = Holders().after((), _held(topology.snapshot.nodes.values()))
-    return {key: _place(one, topology, holders, None, ()) for key, one in topology.segments.items()}, holders
+    return {key: _place(segment, topology, holders, None, ()) for key, segment in topology.segments.items()}, holders
 
 
 def _place(
     segment: Segment, topology: Topology, holders: Holders, old: Place | None, suspected: Iterable[str]
 ) -> Place:
-    """`old` is what it was before, from which is taken what surely has not changed: not of the nodes `suspected`."""
+    """`old` is what it was before, from which unchanged parts are taken: not of the nodes `suspected`."""
     alone = len(segment.members) == 1
     before: Mapping[str, Node] = {}
     if old is not None and (len(old.segment.members) == 1) is alone:
         before = {node.name: node for node in old.segment.members if node.name not in suspected}
-    found = {}
+    by_member = {}
     for node in segment.members:
         same = old is not None and before.get(node.name) is node
         known = segment.carried.get(node.name)
@@ -207,32 +210,32 @@ def _place(
             networks = map(host_network, carried(node, segment.leader)) if known is None else known
             kept = same and known is not None and old is not None and known is old.segment.carried.get(node.name)
         if kept and old is not None:
-            found[node.name] = old.of[node.name]
+            by_member[node.name] = old.of[node.name]
             continue
         # Of a network that is the same object nothing has changed either.
-        judged = {id(one.network): one for one in old.of[node.name]} if same and old is not None else {}
-        found[node.name] = tuple(
-            judged.get(id(network)) or Address(node, network.network_address, network)
+        former = {id(address.network): address for address in old.of[node.name]} if same and old is not None else {}
+        by_member[node.name] = tuple(
+            former.get(id(network)) or Address(node, network.network_address, network)
             for network in networks
-            if id(network) in judged
+            if id(network) in former
             or (
                 len(holders.names[network.network_address]) == 1
-                and _meant(network.network_address, node, segment.key, topology.settlement)
+                and _meant(network.network_address, node, segment.key, topology.allocation)
             )
         )
     links = segment.links
     if not links.networks:
         # Where internal IPs are not routed the topology has none.
         links = Links.of(segment.members)
-    return Place(segment, found, links)
+    return Place(segment, by_member, links)
 
 
-def _meant(address: IPAddress, node: Node, segment: str, settlement: Settlement) -> bool:
-    """Whether an address can mean nothing but the node, apart from what others have near them."""
+def _meant(address: IPAddress, node: Node, segment: str, allocation: PrefixAllocation) -> bool:
+    """Whether an address can belong to no one but the node, apart from what others have near them."""
     if each_hosts_own(address):
         return False
-    for subnet in settlement.mesh:
+    for subnet in allocation.mesh:
         if subnet.version == address.version and address in subnet:
             return False
-    granted = settlement.granted_at(address)
+    granted = allocation.granted_at(address)
     return granted is None or granted.owner in (("node", node.name), ("location", segment))

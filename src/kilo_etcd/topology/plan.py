@@ -1,4 +1,4 @@
-"""What the kernel of one host shall hold, as a function of the topology and the host's name.
+"""Computes what the kernel of one host must hold, from the topology and the host's name.
 
 A plan has two parts. The remote part is one WireGuard peer and a few routes for each other segment and each
 outside peer; it grows with the mesh. The local part is what the host's own location needs; it does not. Both
@@ -9,8 +9,8 @@ A member of a segment holds the same WireGuard peers as its leader, silent (no k
 it only has to turn its mesh route. Where it reaches its leader through the tunnel they are allowed nothing, because
 WireGuard gives the mesh subnet to one peer only, which is then the leader.
 
-Whoever says of its leader that nobody gets through it, and names this host as one that it tried, is a peer too as long
-as it says so, with nothing allowed: a handshake between the two is the proof that it could lead (`topology.verdicts`).
+A prober that reports that its leader does not forward, and names this host as a target, is a peer too as long as
+it reports it, with nothing allowed: a handshake between the two shows that it could lead (`topology.probe_reports`).
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ from kilo_etcd.model import (
     Node,
     Peer,
 )
-from kilo_etcd.topology.claims import network_key
+from kilo_etcd.topology.exit_node import ineligible, inside
 from kilo_etcd.topology.families import apart, endpoint_for, same_site
-from kilo_etcd.topology.guard import Changed, GuardMemo, PlanMemo
-from kilo_etcd.topology.hostplan import PROOF_KEEPALIVE, HostPlan, PeerPlan, Problem, RoutePlan, Via
+from kilo_etcd.topology.hostplan import TAKEOVER_CHECK_KEEPALIVE, HostPlan, PeerPlan, Problem, RoutePlan, Via
 from kilo_etcd.topology.internal import Links, knows, share_no_site, site_of
-from kilo_etcd.topology.nat import seen_endpoint
+from kilo_etcd.topology.nat import observed_endpoint
+from kilo_etcd.topology.next_hop import NextHop, local_endpoint, next_hop, tunneled
+from kilo_etcd.topology.prefix_allocation import network_key
+from kilo_etcd.topology.route_filter import Changed, FilterMemo, PlanMemo
 from kilo_etcd.topology.segments import Segment, Topology, changes, host_network
-from kilo_etcd.topology.wayout import inside, unfit
-from kilo_etcd.topology.ways import Hop, bonded, hop, local_endpoint
 
 K = TypeVar("K")
 V = TypeVar("V")
 
 
-class _Standing(Enum):
+class _TunnelRole(Enum):
     """What a node is to the rest of the mesh."""
 
     LEADER = "has tunnels to the other segments and uses them"
@@ -55,15 +55,15 @@ class _Standing(Enum):
 
 
 @frozen(kw_only=True)
-class _Outlook:
+class _RemoteView:
     """All that the remote part depends on, apart from the segments and peers themselves."""
 
-    standing: _Standing
+    role: _TunnelRole
     granularity: Granularity
     segment: str
     own: Node
     """Reduced to what counts here: see `_reduced`."""
-    hops: tuple[tuple[int, Hop | None], ...]
+    hops: tuple[tuple[int, NextHop | None], ...]
     underlay: tuple[IPNetwork, ...]
     """What the segment's hosts reach over their own links: no internal IP within is routed there."""
     called: frozenset[int]
@@ -78,14 +78,14 @@ class _Outlook:
     def source(self, version: int, there: Segment) -> IPAddress | None:
         """From where it sends to internal IPs of another segment: from its own one, if answers to that find back to
         it; else from its mesh address."""
-        own = next((one for one in self.internal if one.version == version), None)
+        own = next((address for address in self.internal if address.version == version), None)
         lost = own is None or there.links.hold(version, int(own)) or (self.in_front and version in there.called)
         return self.own.mesh_address(version) if lost else own
 
 
 @frozen(kw_only=True, eq=False)
 class _Remote:
-    outlook: _Outlook
+    view: _RemoteView
     peers: dict[str, PeerPlan]
     routes: dict[IPNetwork, RoutePlan]
     problems: dict[str, Problem]
@@ -134,11 +134,11 @@ def host_plan(topology: Topology, name: str, previous: HostPlan | None = None) -
         inside_it = {ip.version for node in segment.members for ip in node.internal_ips}
         families.update(topology.internal_families & inside_it)
     problems = {*topology.problems, *local.problems, *remote.problems.values()}
-    gateway = own.gateway
-    if gateway and (trouble := unfit(topology, name)) is not None:
-        gateway = False
+    is_exit_node = own.advertises_exit_node
+    if is_exit_node and (trouble := ineligible(topology, name)) is not None:
+        is_exit_node = False
         problems.add(Problem(subject=name, text=trouble))
-    if gateway:
+    if is_exit_node:
         families.update(topology.families)
     return HostPlan(
         node=name,
@@ -147,7 +147,7 @@ def host_plan(topology: Topology, name: str, previous: HostPlan | None = None) -
         listen_port=own.port,
         peers=peers,
         routes=routes,
-        fences=topology.snapshot.subnets,
+        unreachable_routes=topology.snapshot.subnets,
         returns=local.returns,
         forwarding=frozenset(families),
         ipip_remotes=frozenset(local.ipip_remotes),
@@ -155,8 +155,8 @@ def host_plan(topology: Topology, name: str, previous: HostPlan | None = None) -
         behind=segment.subnets.get(name, ()),
         masquerade=local.masquerade(),
         masquerade_not=local.masquerade_not(),
-        gateway=gateway,
-        inside=inside(topology, name) if gateway else (),
+        is_exit_node=is_exit_node,
+        inside=inside(topology, name) if is_exit_node else (),
         problems=tuple(sorted(problems, key=lambda problem: (problem.subject, problem.text))),
         memo=_Memo(
             name=name,
@@ -192,11 +192,11 @@ class _Local:
         leader = segment.leader
         self.leader = None if leader.name == own.name else leader
         if self.leader is None:
-            self.standing = _Standing.LEADER
+            self.role = _TunnelRole.LEADER
         else:
-            self.standing = _Standing.BEHIND if bonded(own, self.leader) else _Standing.STANDBY
+            self.role = _TunnelRole.BEHIND if tunneled(own, self.leader) else _TunnelRole.STANDBY
         self.families = sorted(topology.families)
-        self.outward: dict[int, Hop | None] = {
+        self.outward: dict[int, NextHop | None] = {
             version: self._outward(version) for version in sorted({*self.families, *topology.internal_families})
         }
 
@@ -214,11 +214,11 @@ class _Local:
     @property
     def leans_on_remote(self) -> bool:
         """Whether the leader is a WireGuard peer inside the location: all that is elsewhere is allowed it."""
-        return self.standing is _Standing.BEHIND
+        return self.role is _TunnelRole.BEHIND
 
-    def _outward(self, version: int) -> Hop | None:
+    def _outward(self, version: int) -> NextHop | None:
         """The way of everything that leaves the location."""
-        return Hop(Via.TUNNEL) if self.leader is None else hop(self.own, self.leader, version)
+        return NextHop(Via.TUNNEL) if self.leader is None else next_hop(self.own, self.leader, version)
 
     def _neighbours(self) -> Iterable[tuple[Node, Segment]]:
         """The nodes that are reached inside the location, with the segment of each."""
@@ -239,8 +239,8 @@ class _Local:
             self._route(subnet, self.outward[subnet.version])
         for node, segment in sorted(self._neighbours(), key=lambda pair: pair[0].name):
             networks = segment.subnets.get(node.name, ())
-            if bonded(self.own, node):
-                self._bond(node, networks, remote)
+            if tunneled(self.own, node):
+                self._tunnel(node, networks, remote)
             self._neighbour(node, segment.addresses[node.name], networks)
             self._return(node)
 
@@ -254,11 +254,11 @@ class _Local:
         networks = self.masquerade()
         if not networks:
             return frozenset()
-        members = (node for node in self.segment.members if node.name != self.own.name and not bonded(self.own, node))
+        members = (node for node in self.segment.members if node.name != self.own.name and not tunneled(self.own, node))
         return frozenset(ip.ip for node in members for ip in node.internal_ips if _within(ip.ip, networks))
 
     def _neighbour(self, node: Node, addresses: tuple[IPNetwork, ...], networks: tuple[IPNetwork, ...]) -> None:
-        hops = {version: hop(self.own, node, version) for version in self.families}
+        hops = {version: next_hop(self.own, node, version) for version in self.families}
         for address in addresses:
             way = hops.get(address.version)
             outward = self.outward.get(address.version)
@@ -285,7 +285,7 @@ class _Local:
     def _return(self, node: Node) -> None:
         """Send on what comes out of the tunnel for a member's internal IPs as the member sends what is for there."""
         for destination in self._reached_at(node):
-            way = hop(node, self.own, destination.version)
+            way = next_hop(node, self.own, destination.version)
             if way is not None and way.way is not Via.UNDERLAY:
                 gateway = destination.network_address if way.way is Via.IPIP else None
                 self.returns[destination] = RoutePlan(destination=destination, way=way.way, gateway=gateway)
@@ -296,7 +296,7 @@ class _Local:
             return []
         return self.segment.reached_at(node)
 
-    def _bond(self, node: Node, networks: tuple[IPNetwork, ...], remote: _Remote) -> None:
+    def _tunnel(self, node: Node, networks: tuple[IPNetwork, ...], remote: _Remote) -> None:
         allowed = [*map(host_network, node.mesh_addresses), *networks]
         allowed += (network for network in self._reached_at(node) if network not in networks)
         if self.leader is not None and node.name == self.leader.name:
@@ -308,7 +308,7 @@ class _Local:
             allowed_ips=tuple(sorted(allowed, key=network_key)),
         )
 
-    def _route(self, destination: IPNetwork, way: Hop | None) -> None:
+    def _route(self, destination: IPNetwork, way: NextHop | None) -> None:
         if way is not None:
             source = self.own.mesh_address(destination.version)
             self.routes[destination] = RoutePlan(
@@ -326,7 +326,7 @@ def _interface(address: IPAddress) -> IPInterface:
     return IPv6Interface((int(address), 128))
 
 
-def _reduced(own: Node, standing: _Standing) -> Node:
+def _reduced(own: Node, role: _TunnelRole) -> Node:
     """The node with all that the remote part does not depend on taken out, so that it can be compared."""
     return Node(
         name=own.name,
@@ -336,8 +336,8 @@ def _reduced(own: Node, standing: _Standing) -> Node:
         more_endpoints=own.more_endpoints,
         internal_ips=own.internal_ips,
         mesh_addresses=own.mesh_addresses,
-        seen=own.seen,
-        persistent_keepalive=own.persistent_keepalive if standing is _Standing.LEADER else 0,
+        observed_endpoints=own.observed_endpoints,
+        persistent_keepalive=own.persistent_keepalive if role is _TunnelRole.LEADER else 0,
     )
 
 
@@ -347,39 +347,40 @@ def _endpoint(own: Node, other: Node, near: bool) -> tuple[Endpoint | None, Endp
     public = other.endpoint is not None and other.endpoint.public
     inside = near and (own.location != DEFAULT_LOCATION or not public)
     endpoint = local_endpoint(own, other) if inside else endpoint_for(own, other)
-    if other.seen and not (inside and own.location != DEFAULT_LOCATION):
-        return endpoint, seen_endpoint(own, other, endpoint)
+    if other.observed_endpoints and not (inside and own.location != DEFAULT_LOCATION):
+        return endpoint, observed_endpoint(own, other, endpoint)
     return endpoint, None
 
 
 def _memo_of(plan: HostPlan | None) -> _Memo | None:
     memo = plan.memo if plan is not None else None
-    if isinstance(memo, GuardMemo):
+    if isinstance(memo, FilterMemo):
         memo = memo.inner
     return memo if isinstance(memo, _Memo) else None
 
 
 def _remote_part(topology: Topology, local: _Local, memo: _Memo | None) -> _Remote:
-    outlook = _Outlook(
-        standing=local.standing,
+    view = _RemoteView(
+        role=local.role,
         granularity=topology.snapshot.granularity,
         segment=local.segment.key,
-        own=_reduced(local.own, local.standing),
+        own=_reduced(local.own, local.role),
         hops=tuple(local.outward.items()),
         underlay=local.segment.underlay,
         called=local.segment.called,
-        in_front=local.leader is None or any(node.name == local.own.name for node, _ in local.segment.challengers),
+        in_front=local.leader is None
+        or any(node.name == local.own.name for node, _ in local.segment.takeover_candidates),
         internal=tuple(ip.ip for ip in local.own.internal_ips if host_network(ip.ip) in local.segment.internal),
         knows=knows(local.own) and knows(local.segment.leader),
     )
-    if memo is None or memo.remote.outlook != outlook:
-        empty = _Remote(outlook=outlook, peers={}, routes={}, problems={})
+    if memo is None or memo.remote.view != view:
+        empty = _Remote(view=view, peers={}, routes={}, problems={})
         return _follow(empty, topology, {}, topology.segments, {}, topology.peers)
     base = memo.topology
     if base is topology:
         return memo.remote
     direct = topology.base is base.identity
-    keys = set(topology.changed if direct else changes(base.segments, topology.segments)) - {outlook.segment}
+    keys = set(topology.changed if direct else changes(base.segments, topology.segments)) - {view.segment}
     peers = changes(base.peers, topology.peers)
     if not keys and not peers:
         return memo.remote
@@ -402,26 +403,26 @@ def _follow(
     peers_come: Mapping[str, Peer],
 ) -> _Remote:
     """The remote part after some segments and peers went and others came (a changed one does both)."""
-    outlook = remote.outlook
-    own, standing = outlook.own, outlook.standing
-    skip = outlook.segment
-    cross = outlook.granularity is Granularity.CROSS
+    view = remote.view
+    own, role = view.own, view.role
+    skip = view.segment
+    cross = view.granularity is Granularity.CROSS
     # Here, the order of a dict matters for speed alone: one in which nothing was ever removed copies ten times
     # faster, so what comes again is overwritten in its place.
     peers, problems = remote.peers.copy(), remote.problems.copy()
     routes: dict[IPNetwork, RoutePlan] = {}
     old_keys = {segment.leader.public_key for segment in gone.values()}
-    old_keys.update(node.public_key for segment in gone.values() for node, _ in segment.challengers)
+    old_keys.update(node.public_key for segment in gone.values() for node, _ in segment.takeover_candidates)
     old_keys.update(peer.public_key for peer in peers_gone.values())
     old_networks = {network for segment in gone.values() for network in segment.networks}
-    internal_gone, internal_come = _internal_changes(gone, come, outlook)
+    internal_gone, internal_come = _internal_changes(gone, come, view)
     old_networks.update(internal_gone)
     old_networks.update(network for peer in peers_gone.values() for network in peer.allowed_ips)
     for key in gone:
         problems.pop(key, None)
-    ways = dict(outlook.hops)
+    ways = dict(view.hops)
     sources = {version: own.mesh_address(version) for version in (4, 6)}
-    links = Links.made_of(outlook.underlay)
+    links = Links.made_of(view.underlay)
 
     def route(networks: Iterable[IPNetwork]) -> None:
         for network in networks:
@@ -434,7 +435,7 @@ def _follow(
 
     def route_internal(segment: Segment, networks: Iterable[IPNetwork]) -> None:
         come_now = internal_come[segment.key]
-        hosts = {version: outlook.source(version, segment) for version in segment.internal_families}
+        hosts = {version: view.source(version, segment) for version in segment.internal_families}
         for network in networks if come_now is None else come_now.intersection(networks):
             way, source = ways[network.version], hosts[network.version]
             if way is not None and not way.trouble and source is not None:
@@ -444,7 +445,7 @@ def _follow(
     def connect(peer: PeerPlan) -> None:
         # Behind another host's tunnel everything is allowed to that one peer; the others are known all the same.
         old_keys.discard(peer.public_key)
-        peers[peer.public_key] = peer if standing is not _Standing.BEHIND else evolve(peer, allowed_ips=())
+        peers[peer.public_key] = peer if role is not _TunnelRole.BEHIND else evolve(peer, allowed_ips=())
 
     for key, segment in come.items():
         leader = segment.leader
@@ -457,25 +458,25 @@ def _follow(
             networks = tuple(n for n in networks if n not in segment.location_networks)
             allowed = tuple(n for n in allowed if n not in segment.location_networks)
         route(networks)
-        if segment.internal and outlook.knows and share_no_site(segment.site, site_of(own), outlook.granularity):
+        if segment.internal and view.knows and share_no_site(segment.site, site_of(own), view.granularity):
             internal = [n for n in segment.internal if not links.hold(n.version, int(n.network_address))]
-            if outlook.called:
-                ends = {network for network in segment.front if network.version in outlook.called}
+            if view.called:
+                ends = {network for network in segment.front if network.version in view.called}
                 internal = [network for network in internal if network not in ends]
             route_internal(segment, internal)
             if len(internal) == len(segment.internal) and allowed is segment.allowed:
                 allowed = segment.reach
             else:
                 allowed = tuple(sorted((*allowed, *internal), key=network_key))
-        for challenger, targets in segment.challengers:
-            if own.name in targets and standing is _Standing.LEADER:
-                # Allowed nothing, and spoken to at once: should it take over, it is allowed what the leader was.
+        for takeover_candidate, targets in segment.takeover_candidates:
+            if own.name in targets and role is _TunnelRole.LEADER:
+                # Allowed nothing, with a handshake at once: should it take over, it is allowed what the leader was.
                 connect(
                     PeerPlan(
-                        public_key=challenger.public_key,
-                        name=challenger.name,
-                        endpoint=_endpoint(own, challenger, near)[0],
-                        persistent_keepalive=PROOF_KEEPALIVE,
+                        public_key=takeover_candidate.public_key,
+                        name=takeover_candidate.name,
+                        endpoint=_endpoint(own, takeover_candidate, near)[0],
+                        persistent_keepalive=TAKEOVER_CHECK_KEEPALIVE,
                     )
                 )
         endpoint, seen = _endpoint(own, leader, near)
@@ -484,12 +485,12 @@ def _follow(
                 public_key=leader.public_key,
                 name=leader.name,
                 endpoint=seen or endpoint,
-                hearsay=seen is not None,
+                observed=seen is not None,
                 allowed_ips=allowed,
                 persistent_keepalive=own.persistent_keepalive,
             )
         )
-        if endpoint is not None or seen is not None or standing is not _Standing.LEADER:
+        if endpoint is not None or seen is not None or role is not _TunnelRole.LEADER:
             continue
         text = apart(own, leader)
         if text is None and own.endpoint is None:
@@ -501,15 +502,15 @@ def _follow(
             problems[key] = Problem(subject=leader.name, text=text)
     for peer in peers_come.values():
         route(peer.allowed_ips)
-        seen = seen_endpoint(own, peer, peer.endpoint)
+        seen = observed_endpoint(own, peer, peer.endpoint)
         connect(
             PeerPlan(
                 public_key=peer.public_key,
                 name=peer.name,
                 endpoint=seen or peer.endpoint,
-                hearsay=seen is not None,
+                observed=seen is not None,
                 allowed_ips=peer.allowed_ips,
-                persistent_keepalive=peer.persistent_keepalive if standing is _Standing.LEADER else 0,
+                persistent_keepalive=peer.persistent_keepalive if role is _TunnelRole.LEADER else 0,
                 preshared_key=peer.preshared_key,
             )
         )
@@ -525,7 +526,7 @@ def _follow(
         for network in lost:
             del result[network]
     return _Remote(
-        outlook=outlook,
+        view=view,
         peers=peers,
         routes=result,
         problems=problems,
@@ -534,18 +535,18 @@ def _follow(
     )
 
 
-def _alike(old: Segment, now: Segment, outlook: _Outlook) -> bool:
+def _alike(old: Segment, now: Segment, view: _RemoteView) -> bool:
     """Whether what has stayed of a segment's internal IPs is routed as before."""
     return (
         now.links is old.links
         and now.site == old.site
         and now.called == old.called
-        and (not outlook.called or now.front == old.front)
+        and (not view.called or now.front == old.front)
     )
 
 
 def _internal_changes(
-    gone: Mapping[str, Segment], come: Mapping[str, Segment], outlook: _Outlook
+    gone: Mapping[str, Segment], come: Mapping[str, Segment], view: _RemoteView
 ) -> tuple[set[IPNetwork], dict[str, set[IPNetwork] | None]]:
     """The internal IPs that are gone, and by segment those that have come; None: all of its, since where they are
     routed to, or from which source, may have changed."""
@@ -553,7 +554,7 @@ def _internal_changes(
     new: dict[str, set[IPNetwork] | None] = dict.fromkeys(come)
     for key, old in gone.items():
         now = come.get(key)
-        if now is None or not _alike(old, now, outlook):
+        if now is None or not _alike(old, now, view):
             left.update(old.internal)
         else:
             # What has stayed is the same object, and hashes of networks are slow.

@@ -1,11 +1,11 @@
 """Which members of a location a host needs to reach at their internal IPs, and its plan where some do not answer.
 
-That two nodes have one label, or none, says that they share a network; nothing proves it. If they do not, packets for
+That two nodes have one label, or none, says that they share a network; nothing ensures it. If they do not, packets for
 the other's private address leave by the default route, in clear, to whoever has that address there. So a host sends
 none of the mesh's packets to an internal IP that has never answered: those routes are taken out of its plan, and where
 no other route of the plan takes such packets they are refused. Each pair is named, with the remedy.
 
-Who has answered is the agent's to find out (`agent.reachability`); here it is a value that goes into the plan.
+The agent finds out which members answer (`agent.reachability`); here it is a value that goes into the plan.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from collections.abc import Collection
 from attrs import evolve, frozen
 
 from kilo_etcd.model import Granularity, IPAddress, IPNetwork, Node
-from kilo_etcd.topology.claims import network_key
 from kilo_etcd.topology.families import same_site
 from kilo_etcd.topology.hostplan import HostPlan, Problem, RoutePlan
+from kilo_etcd.topology.next_hop import next_hop, tunneled
+from kilo_etcd.topology.prefix_allocation import network_key
 from kilo_etcd.topology.segments import Topology, host_network
-from kilo_etcd.topology.ways import bonded, hop
 
 MOST_NAMED = 8
 """Pairs that are named one by one: the sentences are part of a record in etcd."""
@@ -54,24 +54,26 @@ def targets(topology: Topology, name: str) -> dict[Target, Node]:
     In a `full` mesh that is nowhere: each node is a segment of its own.
     """
     own, families = topology.snapshot.nodes[name], topology.families
-    return {target: node for node in neighbours(topology, name) for target in targets_of(own, node, families)}
+    return {target: node for node in local_members(topology, name) for target in targets_of(own, node, families)}
 
 
 def targets_of(own: Node, node: Node, families: Collection[int]) -> tuple[Target, ...]:
     """Where `own` reaches one member of its location, for packets of these families."""
-    if bonded(own, node):
+    if tunneled(own, node):
         here = {address.version for address in own.mesh_addresses}
-        return tuple(Target(node.name, one) for one in node.mesh_addresses if one.version in here)
-    ways = (hop(own, node, version) for version in sorted(families))
+        return tuple(
+            Target(node.name, mesh_address) for mesh_address in node.mesh_addresses if mesh_address.version in here
+        )
+    ways = (next_hop(own, node, version) for version in sorted(families))
     gateways = (way.gateway for way in ways if way is not None and way.gateway is not None)
     return tuple(Target(node.name, gateway) for gateway in dict.fromkeys(gateways))
 
 
-def neighbours(topology: Topology, name: str) -> list[Node]:
+def local_members(topology: Topology, name: str) -> list[Node]:
     """The nodes that node `name` reaches inside its location."""
     own = topology.snapshot.nodes[name]
     if topology.snapshot.granularity is Granularity.CROSS:
-        near = (one.leader for one in topology.segments.values() if one.location == own.location)
+        near = (segment.leader for segment in topology.segments.values() if segment.location == own.location)
         return [node for node in near if node.name != name and same_site(own, node)]
     return [node for node in topology.segment_of(name).members if node.name != name]
 
@@ -88,31 +90,36 @@ def withhold(plan: HostPlan, topology: Topology, silent: Collection[Silent]) -> 
     leader = "" if segment.leader.name == plan.node else segment.leader.name
     withheld = {one.target for one in silent if one.withheld}
     routes, refused = _rerouted(plan, topology, leader, withheld) if withheld else (plan.routes, {})
-    unheard = {target.address for target in withheld}
-    if unheard:
-        unheard -= {target.address for target in targets(topology, plan.node) if target not in withheld}
-    closed = {} if leader else _closed(topology, plan.node, unheard)
-    remotes = plan.ipip_remotes - unheard
-    way_out = plan.way_out
-    if way_out is not None and any(Target(leader, one.gateway) in withheld for one in way_out.by if one.gateway):
-        way_out = evolve(way_out, by=())
+    silent_addresses = {target.address for target in withheld}
+    if silent_addresses:
+        silent_addresses -= {target.address for target in targets(topology, plan.node) if target not in withheld}
+    refused_returns = {} if leader else _refused_returns(topology, plan.node, silent_addresses)
+    remotes = plan.ipip_remotes - silent_addresses
+    exit_route = plan.exit_route
+    if exit_route is not None and any(
+        Target(leader, route.gateway) in withheld for route in exit_route.by if route.gateway
+    ):
+        exit_route = evolve(exit_route, by=())
     return evolve(
         plan,
         routes=routes,
-        fences=(*plan.fences, *sorted(set(refused).difference(plan.fences), key=network_key)),
+        unreachable_routes=(
+            *plan.unreachable_routes,
+            *sorted(set(refused).difference(plan.unreachable_routes), key=network_key),
+        ),
         refused=refused,
-        returns={n: route for n, route in plan.returns.items() if route.gateway not in unheard},
-        returns_refused=closed,
+        returns={n: route for n, route in plan.returns.items() if route.gateway not in silent_addresses},
+        returns_refused=refused_returns,
         ipip_remotes=remotes,
         ipip_local=plan.ipip_local if remotes else None,
-        way_out=way_out,
+        exit_route=exit_route,
         problems=(*plan.problems, *_problems(topology, plan.node, leader, silent)),
     )
 
 
-def _closed(topology: Topology, leader: str, unheard: Collection[IPAddress]) -> dict[IPNetwork, str]:
+def _refused_returns(topology: Topology, leader: str, silent_addresses: Collection[IPAddress]) -> dict[IPNetwork, str]:
     """The members' internal IPs, of those that do not answer their leader, that other segments send to; and why not."""
-    if not unheard or topology.snapshot.granularity is Granularity.CROSS:
+    if not silent_addresses or topology.snapshot.granularity is Granularity.CROSS:
         return {}
     segment = topology.segment_of(leader)
     return {
@@ -120,7 +127,7 @@ def _closed(topology: Topology, leader: str, unheard: Collection[IPAddress]) -> 
         for node in segment.members
         if node.name != leader
         for network in segment.reached_at(node)
-        if network.network_address in unheard
+        if network.network_address in silent_addresses
     }
 
 
@@ -129,7 +136,7 @@ def _rerouted(
 ) -> tuple[dict[IPNetwork, RoutePlan], dict[IPNetwork, str]]:
     """(the routes that are left, what is refused and why)."""
     direct: dict[IPNetwork, str] = {}
-    for node in neighbours(topology, plan.node):
+    for node in local_members(topology, plan.node):
         networks = topology.segment_of(node.name).subnets.get(node.name, ())
         direct.update(dict.fromkeys((*map(host_network, node.mesh_addresses), *networks), node.name))
     addresses = {target.address for target in withheld}
@@ -147,9 +154,9 @@ def _rerouted(
         else:
             routes[network] = route
     if leader in tunneled:
-        # Who has a tunnel of its own, and no route since the mesh's does for it too, is reached as before.
+        # A node with a tunnel of its own, and no route since the mesh's covers it too, is reached as before.
         for network in direct.keys() - plan.routes.keys() - lost.keys():
-            way = next((plan.routes[one] for one in topology.snapshot.subnets if _within(network, one)), None)
+            way = next((plan.routes[subnet] for subnet in topology.snapshot.subnets if _within(network, subnet)), None)
             if way is not None:
                 routes[network] = evolve(way, destination=network)
     outward = {network.version: routes[network] for network in topology.snapshot.subnets if network in routes}
@@ -177,8 +184,8 @@ def _problems(topology: Topology, name: str, leader: str, silent: Collection[Sil
     where = called_location(topology.snapshot.nodes[name].location)
     through = leader if all(one.target.node != leader for one in silent if one.withheld) else ""
     problems = []
-    for one in named[:MOST_NAMED]:
-        problems.append(Problem(subject=one.target.node, text=_sentence(name, one, where, leader, through)))
+    for target in named[:MOST_NAMED]:
+        problems.append(Problem(subject=target.target.node, text=_sentence(name, target, where, leader, through)))
     if (more := len(named) - MOST_NAMED) > 0:
         text = f"{more} more members of {where} do not answer {name} at their internal IPs; kgctl explain names each"
         problems.append(Problem(subject=name, text=text))
@@ -204,17 +211,17 @@ def share(node: str) -> str:
     )
 
 
-def _sentence(name: str, one: Silent, where: str, leader: str, through: str) -> str:
-    node, address = one.target.node, one.target.address
+def _sentence(name: str, silent: Silent, where: str, leader: str, through: str) -> str:
+    node, address = silent.target.node, silent.target.address
     called = f"{node}, its leader," if node == leader else node
     labels = apart(node, "the two", f"both are at {where}")
-    if one.tunneled:
+    if silent.tunneled:
         return (
             f"{called} does not answer {name} through their tunnel inside the location, although its agent lives: let "
             f"UDP 51820 (--port) pass between them; {labels}"
         )
     remedy = labels + share(node)
-    if not one.withheld:
+    if not silent.withheld:
         return (
             f"{called} no longer answers {name} at its internal IP {address}, although its agent lives: is the "
             f"location's network up? {remedy}"
@@ -235,5 +242,5 @@ _ABOUT = re.compile(
 
 def about_member(text: str) -> str | None:
     """The member that a sentence of ours says does not answer; empty: several; None: it is another sentence."""
-    found = _ABOUT(text)
-    return None if found is None else found["node"] or ""
+    match = _ABOUT(text)
+    return None if match is None else match["node"] or ""

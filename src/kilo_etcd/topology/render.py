@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kilo_etcd.topology.claims import network_key
 from kilo_etcd.topology.hostplan import Encryption, HostPlan, PeerPlan, RoutePlan, Via
+from kilo_etcd.topology.prefix_allocation import network_key
 
 
 def render(plan: HostPlan) -> str:
@@ -28,17 +28,17 @@ def render(plan: HostPlan) -> str:
         text = "masquerade to " + ",".join(map(str, plan.masquerade))
         nodes = sorted(plan.masquerade_not, key=lambda ip: (ip.version, int(ip)))
         lines.append(text + (f" but not to {','.join(map(str, nodes))}" if nodes else ""))
-    if plan.gateway:
-        lines.append("gateway but not to " + ",".join(map(str, plan.inside)))
-    if plan.closed:
-        lines.append("closed " + ",".join(map(str, plan.closed)))
-    if plan.way_out is not None:
-        families = " ".join(f"ipv{version}" for version in sorted(plan.way_out.families))
-        hops = "".join(f" via {route.gateway} {route.way}" for route in plan.way_out.by) or " dev wg"
-        outside = ",".join(map(str, plan.way_out.outside)) or "nobody"
-        lines.append(f"default{hops} {families or 'refused'} but not to {outside}")
-        if plan.way_out.sources:
-            lines.append(f"default but not from {','.join(map(str, plan.way_out.sources))}")
+    if plan.is_exit_node:
+        lines.append("exit node but not to " + ",".join(map(str, plan.inside)))
+    if plan.blocked:
+        lines.append("blocked " + ",".join(map(str, plan.blocked)))
+    if plan.exit_route is not None:
+        families = " ".join(f"ipv{version}" for version in sorted(plan.exit_route.families))
+        hops = "".join(f" via {route.gateway} {route.way}" for route in plan.exit_route.by) or " dev wg"
+        bypass = ",".join(map(str, plan.exit_route.bypass)) or "nobody"
+        lines.append(f"default{hops} {families or 'refused'} but not to {bypass}")
+        if plan.exit_route.sources:
+            lines.append(f"default but not from {','.join(map(str, plan.exit_route.sources))}")
     if plan.encryption is not None:
         lines += _encrypted(plan.encryption)
     lines += [f"problem {problem.subject}: {problem.text}" for problem in plan.problems]
@@ -51,11 +51,11 @@ def _encrypted(wanted: Encryption) -> Iterator[str]:
     refused = sorted(wanted.refuse, key=lambda ip: (ip.version, int(ip)))
     if refused:
         yield "encrypted refuse " + ",".join(map(str, refused))
-    outside = [f"{address} tcp/{port}" for address, port in wanted.etcd]
-    outside += [f"tcp/{port} here" for port in wanted.etcd_here]
-    outside += [f"udp/{port}" for port in wanted.talk]
-    outside += map(str, wanted.clear)
-    yield "encrypted but not " + (", ".join(outside) or "anything")
+    bypass = [f"{address} tcp/{port}" for address, port in wanted.etcd]
+    bypass += [f"tcp/{port} here" for port in wanted.etcd_here]
+    bypass += [f"udp/{port}" for port in wanted.talk]
+    bypass += map(str, wanted.clear)
+    yield "encrypted but not " + (", ".join(bypass) or "anything")
 
 
 def _peer(peer: PeerPlan) -> str:

@@ -1,11 +1,11 @@
-"""The shape of the mesh: which nodes share a gateway, who it is, and which networks stand behind it.
+"""The shape of the mesh: which nodes share a leader, which one it is, and which networks are behind it.
 
 `build_topology` is a pure function of a snapshot. Given the topology of an earlier snapshot it does the same
 work only for what differs, and what does not differ is the same object as before; that is how a host follows
 one change in a mesh of thousands within a millisecond or two. The first topology is computed as the
 difference to an empty one, so there is one way of computing, not two.
 
-A location's nodes must be able to speak to each other, so nodes that share no address family are not put
+A location's nodes must be able to reach each other, so nodes that share no address family are not put
 into one segment: of one location, those with an internal IP of the mesh's first family form the segment,
 those with one of the other family only form a second, and a node with none is a segment of its own.
 """
@@ -21,7 +21,6 @@ from typing import TypeVar
 from attrs import evolve, field, frozen
 
 from kilo_etcd.model import ACCEPTING, Granularity, InternalIPs, IPAddress, IPNetwork, Node, Peer, Snapshot
-from kilo_etcd.topology.claims import Claim, Owner, Settlement, network_key, settle
 from kilo_etcd.topology.election import Election, elect
 from kilo_etcd.topology.hostplan import Problem
 from kilo_etcd.topology.internal import (
@@ -35,6 +34,7 @@ from kilo_etcd.topology.internal import (
     site_of,
     stated,
 )
+from kilo_etcd.topology.prefix_allocation import NetworkOwner, NetworkRequest, PrefixAllocation, allocate, network_key
 from kilo_etcd.topology.unrouted import Unrouted, unrouted
 
 K = TypeVar("K")
@@ -54,16 +54,16 @@ class UnknownNode(KeyError):
 
 @frozen(kw_only=True)
 class Segment:
-    """The nodes that share one gateway, and all that other segments need to know of them."""
+    """The nodes that share one leader, and all that other segments need to know of them."""
 
     key: str
     location: str
     members: tuple[Node, ...]
     """By name."""
     leader: Node
-    challengers: tuple[tuple[Node, tuple[str, ...]], ...]
+    takeover_candidates: tuple[tuple[Node, tuple[str, ...]], ...]
     """Members who say that nobody gets through the leader, with whom each has tried to reach: those get to know it as a
-    WireGuard peer, so that it can prove that it could do better."""
+    WireGuard peer, so that it can run a takeover check."""
     election: Election
     subnets: Mapping[str, tuple[IPNetwork, ...]]
     """Member -> the networks behind it that are granted to it; members with none are not in it."""
@@ -102,20 +102,20 @@ class Segment:
 
     @property
     def front(self) -> tuple[IPNetwork, ...]:
-        """Those of `internal` that may be the far end of a tunnel: of the leader and the challengers."""
-        ends = (self.leader, *(node for node, _ in self.challengers))
+        """Those of `internal` that may be the far end of a tunnel: of the leader and the takeover candidates."""
+        ends = (self.leader, *(node for node, _ in self.takeover_candidates))
         return tuple(network for node in ends for network in self.routed.get(node.name, ()))
 
     def reached_at(self, node: Node) -> list[IPNetwork]:
         """A member's internal IPs that other segments may send to, as host routes: those that are routed, and those
         within a network that the location offers."""
-        found = list(self.routed.get(node.name, ()))
+        networks = list(self.routed.get(node.name, ()))
         if self.networks:
-            found = [network for network in found if network not in self.networks]
+            networks = [network for network in networks if network not in self.networks]
         for network in self.location_networks:
             inside = (ip.ip for ip in node.internal_ips if ip.version == network.version and ip.ip in network)
-            found += (host for host in map(host_network, inside) if host not in found)
-        return found
+            networks += (host for host in map(host_network, inside) if host not in networks)
+        return networks
 
     @property
     def underlay(self) -> tuple[IPNetwork, ...]:
@@ -129,7 +129,7 @@ class Segment:
 
     @property
     def next_in_line(self) -> str | None:
-        """Who leads when the leader's candidacy ends."""
+        """The node that leads when the leader's candidacy ends."""
         return self.election.next_in_line
 
 
@@ -142,7 +142,7 @@ class Topology:
     peers: Mapping[str, Peer]
     """The outside peers in force, with the allowed IPs that are granted to them."""
     problems: tuple[Problem, ...] = ()
-    settlement: Settlement = field(eq=False, repr=False)
+    allocation: PrefixAllocation = field(eq=False, repr=False)
     identity: object = field(factory=object, eq=False, repr=False)
     base: object = field(default=None, eq=False, repr=False)
     """`identity` of the topology that this one was computed from."""
@@ -178,11 +178,11 @@ class Topology:
     @property
     def families(self) -> frozenset[int]:
         """The families (4, 6) in which packets travel."""
-        return self.settlement.versions.union(subnet.version for subnet in self.snapshot.subnets)
+        return self.allocation.versions.union(subnet.version for subnet in self.snapshot.subnets)
 
     @property
     def unrouted(self) -> tuple[Unrouted, ...]:
-        """The internal IPs that are routed to nobody or not everywhere, and why. Looked up each time, for people."""
+        """The internal IPs that are not routed, or not everywhere, and why. Looked up each time, for people."""
         return unrouted(self)
 
     def __repr__(self) -> str:
@@ -287,14 +287,14 @@ def build_topology(snapshot: Snapshot, previous: Topology | None = None) -> Topo
                 else:
                     members[key][name] = node
 
-    claims = dict(_claims_of_nodes(changed, snapshot))
-    claims.update(_claims_of_locations(members))
+    requests = dict(_requests_of_nodes(changed, snapshot))
+    requests.update(_requests_of_locations(members))
     refused, clashes = _clashing_keys(snapshot, previous, changed)
     if refused or before.peers is not snapshot.peers or len(previous.peers) != len(before.peers):
-        claims.update(_claims_of_peers(before, snapshot, refused))
-    settlement = settle(
-        previous.settlement,
-        claims,
+        requests.update(_requests_of_peers(before, snapshot, refused))
+    allocation = allocate(
+        previous.allocation,
+        requests,
         lambda: (address for node in snapshot.nodes.values() for address in node.mesh_addresses),
         addresses_changed=any(_addresses(before, name) != _addresses(snapshot, name) for name in changed),
     )
@@ -303,11 +303,11 @@ def build_topology(snapshot: Snapshot, previous: Topology | None = None) -> Topo
     for location in (
         *changes(before.candidates, snapshot.candidates),
         *changes(before.leaders, snapshot.leaders),
-        *changes(before.verdicts, snapshot.verdicts),
+        *changes(before.probe_reports, snapshot.probe_reports),
     ):
         touched.update(key for key in _location_keys(location) if key in previous.segments)
-    if settlement is not previous.settlement:
-        for kind, name in changes(previous.settlement.granted, settlement.granted):
+    if allocation is not previous.allocation:
+        for kind, name in changes(previous.allocation.granted, allocation.granted):
             if kind == "node" and name in snapshot.nodes:
                 touched.add(segment_key(snapshot.nodes[name], snapshot))
             elif kind == "location":
@@ -319,17 +319,17 @@ def build_topology(snapshot: Snapshot, previous: Topology | None = None) -> Topo
     for key in sorted(touched):
         old = segments.get(key)
         nodes_of = members.get(key) if key in members else {m.name: m for m in old.members} if old else {}
-        new = _segment(key, nodes_of, snapshot, settlement, old, routed=routed) if nodes_of else None
+        new = _segment(key, nodes_of, snapshot, allocation, old, routed=routed) if nodes_of else None
         if old != new:
             really.add(key)
             if new is None:
                 del segments[key]
             else:
                 segments[key] = new
-    peers = _peers(snapshot, previous, settlement, refused)
+    peers = _peers(snapshot, previous, allocation, refused)
     internals, families = previous.internals, previous.internal_families
     if routed:
-        internals = _route_internal_ips(previous, snapshot, changed, settlement, peers, segments, really)
+        internals = _route_internal_ips(previous, snapshot, changed, allocation, peers, segments, really)
         families = _internal_families(previous, segments, really)
     return Topology(
         snapshot=snapshot,
@@ -337,8 +337,8 @@ def build_topology(snapshot: Snapshot, previous: Topology | None = None) -> Topo
         peers=peers,
         internals=internals,
         internal_families=families,
-        problems=settlement.problems + clashes,
-        settlement=settlement,
+        problems=allocation.problems + clashes,
+        allocation=allocation,
         base=previous.identity,
         changed=frozenset(really),
         unaware=unaware,
@@ -353,15 +353,17 @@ def _settings(snapshot: Snapshot) -> tuple[object, ...]:
 
 def _nothing(snapshot: Snapshot) -> Topology:
     """The topology of no nodes at all, under the same settings."""
-    empty = evolve(snapshot, revision=0, nodes={}, peers={}, candidates={}, leaders={}, verdicts={}, sightings={})
-    return Topology(snapshot=empty, segments={}, peers={}, settlement=Settlement(snapshot.subnets))
+    empty = evolve(
+        snapshot, revision=0, nodes={}, peers={}, candidates={}, leaders={}, probe_reports={}, observed_endpoints={}
+    )
+    return Topology(snapshot=empty, segments={}, peers={}, allocation=PrefixAllocation(snapshot.subnets))
 
 
 def _route_internal_ips(
     previous: Topology,
     snapshot: Snapshot,
     changed: list[str],
-    settlement: Settlement,
+    allocation: PrefixAllocation,
     peers: Mapping[str, Peer],
     segments: dict[str, Segment],
     really: set[str],
@@ -380,16 +382,16 @@ def _route_internal_ips(
         _endpoints(old_nodes, [peer for n in changed_peers if (peer := previous.peers.get(n))], old_segments, snapshot),
         _endpoints(new_nodes, [peer for name in changed_peers if (peer := peers.get(name))], new_segments, snapshot),
     )
-    if settlement is not previous.settlement:
-        for owner in changes(previous.settlement.granted, settlement.granted):
-            networks = {*previous.settlement(owner)} ^ {*settlement(owner)}
+    if allocation is not previous.allocation:
+        for owner in changes(previous.allocation.granted, allocation.granted):
+            networks = {*previous.allocation(owner)} ^ {*allocation(owner)}
             suspects.update(internals.within(networks))
     suspected = {name for address in suspects for name in internals.holders.get(address, ())}
     affected = {*really, *(segment_key(snapshot.nodes[name], snapshot) for name in suspected)}
     for key in affected:
         if (segment := segments.get(key)) is not None:
             old = previous.segments.get(key)
-            segments[key] = new = _with_internal(segment, old, suspected, internals, settlement)
+            segments[key] = new = _with_internal(segment, old, suspected, internals, allocation)
             if old is None or new != old:
                 really.add(key)
             else:
@@ -399,7 +401,7 @@ def _route_internal_ips(
 
 
 def _with_internal(
-    segment: Segment, old: Segment | None, suspected: set[str], internals: Internals, settlement: Settlement
+    segment: Segment, old: Segment | None, suspected: set[str], internals: Internals, allocation: PrefixAllocation
 ) -> Segment:
     """The segment with what is routed to it, given its `old` self, and the nodes about whom something has changed."""
     routed = {}
@@ -410,7 +412,7 @@ def _with_internal(
             routed[name] = tuple(
                 network
                 for network in networks
-                if internals.obstacle(network.network_address, name, segment.key, settlement) is None
+                if internals.obstacle(network.network_address, name, segment.key, allocation) is None
             )
     internal = tuple(network for networks in routed.values() for network in networks)
     if segment.networks:
@@ -433,7 +435,7 @@ def _endpoints(
     for peer in peers:
         yield from public_endpoints(peer)
     for segment in segments:
-        for node in (segment.leader, *(node for node, _ in segment.challengers)):
+        for node in (segment.leader, *(node for node, _ in segment.takeover_candidates)):
             yield from endpoints_of(node, snapshot.granularity)
 
 
@@ -484,7 +486,7 @@ def _segment(
     key: str,
     members: Mapping[str, Node],
     snapshot: Snapshot,
-    settlement: Settlement,
+    allocation: PrefixAllocation,
     old: Segment | None,
     *,
     routed: bool,
@@ -496,16 +498,16 @@ def _segment(
         ordered,
         snapshot.candidates.get(location, ()),
         snapshot.leaders.get(location),
-        snapshot.verdicts.get(location, ()),
+        snapshot.probe_reports.get(location, ()),
     )
-    subnets = {node.name: granted for node in ordered if (granted := settlement(("node", node.name)))}
-    location_networks = settlement(("location", key))
+    subnets = {node.name: granted for node in ordered if (granted := allocation(("node", node.name)))}
+    location_networks = allocation(("location", key))
     networks = _sorted((*location_networks, *(network for granted in subnets.values() for network in granted)))
     leader = members[election.leader]
     addresses = _same_as_before(ordered, old, _addresses_of, lambda node: tuple(map(host_network, node.mesh_addresses)))
     allowed = _sorted((*(network for each in addresses.values() for network in each), *networks))
-    challengers = _challengers(members, election.leader, snapshot)
-    ends = (leader, *(node for node, _ in challengers)) if routed else ()
+    takeover_candidates = _takeover_candidates(members, election.leader, snapshot)
+    ends = (leader, *(node for node, _ in takeover_candidates)) if routed else ()
     if old is not None and allowed == old.allowed:
         allowed = old.allowed
     return Segment(
@@ -513,7 +515,7 @@ def _segment(
         location=location,
         members=ordered,
         leader=leader,
-        challengers=challengers,
+        takeover_candidates=takeover_candidates,
         election=election,
         subnets=subnets,
         location_networks=location_networks,
@@ -574,22 +576,24 @@ def _links(members: tuple[Node, ...], old: Segment | None) -> Links:
             and before.keys() <= {node.name for node in members}
         ):
             return old.links
-    found = Links.of(members)
-    return old.links if old is not None and old.links.networks == found.networks else found
+    links = Links.of(members)
+    return old.links if old is not None and old.links.networks == links.networks else links
 
 
-def _challengers(
+def _takeover_candidates(
     members: Mapping[str, Node], leader: str, snapshot: Snapshot
 ) -> tuple[tuple[Node, tuple[str, ...]], ...]:
     location = members[leader].location
-    said = snapshot.verdicts.get(location, ())
-    if not said:
+    reports = snapshot.probe_reports.get(location, ())
+    if not reports:
         return ()
-    held = {one.create_revision for one in snapshot.candidates.get(location, ()) if one.node == leader}
+    held = {
+        candidate.create_revision for candidate in snapshot.candidates.get(location, ()) if candidate.node == leader
+    }
     return tuple(
-        (members[one.witness], one.targets)
-        for one in said
-        if one.witness in members and one.witness != leader and one.leader == leader and one.candidacy in held
+        (members[report.prober], report.targets)
+        for report in reports
+        if report.prober in members and report.prober != leader and report.leader == leader and report.candidacy in held
     )
 
 
@@ -597,23 +601,25 @@ def _sorted(networks: tuple[IPNetwork, ...]) -> tuple[IPNetwork, ...]:
     return networks if len(networks) < 2 else tuple(sorted(networks, key=network_key))
 
 
-def _claims_of_nodes(names: Iterable[str], snapshot: Snapshot) -> Iterator[tuple[Owner, tuple[Claim, ...]]]:
+def _requests_of_nodes(
+    names: Iterable[str], snapshot: Snapshot
+) -> Iterator[tuple[NetworkOwner, tuple[NetworkRequest, ...]]]:
     for name in names:
         node = snapshot.nodes.get(name)
         if node is None or not node.subnets:
             yield ("node", name), ()
         else:
-            yield ("node", name), (Claim((0, node.registered_revision, name), f"node {name}", node.subnets),)
+            yield ("node", name), (NetworkRequest((0, node.registered_revision, name), f"node {name}", node.subnets),)
 
 
-def _claims_of_locations(
+def _requests_of_locations(
     members: Mapping[str, Mapping[str, Node]],
-) -> Iterator[tuple[Owner, tuple[Claim, ...]]]:
+) -> Iterator[tuple[NetworkOwner, tuple[NetworkRequest, ...]]]:
     for key, nodes in members.items():
         yield (
             ("location", key),
             tuple(
-                Claim(
+                NetworkRequest(
                     (0, node.registered_revision, name),
                     f"node {name} (allowed-location-ips)",
                     node.allowed_location_ips,
@@ -624,15 +630,18 @@ def _claims_of_locations(
         )
 
 
-def _claims_of_peers(
+def _requests_of_peers(
     before: Snapshot, snapshot: Snapshot, refused: frozenset[str]
-) -> Iterator[tuple[Owner, tuple[Claim, ...]]]:
+) -> Iterator[tuple[NetworkOwner, tuple[NetworkRequest, ...]]]:
     for name in {*before.peers, *snapshot.peers}:
         peer = snapshot.peers.get(name)
         if peer is None or name in refused or not peer.allowed_ips:
             yield ("peer", name), ()
         else:
-            yield ("peer", name), (Claim((1, peer.registered_revision, name), f"peer {name}", peer.allowed_ips),)
+            yield (
+                ("peer", name),
+                (NetworkRequest((1, peer.registered_revision, name), f"peer {name}", peer.allowed_ips),),
+            )
 
 
 def _clashing_keys(
@@ -667,15 +676,15 @@ def _clashing_keys(
 
 
 def _peers(
-    snapshot: Snapshot, previous: Topology, settlement: Settlement, refused: frozenset[str]
+    snapshot: Snapshot, previous: Topology, allocation: PrefixAllocation, refused: frozenset[str]
 ) -> Mapping[str, Peer]:
     kept = snapshot.peers is previous.snapshot.peers and len(previous.peers) == len(snapshot.peers) and not refused
-    if kept and settlement is previous.settlement:
+    if kept and allocation is previous.allocation:
         return previous.peers
     result: dict[str, Peer] = {}
     for name, peer in snapshot.peers.items():
         if name not in refused:
-            granted = settlement(("peer", name))
+            granted = allocation(("peer", name))
             effective = peer if granted == peer.allowed_ips else evolve(peer, allowed_ips=granted)
             old = previous.peers.get(name)
             result[name] = old if old is not None and old == effective else effective

@@ -1,22 +1,22 @@
 """The stages by which a mesh switches to `encrypted` and back, and what each node may do at its stage. Pure.
 
-Between two segments' nodes nothing is to travel in clear, and a switch on a running mesh is to lose nothing. So each
+Nothing may travel in clear between nodes of two segments, and a switch on a running mesh must lose nothing. So each
 node goes through stages, one by one, and reports each in its record (`model.EncryptionStage`):
 
     on:    (none) --> ACCEPTS --> SENDS          back:   SENDS --> LEAVES --> STOPPED --> (none)
 
-A stage is reported when the kernel holds it, and what it promises is given up only after a snapshot shows that it is
-not promised any more. All that others need to know is then in the snapshot:
+A stage is reported when the kernel holds it, and its promise is given up only after a snapshot shows that it
+is not promised any more. All that others need is then in the snapshot:
 
-* Who is ACCEPTS or SENDS takes packets from all nodes out of the tunnels: others may send there, and do.
-* Who is SENDS sends so to all who take it, as soon as it has applied the snapshot that says so of them. A node
-  refuses its packets in clear from then on: that revision each agent reports, in a record of its own (`Living`).
-* On the way back nobody refuses (LEAVES), then nobody sends (STOPPED), then nobody accepts; a node is sent packets in
-  clear as soon as it does not refuse them, and takes them from the tunnel as long as somebody may send so.
+* A node at ACCEPTS or SENDS takes packets from all nodes out of the tunnels: others may send there, and do.
+* A node at SENDS sends so to all nodes that take it, as soon as it has applied the snapshot that has their stage. A
+  node refuses its packets in clear from then on: that revision each agent reports, in a record of its own (`Living`).
+* On the way back no node refuses (LEAVES), then none sends (STOPPED), then none accepts; a node is sent packets in
+  clear as soon as it does not refuse them, and takes them from the tunnel as long as another node may send so.
 
-Who does not live is waited for by nobody: it is treated as its record says, and on the way back counts as having gone
-all of it. Who does is known by its record under its agent's lease; as an agent that is being restarted has none for a
-moment, it counts as gone only after a bound (`agent.others`). Nothing else follows from the time.
+No node waits for one that does not live: it is treated as its record says, and on the way back counts as having
+gone all of it. A living agent has a record under its lease; as an agent that is being restarted has none for
+a moment, it counts as gone only after a bound (`agent.stage_watch`). Nothing else depends on time.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MAY_SEND = (*ACCEPTING, EncryptionStage.LEAVES)
 
 @frozen(kw_only=True)
 class Living:
-    """What is known of other agents by their small records of the switch."""
+    """What is known of other agents from their small records of the switch."""
 
     asked: frozenset[str] = frozenset()
     """The nodes that were asked about. Of others nothing is known, and they count as living and as having applied
@@ -53,7 +53,7 @@ class Living:
         return name in self.applied or name not in self.asked
 
     def knows_of(self, name: str, revision: int) -> bool:
-        """Whether a node acts by what stands in the snapshot of `revision`, if it acts at all."""
+        """Whether a node acts by the snapshot of `revision`, if it acts at all."""
         return name in self.asked and self.applied.get(name, revision) >= revision
 
 
@@ -61,14 +61,14 @@ NOBODY_ASKED = Living()
 
 
 @frozen(kw_only=True)
-class Report:
-    """What a node's record is to say of the switch."""
+class StageReport:
+    """What a node's record must state of the switch."""
 
     stage: EncryptionStage | None = None
     accepts_since: int = 0
 
     @classmethod
-    def of(cls, node: Node) -> Report:
+    def of(cls, node: Node) -> StageReport:
         """What it says."""
         return cls(stage=node.encryption, accepts_since=node.accepts_since)
 
@@ -78,29 +78,29 @@ def in_force(topology: Topology) -> bool:
     return topology.internal_ips is InternalIPs.ENCRYPTED
 
 
-def report(topology: Topology, plan: HostPlan) -> Report:
-    """What the record of the host is to say once its kernel holds `plan`, which `encrypt` made of the same."""
+def report(topology: Topology, plan: HostPlan) -> StageReport:
+    """What the host's record must state once its kernel holds `plan`, which `encrypt` made of the same."""
     own = topology.snapshot.nodes[plan.node]
-    said = Report.of(own)
+    own_report = StageReport.of(own)
     if in_force(topology):
         if own.encryption is EncryptionStage.SENDS:
             # A revision that is still to come is another etcd's (this one was restored, or begun anew), and nobody
             # would have applied it for long.
             since = min(own.accepts_since, topology.snapshot.revision)
-            return Report(stage=EncryptionStage.SENDS, accepts_since=since)
+            return StageReport(stage=EncryptionStage.SENDS, accepts_since=since)
         if own.encryption is EncryptionStage.ACCEPTS:
-            return Report(stage=EncryptionStage.SENDS, accepts_since=topology.snapshot.revision)
-        return Report(stage=EncryptionStage.ACCEPTS)
+            return StageReport(stage=EncryptionStage.SENDS, accepts_since=topology.snapshot.revision)
+        return StageReport(stage=EncryptionStage.ACCEPTS)
     if own.encryption in ACCEPTING:
-        return Report(stage=EncryptionStage.LEAVES)
+        return StageReport(stage=EncryptionStage.LEAVES)
     if own.encryption is EncryptionStage.LEAVES:
         sends = plan.encryption is not None and plan.encryption.send
-        return said if sends else Report(stage=EncryptionStage.STOPPED)
-    return Report() if own.encryption is None or plan.encryption is None else said
+        return own_report if sends else StageReport(stage=EncryptionStage.STOPPED)
+    return StageReport() if own.encryption is None or plan.encryption is None else own_report
 
 
 @frozen(kw_only=True)
-class Pair:
+class SegmentPair:
     """A host and the leader of its segment, before another segment."""
 
     own: Node
@@ -126,11 +126,11 @@ class Pair:
     @property
     def agreed(self) -> int:
         """The revision of a snapshot by which a node of the other segment sends the host nothing in clear."""
-        return max(*(one.accepts_since for one in (self.own, self.own_leader, self.leader)), self.since)
+        return max(*(node.accepts_since for node in (self.own, self.own_leader, self.leader)), self.since)
 
     def refused(self, members: Iterable[Node]) -> frozenset[str]:
-        """Those of the other segment's nodes who send this host nothing in clear any more."""
-        if any(one.encryption is not EncryptionStage.SENDS for one in (self.own, self.own_leader, self.leader)):
+        """Those of the other segment's nodes that send this host nothing in clear any more."""
+        if any(node.encryption is not EncryptionStage.SENDS for node in (self.own, self.own_leader, self.leader)):
             return frozenset()
         since, knows = self.agreed, self.living.knows_of
         if not knows(self.leader.name, since):
@@ -148,9 +148,9 @@ class Pair:
         return frozenset(n.name for n in members if n.encryption is EncryptionStage.SENDS and not knows(n.name, since))
 
 
-def before(segment: Segment, own: Node, own_leader: Node, topology: Topology, living: Living) -> Pair:
+def before(segment: Segment, own: Node, own_leader: Node, topology: Topology, living: Living) -> SegmentPair:
     """A host before another segment, or on the way back its own."""
-    return Pair(
+    return SegmentPair(
         own=own,
         own_leader=own_leader,
         leader=segment.leader,
@@ -161,16 +161,16 @@ def before(segment: Segment, own: Node, own_leader: Node, topology: Topology, li
 
 
 def waited_for(topology: Topology, name: str, living: Living) -> frozenset[str]:
-    """The nodes of whom the host has to know whether they live or what they have applied, before it goes on."""
+    """The nodes whose status the host needs (whether they live, what they have applied) before it goes on."""
     own = topology.snapshot.nodes.get(name)
     if own is None or own.encryption is None:
         return frozenset()
     segment = topology.segment_of(name)
-    found: set[str] = set()
+    result: set[str] = set()
     for there in topology.segments.values():
         if not in_force(topology) or exchanged(segment, there, topology.snapshot.granularity):
-            found |= before(there, own, segment.leader, topology, living).awaited(there.members)
-    return frozenset(found - {name})
+            result |= before(there, own, segment.leader, topology, living).awaited(there.members)
+    return frozenset(result - {name})
 
 
 @frozen(kw_only=True)
@@ -184,16 +184,16 @@ class Switch:
     waits_for: tuple[str, ...]
     """Those that have not gone all of it yet, and whose agents may live."""
     absent: tuple[str, ...] = ()
-    """Those that have not, and whose agents do not live: nobody waits for them."""
+    """Those that have not, and whose agents do not live: no node waits for them."""
 
     def __str__(self) -> str:
         done = self.nodes - len(self.waits_for) - len(self.absent)
-        said = f"{done} of {self.nodes} nodes {'encrypt' if self.on else 'are back'}"
+        text = f"{done} of {self.nodes} nodes {'encrypt' if self.on else 'are back'}"
         if self.waits_for:
-            said += f", waits for {first_of(self.waits_for, MOST_NAMED)}"
+            text += f", waits for {first_of(self.waits_for, MOST_NAMED)}"
         if self.absent:
-            said += f", {'not' if self.on else 'not yet'} {first_of(self.absent, MOST_NAMED)}: no agent lives there"
-        return said
+            text += f", {'not' if self.on else 'not yet'} {first_of(self.absent, MOST_NAMED)}: no agent lives there"
+        return text
 
 
 def switch(topology: Topology, living: Collection[str] | None = None) -> Switch | None:

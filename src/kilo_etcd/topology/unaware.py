@@ -1,6 +1,6 @@
-"""What an agent means that does not know the setting internal-ips, in sentences for people. Pure.
+"""Sentences on agents that do not know the setting internal-ips. Pure.
 
-Which these are, and that they keep the setting from being put into force, is `Topology.unaware`; once the mesh encrypts
+`Topology.unaware` has their nodes; the setting waits for them; once the mesh encrypts
 they are left out alone (`Topology.left_out`).
 """
 

@@ -1,4 +1,4 @@
-"""Which internal IPs are routed to nobody, or not everywhere, and what helps: for people (`Topology.unrouted`).
+"""Lists internal IPs that are not routed, or not everywhere, with reason and remedy (`Topology.unrouted`).
 
 One entry for each address, and one for each network that means hosts of one segment and something else on the links of
 another, however many addresses are in it. An address that two nodes have is always an entry of its own.
@@ -49,7 +49,7 @@ def unrouted(topology: Topology) -> tuple[Unrouted, ...]:
         return ()
     encrypted = topology.internal_ips is InternalIPs.ENCRYPTED
     shared = {} if encrypted else dict(_shared(topology))
-    found = {entry.network: entry for entry in shared}
+    entries = {entry.network: entry for entry in shared}
     ends = endpoint_holders(topology)
     for segment in topology.segments.values():
         for node in segment.members:
@@ -60,10 +60,10 @@ def unrouted(topology: Topology) -> tuple[Unrouted, ...]:
                     _covers(one.network, entry.network) and own >= {*entry.segments} for one, own in shared.items()
                 )
                 if not hidden:
-                    found[entry.network] = entry
+                    entries[entry.network] = entry
     if encrypted:
-        found.update((entry.network, entry) for entry in _in_clear(topology))
-    return tuple(found[network] for network in sorted(found, key=lambda n: (n.version, n)))
+        entries.update((entry.network, entry) for entry in _in_clear(topology))
+    return tuple(entries[network] for network in sorted(entries, key=lambda n: (n.version, n)))
 
 
 def _in_clear(topology: Topology) -> Iterable[Unrouted]:
@@ -129,28 +129,28 @@ def _instead(segment: Segment, better: Sequence[str]) -> str:
 
 def endpoint_holders(topology: Topology) -> dict[IPAddress, tuple[str, ...]]:
     """Each address at which other segments, or outside peers, may be reached -> whose WireGuard that is."""
-    found: dict[IPAddress, dict[str, None]] = {}
+    result: dict[IPAddress, dict[str, None]] = {}
     granularity = topology.snapshot.granularity
     for segment in topology.segments.values():
-        for node in (segment.leader, *(node for node, _ in segment.challengers)):
+        for node in (segment.leader, *(node for node, _ in segment.takeover_candidates)):
             for address in endpoints_of(node, granularity):
-                found.setdefault(address, {})[node.name] = None
+                result.setdefault(address, {})[node.name] = None
     subjects: dict[str, Node | Peer] = {**topology.snapshot.nodes}
     subjects.update((f"peer {peer.name}", peer) for peer in topology.peers.values())
     for name, subject in subjects.items():
         for address in public_endpoints(subject):
-            found.setdefault(address, {})[name] = None
-    return {address: tuple(names) for address, names in found.items()}
+            result.setdefault(address, {})[name] = None
+    return {address: tuple(names) for address, names in result.items()}
 
 
 def obstacle(
     topology: Topology, address: IPAddress, node: str, segment: Segment, ends: Mapping[IPAddress, tuple[str, ...]]
 ) -> tuple[str, str] | None:
-    """Why an internal IP of `node` is routed to nobody, with nodes named, and the remedy; None: it may be routed."""
+    """Why an internal IP of `node` is not routed, with nodes named, and the remedy; None: it may be routed."""
     encrypted = topology.internal_ips is InternalIPs.ENCRYPTED  # Then WireGuard's own packets are told by their mark.
-    found = topology.internals.obstacle(address, node, segment.key, topology.settlement, endpoints=not encrypted)
-    if found != ENDPOINT:
-        return found
+    reason = topology.internals.obstacle(address, node, segment.key, topology.allocation, endpoints=not encrypted)
+    if reason != ENDPOINT:
+        return reason
     whose = ends.get(address, ())
     return (
         f"other segments reach {'its WireGuard' if whose == (node,) else f'the WireGuard of {listed(whose)}'} there",
@@ -186,7 +186,7 @@ def named(segment: Segment) -> str:
 def _addresses(
     topology: Topology, segment: Segment, node: Node, ends: Mapping[IPAddress, tuple[str, ...]]
 ) -> Iterable[Unrouted]:
-    """The internal IPs of one node that are routed to nobody."""
+    """The internal IPs of one node that are not routed."""
     encrypted = topology.internal_ips is InternalIPs.ENCRYPTED  # Then WireGuard's own packets are told by their mark.
     routed, carried = segment.routed.get(node.name, ()), segment.carried.get(node.name, ())
     for ip in node.internal_ips:
@@ -205,7 +205,8 @@ def _addresses(
                 nodes=(node.name,),
                 segments=tuple(callers),
                 not_from=tuple(callers),
-                reason=f"the WireGuard of {listed(callers)}, called at private endpoints, may hear it there",
+                reason=f"the WireGuard of {listed(callers)}, called at private endpoints, may receive its packets "
+                f"there",
                 remedy="the mesh address works; give the leaders there a public endpoint (kgctl annotate NODE "
                 "force-endpoint=...)",
             )
@@ -220,7 +221,8 @@ def _addresses(
 
 
 def _called(topology: Topology, segment: Segment, version: int) -> list[str]:
-    """The segments whose leaders are called at private endpoints, so that they may hear this one at its internal IP."""
+    """The segments whose leaders are called at private endpoints, so that they may receive this one's packets from its
+    internal IP."""
     granularity = topology.snapshot.granularity
     return sorted(
         named(there)
@@ -246,7 +248,7 @@ class _Link:
 
 
 def _shared(topology: Topology) -> Iterable[tuple[Unrouted, set[str]]]:
-    """The networks in question, and the segments whose hosts reach each over their own links."""
+    """The networks concerned, and the segments whose hosts reach each over their own links."""
     links: dict[tuple[int, int], dict[int, _Link]] = {}
     for segment in topology.segments.values():
         for network in segment.underlay:
@@ -284,15 +286,17 @@ def _elsewhere(link: _Link, segment: Segment, host: IPNetwork, granularity: Gran
 
 
 def _entry(network: IPNetwork, link: _Link, having: Mapping[str, Segment]) -> Unrouted:
-    there = {one.key: one for one in link.segments}
-    names = sorted({named(one) for one in (*there.values(), *having.values())})
-    near = sorted({named(one) for one in there.values()})
+    there = {segment.key: segment for segment in link.segments}
+    names = sorted({named(segment) for segment in (*there.values(), *having.values())})
+    near = sorted({named(segment) for segment in there.values()})
     if not having.keys() <= there.keys():
         reason = (
             f"hosts of {listed(near)} reach these addresses over their own links, so they are not routed from there"
         )
     elif len(link.sites) == 1:
-        reason = f"{listed(names)}, which have no label, stand in this network, or in several with the same addresses"
+        reason = (
+            f"{listed(names)}, which have no label, are attached to this network, or to several with the same addresses"
+        )
     else:
         reason = f"hosts of {listed(names)} have networks with these addresses of their own"
     return Unrouted(

@@ -99,11 +99,11 @@ def walk_both(
 
 def longest_match(networks: Iterable[tuple[IPNetwork, T]], address: IPAddress) -> T | None:
     """The value of the narrowest network that holds `address`."""
-    found, length = None, -1
+    best, length = None, -1
     for network, value in networks:
         if network.version == address.version and network.prefixlen > length and address in network:
-            found, length = value, network.prefixlen
-    return found
+            best, length = value, network.prefixlen
+    return best
 
 
 def refusal(plan: HostPlan, address: IPAddress) -> str | None:

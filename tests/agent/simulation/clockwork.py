@@ -54,14 +54,14 @@ class Freezer:
 
     def __init__(self) -> None:
         self.frozen = False
-        self._held: list[trio.lowlevel.Task] = []
+        self._leased: list[trio.lowlevel.Task] = []
 
     def freeze(self) -> None:
         self.frozen = True
 
     def thaw(self) -> None:
         self.frozen = False
-        held, self._held = self._held, []
+        held, self._leased = self._leased, []
         for task in held:
             trio.lowlevel.reschedule(task)
 
@@ -71,7 +71,7 @@ class Freezer:
         outcome: Any = None
         while True:
             while self.frozen:
-                self._held.append(trio.lowlevel.current_task())
+                self._leased.append(trio.lowlevel.current_task())
                 # Cancelled or not: who stands still does not notice.
                 yield from _wait()
             try:

@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from kilo_etcd.agent.others import GONE_SECONDS
+from kilo_etcd.agent.stage_watch import GONE_SECONDS
 from kilo_etcd.kernel import encrypted
+from kilo_etcd.kernel.exit_node import MARK
 from kilo_etcd.kernel.state import Observed
-from kilo_etcd.kernel.wayout import MARK
 from kilo_etcd.model import DEFAULT_INTERFACE, EncryptionStage, InternalIPs, IPAddress, Node, Snapshot
 from kilo_etcd.store import Keys
 from kilo_etcd.topology import Topology
@@ -86,7 +86,7 @@ def _nothing_left(host: SimulatedHost, agent: SimulatedAgent) -> None:
     rules = [rule for rule in observed.policy.rules if encrypted.is_ours(rule.priority)]
     assert not rules, f"{host.name} has the rules {'; '.join(map(str, rules))}"
     assert T not in observed.policy.tables, f"{host.name} has the table of `encrypted`"
-    assert observed.mark != MARK or agent.plan.way_out is not None, f"{host.name} marks WireGuard's packets"
+    assert observed.mark != MARK or agent.plan.exit_node is not None, f"{host.name} marks WireGuard's packets"
     chains = () if observed.table is None else [chain.name for chain in observed.table.chains]
     assert "encrypted" not in chains, f"{host.name} has the chains {chains}"
     assert not observed.loosened, f"{host.name} has {observed.loosened} loosened"
@@ -129,7 +129,7 @@ def _sent(observed: Observed, address: IPAddress) -> bool:
 
 
 def _refuses(observed: Observed, address: IPAddress) -> bool:
-    return any(address in one.addresses for one in refused(observed))
+    return any(address in address_set.addresses for address_set in refused(observed))
 
 
 # -- at every step --------------------------------------------------------------------------------------------------

@@ -111,9 +111,9 @@ def freeze(world: World, host: SimulatedHost) -> str:
 
 @_fault("agents")
 def all_restarted(world: World, host: SimulatedHost) -> str:
-    for one in world.members():
-        one.kill()
-        world.later(0.1, lambda one=one: world.start(one))  # type: ignore[misc]
+    for member in world.members():
+        member.kill()
+        world.later(0.1, lambda one=member: world.start(one))  # type: ignore[misc]
     return ""
 
 
@@ -190,7 +190,7 @@ def deaf(world: World, host: SimulatedHost) -> str:
 
 @_fault("path")
 def dumb(world: World, host: SimulatedHost) -> str:
-    """It hears of all changes, and can make none."""
+    """It receives all changes, and can make none."""
     seconds = world.brief()
     host.client.cut(answers=False)
     world.later(seconds, host.client.mend)
@@ -377,7 +377,7 @@ def annotation(world: World, host: SimulatedHost) -> str:
             ("persistent-keepalive", ("25", "0", "often")),
             ("allowed-location-ips", ("192.168.50.0/24", "192.168.50.50/32", "172.20.0.0/16,172.21.0.1", "0.0.0.0/0")),
             ("subnets", ("172.20.1.0/24", "172.20.0.0/16", "172.20.1.128/25,172.22.0.0/24", "10.4.0.0/16", "?")),
-            ("gateway", ("true", "false", "perhaps")),
+            ("advertise-exit-node", ("true", "false", "perhaps")),
         ]
     )
     value = world.random.choice(values)
@@ -448,10 +448,10 @@ def key_overwritten(world: World, host: SimulatedHost) -> str:
         KEYS.node(name),
         KEYS.status(name),
         *(key for key in world.etcd.keys("/kilo/elections/") if key.endswith("/" + name)),
-        *(key for key in world.etcd.keys("/kilo/verdicts/") if key.endswith("/" + name)),
+        *(key for key in world.etcd.keys("/kilo/probe-reports/") if key.endswith("/" + name)),
         *(key for key in world.etcd.keys("/kilo/endpoints/") if key.endswith("/" + name)),
     ]
-    key = rng.choice([*held, KEYS.election(rng.choice("abcd"), name), KEYS.verdict(rng.choice("abcd"), name)])
+    key = rng.choice([*held, KEYS.election(rng.choice("abcd"), name), KEYS.probe_report(rng.choice("abcd"), name)])
     values = ["{}", '{"rank":0}', '{"candidacy":1,"leader":"a-1","reaches":true,"targets":["b-1"],"answers":true}']
     if (before := world.etcd.get(key)) is not None:
         values += [before.decode()] * 2
@@ -588,8 +588,8 @@ def unreadable(world: World, host: SimulatedHost) -> str:
 
 def addresses_of(world: World, name: str) -> list[str]:
     """The keys of a node's address claims."""
-    found = []
+    result = []
     for key in world.etcd.keys(KEYS.addresses_root):
         if isinstance(KEYS.parse(key.encode()), AddressKey) and world.etcd.get(key) == name.encode():
-            found.append(key)
-    return found
+            result.append(key)
+    return result

@@ -21,13 +21,13 @@ from unittest.mock import patch
 import trio
 
 from kilo_etcd import kernel
-from kilo_etcd.agent import cachefile, discover, lastknown, program
-from kilo_etcd.agent import report as agent_report
+from kilo_etcd.agent import apply, cachefile, discover, snapshot_cache
+from kilo_etcd.agent import status as agent_report
 from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.agent.daemon import Daemon, Reload
-from kilo_etcd.agent.lastknown import Disk
 from kilo_etcd.agent.metrics import Metrics
 from kilo_etcd.agent.privatekey import agreed, public_key
+from kilo_etcd.agent.snapshot_cache import Disk
 from kilo_etcd.etcd import Client
 from kilo_etcd.kernel.diff import Difference
 from kilo_etcd.kernel.state import ApplyReport, Change, HostAddress, Observed
@@ -65,7 +65,7 @@ class SimulatedAgent(Daemon):
         self.host, self._watchman = host, watchman
         self._reload = trio.Event()
 
-    async def _heed_signals(self) -> None:
+    async def _handle_signals(self) -> None:
         await self._reload.wait()
         if not self._stopping.is_set():
             raise Reload
@@ -98,10 +98,10 @@ class SimulatedKernel(FakeKernel):
         self._watchman.wrote(self, plan, report, touches, reset)
         return report
 
-    def _decide(self, plan: HostPlan, found: Observed, reset: Collection[str]) -> Difference:
+    def _decide(self, plan: HostPlan, observed: Observed, reset: Collection[str]) -> Difference:
         # A peer may be heard from elsewhere until the very moment of the decision.
-        self._watchman.decides(self, plan, found, self._memory.former)
-        return super()._decide(plan, found, reset)
+        self._watchman.decides(self, plan, observed, self._memory.former)
+        return super()._decide(plan, observed, reset)
 
 
 class SimulatedHost:
@@ -184,9 +184,17 @@ class SimulatedHost:
         self.device = SimulatedKernel(self, self._watchman, setup, delay=self._delay)
         try:
             self.agent = SimulatedAgent(
-                self, self._watchman, config, self.client, self.device, self.public_key, metrics=Metrics(),
-                disk=self.disk, post=self.network.post(self.name), secret=lambda key: _agreed(self.private, key),
-            )  # fmt: skip
+                self,
+                self._watchman,
+                config,
+                self.client,
+                self.device,
+                self.public_key,
+                metrics=Metrics(),
+                disk=self.disk,
+                transport=self.network.transport(self.name),
+                secret=lambda key: _agreed(self.private, key),
+            )
             await self.agent.run()
         except BaseExceptionGroup as group:
             reloads, others = group.split(Reload)
@@ -232,7 +240,7 @@ class SimulatedHost:
         """To another address on its LAN, as by DHCP; 0: back to its own."""
         self.place = self.home if not number else moved(self.home, number)
         self.network.move(self.name, self.place)
-        # Whoever has heard it at the other address hears it here now.
+        # A host that received from it at the other address receives from it here now.
         for key in self.machine.observed.peers:
             self.network.shake(self.name, key)
 
@@ -290,9 +298,9 @@ def in_memory() -> Iterator[None]:
         await trio.lowlevel.checkpoint()
         return _here().cleaned_up()
 
-    def speak(addresses: Iterable[IPAddress]) -> None:
+    def trigger_handshakes(addresses: Iterable[IPAddress]) -> None:
         for address in addresses:
-            _here().network.knock(_here().name, address)
+            _here().network.trigger_handshake(_here().name, address)
 
     class HostTime(datetime):
         @classmethod
@@ -303,11 +311,11 @@ def in_memory() -> Iterator[None]:
         for target, name, stand_in in (
             (discover, "gather", gather),
             (discover, "location_from_cloud_init", lambda: (None, "")),
-            (program, "speak", speak),
+            (apply, "trigger_handshakes", trigger_handshakes),
             (kernel, "cleanup", cleanup),
             (store_session, "datetime", HostTime),
             (agent_report, "datetime", HostTime),
-            (lastknown, "time", SimpleNamespace(time=lambda: _here().now(), monotonic=trio.current_time)),
+            (snapshot_cache, "time", SimpleNamespace(time=lambda: _here().now(), monotonic=trio.current_time)),
         ):
             patches.enter_context(patch.object(target, name, stand_in))
         # What the disk keeps is flushed for a power failure that no simulated host has.

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from attrs import define, evolve, field, fields, frozen
 
-from kilo_etcd.agent.hearsay import Hearsay
+from kilo_etcd.agent.leader_hints import LeaderHints
 from kilo_etcd.kernel.diff import SET_AGAIN
 from kilo_etcd.kernel.state import (
     MAIN_TABLE,
@@ -55,7 +55,7 @@ KEYS = Keys()
 AFRESH_EVERY = 5
 """Each so many-th apply is compared with what is computed without a predecessor, which takes longer."""
 
-COMPARED = tuple(one.name for one in fields(Snapshot) if one.name not in ("revision", "raft_term"))
+COMPARED = tuple(attribute.name for attribute in fields(Snapshot) if attribute.name not in ("revision", "raft_term"))
 """A listing is dated by etcd's revision, a change by its own; both may be told of one state of the records."""
 
 
@@ -81,8 +81,8 @@ class _Truth:
 
     An etcd that lacks the mesh's settings (it was empty when it was adopted, or somebody deleted them) leaves in force
     what each host has seen of them last, perhaps in different etcds. The stricter claim would need a default for all,
-    which takes a mesh down that has other settings, because a key was deleted. Within `upkeep.SETTINGS_SECONDS` a host
-    puts its own there, and at rest all hosts have those.
+    which takes a mesh down that has other settings, because a key was deleted. Within `restoring.SETTINGS_SECONDS` a
+    host puts its own there, and at rest all hosts have those.
     """
 
     cluster: int
@@ -95,7 +95,9 @@ class _Truth:
 
 def _truth(snapshot: Snapshot) -> _Truth:
     lacking = tuple(
-        one.key for one in snapshot.set_aside if one.key in SETTINGS and one.reason.startswith("the value is missing")
+        rejected.key
+        for rejected in snapshot.rejected
+        if rejected.key in SETTINGS and rejected.reason.startswith("the value is missing")
     )
     return _Truth(
         snapshot.cluster_id,
@@ -149,13 +151,13 @@ class _Account:
     clean: bool
     """Whether its kernel was as it should be."""
     busy: bool
-    """Whether peers are to be spoken to, begun over, or to prove something."""
-    contacts: bool
+    """Whether handshakes are to be triggered, sessions reset, or takeover checks run."""
+    order_due: bool
     """The same, or was so when the host applied something last."""
-    before: Hearsay
-    """What it had heard from neighbours when it applied something last."""
-    heard: Hearsay
-    """What it has heard by now: what is heard while it applies is for the next time."""
+    before: LeaderHints
+    """The leader hints that it had when it applied something last."""
+    hints: LeaderHints
+    """The leader hints that it has by now: what comes while it applies is for the next time."""
     silent_before: tuple[Silent, ...] | None
     """Who of its location did not answer when it applied something last; None: that changed meanwhile."""
     silent: tuple[Silent, ...]
@@ -171,7 +173,7 @@ class _Seen:
     """Cluster -> the newest revision that was applied of it."""
     snapshot: Snapshot | None = None
     kernel: SimulatedKernel | None = None
-    heard: Hearsay = field(factory=Hearsay)
+    hints: LeaderHints = field(factory=LeaderHints)
     silent: tuple[Silent, ...] | None = ()
     raw_plan: HostPlan | None = None
     """What its agent had planned then."""
@@ -229,7 +231,7 @@ class Watchman:
         seen = self._seen(host)
         new = agent.snapshot is not None and agent.plan is None
         newest = seen.newest.get(snapshot.cluster_id, 0)
-        bridged = agent.remembered is not None and snapshot is agent.remembered.snapshot
+        bridged = agent.cached is not None and snapshot is agent.cached.snapshot
         if snapshot.revision < newest and not bridged:
             raise Broken(f"{host.name} applies revision {snapshot.revision} after {newest}")
         last = seen.snapshot
@@ -247,9 +249,9 @@ class Watchman:
             touches=seen.touches,
             clean=seen.settled == seen.touches,
             busy=busy,
-            contacts=seen.busy,
-            before=seen.heard,
-            heard=agent.hearsay,
+            order_due=seen.busy,
+            before=seen.hints,
+            hints=agent.leader_hints,
             silent_before=seen.silent,
             silent=_silent(agent),
             new=new,
@@ -263,13 +265,13 @@ class Watchman:
         self._applies += 1
         seen = self._seen(host)
         repeated = seen.snapshot is snapshot
-        seen.snapshot, seen.raw_plan, seen.heard = snapshot, agent.raw_plan, account.heard
+        seen.snapshot, seen.raw_plan, seen.hints = snapshot, agent.raw_plan, account.hints
         seen.silent = account.silent if account.silent == _silent(agent) else None
         seen.busy = account.busy or _busy(agent)
         self._check_writes(agent, snapshot, account)
-        seen.moved = seen.addresses != agent.whereabouts.addresses
-        seen.addresses = agent.whereabouts.addresses
-        # What neighbours say while etcd is away is no etcd's truth.
+        seen.moved = seen.addresses != agent.registration.addresses
+        seen.addresses = agent.registration.addresses
+        # Leader hints while etcd is away are not etcd's state.
         if repeated or topology.snapshot is not snapshot:
             return
         if not self.lossy:
@@ -283,25 +285,29 @@ class Watchman:
         """How often somebody else has been at the kernel of a host."""
         return self._seen(host).touches
 
-    def decides(self, kernel: SimulatedKernel, plan: HostPlan, found: Observed, former: Mapping[str, Former]) -> None:
+    def decides(
+        self, kernel: SimulatedKernel, plan: HostPlan, observed: Observed, former: Mapping[str, Former]
+    ) -> None:
         """What is to be changed for a plan's sake is decided from what was found, and from `former` endpoints."""
-        learnt = {key: peer.endpoint for key, peer in found.peers.items() if peer.endpoint is not None}
+        learnt = {key: peer.endpoint for key, peer in observed.peers.items() if peer.endpoint is not None}
         seen = self._seen(kernel.owner)
         unanswered = {}
-        for key, peer in found.peers.items():
+        for key, peer in observed.peers.items():
             if peer.endpoint is None:
                 continue
             seen.found_at[key] = seen.found_at.get(key, frozenset()) | {peer.endpoint}
             if seen.received.get(key, (-1, 0))[0] != peer.rx_bytes:
                 seen.received[key] = peer.rx_bytes, peer.tx_bytes
-            silent = found.time - peer.last_handshake >= SESSION_SECONDS
+            silent = observed.time - peer.last_handshake >= SESSION_SECONDS
             if silent and peer.tx_bytes > seen.received[key][1]:
                 unanswered[key] = seen.found_at[key]
         seen.causes = _Causes(
             unanswered=unanswered,
-            time=found.time,
+            time=observed.time,
             lost=frozenset(
-                key for key, one in learnt.items() if one.address is not None and plan.leads_into_tunnel(one.address)
+                key
+                for key, endpoint in learnt.items()
+                if endpoint.address is not None and plan.leads_into_tunnel(endpoint.address)
             ),
             back=frozenset(key for key, one in former.items() if learnt.get(key) in one.endpoints),
         )
@@ -338,7 +344,7 @@ class Watchman:
                     self._broken(f"{host.name} was written to by a new agent that had nothing to change", more)
         for change in report.changes:
             if isinstance(change, AddAddress) and not self.disturbed:
-                self._check_only_one(host, change.address.ip)
+                self._check_agent_lock(host, change.address.ip)
         seen.kernel, seen.plan = kernel, plan
         seen.settled = -1 if report.failures else touches
         if self.steady is not None:
@@ -434,7 +440,7 @@ class Watchman:
                 if known != address and not self.disturbed:
                     raise Broken(f"{node.name} moved from {known} to {address}, as {name} sees it")
 
-    def _check_only_one(self, host: SimulatedHost, address: IPAddress) -> None:
+    def _check_agent_lock(self, host: SimulatedHost, address: IPAddress) -> None:
         for other in self._world.hosts.values():
             if other is not host and any(one.ip == address for one in other.machine.observed.addresses):
                 raise Broken(f"the kernels of {host.name} and {other.name} both have {address}")
@@ -442,7 +448,7 @@ class Watchman:
     def _check_refusals(self, host: SimulatedHost, snapshot: Snapshot) -> None:
         for name, seen in self._hosts.items():
             other = self._world.hosts[name]
-            if other is host or seen.snapshot is None or seen.heard.leaders or not other.condition.powered:
+            if other is host or seen.snapshot is None or seen.hints.leaders or not other.condition.powered:
                 continue
             same = seen.snapshot.revision == snapshot.revision and seen.snapshot.cluster_id == snapshot.cluster_id
             if same and seen.settled == seen.touches and (why := sent_in_clear(snapshot, host, other)):
@@ -466,26 +472,26 @@ class Watchman:
         made = [one for one in host.machine.history[account.history :] if one not in seen.caused]
         if not made or not account.clean or seen.touches != account.touches or seen.settled != seen.touches:
             return
-        # Who changes itself may be reached otherwise, and who speaks first with it is decided anew.
+        # Who changes itself may be reached otherwise, and the handshake order with it is decided anew.
         # An address that is gone or has come is no route's source any more, or may be one again.
-        moved = seen.moved or seen.addresses != agent.whereabouts.addresses
-        busy = moved or account.contacts or _busy(agent) or _changed(account, snapshot, agent.name)
+        moved = seen.moved or seen.addresses != agent.registration.addresses
+        busy = moved or account.order_due or _busy(agent) or _changed(account, snapshot, agent.name)
         silent = not (account.silent_before == account.silent == _silent(agent))
         # What `encrypted` asks for follows from others' stages and statuses too.
         busy = busy or account.plan is None or agent.plan is None or account.plan.encryption != agent.plan.encryption
         if not account.new and account.raw_plan == agent.raw_plan and not (busy or silent or _promoted(account, agent)):
             self._broken(f"{host.name} was written to by a change that does not concern it", made)
-        nothing_new = account.snapshot is snapshot and account.before == account.heard and not silent
+        nothing_new = account.snapshot is snapshot and account.before == account.hints and not silent
         if nothing_new and account.plan is not None and not account.new:
             lost = _lost(made, account.plan)
             if lost:
-                self._broken(f"{host.name} lost what its plan holds although nothing new was heard", lost)
+                self._broken(f"{host.name} lost what its plan holds although there is nothing new", lost)
 
 
 def _busy(agent: SimulatedAgent) -> bool:
     """Whether it has to do with single peers, which may be made anew."""
-    programmer = agent.programmer
-    return bool(programmer._waiting or programmer._proving or programmer._begin_over)
+    applier = agent.applier
+    return bool(applier._waiting or applier._proving or applier._reset_session)
 
 
 def _silent(agent: SimulatedAgent) -> tuple[Silent, ...]:
@@ -503,13 +509,13 @@ def _promoted(account: _Account, agent: SimulatedAgent) -> bool:
     if account.snapshot is None or agent.topology is None:
         return True
     before = build_topology(account.snapshot)
-    return {one.leader.name for one in before.segments.values()} != {
-        one.leader.name for one in agent.topology.segments.values()
+    return {segment.leader.name for segment in before.segments.values()} != {
+        segment.leader.name for segment in agent.topology.segments.values()
     }
 
 
 def _lost(made: Iterable[Change], plan: HostPlan) -> list[Change]:
-    """What `plan` held, was taken away, and was not put back."""
+    """What `plan` held, was taken away, and was not restored."""
     lost: dict[object, Change] = {}
     for change in made:
         match change:

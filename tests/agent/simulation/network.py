@@ -92,7 +92,7 @@ class _Host:
     def encrypts(self) -> bool:
         """Whether its kernel has anything of `encrypted`."""
         observed = self.machine.observed
-        return T in observed.policy.tables or any(one.addresses for one in refused(observed))
+        return T in observed.policy.tables or any(address_set.addresses for address_set in refused(observed))
 
 
 class Network:
@@ -101,10 +101,10 @@ class Network:
     def __init__(self) -> None:
         self._hosts: dict[str, _Host] = {}
         self._by_key: dict[str, str] = {}
-        self._posts: dict[str, SimulatedPost] = {}
+        self._transports: dict[str, SimulatedPost] = {}
         self._drawn: tuple[object, Topology] | None = None
         self._state: list[tuple[object, ...]] = []
-        self._held: list[Observed] = []
+        self._leased: list[Observed] = []
         self._known: dict[tuple[str, IPAddress], _Followed] = {}
         """What has been followed as long as nothing has changed."""
 
@@ -138,13 +138,13 @@ class Network:
         why, there, back = self._follow(source, address)
         if why:
             # The packet itself, once it arrives, tells the first host on the way where the sender is now.
-            self.knock(source, address)
+            self.trigger_handshake(source, address)
             why, there, back = self._follow(source, address)
         if not why:
             self._renew((*there, *back))
         return not why
 
-    def knock(self, source: str, address: IPAddress) -> None:
+    def trigger_handshake(self, source: str, address: IPAddress) -> None:
         """One packet from `source` into the tunnel, whose fate is of no interest: it makes WireGuard shake hands."""
         key = self._peer_for(self._hosts[source].machine.observed, address)
         if key is not None:
@@ -173,29 +173,36 @@ class Network:
         if theirs is None or not _up(there.machine.observed) or self._lost(source, name, mine.endpoint):
             return False
         back = self._address_towards(here, mine.endpoint)
-        here.machine.hear_from(public_key)
-        there.machine.hear_from(here.place.public_key, endpoint=Endpoint(back, DEFAULT_PORT))
+        here.machine.receive_from(public_key)
+        there.machine.receive_from(here.place.public_key, endpoint=Endpoint(back, DEFAULT_PORT))
         return True
 
-    def post(self, name: str) -> SimulatedPost:
+    def transport(self, name: str) -> SimulatedPost:
         """The way of a host's datagrams to mesh addresses, and of others' to it."""
-        one = self._posts[name] = SimulatedPost(self, name)
-        return one
+        transport = self._transports[name] = SimulatedPost(self, name)
+        return transport
 
     def deliver(self, data: bytes, source: str, address: IPAddress) -> None:
         """A datagram from `source`, which arrives if there is a way."""
         lan = self._on_lan(address)
         if lan is not None:
-            sender = next((one.ip for one in self._hosts[source].place.inside if one.version == address.version), None)
-            if lan in self._posts and sender is not None and not self._over_lan(source, lan):
-                self._posts[lan].arrived(data, sender)
+            sender = next(
+                (
+                    interface.ip
+                    for interface in self._hosts[source].place.inside
+                    if interface.version == address.version
+                ),
+                None,
+            )
+            if lan in self._transports and sender is not None and not self._over_lan(source, lan):
+                self._transports[lan].arrived(data, sender)
             return
         for name, host in self._hosts.items():
-            if _has(host.machine.observed, address) and name in self._posts and self.answers(source, address):
+            if _has(host.machine.observed, address) and name in self._transports and self.answers(source, address):
                 own = self._hosts[source].machine.observed.addresses
-                sender = next((one.ip for one in own if one.version == address.version), None)
+                sender = next((interface.ip for interface in own if interface.version == address.version), None)
                 if sender is not None:
-                    self._posts[name].arrived(data, sender)
+                    self._transports[name].arrived(data, sender)
 
     def fate(self, source: str, address: IPAddress) -> str:
         """What becomes of an echo request from `source`, and of its answer: `encrypted` if both go through a tunnel,
@@ -208,12 +215,21 @@ class Network:
     def _follow(self, source: str, address: IPAddress) -> _Followed:
         state: list[tuple[object, ...]] = []
         for host in self._hosts.values():
-            one = host.condition
-            state.append((id(host.machine.observed), one.powered, one.forwards, one.tunnels, one.lan, one.wan))
+            condition = host.condition
+            state.append(
+                (
+                    id(host.machine.observed),
+                    condition.powered,
+                    condition.forwards,
+                    condition.tunnels,
+                    condition.lan,
+                    condition.wan,
+                )
+            )
         if state != self._state:
             self._state, self._known = state, {}
             # What an id stands for must not be another thing meanwhile.
-            self._held = [host.machine.observed for host in self._hosts.values()]
+            self._leased = [host.machine.observed for host in self._hosts.values()]
         found = self._known.get((source, address))
         if found is None:
             found = self._known[source, address] = self._follow_anew(source, address)
@@ -266,14 +282,19 @@ class Network:
                 return f"{name} is switched off"
             if not condition.lan:
                 return f"{name} is cut off from the LAN"
-        if hop.medium is Via.UNDERLAY and any(sender in one.addresses for one in refused(target.machine.observed)):
+        if hop.medium is Via.UNDERLAY and any(
+            sender in address_set.addresses for address_set in refused(target.machine.observed)
+        ):
             return f"{hop.target} refuses what comes from {sender} in clear"
         return ""
 
     def _lost(self, source: str, target: str, endpoint: Endpoint) -> str:
         """Why WireGuard's packets between two hosts do not get through to that endpoint of the second."""
         address, there = endpoint.address, self._hosts[target].place
-        if all(address != one.ip for one in (*there.inside, *there.outside)) or endpoint.port != DEFAULT_PORT:
+        if (
+            all(address != interface.ip for interface in (*there.inside, *there.outside))
+            or endpoint.port != DEFAULT_PORT
+        ):
             return f"{target} is not at {endpoint}, where {source} looks for it"
         assert address is not None
         for name in (source, target):
@@ -295,7 +316,7 @@ class Network:
 
     def _on_lan(self, address: IPAddress) -> str | None:
         for name, host in self._hosts.items():
-            if any(address == one.ip for one in host.place.inside):
+            if any(address == interface.ip for interface in host.place.inside):
                 return name
         return None
 
@@ -304,7 +325,7 @@ class Network:
         address = endpoint.address
         assert address is not None
         own = host.place.outside if is_public(address) else host.place.inside
-        return next(one.ip for one in own if one.version == address.version)
+        return next(interface.ip for interface in own if interface.version == address.version)
 
     @staticmethod
     def _peer_for(observed: Observed, address: IPAddress) -> str | None:
@@ -328,7 +349,7 @@ class Network:
 
 
 class SimulatedPost:
-    """See `agent.neighbours.Post`."""
+    """See `agent.peer_query.DatagramTransport`."""
 
     def __init__(self, network: Network, name: str) -> None:
         self._network, self._name = network, name
@@ -376,15 +397,15 @@ def programmed(observed: Observed, forwards: bool = True) -> HostPlan:
 
     def led(table: OwnTable, priority: int) -> tuple[dict[IPNetwork, RoutePlan], dict[IPNetwork, str]]:
         versions = {rule.version for rule in observed.policy.rules if rule.priority == priority}
-        ways = {one: route for one, route in planned(table.routes).items() if one.version in versions}
-        ends = (one for one in table.last if one.version in versions and one not in ways)
+        ways = {network: route for network, route in planned(table.routes).items() if network.version in versions}
+        ends = (network for network in table.last if network.version in versions and network not in ways)
         return ways, dict.fromkeys(ends, "its last resort takes it")
 
     routes, refused, encryption = planned(observed.routes), {}, None
     if T in observed.policy.tables:
         # A host route to the same address in the main table is asked later.
         sent, refused = led(observed.policy.table(T), LED)
-        routes = {one: route for one, route in routes.items() if one not in refused} | sent
+        routes = {network: route for network, route in routes.items() if network not in refused} | sent
         encryption = Encryption(send=sent)
     back, lost = led(observed.policy.table(RETURNS), RETURNING)
     return HostPlan(
@@ -407,7 +428,7 @@ _WAYS = {DEFAULT_INTERFACE: Via.TUNNEL, ipip_name(DEFAULT_INTERFACE): Via.IPIP}
 def refused(observed: Observed) -> Iterator[AddressSet]:
     """The sources whose packets in clear a kernel drops."""
     sets = () if observed.table is None else observed.table.sets
-    return (one for one in sets if one.name in ("refuse4", "refuse6"))
+    return (address_set for address_set in sets if address_set.name in ("refuse4", "refuse6"))
 
 
 def _encrypted(hops: Iterable[Hop]) -> bool:
@@ -417,7 +438,7 @@ def _encrypted(hops: Iterable[Hop]) -> bool:
 def _ipip_nodes(observed: Observed) -> frozenset[IPAddress]:
     """From whom the packet filter takes IPIP."""
     sets = () if observed.table is None else observed.table.sets
-    return next((one.addresses for one in sets if one.name == "ipip_nodes"), frozenset())
+    return next((address_set.addresses for address_set in sets if address_set.name == "ipip_nodes"), frozenset())
 
 
 def _node(name: str, host: _Host) -> Node:
@@ -426,7 +447,10 @@ def _node(name: str, host: _Host) -> Node:
         public_key=host.place.public_key,
         internal_ips=host.place.inside,
         mesh_addresses=tuple(
-            sorted((one.ip for one in host.machine.observed.addresses), key=lambda one: (one.version, int(one)))
+            sorted(
+                (interface.ip for interface in host.machine.observed.addresses),
+                key=lambda address: (address.version, int(address)),
+            )
         ),
         endpoint=Endpoint(host.place.outside[0].ip, DEFAULT_PORT),
     )
@@ -437,12 +461,12 @@ def _up(observed: Observed) -> bool:
 
 
 def _has(observed: Observed, address: IPAddress) -> bool:
-    return _up(observed) and any(one.ip == address for one in observed.addresses)
+    return _up(observed) and any(interface.ip == address for interface in observed.addresses)
 
 
 def moved(home: Place, number: int) -> Place:
     """The place with another address on the LAN."""
-    inside = [ip_interface(f"{one.network[number]}/{one.network.prefixlen}") for one in home.inside]
+    inside = [ip_interface(f"{interface.network[number]}/{interface.network.prefixlen}") for interface in home.inside]
     return evolve(home, inside=tuple(inside))
 
 

@@ -26,12 +26,12 @@ import trio
 from attrs import evolve, frozen
 
 from helpers import eventually
-from kilo_etcd.agent.sightings import STALE
+from kilo_etcd.agent.observed_endpoints import STALE
 from kilo_etcd.kernel.diff import difference
 from kilo_etcd.kernel.unanswered import TURN_SECONDS
 from kilo_etcd.model import IPNetwork, Snapshot
 from kilo_etcd.store import Keys
-from kilo_etcd.store.held import QUIET_SECONDS
+from kilo_etcd.store.leased_keys import QUIET_SECONDS
 from kilo_etcd.store.view import View
 from kilo_etcd.testing.fake_etcd import Backup, FakeEtcd
 from kilo_etcd.topology import HostPlan, Topology, build_topology, host_plan
@@ -167,7 +167,7 @@ class World:
         self.watchman = Watchman(self)
         if shape.steady:
             self.watchman.steady = encryption.Steady(self)
-        self.said: list[str] = []
+        self.history: list[str] = []
         self.saved: Backup | None = None
         self.genuine = True
         """Whether etcd is what the agents know, or has been adopted since."""
@@ -213,7 +213,7 @@ class World:
 
     def site_of(self, host: SimulatedHost) -> list[SimulatedHost]:
         """The members at a host's site."""
-        return [one for one in self.members() if one.name[0] == host.name[0]]
+        return [member for member in self.members() if member.name[0] == host.name[0]]
 
     def brief(self) -> float:
         """Seconds that a trouble lasts."""
@@ -226,7 +226,7 @@ class World:
         host = self.random.choice(list(self.members()))
         (fault,) = self.random.choices(self._faults, [one.weight for one in self._faults])
         more = fault.act(self, host)
-        self.said.append(f"{trio.current_time():9.3f} {fault.name} {host.name} {more}".rstrip())
+        self.history.append(f"{trio.current_time():9.3f} {fault.name} {host.name} {more}".rstrip())
 
     def later(self, seconds: float, act: Callable[[], object]) -> None:
         """Do it after that time, unless all is healed by then."""
@@ -270,7 +270,7 @@ class World:
     def settle_cluster(self) -> None:
         """It is put right which etcd is the mesh's."""
         if not self.genuine and self.etcd.available:
-            self.said.append(f"{trio.current_time():9.3f} the etcd of the mesh is settled")
+            self.history.append(f"{trio.current_time():9.3f} the etcd of the mesh is settled")
             self.put_right()
             # Those that were started meanwhile follow the other one.
             self.adopt()
@@ -278,7 +278,7 @@ class World:
 
     def heal(self) -> None:
         """The last fault is over."""
-        self.said.append(f"{trio.current_time():9.3f} healed")
+        self.history.append(f"{trio.current_time():9.3f} healed")
         self.etcd_up()
         self.etcd.delay = self.usual_delay
         self.settle_cluster()
@@ -327,12 +327,12 @@ class World:
         for name, agent in agents.items():
             assert agent.topology is not None
             assert not agent._etcd_away(), f"{name} does not know yet that etcd is back"
-            assert not agent.hearsay.leaders, f"{name} still follows hearsay"
+            assert not agent.leader_hints.leaders, f"{name} still follows leader hints"
             differ = differences(agent.topology.snapshot, truth)
             assert not differ, f"{name} sees another mesh than etcd: {'; '.join(differ)}"
             assert agent.topology.segments == fresh.segments, f"{name} draws another mesh"
             assert agent.raw_plan == host_plan(fresh, name), f"{name} has another plan than what is planned afresh"
-            self._own_leases(name, agent, {note.key for note in truth.set_aside})
+            self._own_leases(name, agent, {note.key for note in truth.rejected})
             trouble = agent._etcd_trouble()
             assert trouble in (None, agent.session.contested), f"{name} is in trouble: {trouble}"
             silent = () if agent._reachability is None else agent._reachability.silent
@@ -341,7 +341,7 @@ class World:
         for segment in fresh.segments.values():
             members = {node.name for node in segment.members}
             if len(members) > 1:
-                standing = {one.node for one in truth.candidates.get(segment.location, ())}
+                standing = {candidate.node for candidate in truth.candidates.get(segment.location, ())}
                 assert members <= standing, f"{members - standing} do not stand at {segment.location!r}"
                 assert truth.leaders.get(segment.location) == segment.leader.name, (
                     f"{truth.leaders.get(segment.location)} and not {segment.leader.name} is on record at "
@@ -364,9 +364,9 @@ class World:
     def _own_leases(self, name: str, agent: SimulatedAgent, rejected: set[str]) -> None:
         """What stands in a host's name stands under its lease, and is what it has to say. Junk at places where it has
         nothing to say is `rejected`, and the operator's to remove."""
-        held, lease = agent.session._held, agent.session._short.id
+        held, lease = agent.session._leased, agent.session._short.id
         assert not held.changed, f"{name} has yet to restore {held.changed[0]}"
-        roots = (KEYS.elections_root, KEYS.verdicts_root, KEYS.endpoints_root, KEYS.status_root)
+        roots = (KEYS.elections_root, KEYS.probe_reports_root, KEYS.endpoints_root, KEYS.status_root)
         for raw, kv in self.etcd.data.items():
             key = raw.decode(errors="replace")
             if key.startswith(roots) and key.endswith("/" + name) and key not in rejected - held.values.keys():
@@ -388,7 +388,7 @@ class World:
     @staticmethod
     def _programmed(host: SimulatedHost, agent: SimulatedAgent) -> None:
         """The kernel holds the plan, and there is nothing left to do."""
-        device, wanted = host.device, agent.programmer.programmed
+        device, wanted = host.device, agent.applier.programmed
         assert device is not None
         assert wanted is not None
         assert agent.plan is not None
@@ -400,18 +400,34 @@ class World:
         for network in agent.subnets:
             assert network in host.machine.observed.routes, f"{host.name} has no route to the mesh"
 
-    def penance(self) -> float:
+    def demoted_until(self) -> float:
         """Until when a host stands behind all others, or looks once more, or says that its keys are contested: then it
         writes."""
         standings = [host.agent._candidacy for host in self.members() if host.agent is not None]
         # It is over, and the next look at the kernel says so.
-        over = [trio.current_time() for one in standings if one.penance is None and one.why is not None]
+        over = [
+            trio.current_time()
+            for candidacy_task in standings
+            if candidacy_task.demoted_until is None and candidacy_task.why is not None
+        ]
         agents = [host.agent for host in self.members() if host.agent is not None]
         over += [
-            backoff.until for one in agents for key, backoff in one.session._held._backoffs.items()
-            if key in one.session._held.contested
-        ]  # fmt: skip
-        return max([*over, *(one.penance for one in standings if one.penance is not None)], default=0.0)
+            backoff.until
+            for simulated_agent in agents
+            for key, backoff in simulated_agent.session._leased._backoffs.items()
+            if key in simulated_agent.session._leased.contested
+        ]
+        return max(
+            [
+                *over,
+                *(
+                    candidacy_task.demoted_until
+                    for candidacy_task in standings
+                    if candidacy_task.demoted_until is not None
+                ),
+            ],
+            default=0.0,
+        )
 
     async def keepalives(self) -> None:
         """What WireGuard does by itself: peers with persistent keepalive shake hands now and then."""
@@ -458,9 +474,9 @@ class World:
         # Whether members that have moved answer with their keys is found out in turn.
         slow = behind_nat or self.shape.internal_ips != "off"
         await trio.sleep(LISTED_AGAIN if self.watchman.lossy else NAMED_SECONDS if slow else 15)
-        now, penance = trio.current_time(), self.penance()
-        if now <= penance < now + max(self.shape.quiet, QUIET_SECONDS):
-            await trio.sleep(penance - now + RESYNC_SECONDS + 15)
+        now, demoted_until = trio.current_time(), self.demoted_until()
+        if now <= demoted_until < now + max(self.shape.quiet, QUIET_SECONDS):
+            await trio.sleep(demoted_until - now + RESYNC_SECONDS + 15)
         assert self.at_rest()
         written = [len(host.machine.history) for host in self.members()]
         revision = self.etcd.revision
@@ -479,11 +495,11 @@ class World:
 async def run_schedule(seed: int) -> list[str]:
     """One schedule of faults; what happened in it. AssertionError: something that must hold does not."""
     with seeded(seed), in_memory(), freezable(), TemporaryDirectory(dir=_SHM) as disks:
-        said: list[str] = []
+        history: list[str] = []
         try:
             async with trio.open_nursery() as nursery:
                 world = World(seed, nursery, disks=Path(disks))
-                said = world.said
+                history = world.history
                 nursery.start_soon(world.thaw_at_the_end)
                 nursery.start_soon(world.keepalives)
                 if world.watchman.steady is not None:
@@ -491,6 +507,6 @@ async def run_schedule(seed: int) -> list[str]:
                 await world.run()
                 nursery.cancel_scope.cancel()
         except BaseException as error:
-            error.add_note(f"seed {seed}, {world.shape}; the schedule ended with:\n" + "\n".join(said[-60:]))
+            error.add_note(f"seed {seed}, {world.shape}; the schedule ended with:\n" + "\n".join(history[-60:]))
             raise
-        return said
+        return history

@@ -86,31 +86,33 @@ def pack_table(table: Table) -> list[Message]:
     """The messages that put a table in the place of what there is of that name."""
     create = CREATE
     name = text(1, table.name)
-    found = [*pack_deletion(table.name), _message(_NEWTABLE, name, flags=create)]
+    messages = [*pack_deletion(table.name), _message(_NEWTABLE, name, flags=create)]
     for counter in table.counters:
-        found.append(_message(_NEWOBJ, name, text(2, counter), attribute(3, be32(_COUNTER)), nested(4), flags=create))
-    for number, one in enumerate(table.sets, 1):
-        found.append(
+        messages.append(
+            _message(_NEWOBJ, name, text(2, counter), attribute(3, be32(_COUNTER)), nested(4), flags=create)
+        )
+    for number, address_set in enumerate(table.sets, 1):
+        messages.append(
             _message(
                 _NEWSET,
                 name,
-                text(2, one.name),
+                text(2, address_set.name),
                 attribute(3, be32(0)),
-                attribute(4, be32(_KEY_TYPE[one.version])),
-                attribute(5, be32(_KEY_LENGTH[one.version])),
+                attribute(4, be32(_KEY_TYPE[address_set.version])),
+                attribute(5, be32(_KEY_LENGTH[address_set.version])),
                 attribute(10, be32(number)),
                 flags=create,
             )
         )
-        found += _pack_elements(_NEWSETELEM, table.name, one, create)
+        messages += _pack_elements(_NEWSETELEM, table.name, address_set, create)
     for chain in table.chains:
         hook = nested(4, attribute(1, be32(_HOOKS[chain.hook])), attribute(2, be32(chain.priority)))
         policy = attribute(5, be32(_ACCEPT))
-        found.append(_message(_NEWCHAIN, name, text(3, chain.name), hook, policy, text(7, chain.kind), flags=create))
+        messages.append(_message(_NEWCHAIN, name, text(3, chain.name), hook, policy, text(7, chain.kind), flags=create))
     for rule in table.rules:
         packed = nested(4, pack_expressions(rule.expressions))
-        found.append(_message(_NEWRULE, name, text(2, rule.chain), packed, flags=create | APPEND))
-    return found
+        messages.append(_message(_NEWRULE, name, text(2, rule.chain), packed, flags=create | APPEND))
+    return messages
 
 
 def change_elements(change: AddElements | DeleteElements) -> list[Message]:
@@ -118,11 +120,11 @@ def change_elements(change: AddElements | DeleteElements) -> list[Message]:
     return _pack_elements(kind, change.table, change.set, flags)
 
 
-def _pack_elements(kind: int, table: str, one: AddressSet, flags: int) -> list[Message]:
-    addresses = sorted(one.addresses, key=int)
+def _pack_elements(kind: int, table: str, address_set: AddressSet, flags: int) -> list[Message]:
+    addresses = sorted(address_set.addresses, key=int)
     parts = [addresses[start : start + _ELEMENTS] for start in range(0, len(addresses), _ELEMENTS)]
     packed = [nested(3, *(nested(1, nested(1, attribute(1, a.packed))) for a in part)) for part in parts]
-    return [_message(kind, text(1, table), text(2, one.name), part, flags=flags) for part in packed]
+    return [_message(kind, text(1, table), text(2, address_set.name), part, flags=flags) for part in packed]
 
 
 def pack_deletion(name: str) -> list[Message]:

@@ -141,7 +141,7 @@ def get_route_between(source: IPAddress | None, address: IPAddress) -> Message:
 
 
 def add_route(route: Route, index: int) -> Message:
-    """Fails with EEXIST rather than touch a route that somebody else has set."""
+    """Fails with EEXIST rather than touch a route that another program has set."""
     return Message(NEWROUTE, CREATE | EXCLUSIVE, _route(route, index))
 
 
@@ -156,7 +156,7 @@ def delete_route(route: Route, index: int) -> Message:
 def _route(route: Route, index: int, *, delete: bool = False) -> bytes:
     """`index`: the device, 0 for the one that the kernel finds."""
     destination = route.destination
-    if route.fence:
+    if route.unreachable:
         scope, kind = 0, _UNREACHABLE
     elif delete:
         scope, kind = 255, 0

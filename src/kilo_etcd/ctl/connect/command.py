@@ -92,7 +92,7 @@ class Options:
     persistent_keepalive: int | None
     clean_up: bool
     dns_hosts: bool
-    gateway: str | None
+    exit_node: str | None
     wireguard: Any
     dry_run: bool
     yes: bool
@@ -104,7 +104,7 @@ class Options:
     epilog="Examples:\n\n\b\n"
     "  kgctl connect\n"
     "  kgctl connect laptop --dns-hosts\n"
-    "  kgctl connect --gateway exit-1\n"
+    "  kgctl connect --exit-node exit-1\n"
     "  kgctl --prefix /work connect --allowed-ips 10.9.0.2",
 )
 @click.argument("peer", required=False, callback=checked(parse_peer_name), shell_complete=complete.peers)
@@ -116,9 +116,9 @@ class Options:
 @click.option(
     "--private-key",
     type=click.Path(path_type=Path),
-    help="The file with the private key; made where there is none. Default: one for each mesh and name.",
+    help="The file with the private key; created if it does not exist. Default: one for each mesh and name.",
 )
-@click.option("--interface", callback=checked(_interface), help="Its name. Default: kilo- and the prefix.")
+@click.option("--interface", callback=checked(_interface), help="The interface's name. Default: kilo- and the prefix.")
 @click.option("--port", type=click.IntRange(1, 65535), help="UDP port of WireGuard. Default: a free one.")
 @click.option("--mtu", type=click.IntRange(*MTU), help="Bytes. Default: by the ways to the leaders.")
 @click.option(
@@ -133,22 +133,23 @@ class Options:
 )
 @click.option("--dns-hosts", is_flag=True, help="Write the names of nodes and peers into /etc/hosts.")
 @click.option(
-    "--gateway",
+    "--exit-node",
     metavar="NODE",
     callback=checked(_node_name),
     shell_complete=complete.nodes,
-    help="Send what is for outside the mesh through this node, as a VPN does; it must have the annotation gateway.",
+    help="Send packets for destinations outside the mesh through this node, as a VPN does; it must have the "
+    "annotation advertise-exit-node.",
 )
 @click.option(
     "--wireguard",
     type=click.Choice(("auto", "kernel", "userspace")),
     default="auto",
     show_default=True,
-    help="Whose WireGuard.",
+    help="Which WireGuard to use.",
 )
 @click.option("--log-level", callback=checked(_log_level), default="info", show_default=True, help="As kg has it.")
 @click.option("--dry-run", is_flag=True, help="Print what would be changed here and in etcd, and change nothing.")
-@click.option("--yes", "-y", is_flag=True, help="Replace a record of this name that is somebody else's.")
+@click.option("--yes", "-y", is_flag=True, help="Replace a record of this name that is another machine's.")
 @click.pass_obj
 def connect_command(
     mesh: Mesh,
@@ -161,8 +162,8 @@ def connect_command(
 ) -> None:
     """Make this machine a peer of the mesh, named PEER (default: the host's name), until Ctrl-C.
 
-    It is registered, gets an interface with routes to all of the mesh, and follows what changes there. At the end all
-    of it is removed.
+    It registers the machine, sets up an interface with routes to the whole mesh, and follows changes. At the end
+    all of it is removed.
     """
     from kilo_etcd.agent.logs import setup_logging
 
@@ -189,15 +190,15 @@ def _run(mesh: Mesh, options: Options) -> None:
     import trio
 
     from kilo_etcd import etcd, kernel
-    from kilo_etcd.agent.only_one import AlreadyRunning
-    from kilo_etcd.agent.privatekey import KeyError_
+    from kilo_etcd.agent.lock_file import AlreadyRunning
+    from kilo_etcd.agent.privatekey import KeyFileError
 
     sentences: list[str] = []
     try:
         trio.run(_connect, mesh, options)
     except* KeyboardInterrupt:
         raise KeyboardInterrupt from None
-    except* (Failure, etcd.EtcdError, kernel.KernelError, AlreadyRunning, KeyError_) as group:
+    except* (Failure, etcd.EtcdError, kernel.KernelError, AlreadyRunning, KeyFileError) as group:
         sentences += [error.message if isinstance(error, Failure) else str(error) for error in _leaves(group)]
     if sentences:
         raise Failure("; ".join(dict.fromkeys(sentences)))
@@ -212,11 +213,11 @@ def _leaves(error: BaseException) -> list[BaseException]:
 async def _connect(mesh: Mesh, options: Options) -> None:
     from kilo_etcd import etcd, kernel
     from kilo_etcd.agent.privatekey import generate, load_or_create_file, peek_file, public_key
-    from kilo_etcd.ctl.connect.connection import Connection, Edges, Settings
-    from kilo_etcd.ctl.connect.registration import Registration, Wish
+    from kilo_etcd.ctl.connect.connection import Edges, PeerConnection, Settings
+    from kilo_etcd.ctl.connect.registration import DesiredPeer, PeerRegistration
     from kilo_etcd.store.keys import Keys
     from kilo_etcd.topology import build_topology
-    from kilo_etcd.topology.wayout import unusable
+    from kilo_etcd.topology.exit_node import unusable
 
     _may_change_the_network(options)
     with _alone(options, "interface", options.interface, f"the interface {options.interface}"):
@@ -225,7 +226,7 @@ async def _connect(mesh: Mesh, options: Options) -> None:
         else:
             private = load_or_create_file(options.key_file, flag="--private-key")
         public = public_key(private)
-        wish = Wish(
+        desired = DesiredPeer(
             name=options.peer,
             public_key=public,
             allowed_ips=options.allowed_ips,
@@ -234,9 +235,9 @@ async def _connect(mesh: Mesh, options: Options) -> None:
             replace=options.yes,
         )
         async with etcd.open_client(mesh.etcd) as client:
-            registration = Registration(client, Keys(mesh.prefix), wish, lambda: None)
+            registration = PeerRegistration(client, Keys(mesh.prefix), desired, lambda: None)
             decision, before, after = await registration.prospect()
-            if options.gateway is not None and (trouble := unusable(build_topology(after), options.gateway)):
+            if options.exit_node is not None and (trouble := unusable(build_topology(after), options.exit_node)):
                 raise Failure(trouble)
             endpoint = decision.record.endpoint
             settings = Settings(
@@ -244,7 +245,7 @@ async def _connect(mesh: Mesh, options: Options) -> None:
                 listen_port=options.port or (endpoint.port if endpoint is not None else free_port()),
                 endpoints=mesh.etcd.endpoints,
                 dns_hosts=options.dns_hosts,
-                gateway=options.gateway,
+                exit_node=options.exit_node,
             )
             setup = kernel.Setup(
                 interface=options.interface,
@@ -261,15 +262,15 @@ async def _connect(mesh: Mesh, options: Options) -> None:
             where = f"{mesh.prefix} {before.cluster_id}"
             with (
                 _alone(options, "mesh", where, f"the mesh at {mesh.prefix}"),
-                _alone(options, "gateway", "", "a gateway") if options.gateway is not None else nullcontext(),
+                _alone(options, "exit-node", "", "an exit node") if options.exit_node is not None else nullcontext(),
             ):
                 async with kernel.open_kernel(setup) as device:
                     if options.dry_run:
                         from kilo_etcd.ctl.connect.dryrun import show
 
-                        await show(before, after, wish, settings, device, edges, mesh.etcd, mesh.prefix)
+                        await show(before, after, desired, settings, device, edges, mesh.etcd, mesh.prefix)
                         return
-                    await Connection(wish, settings, client, mesh.prefix, device, edges).run()
+                    await PeerConnection(desired, settings, client, mesh.prefix, device, edges).run()
 
 
 def _may_change_the_network(options: Options) -> None:
@@ -283,14 +284,14 @@ def _may_change_the_network(options: Options) -> None:
 @contextmanager
 def _alone(options: Options, kind: str, what: str, called: str) -> Iterator[None]:
     """Hold something that two connects of one machine would fight over."""
-    from kilo_etcd.agent.only_one import claimed
+    from kilo_etcd.agent.lock_file import exclusive_lock
 
     if options.dry_run:
         yield
         return
     refusal = f"another kgctl connect of this machine has {called} already{{}}; end that one first"
     name = f"connect-{kind}.{sha256(what.encode()).hexdigest()[:16]}"
-    with claimed(name, refusal):
+    with exclusive_lock(name, refusal):
         yield
 
 
@@ -309,5 +310,7 @@ async def _facts(interface: str) -> Any:
     from kilo_etcd import kernel
     from kilo_etcd.agent.discover import HostFacts
 
-    found = await kernel.list_addresses()
-    return HostFacts(addresses=found.addresses, default_routes=found.default_routes, own_interface=interface)
+    host_addresses = await kernel.list_addresses()
+    return HostFacts(
+        addresses=host_addresses.addresses, default_routes=host_addresses.default_routes, own_interface=interface
+    )

@@ -15,20 +15,20 @@ import trio
 from attrs import frozen
 
 from kilo_etcd import etcd, kernel, store
+from kilo_etcd.agent.apply import moved, trigger_handshakes
 from kilo_etcd.agent.discover import HostFacts
+from kilo_etcd.agent.exit_node_monitor import ExitNodeMonitor
 from kilo_etcd.agent.hostnames import known_names
 from kilo_etcd.agent.logs import Once, get_logger
-from kilo_etcd.agent.lookout import Lookout
-from kilo_etcd.agent.program import moved, speak
 from kilo_etcd.agent.resolve import LOOKUP_TIMEOUT, Resolver, names_of, plan_names, resolve_plan
 from kilo_etcd.backoff import RepairBackoff
-from kilo_etcd.ctl.connect.registration import KEEPALIVE, LEASE_SECONDS, Registration, Wish
+from kilo_etcd.ctl.connect.registration import KEEPALIVE, LEASE_SECONDS, DesiredPeer, PeerRegistration
 from kilo_etcd.ctl.context import Failure
 from kilo_etcd.ctl.wait import applied
 from kilo_etcd.model import IPAddress, IPNetwork, Snapshot
 from kilo_etcd.topology import HostPlan, Topology, build_topology, peer_plan
-from kilo_etcd.topology.guard import guard
-from kilo_etcd.topology.wayout import STAYS_OUTSIDE_A_PEER, through
+from kilo_etcd.topology.exit_node import BYPASSES_OF_A_PEER, through
+from kilo_etcd.topology.route_filter import filter_routes
 
 KNOWN_SECONDS = 2.0
 """How long to wait for all agents to know this machine's key: a first handshake that nobody answers costs five."""
@@ -44,14 +44,14 @@ Names = dict[str, tuple[IPAddress, ...]]
 
 @frozen(kw_only=True)
 class Settings:
-    """What the caller asks for beside the record."""
+    """What the caller asks for besides the record."""
 
     interface: str
     listen_port: int
     endpoints: tuple[str, ...]
     """etcd's."""
     dns_hosts: bool = False
-    gateway: str | None = None
+    exit_node: str | None = None
     """The node by which everything leaves that is for outside the mesh."""
     resync_period: float = 30.0
 
@@ -66,14 +66,14 @@ class Edges:
     clean_up: Callable[[], Awaitable[tuple[kernel.Change, ...]]]
 
 
-def raw_plan(topology: Topology, wish: Wish, settings: Settings, facts: HostFacts) -> HostPlan:
+def raw_plan(topology: Topology, desired: DesiredPeer, settings: Settings, facts: HostFacts) -> HostPlan:
     """The plan before names are resolved and the machine's own networks looked at. KeyError: no such peer in force."""
-    keepalive = wish.persistent_keepalive
+    keepalive = desired.persistent_keepalive
     if keepalive is None:
-        keepalive = topology.peers[wish.name].persistent_keepalive or KEEPALIVE
+        keepalive = topology.peers[desired.name].persistent_keepalive or KEEPALIVE
     return peer_plan(
         topology,
-        wish.name,
+        desired.name,
         listen_port=settings.listen_port,
         persistent_keepalive=keepalive,
         families=facts.families(),
@@ -91,17 +91,24 @@ def protected_plan(plan: HostPlan, protected: tuple[IPNetwork, ...], subnets: tu
     mesh = [
         subnet
         for subnet in subnets
-        if not any(one.version == subnet.version and one.network_address in subnet for one in single)
+        if not any(network.version == subnet.version and network.network_address in subnet for network in single)
     ]
-    return guard(plan, protected, mesh=mesh)
+    return filter_routes(plan, protected, mesh=mesh)
 
 
-class Connection:
+class PeerConnection:
     """`run()` returns when the command was asked to end and has cleaned up. Failure, KernelError, EtcdError."""
 
-    def __init__(self, wish: Wish, settings: Settings, client: etcd.Client, prefix: str, device: kernel.Kernel,
-                 edges: Edges) -> None:  # fmt: skip
-        self.wish = wish
+    def __init__(
+        self,
+        desired: DesiredPeer,
+        settings: Settings,
+        client: etcd.Client,
+        prefix: str,
+        device: kernel.Kernel,
+        edges: Edges,
+    ) -> None:
+        self.desired = desired
         self.settings = settings
         self.kernel = device
         self.edges = edges
@@ -109,12 +116,12 @@ class Connection:
         self.prefix = prefix
         self.keys = store.Keys(prefix)
         self.mirror = store.Mirror(client, self.keys)
-        self.registration = Registration(client, self.keys, wish, self._nudge)
+        self.registration = PeerRegistration(client, self.keys, desired, self._nudge)
         self.resolver = Resolver()
         self.facts = HostFacts()
         self.log = get_logger()
         self.once = Once(self.log)
-        self.lookout = Lookout(device, self._note_gateway)
+        self.exit_node_monitor = ExitNodeMonitor(device, self._note_exit_node)
         self.topology: Topology | None = None
         self.plan: HostPlan | None = None
         self._told: object = None
@@ -126,7 +133,7 @@ class Connection:
     async def run(self) -> None:
         """Connect, follow, and clean up."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._heed_signals)
+            nursery.start_soon(self._handle_signals)
             await self.kernel.check()
             try:
                 async with trio.open_nursery() as members:
@@ -137,7 +144,7 @@ class Connection:
                     await self._leave()
             nursery.cancel_scope.cancel()
 
-    async def _heed_signals(self) -> None:
+    async def _handle_signals(self) -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             async for number in signals:
                 if self._stopping.is_set():
@@ -152,17 +159,17 @@ class Connection:
     async def _join(self, nursery: trio.Nursery) -> None:
         self.facts = await self.edges.look()
         await nursery.start(self.resolver.run)
-        if self.settings.gateway is not None:
+        if self.settings.exit_node is not None:
             await self._find_etcd()
         decision = await self.registration.register()
         self._joined = True
         nursery.start_soon(self.registration.keep)
         self.log.info(
-            "registered" if decision.writes else "registered already", peer=self.wish.name,
+            "registered" if decision.writes else "registered already", peer=self.desired.name,
             addresses=decision.record.allowed_ips, chosen=decision.chosen or None,
         )  # fmt: skip
         await nursery.start(self.mirror.run)
-        # New keys take a moment to arrive everywhere. Who is slow, or dead, is not waited for.
+        # New keys take a moment to arrive everywhere. Slow or dead agents are not waited for.
         with suppress(etcd.EtcdError):
             await applied(self.client, self.keys, timeout=KNOWN_SECONDS)
         for task in (
@@ -171,7 +178,7 @@ class Connection:
             self._follow_names,
             self._follow_addresses,
             self._resync,
-            self.lookout.run,
+            self.exit_node_monitor.run,
             self._follow,
         ):
             nursery.start_soon(task)
@@ -185,16 +192,16 @@ class Connection:
         if missing := self.resolver.unresolved(self.settings.endpoints):
             raise Failure(
                 f"etcd's name {missing[0]} is not resolved within {LOOKUP_TIMEOUT:g} s, so etcd could not be kept "
-                "outside the way out by its address: mend the name or the resolver, or give --endpoints as addresses"
+                "reached directly by its address: mend the name or the resolver, or give --endpoints as addresses"
             )
 
-    def _note_gateway(self, sentence: str | None) -> None:
+    def _note_exit_node(self, sentence: str | None) -> None:
         if sentence is None:
-            self.once.clear("gateway", "the gateway answers")
+            self.once.clear("exit node", "the exit node answers")
             return
         self.once.warning(
-            "gateway", f"{sentence}, so nothing leaves this machine but for {STAYS_OUTSIDE_A_PEER}: is it up, "
-            "and does UDP reach it? else end this command, or name another gateway",
+            "exit node", f"{sentence}, so nothing leaves this machine but for {BYPASSES_OF_A_PEER}: is it up, "
+            "and does UDP reach it? else end this command, or name another exit node",
         )  # fmt: skip
 
     # -- what wakes the one that acts -----------------------------------------------------------------------
@@ -213,7 +220,7 @@ class Connection:
         backoff = RepairBackoff()
         while True:
             what = await self.kernel.wait_drift()
-            self.log.warning("the kernel was changed behind our back; repairing", what=what)
+            self.log.warning("another program changed the kernel; repairing", what=what)
             await trio.sleep(backoff.pause(trio.current_time()))
             self._nudge(fresh=True)
 
@@ -254,18 +261,18 @@ class Connection:
         """Whether the snapshot is to be followed: the record is this machine's, and stands there. Gone."""
         if snapshot.revision < self.registration.revision:
             return False
-        held = self.mirror.kv(self.keys.peer(self.wish.name))
-        peer = snapshot.peers.get(self.wish.name)
-        sound = held is not None and (peer is None or peer.public_key == self.wish.public_key)
-        if self.mirror.suspect or (sound and not self.registration.doubted):
+        held = self.mirror.kv(self.keys.peer(self.desired.name))
+        peer = snapshot.peers.get(self.desired.name)
+        sound = held is not None and (peer is None or peer.public_key == self.desired.public_key)
+        if self.mirror.untrusted_reason or (sound and not self.registration.unconfirmed):
             # An etcd that went back in time, or is another one, is told nothing.
             return sound
         try:
             if await self.registration.mend(held):
-                self.log.warning("the record had gone with its lease; registered again", peer=self.wish.name)
+                self.log.warning("the record ended with its lease; registered again", peer=self.desired.name)
         except etcd.EtcdError as error:
-            # Without etcd nobody else forgets us either; with its return the doubt is resolved.
-            self.once.warning("record", "whether this machine is still registered is not known", error=str(error))
+            # Without etcd nobody else forgets us either; its return resolves the uncertainty.
+            self.once.warning("record", "it is not known whether this machine is still registered", error=str(error))
             await trio.sleep(ETCD_RETRY_SECONDS)
             self._nudge()
             return sound
@@ -274,24 +281,24 @@ class Connection:
 
     async def _apply(self, snapshot: Snapshot, fresh: bool) -> None:
         self.topology = topology = build_topology(snapshot, self.topology)
-        if self.wish.name not in topology.peers:
-            reasons = [note.reason for note in snapshot.set_aside if note.key == self.keys.peer(self.wish.name)]
+        if self.desired.name not in topology.peers:
+            reasons = [note.reason for note in snapshot.rejected if note.key == self.keys.peer(self.desired.name)]
             self.once.error(
-                "peer", f"peer {self.wish.name} is not in force: {'; '.join(reasons) or 'see kgctl status'}"
+                "peer", f"peer {self.desired.name} is not in force: {'; '.join(reasons) or 'see kgctl status'}"
             )
             return
-        self.once.clear("peer", f"peer {self.wish.name} is in force")
-        plan = raw_plan(topology, self.wish, self.settings, self.facts)
-        unresolved = names_of(plan, self.settings.gateway or "", self.resolver.table)
+        self.once.clear("peer", f"peer {self.desired.name} is in force")
+        plan = raw_plan(topology, self.desired, self.settings, self.facts)
+        unresolved = names_of(plan, self.settings.exit_node or "", self.resolver.table)
         self.resolver.set_names(plan_names(plan))
         plan = resolve_plan(plan, self.resolver.table, self.resolver.failed, self.facts.families())
         protected = (*self.resolver.networks(self.settings.endpoints), *self.facts.underlay())
         plan = protected_plan(plan, protected, snapshot.subnets)
         # Through the exit node goes everything, so what is of the mesh is told by the plan without it.
         within = plan
-        if self.settings.gateway is not None:
+        if self.settings.exit_node is not None:
             plan = through(
-                plan, topology, self.settings.gateway, self.resolver.networks(self.settings.endpoints),
+                plan, topology, self.settings.exit_node, self.resolver.networks(self.settings.endpoints),
                 unresolved=unresolved,
             )  # fmt: skip
         try:
@@ -304,9 +311,9 @@ class Connection:
             self._nudge(fresh=True)
             return
         self.once.clear("kernel", "the kernel can be programmed again")
-        speak(moved(report, self.plan, plan, topology))
+        trigger_handshakes(moved(report, self.plan, plan, topology))
         self.plan = plan
-        self.lookout.follow(plan)
+        self.exit_node_monitor.follow(plan)
         for change in report.changes:
             self.log.debug("changed", command=str(change))
         self.once.errors(
@@ -353,8 +360,8 @@ class Connection:
             # The record may be there all the same: its answer was not waited for.
             await self._withdraw()
             return
-        if not self.wish.clean_up:
-            self.log.info("ended; everything is left in place", interface=self.settings.interface)
+        if not self.desired.clean_up:
+            self.log.info("ended; everything stays in place", interface=self.settings.interface)
             return
         try:
             changes = await self.edges.clean_up()
@@ -381,11 +388,11 @@ class Connection:
             except etcd.EtcdError as error:
                 reason = str(error)
             else:
-                self.log.info("record removed", peer=self.wish.name)
+                self.log.info("record removed", peer=self.desired.name)
                 return
         self.log.warning(
             "the record could not be removed; it ends by itself",
-            peer=self.wish.name,
+            peer=self.desired.name,
             seconds=LEASE_SECONDS,
             error=reason,
         )

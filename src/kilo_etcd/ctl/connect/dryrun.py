@@ -9,33 +9,33 @@ from kilo_etcd.agent.discover import etcd_networks
 from kilo_etcd.agent.hostnames import known_names
 from kilo_etcd.agent.resolve import resolve_once, resolve_plan
 from kilo_etcd.ctl.connect.connection import Edges, Settings, protected_plan, raw_plan
-from kilo_etcd.ctl.connect.registration import Wish
-from kilo_etcd.ctl.consequences import consequences, new_trouble
+from kilo_etcd.ctl.connect.registration import DesiredPeer
 from kilo_etcd.ctl.context import Failure
+from kilo_etcd.ctl.impact import impact, new_trouble
 from kilo_etcd.ctl.render import clean
 from kilo_etcd.model import Snapshot
 from kilo_etcd.topology import build_topology
-from kilo_etcd.topology.wayout import through
+from kilo_etcd.topology.exit_node import through
 
 
 async def show(
-    before: Snapshot, after: Snapshot, wish: Wish, settings: Settings, device: kernel.Kernel, edges: Edges,
+    before: Snapshot, after: Snapshot, desired: DesiredPeer, settings: Settings, device: kernel.Kernel, edges: Edges,
     config: etcd.Config, prefix: str,
 ) -> None:  # fmt: skip
     """Print it; `before` and `after` are the mesh without and with this machine's record. Failure: it is refused."""
     if trouble := new_trouble(before, after):
         raise Failure("; ".join(trouble))
-    for line in consequences(before, after):
+    for line in impact(before, after):
         click.echo(f"# {line}")
     facts = await edges.look()
     topology = build_topology(after)
-    plan = raw_plan(topology, wish, settings, facts)
+    plan = raw_plan(topology, desired, settings, facts)
     plan = resolve_plan(plan, *await resolve_once(plan), facts.families())
     etcd_at = await etcd_networks(config)
     plan = protected_plan(plan, (*facts.underlay(), *etcd_at), after.subnets)
     within = plan
-    if settings.gateway is not None:
-        plan = through(plan, topology, settings.gateway, etcd_at)
+    if settings.exit_node is not None:
+        plan = through(plan, topology, settings.exit_node, etcd_at)
     for problem in plan.problems:
         click.echo(f"# {clean(problem.text)}")
     for change in await device.preview(plan):

@@ -1,9 +1,9 @@
 """The peer record of the machine that connects: put under a lease, kept, taken away again.
 
-`decide` is pure: what to write for a wish, given what etcd holds, or the sentence with which it is refused. A record
-under a lease is a connect's, and dies with it within `LEASE_SECONDS`; one without a lease is the operator's, is used as
-it is and stays. An address within the mesh's subnets is claimed like a node's, by a create-only transaction, so that
-no node ever gets it; the claim is under the same lease.
+`decide` is pure: what to write for the desired peer, given what etcd holds, or the sentence with which it is refused. A
+record under a lease is a connect's, and dies with it within `LEASE_SECONDS`; one without a lease is the operator's, is
+used as it is and stays. An address within the mesh's subnets is claimed like a node's, by a create-only transaction, so
+that no node ever gets it; the claim is under the same lease.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import trio
 from attrs import evolve, field, frozen
 
 from kilo_etcd.ctl.change import after
-from kilo_etcd.ctl.consequences import new_trouble
 from kilo_etcd.ctl.context import Failure
+from kilo_etcd.ctl.impact import new_trouble
 from kilo_etcd.etcd.api import Client, Compare, KeyValue, LeaseNotFound, Op, Put, absent, unchanged
 from kilo_etcd.model import IPAddress, IPNetwork, Snapshot
 from kilo_etcd.store import operator
@@ -38,7 +38,7 @@ KEEPALIVE = 10
 
 
 @frozen(kw_only=True)
-class Wish:
+class DesiredPeer:
     """What the caller asks for; None: what the record has, or else what is chosen here."""
 
     name: str
@@ -60,22 +60,22 @@ class Decision:
     """Those of the addresses that were chosen here."""
 
 
-def decide(wish: Wish, snapshot: Snapshot, view: View, keys: Keys) -> Decision:
-    """What to write for a wish. Failure, in one sentence, if it cannot be."""
-    name = wish.name
+def decide(desired: DesiredPeer, snapshot: Snapshot, view: View, keys: Keys) -> Decision:
+    """What to write for the desired peer. Failure, in one sentence, if it cannot be."""
+    name = desired.name
     if not snapshot.subnets:
         raise Failure(f"there is no mesh under {keys.prefix} yet: the first agent makes it")
     if name in snapshot.nodes:
         raise Failure(f"{name} is a node of this mesh already; give this machine another name: kgctl connect PEER")
     held = view.kv(keys.peer(name))
     record = None if held is None else _readable(held)
-    if held is not None and not wish.replace:
-        _refuse(wish, held, record)
-    if held is not None and record is not None and not held.lease and not _differs(wish, record):
+    if held is not None and not desired.replace:
+        _refuse(desired, held, record)
+    if held is not None and record is not None and not held.lease and not _differs(desired, record):
         return Decision(record=record, writes=False)
-    base = record or PeerRecord(public_key=wish.public_key, persistent_keepalive=KEEPALIVE)
+    base = record or PeerRecord(public_key=desired.public_key, persistent_keepalive=KEEPALIVE)
     chosen: tuple[IPAddress, ...] = ()
-    allowed = wish.allowed_ips
+    allowed = desired.allowed_ips
     if allowed is None:
         allowed = base.allowed_ips
         if not any(network.num_addresses == 1 for network in allowed):
@@ -83,9 +83,9 @@ def decide(wish: Wish, snapshot: Snapshot, view: View, keys: Keys) -> Decision:
             allowed = (*allowed, *(ip_network(address) for address in chosen))
     if not any(network.num_addresses == 1 for network in allowed):
         raise Failure(f"--allowed-ips {','.join(map(str, allowed))} names no single address for this machine itself")
-    keepalive = base.persistent_keepalive if wish.persistent_keepalive is None else wish.persistent_keepalive
+    keepalive = base.persistent_keepalive if desired.persistent_keepalive is None else desired.persistent_keepalive
     return Decision(
-        record=evolve(base, public_key=wish.public_key, allowed_ips=allowed, persistent_keepalive=keepalive),
+        record=evolve(base, public_key=desired.public_key, allowed_ips=allowed, persistent_keepalive=keepalive),
         claims={address: claimant(name) for address in _to_claim(name, allowed, snapshot, view, keys)},
         chosen=chosen,
     )
@@ -98,21 +98,23 @@ def _readable(held: KeyValue) -> PeerRecord | None:
         return None
 
 
-def _differs(wish: Wish, record: PeerRecord) -> bool:
-    asked = wish.allowed_ips is not None and set(wish.allowed_ips) != set(record.allowed_ips)
-    return asked or record.public_key != wish.public_key
+def _differs(desired: DesiredPeer, record: PeerRecord) -> bool:
+    asked = desired.allowed_ips is not None and set(desired.allowed_ips) != set(record.allowed_ips)
+    return asked or record.public_key != desired.public_key
 
 
-def _refuse(wish: Wish, held: KeyValue, record: PeerRecord | None) -> None:
+def _refuse(desired: DesiredPeer, held: KeyValue, record: PeerRecord | None) -> None:
     remedy = "give this machine another name, or say --yes to replace the record"
     if record is None:
-        raise Failure(f"there is a record of peer {wish.name} already, which cannot be read; {remedy}")
-    if record.public_key != wish.public_key:
+        raise Failure(f"there is a record of peer {desired.name} already, which cannot be read; {remedy}")
+    if record.public_key != desired.public_key:
         whose = ", of a kgctl connect elsewhere or of this machine's with another key" if held.lease else ""
-        raise Failure(f"peer {wish.name} is registered with another public key ({record.public_key}){whose}; {remedy}")
-    if not held.lease and _differs(wish, record):
         raise Failure(
-            f"peer {wish.name} is registered with {', '.join(map(str, record.allowed_ips)) or 'no address'}; leave "
+            f"peer {desired.name} is registered with another public key ({record.public_key}){whose}; {remedy}"
+        )
+    if not held.lease and _differs(desired, record):
+        raise Failure(
+            f"peer {desired.name} is registered with {', '.join(map(str, record.allowed_ips)) or 'no address'}; leave "
             "--allowed-ips out, or say --yes to replace the record"
         )
 
@@ -123,7 +125,7 @@ def _free_addresses(name: str, snapshot: Snapshot, view: View, keys: Keys) -> tu
     granted = [network for peer in snapshot.peers.values() if peer.name != name for network in peer.allowed_ips]
     # A node keeps the address that its record states while its claim is gone.
     nodes = {address for node in snapshot.nodes.values() for address in node.mesh_addresses}
-    found: list[IPAddress] = []
+    addresses: list[IPAddress] = []
     for subnet in snapshot.subnets:
         own = sorted((a for a, owner in held.items() if owner == claimant(name) and a in subnet), key=int)
         tries: Iterable[IPAddress] = own or candidates(claimant(name), subnet, held.keys() | nodes)
@@ -131,8 +133,8 @@ def _free_addresses(name: str, snapshot: Snapshot, view: View, keys: Keys) -> tu
         address = next(free, None)
         if address is None:
             raise Failure(f"no address is left for this machine in {subnet}; give one outside it with --allowed-ips")
-        found.append(address)
-    return tuple(found)
+        addresses.append(address)
+    return tuple(addresses)
 
 
 def _claims(view: View, keys: Keys) -> Iterable[tuple[AddressKey, KeyValue]]:
@@ -168,14 +170,14 @@ class Gone(Failure):
     """Somebody has taken the record away, or has given the name to another key."""
 
 
-class Registration:
+class PeerRegistration:
     """Puts the record, keeps its lease, and takes it away. `run` is its task."""
 
-    def __init__(self, client: Client, keys: Keys, wish: Wish, on_doubt: Callable[[], None]) -> None:
+    def __init__(self, client: Client, keys: Keys, desired: DesiredPeer, on_unconfirmed: Callable[[], None]) -> None:
         self._client = client
         self._keys = keys
-        self._wish = wish
-        self._lease = KeptLease(client, LEASE_SECONDS, on_doubt=on_doubt, on_lost=lambda: None)
+        self._desired = desired
+        self._lease = KeptLease(client, LEASE_SECONDS, on_unconfirmed=on_unconfirmed, on_lost=lambda: None)
         self.decision: Decision | None = None
         self.revision = 0
         """etcd's, from which on the record stands there."""
@@ -183,7 +185,7 @@ class Registration:
     @property
     def removes(self) -> bool:
         """Whether the record goes at the end: this run has put it."""
-        return self.decision is not None and self.decision.writes and self._wish.clean_up
+        return self.decision is not None and self.decision.writes and self._desired.clean_up
 
     @property
     def leased(self) -> bool:
@@ -191,27 +193,27 @@ class Registration:
         return bool(self._lease.id)
 
     @property
-    def doubted(self) -> bool:
+    def unconfirmed(self) -> bool:
         """Whether etcd is to be asked if the lease still lives."""
-        return self._lease.doubted
+        return self._lease.unconfirmed
 
     async def prospect(self) -> tuple[Decision, Snapshot, Snapshot]:
         """What would be written, and the mesh before and after. Failure, EtcdError."""
         before, view = await operator.snapshot(self._client, self._keys)
-        decision = decide(self._wish, before, view, self._keys)
+        decision = decide(self._desired, before, view, self._keys)
         return decision, before, after(view, self._puts(decision), [])
 
     def _puts(self, decision: Decision) -> dict[str, str]:
         if not decision.writes:
             return {}
         claims = {self._keys.address(address): owner for address, owner in decision.claims.items()}
-        return {self._keys.peer(self._wish.name): encode(decision.record).decode(), **claims}
+        return {self._keys.peer(self._desired.name): encode(decision.record).decode(), **claims}
 
     async def register(self) -> Decision:
         """Put the record unless it stands there already. Failure, with nothing written; EtcdError."""
         for _ in range(ATTEMPTS):
             before, view = await operator.snapshot(self._client, self._keys)
-            decision = decide(self._wish, before, view, self._keys)
+            decision = decide(self._desired, before, view, self._keys)
             puts = self._puts(decision)
             if not puts:
                 self.decision, self.revision = decision, view.revision
@@ -220,36 +222,36 @@ class Registration:
             # This uses the view up.
             if trouble := new_trouble(before, after(view, puts, [])):
                 raise Failure("; ".join(trouble) + "; nothing was written")
-            if self._wish.clean_up and not await self._lease.lives():
+            if self._desired.clean_up and not await self._lease.lives():
                 await self._lease.grant()
             operations: list[Op] = [Put(key, value, lease=self._lease.id) for key, value in puts.items()]
             try:
                 done = await self._client.txn(compare, operations)
             except LeaseNotFound:
-                self._lease.doubt()
+                self._lease.mark_unconfirmed()
                 continue
             if done.succeeded:
                 self.decision, self.revision = decision, done.header.revision
                 return decision
-        raise Failure(f"others change the record of peer {self._wish.name} again and again; nothing was written")
+        raise Failure(f"others change the record of peer {self._desired.name} again and again; nothing was written")
 
     async def mend(self, held: KeyValue | None) -> bool:
         """Put the record back where it went with its lease; whether it was. `held` is what stands there as of
         `revision` or later. Gone if somebody else did it; Failure, EtcdError."""
         if held is not None:
             record = _readable(held)
-            if record is not None and record.public_key != self._wish.public_key:
-                raise Gone(f"peer {self._wish.name} has another public key now: somebody else has taken the name")
+            if record is not None and record.public_key != self._desired.public_key:
+                raise Gone(f"peer {self._desired.name} has another public key now: another machine has taken the name")
         if self.removes and not await self._lease.lives():
-            # What the caller was allowed to replace once it may not replace for ever.
-            self._wish = evolve(self._wish, replace=False)
+            # What the caller was allowed to replace once it may not replace forever.
+            self._desired = evolve(self._desired, replace=False)
             await self.register()
             return True
         if held is None:
             # Perhaps the lease ended and nobody has noticed yet: sleeping machines keep no leases.
-            self._lease.doubt()
+            self._lease.mark_unconfirmed()
             if not self.removes or await self._lease.lives():
-                raise Gone(f"the record of peer {self._wish.name} was removed by somebody else")
+                raise Gone(f"the record of peer {self._desired.name} was removed by another writer")
             return await self.mend(None)
         return False
 

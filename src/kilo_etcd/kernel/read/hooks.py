@@ -69,16 +69,16 @@ Elements = Callable[[str], Iterable[Found]]
 
 def read_base(body: bytes) -> tuple[int, str, str, bool] | None:
     """Of a base chain of hook forward: its family's number, its table, its name, whether it drops what no rule took."""
-    found, hook = read_chain_items(body)
-    family = found["nfgen_family"]
+    result, hook = read_chain_items(body)
+    family = result["nfgen_family"]
     if (
         family not in FAMILIES
         or hook.get("NFTA_HOOK_HOOKNUM") != be32(formats.NF_INET_HOOKS["forward"])
-        or text(found, "NFTA_CHAIN_TYPE") != "filter"
+        or text(result, "NFTA_CHAIN_TYPE") != "filter"
     ):
         return None
-    drops = _VERDICTS.get(found.get("NFTA_CHAIN_POLICY", b"")) == "drop"
-    return family, text(found, "NFTA_CHAIN_TABLE"), text(found, "NFTA_CHAIN_NAME"), drops
+    drops = _VERDICTS.get(result.get("NFTA_CHAIN_POLICY", b"")) == "drop"
+    return family, text(result, "NFTA_CHAIN_TABLE"), text(result, "NFTA_CHAIN_NAME"), drops
 
 
 def read_members(body: bytes) -> list[Found]:
@@ -88,9 +88,9 @@ def read_members(body: bytes) -> list[Found]:
 
 def read_rule_of(body: bytes, family: int, table: str, chain: str) -> Found | None:
     """A rule of a chain, for `to_rule`. None: it is another chain's, of which an old kernel tells too."""
-    found = _rules(body)
-    place = found["nfgen_family"], text(found, "NFTA_RULE_TABLE"), text(found, "NFTA_RULE_CHAIN")
-    return found if place == (family, table, chain) else None
+    attributes = _rules(body)
+    place = attributes["nfgen_family"], text(attributes, "NFTA_RULE_TABLE"), text(attributes, "NFTA_RULE_CHAIN")
+    return attributes if place == (family, table, chain) else None
 
 
 @cache
@@ -108,21 +108,21 @@ def to_rule(rule: Found, members_of: Elements = lambda name: ()) -> FilterRule:
     for element in elements(rule.get("NFTA_RULE_EXPRESSIONS", b"")):
         outer = expressions(element)
         name = text(outer, "NFTA_EXPR_NAME")
-        found: Found = _reader(name)(outer.get("NFTA_EXPR_DATA", b"")) if name in _READERS else {}
-        get = found.get
+        attributes: Found = _reader(name)(outer.get("NFTA_EXPR_DATA", b"")) if name in _READERS else {}
+        get = attributes.get
         if name == "meta":
-            if "NFTA_META_DREG" in found:
-                registers[found["NFTA_META_DREG"]] = _META.get(get("NFTA_META_KEY", b""), "?"), b""
+            if "NFTA_META_DREG" in attributes:
+                registers[attributes["NFTA_META_DREG"]] = _META.get(get("NFTA_META_KEY", b""), "?"), b""
             else:
                 conditions.append(Condition(name))
         elif name == "ct":
-            if "NFTA_CT_DREG" in found:
-                registers[found["NFTA_CT_DREG"]] = _CT.get(get("NFTA_CT_KEY", b""), "?"), b""
+            if "NFTA_CT_DREG" in attributes:
+                registers[attributes["NFTA_CT_DREG"]] = _CT.get(get("NFTA_CT_KEY", b""), "?"), b""
             else:
                 conditions.append(Condition(name))
         elif name == "payload":
-            if "NFTA_PAYLOAD_DREG" in found:
-                registers[found["NFTA_PAYLOAD_DREG"]] = _side(found), b""
+            if "NFTA_PAYLOAD_DREG" in attributes:
+                registers[attributes["NFTA_PAYLOAD_DREG"]] = _side(attributes), b""
             else:
                 conditions.append(Condition(name))
         elif name == "bitwise":
@@ -140,19 +140,19 @@ def to_rule(rule: Found, members_of: Elements = lambda name: ()) -> FilterRule:
             mapped = get("NFTA_LOOKUP_DREG") == VERDICT_REGISTER
             if mapped:
                 # A verdict map: whom it does not name goes on.
-                members = members_of(text(found, "NFTA_LOOKUP_SET")) if held == "state" else ()
+                members = members_of(text(attributes, "NFTA_LOOKUP_SET")) if held == "state" else ()
                 verdict, target = _mapped(members) if held == "state" else ("unknown", "")
             elif held in _LOOKED_UP:
                 inverted = bool(int.from_bytes(get("NFTA_LOOKUP_FLAGS", b"")) & _INVERTED)
-                conditions.append(_among(held, members_of(text(found, "NFTA_LOOKUP_SET")), inverted=inverted))
+                conditions.append(_among(held, members_of(text(attributes, "NFTA_LOOKUP_SET")), inverted=inverted))
             else:
                 conditions.append(Condition(name))
         elif name == "queue":
             verdict = "unknown"
         elif name == "match":
-            conditions += _xt_match(found)
+            conditions += _xt_match(attributes)
         elif name == "target":
-            verdict = "drop" if text(found, "NFTA_TARGET_NAME") == "REJECT" else verdict
+            verdict = "drop" if text(attributes, "NFTA_TARGET_NAME") == "REJECT" else verdict
         elif name not in _SILENT and name != "immediate":
             conditions.append(Condition(name))
     return FilterRule(
@@ -168,9 +168,9 @@ def _value(data: bytes) -> bytes:
 
 
 def _verdict(data: bytes) -> tuple[Verdict, str]:
-    found = verdicts(values(data).get("NFTA_DATA_VERDICT", b""))
-    code: bytes = found.get("NFTA_VERDICT_CODE", bytes(4))
-    return _VERDICTS.get(code, "unknown"), text(found, "NFTA_VERDICT_CHAIN")
+    attributes = verdicts(values(data).get("NFTA_DATA_VERDICT", b""))
+    code: bytes = attributes.get("NFTA_VERDICT_CODE", bytes(4))
+    return _VERDICTS.get(code, "unknown"), text(attributes, "NFTA_VERDICT_CHAIN")
 
 
 def _key(member: Found) -> bytes:
@@ -178,14 +178,14 @@ def _key(member: Found) -> bytes:
 
 
 def _mapped(members: Iterable[Found]) -> tuple[Verdict, str]:
-    """What a verdict map of ct state says of new packets."""
-    mapped = (_verdict(one.get("NFTA_SET_ELEM_DATA", b"")) for one in members if _state(_key(one)) & _NEW)
+    """What a verdict map of ct state decides for new packets."""
+    mapped = (_verdict(member.get("NFTA_SET_ELEM_DATA", b"")) for member in members if _state(_key(member)) & _NEW)
     return next(mapped, ("", ""))
 
 
 def _among(held: str, members: Iterable[Found], *, inverted: bool) -> Condition:
     """Membership in a set of states or of interface names."""
-    keys = [_key(one) for one in members]
+    keys = [_key(member) for member in members]
     if held == "state":
         return Condition("new", any(_state(key) & _NEW for key in keys), not inverted)
     names = tuple(key.rstrip(b"\0").decode(errors="replace") for key in keys)
@@ -196,10 +196,10 @@ def _state(data: bytes) -> int:
     return int.from_bytes(data, sys.byteorder)
 
 
-def _side(found: Found) -> str:
+def _side(attributes: Found) -> str:
     """Which address a payload expression loads, as `saddr 4`."""
-    offset, length = (int.from_bytes(found.get(f"NFTA_PAYLOAD_{name}", b"")) for name in ("OFFSET", "LEN"))
-    if found.get("NFTA_PAYLOAD_BASE") == NETWORK_HEADER:
+    offset, length = (int.from_bytes(attributes.get(f"NFTA_PAYLOAD_{name}", b"")) for name in ("OFFSET", "LEN"))
+    if attributes.get("NFTA_PAYLOAD_BASE") == NETWORK_HEADER:
         if length <= 4 and offset in (12, 16):
             return f"{'saddr' if offset == 12 else 'daddr'} 4"
         if 4 < length <= 16 and offset in (8, 24):
@@ -234,13 +234,13 @@ def _condition(held: str, mask: bytes, operator: bytes, data: bytes) -> Conditio
     return Condition("?")
 
 
-def _xt_match(found: Found) -> Iterator[Condition]:
+def _xt_match(attributes: Found) -> Iterator[Condition]:
     """A match of iptables' own that nftables carries along."""
-    name, info = text(found, "NFTA_MATCH_NAME"), found.get("NFTA_MATCH_INFO", b"")
+    name, info = text(attributes, "NFTA_MATCH_NAME"), attributes.get("NFTA_MATCH_INFO", b"")
     layout = formats.XT_CONNTRACK3
     if (
         name == "conntrack"
-        and found.get("NFTA_MATCH_REV") == be32(formats.XT_CONNTRACK_REVISION)
+        and attributes.get("NFTA_MATCH_REV") == be32(formats.XT_CONNTRACK_REVISION)
         and len(info) >= layout.size
     ):
         flags, inverted, state = layout.unpack_from(info)

@@ -50,15 +50,15 @@ def read_generation(body: bytes) -> int:
 
 def read_chain(body: bytes, table: str) -> Chain | None:
     """None: it is another table's."""
-    found, hook = read_chain_items(body)
-    if text(found, "NFTA_CHAIN_TABLE") != table:
+    result, hook = read_chain_items(body)
+    if text(result, "NFTA_CHAIN_TABLE") != table:
         return None
     number = int.from_bytes(hook["NFTA_HOOK_HOOKNUM"]) if "NFTA_HOOK_HOOKNUM" in hook else -1
-    accepts = found.get("NFTA_CHAIN_POLICY") == ACCEPT_VERDICT
+    accepts = result.get("NFTA_CHAIN_POLICY") == ACCEPT_VERDICT
     return Chain(
-        name=text(found, "NFTA_CHAIN_NAME"),
+        name=text(result, "NFTA_CHAIN_NAME"),
         # A chain that drops by default is none of ours, whatever its name.
-        kind=text(found, "NFTA_CHAIN_TYPE") if accepts else "",
+        kind=text(result, "NFTA_CHAIN_TYPE") if accepts else "",
         hook=_HOOKS.get(number, ""),
         priority=int.from_bytes(hook.get("NFTA_HOOK_PRIORITY", b""), signed=True),
     )
@@ -66,8 +66,8 @@ def read_chain(body: bytes, table: str) -> Chain | None:
 
 def read_chain_items(body: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     """The attributes of a chain, and those of its hook."""
-    found = _chains(body)
-    return found, _hooks(found["NFTA_CHAIN_HOOK"]) if "NFTA_CHAIN_HOOK" in found else {}
+    attributes = _chains(body)
+    return attributes, _hooks(attributes["NFTA_CHAIN_HOOK"]) if "NFTA_CHAIN_HOOK" in attributes else {}
 
 
 def chain_of(body: bytes) -> str:
@@ -77,46 +77,49 @@ def chain_of(body: bytes) -> str:
 
 def read_set(body: bytes, table: str) -> AddressSet | None:
     """A set without its elements. None: it is another table's, or anonymous."""
-    found = _sets(body)
-    if text(found, "NFTA_SET_TABLE") != table or int.from_bytes(found.get("NFTA_SET_FLAGS", b"")) & _ANONYMOUS:
+    attributes = _sets(body)
+    if (
+        text(attributes, "NFTA_SET_TABLE") != table
+        or int.from_bytes(attributes.get("NFTA_SET_FLAGS", b"")) & _ANONYMOUS
+    ):
         return None
-    version = 4 if int.from_bytes(found.get("NFTA_SET_KEY_LEN", b"")) == 4 else 6
-    return AddressSet(name=text(found, "NFTA_SET_NAME"), version=version, addresses=frozenset())
+    version = 4 if int.from_bytes(attributes.get("NFTA_SET_KEY_LEN", b"")) == 4 else 6
+    return AddressSet(name=text(attributes, "NFTA_SET_NAME"), version=version, addresses=frozenset())
 
 
 def read_addresses(body: bytes, table: str) -> list[IPAddress]:
     """The elements of a set of addresses that one message holds."""
-    found = _lists(body)
-    if text(found, "NFTA_SET_ELEM_LIST_TABLE") != table:
+    attributes = _lists(body)
+    if text(attributes, "NFTA_SET_ELEM_LIST_TABLE") != table:
         return []
     keys = [
         values(_elements(element).get("NFTA_SET_ELEM_KEY", b"")).get("NFTA_DATA_VALUE", b"")
-        for element in elements(found.get("NFTA_SET_ELEM_LIST_ELEMENTS", b""))
+        for element in elements(attributes.get("NFTA_SET_ELEM_LIST_ELEMENTS", b""))
     ]
     return [ip_address(key) for key in keys if len(key) in (4, 16)]
 
 
 def read_object(body: bytes, table: str) -> str | None:
     """The name of a counter. None: it is another table's."""
-    found = _objects(body)
-    return text(found, "NFTA_OBJ_NAME") if text(found, "NFTA_OBJ_TABLE") == table else None
+    attributes = _objects(body)
+    return text(attributes, "NFTA_OBJ_NAME") if text(attributes, "NFTA_OBJ_TABLE") == table else None
 
 
 def read_rule(body: bytes, table: str) -> Rule | None:
     """None: it is another table's."""
-    found = _rules(body)
-    if text(found, "NFTA_RULE_TABLE") != table:
+    attributes = _rules(body)
+    if text(attributes, "NFTA_RULE_TABLE") != table:
         return None
-    expressions = tuple(map(_expression, elements(found.get("NFTA_RULE_EXPRESSIONS", b""))))
-    return Rule(chain=text(found, "NFTA_RULE_CHAIN"), expressions=expressions)
+    expressions = tuple(map(_expression, elements(attributes.get("NFTA_RULE_EXPRESSIONS", b""))))
+    return Rule(chain=text(attributes, "NFTA_RULE_CHAIN"), expressions=expressions)
 
 
 def _expression(body: bytes) -> Expression:
-    found = expressions(body)
-    name = text(found, "NFTA_EXPR_NAME")
-    if name not in KNOWN or "NFTA_EXPR_DATA" not in found:
+    attributes = expressions(body)
+    name = text(attributes, "NFTA_EXPR_NAME")
+    if name not in KNOWN or "NFTA_EXPR_DATA" not in attributes:
         return name, ()
-    values = _known(name)(found["NFTA_EXPR_DATA"])
+    values = _known(name)(attributes["NFTA_EXPR_DATA"])
     return name, tuple([(each, _value(each, values[each])) for each in KNOWN[name] if each in values])
 
 
@@ -130,10 +133,10 @@ def _value(name: str, data: bytes | int) -> bytes:
         # Of one byte: all other numbers of nftables are big-endian.
         return bytes([data])
     if name in VALUES:
-        found = values(data)
-        if "NFTA_DATA_VERDICT" in found:
-            found = verdicts(found["NFTA_DATA_VERDICT"])
-        value: bytes = found.get("NFTA_DATA_VALUE", found.get("NFTA_VERDICT_CODE", b""))
+        attributes = values(data)
+        if "NFTA_DATA_VERDICT" in attributes:
+            attributes = verdicts(attributes["NFTA_DATA_VERDICT"])
+        value: bytes = attributes.get("NFTA_DATA_VALUE", attributes.get("NFTA_VERDICT_CODE", b""))
         return value
     return data
 
@@ -161,6 +164,6 @@ def family_of(body: bytes) -> int:
     return body[0] if body else 0
 
 
-def text(found: Mapping[str, Any], name: str) -> str:
-    data: bytes = found.get(name, b"")
+def text(attributes: Mapping[str, Any], name: str) -> str:
+    data: bytes = attributes.get(name, b"")
     return data.rstrip(b"\0").decode(errors="replace")

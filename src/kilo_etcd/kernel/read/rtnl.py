@@ -12,7 +12,7 @@ from kilo_etcd.kernel import formats
 from kilo_etcd.kernel.codec import FormatError, Reader, read
 from kilo_etcd.kernel.formats import PORT_RANGE, fibmsg, ifaddrmsg, ifinfmsg, ndmsg, netconfmsg, rtmsg, rtnl
 from kilo_etcd.kernel.rules import ForeignRule, RoutingRule
-from kilo_etcd.kernel.state import FENCE_METRIC, ROUTE_PROTOCOL, AddressScope, HostAddress, Link, Route
+from kilo_etcd.kernel.state import ROUTE_PROTOCOL, UNREACHABLE_METRIC, AddressScope, HostAddress, Link, Route
 from kilo_etcd.model import IPAddress, IPNetwork
 
 NEWLINK, DELLINK = rtnl.RTM_NEWLINK, rtnl.RTM_DELLINK
@@ -93,14 +93,14 @@ class FoundRoute:
     mtu: int = 0
 
     @property
-    def fence(self) -> bool:
+    def unreachable(self) -> bool:
         """Whether it is one of ours that refuses packets for the mesh."""
         return self.last_resort and self.protocol == ROUTE_PROTOCOL
 
     @property
     def last_resort(self) -> bool:
         """Whether it refuses packets that no other route of its table takes."""
-        return (self.type, self.metric) == (_UNREACHABLE, FENCE_METRIC)
+        return (self.type, self.metric) == (_UNREACHABLE, UNREACHABLE_METRIC)
 
     def route(self, names: Mapping[int, str]) -> Route:
         return Route(
@@ -166,16 +166,16 @@ def read_address(body: bytes, links: Mapping[int, Link]) -> HostAddress | None:
 
 def read_route(body: bytes) -> FoundRoute | None:
     """None for what is no route of the tables (cached clones, other families)."""
-    flags, found = _route(body)
-    return None if flags & formats.RTM_F_CLONED else found
+    flags, route = _route(body)
+    return None if flags & formats.RTM_F_CLONED else route
 
 
 def read_taken(body: bytes) -> FoundRoute:
     """The answer to `get_route_between`. FormatError: it is no route of IPv4 or IPv6."""
-    _, found = _route(body)
-    if found is None:
+    _, route = _route(body)
+    if route is None:
         raise FormatError
-    return found
+    return route
 
 
 def _route(body: bytes) -> tuple[int, FoundRoute | None]:
@@ -233,7 +233,7 @@ def read_rule(body: bytes) -> tuple[RoutingRule, int] | None:
     address = None if source is None else _ip(source)
     if source_length != (0 if address is None else address.max_prefixlen):
         return None
-    ports = [PORT_RANGE.unpack(found) if found is not None else (0, 0) for found in (sports, dports)]
+    ports = [PORT_RANGE.unpack(packed) if packed is not None else (0, 0) for packed in (sports, dports)]
     if bool(mark) is not bool(flags & formats.FIB_RULE_INVERT) or any(first != last for first, last in ports):
         return None
     rule = RoutingRule(

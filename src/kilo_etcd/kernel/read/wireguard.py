@@ -13,8 +13,8 @@ from typing import Any
 from attrs import field, frozen
 
 from kilo_etcd.kernel.codec import Reader, elements, layout
-from kilo_etcd.kernel.effect import network_order
 from kilo_etcd.kernel.formats import SOCKADDR_IN, SOCKADDR_IN6, ctrlmsg, wg, wgmsg
+from kilo_etcd.kernel.predict import network_order
 from kilo_etcd.kernel.state import ObservedPeer
 from kilo_etcd.model import Endpoint, IPNetwork
 
@@ -35,7 +35,7 @@ _NEVER = bytes(_TIME.size)
 
 @frozen(kw_only=True)
 class DeviceState:
-    """What a device says of itself."""
+    """What a device reports of itself."""
 
     public_key: str = ""
     listen_port: int = 0
@@ -83,7 +83,7 @@ class DeviceReader:
                 # A continuation carries the key and more allowed IPs only.
                 self._peers[key] = (*known[:-1], (known[-1] or b"") + (peer[-1] or b""))
 
-    def mark(self) -> int:
+    def fingerprint(self) -> int:
         """See `Device.mark`."""
         return hash(
             (
@@ -97,7 +97,7 @@ class DeviceReader:
 
     def result(self) -> DeviceState:
         """The device, with each peer's allowed IPs in the order that plans have them in."""
-        peers = [self._peer(*found) for found in self._peers.values()]
+        peers = [self._peer(*value) for value in self._peers.values()]
         self._former, self._peers = {}, {}
         return DeviceState(
             public_key=self._public_key,

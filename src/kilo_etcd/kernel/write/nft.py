@@ -26,12 +26,12 @@ _KEY_LENGTH = {4: 4, 6: 16}
 
 
 def begin() -> Message:
-    """What stands before the messages of a transaction."""
+    """The message that begins a transaction."""
     return _delimiter(formats.NFNL_MSG_BATCH_BEGIN)
 
 
 def end() -> Message:
-    """What stands behind them."""
+    """The message that ends it."""
     return _delimiter(formats.NFNL_MSG_BATCH_END)
 
 
@@ -111,17 +111,21 @@ def replace_table(table: Table) -> list[Message]:
                 flags=_CREATE,
             )
         )  # fmt: skip
-    for number, one in enumerate(table.sets, 1):
+    for number, address_set in enumerate(table.sets, 1):
         messages.append(
             _message(
-                nft.NFT_MSG_NEWSET, nft.nft_set_msg,
-                ("NFTA_SET_TABLE", table.name), ("NFTA_SET_NAME", one.name), ("NFTA_SET_FLAGS", frozenset()),
-                ("NFTA_SET_KEY_TYPE", _KEY_TYPE[one.version]), ("NFTA_SET_KEY_LEN", _KEY_LENGTH[one.version]),
+                nft.NFT_MSG_NEWSET,
+                nft.nft_set_msg,
+                ("NFTA_SET_TABLE", table.name),
+                ("NFTA_SET_NAME", address_set.name),
+                ("NFTA_SET_FLAGS", frozenset()),
+                ("NFTA_SET_KEY_TYPE", _KEY_TYPE[address_set.version]),
+                ("NFTA_SET_KEY_LEN", _KEY_LENGTH[address_set.version]),
                 ("NFTA_SET_ID", number),
                 flags=_CREATE,
             )
-        )  # fmt: skip
-        messages += _all_elements(table.name, one, nft.NFT_MSG_NEWSETELEM, _CREATE)
+        )
+        messages += _all_elements(table.name, address_set, nft.NFT_MSG_NEWSETELEM, _CREATE)
     for chain in table.chains:
         hook = [
             ("NFTA_HOOK_HOOKNUM", formats.NF_INET_HOOKS[chain.hook]), ("NFTA_HOOK_PRIORITY", chain.priority)
@@ -150,9 +154,9 @@ def change_elements(change: AddElements | DeleteElements) -> list[Message]:
     return _all_elements(change.table, change.set, nft.NFT_MSG_DELSETELEM, 0)
 
 
-def _all_elements(table: str, one: AddressSet, command: int, flags: int) -> list[Message]:
-    addresses = sorted(one.addresses, key=int)
-    head = encode(nft.nft_set_elem_list_msg, _FIXED, _of_set(table, one.name))
+def _all_elements(table: str, address_set: AddressSet, command: int, flags: int) -> list[Message]:
+    addresses = sorted(address_set.addresses, key=int)
+    head = encode(nft.nft_set_elem_list_msg, _FIXED, _of_set(table, address_set.name))
     parts = (addresses[start : start + _ELEMENTS] for start in range(0, len(addresses), _ELEMENTS))
     return [
         Message(_type(command), flags, head + _elements(*[_key(address.packed) for address in part])) for part in parts

@@ -21,7 +21,7 @@ _ONLINK = formats.routes.RTNH_F_ONLINK
 _TO_TABLE = formats.rules.FR_ACT_NAMES["FR_ACT_TO_TBL"]
 _SCOPE, _TYPE = rtnl.rt_scope, rtnl.rt_type
 _HIGHEST_BYTE = 255
-"""A table with a larger number stands in an attribute."""
+"""A table with a larger number is in an attribute."""
 
 _number, _short = formats.U32, formats.U16
 _FAMILY = {4: int(socket.AF_INET), 6: int(socket.AF_INET6)}
@@ -141,7 +141,7 @@ def get_route_between(source: IPAddress | None, address: IPAddress) -> Message:
 
 
 def add_route(route: Route, index: int) -> Message:
-    """Fails with EEXIST rather than touch a route that somebody else has set."""
+    """Fails with EEXIST rather than touch a route that another program has set."""
     return Message(rtnl.RTM_NEWROUTE, _NEW, _route_body(route, index))
 
 
@@ -157,7 +157,7 @@ def _route_body(route: Route, index: int, *, delete: bool = False) -> bytes:
     """`index`: the device, 0 for the one that the kernel finds."""
     destination = route.destination
     version = destination.version
-    if route.fence:
+    if route.unreachable:
         scope, kind = _UNIVERSE, _UNREACHABLE
     elif delete:
         scope, kind = _NOWHERE, _UNSPEC
@@ -189,7 +189,7 @@ _KINDS = {"": _TYPE["unicast"], "unreachable": _UNREACHABLE, "throw": _TYPE["thr
 
 
 def _low(table: int) -> int:
-    """What stands in the header."""
+    """The part of the number in the header."""
     return table if table <= _HIGHEST_BYTE else 0
 
 

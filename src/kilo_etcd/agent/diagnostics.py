@@ -1,0 +1,279 @@
+"""Serves diagnostics requests: the tunnels and traffic of this host's kernel, and what differs from the plan.
+
+Requests come through etcd (`store.diagnostics`). A response reads the kernel and writes nothing to it, except that a
+reading which finds drift has it repaired as any other would. It never stops the agent: where etcd does not let the
+agent receive requests, a warning says so once, and it tries again now and then.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from ipaddress import ip_address
+
+import trio
+from attrs import define, field, frozen
+
+from kilo_etcd import etcd, kernel
+from kilo_etcd.agent.apply import trigger_handshakes
+from kilo_etcd.agent.logs import Once
+from kilo_etcd.agent.ping_targets import addresses_to_try, nodes_to_try
+from kilo_etcd.kernel.state import MAIN_TABLE, Observed
+from kilo_etcd.model import SESSION_SECONDS, IPAddress
+from kilo_etcd.store.diagnostics import serve
+from kilo_etcd.store.keys import Keys
+from kilo_etcd.store.records import DiagnosticsRequest, DiagnosticsResponse, TakenRoute, Tunnel
+from kilo_etcd.topology import Topology
+from kilo_etcd.topology.hostplan import HostPlan, PeerPlan
+
+SHOWN = 20
+"""How many changes an answer names; it counts all."""
+
+MOST_TUNNELS = 10_000
+"""What fits into one value of etcd, which takes 1.5 MiB; a tunnel with an IPv6 endpoint has about 140 bytes."""
+
+HANDSHAKE_SECONDS = 1.5
+"""How long the tunnels have for their handshakes after they are triggered."""
+
+HANDSHAKE_POLL_SECONDS = 0.1
+
+PINGS, PING_SECONDS = 8, 1.2
+"""Echo requests to each address, and how long an answer to the last one may take: a tunnel may need a handshake
+first."""
+
+LARGE_PINGS, LARGE_SECONDS = 4, 0.6
+"""The same for requests as large as the tunnel's MTU, to those that have answered small ones. The first ones may be
+lost while the host learns of a smaller MTU on the way."""
+
+MOST_TRIED = 128
+"""Nodes that one request has tried at most, of this host's choice, and as many addresses besides: kgctl asks for half.
+A requester must not be able to have a whole mesh flood a host."""
+
+MOST_INTERNAL = 256
+"""Internal IPs that one request has tried at most: a node may have several."""
+
+RETRY_SECONDS = 30.0
+AWAY_SECONDS = 2.0
+
+
+@frozen(kw_only=True)
+class AppliedPlan:
+    """What the agent has brought about."""
+
+    plan: HostPlan | None
+    """None: nothing yet."""
+    revision: int
+    topology: Topology | None
+    sends: bool
+    """Whether the host's own packets leave through its tunnels, so that a packet tries them."""
+    undecided: tuple[str, ...] = ()
+    """Members of the location that may not have answered yet."""
+
+
+class DiagnosticsServer:
+    """Answers for one agent. `run` is its task; `programmed` says what is in force when it is asked."""
+
+    def __init__(
+        self,
+        client: etcd.Client,
+        keys: Keys,
+        name: str,
+        device: kernel.Kernel,
+        programmed: Callable[[], AppliedPlan],
+        once: Once,
+    ) -> None:
+        self._client = client
+        self._keys = keys
+        self._name = name
+        self._kernel = device
+        self._programmed = programmed
+        self._once = once
+        self._rng = random.Random()
+
+    async def run(self) -> None:
+        """Answer until cancelled."""
+        while True:
+            try:
+                await serve(self._client, self._keys, self._name, self.answer)
+            except etcd.Unavailable:
+                # The rest of the agent says so, louder; who comes back to etcd with us wants an answer soon.
+                await trio.sleep(AWAY_SECONDS * self._rng.uniform(0.5, 1.5))
+                continue
+            except etcd.EtcdError as error:
+                self._once.warning("diagnostics", "diagnostics requests of kgctl cannot be served", error=str(error))
+            await trio.sleep(RETRY_SECONDS * self._rng.uniform(0.5, 1.5))
+
+    async def answer(self, request: DiagnosticsRequest) -> DiagnosticsResponse:
+        """What is on the host now, and whether packets arrive, if that is asked."""
+        programmed = self._programmed()
+        plan = programmed.plan
+        trouble: list[str] = []
+        possible_obstacles: list[str] = []
+        tried = _PingResults()
+        commands: tuple[str, ...] = ()
+        observed = Observed()
+        try:
+            if plan is not None:
+                commands = tuple(map(str, await self._kernel.preview(plan)))
+            observed = await self._kernel.observe()
+            if plan is not None:
+                async with trio.open_nursery() as nursery:
+                    mtu = observed.link.mtu if observed.link is not None else 0
+                    nursery.start_soon(self._send, request, programmed.topology, plan, observed, mtu, tried, trouble)
+                    if programmed.sends:
+                        try:
+                            observed = await self._trigger_handshakes(plan, observed)
+                        except kernel.KernelError as error:
+                            # Caught in here: a nursery would make a group of it.
+                            trouble.append(str(error))
+            trouble += await self._kernel.bypasses()
+            if plan is not None and plan.forwarding:
+                for obstacle in await self._kernel.obstacles():
+                    # On a member they harm nobody until it leads.
+                    if obstacle.certain or programmed.sends:
+                        (trouble if obstacle.certain and programmed.sends else possible_obstacles).append(obstacle.text)
+        except kernel.KernelError as error:
+            trouble.append(str(error))
+        return DiagnosticsResponse(
+            time=int(time.time() * 1000),
+            revision=programmed.revision,
+            backend=self._kernel.backend,
+            mtu=observed.link.mtu if observed.link is not None else 0,
+            tunnels=tunnels(observed),
+            undone=len(commands),
+            changes=commands[:SHOWN],
+            trouble=tuple(dict.fromkeys(trouble)),
+            possible_obstacles=tuple(possible_obstacles),
+            reached=tuple(address for address, answered in tried.answered.items() if answered),
+            unreached=tuple(address for address, answered in tried.answered.items() if not answered),
+            routes=tuple(tried.routes),
+            small_only=tuple(tried.small_only),
+            # As it was before the packets went out: what is decided meanwhile is in the status by now.
+            undecided=programmed.undecided,
+            clear=() if plan is None or plan.encryption is None else tuple(map(str, plan.encryption.clear)),
+        )
+
+    async def _send(
+        self,
+        request: DiagnosticsRequest,
+        topology: Topology | None,
+        plan: HostPlan,
+        observed: Observed,
+        mtu: int,
+        tried: _PingResults,
+        trouble: list[str],
+    ) -> None:
+        """Send echo requests to the targets of the request, small ones and then some as large as `mtu`, and note which
+        answers which, and which routes the kernel takes."""
+        if topology is None:
+            return
+        chosen = nodes_to_try(topology, self._name, min(request.tries, MOST_TRIED))
+        wanted = addresses_to_try(topology, self._name, plan, chosen)
+        if request.targets:
+            # Nobody is to learn, or to reach, by this host what is not the mesh's.
+            known = addresses_to_try(topology, self._name, plan, topology.snapshot.nodes.values())
+            asked = [address for address in _addresses(request.targets) if address in known]
+            wanted.update((address, known[address]) for address in asked[:MOST_TRIED])
+        routes = {address: route for address, route in wanted.items() if route is not None}
+        for address in list(routes)[MOST_INTERNAL:]:
+            del routes[address], wanted[address]
+        if not wanted:
+            return
+        sources = {address: route.source for address, route in routes.items() if route.source is not None}
+        try:
+            if routes:
+                taken = await self._kernel.routes_taken({address: sources.get(address) for address in routes})
+                tried.routes.extend(
+                    _taken(address, sources.get(address), answer, observed) for address, answer in taken.items()
+                )
+            answers = await self._kernel.ping(wanted, sources=sources, times=PINGS, patience=PING_SECONDS)
+            tried.answered.update((str(address), address in answers) for address in wanted)
+            mesh = [address for address in answers if address not in routes]
+            if mtu and mesh:
+                large = await self._kernel.ping(mesh, times=LARGE_PINGS, patience=LARGE_SECONDS, size=mtu)
+                tried.small_only += [str(address) for address in mesh if address not in large]
+        except kernel.KernelError as error:
+            trouble.append(str(error))
+
+    async def _trigger_handshakes(self, plan: HostPlan, observed: Observed) -> Observed:
+        """Send one packet through each tunnel at rest, and give handshakes a moment: without traffic there are none.
+
+        Only to peers that the plan has an endpoint for: a laptop that sleeps is no news.
+        """
+        at_rest = {
+            key
+            for key, peer in plan.peers.items()
+            if peer.endpoint is not None and peer.in_use and _asleep(observed, key)
+        }
+        if not at_rest:
+            return observed
+        trigger_handshakes([address for key in at_rest if (address := _someone(plan.peers[key])) is not None])
+        deadline = trio.current_time() + HANDSHAKE_SECONDS
+        while trio.current_time() < deadline and any(_asleep(observed, key) for key in at_rest):
+            await trio.sleep(HANDSHAKE_POLL_SECONDS)
+            observed = await self._kernel.observe()
+        return observed
+
+
+@define
+class _PingResults:
+    """The results of the echo requests of one request."""
+
+    answered: dict[str, bool] = field(factory=dict)
+    small_only: list[str] = field(factory=list)
+    routes: list[TakenRoute] = field(factory=list)
+
+
+def _taken(address: IPAddress, source: IPAddress | None, answer: kernel.Route | str, observed: Observed) -> TakenRoute:
+    """The kernel's choice for an internal IP, compared with our own routes."""
+    if isinstance(answer, str):
+        return TakenRoute(str(address), str(source or ""), f"none: {answer}", True)
+    own = (
+        *observed.routes.values(),
+        *(route for table in observed.policy.tables.values() for route in table.routes.values()),
+    )
+    ours = any(
+        (route.device, route.gateway) == (answer.device, answer.gateway)
+        for route in own
+        if route.destination.version == address.version and address in route.destination
+    )
+    return TakenRoute(str(address), str(source or ""), _shown_route(address, answer), not ours)
+
+
+def _shown_route(address: IPAddress, route: kernel.Route) -> str:
+    """As `ip route get` shows it."""
+    words = [str(address)]
+    if route.gateway is not None:
+        words.append(f"via {route.gateway}")
+    words.append(f"dev {route.device}" if route.device else "local")
+    if route.table != MAIN_TABLE:
+        words.append(f"table {route.table}")
+    return " ".join(words)
+
+
+def tunnels(observed: Observed) -> tuple[Tunnel, ...]:
+    """The peers that the device has, by public key."""
+    result = []
+    for key in sorted(observed.peers)[:MOST_TUNNELS]:
+        peer = observed.peers[key]
+        ago = max(0, int(observed.time - peer.last_handshake)) if peer.last_handshake else -1
+        result.append(Tunnel(key, ago, peer.rx_bytes, peer.tx_bytes, str(peer.endpoint) if peer.endpoint else ""))
+    return tuple(result)
+
+
+def _addresses(texts: Iterable[str]) -> Iterator[IPAddress]:
+    for text in texts:
+        with suppress(ValueError):
+            yield ip_address(text)
+
+
+def _someone(peer: PeerPlan) -> IPAddress | None:
+    """An address behind the peer that belongs to one host."""
+    return next((n.network_address for n in peer.allowed_ips if n.prefixlen == n.max_prefixlen), None)
+
+
+def _asleep(observed: Observed, key: str) -> bool:
+    peer = observed.peers.get(key)
+    return peer is None or not peer.last_handshake or observed.time - peer.last_handshake > SESSION_SECONDS

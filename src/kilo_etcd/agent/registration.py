@@ -1,0 +1,139 @@
+"""This host's addresses and endpoints: looked up, registered if they differ, and looked up again.
+
+What is found decides nothing here; the rules are `agent.discover`'s. What it finds besides is kept for whoever
+asks: the underlay, the families in which the host reaches others, and addresses of the operator's in the mesh's way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import trio
+from attrs import evolve
+
+from kilo_etcd import __version__, descriptors, etcd, kernel, store
+from kilo_etcd.agent import discover
+from kilo_etcd.agent.config import AgentConfig
+from kilo_etcd.agent.logs import Logger, Once
+from kilo_etcd.agent.underlay import Reached
+from kilo_etcd.model import IPAddress, IPNetwork
+from kilo_etcd.topology.encryption import StageReport
+
+
+class HostRegistration:
+    """This host's record, and what else is known of its place. `subnets` are the mesh's, once they are known; `etcd`
+    gives etcd's addresses as far as they are known."""
+
+    def __init__(
+        self,
+        config: AgentConfig,
+        public_key: str,
+        session: store.Session,
+        log: Logger,
+        once: Once,
+        *,
+        etcd: Callable[[], tuple[IPNetwork, ...]] = tuple,
+    ) -> None:
+        self._config = config
+        self._public_key = public_key
+        self._session = session
+        self._log = log
+        self._once = once
+        self._etcd = etcd
+        self._reached = Reached()
+        """What the record's `underlay` was made of."""
+        self._looking = trio.Lock()
+        self._untold = False
+        """Whether the session may hold another record than `record`."""
+        self.subnets: tuple[IPNetwork, ...] = ()
+        self.record: store.NodeRecord | None = None
+        self.report = StageReport()
+        """The stage of the switch to `encrypted` in the record."""
+        self.underlay: tuple[IPNetwork, ...] = ()
+        self.sources: tuple[IPAddress, ...] = ()
+        """The host's own addresses on the underlay."""
+        self.addresses: frozenset[IPAddress] = frozenset()
+        """All addresses of the host."""
+        self.families: frozenset[int] = frozenset()
+        self.overlaps: tuple[str, ...] = ()
+        """Sentences on the operator's addresses within the mesh's subnets."""
+
+    @property
+    def address(self) -> str:
+        """The registered endpoint, for people; empty: none."""
+        return str(self.record.endpoint or "") if self.record else ""
+
+    async def look(self) -> store.NodeRecord:
+        """The record that the host should have, for the caller to register. OSError, KernelError."""
+        record, reasons = await self._find(await discover.etcd_networks(self._config.etcd))
+        self._keep(record, reasons if record != self.record else ())
+        return record
+
+    async def look_again(self, *, register: bool) -> None:
+        """Look, and register what has changed, if that is wanted; what cannot be done is logged once, and left for the
+        next time."""
+        async with self._looking:
+            try:
+                record, reasons = await self._find(self._etcd())
+                if record != self.record or self._untold:
+                    if register:
+                        # If this fails the session goes on trying, whatever becomes of the addresses meanwhile.
+                        self._untold = True
+                        await self._session.register(record)
+                        self._untold = False
+                    alike = self.record is not None and record == evolve(
+                        self.record,
+                        underlay=record.underlay,
+                        encryption=record.encryption,
+                        accepts_since=record.accepts_since,
+                    )
+                    self._keep(record, () if alike else reasons)
+            except (etcd.EtcdError, store.NameTaken) as error:
+                self._once.warning("addresses", "the changed addresses are not registered yet", error=str(error))
+            except (OSError, kernel.KernelError, descriptors.OutOfDescriptors) as error:
+                self._once.warning(
+                    "addresses", "the host's addresses cannot be read", error=descriptors.shortage(error) or str(error)
+                )
+            else:
+                self._once.clear("addresses", "the host's addresses are registered again")
+
+    async def _find(
+        self, etcd_at: tuple[IPNetwork, ...]
+    ) -> tuple[store.NodeRecord, tuple[tuple[str, dict[str, str]], ...]]:
+        """The record, and what to say of the choices in it."""
+        config = self._config
+        facts = await discover.gather(config)
+        chosen = discover.choose(facts, config)
+        location, why = config.location, "--location"
+        if not location:
+            location, why = discover.location_from_cloud_init()
+        self.underlay, self.sources, self.families = facts.underlay(), facts.sources(), facts.families()
+        self.addresses = frozenset(item.address.ip for item in facts.addresses)
+        self.overlaps = facts.overlaps(self.subnets)
+        stated, self._reached = facts.reached(etcd_at).registered(
+            self._reached, None if self.record is None else self.record.underlay
+        )
+        self._once.errors("overlaps", self.overlaps, level="warning")
+        record = store.NodeRecord(
+            public_key=self._public_key,
+            endpoint=chosen.endpoint,
+            more_endpoints=chosen.more_endpoints,
+            internal_ips=chosen.internal_ips,
+            underlay=stated,
+            encryption=self.report.stage,
+            accepts_since=self.report.accepts_since or None,
+            location=location or "",
+            port=config.port,
+            persistent_keepalive=config.persistent_keepalive,
+            encapsulate=config.encapsulate,
+            version=__version__,
+        )
+        notes = [("address chosen", {"reason": reason}) for reason in chosen.reasons]
+        if location:
+            notes.append(("default location chosen", {"default_location": location, "reason": why}))
+        return record, tuple(notes)
+
+    def _keep(self, record: store.NodeRecord, reasons: tuple[tuple[str, dict[str, str]], ...]) -> None:
+        self.record = record
+        for event, fields in reasons:
+            self._log.info(event, **fields)

@@ -1,0 +1,183 @@
+"""Restores what somebody else has changed in etcd: the claim of this host's mesh address, the mesh's settings, and the
+keys in the host's name under its lease.
+
+The host's registration, candidacy and status are watched by the session. The tasks here sleep until there is a
+snapshot.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import trio
+
+from kilo_etcd import etcd, store
+from kilo_etcd.agent.logs import Once, get_logger
+from kilo_etcd.backoff import RepairBackoff
+from kilo_etcd.model import Granularity, MeshSettings, Snapshot
+from kilo_etcd.store.records import decode_claim
+
+SETTINGS_SECONDS = 2.0
+"""Within which the agents put lost settings of the mesh back, each at its own moment."""
+
+LOOK_SECONDS = 30.0
+"""Seconds between two looks at the keys in this host's name, if there is no news: some of them get time to end."""
+
+RETRY_SECONDS = 5.0
+"""After a claim could not be restored."""
+
+REFUSALS = (store.NameTaken, store.NoAddressLeft, store.RecordError)
+"""What etcd holds and the agent cannot get past without the operator."""
+
+
+class Restorer:
+    """Of node `name`. `mirror` gives the mirror that is followed at present; `on_news` is called when `trouble` is
+    another."""
+
+    def __init__(
+        self,
+        session: store.Session,
+        keys: store.Keys,
+        name: str,
+        once: Once,
+        *,
+        mirror: Callable[[], store.Mirror],
+        rng: random.Random,
+        on_news: Callable[[], object] = lambda: None,
+    ) -> None:
+        self._session = session
+        self._keys = keys
+        self._name = name
+        self._once = once
+        self._mirror = mirror
+        self._rng = rng
+        self._snapshot: Snapshot | None = None
+        self._settings = MeshSettings(Granularity.LOCATION, ())
+        self.renumbered: str | None = None
+        """A sentence on the address that this host has lost since it joined."""
+        self.trouble: str | None = None
+        """A sentence on the claim that cannot be restored."""
+        self._on_news = on_news
+        self._unclaimed = trio.Event()
+        self._unsettled = trio.Event()
+        self._news = trio.Event()
+
+    def joined(self, settings: MeshSettings) -> None:
+        """These were the mesh's settings when this host joined."""
+        self._settings = settings
+
+    def follow(self, snapshot: Snapshot) -> None:
+        """Look at what a snapshot of etcd lacks."""
+        self._snapshot = snapshot
+        self._news.set()
+        if self._mirror().kv(self._keys.internal_ips) is not None:
+            self._settings = self._settings._replace(internal_ips=snapshot.internal_ips)
+        if self._lost_claims():
+            self._unclaimed.set()
+        if self._lacks_settings():
+            self._unsettled.set()
+
+    async def run(self) -> None:
+        """Restore what lacks, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._watch_claims)
+            nursery.start_soon(self._watch_settings)
+            nursery.start_soon(self._watch_leased)
+
+    async def _watch_leased(self) -> None:
+        while True:
+            with trio.move_on_after(LOOK_SECONDS):
+                await self._news.wait()
+            self._news = trio.Event()
+            if self._snapshot is not None and self._mirror().untrusted_reason is None:
+                await self._session.compare(self._snapshot, self._mirror())
+
+    async def _watch_claims(self) -> None:
+        """Restore the claim of a mesh address that somebody has deleted or overwritten; take another address if this
+        one is another's by now."""
+        backoff = RepairBackoff()
+        log = get_logger(node=self._name)
+        while True:
+            await self._unclaimed.wait()
+            self._unclaimed = trio.Event()
+            # A writer that changes it again and again is not answered each time at once: the address stays this host's
+            # meanwhile.
+            await trio.sleep(backoff.pause(trio.current_time()))
+            lost, before = self._lost_claims(), self._session.addresses
+            if not lost:
+                self._once.clear("claim", "this host's mesh address is claimed again")
+                self._note_trouble(None)
+                continue
+            try:
+                await self._mirror().verify()
+                addresses = await self._session.claim_addresses(self._settings.subnets)
+            except (etcd.EtcdError, *REFUSALS) as error:
+                self._once.error("claim", "the claim of this host's mesh address cannot be restored",
+                                 claim="; ".join(lost), error=str(error))  # fmt: skip
+                self._note_trouble(
+                    f"the claim of this host's mesh address cannot be restored ({'; '.join(lost)}): {error}"
+                )
+                await trio.sleep(RETRY_SECONDS)
+                self._unclaimed.set()
+                continue
+            self._once.clear("claim", "this host's mesh address is claimed again")
+            self._note_trouble(None)
+            if addresses == before:
+                log.error("another writer changed the claim of this host's mesh address; restored",
+                          claim="; ".join(lost))  # fmt: skip
+                continue
+            now, then = (",".join(map(str, each)) for each in (addresses, before))
+            self.renumbered = (
+                f"this host has mesh address {now} and no longer {then}: {'; '.join(lost)}; see which users may write "
+                f"{self._keys.addresses_root}"
+            )
+            log.error(self.renumbered)
+
+    def _note_trouble(self, sentence: str | None) -> None:
+        if sentence != self.trouble:
+            self.trouble = sentence
+            self._on_news()
+
+    async def _watch_settings(self) -> None:
+        """Put the mesh's settings back where etcd has none: it was empty when it was adopted, or somebody took them
+        away. The next host to join would put its own there, which may be others than those in force."""
+        while True:
+            await self._unsettled.wait()
+            # One is enough, and it need not be everybody at once.
+            await trio.sleep(self._rng.uniform(0.0, SETTINGS_SECONDS))
+            self._unsettled = trio.Event()
+            snapshot = self._snapshot
+            if snapshot is None or not self._lacks_settings():
+                continue
+            try:
+                await self._mirror().verify()
+                settings = self._settings
+                if snapshot.subnets:
+                    # Else another etcd was adopted before anybody saw them in the first one.
+                    settings = settings._replace(granularity=snapshot.granularity, subnets=snapshot.subnets)
+                await self._session.ensure_mesh(settings)
+            except (etcd.EtcdError, store.RecordError) as error:
+                self._once.error("settings lost", "the mesh's settings are not in etcd, and cannot be put there",
+                                 error=str(error))  # fmt: skip
+            else:
+                self._once.clear("settings lost", "the mesh's settings are in etcd again")
+
+    def _lacks_settings(self) -> bool:
+        return any(self._mirror().kv(key) is None for key in self._keys.settings)
+
+    def _lost_claims(self) -> tuple[str, ...]:
+        """What is wrong with the claims of this host's addresses, as etcd holds them now."""
+        result = []
+        for address in self._session.addresses:
+            key = self._keys.address(address)
+            kv = self._mirror().kv(key)
+            if kv is None:
+                result.append(f"{key} was deleted")
+            elif kv.value.strip() != self._name.encode() or kv.create_revision != kv.mod_revision:
+                try:
+                    what = f"was changed to {decode_claim(kv.value)!r} at revision {kv.mod_revision}"
+                except store.RecordError as error:
+                    what = f"was changed at revision {kv.mod_revision}: {error}"
+                result.append(f"{key} {what}")
+        return tuple(result)

@@ -1,0 +1,257 @@
+"""Watches the stages of other agents in the switch to `encrypted`, as long as this host waits for some.
+
+Each agent has one small key for it (`store.StageRecord`), under its short lease. While the host waits for few nodes
+their keys are watched one by one, else all with one watch: they are listed first, then etcd sends changes. Nothing is
+watched if the host waits for none, so a node that joins wakes only those that wait for it.
+
+What is not known counts as "not there yet". A node without the key may have an agent that is being restarted, whose
+kernel goes on with what it had: only after `GONE_SECONDS`, and another look, its agent counts as gone. A key that
+cannot be read, or that is under no lease, tells nothing either.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import NamedTuple
+
+import trio
+
+from kilo_etcd import etcd, store
+from kilo_etcd.agent.logs import Once
+from kilo_etcd.store.keys import StageKey
+from kilo_etcd.topology.encryption import Living
+
+GONE_SECONDS = 20.0
+"""How long a node has to be without its key before its agent counts as gone: more than a restart takes, or than a lease
+takes to end and to be granted anew."""
+FEW = 8
+"""Nodes whose keys are watched one by one."""
+FIRST_PAUSE, PAUSE_PER_NODE = 0.1, 0.002
+"""Seconds between two changes of `living`, and the most before a listing: 1,000 agents that list within 2 s."""
+LINGER_SECONDS = 10.0
+"""How long all keys are watched after the host waited for none: during a switch it soon waits again."""
+LIST_SECONDS = 300.0
+"""After which the keys are listed again: a watch alone does not ensure that nothing was missed."""
+RETRY_FIRST, RETRY_MOST = 0.2, 5.0
+
+
+class _Key(NamedTuple):
+    """The value of a node's key, if its agent lives."""
+
+    name: str
+    revision: int
+    """0: it cannot be read."""
+
+
+class StageWatch:
+    """Followed by one agent. `run` is its task; `on_news` is called when `living` has changed."""
+
+    def __init__(
+        self,
+        client: etcd.Client,
+        keys: store.Keys,
+        once: Once,
+        on_news: Callable[[], None],
+        rng: random.Random | None = None,
+    ) -> None:
+        self._client, self._keys, self._once, self._on_news = client, keys, once, on_news
+        self._rng = rng or random.Random()
+        self.living = Living()
+        self._nodes = self._cluster = 0
+        self._awaited: frozenset[str] = frozenset()
+        self._applied: dict[str, int] = {}
+        """The nodes whose agents live -> the newest revision that each has reported."""
+        self._missing: dict[str, float] = {}
+        """Those without a key, that do not count as gone yet -> since when, on trio's clock."""
+        self._gone: set[str] = set()
+        self._beginning = 0
+        """How often all was forgotten."""
+        self._changed = trio.Event()
+        """Others are waited for, or all was forgotten."""
+        self._noted = trio.Event()
+        """A key has changed, or the nodes that the host waits for."""
+
+    def forget(self) -> None:
+        """Nothing is known of anybody."""
+        self._applied, self._missing, self._gone = {}, {}, set()
+        self.living = Living()
+        self._beginning += 1
+        self._tell()
+
+    def take_as_gone(self, names: Iterable[str]) -> None:
+        """Treat agents of which nothing is known as gone."""
+        self._gone.update(set(names) - self._applied.keys())
+        self.living = self._as_known()
+
+    async def ask(self, cluster: int) -> None:
+        """Look at all keys once, in the etcd of that ID. EtcdError."""
+        self._cluster = cluster
+        self._list(await self._client.get_prefix(self._keys.stages_root))
+        self.living = self._as_known()
+
+    def follow(self, names: frozenset[str], *, nodes: int, cluster: int) -> None:
+        """These are waited for now; `nodes`: how many there are in all; `cluster`: the ID of the etcd that says so."""
+        self._nodes, self._cluster = nodes, cluster
+        if names != self._awaited:
+            self._awaited = names
+            self._tell()
+
+    async def run(self) -> None:
+        """Follow those that are waited for until cancelled."""
+        while True:
+            changed, names, beginning = self._changed, self._awaited, self._beginning
+            if not names:
+                await changed.wait()
+                self._missing.clear()  # Whoever was missing then may have been there meanwhile.
+                continue
+            every = len(names) > FEW
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._conclude)
+                if every:
+                    root = self._keys.stages_root
+                    nursery.start_soon(self._follow, root, etcd.prefix_end(root))
+                else:
+                    for name in names:
+                        nursery.start_soon(self._follow, self._keys.stage(name), None)
+                await self._watched_in_vain(names, beginning, every=every)
+                nursery.cancel_scope.cancel()
+
+    async def _watched_in_vain(self, names: Collection[str], beginning: int, *, every: bool) -> None:
+        """Wait until others have to be watched than are."""
+        while self._beginning == beginning:
+            changed = self._changed
+            if not self._awaited:
+                with trio.move_on_after(LINGER_SECONDS if every else 0):
+                    await changed.wait()
+                    continue
+                return
+            if not every and not self._awaited <= set(names):
+                return
+            await changed.wait()
+
+    def _tell(self) -> None:
+        changed, self._changed = self._changed, trio.Event()
+        changed.set()
+        self._note()
+
+    def _note(self) -> None:
+        noted, self._noted = self._noted, trio.Event()
+        noted.set()
+
+    # -- what etcd holds ------------------------------------------------------------------------------------
+
+    async def _follow(self, key: str, range_end: bytes | None) -> None:
+        delay = RETRY_FIRST
+        await trio.sleep(self._rng.uniform(0, self._nodes * PAUSE_PER_NODE))
+        while True:
+            try:
+                if range_end is None:
+                    result = await self._client.range(key)
+                else:
+                    result = await self._client.get_prefix(key)
+                self._list(result, key if range_end is None else None)
+                with trio.move_on_after(LIST_SECONDS * self._rng.uniform(0.8, 1.2)):
+                    start = result.header.revision + 1
+                    async with self._client.watch(key, range_end, start_revision=start) as watch:
+                        self._once.clear("stages", "the reports of other agents can be read again")
+                        async for batch in watch:
+                            delay = RETRY_FIRST
+                            self._check(batch.header)
+                            self._take(batch.events)
+            except etcd.EtcdError as error:
+                self._cannot(error)
+                await trio.sleep(delay * self._rng.uniform(0.5, 1.5))
+                delay = min(2 * delay, RETRY_MOST)
+
+    def _cannot(self, error: etcd.EtcdError) -> None:
+        if isinstance(error, (etcd.Unavailable, etcd.Compacted)):
+            return  # The rest of the agent says so, louder; or it is listed again.
+        self._once.error(
+            "stages",
+            "the switch of internal-ips waits, since the reports of other agents cannot be read: what their hosts "
+            "send in clear is not refused",
+            error=str(error),
+        )
+
+    def _check(self, header: etcd.Header) -> None:
+        if self._cluster and header.cluster_id not in (0, self._cluster):
+            raise etcd.Unavailable("another etcd answers than the one that is followed")
+
+    def _list(self, result: etcd.RangeResult, key: str | None = None) -> None:
+        """Take note of all keys, or of one, and that there are no others. Unavailable: it is another etcd."""
+        self._check(result.header)
+        there = {one.name: one for one in map(self._read, result.kvs) if one is not None}
+        for name in self._applied.keys() - there.keys():
+            if key is None or self._keys.stage(name) == key:
+                self._missing.setdefault(name, trio.current_time())
+        for value in there.values():
+            self._lives(value)
+        self._note()
+
+    def _take(self, events: Iterable[etcd.Event]) -> None:
+        for event in events:
+            one = self._read(event.kv) if event.type is etcd.EventType.PUT else None
+            if one is not None:
+                self._lives(one)
+            elif isinstance(key := self._keys.parse(event.kv.key), StageKey) and key.node not in self._gone:
+                self._missing.setdefault(key.node, trio.current_time())
+        self._note()
+
+    def _read(self, kv: etcd.KeyValue) -> _Key | None:
+        key = self._keys.parse(kv.key)
+        if not isinstance(key, StageKey) or not kv.lease:
+            return None
+        try:
+            return _Key(key.node, store.decode_stage(kv.value).revision)
+        except store.RecordError:
+            return _Key(key.node, 0)
+
+    def _lives(self, key: _Key) -> None:
+        self._applied[key.name] = max(key.revision, self._applied.get(key.name, 0))
+        self._missing.pop(key.name, None)
+        self._gone.discard(key.name)
+
+    # -- what follows from it -------------------------------------------------------------------------------
+
+    async def _conclude(self) -> None:
+        """Bring what is known into `living`, not too often."""
+        while True:
+            noted, now = self._noted, trio.current_time()
+            for name in self._awaited - self._applied.keys() - self._gone:
+                self._missing.setdefault(name, now)
+            over = {name: since for name, since in self._missing.items() if since + GONE_SECONDS <= now}
+            if over and not await self._surely_gone(over):
+                continue
+            living = self._as_known()
+            if living != self.living:
+                self.living = living
+                self._on_news()
+                await trio.sleep(FIRST_PAUSE + self._nodes * PAUSE_PER_NODE)
+                continue
+            with trio.move_on_at(min(self._missing.values(), default=float("inf")) + GONE_SECONDS):
+                await noted.wait()
+
+    async def _surely_gone(self, missing: Mapping[str, float]) -> bool:
+        """Look again at those that have been missing for long; whether etcd has told. A watch may have been without
+        etcd all the while."""
+        try:
+            if len(missing) > FEW:
+                await trio.sleep(self._rng.uniform(0, self._nodes * PAUSE_PER_NODE))
+                self._list(await self._client.get_prefix(self._keys.stages_root))
+            else:
+                for name in missing:
+                    self._list(await self._client.range(self._keys.stage(name)), self._keys.stage(name))
+        except etcd.EtcdError as error:
+            self._cannot(error)
+            await trio.sleep(RETRY_MOST * self._rng.uniform(0.5, 1.0))
+            return False
+        for name, since in missing.items():
+            if self._missing.get(name) == since:
+                del self._missing[name]
+                self._applied.pop(name, None)
+                self._gone.add(name)
+        return True
+
+    def _as_known(self) -> Living:
+        return Living(asked=frozenset((*self._gone, *self._applied)), applied=dict(self._applied))

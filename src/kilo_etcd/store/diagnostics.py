@@ -1,0 +1,117 @@
+"""Asking living agents what they see on their hosts, through etcd: no port is opened, and it works from any desk.
+
+The requester writes a request under a lease of a few seconds; each agent that it names writes its response under the
+same lease; when the requester has read enough it ends the lease, and all is gone. The keys are outside the watched
+prefix, so that a request causes no plan. An agent without a request writes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from contextlib import suppress
+
+import trio
+
+from kilo_etcd.etcd.api import Client, Compacted, EtcdError, Event, EventType, LeaseNotFound, Unavailable
+from kilo_etcd.store.keys import Keys, decode_name
+from kilo_etcd.store.records import (
+    DiagnosticsRequest,
+    DiagnosticsResponse,
+    RecordError,
+    decode_diagnostics_request,
+    decode_diagnostics_response,
+    encode,
+)
+
+LEASE_SECONDS = 15
+"""How long a request stays if the requester dies."""
+
+PATIENCE_SECONDS = 3.0
+"""How long answers are waited for by default; most come within a tenth of a second."""
+
+
+async def request_diagnostics(
+    client: Client,
+    keys: Keys,
+    names: Collection[str],
+    *,
+    patience: float = PATIENCE_SECONDS,
+    tries: int = 0,
+    targets: Collection[str] = (),
+) -> Mapping[str, DiagnosticsResponse]:
+    """The answers of the agents of nodes `names`, by node; who has not answered after `patience` seconds is left out.
+
+    Each is asked to send packets to `tries` nodes of its own choice and to the mesh addresses `targets`, which agents
+    of older versions do not do.
+
+    The agents should be known to live. EtcdError: the request could not be written.
+    """
+    responses: dict[str, DiagnosticsResponse] = {}
+    missing = set(names)
+    if not missing:
+        return responses
+    lease = (await client.grant_lease(LEASE_SECONDS)).id
+    try:
+        request = DiagnosticsRequest(nodes=tuple(sorted(names)), tries=tries, targets=tuple(targets))
+        put = await client.put(keys.request(lease), encode(request), lease=lease)
+        root = keys.responses_to(lease)
+        with trio.move_on_after(patience):
+            async with client.watch_prefix(root, start_revision=put.header.revision + 1) as watch:
+                async for batch in watch:
+                    for event in batch.events:
+                        name = decode_name(event.kv.key.decode(errors="replace").removeprefix(root))
+                        if event.type is not EventType.PUT or name is None:
+                            continue
+                        missing.discard(name)
+                        try:
+                            responses[name] = decode_diagnostics_response(event.kv.value)
+                        except RecordError:
+                            continue
+                    if not missing:
+                        break
+    finally:
+        with trio.move_on_after(1, shield=True):
+            with suppress(EtcdError):  # The lease ends by itself.
+                await client.revoke_lease(lease)
+    return responses
+
+
+async def serve(
+    client: Client, keys: Keys, name: str, respond: Callable[[DiagnosticsRequest], Awaitable[DiagnosticsResponse]]
+) -> None:
+    """Respond to requests to node `name` that are written from now on, one at a time, until cancelled.
+
+    EtcdError; it is for the caller to begin again.
+    """
+    while True:
+        try:
+            async with client.watch_prefix(keys.requests_root) as watch:
+                async for batch in watch:
+                    for event in batch.events:
+                        await _serve(client, keys, name, event, respond)
+        except Compacted:
+            continue
+
+
+async def _serve(
+    client: Client,
+    keys: Keys,
+    name: str,
+    event: Event,
+    respond: Callable[[DiagnosticsRequest], Awaitable[DiagnosticsResponse]],
+) -> None:
+    if event.type is not EventType.PUT or not event.kv.lease:
+        return
+    try:
+        request = decode_diagnostics_request(event.kv.value)
+    except RecordError:
+        return
+    if request.nodes and name not in request.nodes:
+        return
+    try:
+        if await client.get(event.kv.key) is None:
+            return  # Its lease has ended while others were answered, of which there may be very many.
+        response = encode(await respond(request))
+        await client.put(keys.response(event.kv.lease, name), response, lease=event.kv.lease)
+    except (LeaseNotFound, Unavailable):
+        return  # The requester waits no longer, or cannot be reached; the next may be.

@@ -1,0 +1,187 @@
+"""What the agent decides for its own host: its role, its candidacy, whom it waits for."""
+
+from __future__ import annotations
+
+from ipaddress import ip_address, ip_interface, ip_network
+
+import pytest
+from attrs import evolve
+
+from kilo_etcd.agent.candidacy_policy import (
+    SETTLE_SECONDS,
+    WITHDRAW_SECONDS,
+    CandidacyInputs,
+    DesiredCandidacy,
+    able_to_lead,
+    confirmed,
+    decide_candidacy,
+    disagreements,
+    eligible,
+    from_own_addresses,
+    keeps_its_place,
+    role_of,
+)
+from kilo_etcd.model import Candidate, CandidateClass, Endpoint, Granularity, InternalIPs, Node, Snapshot
+from kilo_etcd.topology import HostPlan, RoutePlan, Via, build_topology
+
+PUBLIC = CandidateClass.PUBLIC
+DESIRED = DesiredCandidacy("gcp", PUBLIC)
+REST = DesiredCandidacy("gcp", CandidateClass.REST)
+CHOSEN = DesiredCandidacy("gcp", CandidateClass.ANNOTATED)
+CHOSEN_PUBLIC = DesiredCandidacy("gcp", CandidateClass.ANNOTATED_PUBLIC)
+
+
+def node(name: str, number: int, location: str = "gcp", *, internal: bool = True) -> Node:
+    return Node(
+        name=name,
+        public_key=f"{name:A<43}=",
+        location=location,
+        endpoint=Endpoint.parse(f"203.0.113.{number}:51820"),
+        internal_ips=(ip_interface(f"10.0.0.{number}/24"),) if internal else (),
+        mesh_addresses=(ip_address(f"10.4.0.{number}"),),
+        registered_revision=number,
+    )
+
+
+def world(*nodes: Node, granularity: Granularity = Granularity.LOCATION) -> Snapshot:
+    return Snapshot(
+        revision=7,
+        granularity=granularity,
+        subnets=(ip_network("10.4.0.0/16"),),
+        nodes={one.name: one for one in nodes},
+        candidates={"gcp": (Candidate(node="b", rank=PUBLIC, create_revision=5),)},
+    )
+
+
+TWO = world(node("a", 1), node("b", 2))
+
+
+def test_roles_and_how_they_are_put_into_words() -> None:
+    topology = build_topology(TWO)
+    assert str(role_of(topology, "b")) == "leader of location gcp"
+    assert str(role_of(topology, "a")) == "member of location gcp, led by b"
+    assert str(role_of(build_topology(world(node("c", 3, ""))), "c")) == "alone in the default location"
+
+
+@pytest.mark.parametrize(
+    ("snapshot", "expected"),
+    [
+        (TWO, DESIRED),
+        (evolve(TWO, granularity=Granularity.FULL), DESIRED),  # kept for the way back
+        (world(node("a", 1)), None),
+        (world(node("a", 1), node("b", 2, "aws")), None),
+        (world(node("a", 1), node("b", 2, internal=False)), None),
+        (world(node("a", 1, internal=False), node("b", 2)), None),
+        (world(node("b", 2)), None),
+    ],
+)
+def test_who_may_stand(snapshot: Snapshot, expected: DesiredCandidacy | None) -> None:
+    assert eligible(snapshot, "a") == expected
+
+
+def now(**changes: object) -> CandidacyInputs:
+    return evolve(CandidacyInputs(now=100.0, stable_since=99.5, ready=True, leads=False, current=None), **changes)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "inputs", "hold", "due"),
+    [
+        (None, now(current=DESIRED), None, None),
+        (DESIRED, now(), None, 99.5 + SETTLE_SECONDS),
+        (DESIRED, now(now=99.5 + SETTLE_SECONDS), DESIRED, None),
+        (DESIRED, now(leads=True), DESIRED, None),
+        (DESIRED, now(leads=True, ready=False), None, None),
+        (DESIRED, now(ready=False, stable_since=0.0), None, None),
+        # What it holds it keeps, also while a route fails.
+        (DESIRED, now(current=DESIRED, ready=False), DESIRED, None),
+        # Another location: it queues anew.
+        (DESIRED, now(current=DesiredCandidacy("aws", PUBLIC)), None, 99.5 + SETTLE_SECONDS),
+        (DESIRED, now(current=DesiredCandidacy("aws", PUBLIC), stable_since=0.0), DESIRED, None),
+        # A better class: who leads says so at once, others keep what they have until they have been steady.
+        (DESIRED, now(current=REST, leads=True, ready=False), DESIRED, None),
+        (DESIRED, now(current=REST), REST, 99.5 + SETTLE_SECONDS),
+        (DESIRED, now(current=REST, stable_since=0.0), DESIRED, None),
+        (DESIRED, now(current=REST, stable_since=0.0, ready=False), REST, None),
+        # A worse one: at once, whatever else is; but whoever was chosen in its place is to be there first.
+        (REST, now(current=DESIRED, leads=True, ready=False), REST, None),
+        (REST, now(current=DESIRED), REST, None),
+        (REST, now(current=CHOSEN_PUBLIC, leads=True), REST, None),
+        (DESIRED, now(current=CHOSEN_PUBLIC, leads=True), CHOSEN_PUBLIC, 99.5 + WITHDRAW_SECONDS),
+        (DESIRED, now(current=CHOSEN_PUBLIC, stable_since=100.0 - WITHDRAW_SECONDS), DESIRED, None),
+        (REST, now(current=CHOSEN), CHOSEN, 99.5 + WITHDRAW_SECONDS),
+    ],
+)
+def test_when_it_stands(
+    wanted: DesiredCandidacy | None, inputs: CandidacyInputs, hold: DesiredCandidacy | None, due: float | None
+) -> None:
+    assert decide_candidacy(wanted, inputs) == (hold, due)
+
+
+@pytest.mark.parametrize(
+    ("current", "wanted", "leads", "kept"),
+    [
+        (None, DESIRED, True, False),
+        (DESIRED, None, True, False),
+        (DesiredCandidacy("aws", PUBLIC), DESIRED, True, False),
+        (REST, DESIRED, True, True),
+        (REST, DESIRED, False, False),
+        (DESIRED, REST, True, True),
+        (DESIRED, REST, False, True),
+    ],
+)
+def test_who_keeps_its_place_in_the_queue(
+    current: DesiredCandidacy | None, wanted: DesiredCandidacy | None, leads: bool, kept: bool
+) -> None:
+    assert keeps_its_place(current, wanted, leads=leads) is kept
+
+
+def test_all_living_others_must_have_confirmed() -> None:
+    assert confirmed({"me": 1, "a": 7, "b": 9}, 7, "me")
+    assert not confirmed({"me": 9, "a": 7, "b": 6}, 7, "me")
+    assert confirmed({}, 7, "me")
+
+
+def test_flags_that_the_mesh_overrules_are_named() -> None:
+    subnets = (ip_network("10.4.0.0/16"),)
+    assert disagreements(TWO, granularity=None, subnets=()) == ()
+    assert disagreements(TWO, granularity=Granularity.LOCATION, subnets=subnets) == ()
+    (one,) = disagreements(TWO, granularity=Granularity.FULL, subnets=())
+    assert "--mesh-granularity=full is not in force" in one
+    (one,) = disagreements(TWO, granularity=None, subnets=(), internal_ips=InternalIPs.ROUTED)
+    assert "--internal-ips=routed is not in force: the mesh's setting is off" in one
+    (one,) = disagreements(TWO, granularity=None, subnets=(ip_network("10.5.0.0/16"),))
+    assert "--subnet=10.5.0.0/16 is not in force: the mesh's subnets are 10.4.0.0/16" in one
+
+
+@pytest.mark.parametrize(
+    ("missing", "able"),
+    [
+        ([], True),
+        (["172.17.0.0/16"], True),
+        (["172.17.0.0/16", "10.4.0.0/16"], False),
+        ([None], False),
+        (["172.17.0.0/16", None], False),
+    ],
+)
+def test_a_route_that_is_missing_keeps_nobody_from_leading_unless_it_is_the_meshs(
+    missing: list[str | None], able: bool
+) -> None:
+    routes = [None if text is None else ip_network(text) for text in missing]
+    assert able_to_lead(routes, [ip_network("10.4.0.0/16")]) is able
+
+
+def test_a_route_is_from_an_address_that_the_host_has() -> None:
+    node = evolve(TWO.nodes["a"], internal_ips=(ip_interface("10.1.0.5/24"),), mesh_addresses=(ip_address("10.4.0.1"),))
+    four, six = ip_network("10.2.0.7/32"), ip_network("fd00:2::7/128")
+    forced = ip_address("10.1.0.5")
+    routes = {
+        four: RoutePlan(destination=four, way=Via.TUNNEL, source=forced),
+        six: RoutePlan(destination=six, way=Via.TUNNEL, source=ip_address("fd00:4::1")),
+    }
+    plan = HostPlan(node="a", routes=routes)
+    assert from_own_addresses(plan, node, {forced, ip_address("10.1.0.6")}) is plan
+    assert from_own_addresses(plan, node, ()) is plan, "not known yet"
+    changed = from_own_addresses(plan, node, {ip_address("10.1.0.6")})
+    assert changed.routes == {four: evolve(routes[four], source=ip_address("10.4.0.1")), six: routes[six]}
+    lone = evolve(node, mesh_addresses=())
+    assert from_own_addresses(plan, lone, {ip_address("10.1.0.6")}).routes == {six: routes[six]}

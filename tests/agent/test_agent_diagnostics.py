@@ -1,0 +1,324 @@
+"""Operators ask through etcd, agents answer with what their kernels have: on an etcd and a kernel in memory."""
+
+from __future__ import annotations
+
+import io
+from ipaddress import ip_address, ip_interface, ip_network
+from typing import Any
+
+import pytest
+import trio
+from attrs import evolve
+
+from helpers import eventually
+from kilo_etcd.agent import diagnostics, privatekey
+from kilo_etcd.agent.diagnostics import MOST_TRIED, AppliedPlan, DiagnosticsServer
+from kilo_etcd.agent.logs import Once, get_logger, setup_logging
+from kilo_etcd.etcd import PermissionDenied, Unavailable
+from kilo_etcd.kernel.chains import Obstacle
+from kilo_etcd.kernel.state import Route, Setup
+from kilo_etcd.model import Endpoint, IPAddress, Node, Snapshot
+from kilo_etcd.store.diagnostics import LEASE_SECONDS, request_diagnostics
+from kilo_etcd.store.keys import Keys
+from kilo_etcd.store.records import (
+    DiagnosticsRequest,
+    DiagnosticsResponse,
+    RecordError,
+    TakenRoute,
+    Tunnel,
+    decode_diagnostics_response,
+    encode,
+)
+from kilo_etcd.testing.fake_etcd import FakeClient, FakeEtcd
+from kilo_etcd.testing.fake_kernel import FakeHost, FakeKernel
+from kilo_etcd.topology import Topology, build_topology
+from kilo_etcd.topology.hostplan import Encryption, HostPlan, PeerPlan, RoutePlan, Via
+
+pytestmark = pytest.mark.autojump
+
+KEYS = Keys()
+KEY, SECOND = "A" * 43 + "=", "B" + "A" * 42 + "="
+PLAN = HostPlan(
+    node="h1",
+    addresses=(ip_interface("10.4.0.1/32"),),
+    peers={
+        KEY: PeerPlan(
+            public_key=KEY,
+            name="h2",
+            endpoint=Endpoint.parse("203.0.113.2:51820"),
+            allowed_ips=(ip_network("10.3.0.0/24"), ip_network("10.4.0.2/32")),
+        ),
+        SECOND: PeerPlan(public_key=SECOND, name="laptop", allowed_ips=(ip_network("10.9.0.2/32"),)),
+    },
+    routes={ip_network("10.4.0.0/16"): RoutePlan(destination=ip_network("10.4.0.0/16"), way=Via.TUNNEL)},
+)
+
+
+class World:
+    """The agent of h1 as far as it responds; `triggered` is where it has sent packets."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.etcd = FakeEtcd()
+        self.host = FakeHost()
+        self.kernel = FakeKernel(self.host, Setup(private_key=privatekey.generate()))
+        self.log = io.StringIO()
+        self.triggered: list[IPAddress] = []
+        self.sends = True
+        setup_logging("info", stream=self.log)
+        monkeypatch.setattr(diagnostics, "trigger_handshakes", self.triggered.extend)
+
+    def answerer(
+        self, plan: HostPlan | None = PLAN, topology: Topology | None = None, client: FakeClient | None = None
+    ) -> DiagnosticsServer:
+        return DiagnosticsServer(
+            client or self.etcd.client("h1"),
+            KEYS,
+            "h1",
+            self.kernel,
+            lambda: AppliedPlan(plan=plan, revision=7, topology=topology, sends=self.sends, undecided=("h9",)),
+            Once(get_logger()),
+        )
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    return World(monkeypatch)
+
+
+async def test_who_is_asked_answers_and_nothing_stays(world: World) -> None:
+    await world.kernel.apply(PLAN)
+    world.host.receive_from(KEY, when=1)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(world.answerer().run)
+        await trio.testing.wait_all_tasks_blocked()
+        await trio.sleep(5)
+        started = trio.current_time()
+        answers = await request_diagnostics(world.etcd.client("desk"), KEYS, ["h1"])
+        assert trio.current_time() - started < 0.1
+        nursery.cancel_scope.cancel()
+    (response,) = answers.values()
+    assert (response.revision, response.backend, response.undone, response.mtu) == (7, "kernel", 0, 1420)
+    assert response.undecided == ("h9",)
+    assert response.tunnels == (Tunnel(KEY, 4, 148, 0, "203.0.113.2:51820"), Tunnel(SECOND, -1, 0, 0, ""))
+    assert world.etcd.keys("/") == []
+    # A session of five seconds' age is awake, and a laptop without an endpoint is left asleep.
+    assert world.triggered == []
+
+
+async def test_who_is_silent_is_not_waited_for_long_and_who_is_not_asked_is_silent(world: World) -> None:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(world.answerer().run)
+        await trio.testing.wait_all_tasks_blocked()
+        started = trio.current_time()
+        assert set(await request_diagnostics(world.etcd.client("desk"), KEYS, ["h1", "h2"], patience=2)) == {"h1"}
+        assert trio.current_time() - started == pytest.approx(2, abs=0.1)
+        assert await request_diagnostics(world.etcd.client("desk"), KEYS, ["h2"], patience=2) == {}
+        assert await request_diagnostics(world.etcd.client("desk"), KEYS, []) == {}
+        nursery.cancel_scope.cancel()
+
+
+async def test_requests_whose_askers_have_gone_keep_nobody_waiting(world: World) -> None:
+    """Each takes seconds, since nobody has a session with the host's peers."""
+    await world.kernel.apply(PLAN)
+    desk = world.etcd.client("desk")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(world.answerer().run)
+        await trio.testing.wait_all_tasks_blocked()
+        for _ in range(500):
+            lease = (await desk.grant_lease(15)).id
+            await desk.put(KEYS.request(lease), encode(DiagnosticsRequest()), lease=lease)
+            await desk.revoke_lease(lease)
+        assert set(await request_diagnostics(desk, KEYS, ["h1"], patience=5)) == {"h1"}
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_request_that_etcd_could_not_be_asked_about_is_skipped_and_the_next_one_answered(world: World) -> None:
+    class Failing(FakeClient):
+        async def get(self, *arguments: Any, **options: Any) -> Any:
+            if not failed:
+                failed.append(True)
+                raise Unavailable("no leader")
+            return await super().get(*arguments, **options)
+
+    failed: list[bool] = []
+    desk = world.etcd.client("desk")
+    answerer = world.answerer(client=Failing(world.etcd, "h1"))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(answerer.run)
+        await trio.testing.wait_all_tasks_blocked()
+        lease = (await desk.grant_lease(15)).id
+        await desk.put(KEYS.request(lease), encode(DiagnosticsRequest()), lease=lease)
+        assert set(await request_diagnostics(desk, KEYS, ["h1"], patience=3)) == {"h1"}
+        assert failed
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_handshake_is_triggered_in_an_idle_tunnel(world: World) -> None:
+    await world.kernel.apply(PLAN)
+    async with trio.open_nursery() as nursery:
+        replies: list[DiagnosticsResponse] = []
+
+        async def reply() -> None:
+            replies.append(await world.answerer().answer(DiagnosticsRequest()))
+
+        nursery.start_soon(reply)
+        await eventually(lambda: world.triggered)
+        world.host.receive_from(KEY)
+    # To an address of one host; the network before it may have nobody at its first address.
+    assert list(map(str, world.triggered)) == ["10.4.0.2"]
+    assert replies[0].tunnels[0].handshake >= 0
+    # Nobody there: the answer says so in the end.
+    started = trio.current_time()
+    await trio.sleep(200)
+    response = await world.answerer().answer(DiagnosticsRequest())
+    assert response.tunnels[0].handshake >= 200
+    assert trio.current_time() - started < 202
+    # A member's packets go by its leader, and try none of its own tunnels.
+    world.sends = False
+    world.triggered.clear()
+    await world.answerer().answer(DiagnosticsRequest())
+    assert world.triggered == []
+
+
+async def test_what_the_kernel_lacks_is_counted_and_named(world: World) -> None:
+    response = await world.answerer().answer(DiagnosticsRequest())
+    assert response.undone > 5
+    assert any(command.startswith("ip route add 10.4.0.0/16") for command in response.changes)
+    assert decode_diagnostics_response(encode(response)) == response
+    world.host.obstacles = (Obstacle("FORWARD drops"), Obstacle("the chain x may drop", certain=False))
+    assert (await world.answerer().answer(DiagnosticsRequest())).trouble == ()  # it has nothing to forward
+    forwarding = world.answerer(evolve(PLAN, forwarding=frozenset({4})))
+    response = await forwarding.answer(DiagnosticsRequest())
+    assert (response.trouble, response.possible_obstacles) == (("FORWARD drops",), ("the chain x may drop",))
+    world.sends = False
+    response = await forwarding.answer(DiagnosticsRequest())
+    assert (response.trouble, response.possible_obstacles) == ((), ("FORWARD drops",)), "it may lead one day"
+
+
+async def test_packets_are_sent_to_whom_is_asked_for(world: World) -> None:
+    world.host.reach = lambda address: str(address) == "10.4.0.9"
+    response = await world.answerer().answer(
+        DiagnosticsRequest(targets=("10.4.0.9", "10.4.0.8", "nonsense", "fd00::1"))
+    )
+    assert (response.reached, response.unreached) == ((), ()), "this host has no address yet"
+    topology = build_topology(
+        Snapshot(
+            revision=1,
+            nodes={
+                f"h{number}": Node(
+                    name=f"h{number}", public_key=str(number), mesh_addresses=(ip_address(f"10.4.0.{number}"),)
+                )
+                for number in range(1, 101)
+            },
+        )
+    )
+    answerer = world.answerer(topology=topology)
+    response = await answerer.answer(
+        DiagnosticsRequest(targets=("10.4.0.1", "10.4.0.9", "10.4.0.8", "nonsense", "fd00::1"))
+    )
+    assert (response.reached, response.unreached) == (("10.4.0.9",), ("10.4.0.8",))
+    assert decode_diagnostics_response(encode(response)) == response
+    assert response.small_only == ()
+    await world.kernel.apply(PLAN)
+    response = await answerer.answer(DiagnosticsRequest(targets=("10.4.0.9",)))
+    assert (response.mtu > 0, response.small_only) == (True, ())
+    world.host.largest = response.mtu - 1
+    assert (narrow := await answerer.answer(DiagnosticsRequest(targets=("10.4.0.9",)))).small_only == ("10.4.0.9",)
+    assert decode_diagnostics_response(encode(narrow)) == narrow
+    world.host.largest = response.mtu
+    assert (await answerer.answer(DiagnosticsRequest(targets=("10.4.0.9",)))).small_only == ()
+    everybody = await answerer.answer(DiagnosticsRequest(tries=200))
+    assert len(everybody.unreached) == 98
+    some = await answerer.answer(DiagnosticsRequest(tries=64))
+    assert len(some.unreached) + len(some.reached) == 64
+    foreign = await answerer.answer(DiagnosticsRequest(targets=("192.0.2.66", "10.4.0.200", "10.4.0.9")))
+    assert (foreign.reached, foreign.unreached) == (("10.4.0.9",), ()), "others' addresses are not pinged"
+    world.host.no_pings = "this process may not ping"
+    assert (await answerer.answer(DiagnosticsRequest(tries=4))).trouble == ("this process may not ping",)
+    assert (await answerer.answer(DiagnosticsRequest())).trouble == ()
+    assert (await world.answerer(plan=None).answer(DiagnosticsRequest())).undone == 0
+
+
+async def test_internal_ips_that_the_plan_has_a_route_to_are_tried_from_its_source(world: World) -> None:
+    internal, mine = ip_address("10.2.0.2"), ip_address("10.1.0.1")
+    route = RoutePlan(destination=ip_network("10.2.0.2/32"), way=Via.TUNNEL, source=mine)
+    plan = evolve(PLAN, routes={**PLAN.routes, route.destination: route})
+    nodes = {
+        "h1": Node(name="h1", public_key="1", mesh_addresses=(ip_address("10.4.0.1"),)),
+        "h2": Node(
+            name="h2", public_key=KEY, mesh_addresses=(ip_address("10.4.0.2"),),
+            internal_ips=(ip_interface("10.2.0.2/24"), ip_interface("10.2.0.200/24")),
+        ),
+    }  # fmt: skip
+    answerer = world.answerer(plan, build_topology(Snapshot(revision=1, nodes=nodes)))
+    await world.kernel.apply(plan)
+    world.host.reach = lambda address: address == internal
+    for request in (DiagnosticsRequest(tries=4), DiagnosticsRequest(targets=("10.2.0.2", "10.2.0.200", "10.4.0.2"))):
+        response = await answerer.answer(request)
+        assert (response.reached, response.unreached) == (("10.2.0.2",), ("10.4.0.2",))
+        assert response.routes == (TakenRoute("10.2.0.2", "10.1.0.1", "10.2.0.2 dev kilo0", False),)
+        assert decode_diagnostics_response(encode(response)) == response
+    # One that goes through the tunnel by a table of its own is tried as well.
+    encrypted = evolve(PLAN, encryption=Encryption(send={route.destination: route}))
+    answerer2 = world.answerer(encrypted, build_topology(Snapshot(revision=1, nodes=nodes)))
+    assert (await answerer2.answer(DiagnosticsRequest(tries=4))).reached == ("10.2.0.2",)
+    other = Route(destination=ip_network("10.2.0.2/32"), device="eth0", gateway=ip_address("10.1.0.254"), table=99)
+    world.host.taken = lambda address, source: other
+    (taken,) = (await answerer.answer(DiagnosticsRequest(tries=4))).routes
+    assert taken == TakenRoute("10.2.0.2", "10.1.0.1", "10.2.0.2 via 10.1.0.254 dev eth0 table 99", True)
+    world.host.taken = lambda address, source: "No route to host"
+    assert (await answerer.answer(DiagnosticsRequest(tries=4))).routes[0][2:] == ("none: No route to host", True)
+
+
+async def test_a_request_has_so_many_tried_and_no_more(world: World) -> None:
+    nodes = (
+        Node(name=f"h{number}", public_key=str(number), mesh_addresses=(ip_address("10.4.0.0") + number,))
+        for number in range(1, 1001)
+    )
+    topology = build_topology(Snapshot(revision=1, nodes={node.name: node for node in nodes}))
+    all_of_them = tuple(str(ip_address("10.4.0.0") + number) for number in range(2, 1001))
+    response = await world.answerer(topology=topology).answer(DiagnosticsRequest(tries=10**9, targets=all_of_them))
+    assert MOST_TRIED <= len(response.unreached) + len(response.reached) <= 2 * MOST_TRIED
+
+
+async def test_requesting_again_after_etcd_was_away_and_an_invalid_request(world: World) -> None:
+    client = world.etcd.client("desk")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(world.answerer().run)
+        await trio.testing.wait_all_tasks_blocked()
+        world.etcd.down()
+        await trio.sleep(60)
+        world.etcd.up()
+        await trio.sleep(60)
+        lease = await client.grant_lease(LEASE_SECONDS)
+        await client.put(KEYS.request(lease.id), b"\xff what?", lease=lease.id)
+        await client.put(KEYS.request(1), encode(DiagnosticsRequest()))  # without a lease: its answer would stay
+        assert "h1" in await request_diagnostics(client, KEYS, ["h1"])
+        nursery.cancel_scope.cancel()
+    assert [key for key in world.etcd.keys("/") if "answers" in key] == []
+
+
+async def test_an_agent_that_may_not_receive_requests_says_so_once_and_goes_on(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = 0
+
+    async def denied(*_: object) -> None:
+        nonlocal tries
+        tries += 1
+        await trio.lowlevel.checkpoint()
+        raise PermissionDenied("user h1 may not watch /kilo-status/requests/")
+
+    monkeypatch.setattr(diagnostics, "serve", denied)
+    with trio.move_on_after(100):
+        await world.answerer().run()
+    assert 3 <= tries <= 7
+    assert world.log.getvalue().count("diagnostics requests of kgctl cannot be served") == 1
+
+
+def test_answers_that_are_none() -> None:
+    for text in ('{"tunnels": [["x"]]}', '{"tunnels": [[1, 2, 3, 4, 5]]}', '{"undone": -1}', "[]"):
+        with pytest.raises(RecordError):
+            decode_diagnostics_response(text.encode())
+    with pytest.raises(RecordError, match="no whole number"):
+        decode_diagnostics_response(encode(DiagnosticsResponse(tunnels=(Tunnel(KEY, -2, 0, 0, ""),))))

@@ -1,0 +1,199 @@
+"""What an agent knows of others in the switch to `encrypted`, and what it costs to know it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+import structlog
+import trio
+
+from helpers import eventually
+from kilo_etcd.agent.logs import Once
+from kilo_etcd.agent.stage_watch import FEW, GONE_SECONDS, StageWatch
+from kilo_etcd.etcd.api import prefix_end
+from kilo_etcd.store import Keys
+from kilo_etcd.store.records import StageRecord, encode
+from kilo_etcd.testing.fake_etcd import FakeClient, FakeEtcd
+
+KEYS = Keys()
+MANY = frozenset(f"n{number}" for number in range(FEW + 2))
+
+
+@asynccontextmanager
+async def following(
+    server: FakeEtcd, names: frozenset[str]
+) -> AsyncIterator[tuple[StageWatch, FakeClient, list[float]]]:
+    """One agent's, its client, and when it had news."""
+    client, news = server.client(), list[float]()
+    others = StageWatch(client, KEYS, Once(structlog.get_logger()), lambda: news.append(trio.current_time()))
+    others.follow(names, nodes=len(names), cluster=server.cluster_id)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(others.run)
+        yield others, client, news
+        nursery.cancel_scope.cancel()
+
+
+def reports(server: FakeEtcd, name: str, revision: int) -> None:
+    server.put_kept(KEYS.stage(name), encode(StageRecord(revision=revision)))
+
+
+@pytest.mark.parametrize("names", [frozenset({"a"}), MANY | {"a"}])
+@pytest.mark.autojump
+async def test_what_is_reported_is_watched_and_not_asked_for(names: frozenset[str]) -> None:
+    server = FakeEtcd()
+    for name in names:
+        reports(server, name, 3)
+    async with following(server, names) as (others, client, _):
+        await eventually(lambda: others.living.applied == dict.fromkeys(names, 3), 5, every=0.1)
+        calls = len(client.calls)
+        assert calls == 1, "however many there are"
+        for revision in range(4, 30):
+            reports(server, "a", revision)
+            await trio.sleep(1)
+        assert others.living.applied["a"] == 29
+        assert len(client.calls) == calls
+
+
+@pytest.mark.autojump
+async def test_only_those_that_are_waited_for_are_watched() -> None:
+    server = FakeEtcd()
+    async with following(server, frozenset({"a"})) as (others, client, news):
+        reports(server, "a", 3)
+        await eventually(lambda: bool(news), 5, every=0.1)
+        others.follow(frozenset(), nodes=1, cluster=server.cluster_id)
+        await trio.sleep(60)
+        calls, told = len(client.calls), len(news)
+        reports(server, "a", 4)
+        reports(server, "b", 4)
+        await trio.sleep(60)
+        assert (len(client.calls), len(news)) == (calls, told)
+        assert others.living.applied == {"a": 3}
+
+
+@pytest.mark.parametrize("names", [frozenset({"a"}), MANY | {"a"}])
+@pytest.mark.autojump
+async def test_an_agent_counts_as_gone_after_a_bound_only(names: frozenset[str]) -> None:
+    server = FakeEtcd()
+    for name in names:
+        reports(server, name, 3)
+    async with following(server, names) as (others, _, _):
+        await eventually(lambda: others.living.lives("a") and "a" in others.living.asked, 5, every=0.1)
+        # It is restarted.
+        server.delete(KEYS.stage("a"))
+        await trio.sleep(GONE_SECONDS - 5)
+        assert others.living.lives("a")
+        assert others.living.knows_of("a", 3), "its kernel holds what it held"
+        assert not others.living.knows_of("a", 4)
+        reports(server, "a", 4)
+        await trio.sleep(GONE_SECONDS)
+        assert others.living.knows_of("a", 4)
+        # It is gone.
+        server.delete(KEYS.stage("a"))
+        await trio.sleep(GONE_SECONDS + 2)
+        assert not others.living.lives("a")
+        assert others.living.knows_of("a", 99), "it acts by nothing any more, if its host lives"
+        reports(server, "a", 5)
+        await trio.sleep(1)
+        assert others.living.lives("a")
+        assert not others.living.knows_of("a", 99)
+
+
+@pytest.mark.autojump
+async def test_who_was_missing_long_ago_is_not_gone_when_he_is_missing_again() -> None:
+    server = FakeEtcd()
+    one, nobody = frozenset({"a"}), frozenset[str]()
+    async with following(server, one) as (others, _, _):
+        await trio.sleep(1)
+        others.follow(nobody, nodes=1, cluster=server.cluster_id)
+        await trio.sleep(1)
+        reports(server, "a", 3)
+        await trio.sleep(5 * GONE_SECONDS)
+        server.delete(KEYS.stage("a"))
+        others.follow(one, nodes=1, cluster=server.cluster_id)
+        await trio.sleep(GONE_SECONDS - 5)
+        assert others.living.lives("a")
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        lambda server, key: server.put(key, encode(StageRecord(revision=99))),
+        lambda server, key: server.put_kept(key, b"nonsense"),
+    ],
+)
+@pytest.mark.autojump
+async def test_a_report_that_cannot_be_read_or_is_under_no_lease_tells_nothing(
+    report: Callable[[FakeEtcd, str], object],
+) -> None:
+    server = FakeEtcd()
+    async with following(server, frozenset({"a"})) as (others, _, _):
+        report(server, KEYS.stage("a"))
+        await trio.sleep(GONE_SECONDS / 2)
+        assert others.living.lives("a")
+        assert not others.living.knows_of("a", 3)
+
+
+@pytest.mark.autojump
+async def test_nobody_counts_as_gone_while_etcd_is_away() -> None:
+    server = FakeEtcd()
+    reports(server, "a", 3)
+    async with following(server, frozenset({"a"})) as (others, client, _):
+        await eventually(lambda: others.living.knows_of("a", 3), 5, every=0.1)
+        server.delete(KEYS.stage("a"))
+        await trio.sleep(1)
+        client.cut()
+        reports(server, "a", 4)
+        await trio.sleep(5 * GONE_SECONDS)
+        assert others.living.lives("a")
+        client.mend()
+        await eventually(lambda: others.living.knows_of("a", 4), 10, every=0.1)
+
+
+@pytest.mark.autojump
+async def test_another_etcd_says_nothing_of_this_mesh() -> None:
+    server = FakeEtcd()
+    reports(server, "a", 3)
+    async with following(server, frozenset({"a"})) as (others, _, _):
+        await eventually(lambda: others.living.knows_of("a", 3), 5, every=0.1)
+        server.replace_cluster()
+        server.drop_watches()
+        await trio.sleep(5 * GONE_SECONDS)
+        assert others.living.lives("a")
+
+
+@pytest.mark.autojump
+async def test_what_a_watch_has_lost_a_listing_brings() -> None:
+    server = FakeEtcd()
+    for name in MANY:
+        reports(server, name, 3)
+    async with following(server, MANY) as (others, client, _):
+        await eventually(lambda: others.living.knows_of("n1", 3), 5, every=0.1)
+        client.lose_batches()
+        reports(server, "n1", 4)
+        await trio.sleep(60)
+        assert not others.living.knows_of("n1", 4)
+        server.compact()
+        await trio.sleep(600)
+        assert others.living.knows_of("n1", 4)
+
+
+@pytest.mark.autojump
+async def test_a_crowd_that_reports_makes_few_plans() -> None:
+    server = FakeEtcd()
+    crowd = frozenset(f"n{number}" for number in range(500))
+    async with following(server, crowd) as (others, client, news):
+        await trio.sleep(2)
+        for name in sorted(crowd):
+            reports(server, name, 3)
+            await trio.sleep(0.004)
+        await eventually(lambda: len(others.living.applied) == 500, 10, every=0.1)
+        assert len(news) <= 5
+        assert len(client.calls) == 1
+
+
+def test_the_keys_are_beside_the_statuses_and_none_of_them() -> None:
+    assert KEYS.stage("a/b") == "/kilo-status/stages/a%2Fb"
+    assert KEYS.stage("a").encode() < prefix_end(KEYS.status_root)
+    assert type(KEYS.parse(KEYS.stage("a"))) is not type(KEYS.parse(KEYS.status("a")))

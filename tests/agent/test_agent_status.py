@@ -1,0 +1,83 @@
+"""What the agent reports of itself: since when it leads."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime, tzinfo
+from typing import cast
+
+import pytest
+import trio
+from agent_world import World, running
+from attrs import evolve, frozen
+
+from helpers import eventually
+from kilo_etcd import store
+from kilo_etcd.agent import status
+from kilo_etcd.agent.candidacy_policy import Role
+from kilo_etcd.agent.status import State, StatusReporter
+from kilo_etcd.model import CandidateClass, Snapshot
+from kilo_etcd.store.records import CandidateRecord, NodeRecord, StatusRecord, encode
+
+EARLIER = "2026-11-22T10:00:00Z"
+LEADS = Role(kind=store.Role.LEADER, location="gcp", leader="h1")
+FOLLOWS = Role(kind=store.Role.MEMBER, location="gcp", leader="h2")
+BEFORE = StatusRecord(public_key="k", role=store.Role.LEADER, location="gcp", leader="h1", leads_since=EARLIER)
+STATE = State(role=LEADS, revision=1, failures=(), errors=(), programmed=True, address="", without_etcd="")
+
+
+@frozen
+class Session:
+    status: StatusRecord | None
+
+
+def leads_since(before: StatusRecord | None, *roles: Role) -> str:
+    """What is reported after these roles, by an agent that has found this status of an earlier one."""
+    reporter = StatusReporter(cast(store.Session, Session(before)), "k", None)
+    for role in roles:
+        reporter.publish(Snapshot(revision=1), evolve(STATE, role=role), leaving=True)
+    assert reporter._status is not None
+    return reporter._status.leads_since
+
+
+def test_since_when_it_leads_outlasts_its_agent_and_no_leadership() -> None:
+    assert leads_since(BEFORE, LEADS) == EARLIER
+    assert leads_since(BEFORE, LEADS, LEADS) == EARLIER
+    assert leads_since(BEFORE, FOLLOWS) == ""
+    for other in (None, evolve(BEFORE, location="home"), evolve(BEFORE, role=store.Role.MEMBER, leads_since="")):
+        assert leads_since(other, LEADS) > EARLIER
+    assert leads_since(BEFORE, FOLLOWS, LEADS) > EARLIER
+
+
+@pytest.mark.autojump
+async def test_it_leads_since_it_was_elected_and_not_since_it_stands(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class VirtualTime(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:
+            return datetime.fromtimestamp(1_700_000_000 + trio.current_time() - began, tz)
+
+    def published() -> StatusRecord:
+        return store.decode_status(world.etcd.get("/kilo-status/h1") or b"")
+
+    began = trio.current_time()
+    monkeypatch.setattr(status, "datetime", VirtualTime)
+    other = NodeRecord(public_key="B" + "A" * 42 + "=", internal_ips=())
+    world.etcd.put("/kilo/addresses/10.4.0.2", "h2")
+    record = json.loads(encode(other)) | {"internalIPs": ["192.168.1.2/24"]}
+    world.etcd.put("/kilo/nodes/h2", json.dumps(record))
+    world.etcd.put_kept(
+        "/kilo/elections/@default/h2", encode(CandidateRecord(rank=CandidateClass.PUBLIC, since=EARLIER))
+    )
+    async with running(world):
+        await eventually(lambda: world.etcd.keys("/kilo/elections/@default/h1") != [], 30, every=0.1)
+        await trio.sleep(300)
+        assert published().leads_since == ""
+        world.etcd.delete("/kilo/elections/@default/h2")
+        await eventually(lambda: published().role is store.Role.LEADER, 10, every=0.1)
+        elected = datetime.fromisoformat(published().leads_since)
+        assert 0 <= elected.timestamp() - 1_700_000_000 - 300 < 40
+        assert elected.tzinfo == UTC
+        await trio.sleep(300)
+        assert datetime.fromisoformat(published().leads_since) == elected

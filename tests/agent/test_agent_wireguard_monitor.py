@@ -1,0 +1,251 @@
+"""An agent that listens to its own WireGuard, on an etcd and a kernel in memory, in virtual time."""
+
+from __future__ import annotations
+
+import base64
+import json
+import random
+from ipaddress import ip_interface
+
+import pytest
+import trio
+from agent_world import PRIVATE, World, running
+from attrs import evolve
+
+from helpers import eventually
+from kilo_etcd.agent import discover, privatekey
+from kilo_etcd.agent.nat_traversal import PATIENCE
+from kilo_etcd.kernel import KernelError
+from kilo_etcd.kernel.state import HostAddress, PeerActivity, SetPeer
+from kilo_etcd.model import Endpoint
+from kilo_etcd.store import ObservedEndpointRecord
+from kilo_etcd.store.records import NodeRecord, encode
+
+pytestmark = pytest.mark.autojump
+
+HOME = privatekey.public_key(privatekey.generate())
+PHONE = privatekey.public_key(privatekey.generate())
+SEEN, MOVED = Endpoint.parse("198.51.100.1:40001"), Endpoint.parse("198.51.100.1:40777")
+
+
+def public(world: World) -> None:
+    world.facts = discover.HostFacts(
+        hostname="h1",
+        addresses=(
+            HostAddress(interface="eth0", index=2, address=ip_interface("192.168.1.1/24")),
+            HostAddress(interface="eth0", index=2, address=ip_interface("203.0.113.1/24")),
+        ),
+    )
+
+
+def home(world: World, keepalive: int = 25) -> None:
+    """Another host, behind another NAT."""
+    record = NodeRecord(
+        public_key=HOME,
+        endpoint=Endpoint.parse("192.168.7.2:51820"),
+        internal_ips=(ip_interface("192.168.7.2/24"),),
+        location="home",
+        persistent_keepalive=keepalive,
+    )
+    world.etcd.put("/kilo/addresses/10.4.0.77", "home")
+    world.etcd.put("/kilo/nodes/home", encode(record))
+
+
+def phone(world: World) -> None:
+    record = {"publicKey": PHONE, "allowedIPs": ["10.9.0.1/32"], "persistentKeepalive": 25}
+    world.etcd.put("/kilo/peers/phone", json.dumps(record))
+
+
+def told(world: World) -> dict[str, str]:
+    keys = world.etcd.keys("/kilo/endpoints/")
+    return {key.split("/")[3]: json.loads(world.etcd.get(key) or b"")["endpoint"] for key in keys}
+
+
+def observers(world: World, *names: str) -> None:
+    """Public nodes, each in a location of its own."""
+    for name in names:
+        if f"/kilo/nodes/{name}" in world.etcd.keys("/kilo/nodes/"):
+            continue
+        number = 100 + ord(name[-1]) % 100
+        record = NodeRecord(
+            public_key=base64.b64encode(bytes([number]) * 32).decode(),
+            endpoint=Endpoint.parse(f"203.0.113.{number}:51820"),
+            location=name,
+        )
+        world.etcd.put(f"/kilo/addresses/10.4.9.{number}", name)
+        world.etcd.put(f"/kilo/nodes/{name}", encode(record))
+
+
+def sees(world: World, observer: str, endpoint: Endpoint, key: str = HOME, name: str = "home") -> None:
+    """What a public node says of another, or of a peer."""
+    observers(world, observer)
+    world.etcd.put_kept(
+        f"/kilo/endpoints/{name}/{observer}", encode(ObservedEndpointRecord(public_key=key, endpoint=endpoint))
+    )
+
+
+def endpoint(world: World, key: str = HOME) -> Endpoint | None:
+    return world.host.observed.peers[key].endpoint
+
+
+def errors(world: World) -> list[str]:
+    found: list[str] = json.loads(world.etcd.get("/kilo-status/h1") or b"{}").get("errors", [])
+    return found
+
+
+async def test_what_a_public_host_hears_is_told_once_followed_and_taken_back(world: World) -> None:
+    public(world)
+    home(world)
+    phone(world)
+    async with running(world):
+        await eventually(
+            lambda: HOME in world.host.observed.peers and PHONE in world.host.observed.peers, 10, every=0.1
+        )
+        await trio.sleep(60)
+        assert told(world) == {}, "nobody has been heard"
+        world.host.receive_from(HOME, endpoint=SEEN)
+        world.host.receive_from(PHONE, endpoint=MOVED)
+        await eventually(lambda: told(world) == {"home": str(SEEN), "phone": str(MOVED)}, 15, every=0.1)
+        await trio.sleep(10)
+        writes, netlink, revision = world.writes(), world.daemon.kernel.writes, world.etcd.revision
+        for _ in range(10):
+            await trio.sleep(60)
+            world.host.receive_from(HOME)
+            world.host.receive_from(PHONE)
+        assert (world.writes(), world.daemon.kernel.writes, world.etcd.revision) == (writes, netlink, revision)
+        world.host.receive_from(HOME, endpoint=MOVED)
+        await eventually(lambda: told(world)["home"] == str(MOVED), 15, every=0.1)
+        assert endpoint(world) == MOVED
+        await trio.sleep(200)
+        world.host.receive_from(HOME)
+        await eventually(lambda: "phone" not in told(world), 100, every=0.5)
+        assert told(world) == {"home": str(MOVED)}, "the phone has been silent for too long"
+        world.etcd.delete("/kilo/nodes/home")
+        await eventually(lambda: told(world) == {}, 15, every=0.1)
+
+
+async def test_a_phone_that_roams_all_the_time_does_not_storm_etcd(world: World) -> None:
+    public(world)
+    phone(world)
+    async with running(world):
+        await eventually(lambda: PHONE in world.host.observed.peers, 10, every=0.1)
+        await trio.sleep(10)
+        before, chance = world.etcd.revision, random.Random(1)
+        for _ in range(600):
+            world.host.receive_from(PHONE, endpoint=Endpoint(SEEN.host, chance.randrange(1024, 65536)))
+            await trio.sleep(3)
+        assert world.etcd.revision - before < 80, "half an hour; each word is followed by one on what was applied"
+        last = endpoint(world, PHONE)
+        await eventually(lambda: told(world) == {"phone": str(last)}, 120, every=1)
+
+
+async def test_an_agent_that_starts_again_says_nothing_twice(world: World) -> None:
+    public(world)
+    home(world)
+    async with running(world):
+        await eventually(lambda: HOME in world.host.observed.peers, 10, every=0.1)
+        world.host.receive_from(HOME, endpoint=SEEN, when=trio.current_time() + 1)
+        await eventually(lambda: told(world) == {"home": str(SEEN)}, 15, every=0.1)
+        key = b"/kilo/endpoints/home/h1"
+        first = world.etcd.data[key]
+        world.daemon.session.resign = trio.lowlevel.checkpoint  # type: ignore[method-assign,assignment]
+    async with running(world):
+        world.host.receive_from(HOME)
+        await trio.sleep(30)
+        assert world.etcd.data[key] == first
+        assert endpoint(world) == SEEN
+    assert told(world) == {}, "stopped in order, it takes its word back"
+
+
+async def test_a_host_behind_nat_follows_what_others_observe_until_it_receives_packets_itself(world: World) -> None:
+    home(world)
+    observers(world, "a", "b")
+    async with running(world, persistent_keepalive=25):
+        await eventually(lambda: HOME in world.host.observed.peers, 10, every=0.1)
+        assert endpoint(world) == Endpoint.parse("192.168.7.2:51820")
+        sees(world, "a", SEEN)
+        await eventually(lambda: endpoint(world) == SEEN, 2, every=0.1)
+        await trio.sleep(5)
+        world.host.receive_from(HOME, endpoint=MOVED)
+        netlink = world.daemon.kernel.writes
+        sees(world, "a", Endpoint.parse("198.51.100.1:5"))
+        sees(world, "b", Endpoint.parse("198.51.100.1:6"))
+        for _ in range(20):
+            await trio.sleep(10)
+            peer = world.host.observed.peers[HOME]
+            world.host.receive_from(HOME)
+            active = evolve(peer, rx_bytes=peer.rx_bytes + 32, last_handshake=trio.current_time())
+            world.host.observed = evolve(world.host.observed, peers={**world.host.observed.peers, HOME: active})
+        assert endpoint(world) == MOVED
+        assert world.daemon.kernel.writes == netlink
+        keys = ["/kilo/endpoints/home/a", "/kilo/endpoints/home/b"]
+        assert world.etcd.keys("/kilo/endpoints/") == keys, "itself it tells nothing, not being public"
+
+
+async def test_a_session_that_died_with_the_others_nat_is_begun_over(world: World) -> None:
+    home(world)
+    async with running(world, persistent_keepalive=25):
+        sees(world, "a", SEEN)
+        await eventually(lambda: HOME in world.host.observed.peers and endpoint(world) == SEEN, 10, every=0.1)
+        await trio.sleep(5)
+        world.host.receive_from(HOME)
+        await trio.sleep(30)
+        changes = len(world.host.history)
+        sees(world, "a", MOVED)
+        await eventually(lambda: endpoint(world) == MOVED, 100, every=0.5)
+        since = world.host.history[changes:]
+        assert [isinstance(change, SetPeer) and change.reset for change in since] == [True]
+        assert world.logged("another program change") == 0
+
+
+async def test_who_is_not_heard_is_named_in_log_and_status_until_it_is(world: World) -> None:
+    home(world)
+    async with running(world, persistent_keepalive=25):
+        await eventually(lambda: HOME in world.host.observed.peers, 10, every=0.1)
+        for name in ("home", "h1"):
+            key = HOME if name == "home" else privatekey.public_key(PRIVATE)
+            sees(world, "a", SEEN, key, name)
+            sees(world, "b", MOVED, key, name)
+        start = trio.current_time()
+        await eventually(lambda: errors(world), 60, every=0.1)
+        assert trio.current_time() - start >= PATIENCE - 1
+        (said,) = errors(world)
+        assert said.startswith("no tunnel to node home: it and h1 are both behind NAT, and both NATs show")
+        await trio.sleep(300)
+        assert world.logged(said) == 1
+        world.host.receive_from(HOME, endpoint=MOVED)
+        await eventually(lambda: not errors(world), 15, every=0.1)
+        assert world.logged(f"no longer: {said}") == 1
+
+
+async def test_where_nobody_is_behind_nat_the_device_is_not_read(world: World) -> None:
+    public(world)
+    home(world, keepalive=0)
+    async with running(world):
+        await eventually(lambda: HOME in world.host.observed.peers, 10, every=0.1)
+
+        async def peer_activity() -> None:
+            raise AssertionError("it was read")
+
+        world.daemon.kernel.peer_activity = peer_activity  # type: ignore[method-assign,assignment]
+        world.host.receive_from(HOME, endpoint=SEEN)
+        await trio.sleep(120)
+        assert told(world) == {}
+
+
+async def test_a_device_that_cannot_be_read_for_a_while_is_read_again(world: World) -> None:
+    public(world)
+    home(world)
+    async with running(world):
+        await eventually(lambda: HOME in world.host.observed.peers, 10, every=0.1)
+        peer_activity, failures = world.daemon.kernel.peer_activity, [KernelError("it is gone"), OSError("no answer")]
+
+        async def hear_badly() -> PeerActivity:
+            if failures:
+                raise failures.pop()
+            return await peer_activity()
+
+        world.daemon.kernel.peer_activity = hear_badly  # type: ignore[method-assign]
+        world.host.receive_from(HOME, endpoint=SEEN)
+        await eventually(lambda: told(world) == {"home": str(SEEN)}, 60, every=0.1)
+        assert failures == []

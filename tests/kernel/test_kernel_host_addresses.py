@@ -1,0 +1,63 @@
+"""Which of the kernel's events say that the host may be reached otherwise."""
+
+from __future__ import annotations
+
+from ipaddress import ip_address, ip_interface, ip_network
+
+from kilo_etcd.kernel.drift import AddressEvents
+from kilo_etcd.kernel.read import rtnl as replies
+from kilo_etcd.kernel.state import Route
+from kilo_etcd.kernel.write import rtnl as requests
+
+OWN = frozenset({7})
+
+
+def address(text: str, index: int = 2) -> bytes:
+    return requests.add_address(index, ip_interface(text)).body
+
+
+def default(gateway: str, index: int = 2, metric: int = 0) -> bytes:
+    via = ip_address(gateway)
+    any_ = ip_network("0.0.0.0/0" if via.version == 4 else "::/0")
+    return requests.add_route(Route(destination=any_, device="eth0", gateway=via, metric=metric), index).body
+
+
+def test_an_address_is_news_once() -> None:
+    host = AddressEvents()
+    for text in ("192.0.2.7/24", "2001:db8::7/64"):
+        assert host.news(replies.NEWADDR, address(text), OWN)
+        # A router advertisement says it again every few seconds.
+        assert not host.news(replies.NEWADDR, address(text), OWN)
+        assert host.news(replies.NEWADDR, address(text, index=3), OWN)
+        assert host.news(replies.DELADDR, address(text), OWN)
+        assert host.news(replies.NEWADDR, address(text), OWN)
+
+
+def test_what_happens_on_our_own_devices_is_none() -> None:
+    host = AddressEvents()
+    assert not host.news(replies.NEWADDR, address("10.4.0.1/32", index=7), OWN)
+    assert not host.news(replies.DELADDR, address("10.4.0.1/32", index=7), OWN)
+
+
+def test_a_default_route_is_news_when_it_goes_another_way() -> None:
+    host = AddressEvents()
+    assert host.news(replies.NEWROUTE, default("192.0.2.1"), OWN)
+    assert not host.news(replies.NEWROUTE, default("192.0.2.1"), OWN)
+    # Replaced, and replaced back: the kernel does not say that the former one went.
+    assert host.news(replies.NEWROUTE, default("192.0.2.2"), OWN)
+    assert host.news(replies.NEWROUTE, default("192.0.2.1"), OWN)
+    assert host.news(replies.NEWROUTE, default("2001:db8::1"), OWN)
+    assert host.news(replies.DELROUTE, default("192.0.2.1"), OWN)
+    assert host.news(replies.NEWROUTE, default("192.0.2.1"), OWN)
+
+
+def test_another_route_is_none() -> None:
+    other = Route(destination=ip_network("198.51.100.0/24"), device="eth0", gateway=ip_address("192.0.2.1"))
+    assert not AddressEvents().news(replies.NEWROUTE, requests.add_route(other, 2).body, OWN)
+
+
+def test_after_lost_events_all_is_news_again() -> None:
+    host = AddressEvents()
+    host.news(replies.NEWADDR, address("192.0.2.7/24"), OWN)
+    host.forget()
+    assert host.news(replies.NEWADDR, address("192.0.2.7/24"), OWN)
