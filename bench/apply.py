@@ -29,7 +29,7 @@ from _table import QUICK, console, runs, table
 from _worlds import Backend, inside, run_in_worlds, sh
 from kilo_etcd.kernel import ApplyReport, Kernel, Setup, cleanup, open_kernel
 from kilo_etcd.model import Endpoint
-from kilo_etcd.topology.hostplan import HostPlan, PeerPlan, RoutePlan, Via
+from kilo_etcd.model.hostplan import HostPlan, PeerPlan, RoutePlan, Via
 
 PRIVATE = b64encode(bytes([9]) * 32).decode()
 HAND = "hand0"

@@ -25,7 +25,7 @@ NETWORKS = [ip_network((0x0A64_0000 + number * 256, 24)) for number in range(ROU
 
 
 def ours() -> None:
-    from kilo_etcd.kernel.netlink import Socket
+    from kilo_etcd.kernel.netlink.sockets import Socket
     from kilo_etcd.kernel.state import Route
     from kilo_etcd.kernel.write.rtnl import add_route
 

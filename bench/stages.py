@@ -18,12 +18,12 @@ import structlog
 import trio
 
 from _table import console, table
-from kilo_etcd.agent.logs import Once
-from kilo_etcd.agent.stage_watch import Others
+from kilo_etcd.agent.stage_watch import StageWatch
 from kilo_etcd.etcd import Client, open_client
 from kilo_etcd.etcd.api import Put
 from kilo_etcd.etcd.client import PAGE
 from kilo_etcd.model import EncryptionStage, Endpoint
+from kilo_etcd.runtime.logs import Once
 from kilo_etcd.store import Keys, NodeRecord, StageRecord, StatusRecord, encode
 from kilo_etcd.store.records import Role
 from kilo_etcd.testing.etcd_server import EtcdServer
@@ -104,11 +104,11 @@ async def main() -> None:
         listed = await meter.of(lambda: own.get_prefix(KEYS.stages_root))
 
         answers = await meter.of(lambda: put_all(client, stages(50_002)))
-        others = Others(own, KEYS, Once(structlog.get_logger()), lambda: None)
-        others.follow(frozenset(NAMES), nodes=NODES, cluster=0)
+        watch = StageWatch(own, KEYS, Once(structlog.get_logger()), lambda: None)
+        watch.follow(frozenset(NAMES), nodes=NODES, cluster=0)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(others.run)
-            while len(others.living.applied) < NODES:  # noqa: ASYNC110
+            nursery.start_soon(watch.run)
+            while len(watch.living.applied) < NODES:  # noqa: ASYNC110
                 await trio.sleep(0.1)
             round_ = await meter.of(lambda: put_all(client, stages(50_003))) - answers
             nursery.cancel_scope.cancel()

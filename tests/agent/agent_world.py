@@ -15,19 +15,19 @@ from attrs import evolve
 
 from helpers import eventually
 from kilo_etcd import kernel
-from kilo_etcd.agent import discover, privatekey
-from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.agent.daemon import Daemon
 from kilo_etcd.agent.dnshosts import WriteNames
-from kilo_etcd.agent.logs import setup_logging
+from kilo_etcd.agent.leader_hints.peer_query import DatagramTransport
 from kilo_etcd.agent.metrics import Metrics
-from kilo_etcd.agent.peer_query import DatagramTransport
 from kilo_etcd.agent.snapshot_cache import Disk
 from kilo_etcd.kernel.state import HostAddress
+from kilo_etcd.runtime import discover, key_file
+from kilo_etcd.runtime.config import AgentConfig
+from kilo_etcd.runtime.logs import setup_logging
 from kilo_etcd.testing.fake_etcd import FakeEtcd
 from kilo_etcd.testing.fake_kernel import FakeHost, FakeKernel
 
-PRIVATE = privatekey.generate()
+PRIVATE = key_file.generate()
 
 
 class World:
@@ -85,8 +85,8 @@ async def running(
     )
     setup = kernel.Setup(private_key=PRIVATE)
     daemon = world.daemon = Daemon(
-        config, world.client, FakeKernel(world.host, setup), privatekey.public_key(PRIVATE), metrics=world.metrics,
-        disk=disk, transport=transport, secret=lambda key: privatekey.agreed(PRIVATE, key),
+        config, world.client, FakeKernel(world.host, setup), key_file.public_key(PRIVATE), metrics=world.metrics,
+        disk=disk, transport=transport, secret=lambda key: key_file.agreed(PRIVATE, key),
         write_names=write_names,
     )  # fmt: skip
     async with trio.open_nursery() as nursery:

@@ -22,13 +22,13 @@ from attrs import evolve, frozen
 
 from helpers import eventually
 from kilo_etcd import kernel
-from kilo_etcd.agent import discover, privatekey
-from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.agent.daemon import FLUSH_SECONDS, Daemon
-from kilo_etcd.agent.logs import setup_logging, write_due
 from kilo_etcd.agent.metrics import Metrics
 from kilo_etcd.kernel.state import HostAddress
 from kilo_etcd.model import Snapshot
+from kilo_etcd.runtime import discover, key_file
+from kilo_etcd.runtime.config import AgentConfig
+from kilo_etcd.runtime.logs import setup_logging, write_due
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.testing.fake_etcd import FakeEtcd
 from kilo_etcd.testing.fake_kernel import FakeHost, FakeKernel
@@ -105,7 +105,7 @@ class CrowdHost:
         )
         device = FakeKernel(self.machine, kernel.Setup(private_key=self.private))
         metrics = Metrics()
-        self.agent = CountingAgent(config, self.client, device, privatekey.public_key(self.private), metrics=metrics)
+        self.agent = CountingAgent(config, self.client, device, key_file.public_key(self.private), metrics=metrics)
         self._over = trio.Event()
         try:
             with trio.CancelScope() as self._scope:

@@ -10,7 +10,7 @@ import pytest
 import trio
 
 from helpers import eventually
-from kilo_etcd.agent.admission import (
+from kilo_etcd.agent.leader_hints.admission import (
     BURST,
     MOST_NODES,
     MOST_SOURCES,
@@ -22,7 +22,7 @@ from kilo_etcd.agent.admission import (
     second_of,
     stamp,
 )
-from kilo_etcd.agent.peer_query import UdpTransport, served
+from kilo_etcd.agent.leader_hints.peer_query import UdpTransport, served
 from kilo_etcd.model import Node
 
 A, B = b"sender-a", b"sender-b"

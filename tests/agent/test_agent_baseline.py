@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import pairwise
 
-from kilo_etcd.agent.baseline import LONGEST_PAUSE, OPEN_SECONDS, PAUSE, NoBaseline
+from kilo_etcd.agent.probing.baseline import LONGEST_PAUSE, OPEN_SECONDS, PAUSE, NoBaseline
 from kilo_etcd.model import Node
 
 TRY_SECONDS = 0.75

@@ -7,7 +7,7 @@ from ipaddress import ip_address, ip_interface, ip_network
 import pytest
 from attrs import evolve
 
-from kilo_etcd.agent.candidacy_policy import (
+from kilo_etcd.agent.leadership.candidacy_policy import (
     SETTLE_SECONDS,
     WITHDRAW_SECONDS,
     CandidacyInputs,
@@ -15,14 +15,15 @@ from kilo_etcd.agent.candidacy_policy import (
     able_to_lead,
     confirmed,
     decide_candidacy,
-    disagreements,
     eligible,
     from_own_addresses,
     keeps_its_place,
     role_of,
 )
 from kilo_etcd.model import Candidate, CandidateClass, Endpoint, Granularity, InternalIPs, Node, Snapshot
-from kilo_etcd.topology import HostPlan, RoutePlan, Via, build_topology
+from kilo_etcd.model.hostplan import HostPlan, RoutePlan, Via
+from kilo_etcd.topology import build_topology
+from kilo_etcd.topology.mesh_settings import disagreements
 
 PUBLIC = CandidateClass.PUBLIC
 DESIRED = DesiredCandidacy("gcp", PUBLIC)

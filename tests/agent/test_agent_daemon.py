@@ -14,9 +14,10 @@ from attrs import evolve
 
 from helpers import eventually
 from kilo_etcd import etcd, kernel, store
-from kilo_etcd.agent import discover, privatekey, status
+from kilo_etcd.agent import status
 from kilo_etcd.kernel.state import Change, DeleteLink, DeleteRoute, HostAddress
 from kilo_etcd.model import CandidateClass, Endpoint
+from kilo_etcd.runtime import discover, key_file
 from kilo_etcd.store.records import CandidateRecord, NodeRecord, StatusRecord, encode, encode_adoption
 
 pytestmark = pytest.mark.autojump
@@ -317,7 +318,7 @@ async def test_a_route_that_collides_keeps_the_host_neither_from_being_ready_nor
     world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     other = NodeRecord(
-        public_key=privatekey.public_key(privatekey.generate()), internal_ips=(ip_interface("192.168.1.2/24"),)
+        public_key=key_file.public_key(key_file.generate()), internal_ips=(ip_interface("192.168.1.2/24"),)
     )
     world.etcd.put("/kilo/addresses/10.4.0.2", "h2")
     world.etcd.put("/kilo/nodes/h2", encode(other))
@@ -366,7 +367,7 @@ async def test_the_watchdog_is_fed_by_the_reconciler(
 
 async def test_a_leader_that_cannot_hand_over_says_so(world: World) -> None:
     other = NodeRecord(
-        public_key=privatekey.public_key(privatekey.generate()), internal_ips=(ip_interface("192.168.1.2/24"),)
+        public_key=key_file.public_key(key_file.generate()), internal_ips=(ip_interface("192.168.1.2/24"),)
     )
     async with running(world):
         world.etcd.put("/kilo/addresses/10.4.0.2", "h2")
@@ -387,7 +388,7 @@ async def test_a_leader_whose_candidacy_was_put_under_no_lease_leads_on_and_a_de
 ) -> None:
     """As by `etcdctl put`, in the name of the leader and of a host that does not run."""
     other = NodeRecord(
-        public_key=privatekey.public_key(privatekey.generate()), internal_ips=(ip_interface("192.168.1.2/24"),)
+        public_key=key_file.public_key(key_file.generate()), internal_ips=(ip_interface("192.168.1.2/24"),)
     )
     key = "/kilo/elections/@default/h1"
     async with running(world):
@@ -435,7 +436,7 @@ async def test_new_addresses_that_cannot_be_registered_do_not_end_the_agent(
 
 
 async def test_a_host_whose_name_another_took_says_so_until_that_one_is_gone(world: World) -> None:
-    stranger = privatekey.public_key(privatekey.generate())
+    stranger = key_file.public_key(key_file.generate())
     async with running(world):
         await eventually(lambda: world.metrics.health() is None, 10, every=0.1)
         addresses = world.host.observed.addresses
@@ -520,7 +521,7 @@ async def test_an_address_within_the_meshs_subnet_is_reported_until_it_goes(worl
 
 
 async def test_a_change_of_internal_ips_and_what_it_waits_for_are_a_line_each(world: World) -> None:
-    key = privatekey.public_key(privatekey.generate())
+    key = key_file.public_key(key_file.generate())
     old = encode(NodeRecord(public_key=key, internal_ips=(ip_interface("10.9.0.1/24"),)))
     async with running(world) as daemon:
         await eventually(lambda: world.metrics.health() is None, 30, every=0.1)

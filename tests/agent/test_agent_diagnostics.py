@@ -11,13 +11,15 @@ import trio
 from attrs import evolve
 
 from helpers import eventually
-from kilo_etcd.agent import diagnostics, privatekey
+from kilo_etcd.agent import diagnostics
 from kilo_etcd.agent.diagnostics import MOST_TRIED, AppliedPlan, DiagnosticsServer
-from kilo_etcd.agent.logs import Once, get_logger, setup_logging
 from kilo_etcd.etcd import PermissionDenied, Unavailable
-from kilo_etcd.kernel.chains import Obstacle
+from kilo_etcd.kernel.firewall.chains import Obstacle
 from kilo_etcd.kernel.state import Route, Setup
 from kilo_etcd.model import Endpoint, IPAddress, Node, Snapshot
+from kilo_etcd.model.hostplan import Encryption, HostPlan, PeerPlan, RoutePlan, Via
+from kilo_etcd.runtime import key_file
+from kilo_etcd.runtime.logs import Once, get_logger, setup_logging
 from kilo_etcd.store.diagnostics import LEASE_SECONDS, request_diagnostics
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import (
@@ -32,7 +34,6 @@ from kilo_etcd.store.records import (
 from kilo_etcd.testing.fake_etcd import FakeClient, FakeEtcd
 from kilo_etcd.testing.fake_kernel import FakeHost, FakeKernel
 from kilo_etcd.topology import Topology, build_topology
-from kilo_etcd.topology.hostplan import Encryption, HostPlan, PeerPlan, RoutePlan, Via
 
 pytestmark = pytest.mark.autojump
 
@@ -60,7 +61,7 @@ class World:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.etcd = FakeEtcd()
         self.host = FakeHost()
-        self.kernel = FakeKernel(self.host, Setup(private_key=privatekey.generate()))
+        self.kernel = FakeKernel(self.host, Setup(private_key=key_file.generate()))
         self.log = io.StringIO()
         self.triggered: list[IPAddress] = []
         self.sends = True

@@ -15,12 +15,13 @@ from agent_world import World, running
 
 from helpers import eventually
 from kilo_etcd import kernel
-from kilo_etcd.agent import dnshosts, privatekey
-from kilo_etcd.agent.config import AgentConfig
+from kilo_etcd.agent import dnshosts
 from kilo_etcd.agent.dnshosts import Names, WriteNames, writer
-from kilo_etcd.agent.hostnames import BY_AGENT
-from kilo_etcd.agent.hostsfile import HostsFileError, write_names
 from kilo_etcd.kernel.api import Change
+from kilo_etcd.runtime import key_file
+from kilo_etcd.runtime.config import AgentConfig
+from kilo_etcd.runtime.hostnames import BY_AGENT
+from kilo_etcd.runtime.hostsfile import HostsFileError, write_names
 from kilo_etcd.store.records import NodeRecord, StatusRecord, encode, read
 
 pytestmark = pytest.mark.autojump
@@ -49,7 +50,7 @@ def into(path: Path) -> WriteNames:
 def registers(world: World, name: str, address: str) -> None:
     """Another node comes."""
     record = NodeRecord(
-        public_key=privatekey.public_key(privatekey.generate()),
+        public_key=key_file.public_key(key_file.generate()),
         internal_ips=(ip_interface("192.168.1.2/24"),),
         mesh_addresses=(ip_interface(f"{address}/16"),),
     )

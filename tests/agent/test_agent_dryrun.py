@@ -11,9 +11,9 @@ import trio
 from attrs import evolve
 
 from kilo_etcd import kernel
-from kilo_etcd.agent import discover
-from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.agent.dryrun import dry_run
+from kilo_etcd.runtime import discover
+from kilo_etcd.runtime.config import AgentConfig
 from kilo_etcd.testing.fake_etcd import FakeEtcd
 from kilo_etcd.testing.fake_kernel import FakeHost, FakeKernel
 

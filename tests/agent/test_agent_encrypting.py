@@ -18,19 +18,20 @@ from agent_world import World, running
 from attrs import evolve
 
 from helpers import eventually
-from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.agent.encrypting import Encrypting, Members, outside, read_members, remove_members, write_members
-from kilo_etcd.agent.logs import Once
 from kilo_etcd.agent.snapshot_cache import Disk
 from kilo_etcd.etcd import Config, Member, PermissionDenied
-from kilo_etcd.kernel.encrypted import table_of
+from kilo_etcd.kernel.routing.encrypted import table_of
 from kilo_etcd.model import EncryptionStage, Endpoint, Granularity, InternalIPs, IPNetwork, Node, Snapshot
+from kilo_etcd.model.hostplan import Exemption
+from kilo_etcd.planning import host_plan
+from kilo_etcd.planning.encryption import StageReport
+from kilo_etcd.runtime.config import AgentConfig
+from kilo_etcd.runtime.logs import Once
 from kilo_etcd.store import Keys
 from kilo_etcd.store.records import NodeRecord, StageRecord, decode_node, decode_status, encode
 from kilo_etcd.testing.fake_etcd import FakeClient, FakeEtcd
-from kilo_etcd.topology import Topology, build_topology, host_plan
-from kilo_etcd.topology.encryption import StageReport
-from kilo_etcd.topology.hostplan import Exemption
+from kilo_etcd.topology import Topology, build_topology
 
 OTHER = base64.b64encode(bytes([9]) * 32).decode()
 TABLE = table_of("kilo0")

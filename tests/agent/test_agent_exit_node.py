@@ -12,14 +12,14 @@ from agent_world import World, running
 from attrs import evolve
 
 from helpers import eventually
-from kilo_etcd.agent.exit_node_monitor import KEEPALIVE_BYTES, PATIENCE, PERIOD, Counters
-from kilo_etcd.agent.resolve import Resolver
 from kilo_etcd.etcd import Config
-from kilo_etcd.kernel.exit_node import exit_table
+from kilo_etcd.kernel.routing.exit_node import exit_table
 from kilo_etcd.kernel.state import DefaultRoute, DeleteLink, HostAddress, ObservedPeer
 from kilo_etcd.model import Endpoint, IPAddress
+from kilo_etcd.model.hostplan import PeerPlan
+from kilo_etcd.runtime.exit_node_monitor import KEEPALIVE_BYTES, PATIENCE, PERIOD, Counters
+from kilo_etcd.runtime.resolve import Resolver
 from kilo_etcd.store.records import NodeRecord, encode
-from kilo_etcd.topology.hostplan import PeerPlan
 
 ANYWHERE = ip_network("0.0.0.0/0")
 TABLE = exit_table("kilo0")

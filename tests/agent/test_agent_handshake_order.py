@@ -7,9 +7,10 @@ from ipaddress import ip_address, ip_interface, ip_network
 import pytest
 from attrs import evolve
 
-from kilo_etcd.agent.handshake_order import MOST_TRIGGERED, STAGES, handshake_order, peered_since, promotions
 from kilo_etcd.model import Candidate, CandidateClass, Endpoint, Granularity, Node, Peer, Snapshot
-from kilo_etcd.topology import Topology, build_topology, host_plan
+from kilo_etcd.planning import host_plan
+from kilo_etcd.planning.handshake_order import MOST_TRIGGERED, STAGES, handshake_order, peered_since, promotions
+from kilo_etcd.topology import Topology, build_topology
 
 LOW, HIGH = "A" * 43 + "=", "z" * 43 + "="
 

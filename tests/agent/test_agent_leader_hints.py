@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from helpers import eventually
 from kilo_etcd import store
-from kilo_etcd.agent import leader_hints, privatekey
-from kilo_etcd.agent.admission import stamp
-from kilo_etcd.agent.leader_hints import (
+from kilo_etcd.agent.leader_hints import hints as leader_hints
+from kilo_etcd.agent.leader_hints.admission import stamp
+from kilo_etcd.agent.leader_hints.hints import (
     LeaderHint,
     LeaderHints,
     LeaderHistory,
@@ -30,9 +30,10 @@ from kilo_etcd.agent.leader_hints import (
     sender_of,
     unpack,
 )
-from kilo_etcd.agent.peer_query import UdpTransport, served
-from kilo_etcd.agent.reachability import AT_ONCE
+from kilo_etcd.agent.leader_hints.peer_query import UdpTransport, served
+from kilo_etcd.agent.probing.reachability import AT_ONCE
 from kilo_etcd.model import Candidate, CandidateClass, Endpoint, Node, Snapshot
+from kilo_etcd.runtime import key_file
 from kilo_etcd.store import CandidateRecord
 from kilo_etcd.store.records import NodeRecord, encode
 from kilo_etcd.topology import build_topology
@@ -75,11 +76,11 @@ def test_any_bytes_are_a_message_or_not(data: bytes) -> None:
 
 
 def test_both_ends_agree_on_a_secret_and_a_key_of_no_use_has_none() -> None:
-    one, other = privatekey.generate(), privatekey.generate()
-    secret = privatekey.agreed(one, privatekey.public_key(other))
+    one, other = key_file.generate(), key_file.generate()
+    secret = key_file.agreed(one, key_file.public_key(other))
     assert secret is not None
-    assert secret == privatekey.agreed(other, privatekey.public_key(one))
-    assert privatekey.agreed(one, "A" * 43 + "=") is None
+    assert secret == key_file.agreed(other, key_file.public_key(one))
+    assert key_file.agreed(one, "A" * 43 + "=") is None
 
 
 # -- memory, and what is made of it -----------------------------------------------------------------------------------
@@ -193,7 +194,7 @@ def test_what_was_heard_changes_leaders_and_nothing_else() -> None:
 
 # -- a whole agent ----------------------------------------------------------------------------------------------------
 
-G1 = privatekey.generate()
+G1 = key_file.generate()
 MESH_G1 = ip_address("10.4.0.51")
 
 
@@ -232,7 +233,7 @@ class Letters:
 def mesh(world: World) -> World:
     """h1 is at gcp with g1, and leads."""
     record = NodeRecord(
-        public_key=privatekey.public_key(G1),
+        public_key=key_file.public_key(G1),
         endpoint=Endpoint.parse("203.0.113.51:51820"),
         internal_ips=(ip_interface("192.168.1.51/24"),),
         location="gcp",
@@ -244,14 +245,14 @@ def mesh(world: World) -> World:
 
 
 def secret() -> bytes:
-    found = privatekey.agreed(G1, privatekey.public_key(PRIVATE))
+    found = key_file.agreed(G1, key_file.public_key(PRIVATE))
     assert found is not None
     return found
 
 
 def answer(query: PeerMessage, revision: int, leader: str, nonce: bytes | None = None) -> bytes:
     told = PeerMessage(
-        is_response=True, nonce=nonce or query.nonce, sender=digest(privatekey.public_key(G1)), revision=revision,
+        is_response=True, nonce=nonce or query.nonce, sender=digest(key_file.public_key(G1)), revision=revision,
         leaders=((digest("location:gcp"), digest(leader)),),
     )  # fmt: skip
     return told.pack(secret())
@@ -273,7 +274,7 @@ async def test_a_leader_that_was_replaced_while_it_was_cut_off_follows_the_new_o
         query = unpack(transport.sent[-1][0], secret())
         assert query is not None
         assert transport.sent[-1][1] == MESH_G1
-        g1 = privatekey.public_key(G1)
+        g1 = key_file.public_key(G1)
         for useless in (
             b"", b"kE", answer(query, query.revision, g1), answer(query, 9999, g1, nonce=b"another1"),
             answer(query, 9999, g1)[:-1] + b"?",
@@ -342,7 +343,7 @@ async def test_who_asks_is_answered_if_it_is_known(mesh: World) -> None:
     async with running(mesh, transport=transport) as daemon:
         await eventually(lambda: mesh.etcd.get("/kilo/elections/gcp/h1") is not None, 30, every=0.1)
         await trio.sleep(5)
-        query = PeerMessage(is_response=False, nonce=b"question", sender=digest(privatekey.public_key(G1)), revision=1)
+        query = PeerMessage(is_response=False, nonce=b"question", sender=digest(key_file.public_key(G1)), revision=1)
         stranger = evolve(query, sender=digest("nobody"))
         for data in (stranger.pack(secret()), query.pack(SECRET)):
             transport.bring(data)

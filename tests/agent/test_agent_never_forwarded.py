@@ -13,7 +13,7 @@ from simulation.host import SimulatedHost, in_memory
 from simulation.world import KEYS, Shape, World
 
 from helpers import eventually
-from kilo_etcd.agent.logs import setup_logging
+from kilo_etcd.runtime.logs import setup_logging
 
 pytestmark = pytest.mark.autojump
 

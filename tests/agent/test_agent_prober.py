@@ -15,18 +15,20 @@ from agent_world import World, running
 from attrs import evolve
 
 from helpers import eventually
-from kilo_etcd.agent import candidacy_policy, privatekey, probe_assignment
-from kilo_etcd.agent.baseline import OPEN_SECONDS, SETTLE_SECONDS
 from kilo_etcd.agent.daemon import Daemon
-from kilo_etcd.kernel.chains import Obstacle
+from kilo_etcd.agent.leadership import candidacy_policy
+from kilo_etcd.agent.probing import probe_assignment
+from kilo_etcd.agent.probing.baseline import OPEN_SECONDS, SETTLE_SECONDS
+from kilo_etcd.kernel.firewall.chains import Obstacle
 from kilo_etcd.kernel.state import DeleteRoute, SetPeer
 from kilo_etcd.model import CandidateClass, Endpoint, IPAddress
+from kilo_etcd.runtime import key_file
 from kilo_etcd.store import CandidateRecord, ProbeReportRecord
 from kilo_etcd.store.records import NodeRecord, encode
 
 pytestmark = pytest.mark.autojump
 
-KEYS = {name: privatekey.public_key(privatekey.generate()) for name in ("g1", "g2", "home", "next")}
+KEYS = {name: key_file.public_key(key_file.generate()) for name in ("g1", "g2", "home", "next")}
 MESH = {"g1": "10.4.0.51", "g2": "10.4.0.52", "home": "10.4.0.77", "next": "10.4.0.79"}
 NEAR = {"g1": "192.168.1.51", "g2": "192.168.1.52"}
 HOME = ip_address(MESH["home"])
@@ -376,7 +378,7 @@ async def test_who_drops_only_some_of_what_it_would_forward_takes_over_all_the_s
 
 
 async def test_one_of_several_that_falls_silent_does_not_count_either(mesh: World) -> None:
-    KEYS.setdefault("away", privatekey.public_key(privatekey.generate()))
+    KEYS.setdefault("away", key_file.public_key(key_file.generate()))
     MESH["away"] = "10.4.0.78"
     node(mesh, "away", "away", "192.168.8.2/24", 78)
     async with running(mesh):

@@ -17,10 +17,9 @@ from simulation import World as Simulated
 from simulation.host import SimulatedAgent
 
 from helpers import eventually
-from kilo_etcd.agent import privatekey
-from kilo_etcd.agent.admission import stamp
-from kilo_etcd.agent.leader_hints import PeerMessage, digest, sender_of, unpack
-from kilo_etcd.agent.reachability import (
+from kilo_etcd.agent.leader_hints.admission import stamp
+from kilo_etcd.agent.leader_hints.hints import PeerMessage, digest, sender_of, unpack
+from kilo_etcd.agent.probing.reachability import (
     AGAIN,
     AT_ONCE,
     LONGEST,
@@ -35,12 +34,13 @@ from kilo_etcd.agent.reachability import (
 )
 from kilo_etcd.kernel.state import Observed, Setup
 from kilo_etcd.model import CandidateClass, Encapsulate, Endpoint, IPAddress, Node, Snapshot
+from kilo_etcd.model.hostplan import HostPlan, RoutePlan, Via
+from kilo_etcd.planning.reach import Silent, Target
+from kilo_etcd.runtime import key_file
 from kilo_etcd.store import CandidateRecord
 from kilo_etcd.store.records import NodeRecord, decode_status, encode
 from kilo_etcd.testing.fake_kernel import FakeHost, FakeKernel
-from kilo_etcd.topology import HostPlan, build_topology
-from kilo_etcd.topology.hostplan import RoutePlan, Via
-from kilo_etcd.topology.reach import Silent, Target
+from kilo_etcd.topology import build_topology
 
 # -- the record of answers --------------------------------------------------------------------------------------------
 
@@ -229,7 +229,7 @@ def test_an_answer_without_the_key_is_asked_for_again_and_said() -> None:
 
 # -- a whole agent ----------------------------------------------------------------------------------------------------
 
-G1 = privatekey.generate()
+G1 = key_file.generate()
 INSIDE = ip_address("192.168.1.51")
 MESH_G1 = ip_network("10.4.0.51/32")
 NEVER = "has never answered h1 at its internal IP 192.168.1.51"
@@ -257,7 +257,7 @@ class Wire:
         if query is not None and query.local and not query.is_response and address == INSIDE:
             self.asked += 1
             if self.answers:
-                self.bring(evolve(query, is_response=True, sender=digest(privatekey.public_key(G1))))
+                self.bring(evolve(query, is_response=True, sender=digest(key_file.public_key(G1))))
                 for _ in range(5):  # The answer is faster than the sender.
                     await trio.lowlevel.checkpoint()
 
@@ -274,7 +274,7 @@ class Wire:
 
 
 def secret() -> bytes:
-    found = privatekey.agreed(G1, privatekey.public_key(PRIVATE))
+    found = key_file.agreed(G1, key_file.public_key(PRIVATE))
     assert found is not None
     return found
 
@@ -283,7 +283,7 @@ def secret() -> bytes:
 def mesh(world: World) -> World:
     """g1 is at gcp and leads it; h1 is going to be labelled gcp."""
     record = NodeRecord(
-        public_key=privatekey.public_key(G1),
+        public_key=key_file.public_key(G1),
         endpoint=Endpoint.parse("203.0.113.51:51820"),
         internal_ips=(ip_interface("192.168.1.51/24"),),
         location="gcp",
@@ -359,7 +359,7 @@ async def test_a_member_that_never_answers_is_not_routed_and_is_named_until_it_a
         wire.answers = True
         # It has been started, say, and asks; else its next turn comes within about a minute.
         query = PeerMessage(
-            is_response=False, nonce=b"12345678", sender=digest(privatekey.public_key(G1)), revision=0, local=True
+            is_response=False, nonce=b"12345678", sender=digest(key_file.public_key(G1)), revision=0, local=True
         )
         wire.bring(query)
         await eventually(lambda: routed(mesh), 2, every=0.01)
@@ -452,7 +452,7 @@ async def test_a_member_that_boots_later_is_reached_at_once_where_only_arp_passe
 async def test_an_address_that_this_host_has_itself_is_no_other_hosts(mesh: World) -> None:
     """Two sites without labels, both 192.168.1.0/24, a host .1 at each: it would answer itself."""
     record = NodeRecord(
-        public_key=privatekey.public_key(G1), internal_ips=(ip_interface("192.168.1.1/24"),), location="gcp"
+        public_key=key_file.public_key(G1), internal_ips=(ip_interface("192.168.1.1/24"),), location="gcp"
     )
     mesh.etcd.put("/kilo/nodes/g1", encode(record))
     mesh.host.reach = lambda address: True
@@ -466,7 +466,7 @@ async def test_a_member_in_the_tunnel_is_named_if_it_does_not_even_shake_hands(m
     wire = Wire()
     wire.answers = False
     async with running(mesh, transport=wire, encapsulate=Encapsulate.WIREGUARD):
-        key = privatekey.public_key(G1)
+        key = key_file.public_key(G1)
         await eventually(lambda: key in mesh.host.observed.peers, 10, every=0.1)
         for _ in range(60):
             if shakes:
@@ -574,7 +574,7 @@ async def test_a_query_over_the_locations_network_is_answered_once(mesh: World) 
     wire = Wire()
     async with running(mesh, transport=wire):
         await eventually(lambda: routed(mesh), 5, every=0.01)
-        nonce, sender = stamp(int(time.time()), 1), digest(privatekey.public_key(G1))
+        nonce, sender = stamp(int(time.time()), 1), digest(key_file.public_key(G1))
         query = PeerMessage(is_response=False, nonce=nonce, sender=sender, revision=0, local=True)
         for _ in range(20):
             wire.bring(query)

@@ -13,7 +13,7 @@ import trio
 import trio.testing
 from simulation import run_schedule
 
-from kilo_etcd.agent.logs import setup_logging
+from kilo_etcd.runtime.logs import setup_logging
 
 BATCH = 20
 """Schedules in one test."""

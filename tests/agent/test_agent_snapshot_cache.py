@@ -19,16 +19,17 @@ from attrs import evolve
 
 from helpers import eventually
 from kilo_etcd import kernel
-from kilo_etcd.agent import cachefile, discover, privatekey, snapshot_cache
+from kilo_etcd.agent import cachefile, snapshot_cache
 from kilo_etcd.agent.cachefile import FILE, Identity, Unusable, load, save
-from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.agent.daemon import Daemon
-from kilo_etcd.agent.logs import setup_logging
 from kilo_etcd.agent.metrics import Metrics
 from kilo_etcd.agent.snapshot_cache import Disk
 from kilo_etcd.etcd import Header, KeyValue
 from kilo_etcd.kernel.state import DeleteRoute, HostAddress, Observed
 from kilo_etcd.model import Endpoint
+from kilo_etcd.runtime import discover, key_file
+from kilo_etcd.runtime.config import AgentConfig
+from kilo_etcd.runtime.logs import setup_logging
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import NodeRecord, encode, encode_adoption
 from kilo_etcd.store.view import Holdings
@@ -36,8 +37,8 @@ from kilo_etcd.testing.fake_etcd import FakeEtcd
 from kilo_etcd.testing.fake_kernel import FakeHost, FakeKernel
 
 KEYS = Keys()
-PRIVATE = privatekey.generate()
-PUBLIC = privatekey.public_key(PRIVATE)
+PRIVATE = key_file.generate()
+PUBLIC = key_file.public_key(PRIVATE)
 SECOND = "B" + "A" * 42 + "="
 WHO = Identity(prefix="/kilo", node="h1", public_key=PUBLIC)
 

@@ -10,9 +10,9 @@ import structlog
 import trio
 
 from helpers import eventually
-from kilo_etcd.agent.logs import Once
 from kilo_etcd.agent.stage_watch import FEW, GONE_SECONDS, StageWatch
 from kilo_etcd.etcd.api import prefix_end
+from kilo_etcd.runtime.logs import Once
 from kilo_etcd.store import Keys
 from kilo_etcd.store.records import StageRecord, encode
 from kilo_etcd.testing.fake_etcd import FakeClient, FakeEtcd

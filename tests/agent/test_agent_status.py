@@ -14,7 +14,7 @@ from attrs import evolve, frozen
 from helpers import eventually
 from kilo_etcd import store
 from kilo_etcd.agent import status
-from kilo_etcd.agent.candidacy_policy import Role
+from kilo_etcd.agent.leadership.candidacy_policy import Role
 from kilo_etcd.agent.status import State, StatusReporter
 from kilo_etcd.model import CandidateClass, Snapshot
 from kilo_etcd.store.records import CandidateRecord, NodeRecord, StatusRecord, encode

@@ -13,18 +13,18 @@ from agent_world import PRIVATE, World, running
 from attrs import evolve
 
 from helpers import eventually
-from kilo_etcd.agent import discover, privatekey
-from kilo_etcd.agent.nat_traversal import PATIENCE
+from kilo_etcd.agent.nat.nat_traversal import PATIENCE
 from kilo_etcd.kernel import KernelError
 from kilo_etcd.kernel.state import HostAddress, PeerActivity, SetPeer
 from kilo_etcd.model import Endpoint
+from kilo_etcd.runtime import discover, key_file
 from kilo_etcd.store import ObservedEndpointRecord
 from kilo_etcd.store.records import NodeRecord, encode
 
 pytestmark = pytest.mark.autojump
 
-HOME = privatekey.public_key(privatekey.generate())
-PHONE = privatekey.public_key(privatekey.generate())
+HOME = key_file.public_key(key_file.generate())
+PHONE = key_file.public_key(key_file.generate())
 SEEN, MOVED = Endpoint.parse("198.51.100.1:40001"), Endpoint.parse("198.51.100.1:40777")
 
 
@@ -203,7 +203,7 @@ async def test_who_is_not_heard_is_named_in_log_and_status_until_it_is(world: Wo
     async with running(world, persistent_keepalive=25):
         await eventually(lambda: HOME in world.host.observed.peers, 10, every=0.1)
         for name in ("home", "h1"):
-            key = HOME if name == "home" else privatekey.public_key(PRIVATE)
+            key = HOME if name == "home" else key_file.public_key(PRIVATE)
             sees(world, "a", SEEN, key, name)
             sees(world, "b", MOVED, key, name)
         start = trio.current_time()

@@ -8,8 +8,8 @@ from ipaddress import ip_address, ip_interface
 import pytest
 from attrs import evolve
 
-from kilo_etcd.ctl.arrivals import losses, narrow
-from kilo_etcd.ctl.live import Live
+from kilo_etcd.ctl.reports.arrivals import losses, narrow
+from kilo_etcd.ctl.reports.live import Live
 from kilo_etcd.model import Candidate, CandidateClass, Endpoint, Node, Snapshot
 from kilo_etcd.store.records import DiagnosticsResponse, Tunnel
 from kilo_etcd.topology import Topology, build_topology

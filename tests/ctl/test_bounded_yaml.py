@@ -13,10 +13,11 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kilo_etcd.ctl import bounded_yaml, peer
-from kilo_etcd.ctl.bounded_yaml import MAX_VALUES, load_documents
+from kilo_etcd.ctl.commands import peer
+from kilo_etcd.ctl.formats import bounded_yaml
+from kilo_etcd.ctl.formats.bounded_yaml import MAX_VALUES, load_documents
+from kilo_etcd.ctl.formats.manifest import read_peers
 from kilo_etcd.ctl.main import main
-from kilo_etcd.ctl.manifest import read_peers
 from kilo_etcd.lab.spec import SpecError, read_spec
 
 KEY = "A" * 43 + "="

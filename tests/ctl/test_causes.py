@@ -8,15 +8,15 @@ from ipaddress import ip_address, ip_interface, ip_network
 import pytest
 from attrs import evolve
 
-from kilo_etcd.ctl.causes import causes, silence
-from kilo_etcd.ctl.check import Examined, Finding, Severity, findings
-from kilo_etcd.ctl.live import Live
-from kilo_etcd.ctl.report import report
+from kilo_etcd.ctl.commands.check import Examined, Finding, Severity, findings
+from kilo_etcd.ctl.reports.causes import causes, silence
+from kilo_etcd.ctl.reports.live import Live
+from kilo_etcd.ctl.reports.report import report
 from kilo_etcd.model import Candidate, CandidateClass, Endpoint, Node, Snapshot
+from kilo_etcd.planning.plan import host_plan
+from kilo_etcd.planning.reach import Silent, targets, withhold
 from kilo_etcd.store.records import DiagnosticsResponse, Role, StatusRecord, Tunnel, Unreachable
 from kilo_etcd.topology import Topology, build_topology
-from kilo_etcd.topology.plan import host_plan
-from kilo_etcd.topology.reach import Silent, targets, withhold
 
 KEYS = {name: f"{name:A<42}A=" for name in ("a", "b", "c", "d", "e", "f")}
 NOON = "2026-11-27T12:00:00Z"

@@ -10,15 +10,14 @@ import attrs
 import pytest
 from attrs import evolve
 
-from kilo_etcd.agent.candidacy_policy import disagreements
 from kilo_etcd.agent.encrypting import MEMBERS_UNKNOWN
-from kilo_etcd.ctl.check import Examined, Finding, Severity, _agents, _mode, _records, _unrouted, findings
+from kilo_etcd.ctl.commands.check import Examined, Finding, Severity, _agents, _mode, _records, _unrouted, findings
+from kilo_etcd.ctl.commands.location import check_label, location_lines, locations_table
 from kilo_etcd.ctl.impact import impact
-from kilo_etcd.ctl.label import oddity
-from kilo_etcd.ctl.live import Live, LiveTunnel
-from kilo_etcd.ctl.location import check_label, location_lines, locations_table
-from kilo_etcd.ctl.render import Table, clean, framed, plain, status_heading, status_json, status_tables
-from kilo_etcd.ctl.report import (
+from kilo_etcd.ctl.reports.label import oddity
+from kilo_etcd.ctl.reports.live import Live, LiveTunnel
+from kilo_etcd.ctl.reports.render import Table, clean, framed, plain, status_heading, status_json, status_tables
+from kilo_etcd.ctl.reports.report import (
     NOT_IN_FORCE,
     UNREGISTERED,
     KernelRow,
@@ -33,7 +32,7 @@ from kilo_etcd.ctl.report import (
     remarks_on,
     report,
 )
-from kilo_etcd.ctl.trace import Plans, explain
+from kilo_etcd.ctl.reports.trace import Plans, explain
 from kilo_etcd.etcd.api import Header, KeyValue
 from kilo_etcd.model import (
     Candidate,
@@ -50,6 +49,7 @@ from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import DiagnosticsResponse, Role, StatusRecord
 from kilo_etcd.store.view import View
 from kilo_etcd.topology import build_topology
+from kilo_etcd.topology.mesh_settings import disagreements
 
 KEYS = {name: f"{name:_<43}=" for name in ("a1", "a2", "a3", "b1", "b2")}
 

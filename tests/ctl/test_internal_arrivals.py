@@ -9,9 +9,9 @@ import pytest
 from attrs import evolve
 from test_arrivals import PLACES, mesh
 
-from kilo_etcd.ctl.arrivals import PAIRS
-from kilo_etcd.ctl.internal_arrivals import internal_losses
-from kilo_etcd.ctl.live import Live
+from kilo_etcd.ctl.reports.arrivals import PAIRS
+from kilo_etcd.ctl.reports.internal_arrivals import internal_losses
+from kilo_etcd.ctl.reports.live import Live
 from kilo_etcd.model import Granularity, InternalIPs
 from kilo_etcd.store.records import DiagnosticsResponse, TakenRoute
 from kilo_etcd.topology import Topology, build_topology

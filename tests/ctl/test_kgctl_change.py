@@ -336,7 +336,7 @@ def test_wait_names_those_that_are_late(etcd: FakeEtcd) -> None:
 
 @pytest.mark.parametrize("end", ["applied", "died"])
 async def test_wait_ends_with_the_last_one(end: str) -> None:
-    from kilo_etcd.ctl.wait import applied
+    from kilo_etcd.ctl.commands.wait import applied
 
     fake = FakeEtcd()
     client = fake.client()

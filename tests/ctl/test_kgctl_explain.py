@@ -13,15 +13,15 @@ from click.testing import CliRunner, Result
 
 from helpers import put_kept
 from kilo_etcd.ctl.main import main
-from kilo_etcd.ctl.trace import routing_table
+from kilo_etcd.ctl.reports.trace import routing_table
 from kilo_etcd.etcd import Client
-from kilo_etcd.kernel.encrypted import rule_priorities, table_of
-from kilo_etcd.kernel.returns import return_priority, return_table
+from kilo_etcd.kernel.routing.encrypted import rule_priorities, table_of
+from kilo_etcd.kernel.routing.returns import return_priority, return_table
 from kilo_etcd.model import CandidateClass, Encapsulate, Endpoint
+from kilo_etcd.model.hostplan import Encryption, HostPlan, RoutePlan, Via
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import CandidateRecord, NodeRecord, Role, StatusRecord, Unreachable, encode, read
 from kilo_etcd.testing.fake_etcd import FakeEtcd
-from kilo_etcd.topology.hostplan import Encryption, HostPlan, RoutePlan, Via
 from kilo_etcd.topology.internal import REMEDY
 from kilo_etcd.topology.unrouted import ENDPOINT_REMEDY
 

@@ -15,7 +15,7 @@ import trio
 from click.testing import CliRunner, Result
 
 from helpers import eventually, put_kept
-from kilo_etcd.ctl.join import visitors
+from kilo_etcd.ctl.commands.join import visitors
 from kilo_etcd.ctl.main import main
 from kilo_etcd.etcd import Client, Unavailable, open_client
 from kilo_etcd.model import CandidateClass, Endpoint

@@ -15,9 +15,9 @@ from click.testing import CliRunner, Result
 from test_kgctl_explain import world
 
 from helpers import put_kept
-from kilo_etcd.ctl import draw, live
-from kilo_etcd.ctl.live import ago, amount
 from kilo_etcd.ctl.main import main
+from kilo_etcd.ctl.reports import draw, live
+from kilo_etcd.ctl.reports.live import ago, amount
 from kilo_etcd.etcd import Client, Config, PermissionDenied
 from kilo_etcd.model import Snapshot
 from kilo_etcd.store import operator
@@ -112,7 +112,7 @@ def mesh(monkeypatch: pytest.MonkeyPatch) -> Mesh:
 
     monkeypatch.setattr("kilo_etcd.etcd.open_client", opened)
     monkeypatch.setattr(live, "gather", partial(live.gather, patience=0.3))
-    monkeypatch.setattr("kilo_etcd.ctl.graph.PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr("kilo_etcd.ctl.commands.graph.PATIENCE_SECONDS", 0.3)
     return made
 
 
@@ -222,7 +222,7 @@ def test_graphviz_draws(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_watching_shows_each_change_once(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kilo_etcd.ctl import status
+    from kilo_etcd.ctl.commands import status
 
     monkeypatch.setattr(status, "PAUSE_SECONDS", 0.01)
     shown: list[str] = []
@@ -360,7 +360,7 @@ def test_check_does_not_ask_for_ports_that_a_nat_has_not(mesh: Mesh) -> None:
 
 
 def test_check_of_etcds_members() -> None:
-    from kilo_etcd.ctl.check import MemberState, _etcd
+    from kilo_etcd.ctl.commands.check import MemberState, _etcd
 
     members = (
         MemberState(endpoint="a:2379", error="a:2379 refused the connection"),

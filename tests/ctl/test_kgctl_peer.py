@@ -15,7 +15,7 @@ from attrs import evolve
 from click.testing import CliRunner, Result
 
 from helpers import put_kept, require
-from kilo_etcd.ctl import peer
+from kilo_etcd.ctl.commands import peer
 from kilo_etcd.ctl.context import Failure
 from kilo_etcd.ctl.main import main
 from kilo_etcd.etcd import Client
@@ -234,7 +234,7 @@ def test_keys_are_made_here_and_the_private_one_goes_nowhere_else(etcd: FakeEtcd
     (private,) = (line.split(" = ")[1] for line in result.stdout.splitlines() if line.startswith("PrivateKey = "))
     assert "Address = 10.9.0.3/32" in result.stdout
     assert private.encode() not in b"".join(value or b"" for value in held(etcd).values())
-    from kilo_etcd.agent.privatekey import public_key
+    from kilo_etcd.runtime.key_file import public_key
 
     assert decode_peer(etcd.get("/kilo/peers/phone") or b"").public_key == public_key(private)
     code = run("peer", "add", "phone2", "--allowed-ips", "10.9.0.4", "--generate", "--qr")

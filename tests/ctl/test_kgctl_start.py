@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 
-from kilo_etcd import topology
+from kilo_etcd import planning, topology
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import NodeRecord, PeerRecord, Role, StatusRecord, encode, parse_networks
 
@@ -58,12 +59,17 @@ NEVER = (
 NO_MESH = ("trio", "h2", "google", "ssl", "kilo_etcd.store.records", "kilo_etcd.topology.segments")
 NO_PLAN = (
     *(
-        "kilo_etcd.topology.plan",
-        "kilo_etcd.topology.route_filter",
-        "kilo_etcd.topology.walk",
+        "kilo_etcd.planning.plan",
+        "kilo_etcd.planning.route_filter",
+        "kilo_etcd.planning.walk",
         "kilo_etcd.topology.graph",
     ),
-    *("kilo_etcd.ctl.live", "kilo_etcd.ctl.impact", "kilo_etcd.store.session", "kilo_etcd.store.mirror"),
+    *(
+        "kilo_etcd.ctl.reports.live",
+        "kilo_etcd.ctl.impact",
+        "kilo_etcd.store.session.session",
+        "kilo_etcd.store.mirror",
+    ),
 )
 
 
@@ -111,11 +117,15 @@ def test_peers_as_data_need_no_topology(arguments: str) -> None:
 
 @pytest.mark.parametrize("arguments", ["node show a", "showconf node a", "explain a phone", "graph --plain"])
 def test_no_command_that_only_reads_imports_the_agent_or_what_draws(arguments: str) -> None:
-    assert not imported(arguments, etcd=True).intersection(NEVER)
+    modules = imported(arguments, etcd=True)
+    assert not modules.intersection(NEVER)
+    assert not [module for module in modules if module.startswith("kilo_etcd.agent")]
 
 
-def test_the_names_of_topology_are_those_of_its_parts() -> None:
-    assert sorted(topology.__all__) == sorted(name for names in topology._PARTS.values() for name in names)
-    for part, names in topology._PARTS.items():
+@pytest.mark.parametrize("package", [topology, planning], ids=lambda package: package.__name__)
+def test_the_names_of_a_package_are_those_of_its_parts(package: ModuleType) -> None:
+    parts: dict[str, tuple[str, ...]] = package._PARTS
+    assert sorted(package.__all__) == sorted(name for names in parts.values() for name in names)
+    for part, names in parts.items():
         for name in names:
-            assert getattr(topology, name).__module__ == f"kilo_etcd.topology.{part}"
+            assert getattr(package, name).__module__ == f"{package.__name__}.{part}"

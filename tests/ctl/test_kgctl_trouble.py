@@ -148,6 +148,6 @@ def test_a_lab_that_ends_at_its_deadline_names_the_option(monkeypatch: pytest.Mo
     async def built(*_: object, **__: object) -> AsyncIterator[Silent]:
         yield Silent()
 
-    monkeypatch.setattr("kilo_etcd.ctl.lab.running_lab", built)
+    monkeypatch.setattr("kilo_etcd.ctl.commands.lab.running_lab", built)
     said = one_sentence(run("lab", "run", "three-sites", "--deadline", "6"))
     assert "after 6 s 2 pairs do not ping: a to b, b to a; so the lab ends: with --deadline 60 it waits longer" in said

@@ -12,7 +12,7 @@ from kilo_etcd.kernel.diff import diff
 from kilo_etcd.kernel.predict import apply_changes, network_order
 from kilo_etcd.kernel.state import Memory, Observed, Target
 from kilo_etcd.model import Endpoint
-from kilo_etcd.topology.hostplan import Encryption, Exemption, HostPlan, PeerPlan, RoutePlan, Via
+from kilo_etcd.model.hostplan import Encryption, Exemption, HostPlan, PeerPlan, RoutePlan, Via
 
 PRIVATE = base64.b64encode(bytes([9]) * 32).decode()
 

@@ -13,11 +13,12 @@ from test_kernel_forward import LEADER as PLAN
 from test_kernel_forward import sh
 
 from kilo_etcd.agent.daemon import OBSTACLES_PAUSE, OBSTACLES_PERIOD
-from kilo_etcd.kernel import cleanup, hooks, iptables, open_kernel
-from kilo_etcd.kernel.chains import BaseChain, Packet, drops, from_iptables, obstacles, packets
-from kilo_etcd.kernel.forwardchains import ForwardChains
-from kilo_etcd.kernel.iptables import Iptables
-from kilo_etcd.kernel.netfilter import Netfilter
+from kilo_etcd.kernel import cleanup, open_kernel
+from kilo_etcd.kernel.firewall import hooks, iptables
+from kilo_etcd.kernel.firewall.chains import BaseChain, Packet, drops, from_iptables, obstacles, packets
+from kilo_etcd.kernel.firewall.forwardchains import ForwardChains
+from kilo_etcd.kernel.firewall.iptables import Iptables
+from kilo_etcd.kernel.firewall.netfilter import Netfilter
 from kilo_etcd.kernel.state import Setup
 
 MESH = (ip_network("10.4.0.0/16"),)

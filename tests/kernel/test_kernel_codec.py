@@ -10,13 +10,14 @@ from attrs import evolve
 from handmade.attributes import attribute
 from kernel_worlds import PRIVATE, key, peer
 
-from kilo_etcd.kernel import netlink, userspace
+from kilo_etcd.kernel import userspace
 from kilo_etcd.kernel.drift import device_period
-from kilo_etcd.kernel.formats import core
-from kilo_etcd.kernel.netlink import Message
+from kilo_etcd.kernel.netlink import sockets
+from kilo_etcd.kernel.netlink.formats import core
+from kilo_etcd.kernel.netlink.sockets import Message
 from kilo_etcd.kernel.read import rtnl as replies
 from kilo_etcd.kernel.read.wireguard import DeviceReader
-from kilo_etcd.kernel.rules import RoutingRule
+from kilo_etcd.kernel.routing.rules import RoutingRule
 from kilo_etcd.kernel.state import RemovePeer, Route, SetDevice, SetPeer
 from kilo_etcd.kernel.write import rtnl as requests
 from kilo_etcd.kernel.write.wireguard import set_device
@@ -24,7 +25,7 @@ from kilo_etcd.model import Endpoint
 
 
 def framed(message: Message) -> bytes:
-    return netlink._HEADER.pack(16 + len(message.body), message.type, message.flags, 1, 0) + message.body
+    return sockets._HEADER.pack(16 + len(message.body), message.type, message.flags, 1, 0) + message.body
 
 
 def read(kind: Any, message: Message) -> Any:

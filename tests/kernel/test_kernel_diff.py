@@ -10,10 +10,10 @@ from kernel_worlds import GATEWAY4, PRIVATE, TARGET, host_with, key, lines, peer
 
 from kilo_etcd.kernel.diff import diff, difference, is_drift, may_go_back, must_look, remember
 from kilo_etcd.kernel.predict import apply_changes
-from kilo_etcd.kernel.returns import return_priority, return_table
+from kilo_etcd.kernel.routing.returns import return_priority, return_table
 from kilo_etcd.kernel.state import DeleteLink, Link, Memory, Observed, Route, Target, ipip_name
 from kilo_etcd.model import Endpoint
-from kilo_etcd.topology.hostplan import ExitRoute, HostPlan, Via
+from kilo_etcd.model.hostplan import ExitRoute, HostPlan, Via
 
 MESH = tunnel("10.4.0.0/16", "10.4.0.1")
 

@@ -10,7 +10,7 @@ from kernel_worlds import peer, plan
 
 from kilo_etcd.kernel.egress import Egress
 from kilo_etcd.model import IPAddress
-from kilo_etcd.topology.hostplan import HostPlan
+from kilo_etcd.model.hostplan import HostPlan
 
 WAYS = {ip_address("203.0.113.1"): 1500, ip_address("203.0.113.2"): 1400, ip_address("fd00:9::3"): None}
 

@@ -14,19 +14,19 @@ from kernel_worlds import PRIVATE, TARGET, key, lines, peer, plan, tunnel, via
 
 from helpers import eventually
 from kilo_etcd.kernel import Kernel, Memory, Setup, cleanup, diff, open_kernel
-from kilo_etcd.kernel.codec import FormatError
-from kilo_etcd.kernel.encrypted import rule_priorities, table_of
 from kilo_etcd.kernel.errors import NetlinkError, failure
-from kilo_etcd.kernel.firewall import table_for
-from kilo_etcd.kernel.netfilter import Netfilter
-from kilo_etcd.kernel.netlink import Message
-from kilo_etcd.kernel.policy import own_priorities, own_tables
+from kilo_etcd.kernel.firewall.netfilter import Netfilter
+from kilo_etcd.kernel.firewall.packet_filter import table_for
+from kilo_etcd.kernel.firewall.table import ReplaceTable, Table
+from kilo_etcd.kernel.netlink.codec import FormatError
+from kilo_etcd.kernel.netlink.sockets import Message
 from kilo_etcd.kernel.predict import apply_changes
-from kilo_etcd.kernel.rules import AddRule, RoutingRule
+from kilo_etcd.kernel.routing.encrypted import rule_priorities, table_of
+from kilo_etcd.kernel.routing.policy import own_priorities, own_tables
+from kilo_etcd.kernel.routing.rules import AddRule, RoutingRule
 from kilo_etcd.kernel.state import AddRoute, Change, LoosenReversePath, Observed, Target, without_counters
-from kilo_etcd.kernel.table import ReplaceTable, Table
 from kilo_etcd.kernel.write import rtnl
-from kilo_etcd.topology.hostplan import Encryption, Exemption, ExitRoute, HostPlan, Via
+from kilo_etcd.model.hostplan import Encryption, Exemption, ExitRoute, HostPlan, Via
 
 T = table_of("kilo0")
 PAST, INTO = rule_priorities("kilo0")

@@ -23,7 +23,7 @@ from kilo_etcd.kernel import Kernel, Setup, open_kernel
 from kilo_etcd.kernel.userspace import public_key_of
 from kilo_etcd.kernel.write.wireguard import raw
 from kilo_etcd.model import Endpoint
-from kilo_etcd.topology.hostplan import Encryption, Exemption, HostPlan, PeerPlan
+from kilo_etcd.model.hostplan import Encryption, Exemption, HostPlan, PeerPlan
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("own_namespaces")]
 

@@ -13,12 +13,12 @@ from kernel_worlds import PRIVATE, TARGET, host_with, lines, plan
 
 from kilo_etcd.kernel import Memory, Setup, cleanup, diff, open_kernel
 from kilo_etcd.kernel.errors import failure
-from kilo_etcd.kernel.firewall import table_for, table_name
-from kilo_etcd.kernel.netfilter import Netfilter
+from kilo_etcd.kernel.firewall.netfilter import Netfilter
+from kilo_etcd.kernel.firewall.packet_filter import table_for, table_name
+from kilo_etcd.kernel.firewall.table import AddElements, ReplaceTable, Rule, Table
 from kilo_etcd.kernel.predict import apply_changes
-from kilo_etcd.kernel.table import AddElements, ReplaceTable, Rule, Table
+from kilo_etcd.model.hostplan import ExitRoute, HostPlan
 from kilo_etcd.testing.fake_kernel import FakeHost, open_fake_kernel
-from kilo_etcd.topology.hostplan import ExitRoute, HostPlan
 
 LOCATION = plan(
     masquerade=("192.168.1.50/32", "192.168.16.0/20", "10.0.0.0/7", "fd00:7::/61"),

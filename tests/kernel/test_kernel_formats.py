@@ -15,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as some
 from kernel_worlds import PRIVATE, plan, tunnel
 
-from kilo_etcd.kernel import Setup, codec, formats, open_kernel
-from kilo_etcd.kernel.formats import NFT_OBJECT_COUNTER, netconfmsg, nft_obj_msg, nlmsg, rtmsg
+from kilo_etcd.kernel import Setup, open_kernel
 from kilo_etcd.kernel.linux import LinuxKernel
+from kilo_etcd.kernel.netlink import codec, formats
+from kilo_etcd.kernel.netlink.formats import NFT_OBJECT_COUNTER, netconfmsg, nft_obj_msg, nlmsg, rtmsg
 from kilo_etcd.kernel.read import rtnl as replies
 from kilo_etcd.kernel.state import Route
 from kilo_etcd.kernel.write import rtnl as requests
@@ -32,7 +33,7 @@ def test_only_the_classes_are_loaded_and_nothing_of_pyroute2_stays_in_the_way() 
     found = in_a_fresh_python(
         "import json, sys\n"
         "before = set(sys.modules)\n"
-        "import kilo_etcd.kernel.formats as formats\n"
+        "import kilo_etcd.kernel.netlink.formats as formats\n"
         "came = set(sys.modules) - before\n"
         "classes = [formats.rtmsg.__module__, formats.nft.nft_rule_msg.__module__]\n"
         "from pyroute2 import IPRoute\n"
@@ -51,7 +52,7 @@ def test_a_program_that_has_all_of_pyroute2_shares_its_classes() -> None:
     assert in_a_fresh_python(
         "import json\n"
         "import pyroute2.netlink.rtnl.rtmsg as theirs\n"
-        "from kilo_etcd.kernel.formats import rtmsg\n"
+        "from kilo_etcd.kernel.netlink.formats import rtmsg\n"
         "print(json.dumps(rtmsg is theirs.rtmsg))\n"
     )
 

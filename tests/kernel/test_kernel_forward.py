@@ -11,9 +11,9 @@ from kernel_worlds import PRIVATE, TARGET, host_with, lines, plan, tunnel
 
 from kilo_etcd.kernel import Memory, Setup, cleanup, diff, open_kernel
 from kilo_etcd.kernel.diff import difference
-from kilo_etcd.kernel.forward import DOCKER, FORWARD, read_rules, rules_for
+from kilo_etcd.kernel.firewall.forward import DOCKER, FORWARD, read_rules, rules_for
 from kilo_etcd.model import IPNetwork
-from kilo_etcd.topology.hostplan import HostPlan
+from kilo_etcd.model.hostplan import HostPlan
 
 MESH = tunnel("10.4.0.0/16", "10.4.0.1")
 LEADER = plan(MESH, forwarding=(4,))

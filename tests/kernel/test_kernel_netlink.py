@@ -15,16 +15,17 @@ from handmade.attributes import attribute
 from kernel_worlds import PRIVATE
 
 from helpers import eventually
-from kilo_etcd.kernel import KernelError, Setup, list_addresses, netlink, open_kernel
-from kilo_etcd.kernel.codec import FormatError
+from kilo_etcd.kernel import KernelError, Setup, list_addresses, open_kernel
 from kilo_etcd.kernel.errors import NetlinkError
-from kilo_etcd.kernel.netfilter import Netfilter
-from kilo_etcd.kernel.netlink import Listener, Message, Socket
+from kilo_etcd.kernel.firewall.netfilter import Netfilter
+from kilo_etcd.kernel.firewall.table import AddressSet, Table
+from kilo_etcd.kernel.netlink import sockets
+from kilo_etcd.kernel.netlink.codec import FormatError
+from kilo_etcd.kernel.netlink.sockets import Listener, Message, Socket
 from kilo_etcd.kernel.read.nft import read_generation
 from kilo_etcd.kernel.read.rtnl import read_address, read_link, read_route
 from kilo_etcd.kernel.read.wireguard import DeviceReader, read_family
 from kilo_etcd.kernel.state import Route
-from kilo_etcd.kernel.table import AddressSet, Table
 from kilo_etcd.kernel.write.rtnl import add_route, get_addresses
 
 _ERROR, _DONE, _INTERRUPTED, _TLVS, _ROUTE = 2, 3, 0x10, 0x200, 24
@@ -292,7 +293,7 @@ def test_padding_is_as_long_as_the_kernel_wants_it(play: Any) -> None:
     played.sendto = lambda data, _: sent.append(data)
     device._post([Message(1, 0, bytes(size)) for size in range(5)])
     (data,) = sent
-    assert [len(body) for *_, body in netlink.messages(data)] == [0, 1, 2, 3, 4]
+    assert [len(body) for *_, body in sockets.messages(data)] == [0, 1, 2, 3, 4]
     assert len(data) == 5 * 16 + 4 * 4
 
 

@@ -18,12 +18,12 @@ from helpers import eventually
 from helpers_namespaces import in_force
 from kilo_etcd.kernel import PEER_PROTOCOL, ROUTE_PROTOCOL, Kernel, Memory, Setup, cleanup, diff, open_kernel
 from kilo_etcd.kernel.errors import NetlinkError, failure
-from kilo_etcd.kernel.exit_node import exit_table, rule_priorities
-from kilo_etcd.kernel.firewall import table_for
+from kilo_etcd.kernel.firewall.packet_filter import table_for
 from kilo_etcd.kernel.predict import apply_changes
+from kilo_etcd.kernel.routing.exit_node import exit_table, rule_priorities
 from kilo_etcd.kernel.state import MAIN_TABLE, Observed, OwnTable, Route, Target, is_ours
 from kilo_etcd.model import IPAddress, IPNetwork
-from kilo_etcd.topology.hostplan import ExitRoute, HostPlan, Via
+from kilo_etcd.model.hostplan import ExitRoute, HostPlan, Via
 
 FIRST = plan(peer(2, "10.4.0.2/32"), tunnel("10.4.0.0/16", "10.4.0.1"), port=51001)
 SECOND = plan(

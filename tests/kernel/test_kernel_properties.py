@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from kernel_worlds import NETWORKS, PRIVATE, TARGET, host_with, plan, plans, tunnel
 
 from kilo_etcd.kernel.diff import diff, difference, fulfils, remember, route_for
-from kilo_etcd.kernel.encrypted import table_of
-from kilo_etcd.kernel.exit_node import MARK
 from kilo_etcd.kernel.predict import apply_changes
-from kilo_etcd.kernel.returns import return_table
+from kilo_etcd.kernel.routing.encrypted import table_of
+from kilo_etcd.kernel.routing.exit_node import MARK
+from kilo_etcd.kernel.routing.returns import return_table
 from kilo_etcd.kernel.state import MAIN_TABLE, DeleteRoute, Memory, Observed, ReplaceRoute, Route, SetPeer, Setup
 from kilo_etcd.model import Endpoint, IPNetwork
+from kilo_etcd.model.hostplan import HostPlan
 from kilo_etcd.testing.fake_kernel import FakeHost, FakeKernel
-from kilo_etcd.topology.hostplan import HostPlan
 
 FOREIGN = st.sets(st.sampled_from(NETWORKS), max_size=3).map(
     lambda some: {n: Route(destination=n, device="eth0", protocol=4) for n in some}

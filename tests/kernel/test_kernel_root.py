@@ -30,13 +30,13 @@ from helpers_namespaces import is_in_force
 from kilo_etcd.kernel import Kernel, KernelError, Setup, cleanup, list_addresses, open_kernel, userspace
 from kilo_etcd.kernel.errors import NetlinkError
 from kilo_etcd.kernel.linux import LinuxKernel
-from kilo_etcd.kernel.netlink import Listener, Message, Socket
+from kilo_etcd.kernel.netlink.sockets import Listener, Message, Socket
 from kilo_etcd.kernel.read import rtnl as replies
-from kilo_etcd.kernel.returns import return_priority, return_table
+from kilo_etcd.kernel.routing.returns import return_priority, return_table
 from kilo_etcd.kernel.state import Change, Route, SetPeer, without_counters
 from kilo_etcd.kernel.write import rtnl as requests
 from kilo_etcd.model import Endpoint
-from kilo_etcd.topology.hostplan import HostPlan, PeerPlan, Via
+from kilo_etcd.model.hostplan import HostPlan, PeerPlan, Via
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("own_namespaces")]
 

@@ -10,7 +10,7 @@ from kilo_etcd.kernel.diff import diff, remember
 from kilo_etcd.kernel.predict import apply_changes
 from kilo_etcd.kernel.state import Memory, Observed
 from kilo_etcd.model import Endpoint
-from kilo_etcd.topology.hostplan import HostPlan
+from kilo_etcd.model.hostplan import HostPlan
 
 STATED, LEARNT, ELSEWHERE = "198.51.100.2:51820", "203.0.113.9:4711", "203.0.113.10:4711"
 RESYNC = 30

@@ -13,14 +13,14 @@ from handmade import wireguard as by_hand_wireguard
 from hypothesis import given
 from hypothesis import strategies as some
 
-from kilo_etcd.kernel import nftables
-from kilo_etcd.kernel.chains import Condition
-from kilo_etcd.kernel.openings import Opening
+from kilo_etcd.kernel.firewall import nftables
+from kilo_etcd.kernel.firewall.chains import Condition
+from kilo_etcd.kernel.firewall.openings import Opening
+from kilo_etcd.kernel.firewall.table import AddElements, AddressSet, Chain, DeleteElements, Rule, Table
 from kilo_etcd.kernel.read import hooks
 from kilo_etcd.kernel.read import rtnl as replies
-from kilo_etcd.kernel.rules import RoutingRule
+from kilo_etcd.kernel.routing.rules import RoutingRule
 from kilo_etcd.kernel.state import RemovePeer, Route, SetDevice, SetPeer
-from kilo_etcd.kernel.table import AddElements, AddressSet, Chain, DeleteElements, Rule, Table
 from kilo_etcd.kernel.write import nft, rtnl, wireguard
 from kilo_etcd.model import Endpoint, IPNetwork
 

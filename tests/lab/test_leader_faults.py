@@ -13,7 +13,7 @@ from test_mesh_scenarios import candidates, leader, status, world
 
 from helpers import eventually
 from helpers_load import measured
-from kilo_etcd.agent.candidacy_policy import SETTLE_SECONDS
+from kilo_etcd.agent.leadership.candidacy_policy import SETTLE_SECONDS
 from kilo_etcd.lab.client import Lab
 
 pytestmark = [pytest.mark.lab, pytest.mark.deadline(600)]

@@ -12,7 +12,7 @@ from test_store_session import member, running, session
 from kilo_etcd.model import Endpoint
 from kilo_etcd.store import ObservedEndpointRecord, encode
 from kilo_etcd.store.annotations import MOST_SEEN
-from kilo_etcd.store.session import MOST_AT_ONCE
+from kilo_etcd.store.session.session import MOST_AT_ONCE
 from kilo_etcd.testing.fake_etcd import FakeEtcd
 
 HOME = Endpoint.parse("192.168.0.2:51820")

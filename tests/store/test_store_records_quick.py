@@ -14,7 +14,7 @@ import reference_decoder
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from kilo_etcd import fast_ip
+from kilo_etcd.base import fast_ip
 from kilo_etcd.store.keys import decode_name
 from kilo_etcd.store.records import _FIELDS, _REQUIRED, MAX_VALUE, RecordError, encode, read
 

@@ -6,8 +6,8 @@ from ipaddress import ip_address, ip_network
 
 import pytest
 
-from kilo_etcd.topology import Encryption, Exemption, HostPlan, RoutePlan, Via
-from kilo_etcd.topology.render import render
+from kilo_etcd.model.hostplan import Encryption, Exemption, HostPlan, RoutePlan, Via
+from kilo_etcd.planning.render import render
 
 
 @pytest.mark.parametrize(

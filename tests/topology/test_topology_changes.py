@@ -7,11 +7,12 @@ from ipaddress import ip_address, ip_network
 
 import pytest
 from attrs import evolve
-from topology_worlds import node, peer, snapshot
 
 from kilo_etcd.model import Endpoint, Granularity, Node, Snapshot
-from kilo_etcd.topology import build_topology, host_plan
-from kilo_etcd.topology.route_filter import filter_routes
+from kilo_etcd.planning import host_plan
+from kilo_etcd.planning.route_filter import filter_routes
+from kilo_etcd.topology import build_topology
+from topology_worlds import node, peer, snapshot
 
 NODES = [
     node(f"n{n}", n, f"l{n % 20}", f"192.168.0.{n}/24", f"203.0.113.{n}", subnets=f"172.20.{n}.0/24")

@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 from attrs import evolve
-from topology_worlds import MESH, MESH6, candidates_of, node, peer, snapshot
 
 from kilo_etcd.model import Encapsulate, Endpoint, Granularity, InternalIPs, Node, Snapshot
-from kilo_etcd.topology import Topology, Via, build_topology, host_plan, peer_plan
-from kilo_etcd.topology.route_filter import FilterMemo, filter_routes
+from kilo_etcd.model.hostplan import Via
+from kilo_etcd.planning import host_plan, peer_plan
+from kilo_etcd.planning.route_filter import FilterMemo, filter_routes
+from kilo_etcd.topology import Topology, build_topology
 from kilo_etcd.topology.segments import routed_at
 from kilo_etcd.topology.unrouted import named, private_leaders
+from topology_worlds import MESH, MESH6, candidates_of, node, peer, snapshot
 
 
 def test_the_setting_is_in_force_when_every_node_knows_it() -> None:

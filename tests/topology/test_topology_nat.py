@@ -10,12 +10,13 @@ import pytest
 from attrs import evolve
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from topology_worlds import MESH, MESH6, node, peer, plans, snapshot
 
 from kilo_etcd.model import Endpoint, Granularity, Node, Snapshot
-from kilo_etcd.topology import build_topology, host_plan, walk_both
+from kilo_etcd.planning import host_plan, walk_both
+from kilo_etcd.planning.route_filter import filter_routes
+from kilo_etcd.topology import build_topology
 from kilo_etcd.topology.nat import about_partner, hidden_pair, hopeless, traversal_failures
-from kilo_etcd.topology.route_filter import filter_routes
+from topology_worlds import MESH, MESH6, node, peer, plans, snapshot
 
 
 def at(*texts: str) -> tuple[Endpoint, ...]:

@@ -8,13 +8,15 @@ from shutil import which
 
 import pytest
 from attrs import evolve
-from topology_worlds import PHONE, SIX, WORLDS, node, peer, plans, snapshot
 
 from kilo_etcd.model import Candidate, CandidateClass, Endpoint, Granularity, InternalIPs, IPNetwork
-from kilo_etcd.topology import Edge, EdgeKind, HostPlan, Reason, build_topology, clusters, edges, elect, host_plan
+from kilo_etcd.model.hostplan import HostPlan
+from kilo_etcd.planning import host_plan
+from kilo_etcd.planning.route_filter import filter_routes
+from kilo_etcd.topology import Edge, EdgeKind, Reason, build_topology, clusters, edges, elect
 from kilo_etcd.topology.graph import graph
 from kilo_etcd.topology.prefix_allocation import NetworkRequest, PrefixAllocation, allocate
-from kilo_etcd.topology.route_filter import filter_routes
+from topology_worlds import PHONE, SIX, WORLDS, node, peer, plans, snapshot
 
 A1, A2, A3, _, _, LONE = SIX
 REST, PUBLIC, ANNOTATED = CandidateClass.REST, CandidateClass.PUBLIC, CandidateClass.ANNOTATED

@@ -10,12 +10,13 @@ import pytest
 from attrs import evolve
 from hypothesis import given
 from hypothesis import strategies as st
-from topology_worlds import candidates_of, node, snapshot
 
 from kilo_etcd.model import Candidate, CandidateClass, Encapsulate, ProbeReport
-from kilo_etcd.topology import build_topology, host_plan
+from kilo_etcd.planning import host_plan
+from kilo_etcd.planning.render import render
+from kilo_etcd.topology import build_topology
 from kilo_etcd.topology.election import Election, Reason, elect
-from kilo_etcd.topology.render import render
+from topology_worlds import candidates_of, node, snapshot
 
 A = [node(f"a{n}", n, "a", f"10.0.0.{n}/24", f"203.0.113.{n}") for n in range(1, 9)]
 B = [node(f"b{n}", 20 + n, "b", f"10.0.1.{n}/24", f"198.51.100.{n}") for n in (1, 2)]

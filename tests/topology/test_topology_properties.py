@@ -12,7 +12,6 @@ from attrs import evolve
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
-from topology_worlds import MESH, MESH6, node, snapshot
 
 from kilo_etcd.model import (
     Candidate,
@@ -29,18 +28,21 @@ from kilo_etcd.model import (
     Snapshot,
     is_public,
 )
-from kilo_etcd.topology import HostPlan, Topology, Via, build_topology, edges, host_plan, peer_plan, walk_both
-from kilo_etcd.topology.encryption import Living, Outside, awaited, encrypt, waited_for
-from kilo_etcd.topology.exit_node import with_exit_node
+from kilo_etcd.model.hostplan import HostPlan, Via
+from kilo_etcd.planning import host_plan, peer_plan, walk_both
+from kilo_etcd.planning.encryption import Living, Outside, awaited, encrypt, waited_for
+from kilo_etcd.planning.exit_node import with_exit_node
+from kilo_etcd.planning.render import render
+from kilo_etcd.planning.route_filter import filter_routes
+from kilo_etcd.planning.walk import walk
+from kilo_etcd.topology import Topology, build_topology, edges
 from kilo_etcd.topology.graph import graph
 from kilo_etcd.topology.next_hop import NextHop as Way
 from kilo_etcd.topology.next_hop import next_hop as way_to
 from kilo_etcd.topology.places import Places, exchanged
 from kilo_etcd.topology.prefix_allocation import network_key
-from kilo_etcd.topology.render import render
-from kilo_etcd.topology.route_filter import filter_routes
 from kilo_etcd.topology.segments import changes, host_network, lined_up, routed_at
-from kilo_etcd.topology.walk import walk
+from topology_worlds import MESH, MESH6, node, snapshot
 
 QUICK = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 LABELS = ("", "a", "b", "self")

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 from attrs import evolve
-from topology_worlds import PHONE, SIX, WORLDS, candidates_of, node, peer, plans, seen_by_all, snapshot
 
 from kilo_etcd.model import Endpoint, Granularity
-from kilo_etcd.topology import UnknownNode, Via, build_topology, host_plan, walk_both
-from kilo_etcd.topology.render import render
-from kilo_etcd.topology.walk import walk
+from kilo_etcd.model.hostplan import Via
+from kilo_etcd.planning import host_plan, walk_both
+from kilo_etcd.planning.render import render
+from kilo_etcd.planning.walk import walk
+from kilo_etcd.topology import UnknownNode, build_topology
+from topology_worlds import PHONE, SIX, WORLDS, candidates_of, node, peer, plans, seen_by_all, snapshot
 
 PICTURES = Path(__file__).parent / "worlds"
 

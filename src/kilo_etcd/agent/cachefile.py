@@ -29,11 +29,12 @@ from typing import IO, Any, TypeVar
 
 from attrs import frozen
 
-from kilo_etcd import descriptors, store
-from kilo_etcd.agent.config import shown_duration
-from kilo_etcd.agent.privatekey import sync_directory
+from kilo_etcd import store
+from kilo_etcd.base import descriptors
 from kilo_etcd.etcd import Header, KeyValue
 from kilo_etcd.model import Granularity, InternalIPs, IPNetwork, Snapshot
+from kilo_etcd.runtime.config import shown_duration
+from kilo_etcd.runtime.key_file import sync_directory
 from kilo_etcd.store.records import MAX_VALUE
 
 FILE = "mesh.jsonl.gz"

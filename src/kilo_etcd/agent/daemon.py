@@ -20,38 +20,40 @@ from typing import TypeVar
 import trio
 
 from kilo_etcd import etcd, kernel, store
-from kilo_etcd.agent import candidacy_policy
-from kilo_etcd.agent.apply import PlanApplier
 from kilo_etcd.agent.cachefile import CachedSnapshot, Identity
-from kilo_etcd.agent.candidacy import CandidacyTask
-from kilo_etcd.agent.config import AgentConfig, too_small_for
 from kilo_etcd.agent.diagnostics import AppliedPlan, DiagnosticsServer
 from kilo_etcd.agent.dnshosts import DnsHosts, WriteNames
 from kilo_etcd.agent.encrypting import Encrypting
-from kilo_etcd.agent.exit_node_monitor import ExitNodeMonitor
 from kilo_etcd.agent.instrumented import instrumented
-from kilo_etcd.agent.leader_hints import LeaderHints, followed
-from kilo_etcd.agent.logs import Once, get_logger, write_due, write_rest
+from kilo_etcd.agent.leader_hints.hints import LeaderHints, followed
+from kilo_etcd.agent.leader_hints.peer_query import DatagramTransport, PeerQuery
+from kilo_etcd.agent.leadership import candidacy_policy
+from kilo_etcd.agent.leadership.candidacy import CandidacyTask
 from kilo_etcd.agent.metrics import Metrics
+from kilo_etcd.agent.nat.wireguard_monitor import WireGuardMonitor
 from kilo_etcd.agent.notify import notify, notify_reloading, watchdog_interval
-from kilo_etcd.agent.peer_query import DatagramTransport, PeerQuery
-from kilo_etcd.agent.prober import Prober
-from kilo_etcd.agent.reachability import Reachability
+from kilo_etcd.agent.probing.prober import Prober
+from kilo_etcd.agent.probing.reachability import Reachability
 from kilo_etcd.agent.registration import HostRegistration
-from kilo_etcd.agent.resolve import Resolver, names_of, plan_names, resolve_plan
 from kilo_etcd.agent.restore import REFUSALS, Restorer
 from kilo_etcd.agent.snapshot_cache import Disk, SnapshotCache
 from kilo_etcd.agent.status import State, StatusReporter
-from kilo_etcd.agent.wireguard_monitor import WireGuardMonitor
-from kilo_etcd.backoff import RepairBackoff
+from kilo_etcd.base.backoff import RepairBackoff
 from kilo_etcd.kernel.state import Observed
 from kilo_etcd.model import Granularity, InternalIPs, IPAddress, IPNetwork, MeshSettings, Snapshot
-from kilo_etcd.topology import Topology, UnknownNode, build_topology, host_plan
-from kilo_etcd.topology.encryption import StageReport
-from kilo_etcd.topology.exit_node import BYPASSES, as_exit_node, with_exit_node
-from kilo_etcd.topology.hostplan import HostPlan, RoutePlan, Via
-from kilo_etcd.topology.reach import withhold
-from kilo_etcd.topology.route_filter import filter_routes
+from kilo_etcd.model.hostplan import HostPlan, RoutePlan, Via
+from kilo_etcd.planning import host_plan
+from kilo_etcd.planning.encryption import StageReport
+from kilo_etcd.planning.exit_node import BYPASSES, as_exit_node, with_exit_node
+from kilo_etcd.planning.reach import withhold
+from kilo_etcd.planning.route_filter import filter_routes
+from kilo_etcd.runtime.apply import PlanApplier
+from kilo_etcd.runtime.config import AgentConfig, too_small_for
+from kilo_etcd.runtime.exit_node_monitor import ExitNodeMonitor
+from kilo_etcd.runtime.logs import Once, get_logger, write_due, write_rest
+from kilo_etcd.runtime.resolve import Resolver, names_of, plan_names, resolve_plan
+from kilo_etcd.topology import Topology, UnknownNode, build_topology
+from kilo_etcd.topology.mesh_settings import disagreements
 
 T = TypeVar("T")
 
@@ -872,7 +874,7 @@ class Daemon:
 
     def _report_snapshot(self, snapshot: Snapshot) -> None:
         self.once.errors("rejected", snapshot.rejected, what="rejected records", revision=snapshot.revision)
-        self.disagreements = candidacy_policy.disagreements(
+        self.disagreements = disagreements(
             snapshot,
             granularity=self.config.mesh_granularity,
             subnets=self.config.wanted_subnets,

@@ -17,16 +17,16 @@ import trio
 from attrs import define, field, frozen
 
 from kilo_etcd import etcd, kernel
-from kilo_etcd.agent.apply import trigger_handshakes
-from kilo_etcd.agent.logs import Once
-from kilo_etcd.agent.ping_targets import addresses_to_try, nodes_to_try
+from kilo_etcd.agent.probing.ping_targets import addresses_to_try, nodes_to_try
 from kilo_etcd.kernel.state import MAIN_TABLE, Observed
 from kilo_etcd.model import SESSION_SECONDS, IPAddress
+from kilo_etcd.model.hostplan import HostPlan, PeerPlan
+from kilo_etcd.runtime.apply import trigger_handshakes
+from kilo_etcd.runtime.logs import Once
 from kilo_etcd.store.diagnostics import serve
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import DiagnosticsRequest, DiagnosticsResponse, TakenRoute, Tunnel
 from kilo_etcd.topology import Topology
-from kilo_etcd.topology.hostplan import HostPlan, PeerPlan
 
 SHOWN = 20
 """How many changes an answer names; it counts all."""

@@ -13,26 +13,27 @@ import click
 from attrs import evolve
 
 from kilo_etcd import etcd, kernel, store
-from kilo_etcd.agent import discover, privatekey
-from kilo_etcd.agent.config import AgentConfig, too_small_for
 from kilo_etcd.agent.encrypting import concerns, outside, read_members
-from kilo_etcd.agent.hostnames import known_names
-from kilo_etcd.agent.logs import MOST_NAMED
-from kilo_etcd.agent.resolve import names_of, resolve_once, resolve_plan
 from kilo_etcd.model import InternalIPs, Node, Snapshot
+from kilo_etcd.planning import host_plan
+from kilo_etcd.planning.encryption import encrypt
+from kilo_etcd.planning.exit_node import as_exit_node, with_exit_node
+from kilo_etcd.planning.route_filter import filter_routes
+from kilo_etcd.runtime import discover, key_file
+from kilo_etcd.runtime.config import AgentConfig, too_small_for
+from kilo_etcd.runtime.hostnames import known_names
+from kilo_etcd.runtime.logs import MOST_NAMED
+from kilo_etcd.runtime.resolve import names_of, resolve_once, resolve_plan
 from kilo_etcd.store.claims import candidates
-from kilo_etcd.topology import UnknownNode, build_topology, host_plan
-from kilo_etcd.topology.encryption import encrypt
-from kilo_etcd.topology.exit_node import as_exit_node, with_exit_node
-from kilo_etcd.topology.route_filter import filter_routes
+from kilo_etcd.topology import UnknownNode, build_topology
 
 
 async def dry_run(config: AgentConfig, client: etcd.Client, setup: Callable[[AgentConfig, str], kernel.Setup]) -> None:
     """Print the changes, one command a line, and remarks as comments (`#`)."""
-    private = privatekey.peek(config.state_dir)
+    private = key_file.peek(config.state_dir)
     if private is None:
         click.echo(f"# no key in {config.state_dir} yet: the agent will make one")
-        private = privatekey.generate()
+        private = key_file.generate()
     facts = await discover.gather(config)
     etcd_at = await discover.etcd_networks(config.etcd)
     chosen = discover.choose(facts, config)
@@ -51,7 +52,7 @@ async def dry_run(config: AgentConfig, client: etcd.Client, setup: Callable[[Age
         click.echo(f"# the agent would not start: {too_small}")
     if config.hostname not in snapshot.nodes:
         click.echo(f"# {config.hostname} is not registered yet: shown as if it were")
-        snapshot = _with(snapshot, _prospect(config, chosen, snapshot, privatekey.public_key(private)))
+        snapshot = _with(snapshot, _prospect(config, chosen, snapshot, key_file.public_key(private)))
         own = evolve(snapshot.nodes[config.hostname], underlay=facts.reached(etcd_at).stated())
         snapshot = _with(snapshot, own)
     try:

@@ -1,7 +1,7 @@
 """The agent's part of `encrypted`: the traffic that bypasses the tunnels as far as this host knows it, and the stages
 of the switch.
 
-`topology.encryption` decides what follows from a snapshot. This module supplies its inputs (etcd's addresses and
+`planning.encryption` decides what follows from a snapshot. This module supplies its inputs (etcd's addresses and
 members, which agents live and what they have applied) and reports its outcome: the host's record has the stage, once
 the kernel holds it.
 
@@ -22,18 +22,18 @@ import trio
 from attrs import evolve, frozen
 
 from kilo_etcd import etcd, store
-from kilo_etcd.agent.config import AgentConfig
-from kilo_etcd.agent.logs import Once
-from kilo_etcd.agent.peer_query import PORT
-from kilo_etcd.agent.resolve import Table
+from kilo_etcd.agent.leader_hints.peer_query import PORT
 from kilo_etcd.agent.snapshot_cache import Disk
 from kilo_etcd.agent.stage_watch import StageWatch
-from kilo_etcd.fast_ip import ip_address, ip_network
+from kilo_etcd.base.fast_ip import ip_address, ip_network
 from kilo_etcd.model import EncryptionStage, InternalIPs, IPAddress, Node
+from kilo_etcd.model.hostplan import Exemption, HostPlan
+from kilo_etcd.planning.encryption import Living, Outside, StageReport, awaited, encrypt, report
+from kilo_etcd.runtime.config import AgentConfig
+from kilo_etcd.runtime.logs import Once
+from kilo_etcd.runtime.resolve import Table
 from kilo_etcd.store import StageRecord
-from kilo_etcd.topology import HostPlan, Topology
-from kilo_etcd.topology.encryption import Living, Outside, StageReport, awaited, encrypt, report
-from kilo_etcd.topology.hostplan import Exemption
+from kilo_etcd.topology import Topology
 from kilo_etcd.topology.segments import changes
 
 MEMBERS_FILE = "etcd-members.json"

@@ -56,7 +56,7 @@ def main() -> None:
             if not hasattr(module, each):
                 setattr(module, each, type(each, (), {}))
     gc.set_threshold(OBJECTS_BETWEEN_LOOKS, NEVER)
-    from kilo_etcd.sharedrepr import share_repr
+    from kilo_etcd.base.sharedrepr import share_repr
 
     share_repr()
     from kilo_etcd.agent.main import main as kg

@@ -4,7 +4,7 @@ It promises the agent that no client can exhaust it. At most `MOST_CONNECTIONS` 
 seconds for its request and the answer together, and `MOST_HEAD` bytes for the request line and headers. One connection
 too many closes another one at once: the oldest of the source that has most of them, so a source that opens many pushes
 out its own, and a scrape or health check still gets in. The last descriptors that the process may have are never taken
-(`kilo_etcd.descriptors`).
+(`kilo_etcd.base.descriptors`).
 
 It refuses what Prometheus and health checks do not need: request bodies, a second request, TLS.
 """
@@ -20,9 +20,9 @@ from contextlib import suppress
 import trio
 from attrs import define, field, frozen
 
-from kilo_etcd import descriptors
-from kilo_etcd.agent.config import ListenAddress
-from kilo_etcd.agent.logs import get_logger
+from kilo_etcd.base import descriptors
+from kilo_etcd.runtime.config import ListenAddress
+from kilo_etcd.runtime.logs import get_logger
 
 MOST_CONNECTIONS = 16
 DEADLINE = 5.0

@@ -17,21 +17,22 @@ import click
 import trio
 
 from kilo_etcd import __version__, etcd, kernel, store
-from kilo_etcd.agent import cachefile, privatekey, snapshot_cache
-from kilo_etcd.agent.config import AgentConfig
+from kilo_etcd.agent import cachefile, snapshot_cache
 from kilo_etcd.agent.daemon import Daemon, Fatal, Reload, StoppedAtOnce
 from kilo_etcd.agent.dnshosts import writer
 from kilo_etcd.agent.dryrun import dry_run
 from kilo_etcd.agent.encrypting import remove_members
-from kilo_etcd.agent.hostsfile import HostsFileError
-from kilo_etcd.agent.lock_file import AlreadyRunning, agent_lock
-from kilo_etcd.agent.logs import get_logger, setup_logging
+from kilo_etcd.agent.leader_hints.peer_query import UdpTransport
 from kilo_etcd.agent.metrics import Metrics
 from kilo_etcd.agent.notify import notify
-from kilo_etcd.agent.options import agent_options
-from kilo_etcd.agent.peer_query import UdpTransport
 from kilo_etcd.agent.restore import REFUSALS
-from kilo_etcd.descriptors import OutOfDescriptors
+from kilo_etcd.base.descriptors import OutOfDescriptors
+from kilo_etcd.runtime import key_file
+from kilo_etcd.runtime.config import AgentConfig
+from kilo_etcd.runtime.hostsfile import HostsFileError
+from kilo_etcd.runtime.lock_file import AlreadyRunning, agent_lock
+from kilo_etcd.runtime.logs import get_logger, setup_logging
+from kilo_etcd.runtime.options import agent_options
 
 EXPECTED = (
     Fatal,
@@ -39,7 +40,7 @@ EXPECTED = (
     OutOfDescriptors,
     etcd.EtcdError,
     kernel.KernelError,
-    privatekey.KeyFileError,
+    key_file.KeyFileError,
     *REFUSALS,
 )
 
@@ -85,7 +86,7 @@ def _run(work: object, config: AgentConfig) -> None:
         sentences = list(dict.fromkeys(map(str, errors)))
         for sentence in sentences:
             click.echo(f"kg: {sentence}", err=True)
-        if any(isinstance(error, privatekey.UnusableKey) for error in errors):
+        if any(isinstance(error, key_file.UnusableKey) for error in errors):
             sys.exit(2)
         if work is _agent and not any(isinstance(error, StoppedAtOnce) for error in errors):
             _pause(sentences[0])
@@ -126,7 +127,7 @@ async def _agent(config: AgentConfig) -> None:
 
 async def _only_agent(config: AgentConfig) -> None:
     log = get_logger()
-    private = privatekey.load_or_create(config.state_dir)
+    private = key_file.load_or_create(config.state_dir)
     log.info("starting", version=__version__, node=config.hostname, interface=config.interface)
     async with (
         etcd.open_client(config.etcd) as client,
@@ -134,7 +135,7 @@ async def _only_agent(config: AgentConfig) -> None:
     ):
         metrics = Metrics()
         async with metrics.serve(config.listen):
-            public = privatekey.public_key(private)
+            public = key_file.public_key(private)
             disk = snapshot_cache.Disk(config.state_dir)
             _all_is_loaded()
             await Daemon(
@@ -144,7 +145,7 @@ async def _only_agent(config: AgentConfig) -> None:
                 public,
                 metrics=metrics,
                 disk=disk,
-                secret=lambda key: privatekey.agreed(private, key),
+                secret=lambda key: key_file.agreed(private, key),
                 transport=UdpTransport(),
                 write_names=writer(config),
             ).run()
@@ -166,10 +167,10 @@ async def _dry_run(config: AgentConfig) -> None:
 
 async def _cleanup(config: AgentConfig) -> None:
     with agent_lock():
-        unusable: privatekey.KeyFileError | None = None
+        unusable: key_file.KeyFileError | None = None
         try:
-            public = privatekey.peek_public_key(config.state_dir)
-        except privatekey.KeyFileError as error:
+            public = key_file.peek_public_key(config.state_dir)
+        except key_file.KeyFileError as error:
             public, unusable = None, error
         for change in await kernel.cleanup(config.interface, public_key=public):
             click.echo(str(change))

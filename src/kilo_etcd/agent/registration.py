@@ -1,6 +1,6 @@
 """This host's addresses and endpoints: looked up, registered if they differ, and looked up again.
 
-What is found decides nothing here; the rules are `agent.discover`'s. What it finds besides is kept for whoever
+What is found decides nothing here; the rules are `runtime.discover`'s. What it finds besides is kept for whoever
 asks: the underlay, the families in which the host reaches others, and addresses of the operator's in the mesh's way.
 """
 
@@ -11,13 +11,14 @@ from collections.abc import Callable
 import trio
 from attrs import evolve
 
-from kilo_etcd import __version__, descriptors, etcd, kernel, store
-from kilo_etcd.agent import discover
-from kilo_etcd.agent.config import AgentConfig
-from kilo_etcd.agent.logs import Logger, Once
-from kilo_etcd.agent.underlay import Reached
+from kilo_etcd import __version__, etcd, kernel, store
+from kilo_etcd.base import descriptors
 from kilo_etcd.model import IPAddress, IPNetwork
-from kilo_etcd.topology.encryption import StageReport
+from kilo_etcd.planning.encryption import StageReport
+from kilo_etcd.runtime import discover
+from kilo_etcd.runtime.config import AgentConfig
+from kilo_etcd.runtime.logs import Logger, Once
+from kilo_etcd.runtime.underlay import Reached
 
 
 class HostRegistration:

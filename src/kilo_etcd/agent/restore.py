@@ -13,9 +13,9 @@ from collections.abc import Callable
 import trio
 
 from kilo_etcd import etcd, store
-from kilo_etcd.agent.logs import Once, get_logger
-from kilo_etcd.backoff import RepairBackoff
+from kilo_etcd.base.backoff import RepairBackoff
 from kilo_etcd.model import Granularity, MeshSettings, Snapshot
+from kilo_etcd.runtime.logs import Once, get_logger
 from kilo_etcd.store.records import decode_claim
 
 SETTINGS_SECONDS = 2.0

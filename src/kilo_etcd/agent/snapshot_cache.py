@@ -18,8 +18,8 @@ from attrs import field, frozen
 
 from kilo_etcd import store
 from kilo_etcd.agent.cachefile import FILE, CachedMesh, CachedSnapshot, Identity, Unusable, read, remove, save
-from kilo_etcd.agent.logs import Once
 from kilo_etcd.model import Snapshot
+from kilo_etcd.runtime.logs import Once
 
 T = TypeVar("T")
 

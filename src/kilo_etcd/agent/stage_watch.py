@@ -18,9 +18,9 @@ from typing import NamedTuple
 import trio
 
 from kilo_etcd import etcd, store
-from kilo_etcd.agent.logs import Once
+from kilo_etcd.planning.encryption import Living
+from kilo_etcd.runtime.logs import Once
 from kilo_etcd.store.keys import StageKey
-from kilo_etcd.topology.encryption import Living
 
 GONE_SECONDS = 20.0
 """How long a node has to be without its key before its agent counts as gone: more than a restart takes, or than a lease

@@ -12,7 +12,7 @@ import trio
 from attrs import evolve, frozen
 
 from kilo_etcd import __version__, store
-from kilo_etcd.agent.candidacy_policy import Role
+from kilo_etcd.agent.leadership.candidacy_policy import Role
 from kilo_etcd.agent.notify import notify
 from kilo_etcd.model import Granularity, Snapshot
 

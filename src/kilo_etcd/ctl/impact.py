@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from math import comb
 
-from kilo_etcd.ctl.render import clean, shown_location
-from kilo_etcd.ctl.report import grouped_unrouted, unrouted_remarks, unrouted_sentence
+from kilo_etcd.base.quoting import first_of
+from kilo_etcd.ctl.reports.render import clean, shown_location
+from kilo_etcd.ctl.reports.report import grouped_unrouted, unrouted_remarks, unrouted_sentence
 from kilo_etcd.model import Granularity, InternalIPs, Node, Snapshot
-from kilo_etcd.quoting import first_of
+from kilo_etcd.planning.exit_node import trouble_of
 from kilo_etcd.topology import Segment, Topology, build_topology
-from kilo_etcd.topology.exit_node import trouble_of
 from kilo_etcd.topology.graph import EdgeKind, edges
 from kilo_etcd.topology.unaware import unaware_problems
 

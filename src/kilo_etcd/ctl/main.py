@@ -13,30 +13,54 @@ import click
 from click.shell_completion import CompletionItem
 
 from kilo_etcd import __version__
-from kilo_etcd.agent.options import etcd_options, prefix_option
 from kilo_etcd.ctl.context import Mesh
 from kilo_etcd.etcd.api import Config
+from kilo_etcd.runtime.options import etcd_options, prefix_option
 
 _COMMANDS = {
     "annotate": (
-        "kilo_etcd.ctl.annotate",
+        "kilo_etcd.ctl.commands.annotate",
         "annotate_command",
         "Set or remove annotations of a node: endpoint, leader, networks.",
     ),
-    "check": ("kilo_etcd.ctl.check", "check_command", "Find everything that is wrong, and say what to do."),
-    "connect": ("kilo_etcd.ctl.connect.command", "connect_command", "Make this machine a peer while the command runs."),
-    "completion": ("kilo_etcd.ctl.complete", "completion_command", "Print the completion script of a shell."),
-    "explain": ("kilo_etcd.ctl.explain", "explain_command", "Trace a packet through the mesh, hop by hop."),
-    "graph": ("kilo_etcd.ctl.graph", "graph_command", "Print the mesh as a graph: DOT, SVG, PNG, Mermaid, JSON."),
-    "lab": ("kilo_etcd.ctl.lab", "lab_group", "Build a small internet on this machine and try things out."),
-    "location": ("kilo_etcd.ctl.location", "location_group", "Set, list and unset the labels that shape the mesh."),
-    "man": ("kilo_etcd.ctl.man", "man_command", "Write the manual pages."),
-    "mesh": ("kilo_etcd.ctl.mesh", "mesh_group", "Show and change the settings of the mesh; join two meshes."),
-    "node": ("kilo_etcd.ctl.node", "node_group", "List the nodes, show one, forget one that is gone for good."),
-    "peer": ("kilo_etcd.ctl.peer", "peer_group", "Add, list, show and remove laptops, phones, routers, other meshes."),
-    "showconf": ("kilo_etcd.ctl.showconf", "showconf_group", "Print the WireGuard configuration of a node or a peer."),
-    "status": ("kilo_etcd.ctl.status", "status_command", "Show nodes, locations, leaders and what is wrong."),
-    "wait": ("kilo_etcd.ctl.wait", "wait_command", "Wait until every living agent has applied what is in etcd."),
+    "check": ("kilo_etcd.ctl.commands.check", "check_command", "Find everything that is wrong, and say what to do."),
+    "connect": ("kilo_etcd.connect.command", "connect_command", "Make this machine a peer while the command runs."),
+    "completion": ("kilo_etcd.ctl.commands.complete", "completion_command", "Print the completion script of a shell."),
+    "explain": ("kilo_etcd.ctl.commands.explain", "explain_command", "Trace a packet through the mesh, hop by hop."),
+    "graph": (
+        "kilo_etcd.ctl.commands.graph",
+        "graph_command",
+        "Print the mesh as a graph: DOT, SVG, PNG, Mermaid, JSON.",
+    ),
+    "lab": ("kilo_etcd.ctl.commands.lab", "lab_group", "Build a small internet on this machine and try things out."),
+    "location": (
+        "kilo_etcd.ctl.commands.location",
+        "location_group",
+        "Set, list and unset the labels that shape the mesh.",
+    ),
+    "man": ("kilo_etcd.ctl.commands.man", "man_command", "Write the manual pages."),
+    "mesh": ("kilo_etcd.ctl.commands.mesh", "mesh_group", "Show and change the settings of the mesh; join two meshes."),
+    "node": (
+        "kilo_etcd.ctl.commands.node",
+        "node_group",
+        "List the nodes, show one, forget one that is gone for good.",
+    ),
+    "peer": (
+        "kilo_etcd.ctl.commands.peer",
+        "peer_group",
+        "Add, list, show and remove laptops, phones, routers, other meshes.",
+    ),
+    "showconf": (
+        "kilo_etcd.ctl.commands.showconf",
+        "showconf_group",
+        "Print the WireGuard configuration of a node or a peer.",
+    ),
+    "status": ("kilo_etcd.ctl.commands.status", "status_command", "Show nodes, locations, leaders and what is wrong."),
+    "wait": (
+        "kilo_etcd.ctl.commands.wait",
+        "wait_command",
+        "Wait until every living agent has applied what is in etcd.",
+    ),
 }
 """Name -> the module that has it, its name there, and its line in the help."""
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from kilo_etcd.ctl.render import Table, framed, plain
+from kilo_etcd.ctl.reports.render import Table, framed, plain
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -16,7 +16,7 @@ from ipaddress import ip_address
 import trio
 from attrs import define, field
 
-from kilo_etcd import descriptors
+from kilo_etcd.base import descriptors
 
 from .api import Tls
 from .connection import explain_tls

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Protocol
 
-from kilo_etcd.kernel.chains import Obstacle
 from kilo_etcd.kernel.echo import ANY_SOURCE
+from kilo_etcd.kernel.firewall.chains import Obstacle
 from kilo_etcd.kernel.state import ApplyReport, Backend, Change, Observed, PeerActivity, Route
 from kilo_etcd.model import IPAddress
-from kilo_etcd.topology.hostplan import HostPlan
+from kilo_etcd.model.hostplan import HostPlan
 
 
 class Kernel(Protocol):

@@ -26,13 +26,14 @@ from ipaddress import ip_network
 
 from attrs import evolve, frozen
 
-from kilo_etcd.kernel import encrypted, policy
 from kilo_etcd.kernel.errors import collision, shadow
-from kilo_etcd.kernel.exit_node import MARK, route_of
-from kilo_etcd.kernel.firewall import table_for
-from kilo_etcd.kernel.forward import AddForward, DeleteForward, comment_prefix, rules_for
-from kilo_etcd.kernel.openings import AddOpening, DeleteOpening, openings_for
+from kilo_etcd.kernel.firewall.forward import AddForward, DeleteForward, comment_prefix, rules_for
+from kilo_etcd.kernel.firewall.openings import AddOpening, DeleteOpening, openings_for
+from kilo_etcd.kernel.firewall.packet_filter import table_for
+from kilo_etcd.kernel.firewall.table import DeleteTable, ReplaceTable, Table, element_changes
 from kilo_etcd.kernel.predict import apply_changes
+from kilo_etcd.kernel.routing import encrypted, policy
+from kilo_etcd.kernel.routing.exit_node import MARK, route_of
 from kilo_etcd.kernel.state import (
     KERNEL_PROTOCOL,
     MAIN_TABLE,
@@ -66,10 +67,9 @@ from kilo_etcd.kernel.state import (
     reverse_path,
     unreachable_route,
 )
-from kilo_etcd.kernel.table import DeleteTable, ReplaceTable, Table, element_changes
 from kilo_etcd.kernel.unanswered import accounts, next_endpoint
 from kilo_etcd.model import SESSION_SECONDS, Endpoint, IPNetwork
-from kilo_etcd.topology.hostplan import HostPlan, PeerPlan, RoutePlan, Via
+from kilo_etcd.model.hostplan import HostPlan, PeerPlan, RoutePlan, Via
 from kilo_etcd.topology.segments import changes as changed_keys
 
 _NO_PEER = ObservedPeer(public_key="")

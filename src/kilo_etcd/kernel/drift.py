@@ -17,9 +17,9 @@ from __future__ import annotations
 from collections.abc import Container, Iterable
 
 from kilo_etcd.kernel.diff import fulfils
-from kilo_etcd.kernel.exit_node import same_way
-from kilo_etcd.kernel.policy import own_tables
 from kilo_etcd.kernel.read import rtnl as replies
+from kilo_etcd.kernel.routing.exit_node import same_way
+from kilo_etcd.kernel.routing.policy import own_tables
 from kilo_etcd.kernel.state import (
     MAIN_TABLE,
     ROUTE_PROTOCOL,

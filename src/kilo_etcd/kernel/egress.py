@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 from kilo_etcd.kernel.state import IPIP_OVERHEAD, WIREGUARD_OVERHEAD
 from kilo_etcd.model import Endpoint, IPAddress
-from kilo_etcd.topology.hostplan import HostPlan
+from kilo_etcd.model.hostplan import HostPlan
 
 Ask: TypeAlias = Callable[[Collection[IPAddress]], Mapping[IPAddress, int | None]]
 """Addresses -> the MTU of the way to each in bytes, None where there is none."""

@@ -9,11 +9,12 @@ from __future__ import annotations
 import errno
 import os
 
-from kilo_etcd import descriptors
-from kilo_etcd.kernel import encrypted
-from kilo_etcd.kernel.openings import AddOpening, DeleteOpening
-from kilo_etcd.kernel.returns import is_returning
-from kilo_etcd.kernel.rules import AddRule, DeleteRule
+from kilo_etcd.base import descriptors
+from kilo_etcd.kernel.firewall.openings import AddOpening, DeleteOpening
+from kilo_etcd.kernel.firewall.table import ReplaceTable
+from kilo_etcd.kernel.routing import encrypted
+from kilo_etcd.kernel.routing.returns import is_returning
+from kilo_etcd.kernel.routing.rules import AddRule, DeleteRule
 from kilo_etcd.kernel.state import (
     MAIN_TABLE,
     UNREACHABLE_METRIC,
@@ -32,7 +33,6 @@ from kilo_etcd.kernel.state import (
     SetForwarding,
     SetUp,
 )
-from kilo_etcd.kernel.table import ReplaceTable
 
 
 class KernelError(Exception):

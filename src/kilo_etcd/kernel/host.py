@@ -13,26 +13,30 @@ from pathlib import Path
 
 from attrs import evolve
 
-from kilo_etcd.kernel import encrypted, netlink, routing, sysctl, userspace, wireguard
-from kilo_etcd.kernel.bypasses import bypasses, suspects
-from kilo_etcd.kernel.chains import Obstacle
-from kilo_etcd.kernel.codec import FormatError
+from kilo_etcd.kernel import sysctl, userspace, wireguard
 from kilo_etcd.kernel.errors import NO_PERMISSION, KernelError, NetlinkError, failure, taken, why_not
-from kilo_etcd.kernel.exit_node import MARK
-from kilo_etcd.kernel.firewall import table_name
-from kilo_etcd.kernel.formats import core
-from kilo_etcd.kernel.forward import AddForward, DeleteForward
-from kilo_etcd.kernel.forwardchains import ForwardChains
+from kilo_etcd.kernel.firewall.chains import Obstacle
+from kilo_etcd.kernel.firewall.forward import AddForward, DeleteForward
+from kilo_etcd.kernel.firewall.forwardchains import ForwardChains
+from kilo_etcd.kernel.firewall.iptables import Iptables
+from kilo_etcd.kernel.firewall.netfilter import Netfilter
+from kilo_etcd.kernel.firewall.openings import AddOpening, DeleteOpening
+from kilo_etcd.kernel.firewall.packet_filter import table_name
+from kilo_etcd.kernel.firewall.table import AddElements, DeleteElements, DeleteTable, ReplaceTable
 from kilo_etcd.kernel.handshake_clock import HandshakeClock
-from kilo_etcd.kernel.iptables import Iptables
-from kilo_etcd.kernel.netfilter import Netfilter
-from kilo_etcd.kernel.netlink import Message
-from kilo_etcd.kernel.openings import AddOpening, DeleteOpening
-from kilo_etcd.kernel.policy import onward_tables, removal
+from kilo_etcd.kernel.netlink import sockets
+from kilo_etcd.kernel.netlink.codec import FormatError
+from kilo_etcd.kernel.netlink.formats import core
+from kilo_etcd.kernel.netlink.sockets import Message
 from kilo_etcd.kernel.read import rtnl as replies
 from kilo_etcd.kernel.read.rtnl import FoundLink
 from kilo_etcd.kernel.read.wireguard import DeviceState
-from kilo_etcd.kernel.rules import AddRule, DeleteRule, RoutingRule
+from kilo_etcd.kernel.routing import encrypted
+from kilo_etcd.kernel.routing import tables as routing
+from kilo_etcd.kernel.routing.bypasses import bypasses, suspects
+from kilo_etcd.kernel.routing.exit_node import MARK
+from kilo_etcd.kernel.routing.policy import onward_tables, removal
+from kilo_etcd.kernel.routing.rules import AddRule, DeleteRule, RoutingRule
 from kilo_etcd.kernel.state import (
     KERNEL_PROTOCOL,
     MAIN_TABLE,
@@ -74,10 +78,9 @@ from kilo_etcd.kernel.state import (
     reverse_path,
     unreachable_route,
 )
-from kilo_etcd.kernel.table import AddElements, DeleteElements, DeleteTable, ReplaceTable
 from kilo_etcd.kernel.write import rtnl as requests
 from kilo_etcd.model import IPAddress, IPInterface, IPNetwork
-from kilo_etcd.topology.hostplan import HostPlan
+from kilo_etcd.model.hostplan import HostPlan
 
 _CAP_NET_ADMIN = 12
 """Its bit in the mask that /proc shows (linux/capability.h)."""
@@ -129,7 +132,7 @@ class Host:
         self.protocol = protocol
         self.ipip = ipip_name(interface)
         self._record = Path(runtime_dir) / f"{interface}.sysctl.json"
-        self._route = netlink.Socket(core.NETLINK_ROUTE)
+        self._route = sockets.Socket(core.NETLINK_ROUTE)
         self._generic = wireguard.generic_socket()
         self.netfilter = Netfilter()
         self._forward_rules = forward_rules

@@ -19,11 +19,9 @@ from typing import TypeVar
 import trio
 from attrs import evolve
 
-from kilo_etcd import descriptors
+from kilo_etcd.base import descriptors
 from kilo_etcd.kernel import echo, listening, sysctl
 from kilo_etcd.kernel.api import Kernel
-from kilo_etcd.kernel.chains import Obstacle
-from kilo_etcd.kernel.codec import UNREADABLE
 from kilo_etcd.kernel.diff import (
     Difference,
     difference,
@@ -37,11 +35,13 @@ from kilo_etcd.kernel.diff import (
 from kilo_etcd.kernel.drift import AddressEvents, DriftWatch, affects_path, device_period
 from kilo_etcd.kernel.egress import Egress
 from kilo_etcd.kernel.errors import NO_PERMISSION, KernelError, NetlinkError, cannot_ping, taken, unreadable, why_not
-from kilo_etcd.kernel.firewall import table_name
-from kilo_etcd.kernel.forward import DeleteForward, comment_prefix
+from kilo_etcd.kernel.firewall.chains import Obstacle
+from kilo_etcd.kernel.firewall.forward import DeleteForward, comment_prefix
+from kilo_etcd.kernel.firewall.netfilter import Reports
+from kilo_etcd.kernel.firewall.packet_filter import table_name
 from kilo_etcd.kernel.host import Host, may_change_the_network
-from kilo_etcd.kernel.netfilter import Reports
-from kilo_etcd.kernel.netlink import Listener
+from kilo_etcd.kernel.netlink.codec import UNREADABLE
+from kilo_etcd.kernel.netlink.sockets import Listener
 from kilo_etcd.kernel.predict import apply_changes
 from kilo_etcd.kernel.read import rtnl as replies
 from kilo_etcd.kernel.state import (
@@ -68,7 +68,7 @@ from kilo_etcd.kernel.state import (
 from kilo_etcd.kernel.userspace import public_key_of
 from kilo_etcd.kernel.write.wireguard import raw
 from kilo_etcd.model import IPAddress
-from kilo_etcd.topology.hostplan import HostPlan
+from kilo_etcd.model.hostplan import HostPlan
 
 _T = TypeVar("_T")
 

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterable, Mapping
 
 from attrs import evolve
 
-from kilo_etcd.kernel.forward import AddForward, DeleteForward
-from kilo_etcd.kernel.openings import AddOpening, DeleteOpening
-from kilo_etcd.kernel.rules import AddRule, DeleteRule
+from kilo_etcd.kernel.firewall.forward import AddForward, DeleteForward
+from kilo_etcd.kernel.firewall.openings import AddOpening, DeleteOpening
+from kilo_etcd.kernel.firewall.table import AddElements, DeleteElements, DeleteTable, ReplaceTable, with_elements
+from kilo_etcd.kernel.routing.rules import AddRule, DeleteRule
 from kilo_etcd.kernel.state import (
     MAIN_TABLE,
     UNREACHABLE_METRIC,
@@ -44,7 +45,6 @@ from kilo_etcd.kernel.state import (
     StartUserspace,
     reverse_path,
 )
-from kilo_etcd.kernel.table import AddElements, DeleteElements, DeleteTable, ReplaceTable, with_elements
 from kilo_etcd.model import IPNetwork
 
 _RouteTest = Callable[[Route], bool]

@@ -14,11 +14,11 @@ from typing import Literal, TypeAlias
 
 from attrs import evolve, field, frozen
 
-from kilo_etcd.kernel.formats import RT_TABLE_MAIN, rtnl
-from kilo_etcd.kernel.forward import AddForward, DeleteForward, ForwardRule
-from kilo_etcd.kernel.openings import AddOpening, DeleteOpening, Opening, Place
-from kilo_etcd.kernel.rules import AddRule, DeleteRule, RoutingRule
-from kilo_etcd.kernel.table import AddElements, DeleteElements, DeleteTable, ReplaceTable, Table
+from kilo_etcd.kernel.firewall.forward import AddForward, DeleteForward, ForwardRule
+from kilo_etcd.kernel.firewall.openings import AddOpening, DeleteOpening, Opening, Place
+from kilo_etcd.kernel.firewall.table import AddElements, DeleteElements, DeleteTable, ReplaceTable, Table
+from kilo_etcd.kernel.netlink.formats import RT_TABLE_MAIN, rtnl
+from kilo_etcd.kernel.routing.rules import AddRule, DeleteRule, RoutingRule
 from kilo_etcd.model import DEFAULT_INTERFACE, Endpoint, IPAddress, IPInterface, IPNetwork
 
 ROUTE_PROTOCOL = 107
@@ -192,7 +192,7 @@ class Observed:
     unreachable_routes: frozenset[IPNetwork] = frozenset()
     foreign: Mapping[IPNetwork, Route] = field(factory=dict)
     policy: Policy = field(factory=Policy)
-    """What there is of `kernel.policy`."""
+    """What there is of `kernel.routing.policy`."""
     ipip: Link | None = None
     ipip_local: IPAddress | None = None
     ipip_ours: bool = True

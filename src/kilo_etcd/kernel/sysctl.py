@@ -6,7 +6,8 @@ accepted them before (accept_ra 1) is set to 2 first, so it goes on accepting th
 interfaces that come later. Where something else (systemd-networkd, NetworkManager) does that work, accept_ra is 0
 and stays so.
 
-An rp_filter that is strict is made loose for `encrypted` (`kernel.encrypted`), and gets its value back when that ends.
+An rp_filter that is strict is made loose for `encrypted` (`kernel.routing.encrypted`), and gets its value back when
+that ends.
 
 What a sysctl was before us is kept in a file of the runtime directory, with the network namespace that it is true for.
 """
@@ -19,7 +20,8 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from kilo_etcd import descriptors
+from kilo_etcd.base import descriptors
+from kilo_etcd.base.wholefile import write_whole
 from kilo_etcd.kernel.state import (
     AllowPings,
     KeepAdvertisements,
@@ -28,7 +30,6 @@ from kilo_etcd.kernel.state import (
     SetForwarding,
     reverse_path,
 )
-from kilo_etcd.wholefile import write_whole
 
 _ROOT = Path("/proc/sys")
 

@@ -21,7 +21,7 @@ from attrs import evolve
 
 from kilo_etcd.kernel.state import Change, Memory, Observed, ObservedPeer, SetPeer, Unanswered
 from kilo_etcd.model import SESSION_SECONDS, Endpoint
-from kilo_etcd.topology.hostplan import HostPlan
+from kilo_etcd.model.hostplan import HostPlan
 
 ANSWER_SECONDS = 15.0
 """A peer that receives something answers within ten seconds, if only with a keepalive, and WireGuard begins a handshake

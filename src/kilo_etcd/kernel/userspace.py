@@ -21,10 +21,10 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from kilo_etcd import descriptors
+from kilo_etcd.base import descriptors
 from kilo_etcd.kernel.errors import NO_PERMISSION, KernelError, why_not
-from kilo_etcd.kernel.formats import UCRED
-from kilo_etcd.kernel.netlink import same_namespace
+from kilo_etcd.kernel.netlink.formats import UCRED
+from kilo_etcd.kernel.netlink.sockets import same_namespace
 from kilo_etcd.kernel.predict import network_order
 from kilo_etcd.kernel.read.wireguard import DeviceState
 from kilo_etcd.kernel.state import ObservedPeer, RemovePeer, SetDevice, SetPeer, WireGuardChange

@@ -6,10 +6,10 @@ import errno
 from collections.abc import Sequence
 from typing import Protocol
 
-from kilo_etcd.kernel import netlink
-from kilo_etcd.kernel.codec import UNREADABLE, FormatError
 from kilo_etcd.kernel.errors import NetlinkError
-from kilo_etcd.kernel.formats import core, wg
+from kilo_etcd.kernel.netlink import sockets
+from kilo_etcd.kernel.netlink.codec import UNREADABLE, FormatError
+from kilo_etcd.kernel.netlink.formats import core, wg
 from kilo_etcd.kernel.read.wireguard import DeviceReader, DeviceState, read_family
 from kilo_etcd.kernel.state import WireGuardChange
 from kilo_etcd.kernel.write.wireguard import get_device, get_family, set_device
@@ -33,7 +33,7 @@ class Device(Protocol):
 class KernelDevice:
     """The kernel's own WireGuard. Made only where `available` says so."""
 
-    def __init__(self, generic: netlink.Socket, family: int) -> None:
+    def __init__(self, generic: sockets.Socket, family: int) -> None:
         self._generic = generic
         self._family = family
         self.writes = 0
@@ -64,7 +64,7 @@ class KernelDevice:
                 raise error
 
 
-def available(generic: netlink.Socket) -> int | None:
+def available(generic: sockets.Socket) -> int | None:
     """The number of the kernel's WireGuard family, or None: it has none. (Asking loads the module.)"""
     try:
         return generic.get(get_family(wg.WG_GENL_NAME), read_family)
@@ -74,5 +74,5 @@ def available(generic: netlink.Socket) -> int | None:
         raise
 
 
-def generic_socket() -> netlink.Socket:
-    return netlink.Socket(core.NETLINK_GENERIC)
+def generic_socket() -> sockets.Socket:
+    return sockets.Socket(core.NETLINK_GENERIC)

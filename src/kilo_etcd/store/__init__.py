@@ -1,4 +1,4 @@
-"""What the mesh remembers, in etcd: keys, records, the mirror of them all, and this host's own session.
+"""What the mesh remembers, in etcd: keys, records, the mirror of them all, and this host's own `session`.
 
 Uses etcd through `kilo_etcd.etcd.api.Client` only, so the in-memory etcd of `kilo_etcd.testing` serves as well.
 """
@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from kilo_etcd.store.claims import NoAddressLeft
     from kilo_etcd.store.keys import Keys, ParsedKey
     from kilo_etcd.store.mirror import ClusterNotTrusted, LastSeen, Mirror
-    from kilo_etcd.store.node_identity import NameTaken
     from kilo_etcd.store.operator import locations, set_location, snapshot, statuses, unset_location
     from kilo_etcd.store.records import (
         CandidateRecord,
@@ -33,7 +32,8 @@ if TYPE_CHECKING:
         decode_status,
         encode,
     )
-    from kilo_etcd.store.session import Candidacy, Session
+    from kilo_etcd.store.session.node_identity import NameTaken
+    from kilo_etcd.store.session.session import Candidacy, Session
     from kilo_etcd.store.view import Holdings, View
 
 __all__ = [
@@ -72,7 +72,17 @@ __all__ = [
     "unset_location",
 ]
 
-_PARTS = ("keys", "records", "annotations", "view", "claims", "operator", "mirror", "node_identity", "session")
+_PARTS = (
+    "keys",
+    "records",
+    "annotations",
+    "view",
+    "claims",
+    "operator",
+    "mirror",
+    "session.node_identity",
+    "session.session",
+)
 
 
 def __getattr__(name: str) -> object:

@@ -14,8 +14,8 @@ from typing import TypeVar
 
 from attrs import evolve, frozen
 
+from kilo_etcd.base.quoting import shown
 from kilo_etcd.model import Endpoint, IPAddress, IPInterface, IPNetwork, Node, ObservedEndpoint, Peer
-from kilo_etcd.quoting import shown
 from kilo_etcd.store.records import (
     NodeRecord,
     one_per_family,

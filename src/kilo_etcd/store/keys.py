@@ -17,7 +17,7 @@ from urllib.parse import quote, unquote
 
 from attrs import field, frozen
 
-from kilo_etcd.fast_ip import ip_address
+from kilo_etcd.base.fast_ip import ip_address
 from kilo_etcd.model import DEFAULT_PREFIX, IPAddress
 
 DEFAULT_LOCATION_IN_KEYS = "@default"

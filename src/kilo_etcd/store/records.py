@@ -27,7 +27,8 @@ from typing import Any, Generic, NamedTuple, TypeVar, Union
 
 from attrs import NOTHING, Attribute, field, fields, frozen
 
-from kilo_etcd.fast_ip import ip_address, ip_interface, ip_network
+from kilo_etcd.base.fast_ip import ip_address, ip_interface, ip_network
+from kilo_etcd.base.quoting import SECRET, described, shown, shown_name
 from kilo_etcd.model import (
     DEFAULT_LOCATION,
     DEFAULT_PORT,
@@ -41,7 +42,6 @@ from kilo_etcd.model import (
     IPInterface,
     IPNetwork,
 )
-from kilo_etcd.quoting import SECRET, described, shown, shown_name
 
 MAX_VALUE = 64 * 1024
 """Bytes. etcd takes 1.5 MiB; no record of ours comes near, and every agent would have to hold and read it."""

@@ -20,15 +20,16 @@ import trio
 from attrs import evolve
 
 from kilo_etcd.kernel.api import Kernel
-from kilo_etcd.kernel.chains import Obstacle
 from kilo_etcd.kernel.diff import Difference, difference, is_drift, may_go_back, remember, superseded
 from kilo_etcd.kernel.drift import device_period
 from kilo_etcd.kernel.echo import ANY_SOURCE, SPACING
 from kilo_etcd.kernel.errors import KernelError
-from kilo_etcd.kernel.forward import AddForward, DeleteForward
-from kilo_etcd.kernel.openings import AddOpening, DeleteOpening
-from kilo_etcd.kernel.policy import removal
+from kilo_etcd.kernel.firewall.chains import Obstacle
+from kilo_etcd.kernel.firewall.forward import AddForward, DeleteForward
+from kilo_etcd.kernel.firewall.openings import AddOpening, DeleteOpening
+from kilo_etcd.kernel.firewall.table import DeleteTable, ReplaceTable
 from kilo_etcd.kernel.predict import apply_changes
+from kilo_etcd.kernel.routing.policy import removal
 from kilo_etcd.kernel.state import (
     AddRoute,
     ApplyReport,
@@ -53,12 +54,11 @@ from kilo_etcd.kernel.state import (
     reverse_path,
     unreachable_route,
 )
-from kilo_etcd.kernel.table import DeleteTable, ReplaceTable
 from kilo_etcd.kernel.userspace import public_key_of
 from kilo_etcd.kernel.write.wireguard import raw
 from kilo_etcd.model import Endpoint, IPAddress
-from kilo_etcd.topology.hostplan import HostPlan
-from kilo_etcd.topology.walk import longest_match
+from kilo_etcd.model.hostplan import HostPlan
+from kilo_etcd.planning.walk import longest_match
 
 HANDSHAKE_BYTES = 148
 """What a handshake begins with."""

@@ -1,6 +1,6 @@
-"""Decides, and only decides: which nodes lead, the shape of the mesh, and what each host's kernel must hold.
+"""Decides, and only decides: which nodes share a leader, who leads, which networks are behind whom.
 
-Functions with the name of their module (`graph`, `route_filter`, `render`, `walk`) are imported from there.
+What is named as its module (`graph`) is imported from there. Plans for single hosts are made in `planning`.
 """
 
 from __future__ import annotations
@@ -11,60 +11,30 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from kilo_etcd.topology.election import Election, Reason, elect
     from kilo_etcd.topology.graph import Cluster, Edge, EdgeKind, clusters, edges
-    from kilo_etcd.topology.hostplan import (
-        Encryption,
-        Exemption,
-        ExitRoute,
-        HostPlan,
-        PeerPlan,
-        Problem,
-        RoutePlan,
-        Via,
-    )
-    from kilo_etcd.topology.peerplan import peer_plan
-    from kilo_etcd.topology.plan import host_plan
     from kilo_etcd.topology.segments import Segment, Topology, UnknownNode, build_topology
     from kilo_etcd.topology.unrouted import Unrouted
-    from kilo_etcd.topology.walk import Hop, Path, walk_both
 
 __all__ = [
     "Cluster",
     "Edge",
     "EdgeKind",
     "Election",
-    "Encryption",
-    "Exemption",
-    "ExitRoute",
-    "Hop",
-    "HostPlan",
-    "Path",
-    "PeerPlan",
-    "Problem",
     "Reason",
-    "RoutePlan",
     "Segment",
     "Topology",
     "UnknownNode",
     "Unrouted",
-    "Via",
     "build_topology",
     "clusters",
     "edges",
     "elect",
-    "host_plan",
-    "peer_plan",
-    "walk_both",
 ]
 
 _PARTS = {
     "election": ("Election", "Reason", "elect"),
     "graph": ("Cluster", "Edge", "EdgeKind", "clusters", "edges"),
-    "hostplan": ("Encryption", "Exemption", "HostPlan", "PeerPlan", "Problem", "RoutePlan", "Via", "ExitRoute"),
-    "peerplan": ("peer_plan",),
-    "plan": ("host_plan",),
     "segments": ("Segment", "Topology", "UnknownNode", "build_topology"),
     "unrouted": ("Unrouted",),
-    "walk": ("Hop", "Path", "walk_both"),
 }
 
 

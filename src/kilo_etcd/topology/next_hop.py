@@ -11,8 +11,8 @@ from __future__ import annotations
 from attrs import frozen
 
 from kilo_etcd.model import Encapsulate, Endpoint, IPAddress, Node
+from kilo_etcd.model.hostplan import Via
 from kilo_etcd.topology.families import common_family, same_site
-from kilo_etcd.topology.hostplan import Via
 
 
 @frozen

@@ -16,10 +16,10 @@ from itertools import chain
 from attrs import field, frozen
 
 from kilo_etcd.model import DEFAULT_LOCATION, Granularity, IPAddress, IPNetwork, Node
+from kilo_etcd.topology.chosen_endpoint import called_at
 from kilo_etcd.topology.families import same_site
 from kilo_etcd.topology.holders import Holders
 from kilo_etcd.topology.internal import Links, carried, stated
-from kilo_etcd.topology.plan import called_at
 from kilo_etcd.topology.prefix_allocation import PrefixAllocation, each_hosts_own
 from kilo_etcd.topology.segments import Segment, Topology, changes, host_network, segment_key
 

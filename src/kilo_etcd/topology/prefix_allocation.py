@@ -26,7 +26,7 @@ from typing import TypeAlias
 from attrs import field, frozen
 
 from kilo_etcd.model import IPAddress, IPNetwork
-from kilo_etcd.topology.hostplan import Problem
+from kilo_etcd.model.hostplan import Problem
 
 NetworkOwner: TypeAlias = tuple[str, str]
 """("node", name), ("location", segment key) or ("peer", name)."""

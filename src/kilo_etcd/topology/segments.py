@@ -21,8 +21,8 @@ from typing import TypeVar
 from attrs import evolve, field, frozen
 
 from kilo_etcd.model import ACCEPTING, Granularity, InternalIPs, IPAddress, IPNetwork, Node, Peer, Snapshot
+from kilo_etcd.model.hostplan import Problem
 from kilo_etcd.topology.election import Election, elect
-from kilo_etcd.topology.hostplan import Problem
 from kilo_etcd.topology.internal import (
     Internals,
     Links,

@@ -25,9 +25,9 @@ from collections.abc import Collection, Iterable, Mapping
 
 from attrs import field, frozen
 
+from kilo_etcd.base.quoting import first_of
 from kilo_etcd.model import ACCEPTING, EncryptionStage, InternalIPs, Node
-from kilo_etcd.quoting import first_of
-from kilo_etcd.topology.hostplan import HostPlan
+from kilo_etcd.model.hostplan import HostPlan
 from kilo_etcd.topology.places import exchanged
 from kilo_etcd.topology.segments import Segment, Topology, changes
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from kilo_etcd.base.quoting import first_of
 from kilo_etcd.model import InternalIPs
-from kilo_etcd.quoting import first_of
-from kilo_etcd.topology.hostplan import Problem
+from kilo_etcd.model.hostplan import Problem
 from kilo_etcd.topology.segments import Topology
 
 MOST_NAMED = 5

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 from attrs import field, frozen
 
+from kilo_etcd.base.quoting import first_of
 from kilo_etcd.model import Granularity, InternalIPs, IPAddress, IPNetwork, Node, Peer
-from kilo_etcd.quoting import first_of
-from kilo_etcd.topology.hostplan import Problem
+from kilo_etcd.model.hostplan import Problem
 from kilo_etcd.topology.internal import ENDPOINT, REMEDY, endpoints_of, knows, public_endpoints, share_no_site
 
 if TYPE_CHECKING:

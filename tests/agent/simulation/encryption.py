@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING
 import trio
 
 from kilo_etcd.agent.stage_watch import GONE_SECONDS
-from kilo_etcd.kernel import encrypted
-from kilo_etcd.kernel.exit_node import MARK
+from kilo_etcd.kernel.routing import encrypted
+from kilo_etcd.kernel.routing.exit_node import MARK
 from kilo_etcd.kernel.state import Observed
 from kilo_etcd.model import DEFAULT_INTERFACE, EncryptionStage, InternalIPs, IPAddress, Node, Snapshot
 from kilo_etcd.store import Keys

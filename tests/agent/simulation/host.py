@@ -21,20 +21,21 @@ from unittest.mock import patch
 import trio
 
 from kilo_etcd import kernel
-from kilo_etcd.agent import apply, cachefile, discover, snapshot_cache
+from kilo_etcd.agent import cachefile, snapshot_cache
 from kilo_etcd.agent import status as agent_report
-from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.agent.daemon import Daemon, Reload
 from kilo_etcd.agent.metrics import Metrics
-from kilo_etcd.agent.privatekey import agreed, public_key
 from kilo_etcd.agent.snapshot_cache import Disk
 from kilo_etcd.etcd import Client
 from kilo_etcd.kernel.diff import Difference
 from kilo_etcd.kernel.state import ApplyReport, Change, HostAddress, Observed
 from kilo_etcd.model import IPAddress, Snapshot
-from kilo_etcd.store import session as store_session
+from kilo_etcd.model.hostplan import HostPlan
+from kilo_etcd.runtime import apply, discover
+from kilo_etcd.runtime.config import AgentConfig
+from kilo_etcd.runtime.key_file import agreed, public_key
+from kilo_etcd.store.session import session as store_session
 from kilo_etcd.testing.fake_kernel import FakeHost, FakeKernel
-from kilo_etcd.topology.hostplan import HostPlan
 from simulation.clockwork import Freezer, running
 from simulation.network import Network, Place, moved, place
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from attrs import define, evolve, field, fields, frozen
 
-from kilo_etcd.agent.leader_hints import LeaderHints
+from kilo_etcd.agent.leader_hints.hints import LeaderHints
 from kilo_etcd.kernel.diff import SET_AGAIN
 from kilo_etcd.kernel.state import (
     MAIN_TABLE,
@@ -40,10 +40,11 @@ from kilo_etcd.kernel.state import (
     SetPeer,
 )
 from kilo_etcd.model import SESSION_SECONDS, Endpoint, Granularity, InternalIPs, IPAddress, IPNetwork, Snapshot
+from kilo_etcd.model.hostplan import HostPlan
+from kilo_etcd.planning import host_plan
+from kilo_etcd.planning.reach import Silent
 from kilo_etcd.store import Keys
-from kilo_etcd.topology import Topology, UnknownNode, build_topology, host_plan
-from kilo_etcd.topology.hostplan import HostPlan
-from kilo_etcd.topology.reach import Silent
+from kilo_etcd.topology import Topology, UnknownNode, build_topology
 from simulation.encryption import Steady, sent_in_clear
 
 if TYPE_CHECKING:

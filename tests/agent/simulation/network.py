@@ -1,6 +1,6 @@
 """The packets of the simulated hosts: who gets an answer from whom, by what the kernels in memory really hold.
 
-`reaches` follows a packet there and its answer back, hop by hop, with `topology.walk`: not through the plans of the
+`reaches` follows a packet there and its answer back, hop by hop, with `planning.walk`: not through the plans of the
 agents, but through plans read off the kernels (`programmed`), whoever put there what is there. Then each hop is tried
 on the underlay as the faults have left it. It trusts nothing that etcd says: who a host is, where it is and which mesh
 addresses it has are facts here.
@@ -22,9 +22,9 @@ from ipaddress import ip_interface
 import trio
 from attrs import define, evolve, frozen
 
-from kilo_etcd.kernel import encrypted, returns
+from kilo_etcd.kernel.firewall.table import AddressSet
+from kilo_etcd.kernel.routing import encrypted, returns
 from kilo_etcd.kernel.state import Observed, OwnTable, Route, ipip_name
-from kilo_etcd.kernel.table import AddressSet
 from kilo_etcd.model import (
     DEFAULT_INTERFACE,
     DEFAULT_PORT,
@@ -36,10 +36,10 @@ from kilo_etcd.model import (
     Snapshot,
     is_public,
 )
+from kilo_etcd.model.hostplan import Encryption, HostPlan, PeerPlan, RoutePlan, Via
+from kilo_etcd.planning.walk import Hop, longest_match, walk
 from kilo_etcd.testing.fake_kernel import FakeHost
 from kilo_etcd.topology import Topology, build_topology
-from kilo_etcd.topology.hostplan import Encryption, HostPlan, PeerPlan, RoutePlan, Via
-from kilo_etcd.topology.walk import Hop, longest_match, walk
 
 _Followed = tuple[str, tuple[Hop, ...], tuple[Hop, ...]]
 """Why there is no answer, or the ways there and back."""
@@ -349,7 +349,7 @@ class Network:
 
 
 class SimulatedPost:
-    """See `agent.peer_query.DatagramTransport`."""
+    """See `agent.leader_hints.peer_query.DatagramTransport`."""
 
     def __init__(self, network: Network, name: str) -> None:
         self._network, self._name = network, name

@@ -26,17 +26,19 @@ import trio
 from attrs import evolve, frozen
 
 from helpers import eventually
-from kilo_etcd.agent.observed_endpoints import STALE
+from kilo_etcd.agent.nat.observed_endpoints import STALE
 from kilo_etcd.kernel.diff import difference
 from kilo_etcd.kernel.unanswered import TURN_SECONDS
 from kilo_etcd.model import IPNetwork, Snapshot
+from kilo_etcd.model.hostplan import HostPlan
+from kilo_etcd.planning import host_plan
+from kilo_etcd.planning.walk import walk
 from kilo_etcd.store import Keys
-from kilo_etcd.store.leased_keys import QUIET_SECONDS
+from kilo_etcd.store.session.leased_keys import QUIET_SECONDS
 from kilo_etcd.store.view import View
 from kilo_etcd.testing.fake_etcd import Backup, FakeEtcd
-from kilo_etcd.topology import HostPlan, Topology, build_topology, host_plan
+from kilo_etcd.topology import Topology, build_topology
 from kilo_etcd.topology.segments import host_network
-from kilo_etcd.topology.walk import walk
 from simulation import encryption, faults
 from simulation.clockwork import freezable, seeded
 from simulation.faults import FAULTS, Fault

@@ -5,9 +5,9 @@ from __future__ import annotations
 import struct
 
 from handmade.attributes import APPEND, CREATE, attribute, nested, text
-from kilo_etcd.kernel.netlink import Message
-from kilo_etcd.kernel.openings import Opening
-from kilo_etcd.kernel.table import AddElements, AddressSet, DeleteElements, Expression, Table
+from kilo_etcd.kernel.firewall.openings import Opening
+from kilo_etcd.kernel.firewall.table import AddElements, AddressSet, DeleteElements, Expression, Table
+from kilo_etcd.kernel.netlink.sockets import Message
 
 _SUBSYSTEM, _INET = 10, 1
 _GETCHAIN, _GETRULE, _DELRULE, _GETSETELEM = 4, 7, 8, 13

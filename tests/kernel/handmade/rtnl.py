@@ -6,8 +6,8 @@ import socket
 import struct
 
 from handmade.attributes import CREATE, EXCLUSIVE, REPLACE, attribute, nested, text, u8, u32
-from kilo_etcd.kernel.netlink import Message
-from kilo_etcd.kernel.rules import RoutingRule
+from kilo_etcd.kernel.netlink.sockets import Message
+from kilo_etcd.kernel.routing.rules import RoutingRule
 from kilo_etcd.kernel.state import MAIN_TABLE, Route
 from kilo_etcd.model import IPAddress, IPInterface
 

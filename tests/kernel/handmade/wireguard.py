@@ -8,7 +8,7 @@ import struct
 from collections.abc import Iterator, Sequence
 
 from handmade.attributes import NESTED, attribute, nested, text, u32
-from kilo_etcd.kernel.netlink import Message
+from kilo_etcd.kernel.netlink.sockets import Message
 from kilo_etcd.kernel.state import RemovePeer, SetDevice, SetPeer, WireGuardChange
 from kilo_etcd.kernel.write.wireguard import raw
 from kilo_etcd.model import Endpoint, IPNetwork

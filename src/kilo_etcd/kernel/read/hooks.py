@@ -1,7 +1,7 @@
 """Base chains of hook forward and the rules that packets meet in them, as nfnetlink tells of them. Pure.
 
-What the chains do to packets is `kernel.chains`' to say. Expressions that are not known here become conditions that
-cannot be told.
+What the chains do to packets is `kernel.firewall.chains`' to say. Expressions that are not known here become conditions
+that cannot be told.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from functools import cache
 from ipaddress import ip_network
 from typing import Any
 
-from kilo_etcd.kernel import formats
-from kilo_etcd.kernel.chains import Condition, FilterRule, Verdict
-from kilo_etcd.kernel.codec import Reader, elements
-from kilo_etcd.kernel.formats import nft
-from kilo_etcd.kernel.nftables import FAMILY, NETWORK_HEADER, VERDICT_REGISTER, be32, number
+from kilo_etcd.kernel.firewall.chains import Condition, FilterRule, Verdict
+from kilo_etcd.kernel.firewall.nftables import FAMILY, NETWORK_HEADER, VERDICT_REGISTER, be32, number
+from kilo_etcd.kernel.netlink import formats
+from kilo_etcd.kernel.netlink.codec import Reader, elements
+from kilo_etcd.kernel.netlink.formats import nft
 from kilo_etcd.kernel.read.nft import expressions, read_chain_items, text, values, verdicts
 
 FAMILIES = {nft.NFPROTO_INET: "inet", nft.NFPROTO_IPV4: "ip", nft.NFPROTO_IPV6: "ip6"}

@@ -7,11 +7,11 @@ from functools import cache
 from ipaddress import ip_address
 from typing import Any
 
-from kilo_etcd.kernel import formats
-from kilo_etcd.kernel.codec import Reader, elements
-from kilo_etcd.kernel.formats import nfnetlink, nft, nft_obj_msg
-from kilo_etcd.kernel.nftables import ACCEPT_VERDICT, KNOWN, VALUES
-from kilo_etcd.kernel.table import AddressSet, Chain, Expression, Rule
+from kilo_etcd.kernel.firewall.nftables import ACCEPT_VERDICT, KNOWN, VALUES
+from kilo_etcd.kernel.firewall.table import AddressSet, Chain, Expression, Rule
+from kilo_etcd.kernel.netlink import formats
+from kilo_etcd.kernel.netlink.codec import Reader, elements
+from kilo_etcd.kernel.netlink.formats import nfnetlink, nft, nft_obj_msg
 from kilo_etcd.model import IPAddress
 
 PROTOCOL = formats.core.NETLINK_NETFILTER

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 
 from attrs import frozen
 
-from kilo_etcd.kernel import formats
-from kilo_etcd.kernel.codec import FormatError, Reader, read
-from kilo_etcd.kernel.formats import PORT_RANGE, fibmsg, ifaddrmsg, ifinfmsg, ndmsg, netconfmsg, rtmsg, rtnl
-from kilo_etcd.kernel.rules import ForeignRule, RoutingRule
+from kilo_etcd.kernel.netlink import formats
+from kilo_etcd.kernel.netlink.codec import FormatError, Reader, read
+from kilo_etcd.kernel.netlink.formats import PORT_RANGE, fibmsg, ifaddrmsg, ifinfmsg, ndmsg, netconfmsg, rtmsg, rtnl
+from kilo_etcd.kernel.routing.rules import ForeignRule, RoutingRule
 from kilo_etcd.kernel.state import ROUTE_PROTOCOL, UNREACHABLE_METRIC, AddressScope, HostAddress, Link, Route
 from kilo_etcd.model import IPAddress, IPNetwork
 

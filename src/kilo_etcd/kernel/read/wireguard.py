@@ -12,8 +12,8 @@ from typing import Any
 
 from attrs import field, frozen
 
-from kilo_etcd.kernel.codec import Reader, elements, layout
-from kilo_etcd.kernel.formats import SOCKADDR_IN, SOCKADDR_IN6, ctrlmsg, wg, wgmsg
+from kilo_etcd.kernel.netlink.codec import Reader, elements, layout
+from kilo_etcd.kernel.netlink.formats import SOCKADDR_IN, SOCKADDR_IN6, ctrlmsg, wg, wgmsg
 from kilo_etcd.kernel.predict import network_order
 from kilo_etcd.kernel.state import ObservedPeer
 from kilo_etcd.model import Endpoint, IPNetwork

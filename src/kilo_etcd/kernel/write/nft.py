@@ -6,13 +6,13 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache
 
-from kilo_etcd.kernel import formats
-from kilo_etcd.kernel.codec import Container, Writer, encode, read
-from kilo_etcd.kernel.formats import core, nfgen_msg, nfnetlink, nft, nft_obj_msg
-from kilo_etcd.kernel.netlink import Message
-from kilo_etcd.kernel.nftables import ACCEPT, ACCEPT_VERDICT, KNOWN, TEXTS, VALUES, VERDICT_REGISTER, matching
-from kilo_etcd.kernel.openings import Opening
-from kilo_etcd.kernel.table import AddElements, AddressSet, DeleteElements, Expression, Table
+from kilo_etcd.kernel.firewall.nftables import ACCEPT, ACCEPT_VERDICT, KNOWN, TEXTS, VALUES, VERDICT_REGISTER, matching
+from kilo_etcd.kernel.firewall.openings import Opening
+from kilo_etcd.kernel.firewall.table import AddElements, AddressSet, DeleteElements, Expression, Table
+from kilo_etcd.kernel.netlink import formats
+from kilo_etcd.kernel.netlink.codec import Container, Writer, encode, read
+from kilo_etcd.kernel.netlink.formats import core, nfgen_msg, nfnetlink, nft, nft_obj_msg
+from kilo_etcd.kernel.netlink.sockets import Message
 
 _FAMILIES = {"inet": nft.NFPROTO_INET, "ip": nft.NFPROTO_IPV4, "ip6": nft.NFPROTO_IPV6}
 _SUBSYSTEM = nfnetlink.NFNL_SUBSYS_NFTABLES

@@ -1,4 +1,4 @@
-"""Links, addresses, routes and rules as requests of rtnetlink. Pure: the socket is `kernel.netlink`'s."""
+"""Links, addresses, routes and rules as requests of rtnetlink. Pure: the socket is `kernel.netlink.sockets`'s."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import ipaddress
 import socket
 from functools import cache, lru_cache
 
-from kilo_etcd.kernel import formats
-from kilo_etcd.kernel.codec import Writer, encode
-from kilo_etcd.kernel.formats import PORT_RANGE, core, fibmsg, ifaddrmsg, ifinfmsg, ndmsg, rtmsg, rtnl
-from kilo_etcd.kernel.netlink import Message
-from kilo_etcd.kernel.rules import RoutingRule
+from kilo_etcd.kernel.netlink import formats
+from kilo_etcd.kernel.netlink.codec import Writer, encode
+from kilo_etcd.kernel.netlink.formats import PORT_RANGE, core, fibmsg, ifaddrmsg, ifinfmsg, ndmsg, rtmsg, rtnl
+from kilo_etcd.kernel.netlink.sockets import Message
+from kilo_etcd.kernel.routing.rules import RoutingRule
 from kilo_etcd.kernel.state import MAIN_TABLE, Route
 from kilo_etcd.model import IPAddress, IPInterface
 

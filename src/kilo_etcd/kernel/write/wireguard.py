@@ -13,10 +13,10 @@ import socket
 from collections.abc import Iterator, Sequence
 from functools import cache
 
-from kilo_etcd.kernel import formats
-from kilo_etcd.kernel.codec import Container, Form, Writer, attribute
-from kilo_etcd.kernel.formats import core, ctrlmsg, wg, wgmsg
-from kilo_etcd.kernel.netlink import Message
+from kilo_etcd.kernel.netlink import formats
+from kilo_etcd.kernel.netlink.codec import Container, Form, Writer, attribute
+from kilo_etcd.kernel.netlink.formats import core, ctrlmsg, wg, wgmsg
+from kilo_etcd.kernel.netlink.sockets import Message
 from kilo_etcd.kernel.state import RemovePeer, SetDevice, SetPeer, WireGuardChange
 from kilo_etcd.model import Endpoint, IPNetwork
 

@@ -1,0 +1,1 @@
+"""This host's candidacy for the leadership of its segment."""

@@ -1,0 +1,113 @@
+"""Holds this host's candidacy as `candidacy_policy.decide_candidacy` says: remembers since when the host has desired
+its candidacy, and that it was demoted.
+
+It decides nothing itself and knows nothing of plans and kernels; the caller says whether the host is ready.
+"""
+
+from __future__ import annotations
+
+import trio
+
+from kilo_etcd import store
+from kilo_etcd.agent.leadership import candidacy_policy
+from kilo_etcd.model import CandidateClass, Snapshot
+from kilo_etcd.runtime.logs import get_logger
+from kilo_etcd.topology import Topology
+from kilo_etcd.topology.probe_reports import sentence
+
+_CHOSEN = (CandidateClass.ANNOTATED_PUBLIC, CandidateClass.ANNOTATED)
+
+
+def _newly_chosen(
+    before: candidacy_policy.DesiredCandidacy | None, now: candidacy_policy.DesiredCandidacy | None
+) -> bool:
+    return before is not None and now is not None and now.rank in _CHOSEN and before.rank not in _CHOSEN
+
+
+class CandidacyTask:
+    """The candidacy of node `name`, entered and given up through `session`."""
+
+    def __init__(self, session: store.Session, name: str) -> None:
+        self._session = session
+        self._name = name
+        self._eligible: candidacy_policy.DesiredCandidacy | None = None
+        self._stable_since = 0.0
+        self._desired: candidacy_policy.DesiredCandidacy | None = None
+        """The candidacy that this host would have if it had never been demoted."""
+        self._stood = False
+        """Whether this host wanted to stand when it was last asked."""
+        self._hold_down = candidacy_policy.HoldDown()
+        self._demoted: str | None = None
+        """Why this host does not lead although it is first in line, by the topology in force."""
+        self._counted = False
+        """`_demoted` is counted in the hold-down: until its candidacy is gone a host is demoted again and again."""
+        self._released = False
+        """The hold-down is to end as soon as it can."""
+        self.why: str | None = None
+        """Why this host is behind all other candidates, as the end of a sentence."""
+
+    @property
+    def demoted_until(self) -> float | None:
+        """Until when this host is behind everyone, on trio's clock; None: it does not."""
+        return self._hold_down.until if trio.current_time() < self._hold_down.until else None
+
+    def release(self) -> None:
+        """What kept this host from forwarding is gone: end its hold-down."""
+        self._released = True
+
+    def follow(self, topology: Topology) -> None:
+        """Take note of whether this host, by the topology that is in force now, would lead but for the probe
+        reports."""
+        segment = topology.segment_of(self._name)
+        text = None
+        if segment.election.demoted == self._name:
+            text = sentence(self._name, topology.snapshot.probe_reports.get(segment.location, ()))
+        self._demoted = text
+        if text is not None and self.why is None:
+            self.why = text
+            get_logger(node=self._name, location=segment.location).warning("demoted as leader", why=text)
+        elif self.why is not None and text is None and self.demoted_until is None:
+            self.why = None
+            get_logger(node=self._name, location=segment.location).info("candidacy is as before")
+
+    async def update(self, snapshot: Snapshot, *, leads: bool, ready: bool) -> float | None:
+        """Stand, or stand no more, in the face of `snapshot`; when to call again although nothing changed."""
+        now = trio.current_time()
+        wanted = candidacy_policy.eligible(snapshot, self._name)
+        held = self._session.candidacy
+        current = None if held is None else candidacy_policy.DesiredCandidacy(held.location, held.rank)
+        demoted = self._demoted is not None
+        if demoted and not self._counted:
+            self._hold_down = self._hold_down.again(now)
+            self._released = False
+        if self._released and not demoted:
+            # Not while the candidacy stands that the reports are of: that has to go first.
+            self._hold_down, self._released = candidacy_policy.HoldDown(), False
+        self._counted = demoted
+        if _newly_chosen(self._desired, wanted):
+            # The operator's choice, made since, outweighs earlier probe reports.
+            self._hold_down = candidacy_policy.HoldDown()
+        self._desired = wanted
+        if wanted is not None and now < self._hold_down.until:
+            wanted = candidacy_policy.DesiredCandidacy(wanted.location, CandidateClass.DEMOTED)
+        if wanted != self._eligible or (held is None and self._stood):
+            # A host that has lost its place with its lease waits like one that has just come: if all did, the present
+            # leader is first.
+            self._eligible, self._stable_since = wanted, now
+        hold, due = candidacy_policy.decide_candidacy(
+            wanted,
+            candidacy_policy.CandidacyInputs(
+                now=now, stable_since=self._stable_since, ready=ready, leads=leads, current=current
+            ),
+        )
+        self._stood = hold is not None
+        if hold is None:
+            await self._session.leave()
+        else:
+            in_place = candidacy_policy.keeps_its_place(current, hold, leads=leads)
+            await self._session.enter(hold.location, hold.rank, in_place=in_place)
+            if leads and snapshot.leaders.get(hold.location) != self._name:
+                await self._session.record_leader(hold.location)
+        if now < self._hold_down.until and hold is not None:
+            return self._hold_down.until if due is None else min(due, self._hold_down.until)
+        return due

@@ -1,0 +1,154 @@
+"""The WireGuard monitor: reads which peers the host's own WireGuard receives from, and from where.
+
+It reads the device every few seconds, less often the longer nothing changes, and not at all where nobody is behind NAT.
+It publishes what it sees (`agent.nat.observed_endpoints`); it reports peers that it should receive from and does not
+(`agent.nat.nat_traversal`).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Collection, Mapping
+
+import trio
+from attrs import frozen
+
+from kilo_etcd import kernel, store
+from kilo_etcd.agent.nat.nat_traversal import Attempts, partners
+from kilo_etcd.agent.nat.observed_endpoints import PublishSchedule, Watched, observed_here, to_publish, to_watch
+from kilo_etcd.kernel.state import PeerActivity
+from kilo_etcd.model import Node, Snapshot
+from kilo_etcd.model.hostplan import HostPlan
+
+FIRST, LONGEST = 1.0, 10.0
+"""Seconds between two readings: after a change, and when nothing has changed for long."""
+
+WHILE_WAITING = 4.0
+"""Seconds at most between two readings while some peer has not been received from yet."""
+
+AT_FIRST, FIRST_WORDS = 30.0, 2.0
+"""So many seconds after somebody has come or gone, so many at most between two readings: handshakes take their time."""
+
+PER_PEER = 0.002
+"""Seconds more between two readings for each peer of the device: reading takes that much longer too."""
+
+
+SHORTEST = 0.5
+"""Seconds at least between two readings, however much changes."""
+
+
+@frozen
+class _Followed:
+    snapshot: Snapshot
+    plan: HostPlan
+    tunnels: bool
+
+
+@frozen
+class _Look:
+    """What came of one reading. `due`: when to look again for the sake of what may not be told yet."""
+
+    state: object = None
+    concerned: bool = False
+    longest: float = LONGEST
+    due: float = float("inf")
+    peers: int = 0
+
+
+class WireGuardMonitor:
+    """Of node `name`. `on_traversal_failures` is told the sentences when they change, `reset_session` whose sessions to
+    make anew."""
+
+    def __init__(
+        self,
+        device: kernel.Kernel,
+        session: store.Session,
+        name: str,
+        *,
+        on_traversal_failures: Callable[[tuple[str, ...]], object],
+        reset_session: Callable[[Collection[str]], object],
+        rng: random.Random | None = None,
+    ) -> None:
+        self._device = device
+        self._session = session
+        self._name = name
+        self._on_traversal_failures = on_traversal_failures
+        self._reset_session = reset_session
+        self._schedule = PublishSchedule(rng or random.Random())
+        self._attempts = Attempts()
+        self._reported: tuple[str, ...] = ()
+        self._followed: _Followed | None = None
+        self._concerned_by: _Followed | None = None
+        """What the next two were computed from."""
+        self._watched: Mapping[str, Watched] = {}
+        self._partners: Mapping[str, Node] = {}
+        self._company: object = None
+        """The peers to receive from."""
+        self._changed = 0.0
+        """When that changed last."""
+        self._news = trio.Event()
+
+    def follow(self, snapshot: Snapshot, plan: HostPlan, *, tunnels: bool) -> None:
+        """`plan`, made of `snapshot`, is in the kernel. `tunnels`: this host uses them, as a silent member does not."""
+        self._followed = _Followed(snapshot, plan, tunnels)
+        self._news.set()
+
+    async def run(self) -> None:
+        """Listen until cancelled."""
+        pause, before = FIRST, None
+        while True:
+            self._news = trio.Event()
+            look = _Look() if self._followed is None else await self._look(self._followed)
+            pause = FIRST if look.state != before else min(pause * 2, look.longest)
+            before = look.state
+            now, longer = trio.current_time(), PER_PEER * look.peers
+            again = min(now + pause + longer if look.concerned else float("inf"), look.due)
+            await trio.sleep(SHORTEST + longer)
+            with trio.move_on_at(again):
+                await self._news.wait()
+
+    async def _look(self, followed: _Followed) -> _Look:
+        snapshot, plan = followed.snapshot, followed.plan
+        own = snapshot.nodes.get(self._name)
+        if self._concerned_by is not followed:
+            self._watched, self._partners = {}, {}
+            if own is not None and followed.tunnels:
+                self._watched, self._partners = to_watch(own, snapshot, plan), partners(own, snapshot, plan)
+            self._concerned_by = followed
+        watched, hidden = self._watched, self._partners
+        told = self._session.observed_endpoints
+        concerned = bool(watched or hidden)
+        if own is None or not (concerned or told):
+            self._report(())
+            return _Look()
+        activity = PeerActivity()
+        if concerned:
+            try:
+                activity = await self._device.peer_activity()
+            except (kernel.KernelError, OSError):
+                return _Look(concerned=True)  # The reconciler will say so.
+        now = trio.current_time()
+        wanted = to_publish(observed_here(watched, activity), snapshot, self._name, told)
+        ready, due = self._schedule.ready(wanted, told, now=now, nodes=len(snapshot.nodes))
+        if ready != told:
+            await self._session.put_observed_endpoints(ready)
+        outcome = self._attempts.look(own, hidden, plan, activity, now=now)
+        if outcome.reset_session:
+            self._reset_session(outcome.reset_session)
+        self._report(outcome.sentences)
+        company = (watched.keys(), hidden.keys())
+        if company != self._company:
+            self._company, self._changed = company, now
+        at_first = now - self._changed < AT_FIRST
+        return _Look(
+            state=(ready, outcome.sentences, company),
+            concerned=concerned,
+            longest=FIRST_WORDS if at_first else WHILE_WAITING if outcome.waiting else LONGEST,
+            due=float("inf") if due is None else due,
+            peers=len(plan.peers),
+        )
+
+    def _report(self, sentences: tuple[str, ...]) -> None:
+        if sentences != self._reported:
+            self._reported = sentences
+            self._on_traversal_failures(sentences)

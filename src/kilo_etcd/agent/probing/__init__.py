@@ -1,0 +1,1 @@
+"""Probing: whether packets get through leaders and reach members of the location."""

@@ -1,0 +1,67 @@
+"""To whom an agent sends packets when an operator asks whether they arrive. Pure.
+
+An internal IP that the mesh routes is tried beside the mesh address. In a small mesh to everybody. In a large one a
+leader tries the leaders of other locations, and a member a few nodes elsewhere, in an order of each host's own, so
+that together they cover the mesh and none of them floods it.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable
+from zlib import crc32
+
+from kilo_etcd.model import IPAddress, Node
+from kilo_etcd.model.hostplan import HostPlan, RoutePlan
+from kilo_etcd.topology import Topology, UnknownNode
+from kilo_etcd.topology.segments import host_network
+
+FEW = 4
+"""Nodes that a member tries in a mesh that is larger than what was asked for: half of them leaders, by whom it can be
+told whose leader loses what does not arrive."""
+
+
+def nodes_to_try(topology: Topology, name: str, most: int) -> tuple[Node, ...]:
+    """The nodes, at most `most` of them, that node `name` sends packets to."""
+    own = topology.snapshot.nodes.get(name)
+    try:
+        segment = topology.segment_of(name)
+    except UnknownNode:
+        return ()
+    if own is None or most <= 0:
+        return ()
+    others = [node for node in topology.snapshot.nodes.values() if node.name != name and node.mesh_addresses]
+    if len(others) > most:
+        far = [node for node in others if topology.segment_of(node.name) is not segment]
+        leaders = [node for node in far if topology.segment_of(node.name).leader is node]
+        if segment.leader.name == name:
+            others = _some(name, leaders if len(leaders) >= most else far, most)
+        else:
+            others = list(dict.fromkeys((*_some(name, leaders, FEW // 2), *_some(name, far, FEW // 2))))
+    return tuple(others)
+
+
+def addresses_to_try(
+    topology: Topology, name: str, plan: HostPlan, nodes: Iterable[Node]
+) -> dict[IPAddress, RoutePlan | None]:
+    """The addresses of these nodes at which packets of node `name` may arrive: mesh addresses in the families that it
+    has itself, and internal IPs that its plan has a route to, with that route."""
+    own = topology.snapshot.nodes.get(name)
+    if own is None:
+        return {}
+    versions = {address.version for address in own.mesh_addresses}
+    routes = plan.routes if plan.encryption is None else {**plan.routes, **plan.encryption.send}
+    result: dict[IPAddress, RoutePlan | None] = {}
+    for node in nodes:
+        if node.name == name:
+            continue
+        result.update((address, None) for address in node.mesh_addresses if address.version in versions)
+        for ip in node.internal_ips:
+            # One that two nodes have has no route of its own.
+            if (route := routes.get(host_network(ip.ip))) is not None:
+                result[ip.ip] = route
+    return result
+
+
+def _some(name: str, nodes: Iterable[Node], number: int) -> list[Node]:
+    return heapq.nsmallest(number, nodes, key=lambda node: crc32(f"{name} {node.name}".encode()))

@@ -1,0 +1,1 @@
+"""Small helpers below everything else: texts, addresses, files, descriptors, retries."""

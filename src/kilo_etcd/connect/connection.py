@@ -1,0 +1,400 @@
+"""This machine as a peer while `kgctl connect` runs: one nursery, as in the agent, of which this is a small relative.
+
+Snapshots, what the kernel reports and names that resolve wake `_follow`, the only task that touches the kernel. When
+etcd is away the kernel keeps what it has. At the end everything that was made here goes, unless the caller wants it
+kept: interface with its routes, block of the hosts file, record.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+
+import trio
+from attrs import frozen
+
+from kilo_etcd import etcd, kernel, store
+from kilo_etcd.base.backoff import RepairBackoff
+from kilo_etcd.connect.registration import KEEPALIVE, LEASE_SECONDS, DesiredPeer, PeerRegistration
+from kilo_etcd.ctl.commands.wait import applied
+from kilo_etcd.ctl.context import Failure
+from kilo_etcd.model import IPAddress, IPNetwork, Snapshot
+from kilo_etcd.model.hostplan import HostPlan
+from kilo_etcd.planning import peer_plan
+from kilo_etcd.planning.exit_node import BYPASSES_OF_A_PEER, through
+from kilo_etcd.planning.route_filter import filter_routes
+from kilo_etcd.runtime.apply import moved, trigger_handshakes
+from kilo_etcd.runtime.discover import HostFacts
+from kilo_etcd.runtime.exit_node_monitor import ExitNodeMonitor
+from kilo_etcd.runtime.hostnames import known_names
+from kilo_etcd.runtime.logs import Once, get_logger
+from kilo_etcd.runtime.resolve import LOOKUP_TIMEOUT, Resolver, names_of, plan_names, resolve_plan
+from kilo_etcd.topology import Topology, build_topology
+
+KNOWN_SECONDS = 2.0
+"""How long to wait for all agents to know this machine's key: a first handshake that nobody answers costs five."""
+
+WITHDRAW_SECONDS = 3.0
+SETTLE_SECONDS = 0.5
+"""How long changes of the machine's addresses may go on before they are looked at: they come in bursts."""
+KERNEL_RETRY_SECONDS = 0.5
+ETCD_RETRY_SECONDS = 2.0
+
+Names = dict[str, tuple[IPAddress, ...]]
+
+
+@frozen(kw_only=True)
+class Settings:
+    """What the caller asks for besides the record."""
+
+    interface: str
+    listen_port: int
+    endpoints: tuple[str, ...]
+    """etcd's."""
+    dns_hosts: bool = False
+    exit_node: str | None = None
+    """The node by which everything leaves that is for outside the mesh."""
+    resync_period: float = 30.0
+
+
+@frozen(kw_only=True)
+class Edges:
+    """What else of the machine is touched."""
+
+    look: Callable[[], Awaitable[HostFacts]]
+    write_names: Callable[[Names | None], Awaitable[bool]]
+    """Whether anything had to be changed. OSError."""
+    clean_up: Callable[[], Awaitable[tuple[kernel.Change, ...]]]
+
+
+def raw_plan(topology: Topology, desired: DesiredPeer, settings: Settings, facts: HostFacts) -> HostPlan:
+    """The plan before names are resolved and the machine's own networks looked at. KeyError: no such peer in force."""
+    keepalive = desired.persistent_keepalive
+    if keepalive is None:
+        keepalive = topology.peers[desired.name].persistent_keepalive or KEEPALIVE
+    return peer_plan(
+        topology,
+        desired.name,
+        listen_port=settings.listen_port,
+        persistent_keepalive=keepalive,
+        families=facts.families(),
+        links=facts.reached(()).stated(),
+    )
+
+
+def protected_plan(plan: HostPlan, protected: tuple[IPNetwork, ...], subnets: tuple[IPNetwork, ...]) -> HostPlan:
+    """The plan without routes that would cut the machine off from what its tunnel is made of.
+
+    The mesh's subnets are kept although they overlap the network that the machine happens to be in, whose own route is
+    narrower as a rule; but not where they hold etcd or the default gateway itself.
+    """
+    single = [network for network in protected if network.num_addresses == 1]
+    mesh = [
+        subnet
+        for subnet in subnets
+        if not any(network.version == subnet.version and network.network_address in subnet for network in single)
+    ]
+    return filter_routes(plan, protected, mesh=mesh)
+
+
+class PeerConnection:
+    """`run()` returns when the command was asked to end and has cleaned up. Failure, KernelError, EtcdError."""
+
+    def __init__(
+        self,
+        desired: DesiredPeer,
+        settings: Settings,
+        client: etcd.Client,
+        prefix: str,
+        device: kernel.Kernel,
+        edges: Edges,
+    ) -> None:
+        self.desired = desired
+        self.settings = settings
+        self.kernel = device
+        self.edges = edges
+        self.client = client
+        self.prefix = prefix
+        self.keys = store.Keys(prefix)
+        self.mirror = store.Mirror(client, self.keys)
+        self.registration = PeerRegistration(client, self.keys, desired, self._nudge)
+        self.resolver = Resolver()
+        self.facts = HostFacts()
+        self.log = get_logger()
+        self.once = Once(self.log)
+        self.exit_node_monitor = ExitNodeMonitor(device, self._note_exit_node)
+        self.topology: Topology | None = None
+        self.plan: HostPlan | None = None
+        self._told: object = None
+        self._wake = trio.Event()
+        self._fresh = False
+        self._stopping = trio.Event()
+        self._joined = False
+
+    async def run(self) -> None:
+        """Connect, follow, and clean up."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._handle_signals)
+            await self.kernel.check()
+            try:
+                async with trio.open_nursery() as members:
+                    members.start_soon(self._until_stopped, members.cancel_scope)
+                    await self._join(members)
+            finally:
+                with trio.CancelScope(shield=True):
+                    await self._leave()
+            nursery.cancel_scope.cancel()
+
+    async def _handle_signals(self) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            async for number in signals:
+                if self._stopping.is_set():
+                    raise Failure(f"stopped at once: {signal.Signals(number).name} was received a second time")
+                self.log.info("disconnecting", signal=signal.Signals(number).name)
+                self._stopping.set()
+
+    async def _until_stopped(self, scope: trio.CancelScope) -> None:
+        await self._stopping.wait()
+        scope.cancel()
+
+    async def _join(self, nursery: trio.Nursery) -> None:
+        self.facts = await self.edges.look()
+        await nursery.start(self.resolver.run)
+        if self.settings.exit_node is not None:
+            await self._find_etcd()
+        decision = await self.registration.register()
+        self._joined = True
+        nursery.start_soon(self.registration.keep)
+        self.log.info(
+            "registered" if decision.writes else "registered already", peer=self.desired.name,
+            addresses=decision.record.allowed_ips, chosen=decision.chosen or None,
+        )  # fmt: skip
+        await nursery.start(self.mirror.run)
+        # New keys take a moment to arrive everywhere. Slow or dead agents are not waited for.
+        with suppress(etcd.EtcdError):
+            await applied(self.client, self.keys, timeout=KNOWN_SECONDS)
+        for task in (
+            self._follow_snapshots,
+            self._follow_drift,
+            self._follow_names,
+            self._follow_addresses,
+            self._resync,
+            self.exit_node_monitor.run,
+            self._follow,
+        ):
+            nursery.start_soon(task)
+
+    async def _find_etcd(self) -> None:
+        """Have etcd's names looked up: its addresses are kept outside the tunnel, which takes all else. Failure."""
+        self.resolver.networks(self.settings.endpoints)
+        with trio.move_on_after(LOOKUP_TIMEOUT):
+            while self.resolver.unresolved(self.settings.endpoints):
+                await self.resolver.wait_changed()
+        if missing := self.resolver.unresolved(self.settings.endpoints):
+            raise Failure(
+                f"etcd's name {missing[0]} is not resolved within {LOOKUP_TIMEOUT:g} s, so etcd could not be kept "
+                "reached directly by its address: mend the name or the resolver, or give --endpoints as addresses"
+            )
+
+    def _note_exit_node(self, sentence: str | None) -> None:
+        if sentence is None:
+            self.once.clear("exit node", "the exit node answers")
+            return
+        self.once.warning(
+            "exit node", f"{sentence}, so nothing leaves this machine but for {BYPASSES_OF_A_PEER}: is it up, "
+            "and does UDP reach it? else end this command, or name another exit node",
+        )  # fmt: skip
+
+    # -- what wakes the one that acts -----------------------------------------------------------------------
+
+    def _nudge(self, *, fresh: bool = False) -> None:
+        self._fresh = self._fresh or fresh
+        self._wake.set()
+
+    async def _follow_snapshots(self) -> None:
+        snapshot: Snapshot | None = None
+        while True:
+            snapshot = await self.mirror.wait_newer(snapshot)
+            self._nudge()
+
+    async def _follow_drift(self) -> None:
+        backoff = RepairBackoff()
+        while True:
+            what = await self.kernel.wait_drift()
+            self.log.warning("another program changed the kernel; repairing", what=what)
+            await trio.sleep(backoff.pause(trio.current_time()))
+            self._nudge(fresh=True)
+
+    async def _follow_names(self) -> None:
+        while True:
+            await self.resolver.wait_changed()
+            self._nudge()
+
+    async def _follow_addresses(self) -> None:
+        """A laptop is carried from one network to another."""
+        while True:
+            await self.kernel.wait_moved()
+            await trio.sleep(SETTLE_SECONDS)
+            try:
+                self.facts = await self.edges.look()
+            except (OSError, kernel.KernelError) as error:
+                self.once.warning("addresses", "the machine's addresses cannot be read", error=str(error))
+            self._nudge(fresh=True)
+
+    async def _resync(self) -> None:
+        while True:
+            await trio.sleep(self.settings.resync_period)
+            self._nudge(fresh=True)
+
+    # -- the one that acts ----------------------------------------------------------------------------------
+
+    async def _follow(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake = trio.Event()
+            fresh, self._fresh = self._fresh, False
+            snapshot = self.mirror.current
+            if snapshot is None or not await self._still_registered(snapshot):
+                continue
+            await self._apply(snapshot, fresh)
+
+    async def _still_registered(self, snapshot: Snapshot) -> bool:
+        """Whether the snapshot is to be followed: the record is this machine's, and stands there. Gone."""
+        if snapshot.revision < self.registration.revision:
+            return False
+        held = self.mirror.kv(self.keys.peer(self.desired.name))
+        peer = snapshot.peers.get(self.desired.name)
+        sound = held is not None and (peer is None or peer.public_key == self.desired.public_key)
+        if self.mirror.untrusted_reason or (sound and not self.registration.unconfirmed):
+            # An etcd that went back in time, or is another one, is told nothing.
+            return sound
+        try:
+            if await self.registration.mend(held):
+                self.log.warning("the record ended with its lease; registered again", peer=self.desired.name)
+        except etcd.EtcdError as error:
+            # Without etcd nobody else forgets us either; its return resolves the uncertainty.
+            self.once.warning("record", "it is not known whether this machine is still registered", error=str(error))
+            await trio.sleep(ETCD_RETRY_SECONDS)
+            self._nudge()
+            return sound
+        self.once.clear("record", "this machine is registered")
+        return sound
+
+    async def _apply(self, snapshot: Snapshot, fresh: bool) -> None:
+        self.topology = topology = build_topology(snapshot, self.topology)
+        if self.desired.name not in topology.peers:
+            reasons = [note.reason for note in snapshot.rejected if note.key == self.keys.peer(self.desired.name)]
+            self.once.error(
+                "peer", f"peer {self.desired.name} is not in force: {'; '.join(reasons) or 'see kgctl status'}"
+            )
+            return
+        self.once.clear("peer", f"peer {self.desired.name} is in force")
+        plan = raw_plan(topology, self.desired, self.settings, self.facts)
+        unresolved = names_of(plan, self.settings.exit_node or "", self.resolver.table)
+        self.resolver.set_names(plan_names(plan))
+        plan = resolve_plan(plan, self.resolver.table, self.resolver.failed, self.facts.families())
+        protected = (*self.resolver.networks(self.settings.endpoints), *self.facts.underlay())
+        plan = protected_plan(plan, protected, snapshot.subnets)
+        # Through the exit node goes everything, so what is of the mesh is told by the plan without it.
+        within = plan
+        if self.settings.exit_node is not None:
+            plan = through(
+                plan, topology, self.settings.exit_node, self.resolver.networks(self.settings.endpoints),
+                unresolved=unresolved,
+            )  # fmt: skip
+        try:
+            report = await self.kernel.apply(plan, fresh=fresh)
+        except kernel.KernelError as error:
+            if self.plan is None:
+                raise
+            self.once.error("kernel", "the kernel cannot be programmed; trying again", error=str(error))
+            await trio.sleep(KERNEL_RETRY_SECONDS)
+            self._nudge(fresh=True)
+            return
+        self.once.clear("kernel", "the kernel can be programmed again")
+        trigger_handshakes(moved(report, self.plan, plan, topology))
+        self.plan = plan
+        self.exit_node_monitor.follow(plan)
+        for change in report.changes:
+            self.log.debug("changed", command=str(change))
+        self.once.errors(
+            "plan", (*map(str, report.failures), *(problem.text for problem in plan.problems)), level="warning"
+        )
+        await self._write_names(topology, within)
+        self._tell(plan)
+
+    async def _write_names(self, topology: Topology, plan: HostPlan) -> None:
+        if not self.settings.dns_hosts:
+            return
+        known = known_names(topology, plan, self.prefix)
+        if known.left_out:
+            short = known.left_out_in_short()
+            self.once.error("left out", "not all names of the mesh are written", level="info", names=short)
+        else:
+            self.once.clear("left out", "all names of the mesh are written")
+        try:
+            if await self.edges.write_names(dict(known.addresses)):
+                self.log.info("names written", names=len(known.addresses))
+        except OSError as error:
+            self.once.warning("hosts", "the names cannot be written", error=str(error))
+        else:
+            self.once.clear("hosts", "the names can be written again")
+
+    def _tell(self, plan: HostPlan) -> None:
+        """One line, where what a person would want to know has changed."""
+        leaders = tuple(sorted(peer.name for peer in plan.peers.values()))
+        told = (plan.addresses, leaders)
+        if told != self._told:
+            self.log.info(
+                "connected" if self._told is None else "following",
+                interface=self.settings.interface,
+                addresses=tuple(address.ip for address in plan.addresses),
+                leaders=leaders,
+                networks=len(plan.routes),
+            )
+            self._told = told
+
+    # -- the end --------------------------------------------------------------------------------------------
+
+    async def _leave(self) -> None:
+        if not self._joined:
+            # The record may be there all the same: its answer was not waited for.
+            await self._withdraw()
+            return
+        if not self.desired.clean_up:
+            self.log.info("ended; everything stays in place", interface=self.settings.interface)
+            return
+        try:
+            changes = await self.edges.clean_up()
+        except kernel.KernelError as error:
+            self.once.error(
+                "device", "the interface cannot be removed", interface=self.settings.interface, error=str(error)
+            )
+        else:
+            self.log.info("interface removed", interface=self.settings.interface, changes=len(changes))
+        try:
+            if await self.edges.write_names(None):
+                self.log.info("names removed")
+        except OSError as error:
+            self.once.error("hosts", "the names cannot be removed", error=str(error))
+        await self._withdraw()
+
+    async def _withdraw(self) -> None:
+        if not self.registration.leased:
+            return
+        reason = "no answer in time"
+        with trio.move_on_after(WITHDRAW_SECONDS):
+            try:
+                await self.registration.withdraw()
+            except etcd.EtcdError as error:
+                reason = str(error)
+            else:
+                self.log.info("record removed", peer=self.desired.name)
+                return
+        self.log.warning(
+            "the record could not be removed; it ends by itself",
+            peer=self.desired.name,
+            seconds=LEASE_SECONDS,
+            error=reason,
+        )

@@ -1,0 +1,465 @@
+"""`kgctl check`: the doctor. It looks at etcd, at what etcd holds, and at what the living agents say of their hosts.
+
+Each finding says what is wrong and what to do about it. What agents and the topology have to say brings its remedy
+along in its own sentence. `findings` is pure; `examine` gathers what it needs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from enum import StrEnum
+
+import click
+from attrs import asdict, field, frozen
+
+from kilo_etcd.ctl.context import Mesh
+from kilo_etcd.ctl.output import output_option
+from kilo_etcd.ctl.reports.arrivals import TRIES, losses, lost_across, narrow, some
+from kilo_etcd.ctl.reports.causes import Silence, causes, silence
+from kilo_etcd.ctl.reports.internal_arrivals import internal_losses
+from kilo_etcd.ctl.reports.live import Live, Pair, differs, gather, pairs, tunnels
+from kilo_etcd.ctl.reports.render import clean
+from kilo_etcd.ctl.reports.report import (
+    DROPPED,
+    NOT_IN_FORCE,
+    Report,
+    grouped,
+    grouped_unrouted,
+    newest_revision,
+    registered_names,
+    report,
+    subject_of,
+    unrouted_sentence,
+)
+from kilo_etcd.etcd.api import Client, EtcdError
+from kilo_etcd.model import InternalIPs, IPNetwork
+from kilo_etcd.model.hostplan import Exemption
+from kilo_etcd.store import operator
+from kilo_etcd.store.keys import Keys
+from kilo_etcd.store.records import StatusRecord
+from kilo_etcd.topology.nat import REMEDY, hidden_pair
+from kilo_etcd.topology.segments import Topology, build_topology
+from kilo_etcd.topology.unrouted import named
+
+CLOCK_SECONDS = 5.0
+"""Clocks that differ by more make logs and certificates hard to trust; the mesh itself does not need them."""
+
+SLOW_SECONDS = 0.5
+"""etcd promises a lease's keepalive every second or so; from here on it is in danger."""
+
+MOST_NAMED = 20
+"""Records that are named where there is something wrong with very many; the others are counted."""
+
+
+class Severity(StrEnum):
+    ERROR = "error"
+    """Somebody is not connected, or may soon not be."""
+    WARNING = "warning"
+    """Worth a look today."""
+    NOTE = "note"
+    """Good to know; it makes no difference to the exit status."""
+
+
+@frozen(kw_only=True)
+class Finding:
+    """`remedy` is empty where `text` says already what to do."""
+
+    severity: Severity
+    subject: str
+    text: str
+    remedy: str = ""
+
+
+@frozen(kw_only=True)
+class MemberState:
+    """What one endpoint of etcd has answered. `error`: why it has not."""
+
+    endpoint: str
+    error: str = ""
+    cluster_id: int = 0
+    has_leader: bool = True
+    seconds: float = 0.0
+    errors: tuple[str, ...] = ()
+    """What the member itself says is wrong, such as NOSPACE."""
+
+
+@frozen(kw_only=True)
+class Examined:
+    """All that was found out."""
+
+    members: tuple[MemberState, ...]
+    report: Report
+    topology: Topology
+    statuses: Mapping[str, StatusRecord] = field(factory=dict)
+    live: Live = field(factory=Live)
+
+
+def findings(examined: Examined) -> tuple[Finding, ...]:
+    """The findings, the worst first."""
+    order = list(Severity)
+    known = silence(examined.topology, examined.statuses, examined.live)
+    every = (
+        *_etcd(examined.members),
+        *_agents(examined.report, known),
+        *_mode(examined.report),
+        *_records(examined.report),
+        *_unrouted(examined),
+        *_hosts(examined),
+        *_packets(examined, known),
+    )
+    return tuple(sorted(dict.fromkeys(every), key=lambda f: (order.index(f.severity), f.subject, f.text)))
+
+
+def _etcd(members: tuple[MemberState, ...]) -> Iterator[Finding]:
+    for member in members:
+        subject = f"etcd {member.endpoint}"
+        if member.error:
+            yield Finding(
+                severity=Severity.ERROR, subject=subject, text=member.error,
+                remedy="start it (systemctl status etcd there), or leave it out of --endpoints",
+            )  # fmt: skip
+            continue
+        if not member.has_leader:
+            yield Finding(
+                severity=Severity.ERROR, subject=subject, text="it has no leader, so nothing can be written",
+                remedy="bring a majority of the cluster's members back",
+            )  # fmt: skip
+        for error in member.errors:
+            yield Finding(
+                severity=Severity.ERROR, subject=subject, text=f"it raises an alarm: {error}",
+                remedy="etcdctl alarm list; if space is lacking: compact, defragment, then etcdctl alarm disarm",
+            )  # fmt: skip
+        if member.seconds > SLOW_SECONDS:
+            yield Finding(
+                severity=Severity.WARNING, subject=subject, text=f"it took {member.seconds:.1f} s to answer",
+                remedy="look at its disk and its network",
+            )  # fmt: skip
+    clusters = Counter(member.cluster_id for member in members if not member.error)
+    if len(clusters) > 1:
+        yield Finding(
+            severity=Severity.ERROR, subject="etcd", text="the endpoints belong to different clusters",
+            remedy="give the endpoints of one cluster; agents that use both see two meshes",
+        )  # fmt: skip
+
+
+def _agents(found: Report, known: Silence | None = None) -> Iterator[Finding]:
+    if not found.nodes:
+        yield Finding(
+            severity=Severity.WARNING, subject="mesh", text="no node has registered under this prefix",
+            remedy="is it the right --prefix, and the right etcd? else start an agent: systemctl start kilo-etcd",
+        )  # fmt: skip
+    idle = 0
+    for row in found.nodes:
+        if row.role == NOT_IN_FORCE and row.alive:
+            yield Finding(
+                severity=Severity.ERROR, subject=row.name, text="its agent lives, but it is no part of the mesh",
+                remedy=f"journalctl -u kilo-etcd there; kgctl node show {row.name}",
+            )  # fmt: skip
+        if not row.alive:
+            if row.role == NOT_IN_FORCE:
+                if (idle := idle + 1) <= MOST_NAMED:
+                    yield Finding(
+                        severity=Severity.WARNING, subject=row.name,
+                        text="its agent does not report, and it is no part of the mesh",
+                        remedy=f"kgctl node show {row.name}; gone for good, or never there: "
+                               f"kgctl node forget {row.name}",
+                    )  # fmt: skip
+                continue
+            yield Finding(
+                severity=Severity.WARNING, subject=row.name,
+                text="its agent does not report; its place in the mesh is kept",
+                remedy=f"is the host up? systemctl status kilo-etcd there; gone for good: kgctl node forget {row.name}",
+            )  # fmt: skip
+    if idle > MOST_NAMED:
+        yield Finding(
+            severity=Severity.WARNING, subject="nodes",
+            text=f"{idle - MOST_NAMED} more are registered, no part of the mesh, and without an agent that reports",
+            remedy="kgctl status -o json lists all; who may write node records?",
+        )  # fmt: skip
+    for remark in found.disagreements:
+        yield Finding(severity=Severity.WARNING, subject=remark.subject, text=remark.text)
+    # What `known` tells `_packets` does, once for all of them.
+    errors = [error for error in found.errors if known is None or not known.tells(error.subject, error.text)]
+    for remark in grouped(errors):
+        yield Finding(severity=Severity.ERROR, subject=remark.subject, text=remark.text)
+    versions = Counter(row.version for row in found.nodes if row.version)
+    if len(versions) > 1:
+        listed = ", ".join(f"{version} on {number}" for version, number in sorted(versions.items()))
+        yield Finding(
+            severity=Severity.NOTE, subject="agents", text=f"different versions run: {listed}",
+            remedy="upgrade the older ones when it suits",
+        )  # fmt: skip
+
+
+def _mode(found: Report) -> Iterator[Finding]:
+    for remark in found.urgent:
+        # Of tunnels `_tunnel` tells, with the remedy.
+        if DROPPED not in remark.text:
+            yield Finding(severity=Severity.ERROR, subject=remark.subject, text=remark.text)
+    if found.switch is not None:
+        yield Finding(
+            severity=Severity.NOTE, subject="internal-ips",
+            text=f"the switch to {found.internal_ips} is under way: {found.switch}",
+            remedy="journalctl -u kilo-etcd on those that it waits for; kgctl node forget those that are gone for good",
+        )  # fmt: skip
+
+
+def _records(found: Report) -> Iterator[Finding]:
+    for aside in found.rejected[:MOST_NAMED]:
+        yield Finding(
+            severity=Severity.ERROR, subject=aside.key, text=f"rejected: {aside.reason}",
+            remedy=f"etcdctl get {aside.key}; " + (
+                f"the agent of {aside.author} writes it: is it up? systemctl status kilo-etcd there; gone for good: "
+                f"etcdctl del {aside.key}" if aside.author else "put it right or delete it"
+            ),
+        )  # fmt: skip
+    if (more := len(found.rejected) - MOST_NAMED) > 0:
+        yield Finding(
+            severity=Severity.ERROR, subject="records", text=f"{more} more are rejected",
+            remedy="kgctl status -o json lists all under rejected; who writes them?",
+        )  # fmt: skip
+    for remark in found.problems:
+        yield Finding(severity=Severity.WARNING, subject=remark.subject, text=remark.text)
+    for remark in found.notes:
+        yield Finding(severity=Severity.NOTE, subject=remark.subject, text=remark.text)
+
+
+def _unrouted(examined: Examined) -> Iterator[Finding]:
+    """Under `encrypted` what is sent to such an address travels in clear, which is a warning unless the operator has
+    exempted it on every host that sends there."""
+    in_clear = examined.report.internal_ips_in_force == InternalIPs.ENCRYPTED
+    exempted = _exempted(examined) if in_clear else frozenset()
+    for meant in (False, True) if in_clear else (True,):
+        severity = Severity.NOTE if meant else Severity.WARNING
+        remarks = [one for one in examined.report.unrouted if not in_clear or (one.subject in exempted) is meant]
+        unrouted = grouped_unrouted(remarks)
+        for remark in unrouted[:MOST_NAMED]:
+            said = f"{unrouted_sentence(remark)} (--clear exempts it)" if in_clear and meant else ""
+            yield Finding(severity=severity, subject=remark.subject, text=said or unrouted_sentence(remark))
+        if (more := len(unrouted) - MOST_NAMED) > 0:
+            yield Finding(
+                severity=severity, subject="internal-ips", text=f"{more} more are not routed",
+                remedy="kgctl status -o json lists all under unrouted",
+            )  # fmt: skip
+
+
+def _exempted(examined: Examined) -> frozenset[str]:
+    """The addresses and networks of `Topology.unrouted` to which all hosts that send there leave something in clear on
+    purpose, as far as they have answered."""
+    topology = examined.topology
+    clear = {name: tuple(_networks(answer.clear)) for name, answer in examined.live.answers.items()}
+    members = {named(segment): segment.members for segment in topology.segments.values()}
+    result = set()
+    for unrouted in topology.unrouted:
+        segments = unrouted.not_from or members.keys()
+        senders = {node.name for name in segments for node in members.get(name, ())}.difference(unrouted.nodes)
+        if senders and all(any(_covers(network, unrouted.network) for network in clear.get(n, ())) for n in senders):
+            result.add(subject_of(unrouted))
+    return frozenset(result)
+
+
+def _networks(exemptions: Iterable[str]) -> Iterator[IPNetwork]:
+    for text in exemptions:
+        with suppress(ValueError):
+            yield Exemption.parse(text).network
+
+
+def _covers(network: IPNetwork, other: IPNetwork) -> bool:
+    return network.version == other.version and other.subnet_of(network)  # type: ignore[arg-type]
+
+
+def _hosts(examined: Examined) -> Iterator[Finding]:
+    live, topology = examined.live, examined.topology
+    if live.refused:
+        yield Finding(
+            severity=Severity.WARNING, subject="hosts", text=f"they could not be asked: {live.refused}",
+            remedy="let this user write below /kilo-status/, or look on the hosts: wg show, journalctl -u kilo-etcd",
+        )  # fmt: skip
+    for name in live.silent:
+        yield Finding(
+            severity=Severity.WARNING,
+            subject=name,
+            text="its agent lives, but has not answered in time",
+            remedy="systemctl status kilo-etcd there; an agent of an older version does not answer diagnostics "
+            "requests",
+        )
+    for name, off in live.clocks.items():
+        if abs(off) > CLOCK_SECONDS:
+            yield Finding(
+                severity=Severity.WARNING, subject=name,
+                text=f"its clock is {abs(off):.0f} s {'ahead of' if off > 0 else 'behind'} this machine's",
+                remedy="chronyc tracking or timedatectl, there and here",
+            )  # fmt: skip
+    for name, answer in live.answers.items():
+        for text in answer.trouble:
+            yield Finding(severity=Severity.ERROR, subject=name, text=text)
+        if answer.undone:
+            yield Finding(
+                severity=Severity.WARNING, subject=name,
+                text=f"its kernel was {differs(answer)}",
+                remedy="the agent repairs what it can, now; if it comes back: journalctl -u kilo-etcd there",
+            )  # fmt: skip
+        if _may_lead(topology, name):
+            for text in answer.possible_obstacles:
+                yield Finding(
+                    severity=Severity.WARNING, subject=name,
+                    text=f"it stands for leader, and if it led nothing would get through: {text}",
+                )  # fmt: skip
+    if slow := [name for name, answer in sorted(live.answers.items()) if answer.backend == "userspace"]:
+        yield Finding(
+            severity=Severity.NOTE, subject="agents",
+            text=f"WireGuard runs in userspace, which is slower, on {some(slow)}",
+            remedy="modprobe wireguard there, then restart kilo-etcd",
+        )  # fmt: skip
+    mtus = Counter(live.answers[name].mtu for name in live.answers if live.answers[name].mtu)
+    if len(mtus) > 1:
+        listed = ", ".join(f"{mtu} on {number}" for mtu, number in sorted(mtus.items()))
+        yield Finding(
+            severity=Severity.NOTE, subject="tunnels", text=f"their MTUs differ: {listed}",
+            remedy="where large packets are lost, give the smallest to all with --mtu",
+        )  # fmt: skip
+
+
+def _packets(examined: Examined, known: Silence) -> Iterator[Finding]:
+    """Tunnels and packets, and members that do not answer each other: each cause once."""
+    live, topology = examined.live, examined.topology
+    for cause in causes(topology, known):
+        yield Finding(severity=Severity.ERROR, subject=cause.subject, text=cause.text, remedy=cause.remedy)
+    down = [pair for pair in pairs(topology, tunnels(topology, live)) if pair.up is False]
+    early = {pair for pair in down if pair.handshake is None and known.young & {pair.one, pair.other}}
+    yield from (_tunnel(topology, pair) for pair in down if pair not in early)
+    unsettled = known.undecided | {frozenset((pair.one, pair.other)) for pair in early}
+    if lost := sorted({*lost_across(topology, live, unsettled), *((pair.one, pair.other) for pair in early)}):
+        yield Finding(
+            severity=Severity.WARNING, subject="packets",
+            text=f"it is too early to tell why some do not arrive, between {some(f'{a} and {b}' for a, b in lost)}: "
+                 "the agents have just begun to ask each other",
+            remedy="ask again in ten seconds: kgctl check",
+        )  # fmt: skip
+    ends = [frozenset((pair.one, pair.other)) for pair in down]
+    for loss in losses(topology, live, ends, apart={*known.apart, *unsettled}, queries_answered=known.queries_answered):
+        yield Finding(
+            severity=Severity.WARNING if loss.filtered else Severity.ERROR, subject=loss.subject, text=loss.text,
+            remedy=loss.remedy,
+        )  # fmt: skip
+    for loss in internal_losses(topology, live, {*known.apart, *unsettled}):
+        yield Finding(severity=Severity.ERROR, subject=loss.subject, text=loss.text, remedy=loss.remedy)
+    for loss in narrow(topology, live):
+        yield Finding(severity=Severity.WARNING, subject=loss.subject, text=loss.text, remedy=loss.remedy)
+    untried = [name for name, answer in sorted(live.answers.items()) if not (answer.reached or answer.unreached)]
+    if untried and len(topology.snapshot.nodes) > 1:
+        yield Finding(
+            severity=Severity.NOTE, subject="packets", text=f"they were not tried by {some(untried)}",
+            remedy="agents of an older version do not try; upgrade them when it suits",
+        )  # fmt: skip
+
+
+def _may_lead(topology: Topology, name: str) -> bool:
+    """Whether a node does not lead, and stands for it."""
+    if name not in topology.snapshot.nodes:
+        return False
+    segment = topology.segment_of(name)
+    return segment.leader.name != name and name in segment.election.order
+
+
+def _tunnel(topology: Topology, pair: Pair) -> Finding:
+    dropped = topology.internal_ips is InternalIPs.ENCRYPTED
+    one, other = ends = [topology.snapshot.nodes[name] for name in (pair.one, pair.other)]
+    ports = " and ".join(f"UDP {node.endpoint} to {node.name}" for node in ends if node.endpoint is not None)
+    return Finding(
+        severity=Severity.ERROR, subject=f"{pair.one} - {pair.other}",
+        text=f"no tunnel between them: {pair.last}" + (f"; {DROPPED}" if dropped else ""),
+        remedy=(
+            f"{REMEDY}; kgctl status says what their hosts know of it"
+            if hidden_pair(one, other) is not None
+            else f"let {ports or 'UDP 51820'} pass on the way; kgctl explain {pair.one} {pair.other} --live"
+        ),
+    )  # fmt: skip
+
+
+_COLOURS = {Severity.ERROR: "red", Severity.WARNING: "yellow"}
+
+
+def _coloured(severity: Severity) -> str:
+    # click itself takes colours out where there is no terminal; NO_COLOR it does not know.
+    plain = severity not in _COLOURS or os.environ.get("NO_COLOR")
+    return str(severity) if plain else click.style(severity, fg=_COLOURS[severity])
+
+
+@click.command("check", epilog="Example:\n\n\b\n  kgctl check || mail -s 'the mesh' admin")
+@output_option
+@click.pass_obj
+def check_command(mesh: Mesh, output: str) -> None:
+    """Find everything that is wrong, and say what to do about it.
+
+    The living agents are asked what their hosts have, and to send packets to each other. Exit status 1: there are
+    errors or warnings.
+    """
+    found = mesh_findings(mesh)
+    counts = Counter(finding.severity for finding in found)
+    if output == "json":
+        click.echo(json.dumps([asdict(finding) for finding in found], indent=2, ensure_ascii=False))
+    else:
+        for finding in found:
+            click.echo(f"{_coloured(finding.severity)}: "
+                       f"{clean(finding.subject)}: {clean(finding.text)}")  # fmt: skip
+            if finding.remedy:
+                click.echo(f"    {clean(finding.remedy)}")
+        totals = [f"{counts[kind]} {kind}{'' if counts[kind] == 1 else 's'}" for kind in Severity if counts[kind]]
+        click.echo(", ".join(totals) if totals else "All is well: etcd, records, agents, kernels, tunnels and packets.")
+    if counts[Severity.ERROR] or counts[Severity.WARNING]:
+        raise SystemExit(1)
+
+
+def mesh_findings(mesh: Mesh) -> tuple[Finding, ...]:
+    """What `kgctl check` finds. Failure: etcd cannot be asked at all."""
+    return findings(mesh.ask(lambda client, keys: examine(client, keys, mesh.etcd.endpoints)))
+
+
+async def _members(client: Client, endpoints: tuple[str, ...]) -> tuple[MemberState, ...]:
+    import trio
+
+    states: dict[str, MemberState] = {}
+
+    async def look(endpoint: str) -> None:
+        started = trio.current_time()
+        try:
+            response = await client.status(endpoint)
+        except EtcdError as error:
+            states[endpoint] = MemberState(endpoint=endpoint, error=str(error))
+        else:
+            states[endpoint] = MemberState(
+                endpoint=endpoint,
+                cluster_id=response.header.cluster_id,
+                has_leader=response.leader != 0,
+                seconds=trio.current_time() - started,
+                errors=response.errors,
+            )
+
+    async with trio.open_nursery() as nursery:
+        for endpoint in endpoints:
+            nursery.start_soon(look, endpoint)
+    return tuple(states[endpoint] for endpoint in endpoints)
+
+
+async def examine(client: Client, keys: Keys, endpoints: tuple[str, ...]) -> Examined:
+    """Ask etcd's members, etcd and the agents. EtcdError: etcd as a whole does not answer."""
+    members = await _members(client, endpoints)
+    living = await operator.statuses(client, keys)
+    live = await gather(client, keys, living.keys(), tries=TRIES)
+    snapshot, view = await operator.snapshot(client, keys)
+    # Last: what the agents have found out while they were asked explains what they have lost, and none is behind.
+    statuses = {name: status for name, status in (await operator.statuses(client, keys)).items() if name in living}
+    topology = build_topology(snapshot)
+    newest, registered = newest_revision(view, keys), registered_names(view, keys)
+    return Examined(
+        members=members,
+        report=report(snapshot, statuses, newest=newest, registered=registered, topology=topology),
+        topology=topology,
+        statuses=statuses,
+        live=live,
+    )

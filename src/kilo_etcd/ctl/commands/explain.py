@@ -1,0 +1,271 @@
+"""`kgctl explain FROM TO`: the way of a packet through the mesh, there and back, step by step.
+
+What it says follows from what etcd holds (`ctl.reports.trace`) and from what the agents on the way report
+(`ctl.reports.hops`), on the operator's desk and without touching a host. With `--live` the hosts are asked what their
+kernels have, and to send packets; a firewall or a broken link shows there as a tunnel without a session, or as an
+answer that does not come.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import click
+from attrs import frozen
+
+from kilo_etcd.ctl.commands import complete
+from kilo_etcd.ctl.context import Failure, Mesh
+from kilo_etcd.ctl.output import output_option, show
+from kilo_etcd.ctl.reports.render import Table, clean, shown_location
+from kilo_etcd.ctl.reports.trace import Plans, Trace, Unknown, Way, ends, explain, internal_traces, met
+from kilo_etcd.model import Snapshot
+from kilo_etcd.topology.unaware import unaware_problems
+
+
+@frozen(kw_only=True)
+class Explanation:
+    """All that `kgctl explain` has to say. `remarks` are about the hosts on the way: (name, sentence)."""
+
+    traces: tuple[Trace, ...]
+    urgent: tuple[str, ...] = ()
+    """Errors of the mesh as a whole, to be said before all else."""
+    internal: tuple[Trace, ...] = ()
+    """To the internal IPs of the node at the far end, if that is one and was asked for by its name."""
+    remarks: tuple[tuple[str, str], ...] = ()
+    live: tuple[tuple[str, str], ...] | None = None
+    """What the kernels of the hosts on the way lack for it, likewise, beyond `remarks`; None: they were not
+    asked."""
+
+    @property
+    def works(self) -> bool:
+        """Whether every trace works, as far as is known."""
+        # An internal IP that is not routed is none of the mesh's.
+        carried = (trace for trace in self.internal if not trace.there.unrouted)
+        return all(trace.works for trace in (*self.traces, *carried)) and not self.live
+
+
+@click.command(
+    "explain",
+    epilog="Examples:\n\n\b\n  kgctl explain node-1 node-7\n  kgctl explain node-1 node-7 --live\n"
+    "  kgctl explain node-1 10.9.0.2 -o json",
+)
+@click.argument("source", metavar="FROM", shell_complete=complete.nodes)
+@click.argument("target", metavar="TO", shell_complete=complete.ends)
+@click.option("--live", is_flag=True, help="Ask the hosts on the path whether their kernels hold what they should.")
+@output_option
+@click.pass_obj
+def explain_command(mesh: Mesh, source: str, target: str, output: str, live: bool) -> None:
+    """Trace a packet from node FROM to a node, a peer or an address, and the answer to it.
+
+    The trace is computed from what etcd holds and from what the agents on the way report. Exit status 1: something
+    there would drop the packet or is known not to work, or nothing is known of a host; or, with --live, a host differs
+    from its plan.
+    """
+    from kilo_etcd.ctl.commands.status import look
+    from kilo_etcd.ctl.reports.hops import suspicions, weigh
+    from kilo_etcd.ctl.reports.live import gather
+    from kilo_etcd.ctl.reports.report import remarks_on
+
+    looked = mesh.ask(look)
+    topology, snapshot, statuses = looked.topology, looked.topology.snapshot, looked.statuses
+    plans = Plans(topology, statuses)
+    try:
+        traces = explain(plans, source, target)
+    except Unknown as error:
+        raise Failure(str(error)) from None
+    internal = internal_traces(plans, source, target)
+    names = met((*traces, *internal)) | {source} | ({target} if target in snapshot.nodes else set())
+    remarks = remarks_on(looked.report(about=names), names)
+    gathered = against = None
+    if live:
+        gathered = mesh.ask(
+            partial(gather, names=names & statuses.keys(), targets=ends((*traces, *internal), snapshot))
+        )
+        against = tuple(
+            dict.fromkeys(
+                suspicion for suspicion in suspicions(traces, topology, statuses, gathered) if suspicion not in remarks
+            )
+        )
+    traces, internal = (weigh(which, source, plans, gathered) for which in (traces, internal))
+    urgent = tuple(problem.text for problem in unaware_problems(topology))
+    explanation = Explanation(urgent=urgent, traces=traces, internal=internal, remarks=remarks, live=against)
+    if output == "json":
+        click.echo(explanation_json(explanation))
+    else:
+        _print(explanation, source, snapshot)
+    if not explanation.works:
+        raise SystemExit(1)
+
+
+def _print(explanation: Explanation, source: str, snapshot: Snapshot) -> None:
+    for text in explanation.urgent:
+        click.echo(f"error: {clean(text)}")
+    for trace in explanation.traces:
+        show(trace_tables(trace, snapshot), clean(trace_heading(trace)))
+        click.echo()
+    if explanation.internal:
+        show([internal_table(explanation.internal, live=explanation.live is not None)])
+        click.echo()
+    for title, remarks in (
+        ("Hosts on the way", explanation.remarks),
+        ("What their kernels say against it", explanation.live),
+    ):
+        if remarks:
+            show([Table(title, ("NODE", "REMARK"), tuple((clean(n), clean(t)) for n, t in remarks))])
+    if explanation.live is None:
+        if explanation.works and any(trace.there.steps for trace in explanation.traces):
+            click.echo("Nothing was sent: with --live the hosts on the way try it.")
+    elif not explanation.live and explanation.works:
+        tried = any(trace.answered for trace in explanation.traces)
+        arrive = ", and packets arrive" if tried else f"; whether packets arrive was not tried by {source}"
+        click.echo(f"The kernels of the hosts on the way hold what they should{arrive}.")
+
+
+def trace_heading(trace: Trace) -> str:
+    """The outcome in one line: that of the worst hop."""
+    there, back = trace.there, trace.back
+    start = _start(trace)
+    if there.dropped:
+        return f"{start}dropped on the way there: {there.dropped}"
+    if there.lost and not trace.answered:
+        return f"{start}does not arrive: {there.lost}"
+    suspicion = "" if trace.answered else trace.suspicion or there.suspicion
+    may = "may arrive" if suspicion else "arrives"
+    if back is not None and back.dropped:
+        return f"{start}{may}, but the answer is dropped: {back.dropped}"
+    if back is not None and back.lost and not trace.answered:
+        return f"{start}{may}, but the answer does not: {back.lost}"
+    if suspicion:
+        return f"{start}may not arrive: {suspicion}"
+    if back is not None and back.suspicion and not trace.answered:
+        return f"{start}arrives, but the answer may not: {back.suspicion}"
+    if there.leaves:
+        return f"{start}{there.leaves}"
+    if back is None:
+        return f"{start}arrives; {trace.unasked}"
+    same = tuple((s.target, s.source, s.medium) for s in reversed(back.steps))
+    way = (
+        "the answer takes the same way"
+        if same == tuple((s.source, s.target, s.medium) for s in there.steps)
+        else "the answer takes another way"
+    )
+    return f"{start}arrives; {way}"
+
+
+def _start(trace: Trace) -> str:
+    whose = f", the internal IP of {trace.there.whose}" if trace.there.whose else ""
+    return f"{trace.there.source} to {trace.there.destination}{whose}: "
+
+
+def trace_tables(trace: Trace, snapshot: Snapshot) -> Iterator[Table]:
+    """The steps there and back, as tables."""
+    for title, way in (("There", trace.there), ("Back", trace.back)):
+        if way is None or not (way.steps or way.dropped):
+            continue
+        rows: list[tuple[str, ...]] = [
+            (
+                str(number),
+                _called(step.source, snapshot),
+                _called(step.target, snapshot),
+                "yes" if step.encrypted else "no",
+                step.medium,
+                step.over,
+            )
+            for number, step in enumerate(way.steps, 1)
+        ]
+        if way.dropped:
+            rows.append((str(len(rows) + 1), "", "dropped", "", "", clean(way.dropped)))
+        columns: tuple[str, ...] = ("HOP", "FROM", "TO", "ENCRYPTED", "HOW", "TO ADDRESS")
+        further = (
+            ("TABLE", [step.table for step in way.steps], trace.there.whose),
+            ("KERNEL'S ROUTE", [way.taken, *("" for _ in way.steps[1:])], way.taken),
+            (
+                "BUT",
+                [step.trouble if step.broken else "" for step in way.steps],
+                any(step.broken for step in way.steps),
+            ),
+        )
+        for column, cells, shown in further:
+            if shown:
+                columns = (*columns, column)
+                rows = [(*row, clean(cell)) for row, cell in zip(rows, [*cells, ""], strict=False)]
+        yield Table(title, columns, tuple(rows))
+
+
+def internal_table(traces: tuple[Trace, ...], *, live: bool = False) -> Table:
+    """How each internal IP is reached, a line for each."""
+    rows = []
+    for trace in traces:
+        there = trace.there
+        way = ", ".join(f"{step.target} ({step.medium})" for step in there.steps)
+        tables = "; ".join(dict.fromkeys(step.table for step in there.steps))
+        outcome = trace_heading(trace).removeprefix(_start(trace))
+        if there.unrouted:
+            outcome = f"not routed: {there.unrouted}"
+        tried = "answered" if trace.answered else "no answer" if trace.tried else "not tried"
+        rows.append(
+            (
+                there.destination,
+                there.source,
+                way or "-",
+                tables or "-",
+                *((there.taken or "-", tried) if live else ()),
+                outcome,
+            )
+        )
+    columns = ("INTERNAL IP", "FROM", "BY", "TABLE", *(("KERNEL'S ROUTE", "ECHO") if live else ()), "OUTCOME")
+    return Table("By internal IP", columns, tuple(tuple(map(clean, row)) for row in rows))
+
+
+def _called(name: str, snapshot: Snapshot) -> str:
+    node = snapshot.nodes.get(name)
+    return clean(name) if node is None else f"{clean(name)} [{shown_location(node.location)}]"
+
+
+def explanation_json(explanation: Explanation) -> str:
+    """The explanation as JSON; stable (docs/kgctl.md)."""
+
+    def way(value: Way | None) -> dict[str, Any] | None:
+        if value is None:
+            return None
+        return {
+            "source": value.source,
+            "destination": value.destination,
+            "internalIpOf": value.whose or None,
+            "unrouted": value.unrouted or None,
+            "arrives": not (value.dropped or value.lost),
+            "kernelsRoute": value.taken or None,
+            "dropped": value.dropped or None,
+            "leaves": value.leaves or None,
+            "hops": [
+                {"from": s.source, "to": s.target, "encrypted": s.encrypted, "how": s.medium, "address": s.over,
+                 "table": s.table, "trouble": s.trouble or None, "broken": s.broken}
+                for s in value.steps
+            ],
+        }  # fmt: skip
+
+    def told(these: tuple[Trace, ...]) -> list[dict[str, Any]]:
+        return [
+            {"works": j.works, "answered": j.answered if j.tried else None, "says": trace_heading(j),
+             "there": way(j.there), "back": way(j.back),
+             "unasked": j.unasked or None}
+            for j in these
+        ]  # fmt: skip
+
+    return json.dumps(
+        {
+            "works": explanation.works,
+            "urgent": list(explanation.urgent),
+            "traces": told(explanation.traces),
+            "internal": told(explanation.internal),
+            "remarks": [{"node": name, "text": text} for name, text in explanation.remarks],
+            "live": None
+            if explanation.live is None
+            else [{"node": name, "text": text} for name, text in explanation.live],
+        },
+        indent=2,
+        ensure_ascii=False,
+    )

@@ -1,0 +1,222 @@
+"""`kgctl node`: the hosts of the mesh: a list, everything about one, and forgetting one that is gone for good.
+
+`show` computes the node's own plan as its agent does: the peers and routes that its kernel should hold.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+from attrs import frozen
+
+from kilo_etcd.ctl.change import Edit, Outcome, carry_out, change_options
+from kilo_etcd.ctl.commands import complete
+from kilo_etcd.ctl.commands.annotate import node_argument
+from kilo_etcd.ctl.commands.status import look, read_mesh
+from kilo_etcd.ctl.context import Failure, Mesh
+from kilo_etcd.ctl.output import output_option, show
+from kilo_etcd.ctl.reports.render import NONE, Table, clean, shown_location
+from kilo_etcd.ctl.reports.report import NodeRow, registered_names, remarks_on
+from kilo_etcd.model import Snapshot
+from kilo_etcd.store.keys import AddressKey, ElectionKey, Keys, encode_name
+from kilo_etcd.store.view import View
+
+if TYPE_CHECKING:
+    from kilo_etcd.model.hostplan import HostPlan
+
+
+@click.group("node")
+def node_group() -> None:
+    """List the nodes, show one, forget one that is gone for good."""
+
+
+@node_group.command("list")
+@output_option
+@click.pass_obj
+def list_command(mesh: Mesh, output: str) -> None:
+    """List the nodes, with location, role, and whether their agents live."""
+    report = mesh.ask(read_mesh)
+    if output == "json":
+        documents = [
+            {"node": row.name, "location": row.location, "role": row.role, "alive": row.alive,
+             "meshAddresses": list(row.mesh_addresses), "endpoint": row.endpoint}
+            for row in report.nodes
+        ]  # fmt: skip
+        click.echo(json.dumps(documents, indent=2, ensure_ascii=False))
+        return
+    rows = tuple(
+        (
+            clean(row.name),
+            shown_location(row.location),
+            row.role,
+            "alive" if row.alive else "gone",
+            ", ".join(row.mesh_addresses) or NONE,
+        )
+        for row in report.nodes
+    )
+    show([Table("", ("NODE", "LOCATION", "ROLE", "AGENT", "MESH ADDRESS"), rows, "No node has registered yet.")])
+
+
+@frozen(kw_only=True)
+class Shown:
+    """All that `kgctl node show` says."""
+
+    row: NodeRow
+    facts: tuple[tuple[str, str], ...]
+    plan: HostPlan | None
+    remarks: tuple[str, ...]
+
+
+@node_group.command("show", epilog="Example:\n\n\b\n  kgctl node show node-1")
+@click.argument("node", callback=node_argument, shell_complete=complete.nodes)
+@output_option
+@click.pass_obj
+def show_command(mesh: Mesh, node: str, output: str) -> None:
+    """Show NODE: its record with its annotations, and the peers and routes that its kernel should hold."""
+    from kilo_etcd.planning import host_plan
+
+    looked = mesh.ask(look)
+    snapshot, report = looked.topology.snapshot, looked.report(about={node})
+    row = next(iter(report.nodes), None)
+    if row is None:
+        raise Failure(f"there is no node {node}; kgctl node list lists them")
+    plan = host_plan(looked.topology, node) if node in snapshot.nodes else None
+    part = encode_name(node)
+    aside = [f"{note.key}: {note.reason}" for note in snapshot.rejected if part in note.key.split("/")]
+    shown = Shown(
+        row=row,
+        facts=_facts(snapshot, node),
+        plan=plan,
+        remarks=(*(text for _, text in remarks_on(report, {node})), *aside),
+    )
+    click.echo(_json(shown)) if output == "json" else show(_tables(shown), _heading(row))
+
+
+def _heading(row: NodeRow) -> str:
+    alive = "its agent lives" if row.alive else "its agent does not report"
+    revision = f" and has applied revision {row.revision}" if row.revision is not None else ""
+    place = "" if row.location is None else f" in {shown_location(row.location)}"
+    return f"{clean(row.name)}: {row.role}{place}; {alive}{revision}"
+
+
+def _facts(snapshot: Snapshot, name: str) -> tuple[tuple[str, str], ...]:
+    node = snapshot.nodes.get(name)
+    if node is None:
+        return ()
+    keepalive = node.persistent_keepalive
+    return (
+        ("public key", node.public_key),
+        ("mesh address", _listed(node.mesh_addresses)),
+        ("internal IP", _listed(node.internal_ips)),
+        ("endpoint", ", ".join(map(str, node.endpoints)) or NONE),
+        ("observed endpoints", _listed(node.observed_endpoints)),
+        ("port", str(node.port)),
+        ("own default location", shown_location(node.default_location) if node.default_location else NONE),
+        ("preferred as leader", "yes" if node.leader_wanted else "no"),
+        ("exit node", "yes" if node.advertises_exit_node else "no"),
+        ("leaves by", clean(node.exit_node) or "its own network"),
+        ("persistent keepalive", f"{keepalive} s" if keepalive else NONE),
+        ("networks behind it", _listed(node.subnets)),
+        ("networks of its location", _listed(node.allowed_location_ips)),
+        ("inside its location", node.encapsulate.value),
+        ("version", clean(node.version) or NONE),
+    )
+
+
+def _listed(items: tuple[Any, ...]) -> str:
+    return ", ".join(map(str, items)) or NONE
+
+
+def _tables(shown: Shown) -> list[Table]:
+    tables = [Table("", ("WHAT", "VALUE"), shown.facts)]
+    if shown.plan is not None:
+        peers = sorted(shown.plan.peers.values(), key=lambda peer: peer.name)
+        rows = tuple(
+            (clean(p.name), str(p.endpoint) if p.endpoint is not None else NONE, _listed(p.allowed_ips)) for p in peers
+        )
+        tables.append(Table("WireGuard peers it should have", ("PEER", "ENDPOINT", "ALLOWED IPS"), rows))
+        routes = tuple(
+            (str(r.destination), r.way.value, str(r.gateway) if r.gateway is not None else NONE)
+            for r in shown.plan.routes.values()
+        )
+        tables.append(Table("Routes it should have", ("TO", "WAY", "GATEWAY"), routes))
+    tables.append(Table("What is wrong", ("REMARK",), tuple((clean(text),) for text in shown.remarks)))
+    return [table for table in tables if table.rows]
+
+
+def _json(shown: Shown) -> str:
+    plan = shown.plan
+    return json.dumps(
+        {
+            "node": shown.row.name,
+            "location": shown.row.location,
+            "role": shown.row.role,
+            "alive": shown.row.alive,
+            "revision": shown.row.revision,
+            "facts": {name.replace(" ", "_"): value for name, value in shown.facts},
+            "peers": [
+                {"name": p.name, "publicKey": p.public_key, "endpoint": str(p.endpoint) if p.endpoint else None,
+                 "allowedIPs": list(map(str, p.allowed_ips)), "persistentKeepalive": p.persistent_keepalive}
+                for p in (sorted(plan.peers.values(), key=lambda p: p.name) if plan is not None else ())
+            ],
+            "routes": [
+                {"to": str(r.destination), "way": r.way.value, "gateway": str(r.gateway) if r.gateway else None}
+                for r in (plan.routes.values() if plan is not None else ())
+            ],
+            "remarks": list(shown.remarks),
+        },
+        indent=2, ensure_ascii=False,
+    )  # fmt: skip
+
+
+@node_group.command("forget", epilog="Example:\n\n\b\n  kgctl node forget node-7")
+@click.argument("node", callback=node_argument, shell_complete=complete.nodes)
+@click.option("--labels", is_flag=True, help="Remove its label and annotations too.")
+@change_options
+@click.pass_obj
+def forget_command(mesh: Mesh, node: str, labels: bool, dry_run: bool, yes: bool) -> None:
+    """Remove NODE from the mesh now; its record would otherwise stay until its lease ends (--forget-after).
+
+    Use it for a host that is gone for good. It is refused while the node's agent lives, since the node would come back
+    at once.
+    """
+
+    def decide(_before: Snapshot, view: View, keys: Keys) -> Edit:
+        return forgetting(node, view, keys, labels=labels)
+
+    outcome = carry_out(mesh, decide, dry_run=dry_run, yes=yes)
+    if outcome is Outcome.NOTHING:
+        click.echo(f"Nothing to change: nothing is known of {clean(node)}.")
+    elif outcome is Outcome.WRITTEN:
+        click.echo(f"{clean(node)} is forgotten.")
+
+
+def forgetting(node: str, view: View, keys: Keys, *, labels: bool) -> Edit:
+    """The keys that go with a node: all that it wrote. (The observed endpoints are under the observers' short
+    leases.)"""
+    doomed = [keys.node(node)]
+    for kv in view.kvs(keys.root):
+        match keys.parse(kv.key):
+            case AddressKey() if kv.value == node.encode():
+                doomed.append(kv.key.decode())
+            case ElectionKey(node=name) if name == node:
+                doomed.append(kv.key.decode())
+            case _:
+                continue
+    if labels:
+        doomed.append(keys.location(node))
+        prefix = keys.annotation(node, "x").removesuffix("x")
+        doomed += [kv.key.decode() for kv in view.kvs(prefix)]
+    elif node not in registered_names(view, keys) and len(doomed) == 1:
+        raise Failure(f"there is no node {node}; kgctl node list lists them")
+    alive = (
+        f"{node} has an agent that lives, and would register again at once: stop kilo-etcd there first "
+        "(kg cleanup there takes everything away)"
+    )
+    return Edit(
+        deletes=tuple(doomed),
+        refused_by={keys.status(node): alive},
+        asks=f"{node} leaves the mesh. Continue?",
+    )

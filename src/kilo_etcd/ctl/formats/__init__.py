@@ -1,0 +1,1 @@
+"""Peers and WireGuard configurations as text that other programs read and write."""

@@ -1,0 +1,1 @@
+"""What `kgctl` says of the mesh, as values, and how it looks."""

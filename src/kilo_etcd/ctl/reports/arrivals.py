@@ -1,0 +1,307 @@
+"""Which hosts' packets arrive, by the echo requests that the living agents have sent when they were asked. Pure.
+
+A lost packet alone says little; all of them together say where it is lost. Members that reach nobody outside while
+their leader does have a leader that passes nothing on. A host whose echo requests are answered, and that answers none,
+filters them. Where no host answers any, sessions of tunnels and answered peer queries are the only signals that are
+left: then a finding says what was asked, and that it is not known whether packets arrive. What a tunnel without a
+session explains is left to whoever says that.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from ipaddress import ip_address
+
+from attrs import evolve, frozen
+
+from kilo_etcd.base.quoting import first_of
+from kilo_etcd.ctl.reports.live import Live, Pair, pairs, tunnels
+from kilo_etcd.model import Granularity
+from kilo_etcd.topology.segments import Topology
+
+TRIES = 64
+"""Nodes that each host is to try."""
+
+PAIRS = 20
+"""Pairs that are named one by one."""
+
+_SMALLER = (
+    "the way carries less than their tunnels take it to: give both ends a smaller --mtu (KILO_MTU=1280 for instance) "
+    "and restart the agents, or let large UDP packets and ICMP's fragmentation-needed pass; a firewall that drops only "
+    "large echo requests looks the same"
+)
+
+SHOWN = 5
+"""How many names a sentence lists."""
+
+
+@frozen(kw_only=True)
+class Loss:
+    """Packets that do not arrive, in a sentence with its remedy."""
+
+    subject: str
+    text: str
+    remedy: str
+    filtered: bool = False
+    """Only echo requests are known to be lost."""
+
+
+@frozen
+class _Tried:
+    """Which nodes have reached which, by node and family."""
+
+    good: frozenset[tuple[str, str]]
+    bad: Mapping[tuple[str, str], frozenset[int]]
+    """Pair -> the families in which there was no answer."""
+
+    def meet(self, one: str, other: str) -> bool:
+        """Whether one of the two has reached the other, or they are the same."""
+        return one == other or (one, other) in self.good or (other, one) in self.good
+
+    @property
+    def tried(self) -> frozenset[str]:
+        """The hosts that have sent something."""
+        return frozenset(one for one, _ in (*self.good, *self.bad))
+
+    def cut(self, one: str, other: str) -> bool:
+        """Whether packets between the two are known to be lost and the findings say so."""
+        return ((one, other) in self.bad or (other, one) in self.bad) and not self.meet(one, other)
+
+
+def losses(
+    topology: Topology,
+    live: Live,
+    down: Collection[frozenset[str]] = (),
+    *,
+    apart: Collection[frozenset[str]] = (),
+    queries_answered: bool = False,
+) -> tuple[Loss, ...]:
+    """The losses that no other finding explains.
+
+    `down`: pairs of leaders whose tunnel is known to have no session; `apart`: pairs of members of a location that are
+    known not to reach each other; `queries_answered`: members of a location answer each other's peer queries.
+    """
+    tried = _tried(topology, live)
+    if apart:
+        bad = {pair: versions for pair, versions in tried.bad.items() if not across(topology, *pair, apart)}
+        tried = evolve(tried, bad=bad)
+    if not tried.bad:
+        return ()
+    sessions = [pair for pair in pairs(topology, tunnels(topology, live)) if pair.up]
+    if (
+        (sessions or queries_answered)
+        and not tried.good
+        and all(not _explained(topology, *pair, down) for pair in tried.bad)
+    ):
+        return (_unanswered(topology, tried, sessions),)
+    found: list[Loss] = []
+    rest = set(tried.bad)
+    for target in sorted({pair[1] for pair in rest}):
+        askers = sorted(one for one, other in (*rest, *tried.good) if other == target)
+        if any((one, target) in tried.good for one in askers):
+            continue
+        if all(_explained(topology, one, target, down) for one in askers):
+            continue
+        reaches = any(one == target for one, _ in tried.good)
+        if len(askers) < 2 and not reaches:
+            continue  # It may as well be the one that asks.
+        families = frozenset(version for one in askers for version in tried.bad[one, target])
+        rest = {pair for pair in rest if pair[1] != target}
+        own = target in tried.tried
+        found.append(_unreached(topology, target, askers, families, own=own, reaches=reaches, sessions=sessions))
+    mute = {loss.subject for loss in found if not loss.filtered}
+    # A host that is cut off reaches no other host either; one finding is enough.
+    rest = {pair for pair in rest if pair[0] not in mute}
+    found += _by_leader(topology, live, tried, rest, down)
+    return tuple(found)
+
+
+def narrow(topology: Topology, live: Live) -> Iterator[Loss]:
+    """Ways on which small packets arrive and none as large as the tunnel's MTU, one for all tunnels of a host. Where
+    ping works and nothing else does, this is why."""
+    nodes = topology.snapshot.nodes
+    by_address = {str(address): node.name for node in nodes.values() for address in node.mesh_addresses}
+    tunnels: dict[frozenset[str], int] = {}
+    for name, answer in sorted(live.answers.items()):
+        for address in answer.small_only:
+            if name in nodes and (target := by_address.get(address)) is not None:
+                here, there = end_of(topology, name), end_of(topology, target)
+                ends = frozenset((here, there) if here != there else (name, target))
+                tunnels[ends] = max(answer.mtu, tunnels.get(ends, 0))
+    while tunnels:
+        # The host that most of them have in common.
+        count = Counter(name for ends in tunnels for name in ends)
+        host = min(count, key=lambda name: (-count[name], name))
+        others = sorted(next(iter(ends - {host}), host) for ends in tunnels if host in ends)
+        size = max(mtu for ends, mtu in tunnels.items() if host in ends)
+        tunnels = {ends: mtu for ends, mtu in tunnels.items() if host not in ends}
+        yield Loss(
+            subject=host if len(others) > 1 else f"{host} - {others[0]}", filtered=True,
+            text=f"small packets arrive between it and {some(others)}, and none of {size} bytes does" if len(others) > 1
+                 else f"small packets arrive between them, and none of {size} bytes does",
+            remedy=_SMALLER,
+        )  # fmt: skip
+
+
+def lost_across(
+    topology: Topology, live: Live, pairs: Collection[frozenset[str]]
+) -> tuple[tuple[str, str], ...]:  # fmt: skip
+    """The pairs of hosts between which packets were lost on a way that one of these pairs of adjacent hosts is part
+    of."""
+    lost = {(min(pair), max(pair)) for pair in _tried(topology, live).bad if across(topology, *pair, pairs)}
+    return tuple(sorted(lost))
+
+
+def across(topology: Topology, one: str, other: str, pairs: Collection[frozenset[str]]) -> bool:
+    """Whether one of these pairs of adjacent hosts is part of the way from `one` to `other`."""
+    here, there = end_of(topology, one), end_of(topology, other)
+    hops = ((one, other),) if here == there else ((one, here), (here, there), (there, other))
+    return any(frozenset(hop) in pairs for hop in hops)
+
+
+def _tried(topology: Topology, live: Live) -> _Tried:
+    nodes = topology.snapshot.nodes.values()
+    by_address = {str(address): node.name for node in nodes for address in node.mesh_addresses}
+    living = {*live.answers, *live.silent}
+    good: set[tuple[str, str]] = set()
+    bad: dict[tuple[str, str], frozenset[int]] = {}
+    for name, answer in live.answers.items():
+        if name not in topology.snapshot.nodes:
+            continue
+        for address in answer.unreached:
+            target = by_address.get(address)
+            # That an agent is not there is said anyway; its host may be off.
+            if target is not None and target != name and target in living:
+                pair = name, target
+                bad[pair] = bad.get(pair, frozenset()) | {ip_address(address).version}
+        good |= {(name, by_address[address]) for address in answer.reached if address in by_address}
+    return _Tried(frozenset(good - bad.keys()), bad)
+
+
+def _explained(topology: Topology, one: str, other: str, down: Collection[frozenset[str]]) -> bool:
+    return frozenset((end_of(topology, one), end_of(topology, other))) in down
+
+
+def _unanswered(topology: Topology, tried: _Tried, sessions: Collection[Pair]) -> Loss:
+    """Nobody answers an echo request. Whether packets arrive all the same, nothing that was asked can tell."""
+    number = len(tried.tried)
+    which = f"{number} hosts sent" if number > 1 else f"{next(iter(tried.tried))} sent"
+    tunnel = f"{len(sessions)} tunnel{' has a session' if len(sessions) == 1 else 's have sessions'}"
+    signal = tunnel if sessions else "members of a location answer each other's peer queries (UDP 1107)"
+    return Loss(
+        subject="packets", filtered=True,
+        text=f"none of the echo requests that {which} to mesh addresses was answered, although {signal}: it is not "
+             "known whether other packets arrive",
+        remedy="let ICMP echo requests from the mesh pass the hosts' firewalls; if they do pass, look for what drops "
+               "all that comes in by kilo0 (nft list ruleset), and for a rule or route of the operator's (ip rule)",
+    )  # fmt: skip
+
+
+def end_of(topology: Topology, name: str) -> str:
+    """The node whose tunnel carries what a node sends elsewhere."""
+    if topology.snapshot.granularity is Granularity.CROSS:
+        return name
+    return topology.segment_of(name).leader.name
+
+
+def _unreached(
+    topology: Topology,
+    target: str,
+    askers: list[str],
+    families: frozenset[int],
+    *,
+    own: bool,
+    reaches: bool,
+    sessions: Collection[Pair],
+) -> Loss:
+    """`own`: it has sent echo requests itself; `reaches`: one of them was answered."""
+    addresses = " and ".join(
+        str(address) for address in topology.snapshot.nodes[target].mesh_addresses if address.version in families
+    )
+    if reaches:
+        return Loss(
+            subject=target, filtered=True,
+            text=f"its own packets are answered, but echo requests to {addresses} are not (tried by {some(askers)})",
+            remedy="let ICMP echo requests from the mesh pass its firewall: without them it is not known whether "
+                   "packets arrive there",
+        )  # fmt: skip
+    asked = f"no echo request to it at {addresses} was answered (tried by {some(askers)})"
+    its_own = ", nor one of its own" if own else ""
+    far = sorted({pair.one if pair.other == target else pair.other
+                  for pair in sessions if target in (pair.one, pair.other)})  # fmt: skip
+    if far:
+        return Loss(
+            subject=target, text=f"{asked}{its_own}, although its tunnel to {far[0]} has a session",
+            remedy="look there for what drops packets that come in by kilo0 or go out by it: nft list ruleset, ip rule",
+        )  # fmt: skip
+    return Loss(
+        subject=target, text=f"{asked}{its_own}",
+        remedy="is the host up? journalctl -u kilo-etcd there; does its firewall let pass what comes in by kilo0?",
+    )  # fmt: skip
+
+
+def _by_leader(
+    topology: Topology,
+    live: Live,
+    tried: _Tried,
+    rest: Collection[tuple[str, str]],
+    down: Collection[frozenset[str]],
+) -> Iterator[Loss]:
+    blamed: dict[str, list[tuple[str, str]]] = {}
+    alone: list[tuple[str, str]] = []
+    for one, other in sorted(rest):
+        here, there = end_of(topology, one), end_of(topology, other)
+        if here == there:
+            # Within a segment nobody else is on the way.
+            alone.append((one, other))
+        elif _explained(topology, one, other, down) or tried.cut(one, here) or tried.cut(there, other):
+            continue
+        elif there != other and (one, there) in tried.good:
+            blamed.setdefault(there, []).append((one, other))
+        elif here != one and (tried.meet(here, other) or tried.meet(here, there)):
+            blamed.setdefault(here, []).append((one, other))
+        elif there != other and (tried.meet(there, one) or tried.meet(there, here)):
+            blamed.setdefault(there, []).append((one, other))
+        else:
+            alone.append((one, other))
+    for leader, lost in sorted(blamed.items()):
+        own = {node.name for node in topology.segment_of(leader).members}
+        out, back = [pair for pair in lost if pair[0] in own], [pair for pair in lost if pair[0] not in own]
+        near = sorted({one for one, _ in out} | {other for _, other in back})
+        far = sorted({other for _, other in out} | {one for one, _ in back})
+        source, target = lost[0]
+        way = (
+            f"between {some(near)} and {some(far)}"
+            if out and back
+            else f"from {some(near if out else far)} to {some(far if out else near)}"
+        )
+        answer = live.answers.get(leader)
+        known = () if answer is None else (*answer.trouble, *answer.possible_obstacles)
+        yield Loss(
+            subject=leader,
+            text=f"it leads its location and does not forward: through it nothing arrives {way}",
+            remedy="; ".join(known)
+            or f"look there for what drops forwarded packets: sysctl net.ipv4.ip_forward, nft list ruleset; "
+               f"kgctl explain {source} {target} --live",
+        )  # fmt: skip
+    each = sorted({(min(pair), max(pair)) for pair in alone})
+    for pair in each[:PAIRS]:
+        one, other = pair if pair in alone else pair[::-1]
+        both = pair in alone and pair[::-1] in alone
+        yield Loss(
+            subject=f"{one} - {other}",
+            text=f"{one} does not reach {other}{' nor the other way round' if both else ''}",
+            remedy=f"kgctl explain {one} {other} --live; a firewall on the way, or on one of the two",
+        )  # fmt: skip
+    if more := each[PAIRS:]:
+        yield Loss(
+            subject="packets",
+            text=f"{len(more)} more pairs do not reach each other, {some(f'{one} - {other}' for one, other in more)}",
+            remedy="mend what is named first, then ask again",
+        )  # fmt: skip
+
+
+def some(names: Iterable[str]) -> str:
+    """The first few names."""
+    return first_of(names, SHOWN)

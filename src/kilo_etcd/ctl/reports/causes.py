@@ -1,0 +1,177 @@
+"""Joins the agents' reports on members that do not answer into one error for each cause. Pure.
+
+Each agent names every member that does not answer it. If hosts without a label share no network, each of them names all
+others, and `check` would report the lost packets of each pair too. This module makes one sentence of it that names all
+these hosts. While agents are still asking, it is too early to name a cause.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from datetime import datetime
+from enum import IntEnum
+from itertools import islice
+
+from attrs import frozen
+
+from kilo_etcd.base.quoting import first_of
+from kilo_etcd.ctl.reports.arrivals import PAIRS
+from kilo_etcd.ctl.reports.live import Live
+from kilo_etcd.planning.reach import about_member, apart, called_location, share, targets
+from kilo_etcd.store.records import StatusRecord, Unreachable
+from kilo_etcd.topology.segments import Topology
+
+EARLY_SECONDS = 10.0
+"""An agent that has run for less has not had the time for handshakes with all peers and queries to all members."""
+
+FEW = 5
+"""Members of a location that are looked at for whether they answer each other."""
+
+
+class Kind(IntEnum):
+    """How two members do not reach each other; the worst first."""
+
+    NEVER = 0
+    """They never have, so nothing is sent."""
+    NO_LONGER = 1
+    TUNNELED = 2
+    """Not through the tunnel between them."""
+
+
+@frozen(kw_only=True)
+class Silence:
+    """What is known of members of one location, by pairs of names."""
+
+    apart: Mapping[frozenset[str], Kind]
+    """They do not reach each other."""
+    undecided: frozenset[frozenset[str]]
+    """It is not known yet whether they do."""
+    young: frozenset[str]
+    """Hosts whose agents have started a moment ago."""
+    queries_answered: bool
+    """Some members answer each other's peer queries."""
+
+    def tells(self, name: str, error: str) -> bool:
+        """Whether `causes` covers an agent's error."""
+        member = about_member(error)
+        if member:
+            return frozenset((name, member)) in self.apart
+        return member == "" and any(name in pair for pair in self.apart)
+
+
+def silence(topology: Topology, statuses: Mapping[str, StatusRecord], live: Live) -> Silence:
+    """What the living agents say, as far as it is about the members and the addresses that are in force."""
+    nodes = topology.snapshot.nodes
+    kinds: dict[frozenset[str], Kind] = {}
+    for name, status in statuses.items():
+        if name not in nodes or not status.unreachable:
+            continue
+        current = {(target.node, str(target.address)) for target in targets(topology, name)}
+        for one in status.unreachable:
+            if (one.node, one.address) in current:
+                pair, kind = frozenset((name, one.node)), _kind(one, topology)
+                kinds[pair] = min(kind, kinds.get(pair, kind))
+    undecided = {
+        frozenset((name, other))
+        for name, answer in live.answers.items()
+        for other in answer.undecided
+        if name in nodes and other in nodes
+    }
+    return Silence(
+        apart=kinds,
+        undecided=frozenset(undecided - kinds.keys()),
+        young=frozenset(name for name in live.answers if _young(statuses.get(name), live.answers[name].time)),
+        queries_answered=_queries_answered(topology, statuses, kinds.keys() | undecided),
+    )
+
+
+def _kind(unreachable: Unreachable, topology: Topology) -> Kind:
+    tunneled = unreachable.address in map(str, topology.snapshot.nodes[unreachable.node].mesh_addresses)
+    return Kind.TUNNELED if tunneled else Kind.NO_LONGER if unreachable.routed else Kind.NEVER
+
+
+def _young(status: StatusRecord | None, time: int) -> bool:
+    """Whether the agent has run for a moment only, by its own host's clock; `time`: milliseconds since 1970."""
+    try:
+        started = datetime.fromisoformat(status.since).timestamp() if status is not None else 0.0
+    except ValueError:
+        return False
+    return 0 <= time / 1000 - started < EARLY_SECONDS
+
+
+def _queries_answered(
+    topology: Topology, statuses: Mapping[str, StatusRecord], silent: Collection[frozenset[str]]
+) -> bool:  # fmt: skip
+    for segment in topology.segments.values():
+        living = (node.name for node in segment.members if node.name in statuses and statuses[node.name].answers)
+        some = list(islice(living, FEW))
+        if any(frozenset((one, other)) not in silent for one in some for other in some if one < other):
+            return True
+    return False
+
+
+@frozen(kw_only=True)
+class Cause:
+    """Members of a location that do not reach each other, in a sentence with its remedy."""
+
+    subject: str
+    text: str
+    remedy: str
+
+
+_SAYS = {
+    Kind.NEVER: ("have never answered each other at their internal IPs", ""),
+    Kind.NO_LONGER: ("no longer answer each other at their internal IPs", "is the location's network up? "),
+    Kind.TUNNELED: (
+        "do not answer each other through their tunnels inside the location",
+        "let UDP 51820 (--port) pass between them; ",
+    ),
+}
+
+
+def causes(topology: Topology, known: Silence) -> Iterator[Cause]:
+    """One for each location and kind, with all pairs that it explains."""
+    groups: dict[tuple[str, Kind], list[frozenset[str]]] = {}
+    for pair, kind in known.apart.items():
+        location = topology.snapshot.nodes[min(pair)].location
+        groups.setdefault((location, kind), []).append(pair)
+    for (location, kind), pairs in sorted(groups.items()):
+        yield _cause(topology, location, kind, pairs)
+
+
+def _cause(topology: Topology, location: str, kind: Kind, pairs: list[frozenset[str]]) -> Cause:
+    where = called_location(location)
+    names = sorted(frozenset().union(*pairs))
+    centre = sorted(frozenset.intersection(*pairs))
+    shown = sorted(" - ".join(sorted(pair)) for pair in pairs)
+    verb, first = _SAYS[kind]
+    if len(pairs) == 1:
+        subject, text = shown[0], f"they {verb}"
+        labelled = next((name for name in names if topology.segment_of(name).leader.name != name), names[0])
+        which, both = "the two", "both"
+    elif len(centre) == 1:
+        others = [name for name in names if name != centre[0]]
+        subject, text, labelled = centre[0], f"it and {first_of(others, PAIRS)} {verb}", centre[0]
+        which, both = "they", "all"
+    else:
+        subject, labelled = where.partition(",")[0], "NODE"
+        every = 2 * len(pairs) == len(names) * (len(names) - 1)
+        text = (
+            f"{first_of(names, PAIRS)} {verb}"
+            if every
+            else f"{len(pairs)} pairs of its hosts {verb}: {first_of(shown, PAIRS)}"
+        )
+        which, both = "they", "all"
+    remedy = apart(labelled, which, f"{both} are at {where}")
+    if kind is not Kind.TUNNELED:
+        remedy += share(labelled)
+    return Cause(subject=subject, text=text + _cut_off(topology, kind, names, pairs), remedy=first + remedy)
+
+
+def _cut_off(topology: Topology, kind: Kind, names: list[str], pairs: Collection[frozenset[str]]) -> str:
+    """Which of them reach no other location, since it is their leader that does not answer."""
+    if kind is not Kind.NEVER or len(topology.segments) < 2:
+        return ""
+    leaders = ((name, topology.segment_of(name).leader.name) for name in names)
+    lone = [name for name, leader in leaders if name != leader and frozenset((name, leader)) in pairs]
+    return f"; {first_of(lone, PAIRS)} cannot reach other locations" if lone else ""

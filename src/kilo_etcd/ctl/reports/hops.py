@@ -1,0 +1,212 @@
+"""What is known against the hops of a packet's way: by what the agents report, and by what their kernels hold. Pure.
+
+Each hop gets a clause for the headline. The remarks on the host hold the whole sentence with its remedy. A hop is
+`broken` where packets are known not to arrive by it, as far as agents can know. Where nothing is known of a host,
+because its agent does not report, that is a suspicion, and no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from ipaddress import ip_address, ip_network
+
+from attrs import evolve, frozen
+
+from kilo_etcd.ctl.reports.arrivals import losses, narrow
+from kilo_etcd.ctl.reports.causes import silence
+from kilo_etcd.ctl.reports.internal_arrivals import internal_losses
+from kilo_etcd.ctl.reports.live import Live, LiveTunnel, ago, differs, pairs, tunnels
+from kilo_etcd.ctl.reports.report import DROPPED, contradictions
+from kilo_etcd.ctl.reports.trace import MEDIUM, Plans, Step, Trace, Way
+from kilo_etcd.model import InternalIPs, IPAddress
+from kilo_etcd.model.hostplan import Via
+from kilo_etcd.planning.exit_node import NOTHING_BACK
+from kilo_etcd.planning.reach import about_member
+from kilo_etcd.runtime.hostnames import NAMES_TROUBLE
+from kilo_etcd.store.records import StatusRecord
+from kilo_etcd.store.session.published_records import about_status_key
+from kilo_etcd.store.status_texts import NO_BASELINE
+from kilo_etcd.topology.nat import about_partner
+from kilo_etcd.topology.segments import Topology
+
+
+def weigh(
+    traces: tuple[Trace, ...],
+    source: str,
+    plans: Plans,
+    live: Live | None = None,
+) -> tuple[Trace, ...]:
+    """The traces from node `source` with what is known against their hops. `live`: what the hosts on the way have
+    answered."""
+    known = _Known(plans, Live() if live is None else live)
+    return tuple(_weighed(trace, source, known) for trace in traces)
+
+
+@frozen
+class _Known:
+    plans: Plans
+    live: Live
+
+    @property
+    def topology(self) -> Topology:
+        return self.plans.topology
+
+    @property
+    def statuses(self) -> Mapping[str, StatusRecord]:
+        return self.plans.statuses
+
+    def broken(self, step: Step) -> str:
+        """Why packets do not arrive by a hop; empty: nothing is known."""
+        source, target = step.source, step.target
+        status = self.statuses.get(source)
+        node = self.topology.snapshot.nodes.get(target)
+        tunneled = step.medium == MEDIUM[Via.TUNNEL]
+        at = {str(address) for address in node.mesh_addresses} if node is not None and tunneled else {step.over}
+        for unreachable in status.unreachable if status is not None else ():
+            if unreachable.node == target and unreachable.address in at:
+                return f"{target} does not answer {source} at {unreachable.address}"
+        if not tunneled:
+            return ""
+        for here, there in ((source, target), (target, source)):
+            if any(about_partner(text) == there for text in self._errors(here)):
+                return f"there is no tunnel between {here} and {there}, which are both behind NAT"
+        if any(text.startswith(f"{NOTHING_BACK}{target},") for text in self._errors(source)):
+            return f"nothing comes back to {source} from {target}"
+        return self._no_session(source, target)
+
+    def _no_session(self, source: str, target: str) -> str:
+        known = tunnels(self.topology, self.live)
+        ends: list[LiveTunnel] = [
+            tunnel
+            for here, there in ((source, target.removeprefix("peer ")), (target, source))
+            for tunnel in known.get(here, ())
+            if tunnel.other == there
+        ]
+        if not ends:
+            missing = [(here, there) for here, there in ((source, target), (target, source)) if here in known]
+            return "{} has no tunnel to {}".format(*missing[0]) if missing else ""
+        if any(end.up for end in ends):
+            return ""
+        handshakes = [end.handshake for end in ends if end.handshake is not None]
+        last = f"last handshake {ago(min(handshakes))} ago" if handshakes else "no handshake yet"
+        dropped = f"; {DROPPED}" if self.topology.internal_ips is InternalIPs.ENCRYPTED else ""
+        return f"the tunnel between {source} and {target} has no session: {last}{dropped}"
+
+    def suspicion(self, name: str, destination: IPAddress | None, *, forwards: bool) -> str:
+        """Why packets may not get through a host, which `forwards` them or is an end; empty: nothing is known."""
+        if name not in self.topology.snapshot.nodes:
+            return ""
+        status = self.statuses.get(name)
+        if status is None:
+            return f"the agent of {name} does not report"
+        if reasons := contradictions(name, status, self.topology):
+            return f"{name} does not follow etcd: {reasons[0]}"
+        structural = {problem.text for problem in self.plans[name].problems}
+        errors = [
+            text for text in status.errors if text not in structural and _concerns(text, destination, forwards=forwards)
+        ]
+        if errors:
+            return f"{name} reports {'an error' if len(errors) == 1 else f'{len(errors)} errors'}"
+        answer = self.live.answers.get(name)
+        if answer is not None and (answer.undone or answer.trouble):
+            return f"{name} does not have all of its plan in force"
+        return f"{name} has not answered in time" if name in self.live.silent else ""
+
+    def _errors(self, name: str) -> tuple[str, ...]:
+        status = self.statuses.get(name)
+        return status.errors if status is not None else ()
+
+
+_OF_NO_PACKET = ("--", "metrics and health are not served", NAMES_TROUBLE, NOTHING_BACK)
+"""How errors begin that are about a flag, about the agent itself, about the hosts file, or about an exit node, which
+has a hop of its own."""
+
+
+def _concerns(error: str, destination: IPAddress | None, *, forwards: bool) -> bool:
+    """Whether an agent's error may be about packets for this address. What concerns single pairs is weighed at their
+    hops."""
+    if error.startswith(_OF_NO_PACKET) or about_status_key(error):
+        return False
+    if about_partner(error) is not None or about_member(error) is not None:
+        return False
+    if "forward" in error and not (forwards or error.startswith(NO_BASELINE)):
+        return False
+    with suppress(ValueError):
+        network = ip_network(error.partition(" ")[0])
+        return destination is not None and network.version == destination.version and destination in network
+    return True
+
+
+def _weighed(trace: Trace, source: str, known: _Known) -> Trace:
+    there = _weighed_way(trace.there, known)
+    back = None if trace.back is None else _weighed_way(trace.back, known)
+    answer = known.live.answers.get(source)
+    answered = answer is not None and there.destination in answer.reached
+    unanswered = answer is not None and there.destination in answer.unreached
+    suspicion = f"none of the echo requests of {source} was answered" if unanswered else ""
+    taken = (
+        ()
+        if answer is None
+        else (taken_route for taken_route in answer.routes if taken_route.address == there.destination)
+    )
+    if (route := next(iter(taken), None)) is not None:
+        there = evolve(there, taken=route.route)
+        if route.foreign:
+            suspicion = f"the kernel of {source} sends it by another route than the agent's: {route.route}"
+            answered = False
+    return evolve(trace, there=there, back=back, answered=answered, tried=answered or unanswered, suspicion=suspicion)
+
+
+def _weighed_way(way: Way, known: _Known) -> Way:
+    destination = _address(way.destination)
+    steps: list[Step] = []
+    for number, step in enumerate(way.steps, 1):
+        broken = known.broken(step)
+        node = known.topology.snapshot.nodes.get(step.target)
+        forwards = number < len(way.steps) or node is None or destination not in node.mesh_addresses
+        trouble = broken or known.suspicion(step.target, destination, forwards=forwards)
+        if not trouble and not steps:
+            trouble = known.suspicion(step.source, destination, forwards=False)
+        steps.append(evolve(step, trouble=trouble, broken=bool(broken)))
+    return evolve(way, steps=tuple(steps))
+
+
+def _address(text: str) -> IPAddress | None:
+    with suppress(ValueError):
+        return ip_address(text)
+    return None
+
+
+def suspicions(
+    traces: tuple[Trace, ...], topology: Topology, statuses: Mapping[str, StatusRecord], live: Live
+) -> Iterator[tuple[str, str]]:
+    """What the kernels of the hosts on the way lack for the traces: (name, sentence)."""
+    if live.refused:
+        yield "-", f"the hosts could not be asked: {live.refused}"
+        return
+    for name in live.silent:
+        yield name, "its agent lives, but has not answered in time"
+    for name, answer in sorted(live.answers.items()):
+        if answer.undone:
+            yield name, f"its kernel is {differs(answer)}"
+        for text in answer.trouble:
+            yield name, text
+    used = {
+        frozenset((step.source, step.target))
+        for trace in traces
+        for way in trace.ways
+        for step in way.steps
+        if step.medium == MEDIUM[Via.TUNNEL]
+    }
+    down = set()
+    for pair in pairs(topology, tunnels(topology, live)):
+        if pair.up is False and frozenset((pair.one, pair.other)) in used:
+            down.add(frozenset((pair.one, pair.other)))
+            yield pair.one, f"its tunnel to {pair.other} has no session: {pair.last}"
+    known = silence(topology, statuses, live)
+    lost = losses(topology, live, down, apart={*known.apart, *known.undecided}, queries_answered=known.queries_answered)
+    for loss in (*lost, *narrow(topology, live)):
+        yield loss.subject, f"{loss.text}: {loss.remedy}"
+    for loss in internal_losses(topology, live, {*known.apart, *known.undecided}):
+        yield loss.subject, f"{loss.text}: {loss.remedy}"

@@ -1,0 +1,186 @@
+"""Which internal IPs that the mesh routes do not answer, by the echo requests of the living agents, and why. Pure.
+
+An agent that is asked sends an echo request from the route's source address to each internal IP that its plan has a
+route to, and names the route that its kernel chooses. What does not arrive at the mesh address either is left to
+`ctl.reports.arrivals`. What remains tells the two apart by address: a rule or a route of the host's own, or a firewall.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from enum import IntEnum
+
+from attrs import field, frozen
+
+from kilo_etcd.ctl.reports.arrivals import PAIRS, Loss, across, end_of, some
+from kilo_etcd.ctl.reports.live import Live
+from kilo_etcd.topology.segments import Topology
+
+_Pair = tuple[str, str]
+
+
+@frozen
+class _Asked:
+    """Internal IPs by pairs of nodes, the sender first."""
+
+    good: frozenset[_Pair] = frozenset()
+    lost: Mapping[_Pair, tuple[str, ...]] = field(factory=dict)
+    """Although a mesh address of the node has answered."""
+
+
+def internal_losses(topology: Topology, live: Live, apart: Collection[frozenset[str]] = ()) -> tuple[Loss, ...]:
+    """One for each host that is known to be the place, then the pairs that remain; of each kind the first `PAIRS`.
+
+    `apart`: pairs of members of a location that do not reach each other, or of which that is not known yet.
+    """
+    foreign = {
+        name: {route.address: route.route for route in answer.routes if route.foreign}
+        for name, answer in live.answers.items()
+        if name in topology.snapshot.nodes
+    }
+    astray = sorted(name for name, routes in foreign.items() if routes)
+    losses = [_other_route(name, foreign[name]) for name in astray[:PAIRS]]
+    if more := astray[PAIRS:]:
+        text = f"the kernels of {len(more)} more hosts take other routes than the agents' too, {some(more)}"
+        losses.append(Loss(subject="internal-ips", text=text, remedy="mend what is named first, then ask again"))
+    asked = _asked(topology, live, foreign)
+    rest = {pair for pair in asked.lost if not across(topology, *pair, apart)}
+    for _ in range(PAIRS):
+        if (place := _place(topology, asked, rest)) is None:
+            break
+        role, name = place
+        explained = {pair for pair in rest if place in _places(topology, *pair)}
+        rest -= explained
+        losses.append(_at(topology, live, name, role, sorted(explained), asked))
+    losses.extend(_by_pairs(topology, live, sorted(rest), asked))
+    return tuple(losses)
+
+
+def _asked(topology: Topology, live: Live, foreign: Mapping[str, Mapping[str, str]]) -> _Asked:
+    nodes = topology.snapshot.nodes
+    mesh = {str(address): node.name for node in nodes.values() for address in node.mesh_addresses}
+    internal = {
+        str(address): holders[0] for address, holders in topology.internals.holders.items() if len(holders) == 1
+    }
+    good: set[_Pair] = set()
+    lost: dict[_Pair, tuple[str, ...]] = {}
+    for name, answer in live.answers.items():
+        if name not in nodes:
+            continue
+        reached = {mesh[address] for address in answer.reached if address in mesh}
+        good |= {(name, internal[address]) for address in answer.reached if address in internal}
+        for address in answer.unreached:
+            target = internal.get(address)
+            if target is None or target not in reached or address in foreign[name]:
+                continue
+            own = {str(ip.ip) for ip in nodes[name].internal_ips}
+            # The answer may take another route than the agent's, too. Then that host has an error of its own.
+            if not own & foreign.get(target, {}).keys():
+                lost[name, target] = (*lost.get((name, target), ()), address)
+    return _Asked(frozenset(good - lost.keys()), lost)
+
+
+class InternalRole(IntEnum):
+    """The part that a host has in the path of lost packets. Of roles that explain equally many losses the lowest
+    counts."""
+
+    RECEIVES = 0
+    SENDS = 1
+    ENDS = 2
+    """It receives or sends them."""
+    FORWARDS = 3
+    """As the leader of one of the two."""
+
+
+_Place = tuple[InternalRole, str]
+
+
+def _places(topology: Topology, one: str, other: str) -> Iterator[_Place]:
+    """The hosts that packets from `one` to `other` pass, and what they do with them."""
+    yield InternalRole.SENDS, one
+    yield InternalRole.RECEIVES, other
+    yield InternalRole.ENDS, one
+    yield InternalRole.ENDS, other
+    for name in (one, other):
+        if (leader := end_of(topology, name)) != name:
+            yield InternalRole.FORWARDS, leader
+
+
+def _place(topology: Topology, asked: _Asked, rest: Iterable[_Pair]) -> _Place | None:
+    """The place that most of the losses have in common and nothing that has arrived; None: no two have any."""
+    innocent = {place for pair in asked.good for place in _places(topology, *pair)}
+    number: dict[_Place, int] = {}
+    for pair in rest:
+        for place in _places(topology, *pair):
+            if place not in innocent:
+                number[place] = number.get(place, 0) + 1
+    most = max(number.values(), default=0)
+    return None if most < 2 else min(place for place, count in number.items() if count == most)
+
+
+def _other_route(name: str, routes: Mapping[str, str]) -> Loss:
+    addresses, first = list(routes), next(iter(routes.values()))
+    table = f" table {first.rpartition(' table ')[2]}" if " table " in first else ""
+    return Loss(
+        subject=name,
+        text=f"its kernel sends packets for the internal IPs {some(addresses)} by "
+             f"another route than the agent's: {first}",
+        remedy=f"ip rule and ip route show{table} there: remove the rule or the route that comes before the agent's; "
+               "the mesh addresses work",
+    )  # fmt: skip
+
+
+_DOES = {
+    InternalRole.RECEIVES: "no echo request to its internal IP {own} is answered (tried by {far})",
+    InternalRole.SENDS: "no echo request that it sends to the internal IPs of {far} is answered",
+    InternalRole.ENDS: "no echo request between its internal IP and those of {far} is answered",
+    InternalRole.FORWARDS: "it leads its location, and no echo request to internal IPs arrives through it, as from "
+    "{first}",
+}
+
+
+def _at(topology: Topology, live: Live, name: str, role: InternalRole, pairs: list[_Pair], asked: _Asked) -> Loss:
+    one, other = pairs[0]
+    own = dict.fromkeys(address for pair in pairs for address in asked.lost[pair])
+    far = sorted({each for pair in pairs for each in pair} - {name})
+    # If it is the only member that was tried, its leader may as well be the place.
+    hosts = list(dict.fromkeys((name, end_of(topology, name))))
+    text = _DOES[role].format(own=some(own), far=some(far), first=f"{one} to {other}")
+    return Loss(
+        subject=name, text=f"{text}, although those to mesh addresses are",
+        remedy=_remedy(topology, live, hosts, one, asked.lost[one, other][0]),
+    )  # fmt: skip
+
+
+def _by_pairs(topology: Topology, live: Live, pairs: list[_Pair], asked: _Asked) -> Iterator[Loss]:
+    each = sorted({(min(pair), max(pair)) for pair in pairs})
+    for pair in each[:PAIRS]:
+        one, other = pair if pair in asked.lost else pair[::-1]
+        address = asked.lost[one, other][0]
+        both = " nor the other way round" if pair[::-1] in asked.lost and pair in asked.lost else ""
+        on_the_way = list(dict.fromkeys(name for _, name in _places(topology, one, other)))
+        yield Loss(
+            subject=f"{one} - {other}",
+            text=f"{one} does not reach {other} at its internal IP {address}{both}, although it does at "
+                 "the mesh address",
+            remedy=_remedy(topology, live, on_the_way, one, address),
+        )  # fmt: skip
+    if more := each[PAIRS:]:
+        yield Loss(
+            subject="internal-ips",
+            text=f"{len(more)} more pairs do not reach each other at internal IPs, "
+                 f"{some(f'{one} - {other}' for one, other in more)}",
+            remedy="mend what is named first, then ask again",
+        )  # fmt: skip
+
+
+def _remedy(topology: Topology, live: Live, hosts: Iterable[str], source: str, address: str) -> str:
+    names = [name for name in hosts if name in topology.snapshot.nodes]
+    known = [
+        f"{name}: {text}"
+        for name in names
+        if (answer := live.answers.get(name)) is not None
+        for text in (*answer.trouble, *answer.possible_obstacles)
+    ]
+    look = f"look on {some(names)} for what drops packets by their addresses: nft list ruleset, iptables-save"
+    return "; ".join((*known, look, f"kgctl explain {source} {address} --live; the mesh address works"))

@@ -1,0 +1,513 @@
+"""The content of `kgctl status`, as values: pure functions of a snapshot, etcd's raw view of it and the agents'
+statuses.
+
+It compares three things: what etcd holds (so what the mesh should be), what each agent reports, and which agents
+report at all. It decides nothing and it knows nothing of tables or JSON; `ctl.reports.render` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from attrs import field, frozen
+
+from kilo_etcd.base.quoting import first_of
+from kilo_etcd.ctl.reports.label import oddity
+from kilo_etcd.model import Candidate, InternalIPs, IPAddress, Node, RejectedRecord, Snapshot
+from kilo_etcd.planning.reach import called_location
+from kilo_etcd.store.keys import Keys, NodeKey
+from kilo_etcd.store.records import Role, StatusRecord
+from kilo_etcd.store.view import View
+from kilo_etcd.topology.mesh_settings import about_flag
+from kilo_etcd.topology.probe_reports import sentence
+from kilo_etcd.topology.segments import Segment, Topology, build_topology
+from kilo_etcd.topology.stages import Switch, switch
+from kilo_etcd.topology.unaware import unaware_problems, waiting
+from kilo_etcd.topology.unrouted import Unrouted, private_leaders
+
+if TYPE_CHECKING:
+    from kilo_etcd.ctl.reports.live import Live, LiveTunnel
+
+NOT_IN_FORCE = "not in force"
+"""The role of a node that is registered and yet no part of the mesh: it has no address yet, or is rejected."""
+MOST_SUBJECTS = 3
+"""Subjects of the same remark that are named in one line."""
+DROPPED = "under internal-ips=encrypted packets for there are dropped, not sent in clear"
+UNREGISTERED = "not registered"
+"""The role of an agent that reports but has no record."""
+
+
+@frozen(kw_only=True)
+class NodeRow:
+    """One node. `revision` and `behind` are None when no agent reports for it."""
+
+    name: str
+    location: str | None
+    mesh_addresses: tuple[str, ...] = ()
+    internal_ips: tuple[str, ...] = ()
+    endpoint: str | None = None
+    observed_endpoints: tuple[str, ...] = ()
+    """Its observed endpoints, the newest first."""
+    role: str
+    alive: bool
+    revision: int | None = None
+    behind: int | None = None
+    """By how many revisions of etcd the agent is behind the newest record of the mesh."""
+    version: str = ""
+
+
+@frozen(kw_only=True)
+class LocationRow:
+    """One segment of several nodes, or all nodes of a location that are segments of their own."""
+
+    location: str
+    nodes: tuple[str, ...]
+    leader: str | None
+    """None: every node for itself."""
+    since: str | None = None
+    """RFC 3339: since when it leads, as its own agent reports; None if that does not live, or does not say."""
+    reason: str = ""
+    next_in_line: str | None = None
+    candidates: tuple[str, ...] = ()
+    """In the order in which they would lead."""
+
+
+@frozen(kw_only=True)
+class Remark:
+    """A node or network, and a sentence about it."""
+
+    subject: str
+    text: str
+    about: str = ""
+    """The node or peer that can mend it, where the subject is a network."""
+
+
+@frozen(kw_only=True)
+class UnroutedRemark(Remark):
+    """An internal IP, or a network of internal IPs, that is not routed, and why."""
+
+    nodes: tuple[str, ...] = ()
+    """The nodes that have this one address."""
+    not_from: tuple[str, ...] = ()
+    """The segments that do not route it; empty: no segment does."""
+
+    @property
+    def subject_with_nodes(self) -> str:
+        """The subject, for people."""
+        return f"{self.subject} ({first_of(self.nodes, MOST_SUBJECTS)})" if self.nodes else self.subject
+
+    @property
+    def nowhere(self) -> str:
+        """From where it is not routed, for people."""
+        return first_of(self.not_from, MOST_SUBJECTS) or "anywhere"
+
+
+@frozen(kw_only=True)
+class KernelRow:
+    """What a living agent has answered of its host's kernel."""
+
+    name: str
+    backend: str
+    mtu: int
+    tunnels: tuple[LiveTunnel, ...]
+    """Empty for members, which send by their leader."""
+    undone: int
+    """By how many changes it differs from the plan."""
+    changes: tuple[str, ...]
+    """The first of them."""
+    trouble: tuple[str, ...]
+
+
+@frozen(kw_only=True)
+class LiveReport:
+    """What was asked of the hosts."""
+
+    kernels: tuple[KernelRow, ...] = ()
+    silent: tuple[str, ...] = ()
+    """Living agents that have not answered in time."""
+    refused: str | None = None
+    """Why nothing could be asked."""
+    tunnels: int = 0
+    """Pairs of leaders of which at least one has answered."""
+    up: int = 0
+    """Those of them whose session lives."""
+
+
+@frozen(kw_only=True)
+class Report:
+    """All of `kgctl status`."""
+
+    revision: int
+    granularity: str
+    subnets: tuple[str, ...]
+    internal_ips: str
+    """The setting."""
+    internal_ips_in_force: str
+    unaware: tuple[str, ...] = ()
+    """The nodes whose agents do not know the setting: it is not in force before they do, or are forgotten."""
+    switch: Switch | None = None
+    """How far the switch to `encrypted`, or back, is; None: nothing of it is under way."""
+    urgent: tuple[Remark, ...] = ()
+    """Errors of the mesh as a whole, to be said before all else."""
+    nodes: tuple[NodeRow, ...] = ()
+    locations: tuple[LocationRow, ...] = ()
+    peers: tuple[str, ...] = ()
+    rejected: tuple[RejectedRecord, ...] = ()
+    disagreements: tuple[Remark, ...] = field(factory=tuple)
+    """Agents whose status differs from what etcd says."""
+    errors: tuple[Remark, ...] = ()
+    """The failures that agents report, without what each of them reports of the whole mesh (`problems`)."""
+    problems: tuple[Remark, ...] = ()
+    """Networks that the topology could not grant."""
+    notes: tuple[Remark, ...] = ()
+    """What may be a mistake of the operator's."""
+    unrouted: tuple[UnroutedRemark, ...] = ()
+    """Internal IPs that are not routed, and why; what the setting waits for."""
+    live: LiveReport | None = None
+    """None: nobody was asked."""
+
+
+def newest_revision(view: View, keys: Keys) -> int:
+    """The revision of the newest record of the mesh: an agent that has applied it has missed nothing that is there.
+
+    etcd's own revision would not do: it moves with every status and with other programs' keys as well.
+    """
+    return max((kv.mod_revision for kv in view.kvs(keys.root)), default=0)
+
+
+def registered_names(view: View, keys: Keys) -> frozenset[str]:
+    """The names with a record in etcd, whether it is in force or not."""
+    parsed = (keys.parse(kv.key) for kv in view.kvs(keys.nodes_root))
+    return frozenset(key.node for key in parsed if isinstance(key, NodeKey))
+
+
+def report(
+    snapshot: Snapshot,
+    statuses: Mapping[str, StatusRecord],
+    *,
+    newest: int,
+    registered: frozenset[str] = frozenset(),
+    live: Live | None = None,
+    topology: Topology | None = None,
+    about: Collection[str] | None = None,
+) -> Report:
+    """The report on `snapshot`; `newest` is what `newest_revision` says, `registered` what `registered_names` says.
+
+    `topology` is that of the snapshot, where the caller has it already. With `about` it has no rows for other nodes,
+    and no status of their own.
+    """
+    if topology is None:
+        topology = build_topology(snapshot)
+    names = sorted(name for name in {*snapshot.nodes, *registered, *statuses} if about is None or name in about)
+    urgent = unaware_problems(topology)
+    everyones = {problem.text for problem in (*topology.problems, *urgent)}
+    return Report(
+        revision=newest,
+        granularity=snapshot.granularity.value,
+        subnets=tuple(map(str, snapshot.subnets)),
+        internal_ips=snapshot.internal_ips.value,
+        internal_ips_in_force=topology.internal_ips.value,
+        unaware=tuple(sorted(topology.unaware)),
+        switch=switch(topology, statuses),
+        urgent=(
+            *(Remark(subject=problem.subject, text=problem.text, about=problem.about) for problem in urgent),
+            *(_cut_off(topology, live) if live is not None else ()),
+        ),
+        nodes=tuple(_node_row(name, topology, statuses.get(name), newest, name in registered) for name in names),
+        locations=_location_rows(topology, statuses),
+        peers=tuple(sorted(topology.peers)),
+        rejected=snapshot.rejected,
+        disagreements=tuple(
+            Remark(subject=name, text=text)
+            for name in names
+            if name in statuses
+            for text in _disagreements(name, statuses[name], topology, newest)
+        )
+        + tuple(_unsigned(names, statuses, topology, each=about is not None)),
+        errors=tuple(
+            Remark(subject=name, text=error)
+            for name in names
+            if name in statuses
+            for error in statuses[name].errors
+            if error not in everyones and not about_flag(error)
+        ),
+        problems=(
+            *(
+                Remark(subject=problem.subject, text=problem.text, about=problem.about)
+                for problem in (*topology.problems, *private_leaders(topology))
+            ),
+            *_same_internal_ips(snapshot, statuses, each=about is not None),
+        ),
+        notes=(*_odd_locations(snapshot), *_flags(names, statuses)),
+        unrouted=tuple(unrouted_remarks(topology)) if about is None else (),
+        live=None if live is None else _live_report(topology, live),
+    )
+
+
+def _odd_locations(snapshot: Snapshot) -> Iterator[Remark]:
+    nodes: dict[str, list[str]] = {}
+    for name, node in sorted(snapshot.nodes.items()):
+        nodes.setdefault(node.location, []).append(name)
+    for location, names in sorted(nodes.items()):
+        if (odd := oddity(location)) is not None:
+            yield Remark(
+                subject=location,
+                text=f"the location of {first_of(names, 1)} {odd}: if that is not meant, correct KILO_LOCATION there, "
+                f"or kgctl location set {names[0]} NAME",
+            )
+
+
+def _same_internal_ips(snapshot: Snapshot, statuses: Mapping[str, StatusRecord], *, each: bool) -> Iterator[Remark]:
+    """On hosts of one location that have one internal IP: at most one of them is reached there. One remark for all of
+    them; with `each` one for each host."""
+    having: dict[tuple[str, IPAddress], list[str]] = {}
+    for name, node in sorted(snapshot.nodes.items()):
+        for ip in node.internal_ips:
+            having.setdefault((node.location, ip.ip), []).append(name)
+    for (location, address), names in having.items():
+        if len(names) == 1:
+            continue
+        silent = [name for name in names if name not in statuses]
+        last = (silent or names)[-1]
+        gone = f"if {last} is gone for good, kgctl node forget {last}; else " if silent else ""
+        text = (
+            f"they have the same internal IP {address} at {called_location(location)}, so at most one of them is "
+            f"reached there: {gone}give {last} another one (--internal-cidr, or kgctl annotate {last} "
+            f"force-internal-ip=ADDRESS); if they share no network, label them apart (kgctl location set {last} NAME)"
+        )
+        if each:
+            yield from (Remark(subject=name, text=f"{first_of(names, MOST_SUBJECTS)}: {text}") for name in names)
+        else:
+            yield Remark(subject=first_of(names, MOST_SUBJECTS), text=text, about=last)
+
+
+def _flags(names: Iterable[str], statuses: Mapping[str, StatusRecord]) -> tuple[Remark, ...]:
+    """On flags that differ from the mesh's settings, each kind once for all nodes: after a setting was changed that is
+    as it should be."""
+    return grouped(
+        Remark(subject=name, text=error)
+        for name in names
+        if name in statuses
+        for error in statuses[name].errors
+        if about_flag(error)
+    )
+
+
+def unrouted_remarks(topology: Topology) -> Iterator[UnroutedRemark]:
+    """Which internal IPs are not routed although the setting asks for it, and why."""
+    if (text := waiting(topology)) is not None:
+        yield UnroutedRemark(subject="internal-ips", text=text)
+    for unrouted in topology.unrouted:
+        yield UnroutedRemark(
+            subject=subject_of(unrouted),
+            text=f"{unrouted.reason}; {unrouted.remedy}",
+            nodes=unrouted.nodes,
+            not_from=unrouted.not_from,
+        )
+
+
+def subject_of(unrouted: Unrouted) -> str:
+    """The address, or the network."""
+    return str(unrouted.network.network_address) if unrouted.network.num_addresses == 1 else str(unrouted.network)
+
+
+def _cut_off(topology: Topology, live: Live) -> Iterator[Remark]:
+    """The tunnels without a session, if nothing goes past them."""
+    if topology.internal_ips is not InternalIPs.ENCRYPTED:
+        return
+    from kilo_etcd.ctl.reports.live import pairs, tunnels
+
+    down = [pair for pair in pairs(topology, tunnels(topology, live)) if pair.up is False]
+    for pair in down[:MOST_SUBJECTS]:
+        yield Remark(subject=f"{pair.one} - {pair.other}", text=f"no tunnel between them ({pair.last}): {DROPPED}")
+    if (more := len(down) - MOST_SUBJECTS) > 0:
+        yield Remark(subject="tunnels", text=f"{more} more have no session: {DROPPED}")
+
+
+def grouped(remarks: Iterable[Remark]) -> tuple[Remark, ...]:
+    """Remarks that say the same of several subjects as one."""
+    subjects: dict[tuple[str, str], list[str]] = {}
+    for remark in remarks:
+        subjects.setdefault((remark.text, remark.about), []).append(remark.subject)
+    return tuple(
+        Remark(subject=first_of(these, MOST_SUBJECTS), text=text, about=about)
+        for (text, about), these in subjects.items()
+    )
+
+
+def grouped_unrouted(remarks: Iterable[UnroutedRemark]) -> tuple[UnroutedRemark, ...]:
+    """Remarks that say the same of several subjects as one: in a full mesh on one LAN there is one for each node. The
+    subjects name the nodes."""
+    alike: dict[tuple[str, tuple[str, ...]], list[UnroutedRemark]] = {}
+    for remark in remarks:
+        alike.setdefault((remark.text, remark.not_from), []).append(remark)
+    return tuple(
+        UnroutedRemark(
+            subject=first_of([one.subject_with_nodes for one in these], MOST_SUBJECTS),
+            text=text,
+            nodes=tuple(dict.fromkeys(name for one in these for name in one.nodes)),
+            not_from=not_from,
+        )
+        for (text, not_from), these in alike.items()
+    )
+
+
+def unrouted_sentence(remark: UnroutedRemark) -> str:
+    """The remark with where it is from, for text without columns."""
+    about_the_setting = not (remark.nodes or remark.not_from)
+    return remark.text if about_the_setting else f"not routed from {remark.nowhere}: {remark.text}"
+
+
+def _live_report(topology: Topology, live: Live) -> LiveReport:
+    from kilo_etcd.ctl.reports.live import pairs, tunnels
+
+    by_leader = tunnels(topology, live)
+    known = [pair for pair in pairs(topology, by_leader) if pair.ends]
+    return LiveReport(
+        kernels=tuple(
+            KernelRow(
+                name=name,
+                backend=answer.backend,
+                mtu=answer.mtu,
+                tunnels=by_leader.get(name, ()),
+                undone=answer.undone,
+                changes=answer.changes,
+                trouble=answer.trouble,
+            )
+            for name, answer in sorted(live.answers.items())
+        ),
+        silent=live.silent,
+        refused=live.refused or None,
+        tunnels=len(known),
+        up=sum(pair.up is True for pair in known),
+    )
+
+
+def remarks_on(report: Report, names: Collection[str]) -> tuple[tuple[str, str], ...]:
+    """(name, sentence) for everything that the report has to say against the named nodes."""
+    gone = [(row.name, "its agent does not report: is the host up?") for row in report.nodes if not row.alive]
+    told = [(r.about or r.subject, r.text) for r in (*report.disagreements, *report.errors, *report.problems)]
+    return tuple(dict.fromkeys(pair for pair in (*gone, *told) if pair[0] in names))
+
+
+def _node_row(name: str, topology: Topology, status: StatusRecord | None, newest: int, registered: bool) -> NodeRow:
+    node = topology.snapshot.nodes.get(name)
+    revision = status.revision if status is not None else None
+    return NodeRow(
+        name=name,
+        location=node.location if node is not None else None,
+        mesh_addresses=tuple(map(str, node.mesh_addresses)) if node is not None else (),
+        internal_ips=tuple(map(str, node.internal_ips)) if node is not None else (),
+        endpoint=str(node.endpoint) if node is not None and node.endpoint is not None else None,
+        observed_endpoints=tuple(map(str, node.observed_endpoints)) if node is not None else (),
+        role=_role(node, topology) if node is not None else NOT_IN_FORCE if registered else UNREGISTERED,
+        alive=status is not None,
+        revision=revision,
+        # An agent that has just listed may be ahead of the newest record.
+        behind=max(0, newest - revision) if revision is not None else None,
+        version=status.version if status is not None else "",
+    )
+
+
+def _role(node: Node, topology: Topology) -> str:
+    segment = topology.segment_of(node.name)
+    if len(segment.members) == 1:
+        return "alone"
+    return "leader" if segment.leader.name == node.name else "member"
+
+
+def _location_rows(topology: Topology, statuses: Mapping[str, StatusRecord]) -> tuple[LocationRow, ...]:
+    rows: list[LocationRow] = []
+    alone: dict[str, list[str]] = {}
+    for segment in topology.segments.values():
+        if len(segment.members) > 1:
+            rows.append(_segment_row(segment, topology.snapshot, statuses.get(segment.leader.name)))
+        else:
+            alone.setdefault(segment.location, []).append(segment.leader.name)
+    rows.extend(
+        LocationRow(location=location, nodes=tuple(sorted(names)), leader=names[0] if len(names) == 1 else None)
+        for location, names in alone.items()
+    )
+    return tuple(sorted(rows, key=lambda row: (row.location, row.nodes)))
+
+
+def _segment_row(segment: Segment, snapshot: Snapshot, leader: StatusRecord | None) -> LocationRow:
+    members = {node.name for node in segment.members}
+    standing: dict[str, Candidate] = {}
+    for candidate in sorted(snapshot.candidates.get(segment.location, ()), key=lambda c: (c.rank, c.create_revision)):
+        if candidate.node in members:
+            standing.setdefault(candidate.node, candidate)
+    leads = leader is not None and (leader.role, leader.location) == (Role.LEADER, segment.location)
+    return LocationRow(
+        location=segment.location,
+        nodes=tuple(sorted(members)),
+        leader=segment.leader.name,
+        since=(leader.leads_since or None) if leader is not None and leads else None,
+        reason=_reason(segment, snapshot),
+        next_in_line=segment.next_in_line,
+        candidates=tuple(standing),
+    )
+
+
+def _reason(segment: Segment, snapshot: Snapshot) -> str:
+    demoted = segment.election.demoted
+    if demoted is None:
+        return segment.election.reason.value
+    return f"{demoted} does not forward: {sentence(demoted, snapshot.probe_reports.get(segment.location, ()))}"
+
+
+def _unsigned(
+    names: Iterable[str], statuses: Mapping[str, StatusRecord], topology: Topology, *, each: bool
+) -> Iterator[Remark]:
+    """On members of a location at whose internal IPs something answers that does not authenticate as them, although
+    their agents would. A firewall may drop the peer queries of a whole location: several pairs are one remark for each
+    location, unless `each` is wanted."""
+    nodes = topology.snapshot.nodes
+    pairs: dict[str, list[tuple[str, str]]] = {}
+    for name in names:
+        for other in statuses[name].unsigned if name in statuses and name in nodes else ():
+            status = statuses.get(other)
+            if other in nodes and status is not None and status.answers:
+                pairs.setdefault(nodes[other].location, []).append((name, other))
+    for location, result in sorted(pairs.items()):
+        if each or len(result) == 1:
+            for name, other in result:
+                addresses = " and ".join(str(one.ip) for one in nodes[other].internal_ips)
+                yield Remark(
+                    subject=name,
+                    text=f"something answers it at {addresses}, the internal IP of {other}, but not with {other}'s "
+                    "key: a firewall drops UDP 1107 between the two, or that is another host's network; if so, label "
+                    f"them apart (kgctl location set {other} NAME)",
+                )
+            continue
+        answering = sorted({other for _, other in result})
+        first = first_of([f"{name} asks {other}" for name, other in result], MOST_SUBJECTS)
+        yield Remark(
+            subject=f"location {location}" if location else "the default location",
+            text=f"something answers at the internal IPs of {first_of(answering, MOST_SUBJECTS)}, but not with their "
+            f"keys, in {len(result)} cases ({first}): a firewall drops UDP 1107 between these hosts, or these are "
+            f"other "
+            "hosts' networks; if so, label them apart (kgctl location set NODE NAME)",
+        )
+
+
+def _disagreements(name: str, status: StatusRecord, topology: Topology, newest: int) -> list[str]:
+    result = []
+    if status.revision < newest:
+        result.append(f"it has applied revision {status.revision}, {newest - status.revision} behind {newest}")
+    return [*result, *contradictions(name, status, topology)]
+
+
+def contradictions(name: str, status: StatusRecord, topology: Topology) -> list[str]:
+    """In what an agent differs from etcd so that packets may go astray, in sentences that begin with "it"."""
+    node = topology.snapshot.nodes.get(name)
+    result = []
+    if node is not None:
+        if status.public_key and status.public_key != node.public_key:
+            result.append("it reports another public key than the one registered: are there two hosts of this name?")
+        segment = topology.segment_of(name)
+        if len(segment.members) > 1 and status.leader != segment.leader.name:
+            takes = f"takes {status.leader} for its leader" if status.leader else "sees no leader"
+            result.append(f"it {takes}, where etcd says {segment.leader.name}")
+    return result

@@ -1,0 +1,107 @@
+"""A host's forward chains, whoever made them: what in them drops mesh packets, and the rules of ours that open them.
+
+`kernel.firewall.chains` says what a chain does, `kernel.firewall.hooks` reads nftables', `kernel.firewall.iptables` the
+older xtables'. Here they are put together for one host; nothing is read again as long as nftables' ruleset stays as it
+is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from contextlib import suppress
+from pathlib import Path
+
+from kilo_etcd.kernel import sysctl
+from kilo_etcd.kernel.firewall.chains import Obstacle, Packet, drops, obstacles, packets
+from kilo_etcd.kernel.firewall.forward import comment_prefix
+from kilo_etcd.kernel.firewall.hooks import ours
+from kilo_etcd.kernel.firewall.iptables import Iptables
+from kilo_etcd.kernel.firewall.netfilter import Netfilter
+from kilo_etcd.kernel.firewall.openings import AddOpening, DeleteOpening, Opening, Place
+from kilo_etcd.model import IPNetwork
+from kilo_etcd.model.hostplan import HostPlan
+
+LEGACY_SECONDS, LEGACY_DROPPING_SECONDS = 40.0, 15.0
+"""How long a reading of the older xtables' chain is believed: with the pauses between two looks at what drops forwarded
+packets that makes less than a minute. If something drops, its end is to be seen sooner."""
+
+
+class ForwardChains:
+    """Of one network namespace. Blocking. `record`: a file that says that there may be rules of ours, so that hosts
+    that never had any are not searched for them; `opening`: whether chains that drop are to be opened."""
+
+    def __init__(
+        self, interface: str, record: Path, netfilter: Netfilter, iptables: Iptables, *, opening: bool
+    ) -> None:  # fmt: skip
+        self._interface = interface
+        self._record = record
+        self._netfilter = netfilter
+        self._iptables = iptables
+        self._opening = opening
+        self._legacy_drops = False
+        """Whether a chain of the older xtables dropped mesh traffic when it was last looked at."""
+
+    def obstacles(self, plan: HostPlan | None, devices: Collection[str]) -> tuple[Obstacle, ...]:
+        """What drops mesh traffic between the tunnel and `devices`, or may do so. OSError."""
+        versions = plan.forwarding if plan is not None and plan.forwarding else frozenset({4, 6})
+        patience = LEGACY_DROPPING_SECONDS if self._legacy_drops else LEGACY_SECONDS
+        chains = (self._iptables.legacy(version, patience=patience) for version in sorted(versions))
+        sent = self._sent(versions, plan, devices)
+        legacy = obstacles(filter(None, chains), sent, self._interface, opening=self._opening)
+        self._legacy_drops = bool(legacy)
+        off = sysctl.not_forwarding([self._interface, *devices]) if 4 in versions else ()
+        blocked = frozenset({4} if self._interface in off or set(devices) <= set(off) else ())
+        return (
+            *obstacles(self._netfilter.forward_chains(), sent, self._interface, opening=self._opening),
+            *legacy,
+            *(
+                Obstacle(
+                    f"net.ipv4.conf.{name}.forwarding is 0, so what comes in by {name} is not forwarded: "
+                    f"sysctl -w {sysctl.command(name)}=1, and look for what switches it off in /etc/sysctl.d",
+                    blocked=blocked,
+                )
+                for name in off
+            ),
+        )  # fmt: skip
+
+    def _sent(self, versions: Collection[int], plan: HostPlan | None, devices: Collection[str]) -> tuple[Packet, ...]:
+        """The packets that this host forwards, as its firewall sees them."""
+        return packets(self._interface, devices or ("any other device",), versions, _subnets(plan))
+
+    def read(self, devices: Collection[str]) -> tuple[frozenset[Place], frozenset[Opening]]:
+        """Which nftables chains of others drop what is forwarded, but for rules of ours, and those rules; nothing if
+        nobody wants any and none were made. OSError."""
+        if not self._opening and not self._record.exists():
+            return frozenset(), frozenset()
+        own, chains = comment_prefix(self._interface), self._netfilter.forward_chains()
+        openings = ours(chains, own)
+        if not self._opening:
+            if not openings:
+                self._record.unlink(missing_ok=True)
+            return frozenset(), openings
+        sent = self._sent((4, 6), None, devices)
+        return frozenset(
+            (chain.family, chain.table, chain.name)
+            for chain in chains
+            if not chain.iptables and any(drops(chain, packet, without=own) is not False for packet in sent)
+        ), openings
+
+    def edit(self, change: AddOpening | DeleteOpening) -> None:
+        """OSError if the chain's table is gone, or is not ours to change."""
+        with suppress(OSError):
+            self._record.parent.mkdir(parents=True, exist_ok=True)
+            self._record.touch()
+        self._netfilter.edit(change)
+
+
+def _subnets(plan: HostPlan | None) -> tuple[IPNetwork, ...]:
+    """The mesh's subnets. A plan refuses other networks too, of members that never answered, from which nothing comes
+    and to which nothing goes."""
+    if plan is None:
+        return ()
+    own = [address.ip for address in plan.addresses]
+    return tuple(
+        network
+        for network in plan.unreachable_routes
+        if network not in plan.refused or any(address in network for address in own)
+    )

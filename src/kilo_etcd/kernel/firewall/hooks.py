@@ -1,0 +1,74 @@
+"""Reads every base chain of hook forward from nftables, of all families and whoever made it, and knows those rules in
+them that are ours (`--forward-rules`)."""
+
+from __future__ import annotations
+
+from kilo_etcd.kernel.firewall.chains import BaseChain, FilterRule
+from kilo_etcd.kernel.firewall.openings import Opening
+from kilo_etcd.kernel.netlink import sockets
+from kilo_etcd.kernel.netlink.codec import UNREADABLE
+from kilo_etcd.kernel.read import hooks as replies
+from kilo_etcd.kernel.read.hooks import FAMILIES, Elements, Found
+from kilo_etcd.kernel.write import nft as requests
+
+
+def read(device: sockets.Socket) -> tuple[BaseChain, ...]:
+    """All base chains of hook forward, with their tables' other chains. OSError: nftables is not to be read."""
+    bases: dict[tuple[int, str], list[tuple[str, bool]]] = {}
+
+    def keep(body: bytes) -> None:
+        if (base := replies.read_base(body)) is not None:
+            family, table, name, dropping = base
+            bases.setdefault((family, table), []).append((name, dropping))
+
+    device.dump(requests.get_all_chains(), keep)
+    return tuple(
+        BaseChain(
+            family=FAMILIES[family], table=table, name=name, drops=dropping, rules=rules[name], chains=rules,
+        )
+        for (family, table), chains in sorted(bases.items())
+        for name, dropping in chains
+        for rules in (_rules_from(device, family, table, name),)
+    )  # fmt: skip
+
+
+def _rules_from(device: sockets.Socket, family: int, table: str, base: str) -> dict[str, tuple[FilterRule, ...]]:
+    """The rules of a chain and of those that it leads to. Others are not read: Kubernetes has thousands in a table."""
+
+    def members_of(name: str) -> tuple[Found, ...]:
+        known: list[Found] = []
+        device.dump(requests.get_elements(table, name, family), lambda body: known.extend(replies.read_members(body)))
+        return tuple(known)
+
+    result: dict[str, tuple[FilterRule, ...]] = {}
+    missing = [base]
+    while missing:
+        chain = missing.pop()
+        items: list[Found] = []
+
+        def keep(body: bytes, chain: str = chain, items: list[Found] = items) -> None:
+            if (item := replies.read_rule_of(body, family, table, chain)) is not None:
+                items.append(item)
+
+        device.dump(requests.get_rules_of(table, chain, family), keep)
+        result[chain] = rules = tuple(_rule(item, members_of) for item in items)
+        missing += [rule.target for rule in rules if rule.target and rule.target not in result]
+    return result
+
+
+def _rule(item: Found, members_of: Elements) -> FilterRule:
+    try:
+        return replies.to_rule(item, members_of)
+    except UNREADABLE:
+        return FilterRule(verdict="unknown")
+
+
+def ours(chains: tuple[BaseChain, ...], comment_prefix: str) -> frozenset[Opening]:
+    """The rules that carry our comment: `comment_prefix`, a space and the words of the match."""
+    return frozenset(
+        Opening(chain.family, chain.table, chain.name, tuple(rule.comment.split()[1:]), comment_prefix, rule.handle)
+        for chain in chains
+        if not chain.iptables
+        for rule in chain.rules
+        if rule.comment.startswith(f"{comment_prefix} ")
+    )

@@ -1,0 +1,132 @@
+"""Runs `iptables` and `ip6tables`, for `--forward-rules` alone.
+
+Why the programs: whether FORWARD is held by nftables or by the older xtables is the host's choice, made by which
+`iptables` is installed, and docker follows it too. Nothing is run while nothing happens: where iptables writes to
+nftables, the rules are read again only when the kernel's ruleset has another generation than at the last reading.
+The older xtables tells of no changes: there our own rules are read at every resync, and the chain FORWARD is read as
+often as its caller wants to know of changes, if there is a table.
+"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from kilo_etcd.base import descriptors
+from kilo_etcd.kernel.firewall.chains import BaseChain, from_iptables
+from kilo_etcd.kernel.firewall.forward import AddForward, DeleteForward, ForwardRule, read_rules
+
+_PROGRAMS = {4: "iptables", 6: "ip6tables"}
+_PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
+_DEADLINE = 15.0
+_LEGACY_TABLES = {4: Path("/proc/net/ip_tables_names"), 6: Path("/proc/net/ip6_tables_names")}
+
+
+class IptablesError(OSError):
+    """The program's error output."""
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(errno.EIO, detail)
+        self.detail = detail
+
+
+class Iptables:
+    """The rules of one interface. Blocking; `generation` gives a number that any change of nftables changes."""
+
+    def __init__(self, interface: str, record: Path, generation: Callable[[], int | None]) -> None:
+        self._interface = interface
+        self._record = record
+        """Says that there may be rules of ours, so that nothing is run on hosts that never had any."""
+        self._generation = generation
+        self._known: tuple[int, tuple[dict[int, str], frozenset[ForwardRule]]] | None = None
+        self._legacy: dict[int, tuple[float, BaseChain | None]] = {}
+        self._events: bool | None = None
+        self.writes = 0
+
+    def read(self, wanted: bool) -> tuple[dict[int, str], frozenset[ForwardRule]]:
+        """(family -> the chain for our rules, our rules); nothing where nobody wants any and none were made."""
+        if not wanted and not self._record.exists():
+            return {}, frozenset()
+        generation = self._generation()
+        if self._known is not None and generation is not None and self._known[0] == generation:
+            return self._known[1]
+        current = self._read()
+        if not wanted and not current[1]:
+            self._record.unlink(missing_ok=True)
+        self._known = (generation, current) if generation is not None and self._reported() else None
+        return current
+
+    def _read(self) -> tuple[dict[int, str], frozenset[ForwardRule]]:
+        chains: dict[int, str] = {}
+        rules: frozenset[ForwardRule] = frozenset()
+        for version, program in _PROGRAMS.items():
+            if shutil.which(program, path=_PATH) is None:
+                continue
+            try:
+                chains[version], own = read_rules(_run(program, "-w", "5", "-S"), version, self._interface)
+            except OSError as error:
+                if descriptors.is_shortage(error):
+                    raise  # Else our own rules would be taken to be gone.
+                continue
+            rules |= own
+        return chains, rules
+
+    def legacy(self, version: int, *, patience: float) -> BaseChain | None:
+        """The chain FORWARD of the older xtables, which nftables does not show; None: it has none, or it is not to be
+        read. A reading is believed for `patience` seconds, since each one runs a program; that there is no table costs
+        nothing to see, and is looked at each time."""
+        try:
+            tables = _LEGACY_TABLES[version].read_text().split()
+        except OSError:
+            tables = []
+        if "filter" not in tables:
+            self._legacy.pop(version, None)
+            return None
+        known = self._legacy.get(version)
+        if known is None or time.monotonic() - known[0] > patience:
+            known = self._legacy[version] = time.monotonic(), self._read_legacy(version)
+        return known[1]
+
+    def _read_legacy(self, version: int) -> BaseChain | None:
+        with suppress(OSError):
+            for program in (f"{_PROGRAMS[version]}-legacy", _PROGRAMS[version]):
+                if shutil.which(program, path=_PATH) is not None:
+                    return from_iptables(_run(program, "-w", "5", "-S"), version)
+        return None
+
+    def _reported(self) -> bool:
+        """Whether iptables writes to nftables, whose generation tells of changes."""
+        if self._events is None:
+            try:
+                self._events = "nf_tables" in _run("iptables", "--version")
+            except OSError:
+                return False
+        return self._events
+
+    def make(self, change: AddForward | DeleteForward) -> None:
+        """IptablesError if the program refuses."""
+        self.writes += 1
+        self._known = None
+        if isinstance(change, AddForward):
+            with suppress(OSError):
+                self._record.parent.mkdir(parents=True, exist_ok=True)
+                self._record.touch()
+        _run(*change.command)
+
+
+def _run(*command: str) -> str:
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_DEADLINE, stdin=subprocess.DEVNULL,
+            env={"PATH": _PATH, "LC_ALL": "C"},
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise IptablesError(f"{command[0]} did not end within {_DEADLINE:g} s") from None
+    if done.returncode:
+        raise IptablesError(" ".join(done.stderr.split()) or f"exit status {done.returncode}")
+    return done.stdout

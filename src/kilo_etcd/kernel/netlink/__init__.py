@@ -1,0 +1,1 @@
+"""Netlink: pyroute2's message classes, a codec by shape, and plain sockets."""

@@ -1,0 +1,60 @@
+"""The values that everything else uses: nodes, peers, candidates and the snapshot of them all.
+
+Every value is frozen; equality is by content, so `is` may be used as a fast path but never as the meaning.
+Nothing here reads a clock, a file or a socket, and nothing here knows how a record looks in etcd
+(`store.records`) or how the kernel is told (`kernel`).
+
+A `Snapshot` holds *effective* values: labels and annotations are already applied to the nodes, address
+claims are already joined, and what could not be read or contradicts another record has been rejected.
+"""
+
+from __future__ import annotations
+
+from kilo_etcd.model.addresses import IPAddress, IPInterface, IPNetwork, is_dns_name, is_public
+from kilo_etcd.model.candidate import Candidate, CandidateClass, ProbeReport
+from kilo_etcd.model.endpoint import SESSION_SECONDS, Endpoint
+from kilo_etcd.model.node import Node
+from kilo_etcd.model.peer import Peer
+from kilo_etcd.model.settings import (
+    ACCEPTING,
+    DEFAULT_INTERFACE,
+    DEFAULT_LOCATION,
+    DEFAULT_PORT,
+    DEFAULT_PREFIX,
+    DEFAULT_SUBNET,
+    Encapsulate,
+    EncryptionStage,
+    Granularity,
+    InternalIPs,
+    MeshSettings,
+)
+from kilo_etcd.model.snapshot import ObservedEndpoint, RejectedRecord, Snapshot
+
+__all__ = [
+    "ACCEPTING",
+    "DEFAULT_INTERFACE",
+    "DEFAULT_LOCATION",
+    "DEFAULT_PORT",
+    "DEFAULT_PREFIX",
+    "DEFAULT_SUBNET",
+    "SESSION_SECONDS",
+    "Candidate",
+    "CandidateClass",
+    "Encapsulate",
+    "EncryptionStage",
+    "Endpoint",
+    "Granularity",
+    "IPAddress",
+    "IPInterface",
+    "IPNetwork",
+    "InternalIPs",
+    "MeshSettings",
+    "Node",
+    "ObservedEndpoint",
+    "Peer",
+    "ProbeReport",
+    "RejectedRecord",
+    "Snapshot",
+    "is_dns_name",
+    "is_public",
+]

@@ -1,0 +1,71 @@
+"""What holds for the mesh as a whole, how a location's nodes reach each other, and the defaults."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import NamedTuple
+
+from kilo_etcd.model.addresses import IPNetwork
+
+DEFAULT_LOCATION = ""
+DEFAULT_PREFIX = "/kilo"
+DEFAULT_INTERFACE = "kilo0"
+DEFAULT_PORT = 51820
+DEFAULT_SUBNET = "10.4.0.0/16"
+
+
+class Granularity(StrEnum):
+    """How tunnels are drawn (DESIGN section 4)."""
+
+    LOCATION = "location"
+    FULL = "full"
+    CROSS = "cross"
+
+
+class InternalIPs(StrEnum):
+    """What of the traffic between the hosts' internal IPs travels in the tunnels."""
+
+    OFF = "off"
+    """None of it."""
+    ROUTED = "routed"
+    """What goes to internal IPs of other segments."""
+    ENCRYPTED = "encrypted"
+    """The same, and nothing between nodes of two segments travels in clear."""
+
+
+class EncryptionStage(StrEnum):
+    """How far a node is with the switch to `encrypted`, as it reports it. No stage: none of it is in its kernel.
+
+    Each is reported once the kernel holds it, and given up before the kernel does (`topology.stages`).
+    """
+
+    ACCEPTS = "accepts"
+    """It takes what others send it through the tunnels, and begins to send so itself."""
+    SENDS = "sends"
+    """It also sends through the tunnel to all nodes that accept it, and refuses clear text of those that send so
+    too."""
+    LEAVES = "leaves"
+    """On the way back: it refuses nothing any more."""
+    STOPPED = "stopped"
+    """On the way back: it sends nothing so any more; it still takes it."""
+
+
+ACCEPTING = (EncryptionStage.ACCEPTS, EncryptionStage.SENDS)
+"""The stages of nodes that take part in `encrypted`."""
+
+
+class MeshSettings(NamedTuple):
+    """What holds for the mesh as a whole: written by the first agent, changed by operators."""
+
+    granularity: Granularity
+    subnets: tuple[IPNetwork, ...]
+    internal_ips: InternalIPs = InternalIPs.ROUTED
+
+
+class Encapsulate(StrEnum):
+    """How nodes of one location reach each other when they are not on one link (DESIGN section 4)."""
+
+    NEVER = "never"
+    CROSSSUBNET = "crosssubnet"
+    ALWAYS = "always"
+    WIREGUARD = "wireguard"

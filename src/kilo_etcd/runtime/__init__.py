@@ -1,0 +1,1 @@
+"""What the agent and `kgctl connect` share: applying plans, options, logging, lock and key files, discovery."""

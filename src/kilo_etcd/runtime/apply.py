@@ -1,0 +1,187 @@
+"""Brings one plan after the other to the kernel, the handshake order of new peers included.
+
+Only this module calls `Kernel.apply`. Between two plans it remembers which peers are new (`planning.handshake_order`);
+the rest are arguments. It decides nothing about the mesh and knows nothing of etcd.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
+
+import trio
+from attrs import evolve
+
+from kilo_etcd import kernel
+from kilo_etcd.kernel.state import SetPeer
+from kilo_etcd.model import IPAddress
+from kilo_etcd.model.hostplan import TAKEOVER_CHECK_KEEPALIVE, HostPlan
+from kilo_etcd.planning.handshake_order import MOST_TRIGGERED, begins, handshake_order, peered_since, promotions
+from kilo_etcd.topology import Topology
+
+DISCARD_PORT = 9
+"""RFC 863; whoever gets the packet may throw it away, since its arrival at the tunnel's far end is all it is for."""
+
+
+class PlanApplier:
+    """One host's kernel, as the reconciler uses it."""
+
+    def __init__(self, device: kernel.Kernel) -> None:
+        self.programmed: HostPlan | None = None
+        """What was last asked of the kernel: the plan, with first contacts in mind."""
+        self._device = device
+        self._since: Mapping[str, float] = {}
+        self._waiting: Mapping[str, int] = {}
+        self._due: float | None = None
+        self._topology: Topology | None = None
+        self._reset_session: set[str] = set()
+        self._proving: frozenset[str] = frozenset()
+        self._due_changed = trio.Event()
+
+    async def apply(self, plan: HostPlan, topology: Topology, *, standby: bool, fresh: bool) -> kernel.ApplyReport:
+        """Bring the kernel to `plan`, which was made of `topology`; a `standby` exchanges no packets with its peers.
+
+        KernelError if nothing can be programmed at all. `wait_due` says when to call again although nothing changed.
+        """
+        now = trio.current_time()
+        since = peered_since(self._since, plan, standby=standby, now=now)
+        order = handshake_order(
+            plan, topology.snapshot, since, self._waiting,
+            promoted=promotions(self._topology, topology), standby=standby, now=now,
+        )  # fmt: skip
+        wanted = self._with_takeover_checks(order.plan, plan, standby=standby)
+        silent = await self._silent(order.late.keys())
+        reset = silent | self._reset_session
+        report = await self._device.apply(wanted, fresh=fresh, reset=reset)
+        # Only an apply that succeeded is remembered: after an error the next one takes the same peers for new.
+        self._since, before, self.programmed = since, self.programmed, wanted
+        made = {change.public_key for change in report.changes if isinstance(change, SetPeer) and change.new}
+        self._reset_session = (self._reset_session - made) & wanted.peers.keys()
+        trigger_handshakes({**order.trigger, **{key: order.late[key] for key in silent}}.values())
+        if not standby:
+            trigger_handshakes(_told_of(report, order.plan, topology)[:MOST_TRIGGERED])
+            trigger_handshakes(moved(report, before, order.plan, topology, apart_from=reset)[:MOST_TRIGGERED])
+            remade = _remade(report, before, topology)
+            trigger_handshakes(remade if len(remade) <= MOST_TRIGGERED else ())
+        self._waiting, self._due, self._topology = order.waiting, order.due, topology
+        self._due_changed.set()
+        return report
+
+    async def silence(self, plan: HostPlan) -> None:
+        """Bring the kernel to `plan`, which has no peers; the next `apply` takes all peers for new. KernelError."""
+        await self._device.apply(plan, fresh=True)
+        self._since, self._waiting, self._due = {}, {}, None
+        self.programmed, self._topology = plan, None
+
+    def reset_session(self, keys: Collection[str]) -> None:
+        """Have the next `apply` make these peers anew: their sessions are dead, and others know where they are now."""
+        self._reset_session.update(keys)
+
+    def check_takeover(self, keys: Collection[str]) -> None:
+        """Have the next `apply`, and those after it, start handshakes with these peers although this host is a standby:
+        a handshake shows that it could lead. None: no more."""
+        wanted = frozenset(keys)
+        self._reset_session.update(wanted - self._proving)
+        self._proving = wanted
+
+    def _with_takeover_checks(self, programmed: HostPlan, plan: HostPlan, *, standby: bool) -> HostPlan:
+        # A peer with keepalive sends at once, and needs an endpoint, which a standby's peers do not get. A host
+        # that leads by now needs no takeover check.
+        takeover_checks = {
+            key: evolve(plan.peers[key], persistent_keepalive=TAKEOVER_CHECK_KEEPALIVE)
+            for key in self._proving & plan.peers.keys()
+            if standby or not plan.peers[key].in_use
+        }
+        return evolve(programmed, peers={**programmed.peers, **takeover_checks}) if takeover_checks else programmed
+
+    async def wait_due(self) -> None:
+        """Return when the last plan is to be applied again, read afresh, for the sake of new peers."""
+        while True:
+            await self._due_changed.wait()
+            self._due_changed = trio.Event()
+            if self._due is not None:
+                with trio.move_on_at(self._due):
+                    await self._due_changed.wait()
+                    continue
+                return
+
+    async def _silent(self, late: Collection[str]) -> frozenset[str]:
+        """Those of `late` that have had no handshake and must be reset.
+
+        Packets for a peer without an endpoint count as an attempt with some WireGuards, and the next one is five
+        seconds away; a peer that is new has made none.
+        """
+        if not late:
+            return frozenset()
+        observed = (await self._device.observe()).peers
+        return frozenset(key for key in late if key in observed and not observed[key].last_handshake)
+
+
+def _told_of(report: kernel.ApplyReport, plan: HostPlan, topology: Topology) -> list[IPAddress]:
+    """Mesh addresses of nodes that were just set to where others see them: both ends do so at about the same time."""
+    addresses: list[IPAddress] = []
+    for change in report.changes:
+        if isinstance(change, SetPeer) and change.endpoint is not None:
+            peer = plan.peers.get(change.public_key)
+            node = topology.snapshot.nodes.get(peer.name) if peer is not None and peer.observed else None
+            addresses += node.mesh_addresses[:1] if node is not None else ()
+    return addresses
+
+
+def moved(
+    report: kernel.ApplyReport,
+    before: HostPlan | None,
+    plan: HostPlan,
+    topology: Topology,
+    *,
+    apart_from: Collection[str] = (),
+) -> list[IPAddress]:
+    """Addresses of nodes and peers whose endpoint was just replaced, or set again, by the host of `plan`; not of those
+    that were reset for another reason (`apart_from`).
+
+    Until a packet goes there, the next one that comes from the former endpoint has WireGuard go back to that; the other
+    end, which does not know of the new one, would send from there forever.
+    """
+    addresses: list[IPAddress] = []
+    if before is None:
+        return addresses
+    own = topology.snapshot.nodes.get(plan.node)
+    for change in report.changes:
+        if not isinstance(change, SetPeer) or change.endpoint is None or (change.new and not change.reset):
+            continue
+        peer, former = plan.peers.get(change.public_key), before.peers.get(change.public_key)
+        if peer is None or former is None or peer.observed or former.observed or former.endpoint is None:
+            continue
+        if not peer.in_use or change.public_key in apart_from:
+            continue
+        node = topology.snapshot.nodes.get(peer.name)
+        if node is None or node.public_key != peer.public_key:
+            addresses += [network.network_address for network in peer.allowed_ips if network.num_addresses == 1][:1]
+        elif own is None or former.endpoint == peer.endpoint or begins(own, node, peer):
+            addresses += node.mesh_addresses[:1]
+    return addresses
+
+
+def _remade(report: kernel.ApplyReport, before: HostPlan | None, topology: Topology) -> list[IPAddress]:
+    """Mesh addresses of nodes that had to be made peers once more, since somebody took them or the whole device away.
+
+    They go on with a session that is lost here, and would not notice for fifteen seconds. Those that were reset on
+    purpose are not among them.
+    """
+    addresses: list[IPAddress] = []
+    for change in report.changes:
+        if isinstance(change, SetPeer) and change.new and not change.reset and before is not None:
+            peer = before.peers.get(change.public_key)
+            node = None if peer is None else topology.snapshot.nodes.get(peer.name)
+            addresses += node.mesh_addresses[:1] if node is not None else ()
+    return addresses
+
+
+def trigger_handshakes(addresses: Iterable[IPAddress]) -> None:
+    """Send each address one small packet, so that WireGuard starts its handshake now and not with the first packet of a
+    user."""
+    for address in addresses:
+        family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+        with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as out:
+            out.sendto(b"\0", (str(address), DISCARD_PORT))

@@ -1,0 +1,405 @@
+"""Which of the host's addresses is its internal IP, which its endpoint, and which location the host was born in.
+
+The rules are Kilo's: first what the host's name resolves to, then the interface of the default route, then the rest;
+the internal IP is a private address, or none where the host has none (it is then a segment of its own, and nothing
+crosses a public network in clear unless `--internal-cidr` says that it may); the endpoint is public where it can be.
+Beyond Kilo: container bridges are never taken by themselves, since docker0 is the same address on every host. The
+decision is pure and every choice comes with its reason; only `gather`, `etcd_networks` and `location_from_cloud_init`
+look at the host, and nothing here asks the network but the system's resolver.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+from collections.abc import Iterable
+from ipaddress import IPv6Address
+from pathlib import Path
+
+import trio
+from attrs import frozen
+
+from kilo_etcd import kernel
+from kilo_etcd.base import descriptors
+from kilo_etcd.etcd.api import Config
+from kilo_etcd.kernel.state import DefaultRoute, HostAddress, StaticRoute, ipip_name
+from kilo_etcd.model import DEFAULT_INTERFACE, DEFAULT_PORT, Endpoint, IPAddress, IPInterface, IPNetwork, is_public
+from kilo_etcd.runtime.config import AgentConfig
+from kilo_etcd.runtime.resolve import LOOKUP_TIMEOUT, endpoint_hosts, lookup, network_of
+from kilo_etcd.runtime.underlay import Reached, name_servers
+
+INSTANCE_DATA = Path("/run/cloud-init/instance-data.json")
+_MOST_BYTES = 8 * 2**20
+
+HOSTNAME_TIMEOUT = 2.0
+"""Seconds for looking up the host's own name, which normally is a matter of /etc/hosts: the agent's start waits."""
+
+_hostnames: dict[str, tuple[IPAddress, ...]] = {}
+"""The last answers for the host's own name."""
+
+_TUNNELS = frozenset({"ipip", "sit", "gre", "gretap", "ip6tnl", "ip6gre", "wireguard", "tun", "vxlan", "geneve", "vti"})
+_VIRTUAL = _TUNNELS | {"bridge", "veth", "dummy", "openvswitch"}
+# fmt: off
+_CONTAINERS = (
+    "docker", "br-", "veth", "virbr", "cni", "flannel", "cali", "cilium", "lxc", "lxdbr", "incusbr", "podman", "kube-",
+    "nodelocaldns", "weave", "vnet",
+)
+# fmt: on
+
+
+_SHORTEST = {4: 8, 6: 7}
+"""Prefix lengths below which a static route is a part of a default route, as VPNs split it."""
+
+
+@frozen(kw_only=True)
+class HostFacts:
+    """What was found on the host: the addresses in the kernel's order, default routes with the lowest metric first."""
+
+    hostname: str = ""
+    resolved: tuple[IPAddress, ...] = ()
+    """What the host's name resolves to, in the resolver's order."""
+    addresses: tuple[HostAddress, ...] = ()
+    default_routes: tuple[DefaultRoute, ...] = ()
+    static_routes: tuple[StaticRoute, ...] = ()
+    name_servers: tuple[IPAddress, ...] = ()
+    """Those in use, by resolv.conf."""
+    own_interface: str = DEFAULT_INTERFACE
+
+    def underlay(self) -> tuple[IPNetwork, ...]:
+        """The networks that the host's own packets travel on: those it is attached to, and its default gateways.
+
+        Tunnels and container bridges are left out, unless the default route goes there.
+        """
+        stood_in = [item.address.network for item in self._stands_at()]
+        gateways = [network_of(route.gateway) for route in self.default_routes if route.gateway is not None]
+        return tuple(dict.fromkeys((*stood_in, *gateways)))
+
+    def reached(self, etcd: Iterable[IPNetwork]) -> Reached:
+        """What the host reaches over its own links, containers, tunnels and static routes included, and these addresses
+        of etcd."""
+        links = [item for item in self.addresses if _usable(item, self.own_interface, ())]
+        gateways = [route.gateway for route in self.default_routes if route.gateway is not None]
+        lasting: list[IPNetwork] = []
+        passing: list[IPNetwork] = []
+        for item in links:
+            (passing if _comes_and_goes(item) else lasting).append(item.address.network)
+        for route in self.static_routes:
+            if route.destination.prefixlen < _SHORTEST[route.destination.version]:
+                continue
+            if route.interface not in (self.own_interface, ipip_name(self.own_interface), "lo"):
+                comes_and_goes = route.interface.startswith(_CONTAINERS) or route.kind in _TUNNELS
+                (passing if comes_and_goes else lasting).append(route.destination)
+        lasting += map(network_of, (*gateways, *self.name_servers))
+        return Reached(tuple(lasting), (*passing, *etcd))
+
+    def sources(self) -> tuple[IPAddress, ...]:
+        """The host's own addresses there: others call it at these."""
+        return tuple(dict.fromkeys(item.address.ip for item in self._stands_at()))
+
+    def _stands_at(self) -> list[HostAddress]:
+        ways = {route.interface for route in self.default_routes}
+        return [
+            item
+            for item in self.addresses
+            if _usable(item, self.own_interface, ()) and (item.interface in ways or not _comes_and_goes(item))
+        ]
+
+    def families(self) -> frozenset[int]:
+        """The families in which the host has a way to others: those of its default routes, or else of its networks."""
+        return frozenset(route.family for route in self.default_routes) or frozenset(
+            network.version for network in self.underlay()
+        )
+
+    def overlaps(self, subnets: Iterable[IPNetwork]) -> tuple[str, ...]:
+        """A sentence for each address of the operator's whose network has addresses in common with the mesh."""
+        subnets = tuple(subnets)
+        return tuple(
+            f"{item.interface} has the address {item.address}, whose network overlaps the mesh's subnet {subnet}; it "
+            "was left alone, and mesh addresses in it may not be reached from here: use another network there"
+            for item in self.addresses
+            if item.interface not in (self.own_interface, ipip_name(self.own_interface))
+            for subnet in subnets
+            if subnet.version == item.address.version and item.address.network.overlaps(subnet)
+        )
+
+
+@frozen(kw_only=True)
+class Chosen:
+    """The node's internal IPs (at most one per family) and endpoints, and a sentence on each choice for the log."""
+
+    internal_ips: tuple[IPInterface, ...] = ()
+    endpoint: Endpoint | None = None
+    more_endpoints: tuple[Endpoint, ...] = ()
+    """In the families that `endpoint` is not in."""
+    reasons: tuple[str, ...] = ()
+
+
+@frozen(kw_only=True)
+class _Candidate:
+    address: IPInterface
+    interface: str
+    why: str
+    order: tuple[int, ...]
+    container: bool
+
+    @property
+    def public(self) -> bool:
+        return is_public(self.address.ip)
+
+
+def choose(facts: HostFacts, config: AgentConfig) -> Chosen:
+    """What this agent registers, as its flags would have it."""
+    return choose_addresses(
+        facts,
+        port=config.port,
+        subnets=config.subnets,
+        internal_cidrs=config.internal_cidrs,
+        prioritise_private=config.prioritise_private,
+        forced_endpoint=config.endpoint,
+    )
+
+
+def choose_addresses(
+    facts: HostFacts,
+    *,
+    port: int = DEFAULT_PORT,
+    subnets: Iterable[IPNetwork] = (),
+    internal_cidrs: Iterable[IPNetwork] = (),
+    prioritise_private: bool = False,
+    forced_endpoint: Endpoint | None = None,
+) -> Chosen:
+    """The internal IP of each family and the endpoint, each with its reason.
+
+    `subnets` are the mesh's: an address within them is never taken. `internal_cidrs` limits the internal IPs to
+    these networks, and lets public addresses and those of container bridges count when they are within.
+    """
+    candidates = _candidates(facts, tuple(subnets))
+    cidrs = tuple(internal_cidrs)
+    internal: list[IPInterface] = []
+    reasons: list[str] = []
+    for family in (4, 6):
+        of_family = [candidate for candidate in candidates if candidate.address.version == family]
+        if cidrs:
+            fit = sorted(
+                (candidate for candidate in of_family if any(_within(candidate.address, cidr) for cidr in cidrs)),
+                key=lambda candidate: candidate.public,
+            )
+            because = "the first within --internal-cidr"
+        else:
+            fit = [candidate for candidate in of_family if not candidate.public and not candidate.container]
+            because = "the first private address"
+        if fit:
+            internal.append(fit[0].address)
+            reasons.append(
+                f"internal IP {fit[0].address} ({fit[0].why}, on {fit[0].interface}): {because} of {_of(fit, family)}"
+            )
+    if not internal:
+        reasons.append(_no_internal(candidates, cidrs))
+    endpoint, reason = _endpoint(candidates, port, prioritise_private, forced_endpoint)
+    reasons.append(reason)
+    more = []
+    for further in _further(facts, candidates, prioritise_private, endpoint):
+        more.append(Endpoint(further.address.ip, port))
+        reasons.append(
+            f"further endpoint {more[-1]} ({further.why}, on {further.interface}): for those who share "
+            f"IPv{further.address.version} with this host"
+        )
+    return Chosen(internal_ips=tuple(internal), endpoint=endpoint, more_endpoints=tuple(more), reasons=tuple(reasons))
+
+
+def _endpoint(
+    candidates: list[_Candidate], port: int, prioritise_private: bool, forced: Endpoint | None
+) -> tuple[Endpoint | None, str]:
+    if forced is not None:
+        return forced, f"endpoint {forced}: --endpoint says so"
+    reachable = [candidate for candidate in candidates if not candidate.container]
+    public = [candidate for candidate in reachable if candidate.public]
+    private = [candidate for candidate in reachable if not candidate.public]
+    first, second = (private, public) if prioritise_private else (public, private)
+    if not reachable:
+        return None, "no endpoint: the host has no address that others could reach; set --endpoint where it has one"
+    best = (first or second)[0]
+    endpoint = Endpoint(best.address.ip, port)
+    chosen = f"endpoint {endpoint} ({best.why}, on {best.interface})"
+    if best.public:
+        return endpoint, f"{chosen}: the first public address"
+    if prioritise_private:
+        return endpoint, f"{chosen}: the first private address, as --prioritise-private-addresses wants"
+    return (
+        endpoint,
+        f"{chosen}: the first private address, since there is no public one; if others are to reach this host through "
+        "a forwarded port, set --endpoint or the annotation force-endpoint",
+    )
+
+
+def _further(
+    facts: HostFacts, candidates: list[_Candidate], prioritise_private: bool, first: Endpoint | None
+) -> Iterable[_Candidate]:
+    """The best of each family that `first` is not in. A private one counts only if the host has a default route."""
+    ways = {route.family for route in facts.default_routes}
+    for family in (4, 6):
+        if first is None or (first.address is not None and first.address.version == family):
+            continue
+        fit = [
+            candidate
+            for candidate in candidates
+            if candidate.address.version == family and not candidate.container and (candidate.public or family in ways)
+        ]
+        if fit:
+            yield min(fit, key=lambda candidate: candidate.public is prioritise_private)
+
+
+def _no_internal(candidates: list[_Candidate], cidrs: tuple[IPNetwork, ...]) -> str:
+    if cidrs:
+        return f"no internal IP: no address is within --internal-cidr {','.join(map(str, cidrs))}"
+    if any(candidate.container and not candidate.public for candidate in candidates):
+        return "no internal IP: the only private addresses are those of container bridges (--internal-cidr allows one)"
+    return "no internal IP: the host has no private address, so it is a segment of its own (--internal-cidr allows one)"
+
+
+def _of(fit: list[_Candidate], family: int) -> str:
+    return f"{len(fit)} in IPv{family}" if len(fit) > 1 else f"IPv{family}"
+
+
+def _candidates(facts: HostFacts, subnets: tuple[IPNetwork, ...]) -> list[_Candidate]:
+    """All addresses that can be meant, best first."""
+    usable = [item for item in facts.addresses if _usable(item, facts.own_interface, subnets)]
+    first_way = {
+        family: next((route.interface for route in _by_metric(facts.default_routes) if route.family == family), None)
+        for family in (4, 6)
+    }
+    # A single answer is somebody's decision (/etc/hosts, DNS); several are nss-myhostname listing every interface.
+    here = {
+        family: [item for item in usable if item.address.version == family and item.address.ip in facts.resolved]
+        for family in (4, 6)
+    }
+    result = []
+    for position, item in enumerate(usable):
+        family = item.address.version
+        on_way = item.interface == first_way[family]
+        named = item in here[family]
+        decided = named and len(here[family]) == 1
+        virtual = not on_way and not decided and (item.kind in _VIRTUAL or _is_container(item))
+        if named:
+            tier, why = 0, f"what {facts.hostname or 'the host name'} resolves to"
+        elif on_way:
+            tier, why = 1, "on the default route's interface"
+        else:
+            tier, why = 2, "on another interface"
+        asked = facts.resolved.index(item.address.ip) if named else 0
+        order = (virtual, item.deprecated, item.temporary, tier, family == 6, asked, position)
+        result.append(
+            _Candidate(
+                address=item.address,
+                interface=item.interface,
+                why=why,
+                order=tuple(map(int, order)),
+                container=_is_container(item) and not on_way,
+            )
+        )
+    return sorted(result, key=lambda candidate: candidate.order)
+
+
+def _by_metric(routes: Iterable[DefaultRoute]) -> list[DefaultRoute]:
+    return sorted(routes, key=lambda route: route.metric)
+
+
+def _usable(item: HostAddress, own_interface: str, subnets: tuple[IPNetwork, ...]) -> bool:
+    ip = item.address.ip
+    if not item.up or item.interface == own_interface or item.kind == "ipip" or item.interface.startswith("tunl"):
+        return False
+    if ip.is_loopback or ip.is_link_local or ip.is_multicast or ip.is_unspecified:
+        return False
+    if isinstance(ip, IPv6Address) and (ip.ipv4_mapped is not None or ip.is_site_local):
+        return False
+    return not any(_within(item.address, subnet) for subnet in subnets)
+
+
+def _is_container(item: HostAddress) -> bool:
+    return item.interface.startswith(_CONTAINERS)
+
+
+def _comes_and_goes(item: HostAddress) -> bool:
+    """Whether it is an address of a container bridge or of a tunnel."""
+    return _is_container(item) or item.kind in _TUNNELS
+
+
+def _within(address: IPInterface, network: IPNetwork) -> bool:
+    return address.version == network.version and address.ip in network
+
+
+# -- looking at the host ------------------------------------------------------------------------------------------
+
+
+async def gather(config: AgentConfig) -> HostFacts:
+    """The host as it is now. A name that does not resolve is no error, it decides nothing."""
+    resolved = await _resolve_hostname(config.hostname)
+    host_addresses = await kernel.list_addresses()
+    return HostFacts(
+        hostname=config.hostname,
+        resolved=resolved,
+        addresses=host_addresses.addresses,
+        default_routes=host_addresses.default_routes,
+        static_routes=host_addresses.static_routes,
+        name_servers=name_servers(),
+        own_interface=config.interface,
+    )
+
+
+async def _resolve_hostname(hostname: str) -> tuple[IPAddress, ...]:
+    # A nameserver that is away for a moment must not make the host change its internal IP: only an answer counts,
+    # and that there is no such name is one.
+    with trio.move_on_after(HOSTNAME_TIMEOUT):
+        try:
+            _hostnames[hostname] = await lookup(hostname)
+        except socket.gaierror as error:
+            if error.errno == socket.EAI_NONAME and descriptors.exhausted() is None:
+                _hostnames.pop(hostname, None)
+        except OSError:
+            pass
+    return _hostnames.get(hostname, ())
+
+
+async def etcd_networks(etcd: Config) -> tuple[IPNetwork, ...]:
+    """The addresses of etcd's endpoints as networks of one address; names that do not resolve now are left out."""
+    networks: list[IPNetwork] = []
+
+    async def find(name: str) -> None:
+        with trio.move_on_after(LOOKUP_TIMEOUT), contextlib.suppress(OSError):
+            networks.extend(map(network_of, await lookup(name)))
+
+    async with trio.open_nursery() as nursery:
+        for host in endpoint_hosts(etcd.endpoints):
+            if isinstance(host, str):
+                nursery.start_soon(find, host)
+            else:
+                networks.append(network_of(host))
+    return tuple(dict.fromkeys(networks))
+
+
+def location_from_cloud_init(path: Path = INSTANCE_DATA) -> tuple[str | None, str]:
+    """The region that cloud-init recorded on the host (`v1.region`), and a sentence on where it comes from or why not.
+
+    OutOfDescriptors if it cannot be opened for want of one: that says nothing on where the host is.
+
+    Read from the world-readable, redacted file of this boot; what cloud-init keeps under /var/lib/cloud is a pickle,
+    which nobody should load.
+    """
+    try:
+        with path.open("rb") as file:
+            raw = file.read(_MOST_BYTES)
+        data = json.loads(raw)
+    except FileNotFoundError:
+        return None, f"no location from cloud-init: there is no {path}"
+    except OSError as error:
+        if (short := descriptors.shortage(error)) is not None:
+            raise descriptors.OutOfDescriptors(f"{path} cannot be read: {short}") from None
+        return None, f"no location from cloud-init: {path} cannot be read: {error.strerror}"
+    except (ValueError, RecursionError):
+        return None, f"no location from cloud-init: {path} is not JSON"
+    standard = data.get("v1") if isinstance(data, dict) else None
+    region = standard.get("region") if isinstance(standard, dict) else None
+    if not isinstance(region, str) or not region.strip() or not region.isprintable():
+        return None, f"no location from cloud-init: {path} has no v1.region"
+    return region.strip(), f"cloud-init's region (v1.region in {path})"

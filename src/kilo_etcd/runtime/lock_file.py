@@ -1,0 +1,60 @@
+"""One agent per host: two would undo each other's work forever, since both know their routes by the same number.
+
+The claim is a lock on a file that the kernel lets go of when its process ends, however it ends. A host is a network
+namespace: its number is part of the file's name, since namespaces may share a file system. Where no such file can be
+made the agent runs without.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from kilo_etcd.base import descriptors
+
+RUNTIME_DIR = Path("/run/kilo-etcd")
+
+
+class AlreadyRunning(Exception):
+    """Another one runs here; the message is one sentence for the operator."""
+
+
+@contextmanager
+def agent_lock(directory: Path = RUNTIME_DIR) -> Iterator[None]:
+    """Be the only agent of this network namespace while in the block. AlreadyRunning if there is one;
+    OutOfDescriptors if that cannot be found out."""
+    with exclusive_lock(
+        "agent",
+        "an agent runs on this host already{}; stop it first, for instance with `systemctl stop kilo-etcd`",
+        directory,
+    ):
+        yield
+
+
+@contextmanager
+def exclusive_lock(what: str, refusal: str, directory: Path = RUNTIME_DIR) -> Iterator[None]:
+    """Hold `what`, a name, alone in this network namespace while in the block. AlreadyRunning, with `refusal` as the
+    sentence in which `{}` names the process, if another one holds it."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / f"{what}.{os.stat('/proc/self/ns/net').st_ino}.lock"
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        if (short := descriptors.shortage(error)) is not None:
+            raise descriptors.OutOfDescriptors(f"it cannot be seen whether another agent runs here: {short}") from None
+        yield
+        return
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.pread(handle, 20, 0).decode(errors="replace").strip()
+            raise AlreadyRunning(refusal.replace("{}", f" (process {owner})" if owner.isdigit() else "")) from None
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(handle)

@@ -1,0 +1,386 @@
+"""The command-line flags of `kg` and, for what they share, of `kgctl`: their names, environment and meaning.
+
+One table holds the agent's flags and one holds etcd's (named and read as etcdctl does); the click decorators, the
+unit's environment file and its test are all made from the tables, so a flag cannot exist in one place only.
+Checking is done by `AgentConfig.build` and `etcd_config`. Passwords are never shown in help or errors.
+"""
+
+from __future__ import annotations
+
+import functools
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import click
+from attrs import frozen
+
+from kilo_etcd.base.quoting import shown_path
+from kilo_etcd.etcd.api import Config, Tls
+from kilo_etcd.model import (
+    DEFAULT_INTERFACE,
+    DEFAULT_PORT,
+    DEFAULT_PREFIX,
+    DEFAULT_SUBNET,
+    Encapsulate,
+    Granularity,
+    InternalIPs,
+)
+from kilo_etcd.runtime.config import (
+    DEFAULT_LISTEN,
+    DEFAULT_STATE_DIR,
+    LOG_LEVELS,
+    AgentConfig,
+    ListenAddress,
+    Probe,
+    WireGuardKind,
+    environment_name,
+    parse_duration,
+    parse_prefix,
+    read,
+)
+
+__all__ = [
+    "AgentConfig",
+    "Flag",
+    "ListenAddress",
+    "WireGuardKind",
+    "agent_flags",
+    "agent_options",
+    "all_flags",
+    "etcd_and_prefix",
+    "etcd_config",
+    "etcd_flags",
+    "etcd_options",
+    "etcd_values",
+    "prefix_option",
+]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@frozen(kw_only=True)
+class Flag:
+    """One flag: its name, its environment variable, its default as an operator would write it, and its help."""
+
+    name: str
+    env: str
+    default: str
+    help: str
+    switch: bool = False
+    """It takes no value; in the environment write true or false."""
+    negative: str = ""
+    """The name that turns a switch off."""
+    several: bool = False
+    """It may be given several times."""
+    choices: tuple[str, ...] = ()
+    secret: bool = False
+
+    @property
+    def parameter(self) -> str:
+        """The name under which click passes it on."""
+        return self.name.removeprefix("--").replace("-", "_")
+
+
+def _flag(name: str, default: str, help: str, **rest: Any) -> Flag:
+    return Flag(name=name, env=environment_name(name), default=default, help=help, **rest)
+
+
+_PREFIX = _flag("--prefix", DEFAULT_PREFIX, "The prefix in etcd under which the mesh lives.")
+
+_AGENT = (
+    _flag("--hostname", "", "The node's name in the mesh (default: the system's host name)."),
+    _flag(
+        "--location", "", "The node's location, unless a label in etcd overrides it (default: cloud-init's region)."
+    ),
+    _flag("--interface", DEFAULT_INTERFACE, "The WireGuard interface."),
+    _flag("--port", str(DEFAULT_PORT), "The UDP port of WireGuard."),
+    _flag(
+        "--mesh-granularity",
+        "",
+        "How segments are formed, if etcd has no setting yet (default: location).",
+        choices=tuple(Granularity),
+    ),
+    _flag(
+        "--internal-ips",
+        "",
+        "Which traffic to the hosts' internal IPs travels in the tunnels, if etcd has no setting yet "
+        "(default: routed).",
+        choices=tuple(InternalIPs),
+    ),
+    _flag(
+        "--clear",
+        "",
+        "Traffic with other nodes that stays in clear under internal-ips=encrypted, such as "
+        "tcp/22@10.0.0.0/24 (PROTOCOL[/PORT]@NETWORK); several times or comma-separated.",
+        several=True,
+    ),
+    _flag(
+        "--subnet",
+        "",
+        "The network of the mesh addresses, if etcd has no setting yet; one per family, comma-separated "
+        f"(default: {DEFAULT_SUBNET}).",
+    ),
+    _flag(
+        "--renumber",
+        "false",
+        "At the start, replace a mesh address outside etcd's mesh/subnets by one within.",
+        switch=True,
+    ),
+    _flag(
+        "--encapsulate",
+        Encapsulate.CROSSSUBNET.value,
+        "When packets between nodes of one location are encapsulated.",
+        choices=tuple(Encapsulate),
+    ),
+    _flag("--mtu", "auto", "The MTU of the WireGuard interface: auto or a number of bytes."),
+    _flag(
+        "--internal-cidr",
+        "",
+        "Only addresses within this network may be the internal IP; several times or comma-separated.",
+        several=True,
+    ),
+    _flag(
+        "--prioritise-private-addresses",
+        "false",
+        "Prefer a private address to a public one for the endpoint.",
+        switch=True,
+    ),
+    _flag("--endpoint", "", "The host:port at which other locations reach this node (default: discovered)."),
+    _flag("--persistent-keepalive", "0", "Seconds between keepalives to this node's peers; 0 is off."),
+    _flag("--resync-period", "30s", "How often the kernel is compared with the plan, whatever else happens."),
+    _flag(
+        "--clean-up",
+        "false",
+        "On stopping, leave the mesh and remove everything that the agent made.",
+        switch=True,
+        negative="--no-clean-up",
+    ),
+    _flag(
+        "--probe",
+        Probe.AUTO.value,
+        "Whether this host probes leaders and members of its location, and reports in etcd if "
+        "packets do not get through.",
+        choices=tuple(Probe),
+    ),
+    _flag(
+        "--forward-rules",
+        "false",
+        "Let forwarded mesh traffic through the forward chains that drop it: docker's, firewalld's, any other's.",
+        switch=True,
+        negative="--no-forward-rules",
+    ),
+    _flag(
+        "--dns-hosts",
+        "false",
+        "Keep the names of all nodes and peers in /etc/hosts: NAME.mesh, and NAME where nothing else has it.",
+        switch=True,
+        negative="--no-dns-hosts",
+    ),
+    _flag(
+        "--wireguard",
+        WireGuardKind.AUTO.value,
+        "Which WireGuard to use; auto takes the kernel's if there is one.",
+        choices=tuple(WireGuardKind),
+    ),
+    _flag("--userspace-command", "wireguard-go", "The userspace WireGuard to start if one is needed."),
+    _PREFIX,
+    _flag("--lease-ttl", "5s", "How long a silent leader keeps its place; at least 2s, in whole seconds."),
+    _flag("--forget-after", "24h", "How long a node that is gone stays a member."),
+    _flag("--state-dir", DEFAULT_STATE_DIR, "Where the private key and the cached snapshot are kept."),
+    _flag("--listen", DEFAULT_LISTEN, "Where /metrics and /health are served; :1107 is everywhere, off is nowhere."),
+    _flag("--log-level", "info", "The lowest level that is logged.", choices=(*LOG_LEVELS, "all", "warn")),
+    _flag("--dry-run", "false", "Print what would be changed, change nothing, and end.", switch=True),
+)  # fmt: skip
+
+
+def _etcd(name: str, default: str, help: str, **rest: Any) -> Flag:
+    return Flag(name=name, env="ETCDCTL_" + name[2:].replace("-", "_").upper(), default=default, help=help, **rest)
+
+
+_ETCD = (
+    _etcd("--endpoints", "127.0.0.1:2379", "etcd's endpoints, comma-separated: host:port, http://... or https://..."),
+    _etcd("--cacert", "", "The CA that signed etcd's certificates, PEM (default: the system's)."),
+    _etcd("--cert", "", "The client certificate, PEM."),
+    _etcd("--key", "", "The private key of the client certificate, PEM."),
+    _etcd("--user", "", "The etcd user, as name[:password].", secret=True),
+    _etcd("--password", "", "The etcd user's password; better given in the environment.", secret=True),
+    _etcd("--insecure-skip-tls-verify", "false", "Do not verify etcd's certificate (for tests only).", switch=True),
+    _etcd("--dial-timeout", "2s", "How long one attempt to connect may take."),
+    _etcd("--command-timeout", "5s", "How long one call may take, all attempts together."),
+)  # fmt: skip
+
+
+def agent_flags() -> Iterator[Flag]:
+    """The flags of `kg`, etcd's not among them, in the order of its help."""
+    yield from _AGENT
+
+
+def etcd_flags() -> Iterator[Flag]:
+    """etcd's flags, in the order of the help."""
+    yield from _ETCD
+
+
+def all_flags() -> Iterator[Flag]:
+    """Every flag of `kg`: what the unit's environment file may set."""
+    yield from _ETCD
+    yield from _AGENT
+
+
+def agent_options(command: F) -> F:
+    """Give a click command all flags of `kg`, etcd's among them; it is called with `config`, an AgentConfig."""
+
+    def build(values: dict[str, Any]) -> AgentConfig:
+        etcd = etcd_config(**{flag.parameter: values.pop(flag.parameter) for flag in _ETCD})
+        values["hostname"] = values["hostname"] or socket.gethostname()
+        return AgentConfig.build(**values, etcd=etcd)
+
+    return _with_flags(command, (*_ETCD, *_AGENT), "config", build)
+
+
+def etcd_options(command: F) -> F:
+    """Give a click command etcd's flags; it is called with `etcd`, an `etcd.Config`."""
+    return _with_flags(command, _ETCD, "etcd", lambda values: etcd_config(**values))
+
+
+def prefix_option(command: F) -> F:
+    """Give a click command `--prefix`; it is called with `prefix`, checked. `agent_options` has it already."""
+    return _with_flags(
+        command, (_PREFIX,), "prefix", lambda values: read("--prefix", lambda: parse_prefix(values["prefix"]))
+    )
+
+
+def etcd_config(
+    *,
+    endpoints: str = "127.0.0.1:2379",
+    cacert: str = "",
+    cert: str = "",
+    key: str = "",
+    user: str = "",
+    password: str = "",
+    insecure_skip_tls_verify: bool = False,
+    dial_timeout: str = "2s",
+    command_timeout: str = "5s",
+) -> Config:
+    """How to reach etcd, from the flags' texts. click.BadParameter with one sentence where one is wrong."""
+    urls = _read("--endpoints", lambda: _endpoints(endpoints))
+    for flag, path in (("--cacert", cacert), ("--cert", cert), ("--key", key)):
+        _read(flag, functools.partial(_check_file, path))
+    if bool(cert) != bool(key):
+        given, missing = ("--cert", "--key") if cert else ("--key", "--cert")
+        raise click.UsageError(f"{given} is given but {missing} is not; a client certificate needs both.")
+    tls_wanted = cacert or cert or insecure_skip_tls_verify or any(url.startswith("https://") for url in urls)
+    call_timeout = _read("--command-timeout", lambda: _positive(command_timeout))
+    name, secret = _user(user, password)
+    return Config(
+        endpoints=urls,
+        tls=Tls(ca=cacert or None, cert=cert or None, key=key or None, insecure_skip_verify=insecure_skip_tls_verify)
+        if tls_wanted
+        else None,
+        user=name,
+        password=secret,
+        dial_timeout=_read("--dial-timeout", lambda: _positive(dial_timeout)),
+        call_timeout=call_timeout,
+        attempt_timeout=min(Config().attempt_timeout, call_timeout),
+    )
+
+
+def etcd_and_prefix(context: click.Context) -> tuple[Config, str]:
+    """What `etcd_options` and `prefix_option` would call a command with, from a context that has parsed its flags only,
+    as for shell completion. click.UsageError."""
+    return etcd_config(**etcd_values(context)), parse_prefix(context.params[f"_prefix_{_PREFIX.parameter}"])
+
+
+def etcd_values(context: click.Context) -> dict[str, Any]:
+    """What was given for etcd's flags, as `etcd_config` takes it, from the context of a command with `etcd_options`."""
+    return {flag.parameter: context.params[f"_etcd_{flag.parameter}"] for flag in _ETCD}
+
+
+def _with_flags(command: F, flags: tuple[Flag, ...], argument: str, build: Callable[[dict[str, Any]], Any]) -> F:
+    # Parameters travel under names of their own, so that a command may have an argument called `key` or `prefix`.
+    own = {f"_{argument}_{flag.parameter}": flag.parameter for flag in flags}
+
+    @functools.wraps(command)
+    def folded(*args: Any, **kwargs: Any) -> Any:
+        values = {parameter: kwargs.pop(passed) for passed, parameter in own.items()}
+        kwargs[argument] = build(values)
+        return command(*args, **kwargs)
+
+    decorated: Any = folded
+    for flag in reversed(flags):
+        decorated = _option(flag, f"_{argument}_{flag.parameter}")(decorated)
+    result: F = decorated
+    return result
+
+
+def _option(flag: Flag, passed_as: str) -> Callable[[Any], Any]:
+    common: dict[str, Any] = {"envvar": flag.env, "show_envvar": True, "help": flag.help}
+    if flag.switch:
+        names = f"{flag.name}/{flag.negative}" if flag.negative else flag.name
+        return click.option(names, passed_as, is_flag=True, default=flag.default == "true", **common)
+    if flag.several:
+        return click.option(flag.name, passed_as, multiple=True, **common)
+    # The choices are not click's own: an environment's bad value gets the same one sentence as every other flag.
+    if flag.choices:
+        common["metavar"] = "|".join(flag.choices)
+    shown = bool(flag.default) and not flag.secret
+    return click.option(flag.name, passed_as, default=flag.default, show_default=shown, **common)
+
+
+def _read(flag: str, parse: Callable[[], Any]) -> Any:
+    return read(flag, parse, env="ETCDCTL_" + flag[2:].replace("-", "_").upper())
+
+
+def _endpoints(text: str) -> tuple[str, ...]:
+    urls = tuple(item.strip().rstrip("/") for item in text.split(",") if item.strip())
+    if not urls:
+        raise ValueError("no endpoint is given; write for instance 127.0.0.1:2379")
+    write = "write host:port, http://host:port or https://host:port"
+    if "@" in text:
+        # Nothing of it is repeated: a password may have commas and slashes in it.
+        raise ValueError(f"an etcd endpoint has no user and no password in it, which --user is for; {write}")
+    for url in urls:
+        try:
+            parts = urlsplit(url if "://" in url else f"//{url}")
+            sound = bool(parts.hostname) and parts.scheme in ("", "http", "https") and parts.port != 0
+            sound = sound and not (parts.path or parts.query or parts.fragment)
+        except ValueError:
+            sound = False
+        if not sound:
+            raise ValueError(f"{url!r} is no etcd endpoint; {write}")
+    return urls
+
+
+def _check_file(path: str) -> None:
+    if not path:
+        return
+    try:
+        with Path(path).open("rb"):
+            pass
+    except OSError as error:
+        raise ValueError(f"{shown_path(path)!r} cannot be read: {error.strerror}") from None
+
+
+def _positive(text: str) -> float:
+    seconds = parse_duration(text)
+    if seconds <= 0:
+        raise ValueError(f"{text!r} is no timeout; give more than 0s")
+    return seconds
+
+
+def _user(user: str, password: str) -> tuple[str | None, str | None]:
+    """etcdctl's rule: with a password of its own the user is taken whole, else it is split at the first colon."""
+    if not user:
+        if password:
+            raise click.UsageError("--password (ETCDCTL_PASSWORD) is given without --user (ETCDCTL_USER).")
+        return None, None
+    if password:
+        return user, password
+    name, colon, secret = user.partition(":")
+    if not colon or not secret or not name:
+        raise click.UsageError(
+            "the etcd user has no password; give --user name:password or set ETCDCTL_PASSWORD in the environment."
+        )
+    return name, secret

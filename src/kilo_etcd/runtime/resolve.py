@@ -1,0 +1,298 @@
+"""Endpoints that are DNS names: looked up again and again, so that a plan holds addresses only.
+
+Each name has a task and a deadline of its own, so that one that hangs or fails delays no other; what fails is tried
+again sooner and keeps its last good addresses. As long as the address in use is among the answers it stays in use:
+a name with several addresses in changing order must not move a peer back and forth. `resolve_plan` is pure.
+"""
+
+from __future__ import annotations
+
+import random
+import socket
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from ipaddress import ip_address, ip_network
+from types import MappingProxyType
+from typing import TypeAlias
+from urllib.parse import urlsplit
+
+import trio
+from attrs import evolve, frozen
+
+from kilo_etcd.base import descriptors
+from kilo_etcd.model import Endpoint, IPAddress, IPNetwork
+from kilo_etcd.model.hostplan import HostPlan, Problem
+from kilo_etcd.runtime.logs import Once, get_logger
+
+PERIOD = 30.0
+"""Seconds between two look-ups of a name that answers."""
+LOOKUP_TIMEOUT = 5.0
+"""Seconds for one look-up."""
+FIRST_RETRY = 1.0
+"""Seconds until a failed look-up is tried again; doubled each time, up to the period."""
+JITTER = 0.2
+"""By how much, in parts of itself, a wait is longer or shorter: hosts that were started together ask one by one."""
+
+Lookup: TypeAlias = Callable[[str], Awaitable[tuple[IPAddress, ...]]]
+Table: TypeAlias = Mapping[str, tuple[IPAddress, ...]]
+Reasons: TypeAlias = Mapping[str, str]
+"""Name -> why it has no address."""
+_NO_REASONS: Reasons = MappingProxyType({})
+
+_limiter: trio.lowlevel.RunVar[trio.CapacityLimiter] = trio.lowlevel.RunVar("resolver threads")
+_THREADS = 32
+
+
+async def lookup(name: str) -> tuple[IPAddress, ...]:
+    """The addresses of a name, in the system resolver's order. OSError where there are none. Cancellable at once."""
+    # Threads of its own: a resolver that hangs must not use up those that program the kernel.
+    try:
+        limiter = _limiter.get()
+    except LookupError:
+        limiter = trio.CapacityLimiter(_THREADS)
+        _limiter.set(limiter)
+    try:
+        answers = await trio.to_thread.run_sync(_getaddrinfo, name, abandon_on_cancel=True, limiter=limiter)
+    except UnicodeError:
+        raise OSError(f"{name!r} is no DNS name") from None
+    addresses = []
+    for _, _, _, _, address in answers:
+        host = str(address[0])
+        # An address with a zone (fe80::1%eth0) means something on this link only.
+        if "%" not in host:
+            addresses.append(ip_address(host))
+    if not addresses:
+        raise OSError("the answer holds no address")
+    return tuple(dict.fromkeys(addresses))
+
+
+def _getaddrinfo(name: str) -> list[tuple[object, object, object, object, tuple[object, ...]]]:
+    return list(socket.getaddrinfo(name, None, type=socket.SOCK_DGRAM))
+
+
+def resolve_plan(
+    plan: HostPlan, table: Table, failed: Reasons = _NO_REASONS, families: Collection[int] = ()
+) -> HostPlan:
+    """The plan with addresses in place of names; the same object where it has no names.
+
+    A peer whose name is not in the table loses its endpoint (it stays reachable when it calls first), and is named in
+    a Problem if its name is among those that `failed`; else the answer is still on its way. `families` are those in
+    which the host reaches others: an address of another helps nobody; none given means that it is not known.
+    """
+    replaced = {}
+    problems = []
+    for key, peer in plan.peers.items():
+        endpoint = peer.endpoint
+        if endpoint is None or not isinstance(endpoint.host, str):
+            continue
+        addresses = table.get(endpoint.host)
+        fit = next((address for address in addresses or () if not families or address.version in families), None)
+        replaced[key] = evolve(peer, endpoint=None if fit is None else Endpoint(fit, endpoint.port))
+        if not addresses:
+            if endpoint.host not in failed:
+                continue
+            text = (
+                f"the DNS name {endpoint.host} of the endpoint of {peer.name} is not resolved "
+                f"({failed[endpoint.host]}); mend the name or the resolver"
+            )
+            problems.append(Problem(subject=peer.name, text=text))
+        elif fit is None:
+            ours = " and ".join(f"IPv{version}" for version in sorted(families))
+            text = (
+                f"no common address family with {peer.name}: this host reaches others over {ours} only, and the DNS "
+                f"name {endpoint.host} of its endpoint has no such address; add one to the name"
+            )
+            problems.append(Problem(subject=peer.name, text=text))
+    if not replaced:
+        return plan
+    return evolve(plan, peers={**plan.peers, **replaced}, problems=(*plan.problems, *problems))
+
+
+def plan_names(plan: HostPlan) -> frozenset[str]:
+    """The DNS names among the plan's endpoints."""
+    return frozenset(
+        peer.endpoint.host
+        for peer in plan.peers.values()
+        if peer.endpoint is not None and isinstance(peer.endpoint.host, str)
+    )
+
+
+def names_of(plan: HostPlan, name: str, table: Table) -> tuple[str, ...]:
+    """The DNS name of the endpoint of node `name` in an unresolved plan, if it is not in the table."""
+    hosts = (peer.endpoint.host for peer in plan.peers.values() if peer.name == name and peer.endpoint is not None)
+    return tuple(host for host in hosts if isinstance(host, str) and not table.get(host))
+
+
+async def resolve_once(plan: HostPlan, *, lookup: Lookup = lookup) -> tuple[Table, Reasons]:
+    """The addresses of all names in the plan that answer within LOOKUP_TIMEOUT, and why the others have none."""
+    table: dict[str, tuple[IPAddress, ...]] = {}
+    failed: dict[str, str] = {}
+
+    async def find(name: str) -> None:
+        try:
+            with trio.fail_after(LOOKUP_TIMEOUT):
+                table[name] = await lookup(name)
+        except (OSError, trio.TooSlowError) as error:
+            failed[name] = _reason(error)
+
+    async with trio.open_nursery() as nursery:
+        for name in plan_names(plan):
+            nursery.start_soon(find, name)
+    return table, failed
+
+
+def endpoint_hosts(endpoints: Iterable[str]) -> tuple[IPAddress | str, ...]:
+    """The hosts of etcd endpoints (URLs or host:port), as addresses or names."""
+    hosts: list[IPAddress | str] = []
+    for url in endpoints:
+        name = urlsplit(url if "://" in url else f"//{url}").hostname
+        if name:
+            try:
+                hosts.append(ip_address(name))
+            except ValueError:
+                hosts.append(name)
+    return tuple(hosts)
+
+
+def network_of(address: IPAddress) -> IPNetwork:
+    """The network that holds this address alone."""
+    return ip_network(address)
+
+
+@frozen
+class _Task:
+    scope: trio.CancelScope
+
+
+class Resolver:
+    """Keeps `table` true for the names wanted. `run` is its task; all else may be called before and while it runs."""
+
+    def __init__(
+        self,
+        period: float = PERIOD,
+        *,
+        timeout: float = LOOKUP_TIMEOUT,
+        lookup: Lookup = lookup,
+        jitter: float = JITTER,
+    ) -> None:
+        self._jitter = jitter
+        self._period = period
+        self._timeout = timeout
+        self._lookup = lookup
+        self._rng = random.Random()
+        self._wanted: frozenset[str] = frozenset()
+        self._kept: frozenset[str] = frozenset()
+        self._table: dict[str, tuple[IPAddress, ...]] = {}
+        self._failed: dict[str, str] = {}
+        self._renewed = trio.Event()
+        self._changed = trio.Event()
+        self._tasks: dict[str, _Task] = {}
+        self._once = Once(get_logger())
+
+    @property
+    def table(self) -> Table:
+        """Name -> its addresses, the one to use first. Names without a good answer so far are missing."""
+        return MappingProxyType(self._table)
+
+    @property
+    def failed(self) -> Reasons:
+        """Name -> why it could not be looked up; of names that are not in the table."""
+        return MappingProxyType(self._failed)
+
+    def set_names(self, names: frozenset[str]) -> None:
+        """Look up these names from now on, and no others (those of `networks` apart)."""
+        if names != self._wanted:
+            self._wanted = names
+            self._renewed.set()
+
+    def networks(self, endpoints: Iterable[str]) -> tuple[IPNetwork, ...]:
+        """The addresses of etcd's endpoints as networks of one address, as far as they are known by now.
+
+        Names among them are looked up forever after.
+        """
+        hosts = endpoint_hosts(endpoints)
+        names = frozenset(host for host in hosts if isinstance(host, str))
+        if not names <= self._kept:
+            self._kept |= names
+            self._renewed.set()
+        addresses = [
+            address
+            for host in hosts
+            for address in (self._table.get(host, ()) if isinstance(host, str) else (host,))
+        ]  # fmt: skip
+        return tuple(dict.fromkeys(map(network_of, addresses)))
+
+    def unresolved(self, endpoints: Iterable[str]) -> tuple[str, ...]:
+        """The names among etcd's endpoints that no address is known of."""
+        return tuple(
+            host for host in endpoint_hosts(endpoints) if isinstance(host, str) and not self._table.get(host)
+        )  # fmt: skip
+
+    async def wait_changed(self) -> None:
+        """Return when `table` or `failed` has changed since the last return (or since the start)."""
+        await self._changed.wait()
+        self._changed = trio.Event()
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Look up until cancelled."""
+        async with trio.open_nursery() as nursery:
+            task_status.started()
+            while True:
+                wanted = self._wanted | self._kept
+                for name in [name for name in self._tasks if name not in wanted]:
+                    self._tasks.pop(name).scope.cancel()
+                    self._table.pop(name, None)
+                    self._failed.pop(name, None)
+                    self._once.clear(name, "the DNS name is not needed any more", name=name)
+                for name in sorted(wanted - self._tasks.keys()):
+                    scope = trio.CancelScope()
+                    self._tasks[name] = _Task(scope)
+                    nursery.start_soon(self._follow, name, scope)
+                await self._renewed.wait()
+                self._renewed = trio.Event()
+
+    async def _follow(self, name: str, scope: trio.CancelScope) -> None:
+        with scope:
+            retry = FIRST_RETRY
+            while True:
+                try:
+                    with trio.fail_after(self._timeout):
+                        answers = await self._lookup(name)
+                except (OSError, trio.TooSlowError) as error:
+                    reason = _reason(error)
+                    held = self._table.get(name, ())
+                    if held or name in self._kept:
+                        self._once.warning(
+                            name, "the DNS name of an endpoint is not resolved",
+                            name=name, error=reason, still=held or None,
+                        )  # fmt: skip
+                    elif name not in self._failed:
+                        # The plan says which peer it costs its endpoint, once: resolvers give changing reasons.
+                        self._failed[name] = reason
+                        self._changed.set()
+                    await self._pause(min(retry, self._period))
+                    retry *= 2
+                    continue
+                retry = FIRST_RETRY
+                self._once.clear(name, "the DNS name of an endpoint is resolved again", name=name)
+                self._take(name, answers)
+                await self._pause(self._period)
+
+    async def _pause(self, seconds: float) -> None:
+        await trio.sleep(seconds * self._rng.uniform(1 - self._jitter, 1 + self._jitter))
+
+    def _take(self, name: str, answers: tuple[IPAddress, ...]) -> None:
+        held = self._table.get(name, ())
+        if not answers or set(held) == set(answers):
+            return
+        self._failed.pop(name, None)
+        if held and held[0] in answers:
+            answers = (held[0], *(address for address in answers if address != held[0]))
+        self._table[name] = answers
+        self._changed.set()
+
+
+def _reason(error: OSError | trio.TooSlowError) -> str:
+    if isinstance(error, trio.TooSlowError):
+        return "no answer in time"
+    # The resolver does not tell: without a descriptor it finds no server, no file, and no such name.
+    return descriptors.shortage(error) or descriptors.exhausted() or error.strerror or str(error)

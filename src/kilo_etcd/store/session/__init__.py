@@ -1,0 +1,1 @@
+"""What one host keeps in etcd: its registration, candidacy, status and published records, under two leases."""

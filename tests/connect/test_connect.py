@@ -1,0 +1,578 @@
+"""`kgctl connect` from start to end, on an etcd and a kernel in memory, in virtual time."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import signal
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
+from functools import partial
+from ipaddress import ip_address, ip_interface, ip_network
+
+import pytest
+import trio
+from attrs import evolve
+
+from helpers import eventually, put_kept
+from kilo_etcd import kernel
+from kilo_etcd.connect import connection as connection_module
+from kilo_etcd.connect.connection import Edges, Names, PeerConnection, Settings
+from kilo_etcd.connect.registration import LEASE_SECONDS, DesiredPeer, Gone, PeerRegistration
+from kilo_etcd.ctl.context import Failure
+from kilo_etcd.etcd import PermissionDenied, Unavailable
+from kilo_etcd.kernel.routing.exit_node import exit_table
+from kilo_etcd.kernel.state import Change, DeleteLink, DeleteRoute, HostAddress
+from kilo_etcd.model import CandidateClass, Endpoint, IPAddress
+from kilo_etcd.runtime import key_file
+from kilo_etcd.runtime.discover import HostFacts
+from kilo_etcd.runtime.logs import setup_logging
+from kilo_etcd.runtime.resolve import Resolver
+from kilo_etcd.store.keys import Keys, claimant
+from kilo_etcd.store.records import CandidateRecord, NodeRecord, PeerRecord, decode_peer, encode
+from kilo_etcd.testing.fake_etcd import FakeEtcd
+from kilo_etcd.testing.fake_kernel import FakeHost, FakeKernel
+
+pytestmark = pytest.mark.autojump
+
+PRIVATE = key_file.generate()
+PUBLIC = key_file.public_key(PRIVATE)
+KEYS = Keys()
+EXIT = exit_table("kilo-kilo")
+RECORD = KEYS.peer("laptop")
+
+
+def key_of(number: int) -> str:
+    return base64.b64encode(bytes([number]) * 32).decode()
+
+
+async def add_node(etcd: FakeEtcd, name: str, number: int, location: str) -> None:
+    record = NodeRecord(
+        public_key=key_of(number),
+        endpoint=Endpoint.parse(f"203.0.113.{number}:51820"),
+        internal_ips=(ip_interface(f"10.{1 if location == 'gcp' else 2}.0.{number}/24"),),
+        location=location,
+        underlay=(),
+    )
+    client = etcd.client()
+    await client.put(f"/kilo/addresses/10.4.0.{number}", name)
+    await client.put(KEYS.node(name), encode(record))
+    await put_kept(client, KEYS.election(location, name), encode(CandidateRecord(rank=CandidateClass.PUBLIC)))
+
+
+class World:
+    """A laptop, and what surrounds it."""
+
+    def __init__(self) -> None:
+        self.etcd = FakeEtcd()
+        self.client = self.etcd.client("laptop")
+        self.host = FakeHost()
+        self.log = io.StringIO()
+        self.names: Names | None = None
+        self.facts = HostFacts(
+            addresses=(HostAddress(interface="wlan0", index=2, address=ip_interface("192.168.1.7/24")),)
+        )
+
+    async def build(self) -> None:
+        client = self.etcd.client()
+        await client.put("/kilo/mesh/subnets", "10.4.0.0/16")
+        await client.put("/kilo/mesh/granularity", "location")
+        await add_node(self.etcd, "gcp-1", 1, "gcp")
+        await add_node(self.etcd, "gcp-2", 2, "gcp")
+        await add_node(self.etcd, "home-1", 3, "home")
+
+    def leaders(self) -> set[int]:
+        """The numbers of the nodes that are WireGuard peers here."""
+        return {base64.b64decode(key)[0] for key in self.host.observed.peers}
+
+    def logged(self, sentence: str) -> int:
+        return self.log.getvalue().count(sentence)
+
+    def record(self) -> PeerRecord:
+        return decode_peer(self.etcd.get(RECORD) or b"")
+
+    async def look(self) -> HostFacts:
+        await trio.lowlevel.checkpoint()
+        return self.facts
+
+    async def write_names(self, names: Names | None) -> bool:
+        await trio.lowlevel.checkpoint()
+        before, self.names = self.names, names
+        return before != names
+
+    async def clean_up(self) -> tuple[Change, ...]:
+        await trio.lowlevel.checkpoint()
+        return self.host.cleanup("kilo-kilo")
+
+
+@pytest.fixture
+def world() -> World:
+    made = World()
+    setup_logging("info", stream=made.log)
+    return made
+
+
+@asynccontextmanager
+async def connected(
+    world: World,
+    *,
+    dns_hosts: bool = True,
+    exit_node: str | None = None,
+    endpoints: tuple[str, ...] = ("192.0.2.1:2379",),
+    **desired: object,
+) -> AsyncIterator[PeerConnection]:
+    """The command runs in the block, in a mesh of three nodes; SIGTERM ends it at the block's end."""
+    await world.build()
+    setup = kernel.Setup(interface="kilo-kilo", private_key=PRIVATE, protocol=kernel.PEER_PROTOCOL)
+    settings = Settings(
+        interface="kilo-kilo", listen_port=4711, endpoints=endpoints, dns_hosts=dns_hosts, exit_node=exit_node
+    )
+    connection = PeerConnection(
+        DesiredPeer(**{"name": "laptop", "public_key": PUBLIC, **desired}),  # type: ignore[arg-type]
+        settings,
+        world.client,
+        "/kilo",
+        FakeKernel(world.host, setup),
+        Edges(look=world.look, write_names=world.write_names, clean_up=world.clean_up),
+    )
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(connection.run)
+        await eventually(lambda: world.logged("connected  interface"), 30, every=0.1)
+        yield connection
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def nothing_is_left(world: World) -> bool:
+    observed = world.host.observed
+    return (
+        observed.link is None
+        and not observed.routes
+        and world.names is None
+        and not any(
+            "peers/" in key or world.etcd.get(key) == claimant("laptop").encode() for key in world.etcd.keys("/")
+        )
+    )
+
+
+async def test_it_connects_and_leaves_nothing_behind(world: World) -> None:
+    async with connected(world):
+        observed = world.host.observed
+        (address,) = observed.addresses
+        assert address.ip in ip_network("10.4.0.0/16")
+        assert world.etcd.get(f"/kilo/addresses/{address.ip}") == b"peer/laptop"
+        record = world.record()
+        assert (record.public_key, record.allowed_ips, record.persistent_keepalive) == (PUBLIC, (address.network,), 10)
+        assert world.leaders() == {1, 3}
+        (route,) = observed.routes.values()
+        assert str(route) == f"10.4.0.0/16 dev kilo-kilo proto 108 src {address.ip}"
+        assert world.names is not None
+        assert set(world.names) == {"gcp-1", "gcp-2", "home-1", "laptop"}
+        assert (observed.forwarding, observed.table) == (frozenset(), None)
+    assert nothing_is_left(world), world.etcd.keys("/")
+
+
+async def test_no_record_of_a_peer_leads_another_name_or_anything_out_of_the_mesh_astray(world: World) -> None:
+    async with connected(world):
+        for name, address in {
+            "github.com": "203.0.113.66/32",
+            "wpad": "10.4.77.1/32",
+            "bank": "203.0.113.67/32",
+        }.items():
+            record = PeerRecord(public_key=key_of(ord(name[0])), allowed_ips=(ip_network(address),))
+            await world.etcd.client().put(KEYS.peer(name), encode(record))
+        await eventually(
+            lambda: world.logged("bank is not written as 203.0.113.67, which is not routed here"), 10, every=0.1
+        )
+        await trio.sleep(1000)
+        assert world.names is not None
+        assert set(world.names) == {"gcp-1", "gcp-2", "home-1", "laptop", "wpad"}
+        assert "203.0.113" not in str(world.names)
+        assert world.logged("wpad is written as wpad.kilo and wpad.mesh only")
+        assert world.logged("not all names of the mesh are written") <= 3
+        for name in ("github.com", "bank"):
+            await world.etcd.client().delete(KEYS.peer(name))
+        await world.etcd.client().delete(KEYS.peer("wpad"))
+        await eventually(lambda: world.logged("all names of the mesh are written"), 30, every=0.1)
+
+
+async def test_it_follows_a_failover_a_label_a_new_node_and_granularity(world: World) -> None:
+    async with connected(world):
+        await world.etcd.client().delete(KEYS.election("gcp", "gcp-1"))
+        await eventually(lambda: world.leaders() == {2, 3}, 10, every=0.1)
+        await world.etcd.client().put(KEYS.location("gcp-1"), "aws")
+        await eventually(lambda: world.leaders() == {1, 2, 3}, 10, every=0.1)
+        await add_node(world.etcd, "far-1", 9, "far")
+        await eventually(lambda: world.leaders() == {1, 2, 3, 9}, 10, every=0.1)
+        assert world.names is not None
+        assert "far-1" in world.names
+        await world.etcd.client().put(KEYS.location("gcp-1"), "gcp")
+        await eventually(lambda: world.leaders() == {2, 3, 9}, 10, every=0.1)
+        await world.etcd.client().put(KEYS.granularity, "full")
+        await eventually(lambda: world.leaders() == {1, 2, 3, 9}, 10, every=0.1)
+
+
+async def test_a_leader_whose_endpoint_changes_is_spoken_to_there_until_its_packets_come_from_there(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    triggered: list[IPAddress] = []
+    monkeypatch.setattr(connection_module, "trigger_handshakes", triggered.extend)
+
+    def endpoint() -> Endpoint | None:
+        return world.host.observed.peers[key_of(1)].endpoint
+
+    async with connected(world):
+        former, new = endpoint(), Endpoint.parse("203.0.113.77:51820")
+        world.host.receive_from(key_of(1), endpoint=former)
+        assert triggered == []
+        await world.etcd.client().put(KEYS.annotation("gcp-1", "force-endpoint"), str(new))
+        await eventually(lambda: endpoint() == new, 10, every=0.1)
+        assert triggered == [ip_address("10.4.0.1")]
+        world.host.receive_from(key_of(1), endpoint=former)
+        await eventually(lambda: endpoint() == new, 10, every=0.1)
+        assert triggered == [ip_address("10.4.0.1")] * 2
+
+
+async def test_nothing_is_written_when_nothing_changes_and_drift_is_repaired(world: World) -> None:
+    async with connected(world) as connection:
+        await trio.sleep(5)
+        writes, revision = connection.kernel.writes, world.etcd.revision
+        await trio.sleep(1000)
+        assert (connection.kernel.writes, world.etcd.revision) == (writes, revision)
+        (route,) = world.host.observed.routes.values()
+        world.host.tamper([DeleteRoute(route)], "kilo-kilo")
+        await eventually(lambda: world.host.observed.routes, 10, every=0.1)
+        world.host.tamper([DeleteLink("kilo-kilo")], "kilo-kilo")
+        await eventually(lambda: world.leaders() == {1, 3}, 10, every=0.1)
+
+
+async def test_etcd_away_changes_nothing_here_and_is_followed_again_afterwards(world: World) -> None:
+    async with connected(world):
+        world.etcd.down()
+        await trio.sleep(3 * LEASE_SECONDS)
+        assert world.leaders() == {1, 3}
+        world.etcd.up()
+        await world.etcd.client().delete(KEYS.election("gcp", "gcp-1"))
+        await eventually(lambda: world.leaders() == {2, 3}, 30, every=0.1)
+        assert world.etcd.get(RECORD) is not None
+    assert nothing_is_left(world)
+
+
+async def test_an_etcd_that_is_another_one_is_told_nothing_and_the_last_plan_stays(world: World) -> None:
+    async with connected(world):
+        world.etcd.replace_cluster()
+        revision = world.etcd.revision
+        await trio.sleep(5 * LEASE_SECONDS)
+        assert world.logged("etcd is another cluster now") >= 1
+        assert (world.etcd.revision, world.etcd.get(RECORD)) == (revision, None)
+        assert world.leaders() == {1, 3}
+    assert world.host.observed.link is None
+
+
+async def test_a_machine_that_slept_longer_than_its_lease_comes_back_by_itself(world: World) -> None:
+    async with connected(world):
+        address = world.host.observed.addresses
+        world.client.cut()
+        await trio.sleep(2 * LEASE_SECONDS)
+        assert world.etcd.get(RECORD) is None
+        assert world.leaders() == {1, 3}
+        world.client.mend()
+        await eventually(lambda: world.etcd.get(RECORD) is not None, 60, every=0.1)
+        await eventually(lambda: world.logged("registered again"), 10, every=0.1)
+        assert world.host.observed.addresses == address
+        await trio.sleep(3 * LEASE_SECONDS)
+        assert world.etcd.get(RECORD) is not None
+    assert nothing_is_left(world)
+
+
+async def test_a_machine_that_dies_is_forgotten_when_its_lease_ends(world: World) -> None:
+    await world.build()
+    registration = PeerRegistration(world.client, KEYS, DesiredPeer(name="laptop", public_key=PUBLIC), lambda: None)
+    await registration.register()
+    await trio.sleep(LEASE_SECONDS - 5)
+    assert world.etcd.get(RECORD) is not None
+    await trio.sleep(10)
+    assert world.etcd.get(RECORD) is None
+    assert not any(world.etcd.get(key) == b"peer/laptop" for key in world.etcd.keys("/kilo/addresses"))
+
+
+async def ended_by(world: World, what: Awaitable[object]) -> None:
+    """Raises as the command does when `what` ends it."""
+    async with connected(world):
+        await what
+        await trio.sleep(60)
+        pytest.fail("it went on")
+
+
+async def test_an_operator_who_removes_the_peer_ends_it(world: World) -> None:
+    with pytest.raises(BaseExceptionGroup) as caught:
+        await ended_by(world, world.etcd.client().delete(RECORD))
+    assert caught.group_contains(Gone, match="record of peer laptop was removed by another writer", depth=None)
+    assert nothing_is_left(world)
+
+
+async def test_somebody_who_takes_the_name_ends_it_and_keeps_the_name(world: World) -> None:
+    with pytest.raises(BaseExceptionGroup) as caught:
+        await ended_by(world, world.etcd.client().put(RECORD, encode(PeerRecord(public_key=key_of(77)))))
+    assert caught.group_contains(Gone, match="has another public key now", depth=None)
+    assert world.host.observed.link is None
+    assert world.record().public_key == key_of(77)
+
+
+async def test_a_record_whose_answer_was_lost_is_taken_away_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transact = world.client.txn
+
+    async def txn(*args: object, **kwargs: object) -> object:
+        world.client.lose_answer()
+        return await transact(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(world.client, "txn", txn)
+    with pytest.raises(BaseExceptionGroup) as caught:
+        async with connected(world):
+            pytest.fail("it went on")
+    assert caught.group_contains(Unavailable, match="broke before the answer came", depth=None)
+    assert nothing_is_left(world)
+
+
+@pytest.mark.parametrize("call", ["range", "grant_lease", "txn"])
+async def test_a_user_who_may_not_do_it_is_told_so_and_nothing_is_left(
+    world: World, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    async def denied(*_: object, **__: object) -> None:
+        await trio.lowlevel.checkpoint()
+        raise PermissionDenied("user eve may not do this in etcd")
+
+    monkeypatch.setattr(world.client, call, denied)
+    with pytest.raises(BaseExceptionGroup) as caught:
+        async with connected(world):
+            pytest.fail("it went on")
+    assert caught.group_contains(PermissionDenied, match="user eve may not", depth=None)
+    assert nothing_is_left(world)
+
+
+async def test_no_clean_up_leaves_all_of_it_and_a_record_that_stays(world: World) -> None:
+    async with connected(world, clean_up=False):
+        pass
+    assert world.leaders() == {1, 3}
+    assert world.names
+    await trio.sleep(10 * LEASE_SECONDS)
+    assert world.record().public_key == PUBLIC
+
+
+async def test_an_operators_record_is_used_and_stays(world: World) -> None:
+    held = PeerRecord(public_key=PUBLIC, allowed_ips=(ip_network("10.9.0.2/32"),), preshared_key=key_of(99))
+    await world.client.put(RECORD, encode(held))
+    async with connected(world):
+        assert [str(address) for address in world.host.observed.addresses] == ["10.9.0.2/32"]
+        assert {peer.preshared_key for peer in world.host.observed.peers.values()} == {key_of(99)}
+        # Behind NAT it is still this machine that has to speak.
+        assert {peer.persistent_keepalive for peer in world.host.observed.peers.values()} == {10}
+        assert world.etcd.get(RECORD) == encode(held)
+        await world.client.put(RECORD, encode(evolve(held, allowed_ips=(ip_network("10.9.0.3/32"),))))
+        await eventually(
+            lambda: [str(address) for address in world.host.observed.addresses] == ["10.9.0.3/32"], 10, every=0.1
+        )
+    assert world.host.observed.link is None
+    assert world.record().public_key == PUBLIC
+
+
+async def test_a_laptop_that_is_carried_into_another_network_keeps_that_network(world: World) -> None:
+    await world.client.put("/kilo/annotations/home-1/subnets", "172.20.0.0/24")
+    async with connected(world):
+        home = ip_network("172.20.0.0/24")
+        assert home in world.host.observed.routes
+        here = HostAddress(interface="wlan0", index=2, address=ip_interface("172.20.0.7/24"))
+        world.facts = HostFacts(addresses=(here,))
+        world.host.moved.set()
+        await eventually(lambda: home not in world.host.observed.routes, 10, every=0.1)
+        assert world.logged("172.20.0.0/24 is not routed here") == 1
+
+
+async def test_no_internal_ip_is_taken_from_its_name_server_or_its_containers(world: World) -> None:
+    # The cafe's name server is behind its router, and a container network has the numbers of home's.
+    containers = HostAddress(interface="docker0", index=3, kind="bridge", address=ip_interface("10.2.0.1/16"))
+    world.facts = evolve(
+        world.facts, addresses=(*world.facts.addresses, containers), name_servers=(ip_address("10.1.0.2"),)
+    )
+    async with connected(world):
+        await world.etcd.client().put(KEYS.internal_ips, "routed")
+        await eventually(lambda: ip_network("10.1.0.1/32") in world.host.observed.routes, 10, every=0.1)
+        assert set(map(str, world.host.observed.routes)) == {"10.4.0.0/16", "10.1.0.1/32"}
+
+
+async def test_an_exit_node_takes_all_but_etcd_and_nothing_passes_when_it_is_none_any_more(world: World) -> None:
+    anywhere = ip_network("0.0.0.0/0")
+
+    def allowed() -> set[int]:
+        peers = world.host.observed.peers.values()
+        return {base64.b64decode(peer.public_key)[0] for peer in peers if anywhere in peer.allowed_ips}
+
+    await world.client.put("/kilo/annotations/gcp-1/advertise-exit-node", "true")
+    async with connected(world, exit_node="gcp-1"):
+        observed = world.host.observed
+        assert allowed() == {1}
+        kinds = {
+            str(network): route.kind or route.device for network, route in observed.policy.table(EXIT).routes.items()
+        }
+        assert kinds == {
+            "0.0.0.0/0": "kilo-kilo", "192.0.2.1/32": "throw",
+            "203.0.113.1/32": "throw", "203.0.113.3/32": "throw",
+        }  # fmt: skip
+        assert {str(network) for network in observed.policy.table(EXIT).last} == {"0.0.0.0/0", "::/0"}
+        assert len(observed.policy.rules) == 4
+        assert [str(network) for network in observed.routes] == ["10.4.0.0/16"]
+        await world.etcd.client().delete(KEYS.election("gcp", "gcp-1"))
+        await eventually(lambda: allowed() == set(), 10, every=0.1)
+        assert anywhere in world.host.observed.policy.table(EXIT).routes
+        assert world.logged("node gcp-1 cannot be an exit node as long as gcp-2 leads its location") == 1
+    assert (world.host.observed.policy.table(EXIT).routes, world.host.observed.policy.rules) == ({}, frozenset())
+    assert world.host.observed.policy.table(EXIT).last == {}
+
+
+async def test_etcd_bypasses_the_exit_node_before_anything_goes_through_it(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def lookup(_name: str) -> tuple[IPAddress, ...]:
+        await trio.sleep(2)
+        return (ip_address("192.0.2.77"),)
+
+    monkeypatch.setattr("kilo_etcd.connect.connection.Resolver", partial(Resolver, lookup=lookup))
+    await world.client.put("/kilo/annotations/gcp-1/advertise-exit-node", "true")
+    async with connected(world, exit_node="gcp-1", endpoints=("https://etcd.example.org:2379",)):
+        made = [str(change) for change in world.host.history]
+        outside = next(at for at, text in enumerate(made) if text.startswith("ip route add throw 192.0.2.77/32"))
+        assert outside < min(at for at, text in enumerate(made) if "rule add" in text)
+
+
+async def test_with_an_exit_node_etcd_whose_name_is_not_resolved_is_refused(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def lookup(_name: str) -> tuple[IPAddress, ...]:
+        await trio.sleep(1)
+        raise OSError("no such name")
+
+    monkeypatch.setattr("kilo_etcd.connect.connection.Resolver", partial(Resolver, lookup=lookup))
+    await world.client.put("/kilo/annotations/gcp-1/advertise-exit-node", "true")
+    with pytest.raises(BaseExceptionGroup) as caught:
+        async with connected(world, exit_node="gcp-1", endpoints=("https://etcd.example.org:2379",)):
+            pytest.fail("it went on")
+    assert caught.group_contains(
+        Failure, match=r"etcd's name etcd\.example\.org is not resolved within 5 s", depth=None
+    )
+    assert nothing_is_left(world)
+
+
+async def test_an_exit_node_that_falls_silent_is_said_once(world: World) -> None:
+    await world.client.put("/kilo/annotations/gcp-1/advertise-exit-node", "true")
+    async with connected(world, exit_node="gcp-1"):
+        (key,) = [k for k, peer in world.host.observed.peers.items() if ip_network("0.0.0.0/0") in peer.allowed_ips]
+
+        def count(sent: int, received: int) -> None:
+            peers = world.host.observed.peers
+            moved = evolve(peers[key], tx_bytes=sent, rx_bytes=received)
+            world.host.observed = evolve(world.host.observed, peers={**peers, key: moved})
+
+        await trio.sleep(30)
+        count(5000, 0)
+        await eventually(lambda: world.logged("nothing comes back from the exit node gcp-1"), 60, every=0.5)
+        await trio.sleep(60)
+        assert world.logged("nothing comes back from the exit node gcp-1") == 1
+        count(5000, 92)
+        await eventually(lambda: world.logged("the exit node answers"), 30, every=0.5)
+
+
+async def test_an_unusable_kernel_is_said_at_once_and_the_record_goes(world: World) -> None:
+    world.host.broken = "kilo-kilo cannot be set up: no"
+    with pytest.raises(BaseExceptionGroup) as caught:
+        async with connected(world):
+            pytest.fail("it went on")
+    assert caught.group_contains(kernel.KernelError, match="no", depth=None)
+    world.host.broken = None
+    assert nothing_is_left(world)
+
+
+# --- the record -------------------------------------------------------------------------------------------------------
+
+
+async def refused(world: World, says: str, **desired: object) -> None:
+    before = {key: world.etcd.get(key) for key in world.etcd.keys("/")}
+    made = DesiredPeer(**{"name": "laptop", "public_key": PUBLIC, **desired})  # type: ignore[arg-type]
+    with pytest.raises(Failure, match=says):
+        await PeerRegistration(world.client, KEYS, made, lambda: None).register()
+    assert {key: world.etcd.get(key) for key in world.etcd.keys("/")} == before
+
+
+async def test_what_cannot_be_is_refused_in_one_sentence_and_nothing_is_written(world: World) -> None:
+    await refused(world, "there is no mesh under /kilo yet")
+    await world.build()
+    await refused(world, "gcp-1 is a node of this mesh already", name="gcp-1")
+    await refused(
+        world,
+        "overlaps the mesh's subnet 10.4.0.0/16",
+        allowed_ips=(ip_network("10.9.0.2/32"), ip_network("10.4.0.0/24")),
+    )
+    await refused(world, "10.4.0.1 is claimed by gcp-1 already", allowed_ips=(ip_network("10.4.0.1/32"),))
+    await refused(world, "names no single address", allowed_ips=(ip_network("10.9.0.0/24"),))
+    tablet = PeerRecord(public_key=key_of(20), allowed_ips=(ip_network("10.9.0.0/24"),))
+    await world.client.put(KEYS.peer("tablet"), encode(tablet))
+    await refused(world, "overlaps 10.9.0.0/24 of peer tablet", allowed_ips=(ip_network("10.9.0.2/32"),),
+                  name="zenbook")  # fmt: skip
+    await refused(world, "registered with another public key", name="tablet")
+    await refused(world, "public key is that of node gcp-1", public_key=key_of(1))
+    own = encode(PeerRecord(public_key=PUBLIC, allowed_ips=(ip_network("10.8.0.2/32"),)))
+    await world.client.put(RECORD, own)
+    await refused(world, "is registered with 10.8.0.2/32; leave --allowed-ips out",
+                  allowed_ips=(ip_network("10.8.0.3/32"),))  # fmt: skip
+    await world.client.put(RECORD, "nonsense")
+    await refused(world, "which cannot be read")
+
+
+async def test_yes_replaces_a_record_that_is_somebody_elses(world: World) -> None:
+    await world.build()
+    await world.client.put(RECORD, encode(PeerRecord(public_key=key_of(20), allowed_ips=(ip_network("10.9.0.2/32"),))))
+    registration = PeerRegistration(
+        world.client, KEYS, DesiredPeer(name="laptop", public_key=PUBLIC, replace=True), lambda: None
+    )
+    await registration.register()
+    assert (world.record().public_key, world.record().allowed_ips) == (PUBLIC, (ip_network("10.9.0.2/32"),))
+    await registration.withdraw()
+    assert world.etcd.get(RECORD) is None
+
+
+async def test_the_leftover_of_a_run_that_crashed_is_taken_over_and_goes_at_the_end(world: World) -> None:
+    await world.build()
+    desired = DesiredPeer(name="laptop", public_key=PUBLIC)
+    first = await PeerRegistration(world.client, KEYS, desired, lambda: None).register()
+    await trio.sleep(200)
+    second = PeerRegistration(world.client, KEYS, desired, lambda: None)
+    assert (await second.register()).record == first.record
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(second.keep)
+        await trio.sleep(2 * LEASE_SECONDS)
+        assert world.etcd.get(RECORD) is not None
+        nursery.cancel_scope.cancel()
+    await second.withdraw()
+    assert not any("peers/" in key for key in world.etcd.keys("/"))
+
+
+async def test_no_two_machines_choose_one_address_and_none_a_nodes(world: World) -> None:
+    client = world.etcd.client()
+    await client.put("/kilo/mesh/subnets", "10.4.0.0/29")
+    await client.put("/kilo/mesh/granularity", "location")
+    await add_node(world.etcd, "gcp-1", 1, "gcp")
+    made = [
+        PeerRegistration(
+            world.etcd.client(), KEYS, DesiredPeer(name=f"laptop-{n}", public_key=key_of(100 + n)), lambda: None
+        )
+        for n in range(5)
+    ]
+    async with trio.open_nursery() as nursery:
+        for registration in made:
+            nursery.start_soon(registration.register)
+    chosen = [
+        peer_registration.decision.chosen[0] for peer_registration in made if peer_registration.decision is not None
+    ]
+    assert sorted(map(str, chosen)) == [f"10.4.0.{n}" for n in range(2, 7)]
+    await refused(world, "no address is left for this machine in 10.4.0.0/29")

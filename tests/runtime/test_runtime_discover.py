@@ -1,0 +1,469 @@
+"""The internal IP and the endpoint of hosts as they stand in the world, and cloud-init's region."""
+
+from __future__ import annotations
+
+import json
+import socket
+from ipaddress import ip_address, ip_interface, ip_network
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from attrs import field, frozen
+
+from kilo_etcd import kernel
+from kilo_etcd.etcd.api import Config
+from kilo_etcd.kernel.state import DefaultRoute, HostAddress, HostAddresses
+from kilo_etcd.model import Endpoint, IPAddress
+from kilo_etcd.runtime import discover
+from kilo_etcd.runtime.config import AgentConfig
+from kilo_etcd.runtime.discover import (
+    HostFacts,
+    choose,
+    choose_addresses,
+    etcd_networks,
+    gather,
+    location_from_cloud_init,
+)
+
+
+def address(interface: str, text: str, kind: str = "", **rest: Any) -> HostAddress:
+    return HostAddress(interface=interface, index=1, address=ip_interface(text), kind=kind, **rest)
+
+
+def default(interface: str, gateway: str, metric: int = 0) -> DefaultRoute:
+    ip = ip_address(gateway)
+    return DefaultRoute(family=ip.version, interface=interface, gateway=ip, metric=metric)
+
+
+LO = (address("lo", "127.0.0.1/8"), address("lo", "::1/128"))
+DOCKER = (address("docker0", "172.17.0.1/16", "bridge"), address("br-0123456789ab", "172.18.0.1/16", "bridge"))
+
+
+@frozen
+class Case:
+    """A host, and what is to be chosen on it."""
+
+    host: str
+    facts: HostFacts
+    internal: list[str]
+    endpoint: str | None
+    because: str
+    """Words that stand in one of the reasons."""
+    args: dict[str, Any] = field(factory=dict)
+
+
+def facts(*addresses: HostAddress, ways: tuple[DefaultRoute, ...] = (), resolved: tuple[str, ...] = ()) -> HostFacts:
+    return HostFacts(
+        hostname="node-1",
+        addresses=(*LO, *addresses),
+        default_routes=ways,
+        resolved=tuple(map(ip_address, resolved)),
+    )
+
+
+LAPTOP = facts(
+    address("wlan0", "192.168.1.7/24"),
+    address("wlan0", "fe80::7/64"),
+    ways=(default("wlan0", "192.168.1.1", 600),),
+    resolved=("127.0.1.1",),
+)
+TWO_LEGS = facts(
+    address("eth0", "203.0.113.5/24"),
+    address("eth1", "10.1.0.5/16"),
+    ways=(default("eth0", "203.0.113.1"),),
+)
+DUAL = facts(
+    address("eth0", "10.1.0.5/16"),
+    address("eth0", "fd00:1::5/64"),
+    address("eth0", "2001:db8::5/64"),
+    address("eth0", "fe80::5/64"),
+    ways=(default("eth0", "10.1.0.1"), default("eth0", "fe80::1")),
+)
+
+CASES = [
+    Case("laptop", LAPTOP, ["192.168.1.7/24"], "192.168.1.7:51820", "since there is no public one"),
+    Case(
+        "cloud VM behind 1:1 NAT",
+        facts(
+            address("ens4", "10.128.0.2/32"), ways=(default("ens4", "10.128.0.1"),), resolved=("10.128.0.2",)
+        ),
+        ["10.128.0.2/32"],
+        "10.128.0.2:51820",
+        "what node-1 resolves to",
+    ),
+    Case(
+        "cloud VM behind 1:1 NAT, told its public address",
+        facts(address("ens4", "10.128.0.2/32"), ways=(default("ens4", "10.128.0.1"),)),
+        ["10.128.0.2/32"],
+        "198.51.100.7:51820",
+        "--endpoint says so",
+        {"forced_endpoint": Endpoint.parse("198.51.100.7:51820")},
+    ),
+    Case(
+        "bare metal, public only",
+        facts(address("eno1", "203.0.113.5/24"), ways=(default("eno1", "203.0.113.1"),)),
+        [],
+        "203.0.113.5:51820",
+        "the host has no private address, so it is a segment of its own",
+    ),
+    Case(
+        "bare metal, public only, that may be internal",
+        facts(address("eno1", "203.0.113.5/24"), ways=(default("eno1", "203.0.113.1"),)),
+        ["203.0.113.5/24"],
+        "203.0.113.5:51820",
+        "the first within --internal-cidr",
+        {"internal_cidrs": (ip_network("203.0.113.5/32"),)},
+    ),
+    Case("a public and a private leg", TWO_LEGS, ["10.1.0.5/16"], "203.0.113.5:51820", "the first public address"),
+    Case(
+        "a private endpoint preferred",
+        TWO_LEGS,
+        ["10.1.0.5/16"],
+        "10.1.0.5:51820",
+        "--prioritise-private-addresses",
+        {"prioritise_private": True},
+    ),
+    Case(
+        "a private endpoint preferred where there is none",
+        facts(address("eno1", "203.0.113.5/24"), ways=(default("eno1", "203.0.113.1"),)),
+        [],
+        "203.0.113.5:51820",
+        "the first public address",
+        {"prioritise_private": True},
+    ),
+    Case("another port", TWO_LEGS, ["10.1.0.5/16"], "203.0.113.5:777", "first public", {"port": 777}),
+    Case("dual stack", DUAL, ["10.1.0.5/16", "fd00:1::5/64"], "[2001:db8::5]:51820", "the first public address"),
+    Case(
+        "dual stack, public in both families",
+        facts(
+            address("eth0", "2001:db8::5/64"),
+            address("eth0", "203.0.113.5/24"),
+            ways=(default("eth0", "203.0.113.1"), default("eth0", "fe80::1")),
+        ),
+        [],
+        "203.0.113.5:51820",
+        "on the default route's interface",
+    ),
+    Case(
+        "docker beside a private network",
+        facts(*DOCKER, address("eth0", "192.168.1.7/24"), ways=(default("eth0", "192.168.1.1"),)),
+        ["192.168.1.7/24"],
+        "192.168.1.7:51820",
+        "the first private address",
+    ),
+    Case(
+        "docker on a public host",
+        facts(*DOCKER, address("eth0", "203.0.113.5/24"), ways=(default("eth0", "203.0.113.1"),)),
+        [],
+        "203.0.113.5:51820",
+        "those of container bridges",
+    ),
+    Case("docker and nothing else", facts(*DOCKER), [], None, "no address that others could reach"),
+    Case(
+        "docker's network allowed by hand",
+        facts(*DOCKER, address("eth0", "203.0.113.5/24"), ways=(default("eth0", "203.0.113.1"),)),
+        ["172.18.0.1/16"],
+        "203.0.113.5:51820",
+        "--internal-cidr",
+        {"internal_cidrs": (ip_network("172.18.0.0/16"),)},
+    ),
+    Case(
+        "a hypervisor whose uplink is a bridge",
+        facts(
+            address("virbr0", "192.168.122.1/24", "bridge"),
+            address("vmbr0", "10.2.0.9/24", "bridge"),
+            ways=(default("vmbr0", "10.2.0.1"),),
+        ),
+        ["10.2.0.9/24"],
+        "10.2.0.9:51820",
+        "on vmbr0",
+    ),
+    Case(
+        "a container whose uplink is a veth",
+        facts(address("eth0", "10.0.3.7/24", "veth"), ways=(default("eth0", "10.0.3.1"),)),
+        ["10.0.3.7/24"],
+        "10.0.3.7:51820",
+        "on the default route's interface",
+    ),
+    Case(
+        "a lab host without a default route, on a veth",
+        facts(address("eth0", "10.0.3.7/24", "veth")),
+        ["10.0.3.7/24"],
+        "10.0.3.7:51820",
+        "on another interface",
+    ),
+    Case(
+        "a tunnel of somebody else's, listed first",
+        facts(address("tun0", "10.8.0.2/24", "tun"), address("eth1", "10.1.0.5/24")),
+        ["10.1.0.5/24"],
+        "10.1.0.5:51820",
+        "on eth1",
+    ),
+    Case(
+        "the hostname resolves to the other leg",
+        facts(
+            address("eth0", "192.168.1.7/24"),
+            address("eth1", "10.1.0.5/16"),
+            ways=(default("eth0", "192.168.1.1"),),
+            resolved=("10.1.0.5",),
+        ),
+        ["10.1.0.5/16"],
+        "10.1.0.5:51820",
+        "what node-1 resolves to",
+    ),
+    Case(
+        "the hostname resolves to 127.0.1.1",
+        facts(
+            address("eth1", "10.9.0.1/24"),
+            address("eth0", "10.1.0.5/24"),
+            ways=(default("eth0", "10.1.0.1"),),
+            resolved=("127.0.1.1",),
+        ),
+        ["10.1.0.5/24"],
+        "10.1.0.5:51820",
+        "on the default route's interface",
+    ),
+    Case(
+        "the hostname resolves to an address that is not here",
+        facts(address("eth0", "10.1.0.5/24"), ways=(default("eth0", "10.1.0.1"),), resolved=("198.51.100.9",)),
+        ["10.1.0.5/24"],
+        "10.1.0.5:51820",
+        "on the default route's interface",
+    ),
+    Case(
+        "the hostname resolves to every address (nss-myhostname)",
+        facts(
+            address("eth0", "10.1.0.5/24"),
+            address("br7", "172.30.0.1/16", "bridge"),
+            ways=(default("eth0", "10.1.0.1"),),
+            resolved=("172.30.0.1", "10.1.0.5"),
+        ),
+        ["10.1.0.5/24"],
+        "10.1.0.5:51820",
+        "on eth0",
+    ),
+    Case(
+        "two default routes: the lower metric",
+        facts(
+            address("wlan0", "192.168.2.7/24"),
+            address("eth0", "192.168.1.7/24"),
+            ways=(default("wlan0", "192.168.2.1", 600), default("eth0", "192.168.1.1", 100)),
+        ),
+        ["192.168.1.7/24"],
+        "192.168.1.7:51820",
+        "on eth0",
+    ),
+    Case(
+        "--internal-cidr chooses among private networks",
+        facts(
+            address("eth0", "192.168.1.7/24"), address("eth1", "10.1.0.5/16"), ways=(default("eth0", "192.168.1.1"),)
+        ),
+        ["10.1.0.5/16"],
+        "192.168.1.7:51820",
+        "the first within --internal-cidr",
+        {"internal_cidrs": (ip_network("10.0.0.0/8"),)},
+    ),
+    Case(
+        "--internal-cidr that fits nothing",
+        LAPTOP,
+        [],
+        "192.168.1.7:51820",
+        "no address is within --internal-cidr 10.0.0.0/8",
+        {"internal_cidrs": (ip_network("10.0.0.0/8"),)},
+    ),
+    Case(
+        "temporary and deprecated IPv6 addresses come last",
+        facts(
+            address("eth0", "2001:db8::dead/64", temporary=True),
+            address("eth0", "2001:db8::bad/64", deprecated=True),
+            address("eth0", "2001:db8::5/64"),
+            ways=(default("eth0", "fe80::1"),),
+        ),
+        [],
+        "[2001:db8::5]:51820",
+        "the first public address",
+    ),
+    Case(
+        "our own interface, mesh addresses, IPIP and dead links are nothing",
+        facts(
+            address("kilo0", "10.99.0.1/32", "wireguard"),
+            address("eth3", "10.4.7.7/16"),
+            address("tunl0", "10.98.0.1/32", "ipip"),
+            address("eth9", "10.97.0.1/24", up=False),
+        ),
+        [],
+        None,
+        "set --endpoint",
+        {"subnets": (ip_network("10.4.0.0/16"),)},
+    ),
+    Case(
+        "a public address on the loopback interface",
+        facts(address("lo", "203.0.113.9/32"), address("eth0", "10.1.0.5/31"), ways=(default("eth0", "10.1.0.4"),)),
+        ["10.1.0.5/31"],
+        "203.0.113.9:51820",
+        "on lo",
+    ),
+    Case(
+        "shared address space (CGNAT) is private",
+        facts(address("eth0", "100.64.3.4/10"), ways=(default("eth0", "100.64.0.1"),)),
+        ["100.64.3.4/10"],
+        "100.64.3.4:51820",
+        "no public one",
+    ),
+    Case("nothing at all", facts(), [], None, "the host has no private address"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.host for case in CASES])
+def test_what_is_chosen_and_why(case: Case) -> None:
+    chosen = choose_addresses(case.facts, **case.args)
+    assert [str(ip) for ip in chosen.internal_ips] == case.internal
+    assert (str(chosen.endpoint) if chosen.endpoint else None) == case.endpoint
+    assert case.because in "\n".join(chosen.reasons)
+
+
+V6_ONLY = facts(address("eth0", "2001:db8::5/64"), ways=(default("eth0", "fe80::1"),))
+ULA = facts(address("eth0", "203.0.113.5/24"), address("eth0", "fd00::5/64"), ways=(default("eth0", "203.0.113.1"),))
+
+
+@pytest.mark.parametrize(
+    ("found", "args", "endpoints"),
+    [
+        (DUAL, {}, ["[2001:db8::5]:51820", "10.1.0.5:51820"]),
+        (DUAL, {"prioritise_private": True}, ["10.1.0.5:51820", "[fd00:1::5]:51820"]),
+        (DUAL, {"forced_endpoint": Endpoint.parse("198.51.100.7:1")}, ["198.51.100.7:1", "[2001:db8::5]:51820"]),
+        (
+            DUAL,
+            {"forced_endpoint": Endpoint.parse("vpn.example.org:1")},
+            ["vpn.example.org:1", "10.1.0.5:51820", "[2001:db8::5]:51820"],
+        ),
+        (V6_ONLY, {}, ["[2001:db8::5]:51820"]),
+        # A private network without an exit node is nowhere for other sites.
+        (ULA, {}, ["203.0.113.5:51820"]),
+        (TWO_LEGS, {}, ["203.0.113.5:51820"]),
+    ],
+)
+def test_an_endpoint_per_family(found: HostFacts, args: dict[str, Any], endpoints: list[str]) -> None:
+    chosen = choose_addresses(found, **args)
+    assert [str(one) for one in (chosen.endpoint, *chosen.more_endpoints)] == endpoints
+    for endpoint in chosen.more_endpoints:
+        assert f"further endpoint {endpoint}" in "\n".join(chosen.reasons)
+
+
+def test_the_families_of_a_host_are_those_of_its_default_routes_or_else_of_its_networks() -> None:
+    assert DUAL.families() == {4, 6}
+    assert ULA.families() == {4}
+    assert facts(address("eth0", "10.0.3.7/24")).families() == {4}
+    assert facts().families() == frozenset()
+
+
+def test_the_flags_reach_the_choice() -> None:
+    config = AgentConfig.build(hostname="node-1", port="777", internal_cidr="203.0.113.0/24", endpoint="x.example")
+    chosen = choose(TWO_LEGS, config)
+    assert [str(ip) for ip in chosen.internal_ips] == ["203.0.113.5/24"]
+    assert chosen.endpoint == Endpoint("x.example", 777)
+
+
+def test_the_underlay_is_where_the_hosts_own_packets_travel() -> None:
+    host = facts(
+        *DOCKER,
+        address("kilo0", "10.4.0.1/32", "wireguard"),
+        address("tun0", "10.8.0.2/24", "tun"),
+        address("eth0", "203.0.113.5/24"),
+        address("eth1", "10.1.0.5/16", "bridge"),
+        ways=(default("eth0", "203.0.113.1"),),
+    )
+    assert [str(network) for network in host.underlay()] == ["203.0.113.0/24", "10.1.0.0/16", "203.0.113.1/32"]
+
+
+async def test_the_hosts_own_facts_can_be_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def list_addresses() -> HostAddresses:
+        return HostAddresses(addresses=LO, default_routes=(default("eth0", "10.0.0.1"),))
+
+    monkeypatch.setattr(kernel, "list_addresses", list_addresses)
+    found = await gather(AgentConfig(hostname="localhost", interface="wg7"))
+    assert ip_address("127.0.0.1") in found.resolved
+    assert (found.addresses, found.own_interface) == (LO, "wg7")
+    assert found.default_routes == (default("eth0", "10.0.0.1"),)
+    assert (await gather(AgentConfig(hostname="no-such-name.invalid"))).resolved == ()
+
+
+@pytest.mark.autojump
+async def test_a_nameserver_that_is_away_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer: tuple[IPAddress, ...] | Exception | None = (ip_address("10.1.0.5"),)
+
+    async def lookup(name: str) -> tuple[IPAddress, ...]:
+        assert name == "node-1"
+        if answer is None:
+            await trio.sleep_forever()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer or ()
+
+    async def list_addresses() -> HostAddresses:
+        return HostAddresses()
+
+    monkeypatch.setattr(discover, "lookup", lookup)
+    monkeypatch.setattr(discover, "_hostnames", {})
+    monkeypatch.setattr(kernel, "list_addresses", list_addresses)
+    config = AgentConfig(hostname="node-1")
+    known = (ip_address("10.1.0.5"),)
+    assert (await gather(config)).resolved == known
+    answer = None
+    assert (await gather(config)).resolved == known
+    answer = socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+    assert (await gather(config)).resolved == known
+    answer = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+    assert (await gather(config)).resolved == ()
+
+
+async def test_the_kernels_own_list_is_understood() -> None:
+    found = await gather(AgentConfig(hostname="localhost"))
+    assert all(item.address.version in (4, 6) for item in found.addresses)
+    assert choose(found, AgentConfig(hostname="localhost")).reasons
+
+
+async def test_etcds_networks_are_single_addresses() -> None:
+    etcd = Config(endpoints=("https://[2001:db8::1]:2379", "192.0.2.1:2379", "http://no-such-name.invalid:1"))
+    assert set(await etcd_networks(etcd)) == {ip_network("2001:db8::1/128"), ip_network("192.0.2.1/32")}
+
+
+# -- cloud-init ---------------------------------------------------------------------------------------------------
+
+
+def test_cloud_inits_region_is_the_location(tmp_path: Path) -> None:
+    path = tmp_path / "instance-data.json"
+    path.write_text(json.dumps({"v1": {"region": "europe-west3", "availability_zone": "europe-west3-a"}}))
+    assert location_from_cloud_init(path) == ("europe-west3", f"cloud-init's region (v1.region in {path})")
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (None, "there is no"),
+        (b"", "is not JSON"),
+        (b"\xff\xfe{", "is not JSON"),
+        (b"[" * 100_000, "is not JSON"),
+        (b"[]", "has no v1.region"),
+        (b'{"v1": 1}', "has no v1.region"),
+        (b'{"v1": {"region": null}}', "has no v1.region"),
+        (b'{"v1": {"region": "  "}}', "has no v1.region"),
+        (b'{"v1": {"region": "a\\nb"}}', "has no v1.region"),
+    ],
+)
+def test_without_a_region_there_is_a_reason(tmp_path: Path, content: bytes | None, why: str) -> None:
+    path = tmp_path / "instance-data.json"
+    if content is not None:
+        path.write_bytes(content)
+    location, reason = location_from_cloud_init(path)
+    assert location is None
+    assert why in reason
+
+
+def test_a_directory_in_its_place_is_a_reason_too(tmp_path: Path) -> None:
+    assert location_from_cloud_init(tmp_path) == (
+        None,
+        f"no location from cloud-init: {tmp_path} cannot be read: Is a directory",
+    )
