@@ -237,7 +237,7 @@ async def test_a_laptop_leaves_by_an_exit_node_and_what_must_bypass_it_does() ->
             refused = await lab.exec("cafe-1", KGCTL, "connect", "laptop", "--exit-node", node)
             assert (refused.returncode, says in refused.stderr) == (1, True), refused.stderr
         completed = await lab.kgctl("annotate", "gcp-2", "advertise-exit-node=true")
-        assert "offers an exit node" in completed.stdout
+        assert "advertises itself as an exit node" in completed.stdout
         refused = await lab.exec("cafe-1", KGCTL, "connect", "laptop", "--exit-node", "gcp-2")
         assert "annotate gcp-1 with advertise-exit-node=true instead" in refused.stderr
         await lab.kgctl("annotate", "gcp-1", "advertise-exit-node=true")
