@@ -9,11 +9,11 @@ import pytest
 from attrs import evolve
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from topology_worlds import MESH, node, peer, plans, snapshot
 
 from kilo_etcd.model import IPNetwork, Peer, Snapshot
 from kilo_etcd.topology import build_topology
 from kilo_etcd.topology.prefix_allocation import NetworkOwner, NetworkRequest, PrefixAllocation, allocate
+from topology_worlds import MESH, node, peer, plans, snapshot
 
 A = node("a", 1, "gcp", "10.0.0.1/24", "203.0.113.1")
 B = node("b", 2, "aws", "10.0.1.1/24", "203.0.113.2")
