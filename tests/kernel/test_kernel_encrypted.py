@@ -103,6 +103,14 @@ def test_it_is_turned_on_from_the_last_resort_to_the_rule() -> None:
     assert commands(ON, after(ON, LOCAL)) == []
 
 
+def test_what_is_sent_from_an_endpoint_that_nobody_encrypts_for_leaves_in_clear() -> None:
+    wanted = evolve(ON, encryption=evolve(ENCRYPTION, clear_sources=(ip_address("203.0.113.1"),)))
+    more = [line for line in commands(wanted, LOCAL) if line not in commands(ON, LOCAL)]
+    assert more == [f"ip -4 rule add priority {PAST} from 203.0.113.1 lookup main"]
+    assert commands(wanted, after(wanted, LOCAL)) == []
+    assert commands(ON, after(wanted, LOCAL)) == [f"ip -4 rule del priority {PAST} from 203.0.113.1 lookup main"]
+
+
 def test_it_is_turned_off_from_the_rule_to_the_mark() -> None:
     host = after(ON, LOCAL)
     assert (host.strict, host.loosened, host.mark) == ({}, {"eth0": "1", "kilo0": "0"}, 107)

@@ -157,7 +157,8 @@ async def test_members_behind_leaders_say_nothing_in_clear_between_sites() -> No
         )
         for name in ("one", "two")
     )
-    spec = Spec(sites=sites, open=True, agent_args=("--forward-rules",))
+    lone = SiteSpec(name="lone", hosts=(HostSpec(name="lone-1", public=True, label="lone"),))
+    spec = Spec(sites=(*sites, lone), open=True, agent_args=("--forward-rules",))
     async with running_lab(spec) as lab:
         for name in ("one-1", "two-1"):
             await lab.exec(name, "iptables", "-P", "FORWARD", "DROP", check=True)
@@ -174,7 +175,12 @@ async def test_members_behind_leaders_say_nothing_in_clear_between_sites() -> No
                 await stack.enter_async_context(lab.probe(a, b, address=addresses[b]))
                 for a, b in (("one-2", "two-2"), ("two-2", "one-2"), ("one-1", "two-2"), ("two-2", "one-1"))
             ]
-            await set_to(lab, "encrypted", "sends")
+            public = {row.host: row.public[0] for row in await lab.status() if row.public}
+            async with lab.probe("lone-1", "one-1", address=public["one-1"]) as called, lab.probe(
+                "one-1", "lone-1", address=public["lone-1"]
+            ) as calling:  # fmt: skip
+                await set_to(lab, "encrypted", "sends")
+            assert (called.lost, calling.lost) == (0, 0), "a leader answers from its public address"
             async with lab.capture("router:one", ["wan"]) as one, lab.capture("router:two", ["wan"]) as two:
                 assert await talk()
             await set_to(lab, "routed", None)

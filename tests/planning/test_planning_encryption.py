@@ -157,6 +157,28 @@ def test_endpoints_that_are_the_hosts_own_are_encrypted_too() -> None:
     assert refused(planned(mesh([own, forwarded, twin]), "a")) == set()
 
 
+def test_a_host_answers_in_clear_from_an_endpoint_at_which_it_is_called_in_clear() -> None:
+    """Of a segment with members only internal IPs are carried: out of the tunnel nobody takes packets from endpoints."""
+    own = {"endpoint": "203.0.113.1", "links": "203.0.113.0/28 10.1.0.0/24"}
+    leader = here("a", 1, "x", "10.1.0.1/24", **own, **SENDS)
+    member = here("a2", 2, "x", "10.1.0.2/24", endpoint="203.0.113.2", links="203.0.113.0/28 10.1.0.0/24", **SENDS)
+    alone = here("b", 3, "b", "10.2.0.1/24", endpoint="198.51.100.2", links="198.51.100.0/28 10.2.0.0/24", **SENDS)
+
+    def clear_sources(topology: Topology, name: str, **outside: Any) -> list[str]:
+        wanted = planned(topology, name, **outside).encryption
+        assert wanted is not None
+        return list(map(str, wanted.clear_sources))
+
+    topology = mesh([leader, member, alone], Granularity.LOCATION)
+    assert "203.0.113.1" not in sent(planned(topology, "b"))
+    assert "198.51.100.2" in sent(planned(topology, "a"))
+    assert clear_sources(topology, "a") == ["203.0.113.1"]
+    assert clear_sources(topology, "a2") == ["203.0.113.2"]
+    assert clear_sources(topology, "b") == []
+    assert clear_sources(topology, "a", addresses=frozenset(map(ip_address, ["10.1.0.1"]))) == []
+    assert clear_sources(mesh([leader, member, alone]), "a") == [], "in a full mesh endpoints are carried"
+
+
 def test_members_send_by_their_leader() -> None:
     nodes = [
         here("a1", 1, "a", "10.1.0.1/24", endpoint="203.0.113.1", **SENDS),

@@ -90,6 +90,7 @@ def encrypt(
         nodes=whole.nodes, send=whole.send, hold=whole.hold, refuse=whole.refuse,
         etcd=outside.etcd, etcd_here=outside.etcd_here, talk=outside.talk, clear=outside.clear,
         sources=_in_order(outside, own), known=known,
+        clear_sources=_clear_sources(own, outside, places.of[segment.key]),
     )  # fmt: skip
     if memo.wanted is not None and _same(wanted, memo.wanted):
         wanted = memo.wanted
@@ -408,6 +409,12 @@ def _allowing(peer: PeerPlan, networks: Iterable[IPNetwork]) -> PeerPlan:
     if len(every) == len(peer.allowed_ips):
         return peer
     return evolve(peer, allowed_ips=tuple(sorted(every, key=network_key)))
+
+
+def _clear_sources(own: Node, outside: Outside, place: Place) -> tuple[IPAddress, ...]:
+    """The host's own endpoint addresses at which no segment sends to it through the tunnels."""
+    carried = {address.address for address in place.of[own.name]} | {ip.ip for ip in own.internal_ips}
+    return tuple(address for address in own_addresses(own) if address not in carried and outside.has(address))
 
 
 def _known(subnets: Iterable[IPNetwork], behind: Iterable[IPNetwork], place: Place, name: str) -> tuple[IPNetwork, ...]:

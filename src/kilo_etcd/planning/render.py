@@ -54,6 +54,7 @@ def _encrypted(wanted: Encryption) -> Iterator[str]:
     bypass = [f"{address} tcp/{port}" for address, port in wanted.etcd]
     bypass += [f"tcp/{port} here" for port in wanted.etcd_here]
     bypass += [f"udp/{port}" for port in wanted.talk]
+    bypass += [f"from {address}" for address in wanted.clear_sources]
     bypass += map(str, wanted.clear)
     yield "encrypted but not " + (", ".join(bypass) or "anything")
 

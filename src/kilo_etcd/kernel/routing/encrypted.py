@@ -8,7 +8,8 @@ rp_filter drop what comes in from there, ARP and etcd's answers among it. What T
 The rules, before those of an exit node (`kernel.routing.exit_node`) and behind an operator's own below 10600:
 
 1. to the main table, in clear, always: etcd by its addresses and ports; on etcd's host the answers of its ports, a
-   container's too; WireGuard's and the agents' own ports from this host's addresses; the operator's exemptions.
+   container's too; WireGuard's and the agents' own ports from this host's addresses; whatever is sent from an
+   endpoint address to which nobody sends through a tunnel; the operator's exemptions.
    WireGuard's packets out carry a mark; the rule by port is for those that come in, whose reverse look-up knows no
    mark. For the same reason no rule says `iif lo`. They are rules and no marks by nftables: who flushes the ruleset
    stays encrypted, and reaches etcd;
@@ -111,6 +112,8 @@ def _rules(wanted: Encryption, listen_port: int, interface: str) -> Iterator[Rou
     for own in wanted.sources:
         for port in (listen_port, *wanted.talk):
             yield clear(own.version, source=own, protocol=_UDP, sport=port)
+    for own in wanted.clear_sources:
+        yield clear(own.version, source=own)
     for exemption in wanted.clear:
         version, protocol = exemption.network.version, protocol_of(exemption)
         # The kernel says nothing of a destination that is anywhere.
