@@ -486,6 +486,22 @@ def test_explain_names_the_table_the_rule_and_the_mark() -> None:
     assert all("(rule 10601: not fwmark 107)" in table for table in tables), tables
 
 
+def test_endpoints_that_stay_in_clear_are_a_note() -> None:
+    """Of locations with several members; in a full mesh there are none."""
+    world = encrypting()
+    links = (ip_network("203.0.113.0/24"), ip_network("198.51.100.0/24"))
+    nodes = {name: evolve(node, underlay=links) for name, node in world.nodes.items()}
+    found = report(evolve(world, nodes=nodes), ALL_WELL, newest=40)
+    (note,) = (note for note in found.notes if note.subject == "internal-ips")
+    assert note.text.startswith("not encrypted are packets to and from the endpoints of nodes in locations with several")
+    for name, node in nodes.items():
+        alone = len(build_topology(evolve(world, nodes=nodes)).segment_of(name).members) == 1
+        stated = any(endpoint.address in link for endpoint in node.endpoints for link in links)
+        assert (f"{name} " in note.text) is (stated and not alone), (name, note.text)
+    full = evolve(world, nodes=nodes, granularity=Granularity.FULL)
+    assert not [note for note in report(full, ALL_WELL, newest=40).notes if note.subject == "internal-ips"]
+
+
 def test_an_old_agent_that_a_mesh_leaves_out_is_an_error_above_all() -> None:
     world = encrypting()
     world = evolve(world, nodes={**world.nodes, "b1": evolve(WORLD.nodes["b1"], encryption=None)})

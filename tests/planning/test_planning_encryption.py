@@ -17,6 +17,7 @@ from kilo_etcd.model.hostplan import HostPlan, RoutePlan, Via
 from kilo_etcd.planning import host_plan
 from kilo_etcd.planning.encryption import Living, Outside, StageReport, encrypt, report, waited_for
 from kilo_etcd.topology import Topology, build_topology
+from kilo_etcd.topology.inclear import endpoints_in_clear
 from kilo_etcd.topology.unaware import unaware_problems, waiting
 from kilo_etcd.topology.unrouted import unrouted
 from topology_worlds import node, pair, snapshot
@@ -158,7 +159,7 @@ def test_endpoints_that_are_the_hosts_own_are_encrypted_too() -> None:
 
 
 def test_a_host_answers_in_clear_from_an_endpoint_at_which_it_is_called_in_clear() -> None:
-    """Of a segment with members only internal IPs are carried: out of the tunnel nobody takes packets from endpoints."""
+    """Of a segment with members internal IPs are carried: nobody takes packets from its endpoints out of a tunnel."""
     own = {"endpoint": "203.0.113.1", "links": "203.0.113.0/28 10.1.0.0/24"}
     leader = here("a", 1, "x", "10.1.0.1/24", **own, **SENDS)
     member = here("a2", 2, "x", "10.1.0.2/24", endpoint="203.0.113.2", links="203.0.113.0/28 10.1.0.0/24", **SENDS)
@@ -176,7 +177,11 @@ def test_a_host_answers_in_clear_from_an_endpoint_at_which_it_is_called_in_clear
     assert clear_sources(topology, "a2") == ["203.0.113.2"]
     assert clear_sources(topology, "b") == []
     assert clear_sources(topology, "a", addresses=frozenset(map(ip_address, ["10.1.0.1"]))) == []
-    assert clear_sources(mesh([leader, member, alone]), "a") == [], "in a full mesh endpoints are carried"
+    named = [(node.name, str(address)) for node, address in endpoints_in_clear(topology)]
+    assert named == [("a", "203.0.113.1"), ("a2", "203.0.113.2")]
+    full = mesh([leader, member, alone])
+    assert clear_sources(full, "a") == [], "in a full mesh endpoints are carried"
+    assert list(endpoints_in_clear(full)) == []
 
 
 def test_members_send_by_their_leader() -> None:

@@ -113,6 +113,13 @@ def _internal_ips(old: Topology, new: Topology) -> Iterator[str]:
             "the agents' own packets, ICMP errors, DHCP and what --clear lists; where a tunnel is down packets are "
             "dropped; multicast and broadcast between these nodes are refused"
         )
+        from kilo_etcd.topology.inclear import endpoints_in_clear
+
+        if endpoints := len(list(endpoints_in_clear(new))):
+            yield (
+                f"packets to and from {endpoints} endpoint{'' if endpoints == 1 else 's'} of nodes in locations with "
+                "several members stay in clear, and these nodes refuse no clear text; granularity full encrypts them"
+            )
     elif was is InternalIPs.ENCRYPTED:
         yield (
             f"packets between the endpoints and internal IPs of {nodes} go in clear again, from the moment on that "

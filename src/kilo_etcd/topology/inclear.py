@@ -1,5 +1,5 @@
 """Lists what travels in clear although the mesh encrypts: packets to addresses that some host takes for addresses on
-its own links. For people.
+its own links, and packets to endpoints of segments with members. For people.
 
 Whether two hosts that have a network with the same numbers share it, or have one each, no record says. Where nothing
 says that they share it (`topology.places`), their packets are left to their own links, in both directions.
@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kilo_etcd.model import IPAddress, Node
-from kilo_etcd.topology.places import Address, Place, Places, both_ways, exchanged, sent
+from kilo_etcd.model import InternalIPs, IPAddress, Node
+from kilo_etcd.topology.places import Address, Place, Places, both_ways, exchanged, own_addresses, sent
 from kilo_etcd.topology.segments import Segment, Topology
 
 MOST_PAIRS = 50_000
@@ -33,6 +33,19 @@ def in_clear(topology: Topology) -> Iterator[tuple[Segment, Node, IPAddress]]:
             seen.add(pair)
             for one, another in ((here, there), (there, here)):
                 yield from ((one.segment, each.node, each.address) for each in _kept_back(one, another))
+
+
+def endpoints_in_clear(topology: Topology) -> Iterator[tuple[Node, IPAddress]]:
+    """The nodes with an endpoint of their own at which other segments call them in clear, since of a segment with
+    members only internal IPs are carried. Such a node refuses no clear text in that family."""
+    if topology.internal_ips is not InternalIPs.ENCRYPTED or len(topology.segments) == 1:
+        return
+    for segment in topology.segments.values():
+        if len(segment.members) == 1:
+            continue
+        for node in segment.members:
+            internal = {ip.ip for ip in node.internal_ips}
+            yield from ((node, address) for address in own_addresses(node) if address not in internal)
 
 
 def _kept_back(here: Place, there: Place) -> Iterator[Address]:

@@ -239,7 +239,7 @@ def report(
             ),
             *_same_internal_ips(snapshot, statuses, each=about is not None),
         ),
-        notes=(*_odd_locations(snapshot), *_flags(names, statuses)),
+        notes=(*_odd_locations(snapshot), *_flags(names, statuses), *_endpoints_in_clear(topology, names)),
         unrouted=tuple(unrouted_remarks(topology)) if about is None else (),
         live=None if live is None else _live_report(topology, live),
     )
@@ -292,6 +292,22 @@ def _flags(names: Iterable[str], statuses: Mapping[str, StatusRecord]) -> tuple[
         for error in statuses[name].errors
         if about_flag(error)
     )
+
+
+def _endpoints_in_clear(topology: Topology, names: Collection[str]) -> Iterator[Remark]:
+    """Under `encrypted`, endpoints that stay in clear: one remark for all of them."""
+    if topology.internal_ips is not InternalIPs.ENCRYPTED:
+        return
+    from kilo_etcd.topology.inclear import endpoints_in_clear
+
+    found = sorted({f"{node.name} {address}" for node, address in endpoints_in_clear(topology) if node.name in names})
+    if found:
+        yield Remark(
+            subject="internal-ips",
+            text=f"not encrypted are packets to and from the endpoints of nodes in locations with several members, and "
+            f"these nodes refuse no clear text of that family: {first_of(found, MOST_SUBJECTS)}; with granularity full "
+            "all nodes' endpoints are encrypted",
+        )
 
 
 def unrouted_remarks(topology: Topology) -> Iterator[UnroutedRemark]:
