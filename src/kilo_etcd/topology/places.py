@@ -3,7 +3,7 @@ stage. Pure.
 
 Packets to an address go through the tunnel if no other node has it, it is not granted to another owner, and it is not
 taken for something near: one that the sender's segment reaches over its own links only if the two share those links on
-purpose: one label in a full mesh, or the sender's WireGuard calls the node at an address on them. Decision 0033.
+purpose: one label in a full mesh, or the sender's WireGuard calls the node at an address on them. Decision 0032.
 
 All of it is a function of the topology, and the same for all hosts; `Places` follows its changes.
 """
