@@ -2,38 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-import re
-from pathlib import Path
-
 import pytest
 
-ROOT = Path(__file__).parents[1]
-PACKAGE = ROOT / "src/kilo_etcd"
-QUOTED = re.findall(r"`([^`\n]+)`", (ROOT / "docs/architecture.md").read_text())
-ROOMS = {path.name for path in PACKAGE.iterdir() if path.is_dir()}
+from helpers_docs import PACKAGE, ROOMS, ROOT, files_in, names_in, resolve
 
-FILES = sorted({text for text in QUOTED if re.fullmatch(r"[\w/]+(/|\.py|\.toml)", text)})
-NAMES = sorted({text for text in QUOTED if re.fullmatch(r"[a-z_]+(\.\w+)+", text) and text.split(".")[0] in ROOMS})
-
-
-def resolve(name: str) -> object:
-    """The module of ours that `name` is, or the function, class or method in one. LookupError."""
-    parts = name.split(".")
-    for length in range(len(parts), 0, -1):
-        module = ".".join(["kilo_etcd", *parts[:length]])
-        try:
-            value: object = importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            if error.name is None or not module.startswith(error.name):
-                raise
-            continue
-        for each in parts[length:]:
-            if not hasattr(value, each):
-                raise LookupError(f"{name}: {value!r} has no {each}")
-            value = getattr(value, each)
-        return value
-    raise LookupError(f"{name} is in no module")
+FILES = files_in("docs/architecture.md")
+NAMES = names_in("docs/architecture.md")
 
 
 def test_the_page_names_rooms_functions_and_files() -> None:

@@ -58,7 +58,8 @@ from kilo_etcd.topology.mesh_settings import disagreements
 T = TypeVar("T")
 
 HANDOVER_SECONDS = 2.0
-"""How long a stopping leader waits for the others to have applied its successor's plan (DESIGN section 5)."""
+"""How long a stopping leader waits for the others to have applied its successor's plan (docs/design.md, "Election,
+failure detection and handover")."""
 
 CONFIRM_POLL_SECONDS = 0.02
 

@@ -1,4 +1,7 @@
-"""Programs Linux: `plan - observed = changes` (DESIGN section 6). The public names are these; modules are private."""
+"""Programs Linux: `plan - observed = changes` (docs/design.md, "The plan and the kernel").
+
+The public names are these; modules are private.
+"""
 
 from kilo_etcd.kernel.api import Kernel
 from kilo_etcd.kernel.diff import diff

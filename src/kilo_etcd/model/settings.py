@@ -15,7 +15,7 @@ DEFAULT_SUBNET = "10.4.0.0/16"
 
 
 class Granularity(StrEnum):
-    """How tunnels are drawn (DESIGN section 4)."""
+    """How tunnels are drawn (docs/design.md, "Segments, granularity and topology")."""
 
     LOCATION = "location"
     FULL = "full"
@@ -63,7 +63,8 @@ class MeshSettings(NamedTuple):
 
 
 class Encapsulate(StrEnum):
-    """How nodes of one location reach each other when they are not on one link (DESIGN section 4)."""
+    """How nodes of one location reach each other when they are not on one link (docs/design.md, "Segments, granularity
+    and topology")."""
 
     NEVER = "never"
     CROSSSUBNET = "crosssubnet"

@@ -1,4 +1,5 @@
-"""Where things are in etcd: every key that kilo-etcd writes or reads, built and parsed in one place (DESIGN section 3).
+"""Where things are in etcd: every key that kilo-etcd writes or reads, built and parsed in one place (docs/design.md,
+"Keys and records").
 
 Names inside keys (nodes, peers, locations, annotations, observers) are percent-encoded: letters, digits and `_.-~`
 stand for themselves, every other byte of the UTF-8 text is `%XX`, so a name never adds a level. The default location,

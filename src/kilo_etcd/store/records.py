@@ -1,11 +1,10 @@
 """The values of the keys: the records, and the conversion from bytes to records and back.
 
-JSON with camelCase names where a program writes, plain text where a person does (DESIGN section 3). Decoding takes any
-bytes at all and either returns a well-formed record or raises `RecordError` with one clause that says what is
-wrong; it never raises anything else. A value that is longer than any of its kind has to be is rejected unread (64 KiB
-for nodes and peers, less for the others). Encoding is canonical (sorted keys, no
-blanks, empty fields left out), so equal records are equal bytes and "unchanged" is a comparison
-of bytes.
+JSON with camelCase names where a program writes, plain text where a person does (docs/design.md, "Keys and
+records"). Decoding takes any bytes at all and either returns a well-formed record or raises `RecordError` with one
+clause that says what is wrong; it never raises anything else. A value that is longer than any of its kind has to be is
+rejected unread (64 KiB for nodes and peers, less for the others). Encoding is canonical (sorted keys, no blanks, empty
+fields left out), so equal records are equal bytes and "unchanged" is a comparison of bytes.
 
 No message shows a value of a field that is marked secret, nor what else may be a key (`quoting`).
 

@@ -5,12 +5,12 @@ applied to their nodes, address claims are joined in, contradicting records are 
 touches (the node it concerns, plus one copy of the node table), and a node that a change does not concern is the same
 object in the next snapshot.
 
-The invariant (DESIGN section 1): a snapshot depends only on what etcd holds at its revision, not on how the view got
-there; agents at one revision agree. From it follows what happens to a record that was good and turns bad: it is left
-out, although the last good version is at hand, because an agent that started later never saw that version and
-would disagree. The mesh's own settings are the exception: there the alternative to the last good value
-is a default that would tear the whole mesh down, so the last good one is kept, and an agent that starts later looks
-it up in etcd's history (`store.history`). The same holds when one of the two is deleted.
+The invariant (docs/design.md, "What must always hold"): a snapshot depends only on what etcd holds at its revision, not
+on how the view got there; agents at one revision agree. From it follows what happens to a record that was good and
+turns bad: it is left out, although the last good version is at hand, because an agent that started later never saw that
+version and would disagree. The mesh's own settings are the exception: there the alternative to the last good value is a
+default that would tear the whole mesh down, so the last good one is kept, and an agent that starts later looks it up
+in etcd's history (`store.history`). The same holds when one of the two is deleted.
 
 What is not in force is named, one by one, in `Snapshot.rejected`:
 

@@ -1,5 +1,5 @@
-"""The probe assignment: which leader this host probes, and what it concludes from the answers (DESIGN section 5,
-decision 0015).
+"""The probe assignment: which leader this host probes, and what it concludes from the answers (docs/design.md,
+"Election, failure detection and handover"; decision 0015).
 
 A location's next in line tries all the time whether packets get through the leader, by an echo request to one leader of
 another location after the other. When one that used to answer is silent it tries harder; when then nobody answers it
