@@ -1,4 +1,4 @@
-"""Decides from the probe reports whether a leader is demoted. Pure.
+"""Decides from the probe reports whether a leader is demoted. Pure. `topology.election` has the whole rule, and why.
 
 A candidacy says that a node's agent lives, not that packets get through it: forwarding may be off, a firewall may drop
 them, its port may be blocked. Probers try, and write what they found into etcd (`model.ProbeReport`): the members of
