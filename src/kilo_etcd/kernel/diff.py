@@ -1,21 +1,49 @@
 """`plan - observed = changes`: pure, and the only place that decides what is done to a kernel.
 
+The problem. A host that forwards is brought from what it holds to what the plan wants, with as little loss as Linux
+allows, and without touching what is not ours.
+
+Why it is hard. Linux has no transaction over WireGuard, routes, rules and filters, so packets meet each state in
+between. Changes have effects that nobody asked for: a device that goes takes its routes along, and an allowed IP that
+is given to one peer is taken from another. WireGuard changes itself: an endpoint follows the peer's packets (roaming),
+and what it holds is then better than the plan. And a late packet of the peer looks like roaming to the old endpoint.
+
 The order of the changes is make before break:
 
 1. the unreachable routes for the mesh's subnets, the device, its addresses and MTU, our nftables table, and the IPIP
    device that it guards, so that nothing later lacks what it needs;
-2. one run of WireGuard changes, which the kernel layer sends as one transaction: peers that come, and allowed IPs
-   that move to a peer (which takes them from the peer that had them, with no moment in between);
+2. one run of WireGuard changes, which the kernel layer sends as one transaction if they fit one message: peers that
+   come, and allowed IPs that move to a peer (which takes them from the peer that had them, with no moment in between);
 3. forwarding and the device up, reverse-path checks, then routes: added, or replaced by one message each; the main
    table's first, then those of our own tables, then the rules that lead there;
 4. what goes: rules, routes, then peers, addresses and devices; reverse-path checks are as they were, and the mark
    goes last, since as long as a rule asks for it WireGuard's own packets would go into the tunnel without it.
 
-Promised: equal plans give no change the second time; a route with another protocol than ours is never touched; an
-endpoint is not set back to what it was before the peer roamed, as long as the peer answers where it is now
-(`kernel.unanswered`); a peer changes alone, never with the whole list.
-What looks like roaming to the very endpoint that was replaced a moment ago is none: then the new one is set again, at
-most `SET_AGAIN` times, and the last time the session is reset, so that what arrives late from there says nothing.
+The rules about peers:
+
+* A peer changes alone, never with the whole list. If all that it loses is gained by others, only these are written: the
+  kernel takes it away by itself.
+* An endpoint is not set back to what it was before the peer roamed, as long as the peer answers where it is now
+  (`kernel.unanswered`). The kernel cannot be asked which endpoint was set, so `Memory` has it. After a restart an
+  endpoint in use is taken for one that was learnt.
+* What looks like roaming to the very endpoint that was replaced a moment ago is none: then the new one is set again, at
+  most `SET_AGAIN` times, and the last time the session is reset, so that what arrives late from there says nothing.
+
+Why it is right. `kernel.predict` says what each change does, its implicit effects too, and tests hold it against a real
+kernel. With it these properties are tested from any plan to any other, one change after the other: in the end a second
+diff is empty; a destination that both plans route is never without a route, unless its device or source address is
+replaced; an address that both plans encrypt never leaves in clear; a peer that stays equal is not written; a learnt
+endpoint is not set back; no route with another protocol than ours is deleted or replaced; and leaving out what
+`settled` has in common with the plan gives the same changes.
+
+What it does not promise:
+
+* That changes succeed. The kernel may refuse one, or another program may be faster. The kernel layer then reads the
+  host anew and tries once what is still to be done; what fails again is reported, and the caller tries later.
+* One moment for all. Packets meet the states in between; of those the properties above hold, and no others.
+* What no change can bring about: a default route, a destination where another program has a route, IPv6 through an
+  IPv4 gateway. It leaves that out and names it in `Difference.failures`.
+* Knowledge of the present. It compares with what was read or predicted; what others change later is drift.
 """
 
 from __future__ import annotations
