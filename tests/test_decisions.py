@@ -23,7 +23,7 @@ REFERENCE = re.compile(
 TEXTS = sorted(
     path
     for path in (
-        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
+        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")),
         *(ROOT / "docs").rglob("*.md"),
         *(path for room in ("src", "tests", "bench", "scripts") for path in (ROOT / room).rglob("*.py")),
     )

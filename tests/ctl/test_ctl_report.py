@@ -493,7 +493,7 @@ def test_endpoints_that_stay_in_clear_are_a_note() -> None:
     nodes = {name: evolve(node, underlay=links) for name, node in world.nodes.items()}
     found = report(evolve(world, nodes=nodes), ALL_WELL, newest=40)
     (note,) = (note for note in found.notes if note.subject == "internal-ips")
-    assert note.text.startswith("not encrypted are packets to and from the endpoints of nodes in locations with several")
+    assert note.text.startswith("not encrypted are packets to and from the endpoints of nodes in locations with")
     for name, node in nodes.items():
         alone = len(build_topology(evolve(world, nodes=nodes)).segment_of(name).members) == 1
         stated = any(endpoint.address in link for endpoint in node.endpoints for link in links)
