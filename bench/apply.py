@@ -1,6 +1,6 @@
 """Programming many peers and routes: the kernel layer against `wg setconf`, `wg set` and `ip -batch`, in one run.
 
-    python bench/program.py
+    python bench/apply.py
 
 Ours is `apply` of a plan: the host is read anew, compared with the plan, changed, and what is then believed of it is
 kept. The tools' time is that of a process that reads a file; no interpreter starts in ours, since the agent runs. What

@@ -63,7 +63,7 @@ def timed(work: Callable[[], object], runs: int) -> float:
 
 
 def measure(snapshot: Snapshot) -> tuple[float, float, float, float, float]:
-    """From scratch, after one change, the guard on both, and all of it after a subnet moved, in milliseconds."""
+    """From scratch, after one change, the route filter on both, and all of it after a subnet moved, in milliseconds."""
     protected = [ip_network("10.200.0.0/24"), ip_network("192.0.2.10/32")]
 
     def scratch() -> object:
@@ -110,7 +110,7 @@ def main() -> None:
         "from scratch",
         "one node changed",
         "route filter",
-        "guard after the change",
+        "route filter after the change",
         "a subnet moved: all",
     ):
         table.add_column(heading, justify="left" if heading == "mesh" else "right")
