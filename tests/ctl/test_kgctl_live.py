@@ -140,7 +140,7 @@ def test_tunnels_and_traffic_are_shown_as_the_leaders_have_them(mesh: Mesh) -> N
     assert (said["tunnels"], said["up"], said["silent"], said["refused"]) == (1, 1, [], None)
     assert {kernel["name"]: kernel["undone"] for kernel in said["kernels"]}["home-2"] == 3
     assert json.loads(mesh.run("status", "-o", "json").stdout)["live"] is None
-    assert not [key for key in mesh.etcd.keys("/") if "questions" in key or "answers" in key]
+    assert not [key for key in mesh.etcd.keys("/") if "requests" in key or "responses" in key]
 
 
 def test_who_does_not_answer_and_who_may_not_ask_are_told(mesh: Mesh) -> None:

@@ -193,8 +193,8 @@ class PeerConnection:
                 await self.resolver.wait_changed()
         if missing := self.resolver.unresolved(self.settings.endpoints):
             raise Failure(
-                f"etcd's name {missing[0]} is not resolved within {LOOKUP_TIMEOUT:g} s, so etcd could not be kept "
-                "reached directly by its address: mend the name or the resolver, or give --endpoints as addresses"
+                f"etcd's name {missing[0]} is not resolved within {LOOKUP_TIMEOUT:g} s, so etcd could not "
+                "bypass the exit node by its address: mend the name or the resolver, or give --endpoints as addresses"
             )
 
     def _note_exit_node(self, sentence: str | None) -> None:

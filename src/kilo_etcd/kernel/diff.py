@@ -632,7 +632,7 @@ def _impossible(route: RoutePlan) -> str | None:
     if route.way is Via.TUNNEL:
         return None
     if route.gateway is None:
-        return f"the route to {route.destination} has no exit node, although it does not lead into the tunnel"
+        return f"the route to {route.destination} has no gateway, although it does not lead into the tunnel"
     if route.destination.version == 6 and route.gateway.version == 4:
         return (
             f"{route.destination} cannot be reached via {route.gateway}: IPv6 needs an IPv6 gateway; "

@@ -14,7 +14,7 @@ A member of a location has its leader's peers too, ready to take over, but sends
 When it is promoted, those that lead or are alone already start the handshake, whatever their keys: it has known them
 all along, so their packet finds it ready, while its own could come before they know it.
 
-Pure: `contacts` keeps track of new peers; `handshake_order` says which endpoints are withheld, which handshakes are
+Pure: `peered_since` keeps track of new peers; `handshake_order` says which endpoints are withheld, which handshakes are
 triggered, and until when.
 """
 

@@ -218,7 +218,7 @@ class Keys:
 
     @property
     def adopted(self) -> str:
-        """Says the etcd that is the mesh's, after it was restored or replaced: `kgctl mesh adopt`."""
+        """Says which etcd is the mesh's, after it was restored or replaced: `kgctl mesh adopt`."""
         return self.root + "mesh/adopted"
 
     @property

@@ -8,10 +8,10 @@ Bursts coalesce: the first change after a quiet time is given out at once; while
 snapshot every `hold` seconds. A reader that waits gets the newest, never one after the other.
 
 etcd going back in time is not followed. When a listing or a probe comes from another cluster, or its revision or raft
-term is lower than one seen before, `suspect` says so in a sentence, nothing is given out, and the mirror waits until
-that passes or until the operator says in this very etcd that it is the mesh's (`kgctl mesh adopt`). Only answers to
-linearizable reads are verified: a watch may rightly be served by a member that lags behind. A writer calls
-`verify` first: nothing is written to an etcd that is not followed.
+term is lower than one seen before, `untrusted_reason` says so in a sentence, nothing is given out, and the mirror waits
+until that passes or until the operator says in this very etcd that it is the mesh's (`kgctl mesh adopt`). Only answers
+to linearizable reads are verified: a watch may rightly be served by a member that lags behind. A writer calls `verify`
+first: nothing is written to an etcd that is not followed.
 """
 
 from __future__ import annotations
@@ -316,7 +316,7 @@ class Mirror:
 
     def _follows(self, result: RangeResult, floor: Header | None) -> bool:
         """Whether a linearizable answer may be followed, which was asked for when `floor` was known; sets or clears
-        `suspect`. `result` has the operator's adoption, if there is one."""
+        `untrusted_reason`. `result` has the operator's adoption, if there is one."""
         reason = _why_not(result.header, floor)
         if reason is not None:
             if not self._adopts(result):

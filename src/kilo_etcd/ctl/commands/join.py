@@ -1,4 +1,4 @@
-"""`kgctl mesh join` and `part`: two meshes joined, each one's segments as the other's outside peers (Kilo's
+"""`kgctl mesh join` and `unjoin`: two meshes joined, each one's segments as the other's outside peers (Kilo's
 multi-cluster).
 
 Each segment of one mesh becomes one peer of the other: its leader's key and endpoint, and all addresses and networks
