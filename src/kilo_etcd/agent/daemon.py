@@ -1018,7 +1018,7 @@ class Daemon:
         """All that is wrong with this host, as sentences."""
         why = self._candidacy.why
         behind = why and f"this host was demoted as leader: {why}; {DEMOTED}"
-        # What etcd could not be updated it has been told by the time that somebody reads this there.
+        # What could not be written to etcd has been written by the time that somebody reads this there.
         further = (
             self.beyond,
             self._encrypting.trouble,

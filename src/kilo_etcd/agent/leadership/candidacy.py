@@ -48,7 +48,7 @@ class CandidacyTask:
 
     @property
     def demoted_until(self) -> float | None:
-        """Until when this host is behind everyone, on trio's clock; None: it does not."""
+        """Until when this host is behind all others, on trio's clock; None: it is not."""
         return self._hold_down.until if trio.current_time() < self._hold_down.until else None
 
     def release(self) -> None:
