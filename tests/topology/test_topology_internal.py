@@ -202,7 +202,7 @@ def test_a_leader_with_a_private_endpoint_instead_of_one_with_a_public_one_is_na
         "at the private endpoint 10.1.0.2:51820: as long as it leads, its internal IP 10.1.0.2 is not rou"
         in problem.text
     )
-    assert "a1 would lead with a public endpoint, and does not stand for leader: is the host up?" in problem.text
+    assert "a1 would lead with a public endpoint, and is not a candidate: is the host up?" in problem.text
     wanted = evolve(private, leader_wanted=True)
     (problem,) = private_leaders(routed(A1, wanted, B1, B2, candidates=candidates_of(A1, wanted)))
     assert problem.text.endswith("let a1 lead, with a public endpoint: kgctl annotate a2 leader-")

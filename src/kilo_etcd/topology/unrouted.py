@@ -122,7 +122,7 @@ def _instead(segment: Segment, better: Sequence[str]) -> str:
     if leader.leader_wanted:
         return f"let {listed(better)} lead, with a public endpoint: kgctl annotate {leader.name} leader-"
     return (
-        f"{listed(better)} would lead with a public endpoint, and does not stand for leader: is the host up? "
+        f"{listed(better)} would lead with a public endpoint, and is not a candidate: is the host up? "
         "systemctl status kilo-etcd there"
     )
 

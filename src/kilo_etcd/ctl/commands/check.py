@@ -307,7 +307,7 @@ def _hosts(examined: Examined) -> Iterator[Finding]:
             for text in answer.possible_obstacles:
                 yield Finding(
                     severity=Severity.WARNING, subject=name,
-                    text=f"it stands for leader, and if it led nothing would get through: {text}",
+                    text=f"it is a candidate, and if it led nothing would get through: {text}",
                 )  # fmt: skip
     if slow := [name for name, answer in sorted(live.answers.items()) if answer.backend == "userspace"]:
         yield Finding(

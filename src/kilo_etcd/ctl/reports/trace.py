@@ -476,7 +476,7 @@ def _blocked(topology: Topology, exit_node: Node, destination: IPAddress) -> str
     shut = (network for network in (*own, *LINK_LOCAL) if network.version == destination.version)
     open_to = (network for network in inside(topology, exit_node.name) if network.version == destination.version)
     if any(destination in network for network in shut) and not any(destination in network for network in open_to):
-        return f"{exit_node.name} leads to the internet, and not into the private networks that it stands in"
+        return f"{exit_node.name} leads to the internet, and not into the private networks that it is attached to"
     return None
 
 
