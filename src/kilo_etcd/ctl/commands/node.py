@@ -115,7 +115,7 @@ def _facts(snapshot: Snapshot, name: str) -> tuple[tuple[str, str], ...]:
         ("port", str(node.port)),
         ("own default location", shown_location(node.default_location) if node.default_location else NONE),
         ("preferred as leader", "yes" if node.leader_wanted else "no"),
-        ("exit node", "yes" if node.advertises_exit_node else "no"),
+        ("advertised as exit node", "yes" if node.advertises_exit_node else "no"),
         ("leaves by", clean(node.exit_node) or "its own network"),
         ("persistent keepalive", f"{keepalive} s" if keepalive else NONE),
         ("networks behind it", _listed(node.subnets)),
