@@ -15,7 +15,7 @@ DEFAULT_SUBNET = "10.4.0.0/16"
 
 
 class Granularity(StrEnum):
-    """How tunnels are drawn (docs/design.md, "Segments, granularity and topology")."""
+    """How segments are formed (docs/design.md, "Segments, granularity and topology")."""
 
     LOCATION = "location"
     FULL = "full"
