@@ -426,6 +426,8 @@ async def test_a_contested_candidacy_is_no_status_whatever_its_location_is_calle
         assert it.contested is not None
         assert it.contested.startswith(key)
         assert not about_status_key(it.contested)
+        others = (KEYS.endpoint("eu-status", "a"), KEYS.probe_report("eu-status", "a"))
+        assert [other for other in others if about_status_key(it.contested.replace(key, other))] == []
 
 
 async def test_news_is_written_although_a_key_waits_to_be_restored() -> None:

@@ -31,7 +31,7 @@ def about_status_key(error: str) -> bool:
     """Whether what an agent reports is only that its status is contested, which moves no packet."""
     key, _, rest = error.partition(" ")
     # The name of a location may end in -status too.
-    watched = any(f"/{kind}/" in key for kind in ("elections", "endpoints", "probe reports", "stages"))
+    watched = any(f"/{kind}/" in key for kind in ("elections", "endpoints", "probe-reports", "stages"))
     return "-status/" in key and not watched and rest.startswith(f"is {CHANGED_AGAIN}")
 
 
