@@ -17,7 +17,7 @@ from kilo_etcd.ctl.reports.trace import routing_table
 from kilo_etcd.etcd import Client
 from kilo_etcd.kernel.routing.encrypted import rule_priorities, table_of
 from kilo_etcd.kernel.routing.returns import return_priority, return_table
-from kilo_etcd.model import CandidateClass, Encapsulate, Endpoint
+from kilo_etcd.model import CandidateClass, Encapsulate, EncryptionStage, Endpoint
 from kilo_etcd.model.hostplan import Encryption, HostPlan, RoutePlan, Via
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import CandidateRecord, NodeRecord, Role, StatusRecord, Unreachable, encode, read
@@ -386,9 +386,19 @@ def test_a_member_with_an_internal_ip_of_each_family_is_reached_at_that_of_the_p
 def routes_internal_ips(etcd: FakeEtcd, **changes: dict[str, Any]) -> None:
     """Every agent knows the setting, and it is `routed`. `changes`: how a node's record is otherwise."""
     etcd.put("/kilo/mesh/internal-ips", "routed")
+    state(etcd, {"underlay": ()}, changes)
+
+
+def encrypts(etcd: FakeEtcd, **changes: dict[str, Any]) -> None:
+    """The setting is `encrypted`, and the switch to it is over."""
+    etcd.put("/kilo/mesh/internal-ips", "encrypted")
+    state(etcd, {"underlay": (), "encryption": EncryptionStage.SENDS}, changes)
+
+
+def state(etcd: FakeEtcd, all_nodes: dict[str, Any], changes: dict[str, dict[str, Any]]) -> None:
     for name in HOSTS:
         key = Keys().node(name)
-        record = evolve(read(NodeRecord, etcd.get(key) or b"").record, underlay=())
+        record = evolve(read(NodeRecord, etcd.get(key) or b"").record, **all_nodes)
         etcd.put(key, encode(evolve(record, **changes.get(name.replace("-", "_"), {}))))
 
 
@@ -557,3 +567,18 @@ def test_the_table_and_the_rule_by_which_encrypted_leads_into_the_tunnel() -> No
         assert routing_table(plan, network.network_address) == f"{number} (rule {priority}: not fwmark 107)"
     assert routing_table(plan, other.network_address) == "main"
     assert routing_table(HostPlan(node="a"), there.network_address) == "main"
+
+
+PUBLIC = (ip_network("203.0.113.4/32"),)
+
+
+def test_an_endpoint_of_a_node_alone_in_its_segment_is_reached_through_the_tunnel(etcd: FakeEtcd) -> None:
+    etcd.put("/kilo/mesh/granularity", "full")
+    encrypts(etcd, home_1={"underlay": PUBLIC})
+    for name in HOSTS:
+        reports(etcd, name)
+    status, line = headline("gcp-1", "203.0.113.4")
+    assert (status, line.partition(": ")[2]) == (0, "arrives; the answer takes the same way")
+    (trace,) = json.loads(run("gcp-1", "203.0.113.4", "-o", "json").output)["traces"]
+    assert [hop[:3] for hop in hops(trace["there"])] == [("gcp-1", "home-1", "WireGuard")]
+    assert trace["back"]["source"] == "home-1 (203.0.113.4)"

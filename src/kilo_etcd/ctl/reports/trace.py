@@ -24,6 +24,7 @@ from kilo_etcd.planning.route_filter import filter_routes
 from kilo_etcd.planning.walk import Hop, Path, longest_match, walk
 from kilo_etcd.store.records import StatusRecord
 from kilo_etcd.topology.internal import endpoints_of
+from kilo_etcd.topology.places import own_addresses
 from kilo_etcd.topology.segments import Topology, host_network
 
 MEDIUM = {Via.TUNNEL: "WireGuard", Via.UNDERLAY: "clear", Via.IPIP: "clear, in IPIP"}
@@ -293,7 +294,7 @@ def _way(
 
 
 def _has(node: Node, address: IPAddress) -> bool:
-    return address in node.mesh_addresses or any(address == ip.ip for ip in node.internal_ips)
+    return address in node.mesh_addresses or address in own_addresses(node)
 
 
 def _step(hop: Hop, topology: Topology, plans: Plans, destination: IPAddress, out_of_tunnel: bool) -> Step:
