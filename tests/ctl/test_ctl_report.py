@@ -417,7 +417,9 @@ def test_how_far_the_switch_to_encrypted_is() -> None:
     # Hosts of both segments have its address on their own links, and are called elsewhere.
     near = encrypting()
     nodes = {**near.nodes, "b1": evolve(near.nodes["b1"], internal_ips=(ip_interface("192.168.97.9/24"),))}
-    assert heading(evolve(near, nodes=nodes)) == "internal-ips encrypted (but not 4 internal IPs, named below)"
+    assert heading(evolve(near, nodes=nodes)) == "internal-ips encrypted (but not 4 addresses, named below)"
+    shown = plain(status_tables(report(evolve(near, nodes=nodes), ALL_WELL, newest=40)))
+    assert "Addresses that are not routed:" in shown
     routed = evolve(near, nodes={name: evolve(one, encryption=None) for name, one in nodes.items()})
     assert heading(evolve(routed, internal_ips=InternalIPs.ROUTED)) == "internal-ips routed"
 

@@ -135,6 +135,20 @@ def test_what_a_leader_does_not_send_through_the_tunnel_none_of_its_segment_does
     assert unrouted(topology) == ()
 
 
+def test_only_the_members_that_send_in_clear_are_named() -> None:
+    """Two homes have networks with the same numbers, and one address twice."""
+    links = "192.168.1.0/24 203.0.113.0/24"
+    anna = here("anna-1", 1, "anna", "192.168.1.11/24", endpoint="203.0.113.1", links=links, **SENDS)
+    ben = here("ben-1", 2, "ben", "192.168.1.11/24", endpoint="198.51.100.2", links="192.168.1.0/24", **SENDS)
+    member = here("ben-2", 3, "ben", "192.168.1.12/24", links="192.168.1.0/24", **SENDS)
+    topology = mesh([anna, evolve(ben, leader_wanted=True), member], Granularity.LOCATION)
+    assert set(sent(planned(topology, "ben-1"))) == {"203.0.113.1"}
+    assert set(sent(planned(topology, "ben-2"))) == set()
+    (entry,) = (one for one in unrouted(topology) if str(one.network) == "203.0.113.1/32")
+    assert (entry.nodes, entry.segments, entry.not_from) == (("anna-1",), ("anna", "ben"), ("ben-2",))
+    assert "at these addresses is not encrypted" in entry.reason
+
+
 def test_one_label_in_a_full_mesh_is_one_network() -> None:
     nodes = [
         here("a", 1, "x", "10.1.0.1/24", endpoint="203.0.113.1", **SENDS),

@@ -37,6 +37,7 @@ from kilo_etcd.planning.route_filter import filter_routes
 from kilo_etcd.planning.walk import walk
 from kilo_etcd.topology import Topology, build_topology, edges
 from kilo_etcd.topology.graph import graph
+from kilo_etcd.topology.inclear import in_clear
 from kilo_etcd.topology.next_hop import NextHop as Way
 from kilo_etcd.topology.next_hop import next_hop as way_to
 from kilo_etcd.topology.places import Places, exchanged
@@ -366,10 +367,14 @@ def test_two_nodes_encrypt_in_both_directions_or_in_none_and_what_is_in_clear_is
         through[name] = {*one.send, *one.hold}
     places, _ = Places().after(topology)
     named = {str(entry.network) for entry in topology.unrouted}
+    clear = {(sender, host_network(one.address)) for one in in_clear(topology) for sender in one.senders}
     for one, other in permutations(nodes, 2):
         here, there = topology.segment_of(one), topology.segment_of(other)
         if not exchanged(here, there, world.granularity):
             continue
+        for address in places.of[there.key].of[other]:
+            network = address.network
+            assert (network in through[one]) is ((one, network) not in clear), (one, other, network)
         for version in (4, 6):
             ours, theirs = (
                 {a.network for a in places.of[segment.key].of[name] if a.address.version == version}

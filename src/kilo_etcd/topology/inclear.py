@@ -9,16 +9,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from attrs import frozen
+
 from kilo_etcd.model import InternalIPs, IPAddress, Node
-from kilo_etcd.topology.places import Address, Place, Places, both_ways, exchanged, own_addresses, sent
+from kilo_etcd.topology.places import Place, Places, both_ways, exchanged, own_addresses, sent
 from kilo_etcd.topology.segments import Segment, Topology
 
 MOST_PAIRS = 50_000
 """Pairs of segments with addresses on each other's links that are looked at: in a full mesh on one LAN that is all."""
 
 
-def in_clear(topology: Topology) -> Iterator[tuple[Segment, Node, IPAddress]]:
-    """(a segment, a node of another one, an address of the node's) for all that is not encrypted between the two."""
+@frozen
+class InClear:
+    """An address of a node to which hosts of another segment send in clear."""
+
+    segment: Segment
+    senders: tuple[str, ...]
+    """Those of the segment's members that do: another member may have no address that the node could mistake."""
+    node: Node
+    address: IPAddress
+
+
+def in_clear(topology: Topology) -> Iterator[InClear]:
+    """All addresses that are not encrypted between two segments: what the plans of the senders leave to their links."""
     places, _ = Places().after(topology)
     seen: set[frozenset[str]] = set()
     for key, here in places.of.items():
@@ -32,7 +45,7 @@ def in_clear(topology: Topology) -> Iterator[tuple[Segment, Node, IPAddress]]:
                 return
             seen.add(pair)
             for one, another in ((here, there), (there, here)):
-                yield from ((one.segment, each.node, each.address) for each in _kept_back(one, another))
+                yield from _kept_back(one, another)
 
 
 def endpoints_in_clear(topology: Topology) -> Iterator[tuple[Node, IPAddress]]:
@@ -48,12 +61,10 @@ def endpoints_in_clear(topology: Topology) -> Iterator[tuple[Node, IPAddress]]:
             yield from ((node, address) for address in own_addresses(node) if address not in internal)
 
 
-def _kept_back(here: Place, there: Place) -> Iterator[Address]:
-    """The addresses of `there` to which `here`, or one of its nodes, does not send through the tunnel."""
+def _kept_back(here: Place, there: Place) -> Iterator[InClear]:
+    """The addresses of `there` to which nodes of `here` do not send through the tunnel."""
     addresses = sent(here, there)
-    through = {id(address) for address in addresses}
-    for own in here.of:
-        if not through:
-            break
-        through &= {id(address) for address in both_ways(here, there, own, addresses)[0]}
-    yield from (address for address in there.addresses if id(address) not in through)
+    through = {own: {id(address) for address in both_ways(here, there, own, addresses)[0]} for own in here.of}
+    for each in there.addresses:
+        if senders := tuple(own for own in here.of if id(each) not in through[own]):
+            yield InClear(here.segment, senders, each.node, each.address)

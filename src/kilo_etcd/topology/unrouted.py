@@ -1,4 +1,5 @@
-"""Lists internal IPs that are not routed, or not everywhere, with reason and remedy (`Topology.unrouted`).
+"""Lists internal IPs that are not routed, or not everywhere, with reason and remedy (`Topology.unrouted`). Under
+`encrypted` it lists endpoints too, if they are the nodes' own addresses.
 
 One entry for each address, and one for each network that means hosts of one segment and something else on the links of
 another, however many addresses are in it. An address that two nodes have is always an entry of its own.
@@ -34,7 +35,7 @@ class Unrouted:
     segments: tuple[str, ...]
     """The segments concerned: their locations, or the one node that each consists of."""
     not_from: tuple[str, ...] = ()
-    """The segments that do not route it; empty: no segment does."""
+    """The segments that do not route it, or the nodes if not all of a segment do not; empty: no segment does."""
     reason: str
     remedy: str
 
@@ -68,21 +69,25 @@ def unrouted(topology: Topology) -> tuple[Unrouted, ...]:
 
 def _in_clear(topology: Topology) -> Iterable[Unrouted]:
     """The addresses to which some segment sends in clear, each once."""
-    from kilo_etcd.topology.inclear import in_clear
+    from kilo_etcd.topology.inclear import InClear, in_clear
 
-    of: dict[IPNetwork, tuple[Node, list[str]]] = {}
-    for segment, node, address in in_clear(topology):
-        of.setdefault(ip_network(address), (node, []))[1].append(named(segment))
-    for network, (node, near) in of.items():
+    of: dict[IPNetwork, list[InClear]] = {}
+    for one in in_clear(topology):
+        of.setdefault(ip_network(one.address), []).append(one)
+    for network, cases in of.items():
+        node = cases[0].node
+        whole = {named(one.segment) for one in cases if len(one.senders) == len(one.segment.members)}
+        some = {name for one in cases if len(one.senders) < len(one.segment.members) for name in one.senders}
+        near = sorted(whole | some)
         yield Unrouted(
             network=network,
             nodes=(node.name,),
-            segments=tuple(sorted({named(topology.segment_of(node.name)), *near})),
-            not_from=tuple(sorted(near)),
+            segments=tuple(sorted({named(topology.segment_of(node.name)), *(named(one.segment) for one in cases)})),
+            not_from=tuple(near),
             reason=(
                 f"a host of {listed(near)}, or of {node.name}'s own segment, has an address of the others on its own "
-                "links, and nothing says that they share that network: what they send each other by internal IPs is "
-                "not encrypted"
+                "links, and nothing says that they share that network: what they send each other at these addresses "
+                "is not encrypted"
             ),
             remedy=(
                 "if they share that network, give them one label (granularity full), or have their leaders call each "

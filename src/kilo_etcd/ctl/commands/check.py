@@ -252,11 +252,15 @@ def _exempted(examined: Examined) -> frozenset[str]:
     purpose, as far as they have answered."""
     topology = examined.topology
     clear = {name: tuple(_networks(answer.clear)) for name, answer in examined.live.answers.items()}
-    members = {named(segment): segment.members for segment in topology.segments.values()}
+    named_senders: dict[str, set[str]] = {}
+    for segment in topology.segments.values():
+        for node in segment.members:
+            named_senders.setdefault(named(segment), set()).add(node.name)
+            named_senders.setdefault(node.name, set()).add(node.name)
     result = set()
     for unrouted in topology.unrouted:
-        segments = unrouted.not_from or members.keys()
-        senders = {node.name for name in segments for node in members.get(name, ())}.difference(unrouted.nodes)
+        names = unrouted.not_from or named_senders.keys()
+        senders = {sender for name in names for sender in named_senders.get(name, ())}.difference(unrouted.nodes)
         if senders and all(any(_covers(network, unrouted.network) for network in clear.get(n, ())) for n in senders):
             result.add(subject_of(unrouted))
     return frozenset(result)

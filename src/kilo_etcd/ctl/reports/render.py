@@ -82,7 +82,8 @@ def status_tables(report: Report) -> tuple[Table, ...]:
         Table("Problems", ("SUBJECT", "PROBLEM"), _remarks(report.problems)),
         Table("Is that meant?", ("SUBJECT", "NOTE"), _remarks(report.notes)),
         Table(
-            "Internal IPs that are not routed",
+            f"{'Addresses' if report.internal_ips_in_force == InternalIPs.ENCRYPTED else 'Internal IPs'} "
+            "that are not routed",
             ("SUBJECT", "NOT FROM", "WHY"),
             _first(
                 grouped_unrouted(report.unrouted),
@@ -158,7 +159,7 @@ def shown_mode(report: Report) -> str:
     shown = shown_internal_ips(report.internal_ips, report.internal_ips_in_force, len(report.unaware))
     notes = [] if report.switch is None else [clean(str(report.switch))]
     if report.internal_ips_in_force == InternalIPs.ENCRYPTED and (left := len(report.unrouted)):
-        notes.append(f"but not {left} internal IP{'' if left == 1 else 's'}, named below")
+        notes.append(f"but not {left} address{'' if left == 1 else 'es'}, named below")
     return f"{shown} ({', '.join(notes)})" if notes else shown
 
 

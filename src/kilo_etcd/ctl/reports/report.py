@@ -85,12 +85,12 @@ class Remark:
 
 @frozen(kw_only=True)
 class UnroutedRemark(Remark):
-    """An internal IP, or a network of internal IPs, that is not routed, and why."""
+    """An internal IP, or a network of internal IPs, that is not routed, and why. Under `encrypted` an endpoint too."""
 
     nodes: tuple[str, ...] = ()
     """The nodes that have this one address."""
     not_from: tuple[str, ...] = ()
-    """The segments that do not route it; empty: no segment does."""
+    """The segments that do not route it, or the nodes if not all of a segment do not; empty: no segment does."""
 
     @property
     def subject_with_nodes(self) -> str:
