@@ -582,3 +582,20 @@ def test_an_endpoint_of_a_node_alone_in_its_segment_is_reached_through_the_tunne
     (trace,) = json.loads(run("gcp-1", "203.0.113.4", "-o", "json").output)["traces"]
     assert [hop[:3] for hop in hops(trace["there"])] == [("gcp-1", "home-1", "WireGuard")]
     assert trace["back"]["source"] == "home-1 (203.0.113.4)"
+
+
+def test_why_an_address_of_a_node_alone_in_its_segment_is_not_encrypted_is_what_status_says(etcd: FakeEtcd) -> None:
+    etcd.put("/kilo/mesh/granularity", "full")
+    encrypts(etcd, **{name.replace("-", "_"): {"location": ""} for name in HOSTS})
+    (remark,) = (
+        one
+        for one in json.loads(CliRunner().invoke(main, ["status", "-o", "json"]).stdout)["unrouted"]
+        if one["subject"] == "10.1.0.2"
+    )
+    assert remark["notFrom"] == ["gcp-1"]
+    status, line = headline("gcp-1", "10.1.0.2")
+    assert (status, line.partition(": ")[2]) == (
+        0,
+        f"gcp-1 {OWN}, in clear: it is the internal IP of gcp-2 if both are on that network; it is not routed: "
+        + remark["text"],
+    )

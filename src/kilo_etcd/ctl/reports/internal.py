@@ -9,7 +9,7 @@ from __future__ import annotations
 from kilo_etcd.model import InternalIPs, IPAddress, Node
 from kilo_etcd.topology.internal import REMEDY, share_no_site
 from kilo_etcd.topology.segments import Topology, host_network
-from kilo_etcd.topology.unrouted import endpoint_holders, obstacle
+from kilo_etcd.topology.unrouted import Unrouted, endpoint_holders, named, obstacle
 
 
 def holders(topology: Topology, address: IPAddress) -> tuple[Node, ...]:
@@ -24,6 +24,19 @@ def same_network(topology: Topology, one: Node, other: Node) -> bool:
     return there.key == here.key or not share_no_site(there.site, here.site, topology.snapshot.granularity)
 
 
+def unrouted_from(topology: Topology, address: IPAddress, source: Node) -> Unrouted | None:
+    """What `kgctl status` says of an address that node `source` does not reach by the mesh; None: nothing."""
+    names = {source.name, named(topology.segment_of(source.name))}
+    return next(
+        (
+            entry
+            for entry in topology.unrouted
+            if entry.network == host_network(address) and (not entry.not_from or names.intersection(entry.not_from))
+        ),
+        None,
+    )
+
+
 def why_not_routed(topology: Topology, address: IPAddress, holder: Node, source: Node) -> str:
     """Why what node `source` sends to an internal IP of `holder`, elsewhere, does not travel in the mesh, in a clause;
     empty: nothing in the mesh as a whole prevents it."""
@@ -32,6 +45,9 @@ def why_not_routed(topology: Topology, address: IPAddress, holder: Node, source:
         if setting is InternalIPs.OFF:
             return "the mesh carries no internal IPs (kgctl mesh set internal-ips routed)"
         return f"internal-ips {setting} waits for agents that do not know it (kgctl status names them)"
+    if topology.internal_ips is InternalIPs.ENCRYPTED:
+        entry = unrouted_from(topology, address, source)
+        return "" if entry is None else f"{entry.reason}; {entry.remedy}"
     there, here = topology.segment_of(holder.name), topology.segment_of(source.name)
     if (reasons := obstacle(topology, address, holder.name, there, endpoint_holders(topology))) is not None:
         return "; ".join(reasons)
