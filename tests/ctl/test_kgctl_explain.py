@@ -246,9 +246,10 @@ OWN = "sends it by its own routing table"
         ("gcp-1", "10.1.0.1", 0, "it is the internal IP of gcp-1 itself"),
         ("gcp-1", "10.1.0.2", 0, f"gcp-1 {OWN}, in clear: it is the internal IP of gcp-2 at the same location"),
         ("gcp-1", "10.1.0.77", 0, f"gcp-1 {OWN}, in clear: it is on its location's network"),
-        ("gcp-2", "10.2.0.5", 1,
-         "does not arrive: it is the internal IP of home-2, which is not routed: the mesh carries no internal IPs ("
-         f"kgctl mesh set internal-ips routed); gcp-2 {OWN}, in clear; home-2 is reached at its mesh address 10.4.0.5"),
+        ("gcp-2", "10.2.0.5", 0,
+         f"gcp-2 {OWN}, in clear; whether it arrives the mesh does not know: it is the internal IP of home-2, and the "
+         "mesh carries no internal IPs (kgctl mesh set internal-ips routed); home-2 is reached at its mesh address "
+         "10.4.0.5"),
         ("home-2", "172.20.0.9", 0, f"home-2 {OWN}: it is in a network behind home-2"),
         ("home-2", "10.2.0.50", 0, f"home-2 {OWN}: it is in a network of its own location"),
         ("gcp-2", "10.2.0.50", 0, "arrives; the answer takes the same way"),

@@ -14,7 +14,7 @@ from ipaddress import ip_address, ip_network
 from attrs import evolve, frozen
 
 from kilo_etcd.ctl.reports.internal import holders, same_network, why_not_routed
-from kilo_etcd.model import DEFAULT_INTERFACE, IPAddress, Node, Snapshot, is_public
+from kilo_etcd.model import DEFAULT_INTERFACE, InternalIPs, IPAddress, Node, Snapshot, is_public
 from kilo_etcd.model.hostplan import HostPlan, Problem, Via
 from kilo_etcd.planning.encryption import Living, Outside, encrypt
 from kilo_etcd.planning.exit_node import LINK_LOCAL, inside, near, trouble_of
@@ -394,6 +394,12 @@ def _by_own_table(topology: Topology, node: Node, destination: IPAddress) -> tup
     if is_public(destination):
         at = next((one.name for one in topology.snapshot.nodes.values() if _is_endpoint(one, destination)), "")
         return f"{table}, outside the mesh" + (f": it is the endpoint of {at}" if at else ""), ""
+    if owner is not None and topology.internal_ips is InternalIPs.OFF:
+        # Routers of a site may connect its networks, and the mesh knows nothing of them.
+        return (
+            f"{table}, in clear; whether it arrives the mesh does not know: it is the internal IP of {owner.name}, and "
+            f"{why_not_routed(topology, destination, owner, node)}; {_named_at(owners, destination.version)}"
+        ), ""
     if owner is not None:
         why = why_not_routed(topology, destination, owner, node) or f"{node.name} has no route to it in the mesh"
         return (
