@@ -600,3 +600,26 @@ def test_why_an_address_of_a_node_alone_in_its_segment_is_not_encrypted_is_what_
         f"gcp-1 {OWN}, in clear: it is the internal IP of gcp-2 if both are on that network; it is not routed: "
         + remark["text"],
     )
+
+
+def test_an_endpoint_that_is_not_encrypted_is_said_to_travel_in_clear(etcd: FakeEtcd) -> None:
+    """One of a location with several members is not, nor one of a node that has an address on the sender's links."""
+    encrypts(etcd, home_1={"underlay": PUBLIC})
+    own = f"gcp-1 {OWN}, in clear: it is the endpoint of home-1, and "
+    status, line = headline("gcp-1", "203.0.113.4")
+    assert (status, line.partition(": ")[2]) == (
+        0,
+        f"{own}the endpoints of nodes in locations with several members are not encrypted; with granularity full they "
+        "are",
+    )
+    # In its own location nobody expects tunnels; an endpoint of no node's own is its router's.
+    assert headline("home-2", "203.0.113.4")[1].endswith(f"{OWN}, outside the mesh: it is the endpoint of home-1")
+    assert headline("home-2", "203.0.113.1")[1].endswith(f"{OWN}, outside the mesh: it is the endpoint of gcp-1")
+    etcd.put("/kilo/mesh/granularity", "full")
+    near = {"internal_ips": (ip_interface("10.2.0.77/24"),)}
+    encrypts(etcd, home_1={"underlay": PUBLIC}, gcp_1=near)
+    status, line = headline("gcp-1", "203.0.113.4")
+    assert (status, line.partition(": ")[2].startswith(f"{own}not encrypted: a host of gcp-1, or of home-1's own")) == (
+        0,
+        True,
+    )

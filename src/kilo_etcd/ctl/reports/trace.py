@@ -13,7 +13,7 @@ from ipaddress import ip_address, ip_network
 
 from attrs import evolve, frozen
 
-from kilo_etcd.ctl.reports.internal import holders, same_network, why_not_routed
+from kilo_etcd.ctl.reports.internal import holders, same_network, unrouted_from, why_not_routed
 from kilo_etcd.model import DEFAULT_INTERFACE, InternalIPs, IPAddress, Node, Snapshot, is_public
 from kilo_etcd.model.hostplan import HostPlan, Problem, Via
 from kilo_etcd.planning.encryption import Living, Outside, encrypt
@@ -23,9 +23,11 @@ from kilo_etcd.planning.reach import Silent, Target, withhold
 from kilo_etcd.planning.route_filter import filter_routes
 from kilo_etcd.planning.walk import Hop, Path, longest_match, walk
 from kilo_etcd.store.records import StatusRecord
+from kilo_etcd.topology.inclear import endpoints_in_clear
 from kilo_etcd.topology.internal import endpoints_of
 from kilo_etcd.topology.places import own_addresses
 from kilo_etcd.topology.segments import Topology, host_network
+from kilo_etcd.topology.unrouted import listed
 
 MEDIUM = {Via.TUNNEL: "WireGuard", Via.UNDERLAY: "clear", Via.IPIP: "clear, in IPIP"}
 
@@ -389,6 +391,8 @@ def _by_own_table(topology: Topology, node: Node, destination: IPAddress) -> tup
             f"it is the internal IP of {owner.name}, which is not routed: {why}; {table}, in clear, {near}; "
             f"{_named_at(owners, destination.version)}"
         )
+    if owner is None and (endpoint := _endpoint_in_clear(topology, node, destination)):
+        return f"{table}, in clear: {endpoint}", ""
     if _on_own_network(node, destination):
         return f"{table}, in clear: it is on its location's network", ""
     if is_public(destination):
@@ -408,6 +412,27 @@ def _by_own_table(topology: Topology, node: Node, destination: IPAddress) -> tup
             f"{_named_at(owners, destination.version)}",
         )
     return table, f"no node or peer of the mesh has it, and {table}, in clear"
+
+
+def _endpoint_in_clear(topology: Topology, node: Node, destination: IPAddress) -> str:
+    """Whose endpoint a packet of `node` travels to in clear although the mesh encrypts, and why, in a clause; empty: it
+    is none."""
+    if topology.internal_ips is not InternalIPs.ENCRYPTED:
+        return ""
+    if (entry := unrouted_from(topology, destination, node)) is not None:
+        return f"it is the endpoint of {listed(entry.nodes)}, and not encrypted: {entry.reason}; {entry.remedy}"
+    own = topology.segment_of(node.name).key
+    of = (
+        holder.name
+        for holder, address in endpoints_in_clear(topology)
+        if address == destination and topology.segment_of(holder.name).key != own
+    )
+    if not (name := next(of, "")):
+        return ""
+    return (
+        f"it is the endpoint of {name}, and the endpoints of nodes in locations with several members are not "
+        "encrypted; with granularity full they are"
+    )
 
 
 def _maybe_one_network(topology: Topology, owner: Node, node: Node, destination: IPAddress) -> bool:
