@@ -470,13 +470,46 @@ def test_what_becomes_of_packets_is_said_before_the_setting_is_changed() -> None
     assert "where a tunnel is down packets are dropped; multicast and broadcast" in on
     assert "packets for internal IPs of other segments go into the tunnels" in on
     back = said(InternalIPs.ENCRYPTED, InternalIPs.ROUTED)
-    assert f"internal IPs of {len(WORLD.nodes)} nodes go in clear again, from the moment on that both ends" in back
+    assert f"packets to {len(WORLD.nodes)} internal IPs stay in the tunnels" in back
+    assert "go in clear again" not in back
     assert "leave the tunnels" not in back
     off = said(InternalIPs.ENCRYPTED, InternalIPs.OFF)
-    assert "go in clear again" in off
+    assert f"packets to {len(WORLD.nodes)} internal IPs go in clear again, from the moment on that both ends" in off
     assert (
         "packets for internal IPs of other segments leave the tunnels: the hosts' own routes lead them, in clear" in off
     )
+
+
+def test_what_leaves_the_tunnels_after_encrypted_is_what_routed_does_not_lead_into_them() -> None:
+    def said(*nodes: Node, before: InternalIPs = InternalIPs.ENCRYPTED, after: InternalIPs = InternalIPs.ROUTED) -> str:
+        world = evolve(encrypting(), nodes={node.name: node for node in nodes}, granularity=Granularity.FULL)
+        return "\n".join(impact(evolve(world, internal_ips=before), evolve(world, internal_ips=after)))
+
+    def host(name: str, number: int, location: str, internal: str, endpoint: str) -> Node:
+        return evolve(
+            node(name, number, location), internal_ips=(ip_interface(internal),),
+            underlay=(ip_network(internal, strict=False),), endpoint=Endpoint.parse(f"{endpoint}:51820"),
+            encryption=EncryptionStage.SENDS,
+        )  # fmt: skip
+
+    lan = [host(name, number, "", f"10.1.0.{number}/24", f"10.1.0.{number}") for number, name in ((1, "a1"), (2, "a2"))]
+    assert "packets to 2 internal IPs go in clear again, from some segments or from all, from the" in said(*lan)
+    assert "stay in the tunnels" not in said(*lan)
+    on = said(*lan, before=InternalIPs.OFF, after=InternalIPs.ENCRYPTED)
+    assert "the agents of 2 nodes switch one by one" in on
+    assert "go into the tunnels" not in on, "at once none does"
+    # An endpoint that is the host's own; two of one label, which reach each other by their own network.
+    own = evolve(
+        host("b1", 3, "y", "10.3.0.1/24", "203.0.113.3"),
+        underlay=(ip_network("10.3.0.0/24"), ip_network("203.0.113.0/30")),
+    )
+    one = host("a1", 1, "x", "10.1.0.1/24", "198.51.100.1")
+    apart = said(own, one)
+    assert "packets to 1 endpoint go in clear again" in apart
+    assert "packets to 2 other internal IPs stay in the tunnels" in apart
+    labelled = said(one, host("a2", 2, "x", "10.2.0.2/24", "198.51.100.2"), own)
+    assert "packets to 1 endpoint and 2 internal IPs go in clear again" in labelled
+    assert "packets to 1 other internal IP stay in the tunnels" in labelled
 
 
 def test_explain_names_the_table_the_rule_and_the_mark() -> None:

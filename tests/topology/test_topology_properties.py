@@ -37,7 +37,7 @@ from kilo_etcd.planning.route_filter import filter_routes
 from kilo_etcd.planning.walk import walk
 from kilo_etcd.topology import Topology, build_topology, edges
 from kilo_etcd.topology.graph import graph
-from kilo_etcd.topology.inclear import in_clear
+from kilo_etcd.topology.inclear import back_in_clear, in_clear
 from kilo_etcd.topology.next_hop import NextHop as Way
 from kilo_etcd.topology.next_hop import next_hop as way_to
 from kilo_etcd.topology.places import Places, exchanged
@@ -385,6 +385,29 @@ def test_two_nodes_encrypt_in_both_directions_or_in_none_and_what_is_in_clear_is
             for network in theirs - through[one]:
                 if here.links.hold(version, int(network.network_address)) and not ours & through[other]:
                     assert named & set(map(str, ours | theirs)), (one, other, network)
+
+
+@settings(QUICK, max_examples=60)
+@given(worlds(tame=False) | worlds() | sites() | mixed())
+def test_what_leaves_the_tunnels_after_encrypted_is_what_some_segment_does_not_route(world: Snapshot) -> None:
+    nodes = {
+        name: evolve(node, underlay=node.underlay or (), encryption=EncryptionStage.SENDS)
+        for name, node in world.nodes.items()
+    }
+    old, routed = (
+        build_topology(evolve(world, nodes=nodes, internal_ips=mode))
+        for mode in (InternalIPs.ENCRYPTED, InternalIPs.ROUTED)
+    )
+    whole = {(one.segment.key, one.address) for one in in_clear(old) if len(one.senders) == len(one.segment.members)}
+    carried, leaving = set(), set()
+    for key, there in Places().after(old)[0].of.items():
+        for other, here in old.segments.items():
+            for address in (each.address for each in there.addresses):
+                if (other, address) not in whole and exchanged(here, there.segment, world.granularity):
+                    carried.add(address)
+                    if not routed_at(address, routed.segments[key], routed.segments[other], world.granularity):
+                        leaving.add(address)
+    assert back_in_clear(old, routed) == (leaving, carried - leaving)
 
 
 @settings(QUICK, max_examples=60)

@@ -121,18 +121,38 @@ def _internal_ips(old: Topology, new: Topology) -> Iterator[str]:
                 "several members stay in clear, and these nodes refuse no clear text; granularity full encrypts them"
             )
     elif was is InternalIPs.ENCRYPTED:
-        yield (
-            f"packets between the endpoints and internal IPs of {nodes} go in clear again, from the moment on that "
-            "both ends have gone back: each first takes what comes in clear, then sends it"
-        )
-    if becomes is InternalIPs.OFF:
+        from kilo_etcd.topology.inclear import back_in_clear
+
+        leaving, staying = back_in_clear(old, new)
+        if leaving:
+            internal = {ip.ip for node in old.snapshot.nodes.values() for ip in node.internal_ips}
+            counts = ((len(leaving - internal), "endpoint"), (len(leaving & internal), "internal IP"))
+            what = " and ".join(_counted(count, name) for count, name in counts if count)
+            some = "" if becomes is InternalIPs.OFF else ", from some segments or from all"
+            yield (
+                f"packets to {what} go in clear again{some}, from the moment on that both ends have gone back: each "
+                "first takes what comes in clear, then sends it"
+            )
+        if staying:
+            others = "other internal IP" if leaving else "internal IP"
+            yield f"packets to {_counted(len(staying), others)} stay in the tunnels"
+    if becomes is InternalIPs.OFF and (count := _routed(old)):
         yield (
             f"packets for internal IPs of other segments leave the tunnels: the hosts' own routes lead them, in clear, "
-            f"or nowhere ({sum(len(segment.internal) for segment in old.segments.values())} addresses)"
+            f"or nowhere ({_counted(count, 'address', 'es')})"
         )
-    elif was is InternalIPs.OFF:
-        count = sum(len(segment.internal) for segment in new.segments.values())
-        yield f"packets for internal IPs of other segments go into the tunnels ({count} addresses), at once"
+    elif was is InternalIPs.OFF and (count := _routed(new)):
+        many = _counted(count, "address", "es")
+        yield f"packets for internal IPs of other segments go into the tunnels ({many}), at once"
+
+
+def _routed(topology: Topology) -> int:
+    """How many internal IPs are routed, by `encrypted` too."""
+    return sum(len(segment.internal) for segment in topology.segments.values()) if len(topology.segments) > 1 else 0
+
+
+def _counted(count: int, what: str, plural: str = "s") -> str:
+    return f"{count} {what}{'' if count == 1 else plural}"
 
 
 def _nodes(before: Snapshot, after: Snapshot) -> Iterator[str]:

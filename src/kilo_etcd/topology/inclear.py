@@ -7,13 +7,14 @@ says that they share it (`topology.places`), their packets are left to their own
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 
 from attrs import frozen
 
-from kilo_etcd.model import InternalIPs, IPAddress, Node
-from kilo_etcd.topology.places import Place, Places, both_ways, exchanged, own_addresses, sent
-from kilo_etcd.topology.segments import Segment, Topology
+from kilo_etcd.model import Granularity, InternalIPs, IPAddress, Node
+from kilo_etcd.topology.internal import knows
+from kilo_etcd.topology.places import Address, Place, Places, both_ways, exchanged, own_addresses, sent
+from kilo_etcd.topology.segments import Segment, Topology, routed_at
 
 MOST_PAIRS = 50_000
 """Pairs of segments with addresses on each other's links that are looked at: in a full mesh on one LAN that is all."""
@@ -59,6 +60,56 @@ def endpoints_in_clear(topology: Topology) -> Iterator[tuple[Node, IPAddress]]:
         for node in segment.members:
             internal = {ip.ip for ip in node.internal_ips}
             yield from ((node, address) for address in own_addresses(node) if address not in internal)
+
+
+def back_in_clear(old: Topology, new: Topology) -> tuple[set[IPAddress], set[IPAddress]]:
+    """(the addresses that `old` has some segment send through the tunnels, as it encrypts, and that it does not once
+    `new` is in force; those that it sends there as before)."""
+    places, _ = Places().after(old)
+    clear = {(one.segment.key, one.address) for one in in_clear(old) if len(one.senders) == len(one.segment.members)}
+    # To all other senders all is routed that is routed at all: pairs need not be looked at one by one.
+    special: dict[str, set[str]] = {}
+    for other, here in places.of.items():
+        for address in places.near(here):
+            special.setdefault(places.key_of(places.holder(address)), set()).add(other)
+    sites: dict[str | None, list[str]] = {}
+    for other, sender in new.segments.items():
+        sites.setdefault(sender.site, []).append(other)
+    called = [other for other, sender in new.segments.items() if sender.called or not knows(sender.leader)]
+    on, granularity = new.internal_ips is not InternalIPs.OFF, old.snapshot.granularity
+    leaving: set[IPAddress] = set()
+    staying: set[IPAddress] = set()
+    for key, there in places.of.items():
+        segment = new.segments.get(key)
+        near = {*special.get(key, ()), *called, *(() if segment is None else sites[segment.site])} & places.of.keys()
+        for each in there.addresses:
+            if next(_senders(places, there, each, places.of, clear, granularity), None) is None:
+                continue
+            stays = (
+                on
+                and segment is not None
+                and each.network in segment.internal
+                and all(
+                    other in new.segments and routed_at(each.address, segment, new.segments[other], granularity)
+                    for other in _senders(places, there, each, near, clear, granularity)
+                )
+            )
+            (staying if stays else leaving).add(each.address)
+    return leaving, staying
+
+
+def _senders(
+    places: Places,
+    there: Place,
+    to: Address,
+    of: Iterable[str],
+    clear: Container[tuple[str, IPAddress]],
+    granularity: Granularity,
+) -> Iterator[str]:
+    """The segments that send to an address through the tunnel. `clear`: those that do not, with the address."""
+    for other in of:
+        if (other, to.address) not in clear and exchanged(places.of[other].segment, there.segment, granularity):
+            yield other
 
 
 def _kept_back(here: Place, there: Place) -> Iterator[InClear]:
