@@ -238,6 +238,7 @@ def test_statuses_are_read_for_the_mesh_only_while_a_switch_is_under_way(
 
     monkeypatch.setattr(operator, "statuses", denied)
     assert run("mesh", "show").exit_code == 0
+    etcd.put(KEYS.internal_ips, "off")
     key = KEYS.node("gcp-1")
     value = json.loads(etcd.get(key) or b"")
     etcd.put(key, json.dumps({**value, "encryption": "sends"}))

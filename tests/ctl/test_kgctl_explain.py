@@ -403,6 +403,25 @@ def state(etcd: FakeEtcd, all_nodes: dict[str, Any], changes: dict[str, dict[str
         etcd.put(key, encode(evolve(record, **changes.get(name.replace("-", "_"), {}))))
 
 
+def test_encrypted_is_in_force_where_only_the_node_records_still_say_so(etcd: FakeEtcd) -> None:
+    key = Keys().internal_ips
+    routes_internal_ips(etcd)
+    for name in [found.removeprefix(Keys().nodes_root) for found in etcd.keys(Keys().nodes_root)]:
+        record = read(NodeRecord, etcd.get(Keys().node(name)) or b"").record
+        etcd.put(Keys().node(name), encode(evolve(record, encryption=EncryptionStage.SENDS)))
+    for value in ("encrypted-please", None):
+        if value is None:
+            etcd.delete(key)
+        else:
+            etcd.put(key, value)
+        etcd.compact()
+        told = json.loads(CliRunner().invoke(main, ["status", "-o", "json"]).stdout)
+        assert told["internalIps"] == "encrypted"
+        assert [one["reason"].count("encrypted stays in force") for one in told["rejected"] if one["key"] == key] == [1]
+        ran = CliRunner().invoke(main, ["mesh", "set", "internal-ips", "off", "--dry-run"])
+        assert "internal-ips: encrypted becomes off" in ran.stdout
+
+
 def test_a_setting_that_is_nonsense_or_missing_is_named_with_what_is_in_force(etcd: FakeEtcd) -> None:
     key = Keys().internal_ips
 

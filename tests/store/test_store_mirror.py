@@ -11,7 +11,7 @@ from store_world import KEYS, record
 
 from helpers import eventually
 from kilo_etcd.etcd.api import Header
-from kilo_etcd.model import Granularity, InternalIPs, Snapshot
+from kilo_etcd.model import EncryptionStage, Granularity, InternalIPs, Snapshot
 from kilo_etcd.store import ClusterNotTrusted, LastSeen, Mirror, encode
 from kilo_etcd.store.records import encode_adoption
 from kilo_etcd.testing.fake_etcd import FakeClient, FakeEtcd
@@ -319,6 +319,22 @@ async def test_a_latecomer_finds_the_last_good_settings_in_history() -> None:
     assert snapshot.internal_ips is InternalIPs.ENCRYPTED
     assert set(snapshot.nodes) == {"a"}
     assert {note.key for note in snapshot.rejected} == {KEYS.granularity, KEYS.subnets, KEYS.internal_ips}
+
+
+async def test_a_latecomer_without_history_says_what_those_say_that_have_followed() -> None:
+    """`encrypted` is misspelt, and history compacted: nodes that encrypt keep it in force for all."""
+    etcd = seeded()
+    etcd.put(KEYS.internal_ips, "encrypted")
+    async with mirrored(etcd) as mirror:
+        await newer(mirror, None)
+        etcd.put(KEYS.node("a"), encode(record("a", encryption=EncryptionStage.SENDS)))
+        etcd.put(KEYS.internal_ips, "encrypted-please")
+        etcd.compact()
+        await trio.sleep(10)
+        async with mirrored(etcd) as late:
+            snapshot = await newer(late, None)
+            assert mirror.current == snapshot
+            assert snapshot.internal_ips is InternalIPs.ENCRYPTED
 
 
 async def test_a_quiet_etcd_is_only_read_now_and_then() -> None:

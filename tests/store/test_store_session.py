@@ -15,7 +15,7 @@ from store_world import KEYS, record, wg_key
 
 from helpers import eventually
 from kilo_etcd.etcd.api import Compare, Op, PermissionDenied, Unavailable
-from kilo_etcd.model import CandidateClass, Endpoint, Granularity, InternalIPs, IPAddress, MeshSettings
+from kilo_etcd.model import CandidateClass, EncryptionStage, Endpoint, Granularity, InternalIPs, IPAddress, MeshSettings
 from kilo_etcd.store import (
     CandidateRecord,
     Mirror,
@@ -786,6 +786,25 @@ async def test_unreadable_subnets_are_looked_up_in_history_or_named() -> None:
     etcd.compact()
     with pytest.raises(RecordError, match="/kilo/mesh/subnets: 'nonsense' is no network"):
         await it.ensure_mesh(MeshSettings(Granularity.FULL, SUBNETS))
+
+
+async def test_a_host_that_joins_where_nodes_encrypt_undoes_nothing() -> None:
+    """Whether the setting is unreadable in all of history, or missing."""
+    etcd = FakeEtcd()
+    it = session(etcd.client())
+    wanted = MeshSettings(Granularity.FULL, SUBNETS, InternalIPs.ROUTED)
+    await it.ensure_mesh(wanted)
+    etcd.put(KEYS.internal_ips, "encrypted-please")
+    etcd.compact()
+    assert (await it.ensure_mesh(wanted)).internal_ips is InternalIPs.OFF
+    etcd.put(KEYS.node("z"), encode(record("z", encryption=EncryptionStage.SENDS)))
+    assert (await it.ensure_mesh(wanted)).internal_ips is InternalIPs.ENCRYPTED
+    etcd.delete(KEYS.internal_ips)
+    assert (await it.ensure_mesh(wanted)).internal_ips is InternalIPs.ENCRYPTED
+    assert etcd.get(KEYS.internal_ips) == b"encrypted"
+    etcd.delete(KEYS.internal_ips)
+    await it.ensure_mesh(wanted, restores=True)
+    assert etcd.get(KEYS.internal_ips) == b"routed", "known to have been in force"
 
 
 async def test_hosts_that_claim_at_once_never_share_an_address() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from store_world import KEYS, World, record, wg_key
 
 from kilo_etcd.etcd.api import Header
-from kilo_etcd.model import CandidateClass, Endpoint, Granularity, InternalIPs
+from kilo_etcd.model import CandidateClass, EncryptionStage, Endpoint, Granularity, InternalIPs
 from kilo_etcd.store import CandidateRecord, ObservedEndpointRecord, ProbeReportRecord, encode
 from kilo_etcd.store.annotations import Registered
 from kilo_etcd.store.records import parse_interface
@@ -245,6 +245,38 @@ def test_a_mesh_that_was_never_told_of_internal_ips_routes_none() -> None:
     world.delete(KEYS.internal_ips)
     assert world.view.snapshot().internal_ips is InternalIPs.ENCRYPTED
     assert "encrypted stays in force" in world.aside[KEYS.internal_ips]
+
+
+def test_a_setting_that_nothing_tells_follows_from_the_node_records() -> None:
+    """The value cannot be read, or is missing, and history was compacted: at each revision all say the same, whether
+    they have watched or list only now."""
+    for value in ("encrypted-please", None):
+        world = World()
+        if value is not None:
+            world.put(KEYS.internal_ips, value)
+        for stage, expected in (
+            (None, InternalIPs.OFF),
+            (EncryptionStage.ACCEPTS, InternalIPs.ENCRYPTED),
+            (EncryptionStage.SENDS, InternalIPs.ENCRYPTED),
+            (EncryptionStage.LEAVES, InternalIPs.OFF),
+            (EncryptionStage.SENDS, InternalIPs.ENCRYPTED),
+            (EncryptionStage.STOPPED, InternalIPs.OFF),
+            (EncryptionStage.ACCEPTS, InternalIPs.ENCRYPTED),
+        ):
+            world.node("a", "10.4.0.1", encryption=stage)
+            snapshot = world.view.snapshot()
+            assert snapshot.internal_ips is expected
+            assert snapshot == world.from_scratch().snapshot()
+            assert snapshot == world.view.holdings().snapshot(KEYS)
+            if value is not None or expected is InternalIPs.ENCRYPTED:
+                assert f"{expected} stays in force" in world.aside[KEYS.internal_ips]
+        world.put(KEYS.node("a"), "nonsense")
+        assert world.view.snapshot().internal_ips is InternalIPs.OFF
+        world.node("a", "10.4.0.1", encryption=EncryptionStage.SENDS)
+        world.put(KEYS.internal_ips, "routed")
+        assert world.view.snapshot().internal_ips is InternalIPs.ROUTED, "what can be read counts"
+        world.put(KEYS.internal_ips, "nonsense")
+        assert world.view.snapshot().internal_ips is InternalIPs.ROUTED, "and the last good value"
 
 
 def test_since_when_internal_ips_are_set_follows_from_etcd_alone() -> None:

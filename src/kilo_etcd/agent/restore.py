@@ -156,7 +156,7 @@ class Restorer:
                 if snapshot.subnets:
                     # Else another etcd was adopted before anybody saw them in the first one.
                     settings = settings._replace(granularity=snapshot.granularity, subnets=snapshot.subnets)
-                await self._session.ensure_mesh(settings)
+                await self._session.ensure_mesh(settings, restores=True)
             except (etcd.EtcdError, store.RecordError) as error:
                 self._once.error("settings lost", "the mesh's settings are not in etcd, and cannot be put there",
                                  error=str(error))  # fmt: skip

@@ -15,7 +15,7 @@ from hashlib import sha256
 from ipaddress import IPv4Network, ip_address
 
 from kilo_etcd.etcd.api import Client, Delete, Get, KeyValue, Put, RangeResult, TxnResult, absent, unchanged
-from kilo_etcd.model import Granularity, InternalIPs, IPAddress, IPInterface, IPNetwork, MeshSettings
+from kilo_etcd.model import ACCEPTING, Granularity, InternalIPs, IPAddress, IPInterface, IPNetwork, MeshSettings
 from kilo_etcd.store.history import last_good
 from kilo_etcd.store.keys import AddressKey, Keys
 from kilo_etcd.store.records import (
@@ -36,10 +36,16 @@ class NoAddressLeft(Exception):
     """Every address of the mesh's subnet is claimed; the message says so to the operator."""
 
 
-async def ensure_mesh(client: Client, keys: Keys, settings: MeshSettings) -> MeshSettings:
+async def ensure_mesh(client: Client, keys: Keys, settings: MeshSettings, *, restores: bool = False) -> MeshSettings:
     """Put the mesh's settings where there are none, and return those in force. RecordError where etcd holds nonsense
-    and its history does not say what was in force before; EtcdError."""
+    and its history does not say what was in force before; EtcdError.
+
+    `restores`: the settings are those that were in force. Else they are an agent's flags, and where nodes encrypt
+    already and `internal-ips` is missing, `encrypted` is put there whatever the flag says.
+    """
     granularity, subnets, internal_ips = settings
+    if not restores and await client.get(keys.internal_ips) is None and await _encrypts(client, keys):
+        internal_ips = InternalIPs.ENCRYPTED
     wanted = {
         keys.granularity: granularity.value.encode(),
         keys.subnets: encode_subnets(subnets),
@@ -66,8 +72,23 @@ async def ensure_mesh(client: Client, keys: Keys, settings: MeshSettings) -> Mes
             raise RecordError(_unreadable(keys.subnets, kv))
         subnets = known
     if (kv := kvs.get(keys.internal_ips)) is not None:
-        internal_ips = await last_good(client, kv, decode_internal_ips) or InternalIPs.OFF
+        said = await last_good(client, kv, decode_internal_ips)
+        if said is None:
+            said = InternalIPs.ENCRYPTED if await _encrypts(client, keys) else InternalIPs.OFF
+        internal_ips = said
     return MeshSettings(granularity, subnets, internal_ips)
+
+
+async def _encrypts(client: Client, keys: Keys) -> bool:
+    """Whether a node's record says that it takes part in `encrypted`."""
+    return any(_takes_part(kv) for kv in (await client.get_prefix(keys.nodes_root)).kvs)
+
+
+def _takes_part(kv: KeyValue) -> bool:
+    try:
+        return decode_node(kv.value).encryption in ACCEPTING
+    except RecordError:
+        return False
 
 
 def _unreadable(key: str, kv: KeyValue) -> str:

@@ -35,7 +35,9 @@ async def snapshot(client: Client, keys: Keys) -> tuple[Snapshot, View]:
         view.subnets = await last_good(client, kv, decode_subnets)
     view.load(listing.kvs, listing.header)
     found = view.snapshot()
-    if keys.internal_ips.encode() not in by_key and any(node.underlay is not None for node in found.nodes.values()):
+    named = any(note.key == keys.internal_ips for note in found.rejected)
+    missing_here = keys.internal_ips.encode() not in by_key and not named
+    if missing_here and any(node.underlay is not None for node in found.nodes.values()):
         missing = RejectedRecord(
             keys.internal_ips,
             "the value is missing: agents that run keep the one that they know, and one of them restores it; else the "

@@ -10,7 +10,9 @@ on how the view got there; agents at one revision agree. From it follows what ha
 turns bad: it is left out, although the last good version is at hand, because an agent that started later never saw that
 version and would disagree. The mesh's own settings are the exception: there the alternative to the last good value is a
 default that would tear the whole mesh down, so the last good one is kept, and an agent that starts later looks it up
-in etcd's history (`store.history`). The same holds when one of the two is deleted.
+in etcd's history (`store.history`). The same holds when one of them is deleted. If nothing says what `internal-ips`
+was, neither memory nor history, it follows from the node records of the same revision: a mesh with a node that takes
+part in `encrypted` encrypts, so that a misspelt value and a compaction together let no node send in clear.
 
 What is not in force is named, one by one, in `Snapshot.rejected`:
 
@@ -39,6 +41,7 @@ from attrs import evolve, frozen
 
 from kilo_etcd.etcd.api import Event, EventType, Header, KeyValue
 from kilo_etcd.model import (
+    ACCEPTING,
     Candidate,
     Granularity,
     InternalIPs,
@@ -128,6 +131,8 @@ class View:
         self._registered: dict[str, Registered] = {}
         self._labels: dict[str, str] = {}
         self._annotations: dict[str, dict[str, str]] = {}
+        self._encrypting: set[str] = set()
+        """Nodes whose records say that they take part in `encrypted`."""
         self._addresses = AddressIndex()
         self._silent: set[str] = set()
         """Nodes whose records state no address."""
@@ -253,6 +258,7 @@ class View:
             # The holders of addresses, and the number of records, count then.
             self._count_subnets()
         self._note_subnets()
+        self._note_internal_ips()
         self._join_all()
         return Snapshot(
             revision=self.revision,
@@ -260,7 +266,7 @@ class View:
             raft_term=self.header.raft_term,
             granularity=self.granularity or Granularity.LOCATION,
             subnets=self._subnets_in_force,
-            internal_ips=self.internal_ips or InternalIPs.OFF,
+            internal_ips=self._internal_ips_in_force,
             internal_ips_since=self._internal_ips_since,
             nodes=self._nodes,
             peers=self._peers,
@@ -451,11 +457,13 @@ class View:
         self._dirty.add(("node", node))
         if kv is None:
             self._registered.pop(node, None)
+            self._encrypting.discard(node)
             self._take_statement(node, (), 0)
             self._dirty |= self._key_index.claim(("node", node), None)
             return ()
         decoded = read(NodeRecord, kv.value)
         self._registered[node] = Registered(decoded.record, kv.create_revision)
+        (self._encrypting.add if decoded.record.encryption in ACCEPTING else self._encrypting.discard)(node)
         self._take_statement(node, decoded.record.mesh_addresses, kv.mod_revision)
         self._dirty |= self._key_index.claim(("node", node), decoded.record.public_key, kv.create_revision)
         return _unknown(decoded)
@@ -591,17 +599,29 @@ class View:
     def _take_internal_ips(self, kv: KeyValue | None) -> Sequence[str]:
         # A function of this revision alone: what was known before may be of another etcd.
         self._internal_ips_since = 0
-        if kv is None:
-            return [] if self.internal_ips is None else [f"the value is missing; {self.internal_ips} stays in force"]
-        try:
+        if kv is not None:
             self.internal_ips = decode_internal_ips(kv.value)
-        except RecordError as error:
-            in_force = self.internal_ips or InternalIPs.OFF
-            raise RecordError(
-                f"{error} (kgctl mesh set internal-ips {in_force}); {in_force} stays in force until then"
-            ) from None
-        self._internal_ips_since = kv.mod_revision
+            self._internal_ips_since = kv.mod_revision
         return ()
+
+    @property
+    def _internal_ips_in_force(self) -> InternalIPs:
+        """What is known of the setting, else what the node records of this revision say. The latter is not kept: it is
+        no knowledge of the setting, and who starts later has to find the same."""
+        return self.internal_ips or (InternalIPs.ENCRYPTED if self._encrypting else InternalIPs.OFF)
+
+    def _note_internal_ips(self) -> None:
+        """Say that etcd's value is not what is in force, and the remedy."""
+        key, in_force = self._keys.internal_ips, self._internal_ips_in_force
+        text = ""
+        if (kv := self._kvs.get(key.encode())) is not None:
+            try:
+                decode_internal_ips(kv.value)
+            except RecordError as error:
+                text = f"{error} (kgctl mesh set internal-ips {in_force}); {in_force} stays in force until then"
+        elif self.internal_ips is not None or self._encrypting:
+            text = f"the value is missing; {in_force} stays in force"
+        self._note(key.encode(), (RejectedRecord(key, text),) if text else ())
 
     def _set_subnets(self, subnets: tuple[IPNetwork, ...]) -> None:
         if subnets != self.subnets:

@@ -262,9 +262,10 @@ class Session:
 
     # --- before the first registration -------------------------------------------------------------------------
 
-    async def ensure_mesh(self, settings: MeshSettings) -> MeshSettings:
-        """Put the mesh's settings where there are none; those in force. RecordError, EtcdError."""
-        return await claims.ensure_mesh(self._client, self._keys, settings)
+    async def ensure_mesh(self, settings: MeshSettings, *, restores: bool = False) -> MeshSettings:
+        """Put the mesh's settings where there are none; those in force. `restores`: they were in force already.
+        RecordError, EtcdError."""
+        return await claims.ensure_mesh(self._client, self._keys, settings, restores=restores)
 
     async def subnets_in_force(self, configured: tuple[IPNetwork, ...]) -> tuple[IPNetwork, ...]:
         """The subnets by which this host finds its address, if etcd's value is `configured`. EtcdError."""
