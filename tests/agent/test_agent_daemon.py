@@ -520,6 +520,30 @@ async def test_an_address_within_the_meshs_subnet_is_reported_until_it_goes(worl
         assert world.logged("br0 has the address") == 2
 
 
+async def test_an_internal_ip_that_the_operator_forces_and_the_host_does_not_have_is_reported(world: World) -> None:
+    own = next(item.address for item in world.facts.addresses if item.address.version == 4)
+    annotation = "/kilo/annotations/h1/force-internal-ip"
+
+    def reported() -> tuple[str, ...]:
+        (kv,) = world.etcd.keys("/kilo-status/h1")
+        return store.records.decode_status(world.etcd.get(kv)).errors
+
+    async with running(world):
+        await eventually(lambda: world.metrics.health() is None, 30, every=0.1)
+        assert reported() == ()
+        world.etcd.put(annotation, str(own))
+        await trio.sleep(5)
+        assert reported() == ()
+        wrong = own.network.network_address + 99
+        world.etcd.put(annotation, str(wrong))
+        await eventually(reported, 5, every=0.1)
+        (sentence,) = reported()
+        assert sentence.startswith(f"{wrong}, forced by annotation, is none of this host's addresses")
+        assert world.logged("forced by annotation") == 1
+        world.etcd.delete(annotation)
+        await eventually(lambda: not reported(), 5, every=0.1)
+
+
 async def test_a_change_of_internal_ips_and_what_it_waits_for_are_a_line_each(world: World) -> None:
     key = key_file.public_key(key_file.generate())
     old = encode(NodeRecord(public_key=key, internal_ips=(ip_interface("10.9.0.1/24"),)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from ipaddress import ip_interface
 from pathlib import Path
 
 import pytest
@@ -12,21 +13,28 @@ from attrs import evolve
 
 from kilo_etcd import kernel
 from kilo_etcd.agent.dryrun import dry_run
+from kilo_etcd.kernel.state import HostAddress
 from kilo_etcd.runtime import discover
 from kilo_etcd.runtime.config import AgentConfig
+from kilo_etcd.store.records import NodeRecord, encode
 from kilo_etcd.testing.fake_etcd import FakeEtcd
 from kilo_etcd.testing.fake_kernel import FakeHost, FakeKernel
 
 
 async def shown(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], state: Path, etcd: FakeEtcd, **options: object
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    state: Path,
+    etcd: FakeEtcd,
+    addresses: tuple[HostAddress, ...] = (),
+    **options: object,
 ) -> str:
     host = FakeHost()
     revision = etcd.header().revision
 
     async def gather(config: AgentConfig) -> discover.HostFacts:
         await trio.lowlevel.checkpoint()
-        return discover.HostFacts(hostname=config.hostname)
+        return discover.HostFacts(hostname=config.hostname, addresses=addresses)
 
     @asynccontextmanager
     async def open_kernel(setup: kernel.Setup) -> AsyncIterator[FakeKernel]:
@@ -59,6 +67,20 @@ async def test_it_says_which_names_the_hosts_file_would_get(
 ) -> None:
     text = await shown(monkeypatch, capsys, tmp_path / "state", FakeEtcd(), dns_hosts=dns_hosts)
     assert ("# /etc/hosts: h1 is 10.4." in text) is dns_hosts
+
+
+async def test_an_internal_ip_that_is_forced_and_that_the_host_does_not_have_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    etcd = FakeEtcd()
+    record = NodeRecord(public_key="A" * 43 + "=", mesh_addresses=(ip_interface("10.4.0.7/16"),))
+    etcd.put("/kilo/mesh/subnets", "10.4.0.0/16")
+    etcd.put("/kilo/nodes/h1", encode(record))
+    etcd.put("/kilo/addresses/10.4.0.7", "h1")
+    etcd.put("/kilo/annotations/h1/force-internal-ip", "192.168.7.99/24")
+    mine = HostAddress(interface="eth0", index=2, address=ip_interface("192.168.7.1/24"))
+    text = await shown(monkeypatch, capsys, tmp_path / "state", etcd, addresses=(mine,))
+    assert "# 192.168.7.99, forced by annotation, is none of this host's addresses" in text
 
 
 async def test_a_mesh_without_a_free_address_is_told_in_a_sentence(

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from ipaddress import ip_address, ip_interface
+from ipaddress import ip_address, ip_interface, ip_network
 
 import pytest
 from attrs import evolve
 from test_arrivals import PLACES, mesh
 
 from kilo_etcd.ctl.reports.arrivals import PAIRS
+from kilo_etcd.ctl.reports.causes import Kind, Silence, causes
 from kilo_etcd.ctl.reports.internal_arrivals import internal_losses
 from kilo_etcd.ctl.reports.live import Live
 from kilo_etcd.model import Granularity, InternalIPs
 from kilo_etcd.store.records import DiagnosticsResponse, TakenRoute
 from kilo_etcd.topology import Topology, build_topology
+from kilo_etcd.topology.forced_addresses import missing_addresses, missing_in
 
 Lost = Callable[[str, str], bool]
 
@@ -95,6 +97,41 @@ def test_what_arrives_at_no_address_is_said_elsewhere() -> None:
     assert internal_losses(topology, asked(topology, lost, mesh_lost=lost)) == ()
     live = asked(topology, lambda one, other: {one, other} == {"a2", "b2"})
     assert internal_losses(topology, live, {frozenset({"a1", "a2"})}) == ()
+
+
+def test_an_address_that_a_host_does_not_have_explains_what_is_lost_to_and_from_it() -> None:
+    topology = routed()
+    live = asked(topology, lambda one, other: "b2" in (one, other))
+    assert internal_losses(topology, live)
+    address = internal(topology, "b2")
+    (sentence,) = missing_addresses(topology, "b2", {ip_address("192.0.2.1")}, ())
+    assert sentence.startswith(f"{address}, forced by annotation, is none of this host's addresses")
+    assert internal_losses(topology, live, missing=missing_in(("other", sentence))) == ()
+    astray = tuple(route._replace(foreign=True) for route in live.answers["b2"].routes)
+    live = evolve(live, answers={**live.answers, "b2": evolve(live.answers["b2"], routes=astray)})
+    assert [loss.subject for loss in internal_losses(topology, live)][:1] == ["b2"]
+    assert internal_losses(topology, live, missing={address}) == ()
+    silent = Silence(
+        apart={frozenset({"b1", "b2"}): Kind.NEVER}, undecided=frozenset(), young=frozenset(), queries_answered=True
+    )
+    assert len(list(causes(topology, silent))) == 1
+    assert list(causes(topology, silent, {address})) == []
+    assert len(list(causes(topology, evolve(silent, apart={frozenset({"b1", "b2"}): Kind.TUNNELED}), {address}))) == 1
+
+
+def test_an_address_that_a_nat_may_translate_is_reported_where_it_is_wrong_in_any_case() -> None:
+    topology = routed()
+    off = build_topology(evolve(topology.snapshot, internal_ips=InternalIPs.OFF))
+    node = topology.snapshot.nodes["b2"]
+    have, own = {ip_address("192.0.2.1")}, node.internal_ips[0]
+    far = ip_network("192.0.2.0/24")
+    assert missing_addresses(off, "b2", have, (far,)) == (), "members of its location may reach it through a NAT"
+    (near,) = missing_addresses(off, "b2", have, (far, own.network))
+    assert "NAT" not in near
+    (translated,) = missing_addresses(topology, "b2", have, (far,))
+    assert "what a NAT translates to this host is an endpoint (force-endpoint)" in translated
+    assert missing_addresses(topology, "b2", {own.ip}, (own.network,)) == ()
+    assert missing_addresses(topology, "b2", (), (own.network,)) == (), "the host has not been looked at yet"
 
 
 def test_another_route_is_named_with_its_table_and_explains_what_is_lost() -> None:

@@ -134,6 +134,13 @@ def test_annotations_are_put_and_taken_back_together(etcd: FakeEtcd) -> None:
     )
 
 
+def test_an_internal_ip_that_the_host_may_not_have_is_said_to_be_unknown(etcd: FakeEtcd) -> None:
+    said = "Only home-1's agent knows whether the host has 10.1.0.99: if it has not, kgctl status shows an error"
+    assert said in run("annotate", "home-1", "force-internal-ip=10.1.0.99", "--dry-run").output.splitlines()
+    assert said in run("annotate", "home-1", "force-internal-ip=10.1.0.99", "--yes").output.splitlines()
+    assert "Only home-1's agent" not in run("annotate", "home-1", "force-internal-ip=-", "--yes").output
+
+
 def test_a_node_may_be_annotated_before_it_registers(etcd: FakeEtcd) -> None:
     result = run("annotate", "new-1", "leader=true")
     assert result.output == "new-1: annotated; new-1 is not registered yet\n"

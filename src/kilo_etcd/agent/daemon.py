@@ -53,6 +53,7 @@ from kilo_etcd.runtime.exit_node_monitor import ExitNodeMonitor
 from kilo_etcd.runtime.logs import Once, get_logger, write_due, write_rest
 from kilo_etcd.runtime.resolve import Resolver, names_of, plan_names, resolve_plan
 from kilo_etcd.topology import Topology, UnknownNode, build_topology
+from kilo_etcd.topology.forced_addresses import missing_addresses
 from kilo_etcd.topology.mesh_settings import disagreements
 
 T = TypeVar("T")
@@ -755,6 +756,7 @@ class Daemon:
             return
         self.once.clear("kernel", "the kernel can be programmed again")
         self._note_internal_ips(self.topology)
+        self.once.errors("forced addresses", self._missing_addresses())
         self.filtered, self.plan = filtered, plan
         self.applied_revision = snapshot.revision
         for change in report.changes:
@@ -1037,8 +1039,16 @@ class Daemon:
             *self.obstructed,
             *self.traversal_failures,
             *self.registration.overlaps,
+            *self._missing_addresses(),
         )
         return (*errors, *(text for text in further if text))
+
+    def _missing_addresses(self) -> tuple[str, ...]:
+        """Sentences on internal IPs that the operator has given this host, and that it does not have."""
+        annotation = self.keys.annotation(self.name, "force-internal-ip")
+        if self.topology is None or self.mirror.kv(annotation) is None:
+            return ()
+        return missing_addresses(self.topology, self.name, self.registration.addresses, self.registration.underlay)
 
     def _etcd_trouble(self) -> str | None:
         """Why etcd is not followed or does not hold what this host has to say, with etcd's own error and what to do."""

@@ -26,6 +26,7 @@ from kilo_etcd.runtime.logs import MOST_NAMED
 from kilo_etcd.runtime.resolve import names_of, resolve_once, resolve_plan
 from kilo_etcd.store.claims import candidates
 from kilo_etcd.topology import UnknownNode, build_topology
+from kilo_etcd.topology.forced_addresses import missing_addresses
 
 
 async def dry_run(config: AgentConfig, client: etcd.Client, setup: Callable[[AgentConfig, str], kernel.Setup]) -> None:
@@ -39,7 +40,8 @@ async def dry_run(config: AgentConfig, client: etcd.Client, setup: Callable[[Age
     chosen = discover.choose(facts, config)
     for reason in chosen.reasons:
         click.echo(f"# {reason}")
-    snapshot, _ = await store.snapshot(client, store.Keys(config.prefix))
+    keys = store.Keys(config.prefix)
+    snapshot, view = await store.snapshot(client, keys)
     if not snapshot.subnets:
         click.echo(f"# no mesh in etcd under {config.prefix} yet: the agent will make one")
         snapshot = evolve(
@@ -79,6 +81,10 @@ async def dry_run(config: AgentConfig, client: etcd.Client, setup: Callable[[Age
         plan = encrypt(plan, topology, outside=around)
     for problem in plan.problems:
         click.echo(f"# {problem.text}")
+    if view.kv(keys.annotation(config.hostname, "force-internal-ip")) is not None:
+        own_addresses = frozenset(item.address.ip for item in facts.addresses)
+        for text in missing_addresses(topology, config.hostname, own_addresses, facts.underlay()):
+            click.echo(f"# {text}")
     async with kernel.open_kernel(setup(config, private)) as device:
         changes = await device.preview(plan)
     if config.dns_hosts:

@@ -104,14 +104,17 @@ def annotate_command(mesh: Mesh, node: str, annotations: dict[str, str | None], 
     allowed-location-ips, subnets, advertise-exit-node or exit-node. They take effect at once. The command asks first if
     that interrupts traffic in use."""
     registered: frozenset[str] = frozenset()
+    forced: tuple[str, ...] = ()
 
     def decide(_before: Snapshot, view: View, keys: Keys) -> Edit:
-        nonlocal registered
+        nonlocal registered, forced
         registered = registered_names(view, keys)
         values = {name: value for name, value in annotations.items() if value is not None}
-        _, wrong = Registered(_record(view, keys, node), 0).annotated(values)
+        record = _record(view, keys, node)
+        annotated, wrong = Registered(record, 0).annotated(values)
         if wrong:
             raise Failure("; ".join(f"{name}: {reason}" for name, reason in wrong.items()) + "; nothing was written")
+        forced = tuple(str(ip.ip) for ip in annotated.internal_ips if ip not in record.internal_ips)
         return Edit(
             puts={keys.annotation(node, name): value for name, value in values.items()},
             deletes=tuple(keys.annotation(node, name) for name, value in annotations.items() if value is None),
@@ -124,6 +127,11 @@ def annotate_command(mesh: Mesh, node: str, annotations: dict[str, str | None], 
     outcome = carry_out(mesh, decide, dry_run=dry_run, yes=yes)
     if outcome is Outcome.NOTHING:
         click.echo("Nothing to change: its annotations say so already.")
-    elif outcome is Outcome.WRITTEN:
+    elif forced:
+        click.echo(
+            f"Only {clean(node)}'s agent knows whether the host has {' and '.join(forced)}: if it has not, kgctl "
+            "status shows an error"
+        )
+    if outcome is Outcome.WRITTEN:
         later = "" if node in registered else f"; {clean(node)} is not registered yet"
         click.echo(f"{clean(node)}: annotated{later}")

@@ -41,6 +41,7 @@ from kilo_etcd.model.hostplan import Exemption
 from kilo_etcd.store import operator
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import StatusRecord
+from kilo_etcd.topology.forced_addresses import missing_in
 from kilo_etcd.topology.nat import REMEDY, hidden_pair
 from kilo_etcd.topology.segments import Topology, build_topology
 from kilo_etcd.topology.unrouted import named
@@ -331,7 +332,8 @@ def _hosts(examined: Examined) -> Iterator[Finding]:
 def _packets(examined: Examined, known: Silence) -> Iterator[Finding]:
     """Tunnels and packets, and members that do not answer each other: each cause once."""
     live, topology = examined.live, examined.topology
-    for cause in causes(topology, known):
+    missing = missing_in(error for status in examined.statuses.values() for error in status.errors)
+    for cause in causes(topology, known, missing):
         yield Finding(severity=Severity.ERROR, subject=cause.subject, text=cause.text, remedy=cause.remedy)
     down = [pair for pair in pairs(topology, tunnels(topology, live)) if pair.up is False]
     early = {pair for pair in down if pair.handshake is None and known.young & {pair.one, pair.other}}
@@ -350,7 +352,7 @@ def _packets(examined: Examined, known: Silence) -> Iterator[Finding]:
             severity=Severity.WARNING if loss.filtered else Severity.ERROR, subject=loss.subject, text=loss.text,
             remedy=loss.remedy,
         )  # fmt: skip
-    for loss in internal_losses(topology, live, {*known.apart, *unsettled}):
+    for loss in internal_losses(topology, live, {*known.apart, *unsettled}, missing=missing):
         yield Finding(severity=Severity.ERROR, subject=loss.subject, text=loss.text, remedy=loss.remedy)
     for loss in narrow(topology, live):
         yield Finding(severity=Severity.WARNING, subject=loss.subject, text=loss.text, remedy=loss.remedy)

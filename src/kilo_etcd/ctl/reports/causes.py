@@ -19,6 +19,7 @@ from kilo_etcd.ctl.reports.arrivals import PAIRS
 from kilo_etcd.ctl.reports.live import Live
 from kilo_etcd.planning.reach import about_member, apart, called_location, share, targets
 from kilo_etcd.store.records import StatusRecord, Unreachable
+from kilo_etcd.topology.forced_addresses import lacks
 from kilo_etcd.topology.segments import Topology
 
 EARLY_SECONDS = 10.0
@@ -129,10 +130,13 @@ _SAYS = {
 }
 
 
-def causes(topology: Topology, known: Silence) -> Iterator[Cause]:
-    """One for each location and kind, with all pairs that it explains."""
+def causes(topology: Topology, known: Silence, missing: Collection[str] = ()) -> Iterator[Cause]:
+    """One for each location and kind, with all pairs that it explains. `missing`: internal IPs that their hosts do not
+    have, which explains why these do not answer there."""
     groups: dict[tuple[str, Kind], list[frozenset[str]]] = {}
     for pair, kind in known.apart.items():
+        if kind is not Kind.TUNNELED and any(lacks(topology.snapshot.nodes[name], missing) for name in pair):
+            continue
         location = topology.snapshot.nodes[min(pair)].location
         groups.setdefault((location, kind), []).append(pair)
     for (location, kind), pairs in sorted(groups.items()):

@@ -14,6 +14,7 @@ from attrs import field, frozen
 
 from kilo_etcd.ctl.reports.arrivals import PAIRS, Loss, across, end_of, some
 from kilo_etcd.ctl.reports.live import Live
+from kilo_etcd.topology.forced_addresses import lacks
 from kilo_etcd.topology.segments import Topology
 
 _Pair = tuple[str, str]
@@ -28,22 +29,27 @@ class _Asked:
     """Although a mesh address of the node has answered."""
 
 
-def internal_losses(topology: Topology, live: Live, apart: Collection[frozenset[str]] = ()) -> tuple[Loss, ...]:
+def internal_losses(
+    topology: Topology, live: Live, apart: Collection[frozenset[str]] = (), *, missing: Collection[str] = ()
+) -> tuple[Loss, ...]:
     """One for each host that is known to be the place, then the pairs that remain; of each kind the first `PAIRS`.
 
     `apart`: pairs of members of a location that do not reach each other, or of which that is not known yet.
+    `missing`: internal IPs that their hosts do not have, which their agents report.
     """
     foreign = {
         name: {route.address: route.route for route in answer.routes if route.foreign}
         for name, answer in live.answers.items()
         if name in topology.snapshot.nodes
     }
-    astray = sorted(name for name, routes in foreign.items() if routes)
+    # Without the address the agent's routes, which send from it, cannot be there.
+    nodes = topology.snapshot.nodes
+    astray = sorted(name for name, routes in foreign.items() if routes and not lacks(nodes[name], missing))
     losses = [_other_route(name, foreign[name]) for name in astray[:PAIRS]]
     if more := astray[PAIRS:]:
         text = f"the kernels of {len(more)} more hosts take other routes than the agents' too, {some(more)}"
         losses.append(Loss(subject="internal-ips", text=text, remedy="mend what is named first, then ask again"))
-    asked = _asked(topology, live, foreign)
+    asked = _asked(topology, live, foreign, frozenset(missing))
     rest = {pair for pair in asked.lost if not across(topology, *pair, apart)}
     for _ in range(PAIRS):
         if (place := _place(topology, asked, rest)) is None:
@@ -56,7 +62,7 @@ def internal_losses(topology: Topology, live: Live, apart: Collection[frozenset[
     return tuple(losses)
 
 
-def _asked(topology: Topology, live: Live, foreign: Mapping[str, Mapping[str, str]]) -> _Asked:
+def _asked(topology: Topology, live: Live, foreign: Mapping[str, Mapping[str, str]], missing: frozenset[str]) -> _Asked:
     nodes = topology.snapshot.nodes
     mesh = {str(address): node.name for node in nodes.values() for address in node.mesh_addresses}
     internal = {
@@ -74,8 +80,9 @@ def _asked(topology: Topology, live: Live, foreign: Mapping[str, Mapping[str, st
             if target is None or target not in reached or address in foreign[name]:
                 continue
             own = {str(ip.ip) for ip in nodes[name].internal_ips}
-            # The answer may take another route than the agent's, too. Then that host has an error of its own.
-            if not own & foreign.get(target, {}).keys():
+            # The answer may take another route than the agent's, too. Then that host has an error of its own, as a host
+            # has that lacks an address.
+            if address not in missing and not own & (foreign.get(target, {}).keys() | missing):
                 lost[name, target] = (*lost.get((name, target), ()), address)
     return _Asked(frozenset(good - lost.keys()), lost)
 
