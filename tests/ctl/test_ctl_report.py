@@ -49,6 +49,7 @@ from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import DiagnosticsResponse, Role, StatusRecord
 from kilo_etcd.store.view import View
 from kilo_etcd.topology import build_topology
+from kilo_etcd.topology.internal import REMEDY
 from kilo_etcd.topology.mesh_settings import disagreements
 
 KEYS = {name: f"{name:_<43}=" for name in ("a1", "a2", "a3", "b1", "b2")}
@@ -451,6 +452,25 @@ def test_what_stays_in_clear_under_encrypted_is_a_warning_unless_the_operator_ha
     assert Severity.WARNING in some.values()
     routed = evolve(world, nodes={name: evolve(one, encryption=None) for name, one in nodes.items()})
     assert set(found(evolve(routed, internal_ips=InternalIPs.ROUTED)).values()) == {Severity.NOTE}
+
+
+def test_no_leader_with_a_public_endpoint_is_advised_to_take_a_private_one() -> None:
+    """A forced endpoint takes the place of the public one, for the whole mesh."""
+    near = encrypting()
+
+    def remedies(*private: str) -> set[str]:
+        nodes = {**near.nodes, "b1": evolve(near.nodes["b1"], internal_ips=(ip_interface("192.168.97.9/24"),))}
+        for number, name in enumerate(private):
+            nodes[name] = evolve(nodes[name], endpoint=Endpoint.parse(f"172.16.{number}.1:51820"))
+        entries = build_topology(evolve(near, nodes=nodes)).unrouted
+        return {entry.remedy for entry in entries if "is not encrypted" in entry.reason}
+
+    label = "if they share that network, give them one label (granularity full)"
+    otherwise = f". If they do not, {REMEDY}"
+    assert remedies() == remedies("b1") == {label + otherwise}
+    (both,) = remedies("a3", "b1")
+    assert both.startswith(f"{label}, or have their leaders call each other at addresses in it (kgctl annotate LEADER")
+    assert both.endswith(otherwise)
 
 
 def test_what_all_agents_report_is_one_error() -> None:

@@ -134,6 +134,13 @@ def test_annotations_are_put_and_taken_back_together(etcd: FakeEtcd) -> None:
     )
 
 
+def test_a_private_endpoint_in_place_of_a_public_one_is_said_to_cut_off_others(etcd: FakeEtcd) -> None:
+    said = "home-1 has no public endpoint in IPv4 any more: nodes elsewhere no longer reach it there"
+    assert said in run("annotate", "home-1", "force-endpoint=192.168.5.7:51820", "--dry-run").output.splitlines()
+    for other in ("198.51.100.1:51820", "vpn.example.org:51820"):
+        assert "no public endpoint" not in run("annotate", "home-1", f"force-endpoint={other}", "--dry-run").output
+
+
 def test_an_internal_ip_that_the_host_may_not_have_is_said_to_be_unknown(etcd: FakeEtcd) -> None:
     said = "Only home-1's agent knows whether the host has 10.1.0.99: if it has not, kgctl status shows an error"
     assert said in run("annotate", "home-1", "force-internal-ip=10.1.0.99", "--dry-run").output.splitlines()

@@ -171,6 +171,8 @@ def _node(old: Node, new: Node) -> Iterator[str]:
         yield f"moves from {shown_location(old.location)} to {shown_location(new.location)}"
     if old.endpoint != new.endpoint:
         yield f"is reached at {new.endpoint or 'no endpoint'} instead of {old.endpoint or 'none'}"
+    if lost := [f"IPv{version}" for version in (4, 6) if old.public_in(version) and not new.public_in(version)]:
+        yield f"has no public endpoint in {' and '.join(lost)} any more: nodes elsewhere no longer reach it there"
     if old.internal_ips != new.internal_ips:
         yield f"has internal IP {_listed(new.internal_ips)} instead of {_listed(old.internal_ips)}"
     if old.persistent_keepalive != new.persistent_keepalive:

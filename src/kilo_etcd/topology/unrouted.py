@@ -76,23 +76,28 @@ def _in_clear(topology: Topology) -> Iterable[Unrouted]:
         of.setdefault(ip_network(one.address), []).append(one)
     for network, cases in of.items():
         node = cases[0].node
+        own = topology.segment_of(node.name)
         whole = {named(one.segment) for one in cases if len(one.senders) == len(one.segment.members)}
         some = {name for one in cases if len(one.senders) < len(one.segment.members) for name in one.senders}
         near = sorted(whole | some)
+        together = "if they share that network, give them one label (granularity full)"
+        # One forced endpoint takes the place of the public one, for the whole mesh.
+        if not any(segment.leader.public_in(network.version) for segment in (own, *(one.segment for one in cases))):
+            together += (
+                ", or have their leaders call each other at addresses in it (kgctl annotate LEADER "
+                f"force-endpoint=ADDRESS:{node.port})"
+            )
         yield Unrouted(
             network=network,
             nodes=(node.name,),
-            segments=tuple(sorted({named(topology.segment_of(node.name)), *(named(one.segment) for one in cases)})),
+            segments=tuple(sorted({named(own), *(named(one.segment) for one in cases)})),
             not_from=tuple(near),
             reason=(
                 f"a host of {listed(near)}, or of {node.name}'s own segment, has an address of the others on its own "
                 "links, and nothing says that they share that network: what they send each other at these addresses "
                 "is not encrypted"
             ),
-            remedy=(
-                "if they share that network, give them one label (granularity full), or have their leaders call each "
-                f"other at addresses in it (kgctl annotate LEADER force-endpoint=ADDRESS:{node.port}); else {REMEDY}"
-            ),
+            remedy=f"{together}. If they do not, {REMEDY}",
         )
 
 
