@@ -259,13 +259,19 @@ def test_statuses_are_read_for_the_mesh_only_while_a_switch_is_under_way(
     assert run("mesh", "show").exit_code == 1
 
 
+def test_mesh_set_offers_what_it_changes_and_no_more() -> None:
+    shown = run("mesh", "set", "--help").output
+    assert "{granularity|internal-ips} VALUE" in shown
+    assert "subnets" not in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "sentence"),
     [
         (["granularity", "ring"], 2, "'ring' is not a value of granularity: write location, full or cross"),
         (["internal-ips", "yes"], 2, "'yes' is not a value of internal-ips: write routed, encrypted or off"),
         (["subnets", "10.5.0.0/16"], 1, "the mesh's subnets are fixed"),
-        (["colour", "red"], 2, "'colour' is not one of"),
+        (["colour", "red"], 2, "'colour' is not one of 'granularity', 'internal-ips'."),
     ],
 )
 def test_what_mesh_set_refuses(etcd: FakeEtcd, arguments: list[str], status: int, sentence: str) -> None:

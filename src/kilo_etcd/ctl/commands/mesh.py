@@ -1,5 +1,5 @@
-"""`kgctl mesh`: what holds for the mesh as a whole: granularity and internal-ips, which can be switched live, and its
-subnets."""
+"""`kgctl mesh`: what holds for the mesh as a whole. The settings granularity and internal-ips can be switched live; the
+subnets cannot."""
 
 from __future__ import annotations
 
@@ -72,6 +72,19 @@ def show_command(mesh: Mesh, output: str) -> None:
         click.echo(f"{names.get(name, name) + ':':<20}{shown}")
 
 
+_SETTINGS = click.Choice(("granularity", "internal-ips"))
+
+
+def _setting(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    """A click callback: a setting that can be changed; of the subnets it says why they cannot."""
+    if value == "subnets":
+        raise Failure(
+            "the mesh's subnets are fixed: every node's address is from them; for other ones start a second mesh "
+            "under another --prefix"
+        )
+    return _SETTINGS.convert(value, parameter, context)
+
+
 @mesh_group.command(
     "set",
     epilog="Examples:\n\n\b\n"
@@ -79,7 +92,12 @@ def show_command(mesh: Mesh, output: str) -> None:
     "  kgctl mesh set granularity location\n"
     "  kgctl mesh set internal-ips off",
 )
-@click.argument("what", type=click.Choice(("granularity", "internal-ips", "subnets")))
+@click.argument(
+    "what",
+    metavar="{granularity|internal-ips}",
+    callback=_setting,
+    shell_complete=lambda ctx, param, text: _SETTINGS.shell_complete(ctx, param, text),
+)
 @click.argument("value")
 @change_options
 @click.pass_obj
@@ -90,11 +108,6 @@ def set_command(mesh: Mesh, what: str, value: str, dry_run: bool, yes: bool) -> 
     internal IPs of other segments travels in the tunnels), encrypted (and nothing between two segments' nodes travels
     in clear), or off (mesh addresses and offered networks only).
     """
-    if what == "subnets":
-        raise Failure(
-            "the mesh's subnets are fixed: every node's address is from them; for other ones start a second mesh "
-            "under another --prefix"
-        )
     kind: type[StrEnum] = Granularity if what == "granularity" else InternalIPs
     if value not in tuple(kind):
         choices = "location, full or cross" if what == "granularity" else "routed, encrypted or off"
