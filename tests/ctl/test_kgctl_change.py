@@ -259,6 +259,23 @@ def test_statuses_are_read_for_the_mesh_only_while_a_switch_is_under_way(
     assert run("mesh", "show").exit_code == 1
 
 
+def test_neither_case_nor_blanks_count_in_a_setting(etcd: FakeEtcd) -> None:
+    for what, key, text, value in (
+        ("internal-ips", KEYS.internal_ips, " Off", b"off"),
+        ("internal-ips", KEYS.internal_ips, "ROUTED ", b"routed"),
+        ("granularity", KEYS.granularity, " Full ", b"full"),
+    ):
+        assert run("mesh", "set", what, text, "--yes").exit_code == 0
+        assert etcd.get(key) == value
+    assert run("mesh", "set", "granularity", "FULL").output == "Nothing to change: granularity is full already.\n"
+    etcd.put(KEYS.internal_ips, " Encrypted\n")
+    etcd.put(KEYS.granularity, "Location")
+    shown = json.loads(run("mesh", "show", "-o", "json").stdout)
+    assert (shown["internalIps"], shown["granularity"], shown["rejected"]) == ("encrypted", "location", 0)
+    refused = run("lab", "run", "--granularity", "ring")
+    assert (refused.exit_code, "'ring' is unknown; choose one of location, full, cross." in refused.output) == (2, True)
+
+
 def test_mesh_set_offers_what_it_changes_and_no_more() -> None:
     shown = run("mesh", "set", "--help").output
     assert "{granularity|internal-ips} VALUE" in shown

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kilo_etcd.lab import HostSpec, SiteSpec, Spec, SpecError, parse_spec, read_spec
-from kilo_etcd.model import InternalIPs
+from kilo_etcd.model import Granularity, InternalIPs
 
 EXAMPLES = sorted(Path(str(files("kilo_etcd.lab") / "examples")).glob("*.toml"))
 
@@ -25,8 +25,8 @@ def test_a_site_in_short_and_hosts_at_length(tmp_path: Path) -> None:
             tmp_path,
             """
             etcd = 3
-            granularity = "cross"
-            internal_ips = "off"
+            granularity = " Cross"
+            internal_ips = "OFF"
             [[site]]
             name = "gcp"
             label = "gcp"
@@ -44,6 +44,7 @@ def test_a_site_in_short_and_hosts_at_length(tmp_path: Path) -> None:
         )
     )
     assert spec.etcd == 3
+    assert spec.granularity is Granularity.CROSS
     assert spec.internal_ips is InternalIPs.OFF
     assert spec.sites == (
         SiteSpec(

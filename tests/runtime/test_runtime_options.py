@@ -79,6 +79,8 @@ FLAGS: list[tuple[list[str], str, Any]] = [
     (["--port", "51821"], "port", 51821),
     (["--mesh-granularity", "cross"], "mesh_granularity", Granularity.CROSS),
     (["--internal-ips", "off"], "internal_ips", InternalIPs.OFF),
+    (["--internal-ips", " Encrypted "], "internal_ips", InternalIPs.ENCRYPTED),
+    (["--mesh-granularity", "FULL "], "mesh_granularity", Granularity.FULL),
     (["--subnet", "10.5.0.0/16,fd00:5::/64"], "wanted_subnets", (ip_network("10.5.0.0/16"), ip_network("fd00:5::/64"))),
     (["--encapsulate", "wireguard"], "encapsulate", Encapsulate.WIREGUARD),
     (["--mtu", "1380"], "mtu", 1380),

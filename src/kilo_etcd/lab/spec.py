@@ -15,7 +15,7 @@ from typing import Any
 
 from attrs import asdict, evolve, field, frozen
 
-from kilo_etcd.model import Granularity, InternalIPs, IPNetwork
+from kilo_etcd.model import Granularity, InternalIPs, IPNetwork, parse_value
 
 FAMILIES = ("ipv4", "ipv6")
 WIREGUARD = ("auto", "kernel", "userspace")
@@ -182,11 +182,11 @@ def parse_spec(data: Mapping[str, Any], source: str) -> Spec:
     top = _Table(data, source, "")
     sites = tuple(_site(table) for table in top.tables("site"))
     try:
-        granularity = Granularity(top.text("granularity", "location"))
+        granularity = parse_value(Granularity, top.text("granularity", "location"))
     except ValueError:
         raise top.wrong("granularity", "write location, full or cross") from None
     try:
-        internal_ips = InternalIPs(top.text("internal_ips", "routed"))
+        internal_ips = parse_value(InternalIPs, top.text("internal_ips", "routed"))
     except ValueError:
         raise top.wrong("internal_ips", "write routed, encrypted or off") from None
     values: dict[str, Any] = {

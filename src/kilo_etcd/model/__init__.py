@@ -27,6 +27,7 @@ from kilo_etcd.model.settings import (
     Granularity,
     InternalIPs,
     MeshSettings,
+    parse_value,
 )
 from kilo_etcd.model.snapshot import ObservedEndpoint, RejectedRecord, Snapshot
 
@@ -57,4 +58,5 @@ __all__ = [
     "Snapshot",
     "is_dns_name",
     "is_public",
+    "parse_value",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from kilo_etcd.model.addresses import IPNetwork
 
@@ -12,6 +12,14 @@ DEFAULT_PREFIX = "/kilo"
 DEFAULT_INTERFACE = "kilo0"
 DEFAULT_PORT = 51820
 DEFAULT_SUBNET = "10.4.0.0/16"
+
+
+_Value = TypeVar("_Value", bound=StrEnum)
+
+
+def parse_value(kind: type[_Value], text: str) -> _Value:
+    """The value that a person wrote, wherever it was: neither case nor blanks around it count. ValueError."""
+    return kind(text.strip().lower())
 
 
 class Granularity(StrEnum):

@@ -28,6 +28,7 @@ from kilo_etcd.model import (
     Granularity,
     InternalIPs,
     IPNetwork,
+    parse_value,
 )
 from kilo_etcd.model.hostplan import Exemption
 
@@ -362,7 +363,7 @@ def _items(value: str | Iterable[str]) -> tuple[str, ...]:
 
 def _one_of(kind: type[E], text: str) -> E:
     try:
-        return kind(text.strip().lower())
+        return parse_value(kind, text)
     except ValueError:
         raise ValueError(f"{text!r} is unknown; choose one of {', '.join(kind)}") from None
 

@@ -40,6 +40,7 @@ from kilo_etcd.model import (
     IPAddress,
     IPInterface,
     IPNetwork,
+    parse_value,
 )
 
 MAX_VALUE = 64 * 1024
@@ -394,7 +395,7 @@ def _setting(kind: type[_Setting], value: bytes, wrong: str) -> _Setting:
     """One of a kind's values; `wrong` says of another text that it is none."""
     text = decode_text(value, MAX_SMALL)
     try:
-        return kind(text)
+        return parse_value(kind, text)
     except ValueError:
         raise RecordError(f"{shown(text)} {wrong}") from None
 

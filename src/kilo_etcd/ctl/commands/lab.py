@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable
+from enum import StrEnum
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TypeVar
@@ -23,9 +24,10 @@ from kilo_etcd.ctl.context import Failure
 from kilo_etcd.lab import Lab, LabError, Spec, SpecError, attach, demo, read_spec, running_lab
 from kilo_etcd.lab.addressing import CUTS, SITE_CUTS
 from kilo_etcd.lab.terminal import SHELL, SHELL_ENVIRONMENT, run_here
-from kilo_etcd.model import Granularity, InternalIPs
+from kilo_etcd.model import Granularity, InternalIPs, parse_value
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., object])
 
 _DEFAULT = "six-hosts"
 _DEMO = "three-sites"
@@ -91,14 +93,35 @@ def load(source: str) -> Spec:
     return read_spec(Path(source))
 
 
-def _adjusted(source: str, etcd: str | None, granularity: str | None, internal_ips: str | None) -> Spec:
+def _setting_option(name: str, kind: type[StrEnum], help_text: str) -> Callable[[F], F]:
+    """An option for one of the mesh's settings, read as everywhere else."""
+    choice = click.Choice(tuple(each.value for each in kind))
+
+    def parse(context: click.Context, parameter: click.Parameter, text: str | None) -> StrEnum | None:
+        try:
+            return None if text is None else parse_value(kind, text)
+        except ValueError:
+            raise click.BadParameter(
+                f"{text!r} is unknown; choose one of {', '.join(kind)}.", context, parameter
+            ) from None
+
+    return click.option(
+        name,
+        metavar=f"[{'|'.join(kind)}]",
+        callback=parse,
+        shell_complete=lambda context, parameter, text: choice.shell_complete(context, parameter, text),
+        help=help_text,
+    )
+
+
+def _adjusted(source: str, etcd: str | None, granularity: Granularity | None, internal_ips: InternalIPs | None) -> Spec:
     spec = load(source)
     if etcd:
         spec = spec.evolve(etcd=int(etcd))
     if granularity:
-        spec = spec.evolve(granularity=Granularity(granularity))
+        spec = spec.evolve(granularity=granularity)
     if internal_ips:
-        spec = spec.evolve(internal_ips=InternalIPs(internal_ips))
+        spec = spec.evolve(internal_ips=internal_ips)
     return spec
 
 
@@ -106,12 +129,8 @@ def _adjusted(source: str, etcd: str | None, granularity: str | None, internal_i
 @click.argument("file", default=_DEFAULT)
 @click.option("--name", default="default", show_default=True, help="The lab's name, for the other commands.")
 @click.option("--etcd", type=click.Choice(["1", "3"]), help="How many etcd members.")
-@click.option("--granularity", type=click.Choice([g.value for g in Granularity]), help="How segments are formed.")
-@click.option(
-    "--internal-ips",
-    type=click.Choice([v.value for v in InternalIPs]),
-    help="Which traffic to internal IPs travels in the tunnels.",
-)
+@_setting_option("--granularity", Granularity, "How segments are formed.")
+@_setting_option("--internal-ips", InternalIPs, "Which traffic to internal IPs travels in the tunnels.")
 @click.option("--command", metavar="CMD", help="Run this in the operator's shell once all hosts ping, then end.")
 @click.option(
     "--deadline",
@@ -124,8 +143,8 @@ def run(
     file: str,
     name: str,
     etcd: str | None,
-    granularity: str | None,
-    internal_ips: str | None,
+    granularity: Granularity | None,
+    internal_ips: InternalIPs | None,
     command: str | None,
     deadline: float,
 ) -> None:

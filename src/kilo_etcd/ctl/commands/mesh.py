@@ -14,7 +14,7 @@ from kilo_etcd.ctl.context import Failure, Mesh
 from kilo_etcd.ctl.output import output_option
 from kilo_etcd.ctl.reports.render import shown_internal_ips
 from kilo_etcd.etcd.api import Client
-from kilo_etcd.model import Granularity, InternalIPs, Snapshot
+from kilo_etcd.model import Granularity, InternalIPs, Snapshot, parse_value
 from kilo_etcd.store import operator
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import encode_adoption
@@ -109,9 +109,11 @@ def set_command(mesh: Mesh, what: str, value: str, dry_run: bool, yes: bool) -> 
     in clear), or off (mesh addresses and offered networks only).
     """
     kind: type[StrEnum] = Granularity if what == "granularity" else InternalIPs
-    if value not in tuple(kind):
+    try:
+        value = parse_value(kind, value)
+    except ValueError:
         choices = "location, full or cross" if what == "granularity" else "routed, encrypted or off"
-        raise click.BadParameter(f"{value!r} is not a value of {what}: write {choices}.")
+        raise click.BadParameter(f"{value!r} is not a value of {what}: write {choices}.") from None
     effect = "Every tunnel" if what == "granularity" else "The routing to internal IPs"
     verb = "is drawn anew" if what == "granularity" else "changes"
 
