@@ -158,7 +158,8 @@ def test_a_node_may_be_annotated_before_it_registers(etcd: FakeEtcd) -> None:
     [
         (["home-1"], 2, "Missing argument"),
         (["home-1", "leader"], 2, "neither name=value nor"),
-        (["home-1", "leder=true"], 2, "did you mean leader?"),
+        (["home-1", "leder=true"], 2, "no annotation is called 'leder'; did you mean leader?\n"),
+        (["home-1", "colour=red"], 2, "advertise-exit-node, allowed-location-ips, exit-node, force-endpoint"),
         (["home-1", "colour=red"], 2, "there are advertise-exit-node"),
         (["home-1", "leader=true", "leader-"], 2, "leader is given twice"),
         (["a/b", "leader=true"], 2, "is no node name"),

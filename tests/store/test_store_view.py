@@ -113,6 +113,11 @@ GOOD = encode(record("x")).decode()
         ("/kilo/peers/a b", GOOD.encode(), "percent-encoding"),
         ("/kilo/nodes/%2Da", GOOD.encode(), "percent-encoding"),
         ("/kilo/nothing/x", b"", "no such key is known"),
+        (
+            "/kilo/mesh/internal-ip",
+            b"routed",
+            "no such key is known; below /kilo/mesh/ there are adopted, granularity, internal-ips, subnets",
+        ),
         (b"/kilo/nodes/\xff", b"", "the key is not UTF-8"),
         ("/kilo/annotations/a/colour", b"red", "no such annotation is known"),
         ("/kilo/annotations/a/force-endpoint", b"nowhere", None),

@@ -31,6 +31,12 @@ def first_of(names: Iterable[str], most: int, separator: str = ", ") -> str:
     return separator.join(every[:most]) + more
 
 
+def sentence(clause: object) -> str:
+    """A clause with a full stop, unless it ends as a sentence does."""
+    text = str(clause)
+    return text if text.endswith((".", "?", "!")) else f"{text}."
+
+
 def shown(value: object) -> str:
     """The value as it may appear in a message, in at most 60 characters."""
     if value is not None and not isinstance(value, (str, int, float)):

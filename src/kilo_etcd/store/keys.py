@@ -343,6 +343,9 @@ class Keys:
             return (
                 "a name in the key is not spelled as kilo-etcd spells it: use percent-encoding (kgctl does it for you)"
             )
+        if parts[0] == "mesh":
+            known = sorted(key.removeprefix(f"{self.root}mesh/") for key in (*self.settings, self.adopted))
+            return f"no such key is known; below {self.root}mesh/ there are {', '.join(known)}"
         return "no such key is known"
 
 

@@ -10,6 +10,7 @@ from difflib import get_close_matches
 
 import click
 
+from kilo_etcd.base.quoting import sentence
 from kilo_etcd.ctl.change import Edit, Outcome, carry_out, change_options
 from kilo_etcd.ctl.commands import complete
 from kilo_etcd.ctl.context import Failure, Mesh
@@ -63,7 +64,7 @@ def _arguments(
         try:
             name, value = parse_annotation(text)
         except ValueError as error:
-            raise click.BadParameter(f"{error}.", context, parameter) from None
+            raise click.BadParameter(sentence(error), context, parameter) from None
         if name in result:
             raise click.BadParameter(f"{name} is given twice.", context, parameter)
         result[name] = value
@@ -75,7 +76,7 @@ def node_argument(context: click.Context, parameter: click.Parameter, value: str
     try:
         return parse_node_name(value)
     except ValueError as error:
-        raise click.BadParameter(f"{error}.", context, parameter) from None
+        raise click.BadParameter(sentence(error), context, parameter) from None
 
 
 @click.command(

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from attrs import frozen
 
-from kilo_etcd.base.quoting import first_of
+from kilo_etcd.base.quoting import first_of, sentence
 from kilo_etcd.ctl.change import Edit, Prepared, change_options, confirm, prepare
 from kilo_etcd.ctl.commands.peer import parse_peer_name
 from kilo_etcd.ctl.context import Failure, Mesh, run
@@ -141,7 +141,7 @@ def _sides(context: click.Context, given: dict[str, Any]) -> tuple[Side, Side]:
     try:
         prefix = parse_prefix(given["other_prefix"]) if given["other_prefix"] else mesh.prefix
     except ValueError as error:
-        raise click.BadParameter(f"{error}.", param_hint="--other-prefix") from None
+        raise click.BadParameter(sentence(error), param_hint="--other-prefix") from None
     other = Mesh(etcd_config(**values), prefix)
     if other == mesh:
         raise click.UsageError("These are one and the same mesh: give --other-prefix, or --other-endpoints.")

@@ -13,6 +13,7 @@ from typing import Any
 import click
 from attrs import frozen
 
+from kilo_etcd.base.quoting import sentence
 from kilo_etcd.ctl.change import Edit, Outcome, carry_out, change_options
 from kilo_etcd.ctl.commands import complete
 from kilo_etcd.ctl.context import Mesh
@@ -72,7 +73,7 @@ def _checked(check: Callable[[str], str]) -> Callable[[click.Context, click.Para
         try:
             return tuple(map(check, value)) if isinstance(value, tuple) else check(value)
         except ValueError as error:
-            raise click.BadParameter(f"{error}.", context, parameter) from None
+            raise click.BadParameter(sentence(error), context, parameter) from None
 
     return callback
 

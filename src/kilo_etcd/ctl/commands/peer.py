@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kilo_etcd.base.quoting import shown, shown_path
+from kilo_etcd.base.quoting import sentence, shown, shown_path
 from kilo_etcd.ctl.change import Edit, Outcome, carry_out, change_options
 from kilo_etcd.ctl.commands import complete
 from kilo_etcd.ctl.context import Failure, Mesh
@@ -57,7 +57,7 @@ def checked(parse: Callable[[str], Any]) -> Callable[[click.Context, click.Param
                 return None
             return tuple(map(parse, value)) if isinstance(value, tuple) else parse(value)
         except ValueError as error:
-            raise click.BadParameter(f"{error}.", context, parameter) from None
+            raise click.BadParameter(sentence(error), context, parameter) from None
 
     return callback
 

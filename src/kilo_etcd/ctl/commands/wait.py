@@ -6,7 +6,7 @@ from functools import partial
 
 import click
 
-from kilo_etcd.base.quoting import first_of
+from kilo_etcd.base.quoting import first_of, sentence
 from kilo_etcd.ctl.context import Failure, Mesh
 from kilo_etcd.ctl.reports.render import clean
 from kilo_etcd.ctl.reports.report import newest_revision
@@ -25,7 +25,7 @@ def _seconds(context: click.Context, parameter: click.Parameter, value: str) -> 
     try:
         return parse_duration(value)
     except ValueError as error:
-        raise click.BadParameter(f"{error}.", context, parameter) from None
+        raise click.BadParameter(sentence(error), context, parameter) from None
 
 
 @click.command("wait", epilog="Example:\n\n\b\n  etcdctl put /kilo/locations/node-1 gcp && kgctl wait --timeout 10s")
