@@ -290,7 +290,7 @@ async def test_a_peer_that_does_not_answer_where_it_was_learnt_is_looked_for_at_
         await kernel.apply(wanted)
         sh(f"wg set kilo0 peer {key(2)} endpoint {learnt}")
         await settled(kernel, wanted)
-        steady = kernel._host.steady
+        steady = kernel._host.handshake_clock
         since_boot = steady._boot
 
         async def sent() -> int:
