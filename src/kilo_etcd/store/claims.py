@@ -44,8 +44,6 @@ async def ensure_mesh(client: Client, keys: Keys, settings: MeshSettings, *, res
     already and `internal-ips` is missing, `encrypted` is put there whatever the flag says.
     """
     granularity, subnets, internal_ips = settings
-    if not restores and await client.get(keys.internal_ips) is None and await _encrypts(client, keys):
-        internal_ips = InternalIPs.ENCRYPTED
     wanted = {
         keys.granularity: granularity.value.encode(),
         keys.subnets: encode_subnets(subnets),
@@ -55,6 +53,9 @@ async def ensure_mesh(client: Client, keys: Keys, settings: MeshSettings, *, res
     for key, value in wanted.items():
         held = await client.get(key)
         if held is None:
+            if key == keys.internal_ips and not restores and await _encrypts(client, keys):
+                internal_ips = InternalIPs.ENCRYPTED
+                value = internal_ips.value.encode()
             result = await client.txn([absent(key)], [Put(key, value)], [Get(key)])
             if result.succeeded:
                 continue

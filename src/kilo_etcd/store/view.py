@@ -463,7 +463,10 @@ class View:
             return ()
         decoded = read(NodeRecord, kv.value)
         self._registered[node] = Registered(decoded.record, kv.create_revision)
-        (self._encrypting.add if decoded.record.encryption in ACCEPTING else self._encrypting.discard)(node)
+        if decoded.record.encryption in ACCEPTING:
+            self._encrypting.add(node)
+        else:
+            self._encrypting.discard(node)
         self._take_statement(node, decoded.record.mesh_addresses, kv.mod_revision)
         self._dirty |= self._key_index.claim(("node", node), decoded.record.public_key, kv.create_revision)
         return _unknown(decoded)
