@@ -16,6 +16,7 @@ from kilo_etcd.model import Granularity, InternalIPs, Node, Snapshot
 from kilo_etcd.planning.exit_node import trouble_of
 from kilo_etcd.topology import Segment, Topology, build_topology
 from kilo_etcd.topology.graph import EdgeKind, edges
+from kilo_etcd.topology.inclear import back_in_clear, endpoints_in_clear
 from kilo_etcd.topology.unaware import unaware_problems
 
 MOST_REASONS = 4
@@ -102,7 +103,7 @@ def _internal_ips(old: Topology, new: Topology) -> Iterator[str]:
     was, becomes = old.internal_ips, new.internal_ips
     if old.snapshot.internal_ips is new.snapshot.internal_ips or was is becomes:
         return
-    nodes = f"{len(new.snapshot.nodes)} node{'' if len(new.snapshot.nodes) == 1 else 's'}"
+    nodes = _counted(len(new.snapshot.nodes), "node")
     if becomes is InternalIPs.ENCRYPTED:
         yield (
             f"the agents of {nodes} switch one by one, so that no packet is lost: each takes packets from the tunnels, "
@@ -113,16 +114,12 @@ def _internal_ips(old: Topology, new: Topology) -> Iterator[str]:
             "the agents' own packets, ICMP errors, DHCP and what --clear lists; where a tunnel is down packets are "
             "dropped; multicast and broadcast between these nodes are refused"
         )
-        from kilo_etcd.topology.inclear import endpoints_in_clear
-
         if endpoints := len(list(endpoints_in_clear(new))):
             yield (
-                f"packets to and from {endpoints} endpoint{'' if endpoints == 1 else 's'} of nodes in locations with "
+                f"packets to and from {_counted(endpoints, 'endpoint')} of nodes in locations with "
                 "several members stay in clear, and these nodes refuse no clear text; granularity full encrypts them"
             )
     elif was is InternalIPs.ENCRYPTED:
-        from kilo_etcd.topology.inclear import back_in_clear
-
         leaving, staying = back_in_clear(old, new)
         if leaving:
             internal = {ip.ip for node in old.snapshot.nodes.values() for ip in node.internal_ips}

@@ -16,7 +16,7 @@ from attrs import evolve, field, frozen
 from kilo_etcd.model import ACCEPTING, EncryptionStage, Granularity, IPAddress, IPNetwork, Node
 from kilo_etcd.model.hostplan import Encryption, Exemption, HostPlan, PeerPlan, Problem, RoutePlan, Via
 from kilo_etcd.topology.next_hop import NextHop, next_hop, tunneled
-from kilo_etcd.topology.places import Address, Place, Places, both_ways, exchanged, own_addresses, sent
+from kilo_etcd.topology.places import Address, Place, Places, both_ways, exchanged, own_addresses, own_endpoints, sent
 from kilo_etcd.topology.prefix_allocation import network_key
 from kilo_etcd.topology.segments import Topology, changes
 from kilo_etcd.topology.stages import NOBODY_ASKED, Living, SegmentPair, StageReport, in_force, report, waited_for
@@ -413,8 +413,8 @@ def _allowing(peer: PeerPlan, networks: Iterable[IPNetwork]) -> PeerPlan:
 
 def _clear_sources(own: Node, outside: Outside, place: Place) -> tuple[IPAddress, ...]:
     """The host's own endpoint addresses at which no segment sends to it through the tunnels."""
-    carried = {address.address for address in place.of[own.name]} | {ip.ip for ip in own.internal_ips}
-    return tuple(address for address in own_addresses(own) if address not in carried and outside.has(address))
+    carried = {address.address for address in place.of[own.name]}
+    return tuple(address for address in own_endpoints(own) if address not in carried and outside.has(address))
 
 
 def _known(subnets: Iterable[IPNetwork], behind: Iterable[IPNetwork], place: Place, name: str) -> tuple[IPNetwork, ...]:

@@ -18,7 +18,7 @@ from attrs import evolve, frozen
 from kilo_etcd.model import IPAddress, IPNetwork, Node
 from kilo_etcd.model.hostplan import HostPlan, PeerPlan, RoutePlan, Via
 from kilo_etcd.topology.nat import hopeless
-from kilo_etcd.topology.places import own_addresses
+from kilo_etcd.topology.places import has_address
 from kilo_etcd.topology.segments import Topology, UnknownNode
 
 T = TypeVar("T")
@@ -190,7 +190,7 @@ class _Walker:
     def _is_home(self, name: str) -> bool:
         """Whether the packet is for the node, or for a network behind it that is no node's."""
         node = self.topology.snapshot.nodes[name]
-        if self.destination in node.mesh_addresses or self.destination in own_addresses(node):
+        if has_address(node, self.destination):
             return True
         segment = self.topology.segment_of(name)
         behind = segment.subnets.get(name, ())

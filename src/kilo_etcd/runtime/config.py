@@ -180,24 +180,24 @@ class AgentConfig:
             interface=read("--interface", lambda: parse_interface(interface)),
             port=listen_port,
             mesh_granularity=read(
-                "--mesh-granularity", lambda: _one_of(Granularity, mesh_granularity) if mesh_granularity else None
+                "--mesh-granularity", lambda: one_of(Granularity, mesh_granularity) if mesh_granularity else None
             ),
-            internal_ips=read("--internal-ips", lambda: _one_of(InternalIPs, internal_ips) if internal_ips else None),
+            internal_ips=read("--internal-ips", lambda: one_of(InternalIPs, internal_ips) if internal_ips else None),
             clear=read("--clear", lambda: tuple(map(Exemption.parse, _items(clear)))),
             subnets=read("--subnet", lambda: parse_subnets(subnet if chosen else DEFAULT_SUBNET)),
             subnets_given=chosen,
-            encapsulate=read("--encapsulate", lambda: _one_of(Encapsulate, encapsulate)),
+            encapsulate=read("--encapsulate", lambda: one_of(Encapsulate, encapsulate)),
             mtu=read("--mtu", lambda: None if mtu.strip() in ("", "auto") else parse_number(mtu, 576, 65535)),
             internal_cidrs=read("--internal-cidr", lambda: tuple(map(parse_network, _items(internal_cidr)))),
             prioritise_private=prioritise_private_addresses,
             resync_period=read("--resync-period", lambda: _at_least(parse_duration(resync_period), 1.0)),
             clean_up=clean_up,
-            probe=read("--probe", lambda: _one_of(Probe, probe)) is Probe.AUTO,
+            probe=read("--probe", lambda: one_of(Probe, probe)) is Probe.AUTO,
             renumber=renumber,
             forward_rules=forward_rules,
             dns_hosts=dns_hosts,
             log_level=read("--log-level", lambda: parse_log_level(log_level)),
-            wireguard=read("--wireguard", lambda: _one_of(WireGuardKind, wireguard)),
+            wireguard=read("--wireguard", lambda: one_of(WireGuardKind, wireguard)),
             userspace_command=read("--userspace-command", lambda: parse_command(userspace_command)),
             prefix=read("--prefix", lambda: parse_prefix(prefix)),
             lease_ttl=ttl,
@@ -361,7 +361,8 @@ def _items(value: str | Iterable[str]) -> tuple[str, ...]:
     return tuple(item.strip() for text in texts for item in text.split(",") if item.strip())
 
 
-def _one_of(kind: type[E], text: str) -> E:
+def one_of(kind: type[E], text: str) -> E:
+    """The value of a kind that a person wrote. ValueError, which lists the values."""
     try:
         return parse_value(kind, text)
     except ValueError:

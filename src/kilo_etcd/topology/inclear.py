@@ -13,7 +13,7 @@ from attrs import frozen
 
 from kilo_etcd.model import Granularity, InternalIPs, IPAddress, Node
 from kilo_etcd.topology.internal import knows
-from kilo_etcd.topology.places import Address, Place, Places, both_ways, exchanged, own_addresses, sent
+from kilo_etcd.topology.places import Address, Place, Places, both_ways, exchanged, own_endpoints, sent
 from kilo_etcd.topology.segments import Segment, Topology, routed_at
 
 MOST_PAIRS = 50_000
@@ -58,8 +58,7 @@ def endpoints_in_clear(topology: Topology) -> Iterator[tuple[Node, IPAddress]]:
         if len(segment.members) == 1:
             continue
         for node in segment.members:
-            internal = {ip.ip for ip in node.internal_ips}
-            yield from ((node, address) for address in own_addresses(node) if address not in internal)
+            yield from ((node, address) for address in own_endpoints(node))
 
 
 def back_in_clear(old: Topology, new: Topology) -> tuple[set[IPAddress], set[IPAddress]]:

@@ -106,9 +106,14 @@ class Places:
 
 
 def own_addresses(node: Node) -> Iterator[IPAddress]:
-    """The internal IPs of a node, and the endpoints that are addresses of its own: in a network that it is attached to.
-    Not that of a router that forwards its port."""
+    """The internal IPs of a node, and its own endpoints."""
     yield from (ip.ip for ip in node.internal_ips)
+    yield from own_endpoints(node)
+
+
+def own_endpoints(node: Node) -> Iterator[IPAddress]:
+    """The endpoints that are addresses of a node's own, in a network that it is attached to, and no internal IPs of it.
+    Not that of a router that forwards its port."""
     known = {ip.ip for ip in node.internal_ips}
     for endpoint in node.endpoints:
         address = endpoint.address
@@ -119,6 +124,11 @@ def own_addresses(node: Node) -> Iterator[IPAddress]:
         ):
             known.add(address)
             yield address
+
+
+def has_address(node: Node, address: IPAddress) -> bool:
+    """Whether a packet to an address is for the node itself."""
+    return address in node.mesh_addresses or address in own_addresses(node)
 
 
 def sent(here: Place, there: Place, addresses: Iterable[Address] | None = None) -> list[Address]:

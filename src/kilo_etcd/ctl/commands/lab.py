@@ -20,11 +20,13 @@ import click
 import trio
 from rich.console import Console
 
+from kilo_etcd.base.quoting import sentence
 from kilo_etcd.ctl.context import Failure
 from kilo_etcd.lab import Lab, LabError, Spec, SpecError, attach, demo, read_spec, running_lab
 from kilo_etcd.lab.addressing import CUTS, SITE_CUTS
 from kilo_etcd.lab.terminal import SHELL, SHELL_ENVIRONMENT, run_here
-from kilo_etcd.model import Granularity, InternalIPs, parse_value
+from kilo_etcd.model import Granularity, InternalIPs
+from kilo_etcd.runtime.config import one_of
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., object])
@@ -99,17 +101,15 @@ def _setting_option(name: str, kind: type[StrEnum], help_text: str) -> Callable[
 
     def parse(context: click.Context, parameter: click.Parameter, text: str | None) -> StrEnum | None:
         try:
-            return None if text is None else parse_value(kind, text)
-        except ValueError:
-            raise click.BadParameter(
-                f"{text!r} is unknown; choose one of {', '.join(kind)}.", context, parameter
-            ) from None
+            return None if text is None else one_of(kind, text)
+        except ValueError as error:
+            raise click.BadParameter(sentence(error), context, parameter) from None
 
     return click.option(
         name,
         metavar=f"[{'|'.join(kind)}]",
         callback=parse,
-        shell_complete=lambda context, parameter, text: choice.shell_complete(context, parameter, text),
+        shell_complete=choice.shell_complete,
         help=help_text,
     )
 

@@ -96,7 +96,7 @@ def _setting(context: click.Context, parameter: click.Parameter, value: str) -> 
     "what",
     metavar="{granularity|internal-ips}",
     callback=_setting,
-    shell_complete=lambda ctx, param, text: _SETTINGS.shell_complete(ctx, param, text),
+    shell_complete=_SETTINGS.shell_complete,
 )
 @click.argument("value")
 @change_options

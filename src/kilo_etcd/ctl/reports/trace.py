@@ -25,7 +25,7 @@ from kilo_etcd.planning.walk import Hop, Path, longest_match, walk
 from kilo_etcd.store.records import StatusRecord
 from kilo_etcd.topology.inclear import endpoints_in_clear
 from kilo_etcd.topology.internal import endpoints_of
-from kilo_etcd.topology.places import own_addresses
+from kilo_etcd.topology.places import has_address
 from kilo_etcd.topology.segments import Topology, host_network
 from kilo_etcd.topology.unrouted import listed
 
@@ -284,7 +284,7 @@ def _way(
     path: Path, start: str, own: IPAddress, destination: IPAddress, topology: Topology, plans: Plans, leaves: str = ""
 ) -> Way:  # fmt: skip
     return Way(
-        source=f"{start} ({own})" if _has(topology.snapshot.nodes[start], own) else f"{own} at {start}",
+        source=f"{start} ({own})" if has_address(topology.snapshot.nodes[start], own) else f"{own} at {start}",
         destination=str(destination),
         steps=tuple(
             _step(hop, topology, plans, destination, before is not None and before.encrypted)
@@ -293,10 +293,6 @@ def _way(
         dropped=path.dropped,
         leaves="" if path.dropped else leaves,
     )
-
-
-def _has(node: Node, address: IPAddress) -> bool:
-    return address in node.mesh_addresses or address in own_addresses(node)
 
 
 def _step(hop: Hop, topology: Topology, plans: Plans, destination: IPAddress, out_of_tunnel: bool) -> Step:
