@@ -59,7 +59,7 @@ def record(number: int, stage: EncryptionStage, since: int | None) -> NodeRecord
 
 
 class Meter:
-    """What one etcd has sent."""
+    """Counts the bytes that one etcd has sent."""
 
     def __init__(self, server: EtcdServer) -> None:
         self._server = server

@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.root, pytest.mark.usefixtures("own_namespaces")]
 A4, A6, B4, B6 = "192.168.9.1", "fd00:9::1", "192.168.9.2", "fd00:9::2"
 _CLEAR = ("etcd", "exempt", "clear4", "clear6")
 """Counters of what arrives in clear. WireGuard may have something to say at any time."""
-_WITNESS = """
+_PROBER = """
 table inet prober {
   counter etcd { }
   counter exempt { }
@@ -207,7 +207,7 @@ async def other_node(strict: int, tmp_path: Path) -> str:
     for version, own in ((4, B4), (6, B6)):
         node(f"ip -{version} rule add pref 600 from {own} ipproto tcp sport 2379 lookup main")
         node(f"ip -{version} rule add pref 609 not fwmark 107 lookup 1107")
-    (tmp_path / "prober").write_text(_WITNESS)
+    (tmp_path / "prober").write_text(_PROBER)
     node(f"nft -f {tmp_path}/prober")
     return public
 

@@ -128,7 +128,7 @@ class CachedMesh:
     lines: tuple[bytes, ...]
 
     def last_seen(self) -> store.LastSeen:
-        """What etcd is verified against."""
+        """The state of etcd that an etcd which answers later is compared with."""
         return store.LastSeen(
             header=self.header,
             granularity=self.granularity,

@@ -297,7 +297,7 @@ class Daemon:
                 self._leaving = True
                 if joined:
                     await self._hand_over()
-                # What is removed now must not be taken for drift and restored.
+                # Cleaning up removes things from the kernel: no task may take that for drift and restore them.
                 members.cancel_scope.cancel()
             await self._leave()
             nursery.cancel_scope.cancel()
@@ -1020,7 +1020,7 @@ class Daemon:
         """All that is wrong with this host, as sentences."""
         why = self._candidacy.why
         behind = why and f"this host was demoted as leader: {why}; {DEMOTED}"
-        # What could not be written to etcd has been written by the time that somebody reads this there.
+        # Without failures to write to etcd: whoever reads this status in etcd finds them over.
         further = (
             self.beyond,
             self._encrypting.trouble,
