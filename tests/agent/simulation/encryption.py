@@ -10,8 +10,8 @@ At rest:
 
 At every step:
 
-* of two hosts that have applied one and the same snapshot, neither refuses the other's packets in clear while the other
-  sends them so;
+* of two hosts whose kernels have taken all of one and the same snapshot, neither refuses the other's packets in clear
+  while the other sends them so;
 * in a schedule of `steady` hosts (each alone in its segment, whose agents are never away for so long that others go on
   without them) no packet between two of them is lost, at whichever stages they are.
 """

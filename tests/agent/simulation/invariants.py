@@ -273,12 +273,14 @@ class Watchman:
         seen.moved = seen.addresses != agent.registration.addresses
         seen.addresses = agent.registration.addresses
         # Leader hints while etcd is away are not etcd's state.
-        if repeated or topology.snapshot is not snapshot:
+        if topology.snapshot is not snapshot:
+            return
+        self._check_refusals(host, snapshot)
+        if repeated:
             return
         if not self.lossy:
             self._check_one_truth(host.name, snapshot, topology)
         self._check_addresses(host.name, snapshot)
-        self._check_refusals(host, snapshot)
         if self._applies % AFRESH_EVERY == 0 and not self.lossy:
             self._check_afresh(agent, snapshot)
 
@@ -447,6 +449,9 @@ class Watchman:
                 raise Broken(f"the kernels of {host.name} and {other.name} both have {address}")
 
     def _check_refusals(self, host: SimulatedHost, snapshot: Snapshot) -> None:
+        own = self._seen(host)
+        if own.settled != own.touches:
+            return  # Its kernel has refused changes, or somebody has been at it.
         for name, seen in self._hosts.items():
             other = self._world.hosts[name]
             if other is host or seen.snapshot is None or seen.hints.leaders or not other.condition.powered:
