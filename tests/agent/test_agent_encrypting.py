@@ -20,7 +20,7 @@ from attrs import evolve
 from helpers import eventually
 from kilo_etcd.agent.encrypting import Encrypting, Members, outside, read_members, remove_members, write_members
 from kilo_etcd.agent.snapshot_cache import Disk
-from kilo_etcd.etcd import Config, Member, PermissionDenied
+from kilo_etcd.etcd import Config, Member, PermissionDenied, Unavailable
 from kilo_etcd.kernel.routing.encrypted import table_of
 from kilo_etcd.model import EncryptionStage, Endpoint, Granularity, InternalIPs, IPNetwork, Node, Snapshot
 from kilo_etcd.model.hostplan import Exemption
@@ -157,6 +157,41 @@ def sends(world: World) -> bool:
 def refuses(world: World) -> bool:
     plan = world.daemon.plan
     return plan is not None and plan.encryption is not None and THEIRS.network_address in plan.encryption.refuse
+
+
+@pytest.mark.autojump
+async def test_a_listing_of_etcds_members_that_fails_is_repeated_soon(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until then TCP 2380 bypasses the tunnels, to and from everybody."""
+    world.etcd.put("/kilo/mesh/granularity", "full")
+    world.etcd.put("/kilo/mesh/internal-ips", "encrypted")
+    world.etcd.put("/kilo/mesh/subnets", "10.4.0.0/16")
+    world.etcd.members = (
+        Member(id=1, name="a", peer_urls=("http://192.168.1.9:2380",), client_urls=(), is_learner=False),
+    )
+    node(world, EncryptionStage.SENDS)
+    world.host.listening = frozenset({2380})
+    failures = [Unavailable("the connection to etcd broke before the answer came")] * 3
+    members = world.client.members
+
+    async def fail_first() -> tuple[Member, ...]:
+        if failures:
+            raise failures.pop()
+        return await members()
+
+    monkeypatch.setattr(world.client, "members", fail_first)
+
+    def anywhere() -> bool:
+        plan = world.daemon.plan
+        return plan is not None and plan.encryption is not None and bool(plan.encryption.clear)
+
+    async with running(world):
+        began = trio.current_time()
+        await eventually(anywhere, 10, every=0.1)
+        await eventually(lambda: not anywhere(), 60, every=0.1)
+        assert trio.current_time() - began < 15
+        assert not failures
 
 
 @pytest.mark.autojump

@@ -37,8 +37,8 @@ from kilo_etcd.topology import Topology
 from kilo_etcd.topology.segments import changes
 
 MEMBERS_FILE = "etcd-members.json"
-MEMBERS_PERIOD = 60.0
-"""Seconds between two listings of etcd's members."""
+MEMBERS_PERIOD, MEMBERS_RETRY = 60.0, 2.0
+"""Seconds between two listings of etcd's members, and the first pause after one that failed; doubled each time."""
 ASK_PATIENCE = 2.0
 """Seconds that the first plan under the setting waits for etcd."""
 PAUSE_PER_NODE, UNDERWAY_PER_NODE = 0.002, 0.01
@@ -385,33 +385,40 @@ class Encrypting:
         return record if enough else StageRecord(revision=snapshot.revision)
 
     async def _follow_members(self) -> None:
+        pause = MEMBERS_RETRY
         while True:
             changed, topology = self._changed, self._topology
             if topology is None or not concerns(topology, self._name):
                 self._note_trouble(None)
+                pause = MEMBERS_RETRY
                 await changed.wait()
                 continue
             before = self._members, self._listening, self.trouble
             self._listening = await self._look_at_ports()
-            await self._ask_members()
+            answered = await self._ask_members()
             if (self._members, self._listening, self.trouble) != before:
                 self._nudge()
-            await trio.sleep(MEMBERS_PERIOD)
+            # As long as they are not known, more bypasses the tunnels than has to.
+            pause = MEMBERS_PERIOD if answered else min(pause, MEMBERS_PERIOD)
+            await trio.sleep(pause * self._rng.uniform(0.8, 1.0))
+            pause = MEMBERS_RETRY if answered else 2 * pause
 
-    async def _ask_members(self) -> None:
+    async def _ask_members(self) -> bool:
+        """Learn etcd's members; whether etcd answered."""
         try:
             members = Members.of(await self._client.members())
         except etcd.EtcdError as error:
             # That etcd does not answer is said elsewhere, and may end soon.
             if self._members is None and not isinstance(error, etcd.Unavailable):
                 self._note_trouble(f"{MEMBERS_UNKNOWN} ({error})")
-            return
+            return False
         self._note_trouble(None)
         if members == self._members:
-            return
+            return True
         self._members = members
         disk = self._disk
         if disk is not None:
             path = disk.state_dir
             with suppress(OSError):
                 await disk.run(lambda: write_members(path, members))
+        return True
