@@ -15,7 +15,7 @@ from typing import Any
 
 from attrs import asdict, evolve, field, frozen
 
-from kilo_etcd.model import Granularity, InternalIPs, IPNetwork, parse_value
+from kilo_etcd.model import CHOICES, Granularity, InternalIPs, IPNetwork, parse_value
 
 FAMILIES = ("ipv4", "ipv6")
 WIREGUARD = ("auto", "kernel", "userspace")
@@ -184,11 +184,11 @@ def parse_spec(data: Mapping[str, Any], source: str) -> Spec:
     try:
         granularity = parse_value(Granularity, top.text("granularity", "location"))
     except ValueError:
-        raise top.wrong("granularity", "write location, full or cross") from None
+        raise top.wrong("granularity", f"write {CHOICES[Granularity]}") from None
     try:
         internal_ips = parse_value(InternalIPs, top.text("internal_ips", "routed"))
     except ValueError:
-        raise top.wrong("internal_ips", "write routed, encrypted or off") from None
+        raise top.wrong("internal_ips", f"write {CHOICES[InternalIPs]}") from None
     values: dict[str, Any] = {
         "sites": sites,
         "etcd": top.integer("etcd", 1),

@@ -17,6 +17,7 @@ from kilo_etcd.model.node import Node
 from kilo_etcd.model.peer import Peer
 from kilo_etcd.model.settings import (
     ACCEPTING,
+    CHOICES,
     DEFAULT_INTERFACE,
     DEFAULT_LOCATION,
     DEFAULT_PORT,
@@ -33,6 +34,7 @@ from kilo_etcd.model.snapshot import ObservedEndpoint, RejectedRecord, Snapshot
 
 __all__ = [
     "ACCEPTING",
+    "CHOICES",
     "DEFAULT_INTERFACE",
     "DEFAULT_LOCATION",
     "DEFAULT_PORT",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import NamedTuple, TypeVar
 
@@ -39,6 +40,17 @@ class InternalIPs(StrEnum):
     """What goes to internal IPs of other segments."""
     ENCRYPTED = "encrypted"
     """The same, and nothing between nodes of two segments travels in clear."""
+
+
+def _either(*values: str) -> str:
+    return f"{', '.join(values[:-1])} or {values[-1]}"
+
+
+CHOICES: Mapping[type[StrEnum], str] = {
+    Granularity: _either(*Granularity),
+    InternalIPs: _either(InternalIPs.ROUTED, InternalIPs.ENCRYPTED, InternalIPs.OFF),
+}
+"""A setting of the mesh -> its values, as sentences list them."""
 
 
 class EncryptionStage(StrEnum):

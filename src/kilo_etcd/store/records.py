@@ -29,6 +29,7 @@ from attrs import NOTHING, Attribute, field, fields, frozen
 from kilo_etcd.base.fast_ip import ip_address, ip_interface, ip_network
 from kilo_etcd.base.quoting import SECRET, described, shown, shown_name
 from kilo_etcd.model import (
+    CHOICES,
     DEFAULT_LOCATION,
     DEFAULT_PORT,
     CandidateClass,
@@ -397,17 +398,17 @@ def _setting(kind: type[_Setting], value: bytes, wrong: str) -> _Setting:
     try:
         return parse_value(kind, text)
     except ValueError:
-        raise RecordError(f"{shown(text)} {wrong}") from None
+        raise RecordError(f"{shown(text)} {wrong}: write {CHOICES[kind]}") from None
 
 
 def decode_granularity(value: bytes) -> Granularity:
-    """`location`, `full` or `cross`."""
-    return _setting(Granularity, value, "is no granularity: write location, full or cross")
+    """The mesh's granularity."""
+    return _setting(Granularity, value, "is no granularity")
 
 
 def decode_internal_ips(value: bytes) -> InternalIPs:
     """`routed`, `encrypted` or `off`."""
-    return _setting(InternalIPs, value, "is not a value of internal-ips: write routed, encrypted or off")
+    return _setting(InternalIPs, value, "is not a value of internal-ips")
 
 
 def decode_subnets(value: bytes) -> tuple[IPNetwork, ...]:

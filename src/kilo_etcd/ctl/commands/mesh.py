@@ -14,7 +14,7 @@ from kilo_etcd.ctl.context import Failure, Mesh
 from kilo_etcd.ctl.output import output_option
 from kilo_etcd.ctl.reports.render import shown_internal_ips
 from kilo_etcd.etcd.api import Client
-from kilo_etcd.model import Granularity, InternalIPs, Snapshot, parse_value
+from kilo_etcd.model import CHOICES, Granularity, InternalIPs, Snapshot, parse_value
 from kilo_etcd.store import operator
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import encode_adoption
@@ -87,6 +87,10 @@ def _setting(context: click.Context, parameter: click.Parameter, value: str) -> 
 
 @mesh_group.command(
     "set",
+    help="Change a setting of the mesh, live.\n\n"
+    f"granularity: {CHOICES[Granularity]}; the switch has a short gap everywhere. internal-ips: routed (what goes to "
+    "internal IPs of other segments travels in the tunnels), encrypted (and nothing between two segments' nodes "
+    "travels in clear), or off (mesh addresses and offered networks only).",
     epilog="Examples:\n\n\b\n"
     "  kgctl mesh set granularity full --dry-run\n"
     "  kgctl mesh set granularity location\n"
@@ -102,18 +106,12 @@ def _setting(context: click.Context, parameter: click.Parameter, value: str) -> 
 @change_options
 @click.pass_obj
 def set_command(mesh: Mesh, what: str, value: str, dry_run: bool, yes: bool) -> None:
-    """Change a setting of the mesh, live.
-
-    granularity: location, full or cross; the switch has a short gap everywhere. internal-ips: routed (what goes to
-    internal IPs of other segments travels in the tunnels), encrypted (and nothing between two segments' nodes travels
-    in clear), or off (mesh addresses and offered networks only).
-    """
+    """Change a setting of the mesh, live."""
     kind: type[StrEnum] = Granularity if what == "granularity" else InternalIPs
     try:
         value = parse_value(kind, value)
     except ValueError:
-        choices = "location, full or cross" if what == "granularity" else "routed, encrypted or off"
-        raise click.BadParameter(f"{value!r} is not a value of {what}: write {choices}.") from None
+        raise click.BadParameter(f"{value!r} is not a value of {what}: write {CHOICES[kind]}.") from None
     effect = "Every tunnel" if what == "granularity" else "The routing to internal IPs"
     verb = "is drawn anew" if what == "granularity" else "changes"
 
