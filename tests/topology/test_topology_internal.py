@@ -155,7 +155,7 @@ def test_a_host_without_an_internal_ip_stands_in_no_network_of_its_locations() -
     assert routes(topology, "rented") == dict.fromkeys(("10.1.0.1", "10.1.0.2", "10.2.0.1"), ("tunnel", "", "10.4.0.7"))
     assert {"10.1.0.1/32", "10.1.0.2/32"} <= allowed(topology, "rented", "a1")
     assert routed_at(ip_address("10.1.0.2"), topology.segments["location:a"], topology.segments["node:rented"],
-                     Granularity.LOCATION)  # fmt: skip
+                     topology.policy)  # fmt: skip
     # As soon as it has one the location's network is its own.
     world, plan = topology.snapshot, host_plan(topology, "rented")
     for moved in (evolve(rented, internal_ips=here("x", 9, "a", "10.1.0.9/24").internal_ips), rented):
@@ -305,7 +305,7 @@ def test_nodes_of_one_location_are_not_sent_into_tunnels_for_each_other() -> Non
         topology = routed(*SITES, granularity=granularity)
         assert routes(topology, "a2").keys() == {"10.2.0.1", "10.2.0.2"}
         segments = topology.segments
-        assert not routed_at(ip_address("10.1.0.1"), segments["node:a1"], segments["node:a2"], granularity)
+        assert not routed_at(ip_address("10.1.0.1"), segments["node:a1"], segments["node:a2"], topology.policy)
 
 
 def test_outside_peers_are_allowed_internal_ips_but_those_on_their_own_links() -> None:

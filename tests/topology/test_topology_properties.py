@@ -315,7 +315,7 @@ def test_every_internal_ip_that_is_routed_is_reached_and_answers(world: Snapshot
             continue
         for ip in world.nodes[other].internal_ips:
             route = plans[one].routes.get(host_network(ip.ip))
-            if world.nodes[one].underlay is None or not routed_at(ip.ip, there, here, world.granularity):
+            if world.nodes[one].underlay is None or not routed_at(ip.ip, there, here, topology.policy):
                 # An agent that does not know the setting routes none.
                 assert route is None or host_network(ip.ip) in there.networks
                 continue
@@ -370,7 +370,7 @@ def test_two_nodes_encrypt_in_both_directions_or_in_none_and_what_is_in_clear_is
     clear = {(sender, host_network(one.address)) for one in in_clear(topology) for sender in one.senders}
     for one, other in permutations(nodes, 2):
         here, there = topology.segment_of(one), topology.segment_of(other)
-        if not exchanged(here, there, world.granularity):
+        if not exchanged(here, there, topology.policy):
             continue
         for address in places.of[there.key].of[other]:
             network = address.network
@@ -403,9 +403,9 @@ def test_what_leaves_the_tunnels_after_encrypted_is_what_some_segment_does_not_r
     for key, there in Places().after(old)[0].of.items():
         for other, here in old.segments.items():
             for address in (each.address for each in there.addresses):
-                if (other, address) not in whole and exchanged(here, there.segment, world.granularity):
+                if (other, address) not in whole and exchanged(here, there.segment, old.policy):
                     carried.add(address)
-                    if not routed_at(address, routed.segments[key], routed.segments[other], world.granularity):
+                    if not routed_at(address, routed.segments[key], routed.segments[other], routed.policy):
                         leaving.add(address)
     assert back_in_clear(old, routed) == (leaving, carried - leaving)
 

@@ -12,7 +12,7 @@ from math import comb
 from kilo_etcd.base.quoting import first_of
 from kilo_etcd.ctl.reports.render import clean, shown_location
 from kilo_etcd.ctl.reports.report import grouped_unrouted, unrouted_remarks, unrouted_sentence
-from kilo_etcd.model import Granularity, InternalIPs, Node, Snapshot
+from kilo_etcd.model import InternalIPs, Node, Snapshot
 from kilo_etcd.planning.exit_node import trouble_of
 from kilo_etcd.topology import Segment, Topology, build_topology
 from kilo_etcd.topology.graph import EdgeKind, edges
@@ -212,7 +212,7 @@ def _tunnels(old: Topology, new: Topology) -> Iterator[str]:
 
 
 def _count(topology: Topology) -> int:
-    if topology.snapshot.granularity is Granularity.CROSS:
+    if topology.policy.direct_within_location:
         return sum(edge.kind is EdgeKind.TUNNEL for edge in edges(topology))
     return comb(len(topology.segments), 2)
 

@@ -13,8 +13,9 @@ from typing import TypeVar
 
 from attrs import evolve, field, frozen
 
-from kilo_etcd.model import ACCEPTING, EncryptionStage, Granularity, IPAddress, IPNetwork, Node
+from kilo_etcd.model import ACCEPTING, EncryptionStage, IPAddress, IPNetwork, Node
 from kilo_etcd.model.hostplan import Encryption, Exemption, HostPlan, PeerPlan, Problem, RoutePlan, Via
+from kilo_etcd.topology.granularity import GranularityPolicy
 from kilo_etcd.topology.next_hop import NextHop, next_hop, tunneled
 from kilo_etcd.topology.places import Address, Place, Places, both_ways, exchanged, own_addresses, own_endpoints, sent
 from kilo_etcd.topology.prefix_allocation import network_key
@@ -129,7 +130,7 @@ class _EncryptionView:
     """The leader's that may be."""
     silent: frozenset[IPAddress]
     links: tuple[IPNetwork, ...]
-    granularity: Granularity
+    policy: GranularityPolicy
     on: bool
     since: int
 
@@ -142,7 +143,7 @@ class _EncryptionView:
             own=own, leader=segment.leader, segment=segment.key,
             addresses=tuple((address.address, outside.has(address.address)) for address in place.of[own.name]),
             leaders=tuple(address.address for address in place.of[segment.leader.name]),
-            silent=outside.silent, links=place.links.networks, granularity=topology.snapshot.granularity,
+            silent=outside.silent, links=place.links.networks, policy=topology.policy,
             on=in_force(topology), since=topology.snapshot.internal_ips_since,
         )  # fmt: skip
 
@@ -155,7 +156,7 @@ class _EncryptionView:
 
     def exchanges(self, here: Place, there: Place) -> bool:
         """Whether the host exchanges packets with a segment through the tunnels."""
-        return exchanged(here.segment, there.segment, self.granularity)
+        return exchanged(here.segment, there.segment, self.policy)
 
     @property
     def by_leader(self) -> bool:

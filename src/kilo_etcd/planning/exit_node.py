@@ -15,9 +15,8 @@ from ipaddress import ip_network
 
 from attrs import evolve, frozen
 
-from kilo_etcd.model import DEFAULT_LOCATION, Granularity, IPAddress, IPNetwork, Node, is_public
+from kilo_etcd.model import DEFAULT_LOCATION, IPAddress, IPNetwork, Node, is_public
 from kilo_etcd.model.hostplan import ExitRoute, HostPlan, PeerPlan, Problem, RoutePlan, Via
-from kilo_etcd.topology.families import same_site
 from kilo_etcd.topology.next_hop import next_hop, tunneled
 from kilo_etcd.topology.prefix_allocation import network_key
 from kilo_etcd.topology.segments import Topology, host_network
@@ -164,9 +163,8 @@ def exit_path(topology: Topology, name: str) -> ExitPath | Trouble:
         return Trouble(text)
     leader = topology.segment_of(name).leader
     other = nodes[exit_node]
-    near = leader.name == name and topology.segment_of(exit_node).location == own.location and same_site(own, other)
-    in_clear = not tunneled(own, other)
-    if in_clear and (exit_node == leader.name or (near and _apart_by_cross(topology))):
+    apart = leader.name == name and not topology.policy.tunnel_between(own, other)
+    if not tunneled(own, other) and (exit_node == leader.name or apart):
         return Trouble(
             f"node {name} reaches {exit_node} over their location's own network and not through a tunnel: set "
             "--encapsulate wireguard on one of the two, or choose an exit node elsewhere"
@@ -181,11 +179,6 @@ def exit_path(topology: Topology, name: str) -> ExitPath | Trouble:
     if tunneled(own, leader):
         return ExitPath(key=leader.public_key)
     return ExitPath(by=tuple(_by_leader(own, leader)))
-
-
-def _apart_by_cross(topology: Topology) -> bool:
-    # In a cross mesh alone nodes of one location have no leader and no tunnels to each other.
-    return topology.snapshot.granularity is Granularity.CROSS
 
 
 def _by_leader(own: Node, leader: Node) -> Iterator[RoutePlan]:
@@ -211,7 +204,7 @@ def near(plan: HostPlan, topology: Topology) -> set[IPNetwork]:
     own = topology.snapshot.nodes[plan.node]
     segment = topology.segment_of(plan.node)
     local_nodes = set(segment.members)
-    if own.location != DEFAULT_LOCATION and topology.snapshot.granularity is not Granularity.LOCATION:
+    if own.location != DEFAULT_LOCATION and not topology.policy.leader_per_location:
         local_nodes.update(node for node in topology.snapshot.nodes.values() if node.location == own.location)
     networks = {host_network(ip.ip) for node in local_nodes for ip in node.internal_ips}
     networks.update(map(host_network, plan.ipip_remotes))

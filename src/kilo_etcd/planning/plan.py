@@ -23,7 +23,6 @@ from typing import TypeVar
 from attrs import evolve, frozen
 
 from kilo_etcd.model import (
-    Granularity,
     IPAddress,
     IPInterface,
     IPNetwork,
@@ -35,7 +34,8 @@ from kilo_etcd.planning.exit_node import ineligible, inside
 from kilo_etcd.planning.route_filter import Changed, FilterMemo, PlanMemo
 from kilo_etcd.topology.chosen_endpoint import chosen_endpoint
 from kilo_etcd.topology.families import apart, same_site
-from kilo_etcd.topology.internal import Links, knows, share_no_site, site_of
+from kilo_etcd.topology.granularity import GranularityPolicy
+from kilo_etcd.topology.internal import Links, knows, site_of
 from kilo_etcd.topology.nat import observed_endpoint
 from kilo_etcd.topology.next_hop import NextHop, local_endpoint, next_hop, tunneled
 from kilo_etcd.topology.prefix_allocation import network_key
@@ -58,7 +58,7 @@ class _RemoteView:
     """All that the remote part depends on, apart from the segments and peers themselves."""
 
     role: _TunnelRole
-    granularity: Granularity
+    policy: GranularityPolicy
     segment: str
     own: Node
     """Reduced to what counts here: see `_reduced`."""
@@ -207,7 +207,8 @@ class _Local:
             and self.outward == before.outward
             and self.topology.families == before.topology.families
             and self.topology.snapshot.subnets == before.topology.snapshot.subnets
-            and self.topology.snapshot.granularity is before.topology.snapshot.granularity is not Granularity.CROSS
+            and self.topology.policy is before.topology.policy
+            and not self.topology.policy.direct_within_location
         )
 
     @property
@@ -222,7 +223,7 @@ class _Local:
     def _neighbours(self) -> Iterable[tuple[Node, Segment]]:
         """The nodes that are reached inside the location, with the segment of each."""
         own = self.own
-        if self.topology.snapshot.granularity is Granularity.CROSS:
+        if self.topology.policy.direct_within_location:
             for segment in self.topology.segments.values():
                 node = segment.leader
                 if node.location == own.location and node.name != own.name and same_site(own, node):
@@ -291,7 +292,7 @@ class _Local:
 
     def _reached_at(self, node: Node) -> list[IPNetwork]:
         """Where this host leads, the internal IPs of a member to which other segments send."""
-        if self.leader is not None or self.topology.snapshot.granularity is Granularity.CROSS:
+        if self.leader is not None or node.name not in self.segment.addresses:
             return []
         return self.segment.reached_at(node)
 
@@ -350,7 +351,7 @@ def _memo_of(plan: HostPlan | None) -> _Memo | None:
 def _remote_part(topology: Topology, local: _Local, memo: _Memo | None) -> _Remote:
     view = _RemoteView(
         role=local.role,
-        granularity=topology.snapshot.granularity,
+        policy=topology.policy,
         segment=local.segment.key,
         own=_reduced(local.own, local.role),
         hops=tuple(local.outward.items()),
@@ -394,7 +395,7 @@ def _follow(
     view = remote.view
     own, role = view.own, view.role
     skip = view.segment
-    cross = view.granularity is Granularity.CROSS
+    direct = view.policy.direct_within_location
     # Here, the order of a dict matters for speed alone: one in which nothing was ever removed copies ten times
     # faster, so what comes again is overwritten in its place.
     peers, problems = remote.peers.copy(), remote.problems.copy()
@@ -438,7 +439,7 @@ def _follow(
     for key, segment in come.items():
         leader = segment.leader
         near = leader.location == own.location and key != skip and same_site(own, leader)
-        if key == skip or (cross and near):
+        if key == skip or (direct and near):
             continue
         networks, allowed = segment.networks, segment.allowed
         if near and segment.location_networks:
@@ -446,7 +447,7 @@ def _follow(
             networks = tuple(n for n in networks if n not in segment.location_networks)
             allowed = tuple(n for n in allowed if n not in segment.location_networks)
         route(networks)
-        if segment.internal and view.knows and share_no_site(segment.site, site_of(own), view.granularity):
+        if segment.internal and view.knows and view.policy.share_no_site(segment.site, site_of(own)):
             internal = [n for n in segment.internal if not links.hold(n.version, int(n.network_address))]
             if view.called:
                 ends = {network for network in segment.front if network.version in view.called}

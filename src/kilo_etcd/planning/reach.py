@@ -15,7 +15,7 @@ from collections.abc import Collection
 
 from attrs import evolve, frozen
 
-from kilo_etcd.model import Granularity, IPAddress, IPNetwork, Node
+from kilo_etcd.model import IPAddress, IPNetwork, Node
 from kilo_etcd.model.hostplan import HostPlan, Problem, RoutePlan
 from kilo_etcd.topology.families import same_site
 from kilo_etcd.topology.next_hop import next_hop, tunneled
@@ -72,7 +72,7 @@ def targets_of(own: Node, node: Node, families: Collection[int]) -> tuple[Target
 def local_members(topology: Topology, name: str) -> list[Node]:
     """The nodes that node `name` reaches inside its location."""
     own = topology.snapshot.nodes[name]
-    if topology.snapshot.granularity is Granularity.CROSS:
+    if topology.policy.direct_within_location:
         near = (segment.leader for segment in topology.segments.values() if segment.location == own.location)
         return [node for node in near if node.name != name and same_site(own, node)]
     return [node for node in topology.segment_of(name).members if node.name != name]
@@ -119,7 +119,7 @@ def withhold(plan: HostPlan, topology: Topology, silent: Collection[Silent]) -> 
 
 def _refused_returns(topology: Topology, leader: str, silent_addresses: Collection[IPAddress]) -> dict[IPNetwork, str]:
     """The members' internal IPs, of those that do not answer their leader, that other segments send to; and why not."""
-    if not silent_addresses or topology.snapshot.granularity is Granularity.CROSS:
+    if not silent_addresses:
         return {}
     segment = topology.segment_of(leader)
     return {

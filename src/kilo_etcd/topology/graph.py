@@ -16,8 +16,7 @@ from operator import attrgetter
 
 from attrs import frozen
 
-from kilo_etcd.model import Granularity, Node, Peer
-from kilo_etcd.topology.families import same_site
+from kilo_etcd.model import Node, Peer
 from kilo_etcd.topology.segments import Segment, Topology
 from kilo_etcd.topology.stages import switch
 
@@ -72,10 +71,10 @@ class Cluster:
 def edges(topology: Topology) -> frozenset[Edge]:
     """All edges of the picture. In a full mesh and in `cross` there are as many as pairs of nodes."""
     segments = list(topology.segments.values())
-    cross = topology.snapshot.granularity is Granularity.CROSS
+    policy = topology.policy
     result = set()
     for one, other in combinations((segment.leader for segment in segments), 2):
-        if not (cross and same_site(one, other)):
+        if policy.tunnel_between(one, other):
             result.add(_edge(one, other, EdgeKind.TUNNEL))
     for segment in segments:
         leader = segment.leader
@@ -99,8 +98,8 @@ def clusters(topology: Topology) -> tuple[Cluster, ...]:
     """The clusters of the picture, by label and names."""
     groups: dict[str, list[Segment]] = defaultdict(list)
     for segment in topology.segments.values():
-        cross = topology.snapshot.granularity is Granularity.CROSS and segment.leader.internal_ips
-        groups[f"location {segment.location}" if cross else f"segment {segment.key}"].append(segment)
+        together = topology.policy.direct_within_location and segment.leader.internal_ips
+        groups[f"location {segment.location}" if together else f"segment {segment.key}"].append(segment)
     result = []
     for group in groups.values():
         nodes = tuple(sorted((node for segment in group for node in segment.members), key=lambda node: node.name))

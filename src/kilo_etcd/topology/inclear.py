@@ -11,7 +11,8 @@ from collections.abc import Container, Iterable, Iterator
 
 from attrs import frozen
 
-from kilo_etcd.model import Granularity, InternalIPs, IPAddress, Node
+from kilo_etcd.model import InternalIPs, IPAddress, Node
+from kilo_etcd.topology.granularity import GranularityPolicy
 from kilo_etcd.topology.internal import knows
 from kilo_etcd.topology.places import Address, Place, Places, both_ways, exchanged, own_endpoints, sent
 from kilo_etcd.topology.segments import Segment, Topology, routed_at
@@ -40,7 +41,7 @@ def in_clear(topology: Topology) -> Iterator[InClear]:
             there, pair = places.of.get(other), frozenset({key, other})
             if there is None or pair in seen:
                 continue
-            if not exchanged(here.segment, there.segment, topology.snapshot.granularity):
+            if not exchanged(here.segment, there.segment, topology.policy):
                 continue
             if len(seen) == MOST_PAIRS:
                 return
@@ -75,22 +76,22 @@ def back_in_clear(old: Topology, new: Topology) -> tuple[set[IPAddress], set[IPA
     for other, sender in new.segments.items():
         sites.setdefault(sender.site, []).append(other)
     called = [other for other, sender in new.segments.items() if sender.called or not knows(sender.leader)]
-    on, granularity = new.internal_ips is not InternalIPs.OFF, old.snapshot.granularity
+    on, policy = new.internal_ips is not InternalIPs.OFF, old.policy
     leaving: set[IPAddress] = set()
     staying: set[IPAddress] = set()
     for key, there in places.of.items():
         segment = new.segments.get(key)
         near = {*special.get(key, ()), *called, *(() if segment is None else sites[segment.site])} & places.of.keys()
         for each in there.addresses:
-            if next(_senders(places, there, each, places.of, clear, granularity), None) is None:
+            if next(_senders(places, there, each, places.of, clear, policy), None) is None:
                 continue
             stays = (
                 on
                 and segment is not None
                 and each.network in segment.internal
                 and all(
-                    other in new.segments and routed_at(each.address, segment, new.segments[other], granularity)
-                    for other in _senders(places, there, each, near, clear, granularity)
+                    other in new.segments and routed_at(each.address, segment, new.segments[other], policy)
+                    for other in _senders(places, there, each, near, clear, policy)
                 )
             )
             (staying if stays else leaving).add(each.address)
@@ -103,11 +104,11 @@ def _senders(
     to: Address,
     of: Iterable[str],
     clear: Container[tuple[str, IPAddress]],
-    granularity: Granularity,
+    policy: GranularityPolicy,
 ) -> Iterator[str]:
     """The segments that send to an address through the tunnel. `clear`: those that do not, with the address."""
     for other in of:
-        if (other, to.address) not in clear and exchanged(places.of[other].segment, there.segment, granularity):
+        if (other, to.address) not in clear and exchanged(places.of[other].segment, there.segment, policy):
             yield other
 
 

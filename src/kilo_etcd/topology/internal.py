@@ -20,7 +20,8 @@ from ipaddress import IPv4Network, IPv6Network, collapse_addresses
 
 from attrs import field, frozen
 
-from kilo_etcd.model import DEFAULT_LOCATION, Granularity, IPAddress, IPNetwork, Node, Peer
+from kilo_etcd.model import DEFAULT_LOCATION, IPAddress, IPNetwork, Node, Peer
+from kilo_etcd.topology.granularity import GranularityPolicy
 from kilo_etcd.topology.holders import Holders
 from kilo_etcd.topology.next_hop import next_hop
 from kilo_etcd.topology.prefix_allocation import PrefixAllocation, each_hosts_own
@@ -45,7 +46,7 @@ def carried(own: Node, leader: Node) -> tuple[IPAddress, ...]:
     return tuple(result)
 
 
-def endpoints_of(node: Node, granularity: Granularity) -> Iterator[IPAddress]:
+def endpoints_of(node: Node, policy: GranularityPolicy) -> Iterator[IPAddress]:
     """Where other segments may reach the WireGuard of a node that leads or is about to.
 
     A node that is seen behind its NAT is reached there, and not at the private endpoint that it states.
@@ -55,8 +56,8 @@ def endpoints_of(node: Node, granularity: Granularity) -> Iterator[IPAddress]:
         if address is not None and not endpoint.public and not node.observed_in(address.version):
             yield address
     hidden = node.endpoint is None or not node.endpoint.public
-    if hidden and granularity is Granularity.FULL and node.location == DEFAULT_LOCATION:
-        # A node with no label may share a network with it.
+    if hidden and node.location == DEFAULT_LOCATION and not policy.default_location_is_a_site:
+        # A node with no label may share a network with it all the same.
         yield from (ip.ip for ip in node.internal_ips if not node.observed_in(ip.version))
 
 
@@ -71,12 +72,6 @@ def public_endpoints(subject: Node | Peer) -> Iterator[IPAddress]:
 def site_of(node: Node) -> str | None:
     """The location over whose network a node reaches others; None: it has no internal IP, and is attached to none."""
     return node.location if node.internal_ips else None
-
-
-def share_no_site(site: str | None, other: str | None, granularity: Granularity) -> bool:
-    """Whether nodes of two segments, by their sites, may be sent packets for internal IPs through the tunnels: the
-    segments of one location reach each other there over the location's own network."""
-    return site is None or site != other or (granularity is Granularity.FULL and site == DEFAULT_LOCATION)
 
 
 def stated(node: Node) -> set[IPNetwork]:

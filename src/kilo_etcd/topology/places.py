@@ -15,9 +15,9 @@ from itertools import chain
 
 from attrs import field, frozen
 
-from kilo_etcd.model import DEFAULT_LOCATION, Granularity, IPAddress, IPNetwork, Node
+from kilo_etcd.model import DEFAULT_LOCATION, IPAddress, IPNetwork, Node
 from kilo_etcd.topology.chosen_endpoint import called_at
-from kilo_etcd.topology.families import same_site
+from kilo_etcd.topology.granularity import GranularityPolicy
 from kilo_etcd.topology.holders import Holders
 from kilo_etcd.topology.internal import Links, carried, stated
 from kilo_etcd.topology.prefix_allocation import PrefixAllocation, each_hosts_own
@@ -175,11 +175,9 @@ def both_ways(
     return list(addresses), {address.address for address in mine if id(address) in answered}
 
 
-def exchanged(segment: Segment, there: Segment, granularity: Granularity) -> bool:
+def exchanged(segment: Segment, there: Segment, policy: GranularityPolicy) -> bool:
     """Whether the hosts of two segments exchange packets through tunnels between the two."""
-    one, other = segment.leader, there.leader
-    near = one.location == other.location and same_site(one, other)
-    return segment.key != there.key and not (granularity is Granularity.CROSS and near)
+    return segment.key != there.key and policy.tunnel_between(segment.leader, there.leader)
 
 
 def _without(members: Iterable[Node], others: Iterable[Node]) -> list[Node]:

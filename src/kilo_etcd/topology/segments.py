@@ -20,9 +20,10 @@ from typing import TypeVar
 
 from attrs import evolve, field, frozen
 
-from kilo_etcd.model import ACCEPTING, Granularity, InternalIPs, IPAddress, IPNetwork, Node, Peer, Snapshot
+from kilo_etcd.model import ACCEPTING, InternalIPs, IPAddress, IPNetwork, Node, Peer, Snapshot
 from kilo_etcd.model.hostplan import Problem
 from kilo_etcd.topology.election import Election, elect
+from kilo_etcd.topology.granularity import POLICIES, GranularityPolicy
 from kilo_etcd.topology.internal import (
     Internals,
     Links,
@@ -30,7 +31,6 @@ from kilo_etcd.topology.internal import (
     endpoints_of,
     knows,
     public_endpoints,
-    share_no_site,
     site_of,
     stated,
 )
@@ -159,6 +159,11 @@ class Topology:
     is left out alone: an agent of an older version must not have the whole mesh send in clear."""
 
     @property
+    def policy(self) -> GranularityPolicy:
+        """What follows from the mesh's granularity."""
+        return POLICIES[self.snapshot.granularity]
+
+    @property
     def internal_ips(self) -> InternalIPs:
         """What is in force of the setting."""
         return _in_force(self.snapshot, self.unaware, self.encrypting)
@@ -199,7 +204,7 @@ def host_network(address: IPAddress) -> IPNetwork:
 
 def segment_key(node: Node, snapshot: Snapshot) -> str:
     """The key of the segment that a node belongs to; it depends on nothing but the node and the mesh's settings."""
-    if snapshot.granularity is not Granularity.LOCATION or not node.internal_ips:
+    if not (node.internal_ips and POLICIES[snapshot.granularity].leader_per_location):
         return f"node:{node.name}"
     return _location_keys(node.location)[node.internal_ip(_first_family(snapshot)) is None]
 
@@ -430,13 +435,14 @@ def _with_internal(
 def _endpoints(
     nodes: Iterable[Node], peers: Iterable[Peer], segments: Iterable[Segment], snapshot: Snapshot
 ) -> Iterator[IPAddress]:
+    policy = POLICIES[snapshot.granularity]
     for node in nodes:
         yield from public_endpoints(node)
     for peer in peers:
         yield from public_endpoints(peer)
     for segment in segments:
         for node in (segment.leader, *(node for node, _ in segment.takeover_candidates)):
-            yield from endpoints_of(node, snapshot.granularity)
+            yield from endpoints_of(node, policy)
 
 
 def _internal_families(previous: Topology, segments: Mapping[str, Segment], really: set[str]) -> frozenset[int]:
@@ -449,13 +455,13 @@ def _internal_families(previous: Topology, segments: Mapping[str, Segment], real
     return had if now <= had else had | now
 
 
-def routed_at(address: IPAddress, segment: Segment, there: Segment, granularity: Granularity) -> bool:
+def routed_at(address: IPAddress, segment: Segment, there: Segment, policy: GranularityPolicy) -> bool:
     """Whether an internal IP of a member of `segment` is routed to it from segment `there`."""
     network = host_network(address)
     return (
         network in segment.internal
         and knows(there.leader)
-        and share_no_site(segment.site, there.site, granularity)
+        and policy.share_no_site(segment.site, there.site)
         and not there.links.hold(address.version, int(address))
         and not (address.version in there.called and network in segment.front)
     )
@@ -508,6 +514,7 @@ def _segment(
     allowed = _sorted((*(network for each in addresses.values() for network in each), *networks))
     takeover_candidates = _takeover_candidates(members, election.leader, snapshot)
     ends = (leader, *(node for node, _ in takeover_candidates)) if routed else ()
+    policy = POLICIES[snapshot.granularity]
     if old is not None and allowed == old.allowed:
         allowed = old.allowed
     return Segment(
@@ -525,7 +532,7 @@ def _segment(
         carried=_carried(ordered, leader, old) if routed else {},
         reach=allowed,
         links=_links(ordered, old) if routed else Links(),
-        called=frozenset(a.version for node in ends for a in endpoints_of(node, snapshot.granularity)),
+        called=frozenset(a.version for node in ends for a in endpoints_of(node, policy)),
     )
 
 

@@ -168,7 +168,7 @@ def waited_for(topology: Topology, name: str, living: Living) -> frozenset[str]:
     segment = topology.segment_of(name)
     result: set[str] = set()
     for there in topology.segments.values():
-        if not in_force(topology) or exchanged(segment, there, topology.snapshot.granularity):
+        if not in_force(topology) or exchanged(segment, there, topology.policy):
             result |= before(there, own, segment.leader, topology, living).awaited(there.members)
     return frozenset(result - {name})
 

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 from attrs import field, frozen
 
 from kilo_etcd.base.quoting import first_of
-from kilo_etcd.model import Granularity, InternalIPs, IPAddress, IPNetwork, Node, Peer
+from kilo_etcd.model import InternalIPs, IPAddress, IPNetwork, Node, Peer
 from kilo_etcd.model.hostplan import Problem
-from kilo_etcd.topology.internal import ENDPOINT, REMEDY, endpoints_of, knows, public_endpoints, share_no_site
+from kilo_etcd.topology.granularity import GranularityPolicy
+from kilo_etcd.topology.internal import ENDPOINT, REMEDY, endpoints_of, knows, public_endpoints
 
 if TYPE_CHECKING:
     from kilo_etcd.topology.segments import Segment, Topology
@@ -106,12 +107,12 @@ def private_leaders(topology: Topology) -> Iterator[Problem]:
     they lead, internal IPs of leaders are not routed to and from their location."""
     if topology.internal_ips is not InternalIPs.ROUTED or len(topology.segments) == 1:
         return
-    granularity = topology.snapshot.granularity
+    policy = topology.policy
     for segment in topology.segments.values():
         leader = segment.leader
         if len(segment.members) == 1:
             continue
-        for version in sorted({address.version for address in endpoints_of(leader, granularity)}):
+        for version in sorted({address.version for address in endpoints_of(leader, policy)}):
             better = [node.name for node in segment.members if node is not leader and node.public_in(version)]
             own = [str(ip.ip) for ip in leader.internal_ips if ip.version == version]
             # One that stands and does not lead was demoted, which its agent and `kgctl status` say.
@@ -140,10 +141,10 @@ def _instead(segment: Segment, better: Sequence[str]) -> str:
 def endpoint_holders(topology: Topology) -> dict[IPAddress, tuple[str, ...]]:
     """Each address at which other segments, or outside peers, may be reached -> whose WireGuard that is."""
     result: dict[IPAddress, dict[str, None]] = {}
-    granularity = topology.snapshot.granularity
+    policy = topology.policy
     for segment in topology.segments.values():
         for node in (segment.leader, *(node for node, _ in segment.takeover_candidates)):
-            for address in endpoints_of(node, granularity):
+            for address in endpoints_of(node, policy):
                 result.setdefault(address, {})[node.name] = None
     subjects: dict[str, Node | Peer] = {**topology.snapshot.nodes}
     subjects.update((f"peer {peer.name}", peer) for peer in topology.peers.values())
@@ -233,12 +234,12 @@ def _addresses(
 def _called(topology: Topology, segment: Segment, version: int) -> list[str]:
     """The segments whose leaders are called at private endpoints, so that they may receive this one's packets from its
     internal IP."""
-    granularity = topology.snapshot.granularity
+    policy = topology.policy
     return sorted(
         named(there)
         for there in topology.segments.values()
         if version in there.called and there is not segment
-        and share_no_site(segment.site, there.site, granularity)
+        and policy.share_no_site(segment.site, there.site)
     )  # fmt: skip
 
 
@@ -266,7 +267,7 @@ def _shared(topology: Topology) -> Iterable[tuple[Unrouted, set[str]]]:
             link = of_length.setdefault(int(network.network_address), _Link(network))
             link.segments.append(segment)
             link.sites.add(segment.site)
-    granularity = topology.snapshot.granularity
+    policy = topology.policy
     hit: dict[IPNetwork, tuple[_Link, dict[str, Segment]]] = {}
     for segment in topology.segments.values():
         for host in (network for networks in segment.carried.values() for network in networks):
@@ -275,22 +276,22 @@ def _shared(topology: Topology) -> Iterable[tuple[Unrouted, set[str]]]:
                 if version != host.version:
                     continue
                 known = of_length.get(number >> (bits - length) << (bits - length))
-                if known is not None and _elsewhere(known, segment, host, granularity):
+                if known is not None and _elsewhere(known, segment, host, policy):
                     hit.setdefault(known.network, (known, {}))[1][segment.key] = segment
     for network, (link, having) in hit.items():
         yield _entry(network, link, having), {named(one) for one in link.segments}
 
 
-def _elsewhere(link: _Link, segment: Segment, host: IPNetwork, granularity: Granularity) -> bool:
+def _elsewhere(link: _Link, segment: Segment, host: IPNetwork, policy: GranularityPolicy) -> bool:
     """Whether somebody reaches the network over his own links who would have to send there through the tunnel."""
     # Nodes of one location have their network in common.
-    if any(share_no_site(segment.site, site, granularity) for site in link.sites - {segment.site}):
+    if any(policy.share_no_site(segment.site, site) for site in link.sites - {segment.site}):
         return True
     # Nodes without a label in a full mesh may have, so that an address with another reason has that one only.
     return (
         len(link.segments) > 1
         and host in segment.internal
-        and share_no_site(segment.site, segment.site, granularity)
+        and policy.share_no_site(segment.site, segment.site)
         and segment in link.segments
     )
 

@@ -29,7 +29,7 @@ from attrs import define, field
 
 from kilo_etcd import kernel
 from kilo_etcd.kernel.state import Observed
-from kilo_etcd.model import SESSION_SECONDS, Granularity, IPAddress, Node
+from kilo_etcd.model import SESSION_SECONDS, IPAddress, Node
 from kilo_etcd.model.hostplan import HostPlan
 from kilo_etcd.planning.reach import Silent, Target, local_members, targets_of
 from kilo_etcd.topology import Topology, UnknownNode
@@ -298,9 +298,8 @@ class Reachability:
             first = topology.segment_of(self._name).leader.name
             assumed = () if self._observed is None else _routed(self._observed, topology, self._targets, first)
             self._observed = None
-            # In a full mesh nothing goes there in clear; when the granularity is switched back, what is known counts.
-            full = topology.snapshot.granularity is Granularity.FULL
-            if not full and self._records.follow(
+            # Where all goes through tunnels what is known is kept, and counts when the granularity is switched back.
+            if topology.policy.location_network_in_use and self._records.follow(
                 own, self._targets, trio.current_time(), first=first, assumed=assumed
             ):  # fmt: skip
                 self._news.set()
@@ -318,9 +317,9 @@ class Reachability:
         before = self._topology
         if before is None or self._own != own or topology.base is not before.identity:
             return before is not topology
-        if (before.snapshot.granularity, before.families) != (topology.snapshot.granularity, topology.families):
+        if (before.policy, before.families) != (topology.policy, topology.families):
             return True
-        if topology.snapshot.granularity is Granularity.LOCATION:
+        if not topology.policy.direct_within_location:
             return before.segment_of(self._name).members != topology.segment_of(self._name).members
         segments = (before.segments.get(key) or topology.segments.get(key) for key in topology.changed)
         here = own.location

@@ -17,7 +17,6 @@ from attrs import evolve, frozen
 
 from kilo_etcd.base.quoting import first_of
 from kilo_etcd.ctl.reports.live import Live, Pair, pairs, tunnels
-from kilo_etcd.model import Granularity
 from kilo_etcd.topology.segments import Topology
 
 TRIES = 64
@@ -200,8 +199,6 @@ def _unanswered(topology: Topology, tried: _Tried, sessions: Collection[Pair]) -
 
 def end_of(topology: Topology, name: str) -> str:
     """The node whose tunnel carries what a node sends elsewhere."""
-    if topology.snapshot.granularity is Granularity.CROSS:
-        return name
     return topology.segment_of(name).leader.name
 
 

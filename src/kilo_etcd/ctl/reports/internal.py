@@ -7,7 +7,7 @@ It is the rule of `topology.internal` (decision 0029) in sentences; what the hos
 from __future__ import annotations
 
 from kilo_etcd.model import InternalIPs, IPAddress, Node
-from kilo_etcd.topology.internal import REMEDY, share_no_site
+from kilo_etcd.topology.internal import REMEDY
 from kilo_etcd.topology.segments import Topology, host_network
 from kilo_etcd.topology.unrouted import Unrouted, endpoint_holders, named, obstacle
 
@@ -21,7 +21,7 @@ def holders(topology: Topology, address: IPAddress) -> tuple[Node, ...]:
 def same_network(topology: Topology, one: Node, other: Node) -> bool:
     """Whether two nodes reach each other's internal IPs over a network of their location's own, if at all."""
     there, here = topology.segment_of(one.name), topology.segment_of(other.name)
-    return there.key == here.key or not share_no_site(there.site, here.site, topology.snapshot.granularity)
+    return there.key == here.key or not topology.policy.share_no_site(there.site, here.site)
 
 
 def unrouted_from(topology: Topology, address: IPAddress, source: Node) -> Unrouted | None:

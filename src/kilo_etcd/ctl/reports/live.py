@@ -12,12 +12,11 @@ from collections.abc import Collection, Iterable, Mapping
 from attrs import field, frozen
 
 from kilo_etcd.etcd.api import Client, EtcdError
-from kilo_etcd.model import SESSION_SECONDS, Granularity
+from kilo_etcd.model import SESSION_SECONDS
 from kilo_etcd.runtime.config import shown_duration
 from kilo_etcd.store.diagnostics import PATIENCE_SECONDS, request_diagnostics
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import DiagnosticsResponse, Tunnel
-from kilo_etcd.topology.families import same_site
 from kilo_etcd.topology.graph import Edge, EdgeKind, EdgeState
 from kilo_etcd.topology.segments import Topology
 
@@ -140,12 +139,12 @@ def pairs(topology: Topology, known: Mapping[str, Iterable[LiveTunnel]]) -> tupl
     `known` is what `tunnels` gives.
     """
     by_name = {node: {tunnel.other: tunnel for tunnel in theirs} for node, theirs in known.items()}
-    cross = topology.snapshot.granularity is Granularity.CROSS
+    policy = topology.policy
     leaders = sorted((segment.leader for segment in topology.segments.values()), key=lambda node: node.name)
     result = []
     for index, one in enumerate(leaders):
         for other in leaders[index + 1 :]:
-            if cross and same_site(one, other):
+            if not policy.tunnel_between(one, other):
                 continue
             ends = tuple(
                 by_name[node].get(far)

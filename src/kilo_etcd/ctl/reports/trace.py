@@ -435,9 +435,7 @@ def _maybe_one_network(topology: Topology, owner: Node, node: Node, destination:
     """Whether two nodes of different segments may be attached to one network, although no label says so: both have no
     label, or the tunnel between them ends at that address."""
     leads = topology.segment_of(owner.name).leader.name == owner.name
-    return owner.location == node.location or (
-        leads and destination in endpoints_of(owner, topology.snapshot.granularity)
-    )
+    return owner.location == node.location or (leads and destination in endpoints_of(owner, topology.policy))
 
 
 def _named_at(owners: Sequence[Node], version: int) -> str:
