@@ -15,6 +15,7 @@ from packaging.utils import canonicalize_name
 
 from helpers import PACKAGES
 from kilo_etcd.runtime.options import all_flags
+from kilo_etcd.store.annotations import ANNOTATIONS
 
 ROOT = Path(__file__).parents[2]
 UNIT = ROOT / "systemd/kilo-etcd.service"
@@ -32,6 +33,15 @@ def test_the_environment_file_names_exactly_the_flags_with_their_defaults() -> N
 def test_the_environment_file_explains_every_flag() -> None:
     text = re.sub(r"\n# ", " ", (ROOT / "systemd/kilo-etcd.env").read_text())
     assert [flag.name for flag in all_flags() if f"{flag.name}: {flag.help}" not in text] == []
+
+
+@pytest.mark.parametrize(
+    ("page", "row"), [("README.md", "| `/kilo/annotations/<node>/<name>` |"), ("docs/kgctl.md", "| `kgctl annotate ")]
+)
+def test_the_pages_name_each_annotation(page: str, row: str) -> None:
+    (line,) = (line for line in (ROOT / page).read_text().splitlines() if line.startswith(row))
+    names = line.split("|")[2].split(";")[0]
+    assert re.findall(r"`([a-z-]+)`", names) == sorted(ANNOTATIONS, key=names.find)
 
 
 @pytest.fixture(scope="module")

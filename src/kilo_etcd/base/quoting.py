@@ -31,6 +31,11 @@ def first_of(names: Iterable[str], most: int, separator: str = ", ") -> str:
     return separator.join(every[:most]) + more
 
 
+def either(*names: str) -> str:
+    """`a, b or c`."""
+    return f"{', '.join(names[:-1])} or {names[-1]}"
+
+
 def sentence(clause: object) -> str:
     """A clause with a full stop, unless it ends as a sentence does."""
     text = str(clause)

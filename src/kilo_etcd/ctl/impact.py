@@ -14,6 +14,7 @@ from kilo_etcd.ctl.reports.render import clean, shown_location
 from kilo_etcd.ctl.reports.report import grouped_unrouted, unrouted_remarks, unrouted_sentence
 from kilo_etcd.model import InternalIPs, Node, Snapshot
 from kilo_etcd.planning.exit_node import trouble_of
+from kilo_etcd.store.annotations import ANNOTATIONS
 from kilo_etcd.topology import Segment, Topology, build_topology
 from kilo_etcd.topology.graph import EdgeKind, edges
 from kilo_etcd.topology.inclear import back_in_clear, endpoints_in_clear
@@ -166,30 +167,8 @@ def _nodes(before: Snapshot, after: Snapshot) -> Iterator[str]:
 def _node(old: Node, new: Node) -> Iterator[str]:
     if old.location != new.location:
         yield f"moves from {shown_location(old.location)} to {shown_location(new.location)}"
-    if old.endpoint != new.endpoint:
-        yield f"is reached at {new.endpoint or 'no endpoint'} instead of {old.endpoint or 'none'}"
-    if lost := [f"IPv{version}" for version in (4, 6) if old.public_in(version) and not new.public_in(version)]:
-        yield f"has no public endpoint in {' and '.join(lost)} any more: nodes elsewhere no longer reach it there"
-    if old.internal_ips != new.internal_ips:
-        yield f"has internal IP {_listed(new.internal_ips)} instead of {_listed(old.internal_ips)}"
-    if old.persistent_keepalive != new.persistent_keepalive:
-        yield f"sends keepalives every {new.persistent_keepalive} s instead of {old.persistent_keepalive} s (0: none)"
-    if old.leader_wanted != new.leader_wanted:
-        yield f"is {'now' if new.leader_wanted else 'no longer'} preferred as its location's leader"
-    if old.advertises_exit_node != new.advertises_exit_node:
-        yield (
-            "advertises itself as an exit node"
-            if new.advertises_exit_node
-            else "does not advertise itself as an exit node any more"
-        )
-    if old.exit_node != new.exit_node:
-        way = f"{clean(new.exit_node)}, through the tunnel" if new.exit_node else "its own network again"
-        yield f"leaves for the internet by {way}"
-    if set(old.subnets) != set(new.subnets):
-        yield f"leads to networks behind it: {_listed(new.subnets)} instead of {_listed(old.subnets)}"
-    if set(old.allowed_location_ips) != set(new.allowed_location_ips):
-        given, gave = new.allowed_location_ips, old.allowed_location_ips
-        yield f"leads to networks of its location: {_listed(given)} instead of {_listed(gave)}"
+    for annotation in ANNOTATIONS.values():
+        yield from map(clean, annotation.impact(old, new))
 
 
 def _leaders(old: Topology, new: Topology) -> Iterator[str]:

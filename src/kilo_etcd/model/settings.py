@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import NamedTuple, TypeVar
 
+from kilo_etcd.base.quoting import either
 from kilo_etcd.model.addresses import IPNetwork
 
 DEFAULT_LOCATION = ""
@@ -42,13 +43,9 @@ class InternalIPs(StrEnum):
     """The same, and nothing between nodes of two segments travels in clear."""
 
 
-def _either(*values: str) -> str:
-    return f"{', '.join(values[:-1])} or {values[-1]}"
-
-
 CHOICES: Mapping[type[StrEnum], str] = {
-    Granularity: _either(*Granularity),
-    InternalIPs: _either(InternalIPs.ROUTED, InternalIPs.ENCRYPTED, InternalIPs.OFF),
+    Granularity: either(*Granularity),
+    InternalIPs: either(InternalIPs.ROUTED, InternalIPs.ENCRYPTED, InternalIPs.OFF),
 }
 """A setting of the mesh -> its values, as sentences list them."""
 

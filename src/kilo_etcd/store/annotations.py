@@ -8,14 +8,15 @@ means that the node has no internal IP.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from ipaddress import ip_interface
-from typing import TypeVar
+from operator import attrgetter
+from typing import Any
 
-from attrs import evolve, frozen
+from attrs import evolve, fields_dict, frozen
 
 from kilo_etcd.base.quoting import shown
-from kilo_etcd.model import Endpoint, IPAddress, IPInterface, IPNetwork, Node, ObservedEndpoint, Peer
+from kilo_etcd.model import Endpoint, IPAddress, IPInterface, Node, ObservedEndpoint, Peer
 from kilo_etcd.store.records import (
     NodeRecord,
     one_per_family,
@@ -24,20 +25,6 @@ from kilo_etcd.store.records import (
     parse_keepalive,
     parse_networks,
 )
-
-ANNOTATIONS = frozenset(
-    (
-        "force-endpoint",
-        "force-internal-ip",
-        "leader",
-        "persistent-keepalive",
-        "allowed-location-ips",
-        "subnets",
-        "advertise-exit-node",
-        "exit-node",
-    )
-)
-T = TypeVar("T")
 
 MOST_SEEN = 6
 """So many observed endpoints of one node or peer count, the newest. Correct observers publish three at a time."""
@@ -50,106 +37,47 @@ class Registered:
     record: NodeRecord
     create_revision: int
 
-    def annotated(self, annotations: Mapping[str, str]) -> tuple[Annotated, dict[str, str]]:
-        """The annotations' effect, and what is wrong with those that have none (annotation name -> reason)."""
-        record = self.record
+    def annotated(self, annotations: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
+        """What the annotations set (field of the node -> value), and what is wrong with those that have no effect
+        (annotation name -> reason)."""
+        values: dict[str, Any] = {}
         wrong: dict[str, str] = {}
-        if not annotations:
-            return self._unannotated(), wrong
-
-        def value(name: str, parse: Callable[[str], T], otherwise: T) -> T:
-            text = annotations.get(name)
-            if text is None:
-                return otherwise
-            try:
-                return parse(text)
-            except ValueError as error:
-                wrong[name] = str(error)
-                return otherwise
-
-        endpoint = value("force-endpoint", lambda text: _endpoint(text, record), record.endpoint)
-        return Annotated(
-            endpoint=endpoint,
-            forced=bool(annotations.get("force-endpoint")) and "force-endpoint" not in wrong,
-            more_endpoints=_others(endpoint, record),
-            internal_ips=value("force-internal-ip", lambda text: _internal_ips(text, record), record.internal_ips),
-            leader_wanted=value("leader", lambda text: text.lower() not in ("", "0", "false"), False),
-            advertises_exit_node=value("advertise-exit-node", _yes_or_no, False),
-            # Any text counts: a name that nobody has leads nowhere, while none at all would let everything out.
-            exit_node=value("exit-node", str.strip, ""),
-            persistent_keepalive=value(
-                "persistent-keepalive",
-                lambda text: parse_keepalive(text) if text else record.persistent_keepalive,
-                record.persistent_keepalive,
-            ),
-            allowed_location_ips=value("allowed-location-ips", parse_networks, ()),
-            subnets=value("subnets", lambda text: parse_networks(text) or record.subnets, record.subnets),
-        ), wrong
-
-    def _unannotated(self) -> Annotated:
-        # As most nodes are. The same as to look for each annotation in vain; a test compares them.
-        record = self.record
-        return Annotated(
-            endpoint=record.endpoint,
-            more_endpoints=_others(record.endpoint, record),
-            internal_ips=record.internal_ips,
-            persistent_keepalive=record.persistent_keepalive,
-            subnets=record.subnets,
-        )
-
-
-@frozen(kw_only=True)
-class Annotated:
-    """What annotations can say about a node."""
-
-    endpoint: Endpoint | None
-    forced: bool = False
-    """Whether the operator has set the endpoint."""
-    more_endpoints: tuple[Endpoint, ...]
-    internal_ips: tuple[IPInterface, ...]
-    leader_wanted: bool = False
-    advertises_exit_node: bool = False
-    exit_node: str = ""
-    persistent_keepalive: int
-    allowed_location_ips: tuple[IPNetwork, ...] = ()
-    subnets: tuple[IPNetwork, ...]
+        if annotations:  # few nodes have any
+            for name, annotation in ANNOTATIONS.items():
+                text = annotations.get(name)
+                if text or (text is not None and annotation.empty_counts):
+                    try:
+                        values[annotation.field] = annotation.read(text, self.record)
+                    except ValueError as error:
+                        wrong[name] = str(error)
+        return values, wrong
 
 
 def join(
     name: str,
     registered: Registered,
-    annotated: Annotated,
+    annotated: Mapping[str, Any],
     *,
     label: str | None,
     addresses: tuple[IPAddress, ...],
     observed_endpoints: Iterable[ObservedEndpoint] = (),
 ) -> Node:
-    """The node in force."""
+    """The node in force. `annotated` is what its annotations set."""
     record = registered.record
     node = Node(
-        name=name,
-        public_key=record.public_key,
-        location=record.location if label is None else label,
-        endpoint=annotated.endpoint,
-        more_endpoints=annotated.more_endpoints,
-        internal_ips=annotated.internal_ips,
-        underlay=record.underlay,
-        encryption=record.encryption,
-        accepts_since=record.accepts_since or 0,
-        mesh_addresses=addresses,
-        port=record.port,
-        subnets=annotated.subnets,
-        allowed_location_ips=annotated.allowed_location_ips,
-        persistent_keepalive=annotated.persistent_keepalive,
-        leader_wanted=annotated.leader_wanted,
-        advertises_exit_node=annotated.advertises_exit_node,
-        exit_node=annotated.exit_node,
-        encapsulate=record.encapsulate,
-        default_location=record.location,
-        version=record.version,
-        registered_revision=registered.create_revision,
+        **{
+            **dict(zip(_REPORTED, _reported(record), strict=True)),
+            "name": name,
+            "location": record.location if label is None else label,
+            "more_endpoints": _others(annotated.get("endpoint", record.endpoint), record),
+            "accepts_since": record.accepts_since or 0,
+            "mesh_addresses": addresses,
+            "default_location": record.location,
+            "registered_revision": registered.create_revision,
+            **annotated,
+        }
     )
-    if annotated.forced or not annotated.persistent_keepalive:
+    if "endpoint" in annotated or not node.persistent_keepalive:
         return node
     observed = tuple(
         endpoint
@@ -185,15 +113,13 @@ def _version(endpoint: Endpoint) -> int:
 
 def _yes_or_no(text: str) -> bool:
     # What opens a path must be stated clearly.
-    word = text.strip().lower()
-    if word not in ("true", "false", "1", "0", ""):
+    value = text.strip().lower()
+    if value not in ("true", "false", "1", "0", ""):
         raise ValueError(f"{shown(text)} is neither true nor false")
-    return word in ("true", "1")
+    return value in ("true", "1")
 
 
-def _endpoint(text: str, record: NodeRecord) -> Endpoint | None:
-    if not text:
-        return record.endpoint
+def _endpoint(text: str, record: NodeRecord) -> Endpoint:
     if "%" in text or len(text) > 300:
         raise ValueError(f"{shown(text)} is no endpoint: write host:port, without a zone")
     return Endpoint.parse(text, default_port=record.port)
@@ -226,3 +152,112 @@ def _internal_ip(text: str, record: NodeRecord) -> IPInterface:
     address = parse_address(text)
     length = next((ip.network.prefixlen for ip in record.internal_ips if address in ip.network), address.max_prefixlen)
     return ip_interface(f"{address}/{length}")
+
+
+# --- what changes when one is set: sentences that begin after the node's name ----------------------------------------
+
+
+def _endpoint_impact(old: Node, new: Node) -> Iterator[str]:
+    if old.endpoint != new.endpoint:
+        yield f"is reached at {new.endpoint or 'no endpoint'} instead of {old.endpoint or 'none'}"
+    if lost := [f"IPv{version}" for version in (4, 6) if old.public_in(version) and not new.public_in(version)]:
+        yield f"has no public endpoint in {' and '.join(lost)} any more: nodes elsewhere no longer reach it there"
+
+
+def _internal_ips_impact(old: Node, new: Node) -> Iterator[str]:
+    if old.internal_ips != new.internal_ips:
+        yield f"has internal IP {_listed(new.internal_ips)} instead of {_listed(old.internal_ips)}"
+
+
+def _keepalive_impact(old: Node, new: Node) -> Iterator[str]:
+    if old.persistent_keepalive != new.persistent_keepalive:
+        yield f"sends keepalives every {new.persistent_keepalive} s instead of {old.persistent_keepalive} s (0: none)"
+
+
+def _leader_impact(old: Node, new: Node) -> Iterator[str]:
+    if old.leader_wanted != new.leader_wanted:
+        yield f"is {'now' if new.leader_wanted else 'no longer'} preferred as its location's leader"
+
+
+def _advertise_impact(old: Node, new: Node) -> Iterator[str]:
+    if old.advertises_exit_node != new.advertises_exit_node:
+        yield (
+            "advertises itself as an exit node"
+            if new.advertises_exit_node
+            else "does not advertise itself as an exit node any more"
+        )
+
+
+def _exit_node_impact(old: Node, new: Node) -> Iterator[str]:
+    if old.exit_node != new.exit_node:
+        way = f"{new.exit_node}, through the tunnel" if new.exit_node else "its own network again"
+        yield f"leaves for the internet by {way}"
+
+
+def _subnets_impact(old: Node, new: Node) -> Iterator[str]:
+    if set(old.subnets) != set(new.subnets):
+        yield f"leads to networks behind it: {_listed(new.subnets)} instead of {_listed(old.subnets)}"
+
+
+def _location_networks_impact(old: Node, new: Node) -> Iterator[str]:
+    if set(old.allowed_location_ips) != set(new.allowed_location_ips):
+        given, gave = new.allowed_location_ips, old.allowed_location_ips
+        yield f"leads to networks of its location: {_listed(given)} instead of {_listed(gave)}"
+
+
+def _listed(items: Iterable[object]) -> str:
+    return ", ".join(map(str, items)) or "none"
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+@frozen(kw_only=True)
+class Annotation:
+    """One annotation."""
+
+    field: str
+    """The field of the node that it sets. Without it that is what the node's record says, or else the default."""
+    read: Callable[[str, NodeRecord], Any]
+    """The field's value by the annotation's text and the node's record. ValueError."""
+    impact: Callable[[Node, Node], Iterator[str]]
+    """What changes with the field from one state of a node to another, in sentences that begin after its name."""
+    empty_counts: bool = False
+    """Whether an empty text says something; else it counts as none."""
+    offers_networks: bool = False
+
+
+ANNOTATIONS: Mapping[str, Annotation] = {
+    "force-endpoint": Annotation(field="endpoint", read=_endpoint, impact=_endpoint_impact),
+    "force-internal-ip": Annotation(
+        field="internal_ips", read=_internal_ips, impact=_internal_ips_impact, empty_counts=True
+    ),
+    "persistent-keepalive": Annotation(
+        field="persistent_keepalive", read=lambda text, _: parse_keepalive(text), impact=_keepalive_impact
+    ),
+    "leader": Annotation(
+        field="leader_wanted", read=lambda text, _: text.lower() not in ("0", "false"), impact=_leader_impact
+    ),
+    "advertise-exit-node": Annotation(
+        field="advertises_exit_node", read=lambda text, _: _yes_or_no(text), impact=_advertise_impact
+    ),
+    # Any text counts: a name that nobody has leads nowhere, while none at all would let everything out.
+    "exit-node": Annotation(field="exit_node", read=lambda text, _: text.strip(), impact=_exit_node_impact),
+    "subnets": Annotation(
+        field="subnets",
+        read=lambda text, record: parse_networks(text) or record.subnets,
+        impact=_subnets_impact,
+        offers_networks=True,
+    ),
+    "allowed-location-ips": Annotation(
+        field="allowed_location_ips",
+        read=lambda text, _: parse_networks(text),
+        impact=_location_networks_impact,
+        offers_networks=True,
+    ),
+}
+"""All annotations, by name, in the order in which `kgctl` tells of their impact."""
+
+_REPORTED = tuple(name for name in fields_dict(NodeRecord) if name in fields_dict(Node))
+"""What a node has of its record under the same name."""
+_reported = attrgetter(*_REPORTED)

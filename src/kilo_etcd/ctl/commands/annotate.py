@@ -10,7 +10,7 @@ from difflib import get_close_matches
 
 import click
 
-from kilo_etcd.base.quoting import sentence
+from kilo_etcd.base.quoting import either, sentence
 from kilo_etcd.ctl.change import Edit, Outcome, carry_out, change_options
 from kilo_etcd.ctl.commands import complete
 from kilo_etcd.ctl.context import Failure, Mesh
@@ -81,6 +81,8 @@ def node_argument(context: click.Context, parameter: click.Parameter, value: str
 
 @click.command(
     "annotate",
+    help=f"Set or remove annotations of NODE: {either(*ANNOTATIONS)}. They take effect at once. The command asks first "
+    "if that interrupts traffic in use.",
     epilog="Examples:\n\n\b\n"
     "  kgctl annotate node-1 leader=true\n"
     "  kgctl annotate node-1 force-endpoint=vpn.example.org:51820 persistent-keepalive=25\n"
@@ -101,9 +103,7 @@ def node_argument(context: click.Context, parameter: click.Parameter, value: str
 @change_options
 @click.pass_obj
 def annotate_command(mesh: Mesh, node: str, annotations: dict[str, str | None], dry_run: bool, yes: bool) -> None:
-    """Set or remove annotations of NODE: force-endpoint, force-internal-ip, leader, persistent-keepalive,
-    allowed-location-ips, subnets, advertise-exit-node or exit-node. They take effect at once. The command asks first if
-    that interrupts traffic in use."""
+    """Set or remove annotations of NODE."""
     registered: frozenset[str] = frozenset()
     forced: tuple[str, ...] = ()
 
@@ -115,12 +115,12 @@ def annotate_command(mesh: Mesh, node: str, annotations: dict[str, str | None], 
         annotated, wrong = Registered(record, 0).annotated(values)
         if wrong:
             raise Failure("; ".join(f"{name}: {reason}" for name, reason in wrong.items()) + "; nothing was written")
-        forced = tuple(str(ip.ip) for ip in annotated.internal_ips if ip not in record.internal_ips)
+        forced = tuple(str(ip.ip) for ip in annotated.get("internal_ips", ()) if ip not in record.internal_ips)
         return Edit(
             puts={keys.annotation(node, name): value for name, value in values.items()},
             deletes=tuple(keys.annotation(node, name) for name, value in annotations.items() if value is None),
             # A network that would be left out is a mistake of this command; other trouble may have other causes.
-            refuses_trouble=any(values.get(name) for name in ("subnets", "allowed-location-ips")),
+            refuses_trouble=any(text and ANNOTATIONS[name].offers_networks for name, text in values.items()),
             asks_if_disruptive=True,
             forbids=lambda after: _no_exit_node(after, node) if values.get("exit-node") else None,
         )
