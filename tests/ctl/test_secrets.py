@@ -73,7 +73,7 @@ def said_of(call: Callable[[], object], refusal: type[Exception]) -> str:
 
 def marked() -> Iterator[tuple[type, str]]:
     """Kind of record, and the name in JSON of each of its fields that is marked secret."""
-    for kind in records._READERS:
+    for kind in records._RECORDS:
         for attribute in attrs.fields(kind):
             if attribute.metadata.get(SECRET):
                 yield kind, records._camel(attribute.name)

@@ -22,7 +22,7 @@ import re
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 from heapq import nsmallest
-from typing import Any, Generic, NamedTuple, TypeVar, Union
+from typing import Any, Generic, NamedTuple, TypeVar, Union, get_args, get_type_hints
 
 from attrs import NOTHING, Attribute, field, fields, frozen
 
@@ -552,77 +552,37 @@ def _unreachable(value: object) -> Unreachable:
 
 
 _networks = _items(parse_network)
-_READERS: dict[type, dict[str, Callable[[object], Any]]] = {
-    NodeRecord: {
-        "public_key": check_key,
-        "endpoint": _endpoint,
-        "more_endpoints": _items(_address_endpoint),
-        "internal_ips": lambda value: one_per_family(_items(parse_interface)(value)),
-        "underlay": _networks,
-        "encryption": _or_none(_chosen(EncryptionStage)),
-        "accepts_since": _or_none(_whole),
-        "subnets": _networks,
-        "location": _label,
-        "port": _port,
-        "persistent_keepalive": lambda value: parse_keepalive(_whole(value)),
-        "encapsulate": _chosen(Encapsulate),
-        "version": _string,
-        "mesh_addresses": lambda value: one_per_family(_items(parse_interface)(value)),
-    },
-    CandidateRecord: {"rank": _chosen(CandidateClass), "since": _string},
-    PeerRecord: {
-        "public_key": check_key,
-        "allowed_ips": _networks,
-        "endpoint": _endpoint,
-        "persistent_keepalive": lambda value: parse_keepalive(_whole(value)),
-        "preshared_key": _or_none(check_key),
-    },
-    StatusRecord: {
-        "public_key": check_key,
-        "revision": _whole,
-        "role": _chosen(Role),
-        "location": _label,
-        "leader": _string,
-        "granularity_flag": _or_none(_chosen(Granularity)),
-        "errors": _items(_string),
-        "rejected": _whole,
-        "version": _string,
-        "since": _string,
-        "leads_since": _string,
-        "address": _string,
-        "unreachable": _items(_unreachable),
-        "unsigned": _items(_string),
-        "answers": _truth,
-    },
-    StageRecord: {"revision": _whole},
-    DiagnosticsRequest: {"nodes": _items(_string), "tries": _whole, "targets": _items(_string)},
-    DiagnosticsResponse: {
-        "time": _whole,
-        "revision": _whole,
-        "backend": _string,
-        "mtu": _whole,
-        "tunnels": _items(_tunnel),
-        "undone": _whole,
-        "changes": _items(_string),
-        "trouble": _items(_string),
-        "possible_obstacles": _items(_string),
-        "reached": _items(_string),
-        "unreached": _items(_string),
-        "small_only": _items(_string),
-        "routes": _items(_taken_route),
-        "undecided": _items(_string),
-        "clear": _items(_string),
-    },
-    ObservedEndpointRecord: {"public_key": check_key, "endpoint": _address_endpoint},
-    ProbeReportRecord: {
-        "leader": _string,
-        "candidacy": _whole,
-        "targets": _items(_string),
-        "leader_reachable": _truth,
-        "members_reachable": _truth,
-        "can_take_over": _truth,
-    },
+_interfaces = _items(parse_interface)
+_BY_NAME: Mapping[str, Callable[[object], Any]] = {
+    "public_key": check_key,
+    "preshared_key": _or_none(check_key),
+    "location": _label,
+    "port": _port,
+    "persistent_keepalive": lambda value: parse_keepalive(_whole(value)),
+    "underlay": _networks,  # never null: to state nothing is to leave it out
 }
+"""Fields that not every value of their type fits -> how they are read, in whatever kind of record."""
+_BY_TYPE: Mapping[object, Callable[[object], Any]] = {
+    str: _string,
+    int: _whole,
+    bool: _truth,
+    Endpoint: _address_endpoint,
+    Endpoint | None: _endpoint,
+    tuple[str, ...]: _items(_string),
+    tuple[Endpoint, ...]: _items(_address_endpoint),
+    tuple[IPInterface, ...]: lambda value: one_per_family(_interfaces(value)),
+    tuple[IPNetwork, ...]: _networks,
+    tuple[Unreachable, ...]: _items(_unreachable),
+    tuple[Tunnel, ...]: _items(_tunnel),
+    tuple[TakenRoute, ...]: _items(_taken_route),
+    int | None: _or_none(_whole),
+    Role: _chosen(Role),
+    CandidateClass: _chosen(CandidateClass),
+    Encapsulate: _chosen(Encapsulate),
+    EncryptionStage | None: _or_none(_chosen(EncryptionStage)),
+    Granularity | None: _or_none(_chosen(Granularity)),
+}
+"""The type of a field -> how it is read from JSON."""
 
 
 def _camel(name: str) -> str:
@@ -657,28 +617,16 @@ def _withholding(parse: Callable[[object], Any], what: str) -> Callable[[object]
     return read_secret
 
 
-def _field(attribute: Attribute[Any], parse: Callable[[object], Any]) -> _Field:
-    secret = attribute.metadata.get(SECRET)
+def _field(attribute: Attribute[Any], kind: object) -> _Field:
+    secret, parse = attribute.metadata.get(SECRET), _BY_NAME.get(attribute.name) or _BY_TYPE[kind]
     return _Field(attribute.name, _withholding(parse, secret) if secret else parse)
 
 
-_FIELDS = {
-    record: {_camel(attribute.name): _field(attribute, readers[attribute.name]) for attribute in fields(record)}
-    for record, readers in _READERS.items()
-}
-"""Kind -> its fields in JSON, in their order."""
-_REQUIRED = {
-    record: frozenset(_camel(attribute.name) for attribute in fields(record) if attribute.default is NOTHING)
-    for record in _READERS
-}
-_OPTIONAL: Mapping[type, tuple[str, ...]] = {NodeRecord: ("encryption", "acceptsSince")}
-"""Kind -> the fields without which, if they cannot be read, the record is in force all the same: a stage that a later
-version has must not take a node out of the mesh."""
-_EMPTY: tuple[object, ...] = (None, "", [])
-_ABSENT: dict[type, dict[str, tuple[object, ...]]] = {
-    record: {_camel(each.name): (None,) for each in fields(record) if each.default is None} for record in _READERS
-}
-"""Kind -> the fields whose default is None: empty, they are written all the same."""
+def _fields(record: type) -> dict[str, _Field]:
+    types = get_type_hints(record)
+    return {_camel(attribute.name): _field(attribute, types[attribute.name]) for attribute in fields(record)}
+
+
 Record = Union[  # noqa: UP007
     NodeRecord,
     CandidateRecord,
@@ -690,6 +638,21 @@ Record = Union[  # noqa: UP007
     ObservedEndpointRecord,
     ProbeReportRecord,
 ]
+_RECORDS: tuple[type, ...] = get_args(Record)
+_FIELDS = {record: _fields(record) for record in _RECORDS}
+"""Kind -> its fields in JSON, in their order."""
+_REQUIRED = {
+    record: frozenset(_camel(attribute.name) for attribute in fields(record) if attribute.default is NOTHING)
+    for record in _RECORDS
+}
+_OPTIONAL: Mapping[type, tuple[str, ...]] = {NodeRecord: ("encryption", "acceptsSince")}
+"""Kind -> the fields without which, if they cannot be read, the record is in force all the same: a stage that a later
+version has must not take a node out of the mesh."""
+_EMPTY: tuple[object, ...] = (None, "", [])
+_ABSENT: dict[type, dict[str, tuple[object, ...]]] = {
+    record: {_camel(each.name): (None,) for each in fields(record) if each.default is None} for record in _RECORDS
+}
+"""Kind -> the fields whose default is None: empty, they are written all the same."""
 
 
 def encode(record: Record) -> bytes:
