@@ -11,6 +11,7 @@ from urllib.parse import quote, unquote
 
 import pytest
 import reference_decoder
+from attrs import fields
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -199,7 +200,7 @@ def test_records_are_read_and_refused_as_the_reference_decoder_does(kind: type) 
 
 
 def _parts(record: Any) -> list[Any]:
-    values = [getattr(record, name) for name in record.__slots__ if name != "__weakref__"]
+    values = [getattr(record, each.name) for each in fields(type(record))]
     return [part for value in values for part in (value if isinstance(value, tuple) else (value,))]
 
 

@@ -11,7 +11,31 @@ from kilo_etcd.model.settings import DEFAULT_LOCATION, DEFAULT_PORT, Encapsulate
 
 
 @frozen(kw_only=True)
-class Node:
+class StatedNode:
+    """What a node states of itself and others act on: the part that its record and `Node` have in common."""
+
+    public_key: str
+    endpoint: Endpoint | None = None
+    more_endpoints: tuple[Endpoint, ...] = ()
+    """Endpoints in families that `endpoint` is not in; at most one per family, addresses only. Agents that do not know
+    the field use `endpoint` alone."""
+    internal_ips: tuple[IPInterface, ...] = ()
+    underlay: tuple[IPNetwork, ...] | None = None
+    """What the host reaches over its own links and must go on reaching there: the networks that it is attached to,
+    its default gateways, name servers and etcd. None: its agent is of a version that does not report it."""
+    encryption: EncryptionStage | None = None
+    """How far it is with the switch to `encrypted`, or back."""
+    subnets: tuple[IPNetwork, ...] = ()
+    location: str = DEFAULT_LOCATION
+    port: int = DEFAULT_PORT
+    persistent_keepalive: int = 0
+    """Seconds; 0 is off."""
+    encapsulate: Encapsulate = Encapsulate.CROSSSUBNET
+    version: str = ""
+
+
+@frozen(kw_only=True)
+class Node(StatedNode):
     """A host that runs the agent, with labels and annotations applied.
 
     `mesh_addresses` and `internal_ips` hold at most one address per family. A node with no internal IP has
@@ -19,34 +43,18 @@ class Node:
     """
 
     name: str
-    public_key: str
-    location: str = DEFAULT_LOCATION
-    endpoint: Endpoint | None = None
-    more_endpoints: tuple[Endpoint, ...] = ()
-    """Endpoints in families that `endpoint` is not in; at most one per family, addresses only."""
-    internal_ips: tuple[IPInterface, ...] = ()
-    underlay: tuple[IPNetwork, ...] | None = None
-    """What the host reaches over its own links and must go on reaching there: the networks that it is attached to,
-    its default gateways, name servers and etcd. None: its agent is of a version that does not report it."""
-    encryption: EncryptionStage | None = None
-    """How far it is with the switch to `encrypted`, or back."""
     accepts_since: int = 0
     """The revision of a snapshot in which it was ACCEPTS: a node that has applied that sends it nothing in clear. 0:
     none."""
     mesh_addresses: tuple[IPAddress, ...] = ()
-    port: int = DEFAULT_PORT
-    subnets: tuple[IPNetwork, ...] = ()
     allowed_location_ips: tuple[IPNetwork, ...] = ()
-    persistent_keepalive: int = 0
-    """Seconds; 0 is off."""
     leader_wanted: bool = False
     advertises_exit_node: bool = False
     """Whether peers and other nodes may use it as their exit node."""
     exit_node: str = ""
     """The node by which it leaves for the internet itself; empty: by its own network."""
-    encapsulate: Encapsulate = Encapsulate.CROSSSUBNET
     default_location: str = DEFAULT_LOCATION
-    version: str = ""
+    """The one that it states, which a label replaces."""
     registered_revision: int = 0
     """etcd's create revision of the node's record: older nodes have lower ones."""
     observed_endpoints: tuple[Endpoint, ...] = ()

@@ -17,6 +17,7 @@ from attrs import evolve, fields_dict, frozen
 
 from kilo_etcd.base.quoting import shown
 from kilo_etcd.model import Endpoint, IPAddress, IPInterface, Node, ObservedEndpoint, Peer
+from kilo_etcd.model.node import StatedNode
 from kilo_etcd.store.records import (
     NodeRecord,
     one_per_family,
@@ -66,7 +67,7 @@ def join(
     record = registered.record
     node = Node(
         **{
-            **dict(zip(_REPORTED, _reported(record), strict=True)),
+            **dict(zip(_STATED, _stated(record), strict=True)),
             "name": name,
             "location": record.location if label is None else label,
             "more_endpoints": _others(annotated.get("endpoint", record.endpoint), record),
@@ -258,6 +259,5 @@ ANNOTATIONS: Mapping[str, Annotation] = {
 }
 """All annotations, by name, in the order in which `kgctl` tells of their impact."""
 
-_REPORTED = tuple(name for name in fields_dict(NodeRecord) if name in fields_dict(Node))
-"""What a node has of its record under the same name."""
-_reported = attrgetter(*_REPORTED)
+_STATED = tuple(fields_dict(StatedNode))
+_stated = attrgetter(*_STATED)

@@ -31,7 +31,6 @@ from kilo_etcd.base.quoting import SECRET, described, shown, shown_name
 from kilo_etcd.model import (
     CHOICES,
     DEFAULT_LOCATION,
-    DEFAULT_PORT,
     CandidateClass,
     Encapsulate,
     EncryptionStage,
@@ -43,6 +42,7 @@ from kilo_etcd.model import (
     IPNetwork,
     parse_value,
 )
+from kilo_etcd.model.node import StatedNode
 
 MAX_VALUE = 64 * 1024
 """Bytes. etcd takes 1.5 MiB; no record of ours comes near, and every agent would have to hold and read it."""
@@ -77,27 +77,11 @@ class Role(StrEnum):
 
 
 @frozen(kw_only=True)
-class NodeRecord:
-    """What a node reports of itself, at `/kilo/nodes/<node>`."""
+class NodeRecord(StatedNode):
+    """What a node reports of itself, at `/kilo/nodes/<node>`. A label at `/kilo/locations/` replaces the location."""
 
-    public_key: str
-    endpoint: Endpoint | None = None
-    more_endpoints: tuple[Endpoint, ...] = ()
-    """In further families; agents that do not know the field use `endpoint` alone."""
-    internal_ips: tuple[IPInterface, ...] = ()
-    underlay: tuple[IPNetwork, ...] | None = None
-    """See `model.Node.underlay`. None and empty are not the same."""
-    encryption: EncryptionStage | None = None
-    """See `model.Node.encryption`."""
     accepts_since: int | None = None
     """See `model.Node.accepts_since`."""
-    subnets: tuple[IPNetwork, ...] = ()
-    location: str = DEFAULT_LOCATION
-    """The node's own default; a label at `/kilo/locations/<node>` wins."""
-    port: int = DEFAULT_PORT
-    persistent_keepalive: int = 0
-    encapsulate: Encapsulate = Encapsulate.CROSSSUBNET
-    version: str = ""
     mesh_addresses: tuple[IPInterface, ...] = ()
     """The mesh addresses that it has claimed, with the subnets that they are in: see `store.addresses`."""
 
