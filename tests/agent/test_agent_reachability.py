@@ -35,7 +35,7 @@ from kilo_etcd.agent.probing.reachability import (
 from kilo_etcd.kernel.state import Observed, Setup
 from kilo_etcd.model import CandidateClass, Encapsulate, Endpoint, IPAddress, Node, Snapshot
 from kilo_etcd.model.hostplan import HostPlan, RoutePlan, Via
-from kilo_etcd.planning.reach import Silent, Target
+from kilo_etcd.planning.reach import MemberAddress, Silent
 from kilo_etcd.runtime import key_file
 from kilo_etcd.store import CandidateRecord
 from kilo_etcd.store.records import NodeRecord, decode_status, encode
@@ -51,7 +51,7 @@ def node(name: str, address: str, **rest: Any) -> Node:
 
 OWN = node("h", "10.0.0.1")
 A, B = node("a", "10.0.0.2"), node("b", "10.0.0.3")
-TA, TB = Target("a", ip_address("10.0.0.2")), Target("b", ip_address("10.0.0.3"))
+TA, TB = MemberAddress("a", ip_address("10.0.0.2")), MemberAddress("b", ip_address("10.0.0.3"))
 BOTH = {TA: A, TB: B}
 ALL = ("a", "b")
 
@@ -101,7 +101,8 @@ def test_who_never_answers_is_named_after_some_attempts_and_asked_less_and_less_
     assert sum(pauses[: NAMED_AFTER - 1]) < 5.0
     assert 0.7 * LONGEST < max(pauses) < 1.3 * LONGEST
     many = {
-        Target(f"n{i}", ip_address(f"10.1.{i // 250}.{i % 250 + 1}")): node(f"n{i}", "10.1.0.1") for i in range(2000)
+        MemberAddress(f"n{i}", ip_address(f"10.1.{i // 250}.{i % 250 + 1}")): node(f"n{i}", "10.1.0.1")
+        for i in range(2000)
     }
     known.follow(OWN, many, now)
     for _ in range(20):
@@ -127,7 +128,7 @@ def test_a_changed_record_an_answer_due_and_a_question_are_reasons_to_ask_at_onc
     assert set(known.due(100.5)) == {TA}
     known.answered(TA, MemberAnswer.SIGNED, 100.0)
     assert not known.heard_of(TA, 101.0), "that it answers is known"
-    assert not known.heard_of(Target("x", TA.address), 101.0)
+    assert not known.heard_of(MemberAddress("x", TA.address), 101.0)
     assert 100.5 < known.next_due() < 110.0, "the other is still asked"
     known.answered(TB, MemberAnswer.SIGNED, 100.0)
     assert known.next_due() > 100.0 + 0.7 * RARELY
@@ -135,7 +136,7 @@ def test_a_changed_record_an_answer_due_and_a_question_are_reasons_to_ask_at_onc
 
 def test_who_was_moved_or_has_another_key_or_address_begins_anew_and_so_does_all_if_this_host_was_moved() -> None:
     known = records()
-    elsewhere = Target("a", ip_address("10.0.7.2"))
+    elsewhere = MemberAddress("a", ip_address("10.0.7.2"))
     for change in (
         {TA: evolve(A, public_key="another"), TB: B},
         {elsewhere: evolve(A, internal_ips=(ip_interface("10.0.7.2/24"),)), TB: B},
@@ -166,7 +167,7 @@ def test_a_route_that_is_there_counts_until_its_node_is_silent_although_it_lives
 
 def test_an_address_of_the_other_family_that_comes_to_this_host_makes_it_forget_nobody() -> None:
     known = records()
-    sixth = Target("a", ip_address("fd00::2"))
+    sixth = MemberAddress("a", ip_address("fd00::2"))
     both = evolve(OWN, internal_ips=(*OWN.internal_ips, ip_interface("fd00::1/64")))
     nodes = {**BOTH, sixth: A}
     for own, targets, forgotten in (
@@ -205,7 +206,8 @@ def test_silence_from_before_a_members_agent_lived_means_nothing_and_it_is_asked
 def test_a_large_location_is_asked_bit_by_bit_and_rarely() -> None:
     known = records()
     many = {
-        Target(f"n{i}", ip_address(f"10.1.{i // 250}.{i % 250 + 1}")): node(f"n{i}", "10.1.0.1") for i in range(1000)
+        MemberAddress(f"n{i}", ip_address(f"10.1.{i // 250}.{i % 250 + 1}")): node(f"n{i}", "10.1.0.1")
+        for i in range(1000)
     }
     known.follow(OWN, many, 0.0)
     assert len(known.due(SPACING * 1000 / 10)) == AT_ONCE

@@ -14,14 +14,14 @@ from attrs import evolve, frozen
 from helpers import eventually
 from kilo_etcd import store
 from kilo_etcd.agent import status
-from kilo_etcd.agent.leadership.candidacy_policy import Role
+from kilo_etcd.agent.leadership.candidacy_policy import SegmentRole
 from kilo_etcd.agent.status import State, StatusReporter
 from kilo_etcd.model import CandidateClass, Snapshot
 from kilo_etcd.store.records import CandidateRecord, NodeRecord, StatusRecord, encode
 
 EARLIER = "2026-11-22T10:00:00Z"
-LEADS = Role(kind=store.Role.LEADER, location="gcp", leader="h1")
-FOLLOWS = Role(kind=store.Role.MEMBER, location="gcp", leader="h2")
+LEADS = SegmentRole(kind=store.Role.LEADER, location="gcp", leader="h1")
+FOLLOWS = SegmentRole(kind=store.Role.MEMBER, location="gcp", leader="h2")
 BEFORE = StatusRecord(public_key="k", role=store.Role.LEADER, location="gcp", leader="h1", leads_since=EARLIER)
 STATE = State(role=LEADS, revision=1, failures=(), errors=(), programmed=True, address="", without_etcd="")
 
@@ -31,7 +31,7 @@ class Session:
     status: StatusRecord | None
 
 
-def leads_since(before: StatusRecord | None, *roles: Role) -> str:
+def leads_since(before: StatusRecord | None, *roles: SegmentRole) -> str:
     """What is reported after these roles, by an agent that has found this status of an earlier one."""
     reporter = StatusReporter(cast(store.Session, Session(before)), "k", None)
     for role in roles:

@@ -16,6 +16,7 @@ from kilo_etcd.etcd import (
     BadRequest,
     Compacted,
     Compare,
+    CompareTarget,
     Config,
     Delete,
     EtcdClient,
@@ -24,7 +25,6 @@ from kilo_etcd.etcd import (
     Is,
     LeaseNotFound,
     Put,
-    Target,
     Unavailable,
     WatchBatch,
     absent,
@@ -85,10 +85,10 @@ async def test_transactions_compare_and_swap() -> None:
         kv = refused.responses[0].kvs[0]  # type: ignore[union-attr]
         assert (await client.txn([unchanged(kv)], [Put("/k", "3")])).succeeded
         assert not (await client.txn([unchanged(kv)], [Put("/k", "4")])).succeeded
-        for target, value in ((Target.VERSION, 2), (Target.VALUE, b"3"), (Target.LEASE, 0)):
+        for target, value in ((CompareTarget.VERSION, 2), (CompareTarget.VALUE, b"3"), (CompareTarget.LEASE, 0)):
             assert (await client.txn([Compare("/k", target, Is.EQUAL, value)])).succeeded
             assert not (await client.txn([Compare("/k", target, Is.NOT_EQUAL, value)])).succeeded
-        assert (await client.txn([Compare("/k", Target.VERSION, Is.GREATER, 1)])).succeeded
+        assert (await client.txn([Compare("/k", CompareTarget.VERSION, Is.GREATER, 1)])).succeeded
 
 
 async def test_large_requests_pass_and_too_large_ones_are_refused() -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kilo_etcd.kernel.diff import diff
 from kilo_etcd.kernel.predict import apply_changes, network_order
-from kilo_etcd.kernel.state import Memory, Observed, Target
+from kilo_etcd.kernel.state import DeviceTarget, Memory, Observed
 from kilo_etcd.model import Endpoint
 from kilo_etcd.model.hostplan import Encryption, Exemption, HostPlan, PeerPlan, RoutePlan, Via
 
@@ -85,10 +85,10 @@ def plan(
     )
 
 
-TARGET = Target(public_key=key(200), private_key=PRIVATE)
+TARGET = DeviceTarget(public_key=key(200), private_key=PRIVATE)
 
 
-def host_with(wanted: HostPlan, target: Target = TARGET) -> Observed:
+def host_with(wanted: HostPlan, target: DeviceTarget = TARGET) -> Observed:
     """A host on which `wanted` was applied."""
     return apply_changes(Observed(), diff(wanted, Observed(), Memory(), target), target.interface)
 

@@ -14,7 +14,7 @@ from kilo_etcd.kernel import userspace
 from kilo_etcd.kernel.drift import device_period
 from kilo_etcd.kernel.netlink import sockets
 from kilo_etcd.kernel.netlink.formats import core
-from kilo_etcd.kernel.netlink.sockets import Message
+from kilo_etcd.kernel.netlink.sockets import NetlinkMessage
 from kilo_etcd.kernel.read import rtnl as replies
 from kilo_etcd.kernel.read.wireguard import DeviceReader
 from kilo_etcd.kernel.routing.rules import RoutingRule
@@ -24,11 +24,11 @@ from kilo_etcd.kernel.write.wireguard import set_device
 from kilo_etcd.model import Endpoint
 
 
-def framed(message: Message) -> bytes:
+def framed(message: NetlinkMessage) -> bytes:
     return sockets._HEADER.pack(16 + len(message.body), message.type, message.flags, 1, 0) + message.body
 
 
-def read(kind: Any, message: Message) -> Any:
+def read(kind: Any, message: NetlinkMessage) -> Any:
     decoded = kind(framed(message))
     decoded.decode()
     return decoded

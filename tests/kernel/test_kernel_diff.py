@@ -11,7 +11,7 @@ from kernel_worlds import GATEWAY4, PRIVATE, TARGET, host_with, key, lines, peer
 from kilo_etcd.kernel.diff import diff, difference, is_drift, may_go_back, must_look, remember
 from kilo_etcd.kernel.predict import apply_changes
 from kilo_etcd.kernel.routing.returns import return_priority, return_table
-from kilo_etcd.kernel.state import DeleteLink, Link, Memory, Observed, Route, Target, ipip_name
+from kilo_etcd.kernel.state import DeleteLink, DeviceTarget, Link, Memory, Observed, Route, ipip_name
 from kilo_etcd.model import Endpoint
 from kilo_etcd.model.hostplan import ExitRoute, HostPlan, Via
 
@@ -594,7 +594,7 @@ def test_ipv4_through_an_ipv6_gateway_says_so() -> None:
 
 
 def test_a_deleted_device_takes_routes_and_addresses_with_it() -> None:
-    target = Target(public_key=key(200))
+    target = DeviceTarget(public_key=key(200))
     wanted = plan(MESH, via("10.7.0.0/16", GATEWAY4, source="10.4.0.1"))
     left = plan(via("10.8.0.0/16", GATEWAY4))
     both = plan(*wanted.routes.values(), *left.routes.values())

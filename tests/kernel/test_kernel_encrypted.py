@@ -17,14 +17,14 @@ from kilo_etcd.kernel import Kernel, Memory, Setup, cleanup, diff, open_kernel
 from kilo_etcd.kernel.errors import NetlinkError, failure
 from kilo_etcd.kernel.firewall.netfilter import Netfilter
 from kilo_etcd.kernel.firewall.packet_filter import table_for
-from kilo_etcd.kernel.firewall.table import ReplaceTable, Table
+from kilo_etcd.kernel.firewall.table import FirewallTable, ReplaceTable
 from kilo_etcd.kernel.netlink.codec import FormatError
-from kilo_etcd.kernel.netlink.sockets import Message
+from kilo_etcd.kernel.netlink.sockets import NetlinkMessage
 from kilo_etcd.kernel.predict import apply_changes
 from kilo_etcd.kernel.routing.encrypted import rule_priorities, table_of
 from kilo_etcd.kernel.routing.policy import own_priorities, own_tables
 from kilo_etcd.kernel.routing.rules import AddRule, RoutingRule
-from kilo_etcd.kernel.state import AddRoute, Change, LoosenReversePath, Observed, Target, without_counters
+from kilo_etcd.kernel.state import AddRoute, Change, DeviceTarget, LoosenReversePath, Observed, without_counters
 from kilo_etcd.kernel.write import rtnl
 from kilo_etcd.model.hostplan import Encryption, Exemption, ExitRoute, HostPlan, Via
 
@@ -56,7 +56,7 @@ LOCAL = Observed(underlay=("eth0",), strict={"eth0": "1", "kilo0": "0"}, forward
 """A host whose checks of the reverse path are strict, and that forwards."""
 
 
-def commands(wanted: HostPlan, observed: Observed, target: Target = TARGET) -> list[str]:
+def commands(wanted: HostPlan, observed: Observed, target: DeviceTarget = TARGET) -> list[str]:
     return lines(diff(wanted, observed, Memory(), target))
 
 
@@ -278,7 +278,7 @@ async def lan(strict: str = "1") -> None:
     await eventually(lambda: "local fd00:9::1" in sh("ip -6 route show table local"), 30, what="the address's route")
 
 
-def table(wanted: HostPlan) -> Table:
+def table(wanted: HostPlan) -> FirewallTable:
     found = table_for(wanted, "kilo0", strict=("eth0",), forwarding=(4, 6))
     assert found is not None
     return found
@@ -472,7 +472,7 @@ async def test_without_the_exceptions_nothing_is_led_into_the_tunnel(monkeypatch
     refused = evolve(ENCRYPTION, clear=(), etcd=((ip_address("192.168.9.2"), 2379),))
     pack = rtnl.add_rule
 
-    def old(rule: RoutingRule, protocol: int) -> Message:
+    def old(rule: RoutingRule, protocol: int) -> NetlinkMessage:
         if rule.sport or rule.dport:
             raise FormatError
         return pack(rule, protocol)

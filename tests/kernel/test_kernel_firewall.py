@@ -15,7 +15,7 @@ from kilo_etcd.kernel import Memory, Setup, cleanup, diff, open_kernel
 from kilo_etcd.kernel.errors import failure
 from kilo_etcd.kernel.firewall.netfilter import Netfilter
 from kilo_etcd.kernel.firewall.packet_filter import table_for, table_name
-from kilo_etcd.kernel.firewall.table import AddElements, ReplaceTable, Rule, Table
+from kilo_etcd.kernel.firewall.table import AddElements, FirewallTable, ReplaceTable, Rule
 from kilo_etcd.kernel.predict import apply_changes
 from kilo_etcd.model.hostplan import ExitRoute, HostPlan
 from kilo_etcd.testing.fake_kernel import FakeHost, open_fake_kernel
@@ -35,7 +35,7 @@ ANSWERING = evolve(
 )
 
 
-def table(wanted: HostPlan, interface: str = "kilo0") -> Table:
+def table(wanted: HostPlan, interface: str = "kilo0") -> FirewallTable:
     found = table_for(wanted, interface)
     assert found is not None
     return found

@@ -18,10 +18,10 @@ from helpers import eventually
 from kilo_etcd.kernel import KernelError, Setup, list_addresses, open_kernel
 from kilo_etcd.kernel.errors import NetlinkError
 from kilo_etcd.kernel.firewall.netfilter import Netfilter
-from kilo_etcd.kernel.firewall.table import AddressSet, Table
+from kilo_etcd.kernel.firewall.table import AddressSet, FirewallTable
 from kilo_etcd.kernel.netlink import sockets
 from kilo_etcd.kernel.netlink.codec import FormatError
-from kilo_etcd.kernel.netlink.sockets import Listener, Message, Socket
+from kilo_etcd.kernel.netlink.sockets import Listener, NetlinkMessage, Socket
 from kilo_etcd.kernel.read.nft import read_generation
 from kilo_etcd.kernel.read.rtnl import read_address, read_link, read_route
 from kilo_etcd.kernel.read.wireguard import DeviceReader, read_family
@@ -29,7 +29,7 @@ from kilo_etcd.kernel.state import Route
 from kilo_etcd.kernel.write.rtnl import add_route, get_addresses
 
 _ERROR, _DONE, _INTERRUPTED, _TLVS, _ROUTE = 2, 3, 0x10, 0x200, 24
-ASK = Message(26, 0, bytes(12))
+ASK = NetlinkMessage(26, 0, bytes(12))
 
 
 def reply(kind: int, flags: int, sequence: int, body: bytes, length: int | None = None) -> bytes:
@@ -277,7 +277,7 @@ def test_a_route_that_is_cut_off_says_nothing_that_it_does_not_say_whole(cut: in
 async def test_a_table_that_is_larger_than_a_socket_takes_at_once_is_set() -> None:
     base = int(ip_address("2001:db8::"))
     nodes = AddressSet(name="nodes6", version=6, addresses=frozenset(ip_address(base + each) for each in range(20_000)))
-    table = Table(name="kilo-etcd-big", chains=(), sets=(nodes,), counters=(), rules=())
+    table = FirewallTable(name="kilo-etcd-big", chains=(), sets=(nodes,), counters=(), rules=())
     device = Netfilter()
     try:
         device.replace(table)
@@ -291,7 +291,7 @@ def test_padding_is_as_long_as_the_kernel_wants_it(play: Any) -> None:
     sent: list[bytes] = []
     device, played = play()
     played.sendto = lambda data, _: sent.append(data)
-    device._post([Message(1, 0, bytes(size)) for size in range(5)])
+    device._post([NetlinkMessage(1, 0, bytes(size)) for size in range(5)])
     (data,) = sent
     assert [len(body) for *_, body in sockets.messages(data)] == [0, 1, 2, 3, 4]
     assert len(data) == 5 * 16 + 4 * 4

@@ -21,7 +21,7 @@ from kilo_etcd.kernel.errors import NetlinkError, failure
 from kilo_etcd.kernel.firewall.packet_filter import table_for
 from kilo_etcd.kernel.predict import apply_changes
 from kilo_etcd.kernel.routing.exit_node import exit_table, rule_priorities
-from kilo_etcd.kernel.state import MAIN_TABLE, Observed, OwnTable, Route, Target, is_ours
+from kilo_etcd.kernel.state import MAIN_TABLE, DeviceTarget, Observed, OwnTable, Route, is_ours
 from kilo_etcd.model import IPAddress, IPNetwork
 from kilo_etcd.model.hostplan import ExitRoute, HostPlan, Via
 
@@ -100,7 +100,7 @@ AWAY = evolve(
     ),
     exit_route=ExitRoute(families=frozenset({4}), bypass=(ip_network("192.0.2.1/32"), ip_network("2001:db8::1/128"))),
 )
-TARGET = Target(public_key=key(200), private_key=PRIVATE, interface="kilo-a", protocol=PEER_PROTOCOL)
+TARGET = DeviceTarget(public_key=key(200), private_key=PRIVATE, interface="kilo-a", protocol=PEER_PROTOCOL)
 TABLE = exit_table("kilo-a")
 MAIN_FIRST, OURS = rule_priorities("kilo-a")
 

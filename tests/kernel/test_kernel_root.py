@@ -30,7 +30,7 @@ from helpers_namespaces import is_in_force
 from kilo_etcd.kernel import Kernel, KernelError, Setup, cleanup, list_addresses, open_kernel, userspace
 from kilo_etcd.kernel.errors import NetlinkError
 from kilo_etcd.kernel.linux import LinuxKernel
-from kilo_etcd.kernel.netlink.sockets import Listener, Message, Socket
+from kilo_etcd.kernel.netlink.sockets import Listener, NetlinkMessage, Socket
 from kilo_etcd.kernel.read import rtnl as replies
 from kilo_etcd.kernel.routing.returns import return_priority, return_table
 from kilo_etcd.kernel.state import Change, Route, SetPeer, without_counters
@@ -461,7 +461,7 @@ async def test_messages_that_are_refused_among_many_are_told_apart() -> None:
     underlay()
     index = socket.if_nametoindex("eth0")
 
-    def routes_to(numbers: range) -> list[Message]:
+    def routes_to(numbers: range) -> list[NetlinkMessage]:
         networks = [ip_network((0x6440_0000 + number * 256, 24)) for number in numbers]
         return [requests.add_route(Route(destination=network, device="eth0"), index) for network in networks]
 

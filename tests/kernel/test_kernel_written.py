@@ -16,7 +16,7 @@ from hypothesis import strategies as some
 from kilo_etcd.kernel.firewall import nftables
 from kilo_etcd.kernel.firewall.chains import Condition
 from kilo_etcd.kernel.firewall.openings import Opening
-from kilo_etcd.kernel.firewall.table import AddElements, AddressSet, Chain, DeleteElements, Rule, Table
+from kilo_etcd.kernel.firewall.table import AddElements, AddressSet, Chain, DeleteElements, FirewallTable, Rule
 from kilo_etcd.kernel.read import hooks
 from kilo_etcd.kernel.read import rtnl as replies
 from kilo_etcd.kernel.routing.rules import RoutingRule
@@ -175,7 +175,7 @@ def test_tables(network: IPNetwork, side: str, addresses: set[IPv4Address], mark
         *nftables.match_later_fragment(4), *nftables.match_later_fragment(6), *nftables.clamp_segments(),
         *nftables.source_nat(network.network_address),
     )  # fmt: skip
-    table = Table(
+    table = FirewallTable(
         name="kilo",
         chains=(Chain(name="input", kind="filter", hook="input", priority=-5),),
         sets=(AddressSet(name="nodes", version=4, addresses=frozenset(addresses)),),
@@ -216,7 +216,7 @@ def test_rules_in_chains_of_others(family: str) -> None:
 
 def test_a_set_of_more_elements_than_one_message_holds() -> None:
     addresses = frozenset(IPv6Address(number) for number in range(2500))
-    table = Table(name="kilo", sets=(AddressSet(name="nodes6", version=6, addresses=addresses),))
+    table = FirewallTable(name="kilo", sets=(AddressSet(name="nodes6", version=6, addresses=addresses),))
     assert nft.replace_table(table) == by_hand_nft.pack_table(table)
 
 

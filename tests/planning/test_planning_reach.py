@@ -11,7 +11,7 @@ from kilo_etcd.agent.status import bounded
 from kilo_etcd.model import Encapsulate, Granularity, Snapshot
 from kilo_etcd.model.hostplan import ExitRoute, HostPlan, RoutePlan, Via
 from kilo_etcd.planning import host_plan
-from kilo_etcd.planning.reach import MOST_NAMED, Silent, Target, about_member, targets, withhold
+from kilo_etcd.planning.reach import MOST_NAMED, MemberAddress, Silent, about_member, targets, withhold
 from kilo_etcd.planning.walk import walk
 from kilo_etcd.topology import build_topology
 from topology_worlds import MESH, SIX, WORLDS, candidates_of, node, snapshot
@@ -22,7 +22,8 @@ LED = snapshot(SIX, candidates=candidates_of(*SIX))
 
 def silent(*pairs: tuple[str, str], withheld: bool = True, named: bool = True) -> tuple[Silent, ...]:
     return tuple(
-        Silent(target=Target(name, ip_address(address)), withheld=withheld, named=named) for name, address in pairs
+        Silent(target=MemberAddress(name, ip_address(address)), withheld=withheld, named=named)
+        for name, address in pairs
     )
 
 
@@ -182,7 +183,7 @@ def test_a_tunnel_in_which_nobody_answers_is_named_and_nothing_is_withheld() -> 
     world = snapshot([evolve(one, encapsulate=Encapsulate.WIREGUARD) for one in SIX], candidates=candidates_of(*SIX))
     topology = build_topology(world)
     plan = host_plan(topology, "a2")
-    dead = Silent(target=Target("a1", ip_address("10.4.0.1")), withheld=False, named=True, tunneled=True)
+    dead = Silent(target=MemberAddress("a1", ip_address("10.4.0.1")), withheld=False, named=True, tunneled=True)
     found = withhold(plan, topology, [dead])
     assert (found.routes, found.unreachable_routes) == (plan.routes, plan.unreachable_routes)
     assert found.problems[0].text.startswith("a1, its leader, does not answer a2 through their tunnel")

@@ -9,7 +9,7 @@ from attrs import evolve
 
 from kilo_etcd.model import Encapsulate, Granularity, InternalIPs, Snapshot
 from kilo_etcd.model.hostplan import Via
-from kilo_etcd.planning.reach import Silent, Target, withhold
+from kilo_etcd.planning.reach import MemberAddress, Silent, withhold
 from kilo_etcd.planning.render import render
 from kilo_etcd.planning.walk import walk
 from kilo_etcd.topology import build_topology
@@ -84,7 +84,7 @@ def test_an_address_that_has_never_answered_is_sent_nothing() -> None:
         ]
     )
     plan = plans(world)["a1"]
-    silent = Silent(target=Target("a2", INTERNAL.network_address), withheld=True, named=True)
+    silent = Silent(target=MemberAddress("a2", INTERNAL.network_address), withheld=True, named=True)
     left = withhold(plan, build_topology(world), [silent])
     assert list(map(str, left.returns)) == ["10.0.0.3/32"]
     assert {route.gateway for route in left.returns.values()} == left.ipip_remotes
@@ -99,12 +99,12 @@ def test_what_comes_out_of_the_tunnel_for_an_address_that_has_never_answered_is_
     world = routed_world(ALWAYS, member)
     topology, made = build_topology(world), plans(world)
     assert walk(made, topology, "b1", INTERNAL.network_address).delivered
-    silent = Silent(target=Target("a2", INTERNAL.network_address), withheld=True, named=True)
+    silent = Silent(target=MemberAddress("a2", INTERNAL.network_address), withheld=True, named=True)
     made["a1"] = withhold(made["a1"], topology, [silent])
     path = walk(made, topology, "b1", INTERNAL.network_address)
     assert path.dropped == "a2 does not answer a1 at its internal IP 10.0.0.2"
     # A member has nothing of the kind: nothing comes out of its tunnel for others.
-    silent = Silent(target=Target("a1", ip_address("10.0.0.1")), withheld=True, named=True)
+    silent = Silent(target=MemberAddress("a1", ip_address("10.0.0.1")), withheld=True, named=True)
     assert withhold(made["a2"], topology, [silent]).returns_refused == {}
 
 

@@ -12,6 +12,7 @@ from kilo_etcd.etcd.api import (
     Client,
     Compacted,
     Compare,
+    CompareTarget,
     Delete,
     EtcdError,
     Get,
@@ -21,7 +22,6 @@ from kilo_etcd.etcd.api import (
     Op,
     Put,
     RangeResult,
-    Target,
     Unavailable,
     absent,
     prefix_end,
@@ -53,11 +53,11 @@ async def exercise(client: Client) -> list[object]:
     await txn([absent("/x/a")], [Put("/x/a", "1")], [Get("/x/a")])
     await txn([absent("/x/a")], [Put("/x/a", "2")], [Get("/x/a")])
     await txn([], [Get("/x/", prefix_end("/x/")), Get("/nothing")])
-    await txn([Compare("/nothing", Target.VALUE, Is.EQUAL, b"")], [], [Get("/x/a")])
-    await txn([Compare("/nothing", Target.VALUE, Is.NOT_EQUAL, b"z")], [Put("/x/ne", "1")])
-    await txn([Compare("/nothing", Target.VERSION, Is.LESS, 1)], [Put("/x/b", "1"), Put("/x/c", "1")])
-    await txn([Compare("/x/b", Target.MOD, Is.GREATER, base)], [Delete("/x/b"), Put("/x/d", "1")])
-    await txn([Compare("/x/c", Target.LEASE, Is.EQUAL, 0)], [Delete("/x/gone")])
+    await txn([Compare("/nothing", CompareTarget.VALUE, Is.EQUAL, b"")], [], [Get("/x/a")])
+    await txn([Compare("/nothing", CompareTarget.VALUE, Is.NOT_EQUAL, b"z")], [Put("/x/ne", "1")])
+    await txn([Compare("/nothing", CompareTarget.VERSION, Is.LESS, 1)], [Put("/x/b", "1"), Put("/x/c", "1")])
+    await txn([Compare("/x/b", CompareTarget.MOD, Is.GREATER, base)], [Delete("/x/b"), Put("/x/d", "1")])
+    await txn([Compare("/x/c", CompareTarget.LEASE, Is.EQUAL, 0)], [Delete("/x/gone")])
     await txn([], [Put("/x/e", "1"), Put("/x/e", "2")])
     await txn([], [Put("/x/e", "1"), Delete("/x/", prefix_end("/x/"))])
     await txn([], [Put(f"/x/many/{i}", "") for i in range(129)])

@@ -187,7 +187,7 @@ class Daemon:
         self.filtered: HostPlan | None = None
         self.plan: HostPlan | None = None
         """What was last brought to the kernel: `filtered`, and what an exit node adds to it."""
-        self.role: candidacy_policy.Role | None = None
+        self.role: candidacy_policy.SegmentRole | None = None
         self.applied_revision = 0
         self.failures: tuple[str, ...] = ()
         self.disagreements: tuple[str, ...] = ()

@@ -142,7 +142,7 @@ def outside(
     )  # fmt: skip
 
 
-def _endpoints(urls: Iterable[str]) -> Iterator[tuple[str, etcd.Endpoint]]:
+def _endpoints(urls: Iterable[str]) -> Iterator[tuple[str, etcd.EtcdEndpoint]]:
     """Those that are etcd endpoints: another scheme may be, and a file of ours may have been damaged."""
     for url in urls:
         with suppress(etcd.BadRequest):

@@ -12,7 +12,7 @@ import trio
 from attrs import evolve, frozen
 
 from kilo_etcd import __version__, store
-from kilo_etcd.agent.leadership.candidacy_policy import Role
+from kilo_etcd.agent.leadership.candidacy_policy import SegmentRole
 from kilo_etcd.agent.notify import notify
 from kilo_etcd.model import Granularity, Snapshot
 
@@ -29,7 +29,7 @@ a second at most."""
 class State:
     """How the agent is after one run of plan and apply."""
 
-    role: Role | None
+    role: SegmentRole | None
     """None: it has none yet."""
     revision: int
     """The last one applied."""
@@ -91,7 +91,7 @@ class StatusReporter:
         )
         self._due.set()
 
-    def _since_when(self, role: Role | None) -> str:
+    def _since_when(self, role: SegmentRole | None) -> str:
         """Since when this host leads. An agent that takes over from a former one of this host goes on counting."""
         if role is None or role.kind is not store.Role.LEADER:
             return ""

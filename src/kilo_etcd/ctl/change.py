@@ -19,6 +19,7 @@ from kilo_etcd.ctl.context import Failure, Mesh
 from kilo_etcd.etcd.api import (
     Client,
     Compare,
+    CompareTarget,
     Delete,
     Event,
     EventType,
@@ -26,7 +27,6 @@ from kilo_etcd.etcd.api import (
     KeyValue,
     Op,
     Put,
-    Target,
     absent,
     unchanged,
 )
@@ -121,7 +121,7 @@ class Prepared:
     def take_back(self) -> bool:
         """Restore what was there, if it was not changed since; whether that was done. Failure."""
         as_made = [
-            Compare(op.key, Target.VALUE, Is.EQUAL, _raw(op.value)) if isinstance(op, Put) else absent(op.key)
+            Compare(op.key, CompareTarget.VALUE, Is.EQUAL, _raw(op.value)) if isinstance(op, Put) else absent(op.key)
             for op in self.operations
             if isinstance(op, Put | Delete)
         ]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         Client,
         Compacted,
         Compare,
+        CompareTarget,
         Config,
         ConnectionRefusedByTls,
         Delete,
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
         PutResult,
         RangeResult,
         Status,
-        Target,
         Text,
         Tls,
         TxnResult,
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
         unchanged,
     )
     from .client import EtcdClient, open_client
-    from .endpoint import Endpoint, parse_endpoint
+    from .endpoint import EtcdEndpoint, parse_endpoint
     from .values import Member
 
 __all__ = [
@@ -63,12 +63,13 @@ __all__ = [
     "Client",
     "Compacted",
     "Compare",
+    "CompareTarget",
     "Config",
     "ConnectionRefusedByTls",
     "Delete",
     "DeleteResult",
-    "Endpoint",
     "EtcdClient",
+    "EtcdEndpoint",
     "EtcdError",
     "Event",
     "EventType",
@@ -88,7 +89,6 @@ __all__ = [
     "PutResult",
     "RangeResult",
     "Status",
-    "Target",
     "Text",
     "Tls",
     "TxnResult",

@@ -137,7 +137,7 @@ class DeleteResult:
     deleted: int
 
 
-class Target(Enum):
+class CompareTarget(Enum):
     VERSION = 0
     CREATE = 1
     MOD = 2
@@ -154,22 +154,22 @@ class Is(Enum):
 
 @frozen
 class Compare:
-    """A condition of a transaction, e.g. `Compare("/k", Target.CREATE, Is.EQUAL, 0)`: the key does not exist."""
+    """A condition of a transaction, e.g. `Compare("/k", CompareTarget.CREATE, Is.EQUAL, 0)`: the key does not exist."""
 
     key: Text
-    target: Target
+    target: CompareTarget
     result: Is
     value: int | bytes
 
 
 def absent(key: Text) -> Compare:
     """The condition that `key` does not exist."""
-    return Compare(key, Target.CREATE, Is.EQUAL, 0)
+    return Compare(key, CompareTarget.CREATE, Is.EQUAL, 0)
 
 
 def unchanged(kv: KeyValue) -> Compare:
     """The condition that `kv` has not been written since it was read."""
-    return Compare(kv.key, Target.MOD, Is.EQUAL, kv.mod_revision)
+    return Compare(kv.key, CompareTarget.MOD, Is.EQUAL, kv.mod_revision)
 
 
 @frozen

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from attrs import define
 
-from .endpoint import Endpoint
+from .endpoint import EtcdEndpoint
 
 BACKOFF_FIRST = 0.05
 BACKOFF_MOST = 1.0
@@ -28,7 +28,7 @@ def backoff(failures: int, jitter: float) -> float:
 
 @define
 class _EndpointState:
-    endpoint: Endpoint
+    endpoint: EtcdEndpoint
     failures: int = 0
     rests_until: float = 0.0
     last_used: int = 0
@@ -37,7 +37,7 @@ class _EndpointState:
 class Balancer:
     """Times are seconds of one monotonic clock, the caller's."""
 
-    def __init__(self, endpoints: Sequence[Endpoint], rng: random.Random | None = None) -> None:
+    def __init__(self, endpoints: Sequence[EtcdEndpoint], rng: random.Random | None = None) -> None:
         self._rng = rng or random.Random()
         self._records = {endpoint: _EndpointState(endpoint) for endpoint in endpoints}
         self._used = 0
@@ -47,7 +47,7 @@ class Balancer:
         for place, record in enumerate(shuffled):
             record.last_used = place - len(shuffled)
 
-    def order(self, now: float) -> list[tuple[float, Endpoint]]:
+    def order(self, now: float) -> list[tuple[float, EtcdEndpoint]]:
         """Every endpoint with the seconds it has yet to rest (0: may be tried now), best first."""
 
         def rank(record: _EndpointState) -> tuple[float, int, int]:
@@ -55,17 +55,17 @@ class Balancer:
 
         return [(max(0.0, r.rests_until - now), r.endpoint) for r in sorted(self._records.values(), key=rank)]
 
-    def chosen(self, endpoint: Endpoint) -> None:
+    def chosen(self, endpoint: EtcdEndpoint) -> None:
         """`endpoint` is being used: among equals it comes last the next time."""
         self._used += 1
         self._records[endpoint].last_used = self._used
 
-    def failed(self, endpoint: Endpoint, now: float) -> None:
+    def failed(self, endpoint: EtcdEndpoint, now: float) -> None:
         record = self._records[endpoint]
         record.failures += 1
         record.rests_until = now + backoff(record.failures, self._rng.random())
 
-    def succeeded(self, endpoint: Endpoint) -> None:
+    def succeeded(self, endpoint: EtcdEndpoint) -> None:
         record = self._records[endpoint]
         record.failures = 0
         record.rests_until = 0.0

@@ -17,7 +17,7 @@ from attrs import define, field
 from .api import Config, ConnectionRefusedByTls, EtcdError, Unavailable
 from .balancer import Balancer
 from .connection import Connection
-from .endpoint import Endpoint
+from .endpoint import EtcdEndpoint
 from .grpc import TransportFailed
 from .tls import Lookups, connect
 
@@ -27,7 +27,7 @@ STAGGER = 0.3
 class EndpointsUnreachable(Exception):
     """Each endpoint was tried once, none could be connected to."""
 
-    def __init__(self, failures: dict[Endpoint, TransportFailed]) -> None:
+    def __init__(self, failures: dict[EtcdEndpoint, TransportFailed]) -> None:
         super().__init__(failures)
         self.failures = failures
 
@@ -47,18 +47,18 @@ class EndpointsUnreachable(Exception):
 class _Dial:
     done: trio.Event = field(factory=trio.Event)
     connection: Connection | None = None
-    failures: dict[Endpoint, TransportFailed] = field(factory=dict)
+    failures: dict[EtcdEndpoint, TransportFailed] = field(factory=dict)
 
 
 class Channel:
-    def __init__(self, config: Config, endpoints: Sequence[Endpoint], nursery: trio.Nursery) -> None:
+    def __init__(self, config: Config, endpoints: Sequence[EtcdEndpoint], nursery: trio.Nursery) -> None:
         self._config = config
         self._nursery = nursery
         self._balancer = Balancer(endpoints)
         self._current: Connection | None = None
         self._dialling: _Dial | None = None
         self._live: set[Connection] = set()
-        self._lookups: dict[Endpoint, Lookups] = {}
+        self._lookups: dict[EtcdEndpoint, Lookups] = {}
 
     async def connection(self) -> Connection:
         """The connection for a new call. Raises Unreachable after each endpoint was tried once."""
@@ -91,7 +91,7 @@ class Channel:
         if not connection.retiring:
             self._balancer.succeeded(connection.endpoint)
 
-    async def dial_one(self, endpoint: Endpoint) -> Connection:
+    async def dial_one(self, endpoint: EtcdEndpoint) -> Connection:
         """A connection of the caller's own, which the caller closes. Raises TransportFailed."""
         connection: Connection | None = None
         timeout = self._config.dial_timeout
@@ -136,7 +136,7 @@ class Channel:
             self._dialling = None
             dial.done.set()
 
-    async def _attempt(self, dial: _Dial, endpoint: Endpoint, over: trio.Event, won: trio.CancelScope) -> None:
+    async def _attempt(self, dial: _Dial, endpoint: EtcdEndpoint, over: trio.Event, won: trio.CancelScope) -> None:
         self._balancer.chosen(endpoint)
         try:
             connection = await self.dial_one(endpoint)

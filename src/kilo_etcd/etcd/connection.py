@@ -28,7 +28,7 @@ import h2.exceptions
 import h2.settings
 import trio
 
-from .endpoint import Endpoint
+from .endpoint import EtcdEndpoint
 from .grpc import TransportFailed, frame, request_headers
 
 STREAM_WINDOW = 4 << 20
@@ -103,7 +103,12 @@ class Stream:
 
 class Connection:
     def __init__(
-        self, transport: trio.abc.Stream, endpoint: Endpoint, *, ping_interval: float = 1.0, ping_timeout: float = 1.5
+        self,
+        transport: trio.abc.Stream,
+        endpoint: EtcdEndpoint,
+        *,
+        ping_interval: float = 1.0,
+        ping_timeout: float = 1.5,
     ) -> None:
         self.endpoint = endpoint
         self.number = next(_numbers)

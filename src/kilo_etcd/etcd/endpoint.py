@@ -15,7 +15,7 @@ DEFAULT_PORT = 2379
 
 
 @frozen
-class Endpoint:
+class EtcdEndpoint:
     host: str
     port: int
     tls: bool
@@ -34,7 +34,7 @@ def _shown(text: str) -> str:
     return repr(text.rpartition("@")[2])
 
 
-def parse_endpoint(text: str, *, tls: bool) -> Endpoint:
+def parse_endpoint(text: str, *, tls: bool) -> EtcdEndpoint:
     """Parse one endpoint; `tls` decides where no scheme does (as etcdctl: TLS when certificates are given).
 
     Raises BadRequest.
@@ -53,4 +53,4 @@ def parse_endpoint(text: str, *, tls: bool) -> Endpoint:
         raise BadRequest(
             f"{_shown(text)} is not an etcd endpoint: write host:port, such as 10.0.0.1:2379 or [fd00::1]:2379"
         )
-    return Endpoint(host, DEFAULT_PORT if port is None else port, scheme.lower() == "https" if separator else tls)
+    return EtcdEndpoint(host, DEFAULT_PORT if port is None else port, scheme.lower() == "https" if separator else tls)

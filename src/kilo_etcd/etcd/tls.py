@@ -20,7 +20,7 @@ from kilo_etcd.base import descriptors
 
 from .api import Tls
 from .connection import explain_tls
-from .endpoint import Endpoint
+from .endpoint import EtcdEndpoint
 from .grpc import TransportFailed
 
 
@@ -75,7 +75,7 @@ class Lookups:
     limiter: trio.CapacityLimiter = field(factory=lambda: trio.CapacityLimiter(2))
     known: tuple[str, ...] = ()
 
-    async def fresh(self, endpoint: Endpoint) -> bool:
+    async def fresh(self, endpoint: EtcdEndpoint) -> bool:
         """Look the name up; whether that has succeeded, else `known` is to be tried. OSError: it is empty."""
         look_up = partial(socket.getaddrinfo, endpoint.host, endpoint.port, type=socket.SOCK_STREAM)
         with trio.move_on_after(LOOKUP_PATIENCE if self.known else math.inf):
@@ -90,7 +90,7 @@ class Lookups:
         return False
 
 
-async def connect(endpoint: Endpoint, tls: Tls | None, lookups: Lookups) -> trio.abc.Stream:
+async def connect(endpoint: EtcdEndpoint, tls: Tls | None, lookups: Lookups) -> trio.abc.Stream:
     """A byte stream to the endpoint, the TLS handshake done. Raises TransportFailed; the caller bounds the time."""
     context = tls_context(tls or Tls()) if endpoint.tls else None
     try:

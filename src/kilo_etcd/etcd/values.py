@@ -8,6 +8,7 @@ from attrs import frozen
 
 from .api import (
     Compare,
+    CompareTarget,
     Delete,
     DeleteResult,
     Event,
@@ -20,7 +21,6 @@ from .api import (
     PutResult,
     RangeResult,
     Status,
-    Target,
     Text,
     TxnResult,
     prefix_end,
@@ -92,17 +92,17 @@ def compare(condition: Compare) -> pb.Compare:
         target=condition.target.value,  # type: ignore[arg-type]
         result=condition.result.value,  # type: ignore[arg-type]
     )
-    if condition.target is Target.VALUE:
+    if condition.target is CompareTarget.VALUE:
         message.value = condition.value if isinstance(condition.value, bytes) else raw(str(condition.value))
         return message
     if not isinstance(condition.value, int):
         raise TypeError(f"a comparison of {condition.target.name} is with a number, not {condition.value!r}")
     number = condition.value
-    if condition.target is Target.VERSION:
+    if condition.target is CompareTarget.VERSION:
         message.version = number
-    elif condition.target is Target.CREATE:
+    elif condition.target is CompareTarget.CREATE:
         message.create_revision = number
-    elif condition.target is Target.MOD:
+    elif condition.target is CompareTarget.MOD:
         message.mod_revision = number
     else:
         message.lease = number

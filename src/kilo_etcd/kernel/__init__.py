@@ -14,7 +14,8 @@ from kilo_etcd.kernel.state import (
     ApplyReport,
     Change,
     DefaultRoute,
-    Failure,
+    DeviceTarget,
+    FailedChange,
     HostAddress,
     HostAddresses,
     Link,
@@ -23,7 +24,6 @@ from kilo_etcd.kernel.state import (
     ObservedPeer,
     Route,
     Setup,
-    Target,
 )
 
 __all__ = [
@@ -33,7 +33,8 @@ __all__ = [
     "ApplyReport",
     "Change",
     "DefaultRoute",
-    "Failure",
+    "DeviceTarget",
+    "FailedChange",
     "HostAddress",
     "HostAddresses",
     "Kernel",
@@ -44,7 +45,6 @@ __all__ = [
     "ObservedPeer",
     "Route",
     "Setup",
-    "Target",
     "cleanup",
     "diff",
     "list_addresses",

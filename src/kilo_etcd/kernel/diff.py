@@ -58,7 +58,7 @@ from kilo_etcd.kernel.errors import collision, shadow
 from kilo_etcd.kernel.firewall.forward import AddForward, DeleteForward, comment_prefix, rules_for
 from kilo_etcd.kernel.firewall.openings import AddOpening, DeleteOpening, openings_for
 from kilo_etcd.kernel.firewall.packet_filter import table_for
-from kilo_etcd.kernel.firewall.table import DeleteTable, ReplaceTable, Table, element_changes
+from kilo_etcd.kernel.firewall.table import DeleteTable, FirewallTable, ReplaceTable, element_changes
 from kilo_etcd.kernel.predict import apply_changes
 from kilo_etcd.kernel.routing import encrypted, policy
 from kilo_etcd.kernel.routing.exit_node import MARK, route_of
@@ -72,7 +72,8 @@ from kilo_etcd.kernel.state import (
     DeleteAddress,
     DeleteLink,
     DeleteRoute,
-    Failure,
+    DeviceTarget,
+    FailedChange,
     Former,
     KeepAdvertisements,
     Link,
@@ -90,7 +91,6 @@ from kilo_etcd.kernel.state import (
     SetPeer,
     SetUp,
     StartUserspace,
-    Target,
     Unanswered,
     reverse_path,
     unreachable_route,
@@ -114,10 +114,10 @@ class Difference:
     """The changes to make, and what no change can bring about."""
 
     changes: tuple[Change, ...]
-    failures: tuple[Failure, ...]
+    failures: tuple[FailedChange, ...]
 
 
-def diff(plan: HostPlan, observed: Observed, memory: Memory, target: Target) -> tuple[Change, ...]:
+def diff(plan: HostPlan, observed: Observed, memory: Memory, target: DeviceTarget) -> tuple[Change, ...]:
     """The changes that bring a host from `observed` to `plan`, in the order in which they are to be made."""
     return difference(plan, observed, memory, target).changes
 
@@ -126,7 +126,7 @@ def difference(
     plan: HostPlan,
     observed: Observed,
     memory: Memory,
-    target: Target,
+    target: DeviceTarget,
     settled: HostPlan | None = None,
     *,
     reset: Collection[str] = (),
@@ -137,7 +137,7 @@ def difference(
     is not looked at, which changes nothing but the time that it takes. `reset` are public keys of peers that are
     removed and added, if they are there, whatever else is changed of them.
     """
-    failures: list[Failure] = []
+    failures: list[FailedChange] = []
     device, base = _device(observed, target)
     ipip = tuple(_ipip(plan, base, target))
     if ipip:
@@ -147,7 +147,7 @@ def difference(
         settled = None
     routes, stale = _routes(plan, base, target, failures, settled)
     failures.extend(
-        Failure(subject=str(destination), text=shadow(destination, subnet), destination=destination)
+        FailedChange(subject=str(destination), text=shadow(destination, subnet), destination=destination)
         for destination, subnet in shadows(plan, base).items()
     )
     led, led_no_more = policy.changes(plan, base, target.interface, target.protocol, settled)
@@ -275,7 +275,7 @@ def must_look(plan: HostPlan, settled: HostPlan | None, memory: Memory = _NOTHIN
     )
 
 
-def _device(observed: Observed, target: Target) -> tuple[list[Change], Observed]:
+def _device(observed: Observed, target: DeviceTarget) -> tuple[list[Change], Observed]:
     """The device itself, and what is there once it exists (a new device starts from nothing)."""
     kind = "wireguard" if target.backend == "kernel" else "tun"
     if observed.link is not None and observed.link.kind == kind:
@@ -289,7 +289,7 @@ def _device(observed: Observed, target: Target) -> tuple[list[Change], Observed]
     return changes, apply_changes(observed, changes, target.interface)
 
 
-def _addresses(plan: HostPlan, observed: Observed, target: Target) -> Iterator[Change]:
+def _addresses(plan: HostPlan, observed: Observed, target: DeviceTarget) -> Iterator[Change]:
     assert observed.link is not None
     if observed.link.mtu != target.mtu:
         yield SetMtu(target.interface, target.mtu)
@@ -298,7 +298,7 @@ def _addresses(plan: HostPlan, observed: Observed, target: Target) -> Iterator[C
             yield AddAddress(target.interface, address)
 
 
-def _table(wanted: Table | None, table: Table | None) -> Iterator[Change]:
+def _table(wanted: FirewallTable | None, table: FirewallTable | None) -> Iterator[Change]:
     if wanted is None or wanted == table:
         return
     moved = None if table is None else element_changes(table, wanted)
@@ -308,12 +308,12 @@ def _table(wanted: Table | None, table: Table | None) -> Iterator[Change]:
         yield from moved
 
 
-def _wanted_table(plan: HostPlan, observed: Observed, target: Target) -> Table | None:
+def _wanted_table(plan: HostPlan, observed: Observed, target: DeviceTarget) -> FirewallTable | None:
     check = {name for name in (*observed.strict, *observed.loosened) if name in observed.underlay}
     return table_for(plan, target.interface, strict=check, forwarding=observed.forwarding)
 
 
-def _ipip(plan: HostPlan, observed: Observed, target: Target) -> Iterator[Change]:
+def _ipip(plan: HostPlan, observed: Observed, target: DeviceTarget) -> Iterator[Change]:
     if not plan.ipip_remotes:
         return
     link = observed.ipip
@@ -333,7 +333,7 @@ def _wireguard(
     plan: HostPlan,
     observed: Observed,
     memory: Memory,
-    target: Target,
+    target: DeviceTarget,
     settled: HostPlan | None,
     reset: frozenset[str],
 ) -> Iterator[Change]:
@@ -380,7 +380,7 @@ def _marks(plan: HostPlan) -> bool:
     return plan.encryption is not None or (plan.exit_route is not None and not plan.exit_route.held)
 
 
-def _unmarked(plan: HostPlan, observed: Observed, target: Target) -> Iterator[Change]:
+def _unmarked(plan: HostPlan, observed: Observed, target: DeviceTarget) -> Iterator[Change]:
     """Removes the fwmark if it is ours and no rule asks for it any more. An operator's own stays."""
     held = plan.exit_route is not None and plan.exit_route.held
     if observed.mark == MARK and not held and not _marks(plan):
@@ -395,7 +395,7 @@ def _loosened(plan: HostPlan, observed: Observed, ipip: Collection[Change]) -> I
     yield from map(LoosenReversePath, encrypted.to_loosen(plan, strict))
 
 
-def _tightened(plan: HostPlan, observed: Observed, target: Target) -> Iterator[Change]:
+def _tightened(plan: HostPlan, observed: Observed, target: DeviceTarget) -> Iterator[Change]:
     for name in encrypted.to_tighten(plan, observed.loosened, {*observed.underlay, target.interface, target.ipip}):
         yield RestoreSysctl(reverse_path(name), observed.loosened[name])
 
@@ -415,7 +415,7 @@ def _peer(
     peer: ObservedPeer | None,
     observed: Observed,
     memory: Memory,
-    target: Target,
+    target: DeviceTarget,
     gained: Callable[[], frozenset[IPNetwork]],
 ) -> SetPeer | None:
     if peer is None:
@@ -443,7 +443,7 @@ def _peer(
     )
 
 
-def _new_peer(plan: PeerPlan, target: Target, *, reset: bool = False) -> SetPeer:
+def _new_peer(plan: PeerPlan, target: DeviceTarget, *, reset: bool = False) -> SetPeer:
     return SetPeer(
         name=target.interface,
         public_key=plan.public_key,
@@ -462,7 +462,7 @@ def _address(peer: PeerPlan) -> Endpoint | None:
     return None if peer.endpoint is None or peer.endpoint.address is None else peer.endpoint
 
 
-def _out_of_the_tunnel(plan: HostPlan, peer: ObservedPeer, wanted: Endpoint, target: Target) -> SetPeer | None:
+def _out_of_the_tunnel(plan: HostPlan, peer: ObservedPeer, wanted: Endpoint, target: DeviceTarget) -> SetPeer | None:
     """The planned endpoint in place of one that was learnt, if a route of the plan leads there into the tunnel: what
     WireGuard sends there would never leave the host, and the other end has no reason to send from elsewhere."""
     learnt = None if peer.endpoint is None else peer.endpoint.address
@@ -479,7 +479,7 @@ def _went_back(peer: ObservedPeer, observed: Observed, memory: Memory) -> Former
     return former if former.since + LATE_SECONDS <= observed.time <= former.until else None
 
 
-def _is_stuck(plan: PeerPlan, peer: ObservedPeer, observed: Observed, memory: Memory, target: Target) -> bool:
+def _is_stuck(plan: PeerPlan, peer: ObservedPeer, observed: Observed, memory: Memory, target: DeviceTarget) -> bool:
     """Whether the peer goes back to its former endpoint however often the new one is set: packets of its session come
     from there without a pause. Where both ends find that, one resets first: both at once would hinder each other."""
     if plan.observed or memory.endpoints.get(plan.public_key) != _address(plan):
@@ -516,7 +516,7 @@ def _endpoint(plan: PeerPlan, peer: ObservedPeer, observed: Observed, memory: Me
     return wanted
 
 
-def _up(plan: HostPlan, observed: Observed, target: Target) -> Iterator[Change]:
+def _up(plan: HostPlan, observed: Observed, target: DeviceTarget) -> Iterator[Change]:
     assert observed.link is not None
     for family in sorted(plan.forwarding - observed.forwarding):
         if family == 6:
@@ -528,12 +528,12 @@ def _up(plan: HostPlan, observed: Observed, target: Target) -> Iterator[Change]:
         yield SetUp(target.interface)
 
 
-def route_for(plan: RoutePlan, target: Target) -> Route:
+def route_for(plan: RoutePlan, target: DeviceTarget) -> Route:
     """The route of the main table that a plan's route asks for."""
     return route_of(plan, target.interface, target.protocol)
 
 
-def fulfils(route: Route, wanted: Route, target: Target) -> bool:
+def fulfils(route: Route, wanted: Route, target: DeviceTarget) -> bool:
     """Whether a route found is the one wanted. Which device leads to a gateway on the underlay is the kernel's."""
     if (route.gateway, route.source, route.protocol) != (wanted.gateway, wanted.source, target.protocol):
         return False
@@ -543,7 +543,7 @@ def fulfils(route: Route, wanted: Route, target: Target) -> bool:
 
 
 def _routes(
-    plan: HostPlan, observed: Observed, target: Target, failures: list[Failure], settled: HostPlan | None
+    plan: HostPlan, observed: Observed, target: DeviceTarget, failures: list[FailedChange], settled: HostPlan | None
 ) -> tuple[list[Change], list[Change]]:
     made: list[Change] = []
     stale: list[Change] = [DeleteRoute(route) for route in observed.duplicate_routes]
@@ -555,10 +555,12 @@ def _routes(
         found_routes = {destination: found_routes[destination] for destination in news if destination in found_routes}
     for destination, planned in wanted_routes.items():
         if (text := _impossible(planned)) is not None:
-            failures.append(Failure(subject=str(destination), text=text, destination=destination))
+            failures.append(FailedChange(subject=str(destination), text=text, destination=destination))
             continue
         if destination in observed.foreign:
-            failures.append(Failure(subject=str(destination), text=collision(destination), destination=destination))
+            failures.append(
+                FailedChange(subject=str(destination), text=collision(destination), destination=destination)
+            )
             continue
         kept.add(destination)
         wanted = route_for(planned, target)
@@ -606,14 +608,14 @@ def shadows(plan: HostPlan, observed: Observed) -> dict[IPNetwork, IPNetwork]:
 
 
 def _forward_rules(
-    plan: HostPlan, observed: Observed, target: Target, failures: list[Failure]
+    plan: HostPlan, observed: Observed, target: DeviceTarget, failures: list[FailedChange]
 ) -> tuple[list[Change], list[Change]]:
     wanted = rules_for(plan, target.interface, target.ipip, observed.forward_chains) if target.forward_rules else ()
     if target.forward_rules:
         for version in sorted(plan.forwarding - observed.forward_chains.keys()):
             program = "iptables" if version == 4 else "ip6tables"
             text = f"--forward-rules needs the program {program}, which is not installed or does not work: install it"
-            failures.append(Failure(subject="--forward-rules", text=text, aside=True))
+            failures.append(FailedChange(subject="--forward-rules", text=text, aside=True))
     made: list[Change] = [AddForward(rule) for rule in wanted if rule not in observed.forward_rules]
     stale: list[Change] = [DeleteForward(rule) for rule in observed.forward_rules.difference(wanted)]
     openings = (
@@ -646,7 +648,7 @@ def _impossible(route: RoutePlan) -> str | None:
     return None
 
 
-def _removals(plan: HostPlan, observed: Observed, target: Target) -> Iterator[Change]:
+def _removals(plan: HostPlan, observed: Observed, target: DeviceTarget) -> Iterator[Change]:
     for public_key in observed.peers:
         if public_key not in plan.peers:
             yield RemovePeer(target.interface, public_key)

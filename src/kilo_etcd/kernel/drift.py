@@ -25,9 +25,9 @@ from kilo_etcd.kernel.state import (
     ROUTE_PROTOCOL,
     UNREACHABLE_METRIC,
     AddressScope,
+    DeviceTarget,
     Link,
     Observed,
-    Target,
     is_ours,
 )
 from kilo_etcd.model import IPAddress, IPInterface, IPNetwork
@@ -106,7 +106,7 @@ class DriftWatch:
     def __init__(
         self,
         observed: Observed,
-        target: Target,
+        target: DeviceTarget,
         *,
         links: Iterable[Link],
         ways: Container[int],

@@ -1,7 +1,7 @@
 """What can go wrong between us and the kernel, as sentences that say what to do.
 
 `KernelError` is for what makes every plan impossible (no permission, no WireGuard, the interface's name taken);
-what harms one route or one peer becomes a `Failure` in the report and the rest goes on.
+what harms one route or one peer becomes a `FailedChange` in the report and the rest goes on.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kilo_etcd.kernel.state import (
     Change,
     CreateLink,
     DeleteRoute,
-    Failure,
+    FailedChange,
     FilterChange,
     KeepAdvertisements,
     LoosenReversePath,
@@ -64,7 +64,7 @@ _NO_NFTABLES = frozenset({errno.ENOENT, errno.EOPNOTSUPP, errno.EPROTONOSUPPORT,
 """What a kernel says to a table of ours if it lacks nftables, a family, or an expression."""
 
 
-def failure(change: Change, error: OSError) -> Failure:
+def failure(change: Change, error: OSError) -> FailedChange:
     """Why `change` could not be made, with the step that helps where one is known."""
     destination = change.route.destination if isinstance(change, AddRoute | ReplaceRoute | DeleteRoute) else None
     aside = isinstance(change, FilterChange | LoosenReversePath)
@@ -75,7 +75,7 @@ def failure(change: Change, error: OSError) -> Failure:
     ):
         # What an exit node or `encrypted` needs is nobody's way into the mesh.
         destination, aside = None, True
-    return Failure(subject=str(change), text=_sentence(change, error), destination=destination, aside=aside)
+    return FailedChange(subject=str(change), text=_sentence(change, error), destination=destination, aside=aside)
 
 
 def cannot_ping(error: OSError) -> str:

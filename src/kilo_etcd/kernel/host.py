@@ -27,7 +27,7 @@ from kilo_etcd.kernel.handshake_clock import HandshakeClock
 from kilo_etcd.kernel.netlink import sockets
 from kilo_etcd.kernel.netlink.codec import FormatError
 from kilo_etcd.kernel.netlink.formats import core
-from kilo_etcd.kernel.netlink.sockets import Message
+from kilo_etcd.kernel.netlink.sockets import NetlinkMessage
 from kilo_etcd.kernel.read import rtnl as replies
 from kilo_etcd.kernel.read.rtnl import FoundLink
 from kilo_etcd.kernel.read.wireguard import DeviceState
@@ -53,7 +53,7 @@ from kilo_etcd.kernel.state import (
     DeleteAddress,
     DeleteLink,
     DeleteRoute,
-    Failure,
+    FailedChange,
     HostAddress,
     HostAddresses,
     KeepAdvertisements,
@@ -497,10 +497,10 @@ class Host:
         self.egress.add(index)
         return min(mtu, link.mtu) if mtu else link.mtu
 
-    def make(self, changes: Sequence[Change]) -> tuple[list[Change], list[tuple[Change, Failure]]]:
+    def make(self, changes: Sequence[Change]) -> tuple[list[Change], list[tuple[Change, FailedChange]]]:
         """Make changes in their order. What was made, and what was not and why."""
         made: list[Change] = []
-        failed: list[tuple[Change, Failure]] = []
+        failed: list[tuple[Change, FailedChange]] = []
         missing: set[str] = set()
         """Devices that could not be made: what needs them is left out, since its failure says nothing new."""
         for kind, run in itertools.groupby(changes, _group):
@@ -537,21 +537,21 @@ class Host:
     def _make_batch(self, group: list[Change]) -> Iterator[tuple[Change, OSError | None]]:
         changes: list[_Batched] = [c for c in group if isinstance(c, _Batched)]
         sent = [(change, self._packed(change)) for change in changes]
-        batch = [message for _, message in sent if isinstance(message, Message)]
+        batch = [message for _, message in sent if isinstance(message, NetlinkMessage)]
         self._writes += len(batch)
         answers = iter(self._route.send(batch))
         for change, message in sent:
-            error = next(answers) if isinstance(message, Message) else message
+            error = next(answers) if isinstance(message, NetlinkMessage) else message
             yield change, None if error and error.errno in _ALREADY.get(type(change), ()) else error
 
-    def _packed(self, change: _Batched) -> Message | OSError:
+    def _packed(self, change: _Batched) -> NetlinkMessage | OSError:
         """An error concerns this change alone."""
         try:
             return self._message(change) or NetlinkError(errno.ENODEV)
         except FormatError as error:
             return error
 
-    def _message(self, change: _Batched) -> Message | None:
+    def _message(self, change: _Batched) -> NetlinkMessage | None:
         """None: the device that the change names is not there."""
         if isinstance(change, AddAddress | DeleteAddress):
             index = self._index(change.name)
@@ -620,7 +620,7 @@ class Host:
         if process is not None:
             self.userspace.wait_gone(name, process)
 
-    def _send(self, message: Message) -> None:
+    def _send(self, message: NetlinkMessage) -> None:
         self._writes += 1
         (error,) = self._route.send([message])
         if error is not None:

@@ -53,7 +53,8 @@ from kilo_etcd.kernel.state import (
     CreateLink,
     DeleteAddress,
     DeleteLink,
-    Failure,
+    DeviceTarget,
+    FailedChange,
     HostAddresses,
     Link,
     Memory,
@@ -63,7 +64,6 @@ from kilo_etcd.kernel.state import (
     SetPeer,
     Setup,
     StartUserspace,
-    Target,
 )
 from kilo_etcd.kernel.userspace import public_key_of
 from kilo_etcd.kernel.write.wireguard import raw
@@ -281,7 +281,7 @@ class LinuxKernel:
         first: bool = False,
         size: int = 0,
     ) -> Mapping[IPAddress, float]:
-        failed: Sequence[tuple[Change, Failure]] = ()
+        failed: Sequence[tuple[Change, FailedChange]] = ()
         try:
             try:
                 return await echo.ping(
@@ -525,7 +525,7 @@ class LinuxKernel:
             failures=(*todo.failures, *(failure for _, failure in failed)),
         )
 
-    def _make(self, changes: Sequence[Change]) -> tuple[list[Change], list[tuple[Change, Failure]]]:
+    def _make(self, changes: Sequence[Change]) -> tuple[list[Change], list[tuple[Change, FailedChange]]]:
         # Nothing is believed of the host until all is made: an error in between leaves a state that nobody knows.
         self._observed = self._allocated = None
         return self._host.make(changes)
@@ -535,9 +535,9 @@ class LinuxKernel:
         plan: HostPlan,
         observed: Observed,
         made: list[Change],
-        failed: list[tuple[Change, Failure]],
+        failed: list[tuple[Change, FailedChange]],
         todo: Difference,
-        target: Target,
+        target: DeviceTarget,
     ) -> None:
         """Keep what is now believed of the host."""
         observed = apply_changes(observed, made, target.interface) if made else observed
@@ -576,8 +576,8 @@ class LinuxKernel:
             raise KernelError(failed[0][1].text)
         return made
 
-    def _target(self, plan: HostPlan) -> Target:
-        return Target(
+    def _target(self, plan: HostPlan) -> DeviceTarget:
+        return DeviceTarget(
             interface=self._setup.interface,
             public_key=self._public_key,
             private_key=self._setup.private_key,

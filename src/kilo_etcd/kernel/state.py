@@ -16,7 +16,7 @@ from attrs import evolve, field, frozen
 
 from kilo_etcd.kernel.firewall.forward import AddForward, DeleteForward, ForwardRule
 from kilo_etcd.kernel.firewall.openings import AddOpening, DeleteOpening, Opening, Place
-from kilo_etcd.kernel.firewall.table import AddElements, DeleteElements, DeleteTable, ReplaceTable, Table
+from kilo_etcd.kernel.firewall.table import AddElements, DeleteElements, DeleteTable, FirewallTable, ReplaceTable
 from kilo_etcd.kernel.netlink.formats import RT_TABLE_MAIN, rtnl
 from kilo_etcd.kernel.routing.rules import AddRule, DeleteRule, RoutingRule
 from kilo_etcd.model import DEFAULT_INTERFACE, Endpoint, IPAddress, IPInterface, IPNetwork
@@ -210,7 +210,7 @@ class Observed:
     which that of `all` counts."""
     loosened: Mapping[str, str] = field(factory=dict)
     """Devices that were made loose by us, and are -> the former value."""
-    table: Table | None = None
+    table: FirewallTable | None = None
     """The nftables table of our name."""
     forward_rules: frozenset[ForwardRule] = frozenset()
     forward_chains: Mapping[int, str] = field(factory=dict)
@@ -282,7 +282,7 @@ class PeerActivity:
 
 
 @frozen(kw_only=True)
-class Target:
+class DeviceTarget:
     """What a plan leaves open: names, key, MTU."""
 
     interface: str = DEFAULT_INTERFACE
@@ -550,7 +550,7 @@ Change: TypeAlias = LinkChange | AddressChange | WireGuardChange | RouteChange |
 
 
 @frozen(kw_only=True)
-class Failure:
+class FailedChange:
     """Something that could not be brought about, in one sentence that says what to do."""
 
     subject: str
@@ -570,7 +570,7 @@ class ApplyReport:
     """What was changed, and what could not be."""
 
     changes: tuple[Change, ...] = ()
-    failures: tuple[Failure, ...] = ()
+    failures: tuple[FailedChange, ...] = ()
 
 
 class AddressScope(StrEnum):

@@ -27,7 +27,7 @@ MOST_NAMED = 8
 
 
 @frozen(cache_hash=True)
-class Target:
+class MemberAddress:
     """A member of the location, and where it is asked: at an internal IP, or at a mesh address if it is reached through
     the tunnel."""
 
@@ -39,7 +39,7 @@ class Target:
 class Silent:
     """A target that does not answer."""
 
-    target: Target
+    target: MemberAddress
     withheld: bool
     """It has never answered, so nothing is sent to it; else it did once, and its routes stay."""
     tunneled: bool = False
@@ -48,7 +48,7 @@ class Silent:
     """It is to be reported: it was tried often enough, and its agent lives."""
 
 
-def targets(topology: Topology, name: str) -> dict[Target, Node]:
+def targets(topology: Topology, name: str) -> dict[MemberAddress, Node]:
     """Where node `name` reaches the members of its location. UnknownNode.
 
     In a `full` mesh that is nowhere: each node is a segment of its own.
@@ -57,16 +57,18 @@ def targets(topology: Topology, name: str) -> dict[Target, Node]:
     return {target: node for node in local_members(topology, name) for target in targets_of(own, node, families)}
 
 
-def targets_of(own: Node, node: Node, families: Collection[int]) -> tuple[Target, ...]:
+def targets_of(own: Node, node: Node, families: Collection[int]) -> tuple[MemberAddress, ...]:
     """Where `own` reaches one member of its location, for packets of these families."""
     if tunneled(own, node):
         here = {address.version for address in own.mesh_addresses}
         return tuple(
-            Target(node.name, mesh_address) for mesh_address in node.mesh_addresses if mesh_address.version in here
+            MemberAddress(node.name, mesh_address)
+            for mesh_address in node.mesh_addresses
+            if mesh_address.version in here
         )
     ways = (next_hop(own, node, version) for version in sorted(families))
     gateways = (way.gateway for way in ways if way is not None and way.gateway is not None)
-    return tuple(Target(node.name, gateway) for gateway in dict.fromkeys(gateways))
+    return tuple(MemberAddress(node.name, gateway) for gateway in dict.fromkeys(gateways))
 
 
 def local_members(topology: Topology, name: str) -> list[Node]:
@@ -97,7 +99,7 @@ def withhold(plan: HostPlan, topology: Topology, silent: Collection[Silent]) -> 
     remotes = plan.ipip_remotes - silent_addresses
     exit_route = plan.exit_route
     if exit_route is not None and any(
-        Target(leader, route.gateway) in withheld for route in exit_route.by if route.gateway
+        MemberAddress(leader, route.gateway) in withheld for route in exit_route.by if route.gateway
     ):
         exit_route = evolve(exit_route, by=())
     return evolve(
@@ -132,7 +134,7 @@ def _refused_returns(topology: Topology, leader: str, silent_addresses: Collecti
 
 
 def _rerouted(
-    plan: HostPlan, topology: Topology, leader: str, withheld: Collection[Target]
+    plan: HostPlan, topology: Topology, leader: str, withheld: Collection[MemberAddress]
 ) -> tuple[dict[IPNetwork, RoutePlan], dict[IPNetwork, str]]:
     """(the routes that are left, what is refused and why)."""
     direct: dict[IPNetwork, str] = {}
@@ -148,7 +150,7 @@ def _rerouted(
         if route.gateway is None:
             target = tunneled.get(node_there)
         else:
-            target = Target(node_there, route.gateway)
+            target = MemberAddress(node_there, route.gateway)
         if target is not None and target.address in addresses and target in withheld:
             lost[network] = target
         else:

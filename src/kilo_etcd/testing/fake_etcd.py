@@ -29,6 +29,7 @@ from kilo_etcd.etcd.api import (
     Client,
     Compacted,
     Compare,
+    CompareTarget,
     Delete,
     DeleteResult,
     EtcdError,
@@ -46,7 +47,6 @@ from kilo_etcd.etcd.api import (
     PutResult,
     RangeResult,
     Status,
-    Target,
     Text,
     TxnResult,
     Unavailable,
@@ -370,17 +370,17 @@ class FakeEtcd:
 
     def _holds(self, compare: Compare) -> bool:
         kv = self.data.get(_raw(compare.key))
-        if compare.target is Target.VALUE:
+        if compare.target is CompareTarget.VALUE:
             if kv is None:
                 return False
             return _relation(kv.value, compare.value, compare.result)
         actual = 0
         if kv is not None:
             actual = {
-                Target.VERSION: kv.version,
-                Target.CREATE: kv.create_revision,
-                Target.MOD: kv.mod_revision,
-                Target.LEASE: kv.lease,
+                CompareTarget.VERSION: kv.version,
+                CompareTarget.CREATE: kv.create_revision,
+                CompareTarget.MOD: kv.mod_revision,
+                CompareTarget.LEASE: kv.lease,
             }[compare.target]
         return _relation(actual, compare.value, compare.result)
 

@@ -37,7 +37,8 @@ from kilo_etcd.kernel.state import (
     Change,
     DeleteLink,
     DeleteRoute,
-    Failure,
+    DeviceTarget,
+    FailedChange,
     HostAddresses,
     Memory,
     Observed,
@@ -49,7 +50,6 @@ from kilo_etcd.kernel.state import (
     SetDevice,
     SetPeer,
     Setup,
-    Target,
     ipip_name,
     reverse_path,
     unreachable_route,
@@ -325,9 +325,9 @@ class FakeKernel:
     def _now(self) -> Observed:
         return evolve(self.host.observed, time=self.host.clock())
 
-    def _target(self, plan: HostPlan) -> Target:
+    def _target(self, plan: HostPlan) -> DeviceTarget:
         overhead = 100 if plan.ipip_remotes else 80
-        return Target(
+        return DeviceTarget(
             interface=self._setup.interface,
             public_key=self._public_key,
             private_key=self._setup.private_key,
@@ -347,9 +347,9 @@ async def open_fake_kernel(host: FakeHost, setup: Setup, *, delay: float = 0.0) 
         host.unwatch(kernel)
 
 
-def _failure(change: Change, why: str) -> Failure:
+def _failure(change: Change, why: str) -> FailedChange:
     destination = change.route.destination if isinstance(change, AddRoute | ReplaceRoute | DeleteRoute) else None
     aside = isinstance(change, ReplaceTable | DeleteTable | AddForward | DeleteForward | AddOpening | DeleteOpening)
     if isinstance(change, AddRoute | DeleteRoute) and change.route.unreachable:
         destination, aside = None, True
-    return Failure(subject=str(change), text=why, destination=destination, aside=aside)
+    return FailedChange(subject=str(change), text=why, destination=destination, aside=aside)

@@ -6,8 +6,8 @@ import struct
 
 from handmade.attributes import APPEND, CREATE, attribute, nested, text
 from kilo_etcd.kernel.firewall.openings import Opening
-from kilo_etcd.kernel.firewall.table import AddElements, AddressSet, DeleteElements, Expression, Table
-from kilo_etcd.kernel.netlink.sockets import Message
+from kilo_etcd.kernel.firewall.table import AddElements, AddressSet, DeleteElements, Expression, FirewallTable
+from kilo_etcd.kernel.netlink.sockets import NetlinkMessage
 
 _SUBSYSTEM, _INET = 10, 1
 _GETCHAIN, _GETRULE, _DELRULE, _GETSETELEM = 4, 7, 8, 13
@@ -52,23 +52,23 @@ def be32(value: int) -> bytes:
     return struct.pack("!i", value)
 
 
-def _message(kind: int, *body: bytes, flags: int = 0, family: int = _INET) -> Message:
-    return Message(_SUBSYSTEM << 8 | kind, flags, struct.pack("=BBH", family, 0, 0) + b"".join(body))
+def _message(kind: int, *body: bytes, flags: int = 0, family: int = _INET) -> NetlinkMessage:
+    return NetlinkMessage(_SUBSYSTEM << 8 | kind, flags, struct.pack("=BBH", family, 0, 0) + b"".join(body))
 
 
-def get_all_chains() -> Message:
+def get_all_chains() -> NetlinkMessage:
     return _message(_GETCHAIN, family=0)
 
 
-def get_rules_of(table: str, chain: str, family: int) -> Message:
+def get_rules_of(table: str, chain: str, family: int) -> NetlinkMessage:
     return _message(_GETRULE, text(1, table), text(2, chain), family=family)
 
 
-def get_elements(table: str, name: str, family: int) -> Message:
+def get_elements(table: str, name: str, family: int) -> NetlinkMessage:
     return _message(_GETSETELEM, text(1, table), text(2, name), family=family)
 
 
-def insert_rule(opening: Opening, expressions: tuple[Expression, ...]) -> Message:
+def insert_rule(opening: Opening, expressions: tuple[Expression, ...]) -> NetlinkMessage:
     comment = opening.comment.encode() + b"\0"
     return _message(
         _NEWRULE, text(1, opening.table), text(2, opening.chain), attribute(7, bytes([0, len(comment)]) + comment),
@@ -76,13 +76,13 @@ def insert_rule(opening: Opening, expressions: tuple[Expression, ...]) -> Messag
     )  # fmt: skip
 
 
-def delete_rule(opening: Opening) -> Message:
+def delete_rule(opening: Opening) -> NetlinkMessage:
     handle = attribute(3, struct.pack("!Q", opening.handle))
     family = _FAMILIES[opening.family]
     return _message(_DELRULE, text(1, opening.table), text(2, opening.chain), handle, family=family)
 
 
-def pack_table(table: Table) -> list[Message]:
+def pack_table(table: FirewallTable) -> list[NetlinkMessage]:
     """The messages that put a table in the place of what there is of that name."""
     create = CREATE
     name = text(1, table.name)
@@ -115,19 +115,19 @@ def pack_table(table: Table) -> list[Message]:
     return messages
 
 
-def change_elements(change: AddElements | DeleteElements) -> list[Message]:
+def change_elements(change: AddElements | DeleteElements) -> list[NetlinkMessage]:
     kind, flags = (_NEWSETELEM, CREATE) if isinstance(change, AddElements) else (_DELSETELEM, 0)
     return _pack_elements(kind, change.table, change.set, flags)
 
 
-def _pack_elements(kind: int, table: str, address_set: AddressSet, flags: int) -> list[Message]:
+def _pack_elements(kind: int, table: str, address_set: AddressSet, flags: int) -> list[NetlinkMessage]:
     addresses = sorted(address_set.addresses, key=int)
     parts = [addresses[start : start + _ELEMENTS] for start in range(0, len(addresses), _ELEMENTS)]
     packed = [nested(3, *(nested(1, nested(1, attribute(1, a.packed))) for a in part)) for part in parts]
     return [_message(kind, text(1, table), text(2, address_set.name), part, flags=flags) for part in packed]
 
 
-def pack_deletion(name: str) -> list[Message]:
+def pack_deletion(name: str) -> list[NetlinkMessage]:
     """The messages that remove a table, whether it is there or not."""
     return [_message(_NEWTABLE, text(1, name), flags=CREATE), _message(_DELTABLE, text(1, name))]
 

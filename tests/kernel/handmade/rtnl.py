@@ -6,7 +6,7 @@ import socket
 import struct
 
 from handmade.attributes import CREATE, EXCLUSIVE, REPLACE, attribute, nested, text, u8, u32
-from kilo_etcd.kernel.netlink.sockets import Message
+from kilo_etcd.kernel.netlink.sockets import NetlinkMessage
 from kilo_etcd.kernel.routing.rules import RoutingRule
 from kilo_etcd.kernel.state import MAIN_TABLE, Route
 from kilo_etcd.model import IPAddress, IPInterface
@@ -47,12 +47,12 @@ def _family(version: int) -> int:
     return socket.AF_INET if version == 4 else socket.AF_INET6
 
 
-def get_link(name: str) -> Message:
-    return Message(GETLINK, 0, _IFINFO.pack(0, 0, 0, 0, 0) + text(_IFLA_IFNAME, name))
+def get_link(name: str) -> NetlinkMessage:
+    return NetlinkMessage(GETLINK, 0, _IFINFO.pack(0, 0, 0, 0, 0) + text(_IFLA_IFNAME, name))
 
 
-def get_neighbours(version: int) -> Message:
-    return Message(GETNEIGH, 0, _NDMSG.pack(_family(version), 0, 0, 0, 0, 0))
+def get_neighbours(version: int) -> NetlinkMessage:
+    return NetlinkMessage(GETNEIGH, 0, _NDMSG.pack(_family(version), 0, 0, 0, 0, 0))
 
 
 def neighbour(address: IPAddress, state: int, link_address: bytes | None) -> bytes:
@@ -61,11 +61,11 @@ def neighbour(address: IPAddress, state: int, link_address: bytes | None) -> byt
     return _NDMSG.pack(_family(address.version), 0, 7, state, 0, 0) + attribute(_NDA_DST, address.packed) + found
 
 
-def get_links() -> Message:
-    return Message(GETLINK, 0, _IFINFO.pack(0, 0, 0, 0, 0))
+def get_links() -> NetlinkMessage:
+    return NetlinkMessage(GETLINK, 0, _IFINFO.pack(0, 0, 0, 0, 0))
 
 
-def create_link(name: str, kind: str, local: IPAddress | None = None) -> Message:
+def create_link(name: str, kind: str, local: IPAddress | None = None) -> NetlinkMessage:
     info = [text(_INFO_KIND, kind)]
     if kind == "ipip":
         data = [u8(_IPTUN_TTL, 64), u8(_IPTUN_PMTUDISC, 1)]
@@ -73,32 +73,32 @@ def create_link(name: str, kind: str, local: IPAddress | None = None) -> Message
             data.append(attribute(_IPTUN_LOCAL, local.packed))
         info.append(nested(_INFO_DATA, *data))
     body = _IFINFO.pack(0, 0, 0, 0, 0) + text(_IFLA_IFNAME, name) + nested(_IFLA_LINKINFO, *info)
-    return Message(NEWLINK, CREATE | EXCLUSIVE, body)
+    return NetlinkMessage(NEWLINK, CREATE | EXCLUSIVE, body)
 
 
-def delete_link(index: int) -> Message:
-    return Message(DELLINK, 0, _IFINFO.pack(0, 0, index, 0, 0))
+def delete_link(index: int) -> NetlinkMessage:
+    return NetlinkMessage(DELLINK, 0, _IFINFO.pack(0, 0, index, 0, 0))
 
 
-def set_mtu(index: int, mtu: int) -> Message:
-    return Message(SETLINK, 0, _IFINFO.pack(0, 0, index, 0, 0) + u32(_IFLA_MTU, mtu))
+def set_mtu(index: int, mtu: int) -> NetlinkMessage:
+    return NetlinkMessage(SETLINK, 0, _IFINFO.pack(0, 0, index, 0, 0) + u32(_IFLA_MTU, mtu))
 
 
-def set_up(index: int) -> Message:
-    return Message(SETLINK, 0, _IFINFO.pack(0, 0, index, UP, UP))
+def set_up(index: int) -> NetlinkMessage:
+    return NetlinkMessage(SETLINK, 0, _IFINFO.pack(0, 0, index, UP, UP))
 
 
-def get_addresses(index: int = 0) -> Message:
+def get_addresses(index: int = 0) -> NetlinkMessage:
     """Of one device (kernels without strict checking answer for all of them), or of all."""
-    return Message(GETADDR, 0, _IFADDR.pack(0, 0, 0, 0, index))
+    return NetlinkMessage(GETADDR, 0, _IFADDR.pack(0, 0, 0, 0, index))
 
 
-def add_address(index: int, address: IPInterface) -> Message:
-    return Message(NEWADDR, CREATE | EXCLUSIVE, _address(index, address))
+def add_address(index: int, address: IPInterface) -> NetlinkMessage:
+    return NetlinkMessage(NEWADDR, CREATE | EXCLUSIVE, _address(index, address))
 
 
-def delete_address(index: int, address: IPInterface) -> Message:
-    return Message(DELADDR, 0, _address(index, address))
+def delete_address(index: int, address: IPInterface) -> NetlinkMessage:
+    return NetlinkMessage(DELADDR, 0, _address(index, address))
 
 
 def _address(index: int, address: IPInterface) -> bytes:
@@ -113,10 +113,10 @@ def _address(index: int, address: IPInterface) -> bytes:
     )
 
 
-def get_routes(version: int, table: int = MAIN_TABLE) -> Message:
+def get_routes(version: int, table: int = MAIN_TABLE) -> NetlinkMessage:
     """Of one table. Kernels without strict checking answer with all tables."""
     low, more = _table(table)
-    return Message(GETROUTE, 0, _RTMSG.pack(_family(version), 0, 0, 0, low, 0, 0, 0, 0) + more)
+    return NetlinkMessage(GETROUTE, 0, _RTMSG.pack(_family(version), 0, 0, 0, low, 0, 0, 0, 0) + more)
 
 
 def _table(table: int) -> tuple[int, bytes]:
@@ -124,33 +124,33 @@ def _table(table: int) -> tuple[int, bytes]:
     return (table, b"") if table < 256 else (0, u32(_RTA_TABLE, table))
 
 
-def get_route_to(address: IPAddress, mark: int = 0) -> Message:
+def get_route_to(address: IPAddress, mark: int = 0) -> NetlinkMessage:
     """Asks which way a packet to `address`, marked with `mark`, would take."""
     header = _RTMSG.pack(_family(address.version), address.max_prefixlen, 0, 0, 0, 0, 0, 0, 0)
     marked = u32(_RTA_MARK, mark) if mark else b""
-    return Message(GETROUTE, 0, header + attribute(_RTA_DST, address.packed) + marked)
+    return NetlinkMessage(GETROUTE, 0, header + attribute(_RTA_DST, address.packed) + marked)
 
 
-def get_route_between(source: IPAddress | None, address: IPAddress) -> Message:
+def get_route_between(source: IPAddress | None, address: IPAddress) -> NetlinkMessage:
     """Asks which route a packet from `source` to `address` would take, and in which table it is."""
     bits = address.max_prefixlen
     flags = _RTM_F_LOOKUP_TABLE if address.version == 4 else 0
     header = _RTMSG.pack(_family(address.version), bits, bits if source else 0, 0, 0, 0, 0, 0, flags)
     sent = attribute(_RTA_SRC, source.packed) if source else b""
-    return Message(GETROUTE, 0, header + attribute(_RTA_DST, address.packed) + sent)
+    return NetlinkMessage(GETROUTE, 0, header + attribute(_RTA_DST, address.packed) + sent)
 
 
-def add_route(route: Route, index: int) -> Message:
+def add_route(route: Route, index: int) -> NetlinkMessage:
     """Fails with EEXIST rather than touch a route that another program has set."""
-    return Message(NEWROUTE, CREATE | EXCLUSIVE, _route(route, index))
+    return NetlinkMessage(NEWROUTE, CREATE | EXCLUSIVE, _route(route, index))
 
 
-def replace_route(route: Route, index: int) -> Message:
-    return Message(NEWROUTE, CREATE | REPLACE, _route(route, index))
+def replace_route(route: Route, index: int) -> NetlinkMessage:
+    return NetlinkMessage(NEWROUTE, CREATE | REPLACE, _route(route, index))
 
 
-def delete_route(route: Route, index: int) -> Message:
-    return Message(DELROUTE, 0, _route(route, index, delete=True))
+def delete_route(route: Route, index: int) -> NetlinkMessage:
+    return NetlinkMessage(DELROUTE, 0, _route(route, index, delete=True))
 
 
 def _route(route: Route, index: int, *, delete: bool = False) -> bytes:
@@ -185,16 +185,16 @@ def _route(route: Route, index: int, *, delete: bool = False) -> bytes:
     return b"".join(parts)
 
 
-def get_rules(version: int) -> Message:
-    return Message(GETRULE, 0, _RTMSG.pack(_family(version), 0, 0, 0, 0, 0, 0, 0, 0))
+def get_rules(version: int) -> NetlinkMessage:
+    return NetlinkMessage(GETRULE, 0, _RTMSG.pack(_family(version), 0, 0, 0, 0, 0, 0, 0, 0))
 
 
-def add_rule(rule: RoutingRule, protocol: int) -> Message:
-    return Message(NEWRULE, CREATE | EXCLUSIVE, _rule(rule, protocol))
+def add_rule(rule: RoutingRule, protocol: int) -> NetlinkMessage:
+    return NetlinkMessage(NEWRULE, CREATE | EXCLUSIVE, _rule(rule, protocol))
 
 
-def delete_rule(rule: RoutingRule, protocol: int) -> Message:
-    return Message(DELRULE, 0, _rule(rule, protocol))
+def delete_rule(rule: RoutingRule, protocol: int) -> NetlinkMessage:
+    return NetlinkMessage(DELRULE, 0, _rule(rule, protocol))
 
 
 def _rule(rule: RoutingRule, protocol: int) -> bytes:

@@ -8,7 +8,7 @@ import struct
 from collections.abc import Iterator, Sequence
 
 from handmade.attributes import NESTED, attribute, nested, text, u32
-from kilo_etcd.kernel.netlink.sockets import Message
+from kilo_etcd.kernel.netlink.sockets import NetlinkMessage
 from kilo_etcd.kernel.state import RemovePeer, SetDevice, SetPeer, WireGuardChange
 from kilo_etcd.kernel.write.wireguard import raw
 from kilo_etcd.model import Endpoint, IPNetwork
@@ -35,9 +35,9 @@ _ROOM = 30_000
 """Bytes of peers per message: attributes end at 64 KiB, and half of it keeps clear of socket buffers."""
 
 
-def encode(family: int, name: str, changes: Sequence[WireGuardChange]) -> list[Message]:
+def encode(family: int, name: str, changes: Sequence[WireGuardChange]) -> list[NetlinkMessage]:
     """The messages that make `changes` to the device `name`: one, if they fit."""
-    sent: list[Message] = []
+    sent: list[NetlinkMessage] = []
     device: list[bytes] = []
     peers: list[bytes] = []
     room = _ROOM
@@ -46,7 +46,7 @@ def encode(family: int, name: str, changes: Sequence[WireGuardChange]) -> list[M
         nonlocal room
         if device or peers:
             body = _GENERIC_HEADER[_SET] + text(_NAME, name) + b"".join(device)
-            sent.append(Message(family, 0, body + (nested(_PEERS | NESTED, *peers) if peers else b"")))
+            sent.append(NetlinkMessage(family, 0, body + (nested(_PEERS | NESTED, *peers) if peers else b"")))
         device.clear()
         peers.clear()
         room = _ROOM

@@ -12,7 +12,7 @@ from attrs import evolve, frozen
 from kilo_etcd.base.quoting import first_of
 from kilo_etcd.model import CandidateClass, InternalIPs, IPAddress, IPNetwork, Node, Snapshot
 from kilo_etcd.model.hostplan import HostPlan, Via
-from kilo_etcd.store import Role as RoleKind
+from kilo_etcd.store import Role
 from kilo_etcd.topology import Topology
 
 SETTLE_SECONDS = 2.0
@@ -24,36 +24,36 @@ after `SETTLE_SECONDS`, and leadership goes from one to the other, not by way of
 
 
 @frozen(kw_only=True)
-class Role:
+class SegmentRole:
     """What a host is in its segment: `leader` or `member` of a location, or `alone` in a segment of one."""
 
-    kind: RoleKind
+    kind: Role
     location: str
     leader: str
 
     def __str__(self) -> str:
         where = f"location {self.location}" if self.location else "the default location"
-        if self.kind is RoleKind.LEADER:
+        if self.kind is Role.LEADER:
             return f"leader of {where}"
-        if self.kind is RoleKind.MEMBER:
+        if self.kind is Role.MEMBER:
             return f"member of {where}, led by {self.leader}"
         return f"alone in {where}"
 
 
-def role_of(topology: Topology, name: str) -> Role:
+def role_of(topology: Topology, name: str) -> SegmentRole:
     """The role of node `name`; it must be in the topology."""
     segment = topology.segment_of(name)
     if len(segment.members) == 1:
-        kind = RoleKind.ALONE
+        kind = Role.ALONE
     else:
-        kind = RoleKind.LEADER if segment.leader.name == name else RoleKind.MEMBER
-    return Role(kind=kind, location=segment.location, leader=segment.leader.name)
+        kind = Role.LEADER if segment.leader.name == name else Role.MEMBER
+    return SegmentRole(kind=kind, location=segment.location, leader=segment.leader.name)
 
 
-def is_standby(role: Role, plan: HostPlan) -> bool:
+def is_standby(role: SegmentRole, plan: HostPlan) -> bool:
     """Whether a host's own packets leave by none of its tunnels, which are kept for the day when it leads: a member's,
     unless it reaches its location through the tunnel too (`--encapsulate wireguard`)."""
-    return role.kind is RoleKind.MEMBER and all(route.way is not Via.TUNNEL for route in plan.routes.values())
+    return role.kind is Role.MEMBER and all(route.way is not Via.TUNNEL for route in plan.routes.values())
 
 
 HOLD_DOWN_SECONDS, HOLD_DOWN_MOST = 300.0, 3600.0

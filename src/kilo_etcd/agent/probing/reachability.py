@@ -31,7 +31,7 @@ from kilo_etcd import kernel
 from kilo_etcd.kernel.state import Observed
 from kilo_etcd.model import SESSION_SECONDS, IPAddress, Node
 from kilo_etcd.model.hostplan import HostPlan
-from kilo_etcd.planning.reach import Silent, Target, local_members, targets_of
+from kilo_etcd.planning.reach import MemberAddress, Silent, local_members, targets_of
 from kilo_etcd.topology import Topology, UnknownNode
 from kilo_etcd.topology.segments import host_network
 
@@ -96,17 +96,23 @@ class Records:
     """What is known of each target."""
 
     rng: random.Random = field(factory=random.Random)
-    _records: dict[Target, _Record] = field(factory=dict)
+    _records: dict[MemberAddress, _Record] = field(factory=dict)
     _own: Node | None = None
 
     def follow(
-        self, own: Node, nodes: Mapping[Target, Node], now: float, *, first: str = "", assumed: Collection[Target] = ()
+        self,
+        own: Node,
+        nodes: Mapping[MemberAddress, Node],
+        now: float,
+        *,
+        first: str = "",
+        assumed: Collection[MemberAddress] = (),
     ) -> bool:
         """`nodes` is who there is now; `first` is asked before others: this host's leader. Whether anything is due."""
         self._forget(own)
         news = False
         spread = SPACING * len(nodes)
-        records: dict[Target, _Record] = {}
+        records: dict[MemberAddress, _Record] = {}
         for target, node in nodes.items():
             record = self._records.get(target)
             if record is None or record.node.public_key != node.public_key:
@@ -131,24 +137,24 @@ class Records:
         if before is None or (before.location, before.internal_ips) == (own.location, own.internal_ips):
             return
 
-        def stays(target: Target, record: _Record) -> bool:
+        def stays(target: MemberAddress, record: _Record) -> bool:
             version = target.address.version
             return not record.tunneled and before.internal_ip(version) == own.internal_ip(version)
 
         kept = self._records.items() if before.location == own.location else ()
         self._records = {target: record for target, record in kept if stays(target, record)}
 
-    def node(self, target: Target) -> Node | None:
+    def node(self, target: MemberAddress) -> Node | None:
         """The node of a target; None: it is none any more."""
         record = self._records.get(target)
         return None if record is None else record.node
 
-    def due(self, now: float) -> list[Target]:
+    def due(self, now: float) -> list[MemberAddress]:
         """The targets to query now: at most AT_ONCE, those that have waited longest first."""
         waiting = [(record.due, index, target) for index, (target, record) in enumerate(self._records.items())]
         return [target for due, _, target in sorted(entry for entry in waiting if entry[0] <= now)[:AT_ONCE]]
 
-    def postpone(self, targets: Collection[Target], due: float) -> None:
+    def postpone(self, targets: Collection[MemberAddress], due: float) -> None:
         """Ask these at `due` and not now; their nodes may ask for an earlier attempt meanwhile."""
         for target in targets:
             if (record := self._records.get(target)) is not None:
@@ -158,7 +164,7 @@ class Records:
         """When `due` has somebody."""
         return min((record.due for record in self._records.values()), default=float("inf"))
 
-    def answered(self, target: Target, answer: MemberAnswer, now: float) -> bool:
+    def answered(self, target: MemberAddress, answer: MemberAnswer, now: float) -> bool:
         """An answer came; whether that changes what is reported or routed."""
         record = self._records.get(target)
         if record is None:
@@ -179,7 +185,7 @@ class Records:
         record.heard_from = False
         return news
 
-    def silent(self, target: Target, now: float) -> bool:
+    def silent(self, target: MemberAddress, now: float) -> bool:
         """No answer came; whether that changes what is reported or routed."""
         record = self._records.get(target)
         if record is None:
@@ -192,7 +198,7 @@ class Records:
         record.heard_from = False
         return record.silent == NAMED_AFTER
 
-    def heard_of(self, target: Target, now: float) -> bool:
+    def heard_of(self, target: MemberAddress, now: float) -> bool:
         """The node itself has asked this host, so it is worth asking now; whether it is asked."""
         record = self._records.get(target)
         if record is None or (record.best is MemberAnswer.SIGNED and not record.silent):
@@ -232,7 +238,7 @@ class Records:
             if record.best <= MemberAnswer.ASSUMED and not (record.silent >= NAMED_AFTER and target.node in living)
         )
 
-    def unsigned(self) -> tuple[Target, ...]:
+    def unsigned(self) -> tuple[MemberAddress, ...]:
         """The targets that answer, but never with the node's key, although they were asked several times."""
         return tuple(
             target
@@ -267,13 +273,13 @@ class Reachability:
         self._on_change = on_change
         self._records = Records(rng or random.Random())
         self._topology: Topology | None = None
-        self._targets: dict[Target, Node] = {}
+        self._targets: dict[MemberAddress, Node] = {}
         self._own: Node | None = None
-        self._by_node: dict[str, tuple[Node, tuple[Target, ...]]] = {}
+        self._by_node: dict[str, tuple[Node, tuple[MemberAddress, ...]]] = {}
         self._by_node_for: object = None
         """The node, and the families, for which these were computed."""
         self._observed: Observed | None = None
-        self._waiting: dict[bytes, Target] = {}
+        self._waiting: dict[bytes, MemberAddress] = {}
         self._answered = trio.Event()
         self._news = trio.Event()
         self._told = trio.Event()
@@ -327,11 +333,11 @@ class Reachability:
             segment.location == here for key in topology.changed if (segment := topology.segments.get(key)) is not None
         )
 
-    def _targets_now(self, topology: Topology, own: Node) -> dict[Target, Node]:
+    def _targets_now(self, topology: Topology, own: Node) -> dict[MemberAddress, Node]:
         # Of a large location one member changes, and the others are the same objects.
         families = topology.families
         former = self._by_node if (own, families) == self._by_node_for else {}
-        by_node: dict[str, tuple[Node, tuple[Target, ...]]] = {}
+        by_node: dict[str, tuple[Node, tuple[MemberAddress, ...]]] = {}
         for node in local_members(topology, self._name):
             known = former.get(node.name)
             same = known is not None and known[0] is node
@@ -355,7 +361,7 @@ class Reachability:
 
     def asked_by(self, node: Node, address: IPAddress) -> None:
         """A node has asked this host from that address."""
-        if self._records.heard_of(Target(node.name, address), trio.current_time()):
+        if self._records.heard_of(MemberAddress(node.name, address), trio.current_time()):
             self._news.set()
 
     def answered_by(self, nonce: bytes, node: Node) -> None:
@@ -388,7 +394,7 @@ class Reachability:
                 await self._try(batch)
                 await trio.sleep(SPACING * len(batch))
 
-    def _too_early(self, target: Target) -> bool:
+    def _too_early(self, target: MemberAddress) -> bool:
         """Whether packets for a target of the location's own network would go into the tunnel: its node was in another
         segment until now, and the kernel does not know otherwise yet."""
         plan, node = self._programmed(), self._records.node(target)
@@ -403,7 +409,7 @@ class Reachability:
             self._told = trio.Event()
             self._on_change()
 
-    async def _try(self, batch: list[Target]) -> None:
+    async def _try(self, batch: list[MemberAddress]) -> None:
         signed = await self._query(batch)
         left = [target for target in batch if target not in signed]
         own = {interface.ip for interface in self._own.internal_ips} if self._own is not None else set()
@@ -420,16 +426,16 @@ class Reachability:
             if news:
                 self._told.set()
 
-    async def _query(self, batch: list[Target]) -> set[Target]:
+    async def _query(self, batch: list[MemberAddress]) -> set[MemberAddress]:
         """Which of the targets send a signed answer."""
         if self._ask is None:
             await trio.lowlevel.checkpoint()
             return set()
-        asked: dict[bytes, Target] = {}
+        asked: dict[bytes, MemberAddress] = {}
         for target in batch:
             node = self._records.node(target)
 
-            def note(nonce: bytes, target: Target = target) -> None:
+            def note(nonce: bytes, target: MemberAddress = target) -> None:
                 asked[nonce] = self._waiting[nonce] = target
 
             if node is not None:
@@ -442,7 +448,7 @@ class Reachability:
         self._waiting.clear()
         return set(asked.values()) - unanswered
 
-    async def _shaken(self, left: Collection[Target]) -> set[IPAddress]:
+    async def _shaken(self, left: Collection[MemberAddress]) -> set[IPAddress]:
         """Which of the targets, asked through the tunnel just now, have a session: a firewall may drop all but that."""
         pairs = ((target, self._records.node(target)) for target in left)
         keys = {node.public_key: target for target, node in pairs if node and target.address in node.mesh_addresses}
@@ -470,9 +476,11 @@ class Reachability:
         return answering
 
 
-def _routed(observed: Observed, topology: Topology, nodes: Mapping[Target, Node], leader: str) -> set[Target]:
+def _routed(
+    observed: Observed, topology: Topology, nodes: Mapping[MemberAddress, Node], leader: str
+) -> set[MemberAddress]:
     """The targets to which routes of ours lead already."""
-    routed: set[Target] = set()
+    routed: set[MemberAddress] = set()
     for target, node in nodes.items():
         networks = {*map(host_network, node.mesh_addresses)}
         if target.node == leader:

@@ -19,7 +19,7 @@ from kilo_etcd.model.hostplan import HostPlan, Problem, Via
 from kilo_etcd.planning.encryption import Living, Outside, encrypt
 from kilo_etcd.planning.exit_node import LINK_LOCAL, inside, near, trouble_of
 from kilo_etcd.planning.plan import host_plan
-from kilo_etcd.planning.reach import Silent, Target, withhold
+from kilo_etcd.planning.reach import MemberAddress, Silent, withhold
 from kilo_etcd.planning.route_filter import filter_routes
 from kilo_etcd.planning.walk import Hop, Path, longest_match, walk
 from kilo_etcd.store.records import StatusRecord
@@ -164,7 +164,7 @@ def _silent(status: StatusRecord | None) -> tuple[Silent, ...]:
     result = []
     for unreachable in status.unreachable if status is not None else ():
         with suppress(ValueError):
-            target = Target(unreachable.node, ip_address(unreachable.address))
+            target = MemberAddress(unreachable.node, ip_address(unreachable.address))
             if not unreachable.routed:
                 result.append(Silent(target=target, withheld=True, named=False))
     return tuple(result)

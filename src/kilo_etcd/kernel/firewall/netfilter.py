@@ -19,11 +19,11 @@ from kilo_etcd.kernel.firewall import hooks
 from kilo_etcd.kernel.firewall.chains import BaseChain
 from kilo_etcd.kernel.firewall.nftables import be32
 from kilo_etcd.kernel.firewall.openings import AddOpening, DeleteOpening
-from kilo_etcd.kernel.firewall.table import AddElements, DeleteElements, Table
+from kilo_etcd.kernel.firewall.table import AddElements, DeleteElements, FirewallTable
 from kilo_etcd.kernel.netlink import sockets
 from kilo_etcd.kernel.netlink.codec import UNREADABLE
 from kilo_etcd.kernel.netlink.formats import NF_INET_HOOKS, nft
-from kilo_etcd.kernel.netlink.sockets import Message
+from kilo_etcd.kernel.netlink.sockets import NetlinkMessage
 from kilo_etcd.kernel.read import nft as read
 from kilo_etcd.kernel.write import nft as write
 
@@ -59,7 +59,7 @@ class Netfilter:
         """The number by which the kernel names the author of a change; 0 if we never made any."""
         return 0 if self._socket is None else self._socket.port
 
-    def read(self, name: str) -> Table | None:
+    def read(self, name: str) -> FirewallTable | None:
         """The table of that name, or None where there is none to be seen."""
         try:
             device = self._open()
@@ -99,7 +99,7 @@ class Netfilter:
         pack = write.insert_rule if isinstance(change, AddOpening) else write.delete_rule
         self._transact([pack(change.opening)])
 
-    def replace(self, table: Table) -> None:
+    def replace(self, table: FirewallTable) -> None:
         self._transact(write.replace_table(table))
 
     def change_elements(self, change: AddElements | DeleteElements) -> None:
@@ -108,14 +108,14 @@ class Netfilter:
     def delete(self, name: str) -> None:
         self._transact(write.delete_table(name))
 
-    def _transact(self, messages: Sequence[Message]) -> None:
+    def _transact(self, messages: Sequence[NetlinkMessage]) -> None:
         """All of it or nothing."""
         self.writes += 1
         self._open().transact(write.transaction(messages))
 
 
-def _read(device: sockets.Socket, name: str) -> Table:
-    def dump(request: Message, take: Callable[[bytes, str], T | None]) -> list[T]:
+def _read(device: sockets.Socket, name: str) -> FirewallTable:
+    def dump(request: NetlinkMessage, take: Callable[[bytes, str], T | None]) -> list[T]:
         items: list[T] = []
 
         def keep(body: bytes) -> None:
@@ -129,7 +129,7 @@ def _read(device: sockets.Socket, name: str) -> Table:
     for address_set in dump(write.get_sets(name), read.read_set):
         parts = dump(write.get_elements(name, address_set.name), read.read_addresses)
         sets.append(evolve(address_set, addresses=frozenset(chain.from_iterable(parts))))
-    return Table(
+    return FirewallTable(
         name=name,
         chains=tuple(dump(write.get_chains(name), read.read_chain)),
         sets=tuple(sets),

@@ -28,7 +28,7 @@ from collections.abc import Collection, Iterable
 
 from kilo_etcd.kernel.firewall import cleartext
 from kilo_etcd.kernel.firewall import nftables as nft
-from kilo_etcd.kernel.firewall.table import AddressSet, Chain, Rule, Table
+from kilo_etcd.kernel.firewall.table import AddressSet, Chain, FirewallTable, Rule
 from kilo_etcd.kernel.netlink.formats import NF_PRIORITIES
 from kilo_etcd.kernel.routing.exit_node import MARK
 from kilo_etcd.kernel.state import ipip_name
@@ -59,7 +59,7 @@ def table_name(interface: str) -> str:
 
 def table_for(
     plan: HostPlan, interface: str, *, strict: Collection[str] = (), forwarding: Collection[int] = ()
-) -> Table | None:
+) -> FirewallTable | None:
     """The table that a plan asks for; None where it needs none. `strict`, `forwarding`: the host's, see `cleartext`."""
     chains: list[Chain] = []
     sets: list[AddressSet] = []
@@ -104,7 +104,7 @@ def table_for(
     if not rules:
         return None
     counters = [name for name in _COUNTERS if _counted(rules, name)]
-    return Table(
+    return FirewallTable(
         name=table_name(interface), chains=tuple(chains), sets=tuple(sets), counters=tuple(counters),
         rules=tuple(rules),
     )  # fmt: skip

@@ -50,7 +50,7 @@ class Rule:
 
 
 @frozen(kw_only=True)
-class Table:
+class FirewallTable:
     """Everything in the table, or as much as was found of it. Counters are named, so that rules are constant."""
 
     name: str
@@ -80,7 +80,7 @@ class Table:
 class ReplaceTable:
     """The table as it shall be, in place of what there is, in one transaction."""
 
-    table: Table
+    table: FirewallTable
 
     def __str__(self) -> str:
         name = self.table.name
@@ -115,7 +115,7 @@ def _listed(addresses: frozenset[IPAddress]) -> str:
     return ", ".join(map(str, sorted(addresses, key=int)))
 
 
-def element_changes(table: Table, wanted: Table) -> list[AddElements | DeleteElements] | None:
+def element_changes(table: FirewallTable, wanted: FirewallTable) -> list[AddElements | DeleteElements] | None:
     """What makes one table of the other if they differ in nothing but the elements of their sets; else None."""
     if evolve(table, sets=()) != evolve(wanted, sets=()) or [address_set.identity for address_set in table.sets] != [
         address_set.identity for address_set in wanted.sets
@@ -130,7 +130,7 @@ def element_changes(table: Table, wanted: Table) -> list[AddElements | DeleteEle
     return changes
 
 
-def with_elements(table: Table, change: AddElements | DeleteElements) -> Table:
+def with_elements(table: FirewallTable, change: AddElements | DeleteElements) -> FirewallTable:
     """The table after the change."""
 
     def changed(address_set: AddressSet) -> AddressSet:

@@ -56,7 +56,7 @@ _DEADLINE = 10.0
 
 
 @frozen
-class Message:
+class NetlinkMessage:
     """One message: its type, its flags, and all that follows the netlink header."""
 
     type: int
@@ -117,10 +117,10 @@ class Socket:
     def __repr__(self) -> str:
         return f"<netlink.Socket fd={self._socket.fileno()} sequence={self._sequence}>"
 
-    def send(self, batch: Sequence[Message]) -> list[NetlinkError | None]:
+    def send(self, batch: Sequence[NetlinkMessage]) -> list[NetlinkError | None]:
         """Send messages and wait until the kernel has done them all: an error, or None, for each in the same order."""
         results: list[NetlinkError | None] = []
-        part: list[Message] = []
+        part: list[NetlinkMessage] = []
         size = 0
         for message in batch:
             if part and (len(part) == _BATCH or size + len(message.body) > _BATCH_BYTES):
@@ -132,7 +132,7 @@ class Socket:
             results.extend(self._send(part))
         return results
 
-    def _send(self, batch: Sequence[Message]) -> list[NetlinkError | None]:
+    def _send(self, batch: Sequence[NetlinkMessage]) -> list[NetlinkError | None]:
         """The kernel does them in their order and tells of each that it refuses; only the last asks for an
         acknowledgement."""
         last = len(batch) - 1
@@ -146,7 +146,7 @@ class Socket:
                     results[place] = _error(flags, body, _refusals)
         return results
 
-    def transact(self, batch: Sequence[Message]) -> None:
+    def transact(self, batch: Sequence[NetlinkMessage]) -> None:
         """Send netfilter's messages between a begin and an end, done all or none. NetlinkError: the first refusal."""
         last = len(batch) - 2
         first = self._post(batch, last)
@@ -163,7 +163,7 @@ class Socket:
         """The kernel's number for this socket."""
         return int(self._socket.getsockname()[0])
 
-    def ask(self, requests: Sequence[Message], read: Callable[[bytes], T]) -> list[T | NetlinkError]:
+    def ask(self, requests: Sequence[NetlinkMessage], read: Callable[[bytes], T]) -> list[T | NetlinkError]:
         """What `read` makes of the one answer to each request, or why it was refused, in the same order. FormatError if
         it cannot read one."""
         answers: list[T | NetlinkError] = []
@@ -171,7 +171,7 @@ class Socket:
             answers.extend(self._ask(requests[start : start + _REQUESTS], read))
         return answers
 
-    def _ask(self, requests: Sequence[Message], read: Callable[[bytes], T]) -> list[T | NetlinkError]:
+    def _ask(self, requests: Sequence[NetlinkMessage], read: Callable[[bytes], T]) -> list[T | NetlinkError]:
         first = self._post(requests)
         answers: dict[int, T | NetlinkError] = {}
         while len(answers) < len(requests):
@@ -185,14 +185,14 @@ class Socket:
                     answers[place] = error
         return [answers[place] for place in range(len(requests))]
 
-    def get(self, message: Message, read: Callable[[bytes], T]) -> T:
+    def get(self, message: NetlinkMessage, read: Callable[[bytes], T]) -> T:
         """What `read` makes of the one answer to a request. NetlinkError if it was refused."""
         (answer,) = self.ask([message], read)
         if isinstance(answer, NetlinkError):
             raise answer
         return answer
 
-    def dump(self, message: Message, keep: Callable[[bytes], None]) -> None:
+    def dump(self, message: NetlinkMessage, keep: Callable[[bytes], None]) -> None:
         """Hand the body of each message of a dump to `keep`. FormatError if it cannot read one.
 
         A dump during which the kernel changed may lack what did not change: it is begun anew, and only the last of
@@ -205,7 +205,7 @@ class Socket:
         for body in bodies:
             _read(keep, body)
 
-    def _dump(self, message: Message, bodies: list[bytes]) -> bool:
+    def _dump(self, message: NetlinkMessage, bodies: list[bytes]) -> bool:
         """Whether nothing changed meanwhile."""
         expected = self._post([evolve(message, flags=message.flags | DUMP)])
         interrupted = 0
@@ -222,7 +222,7 @@ class Socket:
                     raise error
                 return not interrupted
 
-    def _post(self, batch: Sequence[Message], acknowledged: int = -1) -> int:
+    def _post(self, batch: Sequence[NetlinkMessage], acknowledged: int = -1) -> int:
         """Send messages at once; the number of the first one, which the others follow. `acknowledged` is the place of
         the one that the kernel is to acknowledge."""
         if self._sequence > _HIGHEST:

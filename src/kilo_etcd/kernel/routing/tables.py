@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 from kilo_etcd.kernel.errors import NetlinkError
 from kilo_etcd.kernel.netlink import sockets
-from kilo_etcd.kernel.netlink.sockets import Message
+from kilo_etcd.kernel.netlink.sockets import NetlinkMessage
 from kilo_etcd.kernel.read import rtnl as replies
 from kilo_etcd.kernel.routing.policy import own_priorities, own_tables
 from kilo_etcd.kernel.routing.rules import ForeignRule, RoutingRule
@@ -72,7 +72,7 @@ def routes_of(sock: sockets.Socket, version: int, table: int, names: Mapping[int
     return routes
 
 
-def _dump(sock: sockets.Socket, message: Message, keep: Callable[[bytes], None]) -> None:
+def _dump(sock: sockets.Socket, message: NetlinkMessage, keep: Callable[[bytes], None]) -> None:
     try:
         sock.dump(message, keep)
     except NetlinkError as error:

@@ -8,11 +8,11 @@ from functools import cache, lru_cache
 
 from kilo_etcd.kernel.firewall.nftables import ACCEPT, ACCEPT_VERDICT, KNOWN, TEXTS, VALUES, VERDICT_REGISTER, matching
 from kilo_etcd.kernel.firewall.openings import Opening
-from kilo_etcd.kernel.firewall.table import AddElements, AddressSet, DeleteElements, Expression, Table
+from kilo_etcd.kernel.firewall.table import AddElements, AddressSet, DeleteElements, Expression, FirewallTable
 from kilo_etcd.kernel.netlink import formats
 from kilo_etcd.kernel.netlink.codec import Container, Writer, encode, read
 from kilo_etcd.kernel.netlink.formats import core, nfgen_msg, nfnetlink, nft, nft_obj_msg
-from kilo_etcd.kernel.netlink.sockets import Message
+from kilo_etcd.kernel.netlink.sockets import NetlinkMessage
 
 _FAMILIES = {"inet": nft.NFPROTO_INET, "ip": nft.NFPROTO_IPV4, "ip6": nft.NFPROTO_IPV6}
 _SUBSYSTEM = nfnetlink.NFNL_SUBSYS_NFTABLES
@@ -25,59 +25,59 @@ _KEY_TYPE = {4: nft.DATA_TYPE_IPADDR, 6: nft.DATA_TYPE_IP6ADDR}
 _KEY_LENGTH = {4: 4, 6: 16}
 
 
-def begin() -> Message:
+def begin() -> NetlinkMessage:
     """The message that begins a transaction."""
     return _delimiter(formats.NFNL_MSG_BATCH_BEGIN)
 
 
-def end() -> Message:
+def end() -> NetlinkMessage:
     """The message that ends it."""
     return _delimiter(formats.NFNL_MSG_BATCH_END)
 
 
 @cache
-def _delimiter(kind: int) -> Message:
-    return Message(kind, 0, encode(nfgen_msg, (0, 0, _SUBSYSTEM), ()))
+def _delimiter(kind: int) -> NetlinkMessage:
+    return NetlinkMessage(kind, 0, encode(nfgen_msg, (0, 0, _SUBSYSTEM), ()))
 
 
 @cache
-def get_generation() -> Message:
+def get_generation() -> NetlinkMessage:
     """Asks for the number that changes with every change of nftables."""
-    return Message(_type(nft.NFT_MSG_GETGEN), 0, encode(nft.nft_gen_msg, _FIXED, ()))
+    return NetlinkMessage(_type(nft.NFT_MSG_GETGEN), 0, encode(nft.nft_gen_msg, _FIXED, ()))
 
 
-def get_table(name: str) -> Message:
+def get_table(name: str) -> NetlinkMessage:
     return _message(nft.NFT_MSG_GETTABLE, nft.nft_table_msg, ("NFTA_TABLE_NAME", name))
 
 
-def get_chains(table: str) -> Message:
+def get_chains(table: str) -> NetlinkMessage:
     return _message(nft.NFT_MSG_GETCHAIN, nft.nft_chain_msg, ("NFTA_CHAIN_TABLE", table))
 
 
-def get_rules(table: str) -> Message:
+def get_rules(table: str) -> NetlinkMessage:
     return _message(nft.NFT_MSG_GETRULE, nft.nft_rule_msg, ("NFTA_RULE_TABLE", table))
 
 
-def get_sets(table: str) -> Message:
+def get_sets(table: str) -> NetlinkMessage:
     return _message(nft.NFT_MSG_GETSET, nft.nft_set_msg, ("NFTA_SET_TABLE", table))
 
 
-def get_elements(table: str, name: str, family: int = nft.NFPROTO_INET) -> Message:
+def get_elements(table: str, name: str, family: int = nft.NFPROTO_INET) -> NetlinkMessage:
     return _message(nft.NFT_MSG_GETSETELEM, nft.nft_set_elem_list_msg, *_of_set(table, name), family=family)
 
 
 @cache
-def get_all_chains() -> Message:
+def get_all_chains() -> NetlinkMessage:
     """Of all tables of all families."""
     return _message(nft.NFT_MSG_GETCHAIN, nft.nft_chain_msg, family=socket.AF_UNSPEC)
 
 
-def get_rules_of(table: str, chain: str, family: int) -> Message:
+def get_rules_of(table: str, chain: str, family: int) -> NetlinkMessage:
     """Of one chain. Old kernels answer with all chains."""
     return _message(nft.NFT_MSG_GETRULE, nft.nft_rule_msg, *_of_chain(table, chain), family=family)
 
 
-def insert_rule(opening: Opening) -> Message:
+def insert_rule(opening: Opening) -> NetlinkMessage:
     """Puts a rule at the head of its chain."""
     family = _FAMILIES[opening.family]
     head = _message(
@@ -85,21 +85,21 @@ def insert_rule(opening: Opening) -> Message:
         ("NFTA_RULE_USERDATA", opening.comment), flags=_CREATE, family=family,
     )  # fmt: skip
     expressions = _expressions(*map(_packed, (*matching(opening.match), ACCEPT)))
-    return Message(head.type, head.flags, head.body + expressions)
+    return NetlinkMessage(head.type, head.flags, head.body + expressions)
 
 
-def delete_rule(opening: Opening) -> Message:
+def delete_rule(opening: Opening) -> NetlinkMessage:
     return _message(
         nft.NFT_MSG_DELRULE, nft.nft_rule_msg, *_of_chain(opening.table, opening.chain),
         ("NFTA_RULE_HANDLE", opening.handle), family=_FAMILIES[opening.family],
     )  # fmt: skip
 
 
-def get_objects(table: str) -> Message:
+def get_objects(table: str) -> NetlinkMessage:
     return _message(nft.NFT_MSG_GETOBJ, nft_obj_msg, ("NFTA_OBJ_TABLE", table))
 
 
-def replace_table(table: Table) -> list[Message]:
+def replace_table(table: FirewallTable) -> list[NetlinkMessage]:
     """The messages that put a table in the place of what there is of that name."""
     messages = [*delete_table(table.name), _new_table(table.name)]
     for counter in table.counters:
@@ -143,32 +143,33 @@ def replace_table(table: Table) -> list[Message]:
         if rule.chain not in heads:
             heads[rule.chain] = encode(nft.nft_rule_msg, _FIXED, _of_chain(table.name, rule.chain))
         body = heads[rule.chain] + _expressions(*map(_packed, rule.expressions))
-        messages.append(Message(_type(nft.NFT_MSG_NEWRULE), _CREATE | _APPEND, body))
+        messages.append(NetlinkMessage(_type(nft.NFT_MSG_NEWRULE), _CREATE | _APPEND, body))
     return messages
 
 
-def change_elements(change: AddElements | DeleteElements) -> list[Message]:
+def change_elements(change: AddElements | DeleteElements) -> list[NetlinkMessage]:
     """The messages that have addresses come into a set, or leave it."""
     if isinstance(change, AddElements):
         return _all_elements(change.table, change.set, nft.NFT_MSG_NEWSETELEM, _CREATE)
     return _all_elements(change.table, change.set, nft.NFT_MSG_DELSETELEM, 0)
 
 
-def _all_elements(table: str, address_set: AddressSet, command: int, flags: int) -> list[Message]:
+def _all_elements(table: str, address_set: AddressSet, command: int, flags: int) -> list[NetlinkMessage]:
     addresses = sorted(address_set.addresses, key=int)
     head = encode(nft.nft_set_elem_list_msg, _FIXED, _of_set(table, address_set.name))
     parts = (addresses[start : start + _ELEMENTS] for start in range(0, len(addresses), _ELEMENTS))
     return [
-        Message(_type(command), flags, head + _elements(*[_key(address.packed) for address in part])) for part in parts
+        NetlinkMessage(_type(command), flags, head + _elements(*[_key(address.packed) for address in part]))
+        for part in parts
     ]
 
 
-def delete_table(name: str) -> list[Message]:
+def delete_table(name: str) -> list[NetlinkMessage]:
     """The messages that remove a table, whether it is there or not."""
     return [_new_table(name), _message(nft.NFT_MSG_DELTABLE, nft.nft_table_msg, ("NFTA_TABLE_NAME", name))]
 
 
-def _new_table(name: str) -> Message:
+def _new_table(name: str) -> NetlinkMessage:
     return _message(nft.NFT_MSG_NEWTABLE, nft.nft_table_msg, ("NFTA_TABLE_NAME", name), flags=_CREATE)
 
 
@@ -182,8 +183,8 @@ def _of_chain(table: str, name: str) -> tuple[tuple[str, object], ...]:
 
 def _message(
     command: int, kind: object, *attributes: tuple[str, object], flags: int = 0, family: int = nft.NFPROTO_INET
-) -> Message:
-    return Message(_type(command), flags, encode(kind, (family, 0, 0), attributes))
+) -> NetlinkMessage:
+    return NetlinkMessage(_type(command), flags, encode(kind, (family, 0, 0), attributes))
 
 
 def _type(command: int) -> int:
@@ -271,6 +272,6 @@ def _wrapped(name: str, value: bytes, to_verdict: bool) -> bytes:
     return _value(value)
 
 
-def transaction(messages: Sequence[Message]) -> list[Message]:
+def transaction(messages: Sequence[NetlinkMessage]) -> list[NetlinkMessage]:
     """The messages as one, which the kernel does whole or not at all."""
     return [begin(), *messages, end()]

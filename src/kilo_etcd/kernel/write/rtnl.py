@@ -9,7 +9,7 @@ from functools import cache, lru_cache
 from kilo_etcd.kernel.netlink import formats
 from kilo_etcd.kernel.netlink.codec import Writer, encode
 from kilo_etcd.kernel.netlink.formats import PORT_RANGE, core, fibmsg, ifaddrmsg, ifinfmsg, ndmsg, rtmsg, rtnl
-from kilo_etcd.kernel.netlink.sockets import Message
+from kilo_etcd.kernel.netlink.sockets import NetlinkMessage
 from kilo_etcd.kernel.routing.rules import RoutingRule
 from kilo_etcd.kernel.state import MAIN_TABLE, Route
 from kilo_etcd.model import IPAddress, IPInterface
@@ -53,21 +53,21 @@ _rule = Writer(
 
 
 @lru_cache(16)  # As those that are cached below: the same question is asked again and again.
-def get_link(name: str) -> Message:
+def get_link(name: str) -> NetlinkMessage:
     return _link(rtnl.RTM_GETLINK, 0, ("IFLA_IFNAME", name))
 
 
 @cache
-def get_neighbours(version: int) -> Message:
-    return Message(rtnl.RTM_GETNEIGH, 0, encode(ndmsg, (_FAMILY[version], 0, 0, 0, 0), ()))
+def get_neighbours(version: int) -> NetlinkMessage:
+    return NetlinkMessage(rtnl.RTM_GETNEIGH, 0, encode(ndmsg, (_FAMILY[version], 0, 0, 0, 0), ()))
 
 
 @cache
-def get_links() -> Message:
+def get_links() -> NetlinkMessage:
     return _link(rtnl.RTM_GETLINK, 0)
 
 
-def create_link(name: str, kind: str, local: IPAddress | None = None) -> Message:
+def create_link(name: str, kind: str, local: IPAddress | None = None) -> NetlinkMessage:
     """A device of this kind; `local`: of an `ipip` device, the address that it sends from."""
     info: list[tuple[str, object]] = [("IFLA_INFO_KIND", kind)]
     if kind == "ipip":
@@ -78,33 +78,33 @@ def create_link(name: str, kind: str, local: IPAddress | None = None) -> Message
     return _link(rtnl.RTM_NEWLINK, 0, ("IFLA_IFNAME", name), ("IFLA_LINKINFO", {"attrs": info}), flags=_NEW)
 
 
-def delete_link(index: int) -> Message:
+def delete_link(index: int) -> NetlinkMessage:
     return _link(rtnl.RTM_DELLINK, index)
 
 
-def set_mtu(index: int, mtu: int) -> Message:
+def set_mtu(index: int, mtu: int) -> NetlinkMessage:
     return _link(rtnl.RTM_SETLINK, index, ("IFLA_MTU", mtu))
 
 
-def set_up(index: int) -> Message:
+def set_up(index: int) -> NetlinkMessage:
     return _link(rtnl.RTM_SETLINK, index, up=_UP)
 
 
-def _link(kind: int, index: int, *attributes: tuple[str, object], flags: int = 0, up: int = 0) -> Message:
-    return Message(kind, flags, encode(ifinfmsg, (socket.AF_UNSPEC, 0, index, up, up), attributes))
+def _link(kind: int, index: int, *attributes: tuple[str, object], flags: int = 0, up: int = 0) -> NetlinkMessage:
+    return NetlinkMessage(kind, flags, encode(ifinfmsg, (socket.AF_UNSPEC, 0, index, up, up), attributes))
 
 
-def get_addresses(index: int = 0) -> Message:
+def get_addresses(index: int = 0) -> NetlinkMessage:
     """Of one device (kernels without strict checking answer for all of them), or of all."""
-    return Message(rtnl.RTM_GETADDR, 0, _address((socket.AF_UNSPEC, 0, 0, 0, index), {}))
+    return NetlinkMessage(rtnl.RTM_GETADDR, 0, _address((socket.AF_UNSPEC, 0, 0, 0, index), {}))
 
 
-def add_address(index: int, address: IPInterface) -> Message:
-    return Message(rtnl.RTM_NEWADDR, _NEW, _on_device(index, address))
+def add_address(index: int, address: IPInterface) -> NetlinkMessage:
+    return NetlinkMessage(rtnl.RTM_NEWADDR, _NEW, _on_device(index, address))
 
 
-def delete_address(index: int, address: IPInterface) -> Message:
-    return Message(rtnl.RTM_DELADDR, 0, _on_device(index, address))
+def delete_address(index: int, address: IPInterface) -> NetlinkMessage:
+    return NetlinkMessage(rtnl.RTM_DELADDR, 0, _on_device(index, address))
 
 
 def _on_device(index: int, address: IPInterface) -> bytes:
@@ -113,22 +113,22 @@ def _on_device(index: int, address: IPInterface) -> bytes:
     return _address(fixed, {"IFA_LOCAL": address.ip.packed, "IFA_ADDRESS": address.ip.packed})
 
 
-def get_routes(version: int, table: int = MAIN_TABLE) -> Message:
+def get_routes(version: int, table: int = MAIN_TABLE) -> NetlinkMessage:
     """Of one table. Kernels without strict checking answer with all tables."""
     more = {"RTA_TABLE": _number.pack(table)} if table > _HIGHEST_BYTE else {}
-    return Message(rtnl.RTM_GETROUTE, 0, _route((_FAMILY[version], 0, 0, 0, _low(table), 0, 0, 0, 0), more))
+    return NetlinkMessage(rtnl.RTM_GETROUTE, 0, _route((_FAMILY[version], 0, 0, 0, _low(table), 0, 0, 0, 0), more))
 
 
-def get_route_to(address: IPAddress, mark: int = 0) -> Message:
+def get_route_to(address: IPAddress, mark: int = 0) -> NetlinkMessage:
     """Asks which way a packet to `address`, marked with `mark`, would take."""
     attributes = {"RTA_DST": address.packed}
     if mark:
         attributes["RTA_MARK"] = _number.pack(mark)
     fixed = (_FAMILY[address.version], address.max_prefixlen, 0, 0, 0, 0, 0, 0, 0)
-    return Message(rtnl.RTM_GETROUTE, 0, _route(fixed, attributes))
+    return NetlinkMessage(rtnl.RTM_GETROUTE, 0, _route(fixed, attributes))
 
 
-def get_route_between(source: IPAddress | None, address: IPAddress) -> Message:
+def get_route_between(source: IPAddress | None, address: IPAddress) -> NetlinkMessage:
     """Asks which route a packet from `source` to `address` would take, and in which table it is."""
     attributes = {"RTA_DST": address.packed}
     if source is not None:
@@ -137,20 +137,20 @@ def get_route_between(source: IPAddress | None, address: IPAddress) -> Message:
     # Of IPv6 the kernel names the table unasked, and refuses the flag.
     flags = formats.RTM_F_LOOKUP_TABLE if address.version == 4 else 0
     fixed = (_FAMILY[address.version], bits, bits if source else 0, 0, 0, 0, 0, 0, flags)
-    return Message(rtnl.RTM_GETROUTE, 0, _route(fixed, attributes))
+    return NetlinkMessage(rtnl.RTM_GETROUTE, 0, _route(fixed, attributes))
 
 
-def add_route(route: Route, index: int) -> Message:
+def add_route(route: Route, index: int) -> NetlinkMessage:
     """Fails with EEXIST rather than touch a route that another program has set."""
-    return Message(rtnl.RTM_NEWROUTE, _NEW, _route_body(route, index))
+    return NetlinkMessage(rtnl.RTM_NEWROUTE, _NEW, _route_body(route, index))
 
 
-def replace_route(route: Route, index: int) -> Message:
-    return Message(rtnl.RTM_NEWROUTE, core.NLM_F_CREATE | core.NLM_F_REPLACE, _route_body(route, index))
+def replace_route(route: Route, index: int) -> NetlinkMessage:
+    return NetlinkMessage(rtnl.RTM_NEWROUTE, core.NLM_F_CREATE | core.NLM_F_REPLACE, _route_body(route, index))
 
 
-def delete_route(route: Route, index: int) -> Message:
-    return Message(rtnl.RTM_DELROUTE, 0, _route_body(route, index, delete=True))
+def delete_route(route: Route, index: int) -> NetlinkMessage:
+    return NetlinkMessage(rtnl.RTM_DELROUTE, 0, _route_body(route, index, delete=True))
 
 
 def _route_body(route: Route, index: int, *, delete: bool = False) -> bytes:
@@ -193,16 +193,16 @@ def _low(table: int) -> int:
     return table if table <= _HIGHEST_BYTE else 0
 
 
-def get_rules(version: int) -> Message:
-    return Message(rtnl.RTM_GETRULE, 0, _rule((_FAMILY[version], 0, 0, 0, 0, 0, 0, 0, 0), {}))
+def get_rules(version: int) -> NetlinkMessage:
+    return NetlinkMessage(rtnl.RTM_GETRULE, 0, _rule((_FAMILY[version], 0, 0, 0, 0, 0, 0, 0, 0), {}))
 
 
-def add_rule(rule: RoutingRule, protocol: int) -> Message:
-    return Message(rtnl.RTM_NEWRULE, _NEW, _rule_body(rule, protocol))
+def add_rule(rule: RoutingRule, protocol: int) -> NetlinkMessage:
+    return NetlinkMessage(rtnl.RTM_NEWRULE, _NEW, _rule_body(rule, protocol))
 
 
-def delete_rule(rule: RoutingRule, protocol: int) -> Message:
-    return Message(rtnl.RTM_DELRULE, 0, _rule_body(rule, protocol))
+def delete_rule(rule: RoutingRule, protocol: int) -> NetlinkMessage:
+    return NetlinkMessage(rtnl.RTM_DELRULE, 0, _rule_body(rule, protocol))
 
 
 def _rule_body(rule: RoutingRule, protocol: int) -> bytes:

@@ -16,7 +16,7 @@ from functools import cache
 from kilo_etcd.kernel.netlink import formats
 from kilo_etcd.kernel.netlink.codec import Container, Form, Writer, attribute
 from kilo_etcd.kernel.netlink.formats import core, ctrlmsg, wg, wgmsg
-from kilo_etcd.kernel.netlink.sockets import Message
+from kilo_etcd.kernel.netlink.sockets import NetlinkMessage
 from kilo_etcd.kernel.state import RemovePeer, SetDevice, SetPeer, WireGuardChange
 from kilo_etcd.model import Endpoint, IPNetwork
 
@@ -59,21 +59,21 @@ _peers = Container.of(wgmsg, "WGDEVICE_A_PEERS")
 _allowed_ips = Container.of(wgmsg.wgdevice_peer, "WGPEER_A_ALLOWEDIPS")
 
 
-def get_family(name: str) -> Message:
+def get_family(name: str) -> NetlinkMessage:
     """Asks for the number of a family of generic netlink."""
     fixed = (core.CTRL_CMD_GETFAMILY, 1, 0)
-    return Message(core.GENL_ID_CTRL, 0, _control(fixed, {"CTRL_ATTR_FAMILY_NAME": _text(name)}))
+    return NetlinkMessage(core.GENL_ID_CTRL, 0, _control(fixed, {"CTRL_ATTR_FAMILY_NAME": _text(name)}))
 
 
-def get_device(family: int, name: str) -> Message:
+def get_device(family: int, name: str) -> NetlinkMessage:
     """Asks for all that a device holds; `family` is WireGuard's number."""
-    return Message(family, 0, _device((wg.WG_CMD_GET_DEVICE, wg.WG_GENL_VERSION, 0), _name(name)))
+    return NetlinkMessage(family, 0, _device((wg.WG_CMD_GET_DEVICE, wg.WG_GENL_VERSION, 0), _name(name)))
 
 
-def set_device(family: int, name: str, changes: Sequence[WireGuardChange]) -> list[Message]:
+def set_device(family: int, name: str, changes: Sequence[WireGuardChange]) -> list[NetlinkMessage]:
     """The messages that make `changes` to the device `name`: one, if they fit. OSError(EINVAL): a value that WireGuard
     cannot have."""
-    sent: list[Message] = []
+    sent: list[NetlinkMessage] = []
     settings: dict[str, bytes] = {}
     peers: list[bytes] = []
     room = _ROOM
@@ -82,7 +82,7 @@ def set_device(family: int, name: str, changes: Sequence[WireGuardChange]) -> li
         nonlocal room
         if settings or peers:
             body = _device((wg.WG_CMD_SET_DEVICE, wg.WG_GENL_VERSION, 0), _name(name) | settings)
-            sent.append(Message(family, 0, body + (_peers.whole(peers) if peers else b"")))
+            sent.append(NetlinkMessage(family, 0, body + (_peers.whole(peers) if peers else b"")))
         settings.clear()
         peers.clear()
         room = _ROOM

@@ -39,6 +39,7 @@ from attrs import evolve, frozen
 from kilo_etcd.etcd.api import (
     Client,
     Compare,
+    CompareTarget,
     Delete,
     EtcdError,
     EventType,
@@ -51,7 +52,6 @@ from kilo_etcd.etcd.api import (
     PermissionDenied,
     Put,
     RangeResult,
-    Target,
     TxnResult,
     absent,
     unchanged,
@@ -514,7 +514,7 @@ class Session:
         async def put() -> None:
             self._guard.check()
             await self._client.txn(
-                [Compare(key, Target.VALUE, Is.EQUAL, self._name.encode())], [], [Put(key, self._name)]
+                [Compare(key, CompareTarget.VALUE, Is.EQUAL, self._name.encode())], [], [Put(key, self._name)]
             )
 
         return await self._try(put)
@@ -688,7 +688,7 @@ class Session:
             compare = (
                 []
                 if self._record_kv is None
-                else [Compare(self._node_key, Target.MOD, Is.EQUAL, self._record_kv.mod_revision)]
+                else [Compare(self._node_key, CompareTarget.MOD, Is.EQUAL, self._record_kv.mod_revision)]
             )
             done = await self._client.txn(compare, ops[first : first + MOST_AT_ONCE])
             self._guard.observe(done.header)

@@ -1,0 +1,19 @@
+"""A class has a name of its own in the whole package, so that a name says which one is meant."""
+
+from __future__ import annotations
+
+import ast
+from collections import defaultdict
+
+from helpers_docs import PACKAGE
+
+
+def test_no_two_classes_have_one_name() -> None:
+    places = defaultdict(list)
+    for file in PACKAGE.rglob("*.py"):
+        if file.parent.name != "pb":
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.ClassDef):
+                    places[node.name].append(str(file.relative_to(PACKAGE)))
+    assert len(places) > 300
+    assert {name: files for name, files in places.items() if len(files) > 1} == {}
