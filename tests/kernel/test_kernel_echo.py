@@ -13,6 +13,7 @@ import trio
 from kernel_worlds import PRIVATE
 
 from kilo_etcd.kernel import KernelError, Setup, cleanup, echo, open_kernel, sysctl
+from kilo_etcd.kernel.echo import EchoRequests
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("own_namespaces")]
 
@@ -41,7 +42,7 @@ def allow() -> None:
 async def test_who_is_there_answers_in_both_families_and_who_is_not_does_not() -> None:
     allow()
     with trio.fail_after(20):
-        found = await echo.ping([HERE, ALSO, SIX, NOBODY, NOWHERE], times=2, patience=0.3)
+        found = await echo.ping([HERE, ALSO, SIX, NOBODY, NOWHERE], EchoRequests(times=2, patience=0.3))
     assert set(found) == {HERE, ALSO, SIX}
     assert all(0 <= seconds < 5 for seconds in found.values())
 
@@ -55,8 +56,8 @@ async def test_requests_leave_from_the_source_address_that_is_asked_for() -> Non
     sh("nft 'add rule inet t out icmpv6 type echo-request ip6 saddr != fd00::7 drop'")
     own = {HERE: ip_address("192.0.2.7"), SIX: ip_address("fd00::7"), ALSO: ip_address("203.0.113.66")}
     with trio.fail_after(20):
-        assert await echo.ping([HERE, SIX, ALSO], times=2, patience=0.2) == {}
-        assert set(await echo.ping([HERE, SIX, ALSO], sources=own, times=2, patience=0.2)) == {HERE, SIX}
+        assert await echo.ping([HERE, SIX, ALSO], EchoRequests(times=2, patience=0.2)) == {}
+        assert set(await echo.ping([HERE, SIX, ALSO], EchoRequests(sources=own, times=2, patience=0.2))) == {HERE, SIX}
 
 
 async def test_the_kernel_names_the_route_that_it_chooses() -> None:
@@ -79,9 +80,9 @@ async def test_the_kernel_names_the_route_that_it_chooses() -> None:
 async def test_the_first_answer_ends_it_if_one_is_enough() -> None:
     allow()
     with trio.fail_after(20):
-        assert HERE in await echo.ping([HERE, NOBODY], times=1000, patience=1000, first=True)
-        assert set(await echo.ping([HERE, SIX], times=1000, patience=1000)) == {HERE, SIX}
-    assert await echo.ping([], patience=1000) == {}
+        assert HERE in await echo.ping([HERE, NOBODY], EchoRequests(times=1000, patience=1000, first=True))
+        assert set(await echo.ping([HERE, SIX], EchoRequests(times=1000, patience=1000))) == {HERE, SIX}
+    assert await echo.ping([], EchoRequests(patience=1000)) == {}
 
 
 async def test_a_request_is_as_large_as_it_is_to_be() -> None:
@@ -89,8 +90,8 @@ async def test_a_request_is_as_large_as_it_is_to_be() -> None:
     sh("nft add table inet t && nft add chain inet t c '{ type filter hook input priority 0; }'")
     sh("nft add rule inet t c meta length gt 1400 drop")
     with trio.fail_after(20):
-        assert set(await echo.ping([HERE, SIX], times=2, patience=0.3, size=1400)) == {HERE, SIX}
-        assert await echo.ping([HERE, SIX], times=2, patience=0.3, size=1401) == {}
+        assert set(await echo.ping([HERE, SIX], EchoRequests(times=2, patience=0.3, size=1400))) == {HERE, SIX}
+        assert await echo.ping([HERE, SIX], EchoRequests(times=2, patience=0.3, size=1401)) == {}
 
 
 async def test_many_large_answers_are_all_taken() -> None:
@@ -98,7 +99,7 @@ async def test_many_large_answers_are_all_taken() -> None:
     allow()
     many = {ip_address(f"127.0.1.{number}") for number in range(1, 129)}
     with trio.fail_after(20):
-        assert set(await echo.ping(many, times=4, patience=0.6, size=8921)) == many
+        assert set(await echo.ping(many, EchoRequests(times=4, patience=0.6, size=8921))) == many
 
 
 async def test_calls_do_not_take_each_others_answers() -> None:
@@ -106,7 +107,7 @@ async def test_calls_do_not_take_each_others_answers() -> None:
     found: list[set[object]] = []
 
     async def one(*addresses: object) -> None:
-        found.append(set(await echo.ping(addresses, times=3, patience=0.3)))  # type: ignore[arg-type]
+        found.append(set(await echo.ping(addresses, EchoRequests(times=3, patience=0.3))))  # type: ignore[arg-type]
 
     async with trio.open_nursery() as nursery:
         for _ in range(5):
@@ -119,19 +120,19 @@ async def test_a_firewall_that_refuses_to_send_is_silence() -> None:
     allow()
     sh("nft 'add table inet t; add chain inet t out { type filter hook output priority 0; }; add rule inet t out drop'")
     with trio.fail_after(20):
-        assert await echo.ping([HERE, SIX], times=2, patience=0.2) == {}
+        assert await echo.ping([HERE, SIX], EchoRequests(times=2, patience=0.2)) == {}
 
 
 async def test_where_nobody_may_ping_the_agent_lets_its_own_group_and_gives_it_back() -> None:
     assert allowed() == ["1", "0"]
     with pytest.raises(PermissionError):
-        await echo.ping([HERE], patience=1)
+        await echo.ping([HERE], EchoRequests(patience=1))
     async with open_kernel(Setup(private_key=PRIVATE, wireguard="userspace")) as kernel:
         writes = kernel.writes
-        assert set(await kernel.ping([HERE], patience=1)) == {HERE}
+        assert set(await kernel.ping([HERE], EchoRequests(patience=1))) == {HERE}
         assert allowed() == ["0", "0"]
         assert kernel.writes == writes + 1
-        assert set(await kernel.ping([HERE], patience=1)) == {HERE}
+        assert set(await kernel.ping([HERE], EchoRequests(patience=1))) == {HERE}
         assert kernel.writes == writes + 1
     assert [str(change) for change in await cleanup("kilo0")] == ["sysctl -w net.ipv4.ping_group_range='1 0'"]
     assert allowed() == ["1", "0"]
@@ -142,7 +143,7 @@ async def test_a_range_that_somebody_has_chosen_is_left_as_it_is() -> None:
     allow_groups("77 78")
     async with open_kernel(Setup(private_key=PRIVATE, wireguard="userspace")) as kernel:
         with pytest.raises(KernelError, match=r"leaves its group out.*set it on the host with `sysctl -w .*='0 0'`"):
-            await kernel.ping([HERE], patience=1)
+            await kernel.ping([HERE], EchoRequests(patience=1))
     assert allowed() == ["77", "78"]
 
 
@@ -153,7 +154,7 @@ async def test_where_the_host_does_not_let_it_the_remedy_is_said(monkeypatch: py
     monkeypatch.setattr(sysctl, "_write", read_only)
     async with open_kernel(Setup(private_key=PRIVATE, wireguard="userspace")) as kernel:
         with pytest.raises(KernelError, match=r"may not ping .*set it on the host with `sysctl -w"):
-            await kernel.ping([HERE], patience=1)
+            await kernel.ping([HERE], EchoRequests(patience=1))
 
 
 async def test_what_cannot_be_sent_is_silence_whatever_the_kernel_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +165,7 @@ async def test_what_cannot_be_sent_is_silence_whatever_the_kernel_says(monkeypat
         raise OSError(errno.EDESTADDRREQ, "Destination address required")
 
     monkeypatch.setattr(socket.socket, "sendto", sendto, raising=False)
-    assert await echo.ping([HERE, SIX], times=2, patience=0.1) == {}
+    assert await echo.ping([HERE, SIX], EchoRequests(times=2, patience=0.1)) == {}
 
 
 async def test_a_host_that_has_no_sockets_to_spare_cannot_ping(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,4 +175,4 @@ async def test_a_host_that_has_no_sockets_to_spare_cannot_ping(monkeypatch: pyte
     monkeypatch.setattr(echo, "_open", no_more)
     async with open_kernel(Setup(private_key=PRIVATE, wireguard="userspace")) as kernel:
         with pytest.raises(KernelError, match="this host cannot ping: this process has no file descriptor left"):
-            await kernel.ping([HERE], patience=1)
+            await kernel.ping([HERE], EchoRequests(patience=1))

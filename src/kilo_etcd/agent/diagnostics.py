@@ -18,6 +18,7 @@ from attrs import define, field, frozen
 
 from kilo_etcd import etcd, kernel
 from kilo_etcd.agent.probing.ping_targets import addresses_to_try, nodes_to_try
+from kilo_etcd.kernel.echo import EchoRequests
 from kilo_etcd.kernel.state import MAIN_TABLE, Observed
 from kilo_etcd.model import SESSION_SECONDS, IPAddress
 from kilo_etcd.model.hostplan import HostPlan, PeerPlan
@@ -188,11 +189,11 @@ class DiagnosticsServer:
                 tried.routes.extend(
                     _taken(address, sources.get(address), answer, observed) for address, answer in taken.items()
                 )
-            answers = await self._kernel.ping(wanted, sources=sources, times=PINGS, patience=PING_SECONDS)
+            answers = await self._kernel.ping(wanted, EchoRequests(sources=sources, times=PINGS, patience=PING_SECONDS))
             tried.answered.update((str(address), address in answers) for address in wanted)
             mesh = [address for address in answers if address not in routes]
             if mtu and mesh:
-                large = await self._kernel.ping(mesh, times=LARGE_PINGS, patience=LARGE_SECONDS, size=mtu)
+                large = await self._kernel.ping(mesh, EchoRequests(times=LARGE_PINGS, patience=LARGE_SECONDS, size=mtu))
                 tried.small_only += [str(address) for address in mesh if address not in large]
         except kernel.KernelError as error:
             trouble.append(str(error))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Protocol
 
-from kilo_etcd.kernel.echo import ANY_SOURCE
+from kilo_etcd.kernel.echo import EchoRequests
 from kilo_etcd.kernel.firewall.chains import Obstacle
 from kilo_etcd.kernel.state import ApplyReport, Backend, Change, Observed, PeerActivity, Route
 from kilo_etcd.model import IPAddress
@@ -55,16 +55,7 @@ class Kernel(Protocol):
     async def peer_activity(self) -> PeerActivity:
         """The state of the WireGuard device's peers now: much less to read than all that `observe` does."""
 
-    async def ping(
-        self,
-        addresses: Collection[IPAddress],
-        *,
-        sources: Mapping[IPAddress, IPAddress] = ANY_SOURCE,
-        times: int = 1,
-        patience: float,
-        first: bool = False,
-        size: int = 0,
-    ) -> Mapping[IPAddress, float]:
+    async def ping(self, addresses: Collection[IPAddress], requests: EchoRequests) -> Mapping[IPAddress, float]:
         """Which of `addresses` answer an echo request, and after how many seconds; see `kernel.echo.ping`.
 
         It waits for no other call. KernelError, with the remedy, if this host may not ping.

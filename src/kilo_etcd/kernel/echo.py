@@ -16,6 +16,7 @@ from contextlib import ExitStack, suppress
 from types import MappingProxyType
 
 import trio
+from attrs import frozen
 
 from kilo_etcd.model import IPAddress
 
@@ -42,26 +43,27 @@ _FORM = struct.Struct("!BBHHH4s")
 """Type, code, checksum and identifier (both the kernel's), sequence number, a token by which our request is known."""
 
 
-ANY_SOURCE: Mapping[IPAddress, IPAddress] = MappingProxyType({})
-"""The kernel chooses each source address."""
+@frozen(kw_only=True)
+class EchoRequests:
+    """How addresses are pinged."""
+
+    times: int = 1
+    """Up to so many requests go to each address that has not answered yet."""
+    patience: float
+    """Seconds to wait after the last one."""
+    first: bool = False
+    """Whether the first answer ends it all."""
+    size: int = 0
+    """Bytes of each request's IP packet, to see whether large ones pass; 0: as few as can be."""
+    sources: Mapping[IPAddress, IPAddress] = MappingProxyType({})
+    """The source address of the requests to an address; for others the kernel chooses it."""
 
 
-async def ping(
-    addresses: Collection[IPAddress],
-    *,
-    sources: Mapping[IPAddress, IPAddress] = ANY_SOURCE,
-    times: int = 1,
-    patience: float,
-    first: bool = False,
-    size: int = 0,
-) -> Mapping[IPAddress, float]:
+async def ping(addresses: Collection[IPAddress], requests: EchoRequests) -> Mapping[IPAddress, float]:
     """Which of `addresses` answer, and the seconds that it took.
 
-    `sources`: the source address of the requests to an address; for others the kernel chooses it. Nothing is sent to
-    an address whose source address the host does not have. Up to `times` requests go to each that has not answered
-    yet, and `patience` seconds are waited after the last one; with `first` the first answer ends it all. `size`: bytes
-    of each request's IP packet, to see whether large ones pass; 0: as few as can be. PermissionError: this process may
-    not ping; OSError: it has no socket to do it with.
+    Nothing is sent to an address whose source address the host does not have. PermissionError: this process may not
+    ping; OSError: it has no socket to do it with.
     """
     answered: dict[IPAddress, float] = {}
     if not addresses:
@@ -69,7 +71,9 @@ async def ping(
         return answered
     with ExitStack() as stack:
         sockets: dict[_From, socket.socket] = {}
-        starts: dict[IPAddress, _From] = {address: (address.version, sources.get(address)) for address in addresses}
+        starts: dict[IPAddress, _From] = {
+            address: (address.version, requests.sources.get(address)) for address in addresses
+        }
         for start in dict.fromkeys(starts.values()):
             out = stack.enter_context(_open(start[0]))
             if _bound(out, start[1]):
@@ -79,7 +83,7 @@ async def ping(
         waiting = dict.fromkeys(address for address in addresses if starts[address] in sockets)
 
         def done() -> bool:
-            return not waiting or (first and bool(answered))
+            return not waiting or (requests.first and bool(answered))
 
         def read(start: _From) -> None:
             while (number := _reply(sockets[start], start[0], token)) is not None:
@@ -98,19 +102,19 @@ async def ping(
         async with trio.open_nursery() as nursery:
             for start in sockets:
                 nursery.start_soon(listen, start)
-            for turn in range(times):
+            for turn in range(requests.times):
                 burst = 0
                 for address in list(waiting):
-                    burst += size
+                    burst += requests.size
                     if burst > BURST:
                         await trio.sleep(BURST_SECONDS)
-                        burst = size
+                        burst = requests.size
                     if address not in waiting:
                         continue
                     number, start = len(sent) & 0xFFFF, starts[address]
                     sent[start, number] = (address, trio.current_time())
-                    _request(sockets[start], address, number, token, size)
-                await trio.sleep(SPACING if turn + 1 < times else patience)
+                    _request(sockets[start], address, number, token, requests.size)
+                await trio.sleep(SPACING if turn + 1 < requests.times else requests.patience)
             nursery.cancel_scope.cancel()
         # What came while this process was kept from running came all the same.
         for start in sockets:

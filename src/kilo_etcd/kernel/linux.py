@@ -271,28 +271,17 @@ class LinuxKernel:
         async with self._lock:
             return await _told(self._host.peer_activity)
 
-    async def ping(
-        self,
-        addresses: Collection[IPAddress],
-        *,
-        sources: Mapping[IPAddress, IPAddress] = echo.ANY_SOURCE,
-        times: int = 1,
-        patience: float,
-        first: bool = False,
-        size: int = 0,
-    ) -> Mapping[IPAddress, float]:
+    async def ping(self, addresses: Collection[IPAddress], requests: echo.EchoRequests) -> Mapping[IPAddress, float]:
         failed: Sequence[tuple[Change, FailedChange]] = ()
         try:
             try:
-                return await echo.ping(
-                    addresses, sources=sources, times=times, patience=patience, first=first, size=size
-                )
+                return await echo.ping(addresses, requests)
             except PermissionError:
                 if not sysctl.nobody_may_ping():
                     raise  # A range that somebody has chosen is left as it is.
                 async with self._lock:
                     _, failed = await _in_thread(lambda: self._host.make([AllowPings(os.getegid())]))
-            return await echo.ping(addresses, sources=sources, times=times, patience=patience, first=first, size=size)
+            return await echo.ping(addresses, requests)
         except OSError as error:
             raise KernelError(failed[0][1].text if failed else cannot_ping(error)) from None
 

@@ -22,7 +22,7 @@ from attrs import evolve
 from kilo_etcd.kernel.api import Kernel
 from kilo_etcd.kernel.diff import Difference, difference, is_drift, may_go_back, remember, superseded
 from kilo_etcd.kernel.drift import device_period
-from kilo_etcd.kernel.echo import ANY_SOURCE, SPACING
+from kilo_etcd.kernel.echo import SPACING, EchoRequests
 from kilo_etcd.kernel.errors import KernelError
 from kilo_etcd.kernel.firewall.chains import Obstacle
 from kilo_etcd.kernel.firewall.forward import AddForward, DeleteForward
@@ -264,30 +264,21 @@ class FakeKernel:
         self._read()
         return PeerActivity(time=self.host.clock(), peers=self.host.observed.peers)
 
-    async def ping(
-        self,
-        addresses: Collection[IPAddress],
-        *,
-        sources: Mapping[IPAddress, IPAddress] = ANY_SOURCE,
-        times: int = 1,
-        patience: float,
-        first: bool = False,
-        size: int = 0,
-    ) -> Mapping[IPAddress, float]:
+    async def ping(self, addresses: Collection[IPAddress], requests: EchoRequests) -> Mapping[IPAddress, float]:
         if self.host.no_pings is not None:
             raise KernelError(self.host.no_pings)
         answered: dict[IPAddress, float] = {}
-        if size > self.host.largest:
-            await trio.sleep(SPACING * (times - 1) + patience)
+        if requests.size > self.host.largest:
+            await trio.sleep(SPACING * (requests.times - 1) + requests.patience)
             return answered
-        for turn in range(times):
+        for turn in range(requests.times):
             answered.update(
                 (address, 0.0) for address in addresses if address not in answered and self.host.reach(address)
             )
-            if len(answered) == len(addresses) or (first and answered):
+            if len(answered) == len(addresses) or (requests.first and answered):
                 await trio.lowlevel.checkpoint()
                 break
-            await trio.sleep(SPACING if turn + 1 < times else patience)
+            await trio.sleep(SPACING if turn + 1 < requests.times else requests.patience)
         return answered
 
     async def routes_taken(self, wanted: Mapping[IPAddress, IPAddress | None]) -> Mapping[IPAddress, Route | str]:

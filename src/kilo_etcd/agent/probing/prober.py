@@ -28,6 +28,7 @@ from kilo_etcd.agent.probing.probe_assignment import (
     reports_on,
 )
 from kilo_etcd.agent.probing.takeover import TakeoverCheck
+from kilo_etcd.kernel.echo import EchoRequests
 from kilo_etcd.model import IPAddress, Node
 from kilo_etcd.runtime.logs import Once
 from kilo_etcd.topology import Topology, UnknownNode
@@ -320,10 +321,9 @@ class Prober:
         async def try_near() -> None:
             nonlocal near
             # If this host may not ping, the other attempt says so.
+            burst = EchoRequests(times=periods.BURST, patience=periods.PATIENCE)
             with suppress(kernel.KernelError):
-                near = await self._device.ping(
-                    [assignment.near, *assignment.local_members], times=periods.BURST, patience=periods.PATIENCE
-                )  # fmt: skip
+                near = await self._device.ping([assignment.near, *assignment.local_members], burst)
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(try_near)
@@ -342,7 +342,7 @@ class Prober:
         """Whether any of them answers; this host's routes send the requests through its leader."""
         by_address = {node.mesh_addresses[0]: node for node in targets}
         answers = await self._device.ping(
-            by_address, times=times, patience=self._history.patience(targets), first=True
+            by_address, EchoRequests(times=times, patience=self._history.patience(targets), first=True)
         )  # fmt: skip
         answered = {by_address[address].name: took for address, took in answers.items()}
         if answered:
@@ -370,7 +370,9 @@ class Prober:
         """Try the suspect leader, and others through it."""
         leader = cross_check.leader.mesh_addresses[0]
         members = [node.mesh_addresses[0] for node in cross_check.members]
-        answers = await self._device.ping([leader, *members], times=periods.BURST, patience=periods.PATIENCE)
+        answers = await self._device.ping(
+            [leader, *members], EchoRequests(times=periods.BURST, patience=periods.PATIENCE)
+        )
         through = any(address in answers for address in members)
         own_report = self._session.probe_reports.get(cross_check.location)
         if through and own_report is not None:

@@ -28,6 +28,7 @@ import trio
 from attrs import define, field
 
 from kilo_etcd import kernel
+from kilo_etcd.kernel.echo import EchoRequests
 from kilo_etcd.kernel.state import Observed
 from kilo_etcd.model import SESSION_SECONDS, IPAddress, Node
 from kilo_etcd.model.hostplan import HostPlan
@@ -465,7 +466,7 @@ class Reachability:
         """Which of the addresses answer in another way."""
         answering: set[IPAddress] = set()
         try:
-            answering.update(await self._device.ping(addresses, times=2, patience=ECHO_SECONDS))
+            answering.update(await self._device.ping(addresses, EchoRequests(times=2, patience=ECHO_SECONDS)))
         except kernel.KernelError:
             await trio.sleep(ECHO_SECONDS)  # It may not ping; ARP and ND need a moment, too.
         try:
