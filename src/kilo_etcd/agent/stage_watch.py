@@ -181,7 +181,7 @@ class StageWatch:
     def _list(self, result: etcd.RangeResult, key: str | None = None) -> None:
         """Take note of all keys, or of one, and that there are no others. Unavailable: it is another etcd."""
         self._check(result.header)
-        there = {one.name: one for one in map(self._read, result.kvs) if one is not None}
+        there = {stage.name: stage for stage in map(self._read, result.kvs) if stage is not None}
         for name in self._applied.keys() - there.keys():
             if key is None or self._keys.stage(name) == key:
                 self._missing.setdefault(name, trio.current_time())
@@ -191,9 +191,9 @@ class StageWatch:
 
     def _take(self, events: Iterable[etcd.Event]) -> None:
         for event in events:
-            one = self._read(event.kv) if event.type is etcd.EventType.PUT else None
-            if one is not None:
-                self._lives(one)
+            stage = self._read(event.kv) if event.type is etcd.EventType.PUT else None
+            if stage is not None:
+                self._lives(stage)
             elif isinstance(key := self._keys.parse(event.kv.key), StageKey) and key.node not in self._gone:
                 self._missing.setdefault(key.node, trio.current_time())
         self._note()

@@ -163,7 +163,7 @@ def _explain_tcp(error: OSError) -> str:
             if (short := descriptors.exhausted()) is not None:
                 return short
             return f"its name does not resolve ({cause.strerror})"
-    numbers = [one.errno for one in errors if isinstance(one, OSError) and one.errno]
+    numbers = [cause.errno for cause in errors if isinstance(cause, OSError) and cause.errno]
     if errno.ECONNREFUSED in numbers:
         return "connection refused (is etcd running there?)"
     return os.strerror(numbers[0]) if numbers else str(error)

@@ -232,7 +232,7 @@ def remember(
 def _former(
     memory: Memory, endpoints: Mapping[str, Endpoint | None], made: Iterable[Change], now: float
 ) -> dict[str, Former]:
-    former = {key: one for key, one in memory.former.items() if now <= one.until and key in endpoints}
+    former = {key: earlier for key, earlier in memory.former.items() if now <= earlier.until and key in endpoints}
     for change in made:
         if not isinstance(change, SetPeer) or (change.endpoint is None and not change.new):
             continue

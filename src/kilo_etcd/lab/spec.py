@@ -271,9 +271,9 @@ def _check(spec: Spec, source: str) -> None:
         if not site.hosts:
             raise refuse(here, "it has no hosts; write hosts = 3 or add [[site.host]] tables")
         networks = [_network(text, here, refuse) for text in site.subnets]
-        for i, one in enumerate(networks):
-            if any(one.version == other.version and one.overlaps(other) for other in networks[:i]):
-                raise refuse(f"{here}.subnets", f"{one} overlaps another subnet of the site")
+        for i, network in enumerate(networks):
+            if any(network.version == other.version and network.overlaps(other) for other in networks[:i]):
+                raise refuse(f"{here}.subnets", f"{network} overlaps another subnet of the site")
         if not 0 <= site.loss_percent <= 100:
             raise refuse(f"{here}.loss_percent", f"{site.loss_percent} is not within 0 to 100")
         if not 1280 <= site.mtu <= 65535:

@@ -90,7 +90,7 @@ def withhold(plan: HostPlan, topology: Topology, silent: Collection[Silent]) -> 
         return plan
     segment = topology.segment_of(plan.node)
     leader = "" if segment.leader.name == plan.node else segment.leader.name
-    withheld = {one.target for one in silent if one.withheld}
+    withheld = {member.target for member in silent if member.withheld}
     routes, refused = _rerouted(plan, topology, leader, withheld) if withheld else (plan.routes, {})
     silent_addresses = {target.address for target in withheld}
     if silent_addresses:
@@ -180,14 +180,19 @@ def _within(network: IPNetwork, subnet: IPNetwork) -> bool:
 
 def _problems(topology: Topology, name: str, leader: str, silent: Collection[Silent]) -> list[Problem]:
     named = sorted(
-        (one for one in silent if one.named),
-        key=lambda one: (one.target.node != leader, not one.withheld, one.target.node, one.target.address.version),
+        (member for member in silent if member.named),
+        key=lambda member: (
+            member.target.node != leader,
+            not member.withheld,
+            member.target.node,
+            member.target.address.version,
+        ),
     )
     where = called_location(topology.snapshot.nodes[name].location)
-    through = leader if all(one.target.node != leader for one in silent if one.withheld) else ""
+    through = leader if all(member.target.node != leader for member in silent if member.withheld) else ""
     problems = []
-    for target in named[:MOST_NAMED]:
-        problems.append(Problem(subject=target.target.node, text=_sentence(name, target, where, leader, through)))
+    for member in named[:MOST_NAMED]:
+        problems.append(Problem(subject=member.target.node, text=_sentence(name, member, where, leader, through)))
     if (more := len(named) - MOST_NAMED) > 0:
         text = f"{more} more members of {where} do not answer {name} at their internal IPs; kgctl explain names each"
         problems.append(Problem(subject=name, text=text))

@@ -156,8 +156,8 @@ class Once:
         if now == before:
             return
         known, holding = set(before), set(now)
-        new = [one for one in now if one not in known]
-        gone = [one for one in before if one not in holding]
+        new = [condition for condition in now if condition not in known]
+        gone = [condition for condition in before if condition not in holding]
         for change, these, say, prefix in (("new", new, getattr(self.log, level), ""),
                                            ("gone", gone, self.log.info, "no longer: ")):  # fmt: skip
             # Many that come in small parts are as much of a flood as many at once.

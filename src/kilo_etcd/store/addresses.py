@@ -92,7 +92,7 @@ class AddressIndex:
         else:
             del self._statements[node]
         if old == interfaces:
-            return tuple(one.ip for one in interfaces)
+            return tuple(interface.ip for interface in interfaces)
         for stated in old:
             self._count(stated.network, -1)
             rest = tuple(name for name in self._stated_by[place(stated.ip)] if name != node)
@@ -103,7 +103,7 @@ class AddressIndex:
         for stated in interfaces:
             self._count(stated.network, 1)
             self._stated_by[place(stated.ip)] = (*self._stated_by.get(place(stated.ip), ()), node)
-        return tuple(one.ip for one in (*old, *interfaces))
+        return tuple(interface.ip for interface in (*old, *interfaces))
 
     def _count(self, network: IPNetwork, more: int) -> None:
         key = (place(network.network_address), network.prefixlen)

@@ -73,10 +73,10 @@ async def ensure_mesh(client: Client, keys: Keys, settings: MeshSettings, *, res
             raise RecordError(_unreadable(keys.subnets, kv))
         subnets = known
     if (kv := kvs.get(keys.internal_ips)) is not None:
-        said = await last_good(client, kv, decode_internal_ips)
-        if said is None:
-            said = InternalIPs.ENCRYPTED if await _encrypts(client, keys) else InternalIPs.OFF
-        internal_ips = said
+        setting = await last_good(client, kv, decode_internal_ips)
+        if setting is None:
+            setting = InternalIPs.ENCRYPTED if await _encrypts(client, keys) else InternalIPs.OFF
+        internal_ips = setting
     return MeshSettings(granularity, subnets, internal_ips)
 
 
@@ -207,7 +207,7 @@ async def _may_take(client: Client, keys: Keys, node: str, address: IPAddress, k
     ):
         return False
     other = await client.get(keys.node(claimant))
-    return address not in (one.ip for one in _stated(other)) or (
+    return address not in (interface.ip for interface in _stated(other)) or (
         other is not None and own.mod_revision < other.mod_revision
     )
 

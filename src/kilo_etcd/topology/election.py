@@ -109,10 +109,10 @@ def elect(
         # A member that is not a candidate any more is neither a voter nor somebody elsewhere; nor is one that has moved
         # away, whose report is still there: a prober elsewhere has tried members of this segment.
         probe_reports = [
-            one
-            for one in probe_reports
-            if one.prober in candidacies
-            or (one.prober not in by_name and any(target in by_name for target in one.targets))
+            report
+            for report in probe_reports
+            if report.prober in candidacies
+            or (report.prober not in by_name and any(target in by_name for target in report.targets))
         ]
         able = (
             successors(candidacies[first], {name: candidacies[name] for name in others}, probe_reports)

@@ -66,7 +66,9 @@ def back_in_clear(old: Topology, new: Topology) -> tuple[set[IPAddress], set[IPA
     """(the addresses that `old` has some segment send through the tunnels, as it encrypts, and that it does not once
     `new` is in force; those that it sends there as before)."""
     places, _ = Places().after(old)
-    clear = {(one.segment.key, one.address) for one in in_clear(old) if len(one.senders) == len(one.segment.members)}
+    clear = {
+        (case.segment.key, case.address) for case in in_clear(old) if len(case.senders) == len(case.segment.members)
+    }
     # To all other senders all is routed that is routed at all: pairs need not be looked at one by one.
     special: dict[str, set[str]] = {}
     for other, here in places.of.items():

@@ -32,13 +32,13 @@ def observed_endpoint(own: Node, other: Node | Peer, registered: Endpoint | None
     if not other.observed_endpoints or (registered is not None and registered.public):
         return None
     address = None if registered is None else registered.address
-    for one in other.observed_endpoints:
-        if one.address is None or one.address.version not in families(own):
+    for observed in other.observed_endpoints:
+        if observed.address is None or observed.address.version not in families(own):
             continue
         if address is None:
-            return one
-        if one.address.version == address.version:
-            return None if _neighbours(own, other, address, one.address) else one
+            return observed
+        if observed.address.version == address.version:
+            return None if _neighbours(own, other, address, observed.address) else observed
     return None
 
 

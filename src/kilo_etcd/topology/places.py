@@ -86,7 +86,8 @@ class Places:
         gone, come = [], []
         for key in keys:
             old, new = (
-                () if one is None else one.members for one in (last.segments.get(key), topology.segments.get(key))
+                () if segment is None else segment.members
+                for segment in (last.segments.get(key), topology.segments.get(key))
             )
             gone += _without(old, new)
             come += _without(new, old)

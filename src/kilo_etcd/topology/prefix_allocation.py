@@ -315,7 +315,7 @@ def _allocated(offers: list[Offer], nodes: _Nodes) -> _Group:
         if first and granted[first - 1].end >= offer.start:
             first -= 1
         held = granted[first:after]
-        rival = next((one for one in held if one.owner != offer.owner), None)
+        rival = next((granted_offer for granted_offer in held if granted_offer.owner != offer.owner), None)
         if rival is not None:
             reason = f"it overlaps {rival.network} of {rival.by}, which comes first; take it out of one of the two"
             problems.append(offer.refused(reason))

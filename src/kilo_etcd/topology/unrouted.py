@@ -73,17 +73,17 @@ def _in_clear(topology: Topology) -> Iterable[Unrouted]:
     from kilo_etcd.topology.inclear import InClear, in_clear
 
     of: dict[IPNetwork, list[InClear]] = {}
-    for one in in_clear(topology):
-        of.setdefault(ip_network(one.address), []).append(one)
+    for case in in_clear(topology):
+        of.setdefault(ip_network(case.address), []).append(case)
     for network, cases in of.items():
         node = cases[0].node
         own = topology.segment_of(node.name)
-        whole = {named(one.segment) for one in cases if len(one.senders) == len(one.segment.members)}
-        some = {name for one in cases if len(one.senders) < len(one.segment.members) for name in one.senders}
+        whole = {named(case.segment) for case in cases if len(case.senders) == len(case.segment.members)}
+        some = {name for case in cases if len(case.senders) < len(case.segment.members) for name in case.senders}
         near = sorted(whole | some)
         together = "if they share that network, give them one label (granularity full)"
         # One forced endpoint takes the place of the public one, for the whole mesh.
-        if not any(segment.leader.public_in(network.version) for segment in (own, *(one.segment for one in cases))):
+        if not any(segment.leader.public_in(network.version) for segment in (own, *(case.segment for case in cases))):
             together += (
                 ", or have their leaders call each other at addresses in it (kgctl annotate LEADER "
                 f"force-endpoint=ADDRESS:{node.port})"
@@ -91,7 +91,7 @@ def _in_clear(topology: Topology) -> Iterable[Unrouted]:
         yield Unrouted(
             network=network,
             nodes=(node.name,),
-            segments=tuple(sorted({named(own), *(named(one.segment) for one in cases)})),
+            segments=tuple(sorted({named(own), *(named(case.segment) for case in cases)})),
             not_from=tuple(near),
             reason=(
                 f"a host of {listed(near)}, or of {node.name}'s own segment, has an address of the others on its own "

@@ -171,10 +171,10 @@ class LeaderHints:
 
 def leaders_hinted(topology: Topology, hints: Iterable[LeaderHint], now: float) -> LeaderHints:
     """The hints on what this host knows: segments of `topology` and their members."""
-    later = [one for one in hints if one.revision > topology.snapshot.revision and now - one.time <= FRESH]
+    later = [hint for hint in hints if hint.revision > topology.snapshot.revision and now - hint.time <= FRESH]
     if not later:
         return LeaderHints()
-    later.sort(key=lambda one: one.revision)
+    later.sort(key=lambda hint: hint.revision)
     newest: dict[bytes, bytes] = {}
     for hint in later:
         newest.update(hint.leaders)

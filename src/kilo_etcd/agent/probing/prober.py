@@ -377,7 +377,7 @@ class Prober:
         own_report = self._session.probe_reports.get(cross_check.location)
         if through and own_report is not None:
             await trio.sleep(TAKE_BACK)  # as in `_look`
-        if not any(cross_check.about(one.leader.name, one.candidacy) for one in self._cross_checks):
+        if not any(cross_check.about(other.leader.name, other.candidacy) for other in self._cross_checks):
             return
         if (
             own_report is not None

@@ -330,7 +330,7 @@ class Reachability:
             return before.segment_of(self._name).members != topology.segment_of(self._name).members
         segments = (before.segments.get(key) or topology.segments.get(key) for key in topology.changed)
         here = own.location
-        return any(one is not None and one.location == here for one in segments) or any(
+        return any(segment is not None and segment.location == here for segment in segments) or any(
             segment.location == here for key in topology.changed if (segment := topology.segments.get(key)) is not None
         )
 

@@ -236,11 +236,13 @@ def _unrouted(examined: Examined) -> Iterator[Finding]:
     exempted = _exempted(examined) if in_clear else frozenset()
     for meant in (False, True) if in_clear else (True,):
         severity = Severity.NOTE if meant else Severity.WARNING
-        remarks = [one for one in examined.report.unrouted if not in_clear or (one.subject in exempted) is meant]
+        remarks = [
+            remark for remark in examined.report.unrouted if not in_clear or (remark.subject in exempted) is meant
+        ]
         unrouted = grouped_unrouted(remarks)
         for remark in unrouted[:MOST_NAMED]:
-            said = f"{unrouted_sentence(remark)} (--clear exempts it)" if in_clear and meant else ""
-            yield Finding(severity=severity, subject=remark.subject, text=said or unrouted_sentence(remark))
+            exempts = " (--clear exempts it)" if in_clear and meant else ""
+            yield Finding(severity=severity, subject=remark.subject, text=f"{unrouted_sentence(remark)}{exempts}")
         if (more := len(unrouted) - MOST_NAMED) > 0:
             yield Finding(
                 severity=severity, subject="internal-ips", text=f"{more} more are not routed",

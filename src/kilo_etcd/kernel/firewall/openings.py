@@ -52,8 +52,8 @@ class Opening:
         family = "ip6" if ":" in " ".join(self.match) else "ip"
         names = {"-i": "iifname", "-o": "oifname", "-s": f"{family} saddr", "-d": f"{family} daddr"}
         pairs = zip(self.match[::2], self.match[1::2], strict=True)
-        said = " ".join(f'{names[w]} "{v}"' if w in ("-i", "-o") else f"{names[w]} {v}" for w, v in pairs)
-        return f'{said} accept comment "{self.comment}"'
+        conditions = " ".join(f'{names[w]} "{v}"' if w in ("-i", "-o") else f"{names[w]} {v}" for w, v in pairs)
+        return f'{conditions} accept comment "{self.comment}"'
 
 
 @frozen

@@ -64,9 +64,9 @@ def routes_of(sock: sockets.Socket, version: int, table: int, names: Mapping[int
     routes: list[Route] = []
 
     def keep(body: bytes) -> None:
-        one = replies.read_route(body)
-        if one is not None and one.table == table and one.type == replies.UNICAST:
-            routes.append(one.route(names))
+        route = replies.read_route(body)
+        if route is not None and route.table == table and route.type == replies.UNICAST:
+            routes.append(route.route(names))
 
     _dump(sock, requests.get_routes(version, table), keep)
     return routes
