@@ -16,12 +16,10 @@ from kilo_etcd.agent.leadership.candidacy_policy import (
     confirmed,
     decide_candidacy,
     eligible,
-    from_own_addresses,
     keeps_its_place,
     role_of,
 )
 from kilo_etcd.model import Candidate, CandidateClass, Endpoint, Granularity, InternalIPs, Node, Snapshot
-from kilo_etcd.model.hostplan import HostPlan, RoutePlan, Via
 from kilo_etcd.topology import build_topology
 from kilo_etcd.topology.mesh_settings import disagreements
 
@@ -169,20 +167,3 @@ def test_a_route_that_is_missing_keeps_nobody_from_leading_unless_it_is_the_mesh
 ) -> None:
     routes = [None if text is None else ip_network(text) for text in missing]
     assert able_to_lead(routes, [ip_network("10.4.0.0/16")]) is able
-
-
-def test_a_route_is_from_an_address_that_the_host_has() -> None:
-    node = evolve(TWO.nodes["a"], internal_ips=(ip_interface("10.1.0.5/24"),), mesh_addresses=(ip_address("10.4.0.1"),))
-    four, six = ip_network("10.2.0.7/32"), ip_network("fd00:2::7/128")
-    forced = ip_address("10.1.0.5")
-    routes = {
-        four: RoutePlan(destination=four, way=Via.TUNNEL, source=forced),
-        six: RoutePlan(destination=six, way=Via.TUNNEL, source=ip_address("fd00:4::1")),
-    }
-    plan = HostPlan(node="a", routes=routes)
-    assert from_own_addresses(plan, node, {forced, ip_address("10.1.0.6")}) is plan
-    assert from_own_addresses(plan, node, ()) is plan, "not known yet"
-    changed = from_own_addresses(plan, node, {ip_address("10.1.0.6")})
-    assert changed.routes == {four: evolve(routes[four], source=ip_address("10.4.0.1")), six: routes[six]}
-    lone = evolve(node, mesh_addresses=())
-    assert from_own_addresses(plan, lone, {ip_address("10.1.0.6")}).routes == {six: routes[six]}

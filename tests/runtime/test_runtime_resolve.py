@@ -13,8 +13,9 @@ import trio.testing
 
 from kilo_etcd.model import Endpoint, IPAddress
 from kilo_etcd.model.hostplan import HostPlan, PeerPlan, Problem
+from kilo_etcd.planning.names import resolve_plan
 from kilo_etcd.runtime.logs import setup_logging
-from kilo_etcd.runtime.resolve import Resolver, endpoint_hosts, lookup, resolve_once, resolve_plan
+from kilo_etcd.runtime.resolve import Resolver, endpoint_hosts, lookup, resolve_once
 
 A, B, C = (ip_address(text) for text in ("198.51.100.1", "198.51.100.2", "2001:db8::3"))
 

@@ -1,7 +1,7 @@
 """The agent: one nursery in which small tasks turn snapshots into kernel state and the host's state into records.
 
 Data flows one way: mirror -> topology -> plan -> kernel -> status. Every task is a loop around one wait; they meet
-in `_wake`, which says that the plan must be made and applied again, and why. Only `_reconcile` touches the kernel.
+in the `Reconciler`, whose one task calls `_apply`, which makes the plan and brings it to the kernel.
 
 What it promises: a snapshot is never applied after a newer one; a failing part (a record, an endpoint's name, a route)
 is reported and harms only itself; when etcd is away the kernel keeps what it has; stopping leaves it forwarding unless
@@ -38,20 +38,20 @@ from kilo_etcd.agent.registration import HostRegistration
 from kilo_etcd.agent.restore import REFUSALS, Restorer
 from kilo_etcd.agent.snapshot_cache import Disk, SnapshotCache
 from kilo_etcd.agent.status import State, StatusReporter
-from kilo_etcd.base.backoff import RepairBackoff
 from kilo_etcd.kernel.state import Observed
-from kilo_etcd.model import Granularity, InternalIPs, IPAddress, IPNetwork, MeshSettings, Snapshot
+from kilo_etcd.model import Granularity, InternalIPs, IPNetwork, MeshSettings, Snapshot
 from kilo_etcd.model.hostplan import HostPlan, RoutePlan, Via
-from kilo_etcd.planning import host_plan
 from kilo_etcd.planning.encryption import StageReport
-from kilo_etcd.planning.exit_node import BYPASSES, as_exit_node, with_exit_node
-from kilo_etcd.planning.reach import withhold
-from kilo_etcd.planning.route_filter import filter_routes
+from kilo_etcd.planning.exit_node import BYPASSES
+from kilo_etcd.planning.names import plan_names
+from kilo_etcd.planning.pipeline import EncryptionInputs, HostPlans, Surroundings, host_plans
+from kilo_etcd.planning.reach import Silent
 from kilo_etcd.runtime.apply import PlanApplier
 from kilo_etcd.runtime.config import AgentConfig, too_small_for
 from kilo_etcd.runtime.exit_node_monitor import ExitNodeMonitor
 from kilo_etcd.runtime.logs import Once, get_logger, write_due, write_rest
-from kilo_etcd.runtime.resolve import Resolver, names_of, plan_names, resolve_plan
+from kilo_etcd.runtime.reconciler import Reconciler
+from kilo_etcd.runtime.resolve import Resolver
 from kilo_etcd.topology import Topology, UnknownNode, build_topology
 from kilo_etcd.topology.forced_addresses import missing_addresses
 from kilo_etcd.topology.mesh_settings import disagreements
@@ -69,8 +69,6 @@ RESIGN_SECONDS = 2.0
 
 ETCD_PATIENCE_SECONDS = 2.0
 """How long a starting agent waits for etcd before it goes by the cached snapshot."""
-
-KERNEL_RETRY_SECONDS = 0.5
 
 TRANSPORT_RETRY_SECONDS = 60.0
 """After the port for peer queries could not be had."""
@@ -91,9 +89,6 @@ DEMOTED = (
 )
 """What follows for a host that was demoted, and what to do."""
 
-SETTLE_SECONDS = 0.5
-"""How long changes of the host's own addresses may go on before they are looked at: they come in bursts."""
-
 
 class Fatal(Exception):
     """The agent cannot go on; the message is the sentence for the operator."""
@@ -105,6 +100,10 @@ class StoppedAtOnce(Fatal):
 
 class Reload(Exception):
     """The agent was asked to run its code anew. Nothing was given up: the next one adopts all of it."""
+
+
+def _watchdog_beat() -> None:
+    notify("WATCHDOG=1")
 
 
 class _MirrorGuard:
@@ -183,10 +182,10 @@ class Daemon:
 
         self.snapshot: Snapshot | None = None
         self.topology: Topology | None = None
-        self.raw_plan: HostPlan | None = None
-        self.filtered: HostPlan | None = None
+        self.plans: HostPlans | None = None
+        """The newest; the kernel may not have taken it."""
         self.plan: HostPlan | None = None
-        """What was last brought to the kernel: `filtered`, and what an exit node adds to it."""
+        """What was last brought to the kernel."""
         self.role: candidacy_policy.SegmentRole | None = None
         self.applied_revision = 0
         self.failures: tuple[str, ...] = ()
@@ -209,19 +208,22 @@ class Daemon:
         self._waiting: str | None = None
         """What this agent waits for before it can join, as a sentence."""
         self._rng = random.Random()
-        self._wake = trio.Event()
-        self._wanted = False
-        """Somebody wants the plan made and applied again; else it was the watchdog that woke the reconciler."""
-        self._fresh = False
-        self._beat = False
         self._applied = trio.Event()
         self._stopping = trio.Event()
-        self._silent_leader: frozenset[IPAddress] = frozenset()
-        """The addresses at which this host's leader has never answered."""
         self._programmed = False
         self._ready = False
         """Programmed well enough to lead."""
         self._leaving = False
+        self._reconciler = Reconciler(
+            self._apply_newest,
+            device,
+            self.resolver,
+            look=self._look_again,
+            resync_period=config.resync_period,
+            log=self.log,
+            once=self.once,
+        )
+        self._nudge = self._reconciler.nudge
         self._internal_ips: candidacy_policy.InternalIPsState | None = None
         self._reporter = StatusReporter(self.session, public_key, config.mesh_granularity)
         self._restorer = Restorer(
@@ -390,15 +392,11 @@ class Daemon:
         """Start what brings snapshots to the kernel and keeps them there; nothing of it writes to etcd."""
         for task in (
             self._follow_snapshots,
-            self._follow_drift,
-            self._follow_names,
-            self._follow_addresses,
             self._follow_handshake_order,
             self._follow_suspicion,
             self._watchdog,
-            self._resync,
             self._exit_node_monitor.run,
-            self._reconcile,
+            self._reconciler.run,
         ):
             nursery.start_soon(task)
         if self._peer_query is not None and self._post is not None:
@@ -598,30 +596,12 @@ class Daemon:
 
     # -- what wakes the reconciler --------------------------------------------------------------------------
 
-    def _nudge(self, *, fresh: bool = False) -> None:
-        self._fresh = self._fresh or fresh
-        self._wanted = True
-        self._wake.set()
-
     async def _follow_snapshots(self) -> None:
         snapshot: Snapshot | None = None
         while True:
             snapshot = await self.mirror.wait_newer(snapshot)
             self.snapshot = snapshot
             self._nudge()
-
-    async def _follow_drift(self) -> None:
-        backoff = RepairBackoff()
-        while True:
-            what = await self.kernel.wait_drift()
-            pause = backoff.pause(trio.current_time())
-            if pause:
-                self.log.warning("another program changes the kernel again and again; repairing less often",
-                                 what=what, seconds=f"{pause:g}")  # fmt: skip
-                await trio.sleep(pause)
-            else:
-                self.log.warning("another program changed the kernel; repairing", what=what)
-            self._nudge(fresh=True)
 
     async def _follow_suspicion(self) -> None:
         """Have the status say when etcd is not trusted or cannot be read, and when it is followed again: the plan stays
@@ -631,11 +611,6 @@ class Daemon:
             outage = await self.mirror.wait_outage_change(outage)
             if self.snapshot is not None and self.topology is not None:
                 self._publish(self.snapshot)
-
-    async def _follow_names(self) -> None:
-        while True:
-            await self.resolver.wait_changed()
-            self._nudge()
 
     async def _follow_handshake_order(self) -> None:
         while True:
@@ -647,19 +622,9 @@ class Daemon:
         self.applier.reset_session(keys)
         self._nudge(fresh=True)
 
-    async def _resync(self) -> None:
-        while True:
-            await trio.sleep(self.config.resync_period)
-            await self.registration.look_again(register=self.cached is None)
-            self._nudge(fresh=True)
-
-    async def _follow_addresses(self) -> None:
-        """Where the host is reached may change while it runs, or have come late at boot."""
-        while True:
-            await self.kernel.wait_moved()
-            await trio.sleep(SETTLE_SECONDS)
-            await self.registration.look_again(register=self.cached is None)
-            self._nudge()
+    async def _look_again(self) -> None:
+        """Find the host's addresses again, and register what has changed."""
+        await self.registration.look_again(register=self.cached is None)
 
     async def _serve_diagnostics(self) -> None:
         """Answer, and begin anew in another etcd: there a watch would wait for a revision that is far away."""
@@ -674,23 +639,14 @@ class Daemon:
         """Have the reconciler tell systemd that it is alive."""
         interval = watchdog_interval()
         while interval is not None:
-            self._beat = True
-            self._wake.set()
+            self._reconciler.beat(_watchdog_beat)
             await trio.sleep(interval / 2)
 
     # -- the one that acts ----------------------------------------------------------------------------------
 
-    async def _reconcile(self) -> None:
-        while True:
-            await self._wake.wait()
-            self._wake = trio.Event()
-            if self._beat:
-                self._beat = False
-                notify("WATCHDOG=1")
-            wanted, self._wanted = self._wanted, False
-            fresh, self._fresh = self._fresh, False
-            if wanted and self.snapshot is not None:
-                await self._apply(self.snapshot, fresh)
+    async def _apply_newest(self, fresh: bool) -> None:
+        if self.snapshot is not None:
+            await self._apply(self.snapshot, fresh)
 
     async def _apply(self, snapshot: Snapshot, fresh: bool) -> None:
         self._report_snapshot(snapshot)
@@ -705,8 +661,10 @@ class Daemon:
         if own is not None and own.public_key != self.public_key:
             # The same: it has the record of an earlier run with another key, or what another writer has put.
             return
+        topology = self.topology
         try:
-            self.raw_plan = host_plan(self.topology, self.name, self.raw_plan)
+            surroundings = await self._surroundings(topology)
+            self.plans = host_plans(topology, self.name, surroundings, self.plans)
         except UnknownNode:
             record = self.mirror.kv(self.keys.node(self.name))
             if record is None or record.mod_revision > snapshot.revision:
@@ -721,43 +679,22 @@ class Daemon:
             notify(f"STATUS={self.failures[0]}")
             return
         self.once.clear("unknown", "this host is among the mesh's nodes again")
-        self.resolver.set_names(plan_names(self.raw_plan))
-        resolved = resolve_plan(self.raw_plan, self.resolver.table, self.resolver.failed, self.registration.families)
-        resolved = candidacy_policy.from_own_addresses(
-            resolved, self.topology.snapshot.nodes[self.name], self.registration.addresses
-        )
-        filtered = filter_routes(
-            resolved, self.protected(), self.filtered, offered_by=self.topology.allocation.offered_by
-        )
-        plan = await self._within_reach(self._at_the_internet(filtered, self.topology), self.topology)
-        self._encrypting.withdraw()
-        if self._encrypting.concerns(self.topology):
-            await self._encrypting.prepare(self.topology, etcd_away=self.cached is not None)
-            self.resolver.networks(self._encrypting.etcd_urls)
-            plan = self._encrypting.encrypt(
-                plan, self.topology, sources=self.registration.sources, addresses=self.registration.addresses,
-                table=self.resolver.table, silent=self._silent_leader,
-            )  # fmt: skip
-        standby = candidacy_policy.is_standby(candidacy_policy.role_of(self.topology, self.name), plan)
+        plan = self.plans.final
+        self.resolver.set_names(plan_names(self.plans.raw))
+        standby = candidacy_policy.is_standby(candidacy_policy.role_of(topology, self.name), plan)
         before = self.kernel.writes
-        try:
-            report = await self.applier.apply(plan, self.topology, standby=standby, fresh=fresh)
-        except kernel.KernelError as error:
-            if self.plan is None:
-                # Nothing has ever worked: the operator is at the terminal and wants to know.
-                raise
+        report = await self._reconciler.program(
+            lambda: self.applier.apply(plan, topology, standby=standby, fresh=fresh)
+        )  # fmt: skip
+        if isinstance(report, str):
             self._programmed = self._ready = False
-            self.failures = (str(error),)
-            self.once.error("kernel", "the kernel cannot be programmed; trying again", error=str(error))
-            self.metrics.reconciled(trouble=str(error), writes=self.kernel.writes - before)
+            self.failures = (report,)
+            self.metrics.reconciled(trouble=report, writes=self.kernel.writes - before)
             self._publish(snapshot)
-            await trio.sleep(KERNEL_RETRY_SECONDS)
-            self._nudge(fresh=True)
             return
-        self.once.clear("kernel", "the kernel can be programmed again")
-        self._note_internal_ips(self.topology)
+        self._note_internal_ips(topology)
         self.once.errors("forced addresses", self._missing_addresses())
-        self.filtered, self.plan = filtered, plan
+        self.plan = plan
         self.applied_revision = snapshot.revision
         for change in report.changes:
             self.log.debug("changed", command=str(change))
@@ -780,51 +717,65 @@ class Daemon:
         self._programmed = True
         missing = (failure.destination for failure in report.failures if not failure.aside)
         self._ready = candidacy_policy.able_to_lead(missing, snapshot.subnets)
-        self._candidacy.follow(self.topology)
+        self._candidacy.follow(topology)
         self._note_role(snapshot)
         self._publish(snapshot)
         self._wireguard_monitor.follow(snapshot, plan, tunnels=not standby)
         self._exit_node_monitor.follow(plan)
         if self._dns_hosts is not None:
-            self._dns_hosts.follow(self.topology, filtered, fresh=fresh)
-        self._encrypting.follow(self.topology, plan, whole=not report.failures)
-        self._prober.follow(self.topology)
+            self._dns_hosts.follow(topology, self.plans.filtered, fresh=fresh)
+        self._encrypting.follow(topology, plan, whole=not report.failures)
+        self._prober.follow(topology)
         if self.cached is None or snapshot is not self.cached.snapshot:
             self.cache.note(snapshot, self._holdings)
         applied, self._applied = self._applied, trio.Event()
         applied.set()
 
-    def _at_the_internet(self, filtered: HostPlan, topology: Topology) -> HostPlan:
-        """The plan with what concerns the world outside the mesh: this host as exit node, or the one that it uses."""
-        assert self.raw_plan is not None
-        plan = as_exit_node(filtered, self.registration.underlay, self.registration.families)
-        exit_node = topology.snapshot.nodes[self.name].exit_node
+    async def _surroundings(self, topology: Topology) -> Surroundings:
+        """What this host knows, for its plan. UnknownNode: it is not in the mesh."""
+        topology.segment_of(self.name)
+        silent = await self._never_answered(topology)
+        encryption = await self._encryption_inputs(topology, silent)
         endpoints = self.config.etcd.endpoints
-        return with_exit_node(
-            plan,
-            topology,
-            bypass=self.resolver.networks(endpoints),
+        return Surroundings(
+            table=self.resolver.table,
+            failed=self.resolver.failed,
+            etcd=self._etcd_networks(),
+            etcd_unresolved=self.resolver.unresolved(endpoints),
+            underlay=self.registration.underlay,
+            families=self.registration.families,
             sources=self.registration.sources,
-            unresolved=(*self.resolver.unresolved(endpoints), *names_of(self.raw_plan, exit_node, self.resolver.table)),
+            addresses=self.registration.addresses,
+            silent=silent,
+            encryption=encryption,
         )
 
-    async def _within_reach(self, plan: HostPlan, topology: Topology) -> HostPlan:
-        """The plan without the routes to members of the location that have never answered."""
+    async def _never_answered(self, topology: Topology) -> tuple[Silent, ...]:
+        """The members of the location that have never answered. UnknownNode."""
         reachability = self._reachability
         if reachability is None:
-            return plan
+            return ()
         if not reachability.ready:
             try:
                 reachability.start(await self.kernel.observe())
             except (OSError, kernel.KernelError):
                 reachability.start(Observed())  # If that lasts, `apply` says so.
         silent = reachability.follow(topology)
-        leader = topology.segment_of(self.name).leader.name
-        self._silent_leader = frozenset(
-            member.target.address for member in silent if member.withheld and member.target.node == leader
-        )
         self.metrics.unreachable.set(len({member.target.node for member in silent if member.named}))
-        return withhold(plan, topology, silent)
+        return silent
+
+    async def _encryption_inputs(self, topology: Topology, silent: tuple[Silent, ...]) -> EncryptionInputs | None:
+        self._encrypting.withdraw()
+        if not self._encrypting.concerns(topology):
+            return None
+        await self._encrypting.prepare(topology, etcd_away=self.cached is not None)
+        self.resolver.networks(self._encrypting.etcd_urls)
+        leader = topology.segment_of(self.name).leader.name
+        return self._encrypting.inputs(
+            topology, sources=self.registration.sources, addresses=self.registration.addresses,
+            table=self.resolver.table,
+            silent=frozenset(one.target.address for one in silent if one.withheld and one.target.node == leader),
+        )  # fmt: skip
 
     def _holdings(self) -> store.Holdings | None:
         return self.mirror.holdings()
@@ -868,10 +819,6 @@ class Daemon:
         reasons = "; ".join(note.reason for note in snapshot.rejected if note.key == key or note.key in claims)
         return f"this host is not among the mesh's nodes: {reasons or f'see the rejected records of {self.name}'}"
 
-    def protected(self) -> tuple[IPNetwork, ...]:
-        """Networks that no route into the tunnel may cover: etcd's addresses and the host's own underlay."""
-        return (*self._etcd_networks(), *self.registration.underlay)
-
     def _etcd_networks(self) -> tuple[IPNetwork, ...]:
         return self.resolver.networks(self.config.etcd.endpoints)
 
@@ -898,7 +845,7 @@ class Daemon:
         if role == self.role:
             return
         self.role = role
-        self.log = get_logger().bind(node=self.name, location=role.location)
+        self.log = self._reconciler.log = get_logger().bind(node=self.name, location=role.location)
         if role.kind is store.Role.ALONE:
             self.log.info("this host is a segment of its own", revision=snapshot.revision)
         else:

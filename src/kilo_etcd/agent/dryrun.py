@@ -16,14 +16,12 @@ from kilo_etcd import etcd, kernel, store
 from kilo_etcd.agent.encrypting import concerns, outside, read_members
 from kilo_etcd.model import InternalIPs, Node, Snapshot
 from kilo_etcd.planning import host_plan
-from kilo_etcd.planning.encryption import encrypt
-from kilo_etcd.planning.exit_node import as_exit_node, with_exit_node
-from kilo_etcd.planning.route_filter import filter_routes
+from kilo_etcd.planning.pipeline import EncryptionInputs, host_plans
 from kilo_etcd.runtime import discover, key_file
 from kilo_etcd.runtime.config import AgentConfig, too_small_for
 from kilo_etcd.runtime.hostnames import known_names
 from kilo_etcd.runtime.logs import MOST_NAMED
-from kilo_etcd.runtime.resolve import names_of, resolve_once, resolve_plan
+from kilo_etcd.runtime.resolve import resolve_once
 from kilo_etcd.store.claims import candidates
 from kilo_etcd.topology import UnknownNode, build_topology
 from kilo_etcd.topology.forced_addresses import missing_addresses
@@ -59,7 +57,7 @@ async def dry_run(config: AgentConfig, client: etcd.Client, setup: Callable[[Age
         snapshot = _with(snapshot, own)
     try:
         topology = build_topology(snapshot)
-        plan = host_plan(topology, config.hostname)
+        table, failed = await resolve_once(host_plan(topology, config.hostname))
     except UnknownNode:
         click.echo(f"# {config.hostname} would not be among the mesh's nodes, so nothing would be changed")
         for aside in snapshot.rejected[:MOST_NAMED]:
@@ -67,28 +65,22 @@ async def dry_run(config: AgentConfig, client: etcd.Client, setup: Callable[[Age
         if (more := len(snapshot.rejected) - MOST_NAMED) > 0:
             click.echo(f"# {more} more rejected records; kgctl status -o json lists all")
         return
-    table, failed = await resolve_once(plan)
-    unresolved = names_of(plan, topology.snapshot.nodes[config.hostname].exit_node, table)
-    plan = resolve_plan(plan, table, failed, facts.families())
-    plan = filter_routes(plan, (*facts.underlay(), *etcd_at), offered_by=topology.allocation.offered_by)
-    within = plan
-    plan = as_exit_node(plan, facts.underlay(), facts.families())
-    plan = with_exit_node(plan, topology, bypass=etcd_at, sources=facts.sources(), unresolved=unresolved)
+    surroundings = facts.surroundings(etcd_at, table, failed)
+    addresses = surroundings.addresses
     if concerns(topology, config.hostname):
-        addresses = frozenset(item.address.ip for item in facts.addresses)
         members = read_members(config.state_dir)
         around = outside(config, members, facts.sources(), table, addresses=addresses)
-        plan = encrypt(plan, topology, outside=around)
-    for problem in plan.problems:
+        surroundings = evolve(surroundings, encryption=EncryptionInputs(outside=around))
+    plans = host_plans(topology, config.hostname, surroundings)
+    for problem in plans.final.problems:
         click.echo(f"# {problem.text}")
     if view.kv(keys.annotation(config.hostname, "force-internal-ip")) is not None:
-        own_addresses = frozenset(item.address.ip for item in facts.addresses)
-        for text in missing_addresses(topology, config.hostname, own_addresses, facts.underlay()):
+        for text in missing_addresses(topology, config.hostname, addresses, facts.underlay()):
             click.echo(f"# {text}")
     async with kernel.open_kernel(setup(config, private)) as device:
-        changes = await device.preview(plan)
+        changes = await device.preview(plans.final)
     if config.dns_hosts:
-        for line in known_names(topology, within, config.prefix).described():
+        for line in known_names(topology, plans.filtered, config.prefix).described():
             click.echo(f"# {line}")
     for change in changes:
         click.echo(str(change))

@@ -28,10 +28,11 @@ from kilo_etcd.agent.stage_watch import StageWatch
 from kilo_etcd.base.fast_ip import ip_address, ip_network
 from kilo_etcd.model import EncryptionStage, InternalIPs, IPAddress, Node
 from kilo_etcd.model.hostplan import Exemption, HostPlan
-from kilo_etcd.planning.encryption import Living, Outside, StageReport, awaited, encrypt, report
+from kilo_etcd.planning.encryption import Living, Outside, StageReport, awaited, report
+from kilo_etcd.planning.names import Table
+from kilo_etcd.planning.pipeline import EncryptionInputs
 from kilo_etcd.runtime.config import AgentConfig
 from kilo_etcd.runtime.logs import Once
-from kilo_etcd.runtime.resolve import Table
 from kilo_etcd.store import StageRecord
 from kilo_etcd.topology import Topology
 from kilo_etcd.topology.segments import changes
@@ -212,8 +213,6 @@ class Encrypting:
         self._topology: Topology | None = None
         self.trouble: str | None = None
         """Why etcd's members are not known, and what follows; None: they are, or are not asked for."""
-        self._last: HostPlan | None = None
-        """The last outcome of `encrypt`."""
         self._wanted_stage: StageRecord | None = None
         self._newest = 0
         """The newest revision from which on a node takes packets from the tunnels."""
@@ -284,18 +283,17 @@ class Encrypting:
         """Whether the setting is in force here, or the host on its way back from it."""
         return self._told is not None or concerns(topology, self._name)
 
-    def encrypt(
+    def inputs(
         self,
-        plan: HostPlan,
         topology: Topology,
         *,
         sources: tuple[IPAddress, ...],
         addresses: frozenset[IPAddress],
         table: Table,
         silent: frozenset[IPAddress] = frozenset(),
-    ) -> HostPlan:
-        """The plan with what the setting asks for. `sources` are the host's own addresses on the underlay, `addresses`
-        all that it has; `table` those of DNS names; `silent` those of its leader at which that never answered."""
+    ) -> EncryptionInputs:
+        """What the plan of a topology needs. `sources` are the host's own addresses on the underlay, `addresses` all
+        that it has; `table` those of DNS names; `silent` those of its leader at which that never answered."""
         cluster, on = topology.snapshot.cluster_id, topology.internal_ips is InternalIPs.ENCRYPTED
         if self._cluster not in (None, cluster) or self._on not in (None, on):
             # The revisions that were applied of another etcd mean nothing for this one. And a node that did not live at
@@ -308,9 +306,7 @@ class Encrypting:
         around = outside(
             self._config, self._members, sources, table, addresses=addresses, listening=self._listening
         )  # fmt: skip
-        around = evolve(around, silent=silent)
-        self._last = encrypt(plan, topology, outside=around, living=self.living, told=self._told, previous=self._last)
-        return self._last
+        return EncryptionInputs(outside=evolve(around, silent=silent), living=self.living, told=self._told)
 
     def follow(self, topology: Topology, plan: HostPlan, *, whole: bool) -> None:
         """The kernel holds `plan`; `whole`: all of it."""

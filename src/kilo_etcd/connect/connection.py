@@ -1,6 +1,6 @@
 """This machine as a peer while `kgctl connect` runs: one nursery, as in the agent, of which this is a small relative.
 
-Snapshots, what the kernel reports and names that resolve wake `_follow`, the only task that touches the kernel. When
+The `Reconciler` is the agent's: its one task calls `_apply_newest`, and nothing else changes the kernel. When
 etcd is away the kernel keeps what it has. At the end everything that was made here goes, unless the caller wants it
 kept: interface with its routes, block of the hosts file, record.
 """
@@ -15,30 +15,27 @@ import trio
 from attrs import frozen
 
 from kilo_etcd import etcd, kernel, store
-from kilo_etcd.base.backoff import RepairBackoff
 from kilo_etcd.connect.registration import KEEPALIVE, LEASE_SECONDS, DesiredPeer, PeerRegistration
 from kilo_etcd.ctl.commands.wait import applied
 from kilo_etcd.ctl.context import Failure
-from kilo_etcd.model import IPAddress, IPNetwork, Snapshot
+from kilo_etcd.model import IPAddress, Snapshot
 from kilo_etcd.model.hostplan import HostPlan
-from kilo_etcd.planning import peer_plan
-from kilo_etcd.planning.exit_node import BYPASSES_OF_A_PEER, through
-from kilo_etcd.planning.route_filter import filter_routes
+from kilo_etcd.planning.exit_node import BYPASSES_OF_A_PEER
+from kilo_etcd.planning.names import plan_names
+from kilo_etcd.planning.pipeline import PeerOptions, peer_plans
 from kilo_etcd.runtime.apply import moved, trigger_handshakes
 from kilo_etcd.runtime.discover import HostFacts
 from kilo_etcd.runtime.exit_node_monitor import ExitNodeMonitor
 from kilo_etcd.runtime.hostnames import known_names
 from kilo_etcd.runtime.logs import Once, get_logger
-from kilo_etcd.runtime.resolve import LOOKUP_TIMEOUT, Resolver, names_of, plan_names, resolve_plan
+from kilo_etcd.runtime.reconciler import Reconciler
+from kilo_etcd.runtime.resolve import LOOKUP_TIMEOUT, Resolver
 from kilo_etcd.topology import Topology, build_topology
 
 KNOWN_SECONDS = 2.0
 """How long to wait for all agents to know this machine's key: a first handshake that nobody answers costs five."""
 
 WITHDRAW_SECONDS = 3.0
-SETTLE_SECONDS = 0.5
-"""How long changes of the machine's addresses may go on before they are looked at: they come in bursts."""
-KERNEL_RETRY_SECONDS = 0.5
 ETCD_RETRY_SECONDS = 2.0
 
 Names = dict[str, tuple[IPAddress, ...]]
@@ -68,34 +65,17 @@ class Edges:
     clean_up: Callable[[], Awaitable[tuple[kernel.Change, ...]]]
 
 
-def raw_plan(topology: Topology, desired: DesiredPeer, settings: Settings, facts: HostFacts) -> HostPlan:
-    """The plan before names are resolved and the machine's own networks looked at. KeyError: no such peer in force."""
+def peer_options(topology: Topology, desired: DesiredPeer, settings: Settings, facts: HostFacts) -> PeerOptions:
+    """What the machine chooses for itself. KeyError: no such peer is in force."""
     keepalive = desired.persistent_keepalive
     if keepalive is None:
         keepalive = topology.peers[desired.name].persistent_keepalive or KEEPALIVE
-    return peer_plan(
-        topology,
-        desired.name,
+    return PeerOptions(
         listen_port=settings.listen_port,
         persistent_keepalive=keepalive,
-        families=facts.families(),
+        exit_node=settings.exit_node,
         links=facts.reached(()).stated(),
     )
-
-
-def protected_plan(plan: HostPlan, protected: tuple[IPNetwork, ...], subnets: tuple[IPNetwork, ...]) -> HostPlan:
-    """The plan without routes that would cut the machine off from what its tunnel is made of.
-
-    The mesh's subnets are kept although they overlap the network that the machine happens to be in, whose own route is
-    narrower as a rule; but not where they hold etcd or the default gateway itself.
-    """
-    single = [network for network in protected if network.num_addresses == 1]
-    mesh = [
-        subnet
-        for subnet in subnets
-        if not any(network.version == subnet.version and network.network_address in subnet for network in single)
-    ]
-    return filter_routes(plan, protected, mesh=mesh)
 
 
 class PeerConnection:
@@ -118,17 +98,20 @@ class PeerConnection:
         self.prefix = prefix
         self.keys = store.Keys(prefix)
         self.mirror = store.Mirror(client, self.keys)
-        self.registration = PeerRegistration(client, self.keys, desired, self._nudge)
         self.resolver = Resolver()
         self.facts = HostFacts()
         self.log = get_logger()
         self.once = Once(self.log)
+        self._reconciler = Reconciler(
+            self._apply_newest, device, self.resolver,
+            look=self._look, resync_period=settings.resync_period, log=self.log, once=self.once,
+        )  # fmt: skip
+        self._nudge = self._reconciler.nudge
+        self.registration = PeerRegistration(client, self.keys, desired, self._nudge)
         self.exit_node_monitor = ExitNodeMonitor(device, self._note_exit_node)
         self.topology: Topology | None = None
         self.plan: HostPlan | None = None
         self._told: object = None
-        self._wake = trio.Event()
-        self._fresh = False
         self._stopping = trio.Event()
         self._joined = False
 
@@ -176,12 +159,8 @@ class PeerConnection:
             await applied(self.client, self.keys, timeout=KNOWN_SECONDS)
         for task in (
             self._follow_snapshots,
-            self._follow_drift,
-            self._follow_names,
-            self._follow_addresses,
-            self._resync,
             self.exit_node_monitor.run,
-            self._follow,
+            self._reconciler.run,
         ):
             nursery.start_soon(task)
 
@@ -206,11 +185,7 @@ class PeerConnection:
             "and does UDP reach it? else end this command, or name another exit node",
         )  # fmt: skip
 
-    # -- what wakes the one that acts -----------------------------------------------------------------------
-
-    def _nudge(self, *, fresh: bool = False) -> None:
-        self._fresh = self._fresh or fresh
-        self._wake.set()
+    # -- what wakes the reconciler ---------------------------------------------------------------------------
 
     async def _follow_snapshots(self) -> None:
         snapshot: Snapshot | None = None
@@ -218,45 +193,23 @@ class PeerConnection:
             snapshot = await self.mirror.wait_newer(snapshot)
             self._nudge()
 
-    async def _follow_drift(self) -> None:
-        backoff = RepairBackoff()
-        while True:
-            what = await self.kernel.wait_drift()
-            self.log.warning("another program changed the kernel; repairing", what=what)
-            await trio.sleep(backoff.pause(trio.current_time()))
-            self._nudge(fresh=True)
-
-    async def _follow_names(self) -> None:
-        while True:
-            await self.resolver.wait_changed()
-            self._nudge()
-
-    async def _follow_addresses(self) -> None:
-        """A laptop is carried from one network to another."""
-        while True:
-            await self.kernel.wait_moved()
-            await trio.sleep(SETTLE_SECONDS)
-            try:
-                self.facts = await self.edges.look()
-            except (OSError, kernel.KernelError) as error:
-                self.once.warning("addresses", "the machine's addresses cannot be read", error=str(error))
-            self._nudge(fresh=True)
-
-    async def _resync(self) -> None:
-        while True:
-            await trio.sleep(self.settings.resync_period)
+    async def _look(self) -> None:
+        before = self.facts
+        try:
+            self.facts = await self.edges.look()
+        except (OSError, kernel.KernelError) as error:
+            self.once.warning("addresses", "the machine's addresses cannot be read", error=str(error))
+        else:
+            self.once.clear("addresses", "the machine's addresses can be read again")
+        if self.facts != before:
+            # The kernel removes the routes of a network that the machine has left.
             self._nudge(fresh=True)
 
     # -- the one that acts ----------------------------------------------------------------------------------
 
-    async def _follow(self) -> None:
-        while True:
-            await self._wake.wait()
-            self._wake = trio.Event()
-            fresh, self._fresh = self._fresh, False
-            snapshot = self.mirror.current
-            if snapshot is None or not await self._still_registered(snapshot):
-                continue
+    async def _apply_newest(self, fresh: bool) -> None:
+        snapshot = self.mirror.current
+        if snapshot is not None and await self._still_registered(snapshot):
             await self._apply(snapshot, fresh)
 
     async def _still_registered(self, snapshot: Snapshot) -> bool:
@@ -290,29 +243,17 @@ class PeerConnection:
             )
             return
         self.once.clear("peer", f"peer {self.desired.name} is in force")
-        plan = raw_plan(topology, self.desired, self.settings, self.facts)
-        unresolved = names_of(plan, self.settings.exit_node or "", self.resolver.table)
-        self.resolver.set_names(plan_names(plan))
-        plan = resolve_plan(plan, self.resolver.table, self.resolver.failed, self.facts.families())
-        protected = (*self.resolver.networks(self.settings.endpoints), *self.facts.underlay())
-        plan = protected_plan(plan, protected, snapshot.subnets)
-        # Through the exit node goes everything, so what is of the mesh is told by the plan without it.
-        within = plan
-        if self.settings.exit_node is not None:
-            plan = through(
-                plan, topology, self.settings.exit_node, self.resolver.networks(self.settings.endpoints),
-                unresolved=unresolved,
-            )  # fmt: skip
-        try:
-            report = await self.kernel.apply(plan, fresh=fresh)
-        except kernel.KernelError as error:
-            if self.plan is None:
-                raise
-            self.once.error("kernel", "the kernel cannot be programmed; trying again", error=str(error))
-            await trio.sleep(KERNEL_RETRY_SECONDS)
-            self._nudge(fresh=True)
+        endpoints = self.settings.endpoints
+        surroundings = self.facts.surroundings(
+            self.resolver.networks(endpoints), self.resolver.table, self.resolver.failed
+        )  # fmt: skip
+        options = peer_options(topology, self.desired, self.settings, self.facts)
+        plans = peer_plans(topology, self.desired.name, options, surroundings)
+        plan = plans.final
+        self.resolver.set_names(plan_names(plans.raw))
+        report = await self._reconciler.program(lambda: self.kernel.apply(plan, fresh=fresh))
+        if isinstance(report, str):
             return
-        self.once.clear("kernel", "the kernel can be programmed again")
         trigger_handshakes(moved(report, self.plan, plan, topology))
         self.plan = plan
         self.exit_node_monitor.follow(plan)
@@ -321,7 +262,8 @@ class PeerConnection:
         self.once.errors(
             "plan", (*map(str, report.failures), *(problem.text for problem in plan.problems)), level="warning"
         )
-        await self._write_names(topology, within)
+        # Through the exit node goes everything, so what is of the mesh is told by the plan without it.
+        await self._write_names(topology, plans.filtered)
         self._tell(plan)
 
     async def _write_names(self, topology: Topology, plan: HostPlan) -> None:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import click
 
 from kilo_etcd import etcd, kernel
-from kilo_etcd.connect.connection import Edges, Settings, protected_plan, raw_plan
+from kilo_etcd.connect.connection import Edges, Settings, peer_options
 from kilo_etcd.connect.registration import DesiredPeer
 from kilo_etcd.ctl.context import Failure
 from kilo_etcd.ctl.impact import impact, new_trouble
 from kilo_etcd.ctl.reports.render import clean
 from kilo_etcd.model import Snapshot
-from kilo_etcd.planning.exit_node import through
+from kilo_etcd.planning import peer_plan
+from kilo_etcd.planning.pipeline import peer_plans
 from kilo_etcd.runtime.discover import etcd_networks
 from kilo_etcd.runtime.hostnames import known_names
-from kilo_etcd.runtime.resolve import resolve_once, resolve_plan
+from kilo_etcd.runtime.resolve import resolve_once
 from kilo_etcd.topology import build_topology
 
 
@@ -29,18 +30,14 @@ async def show(
         click.echo(f"# {line}")
     facts = await edges.look()
     topology = build_topology(after)
-    plan = raw_plan(topology, desired, settings, facts)
-    plan = resolve_plan(plan, *await resolve_once(plan), facts.families())
-    etcd_at = await etcd_networks(config)
-    plan = protected_plan(plan, (*facts.underlay(), *etcd_at), after.subnets)
-    within = plan
-    if settings.exit_node is not None:
-        plan = through(plan, topology, settings.exit_node, etcd_at)
-    for problem in plan.problems:
+    table, failed = await resolve_once(peer_plan(topology, desired.name))
+    surroundings = facts.surroundings(await etcd_networks(config), table, failed)
+    plans = peer_plans(topology, desired.name, peer_options(topology, desired, settings, facts), surroundings)
+    for problem in plans.final.problems:
         click.echo(f"# {clean(problem.text)}")
-    for change in await device.preview(plan):
+    for change in await device.preview(plans.final):
         click.echo(str(change))
     if settings.dns_hosts:
-        for line in known_names(topology, within, prefix).described():
+        for line in known_names(topology, plans.filtered, prefix).described():
             click.echo(f"# {clean(line)}")
     click.echo("# nothing was changed (--dry-run)")

@@ -25,6 +25,8 @@ from kilo_etcd.base import descriptors
 from kilo_etcd.etcd.api import Config
 from kilo_etcd.kernel.state import DefaultRoute, HostAddress, StaticRoute, ipip_name
 from kilo_etcd.model import DEFAULT_INTERFACE, DEFAULT_PORT, Endpoint, IPAddress, IPInterface, IPNetwork, is_public
+from kilo_etcd.planning.names import NO_REASONS, Reasons, Table
+from kilo_etcd.planning.pipeline import Surroundings
 from kilo_etcd.runtime.config import AgentConfig
 from kilo_etcd.runtime.resolve import LOOKUP_TIMEOUT, endpoint_hosts, lookup, network_of
 from kilo_etcd.runtime.underlay import Reached, name_servers
@@ -104,6 +106,17 @@ class HostFacts:
             for item in self.addresses
             if _usable(item, self.own_interface, ()) and (item.interface in ways or not _comes_and_goes(item))
         ]
+
+    def surroundings(
+        self, etcd: tuple[IPNetwork, ...], table: Table, failed: Reasons = NO_REASONS, unresolved: tuple[str, ...] = ()
+    ) -> Surroundings:
+        """What a plan needs to know of them. `etcd` are etcd's addresses, `unresolved` its names that have none;
+        `table` and `failed`: what is known of DNS names."""
+        return Surroundings(
+            table=table, failed=failed, etcd=etcd, etcd_unresolved=unresolved, underlay=self.underlay(),
+            families=self.families(), sources=self.sources(),
+            addresses=frozenset(item.address.ip for item in self.addresses),
+        )  # fmt: skip
 
     def families(self) -> frozenset[int]:
         """The families in which the host has a way to others: those of its default routes, or else of its networks."""

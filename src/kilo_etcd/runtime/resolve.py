@@ -2,25 +2,27 @@
 
 Each name has a task and a deadline of its own, so that one that hangs or fails delays no other; what fails is tried
 again sooner and keeps its last good addresses. As long as the address in use is among the answers it stays in use:
-a name with several addresses in changing order must not move a peer back and forth. `resolve_plan` is pure.
+a name with several addresses in changing order must not move a peer back and forth. What a plan makes of the addresses
+is in `planning.names`.
 """
 
 from __future__ import annotations
 
 import random
 import socket
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable
 from ipaddress import ip_address, ip_network
 from types import MappingProxyType
 from typing import TypeAlias
 from urllib.parse import urlsplit
 
 import trio
-from attrs import evolve, frozen
+from attrs import frozen
 
 from kilo_etcd.base import descriptors
-from kilo_etcd.model import Endpoint, IPAddress, IPNetwork
-from kilo_etcd.model.hostplan import HostPlan, Problem
+from kilo_etcd.model import IPAddress, IPNetwork
+from kilo_etcd.model.hostplan import HostPlan
+from kilo_etcd.planning.names import Reasons, Table, plan_names
 from kilo_etcd.runtime.logs import Once, get_logger
 
 PERIOD = 30.0
@@ -33,10 +35,6 @@ JITTER = 0.2
 """By how much, in parts of itself, a wait is longer or shorter: hosts that were started together ask one by one."""
 
 Lookup: TypeAlias = Callable[[str], Awaitable[tuple[IPAddress, ...]]]
-Table: TypeAlias = Mapping[str, tuple[IPAddress, ...]]
-Reasons: TypeAlias = Mapping[str, str]
-"""Name -> why it has no address."""
-_NO_REASONS: Reasons = MappingProxyType({})
 
 _limiter: trio.lowlevel.RunVar[trio.CapacityLimiter] = trio.lowlevel.RunVar("resolver threads")
 _THREADS = 32
@@ -67,59 +65,6 @@ async def lookup(name: str) -> tuple[IPAddress, ...]:
 
 def _getaddrinfo(name: str) -> list[tuple[object, object, object, object, tuple[object, ...]]]:
     return list(socket.getaddrinfo(name, None, type=socket.SOCK_DGRAM))
-
-
-def resolve_plan(
-    plan: HostPlan, table: Table, failed: Reasons = _NO_REASONS, families: Collection[int] = ()
-) -> HostPlan:
-    """The plan with addresses in place of names; the same object where it has no names.
-
-    A peer whose name is not in the table loses its endpoint (it stays reachable when it calls first), and is named in
-    a Problem if its name is among those that `failed`; else the answer is still on its way. `families` are those in
-    which the host reaches others: an address of another helps nobody; none given means that it is not known.
-    """
-    replaced = {}
-    problems = []
-    for key, peer in plan.peers.items():
-        endpoint = peer.endpoint
-        if endpoint is None or not isinstance(endpoint.host, str):
-            continue
-        addresses = table.get(endpoint.host)
-        fit = next((address for address in addresses or () if not families or address.version in families), None)
-        replaced[key] = evolve(peer, endpoint=None if fit is None else Endpoint(fit, endpoint.port))
-        if not addresses:
-            if endpoint.host not in failed:
-                continue
-            text = (
-                f"the DNS name {endpoint.host} of the endpoint of {peer.name} is not resolved "
-                f"({failed[endpoint.host]}); mend the name or the resolver"
-            )
-            problems.append(Problem(subject=peer.name, text=text))
-        elif fit is None:
-            ours = " and ".join(f"IPv{version}" for version in sorted(families))
-            text = (
-                f"no common address family with {peer.name}: this host reaches others over {ours} only, and the DNS "
-                f"name {endpoint.host} of its endpoint has no such address; add one to the name"
-            )
-            problems.append(Problem(subject=peer.name, text=text))
-    if not replaced:
-        return plan
-    return evolve(plan, peers={**plan.peers, **replaced}, problems=(*plan.problems, *problems))
-
-
-def plan_names(plan: HostPlan) -> frozenset[str]:
-    """The DNS names among the plan's endpoints."""
-    return frozenset(
-        peer.endpoint.host
-        for peer in plan.peers.values()
-        if peer.endpoint is not None and isinstance(peer.endpoint.host, str)
-    )
-
-
-def names_of(plan: HostPlan, name: str, table: Table) -> tuple[str, ...]:
-    """The DNS name of the endpoint of node `name` in an unresolved plan, if it is not in the table."""
-    hosts = (peer.endpoint.host for peer in plan.peers.values() if peer.name == name and peer.endpoint is not None)
-    return tuple(host for host in hosts if isinstance(host, str) and not table.get(host))
 
 
 async def resolve_once(plan: HostPlan, *, lookup: Lookup = lookup) -> tuple[Table, Reasons]:

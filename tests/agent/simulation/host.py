@@ -66,6 +66,11 @@ class SimulatedAgent(Daemon):
         self.host, self._watchman = host, watchman
         self._reload = trio.Event()
 
+    @property
+    def raw_plan(self) -> HostPlan | None:
+        """What it has planned of the topology alone."""
+        return None if self.plans is None else self.plans.raw
+
     async def _handle_signals(self) -> None:
         await self._reload.wait()
         if not self._stopping.is_set():

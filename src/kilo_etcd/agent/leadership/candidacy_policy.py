@@ -5,12 +5,12 @@ Pure: snapshots, topologies and times come in, values go out. The daemon acts on
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
-from attrs import evolve, frozen
+from attrs import frozen
 
 from kilo_etcd.base.quoting import first_of
-from kilo_etcd.model import CandidateClass, InternalIPs, IPAddress, IPNetwork, Node, Snapshot
+from kilo_etcd.model import CandidateClass, InternalIPs, IPNetwork, Node, Snapshot
 from kilo_etcd.model.hostplan import HostPlan, Via
 from kilo_etcd.store import Role
 from kilo_etcd.topology import Topology
@@ -177,23 +177,6 @@ def able_to_lead(missing: Iterable[IPNetwork | None], subnets: Iterable[IPNetwor
     container bridge's for instance, must not leave a location without candidates."""
     mesh = set(subnets)
     return all(network is not None and network not in mesh for network in missing)
-
-
-def from_own_addresses(plan: HostPlan, node: Node, addresses: Collection[IPAddress]) -> HostPlan:
-    """The plan without routes from an internal IP that is none of the host's `addresses`: the kernel takes no such
-    route. The operator may have forced the internal IP, or it is gone for now. The mesh address serves as well."""
-    gone = {ip.ip for ip in node.internal_ips}.difference(addresses)
-    if not gone or not addresses:
-        return plan
-    routes = {}
-    for network, route in plan.routes.items():
-        if route.source in gone:
-            source = node.mesh_address(network.version)
-            if source is None:
-                continue
-            route = evolve(route, source=source)
-        routes[network] = route
-    return evolve(plan, routes=routes)
 
 
 def confirmed(revisions: Mapping[str, int], revision: int, apart_from: str) -> bool:
