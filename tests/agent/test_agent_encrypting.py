@@ -23,9 +23,9 @@ from kilo_etcd.agent.snapshot_cache import Disk
 from kilo_etcd.etcd import Config, Member, PermissionDenied, Unavailable
 from kilo_etcd.kernel.routing.encrypted import table_of
 from kilo_etcd.model import EncryptionStage, Endpoint, Granularity, InternalIPs, IPNetwork, Node, Snapshot
-from kilo_etcd.model.hostplan import Exemption
-from kilo_etcd.planning import host_plan
+from kilo_etcd.model.hostplan import Exemption, HostPlan
 from kilo_etcd.planning.encryption import StageReport
+from kilo_etcd.planning.pipeline import Surroundings, host_plans
 from kilo_etcd.runtime.config import AgentConfig
 from kilo_etcd.runtime.logs import Once
 from kilo_etcd.store import Keys
@@ -423,6 +423,11 @@ async def test_members_that_are_no_endpoints_end_no_agent(world: World, tmp_path
     assert list(outside(config("10.0.0.1:2379"), Members(odd, odd), (), {}).etcd) == [(ip_address("10.0.0.1"), 2379)]
 
 
+def planned(encrypting: Encrypting, topology: Topology) -> HostPlan:
+    inputs = encrypting.inputs(topology, sources=(), addresses=frozenset(), table={})
+    return host_plans(topology, "h1", Surroundings(encryption=inputs)).final
+
+
 @pytest.mark.autojump
 async def test_a_stage_is_not_reported_of_a_plan_that_is_being_replaced() -> None:
     """The kernel may be on its way from it already when the report is made."""
@@ -431,9 +436,7 @@ async def test_a_stage_is_not_reported_of_a_plan_that_is_being_replaced() -> Non
     encrypting = bare(FakeEtcd(), told)
 
     def applied() -> None:
-        plan = encrypting.encrypt(
-            host_plan(topology, "h1"), topology, sources=(), addresses=frozenset(), table={}
-        )  # fmt: skip
+        plan = planned(encrypting, topology)
         encrypting.follow(topology, plan, whole=True)
 
     async with trio.open_nursery() as nursery:
@@ -466,9 +469,7 @@ async def test_in_a_switch_of_a_large_mesh_each_agent_reports_what_it_has_applie
         nonlocal topology
         snapshot = evolve(lan, revision=revision, nodes=dict(nodes), internal_ips_since=5)
         topology = build_topology(snapshot, topology)
-        plan = encrypting.encrypt(
-            host_plan(topology, "h1"), topology, sources=(), addresses=frozenset(), table={}
-        )  # fmt: skip
+        plan = planned(encrypting, topology)
         encrypting.follow(topology, plan, whole=True)
         await trio.sleep(0.005)
 

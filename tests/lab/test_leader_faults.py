@@ -50,12 +50,46 @@ async def elections(lab: Lab, *hosts: str) -> int:
 
 
 async def in_line(lab: Lab, number: int) -> tuple[str, list[str]]:
-    """The leader of gcp and its members, once all stand and probers have had their first answers."""
-    members = await candidates(lab, "gcp", number)
+    """The leader of gcp and its members, once all stand and a prober has had its first answer.
+
+    Leases are long, so candidacies, and what the kernels hold, say nothing of an agent that was just started again."""
+    names = await candidates(lab, "gcp", number)
+    for host in lab.hosts:
+        await eventually(partial(_has_a_role, lab, host), 60, every=0.1, what=f"{host} has a role")
     first = await leader(lab, "gcp")
+    members = [name for name in names if name != first]
     await lab.all_pairs_ping(30)
-    await trio.sleep(3)
-    return first, [name for name in members if name != first]
+    await eventually(partial(_is_probed, lab, first, members), 60, every=0.1, what=f"a member probes {first}")
+    return first, members
+
+
+async def since_start(lab: Lab, host: str) -> str:
+    """What a host's agent has logged since it was started last."""
+    return (await lab.log(host)).rpartition(" starting ")[2]
+
+
+async def _has_a_role(lab: Lab, host: str) -> bool:
+    log = await since_start(lab, host)
+    return "leader elected" in log or "this host is a segment of its own" in log
+
+
+async def _is_probed(lab: Lab, first: str, members: list[str]) -> bool:
+    logs = [await since_start(lab, name) for name in members]
+    return any(f"a host elsewhere answers through the leader  leader={first} " in f"{log} " for log in logs)
+
+
+@asynccontextmanager
+async def printed_on_failure(lab: Lab) -> AsyncIterator[None]:
+    """If the block fails, what etcd holds and what the agents have logged is printed."""
+    try:
+        yield
+    except BaseException:
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + PATIENCE):
+            for prefix in ("/kilo/", "/kilo-status/"):
+                print((await lab.etcdctl("get", "--prefix", prefix)).stdout)
+            for host in lab.hosts:
+                print(f"{host}:\n{await lab.log(host)}")
+        raise
 
 
 @asynccontextmanager
@@ -75,7 +109,7 @@ async def gap(lab: Lab, source: str, target: str, within: float) -> AsyncIterato
 
 
 async def test_a_leader_that_lets_nothing_through_is_demoted() -> None:
-    async with world({"gcp": 3, "home": 2}, lease_ttl=LONG_LEASE) as lab:
+    async with world({"gcp": 3, "home": 2}, lease_ttl=LONG_LEASE) as lab, printed_on_failure(lab):
         for fault, undo in (
             (cut_off("forwarding"), healed),
             (cut_off("port"), healed),
@@ -99,7 +133,7 @@ async def test_a_leader_that_lets_nothing_through_is_demoted() -> None:
 
 
 async def test_where_nobody_can_do_better_nothing_moves_and_a_host_without_etcd_queries_other_nodes() -> None:
-    async with world({"gcp": 3, "home": 1}) as lab:
+    async with world({"gcp": 3, "home": 1}) as lab, printed_on_failure(lab):
         first, members = await in_line(lab, 3)
         gcp = (first, *members)
         before = await elections(lab, *gcp)
@@ -136,7 +170,7 @@ async def test_where_nobody_can_do_better_nothing_moves_and_a_host_without_etcd_
 
 
 async def test_agents_that_die_or_freeze_and_a_site_without_etcd() -> None:
-    async with world({"gcp": 3, "home": 1}, lease_ttl=3) as lab:
+    async with world({"gcp": 3, "home": 1}, lease_ttl=3) as lab, printed_on_failure(lab):
         first, members = await in_line(lab, 3)
         before = await elections(lab, first, *members)
 

@@ -37,6 +37,8 @@ from kilo_etcd.model import IPAddress
 
 _numbers = itertools.count(1)
 _SETTLE = 0.1
+PATIENT = {"ETCDCTL_DIAL_TIMEOUT": "20s", "ETCDCTL_COMMAND_TIMEOUT": "30s"}
+"""How long etcdctl and kgctl wait for etcd: many hosts share one machine here."""
 
 
 @frozen
@@ -260,15 +262,15 @@ class Lab:
 
     async def etcdctl(self, *argv: str, check: bool = True) -> Completed:
         """The real etcdctl, at the operator's."""
-        # etcdctl refuses to be told its endpoints twice.
-        env = {"ETCDCTL_ENDPOINTS": None} if "--endpoints" in argv else None
-        return await self.exec("operator", "etcdctl", *argv, check=check, env=env)
+        # etcdctl refuses to be told a thing twice.
+        given = ("ETCDCTL_" + arg[2:].replace("-", "_").upper() for arg in argv if arg.startswith("--"))
+        return await self.exec("operator", "etcdctl", *argv, check=check, env={**PATIENT, **dict.fromkeys(given)})
 
     async def kgctl(self, *argv: str, check: bool = True, env: Mapping[str, str | None] | None = None) -> Completed:
         """kgctl, at the operator's."""
         own = Path(sys.executable).parent / "kgctl"
         program = [str(own)] if own.exists() else [sys.executable, "-c", "from kilo_etcd.ctl.main import main; main()"]
-        return await self.exec("operator", *program, *argv, check=check, env=env)
+        return await self.exec("operator", *program, *argv, check=check, env={**PATIENT, **(env or {})})
 
     async def log(self, name: str) -> str:
         """What a host's agent, or an etcd member, has logged."""

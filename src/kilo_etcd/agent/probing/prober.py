@@ -292,6 +292,12 @@ class Prober:
         """The seconds until the next try, and a warning to the operator if nothing ever answers."""
         now = trio.current_time()
         if not self._history.has_no_baseline(assignment, now):
+            if self._baseline is not None:
+                # From now on silence counts.
+                self._once.log.info(
+                    "a host elsewhere answers through the leader",
+                    leader=assignment.leader.name, location=assignment.location,
+                )  # fmt: skip
             self._baseline = None
             self._note_no_baseline(None)
             return periods.PERIOD
