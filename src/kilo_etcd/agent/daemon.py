@@ -513,21 +513,23 @@ class Daemon:
         while True:
             try:
                 result = await call()
+            except store.ClusterNotTrusted as error:
+                missing = str(error)  # The mirror has logged it.
             except etcd.Unavailable as error:
-                if not isinstance(error, store.ClusterNotTrusted):
-                    self.once.error("etcd", error.kind, error=str(error))
-                    self._waiting = f"waiting for etcd: {error.kind}: {error}"
-                self.metrics.error("etcd")
-                if self.cached is None:
-                    notify(f"STATUS=waiting for etcd: {error}")
-                await trio.sleep(delay * self._rng.uniform(0.5, 1.0))
-                delay = min(delay * 1.6, 3.0)
+                missing = str(error)
+                self.once.error("etcd", error.kind, error=missing)
+                self._waiting = f"waiting for etcd: {error.kind}: {error}"
             except (etcd.EtcdError, *REFUSALS) as error:
                 raise Fatal(str(error)) from error
             else:
                 self.once.clear("etcd", "etcd is back")
                 self._waiting = None
                 return result
+            self.metrics.error("etcd")
+            if self.cached is None:
+                notify(f"STATUS=waiting for etcd: {missing}")
+            await trio.sleep(delay * self._rng.uniform(0.5, 1.0))
+            delay = min(delay * 1.6, 3.0)
 
     async def _leave(self) -> None:
         """Take away what is only a live agent's; with `--clean-up` everything."""

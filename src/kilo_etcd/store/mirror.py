@@ -46,7 +46,7 @@ RETRY_FIRST = 0.2
 RETRY_MOST = 5.0
 
 
-class ClusterNotTrusted(Unavailable):
+class ClusterNotTrusted(EtcdError):
     """etcd answers, and is not to be followed or told anything; the message says why."""
 
 

@@ -292,12 +292,6 @@ class Prober:
         """The seconds until the next try, and a warning to the operator if nothing ever answers."""
         now = trio.current_time()
         if not self._history.has_no_baseline(assignment, now):
-            if self._baseline is not None:
-                # From now on silence counts.
-                self._once.log.info(
-                    "a host elsewhere answers through the leader",
-                    leader=assignment.leader.name, location=assignment.location,
-                )  # fmt: skip
             self._baseline = None
             self._note_no_baseline(None)
             return periods.PERIOD
@@ -351,8 +345,12 @@ class Prober:
             by_address, EchoRequests(times=times, patience=self._history.patience(targets), first=True)
         )  # fmt: skip
         answered = {by_address[address].name: took for address, took in answers.items()}
-        if answered:
+        if answered and self._baseline is not None:
+            # From now on silence counts.
             self._baseline = None
+            self._once.log.info(
+                "a host elsewhere answers through the leader", leader=self._watched[0], answered=min(answered)
+            )
         # Of several, one answer is enough, and the others were not waited for.
         tried = [node for node in targets if node.name in answered] if answered else targets
         self._history.tried(tried, answered, trio.current_time())

@@ -532,9 +532,12 @@ class Session:
     async def _try(self, act: Callable[[], Awaitable[None]]) -> bool:
         try:
             await act()
+        except ClusterNotTrusted as error:
+            # The mirror has logged it.
+            self.last_error = str(error)
+            return False
         except (EtcdError, NameTaken, claims.NoAddressLeft) as error:
-            # The mirror has logged already that etcd is not trusted.
-            if str(error) != self.last_error and not isinstance(error, ClusterNotTrusted):
+            if str(error) != self.last_error:
                 self._log.warning("etcd could not be updated", error=str(error))
             self.last_error = str(error)
             return False
