@@ -63,6 +63,18 @@ async def in_line(lab: Lab, number: int) -> tuple[str, list[str]]:
     return first, members
 
 
+async def start_again(lab: Lab, host: str) -> None:
+    """Kill a host's agent and start it; returns once the new one logs."""
+    await lab.kill(host)
+    before = (await lab.log(host)).count(" starting ")
+    await lab.start(host)
+
+    async def begun() -> bool:
+        return (await lab.log(host)).count(" starting ") > before
+
+    await eventually(begun, 60, every=0.1, what=f"the agent of {host} starts")
+
+
 async def since_start(lab: Lab, host: str) -> str:
     """What a host's agent has logged since it was started last."""
     return (await lab.log(host)).rpartition(" starting ")[2]
@@ -74,8 +86,8 @@ async def _has_a_role(lab: Lab, host: str) -> bool:
 
 
 async def _is_probed(lab: Lab, first: str, members: list[str]) -> bool:
-    logs = [await since_start(lab, name) for name in members]
-    return any(f"a host elsewhere answers through the leader  leader={first} " in f"{log} " for log in logs)
+    lines = [line for name in members for line in (await since_start(lab, name)).splitlines()]
+    return any("a host elsewhere answers through the leader" in line and f" leader={first} " in line for line in lines)
 
 
 @asynccontextmanager
@@ -128,8 +140,7 @@ async def test_a_leader_that_lets_nothing_through_is_demoted() -> None:
             assert await elections(lab, *members) == before, "whoever comes back takes nothing over"
             # The next fault finds them as new.
             for host in (first, *members):
-                await lab.kill(host)
-                await lab.start(host)
+                await start_again(lab, host)
 
 
 async def test_where_nobody_can_do_better_nothing_moves_and_a_host_without_etcd_queries_other_nodes() -> None:
