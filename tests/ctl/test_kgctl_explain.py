@@ -13,14 +13,25 @@ from click.testing import CliRunner, Result
 
 from helpers import put_kept
 from kilo_etcd.ctl.main import main
+from kilo_etcd.ctl.reports.report import DROPPED
 from kilo_etcd.ctl.reports.trace import routing_table
 from kilo_etcd.etcd import Client
 from kilo_etcd.kernel.routing.encrypted import rule_priorities, table_of
 from kilo_etcd.kernel.routing.returns import return_priority, return_table
 from kilo_etcd.model import CandidateClass, Encapsulate, EncryptionStage, Endpoint
 from kilo_etcd.model.hostplan import Encryption, HostPlan, RoutePlan, Via
+from kilo_etcd.store import operator
 from kilo_etcd.store.keys import Keys
-from kilo_etcd.store.records import CandidateRecord, NodeRecord, Role, StatusRecord, Unreachable, encode, read
+from kilo_etcd.store.records import (
+    CandidateRecord,
+    NodeRecord,
+    ProbeReportRecord,
+    Role,
+    StatusRecord,
+    Unreachable,
+    encode,
+    read,
+)
 from kilo_etcd.testing.fake_etcd import FakeEtcd
 from kilo_etcd.topology.internal import REMEDY
 from kilo_etcd.topology.unrouted import ENDPOINT_REMEDY
@@ -209,6 +220,40 @@ def test_the_headline_follows_from_the_worst_hop(
 ) -> None:
     reports(etcd, name, *unreachable, errors=tuple(errors))
     assert headline("gcp-2", "10.4.0.5") == (0 if says.startswith("arrives;") else 1, THERE + says)
+
+
+def probed(etcd: FakeEtcd, prober: str, leader: str, *targets: str, candidacy: int | None = None) -> None:
+    """A prober reports that it gets no answer from these through a leader."""
+    snapshot, _ = trio.run(operator.snapshot, etcd.client(), Keys())
+    location = snapshot.nodes[leader].location
+    held = next(one.create_revision for one in snapshot.candidates[location] if one.node == leader)
+    record = ProbeReportRecord(leader=leader, candidacy=candidacy or held, targets=targets)
+    etcd.put_kept(Keys().probe_report(location, prober), encode(record))
+
+
+def told(*arguments: str) -> str:
+    """What a command says, without columns."""
+    return " ".join(CliRunner().invoke(main, arguments, prog_name="kgctl").output.split())
+
+
+def test_tunnels_by_which_probers_get_no_answer_are_named_by_status_and_explain(etcd: FakeEtcd) -> None:
+    """Nobody could do better than the leader, so it goes on leading."""
+    probed(etcd, "gcp-2", "gcp-1", "home-1", candidacy=1)
+    assert "through it packets do not arrive" not in told("status"), "that was an earlier candidacy"
+    probed(etcd, "gcp-2", "gcp-1", "home-1")
+    probed(etcd, "home-1", "gcp-1", "gcp-2")
+    says = (
+        "gcp-1 through it packets do not arrive: gcp-2 gets no answer from home-1; home-1 gets no answer from gcp-2; "
+        "kgctl check tries its tunnels, kgctl explain gcp-2 home-1 --live the whole way"
+    )
+    assert says in told("status")
+    why = "may not arrive: gcp-2 gets no answer from home-1 through gcp-1"
+    assert headline("gcp-3", "10.4.0.5") == (1, f"gcp-3 (10.4.0.3) to 10.4.0.5: {why}")
+    assert says in told("explain", "home-2", "gcp-3")
+    assert headline("gcp-3", "10.4.0.2")[0] == 0, "no tunnel is on that way"
+    encrypts(etcd)
+    assert headline("gcp-3", "10.4.0.5")[1].endswith(f"{why}; {DROPPED}")
+    assert f"home-1 gets no answer from gcp-2; {DROPPED}; kgctl check tries" in told("status")
 
 
 def test_where_nothing_is_known_of_a_host_on_the_way_nothing_is_promised(etcd: FakeEtcd) -> None:

@@ -12,7 +12,7 @@ import pytest
 import trio
 from attrs import evolve
 from click.testing import CliRunner, Result
-from test_kgctl_explain import world
+from test_kgctl_explain import probed, world
 
 from helpers import put_kept
 from kilo_etcd.ctl.main import main
@@ -398,6 +398,22 @@ def test_check_and_explain_name_the_leader_that_passes_nothing_on(mesh: Mesh) ->
     assert result.exit_code == 1
     assert result.output.splitlines()[0].endswith("may not arrive: none of the echo requests of gcp-2 was answered")
     assert "through it nothing arrives between gcp-2 and home-1" in " ".join(result.output.split())
+
+
+def test_check_names_what_probers_report_only_if_it_finds_no_cause(mesh: Mesh) -> None:
+    def found() -> list[tuple[str, str, str]]:
+        every = json.loads(mesh.run("check", "-o", "json").stdout)
+        # Nobody has applied the revision of the report.
+        findings = [finding for finding in every if "it has applied revision" not in finding["text"]]
+        return [(finding["severity"], finding["subject"], finding["text"].partition(";")[0]) for finding in findings]
+
+    probed(mesh.etcd, "gcp-2", "gcp-1", "home-1")
+    text = "through it packets do not arrive: gcp-2 gets no answer from home-1"
+    mesh.says["gcp-1"] = DiagnosticsResponse(time=now(), tunnels=(mesh.tunnel("home-1", 3),))
+    assert found() == [("warning", "gcp-1", text)]
+    mesh.says["gcp-1"] = DiagnosticsResponse(time=now(), tunnels=(mesh.tunnel("home-1", -1),))
+    mesh.lost = lambda source, target: source[:3] != target[:3]
+    assert found() == [("error", "gcp-1 - home-1", "no tunnel between them: no handshake yet")]
 
 
 def test_explain_says_that_packets_arrive_only_if_they_were_seen_to(mesh: Mesh) -> None:

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from itertools import islice
 
-from kilo_etcd.model import Candidate, CandidateClass, ProbeReport
+from kilo_etcd.model import Candidate, CandidateClass, ProbeReport, Snapshot
 
 PROBERS_NEEDED = 2
 """So many have to report it."""
@@ -58,6 +58,22 @@ def successors(
         or (any(not report.leader_reachable for report in near) and any(not report.leader_reachable for report in far))
     )
     return able if guilty else frozenset()
+
+
+def standing(leader: str, snapshot: Snapshot) -> tuple[ProbeReport, ...]:
+    """The reports on node `leader` by the candidacies that it has now, by prober. If nobody can take over they stand
+    as long as it leads."""
+    node = snapshot.nodes.get(leader)
+    if node is None:
+        return ()
+    held = {one.create_revision for one in snapshot.candidates.get(node.location, ()) if one.node == leader}
+    reports = snapshot.probe_reports.get(node.location, ())
+    return tuple(
+        sorted(
+            (report for report in reports if report.leader == leader and report.candidacy in held),
+            key=lambda report: report.prober,
+        )
+    )
 
 
 def sentence(leader: str, probe_reports: Iterable[ProbeReport]) -> str:

@@ -180,20 +180,6 @@ def cross_checks_of(topology: Topology, name: str) -> tuple[CrossCheck, ...]:
     return tuple(cross_checks.values())
 
 
-def reports_on(topology: Topology, name: str) -> tuple[ProbeReport, ...]:
-    """The reports of others on node `name` and its present candidacy."""
-    node = topology.snapshot.nodes.get(name)
-    if node is None:
-        return ()
-    held = {
-        candidate.create_revision
-        for candidate in topology.snapshot.candidates.get(node.location, ())
-        if candidate.node == name
-    }
-    probe_reports = topology.snapshot.probe_reports.get(node.location, ())
-    return tuple(report for report in probe_reports if report.leader == name and report.candidacy in held)
-
-
 def is_candidate(topology: Topology, location: str, leader: str, candidacy: int) -> bool:
     """Whether that candidacy is still there."""
     return any(

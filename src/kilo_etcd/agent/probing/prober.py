@@ -25,13 +25,13 @@ from kilo_etcd.agent.probing.probe_assignment import (
     assignment_of,
     cross_checks_of,
     is_candidate,
-    reports_on,
 )
 from kilo_etcd.agent.probing.takeover import TakeoverCheck
 from kilo_etcd.kernel.echo import EchoRequests
 from kilo_etcd.model import IPAddress, Node
 from kilo_etcd.runtime.logs import Once
 from kilo_etcd.topology import Topology, UnknownNode
+from kilo_etcd.topology.probe_reports import standing
 
 SUSPECT_PERIOD = 0.5
 """Seconds between two looks while the report stands that the leader does not forward."""
@@ -125,7 +125,7 @@ class Prober:
             self._cross_checks = cross_check
             news, self._far_news = self._far_news, trio.Event()
             news.set()
-        reporters = tuple(report.prober for report in reports_on(topology, self._name))
+        reporters = tuple(report.prober for report in standing(self._name, topology.snapshot))
         if set(reporters) - set(self._reporters):
             self._look_again()
         self._reporters = reporters

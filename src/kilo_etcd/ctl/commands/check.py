@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from enum import StrEnum
 
@@ -22,10 +22,12 @@ from kilo_etcd.ctl.reports.arrivals import TRIES, losses, lost_across, narrow, s
 from kilo_etcd.ctl.reports.causes import Silence, causes, silence
 from kilo_etcd.ctl.reports.internal_arrivals import internal_losses
 from kilo_etcd.ctl.reports.live import Live, Pair, differs, gather, pairs, tunnels
+from kilo_etcd.ctl.reports.probed import unreached_through
 from kilo_etcd.ctl.reports.render import clean
 from kilo_etcd.ctl.reports.report import (
     DROPPED,
     NOT_IN_FORCE,
+    Remark,
     Report,
     grouped,
     grouped_unrouted,
@@ -103,14 +105,17 @@ def findings(examined: Examined) -> tuple[Finding, ...]:
     """The findings, the worst first."""
     order = list(Severity)
     known = silence(examined.topology, examined.statuses, examined.live)
+    packets = tuple(_packets(examined, known))
+    # What probers report of tunnels has its cause among these.
+    told = unreached_through(examined.topology) if any(one.severity is Severity.ERROR for one in packets) else ()
     every = (
         *_etcd(examined.members),
         *_agents(examined.report, known),
         *_mode(examined.report),
-        *_records(examined.report),
+        *_records(examined.report, frozenset(told)),
         *_unrouted(examined),
         *_hosts(examined),
-        *_packets(examined, known),
+        *packets,
     )
     return tuple(sorted(dict.fromkeys(every), key=lambda f: (order.index(f.severity), f.subject, f.text)))
 
@@ -209,7 +214,8 @@ def _mode(found: Report) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def _records(found: Report) -> Iterator[Finding]:
+def _records(found: Report, told: Collection[Remark] = ()) -> Iterator[Finding]:
+    """`told`: problems that other findings name."""
     for aside in found.rejected[:MOST_NAMED]:
         yield Finding(
             severity=Severity.ERROR, subject=aside.key, text=f"rejected: {aside.reason}",
@@ -223,7 +229,7 @@ def _records(found: Report) -> Iterator[Finding]:
             severity=Severity.ERROR, subject="records", text=f"{more} more are rejected",
             remedy="kgctl status -o json lists all under rejected; who writes them?",
         )  # fmt: skip
-    for remark in found.problems:
+    for remark in (one for one in found.problems if one not in told):
         yield Finding(severity=Severity.WARNING, subject=remark.subject, text=remark.text)
     for remark in found.notes:
         yield Finding(severity=Severity.NOTE, subject=remark.subject, text=remark.text)

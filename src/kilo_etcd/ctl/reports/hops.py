@@ -17,6 +17,7 @@ from kilo_etcd.ctl.reports.arrivals import losses, narrow
 from kilo_etcd.ctl.reports.causes import silence
 from kilo_etcd.ctl.reports.internal_arrivals import internal_losses
 from kilo_etcd.ctl.reports.live import Live, LiveTunnel, ago, differs, pairs, tunnels
+from kilo_etcd.ctl.reports.probed import unanswered
 from kilo_etcd.ctl.reports.report import DROPPED, contradictions
 from kilo_etcd.ctl.reports.trace import MEDIUM, Plans, Step, Trace, Way
 from kilo_etcd.model import InternalIPs, IPAddress
@@ -168,6 +169,8 @@ def _weighed_way(way: Way, known: _Known) -> Way:
         trouble = broken or known.suspicion(step.target, destination, forwards=forwards)
         if not trouble and not steps:
             trouble = known.suspicion(step.source, destination, forwards=False)
+        if not trouble and step.medium == MEDIUM[Via.TUNNEL] and step.source in known.topology.snapshot.nodes:
+            trouble = unanswered(known.topology, step.source, step.target)
         steps.append(evolve(step, trouble=trouble, broken=bool(broken)))
     return evolve(way, steps=tuple(steps))
 

@@ -159,7 +159,8 @@ class Report:
     errors: tuple[Remark, ...] = ()
     """The failures that agents report, without what each of them reports of the whole mesh (`problems`)."""
     problems: tuple[Remark, ...] = ()
-    """Networks that the topology could not grant."""
+    """What is wrong with the mesh as a whole: networks that the topology could not grant, leaders through which probers
+    get no answer."""
     notes: tuple[Remark, ...] = ()
     """What may be a mistake of the operator's."""
     unrouted: tuple[UnroutedRemark, ...] = ()
@@ -238,6 +239,7 @@ def report(
                 for problem in (*topology.problems, *private_leaders(topology))
             ),
             *_same_internal_ips(snapshot, statuses, each=about is not None),
+            *_unreached_through(topology),
         ),
         notes=(*_odd_locations(snapshot), *_flags(names, statuses), *_endpoints_in_clear(topology, names)),
         unrouted=tuple(unrouted_remarks(topology)) if about is None else (),
@@ -292,6 +294,12 @@ def _flags(names: Iterable[str], statuses: Mapping[str, StatusRecord]) -> tuple[
         for error in statuses[name].errors
         if about_flag(error)
     )
+
+
+def _unreached_through(topology: Topology) -> Iterator[Remark]:
+    from kilo_etcd.ctl.reports.probed import unreached_through
+
+    return unreached_through(topology)
 
 
 def _endpoints_in_clear(topology: Topology, names: Collection[str]) -> Iterator[Remark]:
