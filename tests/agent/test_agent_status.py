@@ -17,6 +17,7 @@ from kilo_etcd.agent import status
 from kilo_etcd.agent.leadership.candidacy_policy import SegmentRole
 from kilo_etcd.agent.status import State, StatusReporter
 from kilo_etcd.model import CandidateClass, Snapshot
+from kilo_etcd.model.hostplan import Exemption
 from kilo_etcd.store.records import CandidateRecord, NodeRecord, StatusRecord, encode
 
 EARLIER = "2026-11-22T10:00:00Z"
@@ -47,6 +48,16 @@ def test_since_when_it_leads_outlasts_its_agent_and_no_leadership() -> None:
     for other in (None, evolve(BEFORE, location="home"), evolve(BEFORE, role=store.Role.MEMBER, leads_since="")):
         assert leads_since(other, LEADS) > EARLIER
     assert leads_since(BEFORE, FOLLOWS, LEADS) > EARLIER
+
+
+@pytest.mark.autojump
+@pytest.mark.parametrize(("number", "says"), [(0, 0), (2, 2), (65, None)])
+async def test_it_reports_what_is_exempted_unless_that_is_too_much(world: World, number: int, says: int | None) -> None:
+    exemptions = tuple(Exemption.parse(f"tcp/{22 + k}@10.0.0.0/24") for k in range(number))
+    async with running(world, clear=exemptions):
+        await eventually(lambda: world.etcd.get("/kilo-status/h1") is not None, 30, every=0.1)
+        reported = store.decode_status(world.etcd.get("/kilo-status/h1") or b"").clear
+    assert reported == (None if says is None else tuple(map(str, exemptions)))
 
 
 @pytest.mark.autojump

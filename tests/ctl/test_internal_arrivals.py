@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from ipaddress import ip_address, ip_interface, ip_network
 
 import pytest
@@ -13,8 +14,9 @@ from kilo_etcd.ctl.reports.arrivals import PAIRS
 from kilo_etcd.ctl.reports.causes import Kind, Silence, causes
 from kilo_etcd.ctl.reports.internal_arrivals import internal_losses
 from kilo_etcd.ctl.reports.live import Live
-from kilo_etcd.model import Granularity, InternalIPs
-from kilo_etcd.store.records import DiagnosticsResponse, TakenRoute
+from kilo_etcd.ctl.reports.one_sided import echo_refused
+from kilo_etcd.model import EncryptionStage, Granularity, InternalIPs
+from kilo_etcd.store.records import DiagnosticsResponse, StatusRecord, TakenRoute
 from kilo_etcd.topology import Topology, build_topology
 from kilo_etcd.topology.forced_addresses import missing_addresses, missing_in
 
@@ -147,6 +149,31 @@ def test_another_route_is_named_with_its_table_and_explains_what_is_lost() -> No
         "a2", f"its kernel sends packets for the internal IPs {address} by another route than the agent's: {route}",
     )  # fmt: skip
     assert "ip route show table 99" in loss.remedy
+
+
+def test_echo_requests_that_an_exemption_lets_out_in_clear_are_no_packet_filters_doing() -> None:
+    """Refused are the requests of the host that states it, and its answers."""
+    topology = routed()
+    nodes = {name: evolve(node, encryption=EncryptionStage.SENDS) for name, node in topology.snapshot.nodes.items()}
+    topology = build_topology(evolve(topology.snapshot, nodes=nodes, internal_ips=InternalIPs.ENCRYPTED))
+    live = asked(topology, lambda one, other: {one, other} == {"a2", "b2"})
+    own, there = internal(topology, "a2"), internal(topology, "b2")
+
+    def lost(b2: tuple[str, ...] | None, *a2: str) -> list[str]:
+        statuses = {
+            name: StatusRecord(public_key=name, clear=clear) for name, clear in (("a2", a2), ("b2", b2))
+        }  # fmt: skip
+        refused = partial(echo_refused, topology, statuses)
+        return [loss.subject for loss in internal_losses(topology, live, refused=refused)]
+
+    assert lost((), f"icmp@{there}/32") == []
+    assert lost((f"icmp@{own}/32",)) == []
+    for clear in ((f"tcp/22@{there}/32",), ("icmp@192.168.99.0/24",), ()):
+        assert lost((), *clear) == ["a2 - b2"]
+    assert lost(None, f"icmp@{there}/32") == ["a2 - b2"], "its agent does not say what it exempts"
+    assert lost((f"icmp@{own}/32",), f"icmp@{there}/32") == ["a2 - b2"], "both state it, so it is something else"
+    off = build_topology(evolve(topology.snapshot, internal_ips=InternalIPs.ROUTED))
+    assert not echo_refused(off, {}, "a2", "b2")
 
 
 def test_many_pairs_are_counted() -> None:

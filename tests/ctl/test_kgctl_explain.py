@@ -70,7 +70,13 @@ async def world(client: Client) -> None:
     await client.put("/kilo/annotations/home-2/subnets", "172.20.0.0/24")
 
 
-def reports(etcd: FakeEtcd, name: str, *unreachable: tuple[object, ...], errors: tuple[str, ...] = ()) -> None:
+def reports(
+    etcd: FakeEtcd,
+    name: str,
+    *unreachable: tuple[object, ...],
+    errors: tuple[str, ...] = (),
+    clear: tuple[str, ...] | None = None,
+) -> None:
     """The agent of a host lives and has these things to say."""
     number, location = HOSTS[name][:2]
     status = StatusRecord(
@@ -81,6 +87,7 @@ def reports(etcd: FakeEtcd, name: str, *unreachable: tuple[object, ...], errors:
         leader=f"{location}-1",
         unreachable=tuple(Unreachable(*one) for one in unreachable),  # type: ignore[arg-type]
         errors=errors,
+        clear=clear,
     )
     etcd.put_kept(Keys().status(name), encode(status))
 
@@ -647,6 +654,43 @@ def test_an_endpoint_of_a_node_alone_in_its_segment_is_reached_through_the_tunne
     (trace,) = json.loads(run("gcp-1", "203.0.113.4", "-o", "json").output)["traces"]
     assert [hop[:3] for hop in hops(trace["there"])] == [("gcp-1", "home-1", "WireGuard")]
     assert trace["back"]["source"] == "home-1 (203.0.113.4)"
+
+
+def test_an_exemption_that_one_end_states_is_named_with_what_the_other_has_to_state(etcd: FakeEtcd) -> None:
+    etcd.put("/kilo/mesh/granularity", "full")
+    encrypts(etcd)
+    for name in HOSTS:
+        reports(etcd, name, clear=())
+    says = "is stated at one end only: what "
+    assert says not in told("status")
+
+    there = ("tcp/22@10.2.0.0/24", "icmp@10.9.0.0/16", "nonsense")
+    reports(etcd, "gcp-1", clear=there)
+    text = (
+        f"--clear tcp/22@10.2.0.0/24 {says}gcp-1 sends to home-1, home-2 by it leaves in clear, and is refused there; "
+        "state it on home-1 too (KILO_CLEAR=tcp/22@10.1.0.1/32, and likewise on the others), or take it away on gcp-1"
+    )
+    assert f"gcp-1 - home-1, home-2 {text}" in told("status")
+    assert told("status").count(says) == 1, "nobody has an address in the other network"
+    for pair in (("gcp-1", "home-2"), ("home-2", "gcp-1")):
+        assert f"home-2 --clear tcp/22@10.2.0.0/24 {says}gcp-1 sends to home-2 by it" in told("explain", *pair)
+    assert says not in told("explain", "gcp-2", "home-2")
+
+    # Either end is the server's; another port is another matter, and so is an older agent.
+    reports(etcd, "home-2", clear=("tcp@10.1.0.0/24",))
+    assert f"gcp-1 - home-1 --clear tcp/22@10.2.0.0/24 {says}" in told("status")
+    reports(etcd, "home-2", clear=("tcp/2222@10.1.0.0/24",))
+    assert f"gcp-1 - home-2 --clear tcp/22@10.2.0.0/24 {says}" in told("status")
+    assert f"home-2 - gcp-1 --clear tcp/2222@10.1.0.0/24 {says}" in told("status")
+    reports(etcd, "home-2")
+    reports(etcd, "home-1", clear=("tcp/22@10.1.0.1/32",))
+    assert says not in told("status")
+    # Without `encrypted` nothing is refused.
+    reports(etcd, "home-1", clear=())
+    assert says in told("status")
+    state(etcd, {"encryption": None}, {})
+    etcd.put("/kilo/mesh/internal-ips", "routed")
+    assert says not in told("status")
 
 
 def test_why_an_address_of_a_node_alone_in_its_segment_is_not_encrypted_is_what_status_says(etcd: FakeEtcd) -> None:

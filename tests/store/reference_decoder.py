@@ -273,6 +273,7 @@ READERS: dict[type, dict[str, Callable[[object], Any]]] = {
         "unreachable": items(unreachable),
         "unsigned": items(string),
         "answers": truth,
+        "clear": items(string),
     },
     StageRecord: {"revision": whole},
     DiagnosticsRequest: {"nodes": items(string), "tries": whole, "targets": items(string)},

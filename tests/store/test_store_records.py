@@ -84,16 +84,20 @@ def test_a_status_comes_back() -> None:
     status = StatusRecord(
         public_key=wg_key("a"), role=Role.LEADER, errors=("x: y",), rejected=2, revision=7, answers=True,
         unreachable=(Unreachable("b", "10.0.0.2"), Unreachable("d", "10.0.0.4", True)), unsigned=("c",),
+        clear=("tcp/22@10.0.0.0/24",),
     )  # fmt: skip
     assert decode_status(encode(status)) == status
+    none = evolve(status, clear=())
+    assert decode_status(encode(none)).clear == (), "that it exempts nothing is said"
     short = encode(status).replace(b',"10.0.0.4",true', b',"10.0.0.4"').replace(b',"10.0.0.2",false', b',"10.0.0.2"')
     assert [unreachable.routed for unreachable in decode_status(short).unreachable] == [False, False], (
         "of an agent before 'routed'"
     )
     older = json.loads(encode(status))
-    for name in ("answers", "unreachable", "unsigned"):
+    for name in ("answers", "unreachable", "unsigned", "clear"):
         del older[name]
-    assert decode_status(json.dumps(older).encode()).unreachable == (), "of an agent that does not say so"
+    decoded = decode_status(json.dumps(older).encode())
+    assert (decoded.unreachable, decoded.clear) == ((), None), "of an agent that does not say so"
 
 
 json_values = st.recursive(

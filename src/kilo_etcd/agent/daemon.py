@@ -80,7 +80,7 @@ FLUSH_SECONDS = 5.0
 """Between two looks at what of the log was left out."""
 
 MOST_LISTED = 64
-"""Members that do not answer, in the status."""
+"""Members that do not answer, and exemptions, in the status."""
 
 DEMOTED = (
     "for some minutes it leads only if no other node can. Look for what drops forwarded packets (sysctl "
@@ -225,6 +225,7 @@ class Daemon:
         )
         self._nudge = self._reconciler.nudge
         self._internal_ips: candidacy_policy.InternalIPsState | None = None
+        self._clear = tuple(map(str, config.clear)) if len(config.clear) <= MOST_LISTED else None
         self._reporter = StatusReporter(self.session, public_key, config.mesh_granularity)
         self._restorer = Restorer(
             self.session,
@@ -927,6 +928,7 @@ class Daemon:
             unreachable=self._unreachable(),
             unsigned=() if self._reachability is None else self._reachability.unsigned[:MOST_LISTED],
             answers=self.answers,
+            clear=self._clear,
             without_etcd=self.mirror.untrusted_reason or self._bridged() or self.mirror.trouble or "",
         )
         self._reporter.publish(snapshot, state, leaving=self._leaving)

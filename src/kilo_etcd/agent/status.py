@@ -45,6 +45,8 @@ class State:
     """Those that answer without their key."""
     answers: bool = False
     """Whether this host answers others."""
+    clear: tuple[str, ...] | None = None
+    """What stays in clear under `encrypted` (`--clear`); None: it is not reported."""
     without_etcd: str
     """Why the mesh in force is not etcd's, as a sentence; empty: it is."""
 
@@ -88,6 +90,7 @@ class StatusReporter:
             unreachable=state.unreachable,
             unsigned=state.unsigned,
             answers=state.answers,
+            clear=state.clear,
         )
         self._due.set()
 

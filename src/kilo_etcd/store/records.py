@@ -134,6 +134,8 @@ class StatusRecord:
     """Members at whose internal IPs something answers, but never with the member's key."""
     answers: bool = False
     """Whether it answers others on UDP 1107; agents of older versions do not say so, and do not."""
+    clear: tuple[str, ...] | None = None
+    """What its operator leaves in clear under `encrypted` (`--clear`); None: the agent does not say."""
 
 
 @frozen(kw_only=True)
@@ -553,6 +555,7 @@ _BY_TYPE: Mapping[object, Callable[[object], Any]] = {
     Endpoint: _address_endpoint,
     Endpoint | None: _endpoint,
     tuple[str, ...]: _items(_string),
+    tuple[str, ...] | None: _items(_string),  # never null either
     tuple[Endpoint, ...]: _items(_address_endpoint),
     tuple[IPInterface, ...]: lambda value: one_per_family(_interfaces(value)),
     tuple[IPNetwork, ...]: _networks,

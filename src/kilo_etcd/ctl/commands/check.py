@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from enum import StrEnum
+from functools import partial
 
 import click
 from attrs import asdict, field, frozen
@@ -22,6 +23,7 @@ from kilo_etcd.ctl.reports.arrivals import TRIES, losses, lost_across, narrow, s
 from kilo_etcd.ctl.reports.causes import Silence, causes, silence
 from kilo_etcd.ctl.reports.internal_arrivals import internal_losses
 from kilo_etcd.ctl.reports.live import Live, Pair, differs, gather, pairs, tunnels
+from kilo_etcd.ctl.reports.one_sided import echo_refused
 from kilo_etcd.ctl.reports.probed import unreached_through
 from kilo_etcd.ctl.reports.render import clean
 from kilo_etcd.ctl.reports.report import (
@@ -360,7 +362,8 @@ def _packets(examined: Examined, known: Silence) -> Iterator[Finding]:
             severity=Severity.WARNING if loss.filtered else Severity.ERROR, subject=loss.subject, text=loss.text,
             remedy=loss.remedy,
         )  # fmt: skip
-    for loss in internal_losses(topology, live, {*known.apart, *unsettled}, missing=missing):
+    refused = partial(echo_refused, topology, examined.statuses)
+    for loss in internal_losses(topology, live, {*known.apart, *unsettled}, missing=missing, refused=refused):
         yield Finding(severity=Severity.ERROR, subject=loss.subject, text=loss.text, remedy=loss.remedy)
     for loss in narrow(topology, live):
         yield Finding(severity=Severity.WARNING, subject=loss.subject, text=loss.text, remedy=loss.remedy)

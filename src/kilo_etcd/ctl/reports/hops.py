@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 from ipaddress import ip_address, ip_network
 
 from attrs import evolve, frozen
@@ -17,6 +18,7 @@ from kilo_etcd.ctl.reports.arrivals import losses, narrow
 from kilo_etcd.ctl.reports.causes import silence
 from kilo_etcd.ctl.reports.internal_arrivals import internal_losses
 from kilo_etcd.ctl.reports.live import Live, LiveTunnel, ago, differs, pairs, tunnels
+from kilo_etcd.ctl.reports.one_sided import echo_refused
 from kilo_etcd.ctl.reports.probed import unanswered
 from kilo_etcd.ctl.reports.report import DROPPED, contradictions
 from kilo_etcd.ctl.reports.trace import MEDIUM, Plans, Step, Trace, Way
@@ -211,5 +213,6 @@ def suspicions(
     lost = losses(topology, live, down, apart={*known.apart, *known.undecided}, queries_answered=known.queries_answered)
     for loss in (*lost, *narrow(topology, live)):
         yield loss.subject, f"{loss.text}: {loss.remedy}"
-    for loss in internal_losses(topology, live, {*known.apart, *known.undecided}):
+    unsettled = {*known.apart, *known.undecided}
+    for loss in internal_losses(topology, live, unsettled, refused=partial(echo_refused, topology, statuses)):
         yield loss.subject, f"{loss.text}: {loss.remedy}"

@@ -7,7 +7,7 @@ route to, and names the route that its kernel chooses. What does not arrive at t
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from enum import IntEnum
 
 from attrs import field, frozen
@@ -30,12 +30,18 @@ class _Asked:
 
 
 def internal_losses(
-    topology: Topology, live: Live, apart: Collection[frozenset[str]] = (), *, missing: Collection[str] = ()
+    topology: Topology,
+    live: Live,
+    apart: Collection[frozenset[str]] = (),
+    *,
+    missing: Collection[str] = (),
+    refused: Callable[[str, str], bool] = lambda one, other: False,
 ) -> tuple[Loss, ...]:
     """One for each host that is known to be the place, then the pairs that remain; of each kind the first `PAIRS`.
 
     `apart`: pairs of members of a location that do not reach each other, or of which that is not known yet.
-    `missing`: internal IPs that their hosts do not have, which their agents report.
+    `missing`: internal IPs that their hosts do not have, which their agents report. `refused`: whether two hosts are
+    known to lose echo requests since one of them sends these in clear and the other refuses that.
     """
     foreign = {
         name: {route.address: route.route for route in answer.routes if route.foreign}
@@ -50,7 +56,7 @@ def internal_losses(
         text = f"the kernels of {len(more)} more hosts take other routes than the agents' too, {some(more)}"
         losses.append(Loss(subject="internal-ips", text=text, remedy="mend what is named first, then ask again"))
     asked = _asked(topology, live, foreign, frozenset(missing))
-    rest = {pair for pair in asked.lost if not across(topology, *pair, apart)}
+    rest = {pair for pair in asked.lost if not across(topology, *pair, apart) and not refused(*pair)}
     for _ in range(PAIRS):
         if (place := _place(topology, asked, rest)) is None:
             break

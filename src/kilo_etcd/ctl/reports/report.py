@@ -160,7 +160,7 @@ class Report:
     """The failures that agents report, without what each of them reports of the whole mesh (`problems`)."""
     problems: tuple[Remark, ...] = ()
     """What is wrong with the mesh as a whole: networks that the topology could not grant, leaders through which probers
-    get no answer."""
+    get no answer, exemptions that are stated at one end only."""
     notes: tuple[Remark, ...] = ()
     """What may be a mistake of the operator's."""
     unrouted: tuple[UnroutedRemark, ...] = ()
@@ -240,6 +240,7 @@ def report(
             ),
             *_same_internal_ips(snapshot, statuses, each=about is not None),
             *_unreached_through(topology),
+            *_one_sided(topology, statuses, about),
         ),
         notes=(*_odd_locations(snapshot), *_flags(names, statuses), *_endpoints_in_clear(topology, names)),
         unrouted=tuple(unrouted_remarks(topology)) if about is None else (),
@@ -300,6 +301,17 @@ def _unreached_through(topology: Topology) -> Iterator[Remark]:
     from kilo_etcd.ctl.reports.probed import unreached_through
 
     return unreached_through(topology)
+
+
+def _one_sided(
+    topology: Topology, statuses: Mapping[str, StatusRecord], about: Collection[str] | None
+) -> Iterator[Remark]:
+    if topology.internal_ips is not InternalIPs.ENCRYPTED or not any(status.clear for status in statuses.values()):
+        return
+    from kilo_etcd.ctl.reports.one_sided import one_sided
+
+    for found in one_sided(topology, statuses, about):
+        yield Remark(subject=found.subject, text=found.text, about=found.refusing[0])
 
 
 def _endpoints_in_clear(topology: Topology, names: Collection[str]) -> Iterator[Remark]:

@@ -1,0 +1,146 @@
+"""Exemptions (`--clear`) that one host states and the other does not: what the first sends in clear the other refuses.
+Pure.
+
+They are known from the statuses, without a packet; of agents of older versions, which do not say what they exempt,
+nothing is concluded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
+from ipaddress import ip_network
+from itertools import islice
+
+from attrs import frozen
+
+from kilo_etcd.base.quoting import first_of
+from kilo_etcd.ctl.reports.trace import Plans
+from kilo_etcd.model import InternalIPs, IPAddress, Node
+from kilo_etcd.model.hostplan import Exemption
+from kilo_etcd.store.records import StatusRecord
+from kilo_etcd.topology.places import own_addresses
+from kilo_etcd.topology.segments import Topology
+
+MOST_LOOKED_AT = 20
+"""Hosts of which it is looked, for one exemption, whether they refuse."""
+MOST_NAMED = 3
+
+Exempted = Mapping[str, tuple[Exemption, ...]]
+"""Node -> its exemptions, of those whose agents say which they have."""
+
+
+@frozen(kw_only=True)
+class OneSided:
+    """An exemption of one or more hosts, and hosts that refuse what it sends them in clear."""
+
+    exemption: Exemption
+    senders: tuple[str, ...]
+    refusing: tuple[str, ...]
+    wanted: Exemption
+    """What the first that refuses would have to state for the first sender."""
+
+    @property
+    def subject(self) -> str:
+        """The hosts, for people."""
+        return f"{first_of(self.senders, MOST_NAMED)} - {first_of(self.refusing, MOST_NAMED)}"
+
+    @property
+    def text(self) -> str:
+        """A sentence with its remedy."""
+        others, first = first_of(self.refusing, MOST_NAMED), self.refusing[0]
+        each = "" if len(self.refusing) == 1 else ", and likewise on the others"
+        return (
+            f"--clear {self.exemption} is stated at one end only: what {first_of(self.senders, MOST_NAMED)} sends to "
+            f"{others} by it leaves in clear, and is refused there; state it on {first} too "
+            f"(KILO_CLEAR={self.wanted}{each}), or take it away on {first_of(self.senders, MOST_NAMED)}"
+        )
+
+
+def exempted(statuses: Mapping[str, StatusRecord]) -> Exempted:
+    """What each node leaves in clear, as its agent says."""
+    result = {}
+    for name, status in statuses.items():
+        if status.clear is not None:
+            parsed = []
+            for text in status.clear:
+                with suppress(ValueError):
+                    parsed.append(Exemption.parse(text))
+            result[name] = tuple(parsed)
+    return result
+
+
+def one_sided(
+    topology: Topology, statuses: Mapping[str, StatusRecord], names: Collection[str] | None = None
+) -> Iterator[OneSided]:
+    """One for each exemption and each group of hosts that state the same; `names`: of these hosts only."""
+    if topology.internal_ips is not InternalIPs.ENCRYPTED:
+        return
+    plans = Plans(topology, statuses)
+    alike: dict[tuple[Exemption, ...], list[Node]] = {}
+    for name, exemptions in sorted(exempted(statuses).items()):
+        if name in topology.snapshot.nodes and (names is None or name in names):
+            alike.setdefault(exemptions, []).append(topology.snapshot.nodes[name])
+    for exemption in sorted({one for exemptions in alike for one in exemptions}, key=str):
+        senders = [node for exemptions, nodes in alike.items() if exemption in exemptions for node in nodes]
+        for exemptions, nodes in alike.items():
+            if (found := _refused(exemption, senders, exemptions, nodes, plans)) is not None:
+                yield found
+
+
+def _refused(
+    exemption: Exemption, senders: Iterable[Node], stated: tuple[Exemption, ...], nodes: list[Node], plans: Plans
+) -> OneSided | None:
+    """What hosts that state `stated` refuse of an exemption of `senders`; None: nothing."""
+    unknown = {node.name: address for node in senders if (address := _uncovered(node, exemption, stated)) is not None}
+    if not unknown:
+        return None
+    there = (node for node in nodes if any(_within(address, exemption) for address in own_addresses(node)))
+    refusing, sending = [], set()
+    for node in islice(there, MOST_LOOKED_AT):
+        wanted = plans[node.name].encryption
+        found = {name for name, address in unknown.items() if wanted is not None and address in wanted.refuse}
+        if found := found - {node.name}:
+            refusing.append(node.name)
+            sending |= found
+    if not refusing:
+        return None
+    named = tuple(sorted(sending))
+    return OneSided(
+        exemption=exemption, senders=named, refusing=tuple(refusing),
+        wanted=Exemption(protocol=exemption.protocol, port=exemption.port, network=ip_network(unknown[named[0]])),
+    )  # fmt: skip
+
+
+def echo_refused(topology: Topology, statuses: Mapping[str, StatusRecord], one: str, other: str) -> bool:
+    """Whether an exemption of one of two hosts, and not of the other, has them lose echo requests at internal IPs."""
+    if topology.internal_ips is not InternalIPs.ENCRYPTED:
+        return False
+    nodes, known = topology.snapshot.nodes, exempted(
+        {name: statuses[name] for name in (one, other) if name in statuses}
+    )  # fmt: skip
+    if len(known) < 2 or one not in nodes or other not in nodes:
+        return False
+    return any(
+        exemption.protocol == "icmp"
+        and any(_within(address, exemption) for address in own_addresses(nodes[there]))
+        and _uncovered(nodes[here], exemption, known[there]) is not None
+        for here, there in ((one, other), (other, one))
+        for exemption in known[here]
+    )
+
+
+def _uncovered(node: Node, exemption: Exemption, stated: Iterable[Exemption]) -> IPAddress | None:
+    """The first internal IP of a node that `stated` does not have for what an exemption is about, or endpoint if it has
+    no internal IP of that family; None: there is none."""
+    matching = [
+        one for one in stated if one.protocol == exemption.protocol and (one.port is None or one.port == exemption.port)
+    ]
+    version = exemption.network.version
+    internal = [ip.ip for ip in node.internal_ips if ip.version == version]
+    own = internal or [address for address in own_addresses(node) if address.version == version]
+    return next((address for address in own if not any(_within(address, one) for one in matching)), None)
+
+
+def _within(address: IPAddress, exemption: Exemption) -> bool:
+    return address.version == exemption.network.version and address in exemption.network
