@@ -693,6 +693,44 @@ def test_an_exemption_that_one_end_states_is_named_with_what_the_other_has_to_st
     assert says not in told("status")
 
 
+def test_node_show_has_the_table_of_encrypted_and_how_others_reach_each_address(etcd: FakeEtcd) -> None:
+    def document(name: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(told("node", "show", name, "-o", "json"))
+        return found
+
+    assert document("home-1")["encrypted"] is None
+    assert "table" not in told("node", "show", "home-1")
+    # One host of gcp has an address on the links of home, and home-1 is called at an address of its own.
+    encrypts(
+        etcd,
+        home_1={"underlay": (*PUBLIC, ip_network("10.2.0.0/24"))},
+        gcp_3={"internal_ips": (ip_interface("10.2.0.77/24"),)},
+    )
+    reports(etcd, "home-1", clear=("tcp/22@10.1.0.0/24",))
+    found = document("home-1")
+    assert (found["facts"]["stage_of_encrypted"], found["facts"]["exempted_(--clear)"]) == (
+        "sends", "tcp/22@10.1.0.0/24",
+    )  # fmt: skip
+    addresses = {one["address"]: one for one in found["encrypted"]["addresses"]}
+    assert (addresses["203.0.113.4"]["internalIp"], addresses["203.0.113.4"]["inClear"]) == (False, True)
+    assert "locations with several members are not encrypted" in addresses["203.0.113.4"]["why"]
+    own = addresses["10.2.0.4"]
+    assert (own["internalIp"], own["inClear"], own["notFrom"]) == (True, True, ["gcp"])
+    assert "nothing says that they share that network" in own["why"]
+    assert found["encrypted"]["routes"] == []
+    assert "10.2.0.4 internal IP in clear from gcp " in told("node", "show", "home-1")
+
+    encrypts(etcd, gcp_3={"internal_ips": (ip_interface("10.1.9.3/24"),)})
+    routes = {one["to"]: one for one in document("home-1")["encrypted"]["routes"]}
+    assert routes["10.1.0.1/32"] == {"to": "10.1.0.1/32", "way": "tunnel", "gateway": None, "source": "10.2.0.4"}
+    shown = told("node", "show", "home-1")
+    assert f"Routes it should have in table {table_of('kilo0')} (rule {rule_priorities('kilo0')[1]}: not" in shown
+    assert "10.1.0.1/32 tunnel - 10.2.0.4" in shown
+    assert "10.2.0.4 internal IP through the tunnels -" in shown
+    (member,) = document("gcp-2")["encrypted"]["addresses"]
+    assert (member["address"], member["inClear"], member["why"]) == ("10.1.0.2", False, None)
+
+
 def test_why_an_address_of_a_node_alone_in_its_segment_is_not_encrypted_is_what_status_says(etcd: FakeEtcd) -> None:
     etcd.put("/kilo/mesh/granularity", "full")
     encrypts(etcd, **{name.replace("-", "_"): {"location": ""} for name in HOSTS})

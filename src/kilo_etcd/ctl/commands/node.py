@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -24,7 +25,9 @@ from kilo_etcd.store.keys import AddressKey, ElectionKey, Keys, encode_name
 from kilo_etcd.store.view import View
 
 if TYPE_CHECKING:
+    from kilo_etcd.ctl.reports.own_addresses import OwnAddress
     from kilo_etcd.model.hostplan import HostPlan
+    from kilo_etcd.store.records import StatusRecord
 
 
 @click.group("node")
@@ -66,6 +69,8 @@ class Shown:
     row: NodeRow
     facts: tuple[tuple[str, str], ...]
     plan: HostPlan | None
+    addresses: tuple[OwnAddress, ...]
+    """How others reach the node under `encrypted`."""
     remarks: tuple[str, ...]
 
 
@@ -74,21 +79,27 @@ class Shown:
 @output_option
 @click.pass_obj
 def show_command(mesh: Mesh, node: str, output: str) -> None:
-    """Show NODE: its record with its annotations, and the peers and routes that its kernel should hold."""
-    from kilo_etcd.planning import host_plan
+    """Show NODE: its record with its annotations, and the peers and routes that its kernel should hold.
+
+    Under internal-ips=encrypted also the routes of the table that leads into the tunnels, and which addresses of NODE
+    others reach through the tunnels or in clear, and why.
+    """
+    from kilo_etcd.ctl.reports.own_addresses import own_addresses_of
+    from kilo_etcd.ctl.reports.trace import Plans
 
     looked = mesh.ask(look)
     snapshot, report = looked.topology.snapshot, looked.report(about={node})
     row = next(iter(report.nodes), None)
     if row is None:
         raise Failure(f"there is no node {node}; kgctl node list lists them")
-    plan = host_plan(looked.topology, node) if node in snapshot.nodes else None
+    known = node in snapshot.nodes
     part = encode_name(node)
     aside = [f"{note.key}: {note.reason}" for note in snapshot.rejected if part in note.key.split("/")]
     shown = Shown(
         row=row,
-        facts=_facts(snapshot, node),
-        plan=plan,
+        facts=_facts(snapshot, node, looked.statuses.get(node)),
+        plan=Plans(looked.topology, looked.statuses).of_kernel(node) if known else None,
+        addresses=tuple(own_addresses_of(looked.topology, node)) if known else (),
         remarks=(*(text for _, text in remarks_on(report, {node})), *aside),
     )
     click.echo(_json(shown)) if output == "json" else show(_tables(shown), _heading(row))
@@ -101,7 +112,7 @@ def _heading(row: NodeRow) -> str:
     return f"{clean(row.name)}: {row.role}{place}; {alive}{revision}"
 
 
-def _facts(snapshot: Snapshot, name: str) -> tuple[tuple[str, str], ...]:
+def _facts(snapshot: Snapshot, name: str, status: StatusRecord | None) -> tuple[tuple[str, str], ...]:
     node = snapshot.nodes.get(name)
     if node is None:
         return ()
@@ -121,6 +132,8 @@ def _facts(snapshot: Snapshot, name: str) -> tuple[tuple[str, str], ...]:
         ("networks behind it", _listed(node.subnets)),
         ("networks of its location", _listed(node.allowed_location_ips)),
         ("inside its location", node.encapsulate.value),
+        ("stage of encrypted", NONE if node.encryption is None else node.encryption.value),
+        ("exempted (--clear)", NONE if status is None or status.clear is None else _listed(status.clear)),
         ("version", clean(node.version) or NONE),
     )
 
@@ -142,8 +155,63 @@ def _tables(shown: Shown) -> list[Table]:
             for r in shown.plan.routes.values()
         )
         tables.append(Table("Routes it should have", ("TO", "WAY", "GATEWAY"), routes))
+        tables += _encrypted_tables(shown.plan, shown.addresses)
     tables.append(Table("What is wrong", ("REMARK",), tuple((clean(text),) for text in shown.remarks)))
     return [table for table in tables if table.rows]
+
+
+def _encrypted_tables(plan: HostPlan, addresses: tuple[OwnAddress, ...]) -> Iterator[Table]:
+    yield Table(
+        "Which of its addresses others reach through the tunnels",
+        ("ADDRESS", "IS ITS", "REACHED", "WHY"),
+        tuple(
+            (
+                str(one.address),
+                "internal IP" if one.internal else "endpoint",
+                "through the tunnels"
+                if not one.in_clear
+                else f"in clear from {clean(', '.join(one.not_from)) or 'everywhere'}",
+                clean(one.why) or NONE,
+            )
+            for one in addresses
+        ),
+    )
+    if (wanted := plan.encryption) is None:
+        return
+    from kilo_etcd.ctl.reports.trace import encrypted_table
+
+    rows = [
+        (
+            str(route.destination),
+            route.way.value,
+            NONE if route.gateway is None else str(route.gateway),
+            NONE if route.source is None else str(route.source),
+        )
+        for route in wanted.send.values()
+    ]
+    rows += [(str(network), "dropped: no way into the tunnel", NONE, NONE) for network in sorted(wanted.hold, key=str)]
+    yield Table(
+        f"Routes it should have in table {encrypted_table()}", ("TO", "WAY", "GATEWAY", "FROM"), tuple(sorted(rows))
+    )
+
+
+def _encrypted_json(shown: Shown) -> dict[str, Any] | None:
+    wanted = None if shown.plan is None else shown.plan.encryption
+    if wanted is None:
+        return None
+    return {
+        "addresses": [
+            {"address": str(one.address), "internalIp": one.internal, "inClear": one.in_clear,
+             "notFrom": list(one.not_from), "why": one.why or None}
+            for one in shown.addresses
+        ],
+        "routes": [
+            {"to": str(r.destination), "way": r.way.value, "gateway": str(r.gateway) if r.gateway else None,
+             "source": str(r.source) if r.source else None}
+            for r in wanted.send.values()
+        ],
+        "dropped": sorted(map(str, wanted.hold)),
+    }  # fmt: skip
 
 
 def _json(shown: Shown) -> str:
@@ -165,6 +233,7 @@ def _json(shown: Shown) -> str:
                 {"to": str(r.destination), "way": r.way.value, "gateway": str(r.gateway) if r.gateway else None}
                 for r in (plan.routes.values() if plan is not None else ())
             ],
+            "encrypted": _encrypted_json(shown),
             "remarks": list(shown.remarks),
         },
         indent=2, ensure_ascii=False,

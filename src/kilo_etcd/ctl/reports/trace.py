@@ -14,6 +14,7 @@ from ipaddress import ip_address, ip_network
 from attrs import evolve, frozen
 
 from kilo_etcd.ctl.reports.internal import holders, same_network, unrouted_from, why_not_routed
+from kilo_etcd.ctl.reports.own_addresses import SEVERAL_MEMBERS
 from kilo_etcd.model import DEFAULT_INTERFACE, InternalIPs, IPAddress, Node, Snapshot, is_public
 from kilo_etcd.model.hostplan import HostPlan, Problem, Via
 from kilo_etcd.planning.encryption import Living, Outside, encrypt
@@ -124,8 +125,26 @@ class Plans(Mapping[str, HostPlan]):
         self.topology = topology
         self.statuses = statuses
         self._made: dict[str, HostPlan] = {}
+        self._led: dict[str, HostPlan] = {}
+        """With the routes by which packets are led."""
 
     def __getitem__(self, name: str) -> HostPlan:
+        plan = self.of_kernel(name)
+        if (wanted := plan.encryption) is None:
+            return plan
+        if name not in self._led:
+            # The table of these comes before the main one, and what is held goes nowhere.
+            routes = {**plan.routes, **wanted.send}
+            why = f"{name} has no way into the tunnel for it, and sends nothing in clear"
+            self._led[name] = evolve(
+                plan,
+                routes={network: route for network, route in routes.items() if network not in wanted.hold},
+                refused={**plan.refused, **dict.fromkeys(wanted.hold, why)},
+            )
+        return self._led[name]
+
+    def of_kernel(self, name: str) -> HostPlan:
+        """A node's plan, in which `routes` are those of the main table alone."""
         if name not in self._made:
             if name not in self.topology.snapshot.nodes:
                 raise KeyError(name)
@@ -140,17 +159,7 @@ class Plans(Mapping[str, HostPlan]):
             )
             # What was found out for one host, of the whole mesh, serves the next.
             last = next(reversed(self._made.values()), None)
-            plan = encrypt(plan, topology, outside=Outside(), living=living, previous=last)
-            if (wanted := plan.encryption) is not None:
-                # The table of these comes before the main one, and what is held goes nowhere.
-                routes = {**plan.routes, **wanted.send}
-                why = f"{name} has no way into the tunnel for it, and sends nothing in clear"
-                plan = evolve(
-                    plan,
-                    routes={network: route for network, route in routes.items() if network not in wanted.hold},
-                    refused={**plan.refused, **dict.fromkeys(wanted.hold, why)},
-                )
-            self._made[name] = plan
+            self._made[name] = encrypt(plan, topology, outside=Outside(), living=living, previous=last)
         return self._made[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -325,6 +334,11 @@ def routing_table(plan: HostPlan, destination: IPAddress, *, out_of_tunnel: bool
     host = host_network(destination)
     if wanted is None or not (host in wanted.send or host in wanted.hold):
         return MAIN
+    return encrypted_table()
+
+
+def encrypted_table() -> str:
+    """The routing table of `encrypted`, and the rule that leads there."""
     from kilo_etcd.kernel.routing.encrypted import rule_priorities, table_of
     from kilo_etcd.kernel.routing.exit_node import MARK
 
@@ -425,10 +439,7 @@ def _endpoint_in_clear(topology: Topology, node: Node, destination: IPAddress) -
     )
     if not (name := next(of, "")):
         return ""
-    return (
-        f"it is the endpoint of {name}, and the endpoints of nodes in locations with several members are not "
-        "encrypted; with granularity full they are"
-    )
+    return f"it is the endpoint of {name}, and {SEVERAL_MEMBERS}"
 
 
 def _maybe_one_network(topology: Topology, owner: Node, node: Node, destination: IPAddress) -> bool:
