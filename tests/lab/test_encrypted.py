@@ -4,15 +4,17 @@ behind leaders."""
 from __future__ import annotations
 
 import json
+import sys
 from base64 import b64decode
 from contextlib import AsyncExitStack, suppress
+from functools import partial
 from itertools import permutations
 from typing import Any
 
 import pytest
 import trio
 
-from encrypted import WIREGUARD, in_clear, nothing_in_clear, one_lan, refuse_each_other, set_to, switched
+from encrypted import SERVER, WIREGUARD, in_clear, nothing_in_clear, one_lan, refuse_each_other, set_to, switched
 from helpers import eventually, require
 from kilo_etcd.lab.client import Lab, LabError, running_lab
 from kilo_etcd.lab.spec import HostSpec, SiteSpec, Spec
@@ -187,3 +189,40 @@ async def test_members_behind_leaders_say_nothing_in_clear_between_sites() -> No
         assert [probe.lost for probe in probes] == [0] * len(probes)
         assert in_clear((*one.flows, *two.flows)) == []
         assert any(flow.between(WIREGUARD) for flow in one.flows)
+
+
+async def test_an_exemption_is_a_way_in_to_members_while_no_tunnel_works_and_no_agent_runs() -> None:
+    """Two locations whose networks a router joins: between members `routed` has routes into the tunnels."""
+    require(*PROGRAMS)
+    hosts = tuple(
+        HostSpec(
+            name=f"{label}-{k}", public=k == 1, label=label, subnet=subnet,
+            args=("--clear", f"tcp/7000@10.62.{1 - subnet}.0/24"),
+        )
+        for subnet, label in enumerate(("one", "two"))
+        for k in (1, 2)
+    )  # fmt: skip
+    town = SiteSpec(name="town", subnets=("10.62.0.0/24", "10.62.1.0/24"), hosts=hosts)
+    async with running_lab(Spec(sites=(town,), open=True)) as lab, trio.open_nursery() as running:
+        await lab.all_pairs_ping(60)
+        await set_to(lab, "encrypted", "sends")
+        addresses = {row.host: row.private[0].partition("/")[0] for row in await lab.status()}
+        running.start_soon(partial(lab.exec, "two-2", sys.executable, "-c", SERVER, addresses["two-2"]))
+
+        async def served(here: str) -> bool:
+            code = f"import socket; print(socket.create_connection(('{addresses['two-2']}', 7000), 2).recv(9))"
+            return "hello" in (await lab.exec(here, sys.executable, "-c", code)).stdout
+
+        async with lab.capture("two-2", ["eth0"]) as seen:
+            for here in ("one-1", "one-2"):
+                await eventually(partial(served, here), 30, every=0.2, what=f"{here} is served")
+                assert await lab.ping(here, addresses["two-2"], timeout=3)
+        ways = {flow.source for flow in seen.flows if flow.protocol == "tcp" and flow.between(7000)}
+        assert {addresses["one-2"], addresses["two-2"]} <= ways
+        for name in lab.hosts:
+            await lab.kill(name)
+            await lab.cut(name, "port")
+        for here in ("one-1", "one-2"):
+            assert not await lab.ping(here, addresses["two-2"], timeout=1), "its tunnel is cut"
+            assert await served(here)
+        running.cancel_scope.cancel()

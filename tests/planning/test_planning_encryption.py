@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kilo_etcd.model import EncryptionStage, Endpoint, Granularity, InternalIPs, IPNetwork, Node, Snapshot
-from kilo_etcd.model.hostplan import HostPlan, RoutePlan, Via
+from kilo_etcd.model.hostplan import Exemption, HostPlan, RoutePlan, Via
 from kilo_etcd.planning import host_plan
 from kilo_etcd.planning.encryption import Living, Outside, StageReport, encrypt, report, waited_for
 from kilo_etcd.topology import Topology, build_topology
@@ -217,6 +217,60 @@ def test_members_send_by_their_leader() -> None:
     assert 4 in leader.forwarding
     waiting = mesh([evolve(nodes[0], encryption=None), *nodes[1:]], Granularity.LOCATION)
     assert sent(planned(waiting, "a2")) == {}, "not before its leader takes part"
+
+
+def test_what_is_exempted_is_led_into_no_tunnel_by_the_main_table_either() -> None:
+    """That table has the routes of `routed`, to members of other locations."""
+    nodes = [
+        here(
+            f"{location}{k}", 2 * at + k, location, f"10.{at + 1}.0.{k}/24", endpoint=f"203.0.113.{2 * at + k}", **SENDS
+        )
+        for at, location in enumerate("ab")
+        for k in (1, 2)
+    ]
+    topology = mesh(nodes, Granularity.LOCATION)
+    living = Living(asked=frozenset(topology.snapshot.nodes))
+    there = (ip_network("10.2.0.1/32"), ip_network("10.2.0.2/32"))
+    for name in ("a1", "a2"):
+        base = host_plan(topology, name)
+        last = None
+        for clear, left in (
+            ((), set(there)),
+            (("tcp/22@10.2.0.2/32",), {there[0]}),
+            (("tcp/22@10.2.0.2/32", "udp@0.0.0.0/0", "tcp@fd00::/8"), set()),
+            (("tcp/22@10.9.0.0/16",), set(there)),
+            (("tcp/22@10.2.0.1/32",), {there[1]}),
+        ):
+            outside = Outside(clear=tuple(map(Exemption.parse, clear)))
+            plan = encrypt(base, topology, outside=outside, living=living, previous=last)
+            assert plan == encrypt(base, topology, outside=outside, living=living), "by what came before, too"
+            assert left == {network for network in there if network in plan.routes}, (name, clear)
+            assert plan.encryption is not None
+            assert {*there} <= {*plan.encryption.send}
+            assert base.routes.keys() - plan.routes.keys() <= {*there}
+            last = plan
+        # A change elsewhere, by the last outcome.
+        nodes[3] = evolve(nodes[3], internal_ips=(ip_interface("10.2.0.7/24"),))
+        later = mesh(nodes, Granularity.LOCATION)
+        outside = Outside(clear=(Exemption.parse("tcp/22@10.2.0.0/24"),))
+        first = encrypt(base, topology, outside=outside, living=living)
+        plan = encrypt(host_plan(later, name), later, outside=outside, living=living, previous=first)
+        assert plan == encrypt(host_plan(later, name), later, outside=outside, living=living)
+        assert not any(network in plan.routes for network in (*there, ip_network("10.2.0.7/32")))
+        nodes[3] = evolve(nodes[3], internal_ips=(ip_interface("10.2.0.2/24"),))
+
+
+def test_before_a_node_takes_packets_what_is_exempted_goes_by_routed() -> None:
+    """Its agent has not reported that it does."""
+    nodes = [
+        here(
+            f"{location}{k}", 2 * at + k, location, f"10.{at + 1}.0.{k}/24", endpoint=f"203.0.113.{2 * at + k}", **stage
+        )
+        for (at, location), stage in zip(enumerate("ab"), (SENDS, {}), strict=True)
+        for k in (1, 2)
+    ]
+    plan = planned(mesh(nodes, Granularity.LOCATION), "a1", clear=(Exemption.parse("tcp/22@10.2.0.0/24"),))
+    assert ip_network("10.2.0.2/32") in plan.routes
 
 
 def test_what_no_way_leads_to_is_held_and_named() -> None:

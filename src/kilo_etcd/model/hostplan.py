@@ -169,6 +169,8 @@ class Encryption:
     """What the other segments take packets from by way of this host: what it forwards from there keeps its source. On
     members the mesh's subnets and what is behind the host, on leaders also the segment's members and networks."""
     clear: tuple[Exemption, ...] = ()
+    """What the operator leaves in clear. It takes the main table, which has no route of ours to the addresses of `send`
+    that are in such a network."""
     clear_sources: tuple[IPAddress, ...] = ()
     """This host's own endpoint addresses to which other nodes send in clear. What it sends from these, answers above
     all, leaves in clear too: out of a tunnel nobody would take it."""

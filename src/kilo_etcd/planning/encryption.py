@@ -19,7 +19,7 @@ from kilo_etcd.topology.granularity import GranularityPolicy
 from kilo_etcd.topology.next_hop import NextHop, next_hop, tunneled
 from kilo_etcd.topology.places import Address, Place, Places, both_ways, exchanged, own_addresses, own_endpoints, sent
 from kilo_etcd.topology.prefix_allocation import network_key
-from kilo_etcd.topology.segments import Topology, changes
+from kilo_etcd.topology.segments import Topology, changes, lined_up
 from kilo_etcd.topology.stages import NOBODY_ASKED, Living, SegmentPair, StageReport, in_force, report, waited_for
 from kilo_etcd.topology.unaware import unaware_problems
 
@@ -81,6 +81,7 @@ def encrypt(
     if not promised and not on and own.encryption is EncryptionStage.STOPPED and not whole.awaited:
         return plan
     peers = _peers(plan.peers, memo, view, places, parts, moved)
+    routes = _routes(plan.routes, memo, whole.exempted)
     base, forwarding = plan.peers, plan.forwarding
     segment = topology.segment_of(own.name)
     if len(segment.members) > 1:
@@ -99,12 +100,13 @@ def encrypt(
     return evolve(
         plan,
         peers=peers,
+        routes=routes,
         forwarding=forwarding,
         encryption=wanted,
         problems=(*plan.problems, *(unaware_problems(topology) if on else ()), *problems),
         memo=_EncryptionMemo(
             places=places, view=view, living=living, parts=parts, whole=whole, base=base, peers=peers,
-            wanted=wanted, known=known, known_of=of,
+            main=plan.routes, routes=routes, wanted=wanted, known=known, known_of=of,
         ),
     )  # fmt: skip
 
@@ -129,6 +131,7 @@ class _EncryptionView:
     leaders: tuple[IPAddress, ...]
     """The leader's that may be."""
     silent: frozenset[IPAddress]
+    clear: tuple[Exemption, ...]
     links: tuple[IPNetwork, ...]
     policy: GranularityPolicy
     on: bool
@@ -143,7 +146,7 @@ class _EncryptionView:
             own=own, leader=segment.leader, segment=segment.key,
             addresses=tuple((address.address, outside.has(address.address)) for address in place.of[own.name]),
             leaders=tuple(address.address for address in place.of[segment.leader.name]),
-            silent=outside.silent, links=place.links.networks, policy=topology.policy,
+            silent=outside.silent, clear=outside.clear, links=place.links.networks, policy=topology.policy,
             on=in_force(topology), since=topology.snapshot.internal_ips_since,
         )  # fmt: skip
 
@@ -153,6 +156,10 @@ class _EncryptionView:
             own=self.own, own_leader=self.leader, leader=there.segment.leader, on=self.on, since=self.since,
             living=living,
         )  # fmt: skip
+
+    def exempts(self, address: IPAddress) -> bool:
+        """Whether something that the host sends to an address stays in clear on purpose."""
+        return any(one.network.version == address.version and address in one.network for one in self.clear)
 
     def exchanges(self, here: Place, there: Place) -> bool:
         """Whether the host exchanges packets with a segment through the tunnels."""
@@ -207,6 +214,8 @@ class _Part:
     """The same as host networks."""
     send: tuple[RoutePlan, ...] = ()
     hold: tuple[IPNetwork, ...] = ()
+    exempted: tuple[IPNetwork, ...] = ()
+    """Of `send` and `hold`, those to which something stays in clear on purpose."""
     refuse: tuple[IPAddress, ...] = ()
     problems: tuple[Problem, ...] = ()
     awaited: frozenset[str] = frozenset()
@@ -234,10 +243,12 @@ def _part(view: _EncryptionView, here: Place, there: Place, living: Living, old:
     sends = {node.name for node in members if pair.sends(node)}
     refused = pair.refused(members) if any(whole.values()) else frozenset()
     before = {id(route.destination): route for route in old.send}
-    send, hold, refuse, problems = [], [], [], []
+    send, hold, exempted, refuse, problems = [], [], [], [], []
     for one in both:
         version, name = one.address.version, one.node.name
         if name in sends:
+            if view.clear and view.exempts(one.address):
+                exempted.append(one.network)
             way = ways[version]
             if isinstance(way, _Way):
                 send.append(_route(one, way, before.get(id(one.network))))
@@ -251,6 +262,7 @@ def _part(view: _EncryptionView, here: Place, there: Place, living: Living, old:
     return _Part(
         gate=(view.leader if view.by_leader else there.segment.leader).public_key,
         nodes=nodes, networks=tuple(address.network for address in addresses), send=tuple(send), hold=tuple(hold),
+        exempted=tuple(exempted),
         refuse=nodes if len(refuse) == len(nodes) else tuple(refuse), problems=tuple(problems), awaited=awaited,
         versions=versions,
     )  # fmt: skip
@@ -272,6 +284,7 @@ class _Whole:
     nodes: frozenset[IPAddress] = frozenset()
     send: Mapping[IPNetwork, RoutePlan] = field(factory=dict)
     hold: frozenset[IPNetwork] = frozenset()
+    exempted: frozenset[IPNetwork] = frozenset()
     refuse: frozenset[IPAddress] = frozenset()
     awaited: frozenset[str] = frozenset()
     troubled: frozenset[str] = frozenset()
@@ -290,6 +303,9 @@ class _EncryptionMemo:
     base: Mapping[str, PeerPlan] = field(factory=dict)
     """The peers of the plan that was handed in."""
     peers: Mapping[str, PeerPlan] = field(factory=dict)
+    main: Mapping[IPNetwork, RoutePlan] = field(factory=dict)
+    """The routes of the plan that was handed in."""
+    routes: Mapping[IPNetwork, RoutePlan] = field(factory=dict)
     wanted: Encryption | None = None
     known: tuple[IPNetwork, ...] = ()
     known_of: object = None
@@ -327,6 +343,7 @@ def _followed(
         nodes=nodes,
         send=_sent(whole.send, pairs),
         hold=_changed(whole.hold, ((old.hold, new.hold) for old, new in pairs)),
+        exempted=_changed(whole.exempted, ((old.exempted, new.exempted) for old, new in pairs)),
         refuse=refuse,
         awaited=_changed(whole.awaited, ((old.awaited, new.awaited) for old, new in pairs)),
         troubled=_changed(
@@ -399,6 +416,30 @@ def _peers(
             part = parts.get(places.key_of(peer.name), _NO_PART)
             networks = part.networks if part.gate == key else ()
         result[key] = _allowing(peer, networks)
+    return result
+
+
+def _routes(
+    main: Mapping[IPNetwork, RoutePlan], memo: _EncryptionMemo, exempted: frozenset[IPNetwork]
+) -> Mapping[IPNetwork, RoutePlan]:
+    """The routes of the main table, without those that would lead into a tunnel what is exempted: all else that goes to
+    such an address takes the table of these."""
+    if not exempted:
+        return main
+    before = memo.whole.exempted
+    if not before:
+        touched, result = set(exempted), dict(main)
+    else:
+        news = lined_up(memo.main, main)
+        touched = {*(changes(memo.main, main) if news is None else news), *(before ^ exempted)}
+        if not touched:
+            return memo.routes
+        result = dict(memo.routes)
+    for network in touched:
+        if network in main and network not in exempted:
+            result[network] = main[network]
+        else:
+            result.pop(network, None)
     return result
 
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Mapping
 from enum import StrEnum
 from functools import partial
 
@@ -21,6 +20,7 @@ from kilo_etcd.ctl.context import Mesh
 from kilo_etcd.ctl.output import output_option
 from kilo_etcd.ctl.reports.arrivals import TRIES, losses, lost_across, narrow, some
 from kilo_etcd.ctl.reports.causes import Silence, causes, silence
+from kilo_etcd.ctl.reports.exemptions import exemptions
 from kilo_etcd.ctl.reports.internal_arrivals import internal_losses
 from kilo_etcd.ctl.reports.live import Live, Pair, differs, gather, pairs, tunnels
 from kilo_etcd.ctl.reports.one_sided import echo_refused
@@ -41,7 +41,6 @@ from kilo_etcd.ctl.reports.report import (
 )
 from kilo_etcd.etcd.api import Client, EtcdError
 from kilo_etcd.model import InternalIPs, IPNetwork
-from kilo_etcd.model.hostplan import Exemption
 from kilo_etcd.store import operator
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import StatusRecord
@@ -262,7 +261,8 @@ def _exempted(examined: Examined) -> frozenset[str]:
     """The addresses and networks of `Topology.unrouted` to which all hosts that send there leave something in clear on
     purpose, as far as they have answered."""
     topology = examined.topology
-    clear = {name: tuple(_networks(answer.clear)) for name, answer in examined.live.answers.items()}
+    answers = examined.live.answers
+    clear = {name: tuple(one.network for one in exemptions(answer.clear)) for name, answer in answers.items()}
     named_senders: dict[str, set[str]] = {}
     for segment in topology.segments.values():
         for node in segment.members:
@@ -275,12 +275,6 @@ def _exempted(examined: Examined) -> frozenset[str]:
         if senders and all(any(_covers(network, unrouted.network) for network in clear.get(n, ())) for n in senders):
             result.add(subject_of(unrouted))
     return frozenset(result)
-
-
-def _networks(exemptions: Iterable[str]) -> Iterator[IPNetwork]:
-    for text in exemptions:
-        with suppress(ValueError):
-            yield Exemption.parse(text).network
 
 
 def _covers(network: IPNetwork, other: IPNetwork) -> bool:

@@ -8,13 +8,13 @@ nothing is concluded.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import suppress
 from ipaddress import ip_network
 from itertools import islice
 
 from attrs import frozen
 
 from kilo_etcd.base.quoting import first_of
+from kilo_etcd.ctl.reports.exemptions import exemptions
 from kilo_etcd.ctl.reports.trace import Plans
 from kilo_etcd.model import InternalIPs, IPAddress, Node
 from kilo_etcd.model.hostplan import Exemption
@@ -59,15 +59,7 @@ class OneSided:
 
 def exempted(statuses: Mapping[str, StatusRecord]) -> Exempted:
     """What each node leaves in clear, as its agent says."""
-    result = {}
-    for name, status in statuses.items():
-        if status.clear is not None:
-            parsed = []
-            for text in status.clear:
-                with suppress(ValueError):
-                    parsed.append(Exemption.parse(text))
-            result[name] = tuple(parsed)
-    return result
+    return {name: exemptions(status.clear) for name, status in statuses.items() if status.clear is not None}
 
 
 def one_sided(
@@ -78,13 +70,13 @@ def one_sided(
         return
     plans = Plans(topology, statuses)
     alike: dict[tuple[Exemption, ...], list[Node]] = {}
-    for name, exemptions in sorted(exempted(statuses).items()):
+    for name, stated in sorted(exempted(statuses).items()):
         if name in topology.snapshot.nodes and (names is None or name in names):
-            alike.setdefault(exemptions, []).append(topology.snapshot.nodes[name])
-    for exemption in sorted({one for exemptions in alike for one in exemptions}, key=str):
-        senders = [node for exemptions, nodes in alike.items() if exemption in exemptions for node in nodes]
-        for exemptions, nodes in alike.items():
-            if (found := _refused(exemption, senders, exemptions, nodes, plans)) is not None:
+            alike.setdefault(stated, []).append(topology.snapshot.nodes[name])
+    for exemption in sorted({one for stated in alike for one in stated}, key=str):
+        senders = [node for stated, nodes in alike.items() if exemption in stated for node in nodes]
+        for stated, nodes in alike.items():
+            if (found := _refused(exemption, senders, stated, nodes, plans)) is not None:
                 yield found
 
 

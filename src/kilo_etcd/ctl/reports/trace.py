@@ -13,10 +13,11 @@ from ipaddress import ip_address, ip_network
 
 from attrs import evolve, frozen
 
+from kilo_etcd.ctl.reports.exemptions import exemptions
 from kilo_etcd.ctl.reports.internal import holders, same_network, unrouted_from, why_not_routed
 from kilo_etcd.ctl.reports.own_addresses import SEVERAL_MEMBERS
 from kilo_etcd.model import DEFAULT_INTERFACE, InternalIPs, IPAddress, Node, Snapshot, is_public
-from kilo_etcd.model.hostplan import HostPlan, Problem, Via
+from kilo_etcd.model.hostplan import Exemption, HostPlan, Problem, Via
 from kilo_etcd.planning.encryption import Living, Outside, encrypt
 from kilo_etcd.planning.exit_node import LINK_LOCAL, inside, near, trouble_of
 from kilo_etcd.planning.plan import host_plan
@@ -159,8 +160,13 @@ class Plans(Mapping[str, HostPlan]):
             )
             # What was found out for one host, of the whole mesh, serves the next.
             last = next(reversed(self._made.values()), None)
-            self._made[name] = encrypt(plan, topology, outside=Outside(), living=living, previous=last)
+            outside = Outside(clear=self._clear(name))
+            self._made[name] = encrypt(plan, topology, outside=outside, living=living, previous=last)
         return self._made[name]
+
+    def _clear(self, name: str) -> tuple[Exemption, ...]:
+        status = self.statuses.get(name)
+        return () if status is None else exemptions(status.clear or ())
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.topology.snapshot.nodes)
