@@ -34,7 +34,7 @@ from kilo_etcd.store.records import (
 )
 from kilo_etcd.testing.fake_etcd import FakeEtcd
 from kilo_etcd.topology.internal import REMEDY
-from kilo_etcd.topology.unrouted import ENDPOINT_REMEDY
+from kilo_etcd.topology.unrouted import ENCRYPTED_REMEDY, ENDPOINT_REMEDY
 
 HOSTS = {
     # name: (number, location, internal IP, public)
@@ -627,7 +627,12 @@ def test_a_leader_that_may_be_heard_at_its_internal_ip_is_not_routed_there(etcd:
     routes_internal_ips(etcd, gcp_1={"endpoint": Endpoint.parse("10.1.0.1:51820")})
     _, there = by_internal_ip("gcp-2", "home-1")
     why = "the WireGuard of gcp-1, called at a private endpoint, may receive packets from the WireGuard of home-1 there"
-    assert (there["unrouted"], there["hops"]) == (why, [])
+    assert (there["unrouted"], there["hops"]) == (f"{why}; {ENCRYPTED_REMEDY}", [])
+    assert by_internal_ip("gcp-2", "gcp-3")[1]["leaves"].endswith("gcp-3 at the same location"), "one segment"
+    etcd.put("/kilo/mesh/granularity", "full")
+    assert by_internal_ip("gcp-2", "gcp-3")[1]["leaves"].endswith(f"gcp-3 at the same location; {ENCRYPTED_REMEDY}")
+    etcd.put("/kilo/mesh/granularity", "cross")
+    assert by_internal_ip("gcp-2", "gcp-3")[1]["leaves"].endswith("gcp-3 at the same location"), "there is no tunnel"
 
 
 def test_the_table_and_the_rule_by_which_encrypted_leads_into_the_tunnel() -> None:

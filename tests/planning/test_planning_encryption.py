@@ -273,6 +273,35 @@ def test_before_a_node_takes_packets_what_is_exempted_goes_by_routed() -> None:
     assert ip_network("10.2.0.2/32") in plan.routes
 
 
+@pytest.mark.parametrize(
+    ("nodes", "granularity", "carried", "not_carried"),
+    [
+        # One LAN without labels, called there; two homes with the same network, called at public endpoints.
+        (on_lan("a", "b", "c"), Granularity.FULL, {"10.1.0.1", "10.1.0.2", "10.1.0.3"}, set()),
+        ([here("a", 1, "", "10.1.0.1/24", endpoint="203.0.113.1"), here("b", 2, "", "10.1.0.2/24",
+          endpoint="203.0.113.2")], Granularity.FULL, set(), {"10.1.0.0/24"}),
+        # A leader that is called at its internal IP; an address that two nodes have; a printer's network.
+        ([here("a1", 1, "a", "10.1.0.1/24", endpoint="10.1.0.1"), here("a2", 2, "a", "10.1.0.2/24"),
+          here("b1", 3, "b", "10.2.0.1/24", endpoint="203.0.113.3"), here("c1", 4, "c", "10.9.0.1/24"),
+          here("d1", 5, "d", "10.9.0.1/24"), here("e1", 6, "e", "10.5.0.1/24", links="10.2.0.0/24")],
+         Granularity.LOCATION, {"10.1.0.1"}, {"10.9.0.1", "10.2.0.0/24"}),
+    ],
+)  # fmt: skip
+def test_that_encrypted_would_carry_an_address_is_said_where_it_would(
+    nodes: list[Node], granularity: Granularity, carried: set[str], not_carried: set[str]
+) -> None:
+    entries = unrouted(mesh(nodes, granularity, InternalIPs.ROUTED))
+    said = {
+        str(one.network.network_address if one.network.num_addresses == 1 else one.network): "encrypted" in one.remedy
+        for one in entries
+    }
+    assert carried <= {name for name, hint in said.items() if hint}, said
+    assert not_carried <= {name for name, hint in said.items() if not hint}, said
+    left = [entry.network for entry in unrouted(mesh([evolve(one, **SENDS) for one in nodes], granularity))]
+    for entry in entries:
+        assert ("encrypted" in entry.remedy) is not any(one.subnet_of(entry.network) for one in left), entry  # type: ignore[arg-type]
+
+
 def test_what_no_way_leads_to_is_held_and_named() -> None:
     nodes = [
         here("a1", 1, "a", "10.1.0.1/24", endpoint="203.0.113.1", encapsulate="never", **SENDS),

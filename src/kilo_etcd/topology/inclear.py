@@ -8,6 +8,7 @@ says that they share it (`topology.places`), their packets are left to their own
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator
+from itertools import islice
 
 from attrs import frozen
 
@@ -35,19 +36,35 @@ class InClear:
 def in_clear(topology: Topology) -> Iterator[InClear]:
     """All addresses that are not encrypted between two segments: what the plans of the senders leave to their links."""
     places, _ = Places().after(topology)
+    for here, there in islice(_near_each_other(topology, places), MOST_PAIRS):
+        for one, another in ((here, there), (there, here)):
+            yield from _kept_back(one, another)
+
+
+def would_be_encrypted(topology: Topology) -> frozenset[IPAddress]:
+    """The addresses of nodes that every other segment would send through the tunnels if the mesh encrypted; none of
+    them if there is too much to look at."""
+    places, _ = Places().after(topology)
+    carried = {address.address for place in places.of.values() for address in place.addresses}
+    for number, (here, there) in enumerate(_near_each_other(topology, places)):
+        if number == MOST_PAIRS:
+            return frozenset()
+        for one, another in ((here, there), (there, here)):
+            carried.difference_update(kept.address for kept in _kept_back(one, another))
+    return frozenset(carried)
+
+
+def _near_each_other(topology: Topology, places: Places) -> Iterator[tuple[Place, Place]]:
+    """The pairs of segments of which one has an address of the other on its links, each pair once."""
     seen: set[frozenset[str]] = set()
     for key, here in places.of.items():
         for other in sorted({places.key_of(places.holder(address)) for address in places.near(here)}):
             there, pair = places.of.get(other), frozenset({key, other})
             if there is None or pair in seen:
                 continue
-            if not exchanged(here.segment, there.segment, topology.policy):
-                continue
-            if len(seen) == MOST_PAIRS:
-                return
-            seen.add(pair)
-            for one, another in ((here, there), (there, here)):
-                yield from _kept_back(one, another)
+            if exchanged(here.segment, there.segment, topology.policy):
+                seen.add(pair)
+                yield here, there
 
 
 def endpoints_in_clear(topology: Topology) -> Iterator[tuple[Node, IPAddress]]:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from ipaddress import ip_network
 from typing import TYPE_CHECKING
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from kilo_etcd.base.quoting import first_of
 from kilo_etcd.model import InternalIPs, IPAddress, IPNetwork, Node, Peer
@@ -65,7 +65,29 @@ def unrouted(topology: Topology) -> tuple[Unrouted, ...]:
                     entries[entry.network] = entry
     if encrypted:
         entries.update((entry.network, entry) for entry in _in_clear(topology))
+    elif entries:
+        entries.update((entry.network, entry) for entry in _with_encrypted(topology, tuple(entries.values())))
     return tuple(entries[network] for network in sorted(entries, key=lambda n: (n.version, n)))
+
+
+ENCRYPTED_REMEDY = "with internal-ips encrypted it travels in the tunnels (kgctl mesh set internal-ips encrypted)"
+ENCRYPTED_REMEDIES = ENCRYPTED_REMEDY.replace("it travels", "they travel")
+
+
+def _with_encrypted(topology: Topology, entries: Iterable[Unrouted]) -> Iterator[Unrouted]:
+    """Those entries whose addresses `encrypted` would have travel in the tunnels, with that as a further remedy."""
+    from kilo_etcd.topology.inclear import would_be_encrypted
+
+    carried = would_be_encrypted(topology)
+    for entry in entries:
+        one = entry.network.num_addresses == 1
+        if one:
+            every = entry.network.network_address in carried
+        else:
+            within = [*topology.internals.within([entry.network])]
+            every = bool(within) and carried.issuperset(within)
+        if every:
+            yield evolve(entry, remedy=f"{entry.remedy}; {ENCRYPTED_REMEDY if one else ENCRYPTED_REMEDIES}")
 
 
 def _in_clear(topology: Topology) -> Iterable[Unrouted]:

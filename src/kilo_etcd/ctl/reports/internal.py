@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from kilo_etcd.model import InternalIPs, IPAddress, Node
 from kilo_etcd.topology.internal import REMEDY
+from kilo_etcd.topology.places import exchanged
 from kilo_etcd.topology.segments import Topology, host_network
-from kilo_etcd.topology.unrouted import Unrouted, endpoint_holders, named, obstacle
+from kilo_etcd.topology.unrouted import ENCRYPTED_REMEDY, Unrouted, endpoint_holders, named, obstacle
 
 
 def holders(topology: Topology, address: IPAddress) -> tuple[Node, ...]:
@@ -48,6 +49,21 @@ def why_not_routed(topology: Topology, address: IPAddress, holder: Node, source:
     if topology.internal_ips is InternalIPs.ENCRYPTED:
         entry = unrouted_from(topology, address, source)
         return "" if entry is None else f"{entry.reason}; {entry.remedy}"
+    why = _not_routed(topology, address, holder, source)
+    return f"{why}; {ENCRYPTED_REMEDY}" if why and encrypted_carries(topology, address, holder, source) else why
+
+
+def encrypted_carries(topology: Topology, address: IPAddress, holder: Node, source: Node) -> bool:
+    """Whether, in a mesh that does not encrypt, what node `source` sends to an address of `holder` would travel in the
+    tunnels if it did."""
+    from kilo_etcd.topology.inclear import would_be_encrypted
+
+    there, here = topology.segment_of(holder.name), topology.segment_of(source.name)
+    return exchanged(here, there, topology.policy) and address in would_be_encrypted(topology)
+
+
+def _not_routed(topology: Topology, address: IPAddress, holder: Node, source: Node) -> str:
+    """The same under `routed`."""
     there, here = topology.segment_of(holder.name), topology.segment_of(source.name)
     if (reasons := obstacle(topology, address, holder.name, there, endpoint_holders(topology))) is not None:
         return "; ".join(reasons)

@@ -14,7 +14,7 @@ from ipaddress import ip_address, ip_network
 from attrs import evolve, frozen
 
 from kilo_etcd.ctl.reports.exemptions import exemptions
-from kilo_etcd.ctl.reports.internal import holders, same_network, unrouted_from, why_not_routed
+from kilo_etcd.ctl.reports.internal import encrypted_carries, holders, same_network, unrouted_from, why_not_routed
 from kilo_etcd.ctl.reports.own_addresses import SEVERAL_MEMBERS
 from kilo_etcd.model import DEFAULT_INTERFACE, InternalIPs, IPAddress, Node, Snapshot, is_public
 from kilo_etcd.model.hostplan import Exemption, HostPlan, Problem, Via
@@ -29,7 +29,7 @@ from kilo_etcd.topology.inclear import endpoints_in_clear
 from kilo_etcd.topology.internal import endpoints_of
 from kilo_etcd.topology.places import has_address
 from kilo_etcd.topology.segments import Topology, host_network
-from kilo_etcd.topology.unrouted import listed
+from kilo_etcd.topology.unrouted import ENCRYPTED_REMEDY, listed
 
 MEDIUM = {Via.TUNNEL: "WireGuard", Via.UNDERLAY: "clear", Via.IPIP: "clear, in IPIP"}
 
@@ -396,7 +396,9 @@ def _by_own_table(topology: Topology, node: Node, destination: IPAddress) -> tup
         others = [other for other in owners if not same_network(topology, other, node)]
         too = f"; {_named_at(others, destination.version)}, elsewhere" if others else ""
         where = "at the same location" if owner.location == node.location else "on its own network"
-        return f"{table}, in clear: it is the internal IP of {owner.name} {where}{too}", ""
+        routed = topology.internal_ips is InternalIPs.ROUTED
+        hint = f"; {ENCRYPTED_REMEDY}" if routed and encrypted_carries(topology, destination, owner, node) else ""
+        return f"{table}, in clear: it is the internal IP of {owner.name} {where}{too}{hint}", ""
     if owner is not None and _on_own_network(node, destination):
         why = why_not_routed(topology, destination, owner, node) or f"{node.name} has no route to it in the mesh"
         if _maybe_one_network(topology, owner, node, destination):
