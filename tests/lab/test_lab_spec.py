@@ -62,6 +62,14 @@ def test_every_example_that_ships_is_valid(path: Path) -> None:
     assert read_spec(path).hosts
 
 
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_what_to_try_in_an_example_is_printed_and_not_a_comment(path: Path) -> None:
+    assert "# kgctl" not in path.read_text()
+    for step in read_spec(path).next_steps:
+        assert step.startswith("kgctl ")
+        assert len(step) <= 118
+
+
 def test_what_is_sent_to_the_lab_is_what_arrives() -> None:
     spec = Spec.simple({"gcp": 3, "dc": 2}, labels={"gcp": "gcp", "dc-2": "dc-2"}, etcd=3, agents=False, open=True)
     assert parse_spec(spec.as_mapping(), "there") == spec
@@ -81,7 +89,12 @@ SITE = '[[site]]\nname = "a"\nhosts = 2\n'
     [
         ("etcd = 1", "site is missing"),
         ("etcd = 2\n" + SITE, "etcd"),
-        ("colour = 1\n" + SITE, "colour is unknown"),
+        (
+            "colour = 1\n" + SITE,
+            "colour is unknown; known here are agent_args, agent_command, agents, etcd, ",
+        ),
+        (SITE + "colour = 1", "site[1].colour is unknown; known here are host, hosts, label, latency_ms, "),
+        ("next_steps = 3\n" + SITE, "next_steps"),
         ('granularity = "mesh"\n' + SITE, "granularity"),
         ('internal_ips = "clear"\n' + SITE, "write routed, encrypted or off"),
         ("lease_ttl = 1\n" + SITE, "lease_ttl"),

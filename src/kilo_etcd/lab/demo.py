@@ -7,7 +7,7 @@ demo with a sentence.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -16,7 +16,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from kilo_etcd.lab.client import Lab
+from kilo_etcd.lab.client import HostStatus, Lab
 from kilo_etcd.lab.runtime import LabError
 from kilo_etcd.model import DEFAULT_PREFIX
 from kilo_etcd.store.keys import DEFAULT_LOCATION_IN_KEYS
@@ -48,7 +48,7 @@ async def show(lab: Lab, console: Console, picture: Path, *, deadline: float = 4
     pairs = len(lab.hosts) * (len(lab.hosts) - 1)
     say(f"all {pairs} ordered pairs ping each other at their mesh addresses")
     console.print(await ping_table(lab))
-    console.print(await host_table(lab))
+    console.print(await host_table(lab, console))
     await _allocated(lab)
     status = await lab.kgctl("status", check=False, env={"COLUMNS": str(max(console.width, 100))})
     console.print("[bold]kgctl status[/]")
@@ -109,17 +109,39 @@ async def ping_table(lab: Lab) -> Table:
     return table
 
 
-async def host_table(lab: Lab) -> Table:
-    """The hosts of a lab and where they are found."""
-    rows = await lab.status()
-    table = Table(title=f"hosts of lab {lab.name}", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+async def host_table(lab: Lab, console: Console) -> Table:
+    """The hosts of a lab and where they are found, as wide as the console."""
+    return hosts_as_table(lab.name, await lab.status(), console)
+
+
+def hosts_as_table(name: str, rows: Sequence[HostStatus], console: Console) -> Table:
+    """The same of these rows: an address a line, in one piece. Where the console is too narrow for a column of each
+    kind of address, all are in one."""
+    wide = _hosts(name, rows, ("private", "public", "mesh"), lambda row: (row.private, row.public, row.mesh))
+    if console.measure(wide, options=console.options.update(max_width=10_000)).maximum <= console.width:
+        return wide
+
+    def together(row: HostStatus) -> tuple[tuple[str, ...], ...]:
+        kinds = {"private": row.private, "public": row.public, "mesh": row.mesh}
+        return (tuple(f"{kind} {address}" for kind, addresses in kinds.items() for address in addresses),)
+
+    return _hosts(name, rows, ("addresses",), together)
+
+
+def _hosts(
+    name: str,
+    rows: Iterable[HostStatus],
+    headings: tuple[str, ...],
+    addresses: Callable[[HostStatus], tuple[tuple[str, ...], ...]],
+) -> Table:
+    table = Table(title=f"hosts of lab {name}", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     cuts = ("cut from",) if any(row.cuts for row in rows) else ()
-    for heading in ("host", "site", "private", "public", "mesh", "agent", *cuts):
-        table.add_column(heading, no_wrap=True)
+    for heading in ("host", "site", *headings, "agent", *cuts):
+        table.add_column(heading, no_wrap=heading in ("host", *headings), overflow="fold")
     for row in rows:
-        addresses = (", ".join(row.private), ", ".join(row.public), ", ".join(row.mesh))
         agent = row.agent if row.power else "powered off"
-        table.add_row(row.host, row.site, *addresses, agent, *([", ".join(row.cuts)] if cuts else []))
+        cells = ("\n".join(some) for some in addresses(row))
+        table.add_row(row.host, row.site, *cells, agent, *([", ".join(row.cuts)] if cuts else []))
     return table
 
 

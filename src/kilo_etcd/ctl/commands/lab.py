@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from enum import StrEnum
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -24,6 +24,7 @@ from kilo_etcd.base.quoting import sentence
 from kilo_etcd.ctl.context import Failure
 from kilo_etcd.lab import Lab, LabError, Spec, SpecError, attach, demo, read_spec, running_lab
 from kilo_etcd.lab.addressing import CUTS, SITE_CUTS
+from kilo_etcd.lab.capture import Flow
 from kilo_etcd.lab.terminal import SHELL, SHELL_ENVIRONMENT, run_here
 from kilo_etcd.model import Granularity, InternalIPs
 from kilo_etcd.runtime.config import one_of
@@ -164,12 +165,22 @@ def run(
                 click.echo(f"all {sum(host.agent for host in spec.hosts)} hosts ping each other", err=True)
             if command is not None:
                 return await run_here(lab, "operator", ["sh", "-c", command])
-            Console().print(await demo.host_table(lab))
-            click.echo(f"lab {name} runs; in another terminal: kgctl lab shell (Ctrl-C here ends it)")
+            console = Console()
+            console.print(await demo.host_table(lab, console))
+            if spec.next_steps:
+                click.echo(f"To try in another terminal, after kgctl lab shell{_named(name)}:")
+                for line in spec.next_steps:
+                    click.echo(f"  {line}")
+            click.echo(f"lab {name} runs; in another terminal: kgctl lab shell{_named(name)} (Ctrl-C here ends it)")
             await trio.sleep_forever()
         return 0
 
     sys.exit(_do(work))
+
+
+def _named(name: str) -> str:
+    """How the other commands say which lab, if it is not the one that they take by themselves."""
+    return "" if name == "default" else f" --name {name}"
 
 
 @lab_group.command("demo")
@@ -203,13 +214,17 @@ def shell(machine: str, name: str | None) -> None:
     sys.exit(_with_lab(name, lambda lab: run_here(lab, machine, SHELL, SHELL_ENVIRONMENT)))
 
 
-@lab_group.command("exec", context_settings={"ignore_unknown_options": True})
+@lab_group.command("exec", context_settings={"allow_interspersed_args": False})
 @click.argument("machine")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @name_option
 def exec_command(machine: str, command: tuple[str, ...], name: str | None) -> None:
-    """Run a command in a host, router:SITE, etcd:MEMBER, or operator. Options of kgctl's come before MACHINE."""
-    sys.exit(_with_lab(name, lambda lab: run_here(lab, machine, command)))
+    """Run a command in a host, router:SITE, etcd:MEMBER, or operator. Options of kgctl's come before MACHINE; what
+    follows it is the command's."""
+    program = command[1:] if command[0] == "--" else command
+    if not program:
+        raise click.UsageError("Missing the command to run after MACHINE.")
+    sys.exit(_with_lab(name, lambda lab: run_here(lab, machine, program)))
 
 
 @lab_group.command()
@@ -218,7 +233,8 @@ def status(name: str | None) -> None:
     """List the hosts, their addresses and their agents."""
 
     async def work(lab: Lab) -> None:
-        Console().print(await demo.host_table(lab))
+        console = Console()
+        console.print(await demo.host_table(lab, console))
 
     _with_lab(name, work)
 
@@ -402,8 +418,23 @@ def capture(machine: str, seconds: float, interfaces: tuple[str, ...], name: str
     async def work(lab: Lab) -> None:
         async with lab.capture(machine, interfaces) as captured:
             await trio.sleep(seconds)
-        for flow in captured.flows:
-            source, target = f"{flow.source}:{flow.source_port}", f"{flow.destination}:{flow.destination_port}"
-            click.echo(f"{flow.protocol:8} {source:28} {target:28} {flow.packets:8} packets {flow.bytes:10} bytes")
+        for line in flow_lines(captured.flows):
+            click.echo(line)
 
     _with_lab(name, work)
+
+
+def flow_lines(flows: Iterable[Flow]) -> Iterator[str]:
+    """A line for each flow, in columns as wide as the longest address needs."""
+    rows = [
+        (flow, _socket(flow.source, flow.source_port), _socket(flow.destination, flow.destination_port))
+        for flow in flows
+    ]  # fmt: skip
+    first = max((len(source) for _, source, _ in rows), default=0)
+    second = max((len(target) for _, _, target in rows), default=0)
+    for flow, source, target in rows:
+        yield f"{flow.protocol:8} {source:{first}} {target:{second}} {flow.packets:8} packets {flow.bytes:10} bytes"
+
+
+def _socket(address: str, port: int) -> str:
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
