@@ -271,6 +271,30 @@ async def test_internal_ips_that_the_plan_has_a_route_to_are_tried_from_its_sour
     assert (await answerer.answer(DiagnosticsRequest(tries=4))).routes[0][2:] == ("none: No route to host", True)
 
 
+async def test_endpoints_that_go_through_the_tunnel_are_tried_if_a_request_names_them(world: World) -> None:
+    endpoint, mine = ip_address("203.0.113.2"), ip_address("10.1.0.1")
+    route = RoutePlan(destination=ip_network("203.0.113.2/32"), way=Via.TUNNEL, source=mine)
+    nodes = {
+        "h1": Node(name="h1", public_key="1", mesh_addresses=(ip_address("10.4.0.1"),)),
+        "h2": Node(
+            name="h2", public_key=KEY, mesh_addresses=(ip_address("10.4.0.2"),),
+            endpoint=Endpoint.parse("203.0.113.2:51820"), underlay=(ip_network("203.0.113.0/24"),),
+        ),
+    }  # fmt: skip
+    topology = build_topology(Snapshot(revision=1, nodes=nodes))
+    plan = evolve(PLAN, encryption=Encryption(send={route.destination: route}))
+    await world.kernel.apply(plan)
+    world.host.reach = lambda address: address == endpoint
+    request = DiagnosticsRequest(targets=("203.0.113.2", "203.0.113.3"))
+    response = await world.answerer(plan, topology).answer(request)
+    assert (response.reached, response.unreached) == (("203.0.113.2",), ())
+    assert [(route.address, route.source) for route in response.routes] == [("203.0.113.2", "10.1.0.1")]
+    assert (await world.answerer(plan, topology).answer(DiagnosticsRequest(tries=4))).reached == ()
+    # In clear nobody is pinged at another's wish.
+    for other in (PLAN, evolve(PLAN, encryption=Encryption())):
+        assert (await world.answerer(other, topology).answer(request)).reached == ()
+
+
 async def test_a_request_has_so_many_tried_and_no_more(world: World) -> None:
     nodes = (
         Node(name=f"h{number}", public_key=str(number), mesh_addresses=(ip_address("10.4.0.0") + number,))

@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from helpers import put_kept
 from kilo_etcd.ctl.main import main
 from kilo_etcd.ctl.reports.report import DROPPED
-from kilo_etcd.ctl.reports.trace import routing_table
+from kilo_etcd.ctl.reports.trace import Plans, ends, explain, routing_table
 from kilo_etcd.etcd import Client
 from kilo_etcd.kernel.routing.encrypted import rule_priorities, table_of
 from kilo_etcd.kernel.routing.returns import return_priority, return_table
@@ -33,6 +33,7 @@ from kilo_etcd.store.records import (
     read,
 )
 from kilo_etcd.testing.fake_etcd import FakeEtcd
+from kilo_etcd.topology import build_topology
 from kilo_etcd.topology.internal import REMEDY
 from kilo_etcd.topology.unrouted import ENCRYPTED_REMEDY, ENDPOINT_REMEDY
 
@@ -736,6 +737,25 @@ def test_node_show_has_the_table_of_encrypted_and_how_others_reach_each_address(
     assert (member["address"], member["inClear"], member["why"]) == ("10.1.0.2", False, None)
 
 
+def test_an_endpoint_that_is_private_and_no_internal_ip_is_known(etcd: FakeEtcd) -> None:
+    state(etcd, {}, {"home_1": {"endpoint": Endpoint.parse("10.200.0.4:51820")}})
+    for source, where in (("home-2", "in clear: it is the endpoint of home-1 at the same location"),
+                          ("gcp-2", "outside the mesh: it is the endpoint of home-1")):  # fmt: skip
+        status, line = headline(source, "10.200.0.4")
+        assert (status, line.partition(": ")[2]) == (0, f"{source} {OWN}, {where}")
+
+
+def test_live_has_endpoints_in_the_tunnels_tried_too(etcd: FakeEtcd) -> None:
+    def tried(target: str) -> tuple[str, ...]:
+        topology = build_topology(trio.run(operator.snapshot, etcd.client(), Keys())[0])
+        return ends(explain(Plans(topology, {}), "gcp-1", target), topology.snapshot)
+
+    etcd.put("/kilo/mesh/granularity", "full")
+    encrypts(etcd, home_1={"underlay": PUBLIC})
+    assert "203.0.113.4" in tried("203.0.113.4")
+    assert "203.0.113.4" not in tried("home-1")
+
+
 def test_why_an_address_of_a_node_alone_in_its_segment_is_not_encrypted_is_what_status_says(etcd: FakeEtcd) -> None:
     etcd.put("/kilo/mesh/granularity", "full")
     encrypts(etcd, **{name.replace("-", "_"): {"location": ""} for name in HOSTS})
@@ -764,7 +784,8 @@ def test_an_endpoint_that_is_not_encrypted_is_said_to_travel_in_clear(etcd: Fake
         "are",
     )
     # In its own location nobody expects tunnels; an endpoint of no node's own is its router's.
-    assert headline("home-2", "203.0.113.4")[1].endswith(f"{OWN}, outside the mesh: it is the endpoint of home-1")
+    at_home = f"{OWN}, in clear: it is the endpoint of home-1 at the same location"
+    assert headline("home-2", "203.0.113.4")[1].endswith(at_home)
     assert headline("home-2", "203.0.113.1")[1].endswith(f"{OWN}, outside the mesh: it is the endpoint of gcp-1")
     etcd.put("/kilo/mesh/granularity", "full")
     near = {"internal_ips": (ip_interface("10.2.0.77/24"),)}

@@ -174,7 +174,8 @@ class DiagnosticsServer:
         wanted = addresses_to_try(topology, self._name, plan, chosen)
         if request.targets:
             # Nobody is to learn, or to reach, by this host what is not the mesh's.
-            known = addresses_to_try(topology, self._name, plan, topology.snapshot.nodes.values())
+            every = topology.snapshot.nodes.values()
+            known = addresses_to_try(topology, self._name, plan, every, endpoints=True)
             asked = [address for address in _addresses(request.targets) if address in known]
             wanted.update((address, known[address]) for address in asked[:MOST_TRIED])
         routes = {address: route for address, route in wanted.items() if route is not None}

@@ -191,7 +191,7 @@ class DiagnosticsRequest:
     tries: int = 0
     """How many nodes each is to send packets to, of its own choice; 0: to none."""
     targets: tuple[str, ...] = ()
-    """Mesh addresses and internal IPs that all are to send packets to besides."""
+    """Mesh addresses, internal IPs and endpoints that all are to send packets to besides."""
 
 
 @frozen(kw_only=True)
@@ -217,7 +217,8 @@ class DiagnosticsResponse:
     """What on the host may drop packets that it forwards. Of a member: what drops them for certain, which harms nobody
     until it leads."""
     reached: tuple[str, ...] = ()
-    """Mesh addresses, and internal IPs that the mesh routes there, that have answered its echo requests."""
+    """Mesh addresses, and internal IPs and endpoints that it sends to by the mesh, that have answered its echo
+    requests."""
     unreached: tuple[str, ...] = ()
     """Those that have not."""
     small_only: tuple[str, ...] = ()

@@ -14,6 +14,7 @@ from zlib import crc32
 from kilo_etcd.model import IPAddress, Node
 from kilo_etcd.model.hostplan import HostPlan, RoutePlan
 from kilo_etcd.topology import Topology, UnknownNode
+from kilo_etcd.topology.places import own_endpoints
 from kilo_etcd.topology.segments import host_network
 
 FEW = 4
@@ -42,10 +43,11 @@ def nodes_to_try(topology: Topology, name: str, most: int) -> tuple[Node, ...]:
 
 
 def addresses_to_try(
-    topology: Topology, name: str, plan: HostPlan, nodes: Iterable[Node]
+    topology: Topology, name: str, plan: HostPlan, nodes: Iterable[Node], *, endpoints: bool = False
 ) -> dict[IPAddress, RoutePlan | None]:
     """The addresses of these nodes at which packets of node `name` may arrive: mesh addresses in the families that it
-    has itself, and internal IPs that its plan has a route to, with that route."""
+    has itself, and internal IPs that its plan has a route to, with that route; with `endpoints` also the nodes' own
+    endpoints that `encrypted` leads into the tunnels."""
     own = topology.snapshot.nodes.get(name)
     if own is None:
         return {}
@@ -60,6 +62,10 @@ def addresses_to_try(
             # One that two nodes have has no route of its own.
             if (route := routes.get(host_network(ip.ip))) is not None:
                 result[ip.ip] = route
+        if endpoints and plan.encryption is not None:
+            for address in own_endpoints(node):
+                if (route := plan.encryption.send.get(host_network(address))) is not None:
+                    result[address] = route
     return result
 
 

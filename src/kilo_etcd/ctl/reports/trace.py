@@ -27,7 +27,7 @@ from kilo_etcd.planning.walk import Hop, Path, longest_match, walk
 from kilo_etcd.store.records import StatusRecord
 from kilo_etcd.topology.inclear import endpoints_in_clear
 from kilo_etcd.topology.internal import endpoints_of
-from kilo_etcd.topology.places import has_address
+from kilo_etcd.topology.places import has_address, own_addresses
 from kilo_etcd.topology.segments import Topology, host_network
 from kilo_etcd.topology.unrouted import ENCRYPTED_REMEDY, listed
 
@@ -404,18 +404,21 @@ def _by_own_table(topology: Topology, node: Node, destination: IPAddress) -> tup
         if _maybe_one_network(topology, owner, node, destination):
             elsewhere = f"it is the internal IP of {owner.name} if both are on that network"
             return f"{table}, in clear: {elsewhere}; it is not routed: {why}", ""
-        near = f"and reaches a host on {node.name}'s own network, if there is one"
+        instead = f"and reaches a host on {node.name}'s own network, if there is one"
         return table, (
-            f"it is the internal IP of {owner.name}, which is not routed: {why}; {table}, in clear, {near}; "
+            f"it is the internal IP of {owner.name}, which is not routed: {why}; {table}, in clear, {instead}; "
             f"{_named_at(owners, destination.version)}"
         )
     if owner is None and (endpoint := _endpoint_in_clear(topology, node, destination)):
         return f"{table}, in clear: {endpoint}", ""
+    called = [one for one in topology.snapshot.nodes.values() if _is_endpoint(one, destination)]
+    near = next((one for one in called if same_network(topology, one, node)), None)
+    if owner is None and near is not None:
+        return f"{table}, in clear: it is the endpoint of {near.name} at the same location", ""
     if _on_own_network(node, destination):
         return f"{table}, in clear: it is on its location's network", ""
-    if is_public(destination):
-        at = next((one.name for one in topology.snapshot.nodes.values() if _is_endpoint(one, destination)), "")
-        return f"{table}, outside the mesh" + (f": it is the endpoint of {at}" if at else ""), ""
+    if is_public(destination) or (called and owner is None):
+        return f"{table}, outside the mesh" + (f": it is the endpoint of {called[0].name}" if called else ""), ""
     if owner is not None and topology.internal_ips is InternalIPs.OFF:
         # Routers of a site may connect its networks, and the mesh knows nothing of them.
         return (
@@ -536,9 +539,9 @@ def met(traces: tuple[Trace, ...]) -> frozenset[str]:
 
 def ends(traces: tuple[Trace, ...], snapshot: Snapshot) -> tuple[str, ...]:
     """The addresses that the hosts on the way try: the mesh addresses of the nodes that the traces begin and end at
-    and pass, and the internal IPs that are one end of them."""
+    and pass, and the internal IPs and endpoints that are one end of them."""
     nodes = [snapshot.nodes[name] for name in sorted(met(traces) & snapshot.nodes.keys())]
     mesh = [str(address) for node in nodes for address in node.mesh_addresses]
-    internal = {str(ip.ip) for node in nodes for ip in node.internal_ips}
-    theirs = [way.destination for trace in traces for way in trace.ways if way.destination in internal]
+    own = {str(address) for node in nodes for address in own_addresses(node)}
+    theirs = [way.destination for trace in traces for way in trace.ways if way.destination in own]
     return tuple(dict.fromkeys((*mesh, *theirs)))
