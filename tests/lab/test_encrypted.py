@@ -16,6 +16,7 @@ import trio
 
 from encrypted import SERVER, WIREGUARD, in_clear, nothing_in_clear, one_lan, refuse_each_other, set_to, switched
 from helpers import eventually, require
+from kilo_etcd.ctl.reports.report import DROPPED
 from kilo_etcd.lab.client import Lab, LabError, running_lab
 from kilo_etcd.lab.spec import HostSpec, SiteSpec, Spec
 from kilo_etcd.model import Granularity
@@ -226,3 +227,42 @@ async def test_an_exemption_is_a_way_in_to_members_while_no_tunnel_works_and_no_
             assert not await lab.ping(here, addresses["two-2"], timeout=1), "its tunnel is cut"
             assert await served(here)
         running.cancel_scope.cancel()
+
+
+async def test_status_and_explain_say_so_while_every_tunnel_is_cut() -> None:
+    """Nobody could lead better, so the probe reports stand; no host is asked."""
+    require(*PROGRAMS)
+    sites = tuple(
+        SiteSpec(name=name, hosts=tuple(HostSpec(name=f"{name}-{k}", public=True, label=name) for k in (1, 2)))
+        for name in ("one", "two")
+    )
+    async with running_lab(Spec(sites=sites)) as lab:
+        await lab.all_pairs_ping(60)
+        await set_to(lab, "encrypted", "sends")
+
+        async def said(*arguments: str) -> str:
+            return " ".join((await lab.kgctl(*arguments, check=False)).stdout.split())
+
+        async def probing() -> bool:
+            return "no host elsewhere has ever answered" not in await said("status")
+
+        await eventually(probing, 60, every=0.5, what="the next in line have been answered")
+        assert "through it packets do not arrive" not in await said("status")
+        for name in lab.hosts:
+            await lab.cut(name, "port")
+
+        async def named() -> bool:
+            problems = await said("status")
+            return problems.count("through it packets do not arrive") == 2 and DROPPED in problems
+
+        await eventually(named, 60, every=0.5, what="status names both leaders")
+        explained = await said("explain", "one-1", "two-1")
+        assert "may not arrive" in explained
+        assert " gets no answer from " in explained
+        for name in lab.hosts:
+            await lab.heal(name)
+
+        async def silent() -> bool:
+            return "packets do not arrive" not in await said("status")
+
+        await eventually(silent, 60, every=0.5, what="it is over")
