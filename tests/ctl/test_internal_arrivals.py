@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from ipaddress import ip_address, ip_interface, ip_network
 
 import pytest
 from attrs import evolve
 from test_arrivals import PLACES, mesh
 
+from kilo_etcd.ctl.commands.check import Examined, findings
 from kilo_etcd.ctl.reports.arrivals import PAIRS
 from kilo_etcd.ctl.reports.causes import Kind, Silence, causes
+from kilo_etcd.ctl.reports.hops import suspicions
 from kilo_etcd.ctl.reports.internal_arrivals import internal_losses
 from kilo_etcd.ctl.reports.live import Live
-from kilo_etcd.ctl.reports.one_sided import echo_refused
+from kilo_etcd.ctl.reports.report import report
 from kilo_etcd.model import EncryptionStage, Granularity, InternalIPs
 from kilo_etcd.store.records import DiagnosticsResponse, StatusRecord, TakenRoute
 from kilo_etcd.topology import Topology, build_topology
@@ -152,28 +153,41 @@ def test_another_route_is_named_with_its_table_and_explains_what_is_lost() -> No
 
 
 def test_echo_requests_that_an_exemption_lets_out_in_clear_are_no_packet_filters_doing() -> None:
-    """Refused are the requests of the host that states it, and its answers."""
+    """Refused are the requests of the host that states it, and its answers: that is one warning, and no loss."""
     topology = routed()
     nodes = {name: evolve(node, encryption=EncryptionStage.SENDS) for name, node in topology.snapshot.nodes.items()}
-    topology = build_topology(evolve(topology.snapshot, nodes=nodes, internal_ips=InternalIPs.ENCRYPTED))
-    live = asked(topology, lambda one, other: {one, other} == {"a2", "b2"})
-    own, there = internal(topology, "a2"), internal(topology, "b2")
+    encrypted = evolve(topology.snapshot, nodes=nodes, internal_ips=InternalIPs.ENCRYPTED)
 
-    def lost(b2: tuple[str, ...] | None, *a2: str) -> list[str]:
-        statuses = {
-            name: StatusRecord(public_key=name, clear=clear) for name, clear in (("a2", a2), ("b2", b2))
-        }  # fmt: skip
-        refused = partial(echo_refused, topology, statuses)
-        return [loss.subject for loss in internal_losses(topology, live, refused=refused)]
+    def found(b1: tuple[str, ...] | None, *a1: str) -> list[str]:
+        snapshot = evolve(encrypted, granularity=Granularity.FULL)
+        topology = build_topology(snapshot)
+        statuses = {name: StatusRecord(public_key=name, revision=1) for name in nodes}
+        statuses |= {name: evolve(statuses[name], clear=clear) for name, clear in (("a1", a1), ("b1", b1))}
+        live = asked(topology, lambda one, other: {one, other} == {"a1", "b1"})
+        live = evolve(live, answers={**live.answers, "a1": evolve(live.answers["a1"], clear=a1)})
+        every = findings(
+            Examined(members=(), report=report(snapshot, statuses, newest=1), topology=topology, statuses=statuses,
+                     live=live)
+        )  # fmt: skip
+        of_pair = [one for one in every if one.subject in ("a1 - b1", "b1 - a1") and "no tunnel" not in one.text]
+        of_hops = [text for _, text in suspicions((), topology, statuses, live) if "its internal IP" in text]
+        losses = [one for one in of_pair if "does not reach" in one.text]
+        assert [f"{one.text}: {one.remedy}" for one in losses] == of_hops
+        return [f"{one.text}: {one.remedy}" for one in of_pair]
 
-    assert lost((), f"icmp@{there}/32") == []
-    assert lost((f"icmp@{own}/32",)) == []
-    for clear in ((f"tcp/22@{there}/32",), ("icmp@192.168.99.0/24",), ()):
-        assert lost((), *clear) == ["a2 - b2"]
-    assert lost(None, f"icmp@{there}/32") == ["a2 - b2"], "its agent does not say what it exempts"
-    assert lost((f"icmp@{own}/32",), f"icmp@{there}/32") == ["a2 - b2"], "both state it, so it is something else"
-    off = build_topology(evolve(topology.snapshot, internal_ips=InternalIPs.ROUTED))
-    assert not echo_refused(off, {}, "a2", "b2")
+    own, there = internal(topology, "a1"), internal(topology, "b1")
+    for b1, a1 in (((), (f"icmp@{there}/32",)), ((f"icmp@{own}/32",), ())):
+        (text,) = found(b1, *a1)
+        assert "is stated at one end only" in text
+    for clear in ((f"udp/53@{own}/32",), ("icmp@192.168.77.0/24",), ()):
+        (text,) = found((), *clear)
+        assert "look on a1" in text
+        assert "--clear" not in text
+    # An older agent does not say what it exempts; if both state it, it is something else.
+    both = (f"icmp@{own}/32",), f"icmp@{there}/32"
+    for b1, a1 in ((None, both[1]), both):
+        (text,) = found(b1, a1)
+        assert f"a1: its --clear {a1} has them travel in clear, where there may be no way; look on" in text
 
 
 def test_many_pairs_are_counted() -> None:

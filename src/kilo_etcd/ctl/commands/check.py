@@ -39,6 +39,7 @@ from kilo_etcd.ctl.reports.report import (
     subject_of,
     unrouted_sentence,
 )
+from kilo_etcd.ctl.reports.trace import Plans
 from kilo_etcd.etcd.api import Client, EtcdError
 from kilo_etcd.model import InternalIPs, IPNetwork
 from kilo_etcd.store import operator
@@ -356,7 +357,7 @@ def _packets(examined: Examined, known: Silence) -> Iterator[Finding]:
             severity=Severity.WARNING if loss.filtered else Severity.ERROR, subject=loss.subject, text=loss.text,
             remedy=loss.remedy,
         )  # fmt: skip
-    refused = partial(echo_refused, topology, examined.statuses)
+    refused = partial(echo_refused, Plans(topology, examined.statuses))
     for loss in internal_losses(topology, live, {*known.apart, *unsettled}, missing=missing, refused=refused):
         yield Finding(severity=Severity.ERROR, subject=loss.subject, text=loss.text, remedy=loss.remedy)
     for loss in narrow(topology, live):

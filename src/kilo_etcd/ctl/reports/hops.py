@@ -214,5 +214,5 @@ def suspicions(
     for loss in (*lost, *narrow(topology, live)):
         yield loss.subject, f"{loss.text}: {loss.remedy}"
     unsettled = {*known.apart, *known.undecided}
-    for loss in internal_losses(topology, live, unsettled, refused=partial(echo_refused, topology, statuses)):
+    for loss in internal_losses(topology, live, unsettled, refused=partial(echo_refused, Plans(topology, statuses))):
         yield loss.subject, f"{loss.text}: {loss.remedy}"

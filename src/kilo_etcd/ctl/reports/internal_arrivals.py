@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from enum import IntEnum
+from ipaddress import ip_address
 
 from attrs import field, frozen
 
 from kilo_etcd.ctl.reports.arrivals import PAIRS, Loss, across, end_of, some
+from kilo_etcd.ctl.reports.exemptions import exemptions
 from kilo_etcd.ctl.reports.live import Live
+from kilo_etcd.store.records import DiagnosticsResponse
 from kilo_etcd.topology.forced_addresses import lacks
 from kilo_etcd.topology.segments import Topology
 
@@ -187,13 +190,29 @@ def _by_pairs(topology: Topology, live: Live, pairs: list[_Pair], asked: _Asked)
         )  # fmt: skip
 
 
+def _past_the_tunnels(
+    topology: Topology, answer: DiagnosticsResponse, name: str, source: str, address: str
+) -> Iterator[str]:
+    """That a host's exemption has its echo requests to, or its answers from, an internal IP leave in clear."""
+    own = [ip.ip for ip in topology.snapshot.nodes[source].internal_ips]
+    far = [ip_address(address)] if name == source else own
+    for exemption in exemptions(answer.clear):
+        network = exemption.network
+        if exemption.protocol == "icmp" and any(ip.version == network.version and ip in network for ip in far):
+            yield f"its --clear {exemption} has them travel in clear, where there may be no way"
+
+
 def _remedy(topology: Topology, live: Live, hosts: Iterable[str], source: str, address: str) -> str:
     names = [name for name in hosts if name in topology.snapshot.nodes]
     known = [
         f"{name}: {text}"
         for name in names
         if (answer := live.answers.get(name)) is not None
-        for text in (*answer.trouble, *answer.possible_obstacles)
+        for text in (
+            *answer.trouble,
+            *answer.possible_obstacles,
+            *_past_the_tunnels(topology, answer, name, source, address),
+        )
     ]
     look = f"look on {some(names)} for what drops packets by their addresses: nft list ruleset, iptables-save"
     return "; ".join((*known, look, f"kgctl explain {source} {address} --live; the mesh address works"))

@@ -104,19 +104,15 @@ def _refused(
     )  # fmt: skip
 
 
-def echo_refused(topology: Topology, statuses: Mapping[str, StatusRecord], one: str, other: str) -> bool:
+def echo_refused(plans: Plans, one: str, other: str) -> bool:
     """Whether an exemption of one of two hosts, and not of the other, has them lose echo requests at internal IPs."""
-    if topology.internal_ips is not InternalIPs.ENCRYPTED:
-        return False
-    nodes, known = topology.snapshot.nodes, exempted(
-        {name: statuses[name] for name in (one, other) if name in statuses}
-    )  # fmt: skip
-    if len(known) < 2 or one not in nodes or other not in nodes:
+    nodes, statuses = plans.topology.snapshot.nodes, plans.statuses
+    known = exempted({name: statuses[name] for name in (one, other) if name in statuses})
+    if len(known) < 2 or not {one, other} <= nodes.keys():
         return False
     return any(
         exemption.protocol == "icmp"
-        and any(_within(address, exemption) for address in own_addresses(nodes[there]))
-        and _uncovered(nodes[here], exemption, known[there]) is not None
+        and _refused(exemption, (nodes[here],), known[there], [nodes[there]], plans) is not None
         for here, there in ((one, other), (other, one))
         for exemption in known[here]
     )
