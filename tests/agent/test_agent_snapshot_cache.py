@@ -127,6 +127,13 @@ def test_what_is_damaged_is_unusable_and_stays(tmp_path: Path, spoil: Callable[[
     assert path.read_bytes() == spoilt
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir], ids=["pipe", "directory"])
+def test_a_pipe_or_directory_in_its_place_is_unusable(tmp_path: Path, make: Callable[[Path], object]) -> None:
+    make(tmp_path / FILE)
+    with pytest.raises(Unusable, match="no regular file"):
+        load(tmp_path / FILE, WHO)
+
+
 def test_another_mesh_host_key_or_an_open_file_is_unusable(tmp_path: Path) -> None:
     path = tmp_path / FILE
     save(path, WHO, holdings(), now=1000.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import os
 import stat
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -70,8 +71,9 @@ def test_a_key_behind_a_symbolic_link_is_taken(tmp_path: Path) -> None:
     assert key_file.load_or_create(tmp_path / "state") == made
 
 
-def test_a_pipe_in_the_keys_place_does_not_hang(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "key", 0o600)
+@pytest.mark.parametrize("make", [lambda path: os.mkfifo(path, 0o600), Path.mkdir], ids=["pipe", "directory"])
+def test_a_pipe_or_directory_in_the_keys_place_is_refused(tmp_path: Path, make: Callable[[Path], object]) -> None:
+    make(tmp_path / "key")
     with pytest.raises(KeyFileError, match="no regular file"):
         key_file.load_or_create(tmp_path)
 

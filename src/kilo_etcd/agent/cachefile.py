@@ -31,6 +31,7 @@ from attrs import frozen
 
 from kilo_etcd import store
 from kilo_etcd.base import descriptors
+from kilo_etcd.base.regularfile import NotRegular, open_regular
 from kilo_etcd.etcd import Header, KeyValue
 from kilo_etcd.model import Granularity, InternalIPs, IPNetwork, Snapshot
 from kilo_etcd.runtime.config import shown_duration
@@ -157,16 +158,15 @@ class CachedMesh:
 def read(path: Path, identity: Identity) -> CachedMesh | None:
     """What is kept at `path` for this host; None: nothing. Unusable."""
     try:
-        # O_NONBLOCK: a FIFO in the file's place must not hang the agent.
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
+        opened = open_regular(path, follow=False)
     except FileNotFoundError:
         return None
+    except NotRegular:
+        raise Unusable(f"{path} is no regular file") from None
     except OSError as error:
         raise Unusable(f"{path} cannot be read: {descriptors.shortage(error) or error.strerror}") from None
-    with os.fdopen(handle, "rb") as raw, _reading(path):
+    with opened as raw, _reading(path):
         status = os.fstat(raw.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise Unusable(f"{path} is no regular file")
         if status.st_uid != os.geteuid() or status.st_mode & 0o077:
             mode = f"{stat.S_IMODE(status.st_mode):04o}"
             raise Unusable(f"others can write or read {path} (owner {status.st_uid}, mode {mode})")

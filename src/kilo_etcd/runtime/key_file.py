@@ -19,6 +19,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
 from kilo_etcd.base import descriptors
+from kilo_etcd.base.regularfile import NotRegular, open_regular
 
 KEY_FILE = "key"
 KEY_BYTES = 32
@@ -70,18 +71,17 @@ def peek(state_dir: Path) -> str | None:
 def peek_file(path: Path) -> str | None:
     """As `peek`, of a file."""
     try:
-        # O_NONBLOCK: a FIFO in the key's place must not hang the agent.
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        opened = open_regular(path, follow=True)
     except FileNotFoundError:
         return None
+    except NotRegular:
+        raise UnusableKey(f"the private key {path} is no regular file; move it away") from None
     except OSError as error:
         if (short := descriptors.shortage(error)) is not None:
             raise KeyFileError(f"the private key {path} cannot be read: {short}") from None
         raise KeyFileError(f"the private key {path} cannot be read: {error.strerror}; mend or move the file") from None
-    with os.fdopen(handle, "rb") as file:
+    with opened as file:
         status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise UnusableKey(f"the private key {path} is no regular file; move it away")
         if status.st_mode & 0o077:
             raise UnusableKey(
                 f"the private key {path} is open to others (mode {stat.S_IMODE(status.st_mode):04o}); "
