@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from errno import ENODEV
 from functools import partial
 
 import pytest
@@ -19,6 +20,7 @@ from kilo_etcd.ctl.main import main
 from kilo_etcd.ctl.reports import draw, live
 from kilo_etcd.ctl.reports.live import ago, amount
 from kilo_etcd.etcd import Client, Config, PermissionDenied
+from kilo_etcd.kernel.errors import cannot_ping
 from kilo_etcd.model import Snapshot
 from kilo_etcd.store import operator
 from kilo_etcd.store.diagnostics import serve
@@ -449,6 +451,12 @@ def test_agents_that_do_not_know_how_to_try_are_named_and_nothing_is_claimed_of_
     assert result.exit_code == 0
     assert "note: packets: they were not tried by gcp-1, gcp-2, gcp-3, home-1, home-2" in result.output
     assert "All is well" not in result.output
+    mesh.says["gcp-2"] = DiagnosticsResponse(time=now(), trouble=(cannot_ping(PermissionError()),))
+    mesh.says["gcp-3"] = DiagnosticsResponse(time=now(), trouble=(cannot_ping(OSError(ENODEV, "No such device")),))
+    result = mesh.run("check")
+    assert "note: packets: gcp-2, gcp-3 cannot ping, so that they were not tried from there" in result.output
+    assert "note: packets: they were not tried by gcp-1, home-1, home-2" in result.output
+    del mesh.says["gcp-2"]
     said = mesh.run("explain", "gcp-2", "10.4.0.5", "--live").output.splitlines()[-1]
     assert (
         said

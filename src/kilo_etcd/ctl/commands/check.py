@@ -45,6 +45,7 @@ from kilo_etcd.model import InternalIPs, IPNetwork
 from kilo_etcd.store import operator
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import StatusRecord
+from kilo_etcd.store.status_texts import CANNOT_PING
 from kilo_etcd.topology.forced_addresses import missing_in
 from kilo_etcd.topology.nat import REMEDY, hidden_pair
 from kilo_etcd.topology.segments import Topology, build_topology
@@ -362,10 +363,27 @@ def _packets(examined: Examined, known: Silence) -> Iterator[Finding]:
         yield Finding(severity=Severity.ERROR, subject=loss.subject, text=loss.text, remedy=loss.remedy)
     for loss in narrow(topology, live):
         yield Finding(severity=Severity.WARNING, subject=loss.subject, text=loss.text, remedy=loss.remedy)
-    untried = [name for name, answer in sorted(live.answers.items()) if not (answer.reached or answer.unreached)]
-    if untried and len(topology.snapshot.nodes) > 1:
+    if len(topology.snapshot.nodes) > 1:
+        yield from _untried(examined)
+
+
+def _untried(examined: Examined) -> Iterator[Finding]:
+    """Who has not sent echo requests: those that say themselves that they cannot, and the others."""
+    live, statuses = examined.live, examined.statuses
+    without = {name for name, answer in live.answers.items() if not (answer.reached or answer.unreached)}
+    says = {
+        name: (*live.answers[name].trouble, *(statuses[name].errors if name in statuses else ())) for name in without
+    }
+    unable = {name for name in without if any(text.startswith(CANNOT_PING) for text in says[name])}
+    if unable:
         yield Finding(
-            severity=Severity.NOTE, subject="packets", text=f"they were not tried by {some(untried)}",
+            severity=Severity.NOTE, subject="packets",
+            text=f"{some(sorted(unable))} cannot ping, so that they were not tried from there",
+            remedy="the error of each says what to set on the host",
+        )  # fmt: skip
+    if others := without - unable:
+        yield Finding(
+            severity=Severity.NOTE, subject="packets", text=f"they were not tried by {some(sorted(others))}",
             remedy="agents of an older version do not try; upgrade them when it suits",
         )  # fmt: skip
 
