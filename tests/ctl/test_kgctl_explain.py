@@ -385,6 +385,9 @@ def test_an_address_that_nobody_has_is_dropped_where_it_would_be(etcd: FakeEtcd)
     result = run("gcp-2", "10.4.200.200")
     assert result.exit_code == 1
     assert "dropped on the way there: gcp-1 has no WireGuard peer whose allowed IPs hold 10.4.200.200" in result.output
+    for start, row in ("gcp-2", "2 gcp-1 [gcp] dropped"), ("gcp-1", "1 gcp-1 [gcp] dropped"):
+        shown = " ".join(run(start, "10.4.200.200").output.split())
+        assert row in shown, "the host that drops it"
 
 
 def test_a_node_that_was_rejected_is_named_with_its_reason(etcd: FakeEtcd) -> None:

@@ -177,7 +177,8 @@ def trace_tables(trace: Trace, snapshot: Snapshot) -> Iterator[Table]:
             for number, step in enumerate(way.steps, 1)
         ]
         if way.dropped:
-            rows.append((str(len(rows) + 1), "", "dropped", "", "", clean(way.dropped)))
+            last = way.steps[-1].target if way.steps else way.start
+            rows.append((str(len(rows) + 1), _called(last, snapshot), "dropped", "", "", clean(way.dropped)))
         columns: tuple[str, ...] = ("HOP", "FROM", "TO", "ENCRYPTED", "HOW", "TO ADDRESS")
         further = (
             ("TABLE", [step.table for step in way.steps], trace.there.whose),

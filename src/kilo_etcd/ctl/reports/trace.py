@@ -63,6 +63,8 @@ class Way:
 
     source: str
     destination: str
+    start: str = ""
+    """The node that sends it."""
     whose: str = ""
     """The node whose internal IP the destination is; empty: it is none, or not reached by the mesh."""
     steps: tuple[Step, ...] = ()
@@ -301,6 +303,7 @@ def _way(
     return Way(
         source=f"{start} ({own})" if has_address(topology.snapshot.nodes[start], own) else f"{own} at {start}",
         destination=str(destination),
+        start=start,
         steps=tuple(
             _step(hop, topology, plans, destination, before is not None and before.encrypted)
             for before, hop in zip((None, *path.hops), path.hops, strict=False)
@@ -485,7 +488,7 @@ def _by_exit_node(topology: Topology, plans: Plans, node: Node, destination: IPA
     exit_node, version = node.exit_node, destination.version
 
     def refused(why: str, path: Path | None = None) -> Trace:
-        there = Way(source=node.name, destination=str(destination), dropped=why)
+        there = Way(source=node.name, destination=str(destination), start=node.name, dropped=why)
         if path is not None and own is not None:
             there = _way(path, node.name, own, destination, topology, plans)
         return Trace(there=there, unasked="what does not arrive is not answered")
