@@ -518,6 +518,7 @@ def test_what_leaves_the_tunnels_after_encrypted_is_what_routed_does_not_lead_in
     on = said(*lan, before=InternalIPs.OFF, after=InternalIPs.ENCRYPTED)
     assert "the agents of 2 nodes switch one by one" in on
     assert "go into the tunnels" not in on, "at once none does"
+    assert "ICMP errors, DHCP and what --clear lists; " in on
     # An endpoint that is the host's own; two of one label, which reach each other by their own network.
     own = evolve(
         host("b1", 3, "y", "10.3.0.1/24", "203.0.113.3"),
@@ -548,7 +549,11 @@ def test_endpoints_that_stay_in_clear_are_a_note() -> None:
     nodes = {name: evolve(node, underlay=links) for name, node in world.nodes.items()}
     found = report(evolve(world, nodes=nodes), ALL_WELL, newest=40)
     (note,) = (note for note in found.notes if note.subject == "internal-ips")
-    assert note.text.startswith("not encrypted are packets to and from the endpoints of nodes in locations with")
+    assert note.text.startswith("packets to and from the endpoints of nodes in locations with several members stay in")
+    before = evolve(world, nodes=nodes, internal_ips=InternalIPs.OFF)
+    said = "\n".join(impact(before, evolve(world, nodes=nodes)))
+    assert "ICMP errors, DHCP, what the next line names and what --clear lists; " in said
+    assert "refused\npackets to and from " in said
     for name, node in nodes.items():
         alone = len(build_topology(evolve(world, nodes=nodes)).segment_of(name).members) == 1
         stated = any(endpoint.address in link for endpoint in node.endpoints for link in links)

@@ -110,12 +110,14 @@ def _internal_ips(old: Topology, new: Topology) -> Iterator[str]:
             f"the agents of {nodes} switch one by one, so that no packet is lost: each takes packets from the tunnels, "
             "then sends into them, then refuses what comes in clear; kgctl status names the nodes that it waits for"
         )
+        endpoints = len(list(endpoints_in_clear(new)))
+        next_line = ", what the next line names" if endpoints else ""
         yield (
             "from then on nodes of different segments send each other nothing in clear but etcd's, WireGuard's and "
-            "the agents' own packets, ICMP errors, DHCP and what --clear lists; where a tunnel is down packets are "
-            "dropped; multicast and broadcast between these nodes are refused"
+            f"the agents' own packets, ICMP errors, DHCP{next_line} and what --clear lists; where a tunnel is down "
+            "packets are dropped; multicast and broadcast between these nodes are refused"
         )
-        if endpoints := len(list(endpoints_in_clear(new))):
+        if endpoints:
             yield (
                 f"packets to and from {_counted(endpoints, 'endpoint')} of nodes in locations with "
                 "several members stay in clear, and these nodes refuse no clear text; granularity full encrypts them"

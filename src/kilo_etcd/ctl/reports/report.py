@@ -324,9 +324,9 @@ def _endpoints_in_clear(topology: Topology, names: Collection[str]) -> Iterator[
     if found:
         yield Remark(
             subject="internal-ips",
-            text=f"not encrypted are packets to and from the endpoints of nodes in locations with several members, and "
-            f"these nodes refuse no clear text of that family: {first_of(found, MOST_SUBJECTS)}; with granularity full "
-            "all nodes' endpoints are encrypted",
+            text="packets to and from the endpoints of nodes in locations with several members stay in clear, and "
+            f"these nodes refuse no clear text of that family: {first_of(found, MOST_SUBJECTS)}; granularity full "
+            "encrypts them",
         )
 
 
