@@ -12,7 +12,7 @@ export PYTHONHASHSEED ?= 0
 help:
 	@echo 'make demo       a small internet on this machine: three sites, real etcd, real agents, real packets'
 	@echo 'make test       all tests (the first time it may build a kernel for some of them, some ten minutes)'
-	@echo 'make test-fast  the tests that need neither etcd nor root nor a network, under a minute'
+	@echo 'make test-fast  the tests that need neither etcd nor root nor a network, some two minutes'
 	@echo 'make simulate   thousands of schedules of faults, agents and all, in virtual time; KILO_SEEDS=5000'
 	@echo 'make check      ruff, mypy strict, import-linter'
 	@echo 'make coverage   which lines the tests reach, as a table; ARGS chooses tests as with make test'

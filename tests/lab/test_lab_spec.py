@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib.resources import files
 from pathlib import Path
 
@@ -125,6 +126,15 @@ def test_a_mistake_is_one_sentence_with_file_and_key(tmp_path: Path, text: str, 
     assert str(path) in str(error.value)
     assert key in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_the_page_on_the_file_has_each_key_and_no_other() -> None:
+    top = read_spec(EXAMPLES[0]).as_mapping()
+    (site, *_) = top["site"]
+    keys = [set(top), {*site, "hosts", "public", "label"}, {"label", *site["host"][0]}]
+    page = (Path(__file__).parents[2] / "docs/lab.md").read_text()
+    sections = page.split("\n## ")[1:]
+    assert [set(re.findall(r"^\| `(\w+)` \|", section, flags=re.MULTILINE)) for section in sections] == keys
 
 
 def test_a_missing_file_is_one_sentence(tmp_path: Path) -> None:
