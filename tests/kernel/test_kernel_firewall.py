@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 
 import pytest
 import trio
@@ -17,7 +17,7 @@ from kilo_etcd.kernel.firewall.netfilter import Netfilter
 from kilo_etcd.kernel.firewall.packet_filter import table_for, table_name
 from kilo_etcd.kernel.firewall.table import AddElements, FirewallTable, ReplaceTable, Rule
 from kilo_etcd.kernel.predict import apply_changes
-from kilo_etcd.model.hostplan import ExitRoute, HostPlan
+from kilo_etcd.model.hostplan import ExitRoute, HostPlan, RoutePlan, Via
 from kilo_etcd.testing.fake_kernel import FakeHost, open_fake_kernel
 
 LOCATION = plan(
@@ -32,6 +32,10 @@ ENCAPSULATED = evolve(
 ANSWERING = evolve(
     plan(addresses=("fd00:4::1/128",)),
     exit_route=ExitRoute(sources=(ip_address("2001:db8::7"),), families=frozenset({6})),
+    routes={
+        network: RoutePlan(destination=network, way=Via.TUNNEL, source=ip_address("2001:db8::7"))
+        for network in (ip_network("fd00:9::1/128"), ip_network("fd00:9::2/128"))
+    },
 )
 
 

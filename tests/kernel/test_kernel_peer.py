@@ -23,7 +23,7 @@ from kilo_etcd.kernel.predict import apply_changes
 from kilo_etcd.kernel.routing.exit_node import exit_table, rule_priorities
 from kilo_etcd.kernel.state import MAIN_TABLE, DeviceTarget, Observed, OwnTable, Route, is_ours
 from kilo_etcd.model import IPAddress, IPNetwork
-from kilo_etcd.model.hostplan import ExitRoute, HostPlan, Via
+from kilo_etcd.model.hostplan import Encryption, ExitRoute, HostPlan, RoutePlan, Via
 
 FIRST = plan(peer(2, "10.4.0.2/32"), tunnel("10.4.0.0/16", "10.4.0.1"), port=51001)
 SECOND = plan(
@@ -214,6 +214,24 @@ def test_answers_in_ipv6_are_told_from_what_the_host_begins() -> None:
         "ip6 saddr fd77::/64 return",
         'meta nfproto ipv6 meta mark 0 oifname "kilo0" counter name refused reject with icmpx host-unreachable',
     ]
+    # Another node's internal IP is reached from this host's own, which that node knows.
+    own, others = exit_route.sources[0], [ip_network(f"fd00:9::{number}/128") for number in (1, 2, 3)]
+    inside = {
+        network: RoutePlan(destination=network, way=way, source=source)
+        for network, way, source in zip(
+            others, (Via.TUNNEL, Via.TUNNEL, Via.UNDERLAY), (own, ip_address("fd00:5::1"), own), strict=True
+        )
+    }
+    sent = ip_network("2001:db8::9/128")
+    encryption = Encryption(send={sent: RoutePlan(destination=sent, way=Via.TUNNEL, source=own)})
+    for more, expected in (None, {others[0]}), (encryption, {others[0], sent}):
+        wanted = evolve(ANSWERING, exit_route=exit_route, routes={**ANSWERING.routes, **inside}, encryption=more)
+        table = table_for(wanted, "kilo0")
+        assert table is not None
+        (addresses,) = (each.addresses for each in table.sets if each.name == "internal6")
+        assert addresses == {network.network_address for network in expected}
+        said = [rule.text for rule in table.rules if rule.chain == "output"]
+        assert said.index("ip6 daddr @internal6 return") < next(n for n, text in enumerate(said) if "answers" in text)
     # A host that has no IPv6 address which others could call tracks no connections; a laptop answers nobody.
     for sources in ((), (ip_address("192.168.9.1"),)):
         assert table_for(evolve(ANSWERING, exit_route=evolve(exit_route, sources=sources)), "kilo0") is None

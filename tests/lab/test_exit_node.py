@@ -134,6 +134,11 @@ async def test_nodes_leave_by_an_exit_node_answer_who_calls_them_and_leak_nothin
         assert await called() == INTERNET
         assert await called6()
         await lab.all_pairs_ping(30)
+        hosts = lay_out(SPEC).hosts
+        for name in HOME:
+            for one, two in zip(hosts[name].private, hosts["gcp-2"].private, strict=True):
+                assert await lab.ping(name, str(two.ip)), f"{name} to gcp-2's internal IP {two.ip}"
+                assert await lab.ping("gcp-2", str(one.ip)), f"gcp-2 to {name}'s internal IP {one.ip}"
         for outside in ("192.0.2.1", "198.51.100.1", "169.254.169.254", "10.102.0.1"):
             assert " dev eth0 " in await shown(lab, "ip", "route", "get", outside, node="home-1"), outside
         for name in HOME:

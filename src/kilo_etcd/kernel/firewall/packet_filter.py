@@ -12,7 +12,8 @@ The table is replaced whole, in one transaction, and only where it differs from 
   addresses;
 * of a node that has an exit node, in IPv6 (`kernel.routing.exit_node` says why): an answer to a connection that
   somebody else has opened gets WireGuard's mark, and with it a route outside the tunnel; what else is about to enter
-  the tunnel from an address that the mesh does not know is refused, since the exit node would drop it in silence. What
+  the tunnel from an address that the mesh does not know is refused, since the exit node would drop it in silence; what
+  is for another node's internal IP is not, since that node knows the host's own internal IP. What
   comes in for one of the host's own addresses has the mark on its way in: firewalld asks which way its source is
   reached, mark and all, and drops it if that is another than it came. Packets with a mark of somebody else's are left
   to them.
@@ -32,8 +33,8 @@ from kilo_etcd.kernel.firewall.table import AddressSet, Chain, FirewallTable, Ru
 from kilo_etcd.kernel.netlink.formats import NF_PRIORITIES
 from kilo_etcd.kernel.routing.exit_node import MARK
 from kilo_etcd.kernel.state import ipip_name
-from kilo_etcd.model import DEFAULT_INTERFACE
-from kilo_etcd.model.hostplan import HostPlan
+from kilo_etcd.model import DEFAULT_INTERFACE, IPAddress
+from kilo_etcd.model.hostplan import HostPlan, Via
 
 _COUNTERS = tuple(
     sorted(
@@ -95,7 +96,9 @@ def table_for(
         chains.append(Chain(name="output", kind="route", hook="output", priority=NF_PRIORITIES["mangle"]))
         own = frozenset(address for address in plan.exit_route.sources if address.version == 6)
         sets.append(AddressSet(name="own6", version=6, addresses=own))
-        rules += _answers(plan, interface)
+        if away := _internal_ips(plan, own):
+            sets.append(AddressSet(name="internal6", version=6, addresses=away))
+        rules += _answers(plan, interface, to_nodes=bool(away))
     forwarded = {*forwarding, *plan.forwarding}
     more = cleartext.parts(plan, interface, ipip_name(interface), strict, forwarded)
     chains += more.chains
@@ -176,7 +179,18 @@ def _blocked(plan: HostPlan, interface: str) -> Iterable[Rule]:
         )  # fmt: skip
 
 
-def _answers(plan: HostPlan, interface: str) -> Iterable[Rule]:
+def _internal_ips(plan: HostPlan, own: Collection[IPAddress]) -> frozenset[IPAddress]:
+    """The IPv6 addresses of other segments' nodes that this host reaches through the tunnel from one of its `own`: the
+    far end knows these, whatever addresses the mesh has."""
+    routes = (*plan.routes.values(), *(() if plan.encryption is None else plan.encryption.send.values()))
+    return frozenset(
+        route.destination.network_address
+        for route in routes
+        if route.way is Via.TUNNEL and route.source in own and route.destination.prefixlen == 128
+    )
+
+
+def _answers(plan: HostPlan, interface: str, *, to_nodes: bool) -> Iterable[Rule]:
     mark = f"meta mark set {MARK}"
     yield Rule(
         chain="prerouting",
@@ -197,6 +211,13 @@ def _answers(plan: HostPlan, interface: str) -> Iterable[Rule]:
             chain="output",
             expressions=(*nft.match_address(own, "saddr"), nft.RETURN),
             text=f"ip6 saddr {own} return",
+        )
+    if to_nodes:
+        # Before answers are marked: with `encrypted` the mark would take them out of the tunnel.
+        yield Rule(
+            chain="output",
+            expressions=(*nft.match_set("internal6", 6, "daddr"), nft.RETURN),
+            text="ip6 daddr @internal6 return",
         )
     unmarked, text = (*nft.match_family(6), *nft.match_mark(0)), "meta nfproto ipv6 meta mark 0"
     # What a host says to itself needs no second route.
