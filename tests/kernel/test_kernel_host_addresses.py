@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from ipaddress import ip_address, ip_interface, ip_network
 
 from kilo_etcd.kernel.drift import AddressEvents
@@ -20,6 +21,13 @@ def default(gateway: str, index: int = 2, metric: int = 0) -> bytes:
     via = ip_address(gateway)
     any_ = ip_network("0.0.0.0/0" if via.version == 4 else "::/0")
     return requests.add_route(Route(destination=any_, device="eth0", gateway=via, metric=metric), index).body
+
+
+def several(*gateways: str, index: int = 2) -> bytes:
+    hops = b"".join(
+        struct.pack("=HBBiHH4s", 16, 0, 0, index, 8, 5, ip_address(gateway).packed) for gateway in gateways
+    )
+    return struct.pack("=BBBBBBBBI", 2, 0, 0, 0, 254, 3, 0, 1, 0) + struct.pack("=HH", 4 + len(hops), 9) + hops
 
 
 def test_an_address_is_news_once() -> None:
@@ -49,6 +57,13 @@ def test_a_default_route_is_news_when_it_goes_another_way() -> None:
     assert host.news(replies.NEWROUTE, default("2001:db8::1"), OWN)
     assert host.news(replies.DELROUTE, default("192.0.2.1"), OWN)
     assert host.news(replies.NEWROUTE, default("192.0.2.1"), OWN)
+
+
+def test_a_default_route_is_news_when_one_of_its_next_hops_changes() -> None:
+    host = AddressEvents()
+    assert host.news(replies.NEWROUTE, several("192.0.2.1", "192.0.2.2"), OWN)
+    assert not host.news(replies.NEWROUTE, several("192.0.2.1", "192.0.2.2"), OWN)
+    assert host.news(replies.NEWROUTE, several("192.0.2.1", "192.0.2.3"), OWN)
 
 
 def test_another_route_is_none() -> None:

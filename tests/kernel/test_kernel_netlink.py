@@ -167,11 +167,13 @@ def test_a_refusal_whose_reason_is_cut_off_is_a_refusal(play: Any) -> None:
         (read_route, b"\2" + bytes(11) + attribute(4, b"\1")),
         (read_route, b"\2" + bytes(11) + attribute(1, b"\1")),
         (read_route, b"\2" + bytes(11) + attribute(5, b"")),
+        (read_route, b"\2" + bytes(11) + attribute(9, bytes(8))),
+        (read_route, b"\2" + bytes(11) + attribute(9, b"\6\0\0\0\1\0")),
         (read_family, bytes(4) + attribute(1, b"\1")),
         (read_family, bytes(4)),
         (read_generation, bytes(4)),
     ],
-    ids=["mtu", "index", "destination", "gateway", "family", "no family", "no generation"],
+    ids=["mtu", "index", "destination", "gateway", "next hops", "short", "family", "no family", "no generation"],
 )
 def test_an_answer_that_cannot_be_read_is_an_error(play: Any, read: Any, part: bytes) -> None:
     for body in (b"", b"\2", part):

@@ -891,6 +891,24 @@ async def test_addresses_of_the_host() -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("by", ["nexthop via 192.168.9.254 dev eth0 nexthop via 192.168.8.254 dev eth1", "nhid 3"])
+async def test_each_next_hop_of_a_route_counts(by: str) -> None:
+    underlay()
+    sh("ip address add 192.168.8.1/24 dev eth1")
+    if by.startswith("nhid"):
+        sh("ip nexthop add id 1 via 192.168.9.254 dev eth0; ip nexthop add id 2 via 192.168.8.254 dev eth1")
+        sh("ip nexthop add id 3 group 1/2")
+    sh(f"ip route add default {by}; ip route add 10.20.0.0/16 {by}")
+    sh("ip -6 route add default nexthop via fe80::1 dev eth0 nexthop via fe80::2 dev eth1")
+    found = await list_addresses()
+    assert {(route.interface, str(route.gateway)) for route in found.default_routes} == {
+        ("eth0", "192.168.9.254"), ("eth1", "192.168.8.254"), ("eth0", "fe80::1"), ("eth1", "fe80::2"),
+    }  # fmt: skip
+    assert [(str(route.destination), route.interface) for route in found.static_routes] == [
+        ("10.20.0.0/16", "eth0"), ("10.20.0.0/16", "eth1"),
+    ]  # fmt: skip
+
+
 def _draw(strategy: object, count: int) -> list[HostPlan]:
     from hypothesis import HealthCheck, Phase, given, settings
 

@@ -51,8 +51,8 @@ class AddressEvents:
     def __init__(self) -> None:
         self._addresses: dict[tuple[int, IPInterface], bool] = {}
         """Index and address -> whether it is deprecated."""
-        self._defaults: dict[tuple[int, int], tuple[int, IPAddress | None]] = {}
-        """Family and metric -> index and gateway. A route that replaces another one has the same."""
+        self._defaults: dict[tuple[int, int], tuple[tuple[int, IPAddress | None], ...]] = {}
+        """Family and metric -> index and gateway of each next hop. A route that replaces another one has the same."""
 
     def forget(self) -> None:
         """Events were lost."""
@@ -78,7 +78,7 @@ class AddressEvents:
             route = replies.read_route(body)
             if route is None or route.destination.prefixlen or route.table != MAIN_TABLE:
                 return False
-            which, way = (route.destination.version, route.metric), (route.index, route.gateway)
+            which, way = (route.destination.version, route.metric), route.next_hops
             if kind == replies.DELROUTE:
                 self._defaults.pop(which, None)
                 return True

@@ -452,19 +452,20 @@ class Host:
             found = replies.read_route(body)
             if found is None or found.table != MAIN_TABLE or found.type != replies.UNICAST:
                 return
-            link = self.links.get(found.index)
-            if link is not None and found.destination.prefixlen:
-                if found.protocol in STATIC_PROTOCOLS and link.up:
-                    static.append(StaticRoute(found.destination, link.name, link.kind))
-            elif link is not None:
-                defaults.append(
-                    DefaultRoute(
-                        family=found.destination.version,
-                        interface=link.name,
-                        gateway=found.gateway,
-                        metric=found.metric,
+            for index, gateway in found.next_hops:
+                link = self.links.get(index)
+                if link is not None and found.destination.prefixlen:
+                    if found.protocol in STATIC_PROTOCOLS and link.up:
+                        static.append(StaticRoute(found.destination, link.name, link.kind))
+                elif link is not None:
+                    defaults.append(
+                        DefaultRoute(
+                            family=found.destination.version,
+                            interface=link.name,
+                            gateway=gateway,
+                            metric=found.metric,
+                        )
                     )
-                )
 
         for version in (4, 6):
             try:

@@ -25,13 +25,14 @@ from typing import Any, TypeAlias
 
 from attrs import frozen
 
-from kilo_etcd.kernel.netlink.formats import core, nla, nlmsg
+from kilo_etcd.kernel.netlink.formats import core, nh, nla, nlmsg
 
 Converters: TypeAlias = Mapping[str, Callable[[bytes], object]]
 """Attribute, by its name in pyroute2 -> what makes pyroute2's value of its bytes."""
 
 _HEADER = struct.Struct("=" + "".join(form for _, form in nlmsg.header))
 _NLA = struct.Struct("=" + "".join(form for _, form in nla.header))
+_CELL = struct.Struct("=" + "".join(form for _, form in nh.cell_header))
 HEADER = _NLA.size
 """Bytes of an attribute's header."""
 _FLAGS = core.NLA_F_NESTED | core.NLA_F_NET_BYTEORDER
@@ -106,6 +107,19 @@ def _slots(kind: Any, body: bytes) -> list[tuple[str, int, int]]:
         slots.append((known.get(number & ~_FLAGS, ("", ""))[0], at + _NLA.size, min(at + length, end)))
         at += length + -length % nla.align
     return slots
+
+
+def cells(value: bytes) -> list[bytes]:
+    """The bodies of structures that stand in a row, each after its own length, as the next hops of a route do.
+    ValueError: a length is none."""
+    bodies, at = [], 0
+    while at + _CELL.size <= len(value):
+        (length,) = _CELL.unpack_from(value, at)
+        if length < _CELL.size:
+            raise ValueError(f"{length} is no length of a structure")
+        bodies.append(value[at + _CELL.size : at + length])
+        at += length + -length % nla.align
+    return bodies
 
 
 def read(kind: Any, body: bytes) -> dict[str, bytes]:

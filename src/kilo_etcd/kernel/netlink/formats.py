@@ -67,7 +67,7 @@ with _classes_alone():
 
 nlmsg, nla, ctrlmsg, nlmsgerr = _core.nlmsg, _core.nla, _core.ctrlmsg, _core.nlmsgerr
 rtmsg, ifaddrmsg, ifinfmsg = _route.rtmsg, _address.ifaddrmsg, _link.ifinfmsg
-ndmsg = _neighbour.ndmsg
+ndmsg, nh = _neighbour.ndmsg, _route.nh
 
 core: Any = _core
 """Flags and types of netlink itself."""

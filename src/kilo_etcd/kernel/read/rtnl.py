@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from attrs import frozen
 
 from kilo_etcd.kernel.netlink import formats
-from kilo_etcd.kernel.netlink.codec import FormatError, Reader, read
-from kilo_etcd.kernel.netlink.formats import PORT_RANGE, fibmsg, ifaddrmsg, ifinfmsg, ndmsg, netconfmsg, rtmsg, rtnl
+from kilo_etcd.kernel.netlink.codec import FormatError, Reader, cells, read
+from kilo_etcd.kernel.netlink.formats import (
+    PORT_RANGE, fibmsg, ifaddrmsg, ifinfmsg, ndmsg, netconfmsg, nh, rtmsg, rtnl,
+)  # fmt: skip
 from kilo_etcd.kernel.routing.rules import ForeignRule, RoutingRule
 from kilo_etcd.kernel.state import ROUTE_PROTOCOL, UNREACHABLE_METRIC, AddressScope, HostAddress, Link, Route
 from kilo_etcd.model import IPAddress, IPNetwork
@@ -56,7 +58,9 @@ _addresses = Reader(
 _routes = Reader(
     rtmsg, "family", "dst_len", "table", "proto", "type", "flags",
     "RTA_DST", "RTA_GATEWAY", "RTA_VIA", "RTA_OIF", "RTA_PREFSRC", "RTA_PRIORITY", "RTA_TABLE", "RTA_METRICS",
+    "RTA_MULTIPATH",
 )  # fmt: skip
+_next_hops = Reader(nh, "oif", "RTA_GATEWAY", "RTA_VIA")
 _ways = Reader(rtmsg, "RTA_OIF", "RTA_METRICS")
 _metrics = Reader(rtmsg.metrics, "RTAX_MTU")
 _RULE_ATTRIBUTES = (
@@ -91,6 +95,13 @@ class FoundRoute:
     table: int
     type: int
     mtu: int = 0
+    several: tuple[tuple[int, IPAddress | None], ...] = ()
+    """Device's index and gateway of each next hop, if there are several; `index` and `gateway` are empty then."""
+
+    @property
+    def next_hops(self) -> tuple[tuple[int, IPAddress | None], ...]:
+        """Device's index and gateway of each next hop."""
+        return self.several or ((self.index, self.gateway),)
 
     @property
     def unreachable(self) -> bool:
@@ -182,6 +193,7 @@ def _route(body: bytes) -> tuple[int, FoundRoute | None]:
     """The flags, and the route; None for other families."""
     (
         family, length, low_table, protocol, kind, flags, target, gateway, via, index, source, metric, table, metrics,
+        several,
     ) = _routes.row(body)  # fmt: skip
     if family not in _VERSIONS:
         return flags, None
@@ -190,11 +202,9 @@ def _route(body: bytes) -> tuple[int, FoundRoute | None]:
         destination = ipaddress.IPv4Network((_ANYWHERE4 if target is None else target, length), strict=False)
     else:
         destination = ipaddress.IPv6Network((_ANYWHERE6 if target is None else target, length), strict=False)
-    if gateway is None and via is not None:
-        gateway = via[formats.U16.size :]
     return flags, FoundRoute(
         destination=destination,
-        gateway=None if gateway is None else _ip(gateway),
+        gateway=_gateway(gateway, via),
         index=index or 0,
         source=None if source is None else _ip(source),
         protocol=protocol,
@@ -203,7 +213,20 @@ def _route(body: bytes) -> tuple[int, FoundRoute | None]:
         table=low_table if table is None else table,
         type=kind,
         mtu=0 if metrics is None else _mtu(metrics),
+        several=() if several is None else tuple(map(_next_hop, cells(several))),
     )
+
+
+def _next_hop(body: bytes) -> tuple[int, IPAddress | None]:
+    index, gateway, via = _next_hops.row(body)
+    return index, _gateway(gateway, via)
+
+
+def _gateway(gateway: bytes | None, via: bytes | None) -> IPAddress | None:
+    """Of IPv4, one in IPv6 stands after its family."""
+    if gateway is None and via is not None:
+        gateway = via[formats.U16.size :]
+    return None if gateway is None else _ip(gateway)
 
 
 def read_way(body: bytes) -> tuple[int, int]:
