@@ -464,6 +464,7 @@ class Host:
                             interface=link.name,
                             gateway=gateway,
                             metric=found.metric,
+                            source=found.source,
                         )
                     )
 

@@ -601,6 +601,8 @@ class DefaultRoute:
     interface: str
     gateway: IPAddress | None
     metric: int = 0
+    source: IPAddress | None = None
+    """The address that packets leave from, if the route says so."""
 
 
 @frozen
