@@ -319,6 +319,27 @@ def test_whoever_has_the_internal_ip_of_another_host_is_told_so_and_the_one_that
     assert "if a1 is gone for good, kgctl node forget a1; else give a1 another one" in remark.text
 
 
+def test_one_public_endpoint_of_two_nodes_is_named() -> None:
+    def world(name: str, endpoint: str) -> Snapshot:
+        other = evolve(WORLD.nodes[name], endpoint=Endpoint.parse(endpoint))
+        return evolve(WORLD, nodes={**WORLD.nodes, "a1": evolve(WORLD.nodes["a1"], endpoint=SAME), name: other})
+
+    SAME = Endpoint.parse("198.51.100.77:51820")
+    for name in ("a2", "b1"):
+        (remark,) = report(world(name, str(SAME)), ALL_WELL, newest=40).problems
+        assert remark.subject == f"a1, {name}"
+        assert remark.text.startswith(
+            "they have the same endpoint 198.51.100.77:51820, so at most one of them is reached there"
+        )
+        assert f"kgctl annotate {name} force-endpoint=HOST:PORT" in remark.text
+        assert not report(world(name, "198.51.100.77:51821"), ALL_WELL, newest=40).problems
+    silent = {name: one for name, one in ALL_WELL.items() if name != "b1"}
+    (remark,) = report(world("b1", str(SAME)), silent, newest=40).problems
+    assert "if b1 is gone for good, kgctl node forget b1; else give b1 one of its own" in remark.text
+    SAME = Endpoint.parse("10.0.0.7:51820")
+    assert not report(world("b1", str(SAME)), ALL_WELL, newest=40).problems, "another site may have the same network"
+
+
 def test_junk_in_a_node_s_name_has_no_place_in_the_mesh() -> None:
     found = report(WORLD, ALL_WELL | {"a1": status("a1")}, newest=40, registered=frozenset({*WORLD.nodes, "junk"}))
     assert [(finding.subject, finding.text) for finding in _agents(found)] == [

@@ -7,14 +7,14 @@ report at all. It decides nothing and it knows nothing of tables or JSON; `ctl.r
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from attrs import field, frozen
 
 from kilo_etcd.base.quoting import first_of
 from kilo_etcd.ctl.reports.label import oddity
-from kilo_etcd.model import Candidate, InternalIPs, IPAddress, Node, RejectedRecord, Snapshot
+from kilo_etcd.model import Candidate, Endpoint, InternalIPs, IPAddress, Node, RejectedRecord, Snapshot
 from kilo_etcd.planning.reach import called_location
 from kilo_etcd.store.keys import Keys, NodeKey
 from kilo_etcd.store.records import Role, StatusRecord
@@ -239,6 +239,7 @@ def report(
                 for problem in (*topology.problems, *private_leaders(topology))
             ),
             *_same_internal_ips(snapshot, statuses, each=about is not None),
+            *_same_endpoints(snapshot, statuses, each=about is not None),
             *_unreached_through(topology),
             *_one_sided(topology, statuses, about),
         ),
@@ -262,27 +263,55 @@ def _odd_locations(snapshot: Snapshot) -> Iterator[Remark]:
 
 
 def _same_internal_ips(snapshot: Snapshot, statuses: Mapping[str, StatusRecord], *, each: bool) -> Iterator[Remark]:
-    """On hosts of one location that have one internal IP: at most one of them is reached there. One remark for all of
-    them; with `each` one for each host."""
+    """On hosts of one location that have one internal IP."""
     having: dict[tuple[str, IPAddress], list[str]] = {}
     for name, node in sorted(snapshot.nodes.items()):
         for ip in node.internal_ips:
             having.setdefault((node.location, ip.ip), []).append(name)
     for (location, address), names in having.items():
-        if len(names) == 1:
-            continue
-        silent = [name for name in names if name not in statuses]
-        last = (silent or names)[-1]
-        gone = f"if {last} is gone for good, kgctl node forget {last}; else " if silent else ""
-        text = (
-            f"they have the same internal IP {address} at {called_location(location)}, so at most one of them is "
-            f"reached there: {gone}give {last} another one (--internal-cidr, or kgctl annotate {last} "
-            f"force-internal-ip=ADDRESS); if they share no network, label them apart (kgctl location set {last} NAME)"
-        )
-        if each:
-            yield from (Remark(subject=name, text=f"{first_of(names, MOST_SUBJECTS)}: {text}") for name in names)
-        else:
-            yield Remark(subject=first_of(names, MOST_SUBJECTS), text=text, about=last)
+
+        def remedy(last: str) -> str:
+            return (
+                f"give {last} another one (--internal-cidr, or kgctl annotate {last} force-internal-ip=ADDRESS); if "
+                f"they share no network, label them apart (kgctl location set {last} NAME)"
+            )
+
+        yield from _shared(names, f"internal IP {address} at {called_location(location)}", remedy, statuses, each=each)
+
+
+def _same_endpoints(snapshot: Snapshot, statuses: Mapping[str, StatusRecord], *, each: bool) -> Iterator[Remark]:
+    """On nodes that have one public endpoint: two sites may have the same private one."""
+    having: dict[Endpoint, list[str]] = {}
+    for name, node in sorted(snapshot.nodes.items()):
+        for endpoint in dict.fromkeys(node.endpoints):
+            if endpoint.public:
+                having.setdefault(endpoint, []).append(name)
+    for endpoint, names in having.items():
+
+        def remedy(last: str) -> str:
+            return (
+                f"give {last} one of its own (--endpoint, or kgctl annotate {last} force-endpoint=HOST:PORT; behind one "
+                "NAT a port of its own, --port)"
+            )
+
+        yield from _shared(names, f"endpoint {endpoint}", remedy, statuses, each=each)
+
+
+def _shared(
+    names: Sequence[str], what: str, remedy: Callable[[str], str], statuses: Mapping[str, StatusRecord], *, each: bool
+) -> Iterator[Remark]:
+    """On nodes that have one address: at most one of them is reached there. One remark for all of them; with `each` one
+    for each node. `remedy`: what to do with the node that is named."""
+    if len(names) == 1:
+        return
+    silent = [name for name in names if name not in statuses]
+    last = (silent or names)[-1]
+    gone = f"if {last} is gone for good, kgctl node forget {last}; else " if silent else ""
+    text = f"they have the same {what}, so at most one of them is reached there: {gone}{remedy(last)}"
+    if each:
+        yield from (Remark(subject=name, text=f"{first_of(names, MOST_SUBJECTS)}: {text}") for name in names)
+    else:
+        yield Remark(subject=first_of(names, MOST_SUBJECTS), text=text, about=last)
 
 
 def _flags(names: Iterable[str], statuses: Mapping[str, StatusRecord]) -> tuple[Remark, ...]:
