@@ -21,7 +21,16 @@ from kilo_etcd.kernel.errors import NetlinkError, failure
 from kilo_etcd.kernel.firewall.packet_filter import table_for
 from kilo_etcd.kernel.predict import apply_changes
 from kilo_etcd.kernel.routing.exit_node import exit_table, rule_priorities
-from kilo_etcd.kernel.state import MAIN_TABLE, DeviceTarget, Observed, OwnTable, Route, is_ours
+from kilo_etcd.kernel.state import (
+    MAIN_TABLE,
+    AddRoute,
+    DeviceTarget,
+    Observed,
+    OwnTable,
+    ReplaceRoute,
+    Route,
+    is_ours,
+)
 from kilo_etcd.model import IPAddress, IPNetwork
 from kilo_etcd.model.hostplan import Encryption, ExitRoute, HostPlan, RoutePlan, Via
 
@@ -193,6 +202,17 @@ def test_ipv6_that_is_switched_off_on_the_device_is_said_to_be_so() -> None:
     (into,) = [change for change in diff(away, Observed(), Memory(), TARGET) if "::/0 dev" in str(change)]
     said = failure(into, NetlinkError(errno.EACCES))
     assert "set net.ipv6.conf.kilo-a.disable_ipv6=0" in said.text
+    # And a route into the mesh: the capability is there.
+    for change in (
+        AddRoute(Route(destination=ip_network("fd00:4::/64"), device="kilo-a")),
+        ReplaceRoute(Route(destination=ip_network("fd00:4::/64"), device="kilo-a")),
+    ):
+        said = failure(change, NetlinkError(errno.EACCES))
+        assert "since IPv6 is switched off on kilo-a: set net.ipv6.conf.kilo-a.disable_ipv6=0" in said.text
+        assert "CAP_NET_ADMIN" not in said.text
+    for code, network in ((errno.EPERM, "fd00:4::/64"), (errno.EACCES, "10.4.0.0/16")):
+        said = failure(AddRoute(Route(destination=ip_network(network), device="kilo-a")), NetlinkError(code))
+        assert "CAP_NET_ADMIN" in said.text
 
 
 ANSWERING = plan(

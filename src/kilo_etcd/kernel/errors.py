@@ -141,6 +141,11 @@ def _sentence(change: Change, error: OSError) -> str:
             f"`{change}` was refused: the table belongs to the program that made it (nftables' flag owner), so "
             f"--forward-rules can do nothing there: {change.opening.remedy}"
         )
+    if code == errno.EACCES and way is not None and way.destination.version == 6 and way.device:
+        return (
+            f"`{change}` failed, since IPv6 is switched off on {way.device}: set "
+            f"net.ipv6.conf.{way.device}.disable_ipv6=0 or use an IPv4 mesh subnet"
+        )
     if code in (errno.EPERM, errno.EACCES) and not isinstance(change, AddAddress):
         return f"`{change}` was refused: {NO_PERMISSION}"
     if isinstance(change, AddAddress) and code in (errno.EACCES, errno.EPERM, errno.EOPNOTSUPP):
