@@ -340,6 +340,29 @@ def test_one_public_endpoint_of_two_nodes_is_named() -> None:
     assert not report(world("b1", str(SAME)), ALL_WELL, newest=40).problems, "another site may have the same network"
 
 
+def test_a_host_that_answers_is_up_although_its_agent_does_not_report() -> None:
+    living = {name: one for name, one in ALL_WELL.items() if name != "b1"}
+    addresses = {name: str(node.mesh_addresses[0]) for name, node in WORLD.nodes.items()}
+
+    def told(answers: bool) -> Finding:
+        b1 = (addresses["b1"],)
+        responses = {
+            name: DiagnosticsResponse(reached=b1, unreached=()) if answers else DiagnosticsResponse(unreached=b1)
+            for name in ("a1", "a3")
+        }
+        examined = Examined(
+            members=(), report=report(WORLD, living, newest=40), topology=build_topology(WORLD), statuses=living,
+            live=Live(answers=responses),
+        )  # fmt: skip
+        (finding,) = (one for one in findings(examined) if one.subject == "b1" and "does not report" in one.text)
+        return finding
+
+    up = told(True)
+    assert "although the host answers echo requests of a1, a3" in up.text
+    assert "it does not reach etcd" in up.remedy
+    assert "is the host up?" in told(False).remedy
+
+
 def test_junk_in_a_node_s_name_has_no_place_in_the_mesh() -> None:
     found = report(WORLD, ALL_WELL | {"a1": status("a1")}, newest=40, registered=frozenset({*WORLD.nodes, "junk"}))
     assert [(finding.subject, finding.text) for finding in _agents(found)] == [

@@ -9,16 +9,18 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from enum import StrEnum
 from functools import partial
 
 import click
 from attrs import asdict, field, frozen
 
+from kilo_etcd.base.quoting import first_of
 from kilo_etcd.ctl.context import Mesh
 from kilo_etcd.ctl.output import output_option
-from kilo_etcd.ctl.reports.arrivals import TRIES, losses, lost_across, narrow, some
+from kilo_etcd.ctl.reports.arrivals import SHOWN, TRIES, losses, lost_across, narrow, reached_by, some
 from kilo_etcd.ctl.reports.causes import Silence, causes, silence
 from kilo_etcd.ctl.reports.exemptions import exemptions
 from kilo_etcd.ctl.reports.internal_arrivals import internal_losses
@@ -113,7 +115,7 @@ def findings(examined: Examined) -> tuple[Finding, ...]:
     told = unreached_through(examined.topology) if any(one.severity is Severity.ERROR for one in packets) else ()
     every = (
         *_etcd(examined.members),
-        *_agents(examined.report, known),
+        *_agents(examined.report, known, reached_by(examined.topology, examined.live)),
         *_mode(examined.report),
         *_records(examined.report, frozenset(told)),
         *_unrouted(examined),
@@ -155,7 +157,10 @@ def _etcd(members: tuple[MemberState, ...]) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def _agents(found: Report, known: Silence | None = None) -> Iterator[Finding]:
+def _agents(
+    found: Report, known: Silence | None = None, reached: Mapping[str, Sequence[str]] | None = None
+) -> Iterator[Finding]:
+    """`reached`: node -> the hosts whose echo requests it answers."""
     if not found.nodes:
         yield Finding(
             severity=Severity.WARNING, subject="mesh", text="no node has registered under this prefix",
@@ -177,6 +182,15 @@ def _agents(found: Report, known: Silence | None = None) -> Iterator[Finding]:
                         remedy=f"kgctl node show {row.name}; gone for good, or never there: "
                                f"kgctl node forget {row.name}",
                     )  # fmt: skip
+                continue
+            if askers := (reached or {}).get(row.name):
+                yield Finding(
+                    severity=Severity.WARNING, subject=row.name,
+                    text=f"its agent does not report, although the host answers echo requests of "
+                         f"{first_of(askers, SHOWN)}; its place in the mesh is kept",
+                    remedy="systemctl status kilo-etcd there: if it runs, it does not reach etcd (ip route get to etcd's "
+                           "address, a firewall, name lookup); journalctl -u kilo-etcd says why",
+                )  # fmt: skip
                 continue
             yield Finding(
                 severity=Severity.WARNING, subject=row.name,

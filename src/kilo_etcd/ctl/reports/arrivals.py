@@ -116,6 +116,14 @@ def losses(
     return tuple(found)
 
 
+def reached_by(topology: Topology, live: Live) -> dict[str, tuple[str, ...]]:
+    """Node -> the hosts whose echo requests it has answered, whether its agent lives or not."""
+    reached: dict[str, list[str]] = {}
+    for one, other in sorted(_tried(topology, live).good):
+        reached.setdefault(other, []).append(one)
+    return {name: tuple(askers) for name, askers in reached.items()}
+
+
 def narrow(topology: Topology, live: Live) -> Iterator[Loss]:
     """Ways on which small packets arrive and none as large as the tunnel's MTU, one for all tunnels of a host. Where
     ping works and nothing else does, this is why."""

@@ -11,7 +11,15 @@ from attrs import frozen
 from kilo_etcd.kernel.netlink import formats
 from kilo_etcd.kernel.netlink.codec import FormatError, Reader, cells, read
 from kilo_etcd.kernel.netlink.formats import (
-    PORT_RANGE, fibmsg, ifaddrmsg, ifinfmsg, ndmsg, netconfmsg, nh, rtmsg, rtnl,
+    PORT_RANGE,
+    fibmsg,
+    ifaddrmsg,
+    ifinfmsg,
+    ndmsg,
+    netconfmsg,
+    nh,
+    rtmsg,
+    rtnl,
 )  # fmt: skip
 from kilo_etcd.kernel.routing.rules import ForeignRule, RoutingRule
 from kilo_etcd.kernel.state import ROUTE_PROTOCOL, UNREACHABLE_METRIC, AddressScope, HostAddress, Link, Route
