@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kilo_etcd.base.quoting import sentence, shown, shown_path
-from kilo_etcd.ctl.change import Edit, Outcome, carry_out, change_options
+from kilo_etcd.ctl.change import MOST, Edit, Outcome, carry_out, change_options
 from kilo_etcd.ctl.commands import complete
 from kilo_etcd.ctl.context import Failure, Mesh
 from kilo_etcd.ctl.formats.manifest import NamedPeer, as_text, exact_network, manifest, read_peers
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from kilo_etcd.etcd.api import Client
 
 FORMATS = ("table", "json", "yaml")
-MAX_FILE = 8 * 1024 * 1024
-"""Bytes that are read of a file: some 25,000 peers."""
+MAX_FILE = 1024 * 1024
+"""Bytes that are read of a file: 8 KiB for each of the peers that one transaction takes."""
 
 
 def parse_peer_name(text: str) -> str:
@@ -208,6 +208,8 @@ def _from_file(file: str, name: str | None) -> tuple[NamedPeer, ...]:
         peers = read_peers(text, "standard input" if file == "-" else file)
     except ValueError as error:
         raise Failure(f"{error}; nothing was written") from None
+    if len(peers) > MOST:
+        raise Failure(f"there are {len(peers)} peers in it, and one transaction of etcd's takes {MOST}: split it")
     if name is not None:
         if len(peers) != 1:
             raise Failure(f"there are {len(peers)} peers in it, which cannot all be called {name}")
