@@ -15,7 +15,7 @@ from kilo_etcd.agent import diagnostics
 from kilo_etcd.agent.diagnostics import MOST_TRIED, AppliedPlan, DiagnosticsServer
 from kilo_etcd.etcd import PermissionDenied, Unavailable
 from kilo_etcd.kernel.firewall.chains import Obstacle
-from kilo_etcd.kernel.state import Route, Setup
+from kilo_etcd.kernel.state import DeleteRoute, Route, Setup
 from kilo_etcd.model import Endpoint, IPAddress, Node, Snapshot
 from kilo_etcd.model.hostplan import Encryption, HostPlan, PeerPlan, RoutePlan, Via
 from kilo_etcd.runtime import key_file
@@ -251,7 +251,8 @@ async def test_internal_ips_that_the_plan_has_a_route_to_are_tried_from_its_sour
             internal_ips=(ip_interface("10.2.0.2/24"), ip_interface("10.2.0.200/24")),
         ),
     }  # fmt: skip
-    answerer = world.answerer(plan, build_topology(Snapshot(revision=1, nodes=nodes)))
+    topology = build_topology(Snapshot(revision=1, nodes=nodes))
+    answerer = world.answerer(plan, topology)
     await world.kernel.apply(plan)
     world.host.reach = lambda address: address == internal
     for request in (DiagnosticsRequest(tries=4), DiagnosticsRequest(targets=("10.2.0.2", "10.2.0.200", "10.4.0.2"))):
@@ -267,8 +268,20 @@ async def test_internal_ips_that_the_plan_has_a_route_to_are_tried_from_its_sour
     world.host.taken = lambda address, source: other
     (taken,) = (await answerer.answer(DiagnosticsRequest(tries=4))).routes
     assert taken == TakenRoute("10.2.0.2", "10.1.0.1", "10.2.0.2 via 10.1.0.254 dev eth0 table 99", True)
+    # Unless the plan changes meanwhile, as in a handover: the kernel's choice may be that of the new plan.
+    plans = iter((plan, PLAN))
+    moving = world.answerer(plan, topology)
+    moving._programmed = lambda: AppliedPlan(plan=next(plans), revision=8, topology=topology, sends=False)
+    response = await moving.answer(DiagnosticsRequest(tries=4))
+    assert (response.reached, response.routes) == (("10.2.0.2",), ())
     world.host.taken = lambda address, source: "No route to host"
     assert (await answerer.answer(DiagnosticsRequest(tries=4))).routes[0][2:] == ("none: No route to host", True)
+    # A route that is not there, since the kernel refuses it for instance, is preceded by none.
+    world.host.tamper([DeleteRoute(one) for one in world.host.observed.routes.values()])
+    for choice in ("No route to host", other):
+        world.host.taken = lambda address, source, choice=choice: choice
+        (taken,) = (await answerer.answer(DiagnosticsRequest(tries=4))).routes
+        assert not taken.foreign
 
 
 async def test_endpoints_that_go_through_the_tunnel_are_tried_if_a_request_names_them(world: World) -> None:

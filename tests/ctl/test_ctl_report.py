@@ -359,8 +359,21 @@ def test_a_host_that_answers_is_up_although_its_agent_does_not_report() -> None:
 
     up = told(True)
     assert "although the host answers echo requests of a1, a3" in up.text
-    assert "it does not reach etcd" in up.remedy
+    assert "does not reach etcd" in up.remedy
     assert "is the host up?" in told(False).remedy
+
+
+def test_a_host_that_is_no_part_of_the_mesh_is_not_said_to_be_of_an_older_version() -> None:
+    def untried(*names: str) -> list[str]:
+        live = Live(answers={name: DiagnosticsResponse() for name in names})
+        examined = Examined(
+            members=(), report=report(WORLD, ALL_WELL, newest=40), topology=build_topology(WORLD), statuses=ALL_WELL,
+            live=live,
+        )  # fmt: skip
+        return [finding.text for finding in findings(examined) if "not tried" in finding.text]
+
+    assert untried("renamed", "a1") == ["they were not tried by a1"]
+    assert untried("renamed") == []
 
 
 def test_junk_in_a_node_s_name_has_no_place_in_the_mesh() -> None:

@@ -24,9 +24,7 @@ def default(gateway: str, index: int = 2, metric: int = 0) -> bytes:
 
 
 def several(*gateways: str, index: int = 2) -> bytes:
-    hops = b"".join(
-        struct.pack("=HBBiHH4s", 16, 0, 0, index, 8, 5, ip_address(gateway).packed) for gateway in gateways
-    )
+    hops = b"".join(struct.pack("=HBBiHH4s", 16, 0, 0, index, 8, 5, ip_address(gateway).packed) for gateway in gateways)
     return struct.pack("=BBBBBBBBI", 2, 0, 0, 0, 254, 3, 0, 1, 0) + struct.pack("=HH", 4 + len(hops), 9) + hops
 
 

@@ -137,6 +137,9 @@ class DiagnosticsServer:
                         (trouble if obstacle.certain and programmed.sends else possible_obstacles).append(obstacle.text)
         except kernel.KernelError as error:
             trouble.append(str(error))
+        if tried.routes and self._programmed().plan != plan:
+            # The kernel's choice may have been that of the new plan, and was compared with the routes of the old one.
+            tried.routes.clear()
         return DiagnosticsResponse(
             time=int(time.time() * 1000),
             revision=programmed.revision,
@@ -229,19 +232,21 @@ class _PingResults:
 
 
 def _taken(address: IPAddress, source: IPAddress | None, answer: kernel.Route | str, observed: Observed) -> TakenRoute:
-    """The kernel's choice for an internal IP, compared with our own routes."""
-    if isinstance(answer, str):
-        return TakenRoute(str(address), str(source or ""), f"none: {answer}", True)
+    """The kernel's choice for an internal IP, compared with our own routes. It is another's only if ours is there: what
+    the kernel has refused is named as such."""
     own = (
         *observed.routes.values(),
         *(route for table in observed.policy.tables.values() for route in table.routes.values()),
     )
-    ours = any(
-        (route.device, route.gateway) == (answer.device, answer.gateway)
+    ours = [
+        (route.device, route.gateway)
         for route in own
         if route.destination.version == address.version and address in route.destination
-    )
-    return TakenRoute(str(address), str(source or ""), _shown_route(address, answer), not ours)
+    ]
+    if isinstance(answer, str):
+        return TakenRoute(str(address), str(source or ""), f"none: {answer}", bool(ours))
+    foreign = bool(ours) and (answer.device, answer.gateway) not in ours
+    return TakenRoute(str(address), str(source or ""), _shown_route(address, answer), foreign)
 
 
 def _shown_route(address: IPAddress, route: kernel.Route) -> str:

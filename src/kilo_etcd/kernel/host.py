@@ -504,7 +504,7 @@ class Host:
         made: list[Change] = []
         failed: list[tuple[Change, FailedChange]] = []
         missing: set[str] = set()
-        """Devices that could not be made: what needs them is left out, since its failure says nothing new."""
+        """Devices and rules that could not be made: what needs them is left out, since its failure says nothing new."""
         for kind, run in itertools.groupby(changes, _group):
             # Looked at one by one: a device may turn out to be missing within the group.
             able = (change for change in run if not _needs(change) & missing)
@@ -519,10 +519,7 @@ class Host:
                     made.append(change)
                     continue
                 failed.append((change, failure(change, error)))
-                if isinstance(change, AddRule) and encrypted.is_ours(change.rule.priority):
-                    missing.add(_past(change.rule))
-                if isinstance(change, CreateLink | StartUserspace):
-                    missing.add(change.name)
+                missing |= _provides(change)
         return made, failed
 
     def _make_wireguard(self, group: list[Change]) -> Iterator[tuple[Change, OSError | None]]:
@@ -700,6 +697,13 @@ def _needs(change: Change) -> frozenset[str]:
     if isinstance(change, SetMtu | SetUp | AddAddress):
         return frozenset({change.name})
     return frozenset()
+
+
+def _provides(change: Change) -> frozenset[str]:
+    """The device, or the rules, that are missing if a change fails."""
+    if isinstance(change, AddRule) and encrypted.is_ours(change.rule.priority):
+        return frozenset({_past(change.rule)})
+    return frozenset({change.name}) if isinstance(change, CreateLink | StartUserspace) else frozenset()
 
 
 def _leads_into_tunnel(rule: RoutingRule) -> bool:

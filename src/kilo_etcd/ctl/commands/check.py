@@ -188,8 +188,9 @@ def _agents(
                     severity=Severity.WARNING, subject=row.name,
                     text=f"its agent does not report, although the host answers echo requests of "
                          f"{first_of(askers, SHOWN)}; its place in the mesh is kept",
-                    remedy="systemctl status kilo-etcd there: if it runs, it does not reach etcd (ip route get to etcd's "
-                           "address, a firewall, name lookup); journalctl -u kilo-etcd says why",
+                    remedy="systemctl status kilo-etcd there: it is stopped, does not reach etcd (look at ip route get "
+                           "ADDRESS-OF-ETCD, a firewall, name lookup), or has another name now (then: kgctl node "
+                           f"forget {row.name})",
                 )  # fmt: skip
                 continue
             yield Finding(
@@ -383,8 +384,10 @@ def _packets(examined: Examined, known: Silence) -> Iterator[Finding]:
 
 def _untried(examined: Examined) -> Iterator[Finding]:
     """Who has not sent echo requests: those that say themselves that they cannot, and the others."""
-    live, statuses = examined.live, examined.statuses
-    without = {name for name, answer in live.answers.items() if not (answer.reached or answer.unreached)}
+    live, statuses, nodes = examined.live, examined.statuses, examined.topology.snapshot.nodes
+    without = {
+        name for name, answer in live.answers.items() if name in nodes and not (answer.reached or answer.unreached)
+    }
     says = {
         name: (*live.answers[name].trouble, *(statuses[name].errors if name in statuses else ())) for name in without
     }

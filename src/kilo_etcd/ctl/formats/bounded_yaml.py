@@ -14,8 +14,8 @@ import yaml
 
 MAX_DEPTH = 40
 MAX_VALUES = 50_000
-"""A peer has some 18, keys counted, and at most 128 are added at once. Each value takes some 20 microseconds to read, so
-a text at the bound takes about a second."""
+"""A peer has some 18, keys counted, and at most 128 are added at once. Each value takes some 20 microseconds to read,
+so a text at the bound takes about a second."""
 MAX_DIGITS = 100
 """Characters of a number: YAML 1.1 has numbers to the base of 60 (`1:30:00`), which take the square of that to read."""
 

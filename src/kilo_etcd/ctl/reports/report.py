@@ -290,8 +290,8 @@ def _same_endpoints(snapshot: Snapshot, statuses: Mapping[str, StatusRecord], *,
 
         def remedy(last: str) -> str:
             return (
-                f"give {last} one of its own (--endpoint, or kgctl annotate {last} force-endpoint=HOST:PORT; behind one "
-                "NAT a port of its own, --port)"
+                f"give {last} one of its own (--endpoint, or kgctl annotate {last} force-endpoint=HOST:PORT; behind "
+                "one NAT a port of its own, --port)"
             )
 
         yield from _shared(names, f"endpoint {endpoint}", remedy, statuses, each=each)
