@@ -464,7 +464,6 @@ class Host:
                             interface=link.name,
                             gateway=gateway,
                             metric=found.metric,
-                            source=found.source,
                         )
                     )
 

@@ -601,8 +601,6 @@ class DefaultRoute:
     interface: str
     gateway: IPAddress | None
     metric: int = 0
-    source: IPAddress | None = None
-    """The address that packets leave from, if the route says so."""
 
 
 @frozen

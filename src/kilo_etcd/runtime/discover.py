@@ -3,9 +3,7 @@
 The rules are Kilo's: first what the host's name resolves to, then the interface of the default route, then the rest;
 the internal IP is a private address, or none where the host has none (it is then a segment of its own, and nothing
 crosses a public network in clear unless `--internal-cidr` says that it may); the endpoint is public where it can be.
-Beyond Kilo: container bridges are never taken by themselves, since docker0 is the same address on every host. Nor are
-tunnels that no default route leads into, since the location's hosts do not reach their addresses. Addresses of `lo` and
-of dummy devices, which may be a service's that several hosts have, count as an endpoint if there is no other. The
+Beyond Kilo: container bridges are never taken by themselves, since docker0 is the same address on every host. The
 decision is pure and every choice comes with its reason; only `gather`, `etcd_networks` and `location_from_cloud_init`
 look at the host, and nothing here asks the network but the system's resolver.
 """
@@ -43,8 +41,7 @@ _hostnames: dict[str, tuple[IPAddress, ...]] = {}
 """The last answers for the host's own name."""
 
 _TUNNELS = frozenset({"ipip", "sit", "gre", "gretap", "ip6tnl", "ip6gre", "wireguard", "tun", "vxlan", "geneve", "vti"})
-_VIRTUAL = _TUNNELS | {"bridge", "veth", "openvswitch"}
-_LOOPBACKS = "lo and dummy devices"
+_VIRTUAL = _TUNNELS | {"bridge", "veth", "dummy", "openvswitch"}
 # fmt: off
 _CONTAINERS = (
     "docker", "br-", "veth", "virbr", "cni", "flannel", "cali", "cilium", "lxc", "lxdbr", "incusbr", "podman", "kube-",
@@ -157,8 +154,7 @@ class _Candidate:
     interface: str
     why: str
     order: tuple[int, ...]
-    aside: str = ""
-    """The kind of device, in the plural, if its addresses do not count by themselves."""
+    container: bool
 
     @property
     def public(self) -> bool:
@@ -189,7 +185,7 @@ def choose_addresses(
     """The internal IP of each family and the endpoint, each with its reason.
 
     `subnets` are the mesh's: an address within them is never taken. `internal_cidrs` limits the internal IPs to
-    these networks, and lets addresses count that do not by themselves, and public ones, when they are within.
+    these networks, and lets public addresses and those of container bridges count when they are within.
     """
     candidates = _candidates(facts, tuple(subnets))
     cidrs = tuple(internal_cidrs)
@@ -204,7 +200,7 @@ def choose_addresses(
             )
             because = "the first within --internal-cidr"
         else:
-            fit = [candidate for candidate in of_family if not candidate.public and not candidate.aside]
+            fit = [candidate for candidate in of_family if not candidate.public and not candidate.container]
             because = "the first private address"
         if fit:
             internal.append(fit[0].address)
@@ -230,9 +226,7 @@ def _endpoint(
 ) -> tuple[Endpoint | None, str]:
     if forced is not None:
         return forced, f"endpoint {forced}: --endpoint says so"
-    reachable = [candidate for candidate in candidates if not candidate.aside] or [
-        candidate for candidate in candidates if candidate.aside == _LOOPBACKS
-    ]
+    reachable = [candidate for candidate in candidates if not candidate.container]
     public = [candidate for candidate in reachable if candidate.public]
     private = [candidate for candidate in reachable if not candidate.public]
     first, second = (private, public) if prioritise_private else (public, private)
@@ -263,7 +257,7 @@ def _further(
         fit = [
             candidate
             for candidate in candidates
-            if candidate.address.version == family and not candidate.aside and (candidate.public or family in ways)
+            if candidate.address.version == family and not candidate.container and (candidate.public or family in ways)
         ]
         if fit:
             yield min(fit, key=lambda candidate: candidate.public is prioritise_private)
@@ -272,9 +266,8 @@ def _further(
 def _no_internal(candidates: list[_Candidate], cidrs: tuple[IPNetwork, ...]) -> str:
     if cidrs:
         return f"no internal IP: no address is within --internal-cidr {','.join(map(str, cidrs))}"
-    if asides := dict.fromkeys(candidate.aside for candidate in candidates if not candidate.public):
-        devices = " and ".join(asides)
-        return f"no internal IP: the only private addresses are those of {devices} (--internal-cidr allows one)"
+    if any(candidate.container and not candidate.public for candidate in candidates):
+        return "no internal IP: the only private addresses are those of container bridges (--internal-cidr allows one)"
     return "no internal IP: the host has no private address, so it is a segment of its own (--internal-cidr allows one)"
 
 
@@ -289,7 +282,6 @@ def _candidates(facts: HostFacts, subnets: tuple[IPNetwork, ...]) -> list[_Candi
         family: next((route.interface for route in _by_metric(facts.default_routes) if route.family == family), None)
         for family in (4, 6)
     }
-    sources = {route.source for route in facts.default_routes}
     # A single answer is somebody's decision (/etc/hosts, DNS); several are nss-myhostname listing every interface.
     here = {
         family: [item for item in usable if item.address.version == family and item.address.ip in facts.resolved]
@@ -298,15 +290,12 @@ def _candidates(facts: HostFacts, subnets: tuple[IPNetwork, ...]) -> list[_Candi
     result = []
     for position, item in enumerate(usable):
         family = item.address.version
-        is_source = item.address.ip in sources
-        on_way = is_source or item.interface == first_way[family]
+        on_way = item.interface == first_way[family]
         named = item in here[family]
         decided = named and len(here[family]) == 1
-        virtual = not on_way and not decided and (item.kind in _VIRTUAL or bool(_aside(item)))
+        virtual = not on_way and not decided and (item.kind in _VIRTUAL or _is_container(item))
         if named:
             tier, why = 0, f"what {facts.hostname or 'the host name'} resolves to"
-        elif is_source:
-            tier, why = 1, "the default route's source"
         elif on_way:
             tier, why = 1, "on the default route's interface"
         else:
@@ -319,7 +308,7 @@ def _candidates(facts: HostFacts, subnets: tuple[IPNetwork, ...]) -> list[_Candi
                 interface=item.interface,
                 why=why,
                 order=tuple(map(int, order)),
-                aside="" if on_way or (decided and not _is_container(item)) else _aside(item),
+                container=_is_container(item) and not on_way,
             )
         )
     return sorted(result, key=lambda candidate: candidate.order)
@@ -342,15 +331,6 @@ def _usable(item: HostAddress, own_interface: str, subnets: tuple[IPNetwork, ...
 
 def _is_container(item: HostAddress) -> bool:
     return item.interface.startswith(_CONTAINERS)
-
-
-def _aside(item: HostAddress) -> str:
-    """The kind of device, in the plural, if its addresses do not count by themselves; else empty."""
-    if _is_container(item):
-        return "container bridges"
-    if item.kind in _TUNNELS:
-        return "tunnels"
-    return _LOOPBACKS if item.interface == "lo" or item.kind == "dummy" else ""
 
 
 def _comes_and_goes(item: HostAddress) -> bool:
