@@ -677,7 +677,8 @@ def test_an_exemption_that_one_end_states_is_named_with_what_the_other_has_to_st
     reports(etcd, "gcp-1", clear=there)
     text = (
         f"--clear tcp/22@10.2.0.0/24 {says}gcp-1 sends to home-1, home-2 by it leaves in clear, and is refused there; "
-        "state it on home-1 too (KILO_CLEAR=tcp/22@10.1.0.1/32, and likewise on the others), or take it away on gcp-1"
+        "state it on home-1 too (add tcp/22@10.1.0.1/32 to KILO_CLEAR there; likewise for each pair of the others), or "
+        "take it away on gcp-1"
     )
     assert f"gcp-1 - home-1, home-2 {text}" in told("status")
     assert told("status").count(says) == 1, "nobody has an address in the other network"

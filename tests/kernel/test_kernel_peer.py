@@ -244,14 +244,17 @@ def test_answers_in_ipv6_are_told_from_what_the_host_begins() -> None:
     }
     sent = ip_network("2001:db8::9/128")
     encryption = Encryption(send={sent: RoutePlan(destination=sent, way=Via.TUNNEL, source=own)})
-    for more, expected in (None, {others[0]}), (encryption, {others[0], sent}):
+    rule = "ip6 daddr @internal6 return"
+    for more, expected, text in (
+        (None, {others[0]}, f"ip6 saddr {own} {rule}"), (encryption, {others[0], sent}, rule)
+    ):  # fmt: skip
         wanted = evolve(ANSWERING, exit_route=exit_route, routes={**ANSWERING.routes, **inside}, encryption=more)
         table = table_for(wanted, "kilo0")
         assert table is not None
         (addresses,) = (each.addresses for each in table.sets if each.name == "internal6")
         assert addresses == {network.network_address for network in expected}
         said = [rule.text for rule in table.rules if rule.chain == "output"]
-        assert said.index("ip6 daddr @internal6 return") < next(n for n, text in enumerate(said) if "answers" in text)
+        assert said.index(text) < next(n for n, text in enumerate(said) if "answers" in text)
     # A host that has no IPv6 address which others could call tracks no connections; a laptop answers nobody.
     for sources in ((), (ip_address("192.168.9.1"),)):
         assert table_for(evolve(ANSWERING, exit_route=evolve(exit_route, sources=sources)), "kilo0") is None

@@ -15,6 +15,7 @@ import trio
 from attrs import frozen
 
 from kilo_etcd import etcd, kernel, store
+from kilo_etcd.base.descriptors import OutOfDescriptors
 from kilo_etcd.connect.registration import KEEPALIVE, LEASE_SECONDS, DesiredPeer, PeerRegistration
 from kilo_etcd.ctl.commands.wait import applied
 from kilo_etcd.ctl.context import Failure
@@ -197,10 +198,11 @@ class PeerConnection:
         before = self.facts
         try:
             self.facts = await self.edges.look()
-        except (OSError, kernel.KernelError) as error:
+        except (OSError, kernel.KernelError, OutOfDescriptors) as error:
             self.once.warning("addresses", "the machine's addresses cannot be read", error=str(error))
-        else:
-            self.once.clear("addresses", "the machine's addresses can be read again")
+            self._nudge(fresh=True)
+            return
+        self.once.clear("addresses", "the machine's addresses can be read again")
         if self.facts != before:
             # The kernel removes the routes of a network that the machine has left.
             self._nudge(fresh=True)

@@ -144,7 +144,8 @@ def _sentence(change: Change, error: OSError) -> str:
     if code == errno.EACCES and way is not None and way.destination.version == 6 and way.device:
         return (
             f"`{change}` failed, since IPv6 is switched off on {way.device}: set "
-            f"net.ipv6.conf.{way.device}.disable_ipv6=0 or use an IPv4 mesh subnet"
+            f"net.ipv6.conf.{way.device}.disable_ipv6=0"
+            + (", or use an IPv4 mesh subnet" if way.destination.prefixlen < 128 else "")
         )
     if code in (errno.EPERM, errno.EACCES) and not isinstance(change, AddAddress):
         return f"`{change}` was refused: {NO_PERMISSION}"

@@ -263,7 +263,8 @@ class Lab:
     async def etcdctl(self, *argv: str, check: bool = True) -> Completed:
         """The real etcdctl, at the operator's."""
         # etcdctl refuses to be told a thing twice.
-        given = ("ETCDCTL_" + arg[2:].replace("-", "_").upper() for arg in argv if arg.startswith("--"))
+        flags = (arg[2:].partition("=")[0] for arg in argv if arg.startswith("--"))
+        given = ("ETCDCTL_" + flag.replace("-", "_").upper() for flag in flags)
         return await self.exec("operator", "etcdctl", *argv, check=check, env={**PATIENT, **dict.fromkeys(given)})
 
     async def kgctl(self, *argv: str, check: bool = True, env: Mapping[str, str | None] | None = None) -> Completed:

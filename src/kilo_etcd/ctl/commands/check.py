@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from enum import StrEnum
@@ -110,8 +111,10 @@ def findings(examined: Examined) -> tuple[Finding, ...]:
     order = list(Severity)
     known = silence(examined.topology, examined.statuses, examined.live)
     packets = tuple(_packets(examined, known))
-    # What probers report of tunnels has its cause among these.
-    told = unreached_through(examined.topology) if any(one.severity is Severity.ERROR for one in packets) else ()
+    wrong = [one for one in packets if one.severity is Severity.ERROR]
+    # What probers report of a leader whose cause is found is not said twice.
+    reported = unreached_through(examined.topology)
+    told = [remark for remark in reported if any(_names(one, remark.about) for one in wrong)]
     every = (
         *_etcd(examined.members),
         *_agents(examined.report, known, reached_by(examined.topology, examined.live)),
@@ -122,6 +125,11 @@ def findings(examined: Examined) -> tuple[Finding, ...]:
         *packets,
     )
     return tuple(sorted(dict.fromkeys(every), key=lambda f: (order.index(f.severity), f.subject, f.text)))
+
+
+def _names(finding: Finding, name: str) -> bool:
+    """Whether a finding speaks of a node."""
+    return re.search(rf"(?<![\w.-]){re.escape(name)}(?![\w-])", f"{finding.subject} {finding.text}") is not None
 
 
 def _etcd(members: tuple[MemberState, ...]) -> Iterator[Finding]:

@@ -133,7 +133,7 @@ def _facts(snapshot: Snapshot, name: str, status: StatusRecord | None) -> tuple[
         ("networks of its location", _listed(node.allowed_location_ips)),
         ("inside its location", node.encapsulate.value),
         ("stage of encrypted", NONE if node.encryption is None else node.encryption.value),
-        ("exempted (--clear)", NONE if status is None or status.clear is None else _listed(status.clear)),
+        ("exempted (--clear)", "not reported" if status is None or status.clear is None else _listed(status.clear)),
         ("version", clean(node.version) or NONE),
     )
 

@@ -1,8 +1,8 @@
 """Exemptions (`--clear`) that one host states and the other does not: what the first sends in clear the other refuses.
 Pure.
 
-They are known from the statuses, without a packet; of agents of older versions, which do not say what they exempt,
-nothing is concluded.
+They are known from the statuses, without a packet; of agents that do not say what they exempt (they are of older
+versions, or exempt too much to list), nothing is concluded.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ class OneSided:
     def text(self) -> str:
         """A sentence with its remedy."""
         others, first = first_of(self.refusing, MOST_NAMED), self.refusing[0]
-        each = "" if len(self.refusing) == 1 else ", and likewise on the others"
+        each = "" if len(self.refusing) == len(self.senders) == 1 else "; likewise for each pair of the others"
         return (
             f"--clear {self.exemption} is stated at one end only: what {first_of(self.senders, MOST_NAMED)} sends to "
             f"{others} by it leaves in clear, and is refused there; state it on {first} too "
-            f"(KILO_CLEAR={self.wanted}{each}), or take it away on {first_of(self.senders, MOST_NAMED)}"
+            f"(add {self.wanted} to KILO_CLEAR there{each}), or take it away on {first_of(self.senders, MOST_NAMED)}"
         )
 
 
@@ -87,7 +87,13 @@ def _refused(
     unknown = {node.name: address for node in senders if (address := _uncovered(node, exemption, stated)) is not None}
     if not unknown:
         return None
-    there = (node for node in nodes if any(_within(address, exemption) for address in own_addresses(node)))
+    # A host refuses no node of its own segment, so a segment that has all the senders is not looked at.
+    segments = {plans.topology.segment_of(name).key for name in unknown}
+    there = (
+        node for node in nodes
+        if any(_within(address, exemption) for address in own_addresses(node))
+        and segments != {plans.topology.segment_of(node.name).key}
+    )  # fmt: skip
     refusing, sending = [], set()
     for node in islice(there, MOST_LOOKED_AT):
         wanted = plans[node.name].encryption

@@ -25,7 +25,7 @@ Nothing is opened here: an `accept` of ours does not take back a `drop` of anoth
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from kilo_etcd.kernel.firewall import cleartext
 from kilo_etcd.kernel.firewall import nftables as nft
@@ -96,9 +96,10 @@ def table_for(
         chains.append(Chain(name="output", kind="route", hook="output", priority=NF_PRIORITIES["mangle"]))
         own = frozenset(address for address in plan.exit_route.sources if address.version == 6)
         sets.append(AddressSet(name="own6", version=6, addresses=own))
-        if away := _internal_ips(plan, own):
-            sets.append(AddressSet(name="internal6", version=6, addresses=away))
-        rules += _answers(plan, interface, to_nodes=bool(away))
+        away = _internal_ips(plan, own)
+        if away:
+            sets.append(AddressSet(name="internal6", version=6, addresses=frozenset(away)))
+        rules += _answers(plan, interface, away)
     forwarded = {*forwarding, *plan.forwarding}
     more = cleartext.parts(plan, interface, ipip_name(interface), strict, forwarded)
     chains += more.chains
@@ -179,18 +180,21 @@ def _blocked(plan: HostPlan, interface: str) -> Iterable[Rule]:
         )  # fmt: skip
 
 
-def _internal_ips(plan: HostPlan, own: Collection[IPAddress]) -> frozenset[IPAddress]:
-    """The IPv6 addresses of other segments' nodes that this host reaches through the tunnel from one of its `own`: the
-    far end knows these, whatever addresses the mesh has."""
-    routes = (*plan.routes.values(), *(() if plan.encryption is None else plan.encryption.send.values()))
-    return frozenset(
-        route.destination.network_address
-        for route in routes
+def _internal_ips(plan: HostPlan, own: Collection[IPAddress]) -> dict[IPAddress, IPAddress | None]:
+    """The IPv6 addresses of other segments' nodes to which this host's packets travel in the mesh, whatever addresses
+    the mesh has -> the address of its `own` by which the far end knows it. With `encrypted` it is None: all that goes
+    there does."""
+    near = {
+        route.destination.network_address: route.source
+        for route in plan.routes.values()
         if route.way is Via.TUNNEL and route.source in own and route.destination.prefixlen == 128
-    )
+    }
+    send = () if plan.encryption is None else plan.encryption.send
+    return {**near, **{network.network_address: None for network in send if network.version == 6}}
 
 
-def _answers(plan: HostPlan, interface: str, *, to_nodes: bool) -> Iterable[Rule]:
+def _answers(plan: HostPlan, interface: str, away: Mapping[IPAddress, IPAddress | None]) -> Iterable[Rule]:
+    """`away`: as `_internal_ips` has it."""
     mark = f"meta mark set {MARK}"
     yield Rule(
         chain="prerouting",
@@ -212,13 +216,17 @@ def _answers(plan: HostPlan, interface: str, *, to_nodes: bool) -> Iterable[Rule
             expressions=(*nft.match_address(own, "saddr"), nft.RETURN),
             text=f"ip6 saddr {own} return",
         )
-    if to_nodes:
-        # Before answers are marked: with `encrypted` the mark would take them out of the tunnel.
+    # Before answers are marked: with `encrypted` the mark would take them out of the tunnel. Without it the far end
+    # takes packets of the host's internal IP only; another address is refused below.
+    for source in [None] if None in away.values() else sorted({one for one in away.values() if one is not None}):
         yield Rule(
             chain="output",
-            expressions=(*nft.match_set("internal6", 6, "daddr"), nft.RETURN),
-            text="ip6 daddr @internal6 return",
-        )
+            expressions=(
+                *(() if source is None else nft.match_address(source, "saddr")),
+                *nft.match_set("internal6", 6, "daddr"), nft.RETURN,
+            ),
+            text=f"{'' if source is None else f'ip6 saddr {source} '}ip6 daddr @internal6 return",
+        )  # fmt: skip
     unmarked, text = (*nft.match_family(6), *nft.match_mark(0)), "meta nfproto ipv6 meta mark 0"
     # What a host says to itself needs no second route.
     yield Rule(
