@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import gzip
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from ipaddress import IPv4Network, ip_address, ip_interface, ip_network
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from kilo_etcd.agent.encrypting import Encrypting, Members, outside, read_member
 from kilo_etcd.agent.snapshot_cache import Disk
 from kilo_etcd.etcd import Config, Member, PermissionDenied, Unavailable
 from kilo_etcd.kernel.routing.encrypted import table_of
-from kilo_etcd.model import EncryptionStage, Endpoint, Granularity, InternalIPs, IPNetwork, Node, Snapshot
+from kilo_etcd.model import EncryptionStage, Endpoint, Granularity, InternalIPs, IPAddress, IPNetwork, Node, Snapshot
 from kilo_etcd.model.hostplan import Exemption, HostPlan
 from kilo_etcd.planning.encryption import StageReport
 from kilo_etcd.planning.pipeline import Surroundings, host_plans
@@ -361,8 +361,13 @@ def a_lan() -> Topology:
     )
 
 
-def bare(server: FakeEtcd, told: list[StageReport], stages: list[StageRecord | None] | None = None) -> Encrypting:
-    """The part of an agent on h1; `told` and `stages`: what it has reported."""
+def bare(
+    server: FakeEtcd,
+    told: list[StageReport],
+    stages: list[StageRecord | None] | None = None,
+    refuses: Collection[str] = (),
+) -> Encrypting:
+    """The part of an agent on h1; `told` and `stages`: what it has reported; `refuses`: whom its kernel refuses."""
     said = [None] if stages is None else stages
 
     async def register(report: StageReport) -> bool:
@@ -374,6 +379,10 @@ def bare(server: FakeEtcd, told: list[StageReport], stages: list[StageRecord | N
         await trio.lowlevel.checkpoint()
         return frozenset()
 
+    async def refused() -> frozenset[IPAddress]:
+        await trio.lowlevel.checkpoint()
+        return frozenset(map(ip_address, refuses))
+
     async def put_stage(stage: StageRecord | None) -> None:
         await trio.lowlevel.checkpoint()
         said.append(stage)
@@ -381,7 +390,7 @@ def bare(server: FakeEtcd, told: list[StageReport], stages: list[StageRecord | N
     return Encrypting(
         config("10.0.0.1:2379"), server.client(), Keys(), Once(structlog.get_logger()),
         disk=None, register=register, keep=trio.lowlevel.checkpoint, nudge=lambda: None,
-        stage=lambda: said[-1], put_stage=put_stage, listening=listening,
+        stage=lambda: said[-1], put_stage=put_stage, listening=listening, refused=refused,
     )  # fmt: skip
 
 
@@ -401,12 +410,23 @@ async def test_who_lives_is_asked_again_when_etcd_is_back() -> None:
     assert encrypting.living.applied == {"h9": 3}, "from then on as long as somebody is waited for"
 
 
-@pytest.mark.parametrize(("mode", "gone"), [(InternalIPs.ENCRYPTED, True), (InternalIPs.ROUTED, False)])
+@pytest.mark.parametrize(
+    ("mode", "refuses", "gone"),
+    [
+        (InternalIPs.ENCRYPTED, True, True),
+        # The kernel of h9, whose agent is away, may send in clear.
+        (InternalIPs.ENCRYPTED, False, False),
+        (InternalIPs.ROUTED, True, False),
+    ],
+)
 @pytest.mark.autojump
-async def test_an_agent_that_starts_goes_on_to_refuse_and_waits_on_the_way_back(mode: InternalIPs, gone: bool) -> None:
+async def test_an_agent_that_starts_goes_on_to_refuse_and_waits_on_the_way_back(
+    mode: InternalIPs, refuses: bool, gone: bool
+) -> None:
     lan = a_lan()
     topology = build_topology(evolve(lan.snapshot, internal_ips=mode))
-    encrypting = bare(FakeEtcd(), [])
+    theirs = [str(ip.ip) for ip in lan.snapshot.nodes["h9"].internal_ips]
+    encrypting = bare(FakeEtcd(), [], refuses=theirs if refuses else ())
     await encrypting.prepare(topology, etcd_away=False)
     assert encrypting.living.lives("h9") is not gone
 

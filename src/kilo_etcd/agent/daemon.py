@@ -38,8 +38,9 @@ from kilo_etcd.agent.registration import HostRegistration
 from kilo_etcd.agent.restore import REFUSALS, Restorer
 from kilo_etcd.agent.snapshot_cache import Disk, SnapshotCache
 from kilo_etcd.agent.status import State, StatusReporter
+from kilo_etcd.kernel.firewall.cleartext import refused_sources
 from kilo_etcd.kernel.state import Observed
-from kilo_etcd.model import Granularity, InternalIPs, IPNetwork, MeshSettings, Snapshot
+from kilo_etcd.model import Granularity, InternalIPs, IPAddress, IPNetwork, MeshSettings, Snapshot
 from kilo_etcd.model.hostplan import HostPlan, RoutePlan, Via
 from kilo_etcd.planning.encryption import StageReport
 from kilo_etcd.planning.exit_node import BYPASSES
@@ -283,7 +284,7 @@ class Daemon:
         self._encrypting = Encrypting(
             config, client, self.keys, self.once, disk=disk, register=self._report_stage, keep=self.cache.flush,
             stage=lambda: self.session.stage, put_stage=self.session.put_stage,
-            listening=device.listening, nudge=self._nudge, rng=self._rng,
+            listening=device.listening, refused=self._refused, nudge=self._nudge, rng=self._rng,
         )  # fmt: skip
 
     # -- life -----------------------------------------------------------------------------------------------
@@ -779,6 +780,13 @@ class Daemon:
             table=self.resolver.table,
             silent=frozenset(one.target.address for one in silent if one.withheld and one.target.node == leader),
         )  # fmt: skip
+
+    async def _refused(self) -> frozenset[IPAddress]:
+        """The addresses whose packets in clear this host's kernel refuses; none if it cannot be read."""
+        try:
+            return refused_sources((await self.kernel.observe()).table)
+        except (OSError, kernel.KernelError):
+            return frozenset()
 
     def _holdings(self) -> store.Holdings | None:
         return self.mirror.holdings()

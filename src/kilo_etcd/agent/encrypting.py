@@ -35,6 +35,7 @@ from kilo_etcd.runtime.config import AgentConfig
 from kilo_etcd.runtime.logs import Once
 from kilo_etcd.store import StageRecord
 from kilo_etcd.topology import Topology
+from kilo_etcd.topology.places import own_addresses
 from kilo_etcd.topology.segments import changes
 
 MEMBERS_FILE = "etcd-members.json"
@@ -181,7 +182,8 @@ class Encrypting:
     """The `encrypted` setting in one agent. `run` is its task, for an agent that is registered; `register` puts a
     report into the host's record, and returns whether it is there; `keep` writes the snapshot in force to disk, for a
     boot without etcd. `stage` is what stands at the host's key of its stage, and `put_stage` has it say something else.
-    `listening` gives the TCP ports at which something here listens."""
+    `listening` gives the TCP ports at which something here listens, and `refused` the addresses whose clear text the
+    kernel refuses."""
 
     def __init__(
         self,
@@ -196,6 +198,7 @@ class Encrypting:
         stage: Callable[[], StageRecord | None],
         put_stage: Callable[[StageRecord | None], Awaitable[object]],
         listening: Callable[[], Awaitable[frozenset[int]]],
+        refused: Callable[[], Awaitable[frozenset[IPAddress]]],
         nudge: Callable[[], None],
         rng: random.Random | None = None,
     ) -> None:
@@ -203,7 +206,7 @@ class Encrypting:
         self._name = config.hostname
         self._disk = disk
         self._register, self._keep, self._nudge = register, keep, nudge
-        self._stage, self._put_stage, self._look_at_ports = stage, put_stage, listening
+        self._stage, self._put_stage, self._look_at_ports, self._refused = stage, put_stage, listening, refused
         self._listening: frozenset[int] = frozenset()
         self._rng = rng or random.Random()
         self._stage_watch = StageWatch(client, keys, once, nudge, self._rng)
@@ -271,8 +274,12 @@ class Encrypting:
             await self._ask_members()
             await self._stage_watch.ask(topology.snapshot.cluster_id)
             if topology.internal_ips is InternalIPs.ENCRYPTED:
-                # This host goes on refusing the nodes that it refused before its agent's restart.
-                self._stage_watch.take_as_gone(topology.snapshot.nodes)
+                # This host goes on refusing the nodes that it refused before its agent's restart. The kernel of another
+                # whose agent is away may send in clear, as it did when that agent ended.
+                refused, nodes = await self._refused(), topology.snapshot.nodes.values()
+                self._stage_watch.take_as_gone(
+                    node.name for node in nodes if not refused.isdisjoint(own_addresses(node))
+                )  # fmt: skip
 
     def withdraw(self) -> None:
         """Another plan than the last is about to be applied, so a report that followed from the last one,

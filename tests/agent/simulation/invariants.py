@@ -483,6 +483,9 @@ class Watchman:
         moved = seen.moved or seen.addresses != agent.registration.addresses
         busy = moved or account.order_due or _busy(agent) or _changed(account, snapshot, agent.name)
         silent = not (account.silent_before == account.silent == _silent(agent))
+        # What comes out of the tunnel for a member that does not answer is refused if the mesh carries internal IPs.
+        mode = None if account.snapshot is None else account.snapshot.internal_ips
+        silent = silent or (bool(account.silent) and mode is not snapshot.internal_ips)
         # What `encrypted` asks for follows from others' stages and statuses too.
         busy = busy or account.plan is None or agent.plan is None or account.plan.encryption != agent.plan.encryption
         if not account.new and account.raw_plan == agent.raw_plan and not (busy or silent or _promoted(account, agent)):

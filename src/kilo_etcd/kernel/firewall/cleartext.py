@@ -22,7 +22,7 @@ from functools import lru_cache
 from attrs import frozen
 
 from kilo_etcd.kernel.firewall import nftables as nft
-from kilo_etcd.kernel.firewall.table import AddressSet, Chain, Expression, Rule
+from kilo_etcd.kernel.firewall.table import AddressSet, Chain, Expression, FirewallTable, Rule
 from kilo_etcd.kernel.netlink.formats import NF_PRIORITIES
 from kilo_etcd.kernel.routing.encrypted import protocol_of
 from kilo_etcd.model import IPAddress, IPNetwork
@@ -49,6 +49,12 @@ class Parts:
     chains: Sequence[Chain] = ()
     sets: Sequence[AddressSet] = ()
     rules: Sequence[Rule] = ()
+
+
+def refused_sources(table: FirewallTable | None) -> frozenset[IPAddress]:
+    """The addresses whose packets in clear a kernel refuses that has this table of ours."""
+    sets = () if table is None else table.sets
+    return frozenset(one for each in sets if each.name in ("refuse4", "refuse6") for one in each.addresses)
 
 
 def parts(plan: HostPlan, interface: str, ipip: str, strict: Collection[str], forwarding: Collection[int]) -> Parts:
