@@ -11,6 +11,7 @@ from base64 import b64decode
 from contextlib import AsyncExitStack
 from itertools import permutations
 
+import pytest
 import trio
 
 from helpers import eventually
@@ -233,7 +234,9 @@ async def switched(lab: Lab, within: float) -> None:
                 got = (await lab.exec("lan-1", "ip", "route", "get", "198.18.0.1", "mark", "0x42", check=True)).stdout
                 assert "via 10.101.0.1 dev eth0 table 4242" in got, got
         await trio.sleep(1)
-    assert [probe.lost for probe in probes] == [0] * len(probes)
+    losses = {probe.target: probe.result for probe in probes if probe.lost}
+    if losses:
+        pytest.fail("\n".join((str(losses), *[f"{name}:\n{await lab.log(name)}" for name in NODES])))
     assert all(probe.sent > 200 for probe in probes)
 
     async def as_before() -> bool:
