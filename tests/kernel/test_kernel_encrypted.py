@@ -71,20 +71,31 @@ def ours(made: list[str]) -> list[str]:
 # -- what is decided: pure ------------------------------------------------------------------------------------
 
 
-def test_it_is_turned_on_from_the_last_resort_to_the_rule() -> None:
+def test_no_packet_meets_a_last_resort_alone_while_the_rule_leads_to_the_table() -> None:
+    """Nothing is held back by it before there is the route, nor after that is gone."""
+    few = evolve(ON, encryption=evolve(ENCRYPTION, send={}, hold=frozenset(), nodes=frozenset()))
+    host, pair = after(few, LOCAL), ("192.168.9.2/32 dev kilo0", "192.168.9.2/32 dev lo")
+    assert any(f"not fwmark 107 lookup {T}" in str(rule) for rule in host.policy.rules)
+    coming = [line for line in commands(ON, host) if any(part in line for part in pair)]
+    assert [line.split()[2:6] for line in coming] == [["add", *part.split()] for part in pair]
+    going = [line for line in commands(few, after(ON, LOCAL)) if any(part in line for part in pair)]
+    assert [line.split()[2:6] for line in going] == [["del", *part.split()] for part in reversed(pair)]
+
+
+def test_it_is_turned_on_from_the_routes_to_the_rule() -> None:
     made = commands(ON, LOCAL)
     table, *rest = ours(made)
     assert table.startswith("nft 'add table inet kilo")
     assert rest == [
         "sysctl -w net.ipv4.conf.eth0.rp_filter=2",
         "sysctl -w net.ipv4.conf.kilo0.rp_filter=2",
+        f"ip route add 192.168.9.2/32 dev kilo0 proto 107 src 192.168.9.1 table {T}",
+        f"ip route add fd00:9::2/128 dev kilo0 proto 107 src fd00:9::1 table {T}",
+        f"ip route add 10.2.0.7/32 via 192.168.9.77 proto 107 src 192.168.9.1 table {T}",
         f"ip route add 192.168.9.2/32 dev lo proto 107 metric 4294967295 table {T}",
         f"ip route add unreachable fd00:9::2/128 proto 107 metric 4294967295 table {T}",
         f"ip route add 10.2.0.7/32 dev lo proto 107 metric 4294967295 table {T}",
         f"ip route add 192.168.9.3/32 dev lo proto 107 metric 4294967295 table {T}",
-        f"ip route add 192.168.9.2/32 dev kilo0 proto 107 src 192.168.9.1 table {T}",
-        f"ip route add fd00:9::2/128 dev kilo0 proto 107 src fd00:9::1 table {T}",
-        f"ip route add 10.2.0.7/32 via 192.168.9.77 proto 107 src 192.168.9.1 table {T}",
         f"ip -4 rule add priority {PAST} from 192.168.9.1 ipproto udp sport 1107 lookup main",
         f"ip -4 rule add priority {PAST} from 192.168.9.1 ipproto udp sport 51820 lookup main",
         f"ip -4 rule add priority {PAST} to 192.168.0.0/17 ipproto tcp dport 22 lookup main",

@@ -117,12 +117,12 @@ MAIN_FIRST, OURS = rule_priorities("kilo-a")
 def test_the_exit_route_is_made_routes_first_and_unmade_rules_first() -> None:
     made = [line for line in lines(diff(AWAY, Observed(), Memory(), TARGET)) if "rule" in line or "table" in line]
     assert made == [
-        f"ip route add unreachable 0.0.0.0/0 proto 108 metric 4294967295 table {TABLE}",
-        f"ip route add unreachable ::/0 proto 108 metric 4294967295 table {TABLE}",
         f"ip route add throw 192.0.2.1/32 proto 108 table {TABLE}",
         f"ip route add throw 192.168.9.2/32 proto 108 table {TABLE}",
         f"ip route add throw 2001:db8::1/128 proto 108 table {TABLE}",
         f"ip route add 0.0.0.0/0 dev kilo-a proto 108 src 10.5.0.1 table {TABLE}",
+        f"ip route add unreachable 0.0.0.0/0 proto 108 metric 4294967295 table {TABLE}",
+        f"ip route add unreachable ::/0 proto 108 metric 4294967295 table {TABLE}",
         f"ip -4 rule add priority {MAIN_FIRST} lookup main suppress_prefixlength 7",
         f"ip -4 rule add priority {OURS} not fwmark 107 lookup {TABLE}",
         f"ip -6 rule add priority {MAIN_FIRST} lookup main suppress_prefixlength 6",

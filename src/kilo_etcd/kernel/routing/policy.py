@@ -6,8 +6,9 @@ computed from the interface's name, so that what is ours is known after a crash,
 not conflict. Of two names, one pair in fifty has the same priorities: then the protocol tells an agent's rules from a
 peer's, and there is one agent on a host.
 
-A table is filled before a rule leads there, and the rule goes before the table is emptied. In a table the routes of
-last resort come first and go last.
+A table is filled before a rule leads there, and the rule goes before the table is emptied. If a rule leads there
+already, a destination that is new gets its route before its last resort, and loses the last resort before the route:
+between the two changes the last resort alone would drop a packet.
 """
 
 from __future__ import annotations
@@ -123,12 +124,17 @@ def _narrowed(policy: Policy, number: int, networks: Collection[IPNetwork]) -> P
 
 
 def _made(wanted: OwnTable, table: OwnTable, interface: str) -> Iterator[Change]:
+    new = {
+        destination: route for destination, route in wanted.routes.items()
+        if destination not in table.routes and destination not in table.last
+    }  # fmt: skip
+    yield from map(AddRoute, new.values())
     for destination in changed_keys(table.last, wanted.last):
         if (last := wanted.last.get(destination)) is not None:
             yield AddRoute(last) if destination not in table.last else ReplaceRoute(last)
     for destination in changed_keys(table.routes, wanted.routes):
         route, there = wanted.routes.get(destination), table.routes.get(destination)
-        if route is None or (there is not None and same_way(there, route, interface)):
+        if route is None or destination in new or (there is not None and same_way(there, route, interface)):
             continue
         if there is None:
             yield AddRoute(route)
@@ -141,8 +147,8 @@ def _made(wanted: OwnTable, table: OwnTable, interface: str) -> Iterator[Change]
 
 
 def _stale(wanted: OwnTable, table: OwnTable) -> Iterator[Change]:
-    yield from (DeleteRoute(route) for destination, route in table.routes.items() if destination not in wanted.routes)
     yield from (DeleteRoute(route) for destination, route in table.last.items() if destination not in wanted.last)
+    yield from (DeleteRoute(route) for destination, route in table.routes.items() if destination not in wanted.routes)
 
 
 def removal(policy: Policy) -> list[Change]:
