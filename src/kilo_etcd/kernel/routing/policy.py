@@ -124,15 +124,13 @@ def _narrowed(policy: Policy, number: int, networks: Collection[IPNetwork]) -> P
 
 
 def _made(wanted: OwnTable, table: OwnTable, interface: str) -> Iterator[Change]:
-    new = {
-        destination: route for destination, route in wanted.routes.items()
-        if destination not in table.routes and destination not in table.last
-    }  # fmt: skip
-    yield from map(AddRoute, new.values())
+    changed = changed_keys(table.routes, wanted.routes)
+    new = {destination for destination in changed if destination not in table.routes and destination not in table.last}
+    yield from (AddRoute(wanted.routes[destination]) for destination in changed if destination in new)
     for destination in changed_keys(table.last, wanted.last):
         if (last := wanted.last.get(destination)) is not None:
             yield AddRoute(last) if destination not in table.last else ReplaceRoute(last)
-    for destination in changed_keys(table.routes, wanted.routes):
+    for destination in changed:
         route, there = wanted.routes.get(destination), table.routes.get(destination)
         if route is None or destination in new or (there is not None and same_way(there, route, interface)):
             continue
