@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 
 class NotRegular(Exception):
-    """What is at the path is a directory, a FIFO, a socket or a device."""
+    """The path is that of a directory, a FIFO, a socket or a device."""
 
 
 def open_regular(path: Path, *, follow: bool) -> BinaryIO:

@@ -106,7 +106,7 @@ def host_plans(
 
 @frozen(kw_only=True)
 class PeerOptions:
-    """What a peer that is outside the mesh chooses for itself."""
+    """The settings that a peer outside the mesh chooses for its own plan."""
 
     listen_port: int
     persistent_keepalive: int

@@ -118,7 +118,7 @@ class Reconciler:
             self.nudge()
 
     async def _follow_addresses(self) -> None:
-        """Where the host is reached may change while it runs, or have come late at boot; a laptop is carried about."""
+        """The host's addresses may change while it runs: a network comes late at boot, or a laptop moves."""
         while True:
             await self._device.wait_moved()
             await trio.sleep(SETTLE_SECONDS)

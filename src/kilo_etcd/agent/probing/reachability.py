@@ -305,7 +305,7 @@ class Reachability:
             first = topology.segment_of(self._name).leader.name
             assumed = () if self._observed is None else _routed(self._observed, topology, self._targets, first)
             self._observed = None
-            # Where all goes through tunnels what is known is kept, and counts when the granularity is switched back.
+            # With tunnels inside locations no answers are needed; the known ones stay for the switch back.
             if topology.policy.location_network_in_use and self._records.follow(
                 own, self._targets, trio.current_time(), first=first, assumed=assumed
             ):  # fmt: skip

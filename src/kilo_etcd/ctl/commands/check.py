@@ -112,7 +112,7 @@ def findings(examined: Examined) -> tuple[Finding, ...]:
     known = silence(examined.topology, examined.statuses, examined.live)
     packets = tuple(_packets(examined, known))
     wrong = [one for one in packets if one.severity is Severity.ERROR]
-    # What probers report of a leader whose cause is found is not said twice.
+    # If an error names a leader already, the probers' report of that leader would only repeat it.
     reported = unreached_through(examined.topology)
     told = [remark for remark in reported if any(_names(one, remark.about) for one in wrong)]
     every = (

@@ -38,7 +38,7 @@ class OneSided:
     senders: tuple[str, ...]
     refusing: tuple[str, ...]
     wanted: Exemption
-    """What the first that refuses would have to state for the first sender."""
+    """The exemption that the first refusing host needs so that it accepts the first sender."""
 
     @property
     def subject(self) -> str:
