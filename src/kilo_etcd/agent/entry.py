@@ -56,12 +56,14 @@ def main() -> None:
             if not hasattr(module, each):
                 setattr(module, each, type(each, (), {}))
     gc.set_threshold(OBJECTS_BETWEEN_LOOKS, NEVER)
+    from kilo_etcd.base.output import output_must_arrive
     from kilo_etcd.base.sharedrepr import share_repr
 
     share_repr()
     from kilo_etcd.agent.main import main as kg
 
-    kg()
+    with output_must_arrive("kg"):
+        kg()
 
 
 def _unused() -> Iterator[tuple[str, tuple[str, ...]]]:

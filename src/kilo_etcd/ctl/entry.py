@@ -13,9 +13,11 @@ OBJECTS_BETWEEN_COLLECTIONS = 100_000
 def main() -> None:
     """Run `kgctl`."""
     gc.set_threshold(OBJECTS_BETWEEN_COLLECTIONS)
+    from kilo_etcd.base.output import output_must_arrive
     from kilo_etcd.ctl.main import main as kgctl
 
     try:
-        kgctl()
+        with output_must_arrive("kgctl"):
+            kgctl()
     finally:
         gc.freeze()  # What is left goes with the process; nobody need look whether it is garbage.
