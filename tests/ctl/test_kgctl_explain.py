@@ -165,6 +165,13 @@ def test_what_the_agents_on_the_way_say_is_added(etcd: FakeEtcd) -> None:
     assert "home-2" not in {remark["node"] for remark in remarks}
 
 
+def test_a_member_off_the_path_that_does_not_answer_is_no_remark(etcd: FakeEtcd) -> None:
+    text = "gcp-3 has never answered gcp-1 at its internal IP 10.1.9.3, so gcp-1 sends it nothing: label them"
+    reports(etcd, "gcp-1", errors=(text,))
+    assert json.loads(run("gcp-2", "home-1", "-o", "json").stdout)["remarks"] == []
+    assert {"node": "gcp-1", "text": text} in json.loads(run("gcp-3", "home-1", "-o", "json").stdout)["remarks"]
+
+
 def headline(*arguments: str) -> tuple[int, str]:
     """Exit status and first line; what is asked for has one address."""
     result = run(*arguments)

@@ -68,6 +68,7 @@ def explain_command(mesh: Mesh, source: str, target: str, output: str, live: boo
     from kilo_etcd.ctl.reports.hops import suspicions, weigh
     from kilo_etcd.ctl.reports.live import gather
     from kilo_etcd.ctl.reports.report import remarks_on
+    from kilo_etcd.planning.reach import about_member
 
     looked = mesh.ask(look)
     topology, snapshot, statuses = looked.topology, looked.topology.snapshot, looked.statuses
@@ -78,7 +79,12 @@ def explain_command(mesh: Mesh, source: str, target: str, output: str, live: boo
         raise Failure(str(error)) from None
     internal = internal_traces(plans, source, target)
     names = met((*traces, *internal)) | {source} | ({target} if target in snapshot.nodes else set())
-    remarks = remarks_on(looked.report(about=names), names)
+    # That a host on the way does not reach a member that is not on it says nothing of this path.
+    remarks = tuple(
+        remark
+        for remark in remarks_on(looked.report(about=names), names)
+        if (about_member(remark[1]) or source) in names
+    )
     gathered = against = None
     if live:
         gathered = mesh.ask(
