@@ -6,13 +6,13 @@ import pytest
 import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from store_world import KEYS, World, wg_key
+from store_world import KEYS, World, record, wg_key
 from test_store_session import member, running, session
 
 from kilo_etcd.model import Endpoint
 from kilo_etcd.store import ObservedEndpointRecord, encode
 from kilo_etcd.store.annotations import MOST_SEEN
-from kilo_etcd.store.session.session import MOST_AT_ONCE
+from kilo_etcd.store.session.registration import MOST_AT_ONCE
 from kilo_etcd.testing.fake_etcd import FakeEtcd
 
 HOME = Endpoint.parse("192.168.0.2:51820")
@@ -229,7 +229,7 @@ async def test_an_agent_that_starts_again_within_the_ttl_goes_on_saying_what_it_
     revision = etcd.revision
     again = session(etcd.client())
     async with running(again):
-        await again.register(it._record)  # type: ignore[arg-type]
+        await again.register(record("a"))
         assert again.observed_endpoints == {"home": observed("203.0.113.9:40001")}
         await again.put_observed_endpoints(again.observed_endpoints)
         assert etcd.revision == revision

@@ -34,7 +34,7 @@ from kilo_etcd.store import (
 )
 from kilo_etcd.store.claims import candidates
 from kilo_etcd.store.records import decode_candidate
-from kilo_etcd.store.session.published_records import about_status_key
+from kilo_etcd.store.session.contested import about_status_key
 from kilo_etcd.testing.fake_etcd import FakeClient, FakeEtcd
 
 pytestmark = pytest.mark.autojump

@@ -32,8 +32,9 @@ if TYPE_CHECKING:
         decode_status,
         encode,
     )
+    from kilo_etcd.store.session.candidacy import Candidacy
     from kilo_etcd.store.session.node_identity import NameTaken
-    from kilo_etcd.store.session.session import Candidacy, Session
+    from kilo_etcd.store.session.session import Session
     from kilo_etcd.store.view import Holdings, View
 
 __all__ = [
@@ -80,6 +81,7 @@ _PARTS = (
     "claims",
     "operator",
     "mirror",
+    "session.candidacy",
     "session.node_identity",
     "session.session",
 )

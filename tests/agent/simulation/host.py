@@ -34,7 +34,7 @@ from kilo_etcd.model.hostplan import HostPlan
 from kilo_etcd.runtime import apply, discover
 from kilo_etcd.runtime.config import AgentConfig
 from kilo_etcd.runtime.key_file import agreed, public_key
-from kilo_etcd.store.session import session as store_session
+from kilo_etcd.store.session import candidacy as store_candidacy
 from kilo_etcd.testing.fake_kernel import FakeHost, FakeKernel
 from simulation.clockwork import Freezer, running
 from simulation.network import Network, Place, moved, place
@@ -319,7 +319,7 @@ def in_memory() -> Iterator[None]:
             (discover, "location_from_cloud_init", lambda: (None, "")),
             (apply, "trigger_handshakes", trigger_handshakes),
             (kernel, "cleanup", cleanup),
-            (store_session, "datetime", HostTime),
+            (store_candidacy, "datetime", HostTime),
             (agent_report, "datetime", HostTime),
             (snapshot_cache, "time", SimpleNamespace(time=lambda: _here().now(), monotonic=trio.current_time)),
         ):

@@ -28,7 +28,7 @@ from kilo_etcd.planning.exit_node import NOTHING_BACK
 from kilo_etcd.planning.reach import about_member
 from kilo_etcd.runtime.hostnames import NAMES_TROUBLE
 from kilo_etcd.store.records import StatusRecord
-from kilo_etcd.store.session.published_records import about_status_key
+from kilo_etcd.store.session.contested import about_status_key
 from kilo_etcd.store.status_texts import NO_BASELINE
 from kilo_etcd.topology.nat import about_partner
 from kilo_etcd.topology.segments import Topology

@@ -1,38 +1,32 @@
-"""What this host publishes of others under its short lease: observed endpoints and probe reports.
+"""What this host publishes under its short lease: of itself a status and a stage of the switch to `encrypted`, and of
+others observed endpoints and probe reports.
 
-Each kind of record has keys of its own, `/kilo/<kind>/<subject>/<this host>`, for any number of subjects. Values only;
-`store.session.session` writes them.
+Each kind of record of others has keys of its own, `/kilo/<kind>/<subject>/<this host>`, for any number of subjects.
+Values only; `store.session.leased_writer` writes them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Generic, TypeVar
 
-from kilo_etcd.model import Snapshot
-from kilo_etcd.store.keys import Keys
+from kilo_etcd.store.keys import EndpointKey, Keys, ParsedKey, ProbeReportKey, StageKey, StatusKey
 from kilo_etcd.store.records import (
     ObservedEndpointRecord,
     ProbeReportRecord,
     Record,
     RecordError,
+    StageRecord,
+    StatusRecord,
     decode_observed_endpoint,
     decode_probe_report,
+    decode_stage,
+    decode_status,
     encode,
 )
 
 R = TypeVar("R", bound=Record)
-
-CHANGED_AGAIN = "changed again and again by another writer"
-"""The sentence on keys of an agent that another writer contests."""
-
-
-def about_status_key(error: str) -> bool:
-    """Whether what an agent reports is only that its status is contested, which moves no packet."""
-    key, _, rest = error.partition(" ")
-    # The name of a location may end in -status too.
-    watched = any(f"/{kind}/" in key for kind in ("elections", "endpoints", "probe-reports", "stages"))
-    return "-status/" in key and not watched and rest.startswith(f"is {CHANGED_AGAIN}")
 
 
 class PublishedRecords(Generic[R]):
@@ -74,19 +68,64 @@ def probe_reports(keys: Keys, prober: str) -> PublishedRecords[ProbeReportRecord
     )
 
 
-def places(keys: Keys, name: str, snapshot: Snapshot) -> tuple[str, ...]:
-    """The keys at which, by `snapshot`, there is a candidacy or a report in the name of a node."""
-    return (
-        *(
-            keys.election(where, name)
-            for where, all_ in snapshot.candidates.items()
-            for candidate in all_
-            if candidate.node == name
-        ),
-        *(
-            keys.probe_report(where, name)
-            for where, all_ in snapshot.probe_reports.items()
-            for report in all_
-            if report.prober == name
-        ),
-    )
+class Published:
+    """All that node `name` publishes."""
+
+    def __init__(self, keys: Keys, name: str) -> None:
+        self.status_key, self._stage_key = keys.status(name), keys.stage(name)
+        self.status: StatusRecord | None = None
+        self._status_given = False
+        """Whether the status is the agent's, not one that stands in for it."""
+        self.stage: StageRecord | None = None
+        self.observed_endpoints = observed_endpoints(keys, name)
+        self.probe_reports = probe_reports(keys, name)
+
+    def report(self, status: StatusRecord) -> None:
+        """Publish this status."""
+        self.status, self._status_given = status, True
+
+    def stand_in(self, status: StatusRecord) -> None:
+        """Publish this status as long as there is no other, be it one of an earlier run."""
+        if self.status is None:
+            self.status, self._status_given = status, False
+
+    def adopt(self, key: ParsedKey | None, value: bytes) -> None:
+        """Go on publishing what an earlier run published, if it can be read and nothing else is said by now."""
+        if isinstance(key, EndpointKey):
+            self.observed_endpoints.adopt(key.name, value)
+        elif isinstance(key, ProbeReportKey):
+            self.probe_reports.adopt(key.location, value)
+        with suppress(RecordError):
+            if isinstance(key, StatusKey) and not self._status_given:
+                self.status = decode_status(value)
+            elif isinstance(key, StageKey):
+                self.stage = self.stage or decode_stage(value)
+
+    def clear(self) -> None:
+        """Publish nothing."""
+        self.status, self.stage = None, None
+        self.observed_endpoints.replace({})
+        self.probe_reports.replace({})
+
+    @property
+    def of_itself(self) -> dict[str, bytes]:
+        """What etcd is to hold of this host's status and stage."""
+        values = {}
+        if self.status is not None:
+            values[self.status_key] = encode(self.status)
+        if self.stage is not None:
+            values[self._stage_key] = encode(self.stage)
+        return values
+
+    @property
+    def of_others(self) -> dict[str, bytes]:
+        """What etcd is to hold of what this host publishes of others."""
+        return {**self.observed_endpoints.values, **self.probe_reports.values}
+
+    def concerns_itself(self, key: str) -> bool:
+        """Whether a key is the status or the stage."""
+        return key in (self.status_key, self._stage_key)
+
+    def concerns_others(self, key: str) -> bool:
+        """Whether a key is an observed endpoint or a probe report."""
+        return self.observed_endpoints.concern(key) or self.probe_reports.concern(key)

@@ -1,0 +1,41 @@
+"""What a session asks about the etcd that it writes to: whether it is the one that is followed."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import trio
+
+from kilo_etcd.etcd.api import Header
+
+
+class ClusterGuard(Protocol):
+    """Knows whether etcd is the one that is followed; see `Mirror`."""
+
+    @property
+    def generation(self) -> int:
+        """How often it was followed again after it had not been."""
+
+    def observe(self, header: Header) -> None:
+        """This one has taken a write."""
+
+    def check(self) -> None:
+        """Raise ClusterNotTrusted if it is known not to be."""
+
+    async def verify(self) -> None:
+        """The same, having looked. EtcdError."""
+
+
+class NoGuard:
+    """Trusts every etcd."""
+
+    generation = 0
+
+    def observe(self, header: Header) -> None:
+        pass
+
+    def check(self) -> None:
+        pass
+
+    async def verify(self) -> None:
+        await trio.lowlevel.checkpoint()

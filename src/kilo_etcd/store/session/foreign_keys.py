@@ -1,0 +1,49 @@
+"""Finds the keys that other writers have put in this host's name: candidacies, probe reports and observed endpoints
+that are not its own."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+
+from kilo_etcd.etcd.api import KeyValue
+from kilo_etcd.model import Snapshot
+from kilo_etcd.store.keys import Keys
+from kilo_etcd.store.mirror import Mirror
+
+
+class ForeignKeys:
+    """In the name of node `name`. Candidacies and probe reports are searched only if the snapshot has others."""
+
+    def __init__(self, keys: Keys, name: str) -> None:
+        self._keys = keys
+        self._name = name
+        self._places_of: tuple[object, object, tuple[str, ...]] = (None, None, ())
+        """Candidacies and probe reports of all, and the keys among them that have this host's name."""
+
+    def find(self, snapshot: Snapshot, mirror: Mirror, *, known: Set[str], alone: bool) -> list[KeyValue]:
+        """Those that `mirror`, which has given `snapshot`, holds besides `known`. `alone`: no earlier run of this host
+        can have left one under its lease; else those under a lease are none."""
+        if self._places_of[0] is not snapshot.candidates or self._places_of[1] is not snapshot.probe_reports:
+            found = places(self._keys, self._name, snapshot)
+            self._places_of = snapshot.candidates, snapshot.probe_reports, found
+        observed = [self._keys.endpoint(name, self._name) for name in mirror.observed_by(self._name)]
+        kvs = (mirror.kv(key) for key in {*self._places_of[2], *observed, *mirror.leaseless(self._name)} - known)
+        return [kv for kv in kvs if kv is not None and (alone or not kv.lease)]
+
+
+def places(keys: Keys, name: str, snapshot: Snapshot) -> tuple[str, ...]:
+    """The keys at which, by `snapshot`, there is a candidacy or a report in the name of a node."""
+    return (
+        *(
+            keys.election(where, name)
+            for where, all_ in snapshot.candidates.items()
+            for candidate in all_
+            if candidate.node == name
+        ),
+        *(
+            keys.probe_report(where, name)
+            for where, all_ in snapshot.probe_reports.items()
+            for report in all_
+            if report.prober == name
+        ),
+    )

@@ -1,0 +1,285 @@
+"""This host's record in etcd: put at its name under the long lease, watched, and restored if another writer changes it.
+
+The name is the host's as long as the record at it carries the host's public key: every write in its name is conditional
+on that (`Registration.write`). The record is put in the same transaction as the first status, so that no second host
+of this name slips in between. A record is restored a few times a minute and no more (`node_identity.RestoreCounter`).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+import structlog
+import trio
+from attrs import evolve, frozen
+
+from kilo_etcd.etcd.api import (
+    Client,
+    Compare,
+    CompareTarget,
+    Delete,
+    EtcdError,
+    EventType,
+    Get,
+    Is,
+    KeyValue,
+    Op,
+    Put,
+    RangeResult,
+    TxnResult,
+    absent,
+    unchanged,
+)
+from kilo_etcd.model import IPInterface
+from kilo_etcd.store.keys import Keys
+from kilo_etcd.store.records import NodeRecord, encode
+from kilo_etcd.store.session.cluster_guard import ClusterGuard
+from kilo_etcd.store.session.node_identity import (
+    NameTaken,
+    RestoreCounter,
+    public_key_of,
+    status_key_of,
+    taken_by,
+)
+
+RETRY_FIRST = 0.2
+
+MOST_AT_ONCE = 100
+"""Operations in one transaction: etcd takes 128 (--max-txn-ops)."""
+
+
+class RecordChanged(Exception):
+    """The record at our name is not the one we put: look again."""
+
+
+@frozen
+class Standing:
+    """What stands at this host's name, as of `revision`."""
+
+    node: KeyValue | None
+    status: KeyValue | None
+    revision: int
+
+
+@frozen
+class Written:
+    """The outcome of a registration; `revision` is 0 if etcd held all of it already."""
+
+    record: bool
+    """Whether the record was written."""
+    revision: int
+
+
+class Registration:
+    """The record of node `name`, whose WireGuard key is `public_key`. Changed under `lock`.
+
+    `on_changed` is called when the record has to be restored.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        keys: Keys,
+        name: str,
+        public_key: str,
+        lock: trio.Lock,
+        guard: ClusterGuard,
+        *,
+        retry_most: float,
+        on_changed: Callable[[], None],
+        rng: random.Random,
+    ) -> None:
+        self._client = client
+        self._name = name
+        self._public_key = public_key
+        self._lock = lock
+        self._guard = guard
+        self._retry_most = retry_most
+        self._on_changed = on_changed
+        self._rng = rng
+        self._log = structlog.get_logger().bind(node=name)
+        self._node_key, self._status_key = keys.node(name), keys.status(name)
+        self.record: NodeRecord | None = None
+        """What is wanted."""
+        self._known: KeyValue | None = None
+        """What etcd is known to hold."""
+        self.seen = 0
+        """etcd's revision up to which the record is known to be as it was put."""
+        self._restores = RestoreCounter(self._node_key)
+        self._watch_scope = trio.CancelScope()
+        self._registered = trio.Event()
+
+    @property
+    def known(self) -> bool:
+        """Whether the record is in etcd, as far as is known."""
+        return self._known is not None
+
+    def look_again(self) -> None:
+        """The record may not be there any more."""
+        self._known = None
+
+    def look_anew(self) -> None:
+        """Etcd is another one, in which a watch would wait for a revision far away."""
+        self._known = None
+        self._watch_scope.cancel()
+
+    def check_restores(self) -> None:
+        """NameTaken if the record is restored too often."""
+        self._restores.check(trio.current_time())
+
+    def note_restore(self) -> None:
+        """The record was restored."""
+        self._restores.note(trio.current_time())
+
+    # --- the name ----------------------------------------------------------------------------------------------
+
+    async def look(self) -> Standing:
+        """What stands at the name. EtcdError."""
+        answer = await self._client.txn([], [Get(self._node_key), Get(self._status_key)])
+        return Standing(_one(answer, 0), _one(answer, 1), answer.header.revision)
+
+    async def look_until_free(self, deadline: float) -> Standing:
+        """The same, as soon as no other living host has the name. NameTaken if one has it at `deadline`, on trio's
+        clock; EtcdError."""
+        while True:
+            standing = await self.look()
+            taken = taken_by(self._name, self._public_key, standing.node, standing.status)
+            if taken is None:
+                return standing
+            left = deadline - trio.current_time()
+            if left <= 0:
+                raise NameTaken(taken)
+            await trio.sleep(min(0.5, left))
+
+    def is_own(self, node_kv: KeyValue | None) -> bool:
+        """Whether a record at the name carries this host's key."""
+        return node_kv is not None and public_key_of(node_kv) == self._public_key
+
+    def _as(self, standing: Standing) -> list[Compare]:
+        both = (standing.node, self._node_key), (standing.status, self._status_key)
+        return [unchanged(kv) if kv else absent(key) for kv, key in both]
+
+    # --- writes ------------------------------------------------------------------------------------------------
+
+    def value(self, stated: tuple[IPInterface, ...]) -> bytes:
+        """The wanted record, with the mesh addresses that it states."""
+        assert self.record is not None
+        return encode(evolve(self.record, mesh_addresses=stated))
+
+    async def put(self, value: bytes, lease: int, beside: Sequence[Op], standing: Standing) -> Written | None:
+        """Put what of the record and `beside` etcd lacks, if the name is as `standing` says; None: look again.
+        EtcdError."""
+        node_kv = standing.node
+        if node_kv is not None and not self._registered.is_set() and not self.is_own(node_kv):
+            # Made anew, since of two records with one key the older one keeps it: this one is no older than its
+            # key. A record that is changed while this runs is another matter: it is restored, with its age.
+            await self._client.txn(self._as(standing), [Delete(self._node_key)])
+            return None
+        ops = list(beside)
+        lacks = node_kv is None or node_kv.value != value or node_kv.lease != lease
+        if lacks:
+            ops.insert(0, Put(self._node_key, value, lease=lease))
+        if not ops:
+            self._known, self.seen = node_kv, standing.revision
+            self._registered.set()
+            return Written(record=False, revision=0)
+        done = await self._client.txn(self._as(standing), ops)
+        self._guard.observe(done.header)
+        if not done.succeeded:
+            return None
+        self.seen = revision = done.header.revision
+        self._known = (
+            KeyValue(key=self._node_key.encode(), value=value, mod_revision=revision, lease=lease) if lacks else node_kv
+        )
+        self._log.info("registered", revision=revision, new=node_kv is None)
+        self._registered.set()
+        return Written(record=lacks, revision=revision)
+
+    async def write(self, ops: list[Op]) -> int:
+        """Write in this host's name; the revision of the last write. RecordChanged, EtcdError."""
+        revision = 0
+        for first in range(0, len(ops), MOST_AT_ONCE):
+            compare = (
+                []
+                if self._known is None
+                else [Compare(self._node_key, CompareTarget.MOD, Is.EQUAL, self._known.mod_revision)]
+            )
+            done = await self._client.txn(compare, ops[first : first + MOST_AT_ONCE])
+            self._guard.observe(done.header)
+            if not done.succeeded:
+                raise RecordChanged
+            revision = done.header.revision
+        return revision
+
+    async def delete_own(self, changed: Sequence[str]) -> None:
+        """Delete keys of this host that another writer has changed: they may be under no lease, or another, and would
+        outlive the host. If the name is another host's by now, they are that one's; so is a status with its key."""
+        standing = await self.look()
+        if standing.node is not None and public_key_of(standing.node) not in (None, self._public_key):
+            return
+        keys = [key for key in changed if key != self._status_key]
+        if len(keys) < len(changed) and standing.status is not None and not self._is_anothers(standing.status):
+            keys.append(self._status_key)  # The last, since all writes compare it.
+        for first in range(0, len(keys), MOST_AT_ONCE):
+            ops = [Delete(key) for key in keys[first : first + MOST_AT_ONCE]]
+            done = await self._client.txn(self._as(standing), ops)
+            if not done.succeeded:
+                return  # Another host has taken the name.
+
+    def _is_anothers(self, status_kv: KeyValue) -> bool:
+        """Whether another host of this name lives: nobody keeps a status that is under no lease."""
+        return bool(status_kv.lease) and status_key_of(status_kv) not in (None, self._public_key)
+
+    def drop(self) -> None:
+        """Want no record any more."""
+        self.record, self._known = None, None
+
+    async def delete(self) -> None:
+        """Delete the record, if it is this host's. EtcdError."""
+        node_kv = await self._client.get(self._node_key)
+        if node_kv is not None and self.is_own(node_kv):
+            await self._client.txn([unchanged(node_kv)], [Delete(self._node_key)])
+
+    # --- the task ----------------------------------------------------------------------------------------------
+
+    async def watch(self) -> None:
+        """See to it that the registration is not taken away unnoticed, until cancelled."""
+        delay = RETRY_FIRST
+        while True:
+            await self._registered.wait()
+            known = self._known
+            if known is None:
+                await trio.sleep(delay)
+                continue
+            try:
+                with trio.CancelScope() as self._watch_scope:
+                    async with self._client.watch(self._node_key, start_revision=self.seen + 1) as watch:
+                        async for batch in watch:
+                            delay = RETRY_FIRST
+                            for event in batch.events:
+                                await self._event(event.type, event.kv)
+            except EtcdError:
+                # Whatever happened meanwhile is seen by looking again.
+                self._known = None
+                self._on_changed()
+            await trio.sleep(delay * self._rng.uniform(0.5, 1.5))
+            delay = min(delay * 2, self._retry_most)
+
+    async def _event(self, kind: EventType, kv: KeyValue) -> None:
+        async with self._lock:
+            known = self._known
+            if self.record is None or known is None or kv.mod_revision <= known.mod_revision:
+                return
+            if kind is EventType.PUT and kv.value == known.value and kv.lease == known.lease:
+                self._known = kv
+                return
+            self._known = None
+        self._log.warning("another writer changed this host's record; restoring it")
+        self._on_changed()
+
+
+def _one(answer: TxnResult, index: int) -> KeyValue | None:
+    response = answer.responses[index]
+    assert isinstance(response, RangeResult)
+    return response.kvs[0] if response.kvs else None
