@@ -18,6 +18,7 @@ from contextlib import suppress
 from typing import TypeVar
 
 import trio
+from attrs import evolve
 
 from kilo_etcd import etcd, kernel, store
 from kilo_etcd.agent.cachefile import CachedSnapshot, Identity
@@ -249,7 +250,7 @@ class Daemon:
                 secret,
                 etcd_away=self._etcd_away,
                 on_heard=self._note_leader_hints,
-                sources=lambda: self.registration.sources,
+                sources=lambda: self.registration.facts.sources(),
             )
         )
         self._reachability = None
@@ -741,18 +742,10 @@ class Daemon:
         silent = await self._never_answered(topology)
         encryption = await self._encryption_inputs(topology, silent)
         endpoints = self.config.etcd.endpoints
-        return Surroundings(
-            table=self.resolver.table,
-            failed=self.resolver.failed,
-            etcd=self._etcd_networks(),
-            etcd_unresolved=self.resolver.unresolved(endpoints),
-            underlay=self.registration.underlay,
-            families=self.registration.families,
-            sources=self.registration.sources,
-            addresses=self.registration.addresses,
-            silent=silent,
-            encryption=encryption,
+        found = self.registration.facts.surroundings(
+            self._etcd_networks(), self.resolver.table, self.resolver.failed, self.resolver.unresolved(endpoints)
         )
+        return evolve(found, silent=silent, encryption=encryption)
 
     async def _never_answered(self, topology: Topology) -> tuple[Silent, ...]:
         """The members of the location that have never answered. UnknownNode."""
@@ -774,9 +767,9 @@ class Daemon:
             return None
         await self._encrypting.prepare(topology, etcd_away=self.cached is not None)
         self.resolver.networks(self._encrypting.etcd_urls)
-        leader = topology.segment_of(self.name).leader.name
+        leader, facts = topology.segment_of(self.name).leader.name, self.registration.facts
         return self._encrypting.inputs(
-            topology, sources=self.registration.sources, addresses=self.registration.addresses,
+            topology, sources=facts.sources(), addresses=facts.own_addresses(),
             table=self.resolver.table,
             silent=frozenset(one.target.address for one in silent if one.withheld and one.target.node == leader),
         )  # fmt: skip
@@ -1007,7 +1000,8 @@ class Daemon:
         annotation = self.keys.annotation(self.name, "force-internal-ip")
         if self.topology is None or self.mirror.kv(annotation) is None:
             return ()
-        return missing_addresses(self.topology, self.name, self.registration.addresses, self.registration.underlay)
+        facts = self.registration.facts
+        return missing_addresses(self.topology, self.name, facts.own_addresses(), facts.underlay())
 
     def _etcd_trouble(self) -> str | None:
         """Why etcd is not followed or does not hold what this host has to say, with etcd's own error and what to do."""

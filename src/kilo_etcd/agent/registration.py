@@ -1,7 +1,7 @@
 """This host's addresses and endpoints: looked up, registered if they differ, and looked up again.
 
-What is found decides nothing here; the rules are `runtime.discover`'s. What it finds besides is kept for whoever
-asks: the underlay, the families in which the host reaches others, and addresses of the operator's in the mesh's way.
+What is found decides nothing here; the rules are `runtime.discover`'s. What it finds is kept for whoever asks: the
+facts, from which the surroundings of a plan follow, and addresses of the operator's in the mesh's way.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from attrs import evolve
 
 from kilo_etcd import __version__, etcd, kernel, store
 from kilo_etcd.base import descriptors
-from kilo_etcd.model import IPAddress, IPNetwork
+from kilo_etcd.model import IPNetwork
 from kilo_etcd.planning.encryption import StageReport
 from kilo_etcd.runtime import discover
 from kilo_etcd.runtime.config import AgentConfig
@@ -50,12 +50,8 @@ class HostRegistration:
         self.record: store.NodeRecord | None = None
         self.report = StageReport()
         """The stage of the switch to `encrypted` in the record."""
-        self.underlay: tuple[IPNetwork, ...] = ()
-        self.sources: tuple[IPAddress, ...] = ()
-        """The host's own addresses on the underlay."""
-        self.addresses: frozenset[IPAddress] = frozenset()
-        """All addresses of the host."""
-        self.families: frozenset[int] = frozenset()
+        self.facts = discover.HostFacts()
+        """What was found on the host when it was last looked at."""
         self.overlaps: tuple[str, ...] = ()
         """Sentences on the operator's addresses within the mesh's subnets."""
 
@@ -108,8 +104,7 @@ class HostRegistration:
         location, why = config.location, "--location"
         if not location:
             location, why = discover.location_from_cloud_init()
-        self.underlay, self.sources, self.families = facts.underlay(), facts.sources(), facts.families()
-        self.addresses = frozenset(item.address.ip for item in facts.addresses)
+        self.facts = facts
         self.overlaps = facts.overlaps(self.subnets)
         stated, self._reached = facts.reached(etcd_at).registered(
             self._reached, None if self.record is None else self.record.underlay

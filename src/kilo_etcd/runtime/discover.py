@@ -115,8 +115,12 @@ class HostFacts:
         return Surroundings(
             table=table, failed=failed, etcd=etcd, etcd_unresolved=unresolved, underlay=self.underlay(),
             families=self.families(), sources=self.sources(),
-            addresses=frozenset(item.address.ip for item in self.addresses),
+            addresses=self.own_addresses(),
         )  # fmt: skip
+
+    def own_addresses(self) -> frozenset[IPAddress]:
+        """All addresses of the host."""
+        return frozenset(item.address.ip for item in self.addresses)
 
     def families(self) -> frozenset[int]:
         """The families in which the host has a way to others: those of its default routes, or else of its networks."""

@@ -270,8 +270,8 @@ class Watchman:
         seen.silent = account.silent if account.silent == _silent(agent) else None
         seen.busy = account.busy or _busy(agent)
         self._check_writes(agent, snapshot, account)
-        seen.moved = seen.addresses != agent.registration.addresses
-        seen.addresses = agent.registration.addresses
+        seen.moved = seen.addresses != agent.registration.facts.own_addresses()
+        seen.addresses = agent.registration.facts.own_addresses()
         # Leader hints while etcd is away are not etcd's state.
         if topology.snapshot is not snapshot:
             return
@@ -480,7 +480,7 @@ class Watchman:
             return
         # Who changes itself may be reached otherwise, and the handshake order with it is decided anew.
         # An address that is gone or has come is no route's source any more, or may be one again.
-        moved = seen.moved or seen.addresses != agent.registration.addresses
+        moved = seen.moved or seen.addresses != agent.registration.facts.own_addresses()
         busy = moved or account.order_due or _busy(agent) or _changed(account, snapshot, agent.name)
         silent = not (account.silent_before == account.silent == _silent(agent))
         # What comes out of the tunnel for a member that does not answer is refused if the mesh carries internal IPs.
