@@ -1,25 +1,5 @@
-"""What the tests of kgctl share: an etcd in memory in place of the real one; and namespaces of their own."""
+"""Tests in this directory may run in namespaces of their own, or find an etcd in memory in place of the real one."""
 
-from __future__ import annotations
-
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-
-import pytest
+from ctl_world import fake  # noqa: F401
 
 from helpers_namespaces import own_namespaces, pytest_pyfunc_call  # noqa: F401
-from kilo_etcd.etcd import Client, Config
-from kilo_etcd.testing.fake_etcd import FakeEtcd
-
-
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> FakeEtcd:
-    """An etcd in memory, empty, that every kgctl of the test finds, whatever endpoint it is given."""
-    fake = FakeEtcd()
-
-    @asynccontextmanager
-    async def opened(config: Config) -> AsyncIterator[Client]:
-        yield fake.client()
-
-    monkeypatch.setattr("kilo_etcd.etcd.open_client", opened)
-    return fake

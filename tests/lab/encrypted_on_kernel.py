@@ -7,8 +7,8 @@ whose one processor is slow.
 from __future__ import annotations
 
 import pytest
+from encrypted_scenarios import nothing_in_clear, one_lan, switched
 
-from encrypted import nothing_in_clear, one_lan, switched
 from helpers_load import lease_for
 from kilo_etcd.lab.client import running_lab
 

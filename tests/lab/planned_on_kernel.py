@@ -1,15 +1,15 @@
 """What an operator does on purpose, on the kernel's own WireGuard.
 
 Not collected by itself: `test_mesh_kernel.py` runs it where a kernel has that, on this machine or in a guest, whose one
-processor is slow. Shapes are switched there by `on_kernel_wireguard.py`.
+processor is slow. Shapes are switched there by `mesh_on_kernel.py`.
 """
 
 from __future__ import annotations
 
 import pytest
+from planned_scenarios import handed_over, nothing_moves, planned_world
 
 from helpers_load import lease_for
-from planned import handed_over, nothing_moves, planned_world
 
 pytestmark = [pytest.mark.lab, pytest.mark.deadline(1000)]
 

@@ -13,8 +13,17 @@ from typing import Any
 
 import pytest
 import trio
+from encrypted_scenarios import (
+    SERVER,
+    WIREGUARD,
+    in_clear,
+    nothing_in_clear,
+    one_lan,
+    refuse_each_other,
+    set_to,
+    switched,
+)
 
-from encrypted import SERVER, WIREGUARD, in_clear, nothing_in_clear, one_lan, refuse_each_other, set_to, switched
 from helpers import eventually, require
 from kilo_etcd.ctl.reports.report import DROPPED
 from kilo_etcd.lab.client import Lab, LabError, running_lab

@@ -13,7 +13,7 @@ from helpers_guest import pytest_in_guest
 @pytest.mark.guest
 @pytest.mark.lab
 def test_a_to_g_on_kernel_wireguard() -> None:
-    done = pytest_in_guest("tests/lab/on_kernel_wireguard.py", "--durations=5")
+    done = pytest_in_guest("tests/lab/mesh_on_kernel.py", "--durations=5")
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
 

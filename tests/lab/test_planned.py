@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-
-from planned import EVENTS, planned_world
+from planned_scenarios import EVENTS, planned_world
 
 pytestmark = [pytest.mark.lab, pytest.mark.deadline(600)]
 

@@ -1,0 +1,24 @@
+"""What the tests of kgctl share: an etcd in memory in place of the real one."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from kilo_etcd.etcd import Client, Config
+from kilo_etcd.testing.fake_etcd import FakeEtcd
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeEtcd:
+    """An etcd in memory, empty, that every kgctl of the test finds, whatever endpoint it is given."""
+    fake = FakeEtcd()
+
+    @asynccontextmanager
+    async def opened(config: Config) -> AsyncIterator[Client]:
+        yield fake.client()
+
+    monkeypatch.setattr("kilo_etcd.etcd.open_client", opened)
+    return fake
