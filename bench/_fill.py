@@ -12,12 +12,12 @@ import os
 import random
 import sys
 from base64 import b64encode
-from ipaddress import IPv4Address, ip_address, ip_interface, ip_network
+from ipaddress import ip_address, ip_interface, ip_network
 
 import trio
 
 from kilo_etcd import etcd
-from kilo_etcd.model import CandidateClass, Endpoint
+from kilo_etcd.model import CandidateClass, Endpoint, IPAddress
 from kilo_etcd.store import CandidateRecord, Keys, NodeRecord
 from kilo_etcd.store.claims import candidates
 from kilo_etcd.store.records import encode
@@ -36,7 +36,7 @@ def records(count: int, private: str, lease: int) -> list[list[etcd.Put]]:
     rng = random.Random(7)
     own = ip_interface(private).network
     hosts = []
-    taken: set[IPv4Address] = set()
+    taken: set[IPAddress] = set()
     for number in range(1, count + 1):
         place, index = divmod(number, PER_LOCATION)
         name, location = f"node-{number}", f"location-{place}"

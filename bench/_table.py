@@ -45,7 +45,8 @@ def spread(seconds: Sequence[float], *, unit: float = 1000.0, digits: int = 0) -
     """Number of runs, min, median and max; milliseconds unless `unit` (units per second) says otherwise."""
     if not seconds:
         return "0", "-", "-", "-"
-    return str(len(seconds)), *(f"{x * unit:,.{digits}f}" for x in (min(seconds), median(seconds), max(seconds)))
+    least, middle, most = (f"{x * unit:,.{digits}f}" for x in (min(seconds), median(seconds), max(seconds)))
+    return str(len(seconds)), least, middle, most
 
 
 def distribution(seconds: Sequence[float], *, unit: float = 1000.0, digits: int = 0) -> tuple[str, ...]:

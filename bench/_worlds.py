@@ -22,12 +22,13 @@ _PREPARE = (
     'ip link set lo up && exec "$@"'
 )
 _TIMEOUT = "1800"
+_BACKENDS: tuple[Backend, ...] = ("kernel", "userspace")
 
 
 def inside() -> Backend | None:
     """The way to have WireGuard that this process was started for, or None: it is the one to call `run_in_worlds`."""
     found = os.environ.get("KILO_BENCH_INSIDE")
-    return found if found in ("kernel", "userspace") else None  # type: ignore[return-value]
+    return next((backend for backend in _BACKENDS if backend == found), None)
 
 
 def sh(command: str, *, given: str | None = None) -> str:
@@ -56,7 +57,7 @@ def run_in_worlds(file: str, *arguments: str) -> int:
     return int(failed)
 
 
-def _way(backend: Backend) -> Sequence[str] | None:
+def _way(backend: str) -> Sequence[str] | None:
     """What a command is put behind so that it finds that WireGuard."""
     if backend == "userspace" or _has_wireguard():
         return ()

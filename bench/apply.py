@@ -28,7 +28,7 @@ from attrs import evolve
 from _table import QUICK, console, runs, table
 from _worlds import Backend, inside, run_in_worlds, sh
 from kilo_etcd.kernel import ApplyReport, Kernel, Setup, cleanup, open_kernel
-from kilo_etcd.model import Endpoint
+from kilo_etcd.model import Endpoint, IPNetwork
 from kilo_etcd.model.hostplan import HostPlan, PeerPlan, RoutePlan, Via
 
 PRIVATE = b64encode(bytes([9]) * 32).decode()
@@ -53,7 +53,7 @@ def peers(count: int) -> dict[str, PeerPlan]:
     return made
 
 
-def routes(count: int, gateway: str | None = None) -> dict[object, RoutePlan]:
+def routes(count: int, gateway: str | None = None) -> dict[IPNetwork, RoutePlan]:
     networks = [ip_network((0x6440_0000 + number * 256, 24)) for number in range(count)]
     way = Via.TUNNEL if gateway is None else Via.UNDERLAY
     by = None if gateway is None else ip_address(gateway)
@@ -220,9 +220,10 @@ async def one_changes(backend: Backend) -> None:
     steps: dict[str, tuple[list[float], list[float], list[int]]] = {}
 
     def note(name: str, mine: float, theirs: float, messages: int) -> None:
-        kept = steps.setdefault(name, ([], [], []))
-        for into, value in zip(kept, (mine, theirs, messages), strict=True):
-            into.append(value)  # type: ignore[arg-type]
+        ours_took, theirs_took, sent = steps.setdefault(name, ([], [], []))
+        ours_took.append(mine)
+        theirs_took.append(theirs)
+        sent.append(messages)
 
     async with ours(backend) as kernel:
         await apply(kernel, wanted)

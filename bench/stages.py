@@ -117,10 +117,10 @@ async def main() -> None:
             return [Put(KEYS.node(name), encode(record(i, stage, since)), lease) for i, name in enumerate(NAMES)]
 
         answers = await meter.of(lambda: put_all(client, records(EncryptionStage.ACCEPTS, None)))
-        async with own.watch_prefix(KEYS.root) as watch, trio.open_nursery() as nursery:
+        async with own.watch_prefix(KEYS.root) as changes, trio.open_nursery() as nursery:
 
             async def read() -> None:
-                async for _ in watch:
+                async for _ in changes:
                     pass
 
             nursery.start_soon(read)

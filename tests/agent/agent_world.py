@@ -48,6 +48,12 @@ class World:
     def logged(self, sentence: str) -> int:
         return self.log.getvalue().count(sentence)
 
+    def value(self, key: str | bytes) -> bytes:
+        """What etcd holds at a key that is there."""
+        value = self.etcd.get(key)
+        assert value is not None, f"etcd has no {key!r}"
+        return value
+
     async def ready(self) -> None:
         await eventually(lambda: self.host.observed.link is not None and self.host.observed.link.up, 30, every=0.1)
 

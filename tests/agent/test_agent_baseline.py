@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 from kilo_etcd.agent.probing.baseline import LONGEST_PAUSE, OPEN_SECONDS, PAUSE, NoBaseline
@@ -37,7 +38,7 @@ def test_reports_that_come_to_nothing_are_made_ever_less_often() -> None:
 def test_targets_that_come_and_go_do_not_cut_the_pauses_short_for_ever() -> None:
     steady = reports(7200, lambda _now: ["b", "c"])
     for period in (10, 60, 300):
-        coming = reports(7200, lambda now, period=period: ["b", f"new-{now // period}"])
+        coming = reports(7200, partial(lambda period, now: ["b", f"new-{now // period}"], period))
         assert len(coming) <= len(steady) + 6, f"one new target every {period} s"
         assert max(later - earlier for earlier, later in pairwise(coming)) <= LONGEST_PAUSE + 20
     assert len(reports(7200, lambda now: ["b", "c"] if now // 60 % 2 else ["b"])) <= len(steady) + 6

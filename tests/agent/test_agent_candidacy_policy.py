@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ipaddress import ip_address, ip_interface, ip_network
+from typing import Any
 
 import pytest
 from attrs import evolve
@@ -78,7 +79,7 @@ def test_who_may_stand(snapshot: Snapshot, expected: DesiredCandidacy | None) ->
     assert eligible(snapshot, "a") == expected
 
 
-def now(**changes: object) -> CandidacyInputs:
+def now(**changes: Any) -> CandidacyInputs:
     return evolve(CandidacyInputs(now=100.0, stable_since=99.5, ready=True, leads=False, current=None), **changes)
 
 

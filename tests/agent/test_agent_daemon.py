@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from contextlib import suppress
+from functools import partial
 from ipaddress import ip_address, ip_interface, ip_network
 from pathlib import Path
 
@@ -28,7 +29,7 @@ async def test_what_clean_up_removes_is_not_restored(
     world: World, monkeypatch: pytest.MonkeyPatch, etcd_is_there: bool
 ) -> None:
     async def cleanup(interface: str, *, public_key: str) -> tuple[Change, ...]:
-        changes = (*map(DeleteRoute, world.host.observed.routes.values()), DeleteLink(interface))
+        changes: tuple[Change, ...] = (*map(DeleteRoute, world.host.observed.routes.values()), DeleteLink(interface))
         for change in changes:
             world.host.tamper([change])
             await trio.sleep(1)
@@ -68,7 +69,7 @@ async def test_health_and_the_status_line_have_etcds_own_error_and_its_kind(
 
             monkeypatch.setattr(world.client, "range", refuse)
             await eventually(lambda: not daemon.mirror.connected, 30, every=0.1)
-            await eventually(lambda kind=kind: kind in said[-1], 5, every=0.1)
+            await eventually(partial(lambda kind: kind in said[-1], kind), 5, every=0.1)
             assert world.metrics.health() == f"{kind}: {error}; forwarding goes on by the last plan"
             assert f"{kind}: {error}" in said[-1]
             monkeypatch.setattr(world.client, "range", look)
@@ -119,7 +120,7 @@ async def test_a_claim_that_cannot_be_restored_shows_in_the_health_and_the_statu
         raise etcd.PermissionDenied("user kilo may not write there")
 
     def named() -> bool:
-        found = store.records.decode_status(world.etcd.get("/kilo-status/h1")).errors
+        found = store.records.decode_status(world.value("/kilo-status/h1")).errors
         return any("cannot be restored" in sentence for sentence in found)
 
     async with running(world) as daemon:
@@ -455,7 +456,7 @@ async def test_a_host_whose_name_another_took_says_so_until_that_one_is_gone(wor
         assert world.host.observed.addresses == addresses
         world.etcd.delete("/kilo-status/h1")
         await eventually(lambda: world.metrics.health() is None, 30, every=0.1)
-        assert store.records.decode_node(world.etcd.get("/kilo/nodes/h1")).public_key == world.daemon.public_key
+        assert store.records.decode_node(world.value("/kilo/nodes/h1")).public_key == world.daemon.public_key
 
 
 async def test_a_copy_of_this_machine_is_not_fought_for_ever_and_shows_in_its_health(world: World) -> None:
@@ -476,7 +477,7 @@ async def test_a_copy_of_this_machine_is_not_fought_for_ever_and_shows_in_its_he
 
 async def test_a_status_that_another_writes_again_and_again_is_restored_and_named(world: World) -> None:
     def sentences() -> tuple[str, ...]:
-        return store.records.decode_status(world.etcd.get("/kilo-status/h1")).errors
+        return store.records.decode_status(world.value("/kilo-status/h1")).errors
 
     async with running(world) as daemon:
         await eventually(lambda: "/kilo-status/h1" in world.etcd)
@@ -506,7 +507,7 @@ async def test_an_address_within_the_meshs_subnet_is_reported_until_it_goes(worl
 
     def reported() -> tuple[str, ...]:
         (kv,) = world.etcd.keys("/kilo-status/")
-        return store.records.decode_status(world.etcd.get(kv)).errors
+        return store.records.decode_status(world.value(kv)).errors
 
     async with running(world):
         await eventually(reported, 5, every=0.1)
@@ -526,7 +527,7 @@ async def test_an_internal_ip_that_the_operator_forces_and_the_host_does_not_hav
 
     def reported() -> tuple[str, ...]:
         (kv,) = world.etcd.keys("/kilo-status/h1")
-        return store.records.decode_status(world.etcd.get(kv)).errors
+        return store.records.decode_status(world.value(kv)).errors
 
     async with running(world):
         await eventually(lambda: world.metrics.health() is None, 30, every=0.1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from functools import partial
 from ipaddress import ip_address, ip_interface, ip_network
 from typing import Any
 
@@ -279,7 +280,7 @@ async def test_internal_ips_that_the_plan_has_a_route_to_are_tried_from_its_sour
     # A route that is not there, since the kernel refuses it for instance, is preceded by none.
     world.host.tamper([DeleteRoute(one) for one in world.host.observed.routes.values()])
     for choice in ("No route to host", other):
-        world.host.taken = lambda address, source, choice=choice: choice
+        world.host.taken = partial(lambda choice, address, source: choice, choice)
         (taken,) = (await answerer.answer(DiagnosticsRequest(tries=4))).routes
         assert not taken.foreign
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 from functools import partial
 from ipaddress import ip_address, ip_interface
 from itertools import pairwise
@@ -17,7 +18,7 @@ from helpers import eventually
 from kilo_etcd import kernel
 from kilo_etcd.agent import dnshosts
 from kilo_etcd.agent.dnshosts import Names, WriteNames, writer
-from kilo_etcd.kernel.api import Change
+from kilo_etcd.kernel.state import Change
 from kilo_etcd.runtime import key_file
 from kilo_etcd.runtime.config import AgentConfig
 from kilo_etcd.runtime.hostnames import BY_AGENT
@@ -199,10 +200,10 @@ async def test_many_changes_are_written_once_a_second_at_most_and_what_changes_n
 def test_the_block_is_the_agents_own_and_does_not_name_this_host_in_short(
     hosts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dnshosts.socket, "gethostname", lambda: "node-1.example.org")
+    monkeypatch.setattr(socket, "gethostname", lambda: "node-1.example.org")
     monkeypatch.setattr(dnshosts, "write_names", partial(write_names, path=hosts, lock_dir=hosts.parent / "run"))
     write = writer(AgentConfig.build(hostname="h2"))
-    names = {name: (ip_address(f"10.4.0.{at}"),) for at, name in enumerate(("h2", "node-1", "node-2"))}
+    names: Names = {name: (ip_address(f"10.4.0.{at}"),) for at, name in enumerate(("h2", "node-1", "node-2"))}
     assert trio.run(write, names)
     assert block(hosts) == [
         "10.4.0.0 h2.kilo h2.mesh", "10.4.0.1 node-1.kilo node-1.mesh", "10.4.0.2 node-2.kilo node-2.mesh node-2"

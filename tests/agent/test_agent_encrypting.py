@@ -368,7 +368,7 @@ def bare(
     refuses: Collection[str] = (),
 ) -> Encrypting:
     """The part of an agent on h1; `told` and `stages`: what it has reported; `refuses`: whom its kernel refuses."""
-    said = [None] if stages is None else stages
+    said: list[StageRecord | None] = [None] if stages is None else stages
 
     async def register(report: StageReport) -> bool:
         await trio.lowlevel.checkpoint()

@@ -283,9 +283,8 @@ async def test_a_leader_that_was_replaced_while_it_was_cut_off_follows_the_new_o
         await trio.sleep(0.2)
         assert daemon.role.leader == "h1"
         # The query has been used up by the response that was not newer.
-        await eventually(
-            lambda: (new := unpack(transport.sent[-1][0], secret())) and new.nonce != query.nonce, 2, every=0.1
-        )
+        used = query.nonce
+        await eventually(lambda: (new := unpack(transport.sent[-1][0], secret())) and new.nonce != used, 2, every=0.1)
         query = unpack(transport.sent[-1][0], secret())
         assert query is not None
         before = daemon.applied_revision

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import random
-from ipaddress import IPv4Address, ip_address, ip_interface, ip_network
+from collections.abc import Collection
+from ipaddress import ip_address, ip_interface, ip_network
 
 import pytest
 import trio
@@ -21,10 +22,12 @@ from kilo_etcd.agent.probing import probe_assignment
 from kilo_etcd.agent.probing.baseline import OPEN_SECONDS, SETTLE_SECONDS
 from kilo_etcd.kernel.firewall.chains import Obstacle
 from kilo_etcd.kernel.state import DeleteRoute, SetPeer
-from kilo_etcd.model import CandidateClass, Endpoint, IPAddress
+from kilo_etcd.model import CandidateClass, Endpoint, IPAddress, Node
 from kilo_etcd.runtime import key_file
 from kilo_etcd.store import CandidateRecord, ProbeReportRecord
 from kilo_etcd.store.records import NodeRecord, encode
+from kilo_etcd.topology import Segment
+from kilo_etcd.topology.segments import Topology
 
 pytestmark = pytest.mark.autojump
 
@@ -91,8 +94,13 @@ def keepalives(world: World) -> list[int | None]:
 
 
 async def test_as_long_as_all_is_well_one_small_packet_goes_out_and_nothing_is_written(mesh: World) -> None:
-    asked: list[IPv4Address] = []
-    mesh.host.reach = lambda address: asked.append(address) or True  # type: ignore[func-returns-value,assignment]
+    asked: list[IPAddress] = []
+
+    def reach(address: IPAddress) -> bool:
+        asked.append(address)
+        return True
+
+    mesh.host.reach = reach
     async with running(mesh) as daemon:
         await settle(mesh)
         await trio.sleep(600)  # Until members of the location are asked rarely.
@@ -216,7 +224,7 @@ async def test_an_answer_by_way_of_the_successor_takes_nothing_back(mesh: World)
     enter_candidacy(mesh, "g2")
     candidacy = mesh.etcd.data[b"/kilo/elections/gcp/g1"].create_revision
 
-    def reach(address: IPv4Address) -> bool:
+    def reach(address: IPAddress) -> bool:
         gateway = mesh.host.observed.routes[ip_network("10.4.0.0/16")].gateway
         return address == ip_address(NEAR["g1"]) or gateway == ip_address(NEAR["g2"])
 
@@ -441,8 +449,13 @@ async def test_a_host_that_may_not_ping_goes_on_if_others_suspect_the_leader_too
 
 
 async def test_without_probes_nothing_is_tried(mesh: World) -> None:
-    asked: list[IPv4Address] = []
-    mesh.host.reach = lambda address: asked.append(address)  # type: ignore[assignment,func-returns-value]
+    asked: list[IPAddress] = []
+
+    def reach(address: IPAddress) -> bool:
+        asked.append(address)
+        return False
+
+    mesh.host.reach = reach
     async with running(mesh, probe=False):
         await settle(mesh)
         assert asked == []
@@ -629,9 +642,12 @@ def test_the_probe_packets_stay_below_a_kilobit_a_second() -> None:
 async def test_a_host_that_has_nobody_to_try_chooses_nobody(mesh: World, monkeypatch: pytest.MonkeyPatch) -> None:
     enter_candidacy(mesh, "g2")
     chosen: list[str] = []
-    monkeypatch.setattr(
-        probe_assignment, "_targets", lambda topology, segment, own, named: chosen.append(own.name) or ()
-    )
+
+    def targets(topology: Topology, segment: Segment, own: Node, reported: Collection[str]) -> tuple[Node, ...]:
+        chosen.append(own.name)
+        return ()
+
+    monkeypatch.setattr(probe_assignment, "_targets", targets)
     async with running(mesh):
         await settle(mesh)
         assert chosen == [], "g2 is next in line"

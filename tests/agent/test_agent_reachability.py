@@ -38,7 +38,7 @@ from kilo_etcd.model.hostplan import HostPlan, RoutePlan, Via
 from kilo_etcd.planning.reach import MemberAddress, Silent
 from kilo_etcd.runtime import key_file
 from kilo_etcd.store import CandidateRecord
-from kilo_etcd.store.records import NodeRecord, decode_status, encode
+from kilo_etcd.store.records import NodeRecord, Unreachable, decode_status, encode
 from kilo_etcd.testing.fake_kernel import FakeHost, FakeKernel
 from kilo_etcd.topology import build_topology
 
@@ -301,9 +301,9 @@ def routed(world: World) -> bool:
     return MESH_G1 in world.host.observed.routes
 
 
-def unreachable(world: World) -> list[tuple[str, str, bool]]:
+def unreachable(world: World) -> list[Unreachable]:
     value = world.etcd.get("/kilo-status/h1")
-    return [] if value is None else [tuple(one) for one in decode_status(value).unreachable]
+    return [] if value is None else list(decode_status(value).unreachable)
 
 
 def gauge(world: World) -> float | None:

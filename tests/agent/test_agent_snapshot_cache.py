@@ -10,6 +10,7 @@ import os
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from ipaddress import ip_interface, ip_network
 from pathlib import Path
 
@@ -93,7 +94,7 @@ def test_what_cannot_be_written_whole_leaves_what_was_there(tmp_path: Path, monk
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(cachefile.os, "fsync", full)
+        patch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space"):
             save(path, WHO, holdings(), now=2000.0)
     cached = load(path, WHO)
@@ -428,7 +429,7 @@ async def test_a_wrong_clock_decides_nothing(world: World) -> None:
         await eventually(world.programmed, 30, every=0.1)
         await trio.sleep(10)
     for now in (0.0, 4e9):
-        world.disk = evolve(world.disk, clock=lambda now=now: now)
+        world.disk = evolve(world.disk, clock=partial(float, now))
         world.reboot()
         world.etcd.down()
         async with running(world):

@@ -66,8 +66,8 @@ async def test_it_leads_since_it_was_elected_and_not_since_it_stands(
 ) -> None:
     class VirtualTime(datetime):
         @classmethod
-        def now(cls, tz: tzinfo | None = None) -> datetime:
-            return datetime.fromtimestamp(1_700_000_000 + trio.current_time() - began, tz)
+        def now(cls, tz: tzinfo | None = None) -> VirtualTime:
+            return cls.fromtimestamp(1_700_000_000 + trio.current_time() - began, tz)
 
     def published() -> StatusRecord:
         return store.decode_status(world.etcd.get("/kilo-status/h1") or b"")

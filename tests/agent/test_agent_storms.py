@@ -125,7 +125,7 @@ async def test_a_whole_site_lost_and_back(log: io.StringIO) -> None:  # noqa: F8
 
 async def _spread(it: Crowd) -> bool:
     """Whether the hosts come back at different moments after an outage of a minute; each within ten seconds."""
-    moments = set()
+    moments: set[tuple[str, float]] = set()
     for host in it.hosts.values():
         host.client.calls.clear()
     it.etcd.down()

@@ -148,7 +148,7 @@ async def test_an_agent_that_starts_again_says_nothing_twice(world: World) -> No
         await eventually(lambda: told(world) == {"home": str(SEEN)}, 15, every=0.1)
         key = b"/kilo/endpoints/home/h1"
         first = world.etcd.data[key]
-        world.daemon.session.resign = trio.lowlevel.checkpoint  # type: ignore[method-assign,assignment]
+        world.daemon.session.resign = trio.lowlevel.checkpoint  # type: ignore[method-assign]
     async with running(world):
         world.host.receive_from(HOME)
         await trio.sleep(30)
@@ -227,7 +227,7 @@ async def test_where_nobody_is_behind_nat_the_device_is_not_read(world: World) -
         async def peer_activity() -> None:
             raise AssertionError("it was read")
 
-        world.daemon.kernel.peer_activity = peer_activity  # type: ignore[method-assign,assignment]
+        world.daemon.kernel.peer_activity = peer_activity  # type: ignore[method-assign]
         world.host.receive_from(HOME, endpoint=SEEN)
         await trio.sleep(120)
         assert told(world) == {}

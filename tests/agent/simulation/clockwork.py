@@ -40,13 +40,13 @@ def seeded(seed: int) -> Iterator[None]:
 
     random.Random = Seeded  # type: ignore[misc]
     # What trio has for this purpose (its issue 890).
-    trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING = True
+    trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING = True  # type: ignore[misc]
     trio._core._run._r.seed(seed)
     try:
         yield
     finally:
         random.Random = original  # type: ignore[misc]
-        trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING = False
+        trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING = False  # type: ignore[misc]
 
 
 class Freezer:
@@ -109,7 +109,7 @@ def freezable() -> Iterator[None]:
     async def start_paced(nursery: trio.Nursery, function: Callable[..., Any], *args: Any, name: object = None) -> Any:
         return await start(nursery, paced(function), *args, name=name)
 
-    trio.Nursery.start_soon, trio.Nursery.start = start_paced_soon, start_paced  # type: ignore[method-assign]
+    trio.Nursery.start_soon, trio.Nursery.start = start_paced_soon, start_paced  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:

@@ -86,7 +86,7 @@ def _nothing_left(host: SimulatedHost, agent: SimulatedAgent) -> None:
     rules = [rule for rule in observed.policy.rules if encrypted.is_ours(rule.priority)]
     assert not rules, f"{host.name} has the rules {'; '.join(map(str, rules))}"
     assert T not in observed.policy.tables, f"{host.name} has the table of `encrypted`"
-    assert observed.mark != MARK or agent.plan.exit_node is not None, f"{host.name} marks WireGuard's packets"
+    assert observed.mark != MARK or agent.plan.exit_route is not None, f"{host.name} marks WireGuard's packets"
     chains = () if observed.table is None else [chain.name for chain in observed.table.chains]
     assert "encrypted" not in chains, f"{host.name} has the chains {chains}"
     assert not observed.loosened, f"{host.name} has {observed.loosened} loosened"

@@ -6,6 +6,7 @@ whose task asks.
 
 from __future__ import annotations
 
+import os
 from base64 import b64encode
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,12 +22,11 @@ from unittest.mock import patch
 import trio
 
 from kilo_etcd import kernel
-from kilo_etcd.agent import cachefile, snapshot_cache
+from kilo_etcd.agent import snapshot_cache
 from kilo_etcd.agent import status as agent_report
 from kilo_etcd.agent.daemon import Daemon, Reload
 from kilo_etcd.agent.metrics import Metrics
 from kilo_etcd.agent.snapshot_cache import Disk
-from kilo_etcd.etcd import Client
 from kilo_etcd.kernel.diff import Difference
 from kilo_etcd.kernel.state import ApplyReport, Change, HostAddress, Observed
 from kilo_etcd.model import IPAddress, Snapshot
@@ -35,6 +35,7 @@ from kilo_etcd.runtime import apply, discover
 from kilo_etcd.runtime.config import AgentConfig
 from kilo_etcd.runtime.key_file import agreed, public_key
 from kilo_etcd.store.session import candidacy as store_candidacy
+from kilo_etcd.testing.fake_etcd import FakeClient
 from kilo_etcd.testing.fake_kernel import FakeHost, FakeKernel
 from simulation.clockwork import Freezer, running
 from simulation.network import Network, Place, moved, place
@@ -114,7 +115,7 @@ class SimulatedHost:
     """`start`, `stop`, `kill` and so on are what happens to it."""
 
     def __init__(
-        self, name: str, seed: int, client: Client, network: Network, watchman: Watchman, nursery: trio.Nursery,
+        self, name: str, seed: int, client: FakeClient, network: Network, watchman: Watchman, nursery: trio.Nursery,
         *, options: dict[str, str], dual: bool = False, disk: Path | None = None, kernel_delay: float = 0.0,
         strict: bool = False,
     ) -> None:  # fmt: skip
@@ -185,7 +186,8 @@ class SimulatedHost:
 
     async def _run(self) -> float | None:
         """One run of the agent; the seconds until it is to run anew, or None."""
-        config = AgentConfig.build(**{"hostname": self.name, "listen": "off", **self.options}, clean_up=self.clean_up)
+        options: dict[str, Any] = {"hostname": self.name, "listen": "off", **self.options, "clean_up": self.clean_up}
+        config = AgentConfig.build(**options)
         setup = kernel.Setup(private_key=self.private)
         self.device = SimulatedKernel(self, self._watchman, setup, delay=self._delay)
         try:
@@ -310,8 +312,8 @@ def in_memory() -> Iterator[None]:
 
     class HostTime(datetime):
         @classmethod
-        def now(cls, tz: tzinfo | None = None) -> datetime:
-            return datetime.fromtimestamp(_here().now(), tz)
+        def now(cls, tz: tzinfo | None = None) -> HostTime:
+            return cls.fromtimestamp(_here().now(), tz)
 
     with ExitStack() as patches:
         for target, name, stand_in in (
@@ -325,5 +327,5 @@ def in_memory() -> Iterator[None]:
         ):
             patches.enter_context(patch.object(target, name, stand_in))
         # What the disk keeps is flushed for a power failure that no simulated host has.
-        patches.enter_context(patch.object(cachefile.os, "fsync", lambda _: None))
+        patches.enter_context(patch.object(os, "fsync", lambda _: None))
         yield

@@ -85,7 +85,7 @@ class _Host:
     place: Place
     machine: FakeHost
     condition: Condition
-    seen: object = None
+    seen: tuple[Observed, bool] | None = None
     plan: HostPlan | None = None
 
     @property
@@ -401,7 +401,9 @@ def programmed(observed: Observed, forwards: bool = True) -> HostPlan:
         ends = (network for network in table.last if network.version in versions and network not in ways)
         return ways, dict.fromkeys(ends, "its last resort takes it")
 
-    routes, refused, encryption = planned(observed.routes), {}, None
+    routes = planned(observed.routes)
+    refused: dict[IPNetwork, str] = {}
+    encryption = None
     if T in observed.policy.tables:
         # A host route to the same address in the main table is asked later.
         sent, refused = led(observed.policy.table(T), LED)

@@ -110,7 +110,7 @@ def shape_of(seed: int, rng: random.Random) -> Shape:
     """Most worlds are small and short; a few are large, long or rest for long. Which, does not depend on `rng` alone,
     so that any row of seeds has some of each."""
     large, long = seed % 50 == 7, seed % 10 == 3
-    sites = rng.choice(((2, 1), (2, 2), (3, 1), (2, 1, 1)))
+    sites: tuple[int, ...] = rng.choice(((2, 1), (2, 2), (3, 1), (2, 1, 1)))
     if large:
         sites = rng.choice(((4, 3, 2, 1), (6, 4), (3, 3, 3, 2)))
     elif long:
@@ -137,7 +137,7 @@ def shape_of(seed: int, rng: random.Random) -> Shape:
     )
     if seed % 4 == 1:
         families |= {"internal", "switch"}
-        modes = ("encrypted", "encrypted", "routed", "off")
+        modes: tuple[str, ...] = ("encrypted", "encrypted", "routed", "off")
         shape = evolve(shape, internal_ips=rng.choice(("encrypted", "routed")))
     if seed % 8 == 5:
         families = {"switch", *rng.sample(("agents", "machines", "path", "etcd"), rng.choice((0, 1, 2, 4)))}
