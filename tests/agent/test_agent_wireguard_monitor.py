@@ -224,7 +224,7 @@ async def test_where_nobody_is_behind_nat_the_device_is_not_read(world: World) -
     async with running(world):
         await eventually(lambda: HOME in world.host.observed.peers, 10, every=0.1)
 
-        async def peer_activity() -> None:
+        async def peer_activity() -> PeerActivity:
             raise AssertionError("it was read")
 
         world.daemon.kernel.peer_activity = peer_activity  # type: ignore[method-assign]

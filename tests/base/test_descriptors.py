@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import socket
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,7 +69,7 @@ def test_a_userspace_device_is_not_somebody_elses_for_want_of_a_descriptor(
             look("kilo0")
     monkey = pytest.MonkeyPatch()
     with monkey.context() as patch:
-        patch.setattr(userspace.shutil, "which", lambda _name: "/bin/wireguard-go")
+        patch.setattr(shutil, "which", lambda _name: "/bin/wireguard-go")
         with pytest.raises(kernel.KernelError) as caught:
             device.check("kilo0", "wireguard-go")
     assert about_descriptors(caught.value)
@@ -191,7 +193,7 @@ def test_rules_that_cannot_be_read_are_not_gone(tmp_path: Path, monkeypatch: pyt
     def refuse(*_args: object, **_options: object) -> None:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
-    monkeypatch.setattr(iptables.shutil, "which", lambda *_args, **_options: "/sbin/iptables")
-    monkeypatch.setattr(iptables.subprocess, "run", refuse)
+    monkeypatch.setattr(shutil, "which", lambda *_args, **_options: "/sbin/iptables")
+    monkeypatch.setattr(subprocess, "run", refuse)
     with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
         iptables.Iptables("kilo0", tmp_path / "record", lambda: None).read(True)

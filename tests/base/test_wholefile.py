@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from kilo_etcd.base import wholefile
 from kilo_etcd.base.wholefile import write_whole
 from kilo_etcd.kernel import sysctl
 from kilo_etcd.kernel.state import SetForwarding
@@ -21,7 +20,7 @@ def full(_: int) -> None:
 def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
     write_whole(path, b"one\n")
-    monkeypatch.setattr(wholefile.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
         write_whole(path, b"two\n")
     assert path.read_bytes() == b"one\n"
@@ -43,7 +42,7 @@ def test_the_record_of_sysctls_outlives_a_full_disk(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(sysctl, "_write", now.__setitem__)
     sysctl.change_to(SetForwarding(4), record)
     with monkeypatch.context() as patch:
-        patch.setattr(wholefile.os, "fsync", full)
+        patch.setattr(os, "fsync", full)
         sysctl.change_to(SetForwarding(6), record)
     # What was known is given back; what could not be noted is left as it is.
     assert [change.path for change in sysctl.to_restore(record)] == [SetForwarding(4).path]

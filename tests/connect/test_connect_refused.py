@@ -141,7 +141,9 @@ async def test_a_crash_leaves_what_the_next_run_takes_over_and_removes(tmp_path:
         first = start()
         await connected()
         device = sh("wg show kilo-kilo public-key") + sh("ip -o link show kilo-kilo").split(":")[0]
-        assert key_file.peek_public_key(here.key.parent) in device
+        own = key_file.peek_public_key(here.key.parent)
+        assert own is not None
+        assert own in device
         first.kill()
         first.wait()
         log = tmp_path / "log"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from ipaddress import ip_address, ip_interface, ip_network
+from typing import Any
 
 import pytest
 from attrs import evolve
@@ -77,7 +78,7 @@ def statuses(topology: Topology, *apart: tuple[str, str], routed: bool = False) 
     return result
 
 
-def lost(topology: Topology, *apart: tuple[str, str], **answer: object) -> Live:
+def lost(topology: Topology, *apart: tuple[str, str], **answer: Any) -> Live:
     """Everybody has tried everybody; echo requests between these pairs were not answered. An hour has passed."""
     pairs = {frozenset(pair) for pair in apart}
     answers = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from ipaddress import ip_address, ip_interface, ip_network
 from pathlib import Path
+from typing import Any
 
 import attrs
 import pytest
@@ -79,7 +80,7 @@ WORLD = Snapshot(
 )
 
 
-def status(name: str, **rest: object) -> StatusRecord:
+def status(name: str, **rest: Any) -> StatusRecord:
     return evolve(StatusRecord(public_key=KEYS[name], revision=40, role=Role.MEMBER, location="a", leader="a3"), **rest)
 
 
@@ -791,5 +792,5 @@ def test_answers_without_a_key_are_one_line_for_a_location() -> None:
     nodes = {name: evolve(node, location="eu, west") for name, node in WORLD.nodes.items()}
     remarks = report(evolve(WORLD, nodes=nodes), told, newest=40).disagreements
     assert "location eu, west" in {remark.subject for remark in remarks}
-    remarks = report(WORLD, told, newest=40, about={"a1", "a2"})
-    assert [text.count("kgctl location set") for _, text in remarks_on(remarks, {"a1"})] == [1, 1], "of a host each"
+    about = report(WORLD, told, newest=40, about={"a1", "a2"})
+    assert [text.count("kgctl location set") for _, text in remarks_on(about, {"a1"})] == [1, 1], "of a host each"

@@ -184,10 +184,10 @@ def test_echo_requests_that_an_exemption_lets_out_in_clear_are_no_packet_filters
         assert "look on a1" in text
         assert "--clear" not in text
     # An older agent does not say what it exempts; if both state it, it is something else.
-    both = (f"icmp@{own}/32",), f"icmp@{there}/32"
-    for b1, a1 in ((None, both[1]), both):
-        (text,) = found(b1, a1)
-        assert f"a1: its --clear {a1} has them travel in clear, where there may be no way; look on" in text
+    exempted = f"icmp@{there}/32"
+    for other in (None, (f"icmp@{own}/32",)):
+        (text,) = found(other, exempted)
+        assert f"a1: its --clear {exempted} has them travel in clear, where there may be no way; look on" in text
 
 
 def test_many_pairs_are_counted() -> None:

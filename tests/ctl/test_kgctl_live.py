@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from errno import ENODEV
@@ -19,6 +20,7 @@ from helpers import put_kept
 from kilo_etcd.ctl.main import main
 from kilo_etcd.ctl.reports import draw, live
 from kilo_etcd.ctl.reports.live import ago, amount
+from kilo_etcd.ctl.reports.report import Report
 from kilo_etcd.etcd import Client, Config, PermissionDenied
 from kilo_etcd.kernel.errors import cannot_ping
 from kilo_etcd.model import Snapshot
@@ -75,7 +77,7 @@ class Mesh:
         async def reply(request: DiagnosticsRequest) -> DiagnosticsResponse:
             await trio.lowlevel.checkpoint()
             response = self.says.get(
-                name, DiagnosticsResponse(time=int(live.time.time() * 1000), backend="kernel", mtu=1420)
+                name, DiagnosticsResponse(time=int(time.time() * 1000), backend="kernel", mtu=1420)
             )
             if name in self.old:
                 return response
@@ -119,7 +121,7 @@ def mesh(monkeypatch: pytest.MonkeyPatch) -> Mesh:
 
 
 def now() -> int:
-    return int(live.time.time() * 1000)
+    return int(time.time() * 1000)
 
 
 def test_tunnels_and_traffic_are_shown_as_the_leaders_have_them(mesh: Mesh) -> None:
@@ -230,7 +232,7 @@ async def test_watching_shows_each_change_once(mesh: Mesh, monkeypatch: pytest.M
     shown: list[str] = []
     seen = trio.Event()
 
-    def put_out(report: status.Report) -> None:
+    def put_out(report: Report) -> None:
         shown.append(report.granularity)
         seen.set()
 

@@ -177,7 +177,12 @@ def test_no_flag_repeats_a_password(secret: str) -> None:
             etcd_config(endpoints=f"b:2379,{url}")
         assert "ame" not in caught.value.message
         assert "ame" not in said_of(lambda url=url: parse_endpoint(url, tls=False), BadRequest)  # type: ignore[misc]
-    for given in ({"user": f"root:{secret}", "dial_timeout": "x"}, {"password": secret}, {"user": f":{secret}"}):
+    wrong: tuple[dict[str, Any], ...] = (
+        {"user": f"root:{secret}", "dial_timeout": "x"},
+        {"password": secret},
+        {"user": f":{secret}"},
+    )
+    for given in wrong:
         with pytest.raises(click.UsageError) as wrong_flag:
             etcd_config(**given)
         assert secret not in wrong_flag.value.format_message()

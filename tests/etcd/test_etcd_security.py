@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import socket
 import threading
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import pytest
@@ -15,14 +17,18 @@ from cryptography.hazmat.primitives import serialization
 from helpers import eventually, require
 from helpers_load import soon
 from kilo_etcd.etcd import (
+    Client,
     Config,
     ConnectionRefusedByTls,
     EtcdError,
+    Event,
     PermissionDenied,
     Put,
     Tls,
     Unauthenticated,
     Unavailable,
+    Watch,
+    WatchBatch,
     open_client,
 )
 from kilo_etcd.etcd.grpc import TransportFailed
@@ -45,7 +51,7 @@ async def refusal(config: Config, kind: type[EtcdError], words: str) -> None:
             assert "\n" not in str(caught.value)
 
 
-async def first(watch):  # type: ignore[no-untyped-def]
+async def first(watch: AbstractAsyncContextManager[Watch]) -> WatchBatch:
     async with watch as watching:
         return await anext(watching)
 
@@ -79,14 +85,16 @@ async def test_tls_refusals_are_told_apart(tmp_path: Path) -> None:
                 await client.get("/k")
 
 
-async def test_a_certificate_for_another_name_is_refused_by_name(tmp_path: Path) -> None:
+async def test_a_certificate_for_another_name_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     require("etcd")
     authority = Authority(tmp_path)
     async with EtcdServer.run(ServerOptions(tls=True)) as server:
         server.authority = authority
         await server.kill()
         issue = authority.issue
-        authority.issue = lambda name, hosts=(): issue(name, ("other.example",))  # type: ignore[method-assign]
+        monkeypatch.setattr(authority, "issue", lambda name, _hosts=(): issue(name, ("other.example",)))
         await server.start(wait=False)
         config = evolve(server.config(), tls=Tls(ca=str(authority.ca)))
         await eventually(lambda: listens(server.client_port))
@@ -283,7 +291,7 @@ async def refused(server: EtcdServer, token: str) -> bool:
         return probe._caller.tokens._token != token
 
 
-async def events(watch, count):  # type: ignore[no-untyped-def]
+async def events(watch: Watch, count: int) -> AsyncIterator[Event]:
     while count > 0:
         for event in (await anext(watch)).events:
             count -= 1
@@ -309,7 +317,7 @@ async def test_tokens_lost_by_a_restart_are_renewed_for_calls_watch_and_lease() 
             assert not await denied_once(client)
 
 
-async def denied_once(client) -> bool:  # type: ignore[no-untyped-def]
+async def denied_once(client: Client) -> bool:
     try:
         await client.get("/kilo/a")
     except (PermissionDenied, Unauthenticated, Unavailable):

@@ -138,9 +138,9 @@ def plans(draw: st.DrawFn, ipip: bool = True, v6_via_v4: bool = False) -> HostPl
         way = draw(st.sampled_from(ways))
         gateway = GATEWAY4 if network.version == 4 else GATEWAY6
         routes.append(tunnel(str(network), source) if way is Via.TUNNEL else via(str(network), gateway, way, source))
-    back: list[RoutePlan] = draw(st.sampled_from(([], [tunnel(f"{GATEWAY6}/128")])))
-    encapsulated_back = [via(f"{GATEWAY4}/32", GATEWAY4, Via.IPIP)] if ipip else []
-    back += draw(st.sampled_from(([], [tunnel(f"{GATEWAY4}/32")], encapsulated_back)))
+    back: tuple[RoutePlan, ...] = draw(st.sampled_from(((), (tunnel(f"{GATEWAY6}/128"),))))
+    encapsulated_back = (via(f"{GATEWAY4}/32", GATEWAY4, Via.IPIP),) if ipip else ()
+    back += draw(st.sampled_from(((), (tunnel(f"{GATEWAY4}/32"),), encapsulated_back)))
     encapsulated = any(route.way is Via.IPIP for route in (*routes, *back))
     drawn = plan(
         *peers,

@@ -9,6 +9,7 @@ import base64
 import socket
 import subprocess
 import threading
+from functools import partial
 from ipaddress import ip_network
 
 import pytest
@@ -136,7 +137,7 @@ async def test_no_packet_is_lost_while_a_network_moves_between_peers() -> None:
             for turn in range(40):
                 seen = sent
                 await kernel.apply(at(2 + turn % 2))  # type: ignore[arg-type]
-                await eventually(lambda seen=seen: sent > seen + 3, 60, every=0.002)
+                await eventually(partial(lambda seen: sent > seen + 3, seen), 60, every=0.002)
             done.set()
         sender.close()
         assert sent > 120

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import time
 from ipaddress import ip_network
 from pathlib import Path
 
@@ -115,14 +117,19 @@ def test_in_which_families_nothing_passes(printed: str, blocked: set[int]) -> No
     assert obstacle.blocked == blocked
 
 
-class Chains:
-    """In the place of nftables and of iptables."""
+class Chains(Netfilter):
+    """nftables with these chains, wherever it runs."""
 
     def __init__(self, *chains: BaseChain) -> None:
+        super().__init__()
         self._chains = chains
 
     def forward_chains(self) -> tuple[BaseChain, ...]:
         return self._chains
+
+
+class NoXtables(Iptables):
+    """iptables without older tables beside nftables."""
 
     def legacy(self, version: int, *, patience: float) -> None:
         return None
@@ -135,11 +142,12 @@ def test_what_a_host_refuses_of_silent_members_makes_no_firewall_uncertain(tmp_p
     refused = {ip_network("10.4.0.9/32"): "it does not answer", ip_network("192.168.0.0/24"): "it does not answer"}
     silent = evolve(LEADER, unreachable_routes=(*MESH, *refused), refused=refused)
     cut_off = evolve(silent, refused={**refused, MESH[0]: "its leader does not answer"})
+    xtables = NoXtables("kilo0", tmp_path / "y", lambda: 1)
     for plan in (LEADER, silent, cut_off):
         for text, certain in ((printed, [True]), (opened, [])):
             chain = from_iptables(text, 4)
             assert chain is not None
-            chains = ForwardChains("kilo0", tmp_path / "x", Chains(chain), Chains(), opening=False)  # type: ignore[arg-type]
+            chains = ForwardChains("kilo0", tmp_path / "x", Chains(chain), xtables, opening=False)
             assert [obstacle.certain for obstacle in chains.obstacles(plan, ["eth0"])] == certain
 
 
@@ -157,14 +165,14 @@ def test_the_older_xtables_are_read_rarely_and_a_change_is_seen_within_a_minute(
 
     monkeypatch.setattr(iptables, "_LEGACY_TABLES", {4: names, 6: tmp_path / "none"})
     monkeypatch.setattr(iptables, "_run", run)
-    monkeypatch.setattr(iptables.shutil, "which", lambda name, path: name)
-    monkeypatch.setattr(iptables.time, "monotonic", lambda: now)
+    monkeypatch.setattr(shutil, "which", lambda name, path: name)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     chains = ForwardChains(
         "kilo0",
         tmp_path / "x",
         Chains(),
         Iptables("kilo0", tmp_path / "y", lambda: 1),
-        opening=False,  # type: ignore[arg-type]
+        opening=False,
     )
 
     def until(drops: bool) -> float:

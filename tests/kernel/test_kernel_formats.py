@@ -61,8 +61,17 @@ def test_pyroute2_packs_the_first_of_a_shape_and_only_the_first_is_cut(monkeypat
     packed: list[Any] = []
     read: list[Any] = []
     encode, cut = codec.encode, codec._slots
-    monkeypatch.setattr(codec, "encode", lambda kind, *rest: (packed.append(kind), encode(kind, *rest))[1])
-    monkeypatch.setattr(codec, "_slots", lambda kind, body: (read.append(kind), cut(kind, body))[1])
+
+    def pack(kind: Any, *rest: Any) -> Any:
+        packed.append(kind)
+        return encode(kind, *rest)
+
+    def slots(kind: Any, body: bytes) -> Any:
+        read.append(kind)
+        return cut(kind, body)
+
+    monkeypatch.setattr(codec, "encode", pack)
+    monkeypatch.setattr(codec, "_slots", slots)
     writer, reader = codec.Writer(rtmsg, requests._route._converters), codec.Reader(rtmsg, *replies._routes._wanted)
     monkeypatch.setattr(requests, "_route", writer)
     monkeypatch.setattr(replies, "_routes", reader)
@@ -169,7 +178,7 @@ def attributes_by_hand(data: bytes, offset: int) -> list[tuple[int, bytes]]:
     return result
 
 
-class _Odd(rtmsg):  # type: ignore[misc, valid-type]
+class _Odd(rtmsg):  # type: ignore[misc]
     def encode(self) -> None:
         raise RuntimeError("of any kind")
 
@@ -206,8 +215,12 @@ async def test_what_cannot_be_packed_or_read_harms_nothing_else(monkeypatch: pyt
         assert kernel._news(kernel._watch, replies.NEWROUTE, b"\2") == (
             "the kernel reported something that could not be read"
         )
+
+        def keep(body: bytes) -> None:
+            replies.read_route(b"\2")
+
         with pytest.raises(codec.FormatError, match="the kernel's answer has another format"):
-            kernel._host._route.dump(requests.get_links(), lambda body: replies.read_route(b"\2"))
+            kernel._host._route.dump(requests.get_links(), keep)
         assert (await kernel.observe()).link is not None, "the rest of that dump is in nobody's way"
 
 

@@ -395,23 +395,16 @@ async def test_an_exit_route_is_set_up_repaired_and_removed_on_a_real_kernel() -
     assert await cleanup("kilo-a", public_key=key(0), protocol=PEER_PROTOCOL) == ()
 
 
-NODE = evolve(
-    AWAY,
-    exit_route=ExitRoute(
-        families=frozenset({4}),
-        bypass=tuple(
-            ip_network(text)
-            for text in ("169.254.0.0/16", "192.0.2.1/32", "224.0.0.0/4", "255.255.255.255/32", "fe80::/10")
-        ),
-        sources=(ip_address("192.168.9.1"),),
+EXIT = ExitRoute(
+    families=frozenset({4}),
+    bypass=tuple(
+        ip_network(text)
+        for text in ("169.254.0.0/16", "192.0.2.1/32", "224.0.0.0/4", "255.255.255.255/32", "fe80::/10")
     ),
-)  # fmt: skip
-MEMBER = evolve(
-    NODE,
-    exit_route=evolve(
-        NODE.exit_route, by=(via("0.0.0.0/0", "192.168.9.77", source="10.5.0.1"),)  # type: ignore[arg-type]
-    ),
-)  # fmt: skip
+    sources=(ip_address("192.168.9.1"),),
+)
+NODE = evolve(AWAY, exit_route=EXIT)
+MEMBER = evolve(NODE, exit_route=evolve(EXIT, by=(via("0.0.0.0/0", "192.168.9.77", source="10.5.0.1"),)))
 
 
 @pytest.mark.root

@@ -30,7 +30,7 @@ quick = settings(max_examples=50, deadline=None)
 @quick
 @given(BASES, plans(), FOREIGN)
 def test_applying_the_diff_yields_the_plan_and_a_second_time_nothing(
-    base: Observed, wanted: HostPlan, foreign: dict[object, Route]
+    base: Observed, wanted: HostPlan, foreign: dict[IPNetwork, Route]
 ) -> None:
     base = evolve(base, foreign=foreign)
     todo = difference(wanted, base, Memory(), TARGET)
@@ -63,7 +63,7 @@ def test_applying_the_diff_yields_the_plan_and_a_second_time_nothing(
 
 @quick
 @given(BASES, plans(), FOREIGN)
-def test_routes_of_others_are_never_named(base: Observed, wanted: HostPlan, foreign: dict[object, Route]) -> None:
+def test_routes_of_others_are_never_named(base: Observed, wanted: HostPlan, foreign: dict[IPNetwork, Route]) -> None:
     base = evolve(base, foreign=foreign)
     for change in diff(wanted, base, Memory(), TARGET):
         if isinstance(change, DeleteRoute | ReplaceRoute):

@@ -22,6 +22,7 @@ from typing import NoReturn
 import pytest
 import trio
 from attrs import evolve
+from hypothesis.strategies import SearchStrategy
 from kernel_worlds import GATEWAY4, PRIVATE, key, lines, peer, plan, plans, tunnel, via
 
 from helpers import eventually
@@ -909,7 +910,7 @@ async def test_each_next_hop_of_a_route_counts(by: str) -> None:
     ]  # fmt: skip
 
 
-def _draw(strategy: object, count: int) -> list[HostPlan]:
+def _draw(strategy: SearchStrategy[HostPlan], count: int) -> list[HostPlan]:
     from hypothesis import HealthCheck, Phase, given, settings
 
     drawn: list[HostPlan] = []
@@ -918,7 +919,7 @@ def _draw(strategy: object, count: int) -> list[HostPlan]:
         max_examples=count, deadline=None, database=None, derandomize=True, phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
-    @given(strategy)  # type: ignore[arg-type]
+    @given(strategy)
     def collect(one: HostPlan) -> None:
         drawn.append(one)
 

@@ -182,7 +182,7 @@ async def last_logged(lab: Lab, hosts: Iterable[str], lines: int = 30) -> str:
 
 
 async def _is_back(lab: Lab, host: str, since: object) -> bool:
-    return (await status(lab)).get(host, {}).get("since", since) != since
+    return bool((await status(lab)).get(host, {}).get("since", since) != since)
 
 
 async def _is_away(lab: Lab, host: str) -> bool:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ KG = str(Path(sys.executable).parent / "kg")
 
 
 @asynccontextmanager
-async def mesh(**options: object) -> AsyncIterator[Lab]:
+async def mesh(**options: Any) -> AsyncIterator[Lab]:
     """gcp-1 alone, and home-1 and home-2 at another site."""
     require("etcd", "etcdctl", "wireguard-go", "wg", "nft", "ip")
     spec = Spec.simple({"gcp": 1, "home": 2}, labels={"gcp": "gcp"}, public=2, **options)

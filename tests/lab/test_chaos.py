@@ -120,6 +120,6 @@ async def _agreed(lab: Lab) -> bool:
         assert len(leaders) == 1, leaders
         # A host that is alone, or not yet labelled anew, names none.
         assert leaders <= set(lab.hosts), leaders
-    errors = [text for report in reports.values() for text in report.get("errors", ())]  # type: ignore[attr-defined]
+    errors = [text for report in reports.values() for text in report.get("errors", ())]
     assert all("does not forward" in str(text) for text in errors), errors
     return True

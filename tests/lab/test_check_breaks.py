@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 import pytest
 import trio
@@ -260,7 +261,7 @@ async def test_check_names_whatever_keeps_two_hosts_apart() -> None:
             began = trio.current_time()
             await one.break_it(lab)
             apart = await eventually(
-                lambda one=one: dead_pairs(lab, one, mesh), DEAD, every=0.2, what=f"a dead pair: {one.name}"
+                partial(dead_pairs, lab, one, mesh), DEAD, every=0.2, what=f"a dead pair: {one.name}"
             )
             dead = trio.current_time() - began
 

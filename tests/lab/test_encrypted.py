@@ -26,7 +26,8 @@ from encrypted_scenarios import (
 
 from helpers import eventually, require
 from kilo_etcd.ctl.reports.report import DROPPED
-from kilo_etcd.lab.client import Lab, LabError, running_lab
+from kilo_etcd.lab.client import Lab, running_lab
+from kilo_etcd.lab.runtime import LabError
 from kilo_etcd.lab.spec import HostSpec, SiteSpec, Spec
 from kilo_etcd.model import Granularity
 

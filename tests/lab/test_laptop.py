@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ async def test_a_laptop_reaches_every_node_and_every_node_the_laptop() -> None:
 
         nodes = ("gcp-1", "gcp-2", "home-1", "home-2")
         for node in nodes:
-            await eventually(lambda node=node: lab.ping("cafe-1", node), 60, every=0.2, what=f"laptop to {node}")
+            await eventually(partial(lab.ping, "cafe-1", node), 60, every=0.2, what=f"laptop to {node}")
             assert await lab.ping(node, LAPTOP, timeout=3), f"{node} to laptop"
         # Members hand it to their leader: only leaders have shaken hands with it.
         key = (await lab.exec("cafe-1", "wg", "show", "mesh", "public-key", check=True)).stdout.strip()
@@ -57,7 +58,7 @@ async def test_a_laptop_reaches_every_node_and_every_node_the_laptop() -> None:
 
         await quick(lab, "up", await eventually(everything, 60, every=0.2, what="a configuration with an exit node"))
         for node in nodes:
-            await eventually(lambda node=node: lab.ping("cafe-1", node), 60, every=0.2, what=f"laptop to {node}")
+            await eventually(partial(lab.ping, "cafe-1", node), 60, every=0.2, what=f"laptop to {node}")
         way = await lab.exec("cafe-1", "ip", "route", "get", "192.0.2.100", check=True)
         assert " dev mesh " in way.stdout
         await quick(lab, "down")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -79,7 +80,7 @@ async def reaches(lab: Lab, *names: str) -> None:
         return (await lab.exec("cafe-1", "ping", "-c", "1", "-W", "1", name)).returncode == 0
 
     for name in names:
-        await eventually(lambda name=name: answered(name), 30, every=0.2, what=f"laptop to {name}")
+        await eventually(partial(answered, name), 30, every=0.2, what=f"laptop to {name}")
 
 
 async def shown(lab: Lab, *argv: str) -> str:

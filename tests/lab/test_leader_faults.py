@@ -221,7 +221,8 @@ async def _nobody_stands(lab: Lab) -> bool:
 
 async def _led_by_one_of(lab: Lab, names: list[str]) -> bool:
     found = await status(lab)
-    return {found.get(name, {}).get("leader") for name in names} in ({name} for name in names)
+    leaders = {found.get(name, {}).get("leader") for name in names}
+    return len(leaders) == 1 and leaders <= set(names)
 
 
 async def _follows(lab: Lab, host: str) -> bool:

@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from functools import partial
 from ipaddress import ip_address, ip_network
 from itertools import permutations
 from pathlib import Path
@@ -22,7 +23,7 @@ import trio
 from helpers import eventually, require
 from helpers_load import measured_beside
 from kilo_etcd.lab.capture import Flow
-from kilo_etcd.lab.client import Lab, running_lab
+from kilo_etcd.lab.client import Lab, RunningProbe, running_lab
 from kilo_etcd.lab.spec import Spec
 
 pytestmark = [pytest.mark.lab, pytest.mark.deadline(600)]
@@ -42,7 +43,7 @@ MIXED = {"gcp": "gcp", "home-1": "home-1", "home-2": "home-2", "home-3": "home-3
 
 @asynccontextmanager
 async def world(
-    hosts: dict[str, int] | None = None, labels: dict[str, str] | None = None, **options: object
+    hosts: dict[str, int] | None = None, labels: dict[str, str] | None = None, **options: Any
 ) -> AsyncIterator[Lab]:
     """A lab whose agents have formed a mesh: every ordered pair pings."""
     require("etcd", "etcdctl", "wireguard-go", "wg", "nft", "ip", "circo")
@@ -60,7 +61,7 @@ async def world(
         yield lab
 
 
-async def status(lab: Lab) -> dict[str, dict[str, object]]:
+async def status(lab: Lab) -> dict[str, dict[str, Any]]:
     """`/kilo-status/` as the agents wrote it: node -> record."""
     lines = (await lab.etcdctl("get", "--prefix", "/kilo-status/")).stdout.splitlines()
     return {key.rpartition("/")[2]: json.loads(value) for key, value in zip(lines[::2], lines[1::2], strict=True)}
@@ -367,8 +368,8 @@ async def _stood_since(lab: Lab) -> dict[str, int]:
     return {base64.b64decode(kv["key"]).decode(): kv["create_revision"] for kv in answer["kvs"]}
 
 
-async def _longer(probe: object, seconds: float) -> bool:
-    return (await probe.peek()).duration > seconds  # type: ignore[attr-defined]
+async def _longer(probe: RunningProbe, seconds: float) -> bool:
+    return (await probe.peek()).duration > seconds
 
 
 # -- other neighbours of the main road ----------------------------------------------------------------------------
@@ -405,7 +406,7 @@ async def test_what_somebody_undoes_on_a_leader_is_restored_while_it_forwards() 
             async with lab.probe(third, target) as out, lab.probe(target, third) as back, measured_beside() as machine:
                 await out.flowing_again(30)
                 await lab.exec(first, "sh", "-c", damage, check=True)
-                await eventually(lambda said=said: _said(lab, first, repaired, said + 1), 30, every=0.05)
+                await eventually(partial(_said, lab, first, repaired, said + 1), 30, every=0.05)
                 await out.flowing_again(30, after=(await out.peek()).duration)
                 await back.flowing_again(30)
             assert max(out.longest_gap, back.longest_gap) < machine.allows(SHORT), (damage, machine)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -136,7 +137,7 @@ async def test_a_phone_that_roams_keeps_its_session_and_others_learn_where_it_is
             return {json.loads(value)["endpoint"] for value in values.splitlines()}
 
         for name in ("hub-1", "hub-2"):
-            await eventually(lambda name=name: lab.ping("phone", name), 15, every=0.2, what=f"the phone reaches {name}")
+            await eventually(partial(lab.ping, "phone", name), 15, every=0.2, what=f"the phone reaches {name}")
 
         async def told_as_seen() -> bool:
             return await told() == {await shown("endpoints")} == {await shown("endpoints", "hub-2")}

@@ -178,7 +178,7 @@ def test_a_leader_or_a_segment_of_one_leaves_by_the_tunnel(name: str) -> None:
     plan = left(with_nodes(), name, sources=[ip_address("198.51.100.4")])
     assert beyond(plan) == ["gcp-1"]
     assert plan.exit_route is not None
-    assert (plan.exit_route.families, plan.exit_route.by) == ({4}, ())
+    assert (plan.exit_route.families, plan.exit_route.by) == (frozenset({4}), ())
     assert plan.exit_route.sources == (ip_address("198.51.100.4"),)
     assert all(network.prefixlen for network in plan.routes)
     assert plan.problems == ()

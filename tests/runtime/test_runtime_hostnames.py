@@ -6,15 +6,17 @@ import errno
 import os
 import stat
 import subprocess
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from ipaddress import ip_address, ip_interface, ip_network
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 
 from kilo_etcd.connect.command import interface_for
-from kilo_etcd.model import Node, Peer, Snapshot
+from kilo_etcd.model import IPAddress, Node, Peer, Snapshot
 from kilo_etcd.model.hostplan import HostPlan, RoutePlan, Via
 from kilo_etcd.runtime import hostsfile
 from kilo_etcd.runtime.hostnames import domain, known_names, with_block
@@ -102,8 +104,8 @@ def test_domains_and_interfaces_of_prefixes() -> None:
 
 def test_whoever_writes_a_record_does_not_decide_where_other_names_lead() -> None:
     strange = ("github.com", "com", "dev", "de", "localhost", "ip6-localhost", "wpad", "WPAD", "metadata", "_gateway")
-    made = with_block(FILE, "kilo-kilo", dict.fromkeys(strange, (GCP,)), prefix="/kilo").decode()
-    written = [word for line in made.splitlines() if line.startswith("10.4.") for word in line.split()[1:]]
+    made = with_block(FILE, "kilo-kilo", dict.fromkeys(strange, (GCP,)), prefix="/kilo")
+    written = [word for line in made.decode().splitlines() if line.startswith("10.4.") for word in line.split()[1:]]
     assert written == [f"{name}.{domain}" for name in strange for domain in ("kilo", "mesh")]
     # Nor where one of the machine's own leads, or one that the file has, with the mesh's domain too.
     hosts = b"192.0.2.1 gcp-1.kilo Laptop.example.org\n"
@@ -174,8 +176,8 @@ def test_only_addresses_that_go_into_the_mesh_are_written() -> None:
 # --- the file ---------------------------------------------------------------------------------------------------------
 
 
-def write(path: Path, names: dict[str, tuple[object, ...]] | None = NAMES) -> bool:  # type: ignore[assignment]
-    return write_names(names, "kilo-kilo", prefix="/kilo", path=path, lock_dir=path.parent / "run")  # type: ignore[arg-type]
+def write(path: Path, names: Mapping[str, tuple[IPAddress, ...]] | None = NAMES) -> bool:
+    return write_names(names, "kilo-kilo", prefix="/kilo", path=path, lock_dir=path.parent / "run")
 
 
 def test_the_file_is_replaced_with_its_mode_kept_and_only_where_it_differs(tmp_path: Path) -> None:
@@ -210,7 +212,7 @@ def test_a_file_that_cannot_be_replaced_is_written_in_place(tmp_path: Path, monk
     path = tmp_path / "hosts"
     path.write_bytes(FILE)
     before = path.stat().st_ino
-    monkeypatch.setattr(hostsfile.os, "rename", busy)
+    monkeypatch.setattr(os, "rename", busy)
     assert write(path)
     assert (path.read_bytes(), path.stat().st_ino) == (FILE + BLOCK, before)
     assert write(path, None)
@@ -233,7 +235,7 @@ def test_on_a_full_disk_the_file_stays_as_it_was(tmp_path: Path, monkeypatch: py
     assert write(path, FEW)
     path.write_bytes(before := path.read_bytes() + OWN)
     with monkeypatch.context() as patch:
-        patch.setattr(hostsfile.os, "fsync", no_room)
+        patch.setattr(os, "fsync", no_room)
         for names in (MANY, None):
             with pytest.raises(HostsFileError, match=f"^{path} is left as it was: No space left on device$"):
                 write(path, names)
@@ -247,12 +249,12 @@ def test_on_a_full_disk_a_block_at_the_end_goes_all_the_same(tmp_path: Path, mon
     assert write(path, FEW)
     real = os.open
 
-    def full(name: object, flags: int, *rest: int, **more: int) -> int:
+    def full(name: str | Path, flags: int, *rest: int, **more: int) -> int:
         if flags & os.O_EXCL:
             no_room()
-        return real(name, flags, *rest, **more)  # type: ignore[call-overload, no-any-return]
+        return real(name, flags, *rest, **more)
 
-    monkeypatch.setattr(hostsfile.os, "open", full)
+    monkeypatch.setattr(os, "open", full)
     assert write(path, None)
     assert path.read_bytes() == FILE
 
@@ -267,13 +269,13 @@ def test_only_what_cannot_be_replaced_is_written_in_place(
     path = tmp_path / "hosts"
     path.write_bytes(FILE)
     before = path.stat().st_ino
-    monkeypatch.setattr(hostsfile.os, "rename", refused)
+    monkeypatch.setattr(os, "rename", refused)
     assert write(path, MANY)
     assert path.stat().st_ino == before
     assert path.read_bytes() == with_block(FILE, "kilo-kilo", MANY, prefix="/kilo")
     monkeypatch.undo()
     number = errno.EIO
-    monkeypatch.setattr(hostsfile.os, "rename", refused)
+    monkeypatch.setattr(os, "rename", refused)
     with pytest.raises(HostsFileError, match="is left as it was: Input/output error"):
         write(path, FEW)
     assert path.read_bytes() == with_block(FILE, "kilo-kilo", MANY, prefix="/kilo")
@@ -282,32 +284,32 @@ def test_only_what_cannot_be_replaced_is_written_in_place(
 @pytest.mark.parametrize("names", [MANY, FEW, {}, None])
 @pytest.mark.parametrize("after", [b"", OWN])
 def test_in_place_whatever_fails_at_whatever_step_the_file_is_as_it_was_or_as_it_shall_be(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: dict[str, tuple[object, ...]] | None, after: bytes
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: Mapping[str, tuple[IPAddress, ...]] | None, after: bytes
 ) -> None:
     path = tmp_path / "hosts"
     begun = with_block(FILE, "kilo-kilo", {f"node-{at}": (HOME,) for at in range(30)}, prefix="/kilo") + after
-    wanted = with_block(begun, "kilo-kilo", names, prefix="/kilo")  # type: ignore[arg-type]
+    wanted = with_block(begun, "kilo-kilo", names, prefix="/kilo")
 
     def busy(*_: object) -> None:
         raise OSError(errno.EBUSY, "Device or resource busy")
 
-    monkeypatch.setattr(hostsfile.os, "rename", busy)
+    monkeypatch.setattr(os, "rename", busy)
     real_pwrite, real_fsync = os.pwrite, os.fsync
     calls = 0
 
-    def step(real: object, *arguments: object) -> object:
+    def step(real: Callable[..., int | None], *arguments: Any) -> int | None:
         """One call of many; the one whose turn it is fails, a write after half of its bytes."""
         nonlocal calls
         calls += 1
         if calls == failing:
             if real is real_pwrite:
                 handle, data, start = arguments
-                real_pwrite(handle, data[: len(data) // 2], start)  # type: ignore[arg-type, index]
+                real_pwrite(handle, data[: len(data) // 2], start)
             no_room()
-        return real(*arguments)  # type: ignore[operator]
+        return real(*arguments)
 
-    monkeypatch.setattr(hostsfile.os, "pwrite", lambda *arguments: step(real_pwrite, *arguments))
-    monkeypatch.setattr(hostsfile.os, "fsync", lambda *arguments: step(real_fsync, *arguments))
+    monkeypatch.setattr(os, "pwrite", lambda *arguments: step(real_pwrite, *arguments))
+    monkeypatch.setattr(os, "fsync", lambda *arguments: step(real_fsync, *arguments))
     ended = set()
     for failing in range(2, 9):  # the first is that of the copy aside
         path.write_bytes(begun)
@@ -325,8 +327,8 @@ def test_in_place_whatever_fails_at_whatever_step_the_file_is_as_it_was_or_as_it
 def test_what_cannot_be_restored_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "hosts"
     path.write_bytes(with_block(FILE, "kilo-kilo", NAMES, prefix="/kilo") + OWN)
-    monkeypatch.setattr(hostsfile.os, "rename", lambda *_: (_ for _ in ()).throw(OSError(errno.EBUSY, "busy")))
-    monkeypatch.setattr(hostsfile.os, "pwrite", no_room)
+    monkeypatch.setattr(os, "rename", lambda *_: (_ for _ in ()).throw(OSError(errno.EBUSY, "busy")))
+    monkeypatch.setattr(os, "pwrite", no_room)
     with pytest.raises(HostsFileError, match=r"hosts is damaged behind its first \d+ bytes, and could not be restored"):
         write(path, MANY)
     assert path.read_bytes().startswith(FILE)
@@ -335,13 +337,14 @@ def test_what_cannot_be_restored_is_reported(tmp_path: Path, monkeypatch: pytest
 def test_what_another_program_writes_meanwhile_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "hosts"
     path.write_bytes(FILE)
-    real, seen = hostsfile.with_block, []
+    real = with_block
+    seen: list[bytes] = []
 
-    def beside(text: bytes, *arguments: object, **more: object) -> bytes:
+    def beside(text: bytes, *arguments: Any, **more: Any) -> bytes:
         if len(seen) < 2:
             path.write_bytes(text + b"192.0.2.%d late\n" % len(seen))
         seen.append(text)
-        return real(text, *arguments, **more)  # type: ignore[arg-type]
+        return real(text, *arguments, **more)
 
     monkeypatch.setattr(hostsfile, "with_block", beside)
     assert write(path)

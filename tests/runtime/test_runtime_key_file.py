@@ -90,7 +90,7 @@ def test_a_directory_that_cannot_be_written_names_the_flag(tmp_path: Path, monke
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(key_file.os, "link", refuse)
+    monkeypatch.setattr(os, "link", refuse)
     with pytest.raises(KeyFileError, match=r"cannot be written to .*: Permission denied; .*--state-dir"):
         key_file.load_or_create(tmp_path)
     assert list(tmp_path.iterdir()) == []

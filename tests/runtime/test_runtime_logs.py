@@ -310,7 +310,7 @@ class RecordedLog:
 
 def test_a_lasting_error_is_said_once_again_when_changed_and_when_gone() -> None:
     log = RecordedLog()
-    once = Once(log)  # type: ignore[arg-type]
+    once = Once(log)
     assert once.error("etcd", "out of reach", error="refused")
     assert not once.error("etcd", "out of reach", error="refused")
     assert once.error("etcd", "out of reach", error="timed out")
@@ -326,14 +326,14 @@ def test_a_lasting_error_is_said_once_again_when_changed_and_when_gone() -> None
 
 
 def test_a_new_revision_is_no_news() -> None:
-    once = Once(RecordedLog())  # type: ignore[arg-type]
+    once = Once(RecordedLog())
     assert once.error("k", "bad", revision=1)
     assert not once.error("k", "bad", revision=2)
 
 
 def test_of_very_many_at_once_the_first_are_named_and_the_others_counted() -> None:
     log = RecordedLog()
-    once = Once(log)  # type: ignore[arg-type]
+    once = Once(log)
     flood = tuple(f"record {number}" for number in range(5000))
     once.errors("records", flood, what="rejected records", revision=1)
     assert len(log.events) == MOST_NAMED + 1
@@ -378,7 +378,7 @@ def test_a_flood_in_small_parts_is_a_flood() -> None:
 
 def test_of_a_group_what_came_and_what_went_is_said() -> None:
     log = RecordedLog()
-    once = Once(log)  # type: ignore[arg-type]
+    once = Once(log)
     once.errors("records", ("a", "b"), revision=1)
     once.errors("records", ("b", "a"), revision=2)
     once.errors("records", ("b", "c"), level="warning", revision=3)

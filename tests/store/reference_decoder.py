@@ -10,6 +10,7 @@ import json
 from base64 import b64decode, b64encode
 from collections.abc import Callable
 from enum import Enum
+from functools import partial
 from ipaddress import ip_address, ip_interface, ip_network
 from typing import Any
 
@@ -315,11 +316,15 @@ def plain(value: Any) -> Any:
     return str(value)
 
 
+def _structured(read: Callable[[Any], Any], value: Any, _type: object) -> Any:
+    return read(value)
+
+
 def _converter() -> cattrs.Converter:
     converter = cattrs.Converter(detailed_validation=True)
     for kind, readers in READERS.items():
-        overrides = {
-            attribute.name: override(rename=name, struct_hook=lambda value, _type, read=read: read(value),
+        overrides: dict[str, Any] = {
+            attribute.name: override(rename=name, struct_hook=partial(_structured, read),
                                      unstruct_hook=plain)
             for attribute, (name, read) in zip(fields(kind), readers.items(), strict=True)
         }  # fmt: skip

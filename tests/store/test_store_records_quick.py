@@ -6,6 +6,7 @@ import ipaddress
 import json
 from base64 import b64encode
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from urllib.parse import quote, unquote
 
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 
 from kilo_etcd.base import fast_ip
 from kilo_etcd.store.keys import decode_name
-from kilo_etcd.store.records import _FIELDS, _REQUIRED, MAX_VALUE, RecordError, encode, read
+from kilo_etcd.store.records import _FIELDS, _REQUIRED, MAX_VALUE, Read, RecordError, encode, read
 
 # --- addresses --------------------------------------------------------------------------------------------------------
 
@@ -57,7 +58,7 @@ def test_addresses_are_read_as_ipaddress_reads_them(text: str) -> None:
         (fast_ip.ip_interface, ipaddress.ip_interface),
         (fast_ip.ip_network, lambda text: ipaddress.ip_network(text, strict=False)),
     ):
-        assert outcome(lambda quick=quick: quick(text)) == outcome(lambda slow=slow: slow(text))
+        assert outcome(partial(quick, text)) == outcome(partial(slow, text))
 
 
 @settings(max_examples=200, deadline=None)
@@ -183,7 +184,7 @@ def test_records_are_read_and_refused_as_the_reference_decoder_does(kind: type) 
     @given(objects(kind))
     def holds(value: bytes) -> None:
         def ours() -> Any:
-            got = read(kind, value)
+            got: Read[Any] = read(kind, value)
             return got.record, got.unknown
 
         mine, theirs = found(ours), found(lambda: reference_decoder.read(kind, value))
@@ -224,7 +225,7 @@ def _parts(record: Any) -> list[Any]:
 @pytest.mark.parametrize("kind", reference_decoder.READERS, ids=lambda kind: kind.__name__)
 def test_odd_values_are_read_and_refused_as_the_reference_decoder_does(kind: type, value: bytes) -> None:
     def ours() -> Any:
-        got = read(kind, value, MAX_VALUE)
+        got: Read[Any] = read(kind, value, MAX_VALUE)
         return got.record, got.unknown
 
     assert found(ours) == found(lambda: reference_decoder.read(kind, value))

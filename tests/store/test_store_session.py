@@ -43,8 +43,8 @@ GCP = KEYS.election("gcp", "a")
 SUBNETS = (ip_network("10.4.0.0/16"),)
 
 
-def session(client: FakeClient, name: str = "a", key: str = "a", **options: object) -> Session:
-    return Session(client, KEYS, name, wg_key(key), **options)  # type: ignore[arg-type]
+def session(client: FakeClient, name: str = "a", key: str = "a", **options: Any) -> Session:
+    return Session(client, KEYS, name, wg_key(key), **options)
 
 
 @asynccontextmanager
@@ -57,7 +57,7 @@ async def running(*sessions: Session) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
-async def member(etcd: FakeEtcd, client: FakeClient | None = None, **options: object) -> AsyncIterator[Session]:
+async def member(etcd: FakeEtcd, client: FakeClient | None = None, **options: Any) -> AsyncIterator[Session]:
     """Registered, reported and standing for gcp."""
     it = session(client or etcd.client(), **options)
     async with running(it):
@@ -675,6 +675,7 @@ async def test_a_forged_key_that_a_host_may_not_delete_hinders_no_other_write() 
             etcd.put(key, "{}")
 
         async def compared() -> bool:
+            assert mirror.current is not None
             await a.compare(mirror.current, mirror)
             return candidacy not in etcd
 
@@ -1038,6 +1039,7 @@ async def test_thousands_of_keys_in_a_host_s_name_are_deleted_in_a_few_writes_an
             etcd.put(key, '{"rank":0,"leader":"b","candidacy":1}')
         while set(etcd.keys()) & forged:
             await trio.sleep(0.1)
+            assert mirror.current is not None
             await it.compare(mirror.current, mirror)
         assert calls.count("watch") == 0
         assert calls.count("txn") <= len(forged) / 100 + 10
@@ -1059,6 +1061,7 @@ async def test_a_report_that_another_writer_changes_is_restored_and_a_forged_one
             while True:
                 with trio.move_on_after(10):
                     snapshot = await mirror.wait_newer(snapshot)
+                assert snapshot is not None
                 await it.compare(snapshot, mirror)
 
         nursery.start_soon(compare)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from ipaddress import ip_address, ip_interface, ip_network
+from typing import Any
 
 import pytest
 from attrs import evolve, fields_dict
@@ -392,7 +393,11 @@ def addresses(world: World) -> dict[str, str]:
     return {name: ",".join(map(str, node.mesh_addresses)) for name, node in sorted(world.view.snapshot().nodes.items())}
 
 
-def stating(*addresses: str) -> dict[str, object]:
+Write = tuple[str, bytes | None]
+"""A key and its value; None: it is deleted."""
+
+
+def stating(*addresses: str) -> dict[str, Any]:
     return {"mesh_addresses": tuple(map(parse_interface, addresses))}
 
 
@@ -684,7 +689,9 @@ steps = st.one_of(puts, st.builds(lambda put: (put[0], None), puts))
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(steps, st.booleans(), st.booleans()), max_size=40))
-def test_one_change_at_a_time_comes_to_the_same_as_reading_all(sequence: list) -> None:
+def test_one_change_at_a_time_comes_to_the_same_as_reading_all(
+    sequence: list[tuple[Write, bool, bool]],
+) -> None:
     world = World()
     for (key, value), look, leased in sequence:
         if value is not None:
@@ -719,7 +726,7 @@ victims = st.builds(
 
 @settings(max_examples=200, deadline=None)
 @given(victims, st.integers(0, 5))
-def test_no_one_write_takes_another_node_out_or_its_address(writes: list, which: int) -> None:
+def test_no_one_write_takes_another_node_out_or_its_address(writes: list[Write], which: int) -> None:
     """The record of the node itself apart, which its agent restores."""
     world = World()
     world.node("old", "10.4.0.1", **stating("10.4.0.1/16"))

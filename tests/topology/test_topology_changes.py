@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from ipaddress import ip_address, ip_network
+from typing import Any
 
 import pytest
 from attrs import evolve
@@ -21,7 +22,7 @@ NODES = [
 PROTECTED = [ip_network("198.51.100.7/32")]
 
 
-def changed(number: int, **values: object) -> Callable[[Snapshot], Snapshot]:
+def changed(number: int, **values: Any) -> Callable[[Snapshot], Snapshot]:
     def change(world: Snapshot) -> Snapshot:
         old: Node = world.nodes[f"n{number}"]
         return evolve(world, nodes={**world.nodes, old.name: evolve(old, **values)})

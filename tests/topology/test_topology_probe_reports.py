@@ -144,8 +144,9 @@ def test_any_reports_in_any_order_give_one_leader_and_never_without_a_takeover_c
 
 def world(*probe_reports: ProbeReport, **rest: Any) -> Any:
     nodes = [*A[:3], *B]
-    said = {"probe_reports": {"a": probe_reports}} if probe_reports else {}
-    return snapshot(nodes, candidates=candidates_of(*nodes), **said, **rest)
+    if probe_reports:
+        rest["probe_reports"] = {"a": probe_reports}
+    return snapshot(nodes, candidates=candidates_of(*nodes), **rest)
 
 
 def test_who_says_so_is_known_to_whom_it_has_tried_and_allowed_nothing() -> None:

@@ -361,13 +361,13 @@ def test_two_nodes_encrypt_in_both_directions_or_in_none_and_what_is_in_clear_is
         for name in nodes
     }
     through: dict[str, set[IPNetwork]] = {}
-    for name, one in wanted.items():
-        assert one is not None
-        assert {host_network(address) for address in one.refuse} <= {*one.send, *one.hold}, "who is refused is sent to"
-        through[name] = {*one.send, *one.hold}
+    for name, encryption in wanted.items():
+        assert encryption is not None
+        through[name] = {*encryption.send, *encryption.hold}
+        assert {host_network(address) for address in encryption.refuse} <= through[name], "who is refused is sent to"
     places, _ = Places().after(topology)
     named = {str(entry.network) for entry in topology.unrouted}
-    clear = {(sender, host_network(one.address)) for one in in_clear(topology) for sender in one.senders}
+    clear = {(sender, host_network(entry.address)) for entry in in_clear(topology) for sender in entry.senders}
     for one, other in permutations(nodes, 2):
         here, there = topology.segment_of(one), topology.segment_of(other)
         if not exchanged(here, there, topology.policy):
@@ -451,7 +451,7 @@ def test_no_internal_ip_is_taken_from_the_links_of_a_host(world: Snapshot) -> No
         held = {ip.ip: node.name for node in world.nodes.values() for ip in node.internal_ips}
         for network in plan.routes:
             if network.network_address in held and network.num_addresses == 1 and topology.internal_families:
-                assert not any(link.version == network.version and network.subnet_of(link) for link in links)
+                assert not any(link.version == network.version and network.subnet_of(link) for link in links)  # type: ignore[arg-type]
         for key, peer in plan.peers.items():
             address = None if peer.endpoint is None else peer.endpoint.address
             if address is not None and not peer.observed:
