@@ -144,7 +144,7 @@ def test_a_state_yields_the_same_next_state_however_it_came_about(
     for wanted in (second, third, second):
         changes = diff(wanted, state, Memory(), TARGET)
         later = apply_changes(state, changes, "kilo0")
-        assert later == apply_changes(evolve(state, memo=None), changes, "kilo0")
+        assert later == apply_changes(evolve(state, owners=None), changes, "kilo0")
         assert later == apply_changes(state, changes, "kilo0"), "what was computed once spoils nothing"
         state = later
 

@@ -12,6 +12,7 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Awaitable, Callable
 
 import click
 import trio
@@ -78,9 +79,9 @@ def cleanup(config: AgentConfig) -> None:
     _run(_cleanup, config)
 
 
-def _run(work: object, config: AgentConfig) -> None:
+def _run(work: Callable[[AgentConfig], Awaitable[None]], config: AgentConfig) -> None:
     try:
-        trio.run(work, config)  # type: ignore[arg-type]
+        trio.run(work, config)
     except* EXPECTED as group:
         errors = _leaves(group)
         sentences = list(dict.fromkeys(map(str, errors)))

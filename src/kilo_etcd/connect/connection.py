@@ -19,7 +19,7 @@ from kilo_etcd.base.descriptors import OutOfDescriptors
 from kilo_etcd.connect.registration import KEEPALIVE, LEASE_SECONDS, DesiredPeer, PeerRegistration
 from kilo_etcd.ctl.commands.wait import applied
 from kilo_etcd.ctl.context import Failure
-from kilo_etcd.model import IPAddress, Snapshot
+from kilo_etcd.model import IPAddress, IPInterface, Snapshot
 from kilo_etcd.model.hostplan import HostPlan
 from kilo_etcd.planning.exit_node import BYPASSES_OF_A_PEER
 from kilo_etcd.planning.names import plan_names
@@ -112,7 +112,7 @@ class PeerConnection:
         self.exit_node_monitor = ExitNodeMonitor(device, self._note_exit_node)
         self.topology: Topology | None = None
         self.plan: HostPlan | None = None
-        self._told: object = None
+        self._told: tuple[tuple[IPInterface, ...], tuple[str, ...]] | None = None
         self._stopping = trio.Event()
         self._joined = False
 

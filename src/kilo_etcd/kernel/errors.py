@@ -33,6 +33,7 @@ from kilo_etcd.kernel.state import (
     SetForwarding,
     SetUp,
 )
+from kilo_etcd.model import IPNetwork
 
 
 class KernelError(Exception):
@@ -228,14 +229,14 @@ def _sentence(change: Change, error: OSError) -> str:
     return f"`{change}` failed: {detail}"
 
 
-def collision(destination: object) -> str:
+def collision(destination: IPNetwork) -> str:
     return (
         f"the host already has a route to {destination} that is not ours; it was left alone and the mesh's was not "
         f"set: remove one of the two (see `ip route show {destination}`)"
     )
 
 
-def shadow(destination: object, subnet: object) -> str:
+def shadow(destination: IPNetwork, subnet: IPNetwork) -> str:
     return (
         f"the host's own route to {destination} lies within the mesh's subnet {subnet}; it was left alone, and mesh "
         f"addresses in it are not reached from here: remove it (see `ip route show {destination}`)"

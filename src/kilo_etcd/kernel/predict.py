@@ -8,7 +8,7 @@ with it, and an allowed IP that is given to one peer is taken from the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 
 from attrs import evolve
 
@@ -21,6 +21,7 @@ from kilo_etcd.kernel.state import (
     UNREACHABLE_METRIC,
     AddAddress,
     AddRoute,
+    AllowedIPOwners,
     Change,
     CreateLink,
     DeleteAddress,
@@ -66,19 +67,6 @@ def apply_changes(observed: Observed, changes: Iterable[Change], interface: str)
     return effect.result()
 
 
-class _Owners:
-    """The index of one state's peers, for the next state: there it is brought up to date, so it can be taken once."""
-
-    def __init__(self, owner: dict[IPNetwork, str], peers: Mapping[str, ObservedPeer]) -> None:
-        self._owner: dict[IPNetwork, str] | None = owner
-        self._peers = peers
-
-    def take(self, peers: Mapping[str, ObservedPeer]) -> dict[IPNetwork, str] | None:
-        """None: it is gone, or is about other peers than these."""
-        owner, self._owner = self._owner, None
-        return owner if peers is self._peers else None
-
-
 class _Effect:
     """One pass over many changes, with copies made once."""
 
@@ -98,8 +86,8 @@ class _Effect:
         self._peers = dict(observed.peers)
         self._owner: dict[IPNetwork, str] | None = None
         """Network -> public key of the peer that has it among its allowed IPs; made when it is needed."""
-        if isinstance(memo := observed.memo, _Owners):
-            self._owner = memo.take(observed.peers)
+        if observed.owners is not None:
+            self._owner = observed.owners.take(observed.peers)
         self._addresses = set(observed.addresses)
         self._routes = dict(observed.routes)
         self._duplicates = list(observed.duplicate_routes)
@@ -214,7 +202,7 @@ class _Effect:
             held_back=self._held_back,
             forward_rules=frozenset(self._forward_rules),
             openings=frozenset(self._openings),
-            memo=None if self._owner is None else _Owners(self._owner, self._peers),
+            owners=None if self._owner is None else AllowedIPOwners(self._owner, self._peers),
         )
 
     def _own_table(self, number: int) -> tuple[dict[IPNetwork, Route], dict[IPNetwork, Route]]:

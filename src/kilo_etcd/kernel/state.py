@@ -168,6 +168,20 @@ def unreachable_route(network: IPNetwork) -> Route:
     return Route(destination=network, metric=UNREACHABLE_METRIC, unreachable=True)
 
 
+class AllowedIPOwners:
+    """The index of one state's peers, for the next state: there it is brought up to date, so it can be taken once."""
+
+    def __init__(self, owner: dict[IPNetwork, str], peers: Mapping[str, ObservedPeer]) -> None:
+        self._owner: dict[IPNetwork, str] | None = owner
+        self._peers = peers
+
+    def take(self, peers: Mapping[str, ObservedPeer]) -> dict[IPNetwork, str] | None:
+        """Network -> public key of the peer that it belongs to. None: it is gone, or is about other peers than
+        these."""
+        owner, self._owner = self._owner, None
+        return owner if peers is self._peers else None
+
+
 @frozen(kw_only=True)
 class Observed:
     """What was found on the host at `time` (Unix seconds).
@@ -214,13 +228,13 @@ class Observed:
     """The nftables table of our name."""
     forward_rules: frozenset[ForwardRule] = frozenset()
     forward_chains: Mapping[int, str] = field(factory=dict)
+    """Family -> the chain that they belong in; looked at only where there are, or shall be, any."""
     dropping: frozenset[Place] = frozenset()
     """Other programs' nftables chains that drop what is forwarded for the mesh, but for rules of ours."""
     openings: frozenset[Opening] = frozenset()
     """Rules of ours in such chains."""
-    """Family -> the chain that they belong in; looked at only where there are, or shall be, any."""
-    memo: object = field(default=None, eq=False, repr=False)
-    """What `kernel.predict` needs to compute the next state from this one; it means nothing to anyone else."""
+    owners: AllowedIPOwners | None = field(default=None, eq=False, repr=False)
+    """Whose the allowed IPs of `peers` are, for `kernel.predict` to compute the next state from this one."""
 
 
 @frozen(kw_only=True)

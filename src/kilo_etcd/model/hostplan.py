@@ -176,6 +176,11 @@ class Encryption:
     all, leaves in clear too: out of a tunnel nobody would take it."""
 
 
+@frozen(eq=False)
+class PlanMemo:
+    """What a step of `planning` keeps with a plan that it has made; each step has its own kind."""
+
+
 @frozen(kw_only=True)
 class HostPlan:
     """Everything that the kernel of one host shall hold for us.
@@ -229,8 +234,8 @@ class HostPlan:
     encryption: Encryption | None = None
     """None: nothing of it is in the kernel."""
     problems: tuple[Problem, ...] = ()
-    memo: object = field(default=None, eq=False, repr=False)
-    """What `planning.plan` needs to compute the next plan from this one; it means nothing to anyone else."""
+    memo: PlanMemo | None = field(default=None, eq=False, repr=False)
+    """What `planning` needs to compute the next plan from this one; it means nothing to anyone else."""
 
     def leads_into_tunnel(self, address: IPAddress) -> bool:
         """Whether packets for an internal IP of another segment, which has a route of its own, go into the tunnel."""

@@ -14,7 +14,7 @@ from typing import TypeVar
 from attrs import evolve, field, frozen
 
 from kilo_etcd.model import ACCEPTING, EncryptionStage, IPAddress, IPNetwork, Node
-from kilo_etcd.model.hostplan import Encryption, Exemption, HostPlan, PeerPlan, Problem, RoutePlan, Via
+from kilo_etcd.model.hostplan import Encryption, Exemption, HostPlan, PeerPlan, PlanMemo, Problem, RoutePlan, Via
 from kilo_etcd.topology.granularity import GranularityPolicy
 from kilo_etcd.topology.next_hop import NextHop, next_hop, tunneled
 from kilo_etcd.topology.places import Address, Place, Places, both_ways, exchanged, own_addresses, own_endpoints, sent
@@ -292,7 +292,7 @@ class _Whole:
 
 
 @frozen(kw_only=True, eq=False)
-class _EncryptionMemo:
+class _EncryptionMemo(PlanMemo):
     """What the next plan is computed from."""
 
     places: Places = field(factory=Places)
@@ -308,7 +308,7 @@ class _EncryptionMemo:
     routes: Mapping[IPNetwork, RoutePlan] = field(factory=dict)
     wanted: Encryption | None = None
     known: tuple[IPNetwork, ...] = ()
-    known_of: object = None
+    known_of: tuple[tuple[IPNetwork, ...], tuple[IPNetwork, ...], Place, str] | None = None
     """What `known` was computed from."""
 
 

@@ -31,7 +31,7 @@ from kilo_etcd.model import (
 )
 from kilo_etcd.model.hostplan import TAKEOVER_CHECK_KEEPALIVE, HostPlan, PeerPlan, Problem, RoutePlan, Via
 from kilo_etcd.planning.exit_node import ineligible, inside
-from kilo_etcd.planning.route_filter import Changed, FilterMemo, PlanMemo
+from kilo_etcd.planning.route_filter import Changed, FilterMemo, RoutesMemo
 from kilo_etcd.topology.chosen_endpoint import chosen_endpoint
 from kilo_etcd.topology.families import apart, same_site
 from kilo_etcd.topology.granularity import GranularityPolicy
@@ -88,13 +88,13 @@ class _Remote:
     peers: dict[str, PeerPlan]
     routes: dict[IPNetwork, RoutePlan]
     problems: dict[str, Problem]
-    routes_after: object = None
+    routes_after: Mapping[IPNetwork, RoutePlan] | None = None
     """The routes that these differ from, as far as is known, in no more than `routes_changed`."""
     routes_changed: frozenset[IPNetwork] = frozenset()
 
 
 @frozen(kw_only=True, eq=False)
-class _Memo(PlanMemo):
+class _Memo(RoutesMemo):
     name: str
     topology: Topology
     remote: _Remote

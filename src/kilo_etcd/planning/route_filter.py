@@ -21,7 +21,7 @@ from typing import TypeVar
 from attrs import evolve, frozen
 
 from kilo_etcd.model import IPNetwork
-from kilo_etcd.model.hostplan import HostPlan, PeerPlan, Problem
+from kilo_etcd.model.hostplan import HostPlan, PeerPlan, PlanMemo, Problem, RoutePlan
 from kilo_etcd.topology.segments import changes, lined_up
 
 K = TypeVar("K")
@@ -64,22 +64,22 @@ class _Ranges:
 class Changed:
     """That a plan's routes differ from `base`, another plan's, in no more than `keys`."""
 
-    base: object
+    base: Mapping[IPNetwork, RoutePlan]
     keys: frozenset[IPNetwork]
 
 
 @frozen(kw_only=True, eq=False)
-class PlanMemo:
+class RoutesMemo(PlanMemo):
     """What the guard finds in the memo of a plan that it is handed."""
 
     changed: Changed | None = None
 
 
 @frozen(eq=False)
-class FilterMemo:
+class FilterMemo(PlanMemo):
     """What a clean result was about; `inner` is the memo of the plan that was examined."""
 
-    inner: object
+    inner: PlanMemo | None
     protected: tuple[IPNetwork, ...]
     mesh: tuple[IPNetwork, ...]
     lengths: frozenset[tuple[int, int]]
@@ -163,7 +163,7 @@ def _still_clean(plan: HostPlan, protected: tuple[IPNetwork, ...], previous: Hos
     memo = previous.memo
     if not isinstance(memo, FilterMemo) or memo.protected != protected or previous.addresses != plan.addresses:
         return None
-    known = plan.memo.changed if isinstance(plan.memo, PlanMemo) else None
+    known = plan.memo.changed if isinstance(plan.memo, RoutesMemo) else None
     if known is not None and known.base is previous.routes:
         differing: Iterable[IPNetwork] = known.keys
     else:

@@ -8,7 +8,7 @@ It publishes what it sees (`agent.nat.observed_endpoints`); it reports peers tha
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, KeysView, Mapping
 
 import trio
 from attrs import frozen
@@ -19,6 +19,7 @@ from kilo_etcd.agent.nat.observed_endpoints import PublishSchedule, Watched, obs
 from kilo_etcd.kernel.state import PeerActivity
 from kilo_etcd.model import Node, Snapshot
 from kilo_etcd.model.hostplan import HostPlan
+from kilo_etcd.store.records import ObservedEndpointRecord
 
 FIRST, LONGEST = 1.0, 10.0
 """Seconds between two readings: after a change, and when nothing has changed for long."""
@@ -44,11 +45,17 @@ class _Followed:
     tunnels: bool
 
 
+_Company = tuple[KeysView[str], KeysView[str]]
+"""The public keys of those who are watched, and of those who are behind NAT as this host is."""
+_State = tuple[Mapping[str, ObservedEndpointRecord], tuple[str, ...], _Company]
+"""What is told of observed endpoints, the sentences on failures, and of whom."""
+
+
 @frozen
 class _Look:
     """What came of one reading. `due`: when to look again for the sake of what may not be told yet."""
 
-    state: object = None
+    state: _State | None = None
     concerned: bool = False
     longest: float = LONGEST
     due: float = float("inf")
@@ -82,7 +89,7 @@ class WireGuardMonitor:
         """What the next two were computed from."""
         self._watched: Mapping[str, Watched] = {}
         self._partners: Mapping[str, Node] = {}
-        self._company: object = None
+        self._company: _Company | None = None
         """The peers to receive from."""
         self._changed = 0.0
         """When that changed last."""

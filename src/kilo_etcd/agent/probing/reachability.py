@@ -277,7 +277,7 @@ class Reachability:
         self._targets: dict[MemberAddress, Node] = {}
         self._own: Node | None = None
         self._by_node: dict[str, tuple[Node, tuple[MemberAddress, ...]]] = {}
-        self._by_node_for: object = None
+        self._by_node_for: tuple[Node, frozenset[int]] | None = None
         """The node, and the families, for which these were computed."""
         self._observed: Observed | None = None
         self._waiting: dict[bytes, MemberAddress] = {}
