@@ -21,6 +21,7 @@ from ipaddress import ip_address, ip_interface, ip_network
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import trio
 from attrs import evolve
@@ -60,11 +61,11 @@ def routes(count: int, gateway: str | None = None) -> dict[IPNetwork, RoutePlan]
     return {n: RoutePlan(destination=n, way=way, gateway=by, source=OWN.ip) for n in networks}
 
 
-def plan(**values: object) -> HostPlan:
+def plan(**values: Any) -> HostPlan:
     mesh = ip_network("10.4.0.0/16")
     first = {mesh: RoutePlan(destination=mesh, way=Via.TUNNEL, source=OWN.ip)}
     more = values.pop("routes", {})
-    return HostPlan(node="node", addresses=(OWN,), routes={**first, **more}, **values)  # type: ignore[dict-item,arg-type]
+    return HostPlan(node="node", addresses=(OWN,), routes={**first, **more}, **values)
 
 
 def section(peer: PeerPlan) -> str:

@@ -8,6 +8,7 @@ import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from ipaddress import ip_interface
+from typing import Any
 
 import pytest
 import trio
@@ -82,12 +83,12 @@ async def running(
     disk: Disk | None = None,
     transport: DatagramTransport | None = None,
     write_names: WriteNames | None = None,
-    **options: object,
+    **options: Any,
 ) -> AsyncIterator[Daemon]:
     """The agent runs in the block; SIGTERM ends it, at the block's end if not before."""
     config = evolve(
         AgentConfig.build(hostname="h1", lease_ttl="5s", resync_period="20s", listen="off"),
-        **options,  # type: ignore[arg-type]
+        **options,
     )
     setup = kernel.Setup(private_key=PRIVATE)
     daemon = world.daemon = Daemon(

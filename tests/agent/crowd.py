@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from hashlib import sha256
 from ipaddress import ip_interface
+from typing import Any
 
 import pytest
 import trio
@@ -82,7 +83,7 @@ class CountingAgent(Daemon):
 class CrowdHost:
     """One host, and its agent while it runs."""
 
-    def __init__(self, crowd: Crowd, name: str, options: dict[str, object]) -> None:
+    def __init__(self, crowd: Crowd, name: str, options: dict[str, Any]) -> None:
         self.crowd, self.name, self.options = crowd, name, options
         self.agent: CountingAgent | None = None
         self.before = Account()
@@ -101,7 +102,7 @@ class CrowdHost:
     async def _live(self) -> None:
         config = evolve(
             AgentConfig.build(hostname=self.name, lease_ttl="5s", resync_period="30s", listen="off"),
-            **self.options,  # type: ignore[arg-type]
+            **self.options,
         )
         device = FakeKernel(self.machine, kernel.Setup(private_key=self.private))
         metrics = Metrics()

@@ -20,6 +20,7 @@ from kilo_etcd.kernel.state import Change, DeleteLink, DeleteRoute, HostAddress
 from kilo_etcd.model import CandidateClass, Endpoint
 from kilo_etcd.runtime import discover, key_file
 from kilo_etcd.store.records import CandidateRecord, NodeRecord, StatusRecord, encode, encode_adoption
+from kilo_etcd.testing.fake_kernel import FakeKernel
 
 pytestmark = pytest.mark.autojump
 
@@ -358,7 +359,8 @@ async def test_the_watchdog_is_fed_by_the_reconciler(
             await trio.sleep(20)
             assert beats() >= 3
             assert reconciles == world.metrics.registry.get_sample_value("kilo_reconciles_total", {"result": "success"})
-            async with daemon.kernel._lock:  # type: ignore[attr-defined]
+            assert isinstance(daemon.kernel, FakeKernel)
+            async with daemon.kernel._lock:
                 daemon._nudge(fresh=True)
                 await trio.sleep(20)
                 beats()

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from ipaddress import ip_interface
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -27,7 +28,7 @@ async def shown(
     state: Path,
     etcd: FakeEtcd,
     addresses: tuple[HostAddress, ...] = (),
-    **options: object,
+    **options: Any,
 ) -> str:
     host = FakeHost()
     revision = etcd.header().revision
@@ -42,7 +43,7 @@ async def shown(
 
     monkeypatch.setattr(discover, "gather", gather)
     monkeypatch.setattr(kernel, "open_kernel", open_kernel)
-    config = evolve(AgentConfig.build(hostname="h1"), state_dir=state, **options)  # type: ignore[arg-type]
+    config = evolve(AgentConfig.build(hostname="h1"), state_dir=state, **options)
     await dry_run(config, etcd.client(), lambda config, private: kernel.Setup(private_key=private))
     assert host.history == []
     assert etcd.header().revision == revision

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from ipaddress import ip_address, ip_interface, ip_network
 
 import pytest
 from attrs import evolve
 
 from kilo_etcd.model import Candidate, CandidateClass, Endpoint, Granularity, Node, Peer, Snapshot
+from kilo_etcd.model.hostplan import HostPlan
 from kilo_etcd.planning import host_plan
-from kilo_etcd.planning.handshake_order import MOST_TRIGGERED, STAGES, handshake_order, peered_since, promotions
+from kilo_etcd.planning.handshake_order import (
+    MOST_TRIGGERED,
+    STAGES,
+    HandshakeOrder,
+    handshake_order,
+    peered_since,
+    promotions,
+)
 from kilo_etcd.topology import Topology, build_topology
 
 LOW, HIGH = "A" * 43 + "=", "z" * 43 + "="
@@ -37,7 +46,9 @@ def world(low: Node | None = None, high: Node | None = None, *peers: Peer) -> Sn
     )
 
 
-def meet(snapshot: Snapshot, name: str, *, standby: bool = False, now: float = 100.0):  # type: ignore[no-untyped-def]
+def meet(
+    snapshot: Snapshot, name: str, *, standby: bool = False, now: float = 100.0
+) -> tuple[HostPlan, Mapping[str, float], HandshakeOrder]:
     plan = host_plan(build_topology(snapshot), name)
     since = peered_since({}, plan, standby=standby, now=now)
     return plan, since, handshake_order(plan, snapshot, since, standby=standby, now=now)

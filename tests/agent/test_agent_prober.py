@@ -9,6 +9,7 @@ import json
 import random
 from collections.abc import Collection
 from ipaddress import ip_address, ip_interface, ip_network
+from typing import Any
 
 import pytest
 import trio
@@ -80,8 +81,8 @@ async def settle(world: World) -> None:
     await trio.sleep(5)
 
 
-def says(world: World, prober: str, candidacy: int, **found: object) -> None:
-    record = ProbeReportRecord(leader="g1", candidacy=candidacy, **{"targets": ("home",), **found})  # type: ignore[arg-type]
+def says(world: World, prober: str, candidacy: int, **found: Any) -> None:
+    record = ProbeReportRecord(leader="g1", candidacy=candidacy, **{"targets": ("home",), **found})
     world.etcd.put_kept(f"/kilo/probe-reports/gcp/{prober}", encode(record))
 
 

@@ -554,7 +554,11 @@ async def test_a_location_whose_network_is_cut_from_the_start_sends_nothing_into
                 return [host.agent for host in world.hosts.values() if host.agent is not None]
 
             def heard() -> bool:
-                found = {agent.name: {one.target.node for one in agent._reachability.silent} for agent in agents()}  # type: ignore[union-attr]
+                found = {
+                    agent.name: {one.target.node for one in known.silent}
+                    for agent in agents()
+                    if (known := agent._reachability) is not None
+                }
                 others = {"a-1", "a-2", "a-3"} - {lonely}
                 return found == {"b-1": set(), lonely: others} | {name: {lonely} for name in others}
 

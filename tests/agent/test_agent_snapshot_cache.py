@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager, suppress
 from functools import partial
 from ipaddress import ip_interface, ip_network
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -205,10 +206,10 @@ def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> World:
 
 
 @asynccontextmanager
-async def running(world: World, **options: object) -> AsyncIterator[Daemon]:
+async def running(world: World, **options: Any) -> AsyncIterator[Daemon]:
     config = evolve(
         AgentConfig.build(hostname="h1", lease_ttl="5s", resync_period="20s", listen="off"),
-        **options,  # type: ignore[arg-type]
+        **options,
     )
     device = FakeKernel(world.host, kernel.Setup(private_key=PRIVATE))
     world.metrics = Metrics()

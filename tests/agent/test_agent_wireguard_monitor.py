@@ -139,7 +139,7 @@ async def test_a_phone_that_roams_all_the_time_does_not_storm_etcd(world: World)
         await eventually(lambda: told(world) == {"phone": str(last)}, 120, every=1)
 
 
-async def test_an_agent_that_starts_again_says_nothing_twice(world: World) -> None:
+async def test_an_agent_that_starts_again_says_nothing_twice(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     public(world)
     home(world)
     async with running(world):
@@ -148,7 +148,7 @@ async def test_an_agent_that_starts_again_says_nothing_twice(world: World) -> No
         await eventually(lambda: told(world) == {"home": str(SEEN)}, 15, every=0.1)
         key = b"/kilo/endpoints/home/h1"
         first = world.etcd.data[key]
-        world.daemon.session.resign = trio.lowlevel.checkpoint  # type: ignore[method-assign]
+        monkeypatch.setattr(world.daemon.session, "resign", trio.lowlevel.checkpoint)
     async with running(world):
         world.host.receive_from(HOME)
         await trio.sleep(30)
@@ -218,7 +218,7 @@ async def test_who_is_not_heard_is_named_in_log_and_status_until_it_is(world: Wo
         assert world.logged(f"no longer: {said}") == 1
 
 
-async def test_where_nobody_is_behind_nat_the_device_is_not_read(world: World) -> None:
+async def test_where_nobody_is_behind_nat_the_device_is_not_read(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     public(world)
     home(world, keepalive=0)
     async with running(world):
@@ -227,13 +227,15 @@ async def test_where_nobody_is_behind_nat_the_device_is_not_read(world: World) -
         async def peer_activity() -> PeerActivity:
             raise AssertionError("it was read")
 
-        world.daemon.kernel.peer_activity = peer_activity  # type: ignore[method-assign]
+        monkeypatch.setattr(world.daemon.kernel, "peer_activity", peer_activity)
         world.host.receive_from(HOME, endpoint=SEEN)
         await trio.sleep(120)
         assert told(world) == {}
 
 
-async def test_a_device_that_cannot_be_read_for_a_while_is_read_again(world: World) -> None:
+async def test_a_device_that_cannot_be_read_for_a_while_is_read_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     public(world)
     home(world)
     async with running(world):
@@ -245,7 +247,7 @@ async def test_a_device_that_cannot_be_read_for_a_while_is_read_again(world: Wor
                 raise failures.pop()
             return await peer_activity()
 
-        world.daemon.kernel.peer_activity = hear_badly  # type: ignore[method-assign]
+        monkeypatch.setattr(world.daemon.kernel, "peer_activity", hear_badly)
         world.host.receive_from(HOME, endpoint=SEEN)
         await eventually(lambda: told(world) == {"home": str(SEEN)}, 60, every=0.1)
         assert failures == []

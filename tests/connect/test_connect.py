@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from functools import partial
 from ipaddress import ip_address, ip_interface, ip_network
+from typing import Any
 
 import pytest
 import trio
@@ -22,6 +23,7 @@ from kilo_etcd.connect.connection import Edges, Names, PeerConnection, Settings
 from kilo_etcd.connect.registration import LEASE_SECONDS, DesiredPeer, Gone, PeerRegistration
 from kilo_etcd.ctl.context import Failure
 from kilo_etcd.etcd import PermissionDenied, Unavailable
+from kilo_etcd.etcd.api import TxnResult
 from kilo_etcd.kernel.routing.exit_node import exit_table
 from kilo_etcd.kernel.state import Change, DeleteLink, DeleteRoute, HostAddress
 from kilo_etcd.model import CandidateClass, Endpoint, IPAddress
@@ -120,7 +122,7 @@ async def connected(
     dns_hosts: bool = True,
     exit_node: str | None = None,
     endpoints: tuple[str, ...] = ("192.0.2.1:2379",),
-    **desired: object,
+    **desired: Any,
 ) -> AsyncIterator[PeerConnection]:
     """The command runs in the block, in a mesh of three nodes; SIGTERM ends it at the block's end."""
     await world.build()
@@ -129,7 +131,7 @@ async def connected(
         interface="kilo-kilo", listen_port=4711, endpoints=endpoints, dns_hosts=dns_hosts, exit_node=exit_node
     )
     connection = PeerConnection(
-        DesiredPeer(**{"name": "laptop", "public_key": PUBLIC, **desired}),  # type: ignore[arg-type]
+        DesiredPeer(**{"name": "laptop", "public_key": PUBLIC, **desired}),
         settings,
         world.client,
         "/kilo",
@@ -324,9 +326,9 @@ async def test_a_record_whose_answer_was_lost_is_taken_away_again(
 ) -> None:
     transact = world.client.txn
 
-    async def txn(*args: object, **kwargs: object) -> object:
+    async def txn(*args: Any, **kwargs: Any) -> TxnResult:
         world.client.lose_answer()
-        return await transact(*args, **kwargs)  # type: ignore[arg-type]
+        return await transact(*args, **kwargs)
 
     monkeypatch.setattr(world.client, "txn", txn)
     with pytest.raises(BaseExceptionGroup) as caught:
@@ -496,9 +498,9 @@ async def test_an_unusable_kernel_is_said_at_once_and_the_record_goes(world: Wor
 # --- the record -------------------------------------------------------------------------------------------------------
 
 
-async def refused(world: World, says: str, **desired: object) -> None:
+async def refused(world: World, says: str, **desired: Any) -> None:
     before = {key: world.etcd.get(key) for key in world.etcd.keys("/")}
-    made = DesiredPeer(**{"name": "laptop", "public_key": PUBLIC, **desired})  # type: ignore[arg-type]
+    made = DesiredPeer(**{"name": "laptop", "public_key": PUBLIC, **desired})
     with pytest.raises(Failure, match=says):
         await PeerRegistration(world.client, KEYS, made, lambda: None).register()
     assert {key: world.etcd.get(key) for key in world.etcd.keys("/")} == before

@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from helpers import put_kept
 from kilo_etcd.ctl.main import main
 from kilo_etcd.etcd import Client, PermissionDenied
-from kilo_etcd.model import CandidateClass, Endpoint
+from kilo_etcd.model import CandidateClass, Endpoint, Snapshot
 from kilo_etcd.store import operator
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import CandidateRecord, NodeRecord, Role, StatusRecord, adopts, encode
@@ -185,9 +185,9 @@ def test_what_somebody_else_changes_meanwhile_is_not_overwritten(
 
     seen = impact.impact
 
-    def interrupted(*snapshots: object) -> tuple[str, ...]:
+    def interrupted(*snapshots: Snapshot) -> tuple[str, ...]:
         etcd.put("/kilo/annotations/home-1/persistent-keepalive", "10")
-        return seen(*snapshots)  # type: ignore[arg-type]
+        return seen(*snapshots)
 
     monkeypatch.setattr(impact, "impact", interrupted)
     result = run("annotate", "home-1", "persistent-keepalive=25", "leader=true")

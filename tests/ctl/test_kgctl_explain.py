@@ -74,7 +74,7 @@ async def world(client: Client) -> None:
 def reports(
     etcd: FakeEtcd,
     name: str,
-    *unreachable: tuple[object, ...],
+    *unreachable: tuple[Any, ...],
     errors: tuple[str, ...] = (),
     clear: tuple[str, ...] | None = None,
 ) -> None:
@@ -86,7 +86,7 @@ def reports(
         role=Role.LEADER if name.endswith("-1") else Role.MEMBER,
         location=location,
         leader=f"{location}-1",
-        unreachable=tuple(Unreachable(*one) for one in unreachable),  # type: ignore[arg-type]
+        unreachable=tuple(Unreachable(*one) for one in unreachable),
         errors=errors,
         clear=clear,
     )
@@ -106,8 +106,8 @@ def run(*arguments: str) -> Result:
     return CliRunner().invoke(main, ["explain", *arguments], prog_name="kgctl")
 
 
-def hops(way: dict[str, object]) -> list[tuple[str, str, str, str]]:
-    steps: list[dict[str, str]] = way["hops"]  # type: ignore[assignment]
+def hops(way: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    steps: list[dict[str, str]] = way["hops"]
     return [(step["from"], step["to"], step["how"], step["address"]) for step in steps]
 
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import partial
 from ipaddress import ip_interface
 
@@ -18,12 +19,13 @@ from helpers import eventually, put_kept
 from kilo_etcd.ctl.commands.join import visitors
 from kilo_etcd.ctl.main import main
 from kilo_etcd.etcd import Client, Unavailable, open_client
+from kilo_etcd.etcd.api import Compare, Op, TxnResult
 from kilo_etcd.model import CandidateClass, Endpoint
 from kilo_etcd.store import operator
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import CandidateRecord, NodeRecord, decode_peer, encode
 from kilo_etcd.testing.etcd_server import EtcdServer
-from kilo_etcd.testing.fake_etcd import FakeEtcd
+from kilo_etcd.testing.fake_etcd import FakeClient, FakeEtcd
 from kilo_etcd.topology import build_topology
 
 A, B = Keys("/a"), Keys("/b")
@@ -147,10 +149,12 @@ def test_a_second_mesh_that_cannot_be_written_leaves_the_first_as_it_was(
     held = etcd.get("/a/peers/b.location.y")
     original = type(etcd.client()).txn
 
-    async def txn(self: object, compare: object, success: tuple[object, ...] = (), *rest: object) -> object:
+    async def txn(
+        self: FakeClient, compare: Sequence[Compare], success: Sequence[Op] = (), failure: Sequence[Op] = ()
+    ) -> TxnResult:
         if any("/b/" in str(getattr(op, "key", "")) for op in success):
             raise Unavailable("no endpoint of etcd answered")
-        return await original(self, compare, success, *rest)  # type: ignore[arg-type]
+        return await original(self, compare, success, failure)
 
     monkeypatch.setattr(type(etcd.client()), "txn", txn)
     done = kgctl("join", "--yes")

@@ -196,7 +196,7 @@ def test_apt_installs_what_is_missing_and_updates_only_where_it_must(machine: Pa
     done = setup(machine)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     log = (machine / "apt.log").read_text().splitlines()
-    assert [re.search(r"install|update", line)[0] for line in log] == ["install", "update", "install"]  # type: ignore[index]
+    assert [re.findall(r"install|update", line)[0] for line in log] == ["install", "update", "install"]
     wanted = "--no-install-recommends python3-venv etcd-server etcd-client wireguard-go nftables iptables graphviz"
     assert wanted in log[0]
     assert "wireguard-tools" not in log[0]

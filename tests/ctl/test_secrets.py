@@ -6,6 +6,7 @@ import importlib
 import json
 import pkgutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,7 @@ def test_nor_does_one_for_a_secret_in_another_place(secret: str) -> None:
         for data in ({"publicKey": PUBLIC, **place}, [{"publicKey": PUBLIC, **place}]):
             text = json.dumps(data)
             for spoilt in (text, text[:-1], text + ",", text.replace('"', "'"), text.replace(":", "=")):
-                message = said_of(lambda spoilt=spoilt: decode_peer(spoilt.encode()), RecordError)  # type: ignore[misc]
+                message = said_of(partial(decode_peer, spoilt.encode()), RecordError)
                 assert not quoted(secret, message), (spoilt, message)
 
 
@@ -157,7 +158,7 @@ def test_nor_does_a_refusal_of_a_manifest(secret: str) -> None:
         f"{{publicKey: {PUBLIC}, presharedKey={secret}}}",
         f"presharedKey:{secret}",
     ]
-    messages = [(text, said_of(lambda text=text: read_peers(text, "standard input"), ValueError)) for text in texts]  # type: ignore[misc]
+    messages = [(text, said_of(partial(read_peers, text, "standard input"), ValueError)) for text in texts]
     assert not [(text, message) for text, message in messages if quoted(secret, message)]
     assert {message.startswith("standard input") for _, message in messages if message} == {True}
     assert sum(bool(message) for _, message in messages) > 100
@@ -176,7 +177,7 @@ def test_no_flag_repeats_a_password(secret: str) -> None:
         with pytest.raises(click.BadParameter, match="--user is for") as caught:
             etcd_config(endpoints=f"b:2379,{url}")
         assert "ame" not in caught.value.message
-        assert "ame" not in said_of(lambda url=url: parse_endpoint(url, tls=False), BadRequest)  # type: ignore[misc]
+        assert "ame" not in said_of(partial(parse_endpoint, url, tls=False), BadRequest)
     wrong: tuple[dict[str, Any], ...] = (
         {"user": f"root:{secret}", "dial_timeout": "x"},
         {"password": secret},

@@ -31,6 +31,7 @@ from kilo_etcd.etcd import (
     open_client,
     unchanged,
 )
+from kilo_etcd.etcd.api import RangeResult
 from kilo_etcd.etcd.watch import Watcher
 from kilo_etcd.testing.etcd_server import EtcdServer, ServerOptions
 
@@ -79,10 +80,14 @@ async def test_transactions_compare_and_swap() -> None:
     async with etcd() as (_, client):
         made = await client.txn([absent("/k")], [Put("/k", "1"), Get("/k")], [Get("/k")])
         assert made.succeeded
-        assert made.responses[1].kvs[0].value == b"1"  # type: ignore[union-attr]
+        got = made.responses[1]
+        assert isinstance(got, RangeResult)
+        assert got.kvs[0].value == b"1"
         refused = await client.txn([absent("/k")], [Put("/k", "2")], [Get("/k"), Delete("/none")])
         assert not refused.succeeded
-        kv = refused.responses[0].kvs[0]  # type: ignore[union-attr]
+        got = refused.responses[0]
+        assert isinstance(got, RangeResult)
+        kv = got.kvs[0]
         assert (await client.txn([unchanged(kv)], [Put("/k", "3")])).succeeded
         assert not (await client.txn([unchanged(kv)], [Put("/k", "4")])).succeeded
         for target, value in ((CompareTarget.VERSION, 2), (CompareTarget.VALUE, b"3"), (CompareTarget.LEASE, 0)):

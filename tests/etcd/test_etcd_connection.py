@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
+from typing import TypeVar
 
 import h2.config
 import h2.connection
@@ -20,6 +21,8 @@ from kilo_etcd.etcd.connection import CONNECTION_WINDOW, HEALTH_CHECK, Connectio
 from kilo_etcd.etcd.grpc import TransportFailed, frame
 from kilo_etcd.etcd.pb import etcd_pb2 as pb
 
+E = TypeVar("E", bound=h2.events.Event)
+
 pytestmark = pytest.mark.autojump
 
 
@@ -33,7 +36,7 @@ class Peer:
         self._stream = stream
         self._lock = trio.Lock()
 
-    def got(self, kind: type[h2.events.Event]) -> list[h2.events.Event]:
+    def got(self, kind: type[E]) -> list[E]:
         return [event for event in self.events if isinstance(event, kind)]
 
     async def flush(self) -> None:
@@ -74,10 +77,10 @@ async def test_a_peer_that_says_nothing_is_never_ready() -> None:
         assert "connecting" in repr(connection)
 
 
-async def test_a_peer_that_falls_silent_is_lost_within_three_seconds() -> None:
+async def test_a_peer_that_falls_silent_is_lost_within_three_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     async with connected() as (connection, peer):
         stream = await connection.open("/x")
-        peer.flush = trio.sleep_forever  # type: ignore[method-assign]
+        monkeypatch.setattr(peer, "flush", trio.sleep_forever)
         began = trio.current_time()
         with pytest.raises(TransportFailed, match="has not answered"):
             await stream.receive()
@@ -101,7 +104,7 @@ async def test_probes_are_pings_only_where_the_server_has_said_something_since()
         assert kinds[:4] == ["ping", "call", "ping", "call"]
         assert len(kinds) == 59
         requests = peer.got(h2.events.RequestReceived)
-        assert all(dict(event.headers)[b":path"].decode() == HEALTH_CHECK for event in requests)  # type: ignore[attr-defined]
+        assert all(dict(event.headers)[b":path"].decode() == HEALTH_CHECK for event in requests)
 
 
 async def test_a_request_larger_than_the_windows_waits_for_them() -> None:
@@ -130,7 +133,7 @@ async def test_a_call_that_is_given_up_is_reset_and_others_go_on() -> None:
         stream.close()
         await trio.testing.wait_all_tasks_blocked()
         resets = peer.got(h2.events.StreamReset)
-        assert [(e.stream_id, e.error_code) for e in resets] == [(1, h2.errors.ErrorCodes.CANCEL)]  # type: ignore[attr-defined]
+        assert [(e.stream_id, e.error_code) for e in resets] == [(1, h2.errors.ErrorCodes.CANCEL)]
         peer.h2.send_headers(other.id, [(":status", "200")])
         peer.h2.send_data(other.id, b"hello", end_stream=True)
         await peer.flush()
@@ -209,8 +212,8 @@ async def test_a_write_that_a_living_member_never_answers_is_of_unknown_outcome(
         nursery.cancel_scope.cancel()
 
 
-def path_of(event: h2.events.Event) -> str:
-    return str(dict(event.headers)[b":path"].decode())  # type: ignore[attr-defined]
+def path_of(event: h2.events.RequestReceived) -> str:
+    return str(dict(event.headers)[b":path"].decode())
 
 
 def answer_health_checks(peer: Peer, event: h2.events.Event) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 import pytest
 import trio
@@ -116,7 +117,7 @@ async def test_watch_over_kill_and_restart_of_each_member() -> None:
             member = await connected_member(cluster, client)
             await member.kill()
             count = len(seen)
-            await eventually(lambda least=count + 50: len(seen) > least, 60)  # type: ignore[misc]
+            await eventually(partial(lambda least: len(seen) > least, count + 50), 60)
             await member.restart()
 
 

@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import pytest
 import trio
@@ -26,10 +27,10 @@ class NameServer:
         self.over = threading.Event()
         self.real = socket.getaddrinfo
 
-    def __call__(self, host: str | bytes, port: object, *args: object, **kwargs: object) -> list[object]:
+    def __call__(self, host: str | bytes, port: Any, *args: Any, **kwargs: Any) -> list[object]:
         name = host.decode() if isinstance(host, bytes) else host
         if name != NAME:
-            return list(self.real(host, port, *args, **kwargs))  # type: ignore[arg-type]
+            return list(self.real(host, port, *args, **kwargs))
         if self.hangs.is_set():
             self.over.wait(30)
         if not self.answers:

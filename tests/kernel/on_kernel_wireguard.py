@@ -19,6 +19,7 @@ from kernel_worlds import PRIVATE, key, lines, peer, plan, tunnel
 
 from helpers import eventually
 from kilo_etcd.kernel import Setup, open_kernel
+from kilo_etcd.model.hostplan import HostPlan
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("own_namespaces"), pytest.mark.deadline(1000)]
 
@@ -102,7 +103,7 @@ async def test_no_packet_is_lost_while_a_network_moves_between_peers() -> None:
             "priority 0; iifname wg0 udp dport 9 counter name got drop; }; }'"
         )
 
-    def at(owner: int) -> object:
+    def at(owner: int) -> HostPlan:
         peers = [
             evolve(
                 peer(number, *(("10.5.0.9/32",) if number == owner else ()), endpoint=f"192.168.{number}.2:51820"),
@@ -115,7 +116,7 @@ async def test_no_packet_is_lost_while_a_network_moves_between_peers() -> None:
     async with open_kernel(KERNEL) as kernel:
         sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         for owner in (2, 3):  # shake hands with both
-            assert (await kernel.apply(at(owner))).failures == ()  # type: ignore[arg-type]
+            assert (await kernel.apply(at(owner))).failures == ()
 
             async def shaken(owner: int = owner) -> bool:
                 sender.sendto(b"first", ("10.5.0.9", 9))
@@ -136,7 +137,7 @@ async def test_no_packet_is_lost_while_a_network_moves_between_peers() -> None:
             nursery.start_soon(trio.to_thread.run_sync, flood)
             for turn in range(40):
                 seen = sent
-                await kernel.apply(at(2 + turn % 2))  # type: ignore[arg-type]
+                await kernel.apply(at(2 + turn % 2))
                 await eventually(partial(lambda seen: sent > seen + 3, seen), 60, every=0.002)
             done.set()
         sender.close()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from ipaddress import ip_interface, ip_network
+from typing import Any
 
 import pytest
 from attrs import evolve
@@ -13,7 +15,7 @@ from kilo_etcd.kernel.predict import apply_changes
 from kilo_etcd.kernel.routing.returns import return_priority, return_table
 from kilo_etcd.kernel.state import DeleteLink, DeviceTarget, Link, Memory, Observed, Route, ipip_name
 from kilo_etcd.model import Endpoint
-from kilo_etcd.model.hostplan import ExitRoute, HostPlan, Via
+from kilo_etcd.model.hostplan import ExitRoute, HostPlan, RoutePlan, Via
 
 MESH = tunnel("10.4.0.0/16", "10.4.0.1")
 
@@ -59,9 +61,9 @@ def test_interfaces_that_accept_router_advertisements_go_on_when_ipv6_is_forward
 
 
 def test_what_comes_out_of_the_tunnel_has_a_table_of_its_own_while_a_member_encapsulates() -> None:
-    ipip = {"ipip": ("192.168.9.2",), "ipip_local": "192.168.9.1"}
+    ipip: dict[str, Any] = {"ipip": ("192.168.9.2",), "ipip_local": "192.168.9.1"}
     back = (via("192.168.9.2/32", "192.168.9.2", Via.IPIP), tunnel("fd00:9::3/128"))
-    asked = plan(MESH, returns=back, **ipip)  # type: ignore[arg-type]
+    asked = plan(MESH, returns=back, **ipip)
     table, priority = return_table("kilo0"), return_priority("kilo0")
     routes = [
         f"192.168.9.2/32 via 192.168.9.2 dev kilo-ipip proto 107 onlink table {table}",
@@ -70,8 +72,8 @@ def test_what_comes_out_of_the_tunnel_has_a_table_of_its_own_while_a_member_enca
     rules = [f"ip -{v} rule {{}} priority {priority} iif kilo0 lookup {table}" for v in (4, 6)]
     made = [f"ip route add {route}" for route in routes] + [rule.format("add") for rule in rules]
     gone = [rule.format("del") for rule in rules] + [f"ip route del {route}" for route in routes]
-    assert step(plan(MESH, **ipip), asked) == made  # type: ignore[arg-type]
-    left = step(asked, plan(MESH, **ipip))  # type: ignore[arg-type]
+    assert step(plan(MESH, **ipip), asked) == made
+    left = step(asked, plan(MESH, **ipip))
     assert [*sorted(left[:2]), *left[2:]] == gone
     assert step(asked, evolve(asked, returns={back[1].destination: back[1]})) == [gone[0], gone[2]]
     # One that is sealed now.
@@ -90,13 +92,13 @@ def test_what_comes_out_of_the_tunnel_has_a_table_of_its_own_while_a_member_enca
     assert lines(diff(asked, lost, Memory(), TARGET))[-1:] == made[:1]
     assert len(lost.policy.rules) == 2
     assert apply_changes(lost, [DeleteLink("kilo0")], "kilo0").policy.tables == {}
-    lacking = evolve(host_with(plan(MESH, **ipip)), lacking=frozenset({6}))  # type: ignore[arg-type]
+    lacking = evolve(host_with(plan(MESH, **ipip)), lacking=frozenset({6}))
     assert lines(diff(asked, lacking, Memory(), TARGET)) == made[::2], "a kernel without IPv6 is asked for none"
     # An exit node whose parts are not to be touched is another matter.
     held = evolve(asked, exit_route=ExitRoute(held=True))
-    assert step(plan(MESH, **ipip), held) == made  # type: ignore[arg-type]
+    assert step(plan(MESH, **ipip), held) == made
     exits = ExitRoute(families=frozenset({4, 6}), sources=(ip_interface("192.168.9.1/24").ip,))
-    both = step(evolve(plan(MESH, **ipip), exit_route=exits), evolve(asked, exit_route=exits))  # type: ignore[arg-type]
+    both = step(evolve(plan(MESH, **ipip), exit_route=exits), evolve(asked, exit_route=exits))
     assert sorted(both) == sorted(made)
 
 
@@ -198,10 +200,10 @@ def test_keepalive_and_preshared_key_change_alone() -> None:
 
 
 @pytest.mark.parametrize("text", [str, repr])
-def test_no_key_is_ever_shown(text: object) -> None:
+def test_no_key_is_ever_shown(text: Callable[[object], str]) -> None:
     wanted = plan(peer(2, "10.4.0.2/32", psk=key(90)))
     changes = diff(wanted, Observed(), Memory(), TARGET)
-    said = "".join(text(change) for change in changes) + repr(host_with(wanted)) + repr(TARGET)  # type: ignore[operator]
+    said = "".join(text(change) for change in changes) + repr(host_with(wanted)) + repr(TARGET)
     assert PRIVATE not in said
     assert key(90) not in said
 
@@ -460,8 +462,8 @@ def test_an_endpoint_that_has_grown_old_is_no_drift() -> None:
 # Routes of ours and of others
 
 
-def foreign(observed: Observed, destination: str, **values: object) -> Observed:
-    route = Route(destination=ip_network(destination), device="eth0", protocol=4, **values)  # type: ignore[arg-type]
+def foreign(observed: Observed, destination: str, **values: Any) -> Observed:
+    route = Route(destination=ip_network(destination), device="eth0", protocol=4, **values)
     return evolve(observed, foreign={route.destination: route})
 
 
@@ -518,8 +520,8 @@ def test_a_default_route_is_never_set() -> None:
         (via("fd00:5::/64", "fd00:9::77", Via.IPIP), "IPIP carries IPv4 over IPv4 only"),
     ],
 )
-def test_what_linux_cannot_do_is_a_sentence(route: object, word: str) -> None:
-    todo = difference(plan(route), host_with(plan()), Memory(), TARGET)  # type: ignore[arg-type]
+def test_what_linux_cannot_do_is_a_sentence(route: RoutePlan, word: str) -> None:
+    todo = difference(plan(route), host_with(plan()), Memory(), TARGET)
     assert todo.changes == ()
     assert word in todo.failures[0].text
 

@@ -14,6 +14,7 @@ from kernel_worlds import PRIVATE
 
 from kilo_etcd.kernel import KernelError, Setup, cleanup, echo, open_kernel, sysctl
 from kilo_etcd.kernel.echo import EchoRequests
+from kilo_etcd.model import IPAddress
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("own_namespaces")]
 
@@ -104,10 +105,10 @@ async def test_many_large_answers_are_all_taken() -> None:
 
 async def test_calls_do_not_take_each_others_answers() -> None:
     allow()
-    found: list[set[object]] = []
+    found: list[set[IPAddress]] = []
 
-    async def one(*addresses: object) -> None:
-        found.append(set(await echo.ping(addresses, EchoRequests(times=3, patience=0.3))))  # type: ignore[arg-type]
+    async def one(*addresses: IPAddress) -> None:
+        found.append(set(await echo.ping(addresses, EchoRequests(times=3, patience=0.3))))
 
     async with trio.open_nursery() as nursery:
         for _ in range(5):

@@ -17,7 +17,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from ipaddress import ip_address, ip_interface, ip_network
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 import trio
@@ -91,8 +91,8 @@ def unchanged() -> str:
 
 
 @asynccontextmanager
-async def agent(**values: object) -> AsyncIterator[Kernel]:
-    async with open_kernel(Setup(private_key=PRIVATE, **values)) as kernel:  # type: ignore[arg-type]
+async def agent(**values: Any) -> AsyncIterator[Kernel]:
+    async with open_kernel(Setup(private_key=PRIVATE, **values)) as kernel:
         yield kernel
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from itertools import permutations
+from typing import Any
 
 import pytest
 import trio
@@ -31,10 +32,10 @@ def host(name: str, *families: str, public: bool = True) -> HostSpec:
 
 
 @asynccontextmanager
-async def world(*sites: SiteSpec, apart: Iterable[tuple[str, str]] = (), **options: object) -> AsyncIterator[Lab]:
+async def world(*sites: SiteSpec, apart: Iterable[tuple[str, str]] = (), **options: Any) -> AsyncIterator[Lab]:
     """A lab in which every ordered pair pings in each family of the mesh, but those that are `apart`."""
     require("etcd", "etcdctl", "wireguard-go", "wg", "nft", "ip", "ping")
-    async with running_lab(Spec(sites=sites, **options)) as lab:  # type: ignore[arg-type]
+    async with running_lab(Spec(sites=sites, **options)) as lab:
         await reached(lab, apart)
         yield lab
 

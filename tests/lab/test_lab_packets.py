@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from ipaddress import ip_address
 from typing import Any
 
@@ -70,9 +71,10 @@ class Echo:
     """In place of a `Pinger`: answers at once, except the numbers in `lost`."""
 
     def __init__(self, lost: set[int]) -> None:
-        self.lost, self.replied = lost, None
+        self.lost = lost
+        self.replied: Callable[[int], object]
 
-    def listen(self, machine: Any, replied: Any) -> int:
+    def listen(self, machine: Any, replied: Callable[[int], object]) -> int:
         self.replied = replied
         return 1
 
@@ -82,7 +84,7 @@ class Echo:
     async def send(self, machine: Any, target: Any, identifier: int, number: int) -> None:
         await trio.lowlevel.checkpoint()
         if number not in self.lost:
-            self.replied(number)  # type: ignore[misc]
+            self.replied(number)
 
 
 async def account(lost: set[int], seconds: float) -> ProbeResult:

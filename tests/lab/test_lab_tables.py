@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 
 import pytest
 from attrs import evolve
@@ -32,10 +33,11 @@ def host(*, six: bool, cuts: tuple[str, ...] = ()) -> HostStatus:
 
 @pytest.mark.parametrize(("width", "six", "one_column"), [(80, False, True), (80, True, True), (200, True, False)])
 def test_a_host_s_addresses_are_in_one_piece_whatever_the_terminal(width: int, six: bool, one_column: bool) -> None:
-    console = Console(file=io.StringIO(), width=width)
+    shown_text = io.StringIO()
+    console = Console(file=shown_text, width=width)
     rows = [host(six=six), host(six=six, cuts=("etcd",))]
     console.print(hosts_as_table("default", rows, console))
-    shown: str = console.file.getvalue()  # type: ignore[attr-defined]
+    shown = shown_text.getvalue()
     assert max(map(len, shown.splitlines())) <= width
     words = shown.split()
     for pair in ADDRESSES.values():
@@ -72,8 +74,8 @@ def test_what_follows_the_machine_is_the_commands(
     ran: list[tuple[str, tuple[str, ...]]] = []
     monkeypatch.setattr(commands, "run_here", lambda lab, machine, command: ran.append((machine, tuple(command))))
 
-    def with_lab(name: str | None, work: object) -> int:
-        work(None)  # type: ignore[operator]
+    def with_lab(name: str | None, work: Callable[[None], object]) -> int:
+        work(None)
         return 0
 
     monkeypatch.setattr(commands, "_with_lab", with_lab)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ipaddress import ip_address, ip_network
+from typing import Any
 
 import pytest
 from attrs import evolve
@@ -26,8 +27,8 @@ BEHIND = evolve(WORLD, candidates=candidates_of(OTHER, EXIT))
 ETCD = (ip_network("192.0.2.1/32"),)
 
 
-def used(of: object = WORLD, name: str = "gcp-1") -> HostPlan:
-    topology = build_topology(of)  # type: ignore[arg-type]
+def used(of: Snapshot = WORLD, name: str = "gcp-1") -> HostPlan:
+    topology = build_topology(of)
     return through(filter_routes(peer_plan(topology, "laptop"), ETCD), topology, name, ETCD)
 
 
@@ -97,7 +98,7 @@ def test_the_peer_has_everything_behind_the_exit_node_and_its_routes_as_before()
 
 
 @pytest.mark.parametrize("world", [BEHIND, evolve(WORLD, nodes={"home-1": HOME})])
-def test_an_exit_node_that_is_none_any_more_lets_nothing_out_beside_it(world: object) -> None:
+def test_an_exit_node_that_is_none_any_more_lets_nothing_out_beside_it(world: Snapshot) -> None:
     plan = used(world)
     assert plan.exit_route == ExitRoute(families=frozenset({4}), bypass=ETCD)
     assert all(network.prefixlen for value in plan.peers.values() for network in value.allowed_ips)
@@ -157,15 +158,15 @@ FAR = node("lan-3", 7, "lan", "10.3.1.3/24", exit_node="gcp-1")
 NODES = (EXIT, OTHER, HOME, ALONE, LEADER, MEMBER, FAR)
 
 
-def with_nodes(*nodes: Node, **rest: object) -> Snapshot:
+def with_nodes(*nodes: Node, **rest: Any) -> Snapshot:
     every = {**{one.name: one for one in NODES}, **{one.name: one for one in nodes}}
-    wanted = {"candidates": candidates_of(EXIT, OTHER, LEADER, MEMBER), **rest}
-    return snapshot(every.values(), **wanted)  # type: ignore[arg-type]
+    wanted: dict[str, Any] = {"candidates": candidates_of(EXIT, OTHER, LEADER, MEMBER), **rest}
+    return snapshot(every.values(), **wanted)
 
 
-def left(world: Snapshot, name: str, **rest: object) -> HostPlan:
+def left(world: Snapshot, name: str, **rest: Any) -> HostPlan:
     topology = build_topology(world)
-    return with_exit_node(filter_routes(host_plan(topology, name), ETCD), topology, bypass=ETCD, **rest)  # type: ignore[arg-type]
+    return with_exit_node(filter_routes(host_plan(topology, name), ETCD), topology, bypass=ETCD, **rest)
 
 
 def beyond(plan: HostPlan) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ipaddress import ip_network
+from typing import Any
 
 from attrs import evolve
 
@@ -22,8 +23,8 @@ LAPTOP = peer("laptop", "10.9.0.2/32 fd09::2/128", persistent_keepalive=10, pres
 WORLD = snapshot([*GCP, HOME], peers=[LAPTOP], candidates=candidates_of(*GCP))
 
 
-def plan(of: Snapshot = WORLD, **options: object) -> HostPlan:
-    return peer_plan(build_topology(of), "laptop", **options)  # type: ignore[arg-type]
+def plan(of: Snapshot = WORLD, **options: Any) -> HostPlan:
+    return peer_plan(build_topology(of), "laptop", **options)
 
 
 def allowed(of: HostPlan) -> dict[str, list[str]]:
@@ -113,7 +114,7 @@ def test_a_leader_behind_nat_is_looked_for_where_others_see_it_but_not_through_o
     there, elsewhere = Endpoint.parse("198.51.100.3:40001"), Endpoint.parse("198.51.100.9:7000")
     home = evolve(HOME, endpoint=Endpoint.parse("10.2.0.1:51820"), persistent_keepalive=25, observed_endpoints=(there,))
 
-    def looks(seen: tuple[Endpoint, ...], of: Node = home, **options: object) -> tuple[str, bool]:
+    def looks(seen: tuple[Endpoint, ...], of: Node = home, **options: Any) -> tuple[str, bool]:
         world = snapshot([*GCP, of], peers=[evolve(LAPTOP, observed_endpoints=seen)], candidates=candidates_of(*GCP))
         (found,) = (value for value in plan(world, **options).peers.values() if value.name == "home-1")
         return str(found.endpoint), found.observed

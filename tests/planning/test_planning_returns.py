@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ipaddress import ip_address, ip_network
+from typing import Any
 
 import pytest
 from attrs import evolve
@@ -20,7 +21,7 @@ NEVER, ALWAYS, CROSS, WIREGUARD = Encapsulate.NEVER, Encapsulate.ALWAYS, Encapsu
 INTERNAL = ip_network("10.0.0.2/32")
 
 
-def back(leader: Encapsulate, member: Encapsulate, internal: str = "10.0.0.2/24", **rest: object) -> list[str]:
+def back(leader: Encapsulate, member: Encapsulate, internal: str = "10.0.0.2/24", **rest: Any) -> list[str]:
     """What leader a1 does with what comes out of the tunnel for its member a2, as text."""
     world = snapshot(
         [
@@ -28,7 +29,7 @@ def back(leader: Encapsulate, member: Encapsulate, internal: str = "10.0.0.2/24"
             node("a2", 2, "a", (internal, "fd00:a::2/64"), encapsulate=member),
             node("b1", 3, "b", "10.9.0.1/24", "203.0.113.3"),
         ],
-        **rest,  # type: ignore[arg-type]
+        **rest,
     )
     made = plans(world)
     assert made["a2"].returns == made["b1"].returns == {}, "only a leader does, and for members"
@@ -108,7 +109,7 @@ def test_what_comes_out_of_the_tunnel_for_an_address_that_has_never_answered_is_
     assert withhold(made["a2"], topology, [silent]).returns_refused == {}
 
 
-def routed_world(leader: Encapsulate, member: Encapsulate, **rest: object) -> Snapshot:
+def routed_world(leader: Encapsulate, member: Encapsulate, **rest: Any) -> Snapshot:
     """Two sites with networks of their own, and internal IPs that are routed."""
     return snapshot(
         [
@@ -117,7 +118,7 @@ def routed_world(leader: Encapsulate, member: Encapsulate, **rest: object) -> Sn
             node("b1", 3, "b", "10.9.0.1/24", "203.0.113.3", underlay=()),
         ],
         internal_ips=InternalIPs.ROUTED,
-        **rest,  # type: ignore[arg-type]
+        **rest,
     )
 
 

@@ -183,9 +183,11 @@ def test_the_table_has_every_flag_once_and_says_what_it_is_for() -> None:
     assert len({flag.name for flag in flags}) == len({flag.env for flag in flags}) == len(flags)
     assert all(flag.help.endswith(".") for flag in flags)
     # What the table calls the default is what happens where nothing is given.
-    spelt = {flag.parameter: flag.default for flag in agent_flags() if not flag.switch and not flag.several}
+    spelt: dict[str, Any] = {
+        flag.parameter: flag.default for flag in agent_flags() if not flag.switch and not flag.several
+    }
     spelt["hostname"] = "here"
-    assert AgentConfig.build(**spelt) == AgentConfig(hostname="here")  # type: ignore[arg-type]
+    assert AgentConfig.build(**spelt) == AgentConfig(hostname="here")
 
 
 def test_help_shows_environment_and_no_secret() -> None:

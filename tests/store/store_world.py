@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from base64 import b64encode
 from hashlib import sha256
+from typing import Any
 
 from kilo_etcd.etcd.api import Event, EventType, Header, KeyValue
 from kilo_etcd.model import Endpoint
@@ -18,13 +19,13 @@ def wg_key(name: str) -> str:
     return b64encode(sha256(name.encode()).digest()).decode()
 
 
-def record(name: str, **fields: object) -> NodeRecord:
-    values: dict[str, object] = {"public_key": wg_key(name), "endpoint": Endpoint.parse("203.0.113.1:51820")} | fields
+def record(name: str, **fields: Any) -> NodeRecord:
+    values: dict[str, Any] = {"public_key": wg_key(name), "endpoint": Endpoint.parse("203.0.113.1:51820")} | fields
     if isinstance(values.get("subnets"), str):
         values["subnets"] = parse_networks(str(values["subnets"]))
     if isinstance(values.get("internal_ips"), str):
         values["internal_ips"] = (parse_interface(values["internal_ips"]),)
-    return NodeRecord(**values)  # type: ignore[arg-type]
+    return NodeRecord(**values)
 
 
 class World:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from ipaddress import ip_network
 
 import pytest
@@ -69,11 +70,7 @@ class World:
         last = await self.operator.get(KEYS.location("somebody"), serializable=False)
         assert last is not None
         for name, mirror in self.mirrors.items():
-            await eventually(
-                lambda mirror=mirror: mirror.connected and mirror.current.revision >= last.mod_revision,  # type: ignore[misc]
-                30,
-                what=f"{name} has heard of it",
-            )
+            await eventually(partial(_has, mirror, last.mod_revision), 30, what=f"{name} has heard of it")
 
     async def leader(self) -> EtcdServer:
         async with open_client(self.cluster.config()) as client:
@@ -82,6 +79,11 @@ class World:
                 if status.leader == status.header.member_id:
                     return member
         raise AssertionError("nobody leads")
+
+
+def _has(mirror: Mirror, revision: int) -> bool:
+    """Whether the mirror is connected, and has come to a revision."""
+    return mirror.connected and mirror.current is not None and mirror.current.revision >= revision
 
 
 async def put(client: Client, key: str, value: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 import trio
@@ -33,8 +34,8 @@ def node(etcd: FakeEtcd, name: str, number: int) -> int:
 
 
 @asynccontextmanager
-async def mirrored(etcd: FakeEtcd, client: FakeClient | None = None, **options: object) -> AsyncIterator[Mirror]:
-    mirror = Mirror(client or etcd.client(), KEYS, **options)  # type: ignore[arg-type]
+async def mirrored(etcd: FakeEtcd, client: FakeClient | None = None, **options: Any) -> AsyncIterator[Mirror]:
+    mirror = Mirror(client or etcd.client(), KEYS, **options)
     async with trio.open_nursery() as nursery:
         await nursery.start(mirror.run)
         yield mirror
@@ -58,7 +59,9 @@ async def test_a_listing_then_each_change_at_once() -> None:
         second = await newer(mirror, first)
         assert trio.current_time() == started
         assert (second.revision, second.nodes["a"].location) == (revision, "gcp")
-        assert mirror.kv(KEYS.location("a")).value == b"gcp"  # type: ignore[union-attr]
+        kv = mirror.kv(KEYS.location("a"))
+        assert kv is not None
+        assert kv.value == b"gcp"
 
 
 async def test_a_burst_is_a_few_snapshots_in_order_and_the_last_is_whole() -> None:

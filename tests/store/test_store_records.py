@@ -76,8 +76,8 @@ def test_records_have_kilos_names_and_say_only_what_there_is() -> None:
         record("b", endpoint=None),
     ],
 )
-def test_a_node_record_comes_back(value: object) -> None:
-    assert decode_node(encode(value)) == value  # type: ignore[arg-type]
+def test_a_node_record_comes_back(value: NodeRecord) -> None:
+    assert decode_node(encode(value)) == value
 
 
 def test_a_status_comes_back() -> None:

@@ -14,7 +14,7 @@ from attrs import evolve
 from store_world import KEYS, record, wg_key
 
 from helpers import eventually
-from kilo_etcd.etcd.api import Compare, Op, PermissionDenied, Unavailable
+from kilo_etcd.etcd.api import Compare, Op, PermissionDenied, TxnResult, Unavailable
 from kilo_etcd.model import CandidateClass, EncryptionStage, Endpoint, Granularity, InternalIPs, IPAddress, MeshSettings
 from kilo_etcd.store import (
     CandidateRecord,
@@ -984,7 +984,7 @@ async def test_who_may_say_nothing_of_others_keeps_its_own_place(monkeypatch: py
     client = etcd.client()
     allowed = client.txn
 
-    async def txn(compare, success, failure=()):  # type: ignore[no-untyped-def]
+    async def txn(compare: Sequence[Compare], success: Sequence[Op], failure: Sequence[Op] = ()) -> TxnResult:
         if any("/probe-reports/" in str(getattr(op, "key", "")) for op in success):
             raise PermissionDenied("user a may not write on '/kilo/probe-reports/'")
         return await allowed(compare, success, failure)

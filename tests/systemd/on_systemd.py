@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from ipaddress import ip_interface
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,11 +37,13 @@ SCORE = 2.8
 """What docs/systemd.md says of `systemd-analyze security`; 0 is best, 10 is worst."""
 
 
-def run(command: str, *, check: bool = True, **more: object) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False, **more)  # type: ignore[call-overload]
+def run(command: str, *, check: bool = True, **more: Any) -> subprocess.CompletedProcess[str]:
+    done: subprocess.CompletedProcess[str] = subprocess.run(
+        command, shell=True, capture_output=True, text=True, check=False, **more
+    )
     if check:
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
-    return done  # type: ignore[no-any-return]
+    return done
 
 
 def shown(*names: str) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from ipaddress import ip_address, ip_network
 from itertools import combinations
 
@@ -151,9 +152,9 @@ def test_granted_networks_are_disjoint_and_do_not_depend_on_the_way_there(
     for change, taken in steps:
         requests.update(change)
         mine = list(map(ip_address, taken))
-        allocation = allocate(allocation, change, lambda mine=mine: mine)  # type: ignore[misc]
+        allocation = allocate(allocation, change, partial(list, mine))
         offering = {owner: offered for owner, offered in requests.items() if offered}
-        backwards = allocate(PrefixAllocation((MESH,)), dict(reversed(offering.items())), lambda mine=mine: mine)  # type: ignore[misc]
+        backwards = allocate(PrefixAllocation((MESH,)), dict(reversed(offering.items())), partial(list, mine))
         assert allocation == backwards
         assert allocation.versions == backwards.versions
         assert {owner: set(networks) for owner, networks in allocation.granted.items()} == by_hand(offering, taken)

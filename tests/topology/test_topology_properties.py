@@ -88,13 +88,13 @@ def a_node(
     modes = [mode for mode in Encapsulate if not tame or at_site or any_mode or mode is not Encapsulate.NEVER]
     subnets: tuple[str, ...] = (f"172.30.{number}.0/24",) if draw(st.booleans()) else ()
     networks: list[str] = [] if tame else draw(st.lists(st.sampled_from(OVERLAPPING), max_size=2))
-    endpoint = Endpoint(ip_address(f"203.0.113.{number}"), 51820)
+    endpoint: Endpoint | None = Endpoint(ip_address(f"203.0.113.{number}"), 51820)
     seen: tuple[Endpoint, ...] = ()
     if 4 in families and draw(st.integers(0, 3)) == 0:
         endpoint = Endpoint(ip_interface(internal[4]).ip, 51820)
         seen = (Endpoint(ip_address(f"203.0.114.{number}"), 1024),) if draw(st.booleans()) else ()
     if not tame and draw(st.integers(0, 3)) == 0:
-        endpoint = None  # type: ignore[assignment]
+        endpoint = None
     return Node(
         name=name,
         public_key=f"key-{draw(st.integers(0, 1)) if not tame else 0}-{number}",
@@ -120,7 +120,7 @@ def a_stage(draw: DrawFn) -> dict[str, Any]:
     return {"encryption": stage, "accepts_since": draw(st.integers(0, 9))}
 
 
-def elections(draw: DrawFn, nodes: dict[str, Node]) -> dict[str, dict[str, object]]:
+def elections(draw: DrawFn, nodes: dict[str, Node]) -> dict[str, Any]:
     candidates: dict[str, tuple[Candidate, ...]] = {}
     for name in draw(st.lists(st.sampled_from([*nodes, "stranger"]), unique=True)):
         location = nodes[name].location if name in nodes else ""
@@ -144,7 +144,7 @@ def elections(draw: DrawFn, nodes: dict[str, Node]) -> dict[str, dict[str, objec
             )  # fmt: skip
         if found:
             probe_reports[location] = tuple(found)
-    return {"candidates": candidates, "leaders": leaders, "probe_reports": probe_reports}  # type: ignore[dict-item]
+    return {"candidates": candidates, "leaders": leaders, "probe_reports": probe_reports}
 
 
 def outside(draw: DrawFn, *, tame: bool) -> dict[str, Peer]:
@@ -174,7 +174,7 @@ def worlds(draw: DrawFn, *, tame: bool = True) -> Snapshot:
         internal_ips=draw(st.sampled_from(InternalIPs)),
         nodes=nodes,
         peers=outside(draw, tame=tame),
-        **elections(draw, nodes),  # type: ignore[arg-type]
+        **elections(draw, nodes),
     )
 
 
@@ -187,7 +187,7 @@ def sites(draw: DrawFn) -> Snapshot:
         subnets=(MESH, MESH6),
         internal_ips=InternalIPs.ROUTED,
         nodes=nodes,
-        **elections(draw, nodes),  # type: ignore[arg-type]
+        **elections(draw, nodes),
     )
 
 
@@ -228,7 +228,7 @@ def mixed(draw: DrawFn, *, any_mode: bool = True) -> Snapshot:
         internal_ips=InternalIPs.ROUTED,
         nodes=nodes,
         peers=outside(draw, tame=True),
-        **elections(draw, nodes),  # type: ignore[arg-type]
+        **elections(draw, nodes),
     )
 
 
@@ -247,7 +247,7 @@ def histories(draw: DrawFn) -> list[Snapshot]:
         elif step == "go":
             world = evolve(world, nodes={name: n for name, n in world.nodes.items() if name != f"n{number}"})
         elif step == "candidates":
-            world = evolve(world, **elections(draw, dict(world.nodes)))  # type: ignore[arg-type]
+            world = evolve(world, **elections(draw, dict(world.nodes)))
         elif step == "peers":
             world = evolve(world, peers=outside(draw, tame=False))
         elif step == "granularity":

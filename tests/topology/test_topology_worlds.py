@@ -10,7 +10,7 @@ import pytest
 from attrs import evolve
 
 from kilo_etcd.model import Endpoint, Granularity
-from kilo_etcd.model.hostplan import Via
+from kilo_etcd.model.hostplan import HostPlan, Via
 from kilo_etcd.planning import host_plan, walk_both
 from kilo_etcd.planning.render import render
 from kilo_etcd.planning.walk import walk
@@ -123,9 +123,9 @@ class TestWalk:
 
     topology = build_topology(snapshot(SIX))
 
-    def path(self, start: str, goal: str, **changed: object) -> str:
+    def path(self, start: str, goal: str, **changed: HostPlan) -> str:
         found = plans(self.topology.snapshot)
-        return str(walk({**found, **changed}, self.topology, start, goal))  # type: ignore[dict-item]
+        return str(walk({**found, **changed}, self.topology, start, goal))
 
     def test_across_the_world(self) -> None:
         assert self.path("a3", "b2") == "a3 -ipip-> a1 -tunnel-> b1 -underlay-> b2 delivered"

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
 from typing import Any
+from unittest.mock import patch
 
 import trio
 
@@ -31,22 +32,17 @@ def seeded(seed: int) -> Iterator[None]:
 
     Sets of texts do not: PYTHONHASHSEED has to be the same for that (the Makefile sees to it).
     """
-    original = random.Random
-    source = original(f"generators of {seed}")
+    source = random.Random(f"generators of {seed}")
 
-    class Seeded(original):  # type: ignore[valid-type,misc]
-        def __init__(self, x: object = None) -> None:
+    class Seeded(random.Random):
+        def __init__(self, x: float | str | bytes | bytearray | None = None) -> None:
             super().__init__(source.getrandbits(64) if x is None else x)
 
-    random.Random = Seeded  # type: ignore[misc]
     # What trio has for this purpose (its issue 890).
-    trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING = True  # type: ignore[misc]
-    trio._core._run._r.seed(seed)
-    try:
+    scheduling = patch.object(trio._core._run, "_ALLOW_DETERMINISTIC_SCHEDULING", True)
+    with patch.object(random, "Random", Seeded), scheduling:
+        trio._core._run._r.seed(seed)
         yield
-    finally:
-        random.Random = original  # type: ignore[misc]
-        trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING = False  # type: ignore[misc]
 
 
 class Freezer:
@@ -109,8 +105,5 @@ def freezable() -> Iterator[None]:
     async def start_paced(nursery: trio.Nursery, function: Callable[..., Any], *args: Any, name: object = None) -> Any:
         return await start(nursery, paced(function), *args, name=name)
 
-    trio.Nursery.start_soon, trio.Nursery.start = start_paced_soon, start_paced  # type: ignore[method-assign,assignment]
-    try:
+    with patch.multiple(trio.Nursery, start_soon=start_paced_soon, start=start_paced):
         yield
-    finally:
-        trio.Nursery.start_soon, trio.Nursery.start = start_soon, start  # type: ignore[method-assign]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from base64 import b64encode
 from collections.abc import Callable
+from functools import partial
 from hashlib import sha256
 from typing import TYPE_CHECKING
 
@@ -113,7 +114,7 @@ def freeze(world: World, host: SimulatedHost) -> str:
 def all_restarted(world: World, host: SimulatedHost) -> str:
     for member in world.members():
         member.kill()
-        world.later(0.1, lambda one=member: world.start(one))  # type: ignore[misc]
+        world.later(0.1, partial(world.start, member))
     return ""
 
 
@@ -148,7 +149,7 @@ def site_off(world: World, host: SimulatedHost) -> str:
     seconds = world.brief()
     for one in world.site_of(host):
         one.power_off()
-        world.later(seconds, lambda one=one: world.start(one))  # type: ignore[misc]
+        world.later(seconds, partial(world.start, one))
     return f"for {seconds} s"
 
 

@@ -162,7 +162,8 @@ def _sent_to(told: list[tuple[int, int, bytes]]) -> bytes | None:
     first, ip(7), ipv6(7)."""
     for level, kind, info in told:
         if level == socket.IPPROTO_IP and kind == _IP_PKTINFO:
-            return struct.unpack("=i4s4s", info[:12])[2]  # type: ignore[no-any-return]
+            address: bytes = struct.unpack("=i4s4s", info[:12])[2]
+            return address
         if level == socket.IPPROTO_IPV6 and kind == _IPV6_PKTINFO:
             return info[:16]
     return None

@@ -197,7 +197,8 @@ def _candidacy(topology: Topology, segment: Segment) -> int | None:
 
 
 def _targets(topology: Topology, segment: Segment, own: Node, reported: Collection[str]) -> tuple[Node, ...]:
-    """Those `reported` first, then in an order by chance, but always the same: many hosts do not all try the same few."""
+    """Those `reported` first, then in an order by chance, but always the same: many hosts do not all try the same
+    few."""
     leaders: Iterable[Node] = (
         other.leader for other in topology.segments.values() if other is not segment and other.leader.mesh_addresses
     )

@@ -202,7 +202,8 @@ def framed(tables: Iterable[Table], heading: str = "", *, width: int | None = No
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    console = Console(file=io.StringIO(), force_terminal=colour, no_color=not colour, width=width, highlight=False)
+    written = io.StringIO()
+    console = Console(file=written, force_terminal=colour, no_color=not colour, width=width, highlight=False)
     if heading:
         console.print(Text(heading))
     for table in tables:
@@ -223,8 +224,7 @@ def framed(tables: Iterable[Table], heading: str = "", *, width: int | None = No
         console.print(drawn)
         if left_out:
             console.print(Text(f"(the terminal is too narrow for {', '.join(left_out)})", style="dim"))
-    text: str = console.file.getvalue()  # type: ignore[attr-defined]
-    return text.rstrip("\n")
+    return written.getvalue().rstrip("\n")
 
 
 def _fitting(table: Table, width: int) -> tuple[Table, bool, tuple[str, ...]]:

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from ipaddress import ip_interface, ip_network
+from typing import Any
 
 from attrs import evolve
 
@@ -100,8 +101,8 @@ def _last(network: IPNetwork, table: int, protocol: int) -> Route:
 def _rules(wanted: Encryption, listen_port: int, interface: str) -> Iterator[RoutingRule]:
     past, ours = rule_priorities(interface)
 
-    def clear(version: int, **match: object) -> RoutingRule:
-        return RoutingRule(version=version, priority=past, table=MAIN_TABLE, **match)  # type: ignore[arg-type]
+    def clear(version: int, **match: Any) -> RoutingRule:
+        return RoutingRule(version=version, priority=past, table=MAIN_TABLE, **match)
 
     for address, port in wanted.etcd:
         yield clear(address.version, destination=ip_network(address), protocol=_TCP, dport=port)
