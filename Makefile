@@ -7,7 +7,7 @@ ARGS ?=
 # Sets of texts have one order in every run, so that a failing schedule of the simulation can be played again.
 export PYTHONHASHSEED ?= 0
 
-.PHONY: help demo test test-fast simulate check coverage matrix bench bench-failover format clean
+.PHONY: help demo test test-fast simulate check coverage docs matrix bench bench-failover format clean
 
 help:
 	@echo 'make demo       a small internet on this machine: three sites, real etcd, real agents, real packets'
@@ -16,6 +16,7 @@ help:
 	@echo 'make simulate   thousands of schedules of faults, agents and all, in virtual time; KILO_SEEDS=5000'
 	@echo 'make check      ruff, mypy strict, import-linter'
 	@echo 'make coverage   which lines the tests reach, as a table; ARGS chooses tests as with make test'
+	@echo 'make docs       the documentation as a site, with the API, in build/docs; a broken link is an error'
 	@echo 'make matrix     the fast tests under each Python from 3.11 that this machine has'
 	@echo 'make bench      the numbers, as tables; ARGS=--quick, or the names of some benchmarks'
 	@echo 'make bench-failover  the gap when a leader crashes, kilo-etcd next to keepalived (Debian'\''s package is installed)'
@@ -49,6 +50,10 @@ check:
 coverage:
 	@scripts/setup all
 	@scripts/coverage $(ARGS)
+
+docs:
+	@scripts/setup docs
+	@scripts/docs
 
 matrix:
 	@scripts/matrix $(ARGS)

@@ -88,19 +88,22 @@ def test_systemd_understands_the_unit(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_the_lock_pins_all_that_the_project_asks_for_and_names_no_host() -> None:
-    lock = (ROOT / "requirements.lock").read_text()
-    pinned = {
-        canonicalize_name(name): version for name, version in re.findall(r"^([\w.-]+)==(\S+)", lock, re.MULTILINE)
-    }
+def pinned_in(lock: str) -> dict[str, str]:
+    """The version of each package that the text of a lock pins."""
+    return {canonicalize_name(name): version for name, version in re.findall(r"^([\w.-]+)==(\S+)", lock, re.MULTILINE)}
+
+
+@pytest.mark.parametrize(
+    ("file", "names"), [("requirements.lock", ("test", "check")), ("requirements-docs.lock", ("docs",))]
+)
+def test_a_lock_pins_all_that_the_project_asks_for_and_names_no_host(file: str, names: tuple[str, ...]) -> None:
+    lock = (ROOT / file).read_text()
+    pinned = pinned_in(lock)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     groups = project["dependency-groups"]
-    wanted = [
-        *project["build-system"]["requires"],
-        *project["project"]["dependencies"],
-        *groups["test"],
-        *groups["check"],
-    ]
+    wanted = [text for name in names for text in groups[name]]
+    if "docs" not in names:
+        wanted += [*project["build-system"]["requires"], *project["project"]["dependencies"]]
     for text in wanted:
         requirement = Requirement(text)
         version = pinned.get(canonicalize_name(requirement.name))
@@ -108,6 +111,11 @@ def test_the_lock_pins_all_that_the_project_asks_for_and_names_no_host() -> None
         assert requirement.specifier.contains(version), f"{text} is locked as {version}: run scripts/lock"
     assert "://" not in lock
     assert "--index" not in lock
+
+
+def test_the_locks_agree_on_what_both_have() -> None:
+    one, other = (pinned_in((ROOT / file).read_text()) for file in ("requirements.lock", "requirements-docs.lock"))
+    assert {name for name in one.keys() & other.keys() if one[name] != other[name]} == set()
 
 
 # --- scripts/setup, on systems that are made up of stubs -------------------------------------------------------------
