@@ -76,6 +76,9 @@ class BadRequest(EtcdError):
 
 @frozen(kw_only=True)
 class Header:
+    """What every answer of etcd carries: which cluster and member gave it, at which revision of the store and term of
+    raft."""
+
     cluster_id: int = 0
     member_id: int = 0
     revision: int = 0
@@ -84,6 +87,9 @@ class Header:
 
 @frozen(kw_only=True)
 class KeyValue:
+    """A key as etcd holds it. The revisions are those of its creation and last write; `version` counts its writes since
+    the creation, and `lease` is 0 if none holds it."""
+
     key: bytes
     value: bytes
     create_revision: int = 0
@@ -93,6 +99,8 @@ class KeyValue:
 
 
 class EventType(Enum):
+    """What happened to a key, with the numbers of etcd's protocol. A lease that ends gives a DELETE too."""
+
     PUT = 0
     DELETE = 1
 
@@ -119,6 +127,9 @@ class WatchBatch:
 
 @frozen(kw_only=True)
 class RangeResult:
+    """The keys of a range, in order, at one revision. `count` is how many there are; with `more`, `kvs` has only the
+    first, because of a limit."""
+
     kvs: tuple[KeyValue, ...]
     header: Header
     more: bool = False
@@ -127,17 +138,23 @@ class RangeResult:
 
 @frozen(kw_only=True)
 class PutResult:
+    """The answer to a put. `prev_kv` is what the key held before, if that was asked for and there was something."""
+
     header: Header
     prev_kv: KeyValue | None = None
 
 
 @frozen(kw_only=True)
 class DeleteResult:
+    """The answer to a deletion: how many keys are gone. 0 is no error."""
+
     header: Header
     deleted: int
 
 
 class CompareTarget(Enum):
+    """Which property of a key a condition looks at, with the numbers of etcd's protocol."""
+
     VERSION = 0
     CREATE = 1
     MOD = 2
@@ -146,6 +163,9 @@ class CompareTarget(Enum):
 
 
 class Is(Enum):
+    """How a condition compares, with the numbers of etcd's protocol: the key's property stands left, the condition's
+    value right."""
+
     EQUAL = 0
     GREATER = 1
     LESS = 2
@@ -174,6 +194,8 @@ def unchanged(kv: KeyValue) -> Compare:
 
 @frozen
 class Put:
+    """Write `key` in a transaction. `lease` is the lease that it ends with; 0: none."""
+
     key: Text
     value: Text
     lease: int = 0
@@ -181,12 +203,16 @@ class Put:
 
 @frozen
 class Get:
+    """Read in a transaction: `key` alone, or the range from it up to and without `range_end`."""
+
     key: Text
     range_end: Text | None = None
 
 
 @frozen
 class Delete:
+    """Delete in a transaction: `key` alone, or the range from it up to and without `range_end`."""
+
     key: Text
     range_end: Text | None = None
 
@@ -196,6 +222,9 @@ Op: TypeAlias = Put | Get | Delete
 
 @frozen(kw_only=True)
 class TxnResult:
+    """The answer to a transaction: whether all conditions held, and one response for each operation of the side that
+    was executed, in its order."""
+
     succeeded: bool
     responses: tuple[PutResult | RangeResult | DeleteResult, ...]
     header: Header
@@ -203,6 +232,8 @@ class TxnResult:
 
 @frozen(kw_only=True)
 class Lease:
+    """A lease that etcd has granted. Keys under it are deleted when it ends."""
+
     id: int
     ttl: int
     """Seconds, as granted (etcd may grant more than was asked for)."""
@@ -210,6 +241,8 @@ class Lease:
 
 @frozen(kw_only=True)
 class LeaseInfo:
+    """How a lease stands at the member that was asked."""
+
     id: int
     ttl: int
     """Seconds left; -1: the lease does not exist."""
@@ -269,7 +302,11 @@ class KeepAlive(Protocol):
 class Client(Protocol):
     """etcd, as kilo uses it. One client serves any number of tasks."""
 
-    async def get(self, key: Text, *, serializable: bool = False) -> KeyValue | None: ...
+    async def get(self, key: Text, *, serializable: bool = False) -> KeyValue | None:
+        """The key, or None if it does not exist. `serializable` lets the member answer from what it has, without its
+        leader: sooner, and maybe of the past."""
+        ...
+
     async def range(
         self,
         key: Text,
@@ -280,20 +317,48 @@ class Client(Protocol):
         serializable: bool = False,
         keys_only: bool = False,
         count_only: bool = False,
-    ) -> RangeResult: ...
+    ) -> RangeResult:
+        """The keys from `key` up to and without `range_end`, or `key` alone, at `revision` (0: now). `limit` 0 means
+        all. Raises Compacted if the revision is gone."""
+        ...
+
     async def get_prefix(self, prefix: Text, *, revision: int = 0) -> RangeResult:
         """All keys with the prefix at one revision, read in pages so that no answer is too large."""
         ...
 
-    async def put(self, key: Text, value: Text, *, lease: int = 0, prev_kv: bool = False) -> PutResult: ...
-    async def delete(self, key: Text, range_end: Text | None = None) -> DeleteResult: ...
-    async def delete_prefix(self, prefix: Text) -> DeleteResult: ...
+    async def put(self, key: Text, value: Text, *, lease: int = 0, prev_kv: bool = False) -> PutResult:
+        """Write a key, under a lease if one is given. It is sent once: after Unavailable it may or may not be
+        written."""
+        ...
+
+    async def delete(self, key: Text, range_end: Text | None = None) -> DeleteResult:
+        """Delete a key, or the range from it up to and without `range_end`. It is sent once, as with `put`."""
+        ...
+
+    async def delete_prefix(self, prefix: Text) -> DeleteResult:
+        """Delete all keys with the prefix; the empty prefix means everything."""
+        ...
+
     async def txn(
         self, compare: Sequence[Compare], success: Sequence[Op] = (), failure: Sequence[Op] = ()
-    ) -> TxnResult: ...
-    async def grant_lease(self, ttl: int, lease_id: int = 0) -> Lease: ...
-    async def revoke_lease(self, lease_id: int) -> None: ...
-    async def lease_time_to_live(self, lease_id: int, *, keys: bool = False) -> LeaseInfo: ...
+    ) -> TxnResult:
+        """Execute `success` if all conditions of `compare` hold, else `failure`, at one revision. If neither writes, it
+        is repeated when an answer fails to come; else it is sent once."""
+        ...
+
+    async def grant_lease(self, ttl: int, lease_id: int = 0) -> Lease:
+        """Make a lease of `ttl` seconds. `lease_id` 0 lets etcd choose the ID."""
+        ...
+
+    async def revoke_lease(self, lease_id: int) -> None:
+        """End a lease now; its keys are deleted. Raises LeaseNotFound."""
+        ...
+
+    async def lease_time_to_live(self, lease_id: int, *, keys: bool = False) -> LeaseInfo:
+        """How long a lease still lives, and with `keys` which keys are under it. A lease that does not exist is no
+        error: its `ttl` is -1."""
+        ...
+
     async def refresh_lease(self, lease_id: int) -> int:
         """One keepalive; the TTL in seconds, or LeaseNotFound."""
         ...
@@ -311,8 +376,16 @@ class Client(Protocol):
         *,
         start_revision: int = 0,
         progress_notify: bool = True,
-    ) -> AbstractAsyncContextManager[Watch]: ...
-    def watch_prefix(self, prefix: Text, *, start_revision: int = 0) -> AbstractAsyncContextManager[Watch]: ...
+    ) -> AbstractAsyncContextManager[Watch]:
+        """Watch a key, or the range from it up to and without `range_end`, from `start_revision` on (0: from now; the
+        block then begins once etcd has made the watch). `progress_notify` has etcd send an empty batch now and then
+        while nothing changes."""
+        ...
+
+    def watch_prefix(self, prefix: Text, *, start_revision: int = 0) -> AbstractAsyncContextManager[Watch]:
+        """Watch all keys with the prefix, as `watch` does for a range."""
+        ...
+
     async def members(self) -> tuple[Member, ...]:
         """The members of the cluster, as the member in use knows them."""
         ...

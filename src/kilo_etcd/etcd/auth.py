@@ -17,6 +17,9 @@ REFUSAL_MOST = 60.0
 
 
 class Tokens:
+    """The token that goes with each call, fetched once for all tasks that wait for it. After a refusal the next
+    attempts wait, from `REFUSAL_FIRST` to `REFUSAL_MOST` seconds, and fail meanwhile with the same refusal."""
+
     def __init__(self, authenticate: Callable[[], Awaitable[str]]) -> None:
         self._authenticate = authenticate
         self._token: str | None = None

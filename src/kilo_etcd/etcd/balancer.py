@@ -61,11 +61,13 @@ class Balancer:
         self._records[endpoint].last_used = self._used
 
     def failed(self, endpoint: EtcdEndpoint, now: float) -> None:
+        """A call or a connection to `endpoint` failed: it rests, longer with each failure in a row."""
         record = self._records[endpoint]
         record.failures += 1
         record.rests_until = now + backoff(record.failures, self._rng.random())
 
     def succeeded(self, endpoint: EtcdEndpoint) -> None:
+        """`endpoint` answered: it need not rest, and its failures are forgotten."""
         record = self._records[endpoint]
         record.failures = 0
         record.rests_until = 0.0

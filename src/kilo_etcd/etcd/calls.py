@@ -36,9 +36,16 @@ from .pb import etcd_pb2 as pb
 
 
 class Message(Protocol):
-    def SerializeToString(self) -> bytes: ...
+    """What this client needs of a protobuf message."""
+
+    def SerializeToString(self) -> bytes:
+        """The message in protobuf's wire format."""
+        ...
+
     @classmethod
-    def FromString(cls, data: bytes, /) -> Self: ...
+    def FromString(cls, data: bytes, /) -> Self:
+        """A message from protobuf's wire format. Raises DecodeError at anything else."""
+        ...
 
 
 M = TypeVar("M", bound=Message)
@@ -57,6 +64,7 @@ class Call:
         self.on_data: Callable[[], None] | None = None
 
     async def send(self, message: Message, *, end: bool = False) -> None:
+        """Send a message; with `end`, the last one of this side. Raises TransportFailed."""
         await self._stream.send(frame(message.SerializeToString()), end=end)
 
     async def receive(self) -> bytes | None:
@@ -80,10 +88,14 @@ class Call:
         return self._messages.popleft()
 
     def close(self) -> None:
+        """End the call; the server is told if it was not finished. Closing twice is allowed."""
         self._stream.close()
 
 
 class Caller:
+    """Makes calls over the channel: with a token, with deadlines, and again at another member if that can do no
+    harm."""
+
     def __init__(self, config: Config, channel: Channel) -> None:
         self.config = config
         self.channel = channel
@@ -182,6 +194,7 @@ class Caller:
         return True
 
     def explain(self, failure: Exception, connection: Connection, doing: Doing) -> EtcdError:
+        """The error for a caller of the client: which endpoint could not do what, why, and what to do."""
         endpoint = str(connection.endpoint)
         if isinstance(failure, StatusError):
             return to_error(failure, doing, endpoint=endpoint, user=self.config.shown_user)

@@ -37,6 +37,8 @@ class EndpointsUnreachable(Exception):
         return bool(self.failures) and all(failure.permanent for failure in self.failures.values())
 
     def to_error(self) -> EtcdError:
+        """The error for a caller of the client, with the reason of each endpoint: ConnectionRefusedByTls if trying
+        again is of no use, else Unavailable."""
         reasons = "; ".join(sorted(f"{endpoint}: {failure.reason}" for endpoint, failure in self.failures.items()))
         if self.permanent:
             return ConnectionRefusedByTls(f"cannot talk to etcd at {reasons}")
@@ -51,6 +53,9 @@ class _Dial:
 
 
 class Channel:
+    """One connection to etcd for all calls, made anew at the next endpoint when it is lost or a call fails over it.
+    Tasks that need one at the same time wait for the same attempt."""
+
     def __init__(self, config: Config, endpoints: Sequence[EtcdEndpoint], nursery: trio.Nursery) -> None:
         self._config = config
         self._nursery = nursery
@@ -76,6 +81,7 @@ class Channel:
 
     @property
     def endpoint(self) -> str | None:
+        """The endpoint of the connection in use, as a URL; None while there is none."""
         return str(self._current.endpoint) if self._current and self._current.lost is None else None
 
     def failed(self, connection: Connection) -> None:
@@ -88,6 +94,7 @@ class Channel:
         connection.retire()
 
     def succeeded(self, connection: Connection) -> None:
+        """A call over `connection` was answered: its endpoint has no failures any more."""
         if not connection.retiring:
             self._balancer.succeeded(connection.endpoint)
 

@@ -39,6 +39,7 @@ class EtcdClient:
         return self._caller.channel.endpoint
 
     async def get(self, key: api.Text, *, serializable: bool = False) -> api.KeyValue | None:
+        """Implements `api.Client.get`."""
         result = await self.range(key, serializable=serializable)
         return result.kvs[0] if result.kvs else None
 
@@ -53,6 +54,8 @@ class EtcdClient:
         keys_only: bool = False,
         count_only: bool = False,
     ) -> api.RangeResult:
+        """Implements `api.Client.range`. A Compacted names the oldest revision that is left, which etcd tells only
+        watches."""
         request = pb.RangeRequest(
             key=raw(key),
             range_end=raw(range_end or b""),
@@ -69,6 +72,8 @@ class EtcdClient:
         return values.range_result(answer)
 
     async def get_prefix(self, prefix: api.Text, *, revision: int = 0) -> api.RangeResult:
+        """Implements `api.Client.get_prefix`. If no revision was asked for and the pages' one is compacted meanwhile,
+        it is read again, three times in all."""
         for _ in (1, 2, 3):
             try:
                 return await self._read_pages(prefix, revision)
@@ -101,20 +106,24 @@ class EtcdClient:
         return revision + 1
 
     async def put(self, key: api.Text, value: api.Text, *, lease: int = 0, prev_kv: bool = False) -> api.PutResult:
+        """Implements `api.Client.put`."""
         request = pb.PutRequest(key=raw(key), value=raw(value), lease=lease, prev_kv=prev_kv)
         return values.put_result(await self._call("KV/Put", request, pb.PutResponse, Doing("write", raw(key))))
 
     async def delete(self, key: api.Text, range_end: api.Text | None = None) -> api.DeleteResult:
+        """Implements `api.Client.delete`."""
         request = pb.DeleteRangeRequest(key=raw(key), range_end=raw(range_end or b""))
         answer = await self._call("KV/DeleteRange", request, pb.DeleteRangeResponse, Doing("delete", raw(key)))
         return values.delete_result(answer)
 
     async def delete_prefix(self, prefix: api.Text) -> api.DeleteResult:
+        """Implements `api.Client.delete_prefix`."""
         return await self.delete(*prefix_range(prefix))
 
     async def txn(
         self, compare: Sequence[api.Compare], success: Sequence[api.Op] = (), failure: Sequence[api.Op] = ()
     ) -> api.TxnResult:
+        """Implements `api.Client.txn`. An error names the first key that the transaction writes."""
         doing = Doing("commit a transaction on", first_key(compare, success, failure))
         request = values.transaction(compare, success, failure)
         answer = await self._call("KV/Txn", request, pb.TxnResponse, doing, idempotent=only_reads(success, failure))
@@ -127,15 +136,18 @@ class EtcdClient:
             await self._call("KV/Compact", request, pb.CompactionResponse, Doing(f"compact at {revision}"))
 
     async def grant_lease(self, ttl: int, lease_id: int = 0) -> api.Lease:
+        """Implements `api.Client.grant_lease`."""
         request = pb.LeaseGrantRequest(TTL=ttl, ID=lease_id)
         answer = await self._call("Lease/LeaseGrant", request, pb.LeaseGrantResponse, Doing("grant a lease"))
         return api.Lease(id=answer.ID, ttl=answer.TTL)
 
     async def revoke_lease(self, lease_id: int) -> None:
+        """Implements `api.Client.revoke_lease`."""
         request = pb.LeaseRevokeRequest(ID=lease_id)
         await self._call("Lease/LeaseRevoke", request, pb.LeaseRevokeResponse, Doing(f"revoke lease {lease_id:x}"))
 
     async def lease_time_to_live(self, lease_id: int, *, keys: bool = False) -> api.LeaseInfo:
+        """Implements `api.Client.lease_time_to_live`."""
         answer = await self._call(
             "Lease/LeaseTimeToLive",
             pb.LeaseTimeToLiveRequest(ID=lease_id, keys=keys),
@@ -146,6 +158,7 @@ class EtcdClient:
         return api.LeaseInfo(id=answer.ID, ttl=answer.TTL, granted_ttl=answer.grantedTTL, keys=tuple(answer.keys))
 
     async def refresh_lease(self, lease_id: int) -> int:
+        """Implements `api.Client.refresh_lease`."""
         answer = await self._call(
             "Lease/LeaseKeepAlive",
             pb.LeaseKeepAliveRequest(ID=lease_id),
@@ -160,6 +173,7 @@ class EtcdClient:
     def keep_alive(
         self, lease_id: int, ttl: int, *, interval: float | None = None
     ) -> AbstractAsyncContextManager[api.KeepAlive]:
+        """Implements `api.Client.keep_alive`."""
         return keep_alive(self._caller, lease_id, ttl, interval)
 
     def watch(
@@ -170,9 +184,11 @@ class EtcdClient:
         start_revision: int = 0,
         progress_notify: bool = True,
     ) -> AbstractAsyncContextManager[api.Watch]:
+        """Implements `api.Client.watch`."""
         return watch(self._caller, raw(key), raw(range_end or b""), start_revision, progress_notify)
 
     def watch_prefix(self, prefix: api.Text, *, start_revision: int = 0) -> AbstractAsyncContextManager[api.Watch]:
+        """Implements `api.Client.watch_prefix`."""
         return watch(self._caller, *prefix_range(prefix), start_revision, True)
 
     async def status(self, endpoint: str | None = None) -> api.Status:

@@ -93,6 +93,7 @@ class Stream:
         return data
 
     def close(self) -> None:
+        """End the stream; it is reset at the server if it was not finished."""
         self._connection._close_stream(self)
 
     def _fail(self, failure: TransportFailed) -> None:
@@ -102,6 +103,9 @@ class Stream:
 
 
 class Connection:
+    """One HTTP/2 connection to a member. It sends pings while calls are open, so that a member that hangs is noticed in
+    `ping_interval` plus `ping_timeout` seconds."""
+
     def __init__(
         self,
         transport: trio.abc.Stream,
@@ -173,11 +177,13 @@ class Connection:
         return stream
 
     def retire(self) -> None:
+        """Take no new calls, and close with the last stream; at once if there is none."""
         self.retiring = True
         if not self._streams:
             self.close("no longer needed")
 
     def close(self, reason: str = "closed by this client") -> None:
+        """End the connection now. Its streams fail with `reason`."""
         self._lose(reason)
 
     def __repr__(self) -> str:

@@ -16,6 +16,8 @@ DEFAULT_PORT = 2379
 
 @frozen
 class EtcdEndpoint:
+    """Where a member is reached. `host` is a name or an address, an IPv6 address without brackets."""
+
     host: str
     port: int
     tls: bool

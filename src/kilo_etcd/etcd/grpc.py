@@ -61,6 +61,7 @@ class StatusError(Exception):
 
 
 def frame(message: bytes) -> bytes:
+    """A message as gRPC sends it: a byte for "not compressed" and the length before it."""
     return _PREFIX.pack(0, len(message)) + message
 
 
@@ -71,6 +72,7 @@ class Deframer:
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> Iterator[bytes]:
+        """Take the next bytes of the stream, and give the messages that they complete."""
         self._buffer += data
         # Parsed at once, not lazily: what has been fed is never half taken.
         messages = []
@@ -95,6 +97,7 @@ class Deframer:
 
 
 def request_headers(path: str, *, authority: str, tls: bool, metadata: Metadata = ()) -> list[tuple[str, str]]:
+    """The headers that begin a gRPC call of `path`, with those of `metadata` behind them."""
     return [
         (":method", "POST"),
         (":scheme", "https" if tls else "http"),

@@ -42,9 +42,12 @@ class LeaseKeeper:
 
     @property
     def expires_at(self) -> float:
+        """Implements `api.KeepAlive.expires_at`. The TTL counts from when the confirmed keepalive was sent."""
         return float(self._scope.deadline)
 
     async def run(self) -> None:
+        """Send keepalives until the lease is lost or the task is cancelled. Failures are tried again as long as the
+        lease can live."""
         with self._scope:
             refused_at = -1
             while not self.lost.is_set():
@@ -93,6 +96,7 @@ class LeaseKeeper:
 
 @asynccontextmanager
 async def keep_alive(caller: Caller, lease_id: int, ttl: int, interval: float | None) -> AsyncIterator[LeaseKeeper]:
+    """Keep a lease from a background task while the block lasts; every `interval` seconds, or a third of `ttl`."""
     async with background() as nursery:
         keeper = LeaseKeeper(caller, lease_id, ttl, interval)
         nursery.start_soon(keeper.run)

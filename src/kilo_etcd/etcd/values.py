@@ -30,6 +30,8 @@ from .pb import etcd_pb2 as pb
 
 @frozen(kw_only=True)
 class Member:
+    """A member of the cluster. `name` is empty until it has started for the first time."""
+
     id: int
     name: str
     peer_urls: tuple[str, ...]
@@ -38,6 +40,7 @@ class Member:
 
 
 def raw(text: Text) -> bytes:
+    """A key or value as etcd has it: text as UTF-8, bytes as they are."""
     return text.encode() if isinstance(text, str) else text
 
 
@@ -47,6 +50,7 @@ def prefix_range(prefix: Text) -> tuple[bytes, bytes]:
 
 
 def header(message: pb.ResponseHeader) -> Header:
+    """The header of an answer, from protobuf."""
     return Header(
         cluster_id=message.cluster_id,
         member_id=message.member_id,
@@ -56,6 +60,7 @@ def header(message: pb.ResponseHeader) -> Header:
 
 
 def key_value(kv: pb.KeyValue) -> KeyValue:
+    """A key with its value, from protobuf."""
     return KeyValue(
         key=kv.key,
         value=kv.value,
@@ -67,26 +72,31 @@ def key_value(kv: pb.KeyValue) -> KeyValue:
 
 
 def event(message: pb.Event) -> Event:
+    """A change of a key, from protobuf."""
     return Event(type=EventType(message.type), kv=key_value(message.kv))
 
 
 def range_result(answer: pb.RangeResponse) -> RangeResult:
+    """The answer to a range request, from protobuf."""
     return RangeResult(
         kvs=tuple(map(key_value, answer.kvs)), header=header(answer.header), more=answer.more, count=answer.count
     )
 
 
 def put_result(answer: pb.PutResponse) -> PutResult:
+    """The answer to a put, from protobuf."""
     return PutResult(
         header=header(answer.header), prev_kv=key_value(answer.prev_kv) if answer.HasField("prev_kv") else None
     )
 
 
 def delete_result(answer: pb.DeleteRangeResponse) -> DeleteResult:
+    """The answer to a deletion, from protobuf."""
     return DeleteResult(header=header(answer.header), deleted=answer.deleted)
 
 
 def compare(condition: Compare) -> pb.Compare:
+    """A condition of a transaction, for protobuf. Raises TypeError if the value does not suit what is compared."""
     message = pb.Compare(
         key=raw(condition.key),
         target=condition.target.value,  # type: ignore[arg-type]
@@ -110,6 +120,7 @@ def compare(condition: Compare) -> pb.Compare:
 
 
 def operation(op: Op) -> pb.RequestOp:
+    """An operation of a transaction, for protobuf."""
     if isinstance(op, Put):
         return pb.RequestOp(request_put=pb.PutRequest(key=raw(op.key), value=raw(op.value), lease=op.lease))
     end = raw(op.range_end) if op.range_end is not None else b""
@@ -119,6 +130,7 @@ def operation(op: Op) -> pb.RequestOp:
 
 
 def transaction(conditions: Sequence[Compare], success: Sequence[Op], failure: Sequence[Op]) -> pb.TxnRequest:
+    """A transaction, for protobuf."""
     return pb.TxnRequest(
         compare=[compare(condition) for condition in conditions],
         success=[operation(op) for op in success],
@@ -127,6 +139,7 @@ def transaction(conditions: Sequence[Compare], success: Sequence[Op], failure: S
 
 
 def only_reads(*operations: Sequence[Op]) -> bool:
+    """Whether no operation writes, so that the transaction may be sent a second time."""
     return all(isinstance(op, Get) for ops in operations for op in ops)
 
 
@@ -138,6 +151,7 @@ def first_key(conditions: Sequence[Compare], *operations: Sequence[Op]) -> bytes
 
 
 def txn_result(answer: pb.TxnResponse) -> TxnResult:
+    """The answer to a transaction, from protobuf. Each response has the header of the whole."""
     overall = header(answer.header)
     responses: list[PutResult | RangeResult | DeleteResult] = []
     for response in answer.responses:
@@ -155,6 +169,7 @@ def txn_result(answer: pb.TxnResponse) -> TxnResult:
 
 
 def status(answer: pb.StatusResponse) -> Status:
+    """A member's status, from protobuf."""
     return Status(
         version=answer.version,
         leader=answer.leader,
@@ -167,6 +182,7 @@ def status(answer: pb.StatusResponse) -> Status:
 
 
 def member(message: pb.Member) -> Member:
+    """A member of the cluster, from protobuf."""
     return Member(
         id=message.ID,
         name=message.name,

@@ -33,6 +33,9 @@ TOKEN_PAUSE = 1.0
 
 
 class Progress:
+    """How far a watch has come, from answer to answer: joins fragments, drops what was given already, and says where to
+    resume."""
+
     def __init__(self, start_revision: int) -> None:
         self.next_revision = start_revision
         """Where to (re)start; 0: at the revision after now."""
@@ -44,6 +47,7 @@ class Progress:
         self._fragments: list[Event] = []
 
     def disconnected(self) -> None:
+        """The call ended: the next one makes the watch anew, and fragments that were not complete come again."""
         self.created = False
         self.trusted = False
         self._fragments.clear()
@@ -115,6 +119,7 @@ class Watcher:
 
     @property
     def pieces(self) -> int:
+        """Answers with events so far, fragments counted one by one."""
         return self._progress.pieces
 
     async def start(self) -> None:
@@ -129,6 +134,7 @@ class Watcher:
         )
 
     async def request_progress(self) -> None:
+        """Implements `api.Watch.request_progress`. If the watch is about to connect again, it asks after that."""
         self._progress_wanted = True
         if self._progress.created:
             # The caller that iterates sees the same failure, connects again, and asks again.
@@ -136,6 +142,7 @@ class Watcher:
                 await self._ask_progress()
 
     def close(self) -> None:
+        """End the watch at etcd. Closing twice is allowed."""
         self._progress.disconnected()
         if self._call:
             self._call.close()
@@ -232,6 +239,7 @@ class Watcher:
 async def watch(
     caller: Caller, key: bytes, range_end: bytes, start_revision: int, progress_notify: bool
 ) -> AsyncIterator[Watcher]:
+    """Watch a range while the block lasts. If `start_revision` is 0, the block begins when etcd has made the watch."""
     watcher = Watcher(caller, key, range_end, start_revision, progress_notify)
     try:
         if start_revision == 0:
