@@ -230,6 +230,8 @@ def _sentence(change: Change, error: OSError) -> str:
 
 
 def collision(destination: IPNetwork) -> str:
+    """The sentence for a route of another program that stands where one of the mesh's would: what was left alone, and
+    what to do."""
     return (
         f"the host already has a route to {destination} that is not ours; it was left alone and the mesh's was not "
         f"set: remove one of the two (see `ip route show {destination}`)"
@@ -237,6 +239,8 @@ def collision(destination: IPNetwork) -> str:
 
 
 def shadow(destination: IPNetwork, subnet: IPNetwork) -> str:
+    """The sentence for a route of another program within a mesh subnet, which takes packets for mesh addresses
+    elsewhere."""
     return (
         f"the host's own route to {destination} lies within the mesh's subnet {subnet}; it was left alone, and mesh "
         f"addresses in it are not reached from here: remove it (see `ip route show {destination}`)"
@@ -244,6 +248,8 @@ def shadow(destination: IPNetwork, subnet: IPNetwork) -> str:
 
 
 def taken(name: str, kind: str, public_key: str) -> str:
+    """The sentence for an interface name that another program's device has. `kind` is the device's, empty for hardware;
+    `public_key` is given if it is a WireGuard device."""
     what = f"a WireGuard device of another program, with public key {public_key}" if public_key else kind or "hardware"
     return (
         f"the interface name {name} is taken by a device that is not ours ({what}): "

@@ -157,6 +157,7 @@ class Host:
         """Indexes of the devices that routes of ours leave by, and of those that some did since they were last read."""
 
     def close(self) -> None:
+        """Close the sockets. What is on the host stays as it is."""
         self._route.close()
         self._generic.close()
         self.netfilter.close()
@@ -168,6 +169,7 @@ class Host:
 
     @property
     def writes(self) -> int:
+        """How many messages that change something were sent so far: netlink, UAPI, iptables, sysctl."""
         written = self._writes + self.netfilter.writes + self._iptables.writes + self.userspace.writes
         return written + (self._kernel.writes if self._kernel else 0)
 
@@ -657,6 +659,7 @@ class Host:
         return tuple(changes)
 
     def forget_sysctls(self) -> None:
+        """Forget which values sysctls had before us: they have been restored, or are to stay."""
         self._record.unlink(missing_ok=True)
 
 

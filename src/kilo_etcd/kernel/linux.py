@@ -232,46 +232,58 @@ class LinuxKernel:
 
     @property
     def backend(self) -> Backend:
+        """Implements `kernel.api.Kernel.backend`."""
         return self._backend
 
     @property
     def writes(self) -> int:
+        """How many messages that change something were sent so far."""
         return self._host.writes
 
     async def check(self) -> None:
+        """Implements `kernel.api.Kernel.check`."""
         async with self._lock:
             await _told(lambda: self._host.check(self._backend, self._setup.userspace_command))
 
     async def apply(self, plan: HostPlan, *, fresh: bool = False, reset: Collection[str] = ()) -> ApplyReport:
+        """Implements `kernel.api.Kernel.apply`, in a thread: other tasks run on, and the next call waits."""
         async with self._lock:
             return await _told(lambda: self._apply(plan, fresh, frozenset(reset)))
 
     async def preview(self, plan: HostPlan) -> tuple[Change, ...]:
+        """Implements `kernel.api.Kernel.preview`."""
         async with self._lock:
             return await _told(lambda: self._preview(plan))
 
     async def observe(self) -> Observed:
+        """Implements `kernel.api.Kernel.observe`. Differences that it finds make `wait_drift` return."""
         async with self._lock:
             observed = await _told(self._read)
             self._notice(observed)
             return observed
 
     async def obstacles(self) -> tuple[Obstacle, ...]:
+        """Implements `kernel.api.Kernel.obstacles`, for the plan in force."""
         async with self._lock:
             return await _told(lambda: self._host.obstacles(self._plan))
 
     async def bypasses(self) -> tuple[str, ...]:
+        """Implements `kernel.api.Kernel.bypasses`."""
         async with self._lock:
             return await _told(lambda: self._host.bypasses(self._plan))
 
     async def listening(self) -> frozenset[int]:
+        """Implements `kernel.api.Kernel.listening`, from `/proc/net`."""
         return await _told(listening.read)
 
     async def peer_activity(self) -> PeerActivity:
+        """Implements `kernel.api.Kernel.peer_activity`."""
         async with self._lock:
             return await _told(self._host.peer_activity)
 
     async def ping(self, addresses: Collection[IPAddress], requests: echo.EchoRequests) -> Mapping[IPAddress, float]:
+        """Implements `kernel.api.Kernel.ping`. If nobody may ping on this host (the kernel's default), it allows it to
+        the agent's own group first."""
         failed: Sequence[tuple[Change, FailedChange]] = ()
         try:
             try:
@@ -286,14 +298,18 @@ class LinuxKernel:
             raise KernelError(failed[0][1].text if failed else cannot_ping(error)) from None
 
     async def routes_taken(self, wanted: Mapping[IPAddress, IPAddress | None]) -> Mapping[IPAddress, Route | str]:
+        """Implements `kernel.api.Kernel.routes_taken`."""
         async with self._lock:
             return await _told(lambda: self._host.routes_taken(wanted))
 
     async def resolved(self, addresses: Collection[IPAddress]) -> frozenset[IPAddress]:
+        """Implements `kernel.api.Kernel.resolved`."""
         async with self._lock:
             return await _told(lambda: self._host.resolved(addresses))
 
     async def wait_drift(self) -> str:
+        """Implements `kernel.api.Kernel.wait_drift`. Of routes, rules and tables the kernel itself reports; the
+        WireGuard device, of which it reports nothing, is looked at now and then."""
         look_at = trio.current_time()
         while self._drift is None:
             with trio.move_on_at(look_at):
@@ -307,6 +323,7 @@ class LinuxKernel:
         return reason
 
     async def wait_moved(self) -> None:
+        """Implements `kernel.api.Kernel.wait_moved`."""
         await self._moved.wait()
         self._moved = trio.Event()
 

@@ -165,6 +165,8 @@ _EMPTY = OwnTable()
 
 
 def unreachable_route(network: IPNetwork) -> Route:
+    """The route that refuses packets for a mesh subnet if no other route has them, instead of letting them leave by the
+    default route."""
     return Route(destination=network, metric=UNREACHABLE_METRIC, unreachable=True)
 
 
@@ -313,6 +315,7 @@ class DeviceTarget:
 
     @property
     def ipip(self) -> str:
+        """The name of the IPIP device that belongs to the interface."""
         return ipip_name(self.interface)
 
 
@@ -331,6 +334,8 @@ class CreateLink:
 
 @frozen
 class StartUserspace:
+    """Starts a program that makes a userspace WireGuard device, such as wireguard-go."""
+
     name: str
     command: str
 
@@ -340,6 +345,8 @@ class StartUserspace:
 
 @frozen
 class DeleteLink:
+    """Removes a device of ours. Its addresses and routes go with it."""
+
     name: str
 
     def __str__(self) -> str:
@@ -348,6 +355,8 @@ class DeleteLink:
 
 @frozen
 class SetMtu:
+    """Sets the MTU of a device, in bytes."""
+
     name: str
     mtu: int
 
@@ -357,6 +366,8 @@ class SetMtu:
 
 @frozen
 class SetUp:
+    """Brings a device up. Routes into it can be set only then."""
+
     name: str
 
     def __str__(self) -> str:
@@ -365,6 +376,8 @@ class SetUp:
 
 @frozen
 class AddAddress:
+    """Gives a device an address, with the length of its network."""
+
     name: str
     address: IPInterface
 
@@ -376,6 +389,8 @@ class AddAddress:
 
 @frozen
 class DeleteAddress:
+    """Takes an address from a device. Routes that have it as their source go with it."""
+
     name: str
     address: IPInterface
 
@@ -441,6 +456,8 @@ class SetPeer:
 
 @frozen
 class RemovePeer:
+    """Removes a peer from the WireGuard device, and its session with it."""
+
     name: str
     public_key: str
 
@@ -450,6 +467,8 @@ class RemovePeer:
 
 @frozen
 class AddRoute:
+    """Adds a route where none of another program is; the kernel refuses it otherwise."""
+
     route: Route
 
     def __str__(self) -> str:
@@ -468,6 +487,8 @@ class ReplaceRoute:
 
 @frozen
 class DeleteRoute:
+    """Removes a route of ours."""
+
     route: Route
 
     def __str__(self) -> str:
@@ -483,6 +504,7 @@ class SetForwarding:
 
     @property
     def path(self) -> str:
+        """The sysctl, below `/proc/sys`."""
         if self.device:
             return f"net/ipv4/conf/{self.device}/forwarding"
         return "net/ipv4/ip_forward" if self.family == 4 else "net/ipv6/conf/all/forwarding"
@@ -499,6 +521,7 @@ class AllowPings:
 
     @property
     def path(self) -> str:
+        """The sysctl, below `/proc/sys`."""
         return "net/ipv4/ping_group_range"
 
     def __str__(self) -> str:
@@ -513,6 +536,7 @@ class KeepAdvertisements:
 
     @property
     def path(self) -> str:
+        """The sysctl, below `/proc/sys`."""
         return f"net/ipv6/conf/{self.name}/accept_ra"
 
     def __str__(self) -> str:
@@ -528,6 +552,7 @@ class LoosenReversePath:
 
     @property
     def path(self) -> str:
+        """The sysctl, below `/proc/sys`."""
         return reverse_path(self.name)
 
     def __str__(self) -> str:
@@ -588,6 +613,8 @@ class ApplyReport:
 
 
 class AddressScope(StrEnum):
+    """How far an address of a host is valid, as `ip address` has it."""
+
     GLOBAL = "global"
     LINK = "link"
     HOST = "host"
@@ -610,6 +637,8 @@ class HostAddress:
 
 @frozen(kw_only=True)
 class DefaultRoute:
+    """A default route of the host, for finding the interface and source address that it calls others from."""
+
     family: int
     """4 or 6."""
     interface: str

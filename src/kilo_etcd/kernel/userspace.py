@@ -173,12 +173,15 @@ class UserspaceDevice:
         self.writes = 0
 
     def read(self, name: str) -> DeviceState:
+        """The state of a device, as its program reports it. Raises OSError."""
         return decode(self._ask(name, "get=1\n\n"))
 
     def fingerprint(self, name: str) -> int:
+        """Implements `Device.fingerprint`. It reads as much as `read` does."""
         return fingerprint(self._ask(name, "get=1\n\n"))
 
     def write(self, name: str, changes: Sequence[WireGuardChange]) -> None:
+        """Implements `Device.write`, in one transaction. Raises OSError if the program refuses it."""
         self.writes += 1
         decode(self._ask(name, encode(changes)))
 

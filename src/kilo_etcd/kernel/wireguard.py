@@ -20,7 +20,9 @@ class Device(Protocol):
 
     writes: int
 
-    def read(self, name: str) -> DeviceState: ...
+    def read(self, name: str) -> DeviceState:
+        """The device's key, port, mark and peers now."""
+        ...
 
     def fingerprint(self, name: str) -> int:
         """A number that stays the same as long as nothing changes in the device that a plan sets. Of endpoints only
@@ -40,6 +42,7 @@ class KernelDevice:
         self._last: DeviceReader | None = None
 
     def read(self, name: str) -> DeviceState:
+        """Implements `Device.read`. What has not changed since the last call is the same object as then."""
         reader = DeviceReader(self._last)
         self._dump(name, reader)
         self._last = reader
@@ -49,6 +52,7 @@ class KernelDevice:
             raise FormatError from None
 
     def fingerprint(self, name: str) -> int:
+        """Implements `Device.fingerprint`."""
         reader = DeviceReader()
         self._dump(name, reader)
         return reader.fingerprint()
@@ -57,6 +61,7 @@ class KernelDevice:
         self._generic.dump(get_device(self._family, name), reader.take)
 
     def write(self, name: str, changes: Sequence[WireGuardChange]) -> None:
+        """Implements `Device.write`. Raises the first error of its messages, all of which were sent."""
         batch = set_device(self._family, name, changes)
         self.writes += len(batch)
         for error in self._generic.send(batch):
@@ -75,4 +80,5 @@ def available(generic: sockets.Socket) -> int | None:
 
 
 def generic_socket() -> sockets.Socket:
+    """A socket for generic netlink, by which the kernel's WireGuard is reached."""
     return sockets.Socket(core.NETLINK_GENERIC)

@@ -41,6 +41,7 @@ class ForwardRule:
 
     @property
     def program(self) -> str:
+        """The program that has the rule's family: `iptables` or `ip6tables`."""
         return "iptables" if self.version == 4 else "ip6tables"
 
 
@@ -52,6 +53,7 @@ class AddForward:
 
     @property
     def command(self) -> tuple[str, ...]:
+        """The command that inserts the rule, which waits up to 5 s for the lock of the tables."""
         return (self.rule.program, "-w", "5", "-I", self.rule.chain, "1", *self.rule.words)
 
     def __str__(self) -> str:
@@ -60,10 +62,13 @@ class AddForward:
 
 @frozen
 class DeleteForward:
+    """Removes one such rule from its chain."""
+
     rule: ForwardRule
 
     @property
     def command(self) -> tuple[str, ...]:
+        """The command that removes the rule, which waits up to 5 s for the lock of the tables."""
         return (self.rule.program, "-w", "5", "-D", self.rule.chain, *self.rule.words)
 
     def __str__(self) -> str:
@@ -81,6 +86,8 @@ def rules_for(plan: HostPlan, interface: str, ipip: str, chains: Mapping[int, st
 
 
 def matches(plan: HostPlan, interface: str, ipip: str, version: int) -> Iterator[tuple[str, ...]]:
+    """What mesh packets that a host forwards have in common, as iptables' words: the tunnel and the IPIP device (empty:
+    none) as the way in or out, and, on a member, pairs of the mesh's networks and the location's own."""
     for device in (interface, ipip):
         if device:
             yield "-i", device

@@ -45,6 +45,7 @@ class Netfilter:
         self.writes = 0
 
     def close(self) -> None:
+        """Close the socket, if one was needed."""
         if self._socket is not None:
             self._socket.close()
 
@@ -96,16 +97,20 @@ class Netfilter:
         return self._forward[1] if self._forward is not None else ()
 
     def edit(self, change: AddOpening | DeleteOpening) -> None:
+        """Insert or remove a rule of ours in another program's chain. Raises OSError."""
         pack = write.insert_rule if isinstance(change, AddOpening) else write.delete_rule
         self._transact([pack(change.opening)])
 
     def replace(self, table: FirewallTable) -> None:
+        """Put a table in the place of what there is of that name, in one transaction. Raises OSError."""
         self._transact(write.replace_table(table))
 
     def change_elements(self, change: AddElements | DeleteElements) -> None:
+        """Add addresses to a set of ours, or remove them; rules and counters stay. Raises OSError."""
         self._transact(write.change_elements(change))
 
     def delete(self, name: str) -> None:
+        """Remove the table of that name; it is no error if there is none."""
         self._transact(write.delete_table(name))
 
     def _transact(self, messages: Sequence[NetlinkMessage]) -> None:
@@ -157,6 +162,7 @@ class Reports:
 
     @property
     def socket(self) -> socket.socket | None:
+        """What becomes readable when there is something to report."""
         return None if self._listener is None else self._listener.socket
 
     def news(self, own_port: int) -> str | None:
@@ -200,5 +206,6 @@ class Reports:
         return None
 
     def close(self) -> None:
+        """Stop listening."""
         if self._listener is not None:
             self._listener.close()

@@ -67,6 +67,7 @@ ICMP = {4: 1, 6: 58}
 
 
 def be32(value: int) -> bytes:
+    """A number of 32 bits in network byte order, as nftables has nearly all of its numbers."""
     return BE32.pack(value)
 
 
@@ -132,10 +133,12 @@ def match_interface(which: str, name: str, *, equal: bool = True) -> tuple[Expre
 
 
 def match_protocol(number: int) -> tuple[Expression, ...]:
+    """Packets of a transport protocol, by IANA's number; IPv6 extension headers before it are skipped."""
     return _meta("NFT_META_L4PROTO"), _compare(bytes([number]))
 
 
 def match_family(version: int) -> tuple[Expression, ...]:
+    """Packets of one address family, 4 or 6, in a table of both."""
     return _meta("NFT_META_NFPROTO"), _compare(bytes([FAMILY[version]]))
 
 
@@ -146,10 +149,12 @@ def match_answer() -> tuple[Expression, ...]:
 
 
 def match_mark(mark: int) -> tuple[Expression, ...]:
+    """Packets that have just this firewall mark."""
     return _meta("NFT_META_MARK"), _compare(U32.pack(mark))
 
 
 def set_mark(mark: int) -> tuple[Expression, ...]:
+    """Gives a packet a firewall mark, in the place of any that it has."""
     value = _expression("immediate", _REGISTER, U32.pack(mark))
     return value, _expression("meta", None, number(_keys, "NFT_META_MARK"), _REGISTER)
 
@@ -160,6 +165,7 @@ def match_address(address: IPAddress, side: str) -> tuple[Expression, ...]:
 
 
 def match_network(network: IPNetwork, side: str) -> tuple[Expression, ...]:
+    """Packets from (`saddr`) or to (`daddr`) a network."""
     load = tuple(_address(network.version, side))
     compare = _compare(network.network_address.packed)
     if network.prefixlen == network.max_prefixlen:
@@ -189,6 +195,7 @@ def match_port(side: str, port: int) -> tuple[Expression, ...]:
 
 
 def match_ports(sport: int, dport: int) -> tuple[Expression, ...]:
+    """Packets with just these two ports, of a protocol that has them at the head of its header."""
     return _transport(0, 4), _compare(sport.to_bytes(2) + dport.to_bytes(2))
 
 

@@ -24,7 +24,10 @@ _LONGEST = 120
 
 @frozen
 class Opening:
-    """`match`: as iptables would say it, in pairs of words (`-i kilo0`)."""
+    """A rule that lets mesh packets through in a chain of another program that drops what it does not know.
+
+    `match`: as iptables would say it, in pairs of words (`-i kilo0`).
+    """
 
     family: str
     table: str
@@ -36,6 +39,7 @@ class Opening:
 
     @property
     def comment(self) -> str:
+        """The comment by which the rule is recognised as ours, and for which packets it is."""
         return " ".join((self.comment_prefix, *self.match))
 
     @property
@@ -69,6 +73,8 @@ class AddOpening:
 
 @frozen
 class DeleteOpening:
+    """Removes such a rule from its chain, by the kernel's number of it."""
+
     opening: Opening
 
     def __str__(self) -> str:

@@ -31,12 +31,15 @@ class Chain:
 
 @frozen(kw_only=True)
 class AddressSet:
+    """A named set of addresses of one family, which rules look up."""
+
     name: str
     version: int
     addresses: frozenset[IPAddress]
 
     @property
     def identity(self) -> tuple[str, int]:
+        """By what a set is the same one although its addresses have changed."""
         return self.name, self.version
 
 
@@ -145,6 +148,8 @@ def with_elements(table: FirewallTable, change: AddElements | DeleteElements) ->
 
 @frozen
 class DeleteTable:
+    """Removes the whole table of that name."""
+
     name: str
 
     def __str__(self) -> str:

@@ -159,6 +159,8 @@ class nft_obj_msg(nfgen_msg):  # type: ignore[misc, valid-type]
     )
 
     class counter(nla):  # type: ignore[misc, valid-type]
+        """The counts of a named counter."""
+
         nla_map = (("NFTA_COUNTER_UNSPEC", "none"), ("NFTA_COUNTER_BYTES", "be64"), ("NFTA_COUNTER_PACKETS", "be64"))
 
 
@@ -214,9 +216,13 @@ class wgmsg(_wireguard.wgmsg):  # type: ignore[misc, name-defined]
     _nlmsg_base__compiled_nla = False
 
     class wgdevice_peer(_wireguard.wgmsg.wgdevice_peer):  # type: ignore[misc, name-defined]
+        """A peer, with an IPv6 endpoint as corrected here."""
+
         _nlmsg_base__compiled_nla = False
 
         class endpoint_ipv6(_wireguard.wgmsg.wgdevice_peer.endpoint_ipv6):  # type: ignore[misc, name-defined]
+            """An IPv6 endpoint whose scope is in the machine's own byte order."""
+
             fields = (("family", "H"), ("port", ">H"), ("flowinfo", ">I"), ("addr", "16s"), ("scope_id", "I"))
 
 

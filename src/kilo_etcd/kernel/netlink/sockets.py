@@ -112,6 +112,7 @@ class Socket:
         self._buffer = bytearray(1 << 18)
 
     def close(self) -> None:
+        """Close the socket; the kernel forgets what has not been read."""
         self._socket.close()
 
     def __repr__(self) -> str:
@@ -305,6 +306,7 @@ class Listener:
             return None
 
     def close(self) -> None:
+        """Leave the groups and close the socket."""
         self.socket.close()
 
 

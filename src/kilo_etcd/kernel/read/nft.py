@@ -165,5 +165,6 @@ def family_of(body: bytes) -> int:
 
 
 def text(attributes: Mapping[str, Any], name: str) -> str:
+    """The text of an attribute, without its NUL; empty if the attribute is missing."""
     data: bytes = attributes.get(name, b"")
     return data.rstrip(b"\0").decode(errors="replace")

@@ -122,6 +122,7 @@ class FoundRoute:
         return (self.type, self.metric) == (_UNREACHABLE, UNREACHABLE_METRIC)
 
     def route(self, names: Mapping[int, str]) -> Route:
+        """The same as a `Route`. `names` maps indexes of devices to their names."""
         return Route(
             destination=self.destination,
             gateway=self.gateway,
@@ -138,12 +139,15 @@ class FoundRoute:
 
 @frozen(kw_only=True)
 class FoundLink:
+    """A device as the kernel reports it, with what only tunnels have."""
+
     link: Link
     local: IPAddress | None = None
     """Of a tunnel: the address that it sends from."""
 
 
 def read_link(body: bytes) -> FoundLink:
+    """The device that a message of rtnetlink is about."""
     index, flags, name, mtu, info = _links.row(body)
     packed_kind, data = (None, None) if info is None else _link_info.row(info)
     kind = _text(packed_kind)

@@ -129,6 +129,8 @@ class ForeignRule:
 
 @frozen
 class AddRule:
+    """Adds a policy rule; it prints as `ip` has it."""
+
     rule: RoutingRule
 
     def __str__(self) -> str:
@@ -137,6 +139,8 @@ class AddRule:
 
 @frozen
 class DeleteRule:
+    """Removes a policy rule; it prints as `ip` has it."""
+
     rule: RoutingRule
 
     def __str__(self) -> str:

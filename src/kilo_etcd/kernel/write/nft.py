@@ -47,22 +47,27 @@ def get_generation() -> NetlinkMessage:
 
 
 def get_table(name: str) -> NetlinkMessage:
+    """Asks whether there is a table of that name, of family inet."""
     return _message(nft.NFT_MSG_GETTABLE, nft.nft_table_msg, ("NFTA_TABLE_NAME", name))
 
 
 def get_chains(table: str) -> NetlinkMessage:
+    """Asks for the chains of a table. The kernel may answer with those of other tables too."""
     return _message(nft.NFT_MSG_GETCHAIN, nft.nft_chain_msg, ("NFTA_CHAIN_TABLE", table))
 
 
 def get_rules(table: str) -> NetlinkMessage:
+    """Asks for the rules of all chains of a table."""
     return _message(nft.NFT_MSG_GETRULE, nft.nft_rule_msg, ("NFTA_RULE_TABLE", table))
 
 
 def get_sets(table: str) -> NetlinkMessage:
+    """Asks for the sets of a table, without their elements."""
     return _message(nft.NFT_MSG_GETSET, nft.nft_set_msg, ("NFTA_SET_TABLE", table))
 
 
 def get_elements(table: str, name: str, family: int = nft.NFPROTO_INET) -> NetlinkMessage:
+    """Asks for the elements of one set."""
     return _message(nft.NFT_MSG_GETSETELEM, nft.nft_set_elem_list_msg, *_of_set(table, name), family=family)
 
 
@@ -89,6 +94,7 @@ def insert_rule(opening: Opening) -> NetlinkMessage:
 
 
 def delete_rule(opening: Opening) -> NetlinkMessage:
+    """Removes a rule of ours from another program's chain, by its handle."""
     return _message(
         nft.NFT_MSG_DELRULE, nft.nft_rule_msg, *_of_chain(opening.table, opening.chain),
         ("NFTA_RULE_HANDLE", opening.handle), family=_FAMILIES[opening.family],
@@ -96,6 +102,7 @@ def delete_rule(opening: Opening) -> NetlinkMessage:
 
 
 def get_objects(table: str) -> NetlinkMessage:
+    """Asks for the named objects of a table, such as counters."""
     return _message(nft.NFT_MSG_GETOBJ, nft_obj_msg, ("NFTA_OBJ_TABLE", table))
 
 

@@ -54,16 +54,19 @@ _rule = Writer(
 
 @lru_cache(16)  # As those that are cached below: the same question is asked again and again.
 def get_link(name: str) -> NetlinkMessage:
+    """Asks for the device of that name."""
     return _link(rtnl.RTM_GETLINK, 0, ("IFLA_IFNAME", name))
 
 
 @cache
 def get_neighbours(version: int) -> NetlinkMessage:
+    """Asks for the neighbours of one family (ARP, ND) on all links."""
     return NetlinkMessage(rtnl.RTM_GETNEIGH, 0, encode(ndmsg, (_FAMILY[version], 0, 0, 0, 0), ()))
 
 
 @cache
 def get_links() -> NetlinkMessage:
+    """Asks for all devices."""
     return _link(rtnl.RTM_GETLINK, 0)
 
 
@@ -79,14 +82,17 @@ def create_link(name: str, kind: str, local: IPAddress | None = None) -> Netlink
 
 
 def delete_link(index: int) -> NetlinkMessage:
+    """Removes a device, by its index."""
     return _link(rtnl.RTM_DELLINK, index)
 
 
 def set_mtu(index: int, mtu: int) -> NetlinkMessage:
+    """Sets the MTU of a device, in bytes."""
     return _link(rtnl.RTM_SETLINK, index, ("IFLA_MTU", mtu))
 
 
 def set_up(index: int) -> NetlinkMessage:
+    """Brings a device up."""
     return _link(rtnl.RTM_SETLINK, index, up=_UP)
 
 
@@ -100,10 +106,12 @@ def get_addresses(index: int = 0) -> NetlinkMessage:
 
 
 def add_address(index: int, address: IPInterface) -> NetlinkMessage:
+    """Gives a device an address; IPv6 without duplicate address detection. Fails with EEXIST if it has it."""
     return NetlinkMessage(rtnl.RTM_NEWADDR, _NEW, _on_device(index, address))
 
 
 def delete_address(index: int, address: IPInterface) -> NetlinkMessage:
+    """Takes an address from a device."""
     return NetlinkMessage(rtnl.RTM_DELADDR, 0, _on_device(index, address))
 
 
@@ -146,10 +154,12 @@ def add_route(route: Route, index: int) -> NetlinkMessage:
 
 
 def replace_route(route: Route, index: int) -> NetlinkMessage:
+    """Sets a route in the place of the one to the same destination with the same metric, whoever has set that."""
     return NetlinkMessage(rtnl.RTM_NEWROUTE, core.NLM_F_CREATE | core.NLM_F_REPLACE, _route_body(route, index))
 
 
 def delete_route(route: Route, index: int) -> NetlinkMessage:
+    """Removes a route. Its source address is not compared."""
     return NetlinkMessage(rtnl.RTM_DELROUTE, 0, _route_body(route, index, delete=True))
 
 
@@ -194,14 +204,17 @@ def _low(table: int) -> int:
 
 
 def get_rules(version: int) -> NetlinkMessage:
+    """Asks for the policy rules of one family."""
     return NetlinkMessage(rtnl.RTM_GETRULE, 0, _rule((_FAMILY[version], 0, 0, 0, 0, 0, 0, 0, 0), {}))
 
 
 def add_rule(rule: RoutingRule, protocol: int) -> NetlinkMessage:
+    """Adds a policy rule, marked as ours by `protocol`. Fails with EEXIST if there is one like it."""
     return NetlinkMessage(rtnl.RTM_NEWRULE, _NEW, _rule_body(rule, protocol))
 
 
 def delete_rule(rule: RoutingRule, protocol: int) -> NetlinkMessage:
+    """Removes the policy rule that agrees in all of this, `protocol` among it."""
     return NetlinkMessage(rtnl.RTM_DELRULE, 0, _rule_body(rule, protocol))
 
 
