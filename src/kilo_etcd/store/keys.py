@@ -26,80 +26,103 @@ DEFAULT_LOCATION_IN_KEYS = "@default"
 
 @frozen
 class GranularityKey:
-    pass
+    """`mesh/granularity`: how nodes are grouped into segments."""
 
 
 @frozen
 class SubnetsKey:
-    pass
+    """`mesh/subnets`: the networks from which mesh addresses are."""
 
 
 @frozen
 class InternalIPsKey:
-    pass
+    """`mesh/internal-ips`: whether internal IPs are routed, and encrypted."""
 
 
 @frozen
 class AdoptedKey:
-    pass
+    """`mesh/adopted`: which etcd is the mesh's, after it was restored or replaced."""
 
 
 @frozen
 class LocationKey:
+    """`locations/<node>`: the operator's label of a node."""
+
     node: str
 
 
 @frozen
 class AnnotationKey:
+    """`annotations/<node>/<name>`: one of the operator's settings of a node."""
+
     node: str
     name: str
 
 
 @frozen
 class PeerKey:
+    """`peers/<name>`: the record of an outside peer, or of a machine that is connected."""
+
     name: str
 
 
 @frozen
 class AddressKey:
+    """`addresses/<ip>`: which node or peer has a mesh address."""
+
     address: IPAddress
 
 
 @frozen
 class NodeKey:
+    """`nodes/<node>`: what a host reports of itself."""
+
     node: str
 
 
 @frozen
 class ElectionKey:
+    """`elections/<location>/<node>`: a candidacy."""
+
     location: str
     node: str
 
 
 @frozen
 class LeaderKey:
+    """`leaders/<location>`: the node that leads, for people to read."""
+
     location: str
 
 
 @frozen
 class EndpointKey:
+    """`endpoints/<name>/<observer>`: where the observer's WireGuard sees a node or peer behind NAT."""
+
     name: str
     observer: str
 
 
 @frozen
 class ProbeReportKey:
+    """`probe-reports/<location>/<prober>`: what a prober found out about a location's leader."""
+
     location: str
     prober: str
 
 
 @frozen
 class StatusKey:
+    """`<prefix>-status/<node>`: what an agent has applied, and its errors."""
+
     node: str
 
 
 @frozen
 class StageKey:
+    """`<prefix>-status/stages/<node>`: the revision that a host has applied, for others that wait for it in the switch
+    to `encrypted`."""
+
     node: str
 
 
@@ -201,14 +224,17 @@ class Keys:
 
     @property
     def granularity(self) -> str:
+        """How nodes are grouped; one value for the mesh."""
         return self.root + "mesh/granularity"
 
     @property
     def subnets(self) -> str:
+        """The networks from which mesh addresses are; one value for the mesh."""
         return self.root + "mesh/subnets"
 
     @property
     def internal_ips(self) -> str:
+        """Whether internal IPs are routed, and encrypted; one value for the mesh."""
         return self.root + "mesh/internal-ips"
 
     @property
@@ -223,65 +249,83 @@ class Keys:
 
     @property
     def locations_root(self) -> str:
+        """What the labels of all nodes begin with."""
         return self.root + "locations/"
 
     def location(self, node: str) -> str:
+        """The label of a node. ValueError if `node` is no name for a key; so for all names here."""
         return self.locations_root + encode_name(node)
 
     @property
     def annotations_root(self) -> str:
+        """What the annotations of all nodes begin with."""
         return self.root + "annotations/"
 
     def annotation(self, node: str, name: str) -> str:
+        """The annotation `name` of a node, whether an annotation of that name is known or not."""
         return f"{self.annotations_root}{encode_name(node)}/{encode_name(name)}"
 
     @property
     def peers_root(self) -> str:
+        """What the records of all outside peers begin with."""
         return self.root + "peers/"
 
     def peer(self, name: str) -> str:
+        """The record of an outside peer."""
         return self.peers_root + encode_name(name)
 
     @property
     def addresses_root(self) -> str:
+        """What the claims of all mesh addresses begin with."""
         return self.root + "addresses/"
 
     def address(self, address: IPAddress) -> str:
+        """The claim of a mesh address."""
         return f"{self.addresses_root}{address}"
 
     @property
     def nodes_root(self) -> str:
+        """What the records of all nodes begin with."""
         return self.root + "nodes/"
 
     def node(self, name: str) -> str:
+        """The record of a node."""
         return self.nodes_root + encode_name(name)
 
     @property
     def elections_root(self) -> str:
+        """What the candidacies of all locations begin with."""
         return self.root + "elections/"
 
     def election(self, location: str, node: str) -> str:
+        """The candidacy of a node in a location; empty is the default location, here and below."""
         return f"{self.elections_root}{encode_location(location)}/{encode_name(node)}"
 
     @property
     def leaders_root(self) -> str:
+        """What the leaders' names of all locations begin with."""
         return self.root + "leaders/"
 
     def leader(self, location: str) -> str:
+        """The name of a location's leader."""
         return self.leaders_root + encode_location(location)
 
     @property
     def endpoints_root(self) -> str:
+        """What all observed endpoints begin with."""
         return self.root + "endpoints/"
 
     def endpoint(self, name: str, observer: str) -> str:
+        """Where `observer` sees the node or peer `name`."""
         return f"{self.endpoints_root}{encode_name(name)}/{encode_name(observer)}"
 
     @property
     def probe_reports_root(self) -> str:
+        """What the probe reports of all locations begin with."""
         return self.root + "probe-reports/"
 
     def probe_report(self, location: str, prober: str) -> str:
+        """The report of a prober about the leader of a location."""
         return f"{self.probe_reports_root}{encode_location(location)}/{encode_name(prober)}"
 
     @property
@@ -290,6 +334,7 @@ class Keys:
         return self.prefix + "-status/"
 
     def status(self, node: str) -> str:
+        """The status of a node's agent."""
         return self.status_root + encode_name(node)
 
     @property
@@ -298,6 +343,7 @@ class Keys:
         return self.status_root + "stages/"
 
     def stage(self, node: str) -> str:
+        """The revision that a node has applied, for the switch to `encrypted`."""
         return self.stages_root + encode_name(node)
 
     @property
@@ -306,16 +352,20 @@ class Keys:
         return self.status_root + "requests/"
 
     def request(self, lease: int) -> str:
+        """A request for diagnostics, by the lease that it is under."""
         return f"{self.requests_root}{lease:x}"
 
     @property
     def responses_root(self) -> str:
+        """What the responses to all requests begin with."""
         return self.status_root + "responses/"
 
     def responses_to(self, lease: int) -> str:
+        """What the responses to one request begin with."""
         return f"{self.responses_root}{lease:x}/"
 
     def response(self, lease: int, node: str) -> str:
+        """The response of a node's agent to one request."""
         return self.responses_to(lease) + encode_name(node)
 
     def parse(self, key: str | bytes) -> ParsedKey | None:
