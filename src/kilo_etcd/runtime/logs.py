@@ -44,12 +44,29 @@ _COLOURS = {"debug": "\x1b[2m", "warning": "\x1b[33m", "error": "\x1b[31m", "cri
 class Logger(Protocol):
     """What the agent's code uses of structlog's bound logger."""
 
-    def bind(self, **fields: Any) -> Logger: ...
-    def debug(self, event: str, **fields: Any) -> Any: ...
-    def info(self, event: str, **fields: Any) -> Any: ...
-    def warning(self, event: str, **fields: Any) -> Any: ...
-    def error(self, event: str, **fields: Any) -> Any: ...
-    def exception(self, event: str, **fields: Any) -> Any: ...
+    def bind(self, **fields: Any) -> Logger:
+        """A logger that adds these fields to each of its events."""
+        ...
+
+    def debug(self, event: str, **fields: Any) -> Any:
+        """Log what is of use only to somebody who follows the agent step by step."""
+        ...
+
+    def info(self, event: str, **fields: Any) -> Any:
+        """Log what an operator may want to know later."""
+        ...
+
+    def warning(self, event: str, **fields: Any) -> Any:
+        """Log what an operator should look at, although the mesh works."""
+        ...
+
+    def error(self, event: str, **fields: Any) -> Any:
+        """Log what does not work."""
+        ...
+
+    def exception(self, event: str, **fields: Any) -> Any:
+        """Log an error with the traceback of the exception that is being handled."""
+        ...
 
 
 def setup_logging(
@@ -230,8 +247,13 @@ def _traceback(event: Mapping[str, Any]) -> str:
 class Out(Protocol):
     """Takes one event. Whatever it raises is swallowed by the caller."""
 
-    def write(self, level: str, event: Mapping[str, Any]) -> None: ...
-    def close(self) -> None: ...
+    def write(self, level: str, event: Mapping[str, Any]) -> None:
+        """Write one event, with its level: `debug`, `info`, `warning`, `error` or `critical`."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what this output has opened; nothing is written afterwards."""
+        ...
 
 
 class RateLimitedOutput:
@@ -243,6 +265,7 @@ class RateLimitedOutput:
         self._limiter = LogRateLimiter()
 
     def write(self, level: str, event: Mapping[str, Any]) -> None:
+        """Hand the event on, now or later, or count it. `debug` and `critical` are never held up."""
         if level in ("debug", "critical"):
             self._out.write(level, event)
             return
@@ -257,6 +280,7 @@ class RateLimitedOutput:
         self._write(self._limiter.rest())
 
     def close(self) -> None:
+        """Hand on the last of what was left out, and close `out`."""
         self.write_rest()
         self._out.close()
 
@@ -289,6 +313,8 @@ class Lines:
         self._dropped = 0
 
     def write(self, level: str, event: Mapping[str, Any]) -> None:
+        """Write one line, with the time in UTC. If nobody reads the stream, the line is dropped after `PATIENCE`, and
+        the next one that is written says how many were."""
         stream = self._stream or sys.stderr
         now = self._clock()
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03d}Z"
@@ -336,6 +362,8 @@ class Journal:
         self._dropped = 0
 
     def write(self, level: str, event: Mapping[str, Any]) -> None:
+        """Send one entry. If journald takes nothing for `PATIENCE` it is dropped, and the next one that is sent says
+        how many were."""
         entry = list(self._entry(level, event))
         if self._dropped:
             entry.append(("KILO_DROPPED_BEFORE", str(self._dropped)))
@@ -353,6 +381,7 @@ class Journal:
             self._transport.socket.settimeout(PATIENCE)
 
     def close(self) -> None:
+        """Close the socket."""
         self._transport.socket.close()
 
     def _entry(self, level: str, event: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
