@@ -1,0 +1,1 @@
+"""For tests and the simulation: an etcd and a kernel in memory, real etcd servers, and certificates."""

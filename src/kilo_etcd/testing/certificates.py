@@ -14,6 +14,8 @@ from attrs import frozen
 
 @frozen
 class Issued:
+    """The PEM files of a certificate and of its key."""
+
     cert: Path
     key: Path
 

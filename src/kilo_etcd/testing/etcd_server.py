@@ -78,15 +78,18 @@ class EtcdServer:
 
     @property
     def endpoint(self) -> str:
+        """The URL at which clients reach this member."""
         return f"{'https' if self.authority else 'http'}://127.0.0.1:{self.client_port}"
 
     @property
     def pid(self) -> int:
+        """The number of the etcd process. AssertionError if none was started."""
         assert self.process is not None, f"{self.name} is not running"
         return self.process.pid
 
     @property
     def running(self) -> bool:
+        """Whether the process lives; one that is frozen does."""
         return self.process is not None and self.process.poll() is None
 
     def config(self) -> Config:
@@ -141,6 +144,7 @@ class EtcdServer:
         os.kill(self.pid, signal.SIGSTOP)
 
     def thaw(self) -> None:
+        """SIGCONT: a frozen process goes on, and finds its clocks ahead."""
         os.kill(self.pid, signal.SIGCONT)
 
     async def healthy(self) -> None:
@@ -236,6 +240,8 @@ class EtcdServer:
 
 @define(eq=False)
 class EtcdCluster:
+    """Several members that form one cluster, started and ended together."""
+
     members: list[EtcdServer]
 
     @classmethod
@@ -264,6 +270,7 @@ class EtcdCluster:
         return evolve(self.members[0].config(), endpoints=tuple(member.endpoint for member in self.members))
 
     def member_at(self, endpoint: str) -> EtcdServer:
+        """The member at an endpoint, as `EtcdServer.endpoint` writes it. StopIteration if there is none."""
         return next(member for member in self.members if member.endpoint == endpoint)
 
     async def _begin(self) -> None:

@@ -119,9 +119,11 @@ class FakeEtcd:
         self._drop_error: EtcdError | None = None
 
     def client(self, name: str = "") -> FakeClient:
+        """A client, with faults of its own; `name` is shown in its repr."""
         return FakeClient(self, name)
 
     def header(self) -> Header:
+        """The header that an answer given now has."""
         return Header(cluster_id=self.cluster_id, member_id=1, revision=self.revision, raft_term=self.raft_term)
 
     # --- faults ------------------------------------------------------------------------------------------------
@@ -418,6 +420,7 @@ class FakeClient:
         self.server._wake()
 
     def mend(self) -> None:
+        """End what `cut` began: requests and answers arrive again."""
         self._speaks = self._hears = True
         self.server._wake()
 
@@ -470,6 +473,7 @@ class FakeClient:
     # --- the client's protocol ---------------------------------------------------------------------------------
 
     async def get(self, key: Text, *, serializable: bool = False) -> KeyValue | None:
+        """Implements `etcd.api.Client.get`."""
         kvs = (await self.range(key, serializable=serializable)).kvs
         return kvs[0] if kvs else None
 
@@ -484,6 +488,8 @@ class FakeClient:
         keys_only: bool = False,
         count_only: bool = False,
     ) -> RangeResult:
+        """Implements `etcd.api.Client.range`. Raises Compacted and BadRequest for revisions as etcd does."""
+
         def act() -> RangeResult:
             server = self.server
             if revision > server.revision:
@@ -502,9 +508,12 @@ class FakeClient:
         return await self._call("range", act)
 
     async def get_prefix(self, prefix: Text, *, revision: int = 0) -> RangeResult:
+        """Implements `etcd.api.Client.get_prefix`, in one page."""
         return await self.range(prefix, prefix_end(prefix), revision=revision)
 
     async def put(self, key: Text, value: Text, *, lease: int = 0, prev_kv: bool = False) -> PutResult:
+        """Implements `etcd.api.Client.put`, with etcd's limit of sizes."""
+
         def act() -> PutResult:
             old = self.server.data.get(_raw(key))
             _check_size([Put(key, value)])
@@ -514,6 +523,8 @@ class FakeClient:
         return await self._call("put", act)
 
     async def delete(self, key: Text, range_end: Text | None = None) -> DeleteResult:
+        """Implements `etcd.api.Client.delete`."""
+
         def act() -> DeleteResult:
             (result,) = self.server._commit([Delete(key, range_end)])
             assert isinstance(result, DeleteResult)
@@ -522,11 +533,14 @@ class FakeClient:
         return await self._call("delete", act)
 
     async def delete_prefix(self, prefix: Text) -> DeleteResult:
+        """Implements `etcd.api.Client.delete_prefix`."""
         return await self.delete(prefix, prefix_end(prefix))
 
     async def txn(
         self, compare: Sequence[Compare], success: Sequence[Op] = (), failure: Sequence[Op] = ()
     ) -> TxnResult:
+        """Implements `etcd.api.Client.txn`, with etcd's limit of sizes."""
+
         def act() -> TxnResult:
             if max(len(compare), len(success), len(failure)) > MAX_OPERATIONS:
                 raise BadRequest("too many operations in txn request")
@@ -538,6 +552,8 @@ class FakeClient:
         return await self._call("txn", act)
 
     async def grant_lease(self, ttl: int, lease_id: int = 0) -> Lease:
+        """Implements `etcd.api.Client.grant_lease`."""
+
         def act() -> Lease:
             server = self.server
             if lease_id in server._leases:
@@ -551,9 +567,12 @@ class FakeClient:
         return await self._call("grant_lease", act)
 
     async def revoke_lease(self, lease_id: int) -> None:
+        """Implements `etcd.api.Client.revoke_lease`."""
         await self._call("revoke_lease", lambda: self.server._end_lease(self.server._lease(lease_id)))
 
     async def lease_time_to_live(self, lease_id: int, *, keys: bool = False) -> LeaseInfo:
+        """Implements `etcd.api.Client.lease_time_to_live`."""
+
         def act() -> LeaseInfo:
             lease = self.server._leases.get(lease_id)
             if lease is None:
@@ -566,6 +585,8 @@ class FakeClient:
         return await self._call("lease_time_to_live", act)
 
     async def refresh_lease(self, lease_id: int) -> int:
+        """Implements `etcd.api.Client.refresh_lease`."""
+
         def act() -> int:
             lease = self.server._lease(lease_id)
             lease.expires_at = trio.current_time() + lease.ttl
@@ -576,6 +597,7 @@ class FakeClient:
     def keep_alive(
         self, lease_id: int, ttl: int, *, interval: float | None = None
     ) -> AbstractAsyncContextManager[KeepAlive]:
+        """Implements `etcd.api.Client.keep_alive`."""
         return self._keep_alive(lease_id, ttl, ttl / 3 if interval is None else interval)
 
     @asynccontextmanager
@@ -596,6 +618,7 @@ class FakeClient:
         start_revision: int = 0,
         progress_notify: bool = True,
     ) -> AbstractAsyncContextManager[Watch]:
+        """Implements `etcd.api.Client.watch`."""
         return self._watch(key, range_end, start_revision)
 
     @asynccontextmanager
@@ -604,6 +627,8 @@ class FakeClient:
         yield _FakeWatch(self, _raw(key), range_end, start_revision or self.server.revision + 1)
 
     async def status(self, endpoint: str | None = None) -> Status:
+        """Implements `etcd.api.Client.status`."""
+
         def act() -> Status:
             header = self.server.header()
             return Status(
@@ -614,9 +639,11 @@ class FakeClient:
         return await self._call("status", act)
 
     async def members(self) -> tuple[Member, ...]:
+        """Implements `etcd.api.Client.members`."""
         return await self._call("members", lambda: self.server.members)
 
     def watch_prefix(self, prefix: Text, *, start_revision: int = 0) -> AbstractAsyncContextManager[Watch]:
+        """Implements `etcd.api.Client.watch_prefix`."""
         return self.watch(prefix, prefix_end(prefix), start_revision=start_revision)
 
 

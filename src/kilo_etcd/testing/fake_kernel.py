@@ -137,9 +137,11 @@ class FakeHost:
         return longest_match(self.observed.routes.items(), address) or "Network is unreachable"
 
     def watch(self, listener: FakeKernel) -> None:
+        """Report to `listener` what happens on the host, as the kernel does to whoever subscribes."""
         self._listeners.append(listener)
 
     def unwatch(self, listener: FakeKernel) -> None:
+        """Report nothing to `listener` any more: its agent has ended."""
         self._listeners.remove(listener)
 
     def cleanup(self, interface: str = "kilo0") -> tuple[Change, ...]:
@@ -183,9 +185,11 @@ class FakeKernel:
 
     @property
     def backend(self) -> Backend:
+        """Always `kernel`: nothing differs here between the kernel and a program."""
         return "kernel"
 
     def drifted(self, what: str) -> None:
+        """Somebody else has changed something: `wait_drift` returns with `what`, once there is a plan."""
         if self.plan is not None:
             self._drift = what
             self._event.set()
@@ -196,13 +200,17 @@ class FakeKernel:
         self._event.set()
 
     def peer_sent(self) -> None:
+        """A packet of a peer has arrived: if an endpoint may go back to an old one thereby, the device is looked at
+        soon."""
         if may_go_back(self._memory, self.host.clock()):
             self.look_at(trio.current_time() + device_period(len(self.host.observed.peers)))
 
     async def check(self) -> None:
+        """Implements `kernel.api.Kernel.check`: nothing is ever in the way here."""
         await trio.lowlevel.checkpoint()
 
     async def apply(self, plan: HostPlan, *, fresh: bool = False, reset: Collection[str] = ()) -> ApplyReport:
+        """Implements `kernel.api.Kernel.apply`; `FakeHost.broken` and `FakeHost.refuse` make it fail."""
         async with self._lock:
             await trio.lowlevel.checkpoint()
             if self.host.broken is not None:
@@ -235,10 +243,12 @@ class FakeKernel:
         return difference(plan, observed, self._memory, self._target(plan), reset=reset)
 
     async def preview(self, plan: HostPlan) -> tuple[Change, ...]:
+        """Implements `kernel.api.Kernel.preview`."""
         await trio.lowlevel.checkpoint()
         return difference(plan, self._read(), self._memory, self._target(plan)).changes
 
     async def observe(self) -> Observed:
+        """Implements `kernel.api.Kernel.observe`. Differences that it finds make `wait_drift` return."""
         await trio.lowlevel.checkpoint()
         observed = self._read()
         if (plan := self.plan) is not None:
@@ -248,23 +258,29 @@ class FakeKernel:
         return observed
 
     async def obstacles(self) -> tuple[Obstacle, ...]:
+        """Implements `kernel.api.Kernel.obstacles`: those of `FakeHost.obstacles`."""
         await trio.lowlevel.checkpoint()
         return self.host.obstacles
 
     async def bypasses(self) -> tuple[str, ...]:
+        """Implements `kernel.api.Kernel.bypasses`: those of `FakeHost.bypasses`."""
         await trio.lowlevel.checkpoint()
         return self.host.bypasses
 
     async def listening(self) -> frozenset[int]:
+        """Implements `kernel.api.Kernel.listening`: the ports of `FakeHost.listening`."""
         await trio.lowlevel.checkpoint()
         return self.host.listening
 
     async def peer_activity(self) -> PeerActivity:
+        """Implements `kernel.api.Kernel.peer_activity`."""
         await trio.lowlevel.checkpoint()
         self._read()
         return PeerActivity(time=self.host.clock(), peers=self.host.observed.peers)
 
     async def ping(self, addresses: Collection[IPAddress], requests: EchoRequests) -> Mapping[IPAddress, float]:
+        """Implements `kernel.api.Kernel.ping`: `FakeHost.reach` decides who answers, and who does not costs the time
+        that waiting takes."""
         if self.host.no_pings is not None:
             raise KernelError(self.host.no_pings)
         answered: dict[IPAddress, float] = {}
@@ -282,18 +298,22 @@ class FakeKernel:
         return answered
 
     async def routes_taken(self, wanted: Mapping[IPAddress, IPAddress | None]) -> Mapping[IPAddress, Route | str]:
+        """Implements `kernel.api.Kernel.routes_taken`, by `FakeHost.taken`."""
         await trio.lowlevel.checkpoint()
         return {address: self.host.taken(address, source) for address, source in wanted.items()}
 
     async def resolved(self, addresses: Collection[IPAddress]) -> frozenset[IPAddress]:
+        """Implements `kernel.api.Kernel.resolved`, by `FakeHost.resolves`."""
         await trio.lowlevel.checkpoint()
         return frozenset(filter(self.host.resolves, addresses))
 
     async def wait_moved(self) -> None:
+        """Implements `kernel.api.Kernel.wait_moved`; `FakeHost.moved` ends the wait."""
         await self.host.moved.wait()
         self.host.moved = trio.Event()
 
     async def wait_drift(self) -> str:
+        """Implements `kernel.api.Kernel.wait_drift`."""
         await trio.lowlevel.checkpoint()
         while self._drift is None:
             self._event = trio.Event()
