@@ -40,6 +40,8 @@ _IP_FREEBIND = 15
 
 @frozen
 class Request:
+    """One request, as far as it decides about the answer; a body is ignored."""
+
     method: str
     path: str
     """Without the query."""
@@ -49,6 +51,8 @@ class Request:
 
 @frozen
 class Answer:
+    """What a request is answered with. `body` is sent as it is, with its length."""
+
     status: str
     """Number and reason: `200 OK`."""
     body: bytes
@@ -154,6 +158,7 @@ class Server:
 
     @property
     def connections(self) -> int:
+        """How many connections are open now, those that have asked for nothing yet among them."""
         return len(self._open)
 
     async def run(self) -> None:

@@ -25,6 +25,7 @@ class Failure(click.ClickException):
     exit_code = 1
 
     def show(self, file: IO[Any] | None = None) -> None:
+        """Write the sentence to standard error, or to `file`, with `kgctl: ` before it; click calls this."""
         click.echo(f"kgctl: {self.format_message()}", err=file is None, file=file)
 
 

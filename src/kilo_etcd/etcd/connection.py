@@ -103,8 +103,8 @@ class Stream:
 
 
 class Connection:
-    """One HTTP/2 connection to a member. It sends pings while calls are open, so that a member that hangs is noticed in
-    `ping_interval` plus `ping_timeout` seconds."""
+    """One HTTP/2 connection to a member. It asks for a sign of life whenever nothing has arrived for `ping_interval`
+    seconds, and is lost if none arrives within `ping_timeout`."""
 
     def __init__(
         self,

@@ -78,6 +78,7 @@ class Offer:
     by: str
 
     def refused(self, why: str) -> Problem:
+        """The problem that says why this network was not granted, about whoever offers it."""
         (_, _, name), *_ = self.rank
         return Problem(subject=str(self.network), text=f"{self.network} of {self.by} is left out: {why}", about=name)
 
@@ -168,6 +169,7 @@ class PrefixAllocation:
         ]
 
     def __call__(self, owner: NetworkOwner) -> tuple[IPNetwork, ...]:
+        """The networks that an owner was granted; none if it offered none, or lost them all."""
         return self.granted.get(owner, ())
 
 

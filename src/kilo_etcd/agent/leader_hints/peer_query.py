@@ -126,6 +126,7 @@ class UdpTransport:
             task_status.started()
 
     def serve(self, addresses: Collection[IPAddress]) -> None:
+        """Implements `DatagramTransport.serve`. Until the first call, what is sent to any address is received."""
         self._served = frozenset(address.packed for address in addresses)
 
     async def _listen(self, sock: socket.socket) -> None:
@@ -147,6 +148,7 @@ class UdpTransport:
                             self._arrived_in.send_nowait((data, source))
 
     async def send(self, data: bytes, address: IPAddress) -> None:
+        """Implements `DatagramTransport.send`."""
         await trio.lowlevel.checkpoint()
         sock = self._sockets.get(address.version)
         with suppress(OSError):
@@ -154,6 +156,8 @@ class UdpTransport:
                 sock.sendto(data, (str(address), self._port))
 
     async def receive(self) -> tuple[bytes, IPAddress]:
+        """Implements `DatagramTransport.receive`. Datagrams that `admit` refuses are dropped; so are others while many
+        wait."""
         return await self._arrived.receive()
 
 

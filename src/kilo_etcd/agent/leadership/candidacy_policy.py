@@ -195,6 +195,7 @@ class InternalIPsState:
 
     @classmethod
     def of(cls, topology: Topology) -> InternalIPsState:
+        """The state that a topology has: the mesh's setting, what is in force, and the nodes that it waits for."""
         return cls(topology.snapshot.internal_ips, topology.internal_ips, tuple(sorted(topology.unaware)))
 
     def news(self, before: InternalIPsState | None) -> tuple[str, dict[str, str]] | None:

@@ -64,6 +64,8 @@ MOST_NAMED = 20
 
 
 class Severity(StrEnum):
+    """How bad a finding of `kgctl check` is, the worst first."""
+
     ERROR = "error"
     """Somebody is not connected, or may soon not be."""
     WARNING = "warning"

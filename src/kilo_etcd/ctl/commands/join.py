@@ -113,6 +113,7 @@ class Side:
 
     @property
     def name(self) -> str:
+        """The mesh's prefix in etcd, by which reports tell the two apart."""
         return self.mesh.prefix
 
 
