@@ -25,6 +25,7 @@ python_maximum_signature_line_length = 100
 html_theme = "alabaster"
 html_theme_options = {"page_width": "1200px", "sidebar_width": "260px", "fixed_sidebar": True, "show_powered_by": False}
 html_copy_source = False
+html_show_copyright = False
 
 SOURCES = Path(__file__).parents[2] / "src"
 LEFT_OUT = {"pb"}
