@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from ipaddress import ip_address, ip_interface, ip_network
 from typing import Any
 
@@ -20,6 +21,8 @@ from kilo_etcd.agent.leadership.candidacy_policy import (
     keeps_its_place,
     role_of,
 )
+from kilo_etcd.kernel.errors import failure
+from kilo_etcd.kernel.state import AddRoute, Route
 from kilo_etcd.model import Candidate, CandidateClass, Endpoint, Granularity, InternalIPs, Node, Snapshot
 from kilo_etcd.topology import build_topology
 from kilo_etcd.topology.mesh_settings import disagreements
@@ -168,3 +171,25 @@ def test_a_route_that_is_missing_keeps_nobody_from_leading_unless_it_is_the_mesh
 ) -> None:
     routes = [None if text is None else ip_network(text) for text in missing]
     assert able_to_lead(routes, [ip_network("10.4.0.0/16")]) is able
+
+
+@pytest.mark.parametrize(
+    ("gateway", "code", "able"),
+    [
+        ("10.103.1.11", errno.ENETUNREACH, True),
+        ("10.103.1.11", errno.EINVAL, True),
+        ("10.103.1.11", errno.EEXIST, False),
+        ("10.103.1.11", errno.EPERM, False),
+        (None, errno.ENETUNREACH, False),
+    ],
+)
+def test_a_leader_on_no_network_of_this_host_does_not_keep_it_from_leading_itself(
+    gateway: str | None, code: int, able: bool
+) -> None:
+    """Else the one that cannot be reached leads for good, if it was there first. A route of another program in place of
+    the mesh's own would be in its way as a leader too."""
+    mesh = ip_network("10.4.0.0/16")
+    route = Route(destination=mesh, gateway=None if gateway is None else ip_address(gateway), device="eth0")
+    said = failure(AddRoute(route), OSError(code, "refused"))
+    assert said.destination == mesh
+    assert able_to_lead([] if said.aside else [said.destination], [mesh]) is able

@@ -22,7 +22,7 @@ from kilo_etcd.agent.leadership import candidacy_policy
 from kilo_etcd.agent.probing import probe_assignment
 from kilo_etcd.agent.probing.baseline import OPEN_SECONDS, SETTLE_SECONDS
 from kilo_etcd.kernel.firewall.chains import Obstacle
-from kilo_etcd.kernel.state import DeleteRoute, SetPeer
+from kilo_etcd.kernel.state import DeleteRoute, Route, SetPeer
 from kilo_etcd.model import CandidateClass, Endpoint, IPAddress, Node
 from kilo_etcd.runtime import key_file
 from kilo_etcd.store import CandidateRecord, ProbeReportRecord
@@ -408,6 +408,21 @@ async def test_a_prober_checks_itself_first(mesh: World) -> None:
         await trio.sleep(1.9)
         assert route.destination in mesh.host.observed.routes, "it was found, and restored"
         assert report(mesh) is None
+
+
+@pytest.mark.parametrize("answer", [Route(destination=ip_network("10.4.0.0/16"), device="lo"), "No route to host"])
+async def test_a_prober_whose_packets_another_rule_leads_elsewhere_reports_nobody(
+    mesh: World, answer: Route | str
+) -> None:
+    """A broken member must not take leadership from a leader that forwards."""
+    async with running(mesh):
+        await settle(mesh)
+        mesh.host.reach = lambda address: False
+        mesh.host.taken = lambda address, source: answer
+        await trio.sleep(20)
+        assert report(mesh) is None
+        mesh.host.taken = mesh.host._own_route
+        await eventually(lambda: report(mesh) is not None, 10, every=0.1)
 
 
 async def test_a_host_that_may_not_ping_says_so_once_and_goes_on(mesh: World) -> None:

@@ -480,10 +480,12 @@ async def test_a_member_in_the_tunnel_is_named_if_it_does_not_even_shake_hands(m
         assert unreachable(mesh) == ([] if shakes else [("g1", "10.4.0.51", True)])
 
 
-async def test_a_new_member_is_asked_only_once_the_kernel_leads_nothing_for_it_into_the_tunnel() -> None:
-    """It was at another location, so that its internal IP was routed through the tunnels, where it answers."""
+@pytest.mark.parametrize("way", [Via.TUNNEL, Via.UNDERLAY, Via.IPIP])
+async def test_a_new_member_is_asked_only_once_the_kernel_leads_nothing_for_it_into_the_tunnel(way: Via) -> None:
+    """It was at another location, so that its internal IP was routed through this host's tunnels, or its leader's,
+    where it answers."""
     there = ip_network("10.0.0.2/32")
-    before = HostPlan(node="h", routes={there: RoutePlan(destination=there, way=Via.TUNNEL)})
+    before = HostPlan(node="h", routes={there: RoutePlan(destination=there, way=way)})
     kernel_holds: list[HostPlan | None] = [None]
     asked: list[str] = []
 

@@ -626,6 +626,7 @@ async def test_where_the_meshs_route_cannot_be_set_packets_do_not_leave_by_the_d
     async with agent() as kernel:
         (failure,) = (await kernel.apply(wanted)).failures
         assert "its gateway 192.168.77.1 is not on a network of this host" in failure.text
+        assert failure.aside, "as a leader the host would not need it"
         assert routes() == UNREACHABLE
         for address in ("10.4.0.2", "fd00:4::2"):
             assert re.search("No route to host|unreachable", way(address)), way(address)

@@ -22,7 +22,7 @@ from attrs import evolve
 
 from kilo_etcd import etcd, kernel, store
 from kilo_etcd.agent.cachefile import CachedSnapshot, Identity
-from kilo_etcd.agent.diagnostics import AppliedPlan, DiagnosticsServer
+from kilo_etcd.agent.diagnostics import AppliedPlan, DiagnosticsServer, taken_route
 from kilo_etcd.agent.dnshosts import DnsHosts, WriteNames
 from kilo_etcd.agent.encrypting import Encrypting
 from kilo_etcd.agent.instrumented import instrumented
@@ -1027,11 +1027,16 @@ class Daemon:
 
     # -- candidacy ------------------------------------------------------------------------------------------
 
-    async def _sound(self) -> bool:
-        """Whether the kernel is as the plan in force wants it, read anew."""
+    async def _sound(self, targets: Collection[IPAddress]) -> bool:
+        """Whether the kernel is as the plan in force wants it, read anew, and sends to these mesh addresses by the
+        plan's routes. If a rule of another program leads elsewhere, their silence says nothing of a leader."""
         plan = self.applier.programmed
         try:
-            return plan is not None and not await self.kernel.preview(plan)
+            if plan is None or await self.kernel.preview(plan):
+                return False
+            observed = await self.kernel.observe()
+            taken = await self.kernel.routes_taken(dict.fromkeys(targets))
+            return not any(taken_route(address, None, answer, observed).foreign for address, answer in taken.items())
         except (OSError, kernel.KernelError):
             return False  # A host that cannot check itself reports no other.
 

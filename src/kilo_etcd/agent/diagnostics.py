@@ -191,7 +191,7 @@ class DiagnosticsServer:
             if routes:
                 taken = await self._kernel.routes_taken({address: sources.get(address) for address in routes})
                 tried.routes.extend(
-                    _taken(address, sources.get(address), answer, observed) for address, answer in taken.items()
+                    taken_route(address, sources.get(address), answer, observed) for address, answer in taken.items()
                 )
             answers = await self._kernel.ping(wanted, EchoRequests(sources=sources, times=PINGS, patience=PING_SECONDS))
             tried.answered.update((str(address), address in answers) for address in wanted)
@@ -231,8 +231,10 @@ class _PingResults:
     routes: list[TakenRoute] = field(factory=list)
 
 
-def _taken(address: IPAddress, source: IPAddress | None, answer: kernel.Route | str, observed: Observed) -> TakenRoute:
-    """The kernel's choice for an internal IP, compared with our own routes. It is another's only if ours is there: what
+def taken_route(
+    address: IPAddress, source: IPAddress | None, answer: kernel.Route | str, observed: Observed
+) -> TakenRoute:
+    """The kernel's choice for an address, compared with our own routes. It is another's only if ours is there: what
     the kernel has refused is named as such."""
     own = (
         *observed.routes.values(),

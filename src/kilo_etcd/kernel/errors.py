@@ -76,7 +76,17 @@ def failure(change: Change, error: OSError) -> FailedChange:
     ):
         # What an exit node or `encrypted` needs is nobody's way into the mesh.
         destination, aside = None, True
+    if _is_by_unknown_gateway(change, error.errno or 0):
+        # A member's way to its leader, or a leader's to a member. Into the mesh it would go by its own tunnels.
+        aside = True
     return FailedChange(subject=str(change), text=_sentence(change, error), destination=destination, aside=aside)
+
+
+def _is_by_unknown_gateway(change: Change, code: int) -> bool:
+    """Whether a route could not be set because its gateway is on no network of this host."""
+    if not isinstance(change, AddRoute | ReplaceRoute) or change.route.gateway is None:
+        return False
+    return code in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EINVAL)
 
 
 def cannot_ping(error: OSError) -> str:
@@ -181,7 +191,7 @@ def _sentence(change: Change, error: OSError) -> str:
         route = change.route
         if code == errno.EEXIST:
             return collision(route.destination)
-        if code in (errno.ENETUNREACH, errno.EHOSTUNREACH) or (code == errno.EINVAL and route.gateway is not None):
+        if _is_by_unknown_gateway(change, code):
             return (
                 f"the route to {route.destination} could not be set: its gateway {route.gateway} is not on a network "
                 f"of this host; check the node's internal IP (--internal-cidr) or use --encapsulate always"

@@ -598,7 +598,7 @@ class FailedChange:
     destination: IPNetwork | None = None
     """Where nothing but the route to this network is missing."""
     aside: bool = False
-    """The mesh itself works without it."""
+    """A host can lead its location without it."""
 
     def __str__(self) -> str:
         return self.text

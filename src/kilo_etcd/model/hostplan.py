@@ -237,6 +237,11 @@ class HostPlan:
     memo: PlanMemo | None = field(default=None, eq=False, repr=False)
     """What `planning` needs to compute the next plan from this one; it means nothing to anyone else."""
 
+    def routes_alone(self, address: IPAddress) -> bool:
+        """Whether an internal IP has a route of its own, as those of other segments have: into the tunnel, or to the
+        host's leader, which sends it into one."""
+        return ip_network(address) in self.routes
+
     def leads_into_tunnel(self, address: IPAddress) -> bool:
         """Whether packets for an internal IP of another segment, which has a route of its own, go into the tunnel."""
         route = self.routes.get(ip_network(address))

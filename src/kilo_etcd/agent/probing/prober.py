@@ -58,11 +58,11 @@ UNABLE_SECONDS = 60.0
 class Prober:
     """Of node `name`.
 
-    `sound` says whether this host's kernel is as planned, and `forwards` whether nothing is known on this host that
-    drops what it forwards; `check_takeover` has handshakes made with these public keys, and with none any more when it
-    is empty; `look_again` is called when the kernel may not be as planned: this host has seen it, or others say that it
-    does not forward; `on_no_baseline` takes a sentence for the operator while there is no baseline, and None when there
-    is one.
+    `sound` says whether this host's kernel is as planned and sends to some mesh addresses by the plan's routes, and
+    `forwards` whether nothing is known on this host that drops what it forwards; `check_takeover` has handshakes made
+    with these public keys, and with none any more when it is empty; `look_again` is called when the kernel may not be
+    as planned: this host has seen it, or others say that it does not forward; `on_no_baseline` takes a sentence for the
+    operator while there is no baseline, and None when there is one.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Prober:
         name: str,
         once: Once,
         *,
-        sound: Callable[[], Awaitable[bool]],
+        sound: Callable[[Collection[IPAddress]], Awaitable[bool]],
         forwards: Callable[[], Awaitable[bool]],
         check_takeover: Callable[[Collection[str]], object],
         look_again: Callable[[], object],
@@ -202,7 +202,7 @@ class Prober:
             if own_report is not None:
                 await self._put_reports(assignment.location, None)
             return self._pause(assignment)
-        if not await self._sound():
+        if not await self._sound([node.mesh_addresses[0] for node in targets]):
             # What is missing here is on its way back; it says nothing about the leader.
             self._look_again()
             return periods.PERIOD

@@ -253,8 +253,8 @@ class Reachability:
 
     `ask` sends a signed query to a node at an address, if it can, and hands over the query's nonce before that: the
     answer may be faster than the sender. `on_change` is called when there is news of who answers. `programmed` is the
-    plan that the kernel holds: as long as that has a route into the tunnel to an address, an answer from there shows
-    nothing of the location's own network.
+    plan that the kernel holds: as long as that has a route of its own to an address, through a tunnel, an answer from
+    there shows nothing of the location's own network.
     """
 
     def __init__(
@@ -396,12 +396,12 @@ class Reachability:
                 await trio.sleep(SPACING * len(batch))
 
     def _too_early(self, target: MemberAddress) -> bool:
-        """Whether packets for a target of the location's own network would go into the tunnel: its node was in another
-        segment until now, and the kernel does not know otherwise yet."""
+        """Whether packets for a target of the location's own network would go through a tunnel, this host's or its
+        leader's: its node was in another segment until now, and the kernel does not know otherwise yet."""
         plan, node = self._programmed(), self._records.node(target)
         if node is None or target.address in node.mesh_addresses:
             return False
-        return plan is None or plan.leads_into_tunnel(target.address)
+        return plan is None or plan.routes_alone(target.address)
 
     async def _tell(self) -> None:
         while True:
