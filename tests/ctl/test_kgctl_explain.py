@@ -172,6 +172,15 @@ def test_a_member_off_the_path_that_does_not_answer_is_no_remark(etcd: FakeEtcd)
     assert {"node": "gcp-1", "text": text} in json.loads(run("gcp-3", "home-1", "-o", "json").stdout)["remarks"]
 
 
+def test_why_a_packet_is_dropped_before_its_first_hop_is_a_remark(etcd: FakeEtcd) -> None:
+    text = "gcp-1, its leader, has never answered gcp-3 at its internal IP 10.1.0.1, so gcp-3 sends it nothing: label"
+    reports(etcd, "gcp-3", ("gcp-1", "10.1.0.1"), errors=(text,))
+    found = json.loads(run("gcp-3", "home-1", "-o", "json").stdout)
+    dropped = {trace["there"]["dropped"] for trace in found["traces"]}
+    assert "gcp-1 does not answer gcp-3 at its internal IP 10.1.0.1" in dropped
+    assert {"node": "gcp-3", "text": text} in found["remarks"]
+
+
 def headline(*arguments: str) -> tuple[int, str]:
     """Exit status and first line; what is asked for has one address."""
     result = run(*arguments)

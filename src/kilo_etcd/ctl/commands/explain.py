@@ -79,11 +79,13 @@ def explain_command(mesh: Mesh, source: str, target: str, output: str, live: boo
         raise Failure(str(error)) from None
     internal = internal_traces(plans, source, target)
     names = met((*traces, *internal)) | {source} | ({target} if target in snapshot.nodes else set())
-    # That a host on the way does not reach a member that is not on it says nothing of this path.
+    # That a host on the way does not reach a member that is not on it says nothing of this path. A leader that the
+    # packet should go to next is no hop yet if the packet is dropped before it.
+    near = names | {topology.segment_of(name).leader.name for name in names & snapshot.nodes.keys()}
     remarks = tuple(
         remark
         for remark in remarks_on(looked.report(about=names), names)
-        if (about_member(remark[1]) or source) in names
+        if (about_member(remark[1]) or source) in near
     )
     gathered = against = None
     if live:
