@@ -291,8 +291,8 @@ class Daemon:
     # -- life -----------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Join the mesh and follow it until SIGTERM or SIGINT, then hand over leadership and leave. Raises Reload at
-        SIGHUP, and StoppedAtOnce if a second signal to stop comes meanwhile."""
+        """Join the mesh and follow it until SIGTERM or SIGINT, then hand over leadership and leave. Raises, in a
+        group, Reload at SIGHUP (on a terminal that stops it), and StoppedAtOnce at a second signal to stop."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._handle_signals)
             nursery.start_soon(self._flush_log)

@@ -327,12 +327,12 @@ class Client(Protocol):
         ...
 
     async def put(self, key: Text, value: Text, *, lease: int = 0, prev_kv: bool = False) -> PutResult:
-        """Write a key, under a lease if one is given. It is sent once: after Unavailable it may or may not be
-        written."""
+        """Write a key, under a lease if one is given. It is sent again only if etcd certainly did not process it:
+        after Unavailable it may or may not be written."""
         ...
 
     async def delete(self, key: Text, range_end: Text | None = None) -> DeleteResult:
-        """Delete a key, or the range from it up to and without `range_end`. It is sent once, as with `put`."""
+        """Delete a key, or the range from it up to and without `range_end`. It is sent again as with `put`."""
         ...
 
     async def delete_prefix(self, prefix: Text) -> DeleteResult:
@@ -343,7 +343,7 @@ class Client(Protocol):
         self, compare: Sequence[Compare], success: Sequence[Op] = (), failure: Sequence[Op] = ()
     ) -> TxnResult:
         """Execute `success` if all conditions of `compare` hold, else `failure`, at one revision. If neither writes, it
-        is repeated when an answer fails to come; else it is sent once."""
+        is repeated when an answer fails to come; else it is sent again as with `put`."""
         ...
 
     async def grant_lease(self, ttl: int, lease_id: int = 0) -> Lease:

@@ -54,8 +54,8 @@ class EtcdClient:
         keys_only: bool = False,
         count_only: bool = False,
     ) -> api.RangeResult:
-        """Implements `api.Client.range`. A Compacted names the oldest revision that is left, which etcd tells only
-        watches."""
+        """Implements `api.Client.range`. A Compacted names the oldest revision that is left, found by a watch, or
+        the one after `revision` if that fails."""
         request = pb.RangeRequest(
             key=raw(key),
             range_end=raw(range_end or b""),

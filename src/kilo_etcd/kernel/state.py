@@ -389,7 +389,7 @@ class AddAddress:
 
 @frozen
 class DeleteAddress:
-    """Takes an address from a device. Routes that have it as their source go with it."""
+    """Takes an address from a device. IPv4 routes that have it as their source go with it."""
 
     name: str
     address: IPInterface
@@ -467,7 +467,7 @@ class RemovePeer:
 
 @frozen
 class AddRoute:
-    """Adds a route where none of another program is; the kernel refuses it otherwise."""
+    """Adds a route; the kernel refuses one to a destination that has a route of the same metric in the table."""
 
     route: Route
 

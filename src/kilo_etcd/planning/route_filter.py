@@ -70,7 +70,7 @@ class Changed:
 
 @frozen(kw_only=True, eq=False)
 class RoutesMemo(PlanMemo):
-    """What the guard finds in the memo of a plan that it is handed."""
+    """What the route filter finds in the memo of a plan that it is handed."""
 
     changed: Changed | None = None
 

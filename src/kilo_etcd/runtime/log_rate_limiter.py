@@ -42,8 +42,8 @@ class Line:
 
     @property
     def kind(self) -> Hashable:
-        """By what lines count as repetitions of each other: level and sentence, or the field `LIKE` in their place, and
-        the node that they are about."""
+        """By what lines count as repetitions of each other: level, sentence (or the field `LIKE` in its place), and the
+        node that they are about."""
         like = self.event.get(LIKE)
         return self.level, str(self.event.get("event", "")) if like is None else (like,), self.event.get("node")
 

@@ -362,8 +362,8 @@ class Journal:
         self._dropped = 0
 
     def write(self, level: str, event: Mapping[str, Any]) -> None:
-        """Send one entry. If journald takes nothing for `PATIENCE` it is dropped, and the next one that is sent says
-        how many were."""
+        """Send one entry. An entry is dropped if journald takes nothing for `PATIENCE`, or still takes nothing after
+        that; the next one that is sent says how many were."""
         entry = list(self._entry(level, event))
         if self._dropped:
             entry.append(("KILO_DROPPED_BEFORE", str(self._dropped)))

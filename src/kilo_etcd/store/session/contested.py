@@ -1,4 +1,4 @@
-"""The sentence on leased keys that another writer changes again and again, and who has to care about it."""
+"""The sentence on leased keys that another writer changes again and again, and the agents that have to report it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Brings etcd to hold what is wanted under the short lease, in as few writes as it takes.
 
-What is known to stand there is in `store.session.leased_keys`; every write is conditional on the host's registration
-(`store.session.registration`). All of it happens under the session's lock.
+What is known to stand there is in `store.session.leased_keys`. A write is conditional on the host's registration
+(`store.session.registration`) while that is known to stand. All of it happens under the session's lock.
 """
 
 from __future__ import annotations

@@ -168,7 +168,7 @@ class Registration:
         return encode(evolve(self.record, mesh_addresses=stated))
 
     async def put(self, value: bytes, lease: int, beside: Sequence[Op], standing: Standing) -> Written | None:
-        """Put what of the record and `beside` etcd lacks, if the name is as `standing` says; None: look again.
+        """Put `beside` and what etcd lacks of the record, if the name is as `standing` says; None: look again.
         EtcdError."""
         node_kv = standing.node
         if node_kv is not None and not self._registered.is_set() and not self.is_own(node_kv):

@@ -36,8 +36,8 @@ class UnleasedKeys:
         )
 
     async def claim(self, subnets: tuple[IPNetwork, ...], *, renumber: bool = False) -> bool:
-        """Have an address in `subnets`, claimed now if there is none; whether others than before were claimed.
-        NoAddressLeft, EtcdError."""
+        """Have an address in `subnets` for each family, claimed now if there is none. `renumber` chooses anew.
+        Whether others than before were claimed; the first claims are none such. NoAddressLeft, EtcdError."""
         self._subnets = subnets
         before = self.addresses
         held = () if renumber else before
