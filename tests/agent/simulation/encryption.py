@@ -199,6 +199,12 @@ class Steady:
                     yield f"{here.name} to {there.name} at {target.ip}: {why}"
 
 
+def _has_met(host: SimulatedHost, other: SimulatedHost) -> bool:
+    """Whether the agent that runs has put a plan into force that has the other host as a peer."""
+    plan = None if host.agent is None else host.agent.plan
+    return plan is not None and other.public_key in plan.peers
+
+
 def _lost(here: SimulatedHost, there: SimulatedHost, source: IPAddress, target: IPAddress) -> str:
     """What becomes of a packet between two hosts, neither of which has a leader but itself; empty: it arrives."""
     observed, remote = here.machine.observed, there.machine.observed
@@ -214,6 +220,8 @@ def _lost(here: SimulatedHost, there: SimulatedHost, source: IPAddress, target: 
     out, into = observed.peers.get(there.public_key), remote.peers.get(here.public_key)
     if out is None or network not in out.allowed_ips:
         return f"{here.name} has no peer that it is for"
+    if into is None and not _has_met(there, here):
+        return ""  # Its agent has been away since before that node joined: there can be no tunnel between the two.
     if into is None or host_network(route.source or source) not in into.allowed_ips:
         return f"{there.name} does not take {route.source} out of the tunnel"
     return ""
