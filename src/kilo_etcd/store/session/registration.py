@@ -35,6 +35,7 @@ from kilo_etcd.model import IPInterface
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import NodeRecord, encode
 from kilo_etcd.store.session.cluster_guard import ClusterGuard
+from kilo_etcd.store.session.leased_keys import RETRY_FIRST
 from kilo_etcd.store.session.node_identity import (
     NameTaken,
     RestoreCounter,
@@ -42,8 +43,6 @@ from kilo_etcd.store.session.node_identity import (
     status_key_of,
     taken_by,
 )
-
-RETRY_FIRST = 0.2
 
 MOST_AT_ONCE = 100
 """Operations in one transaction: etcd takes 128 (--max-txn-ops)."""

@@ -49,16 +49,16 @@ from kilo_etcd.store.session.candidacy import Candidacy, WantedCandidacy
 from kilo_etcd.store.session.cluster_guard import ClusterGuard, NoGuard
 from kilo_etcd.store.session.contested import contested_sentence
 from kilo_etcd.store.session.foreign_keys import ForeignKeys
-from kilo_etcd.store.session.leased_keys import LeasedKeys
+from kilo_etcd.store.session.leased_keys import RETRY_FIRST, LeasedKeys
 from kilo_etcd.store.session.leased_writer import LeasedWriter
 from kilo_etcd.store.session.node_identity import NameTaken, status_key_of, where_is
 from kilo_etcd.store.session.published_records import Published
 from kilo_etcd.store.session.registration import RecordChanged, Registration
 from kilo_etcd.store.session.unleased_keys import UnleasedKeys
 
-RETRY_FIRST = 0.2
 RETRY_MOST = 5.0
-"""Seconds between two attempts; less for short leases, which an election in etcd gives their full time just once."""
+"""Seconds between two attempts at most; less for short leases, which an election in etcd gives their full time just
+once."""
 
 RENEW_SECONDS = 1.0
 """The longest that a reload waits for etcd to renew the lease."""
