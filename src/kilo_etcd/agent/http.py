@@ -51,7 +51,7 @@ class Request:
 
 @frozen
 class Answer:
-    """What a request is answered with. `body` is sent as it is, with its length."""
+    """The response to one request. `body` is sent unchanged, after a header with its length."""
 
     status: str
     """Number and reason: `200 OK`."""

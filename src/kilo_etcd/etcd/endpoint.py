@@ -16,7 +16,7 @@ DEFAULT_PORT = 2379
 
 @frozen
 class EtcdEndpoint:
-    """Where a member is reached. `host` is a name or an address, an IPv6 address without brackets."""
+    """The host and port of one etcd member. `host` is a name or an IP address; an IPv6 address has no brackets."""
 
     host: str
     port: int

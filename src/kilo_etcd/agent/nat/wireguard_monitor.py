@@ -46,9 +46,9 @@ class _Followed:
 
 
 _Company = tuple[KeysView[str], KeysView[str]]
-"""The public keys of those who are watched, and of those who are behind NAT as this host is."""
+"""The public keys of the peers that are watched, and of the peers that are behind NAT like this host."""
 _State = tuple[Mapping[str, ObservedEndpointRecord], tuple[str, ...], _Company]
-"""What is told of observed endpoints, the sentences on failures, and of whom."""
+"""The observed endpoints to publish, the sentences on NAT traversal failures, and the peers that both are about."""
 
 
 @frozen

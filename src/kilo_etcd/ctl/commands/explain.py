@@ -79,8 +79,8 @@ def explain_command(mesh: Mesh, source: str, target: str, output: str, live: boo
         raise Failure(str(error)) from None
     internal = internal_traces(plans, source, target)
     names = met((*traces, *internal)) | {source} | ({target} if target in snapshot.nodes else set())
-    # That a host on the way does not reach a member that is not on it says nothing of this path. A leader that the
-    # packet should go to next is no hop yet if the packet is dropped before it.
+    # A remark about a member that is not on the path is left out. If the packet is dropped at its source, the leader
+    # that it should go to next is not among the hops, but belongs to the path.
     near = names | {topology.segment_of(name).leader.name for name in names & snapshot.nodes.keys()}
     remarks = tuple(
         remark

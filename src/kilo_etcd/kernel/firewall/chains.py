@@ -73,8 +73,8 @@ def _within(network: object, packet: Packet) -> bool | None:
 
 @frozen(kw_only=True)
 class FilterRule:
-    """One rule of another program's chain, as far as it decides about mesh packets. All `conditions` must match; a
-    verdict that is empty lets the next rule decide."""
+    """One rule of another program's chain, as far as it decides about mesh packets. All `conditions` must match;
+    without a `verdict` the next rule decides."""
 
     conditions: tuple[Condition, ...] = ()
     verdict: Verdict = ""

@@ -86,8 +86,8 @@ def rules_for(plan: HostPlan, interface: str, ipip: str, chains: Mapping[int, st
 
 
 def matches(plan: HostPlan, interface: str, ipip: str, version: int) -> Iterator[tuple[str, ...]]:
-    """What mesh packets that a host forwards have in common, as iptables' words: the tunnel and the IPIP device (empty:
-    none) as the way in or out, and, on a member, pairs of the mesh's networks and the location's own."""
+    """The iptables matches of the mesh packets that a host forwards: those that come in or go out by the tunnel or the
+    IPIP device (empty: there is none), and on a member those between the mesh's networks and the location's own."""
     for device in (interface, ipip):
         if device:
             yield "-i", device

@@ -162,7 +162,7 @@ class Reports:
 
     @property
     def socket(self) -> socket.socket | None:
-        """What becomes readable when there is something to report."""
+        """The socket that becomes readable when there is something to report."""
         return None if self._listener is None else self._listener.socket
 
     def news(self, own_port: int) -> str | None:
