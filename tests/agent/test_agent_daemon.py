@@ -19,7 +19,14 @@ from kilo_etcd.agent import status
 from kilo_etcd.kernel.state import Change, DeleteLink, DeleteRoute, HostAddress
 from kilo_etcd.model import CandidateClass, Endpoint
 from kilo_etcd.runtime import discover, key_file
-from kilo_etcd.store.records import CandidateRecord, NodeRecord, StatusRecord, encode, encode_adoption
+from kilo_etcd.store.records import (
+    CandidateRecord,
+    NodeRecord,
+    ProbeReportRecord,
+    StatusRecord,
+    encode,
+    encode_adoption,
+)
 from kilo_etcd.testing.fake_kernel import FakeKernel
 
 pytestmark = pytest.mark.autojump
@@ -410,6 +417,18 @@ async def test_a_leader_whose_candidacy_was_put_under_no_lease_leads_on_and_a_de
         assert world.daemon.topology.segment_of("h1").leader.name == "h1"
         assert [candidate.node for candidate in world.daemon.topology.snapshot.candidates[""]] == ["h1"]
     assert world.logged("it is under no lease, so no agent keeps it") >= 1
+
+
+async def test_a_key_of_another_s_lease_in_its_name_goes_as_soon_as_it_can_be_no_earlier_run_s(world: World) -> None:
+    key = "/kilo/probe-reports/elsewhere/h1"
+    report = ProbeReportRecord(leader="h2", candidacy=1, targets=("h1",), leader_reachable=True)
+    lease = (await world.etcd.client().grant_lease(3600)).id
+    async with running(world, resync_period=3600.0):
+        await eventually(lambda: world.etcd.get("/kilo-status/h1") is not None, 10, every=0.1)
+        leased_since = trio.current_time()
+        world.etcd.put(key, encode(report), lease=lease)
+        await eventually(lambda: key not in world.etcd, 2 * 5 + 0.5, every=0.1)
+        assert trio.current_time() > leased_since + 2 * 5 - 0.5
 
 
 async def test_addresses_that_come_late_are_registered_at_once(world: World) -> None:

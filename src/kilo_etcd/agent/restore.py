@@ -22,7 +22,7 @@ SETTINGS_SECONDS = 2.0
 """Within which the agents put lost settings of the mesh back, each at its own moment."""
 
 LOOK_SECONDS = 30.0
-"""Seconds between two looks at the keys in this host's name, if there is no news: some of them get time to end."""
+"""Seconds at most between two looks at the keys in this host's name."""
 
 RETRY_SECONDS = 5.0
 """After a claim could not be restored."""
@@ -86,12 +86,14 @@ class Restorer:
             nursery.start_soon(self._watch_leased)
 
     async def _watch_leased(self) -> None:
+        due = float("inf")
         while True:
-            with trio.move_on_after(LOOK_SECONDS):
+            with trio.move_on_at(min(due, trio.current_time() + LOOK_SECONDS)):
                 await self._news.wait()
             self._news = trio.Event()
+            due = float("inf")
             if self._snapshot is not None and self._mirror().untrusted_reason is None:
-                await self._session.compare(self._snapshot, self._mirror())
+                due = await self._session.compare(self._snapshot, self._mirror())
 
     async def _watch_claims(self) -> None:
         """Restore the claim of a mesh address that somebody has deleted or overwritten; take another address if this

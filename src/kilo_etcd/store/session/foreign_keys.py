@@ -20,15 +20,14 @@ class ForeignKeys:
         self._places_of: tuple[object, object, tuple[str, ...]] = (None, None, ())
         """Candidacies and probe reports of all, and the keys among them that have this host's name."""
 
-    def find(self, snapshot: Snapshot, mirror: Mirror, *, known: Set[str], alone: bool) -> list[KeyValue]:
-        """Those that `mirror`, which has given `snapshot`, holds besides `known`. `alone`: no earlier run of this host
-        can have left one under its lease; else those under a lease are none."""
+    def find(self, snapshot: Snapshot, mirror: Mirror, *, known: Set[str]) -> list[KeyValue]:
+        """Those that `mirror`, which has given `snapshot`, holds besides `known`."""
         if self._places_of[0] is not snapshot.candidates or self._places_of[1] is not snapshot.probe_reports:
             found = places(self._keys, self._name, snapshot)
             self._places_of = snapshot.candidates, snapshot.probe_reports, found
         observed = [self._keys.endpoint(name, self._name) for name in mirror.observed_by(self._name)]
         kvs = (mirror.kv(key) for key in {*self._places_of[2], *observed, *mirror.leaseless(self._name)} - known)
-        return [kv for kv in kvs if kv is not None and (alone or not kv.lease)]
+        return [kv for kv in kvs if kv is not None]
 
 
 def places(keys: Keys, name: str, snapshot: Snapshot) -> tuple[str, ...]:

@@ -98,8 +98,8 @@ class Session:
         self._wake = trio.Event()
         self._long = KeptLease(client, forget_after, on_unconfirmed=self._mend, on_lost=self._lost)
         self._short = KeptLease(client, lease_ttl, on_unconfirmed=self._mend, on_lost=self._lost_short)
-        self._leased_since = float("inf")
-        """Since when this run has its short lease, on trio's clock."""
+        self._leased_since: float | None = None
+        """Since when this run has its short lease, on trio's clock; None: it has had none yet."""
         self._candidacy = WantedCandidacy(keys, node_name)
         self._published = Published(keys, node_name)
         self._unleased = UnleasedKeys(client, keys, node_name)
@@ -435,23 +435,28 @@ class Session:
     def _replaceable(self, key: str) -> bool:
         return self._published.concerns_itself(key) or self._published.concerns_others(key) or self._candidacy.in_place
 
-    async def compare(self, snapshot: Snapshot, mirror: Mirror) -> None:
+    async def compare(self, snapshot: Snapshot, mirror: Mirror) -> float:
         """Restore the observed endpoints and probe reports of this host that another writer has changed, and delete
         observed endpoints, probe reports and candidacies that stand in its name and are not its own. Those under a
         lease are left alone until that of an earlier run has ended: its candidacy may yet be taken over, with its place
-        in the queue.
+        in the queue. The answer is when to compare again although nothing has changed, on trio's clock.
 
         `mirror` has given `snapshot`. If it follows another etcd than the one that was written to, all is looked at
         anew: that one's history may lack what the watches would tell."""
         if self._generation != self._guard.generation:
             self._wake.set()
-            return
+            return float("inf")
         for key in [key for key in self._leased.values if self._published.concerns_others(key)]:
             await self._leased.compare(key, mirror.kv(key), snapshot.revision)
         known = self._leased.values.keys() | self._wanted().keys() | self._published.of_others.keys()
-        alone = trio.current_time() - self._leased_since > 2 * self._lease_ttl
-        if foreign := self._foreign.find(snapshot, mirror, known=known, alone=alone):
+        found = self._foreign.find(snapshot, mirror, known=known)
+        now, earlier_runs = trio.current_time(), 2 * self._lease_ttl
+        # Nobody tells when this time is over: it begins with the lease, which is no news to the mirror.
+        over = now + earlier_runs if self._leased_since is None else self._leased_since + earlier_runs
+        foreign = found if now >= over else [kv for kv in found if not kv.lease]
+        if foreign:
             await self._leased.find(foreign, snapshot.revision)
+        return over if len(foreign) < len(found) else float("inf")
 
     # --- the end -----------------------------------------------------------------------------------------------
 
