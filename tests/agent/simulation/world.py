@@ -34,6 +34,7 @@ from kilo_etcd.model.hostplan import HostPlan
 from kilo_etcd.planning import host_plan
 from kilo_etcd.planning.walk import walk
 from kilo_etcd.store import Keys
+from kilo_etcd.store.session.foreign_keys import places
 from kilo_etcd.store.session.leased_keys import QUIET_SECONDS
 from kilo_etcd.store.view import View
 from kilo_etcd.testing.fake_etcd import Backup, FakeEtcd
@@ -338,7 +339,8 @@ class World:
             assert not differ, f"{name} sees another mesh than etcd: {'; '.join(differ)}"
             assert agent.topology.segments == fresh.segments, f"{name} draws another mesh"
             assert agent.raw_plan == host_plan(fresh, name), f"{name} has another plan than what is planned afresh"
-            self._own_leases(name, agent, {note.key for note in truth.rejected})
+            # A record of which only some fields are rejected is in force, so its host takes it away.
+            self._own_leases(name, agent, {note.key for note in truth.rejected}.difference(places(KEYS, name, truth)))
             trouble = agent._etcd_trouble()
             assert trouble in (None, agent.session.contested), f"{name} is in trouble: {trouble}"
             silent = () if agent._reachability is None else agent._reachability.silent
@@ -368,8 +370,8 @@ class World:
         return True
 
     def _own_leases(self, name: str, agent: SimulatedAgent, rejected: set[str]) -> None:
-        """What stands in a host's name stands under its lease, and is what it has to say. Junk at places where it has
-        nothing to say is `rejected`, and the operator's to remove."""
+        """What stands in a host's name stands under its lease, and is what it has to say. What is `rejected`, all of
+        it, at places where the host has nothing to say, is the operator's to remove."""
         held, lease = agent.session._leased, agent.session._short.id
         assert not held.changed, f"{name} has yet to restore {held.changed[0]}"
         roots = (KEYS.elections_root, KEYS.probe_reports_root, KEYS.endpoints_root, KEYS.status_root)
