@@ -307,6 +307,9 @@ READERS: dict[type, dict[str, Callable[[object], Any]]] = {
 }
 """Kind -> its fields in JSON, in their order, and what each may hold."""
 
+STATED_EMPTY = {NodeRecord: "underlay", StatusRecord: "clear"}
+"""Kind -> the list that is written even if it is empty: without it the host states nothing."""
+
 
 def plain(value: Any) -> Any:
     if isinstance(value, tuple):
@@ -367,5 +370,6 @@ def _explain(error: cattrs.ClassValidationError, kind: type) -> str:
 def encode(record: Any) -> bytes:
     """The record as it is in etcd."""
     written = CONVERTER.unstructure(record).items()
-    said = {name: value for name, value in written if value not in (None, "", []) or (name, value) == ("underlay", [])}
+    stated = STATED_EMPTY.get(type(record))
+    said = {name: value for name, value in written if value not in (None, "", []) or (name, value) == (stated, [])}
     return json.dumps(said, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()

@@ -123,14 +123,8 @@ sound: dict[str, st.SearchStrategy[Any]] = {
     "presharedKey": keys | st.none(),
     "endpoint": sound_endpoints,
     "moreEndpoints": st.lists(sound_endpoints, max_size=3),
-    "internalIPs": st.lists(sound_networks | sound_addresses, max_size=1),
-    "subnets": st.lists(sound_networks, max_size=3),
-    "allowedIPs": st.lists(sound_networks, max_size=3),
-    "nodes": st.lists(sound_texts, max_size=3),
-    "targets": st.lists(sound_texts, max_size=3),
-    "errors": st.lists(sound_texts, max_size=3),
-    "changes": st.lists(sound_texts, max_size=3),
-    "trouble": st.lists(sound_texts, max_size=3),
+    "unreachable": st.lists(st.tuples(sound_texts, sound_texts, st.booleans()).map(list), max_size=2),
+    "routes": st.lists(st.tuples(sound_texts, sound_texts, sound_texts, st.booleans()).map(list), max_size=2),
     "port": st.integers(1, 65535),
     "encapsulate": st.sampled_from(["never", "crosssubnet", "always", "wireguard"]),
     "role": st.sampled_from(["leader", "member", "alone"]),
@@ -141,7 +135,17 @@ sound: dict[str, st.SearchStrategy[Any]] = {
     ),
 }
 sound |= dict.fromkeys(
-    ("persistentKeepalive", "revision", "rejected", "time", "mtu", "undone", "candidacy"), sound_numbers
+    ("persistentKeepalive", "revision", "rejected", "time", "mtu", "undone", "candidacy", "tries", "acceptsSince"),
+    sound_numbers,
+)
+sound |= dict.fromkeys(("internalIPs", "meshAddresses"), st.lists(sound_networks | sound_addresses, max_size=1))
+sound |= dict.fromkeys(("subnets", "allowedIPs", "underlay"), st.lists(sound_networks, max_size=3))
+sound |= dict.fromkeys(
+    (
+        *("nodes", "targets", "errors", "changes", "trouble", "possibleObstacles", "reached", "unreached", "smallOnly"),
+        *("undecided", "unsigned", "clear"),
+    ),
+    st.lists(sound_texts, max_size=3),
 )
 sound |= dict.fromkeys(("answers", "leaderReachable", "membersReachable", "canTakeOver"), st.booleans())
 
