@@ -158,6 +158,33 @@ async def test_what_is_reported_of_the_switch_is_kept_restored_adopted_and_taken
         assert key not in etcd
 
 
+async def test_a_restart_does_not_adopt_the_leases_of_another_host() -> None:
+    """Somebody has put its record and its status under them while it was down."""
+    etcd = FakeEtcd()
+    async with member(etcd):
+        created = etcd.data[GCP.encode()].create_revision
+    other = session(etcd.client(), "b", "b")
+    async with running(other):
+        await other.register(record("b"))
+        await other.put_status(StatusRecord(public_key=wg_key("b"), revision=1))
+        await other.enter("gcp", CandidateClass.PUBLIC)
+        theirs = {key: kv for key, kv in etcd.data.items() if key.endswith(b"/b")}
+        assert len(theirs) == 3
+        for own, their in ((KEYS.node("a"), KEYS.node("b")), (STATUS, KEYS.status("b"))):
+            etcd.put(own, etcd.get(own) or b"", lease=theirs[their.encode()].lease)
+        again = session(etcd.client())
+        async with running(again):
+            await again.register(record("a"))
+            await again.put_status(StatusRecord(public_key=wg_key("a"), revision=1))
+            await again.enter("gcp", CandidateClass.PUBLIC)
+            held = {kv.lease for key, kv in etcd.data.items() if key.endswith(b"/a")}
+            assert not held & {kv.lease for kv in theirs.values()}
+            assert etcd.data[GCP.encode()].create_revision == created
+            await again.forget()
+        await trio.sleep(60)
+        assert {key: kv for key, kv in etcd.data.items() if key.endswith((b"/a", b"/b"))} == theirs
+
+
 async def test_a_restart_with_another_ttl_keeps_the_place_in_the_queue() -> None:
     etcd = FakeEtcd()
     async with member(etcd):

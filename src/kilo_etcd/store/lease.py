@@ -68,9 +68,10 @@ class KeptLease:
                 self._set(self._lease)
         return self._lease is not None
 
-    async def adopt(self, lease_id: int) -> LeaseInfo | None:
+    async def adopt(self, lease_id: int, own: Callable[[bytes], bool]) -> LeaseInfo | None:
         """Take over a lease that an earlier run left, if it lives; what is known of it, or None. One of another length
-        is refreshed but not taken: `id` is 0 then. EtcdError."""
+        is refreshed but not taken: `id` is 0 then. Nor is one that holds a key that is not `own`: to end it would
+        delete what is another's. EtcdError."""
         info = await self._client.lease_time_to_live(lease_id, keys=True)
         if info.ttl < 0:
             return None
@@ -78,7 +79,7 @@ class KeptLease:
             await self._client.refresh_lease(lease_id)
         except LeaseNotFound:
             return None
-        if info.granted_ttl == self._ttl:
+        if info.granted_ttl == self._ttl and all(map(own, info.keys)):
             self._set(Lease(id=lease_id, ttl=info.granted_ttl))
         return info
 

@@ -41,7 +41,7 @@ import trio
 from kilo_etcd.etcd.api import Client, EtcdError, KeyValue, LeaseNotFound, Op, Put
 from kilo_etcd.model import CandidateClass, IPAddress, IPNetwork, MeshSettings, Snapshot
 from kilo_etcd.store import claims
-from kilo_etcd.store.keys import ElectionKey, Keys, leased_by
+from kilo_etcd.store.keys import ElectionKey, Keys, leased_by, written_by
 from kilo_etcd.store.lease import KeptLease
 from kilo_etcd.store.mirror import ClusterNotTrusted, Mirror
 from kilo_etcd.store.records import NodeRecord, ObservedEndpointRecord, ProbeReportRecord, StageRecord, StatusRecord
@@ -286,7 +286,7 @@ class Session:
         if await self._long.lives():
             return
         if node_kv is not None and node_kv.lease:
-            await self._long.adopt(node_kv.lease)
+            await self._long.adopt(node_kv.lease, self._is_own)
         if not self._long.id:
             await self._long.grant()
 
@@ -295,18 +295,22 @@ class Session:
             return
         self._leased.clear()
         if status_kv is not None and status_kv.lease and status_key_of(status_kv) == self._public_key:
-            info = await self._short.adopt(status_kv.lease)
+            info = await self._short.adopt(status_kv.lease, self._is_own)
             if info is not None:
                 self._leased_since = trio.current_time()
                 await self._adopt(info.id, info.keys)
         if not self._short.id:
             await self._guard.verify()
-            # What was adopted from a lease of another length is put under the new one, which does not move its create
+            # What was adopted from a lease that was not taken is put under the new one, which does not move its create
             # revision: the place in the queue is kept.
             self._leased.clear()
             await self._short.grant()
             self._leased_since = trio.current_time()
             self._on_event("lease granted")
+
+    def _is_own(self, key: bytes) -> bool:
+        """Whether this host's agent alone writes a key, under a lease."""
+        return written_by(self._keys.parse(key)) == self._name
 
     async def _adopt(self, lease_id: int, held: tuple[bytes, ...]) -> None:
         """Take over what an earlier run of this agent put under a lease that still lives."""
