@@ -220,6 +220,17 @@ def test_a_host_that_forwards_nothing_tracks_no_connections() -> None:
     assert [chain.name for chain in idle.chains] == ["encrypted"]
 
 
+def test_wireguards_packets_are_looked_up_nowhere_but_come_behind_the_reverse_path_check() -> None:
+    table = table_for(ON, "kilo0", strict=("eth0",))
+    assert table is not None
+    texts = [rule.text for rule in table.rules if rule.chain == "encrypted"]
+    quick = texts.index("udp dport 51820 ip daddr 192.168.9.1 accept")
+    assert texts[quick + 1] == "udp dport 51820 ip6 daddr fd00:9::1 accept"
+    (spoofed,) = (number for number, text in enumerate(texts) if "counter name spoofed drop" in text)
+    looked_up = [number for number, text in enumerate(texts) if "@refuse" in text or "fib daddr" in text]
+    assert spoofed < quick < min(looked_up)
+
+
 def test_a_plan_without_it_costs_and_changes_nothing() -> None:
     assert ours(commands(PLAIN, LOCAL)) == []
     assert table_for(PLAIN, "kilo0", strict=("eth0",), forwarding=(4, 6)) is None

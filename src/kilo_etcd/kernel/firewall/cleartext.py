@@ -134,6 +134,10 @@ def _refusal(plan: HostPlan, wanted: Encryption, devices: Collection[str], stric
     for device in sorted(strict):
         no_node = _in_set("others", 4, "saddr", within=False)
         yield _rule(_FILTER, _by("iifname", device), no_node, some, other_way, then=_dropped("spoofed"))
+    # All that the tunnels carry comes this way, and to compare an address costs less than to look up a route.
+    for own in wanted.sources:
+        to_own = (nft.match_address(own, "daddr"), f"{_FAMILY[own.version]} daddr {own}")
+        yield _rule(_FILTER, _port(17, "dport", plan.listen_port), to_own, then=_ACCEPT)
     for version in (4, 6):
         yield _rule(_FILTER, _in_set("refuse", version, "saddr", within=False), then=_ACCEPT)
     to_us: _Match = (nft.match_to_us(), "fib daddr type local")
