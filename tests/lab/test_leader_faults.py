@@ -180,6 +180,30 @@ async def test_where_nobody_can_do_better_nothing_moves_and_a_host_without_etcd_
         assert await leader(lab, "gcp") != first
 
 
+async def test_a_member_that_another_programs_rule_cuts_off_takes_no_leadership() -> None:
+    async with world({"gcp": 2, "home": 2}) as lab, printed_on_failure(lab):
+        first, (member,) = await in_line(lab, 2)
+        before = await elections(lab, first, member)
+        healthy = [host for host in lab.hosts if host != member]
+        far = [row.mesh[0] for row in await lab.status() if row.host.startswith("home")]
+        for rules in (
+            ["add pref 50 to 10.4.0.0/16 unreachable"],
+            [f"add pref 50 to {address} blackhole" for address in far],
+            ["add pref 50 to 10.4.0.0/16 lookup 99"],
+        ):
+            await lab.exec(member, "sh", "-c", "ip route replace default dev eth0 table 99", check=True)
+            async with gap(lab, first, "home-1", 1.0):
+                for rule in rules:
+                    await lab.exec(member, "sh", "-c", f"ip rule {rule}", check=True)
+                # Longer than a prober needs for its report: under 2 s (`make bench-failover`).
+                await trio.sleep(8)
+            assert [pair for pair in await lab.missing_pings(timeout=1.0) if set(pair) <= set(healthy)] == []
+            assert await elections(lab, first, member) == before, rules
+            await lab.exec(member, "sh", "-c", "while ip rule del pref 50 2>/dev/null; do :; done", check=True)
+            await lab.all_pairs_ping(30)
+        assert await leader(lab, "gcp") == first
+
+
 async def test_agents_that_die_or_freeze_and_a_site_without_etcd() -> None:
     async with world({"gcp": 3, "home": 1}, lease_ttl=3) as lab, printed_on_failure(lab):
         first, members = await in_line(lab, 3)
