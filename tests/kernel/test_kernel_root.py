@@ -798,6 +798,13 @@ async def test_ipip_where_the_kernel_has_it_and_a_sentence_where_not() -> None:
             assert [f.text.split(":")[0] for f in report.failures] == ["this kernel has no IPIP (module ipip)"]
             assert os.environ.get("KILO_HAS_IPIP") is None
             assert routes() == {"10.5.0.0/16 dev kilo0 scope link"}
+            # What was never made was not undone by another program.
+            assert "ip link set kilo-ipip up" in lines(await kernel.preview(wanted))
+            assert await kernel.preview(wanted, failed=False) == ()
+            await kernel.observe()
+            with trio.move_on_after(0.2) as quiet:
+                await kernel.wait_drift()
+            assert quiet.cancelled_caught
             return
         await settled(kernel, wanted)
         assert "10.4.0.0/16 via 192.168.9.2 dev kilo-ipip src 10.4.0.1 onlink" in routes()

@@ -117,7 +117,8 @@ class DiagnosticsServer:
         observed = Observed()
         try:
             if plan is not None:
-                commands = tuple(map(str, await self._kernel.preview(plan)))
+                # What failed is among the status's errors.
+                commands = tuple(map(str, await self._kernel.preview(plan, failed=False)))
             observed = await self._kernel.observe()
             if plan is not None:
                 async with trio.open_nursery() as nursery:

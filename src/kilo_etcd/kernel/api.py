@@ -36,8 +36,11 @@ class Kernel(Protocol):
         KernelError if nothing can be programmed at all; what fails by itself is in the report.
         """
 
-    async def preview(self, plan: HostPlan) -> tuple[Change, ...]:
-        """What `apply` would do, without doing it."""
+    async def preview(self, plan: HostPlan, *, failed: bool = True) -> tuple[Change, ...]:
+        """What `apply` would do, without doing it.
+
+        Without `failed`: not what failed when the last plan was applied, nor what needs that.
+        """
 
     async def observe(self) -> Observed:
         """What is there now, read anew."""

@@ -24,6 +24,7 @@ from kilo_etcd.kernel.firewall.openings import AddOpening, DeleteOpening
 from kilo_etcd.kernel.firewall.packet_filter import table_name
 from kilo_etcd.kernel.firewall.table import AddElements, DeleteElements, DeleteTable, ReplaceTable
 from kilo_etcd.kernel.handshake_clock import HandshakeClock
+from kilo_etcd.kernel.needs import leads_into_tunnel, needs, provides
 from kilo_etcd.kernel.netlink import sockets
 from kilo_etcd.kernel.netlink.codec import FormatError
 from kilo_etcd.kernel.netlink.formats import core
@@ -31,12 +32,11 @@ from kilo_etcd.kernel.netlink.sockets import NetlinkMessage
 from kilo_etcd.kernel.read import rtnl as replies
 from kilo_etcd.kernel.read.rtnl import FoundLink
 from kilo_etcd.kernel.read.wireguard import DeviceState
-from kilo_etcd.kernel.routing import encrypted
 from kilo_etcd.kernel.routing import tables as routing
 from kilo_etcd.kernel.routing.bypasses import bypasses, suspects
 from kilo_etcd.kernel.routing.exit_node import MARK
 from kilo_etcd.kernel.routing.policy import onward_tables, removal
-from kilo_etcd.kernel.routing.rules import AddRule, DeleteRule, RoutingRule
+from kilo_etcd.kernel.routing.rules import AddRule, DeleteRule
 from kilo_etcd.kernel.state import (
     KERNEL_PROTOCOL,
     MAIN_TABLE,
@@ -508,7 +508,7 @@ class Host:
         """Devices and rules that could not be made: what needs them is left out, since its failure says nothing new."""
         for kind, run in itertools.groupby(changes, _group):
             # Looked at one by one: a device may turn out to be missing within the group.
-            able = (change for change in run if not _needs(change) & missing)
+            able = (change for change in run if not needs(change) & missing)
             if kind == "wireguard":
                 results = self._make_wireguard(list(able))
             elif kind in ("batch", "into the tunnel"):
@@ -520,7 +520,7 @@ class Host:
                     made.append(change)
                     continue
                 failed.append((change, failure(change, error)))
-                missing |= _provides(change)
+                missing |= provides(change)
         return made, failed
 
     def _make_wireguard(self, group: list[Change]) -> Iterator[tuple[Change, OSError | None]]:
@@ -683,37 +683,8 @@ def _write(
 def _group(change: Change) -> object:
     if isinstance(change, SetDevice | SetPeer | RemovePeer):
         return "wireguard"
-    if isinstance(change, AddRule) and _leads_into_tunnel(change.rule):
+    if isinstance(change, AddRule) and leads_into_tunnel(change.rule):
         return "into the tunnel"
     if isinstance(change, _Batched):
         return "batch"
     return "one"
-
-
-def _needs(change: Change) -> frozenset[str]:
-    """The devices, and rules, without which a change makes no sense."""
-    if isinstance(change, AddRule) and _leads_into_tunnel(change.rule):
-        return frozenset({_past(change.rule)})
-    if isinstance(change, AddRoute | ReplaceRoute):
-        return frozenset({change.route.device})
-    if isinstance(change, SetMtu | SetUp | AddAddress):
-        return frozenset({change.name})
-    return frozenset()
-
-
-def _provides(change: Change) -> frozenset[str]:
-    """The device, or the rules, that are missing if a change fails."""
-    if isinstance(change, AddRule) and encrypted.is_ours(change.rule.priority):
-        return frozenset({_past(change.rule)})
-    return frozenset({change.name}) if isinstance(change, CreateLink | StartUserspace) else frozenset()
-
-
-def _leads_into_tunnel(rule: RoutingRule) -> bool:
-    """Whether it must not be there without those that keep etcd outside, which a kernel before 4.17 cannot have: who
-    is cut off from etcd by `encrypted` could not be told to end it."""
-    return encrypted.is_ours(rule.priority) and rule.table != MAIN_TABLE
-
-
-def _past(rule: RoutingRule) -> str:
-    """What stands for the rules that keep something outside."""
-    return f"rules past the tunnel in IPv{rule.version}"

@@ -40,6 +40,7 @@ from kilo_etcd.kernel.firewall.forward import DeleteForward, comment_prefix
 from kilo_etcd.kernel.firewall.netfilter import Reports
 from kilo_etcd.kernel.firewall.packet_filter import table_name
 from kilo_etcd.kernel.host import Host, may_change_the_network
+from kilo_etcd.kernel.needs import possible
 from kilo_etcd.kernel.netlink.codec import UNREADABLE
 from kilo_etcd.kernel.netlink.sockets import Listener
 from kilo_etcd.kernel.predict import apply_changes
@@ -214,6 +215,7 @@ class LinuxKernel:
         self._allocated: HostPlan | None = None
         """A plan that `_observed` fulfils to the last."""
         self._failed: frozenset[Change] = frozenset()
+        """The changes that failed when the last plan was applied."""
         self._drift: str | None = None
         self._wake = trio.Event()
         self._moved = trio.Event()
@@ -250,10 +252,11 @@ class LinuxKernel:
         async with self._lock:
             return await _told(lambda: self._apply(plan, fresh, frozenset(reset)))
 
-    async def preview(self, plan: HostPlan) -> tuple[Change, ...]:
+    async def preview(self, plan: HostPlan, *, failed: bool = True) -> tuple[Change, ...]:
         """Implements `kernel.api.Kernel.preview`."""
         async with self._lock:
-            return await _told(lambda: self._preview(plan))
+            changes = await _told(lambda: self._preview(plan))
+            return changes if failed else possible(changes, self._failed)
 
     async def observe(self) -> Observed:
         """Implements `kernel.api.Kernel.observe`. Differences that it finds make `wait_drift` return."""
@@ -403,8 +406,8 @@ class LinuxKernel:
         """The first change that another program must have made necessary."""
         memory = self._memory
         changes = difference(plan, observed, memory, self._target(plan)).changes
-        changes = tuple(change for change in changes if change not in self._failed)
-        return next((change for change in changes if is_drift(change, observed, memory)), None)
+        able = possible(changes, self._failed)
+        return next((change for change in able if is_drift(change, observed, memory)), None)
 
     def _found(self, change: Change) -> str:
         went_back = isinstance(change, SetPeer) and change.public_key in self._memory.former

@@ -28,6 +28,7 @@ from kilo_etcd.kernel.firewall.chains import Obstacle
 from kilo_etcd.kernel.firewall.forward import AddForward, DeleteForward
 from kilo_etcd.kernel.firewall.openings import AddOpening, DeleteOpening
 from kilo_etcd.kernel.firewall.table import DeleteTable, ReplaceTable
+from kilo_etcd.kernel.needs import possible
 from kilo_etcd.kernel.predict import apply_changes
 from kilo_etcd.kernel.routing.policy import removal
 from kilo_etcd.kernel.state import (
@@ -178,6 +179,7 @@ class FakeKernel:
         self._memory = Memory()
         self._public_key = public_key_of(raw(setup.private_key))
         self._lock = trio.Lock()
+        self._failed: frozenset[Change] = frozenset()
         self._drift: str | None = None
         self._event = trio.Event()
         self._look_at = float("inf")
@@ -222,7 +224,8 @@ class FakeKernel:
             observed = self._now()
             todo = self._decide(plan, observed, reset)
             refused = {change: why for change in todo.changes if (why := self.host.refuse(change)) is not None}
-            made = tuple(change for change in todo.changes if change not in refused)
+            made = possible(todo.changes, refused)
+            self._failed = frozenset(refused)
             made += superseded(refused, self._now())
             if made and self._delay:
                 await trio.sleep(self._delay)
@@ -242,17 +245,18 @@ class FakeKernel:
     def _decide(self, plan: HostPlan, observed: Observed, reset: Collection[str]) -> Difference:
         return difference(plan, observed, self._memory, self._target(plan), reset=reset)
 
-    async def preview(self, plan: HostPlan) -> tuple[Change, ...]:
+    async def preview(self, plan: HostPlan, *, failed: bool = True) -> tuple[Change, ...]:
         """Implements `kernel.api.Kernel.preview`."""
         await trio.lowlevel.checkpoint()
-        return difference(plan, self._read(), self._memory, self._target(plan)).changes
+        changes = difference(plan, self._read(), self._memory, self._target(plan)).changes
+        return changes if failed else possible(changes, self._failed)
 
     async def observe(self) -> Observed:
         """Implements `kernel.api.Kernel.observe`. Differences that it finds make `wait_drift` return."""
         await trio.lowlevel.checkpoint()
         observed = self._read()
         if (plan := self.plan) is not None:
-            changes = difference(plan, observed, self._memory, self._target(plan)).changes
+            changes = possible(difference(plan, observed, self._memory, self._target(plan)).changes, self._failed)
             if any(is_drift(change, observed, self._memory) for change in changes):
                 self.drifted("found undone")
         return observed
