@@ -16,7 +16,7 @@ from kilo_etcd.agent import diagnostics
 from kilo_etcd.agent.diagnostics import MOST_TRIED, AppliedPlan, DiagnosticsServer
 from kilo_etcd.etcd import PermissionDenied, Unavailable
 from kilo_etcd.kernel.firewall.chains import Obstacle
-from kilo_etcd.kernel.state import DeleteRoute, Route, Setup
+from kilo_etcd.kernel.state import AddRoute, DeleteRoute, Route, Setup
 from kilo_etcd.model import Endpoint, IPAddress, Node, Snapshot
 from kilo_etcd.model.hostplan import Encryption, HostPlan, PeerPlan, RoutePlan, Via
 from kilo_etcd.runtime import key_file
@@ -187,6 +187,10 @@ async def test_what_the_kernel_lacks_is_counted_and_named(world: World) -> None:
     assert response.undone > 5
     assert any(command.startswith("ip route add 10.4.0.0/16") for command in response.changes)
     assert decode_diagnostics_response(encode(response)) == response
+    # What the agent could not do is an error in its status, and nothing that another program has undone.
+    world.host.refuse = lambda change: "no" if isinstance(change, AddRoute) else None
+    await world.kernel.apply(PLAN)
+    assert (await world.answerer().answer(DiagnosticsRequest())).undone == 0
     world.host.obstacles = (Obstacle("FORWARD drops"), Obstacle("the chain x may drop", certain=False))
     assert (await world.answerer().answer(DiagnosticsRequest())).trouble == ()  # it has nothing to forward
     forwarding = world.answerer(evolve(PLAN, forwarding=frozenset({4})))

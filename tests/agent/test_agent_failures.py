@@ -291,8 +291,10 @@ async def test_a_host_that_cannot_forward_goes_on_as_a_member(tmp_path: Path) ->
         await h1.etcdctl("put", "--lease", lease, "/kilo/elections/a/n3", offer)
         sh("sysctl -q -w net.ipv4.ip_forward=0; mount --bind /proc/sys /proc/sys && mount -o remount,bind,ro /proc/sys")
         wrong = (
-            r"net.ipv4.ip_forward could not be set to 1 \(/proc/sys is read-only or not ours to write\): "
-            r"set it on the host with `sysctl -w net.ipv4.ip_forward=1`"
+            r"net.ipv4.ip_forward could not be set to 1 \(/proc/sys is read-only\): "
+            r"set it on the host with `sysctl -w net.ipv4.ip_forward=1`; in a container with a network of its own "
+            r"have the container manager set it \(docker run --sysctl net.ipv4.ip_forward=1\), or make /proc/sys "
+            r"writable there"
         )
         # There is no n3, so it would not answer.
         async with h1.agent(

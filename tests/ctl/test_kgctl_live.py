@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from errno import ENODEV
+from errno import ENODEV, EROFS
 from functools import partial
 
 import pytest
@@ -22,12 +22,21 @@ from kilo_etcd.ctl.reports import draw, live
 from kilo_etcd.ctl.reports.live import ago, amount
 from kilo_etcd.ctl.reports.report import Report
 from kilo_etcd.etcd import Client, Config, PermissionDenied
-from kilo_etcd.kernel.errors import cannot_ping
+from kilo_etcd.kernel.errors import cannot_ping, failure
+from kilo_etcd.kernel.state import AllowPings, SetForwarding
 from kilo_etcd.model import Snapshot
 from kilo_etcd.store import operator
 from kilo_etcd.store.diagnostics import serve
 from kilo_etcd.store.keys import Keys
-from kilo_etcd.store.records import DiagnosticsRequest, DiagnosticsResponse, Role, StatusRecord, Tunnel, encode
+from kilo_etcd.store.records import (
+    DiagnosticsRequest,
+    DiagnosticsResponse,
+    Role,
+    StatusRecord,
+    Tunnel,
+    decode_status,
+    encode,
+)
 from kilo_etcd.testing.fake_etcd import FakeEtcd
 from kilo_etcd.topology.segments import build_topology
 
@@ -65,6 +74,11 @@ class Mesh:
             )
             await put_kept(client, KEYS.status(name), encode(status))
         return snapshot
+
+    def fails(self, name: str, *errors: str) -> None:
+        """Have the status of a node's agent name these errors."""
+        status = decode_status(self.etcd.get(KEYS.status(name)) or b"")
+        trio.run(put_kept, self.etcd.client(), KEYS.status(name), encode(evolve(status, errors=errors)))
 
     def key(self, name: str) -> str:
         nodes, peers = self.snapshot.nodes, self.snapshot.peers
@@ -340,6 +354,25 @@ def test_check_finds_what_is_wrong_and_says_what_to_do(mesh: Mesh) -> None:
     assert plain[1] == "    etcdctl get /kilo/peers/phone; put it right or delete it"
     kinds = [line.split(":")[0] for line in plain[:-1] if not line.startswith(" ")]
     assert kinds == ["error"] * 3 + ["warning"] * 8 + ["note"] * 2
+
+
+def test_check_names_an_error_once_that_hosts_report_in_two_ways(mesh: Mesh) -> None:
+    off = failure(SetForwarding(4, "kilo0"), OSError(EROFS, "Read-only file system")).text
+    pings = failure(AllowPings(0), OSError(EROFS, "Read-only file system")).text
+    for name in ("gcp-2", "gcp-3"):
+        mesh.fails(name, "FORWARD drops; let it pass", off)
+        mesh.says[name] = DiagnosticsResponse(
+            time=now(),
+            trouble=(
+                "FORWARD drops; let it pass",
+                pings,
+                "net.ipv4.conf.kilo0.forwarding is 0, so nothing is forwarded",
+            ),
+        )
+    found = [(one["subject"], one["text"]) for one in json.loads(mesh.run("check", "-o", "json").stdout)]
+    for text in ("FORWARD drops; let it pass", off, pings):
+        assert [subject for subject, said in found if said == text] == ["gcp-2, gcp-3"], text
+    assert not [said for _, said in found if "kilo0.forwarding is 0" in said]
 
 
 def test_check_does_not_ask_an_operator_to_mend_what_an_agent_writes(mesh: Mesh) -> None:

@@ -154,7 +154,7 @@ async def test_where_the_host_does_not_let_it_the_remedy_is_said(monkeypatch: py
 
     monkeypatch.setattr(sysctl, "_write", read_only)
     async with open_kernel(Setup(private_key=PRIVATE, wireguard="userspace")) as kernel:
-        with pytest.raises(KernelError, match=r"may not ping .*set it on the host with `sysctl -w"):
+        with pytest.raises(KernelError, match=r"may not ping, .*set it on the host with `sysctl -w"):
             await kernel.ping([HERE], EchoRequests(patience=1))
 
 

@@ -93,8 +93,39 @@ def cannot_ping(error: OSError) -> str:
     """Why no echo request can be sent, with the step that helps where one is known."""
     if isinstance(error, PermissionError):
         change = AllowPings(os.getegid())
-        return f"this process may not ping ({change.path} leaves its group out): set it on the host with `{change}`"
+        name = _sysctl(change)
+        return f"this process may not ping, since {name} leaves its group out: set it on the host with `{change}`"
     return f"this host cannot ping: {why_not(error)}"
+
+
+_NOT_OURS_TO_SET = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
+
+_Sysctl = AllowPings | KeepAdvertisements | LoosenReversePath | SetForwarding
+
+
+def _sysctl(change: _Sysctl) -> str:
+    """A sysctl's name, as `sysctl -w` takes it."""
+    return str(change).removeprefix("sysctl -w ").partition("=")[0]
+
+
+def _why_not_set(code: int) -> str:
+    """Why a sysctl could not be set, as a clause in brackets."""
+    if code == errno.EROFS:
+        return " (/proc/sys is read-only)"
+    return f" ({os.strerror(code)})"
+
+
+def _set_by_hand(change: _Sysctl, code: int) -> str:
+    """What to do about a sysctl that could not be set. In a container /proc/sys is mostly read-only, and if the
+    container has a network of its own, the host's sysctl is another one."""
+    on_host = f"set it on the host with `{change}`"
+    if code != errno.EROFS:
+        return on_host
+    setting = str(change).removeprefix("sysctl -w ")
+    # Of a device that comes later, a container manager can set nothing.
+    of_device = isinstance(change, KeepAdvertisements | LoosenReversePath) or bool(getattr(change, "device", ""))
+    managed = "" if of_device else f"have the container manager set it (docker run --sysctl {setting}), or "
+    return f"{on_host}; in a container with a network of its own {managed}make /proc/sys writable there"
 
 
 def unreadable(error: OSError) -> str:
@@ -108,27 +139,23 @@ def _sentence(change: Change, error: OSError) -> str:
         return f"`{change}` was not done: {why_not(error)}"
     if isinstance(change, KeepAdvertisements):
         return (
-            f"{change.path} could not be set to 2 ({error.strerror}): a host that forwards IPv6 loses what it has "
-            f"from router advertisements on {change.name}, a default route for instance; set it with `{change}`"
+            f"{_sysctl(change)} could not be set to 2{_why_not_set(code)}: a host that forwards IPv6 loses what it has "
+            f"from router advertisements on {change.name}, a default route for instance; {_set_by_hand(change, code)}"
         )
     if isinstance(change, AllowPings):
         return (
-            f"this process may not ping ({change.path} could not be set: {error.strerror}), so there is no report "
-            f"when a "
-            f"leader does not forward: set it on the host with `{change}`"
+            f"this process may not ping, since {_sysctl(change)} could not be set{_why_not_set(code)}, so this host "
+            f"does not notice a leader that does not forward: {_set_by_hand(change, code)}"
         )
     if isinstance(change, LoosenReversePath):
         return (
-            f"{change.path} could not be set to 2 ({error.strerror}): what nodes send to this host in clear, ARP among "
-            f"it, is dropped on {change.name}; set it on the host with `{change}`"
+            f"{_sysctl(change)} could not be set to 2{_why_not_set(code)}: what nodes send to this host in clear, ARP "
+            f"among it, is dropped on {change.name}; {_set_by_hand(change, code)}"
         )
     if isinstance(change, SetForwarding):
-        name = change.path.replace("/", ".")
-        if code in (errno.EROFS, errno.EACCES, errno.EPERM):
-            return (
-                f"{name} could not be set to 1 (/proc/sys is read-only or not ours to write): "
-                f"set it on the host with `{change}`"
-            )
+        name = _sysctl(change)
+        if code in _NOT_OURS_TO_SET:
+            return f"{name} could not be set to 1{_why_not_set(code)}: {_set_by_hand(change, code)}"
         if code == errno.ENOENT:
             if change.device:
                 return f"{name} does not exist, since {change.device} is gone"

@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from functools import partial
 
@@ -119,7 +119,12 @@ def findings(examined: Examined) -> tuple[Finding, ...]:
     told = [remark for remark in reported if any(_names(one, remark.about) for one in wrong)]
     every = (
         *_etcd(examined.members),
-        *_agents(examined.report, known, reached_by(examined.topology, examined.live)),
+        *_agents(
+            examined.report,
+            known,
+            reached_by(examined.topology, examined.live),
+            {name: answer.trouble for name, answer in examined.live.answers.items()},
+        ),
         *_mode(examined.report),
         *_records(examined.report, frozenset(told)),
         *_unrouted(examined),
@@ -167,9 +172,13 @@ def _etcd(members: tuple[MemberState, ...]) -> Iterator[Finding]:
 
 
 def _agents(
-    found: Report, known: Silence | None = None, reached: Mapping[str, Sequence[str]] | None = None
+    found: Report,
+    known: Silence | None = None,
+    reached: Mapping[str, Sequence[str]] | None = None,
+    troubles: Mapping[str, Sequence[str]] | None = None,
 ) -> Iterator[Finding]:
-    """`reached`: node -> the hosts whose echo requests it answers."""
+    """`reached`: node -> the hosts whose echo requests it answers; `troubles`: node -> what its agent has answered
+    that is wrong."""
     if not found.nodes:
         yield Finding(
             severity=Severity.WARNING, subject="mesh", text="no node has registered under this prefix",
@@ -217,7 +226,8 @@ def _agents(
         yield Finding(severity=Severity.WARNING, subject=remark.subject, text=remark.text)
     # What `known` tells `_packets` does, once for all of them.
     errors = [error for error in found.errors if known is None or not known.tells(error.subject, error.text)]
-    for remark in grouped(errors):
+    errors += (Remark(subject=name, text=text) for name, texts in sorted((troubles or {}).items()) for text in texts)
+    for remark in grouped(_distinct(errors)):
         yield Finding(severity=Severity.ERROR, subject=remark.subject, text=remark.text)
     versions = Counter(row.version for row in found.nodes if row.version)
     if len(versions) > 1:
@@ -226,6 +236,16 @@ def _agents(
             severity=Severity.NOTE, subject="agents", text=f"different versions run: {listed}",
             remedy="upgrade the older ones when it suits",
         )  # fmt: skip
+
+
+def _distinct(errors: Iterable[Remark]) -> tuple[Remark, ...]:
+    """The errors, each once: an agent's status and its answer may name one error, in two sentences if it is about a
+    sysctl that the agent cannot set. Such sentences begin with the sysctl."""
+    result: dict[tuple[str, str], Remark] = {}
+    for remark in errors:
+        first = remark.text.split(" ", 1)[0]
+        result.setdefault((remark.subject, first if first.startswith("net.") else remark.text), remark)
+    return tuple(result.values())
 
 
 def _mode(found: Report) -> Iterator[Finding]:
@@ -330,8 +350,6 @@ def _hosts(examined: Examined) -> Iterator[Finding]:
                 remedy="chronyc tracking or timedatectl, there and here",
             )  # fmt: skip
     for name, answer in live.answers.items():
-        for text in answer.trouble:
-            yield Finding(severity=Severity.ERROR, subject=name, text=text)
         if answer.undone:
             yield Finding(
                 severity=Severity.WARNING, subject=name,
