@@ -185,3 +185,29 @@ def test_where_no_large_packet_arrives_the_tunnel_is_named(small_only: Lost, tol
     assert [(loss.subject, loss.text) for loss in found] == told
     assert all("KILO_MTU" in loss.remedy for loss in found)
     assert losses(topology, live) == ()
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "told", "overhead"),
+    [
+        ("203.0.113.6:51820", "less than 1480 bytes: ", "60)"),
+        ("[2001:db8::6]:51820", "less than 1500 bytes: ", "80)"),
+        ("", "less than their tunnels take it to: ", "60 in IPv4, less 80 in IPv6)"),
+    ],
+)
+def test_the_mtu_to_set_follows_from_what_a_ping_through_the_tunnel_finds(
+    endpoint: str, told: str, overhead: str
+) -> None:
+    topology = mesh()
+    answer = DiagnosticsResponse(mtu=1420, small_only=("10.4.0.6",), tunnels=(Tunnel("c1", 3, 1, 1, endpoint),))
+    (loss,) = narrow(topology, Live(answers={"b1": answer}))
+    assert loss.remedy.startswith(
+        f"the way carries {told}find on b1 the largest N for which `ping -M do -s N 10.4.0.6` is answered, give both "
+        f"ends N + 28 as --mtu (KILO_MTU) and restart the agents (if you know the path MTU: that less {overhead}; "
+    )
+    nodes = topology.snapshot.nodes
+    both = evolve(nodes["c1"], mesh_addresses=(*nodes["c1"].mesh_addresses, ip_address("fd00::6")))
+    six = build_topology(evolve(topology.snapshot, nodes={**nodes, "c1": both}))
+    (loss,) = narrow(six, Live(answers={"b1": answer}))
+    least = "1340" if "1480" in told else "1360"
+    assert f"(not under 1280, which the mesh's IPv6 needs: the way has to carry {least} bytes)" in loss.remedy

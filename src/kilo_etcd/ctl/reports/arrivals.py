@@ -25,11 +25,14 @@ TRIES = 64
 PAIRS = 20
 """Pairs that are named one by one."""
 
-_SMALLER = (
-    "the way carries less than their tunnels take it to: give both ends a smaller --mtu (KILO_MTU=1280 for instance) "
-    "and restart the agents, or let large UDP packets and ICMP's fragmentation-needed pass; a firewall that drops only "
-    "large echo requests looks the same"
-)
+_OVERHEAD = {4: 60, 6: 80}
+"""Bytes that WireGuard and the outer headers add to a packet, by the family of the endpoint."""
+
+_IPV6_SMALLEST = 1280
+"""Bytes: what IPv6 demands of a link (RFC 8200), so of the tunnel too."""
+
+_ECHO_HEADERS = {4: 28, 6: 48}
+"""Bytes that `ping -s` adds to the size that it is given, by family."""
 
 SHOWN = 5
 """How many names a sentence lists."""
@@ -147,8 +150,31 @@ def narrow(topology: Topology, live: Live) -> Iterator[Loss]:
             subject=host if len(others) > 1 else f"{host} - {others[0]}", filtered=True,
             text=f"small packets arrive between it and {some(others)}, and none of {size} bytes does" if len(others) > 1
                  else f"small packets arrive between them, and none of {size} bytes does",
-            remedy=_SMALLER,
+            remedy=_smaller(topology, live, host, others[0], size),
         )  # fmt: skip
+
+
+def _smaller(topology: Topology, live: Live, one: str, other: str, size: int) -> str:
+    """What to do about a way between two hosts on which no packet of `size` bytes arrives. How many bytes do arrive is
+    not known; so the sentence says how to find that out, through the tunnel, where nothing has to be subtracted."""
+    known = tunnels(topology, live)
+    ends = [end for node, far in ((one, other), (other, one)) for end in known.get(node, ()) if end.other == far]
+    outer = {6 if end.endpoint.startswith("[") else 4 for end in ends if end.endpoint}
+    version = outer.pop() if len(outer) == 1 else None
+    less = f"less than {size + _OVERHEAD[version]} bytes" if version else "less than their tunnels take it to"
+    overhead = str(_OVERHEAD[version]) if version else "60 in IPv4, less 80 in IPv6"
+    address = topology.snapshot.nodes[other].mesh_addresses[0]
+    six = any(address.version == 6 for node in (one, other) for address in topology.snapshot.nodes[node].mesh_addresses)
+    most = "" if not six else (
+        f" (not under {_IPV6_SMALLEST}, which the mesh's IPv6 needs: the way has to carry "
+        f"{_IPV6_SMALLEST + _OVERHEAD[version or 6]} bytes)"
+    )  # fmt: skip
+    return (
+        f"the way carries {less}: find on {one} the largest N for which `ping -M do -s N {address}` is answered, give "
+        f"both ends N + {_ECHO_HEADERS[address.version]} as --mtu (KILO_MTU){most} and restart the agents (if you know "
+        f"the path MTU: that less {overhead}); or let large UDP packets and ICMP's fragmentation-needed pass; a "
+        "firewall that drops only large echo requests looks the same"
+    )
 
 
 def lost_across(
