@@ -576,6 +576,7 @@ async def test_a_demoted_leader_is_behind_everyone_for_a_while(mesh: World) -> N
         assert error.startswith(
             "this host was demoted as leader: g1 and g2 found no way through it, to home for instance"
         )
+        assert "ip rule; ip route get MESH-ADDRESS" in error
         assert "restart the agent to clear it now: systemctl restart kilo-etcd" in error
         assert "h1" not in error, "whoever shows it names the host"
         assert mesh.logged("demoted as leader") == 1

@@ -54,6 +54,7 @@ from kilo_etcd.runtime.exit_node_monitor import ExitNodeMonitor
 from kilo_etcd.runtime.logs import Once, get_logger, write_due, write_rest
 from kilo_etcd.runtime.reconciler import Reconciler
 from kilo_etcd.runtime.resolve import Resolver
+from kilo_etcd.store.status_texts import FORWARDING_LOOK
 from kilo_etcd.topology import Topology, UnknownNode, build_topology
 from kilo_etcd.topology.forced_addresses import missing_addresses
 from kilo_etcd.topology.mesh_settings import disagreements
@@ -85,9 +86,8 @@ MOST_LISTED = 64
 """Members that do not answer, and exemptions, in the status."""
 
 DEMOTED = (
-    "for some minutes it leads only if no other node can. Look for what drops forwarded packets (sysctl "
-    "net.ipv4.ip_forward, nft list ruleset) or UDP 51820 (--port); once nothing does, restart the agent to clear it "
-    "now: systemctl restart kilo-etcd"
+    f"for some minutes it leads only if no other node can. Look for {FORWARDING_LOOK}, or blocks UDP 51820 (--port); "
+    "once nothing does, restart the agent to clear it now: systemctl restart kilo-etcd"
 )
 """What follows for a host that was demoted, and what to do."""
 

@@ -1,4 +1,4 @@
-"""Texts in agents' statuses that `kgctl` recognises."""
+"""Texts in agents' statuses that `kgctl` recognises, or uses too."""
 
 from __future__ import annotations
 
@@ -6,3 +6,8 @@ CANNOT_PING = ("this process may not ping", "this host cannot ping")
 """How the sentences of an agent begin that cannot send echo requests (`kernel.errors`)."""
 NO_BASELINE = "no host elsewhere has ever answered an echo request through the leader"
 """How the sentence on a leader without a baseline begins."""
+FORWARDING_LOOK = (
+    "what drops forwarded packets (nft list ruleset; sysctl net.ipv4.ip_forward; an rp_filter of 1: sysctl -ar "
+    r"'\.rp_filter') or leads them elsewhere (ip rule; ip route get MESH-ADDRESS)"
+)
+"""What to look for on a host that does not forward, with the commands that show it."""

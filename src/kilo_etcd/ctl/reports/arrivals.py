@@ -17,6 +17,7 @@ from attrs import evolve, frozen
 
 from kilo_etcd.base.quoting import first_of
 from kilo_etcd.ctl.reports.live import Live, Pair, pairs, tunnels
+from kilo_etcd.store.status_texts import FORWARDING_LOOK
 from kilo_etcd.topology.segments import Topology
 
 TRIES = 64
@@ -313,8 +314,7 @@ def _by_leader(
             subject=leader,
             text=f"it leads its location and does not forward: through it nothing arrives {way}",
             remedy="; ".join(known)
-            or f"look there for what drops forwarded packets: sysctl net.ipv4.ip_forward, nft list ruleset; "
-               f"kgctl explain {source} {target} --live",
+            or f"look there for {FORWARDING_LOOK}; kgctl explain {source} {target} --live",
         )  # fmt: skip
     each = sorted({(min(pair), max(pair)) for pair in alone})
     for pair in each[:PAIRS]:
