@@ -51,6 +51,7 @@ async def test_eventually_is_more_patient_on_the_real_clock() -> None:
 def test_a_bound_grows_with_the_time_that_work_took() -> None:
     assert Machine([WORK, WORK]).allows(2.0) == 2.0 + WORK
     assert Machine([WORK, 11 * WORK]).allows(2.0) == pytest.approx(2.0 * 6 / FREE + 11 * WORK)
+    assert Machine([WORK, WORK], late=[0.001, 0.5]).allows(2.0) == 2.5
     with measured() as machine:
         pass
     assert machine.taken

@@ -20,7 +20,7 @@ from attrs import define, field
 from test_mesh_scenarios import candidates, leader, pids, status, world
 
 from helpers import eventually
-from helpers_load import measured
+from helpers_load import WORK, measured
 from kilo_etcd.lab.client import Lab, RunningProbe
 from kilo_etcd.lab.probe import Gap
 
@@ -31,7 +31,8 @@ HANDOVER, SWITCH = 0.05, 0.2
 
 LEEWAY = 10.0
 """Other work on the machine makes single gaps longer than promised: of `TRIES` the shortest has to keep the promise,
-and the longest not to break it so many times over. How they are distributed is measured by bench/planned.py."""
+and the longest not to break it so many times over, apart from what the machine held up at the time (`Seen.held`). How
+they are distributed is measured by bench/planned.py."""
 
 TRIES = 2
 
@@ -74,10 +75,20 @@ class Seen:
     begun: float = 0.0
     moments: dict[str, float] = field(factory=dict)
     """What the test did -> seconds after `begun`, which is a moment before the probes begin."""
-    stall: float = 0.0
-    """Seconds: the longest that the test's own process waited for a processor."""
+    held: float = 0.0
+    """Seconds: the longest that the machine held up the test's own process."""
+    slowest: float = 0.0
+    """Seconds: the longest round trip. Of hosts that an event does not touch it shows what the machine held up."""
+    slowness: float = 1.0
+    """How many times slower the machine was than an idle one."""
     gap: float = 0.0
     """Seconds: the longest of all; less where the machine was busy, as many times as it was slower."""
+
+    def beyond(self, control: Seen | None = None) -> float:
+        """Seconds of the longest gap that the machine does not explain. `control`: what was seen meanwhile between
+        hosts that the event does not touch."""
+        held = max(self.held, 0.0 if control is None else control.slowest)
+        return max(0.0, self.gap - held / self.slowness)
 
     def note(self, what: str) -> None:
         self.moments[what] = round(trio.current_time() - self.begun, 2)
@@ -101,7 +112,10 @@ async def probed(lab: Lab, *pairs: tuple[str, str]) -> AsyncIterator[Seen]:
         for running in probes.values():
             await running.flowing_again(30, after=after)
     seen.lost = {way: running.gaps for way, running in probes.items() if running.lost}
-    seen.stall = machine.stall
+    # A measurement takes so long on an idle machine.
+    seen.held = machine.stall - WORK
+    seen.slowest = max(running.result.slowest for running in probes.values() if running.result is not None)
+    seen.slowness = machine.slowness
     seen.gap = max(running.longest_gap for running in probes.values()) / machine.slowness
 
 
@@ -205,7 +219,7 @@ async def handed_over(lab: Lab, *, crowded: bool = False) -> None:
         await lab.etcdctl("put", f"/kilo/locations/{first}", "elsewhere")
 
     for what, act in (("stopped", stopped), ("annotated", annotated), ("relabelled", relabelled)):
-        gaps = []
+        gaps, beyond = [], []
         for _ in range(1 if crowded else TRIES):
             first, second, third = await candidates(lab, "gcp", 3)
             async with probed(lab, (third, "home-2"), (third, "aws-1")) as concerned, probed(
@@ -214,6 +228,7 @@ async def handed_over(lab: Lab, *, crowded: bool = False) -> None:
                 await act(first, second)
                 await eventually(partial(_leads, lab, second), 30, every=0.05)
             gaps.append(concerned.gap)
+            beyond.append(concerned.beyond(control=others))
             assert others.lost == {}, (what, others)
             # As before, with the two at the end of the queue.
             await lab.start(first)
@@ -221,7 +236,7 @@ async def handed_over(lab: Lab, *, crowded: bool = False) -> None:
             await lab.etcdctl("del", f"/kilo/annotations/{second}/leader")
             await steady(lab)
             await lab.all_pairs_ping(30)
-        kept(gaps, HANDOVER, what, crowded=crowded)
+        kept(gaps, beyond, HANDOVER, what, crowded=crowded)
 
 
 async def _leads(lab: Lab, node: str) -> bool:
@@ -230,25 +245,26 @@ async def _leads(lab: Lab, node: str) -> bool:
 
 async def switched(lab: Lab) -> None:
     """The granularity, live, to each of the others and back."""
-    gaps = []
+    gaps, beyond = [], []
     for shape in ("full", "location", "cross", "location"):
         revision = max(map(_revision, (await status(lab)).values()))
         async with probed(lab, ("gcp-2", "home-2"), ("gcp-2", "gcp-3"), ("home-1", "aws-1")) as seen:
             await lab.etcdctl("put", "/kilo/mesh/granularity", shape)
             await eventually(partial(_followed, lab, revision), 30, every=0.1, what=f"{shape} followed by all")
         gaps.append(seen.gap)
+        beyond.append(seen.beyond())
         await lab.all_pairs_ping(30)
-    kept(gaps, SWITCH, "switched")
+    kept(gaps, beyond, SWITCH, "switched")
 
 
 async def _followed(lab: Lab, revision: int) -> bool:
     return all(_revision(report) > revision for report in (await status(lab)).values())
 
 
-def kept(gaps: list[float], promised: float, what: str, *, crowded: bool = False) -> None:
-    """See `LEEWAY`."""
+def kept(gaps: list[float], beyond: list[float], promised: float, what: str, *, crowded: bool = False) -> None:
+    """See `LEEWAY`; `beyond` is what the machine does not explain of each gap."""
     assert crowded or min(gaps) < promised, (what, gaps)
-    assert max(gaps) < promised * LEEWAY, (what, gaps)
+    assert max(beyond) < promised * LEEWAY, (what, gaps, beyond)
 
 
 EVENTS: tuple[Callable[[Lab], Awaitable[None]], ...] = (nothing_moves, handed_over, switched)

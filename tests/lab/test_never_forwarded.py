@@ -10,6 +10,7 @@ import trio
 from test_mesh_scenarios import candidates, leader, world
 
 from helpers import eventually
+from helpers_load import measured_beside
 from kilo_etcd.lab.client import Lab
 
 pytestmark = [pytest.mark.lab, pytest.mark.deadline(300)]
@@ -62,13 +63,13 @@ async def test_a_host_that_does_not_forward_is_chosen_and_replaced_and_check_nam
             if name != chosen:
                 await lab.heal(name)
         await lab.all_pairs_ping(60, hosts=[other, "home-1", "home-2"])
-        async with lab.probe(other, "home-2", interval=0.05) as probe:
+        async with lab.probe(other, "home-2", interval=0.05) as probe, measured_beside() as machine:
             began = trio.current_time()
             await lab.kgctl("annotate", chosen, "leader=true", "--yes")
             await eventually(lambda: _was_elected(lab, other, chosen), 30, every=0.1)
             await eventually(lambda: _is_led_by_another(lab, chosen), REPLACED, every=0.1)
             await probe.flowing_again(REPLACED, after=trio.current_time() - began)
-        assert probe.longest_gap < REPLACED
+        assert probe.longest_gap < machine.allows(REPLACED), machine
         assert await leader(lab, "gcp") != chosen
 
 
