@@ -80,15 +80,15 @@ CASES: dict[str, tuple[Lost, list[tuple[str, str]]]] = {
         [("a3", "its own packets are answered, but echo requests to 10.4.0.3 are not (tried by a1, a2, b1, b2, c1)")],
     ),
     "two members that do not reach each other": (
-        lambda one, other: {one, other} == {"a2", "a3"}, [("a2 - a3", "a2 does not reach a3 nor the other way round")],
+        lambda one, other: {one, other} == {"a2", "a3"}, [("a2 - a3", "a2 and a3 do not reach each other")],
     ),
     "a member that does not reach its leader is no leader's fault": (
         lambda one, other: "a3" in (one, other) and "a2" not in (one, other),
-        [("a1 - a3", "a1 does not reach a3 nor the other way round")],
+        [("a1 - a3", "a1 and a3 do not reach each other")],
     ),
     "two locations whose leaders do not meet": (
         lambda one, other: {PLACES[one], PLACES[other]} == {"b", "c"},
-        [("b1 - c1", "b1 does not reach c1"), ("b2 - c1", "b2 does not reach c1")],
+        [("b1 - c1", "b1 and c1 do not reach each other"), ("b2 - c1", "b2 and c1 do not reach each other")],
     ),
 }  # fmt: skip
 

@@ -171,7 +171,7 @@ def test_while_the_agents_still_ask_it_is_too_early_to_tell_and_not_well() -> No
     (finding,) = found(topology, statuses(topology), asking)
     assert (finding.severity, finding.subject) == (Severity.WARNING, "packets")
     assert finding.text == (
-        "it is too early to tell why some do not arrive, between a and b, a and c, b and c: the agents have just begun "
+        "some are lost between a and b, a and c, b and c, and it is too early to tell why: the agents have just begun "
         "to ask each other"
     )
     # The first pair is known: it is named, and it is early for the others still.

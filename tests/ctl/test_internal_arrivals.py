@@ -59,8 +59,8 @@ CASES: dict[str, tuple[Lost, list[tuple[str, str]]]] = {
     "nothing": (lambda one, other: False, []),
     "a host drops what comes to its internal IP": (
         lambda one, other: other == "b2",
-        [("b2", "no echo request to its internal IP 192.168.98.5 is answered (tried by a1, a2, a3, c1), although those "
-                "to mesh addresses are")],
+        [("b2", "no echo request to its internal IP 192.168.98.5 is answered (tried by a1, a2, a3, c1), although echo "
+                "requests to mesh addresses are answered")],
     ),
     "a host drops what it sends, and the answers": (
         lambda one, other: one == "b2",
@@ -72,12 +72,13 @@ CASES: dict[str, tuple[Lost, list[tuple[str, str]]]] = {
     ),
     "a leader drops what it forwards": (
         lambda one, other: "a" in (PLACES[one], PLACES[other]) and "a1" not in (one, other),
-        [("a1", "it leads its location, and no echo request to internal IPs arrives through it, as from a2 to b1")],
+        [("a1", "it leads its location, and no echo request to internal IPs arrives through it, for instance "
+                "from a2 to b1")],
     ),
     "one pair": (
         lambda one, other: {one, other} == {"a2", "b2"},
-        [("a2 - b2", "a2 does not reach b2 at its internal IP 192.168.98.5 nor the other way round, although it does "
-                     "at the mesh address")],
+        [("a2 - b2", "a2 and b2 do not reach each other at internal IPs (192.168.98.5 for instance), although they "
+                     "do at mesh addresses")],
     ),
 }  # fmt: skip
 
@@ -187,7 +188,10 @@ def test_echo_requests_that_an_exemption_lets_out_in_clear_are_no_packet_filters
     exempted = f"icmp@{there}/32"
     for other in (None, (f"icmp@{own}/32",)):
         (text,) = found(other, exempted)
-        assert f"a1: its --clear {exempted} has them travel in clear, where there may be no way; look on" in text
+        assert (
+            f"a1: its --clear {exempted} has these packets travel outside the tunnels, where there may be no path; "
+            "look on" in text
+        )
 
 
 def test_many_pairs_are_counted() -> None:

@@ -239,7 +239,7 @@ async def test_status_shows_the_mesh_and_its_troubles() -> None:
         assert "gcp 2 node-2 - node-1 node-2, node-1" in lines
         assert any(line.startswith("broken - - - - not in force gone") for line in lines)
         assert any(line.startswith("/kilo/nodes/broken the value is not JSON") for line in lines)
-        assert "node-1 it takes node-1 for its leader, where etcd says node-2" in lines
+        assert "node-1 it takes node-1 for its leader, but by etcd's records node-2 leads" in lines
         assert "node-1 the name vpn.example.org does not resolve" in lines
 
         data = json.loads(await kgctl(server, "status", "-o", "json"))

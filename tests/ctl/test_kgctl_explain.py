@@ -285,7 +285,8 @@ def test_where_nothing_is_known_of_a_host_on_the_way_nothing_is_promised(etcd: F
     assert headline("gcp-2", "10.4.0.5") == (1, THERE + "may not arrive: the agent of home-1 does not report")
     status = StatusRecord(public_key=f"{'D' + 'A' * 42}=", revision=10**6, location="home", leader="home-2")
     etcd.put_kept(Keys().status("home-1"), encode(status))
-    says = "may not arrive: home-1 does not follow etcd: it takes home-2 for its leader, where etcd says home-1"
+    leads = "it takes home-2 for its leader, but by etcd's records home-1 leads"
+    says = f"may not arrive: home-1 does not follow etcd: {leads}"
     assert headline("gcp-2", "10.4.0.5") == (1, THERE + says)
 
 

@@ -98,7 +98,7 @@ CASES = [
         facts(address("ens4", "10.128.0.2/32"), ways=(default("ens4", "10.128.0.1"),)),
         ["10.128.0.2/32"],
         "198.51.100.7:51820",
-        "--endpoint says so",
+        "set by --endpoint",
         {"forced_endpoint": Endpoint.parse("198.51.100.7:51820")},
     ),
     Case(

@@ -312,7 +312,7 @@ def _text_in(head: dict[str, Any], name: str) -> str:
 def _whole(value: object, end: int = 2**63) -> int:
     # bool is an int.
     if type(value) is not int or not 0 <= value < end:
-        raise _Wrong("a number in it is none that etcd gives")
+        raise _Wrong("it has a number that etcd never gives")
     return value
 
 

@@ -182,7 +182,10 @@ class _EncryptionView:
         inner = [ip.ip for ip in own.internal_ips if ip.version == version and ip.ip in here]
         source = next((address for address in (*inner, own.mesh_address(version)) if address is not None), None)
         if source is None:
-            return f"{own.name} has no address in IPv{version} at which an answer finds it; give it a mesh address"
+            return (
+                f"{own.name} has no IPv{version} address that answers could be sent to; give it a mesh address in "
+                f"IPv{version}"
+            )
         return _Way(way, source)
 
     def whole(self, version: int, here: Collection[IPAddress]) -> bool:

@@ -149,7 +149,7 @@ class _Walker:
                 source = path.source or (None if own is None else own.ip)
                 path, at = evolve(path, source=source, hops=(*path.hops, step)), step.target
                 if at in seen:
-                    return evolve(path, dropped=f"{at} has seen it before: a loop")
+                    return evolve(path, dropped=f"it comes back to {at}: a routing loop")
                 seen.add(at)
                 continue
             if route is None:
@@ -166,7 +166,7 @@ class _Walker:
                 return path  # Outside peers deliver by themselves.
             at = step.target
             if at in seen:
-                return evolve(path, dropped=f"{at} has seen it before: a loop")
+                return evolve(path, dropped=f"it comes back to {at}: a routing loop")
             seen.add(at)
         return path
 
@@ -225,7 +225,7 @@ class _Walker:
         expected = None if sender is None else self._peer_for(there, sender)
         if expected is None or expected.public_key != own_key:
             of = "nobody" if expected is None else expected.name
-            return f"{target} does not take {sender} from {at}: by its allowed IPs the address is of {of}"
+            return f"{target} does not take {sender} from {at}: by its allowed IPs the address belongs to {of}"
         return Hop(source=at, target=target, medium=Via.TUNNEL, peer=peer.public_key)
 
     @staticmethod

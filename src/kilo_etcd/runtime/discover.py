@@ -229,7 +229,7 @@ def _endpoint(
     candidates: list[_Candidate], port: int, prioritise_private: bool, forced: Endpoint | None
 ) -> tuple[Endpoint | None, str]:
     if forced is not None:
-        return forced, f"endpoint {forced}: --endpoint says so"
+        return forced, f"endpoint {forced}: set by --endpoint"
     reachable = [candidate for candidate in candidates if not candidate.container]
     public = [candidate for candidate in reachable if candidate.public]
     private = [candidate for candidate in reachable if not candidate.public]

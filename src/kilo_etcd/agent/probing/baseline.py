@@ -115,8 +115,7 @@ class NoBaseline:
         if self.handshakes:
             return (
                 f"{text}, although they have handshakes with this host directly: if {leader} forwards, let ICMP echo "
-                f"pass "
-                "there, else no host notices when it does not; kgctl check says more"
+                f"pass there, since without it no host notices if {leader} stops forwarding; kgctl check says more"
             )
         return (
             f"{text}, so no host notices if {leader} does not forward: are they up, and does UDP reach them? if both, "

@@ -188,7 +188,7 @@ def _agents(
     for row in found.nodes:
         if row.role == NOT_IN_FORCE and row.alive:
             yield Finding(
-                severity=Severity.ERROR, subject=row.name, text="its agent lives, but it is no part of the mesh",
+                severity=Severity.ERROR, subject=row.name, text="its agent lives, but the node is no part of the mesh",
                 remedy=f"journalctl -u kilo-etcd there; kgctl node show {row.name}",
             )  # fmt: skip
         if not row.alive:
@@ -196,7 +196,7 @@ def _agents(
                 if (idle := idle + 1) <= MOST_NAMED:
                     yield Finding(
                         severity=Severity.WARNING, subject=row.name,
-                        text="its agent does not report, and it is no part of the mesh",
+                        text="its agent does not report, and the node is no part of the mesh",
                         remedy=f"kgctl node show {row.name}; gone for good, or never there: "
                                f"kgctl node forget {row.name}",
                     )  # fmt: skip
@@ -219,8 +219,9 @@ def _agents(
     if idle > MOST_NAMED:
         yield Finding(
             severity=Severity.WARNING, subject="nodes",
-            text=f"{idle - MOST_NAMED} more are registered, no part of the mesh, and without an agent that reports",
-            remedy="kgctl status -o json lists all; who may write node records?",
+            text=f"{idle - MOST_NAMED} more nodes are registered, but are no part of the mesh, and their agents do not "
+                 "report",
+            remedy="kgctl status -o json lists all; find out who may write node records",
         )  # fmt: skip
     for remark in found.disagreements:
         yield Finding(severity=Severity.WARNING, subject=remark.subject, text=remark.text)
@@ -273,8 +274,8 @@ def _records(found: Report, told: Collection[Remark] = ()) -> Iterator[Finding]:
         )  # fmt: skip
     if (more := len(found.rejected) - MOST_NAMED) > 0:
         yield Finding(
-            severity=Severity.ERROR, subject="records", text=f"{more} more are rejected",
-            remedy="kgctl status -o json lists all under rejected; who writes them?",
+            severity=Severity.ERROR, subject="records", text=f"{more} more records are rejected",
+            remedy="kgctl status -o json lists all under rejected; find out who writes them",
         )  # fmt: skip
     for remark in (one for one in found.problems if one not in told):
         yield Finding(severity=Severity.WARNING, subject=remark.subject, text=remark.text)
@@ -298,7 +299,7 @@ def _unrouted(examined: Examined) -> Iterator[Finding]:
             yield Finding(severity=severity, subject=remark.subject, text=f"{unrouted_sentence(remark)}{exempts}")
         if (more := len(unrouted) - MOST_NAMED) > 0:
             yield Finding(
-                severity=severity, subject="internal-ips", text=f"{more} more are not routed",
+                severity=severity, subject="internal-ips", text=f"{more} more internal IPs are not routed",
                 remedy="kgctl status -o json lists all under unrouted",
             )  # fmt: skip
 
@@ -331,7 +332,7 @@ def _hosts(examined: Examined) -> Iterator[Finding]:
     live, topology = examined.live, examined.topology
     if live.refused:
         yield Finding(
-            severity=Severity.WARNING, subject="hosts", text=f"they could not be asked: {live.refused}",
+            severity=Severity.WARNING, subject="hosts", text=f"their agents could not be asked: {live.refused}",
             remedy="let this user write below /kilo-status/, or look on the hosts: wg show, journalctl -u kilo-etcd",
         )  # fmt: skip
     for name in live.silent:
@@ -354,13 +355,13 @@ def _hosts(examined: Examined) -> Iterator[Finding]:
             yield Finding(
                 severity=Severity.WARNING, subject=name,
                 text=f"its kernel was {differs(answer)}",
-                remedy="the agent repairs what it can, now; if it comes back: journalctl -u kilo-etcd there",
+                remedy="the agent repairs it; if it happens again: journalctl -u kilo-etcd there names the change",
             )  # fmt: skip
         if _may_lead(topology, name):
             for text in answer.possible_obstacles:
                 yield Finding(
                     severity=Severity.WARNING, subject=name,
-                    text=f"it is a candidate, and if it led nothing would get through: {text}",
+                    text=f"it is a candidate for leader, and would forward nothing if it led: {text}",
                 )  # fmt: skip
     if slow := [name for name, answer in sorted(live.answers.items()) if answer.backend == "userspace"]:
         yield Finding(
@@ -370,10 +371,11 @@ def _hosts(examined: Examined) -> Iterator[Finding]:
         )  # fmt: skip
     mtus = Counter(live.answers[name].mtu for name in live.answers if live.answers[name].mtu)
     if len(mtus) > 1:
-        listed = ", ".join(f"{mtu} on {number}" for mtu, number in sorted(mtus.items()))
+        hosts = {mtu: f"{number} host{'' if number == 1 else 's'}" for mtu, number in mtus.items()}
+        listed = ", ".join(f"{mtu} bytes on {hosts[mtu]}" for mtu in sorted(mtus))
         yield Finding(
             severity=Severity.NOTE, subject="tunnels", text=f"their MTUs differ: {listed}",
-            remedy="where large packets are lost, give the smallest to all with --mtu",
+            remedy="it does no harm unless large packets are lost; if so, set the smallest on all: --mtu (KILO_MTU)",
         )  # fmt: skip
 
 
@@ -390,8 +392,8 @@ def _packets(examined: Examined, known: Silence) -> Iterator[Finding]:
     if lost := sorted({*lost_across(topology, live, unsettled), *((pair.one, pair.other) for pair in early)}):
         yield Finding(
             severity=Severity.WARNING, subject="packets",
-            text=f"it is too early to tell why some do not arrive, between {some(f'{a} and {b}' for a, b in lost)}: "
-                 "the agents have just begun to ask each other",
+            text=f"some are lost between {some(f'{a} and {b}' for a, b in lost)}, and it is too early to tell why: the "
+                 "agents have just begun to ask each other",
             remedy="ask again in ten seconds: kgctl check",
         )  # fmt: skip
     ends = [frozenset((pair.one, pair.other)) for pair in down]
@@ -422,13 +424,13 @@ def _untried(examined: Examined) -> Iterator[Finding]:
     if unable:
         yield Finding(
             severity=Severity.NOTE, subject="packets",
-            text=f"{some(sorted(unable))} cannot ping, so that they were not tried from there",
-            remedy="the error of each says what to set on the host",
+            text=f"{some(sorted(unable))} cannot ping, so it is not known whether packets from there arrive",
+            remedy="the error of each host says what to set there",
         )  # fmt: skip
     if others := without - unable:
         yield Finding(
-            severity=Severity.NOTE, subject="packets", text=f"they were not tried by {some(sorted(others))}",
-            remedy="agents of an older version do not try; upgrade them when it suits",
+            severity=Severity.NOTE, subject="packets", text=f"{some(sorted(others))} sent no echo requests",
+            remedy="agents of older versions send none when they are asked; upgrade them when it suits",
         )  # fmt: skip
 
 

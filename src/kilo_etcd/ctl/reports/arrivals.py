@@ -322,7 +322,7 @@ def _by_leader(
         both = pair in alone and pair[::-1] in alone
         yield Loss(
             subject=f"{one} - {other}",
-            text=f"{one} does not reach {other}{' nor the other way round' if both else ''}",
+            text=f"{one} and {other} do not reach each other" if both else f"{one} does not reach {other}",
             remedy=f"kgctl explain {one} {other} --live; a firewall on the way, or on one of the two",
         )  # fmt: skip
     if more := each[PAIRS:]:

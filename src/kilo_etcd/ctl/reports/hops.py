@@ -188,7 +188,7 @@ def suspicions(
 ) -> Iterator[tuple[str, str]]:
     """What the kernels of the hosts on the way lack for the traces: (name, sentence)."""
     if live.refused:
-        yield "-", f"the hosts could not be asked: {live.refused}"
+        yield "-", f"the agents could not be asked: {live.refused}"
         return
     for name in live.silent:
         yield name, "its agent lives, but has not answered in time"

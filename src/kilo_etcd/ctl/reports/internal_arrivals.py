@@ -150,8 +150,8 @@ _DOES = {
     InternalRole.RECEIVES: "no echo request to its internal IP {own} is answered (tried by {far})",
     InternalRole.SENDS: "no echo request that it sends to the internal IPs of {far} is answered",
     InternalRole.ENDS: "no echo request between its internal IP and those of {far} is answered",
-    InternalRole.FORWARDS: "it leads its location, and no echo request to internal IPs arrives through it, as from "
-    "{first}",
+    InternalRole.FORWARDS: "it leads its location, and no echo request to internal IPs arrives through it, for "
+    "instance from {first}",
 }
 
 
@@ -163,7 +163,7 @@ def _at(topology: Topology, live: Live, name: str, role: InternalRole, pairs: li
     hosts = list(dict.fromkeys((name, end_of(topology, name))))
     text = _DOES[role].format(own=some(own), far=some(far), first=f"{one} to {other}")
     return Loss(
-        subject=name, text=f"{text}, although those to mesh addresses are",
+        subject=name, text=f"{text}, although echo requests to mesh addresses are answered",
         remedy=_remedy(topology, live, hosts, one, asked.lost[one, other][0]),
     )  # fmt: skip
 
@@ -173,12 +173,14 @@ def _by_pairs(topology: Topology, live: Live, pairs: list[_Pair], asked: _Asked)
     for pair in each[:PAIRS]:
         one, other = pair if pair in asked.lost else pair[::-1]
         address = asked.lost[one, other][0]
-        both = " nor the other way round" if pair[::-1] in asked.lost and pair in asked.lost else ""
         on_the_way = list(dict.fromkeys(name for _, name in _places(topology, one, other)))
         yield Loss(
             subject=f"{one} - {other}",
-            text=f"{one} does not reach {other} at its internal IP {address}{both}, although it does at "
-                 "the mesh address",
+            text=f"{one} and {other} do not reach each other at internal IPs ({address} for instance), although they "
+                 "do at mesh addresses"
+                 if pair in asked.lost and pair[::-1] in asked.lost
+                 else f"{one} does not reach {other} at its internal IP {address}, although it does at the mesh "
+                 "address",
             remedy=_remedy(topology, live, on_the_way, one, address),
         )  # fmt: skip
     if more := each[PAIRS:]:
@@ -199,7 +201,7 @@ def _past_the_tunnels(
     for exemption in exemptions(answer.clear):
         network = exemption.network
         if exemption.protocol == "icmp" and any(ip.version == network.version and ip in network for ip in far):
-            yield f"its --clear {exemption} has them travel in clear, where there may be no way"
+            yield f"its --clear {exemption} has these packets travel outside the tunnels, where there may be no path"
 
 
 def _remedy(topology: Topology, live: Live, hosts: Iterable[str], source: str, address: str) -> str:

@@ -172,9 +172,11 @@ def edge_states(topology: Topology, live: Live) -> dict[Edge, EdgeState]:
 
 
 def differs(answer: DiagnosticsResponse) -> str:
-    """How a kernel differs from the plan, as `3 changes away from the plan, the first: ip route add ...`."""
-    first = f", the first: {answer.changes[0]}" if answer.changes else ""
-    return f"{answer.undone} change{'' if answer.undone == 1 else 's'} away from the plan{first}"
+    """How a kernel differs from the plan, as `not as planned: 3 changes are missing, the first: ip route add ...`."""
+    missing = "1 change is missing" if answer.undone == 1 else f"{answer.undone} changes are missing"
+    which = ": " if answer.undone == 1 else ", the first: "
+    first = f"{which}{answer.changes[0]}" if answer.changes else ""
+    return f"not as planned: {missing}{first}"
 
 
 def ago(seconds: int | None) -> str:

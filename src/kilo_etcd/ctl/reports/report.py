@@ -574,5 +574,5 @@ def contradictions(name: str, status: StatusRecord, topology: Topology) -> list[
         segment = topology.segment_of(name)
         if len(segment.members) > 1 and status.leader != segment.leader.name:
             takes = f"takes {status.leader} for its leader" if status.leader else "sees no leader"
-            result.append(f"it {takes}, where etcd says {segment.leader.name}")
+            result.append(f"it {takes}, but by etcd's records {segment.leader.name} leads")
     return result
