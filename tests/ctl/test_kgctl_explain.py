@@ -317,7 +317,7 @@ OWN = "sends it by its own routing table"
         ("gcp-1", "10.1.0.2", 0, f"gcp-1 {OWN}, in clear: it is the internal IP of gcp-2 at the same location"),
         ("gcp-1", "10.1.0.77", 0, f"gcp-1 {OWN}, in clear: it is on its location's network"),
         ("gcp-2", "10.2.0.5", 0,
-         f"gcp-2 {OWN}, in clear; whether it arrives the mesh does not know: it is the internal IP of home-2, and the "
+         f"gcp-2 {OWN}, in clear; the mesh does not know whether it arrives: it is the internal IP of home-2, and the "
          "mesh carries no internal IPs (kgctl mesh set internal-ips routed); home-2 is reached at its mesh address "
          "10.4.0.5"),
         ("home-2", "172.20.0.9", 0, f"home-2 {OWN}: it is in a network behind home-2"),

@@ -459,9 +459,9 @@ def test_explain_says_that_packets_arrive_only_if_they_were_seen_to(mesh: Mesh) 
     assert (result.exit_code, result.output.splitlines()[-1][-20:]) == (0, " and packets arrive.")
     mesh.says["gcp-1"] = DiagnosticsResponse(time=now(), tunnels=(mesh.tunnel("home-1", 3), mesh.tunnel("laptop", 3)))
     result = mesh.run("explain", "gcp-2", "laptop", "--live")
-    assert (result.exit_code, result.output.splitlines()[-1][-47:]) == (
+    assert (result.exit_code, result.output.splitlines()[-1].partition(";")[2]) == (
         0,
-        " whether packets arrive was not tried by gcp-2.",
+        " gcp-2 did not try whether packets arrive.",
     )
     mesh.says["gcp-1"] = DiagnosticsResponse(time=now(), tunnels=(mesh.tunnel("home-1", 3), mesh.tunnel("laptop", -1)))
     result = mesh.run("explain", "gcp-2", "laptop", "--live")
@@ -496,6 +496,5 @@ def test_agents_that_do_not_know_how_to_try_are_named_and_nothing_is_claimed_of_
     del mesh.says["gcp-2"]
     said = mesh.run("explain", "gcp-2", "10.4.0.5", "--live").output.splitlines()[-1]
     assert (
-        said
-        == "The kernels of the hosts on the way hold what they should; whether packets arrive was not tried by gcp-2."
+        said == "The kernels of the hosts on the way hold what they should; gcp-2 did not try whether packets arrive."
     )

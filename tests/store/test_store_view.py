@@ -326,7 +326,7 @@ def test_of_two_nodes_with_one_key_the_older_record_keeps_it() -> None:
     assert world.aside == {
         "/kilo/nodes/a": "its public key is that of node b, whose record is older: b keeps it; give this host a key of "
         "its own (stop the agent, remove its key file, start it), or, if b should not be in the mesh, stop its agent "
-        "and say kgctl node forget b"
+        "and run kgctl node forget b"
     }
     # Written again, the record is as old as before.
     world.node("b", subnets="172.16.0.0/16")

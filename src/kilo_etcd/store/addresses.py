@@ -245,13 +245,13 @@ class AddressIndex:
             return (
                 f"{what} and names {claim.claimant}, but the record of node {holder} stated the address before: "
                 f"{holder} keeps it, and its agent restores the claim; to have the address free, stop that agent and "
-                f"say kgctl node forget {holder}"
+                f"run kgctl node forget {holder}"
             )
         if stating:
             return (
                 f"{what} and names {claim.claimant}, and the records of {_listed(stating)} state the address: nobody "
                 "has it until its owner's agent has restored the claim, or, if it stays so, until the node that should "
-                "not have it is gone: stop its agent and say kgctl node forget NODE"
+                "not have it is gone: stop its agent and run kgctl node forget NODE"
             )
         if claim.claimant.startswith("peer/"):
             return None  # A peer that connects again writes its claim again.

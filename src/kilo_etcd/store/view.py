@@ -326,7 +326,7 @@ class View:
             text = (
                 f"its public key is that of node {keeper}, whose record is older: {keeper} keeps it; give this host a "
                 f"key of its own (stop the agent, remove its key file, start it), or, if {keeper} should not be in the "
-                f"mesh, stop its agent and say kgctl node forget {keeper}"
+                f"mesh, stop its agent and run kgctl node forget {keeper}"
             )
             notes.append(RejectedRecord(self._keys.node(name), text, name))
         notes += (RejectedRecord(self._keys.node(name), text, name) for text in self._addresses.wrong_statements(name))

@@ -119,7 +119,7 @@ def _print(explanation: Explanation, source: str, snapshot: Snapshot) -> None:
         click.echo()
     for title, remarks in (
         ("Hosts on the way", explanation.remarks),
-        ("What their kernels say against it", explanation.live),
+        ("What is wrong on the hosts on the way", explanation.live),
     ):
         if remarks:
             show([Table(title, ("NODE", "REMARK"), tuple((clean(n), clean(t)) for n, t in remarks))])
@@ -128,7 +128,7 @@ def _print(explanation: Explanation, source: str, snapshot: Snapshot) -> None:
             click.echo("Nothing was sent: with --live the hosts on the way try it.")
     elif not explanation.live and explanation.works:
         tried = any(trace.answered for trace in explanation.traces)
-        arrive = ", and packets arrive" if tried else f"; whether packets arrive was not tried by {source}"
+        arrive = ", and packets arrive" if tried else f"; {source} did not try whether packets arrive"
         click.echo(f"The kernels of the hosts on the way hold what they should{arrive}.")
 
 

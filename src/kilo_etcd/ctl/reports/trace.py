@@ -425,7 +425,7 @@ def _by_own_table(topology: Topology, node: Node, destination: IPAddress) -> tup
     if owner is not None and topology.internal_ips is InternalIPs.OFF:
         # Routers of a site may connect its networks, and the mesh knows nothing of them.
         return (
-            f"{table}, in clear; whether it arrives the mesh does not know: it is the internal IP of {owner.name}, and "
+            f"{table}, in clear; the mesh does not know whether it arrives: it is the internal IP of {owner.name}, and "
             f"{why_not_routed(topology, destination, owner, node)}; {_named_at(owners, destination.version)}"
         ), ""
     if owner is not None:
