@@ -266,7 +266,8 @@ async def test_internal_ips_that_the_plan_has_a_route_to_are_tried_from_its_sour
     answerer2 = world.answerer(encrypted, build_topology(Snapshot(revision=1, nodes=nodes)))
     assert (await answerer2.answer(DiagnosticsRequest(tries=4))).reached == ("10.2.0.2",)
     other = Route(destination=ip_network("10.2.0.2/32"), device="eth0", gateway=ip_address("10.1.0.254"), table=99)
-    world.host.taken = lambda address, source: other
+    ours = world.host.taken
+    world.host.taken = lambda address, source: other if address == internal else ours(address, source)
     (taken,) = (await answerer.answer(DiagnosticsRequest(tries=4))).routes
     assert taken == TakenRoute("10.2.0.2", "10.1.0.1", "10.2.0.2 via 10.1.0.254 dev eth0 table 99", True)
     # Unless the plan changes meanwhile, as in a handover: the kernel's choice may be that of the new plan.

@@ -20,8 +20,9 @@ from attrs import asdict, field, frozen
 from kilo_etcd.base.quoting import first_of
 from kilo_etcd.ctl.context import Mesh
 from kilo_etcd.ctl.output import output_option
-from kilo_etcd.ctl.reports.arrivals import SHOWN, TRIES, losses, lost_across, narrow, reached_by, some
+from kilo_etcd.ctl.reports.arrivals import SHOWN, TRIES, end_of, losses, lost_across, narrow, reached_by, some
 from kilo_etcd.ctl.reports.causes import Silence, causes, silence
+from kilo_etcd.ctl.reports.evidence import Evidence, evidence, shown
 from kilo_etcd.ctl.reports.exemptions import exemptions
 from kilo_etcd.ctl.reports.internal_arrivals import internal_losses
 from kilo_etcd.ctl.reports.live import Live, Pair, differs, gather, pairs, tunnels
@@ -112,18 +113,20 @@ def findings(examined: Examined) -> tuple[Finding, ...]:
     """The findings, the worst first."""
     order = list(Severity)
     known = silence(examined.topology, examined.statuses, examined.live)
-    packets = tuple(_packets(examined, known))
+    dead = {row.name for row in examined.report.nodes if not row.alive}
+    places = evidence(examined.topology, examined.statuses, examined.live, dead)
+    packets = tuple(_packets(examined, known, places))
     wrong = [one for one in packets if one.severity is Severity.ERROR]
     # If an error names a leader already, the probers' report of that leader would only repeat it.
     reported = unreached_through(examined.topology)
     told = [remark for remark in reported if any(_names(one, remark.about) for one in wrong)]
     every = (
         *_etcd(examined.members),
-        *_agents(examined.report, known, reached_by(examined.topology, examined.live)),
+        *_agents(examined.report, known, reached_by(examined.topology, examined.live), places),
         *_mode(examined.report),
         *_records(examined.report, frozenset(told)),
         *_unrouted(examined),
-        *_hosts(examined),
+        *_hosts(examined, places),
         *packets,
     )
     return tuple(sorted(dict.fromkeys(every), key=lambda f: (order.index(f.severity), f.subject, f.text)))
@@ -167,7 +170,10 @@ def _etcd(members: tuple[MemberState, ...]) -> Iterator[Finding]:
 
 
 def _agents(
-    found: Report, known: Silence | None = None, reached: Mapping[str, Sequence[str]] | None = None
+    found: Report,
+    known: Silence | None = None,
+    reached: Mapping[str, Sequence[str]] | None = None,
+    places: Evidence | None = None,
 ) -> Iterator[Finding]:
     """`reached`: node -> the hosts whose echo requests it answers."""
     if not found.nodes:
@@ -202,9 +208,13 @@ def _agents(
                            f"forget {row.name})",
                 )  # fmt: skip
                 continue
+            tried = () if places is None or row.name not in places.gone else places.unresponsive[row.name]
+            leads = bool(tried) and places is not None and end_of(places.topology, row.name) == row.name
             yield Finding(
-                severity=Severity.WARNING, subject=row.name,
-                text="its agent does not report; its place in the mesh is kept",
+                severity=Severity.ERROR if leads else Severity.WARNING, subject=row.name,
+                text=f"its agent does not report, and it leads its location, through which nothing arrives (tried by "
+                     f"{first_of(tried, SHOWN)})" if leads
+                     else "its agent does not report; its place in the mesh is kept",
                 remedy=f"is the host up? systemctl status kilo-etcd there; gone for good: kgctl node forget {row.name}",
             )  # fmt: skip
     if idle > MOST_NAMED:
@@ -307,21 +317,27 @@ def _covers(network: IPNetwork, other: IPNetwork) -> bool:
     return network.version == other.version and other.subnet_of(network)  # type: ignore[arg-type]
 
 
-def _hosts(examined: Examined) -> Iterator[Finding]:
+def _hosts(examined: Examined, places: Evidence) -> Iterator[Finding]:
     live, topology = examined.live, examined.topology
     if live.refused:
         yield Finding(
             severity=Severity.WARNING, subject="hosts", text=f"they could not be asked: {live.refused}",
             remedy="let this user write below /kilo-status/, or look on the hosts: wg show, journalctl -u kilo-etcd",
         )  # fmt: skip
+    alive = {row.name for row in examined.report.nodes if row.alive}
     for name in live.silent:
+        tried = places.unresponsive.get(name)
+        if tried and name not in alive:
+            continue  # `_agents` says that.
         yield Finding(
-            severity=Severity.WARNING,
-            subject=name,
-            text="its agent lives, but has not answered in time",
-            remedy="systemctl status kilo-etcd there; an agent of an older version does not answer diagnostics "
-            "requests",
-        )
+            severity=Severity.ERROR if tried else Severity.WARNING, subject=name,
+            text=f"its agent has not answered in time, and its host answers no echo request of "
+                 f"{first_of(tried, SHOWN)}" if tried else "its agent lives, but has not answered in time",
+            remedy="is the host up, with its default route (ip route), and its WireGuard running? systemctl status "
+                   "kilo-etcd there" if tried
+                   else "systemctl status kilo-etcd there; an agent of an older version does not answer diagnostics "
+                        "requests",
+        )  # fmt: skip
     for name, off in live.clocks.items():
         if abs(off) > CLOCK_SECONDS:
             yield Finding(
@@ -359,13 +375,18 @@ def _hosts(examined: Examined) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def _packets(examined: Examined, known: Silence) -> Iterator[Finding]:
+def _packets(examined: Examined, known: Silence, places: Evidence) -> Iterator[Finding]:
     """Tunnels and packets, and members that do not answer each other: each cause once."""
     live, topology = examined.live, examined.topology
     missing = missing_in(error for status in examined.statuses.values() for error in status.errors)
     for cause in causes(topology, known, missing):
         yield Finding(severity=Severity.ERROR, subject=cause.subject, text=cause.text, remedy=cause.remedy)
-    down = [pair for pair in pairs(topology, tunnels(topology, live)) if pair.up is False]
+    for loss in shown(places, missing):
+        yield Finding(severity=Severity.ERROR, subject=loss.subject, text=loss.text, remedy=loss.remedy)
+    down = [
+        pair for pair in pairs(topology, tunnels(topology, live))
+        if pair.up is False and not places.explains_tunnel(pair.one, pair.other)
+    ]  # fmt: skip
     early = {pair for pair in down if pair.handshake is None and known.young & {pair.one, pair.other}}
     yield from (_tunnel(topology, pair) for pair in down if pair not in early)
     unsettled = known.undecided | {frozenset((pair.one, pair.other)) for pair in early}
@@ -377,13 +398,16 @@ def _packets(examined: Examined, known: Silence) -> Iterator[Finding]:
             remedy="ask again in ten seconds: kgctl check",
         )  # fmt: skip
     ends = [frozenset((pair.one, pair.other)) for pair in down]
-    for loss in losses(topology, live, ends, apart={*known.apart, *unsettled}, queries_answered=known.queries_answered):
+    apart = {*known.apart, *unsettled}
+    for loss in losses(
+        topology, live, ends, apart=apart, queries_answered=known.queries_answered, explained=places.explains
+    ):  # fmt: skip
         yield Finding(
             severity=Severity.WARNING if loss.filtered else Severity.ERROR, subject=loss.subject, text=loss.text,
             remedy=loss.remedy,
         )  # fmt: skip
     refused = partial(echo_refused, Plans(topology, examined.statuses))
-    for loss in internal_losses(topology, live, {*known.apart, *unsettled}, missing=missing, refused=refused):
+    for loss in internal_losses(topology, live, places, apart, missing=missing, refused=refused):
         yield Finding(severity=Severity.ERROR, subject=loss.subject, text=loss.text, remedy=loss.remedy)
     for loss in narrow(topology, live):
         yield Finding(severity=Severity.WARNING, subject=loss.subject, text=loss.text, remedy=loss.remedy)

@@ -10,7 +10,7 @@ session explains is left to whoever says that.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from ipaddress import ip_address
 
 from attrs import evolve, frozen
@@ -75,16 +75,21 @@ def losses(
     *,
     apart: Collection[frozenset[str]] = (),
     queries_answered: bool = False,
+    explained: Callable[[str, str], bool] = lambda one, other: False,
 ) -> tuple[Loss, ...]:
     """The losses that no other finding explains.
 
     `down`: pairs of leaders whose tunnel is known to have no session; `apart`: pairs of members of a location that are
     known not to reach each other; `queries_answered`: members of a location answer each other's peer queries.
+    `explained`: whether packets from one host to another are known to be lost at a place that is named elsewhere.
     """
     tried = _tried(topology, live)
-    if apart:
-        bad = {pair: versions for pair, versions in tried.bad.items() if not across(topology, *pair, apart)}
-        tried = evolve(tried, bad=bad)
+    bad = {
+        pair: versions
+        for pair, versions in tried.bad.items()
+        if not across(topology, *pair, apart) and not explained(*pair)
+    }
+    tried = evolve(tried, bad=bad)
     if not tried.bad:
         return ()
     sessions = [pair for pair in pairs(topology, tunnels(topology, live)) if pair.up]
