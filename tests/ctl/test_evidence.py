@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from attrs import evolve
 from test_arrivals import PLACES, Lost, asked, mesh, with_sessions
 
 from kilo_etcd.ctl.commands.check import Examined, Finding, Severity, findings
 from kilo_etcd.ctl.reports.arrivals import losses
+from kilo_etcd.ctl.reports.causes import Kind
 from kilo_etcd.ctl.reports.evidence import evidence
 from kilo_etcd.ctl.reports.live import Live
 from kilo_etcd.ctl.reports.report import report
@@ -41,7 +44,7 @@ def world(lost: Lost, answering: set[str] | None = None) -> tuple[Topology, Live
     )
 
 
-def with_answer(live: Live, name: str, **more: object) -> Live:
+def with_answer(live: Live, name: str, **more: Any) -> Live:
     return evolve(live, answers={**live.answers, name: evolve(live.answers[name], **more)})
 
 
@@ -80,6 +83,15 @@ def test_a_route_on_a_leader_explains_what_it_forwards_and_what_is_answered() ->
     assert "c1" not in {one.subject for one in told(topology, live)}
     elsewhere = told(topology, with_answer(live, "c1", routes=(taken,)))
     assert {one.subject for one in elsewhere} == {"c1", *(one.subject for one in told(topology, live))}
+
+
+def test_a_route_on_a_member_explains_why_it_hears_nothing_of_another_member() -> None:
+    topology, live = world(lambda one, other: False)
+    there = str(topology.snapshot.nodes["a1"].internal_ips[0].ip)
+    routes = (TakenRoute(there, "", REFUSED, True),)
+    known = evidence(topology, {}, with_answer(live, "a2", routes=routes))
+    pairs = {frozenset({"a1", "a2"}): Kind.NO_LONGER, frozenset({"a1", "a3"}): Kind.NO_LONGER}
+    assert known.unexplained(pairs) == {frozenset({"a1", "a3"}): Kind.NO_LONGER}
 
 
 def test_endpoints_without_a_route_are_named_once_and_no_tunnel_besides() -> None:
@@ -150,6 +162,9 @@ def test_what_is_sent_and_does_not_arrive_is_a_blocked_port_and_not_the_tunnels_
     # An end that sends nothing, for a reason of its own, says nothing of the way.
     quiet = with_answer(with_answer(counted, "a1", unsent_peers=("c1",)), "b1", unsent_peers=("c1",))
     assert evidence(topology, {}, quiet).blocked == {}
+    # If it is an end of all that is lost, that is where to look: what WireGuard sends or what goes to it is dropped.
+    (one,) = told(topology, with_answer(live, "c1", unsent_peers=("a1", "b1")))
+    assert one.remedy.startswith("look there for what drops UDP 51820 (--port) that goes out")
     # Nothing was lost: another moment was counted.
     topology, live = world(lambda one, other: False)
     assert told(topology, with_answer(live, "c1", unanswered_peers=("a1", "b1"))) == []

@@ -15,12 +15,22 @@ from enum import StrEnum
 from functools import partial
 
 import click
-from attrs import asdict, field, frozen
+from attrs import asdict, evolve, field, frozen
 
 from kilo_etcd.base.quoting import first_of
 from kilo_etcd.ctl.context import Mesh
 from kilo_etcd.ctl.output import output_option
-from kilo_etcd.ctl.reports.arrivals import SHOWN, TRIES, end_of, losses, lost_across, narrow, reached_by, some
+from kilo_etcd.ctl.reports.arrivals import (
+    SHOWN,
+    TRIES,
+    end_of,
+    losses,
+    lost_across,
+    lost_pairs,
+    narrow,
+    reached_by,
+    some,
+)
 from kilo_etcd.ctl.reports.causes import Silence, causes, silence
 from kilo_etcd.ctl.reports.evidence import Evidence, evidence, shown
 from kilo_etcd.ctl.reports.exemptions import exemptions
@@ -107,6 +117,8 @@ class Examined:
     topology: Topology
     statuses: Mapping[str, StatusRecord] = field(factory=dict)
     live: Live = field(factory=Live)
+    led_anew: frozenset[str] = frozenset()
+    """Nodes that have another leader than before the agents were asked: by whom their packets went is not known."""
 
 
 def findings(examined: Examined) -> tuple[Finding, ...]:
@@ -215,7 +227,8 @@ def _agents(
                 text=f"its agent does not report, and it leads its location, through which nothing arrives (tried by "
                      f"{first_of(tried, SHOWN)})" if leads
                      else "its agent does not report; its place in the mesh is kept",
-                remedy=f"is the host up? systemctl status kilo-etcd there; gone for good: kgctl node forget {row.name}",
+                remedy="is the host up? has it a default route and a way to etcd (ip route)? systemctl status "
+                       f"kilo-etcd there; gone for good: kgctl node forget {row.name}",
             )  # fmt: skip
     if idle > MOST_NAMED:
         yield Finding(
@@ -327,7 +340,7 @@ def _hosts(examined: Examined, places: Evidence) -> Iterator[Finding]:
     alive = {row.name for row in examined.report.nodes if row.alive}
     for name in live.silent:
         tried = places.unresponsive.get(name)
-        if tried and name not in alive:
+        if name in places.stopped or (tried and name not in alive):
             continue  # `_agents` says that.
         yield Finding(
             severity=Severity.ERROR if tried else Severity.WARNING, subject=name,
@@ -379,17 +392,26 @@ def _packets(examined: Examined, known: Silence, places: Evidence) -> Iterator[F
     """Tunnels and packets, and members that do not answer each other: each cause once."""
     live, topology = examined.live, examined.topology
     missing = missing_in(error for status in examined.statuses.values() for error in status.errors)
-    for cause in causes(topology, known, missing):
+    for cause in causes(topology, evolve(known, apart=places.unexplained(known.apart)), missing):
         yield Finding(severity=Severity.ERROR, subject=cause.subject, text=cause.text, remedy=cause.remedy)
     for loss in shown(places, missing):
         yield Finding(severity=Severity.ERROR, subject=loss.subject, text=loss.text, remedy=loss.remedy)
     down = [
         pair for pair in pairs(topology, tunnels(topology, live))
         if pair.up is False and not places.explains_tunnel(pair.one, pair.other)
+        and not {pair.one, pair.other} & examined.led_anew
     ]  # fmt: skip
     early = {pair for pair in down if pair.handshake is None and known.young & {pair.one, pair.other}}
     yield from (_tunnel(topology, pair) for pair in down if pair not in early)
     unsettled = known.undecided | {frozenset((pair.one, pair.other)) for pair in early}
+    moved = [f"{one} and {other}" for one, other in lost_pairs(topology, live) if {one, other} & examined.led_anew]
+    if moved:
+        yield Finding(
+            severity=Severity.WARNING, subject="packets",
+            text=f"it is too early to tell why some do not arrive, between {some(moved)}: "
+                 "their leader has just changed",
+            remedy="ask again in ten seconds: kgctl check",
+        )  # fmt: skip
     if lost := sorted({*lost_across(topology, live, unsettled), *((pair.one, pair.other) for pair in early)}):
         yield Finding(
             severity=Severity.WARNING, subject="packets",
@@ -400,7 +422,8 @@ def _packets(examined: Examined, known: Silence, places: Evidence) -> Iterator[F
     ends = [frozenset((pair.one, pair.other)) for pair in down]
     apart = {*known.apart, *unsettled}
     for loss in losses(
-        topology, live, ends, apart=apart, queries_answered=known.queries_answered, explained=places.explains
+        topology, live, ends, apart=apart, queries_answered=known.queries_answered,
+        explained=lambda one, other: bool({one, other} & examined.led_anew) or places.explains(one, other),
     ):  # fmt: skip
         yield Finding(
             severity=Severity.WARNING if loss.filtered else Severity.ERROR, subject=loss.subject, text=loss.text,
@@ -530,6 +553,7 @@ async def examine(client: Client, keys: Keys, endpoints: tuple[str, ...]) -> Exa
     """Ask etcd's members, etcd and the agents. EtcdError: etcd as a whole does not answer."""
     members = await _members(client, endpoints)
     living = await operator.statuses(client, keys)
+    before = build_topology((await operator.snapshot(client, keys))[0])
     live = await gather(client, keys, living.keys(), tries=TRIES)
     snapshot, view = await operator.snapshot(client, keys)
     # Last: what the agents have found out while they were asked explains what they have lost, and none is behind.
@@ -542,4 +566,9 @@ async def examine(client: Client, keys: Keys, endpoints: tuple[str, ...]) -> Exa
         topology=topology,
         statuses=statuses,
         live=live,
+        led_anew=frozenset(
+            name
+            for name in before.snapshot.nodes.keys() & snapshot.nodes.keys()
+            if end_of(before, name) != end_of(topology, name)
+        ),
     )

@@ -113,7 +113,11 @@ def losses(
         families = frozenset(version for one in askers for version in tried.bad[one, target])
         rest = {pair for pair in rest if pair[1] != target}
         own = target in tried.tried
-        found.append(_unreached(topology, target, askers, families, own=own, reaches=reaches, sessions=sessions))
+        answer = live.answers.get(target)
+        unsent = answer is not None and bool(answer.unsent_peers)
+        found.append(
+            _unreached(topology, target, askers, families, own=own, reaches=reaches, sessions=sessions, unsent=unsent)
+        )
     mute = {loss.subject for loss in found if not loss.filtered}
     # A host that is cut off reaches no other host either; one finding is enough.
     rest = {pair for pair in rest if pair[0] not in mute}
@@ -161,8 +165,12 @@ def lost_across(
 ) -> tuple[tuple[str, str], ...]:  # fmt: skip
     """The pairs of hosts between which packets were lost on a way that one of these pairs of adjacent hosts is part
     of."""
-    lost = {(min(pair), max(pair)) for pair in _tried(topology, live).bad if across(topology, *pair, pairs)}
-    return tuple(sorted(lost))
+    return tuple(pair for pair in lost_pairs(topology, live) if across(topology, *pair, pairs))
+
+
+def lost_pairs(topology: Topology, live: Live) -> tuple[tuple[str, str], ...]:
+    """The pairs of hosts between which packets were lost."""
+    return tuple(sorted({(min(pair), max(pair)) for pair in _tried(topology, live).bad}))
 
 
 def across(topology: Topology, one: str, other: str, pairs: Collection[frozenset[str]]) -> bool:
@@ -224,8 +232,10 @@ def _unreached(
     own: bool,
     reaches: bool,
     sessions: Collection[Pair],
+    unsent: bool = False,
 ) -> Loss:
-    """`own`: it has sent echo requests itself; `reaches`: one of them was answered."""
+    """`own`: it has sent echo requests itself; `reaches`: one of them was answered; `unsent`: its WireGuard receives
+    and does not send."""
     addresses = " and ".join(
         str(address) for address in topology.snapshot.nodes[target].mesh_addresses if address.version in families
     )
@@ -243,7 +253,10 @@ def _unreached(
     if far:
         return Loss(
             subject=target, text=f"{asked}{its_own}, although its tunnel to {far[0]} has a session",
-            remedy="look there for what drops packets that come in by kilo0 or go out by it: nft list ruleset, ip rule",
+            remedy="look there for what drops " + (
+                "UDP 51820 (--port) that goes out, or packets that go out by kilo0" if unsent
+                else "packets that come in by kilo0 or go out by it"
+            ) + ": nft list ruleset, ip rule",
         )  # fmt: skip
     return Loss(
         subject=target, text=f"{asked}{its_own}",

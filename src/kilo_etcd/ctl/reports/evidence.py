@@ -15,6 +15,7 @@ from itertools import pairwise
 from attrs import field, frozen
 
 from kilo_etcd.ctl.reports.arrivals import PAIRS, Loss, end_of, lost_across, reached_by, some
+from kilo_etcd.ctl.reports.causes import Kind
 from kilo_etcd.ctl.reports.live import Live, ago, pairs, tunnels
 from kilo_etcd.model import Node
 from kilo_etcd.store.records import StatusRecord
@@ -54,6 +55,18 @@ class Evidence:
         """Pairs of hosts between which WireGuard's packets are lost."""
         each = (*self.endpoints.items(), *self.blocked.items())
         return frozenset(frozenset((one, other)) for one, others in each for other in others)
+
+    def unexplained(self, apart: Mapping[_Hop, Kind]) -> dict[_Hop, Kind]:
+        """The pairs of members none of whose kernels takes another route to the other."""
+        return {pair: kind for pair, kind in apart.items() if not self._astray(*pair) and not self.stopped & pair}
+
+    def _astray(self, one: str, other: str) -> bool:
+        nodes = self.topology.snapshot.nodes
+        return any(
+            address in self.routes.get(here, ())
+            for here, there in ((one, other), (other, one))
+            for address in (*_mesh(nodes[there]), *(str(ip.ip) for ip in nodes[there].internal_ips))
+        )
 
     def explains_tunnel(self, one: str, other: str) -> bool:
         """Whether it is known why the tunnel between two hosts has no session."""
@@ -159,7 +172,8 @@ def _blocked(topology: Topology, live: Live) -> dict[str, dict[str, int | None]]
     """By what both ends of a tunnel have counted while echo requests went through it and were lost."""
     nodes = topology.snapshot.nodes
     result: dict[str, dict[str, int | None]] = {}
-    for pair in pairs(topology, tunnels(topology, live)):
+    # A tunnel without a session has an error of its own.
+    for pair in filter(lambda pair: pair.up, pairs(topology, tunnels(topology, live))):
         for here, far in ((pair.one, pair.other), (pair.other, pair.one)):
             at, sender = live.answers.get(here), live.answers.get(far)
             if at is None or sender is None or nodes[far].public_key not in at.unanswered_peers:
