@@ -220,7 +220,7 @@ def faults(mesh: dict[str, str], lan: dict[str, str], etcd: str) -> list[Fault]:
               (run(LONE, f"ip route add blackhole {mesh['gcp-2']}/32"),
                run(LONE, f"ip route del blackhole {mesh['gcp-2']}/32")), LONE, named="lone-1"),
         fault("a member drops what is for a leader of another location", rule("gcp-2", mesh[LONE]), LONE,
-              named=f"gcp-2.*{re.escape(mesh[LONE])}.*ip rule del", blames=LEADS),
+              named=f"gcp-2.*{re.escape(mesh[LONE])}.*rule del", blames=LEADS),
         fault("a member drops what is for its leader", rule("gcp-2", mesh["gcp-1"]), "gcp-2",
               named=f"gcp-2.*{re.escape(mesh['gcp-1'])}.*rule|gcp-1.*{re.escape(mesh['gcp-2'])}.*rule", blames=LEADS),
         fault("a host loses its default route", no_default_route(LONE, etcd), LONE,

@@ -19,9 +19,10 @@ from attrs import define, field, frozen
 
 from kilo_etcd import etcd, kernel
 from kilo_etcd.agent.probing.ping_targets import addresses_to_try, nodes_to_try
+from kilo_etcd.agent.probing.taken_routes import taken_directly, taken_route, with_rule
 from kilo_etcd.kernel.echo import EchoRequests
-from kilo_etcd.kernel.routing.rules import ForeignRule, deciding_rule
-from kilo_etcd.kernel.state import MAIN_TABLE, Observed, ObservedPeer
+from kilo_etcd.kernel.routing.rules import ForeignRule
+from kilo_etcd.kernel.state import Observed, ObservedPeer
 from kilo_etcd.model import SESSION_SECONDS, IPAddress
 from kilo_etcd.model.hostplan import HostPlan, PeerPlan
 from kilo_etcd.planning.reach import targets
@@ -226,13 +227,13 @@ class DiagnosticsServer:
         rules: tuple[ForeignRule, ...] | None = None
         for address, answer in taken.items():
             if address in members:
-                route = _taken_directly(address, answer, observed)
+                route = taken_directly(address, answer, observed.policy.tables)
             else:
                 route = taken_route(address, wanted[address], answer, observed)
             if route.foreign and rules is None:
                 rules = await self._kernel.foreign_rules()
             if address in internal or (route.foreign and host_network(address) not in plan.refused):
-                found.append(_explained(route, address, answer, rules or ()))
+                found.append(with_rule(route, address, answer, rules or ()))
         return found
 
     async def _routes_to_endpoints(self, plan: HostPlan, observed: Observed) -> list[TakenRoute]:
@@ -284,56 +285,6 @@ class _PingResults:
                 sent, received = peer.tx_bytes > former.tx_bytes, peer.rx_bytes > former.rx_bytes
                 if sent != received:
                     (self.unanswered_peers if sent else self.unsent_peers).append(key)
-
-
-def taken_route(
-    address: IPAddress, source: IPAddress | None, answer: kernel.Route | str, observed: Observed
-) -> TakenRoute:
-    """The kernel's choice for an address, compared with our own routes. It is another's only if ours is there: what
-    the kernel has refused is named as such."""
-    own = (
-        *observed.routes.values(),
-        *(route for table in observed.policy.tables.values() for route in table.routes.values()),
-    )
-    ours = [
-        (route.device, route.gateway)
-        for route in own
-        if route.destination.version == address.version and address in route.destination and route.device
-    ]
-    if isinstance(answer, str):
-        return TakenRoute(str(address), str(source or ""), f"none: {answer}", bool(ours))
-    foreign = bool(ours) and (answer.device, answer.gateway) not in ours
-    return TakenRoute(str(address), str(source or ""), _shown_route(address, answer), foreign)
-
-
-def _taken_directly(address: IPAddress, answer: kernel.Route | str, observed: Observed) -> TakenRoute:
-    """The kernel's choice for a member of the location, to which the host's own routes lead. It is another's if it is
-    refused, or in a table that is neither the main one nor ours."""
-    if isinstance(answer, str):
-        return TakenRoute(str(address), "", f"none: {answer}", True)
-    foreign = answer.table not in (MAIN_TABLE, *observed.policy.tables)
-    return TakenRoute(str(address), "", _shown_route(address, answer), foreign)
-
-
-def _explained(
-    route: TakenRoute, address: IPAddress, answer: kernel.Route | str, rules: Iterable[ForeignRule]
-) -> TakenRoute:
-    """The route, if it is not the agent's with the rule of another program that leads to it."""
-    if not route.foreign:
-        return route
-    rule = deciding_rule(rules, address, None if isinstance(answer, str) else answer.table)
-    return route if rule is None else route._replace(route=f"{route.route}, by {rule}")
-
-
-def _shown_route(address: IPAddress, route: kernel.Route) -> str:
-    """As `ip route get` shows it."""
-    words = [str(address)]
-    if route.gateway is not None:
-        words.append(f"via {route.gateway}")
-    words.append(f"dev {route.device}" if route.device else "local")
-    if route.table != MAIN_TABLE:
-        words.append(f"table {route.table}")
-    return " ".join(words)
 
 
 def tunnels(observed: Observed) -> tuple[Tunnel, ...]:
