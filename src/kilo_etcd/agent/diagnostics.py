@@ -227,6 +227,8 @@ class DiagnosticsServer:
         rules: tuple[ForeignRule, ...] | None = None
         for address, answer in taken.items():
             if address in members:
+                if not isinstance(answer, str):
+                    continue  # Whether it is another program's only matters if there is no answer.
                 route = taken_directly(address, answer, observed.policy.tables)
             else:
                 route = taken_route(address, wanted[address], answer, observed)

@@ -126,12 +126,13 @@ def _routes(
     endpoints: dict[str, dict[str, str]] = {}
     for name, answer in live.answers.items():
         foreign = {route.address: route.route for route in answer.routes if route.foreign and name in nodes}
+        # An endpoint is tried itself only if the mesh leads packets to it into the tunnels.
+        untried = foreign.keys() - {*answer.reached, *answer.unreached}
         far = {
             names[tunnel.public_key]: address
             for tunnel in answer.tunnels
-            if tunnel.public_key in names and (address := _host(tunnel.endpoint)) in foreign
+            if tunnel.public_key in names and (address := _host(tunnel.endpoint)) in untried
         }
-        # The agent looks at WireGuard's own packets; others to the same address have routes that are not the mesh's.
         own = {address: route for address, route in foreign.items() if address not in far.values()}
         if own:
             routes[name] = own
