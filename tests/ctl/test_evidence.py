@@ -49,7 +49,11 @@ def with_answer(live: Live, name: str, **more: Any) -> Live:
 
 
 def told(
-    topology: Topology, live: Live, dead: tuple[str, ...] = (), errors: dict[str, tuple[str, ...]] | None = None
+    topology: Topology,
+    live: Live,
+    dead: tuple[str, ...] = (),
+    errors: dict[str, tuple[str, ...]] | None = None,
+    led_anew: frozenset[str] = frozenset(),
 ) -> list[Finding]:
     statuses = {
         name: StatusRecord(public_key=name, revision=1, errors=(errors or {}).get(name, ()))
@@ -58,7 +62,9 @@ def told(
     }
     found = report(topology.snapshot, statuses, newest=1, topology=topology)
     live = evolve(live, silent=tuple(name for name in live.silent if name not in dead))
-    every = findings(Examined(members=(), report=found, topology=topology, statuses=statuses, live=live))
+    every = findings(
+        Examined(members=(), report=found, topology=topology, statuses=statuses, live=live, led_anew=led_anew)
+    )
     # The statuses say nothing of leaders.
     return [one for one in every if one.severity is not Severity.NOTE and "it sees no leader" not in one.text]
 
@@ -168,6 +174,15 @@ def test_what_is_sent_and_does_not_arrive_is_a_blocked_port_and_not_the_tunnels_
     # Nothing was lost: another moment was counted.
     topology, live = world(lambda one, other: False)
     assert told(topology, with_answer(live, "c1", unanswered_peers=("a1", "b1"))) == []
+
+
+def test_while_a_leader_changes_nobody_is_blamed_for_what_is_lost() -> None:
+    topology, live = world(pair("a2", "b2"))
+    assert {one.severity for one in told(topology, live)} == {Severity.ERROR}
+    (one,) = told(topology, live, led_anew=frozenset({"a1", "a2", "a3"}))
+    assert (one.severity, one.subject) == (Severity.WARNING, "packets")
+    assert one.text.endswith("between a2 and b2: their leader has just changed")
+    assert told(topology, live, led_anew=frozenset({"c1"})) == told(topology, live)
 
 
 def test_hosts_that_the_mesh_does_not_have_show_nothing() -> None:
