@@ -31,6 +31,9 @@ TOLD = 40.0
 WELL = 60.0
 """Seconds until all is well again once the fault is undone, at most; WireGuard may have to begin a handshake again."""
 
+DEMOTED = "for some minutes it leads only if"
+"""Of a leader that was demoted: it is named for some minutes after it forwards again."""
+
 Act = Callable[[Lab], Awaitable[object]]
 
 
@@ -287,8 +290,7 @@ async def doctor(lab: Lab) -> tuple[int, list[str]]:
 async def well(lab: Lab) -> bool:
     if await lab.missing_pings(timeout=1.0):
         return False
-    # A leader that was demoted is named for some minutes after it forwards again.
-    assert [text for text in (await doctor(lab))[1] if "for some minutes it leads only if" not in text] == []
+    assert [text for text in (await doctor(lab))[1] if DEMOTED not in text] == []
     return True
 
 
@@ -315,7 +317,10 @@ async def test_check_names_whatever_keeps_two_hosts_apart() -> None:
                 status, found = await doctor(lab)
                 assert status == 1, f"{one.name}: all is well, says check"
                 assert any(re.search(one.named, text) for text in found), f"{one.name}: check says only {found}"
-                blamed = [text for text in found if one.blames and re.search(one.blames, text)]
+                blamed = [
+                    text for text in found
+                    if one.blames and re.search(one.blames, text) and DEMOTED not in text
+                ]  # fmt: skip
                 assert not blamed, f"{one.name}: check blames another: {blamed}"
                 return True
 

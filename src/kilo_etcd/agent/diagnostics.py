@@ -229,7 +229,7 @@ class DiagnosticsServer:
             if address in members:
                 if not isinstance(answer, str):
                     continue  # Whether it is another program's only matters if there is no answer.
-                route = taken_directly(address, answer, observed.policy.tables)
+                route = taken_directly(address, answer, ())
             else:
                 route = taken_route(address, wanted[address], answer, observed)
             if route.foreign and rules is None:

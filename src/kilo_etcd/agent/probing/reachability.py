@@ -28,13 +28,12 @@ import trio
 from attrs import define, field
 
 from kilo_etcd import kernel
-from kilo_etcd.agent.probing.taken_routes import taken_directly, taken_route, with_rule
+from kilo_etcd.agent.probing.taken_routes import taken_directly, with_rule
 from kilo_etcd.kernel.echo import EchoRequests
 from kilo_etcd.kernel.state import Observed
 from kilo_etcd.model import SESSION_SECONDS, IPAddress, Node
 from kilo_etcd.model.hostplan import HostPlan
 from kilo_etcd.planning.reach import MemberAddress, Silent, local_members, targets_of
-from kilo_etcd.store.records import TakenRoute
 from kilo_etcd.topology import Topology, UnknownNode
 from kilo_etcd.topology.segments import host_network
 
@@ -434,11 +433,11 @@ class Reachability:
         addresses = {target.address for target in left} - own
         answering = await self._unsigned(addresses) if addresses else set()
         answering.update(await self._shaken([target for target in left if target.address not in answering]))
-        silent = {target.address for target in left} - answering
-        routes = await self._other_routes(silent) if silent else {}
+        silent = [target for target in left if target.address not in answering]
+        routes = await self._other_routes(silent)
         now = trio.current_time()
         for target in left:
-            if target.address in silent and self._records.takes(target, routes.get(target.address, "")):
+            if target in silent and self._records.takes(target, routes.get(target.address, "")):
                 self._told.set()
             if target.address in answering:
                 news = self._records.answered(target, MemberAnswer.UNSIGNED, now)
@@ -447,25 +446,24 @@ class Reachability:
             if news:
                 self._told.set()
 
-    async def _other_routes(self, addresses: Collection[IPAddress]) -> dict[IPAddress, str]:
-        """The kernel's routes to those of these addresses to which it takes another one than the plan's."""
+    async def _other_routes(self, targets: Collection[MemberAddress]) -> dict[IPAddress, str]:
+        """The kernel's routes to those of these targets, on the location's network, to which a rule or a route of
+        another program leads."""
+        nodes = ((target.address, self._records.node(target)) for target in targets)
+        addresses = {address for address, node in nodes if node is not None and address not in node.mesh_addresses}
+        if not addresses:
+            return {}
         try:
-            observed = await self._device.observe()
             taken = await self._device.routes_taken(dict.fromkeys(addresses))
-            found = {address: self._route(address, answer, observed) for address, answer in taken.items()}
-            rules = await self._device.foreign_rules() if any(route.foreign for route in found.values()) else ()
+            rules = await self._device.foreign_rules()
         except (OSError, kernel.KernelError):
             return {}  # The reconciler will say so.
+        routes = {address: taken_directly(address, answer, rules) for address, answer in taken.items()}
         return {
             address: with_rule(route, address, taken[address], rules).route
-            for address, route in found.items()
+            for address, route in routes.items()
             if route.foreign
         }
-
-    def _route(self, address: IPAddress, answer: kernel.Route | str, observed: Observed) -> TakenRoute:
-        if any(address in node.mesh_addresses for node in self._targets.values()):
-            return taken_route(address, None, answer, observed)
-        return taken_directly(address, answer, observed.policy.tables)
 
     async def _query(self, batch: list[MemberAddress]) -> set[MemberAddress]:
         """Which of the targets send a signed answer."""

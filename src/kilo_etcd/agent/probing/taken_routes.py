@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 
 from kilo_etcd import kernel
 from kilo_etcd.kernel.routing.rules import ForeignRule, deciding_rule
@@ -29,7 +29,7 @@ def taken_route(
     ours = [
         (route.device, route.gateway)
         for route in own
-        if route.destination.version == address.version and address in route.destination and route.device
+        if route.destination.version == address.version and address in route.destination
     ]
     if isinstance(answer, str):
         return TakenRoute(str(address), str(source or ""), f"none: {answer}", bool(ours))
@@ -37,13 +37,13 @@ def taken_route(
     return TakenRoute(str(address), str(source or ""), _shown_route(address, answer), foreign)
 
 
-def taken_directly(address: IPAddress, answer: kernel.Route | str, ours: Collection[int]) -> TakenRoute:
-    """The kernel's choice for a member of the location, to which the host's own routes lead. It is another's if it is
-    refused, not for want of a route, or in a table that is neither the main one nor one of `ours`."""
-    if isinstance(answer, str):
-        return TakenRoute(str(address), "", f"none: {answer}", answer != _NO_ROUTE)
-    foreign = answer.table not in (MAIN_TABLE, *ours)
-    return TakenRoute(str(address), "", _shown_route(address, answer), foreign)
+def taken_directly(address: IPAddress, answer: kernel.Route | str, rules: Iterable[ForeignRule]) -> TakenRoute:
+    """The kernel's choice for a member of the location, to which the host's own routes lead. It is another program's if
+    a rule of that leads to it, or if the kernel refuses it, not for want of a route."""
+    refused = isinstance(answer, str)
+    rule = deciding_rule(rules, address, None if isinstance(answer, str) else answer.table)
+    shown = f"none: {answer}" if isinstance(answer, str) else _shown_route(address, answer)
+    return TakenRoute(str(address), "", shown, rule is not None or (refused and answer != _NO_ROUTE))
 
 
 def with_rule(
