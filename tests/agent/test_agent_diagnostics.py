@@ -16,6 +16,7 @@ from kilo_etcd.agent import diagnostics
 from kilo_etcd.agent.diagnostics import MOST_TRIED, AppliedPlan, DiagnosticsServer
 from kilo_etcd.etcd import PermissionDenied, Unavailable
 from kilo_etcd.kernel.firewall.chains import Obstacle
+from kilo_etcd.kernel.routing.rules import ForeignRule
 from kilo_etcd.kernel.state import AddRoute, DeleteRoute, Route, Setup
 from kilo_etcd.model import Endpoint, IPAddress, Node, Snapshot
 from kilo_etcd.model.hostplan import Encryption, HostPlan, PeerPlan, RoutePlan, Via
@@ -270,7 +271,8 @@ async def test_internal_ips_that_the_plan_has_a_route_to_are_tried_from_its_sour
     answerer2 = world.answerer(encrypted, build_topology(Snapshot(revision=1, nodes=nodes)))
     assert (await answerer2.answer(DiagnosticsRequest(tries=4))).reached == ("10.2.0.2",)
     other = Route(destination=ip_network("10.2.0.2/32"), device="eth0", gateway=ip_address("10.1.0.254"), table=99)
-    world.host.taken = lambda address, source: other
+    ours = world.host.taken
+    world.host.taken = lambda address, source: other if address == internal else ours(address, source)
     (taken,) = (await answerer.answer(DiagnosticsRequest(tries=4))).routes
     assert taken == TakenRoute("10.2.0.2", "10.1.0.1", "10.2.0.2 via 10.1.0.254 dev eth0 table 99", True)
     # Unless the plan changes meanwhile, as in a handover: the kernel's choice may be that of the new plan.
@@ -287,6 +289,72 @@ async def test_internal_ips_that_the_plan_has_a_route_to_are_tried_from_its_sour
         world.host.taken = partial(lambda choice, address, source: choice, choice)
         (taken,) = (await answerer.answer(DiagnosticsRequest(tries=4))).routes
         assert not taken.foreign
+
+
+async def test_routes_of_other_programs_to_mesh_addresses_members_and_endpoints_are_named(world: World) -> None:
+    far, near = ip_address("10.4.0.2"), ip_address("192.168.1.3")
+    nodes = {
+        name: Node(
+            name=name, public_key=key, location=place, mesh_addresses=(ip_address(f"10.4.0.{number}"),),
+            internal_ips=(ip_interface(f"192.168.1.{number}/24"),),
+        )
+        for number, (name, key, place) in enumerate(
+            (("h1", "1", "here"), ("h2", KEY, "there"), ("h3", "3", "here")), 1
+        )
+    }  # fmt: skip
+    topology = build_topology(Snapshot(revision=1, nodes=nodes, subnets=(ip_network("10.4.0.0/16"),)))
+    await world.kernel.apply(PLAN)
+    answerer = world.answerer(PLAN, topology)
+    direct = Route(destination=ip_network("192.168.1.0/24"), device="eth0")
+    ours = world.host.taken
+    refused: set[IPAddress] = set()
+    world.host.taken = lambda address, source: (
+        "Invalid argument" if address in refused else direct if address in direct.destination else ours(address, source)
+    )
+    assert (await answerer.answer(DiagnosticsRequest(tries=4))).routes == ()
+    refused |= {far, near}
+    rule = ForeignRule(version=4, priority=5, table=0, destination=ip_network("10.4.0.2/32"), refuses="blackhole")
+    world.host.foreign_rules = (rule,)
+    found = {route.address: route for route in (await answerer.answer(DiagnosticsRequest(tries=4))).routes}
+    assert found == {
+        "10.4.0.2": TakenRoute("10.4.0.2", "", f"none: Invalid argument, by {rule}", True),
+        "192.168.1.3": TakenRoute("192.168.1.3", "", "none: Invalid argument", True),
+    }
+    # What the plan itself refuses is no other program's doing.
+    refusing = world.answerer(evolve(PLAN, refused={ip_network("10.4.0.2/32"): "h2 does not answer"}), topology)
+    assert [route.address for route in (await refusing.answer(DiagnosticsRequest(tries=4))).routes] == ["192.168.1.3"]
+    refused.clear()
+    world.host.taken_by_wireguard = lambda address: "Network is unreachable"
+    (endpoint,) = (await answerer.answer(DiagnosticsRequest(tries=4))).routes
+    assert endpoint == TakenRoute("203.0.113.2", "", "none: Network is unreachable", True)
+    world.sends = False
+    assert (await answerer.answer(DiagnosticsRequest(tries=4))).routes == (), "a member sends by its leader"
+
+
+async def test_what_goes_one_way_only_while_echo_requests_are_sent_is_counted(world: World) -> None:
+    nodes = {
+        name: Node(name=name, public_key=key, mesh_addresses=(ip_address(f"10.4.0.{number}"),))
+        for number, (name, key) in enumerate((("h1", "1"), ("h2", KEY)), 1)
+    }
+    await world.kernel.apply(PLAN)
+    answerer = world.answerer(PLAN, build_topology(Snapshot(revision=1, nodes=nodes)))
+    counted: dict[str, tuple[int, int]] = {}
+
+    def answered(address: IPAddress) -> bool:
+        for key, (sent, received) in counted.items():
+            peer = world.host.observed.peers[key]
+            more = evolve(peer, tx_bytes=peer.tx_bytes + sent, rx_bytes=peer.rx_bytes + received)
+            world.host.observed = evolve(world.host.observed, peers={**world.host.observed.peers, key: more})
+        counted.clear()
+        return False
+
+    world.host.reach = answered
+    for sent, received in ((0, 0), (1, 1), (1, 0), (0, 1)):
+        counted[KEY] = sent, received
+        response = await answerer.answer(DiagnosticsRequest(tries=4))
+        assert response.unanswered_peers == ((KEY,) if sent > received else ())
+        assert response.unsent_peers == ((KEY,) if sent < received else ())
+        assert decode_diagnostics_response(encode(response)) == response
 
 
 async def test_endpoints_that_go_through_the_tunnel_are_tried_if_a_request_names_them(world: World) -> None:

@@ -32,6 +32,7 @@ from kilo_etcd.agent.probing.reachability import (
     Reachability,
     Records,
 )
+from kilo_etcd.kernel.routing.rules import ForeignRule
 from kilo_etcd.kernel.state import Observed, Setup
 from kilo_etcd.model import CandidateClass, Encapsulate, Endpoint, IPAddress, Node, Snapshot
 from kilo_etcd.model.hostplan import HostPlan, RoutePlan, Via
@@ -337,6 +338,28 @@ async def test_a_member_that_answers_no_more_is_named_as_one_that_is_routed(mesh
         wire.answers = False
         await eventually(lambda: unreachable(mesh) == [("g1", "192.168.1.51", True)], 7200, every=10)
         assert routed(mesh)
+
+
+async def test_a_rule_of_another_program_is_named_and_not_the_locations_network(mesh: World) -> None:
+    wire = Wire()
+    async with running(mesh, transport=wire):
+        await eventually(lambda: routed(mesh), 20.5, every=0.01)
+        wire.answers = False
+        own = mesh.host.taken
+        there = ip_address("192.168.1.51")
+        mesh.host.foreign_rules = (
+            ForeignRule(version=4, priority=5, table=0, destination=ip_network("192.168.1.51/32"), refuses="blackhole"),
+        )
+        mesh.host.taken = lambda address, source: "Invalid argument" if address == there else own(address, source)
+        told = (
+            "g1, its leader, does not answer h1 at 192.168.1.51, to which the kernel of h1 takes another route than "
+            "the agent's: none: Invalid argument, by ip -4 rule priority 5 from all to 192.168.1.51/32 blackhole"
+        )
+        await eventually(lambda: mesh.logged(told), 7200, every=10)
+        assert mesh.logged("no longer answers") == 0
+        # With the rule gone and the member silent, it is the network.
+        mesh.host.taken, mesh.host.foreign_rules = own, ()
+        await eventually(lambda: mesh.logged("no longer answers"), 7200, every=10)
 
 
 async def test_a_member_that_never_answers_is_not_routed_and_is_named_until_it_answers(mesh: World) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from ipaddress import ip_address, ip_interface, ip_network
+from typing import Any
 
 import pytest
 from attrs import evolve
 from test_arrivals import PLACES, mesh
 
 from kilo_etcd.ctl.commands.check import Examined, findings
-from kilo_etcd.ctl.reports.arrivals import PAIRS
+from kilo_etcd.ctl.reports.arrivals import PAIRS, Loss
 from kilo_etcd.ctl.reports.causes import Kind, Silence, causes
+from kilo_etcd.ctl.reports.evidence import evidence, shown
 from kilo_etcd.ctl.reports.hops import suspicions
 from kilo_etcd.ctl.reports.internal_arrivals import internal_losses
 from kilo_etcd.ctl.reports.live import Live
@@ -29,6 +31,12 @@ def routed() -> Topology:
     snapshot = mesh().snapshot
     nodes = {name: evolve(node, underlay=()) for name, node in snapshot.nodes.items()}
     return build_topology(evolve(snapshot, nodes=nodes, internal_ips=InternalIPs.ROUTED))
+
+
+def found(topology: Topology, live: Live, apart: Collection[frozenset[str]] = (), **more: Any) -> tuple[Loss, ...]:
+    """What hosts show, and what is lost besides."""
+    known = evidence(topology, {}, live)
+    return (*shown(known, more.get("missing", ())), *internal_losses(topology, live, known, apart, **more))
 
 
 def internal(topology: Topology, name: str) -> str:
@@ -87,7 +95,7 @@ CASES: dict[str, tuple[Lost, list[tuple[str, str]]]] = {
 def test_who_loses_packets_for_internal_ips(case: str) -> None:
     lost, said = CASES[case]
     topology = routed()
-    losses = internal_losses(topology, asked(topology, lost))
+    losses = found(topology, asked(topology, lost))
     assert [loss.subject for loss in losses] == [subject for subject, _ in said]
     for loss, (subject, text) in zip(losses, said, strict=True):
         assert loss.text.startswith(text), loss.text
@@ -98,23 +106,23 @@ def test_who_loses_packets_for_internal_ips(case: str) -> None:
 def test_what_arrives_at_no_address_is_said_elsewhere() -> None:
     topology = routed()
     lost: Lost = lambda one, other: "b2" in (one, other)  # noqa: E731
-    assert internal_losses(topology, asked(topology, lost, mesh_lost=lost)) == ()
+    assert found(topology, asked(topology, lost, mesh_lost=lost)) == ()
     live = asked(topology, lambda one, other: {one, other} == {"a2", "b2"})
-    assert internal_losses(topology, live, {frozenset({"a1", "a2"})}) == ()
+    assert found(topology, live, {frozenset({"a1", "a2"})}) == ()
 
 
 def test_an_address_that_a_host_does_not_have_explains_what_is_lost_to_and_from_it() -> None:
     topology = routed()
     live = asked(topology, lambda one, other: "b2" in (one, other))
-    assert internal_losses(topology, live)
+    assert found(topology, live)
     address = internal(topology, "b2")
     (sentence,) = missing_addresses(topology, "b2", {ip_address("192.0.2.1")}, ())
     assert sentence.startswith(f"{address}, forced by annotation, is none of this host's addresses")
-    assert internal_losses(topology, live, missing=missing_in(("other", sentence))) == ()
+    assert found(topology, live, missing=missing_in(("other", sentence))) == ()
     astray = tuple(route._replace(foreign=True) for route in live.answers["b2"].routes)
     live = evolve(live, answers={**live.answers, "b2": evolve(live.answers["b2"], routes=astray)})
-    assert [loss.subject for loss in internal_losses(topology, live)][:1] == ["b2"]
-    assert internal_losses(topology, live, missing={address}) == ()
+    assert [loss.subject for loss in found(topology, live)][:1] == ["b2"]
+    assert found(topology, live, missing={address}) == ()
     silent = Silence(
         apart={frozenset({"b1", "b2"}): Kind.NEVER}, undecided=frozenset(), young=frozenset(), queries_answered=True
     )
@@ -146,9 +154,9 @@ def test_another_route_is_named_with_its_table_and_explains_what_is_lost() -> No
     answers = dict(live.answers)
     others = (taken_route for taken_route in answers["a2"].routes if taken_route.address != address)
     answers["a2"] = evolve(answers["a2"], routes=(*others, TakenRoute(address, "192.168.97.2", route, True)))
-    (loss,) = internal_losses(topology, evolve(live, answers=answers))
+    (loss,) = found(topology, evolve(live, answers=answers))
     assert (loss.subject, loss.text) == (
-        "a2", f"its kernel sends packets for the internal IPs {address} by another route than the agent's: {route}",
+        "a2", f"its kernel sends packets for {address} by another route than the agent's: {route}",
     )  # fmt: skip
     assert "ip route show table 99" in loss.remedy
 
@@ -159,7 +167,7 @@ def test_echo_requests_that_an_exemption_lets_out_in_clear_are_no_packet_filters
     nodes = {name: evolve(node, encryption=EncryptionStage.SENDS) for name, node in topology.snapshot.nodes.items()}
     encrypted = evolve(topology.snapshot, nodes=nodes, internal_ips=InternalIPs.ENCRYPTED)
 
-    def found(b1: tuple[str, ...] | None, *a1: str) -> list[str]:
+    def told(b1: tuple[str, ...] | None, *a1: str) -> list[str]:
         snapshot = evolve(encrypted, granularity=Granularity.FULL)
         topology = build_topology(snapshot)
         statuses = {name: StatusRecord(public_key=name, revision=1) for name in nodes}
@@ -178,16 +186,16 @@ def test_echo_requests_that_an_exemption_lets_out_in_clear_are_no_packet_filters
 
     own, there = internal(topology, "a1"), internal(topology, "b1")
     for b1, a1 in (((), (f"icmp@{there}/32",)), ((f"icmp@{own}/32",), ())):
-        (text,) = found(b1, *a1)
+        (text,) = told(b1, *a1)
         assert "is stated at one end only" in text
     for clear in ((f"udp/53@{own}/32",), ("icmp@192.168.77.0/24",), ()):
-        (text,) = found((), *clear)
+        (text,) = told((), *clear)
         assert "look on a1" in text
         assert "--clear" not in text
     # An older agent does not say what it exempts; if both state it, it is something else.
     exempted = f"icmp@{there}/32"
     for other in (None, (f"icmp@{own}/32",)):
-        (text,) = found(other, exempted)
+        (text,) = told(other, exempted)
         assert (
             f"a1: its --clear {exempted} has these packets travel outside the tunnels, where there may be no path; "
             "look on" in text
@@ -210,7 +218,7 @@ def test_many_pairs_are_counted() -> None:
         f"a{number:02}": DiagnosticsResponse(reached=(f"10.4.98.{number}",), unreached=(f"192.168.98.{number}",))
         for number in range(1, 26)
     }
-    *first, last = internal_losses(topology, Live(answers=answers))
+    *first, last = found(topology, Live(answers=answers))
     assert [loss.subject for loss in first] == [f"a{number:02} - b{number:02}" for number in range(1, PAIRS + 1)]
     assert last.text.startswith("5 more pairs do not reach each other at internal IPs, a21 - b21")
     # So are hosts whose kernels take other routes.
@@ -218,6 +226,6 @@ def test_many_pairs_are_counted() -> None:
         f"a{number:02}": DiagnosticsResponse(routes=(TakenRoute(f"192.168.98.{number}", "", "x dev eth1", True),))
         for number in range(1, 26)
     }
-    *first, last = internal_losses(topology, Live(answers=astray))
+    *first, last = found(topology, Live(answers=astray))
     assert len(first) == PAIRS
     assert last.text.startswith("the kernels of 5 more hosts take other routes than the agents' too, a21, a22")

@@ -14,6 +14,7 @@ from kernel_worlds import PRIVATE
 
 from kilo_etcd.kernel import KernelError, Setup, cleanup, echo, open_kernel, sysctl
 from kilo_etcd.kernel.echo import EchoRequests
+from kilo_etcd.kernel.routing.rules import deciding_rule
 from kilo_etcd.model import IPAddress
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("own_namespaces")]
@@ -76,6 +77,15 @@ async def test_the_kernel_names_the_route_that_it_chooses() -> None:
         }  # fmt: skip
         assert found[nine] == "Invalid argument"
         assert await kernel.routes_taken({eight: None}) == {eight: "Network is unreachable"}
+        # What WireGuard sends has its mark.
+        sh("ip rule add pref 40 to 10.2.0.7 blackhole; ip rule add pref 41 fwmark 0x1 to 10.2.0.9 blackhole")
+        assert await kernel.routes_taken({seven: None}) == {seven: "Invalid argument"}
+        assert (await kernel.routes_taken({seven: None}, by_wireguard=True)) == {seven: "Invalid argument"}
+        rules = await kernel.foreign_rules()
+        assert str(deciding_rule(rules, seven, None)) == "ip -4 rule priority 40 from all to 10.2.0.7/32 blackhole"
+        assert str(deciding_rule(rules, eight, 99)).endswith("priority 50 from 192.0.2.1/32 to 10.2.0.8/32 lookup 99")
+        assert deciding_rule(rules, nine, None) is None, "it asks for a mark"
+        assert deciding_rule(rules, seven, 254) is None, "the main table is asked in any case"
 
 
 async def test_the_first_answer_ends_it_if_one_is_enough() -> None:

@@ -38,6 +38,7 @@ from kilo_etcd.kernel.state import Change, Route, SetPeer, without_counters
 from kilo_etcd.kernel.write import rtnl as requests
 from kilo_etcd.model import Endpoint
 from kilo_etcd.model.hostplan import HostPlan, PeerPlan, Via
+from kilo_etcd.store.status_texts import NO_WIREGUARD
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("own_namespaces")]
 
@@ -229,7 +230,7 @@ async def test_userspace_wireguard_that_does_not_answer_is_told_once(monkeypatch
         os.kill(process_of("kilo0"), signal.SIGSTOP)
         try:
             with soon(10):
-                assert "does not answer (is its process stopped?)" in await kernel.wait_drift()
+                assert NO_WIREGUARD in await kernel.wait_drift()
             with pytest.raises(KernelError, match="does not answer"):
                 await kernel.apply(WORLD, fresh=True)
             with trio.move_on_after(2) as quiet:

@@ -292,6 +292,8 @@ READERS: dict[type, dict[str, Callable[[object], Any]]] = {
         "unreached": items(string),
         "smallOnly": items(string),
         "routes": items(taken_route),
+        "unansweredPeers": items(string),
+        "unsentPeers": items(string),
         "undecided": items(string),
         "clear": items(string),
     },

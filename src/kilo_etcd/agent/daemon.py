@@ -22,7 +22,7 @@ from attrs import evolve
 
 from kilo_etcd import etcd, kernel, store
 from kilo_etcd.agent.cachefile import CachedSnapshot, Identity
-from kilo_etcd.agent.diagnostics import AppliedPlan, DiagnosticsServer, taken_route
+from kilo_etcd.agent.diagnostics import AppliedPlan, DiagnosticsServer
 from kilo_etcd.agent.dnshosts import DnsHosts, WriteNames
 from kilo_etcd.agent.encrypting import Encrypting
 from kilo_etcd.agent.instrumented import instrumented
@@ -35,6 +35,7 @@ from kilo_etcd.agent.nat.wireguard_monitor import WireGuardMonitor
 from kilo_etcd.agent.notify import notify, notify_reloading, watchdog_interval
 from kilo_etcd.agent.probing.prober import Prober
 from kilo_etcd.agent.probing.reachability import Reachability
+from kilo_etcd.agent.probing.taken_routes import taken_route
 from kilo_etcd.agent.registration import HostRegistration
 from kilo_etcd.agent.restore import REFUSALS, Restorer
 from kilo_etcd.agent.snapshot_cache import Disk, SnapshotCache

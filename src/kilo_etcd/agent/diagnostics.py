@@ -9,25 +9,30 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from ipaddress import ip_address
+from itertools import islice
 
 import trio
 from attrs import define, field, frozen
 
 from kilo_etcd import etcd, kernel
 from kilo_etcd.agent.probing.ping_targets import addresses_to_try, nodes_to_try
+from kilo_etcd.agent.probing.taken_routes import taken_directly, taken_route, with_rule
 from kilo_etcd.kernel.echo import EchoRequests
-from kilo_etcd.kernel.state import MAIN_TABLE, Observed
+from kilo_etcd.kernel.routing.rules import ForeignRule
+from kilo_etcd.kernel.state import Observed, ObservedPeer
 from kilo_etcd.model import SESSION_SECONDS, IPAddress
 from kilo_etcd.model.hostplan import HostPlan, PeerPlan
+from kilo_etcd.planning.reach import targets
 from kilo_etcd.runtime.apply import trigger_handshakes
 from kilo_etcd.runtime.logs import Once
 from kilo_etcd.store.diagnostics import serve
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import DiagnosticsRequest, DiagnosticsResponse, TakenRoute, Tunnel
 from kilo_etcd.topology import Topology
+from kilo_etcd.topology.segments import host_network
 
 SHOWN = 20
 """How many changes an answer names; it counts all."""
@@ -123,7 +128,7 @@ class DiagnosticsServer:
             if plan is not None:
                 async with trio.open_nursery() as nursery:
                     mtu = observed.link.mtu if observed.link is not None else 0
-                    nursery.start_soon(self._send, request, programmed.topology, plan, observed, mtu, tried, trouble)
+                    nursery.start_soon(self._send, request, programmed, plan, observed, mtu, tried, trouble)
                     if programmed.sends:
                         try:
                             observed = await self._trigger_handshakes(plan, observed)
@@ -154,6 +159,8 @@ class DiagnosticsServer:
             reached=tuple(address for address, answered in tried.answered.items() if answered),
             unreached=tuple(address for address, answered in tried.answered.items() if not answered),
             routes=tuple(tried.routes),
+            unanswered_peers=tuple(tried.unanswered_peers),
+            unsent_peers=tuple(tried.unsent_peers),
             small_only=tuple(tried.small_only),
             # As it was before the packets went out: what is decided meanwhile is in the status by now.
             undecided=programmed.undecided,
@@ -163,7 +170,7 @@ class DiagnosticsServer:
     async def _send(
         self,
         request: DiagnosticsRequest,
-        topology: Topology | None,
+        programmed: AppliedPlan,
         plan: HostPlan,
         observed: Observed,
         mtu: int,
@@ -171,7 +178,8 @@ class DiagnosticsServer:
         trouble: list[str],
     ) -> None:
         """Send echo requests to the targets of the request, small ones and then some as large as `mtu`, and note which
-        answers which, and which routes the kernel takes."""
+        answers which, which routes the kernel takes, and what WireGuard sends and receives meanwhile."""
+        topology = programmed.topology
         if topology is None:
             return
         chosen = nodes_to_try(topology, self._name, min(request.tries, MOST_TRIED))
@@ -189,19 +197,59 @@ class DiagnosticsServer:
             return
         sources = {address: route.source for address, route in routes.items() if route.source is not None}
         try:
-            if routes:
-                taken = await self._kernel.routes_taken({address: sources.get(address) for address in routes})
-                tried.routes.extend(
-                    taken_route(address, sources.get(address), answer, observed) for address, answer in taken.items()
-                )
+            all_of_them = {address: sources.get(address) for address in wanted}
+            tried.routes += await self._routes(topology, plan, all_of_them, routes, observed)
+            if programmed.sends:
+                tried.routes += await self._routes_to_endpoints(plan, observed)
             answers = await self._kernel.ping(wanted, EchoRequests(sources=sources, times=PINGS, patience=PING_SECONDS))
             tried.answered.update((str(address), address in answers) for address in wanted)
             mesh = [address for address in answers if address not in routes]
             if mtu and mesh:
                 large = await self._kernel.ping(mesh, EchoRequests(times=LARGE_PINGS, patience=LARGE_SECONDS, size=mtu))
                 tried.small_only += [str(address) for address in mesh if address not in large]
+            if programmed.sends:
+                tried.compare(observed, (await self._kernel.peer_activity()).peers)
         except kernel.KernelError as error:
             trouble.append(str(error))
+
+    async def _routes(
+        self,
+        topology: Topology,
+        plan: HostPlan,
+        wanted: Mapping[IPAddress, IPAddress | None],
+        internal: Collection[IPAddress],
+        observed: Observed,
+    ) -> list[TakenRoute]:
+        """The kernel's routes to these addresses, with the source address of each, and to members of the location. All
+        that are not the plan's, and all to the internal IPs among them."""
+        members = {target.address for target in targets(topology, self._name)} - wanted.keys()
+        taken = await self._kernel.routes_taken({**dict.fromkeys(members), **wanted})
+        found: list[TakenRoute] = []
+        rules: tuple[ForeignRule, ...] | None = None
+        for address, answer in taken.items():
+            if address in members:
+                if not isinstance(answer, str):
+                    continue  # Whether it is another program's only matters if there is no answer.
+                route = taken_directly(address, answer, ())
+            else:
+                route = taken_route(address, wanted[address], answer, observed)
+            if route.foreign and rules is None:
+                rules = await self._kernel.foreign_rules()
+            if address in internal or (route.foreign and host_network(address) not in plan.refused):
+                found.append(with_rule(route, address, answer, rules or ()))
+        return found
+
+    async def _routes_to_endpoints(self, plan: HostPlan, observed: Observed) -> list[TakenRoute]:
+        """Why WireGuard cannot send to endpoints of its peers, of those to which the kernel has no route."""
+        peers = (observed.peers.get(key) for key, peer in plan.peers.items() if peer.in_use)
+        endpoints = (peer.endpoint.address for peer in peers if peer is not None and peer.endpoint is not None)
+        some = islice(dict.fromkeys(address for address in endpoints if address is not None), MOST_TRIED)
+        taken = await self._kernel.routes_taken(dict.fromkeys(some), by_wireguard=True)
+        return [
+            TakenRoute(str(address), "", f"none: {answer}", True)
+            for address, answer in taken.items()
+            if isinstance(answer, str)
+        ]
 
     async def _trigger_handshakes(self, plan: HostPlan, observed: Observed) -> Observed:
         """Send one packet through each tunnel at rest, and give handshakes a moment: without traffic there are none.
@@ -230,37 +278,16 @@ class _PingResults:
     answered: dict[str, bool] = field(factory=dict)
     small_only: list[str] = field(factory=list)
     routes: list[TakenRoute] = field(factory=list)
+    unanswered_peers: list[str] = field(factory=list)
+    unsent_peers: list[str] = field(factory=list)
 
-
-def taken_route(
-    address: IPAddress, source: IPAddress | None, answer: kernel.Route | str, observed: Observed
-) -> TakenRoute:
-    """The kernel's choice for an address, compared with our own routes. It is another's only if ours is there: what
-    the kernel has refused is named as such."""
-    own = (
-        *observed.routes.values(),
-        *(route for table in observed.policy.tables.values() for route in table.routes.values()),
-    )
-    ours = [
-        (route.device, route.gateway)
-        for route in own
-        if route.destination.version == address.version and address in route.destination
-    ]
-    if isinstance(answer, str):
-        return TakenRoute(str(address), str(source or ""), f"none: {answer}", bool(ours))
-    foreign = bool(ours) and (answer.device, answer.gateway) not in ours
-    return TakenRoute(str(address), str(source or ""), _shown_route(address, answer), foreign)
-
-
-def _shown_route(address: IPAddress, route: kernel.Route) -> str:
-    """As `ip route get` shows it."""
-    words = [str(address)]
-    if route.gateway is not None:
-        words.append(f"via {route.gateway}")
-    words.append(f"dev {route.device}" if route.device else "local")
-    if route.table != MAIN_TABLE:
-        words.append(f"table {route.table}")
-    return " ".join(words)
+    def compare(self, before: Observed, after: Mapping[str, ObservedPeer]) -> None:
+        """Note the peers with whom packets go one way only."""
+        for key, peer in sorted(after.items()):
+            if (former := before.peers.get(key)) is not None:
+                sent, received = peer.tx_bytes > former.tx_bytes, peer.rx_bytes > former.rx_bytes
+                if sent != received:
+                    (self.unanswered_peers if sent else self.unsent_peers).append(key)
 
 
 def tunnels(observed: Observed) -> tuple[Tunnel, ...]:

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from kilo_etcd.kernel.echo import EchoRequests
 from kilo_etcd.kernel.firewall.chains import Obstacle
+from kilo_etcd.kernel.routing.rules import ForeignRule
 from kilo_etcd.kernel.state import ApplyReport, Backend, Change, Observed, PeerActivity, Route
 from kilo_etcd.model import IPAddress
 from kilo_etcd.model.hostplan import HostPlan
@@ -64,10 +65,15 @@ class Kernel(Protocol):
         It waits for no other call. KernelError, with the remedy, if this host may not ping.
         """
 
-    async def routes_taken(self, wanted: Mapping[IPAddress, IPAddress | None]) -> Mapping[IPAddress, Route | str]:
+    async def foreign_rules(self) -> tuple[ForeignRule, ...]:
+        """The policy rules of other programs, and the kernel's own."""
+
+    async def routes_taken(
+        self, wanted: Mapping[IPAddress, IPAddress | None], *, by_wireguard: bool = False
+    ) -> Mapping[IPAddress, Route | str]:
         """The route that the kernel chooses for a packet to each address from the source address with it, with every
         rule and table of the host considered; or the kernel's own error if it refuses such a packet. None: the kernel
-        chooses the source address too."""
+        chooses the source address too. `by_wireguard`: for packets that WireGuard sends."""
 
     async def resolved(self, addresses: Collection[IPAddress]) -> frozenset[IPAddress]:
         """Which of `addresses` have answered on a link of this host: their link-layer addresses are known (ARP, ND)."""

@@ -36,7 +36,7 @@ from kilo_etcd.kernel.routing import tables as routing
 from kilo_etcd.kernel.routing.bypasses import bypasses, suspects
 from kilo_etcd.kernel.routing.exit_node import MARK
 from kilo_etcd.kernel.routing.policy import onward_tables, removal
-from kilo_etcd.kernel.routing.rules import AddRule, DeleteRule
+from kilo_etcd.kernel.routing.rules import AddRule, DeleteRule, ForeignRule
 from kilo_etcd.kernel.state import (
     KERNEL_PROTOCOL,
     MAIN_TABLE,
@@ -433,11 +433,18 @@ class Host:
                     raise
         return frozenset(result)
 
-    def routes_taken(self, wanted: Mapping[IPAddress, IPAddress | None]) -> dict[IPAddress, Route | str]:
+    def foreign_rules(self) -> tuple[ForeignRule, ...]:
+        """See `kernel.api.Kernel.foreign_rules`."""
+        return tuple(routing.foreign_rules(self._route, self.protocol))
+
+    def routes_taken(
+        self, wanted: Mapping[IPAddress, IPAddress | None], *, by_wireguard: bool = False
+    ) -> dict[IPAddress, Route | str]:
         """See `kernel.api.Kernel.routes_taken`."""
         self._read_links()
         names = {index: link.name for index, link in self.links.items()}
-        asked = [requests.get_route_between(source, address) for address, source in wanted.items()]
+        mark = MARK if by_wireguard else 0
+        asked = [requests.get_route_between(source, address, mark) for address, source in wanted.items()]
         answers = self._route.ask(asked, replies.read_taken)
         return {
             address: str(answer.strerror) if isinstance(answer, NetlinkError) else answer.route(names)

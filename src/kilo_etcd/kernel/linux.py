@@ -45,6 +45,7 @@ from kilo_etcd.kernel.netlink.codec import UNREADABLE
 from kilo_etcd.kernel.netlink.sockets import Listener
 from kilo_etcd.kernel.predict import apply_changes
 from kilo_etcd.kernel.read import rtnl as replies
+from kilo_etcd.kernel.routing.rules import ForeignRule
 from kilo_etcd.kernel.state import (
     ROUTE_PROTOCOL,
     AllowPings,
@@ -300,10 +301,17 @@ class LinuxKernel:
         except OSError as error:
             raise KernelError(failed[0][1].text if failed else cannot_ping(error)) from None
 
-    async def routes_taken(self, wanted: Mapping[IPAddress, IPAddress | None]) -> Mapping[IPAddress, Route | str]:
+    async def foreign_rules(self) -> tuple[ForeignRule, ...]:
+        """Implements `kernel.api.Kernel.foreign_rules`."""
+        async with self._lock:
+            return await _told(self._host.foreign_rules)
+
+    async def routes_taken(
+        self, wanted: Mapping[IPAddress, IPAddress | None], *, by_wireguard: bool = False
+    ) -> Mapping[IPAddress, Route | str]:
         """Implements `kernel.api.Kernel.routes_taken`."""
         async with self._lock:
-            return await _told(lambda: self._host.routes_taken(wanted))
+            return await _told(lambda: self._host.routes_taken(wanted, by_wireguard=by_wireguard))
 
     async def resolved(self, addresses: Collection[IPAddress]) -> frozenset[IPAddress]:
         """Implements `kernel.api.Kernel.resolved`."""

@@ -44,6 +44,8 @@ class Silent:
     """It has never answered, so nothing is sent to it; else it did once, and its routes stay."""
     tunneled: bool = False
     """It is reached through the tunnel: its packets are encrypted, and nothing has to be withheld."""
+    route: str = ""
+    """The kernel's route to it, if that is not the plan's."""
     named: bool
     """It is to be reported: it was tried often enough, and its agent lives."""
 
@@ -221,6 +223,11 @@ def share(node: str) -> str:
 def _sentence(name: str, silent: Silent, where: str, leader: str, through: str) -> str:
     node, address = silent.target.node, silent.target.address
     called = f"{node}, its leader," if node == leader else node
+    if silent.route:
+        return (
+            f"{called} does not answer {name} at {address}, to which the kernel of {name} takes another route than the "
+            f"agent's: {silent.route}; remove that rule or route of another program on {name} (ip rule, ip route)"
+        )
     labels = apart(node, "the two", f"both are at {where}")
     if silent.tunneled:
         return (

@@ -171,15 +171,16 @@ class Tunnel(NamedTuple):
 
 
 class TakenRoute(NamedTuple):
-    """The route that a host's kernel chooses for an internal IP that the mesh routes; in JSON a list."""
+    """The route that a host's kernel chooses for an address; in JSON a list."""
 
     address: str
     source: str
     """The source address that the agent's route prefers; empty: none."""
     route: str
-    """As `ip route get` shows it, or why the kernel refuses such packets."""
+    """As `ip route get` shows it, or why the kernel refuses such packets; and the rule of another program that leads
+    there, if it is known."""
     foreign: bool
-    """It is not the agent's route."""
+    """It is not the agent's route, or there is none."""
 
 
 @frozen(kw_only=True)
@@ -224,7 +225,13 @@ class DiagnosticsResponse:
     small_only: tuple[str, ...] = ()
     """Of those that have answered, the ones that answer no packet as large as the tunnel's MTU."""
     routes: tuple[TakenRoute, ...] = ()
-    """The kernel's routes to the internal IPs among both."""
+    """The kernel's routes to the internal IPs among both; and those that are `foreign` to the mesh addresses among
+    both, to members of its location and to the endpoints of its peers."""
+    unanswered_peers: tuple[str, ...] = ()
+    """The public keys of peers to which WireGuard sent something while the echo requests were sent, and from which
+    nothing came."""
+    unsent_peers: tuple[str, ...] = ()
+    """Those of peers from which something came, and to which nothing was sent."""
     undecided: tuple[str, ...] = ()
     """Members of its location that have not answered it yet, and that its status does not name for it so far."""
     clear: tuple[str, ...] = ()

@@ -31,6 +31,7 @@ from kilo_etcd.kernel.firewall.table import DeleteTable, ReplaceTable
 from kilo_etcd.kernel.needs import possible
 from kilo_etcd.kernel.predict import apply_changes
 from kilo_etcd.kernel.routing.policy import removal
+from kilo_etcd.kernel.routing.rules import ForeignRule
 from kilo_etcd.kernel.state import (
     AddRoute,
     ApplyReport,
@@ -60,6 +61,7 @@ from kilo_etcd.kernel.write.wireguard import raw
 from kilo_etcd.model import Endpoint, IPAddress
 from kilo_etcd.model.hostplan import HostPlan
 from kilo_etcd.planning.walk import longest_match
+from kilo_etcd.topology.segments import host_network
 
 HANDSHAKE_BYTES = 148
 """What a handshake begins with."""
@@ -91,6 +93,12 @@ class FakeHost:
         """Whether an echo request to an address is answered; asked once for each."""
         self.taken: Callable[[IPAddress, IPAddress | None], Route | str] = self._own_route
         """The route to an address from a source address, or why the kernel refuses such packets."""
+        self.taken_by_wireguard: Callable[[IPAddress], Route | str] = lambda address: Route(
+            destination=host_network(address), device="eth0"
+        )
+        """The same for a packet of WireGuard's own."""
+        self.foreign_rules: tuple[ForeignRule, ...] = ()
+        """Policy rules of other programs."""
         self.resolves: Callable[[IPAddress], bool] = lambda address: False
         """Whether an address answers on a link of the host (ARP, ND)."""
         self.no_pings: str | None = None
@@ -301,9 +309,19 @@ class FakeKernel:
             await trio.sleep(SPACING if turn + 1 < requests.times else requests.patience)
         return answered
 
-    async def routes_taken(self, wanted: Mapping[IPAddress, IPAddress | None]) -> Mapping[IPAddress, Route | str]:
-        """Implements `kernel.api.Kernel.routes_taken`, by `FakeHost.taken`."""
+    async def foreign_rules(self) -> tuple[ForeignRule, ...]:
+        """Implements `kernel.api.Kernel.foreign_rules`, by `FakeHost.foreign_rules`."""
         await trio.lowlevel.checkpoint()
+        return self.host.foreign_rules
+
+    async def routes_taken(
+        self, wanted: Mapping[IPAddress, IPAddress | None], *, by_wireguard: bool = False
+    ) -> Mapping[IPAddress, Route | str]:
+        """Implements `kernel.api.Kernel.routes_taken`, by `FakeHost.taken`; WireGuard sends by
+        `FakeHost.taken_by_wireguard`."""
+        await trio.lowlevel.checkpoint()
+        if by_wireguard:
+            return {address: self.host.taken_by_wireguard(address) for address in wanted}
         return {address: self.host.taken(address, source) for address, source in wanted.items()}
 
     async def resolved(self, addresses: Collection[IPAddress]) -> frozenset[IPAddress]:

@@ -28,6 +28,7 @@ import trio
 from attrs import define, field
 
 from kilo_etcd import kernel
+from kilo_etcd.agent.probing.taken_routes import taken_directly, with_rule
 from kilo_etcd.kernel.echo import EchoRequests
 from kilo_etcd.kernel.state import Observed
 from kilo_etcd.model import SESSION_SECONDS, IPAddress, Node
@@ -88,6 +89,8 @@ class _Record:
     """Attempts in a row without an answer."""
     unsigned: int = 0
     """Attempts in a row with no signed one."""
+    route: str = ""
+    """That this host's kernel takes, if it is not the plan's, by the last attempt."""
     heard_from: bool = False
     """The node has asked this host since the last attempt ended: the one under way may have come too early for it."""
 
@@ -199,6 +202,14 @@ class Records:
         record.heard_from = False
         return record.silent == NAMED_AFTER
 
+    def takes(self, target: MemberAddress, route: str) -> bool:
+        """Note the kernel's route to a silent target, if it is not the plan's; whether that is news."""
+        record = self._records.get(target)
+        if record is None or record.route == route:
+            return False
+        record.route = route
+        return record.silent >= NAMED_AFTER
+
     def heard_of(self, target: MemberAddress, now: float) -> bool:
         """The node itself has asked this host, so it is worth asking now; whether it is asked."""
         record = self._records.get(target)
@@ -227,7 +238,11 @@ class Records:
                 record.best = MemberAnswer.NONE
             withheld = record.best is MemberAnswer.NONE and not record.tunneled
             if withheld or named:
-                result.append(Silent(target=target, withheld=withheld, named=named, tunneled=record.tunneled))
+                result.append(
+                    Silent(
+                        target=target, withheld=withheld, named=named, tunneled=record.tunneled, route=record.route
+                    )
+                )  # fmt: skip
         return tuple(result)
 
     def undecided(self, living: Collection[str]) -> tuple[str, ...]:
@@ -418,14 +433,37 @@ class Reachability:
         addresses = {target.address for target in left} - own
         answering = await self._unsigned(addresses) if addresses else set()
         answering.update(await self._shaken([target for target in left if target.address not in answering]))
+        silent = [target for target in left if target.address not in answering]
+        routes = await self._other_routes(silent)
         now = trio.current_time()
         for target in left:
+            if target in silent and self._records.takes(target, routes.get(target.address, "")):
+                self._told.set()
             if target.address in answering:
                 news = self._records.answered(target, MemberAnswer.UNSIGNED, now)
             else:
                 news = self._records.silent(target, now)
             if news:
                 self._told.set()
+
+    async def _other_routes(self, targets: Collection[MemberAddress]) -> dict[IPAddress, str]:
+        """The kernel's routes to those of these targets, on the location's network, to which a rule or a route of
+        another program leads."""
+        nodes = ((target.address, self._records.node(target)) for target in targets)
+        addresses = {address for address, node in nodes if node is not None and address not in node.mesh_addresses}
+        if not addresses:
+            return {}
+        try:
+            taken = await self._device.routes_taken(dict.fromkeys(addresses))
+            rules = await self._device.foreign_rules()
+        except (OSError, kernel.KernelError):
+            return {}  # The reconciler will say so.
+        routes = {address: taken_directly(address, answer, rules) for address, answer in taken.items()}
+        return {
+            address: with_rule(route, address, taken[address], rules).route
+            for address, route in routes.items()
+            if route.foreign
+        }
 
     async def _query(self, batch: list[MemberAddress]) -> set[MemberAddress]:
         """Which of the targets send a signed answer."""

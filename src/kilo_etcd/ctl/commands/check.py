@@ -15,13 +15,24 @@ from enum import StrEnum
 from functools import partial
 
 import click
-from attrs import asdict, field, frozen
+from attrs import asdict, evolve, field, frozen
 
 from kilo_etcd.base.quoting import first_of
 from kilo_etcd.ctl.context import Mesh
 from kilo_etcd.ctl.output import output_option
-from kilo_etcd.ctl.reports.arrivals import SHOWN, TRIES, losses, lost_across, narrow, reached_by, some
+from kilo_etcd.ctl.reports.arrivals import (
+    SHOWN,
+    TRIES,
+    end_of,
+    losses,
+    lost_across,
+    lost_pairs,
+    narrow,
+    reached_by,
+    some,
+)
 from kilo_etcd.ctl.reports.causes import Silence, causes, silence
+from kilo_etcd.ctl.reports.evidence import Evidence, evidence, shown
 from kilo_etcd.ctl.reports.exemptions import exemptions
 from kilo_etcd.ctl.reports.internal_arrivals import internal_losses
 from kilo_etcd.ctl.reports.live import Live, Pair, differs, gather, pairs, tunnels
@@ -106,13 +117,17 @@ class Examined:
     topology: Topology
     statuses: Mapping[str, StatusRecord] = field(factory=dict)
     live: Live = field(factory=Live)
+    led_anew: frozenset[str] = frozenset()
+    """Nodes that have another leader than before the agents were asked: by whom their packets went is not known."""
 
 
 def findings(examined: Examined) -> tuple[Finding, ...]:
     """The findings, the worst first."""
     order = list(Severity)
     known = silence(examined.topology, examined.statuses, examined.live)
-    packets = tuple(_packets(examined, known))
+    dead = {row.name for row in examined.report.nodes if not row.alive}
+    places = evidence(examined.topology, examined.statuses, examined.live, dead)
+    packets = tuple(_packets(examined, known, places))
     wrong = [one for one in packets if one.severity is Severity.ERROR]
     # If an error names a leader already, the probers' report of that leader would only repeat it.
     reported = unreached_through(examined.topology)
@@ -123,12 +138,13 @@ def findings(examined: Examined) -> tuple[Finding, ...]:
             examined.report,
             known,
             reached_by(examined.topology, examined.live),
+            places,
             {name: answer.trouble for name, answer in examined.live.answers.items()},
         ),
         *_mode(examined.report),
         *_records(examined.report, frozenset(told)),
         *_unrouted(examined),
-        *_hosts(examined),
+        *_hosts(examined, places),
         *packets,
     )
     return tuple(sorted(dict.fromkeys(every), key=lambda f: (order.index(f.severity), f.subject, f.text)))
@@ -175,6 +191,7 @@ def _agents(
     found: Report,
     known: Silence | None = None,
     reached: Mapping[str, Sequence[str]] | None = None,
+    places: Evidence | None = None,
     troubles: Mapping[str, Sequence[str]] | None = None,
 ) -> Iterator[Finding]:
     """`reached`: node -> the hosts whose echo requests it answers; `troubles`: node -> what its agent has answered
@@ -211,10 +228,15 @@ def _agents(
                            f"forget {row.name})",
                 )  # fmt: skip
                 continue
+            tried = () if places is None or row.name not in places.gone else places.unresponsive[row.name]
+            leads = bool(tried) and places is not None and end_of(places.topology, row.name) == row.name
             yield Finding(
-                severity=Severity.WARNING, subject=row.name,
-                text="its agent does not report; its place in the mesh is kept",
-                remedy=f"is the host up? systemctl status kilo-etcd there; gone for good: kgctl node forget {row.name}",
+                severity=Severity.ERROR if leads else Severity.WARNING, subject=row.name,
+                text=f"its agent does not report, and it leads its location, through which nothing arrives (tried by "
+                     f"{first_of(tried, SHOWN)})" if leads
+                     else "its agent does not report; its place in the mesh is kept",
+                remedy="is the host up? has it a default route and a way to etcd (ip route)? systemctl status "
+                       f"kilo-etcd there; gone for good: kgctl node forget {row.name}",
             )  # fmt: skip
     if idle > MOST_NAMED:
         yield Finding(
@@ -328,21 +350,27 @@ def _covers(network: IPNetwork, other: IPNetwork) -> bool:
     return network.version == other.version and other.subnet_of(network)  # type: ignore[arg-type]
 
 
-def _hosts(examined: Examined) -> Iterator[Finding]:
+def _hosts(examined: Examined, places: Evidence) -> Iterator[Finding]:
     live, topology = examined.live, examined.topology
     if live.refused:
         yield Finding(
             severity=Severity.WARNING, subject="hosts", text=f"their agents could not be asked: {live.refused}",
             remedy="let this user write below /kilo-status/, or look on the hosts: wg show, journalctl -u kilo-etcd",
         )  # fmt: skip
+    alive = {row.name for row in examined.report.nodes if row.alive}
     for name in live.silent:
+        tried = places.unresponsive.get(name)
+        if name in places.stopped or (tried and name not in alive):
+            continue  # `_agents` says that.
         yield Finding(
-            severity=Severity.WARNING,
-            subject=name,
-            text="its agent lives, but has not answered in time",
-            remedy="systemctl status kilo-etcd there; an agent of an older version does not answer diagnostics "
-            "requests",
-        )
+            severity=Severity.ERROR if tried else Severity.WARNING, subject=name,
+            text=f"its agent has not answered in time, and its host answers no echo request of "
+                 f"{first_of(tried, SHOWN)}" if tried else "its agent lives, but has not answered in time",
+            remedy="is the host up, with its default route (ip route), and its WireGuard running? systemctl status "
+                   "kilo-etcd there" if tried
+                   else "systemctl status kilo-etcd there; an agent of an older version does not answer diagnostics "
+                        "requests",
+        )  # fmt: skip
     for name, off in live.clocks.items():
         if abs(off) > CLOCK_SECONDS:
             yield Finding(
@@ -379,16 +407,30 @@ def _hosts(examined: Examined) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def _packets(examined: Examined, known: Silence) -> Iterator[Finding]:
+def _packets(examined: Examined, known: Silence, places: Evidence) -> Iterator[Finding]:
     """Tunnels and packets, and members that do not answer each other: each cause once."""
     live, topology = examined.live, examined.topology
     missing = missing_in(error for status in examined.statuses.values() for error in status.errors)
-    for cause in causes(topology, known, missing):
+    for cause in causes(topology, evolve(known, apart=places.unexplained(known.apart)), missing):
         yield Finding(severity=Severity.ERROR, subject=cause.subject, text=cause.text, remedy=cause.remedy)
-    down = [pair for pair in pairs(topology, tunnels(topology, live)) if pair.up is False]
+    for loss in shown(places, missing):
+        yield Finding(severity=Severity.ERROR, subject=loss.subject, text=loss.text, remedy=loss.remedy)
+    down = [
+        pair for pair in pairs(topology, tunnels(topology, live))
+        if pair.up is False and not places.explains_tunnel(pair.one, pair.other)
+        and not {pair.one, pair.other} & examined.led_anew
+    ]  # fmt: skip
     early = {pair for pair in down if pair.handshake is None and known.young & {pair.one, pair.other}}
     yield from (_tunnel(topology, pair) for pair in down if pair not in early)
     unsettled = known.undecided | {frozenset((pair.one, pair.other)) for pair in early}
+    moved = [f"{one} and {other}" for one, other in lost_pairs(topology, live) if {one, other} & examined.led_anew]
+    if moved:
+        yield Finding(
+            severity=Severity.WARNING, subject="packets",
+            text=f"it is too early to tell why some do not arrive, between {some(moved)}: "
+                 "their leader has just changed",
+            remedy="ask again in ten seconds: kgctl check",
+        )  # fmt: skip
     if lost := sorted({*lost_across(topology, live, unsettled), *((pair.one, pair.other) for pair in early)}):
         yield Finding(
             severity=Severity.WARNING, subject="packets",
@@ -397,13 +439,17 @@ def _packets(examined: Examined, known: Silence) -> Iterator[Finding]:
             remedy="ask again in ten seconds: kgctl check",
         )  # fmt: skip
     ends = [frozenset((pair.one, pair.other)) for pair in down]
-    for loss in losses(topology, live, ends, apart={*known.apart, *unsettled}, queries_answered=known.queries_answered):
+    apart = {*known.apart, *unsettled}
+    for loss in losses(
+        topology, live, ends, apart=apart, queries_answered=known.queries_answered,
+        explained=lambda one, other: bool({one, other} & examined.led_anew) or places.explains(one, other),
+    ):  # fmt: skip
         yield Finding(
             severity=Severity.WARNING if loss.filtered else Severity.ERROR, subject=loss.subject, text=loss.text,
             remedy=loss.remedy,
         )  # fmt: skip
     refused = partial(echo_refused, Plans(topology, examined.statuses))
-    for loss in internal_losses(topology, live, {*known.apart, *unsettled}, missing=missing, refused=refused):
+    for loss in internal_losses(topology, live, places, apart, missing=missing, refused=refused):
         yield Finding(severity=Severity.ERROR, subject=loss.subject, text=loss.text, remedy=loss.remedy)
     for loss in narrow(topology, live):
         yield Finding(severity=Severity.WARNING, subject=loss.subject, text=loss.text, remedy=loss.remedy)
@@ -526,6 +572,7 @@ async def examine(client: Client, keys: Keys, endpoints: tuple[str, ...]) -> Exa
     """Ask etcd's members, etcd and the agents. EtcdError: etcd as a whole does not answer."""
     members = await _members(client, endpoints)
     living = await operator.statuses(client, keys)
+    before = build_topology((await operator.snapshot(client, keys))[0])
     live = await gather(client, keys, living.keys(), tries=TRIES)
     snapshot, view = await operator.snapshot(client, keys)
     # Last: what the agents have found out while they were asked explains what they have lost, and none is behind.
@@ -538,4 +585,9 @@ async def examine(client: Client, keys: Keys, endpoints: tuple[str, ...]) -> Exa
         topology=topology,
         statuses=statuses,
         live=live,
+        led_anew=frozenset(
+            name
+            for name in before.snapshot.nodes.keys() & snapshot.nodes.keys()
+            if end_of(before, name) != end_of(topology, name)
+        ),
     )

@@ -10,7 +10,7 @@ session explains is left to whoever says that.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from ipaddress import ip_address
 
 from attrs import evolve, frozen
@@ -79,16 +79,21 @@ def losses(
     *,
     apart: Collection[frozenset[str]] = (),
     queries_answered: bool = False,
+    explained: Callable[[str, str], bool] = lambda one, other: False,
 ) -> tuple[Loss, ...]:
     """The losses that no other finding explains.
 
     `down`: pairs of leaders whose tunnel is known to have no session; `apart`: pairs of members of a location that are
     known not to reach each other; `queries_answered`: members of a location answer each other's peer queries.
+    `explained`: whether packets from one host to another are known to be lost at a place that is named elsewhere.
     """
     tried = _tried(topology, live)
-    if apart:
-        bad = {pair: versions for pair, versions in tried.bad.items() if not across(topology, *pair, apart)}
-        tried = evolve(tried, bad=bad)
+    bad = {
+        pair: versions
+        for pair, versions in tried.bad.items()
+        if not across(topology, *pair, apart) and not explained(*pair)
+    }
+    tried = evolve(tried, bad=bad)
     if not tried.bad:
         return ()
     sessions = [pair for pair in pairs(topology, tunnels(topology, live)) if pair.up]
@@ -112,7 +117,11 @@ def losses(
         families = frozenset(version for one in askers for version in tried.bad[one, target])
         rest = {pair for pair in rest if pair[1] != target}
         own = target in tried.tried
-        found.append(_unreached(topology, target, askers, families, own=own, reaches=reaches, sessions=sessions))
+        answer = live.answers.get(target)
+        unsent = answer is not None and bool(answer.unsent_peers)
+        found.append(
+            _unreached(topology, target, askers, families, own=own, reaches=reaches, sessions=sessions, unsent=unsent)
+        )
     mute = {loss.subject for loss in found if not loss.filtered}
     # A host that is cut off reaches no other host either; one finding is enough.
     rest = {pair for pair in rest if pair[0] not in mute}
@@ -183,8 +192,12 @@ def lost_across(
 ) -> tuple[tuple[str, str], ...]:  # fmt: skip
     """The pairs of hosts between which packets were lost on a way that one of these pairs of adjacent hosts is part
     of."""
-    lost = {(min(pair), max(pair)) for pair in _tried(topology, live).bad if across(topology, *pair, pairs)}
-    return tuple(sorted(lost))
+    return tuple(pair for pair in lost_pairs(topology, live) if across(topology, *pair, pairs))
+
+
+def lost_pairs(topology: Topology, live: Live) -> tuple[tuple[str, str], ...]:
+    """The pairs of hosts between which packets were lost."""
+    return tuple(sorted({(min(pair), max(pair)) for pair in _tried(topology, live).bad}))
 
 
 def across(topology: Topology, one: str, other: str, pairs: Collection[frozenset[str]]) -> bool:
@@ -246,8 +259,10 @@ def _unreached(
     own: bool,
     reaches: bool,
     sessions: Collection[Pair],
+    unsent: bool = False,
 ) -> Loss:
-    """`own`: it has sent echo requests itself; `reaches`: one of them was answered."""
+    """`own`: it has sent echo requests itself; `reaches`: one of them was answered; `unsent`: its WireGuard receives
+    and does not send."""
     addresses = " and ".join(
         str(address) for address in topology.snapshot.nodes[target].mesh_addresses if address.version in families
     )
@@ -265,7 +280,10 @@ def _unreached(
     if far:
         return Loss(
             subject=target, text=f"{asked}{its_own}, although its tunnel to {far[0]} has a session",
-            remedy="look there for what drops packets that come in by kilo0 or go out by it: nft list ruleset, ip rule",
+            remedy="look there for what drops " + (
+                "UDP 51820 (--port) that goes out, or packets that go out by kilo0" if unsent
+                else "packets that come in by kilo0 or go out by it"
+            ) + ": nft list ruleset, ip rule",
         )  # fmt: skip
     return Loss(
         subject=target, text=f"{asked}{its_own}",

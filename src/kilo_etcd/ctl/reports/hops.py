@@ -16,6 +16,7 @@ from attrs import evolve, frozen
 
 from kilo_etcd.ctl.reports.arrivals import losses, narrow
 from kilo_etcd.ctl.reports.causes import silence
+from kilo_etcd.ctl.reports.evidence import evidence, shown
 from kilo_etcd.ctl.reports.internal_arrivals import internal_losses
 from kilo_etcd.ctl.reports.live import Live, LiveTunnel, ago, differs, pairs, tunnels
 from kilo_etcd.ctl.reports.one_sided import echo_refused
@@ -210,9 +211,15 @@ def suspicions(
             down.add(frozenset((pair.one, pair.other)))
             yield pair.one, f"its tunnel to {pair.other} has no session: {pair.last}"
     known = silence(topology, statuses, live)
-    lost = losses(topology, live, down, apart={*known.apart, *known.undecided}, queries_answered=known.queries_answered)
-    for loss in (*lost, *narrow(topology, live)):
-        yield loss.subject, f"{loss.text}: {loss.remedy}"
+    places = evidence(topology, statuses, live)
     unsettled = {*known.apart, *known.undecided}
-    for loss in internal_losses(topology, live, unsettled, refused=partial(echo_refused, Plans(topology, statuses))):
+    refused = partial(echo_refused, Plans(topology, statuses))
+    for loss in (
+        *shown(places),
+        *losses(
+            topology, live, down, apart=unsettled, queries_answered=known.queries_answered, explained=places.explains
+        ),
+        *narrow(topology, live),
+        *internal_losses(topology, live, places, unsettled, refused=refused),
+    ):
         yield loss.subject, f"{loss.text}: {loss.remedy}"

@@ -1,8 +1,8 @@
 """Which internal IPs that the mesh routes do not answer, by the echo requests of the living agents, and why. Pure.
 
 An agent that is asked sends an echo request from the route's source address to each internal IP that its plan has a
-route to, and names the route that its kernel chooses. What does not arrive at the mesh address either is left to
-`ctl.reports.arrivals`. What remains tells the two apart by address: a rule or a route of the host's own, or a firewall.
+route to. What does not arrive at the mesh address either is left to `ctl.reports.arrivals`, and a route that is not the
+plan's to `ctl.reports.evidence`. What remains tells the two apart by address: a firewall.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from ipaddress import ip_address
 from attrs import field, frozen
 
 from kilo_etcd.ctl.reports.arrivals import PAIRS, Loss, across, end_of, some
+from kilo_etcd.ctl.reports.evidence import Evidence
 from kilo_etcd.ctl.reports.exemptions import exemptions
 from kilo_etcd.ctl.reports.live import Live
 from kilo_etcd.store.records import DiagnosticsResponse
-from kilo_etcd.topology.forced_addresses import lacks
 from kilo_etcd.topology.segments import Topology
 
 _Pair = tuple[str, str]
@@ -35,6 +35,7 @@ class _Asked:
 def internal_losses(
     topology: Topology,
     live: Live,
+    known: Evidence,
     apart: Collection[frozenset[str]] = (),
     *,
     missing: Collection[str] = (),
@@ -42,23 +43,13 @@ def internal_losses(
 ) -> tuple[Loss, ...]:
     """One for each host that is known to be the place, then the pairs that remain; of each kind the first `PAIRS`.
 
-    `apart`: pairs of members of a location that do not reach each other, or of which that is not known yet.
-    `missing`: internal IPs that their hosts do not have, which their agents report. `refused`: whether two hosts are
-    known to lose echo requests since one of them sends these in clear and the other refuses that.
+    `known`: the places that other findings name. `apart`: pairs of members of a location that do not reach each other,
+    or of which that is not known yet. `missing`: internal IPs that their hosts do not have, which their agents report.
+    `refused`: whether two hosts are known to lose echo requests since one of them sends these in clear and the other
+    refuses that.
     """
-    foreign = {
-        name: {route.address: route.route for route in answer.routes if route.foreign}
-        for name, answer in live.answers.items()
-        if name in topology.snapshot.nodes
-    }
-    # Without the address the agent's routes, which send from it, cannot be there.
-    nodes = topology.snapshot.nodes
-    astray = sorted(name for name, routes in foreign.items() if routes and not lacks(nodes[name], missing))
-    losses = [_other_route(name, foreign[name]) for name in astray[:PAIRS]]
-    if more := astray[PAIRS:]:
-        text = f"the kernels of {len(more)} more hosts take other routes than the agents' too, {some(more)}"
-        losses.append(Loss(subject="internal-ips", text=text, remedy="mend what is named first, then ask again"))
-    asked = _asked(topology, live, foreign, frozenset(missing))
+    losses = []
+    asked = _asked(topology, live, known, frozenset(missing))
     rest = {pair for pair in asked.lost if not across(topology, *pair, apart) and not refused(*pair)}
     for _ in range(PAIRS):
         if (place := _place(topology, asked, rest)) is None:
@@ -71,7 +62,7 @@ def internal_losses(
     return tuple(losses)
 
 
-def _asked(topology: Topology, live: Live, foreign: Mapping[str, Mapping[str, str]], missing: frozenset[str]) -> _Asked:
+def _asked(topology: Topology, live: Live, known: Evidence, missing: frozenset[str]) -> _Asked:
     nodes = topology.snapshot.nodes
     mesh = {str(address): node.name for node in nodes.values() for address in node.mesh_addresses}
     internal = {
@@ -86,12 +77,12 @@ def _asked(topology: Topology, live: Live, foreign: Mapping[str, Mapping[str, st
         good |= {(name, internal[address]) for address in answer.reached if address in internal}
         for address in answer.unreached:
             target = internal.get(address)
-            if target is None or target not in reached or address in foreign[name]:
+            if target is None or target not in reached:
                 continue
             own = {str(ip.ip) for ip in nodes[name].internal_ips}
-            # The answer may take another route than the agent's, too. Then that host has an error of its own, as a host
+            # The answer may take another route than the agent's, too. A host has an error of its own for that, as one
             # has that lacks an address.
-            if address not in missing and not own & (foreign.get(target, {}).keys() | missing):
+            if address not in missing and not own & missing and not known.between(name, target, (address,), own):
                 lost[name, target] = (*lost.get((name, target), ()), address)
     return _Asked(frozenset(good - lost.keys()), lost)
 
@@ -132,18 +123,6 @@ def _place(topology: Topology, asked: _Asked, rest: Iterable[_Pair]) -> _Place |
                 number[place] = number.get(place, 0) + 1
     most = max(number.values(), default=0)
     return None if most < 2 else min(place for place, count in number.items() if count == most)
-
-
-def _other_route(name: str, routes: Mapping[str, str]) -> Loss:
-    addresses, first = list(routes), next(iter(routes.values()))
-    table = f" table {first.rpartition(' table ')[2]}" if " table " in first else ""
-    return Loss(
-        subject=name,
-        text=f"its kernel sends packets for the internal IPs {some(addresses)} by "
-             f"another route than the agent's: {first}",
-        remedy=f"ip rule and ip route show{table} there: remove the rule or the route that comes before the agent's; "
-               "the mesh addresses work",
-    )  # fmt: skip
 
 
 _DOES = {

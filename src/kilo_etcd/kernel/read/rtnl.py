@@ -44,6 +44,10 @@ _UP = formats.links.IFF_UP
 _TEMPORARY, _DEPRECATED = formats.addresses.IFA_F_TEMPORARY, formats.addresses.IFA_F_DEPRECATED
 _ONLINK = formats.routes.RTNH_F_ONLINK
 _TO_TABLE, _GOTO = (formats.rules.FR_ACT_NAMES[name] for name in ("FR_ACT_TO_TBL", "FR_ACT_GOTO"))
+_REFUSING = {
+    formats.rules.FR_ACT_NAMES[f"FR_ACT_{word.upper()}"]: word for word in ("blackhole", "unreachable", "prohibit")
+}
+"""What a rule does with packets -> what ip-rule(8) calls it, of rules that refuse them."""
 UNICAST, _UNREACHABLE = rtnl.rt_type["unicast"], rtnl.rt_type["unreachable"]
 _KIND_NAMES = {UNICAST: "", _UNREACHABLE: "unreachable", rtnl.rt_type["throw"]: "throw"}
 _SCOPES = {rtnl.rt_scope["link"]: AddressScope.LINK, rtnl.rt_scope["host"]: AddressScope.HOST}
@@ -288,18 +292,19 @@ def read_rule(body: bytes) -> tuple[RoutingRule, int] | None:
 
 
 def read_foreign_rule(body: bytes) -> ForeignRule | None:
-    """A rule of anybody's; None: it is of another family, or only refuses packets."""
+    """A rule of anybody's; None: it is of another family, or of a kind that does nothing."""
     (
         family, length, source_length, tos, low_table, action, flags,
         to, source, inbound, outbound, priority, table, goto, mark, suppressed, protocol, users, tunnel,
         sports, dports, *port_masks,
     ) = _others_rules.row(body)  # fmt: skip
-    if family not in _VERSIONS or action not in (_TO_TABLE, _GOTO):
+    if family not in _VERSIONS or action not in (_TO_TABLE, _GOTO, *_REFUSING):
         return None
     return ForeignRule(
         version=_VERSIONS[family],
         priority=priority or 0,
-        table=0 if action == _GOTO else low_table if table is None else table,
+        table=0 if action != _TO_TABLE else low_table if table is None else table,
+        refuses=_REFUSING.get(action, ""),
         goto=goto or 0 if action == _GOTO else 0,
         source=ipaddress.ip_network((source, source_length), strict=False) if source else None,
         destination=ipaddress.ip_network((to, length), strict=False) if to else None,

@@ -3,6 +3,7 @@ be."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from zlib import crc32
 
 from attrs import frozen
@@ -100,6 +101,8 @@ class ForeignRule:
     dports: tuple[int, int] | None = None
     """The same of the ports that they are for."""
     suppress: int | None = None
+    refuses: str = ""
+    """What it does with packets that it refuses, as ip-rule(8) calls it; empty: it leads elsewhere."""
     picks: bool = False
     """Whether it asks for a mark, a device, or for what else a packet to a node need not have."""
 
@@ -121,10 +124,25 @@ class ForeignRule:
         if self.limits:
             words.append(self.limits)
         table = "main" if self.table == RT_TABLE_MAIN else str(self.table)
-        words.append(f"goto {self.goto}" if self.goto else f"lookup {table}")
+        words.append(self.refuses or (f"goto {self.goto}" if self.goto else f"lookup {table}"))
         if self.suppress is not None:
             words.append(f"suppress_prefixlength {self.suppress}")
         return f"ip -{self.version} rule {' '.join(words)}"
+
+
+def deciding_rule(rules: Iterable[ForeignRule], address: IPAddress, table: int | None) -> ForeignRule | None:
+    """The rule of another program by which the kernel chose a route for an address, as far as can be told. `table`: the
+    route's; None: the kernel refuses the packets."""
+    asked = (
+        rule
+        for rule in rules
+        if rule.version == address.version
+        and not rule.picks
+        and not rule.limits
+        and (rule.destination is None or address in rule.destination)
+        and (rule.refuses if table is None else rule.table == table and table != RT_TABLE_MAIN)
+    )
+    return min(asked, key=lambda rule: rule.priority, default=None)
 
 
 @frozen

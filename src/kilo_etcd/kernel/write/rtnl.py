@@ -136,11 +136,14 @@ def get_route_to(address: IPAddress, mark: int = 0) -> NetlinkMessage:
     return NetlinkMessage(rtnl.RTM_GETROUTE, 0, _route(fixed, attributes))
 
 
-def get_route_between(source: IPAddress | None, address: IPAddress) -> NetlinkMessage:
-    """Asks which route a packet from `source` to `address` would take, and in which table it is."""
+def get_route_between(source: IPAddress | None, address: IPAddress, mark: int = 0) -> NetlinkMessage:
+    """Asks which route a packet from `source` to `address`, marked with `mark`, would take, and in which table it
+    is."""
     attributes = {"RTA_DST": address.packed}
     if source is not None:
         attributes["RTA_SRC"] = source.packed
+    if mark:
+        attributes["RTA_MARK"] = _number.pack(mark)
     bits = address.max_prefixlen
     # Of IPv6 the kernel names the table unasked, and refuses the flag.
     flags = formats.RTM_F_LOOKUP_TABLE if address.version == 4 else 0

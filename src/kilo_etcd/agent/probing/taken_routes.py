@@ -1,0 +1,67 @@
+"""Compares the routes that this host's kernel takes with those that the plan means: another program may have set a rule
+or a route that comes before. Pure."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterable
+
+from kilo_etcd import kernel
+from kilo_etcd.kernel.routing.rules import ForeignRule, deciding_rule
+from kilo_etcd.kernel.state import MAIN_TABLE, Observed
+from kilo_etcd.model import IPAddress
+from kilo_etcd.store.records import TakenRoute
+
+_NO_ROUTE = os.strerror(errno.ENETUNREACH)
+"""What the kernel says if no table has a route: a host that shares no network with another one may have none."""
+
+
+def taken_route(
+    address: IPAddress, source: IPAddress | None, answer: kernel.Route | str, observed: Observed
+) -> TakenRoute:
+    """The kernel's choice for an address, compared with our own routes. It is another's only if ours is there: what
+    the kernel has refused is named as such."""
+    own = (
+        *observed.routes.values(),
+        *(route for table in observed.policy.tables.values() for route in table.routes.values()),
+    )
+    ours = [
+        (route.device, route.gateway)
+        for route in own
+        if route.destination.version == address.version and address in route.destination
+    ]
+    if isinstance(answer, str):
+        return TakenRoute(str(address), str(source or ""), f"none: {answer}", bool(ours))
+    foreign = bool(ours) and (answer.device, answer.gateway) not in ours
+    return TakenRoute(str(address), str(source or ""), _shown_route(address, answer), foreign)
+
+
+def taken_directly(address: IPAddress, answer: kernel.Route | str, rules: Iterable[ForeignRule]) -> TakenRoute:
+    """The kernel's choice for a member of the location, to which the host's own routes lead. It is another program's if
+    a rule of that leads to it, or if the kernel refuses it, not for want of a route."""
+    refused = isinstance(answer, str)
+    rule = deciding_rule(rules, address, None if isinstance(answer, str) else answer.table)
+    shown = f"none: {answer}" if isinstance(answer, str) else _shown_route(address, answer)
+    return TakenRoute(str(address), "", shown, rule is not None or (refused and answer != _NO_ROUTE))
+
+
+def with_rule(
+    route: TakenRoute, address: IPAddress, answer: kernel.Route | str, rules: Iterable[ForeignRule]
+) -> TakenRoute:
+    """The route, if it is not the agent's with the rule of another program that leads to it."""
+    if not route.foreign:
+        return route
+    rule = deciding_rule(rules, address, None if isinstance(answer, str) else answer.table)
+    return route if rule is None else route._replace(route=f"{route.route}, by {rule}")
+
+
+def _shown_route(address: IPAddress, route: kernel.Route) -> str:
+    """As `ip route get` shows it."""
+    words = [str(address)]
+    if route.gateway is not None:
+        words.append(f"via {route.gateway}")
+    words.append(f"dev {route.device}" if route.device else "local")
+    if route.table != MAIN_TABLE:
+        words.append(f"table {route.table}")
+    return " ".join(words)

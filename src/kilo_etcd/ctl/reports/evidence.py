@@ -1,0 +1,246 @@
+"""Joins what hosts themselves show of why packets are lost: a route that is not the plan's, a WireGuard that does not
+answer, a host that does not, UDP packets that do not arrive. Pure.
+
+A lost packet that passes such a place says nothing of the hosts behind it, so `ctl.reports.arrivals` and
+`ctl.reports.internal_arrivals` leave it out. Each place has one finding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from functools import cached_property
+from ipaddress import ip_address
+from itertools import pairwise
+
+from attrs import field, frozen
+
+from kilo_etcd.ctl.reports.arrivals import PAIRS, Loss, end_of, lost_across, reached_by, some
+from kilo_etcd.ctl.reports.causes import Kind
+from kilo_etcd.ctl.reports.live import Live, ago, pairs, tunnels
+from kilo_etcd.model import Node
+from kilo_etcd.store.records import StatusRecord
+from kilo_etcd.store.status_texts import NO_WIREGUARD
+from kilo_etcd.topology.forced_addresses import lacks
+from kilo_etcd.topology.segments import Topology
+
+_Hop = frozenset[str]
+
+
+@frozen(kw_only=True)
+class Evidence:
+    """The places at which packets are known to be lost."""
+
+    topology: Topology
+    routes: Mapping[str, Mapping[str, str]] = field(factory=dict)
+    """Host -> addresses to which its kernel takes another route than the plan's, each with that route."""
+    endpoints: Mapping[str, Mapping[str, str]] = field(factory=dict)
+    """Host -> nodes whose endpoints its kernel has no route to, each with the endpoint and what the kernel answers."""
+    stopped: frozenset[str] = frozenset()
+    """Hosts whose WireGuard does not answer their agents."""
+    unresponsive: Mapping[str, tuple[str, ...]] = field(factory=dict)
+    """Hosts whose agents do not answer, and that do not answer these hosts' echo requests."""
+    passing: frozenset[str] = frozenset()
+    """Hosts that answer some echo request, or that one has passed which was answered."""
+    blocked: Mapping[str, Mapping[str, int | None]] = field(factory=dict)
+    """Host -> nodes whose WireGuard sends packets that do not arrive at it, each with the seconds since the last
+    handshake."""
+
+    @cached_property
+    def gone(self) -> frozenset[str]:
+        """Hosts that show no sign of life."""
+        return frozenset(self.unresponsive.keys() - self.passing)
+
+    @cached_property
+    def hops(self) -> frozenset[_Hop]:
+        """Pairs of hosts between which WireGuard's packets are lost."""
+        each = (*self.endpoints.items(), *self.blocked.items())
+        return frozenset(frozenset((one, other)) for one, others in each for other in others)
+
+    def unexplained(self, apart: Mapping[_Hop, Kind]) -> dict[_Hop, Kind]:
+        """The pairs of members none of whose kernels takes another route to the other."""
+        return {pair: kind for pair, kind in apart.items() if not self._astray(*pair) and not self.stopped & pair}
+
+    def _astray(self, one: str, other: str) -> bool:
+        nodes = self.topology.snapshot.nodes
+        return any(
+            address in self.routes.get(here, ())
+            for here, there in ((one, other), (other, one))
+            for address in (*_mesh(nodes[there]), *(str(ip.ip) for ip in nodes[there].internal_ips))
+        )
+
+    def explains_tunnel(self, one: str, other: str) -> bool:
+        """Whether it is known why the tunnel between two hosts has no session."""
+        return bool((self.stopped | self.gone) & {one, other}) or any(
+            there in self.endpoints.get(here, ()) for here, there in ((one, other), (other, one))
+        )
+
+    def explains(self, one: str, other: str) -> bool:
+        """Whether packets from `one` to the mesh addresses of `other`, or the answers, pass one of the places."""
+        nodes = self.topology.snapshot.nodes
+        there, back = (_mesh(nodes[name]) for name in (other, one))
+        return self.between(one, other, there, back)
+
+    def between(self, one: str, other: str, there: Collection[str], back: Collection[str]) -> bool:
+        """Whether packets from `one` to the addresses `there` of `other`, or the answers to the addresses `back`, pass
+        one of the places."""
+        path = _path(self.topology, one, other)
+        if self.stopped.intersection(path) or self.gone.intersection(path):
+            return True
+        if one in self.unresponsive or other in self.unresponsive:
+            return True
+        if any(frozenset(hop) in self.hops for hop in pairwise(path)):
+            return True
+        return any(
+            address in self.routes.get(name, ())
+            for hosts, addresses in ((path[:-1], there), (path[1:], back))
+            for name in hosts
+            for address in addresses
+        )
+
+
+def evidence(
+    topology: Topology, statuses: Mapping[str, StatusRecord], live: Live, dead: Collection[str] = ()
+) -> Evidence:
+    """What the answers and the statuses show. `dead`: nodes whose agents do not live."""
+    nodes = topology.snapshot.nodes
+    routes, endpoints = _routes(topology, live)
+    stopped = {name for name, status in statuses.items() if any(NO_WIREGUARD in text for text in status.errors)}
+    stopped |= {name for name, answer in live.answers.items() if any(NO_WIREGUARD in text for text in answer.trouble)}
+    return Evidence(
+        topology=topology,
+        routes=routes,
+        endpoints=endpoints,
+        stopped=frozenset(stopped & nodes.keys()),
+        unresponsive=_unresponsive(topology, live, {*live.silent, *dead} & nodes.keys()),
+        passing=_passing(topology, live),
+        blocked=_blocked(topology, live),
+    )
+
+
+def _routes(
+    topology: Topology, live: Live
+) -> tuple[dict[str, dict[str, str]], dict[str, dict[str, str]]]:  # fmt: skip
+    nodes = topology.snapshot.nodes
+    names = {node.public_key: node.name for node in nodes.values()}
+    routes: dict[str, dict[str, str]] = {}
+    endpoints: dict[str, dict[str, str]] = {}
+    for name, answer in live.answers.items():
+        foreign = {route.address: route.route for route in answer.routes if route.foreign and name in nodes}
+        # An endpoint is tried itself only if the mesh leads packets to it into the tunnels.
+        untried = foreign.keys() - {*answer.reached, *answer.unreached}
+        far = {
+            names[tunnel.public_key]: address
+            for tunnel in answer.tunnels
+            if tunnel.public_key in names and (address := _host(tunnel.endpoint)) in untried
+        }
+        own = {address: route for address, route in foreign.items() if address not in far.values()}
+        if own:
+            routes[name] = own
+        if cut := {
+            other: f"{address} ({foreign[address]})"
+            for other, address in far.items()
+            if lost_across(topology, live, [frozenset((name, other))])
+        }:
+            endpoints[name] = cut
+    return routes, endpoints
+
+
+def _host(endpoint: str) -> str:
+    """The address of an endpoint."""
+    text = endpoint.rpartition(":")[0].strip("[]")
+    try:
+        return str(ip_address(text))
+    except ValueError:
+        return ""
+
+
+def _unresponsive(topology: Topology, live: Live, names: Collection[str]) -> dict[str, tuple[str, ...]]:
+    by_address = {str(address): node for node in topology.snapshot.nodes.values() for address in node.mesh_addresses}
+    tried: dict[str, list[str]] = {}
+    for name, answer in sorted(live.answers.items()):
+        for address in answer.unreached:
+            if (node := by_address.get(address)) is not None and node.name in names and name in topology.snapshot.nodes:
+                tried.setdefault(node.name, []).append(name)
+    return {name: tuple(dict.fromkeys(ones)) for name, ones in tried.items()}
+
+
+def _passing(topology: Topology, live: Live) -> frozenset[str]:
+    reached = reached_by(topology, live).items()
+    return frozenset(name for other, ones in reached for one in ones for name in _path(topology, one, other))
+
+
+def _blocked(topology: Topology, live: Live) -> dict[str, dict[str, int | None]]:
+    """By what both ends of a tunnel have counted while echo requests went through it and were lost."""
+    nodes = topology.snapshot.nodes
+    result: dict[str, dict[str, int | None]] = {}
+    # A tunnel without a session has an error of its own.
+    for pair in filter(lambda pair: pair.up, pairs(topology, tunnels(topology, live))):
+        for here, far in ((pair.one, pair.other), (pair.other, pair.one)):
+            at, sender = live.answers.get(here), live.answers.get(far)
+            if at is None or sender is None or nodes[far].public_key not in at.unanswered_peers:
+                continue
+            if nodes[here].public_key in sender.unsent_peers:
+                continue  # It sends nothing, for a reason of its own.
+            if lost_across(topology, live, [frozenset((here, far))]):
+                result.setdefault(here, {})[far] = pair.handshake
+    return result
+
+
+def _mesh(node: Node) -> tuple[str, ...]:
+    return tuple(map(str, node.mesh_addresses))
+
+
+def _path(topology: Topology, one: str, other: str) -> tuple[str, ...]:
+    """The hosts that packets from `one` to `other` pass."""
+    here, there = end_of(topology, one), end_of(topology, other)
+    return tuple(dict.fromkeys((one, other) if here == there else (one, here, there, other)))
+
+
+def shown(known: Evidence, missing: Collection[str] = ()) -> Iterator[Loss]:
+    """One error for each place. `missing`: internal IPs that their hosts do not have, which explains why these take
+    other routes."""
+    nodes = known.topology.snapshot.nodes
+    # Without the address the agent's routes, which send from it, cannot be there.
+    astray = sorted(name for name in known.routes if not lacks(nodes[name], missing))
+    for name in astray[:PAIRS]:
+        yield _other_route(name, known.routes[name])
+    if more := astray[PAIRS:]:
+        yield Loss(
+            subject="routes",
+            text=f"the kernels of {len(more)} more hosts take other routes than the agents' too, {some(more)}",
+            remedy="mend what is named first, then ask again",
+        )  # fmt: skip
+    for name, far in sorted(known.endpoints.items()):
+        yield Loss(
+            subject=name,
+            text=f"its WireGuard reaches nobody at {some(far.values())}, the endpoints of {some(far)}: the host has no "
+                 "route there" if len(far) > 1
+                 else f"its WireGuard does not reach {some(far)} at {some(far.values())}: the host has no route there",
+            remedy=f"ip route show default and ip rule show on {name}: is the default route gone?",
+        )  # fmt: skip
+    for name, senders in sorted(known.blocked.items()):
+        senders = {far: seconds for far, seconds in senders.items() if not known.explains_tunnel(name, far)}
+        if not senders:
+            continue
+        endpoint = nodes[name].endpoint
+        last = min((seconds for seconds in senders.values() if seconds is not None), default=None)
+        yield Loss(
+            subject=name if len(senders) > 1 else f"{name} - {next(iter(senders))}",
+            text=f"WireGuard's packets from {some(sorted(senders))} do not arrive at {name}, although they are sent "
+                 f"(last handshake: {ago(last)} ago)",
+            remedy=f"let UDP {endpoint or 51820} to {name} pass, on the way and through its own firewall (nft list "
+                   f"ruleset there); kgctl explain {sorted(senders)[0]} {name} --live",
+        )  # fmt: skip
+
+
+def _other_route(name: str, routes: Mapping[str, str]) -> Loss:
+    first = next(iter(routes.values()))
+    rule = first.partition(", by ip ")[2]
+    table = f" table {first.partition(',')[0].rpartition(' table ')[2]}" if " table " in first.partition(",")[0] else ""
+    return Loss(
+        subject=name,
+        text=f"its kernel sends packets for {some(routes)} by another route than the agent's: {first}",
+        remedy=f"remove that rule of another program on {name} (ip {rule.replace(' rule ', ' rule del ', 1)})" if rule
+               else f"ip rule and ip route show{table} on {name}: remove the rule or the route that comes before the "
+                    "agent's",
+    )  # fmt: skip

@@ -1,0 +1,192 @@
+"""What hosts show of why packets are lost comes before what is suspected of the hosts behind them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from attrs import evolve
+from test_arrivals import PLACES, Lost, asked, mesh, with_sessions
+
+from kilo_etcd.ctl.commands.check import Examined, Finding, Severity, findings
+from kilo_etcd.ctl.reports.arrivals import losses
+from kilo_etcd.ctl.reports.causes import Kind
+from kilo_etcd.ctl.reports.evidence import evidence
+from kilo_etcd.ctl.reports.live import Live
+from kilo_etcd.ctl.reports.report import report
+from kilo_etcd.store.records import DiagnosticsResponse, StatusRecord, TakenRoute
+from kilo_etcd.store.status_texts import NO_WIREGUARD
+from kilo_etcd.topology import Topology
+
+REFUSED = "none: Invalid argument"
+SESSIONS = (("a1", "b1"), ("a1", "c1"), ("b1", "c1"))
+
+
+def address(topology: Topology, name: str) -> str:
+    return str(topology.snapshot.nodes[name].mesh_addresses[0])
+
+
+def pair(*names: str) -> Lost:
+    return lambda one, other: {one, other} == set(names)
+
+
+def around(*names: str) -> Lost:
+    return lambda one, other: bool({one, other} & set(names))
+
+
+def world(lost: Lost, answering: set[str] | None = None) -> tuple[Topology, Live]:
+    """The answers in a mesh of three locations whose tunnels have sessions."""
+    topology = mesh()
+    live = with_sessions(topology, asked(topology, lost), *SESSIONS)
+    names = set(PLACES) if answering is None else answering
+    return topology, Live(
+        answers={name: answer for name, answer in live.answers.items() if name in names},
+        silent=tuple(sorted(set(PLACES) - names)),
+    )
+
+
+def with_answer(live: Live, name: str, **more: Any) -> Live:
+    return evolve(live, answers={**live.answers, name: evolve(live.answers[name], **more)})
+
+
+def told(
+    topology: Topology,
+    live: Live,
+    dead: tuple[str, ...] = (),
+    errors: dict[str, tuple[str, ...]] | None = None,
+    led_anew: frozenset[str] = frozenset(),
+) -> list[Finding]:
+    statuses = {
+        name: StatusRecord(public_key=name, revision=1, errors=(errors or {}).get(name, ()))
+        for name in PLACES
+        if name not in dead
+    }
+    found = report(topology.snapshot, statuses, newest=1, topology=topology)
+    live = evolve(live, silent=tuple(name for name in live.silent if name not in dead))
+    every = findings(
+        Examined(members=(), report=found, topology=topology, statuses=statuses, live=live, led_anew=led_anew)
+    )
+    # The statuses say nothing of leaders.
+    return [one for one in every if one.severity is not Severity.NOTE and "it sees no leader" not in one.text]
+
+
+def test_a_rule_on_a_member_is_named_and_its_leader_is_not() -> None:
+    topology, live = world(pair("a2", "b2"))
+    assert {loss.subject for loss in losses(topology, live)} == {"a1", "b1"}, "without the rule it would be the leaders"
+    rule = f"ip -4 rule priority 5 from all to {address(topology, 'b2')}/32 blackhole"
+    taken = TakenRoute(address(topology, "b2"), "", f"{REFUSED}, by {rule}", True)
+    (one,) = told(topology, with_answer(live, "a2", routes=(taken,)))
+    assert (one.severity, one.subject) == (Severity.ERROR, "a2")
+    assert one.text.startswith(f"its kernel sends packets for {address(topology, 'b2')} by another route")
+    assert one.remedy.endswith(f"on a2 ({rule.replace('rule', 'rule del', 1)})")
+
+
+def test_a_route_on_a_leader_explains_what_it_forwards_and_what_is_answered() -> None:
+    lost: Lost = lambda one, other: "b2" in (one, other) and "a" in (PLACES[one], PLACES[other])  # noqa: E731
+    topology, live = world(lost)
+    taken = TakenRoute(address(topology, "b2"), "", REFUSED, True)
+    assert [one.subject for one in told(topology, with_answer(live, "a1", routes=(taken,)))] == ["a1"]
+    # A route of a host that the packets do not pass explains nothing.
+    assert "c1" not in {one.subject for one in told(topology, live)}
+    elsewhere = told(topology, with_answer(live, "c1", routes=(taken,)))
+    assert {one.subject for one in elsewhere} == {"c1", *(one.subject for one in told(topology, live))}
+
+
+def test_a_route_on_a_member_explains_why_it_hears_nothing_of_another_member() -> None:
+    topology, live = world(lambda one, other: False)
+    there = str(topology.snapshot.nodes["a1"].internal_ips[0].ip)
+    routes = (TakenRoute(there, "", REFUSED, True),)
+    known = evidence(topology, {}, with_answer(live, "a2", routes=routes))
+    pairs = {frozenset({"a1", "a2"}): Kind.NO_LONGER, frozenset({"a1", "a3"}): Kind.NO_LONGER}
+    assert known.unexplained(pairs) == {frozenset({"a1", "a3"}): Kind.NO_LONGER}
+
+
+def test_endpoints_without_a_route_are_named_once_and_no_tunnel_besides() -> None:
+    topology, live = world(around("c1"))
+    tunnels = tuple(
+        tunnel._replace(endpoint=f"203.0.113.{number}:51820", handshake=400)
+        for tunnel, number in zip(live.answers["c1"].tunnels, (1, 4), strict=True)
+    )
+    routes = tuple(TakenRoute(f"203.0.113.{number}", "", "none: Network is unreachable", True) for number in (1, 4))
+    (one,) = told(topology, with_answer(live, "c1", tunnels=tunnels, routes=routes))
+    assert one.subject == "c1"
+    assert one.text.startswith(
+        "its WireGuard reaches nobody at 203.0.113.1 (none: Network is unreachable), 203.0.113.4"
+    )
+    assert "default route" in one.remedy
+    # As long as the packets arrive, there is another way.
+    well, live = world(lambda one, other: False)
+    assert told(well, with_answer(live, "c1", tunnels=tunnels, routes=routes)) == []
+
+
+def test_a_stopped_wireguard_and_a_host_that_does_not_answer_explain_what_goes_through_them() -> None:
+    for host in ("a1", "c1", "b1"):
+        lost: Lost = lambda one, other, host=host: (  # type: ignore[misc]  # noqa: E731
+            (PLACES[one] == PLACES[host]) != (PLACES[other] == PLACES[host])
+        )
+        topology, live = world(lost, set(PLACES) - {host})
+        if topology.snapshot.nodes[host].location == "c":
+            (one,) = told(topology, live)
+            assert (one.severity, one.subject) == (Severity.ERROR, host)
+            assert "its host answers no echo request of a1" in one.text
+        error = f"kilo0 cannot be read: the userspace WireGuard of kilo0 {NO_WIREGUARD}"
+        subjects = [(one.severity, one.subject) for one in told(topology, live, errors={host: (error,)})]
+        assert subjects[0] == (Severity.ERROR, host)
+        assert {subject for _, subject in subjects} == {host}
+
+
+def test_a_host_that_only_its_own_location_reaches_is_no_fault_of_its_new_leader() -> None:
+    """As one whose WireGuard is stopped, and that takes itself for the leader still."""
+    topology, live = world(lambda one, other: other == "a2" and PLACES[one] != "a", set(PLACES) - {"a2"})
+    (one,) = told(topology, live)
+    assert (one.severity, one.subject) == (Severity.ERROR, "a2")
+    assert one.text.endswith("its host answers no echo request of b1, b2, c1")
+
+
+def test_an_agent_that_is_dead_is_an_error_if_its_host_leads_and_passes_nothing() -> None:
+    topology, live = world(around("c1"), set(PLACES) - {"c1"})
+    (one,) = told(topology, live, dead=("c1",))
+    assert (one.severity, one.subject) == (Severity.ERROR, "c1")
+    assert one.text == (
+        "its agent does not report, and it leads its location, through which nothing arrives (tried by a1, a2, a3, b1, "
+        "b2)"
+    )
+    # A member cuts off nobody else, and a host that answers is there.
+    topology, live = world(around("a3"), set(PLACES) - {"a3"})
+    assert [(one.severity, one.subject) for one in told(topology, live, dead=("a3",))] == [(Severity.WARNING, "a3")]
+    topology, live = world(lambda one, other: False, set(PLACES) - {"c1"})
+    (one,) = told(topology, live, dead=("c1",))
+    assert "although the host answers echo requests of" in one.text
+
+
+def test_what_is_sent_and_does_not_arrive_is_a_blocked_port_and_not_the_tunnels_rules() -> None:
+    topology, live = world(around("c1"))
+    counted = with_answer(live, "c1", unanswered_peers=("a1", "b1"))
+    (one,) = told(topology, counted)
+    assert (one.severity, one.subject) == (Severity.ERROR, "c1")
+    assert one.text.startswith("WireGuard's packets from a1, b1 do not arrive at c1, although they are sent")
+    assert one.remedy.startswith("let UDP 203.0.113.6:51820 to c1 pass")
+    # An end that sends nothing, for a reason of its own, says nothing of the way.
+    quiet = with_answer(with_answer(counted, "a1", unsent_peers=("c1",)), "b1", unsent_peers=("c1",))
+    assert evidence(topology, {}, quiet).blocked == {}
+    # If it is an end of all that is lost, that is where to look: what WireGuard sends or what goes to it is dropped.
+    (one,) = told(topology, with_answer(live, "c1", unsent_peers=("a1", "b1")))
+    assert one.remedy.startswith("look there for what drops UDP 51820 (--port) that goes out")
+    # Nothing was lost: another moment was counted.
+    topology, live = world(lambda one, other: False)
+    assert told(topology, with_answer(live, "c1", unanswered_peers=("a1", "b1"))) == []
+
+
+def test_while_a_leader_changes_nobody_is_blamed_for_what_is_lost() -> None:
+    topology, live = world(pair("a2", "b2"))
+    assert {one.severity for one in told(topology, live)} == {Severity.ERROR}
+    (one,) = told(topology, live, led_anew=frozenset({"a1", "a2", "a3"}))
+    assert (one.severity, one.subject) == (Severity.WARNING, "packets")
+    assert one.text.endswith("between a2 and b2: their leader has just changed")
+    assert told(topology, live, led_anew=frozenset({"c1"})) == told(topology, live)
+
+
+def test_hosts_that_the_mesh_does_not_have_show_nothing() -> None:
+    topology, live = world(lambda one, other: False)
+    stranger = DiagnosticsResponse(unreached=("10.4.0.1",), routes=(TakenRoute("10.4.0.1", "", REFUSED, True),))
+    known = evidence(topology, {}, evolve(live, answers={**live.answers, "x": stranger}), ["x"])
+    assert (known.routes, known.unresponsive) == ({}, {})
