@@ -33,7 +33,9 @@ from kilo_etcd.store import (
     encode,
 )
 from kilo_etcd.store.claims import candidates
+from kilo_etcd.store.mirror import ClusterNotTrusted
 from kilo_etcd.store.records import decode_candidate
+from kilo_etcd.store.session.cluster_guard import NoGuard
 from kilo_etcd.store.session.contested import about_status_key
 from kilo_etcd.testing.fake_etcd import FakeClient, FakeEtcd
 
@@ -1040,6 +1042,32 @@ async def test_probe_reports_stay_under_the_lease_and_are_adopted() -> None:
             assert again.probe_reports == reports
             assert await again.put_probe_reports({})
             assert "/kilo/probe-reports/home/a" not in etcd
+
+
+async def test_what_was_withdrawn_while_etcd_was_not_trusted_goes_when_it_is_again() -> None:
+    """The keys stand there yet, under the lease of this very run."""
+
+    class Guard(NoGuard):
+        trusted = True
+
+        def check(self) -> None:
+            if not self.trusted:
+                raise ClusterNotTrusted("another cluster")
+
+    etcd, guard = FakeEtcd(), Guard()
+    reports = {"home": ProbeReportRecord(leader="h", candidacy=7, targets=("a",), leader_reachable=True)}
+    async with member(etcd, guard=guard) as it:
+        await it.put_probe_reports(reports)
+        await it.put_stage(StageRecord(revision=1))
+        standing = ("/kilo/probe-reports/home/a", KEYS.stage("a"), GCP)
+        assert all(key in etcd for key in standing)
+        guard.trusted = False
+        assert not await it.put_probe_reports({})
+        assert not await it.put_stage(None)
+        assert not await it.leave()
+        guard.trusted, guard.generation = True, 1
+        await eventually(lambda: not any(key in etcd for key in standing), 5)
+        assert STATUS in etcd
 
 
 async def test_thousands_of_keys_in_a_host_s_name_are_deleted_in_a_few_writes_and_watched_by_nobody() -> None:

@@ -69,6 +69,19 @@ def test_a_candidacy_is_adopted_if_it_can_be_read_and_none_is_wanted() -> None:
     assert it.values == {GCP: value}
 
 
+def test_a_candidacy_that_was_given_up_is_not_adopted_and_one_that_was_lost_is() -> None:
+    it = WantedCandidacy(KEYS, "a")
+    value = encode(CandidateRecord(rank=CandidateClass.REST, since="2026-01-01T00:00:00Z"))
+    it.enter("gcp", CandidateClass.PUBLIC, in_place=False)
+    it.leave()
+    assert not it.adopt("gcp", value)
+    assert it.values == {}
+    it.enter("gcp", CandidateClass.PUBLIC, in_place=False)
+    it.lose()
+    assert it.adopt("gcp", value)
+    assert it.values == {GCP: value}
+
+
 # --- published records ----------------------------------------------------------------------------------------------
 
 
@@ -97,6 +110,20 @@ def test_what_is_published_of_others_is_apart_from_what_is_published_of_the_host
     assert [it.concerns_itself(key) for key in keys] == [True, True, False, False, False]
     assert [it.concerns_others(key) for key in keys] == [False, False, True, True, False]
     it.clear()
+    assert (it.of_itself, it.of_others) == ({}, {})
+
+
+def test_what_this_run_has_withdrawn_is_not_adopted() -> None:
+    it = Published(KEYS, "a")
+    seen, stage = KEYS.endpoint("b", "a"), KEYS.stage("a")
+    for _ in range(2):
+        it.adopt(KEYS.parse(seen.encode()), encode(OBSERVED))
+        it.adopt(KEYS.parse(stage.encode()), encode(StageRecord(revision=7)))
+        assert (list(it.of_itself), list(it.of_others)) == ([stage], [seen])
+    it.report_stage(None)
+    it.observed_endpoints.replace({})
+    it.adopt(KEYS.parse(seen.encode()), encode(OBSERVED))
+    it.adopt(KEYS.parse(stage.encode()), encode(StageRecord(revision=7)))
     assert (it.of_itself, it.of_others) == ({}, {})
 
 

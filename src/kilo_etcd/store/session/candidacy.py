@@ -32,6 +32,8 @@ class WantedCandidacy:
         self._keys = keys
         self._name = name
         self.current: Candidacy | None = None
+        self._left = False
+        """Whether this run has given it up, so that one that still stands is to go."""
 
     def enter(self, location: str, rank: CandidateClass, *, in_place: bool) -> None:
         """Want this one; one that is the same goes on with its time and its place."""
@@ -39,14 +41,20 @@ class WantedCandidacy:
         if now is None or (now.location, now.rank) != (location, rank):
             since = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
             self.current = Candidacy(location, rank, since, in_place)
+            self._left = False
 
     def leave(self) -> None:
         """Want none."""
+        self.current, self._left = None, True
+
+    def lose(self) -> None:
+        """Want none until this run decides again, or etcd turns out to hold one under a lease that lives."""
         self.current = None
 
     def adopt(self, location: str, value: bytes) -> bool:
-        """Go on with the one of an earlier run, if it can be read and none is wanted yet; whether it was taken."""
-        if self.current is not None:
+        """Go on with the one that stands, if it can be read, none is wanted yet and this run has given none up; whether
+        it was taken."""
+        if self.current is not None or self._left:
             return False
         try:
             record = decode_candidate(value)

@@ -38,6 +38,8 @@ class PublishedRecords(Generic[R]):
         self._decode = decode
         self.records: Mapping[str, R] = {}
         self.values: Mapping[str, bytes] = {}
+        self._given = False
+        """Whether the records are this run's, so that an earlier run's are none any more."""
 
     def concern(self, key: str) -> bool:
         """Whether a key is one of this kind."""
@@ -45,15 +47,19 @@ class PublishedRecords(Generic[R]):
 
     def replace(self, records: Mapping[str, R]) -> None:
         """Say this, and nothing else."""
+        self._given = True
+        self._set(records)
+
+    def _set(self, records: Mapping[str, R]) -> None:
         self.records = dict(records)
         self.values = {self._key(subject): encode(record) for subject, record in records.items()}
 
     def adopt(self, subject: str, value: bytes) -> None:
-        """Go on publishing what an earlier run published, if it can be read."""
-        try:
-            self.replace({subject: self._decode(value), **self.records})
-        except RecordError:
-            return
+        """Go on publishing what an earlier run published, if it can be read and this run has not said anything yet.
+        What stands under the lease after etcd was away may be what this run has withdrawn meanwhile."""
+        if not self._given:
+            with suppress(RecordError):
+                self._set({subject: self._decode(value), **self.records})
 
 
 def observed_endpoints(keys: Keys, observer: str) -> PublishedRecords[ObservedEndpointRecord]:
@@ -77,6 +83,8 @@ class Published:
         self._status_given = False
         """Whether the status is the agent's, not one that stands in for it."""
         self.stage: StageRecord | None = None
+        self._stage_given = False
+        """Whether the stage, or that there is none, is this run's."""
         self.observed_endpoints = observed_endpoints(keys, name)
         self.probe_reports = probe_reports(keys, name)
 
@@ -89,6 +97,10 @@ class Published:
         if self.status is None:
             self.status, self._status_given = status, False
 
+    def report_stage(self, stage: StageRecord | None) -> None:
+        """Publish this stage, or none."""
+        self.stage, self._stage_given = stage, True
+
     def adopt(self, key: ParsedKey | None, value: bytes) -> None:
         """Go on publishing what an earlier run published, if it can be read and nothing else is said by now."""
         if isinstance(key, EndpointKey):
@@ -98,8 +110,8 @@ class Published:
         with suppress(RecordError):
             if isinstance(key, StatusKey) and not self._status_given:
                 self.status = decode_status(value)
-            elif isinstance(key, StageKey):
-                self.stage = self.stage or decode_stage(value)
+            elif isinstance(key, StageKey) and not self._stage_given:
+                self.stage = decode_stage(value)
 
     def clear(self) -> None:
         """Publish nothing."""

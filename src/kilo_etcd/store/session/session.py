@@ -274,7 +274,7 @@ class Session:
     def _lost_short(self) -> None:
         # The place in the queue is gone, and others' with it where all were cut off: who stands first is to be decided
         # anew, by whoever called `enter`.
-        self._candidacy.leave()
+        self._candidacy.lose()
         self._lost()
 
     def _unconfirm_leases(self) -> None:
@@ -348,7 +348,7 @@ class Session:
 
     async def put_stage(self, stage: StageRecord | None) -> bool:
         """Say this of the switch to `encrypted`; None: nothing."""
-        self._published.stage = stage
+        self._published.report_stage(stage)
         return await self._now()
 
     async def put_observed_endpoints(self, observed_endpoints: Mapping[str, ObservedEndpointRecord]) -> bool:
