@@ -164,7 +164,10 @@ async def test_what_drops_packets_by_internal_ips_alone_is_found() -> None:
             assert (found["works"], found["all"]) == (False, False), (subject, found)
             assert subject in str(found["live"])
             if subject == "gcp-2":
-                assert found["there"]["kernelsRoute"] == f"{addresses['home-2']} dev eth0 table 99"
+                assert found["there"]["kernelsRoute"] == (
+                    f"{addresses['home-2']} dev eth0 table 99, "
+                    "by ip -4 rule priority 50 from all to 10.2.0.0/24 lookup 99"
+                )
                 assert "by another route than the agent's" in found["says"]
             await lab.exec(where, "sh", "-c", mend, check=True)
             await eventually(well, 30, every=0.5, what="all is well again")
