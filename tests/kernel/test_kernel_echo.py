@@ -83,9 +83,12 @@ async def test_the_kernel_names_the_route_that_it_chooses() -> None:
         assert (await kernel.routes_taken({seven: None}, by_wireguard=True)) == {seven: "Invalid argument"}
         rules = await kernel.foreign_rules()
         assert str(deciding_rule(rules, seven, None)) == "ip -4 rule priority 40 from all to 10.2.0.7/32 blackhole"
-        assert str(deciding_rule(rules, eight, 99)).endswith("priority 50 from 192.0.2.1/32 to 10.2.0.8/32 lookup 99")
+        by_source = str(deciding_rule(rules, eight, 99, here))
+        assert by_source.endswith("priority 50 from 192.0.2.1/32 to 10.2.0.8/32 lookup 99")
+        assert deciding_rule(rules, eight, 99) is None, "it asks for a source"
         assert deciding_rule(rules, nine, None) is None, "it asks for a mark"
-        assert deciding_rule(rules, seven, 254) is None, "the main table is asked in any case"
+        for table in (253, 254, 255):
+            assert deciding_rule(rules, seven, table) is None, "the kernel's own rules are no other program's"
 
 
 async def test_the_first_answer_ends_it_if_one_is_enough() -> None:

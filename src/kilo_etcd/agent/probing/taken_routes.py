@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterable
+from ipaddress import ip_address
 
 from kilo_etcd import kernel
 from kilo_etcd.kernel.routing.rules import ForeignRule, deciding_rule
@@ -52,7 +53,8 @@ def with_rule(
     """The route, if it is not the agent's with the rule of another program that leads to it."""
     if not route.foreign:
         return route
-    rule = deciding_rule(rules, address, None if isinstance(answer, str) else answer.table)
+    source = ip_address(route.source) if route.source else None
+    rule = deciding_rule(rules, address, None if isinstance(answer, str) else answer.table, source)
     return route if rule is None else route._replace(route=f"{route.route}, by {rule}")
 
 

@@ -117,6 +117,8 @@ LOOPBACK_IFINDEX = 1
 """Index of `lo` in every network namespace (net/flow.h)."""
 RT_TABLE_MAIN = 254
 """The table of routes that is asked if no rule says otherwise (linux/rtnetlink.h)."""
+RT_TABLE_DEFAULT = 253
+"""The table that is asked last, empty on most hosts (linux/rtnetlink.h)."""
 RT_TABLE_LOCAL = 255
 """The table of the host's own addresses, which is asked first (linux/rtnetlink.h)."""
 RTM_F_CLONED = 0x200

@@ -8,7 +8,7 @@ from zlib import crc32
 
 from attrs import frozen
 
-from kilo_etcd.kernel.netlink.formats import RT_TABLE_MAIN
+from kilo_etcd.kernel.netlink.formats import RT_TABLE_DEFAULT, RT_TABLE_LOCAL, RT_TABLE_MAIN
 from kilo_etcd.model import IPAddress, IPNetwork
 
 _PROTOCOLS = {1: "icmp", 6: "tcp", 17: "udp", 58: "ipv6-icmp"}
@@ -130,17 +130,25 @@ class ForeignRule:
         return f"ip -{self.version} rule {' '.join(words)}"
 
 
-def deciding_rule(rules: Iterable[ForeignRule], address: IPAddress, table: int | None) -> ForeignRule | None:
+_KERNELS_OWN = frozenset({RT_TABLE_LOCAL, RT_TABLE_MAIN, RT_TABLE_DEFAULT})
+"""The tables that the kernel's own rules lead to. To delete the first of these rules would cut the host off."""
+
+
+def deciding_rule(
+    rules: Iterable[ForeignRule], address: IPAddress, table: int | None, source: IPAddress | None = None
+) -> ForeignRule | None:
     """The rule of another program by which the kernel chose a route for an address, as far as can be told. `table`: the
-    route's; None: the kernel refuses the packets."""
+    route's; None: the kernel refuses the packets. `source`: None if the kernel chooses the source address; it asks no
+    rule for a source then."""
     asked = (
         rule
         for rule in rules
         if rule.version == address.version
         and not rule.picks
         and not rule.limits
+        and (rule.source is None or (source is not None and source in rule.source))
         and (rule.destination is None or address in rule.destination)
-        and (rule.refuses if table is None else rule.table == table and table != RT_TABLE_MAIN)
+        and (rule.refuses if table is None else rule.table == table and table not in _KERNELS_OWN)
     )
     return min(asked, key=lambda rule: rule.priority, default=None)
 
