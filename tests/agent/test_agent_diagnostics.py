@@ -308,8 +308,9 @@ async def test_routes_of_other_programs_to_mesh_addresses_members_and_endpoints_
     direct = Route(destination=ip_network("192.168.1.0/24"), device="eth0")
     ours = world.host.taken
     refused: set[IPAddress] = set()
+    why = "Invalid argument"
     world.host.taken = lambda address, source: (
-        "Invalid argument" if address in refused else direct if address in direct.destination else ours(address, source)
+        why if address in refused else direct if address in direct.destination else ours(address, source)
     )
     assert (await answerer.answer(DiagnosticsRequest(tries=4))).routes == ()
     refused |= {far, near}
@@ -320,6 +321,14 @@ async def test_routes_of_other_programs_to_mesh_addresses_members_and_endpoints_
         "10.4.0.2": TakenRoute("10.4.0.2", "", f"none: Invalid argument, by {rule}", True),
         "192.168.1.3": TakenRoute("192.168.1.3", "", "none: Invalid argument", True),
     }
+    # A rule of kind `unreachable` is answered as a missing route is.
+    why = "Network is unreachable"
+    assert "192.168.1.3" not in {taken.address for taken in (await answerer.answer(DiagnosticsRequest(tries=4))).routes}
+    member = evolve(rule, destination=ip_network("192.168.1.3/32"), refuses="unreachable")
+    world.host.foreign_rules = (rule, member)
+    routes = (await answerer.answer(DiagnosticsRequest(tries=4))).routes
+    assert TakenRoute("192.168.1.3", "", f"none: {why}, by {member}", True) in routes
+    why, world.host.foreign_rules = "Invalid argument", (rule,)
     # What the plan itself refuses is no other program's doing.
     refusing = world.answerer(evolve(PLAN, refused={ip_network("10.4.0.2/32"): "h2 does not answer"}), topology)
     assert [route.address for route in (await refusing.answer(DiagnosticsRequest(tries=4))).routes] == ["192.168.1.3"]

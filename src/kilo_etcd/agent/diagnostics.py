@@ -230,7 +230,8 @@ class DiagnosticsServer:
             if address in members:
                 if not isinstance(answer, str):
                     continue  # Whether it is another program's only matters if there is no answer.
-                route = taken_directly(address, answer, ())
+                rules = await self._kernel.foreign_rules() if rules is None else rules
+                route = taken_directly(address, answer, rules)
             else:
                 route = taken_route(address, wanted[address], answer, observed)
             if route.foreign and rules is None:
