@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from attrs import evolve
 from test_arrivals import PLACES, Lost, asked, mesh, with_sessions
 
 from kilo_etcd.ctl.commands.check import Examined, Finding, Severity, findings
+from kilo_etcd.ctl.reports import arrivals
 from kilo_etcd.ctl.reports.arrivals import losses
 from kilo_etcd.ctl.reports.causes import Kind
 from kilo_etcd.ctl.reports.evidence import evidence
@@ -174,6 +176,22 @@ def test_what_is_sent_and_does_not_arrive_is_a_blocked_port_and_not_the_tunnels_
     # Nothing was lost: another moment was counted.
     topology, live = world(lambda one, other: False)
     assert told(topology, with_answer(live, "c1", unanswered_peers=("a1", "b1"))) == []
+
+
+def test_the_echo_requests_are_looked_at_as_often_whatever_number_of_ways_is_blocked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each look goes through those of all hosts."""
+    topology, live = world(around("c1"))
+    every, looks = arrivals._tried, list[Live]()
+    monkeypatch.setattr(arrivals, "_tried", lambda mesh, live: looks.append(live) or every(mesh, live))  # type: ignore[func-returns-value]
+    numbers = set()
+    for blocked in ((), ("a1",), ("a1", "b1")):
+        found = evidence(topology, {}, with_answer(live, "c1", unanswered_peers=blocked))
+        assert set(found.blocked.get("c1", ())) == set(blocked)
+        numbers.add(len(looks))
+        looks.clear()
+    assert len(numbers) == 1
 
 
 def test_while_a_leader_changes_nobody_is_blamed_for_what_is_lost() -> None:

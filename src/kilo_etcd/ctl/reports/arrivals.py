@@ -202,9 +202,18 @@ def lost_pairs(topology: Topology, live: Live) -> tuple[tuple[str, str], ...]:
 
 def across(topology: Topology, one: str, other: str, pairs: Collection[frozenset[str]]) -> bool:
     """Whether one of these pairs of adjacent hosts is part of the way from `one` to `other`."""
+    return any(hop in pairs for hop in _hops(topology, one, other))
+
+
+def lost_hops(topology: Topology, live: Live) -> frozenset[frozenset[str]]:
+    """The pairs of adjacent hosts that are part of a way on which packets were lost."""
+    return frozenset(hop for pair in lost_pairs(topology, live) for hop in _hops(topology, *pair))
+
+
+def _hops(topology: Topology, one: str, other: str) -> tuple[frozenset[str], ...]:
     here, there = end_of(topology, one), end_of(topology, other)
     hops = ((one, other),) if here == there else ((one, here), (here, there), (there, other))
-    return any(frozenset(hop) in pairs for hop in hops)
+    return tuple(map(frozenset, hops))
 
 
 def _tried(topology: Topology, live: Live) -> _Tried:

@@ -14,7 +14,7 @@ from itertools import pairwise
 
 from attrs import field, frozen
 
-from kilo_etcd.ctl.reports.arrivals import PAIRS, Loss, end_of, lost_across, reached_by, some
+from kilo_etcd.ctl.reports.arrivals import PAIRS, Loss, end_of, lost_hops, reached_by, some
 from kilo_etcd.ctl.reports.causes import Kind
 from kilo_etcd.ctl.reports.live import Live, ago, pairs, tunnels
 from kilo_etcd.model import Node
@@ -103,7 +103,8 @@ def evidence(
 ) -> Evidence:
     """What the answers and the statuses show. `dead`: nodes whose agents do not live."""
     nodes = topology.snapshot.nodes
-    routes, endpoints = _routes(topology, live)
+    lost = lost_hops(topology, live)
+    routes, endpoints = _routes(topology, live, lost)
     stopped = {name for name, status in statuses.items() if any(NO_WIREGUARD in text for text in status.errors)}
     stopped |= {name for name, answer in live.answers.items() if any(NO_WIREGUARD in text for text in answer.trouble)}
     return Evidence(
@@ -113,12 +114,12 @@ def evidence(
         stopped=frozenset(stopped & nodes.keys()),
         unresponsive=_unresponsive(topology, live, {*live.silent, *dead} & nodes.keys()),
         passing=_passing(topology, live),
-        blocked=_blocked(topology, live),
+        blocked=_blocked(topology, live, lost),
     )
 
 
 def _routes(
-    topology: Topology, live: Live
+    topology: Topology, live: Live, lost: Collection[_Hop]
 ) -> tuple[dict[str, dict[str, str]], dict[str, dict[str, str]]]:  # fmt: skip
     nodes = topology.snapshot.nodes
     names = {node.public_key: node.name for node in nodes.values()}
@@ -126,6 +127,8 @@ def _routes(
     endpoints: dict[str, dict[str, str]] = {}
     for name, answer in live.answers.items():
         foreign = {route.address: route.route for route in answer.routes if route.foreign and name in nodes}
+        if not foreign:
+            continue  # In a large full mesh there are millions of tunnels.
         # An endpoint is tried itself only if the mesh leads packets to it into the tunnels.
         untried = foreign.keys() - {*answer.reached, *answer.unreached}
         far = {
@@ -139,7 +142,7 @@ def _routes(
         if cut := {
             other: f"{address} ({foreign[address]})"
             for other, address in far.items()
-            if lost_across(topology, live, [frozenset((name, other))])
+            if frozenset((name, other)) in lost
         }:
             endpoints[name] = cut
     return routes, endpoints
@@ -169,19 +172,27 @@ def _passing(topology: Topology, live: Live) -> frozenset[str]:
     return frozenset(name for other, ones in reached for one in ones for name in _path(topology, one, other))
 
 
-def _blocked(topology: Topology, live: Live) -> dict[str, dict[str, int | None]]:
+def _blocked(topology: Topology, live: Live, lost: Collection[_Hop]) -> dict[str, dict[str, int | None]]:
     """By what both ends of a tunnel have counted while echo requests went through it and were lost."""
     nodes = topology.snapshot.nodes
+    names = {node.public_key: node.name for node in nodes.values()}
+    # An end that sends nothing has a reason of its own.
+    unsent = {(name, key) for name, answer in live.answers.items() for key in answer.unsent_peers}
+    counted = {
+        (here, far)
+        for here, answer in live.answers.items()
+        for key in answer.unanswered_peers
+        if (far := names.get(key)) in live.answers
+        and frozenset((here, far)) in lost
+        and (far, nodes[here].public_key) not in unsent
+    }
+    if not counted:
+        return {}
     result: dict[str, dict[str, int | None]] = {}
     # A tunnel without a session has an error of its own.
     for pair in filter(lambda pair: pair.up, pairs(topology, tunnels(topology, live))):
         for here, far in ((pair.one, pair.other), (pair.other, pair.one)):
-            at, sender = live.answers.get(here), live.answers.get(far)
-            if at is None or sender is None or nodes[far].public_key not in at.unanswered_peers:
-                continue
-            if nodes[here].public_key in sender.unsent_peers:
-                continue  # It sends nothing, for a reason of its own.
-            if lost_across(topology, live, [frozenset((here, far))]):
+            if (here, far) in counted:
                 result.setdefault(here, {})[far] = pair.handshake
     return result
 
