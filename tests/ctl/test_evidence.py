@@ -144,6 +144,24 @@ def test_a_host_that_only_its_own_location_reaches_is_no_fault_of_its_new_leader
     assert one.text.endswith("its host answers no echo request of b1, b2, c1")
 
 
+def test_agents_that_do_not_answer_excuse_no_leader_that_does_not_forward() -> None:
+    """As those of an older version."""
+    lost: Lost = lambda one, other: (  # noqa: E731
+        (PLACES[one] == "a") != (PLACES[other] == "a") and "a1" not in (one, other)
+    )
+    topology, live = world(lost, set(PLACES) - {"a2", "a3"})
+    found = told(topology, live)
+    assert [(one.severity, one.subject) for one in found] == [
+        (Severity.ERROR, "a1"), (Severity.WARNING, "a2"), (Severity.WARNING, "a3"),
+    ]  # fmt: skip
+    assert found[0].text.startswith("it leads its location and does not forward")
+    # A host that follows another leader may be the place itself, and so may one that its own location does not reach.
+    stale = StatusRecord(public_key="a2", revision=1, leader="a2")
+    assert set(evidence(topology, {"a2": stale}, live).unresponsive) == {"a2"}
+    topology, live = world(around("a2"), set(PLACES) - {"a2"})
+    assert [one.subject for one in told(topology, live)] == ["a2"]
+
+
 def test_an_agent_that_is_dead_is_an_error_if_its_host_leads_and_passes_nothing() -> None:
     topology, live = world(around("c1"), set(PLACES) - {"c1"})
     (one,) = told(topology, live, dead=("c1",))

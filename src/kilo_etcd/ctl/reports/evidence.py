@@ -38,7 +38,8 @@ class Evidence:
     stopped: frozenset[str] = frozenset()
     """Hosts whose WireGuard does not answer their agents."""
     unresponsive: Mapping[str, tuple[str, ...]] = field(factory=dict)
-    """Hosts whose agents do not answer, and that do not answer these hosts' echo requests."""
+    """Hosts whose agents do not answer, and that do not answer these hosts' echo requests, if it is known that their
+    leader is not the reason."""
     passing: frozenset[str] = frozenset()
     """Hosts that answer some echo request, or that one has passed which was answered."""
     blocked: Mapping[str, Mapping[str, int | None]] = field(factory=dict)
@@ -112,7 +113,7 @@ def evidence(
         routes=routes,
         endpoints=endpoints,
         stopped=frozenset(stopped & nodes.keys()),
-        unresponsive=_unresponsive(topology, live, {*live.silent, *dead} & nodes.keys()),
+        unresponsive=_unresponsive(topology, statuses, live, {*live.silent, *dead} & nodes.keys()),
         passing=_passing(topology, live),
         blocked=_blocked(topology, live, lost),
     )
@@ -157,14 +158,26 @@ def _host(endpoint: str) -> str:
         return ""
 
 
-def _unresponsive(topology: Topology, live: Live, names: Collection[str]) -> dict[str, tuple[str, ...]]:
+def _unresponsive(
+    topology: Topology, statuses: Mapping[str, StatusRecord], live: Live, names: Collection[str]
+) -> dict[str, tuple[str, ...]]:
     by_address = {str(address): node for node in topology.snapshot.nodes.values() for address in node.mesh_addresses}
     tried: dict[str, list[str]] = {}
     for name, answer in sorted(live.answers.items()):
         for address in answer.unreached:
             if (node := by_address.get(address)) is not None and node.name in names and name in topology.snapshot.nodes:
                 tried.setdefault(node.name, []).append(name)
-    return {name: tuple(dict.fromkeys(ones)) for name, ones in tried.items()}
+    reached = reached_by(topology, live)
+    forwarding = {name for other, ones in reached.items() for one in ones for name in _path(topology, one, other)[1:-1]}
+
+    def at_fault(name: str) -> bool:
+        """Whether it is the place itself. If its location reaches it and nothing arrives by its leader, that may be."""
+        leader, status = end_of(topology, name), statuses.get(name)
+        stale = status is not None and status.leader not in ("", leader)
+        near = any(end_of(topology, one) == leader for one in reached.get(name, ()))
+        return leader == name or leader in forwarding or stale or not near
+
+    return {name: tuple(dict.fromkeys(ones)) for name, ones in tried.items() if at_fault(name)}
 
 
 def _passing(topology: Topology, live: Live) -> frozenset[str]:
