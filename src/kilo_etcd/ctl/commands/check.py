@@ -418,17 +418,25 @@ def _packets(examined: Examined, known: Silence, places: Evidence) -> Iterator[F
     down = [
         pair for pair in pairs(topology, tunnels(topology, live))
         if pair.up is False and not places.explains_tunnel(pair.one, pair.other)
-        and not {pair.one, pair.other} & examined.led_anew
     ]  # fmt: skip
+    anew = {(pair.one, pair.other) for pair in down if {pair.one, pair.other} & examined.led_anew}
+    down = [pair for pair in down if (pair.one, pair.other) not in anew]
     early = {pair for pair in down if pair.handshake is None and known.young & {pair.one, pair.other}}
     yield from (_tunnel(topology, pair) for pair in down if pair not in early)
     unsettled = known.undecided | {frozenset((pair.one, pair.other)) for pair in early}
-    moved = [f"{one} and {other}" for one, other in lost_pairs(topology, live) if {one, other} & examined.led_anew]
+    moved = {pair for pair in lost_pairs(topology, live) if examined.led_anew.intersection(pair)}
     if moved:
         yield Finding(
             severity=Severity.WARNING, subject="packets",
-            text=f"it is too early to tell why some do not arrive, between {some(moved)}: "
-                 "their leader has just changed",
+            text="it is too early to tell why some do not arrive, between "
+                 f"{some(f'{one} and {other}' for one, other in sorted(moved))}: their leader has just changed",
+            remedy="ask again in ten seconds: kgctl check",
+        )  # fmt: skip
+    if anew := anew - moved:
+        yield Finding(
+            severity=Severity.WARNING, subject="tunnels",
+            text="it is too early to tell why some have no session, between "
+                 f"{some(f'{one} and {other}' for one, other in sorted(anew))}: their leader has just changed",
             remedy="ask again in ten seconds: kgctl check",
         )  # fmt: skip
     if lost := sorted({*lost_across(topology, live, unsettled), *((pair.one, pair.other) for pair in early)}):
