@@ -185,6 +185,17 @@ def test_what_is_sent_and_does_not_arrive_is_a_blocked_port_and_not_the_tunnels_
     assert (one.severity, one.subject) == (Severity.ERROR, "c1")
     assert one.text.startswith("WireGuard's packets from a1, b1 do not arrive at c1, although they are sent")
     assert one.remedy.startswith("let UDP 203.0.113.6:51820 to c1 pass")
+    # What is lost both ways, or only what the host sends, is one error too, and none of those at the far ends.
+    far = with_answer(with_answer(live, "a1", unanswered_peers=("c1",)), "b1", unanswered_peers=("c1",))
+    both = with_answer(far, "c1", unanswered_peers=("a1", "b1"))
+    for lost, text in ((both, "between c1 and a1, b1 do not arrive, "), (far, "from c1 do not arrive at a1, b1, ")):
+        (one,) = told(topology, lost)
+        assert (one.severity, one.subject) == (Severity.ERROR, "c1")
+        assert one.text.startswith(f"WireGuard's packets {text}although they are sent (last handshake: ")
+    topology, single = world(pair("a1", "c1"))
+    (one,) = told(topology, with_answer(single, "c1", unanswered_peers=("a1",)))
+    assert one.subject == "c1 - a1"
+    topology, live = world(around("c1"))
     # An end that sends nothing, for a reason of its own, says nothing of the way.
     quiet = with_answer(with_answer(counted, "a1", unsent_peers=("c1",)), "b1", unsent_peers=("c1",))
     assert evidence(topology, {}, quiet).blocked == {}

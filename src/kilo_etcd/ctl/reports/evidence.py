@@ -242,19 +242,58 @@ def shown(known: Evidence, missing: Collection[str] = ()) -> Iterator[Loss]:
                  else f"its WireGuard does not reach {some(far)} at {some(far.values())}: the host has no route there",
             remedy=f"ip route show default and ip rule show on {name}: is the default route gone?",
         )  # fmt: skip
-    for name, senders in sorted(known.blocked.items()):
-        senders = {far: seconds for far, seconds in senders.items() if not known.explains_tunnel(name, far)}
-        if not senders:
-            continue
-        endpoint = nodes[name].endpoint
-        last = min((seconds for seconds in senders.values() if seconds is not None), default=None)
-        yield Loss(
-            subject=name if len(senders) > 1 else f"{name} - {next(iter(senders))}",
-            text=f"WireGuard's packets from {some(sorted(senders))} do not arrive at {name}, although they are sent "
-                 f"(last handshake: {ago(last)} ago)",
-            remedy=f"let UDP {endpoint or 51820} to {name} pass, on the way and through its own firewall (nft list "
-                   f"ruleset there); kgctl explain {sorted(senders)[0]} {name} --live",
-        )  # fmt: skip
+    yield from _blocked_ways(known)
+
+
+def _blocked_ways(known: Evidence) -> Iterator[Loss]:
+    """One error for each host that most of the blocked ways have in common."""
+    received: dict[str, set[str]] = {}
+    sent: dict[str, set[str]] = {}
+    for name, senders in known.blocked.items():
+        for sender in senders:
+            if not known.explains_tunnel(name, sender):
+                received.setdefault(name, set()).add(sender)
+                sent.setdefault(sender, set()).add(name)
+    others = {name: received.get(name, set()) | sent.get(name, set()) for name in received.keys() | sent.keys()}
+    while others:
+        name = min(others, key=lambda host: (-len(others[host]), -len(received.get(host, ())), host))
+        far = others.pop(name)
+        yield _blocked_way(known, name, received.get(name, set()) & far, sent.get(name, set()) & far)
+        for other in far:
+            others[other].discard(name)
+            received.get(other, set()).discard(name)
+            if not others[other]:
+                del others[other]
+
+
+def _blocked_way(known: Evidence, name: str, senders: Collection[str], receivers: Collection[str]) -> Loss:
+    """Between one host and some others. `senders`: those whose packets do not arrive at it; `receivers`: those at which
+    its packets do not."""
+    far = sorted({*senders, *receivers})
+    endpoint = known.topology.snapshot.nodes[name].endpoint
+    each = (known.blocked.get(here, {}).get(there) for other in far for here, there in ((name, other), (other, name)))
+    last = min((seconds for seconds in each if seconds is not None), default=None)
+    if not receivers:
+        what, passes = (
+            f"WireGuard's packets from {some(far)} do not arrive at {name}",
+            f"UDP {endpoint or 51820} to {name}",
+        )
+    elif not senders:
+        what, passes = (
+            f"WireGuard's packets from {name} do not arrive at {some(far)}",
+            f"UDP {endpoint or 51820} from {name}",
+        )
+    else:
+        what, passes = (
+            f"WireGuard's packets between {name} and {some(far)} do not arrive",
+            f"UDP {endpoint or 51820} to and from {name}",
+        )
+    return Loss(
+        subject=name if len(far) > 1 else f"{name} - {far[0]}",
+        text=f"{what}, although they are sent (last handshake: {ago(last)} ago)",
+        remedy=f"let {passes} pass, on the way and through its own firewall (nft list ruleset there); "
+               f"kgctl explain {far[0]} {name} --live",
+    )  # fmt: skip
 
 
 def _other_route(name: str, routes: Mapping[str, str]) -> Loss:
