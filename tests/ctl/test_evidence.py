@@ -15,9 +15,10 @@ from kilo_etcd.ctl.reports.causes import Kind
 from kilo_etcd.ctl.reports.evidence import evidence
 from kilo_etcd.ctl.reports.live import Live
 from kilo_etcd.ctl.reports.report import report
+from kilo_etcd.model import Granularity
 from kilo_etcd.store.records import DiagnosticsResponse, StatusRecord, TakenRoute
 from kilo_etcd.store.status_texts import NO_WIREGUARD
-from kilo_etcd.topology import Topology
+from kilo_etcd.topology import Topology, build_topology
 
 REFUSED = "none: Invalid argument"
 SESSIONS = (("a1", "b1"), ("a1", "c1"), ("b1", "c1"))
@@ -170,6 +171,10 @@ def test_an_agent_that_is_dead_is_an_error_if_its_host_leads_and_passes_nothing(
         "its agent does not report, and it leads its location, through which nothing arrives (tried by a1, a2, a3, b1, "
         "b2)"
     )
+    # In a full mesh no location has a leader.
+    full = build_topology(evolve(topology.snapshot, granularity=Granularity.FULL))
+    (one,) = [each for each in told(full, live, dead=("c1",)) if each.subject == "c1"]
+    assert (one.severity, "leads" in one.text) == (Severity.WARNING, False)
     # A member cuts off nobody else, and a host that answers is there.
     topology, live = world(around("a3"), set(PLACES) - {"a3"})
     assert [(one.severity, one.subject) for one in told(topology, live, dead=("a3",))] == [(Severity.WARNING, "a3")]

@@ -229,7 +229,7 @@ def _agents(
                 )  # fmt: skip
                 continue
             tried = () if places is None or row.name not in places.gone else places.unresponsive[row.name]
-            leads = bool(tried) and places is not None and end_of(places.topology, row.name) == row.name
+            leads = bool(tried) and places is not None and _leads_location(places.topology, row.name)
             yield Finding(
                 severity=Severity.ERROR if leads else Severity.WARNING, subject=row.name,
                 text=f"its agent does not report, and it leads its location, through which nothing arrives (tried by "
@@ -259,6 +259,13 @@ def _agents(
             severity=Severity.NOTE, subject="agents", text=f"different versions run: {listed}",
             remedy="upgrade the older ones when it suits",
         )  # fmt: skip
+
+
+def _leads_location(topology: Topology, name: str) -> bool:
+    """Whether a node leads a location, and is not a segment of its own by the mesh's granularity or for want of an
+    internal IP."""
+    shares = topology.policy.leader_per_location and bool(topology.snapshot.nodes[name].internal_ips)
+    return shares and end_of(topology, name) == name
 
 
 def _distinct(errors: Iterable[Remark]) -> tuple[Remark, ...]:
