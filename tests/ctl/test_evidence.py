@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ipaddress import ip_network
 from typing import Any
 
 import pytest
@@ -16,7 +17,9 @@ from kilo_etcd.ctl.reports.evidence import evidence
 from kilo_etcd.ctl.reports.live import Live
 from kilo_etcd.ctl.reports.report import report
 from kilo_etcd.model import Granularity
-from kilo_etcd.store.records import DiagnosticsResponse, StatusRecord, TakenRoute
+from kilo_etcd.model.hostplan import HostPlan
+from kilo_etcd.planning.reach import MemberAddress, Silent, withhold
+from kilo_etcd.store.records import DiagnosticsResponse, StatusRecord, TakenRoute, Unreachable
 from kilo_etcd.store.status_texts import NO_WIREGUARD
 from kilo_etcd.topology import Topology, build_topology
 
@@ -101,6 +104,32 @@ def test_a_route_on_a_member_explains_why_it_hears_nothing_of_another_member() -
     known = evidence(topology, {}, with_answer(live, "a2", routes=routes))
     pairs = {frozenset({"a1", "a2"}): Kind.NO_LONGER, frozenset({"a1", "a3"}): Kind.NO_LONGER}
     assert known.unexplained(pairs) == {frozenset({"a1", "a3"}): Kind.NO_LONGER}
+
+
+def test_an_agents_error_that_names_a_route_to_a_member_is_shown_and_the_locations_network_is_not_suspected() -> None:
+    topology, live = world(pair("a1", "a2"))
+    topology = build_topology(evolve(topology.snapshot, subnets=(ip_network("10.4.0.0/16"),)))
+    near = topology.snapshot.nodes["a1"].internal_ips[0].ip
+    route = f"{near} dev eth1 table 99, by ip -4 rule priority 5 from all to {near}/32 lookup 99"
+    silent = Silent(target=MemberAddress("a1", near), withheld=False, route=route, named=True)
+    plan = withhold(HostPlan(node="a2", listen_port=51820), topology, [silent])
+    status = StatusRecord(
+        public_key="a2", revision=1, errors=tuple(problem.text for problem in plan.problems),
+        unreachable=(Unreachable("a1", str(near), True),),
+    )  # fmt: skip
+    statuses = {name: StatusRecord(public_key=name, revision=1) for name in PLACES} | {"a2": status}
+    found = report(topology.snapshot, statuses, newest=1, topology=topology)
+
+    def errors(live: Live) -> list[Finding]:
+        every = findings(Examined(members=(), report=found, topology=topology, statuses=statuses, live=live))
+        return [one for one in every if one.severity is Severity.ERROR]
+
+    (one,) = errors(live)
+    assert one.subject == "a2"
+    assert f"takes another route than the agent's: {route}; remove that rule" in one.text
+    # What the answer names too is named once.
+    (one,) = errors(with_answer(live, "a2", routes=(TakenRoute(str(near), "", route, True),)))
+    assert one.text.startswith("its kernel sends packets for")
 
 
 def test_endpoints_without_a_route_are_named_once_and_no_tunnel_besides() -> None:

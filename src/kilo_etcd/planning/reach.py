@@ -220,13 +220,16 @@ def share(node: str) -> str:
     )
 
 
+_ANOTHER_ROUTE = "takes another route than the agent's: "
+
+
 def _sentence(name: str, silent: Silent, where: str, leader: str, through: str) -> str:
     node, address = silent.target.node, silent.target.address
     called = f"{node}, its leader," if node == leader else node
     if silent.route:
         return (
-            f"{called} does not answer {name} at {address}, to which the kernel of {name} takes another route than the "
-            f"agent's: {silent.route}; remove that rule or route of another program on {name} (ip rule, ip route)"
+            f"{called} does not answer {name} at {address}, to which the kernel of {name} {_ANOTHER_ROUTE}"
+            f"{silent.route}; remove that rule or route of another program on {name} (ip rule, ip route)"
         )
     labels = apart(node, "the two", f"both are at {where}")
     if silent.tunneled:
@@ -258,3 +261,8 @@ def about_member(text: str) -> str | None:
     """The member that a sentence of ours says does not answer; empty: several; None: it is another sentence."""
     match = _ABOUT(text)
     return None if match is None else match["node"] or ""
+
+
+def names_route(text: str) -> bool:
+    """Whether a sentence of ours on a member that does not answer names another program's route as the reason."""
+    return about_member(text) is not None and _ANOTHER_ROUTE in text

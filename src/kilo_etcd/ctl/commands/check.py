@@ -127,6 +127,8 @@ def findings(examined: Examined) -> tuple[Finding, ...]:
     known = silence(examined.topology, examined.statuses, examined.live)
     dead = {row.name for row in examined.report.nodes if not row.alive}
     places = evidence(examined.topology, examined.statuses, examined.live, dead)
+    # Each place has one finding.
+    known = evolve(known, rerouted=frozenset(pair for pair in known.rerouted if not places.astray(*pair)))
     packets = tuple(_packets(examined, known, places))
     wrong = [one for one in packets if one.severity is Severity.ERROR]
     # If an error names a leader already, the probers' report of that leader would only repeat it.

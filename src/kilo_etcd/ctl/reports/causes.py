@@ -17,7 +17,7 @@ from attrs import frozen
 from kilo_etcd.base.quoting import first_of
 from kilo_etcd.ctl.reports.arrivals import PAIRS
 from kilo_etcd.ctl.reports.live import Live
-from kilo_etcd.planning.reach import about_member, apart, called_location, share, targets
+from kilo_etcd.planning.reach import about_member, apart, called_location, names_route, share, targets
 from kilo_etcd.store.records import StatusRecord, Unreachable
 from kilo_etcd.topology.forced_addresses import lacks
 from kilo_etcd.topology.segments import Topology
@@ -51,12 +51,15 @@ class Silence:
     """Hosts whose agents have started a moment ago."""
     queries_answered: bool
     """Some members answer each other's peer queries."""
+    rerouted: frozenset[frozenset[str]] = frozenset()
+    """Of `apart`, the pairs of which an agent's error names another program's route as the reason."""
 
     def tells(self, name: str, error: str) -> bool:
         """Whether `causes` covers an agent's error."""
         member = about_member(error)
         if member:
-            return frozenset((name, member)) in self.apart
+            pair = frozenset((name, member))
+            return pair in self.apart and not (pair in self.rerouted and names_route(error))
         return member == "" and any(name in pair for pair in self.apart)
 
 
@@ -83,7 +86,17 @@ def silence(topology: Topology, statuses: Mapping[str, StatusRecord], live: Live
         undecided=frozenset(undecided - kinds.keys()),
         young=frozenset(name for name in live.answers if _young(statuses.get(name), live.answers[name].time)),
         queries_answered=_queries_answered(topology, statuses, kinds.keys() | undecided),
+        rerouted=frozenset(_rerouted(statuses) & kinds.keys()),
     )
+
+
+def _rerouted(statuses: Mapping[str, StatusRecord]) -> set[frozenset[str]]:
+    return {
+        frozenset((name, about_member(error) or ""))
+        for name, status in statuses.items()
+        for error in status.errors
+        if names_route(error)
+    }
 
 
 def _kind(unreachable: Unreachable, topology: Topology) -> Kind:
@@ -135,6 +148,8 @@ def causes(topology: Topology, known: Silence, missing: Collection[str] = ()) ->
     have, which explains why these do not answer there."""
     groups: dict[tuple[str, Kind], list[frozenset[str]]] = {}
     for pair, kind in known.apart.items():
+        if pair in known.rerouted:
+            continue  # The agent's own error names the reason.
         if kind is not Kind.TUNNELED and any(lacks(topology.snapshot.nodes[name], missing) for name in pair):
             continue
         location = topology.snapshot.nodes[min(pair)].location

@@ -59,9 +59,10 @@ class Evidence:
 
     def unexplained(self, apart: Mapping[_Hop, Kind]) -> dict[_Hop, Kind]:
         """The pairs of members none of whose kernels takes another route to the other."""
-        return {pair: kind for pair, kind in apart.items() if not self._astray(*pair) and not self.stopped & pair}
+        return {pair: kind for pair, kind in apart.items() if not self.astray(*pair) and not self.stopped & pair}
 
-    def _astray(self, one: str, other: str) -> bool:
+    def astray(self, one: str, other: str) -> bool:
+        """Whether the kernel of one of two hosts takes another route to the other."""
         nodes = self.topology.snapshot.nodes
         return any(
             address in self.routes.get(here, ())
