@@ -145,6 +145,9 @@ def test_endpoints_without_a_route_are_named_once_and_no_tunnel_besides() -> Non
         "its WireGuard reaches nobody at 203.0.113.1 (none: Network is unreachable), 203.0.113.4"
     )
     assert "default route" in one.remedy
+    # In a large mesh a host sends echo requests to some only.
+    untried = with_answer(live, "c1", tunnels=tunnels, routes=routes, unreached=())
+    assert "c1" in {one.subject for one in told(topology, untried) if "WireGuard reaches nobody" in one.text}
     # As long as the packets arrive, there is another way.
     well, live = world(lambda one, other: False)
     assert told(well, with_answer(live, "c1", tunnels=tunnels, routes=routes)) == []

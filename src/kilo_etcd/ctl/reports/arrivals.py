@@ -210,6 +210,11 @@ def lost_hops(topology: Topology, live: Live) -> frozenset[frozenset[str]]:
     return frozenset(hop for pair in lost_pairs(topology, live) for hop in _hops(topology, *pair))
 
 
+def good_hops(topology: Topology, live: Live) -> frozenset[frozenset[str]]:
+    """The pairs of adjacent hosts between which packets have arrived."""
+    return frozenset(hop for pair in _tried(topology, live).good for hop in _hops(topology, *pair))
+
+
 def _hops(topology: Topology, one: str, other: str) -> tuple[frozenset[str], ...]:
     here, there = end_of(topology, one), end_of(topology, other)
     hops = ((one, other),) if here == there else ((one, here), (here, there), (there, other))

@@ -14,7 +14,7 @@ from itertools import pairwise
 
 from attrs import field, frozen
 
-from kilo_etcd.ctl.reports.arrivals import PAIRS, Loss, end_of, lost_hops, reached_by, some
+from kilo_etcd.ctl.reports.arrivals import PAIRS, Loss, end_of, good_hops, lost_hops, reached_by, some
 from kilo_etcd.ctl.reports.causes import Kind
 from kilo_etcd.ctl.reports.live import Live, ago, pairs, tunnels
 from kilo_etcd.model import Node
@@ -125,6 +125,8 @@ def _routes(
 ) -> tuple[dict[str, dict[str, str]], dict[str, dict[str, str]]]:  # fmt: skip
     nodes = topology.snapshot.nodes
     names = {node.public_key: node.name for node in nodes.values()}
+    living = {*live.answers, *live.silent}
+    good = good_hops(topology, live)
     routes: dict[str, dict[str, str]] = {}
     endpoints: dict[str, dict[str, str]] = {}
     for name, answer in live.answers.items():
@@ -144,7 +146,8 @@ def _routes(
         if cut := {
             other: f"{address} ({foreign[address]})"
             for other, address in far.items()
-            if frozenset((name, other)) in lost
+            # In a large mesh not every pair sends echo requests.
+            if (hop := frozenset((name, other))) in lost or (other in living and hop not in good)
         }:
             endpoints[name] = cut
     return routes, endpoints
