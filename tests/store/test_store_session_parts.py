@@ -78,6 +78,7 @@ def test_a_candidacy_that_was_given_up_is_not_adopted_and_one_that_was_lost_is()
     assert it.values == {}
     it.enter("gcp", CandidateClass.PUBLIC, in_place=False)
     it.lose()
+    it.leave()
     assert it.adopt("gcp", value)
     assert it.values == {GCP: value}
 

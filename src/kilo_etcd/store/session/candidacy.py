@@ -45,7 +45,8 @@ class WantedCandidacy:
 
     def leave(self) -> None:
         """Want none."""
-        self.current, self._left = None, True
+        self._left = self._left or self.current is not None
+        self.current = None
 
     def lose(self) -> None:
         """Want none until this run decides again, or etcd turns out to hold one under a lease that lives."""

@@ -46,7 +46,7 @@ class PublishedRecords(Generic[R]):
         return key.startswith(self._root)
 
     def replace(self, records: Mapping[str, R]) -> None:
-        """Say this, and nothing else."""
+        """Publish these, and no others."""
         self._given = True
         self._set(records)
 
@@ -55,7 +55,7 @@ class PublishedRecords(Generic[R]):
         self.values = {self._key(subject): encode(record) for subject, record in records.items()}
 
     def adopt(self, subject: str, value: bytes) -> None:
-        """Go on publishing what an earlier run published, if it can be read and this run has not said anything yet.
+        """Go on publishing what an earlier run published, if it can be read and this run has published none yet.
         What stands under the lease after etcd was away may be what this run has withdrawn meanwhile."""
         if not self._given:
             with suppress(RecordError):
@@ -102,7 +102,7 @@ class Published:
         self.stage, self._stage_given = stage, True
 
     def adopt(self, key: ParsedKey | None, value: bytes) -> None:
-        """Go on publishing what an earlier run published, if it can be read and nothing else is said by now."""
+        """Go on publishing what an earlier run published, if it can be read and this run has not published others."""
         if isinstance(key, EndpointKey):
             self.observed_endpoints.adopt(key.name, value)
         elif isinstance(key, ProbeReportKey):
