@@ -82,6 +82,13 @@ CASES: dict[str, tuple[Lost, list[tuple[str, str]]]] = {
     "two members that do not reach each other": (
         lambda one, other: {one, other} == {"a2", "a3"}, [("a2 - a3", "a2 and a3 do not reach each other")],
     ),
+    "two members of two locations lose each other's packets only, so no leader is blamed": (
+        lambda one, other: {one, other} == {"a2", "b2"}, [("a2 - b2", "a2 and b2 do not reach each other")],
+    ),
+    "a leader that forwards nothing is blamed, and not the leader at the other end": (
+        lambda one, other: behind("b1")(one, other) or {one, other} == {"a2", "c1"},
+        [("a1", NOTHING + "between a2 and c1"), ("b1", NOTHING + "between b2 and a1, a2, a3, c1")],
+    ),
     "a member that does not reach its leader is no leader's fault": (
         lambda one, other: "a3" in (one, other) and "a2" not in (one, other),
         [("a1 - a3", "a1 and a3 do not reach each other")],
@@ -102,6 +109,15 @@ def test_what_lost_packets_say(case: str) -> None:
     for loss, (_, text) in zip(found, said, strict=True):
         assert loss.text.startswith(text), loss.text
         assert loss.filtered == ("its own packets are answered" in text)
+
+
+def test_the_remedy_for_a_pair_names_the_leaders_between_the_two() -> None:
+    topology = mesh()
+    (loss,) = losses(topology, asked(topology, lambda one, other: {one, other} == {"a2", "b2"}))
+    assert loss.remedy.startswith("kgctl explain a2 b2 --live; ")
+    assert loss.remedy.endswith("on one of the two, on a1 or b1, or on the way")
+    (loss,) = losses(topology, asked(topology, lambda one, other: {one, other} == {"a2", "a3"}))
+    assert loss.remedy.endswith("on one of the two, or on the way")
 
 
 def test_a_tunnel_that_is_known_to_be_down_explains_what_is_lost() -> None:

@@ -329,6 +329,7 @@ def _by_leader(
             blamed.setdefault(there, []).append((one, other))
         else:
             alone.append((one, other))
+    alone += _take_ambiguous(topology, tried, blamed)
     for leader, lost in sorted(blamed.items()):
         own = {node.name for node in topology.segment_of(leader).members}
         out, back = [pair for pair in lost if pair[0] in own], [pair for pair in lost if pair[0] not in own]
@@ -355,7 +356,8 @@ def _by_leader(
         yield Loss(
             subject=f"{one} - {other}",
             text=f"{one} and {other} do not reach each other" if both else f"{one} does not reach {other}",
-            remedy=f"kgctl explain {one} {other} --live; a firewall on the way, or on one of the two",
+            remedy=f"kgctl explain {one} {other} --live; a firewall, or another program's rule (ip rule), on one of "
+                   f"the two{_on_the_way(topology, one, other)}",
         )  # fmt: skip
     if more := each[PAIRS:]:
         yield Loss(
@@ -363,6 +365,39 @@ def _by_leader(
             text=f"{len(more)} more pairs do not reach each other, {some(f'{one} - {other}' for one, other in more)}",
             remedy="mend what is named first, then ask again",
         )  # fmt: skip
+
+
+def _on_the_way(topology: Topology, one: str, other: str) -> str:
+    """The leaders between two hosts, as an alternative to these."""
+    leaders = {end_of(topology, one), end_of(topology, other)}
+    between = sorted(leaders - {one, other}) if len(leaders) > 1 else []
+    return f", on {' or '.join(between)}, or on the way" if between else ", or on the way"
+
+
+def _take_ambiguous(
+    topology: Topology, tried: _Tried, blamed: dict[str, list[tuple[str, str]]]
+) -> list[tuple[str, str]]:
+    """Takes the pairs of hosts for which two leaders are blamed, one for each direction, if both leaders forward other
+    packets. One lost direction loses the answers of the other, so at most one host drops something, and it may as well
+    be one of the pair."""
+    forwarding = {
+        end_of(topology, member)
+        for one, other in tried.good
+        if end_of(topology, one) != end_of(topology, other)
+        for member in (one, other)
+        if end_of(topology, member) != member
+    }
+    leaders: dict[frozenset[str], set[str]] = {}
+    for leader, lost in blamed.items():
+        for pair in lost:
+            leaders.setdefault(frozenset(pair), set()).add(leader)
+    ambiguous = {pair for pair, both in leaders.items() if len(both) > 1 and both <= forwarding}
+    taken = [pair for lost in blamed.values() for pair in lost if frozenset(pair) in ambiguous]
+    for leader, lost in list(blamed.items()):
+        blamed[leader] = [pair for pair in lost if frozenset(pair) not in ambiguous]
+        if not blamed[leader]:
+            del blamed[leader]
+    return taken
 
 
 def some(names: Iterable[str]) -> str:
