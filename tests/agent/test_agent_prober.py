@@ -425,6 +425,22 @@ async def test_a_prober_whose_packets_another_rule_leads_elsewhere_reports_nobod
         await eventually(lambda: report(mesh) is not None, 10, every=0.1)
 
 
+async def test_requests_that_were_sent_before_a_host_was_as_planned_again_count_for_nothing(mesh: World) -> None:
+    async with running(mesh):
+        await settle(mesh)
+        reach = mesh.host.reach
+        for after in (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6):
+            mesh.host.reach = lambda address: False
+            mesh.host.taken = lambda address, source: "No route to host"
+            await trio.sleep(20 + after)
+            # The leader follows what has changed about this host a moment later.
+            mesh.host.taken = mesh.host._own_route
+            await trio.sleep(0.4)
+            mesh.host.reach = reach
+            await trio.sleep(5)
+            assert mesh.logged("a leader does not forward") == 0, after
+
+
 async def test_a_host_that_may_not_ping_says_so_once_and_goes_on(mesh: World) -> None:
     mesh.host.no_pings = "this process may not ping"
     async with running(mesh) as daemon:

@@ -204,6 +204,22 @@ async def test_a_member_that_another_programs_rule_cuts_off_takes_no_leadership(
         assert await leader(lab, "gcp") == first
 
 
+async def test_a_member_with_an_internal_ip_that_it_does_not_have_takes_no_leadership() -> None:
+    async with world({"gcp": 2, "home": 2}) as lab, printed_on_failure(lab):
+        first, (member,) = await in_line(lab, 2)
+        before = await elections(lab, first, member)
+        lan = next(row.private[0] for row in await lab.status() if row.host == member)
+        network = lan.rpartition(".")[0]
+        async with gap(lab, first, "home-1", 1.0):
+            await lab.etcdctl("put", f"/kilo/annotations/{member}/force-internal-ip", f"{network}.250/24")
+            # Longer than a prober needs for its report: under 2 s (`make bench-failover`).
+            await trio.sleep(15)
+        assert await elections(lab, first, member) == before
+        await lab.etcdctl("del", f"/kilo/annotations/{member}/force-internal-ip")
+        await lab.all_pairs_ping(30)
+        assert await leader(lab, "gcp") == first
+
+
 async def test_agents_that_die_or_freeze_and_a_site_without_etcd() -> None:
     async with world({"gcp": 3, "home": 1}, lease_ttl=3) as lab, printed_on_failure(lab):
         first, members = await in_line(lab, 3)

@@ -1030,8 +1030,11 @@ class Daemon:
 
     async def _sound(self, targets: Collection[IPAddress]) -> bool:
         """Whether the kernel is as the plan in force wants it, read anew, and sends to these mesh addresses by the
-        plan's routes. If a rule of another program leads elsewhere, their silence says nothing of a leader."""
+        plan's routes. If a rule of another program leads elsewhere, their silence says nothing of a leader. Nor if
+        answers go to an internal IP that the host does not have."""
         plan = self.applier.programmed
+        if self._missing_addresses():
+            return False
         try:
             if plan is None or await self.kernel.preview(plan):
                 return False

@@ -92,6 +92,8 @@ class Prober:
         self._history = ProbeHistory()
         self._baseline: NoBaseline | None = NoBaseline()
         """None: a target has answered through the leader."""
+        self._was_sound = True
+        """Whether this host was as planned when requests got no answer the last time, or some got one since."""
         self._watched = ("", 0)
         """The leader, and its candidacy, that the account is of."""
         self._topology: Topology | None = None
@@ -202,9 +204,12 @@ class Prober:
             if own_report is not None:
                 await self._put_reports(assignment.location, None)
             return self._pause(assignment)
-        if not await self._sound([node.mesh_addresses[0] for node in targets]):
+        was_sound, self._was_sound = self._was_sound, await self._sound([node.mesh_addresses[0] for node in targets])
+        if not self._was_sound:
             # What is missing here is on its way back; it says nothing about the leader.
             self._look_again()
+        if not (was_sound and self._was_sound):
+            # Requests that were sent before all was there again say nothing about it either.
             return periods.PERIOD
         report = store.ProbeReportRecord(
             leader=assignment.leader.name,
@@ -345,6 +350,7 @@ class Prober:
             by_address, EchoRequests(times=times, patience=self._history.patience(targets), first=True)
         )  # fmt: skip
         answered = {by_address[address].name: took for address, took in answers.items()}
+        self._was_sound = self._was_sound or bool(answered)
         if answered and self._baseline is not None:
             # From now on silence counts.
             self._baseline = None
