@@ -434,20 +434,14 @@ def _packets(examined: Examined, known: Silence, places: Evidence) -> Iterator[F
     yield from (_tunnel(topology, pair) for pair in down if pair not in early)
     unsettled = known.undecided | {frozenset((pair.one, pair.other)) for pair in early}
     moved = {pair for pair in lost_pairs(topology, live) if examined.led_anew.intersection(pair)}
-    if moved:
-        yield Finding(
-            severity=Severity.WARNING, subject="packets",
-            text="it is too early to tell why some do not arrive, between "
-                 f"{some(f'{one} and {other}' for one, other in sorted(moved))}: their leader has just changed",
-            remedy="ask again in ten seconds: kgctl check",
-        )  # fmt: skip
-    if anew := anew - moved:
-        yield Finding(
-            severity=Severity.WARNING, subject="tunnels",
-            text="it is too early to tell why some have no session, between "
-                 f"{some(f'{one} and {other}' for one, other in sorted(anew))}: their leader has just changed",
-            remedy="ask again in ten seconds: kgctl check",
-        )  # fmt: skip
+    for subject, what, between in (("packets", "do not arrive", moved), ("tunnels", "have no session", anew - moved)):
+        if between:
+            yield Finding(
+                severity=Severity.WARNING, subject=subject,
+                text=f"it is too early to tell why some {what}, between "
+                     f"{some(f'{one} and {other}' for one, other in sorted(between))}: their leader has just changed",
+                remedy="ask again in ten seconds: kgctl check",
+            )  # fmt: skip
     if lost := sorted({*lost_across(topology, live, unsettled), *((pair.one, pair.other) for pair in early)}):
         yield Finding(
             severity=Severity.WARNING, subject="packets",

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from ipaddress import ip_address
+from itertools import pairwise
 
 from attrs import evolve, frozen
 
@@ -215,10 +216,14 @@ def good_hops(topology: Topology, live: Live) -> frozenset[frozenset[str]]:
     return frozenset(hop for pair in _tried(topology, live).good for hop in _hops(topology, *pair))
 
 
-def _hops(topology: Topology, one: str, other: str) -> tuple[frozenset[str], ...]:
+def path(topology: Topology, one: str, other: str) -> tuple[str, ...]:
+    """The hosts that packets from `one` to `other` pass, both included."""
     here, there = end_of(topology, one), end_of(topology, other)
-    hops = ((one, other),) if here == there else ((one, here), (here, there), (there, other))
-    return tuple(map(frozenset, hops))
+    return tuple(dict.fromkeys((one, other) if here == there else (one, here, there, other)))
+
+
+def _hops(topology: Topology, one: str, other: str) -> tuple[frozenset[str], ...]:
+    return tuple(map(frozenset, pairwise(path(topology, one, other))))
 
 
 def _tried(topology: Topology, live: Live) -> _Tried:

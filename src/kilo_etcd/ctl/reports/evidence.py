@@ -7,14 +7,14 @@ A lost packet that passes such a place says nothing of the hosts behind it, so `
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from ipaddress import ip_address
-from itertools import pairwise
+from itertools import chain, pairwise
 
 from attrs import field, frozen
 
-from kilo_etcd.ctl.reports.arrivals import PAIRS, Loss, end_of, good_hops, lost_hops, reached_by, some
+from kilo_etcd.ctl.reports.arrivals import PAIRS, Loss, end_of, good_hops, lost_hops, path, reached_by, some
 from kilo_etcd.ctl.reports.causes import Kind
 from kilo_etcd.ctl.reports.live import Live, ago, pairs, tunnels
 from kilo_etcd.model import Node
@@ -85,17 +85,17 @@ class Evidence:
     def between(self, one: str, other: str, there: Collection[str], back: Collection[str]) -> bool:
         """Whether packets from `one` to the addresses `there` of `other`, or the answers to the addresses `back`, pass
         one of the places."""
-        path = _path(self.topology, one, other)
-        if self.stopped.intersection(path) or self.gone.intersection(path):
+        hosts = path(self.topology, one, other)
+        if self.stopped.intersection(hosts) or self.gone.intersection(hosts):
             return True
         if one in self.unresponsive or other in self.unresponsive:
             return True
-        if any(frozenset(hop) in self.hops for hop in pairwise(path)):
+        if any(frozenset(hop) in self.hops for hop in pairwise(hosts)):
             return True
         return any(
             address in self.routes.get(name, ())
-            for hosts, addresses in ((path[:-1], there), (path[1:], back))
-            for name in hosts
+            for senders, addresses in ((hosts[:-1], there), (hosts[1:], back))
+            for name in senders
             for address in addresses
         )
 
@@ -106,6 +106,8 @@ def evidence(
     """What the answers and the statuses show. `dead`: nodes whose agents do not live."""
     nodes = topology.snapshot.nodes
     lost = lost_hops(topology, live)
+    reached = reached_by(topology, live)
+    paths = {path(topology, one, other) for other, ones in reached.items() for one in ones}
     routes, endpoints = _routes(topology, live, lost)
     stopped = {name for name, status in statuses.items() if any(NO_WIREGUARD in text for text in status.errors)}
     stopped |= {name for name, answer in live.answers.items() if any(NO_WIREGUARD in text for text in answer.trouble)}
@@ -114,8 +116,8 @@ def evidence(
         routes=routes,
         endpoints=endpoints,
         stopped=frozenset(stopped & nodes.keys()),
-        unresponsive=_unresponsive(topology, statuses, live, {*live.silent, *dead} & nodes.keys()),
-        passing=_passing(topology, live),
+        unresponsive=_unresponsive(topology, statuses, live, {*live.silent, *dead} & nodes.keys(), reached, paths),
+        passing=frozenset(chain.from_iterable(paths)),
         blocked=_blocked(topology, live, lost),
     )
 
@@ -163,7 +165,12 @@ def _host(endpoint: str) -> str:
 
 
 def _unresponsive(
-    topology: Topology, statuses: Mapping[str, StatusRecord], live: Live, names: Collection[str]
+    topology: Topology,
+    statuses: Mapping[str, StatusRecord],
+    live: Live,
+    names: Collection[str],
+    reached: Mapping[str, Sequence[str]],
+    paths: Collection[tuple[str, ...]],
 ) -> dict[str, tuple[str, ...]]:
     by_address = {str(address): node for node in topology.snapshot.nodes.values() for address in node.mesh_addresses}
     tried: dict[str, list[str]] = {}
@@ -171,8 +178,7 @@ def _unresponsive(
         for address in answer.unreached:
             if (node := by_address.get(address)) is not None and node.name in names and name in topology.snapshot.nodes:
                 tried.setdefault(node.name, []).append(name)
-    reached = reached_by(topology, live)
-    forwarding = {name for other, ones in reached.items() for one in ones for name in _path(topology, one, other)[1:-1]}
+    forwarding = {name for hosts in paths for name in hosts[1:-1]}
 
     def at_fault(name: str) -> bool:
         """Whether it is the place itself. If its location reaches it and nothing arrives by its leader, that may be."""
@@ -182,11 +188,6 @@ def _unresponsive(
         return leader == name or leader in forwarding or stale or not near
 
     return {name: tuple(dict.fromkeys(ones)) for name, ones in tried.items() if at_fault(name)}
-
-
-def _passing(topology: Topology, live: Live) -> frozenset[str]:
-    reached = reached_by(topology, live).items()
-    return frozenset(name for other, ones in reached for one in ones for name in _path(topology, one, other))
 
 
 def _blocked(topology: Topology, live: Live, lost: Collection[_Hop]) -> dict[str, dict[str, int | None]]:
@@ -216,12 +217,6 @@ def _blocked(topology: Topology, live: Live, lost: Collection[_Hop]) -> dict[str
 
 def _mesh(node: Node) -> tuple[str, ...]:
     return tuple(map(str, node.mesh_addresses))
-
-
-def _path(topology: Topology, one: str, other: str) -> tuple[str, ...]:
-    """The hosts that packets from `one` to `other` pass."""
-    here, there = end_of(topology, one), end_of(topology, other)
-    return tuple(dict.fromkeys((one, other) if here == there else (one, here, there, other)))
 
 
 def shown(known: Evidence, missing: Collection[str] = ()) -> Iterator[Loss]:
