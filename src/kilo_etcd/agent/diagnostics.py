@@ -122,7 +122,7 @@ class DiagnosticsServer:
         observed = Observed()
         try:
             if plan is not None:
-                # What failed is among the status's errors.
+                # The status names the changes that failed.
                 commands = tuple(map(str, await self._kernel.preview(plan, failed=False)))
             observed = await self._kernel.observe()
             if plan is not None:

@@ -15,7 +15,7 @@ from kilo_etcd.model import IPAddress
 from kilo_etcd.store.records import TakenRoute
 
 _NO_ROUTE = os.strerror(errno.ENETUNREACH)
-"""What the kernel says if no table has a route: a host that shares no network with another one may have none."""
+"""The kernel's error if no table has a route. A host may have no route to a host whose network it does not share."""
 
 
 def taken_route(

@@ -47,7 +47,7 @@ _TO_TABLE, _GOTO = (formats.rules.FR_ACT_NAMES[name] for name in ("FR_ACT_TO_TBL
 _REFUSING = {
     formats.rules.FR_ACT_NAMES[f"FR_ACT_{word.upper()}"]: word for word in ("blackhole", "unreachable", "prohibit")
 }
-"""What a rule does with packets -> what ip-rule(8) calls it, of rules that refuse them."""
+"""The actions of rules that refuse packets, by number -> their names in ip-rule(8)."""
 UNICAST, _UNREACHABLE = rtnl.rt_type["unicast"], rtnl.rt_type["unreachable"]
 _KIND_NAMES = {UNICAST: "", _UNREACHABLE: "unreachable", rtnl.rt_type["throw"]: "throw"}
 _SCOPES = {rtnl.rt_scope["link"]: AddressScope.LINK, rtnl.rt_scope["host"]: AddressScope.HOST}

@@ -56,7 +56,7 @@ class PublishedRecords(Generic[R]):
 
     def adopt(self, subject: str, value: bytes) -> None:
         """Go on publishing what an earlier run published, if it can be read and this run has published none yet.
-        What stands under the lease after etcd was away may be what this run has withdrawn meanwhile."""
+        A record that is under the lease when etcd comes back may be one that this run has withdrawn meanwhile."""
         if not self._given:
             with suppress(RecordError):
                 self._set({subject: self._decode(value), **self.records})

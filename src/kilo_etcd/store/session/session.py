@@ -301,8 +301,8 @@ class Session:
                 await self._adopt(info.id, info.keys)
         if not self._short.id:
             await self._guard.verify()
-            # What was adopted from a lease that was not taken is put under the new one, which does not move its create
-            # revision: the place in the queue is kept.
+            # If the earlier lease was not adopted, its keys are put under the new one. A put keeps the create revision,
+            # so the candidacy keeps its place in the queue.
             self._leased.clear()
             await self._short.grant()
             self._leased_since = trio.current_time()
