@@ -6,7 +6,6 @@ their own.
 
 from __future__ import annotations
 
-import base64
 import json
 import re
 from collections.abc import AsyncIterator, Mapping
@@ -21,7 +20,9 @@ from attrs import define, frozen
 from kilo_etcd.lab.client import Lab, RunningProbe, running_lab
 from kilo_etcd.lab.machine import BASE
 from kilo_etcd.lab.spec import Spec
+from kilo_etcd.store.keys import ElectionKey, Keys, StatusKey
 
+KEYS = Keys()
 _NONE: Mapping[str, str] = MappingProxyType({})
 
 SETTLED_SECONDS = 2.6
@@ -83,24 +84,22 @@ async def watched(
 
 async def statuses(lab: Lab) -> dict[str, dict[str, Any]]:
     """node -> what its agent reports of itself."""
-    lines = (await lab.etcdctl("get", "--prefix", "/kilo-status/")).stdout.splitlines()
-    return {key.rpartition("/")[2]: json.loads(value) for key, value in zip(lines[::2], lines[1::2], strict=True)}
+    found = ((KEYS.parse(kv.key), kv.value) for kv in await lab.key_values(KEYS.status_by_root))
+    return {key.node: json.loads(value) for key, value in found if isinstance(key, StatusKey)}
 
 
 async def candidates(lab: Lab, location: str, number: int) -> list[str]:
     """The candidates of a location, first in line first, as soon as there are `number` of them."""
     with trio.fail_after(30):
         while True:
-            answer = await lab.etcdctl("get", "--prefix", f"/kilo/elections/{location}/", "-w", "json")
+            parsed = ((KEYS.parse(kv.key), kv) for kv in await lab.key_values(KEYS.by_root))
             found = sorted(
-                json.loads(answer.stdout).get("kvs", []),
-                key=lambda kv: (
-                    json.loads(base64.b64decode(kv["value"])).get("rank", 0),
-                    kv["create_revision"],
-                ),
+                (json.loads(kv.value).get("rank", 0), kv.create_revision, key.node)
+                for key, kv in parsed
+                if isinstance(key, ElectionKey) and key.location == location
             )
             if len(found) == number:
-                return [base64.b64decode(kv["key"]).decode().rpartition("/")[2] for kv in found]
+                return [name for _, _, name in found]
             await trio.sleep(0.1)
 
 

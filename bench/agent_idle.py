@@ -15,10 +15,11 @@ from typing import Any
 import trio
 from rich.table import Table
 
-from _lab import SETTLED_SECONDS, candidates, mesh
+from _lab import KEYS, SETTLED_SECONDS, candidates, mesh
 from _table import QUICK, console, table
 from kilo_etcd.lab.client import Lab, running_lab
 from kilo_etcd.lab.spec import Spec
+from kilo_etcd.store.keys import NodeKey
 
 HERE = Path(__file__).parent
 SECONDS = 15 if QUICK else 60
@@ -54,7 +55,7 @@ def show(rows: Table, name: str, found: dict[str, Any]) -> None:
 
 async def calm(lab: Lab, nodes: int, deadline: float = 120) -> None:
     """Wait until etcd has stood still for a while with so many hosts registered."""
-    count = json.loads((await lab.etcdctl("get", "--prefix", "/kilo/nodes/", "-w", "json")).stdout)["count"]
+    count = sum(isinstance(KEYS.parse(kv.key), NodeKey) for kv in await lab.key_values(KEYS.by_root))
     assert count == nodes, f"{count} hosts are registered, not {nodes}"
     with trio.fail_after(deadline):
         last = 0

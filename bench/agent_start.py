@@ -79,7 +79,7 @@ async def as_new(lab: Lab, host: str) -> None:
         for key, value in zip(answer[::2], answer[1::2], strict=True):
             if key.endswith(f"/{host}") or value == host:
                 await lab.etcdctl("del", key)
-    await lab.etcdctl("del", f"/kilo-status/{host}")
+    await lab.etcdctl("del", f"/kilo-status/by/{host}/status")
 
 
 async def stop(lab: Lab, host: str) -> None:

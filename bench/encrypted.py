@@ -14,14 +14,14 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from base64 import b64decode, b64encode
+from base64 import b64encode
 from contextlib import AsyncExitStack
 from ipaddress import ip_address, ip_interface, ip_network
 from itertools import permutations
 
 import trio
 
-from _lab import mesh
+from _lab import KEYS, mesh
 from _table import console, runs, table
 from _traffic import WORLDS, compare
 from _worlds import Backend, at, inside, run_in_worlds, sh
@@ -32,6 +32,7 @@ from kilo_etcd.lab.spec import Spec
 from kilo_etcd.model import EncryptionStage, Endpoint, Granularity, InternalIPs, Node, Snapshot
 from kilo_etcd.planning import host_plan
 from kilo_etcd.planning.encryption import Living, Outside, encrypt
+from kilo_etcd.store.keys import NodeKey
 from kilo_etcd.topology import build_topology
 
 HOSTS = ("a", "b")
@@ -126,8 +127,8 @@ def measure(backend: Backend) -> None:
 async def followed(lab: Lab, hosts: tuple[str, ...], mode: str) -> None:
     """Wait until all nodes are at the last stage, and under `encrypted` each refuses all others."""
     while True:
-        document = json.loads((await lab.etcdctl("get", "--prefix", "-w", "json", "/kilo/nodes/")).stdout)
-        stages = {json.loads(b64decode(kv["value"])).get("encryption") for kv in document["kvs"]}
+        kvs = [kv for kv in await lab.key_values(KEYS.by_root) if isinstance(KEYS.parse(kv.key), NodeKey)]
+        stages = {json.loads(kv.value).get("encryption") for kv in kvs}
         if stages == {"sends" if mode == "encrypted" else None} and (mode != "encrypted" or await refusing(lab, hosts)):
             return
         await trio.sleep(0.05)

@@ -101,7 +101,7 @@ async def main() -> None:
         await put_all(client, [Put(KEYS.status(n), encode(status(i, 50_000)), lease) for i, n in enumerate(NAMES)])
         looked = await meter.of(lambda: own.get_prefix(KEYS.status_root))
         await put_all(client, stages(50_001))
-        listed = await meter.of(lambda: own.get_prefix(KEYS.stages_root))
+        listed = await meter.of(lambda: own.get_prefix(KEYS.status_by_root))
 
         answers = await meter.of(lambda: put_all(client, stages(50_002)))
         watch = StageWatch(own, KEYS, Once(structlog.get_logger()), lambda: None)

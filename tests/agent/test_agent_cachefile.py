@@ -274,8 +274,8 @@ def test_what_is_never_read_is_not_kept_and_too_much_leaves_the_former_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / FILE
-    big = KeyValue(key=b"/kilo/nodes/big", value=b"\x00" * (MAX_VALUE + 1), create_revision=1, mod_revision=1)
-    most = evolve(big, key=b"/kilo/nodes/most", value=b"\xff" * MAX_VALUE)
+    big = KeyValue(key=b"/kilo/by/big/node", value=b"\x00" * (MAX_VALUE + 1), create_revision=1, mod_revision=1)
+    most = evolve(big, key=b"/kilo/by/most/node", value=b"\xff" * MAX_VALUE)
     long = evolve(big, key=b"/kilo/" + b"x" * cachefile.MAX_KEY, value=b"")
     save(path, WHO, evolve(FULL, kvs=(*FULL.kvs, big, most, long)), now=1000.0)
     cached = read(path, WHO)

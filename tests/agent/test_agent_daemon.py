@@ -128,7 +128,7 @@ async def test_a_claim_that_cannot_be_restored_shows_in_the_health_and_the_statu
         raise etcd.PermissionDenied("user kilo may not write there")
 
     def named() -> bool:
-        found = store.records.decode_status(world.value("/kilo-status/h1")).errors
+        found = store.records.decode_status(world.value("/kilo-status/by/h1/status")).errors
         return any("cannot be restored" in sentence for sentence in found)
 
     async with running(world) as daemon:
@@ -254,13 +254,13 @@ async def test_an_etcd_that_was_replaced_is_not_trusted_until_it_is_adopted(worl
 async def test_a_backup_made_while_the_record_was_away_is_noticed_to_lack_it(world: World) -> None:
     """In its history the record was deleted before the revision from which the agent watches it."""
     async with running(world):
-        await eventually(lambda: "/kilo-status/h1" in world.etcd)
-        world.etcd.delete("/kilo/nodes/h1")
+        await eventually(lambda: "/kilo-status/by/h1/status" in world.etcd)
+        world.etcd.delete("/kilo/by/h1/node")
         saved = world.etcd.backup()
-        await eventually(lambda: "/kilo/nodes/h1" in world.etcd, 10, every=0.1)
+        await eventually(lambda: "/kilo/by/h1/node" in world.etcd, 10, every=0.1)
         world.etcd.restore(saved, cluster_id=0xC2)
         world.etcd.put("/kilo/mesh/adopted", f"{0xC2:x} now")
-        await eventually(lambda: "/kilo/nodes/h1" in world.etcd, 30, every=0.1)
+        await eventually(lambda: "/kilo/by/h1/node" in world.etcd, 30, every=0.1)
         await eventually(lambda: world.daemon.snapshot and "h1" in world.daemon.snapshot.nodes, 10, every=0.1)
 
 
@@ -330,7 +330,7 @@ async def test_a_route_that_collides_keeps_the_host_neither_from_being_ready_nor
         public_key=key_file.public_key(key_file.generate()), internal_ips=(ip_interface("192.168.1.2/24"),)
     )
     world.etcd.put("/kilo/addresses/10.4.0.2", "h2")
-    world.etcd.put("/kilo/nodes/h2", encode(other))
+    world.etcd.put("/kilo/by/h2/node", encode(other))
     world.etcd.put("/kilo/annotations/h2/subnets", "172.17.0.0/16")
     world.host.refuse = lambda change: "it collides" if "172.17." in str(change) else None
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as supervisor:
@@ -338,7 +338,7 @@ async def test_a_route_that_collides_keeps_the_host_neither_from_being_ready_nor
         supervisor.setblocking(False)
         monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
         async with running(world):
-            await eventually(lambda: world.etcd.keys("/kilo/elections/") != [], 10, every=0.1)
+            await eventually(lambda: world.etcd.keys("/kilo/by/", "/elections/") != [], 10, every=0.1)
             assert world.logged("it collides") == 1
             assert b"READY=1" in supervisor.recv(4096)
 
@@ -381,10 +381,12 @@ async def test_a_leader_that_cannot_hand_over_says_so(world: World) -> None:
     )
     async with running(world):
         world.etcd.put("/kilo/addresses/10.4.0.2", "h2")
-        world.etcd.put("/kilo/nodes/h2", encode(other))
-        await eventually(lambda: world.etcd.keys("/kilo/elections/") != [], 10, every=0.1)
-        world.etcd.put_kept("/kilo/elections/@default/h2", encode(CandidateRecord(rank=CandidateClass.REST, since="")))
-        world.etcd.put_kept("/kilo-status/h2", encode(StatusRecord(public_key=other.public_key, revision=1)))
+        world.etcd.put("/kilo/by/h2/node", encode(other))
+        await eventually(lambda: world.etcd.keys("/kilo/by/", "/elections/") != [], 10, every=0.1)
+        world.etcd.put_kept(
+            "/kilo/by/h2/elections/@default", encode(CandidateRecord(rank=CandidateClass.REST, since=""))
+        )
+        world.etcd.put_kept("/kilo-status/by/h2/status", encode(StatusRecord(public_key=other.public_key, revision=1)))
         await trio.sleep(1)
         assert world.daemon.topology is not None
         assert world.daemon.topology.segment_of("h1").next_in_line is not None, world.daemon.snapshot
@@ -400,13 +402,13 @@ async def test_a_leader_whose_candidacy_was_put_under_no_lease_leads_on_and_a_de
     other = NodeRecord(
         public_key=key_file.public_key(key_file.generate()), internal_ips=(ip_interface("192.168.1.2/24"),)
     )
-    key = "/kilo/elections/@default/h1"
+    key = "/kilo/by/h1/elections/@default"
     async with running(world):
         world.etcd.put("/kilo/addresses/10.4.0.2", "h2")
-        world.etcd.put("/kilo/nodes/h2", encode(other))
+        world.etcd.put("/kilo/by/h2/node", encode(other))
         await eventually(lambda: key in world.etcd, 10, every=0.1)
         offer = encode(CandidateRecord(rank=CandidateClass.ANNOTATED, since=""))
-        world.etcd.put("/kilo/elections/@default/h2", offer)
+        world.etcd.put("/kilo/by/h2/elections/@default", offer)
         await trio.sleep(5)
         before = world.etcd.data[key.encode()]
         world.etcd.put(key, before.value)
@@ -420,11 +422,11 @@ async def test_a_leader_whose_candidacy_was_put_under_no_lease_leads_on_and_a_de
 
 
 async def test_a_key_of_another_s_lease_in_its_name_goes_as_soon_as_it_can_be_no_earlier_run_s(world: World) -> None:
-    key = "/kilo/probe-reports/elsewhere/h1"
+    key = "/kilo/by/h1/probe-reports/elsewhere"
     report = ProbeReportRecord(leader="h2", candidacy=1, targets=("h1",), leader_reachable=True)
     lease = (await world.etcd.client().grant_lease(3600)).id
     async with running(world, resync_period=3600.0):
-        await eventually(lambda: world.etcd.get("/kilo-status/h1") is not None, 10, every=0.1)
+        await eventually(lambda: world.etcd.get("/kilo-status/by/h1/status") is not None, 10, every=0.1)
         leased_since = trio.current_time()
         world.etcd.put(key, encode(report), lease=lease)
         await eventually(lambda: key not in world.etcd, 2 * 5 + 0.5, every=0.1)
@@ -434,11 +436,11 @@ async def test_a_key_of_another_s_lease_in_its_name_goes_as_soon_as_it_can_be_no
 async def test_addresses_that_come_late_are_registered_at_once(world: World) -> None:
     late, world.facts = world.facts, discover.HostFacts(hostname="h1")
     async with running(world, resync_period=3600.0):
-        await eventually(lambda: world.etcd.get("/kilo/nodes/h1") is not None, 10, every=0.1)
-        assert b"192.168" not in (world.etcd.get("/kilo/nodes/h1") or b"")
+        await eventually(lambda: world.etcd.get("/kilo/by/h1/node") is not None, 10, every=0.1)
+        assert b"192.168" not in (world.etcd.get("/kilo/by/h1/node") or b"")
         world.facts = late
         world.host.moved.set()
-        await eventually(lambda: b"192.168" in (world.etcd.get("/kilo/nodes/h1") or b""), 2, every=0.1)
+        await eventually(lambda: b"192.168" in (world.etcd.get("/kilo/by/h1/node") or b""), 2, every=0.1)
 
 
 async def test_new_addresses_that_cannot_be_registered_do_not_end_the_agent(
@@ -465,8 +467,8 @@ async def test_a_host_whose_name_another_took_says_so_until_that_one_is_gone(wor
         # This host was away for longer than its lease, and another took its name.
         status = StatusRecord(public_key=stranger, revision=1, address="198.51.100.9:51820")
         lease = (await world.etcd.client().grant_lease(3600)).id
-        world.etcd.put("/kilo-status/h1", encode(status), lease=lease)
-        world.etcd.put("/kilo/nodes/h1", encode(NodeRecord(public_key=stranger)))
+        world.etcd.put("/kilo-status/by/h1/status", encode(status), lease=lease)
+        world.etcd.put("/kilo/by/h1/node", encode(NodeRecord(public_key=stranger)))
         await trio.sleep(30)
         sentence = (
             f"the name h1 is taken by a living host with public key {stranger} at 198.51.100.9:51820; "
@@ -475,9 +477,9 @@ async def test_a_host_whose_name_another_took_says_so_until_that_one_is_gone(wor
         assert world.metrics.health() == sentence
         assert world.logged(sentence) == 1
         assert world.host.observed.addresses == addresses
-        world.etcd.delete("/kilo-status/h1")
+        world.etcd.delete("/kilo-status/by/h1/status")
         await eventually(lambda: world.metrics.health() is None, 30, every=0.1)
-        assert store.records.decode_node(world.value("/kilo/nodes/h1")).public_key == world.daemon.public_key
+        assert store.records.decode_node(world.value("/kilo/by/h1/node")).public_key == world.daemon.public_key
 
 
 async def test_a_copy_of_this_machine_is_not_fought_for_ever_and_shows_in_its_health(world: World) -> None:
@@ -485,7 +487,7 @@ async def test_a_copy_of_this_machine_is_not_fought_for_ever_and_shows_in_its_he
         copy = NodeRecord(public_key=daemon.public_key, endpoint=Endpoint.parse("198.51.100.9:51820"))
         with trio.move_on_after(30):
             while True:
-                world.etcd.put("/kilo/nodes/h1", encode(copy))
+                world.etcd.put("/kilo/by/h1/node", encode(copy))
                 await trio.sleep(0.5)
         before = world.writes()
         assert "if a copy of this machine runs, give it a WireGuard key and a --hostname of its own" in (
@@ -498,15 +500,15 @@ async def test_a_copy_of_this_machine_is_not_fought_for_ever_and_shows_in_its_he
 
 async def test_a_status_that_another_writes_again_and_again_is_restored_and_named(world: World) -> None:
     def sentences() -> tuple[str, ...]:
-        return store.records.decode_status(world.value("/kilo-status/h1")).errors
+        return store.records.decode_status(world.value("/kilo-status/by/h1/status")).errors
 
     async with running(world) as daemon:
-        await eventually(lambda: "/kilo-status/h1" in world.etcd)
+        await eventually(lambda: "/kilo-status/by/h1/status" in world.etcd)
         for _ in range(4):
-            world.etcd.put("/kilo-status/h1", "{}")
-            await eventually(lambda: world.etcd.get("/kilo-status/h1") != b"{}", 10)
+            world.etcd.put("/kilo-status/by/h1/status", "{}")
+            await eventually(lambda: world.etcd.get("/kilo-status/by/h1/status") != b"{}", 10)
         (sentence,) = sentences()
-        assert "/kilo-status/h1 is changed again and again by another writer" in sentence
+        assert "/kilo-status/by/h1/status is changed again and again by another writer" in sentence
         assert daemon.session.contested == sentence == world.metrics.health()
         assert world.logged("changed again and again") == 1
         await eventually(lambda: not sentences(), 400, every=1)
@@ -547,7 +549,7 @@ async def test_an_internal_ip_that_the_operator_forces_and_the_host_does_not_hav
     annotation = "/kilo/annotations/h1/force-internal-ip"
 
     def reported() -> tuple[str, ...]:
-        (kv,) = world.etcd.keys("/kilo-status/h1")
+        (kv,) = world.etcd.keys("/kilo-status/by/h1/status")
         return store.records.decode_status(world.value(kv)).errors
 
     async with running(world):

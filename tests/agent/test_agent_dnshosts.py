@@ -56,7 +56,7 @@ def registers(world: World, name: str, address: str) -> None:
         mesh_addresses=(ip_interface(f"{address}/16"),),
     )
     world.etcd.put(f"/kilo/addresses/{address}", name)
-    world.etcd.put(f"/kilo/nodes/{name}", encode(record))
+    world.etcd.put(f"/kilo/by/{name}/node", encode(record))
 
 
 def block(path: Path) -> list[str]:
@@ -76,7 +76,7 @@ def take_away(path: Path) -> None:
 
 
 def errors(world: World) -> tuple[str, ...]:
-    value = world.etcd.get("/kilo-status/h1")
+    value = world.etcd.get("/kilo-status/by/h1/status")
     return () if value is None else read(StatusRecord, value).record.errors
 
 
@@ -87,7 +87,7 @@ async def test_names_come_and_go_with_the_nodes_and_stay_when_the_agent_stops(wo
         assert block(hosts) == [f"{own} h1.kilo h1.mesh"]
         registers(world, "node-7", "10.4.0.77")
         await eventually(lambda: "10.4.0.77 node-7.kilo node-7.mesh node-7" in block(hosts), 3, every=0.1)
-        world.etcd.delete("/kilo/nodes/node-7")
+        world.etcd.delete("/kilo/by/node-7/node")
         await eventually(lambda: len(block(hosts)) == 1, 3, every=0.1)
     assert len(block(hosts)) == 1
     assert world.logged("names removed") == 0

@@ -131,15 +131,15 @@ def node(world: World, stage: EncryptionStage | None) -> None:
     )
     if world.etcd.get("/kilo/addresses/10.4.0.9") is None:
         world.etcd.put("/kilo/addresses/10.4.0.9", "h9")
-    world.etcd.put("/kilo/nodes/h9", encode(record))
+    world.etcd.put("/kilo/by/h9/node", encode(record))
 
 
 def lives(world: World, revision: int) -> None:
-    world.etcd.put_kept("/kilo-status/stages/h9", encode(StageRecord(revision=revision)))
+    world.etcd.put_kept("/kilo-status/by/h9/stage", encode(StageRecord(revision=revision)))
 
 
 def stage(world: World) -> EncryptionStage | None:
-    value = world.etcd.get("/kilo/nodes/h1")
+    value = world.etcd.get("/kilo/by/h1/node")
     return None if value is None else decode_node(value).encryption
 
 
@@ -321,7 +321,7 @@ async def test_etcds_members_that_cannot_be_listed_are_named(world: World, monke
         raise PermissionDenied("permission denied")
 
     def reported() -> tuple[str, ...]:
-        value = world.etcd.get("/kilo-status/h1")
+        value = world.etcd.get("/kilo-status/by/h1/status")
         return () if value is None else tuple(text for text in decode_status(value).errors if "members" in text)
 
     world.etcd.put("/kilo/mesh/internal-ips", "encrypted")
@@ -398,14 +398,14 @@ def bare(
 async def test_who_lives_is_asked_again_when_etcd_is_back() -> None:
     server, topology = FakeEtcd(), a_lan()
     encrypting = bare(server, [])
-    server.put_kept("/kilo-status/stages/h9", encode(StageRecord(revision=3)))
+    server.put_kept("/kilo-status/by/h9/stage", encode(StageRecord(revision=3)))
     await encrypting.prepare(topology, etcd_away=True)
     assert not encrypting.living.lives("h9"), "as its record says"
     await encrypting.prepare(topology, etcd_away=True)
     assert not encrypting.living.lives("h9")
     await encrypting.prepare(topology, etcd_away=False)
     assert encrypting.living.applied == {"h9": 3}
-    server.put_kept("/kilo-status/stages/h9", encode(StageRecord(revision=4)))
+    server.put_kept("/kilo-status/by/h9/stage", encode(StageRecord(revision=4)))
     await encrypting.prepare(topology, etcd_away=False)
     assert encrypting.living.applied == {"h9": 3}, "from then on as long as somebody is waited for"
 

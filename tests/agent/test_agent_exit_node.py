@@ -30,7 +30,7 @@ def advertise(world: World, *, offers: bool = True) -> None:
     """A node in a location of its own that offers an exit node."""
     record = NodeRecord(public_key=EXIT, endpoint=Endpoint.parse("203.0.113.9:51820"), location="exit")
     world.etcd.put("/kilo/addresses/10.4.0.99", "exit-1")
-    world.etcd.put("/kilo/nodes/exit-1", encode(record))
+    world.etcd.put("/kilo/by/exit-1/node", encode(record))
     if offers:
         world.etcd.put("/kilo/annotations/exit-1/advertise-exit-node", "true")
 
@@ -40,7 +40,7 @@ def use_exit_node(world: World, name: str = "exit-1") -> None:
 
 
 def errors(world: World) -> list[str]:
-    found: list[str] = json.loads(world.etcd.get("/kilo-status/h1") or b"{}").get("errors", [])
+    found: list[str] = json.loads(world.etcd.get("/kilo-status/by/h1/status") or b"{}").get("errors", [])
     return found
 
 

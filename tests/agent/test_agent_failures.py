@@ -114,7 +114,7 @@ class Host:
         """Until h1 reports these errors (patterns), in this order, and no others."""
 
         async def reported() -> bool:
-            status = await self.etcdctl("get", "--print-value-only", "/kilo-status/h1")
+            status = await self.etcdctl("get", "--print-value-only", "/kilo-status/by/h1/status")
             found = json.loads(status).get("errors", [])
             assert len(found) == len(errors), found
             assert all(re.search(pattern, text) for pattern, text in zip(errors, found, strict=True)), found
@@ -131,7 +131,7 @@ class Host:
             "endpoint": f"192.0.2.{number}:51820",
             "internalIPs": [f"192.0.2.{number}/24"],
         }
-        await self.etcdctl("put", f"/kilo/nodes/{name}", json.dumps(record))
+        await self.etcdctl("put", f"/kilo/by/{name}/node", json.dumps(record))
         await self.etcdctl("put", f"/kilo/addresses/10.4.0.{number}", name)
         await self.etcdctl("put", f"/kilo/locations/{name}", location)
 
@@ -288,7 +288,7 @@ async def test_a_host_that_cannot_forward_goes_on_as_a_member(tmp_path: Path) ->
         await h1.etcdctl("put", "/kilo/annotations/h1/leader", "true")
         offer = encode(CandidateRecord(rank=CandidateClass.PUBLIC)).decode()
         lease = (await h1.etcdctl("lease", "grant", "3600")).split()[1]
-        await h1.etcdctl("put", "--lease", lease, "/kilo/elections/a/n3", offer)
+        await h1.etcdctl("put", "--lease", lease, "/kilo/by/n3/elections/a", offer)
         sh("sysctl -q -w net.ipv4.ip_forward=0; mount --bind /proc/sys /proc/sys && mount -o remount,bind,ro /proc/sys")
         wrong = (
             r"net.ipv4.ip_forward could not be set to 1 \(/proc/sys is read-only\): "
@@ -303,7 +303,7 @@ async def test_a_host_that_cannot_forward_goes_on_as_a_member(tmp_path: Path) ->
             await h1.settled(wrong)
             assert re.search(wrong, health()[1])
             assert "via 192.0.2.3" in sh("ip route show 10.4.0.0/16")
-            assert await h1.etcdctl("get", "--prefix", "/kilo/elections/a/h1", "--keys-only") == ""
+            assert await h1.etcdctl("get", "--prefix", "/kilo/by/h1/elections/a", "--keys-only") == ""
             assert agent.logged("could not be set") == 1
             sh("umount /proc/sys")
             await h1.settled()
@@ -446,7 +446,7 @@ async def test_an_etcd_that_lost_its_data_is_not_followed_and_health_says_so(tmp
             assert await h1.etcdctl("get", "--prefix", "/kilo", "--keys-only") == ""
             sh(f"{KGCTL} --endpoints {h1.server.endpoint} mesh adopt --yes")
             await eventually(lambda: health() == (200, "ok") and not sh("wg show kilo0 peers"), 60)
-            assert "/kilo/nodes/h1" in await h1.etcdctl("get", "--prefix", "/kilo", "--keys-only")
+            assert "/kilo/by/h1/node" in await h1.etcdctl("get", "--prefix", "/kilo", "--keys-only")
 
 
 async def test_a_host_boots_into_its_cached_snapshot_while_etcd_is_away(tmp_path: Path) -> None:

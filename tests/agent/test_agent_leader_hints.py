@@ -239,7 +239,7 @@ def mesh(world: World) -> World:
         location="gcp",
     )
     world.etcd.put(f"/kilo/addresses/{MESH_G1}", "g1")
-    world.etcd.put("/kilo/nodes/g1", encode(record))
+    world.etcd.put("/kilo/by/g1/node", encode(record))
     world.etcd.put("/kilo/locations/h1", "gcp")
     return world
 
@@ -262,10 +262,10 @@ def answer(query: PeerMessage, revision: int, leader: str, nonce: bytes | None =
 async def test_a_leader_that_was_replaced_while_it_was_cut_off_follows_the_new_one(mesh: World) -> None:
     transport = Letters()
     async with running(mesh, transport=transport) as daemon:
-        await eventually(lambda: mesh.etcd.get("/kilo/elections/gcp/h1") is not None, 30, every=0.1)
+        await eventually(lambda: mesh.etcd.get("/kilo/by/h1/elections/gcp") is not None, 30, every=0.1)
         await trio.sleep(20)
         assert transport.sent == [], "as long as etcd answers nobody is asked"
-        mesh.etcd.put_kept("/kilo/elections/gcp/g1", encode(CandidateRecord(rank=CandidateClass.REST)))
+        mesh.etcd.put_kept("/kilo/by/g1/elections/gcp", encode(CandidateRecord(rank=CandidateClass.REST)))
         await trio.sleep(1)
         assert daemon.role is not None
         assert daemon.role.leader == "h1"
@@ -319,7 +319,7 @@ async def test_where_the_port_is_taken_that_is_said_and_the_agent_goes_on(mesh: 
         lost = trio.Event()
 
     def answers() -> bool:
-        return store.records.decode_status(mesh.etcd.get("/kilo-status/h1") or b"").answers
+        return store.records.decode_status(mesh.etcd.get("/kilo-status/by/h1/status") or b"").answers
 
     transport = Taken()
     async with running(mesh, transport=transport):
@@ -340,7 +340,7 @@ async def test_where_the_port_is_taken_that_is_said_and_the_agent_goes_on(mesh: 
 async def test_who_asks_is_answered_if_it_is_known(mesh: World) -> None:
     transport = Letters()
     async with running(mesh, transport=transport) as daemon:
-        await eventually(lambda: mesh.etcd.get("/kilo/elections/gcp/h1") is not None, 30, every=0.1)
+        await eventually(lambda: mesh.etcd.get("/kilo/by/h1/elections/gcp") is not None, 30, every=0.1)
         await trio.sleep(5)
         query = PeerMessage(is_response=False, nonce=b"question", sender=digest(key_file.public_key(G1)), revision=1)
         stranger = evolve(query, sender=digest("nobody"))

@@ -48,7 +48,7 @@ def test_what_the_agent_notes_is_counted() -> None:
             revision=7,
             nodes={name: Node(name=name, public_key=name) for name in "abc"},
             peers={"p": Peer(name="p", public_key="p")},
-            rejected=(RejectedRecord("/kilo/nodes/x", "is not JSON"),),
+            rejected=(RejectedRecord("/kilo/by/x/node", "is not JSON"),),
         )
     )
     metrics.leads(True)

@@ -47,8 +47,8 @@ class Watched(World):
 
     def queue(self) -> list[str]:
         """The candidates of a, oldest first."""
-        kvs = [kv for key, kv in self.etcd.data.items() if key.decode().startswith("/kilo/elections/a/")]
-        return [kv.key.decode().rpartition("/")[2] for kv in sorted(kvs, key=lambda kv: kv.create_revision)]
+        kvs = [kv for key, kv in self.etcd.data.items() if key.decode().endswith("/elections/a")]
+        return [kv.key.decode().split("/")[3] for kv in sorted(kvs, key=lambda kv: kv.create_revision)]
 
     def written(self) -> dict[str, int]:
         return {name: len(host.machine.history) for name, host in self.hosts.items()}

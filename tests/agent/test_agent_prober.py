@@ -36,7 +36,7 @@ KEYS = {name: key_file.public_key(key_file.generate()) for name in ("g1", "g2", 
 MESH = {"g1": "10.4.0.51", "g2": "10.4.0.52", "home": "10.4.0.77", "next": "10.4.0.79"}
 NEAR = {"g1": "192.168.1.51", "g2": "192.168.1.52"}
 HOME = ip_address(MESH["home"])
-REPORT = "/kilo/probe-reports/gcp/h1"
+REPORT = "/kilo/by/h1/probe-reports/gcp"
 DETECTED = 2.0
 """Seconds within which a leader that does not forward is named."""
 
@@ -49,12 +49,12 @@ def node(world: World, name: str, location: str, internal: str, number: int) -> 
         location=location,
     )
     world.etcd.put(f"/kilo/addresses/{MESH[name]}", name)
-    world.etcd.put(f"/kilo/nodes/{name}", encode(record))
+    world.etcd.put(f"/kilo/by/{name}/node", encode(record))
 
 
 def enter_candidacy(world: World, name: str, rank: CandidateClass = CandidateClass.PUBLIC) -> int:
     """Its candidacy's create revision."""
-    world.etcd.put_kept(f"/kilo/elections/gcp/{name}", encode(CandidateRecord(rank=rank)))
+    world.etcd.put_kept(f"/kilo/by/{name}/elections/gcp", encode(CandidateRecord(rank=rank)))
     return world.etcd.revision
 
 
@@ -77,13 +77,13 @@ def report(world: World) -> dict[str, object] | None:
 
 
 async def settle(world: World) -> None:
-    await eventually(lambda: world.etcd.get("/kilo/elections/gcp/h1") is not None, 30, every=0.1)
+    await eventually(lambda: world.etcd.get("/kilo/by/h1/elections/gcp") is not None, 30, every=0.1)
     await trio.sleep(5)
 
 
 def says(world: World, prober: str, candidacy: int, **found: Any) -> None:
     record = ProbeReportRecord(leader="g1", candidacy=candidacy, **{"targets": ("home",), **found})
-    world.etcd.put_kept(f"/kilo/probe-reports/gcp/{prober}", encode(record))
+    world.etcd.put_kept(f"/kilo/by/{prober}/probe-reports/gcp", encode(record))
 
 
 def keepalives(world: World) -> list[int | None]:
@@ -139,7 +139,7 @@ async def test_a_leader_that_does_not_forward_is_named_and_demoted(mesh: World) 
         await trio.sleep(1)
         assert report(mesh) is not None, "without it the one demoted would lead again"
         # The one demoted has seen it, and stands anew.
-        mesh.etcd.delete("/kilo/elections/gcp/g1")
+        mesh.etcd.delete("/kilo/by/g1/elections/gcp")
         enter_candidacy(mesh, "g1", CandidateClass.DEMOTED)
         await eventually(lambda: report(mesh) is None, 5, every=0.1)
         assert daemon.role.leader == "h1"
@@ -149,7 +149,7 @@ async def test_a_leader_that_does_not_forward_is_named_and_demoted(mesh: World) 
 
 async def test_the_other_candidates_probe_on_the_report_of_the_first(mesh: World) -> None:
     enter_candidacy(mesh, "g2")
-    candidacy = mesh.etcd.data[b"/kilo/elections/gcp/g1"].create_revision
+    candidacy = mesh.etcd.data[b"/kilo/by/g1/elections/gcp"].create_revision
     async with running(mesh):
         await settle(mesh)
         mesh.host.reach = lambda address: address == ip_address(NEAR["g1"])
@@ -183,7 +183,7 @@ async def test_when_the_far_end_is_down_nobody_can_do_better(mesh: World) -> Non
 async def test_if_a_path_is_open_again_for_all_no_takeover_check_counts(mesh: World) -> None:
     async with running(mesh) as daemon:
         await settle(mesh)
-        candidacy = mesh.etcd.data[b"/kilo/elections/gcp/g1"].create_revision
+        candidacy = mesh.etcd.data[b"/kilo/by/g1/elections/gcp"].create_revision
         for turn in range(40):
             mesh.host.reach = lambda address: address != HOME
             mesh.host.shakes = lambda key: False
@@ -196,7 +196,7 @@ async def test_if_a_path_is_open_again_for_all_no_takeover_check_counts(mesh: Wo
             if mesh.host.observed.peers[home].persistent_keepalive:
                 mesh.host.receive_from(home)
             await trio.sleep(0.5)
-            mesh.etcd.delete("/kilo/probe-reports/gcp/g2")
+            mesh.etcd.delete("/kilo/by/g2/probe-reports/gcp")
             await eventually(lambda: report(mesh) is None, 3, every=0.01)
             await trio.sleep(2)
         assert mesh.logged("leader elected") == 1
@@ -207,13 +207,13 @@ async def test_if_a_path_is_open_again_for_all_no_takeover_check_counts(mesh: Wo
 async def test_when_the_far_end_has_another_leader_the_word_is_taken_back_and_the_watch_goes_on(mesh: World) -> None:
     node(mesh, "next", "home", "192.168.7.3/24", 79)
     for name in ("home", "next"):
-        mesh.etcd.put_kept(f"/kilo/elections/home/{name}", encode(CandidateRecord(rank=CandidateClass.PUBLIC)))
+        mesh.etcd.put_kept(f"/kilo/by/{name}/elections/home", encode(CandidateRecord(rank=CandidateClass.PUBLIC)))
     async with running(mesh):
         await settle(mesh)
         mesh.host.reach = lambda address: address != HOME
         mesh.host.shakes = lambda key: False
         await eventually(lambda: report(mesh) is not None, DETECTED, every=0.01)
-        mesh.etcd.delete("/kilo/elections/home/home")
+        mesh.etcd.delete("/kilo/by/home/elections/home")
         await eventually(lambda: report(mesh) is None, DETECTED, every=0.01)
         await trio.sleep(20)
         mesh.host.reach = lambda address: address == ip_address(NEAR["g1"])
@@ -223,7 +223,7 @@ async def test_when_the_far_end_has_another_leader_the_word_is_taken_back_and_th
 
 async def test_an_answer_by_way_of_the_successor_takes_nothing_back(mesh: World) -> None:
     enter_candidacy(mesh, "g2")
-    candidacy = mesh.etcd.data[b"/kilo/elections/gcp/g1"].create_revision
+    candidacy = mesh.etcd.data[b"/kilo/by/g1/elections/gcp"].create_revision
 
     def reach(address: IPAddress) -> bool:
         gateway = mesh.host.observed.routes[ip_network("10.4.0.0/16")].gateway
@@ -294,11 +294,11 @@ async def test_a_target_that_never_answered_does_not_count(mesh: World) -> None:
         assert report(mesh) is None
         assert set(asked) == {HOME} | set(map(ip_address, NEAR.values()))
         assert mesh.logged("no host elsewhere has ever answered an echo request through the leader g1") == 1
-        status = json.loads(mesh.etcd.get("/kilo-status/h1") or b"")
+        status = json.loads(mesh.etcd.get("/kilo-status/by/h1/status") or b"")
         assert any("let ICMP echo pass" in error for error in status["errors"])
         mesh.host.reach = lambda address: True
         await eventually(lambda: mesh.logged("no longer: no host elsewhere has ever answered") == 1, 10, every=0.1)
-        status = json.loads(mesh.etcd.get("/kilo-status/h1") or b"")
+        status = json.loads(mesh.etcd.get("/kilo-status/by/h1/status") or b"")
         assert not any("no host elsewhere" in error for error in status.get("errors", ()))
 
 
@@ -307,7 +307,7 @@ async def test_a_leader_that_never_forwarded_is_reported_and_demoted_once_a_targ
     async with running(mesh) as daemon:
         # A location of two, and an agent that starts while the leader is bad already.
         await eventually(lambda: daemon.role is not None and daemon.role.kind == "member", 5, every=0.01)
-        await eventually(lambda: mesh.etcd.get("/kilo/elections/gcp/h1") is not None, 30, every=0.01)
+        await eventually(lambda: mesh.etcd.get("/kilo/by/h1/elections/gcp") is not None, 30, every=0.01)
         began = trio.current_time()
         found = await eventually(lambda: report(mesh), DETECTED, every=0.01)
         assert (found["leaderReachable"], found["canTakeOver"]) == (True, False)
@@ -361,7 +361,7 @@ async def test_who_would_drop_forwarded_packets_itself_does_not_take_over(mesh: 
         assert daemon.role.leader == "g1"
         assert mesh.logged("the firewall drops what this host forwards") == 0, "it does not forward as yet"
         mesh.host.obstacles = ()
-        mesh.etcd.delete("/kilo/probe-reports/gcp/home")
+        mesh.etcd.delete("/kilo/by/home/probe-reports/gcp")
         found = await eventually(lambda: report(mesh), 120, every=0.01)
         says(mesh, "home", int(str(found["candidacy"])), leader_reachable=True, targets=("h1",))
         await eventually(lambda: daemon.role is not None and daemon.role.leader == "h1", 3, every=0.01)
@@ -469,7 +469,7 @@ async def test_a_host_that_may_ping_no_more_in_the_midst_of_a_suspicion_goes_on_
 
 async def test_a_host_that_may_not_ping_goes_on_if_others_suspect_the_leader_too(mesh: World) -> None:
     enter_candidacy(mesh, "g2")
-    candidacy = mesh.etcd.data[b"/kilo/elections/gcp/g1"].create_revision
+    candidacy = mesh.etcd.data[b"/kilo/by/g1/elections/gcp"].create_revision
     mesh.host.no_pings = "this process may not ping"
     async with running(mesh) as daemon:
         await settle(mesh)
@@ -499,7 +499,7 @@ async def test_a_prober_that_starts_again_adopts_its_report(mesh: World) -> None
         mesh.host.reach = lambda address: address == ip_address(NEAR["g1"])
         await eventually(lambda: (report(mesh) or {}).get("canTakeOver"), DETECTED, every=0.01)
         kept = mesh.etcd.data[REPORT.encode()]
-        mesh.etcd.put("/kilo-status/h1", mesh.etcd.get("/kilo-status/h1") or b"", lease=kept.lease)
+        mesh.etcd.put("/kilo-status/by/h1/status", mesh.etcd.get("/kilo-status/by/h1/status") or b"", lease=kept.lease)
     assert report(mesh) is None, "an orderly end takes it away"
 
 
@@ -516,7 +516,7 @@ async def test_a_leader_elsewhere_that_is_named_tries_back(world: World) -> None
     async with running(world):
         await trio.sleep(5)
         record = ProbeReportRecord(leader="g1", candidacy=candidacy, targets=("h1",), leader_reachable=True)
-        world.etcd.put_kept("/kilo/probe-reports/gcp/g2", encode(record))
+        world.etcd.put_kept("/kilo/by/g2/probe-reports/gcp", encode(record))
         await eventually(lambda: report(world) is not None, 1, every=0.01)
         assert report(world) == {
             "leader": "g1",
@@ -530,7 +530,7 @@ async def test_a_leader_elsewhere_that_is_named_tries_back(world: World) -> None
         await eventually(lambda: report(world) is None, 2, every=0.1)
         answering.clear()
         await eventually(lambda: report(world) is not None, 2, every=0.1)
-        world.etcd.delete("/kilo/probe-reports/gcp/g2")
+        world.etcd.delete("/kilo/by/g2/probe-reports/gcp")
         await eventually(lambda: report(world) is None, 1, every=0.1)
 
 
@@ -543,10 +543,10 @@ async def test_those_who_were_called_do_not_keep_each_others_words_in_force(worl
     async with running(world):
         await trio.sleep(5)
         record = ProbeReportRecord(leader="g1", candidacy=candidacy, targets=("h1", "home"), leader_reachable=True)
-        world.etcd.put_kept("/kilo/probe-reports/gcp/g2", encode(record))
+        world.etcd.put_kept("/kilo/by/g2/probe-reports/gcp", encode(record))
         await eventually(lambda: report(world) is not None, 1, every=0.01)
-        world.etcd.put_kept("/kilo/probe-reports/gcp/home", encode(evolve(record, targets=("g2",))))
-        world.etcd.delete("/kilo/probe-reports/gcp/g2")
+        world.etcd.put_kept("/kilo/by/home/probe-reports/gcp", encode(evolve(record, targets=("g2",))))
+        world.etcd.delete("/kilo/by/g2/probe-reports/gcp")
         await eventually(lambda: report(world) is None, 1, every=0.01)
 
 
@@ -558,12 +558,12 @@ async def report_leader(mesh: World, daemon: Daemon) -> None:
     """g1 and g2 come to stand beside h1, which leads, and say that it does not forward; g1 leads then."""
     enter_candidacy(mesh, "g1", CandidateClass.REST)
     enter_candidacy(mesh, "g2", CandidateClass.REST)
-    own = mesh.etcd.data[b"/kilo/elections/gcp/h1"].create_revision
+    own = mesh.etcd.data[b"/kilo/by/h1/elections/gcp"].create_revision
     for prober in ("g1", "g2"):
         found = ProbeReportRecord(
             leader="h1", candidacy=own, targets=("home",), leader_reachable=True, can_take_over=prober == "g1"
         )
-        mesh.etcd.put_kept(f"/kilo/probe-reports/gcp/{prober}", encode(found))
+        mesh.etcd.put_kept(f"/kilo/by/{prober}/probe-reports/gcp", encode(found))
     await eventually(lambda: daemon.role is not None and daemon.role.leader == "g1", 1, every=0.01)
 
 
@@ -573,21 +573,21 @@ async def demote(mesh: World, daemon: Daemon) -> None:
     await report_leader(mesh, daemon)
     await settle(mesh)
     for prober in ("g1", "g2"):
-        mesh.etcd.delete(f"/kilo/probe-reports/gcp/{prober}")
+        mesh.etcd.delete(f"/kilo/by/{prober}/probe-reports/gcp")
 
 
 async def test_a_demoted_leader_is_behind_everyone_for_a_while(mesh: World) -> None:
-    mesh.etcd.delete("/kilo/elections/gcp/g1")
+    mesh.etcd.delete("/kilo/by/g1/elections/gcp")
     async with running(mesh) as daemon:
         await settle(mesh)
         assert daemon.role is not None
         assert daemon.role.leader == "h1"
         await report_leader(mesh, daemon)
-        await eventually(lambda: mesh.etcd.get("/kilo/elections/gcp/h1") is None, 1, every=0.01)
+        await eventually(lambda: mesh.etcd.get("/kilo/by/h1/elections/gcp") is None, 1, every=0.01)
         await settle(mesh)
-        record = json.loads(mesh.etcd.get("/kilo/elections/gcp/h1") or b"")
+        record = json.loads(mesh.etcd.get("/kilo/by/h1/elections/gcp") or b"")
         assert record["rank"] == CandidateClass.DEMOTED
-        status = json.loads(mesh.etcd.get("/kilo-status/h1") or b"")
+        status = json.loads(mesh.etcd.get("/kilo-status/by/h1/status") or b"")
         (error,) = status["errors"]
         assert error.startswith(
             "this host was demoted as leader: g1 and g2 found no way through it, to home for instance"
@@ -597,26 +597,26 @@ async def test_a_demoted_leader_is_behind_everyone_for_a_while(mesh: World) -> N
         assert "h1" not in error, "whoever shows it names the host"
         assert mesh.logged("demoted as leader") == 1
         for prober in ("g1", "g2"):
-            mesh.etcd.delete(f"/kilo/probe-reports/gcp/{prober}")
+            mesh.etcd.delete(f"/kilo/by/{prober}/probe-reports/gcp")
         await trio.sleep(candidacy_policy.HOLD_DOWN_SECONDS + 10)
-        record = json.loads(mesh.etcd.get("/kilo/elections/gcp/h1") or b"")
+        record = json.loads(mesh.etcd.get("/kilo/by/h1/elections/gcp") or b"")
         assert record["rank"] != CandidateClass.DEMOTED
         assert daemon.role.leader == "g1"
         await eventually(lambda: mesh.logged("candidacy is as before") == 1, 30, every=1)
 
 
 async def test_a_demoted_leader_whose_firewall_goes_is_a_candidate_as_before(mesh: World) -> None:
-    mesh.etcd.delete("/kilo/elections/gcp/g1")
+    mesh.etcd.delete("/kilo/by/g1/elections/gcp")
     mesh.host.obstacles = (Obstacle("the firewall drops what this host forwards"),)
     async with running(mesh) as daemon:
         await demote(mesh, daemon)
         await trio.sleep(30)
-        assert json.loads(mesh.etcd.get("/kilo/elections/gcp/h1") or b"")["rank"] == CandidateClass.DEMOTED
+        assert json.loads(mesh.etcd.get("/kilo/by/h1/elections/gcp") or b"")["rank"] == CandidateClass.DEMOTED
         assert daemon.obstructed == ("the firewall drops what this host forwards",), "the operator has to know"
         mesh.host.obstacles = ()
 
         def as_before() -> bool:
-            return bool(json.loads(mesh.etcd.get("/kilo/elections/gcp/h1") or b"")["rank"] != CandidateClass.DEMOTED)
+            return bool(json.loads(mesh.etcd.get("/kilo/by/h1/elections/gcp") or b"")["rank"] != CandidateClass.DEMOTED)
 
         await eventually(as_before, 20, every=0.1)
         await eventually(lambda: daemon.obstructed == (), 20, every=0.1)
@@ -624,7 +624,7 @@ async def test_a_demoted_leader_whose_firewall_goes_is_a_candidate_as_before(mes
 
 async def test_a_plan_that_does_not_forward_ends_no_hold_down(mesh: World) -> None:
     """The mesh is full for a while, so each host is a segment of its own; the firewall is what it was."""
-    mesh.etcd.delete("/kilo/elections/gcp/g1")
+    mesh.etcd.delete("/kilo/by/g1/elections/gcp")
     mesh.host.obstacles = (Obstacle("the firewall drops what this host forwards"),)
     async with running(mesh) as daemon:
         await demote(mesh, daemon)
@@ -636,11 +636,11 @@ async def test_a_plan_that_does_not_forward_ends_no_hold_down(mesh: World) -> No
         mesh.etcd.put("/kilo/mesh/granularity", "location")
         await eventually(lambda: daemon.plan is not None and bool(daemon.plan.forwarding), 5, every=0.1)
         await trio.sleep(30)
-        assert json.loads(mesh.etcd.get("/kilo/elections/gcp/h1") or b"")["rank"] == CandidateClass.DEMOTED
+        assert json.loads(mesh.etcd.get("/kilo/by/h1/elections/gcp") or b"")["rank"] == CandidateClass.DEMOTED
 
 
 async def test_the_suspect_checks_itself(mesh: World) -> None:
-    mesh.etcd.delete("/kilo/elections/gcp/g1")
+    mesh.etcd.delete("/kilo/by/g1/elections/gcp")
     async with running(mesh):
         await settle(mesh)
         mesh.host.reach = lambda address: False
@@ -648,9 +648,9 @@ async def test_the_suspect_checks_itself(mesh: World) -> None:
         listeners, mesh.host._listeners = mesh.host._listeners, []
         mesh.host.tamper([DeleteRoute(route)])
         mesh.host._listeners = listeners
-        own = mesh.etcd.data[b"/kilo/elections/gcp/h1"].create_revision
+        own = mesh.etcd.data[b"/kilo/by/h1/elections/gcp"].create_revision
         mesh.etcd.put_kept(
-            "/kilo/probe-reports/gcp/g2", encode(ProbeReportRecord(leader="h1", candidacy=own, targets=("home",)))
+            "/kilo/by/g2/probe-reports/gcp", encode(ProbeReportRecord(leader="h1", candidacy=own, targets=("home",)))
         )
         await eventually(lambda: route.destination in mesh.host.observed.routes, 1, every=0.01)
 
@@ -684,31 +684,31 @@ async def test_a_host_that_has_nobody_to_try_chooses_nobody(mesh: World, monkeyp
     async with running(mesh):
         await settle(mesh)
         assert chosen == [], "g2 is next in line"
-        mesh.etcd.delete("/kilo/elections/gcp/g2")
+        mesh.etcd.delete("/kilo/by/g2/elections/gcp")
         await trio.sleep(1)
         assert set(chosen) == {"h1"}
 
 
 async def test_who_leads_all_the_same_takes_its_class_up_again_in_its_place(mesh: World) -> None:
-    mesh.etcd.delete("/kilo/elections/gcp/g1")
+    mesh.etcd.delete("/kilo/by/g1/elections/gcp")
     async with running(mesh) as daemon:
         await settle(mesh)
         await report_leader(mesh, daemon)
         await settle(mesh)
         for node_name in ("g1", "g2"):
-            mesh.etcd.delete(f"/kilo/elections/gcp/{node_name}")
-            mesh.etcd.delete(f"/kilo/probe-reports/gcp/{node_name}")
+            mesh.etcd.delete(f"/kilo/by/{node_name}/elections/gcp")
+            mesh.etcd.delete(f"/kilo/by/{node_name}/probe-reports/gcp")
         await eventually(lambda: daemon.role is not None and daemon.role.leader == "h1", 1, every=0.01)
-        behind = mesh.etcd.data[b"/kilo/elections/gcp/h1"]
+        behind = mesh.etcd.data[b"/kilo/by/h1/elections/gcp"]
         assert json.loads(behind.value)["rank"] == CandidateClass.DEMOTED
         await trio.sleep(candidacy_policy.HOLD_DOWN_SECONDS + 5)
-        now = mesh.etcd.data[b"/kilo/elections/gcp/h1"]
+        now = mesh.etcd.data[b"/kilo/by/h1/elections/gcp"]
         assert json.loads(now.value)["rank"] == CandidateClass.REST
         assert now.create_revision == behind.create_revision
 
 
 async def test_the_operators_choice_ends_it(mesh: World) -> None:
-    mesh.etcd.delete("/kilo/elections/gcp/g1")
+    mesh.etcd.delete("/kilo/by/g1/elections/gcp")
     async with running(mesh) as daemon:
         await settle(mesh)
         await report_leader(mesh, daemon)
@@ -718,12 +718,12 @@ async def test_the_operators_choice_ends_it(mesh: World) -> None:
 
 
 async def test_a_restart_of_its_agent_clears_a_demotion(mesh: World) -> None:
-    mesh.etcd.delete("/kilo/elections/gcp/g1")
+    mesh.etcd.delete("/kilo/by/g1/elections/gcp")
     async with running(mesh) as daemon:
         await demote(mesh, daemon)
         await trio.sleep(5)
-        assert b"demoted" in (mesh.etcd.get("/kilo-status/h1") or b"")
+        assert b"demoted" in (mesh.etcd.get("/kilo-status/by/h1/status") or b"")
     async with running(mesh):
         await settle(mesh)
-        assert json.loads(mesh.etcd.get("/kilo/elections/gcp/h1") or b"")["rank"] != CandidateClass.DEMOTED
-        assert b"demoted" not in (mesh.etcd.get("/kilo-status/h1") or b"demoted")
+        assert json.loads(mesh.etcd.get("/kilo/by/h1/elections/gcp") or b"")["rank"] != CandidateClass.DEMOTED
+        assert b"demoted" not in (mesh.etcd.get("/kilo-status/by/h1/status") or b"demoted")

@@ -292,9 +292,9 @@ def mesh(world: World) -> World:
         location="gcp",
     )
     world.etcd.put("/kilo/addresses/10.4.0.51", "g1")
-    world.etcd.put("/kilo/nodes/g1", encode(record))
+    world.etcd.put("/kilo/by/g1/node", encode(record))
     world.etcd.put("/kilo/locations/h1", "gcp")
-    world.etcd.put_kept("/kilo/elections/gcp/g1", encode(CandidateRecord(rank=CandidateClass.PUBLIC)))
+    world.etcd.put_kept("/kilo/by/g1/elections/gcp", encode(CandidateRecord(rank=CandidateClass.PUBLIC)))
     return world
 
 
@@ -303,7 +303,7 @@ def routed(world: World) -> bool:
 
 
 def unreachable(world: World) -> list[Unreachable]:
-    value = world.etcd.get("/kilo-status/h1")
+    value = world.etcd.get("/kilo-status/by/h1/status")
     return [] if value is None else list(decode_status(value).unreachable)
 
 
@@ -318,11 +318,11 @@ async def test_a_member_that_answers_is_routed_within_a_moment_and_asked_rarely(
     wire = Wire()
     async with running(mesh, transport=wire) as daemon:
         await eventually(lambda: routed(mesh), 20.5, every=0.01)
-        await eventually(lambda: mesh.etcd.get("/kilo/elections/gcp/h1") is not None, 30, every=0.1)
+        await eventually(lambda: mesh.etcd.get("/kilo/by/h1/elections/gcp") is not None, 30, every=0.1)
         await trio.sleep(30)
         asked, revision, writes = wire.asked, mesh.etcd.revision, daemon.kernel.writes
         wire.answers = False
-        mesh.etcd.delete("/kilo/elections/gcp/g1")  # It is down.
+        mesh.etcd.delete("/kilo/by/g1/elections/gcp")  # It is down.
         await trio.sleep(7200)
         assert asked + 2 < wire.asked < asked + 200
         assert routed(mesh), "who is down later keeps its route"
@@ -406,7 +406,7 @@ async def test_a_network_that_filters_one_thing_loses_nothing(mesh: World, by: s
         await eventually(lambda: routed(mesh), 2, every=0.01)
         await trio.sleep(60)
         assert mesh.logged(NEVER) == 0
-        value = mesh.etcd.get("/kilo-status/h1")
+        value = mesh.etcd.get("/kilo-status/by/h1/status")
         assert value is not None
         assert decode_status(value).unsigned == ("g1",), "something answers"
 
@@ -431,13 +431,13 @@ async def test_a_restarted_agent_keeps_a_route_as_long_as_nothing_speaks_against
         await eventually(lambda: routed(mesh), 20.5, every=0.01)
     mesh.host.history.clear()
     wire.answers = False
-    mesh.etcd.delete("/kilo/elections/gcp/g1")
+    mesh.etcd.delete("/kilo/by/g1/elections/gcp")
     async with running(mesh, transport=wire):
         await trio.sleep(60)
         assert routed(mesh), "g1 is down"
         assert not [change for change in mesh.host.history if "10.4.0.51" in str(change)]
         # It lives, and they do not reach each other, as in a mesh that was set up by an agent that did not look.
-        mesh.etcd.put_kept("/kilo/elections/gcp/g1", encode(CandidateRecord(rank=CandidateClass.PUBLIC)))
+        mesh.etcd.put_kept("/kilo/by/g1/elections/gcp", encode(CandidateRecord(rank=CandidateClass.PUBLIC)))
         await eventually(lambda: mesh.logged("has never answered h1"), 90, every=0.1)
         assert not routed(mesh)
 
@@ -451,11 +451,11 @@ async def test_a_member_that_comes_back_where_only_arp_passes_is_neither_cut_off
         await eventually(lambda: routed(mesh), 5, every=0.01)
     mesh.host.history.clear()
     mesh.host.resolves = lambda address: False
-    mesh.etcd.delete("/kilo/elections/gcp/g1")
+    mesh.etcd.delete("/kilo/by/g1/elections/gcp")
     async with running(mesh, transport=wire):
         await trio.sleep(300)
         mesh.host.resolves = lambda address: address == INSIDE
-        mesh.etcd.put_kept("/kilo/elections/gcp/g1", encode(CandidateRecord(rank=CandidateClass.PUBLIC)))
+        mesh.etcd.put_kept("/kilo/by/g1/elections/gcp", encode(CandidateRecord(rank=CandidateClass.PUBLIC)))
         await trio.sleep(120)
         assert mesh.logged(NEVER) == 0
         assert not [change for change in mesh.host.history if "10.4.0.51" in str(change)]
@@ -465,12 +465,12 @@ async def test_a_member_that_boots_later_is_reached_at_once_where_only_arp_passe
     wire = Wire()
     wire.answers = False
     mesh.host.resolves = lambda address: False
-    mesh.etcd.delete("/kilo/elections/gcp/g1")
+    mesh.etcd.delete("/kilo/by/g1/elections/gcp")
     async with running(mesh, transport=wire):
         await trio.sleep(400)
         assert not routed(mesh)
         mesh.host.resolves = lambda address: address == INSIDE
-        mesh.etcd.put_kept("/kilo/elections/gcp/g1", encode(CandidateRecord(rank=CandidateClass.PUBLIC)))
+        mesh.etcd.put_kept("/kilo/by/g1/elections/gcp", encode(CandidateRecord(rank=CandidateClass.PUBLIC)))
         await eventually(lambda: routed(mesh), 3, every=0.01)
 
 
@@ -479,7 +479,7 @@ async def test_an_address_that_this_host_has_itself_is_no_other_hosts(mesh: Worl
     record = NodeRecord(
         public_key=key_file.public_key(G1), internal_ips=(ip_interface("192.168.1.1/24"),), location="gcp"
     )
-    mesh.etcd.put("/kilo/nodes/g1", encode(record))
+    mesh.etcd.put("/kilo/by/g1/node", encode(record))
     mesh.host.reach = lambda address: True
     async with running(mesh, transport=Wire()):
         await eventually(lambda: mesh.logged("has never answered h1 at its internal IP 192.168.1.1"), 15, every=0.1)

@@ -287,7 +287,7 @@ async def test_what_is_on_the_disk_is_used_only_while_etcd_is_away(world: World)
         lambda lines: [lines[0].replace(b'"written":', b'"written":1' + b"0" * 400 + b',"x":'), *lines[1:]],
         lambda lines: [*lines, json.dumps([KEYS.adopted, None, 3, 3, 1, 0]).encode()],
         lambda lines: [*lines, json.dumps([["fe80::1%x/64"], "a", 2, 2, 1, 0]).encode()],
-        lambda lines: [*lines, json.dumps(["/kilo/nodes/h2", "{}", "2", 2.5, None, 0]).encode()],
+        lambda lines: [*lines, json.dumps(["/kilo/by/h2/node", "{}", "2", 2.5, None, 0]).encode()],
     ],
 )
 async def test_an_agent_goes_on_without_a_cache_whose_checksum_is_right_and_whose_content_is_not(
@@ -359,7 +359,7 @@ async def test_an_empty_etcd_after_a_boot_takes_nothing_away_until_it_is_adopted
         assert world.etcd.keys("/kilo/") == []
         world.etcd.put(KEYS.adopted, encode_adoption(world.etcd.cluster_id, "2026-11-24T00:00:00Z"))
         await eventually(lambda: not world.host.observed.peers, 60, every=0.1)
-        await eventually(lambda: KEYS.node("h1") in world.etcd.keys("/kilo/nodes/"), 60, every=0.1)
+        await eventually(lambda: KEYS.node("h1") in world.etcd.keys("/kilo/by/"), 60, every=0.1)
 
 
 @pytest.mark.autojump
@@ -398,7 +398,7 @@ async def test_an_etcd_that_answers_at_the_start_is_compared_with_the_cache(
             assert "kgctl mesh adopt" in place
         world.etcd.put(KEYS.adopted, encode_adoption(world.etcd.cluster_id, "2026-11-24T00:00:00Z"))
         await eventually(lambda: not world.host.observed.peers, 60, every=0.1)
-        await eventually(lambda: KEYS.node("h1") in world.etcd.keys("/kilo/nodes/"), 60, every=0.1)
+        await eventually(lambda: KEYS.node("h1") in world.etcd.keys("/kilo/by/"), 60, every=0.1)
         await eventually(lambda: world.metrics.health() is None, 60, every=0.1)
         await trio.sleep(10)
     # Whoever comes later, the adoption known, follows without a word.

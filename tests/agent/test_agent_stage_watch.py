@@ -194,6 +194,6 @@ async def test_a_crowd_that_reports_makes_few_plans() -> None:
 
 
 def test_the_keys_are_beside_the_statuses_and_none_of_them() -> None:
-    assert KEYS.stage("a/b") == "/kilo-status/stages/a%2Fb"
+    assert KEYS.stage("a/b") == "/kilo-status/by/a%2Fb/stage"
     assert KEYS.stage("a").encode() < prefix_end(KEYS.status_root)
     assert type(KEYS.parse(KEYS.stage("a"))) is not type(KEYS.parse(KEYS.status("a")))

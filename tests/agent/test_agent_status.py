@@ -55,8 +55,8 @@ def test_since_when_it_leads_outlasts_its_agent_and_no_leadership() -> None:
 async def test_it_reports_what_is_exempted_unless_that_is_too_much(world: World, number: int, says: int | None) -> None:
     exemptions = tuple(Exemption.parse(f"tcp/{22 + k}@10.0.0.0/24") for k in range(number))
     async with running(world, clear=exemptions):
-        await eventually(lambda: world.etcd.get("/kilo-status/h1") is not None, 30, every=0.1)
-        reported = store.decode_status(world.etcd.get("/kilo-status/h1") or b"").clear
+        await eventually(lambda: world.etcd.get("/kilo-status/by/h1/status") is not None, 30, every=0.1)
+        reported = store.decode_status(world.etcd.get("/kilo-status/by/h1/status") or b"").clear
     assert reported == (None if says is None else tuple(map(str, exemptions)))
 
 
@@ -70,22 +70,22 @@ async def test_it_leads_since_it_was_elected_and_not_since_it_stands(
             return cls.fromtimestamp(1_700_000_000 + trio.current_time() - began, tz)
 
     def published() -> StatusRecord:
-        return store.decode_status(world.etcd.get("/kilo-status/h1") or b"")
+        return store.decode_status(world.etcd.get("/kilo-status/by/h1/status") or b"")
 
     began = trio.current_time()
     monkeypatch.setattr(status, "datetime", VirtualTime)
     other = NodeRecord(public_key="B" + "A" * 42 + "=", internal_ips=())
     world.etcd.put("/kilo/addresses/10.4.0.2", "h2")
     record = json.loads(encode(other)) | {"internalIPs": ["192.168.1.2/24"]}
-    world.etcd.put("/kilo/nodes/h2", json.dumps(record))
+    world.etcd.put("/kilo/by/h2/node", json.dumps(record))
     world.etcd.put_kept(
-        "/kilo/elections/@default/h2", encode(CandidateRecord(rank=CandidateClass.PUBLIC, since=EARLIER))
+        "/kilo/by/h2/elections/@default", encode(CandidateRecord(rank=CandidateClass.PUBLIC, since=EARLIER))
     )
     async with running(world):
-        await eventually(lambda: world.etcd.keys("/kilo/elections/@default/h1") != [], 30, every=0.1)
+        await eventually(lambda: world.etcd.keys("/kilo/by/h1/elections/@default") != [], 30, every=0.1)
         await trio.sleep(300)
         assert published().leads_since == ""
-        world.etcd.delete("/kilo/elections/@default/h2")
+        world.etcd.delete("/kilo/by/h2/elections/@default")
         await eventually(lambda: published().role is store.Role.LEADER, 10, every=0.1)
         elected = datetime.fromisoformat(published().leads_since)
         assert 0 <= elected.timestamp() - 1_700_000_000 - 300 < 40

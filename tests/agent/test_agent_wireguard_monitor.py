@@ -48,7 +48,7 @@ def home(world: World, keepalive: int = 25) -> None:
         persistent_keepalive=keepalive,
     )
     world.etcd.put("/kilo/addresses/10.4.0.77", "home")
-    world.etcd.put("/kilo/nodes/home", encode(record))
+    world.etcd.put("/kilo/by/home/node", encode(record))
 
 
 def phone(world: World) -> None:
@@ -57,14 +57,14 @@ def phone(world: World) -> None:
 
 
 def told(world: World) -> dict[str, str]:
-    keys = world.etcd.keys("/kilo/endpoints/")
-    return {key.split("/")[3]: json.loads(world.etcd.get(key) or b"")["endpoint"] for key in keys}
+    keys = world.etcd.keys("/kilo/by/", "/endpoints/")
+    return {key.split("/")[5]: json.loads(world.etcd.get(key) or b"")["endpoint"] for key in keys}
 
 
 def observers(world: World, *names: str) -> None:
     """Public nodes, each in a location of its own."""
     for name in names:
-        if f"/kilo/nodes/{name}" in world.etcd.keys("/kilo/nodes/"):
+        if f"/kilo/by/{name}/node" in world.etcd:
             continue
         number = 100 + ord(name[-1]) % 100
         record = NodeRecord(
@@ -73,14 +73,14 @@ def observers(world: World, *names: str) -> None:
             location=name,
         )
         world.etcd.put(f"/kilo/addresses/10.4.9.{number}", name)
-        world.etcd.put(f"/kilo/nodes/{name}", encode(record))
+        world.etcd.put(f"/kilo/by/{name}/node", encode(record))
 
 
 def sees(world: World, observer: str, endpoint: Endpoint, key: str = HOME, name: str = "home") -> None:
     """What a public node says of another, or of a peer."""
     observers(world, observer)
     world.etcd.put_kept(
-        f"/kilo/endpoints/{name}/{observer}", encode(ObservedEndpointRecord(public_key=key, endpoint=endpoint))
+        f"/kilo/by/{observer}/endpoints/{name}", encode(ObservedEndpointRecord(public_key=key, endpoint=endpoint))
     )
 
 
@@ -89,7 +89,7 @@ def endpoint(world: World, key: str = HOME) -> Endpoint | None:
 
 
 def errors(world: World) -> list[str]:
-    found: list[str] = json.loads(world.etcd.get("/kilo-status/h1") or b"{}").get("errors", [])
+    found: list[str] = json.loads(world.etcd.get("/kilo-status/by/h1/status") or b"{}").get("errors", [])
     return found
 
 
@@ -120,7 +120,7 @@ async def test_what_a_public_host_hears_is_told_once_followed_and_taken_back(wor
         world.host.receive_from(HOME)
         await eventually(lambda: "phone" not in told(world), 100, every=0.5)
         assert told(world) == {"home": str(MOVED)}, "the phone has been silent for too long"
-        world.etcd.delete("/kilo/nodes/home")
+        world.etcd.delete("/kilo/by/home/node")
         await eventually(lambda: told(world) == {}, 15, every=0.1)
 
 
@@ -146,7 +146,7 @@ async def test_an_agent_that_starts_again_says_nothing_twice(world: World, monke
         await eventually(lambda: HOME in world.host.observed.peers, 10, every=0.1)
         world.host.receive_from(HOME, endpoint=SEEN, when=trio.current_time() + 1)
         await eventually(lambda: told(world) == {"home": str(SEEN)}, 15, every=0.1)
-        key = b"/kilo/endpoints/home/h1"
+        key = b"/kilo/by/h1/endpoints/home"
         first = world.etcd.data[key]
         monkeypatch.setattr(world.daemon.session, "resign", trio.lowlevel.checkpoint)
     async with running(world):
@@ -178,8 +178,8 @@ async def test_a_host_behind_nat_follows_what_others_observe_until_it_receives_p
             world.host.observed = evolve(world.host.observed, peers={**world.host.observed.peers, HOME: active})
         assert endpoint(world) == MOVED
         assert world.daemon.kernel.writes == netlink
-        keys = ["/kilo/endpoints/home/a", "/kilo/endpoints/home/b"]
-        assert world.etcd.keys("/kilo/endpoints/") == keys, "itself it tells nothing, not being public"
+        keys = ["/kilo/by/a/endpoints/home", "/kilo/by/b/endpoints/home"]
+        assert world.etcd.keys("/kilo/by/", "/endpoints/") == keys, "itself it tells nothing, not being public"
 
 
 async def test_a_session_that_died_with_the_others_nat_is_begun_over(world: World) -> None:

@@ -395,12 +395,12 @@ def test_an_agent_that_listed_later_than_the_newest_record_is_not_behind() -> No
 
 def test_errors_and_what_is_rejected_are_listed() -> None:
     found = report(
-        evolve(WORLD, rejected=(RejectedRecord("/kilo/nodes/x", "the value is not JSON"),)),
+        evolve(WORLD, rejected=(RejectedRecord("/kilo/by/x/node", "the value is not JSON"),)),
         {"a1": status("a1", errors=("the name vpn.example.org does not resolve",))},
         newest=40,
     )
     text = plain(status_tables(found))
-    assert "Rejected:\nKEY            REASON\n/kilo/nodes/x  the value is not JSON" in text
+    assert "Rejected:\nKEY              REASON\n/kilo/by/x/node  the value is not JSON" in text
     assert "Errors that agents report:\nNODE  ERROR\na1    the name vpn.example.org does not resolve" in text
 
 
@@ -419,7 +419,7 @@ def test_the_newest_revision_is_that_of_the_mesh_not_of_etcd() -> None:
     view = View(Keys())
     view.load(
         [
-            KeyValue(key=b"/kilo/nodes/a%20b", value=b"{", mod_revision=7),
+            KeyValue(key=b"/kilo/by/a%20b/node", value=b"{", mod_revision=7),
             KeyValue(key=b"/kilo/x", value=b"", mod_revision=9),
         ],
         Header(revision=500),
@@ -748,12 +748,12 @@ def test_labels_that_would_only_do_harm_are_refused(label: str) -> None:
 
 
 def test_ten_thousand_rejected_records_are_counted_and_the_first_are_shown() -> None:
-    flood = tuple(RejectedRecord(f"/kilo/nodes/b{number:05}", "the value is not UTF-8") for number in range(10_000))
-    names = frozenset(note.key.rpartition("/")[2] for note in flood)
+    flood = tuple(RejectedRecord(f"/kilo/by/b{number:05}/node", "the value is not UTF-8") for number in range(10_000))
+    names = frozenset(note.key.split("/")[3] for note in flood)
     found = report(evolve(WORLD, rejected=flood), {}, newest=40, registered=names)
     text = plain(status_tables(found), status_heading(found))
     assert len(text.splitlines()) < 80
-    assert "/kilo/nodes/b00000" in text
+    assert "/kilo/by/b00000/node" in text
     assert "9980 more" in text
     assert "kgctl status -o json lists all" in text
     assert len(json.loads(status_json(found))["rejected"]) == 10_000

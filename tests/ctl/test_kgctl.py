@@ -123,7 +123,7 @@ async def small_world(client: Client) -> None:
     await client.put("/kilo/locations/node-2", "gcp")
     await register(client, 2, candidate=True)
     await register(client, 1, candidate=True)
-    await client.put("/kilo/nodes/broken", "{")
+    await client.put("/kilo/by/broken/node", "{")
     newest = await register(client, 3)
     told = StatusRecord(
         public_key=KEY["node-1"],
@@ -150,7 +150,7 @@ def test_status_json_of_a_small_world(fake: FakeEtcd) -> None:
         ("node-2", "leader", None),
         ("node-3", "alone", None),
     ]
-    assert [aside["key"] for aside in data["rejected"]] == ["/kilo/nodes/broken"]
+    assert [aside["key"] for aside in data["rejected"]] == ["/kilo/by/broken/node"]
     assert [remark["subject"] for remark in data["disagreements"]] == ["node-1"]
 
 
@@ -238,7 +238,7 @@ async def test_status_shows_the_mesh_and_its_troubles() -> None:
         ), text
         assert "gcp 2 node-2 - node-1 node-2, node-1" in lines
         assert any(line.startswith("broken - - - - not in force gone") for line in lines)
-        assert any(line.startswith("/kilo/nodes/broken the value is not JSON") for line in lines)
+        assert any(line.startswith("/kilo/by/broken/node the value is not JSON") for line in lines)
         assert "node-1 it takes node-1 for its leader, but by etcd's records node-2 leads" in lines
         assert "node-1 the name vpn.example.org does not resolve" in lines
 

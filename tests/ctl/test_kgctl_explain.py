@@ -21,7 +21,7 @@ from kilo_etcd.kernel.routing.returns import return_priority, return_table
 from kilo_etcd.model import CandidateClass, Encapsulate, EncryptionStage, Endpoint
 from kilo_etcd.model.hostplan import Encryption, HostPlan, RoutePlan, Via
 from kilo_etcd.store import operator
-from kilo_etcd.store.keys import Keys
+from kilo_etcd.store.keys import Keys, NodeKey
 from kilo_etcd.store.records import (
     CandidateRecord,
     NodeRecord,
@@ -227,9 +227,9 @@ NO_TUNNEL = (
         ("gcp-1", [], [NO_TUNNEL.replace("home-1", "lone-1")], "arrives; the answer takes the same way"),
         ("gcp-1", [], ["--subnet=10.5.0.0/16 is not in force: the mesh's subnets are 10.4.0.0/16"],
          "arrives; the answer takes the same way"),
-        ("gcp-1", [], ["/kilo-status/gcp-1 is changed again and again by another writer, and restored at least once"],
+        ("gcp-1", [], ["/kilo-status/by/gcp-1/status is changed again and again by another writer, and restored"],
          "arrives; the answer takes the same way"),
-        ("gcp-1", [], ["/kilo/elections/gcp/gcp-1 is changed again and again by another writer, and restored"],
+        ("gcp-1", [], ["/kilo/by/gcp-1/elections/gcp is changed again and again by another writer, and restored"],
          "may not arrive: gcp-1 reports an error"),
         ("gcp-1", [], ["192.168.7.0/24 of node home-2 is not routed here: it would cut this host off from 10.1.0.0/24"],
          "arrives; the answer takes the same way"),
@@ -408,7 +408,7 @@ def test_an_address_that_nobody_has_is_dropped_where_it_would_be(etcd: FakeEtcd)
 
 
 def test_a_node_that_was_rejected_is_named_with_its_reason(etcd: FakeEtcd) -> None:
-    etcd.put("/kilo/nodes/broken", "{")
+    etcd.put("/kilo/by/broken/node", "{")
     result = run("gcp-1", "broken")
     assert result.exit_code == 1
     assert "broken is not in force: the value is not JSON" in result.stderr
@@ -479,7 +479,7 @@ def state(etcd: FakeEtcd, all_nodes: dict[str, Any], changes: dict[str, dict[str
 def test_encrypted_is_in_force_where_only_the_node_records_still_say_so(etcd: FakeEtcd) -> None:
     key = Keys().internal_ips
     routes_internal_ips(etcd)
-    for name in [found.removeprefix(Keys().nodes_root) for found in etcd.keys(Keys().nodes_root)]:
+    for name in [key.node for key in map(Keys().parse, etcd.keys(Keys().by_root)) if isinstance(key, NodeKey)]:
         record = read(NodeRecord, etcd.get(Keys().node(name)) or b"").record
         etcd.put(Keys().node(name), encode(evolve(record, encryption=EncryptionStage.SENDS)))
     for value in ("encrypted-please", None):

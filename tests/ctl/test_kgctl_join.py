@@ -92,7 +92,7 @@ def test_joining_again_follows_a_leader_and_parting_forgets_only_the_others(etcd
     etcd.put("/b/peers/laptop", json.dumps({"publicKey": "Z" + "A" * 42 + "=", "allowedIPs": ["10.99.0.2/32"]}))
     assert kgctl("join", "--yes").exit_code == 0
     etcd.delete(A.election("x", "a-1"))
-    etcd.delete("/a/nodes/a-3")
+    etcd.delete("/a/by/a-3/node")
     done = kgctl("join", "--yes")
     assert "peer a.location. leaves the mesh" in done.output
     assert json.loads(etcd.get("/b/peers/a.location.x") or b"")["endpoint"] == "203.0.1.2:51820"

@@ -332,7 +332,7 @@ def test_check_finds_what_is_wrong_and_says_what_to_do(mesh: Mesh) -> None:
     )
     mesh.says["home-1"] = DiagnosticsResponse(time=now(), mtu=1380, undone=2, changes=("ip link set kilo0 up",))
     mesh.silent = {"gcp-3"}
-    mesh.etcd.delete("/kilo-status/home-2")
+    mesh.etcd.delete("/kilo-status/by/home-2/status")
     mesh.etcd.put("/kilo/peers/phone", "{}")
     result = mesh.run("check", "-o", "json")
     assert result.exit_code == 1
@@ -376,11 +376,11 @@ def test_check_names_an_error_once_that_hosts_report_in_two_ways(mesh: Mesh) -> 
 
 
 def test_check_does_not_ask_an_operator_to_mend_what_an_agent_writes(mesh: Mesh) -> None:
-    mesh.etcd.put("/kilo/elections/gcp/home-1", '{"rank":0}')
-    mesh.etcd.put("/kilo/nodes/home-9", "{}")
+    mesh.etcd.put("/kilo/by/home-1/elections/gcp", '{"rank":0}')
+    mesh.etcd.put("/kilo/by/home-9/node", "{}")
     mesh.etcd.put("/kilo/annotations/home-1/subnets", "10.x")
     said = {f["subject"]: f["remedy"] for f in json.loads(mesh.run("check", "-o", "json").stdout)}
-    for key, name in (("/kilo/elections/gcp/home-1", "home-1"), ("/kilo/nodes/home-9", "home-9")):
+    for key, name in (("/kilo/by/home-1/elections/gcp", "home-1"), ("/kilo/by/home-9/node", "home-9")):
         assert "put it right" not in said[key]
         assert said[key].startswith(f"etcdctl get {key}; the agent of {name} writes it")
         assert said[key].endswith(f"etcdctl del {key}")
@@ -471,7 +471,7 @@ def test_explain_says_that_packets_arrive_only_if_they_were_seen_to(mesh: Mesh) 
         "handshake yet",
     )
     # Nobody asks whose agent does not live, and so it answers for nobody.
-    mesh.etcd.delete("/kilo-status/home-1")
+    mesh.etcd.delete("/kilo-status/by/home-1/status")
     mesh.lost = lambda source, target: target == "home-1"
     result = mesh.run("explain", "gcp-2", "home-1", "--live")
     assert result.exit_code == 1

@@ -79,7 +79,7 @@ async def test_each_mode() -> None:
             await eventually(as_expected, WITHIN, every=0.2, what=f"all pairs but those of {sorted(LOST)}")
         except AssertionError as error:
             logs = [f"{host}:\n{await lab.log(host)}" for host in lab.hosts if host.startswith("plain")]
-            candidacies = (await lab.etcdctl("get", "--prefix", "/kilo/elections/")).stdout
+            candidacies = (await lab.etcdctl("get", "--prefix", "/kilo/by/")).stdout
             pytest.fail("\n".join((str(error), candidacies, *logs)))
 
         # What cannot work is said where it cannot, by the agent and by kgctl, and nothing is said elsewhere.

@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from base64 import b64decode
 from contextlib import AsyncExitStack
 from itertools import permutations
 
@@ -15,6 +13,7 @@ import pytest
 import trio
 
 from helpers import eventually
+from helpers_lab import records
 from kilo_etcd.lab.capture import Flow
 from kilo_etcd.lab.client import Lab
 from kilo_etcd.lab.spec import HostSpec, SiteSpec, Spec
@@ -103,8 +102,7 @@ async def all_report(lab: Lab, stage: str | None) -> None:
     """Wait until all nodes are at a stage of the switch."""
 
     async def there() -> bool:
-        found = json.loads((await lab.etcdctl("get", "--prefix", "-w", "json", "/kilo/nodes/")).stdout)
-        return {json.loads(b64decode(kv["value"])).get("encryption") for kv in found["kvs"]} == {stage}
+        return {record.get("encryption") for record in (await records(lab)).values()} == {stage}
 
     await eventually(there, 120, every=0.1, what=f"all nodes report {stage}")
 

@@ -17,11 +17,11 @@ from test_mesh_scenarios import (
     clear_text,
     leader,
     pids,
-    status,
     world,
 )
 
 from helpers import eventually
+from helpers_lab import statuses
 from helpers_load import lease_for, measured_beside
 from kilo_etcd.lab.client import Lab
 
@@ -38,7 +38,7 @@ async def label(lab: Lab, **labels: str) -> None:
         await lab.etcdctl(*(("put", f"/kilo/locations/{host}", text) if text else ("del", f"/kilo/locations/{host}")))
 
     async def followed() -> bool:
-        reports = await status(lab)
+        reports = await statuses(lab)
         return all(reports[host].get("location", "") == text for host, text in wanted.items())
 
     await eventually(followed, WITHIN, every=0.2, what=f"{wanted} followed")

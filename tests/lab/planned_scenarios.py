@@ -17,9 +17,10 @@ from functools import partial
 import pytest
 import trio
 from attrs import define, field
-from test_mesh_scenarios import candidates, leader, pids, status, world
+from test_mesh_scenarios import candidates, leader, pids, world
 
 from helpers import eventually
+from helpers_lab import statuses
 from helpers_load import WORK, measured
 from kilo_etcd.lab.client import Lab, RunningProbe
 from kilo_etcd.lab.probe import Gap
@@ -127,7 +128,7 @@ async def steady(lab: Lab) -> None:
     async def settled() -> bool:
         answer = json.loads((await lab.etcdctl("get", "--prefix", "/kilo/", "-w", "json")).stdout)
         newest = max(kv["mod_revision"] for kv in answer["kvs"])
-        reports = await status(lab)
+        reports = await statuses(lab)
         return reports.keys() == set(lab.hosts) and all(_revision(report) >= newest for report in reports.values())
 
     await eventually(settled, 60, every=0.1, what="every host at the newest revision")
@@ -168,7 +169,7 @@ async def nothing_moves(lab: Lab) -> None:
     ):
         rebooted = act is power_cycle
         others = [other for other in lab.hosts if other != host]
-        before, since, running = await writes(lab, others), (await status(lab))[host]["since"], await pids(lab)
+        before, since, running = await writes(lab, others), (await statuses(lab))[host]["since"], await pids(lab)
         probing = [pair for pair in pairs if not (rebooted and host in pair)]
         async with probed(lab, *probing) as seen:
             await trio.sleep(1)  # `since` is in whole seconds
@@ -196,11 +197,11 @@ async def last_logged(lab: Lab, hosts: Iterable[str], lines: int = 30) -> str:
 
 
 async def _is_back(lab: Lab, host: str, since: object) -> bool:
-    return bool((await status(lab)).get(host, {}).get("since", since) != since)
+    return bool((await statuses(lab)).get(host, {}).get("since", since) != since)
 
 
 async def _is_away(lab: Lab, host: str) -> bool:
-    return host not in await status(lab)
+    return host not in await statuses(lab)
 
 
 async def handed_over(lab: Lab, *, crowded: bool = False) -> None:
@@ -240,14 +241,14 @@ async def handed_over(lab: Lab, *, crowded: bool = False) -> None:
 
 
 async def _leads(lab: Lab, node: str) -> bool:
-    return (await status(lab)).get(node, {}).get("role") == "leader"
+    return (await statuses(lab)).get(node, {}).get("role") == "leader"
 
 
 async def switched(lab: Lab) -> None:
     """The granularity, live, to each of the others and back."""
     gaps, beyond = [], []
     for shape in ("full", "location", "cross", "location"):
-        revision = max(map(_revision, (await status(lab)).values()))
+        revision = max(map(_revision, (await statuses(lab)).values()))
         async with probed(lab, ("gcp-2", "home-2"), ("gcp-2", "gcp-3"), ("home-1", "aws-1")) as seen:
             await lab.etcdctl("put", "/kilo/mesh/granularity", shape)
             await eventually(partial(_followed, lab, revision), 30, every=0.1, what=f"{shape} followed by all")
@@ -258,7 +259,7 @@ async def switched(lab: Lab) -> None:
 
 
 async def _followed(lab: Lab, revision: int) -> bool:
-    return all(_revision(report) > revision for report in (await status(lab)).values())
+    return all(_revision(report) > revision for report in (await statuses(lab)).values())
 
 
 def kept(gaps: list[float], beyond: list[float], promised: float, what: str, *, crowded: bool = False) -> None:

@@ -11,9 +11,10 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 import trio
-from test_mesh_scenarios import status, world
+from test_mesh_scenarios import world
 
 from helpers import eventually
+from helpers_lab import statuses
 from kilo_etcd.lab.client import Lab
 
 pytestmark = [pytest.mark.lab, pytest.mark.deadline(600)]
@@ -113,7 +114,7 @@ async def test_a_schedule_of_faults() -> None:
 async def _agreed(lab: Lab) -> bool:
     """Whether all report, and those of one location name one leader, and nobody has anything to complain of but that
     it was demoted."""
-    reports = await status(lab)
+    reports = await statuses(lab)
     assert reports.keys() == set(lab.hosts), reports.keys()
     for site in HOSTS:
         leaders = {str(report.get("leader")) for host, report in reports.items() if host.startswith(site)}

@@ -88,8 +88,8 @@ class EtcdOnHosts:
 
     async def records(self) -> list[dict[str, Any]]:
         """Of the nodes, as etcd has them."""
-        document = json.loads(await self.ctl("get", "--prefix", "-w", "json", "/kilo/nodes/"))
-        return list(document.get("kvs", ()))
+        document = json.loads(await self.ctl("get", "--prefix", "-w", "json", "/kilo/by/"))
+        return [kv for kv in document.get("kvs", ()) if b64decode(kv["key"]).endswith(b"/node")]
 
     async def newest(self) -> int:
         """The revision of the newest of them."""

@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from helpers import eventually, require
-from helpers_lab import leads
+from helpers_lab import leads, statuses
 from kilo_etcd.lab.client import Lab, running_lab
 from kilo_etcd.lab.spec import HostSpec, SiteSpec, Spec
 
@@ -52,9 +52,7 @@ async def reached(lab: Lab, apart: Iterable[tuple[str, str]] = (), deadline: flo
 
 async def errors(lab: Lab) -> dict[str, list[str]]:
     """Host -> what its agent reports in its status."""
-    lines = (await lab.etcdctl("get", "--prefix", "/kilo-status/")).stdout.splitlines()
-    records = zip(lines[::2], lines[1::2], strict=True)
-    return {key.rpartition("/")[2]: json.loads(value).get("errors", []) for key, value in records}
+    return {name: status.get("errors", []) for name, status in (await statuses(lab)).items()}
 
 
 async def endpoints(lab: Lab, at: str) -> dict[str, str]:
@@ -64,7 +62,7 @@ async def endpoints(lab: Lab, at: str) -> dict[str, str]:
 
 
 async def endpoint_of(lab: Lab, at: str, name: str) -> str:
-    record = json.loads((await lab.etcdctl("get", "--print-value-only", f"/kilo/nodes/{name}")).stdout)
+    record = json.loads((await lab.etcdctl("get", "--print-value-only", f"/kilo/by/{name}/node")).stdout)
     return (await endpoints(lab, at))[record["publicKey"]]
 
 

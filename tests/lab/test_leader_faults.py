@@ -9,9 +9,10 @@ from functools import partial
 
 import pytest
 import trio
-from test_mesh_scenarios import candidates, leader, status, world
+from test_mesh_scenarios import candidates, leader, world
 
 from helpers import eventually
+from helpers_lab import candidacies, statuses
 from helpers_load import measured
 from kilo_etcd.agent.leadership.candidacy_policy import SETTLE_SECONDS
 from kilo_etcd.lab.client import Lab
@@ -256,11 +257,11 @@ async def _says_why(lab: Lab, host: str) -> bool:
 
 
 async def _nobody_stands(lab: Lab) -> bool:
-    return not (await lab.etcdctl("get", "--prefix", "/kilo/elections/gcp/")).stdout
+    return not await candidacies(lab, "gcp")
 
 
 async def _led_by_one_of(lab: Lab, names: list[str]) -> bool:
-    found = await status(lab)
+    found = await statuses(lab)
     leaders = {found.get(name, {}).get("leader") for name in names}
     return len(leaders) == 1 and leaders <= set(names)
 

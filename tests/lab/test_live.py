@@ -81,4 +81,4 @@ async def test_a_broken_kernel_is_seen_and_mended_and_a_dead_tunnel_is_red() -> 
         assert any("in iptables' chain FORWARD (its policy is to drop)" in text for text in texts)
         # Nothing of the requests is left.
         kept = (await lab.etcdctl("get", "--prefix", "--keys-only", "/kilo-status/")).stdout.split()
-        assert sorted(kept) == [f"/kilo-status/{host}" for host in sorted(lab.hosts)]
+        assert sorted(kept) == [f"/kilo-status/by/{host}/status" for host in sorted(lab.hosts)]

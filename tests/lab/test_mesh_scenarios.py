@@ -5,7 +5,6 @@ Six hosts at two sites, a real etcd, a real agent on each host. Every test build
 
 from __future__ import annotations
 
-import base64
 import json
 import sys
 from collections.abc import AsyncIterator, Iterable
@@ -21,6 +20,7 @@ import pytest
 import trio
 
 from helpers import eventually, require
+from helpers_lab import candidacies, statuses
 from helpers_load import measured_beside
 from kilo_etcd.lab.capture import Flow
 from kilo_etcd.lab.client import Lab, RunningProbe, running_lab
@@ -61,17 +61,11 @@ async def world(
         yield lab
 
 
-async def status(lab: Lab) -> dict[str, dict[str, Any]]:
-    """`/kilo-status/` as the agents wrote it: node -> record."""
-    lines = (await lab.etcdctl("get", "--prefix", "/kilo-status/")).stdout.splitlines()
-    return {key.rpartition("/")[2]: json.loads(value) for key, value in zip(lines[::2], lines[1::2], strict=True)}
-
-
 async def leader(lab: Lab, location: str) -> str:
     """Whom every living host of `location` takes for its leader, once they agree."""
 
     async def agreed() -> str | None:
-        found = {str(record.get("leader")) for record in (await status(lab)).values()
+        found = {str(record.get("leader")) for record in (await statuses(lab)).values()
                  if record.get("location", "") == location}  # fmt: skip
         return found.pop() if len(found) == 1 else None
 
@@ -80,12 +74,9 @@ async def leader(lab: Lab, location: str) -> str:
 
 async def candidates(lab: Lab, location: str, number: int) -> list[str]:
     """The candidates of a location, first in line first, once there are `number` of them."""
-    root = f"/kilo/elections/{location or '@default'}/"
 
     async def complete() -> list[str] | None:
-        answer = json.loads((await lab.etcdctl("get", "--prefix", root, "-w", "json")).stdout)
-        found = sorted(answer.get("kvs", []), key=lambda kv: kv["create_revision"])
-        names = [base64.b64decode(kv["key"]).decode().rpartition("/")[2] for kv in found]
+        names = [*await candidacies(lab, location)]
         return names if len(names) == number else None
 
     return list(await eventually(complete, 60, every=0.1, what=f"{number} candidates in {location or 'default'}"))
@@ -259,7 +250,7 @@ async def test_f_a_label_moves_a_live_host() -> None:
             await lab.etcdctl("put", f"/kilo/locations/{mover}", "edge")
 
             async def alone() -> bool:
-                return (await status(lab))[mover].get("location") == "edge"
+                return (await statuses(lab))[mover].get("location") == "edge"
 
             await eventually(alone, 60, every=0.05, what=f"{mover} in its new location")
             await probe.flowing_again(30)
@@ -269,7 +260,7 @@ async def test_f_a_label_moves_a_live_host() -> None:
             await lab.etcdctl("del", f"/kilo/locations/{mover}")
 
             async def back() -> bool:
-                return (await status(lab))[mover].get("role") == "member"
+                return (await statuses(lab))[mover].get("role") == "member"
 
             await eventually(back, 60, every=0.05, what=f"{mover} back in the default location")
             await probe.flowing_again(30)
@@ -280,7 +271,7 @@ async def test_f_a_label_moves_a_live_host() -> None:
 
 
 async def _is_leader(lab: Lab, node: str) -> bool:
-    return (await status(lab)).get(node, {}).get("role") == "leader"
+    return (await statuses(lab)).get(node, {}).get("role") == "leader"
 
 
 # -- g: a crash ---------------------------------------------------------------------------------------------------
@@ -327,7 +318,7 @@ async def test_h_without_etcd_everything_forwards() -> None:
         await lab.etcdctl("put", "/kilo/locations/home-3", "edge")
 
         async def followed() -> bool:
-            return (await status(lab)).get("home-3", {}).get("location") == "edge"
+            return (await statuses(lab)).get("home-3", {}).get("location") == "edge"
 
         await eventually(followed, 30, every=0.2, what="the label followed after etcd's return")
         await lab.all_pairs_ping(30)
@@ -337,7 +328,7 @@ async def test_h_when_etcds_leader_is_cut_off_from_its_members_nobody_loses_a_le
     """It goes on answering agents, from what it knows."""
     async with world(etcd=3) as lab:
         await candidates(lab, "gcp", 3)
-        stood = await _stood_since(lab)
+        stood = await candidacies(lab, "gcp")
         ttl = lab.spec.lease_ttl if lab.spec else 5
         members = json.loads((await lab.etcdctl("member", "list", "-w", "json")).stdout)["members"]
         (reply, *_) = json.loads((await lab.etcdctl("endpoint", "status", "-w", "json")).stdout)
@@ -351,21 +342,15 @@ async def test_h_when_etcds_leader_is_cut_off_from_its_members_nobody_loses_a_le
         await lab.etcdctl(*put)
 
         async def followed() -> bool:
-            lines = (await lab.etcdctl("--endpoints", others, "get", "--prefix", "/kilo-status/")).stdout.splitlines()
-            reports = dict(zip(lines[::2], map(json.loads, lines[1::2]), strict=True))
-            return bool(reports.get("/kilo-status/home-3", {}).get("location") == "edge")
+            get = ("--endpoints", others, "get", "--print-value-only", "/kilo-status/by/home-3/status")
+            text = (await lab.etcdctl(*get)).stdout
+            return bool(text and json.loads(text).get("location") == "edge")
 
         await eventually(followed, 20, every=0.2, what="the label followed through the other members")
         await lab.etcd("heal", alone["name"])
         await lab.etcd_ready()
-        assert await _stood_since(lab) == stood
+        assert await candidacies(lab, "gcp") == stood
         await lab.all_pairs_ping(30)
-
-
-async def _stood_since(lab: Lab) -> dict[str, int]:
-    """The revision at which each candidacy in gcp was entered."""
-    answer = json.loads((await lab.etcdctl("get", "--prefix", "/kilo/elections/gcp/", "-w", "json")).stdout)
-    return {base64.b64decode(kv["key"]).decode(): kv["create_revision"] for kv in answer["kvs"]}
 
 
 async def _longer(probe: RunningProbe, seconds: float) -> bool:
@@ -437,5 +422,5 @@ async def test_cleanup_leaves_the_mesh_and_nothing_behind() -> None:
         assert "kilo" not in left.stdout
         assert "proto 107" not in left.stdout
         keys = (await lab.etcdctl("get", "--prefix", "--keys-only", "/kilo")).stdout
-        assert f"/nodes/{victim}\n" not in keys
+        assert f"/by/{victim}/" not in keys
         await lab.all_pairs_ping(30, hosts=[host for host in lab.hosts if host != victim])

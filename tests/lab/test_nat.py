@@ -133,8 +133,8 @@ async def test_a_phone_that_roams_keeps_its_session_and_others_learn_where_it_is
             return dict(line.split("\t") for line in lines)[key]
 
         async def told() -> set[str]:
-            values = (await lab.etcdctl("get", "--prefix", "--print-value-only", "/kilo/endpoints/phone/")).stdout
-            return {json.loads(value)["endpoint"] for value in values.splitlines()}
+            kvs = [kv for kv in await lab.key_values("/kilo/by/") if kv.key.endswith(b"/endpoints/phone")]
+            return {json.loads(kv.value)["endpoint"] for kv in kvs}
 
         for name in ("hub-1", "hub-2"):
             await eventually(partial(lab.ping, "phone", name), 15, every=0.2, what=f"the phone reaches {name}")
@@ -162,5 +162,5 @@ async def test_a_phone_that_roams_keeps_its_session_and_others_learn_where_it_is
         # Its agents' own doings change nothing of it, and a host that goes takes its word along.
         assert await shown("endpoints") != before
         await lab.stop("hub-2")
-        keys = (await lab.etcdctl("get", "--prefix", "--keys-only", "/kilo/endpoints/phone/")).stdout.split()
-        assert keys == ["/kilo/endpoints/phone/hub-1"]
+        keys = [kv.key for kv in await lab.key_values("/kilo/by/") if kv.key.endswith(b"/endpoints/phone")]
+        assert keys == [b"/kilo/by/hub-1/endpoints/phone"]

@@ -82,7 +82,7 @@ async def masquerading(lab: Lab) -> list[str]:
 
 
 async def registered(lab: Lab, name: str) -> int:
-    answer = json.loads((await lab.etcdctl("get", f"/kilo/nodes/{name}", "-w", "json")).stdout)
+    answer = json.loads((await lab.etcdctl("get", f"/kilo/by/{name}/node", "-w", "json")).stdout)
     return int(answer["kvs"][0]["create_revision"])
 
 

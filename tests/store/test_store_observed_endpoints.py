@@ -197,7 +197,7 @@ def test_one_word_at_a_time_comes_to_the_same_as_reading_all(steps: list[tuple[s
 
 
 def told(etcd: FakeEtcd) -> list[str]:
-    return etcd.keys("/kilo/endpoints/")
+    return etcd.keys("/kilo/by/", "/endpoints/")
 
 
 @pytest.mark.autojump
@@ -205,7 +205,7 @@ async def test_what_a_host_sees_is_under_its_short_lease_and_goes_with_it() -> N
     etcd = FakeEtcd()
     async with member(etcd) as it:
         await it.put_observed_endpoints({"home": observed("203.0.113.9:40001")})
-        assert told(etcd) == ["/kilo/endpoints/home/a"]
+        assert told(etcd) == ["/kilo/by/a/endpoints/home"]
         revision = etcd.revision
         await it.put_observed_endpoints({"home": observed("203.0.113.9:40001")})
         await trio.sleep(600)
@@ -215,7 +215,7 @@ async def test_what_a_host_sees_is_under_its_short_lease_and_goes_with_it() -> N
         )
         assert etcd.revision == revision + 1, "one write for all of it"
         await it.put_observed_endpoints({"phone": observed("203.0.113.8:1", "phone")})
-        assert told(etcd) == ["/kilo/endpoints/phone/a"]
+        assert told(etcd) == ["/kilo/by/a/endpoints/phone"]
     await trio.sleep(6)
     assert told(etcd) == []
 
@@ -245,10 +245,10 @@ async def test_a_lost_lease_brings_all_of_it_back_however_much_it_is() -> None:
     async with member(etcd) as it:
         await it.put_observed_endpoints(many)
         assert len(told(etcd)) == len(many)
-        lease = etcd.data[b"/kilo/endpoints/phone-0/a"].lease
+        lease = etcd.data[b"/kilo/by/a/endpoints/phone-0"].lease
         await etcd.client().revoke_lease(lease)
         await trio.sleep(20)
         assert len(told(etcd)) == len(many)
-        assert etcd.data[b"/kilo/endpoints/phone-0/a"].lease != lease
+        assert etcd.data[b"/kilo/by/a/endpoints/phone-0"].lease != lease
         await it.put_observed_endpoints({})
         assert told(etcd) == []

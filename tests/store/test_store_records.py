@@ -198,7 +198,8 @@ def test_every_key_says_what_it_stands_for(location: str, name: str, other: str)
     assert keys.parse(keys.peer(name)) == k.PeerKey(name)
     assert keys.parse(keys.status(name)) == k.StatusKey(name)
     assert keys.parse(keys.stage(name)) == k.StageKey(name)
-    assert keys.node(name).count("/") == 4
+    assert keys.node(name).count("/") == 5
+    assert keys.parse(keys.response(0x12AB, name)) == k.ResponseKey(name, 0x12AB)
 
 
 def test_keys_as_a_person_types_them() -> None:
@@ -206,7 +207,7 @@ def test_keys_as_a_person_types_them() -> None:
     assert keys.location("node-1.example_x~") == "/kilo/locations/node-1.example_x~"
     assert keys.leader("") == "/kilo/leaders/@default"
     assert keys.leader("@default") == "/kilo/leaders/%40default"
-    assert keys.status("a") == "/kilo-status/a"
+    assert keys.status("a") == "/kilo-status/by/a/status"
     assert not keys.status("a").startswith(keys.root)
     assert keys.parse("/kilo/addresses/fd00::1") == k.AddressKey(ip_address("fd00::1"))
 
@@ -217,10 +218,20 @@ def test_keys_as_a_person_types_them() -> None:
         "/kilo/addresses/fd00:0::1",
         "/kilo/addresses/10.4.0.01",
         "/kilo/addresses/fe80::1%25eth0",
-        "/kilo/nodes/",
+        "/kilo/by/",
+        "/kilo/by/a/",
+        "/kilo/by//node",
         "/kilo/",
     ]
-    + ["/kilo/nodes/a/b", "/kilo/leaders/", "/kilo/nodes/%zz", "/kilo/nodes/a%2db", "/other/nodes/a", "/kilonodes/a"],
+    + [
+        "/kilo/by/a/node/b",
+        "/kilo/nodes/a",
+        "/kilo/leaders/",
+        "/kilo/by/%zz/node",
+        "/kilo/by/a%2db/node",
+        "/other/by/a/node",
+        "/kiloby/a/node",
+    ],
 )
 def test_other_spellings_are_no_keys(key: str) -> None:
     assert Keys().parse(key) is None

@@ -221,13 +221,13 @@ async def test_another_candidacy_gives_the_old_up_first() -> None:
         await it.enter("gcp", CandidateClass.ANNOTATED_PUBLIC)
         assert etcd.data[GCP.encode()].create_revision > created, "entered anew"
         await it.enter("", CandidateClass.ANNOTATED_PUBLIC)
-        assert etcd.keys(KEYS.elections_root) == [KEYS.election("", "a")]
-        changes = [(e.type.name, e.kv.key.decode()) for e in etcd._log if e.kv.key.startswith(b"/kilo/elections")]
+        assert etcd.keys(KEYS.by_root, "/elections/") == [KEYS.election("", "a")]
+        changes = [(e.type.name, e.kv.key.decode()) for e in etcd._log if b"/elections/" in e.kv.key]
         assert changes[-2:] == [("DELETE", GCP), ("PUT", KEYS.election("", "a"))]
         await it.leave()
-        assert etcd.keys(KEYS.elections_root) == []
+        assert etcd.keys(KEYS.by_root, "/elections/") == []
         await trio.sleep(30)
-        assert etcd.keys(KEYS.elections_root) == []
+        assert etcd.keys(KEYS.by_root, "/elections/") == []
 
 
 async def test_a_candidacy_that_changes_in_place_keeps_its_place_in_the_queue() -> None:
@@ -350,12 +350,12 @@ async def test_a_candidacy_whose_answer_was_lost_does_not_outlive_its_desired_st
         assert GCP in etcd
         await it.enter("aws", CandidateClass.PUBLIC)
         await trio.sleep(60)
-        assert etcd.keys(KEYS.elections_root) == [KEYS.election("aws", "a")]
+        assert etcd.keys(KEYS.by_root, "/elections/") == [KEYS.election("aws", "a")]
         client.lose_answer()
         assert not await it.leave()
         assert await it.enter("aws", CandidateClass.PUBLIC)
         await trio.sleep(60)
-        assert etcd.keys(KEYS.elections_root) == [KEYS.election("aws", "a")]
+        assert etcd.keys(KEYS.by_root, "/elections/") == [KEYS.election("aws", "a")]
 
 
 @pytest.mark.parametrize("compacted", [False, True])
@@ -1015,7 +1015,7 @@ async def test_who_may_say_nothing_of_others_keeps_its_own_place(monkeypatch: py
 
     async def txn(compare: Sequence[Compare], success: Sequence[Op], failure: Sequence[Op] = ()) -> TxnResult:
         if any("/probe-reports/" in str(getattr(op, "key", "")) for op in success):
-            raise PermissionDenied("user a may not write on '/kilo/probe-reports/'")
+            raise PermissionDenied("user a may not write on '/kilo/by/a/probe-reports/'")
         return await allowed(compare, success, failure)
 
     monkeypatch.setattr(client, "txn", txn)
@@ -1035,13 +1035,13 @@ async def test_probe_reports_stay_under_the_lease_and_are_adopted() -> None:
     reports = {"home": ProbeReportRecord(leader="h", candidacy=7, targets=("a",), leader_reachable=True)}
     async with member(etcd) as it:
         assert await it.put_probe_reports(reports)
-        assert etcd.data[b"/kilo/probe-reports/home/a"].lease == etcd.data[GCP.encode()].lease
+        assert etcd.data[b"/kilo/by/a/probe-reports/home"].lease == etcd.data[GCP.encode()].lease
         again = session(etcd.client())
         async with running(again):
             await again.register(record("a"))
             assert again.probe_reports == reports
             assert await again.put_probe_reports({})
-            assert "/kilo/probe-reports/home/a" not in etcd
+            assert "/kilo/by/a/probe-reports/home" not in etcd
 
 
 async def test_what_was_withdrawn_while_etcd_was_not_trusted_goes_when_it_is_again() -> None:

@@ -100,26 +100,30 @@ GOOD = encode(record("x")).decode()
 @pytest.mark.parametrize(
     ("key", "value", "reason"),
     [
-        ("/kilo/nodes/x", b"\xff\xfe", "not UTF-8"),
-        ("/kilo/nodes/x", b"plain", "not JSON"),
-        ("/kilo/nodes/x", b"[]", "not a JSON object"),
-        ("/kilo/nodes/x", b"{}", "publicKey is missing"),
-        ("/kilo/nodes/x", GOOD[:-1].encode() + b',"subnets":["10.0.0.0/33"]}', "subnets: '10.0.0.0/33' is no network"),
-        ("/kilo/nodes/x", GOOD[:-1].encode() + b',"subnets":"10.0.0.0/24"}', "subnets: '10.0.0.0/24' is no list"),
-        ("/kilo/nodes/x", GOOD[:-1].encode() + b',"port":"51820"}', "port: '51820' is no port"),
-        ("/kilo/nodes/x", GOOD[:-1].encode() + b',"endpoint":"1.2.3.4"}', "the port is missing"),
-        ("/kilo/nodes/x", b" " * (1 << 20), "1048576 bytes long"),
+        ("/kilo/by/x/node", b"\xff\xfe", "not UTF-8"),
+        ("/kilo/by/x/node", b"plain", "not JSON"),
+        ("/kilo/by/x/node", b"[]", "not a JSON object"),
+        ("/kilo/by/x/node", b"{}", "publicKey is missing"),
+        (
+            "/kilo/by/x/node",
+            GOOD[:-1].encode() + b',"subnets":["10.0.0.0/33"]}',
+            "subnets: '10.0.0.0/33' is no network",
+        ),
+        ("/kilo/by/x/node", GOOD[:-1].encode() + b',"subnets":"10.0.0.0/24"}', "subnets: '10.0.0.0/24' is no list"),
+        ("/kilo/by/x/node", GOOD[:-1].encode() + b',"port":"51820"}', "port: '51820' is no port"),
+        ("/kilo/by/x/node", GOOD[:-1].encode() + b',"endpoint":"1.2.3.4"}', "the port is missing"),
+        ("/kilo/by/x/node", b" " * (1 << 20), "1048576 bytes long"),
         ("/kilo/peers/x", b'{"publicKey":"short"}', "publicKey: a text of 5 characters is no WireGuard key"),
         ("/kilo/peers/x", GOOD.replace("{", '{"allowedIps":[],', 1).encode(), "allowedIps"),
         ("/kilo/peers/a b", GOOD.encode(), "percent-encoding"),
-        ("/kilo/nodes/%2Da", GOOD.encode(), "percent-encoding"),
+        ("/kilo/by/%2Da/node", GOOD.encode(), "percent-encoding"),
         ("/kilo/nothing/x", b"", "no such key is known"),
         (
             "/kilo/mesh/internal-ip",
             b"routed",
             "no such key is known; below /kilo/mesh/ there are adopted, granularity, internal-ips, subnets",
         ),
-        (b"/kilo/nodes/\xff", b"", "the key is not UTF-8"),
+        (b"/kilo/by/\xff/node", b"", "the key is not UTF-8"),
         ("/kilo/annotations/a/colour", b"red", "no such annotation is known"),
         ("/kilo/annotations/a/force-endpoint", b"nowhere", None),
         ("/kilo/annotations/a/persistent-keepalive", b"often", "no number of seconds"),
@@ -128,8 +132,8 @@ GOOD = encode(record("x")).decode()
         ("/kilo/locations/a", b"\xff", "not UTF-8"),
         ("/kilo/locations/a", b"x" * 2000, "longer than 1024 bytes"),
         ("/kilo/addresses/10.5.0.1", b"a", "not within the mesh's subnets (10.4.0.0/16)"),
-        ("/kilo/elections/gcp/a", b'{"rank":9}', "rank: 9 is none of 0, 1, 2, 3"),
-        ("/kilo/endpoints/a/b", b"!", "not JSON"),
+        ("/kilo/by/a/elections/gcp", b'{"rank":9}', "rank: 9 is none of 0, 1, 2, 3"),
+        ("/kilo/by/b/endpoints/a", b"!", "not JSON"),
         ("/kilo/mesh/granularity", b"mesh", "write location, full or cross"),
         ("/kilo/mesh/subnets", b"10.4.0.0/16,10.5.0.0/16", "more than one subnet of a family"),
         ("/kilo/mesh/subnets", b"", "no subnet is given"),
@@ -148,7 +152,7 @@ def test_a_bad_record_is_named_and_harms_only_itself(key: str | bytes, value: by
         return
     (note,) = after.rejected
     assert reason in note.reason
-    assert note.key == (key if isinstance(key, str) else "/kilo/nodes/\\xff")
+    assert note.key == (key if isinstance(key, str) else "/kilo/by/\\xff/node")
     assert (after.nodes, after.peers) == (before.nodes, before.peers)
     assert (after.granularity, after.subnets) == (before.granularity, before.subnets)
     world.delete(key)
@@ -162,7 +166,7 @@ def test_an_unknown_field_of_a_newer_agent_is_named_and_the_node_stays() -> None
     world.node("a", "10.4.0.1")
     world.put(KEYS.node("a"), encode(record("a"))[:-1] + b',"colour":"red"}')
     assert "a" in world.view.snapshot().nodes
-    assert world.aside == {"/kilo/nodes/a": "colour: no such field is known; the rest of the record is in force"}
+    assert world.aside == {"/kilo/by/a/node": "colour: no such field is known; the rest of the record is in force"}
 
 
 @pytest.mark.parametrize(
@@ -174,7 +178,7 @@ def test_a_stage_that_nobody_knows_is_named_and_the_node_stays(field: str) -> No
     world.put(KEYS.node("a"), f"{encode(record('a'))[:-1].decode()},{field}}}".encode())
     node = world.view.snapshot().nodes["a"]
     assert (node.encryption, node.accepts_since) == (None, 0)
-    assert world.aside["/kilo/nodes/a"].endswith("; the rest of the record is in force")
+    assert world.aside["/kilo/by/a/node"].endswith("; the rest of the record is in force")
 
 
 def test_of_thousands_of_unknown_fields_ten_are_named_and_the_others_counted() -> None:
@@ -324,9 +328,9 @@ def test_of_two_nodes_with_one_key_the_older_record_keeps_it() -> None:
     assert set(snapshot.nodes) == {"b", "c"}
     assert all(snapshot.nodes[name] is before[name] for name in "bc")
     assert world.aside == {
-        "/kilo/nodes/a": "its public key is that of node b, whose record is older: b keeps it; give this host a key of "
-        "its own (stop the agent, remove its key file, start it), or, if b should not be in the mesh, stop its agent "
-        "and run kgctl node forget b"
+        "/kilo/by/a/node": "its public key is that of node b, whose record is older: b keeps it; give this host a "
+        "key of its own (stop the agent, remove its key file, start it), or, if b should not be in the mesh, stop its "
+        "agent and run kgctl node forget b"
     }
     # Written again, the record is as old as before.
     world.node("b", subnets="172.16.0.0/16")
@@ -336,7 +340,7 @@ def test_of_two_nodes_with_one_key_the_older_record_keeps_it() -> None:
     assert set(world.view.snapshot().nodes) == {"a", "c"}
     world.node("b")
     assert set(world.view.snapshot().nodes) == {"a", "c"}
-    assert set(world.aside) == {"/kilo/nodes/b"}
+    assert set(world.aside) == {"/kilo/by/b/node"}
     world.node("a")
     assert set(world.view.snapshot().nodes) == {"a", "b", "c"}
     assert world.aside == {}
@@ -439,7 +443,7 @@ def test_a_record_that_states_the_address_of_another_gets_nothing() -> None:
     world = mesh_of_two()
     world.node("thief", **stating("10.4.0.1/16"))
     assert addresses(world) == {"a": "10.4.0.1", "thief": "10.4.0.2"}
-    assert world.aside == {"/kilo/nodes/thief": "it states mesh address 10.4.0.1, which is claimed by a: a keeps it"}
+    assert world.aside == {"/kilo/by/thief/node": "it states mesh address 10.4.0.1, which is claimed by a: a keeps it"}
 
 
 @pytest.mark.parametrize("rewritten", [False, True])
@@ -752,7 +756,7 @@ def test_garbage_leaves_all_others_in_force(garbage: list[tuple[bytes, bytes]], 
     world.peer("laptop")
     good = world.view.snapshot()
     for key, value in garbage:
-        world.put((b"/kilo/nodes/" if known_places else b"/kilo/") + key.replace(b"/", b"") + b"~", value)
+        world.put((b"/kilo/by/a/endpoints/" if known_places else b"/kilo/") + key.replace(b"/", b"") + b"~", value)
     after = world.view.snapshot()
     assert after.nodes["a"] is good.nodes["a"]
     assert after.peers["laptop"] is good.peers["laptop"]

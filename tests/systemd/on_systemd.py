@@ -188,7 +188,7 @@ def test_it_waits_for_the_network_and_for_etcd() -> None:
     assert " wireguard " in run("ip -d link show kilo0").stdout
 
     def registered() -> dict[str, object]:
-        return dict(json.loads(etcdctl("get", "--print-value-only", "/kilo/nodes/node-1")))
+        return dict(json.loads(etcdctl("get", "--print-value-only", "/kilo/by/node-1/node")))
 
     wait(lambda: "endpoint" in registered(), 60, "the addresses that came late")
     node = registered()
@@ -279,7 +279,7 @@ def test_a_restart_changes_nothing_in_the_kernel() -> None:
 
 def test_a_reload_runs_the_code_anew_in_the_same_process() -> None:
     before, pid = interface(), main_pid()
-    key = etcdctl("get", "--prefix", "/kilo/elections/")
+    key = etcdctl("get", "--prefix", "/kilo/by/node-1/elections/")
     seen = journal().count("starting")
     run("systemctl reload kilo-etcd")
     wait(lambda: active() and journal().count("starting") > seen, 60, "the agent's second beginning")
@@ -287,17 +287,17 @@ def test_a_reload_runs_the_code_anew_in_the_same_process() -> None:
     assert main_pid() == pid
     assert shown("NRestarts")["NRestarts"] == "0"
     assert interface() == before
-    assert etcdctl("get", "--prefix", "/kilo/elections/") == key
+    assert etcdctl("get", "--prefix", "/kilo/by/node-1/elections/") == key
 
 
 def test_a_crashed_agent_is_started_again_and_adopts_what_it_finds() -> None:
     before, pid = interface(), main_pid()
-    key = etcdctl("get", "--keys-only", "--prefix", "/kilo/elections/")
+    key = etcdctl("get", "--keys-only", "--prefix", "/kilo/by/node-1/elections/")
     os.kill(pid, signal.SIGKILL)
     wait(lambda: active() and main_pid() not in (0, pid), 60, "a new process")
     assert shown("NRestarts")["NRestarts"] == "1"
     assert interface() == before
-    assert etcdctl("get", "--keys-only", "--prefix", "/kilo/elections/") == key
+    assert etcdctl("get", "--keys-only", "--prefix", "/kilo/by/node-1/elections/") == key
 
 
 def test_an_agent_that_hangs_is_restarted_and_one_whose_etcd_hangs_is_not() -> None:
@@ -326,8 +326,10 @@ def test_stopping_leaves_the_kernel_as_it_is() -> None:
     run("systemctl stop kilo-etcd")
     assert shown("ActiveState", "Result") == {"ActiveState": "inactive", "Result": "success"}
     assert interface() == before
-    assert etcdctl("get", "--keys-only", "--prefix", "/kilo/elections/") == ""  # it has given its candidacy up
-    assert "/kilo/nodes/node-1" in etcdctl("get", "--keys-only", "--prefix", "/kilo/nodes/")  # and is a member
+    assert (
+        etcdctl("get", "--keys-only", "--prefix", "/kilo/by/node-1/elections/") == ""
+    )  # it has given its candidacy up
+    assert "/kilo/by/node-1/node" in etcdctl("get", "--keys-only", "--prefix", "/kilo/by/")  # and is a member
 
 
 def test_a_key_that_is_none_is_said_once_and_kept() -> None:
@@ -364,7 +366,7 @@ def test_it_leaves_by_the_docs_own_lines() -> None:
         run(line.split("   #")[0])
     assert "kilo" not in run("ip -br link").stdout
     assert run("ip route show proto 107").stdout == ""
-    assert etcdctl("get", "--keys-only", "--prefix", "/kilo/nodes/node-1") == ""
+    assert etcdctl("get", "--keys-only", "--prefix", "/kilo/by/node-1/node") == ""
     for path in (
         UNIT,
         ENVIRONMENT,

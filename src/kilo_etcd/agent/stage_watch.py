@@ -1,8 +1,9 @@
 """Watches the stages of other agents in the switch to `encrypted`, as long as this host waits for some.
 
 Each agent has one small key for it (`store.StageRecord`), under its short lease. While the host waits for few nodes
-their keys are watched one by one, else all with one watch: they are listed first, then etcd sends changes. Nothing is
-watched if the host waits for none, so a node that joins wakes only those that wait for it.
+their keys are watched one by one, else all with one watch, which brings the statuses too: they are listed first, then
+etcd sends changes. Nothing is watched if the host waits for none, so a node that joins wakes only those that wait for
+it.
 
 What is not known counts as "not there yet". A node without the key may have an agent that is being restarted, whose
 kernel goes on with what it had: only after `GONE_SECONDS`, and another look, its agent counts as gone. A key that
@@ -87,7 +88,7 @@ class StageWatch:
     async def ask(self, cluster: int) -> None:
         """Look at all keys once, in the etcd of that ID. EtcdError."""
         self._cluster = cluster
-        self._list(await self._client.get_prefix(self._keys.stages_root))
+        self._list(await self._client.get_prefix(self._keys.status_by_root))
         self.living = self._as_known()
 
     def follow(self, names: frozenset[str], *, nodes: int, cluster: int) -> None:
@@ -109,7 +110,7 @@ class StageWatch:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._conclude)
                 if every:
-                    root = self._keys.stages_root
+                    root = self._keys.status_by_root
                     nursery.start_soon(self._follow, root, etcd.prefix_end(root))
                 else:
                     for name in names:
@@ -238,7 +239,7 @@ class StageWatch:
         try:
             if len(missing) > FEW:
                 await trio.sleep(self._rng.uniform(0, self._nodes * PAUSE_PER_NODE))
-                self._list(await self._client.get_prefix(self._keys.stages_root))
+                self._list(await self._client.get_prefix(self._keys.status_by_root))
             else:
                 for name in missing:
                     self._list(await self._client.range(self._keys.stage(name)), self._keys.stage(name))

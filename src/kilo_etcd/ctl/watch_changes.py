@@ -8,12 +8,17 @@ from kilo_etcd.etcd.api import Client, Compacted, Unavailable
 
 
 async def watch_changes(
-    client: Client, prefix: str, tell: Callable[[], None], *, retry: float, passing_over: tuple[bytes, ...] = ()
+    client: Client,
+    prefix: str,
+    tell: Callable[[], None],
+    *,
+    retry: float,
+    counts: Callable[[bytes], bool] = lambda _key: True,
 ) -> None:
     """Call `tell` at once, after each change below `prefix`, and after each gap, forever. EtcdError, but Unavailable.
 
-    `retry` is how many seconds pass before a watch that failed is begun anew; what begins with something of
-    `passing_over` is no change.
+    `retry` is how many seconds pass before a watch that failed is begun anew; `counts` says whether a key is one whose
+    change counts.
     """
     import trio
 
@@ -23,7 +28,7 @@ async def watch_changes(
                 # What happened before the watch began is not reported by it.
                 tell()
                 async for batch in changes:
-                    if any(not event.kv.key.startswith(passing_over) for event in batch.events):
+                    if any(counts(event.kv.key) for event in batch.events):
                         tell()
         except (Compacted, Unavailable):
             await trio.sleep(retry)

@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from base64 import b64decode
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from ipaddress import ip_address
@@ -25,6 +26,7 @@ from typing import Any
 import trio
 from attrs import define, field, frozen
 
+from kilo_etcd.etcd.api import KeyValue
 from kilo_etcd.lab import control, runtime
 from kilo_etcd.lab.addressing import Layout, lay_out, member_of
 from kilo_etcd.lab.capture import Flow
@@ -266,6 +268,20 @@ class Lab:
         flags = (arg[2:].partition("=")[0] for arg in argv if arg.startswith("--"))
         given = ("ETCDCTL_" + flag.replace("-", "_").upper() for flag in flags)
         return await self.exec("operator", "etcdctl", *argv, check=check, env={**PATIENT, **dict.fromkeys(given)})
+
+    async def key_values(self, prefix: str) -> tuple[KeyValue, ...]:
+        """What etcd holds below a prefix, sorted by key, as the operator's etcdctl reads it."""
+        answer = json.loads((await self.etcdctl("get", "--prefix", "-w", "json", prefix)).stdout)
+        return tuple(
+            KeyValue(
+                key=b64decode(kv["key"]),
+                value=b64decode(kv.get("value", "")),
+                create_revision=kv["create_revision"],
+                mod_revision=kv["mod_revision"],
+                lease=kv.get("lease", 0),
+            )
+            for kv in answer.get("kvs", ())
+        )
 
     async def kgctl(self, *argv: str, check: bool = True, env: Mapping[str, str | None] | None = None) -> Completed:
         """kgctl, at the operator's."""

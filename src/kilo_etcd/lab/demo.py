@@ -7,9 +7,9 @@ demo with a sentence.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
-from urllib.parse import unquote
+from typing import TypeVar
 
 import trio
 from rich.box import SIMPLE_HEAD
@@ -19,7 +19,9 @@ from rich.table import Table
 from kilo_etcd.lab.client import HostStatus, Lab
 from kilo_etcd.lab.runtime import LabError
 from kilo_etcd.model import DEFAULT_PREFIX
-from kilo_etcd.store.keys import DEFAULT_LOCATION_IN_KEYS
+from kilo_etcd.store.keys import ElectionKey, Keys, LeaderKey, NodeKey
+
+K = TypeVar("K")
 
 _POLL = 0.1
 
@@ -32,16 +34,9 @@ async def show(lab: Lab, console: Console, picture: Path, *, deadline: float = 4
         console.print(f"[dim]{trio.current_time() - began:5.1f} s[/]  {line}", highlight=False)
 
     with trio.move_on_after(deadline) as limit:
-        await _follow(
-            lab, f"{DEFAULT_PREFIX}/nodes/", len(lab.hosts), lambda name, _: say(f"[bold]{name}[/] has registered")
-        )
+        await _follow(registered, lab, len(lab.hosts), lambda name: say(f"[bold]{name}[/] has registered"))
         locations = len({host.label or "" for host in lab.spec.hosts}) if lab.spec else 1
-        await _follow(
-            lab,
-            f"{DEFAULT_PREFIX}/leaders/",
-            locations,
-            lambda name, leader: say(f"[bold]{leader}[/] leads {_called(name)}"),
-        )
+        await _follow(leaders, lab, locations, lambda found: say(f"[bold]{found[1]}[/] leads {_called(found[0])}"))
     if limit.cancelled_caught:
         raise LabError(f"the hosts did not register and elect leaders within {deadline:g} s; see kgctl lab logs HOST")
     await lab.all_pairs_ping(max(1.0, deadline - (trio.current_time() - began)))
@@ -70,29 +65,44 @@ async def _allocated(lab: Lab) -> None:
     labels = [host.label for host in lab.spec.hosts]
     standing = sum(labels.count(label) for label in set(labels) if labels.count(label) > 1)
     with trio.move_on_after(5):
-        while len(await listing(lab, f"{DEFAULT_PREFIX}/elections/")) < standing:  # noqa: ASYNC110 - another process acts
+        while len(await _parsed(lab, ElectionKey)) < standing:  # noqa: ASYNC110 - another process acts
             await trio.sleep(_POLL)
 
 
 def _called(location: str) -> str:
-    return "the hosts without a label" if location == DEFAULT_LOCATION_IN_KEYS else unquote(location)
+    return location or "the hosts without a label"
 
 
-async def _follow(lab: Lab, prefix: str, wanted: int, seen: Callable[[str, str], None]) -> None:
-    """Wait until `wanted` keys are below a prefix; tell of each, with its value, when it is first seen."""
-    known: set[str] = set()
+async def _follow(
+    look: Callable[[Lab], Awaitable[Iterable[K]]], lab: Lab, wanted: int, seen: Callable[[K], None]
+) -> None:
+    """Wait until `look` finds `wanted` things; tell of each when it is first seen."""
+    known: set[K] = set()
     while len(known) < wanted:
-        for key, value in (await listing(lab, prefix)).items():
-            if key not in known:
-                known.add(key)
-                seen(key, value)
+        for found in await look(lab):
+            if found not in known:
+                known.add(found)
+                seen(found)
         await trio.sleep(_POLL)
 
 
-async def listing(lab: Lab, prefix: str) -> Mapping[str, str]:
-    """The keys below a prefix, without it, and their values, as etcdctl prints them."""
-    lines = (await lab.etcdctl("get", "--prefix", prefix)).stdout.splitlines()
-    return {key.removeprefix(prefix): value for key, value in zip(lines[::2], lines[1::2], strict=False)}
+async def registered(lab: Lab) -> list[str]:
+    """The nodes with a record."""
+    return [key.node for key in await _parsed(lab, NodeKey)]
+
+
+async def leaders(lab: Lab) -> list[tuple[str, str]]:
+    """The locations and their leaders on record."""
+    keys = Keys()
+    parsed = ((keys.parse(kv.key), kv.value.decode()) for kv in await lab.key_values(keys.leaders_root))
+    return [(key.location, name) for key, name in parsed if isinstance(key, LeaderKey)]
+
+
+async def _parsed(lab: Lab, kind: type[K]) -> list[K]:
+    """The keys of one kind."""
+    keys = Keys()
+    parsed = (keys.parse(kv.key) for kv in await lab.key_values(keys.by_root))
+    return [key for key in parsed if isinstance(key, kind)]
 
 
 async def ping_table(lab: Lab) -> Table:

@@ -17,7 +17,7 @@ from ipaddress import IPv4Network, ip_address
 from kilo_etcd.etcd.api import Client, Delete, Get, KeyValue, Put, RangeResult, TxnResult, absent, unchanged
 from kilo_etcd.model import ACCEPTING, Granularity, InternalIPs, IPAddress, IPInterface, IPNetwork, MeshSettings
 from kilo_etcd.store.history import last_good
-from kilo_etcd.store.keys import AddressKey, Keys
+from kilo_etcd.store.keys import AddressKey, Keys, NodeKey
 from kilo_etcd.store.records import (
     RecordError,
     decode_claim,
@@ -82,7 +82,10 @@ async def ensure_mesh(client: Client, keys: Keys, settings: MeshSettings, *, res
 
 async def _encrypts(client: Client, keys: Keys) -> bool:
     """Whether a node's record says that it takes part in `encrypted`."""
-    return any(_takes_part(kv) for kv in (await client.get_prefix(keys.nodes_root)).kvs)
+    return any(
+        isinstance(keys.parse(kv.key), NodeKey) and _takes_part(kv)
+        for kv in (await client.get_prefix(keys.by_root)).kvs
+    )
 
 
 def _takes_part(kv: KeyValue) -> bool:

@@ -13,7 +13,7 @@ from contextlib import suppress
 import trio
 
 from kilo_etcd.etcd.api import Client, Compacted, EtcdError, Event, EventType, LeaseNotFound, Unavailable
-from kilo_etcd.store.keys import Keys, decode_name
+from kilo_etcd.store.keys import Keys, ResponseKey
 from kilo_etcd.store.records import (
     DiagnosticsRequest,
     DiagnosticsResponse,
@@ -54,17 +54,18 @@ async def request_diagnostics(
     try:
         request = DiagnosticsRequest(nodes=tuple(sorted(names)), tries=tries, targets=tuple(targets))
         put = await client.put(keys.request(lease), encode(request), lease=lease)
-        root = keys.responses_to(lease)
         with trio.move_on_after(patience):
-            async with client.watch_prefix(root, start_revision=put.header.revision + 1) as watch:
+            async with client.watch_prefix(keys.status_by_root, start_revision=put.header.revision + 1) as watch:
                 async for batch in watch:
                     for event in batch.events:
-                        name = decode_name(event.kv.key.decode(errors="replace").removeprefix(root))
-                        if event.type is not EventType.PUT or name is None:
+                        parsed = keys.parse(event.kv.key)
+                        if event.type is not EventType.PUT or not isinstance(parsed, ResponseKey):
                             continue
-                        missing.discard(name)
+                        if parsed.lease != lease:
+                            continue
+                        missing.discard(parsed.node)
                         try:
-                            responses[name] = decode_diagnostics_response(event.kv.value)
+                            responses[parsed.node] = decode_diagnostics_response(event.kv.value)
                         except RecordError:
                             continue
                     if not missing:

@@ -1,6 +1,9 @@
 """Where things are in etcd: every key that kilo-etcd writes or reads, built and parsed in one place (docs/design.md,
 "Keys and records").
 
+What a host writes is below `by/<node>/`, under the watched prefix and beside it, so that a role of etcd's can confine
+each host to its own keys (decision 0034). All other keys are the operator's.
+
 Names inside keys (nodes, peers, locations, annotations, observers) are percent-encoded: letters, digits and `_.-~`
 stand for themselves, every other byte of the UTF-8 text is `%XX`, so a name never adds a level. The default location,
 whose name is empty, is written `@default`: `@` is always encoded in a name, so no label can collide with it, and
@@ -75,14 +78,14 @@ class AddressKey:
 
 @frozen
 class NodeKey:
-    """`nodes/<node>`: what a host reports of itself."""
+    """`by/<node>/node`: what a host reports of itself."""
 
     node: str
 
 
 @frozen
 class ElectionKey:
-    """`elections/<location>/<node>`: a candidacy."""
+    """`by/<node>/elections/<location>`: a candidacy."""
 
     location: str
     node: str
@@ -97,7 +100,7 @@ class LeaderKey:
 
 @frozen
 class EndpointKey:
-    """`endpoints/<name>/<observer>`: where the observer's WireGuard sees a node or peer behind NAT."""
+    """`by/<observer>/endpoints/<name>`: where the observer's WireGuard sees a node or peer behind NAT."""
 
     name: str
     observer: str
@@ -105,7 +108,7 @@ class EndpointKey:
 
 @frozen
 class ProbeReportKey:
-    """`probe-reports/<location>/<prober>`: what a prober found out about a location's leader."""
+    """`by/<prober>/probe-reports/<location>`: what a prober found out about a location's leader."""
 
     location: str
     prober: str
@@ -113,17 +116,25 @@ class ProbeReportKey:
 
 @frozen
 class StatusKey:
-    """`<prefix>-status/<node>`: what an agent has applied, and its errors."""
+    """`<prefix>-status/by/<node>/status`: what an agent has applied, and its errors."""
 
     node: str
 
 
 @frozen
 class StageKey:
-    """`<prefix>-status/stages/<node>`: the revision that a host has applied, for others that wait for it in the switch
-    to `encrypted`."""
+    """`<prefix>-status/by/<node>/stage`: the revision that a host has applied, for others that wait for it in the
+    switch to `encrypted`."""
 
     node: str
+
+
+@frozen
+class ResponseKey:
+    """`<prefix>-status/by/<node>/responses/<lease>`: the response to the request for diagnostics under a lease."""
+
+    node: str
+    lease: int
 
 
 ParsedKey: TypeAlias = (
@@ -142,6 +153,7 @@ ParsedKey: TypeAlias = (
     | ProbeReportKey
     | StatusKey
     | StageKey
+    | ResponseKey
 )
 
 
@@ -205,7 +217,7 @@ class Keys:
     """The keys under one prefix.
 
     >>> Keys().election("", "node-1")
-    '/kilo/elections/@default/node-1'
+    '/kilo/by/node-1/elections/@default'
     >>> Keys().parse("/kilo/locations/node-1")
     LocationKey(node='node-1')
     """
@@ -284,22 +296,21 @@ class Keys:
         return f"{self.addresses_root}{address}"
 
     @property
-    def nodes_root(self) -> str:
-        """What the records of all nodes begin with."""
-        return self.root + "nodes/"
+    def by_root(self) -> str:
+        """What the keys that hosts write begin with, but for those beside the watched prefix."""
+        return self.root + "by/"
+
+    def by(self, node: str) -> str:
+        """What the keys begin with that the host of `node` writes under the watched prefix."""
+        return f"{self.by_root}{encode_name(node)}/"
 
     def node(self, name: str) -> str:
         """The record of a node."""
-        return self.nodes_root + encode_name(name)
-
-    @property
-    def elections_root(self) -> str:
-        """What the candidacies of all locations begin with."""
-        return self.root + "elections/"
+        return self.by(name) + "node"
 
     def election(self, location: str, node: str) -> str:
         """The candidacy of a node in a location; empty is the default location, here and below."""
-        return f"{self.elections_root}{encode_location(location)}/{encode_name(node)}"
+        return f"{self.by(node)}elections/{encode_location(location)}"
 
     @property
     def leaders_root(self) -> str:
@@ -310,63 +321,56 @@ class Keys:
         """The name of a location's leader."""
         return self.leaders_root + encode_location(location)
 
-    @property
-    def endpoints_root(self) -> str:
-        """What all observed endpoints begin with."""
-        return self.root + "endpoints/"
+    def endpoints(self, observer: str) -> str:
+        """What the observed endpoints of one observer begin with."""
+        return self.by(observer) + "endpoints/"
 
     def endpoint(self, name: str, observer: str) -> str:
         """Where `observer` sees the node or peer `name`."""
-        return f"{self.endpoints_root}{encode_name(name)}/{encode_name(observer)}"
+        return self.endpoints(observer) + encode_name(name)
 
-    @property
-    def probe_reports_root(self) -> str:
-        """What the probe reports of all locations begin with."""
-        return self.root + "probe-reports/"
+    def probe_reports(self, prober: str) -> str:
+        """What the reports of one prober begin with."""
+        return self.by(prober) + "probe-reports/"
 
     def probe_report(self, location: str, prober: str) -> str:
         """The report of a prober about the leader of a location."""
-        return f"{self.probe_reports_root}{encode_location(location)}/{encode_name(prober)}"
+        return self.probe_reports(prober) + encode_location(location)
 
     @property
     def status_root(self) -> str:
         """Outside the watched prefix, so that a status wakes no agent."""
         return self.prefix + "-status/"
 
+    @property
+    def status_by_root(self) -> str:
+        """What the keys that hosts write beside the watched prefix begin with."""
+        return self.status_root + "by/"
+
+    def status_by(self, node: str) -> str:
+        """What the keys begin with that the host of `node` writes beside the watched prefix."""
+        return f"{self.status_by_root}{encode_name(node)}/"
+
     def status(self, node: str) -> str:
         """The status of a node's agent."""
-        return self.status_root + encode_name(node)
-
-    @property
-    def stages_root(self) -> str:
-        """Next to the statuses, which share its permissions; with a slash, so that it is never a node's status."""
-        return self.status_root + "stages/"
+        return self.status_by(node) + "status"
 
     def stage(self, node: str) -> str:
         """The revision that a node has applied, for the switch to `encrypted`."""
-        return self.stages_root + encode_name(node)
+        return self.status_by(node) + "stage"
 
     @property
     def requests_root(self) -> str:
-        """Next to the statuses, which share its permissions; with a slash, so that it is never a node's status."""
+        """What all requests for diagnostics begin with."""
         return self.status_root + "requests/"
 
     def request(self, lease: int) -> str:
         """A request for diagnostics, by the lease that it is under."""
         return f"{self.requests_root}{lease:x}"
 
-    @property
-    def responses_root(self) -> str:
-        """What the responses to all requests begin with."""
-        return self.status_root + "responses/"
-
-    def responses_to(self, lease: int) -> str:
-        """What the responses to one request begin with."""
-        return f"{self.responses_root}{lease:x}/"
-
     def response(self, lease: int, node: str) -> str:
-        """The response of a node's agent to one request."""
-        return self.responses_to(lease) + encode_name(node)
+        """The response of a node's agent to the request under a lease."""
+        return f"{self.status_by(node)}responses/{lease:x}"
 
     def parse(self, key: str | bytes) -> ParsedKey | None:
         """What a key stands for; None if it is none of ours or not spelled as these methods spell it."""
@@ -375,12 +379,8 @@ class Keys:
             return None
         if text.startswith(self.root):
             return _parse(text[len(self.root) :].split("/"))
-        if text.startswith(self.stages_root):
-            node = decode_name(text[len(self.stages_root) :])
-            return StageKey(node) if node else None
-        if text.startswith(self.status_root):
-            node = decode_name(text[len(self.status_root) :])
-            return StatusKey(node) if node else None
+        if text.startswith(self.status_by_root):
+            return _parse_status(text[len(self.status_by_root) :].split("/"))
         return None
 
     def hint(self, key: str | bytes) -> str:
@@ -420,6 +420,9 @@ def _text(key: str | bytes) -> str | None:
 
 def _parse(parts: list[str]) -> ParsedKey | None:
     match parts:
+        case ["by", writer, *below]:
+            node = decode_name(writer)
+            return _parse_by(node, below) if node else None
         case ["mesh", "granularity"]:
             return GranularityKey()
         case ["mesh", "subnets"]:
@@ -434,22 +437,47 @@ def _parse(parts: list[str]) -> ParsedKey | None:
         case ["leaders", text]:
             location = decode_location(text)
             return None if location is None else LeaderKey(location)
-        case [("elections" | "probe-reports") as kind, text, rest]:
-            location, node = decode_location(text), decode_name(rest)
-            if location is None or not node:
+        case [("locations" | "peers") as kind, text]:
+            name = decode_name(text)
+            return None if not name else LocationKey(name) if kind == "locations" else PeerKey(name)
+        case ["annotations", text, rest]:
+            name, annotation = decode_name(text), decode_name(rest)
+            return AnnotationKey(name, annotation) if name and annotation else None
+    return None
+
+
+def _parse_by(node: str, below: list[str]) -> ParsedKey | None:
+    match below:
+        case ["node"]:
+            return NodeKey(node)
+        case [("elections" | "probe-reports") as kind, text]:
+            location = decode_location(text)
+            if location is None:
                 return None
             return ElectionKey(location, node) if kind == "elections" else ProbeReportKey(location, node)
-        case [("locations" | "peers" | "nodes") as kind, text]:
+        case ["endpoints", text]:
             name = decode_name(text)
-            if not name:
-                return None
-            return LocationKey(name) if kind == "locations" else PeerKey(name) if kind == "peers" else NodeKey(name)
-        case [("annotations" | "endpoints") as kind, text, rest]:
-            name, below = decode_name(text), decode_name(rest)
-            if not name or not below:
-                return None
-            return AnnotationKey(name, below) if kind == "annotations" else EndpointKey(name, below)
+            return EndpointKey(name, node) if name else None
     return None
+
+
+def _parse_status(parts: list[str]) -> ParsedKey | None:
+    match parts:
+        case [writer, ("status" | "stage") as kind]:
+            node = decode_name(writer)
+            return None if not node else StatusKey(node) if kind == "status" else StageKey(node)
+        case [writer, "responses", text]:
+            node, lease = decode_name(writer), _lease(text)
+            return ResponseKey(node, lease) if node and lease else None
+    return None
+
+
+def _lease(text: str) -> int | None:
+    try:
+        lease = int(text, 16)
+    except ValueError:
+        return None
+    return lease if f"{lease:x}" == text else None
 
 
 def _address(text: str) -> IPAddress | None:

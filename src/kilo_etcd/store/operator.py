@@ -52,7 +52,7 @@ async def statuses(client: Client, keys: Keys) -> Mapping[str, StatusRecord]:
     """What the living agents report, by node. One that cannot be read is left out, and one under no lease: it would
     stand forever, whether its agent lives or not, which restores it if it does."""
     result = {}
-    for kv in (await client.get_prefix(keys.status_root)).kvs:
+    for kv in (await client.get_prefix(keys.status_by_root)).kvs:
         parsed = keys.parse(kv.key)
         if isinstance(parsed, StatusKey) and kv.lease:
             try:

@@ -78,7 +78,7 @@ class Role(StrEnum):
 
 @frozen(kw_only=True)
 class NodeRecord(StatedNode):
-    """What a node reports of itself, at `/kilo/nodes/<node>`. A label at `/kilo/locations/` replaces the location."""
+    """What a node reports of itself, at `/kilo/by/<node>/node`. A label at `/kilo/locations/` replaces the location."""
 
     accepts_since: int | None = None
     """See `model.Node.accepts_since`."""
@@ -88,7 +88,7 @@ class NodeRecord(StatedNode):
 
 @frozen(kw_only=True)
 class CandidateRecord:
-    """A candidacy, at `/kilo/elections/<location>/<node>`. `since` is RFC 3339, for people."""
+    """A candidacy, at `/kilo/by/<node>/elections/<location>`. `since` is RFC 3339, for people."""
 
     rank: CandidateClass
     since: str = ""
@@ -107,7 +107,7 @@ class PeerRecord:
 
 @frozen(kw_only=True)
 class StatusRecord:
-    """What a living agent reports, at `/kilo-status/<node>`. The key's being there says that the agent lives."""
+    """What a living agent reports, at `/kilo-status/by/<node>/status`. While the key is there the agent lives."""
 
     public_key: str
     revision: int = 0
@@ -140,7 +140,7 @@ class StatusRecord:
 
 @frozen(kw_only=True)
 class StageRecord:
-    """What a living agent has its host do of the switch to `encrypted`, at `/kilo-status/stages/<node>`: small, since
+    """What a living agent has its host do of the switch to `encrypted`, at `/kilo-status/by/<node>/stage`: small, since
     whoever waits for others watches it, which a status with each revision would be too much for."""
 
     revision: int = 0
@@ -197,7 +197,7 @@ class DiagnosticsRequest:
 
 @frozen(kw_only=True)
 class DiagnosticsResponse:
-    """What an agent sees on its host, at `/kilo-status/responses/<lease>/<node>`, under the request's lease."""
+    """What an agent sees on its host, at `/kilo-status/by/<node>/responses/<lease>`, under the request's lease."""
 
     time: int = 0
     """Milliseconds since 1970 by the host's clock."""
@@ -240,7 +240,7 @@ class DiagnosticsResponse:
 
 @frozen(kw_only=True)
 class ObservedEndpointRecord:
-    """Where the observer's WireGuard sees a node or peer, at `/kilo/endpoints/<node or peer>/<observer>`."""
+    """Where the observer's WireGuard sees a node or peer, at `/kilo/by/<observer>/endpoints/<node or peer>`."""
 
     public_key: str
     """The owner's public key: names say less, since a host may be made anew, and a node and a peer may have one
@@ -250,7 +250,7 @@ class ObservedEndpointRecord:
 
 @frozen(kw_only=True)
 class ProbeReportRecord:
-    """What a prober found of a leader, at `/kilo/probe-reports/<location>/<prober>`: see `model.ProbeReport`."""
+    """What a prober found of a leader, at `/kilo/by/<prober>/probe-reports/<location>`: see `model.ProbeReport`."""
 
     leader: str
     candidacy: int

@@ -231,10 +231,12 @@ class FakeEtcd:
         kv = self.data.get(_raw(key))
         return kv.value if kv else None
 
-    def keys(self, prefix: Text = "") -> list[str]:
-        """The keys now, sorted."""
+    def keys(self, prefix: Text = "", part: Text = "") -> list[str]:
+        """The keys now that begin with `prefix` and have `part` after it, sorted."""
         self._expire()
-        return [key.decode("utf-8", "backslashreplace") for key in self._sorted if key.startswith(_raw(prefix))]
+        raw, rest = _raw(prefix), _raw(part)
+        found = (key for key in self._sorted if key.startswith(raw) and rest in key[len(raw) :])
+        return [key.decode("utf-8", "backslashreplace") for key in found]
 
     def __contains__(self, key: Text) -> bool:
         return self.get(key) is not None

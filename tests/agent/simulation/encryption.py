@@ -61,7 +61,9 @@ def at_rest(world: World, topology: Topology, agents: Mapping[str, SimulatedAgen
     for node in topology.snapshot.nodes.values():
         assert node.encryption is wanted, f"{node.name} is at {node.encryption}, not {wanted}"
     if not on:
-        assert not world.etcd.keys(KEYS.stages_root), "stages are reported"
+        assert not [key for key in world.etcd.keys(KEYS.status_by_root) if key.endswith("/stage")], (
+            "stages are reported"
+        )
         for name, agent in agents.items():
             _nothing_left(world.hosts[name], agent)
         return

@@ -429,7 +429,7 @@ def status_deleted(world: World, host: SimulatedHost) -> str:
 
 @_fault("keys")
 def candidacy_deleted(world: World, host: SimulatedHost) -> str:
-    found = [key for key in world.etcd.keys("/kilo/elections/") if key.endswith("/" + host.name)]
+    found = world.etcd.keys(KEYS.by(host.name) + "elections/")
     for key in found:
         world.delete(key)
     return str(len(found))
@@ -448,9 +448,7 @@ def key_overwritten(world: World, host: SimulatedHost) -> str:
     held = [
         KEYS.node(name),
         KEYS.status(name),
-        *(key for key in world.etcd.keys("/kilo/elections/") if key.endswith("/" + name)),
-        *(key for key in world.etcd.keys("/kilo/probe-reports/") if key.endswith("/" + name)),
-        *(key for key in world.etcd.keys("/kilo/endpoints/") if key.endswith("/" + name)),
+        *(key for kind in ("elections", "probe-reports", "endpoints") for key in world.etcd.keys(KEYS.by(name) + kind)),
     ]
     key = rng.choice([*held, KEYS.election(rng.choice("abcd"), name), KEYS.probe_report(rng.choice("abcd"), name)])
     values = ["{}", '{"rank":0}', '{"candidacy":1,"leader":"a-1","reaches":true,"targets":["b-1"],"answers":true}']

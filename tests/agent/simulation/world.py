@@ -35,6 +35,7 @@ from kilo_etcd.model.hostplan import HostPlan
 from kilo_etcd.planning import host_plan
 from kilo_etcd.planning.walk import walk
 from kilo_etcd.store import Keys
+from kilo_etcd.store.keys import leased_by
 from kilo_etcd.store.records import decode_status
 from kilo_etcd.store.session.foreign_keys import places
 from kilo_etcd.store.session.leased_keys import QUIET_SECONDS
@@ -377,10 +378,9 @@ class World:
         it, at places where the host has nothing to say, is the operator's to remove."""
         held, lease = agent.session._leased, agent.session._short.id
         assert not held.changed, f"{name} has yet to restore {held.changed[0]}"
-        roots = (KEYS.elections_root, KEYS.probe_reports_root, KEYS.endpoints_root, KEYS.status_root)
         for raw, kv in self.etcd.data.items():
             key = raw.decode(errors="replace")
-            if key.startswith(roots) and key.endswith("/" + name) and key not in rejected - held.values.keys():
+            if leased_by(KEYS.parse(key)) == name and key not in rejected - held.values.keys():
                 assert kv.lease == lease, f"{key} stands under lease {kv.lease:x}, that of {name} is {lease:x}"
                 assert held.values.get(key) == kv.value, f"{key} has a value that {name} did not write: {kv.value!r}"
 

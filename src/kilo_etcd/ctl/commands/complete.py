@@ -71,12 +71,14 @@ async def _look(client: Client, keys: Keys, kinds: tuple[str, ...]) -> set[str]:
 
     names: set[str] = set()
     with trio.move_on_after(PATIENCE_SECONDS):
-        for kind, root in (("nodes", keys.nodes_root), ("peers", keys.peers_root), ("labels", keys.leaders_root)):
-            if kind not in kinds:
-                continue
+        for root in (keys.by_root, keys.peers_root, keys.leaders_root):
             for kv in (await client.range(root, prefix_end(root), keys_only=True)).kvs:
                 match keys.parse(kv.key):
-                    case k.NodeKey(name) | k.PeerKey(name) | k.LeaderKey(name) if name:
+                    case k.NodeKey(name) if "nodes" in kinds:
+                        names.add(name)
+                    case k.PeerKey(name) if "peers" in kinds:
+                        names.add(name)
+                    case k.LeaderKey(name) if "labels" in kinds and name:
                         names.add(name)
         if "labels" in kinds:
             names |= {label for label in (await locations(client, keys)).values() if label}

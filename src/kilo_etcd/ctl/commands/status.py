@@ -18,7 +18,7 @@ from kilo_etcd.ctl.reports.render import status_heading, status_json, status_tab
 from kilo_etcd.ctl.reports.report import Report, newest_revision, registered_names, report
 from kilo_etcd.etcd.api import Client, Unavailable
 from kilo_etcd.store import operator
-from kilo_etcd.store.keys import Keys
+from kilo_etcd.store.keys import Keys, ResponseKey
 from kilo_etcd.store.records import StatusRecord
 from kilo_etcd.topology.segments import Topology, build_topology
 
@@ -121,14 +121,16 @@ async def _follow(client: Client, keys: Keys, *, put_out: Callable[[Report], Non
     def changed_now() -> None:
         changed.set()
 
-    asked = (keys.requests_root.encode(), keys.responses_root.encode())
+    requests = keys.requests_root.encode()
+
+    def counts(key: bytes) -> bool:
+        return not key.startswith(requests) and not isinstance(keys.parse(key), ResponseKey)
+
     shown: Report | None = None
     away = ""
     async with trio.open_nursery() as nursery:
         for prefix in (keys.root, keys.status_root):
-            nursery.start_soon(
-                partial(watch_changes, client, prefix, changed_now, retry=PAUSE_SECONDS, passing_over=asked)
-            )
+            nursery.start_soon(partial(watch_changes, client, prefix, changed_now, retry=PAUSE_SECONDS, counts=counts))
         while True:
             try:
                 found = await read_mesh(client, keys, live=live)

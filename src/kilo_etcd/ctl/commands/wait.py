@@ -72,14 +72,16 @@ async def applied(client: Client, keys: Keys, *, timeout: float) -> tuple[int, i
 
     with trio.move_on_after(timeout):
         while True:
-            listing = await client.get_prefix(keys.status_root)
+            listing = await client.get_prefix(keys.status_by_root)
             reported.clear()
             for kv in listing.kvs:
                 take(kv.key, kv.value)
             if not behind():
                 break
             try:
-                async with client.watch_prefix(keys.status_root, start_revision=listing.header.revision + 1) as watch:
+                async with client.watch_prefix(
+                    keys.status_by_root, start_revision=listing.header.revision + 1
+                ) as watch:
                     async for batch in watch:
                         for event in batch.events:
                             take(event.kv.key, event.kv.value if event.type is EventType.PUT else None)

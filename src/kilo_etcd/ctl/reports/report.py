@@ -179,7 +179,7 @@ def newest_revision(view: View, keys: Keys) -> int:
 
 def registered_names(view: View, keys: Keys) -> frozenset[str]:
     """The names with a record in etcd, whether it is in force or not."""
-    parsed = (keys.parse(kv.key) for kv in view.kvs(keys.nodes_root))
+    parsed = (keys.parse(kv.key) for kv in view.kvs(keys.by_root))
     return frozenset(key.node for key in parsed if isinstance(key, NodeKey))
 
 

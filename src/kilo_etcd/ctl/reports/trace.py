@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from ipaddress import ip_address, ip_network
+from urllib.parse import quote
 
 from attrs import evolve, frozen
 
@@ -247,9 +248,14 @@ def _in_mesh(snapshot: Snapshot, address: IPAddress) -> bool:
     return any(subnet.version == address.version and address in subnet for subnet in snapshot.subnets)
 
 
+def _record_of(name: str) -> str:
+    """What the key of a node's record ends with."""
+    return f"/by/{quote(name, safe='')}/node"
+
+
 def _no_node(snapshot: Snapshot, name: str) -> str:
     for aside in snapshot.rejected:
-        if aside.key.endswith(f"/nodes/{name}"):
+        if aside.key.endswith(_record_of(name)):
             return f"node {name} is not in force: {aside.reason}"
     if name in snapshot.peers:
         return f"{name} is a peer; explain starts at a node, so ask the other way round: the answer's way is shown too"
@@ -271,7 +277,7 @@ def _destinations(snapshot: Snapshot, target: str) -> tuple[IPAddress, ...]:
         return (ip_address(target),)
     except ValueError:
         for aside in snapshot.rejected:
-            if aside.key.endswith((f"/nodes/{target}", f"/peers/{target}")):
+            if aside.key.endswith((_record_of(target), f"/peers/{quote(target, safe='')}")):
                 raise Unknown(f"{target} is not in force: {aside.reason}") from None
         raise Unknown(f"{target} is no node, no peer and no address; kgctl status lists them") from None
 

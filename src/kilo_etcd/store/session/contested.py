@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+
+# A location may be named `status` too, and a prefix may end in -status.
+_IS_STATUS_KEY = re.compile(r".*-status/by/[^/]+/status").fullmatch
 
 CHANGED_AGAIN = "changed again and again by another writer"
 
@@ -21,6 +25,4 @@ def contested_sentence(keys: Sequence[str]) -> str | None:
 def about_status_key(error: str) -> bool:
     """Whether what an agent reports is only that its status is contested, which moves no packet."""
     key, _, rest = error.partition(" ")
-    # The name of a location may end in -status too.
-    watched = any(f"/{kind}/" in key for kind in ("elections", "endpoints", "probe-reports", "stages"))
-    return "-status/" in key and not watched and rest.startswith(f"is {CHANGED_AGAIN}")
+    return _IS_STATUS_KEY(key) is not None and rest.startswith(f"is {CHANGED_AGAIN}")

@@ -1,7 +1,7 @@
 """What this host publishes under its short lease: of itself a status and a stage of the switch to `encrypted`, and of
 others observed endpoints and probe reports.
 
-Each kind of record of others has keys of its own, `/kilo/<kind>/<subject>/<this host>`, for any number of subjects.
+Each kind of record of others has keys of its own, `/kilo/by/<this host>/<kind>/<subject>`, for any number of subjects.
 Values only; `store.session.leased_writer` writes them.
 """
 
@@ -64,13 +64,15 @@ class PublishedRecords(Generic[R]):
 
 def observed_endpoints(keys: Keys, observer: str) -> PublishedRecords[ObservedEndpointRecord]:
     """Where `observer` sees nodes and peers, by their names."""
-    return PublishedRecords(keys.endpoints_root, lambda name: keys.endpoint(name, observer), decode_observed_endpoint)
+    return PublishedRecords(
+        keys.endpoints(observer), lambda name: keys.endpoint(name, observer), decode_observed_endpoint
+    )
 
 
 def probe_reports(keys: Keys, prober: str) -> PublishedRecords[ProbeReportRecord]:
     """The probe reports of `prober`, by location."""
     return PublishedRecords(
-        keys.probe_reports_root, lambda location: keys.probe_report(location, prober), decode_probe_report
+        keys.probe_reports(prober), lambda location: keys.probe_report(location, prober), decode_probe_report
     )
 
 
