@@ -48,10 +48,10 @@ def records(count: int, private: str, lease: int) -> list[list[etcd.Put]]:
             internal_ips=(ip_interface(internal),),
             version="0",
         )
-        address = next(candidates(name, MESH, taken))
+        address = next(candidates(name, MESH, lambda address: address not in taken))
         taken.add(address)
         puts = [
-            etcd.Put(KEYS.address(address), name),
+            etcd.Put(KEYS.address(name, address), ""),
             etcd.Put(KEYS.location(name), location),
             etcd.Put(KEYS.node(name), encode(record)),
         ]

@@ -87,37 +87,42 @@ async def test_health_and_the_status_line_have_etcds_own_error_and_its_kind(
 
 async def test_a_claim_that_is_taken_away_is_claimed_again(world: World) -> None:
     async with running(world):
-        (claim,) = world.etcd.keys("/kilo/addresses/")
+        (claim,) = world.etcd.keys("/kilo/by/h1/addresses/")
         world.etcd.delete(claim)
-        await eventually(lambda: world.etcd.keys("/kilo/addresses/") == [claim], 10, every=0.1)
+        await eventually(lambda: world.etcd.keys("/kilo/by/h1/addresses/") == [claim], 10, every=0.1)
         await eventually(lambda: world.daemon.snapshot and "h1" in world.daemon.snapshot.nodes, 10, every=0.1)
         assert world.logged(f"{claim} was deleted") == 1
         assert world.logged("is not among the mesh's nodes") == 0
 
 
-async def test_an_overwritten_claim_is_restored_and_reported(world: World) -> None:
+async def test_a_rival_claim_changes_nothing_and_is_reported(world: World) -> None:
     async with running(world):
-        (claim,) = world.etcd.keys("/kilo/addresses/")
+        (claim,) = world.etcd.keys("/kilo/by/h1/addresses/")
         addresses = world.host.observed.addresses
         netlink = world.daemon.kernel.writes
-        world.etcd.put(claim, "thief")
-        await eventually(lambda: world.etcd.get(claim) == b"h1", 10, every=0.1)
-        await trio.sleep(5)
-        assert world.logged("another writer changed the claim of this host's mesh address; restored") == 1
-        assert world.logged(f"{claim} was changed to 'thief' at revision") == 1
+        rival = claim.replace("h1", "h2")
+        world.etcd.put("/kilo/by/h2/node", encode(NodeRecord(public_key="B" + "A" * 42 + "=")))
+        world.etcd.put(rival, "")
+        world.etcd.put(claim, b"x" * 1_000_000)
+        await trio.sleep(60)
+        assert world.logged(f"{rival}: node h1 claimed the address before") == 1
+        assert world.etcd.keys("/kilo/", "/addresses/") == [claim, rival]
         assert (world.host.observed.addresses, world.daemon.kernel.writes) == (addresses, netlink)
 
 
-async def test_an_oversized_claim_is_restored_and_said_in_short(world: World) -> None:
+async def test_an_address_that_an_older_claim_has_is_given_up(world: World) -> None:
     async with running(world):
-        (claim,) = world.etcd.keys("/kilo/addresses/")
-        world.etcd.put(claim, b"x" * 1_000_000)
-        await eventually(lambda: world.etcd.get(claim) == b"h1", 10, every=0.1)
-        await eventually(
-            lambda: world.logged("another writer changed the claim of this host's mesh address"), 10, every=0.1
-        )
-        assert world.logged("the value is 1000000 bytes long") >= 1
-        assert world.logged("rejected: ") == 0
+        (claim,) = world.etcd.keys("/kilo/by/h1/addresses/")
+        # As with etcd's state of before this host came, in which another host has found the address free.
+        async with world.daemon.session._lock:
+            world.etcd.delete(claim)
+            world.etcd.put(claim.replace("h1", "h2"), "")
+        await eventually(lambda: world.etcd.keys("/kilo/by/h1/addresses/") not in ([], [claim]), 10, every=0.1)
+        (now,) = world.etcd.keys("/kilo/by/h1/addresses/")
+        await eventually(lambda: now.rpartition("/")[2] in str(world.host.observed.addresses), 10, every=0.1)
+        assert claim.rpartition("/")[2] not in str(world.host.observed.addresses)
+        assert claim.replace("h1", "h2") in world.etcd
+        assert world.logged("this host has mesh address") == 1
 
 
 async def test_a_claim_that_cannot_be_restored_shows_in_the_health_and_the_status_until_it_can(
@@ -132,10 +137,10 @@ async def test_a_claim_that_cannot_be_restored_shows_in_the_health_and_the_statu
         return any("cannot be restored" in sentence for sentence in found)
 
     async with running(world) as daemon:
-        (claim,) = world.etcd.keys("/kilo/addresses/")
+        (claim,) = world.etcd.keys("/kilo/by/h1/addresses/")
         with monkeypatch.context() as patched:
             patched.setattr(daemon.session, "claim_addresses", refuse)
-            world.etcd.put(claim, "thief")
+            world.etcd.delete(claim)
             await eventually(lambda: world.metrics.health() is not None, 10, every=0.1)
             sentence = world.metrics.health()
             assert sentence is not None
@@ -150,25 +155,24 @@ async def test_a_claim_that_cannot_be_restored_shows_in_the_health_and_the_statu
         # Somebody else puts it right.
         with monkeypatch.context() as patched:
             patched.setattr(daemon.session, "claim_addresses", refuse)
-            world.etcd.put(claim, "thief")
-            await eventually(lambda: world.metrics.health() is not None, 10, every=0.1)
             world.etcd.delete(claim)
-            world.etcd.put(claim, "h1")
+            await eventually(lambda: world.metrics.health() is not None, 10, every=0.1)
+            world.etcd.put(claim, "")
             await eventually(lambda: world.metrics.health() is None, 20, every=0.1)
 
 
-async def test_whoever_overwrites_a_claim_for_ever_is_not_fought_for_ever(world: World) -> None:
+async def test_whoever_deletes_a_claim_for_ever_is_not_fought_for_ever(world: World) -> None:
     async with running(world):
-        (claim,) = world.etcd.keys("/kilo/addresses/")
+        (claim,) = world.etcd.keys("/kilo/by/h1/addresses/")
         addresses = world.host.observed.addresses
         before = world.etcd.revision
         for _ in range(600):
-            if world.etcd.get(claim) == b"h1":
-                world.etcd.put(claim, "thief")
+            if claim in world.etcd:
+                world.etcd.delete(claim)
             await trio.sleep(0.1)
         assert world.etcd.revision - before < 120
         assert world.host.observed.addresses == addresses
-        await eventually(lambda: world.etcd.get(claim) == b"h1", 30, every=0.1)
+        await eventually(lambda: claim in world.etcd, 30, every=0.1)
 
 
 async def test_a_host_whose_key_is_that_of_an_older_record_says_so(world: World) -> None:
@@ -190,13 +194,13 @@ async def test_a_host_whose_key_is_that_of_an_older_record_says_so(world: World)
 async def test_a_host_whose_key_is_that_of_a_host_that_runs_exchanges_no_packets(world: World) -> None:
     """As with a copied key file: to WireGuard both are one, and the mesh would send to whichever spoke last."""
     keys = store.Keys()
-    world.etcd.put(keys.address(ip_interface("10.4.0.99").ip), "h2")
+    world.etcd.put(keys.address("h2", ip_interface("10.4.0.99").ip), "")
     world.etcd.put(
         keys.node("h2"), encode(NodeRecord(public_key="B" + "A" * 42 + "=", endpoint=Endpoint.parse("198.51.100.9:1")))
     )
     async with running(world) as daemon:
         await eventually(lambda: len(world.host.observed.peers) == 1, 10, every=0.1)
-        world.etcd.put(keys.address(ip_interface("10.4.0.98").ip), "older")
+        world.etcd.put(keys.address("older", ip_interface("10.4.0.98").ip), "")
         lease = (await world.client.grant_lease(3600)).id
         world.etcd.put(keys.status("older"), encode(StatusRecord(public_key=daemon.public_key)), lease=lease)
         world.etcd.delete(keys.node("h1"))
@@ -221,7 +225,7 @@ async def test_a_record_with_another_key_at_this_hosts_name_is_not_followed(worl
         peers, writes = dict(world.host.observed.peers), daemon.kernel.writes
         for name, key in (("h1", "B" + "A" * 42 + "="), ("thief", daemon.public_key)):
             world.etcd.put(keys.node(name), encode(NodeRecord(public_key=key)))
-        world.etcd.put(keys.address(ip_interface("10.4.0.99").ip), "thief")
+        world.etcd.put(keys.address("thief", ip_interface("10.4.0.99").ip), "")
         await eventually(lambda: world.etcd.get(keys.node("h1")) == own, 10, every=0.1)
         await trio.sleep(10)
         assert daemon.kernel.writes == writes
@@ -231,7 +235,7 @@ async def test_a_record_with_another_key_at_this_hosts_name_is_not_followed(worl
 
 async def test_an_etcd_that_was_replaced_is_not_trusted_until_it_is_adopted(world: World) -> None:
     keys = store.Keys()
-    world.etcd.put(keys.address(ip_interface("10.4.0.99").ip), "h2")
+    world.etcd.put(keys.address("h2", ip_interface("10.4.0.99").ip), "")
     world.etcd.put(
         keys.node("h2"), encode(NodeRecord(public_key="B" + "A" * 42 + "=", endpoint=Endpoint.parse("198.51.100.9:1")))
     )
@@ -267,7 +271,7 @@ async def test_a_backup_made_while_the_record_was_away_is_noticed_to_lack_it(wor
 async def test_other_subnets_renumber_nobody(world: World) -> None:
     async with running(world):
         addresses = world.host.observed.addresses
-        (claim,) = world.etcd.keys("/kilo/addresses/")
+        (claim,) = world.etcd.keys("/kilo/by/h1/addresses/")
         world.etcd.put("/kilo/mesh/subnets", "10.50.0.0/16")
         await trio.sleep(60)
         assert (
@@ -279,7 +283,7 @@ async def test_other_subnets_renumber_nobody(world: World) -> None:
     async with running(world):
         await trio.sleep(60)
         assert world.host.observed.addresses == addresses
-        assert world.etcd.keys("/kilo/addresses/") == [claim]
+        assert world.etcd.keys("/kilo/by/h1/addresses/") == [claim]
         assert world.daemon.subnets == (ip_network("10.4.0.0/16"),)
 
 
@@ -289,8 +293,8 @@ async def test_a_host_is_renumbered_on_purpose(world: World) -> None:
     world.etcd.put("/kilo/mesh/subnets", "10.50.0.0/16")
     async with running(world, renumber=True):
         await eventually(lambda: "10.50." in str(world.host.observed.addresses), 10, every=0.1)
-        (claim,) = world.etcd.keys("/kilo/addresses/")
-        assert claim.startswith("/kilo/addresses/10.50.")
+        (claim,) = world.etcd.keys("/kilo/by/h1/addresses/")
+        assert claim.startswith("/kilo/by/h1/addresses/10.50.")
         await eventually(lambda: world.metrics.health() is None, 10, every=0.1)
 
 
@@ -329,7 +333,7 @@ async def test_a_route_that_collides_keeps_the_host_neither_from_being_ready_nor
     other = NodeRecord(
         public_key=key_file.public_key(key_file.generate()), internal_ips=(ip_interface("192.168.1.2/24"),)
     )
-    world.etcd.put("/kilo/addresses/10.4.0.2", "h2")
+    world.etcd.put("/kilo/by/h2/addresses/10.4.0.2", "")
     world.etcd.put("/kilo/by/h2/node", encode(other))
     world.etcd.put("/kilo/annotations/h2/subnets", "172.17.0.0/16")
     world.host.refuse = lambda change: "it collides" if "172.17." in str(change) else None
@@ -380,7 +384,7 @@ async def test_a_leader_that_cannot_hand_over_says_so(world: World) -> None:
         public_key=key_file.public_key(key_file.generate()), internal_ips=(ip_interface("192.168.1.2/24"),)
     )
     async with running(world):
-        world.etcd.put("/kilo/addresses/10.4.0.2", "h2")
+        world.etcd.put("/kilo/by/h2/addresses/10.4.0.2", "")
         world.etcd.put("/kilo/by/h2/node", encode(other))
         await eventually(lambda: world.etcd.keys("/kilo/by/", "/elections/") != [], 10, every=0.1)
         world.etcd.put_kept(
@@ -404,7 +408,7 @@ async def test_a_leader_whose_candidacy_was_put_under_no_lease_leads_on_and_a_de
     )
     key = "/kilo/by/h1/elections/@default"
     async with running(world):
-        world.etcd.put("/kilo/addresses/10.4.0.2", "h2")
+        world.etcd.put("/kilo/by/h2/addresses/10.4.0.2", "")
         world.etcd.put("/kilo/by/h2/node", encode(other))
         await eventually(lambda: key in world.etcd, 10, every=0.1)
         offer = encode(CandidateRecord(rank=CandidateClass.ANNOTATED, since=""))
@@ -586,7 +590,7 @@ async def test_a_change_of_internal_ips_and_what_it_waits_for_are_a_line_each(wo
         await put(daemon.keys.internal_ips, "off")
         assert world.logged("internal-ips changed ") == world.logged("setting=off before=routed") == 1
         await put(daemon.keys.node("old"), old)
-        await put(daemon.keys.address(ip_address("10.4.0.99")), "old")
+        await put(daemon.keys.address("old", ip_address("10.4.0.99")), "")
         await put(daemon.keys.internal_ips, "routed")
         assert world.logged("internal-ips changed and is not in force yet") == 1
         assert world.logged("waits_for_agents_of=old") == 1

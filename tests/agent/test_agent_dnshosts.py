@@ -55,7 +55,7 @@ def registers(world: World, name: str, address: str) -> None:
         internal_ips=(ip_interface("192.168.1.2/24"),),
         mesh_addresses=(ip_interface(f"{address}/16"),),
     )
-    world.etcd.put(f"/kilo/addresses/{address}", name)
+    world.etcd.put(f"/kilo/by/{name}/addresses/{address}", "")
     world.etcd.put(f"/kilo/by/{name}/node", encode(record))
 
 

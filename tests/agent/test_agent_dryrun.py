@@ -77,7 +77,7 @@ async def test_an_internal_ip_that_is_forced_and_that_the_host_does_not_have_is_
     record = NodeRecord(public_key="A" * 43 + "=", mesh_addresses=(ip_interface("10.4.0.7/16"),))
     etcd.put("/kilo/mesh/subnets", "10.4.0.0/16")
     etcd.put("/kilo/by/h1/node", encode(record))
-    etcd.put("/kilo/addresses/10.4.0.7", "h1")
+    etcd.put("/kilo/by/h1/addresses/10.4.0.7", "")
     etcd.put("/kilo/annotations/h1/force-internal-ip", "192.168.7.99/24")
     mine = HostAddress(interface="eth0", index=2, address=ip_interface("192.168.7.1/24"))
     text = await shown(monkeypatch, capsys, tmp_path / "state", etcd, addresses=(mine,))
@@ -92,6 +92,6 @@ async def test_a_mesh_without_a_free_address_is_told_in_a_sentence(
     for number in (1, 2):
         key = "A" * 41 + f"{number}A="
         etcd.put(f"/kilo/by/n{number}/node", f'{{"publicKey":"{key}"}}')
-        etcd.put(f"/kilo/addresses/10.4.0.{number}", f"n{number}")
+        etcd.put(f"/kilo/by/n{number}/addresses/10.4.0.{number}", "")
     text = await shown(monkeypatch, capsys, tmp_path / "state", etcd)
     assert "# no address is left for h1 in 10.4.0.0/30" in text

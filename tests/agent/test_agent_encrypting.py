@@ -129,8 +129,8 @@ def node(world: World, stage: EncryptionStage | None) -> None:
         encryption=stage,
         accepts_since=1 if stage is EncryptionStage.SENDS else None,
     )
-    if world.etcd.get("/kilo/addresses/10.4.0.9") is None:
-        world.etcd.put("/kilo/addresses/10.4.0.9", "h9")
+    if "/kilo/by/h9/addresses/10.4.0.9" not in world.etcd:
+        world.etcd.put("/kilo/by/h9/addresses/10.4.0.9", "")
     world.etcd.put("/kilo/by/h9/node", encode(record))
 
 

@@ -29,7 +29,7 @@ EXIT = base64.b64encode(bytes([9]) * 32).decode()
 def advertise(world: World, *, offers: bool = True) -> None:
     """A node in a location of its own that offers an exit node."""
     record = NodeRecord(public_key=EXIT, endpoint=Endpoint.parse("203.0.113.9:51820"), location="exit")
-    world.etcd.put("/kilo/addresses/10.4.0.99", "exit-1")
+    world.etcd.put("/kilo/by/exit-1/addresses/10.4.0.99", "")
     world.etcd.put("/kilo/by/exit-1/node", encode(record))
     if offers:
         world.etcd.put("/kilo/annotations/exit-1/advertise-exit-node", "true")

@@ -132,7 +132,7 @@ class Host:
             "internalIPs": [f"192.0.2.{number}/24"],
         }
         await self.etcdctl("put", f"/kilo/by/{name}/node", json.dumps(record))
-        await self.etcdctl("put", f"/kilo/addresses/10.4.0.{number}", name)
+        await self.etcdctl("put", f"/kilo/by/{name}/addresses/10.4.0.{number}", "")
         await self.etcdctl("put", f"/kilo/locations/{name}", location)
 
 

@@ -238,7 +238,7 @@ def mesh(world: World) -> World:
         internal_ips=(ip_interface("192.168.1.51/24"),),
         location="gcp",
     )
-    world.etcd.put(f"/kilo/addresses/{MESH_G1}", "g1")
+    world.etcd.put(f"/kilo/by/g1/addresses/{MESH_G1}", "")
     world.etcd.put("/kilo/by/g1/node", encode(record))
     world.etcd.put("/kilo/locations/h1", "gcp")
     return world

@@ -48,7 +48,7 @@ def node(world: World, name: str, location: str, internal: str, number: int) -> 
         internal_ips=(ip_interface(internal),),
         location=location,
     )
-    world.etcd.put(f"/kilo/addresses/{MESH[name]}", name)
+    world.etcd.put(f"/kilo/by/{name}/addresses/{MESH[name]}", "")
     world.etcd.put(f"/kilo/by/{name}/node", encode(record))
 
 

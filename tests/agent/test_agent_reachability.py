@@ -291,7 +291,7 @@ def mesh(world: World) -> World:
         internal_ips=(ip_interface("192.168.1.51/24"),),
         location="gcp",
     )
-    world.etcd.put("/kilo/addresses/10.4.0.51", "g1")
+    world.etcd.put("/kilo/by/g1/addresses/10.4.0.51", "")
     world.etcd.put("/kilo/by/g1/node", encode(record))
     world.etcd.put("/kilo/locations/h1", "gcp")
     world.etcd.put_kept("/kilo/by/g1/elections/gcp", encode(CandidateRecord(rank=CandidateClass.PUBLIC)))

@@ -48,7 +48,7 @@ WHO = Identity(prefix="/kilo", node="h1", public_key=PUBLIC)
 def holdings(**others: bytes) -> Holdings:
     texts = {
         KEYS.subnets: b"10.4.0.0/16",
-        KEYS.address(ip_interface("10.4.0.1").ip): b"h1",
+        KEYS.address("h1", ip_interface("10.4.0.1").ip): b"",
         KEYS.node("h1"): encode(NodeRecord(public_key=PUBLIC, endpoint=Endpoint.parse("198.51.100.1:51820"))),
         "/kilo/locations/x": b"\xff not text",
         **others,
@@ -170,7 +170,7 @@ class World:
         self.metrics = Metrics()
         self.daemon: Daemon
         self.disk = Disk(state_dir, run=self._now, clock=trio.current_time)
-        self.etcd.put(KEYS.address(ip_interface("10.4.0.99").ip), "h2")
+        self.etcd.put(KEYS.address("h2", ip_interface("10.4.0.99").ip), "")
         record = NodeRecord(public_key=SECOND, endpoint=Endpoint.parse("198.51.100.9:51820"))
         self.etcd.put(KEYS.node("h2"), encode(record))
 

@@ -75,7 +75,7 @@ async def test_it_leads_since_it_was_elected_and_not_since_it_stands(
     began = trio.current_time()
     monkeypatch.setattr(status, "datetime", VirtualTime)
     other = NodeRecord(public_key="B" + "A" * 42 + "=", internal_ips=())
-    world.etcd.put("/kilo/addresses/10.4.0.2", "h2")
+    world.etcd.put("/kilo/by/h2/addresses/10.4.0.2", "")
     record = json.loads(encode(other)) | {"internalIPs": ["192.168.1.2/24"]}
     world.etcd.put("/kilo/by/h2/node", json.dumps(record))
     world.etcd.put_kept(

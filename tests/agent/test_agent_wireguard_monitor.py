@@ -47,7 +47,7 @@ def home(world: World, keepalive: int = 25) -> None:
         location="home",
         persistent_keepalive=keepalive,
     )
-    world.etcd.put("/kilo/addresses/10.4.0.77", "home")
+    world.etcd.put("/kilo/by/home/addresses/10.4.0.77", "")
     world.etcd.put("/kilo/by/home/node", encode(record))
 
 
@@ -72,7 +72,7 @@ def observers(world: World, *names: str) -> None:
             endpoint=Endpoint.parse(f"203.0.113.{number}:51820"),
             location=name,
         )
-        world.etcd.put(f"/kilo/addresses/10.4.9.{number}", name)
+        world.etcd.put(f"/kilo/by/{name}/addresses/10.4.9.{number}", "")
         world.etcd.put(f"/kilo/by/{name}/node", encode(record))
 
 

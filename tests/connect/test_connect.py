@@ -31,7 +31,7 @@ from kilo_etcd.runtime import key_file
 from kilo_etcd.runtime.discover import HostFacts
 from kilo_etcd.runtime.logs import setup_logging
 from kilo_etcd.runtime.resolve import Resolver
-from kilo_etcd.store.keys import Keys, claimant
+from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import CandidateRecord, NodeRecord, PeerRecord, decode_peer, encode
 from kilo_etcd.testing.fake_etcd import FakeEtcd
 from kilo_etcd.testing.fake_kernel import FakeHost, FakeKernel
@@ -58,7 +58,7 @@ async def add_node(etcd: FakeEtcd, name: str, number: int, location: str) -> Non
         underlay=(),
     )
     client = etcd.client()
-    await client.put(f"/kilo/addresses/10.4.0.{number}", name)
+    await client.put(f"/kilo/by/{name}/addresses/10.4.0.{number}", "")
     await client.put(KEYS.node(name), encode(record))
     await put_kept(client, KEYS.election(location, name), encode(CandidateRecord(rank=CandidateClass.PUBLIC)))
 
@@ -151,9 +151,7 @@ def nothing_is_left(world: World) -> bool:
         observed.link is None
         and not observed.routes
         and world.names is None
-        and not any(
-            "peers/" in key or world.etcd.get(key) == claimant("laptop").encode() for key in world.etcd.keys("/")
-        )
+        and not any("peers/" in key or "peer-addresses/" in key for key in world.etcd.keys("/"))
     )
 
 
@@ -162,7 +160,7 @@ async def test_it_connects_and_leaves_nothing_behind(world: World) -> None:
         observed = world.host.observed
         (address,) = observed.addresses
         assert address.ip in ip_network("10.4.0.0/16")
-        assert world.etcd.get(f"/kilo/addresses/{address.ip}") == b"peer/laptop"
+        assert f"/kilo/peer-addresses/laptop/{address.ip}" in world.etcd
         record = world.record()
         assert (record.public_key, record.allowed_ips, record.persistent_keepalive) == (PUBLIC, (address.network,), 10)
         assert world.leaders() == {1, 3}
@@ -295,7 +293,7 @@ async def test_a_machine_that_dies_is_forgotten_when_its_lease_ends(world: World
     assert world.etcd.get(RECORD) is not None
     await trio.sleep(10)
     assert world.etcd.get(RECORD) is None
-    assert not any(world.etcd.get(key) == b"peer/laptop" for key in world.etcd.keys("/kilo/addresses"))
+    assert not world.etcd.keys("/kilo/peer-addresses/")
 
 
 async def ended_by(world: World, what: Awaitable[object]) -> None:
@@ -515,7 +513,7 @@ async def test_what_cannot_be_is_refused_in_one_sentence_and_nothing_is_written(
         "overlaps the mesh's subnet 10.4.0.0/16",
         allowed_ips=(ip_network("10.9.0.2/32"), ip_network("10.4.0.0/24")),
     )
-    await refused(world, "10.4.0.1 is claimed by gcp-1 already", allowed_ips=(ip_network("10.4.0.1/32"),))
+    await refused(world, "10.4.0.1 is claimed by node gcp-1 already", allowed_ips=(ip_network("10.4.0.1/32"),))
     await refused(world, "names no single address", allowed_ips=(ip_network("10.9.0.0/24"),))
     tablet = PeerRecord(public_key=key_of(20), allowed_ips=(ip_network("10.9.0.0/24"),))
     await world.client.put(KEYS.peer("tablet"), encode(tablet))

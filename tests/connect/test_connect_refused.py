@@ -69,7 +69,7 @@ async def world(server: EtcdServer) -> None:
     node = NodeRecord(public_key=key_of(1), endpoint=Endpoint.parse("203.0.113.1:51820"))
     async with open_client(server.config()) as client:
         await client.put("/kilo/mesh/subnets", "10.4.0.0/16")
-        await client.put("/kilo/addresses/10.4.0.1", "gcp-1")
+        await client.put("/kilo/by/gcp-1/addresses/10.4.0.1", "")
         await client.put(KEYS.node("gcp-1"), encode(node))
 
 
@@ -101,7 +101,7 @@ async def test_what_it_refuses_and_that_nothing_is_changed_then(tmp_path: Path) 
             await client.delete(KEYS.peer("laptop"))
         before = await contents(here.server)
         links = sh("ip -o link")
-        assert "10.4.0.1 is claimed by gcp-1 already" in here.ended("--allowed-ips", "10.4.0.1")
+        assert "10.4.0.1 is claimed by node gcp-1 already" in here.ended("--allowed-ips", "10.4.0.1")
         assert "overlaps the mesh's subnet" in here.ended("--allowed-ips", "10.9.0.2,10.4.0.0/24")
         assert "nonsense" in here.ended("--allowed-ips", "nonsense", status=2)
         here.key.chmod(0o644)

@@ -221,7 +221,7 @@ def test_since_when_a_leader_leads_is_for_its_own_agent_to_say(said: StatusRecor
 
 
 def test_a_leader_without_candidacy_is_no_candidate() -> None:
-    row = report(evolve(WORLD, candidates={}, leaders={"a": "a2"}), {}, newest=40).locations[1]
+    row = report(evolve(WORLD, candidates={}, leaders={"a": ("a2",)}), {}, newest=40).locations[1]
     assert (row.leader, row.since, row.candidates) == ("a2", None, ())
 
 

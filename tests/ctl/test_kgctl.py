@@ -107,7 +107,7 @@ async def register(client: Client, number: int, *, candidate: bool = False) -> i
         internal_ips=(ip_interface(f"192.168.0.{number}/24"),),
         location="home" if number == 3 else "",
     )
-    await client.put(f"/kilo/addresses/10.4.0.{number}", name)
+    await client.put(f"/kilo/by/{name}/addresses/10.4.0.{number}", "")
     revision = (await client.put(keys.node(name), encode(record))).header.revision
     if candidate:
         offer = CandidateRecord(rank=CandidateClass.PUBLIC, since=f"2026-11-22T10:00:0{number}Z")

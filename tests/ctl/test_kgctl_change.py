@@ -39,7 +39,7 @@ async def world(client: Client) -> None:
             internal_ips=(ip_interface(f"10.{1 if location == 'gcp' else 2}.0.{number}/24"),),
             location=location,
         )
-        await client.put(f"/kilo/addresses/10.4.0.{number}", name)
+        await client.put(f"/kilo/by/{name}/addresses/10.4.0.{number}", "")
         await client.put(KEYS.node(name), encode(record))
         offer = encode(CandidateRecord(rank=CandidateClass.PUBLIC))
         revision = await put_kept(client, KEYS.election(location, name), offer)
@@ -335,7 +335,7 @@ def test_a_node_that_is_gone_is_forgotten_whole(etcd: FakeEtcd) -> None:
         "gcp-2 is forgotten.",
     ]
     assert [key for key in etcd.keys("/kilo/") if "gcp-2" in key] == ["/kilo/locations/gcp-2"]
-    assert etcd.get("/kilo/addresses/10.4.0.2") is None
+    assert etcd.keys("/kilo/by/gcp-2/") == []
     assert run("node", "forget", "gcp-2", "--labels", "--yes").exit_code == 0
     assert [key for key in etcd.keys("/kilo/") if "gcp-2" in key] == []
 

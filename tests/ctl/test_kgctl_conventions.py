@@ -28,7 +28,7 @@ from kilo_etcd.testing.fake_etcd import FakeEtcd
 def etcd(fake: FakeEtcd) -> FakeEtcd:
     trio.run(world, fake.client())
     fake.put("/kilo/locations/gcp-1", "gcp")
-    fake.put("/kilo/leaders/home", "home-1")
+    fake.put_kept("/kilo/by/home-1/leaders/home", "")
     return fake
 
 

@@ -59,9 +59,9 @@ async def world(client: Client) -> None:
             internal_ips=(ip_interface(internal),),
             location=location,
         )
-        await client.put(f"/kilo/addresses/10.4.0.{number}", name)
+        await client.put(f"/kilo/by/{name}/addresses/10.4.0.{number}", "")
         if number != 2:
-            await client.put(f"/kilo/addresses/fd04::{number}", name)
+            await client.put(f"/kilo/by/{name}/addresses/fd04::{number}", "")
         await client.put(keys.node(name), encode(record))
         await put_kept(
             client, keys.election(location, name), encode(CandidateRecord(rank=CandidateClass.REST, since=""))

@@ -42,7 +42,7 @@ async def fill(client: Client, keys: Keys, number: int, hosts: dict[str, str]) -
             internal_ips=(ip_interface(f"192.168.{number}.{index}/24"),),
             location=location,
         )
-        await client.put(keys.address(ip_interface(f"10.{number}.0.{index}").ip), name)
+        await client.put(keys.address(name, ip_interface(f"10.{number}.0.{index}").ip), "")
         await client.put(keys.node(name), encode(record))
         await put_kept(
             client, keys.election(location, name), encode(CandidateRecord(rank=CandidateClass.REST, since=""))

@@ -58,7 +58,7 @@ async def world(client: Client) -> None:
             internal_ips=(ip_interface(f"10.{1 if location == 'gcp' else 2}.0.{number}/24"),),
             location=location,
         )
-        await client.put(f"/kilo/addresses/10.4.0.{number}", name)
+        await client.put(f"/kilo/by/{name}/addresses/10.4.0.{number}", "")
         await client.put(KEYS.node(name), encode(record))
         await put_kept(client, KEYS.election(location, name), encode(CandidateRecord(rank=CandidateClass.PUBLIC)))
     await client.put("/kilo/annotations/home-1/subnets", "172.20.0.0/24")
@@ -308,9 +308,10 @@ def test_peers_are_removed_all_or_none(etcd: FakeEtcd) -> None:
 
 
 def test_with_a_peer_goes_the_address_that_it_had_claimed(etcd: FakeEtcd) -> None:
-    trio.run(etcd.client().put, "/kilo/addresses/10.4.7.7", "peer/tablet")
+    trio.run(etcd.client().put, "/kilo/peer-addresses/tablet/10.4.7.7", "")
     assert run("peer", "remove", "tablet", "--yes").exit_code == 0
-    assert etcd.keys("/kilo/addresses/") == [f"/kilo/addresses/10.4.0.{number}" for number in (1, 2, 3)]
+    assert etcd.keys("/kilo/peer-addresses/") == []
+    assert len(etcd.keys("/kilo/by/", "/addresses/")) == 3
 
 
 # --- showconf ---------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ WORLD = {
     "/kilo/mesh/granularity": "location",
     "/kilo/mesh/subnets": "10.4.0.0/16",
     KEYS.node("a"): encode(NodeRecord(public_key=KEY)).decode(),
-    "/kilo/addresses/10.4.0.1": "a",
+    "/kilo/by/a/addresses/10.4.0.1": "",
     KEYS.peer("phone"): encode(PeerRecord(public_key=OTHER, allowed_ips=parse_networks("10.9.0.1/32"))).decode(),
     KEYS.status("a"): encode(StatusRecord(public_key=KEY, role=Role.ALONE)).decode(),
 }

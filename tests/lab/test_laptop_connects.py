@@ -13,6 +13,7 @@ import pytest
 import trio
 
 from helpers import eventually, require
+from helpers_lab import statuses
 from kilo_etcd.lab.addressing import lay_out
 from kilo_etcd.lab.capture import Flow
 from kilo_etcd.lab.client import Completed, Lab, running_lab
@@ -88,7 +89,7 @@ async def shown(lab: Lab, *argv: str) -> str:
 
 
 async def leader_of_gcp(lab: Lab) -> str:
-    return (await lab.etcdctl("get", "--print-value-only", "/kilo/leaders/gcp")).stdout.strip()
+    return str(next(status["leader"] for status in (await statuses(lab)).values() if status["location"] == "gcp"))
 
 
 async def test_a_laptop_behind_nat_follows_two_meshes_by_name_and_leaves_nothing() -> None:

@@ -67,8 +67,8 @@ class World:
 
     def node(self, name: str, address: str | None = None, **fields: object) -> None:
         self.put(KEYS.node(name), encode(record(name, **fields)))
-        if address and f"/kilo/addresses/{address}".encode() not in self.data:
-            self.put(f"/kilo/addresses/{address}", name)
+        if address and (claim := f"/kilo/by/{name}/addresses/{address}").encode() not in self.data:
+            self.put(claim, "")
 
     def peer(self, name: str, **fields: object) -> None:
         self.put(KEYS.peer(name), json.dumps({"publicKey": wg_key(name)} | fields))

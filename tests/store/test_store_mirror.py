@@ -30,7 +30,7 @@ def seeded() -> FakeEtcd:
 
 def node(etcd: FakeEtcd, name: str, number: int) -> int:
     etcd.put(KEYS.node(name), encode(record(name)))
-    return etcd.put(f"/kilo/addresses/10.4.0.{number}", name)
+    return etcd.put(f"/kilo/by/{name}/addresses/10.4.0.{number}", "")
 
 
 @asynccontextmanager

@@ -190,7 +190,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 def test_every_key_says_what_it_stands_for(location: str, name: str, other: str) -> None:
     keys = Keys("/mesh/one/")
     assert keys.parse(keys.election(location, name)) == k.ElectionKey(location, name)
-    assert keys.parse(keys.leader(location).encode()) == k.LeaderKey(location)
+    assert keys.parse(keys.leader(location, name).encode()) == k.LeaderKey(location, name)
     assert keys.parse(keys.annotation(name, other)) == k.AnnotationKey(name, other)
     assert keys.parse(keys.endpoint(name, other)) == k.EndpointKey(name, other)
     assert keys.parse(keys.location(name)) == k.LocationKey(name)
@@ -205,19 +205,20 @@ def test_every_key_says_what_it_stands_for(location: str, name: str, other: str)
 def test_keys_as_a_person_types_them() -> None:
     keys = Keys()
     assert keys.location("node-1.example_x~") == "/kilo/locations/node-1.example_x~"
-    assert keys.leader("") == "/kilo/leaders/@default"
-    assert keys.leader("@default") == "/kilo/leaders/%40default"
+    assert keys.leader("", "a") == "/kilo/by/a/leaders/@default"
+    assert keys.leader("@default", "a") == "/kilo/by/a/leaders/%40default"
     assert keys.status("a") == "/kilo-status/by/a/status"
     assert not keys.status("a").startswith(keys.root)
-    assert keys.parse("/kilo/addresses/fd00::1") == k.AddressKey(ip_address("fd00::1"))
+    assert keys.parse("/kilo/by/a/addresses/fd00::1") == k.AddressKey("a", ip_address("fd00::1"))
+    assert keys.parse("/kilo/peer-addresses/a/10.4.0.1") == k.PeerAddressKey("a", ip_address("10.4.0.1"))
 
 
 @pytest.mark.parametrize(
     "key",
     [
-        "/kilo/addresses/fd00:0::1",
-        "/kilo/addresses/10.4.0.01",
-        "/kilo/addresses/fe80::1%25eth0",
+        "/kilo/by/a/addresses/fd00:0::1",
+        "/kilo/peer-addresses/a/10.4.0.01",
+        "/kilo/by/a/addresses/fe80::1%25eth0",
         "/kilo/by/",
         "/kilo/by/a/",
         "/kilo/by//node",
@@ -226,7 +227,7 @@ def test_keys_as_a_person_types_them() -> None:
     + [
         "/kilo/by/a/node/b",
         "/kilo/nodes/a",
-        "/kilo/leaders/",
+        "/kilo/by/a/leaders/",
         "/kilo/by/%zz/node",
         "/kilo/by/a%2db/node",
         "/other/by/a/node",

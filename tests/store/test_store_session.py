@@ -14,7 +14,7 @@ from attrs import evolve
 from store_world import KEYS, record, wg_key
 
 from helpers import eventually
-from kilo_etcd.etcd.api import Compare, Op, PermissionDenied, TxnResult, Unavailable
+from kilo_etcd.etcd.api import Compare, Op, PermissionDenied, Put, TxnResult, Unavailable
 from kilo_etcd.model import CandidateClass, EncryptionStage, Endpoint, Granularity, InternalIPs, IPAddress, MeshSettings
 from kilo_etcd.store import (
     CandidateRecord,
@@ -100,10 +100,71 @@ async def test_saying_the_same_again_writes_nothing() -> None:
         await it.register(record("a"))
         await it.put_status(StatusRecord(public_key=wg_key("a"), revision=1))
         await it.enter("gcp", CandidateClass.PUBLIC)
-        assert await it.record_leader("gcp")
+        assert await it.record_leader("gcp", known=revision)
         assert etcd.revision == revision + 1
-        await it.record_leader("gcp")
+        await it.record_leader("gcp", known=revision)
         assert etcd.revision == revision + 1
+
+
+LED = KEYS.leader("gcp", "a")
+
+
+async def test_that_a_host_leads_stands_under_its_long_lease_and_goes_with_its_candidacy() -> None:
+    etcd = FakeEtcd()
+    async with member(etcd) as it:
+        await it.record_leader("gcp", known=etcd.revision)
+        assert etcd.data[LED.encode()].lease == etcd.data[NODE.encode()].lease
+        revision = etcd.revision
+        await it.leave(succeeded=True)
+        assert etcd.revision == revision + 1, "in one write"
+        assert LED not in etcd
+
+
+async def test_without_a_successor_it_stays_on_record_until_the_host_stands_behind_another() -> None:
+    etcd = FakeEtcd()
+    async with member(etcd) as it:
+        await it.record_leader("gcp", known=etcd.revision)
+        await it.leave()
+        assert LED in etcd, "a location without candidates keeps its leader"
+    await trio.sleep(60)
+    assert LED in etcd
+    again = session(etcd.client())
+    async with running(again):
+        await again.register(record("a"))
+        revision = etcd.revision
+        await again.enter("gcp", CandidateClass.PUBLIC, succeeded=True)
+        assert etcd.revision == revision + 1
+        assert LED not in etcd
+
+
+async def test_of_a_location_that_a_host_has_left_it_is_no_leader_on_record() -> None:
+    etcd = FakeEtcd()
+    async with member(etcd) as it:
+        await it.record_leader("gcp", known=etcd.revision)
+        revision = etcd.revision
+        await it.enter("aws", CandidateClass.PUBLIC)
+        assert etcd.revision == revision + 2, "the candidacies, which queue anew"
+        assert LED not in etcd
+
+
+async def test_a_host_that_was_relabelled_while_it_was_away_gives_its_leader_record_up() -> None:
+    etcd = FakeEtcd()
+    async with member(etcd) as it:
+        await it.claim_addresses(SUBNETS)
+        await it.record_leader("gcp", known=etcd.revision)
+        await it.leave()
+    etcd.put(KEYS.subnets, "10.4.0.0/16")
+    mirror, again = Mirror(etcd.client(), KEYS), session(etcd.client())
+    async with running(again), trio.open_nursery() as nursery:
+        await nursery.start(mirror.run)
+        await again.claim_addresses(SUBNETS)
+        await again.register(record("a", location="aws"))
+        await eventually(lambda: mirror.current and mirror.current.nodes["a"].location == "aws")
+        assert mirror.current is not None
+        assert LED in etcd
+        await again.compare(mirror.current, mirror)
+        assert LED not in etcd
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_changed_record_is_one_write_and_keeps_its_create_revision() -> None:
@@ -170,7 +231,7 @@ async def test_a_restart_does_not_adopt_the_leases_of_another_host() -> None:
         await other.register(record("b"))
         await other.put_status(StatusRecord(public_key=wg_key("b"), revision=1))
         await other.enter("gcp", CandidateClass.PUBLIC)
-        theirs = {key: kv for key, kv in etcd.data.items() if key.endswith(b"/b")}
+        theirs = {key: kv for key, kv in etcd.data.items() if b"/by/b/" in key}
         assert len(theirs) == 3
         for own, their in ((KEYS.node("a"), KEYS.node("b")), (STATUS, KEYS.status("b"))):
             etcd.put(own, etcd.get(own) or b"", lease=theirs[their.encode()].lease)
@@ -179,12 +240,12 @@ async def test_a_restart_does_not_adopt_the_leases_of_another_host() -> None:
             await again.register(record("a"))
             await again.put_status(StatusRecord(public_key=wg_key("a"), revision=1))
             await again.enter("gcp", CandidateClass.PUBLIC)
-            held = {kv.lease for key, kv in etcd.data.items() if key.endswith(b"/a")}
+            held = {kv.lease for key, kv in etcd.data.items() if b"/by/a/" in key}
             assert not held & {kv.lease for kv in theirs.values()}
             assert etcd.data[GCP.encode()].create_revision == created
             await again.forget()
         await trio.sleep(60)
-        assert {key: kv for key, kv in etcd.data.items() if key.endswith((b"/a", b"/b"))} == theirs
+        assert {key: kv for key, kv in etcd.data.items() if b"/by/" in key} == theirs
 
 
 async def test_a_restart_with_another_ttl_keeps_the_place_in_the_queue() -> None:
@@ -316,9 +377,9 @@ async def test_a_record_that_is_taken_away_comes_back_with_its_address() -> None
     async with member(etcd) as it:
         (address,) = await it.claim_addresses(SUBNETS)
         etcd.delete(NODE)
-        etcd.delete(KEYS.address(address))
+        etcd.delete(KEYS.address("a", address))
         await eventually(lambda: NODE in etcd and it.healthy, 10)
-        assert KEYS.address(address) in etcd
+        assert KEYS.address("a", address) in etcd
         assert etcd.leases()[etcd.data[NODE.encode()].lease] == 86400
 
 
@@ -586,14 +647,15 @@ async def test_a_name_lost_with_no_address_left_is_an_error_not_the_end() -> Non
         (mine,) = await it.claim_addresses(small)
         await it.register(record("a"))
         etcd.delete(NODE)
-        etcd.delete(KEYS.address(mine))
-        etcd.put(KEYS.address(ip_address("10.4.0.1")), "b")
-        etcd.put(KEYS.address(ip_address("10.4.0.2")), "c")
+        etcd.delete(KEYS.address("a", mine))
+        for name, text in (("b", "10.4.0.1"), ("c", "10.4.0.2")):
+            etcd.put(KEYS.address(name, ip_address(text)), "")
         await eventually(lambda: "no address is left" in (it.last_error or ""))
         assert not it.healthy
-        etcd.delete(KEYS.address(mine))
+        for name in "bc":
+            etcd.delete(KEYS.address(name, mine))
         await eventually(lambda: it.healthy)
-        assert etcd.get(KEYS.address(mine)) == b"a"
+        assert KEYS.address("a", mine) in etcd
 
 
 async def test_a_copy_of_a_machine_makes_no_storm() -> None:
@@ -782,7 +844,7 @@ async def test_forgetting_leaves_nothing_of_the_host_and_everything_of_the_opera
     etcd = FakeEtcd()
     async with member(etcd) as it:
         await it.claim_addresses(SUBNETS)
-        await it.record_leader("gcp")
+        await it.record_leader("gcp", known=0)
         etcd.put(KEYS.location("a"), "gcp")
         await it.forget()
         await trio.sleep(30)
@@ -861,41 +923,26 @@ async def claimed_by_a(etcd: FakeEtcd) -> tuple[Session, str]:
     """A member that has a mesh address, and the key of its claim."""
     it = session(etcd.client())
     (address,) = await it.claim_addresses(SUBNETS)
-    return it, KEYS.address(address)
+    return it, KEYS.address("a", address)
 
 
-@pytest.mark.parametrize("overwritten", [False, True])
 @pytest.mark.parametrize("restarted", [False, True])
-async def test_a_claim_that_somebody_took_is_restored_and_the_address_stays(overwritten: bool, restarted: bool) -> None:
+async def test_a_claim_that_another_writer_deleted_is_restored_and_the_address_stays(restarted: bool) -> None:
     etcd = FakeEtcd()
     it, claim = await claimed_by_a(etcd)
     async with running(it):
         await it.register(record("a"))
         assert decode_node(etcd.data[NODE.encode()].value).mesh_addresses == (ip_interface(f"{it.addresses[0]}/16"),)
-        if not overwritten:
-            etcd.delete(claim)
-        etcd.put(claim, "thief")
+        etcd.delete(claim)
+        newcomer = session(etcd.client(), "b")
+        other = await newcomer.claim_addresses((ip_network(f"{it.addresses[0]}/31", strict=False),))
+        assert other != it.addresses, "an address that a record states is not taken"
         again = session(etcd.client()) if restarted else it
         assert await again.claim_addresses(SUBNETS) == it.addresses
-        kv = etcd.data[claim.encode()]
-        assert (kv.value, kv.create_revision) == (b"a", kv.mod_revision)
+        assert claim in etcd
         revision = etcd.revision
         assert await again.claim_addresses(SUBNETS) == it.addresses
         assert etcd.revision == revision
-
-
-@pytest.mark.parametrize("junk", [b"", b"\xff\xfe", b"x" * 1_000_000])
-async def test_a_claim_made_anew_as_junk_is_restored_too(junk: bytes) -> None:
-    etcd = FakeEtcd()
-    it, claim = await claimed_by_a(etcd)
-    async with running(it):
-        await it.register(record("a"))
-        etcd.delete(claim)
-        etcd.put(claim, junk)
-        # Its record is younger than the junk, to which nobody gives the address.
-        await it.register(record("a", version="2"))
-        assert await session(etcd.client()).claim_addresses(SUBNETS) == it.addresses
-        assert etcd.data[claim.encode()].value == b"a"
 
 
 async def test_a_forged_record_does_not_renumber_the_host_that_starts() -> None:
@@ -906,56 +953,75 @@ async def test_a_forged_record_does_not_renumber_the_host_that_starts() -> None:
     etcd.put(NODE, encode(evolve(record("a"), mesh_addresses=(ip_interface(f"{theirs}/16"),))))
     again = session(etcd.client())
     assert await again.claim_addresses(SUBNETS) == it.addresses
-    assert etcd.get(KEYS.address(theirs)) == b"b"
+    assert etcd.keys(KEYS.by_root, "/addresses/") == [
+        KEYS.address("a", it.addresses[0]), KEYS.address("b", theirs)
+    ]  # fmt: skip
 
 
-async def test_a_claim_with_blanks_around_it_is_the_hosts_too() -> None:
+class Beaten(FakeClient):
+    """A client whose first claim comes after one of node b."""
+
+    async def txn(
+        self, compare: Sequence[Compare], success: Sequence[Op] = (), failure: Sequence[Op] = ()
+    ) -> TxnResult:
+        for key in [str(op.key) for op in success if isinstance(op, Put)]:
+            if "/addresses/" in key and not self.server.keys(KEYS.by("b")):
+                self.server.put(key.replace("/by/a/", "/by/b/"), "")
+        return await super().txn(compare, success, failure)
+
+
+async def test_of_two_hosts_that_claim_one_address_at_once_the_first_has_it() -> None:
+    (address,) = await session(FakeEtcd().client()).claim_addresses(SUBNETS)
     etcd = FakeEtcd()
-    it = session(etcd.client())
-    etcd.put(KEYS.address(ip_address("10.4.7.7")), "a\n")
+    (mine,) = await session(Beaten(etcd)).claim_addresses(SUBNETS)
+    assert mine != address
+    assert etcd.keys() == [KEYS.address("a", mine), KEYS.address("b", address)], "its own later claim is gone"
+
+
+@pytest.mark.parametrize("rival_first", [False, True])
+async def test_a_host_that_ended_between_claim_and_look_looks_again(rival_first: bool) -> None:
+    (address,) = await session(FakeEtcd().client()).claim_addresses(SUBNETS)
+    etcd = FakeEtcd()
+    own, rival = KEYS.address("a", address), KEYS.address("b", address)
+    for key in (rival, own) if rival_first else (own, rival):
+        etcd.put(key, "")
     revision = etcd.revision
-    assert await it.claim_addresses(SUBNETS) == (ip_address("10.4.7.7"),)
-    assert etcd.revision == revision
+    (mine,) = await session(etcd.client()).claim_addresses(SUBNETS)
+    assert (mine == address) is not rival_first
+    assert (own in etcd) is not rival_first
+    assert rival in etcd, "nobody deletes another's claim"
+    assert etcd.revision == (revision + 2 if rival_first else revision)
 
 
-async def test_an_address_that_is_another_nodes_by_now_is_given_up_and_the_record_says_so() -> None:
+async def test_an_address_that_an_older_claim_has_is_given_up_and_the_record_says_so() -> None:
+    """The claim was deleted while the host was away, and another host claimed the address meanwhile."""
     etcd = FakeEtcd()
     it, claim = await claimed_by_a(etcd)
     async with running(it):
         await it.register(record("a"))
-        etcd.delete(claim)
-        etcd.put(claim, "b")
         address = it.addresses[0]
-        etcd.put(KEYS.node("b"), encode(evolve(record("b"), mesh_addresses=(ip_interface(f"{address}/16"),))))
-        etcd.put(NODE, encode(record("a")))  # What it stated is not known any more.
-        (now,) = await it.claim_addresses(SUBNETS)
+        etcd.delete(claim)
+        etcd.put(KEYS.address("b", address), "")
+        etcd.put(claim, "")
+        assert await it.claim_addresses(SUBNETS) == (address,), "claim and record agree, and nobody doubts it"
+        (now,) = await it.claim_addresses(SUBNETS, doubted=True)
         assert now != address
-        assert etcd.get(claim) == b"b"
+        assert claim not in etcd
+        assert KEYS.address("b", address) in etcd
         await eventually(lambda: decode_node(etcd.data[NODE.encode()].value).mesh_addresses[0].ip == now, 10)
-
-
-async def test_two_hosts_that_claim_one_address_do_not_fight_for_it() -> None:
-    """The claim of one was deleted while it was away, and the other took the free address."""
-    etcd = FakeEtcd()
-    first, claim = await claimed_by_a(etcd)
-    async with running(first):
-        await first.register(record("a"))
-    etcd.delete(claim)
-    address = first.addresses[0]
-    etcd.put(claim, "b")
-    second = session(etcd.client(), "b")
-    async with running(second):
-        assert await second.claim_addresses(SUBNETS) == (address,)
-        await second.register(record("b"))
-        again = session(etcd.client())
-        assert await again.claim_addresses(SUBNETS) == (address,), "it stated the address first"
-        assert etcd.get(claim) == b"a"
-        (other,) = await second.claim_addresses(SUBNETS)
-        assert other != address
         revision = etcd.revision
-        assert await again.claim_addresses(SUBNETS) == (address,)
-        assert await second.claim_addresses(SUBNETS) == (other,)
+        assert await it.claim_addresses(SUBNETS, doubted=True) == (now,)
         assert etcd.revision == revision
+
+
+async def test_a_host_that_starts_with_claim_and_record_asks_for_no_other_s_keys() -> None:
+    etcd = FakeEtcd()
+    it, _ = await claimed_by_a(etcd)
+    async with running(it):
+        await it.register(record("a"))
+    client = etcd.client()
+    assert await session(client).claim_addresses(SUBNETS) == it.addresses
+    assert client.calls == ["txn"]
 
 
 async def test_changed_subnets_renumber_a_host_only_on_purpose() -> None:
@@ -971,7 +1037,7 @@ async def test_changed_subnets_renumber_a_host_only_on_purpose() -> None:
     assert await again.claim_addresses(SUBNETS) == it.addresses
     (new,) = await again.claim_addresses(other, renumber=True)
     assert new in other[0]
-    assert etcd.get(claim) is None
+    assert claim not in etcd
     await again.register(record("a"))
     assert await session(etcd.client()).subnets_in_force(other) == other
 
@@ -990,7 +1056,7 @@ async def test_a_claim_whose_answer_was_lost_is_the_one() -> None:
     client = etcd.client()
     it = session(client)
     (expected,) = await session(FakeEtcd().client()).claim_addresses(SUBNETS)
-    etcd.put(KEYS.address(expected), "a")
+    etcd.put(KEYS.address("a", expected), "")
     assert await it.claim_addresses(SUBNETS) == (expected,)
 
 
@@ -999,7 +1065,7 @@ async def test_a_claim_whose_answer_was_lost_is_the_one() -> None:
     [("10.0.0.0/29", 6), ("10.0.0.0/31", 2), ("10.0.0.1/32", 1), ("fd00::/125", 7), ("fd00::/127", 2)],
 )
 def test_the_candidates_are_every_host_address_once(subnet: str, count: int) -> None:
-    addresses = list(candidates("a", ip_network(subnet), set()))
+    addresses = list(candidates("a", ip_network(subnet), lambda _address: True))
     assert len(addresses) == len(set(addresses)) == count
     assert ip_address("10.0.0.0") not in addresses or count == 2
 

@@ -18,9 +18,9 @@ from kilo_etcd.store.session.cluster_guard import NoGuard
 from kilo_etcd.store.session.contested import about_status_key, contested_sentence
 from kilo_etcd.store.session.leased_keys import LeasedKeys
 from kilo_etcd.store.session.leased_writer import LeasedWriter
+from kilo_etcd.store.session.mesh_addresses import MeshAddresses
 from kilo_etcd.store.session.published_records import Published
 from kilo_etcd.store.session.registration import RecordChanged, Registration, Written
-from kilo_etcd.store.session.unleased_keys import UnleasedKeys
 from kilo_etcd.testing.fake_etcd import FakeEtcd
 
 pytestmark = pytest.mark.autojump
@@ -209,7 +209,13 @@ async def test_a_candidacy_is_deleted_before_it_is_put_again_unless_it_may_be_ov
         rng=random.Random(0),
     )  # fmt: skip
     writer = LeasedWriter(
-        "a", leased, owner, lease=lambda: lease, replaceable=lambda key: key == STATUS, apart=lambda _key: False
+        "a",
+        leased,
+        owner,
+        lease=lambda: lease,
+        replaceable=lambda key: key == STATUS,
+        apart=lambda _key: False,
+        beside=lambda _keys: [],
     )
     await put(owner)
     await writer.bring({GCP: b"1", STATUS: b"1"}, {})
@@ -223,21 +229,18 @@ async def test_a_candidacy_is_deleted_before_it_is_put_again_unless_it_may_be_ov
     assert set(etcd.keys()) == {NODE, STATUS}
 
 
-async def test_what_stands_under_no_lease_is_the_host_s_until_it_is_deleted() -> None:
+async def test_the_claims_of_a_host_stand_under_no_lease_and_are_restored() -> None:
     etcd = FakeEtcd()
-    it = UnleasedKeys(etcd.client(), KEYS, "a")
+    it = MeshAddresses(etcd.client(), KEYS, "a")
     await it.claim_again()
     assert etcd.revision == FakeEtcd().revision
     assert not await it.claim((ip_network("10.4.0.0/16"),)), "it had none before"
     (address,) = it.addresses
     assert it.stated == (ip_interface(f"{address}/16"),)
-    await it.record_leader("gcp")
-    etcd.put(KEYS.leader("aws"), "b")
-    etcd.delete(KEYS.address(address))
+    etcd.delete(KEYS.address("a", address))
     await it.claim_again()
-    assert KEYS.address(address) in etcd
-    await it.delete()
-    assert etcd.keys() == [KEYS.leader("aws")]
+    assert etcd.keys() == [KEYS.address("a", address)]
+    assert not etcd.data[KEYS.address("a", address).encode()].lease
     it.drop()
     assert not it.addresses
     assert not it.stated

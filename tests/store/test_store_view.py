@@ -15,6 +15,7 @@ from store_world import KEYS, World, record, wg_key
 from kilo_etcd.etcd.api import Header
 from kilo_etcd.model import CandidateClass, EncryptionStage, Endpoint, Granularity, InternalIPs
 from kilo_etcd.store import CandidateRecord, NodeRecord, ObservedEndpointRecord, ProbeReportRecord, encode
+from kilo_etcd.store.addresses import oldest
 from kilo_etcd.store.annotations import ANNOTATIONS, Registered, join
 from kilo_etcd.store.records import parse_interface
 from kilo_etcd.store.view import View
@@ -89,8 +90,8 @@ def test_a_node_without_an_address_is_joining() -> None:
     world.node("a")
     assert world.view.snapshot().nodes == {}
     assert world.aside == {}
-    world.put("/kilo/addresses/10.4.0.9", "a")
-    world.put("/kilo/addresses/10.4.0.8", "a")
+    world.put("/kilo/by/a/addresses/10.4.0.9", "")
+    world.put("/kilo/by/a/addresses/10.4.0.8", "")
     assert world.view.snapshot().nodes["a"].mesh_addresses == (ip_address("10.4.0.9"),), "the older claim counts"
 
 
@@ -131,7 +132,7 @@ GOOD = encode(record("x")).decode()
         ("/kilo/annotations/a/subnets", b"10.0.0.0/8,fish", "'fish' is no network"),
         ("/kilo/locations/a", b"\xff", "not UTF-8"),
         ("/kilo/locations/a", b"x" * 2000, "longer than 1024 bytes"),
-        ("/kilo/addresses/10.5.0.1", b"a", "not within the mesh's subnets (10.4.0.0/16)"),
+        ("/kilo/by/a/addresses/10.5.0.1", b"", "not within the mesh's subnets (10.4.0.0/16)"),
         ("/kilo/by/a/elections/gcp", b'{"rank":9}', "rank: 9 is none of 0, 1, 2, 3"),
         ("/kilo/by/b/endpoints/a", b"!", "not JSON"),
         ("/kilo/mesh/granularity", b"mesh", "write location, full or cross"),
@@ -195,8 +196,7 @@ def test_of_thousands_of_unknown_fields_ten_are_named_and_the_others_counted() -
 
 @pytest.mark.parametrize("last", [KEYS.node("huge"), KEYS.peer("huge"), KEYS.location("a"), KEYS.adopted,
                                   KEYS.annotation("a", "subnets"), KEYS.annotation("a", "none"),
-                                  KEYS.address(ip_address("10.4.0.9")),
-                                  KEYS.election("x", "a"), KEYS.leader("x"), KEYS.endpoint("a", "b"),
+                                  KEYS.election("x", "a"), KEYS.endpoint("a", "b"),
                                   KEYS.probe_report("x", "a"), "/kilo/nothing/known"])  # fmt: skip
 def test_of_a_rejected_value_the_reason_is_kept_and_no_more(last: str) -> None:
     world = World()
@@ -384,9 +384,9 @@ def test_a_nodes_record_alone_takes_no_peer_out() -> None:
     world.peer("laptop")
     world.node("x", public_key=wg_key("laptop"))
     assert set(world.view.snapshot().peers) == {"laptop"}
-    world.put("/kilo/addresses/10.4.0.1", "x")
+    world.put("/kilo/by/x/addresses/10.4.0.1", "")
     assert set(world.view.snapshot().peers) == set()
-    world.delete("/kilo/addresses/10.4.0.1")
+    world.delete("/kilo/by/x/addresses/10.4.0.1")
     assert set(world.view.snapshot().peers) == {"laptop"}
 
 
@@ -415,96 +415,84 @@ def mesh_of_two(**fields: object) -> World:
     return world
 
 
-@pytest.mark.parametrize("claimant", ["thief", "peer/laptop", "nobody"])
-def test_an_overwritten_claim_takes_nothing_from_its_owner(claimant: str) -> None:
+@pytest.mark.parametrize("claim", ["/kilo/by/thief/addresses/10.4.0.1", "/kilo/by/x/addresses/10.4.0.1",
+                                   "/kilo/peer-addresses/laptop/10.4.0.1"])  # fmt: skip
+def test_a_later_claim_takes_nothing_from_the_first(claim: str) -> None:
     world = mesh_of_two()
     before = world.view.snapshot()
-    world.put("/kilo/addresses/10.4.0.1", claimant)
-    assert addresses(world) == {"a": "10.4.0.1", "thief": "10.4.0.2"}
+    world.put(claim, "")
+    assert world.view.snapshot().nodes == before.nodes
     assert world.view.snapshot().nodes["a"] is before.nodes["a"]
-    assert "but the record of node a stated the address before: a keeps it" in world.aside["/kilo/addresses/10.4.0.1"]
-    # As its agent does.
-    world.delete("/kilo/addresses/10.4.0.1")
+    text = "node a claimed the address before, at revision 6: node a keeps it"
+    # A host without a record is joining, and gives up what another claimed before it.
+    assert world.aside == ({} if "/x/" in claim else {claim: text})
+    world.node("x")
+    assert world.aside == {claim: text}
+    world.delete(claim)
+    assert world.aside == {}
+
+
+def test_a_claim_with_another_value_is_the_same_claim() -> None:
+    world = mesh_of_two()
+    before = world.view.snapshot()
+    world.put("/kilo/by/a/addresses/10.4.0.1", "thief" * 1000)
+    assert world.view.snapshot().nodes is before.nodes
+    assert world.aside == {}
+    kept = world.view.kv("/kilo/by/a/addresses/10.4.0.1")
+    assert kept is not None
+    assert kept.value == b""
+
+
+def test_a_claim_that_is_deleted_leaves_the_address_to_the_node_whose_record_states_it() -> None:
+    world = mesh_of_two()
+    before = world.view.snapshot()
+    world.delete("/kilo/by/a/addresses/10.4.0.1")
     assert world.view.snapshot().nodes["a"] is before.nodes["a"]
-    world.put("/kilo/addresses/10.4.0.1", "a")
+    assert not world.view.free(ip_address("10.4.0.1"))
+    world.put("/kilo/by/a/addresses/10.4.0.1", "")
     assert world.view.snapshot().nodes["a"] is before.nodes["a"]
     assert world.aside == {}
 
 
-def test_a_claim_that_is_deleted_and_made_anew_for_another_takes_nothing_from_its_owner() -> None:
+def test_the_oldest_claim_has_the_address_until_it_is_gone() -> None:
     world = mesh_of_two()
-    world.delete("/kilo/addresses/10.4.0.1")
-    world.put("/kilo/addresses/10.4.0.1", "thief")
+    world.put("/kilo/by/thief/addresses/10.4.0.1", "")
+    world.delete("/kilo/by/a/addresses/10.4.0.1")
+    assert addresses(world) == {"thief": "10.4.0.2"}
+    assert world.aside == {
+        "/kilo/by/a/node": "it states mesh address 10.4.0.1, which is claimed by node thief: node thief keeps it"
+    }
+    world.put("/kilo/by/a/addresses/10.4.0.1", "")
+    assert addresses(world) == {"thief": "10.4.0.2"}
+    assert "node thief claimed the address before" in world.aside["/kilo/by/a/addresses/10.4.0.1"]
+    world.delete("/kilo/by/thief/addresses/10.4.0.1")
     assert addresses(world) == {"a": "10.4.0.1", "thief": "10.4.0.2"}
-    assert set(world.aside) == {"/kilo/addresses/10.4.0.1"}
+    assert world.aside == {}
 
 
 def test_a_record_that_states_the_address_of_another_gets_nothing() -> None:
     world = mesh_of_two()
     world.node("thief", **stating("10.4.0.1/16"))
     assert addresses(world) == {"a": "10.4.0.1", "thief": "10.4.0.2"}
-    assert world.aside == {"/kilo/by/thief/node": "it states mesh address 10.4.0.1, which is claimed by a: a keeps it"}
-
-
-@pytest.mark.parametrize("rewritten", [False, True])
-def test_a_record_and_a_claim_together_do_not_get_the_address_either(rewritten: bool) -> None:
-    world = mesh_of_two()
-    world.node("thief", **stating("10.4.0.1/16"))
-    if rewritten:
-        world.node("a", **stating("10.4.0.1/16"))
-    world.put("/kilo/addresses/10.4.0.1", "thief")
+    assert world.aside == {
+        "/kilo/by/thief/node": "it states mesh address 10.4.0.1, which is claimed by node a: node a keeps it"
+    }
+    world.delete("/kilo/by/a/addresses/10.4.0.1")
     assert addresses(world) == {"thief": "10.4.0.2"}
-    assert "nobody has it until" in world.aside["/kilo/addresses/10.4.0.1"]
-    world.delete("/kilo/addresses/10.4.0.1")
-    assert addresses(world) == {"thief": "10.4.0.2"}
-    world.put("/kilo/addresses/10.4.0.1", "a")
-    if rewritten:
-        # Who stated it first cannot be told any more: the operator has to say who goes.
-        assert addresses(world) == {"thief": "10.4.0.2"}
-        assert "kgctl node forget" in world.aside["/kilo/addresses/10.4.0.1"]
-        world.node("thief", **stating("10.4.0.2/16"))
+    assert "nobody claims and which the records of a state too" in world.aside["/kilo/by/thief/node"]
+    world.put("/kilo/by/a/addresses/10.4.0.1", "")
     assert addresses(world) == {"a": "10.4.0.1", "thief": "10.4.0.2"}
 
 
-def test_a_claim_deleted_and_made_anew_together_with_a_record_does_not_get_the_address_either() -> None:
+def test_another_claim_of_a_node_does_not_renumber_it() -> None:
     world = mesh_of_two()
-    world.node("thief", **stating("10.4.0.1/16"))
-    world.delete("/kilo/addresses/10.4.0.1")
-    world.put("/kilo/addresses/10.4.0.1", "thief")
-    assert addresses(world) == {"thief": "10.4.0.2"}
-
-
-def test_another_claim_for_a_node_does_not_renumber_it() -> None:
-    world = mesh_of_two()
-    world.put("/kilo/addresses/10.4.0.0", "a")
+    world.put("/kilo/by/a/addresses/10.4.0.0", "")
     assert addresses(world)["a"] == "10.4.0.1"
 
 
-def test_a_claim_that_names_nobody_takes_nothing_and_is_named() -> None:
-    world = World()
-    world.node("a", "10.4.0.1", mesh_addresses=(ip_interface("10.4.0.1/16"),))
-    world.delete("/kilo/addresses/10.4.0.1")
-    world.put("/kilo/addresses/10.4.0.1", " ")
-    # Its record is written again, later than the claim.
-    world.node("a", mesh_addresses=(ip_interface("10.4.0.1/16"),), version="2")
-    assert world.view.snapshot().nodes["a"].mesh_addresses == (ip_address("10.4.0.1"),)
-    assert world.aside["/kilo/addresses/10.4.0.1"] == "the claim names nobody"
-
-
-def test_an_overwritten_claim_that_no_record_states_is_nobodys() -> None:
-    world = World()
-    world.node("a", "10.4.0.1")
-    world.node("thief", "10.4.0.2")
-    world.put("/kilo/addresses/10.4.0.1", "thief")
-    assert addresses(world) == {"thief": "10.4.0.2"}
-    assert "delete the key, then a node can claim it anew" in world.aside["/kilo/addresses/10.4.0.1"]
-
-
-def test_a_connected_peer_that_claims_again_is_no_contradiction() -> None:
-    world = World()
-    for _ in range(2):
-        world.put("/kilo/addresses/10.4.0.9", "peer/laptop")
-    assert world.aside == {}
+def test_two_claims_of_one_transaction_are_told_apart_by_name() -> None:
+    claims = {("peer", "a"): 7, ("node", "b"): 7, ("node", "a"): 8}
+    assert oldest(claims) == ("node", "b")
 
 
 def test_hosts_say_the_same_of_missing_subnets_whatever_they_knew_before() -> None:
@@ -541,10 +529,10 @@ def test_changed_subnets_leave_the_nodes_in_force() -> None:
         "with --renumber"
     }
     # On purpose: one after the other.
-    world.delete("/kilo/addresses/10.4.0.1")
+    world.delete("/kilo/by/a/addresses/10.4.0.1")
     world.node("a", "10.5.0.1", **stating("10.5.0.1/16"))
     assert set(world.view.snapshot().nodes) == {"b", "c"}
-    world.delete("/kilo/addresses/10.4.0.2")
+    world.delete("/kilo/by/b/addresses/10.4.0.2")
     world.node("b", "10.5.0.2", **stating("10.5.0.2/16"))
     assert set(world.view.snapshot().nodes) == {"a", "b"}
     assert KEYS.subnets not in world.aside
@@ -591,8 +579,8 @@ def test_nodes_whose_records_state_nothing_count_for_the_subnets_that_they_are_i
         assert world.view.snapshot().nodes == before.nodes
     # Only where they really are.
     for name, address in zip("bcd", ("10.4.0.2", "10.4.0.3", "10.4.0.4"), strict=True):
-        world.delete(f"/kilo/addresses/{address}")
-        world.put(f"/kilo/addresses/{address.replace('10.4.', '10.5.')}", name)
+        world.delete(f"/kilo/by/{name}/addresses/{address}")
+        world.put(f"/kilo/by/{name}/addresses/{address.replace('10.4.', '10.5.')}", "")
     assert subnets() == "10.5.0.0/16"
 
 
@@ -600,11 +588,18 @@ def test_candidates_and_leaders() -> None:
     world = World()
     world.put(KEYS.election("", "a"), encode(CandidateRecord(rank=CandidateClass.REST, since="now")))
     world.put(KEYS.election("eu/west", "b"), encode(CandidateRecord(rank=CandidateClass.PUBLIC)))
-    world.put(KEYS.leader("eu/west"), "b")
+    world.put(KEYS.leader("eu/west", "a"), "", lease=1)
+    world.put(KEYS.leader("eu/west", "b"), "", lease=1)
     snapshot = world.view.snapshot()
     assert [(c.node, c.rank, c.create_revision) for c in snapshot.candidates[""]] == [("a", CandidateClass.REST, 3)]
     assert snapshot.candidates["eu/west"][0].node == "b"
-    assert snapshot.leaders == {"eu/west": "b"}
+    assert snapshot.leaders == {"eu/west": ("b", "a")}
+    world.put(KEYS.leader("eu/west", "a"), "", lease=1)
+    assert world.view.snapshot().leaders == {"eu/west": ("a", "b")}
+    world.delete(KEYS.leader("eu/west", "a"))
+    assert world.view.snapshot().leaders == {"eu/west": ("b",)}
+    world.delete(KEYS.leader("eu/west", "b"))
+    assert world.view.snapshot().leaders == {}
     world.delete(KEYS.election("", "a"))
     assert set(world.view.snapshot().candidates) == {"eu/west"}
 
@@ -615,9 +610,10 @@ def test_candidates_and_leaders() -> None:
         (KEYS.election("gcp", "b"), encode(CandidateRecord(rank=CandidateClass.ANNOTATED))),
         (KEYS.probe_report("gcp", "b"), encode(ProbeReportRecord(leader="a", candidacy=4, targets=("a",)))),
         (KEYS.endpoint("a", "b"), encode(ObservedEndpointRecord(public_key=wg_key("a"), endpoint=SEEN))),
+        (KEYS.leader("gcp", "b"), b""),
         (KEYS.election("gcp", "b"), b"{"),
     ],
-    ids=["candidacy", "probe report", "observed endpoint", "junk"],
+    ids=["candidacy", "probe report", "observed endpoint", "leader", "junk"],
 )
 def test_what_would_outlive_its_host_is_rejected_with_the_remedy(key: str, value: bytes) -> None:
     """As after `etcdctl put` in the name of a host that does not run."""
@@ -645,11 +641,11 @@ def test_what_would_outlive_its_host_is_rejected_with_the_remedy(key: str, value
 def test_other_subnets_bring_other_addresses_in() -> None:
     world = World()
     world.node("a", "10.4.0.1")
-    world.put("/kilo/addresses/10.5.0.1", "a")
-    assert "/kilo/addresses/10.5.0.1" in world.aside
+    world.put("/kilo/by/a/addresses/10.5.0.1", "")
+    assert "/kilo/by/a/addresses/10.5.0.1" in world.aside
     world.put(KEYS.subnets, "10.5.0.0/16")
     assert world.view.snapshot().nodes["a"].mesh_addresses == (ip_address("10.5.0.1"),)
-    assert set(world.aside) == {"/kilo/addresses/10.4.0.1"}
+    assert set(world.aside) == {"/kilo/by/a/addresses/10.4.0.1"}
 
 
 # --- any order, any path ----------------------------------------------------------------------------------------------
@@ -670,9 +666,10 @@ puts = st.one_of(
         subnets,
     ),
     st.builds(lambda name, key: (KEYS.peer(name), b'{"publicKey":"%s"}' % wg_key(key).encode()), names, names),
-    st.builds(lambda i, name: (f"/kilo/addresses/10.4.0.{i}", name.encode()), st.integers(1, 3), names),
-    st.builds(lambda i, name: (f"/kilo/addresses/10.4.0.{i}", b"peer/" + name.encode()), st.integers(1, 3), names),
-    st.builds(lambda i, name: (f"/kilo/addresses/10.5.0.{i}", name.encode()), st.integers(1, 2), names),
+    st.builds(lambda i, name: (f"/kilo/by/{name}/addresses/10.4.0.{i}", b""), st.integers(1, 3), names),
+    st.builds(lambda i, name: (f"/kilo/peer-addresses/{name}/10.4.0.{i}", b""), st.integers(1, 3), names),
+    st.builds(lambda i, name: (f"/kilo/by/{name}/addresses/10.5.0.{i}", b""), st.integers(1, 2), names),
+    st.builds(lambda name, label: (KEYS.leader(label, name), b""), names, st.sampled_from(["", "gcp"])),
     st.builds(lambda name, nets: (KEYS.annotation(name, "subnets"), ",".join(nets).encode()), names, subnets),
     st.builds(lambda name, label: (KEYS.location(name), label.encode()), names, st.sampled_from(["", "gcp", "aws"])),
     st.builds(lambda name: (KEYS.election("gcp", name), b'{"rank":1}'), names),
@@ -714,8 +711,8 @@ def test_one_change_at_a_time_comes_to_the_same_as_reading_all(
 
 victims = st.builds(
     lambda claimed, name, made, key: [
-        (f"/kilo/addresses/{claimed}", name.encode()),
-        (f"/kilo/addresses/{claimed}", None),
+        (f"/kilo/by/{name}/addresses/{claimed}", b""),
+        (f"/kilo/by/old/addresses/{claimed}", None),
         (KEYS.node(name), encode(record(name, public_key=wg_key(key), **stating(*made)))),
         (KEYS.peer(name), b'{"publicKey":"%s"}' % wg_key(key).encode()),
         (KEYS.subnets, b"10.5.0.0/16"),

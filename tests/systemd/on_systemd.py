@@ -224,7 +224,7 @@ def test_the_status_line_shows_the_role() -> None:
         internal_ips=(ip_interface("10.9.0.8/24"),),
         location="gcp",
     )
-    etcdctl("put", "/kilo/addresses/10.4.0.8", "node-2")
+    etcdctl("put", "/kilo/by/node-2/addresses/10.4.0.8", "")
     etcdctl("put", keys.node("node-2"), encode(record).decode())
     wait(lambda: "leader" in shown("StatusText")["StatusText"], 60, "the role in the status line")
     printed = run("systemctl status --no-pager kilo-etcd").stdout

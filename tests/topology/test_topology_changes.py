@@ -54,7 +54,7 @@ STEPS: dict[str, Callable[[Snapshot], Snapshot]] = {
     "location IPs": changed(7, allowed_location_ips=nets("172.31.0.0/24")),
     "the host itself": changed(5, subnets=(), persistent_keepalive=9),
     "the host's neighbour": changed(25, mesh_addresses=(ip_address("10.4.0.99"),)),
-    "the leader on record": lambda world: evolve(world, leaders={"l5": "n25", "l7": "n27"}),
+    "the leader on record": lambda world: evolve(world, leaders={"l5": ("n25",), "l7": ("n27",)}),
     "the peer gone": lambda world: evolve(world, peers={}),
     "the peer's networks": lambda world: evolve(world, peers={"p": peer("p", "10.9.0.0/24 172.20.3.0/24")}),
     "a key taken": changed(7, public_key="key-p"),

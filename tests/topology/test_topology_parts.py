@@ -31,42 +31,43 @@ class TestElection:
         ("candidates", "recorded", "leader", "next_in_line", "reason"),
         [
             ([offer("a1", REST, 9), offer("a2", PUBLIC, 10)], "a1", "a2", "a1", Reason.CANDIDATE),
-            ([offer("a1", REST, 9), offer("a2", REST, 8), offer("a3", REST, 7)], None, "a3", "a2", Reason.CANDIDATE),
-            ([offer("a1", PUBLIC, 9), offer("a3", ANNOTATED, 90)], None, "a3", "a1", Reason.CANDIDATE),
-            ([offer("a3", REST, 5), offer("a2", REST, 5)], None, "a2", "a3", Reason.CANDIDATE),
+            ([offer("a1", REST, 9), offer("a2", REST, 8), offer("a3", REST, 7)], "", "a3", "a2", Reason.CANDIDATE),
+            ([offer("a1", PUBLIC, 9), offer("a3", ANNOTATED, 90)], "", "a3", "a1", Reason.CANDIDATE),
+            ([offer("a3", REST, 5), offer("a2", REST, 5)], "", "a2", "a3", Reason.CANDIDATE),
             ([offer("gone", ANNOTATED, 1), offer("a2", REST, 5)], "a1", "a2", None, Reason.CANDIDATE),
             ([offer("gone", ANNOTATED, 1)], "a3", "a3", None, Reason.RECORDED),
             ([], "a3", "a3", None, Reason.RECORDED),
             ([], "gone", "a1", None, Reason.FALLBACK),
-            ([], None, "a1", None, Reason.FALLBACK),
+            ([], "gone a2 a3", "a2", None, Reason.RECORDED),
+            ([], "", "a1", None, Reason.FALLBACK),
         ],
     )
     def test_table(
         self,
         candidates: list[Candidate],
-        recorded: str | None,
+        recorded: str,
         leader: str,
         next_in_line: str | None,
         reason: Reason,
     ) -> None:
         for members in ([A1, A2, A3], [A3, A2, A1]):
             for order in (candidates, candidates[::-1]):
-                election = elect(members, order, recorded)
+                election = elect(members, order, recorded.split())
                 assert (election.leader, election.next_in_line, election.reason) == (leader, next_in_line, reason)
 
     def test_alone(self) -> None:
-        assert elect([LONE], [], None).leader == "c1"
+        assert elect([LONE], [], ()).leader == "c1"
         with pytest.raises(ValueError, match="without members"):
-            elect([], [], None)
+            elect([], [], ())
 
     def test_without_an_internal_ip_one_cannot_serve_others(self) -> None:
         bare = evolve(A2, internal_ips=(), leader_wanted=True)
-        assert elect([A1, bare], [offer("a2", ANNOTATED, 1), offer("a1", REST, 2)], None).leader == "a1"
-        assert elect([A3, bare], [], None).leader == "a3"
+        assert elect([A1, bare], [offer("a2", ANNOTATED, 1), offer("a1", REST, 2)], ()).leader == "a1"
+        assert elect([A3, bare], [], ()).leader == "a3"
 
     def test_the_oldest_registration_leads_when_all_else_is_equal(self) -> None:
         young, old = evolve(A2, registered_revision=50), evolve(A3, registered_revision=4)
-        assert elect([young, old], [], None).leader == "a3"
+        assert elect([young, old], [], ()).leader == "a3"
 
     def test_a_relabelled_candidate_leads_nowhere_until_it_is_there(self) -> None:
         moved = evolve(A1, location="other")

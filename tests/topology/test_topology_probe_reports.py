@@ -44,7 +44,7 @@ def report(prober: str, flags: str = "", leader: str = "a1", candidacy: int = 10
 
 def choose(size: int, *probe_reports: ProbeReport, behind: Sequence[str] = ()) -> Election:
     nodes = A[:size]
-    return elect(nodes, line(*(one.name for one in nodes), behind=behind), None, probe_reports)
+    return elect(nodes, line(*(one.name for one in nodes), behind=behind), (), probe_reports)
 
 
 @pytest.mark.parametrize(
@@ -80,14 +80,14 @@ def test_who_leads(size: int, probe_reports: list[ProbeReport], leader: str) -> 
 
 def test_a_member_that_is_no_candidate_is_neither_a_voter_nor_from_elsewhere() -> None:
     nodes, reports = A[:4], [report("a2", "fr"), report("a4", "f")]
-    assert elect(nodes, line("a1", "a2", "a3"), None, reports).leader == "a1"
-    assert elect(nodes, line("a1", "a2", "a3"), None, [*reports, report("b1")]).leader == "a2"
+    assert elect(nodes, line("a1", "a2", "a3"), (), reports).leader == "a1"
+    assert elect(nodes, line("a1", "a2", "a3"), (), [*reports, report("b1")]).leader == "a2"
 
 
 def test_a_prober_that_has_moved_away_is_not_from_elsewhere() -> None:
     reports = [report("a2", "r"), report("a3")]
-    assert elect(A[:3], line("a1", "a2", "a3"), None, reports).leader == "a1"
-    assert elect(A[:2], line("a1", "a2"), None, reports).leader == "a1"
+    assert elect(A[:3], line("a1", "a2", "a3"), (), reports).leader == "a1"
+    assert elect(A[:2], line("a1", "a2"), (), reports).leader == "a1"
 
 
 def test_a_leader_demoted_before_takes_over_from_nobody() -> None:
@@ -99,7 +99,7 @@ def test_a_leader_demoted_before_takes_over_from_nobody() -> None:
 def test_a_demoted_leader_is_behind_everyone() -> None:
     nodes = A[:3]
     again = [Candidate(node="a1", rank=CandidateClass.DEMOTED, create_revision=200), *line("a1", "a2", "a3")[1:]]
-    assert elect(nodes, again, None).order == ("a2", "a3", "a1")
+    assert elect(nodes, again, ()).order == ("a2", "a3", "a1")
     alone = [Candidate(node="a1", rank=CandidateClass.DEMOTED, create_revision=200)]
     assert elect(nodes, alone, "a2").leader == "a1"
 
@@ -127,9 +127,9 @@ def test_any_reports_in_any_order_give_one_leader_and_never_without_a_takeover_c
 ) -> None:
     nodes = A[:4]
     candidates = line("a1", "a2", "a3", "a4", behind=sorted(behind))
-    election = elect(nodes, candidates, None, reports)
-    assert all(elect(nodes, candidates, None, order) == election for order in permutations(reports))
-    unmoved = elect(nodes, candidates, None)
+    election = elect(nodes, candidates, (), reports)
+    assert all(elect(nodes, candidates, (), order) == election for order in permutations(reports))
+    unmoved = elect(nodes, candidates, ())
     if election.leader != unmoved.leader:
         deciding = [one for one in reports if one.prober == election.leader]
         assert deciding

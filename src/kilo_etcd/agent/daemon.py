@@ -578,7 +578,10 @@ class Daemon:
         told = False
         with trio.move_on_after(HANDOVER_SECONDS):
             try:
-                told = await self.session.leave()
+                succeeded = candidacy_policy.succeeded(
+                    self.topology, self.name, self.session.candidacy.location, leaves=True
+                )
+                told = await self.session.leave(succeeded=succeeded)
                 if not led or not told:
                     return
                 while self.role.leader == self.name:
@@ -822,7 +825,7 @@ class Daemon:
                 f"addresses are in {now} still; start their agents once with --renumber too"
             )
         key = self.keys.node(self.name)
-        claims = {self.keys.address(address) for address in self.session.addresses}
+        claims = {self.keys.address(self.name, address) for address in self.session.addresses}
         reasons = "; ".join(note.reason for note in snapshot.rejected if note.key == key or note.key in claims)
         return f"this host is not among the mesh's nodes: {reasons or f'see the rejected records of {self.name}'}"
 
@@ -1065,6 +1068,6 @@ class Daemon:
             if self.snapshot is not None and self.topology is not None and not self._leaving:
                 ready = self._ready and self.applied_revision >= self.snapshot.revision
                 leads = self.role is not None and self.role.kind is store.Role.LEADER
-                due = await self._candidacy.update(self.snapshot, leads=leads, ready=ready)
+                due = await self._candidacy.update(self.snapshot, self.topology, leads=leads, ready=ready)
             with trio.move_on_at(due if due is not None else float("inf")):
                 await applied.wait()

@@ -94,7 +94,7 @@ def _prospect(config: AgentConfig, chosen: discover.Chosen, snapshot: Snapshot, 
     addresses = []
     for subnet in snapshot.subnets:
         try:
-            addresses.append(next(candidates(config.hostname, subnet, taken)))
+            addresses.append(next(candidates(config.hostname, subnet, lambda address: address not in taken)))
         except StopIteration:
             click.echo(f"# no address is left for {config.hostname} in {subnet}: the agent would not start")
     return Node(

@@ -1,4 +1,4 @@
-"""Restores what somebody else has changed in etcd: the claim of this host's mesh address, the mesh's settings, and the
+"""Restores what another writer has changed in etcd: the claim of this host's mesh address, the mesh's settings, and the
 keys in the host's name under its lease.
 
 The host's registration, candidacy and status are watched by the session. The tasks here sleep until there is a
@@ -16,7 +16,7 @@ from kilo_etcd import etcd, store
 from kilo_etcd.base.backoff import RepairBackoff
 from kilo_etcd.model import Granularity, MeshSettings, Snapshot
 from kilo_etcd.runtime.logs import Once, get_logger
-from kilo_etcd.store.records import decode_claim
+from kilo_etcd.store.addresses import named
 
 SETTINGS_SECONDS = 2.0
 """Within which the agents put lost settings of the mesh back, each at its own moment."""
@@ -96,14 +96,14 @@ class Restorer:
                 due = await self._session.compare(self._snapshot, self._mirror())
 
     async def _watch_claims(self) -> None:
-        """Restore the claim of a mesh address that somebody has deleted or overwritten; take another address if this
-        one is another's by now."""
+        """Restore the claim of a mesh address that another writer has deleted; take another address if an older claim
+        of this one is there."""
         backoff = RepairBackoff()
         log = get_logger(node=self._name)
         while True:
             await self._unclaimed.wait()
             self._unclaimed = trio.Event()
-            # A writer that changes it again and again is not answered each time at once: the address stays this host's
+            # A writer that deletes it again and again is not answered each time at once: the address stays this host's
             # meanwhile.
             await trio.sleep(backoff.pause(trio.current_time()))
             lost, before = self._lost_claims(), self._session.addresses
@@ -113,7 +113,7 @@ class Restorer:
                 continue
             try:
                 await self._mirror().verify()
-                addresses = await self._session.claim_addresses(self._settings.subnets)
+                addresses = await self._session.claim_addresses(self._settings.subnets, doubted=True)
             except (etcd.EtcdError, *REFUSALS) as error:
                 self._once.error("claim", "the claim of this host's mesh address cannot be restored",
                                  claim="; ".join(lost), error=str(error))  # fmt: skip
@@ -126,13 +126,13 @@ class Restorer:
             self._once.clear("claim", "this host's mesh address is claimed again")
             self._note_trouble(None)
             if addresses == before:
-                log.error("another writer changed the claim of this host's mesh address; restored",
+                log.error("another writer deleted the claim of this host's mesh address; restored",
                           claim="; ".join(lost))  # fmt: skip
                 continue
             now, then = (",".join(map(str, each)) for each in (addresses, before))
             self.renumbered = (
                 f"this host has mesh address {now} and no longer {then}: {'; '.join(lost)}; see which users may write "
-                f"{self._keys.addresses_root}"
+                f"{self._keys.by_root}"
             )
             log.error(self.renumbered)
 
@@ -172,14 +172,10 @@ class Restorer:
         """What is wrong with the claims of this host's addresses, as etcd holds them now."""
         result = []
         for address in self._session.addresses:
-            key = self._keys.address(address)
-            kv = self._mirror().kv(key)
-            if kv is None:
+            key = self._keys.address(self._name, address)
+            holder = self._mirror().holder(address)
+            if holder not in (None, ("node", self._name)):
+                result.append(f"{named(holder)} has the older claim of {address}")
+            elif self._mirror().kv(key) is None:
                 result.append(f"{key} was deleted")
-            elif kv.value.strip() != self._name.encode() or kv.create_revision != kv.mod_revision:
-                try:
-                    what = f"was changed to {decode_claim(kv.value)!r} at revision {kv.mod_revision}"
-                except store.RecordError as error:
-                    what = f"was changed at revision {kv.mod_revision}: {error}"
-                result.append(f"{key} {what}")
         return tuple(result)

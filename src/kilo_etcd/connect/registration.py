@@ -2,27 +2,41 @@
 
 `decide` is pure: what to write for the desired peer, given what etcd holds, or the sentence with which it is refused. A
 record under a lease is a connect's, and dies with it within `LEASE_SECONDS`; one without a lease is the operator's, is
-used as it is and stays. An address within the mesh's subnets is claimed like a node's, by a create-only transaction, so
-that no node ever gets it; the claim is under the same lease.
+used as it is and stays. An address within the mesh's subnets is claimed like a node's, so that no node ever gets it:
+the claim is written with the record and under the same lease, and if another claim turns out to be older, both are
+taken back and another address is chosen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from ipaddress import ip_network
 from typing import TYPE_CHECKING
 
 import trio
-from attrs import evolve, field, frozen
+from attrs import evolve, frozen
 
 from kilo_etcd.ctl.change import after
 from kilo_etcd.ctl.context import Failure
 from kilo_etcd.ctl.impact import new_trouble
-from kilo_etcd.etcd.api import Client, Compare, KeyValue, LeaseNotFound, Op, Put, absent, unchanged
+from kilo_etcd.etcd.api import (
+    Client,
+    Compare,
+    CompareTarget,
+    Delete,
+    Is,
+    KeyValue,
+    LeaseNotFound,
+    Op,
+    Put,
+    absent,
+    unchanged,
+)
 from kilo_etcd.model import IPAddress, IPNetwork, Snapshot
 from kilo_etcd.store import operator
-from kilo_etcd.store.claims import candidates
-from kilo_etcd.store.keys import AddressKey, Keys, claimant
+from kilo_etcd.store.addresses import named
+from kilo_etcd.store.claims import candidates, look
+from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.lease import KeptLease
 from kilo_etcd.store.records import PeerRecord, RecordError, decode_peer, encode
 
@@ -55,7 +69,7 @@ class Decision:
 
     record: PeerRecord
     writes: bool = True
-    claims: Mapping[IPAddress, str] = field(factory=dict)
+    claims: tuple[IPAddress, ...] = ()
     chosen: tuple[IPAddress, ...] = ()
     """Those of the addresses that were chosen here."""
 
@@ -79,14 +93,14 @@ def decide(desired: DesiredPeer, snapshot: Snapshot, view: View, keys: Keys) -> 
     if allowed is None:
         allowed = base.allowed_ips
         if not any(network.num_addresses == 1 for network in allowed):
-            chosen = _free_addresses(name, snapshot, view, keys)
+            chosen = _free_addresses(name, snapshot, view)
             allowed = (*allowed, *(ip_network(address) for address in chosen))
     if not any(network.num_addresses == 1 for network in allowed):
         raise Failure(f"--allowed-ips {','.join(map(str, allowed))} names no single address for this machine itself")
     keepalive = base.persistent_keepalive if desired.persistent_keepalive is None else desired.persistent_keepalive
     return Decision(
         record=evolve(base, public_key=desired.public_key, allowed_ips=allowed, persistent_keepalive=keepalive),
-        claims={address: claimant(name) for address in _to_claim(name, allowed, snapshot, view, keys)},
+        claims=tuple(_to_claim(name, allowed, snapshot, view)),
         chosen=chosen,
     )
 
@@ -119,16 +133,15 @@ def _refuse(desired: DesiredPeer, held: KeyValue, record: PeerRecord | None) -> 
         )
 
 
-def _free_addresses(name: str, snapshot: Snapshot, view: View, keys: Keys) -> tuple[IPAddress, ...]:
+def _free_addresses(name: str, snapshot: Snapshot, view: View) -> tuple[IPAddress, ...]:
     """One address of each of the mesh's subnets: the peer's own claim of before, or else a free one."""
-    held = {parsed.address: kv.value.decode(errors="replace") for parsed, kv in _claims(view, keys)}
+    me = ("peer", name)
+    claimed = sorted((address for address in view.claimed_by(me) if view.holder(address) == me), key=int)
     granted = [network for peer in snapshot.peers.values() if peer.name != name for network in peer.allowed_ips]
-    # A node keeps the address that its record states while its claim is gone.
-    nodes = {address for node in snapshot.nodes.values() for address in node.mesh_addresses}
     addresses: list[IPAddress] = []
     for subnet in snapshot.subnets:
-        own = sorted((a for a, owner in held.items() if owner == claimant(name) and a in subnet), key=int)
-        tries: Iterable[IPAddress] = own or candidates(claimant(name), subnet, held.keys() | nodes)
+        own = [address for address in claimed if address in subnet]
+        tries: Iterable[IPAddress] = own or candidates(f"peer/{name}", subnet, view.free)
         free = (a for a in tries if not any(a.version == n.version and a in n for n in granted))
         address = next(free, None)
         if address is None:
@@ -137,16 +150,7 @@ def _free_addresses(name: str, snapshot: Snapshot, view: View, keys: Keys) -> tu
     return tuple(addresses)
 
 
-def _claims(view: View, keys: Keys) -> Iterable[tuple[AddressKey, KeyValue]]:
-    for kv in view.kvs(keys.addresses_root):
-        parsed = keys.parse(kv.key)
-        if isinstance(parsed, AddressKey):
-            yield parsed, kv
-
-
-def _to_claim(
-    name: str, allowed: Iterable[IPNetwork], snapshot: Snapshot, view: View, keys: Keys
-) -> Iterable[IPAddress]:
+def _to_claim(name: str, allowed: Iterable[IPNetwork], snapshot: Snapshot, view: View) -> Iterable[IPAddress]:
     for network in allowed:
         for subnet in snapshot.subnets:
             if network.version != subnet.version or not network.overlaps(subnet):
@@ -157,10 +161,10 @@ def _to_claim(
                     "single addresses within it; nothing was written"
                 )
             address = network.network_address
-            held = view.kv(keys.address(address))
-            if held is not None and held.value != claimant(name).encode():
+            holder = view.holder(address)
+            if holder not in (None, ("peer", name)):
                 raise Failure(
-                    f"{address} is claimed by {held.value.decode(errors='replace')} already; leave --allowed-ips out "
+                    f"{address} is claimed by {named(holder)} already; leave --allowed-ips out "
                     "to have a free address chosen; nothing was written"
                 )
             yield address
@@ -206,7 +210,7 @@ class PeerRegistration:
     def _puts(self, decision: Decision) -> dict[str, str]:
         if not decision.writes:
             return {}
-        claims = {self._keys.address(address): owner for address, owner in decision.claims.items()}
+        claims = {self._keys.peer_address(self._desired.name, address): "" for address in decision.claims}
         return {self._keys.peer(self._desired.name): encode(decision.record).decode(), **claims}
 
     async def register(self) -> Decision:
@@ -219,6 +223,7 @@ class PeerRegistration:
                 self.decision, self.revision = decision, view.revision
                 return decision
             compare = [_as_it_was(view, key) for key in puts]
+            new = [key for key in puts if view.kv(key) is None]
             # This uses the view up.
             if trouble := new_trouble(before, after(view, puts, [])):
                 raise Failure("; ".join(trouble) + "; nothing was written")
@@ -230,10 +235,21 @@ class PeerRegistration:
             except LeaseNotFound:
                 self._lease.mark_unconfirmed()
                 continue
-            if done.succeeded:
-                self.decision, self.revision = decision, done.header.revision
-                return decision
+            if not done.succeeded:
+                continue
+            if decision.claims and not await self._has(decision.claims):
+                # Another claim came between look and write.
+                as_written = [Compare(key, CompareTarget.MOD, Is.EQUAL, done.header.revision) for key in new]
+                await self._client.txn(as_written, [Delete(key) for key in new])
+                continue
+            self.decision, self.revision = decision, done.header.revision
+            return decision
         raise Failure(f"others change the record of peer {self._desired.name} again and again; nothing was written")
+
+    async def _has(self, addresses: Iterable[IPAddress]) -> bool:
+        """Whether no claim of these addresses is older than this machine's."""
+        index = await look(self._client, self._keys, keys_only=True)
+        return all(index.holder(address) == ("peer", self._desired.name) for address in addresses)
 
     async def mend(self, held: KeyValue | None) -> bool:
         """Put the record back where it went with its lease; whether it was. `held` is what stands there as of

@@ -28,6 +28,7 @@ from kilo_etcd.etcd.api import (
     Op,
     Put,
     absent,
+    prefix_end,
     unchanged,
 )
 from kilo_etcd.model import Snapshot
@@ -56,6 +57,8 @@ class Edit:
 
     puts: Mapping[str, str] = field(factory=dict)
     deletes: tuple[str, ...] = ()
+    deletes_below: tuple[str, ...] = ()
+    """Prefixes: all keys that begin with one are deleted, those too that come while the command looks."""
     refused_by: Mapping[str, str] = field(factory=dict)
     """Key -> the sentence that it is refused with where that key exists."""
     refuses_trouble: bool = False
@@ -123,7 +126,7 @@ class Prepared:
         as_made = [
             Compare(op.key, CompareTarget.VALUE, Is.EQUAL, _raw(op.value)) if isinstance(op, Put) else absent(op.key)
             for op in self.operations
-            if isinstance(op, Put | Delete)
+            if isinstance(op, Put) or (isinstance(op, Delete) and op.range_end is None)
         ]
         return self._transact(tuple(as_made), self.backwards)
 
@@ -147,15 +150,16 @@ def prepare(mesh: Mesh, decide: Callable[[Snapshot, View, Keys], Edit]) -> Prepa
     conditions = [*(_as_it_was(view, key) for key in (*edit.puts, *edit.deletes)), *map(absent, edit.refused_by)]
     wanted = {key: value for key, value in edit.puts.items() if _value(view, key) != value}
     gone = [key for key in edit.deletes if view.kv(key) is not None]
-    if not wanted and not gone:
+    below = [kv.key.decode(errors="replace") for prefix in edit.deletes_below for kv in view.kvs(prefix)]
+    if not wanted and not gone and not below:
         return None
     if len(conditions) > MOST:
         raise Failure(
             f"{len(conditions)} keys are too many for one transaction of etcd's: change at most {MOST} in one go"
         )
     _refuse(mesh, edit)
-    held = _whole(mesh, {key: view.kv(key) for key in (*wanted, *gone)})
-    then = after(view, wanted, gone)
+    held = _whole(mesh, {key: view.kv(key) for key in (*wanted, *gone, *below)})
+    then = after(view, wanted, [*gone, *below])
     if edit.refuses_trouble and (trouble := new_trouble(before, then)):
         raise Failure("; ".join(trouble) + "; nothing was written")
     if (reason := edit.forbids(then)) is not None:
@@ -166,7 +170,11 @@ def prepare(mesh: Mesh, decide: Callable[[Snapshot, View, Keys], Edit]) -> Prepa
         lines=impact(before, then),
         question=edit.asks or (disruption(before, then) if edit.asks_if_disruptive else ""),
         conditions=tuple(conditions),
-        operations=(*(Put(key, value) for key, value in wanted.items()), *map(Delete, gone)),
+        operations=(
+            *(Put(key, value) for key, value in wanted.items()),
+            *map(Delete, gone),
+            *(Delete(prefix, prefix_end(prefix)) for prefix in edit.deletes_below),
+        ),
         backwards=tuple(Delete(key) if kv is None else Put(key, kv.value, kv.lease) for key, kv in held.items()),
     )
 

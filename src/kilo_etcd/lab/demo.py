@@ -93,9 +93,7 @@ async def registered(lab: Lab) -> list[str]:
 
 async def leaders(lab: Lab) -> list[tuple[str, str]]:
     """The locations and their leaders on record."""
-    keys = Keys()
-    parsed = ((keys.parse(kv.key), kv.value.decode()) for kv in await lab.key_values(keys.leaders_root))
-    return [(key.location, name) for key, name in parsed if isinstance(key, LeaderKey)]
+    return [(key.location, key.node) for key in await _parsed(lab, LeaderKey)]
 
 
 async def _parsed(lab: Lab, kind: type[K]) -> list[K]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 
 from attrs import field, frozen
 
@@ -44,9 +43,6 @@ class RejectedRecord:
         return f"{self.key}: {self.reason}"
 
 
-_NOTHING: Mapping[str, str] = MappingProxyType({})
-
-
 @frozen(kw_only=True)
 class Snapshot:
     """What etcd holds under the prefix at `revision`, read and made consistent.
@@ -68,8 +64,8 @@ class Snapshot:
     peers: Mapping[str, Peer] = field(factory=dict)
     candidates: Mapping[str, tuple[Candidate, ...]] = field(factory=dict)
     """Location -> its candidates, in no particular order."""
-    leaders: Mapping[str, str] = _NOTHING
-    """Location -> the node recorded as its leader, for the case that no candidate is left."""
+    leaders: Mapping[str, tuple[str, ...]] = field(factory=dict)
+    """Location -> the nodes on record as its leaders, the last one first, for the case that no candidate is left."""
     observed_endpoints: Mapping[str, tuple[ObservedEndpoint, ...]] = field(factory=dict)
     """Node or peer -> its observed endpoints, by observer, all of them. Those that count are in
     `Node.observed_endpoints` and `Peer.observed_endpoints`."""

@@ -1,47 +1,26 @@
-"""Decides which node has which mesh address, by the claims in etcd and by what nodes' records state.
+"""Decides which node or peer has which mesh address, by the claims in etcd and by what nodes' records state.
 
-A claim is written once, when there is none, and never changed. A node's record states the address that the node has
-claimed, so that a contradiction shows. An address belongs to the node that the claim names if the claim stands as it
-was first written, and no other node's record stated the address before the claim was made and before the claimant's
-record did. Otherwise it belongs to the one node whose record states it; if several do, to nobody. So one write takes no
-address away: neither a changed or deleted claim nor a record that states another's address (decision 0024).
+A claim is a key below its writer's prefix (`by/<node>/addresses/<ip>`), so several may claim one address. The oldest
+claim has it: create revisions never go back, so a claim that was the oldest once stays it for as long as it stands, and
+a host that has seen that its claim is the oldest may use the address (`store.claims`). An address that nobody claims is
+that of the one node whose record states it: a host keeps its address while a claim that was deleted is on its way back.
+So one write takes no address away (decisions 0024 and 0034).
 
-The mesh's subnets are decided likewise: those that most nodes are in stay in force when `mesh/subnets` changes. Nodes
-whose records state nothing, as those of older agents, count too: a single record must not decide for them.
+The mesh's subnets are decided by the records: those that most nodes are in stay in force when `mesh/subnets` changes.
+Nodes whose records state nothing count too: a single record must not decide for them.
 
 Pure, one change at a time, and independent of the order of the changes, like `store.duplicate_keys`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import TypeAlias
-
-from attrs import frozen
 
 from kilo_etcd.model import IPAddress, IPInterface, IPNetwork
 
-
-@frozen
-class Claim:
-    """What stands at an address. The revisions are etcd's create and mod revision."""
-
-    claimant: str
-    """A node's name, or `peer/<name>`."""
-    created: int
-    written: int
-
-    @property
-    def intact(self) -> bool:
-        """Whether it was never overwritten."""
-        return self.created == self.written
-
-
-@frozen
-class _Statement:
-    interfaces: tuple[IPInterface, ...]
-    written: int
-
+Claimant: TypeAlias = tuple[str, str]
+"""`("node", name)` or `("peer", name)`."""
 
 Place: TypeAlias = int
 """An address as a key: hashing an address is slow, and there are very many."""
@@ -52,15 +31,23 @@ def place(address: IPAddress) -> Place:
     return int(address) if address.version == 4 else ~int(address)
 
 
+def named(claimant: Claimant) -> str:
+    """A claimant in a sentence."""
+    return " ".join(claimant)
+
+
 class AddressIndex:
     """Claims and statements, joined."""
 
     def __init__(self) -> None:
-        self._claims: dict[Place, Claim] = {}
-        self._statements: dict[str, _Statement] = {}
+        self._claims: dict[Place, dict[Claimant, int]] = {}
+        """The claims of each address: etcd's create revision of each."""
+        self._claimed_by: dict[Claimant, dict[Place, IPAddress]] = {}
+        self._statements: dict[str, tuple[IPInterface, ...]] = {}
         self._stated_by: dict[Place, tuple[str, ...]] = {}
-        self._holders: dict[Place, str] = {}
+        self._holders: dict[Place, Claimant] = {}
         self._held: dict[str, dict[Place, IPAddress]] = {}
+        """Of the nodes that hold addresses."""
         self._networks: dict[tuple[Place, int], tuple[IPNetwork, int]] = {}
         """What records state: the network, and how many do."""
         self.networks_changed = False
@@ -68,31 +55,35 @@ class AddressIndex:
 
     # --- taking in ---------------------------------------------------------------------------------------------
 
-    def claim(self, address: IPAddress, claim: Claim | None) -> set[str]:
-        """`claim` stands at `address` now. Returns the names of the nodes concerned."""
+    def claim(self, address: IPAddress, claimant: Claimant, created: int | None) -> set[str]:
+        """The claim of `claimant` was created at this revision, or, with None, is gone. Returns the names of the nodes
+        concerned."""
         key = place(address)
-        before = self._claims.get(key)
-        if claim is None:
-            self._claims.pop(key, None)
+        claims = self._claims.setdefault(key, {})
+        claimed = self._claimed_by.setdefault(claimant, {})
+        if created is None:
+            claims.pop(claimant, None)
+            claimed.pop(key, None)
+            if not claims:
+                del self._claims[key]
+            if not claimed:
+                del self._claimed_by[claimant]
         else:
-            self._claims[key] = claim
+            claims[claimant], claimed[key] = created, address
         concerned = self._settle(address)
         # Which of two claims of its own a node goes by depends on their age.
-        return concerned | {each.claimant for each in (before, claim) if each is not None}
+        return concerned | ({claimant[1]} if claimant[0] == "node" else set())
 
-    def state(self, node: str, interfaces: tuple[IPInterface, ...], written: int) -> tuple[IPAddress, ...]:
-        """The record of `node`, written at revision `written`, states these addresses with their networks. Returns the
-        addresses whose owner, or what is wrong with them, may be another now: to be settled."""
-        before = self._statements.get(node)
-        if before is None and not interfaces:
+    def state(self, node: str, interfaces: tuple[IPInterface, ...]) -> tuple[IPAddress, ...]:
+        """The record of `node` states these addresses with their networks. Returns the addresses whose holder, or what
+        is wrong with them, may be another now: to be settled."""
+        old = self._statements.get(node, ())
+        if old == interfaces:
             return ()
-        old = () if before is None else before.interfaces
         if interfaces:
-            self._statements[node] = _Statement(interfaces, written)
+            self._statements[node] = interfaces
         else:
             del self._statements[node]
-        if old == interfaces:
-            return tuple(interface.ip for interface in interfaces)
         for stated in old:
             self._count(stated.network, -1)
             rest = tuple(name for name in self._stated_by[place(stated.ip)] if name != node)
@@ -126,40 +117,49 @@ class AddressIndex:
         if before == holder:
             return concerned
         if before is not None:
-            del self._held[before][key], self._holders[key]
-            if not self._held[before]:
-                del self._held[before]
-            concerned.add(before)
+            del self._holders[key]
+            kind, name = before
+            if kind == "node":
+                del self._held[name][key]
+                if not self._held[name]:
+                    del self._held[name]
+                concerned.add(name)
         if holder is not None:
             self._holders[key] = holder
-            self._held.setdefault(holder, {})[key] = address
-            concerned.add(holder)
+            kind, name = holder
+            if kind == "node":
+                self._held.setdefault(name, {})[key] = address
+                concerned.add(name)
         return concerned
 
-    def _evaluate(self, key: Place) -> str | None:
-        claim, stating = self._claims.get(key), self._stated_by.get(key, ())
-        if claim is not None and claim.intact and not self._stated_before(claim, stating):
-            return claim.claimant
-        return stating[0] if len(stating) == 1 else None
-
-    def _stated_before(self, claim: Claim, stating: tuple[str, ...]) -> bool:
-        """Whether another node's record stated the address before the claim was made, and before the claimant's own
-        record did: a claim that was deleted and made anew is its owner's, or somebody else's."""
-        if not stating or stating == (claim.claimant,):
-            return False
-        first = claim.written
-        if claim.claimant in stating:
-            first = min(first, self._statements[claim.claimant].written)
-        return any(self._statements[node].written < first for node in stating if node != claim.claimant)
+    def _evaluate(self, key: Place) -> Claimant | None:
+        if claims := self._claims.get(key):
+            return oldest(claims)
+        stating = self._stated_by.get(key, ())
+        return ("node", stating[0]) if len(stating) == 1 else None
 
     # --- giving out --------------------------------------------------------------------------------------------
 
-    def claimed(self, address: IPAddress) -> bool:
-        """Whether a claim stands at it, valid or not."""
-        return place(address) in self._claims
+    def claims(self, address: IPAddress) -> Mapping[Claimant, int]:
+        """All who claim an address, each with the create revision of its claim."""
+        return self._claims.get(place(address), {})
 
-    def holder(self, address: IPAddress) -> str | None:
-        """The holder of an address: a node's name, or `peer/<name>`."""
+    def claimed_by(self, claimant: Claimant) -> tuple[IPAddress, ...]:
+        """The addresses that somebody claims, whether it has them or not."""
+        return tuple(self._claimed_by.get(claimant, {}).values())
+
+    def all_claimed(self) -> tuple[IPAddress, ...]:
+        """All addresses with a claim; one that several claim is given as often."""
+        return tuple(
+            {place(address): address for own in self._claimed_by.values() for address in own.values()}.values()
+        )
+
+    def free(self, address: IPAddress) -> bool:
+        """Whether nobody claims an address, and no record states it."""
+        return place(address) not in self._claims and place(address) not in self._stated_by
+
+    def holder(self, address: IPAddress) -> Claimant | None:
+        """Who has an address; None: nobody."""
         return self._holders.get(place(address))
 
     def of(self, node: str, subnets: tuple[IPNetwork, ...]) -> tuple[IPAddress, ...]:
@@ -169,14 +169,13 @@ class AddressIndex:
         if not held:
             return ()
         if len(held) > 1:
-            statement = self._statements.get(node)
-            stated = () if statement is None else tuple(interface.ip for interface in statement.interfaces)
+            stated = tuple(interface.ip for interface in self._statements.get(node, ()))
             order = sorted(
                 held.values(),
                 key=lambda address: (
                     address.version,
                     address not in stated,
-                    claim.created if (claim := self._claims.get(place(address))) is not None else 0,
+                    self.claims(address).get(("node", node), 0),
                     int(address),
                 ),
             )
@@ -223,58 +222,41 @@ class AddressIndex:
 
     # --- what is wrong -----------------------------------------------------------------------------------------
 
-    def wrong_claim(self, address: IPAddress) -> str | None:
-        """Why the claim of `address` is not in force, as a sentence; None: it is, or there is none."""
-        key = place(address)
-        claim, stating = self._claims.get(key), self._stated_by.get(key, ())
-        holder = self._holders.get(key)
-        if claim is not None and claim.intact and holder == claim.claimant:
+    def wrong_claim(self, address: IPAddress, claimant: Claimant) -> str | None:
+        """Why a claim is not in force, as a sentence; None: it is."""
+        holder = self.holder(address)
+        if holder is None or holder == claimant:
             return None
-        if claim is None:
-            if len(stating) > 1:
-                return f"the claim is gone and the records of {_listed(stating)} state the address: nobody has it"
-            return None
-        what = (
-            f"the claim was made at revision {claim.written}"
-            if claim.intact
-            else f"the claim was overwritten at revision {claim.written}"
-        )
-        if holder == claim.claimant:
-            return None  # Its record says so too.
-        if holder is not None:
-            return (
-                f"{what} and names {claim.claimant}, but the record of node {holder} stated the address before: "
-                f"{holder} keeps it, and its agent restores the claim; to have the address free, stop that agent and "
-                f"run kgctl node forget {holder}"
-            )
-        if stating:
-            return (
-                f"{what} and names {claim.claimant}, and the records of {_listed(stating)} state the address: nobody "
-                "has it until its owner's agent has restored the claim, or, if it stays so, until the node that should "
-                "not have it is gone: stop its agent and run kgctl node forget NODE"
-            )
-        if claim.claimant.startswith("peer/"):
-            return None  # A peer that connects again writes its claim again.
         return (
-            f"{what}, and a claim is only valid as it was first written: nobody has the address; delete the key, then "
-            "a node can claim it anew"
+            f"{named(holder)} claimed the address before, at revision {self.claims(address)[holder]}: "
+            f"{named(holder)} keeps it"
         )
 
     def wrong_statements(self, node: str) -> tuple[str, ...]:
-        """Sentences on the addresses that the record of `node` states and that another has."""
-        statement = self._statements.get(node)
+        """Sentences on the addresses that the record of `node` states and that it does not have."""
         result = []
-        for interface in () if statement is None else statement.interfaces:
-            holder = self._holders.get(place(interface.ip))
-            if holder is not None and holder != node:
-                result.append(f"it states mesh address {interface.ip}, which is claimed by {holder}: {holder} keeps it")
+        for interface in self._statements.get(node, ()):
+            holder = self.holder(interface.ip)
+            if holder is None:
+                others = ", ".join(sorted(name for name in self._stated_by[place(interface.ip)] if name != node))
+                result.append(
+                    f"it states mesh address {interface.ip}, which nobody claims and which the records of {others} "
+                    "state too: nobody has it until an agent has restored its claim"
+                )
+            elif holder != ("node", node):
+                result.append(
+                    f"it states mesh address {interface.ip}, which is claimed by {named(holder)}: {named(holder)} "
+                    "keeps it"
+                )
         return tuple(result)
+
+
+def oldest(claims: Mapping[Claimant, int]) -> Claimant:
+    """Who has an address with these claims, at least one: the one with the lowest create revision. (Names break a tie,
+    which one transaction can make.)"""
+    return min(claims, key=lambda claimant: (claims[claimant], claimant))
 
 
 def _rank(network: IPNetwork, configured: tuple[IPNetwork, ...]) -> tuple[int, int]:
     versions = [subnet.version for subnet in configured]
     return (versions.index(network.version) if network.version in versions else len(versions), network.version)
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(sorted(names))

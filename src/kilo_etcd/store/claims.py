@@ -1,35 +1,37 @@
-"""What is claimed once, for good: the mesh's settings by the first agent, and each node's mesh addresses.
+"""What is decided once, for good: the mesh's settings by the first agent, and each node's mesh addresses.
 
-Both by create-only transactions, so that of any number of hosts that try at once exactly one wins, and the others
-see what it wrote. A node's search starts at a hash of its name and probes onward: hosts that come at once
-rarely meet, and the same host comes back to the same place.
+The settings are put by create-only transactions, so that of any number of hosts that try at once exactly one wins, and
+the others see what it wrote.
 
-A claim is never overwritten. One that somebody else overwrote, deleted, or made anew is restored by the node whose
-record stated the address before (`store.addresses` says who that is): deleted, if it stands there, and made anew.
+A mesh address is claimed by a key below the host's own prefix, and the oldest claim of an address has it
+(`store.addresses`). So a host puts its claim, reads what etcd holds after that, and uses the address only if its claim
+is the oldest; else it deletes the claim and goes on to the next address. No claim that is older can come later, and of
+hosts that try at once the one whose claim etcd took first sees nobody before it. A host that ends between claim and
+look finds its claim when it comes back, and looks again; only an address that it may use gets into its record.
+
+A node's search starts at a hash of its name and probes onward: hosts that come at once rarely meet, and the same host
+comes back to the same place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterable, Iterator
 from hashlib import sha256
 from ipaddress import IPv4Network, ip_address
 
-from kilo_etcd.etcd.api import Client, Delete, Get, KeyValue, Put, RangeResult, TxnResult, absent, unchanged
+from kilo_etcd.etcd.api import Client, Get, KeyValue, Put, RangeResult, absent, prefix_end
 from kilo_etcd.model import ACCEPTING, Granularity, InternalIPs, IPAddress, IPInterface, IPNetwork, MeshSettings
+from kilo_etcd.store.addresses import AddressIndex, oldest
 from kilo_etcd.store.history import last_good
-from kilo_etcd.store.keys import AddressKey, Keys, NodeKey
+from kilo_etcd.store.keys import AddressKey, Keys, NodeKey, PeerAddressKey
 from kilo_etcd.store.records import (
     RecordError,
-    decode_claim,
     decode_granularity,
     decode_internal_ips,
     decode_node,
     decode_subnets,
     encode_subnets,
 )
-
-ATTEMPTS = 5
-"""How often a claim is restored that others write at the same moment."""
 
 
 class NoAddressLeft(Exception):
@@ -129,41 +131,43 @@ async def claim_addresses(
     *,
     held: tuple[IPAddress, ...] = (),
     renumber: bool = False,
+    doubted: bool = False,
 ) -> tuple[IPAddress, ...]:
     """One address per family of `subnets`, IPv4 first: the node's own, else newly claimed. NoAddressLeft, EtcdError.
 
-    Its own is what it holds, else what its record states, else what it claimed first. With `renumber` its claims
-    outside `subnets` are given up.
+    Its own is what it holds, else what its record states, else what it claimed first; one that another claimed before
+    is given up. One that its claim and its record agree on was looked at before the record was written, and etcd is
+    asked again only if it is `doubted`. With `renumber` its claims outside `subnets` are given up.
     """
-    listing = await client.get_prefix(keys.addresses_root)
-    taken: dict[IPAddress, KeyValue] = {}
-    for kv in listing.kvs:
-        parsed = keys.parse(kv.key)
-        if isinstance(parsed, AddressKey):
-            taken[parsed.address] = kv
-    record = await client.get(keys.node(node))
-    known = (*held, *(interface.ip for interface in _stated(record)))
-    name = node.encode()
+    own, stated = await _own(client, keys, node)
+    known = tuple(dict.fromkeys((*held, *stated, *sorted(own, key=lambda address: (own[address], int(address))))))
+    search = _Search(client, keys, node, own)
     claimed = []
     for version in (4, 6):
         family = [subnet for subnet in subnets if subnet.version == version]
         if not family:
             continue
-        own = sorted(
-            (address for address, kv in taken.items() if kv.value.strip() == name),
-            key=lambda address: (taken[address].create_revision, int(address)),
-        )
-        for mine in dict.fromkeys((*known, *own)):
-            if any(mine in subnet for subnet in family) and await _restore(client, keys, node, mine, taken.get(mine)):
-                claimed.append(mine)
-                break
+        within = [address for address in known if any(address in subnet for subnet in family)]
+        if within and not doubted and within[0] in own and within[0] in stated:
+            claimed.append(within[0])
         else:
-            claimed.append(await _claim(client, keys, node, family, set(taken)))
+            claimed.append(await search.find(within, family))
     if renumber:
-        for address, kv in taken.items():
-            if kv.value.strip() == name and not any(address in subnet for subnet in subnets):
-                await client.txn([unchanged(kv)], [Delete(kv.key)])
+        for address in [address for address in own if not any(address in subnet for subnet in subnets)]:
+            await client.delete(keys.address(node, address))
     return tuple(claimed)
+
+
+async def _own(client: Client, keys: Keys, node: str) -> tuple[dict[IPAddress, int], tuple[IPAddress, ...]]:
+    """The addresses that a node claims, with the create revision of each claim, and those that its record states."""
+    root = keys.addresses(node)
+    answer = await client.txn([], [Get(root, prefix_end(root)), Get(keys.node(node))])
+    claims, record = answer.responses
+    assert isinstance(claims, RangeResult)
+    assert isinstance(record, RangeResult)
+    parsed = ((keys.parse(kv.key), kv.create_revision) for kv in claims.kvs)
+    own = {key.address: created for key, created in parsed if isinstance(key, AddressKey)}
+    return own, tuple(interface.ip for kv in record.kvs for interface in _stated(kv))
 
 
 def _stated(record: KeyValue | None) -> tuple[IPInterface, ...]:
@@ -174,79 +178,93 @@ def _stated(record: KeyValue | None) -> tuple[IPInterface, ...]:
         return ()
 
 
-async def _restore(client: Client, keys: Keys, node: str, address: IPAddress, kv: KeyValue | None) -> bool:
-    """See to it that the claim of `address`, where `kv` stands, is the node's, as it was first written. False: it is
-    another's."""
-    key = keys.address(address)
-    for _ in range(ATTEMPTS):
-        if kv is None:
-            result = await client.txn([absent(key)], [Put(key, node)], [Get(key)])
-            if result.succeeded:
-                return True
-            kv = _found(result)
-            continue
-        if kv.value.strip() == node.encode() and kv.create_revision == kv.mod_revision:
+class _Search:
+    """Of `node`, which claims the addresses `own`."""
+
+    def __init__(self, client: Client, keys: Keys, node: str, own: dict[IPAddress, int]) -> None:
+        self._client = client
+        self._keys = keys
+        self._node = node
+        self._own = own
+        self._index: AddressIndex | None = None
+        """What was there before the first claim of this search."""
+        self._since = AddressIndex()
+        """The claims that were there after the last one."""
+
+    async def find(self, known: Iterable[IPAddress], family: list[IPNetwork]) -> IPAddress:
+        """The first of `known` that may be used, else another one of `family`, claimed. NoAddressLeft, EtcdError."""
+        index = await self._look()
+        me = ("node", self._node)
+        for address in known:
+            if index.holder(address) in (me, None):
+                if await self._claim(address):
+                    return address
+            elif address in self._own:
+                await self._give_up(address)
+        for subnet in family:
+            for address in candidates(self._node, subnet, self._free):
+                if await self._claim(address):
+                    return address
+        raise NoAddressLeft(
+            f"no address is left for {self._node} in {', '.join(map(str, family))}: all are claimed; forget the nodes "
+            "that are gone for good (kgctl node forget NODE)"
+        )
+
+    async def _look(self) -> AddressIndex:
+        """All claims, and what records state."""
+        if self._index is None:
+            self._index = await look(self._client, self._keys)
+        return self._index
+
+    def _free(self, address: IPAddress) -> bool:
+        return (self._index is None or self._index.free(address)) and self._since.free(address)
+
+    async def _claim(self, address: IPAddress) -> bool:
+        """Claim an address unless that is done; whether nobody claimed it before. Else the claim is deleted."""
+        key = self._keys.address(self._node, address)
+        index = await self._look()
+        if ("node", self._node) not in index.claims(address):
+            # An earlier attempt may have gone through although its answer was lost.
+            await self._client.txn([absent(key)], [Put(key, b"")])
+            index = self._since = await look(self._client, self._keys, keys_only=True)
+        claims = index.claims(address)
+        if claims and oldest(claims) == ("node", self._node):
             return True
-        if not await _may_take(client, keys, node, address, kv):
-            return False
-        result = await client.txn([unchanged(kv)], [Delete(key)], [Get(key)])
-        kv = None if result.succeeded else _found(result)
-    return False
-
-
-async def _may_take(client: Client, keys: Keys, node: str, address: IPAddress, kv: KeyValue) -> bool:
-    """Whether the claim `kv` of `address`, which is not as this node wrote it, is this node's to restore."""
-    if kv.create_revision != kv.mod_revision:
-        return True
-    try:
-        claimant = decode_claim(kv.value)
-    except RecordError:
-        return True  # To everybody it is no claim, so that the address is whose record states it.
-    own = await client.get(keys.node(node))
-    if (
-        own is None
-        or address not in (interface.ip for interface in _stated(own))
-        or own.mod_revision > kv.create_revision
-    ):
+        await self._give_up(address)
         return False
-    other = await client.get(keys.node(claimant))
-    return address not in (interface.ip for interface in _stated(other)) or (
-        other is not None and own.mod_revision < other.mod_revision
-    )
+
+    async def _give_up(self, address: IPAddress) -> None:
+        self._own.pop(address, None)
+        await self._client.delete(self._keys.address(self._node, address))
 
 
-def _found(result: TxnResult) -> KeyValue | None:
-    answer = result.responses[0]
-    assert isinstance(answer, RangeResult)
-    return answer.kvs[0] if answer.kvs else None
+async def look(client: Client, keys: Keys, *, keys_only: bool = False) -> AddressIndex:
+    """All claims of mesh addresses and, without `keys_only`, what nodes' records state, as etcd holds them at one
+    revision that is no older than this call. EtcdError."""
+    if keys_only:
+        listing = await client.range(keys.root, prefix_end(keys.root), keys_only=True)
+    else:
+        listing = await client.get_prefix(keys.root)
+    index = AddressIndex()
+    for kv in listing.kvs:
+        match keys.parse(kv.key):
+            case AddressKey(name, address):
+                index.claim(address, ("node", name), kv.create_revision)
+            case PeerAddressKey(name, address):
+                index.claim(address, ("peer", name), kv.create_revision)
+            case NodeKey(name) if not keys_only:
+                index.settle(index.state(name, _stated(kv)))
+    return index
 
 
-async def _claim(client: Client, keys: Keys, node: str, subnets: list[IPNetwork], taken: set[IPAddress]) -> IPAddress:
-    for subnet in subnets:
-        for address in candidates(node, subnet, taken):
-            key = keys.address(address)
-            result = await client.txn([absent(key)], [Put(key, node)], [Get(key)])
-            if result.succeeded:
-                return address
-            # An earlier attempt of ours may have gone through although its answer was lost.
-            held = _found(result)
-            if held is not None and held.value.strip() == node.encode():
-                return address
-            taken.add(address)
-    raise NoAddressLeft(
-        f"no address is left for {node} in {', '.join(map(str, subnets))}: all are claimed under "
-        f"{keys.addresses_root}; delete the keys of nodes that are gone for good"
-    )
-
-
-def candidates(node: str, subnet: IPNetwork, taken: Set[IPAddress]) -> Iterator[IPAddress]:
-    """The free host addresses of `subnet`, each once, in the order in which `node` tries them. Never the network's own
-    address, nor IPv4's broadcast address or IPv6's anycast address of the subnet's routers."""
+def candidates(node: str, subnet: IPNetwork, free: Callable[[IPAddress], bool]) -> Iterator[IPAddress]:
+    """The `free` host addresses of `subnet`, each once, in the order in which `node` tries them. Never the network's
+    own address, nor IPv4's broadcast address or IPv6's anycast address of the subnet's routers."""
     first, count = int(subnet.network_address), subnet.num_addresses
     if count > 2:
         first, count = first + 1, count - (2 if isinstance(subnet, IPv4Network) else 1)
     start = int.from_bytes(sha256(node.encode()).digest()) % count
     for step in range(count):
         address = ip_address((first + (start + step) % count).to_bytes(subnet.max_prefixlen // 8))
-        if address not in taken:
+        if free(address):
             yield address

@@ -16,6 +16,7 @@ keys for one node would be two truths; `hint` says how it should have been writt
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 from typing import TypeAlias
 from urllib.parse import quote, unquote
 
@@ -71,8 +72,17 @@ class PeerKey:
 
 @frozen
 class AddressKey:
-    """`addresses/<ip>`: which node or peer has a mesh address."""
+    """`by/<node>/addresses/<ip>`: a node's claim of a mesh address."""
 
+    node: str
+    address: IPAddress
+
+
+@frozen
+class PeerAddressKey:
+    """`peer-addresses/<peer>/<ip>`: an outside peer's claim of a mesh address."""
+
+    peer: str
     address: IPAddress
 
 
@@ -93,9 +103,10 @@ class ElectionKey:
 
 @frozen
 class LeaderKey:
-    """`leaders/<location>`: the node that leads, for people to read."""
+    """`by/<node>/leaders/<location>`: the node leads the location, or led it last."""
 
     location: str
+    node: str
 
 
 @frozen
@@ -146,6 +157,7 @@ ParsedKey: TypeAlias = (
     | AnnotationKey
     | PeerKey
     | AddressKey
+    | PeerAddressKey
     | NodeKey
     | ElectionKey
     | LeaderKey
@@ -207,9 +219,14 @@ def leased_by(key: ParsedKey | None) -> str | None:
     return None
 
 
+def ends_with(key: ParsedKey | None) -> str | None:
+    """The node with whose leases a key ends, the long one or the short one; None: it is no such key."""
+    return key.node if isinstance(key, LeaderKey) else leased_by(key)
+
+
 def written_by(key: ParsedKey | None) -> str | None:
-    """The node whose agent alone writes a key, under a lease or not; None: it is no such key."""
-    return key.node if isinstance(key, NodeKey) else leased_by(key)
+    """The node whose host alone writes a key, under a lease or not; None: it is the operator's."""
+    return key.node if isinstance(key, NodeKey | AddressKey | ResponseKey) else ends_with(key)
 
 
 @frozen
@@ -287,13 +304,17 @@ class Keys:
         return self.peers_root + encode_name(name)
 
     @property
-    def addresses_root(self) -> str:
-        """What the claims of all mesh addresses begin with."""
-        return self.root + "addresses/"
+    def peer_addresses_root(self) -> str:
+        """What the claims of all outside peers begin with."""
+        return self.root + "peer-addresses/"
 
-    def address(self, address: IPAddress) -> str:
-        """The claim of a mesh address."""
-        return f"{self.addresses_root}{address}"
+    def peer_addresses(self, peer: str) -> str:
+        """What the claims of one outside peer begin with."""
+        return f"{self.peer_addresses_root}{encode_name(peer)}/"
+
+    def peer_address(self, peer: str, address: IPAddress) -> str:
+        """An outside peer's claim of a mesh address."""
+        return f"{self.peer_addresses(peer)}{address}"
 
     @property
     def by_root(self) -> str:
@@ -312,14 +333,17 @@ class Keys:
         """The candidacy of a node in a location; empty is the default location, here and below."""
         return f"{self.by(node)}elections/{encode_location(location)}"
 
-    @property
-    def leaders_root(self) -> str:
-        """What the leaders' names of all locations begin with."""
-        return self.root + "leaders/"
+    def addresses(self, node: str) -> str:
+        """What the claims of one node begin with."""
+        return self.by(node) + "addresses/"
 
-    def leader(self, location: str) -> str:
-        """The name of a location's leader."""
-        return self.leaders_root + encode_location(location)
+    def address(self, node: str, address: IPAddress) -> str:
+        """A node's claim of a mesh address."""
+        return f"{self.addresses(node)}{address}"
+
+    def leader(self, location: str, node: str) -> str:
+        """The record that a node leads a location."""
+        return f"{self.by(node)}leaders/{encode_location(location)}"
 
     def endpoints(self, observer: str) -> str:
         """What the observed endpoints of one observer begin with."""
@@ -399,11 +423,6 @@ class Keys:
         return "no such key is known"
 
 
-def claimant(peer: str) -> str:
-    """What stands at a mesh address that a peer has claimed, where a node's name would; no node's has a slash."""
-    return f"peer/{peer}"
-
-
 def key_text(key: str | bytes) -> str:
     """A key for people; bytes that are no UTF-8 are shown as escapes."""
     return key if isinstance(key, str) else key.decode("utf-8", "backslashreplace")
@@ -431,12 +450,9 @@ def _parse(parts: list[str]) -> ParsedKey | None:
             return InternalIPsKey()
         case ["mesh", "adopted"]:
             return AdoptedKey()
-        case ["addresses", text]:
-            address = _address(text)
-            return AddressKey(address) if address else None
-        case ["leaders", text]:
-            location = decode_location(text)
-            return None if location is None else LeaderKey(location)
+        case ["peer-addresses", peer, text]:
+            name, address = decode_name(peer), _address(text)
+            return PeerAddressKey(name, address) if name and address else None
         case [("locations" | "peers") as kind, text]:
             name = decode_name(text)
             return None if not name else LocationKey(name) if kind == "locations" else PeerKey(name)
@@ -446,15 +462,25 @@ def _parse(parts: list[str]) -> ParsedKey | None:
     return None
 
 
+_OF_LOCATION: Mapping[str, Callable[[str, str], ParsedKey]] = {
+    "elections": ElectionKey,
+    "leaders": LeaderKey,
+    "probe-reports": ProbeReportKey,
+}
+
+
 def _parse_by(node: str, below: list[str]) -> ParsedKey | None:
     match below:
         case ["node"]:
             return NodeKey(node)
-        case [("elections" | "probe-reports") as kind, text]:
+        case ["addresses", text]:
+            address = _address(text)
+            return AddressKey(node, address) if address else None
+        case [("elections" | "leaders" | "probe-reports") as kind, text]:
             location = decode_location(text)
             if location is None:
                 return None
-            return ElectionKey(location, node) if kind == "elections" else ProbeReportKey(location, node)
+            return _OF_LOCATION[kind](location, node)
         case ["endpoints", text]:
             name = decode_name(text)
             return EndpointKey(name, node) if name else None

@@ -33,6 +33,7 @@ from kilo_etcd.etcd.api import (
     WatchBatch,
 )
 from kilo_etcd.model import Granularity, InternalIPs, IPAddress, IPNetwork, Snapshot
+from kilo_etcd.store.addresses import Claimant
 from kilo_etcd.store.history import last_good
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import adopts, decode_granularity, decode_internal_ips, decode_subnets
@@ -132,8 +133,8 @@ class Mirror:
         """What is in a node's name as of the newest event, and would have to be under its short lease and is not."""
         return self._view.leaseless(node)
 
-    def holder(self, address: IPAddress) -> str | None:
-        """The holder of a mesh address as of the newest event: a node's name, `peer/<name>`, or None."""
+    def holder(self, address: IPAddress) -> Claimant | None:
+        """Who has a mesh address as of the newest event; None: nobody."""
         return self._view.holder(address)
 
     def holdings(self) -> Holdings | None:

@@ -197,7 +197,7 @@ class DiagnosticsRequest:
 
 @frozen(kw_only=True)
 class DiagnosticsResponse:
-    """What an agent sees on its host, at `/kilo-status/by/<node>/responses/<lease>`, under the request's lease."""
+    """What an agent sees on its host, at `/kilo-status/by/<node>/responses/<lease of the request>`."""
 
     time: int = 0
     """Milliseconds since 1970 by the host's clock."""
@@ -372,14 +372,6 @@ def decode_label(value: bytes) -> str:
     text = decode_text(value) if len(value) <= MAX_SMALL else None
     if text is None or len(text.encode()) > MAX_LABEL:
         raise RecordError(f"the name is longer than {MAX_LABEL} bytes")
-    return text
-
-
-def decode_claim(value: bytes) -> str:
-    """The claimant of a mesh address: a node's name, or `peer/<name>`."""
-    text = decode_text(value, MAX_SMALL)
-    if not text:
-        raise RecordError("the claim names nobody")
     return text
 
 

@@ -17,12 +17,12 @@ part in `encrypted` encrypts, so that a misspelt value and a compaction together
 What is not in force is named, one by one, in `Snapshot.rejected`:
 
 * records that cannot be read, and keys under the prefix that are none of ours;
-* candidacies, probe reports and observed endpoints under no lease, which would outlive their host;
+* candidacies, leader records, probe reports and observed endpoints under no lease, which would outlive their host;
 * unknown fields: the whole record for a peer, the field alone for what agents write (decision 0002);
 * a public key that is another's: of two nodes, and of two peers, the one with the older record keeps it, and a node
   that is in force keeps it against every peer (`store.duplicate_keys`, decision 0024);
 * annotations with bad values: the node is as it would be without them;
-* address claims outside the mesh's subnets, and those that contradict an older statement (`store.addresses`);
+* address claims outside the mesh's subnets, and those of an address that somebody claimed before (`store.addresses`);
 * a `mesh/subnets` that most nodes' addresses are not in.
 
 Of a value that is rejected whole nothing is kept but the reason, so that what nobody uses fills no memory.
@@ -56,7 +56,7 @@ from kilo_etcd.model import (
     Snapshot,
 )
 from kilo_etcd.store import keys as k
-from kilo_etcd.store.addresses import AddressIndex, Claim, place
+from kilo_etcd.store.addresses import AddressIndex, Claimant, place
 from kilo_etcd.store.annotations import ANNOTATIONS, Registered, join, join_peer
 from kilo_etcd.store.duplicate_keys import KeyIndex, KeyOwner
 from kilo_etcd.store.records import (
@@ -69,7 +69,6 @@ from kilo_etcd.store.records import (
     ProbeReportRecord,
     Read,
     RecordError,
-    decode_claim,
     decode_granularity,
     decode_internal_ips,
     decode_label,
@@ -82,6 +81,9 @@ from kilo_etcd.store.records import (
 
 R = TypeVar("R")
 V = TypeVar("V")
+
+_WITHOUT_VALUE = (k.AddressKey, k.PeerAddressKey, k.LeaderKey)
+"""Keys that say all by being there; whatever value they have counts for nothing."""
 
 _MOST_SHOWN = 1000
 """Characters of a key that nobody knows."""
@@ -141,19 +143,20 @@ class View:
         self._subnets_in_force = subnets or ()
         self._peer_records: dict[str, Peer] = {}
         self._elections: dict[str, dict[str, Candidate]] = {}
-        self._leaders: dict[str, str] = {}
+        self._leaders: dict[str, dict[str, int]] = {}
+        """Location -> the nodes that led it, each with the revision at which it said so last."""
         self._observers: dict[str, dict[str, ObservedEndpoint]] = {}
         self._subjects: dict[str, set[str]] = {}
         """Observer -> the subjects of its observed endpoints."""
         self._probers: dict[str, dict[str, ProbeReport]] = {}
         self._leaseless: dict[str, set[bytes]] = {}
-        """Node -> keys that its agent alone may write, under its short lease, and that are under none."""
+        """Node -> keys that its agent alone may write, under a lease, and that are under none."""
         self._key_index = KeyIndex()
         self._aside: dict[object, tuple[RejectedRecord, ...]] = {}  # raw key, owner or place
         # What has changed since the last snapshot.
         self._dirty: set[KeyOwner] = set()
         self._dirty_elections: set[str] = set()
-        self._dirty_leaders = False
+        self._dirty_leaders: set[str] = set()
         self._dirty_observed_endpoints: set[str] = set()
         self._dirty_probe_reports: set[str] = set()
         self._dirty_aside = False
@@ -161,7 +164,7 @@ class View:
         self._nodes: Mapping[str, Node] = {}
         self._peers: Mapping[str, Peer] = {}
         self._candidates: Mapping[str, tuple[Candidate, ...]] = {}
-        self._leaders_given: Mapping[str, str] = {}
+        self._leaders_given: Mapping[str, tuple[str, ...]] = {}
         self._observed_endpoints: Mapping[str, tuple[ObservedEndpoint, ...]] = {}
         self._probe_reports: Mapping[str, tuple[ProbeReport, ...]] = {}
         self._rejected: tuple[RejectedRecord, ...] = ()
@@ -219,16 +222,24 @@ class View:
         if subnets:
             self._set_subnets(subnets)
 
-    def holder(self, address: IPAddress) -> str | None:
-        """The holder of a mesh address, claimed or stated: a node's name, `peer/<name>`, or None."""
+    def holder(self, address: IPAddress) -> Claimant | None:
+        """Who has a mesh address; None: nobody."""
         return self._addresses.holder(address)
+
+    def free(self, address: IPAddress) -> bool:
+        """Whether nobody claims a mesh address, and no record states it."""
+        return self._addresses.free(address)
+
+    def claimed_by(self, claimant: Claimant) -> tuple[IPAddress, ...]:
+        """The mesh addresses that somebody claims, whether it has them or not."""
+        return self._addresses.claimed_by(claimant)
 
     def observed_by(self, observer: str) -> frozenset[str]:
         """The nodes and peers whose endpoints a node says it has observed."""
         return frozenset(self._subjects.get(observer, ()))
 
     def leaseless(self, node: str) -> frozenset[str]:
-        """The candidacies, probe reports and observed endpoints in the name of a node that are under no lease."""
+        """The keys in the name of a node that would have to be under one of its leases, and are under none."""
         return frozenset(key.decode(errors="replace") for key in self._leaseless.get(node, ()))
 
     def kv(self, key: str | bytes) -> KeyValue | None:
@@ -301,8 +312,13 @@ class View:
         self._observed_endpoints = _renewed(self._observed_endpoints, self._observers, self._dirty_observed_endpoints)
         self._probe_reports = _renewed(self._probe_reports, self._probers, self._dirty_probe_reports)
         if self._dirty_leaders:
-            self._leaders_given = dict(self._leaders)
-            self._dirty_leaders = False
+            leaders = dict(self._leaders_given)
+            for location in self._dirty_leaders:
+                since = self._leaders.get(location, {})
+                newest = sorted((-revision, name) for name, revision in since.items())
+                _replace(leaders, location, tuple(name for _, name in newest) or None)
+            self._leaders_given = leaders
+            self._dirty_leaders.clear()
         if self._dirty_aside:
             self._rejected = tuple(
                 sorted((note for notes in self._aside.values() for note in notes), key=lambda n: (n.key, n.reason))
@@ -361,10 +377,14 @@ class View:
     # --- one key at a time -------------------------------------------------------------------------------------
 
     def _put(self, kv: KeyValue) -> KeyValue:
-        """What is kept of it: of a value that is not in force no more than the reason."""
+        """What is kept of it: of a value that is not in force no more than the reason, and none where none counts."""
         reason = self._read(kv.key, kv)
-        self._kvs[kv.key] = kept = kv if reason is None else evolve(kv, value=rejected(kv.value, reason))
-        return kept
+        if reason is not None:
+            kv = evolve(kv, value=rejected(kv.value, reason))
+        elif kv.value and isinstance(self._keys.parse(kv.key), _WITHOUT_VALUE):
+            kv = evolve(kv, value=b"")
+        self._kvs[kv.key] = kv
+        return kv
 
     def _delete(self, key: bytes) -> None:
         if self._kvs.pop(key, None) is not None:
@@ -403,7 +423,7 @@ class View:
 
     def _check_lease(self, parsed: k.ParsedKey, kv: KeyValue | None, key: bytes) -> None:
         """RecordError for a value that would outlive its host: it would count until an operator deletes it."""
-        if (author := k.leased_by(parsed)) is None:
+        if (author := k.ends_with(parsed)) is None:
             return
         # Changed in place: of one node there may be thousands.
         leaseless = self._leaseless.setdefault(author, set())
@@ -411,8 +431,8 @@ class View:
         if kv is not None and not kv.lease:
             leaseless.add(key)
             raise RecordError(
-                f"it is under no lease, so no agent keeps it; the agent of {author} writes it under a lease of a few "
-                f"seconds, and restores or deletes it if it runs; else delete it: etcdctl del {_shown(key)}"
+                f"it is under no lease, so no agent keeps it; the agent of {author} writes it under a lease, and "
+                f"restores or deletes it if it runs; else delete it: etcdctl del {_shown(key)}"
             )
         if not leaseless:
             del self._leaseless[author]
@@ -430,13 +450,17 @@ class View:
                 self._dirty.add(("node", node))
             case k.AnnotationKey(node, name):
                 return self._take_annotation(node, name, value)
-            case k.AddressKey(address):
-                self._take_claim(address, kv)
+            case k.AddressKey(node, address):
+                self._take_claim(address, ("node", node), kv)
+            case k.PeerAddressKey(peer, address):
+                self._take_claim(address, ("peer", peer), kv)
             case k.ElectionKey(location, node):
                 return self._take_candidate(location, node, kv)
-            case k.LeaderKey(location):
-                _replace(self._leaders, location, None if value is None else decode_text(value, MAX_SMALL))
-                self._dirty_leaders = True
+            case k.LeaderKey(location, node):
+                led = dict(self._leaders.get(location, {}))
+                _replace(led, node, None if kv is None else kv.mod_revision)
+                _replace(self._leaders, location, led or None)
+                self._dirty_leaders.add(location)
             case k.EndpointKey(name, observer):
                 return self._take_observed_endpoint(name, observer, kv)
             case k.ProbeReportKey(location, prober):
@@ -456,18 +480,22 @@ class View:
     def _take_node(self, node: str, kv: KeyValue | None) -> Sequence[str]:
         self._dirty.add(("node", node))
         if kv is None:
-            self._registered.pop(node, None)
+            if self._registered.pop(node, None) is not None:
+                self._note_claims_of(node)
             self._encrypting.discard(node)
-            self._take_statement(node, (), 0)
+            self._take_statement(node, ())
             self._dirty |= self._key_index.claim(("node", node), None)
             return ()
         decoded = read(NodeRecord, kv.value)
+        new = node not in self._registered
         self._registered[node] = Registered(decoded.record, kv.create_revision)
+        if new:
+            self._note_claims_of(node)
         if decoded.record.encryption in ACCEPTING:
             self._encrypting.add(node)
         else:
             self._encrypting.discard(node)
-        self._take_statement(node, decoded.record.mesh_addresses, kv.mod_revision)
+        self._take_statement(node, decoded.record.mesh_addresses)
         self._dirty |= self._key_index.claim(("node", node), decoded.record.public_key, kv.create_revision)
         return _unknown(decoded)
 
@@ -504,33 +532,48 @@ class View:
         self._dirty.add(("node", node))
         return ()
 
-    def _take_claim(self, address: IPAddress, kv: KeyValue | None) -> None:
-        claim = None if kv is None else Claim(decode_claim(kv.value), kv.create_revision, kv.mod_revision)
-        self._dirty |= {("node", name) for name in self._addresses.claim(address, claim)}
-        self._note_address(address)
+    def _take_claim(self, address: IPAddress, claimant: Claimant, kv: KeyValue | None) -> None:
+        created = None if kv is None else kv.create_revision
+        self._dirty |= {("node", name) for name in self._addresses.claim(address, claimant, created)}
+        self._note_claims(address)
 
-    def _take_statement(self, node: str, interfaces: tuple[IPInterface, ...], written: int) -> None:
+    def _take_statement(self, node: str, interfaces: tuple[IPInterface, ...]) -> None:
         """The record of `node` states these mesh addresses."""
         if interfaces or node not in self._registered:
             self._silent.discard(node)
         else:
             self._silent.add(node)
-        addresses = self._addresses.state(node, interfaces, written)
+        addresses = self._addresses.state(node, interfaces)
         if addresses:
             self._dirty |= {("node", name) for name in self._addresses.settle(addresses)}
-            for address in addresses:
-                self._note_address(address)
             if self._addresses.networks_changed:
                 self._addresses.networks_changed = False
                 self._count_subnets()
 
-    def _note_address(self, address: IPAddress) -> None:
-        text, subnets = self._addresses.wrong_claim(address), self._subnets_in_force
-        if subnets and not any(address in subnet for subnet in subnets) and self._addresses.claimed(address):
-            text = f"the address is not within the mesh's subnets ({', '.join(map(str, subnets))})"
+    def _note_claims_of(self, node: str) -> None:
+        for address in self._addresses.claimed_by(("node", node)):
+            self._note_claims(address)
+
+    def _note_claims(self, address: IPAddress) -> None:
+        """Say which claims of an address are not in force. A host that joins may claim one that another host claimed a
+        moment before, and gives it up at once: that is nothing to report."""
+        notes, subnets = [], self._subnets_in_force
+        outside = bool(subnets) and not any(address in subnet for subnet in subnets)
+        for claimant in self._addresses.claims(address):
+            kind, name = claimant
+            if outside:
+                text = f"the address is not within the mesh's subnets ({', '.join(map(str, subnets))})"
+            elif kind == "node" and name not in self._registered:
+                continue
+            else:
+                text = self._addresses.wrong_claim(address, claimant) or ""
+            if text and kind == "node":
+                notes.append(RejectedRecord(self._keys.address(name, address), text, name))
+            elif text:
+                notes.append(RejectedRecord(self._keys.peer_address(name, address), text))
         source = place(address)
-        if text is not None or source in self._aside:
-            self._note(source, () if text is None else (RejectedRecord(self._keys.address(address), text),))
+        if notes or source in self._aside:
+            self._note(source, notes)
 
     def _take_candidate(self, location: str, node: str, kv: KeyValue | None) -> Sequence[str]:
         decoded = None if kv is None else read(CandidateRecord, kv.value, MAX_SMALL)
@@ -638,9 +681,8 @@ class View:
         if subnets != self._subnets_in_force:
             self._subnets_in_force = subnets
             self._dirty |= {("node", name) for name in self._registered}
-            for key in self._kvs:
-                if isinstance(parsed := self._keys.parse(key), k.AddressKey):
-                    self._note_address(parsed.address)
+            for address in self._addresses.all_claimed():
+                self._note_claims(address)
 
     def _note_subnets(self) -> None:
         """Say that the subnets in force are not etcd's value, and the remedy.

@@ -18,7 +18,7 @@ The rule has three parts:
    `topology.probe_reports.successors` decides: at least two report it, the fault is the leader's, and one candidate has
    completed a WireGuard handshake with a target that is not reached through the leader. Then the first such candidate
    leads. A report counts only if its prober is a candidate of the segment, or is no member of it and has tried one.
-3. Without candidates the leader on record leads; without a record, the best class and the oldest registration.
+3. Without candidates the last leader on record leads; without a record, the best class and the oldest registration.
 
 Why it is right:
 
@@ -84,7 +84,7 @@ class Election:
 def elect(
     members: Sequence[Node],
     candidates: Sequence[Candidate],
-    recorded: str | None,
+    recorded: Sequence[str] = (),
     probe_reports: Sequence[ProbeReport] = (),
 ) -> Election:
     """Elect the leader of one segment from `members` (at least one).
@@ -124,8 +124,8 @@ def elect(
             line = sorted(others, key=lambda name: name not in able)
             return Election(line[0], [*line[1:], first][0], Reason.INSTEAD, order, first)
         return Election(first, others[0] if others else None, Reason.CANDIDATE, order)
-    if recorded is not None and recorded in by_name:
-        return Election(recorded, None, Reason.RECORDED)
+    if (last := next((name for name in recorded if name in by_name), None)) is not None:
+        return Election(last, None, Reason.RECORDED)
     best = min(
         members, key=lambda node: (not node.internal_ips, node.candidate_class, node.registered_revision, node.name)
     )

@@ -503,7 +503,7 @@ def _segment(
     election = elect(
         ordered,
         snapshot.candidates.get(location, ()),
-        snapshot.leaders.get(location),
+        snapshot.leaders.get(location, ()),
         snapshot.probe_reports.get(location, ()),
     )
     subnets = {node.name: granted for node in ordered if (granted := allocation(("node", node.name)))}

@@ -28,7 +28,6 @@ from kilo_etcd.kernel.state import (
 )
 from kilo_etcd.model import IPNetwork
 from kilo_etcd.store import Keys
-from kilo_etcd.store.keys import AddressKey
 
 if TYPE_CHECKING:
     from simulation.host import SimulatedHost
@@ -587,8 +586,4 @@ def unreadable(world: World, host: SimulatedHost) -> str:
 
 def addresses_of(world: World, name: str) -> list[str]:
     """The keys of a node's address claims."""
-    result = []
-    for key in world.etcd.keys(KEYS.addresses_root):
-        if isinstance(KEYS.parse(key.encode()), AddressKey) and world.etcd.get(key) == name.encode():
-            result.append(key)
-    return result
+    return world.etcd.keys(KEYS.addresses(name))

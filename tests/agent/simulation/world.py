@@ -355,10 +355,13 @@ class World:
             if len(members) > 1:
                 standing = {candidate.node for candidate in truth.candidates.get(segment.location, ())}
                 assert members <= standing, f"{members - standing} do not stand at {segment.location!r}"
-                assert truth.leaders.get(segment.location) == segment.leader.name, (
-                    f"{truth.leaders.get(segment.location)} and not {segment.leader.name} is on record at "
-                    f"{segment.location!r}"
+                recorded = truth.leaders.get(segment.location, ())
+                assert recorded[:1] == (segment.leader.name,), (
+                    f"{recorded} and not {segment.leader.name} are on record at {segment.location!r}"
                 )
+        for location, recorded in truth.leaders.items():
+            gone = [name for name in recorded if name not in agents or truth.nodes[name].location != location]
+            assert not gone, f"{gone} are on record as leaders of {location!r}, where they are not"
         plans = {name: agent.plan for name, agent in agents.items() if agent.plan is not None}
         lost = self.lost = []
         for name, other in permutations(agents, 2):

@@ -70,8 +70,14 @@ class CandidacyTask:
             self.why = None
             get_logger(node=self._name, location=segment.location).info("candidacy is as before")
 
-    async def update(self, snapshot: Snapshot, *, leads: bool, ready: bool) -> float | None:
-        """Stand, or stand no more, in the face of `snapshot`; when to call again although nothing changed."""
+    def _succeeded(self, topology: Topology, location: str | None, *, leaves: bool) -> bool:
+        if location is None or self._name not in topology.snapshot.nodes:
+            return False
+        return candidacy_policy.succeeded(topology, self._name, location, leaves=leaves)
+
+    async def update(self, snapshot: Snapshot, topology: Topology, *, leads: bool, ready: bool) -> float | None:
+        """Stand, or stand no more, in the face of `snapshot`; when to call again although nothing changed. `topology`
+        is the one that is in force, perhaps of an older snapshot."""
         now = trio.current_time()
         wanted = candidacy_policy.eligible(snapshot, self._name)
         held = self._session.candidacy
@@ -102,12 +108,14 @@ class CandidacyTask:
         )
         self._stood = hold is not None
         if hold is None:
-            await self._session.leave()
+            where = None if held is None else held.location
+            await self._session.leave(succeeded=self._succeeded(topology, where, leaves=True))
         else:
             in_place = candidacy_policy.keeps_its_place(current, hold, leads=leads)
-            await self._session.enter(hold.location, hold.rank, in_place=in_place)
-            if leads and snapshot.leaders.get(hold.location) != self._name:
-                await self._session.record_leader(hold.location)
+            succeeded = self._succeeded(topology, hold.location, leaves=False)
+            await self._session.enter(hold.location, hold.rank, in_place=in_place, succeeded=succeeded)
+            if leads and not candidacy_policy.on_record(topology, self._name):
+                await self._session.record_leader(hold.location, known=topology.snapshot.revision)
         if now < self._hold_down.until and hold is not None:
             return self._hold_down.until if due is None else min(due, self._hold_down.until)
         return due

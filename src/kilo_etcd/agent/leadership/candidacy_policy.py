@@ -50,6 +50,25 @@ def role_of(topology: Topology, name: str) -> SegmentRole:
     return SegmentRole(kind=kind, location=segment.location, leader=segment.leader.name)
 
 
+def succeeded(topology: Topology, name: str, location: str, *, leaves: bool) -> bool:
+    """Whether another candidate leads in `location` instead of node `name`: now, or once that `leaves`. Then the record
+    that the node leads there says nothing any more."""
+    segment = topology.segment_of(name)
+    if segment.location != location:
+        return True
+    if len(segment.members) > 1:
+        return (leaves or segment.leader.name != name) and any(other != name for other in segment.election.order)
+    return leaves and any(one.node != name for one in topology.snapshot.candidates.get(location, ()))
+
+
+def on_record(topology: Topology, name: str) -> bool:
+    """Whether node `name` is on record as the last leader of its segment."""
+    segment = topology.segment_of(name)
+    members = {node.name for node in segment.members}
+    recorded = topology.snapshot.leaders.get(segment.location, ())
+    return next((other for other in recorded if other in members), None) == name
+
+
 def is_standby(role: SegmentRole, plan: HostPlan) -> bool:
     """Whether a host's own packets leave by none of its tunnels, which are kept for the day when it leads: a member's,
     unless it reaches its location through the tunnel too (`--encapsulate wireguard`)."""

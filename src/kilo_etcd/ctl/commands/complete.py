@@ -71,14 +71,14 @@ async def _look(client: Client, keys: Keys, kinds: tuple[str, ...]) -> set[str]:
 
     names: set[str] = set()
     with trio.move_on_after(PATIENCE_SECONDS):
-        for root in (keys.by_root, keys.peers_root, keys.leaders_root):
+        for root in (keys.by_root, keys.peers_root):
             for kv in (await client.range(root, prefix_end(root), keys_only=True)).kvs:
                 match keys.parse(kv.key):
                     case k.NodeKey(name) if "nodes" in kinds:
                         names.add(name)
                     case k.PeerKey(name) if "peers" in kinds:
                         names.add(name)
-                    case k.LeaderKey(name) if "labels" in kinds and name:
+                    case k.LeaderKey(location=name) if "labels" in kinds and name:
                         names.add(name)
         if "labels" in kinds:
             names |= {label for label in (await locations(client, keys)).values() if label}

@@ -19,9 +19,9 @@ from kilo_etcd.ctl.commands.status import look, read_mesh
 from kilo_etcd.ctl.context import Failure, Mesh
 from kilo_etcd.ctl.output import output_option, show
 from kilo_etcd.ctl.reports.render import NONE, Table, clean, shown_location
-from kilo_etcd.ctl.reports.report import NodeRow, registered_names, remarks_on
+from kilo_etcd.ctl.reports.report import NodeRow, remarks_on
 from kilo_etcd.model import Snapshot
-from kilo_etcd.store.keys import AddressKey, ElectionKey, Keys, encode_name
+from kilo_etcd.store.keys import Keys, encode_name
 from kilo_etcd.store.view import View
 
 if TYPE_CHECKING:
@@ -263,22 +263,14 @@ def forget_command(mesh: Mesh, node: str, labels: bool, dry_run: bool, yes: bool
 
 
 def forgetting(node: str, view: View, keys: Keys, *, labels: bool) -> Edit:
-    """The keys that go with a node: all that it wrote. (The observed endpoints are under the observers' short
+    """The keys that go with a node: all that its host wrote. (What others have observed of it is under their
     leases.)"""
-    doomed = [keys.node(node)]
-    for kv in view.kvs(keys.root):
-        match keys.parse(kv.key):
-            case AddressKey() if kv.value == node.encode():
-                doomed.append(kv.key.decode())
-            case ElectionKey(node=name) if name == node:
-                doomed.append(kv.key.decode())
-            case _:
-                continue
+    doomed = []
     if labels:
         doomed.append(keys.location(node))
         prefix = keys.annotation(node, "x").removesuffix("x")
         doomed += [kv.key.decode() for kv in view.kvs(prefix)]
-    elif node not in registered_names(view, keys) and len(doomed) == 1:
+    elif not view.kvs(keys.by(node)):
         raise Failure(f"there is no node {node}; kgctl node list lists them")
     alive = (
         f"{node} has an agent that lives, and would register again at once: stop kilo-etcd there first "
@@ -286,6 +278,7 @@ def forgetting(node: str, view: View, keys: Keys, *, labels: bool) -> Edit:
     )
     return Edit(
         deletes=tuple(doomed),
+        deletes_below=(keys.by(node), keys.status_by(node)),
         refused_by={keys.status(node): alive},
         asks=f"{node} leaves the mesh. Continue?",
     )

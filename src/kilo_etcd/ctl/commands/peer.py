@@ -24,7 +24,7 @@ from kilo_etcd.ctl.output import show
 from kilo_etcd.ctl.reports.render import NONE, Table, clean
 from kilo_etcd.model import Endpoint, Snapshot
 from kilo_etcd.store import operator
-from kilo_etcd.store.keys import Keys, PeerKey, claimant
+from kilo_etcd.store.keys import Keys, PeerKey
 from kilo_etcd.store.records import PeerRecord, RecordError, check_key, decode_peer, encode, parse_keepalive
 from kilo_etcd.store.view import View
 
@@ -404,9 +404,9 @@ def remove_command(mesh: Mesh, names: tuple[str, ...], dry_run: bool, yes: bool)
         for name in names:
             if view.kv(keys.peer(name)) is None:
                 raise Failure(f"there is no peer {name}; kgctl peer list lists them; nothing was removed")
-        claimants = {claimant(name).encode() for name in names}
-        claims = [kv.key.decode() for kv in view.kvs(keys.addresses_root) if kv.value in claimants]
-        return Edit(deletes=(*(keys.peer(name) for name in dict.fromkeys(names)), *claims), asks_if_disruptive=True)
+        unique = dict.fromkeys(names)
+        claims = (keys.peer_address(name, address) for name in unique for address in view.claimed_by(("peer", name)))
+        return Edit(deletes=(*map(keys.peer, unique), *claims), asks_if_disruptive=True)
 
     if carry_out(mesh, decide, dry_run=dry_run, yes=yes) is Outcome.WRITTEN:
         for name in dict.fromkeys(names):

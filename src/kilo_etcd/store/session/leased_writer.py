@@ -10,14 +10,15 @@ from collections.abc import Callable, Collection, Mapping
 
 import structlog
 
-from kilo_etcd.etcd.api import Delete, PermissionDenied, Put
+from kilo_etcd.etcd.api import Delete, Op, PermissionDenied, Put
 from kilo_etcd.store.session.leased_keys import LeasedKeys
 from kilo_etcd.store.session.registration import Registration
 
 
 class LeasedWriter:
     """`lease` gives the ID of the lease under which keys are put. `replaceable` says whether a key may be overwritten;
-    others are deleted before they are put again. `apart` says which keys are written apart from the others."""
+    others are deleted before they are put again. `apart` says which keys are written apart from the others; `beside`
+    gives what else goes into a write of some keys."""
 
     def __init__(
         self,
@@ -28,12 +29,14 @@ class LeasedWriter:
         lease: Callable[[], int],
         replaceable: Callable[[str], bool],
         apart: Callable[[str], bool],
+        beside: Callable[[Collection[str]], list[Op]],
     ) -> None:
         self._leased = leased
         self._registration = registration
         self._lease = lease
         self._replaceable = replaceable
         self._apart = apart
+        self._beside = beside
         self._log = structlog.get_logger().bind(node=name)
 
     async def bring(self, wanted: Mapping[str, bytes], apart: Mapping[str, bytes]) -> None:
@@ -69,7 +72,7 @@ class LeasedWriter:
         if gone:
             for key in gone:
                 self._leased.may_remove(key)
-            revision = await self._registration.write([Delete(key) for key in gone])
+            revision = await self._registration.write([*map(Delete, gone), *self._beside(gone)])
             for key in gone:
                 self._leased.remove(key, revision)
         new = {
@@ -85,7 +88,7 @@ class LeasedWriter:
                 self._leased.may_put(key, value, self._registration.seen)
             try:
                 puts = [Put(key, value, lease=self._lease()) for key, value in new.items()]
-                revision = await self._registration.write([*puts])
+                revision = await self._registration.write([*puts, *self._beside([*new])])
             except PermissionDenied:
                 for key in fresh:
                     self._leased.remove(key)

@@ -29,6 +29,7 @@ from kilo_etcd.etcd.api import (
     RangeResult,
     TxnResult,
     absent,
+    prefix_end,
     unchanged,
 )
 from kilo_etcd.model import IPInterface
@@ -99,6 +100,7 @@ class Registration:
         self._rng = rng
         self._log = structlog.get_logger().bind(node=name)
         self._node_key, self._status_key = keys.node(name), keys.status(name)
+        self._roots = keys.by(name), keys.status_by(name)
         self.record: NodeRecord | None = None
         """What is wanted."""
         self._known: KeyValue | None = None
@@ -235,10 +237,11 @@ class Registration:
         self.record, self._known = None, None
 
     async def delete(self) -> None:
-        """Delete the record, if it is this host's. EtcdError."""
+        """Delete all keys of the name, unless another host's record is there. EtcdError."""
         node_kv = await self._client.get(self._node_key)
-        if node_kv is not None and self.is_own(node_kv):
-            await self._client.txn([unchanged(node_kv)], [Delete(self._node_key)])
+        if node_kv is None or self.is_own(node_kv):
+            as_it_was = absent(self._node_key) if node_kv is None else unchanged(node_kv)
+            await self._client.txn([as_it_was], [Delete(root, prefix_end(root)) for root in self._roots])
 
     # --- the task ----------------------------------------------------------------------------------------------
 

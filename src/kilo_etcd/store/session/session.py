@@ -18,11 +18,11 @@ on trying. A candidacy that is gone with its lease is no longer desired: `on_eve
 that wants to stand says so again. `register`, `ensure_mesh` and `claim_addresses` raise instead, since nothing can
 begin before they are done.
 
-Each part has its own state and module: the record at the name (`registration`), what stands under no lease
-(`unleased_keys`), the place in the election (`candidacy`), what other hosts and people read (`published_records`), what
-is known of the leased keys (`leased_keys`), and the writes that make them as they are wanted (`leased_writer`). No part
-knows the session. It owns both leases and the lock, and decides the order: registration, then candidacy and status,
-then what is published of others.
+Each part has its own state and module: the record at the name (`registration`), the mesh addresses (`mesh_addresses`),
+the place in the election (`candidacy`), what other hosts and people read (`published_records`), what is known of the
+leased keys (`leased_keys`), and the writes that make them as they are wanted (`leased_writer`). No part knows the
+session. It owns both leases and the lock, and decides the order: registration, then candidacy and status, then what is
+published of others.
 
 An etcd that was restored or replaced would take all of this for news. So before this host registers, claims, or takes
 a lease there, the `guard` verifies that it is the etcd that is followed; one that is known not to be receives
@@ -32,16 +32,16 @@ nothing.
 from __future__ import annotations
 
 import random
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextlib import suppress
 
 import structlog
 import trio
 
-from kilo_etcd.etcd.api import Client, EtcdError, KeyValue, LeaseNotFound, Op, Put
+from kilo_etcd.etcd.api import Client, Delete, EtcdError, KeyValue, LeaseNotFound, Op, Put
 from kilo_etcd.model import CandidateClass, IPAddress, IPNetwork, MeshSettings, Snapshot
 from kilo_etcd.store import claims
-from kilo_etcd.store.keys import ElectionKey, Keys, leased_by, written_by
+from kilo_etcd.store.keys import ElectionKey, Keys, LeaderKey, leased_by, written_by
 from kilo_etcd.store.lease import KeptLease
 from kilo_etcd.store.mirror import ClusterNotTrusted, Mirror
 from kilo_etcd.store.records import NodeRecord, ObservedEndpointRecord, ProbeReportRecord, StageRecord, StatusRecord
@@ -51,10 +51,10 @@ from kilo_etcd.store.session.contested import contested_sentence
 from kilo_etcd.store.session.foreign_keys import ForeignKeys
 from kilo_etcd.store.session.leased_keys import RETRY_FIRST, LeasedKeys
 from kilo_etcd.store.session.leased_writer import LeasedWriter
+from kilo_etcd.store.session.mesh_addresses import MeshAddresses
 from kilo_etcd.store.session.node_identity import NameTaken, status_key_of, where_is
 from kilo_etcd.store.session.published_records import Published
 from kilo_etcd.store.session.registration import RecordChanged, Registration
-from kilo_etcd.store.session.unleased_keys import UnleasedKeys
 
 RETRY_MOST = 5.0
 """Seconds between two attempts at most; less for short leases, which an election in etcd gives their full time just
@@ -102,7 +102,7 @@ class Session:
         """Since when this run has its short lease, on trio's clock; None: it has had none yet."""
         self._candidacy = WantedCandidacy(keys, node_name)
         self._published = Published(keys, node_name)
-        self._unleased = UnleasedKeys(client, keys, node_name)
+        self._addresses = MeshAddresses(client, keys, node_name)
         self._foreign = ForeignKeys(keys, node_name)
         self._registration = Registration(
             client,
@@ -133,7 +133,13 @@ class Session:
             lease=lambda: self._short.id,
             replaceable=self._replaceable,
             apart=self._published.concerns_others,
+            beside=self._beside,
         )
+        self._led: dict[str, int] = {}
+        """Locations with a record that this host leads them, as far as is known -> etcd's revision of the record, if
+        this run wrote it."""
+        self._succeeded = False
+        """Whether another host leads in this one's place as soon as its candidacy is gone, or does already."""
         self._generation = 0
         """Of the guard, as far as they have been handled."""
         self.last_error: str | None = None
@@ -164,7 +170,7 @@ class Session:
     @property
     def addresses(self) -> tuple[IPAddress, ...]:
         """The mesh addresses that this host has claimed; its record states them."""
-        return self._unleased.addresses
+        return self._addresses.addresses
 
     @property
     def candidacy(self) -> Candidacy | None:
@@ -202,10 +208,13 @@ class Session:
         """The subnets by which this host finds its address, if etcd's value is `configured`. EtcdError."""
         return await claims.subnets_in_force(self._client, self._keys, self._name, configured)
 
-    async def claim_addresses(self, subnets: tuple[IPNetwork, ...], *, renumber: bool = False) -> tuple[IPAddress, ...]:
-        """This host's mesh addresses, claimed now if it has none yet, and their claims restored if somebody else has
-        changed them. With `renumber` its claims outside `subnets` are given up. NoAddressLeft, EtcdError."""
-        moved = await self._unleased.claim(subnets, renumber=renumber)
+    async def claim_addresses(
+        self, subnets: tuple[IPNetwork, ...], *, renumber: bool = False, doubted: bool = False
+    ) -> tuple[IPAddress, ...]:
+        """This host's mesh addresses, claimed now if it has none yet, and their claims restored if another writer has
+        deleted them. `doubted`: another claim may be older; then another address is claimed. With `renumber` its claims
+        outside `subnets` are given up. NoAddressLeft, EtcdError."""
+        moved = await self._addresses.claim(subnets, renumber=renumber, doubted=doubted)
         if moved and self._registration.record is not None:
             async with self._lock:
                 await self._register(trio.current_time() + self._lease_ttl + 1)
@@ -233,7 +242,7 @@ class Session:
     async def _register(self, deadline: float) -> bool:
         """Returns whether the record was written."""
         await self._guard.verify()
-        value = self._registration.value(self._unleased.stated)
+        value = self._registration.value(self._addresses.stated)
         while True:
             try:
                 standing = await self._registration.look_until_free(deadline)
@@ -285,8 +294,12 @@ class Session:
     async def _hold_long(self, node_kv: KeyValue | None) -> None:
         if await self._long.lives():
             return
+        self._led.clear()
         if node_kv is not None and node_kv.lease:
-            await self._long.adopt(node_kv.lease, self._is_own)
+            info = await self._long.adopt(node_kv.lease, self._is_own)
+            for key in map(self._keys.parse, info.keys if info is not None else ()):
+                if isinstance(key, LeaderKey) and key.node == self._name:
+                    self._led[key.location] = 0
         if not self._long.id:
             await self._long.grant()
 
@@ -330,16 +343,30 @@ class Session:
 
     # --- what is wanted under the short lease ------------------------------------------------------------------
 
-    async def enter(self, location: str, rank: CandidateClass, *, in_place: bool = False) -> bool:
+    async def enter(
+        self, location: str, rank: CandidateClass, *, in_place: bool = False, succeeded: bool = False
+    ) -> bool:
         """Stand for leader of `location`. Standing elsewhere is given up first; as another class too, unless
-        `in_place`."""
+        `in_place`. `succeeded`: see `leave`."""
         self._candidacy.enter(location, rank, in_place=in_place)
+        self._succeeded = succeeded
         return await self._now()
 
-    async def leave(self) -> bool:
-        """Stand no more."""
+    async def leave(self, *, succeeded: bool = False) -> bool:
+        """Stand no more. `succeeded`: another candidate leads then, so that the record that this host leads goes too;
+        else it stays, as the last word on who leads."""
         self._candidacy.leave()
+        self._succeeded = succeeded
         return await self._now()
+
+    def _beside(self, written: Collection[str]) -> list[Op]:
+        """What goes in the same write as a candidacy: the records that this host leads, of locations where it is not
+        any more, or where another leads."""
+        stood = [key.location for key in map(self._keys.parse, written) if isinstance(key, ElectionKey)]
+        if not stood:
+            return []
+        here = stood[0] if self._candidacy.current is None else self._candidacy.current.location
+        return [Delete(self._keys.leader(where, self._name)) for where in self._led if where != here or self._succeeded]
 
     async def put_status(self, status: StatusRecord) -> bool:
         """Report; written only if it differs from what stands there."""
@@ -361,14 +388,52 @@ class Session:
         self._published.probe_reports.replace(probe_reports)
         return await self._now()
 
-    async def record_leader(self, location: str) -> bool:
-        """Leave this host's name at `/kilo/leaders/<location>`; not remembered if etcd is away."""
+    async def record_leader(self, location: str, *, known: int) -> bool:
+        """Put on record, under the long lease, that this host leads `location`, as far as that is not done: the caller
+        knows etcd's revision `known`. Not remembered if etcd is away."""
 
-        async def put() -> None:
-            self._guard.check()
-            await self._unleased.record_leader(location)
+        def put() -> list[Op]:
+            if self._led.get(location, 0) > known or not self._long.id:
+                return []
+            return [Put(self._keys.leader(location, self._name), b"", lease=self._long.id)]
 
-        return await self._try(put)
+        revision = await self._write_once(put)
+        if revision:
+            self._led[location] = revision
+        return revision is not None
+
+    async def _write_once(self, ops: Callable[[], list[Op]]) -> int | None:
+        """Write what `ops` gives under the lock, if this host is registered; etcd's revision then, 0: nothing was
+        written; None: it failed, and is not tried again."""
+        revision = 0
+
+        async def write() -> None:
+            nonlocal revision
+            async with self._lock:
+                self._guard.check()
+                if not self._registration.known or not (given := ops()):
+                    return
+                try:
+                    revision = await self._registration.write(given)
+                except RecordChanged:
+                    self._registration.look_again()
+                    self._wake.set()
+                except LeaseNotFound:
+                    self._unconfirm_leases()
+                    self._wake.set()
+
+        return revision if await self._try(write) else None
+
+    async def _drop_leaders(self, snapshot: Snapshot, mirror: Mirror) -> None:
+        """Delete the records that this host leads locations where it is not any more. As a rule they go with its
+        candidacy there; without one they would stay."""
+        if (own := snapshot.nodes.get(self._name)) is None:
+            return
+        stands = {key.location for key in map(self._keys.parse, self._leased.values) if isinstance(key, ElectionKey)}
+        keys = (self._keys.leader(where, self._name) for where in self._led if where not in {*stands, own.location})
+        stale = [key for key in keys if mirror.kv(key) is not None]
+        if stale:
+            await self._write_once(lambda: [*map(Delete, stale)])
 
     async def _now(self) -> bool:
         async def sync() -> None:
@@ -409,7 +474,7 @@ class Session:
                 if registration.record is not None and not registration.known:
                     registration.check_restores()
                     await self._guard.verify()
-                    await self._unleased.claim_again()
+                    await self._addresses.claim_again()
                     if await self._register(trio.current_time()):
                         registration.note_restore()
                     self._on_event("registered again")
@@ -460,6 +525,7 @@ class Session:
         foreign = found if now >= over else [kv for kv in found if not kv.lease]
         if foreign:
             await self._leased.find(foreign, snapshot.revision)
+        await self._drop_leaders(snapshot, mirror)
         return over if len(foreign) < len(found) else float("inf")
 
     # --- the end -----------------------------------------------------------------------------------------------
@@ -491,10 +557,8 @@ class Session:
         await self.resign()
         async with self._lock:
             self._registration.drop()
-            self._unleased.drop()
-            # First: a record that states an address whose claim is gone looks like an attack.
+            self._addresses.drop()
             await self._registration.delete()
-            await self._unleased.delete()
             await self._long.end()
 
     # --- the tasks ---------------------------------------------------------------------------------------------

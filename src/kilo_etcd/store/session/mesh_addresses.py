@@ -1,5 +1,4 @@
-"""What stands in this host's name under no lease: the claims of its mesh addresses, and where it is the leader on
-record."""
+"""The mesh addresses of this host: claimed in its name under no lease, so that it has them again when it comes back."""
 
 from __future__ import annotations
 
@@ -7,13 +6,13 @@ from ipaddress import ip_interface
 
 import structlog
 
-from kilo_etcd.etcd.api import Client, Compare, CompareTarget, Delete, Is, Put, unchanged
+from kilo_etcd.etcd.api import Client
 from kilo_etcd.model import IPAddress, IPInterface, IPNetwork
 from kilo_etcd.store import claims
 from kilo_etcd.store.keys import Keys
 
 
-class UnleasedKeys:
+class MeshAddresses:
     """Of node `name`."""
 
     def __init__(self, client: Client, keys: Keys, name: str) -> None:
@@ -35,19 +34,20 @@ class UnleasedKeys:
             if address in subnet
         )
 
-    async def claim(self, subnets: tuple[IPNetwork, ...], *, renumber: bool = False) -> bool:
-        """Have an address in `subnets` for each family, claimed now if there is none. `renumber` chooses anew.
-        Whether others than before were claimed; the first claims are none such. NoAddressLeft, EtcdError."""
+    async def claim(self, subnets: tuple[IPNetwork, ...], *, renumber: bool = False, doubted: bool = False) -> bool:
+        """Have an address in `subnets` for each family, claimed now if there is none. `renumber` chooses anew;
+        `doubted`: another claim may be older. Whether others than before were claimed; the first claims are none such.
+        NoAddressLeft, EtcdError."""
         self._subnets = subnets
         before = self.addresses
         held = () if renumber else before
         self.addresses = await claims.claim_addresses(
-            self._client, self._keys, self._name, subnets, held=held, renumber=renumber
+            self._client, self._keys, self._name, subnets, held=held, renumber=renumber, doubted=doubted
         )
         if not before or before == self.addresses:
             return False
         now, then = (",".join(map(str, addresses)) for addresses in (self.addresses, before))
-        self._log.error("mesh address lost to another claim; another one was claimed", lost=then, address=now)
+        self._log.error("mesh address lost to an older claim; another one was claimed", lost=then, address=now)
         return True
 
     async def claim_again(self) -> None:
@@ -55,20 +55,6 @@ class UnleasedKeys:
         if self._subnets:
             await self.claim(self._subnets)
 
-    async def record_leader(self, location: str) -> None:
-        """Leave the host's name at `/kilo/leaders/<location>`. EtcdError."""
-        key = self._keys.leader(location)
-        await self._client.txn(
-            [Compare(key, CompareTarget.VALUE, Is.EQUAL, self._name.encode())], [], [Put(key, self._name)]
-        )
-
     def drop(self) -> None:
         """Want no address any more."""
         self._subnets, self.addresses = (), ()
-
-    async def delete(self) -> None:
-        """Delete all that is this host's. EtcdError."""
-        for root in (self._keys.leaders_root, self._keys.addresses_root):
-            for kv in (await self._client.get_prefix(root)).kvs:
-                if kv.value == self._name.encode():
-                    await self._client.txn([unchanged(kv)], [Delete(kv.key)])
