@@ -272,7 +272,7 @@ class Encrypting:
         self._stage_watch.forget()
         with trio.move_on_after(ASK_PATIENCE), suppress(etcd.EtcdError):
             await self._ask_members()
-            await self._stage_watch.ask(topology.snapshot.cluster_id)
+            await self._stage_watch.ask(topology.snapshot.nodes, topology.snapshot.cluster_id)
             if topology.internal_ips is InternalIPs.ENCRYPTED:
                 # This host goes on refusing the nodes that it refused before its agent's restart. The kernel of another
                 # whose agent is away may send in clear, as it did when that agent ended.

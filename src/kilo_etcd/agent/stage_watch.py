@@ -1,9 +1,10 @@
 """Watches the stages of other agents in the switch to `encrypted`, as long as this host waits for some.
 
 Each agent has one small key for it (`store.StageRecord`), under its short lease. While the host waits for few nodes
-their keys are watched one by one, else all with one watch, which brings the statuses too: they are listed first, then
-etcd sends changes. Nothing is watched if the host waits for none, so a node that joins wakes only those that wait for
-it.
+their keys are watched one by one. The keys of many are read by their names, and a few of them, drawn at random, are
+watched: once those have reported, about as many of the others have too, and all that the host still waits for are read
+again. So the host waits for fewer and fewer. (One watch on all would bring all statuses, which change all the time and
+are long.) Nothing is watched if the host waits for none, so a node that joins wakes only those that wait for it.
 
 What is not known counts as "not there yet". A node without the key may have an agent that is being restarted, whose
 kernel goes on with what it had: only after `GONE_SECONDS`, and another look, its agent counts as gone. A key that
@@ -28,12 +29,18 @@ GONE_SECONDS = 20.0
 takes to end and to be granted anew."""
 FEW = 8
 """Nodes whose keys are watched one by one."""
+SAMPLE = 4
+"""Nodes whose keys are watched while the host waits for more than `FEW`."""
 FIRST_PAUSE, PAUSE_PER_NODE = 0.1, 0.002
-"""Seconds between two changes of `living`, and the most before a listing: 1,000 agents that list within 2 s."""
+"""Seconds between two changes of `living`, and the most before a reading: 1,000 agents that read within 2 s."""
 LINGER_SECONDS = 10.0
-"""How long all keys are watched after the host waited for none: during a switch it soon waits again."""
+"""How long a crowd is followed after the host waited for none: during a switch it soon waits again."""
+READ_SECONDS = 10.0
+"""After which the keys of a crowd are read again, whoever has reported."""
 LIST_SECONDS = 300.0
-"""After which the keys are listed again: a watch alone does not ensure that nothing was missed."""
+"""After which a watched key is read again: a watch alone does not ensure that nothing was missed."""
+MOST_AT_ONCE = 100
+"""Keys that are read in one transaction: etcd takes 128 (--max-txn-ops)."""
 RETRY_FIRST, RETRY_MOST = 0.2, 5.0
 
 
@@ -85,10 +92,10 @@ class StageWatch:
         self._gone.update(set(names) - self._applied.keys())
         self.living = self._as_known()
 
-    async def ask(self, cluster: int) -> None:
-        """Look at all keys once, in the etcd of that ID. EtcdError."""
+    async def ask(self, names: Collection[str], cluster: int) -> None:
+        """Look at the keys of these nodes once, in the etcd of that ID. EtcdError."""
         self._cluster = cluster
-        self._list(await self._client.get_prefix(self._keys.status_by_root))
+        await self._read_all(names)
         self.living = self._as_known()
 
     def follow(self, names: frozenset[str], *, nodes: int, cluster: int) -> None:
@@ -110,11 +117,10 @@ class StageWatch:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._conclude)
                 if every:
-                    root = self._keys.status_by_root
-                    nursery.start_soon(self._follow, root, etcd.prefix_end(root))
+                    nursery.start_soon(self._follow_crowd)
                 else:
                     for name in names:
-                        nursery.start_soon(self._follow, self._keys.stage(name), None)
+                        nursery.start_soon(self._follow, name)
                 await self._watched_in_vain(names, beginning, every=every)
                 nursery.cancel_scope.cancel()
 
@@ -142,19 +148,59 @@ class StageWatch:
 
     # -- what etcd holds ------------------------------------------------------------------------------------
 
-    async def _follow(self, key: str, range_end: bytes | None) -> None:
+    async def _follow_crowd(self) -> None:
+        """Read the keys of all that are waited for, and again once a few of them have reported."""
         delay = RETRY_FIRST
         await trio.sleep(self._rng.uniform(0, self._nodes * PAUSE_PER_NODE))
         while True:
             try:
-                if range_end is None:
-                    result = await self._client.range(key)
-                else:
-                    result = await self._client.get_prefix(key)
-                self._list(result, key if range_end is None else None)
+                await self._read_all(self._awaited)
+            except etcd.EtcdError as error:
+                self._cannot(error)
+                await trio.sleep(delay * self._rng.uniform(0.5, 1.5))
+                delay = min(2 * delay, RETRY_MOST)
+                continue
+            delay = RETRY_FIRST
+            self._once.clear("stages", "the reports of other agents can be read again")
+            with trio.move_on_after(READ_SECONDS * self._rng.uniform(0.8, 1.2)):
+                # Whoever has reported is not waited for any more, as soon as that is brought into a plan.
+                await trio.sleep(FIRST_PAUSE + self._nodes * PAUSE_PER_NODE)
+                await self._watch_some()
+
+    async def _watch_some(self) -> None:
+        """Watch the keys of a few until each has reported anew, or is not waited for any more."""
+        while not self._awaited:
+            await self._noted.wait()
+        known = {name: self._applied.get(name) for name in self._awaited}
+        drawn = self._rng.sample(sorted(known), min(SAMPLE, len(known)))
+        async with trio.open_nursery() as nursery:
+            for name in drawn:
+                nursery.start_soon(self._follow, name)
+            while any(name in self._awaited and self._applied.get(name) == known[name] for name in drawn):
+                await self._noted.wait()
+            nursery.cancel_scope.cancel()
+
+    async def _read_all(self, names: Collection[str]) -> None:
+        """Take note of the keys of these nodes. EtcdError."""
+        ordered = sorted(names)
+        for first in range(0, len(ordered), MOST_AT_ONCE):
+            some = ordered[first : first + MOST_AT_ONCE]
+            answer = await self._client.txn([], [etcd.Get(self._keys.stage(name)) for name in some])
+            self._check(answer.header)
+            ranges = [each for each in answer.responses if isinstance(each, etcd.RangeResult)]
+            self._list([kv for found in ranges for kv in found.kvs], some)
+
+    async def _follow(self, name: str) -> None:
+        key, delay = self._keys.stage(name), RETRY_FIRST
+        await trio.sleep(self._rng.uniform(0, self._nodes * PAUSE_PER_NODE))
+        while True:
+            try:
+                result = await self._client.range(key)
+                self._check(result.header)
+                self._list(result.kvs, [name])
                 with trio.move_on_after(LIST_SECONDS * self._rng.uniform(0.8, 1.2)):
                     start = result.header.revision + 1
-                    async with self._client.watch(key, range_end, start_revision=start) as watch:
+                    async with self._client.watch(key, start_revision=start) as watch:
                         self._once.clear("stages", "the reports of other agents can be read again")
                         async for batch in watch:
                             delay = RETRY_FIRST
@@ -179,12 +225,11 @@ class StageWatch:
         if self._cluster and header.cluster_id not in (0, self._cluster):
             raise etcd.Unavailable("another etcd answers than the one that is followed")
 
-    def _list(self, result: etcd.RangeResult, key: str | None = None) -> None:
-        """Take note of all keys, or of one, and that there are no others. Unavailable: it is another etcd."""
-        self._check(result.header)
-        there = {stage.name: stage for stage in map(self._read, result.kvs) if stage is not None}
-        for name in self._applied.keys() - there.keys():
-            if key is None or self._keys.stage(name) == key:
+    def _list(self, kvs: Iterable[etcd.KeyValue], names: Iterable[str]) -> None:
+        """Take note of the keys of these nodes, and that there are no others of theirs."""
+        there = {stage.name: stage for stage in map(self._read, kvs) if stage is not None}
+        for name in names:
+            if name in self._applied and name not in there:
                 self._missing.setdefault(name, trio.current_time())
         for value in there.values():
             self._lives(value)
@@ -239,10 +284,7 @@ class StageWatch:
         try:
             if len(missing) > FEW:
                 await trio.sleep(self._rng.uniform(0, self._nodes * PAUSE_PER_NODE))
-                self._list(await self._client.get_prefix(self._keys.status_by_root))
-            else:
-                for name in missing:
-                    self._list(await self._client.range(self._keys.stage(name)), self._keys.stage(name))
+            await self._read_all(missing)
         except etcd.EtcdError as error:
             self._cannot(error)
             await trio.sleep(RETRY_MOST * self._rng.uniform(0.5, 1.0))
