@@ -26,7 +26,7 @@ from kilo_etcd.kernel.errors import cannot_ping, failure
 from kilo_etcd.kernel.state import AllowPings, SetForwarding
 from kilo_etcd.model import Snapshot
 from kilo_etcd.store import operator
-from kilo_etcd.store.diagnostics import serve
+from kilo_etcd.store.diagnostics import LEASE_SECONDS, serve
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import (
     DiagnosticsRequest,
@@ -123,6 +123,9 @@ def mesh(monkeypatch: pytest.MonkeyPatch) -> Mesh:
                 monkeypatch.setattr(client, "grant_lease", denied)
             yield client
             nursery.cancel_scope.cancel()
+        # The agents' leases for their responses end by themselves; here no time passes between two commands.
+        for lease in [lease for lease, ttl in made.etcd.leases().items() if ttl == LEASE_SECONDS]:
+            await made.etcd.client().revoke_lease(lease)
 
     async def denied(*_: object) -> None:
         await trio.lowlevel.checkpoint()

@@ -1,8 +1,9 @@
 """Asking living agents what they see on their hosts, through etcd: no port is opened, and it works from any desk.
 
-The requester writes a request under a lease of a few seconds; each agent that it names writes its response under the
-same lease; when the requester has read enough it ends the lease, and all is gone. The keys are outside the watched
-prefix, so that a request causes no plan. An agent without a request writes nothing.
+The requester writes a request under a lease of a few seconds; each agent that it names writes its response under a
+lease of its own, since etcd lets nobody put a key under a lease that holds keys which that user may not write. When the
+requester has read enough it ends its lease and deletes the responses; what it does not delete ends by itself. The keys
+are outside the watched prefix, so that a request causes no plan. An agent without a request writes nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from contextlib import suppress
 
 import trio
 
-from kilo_etcd.etcd.api import Client, Compacted, EtcdError, Event, EventType, LeaseNotFound, Unavailable
+from kilo_etcd.etcd.api import Client, Compacted, Delete, EtcdError, Event, EventType, LeaseNotFound, Unavailable
 from kilo_etcd.store.keys import Keys, ResponseKey
 from kilo_etcd.store.records import (
     DiagnosticsRequest,
@@ -24,7 +25,10 @@ from kilo_etcd.store.records import (
 )
 
 LEASE_SECONDS = 15
-"""How long a request stays if the requester dies."""
+"""How long a request and its responses stay if the requester dies."""
+
+MOST_AT_ONCE = 100
+"""Operations in one transaction: etcd takes 128 (--max-txn-ops)."""
 
 PATIENCE_SECONDS = 3.0
 """How long answers are waited for by default; most come within a tenth of a second."""
@@ -72,8 +76,11 @@ async def request_diagnostics(
                         break
     finally:
         with trio.move_on_after(1, shield=True):
-            with suppress(EtcdError):  # The lease ends by itself.
+            with suppress(EtcdError):  # The leases end by themselves.
                 await client.revoke_lease(lease)
+                for first in range(0, len(responses), MOST_AT_ONCE):
+                    some = [*responses][first : first + MOST_AT_ONCE]
+                    await client.txn([], [Delete(keys.response(lease, name)) for name in some])
     return responses
 
 
@@ -113,6 +120,7 @@ async def _serve(
         if await client.get(event.kv.key) is None:
             return  # Its lease has ended while others were answered, of which there may be very many.
         response = encode(await respond(request))
-        await client.put(keys.response(event.kv.lease, name), response, lease=event.kv.lease)
+        own = (await client.grant_lease(LEASE_SECONDS)).id
+        await client.put(keys.response(event.kv.lease, name), response, lease=own)
     except (LeaseNotFound, Unavailable):
         return  # The requester waits no longer, or cannot be reached; the next may be.

@@ -1,0 +1,144 @@
+"""A host that etcd confines to its own keys: a role with its two prefixes and the right to read suffices for its whole
+life, and etcd refuses all else (decision 0034)."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from ipaddress import ip_address, ip_network
+
+import pytest
+import trio
+from attrs import evolve
+from store_world import KEYS, record, wg_key
+
+from helpers import eventually, require
+from kilo_etcd.etcd import Client, Config, PermissionDenied, open_client
+from kilo_etcd.model import CandidateClass, Endpoint, Granularity, MeshSettings
+from kilo_etcd.store import (
+    Mirror,
+    ObservedEndpointRecord,
+    ProbeReportRecord,
+    Session,
+    StageRecord,
+    StatusRecord,
+    encode,
+    statuses,
+)
+from kilo_etcd.store.claims import ensure_mesh
+from kilo_etcd.store.diagnostics import request_diagnostics, serve
+from kilo_etcd.store.records import DiagnosticsRequest, DiagnosticsResponse
+from kilo_etcd.testing.etcd_server import EtcdServer
+
+pytestmark = [pytest.mark.etcd]
+NAMES = ("node-1", "node-11")
+"""The name of one begins with that of the other."""
+SETTINGS = MeshSettings(Granularity.LOCATION, (ip_network("10.4.0.0/16"),))
+
+
+@asynccontextmanager
+async def confined() -> AsyncIterator[tuple[Client, dict[str, Config]]]:
+    """The operator's client, and how each host reaches etcd; the mesh's settings are there."""
+    async with EtcdServer.run() as server:
+        async with open_client(server.config()) as first:
+            await ensure_mesh(first, KEYS, SETTINGS)
+        await server.enable_auth({name: (name, [KEYS.by(name), KEYS.status_by(name)]) for name in NAMES})
+        for name in NAMES:
+            for prefix in (KEYS.root, KEYS.status_root):
+                await server.etcdctl("role", "grant-permission", name, "--prefix=true", "read", prefix)
+        async with open_client(server.config()) as operator:
+            yield operator, {name: evolve(server.config(), user=name, password=name) for name in NAMES}
+
+
+async def _respond(_request: DiagnosticsRequest) -> DiagnosticsResponse:
+    await trio.lowlevel.checkpoint()
+    return DiagnosticsResponse(revision=7)
+
+
+async def test_two_prefixes_and_the_right_to_read_suffice_for_the_whole_life_of_a_host() -> None:
+    require("etcd", "etcdctl")
+    async with (
+        confined() as (operator, configs),
+        open_client(configs["node-1"]) as first,
+        open_client(configs["node-11"]) as second,
+        trio.open_nursery() as nursery,
+    ):
+        clients = {"node-1": first, "node-11": second}
+        mirror = Mirror(clients["node-1"], KEYS)
+        await nursery.start(mirror.run)
+        sessions = {}
+        for name, client in clients.items():
+            it = sessions[name] = Session(client, KEYS, name, wg_key(name), lease_ttl=5)
+            await nursery.start(it.run)
+            assert await it.ensure_mesh(SETTINGS) == SETTINGS
+            await it.claim_addresses(SETTINGS.subnets)
+            await it.register(record(name, location="gcp"))
+            assert await it.put_status(StatusRecord(public_key=wg_key(name), revision=1))
+            assert await it.put_stage(StageRecord(revision=1))
+            assert await it.enter("gcp", CandidateClass.PUBLIC)
+            assert await it.put_probe_reports({"home": ProbeReportRecord(leader="h", candidacy=7, targets=("x",))})
+            seen = ObservedEndpointRecord(public_key=wg_key("x"), endpoint=Endpoint.parse("203.0.113.9:1"))
+            assert await it.put_observed_endpoints({"x": seen})
+            nursery.start_soon(serve, client, KEYS, name, _respond)
+        one, other = sessions["node-1"], sessions["node-11"]
+        assert await one.record_leader("gcp", known=0)
+        await eventually(lambda: mirror.current and mirror.current.leaders == {"gcp": ("node-1",)})
+        assert mirror.current is not None
+        assert {candidate.node for candidate in mirror.current.candidates["gcp"]} == set(NAMES)
+        assert set(mirror.current.nodes) == set(NAMES)
+        assert mirror.current.rejected == ()
+        assert set(await statuses(clients["node-1"], KEYS)) == set(NAMES)
+        assert set(await request_diagnostics(operator, KEYS, NAMES, patience=10)) == set(NAMES)
+
+        # An agent that comes back adopts what is there; what another writer deletes is restored.
+        again = Session(clients["node-11"], KEYS, "node-11", wg_key("node-11"), lease_ttl=5)
+        revision = (await operator.get_prefix(KEYS.root)).header.revision
+        await again.claim_addresses(SETTINGS.subnets)
+        await again.register(record("node-11", location="gcp"))
+        assert again.addresses == other.addresses
+        assert again.candidacy is not None
+        assert (await operator.get_prefix(KEYS.root)).header.revision == revision
+        await operator.delete_prefix(KEYS.by("node-1"))
+        await eventually(lambda: mirror.current and one.healthy and "node-1" in mirror.current.nodes)
+
+        # Handing over, and leaving for good.
+        assert await one.record_leader("gcp", known=mirror.current.revision)
+        assert await one.leave(succeeded=True)
+        await one.resign()
+        for it in sessions.values():
+            await it.forget()
+        await again.forget()
+        left = [kv.key.decode() for kv in (await operator.get_prefix("/kilo")).kvs]
+        assert left == sorted(KEYS.settings)
+        nursery.cancel_scope.cancel()
+
+
+async def test_etcd_refuses_a_host_every_write_outside_its_prefixes() -> None:
+    require("etcd", "etcdctl")
+    own, other = NAMES
+    address = ip_address("10.4.0.9")
+    keys = (
+        KEYS.granularity, KEYS.adopted, KEYS.location(own), KEYS.annotation(own, "leader"), KEYS.peer("laptop"),
+        KEYS.peer_address("laptop", address), KEYS.node(other), KEYS.address(other, address),
+        KEYS.election("gcp", other), KEYS.leader("gcp", other), KEYS.endpoint(own, other),
+        KEYS.probe_report("gcp", other), KEYS.status(other), KEYS.stage(other), KEYS.response(7, other),
+        KEYS.request(7),
+    )  # fmt: skip
+    async with confined() as (operator, configs), open_client(configs[own]) as client:
+        there = Session(operator, KEYS, other, wg_key(other))
+        await there.claim_addresses(SETTINGS.subnets)
+        await there.register(record(other))
+        before = await operator.get_prefix("/kilo")
+        acts: list[Callable[[], Awaitable[object]]] = []
+        for key in keys:
+            acts.append(lambda key=key: client.put(key, "x"))  # type: ignore[misc]
+            acts.append(lambda key=key: client.delete(key))  # type: ignore[misc]
+        for prefix in (KEYS.by_root, KEYS.by(other), KEYS.status_by_root, KEYS.root):
+            acts.append(lambda prefix=prefix: client.delete_prefix(prefix))  # type: ignore[misc]
+        lease = next(kv.lease for kv in before.kvs if kv.key == KEYS.node(other).encode())
+        acts.append(lambda: client.revoke_lease(lease))
+        for act in acts:
+            with pytest.raises(PermissionDenied):
+                await act()
+        assert (await operator.get_prefix("/kilo")).kvs == before.kvs
+        await client.put(KEYS.node(own), encode(record(own)))
