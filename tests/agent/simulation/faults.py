@@ -447,9 +447,14 @@ def key_overwritten(world: World, host: SimulatedHost) -> str:
     held = [
         KEYS.node(name),
         KEYS.status(name),
-        *(key for kind in ("elections", "probe-reports", "endpoints") for key in world.etcd.keys(KEYS.by(name) + kind)),
+        *(
+            key
+            for kind in ("elections", "leaders", "probe-reports", "endpoints")
+            for key in world.etcd.keys(KEYS.by(name) + kind)
+        ),
     ]
-    key = rng.choice([*held, KEYS.election(rng.choice("abcd"), name), KEYS.probe_report(rng.choice("abcd"), name)])
+    made = [make(rng.choice("abcd"), name) for make in (KEYS.election, KEYS.leader, KEYS.probe_report)]
+    key = rng.choice([*held, *made])
     values = ["{}", '{"rank":0}', '{"candidacy":1,"leader":"a-1","reaches":true,"targets":["b-1"],"answers":true}']
     if (before := world.etcd.get(key)) is not None:
         values += [before.decode()] * 2

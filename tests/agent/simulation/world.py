@@ -307,10 +307,9 @@ class World:
         put its status under another host's lease; then whoever did that deletes it."""
         host.kill()
         host.cleaned_up()
-        self.etcd.delete(KEYS.node(host.name))
-        self.etcd.delete(KEYS.status(host.name))
-        for key in faults.addresses_of(self, host.name):
-            self.etcd.delete(key)
+        for prefix in (KEYS.by(host.name), KEYS.status_by(host.name)):
+            for key in self.etcd.keys(prefix):
+                self.etcd.delete(key)
 
     # -- what must be true of them in the end -------------------------------------------------------------------
 
