@@ -1125,7 +1125,7 @@ async def test_what_was_withdrawn_while_etcd_was_not_trusted_goes_when_it_is_aga
     async with member(etcd, guard=guard) as it:
         await it.put_probe_reports(reports)
         await it.put_stage(StageRecord(revision=1))
-        standing = ("/kilo/probe-reports/home/a", KEYS.stage("a"), GCP)
+        standing = (KEYS.probe_report("home", "a"), KEYS.stage("a"), GCP)
         assert all(key in etcd for key in standing)
         guard.trusted = False
         assert not await it.put_probe_reports({})
