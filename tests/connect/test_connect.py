@@ -6,7 +6,7 @@ import base64
 import io
 import os
 import signal
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from ipaddress import ip_address, ip_interface, ip_network
@@ -23,7 +23,7 @@ from kilo_etcd.connect.connection import Edges, Names, PeerConnection, Settings
 from kilo_etcd.connect.registration import LEASE_SECONDS, DesiredPeer, Gone, PeerRegistration
 from kilo_etcd.ctl.context import Failure
 from kilo_etcd.etcd import PermissionDenied, Unavailable
-from kilo_etcd.etcd.api import TxnResult
+from kilo_etcd.etcd.api import Compare, Op, Put, TxnResult
 from kilo_etcd.kernel.routing.exit_node import exit_table
 from kilo_etcd.kernel.state import Change, DeleteLink, DeleteRoute, HostAddress
 from kilo_etcd.model import CandidateClass, Endpoint, IPAddress
@@ -502,6 +502,29 @@ async def refused(world: World, says: str, **desired: Any) -> None:
     with pytest.raises(Failure, match=says):
         await PeerRegistration(world.client, KEYS, made, lambda: None).register()
     assert {key: world.etcd.get(key) for key in world.etcd.keys("/")} == before
+
+
+async def test_an_address_that_a_node_claims_between_look_and_write_is_left_to_the_node(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await world.build()
+    transact, first = world.client.txn, list[str]()
+
+    async def txn(compare: Sequence[Compare], success: Sequence[Op] = (), failure: Sequence[Op] = ()) -> TxnResult:
+        for key in [str(op.key) for op in success if isinstance(op, Put) and "peer-addresses" in str(op.key)]:
+            if not first:
+                first.append(key.rpartition("/")[2])
+                world.etcd.put(f"/kilo/by/node-9/addresses/{first[0]}", "")
+        return await transact(compare, success, failure)
+
+    monkeypatch.setattr(world.client, "txn", txn)
+    desired = DesiredPeer(name="laptop", public_key=PUBLIC)
+    decision = await PeerRegistration(world.client, KEYS, desired, lambda: None).register()
+    (address,) = decision.claims
+    assert str(address) not in first
+    assert world.etcd.keys("/kilo/peer-addresses/") == [f"/kilo/peer-addresses/laptop/{address}"]
+    assert [str(network) for network in world.record().allowed_ips] == [f"{address}/32"]
+    assert f"/kilo/by/node-9/addresses/{first[0]}" in world.etcd
 
 
 async def test_what_cannot_be_is_refused_in_one_sentence_and_nothing_is_written(world: World) -> None:
