@@ -19,7 +19,9 @@ from kilo_etcd.agent.leadership.candidacy_policy import (
     decide_candidacy,
     eligible,
     keeps_its_place,
+    on_record,
     role_of,
+    succeeded,
 )
 from kilo_etcd.kernel.errors import failure
 from kilo_etcd.kernel.state import AddRoute, Route
@@ -193,3 +195,35 @@ def test_a_leader_on_no_network_of_this_host_does_not_keep_it_from_leading_itsel
     said = failure(AddRoute(route), OSError(code, "refused"))
     assert said.destination == mesh
     assert able_to_lead([] if said.aside else [said.destination], [mesh]) is able
+
+
+A_AND_B = (Candidate(node="a", rank=PUBLIC, create_revision=4), Candidate(node="b", rank=PUBLIC, create_revision=5))
+
+
+@pytest.mark.parametrize(
+    ("name", "candidates", "granularity", "stays", "leaves"),
+    [
+        ("b", TWO.candidates["gcp"], Granularity.LOCATION, False, False),  # it leads, and nobody comes after it
+        ("a", TWO.candidates["gcp"], Granularity.LOCATION, True, True),
+        ("a", A_AND_B, Granularity.LOCATION, False, True),
+        ("b", A_AND_B, Granularity.LOCATION, True, True),
+        ("b", (), Granularity.LOCATION, False, False),
+        ("a", A_AND_B, Granularity.FULL, False, True),
+        ("b", TWO.candidates["gcp"], Granularity.FULL, False, False),
+    ],
+)
+def test_whether_another_candidate_leads_instead(
+    name: str, candidates: tuple[Candidate, ...], granularity: Granularity, stays: bool, leaves: bool
+) -> None:
+    topology = build_topology(evolve(TWO, candidates={"gcp": candidates}, granularity=granularity))
+    assert succeeded(topology, name, "gcp", leaves=False) is stays
+    assert succeeded(topology, name, "gcp", leaves=True) is leaves
+    assert succeeded(topology, name, "aws", leaves=False), "it is not there any more"
+
+
+def test_only_the_last_one_of_its_segment_is_on_record() -> None:
+    topology = build_topology(evolve(TWO, candidates={}, leaders={"gcp": ("moved", "a", "b")}))
+    assert on_record(topology, "a")
+    assert not on_record(topology, "b")
+    assert topology.segment_of("b").leader.name == "a"
+    assert not on_record(build_topology(TWO), "b")
