@@ -363,10 +363,17 @@ async def test_an_etcd_that_is_not_there_or_refuses(tmp_path: Path) -> None:
             r"grant it with etcdctl role grant-permission",
             h1.refused("--user", "h1:secret"),
         )
-        for prefix in ("/kilo/", "/kilo-status/"):
+        # The first agent of a mesh needs its settings, or to write them; all else are its own keys.
+        for prefix in ("/kilo/mesh/", "/kilo/by/h1/", "/kilo-status/by/h1/"):
             await h1.etcdctl("role", "grant-permission", "h1", "--prefix=true", "readwrite", prefix)
-        async with h1.agent("--user", "h1:secret"):
-            pass
+        async with h1.agent("--user", "h1:secret") as agent:
+            assert "may not" not in agent.log()
+        await h1.etcdctl("role", "revoke-permission", "h1", "--prefix=true", "/kilo/mesh/")
+        async with h1.agent("--user", "h1:secret", "--clean-up") as agent:
+            await h1.settled()
+        assert "may not" not in agent.log()
+        left = await h1.etcdctl("get", "--prefix", "/kilo", "--keys-only")
+        assert left.split() == ["/kilo/mesh/granularity", "/kilo/mesh/internal-ips", "/kilo/mesh/subnets"]
 
 
 def refused_as(sentence: str) -> bool:
