@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from ipaddress import ip_address, ip_interface, ip_network
 from typing import Any
 
@@ -917,6 +918,32 @@ async def test_hosts_that_claim_at_once_never_share_an_address() -> None:
     revision = etcd.revision
     assert await session(etcd.client(), "node-3").claim_addresses(subnets) == claimed["node-3"]
     assert etcd.revision == revision
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_hosts_that_claim_at_once_share_nothing_whatever_fails(seed: int) -> None:
+    """Answers are lost, and agents end between any two steps and start again, in a subnet with few addresses."""
+    rng = random.Random(seed)
+    etcd = FakeEtcd(delay=0.01)
+    subnets = (ip_network("10.9.0.0/28"),)
+    used: dict[str, IPAddress] = {}
+
+    async def host(name: str) -> None:
+        while name not in used:
+            client = etcd.client()
+            with trio.move_on_after(rng.choice((0.005, 0.02, 0.035, 0.06, 1.0))), suppress(Unavailable):
+                await trio.sleep(rng.uniform(0, 0.03))
+                if rng.random() < 0.3:
+                    client.lose_answer(rng.randint(1, 2))
+                (used[name],) = await session(client, name).claim_addresses(subnets)
+                assert len(set(used.values())) == len(used), "no address is used twice, at no time"
+
+    async with trio.open_nursery() as nursery:
+        for number in range(10):
+            nursery.start_soon(host, f"node-{number}")
+    for name, address in used.items():
+        claims = [kv for key, kv in etcd.data.items() if key.endswith(f"/addresses/{address}".encode())]
+        assert min(claims, key=lambda kv: kv.create_revision).key == KEYS.address(name, address).encode()
 
 
 async def claimed_by_a(etcd: FakeEtcd) -> tuple[Session, str]:
