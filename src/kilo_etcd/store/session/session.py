@@ -354,7 +354,7 @@ class Session:
 
     async def leave(self, *, succeeded: bool = False) -> bool:
         """Stand no more. `succeeded`: another candidate leads then, so that the record that this host leads goes too;
-        else it stays, as the last word on who leads."""
+        else it stays, since a location without candidates keeps the leader on record."""
         self._candidacy.leave()
         self._succeeded = succeeded
         return await self._now()
