@@ -18,7 +18,7 @@ from kilo_etcd.etcd import PermissionDenied, Unavailable
 from kilo_etcd.kernel.firewall.chains import Obstacle
 from kilo_etcd.kernel.routing.rules import ForeignRule
 from kilo_etcd.kernel.state import AddRoute, DeleteRoute, Route, Setup
-from kilo_etcd.model import Endpoint, IPAddress, Node, Snapshot
+from kilo_etcd.model import Endpoint, IPAddress, Node, Peer, Snapshot
 from kilo_etcd.model.hostplan import Encryption, HostPlan, PeerPlan, RoutePlan, Via
 from kilo_etcd.runtime import key_file
 from kilo_etcd.runtime.logs import Once, get_logger, setup_logging
@@ -266,6 +266,11 @@ async def test_internal_ips_that_the_plan_has_a_route_to_are_tried_from_its_sour
         assert (response.reached, response.unreached) == (("10.2.0.2",), ("10.4.0.2",))
         assert response.routes == (TakenRoute("10.2.0.2", "10.1.0.1", "10.2.0.2 dev kilo0", False),)
         assert decode_diagnostics_response(encode(response)) == response
+    # Not if the route leads to a peer that has the address.
+    peer = Peer(name="laptop", public_key=SECOND, allowed_ips=(route.destination,))
+    taken_by_peer = build_topology(Snapshot(revision=1, nodes=nodes, peers={"laptop": peer}))
+    assert taken_by_peer.peers["laptop"].allowed_ips == (route.destination,)
+    assert (await world.answerer(plan, taken_by_peer).answer(request)).reached == ()
     # One that goes through the tunnel by a table of its own is tried as well.
     encrypted = evolve(PLAN, encryption=Encryption(send={route.destination: route}))
     answerer2 = world.answerer(encrypted, build_topology(Snapshot(revision=1, nodes=nodes)))

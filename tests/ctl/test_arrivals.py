@@ -114,7 +114,7 @@ def test_what_lost_packets_say(case: str) -> None:
 def test_the_remedy_for_a_pair_names_the_leaders_between_the_two() -> None:
     topology = mesh()
     (loss,) = losses(topology, asked(topology, lambda one, other: {one, other} == {"a2", "b2"}))
-    assert loss.remedy.startswith("kgctl explain a2 b2 --live; ")
+    assert loss.next_steps == f"{loss.remedy}; kgctl explain a2 b2 --live"
     assert loss.remedy.endswith("on one of the two, on a1 or b1, or on the way")
     (loss,) = losses(topology, asked(topology, lambda one, other: {one, other} == {"a2", "a3"}))
     assert loss.remedy.endswith("on one of the two, or on the way")

@@ -11,12 +11,12 @@ from test_arrivals import PLACES, Lost, asked, mesh, with_sessions
 
 from kilo_etcd.ctl.commands.check import Examined, Finding, Severity, findings
 from kilo_etcd.ctl.reports import arrivals
-from kilo_etcd.ctl.reports.arrivals import losses
+from kilo_etcd.ctl.reports.arrivals import by_host, losses
 from kilo_etcd.ctl.reports.causes import Kind
 from kilo_etcd.ctl.reports.evidence import evidence
 from kilo_etcd.ctl.reports.live import Live
 from kilo_etcd.ctl.reports.report import report
-from kilo_etcd.model import Granularity
+from kilo_etcd.model import Candidate, CandidateClass, Granularity
 from kilo_etcd.model.hostplan import HostPlan
 from kilo_etcd.planning.reach import MemberAddress, Silent, withhold
 from kilo_etcd.store.records import DiagnosticsResponse, StatusRecord, TakenRoute, Unreachable
@@ -84,6 +84,11 @@ def test_a_rule_on_a_member_is_named_and_its_leader_is_not() -> None:
     assert (one.severity, one.subject) == (Severity.ERROR, "a2")
     assert one.text.startswith(f"its kernel sends packets for {address(topology, 'b2')} by another route")
     assert one.remedy.endswith(f"on a2 ({rule.replace('rule', 'rule del', 1)})")
+    # Each rule has to go.
+    second = rule.replace("priority 5", "priority 6")
+    other = TakenRoute(address(topology, "b1"), "", f"{REFUSED}, by {second}", True)
+    (one,) = told(topology, with_answer(live, "a2", routes=(taken, other)))
+    assert one.remedy.endswith("; ".join(text.replace("rule", "rule del", 1) for text in (rule, second)) + ")")
 
 
 def test_a_route_on_a_leader_explains_what_it_forwards_and_what_is_answered() -> None:
@@ -212,7 +217,48 @@ def test_an_agent_that_is_dead_is_an_error_if_its_host_leads_and_passes_nothing(
     assert [(one.severity, one.subject) for one in told(topology, live, dead=("a3",))] == [(Severity.WARNING, "a3")]
     topology, live = world(lambda one, other: False, set(PLACES) - {"c1"})
     (one,) = told(topology, live, dead=("c1",))
-    assert "although the host answers echo requests of" in one.text
+    assert (one.severity, "although the host answers echo requests of" in one.text) == (Severity.WARNING, True)
+    # It is an error again if its own location reaches it and no other does.
+    topology, live = world(
+        lambda one, other: "a1" in (one, other) and PLACES[one] != PLACES[other], set(PLACES) - {"a1"}
+    )
+    (one,) = [each for each in told(topology, live, dead=("a1",)) if each.subject == "a1"]
+    assert (one.severity, one.text) == (
+        Severity.ERROR,
+        "its agent does not report; the host answers echo requests of a2, a3, and none of b1, b2, c1",
+    )
+
+
+def test_tunnels_without_a_session_are_one_error_for_each_host() -> None:
+    topology = mesh()
+    (one,) = told(topology, with_sessions(topology, asked(topology, around("c1")), ("a1", "b1")))
+    assert (one.severity, one.subject, one.text) == (
+        Severity.ERROR, "c1", "no tunnel between it and a1, b1: no handshake yet",
+    )  # fmt: skip
+    ends = [topology.snapshot.nodes[name].endpoint for name in ("c1", "a1")]
+    assert one.remedy.startswith(f"let UDP {ends[0]} to c1 and UDP {ends[1]} to a1 pass")
+    live = asked(topology, lambda one, other: {PLACES[one], PLACES[other]} == {"a", "c"})
+    (one,) = told(topology, with_sessions(topology, live, ("a1", "b1"), ("b1", "c1")))
+    assert (one.subject, one.text) == ("a1 - c1", "no tunnel between them: no handshake yet")
+    assert one.remedy.endswith("kgctl explain a1 c1 --live")
+
+
+def test_pairs_by_the_host_that_most_of_them_have_in_common() -> None:
+    pairs = [frozenset(pair) for pair in ("ab", "ac", "ad", "bc", "ef")]
+    assert list(by_host(pairs)) == [("a", ["b", "c", "d"]), ("b", ["c"]), ("e", ["f"])]
+    assert list(by_host(pairs, lambda host: int(host in "cf")))[1:] == [("c", ["b"]), ("f", ["e"])]
+    assert list(by_host([])) == []
+
+
+def test_a_candidates_obstacle_that_is_an_error_already_is_no_warning_besides() -> None:
+    topology, live = world(lambda one, other: False)
+    second = Candidate(node="a2", rank=CandidateClass.PUBLIC, create_revision=2)
+    candidates = topology.snapshot.candidates
+    topology = build_topology(evolve(topology.snapshot, candidates={**candidates, "a": (*candidates["a"], second)}))
+    live = with_answer(live, "a2", possible_obstacles=("forwarding is off on kilo0",))
+    assert [one.severity for one in told(topology, live)] == [Severity.WARNING]
+    (one,) = told(topology, live, errors={"a2": ("forwarding is off on kilo0",)})
+    assert (one.severity, one.text) == (Severity.ERROR, "forwarding is off on kilo0")
 
 
 def test_what_is_sent_and_does_not_arrive_is_a_blocked_port_and_not_the_tunnels_rules() -> None:

@@ -9,7 +9,7 @@ NO_WIREGUARD = "does not answer (is its process stopped?)"
 NO_BASELINE = "no host elsewhere has ever answered an echo request through the leader"
 """How the sentence on a leader without a baseline begins."""
 FORWARDING_LOOK = (
-    "what drops forwarded packets (nft list ruleset; sysctl net.ipv4.ip_forward; an rp_filter of 1: sysctl -ar "
-    r"'\.rp_filter') or leads them elsewhere (ip rule; ip route get MESH-ADDRESS)"
+    "what drops forwarded packets (nft list ruleset; sysctl net.ipv4.ip_forward net.ipv6.conf.all.forwarding; an "
+    r"rp_filter of 1: sysctl -ar '\.rp_filter') or leads them elsewhere (ip rule; ip route get MESH-ADDRESS)"
 )
 """What to look for on a host that does not forward, with the commands that show it."""

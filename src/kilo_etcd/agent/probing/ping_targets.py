@@ -53,14 +53,16 @@ def addresses_to_try(
         return {}
     versions = {address.version for address in own.mesh_addresses}
     routes = plan.routes if plan.encryption is None else {**plan.routes, **plan.encryption.send}
+    of_peers = {network for peer in topology.peers.values() for network in peer.allowed_ips}
     result: dict[IPAddress, RoutePlan | None] = {}
     for node in nodes:
         if node.name == name:
             continue
         result.update((address, None) for address in node.mesh_addresses if address.version in versions)
         for ip in node.internal_ips:
-            # One that two nodes have has no route of its own.
-            if (route := routes.get(host_network(ip.ip))) is not None:
+            # One that two nodes have has no route of its own, and one that a peer has leads to the peer.
+            network = host_network(ip.ip)
+            if network not in of_peers and (route := routes.get(network)) is not None:
                 result[ip.ip] = route
         if endpoints and plan.encryption is not None:
             for address in own_endpoints(node):

@@ -21,8 +21,10 @@ from kilo_etcd.base.quoting import first_of
 from kilo_etcd.ctl.context import Mesh
 from kilo_etcd.ctl.output import output_option
 from kilo_etcd.ctl.reports.arrivals import (
+    PAIRS,
     SHOWN,
     TRIES,
+    by_host,
     end_of,
     losses,
     lost_across,
@@ -220,18 +222,23 @@ def _agents(
                                f"kgctl node forget {row.name}",
                     )  # fmt: skip
                 continue
+            tried = () if places is None else places.unresponsive.get(row.name, ())
             if askers := (reached or {}).get(row.name):
+                # A host that reaches nobody may be the reason itself.
+                lost = () if places is None else sorted((set(tried) & places.passing) - set(askers))
                 yield Finding(
-                    severity=Severity.WARNING, subject=row.name,
-                    text=f"its agent does not report, although the host answers echo requests of "
-                         f"{first_of(askers, SHOWN)}; its place in the mesh is kept",
+                    severity=Severity.ERROR if lost else Severity.WARNING, subject=row.name,
+                    text=f"its agent does not report; the host answers echo requests of {first_of(askers, SHOWN)}, and "
+                         f"none of {first_of(lost, SHOWN)}" if lost
+                         else f"its agent does not report, although the host answers echo requests of "
+                              f"{first_of(askers, SHOWN)}; its place in the mesh is kept",
                     remedy="systemctl status kilo-etcd there: it is stopped, does not reach etcd (look at ip route get "
                            "ADDRESS-OF-ETCD, a firewall, name lookup), or has another name now (then: kgctl node "
                            f"forget {row.name})",
                 )  # fmt: skip
                 continue
-            tried = () if places is None or row.name not in places.gone else places.unresponsive[row.name]
-            leads = bool(tried) and places is not None and _leads_location(places.topology, row.name)
+            gone = places is not None and row.name in places.gone
+            leads = gone and places is not None and _leads_location(places.topology, row.name)
             yield Finding(
                 severity=Severity.ERROR if leads else Severity.WARNING, subject=row.name,
                 text=f"its agent does not report, and it leads its location, through which nothing arrives (tried by "
@@ -395,7 +402,9 @@ def _hosts(examined: Examined, places: Evidence) -> Iterator[Finding]:
                 remedy="the agent repairs it; if it happens again: journalctl -u kilo-etcd there names the change",
             )  # fmt: skip
         if _may_lead(topology, name):
-            for text in answer.possible_obstacles:
+            status = examined.statuses.get(name)
+            errors = {*answer.trouble, *(status.errors if status is not None else ())}
+            for text in (one for one in answer.possible_obstacles if one not in errors):
                 yield Finding(
                     severity=Severity.WARNING, subject=name,
                     text=f"it is a candidate for leader, and would forward nothing if it led: {text}",
@@ -423,7 +432,7 @@ def _packets(examined: Examined, known: Silence, places: Evidence) -> Iterator[F
     for cause in causes(topology, evolve(known, apart=places.unexplained(known.apart)), missing):
         yield Finding(severity=Severity.ERROR, subject=cause.subject, text=cause.text, remedy=cause.remedy)
     for loss in shown(places, missing):
-        yield Finding(severity=Severity.ERROR, subject=loss.subject, text=loss.text, remedy=loss.remedy)
+        yield Finding(severity=Severity.ERROR, subject=loss.subject, text=loss.text, remedy=loss.next_steps)
     down = [
         pair for pair in pairs(topology, tunnels(topology, live))
         if pair.up is False and not places.explains_tunnel(pair.one, pair.other)
@@ -431,7 +440,7 @@ def _packets(examined: Examined, known: Silence, places: Evidence) -> Iterator[F
     anew = {(pair.one, pair.other) for pair in down if {pair.one, pair.other} & examined.led_anew}
     down = [pair for pair in down if (pair.one, pair.other) not in anew]
     early = {pair for pair in down if pair.handshake is None and known.young & {pair.one, pair.other}}
-    yield from (_tunnel(topology, pair) for pair in down if pair not in early)
+    yield from _tunnels(topology, [pair for pair in down if pair not in early])
     unsettled = known.undecided | {frozenset((pair.one, pair.other)) for pair in early}
     moved = {pair for pair in lost_pairs(topology, live) if examined.led_anew.intersection(pair)}
     for subject, what, between in (("packets", "do not arrive", moved), ("tunnels", "have no session", anew - moved)):
@@ -451,17 +460,24 @@ def _packets(examined: Examined, known: Silence, places: Evidence) -> Iterator[F
         )  # fmt: skip
     ends = [frozenset((pair.one, pair.other)) for pair in down]
     apart = {*known.apart, *unsettled}
+    refused = partial(echo_refused, Plans(topology, examined.statuses))
+
+    def led_anew(one: str, other: str) -> bool:
+        return not examined.led_anew.isdisjoint((one, other))
+
     for loss in losses(
         topology, live, ends, apart=apart, queries_answered=known.queries_answered,
-        explained=lambda one, other: bool({one, other} & examined.led_anew) or places.explains(one, other),
+        explained=lambda one, other: led_anew(one, other) or places.explains(one, other),
     ):  # fmt: skip
         yield Finding(
             severity=Severity.WARNING if loss.filtered else Severity.ERROR, subject=loss.subject, text=loss.text,
-            remedy=loss.remedy,
+            remedy=loss.next_steps,
         )  # fmt: skip
-    refused = partial(echo_refused, Plans(topology, examined.statuses))
-    for loss in internal_losses(topology, live, places, apart, missing=missing, refused=refused):
-        yield Finding(severity=Severity.ERROR, subject=loss.subject, text=loss.text, remedy=loss.remedy)
+    for loss in internal_losses(
+        topology, live, places, apart, missing=missing,
+        explained=lambda one, other: led_anew(one, other) or refused(one, other),
+    ):  # fmt: skip
+        yield Finding(severity=Severity.ERROR, subject=loss.subject, text=loss.text, remedy=loss.next_steps)
     for loss in narrow(topology, live):
         yield Finding(severity=Severity.WARNING, subject=loss.subject, text=loss.text, remedy=loss.remedy)
     if len(topology.snapshot.nodes) > 1:
@@ -499,19 +515,47 @@ def _may_lead(topology: Topology, name: str) -> bool:
     return segment.leader.name != name and name in segment.election.order
 
 
-def _tunnel(topology: Topology, pair: Pair) -> Finding:
-    dropped = topology.internal_ips is InternalIPs.ENCRYPTED
-    one, other = ends = [topology.snapshot.nodes[name] for name in (pair.one, pair.other)]
-    ports = " and ".join(f"UDP {node.endpoint} to {node.name}" for node in ends if node.endpoint is not None)
-    return Finding(
-        severity=Severity.ERROR, subject=f"{pair.one} - {pair.other}",
-        text=f"no tunnel between them: {pair.last}" + (f"; {DROPPED}" if dropped else ""),
-        remedy=(
-            f"{REMEDY}; kgctl status says what their hosts know of it"
-            if hidden_pair(one, other) is not None
-            else f"let {ports or 'UDP 51820'} pass on the way; kgctl explain {pair.one} {pair.other} --live"
-        ),
-    )  # fmt: skip
+def _tunnels(topology: Topology, down: Iterable[Pair]) -> Iterator[Finding]:
+    """The tunnels without a session. One error for all tunnels of a host, but one for each pair that a NAT keeps
+    apart."""
+    nodes = topology.snapshot.nodes
+    dropped = f"; {DROPPED}" if topology.internal_ips is InternalIPs.ENCRYPTED else ""
+    left: dict[frozenset[str], Pair] = {}
+    for pair in down:
+        if hidden_pair(nodes[pair.one], nodes[pair.other]) is None:
+            left[frozenset((pair.one, pair.other))] = pair
+        else:
+            yield Finding(
+                severity=Severity.ERROR, subject=f"{pair.one} - {pair.other}",
+                text=f"no tunnel between them: {pair.last}{dropped}",
+                remedy=f"{REMEDY}; kgctl status says what their hosts know of it",
+            )  # fmt: skip
+    hosts = list(by_host(left))
+    for host, others in hosts[:PAIRS]:
+        ends = [nodes[name] for name in (host, others[0])]
+        if len(others) == 1:
+            ends.sort(key=lambda node: node.name)
+        ports = " and ".join(f"UDP {node.endpoint} to {node.name}" for node in ends if node.endpoint is not None)
+        last = min((left[frozenset((host, other))] for other in others), key=_age).last
+        yield Finding(
+            severity=Severity.ERROR, subject=host if len(others) > 1 else " - ".join(node.name for node in ends),
+            text=f"no tunnel between it and {some(others)}: {last}{dropped}" if len(others) > 1
+                 else f"no tunnel between them: {last}{dropped}",
+            remedy=f"let {ports or 'UDP 51820'} pass, on the way and through the firewalls of both ends; kgctl explain "
+                   f"{ends[0].name} {ends[1].name} --live",
+        )  # fmt: skip
+    if more := hosts[PAIRS:]:
+        number = sum(len(others) for _, others in more)
+        yield Finding(
+            severity=Severity.ERROR, subject="tunnels",
+            text=f"{number} more {'has' if number == 1 else 'have'} no session, of {some(host for host, _ in more)}",
+            remedy="mend what is named first, then ask again",
+        )  # fmt: skip
+
+
+def _age(pair: Pair) -> float:
+    """Seconds since the last handshake."""
+    return float("inf") if pair.handshake is None else pair.handshake
 
 
 _COLOURS = {Severity.ERROR: "red", Severity.WARNING: "yellow"}

@@ -9,7 +9,6 @@ session explains is left to whoever says that.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from ipaddress import ip_address
 from itertools import pairwise
@@ -49,6 +48,13 @@ class Loss:
     remedy: str
     filtered: bool = False
     """Only echo requests are known to be lost."""
+    between: tuple[str, str] | None = None
+    """A host and a node or an address; `kgctl explain --live` shows where packets between the two are lost."""
+
+    @property
+    def next_steps(self) -> str:
+        """The remedy with the command that shows more, if there is one."""
+        return self.remedy if self.between is None else f"{self.remedy}; kgctl explain {' '.join(self.between)} --live"
 
 
 @frozen
@@ -150,19 +156,33 @@ def narrow(topology: Topology, live: Live) -> Iterator[Loss]:
                 here, there = end_of(topology, name), end_of(topology, target)
                 ends = frozenset((here, there) if here != there else (name, target))
                 tunnels[ends] = max(answer.mtu, tunnels.get(ends, 0))
-    while tunnels:
-        # The host that most of them have in common.
-        count = Counter(name for ends in tunnels for name in ends)
-        host = min(count, key=lambda name: (-count[name], name))
-        others = sorted(next(iter(ends - {host}), host) for ends in tunnels if host in ends)
-        size = max(mtu for ends, mtu in tunnels.items() if host in ends)
-        tunnels = {ends: mtu for ends, mtu in tunnels.items() if host not in ends}
+    for host, others in by_host(tunnels):
+        size = max(tunnels[frozenset((host, other))] for other in others)
         yield Loss(
             subject=host if len(others) > 1 else f"{host} - {others[0]}", filtered=True,
             text=f"small packets arrive between it and {some(others)}, and none of {size} bytes does" if len(others) > 1
                  else f"small packets arrive between them, and none of {size} bytes does",
             remedy=_smaller(topology, live, host, others[0], size),
         )  # fmt: skip
+
+
+def by_host(
+    pairs: Iterable[frozenset[str]], prefer: Callable[[str], int] = lambda host: 0
+) -> Iterator[tuple[str, list[str]]]:
+    """Pairs of hosts, each once, by the host that most of those left have in common, with the others of its pairs.
+    `prefer`: of hosts with equally many pairs the one with the largest number."""
+    others: dict[str, set[str]] = {}
+    for one, other in pairs:
+        others.setdefault(one, set()).add(other)
+        others.setdefault(other, set()).add(one)
+    while others:
+        host = min(others, key=lambda name: (-len(others[name]), -prefer(name), name))
+        far = sorted(others.pop(host))
+        for other in far:
+            others[other].discard(host)
+            if not others[other]:
+                del others[other]
+        yield host, far
 
 
 def _smaller(topology: Topology, live: Live, one: str, other: str, size: int) -> str:
@@ -351,8 +371,8 @@ def _by_leader(
         yield Loss(
             subject=leader,
             text=f"it leads its location and does not forward: through it nothing arrives {way}",
-            remedy="; ".join(known)
-            or f"look there for {FORWARDING_LOOK}; kgctl explain {source} {target} --live",
+            remedy="; ".join(known) or f"look there for {FORWARDING_LOOK}",
+            between=None if known else (source, target),
         )  # fmt: skip
     each = sorted({(min(pair), max(pair)) for pair in alone})
     for pair in each[:PAIRS]:
@@ -361,8 +381,9 @@ def _by_leader(
         yield Loss(
             subject=f"{one} - {other}",
             text=f"{one} and {other} do not reach each other" if both else f"{one} does not reach {other}",
-            remedy=f"kgctl explain {one} {other} --live; a firewall, or another program's rule (ip rule), on one of "
-                   f"the two{_on_the_way(topology, one, other)}",
+            remedy=f"look for a firewall (nft list ruleset), or another program's rule (ip rule), on one of the two"
+                   f"{_on_the_way(topology, one, other)}",
+            between=(one, other),
         )  # fmt: skip
     if more := each[PAIRS:]:
         yield Loss(

@@ -7,6 +7,7 @@ A lost packet that passes such a place says nothing of the hosts behind it, so `
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from ipaddress import ip_address
@@ -14,7 +15,19 @@ from itertools import chain, pairwise
 
 from attrs import field, frozen
 
-from kilo_etcd.ctl.reports.arrivals import PAIRS, Loss, end_of, good_hops, lost_hops, path, reached_by, some
+from kilo_etcd.base.quoting import first_of
+from kilo_etcd.ctl.reports.arrivals import (
+    PAIRS,
+    SHOWN,
+    Loss,
+    by_host,
+    end_of,
+    good_hops,
+    lost_hops,
+    path,
+    reached_by,
+    some,
+)
 from kilo_etcd.ctl.reports.causes import Kind
 from kilo_etcd.ctl.reports.live import Live, ago, pairs, tunnels
 from kilo_etcd.model import Node
@@ -236,33 +249,28 @@ def shown(known: Evidence, missing: Collection[str] = ()) -> Iterator[Loss]:
     for name, far in sorted(known.endpoints.items()):
         yield Loss(
             subject=name,
-            text=f"its WireGuard reaches nobody at {some(far.values())}, the endpoints of {some(far)}: the host has no "
-                 "route there" if len(far) > 1
-                 else f"its WireGuard does not reach {some(far)} at {some(far.values())}: the host has no route there",
-            remedy=f"ip route show default and ip rule show on {name}: is the default route gone?",
+            text=f"its WireGuard reaches nobody at {some(far.values())}, the endpoints of {some(far)}: the host's "
+                 "kernel gives no route there" if len(far) > 1
+                 else f"its WireGuard does not reach {some(far)} at {some(far.values())}: the host's kernel gives no "
+                 "route there",
+            remedy=f"ip route show default and ip rule show on {name}: is the default route gone, or does a rule "
+                   "refuse these packets?",
         )  # fmt: skip
     yield from _blocked_ways(known)
 
 
 def _blocked_ways(known: Evidence) -> Iterator[Loss]:
     """One error for each host that most of the blocked ways have in common."""
-    received: dict[str, set[str]] = {}
-    sent: dict[str, set[str]] = {}
-    for name, senders in known.blocked.items():
-        for sender in senders:
-            if not known.explains_tunnel(name, sender):
-                received.setdefault(name, set()).add(sender)
-                sent.setdefault(sender, set()).add(name)
-    others = {name: received.get(name, set()) | sent.get(name, set()) for name in received.keys() | sent.keys()}
-    while others:
-        name = min(others, key=lambda host: (-len(others[host]), -len(received.get(host, ())), host))
-        far = others.pop(name)
-        yield _blocked_way(known, name, received.get(name, set()) & far, sent.get(name, set()) & far)
-        for other in far:
-            others[other].discard(name)
-            received.get(other, set()).discard(name)
-            if not others[other]:
-                del others[other]
+    ways = {
+        (sender, name)
+        for name, senders in known.blocked.items()
+        for sender in senders
+        if not known.explains_tunnel(name, sender)
+    }
+    received = Counter(name for _, name in ways)
+    for name, far in by_host(map(frozenset, ways), received.__getitem__):
+        senders = {other for other in far if (other, name) in ways}
+        yield _blocked_way(known, name, senders, {other for other in far if (name, other) in ways})
 
 
 def _blocked_way(known: Evidence, name: str, senders: Collection[str], receivers: Collection[str]) -> Loss:
@@ -290,19 +298,21 @@ def _blocked_way(known: Evidence, name: str, senders: Collection[str], receivers
     return Loss(
         subject=name if len(far) > 1 else f"{name} - {far[0]}",
         text=f"{what}, although they are sent (last handshake: {ago(last)} ago)",
-        remedy=f"let {passes} pass, on the way and through its own firewall (nft list ruleset there); "
-               f"kgctl explain {far[0]} {name} --live",
+        remedy=f"let {passes} pass, on the way and through its own firewall (nft list ruleset there)",
+        between=(far[0], name),
     )  # fmt: skip
 
 
 def _other_route(name: str, routes: Mapping[str, str]) -> Loss:
     first = next(iter(routes.values()))
-    rule = first.partition(", by ip ")[2]
+    rules = dict.fromkeys(rule for route in routes.values() if (rule := route.partition(", by ip ")[2]))
+    removals = [f"ip {rule.replace(' rule ', ' rule del ', 1)}" for rule in rules]
+    named = "that rule" if len(rules) == 1 else "those rules"
     table = f" table {first.partition(',')[0].rpartition(' table ')[2]}" if " table " in first.partition(",")[0] else ""
     return Loss(
         subject=name,
         text=f"its kernel sends packets for {some(routes)} by another route than the agent's: {first}",
-        remedy=f"remove that rule of another program on {name} (ip {rule.replace(' rule ', ' rule del ', 1)})" if rule
+        remedy=f"remove {named} of another program on {name} ({first_of(removals, SHOWN, '; ')})" if rules
                else f"ip rule and ip route show{table} on {name}: remove the rule or the route that comes before the "
                     "agent's",
     )  # fmt: skip

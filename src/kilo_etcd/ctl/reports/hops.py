@@ -220,6 +220,6 @@ def suspicions(
             topology, live, down, apart=unsettled, queries_answered=known.queries_answered, explained=places.explains
         ),
         *narrow(topology, live),
-        *internal_losses(topology, live, places, unsettled, refused=refused),
+        *internal_losses(topology, live, places, unsettled, explained=refused),
     ):
         yield loss.subject, f"{loss.text}: {loss.remedy}"

@@ -39,25 +39,24 @@ def internal_losses(
     apart: Collection[frozenset[str]] = (),
     *,
     missing: Collection[str] = (),
-    refused: Callable[[str, str], bool] = lambda one, other: False,
+    explained: Callable[[str, str], bool] = lambda one, other: False,
 ) -> tuple[Loss, ...]:
     """One for each host that is known to be the place, then the pairs that remain; of each kind the first `PAIRS`.
 
     `known`: the places that other findings name. `apart`: pairs of members of a location that do not reach each other,
     or of which that is not known yet. `missing`: internal IPs that their hosts do not have, which their agents report.
-    `refused`: whether two hosts are known to lose echo requests since one of them sends these in clear and the other
-    refuses that.
+    `explained`: whether another finding says why echo requests between two hosts are lost.
     """
     losses = []
     asked = _asked(topology, live, known, frozenset(missing))
-    rest = {pair for pair in asked.lost if not across(topology, *pair, apart) and not refused(*pair)}
+    rest = {pair for pair in asked.lost if not across(topology, *pair, apart) and not explained(*pair)}
     for _ in range(PAIRS):
         if (place := _place(topology, asked, rest)) is None:
             break
         role, name = place
-        explained = {pair for pair in rest if place in _places(topology, *pair)}
-        rest -= explained
-        losses.append(_at(topology, live, name, role, sorted(explained), asked))
+        passing = {pair for pair in rest if place in _places(topology, *pair)}
+        rest -= passing
+        losses.append(_at(topology, live, name, role, sorted(passing), asked))
     losses.extend(_by_pairs(topology, live, sorted(rest), asked))
     return tuple(losses)
 
@@ -144,6 +143,7 @@ def _at(topology: Topology, live: Live, name: str, role: InternalRole, pairs: li
     return Loss(
         subject=name, text=f"{text}, although echo requests to mesh addresses are answered",
         remedy=_remedy(topology, live, hosts, one, asked.lost[one, other][0]),
+        between=(one, asked.lost[one, other][0]),
     )  # fmt: skip
 
 
@@ -161,6 +161,7 @@ def _by_pairs(topology: Topology, live: Live, pairs: list[_Pair], asked: _Asked)
                  else f"{one} does not reach {other} at its internal IP {address}, although it does at the mesh "
                  "address",
             remedy=_remedy(topology, live, on_the_way, one, address),
+            between=(one, address),
         )  # fmt: skip
     if more := each[PAIRS:]:
         yield Loss(
@@ -196,4 +197,4 @@ def _remedy(topology: Topology, live: Live, hosts: Iterable[str], source: str, a
         )
     ]
     look = f"look on {some(names)} for what drops packets by their addresses: nft list ruleset, iptables-save"
-    return "; ".join((*known, look, f"kgctl explain {source} {address} --live; the mesh address works"))
+    return "; ".join((*known, look, "the mesh address works"))
