@@ -168,6 +168,37 @@ async def test_a_host_that_was_relabelled_while_it_was_away_gives_its_leader_rec
         nursery.cancel_scope.cancel()
 
 
+@pytest.mark.parametrize("last", [True, False])
+async def test_a_leader_record_under_an_earlier_runs_lease_is_kept_by_the_next_run_or_deleted(last: bool) -> None:
+    """The next run cannot adopt that lease if the host's record is not under it any more."""
+    etcd = FakeEtcd()
+    async with member(etcd) as it:
+        await it.claim_addresses(SUBNETS)
+        await it.record_leader("gcp", known=etcd.revision)
+        await it.leave()
+    etcd.put(KEYS.subnets, "10.4.0.0/16")
+    etcd.put(NODE, etcd.data[NODE.encode()].value)
+    if not last:
+        etcd.put_kept(KEYS.leader("gcp", "b"), "")
+    mirror, again = Mirror(etcd.client(), KEYS), session(etcd.client())
+    async with running(again), trio.open_nursery() as nursery:
+        await nursery.start(mirror.run)
+        await again.claim_addresses(SUBNETS)
+        await again.register(record("a", location="gcp"))
+        await eventually(lambda: mirror.current and mirror.current.nodes["a"].location == "gcp")
+        assert mirror.current is not None
+        assert etcd.data[LED.encode()].lease != etcd.data[NODE.encode()].lease
+        await again.compare(mirror.current, mirror)
+        revision = etcd.revision
+        await again.compare(mirror.current, mirror)
+        assert etcd.revision == revision, "what is written already is not written again, although the mirror is behind"
+        if last:
+            assert etcd.data[LED.encode()].lease == etcd.data[NODE.encode()].lease
+        else:
+            assert LED not in etcd
+        nursery.cancel_scope.cancel()
+
+
 async def test_a_changed_record_is_one_write_and_keeps_its_create_revision() -> None:
     etcd = FakeEtcd()
     async with member(etcd) as it:

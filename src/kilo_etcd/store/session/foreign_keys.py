@@ -19,6 +19,8 @@ class ForeignKeys:
         self._name = name
         self._places_of: tuple[object, object, tuple[str, ...]] = (None, None, ())
         """Candidacies and probe reports of all, and the keys among them that have this host's name."""
+        self._led_in: tuple[object, tuple[str, ...]] = (None, ())
+        """The leaders on record, and the locations where this host is one."""
 
     def find(self, snapshot: Snapshot, mirror: Mirror, *, known: Set[str]) -> list[KeyValue]:
         """Those that `mirror`, which has given `snapshot`, holds besides `known`."""
@@ -28,6 +30,13 @@ class ForeignKeys:
         observed = [self._keys.endpoint(name, self._name) for name in mirror.observed_by(self._name)]
         kvs = (mirror.kv(key) for key in {*self._places_of[2], *observed, *mirror.leaseless(self._name)} - known)
         return [kv for kv in kvs if kv is not None]
+
+    def led(self, snapshot: Snapshot) -> tuple[str, ...]:
+        """The locations of which this host is on record as a leader."""
+        if self._led_in[0] is not snapshot.leaders:
+            found = tuple(where for where, names in snapshot.leaders.items() if self._name in names)
+            self._led_in = snapshot.leaders, found
+        return self._led_in[1]
 
 
 def places(keys: Keys, name: str, snapshot: Snapshot) -> tuple[str, ...]:

@@ -32,7 +32,7 @@ nothing.
 from __future__ import annotations
 
 import random
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 
 import structlog
@@ -424,16 +424,29 @@ class Session:
 
         return revision if await self._try(write) else None
 
-    async def _drop_leaders(self, snapshot: Snapshot, mirror: Mirror) -> None:
+    async def _settle_leaders(self, snapshot: Snapshot, mirror: Mirror) -> None:
         """Delete the records that this host leads locations where it is not any more. As a rule they go with its
-        candidacy there; without one they would stay."""
+        candidacy there; without one they would stay. One under the long lease of an earlier run, which nobody keeps, is
+        put under this run's if this host is the last leader on record, and deleted if it is not."""
         if (own := snapshot.nodes.get(self._name)) is None:
             return
         stands = {key.location for key in map(self._keys.parse, self._leased.values) if isinstance(key, ElectionKey)}
-        keys = (self._keys.leader(where, self._name) for where in self._led if where not in {*stands, own.location})
-        stale = [key for key in keys if mirror.kv(key) is not None]
-        if stale:
-            await self._write_once(lambda: [*map(Delete, stale)])
+
+        def settled() -> Iterator[tuple[str, Op]]:
+            for where in sorted({*self._led, *self._foreign.led(snapshot)}):
+                key = self._keys.leader(where, self._name)
+                if (kv := mirror.kv(key)) is None or self._led.get(where, 0) > snapshot.revision:
+                    continue
+                if where not in {*stands, own.location}:
+                    yield where, Delete(key)
+                elif self._long.id and kv.lease != self._long.id:
+                    last = snapshot.leaders.get(where, ())[:1] == (self._name,)
+                    yield where, Put(key, kv.value, lease=self._long.id) if last else Delete(key)
+
+        if not (changes := dict(settled())):
+            return
+        if revision := await self._write_once(lambda: [*changes.values()]):
+            self._led.update((where, revision) for where, change in changes.items() if isinstance(change, Put))
 
     async def _now(self) -> bool:
         async def sync() -> None:
@@ -525,7 +538,7 @@ class Session:
         foreign = found if now >= over else [kv for kv in found if not kv.lease]
         if foreign:
             await self._leased.find(foreign, snapshot.revision)
-        await self._drop_leaders(snapshot, mirror)
+        await self._settle_leaders(snapshot, mirror)
         return over if len(foreign) < len(found) else float("inf")
 
     # --- the end -----------------------------------------------------------------------------------------------
