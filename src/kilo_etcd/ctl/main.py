@@ -14,6 +14,7 @@ from click.shell_completion import CompletionItem
 
 from kilo_etcd import __version__
 from kilo_etcd.ctl.context import Mesh
+from kilo_etcd.ctl.environment_file import use_environment_file
 from kilo_etcd.etcd.api import Config
 from kilo_etcd.runtime.options import etcd_options, prefix_option
 
@@ -89,6 +90,20 @@ class _Lazy(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, _, text) in sorted(_COMMANDS.items())])
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        rest = super().parse_args(ctx, args)
+        use_environment_file(ctx)
+        return rest
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:  # fmt: skip
+        try:
+            return super().resolve_command(ctx, args)
+        except click.exceptions.NoSuchCommand as error:
+            # click knows only commands that are imported already.
+            raise click.exceptions.NoSuchCommand(error.command_name, possibilities=_COMMANDS, ctx=ctx) from None
+
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
@@ -104,7 +119,8 @@ class _Lazy(click.Group):
 def main(context: click.Context, etcd: Config, prefix: str) -> None:
     """Inspect and change the WireGuard mesh that etcd describes.
 
-    The options of etcd are etcdctl's, and so are their environment variables.
+    The options of etcd are etcdctl's, and so are their environment variables. If none is given, those in
+    /etc/kilo-etcd/kilo-etcd.env count, which the agent on this host uses.
     """
     context.obj = Mesh(etcd, prefix)
 

@@ -22,6 +22,7 @@ from rich.console import Console
 
 from kilo_etcd.base.quoting import sentence
 from kilo_etcd.ctl.context import Failure
+from kilo_etcd.ctl.group import Group
 from kilo_etcd.lab import Lab, LabError, Spec, SpecError, attach, demo, read_spec, running_lab
 from kilo_etcd.lab.addressing import CUTS, SITE_CUTS
 from kilo_etcd.lab.capture import Flow
@@ -38,7 +39,7 @@ _DEMO = "three-sites"
 name_option = click.option("--name", metavar="NAME", default=None, help="Which lab, where several run.")
 
 
-@click.group()
+@click.group(cls=Group)
 def lab_group() -> None:
     """Build a small internet on this machine: sites, routers, hosts, a real etcd, an agent on every host."""
 

@@ -17,6 +17,7 @@ from kilo_etcd.base.quoting import sentence
 from kilo_etcd.ctl.change import Edit, Outcome, carry_out, change_options
 from kilo_etcd.ctl.commands import complete
 from kilo_etcd.ctl.context import Mesh
+from kilo_etcd.ctl.group import Group
 from kilo_etcd.ctl.output import output_option, show
 from kilo_etcd.ctl.reports.label import oddity
 from kilo_etcd.ctl.reports.render import Table, clean, shown_location
@@ -81,7 +82,7 @@ def _checked(check: Callable[[str], str]) -> Callable[[click.Context, click.Para
 _NODE, _LABEL = _checked(parse_node_name), _checked(check_label)
 
 
-@click.group("location")
+@click.group("location", cls=Group)
 def location_group() -> None:
     """Set, list and unset the labels that shape the mesh."""
 

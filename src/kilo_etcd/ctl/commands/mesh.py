@@ -11,6 +11,7 @@ import click
 from kilo_etcd.ctl.change import Edit, Outcome, carry_out, change_options
 from kilo_etcd.ctl.commands.join import join_command, unjoin_command
 from kilo_etcd.ctl.context import Failure, Mesh
+from kilo_etcd.ctl.group import Group
 from kilo_etcd.ctl.output import output_option
 from kilo_etcd.ctl.reports.render import shown_internal_ips
 from kilo_etcd.etcd.api import Client
@@ -23,7 +24,7 @@ from kilo_etcd.topology import Topology, build_topology
 from kilo_etcd.topology.stages import Switch, switch
 
 
-@click.group("mesh")
+@click.group("mesh", cls=Group)
 def mesh_group() -> None:
     """Show and change the settings of the mesh, and join it to another one."""
 

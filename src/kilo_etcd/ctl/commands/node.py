@@ -17,6 +17,7 @@ from kilo_etcd.ctl.commands import complete
 from kilo_etcd.ctl.commands.annotate import node_argument
 from kilo_etcd.ctl.commands.status import look, read_mesh
 from kilo_etcd.ctl.context import Failure, Mesh
+from kilo_etcd.ctl.group import Group
 from kilo_etcd.ctl.output import output_option, show
 from kilo_etcd.ctl.reports.render import NONE, Table, clean, shown_location
 from kilo_etcd.ctl.reports.report import NodeRow, remarks_on
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from kilo_etcd.store.records import StatusRecord
 
 
-@click.group("node")
+@click.group("node", cls=Group)
 def node_group() -> None:
     """List the nodes, show one, forget one that is gone for good."""
 

@@ -20,6 +20,7 @@ from kilo_etcd.ctl.change import MOST, Edit, Outcome, carry_out, change_options
 from kilo_etcd.ctl.commands import complete
 from kilo_etcd.ctl.context import Failure, Mesh
 from kilo_etcd.ctl.formats.manifest import NamedPeer, as_text, exact_network, manifest, read_peers
+from kilo_etcd.ctl.group import Group
 from kilo_etcd.ctl.output import show
 from kilo_etcd.ctl.reports.render import NONE, Table, clean
 from kilo_etcd.model import Endpoint, Snapshot
@@ -73,7 +74,7 @@ format_option = click.option(
 )
 
 
-@click.group("peer")
+@click.group("peer", cls=Group)
 def peer_group() -> None:
     """Add, list, show and remove peers: laptops, phones, routers, other meshes."""
 

@@ -25,6 +25,7 @@ from kilo_etcd.ctl.formats.wgconf import (
     section,
     text,
 )
+from kilo_etcd.ctl.group import Group
 from kilo_etcd.planning.exit_node import unusable
 from kilo_etcd.runtime.config import parse_node_name
 from kilo_etcd.store import operator
@@ -51,7 +52,7 @@ def conf_options(command: Any) -> Any:
     return command
 
 
-@click.group("showconf")
+@click.group("showconf", cls=Group)
 def showconf_group() -> None:
     """Print the WireGuard configuration of a node or a peer.
 

@@ -1,0 +1,108 @@
+"""Where `kgctl` looks for etcd on a host whose agent has an environment file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from kilo_etcd.ctl import environment_file
+from kilo_etcd.ctl.context import Mesh
+from kilo_etcd.ctl.environment_file import parse
+from kilo_etcd.ctl.group import first_sentence
+from kilo_etcd.ctl.main import main
+
+FILE = """
+# The agent's.
+KILO_LOCATION=berlin
+KILO_PREFIX=/mesh
+ETCDCTL_ENDPOINTS="https://10.0.0.5:2379,\\
+https://10.0.0.6:2379"
+ETCDCTL_USER=root
+ETCDCTL_PASSWORD='it''s $ecret'
+ETCDCTL_INSECURE_SKIP_TLS_VERIFY=true
+ETCDCTL_CACERT=
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "kilo-etcd.env"
+    monkeypatch.setattr(environment_file, "PATH", path)
+    return path
+
+
+def mesh(*args: str, env: dict[str, str] | None = None) -> tuple[Mesh, str]:
+    """What a command gets, and what was written to standard error."""
+    found: list[Mesh] = []
+    command = click.Command("probe", callback=click.pass_obj(found.append))
+    group = type(main)("kgctl", params=main.params, callback=main.callback)
+    group.get_command = lambda context, name: command  # type: ignore[method-assign, assignment]
+    result = CliRunner().invoke(group, [*args, "probe"], env=env or {})
+    assert result.exit_code == 0, result.output
+    return found[0], result.stderr
+
+
+def test_etcd_is_that_of_the_agents_file(path: Path) -> None:
+    path.write_text(FILE)
+    found, errors = mesh()
+    assert (found.etcd.endpoints, found.prefix, errors) == (
+        ("https://10.0.0.5:2379", "https://10.0.0.6:2379"), "/mesh", "",
+    )  # fmt: skip
+    assert (found.etcd.user, found.etcd.password) == ("root", "it''s $ecret")
+    assert found.etcd.tls is not None
+    assert (found.etcd.tls.insecure_skip_verify, found.etcd.tls.ca) == (True, None)
+    assert mesh("--prefix", "/other")[0].prefix == "/other"
+
+
+@pytest.mark.parametrize(
+    ("args", "env"),
+    [(("--endpoints", "h:1"), {}), (("--dial-timeout", "1s"), {}), ((), {"ETCDCTL_ENDPOINTS": "h:1"})],
+)
+def test_whatever_is_given_of_etcd_leaves_the_whole_file_out(path: Path, args: tuple[str], env: dict[str, str]) -> None:
+    path.write_text(FILE)
+    found, _ = mesh(*args, env=env)
+    assert (found.etcd.user, found.etcd.tls, found.prefix) == (None, None, "/kilo")
+
+
+def test_without_a_file_etcd_is_on_this_machine(path: Path) -> None:
+    found, errors = mesh()
+    assert (found.etcd.endpoints, errors) == (("127.0.0.1:2379",), "")
+    path.mkdir()
+    found, errors = mesh()
+    assert found.etcd.endpoints == ("127.0.0.1:2379",)
+    assert errors == (
+        f"kgctl: {path} cannot be read (Is a directory), so etcd is looked for at 127.0.0.1:2379; run kgctl as root, "
+        "or set ETCDCTL_ENDPOINTS\n"
+    )
+    path.rmdir()
+    path.write_bytes(b"\xff")
+    assert "it is not UTF-8" in mesh()[1]
+
+
+def test_a_wrong_value_in_the_file_is_one_sentence(path: Path) -> None:
+    path.write_text("ETCDCTL_DIAL_TIMEOUT=soon\n")
+    result = CliRunner().invoke(main, ["status"])
+    assert result.exit_code == 2
+    assert "'soon' is no duration" in result.output
+    path.write_text("ETCDCTL_INSECURE_SKIP_TLS_VERIFY=perhaps\n")
+    result = CliRunner().invoke(main, ["status"])
+    assert (result.exit_code, "'perhaps' is not a valid boolean" in result.output) == (2, True)
+
+
+def test_an_environment_file_is_read_as_systemd_reads_it() -> None:
+    text = '; no\n#no\nA=1\n B = x\n1=no\nC="a \\"b\\" \\$c"\nD=\\\n d e \nE=a\\ b\nF=\nnothing\nG=\'\\\'\n'
+    assert parse(text) == {"A": "1", "C": 'a "b" $c', "D": "d e", "E": "a b", "F": "", "G": "\\"}
+
+
+def test_help_lists_commands_with_whole_sentences_and_a_wrong_one_is_answered_with_the_nearest() -> None:
+    for group in ("peer", "location", "node", "mesh", "lab", "showconf"):
+        listed = CliRunner().invoke(main, [group, "--help"]).output.partition("Commands:")[2]
+        assert listed
+        assert "..." not in listed
+    assert first_sentence("One thing. Another\n\nA third.") == "One thing."
+    assert first_sentence("One\nthing") == "One thing"
+    result = CliRunner().invoke(main, ["sattus"])
+    assert (result.exit_code, "Did you mean 'status'?" in result.output) == (2, True)
