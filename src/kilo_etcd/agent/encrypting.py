@@ -26,6 +26,7 @@ from kilo_etcd.agent.leader_hints.peer_query import PORT
 from kilo_etcd.agent.snapshot_cache import Disk
 from kilo_etcd.agent.stage_watch import StageWatch
 from kilo_etcd.base.fast_ip import ip_address, ip_network
+from kilo_etcd.base.mappings import changes
 from kilo_etcd.model import EncryptionStage, InternalIPs, IPAddress, Node
 from kilo_etcd.model.hostplan import Exemption, HostPlan
 from kilo_etcd.planning.encryption import Living, Outside, StageReport, awaited, report
@@ -36,7 +37,6 @@ from kilo_etcd.runtime.logs import Once
 from kilo_etcd.store import StageRecord
 from kilo_etcd.topology import Topology
 from kilo_etcd.topology.places import own_addresses
-from kilo_etcd.topology.segments import changes
 
 MEMBERS_FILE = "etcd-members.json"
 MEMBERS_PERIOD, MEMBERS_RETRY = 60.0, 2.0

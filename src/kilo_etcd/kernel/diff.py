@@ -54,6 +54,7 @@ from ipaddress import ip_network
 
 from attrs import evolve, frozen
 
+from kilo_etcd.base.mappings import changes as changed_keys
 from kilo_etcd.kernel.errors import collision, shadow
 from kilo_etcd.kernel.firewall.forward import AddForward, DeleteForward, comment_prefix, rules_for
 from kilo_etcd.kernel.firewall.openings import AddOpening, DeleteOpening, openings_for
@@ -98,7 +99,6 @@ from kilo_etcd.kernel.state import (
 from kilo_etcd.kernel.unanswered import accounts, next_endpoint
 from kilo_etcd.model import SESSION_SECONDS, Endpoint, IPNetwork
 from kilo_etcd.model.hostplan import HostPlan, PeerPlan, RoutePlan, Via
-from kilo_etcd.topology.segments import changes as changed_keys
 
 _NO_PEER = ObservedPeer(public_key="")
 _NOTHING = Memory()

@@ -13,13 +13,14 @@ from typing import TypeVar
 
 from attrs import evolve, field, frozen
 
+from kilo_etcd.base.mappings import changes, copied
 from kilo_etcd.model import ACCEPTING, EncryptionStage, IPAddress, IPNetwork, Node
 from kilo_etcd.model.hostplan import Encryption, Exemption, HostPlan, PeerPlan, PlanMemo, Problem, RoutePlan, Via
 from kilo_etcd.topology.granularity import GranularityPolicy
 from kilo_etcd.topology.next_hop import NextHop, next_hop, tunneled
 from kilo_etcd.topology.places import Address, Place, Places, both_ways, exchanged, own_addresses, own_endpoints, sent
 from kilo_etcd.topology.prefix_allocation import network_key
-from kilo_etcd.topology.segments import Topology, changes, lined_up
+from kilo_etcd.topology.segments import Topology
 from kilo_etcd.topology.stages import NOBODY_ASKED, Living, SegmentPair, StageReport, in_force, report, waited_for
 from kilo_etcd.topology.unaware import unaware_problems
 
@@ -243,7 +244,7 @@ def _part(view: _EncryptionView, here: Place, there: Place, living: Living, old:
     ways = {version: view.way(version, usable) for version in versions}
     whole = {version: view.on and view.whole(version, answered) for version in versions}
     members = there.segment.members
-    sends = {node.name for node in members if pair.sends(node)}
+    sends = pair.sent_to(members)
     refused = pair.refused(members) if any(whole.values()) else frozenset()
     before = {id(route.destination): route for route in old.send}
     send, hold, exempted, refuse, problems = [], [], [], [], []
@@ -327,7 +328,7 @@ def _followed(
             differing.append((key, old, new))
     if not differing:
         return memo.parts, memo.whole
-    parts = dict(memo.parts)
+    parts = copied(memo.parts)
     for key, _, new in differing:
         if key in places.of:
             parts[key] = new
@@ -380,7 +381,7 @@ def _sent(had: Mapping[IPNetwork, RoutePlan], pairs: Iterable[tuple[_Part, _Part
         more.update((route.destination, route) for route in new.send if id(route) not in there)
     if not more and not less:
         return had
-    result = dict(had)
+    result = copied(had)
     for network in less:
         if network not in more:
             del result[network]
@@ -407,7 +408,7 @@ def _peers(
     every: tuple[IPNetwork, ...] = ()
     if view.by_leader and view.leader.public_key in touched:
         every = tuple(network for part in parts.values() for network in part.networks)
-    result = dict(memo.peers)
+    result = copied(memo.peers)
     for key in touched:
         peer = base.get(key)
         if peer is None:
@@ -431,13 +432,12 @@ def _routes(
         return main
     before = memo.whole.exempted
     if not before:
-        touched, result = set(exempted), dict(main)
+        touched, result = set(exempted), copied(main)
     else:
-        news = lined_up(memo.main, main)
-        touched = {*(changes(memo.main, main) if news is None else news), *(before ^ exempted)}
+        touched = {*changes(memo.main, main), *(before ^ exempted)}
         if not touched:
             return memo.routes
-        result = dict(memo.routes)
+        result = copied(memo.routes)
     for network in touched:
         if network in main and network not in exempted:
             result[network] = main[network]

@@ -22,6 +22,7 @@ from typing import TypeVar
 
 from attrs import evolve, frozen
 
+from kilo_etcd.base.mappings import changes
 from kilo_etcd.model import (
     IPAddress,
     IPInterface,
@@ -39,7 +40,7 @@ from kilo_etcd.topology.internal import Links, knows, site_of
 from kilo_etcd.topology.nat import observed_endpoint
 from kilo_etcd.topology.next_hop import NextHop, local_endpoint, next_hop, tunneled
 from kilo_etcd.topology.prefix_allocation import network_key
-from kilo_etcd.topology.segments import Segment, Topology, changes, host_network
+from kilo_etcd.topology.segments import Segment, Topology, host_network
 
 K = TypeVar("K")
 V = TypeVar("V")

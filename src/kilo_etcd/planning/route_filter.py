@@ -20,9 +20,9 @@ from typing import TypeVar
 
 from attrs import evolve, frozen
 
+from kilo_etcd.base.mappings import changes
 from kilo_etcd.model import IPNetwork
 from kilo_etcd.model.hostplan import HostPlan, PeerPlan, PlanMemo, Problem, RoutePlan
-from kilo_etcd.topology.segments import changes, lined_up
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -167,11 +167,11 @@ def _still_clean(plan: HostPlan, protected: tuple[IPNetwork, ...], previous: Hos
     if known is not None and known.base is previous.routes:
         differing: Iterable[IPNetwork] = known.keys
     else:
-        differing = _changed(previous.routes, plan.routes)
+        differing = changes(previous.routes, plan.routes)
     routes = {key for key in differing if key in plan.routes}
     if any(own in network for network in routes for own in plan.addresses if own.version == network.version):
         return None
-    changed_peers = [key for key in _changed(previous.peers, plan.peers) if key in plan.peers]
+    changed_peers = [key for key in changes(previous.peers, plan.peers) if key in plan.peers]
     peers = [plan.peers[key] for key in changed_peers]
     if len(routes) + len(peers) > len(plan.peers) // 8:
         return None
@@ -199,13 +199,6 @@ def _still_clean(plan: HostPlan, protected: tuple[IPNetwork, ...], previous: Hos
                 if covering in plan.routes and not _within(covering, memo.mesh):
                     return None
     return FilterMemo(plan.memo, protected, memo.mesh, lengths)
-
-
-def _changed(old: Mapping[K, V], new: Mapping[K, V]) -> list[K]:
-    if old is new:
-        return []
-    few = lined_up(old, new)
-    return changes(old, new) if few is None else few
 
 
 def _lengths(networks: Iterable[IPNetwork]) -> frozenset[tuple[int, int]]:

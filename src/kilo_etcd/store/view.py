@@ -39,6 +39,7 @@ from typing import TypeVar
 
 from attrs import evolve, frozen
 
+from kilo_etcd.base.mappings import copied
 from kilo_etcd.etcd.api import Event, EventType, Header, KeyValue
 from kilo_etcd.model import (
     ACCEPTING,
@@ -289,7 +290,7 @@ class View:
         )
 
     def _join_all(self) -> None:
-        nodes, peers = dict(self._nodes), dict(self._peers)
+        nodes, peers = copied(self._nodes), copied(self._peers)
         nodes_changed = peers_changed = False
         while self._dirty:
             owner = self._dirty.pop()
@@ -717,7 +718,7 @@ def _renewed(
     """What was given out, with the entries of `dirty` made anew from `tables`; `dirty` is empty afterwards."""
     if not dirty:
         return given
-    result = dict(given)
+    result = copied(given)
     for name in dirty:
         table = tables.get(name)
         _replace(result, name, tuple(table[key] for key in sorted(table)) if table else None)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from attrs import field, frozen
 
+from kilo_etcd.base.mappings import copied
 from kilo_etcd.model import IPAddress, IPNetwork
 
 
@@ -32,7 +33,7 @@ class Holders:
         moved = {address: names for address, names in moved.items() if names != set(self.names.get(address, ()))}
         if not moved:
             return self, set()
-        held = dict(self.names)
+        held = copied(self.names)
         ordered = {version: list(numbers) for version, numbers in self._sorted.items()}
         for address, names in moved.items():
             if not names:

@@ -20,6 +20,7 @@ from ipaddress import IPv4Network, IPv6Network, collapse_addresses
 
 from attrs import field, frozen
 
+from kilo_etcd.base.mappings import copied
 from kilo_etcd.model import DEFAULT_LOCATION, IPAddress, IPNetwork, Node, Peer
 from kilo_etcd.topology.granularity import GranularityPolicy
 from kilo_etcd.topology.holders import Holders
@@ -148,7 +149,7 @@ class Internals:
             return self, set()
         counts = self.endpoints
         if shifted:
-            counts = dict(counts)
+            counts = copied(counts)
             for address, more in shifted.items():
                 left = counts.get(address, 0) + more
                 if left:

@@ -15,13 +15,14 @@ from itertools import chain
 
 from attrs import field, frozen
 
+from kilo_etcd.base.mappings import changes, copied
 from kilo_etcd.model import DEFAULT_LOCATION, IPAddress, IPNetwork, Node
 from kilo_etcd.topology.chosen_endpoint import called_at
 from kilo_etcd.topology.granularity import GranularityPolicy
 from kilo_etcd.topology.holders import Holders
 from kilo_etcd.topology.internal import Links, carried, stated
 from kilo_etcd.topology.prefix_allocation import PrefixAllocation, each_hosts_own
-from kilo_etcd.topology.segments import Segment, Topology, changes, host_network, segment_key
+from kilo_etcd.topology.segments import Segment, Topology, host_network, segment_key
 
 
 @frozen(eq=False)
@@ -97,7 +98,7 @@ class Places:
         nodes = topology.snapshot.nodes
         names = {*chain.from_iterable((*self._holders.names.get(a, ()), *holders.names.get(a, ())) for a in moved)}
         keys.update(segment_key(node, topology.snapshot) for name in names if (node := nodes.get(name)) is not None)
-        places = dict(self.of)
+        places = copied(self.of)
         for key in keys:
             if (segment := topology.segments.get(key)) is None:
                 del places[key]

@@ -25,6 +25,7 @@ from typing import TypeAlias
 
 from attrs import field, frozen
 
+from kilo_etcd.base.mappings import copied
 from kilo_etcd.model import IPAddress, IPNetwork
 from kilo_etcd.model.hostplan import Problem
 
@@ -189,7 +190,7 @@ def allocate(
     within = previous.within_mesh() if addresses_changed else []
     if not changes and not within:
         return previous
-    requests, troubles = dict(previous.requests), dict(previous._troubles)
+    requests, troubles = copied(previous.requests), copied(previous._troubles)
     groups = {version: present.copy() for version, present in previous._groups.items()}
     taken: list[_Group] = []
     loose: dict[int, list[Offer]] = {}
@@ -348,7 +349,7 @@ def _granted(
     for group in come:
         for offer in group.granted:
             networks.setdefault(offer.owner, set(before.get(offer.owner, ()))).add(offer.network)
-    granted = dict(before)
+    granted = copied(before)
     for owner, granted_networks in networks.items():
         if owner in requests:
             granted[owner] = tuple(sorted(granted_networks, key=network_key))

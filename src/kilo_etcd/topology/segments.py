@@ -12,14 +12,14 @@ those with one of the other family only form a second, and a node with none is a
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from ipaddress import IPv4Address, IPv4Network, IPv6Network
-from itertools import compress, count, islice
-from operator import is_not
 from typing import TypeVar
 
 from attrs import evolve, field, frozen
 
+from kilo_etcd.base.mappings import changes
 from kilo_etcd.model import ACCEPTING, InternalIPs, IPAddress, IPNetwork, Node, Peer, Snapshot
 from kilo_etcd.model.hostplan import Problem
 from kilo_etcd.topology.election import Election, elect
@@ -220,53 +220,6 @@ def _first_family(snapshot: Snapshot) -> int:
     return 6 if snapshot.subnets and all(subnet.version == 6 for subnet in snapshot.subnets) else 4
 
 
-def changes(old: Mapping[K, V], new: Mapping[K, V]) -> list[K]:
-    """The keys whose values differ or are on one side only. Identical values cost next to nothing."""
-    if old is new:
-        return []
-    if len(old) == len(new) and list(old) == list(new):
-        # The same keys in the same order: comparing side by side spares as many look-ups as there are keys.
-        pairs = compress(new, map(is_not, new.values(), old.values()))
-        return [key for key in pairs if old[key] != new[key]]
-    differing = list(compress(new, map(is_not, new.values(), map(old.get, new))))
-    added = sum(key not in old for key in differing)
-    result = [key for key in differing if key not in old or old[key] != new[key]]
-    if len(new) - added != len(old):
-        result += [key for key in old if key not in new]
-    return result
-
-
-def lined_up(old: Mapping[K, V], new: Mapping[K, V]) -> list[K] | None:
-    """The same where few keys came and went and the others are the same objects in the same order, as when one mapping
-    was made from the other; else None. It looks up those few alone, since the hash of a network is slow. The
-    order is not that of `changes`."""
-    here, there = list(old), list(new)
-    before, after = list(old.values()), list(new.values())
-    result: list[K] = []
-    at = 0
-    for _ in range(_FEW):
-        shorter = min(len(here), len(there))
-        at = next(compress(count(at), map(is_not, islice(here, at, None), islice(there, at, None))), shorter)
-        if at == shorter:
-            differing = compress(there, map(is_not, after, before))
-            result += [key for key in differing if old[key] != new[key]]
-            return [*result, *here[at:], *there[at:]]
-        if here[at] not in new:
-            result.append(here[at])
-            del here[at], before[at]
-        elif there[at] not in old:
-            result.append(there[at])
-            del there[at], after[at]
-        elif here[at] != there[at]:
-            return None
-        else:
-            at += 1
-    return None
-
-
-_FEW = 12
-
-
 def build_topology(snapshot: Snapshot, previous: Topology | None = None) -> Topology:
     """The topology of `snapshot`; equal with and without `previous`, which only saves work."""
     if previous is None or _settings(previous.snapshot) != _settings(snapshot):
@@ -422,13 +375,14 @@ def _with_internal(
     internal = tuple(network for networks in routed.values() for network in networks)
     if segment.networks:
         internal = tuple(network for network in internal if network not in segment.networks)
-    internal = _sorted(internal)
+    internal = _sorted(internal, () if old is None else old.internal)
     if old is not None and internal == old.internal:
         internal = old.internal
     if old is not None and internal is old.internal and segment.allowed is old.allowed:
         reach = old.reach
     else:
-        reach = _sorted((*segment.allowed, *internal)) if internal else segment.allowed
+        before = () if old is None else old.reach
+        reach = _sorted((*segment.allowed, *internal), before) if internal else segment.allowed
     return evolve(segment, internal=internal, routed=routed, reach=reach)
 
 
@@ -511,7 +465,9 @@ def _segment(
     networks = _sorted((*location_networks, *(network for granted in subnets.values() for network in granted)))
     leader = members[election.leader]
     addresses = _same_as_before(ordered, old, _addresses_of, lambda node: tuple(map(host_network, node.mesh_addresses)))
-    allowed = _sorted((*(network for each in addresses.values() for network in each), *networks))
+    allowed = _sorted(
+        (*(network for each in addresses.values() for network in each), *networks), () if old is None else old.allowed
+    )
     takeover_candidates = _takeover_candidates(members, election.leader, snapshot)
     ends = (leader, *(node for node, _ in takeover_candidates)) if routed else ()
     policy = POLICIES[snapshot.granularity]
@@ -604,8 +560,16 @@ def _takeover_candidates(
     )
 
 
-def _sorted(networks: tuple[IPNetwork, ...]) -> tuple[IPNetwork, ...]:
-    return networks if len(networks) < 2 else tuple(sorted(networks, key=network_key))
+def _sorted(networks: tuple[IPNetwork, ...], before: tuple[IPNetwork, ...] = ()) -> tuple[IPNetwork, ...]:
+    """The networks in order. `before`, in order, saves work: as a rule few are other objects than in it."""
+    known, here = set(map(id, before)), set(map(id, networks))
+    kept = [network for network in before if id(network) in here]
+    come = [network for network in networks if id(network) not in known]
+    if len(kept) < 4 * len(come) or len(kept) + len(come) != len(networks):
+        return tuple(sorted(networks, key=network_key))
+    for network in come:
+        insort(kept, network, key=network_key)
+    return tuple(kept)
 
 
 def _requests_of_nodes(

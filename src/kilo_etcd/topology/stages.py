@@ -25,11 +25,12 @@ from collections.abc import Collection, Iterable, Mapping
 
 from attrs import field, frozen
 
+from kilo_etcd.base.mappings import changes
 from kilo_etcd.base.quoting import first_of
 from kilo_etcd.model import ACCEPTING, EncryptionStage, InternalIPs, Node
 from kilo_etcd.model.hostplan import HostPlan
 from kilo_etcd.topology.places import exchanged
-from kilo_etcd.topology.segments import Segment, Topology, changes
+from kilo_etcd.topology.segments import Segment, Topology
 
 MAY_SEND = (*ACCEPTING, EncryptionStage.LEAVES)
 
@@ -113,15 +114,18 @@ class SegmentPair:
     """The revision that put the present setting into force."""
     living: Living
 
-    def sends(self, node: Node) -> bool:
-        """Whether what goes to a node of the other segment goes through the tunnel, or nowhere."""
+    def sent_to(self, members: Iterable[Node]) -> frozenset[str]:
+        """Those of the other segment's nodes that get what goes to them through the tunnel, or not at all."""
         if self.own.encryption not in MAY_SEND:
-            return False
+            return frozenset()
         if self.on:
             # What a leader does not take from the tunnels, or does not send into them, its members do not get.
             here = self.own_leader.name == self.own.name or self.own_leader.encryption in ACCEPTING
-            return here and node.encryption in ACCEPTING and self.leader.encryption in ACCEPTING
-        return node.encryption is EncryptionStage.SENDS and self.living.lives(node.name)
+            if not here or self.leader.encryption not in ACCEPTING:
+                return frozenset()
+            return frozenset(node.name for node in members if node.encryption in ACCEPTING)
+        sending = (node.name for node in members if node.encryption is EncryptionStage.SENDS)
+        return frozenset(filter(self.living.lives, sending))
 
     @property
     def agreed(self) -> int:

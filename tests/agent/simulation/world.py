@@ -27,6 +27,7 @@ from attrs import evolve, frozen
 
 from helpers import eventually
 from kilo_etcd.agent.nat.observed_endpoints import STALE
+from kilo_etcd.base.mappings import changes
 from kilo_etcd.etcd.api import KeyValue
 from kilo_etcd.kernel.diff import difference
 from kilo_etcd.kernel.unanswered import TURN_SECONDS
@@ -43,7 +44,7 @@ from kilo_etcd.store.view import View
 from kilo_etcd.testing.fake_etcd import Backup, FakeEtcd
 from kilo_etcd.topology import Topology, build_topology
 from kilo_etcd.topology.nat import about_partner
-from kilo_etcd.topology.segments import changes, host_network
+from kilo_etcd.topology.segments import host_network
 from simulation import encryption, faults
 from simulation.clockwork import freezable, seeded
 from simulation.faults import FAULTS, Fault

@@ -29,13 +29,13 @@ from typing import Any
 
 from attrs import evolve
 
+from kilo_etcd.base.mappings import changes as changed_keys
 from kilo_etcd.kernel.firewall.nftables import ICMP
 from kilo_etcd.kernel.routing.exit_node import MARK, last_resort, route_of
 from kilo_etcd.kernel.routing.rules import TABLE_SPAN, RoutingRule, priority_pair, table_number
 from kilo_etcd.kernel.state import MAIN_TABLE, UNREACHABLE_METRIC, OwnTable, Policy, Route
 from kilo_etcd.model import IPInterface, IPNetwork
 from kilo_etcd.model.hostplan import Encryption, Exemption, HostPlan
-from kilo_etcd.topology.segments import changes as changed_keys
 
 _TABLES, _PRIORITIES = 108_000_000, 10_600
 _TCP, _UDP = 6, 17

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 
+from kilo_etcd.base.mappings import changes as changed_keys
 from kilo_etcd.kernel.routing import encrypted, exit_node, returns
 from kilo_etcd.kernel.routing.exit_node import same_way
 from kilo_etcd.kernel.routing.rules import AddRule, DeleteRule
@@ -30,7 +31,6 @@ from kilo_etcd.kernel.state import (
 )
 from kilo_etcd.model import IPNetwork
 from kilo_etcd.model.hostplan import HostPlan
-from kilo_etcd.topology.segments import changes as changed_keys
 
 
 def own_tables(interface: str) -> tuple[int, ...]:
