@@ -7,8 +7,8 @@ import re
 import pytest
 
 from helpers_docs import PACKAGE, ROOT, headings, names_in, resolve, sections_named
-from kilo_etcd.runtime.config import parse_duration
 from kilo_etcd.runtime.options import agent_flags
+from kilo_etcd.runtime.parsing import parse_duration
 
 PAGE = "docs/design.md"
 NAMED = sorted(

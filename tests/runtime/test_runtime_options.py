@@ -16,7 +16,6 @@ from kilo_etcd.runtime.config import (
     AgentConfig,
     ListenAddress,
     WireGuardKind,
-    parse_duration,
     parse_subnets,
     too_small_for,
 )
@@ -291,21 +290,6 @@ def test_a_command_may_have_arguments_called_like_flags() -> None:
     result = CliRunner().invoke(show, ["x", "--prefix", "/a/", "--endpoints", "h:1"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     assert seen == ["x", "/a", ("h:1",)]
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [("2s", 2), ("500ms", 0.5), ("1m", 60), ("1h30m", 5400), ("1.5s", 1.5), (".5s", 0.5), ("0", 0),
-     ("7", 7), ("3us", 3e-6)]
-)  # fmt: skip
-def test_durations_are_written_as_in_go(text: str, seconds: float) -> None:
-    assert parse_duration(text) == pytest.approx(seconds)
-
-
-@pytest.mark.parametrize("text", ["", "s", "-1s", "1 s", "1d", "1s2", "nan", "1e3s"])
-def test_what_is_no_duration_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="no duration"):
-        parse_duration(text)
 
 
 def test_an_mtu_below_what_ipv6_needs_is_refused_with_an_ipv6_mesh() -> None:

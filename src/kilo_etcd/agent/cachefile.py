@@ -34,8 +34,8 @@ from kilo_etcd.base import descriptors
 from kilo_etcd.base.regularfile import NotRegular, open_regular
 from kilo_etcd.etcd import Header, KeyValue
 from kilo_etcd.model import Granularity, InternalIPs, IPNetwork, Snapshot
-from kilo_etcd.runtime.config import shown_duration
 from kilo_etcd.runtime.key_file import sync_directory
+from kilo_etcd.runtime.parsing import shown_duration
 from kilo_etcd.store.records import MAX_VALUE
 
 FILE = "mesh.jsonl.gz"

@@ -62,19 +62,19 @@ def free_port() -> int:
 
 
 def _interface(text: str) -> str:
-    from kilo_etcd.runtime.config import parse_interface
+    from kilo_etcd.runtime.parsing import parse_interface
 
     return parse_interface(text)
 
 
 def _node_name(text: str) -> str:
-    from kilo_etcd.runtime.config import parse_node_name
+    from kilo_etcd.runtime.parsing import parse_node_name
 
     return parse_node_name(text)
 
 
 def _log_level(text: str) -> str:
-    from kilo_etcd.runtime.config import parse_log_level
+    from kilo_etcd.runtime.parsing import parse_log_level
 
     return parse_log_level(text)
 

@@ -8,13 +8,11 @@ so that `kg` ends with it and without a traceback). Which flags exist and what t
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from enum import StrEnum
 from ipaddress import ip_address, ip_network
 from pathlib import Path
-from typing import TypeVar
 
-import click
 from attrs import field, frozen
 
 from kilo_etcd.etcd.api import Config
@@ -28,12 +26,17 @@ from kilo_etcd.model import (
     Granularity,
     InternalIPs,
     IPNetwork,
-    parse_value,
 )
 from kilo_etcd.model.hostplan import Exemption
-
-T = TypeVar("T")
-E = TypeVar("E", bound=StrEnum)
+from kilo_etcd.runtime.parsing import (
+    one_of,
+    parse_duration,
+    parse_interface,
+    parse_log_level,
+    parse_node_name,
+    parse_prefix,
+    read,
+)
 
 IPV6_SMALLEST_MTU = 1280
 """Bytes (RFC 8200, section 5)."""
@@ -45,8 +48,6 @@ DEFAULT_LISTEN = "127.0.0.1:1107"
 about it should be the operator's decision (`--listen :1107`), not ours."""
 
 DEFAULT_STATE_DIR = "/var/lib/kilo-etcd"
-LOG_LEVELS = ("debug", "info", "warning", "error", "none")
-_KILO_LOG_LEVELS = {"all": "debug", "warn": "warning"}
 
 
 class WireGuardKind(StrEnum):
@@ -211,67 +212,6 @@ class AgentConfig:
         )
 
 
-def environment_name(flag: str) -> str:
-    """The environment variable of one of the agent's flags: `--lease-ttl` is KILO_LEASE_TTL."""
-    return "KILO_" + flag.removeprefix("--").replace("-", "_").upper()
-
-
-def read(flag: str, parse: Callable[[], T], env: str | None = None) -> T:
-    """What `parse` yields; its ValueError becomes a refusal that names the flag and its environment variable."""
-    try:
-        return parse()
-    except ValueError as error:
-        raise click.BadParameter(str(error), param_hint=f"{flag} ({env or environment_name(flag)})") from None
-
-
-_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-_PART = re.compile(r"(\d+\.?\d*|\.\d+)(ns|us|µs|μs|ms|s|m|h)")
-
-
-def parse_duration(text: str) -> float:
-    """Seconds of a Go duration such as `2s`, `500ms` or `1h30m`; a bare number is seconds."""
-    text = text.strip()
-    if re.fullmatch(r"\d+(\.\d+)?", text):
-        return float(text)
-    parts = _PART.findall(text)
-    if not parts or "".join(number + unit for number, unit in parts) != text:
-        raise ValueError(f"{text!r} is no duration; write for instance 500ms, 5s, 2m or 24h")
-    return sum(float(number) * _UNITS[unit] for number, unit in parts)
-
-
-def shown_duration(seconds: int) -> str:
-    """A duration for people, in its largest unit that fits twice: `12 s`, `3 min`, `2 h` or `4 d`."""
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= size * 2:
-            return f"{seconds // size} {unit}"
-    return f"{seconds} s"
-
-
-def parse_node_name(text: str) -> str:
-    """A node's name: it becomes one part of an etcd key, so it may hold neither `/` nor white space."""
-    if not text:
-        raise ValueError("the node's name is empty; give --hostname or set the system's host name")
-    if "/" in text or any(c.isspace() or not c.isprintable() for c in text):
-        raise ValueError(f"{text!r} is no node name; leave out '/', white space and control characters")
-    if len(text.encode()) > 253:
-        raise ValueError(f"the node name has {len(text.encode())} bytes; at most 253 are allowed")
-    return text
-
-
-def parse_prefix(text: str) -> str:
-    """The etcd prefix: starts with `/`, ends without."""
-    if not text.startswith("/") or text.rstrip("/") == "" or "//" in text or any(c.isspace() for c in text):
-        raise ValueError(f"{text!r} is no etcd prefix; write for instance /kilo")
-    return text.rstrip("/")
-
-
-def parse_interface(text: str) -> str:
-    """An interface name as the kernel takes it (dev_valid_name: 1 to 15 bytes, no `/`, `:` or white space)."""
-    if not 0 < len(text.encode()) <= 15 or text in (".", "..") or any(c in "/:" or c.isspace() for c in text):
-        raise ValueError(f"{text!r} is no interface name; use 1 to 15 characters without '/', ':' and white space")
-    return text
-
-
 def parse_number(text: str, low: int, high: int) -> int:
     """A whole number from `low` to `high`."""
     text = text.strip()
@@ -317,14 +257,6 @@ def too_small_for(mtu: int | None, subnets: Iterable[IPNetwork]) -> str | None:
     )
 
 
-def parse_log_level(text: str) -> str:
-    """One of LOG_LEVELS; Kilo's `all` and `warn` are understood."""
-    level = _KILO_LOG_LEVELS.get(text.strip().lower(), text.strip().lower())
-    if level not in LOG_LEVELS:
-        raise ValueError(f"{text!r} is no log level; choose one of {', '.join(LOG_LEVELS)}")
-    return level
-
-
 def parse_listen(text: str) -> ListenAddress | None:
     """`host:port`, `[v6]:port` or `:port`; `off` or empty: None. The host is an address, since names can change."""
     text = text.strip()
@@ -359,14 +291,6 @@ def parse_command(text: str) -> tuple[str, ...]:
 def _items(value: str | Iterable[str]) -> tuple[str, ...]:
     texts = (value,) if isinstance(value, str) else tuple(value)
     return tuple(item.strip() for text in texts for item in text.split(",") if item.strip())
-
-
-def one_of(kind: type[E], text: str) -> E:
-    """The value of a kind that a person wrote. ValueError, which lists the values."""
-    try:
-        return parse_value(kind, text)
-    except ValueError:
-        raise ValueError(f"{text!r} is unknown; choose one of {', '.join(kind)}") from None
 
 
 def _at_least(seconds: float, floor: float) -> float:

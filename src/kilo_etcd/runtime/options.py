@@ -31,16 +31,12 @@ from kilo_etcd.model import (
 from kilo_etcd.runtime.config import (
     DEFAULT_LISTEN,
     DEFAULT_STATE_DIR,
-    LOG_LEVELS,
     AgentConfig,
     ListenAddress,
     Probe,
     WireGuardKind,
-    environment_name,
-    parse_duration,
-    parse_prefix,
-    read,
 )
+from kilo_etcd.runtime.parsing import LOG_LEVELS, environment_name, parse_duration, parse_prefix, read
 
 __all__ = [
     "AgentConfig",

@@ -18,7 +18,7 @@ from kilo_etcd.ctl.reports.render import clean
 from kilo_etcd.ctl.reports.report import registered_names
 from kilo_etcd.model import Snapshot
 from kilo_etcd.planning.exit_node import trouble_of
-from kilo_etcd.runtime.config import parse_node_name
+from kilo_etcd.runtime.parsing import parse_node_name
 from kilo_etcd.store.annotations import ANNOTATIONS, Registered
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import MAX_ANNOTATION, NodeRecord, RecordError, decode_node, decode_text

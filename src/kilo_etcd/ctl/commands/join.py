@@ -27,8 +27,8 @@ from kilo_etcd.ctl.context import Failure, Mesh, run
 from kilo_etcd.ctl.reports.render import clean
 from kilo_etcd.ctl.watch_changes import watch_changes
 from kilo_etcd.model import IPNetwork, Snapshot
-from kilo_etcd.runtime.config import parse_prefix
 from kilo_etcd.runtime.options import etcd_config, etcd_flags, etcd_values
+from kilo_etcd.runtime.parsing import parse_prefix
 from kilo_etcd.store import operator
 from kilo_etcd.store.keys import Keys, PeerKey
 from kilo_etcd.store.records import PeerRecord, encode

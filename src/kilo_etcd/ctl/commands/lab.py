@@ -28,7 +28,7 @@ from kilo_etcd.lab.addressing import CUTS, SITE_CUTS
 from kilo_etcd.lab.capture import Flow
 from kilo_etcd.lab.terminal import SHELL, SHELL_ENVIRONMENT, run_here
 from kilo_etcd.model import Granularity, InternalIPs
-from kilo_etcd.runtime.config import one_of
+from kilo_etcd.runtime.parsing import one_of
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., object])

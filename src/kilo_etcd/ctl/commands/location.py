@@ -24,7 +24,7 @@ from kilo_etcd.ctl.reports.render import Table, clean, shown_location
 from kilo_etcd.ctl.reports.report import registered_names
 from kilo_etcd.etcd.api import Client
 from kilo_etcd.model import Snapshot
-from kilo_etcd.runtime.config import parse_node_name
+from kilo_etcd.runtime.parsing import parse_node_name
 from kilo_etcd.store import operator
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import decode_label

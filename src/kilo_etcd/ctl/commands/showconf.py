@@ -27,7 +27,7 @@ from kilo_etcd.ctl.formats.wgconf import (
 )
 from kilo_etcd.ctl.group import Group
 from kilo_etcd.planning.exit_node import unusable
-from kilo_etcd.runtime.config import parse_node_name
+from kilo_etcd.runtime.parsing import parse_node_name
 from kilo_etcd.store import operator
 from kilo_etcd.store.records import check_key
 from kilo_etcd.topology import Topology, build_topology

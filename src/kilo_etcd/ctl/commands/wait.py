@@ -20,7 +20,7 @@ SHOWN = 5
 
 
 def _seconds(context: click.Context, parameter: click.Parameter, value: str) -> float:
-    from kilo_etcd.runtime.config import parse_duration
+    from kilo_etcd.runtime.parsing import parse_duration
 
     try:
         return parse_duration(value)

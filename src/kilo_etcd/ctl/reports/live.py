@@ -13,7 +13,7 @@ from attrs import field, frozen
 
 from kilo_etcd.etcd.api import Client, EtcdError
 from kilo_etcd.model import SESSION_SECONDS
-from kilo_etcd.runtime.config import shown_duration
+from kilo_etcd.runtime.parsing import shown_duration
 from kilo_etcd.store.diagnostics import PATIENCE_SECONDS, request_diagnostics
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import DiagnosticsResponse, Tunnel
