@@ -16,14 +16,16 @@ from attrs import evolve
 
 from helpers import eventually
 from kilo_etcd import kernel
+from kilo_etcd.agent import discover
 from kilo_etcd.agent.daemon import Daemon
 from kilo_etcd.agent.dnshosts import WriteNames
 from kilo_etcd.agent.leader_hints.peer_query import DatagramTransport
 from kilo_etcd.agent.metrics import Metrics
 from kilo_etcd.agent.snapshot_cache import Disk
 from kilo_etcd.kernel.state import HostAddress
-from kilo_etcd.runtime import discover, key_file
+from kilo_etcd.runtime import key_file
 from kilo_etcd.runtime.config import AgentConfig
+from kilo_etcd.runtime.host_facts import HostFacts
 from kilo_etcd.runtime.logs import setup_logging
 from kilo_etcd.testing.fake_etcd import FakeEtcd
 from kilo_etcd.testing.fake_kernel import FakeHost, FakeKernel
@@ -40,7 +42,7 @@ class World:
         self.host = FakeHost()
         self.metrics = Metrics()
         self.log = io.StringIO()
-        self.facts = discover.HostFacts(
+        self.facts = HostFacts(
             hostname="h1",
             addresses=(HostAddress(interface="eth0", index=2, address=ip_interface("192.168.1.1/24")),),
         )
@@ -66,7 +68,7 @@ class World:
 def world(monkeypatch: pytest.MonkeyPatch) -> World:
     made = World()
 
-    async def gather(config: AgentConfig) -> discover.HostFacts:
+    async def gather(config: AgentConfig) -> HostFacts:
         await trio.lowlevel.checkpoint()
         return made.facts
 

@@ -23,12 +23,14 @@ from attrs import evolve, frozen
 
 from helpers import eventually
 from kilo_etcd import kernel
+from kilo_etcd.agent import discover
 from kilo_etcd.agent.daemon import FLUSH_SECONDS, Daemon
 from kilo_etcd.agent.metrics import Metrics
 from kilo_etcd.kernel.state import HostAddress
 from kilo_etcd.model import Snapshot
-from kilo_etcd.runtime import discover, key_file
+from kilo_etcd.runtime import key_file
 from kilo_etcd.runtime.config import AgentConfig
+from kilo_etcd.runtime.host_facts import HostFacts
 from kilo_etcd.runtime.logs import setup_logging, write_due
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.testing.fake_etcd import FakeEtcd
@@ -209,11 +211,11 @@ def most(accounts: Iterable[Account], of: Callable[[Account], float]) -> float:
 def log(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     """What the agents say; their hosts' addresses are made up from their names."""
 
-    async def gather(config: AgentConfig) -> discover.HostFacts:
+    async def gather(config: AgentConfig) -> HostFacts:
         await trio.lowlevel.checkpoint()
         site, number = config.hostname.split("-")
         network = ord(site) - ord("a")
-        return discover.HostFacts(
+        return HostFacts(
             hostname=config.hostname,
             addresses=tuple(
                 HostAddress(interface="eth0", index=2, address=ip_interface(text))

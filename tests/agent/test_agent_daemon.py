@@ -18,7 +18,8 @@ from kilo_etcd import etcd, kernel, store
 from kilo_etcd.agent import status
 from kilo_etcd.kernel.state import Change, DeleteLink, DeleteRoute, HostAddress
 from kilo_etcd.model import CandidateClass, Endpoint
-from kilo_etcd.runtime import discover, key_file
+from kilo_etcd.runtime import key_file
+from kilo_etcd.runtime.host_facts import HostFacts
 from kilo_etcd.store.records import (
     CandidateRecord,
     NodeRecord,
@@ -322,7 +323,7 @@ async def test_writes_to_etcd_are_counted_and_there_are_none_in_steady_state(wor
         await trio.sleep(45)
         assert world.writes() == before
         assert world.daemon.kernel.writes == netlink
-        world.facts = discover.HostFacts(hostname="h1")
+        world.facts = HostFacts(hostname="h1")
         await eventually(lambda: world.writes() > before, 30, every=0.1)
         assert world.metrics.registry.get_sample_value("kilo_last_etcd_contact_timestamp_seconds")
 
@@ -438,7 +439,7 @@ async def test_a_key_of_another_s_lease_in_its_name_goes_as_soon_as_it_can_be_no
 
 
 async def test_addresses_that_come_late_are_registered_at_once(world: World) -> None:
-    late, world.facts = world.facts, discover.HostFacts(hostname="h1")
+    late, world.facts = world.facts, HostFacts(hostname="h1")
     async with running(world, resync_period=3600.0):
         await eventually(lambda: world.etcd.get("/kilo/by/h1/node") is not None, 10, every=0.1)
         assert b"192.168" not in (world.etcd.get("/kilo/by/h1/node") or b"")
@@ -457,7 +458,7 @@ async def test_new_addresses_that_cannot_be_registered_do_not_end_the_agent(
             raise store.NameTaken("the name h1 is taken")
 
         monkeypatch.setattr(daemon.session, "register", refused)
-        world.facts = discover.HostFacts(hostname="h1")
+        world.facts = HostFacts(hostname="h1")
         await trio.sleep(70)
         assert world.logged("are not registered yet") == 1
         assert world.logged("address chosen") == 2  # internal IP and endpoint, as it started

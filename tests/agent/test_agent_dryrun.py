@@ -13,10 +13,11 @@ import trio
 from attrs import evolve
 
 from kilo_etcd import kernel
+from kilo_etcd.agent import discover
 from kilo_etcd.agent.dryrun import dry_run
 from kilo_etcd.kernel.state import HostAddress
-from kilo_etcd.runtime import discover
 from kilo_etcd.runtime.config import AgentConfig
+from kilo_etcd.runtime.host_facts import HostFacts
 from kilo_etcd.store.records import NodeRecord, encode
 from kilo_etcd.testing.fake_etcd import FakeEtcd
 from kilo_etcd.testing.fake_kernel import FakeHost, FakeKernel
@@ -33,9 +34,9 @@ async def shown(
     host = FakeHost()
     revision = etcd.header().revision
 
-    async def gather(config: AgentConfig) -> discover.HostFacts:
+    async def gather(config: AgentConfig) -> HostFacts:
         await trio.lowlevel.checkpoint()
-        return discover.HostFacts(hostname=config.hostname, addresses=addresses)
+        return HostFacts(hostname=config.hostname, addresses=addresses)
 
     @asynccontextmanager
     async def open_kernel(setup: kernel.Setup) -> AsyncIterator[FakeKernel]:

@@ -21,7 +21,7 @@ from attrs import evolve
 
 from helpers import eventually
 from kilo_etcd import kernel
-from kilo_etcd.agent import cachefile, snapshot_cache
+from kilo_etcd.agent import cachefile, discover, snapshot_cache
 from kilo_etcd.agent.cachefile import FILE, Identity, Unusable, load, save
 from kilo_etcd.agent.daemon import Daemon
 from kilo_etcd.agent.metrics import Metrics
@@ -29,8 +29,9 @@ from kilo_etcd.agent.snapshot_cache import Disk
 from kilo_etcd.etcd import Header, KeyValue
 from kilo_etcd.kernel.state import DeleteRoute, HostAddress, Observed
 from kilo_etcd.model import Endpoint
-from kilo_etcd.runtime import discover, key_file
+from kilo_etcd.runtime import key_file
 from kilo_etcd.runtime.config import AgentConfig
+from kilo_etcd.runtime.host_facts import HostFacts
 from kilo_etcd.runtime.logs import setup_logging
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import NodeRecord, encode, encode_adoption
@@ -194,10 +195,10 @@ class World:
 def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> World:
     made = World(tmp_path)
 
-    async def gather(config: AgentConfig) -> discover.HostFacts:
+    async def gather(config: AgentConfig) -> HostFacts:
         await trio.lowlevel.checkpoint()
         address = HostAddress(interface="eth0", index=2, address=ip_interface("192.168.1.1/24"))
-        return discover.HostFacts(hostname="h1", addresses=(address,))
+        return HostFacts(hostname="h1", addresses=(address,))
 
     monkeypatch.setattr(discover, "gather", gather)
     monkeypatch.setattr(discover, "location_from_cloud_init", lambda: (None, ""))

@@ -17,7 +17,8 @@ from kilo_etcd.agent.nat.nat_traversal import PATIENCE
 from kilo_etcd.kernel import KernelError
 from kilo_etcd.kernel.state import HostAddress, PeerActivity, SetPeer
 from kilo_etcd.model import Endpoint
-from kilo_etcd.runtime import discover, key_file
+from kilo_etcd.runtime import key_file
+from kilo_etcd.runtime.host_facts import HostFacts
 from kilo_etcd.store import ObservedEndpointRecord
 from kilo_etcd.store.records import NodeRecord, encode
 
@@ -29,7 +30,7 @@ SEEN, MOVED = Endpoint.parse("198.51.100.1:40001"), Endpoint.parse("198.51.100.1
 
 
 def public(world: World) -> None:
-    world.facts = discover.HostFacts(
+    world.facts = HostFacts(
         hostname="h1",
         addresses=(
             HostAddress(interface="eth0", index=2, address=ip_interface("192.168.1.1/24")),

@@ -14,7 +14,7 @@ import pytest
 import trio
 
 from kilo_etcd import etcd, kernel
-from kilo_etcd.agent import cachefile
+from kilo_etcd.agent import cachefile, discover
 from kilo_etcd.agent.leader_hints.peer_query import UdpTransport
 from kilo_etcd.agent.metrics import Metrics
 from kilo_etcd.base import descriptors
@@ -22,7 +22,7 @@ from kilo_etcd.etcd.tls import Lookups, connect, tls_context
 from kilo_etcd.kernel import errors, sysctl, userspace
 from kilo_etcd.kernel.firewall import iptables
 from kilo_etcd.kernel.state import CreateLink, Setup
-from kilo_etcd.runtime import discover, key_file, lock_file, resolve
+from kilo_etcd.runtime import key_file, lock_file, resolve
 from kilo_etcd.runtime.config import ListenAddress
 
 FULL = OSError(errno.EMFILE, os.strerror(errno.EMFILE))

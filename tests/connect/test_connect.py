@@ -28,7 +28,7 @@ from kilo_etcd.kernel.routing.exit_node import exit_table
 from kilo_etcd.kernel.state import Change, DeleteLink, DeleteRoute, HostAddress
 from kilo_etcd.model import CandidateClass, Endpoint, IPAddress
 from kilo_etcd.runtime import key_file
-from kilo_etcd.runtime.discover import HostFacts
+from kilo_etcd.runtime.host_facts import HostFacts
 from kilo_etcd.runtime.logs import setup_logging
 from kilo_etcd.runtime.resolve import Resolver
 from kilo_etcd.store.keys import Keys

@@ -11,11 +11,12 @@ import pytest
 import trio
 import trio.testing
 
+from kilo_etcd.etcd.api import Config
 from kilo_etcd.model import Endpoint, IPAddress
 from kilo_etcd.model.hostplan import HostPlan, PeerPlan, Problem
 from kilo_etcd.planning.names import resolve_plan
 from kilo_etcd.runtime.logs import setup_logging
-from kilo_etcd.runtime.resolve import Resolver, endpoint_hosts, lookup, resolve_once
+from kilo_etcd.runtime.resolve import Resolver, endpoint_hosts, etcd_networks, lookup, resolve_once
 
 A, B, C = (ip_address(text) for text in ("198.51.100.1", "198.51.100.2", "2001:db8::3"))
 
@@ -229,3 +230,8 @@ async def test_names_can_be_looked_up_once() -> None:
         {"fails.example": "no", "hangs.example": "no answer in time"},
     )
     assert trio.current_time() == pytest.approx(5, abs=0.01)
+
+
+async def test_etcds_networks_are_single_addresses() -> None:
+    etcd = Config(endpoints=("https://[2001:db8::1]:2379", "192.0.2.1:2379", "http://no-such-name.invalid:1"))
+    assert set(await etcd_networks(etcd)) == {ip_network("2001:db8::1/128"), ip_network("192.0.2.1/32")}

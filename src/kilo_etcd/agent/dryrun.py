@@ -13,15 +13,16 @@ import click
 from attrs import evolve
 
 from kilo_etcd import etcd, kernel, store
+from kilo_etcd.agent import discover
 from kilo_etcd.agent.encrypting import concerns, outside, read_members
 from kilo_etcd.model import InternalIPs, Node, Snapshot
 from kilo_etcd.planning import host_plan
 from kilo_etcd.planning.pipeline import EncryptionInputs, host_plans
-from kilo_etcd.runtime import discover, key_file
+from kilo_etcd.runtime import key_file
 from kilo_etcd.runtime.config import AgentConfig, too_small_for
 from kilo_etcd.runtime.hostnames import known_names
 from kilo_etcd.runtime.logs import MOST_NAMED
-from kilo_etcd.runtime.resolve import resolve_once
+from kilo_etcd.runtime.resolve import etcd_networks, resolve_once
 from kilo_etcd.store.claims import candidates
 from kilo_etcd.topology import UnknownNode, build_topology
 from kilo_etcd.topology.forced_addresses import missing_addresses
@@ -34,7 +35,7 @@ async def dry_run(config: AgentConfig, client: etcd.Client, setup: Callable[[Age
         click.echo(f"# no key in {config.state_dir} yet: the agent will make one")
         private = key_file.generate()
     facts = await discover.gather(config)
-    etcd_at = await discover.etcd_networks(config.etcd)
+    etcd_at = await etcd_networks(config.etcd)
     chosen = discover.choose(facts, config)
     for reason in chosen.reasons:
         click.echo(f"# {reason}")

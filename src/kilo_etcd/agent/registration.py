@@ -1,6 +1,6 @@
 """This host's addresses and endpoints: looked up, registered if they differ, and looked up again.
 
-What is found decides nothing here; the rules are `runtime.discover`'s. What it finds is kept for whoever asks: the
+What is found decides nothing here; the rules are `agent.discover`'s. What it finds is kept for whoever asks: the
 facts, from which the surroundings of a plan follow, and addresses of the operator's in the mesh's way.
 """
 
@@ -12,13 +12,14 @@ import trio
 from attrs import evolve
 
 from kilo_etcd import __version__, etcd, kernel, store
+from kilo_etcd.agent import discover
 from kilo_etcd.base import descriptors
 from kilo_etcd.model import IPNetwork
 from kilo_etcd.planning.encryption import StageReport
-from kilo_etcd.runtime import discover
 from kilo_etcd.runtime.config import AgentConfig
+from kilo_etcd.runtime.host_facts import HostFacts, Reached
 from kilo_etcd.runtime.logs import Logger, Once
-from kilo_etcd.runtime.underlay import Reached
+from kilo_etcd.runtime.resolve import etcd_networks
 
 
 class HostRegistration:
@@ -50,7 +51,7 @@ class HostRegistration:
         self.record: store.NodeRecord | None = None
         self.report = StageReport()
         """The stage of the switch to `encrypted` in the record."""
-        self.facts = discover.HostFacts()
+        self.facts = HostFacts()
         """What was found on the host when it was last looked at."""
         self.overlaps: tuple[str, ...] = ()
         """Sentences on the operator's addresses within the mesh's subnets."""
@@ -62,7 +63,7 @@ class HostRegistration:
 
     async def look(self) -> store.NodeRecord:
         """The record that the host should have, for the caller to register. OSError, KernelError."""
-        record, reasons = await self._find(await discover.etcd_networks(self._config.etcd))
+        record, reasons = await self._find(await etcd_networks(self._config.etcd))
         self._keep(record, reasons if record != self.record else ())
         return record
 
@@ -106,8 +107,8 @@ class HostRegistration:
             location, why = discover.location_from_cloud_init()
         self.facts = facts
         self.overlaps = facts.overlaps(self.subnets)
-        stated, self._reached = facts.reached(etcd_at).registered(
-            self._reached, None if self.record is None else self.record.underlay
+        stated, self._reached = networks_to_register(
+            facts.reached(etcd_at), self._reached, None if self.record is None else self.record.underlay
         )
         self._once.errors("overlaps", self.overlaps, level="warning")
         record = store.NodeRecord(
@@ -133,3 +134,18 @@ class HostRegistration:
         self.record = record
         for event, fields in reasons:
             self._log.info(event, **fields)
+
+
+def networks_to_register(
+    found: Reached, before: Reached, record: tuple[IPNetwork, ...] | None
+) -> tuple[tuple[IPNetwork, ...], Reached]:
+    """What to state of the networks `found`, and those that were counted for it, given those counted `before` for
+    `record`.
+
+    A passing network that is gone stays stated until something else changes: each record that is written wakes
+    the whole mesh.
+    """
+    together = Reached((*found.lasting, *found.passing, *before.passing))
+    if record is not None and together.stated() == record:
+        return record, before
+    return found.stated(), found

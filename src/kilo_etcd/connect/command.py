@@ -308,7 +308,7 @@ async def _write_names(options: Options, prefix: str, names: Any) -> bool:
 
 async def _facts(interface: str) -> Any:
     from kilo_etcd import kernel
-    from kilo_etcd.runtime.discover import HostFacts
+    from kilo_etcd.runtime.host_facts import HostFacts
 
     host_addresses = await kernel.list_addresses()
     return HostFacts(

@@ -13,9 +13,8 @@ from kilo_etcd.ctl.reports.render import clean
 from kilo_etcd.model import Snapshot
 from kilo_etcd.planning import peer_plan
 from kilo_etcd.planning.pipeline import peer_plans
-from kilo_etcd.runtime.discover import etcd_networks
 from kilo_etcd.runtime.hostnames import known_names
-from kilo_etcd.runtime.resolve import resolve_once
+from kilo_etcd.runtime.resolve import etcd_networks, resolve_once
 from kilo_etcd.topology import build_topology
 
 

@@ -8,6 +8,7 @@ is in `planning.names`.
 
 from __future__ import annotations
 
+import contextlib
 import random
 import socket
 from collections.abc import Awaitable, Callable, Iterable
@@ -20,6 +21,7 @@ import trio
 from attrs import frozen
 
 from kilo_etcd.base import descriptors
+from kilo_etcd.etcd.api import Config
 from kilo_etcd.model import IPAddress, IPNetwork
 from kilo_etcd.model.hostplan import HostPlan
 from kilo_etcd.planning.names import Reasons, Table, plan_names
@@ -101,6 +103,23 @@ def endpoint_hosts(endpoints: Iterable[str]) -> tuple[IPAddress | str, ...]:
 def network_of(address: IPAddress) -> IPNetwork:
     """The network that holds this address alone."""
     return ip_network(address)
+
+
+async def etcd_networks(etcd: Config) -> tuple[IPNetwork, ...]:
+    """The addresses of etcd's endpoints as networks of one address; names that do not resolve now are left out."""
+    networks: list[IPNetwork] = []
+
+    async def find(name: str) -> None:
+        with trio.move_on_after(LOOKUP_TIMEOUT), contextlib.suppress(OSError):
+            networks.extend(map(network_of, await lookup(name)))
+
+    async with trio.open_nursery() as nursery:
+        for host in endpoint_hosts(etcd.endpoints):
+            if isinstance(host, str):
+                nursery.start_soon(find, host)
+            else:
+                networks.append(network_of(host))
+    return tuple(dict.fromkeys(networks))
 
 
 @frozen

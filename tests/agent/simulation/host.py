@@ -22,7 +22,7 @@ from unittest.mock import patch
 import trio
 
 from kilo_etcd import kernel
-from kilo_etcd.agent import snapshot_cache
+from kilo_etcd.agent import discover, snapshot_cache
 from kilo_etcd.agent import status as agent_report
 from kilo_etcd.agent.daemon import Daemon, Reload
 from kilo_etcd.agent.metrics import Metrics
@@ -31,8 +31,9 @@ from kilo_etcd.kernel.diff import Difference
 from kilo_etcd.kernel.state import ApplyReport, Change, HostAddress, Observed
 from kilo_etcd.model import IPAddress, Snapshot
 from kilo_etcd.model.hostplan import HostPlan
-from kilo_etcd.runtime import apply, discover
+from kilo_etcd.runtime import apply
 from kilo_etcd.runtime.config import AgentConfig
+from kilo_etcd.runtime.host_facts import HostFacts
 from kilo_etcd.runtime.key_file import agreed, public_key
 from kilo_etcd.store.session import candidacy as store_candidacy
 from kilo_etcd.testing.fake_etcd import FakeClient
@@ -268,10 +269,10 @@ class SimulatedHost:
         return changes
 
 
-def facts(host: SimulatedHost) -> discover.HostFacts:
+def facts(host: SimulatedHost) -> HostFacts:
     """What a host finds of itself: a private and a public address, of each family that it has."""
     addresses = (*host.place.inside, *host.place.outside)
-    return discover.HostFacts(
+    return HostFacts(
         hostname=host.name,
         addresses=(
             *(HostAddress(interface="eth0", index=2, address=address) for address in addresses),
@@ -298,7 +299,7 @@ def _here() -> SimulatedHost:
 def in_memory() -> Iterator[None]:
     """In the block agents ask the simulated host they run on, and not this machine."""
 
-    async def gather(config: AgentConfig) -> discover.HostFacts:
+    async def gather(config: AgentConfig) -> HostFacts:
         await trio.lowlevel.checkpoint()
         return facts(_here())
 

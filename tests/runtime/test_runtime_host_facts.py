@@ -1,14 +1,12 @@
-"""What a host registers as reached over its own links, and that it does not register anew for nothing."""
+"""The networks that a host is attached to, and those that it reaches over its own links."""
 
 from __future__ import annotations
 
 from ipaddress import ip_address, ip_interface, ip_network
-from pathlib import Path
 
 from kilo_etcd.kernel.state import DefaultRoute, HostAddress, StaticRoute
 from kilo_etcd.model import IPNetwork
-from kilo_etcd.runtime.discover import HostFacts
-from kilo_etcd.runtime.underlay import MOST_NETWORKS, Reached, name_servers
+from kilo_etcd.runtime.host_facts import MOST_NETWORKS, HostFacts, Reached
 
 
 def nets(*texts: str) -> tuple[IPNetwork, ...]:
@@ -17,6 +15,16 @@ def nets(*texts: str) -> tuple[IPNetwork, ...]:
 
 def address(interface: str, text: str, kind: str = "") -> HostAddress:
     return HostAddress(interface=interface, index=1, kind=kind, address=ip_interface(text), up=True)
+
+
+def default(interface: str, gateway: str) -> DefaultRoute:
+    ip = ip_address(gateway)
+    return DefaultRoute(family=ip.version, interface=interface, gateway=ip)
+
+
+def host(*addresses: HostAddress, ways: tuple[DefaultRoute, ...] = ()) -> HostFacts:
+    loopback = (address("lo", "127.0.0.1/8"), address("lo", "::1/128"))
+    return HostFacts(hostname="node-1", addresses=(*loopback, *addresses), default_routes=ways)
 
 
 def test_links_gateways_name_servers_and_etcd_are_reached() -> None:
@@ -40,22 +48,6 @@ def test_links_gateways_name_servers_and_etcd_are_reached() -> None:
     assert reached.stated() == nets(
         "10.1.0.0/24", "10.8.0.0/24", "10.9.9.9/32", "172.17.0.0/16", "203.0.113.7/32", "fd00:1::/64"
     )
-
-
-def test_what_comes_and_goes_by_itself_is_stated_on_coming_and_withdrawn_with_the_next_change() -> None:
-    lan, other, docker = nets("10.1.0.0/24", "10.2.0.0/24", "172.18.0.0/16")
-    first, counted = Reached((lan,)).registered(Reached(), None)
-    assert first == (lan,)
-    second, counted = Reached((lan,), (docker,)).registered(counted, first)
-    assert second == (lan, docker)
-    third, counted = Reached((lan,)).registered(counted, second)
-    assert third == second
-    fourth, counted = Reached((lan,), (docker,)).registered(counted, third)
-    assert fourth == second
-    fifth, counted = Reached((lan,)).registered(counted, fourth)
-    assert Reached((lan, other)).registered(counted, fifth)[0] == (lan, other)
-    assert Reached((other,)).registered(counted, fifth)[0] == (other,)
-    assert Reached().registered(counted, fifth)[0] == ()
 
 
 def test_the_order_of_what_is_found_does_not_count() -> None:
@@ -87,26 +79,22 @@ def test_static_routes_are_reached() -> None:
     assert reached.passing == nets("10.30.0.0/16"), "tunnels come and go"
 
 
-def test_name_servers_are_those_that_are_asked_in_the_end(tmp_path: Path) -> None:
-    own, behind, more = tmp_path / "resolv.conf", tmp_path / "resolved.conf", tmp_path / "unbound.conf"
+def test_the_families_of_a_host_are_those_of_its_default_routes_or_else_of_its_networks() -> None:
+    both = (address("eth0", "10.1.0.5/16"), address("eth0", "fd00:1::5/64"))
+    assert host(*both, ways=(default("eth0", "10.1.0.1"), default("eth0", "fe80::1"))).families() == {4, 6}
+    assert host(*both, ways=(default("eth0", "10.1.0.1"),)).families() == {4}
+    assert host(address("eth0", "10.0.3.7/24")).families() == {4}
+    assert host().families() == frozenset()
 
-    def asked() -> list[str]:
-        return [str(name_server) for name_server in name_servers(own, (behind, more))]
 
-    assert asked() == []
-    own.write_text("# nameserver 9.9.9.9\nnameserver 10.1.0.1\nnameserver x\n nameserver fe80::1%eth0\nsearch a\n")
-    assert asked() == ["10.1.0.1"]
-    behind.write_text("nameserver 192.168.1.1\nnameserver fd00::53\n")
-    assert asked() == ["10.1.0.1"], "no resolver of the host's own is asked"
-    for stub in ("127.0.0.53", "127.0.0.1", "::1"):
-        own.write_text(f"nameserver {stub}\n")
-        assert asked() == ["192.168.1.1", "fd00::53"]
-    own.write_text("nameserver 127.0.0.1\nnameserver 10.1.0.1\n")
-    assert asked() == ["10.1.0.1", "192.168.1.1", "fd00::53"]
-    more.write_text('forward-zone:\n  name: "."\n  forward-addr: 10.5.0.1@53\n  forward-addr: fd00::5\n')
-    behind.write_bytes(b"nameserver 10.0.0.1\n\xff\xfe")
-    assert asked() == ["10.1.0.1", "10.0.0.1", "10.5.0.1", "fd00::5"]
-    behind.unlink()
-    more.unlink()
-    own.write_text("nameserver 127.0.0.1\n")
-    assert asked() == [], "what stands in its configuration is not known"
+def test_the_underlay_is_where_the_hosts_own_packets_travel() -> None:
+    facts = host(
+        address("docker0", "172.17.0.1/16", "bridge"),
+        address("br-0123456789ab", "172.18.0.1/16", "bridge"),
+        address("kilo0", "10.4.0.1/32", "wireguard"),
+        address("tun0", "10.8.0.2/24", "tun"),
+        address("eth0", "203.0.113.5/24"),
+        address("eth1", "10.1.0.5/16", "bridge"),
+        ways=(default("eth0", "203.0.113.1"),),
+    )
+    assert [str(network) for network in facts.underlay()] == ["203.0.113.0/24", "10.1.0.0/16", "203.0.113.1/32"]

@@ -4,32 +4,28 @@ The rules are Kilo's: first what the host's name resolves to, then the interface
 the internal IP is a private address, or none where the host has none (it is then a segment of its own, and nothing
 crosses a public network in clear unless `--internal-cidr` says that it may); the endpoint is public where it can be.
 Beyond Kilo: container bridges are never taken by themselves, since docker0 is the same address on every host. The
-decision is pure and every choice comes with its reason; only `gather`, `etcd_networks` and `location_from_cloud_init`
-look at the host, and nothing here asks the network but the system's resolver.
+decision is pure and every choice comes with its reason; only `gather` and `location_from_cloud_init` look at the host,
+and nothing here asks the network but the system's resolver.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import socket
 from collections.abc import Iterable
-from ipaddress import IPv6Address
 from pathlib import Path
 
 import trio
 from attrs import frozen
 
 from kilo_etcd import kernel
+from kilo_etcd.agent.name_servers import name_servers
 from kilo_etcd.base import descriptors
-from kilo_etcd.etcd.api import Config
-from kilo_etcd.kernel.state import DefaultRoute, HostAddress, StaticRoute, ipip_name
-from kilo_etcd.model import DEFAULT_INTERFACE, DEFAULT_PORT, Endpoint, IPAddress, IPInterface, IPNetwork, is_public
-from kilo_etcd.planning.names import NO_REASONS, Reasons, Table
-from kilo_etcd.planning.pipeline import Surroundings
+from kilo_etcd.kernel.state import DefaultRoute
+from kilo_etcd.model import DEFAULT_PORT, Endpoint, IPAddress, IPInterface, IPNetwork, is_public
 from kilo_etcd.runtime.config import AgentConfig
-from kilo_etcd.runtime.resolve import LOOKUP_TIMEOUT, endpoint_hosts, lookup, network_of
-from kilo_etcd.runtime.underlay import Reached, name_servers
+from kilo_etcd.runtime.host_facts import TUNNELS, HostFacts, is_container, usable, within
+from kilo_etcd.runtime.resolve import lookup
 
 INSTANCE_DATA = Path("/run/cloud-init/instance-data.json")
 _MOST_BYTES = 8 * 2**20
@@ -40,105 +36,7 @@ HOSTNAME_TIMEOUT = 2.0
 _hostnames: dict[str, tuple[IPAddress, ...]] = {}
 """The last answers for the host's own name."""
 
-_TUNNELS = frozenset({"ipip", "sit", "gre", "gretap", "ip6tnl", "ip6gre", "wireguard", "tun", "vxlan", "geneve", "vti"})
-_VIRTUAL = _TUNNELS | {"bridge", "veth", "dummy", "openvswitch"}
-# fmt: off
-_CONTAINERS = (
-    "docker", "br-", "veth", "virbr", "cni", "flannel", "cali", "cilium", "lxc", "lxdbr", "incusbr", "podman", "kube-",
-    "nodelocaldns", "weave", "vnet",
-)
-# fmt: on
-
-
-_SHORTEST = {4: 8, 6: 7}
-"""Prefix lengths below which a static route is a part of a default route, as VPNs split it."""
-
-
-@frozen(kw_only=True)
-class HostFacts:
-    """What was found on the host: the addresses in the kernel's order, default routes with the lowest metric first."""
-
-    hostname: str = ""
-    resolved: tuple[IPAddress, ...] = ()
-    """What the host's name resolves to, in the resolver's order."""
-    addresses: tuple[HostAddress, ...] = ()
-    default_routes: tuple[DefaultRoute, ...] = ()
-    static_routes: tuple[StaticRoute, ...] = ()
-    name_servers: tuple[IPAddress, ...] = ()
-    """Those in use, by resolv.conf."""
-    own_interface: str = DEFAULT_INTERFACE
-
-    def underlay(self) -> tuple[IPNetwork, ...]:
-        """The networks that the host's own packets travel on: those it is attached to, and its default gateways.
-
-        Tunnels and container bridges are left out, unless the default route goes there.
-        """
-        stood_in = [item.address.network for item in self._stands_at()]
-        gateways = [network_of(route.gateway) for route in self.default_routes if route.gateway is not None]
-        return tuple(dict.fromkeys((*stood_in, *gateways)))
-
-    def reached(self, etcd: Iterable[IPNetwork]) -> Reached:
-        """What the host reaches over its own links, containers, tunnels and static routes included, and these addresses
-        of etcd."""
-        links = [item for item in self.addresses if _usable(item, self.own_interface, ())]
-        gateways = [route.gateway for route in self.default_routes if route.gateway is not None]
-        lasting: list[IPNetwork] = []
-        passing: list[IPNetwork] = []
-        for item in links:
-            (passing if _comes_and_goes(item) else lasting).append(item.address.network)
-        for route in self.static_routes:
-            if route.destination.prefixlen < _SHORTEST[route.destination.version]:
-                continue
-            if route.interface not in (self.own_interface, ipip_name(self.own_interface), "lo"):
-                comes_and_goes = route.interface.startswith(_CONTAINERS) or route.kind in _TUNNELS
-                (passing if comes_and_goes else lasting).append(route.destination)
-        lasting += map(network_of, (*gateways, *self.name_servers))
-        return Reached(tuple(lasting), (*passing, *etcd))
-
-    def sources(self) -> tuple[IPAddress, ...]:
-        """The host's own addresses there: others call it at these."""
-        return tuple(dict.fromkeys(item.address.ip for item in self._stands_at()))
-
-    def _stands_at(self) -> list[HostAddress]:
-        ways = {route.interface for route in self.default_routes}
-        return [
-            item
-            for item in self.addresses
-            if _usable(item, self.own_interface, ()) and (item.interface in ways or not _comes_and_goes(item))
-        ]
-
-    def surroundings(
-        self, etcd: tuple[IPNetwork, ...], table: Table, failed: Reasons = NO_REASONS, unresolved: tuple[str, ...] = ()
-    ) -> Surroundings:
-        """What a plan needs to know of them. `etcd` are etcd's addresses, `unresolved` its names that have none;
-        `table` and `failed`: what is known of DNS names."""
-        return Surroundings(
-            table=table, failed=failed, etcd=etcd, etcd_unresolved=unresolved, underlay=self.underlay(),
-            families=self.families(), sources=self.sources(),
-            addresses=self.own_addresses(),
-        )  # fmt: skip
-
-    def own_addresses(self) -> frozenset[IPAddress]:
-        """All addresses of the host."""
-        return frozenset(item.address.ip for item in self.addresses)
-
-    def families(self) -> frozenset[int]:
-        """The families in which the host has a way to others: those of its default routes, or else of its networks."""
-        return frozenset(route.family for route in self.default_routes) or frozenset(
-            network.version for network in self.underlay()
-        )
-
-    def overlaps(self, subnets: Iterable[IPNetwork]) -> tuple[str, ...]:
-        """A sentence for each address of the operator's whose network has addresses in common with the mesh."""
-        subnets = tuple(subnets)
-        return tuple(
-            f"{item.interface} has the address {item.address}, whose network overlaps the mesh's subnet {subnet}; it "
-            "was left alone, and mesh addresses in it may not be reached from here: use another network there"
-            for item in self.addresses
-            if item.interface not in (self.own_interface, ipip_name(self.own_interface))
-            for subnet in subnets
-            if subnet.version == item.address.version and item.address.network.overlaps(subnet)
-        )
+_VIRTUAL = TUNNELS | {"bridge", "veth", "dummy", "openvswitch"}
 
 
 @frozen(kw_only=True)
@@ -199,7 +97,7 @@ def choose_addresses(
         of_family = [candidate for candidate in candidates if candidate.address.version == family]
         if cidrs:
             fit = sorted(
-                (candidate for candidate in of_family if any(_within(candidate.address, cidr) for cidr in cidrs)),
+                (candidate for candidate in of_family if any(within(candidate.address, cidr) for cidr in cidrs)),
                 key=lambda candidate: candidate.public,
             )
             because = "the first within --internal-cidr"
@@ -281,23 +179,23 @@ def _of(fit: list[_Candidate], family: int) -> str:
 
 def _candidates(facts: HostFacts, subnets: tuple[IPNetwork, ...]) -> list[_Candidate]:
     """All addresses that can be meant, best first."""
-    usable = [item for item in facts.addresses if _usable(item, facts.own_interface, subnets)]
+    items = [item for item in facts.addresses if usable(item, facts.own_interface, subnets)]
     first_way = {
         family: next((route.interface for route in _by_metric(facts.default_routes) if route.family == family), None)
         for family in (4, 6)
     }
     # A single answer is somebody's decision (/etc/hosts, DNS); several are nss-myhostname listing every interface.
     here = {
-        family: [item for item in usable if item.address.version == family and item.address.ip in facts.resolved]
+        family: [item for item in items if item.address.version == family and item.address.ip in facts.resolved]
         for family in (4, 6)
     }
     result = []
-    for position, item in enumerate(usable):
+    for position, item in enumerate(items):
         family = item.address.version
         on_way = item.interface == first_way[family]
         named = item in here[family]
         decided = named and len(here[family]) == 1
-        virtual = not on_way and not decided and (item.kind in _VIRTUAL or _is_container(item))
+        virtual = not on_way and not decided and (item.kind in _VIRTUAL or is_container(item))
         if named:
             tier, why = 0, f"what {facts.hostname or 'the host name'} resolves to"
         elif on_way:
@@ -312,7 +210,7 @@ def _candidates(facts: HostFacts, subnets: tuple[IPNetwork, ...]) -> list[_Candi
                 interface=item.interface,
                 why=why,
                 order=tuple(map(int, order)),
-                container=_is_container(item) and not on_way,
+                container=is_container(item) and not on_way,
             )
         )
     return sorted(result, key=lambda candidate: candidate.order)
@@ -320,30 +218,6 @@ def _candidates(facts: HostFacts, subnets: tuple[IPNetwork, ...]) -> list[_Candi
 
 def _by_metric(routes: Iterable[DefaultRoute]) -> list[DefaultRoute]:
     return sorted(routes, key=lambda route: route.metric)
-
-
-def _usable(item: HostAddress, own_interface: str, subnets: tuple[IPNetwork, ...]) -> bool:
-    ip = item.address.ip
-    if not item.up or item.interface == own_interface or item.kind == "ipip" or item.interface.startswith("tunl"):
-        return False
-    if ip.is_loopback or ip.is_link_local or ip.is_multicast or ip.is_unspecified:
-        return False
-    if isinstance(ip, IPv6Address) and (ip.ipv4_mapped is not None or ip.is_site_local):
-        return False
-    return not any(_within(item.address, subnet) for subnet in subnets)
-
-
-def _is_container(item: HostAddress) -> bool:
-    return item.interface.startswith(_CONTAINERS)
-
-
-def _comes_and_goes(item: HostAddress) -> bool:
-    """Whether it is an address of a container bridge or of a tunnel."""
-    return _is_container(item) or item.kind in _TUNNELS
-
-
-def _within(address: IPInterface, network: IPNetwork) -> bool:
-    return address.version == network.version and address.ip in network
 
 
 # -- looking at the host ------------------------------------------------------------------------------------------
@@ -376,23 +250,6 @@ async def _resolve_hostname(hostname: str) -> tuple[IPAddress, ...]:
         except OSError:
             pass
     return _hostnames.get(hostname, ())
-
-
-async def etcd_networks(etcd: Config) -> tuple[IPNetwork, ...]:
-    """The addresses of etcd's endpoints as networks of one address; names that do not resolve now are left out."""
-    networks: list[IPNetwork] = []
-
-    async def find(name: str) -> None:
-        with trio.move_on_after(LOOKUP_TIMEOUT), contextlib.suppress(OSError):
-            networks.extend(map(network_of, await lookup(name)))
-
-    async with trio.open_nursery() as nursery:
-        for host in endpoint_hosts(etcd.endpoints):
-            if isinstance(host, str):
-                nursery.start_soon(find, host)
-            else:
-                networks.append(network_of(host))
-    return tuple(dict.fromkeys(networks))
 
 
 def location_from_cloud_init(path: Path = INSTANCE_DATA) -> tuple[str | None, str]:

@@ -13,19 +13,12 @@ import trio
 from attrs import field, frozen
 
 from kilo_etcd import kernel
-from kilo_etcd.etcd.api import Config
+from kilo_etcd.agent import discover
+from kilo_etcd.agent.discover import choose, choose_addresses, gather, location_from_cloud_init
 from kilo_etcd.kernel.state import DefaultRoute, HostAddress, HostAddresses
 from kilo_etcd.model import Endpoint, IPAddress
-from kilo_etcd.runtime import discover
 from kilo_etcd.runtime.config import AgentConfig
-from kilo_etcd.runtime.discover import (
-    HostFacts,
-    choose,
-    choose_addresses,
-    etcd_networks,
-    gather,
-    location_from_cloud_init,
-)
+from kilo_etcd.runtime.host_facts import HostFacts
 
 
 def address(interface: str, text: str, kind: str = "", **rest: Any) -> HostAddress:
@@ -352,30 +345,11 @@ def test_an_endpoint_per_family(found: HostFacts, args: dict[str, Any], endpoint
         assert f"further endpoint {endpoint}" in "\n".join(chosen.reasons)
 
 
-def test_the_families_of_a_host_are_those_of_its_default_routes_or_else_of_its_networks() -> None:
-    assert DUAL.families() == {4, 6}
-    assert ULA.families() == {4}
-    assert facts(address("eth0", "10.0.3.7/24")).families() == {4}
-    assert facts().families() == frozenset()
-
-
 def test_the_flags_reach_the_choice() -> None:
     config = AgentConfig.build(hostname="node-1", port="777", internal_cidr="203.0.113.0/24", endpoint="x.example")
     chosen = choose(TWO_LEGS, config)
     assert [str(ip) for ip in chosen.internal_ips] == ["203.0.113.5/24"]
     assert chosen.endpoint == Endpoint("x.example", 777)
-
-
-def test_the_underlay_is_where_the_hosts_own_packets_travel() -> None:
-    host = facts(
-        *DOCKER,
-        address("kilo0", "10.4.0.1/32", "wireguard"),
-        address("tun0", "10.8.0.2/24", "tun"),
-        address("eth0", "203.0.113.5/24"),
-        address("eth1", "10.1.0.5/16", "bridge"),
-        ways=(default("eth0", "203.0.113.1"),),
-    )
-    assert [str(network) for network in host.underlay()] == ["203.0.113.0/24", "10.1.0.0/16", "203.0.113.1/32"]
 
 
 async def test_the_hosts_own_facts_can_be_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -423,11 +397,6 @@ async def test_the_kernels_own_list_is_understood() -> None:
     found = await gather(AgentConfig(hostname="localhost"))
     assert all(item.address.version in (4, 6) for item in found.addresses)
     assert choose(found, AgentConfig(hostname="localhost")).reasons
-
-
-async def test_etcds_networks_are_single_addresses() -> None:
-    etcd = Config(endpoints=("https://[2001:db8::1]:2379", "192.0.2.1:2379", "http://no-such-name.invalid:1"))
-    assert set(await etcd_networks(etcd)) == {ip_network("2001:db8::1/128"), ip_network("192.0.2.1/32")}
 
 
 # -- cloud-init ---------------------------------------------------------------------------------------------------
