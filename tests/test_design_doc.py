@@ -7,7 +7,7 @@ import re
 import pytest
 
 from helpers_docs import PACKAGE, ROOT, headings, names_in, resolve, sections_named
-from kilo_etcd.runtime.options import agent_flags
+from kilo_etcd.agent.options import agent_flags
 from kilo_etcd.runtime.parsing import parse_duration
 
 PAGE = "docs/design.md"

@@ -17,6 +17,7 @@ from attrs import evolve
 from helpers import eventually
 from kilo_etcd import kernel
 from kilo_etcd.agent import discover
+from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.agent.daemon import Daemon
 from kilo_etcd.agent.dnshosts import WriteNames
 from kilo_etcd.agent.leader_hints.peer_query import DatagramTransport
@@ -24,7 +25,6 @@ from kilo_etcd.agent.metrics import Metrics
 from kilo_etcd.agent.snapshot_cache import Disk
 from kilo_etcd.kernel.state import HostAddress
 from kilo_etcd.runtime import key_file
-from kilo_etcd.runtime.config import AgentConfig
 from kilo_etcd.runtime.host_facts import HostFacts
 from kilo_etcd.runtime.logs import setup_logging
 from kilo_etcd.testing.fake_etcd import FakeEtcd

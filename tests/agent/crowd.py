@@ -24,12 +24,12 @@ from attrs import evolve, frozen
 from helpers import eventually
 from kilo_etcd import kernel
 from kilo_etcd.agent import discover
+from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.agent.daemon import FLUSH_SECONDS, Daemon
 from kilo_etcd.agent.metrics import Metrics
 from kilo_etcd.kernel.state import HostAddress
 from kilo_etcd.model import Snapshot
 from kilo_etcd.runtime import key_file
-from kilo_etcd.runtime.config import AgentConfig
 from kilo_etcd.runtime.host_facts import HostFacts
 from kilo_etcd.runtime.logs import setup_logging, write_due
 from kilo_etcd.store.keys import Keys

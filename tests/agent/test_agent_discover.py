@@ -14,10 +14,10 @@ from attrs import field, frozen
 
 from kilo_etcd import kernel
 from kilo_etcd.agent import discover
+from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.agent.discover import choose, choose_addresses, gather, location_from_cloud_init
 from kilo_etcd.kernel.state import DefaultRoute, HostAddress, HostAddresses
 from kilo_etcd.model import Endpoint, IPAddress
-from kilo_etcd.runtime.config import AgentConfig
 from kilo_etcd.runtime.host_facts import HostFacts
 
 

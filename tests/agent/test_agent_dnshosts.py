@@ -17,10 +17,10 @@ from agent_world import World, running
 from helpers import eventually
 from kilo_etcd import kernel
 from kilo_etcd.agent import dnshosts
+from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.agent.dnshosts import Names, WriteNames, writer
 from kilo_etcd.kernel.state import Change
 from kilo_etcd.runtime import key_file
-from kilo_etcd.runtime.config import AgentConfig
 from kilo_etcd.runtime.hostnames import BY_AGENT
 from kilo_etcd.runtime.hostsfile import HostsFileError, write_names
 from kilo_etcd.store.records import NodeRecord, StatusRecord, encode, read

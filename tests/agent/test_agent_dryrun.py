@@ -14,9 +14,9 @@ from attrs import evolve
 
 from kilo_etcd import kernel
 from kilo_etcd.agent import discover
+from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.agent.dryrun import dry_run
 from kilo_etcd.kernel.state import HostAddress
-from kilo_etcd.runtime.config import AgentConfig
 from kilo_etcd.runtime.host_facts import HostFacts
 from kilo_etcd.store.records import NodeRecord, encode
 from kilo_etcd.testing.fake_etcd import FakeEtcd

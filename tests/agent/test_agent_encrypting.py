@@ -18,6 +18,7 @@ from agent_world import World, running
 from attrs import evolve
 
 from helpers import eventually
+from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.agent.encrypting import Encrypting, Members, outside, read_members, remove_members, write_members
 from kilo_etcd.agent.snapshot_cache import Disk
 from kilo_etcd.etcd import Config, Member, PermissionDenied, Unavailable
@@ -26,7 +27,6 @@ from kilo_etcd.model import EncryptionStage, Endpoint, Granularity, InternalIPs,
 from kilo_etcd.model.hostplan import Exemption, HostPlan
 from kilo_etcd.planning.encryption import StageReport
 from kilo_etcd.planning.pipeline import Surroundings, host_plans
-from kilo_etcd.runtime.config import AgentConfig
 from kilo_etcd.runtime.logs import Once
 from kilo_etcd.store import Keys
 from kilo_etcd.store.records import NodeRecord, StageRecord, decode_node, decode_status, encode

@@ -15,9 +15,9 @@ import trio
 
 from helpers import eventually
 from kilo_etcd.agent import http
+from kilo_etcd.agent.config import ListenAddress
 from kilo_etcd.agent.http import DEADLINE, MOST_CONNECTIONS, MOST_HEAD, Answer, Request, Server, parse
 from kilo_etcd.base import descriptors
-from kilo_etcd.runtime.config import ListenAddress
 from kilo_etcd.runtime.logs import setup_logging
 
 GET = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"

@@ -13,10 +13,10 @@ import structlog
 import trio
 from prometheus_client import REGISTRY
 
+from kilo_etcd.agent.config import ListenAddress
 from kilo_etcd.agent.http import Request
 from kilo_etcd.agent.metrics import Metrics
 from kilo_etcd.model import Node, Peer, RejectedRecord, Snapshot
-from kilo_etcd.runtime.config import ListenAddress
 from kilo_etcd.runtime.logs import setup_logging
 
 ANYWHERE = ListenAddress("127.0.0.1", 0)

@@ -23,6 +23,7 @@ from helpers import eventually
 from kilo_etcd import kernel
 from kilo_etcd.agent import cachefile, discover, snapshot_cache
 from kilo_etcd.agent.cachefile import FILE, Identity, Unusable, load, save
+from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.agent.daemon import Daemon
 from kilo_etcd.agent.metrics import Metrics
 from kilo_etcd.agent.snapshot_cache import Disk
@@ -30,7 +31,6 @@ from kilo_etcd.etcd import Header, KeyValue
 from kilo_etcd.kernel.state import DeleteRoute, HostAddress, Observed
 from kilo_etcd.model import Endpoint
 from kilo_etcd.runtime import key_file
-from kilo_etcd.runtime.config import AgentConfig
 from kilo_etcd.runtime.host_facts import HostFacts
 from kilo_etcd.runtime.logs import setup_logging
 from kilo_etcd.store.keys import Keys

@@ -15,6 +15,7 @@ import trio
 
 from kilo_etcd import etcd, kernel
 from kilo_etcd.agent import cachefile, discover
+from kilo_etcd.agent.config import ListenAddress
 from kilo_etcd.agent.leader_hints.peer_query import UdpTransport
 from kilo_etcd.agent.metrics import Metrics
 from kilo_etcd.base import descriptors
@@ -23,7 +24,6 @@ from kilo_etcd.kernel import errors, sysctl, userspace
 from kilo_etcd.kernel.firewall import iptables
 from kilo_etcd.kernel.state import CreateLink, Setup
 from kilo_etcd.runtime import key_file, lock_file, resolve
-from kilo_etcd.runtime.config import ListenAddress
 
 FULL = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 

@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from helpers import PACKAGES
-from kilo_etcd.runtime.options import all_flags
+from kilo_etcd.agent.options import all_flags
 from kilo_etcd.store.annotations import ANNOTATIONS
 
 ROOT = Path(__file__).parents[2]

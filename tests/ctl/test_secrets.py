@@ -17,6 +17,7 @@ import yaml
 from click.testing import CliRunner
 
 import kilo_etcd
+from kilo_etcd.agent.options import all_flags
 from kilo_etcd.base.quoting import SECRET, shown, shown_name, shown_path
 from kilo_etcd.ctl.formats.manifest import read_peers
 from kilo_etcd.ctl.main import main
@@ -24,7 +25,7 @@ from kilo_etcd.etcd.api import BadRequest, Config, Header, KeyValue
 from kilo_etcd.etcd.endpoint import parse_endpoint
 from kilo_etcd.etcd.grpc import Doing, StatusError, to_error
 from kilo_etcd.model import Endpoint
-from kilo_etcd.runtime.options import all_flags, etcd_config
+from kilo_etcd.runtime.options import etcd_config
 from kilo_etcd.store import records
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import PeerRecord, RecordError, decode_peer, read

@@ -19,11 +19,11 @@ import trio
 from attrs import frozen
 
 from kilo_etcd import kernel
+from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.agent.name_servers import name_servers
 from kilo_etcd.base import descriptors
 from kilo_etcd.kernel.state import DefaultRoute
 from kilo_etcd.model import DEFAULT_PORT, Endpoint, IPAddress, IPInterface, IPNetwork, is_public
-from kilo_etcd.runtime.config import AgentConfig
 from kilo_etcd.runtime.host_facts import TUNNELS, HostFacts, is_container, usable, within
 from kilo_etcd.runtime.resolve import lookup
 

@@ -16,9 +16,9 @@ from functools import partial
 import trio
 from attrs import frozen
 
+from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.model import IPAddress
 from kilo_etcd.model.hostplan import HostPlan
-from kilo_etcd.runtime.config import AgentConfig
 from kilo_etcd.runtime.hostnames import BY_AGENT, NAMES_TROUBLE, Known, known_names
 from kilo_etcd.runtime.hostsfile import HOSTS, HostsFileError, write_names
 from kilo_etcd.runtime.logs import Logger, Once

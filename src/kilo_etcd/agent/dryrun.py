@@ -14,12 +14,12 @@ from attrs import evolve
 
 from kilo_etcd import etcd, kernel, store
 from kilo_etcd.agent import discover
+from kilo_etcd.agent.config import AgentConfig, too_small_for
 from kilo_etcd.agent.encrypting import concerns, outside, read_members
 from kilo_etcd.model import InternalIPs, Node, Snapshot
 from kilo_etcd.planning import host_plan
 from kilo_etcd.planning.pipeline import EncryptionInputs, host_plans
 from kilo_etcd.runtime import key_file
-from kilo_etcd.runtime.config import AgentConfig, too_small_for
 from kilo_etcd.runtime.hostnames import known_names
 from kilo_etcd.runtime.logs import MOST_NAMED
 from kilo_etcd.runtime.resolve import etcd_networks, resolve_once

@@ -22,6 +22,7 @@ import trio
 from attrs import evolve, frozen
 
 from kilo_etcd import etcd, store
+from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.agent.leader_hints.peer_query import PORT
 from kilo_etcd.agent.snapshot_cache import Disk
 from kilo_etcd.agent.stage_watch import StageWatch
@@ -32,7 +33,6 @@ from kilo_etcd.model.hostplan import Exemption, HostPlan
 from kilo_etcd.planning.encryption import Living, Outside, StageReport, awaited, report
 from kilo_etcd.planning.names import Table
 from kilo_etcd.planning.pipeline import EncryptionInputs
-from kilo_etcd.runtime.config import AgentConfig
 from kilo_etcd.runtime.logs import Once
 from kilo_etcd.store import StageRecord
 from kilo_etcd.topology import Topology

@@ -20,8 +20,8 @@ from contextlib import suppress
 import trio
 from attrs import define, field, frozen
 
+from kilo_etcd.agent.config import ListenAddress
 from kilo_etcd.base import descriptors
-from kilo_etcd.runtime.config import ListenAddress
 from kilo_etcd.runtime.logs import get_logger
 
 MOST_CONNECTIONS = 16

@@ -19,6 +19,7 @@ import trio
 
 from kilo_etcd import __version__, etcd, kernel, store
 from kilo_etcd.agent import cachefile, snapshot_cache
+from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.agent.daemon import Daemon, Fatal, Reload, StoppedAtOnce
 from kilo_etcd.agent.dnshosts import writer
 from kilo_etcd.agent.dryrun import dry_run
@@ -26,14 +27,13 @@ from kilo_etcd.agent.encrypting import remove_members
 from kilo_etcd.agent.leader_hints.peer_query import UdpTransport
 from kilo_etcd.agent.metrics import Metrics
 from kilo_etcd.agent.notify import notify
+from kilo_etcd.agent.options import agent_options
 from kilo_etcd.agent.restore import REFUSALS
 from kilo_etcd.base.descriptors import OutOfDescriptors
 from kilo_etcd.runtime import key_file
-from kilo_etcd.runtime.config import AgentConfig
 from kilo_etcd.runtime.hostsfile import HostsFileError
 from kilo_etcd.runtime.lock_file import AlreadyRunning, agent_lock
 from kilo_etcd.runtime.logs import get_logger, setup_logging
-from kilo_etcd.runtime.options import agent_options
 
 EXPECTED = (
     Fatal,

@@ -20,9 +20,9 @@ from prometheus_client.exposition import choose_encoder
 
 from kilo_etcd import __version__
 from kilo_etcd.agent import http
+from kilo_etcd.agent.config import ListenAddress
 from kilo_etcd.base import descriptors
 from kilo_etcd.model import Snapshot
-from kilo_etcd.runtime.config import ListenAddress
 from kilo_etcd.runtime.logs import get_logger
 
 

@@ -13,10 +13,10 @@ from attrs import evolve
 
 from kilo_etcd import __version__, etcd, kernel, store
 from kilo_etcd.agent import discover
+from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.base import descriptors
 from kilo_etcd.model import IPNetwork
 from kilo_etcd.planning.encryption import StageReport
-from kilo_etcd.runtime.config import AgentConfig
 from kilo_etcd.runtime.host_facts import HostFacts, Reached
 from kilo_etcd.runtime.logs import Logger, Once
 from kilo_etcd.runtime.resolve import etcd_networks

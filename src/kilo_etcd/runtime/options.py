@@ -1,14 +1,12 @@
-"""The command-line flags of `kg` and, for what they share, of `kgctl`: their names, environment and meaning.
+"""The command-line flags that `kg` and `kgctl` share, and how tables of flags become options of a click command.
 
-One table holds the agent's flags and one holds etcd's (named and read as etcdctl does); the click decorators, the
-unit's environment file and its test are all made from the tables, so a flag cannot exist in one place only.
-Checking is done by `AgentConfig.build` and `etcd_config`. Passwords are never shown in help or errors.
+The table here holds etcd's flags, named and read as etcdctl does; the agent's is in `agent.options`. Checking is done
+by `etcd_config`. Passwords are never shown in help or errors.
 """
 
 from __future__ import annotations
 
 import functools
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,40 +17,8 @@ from attrs import frozen
 
 from kilo_etcd.base.quoting import shown_path
 from kilo_etcd.etcd.api import Config, Tls
-from kilo_etcd.model import (
-    DEFAULT_INTERFACE,
-    DEFAULT_PORT,
-    DEFAULT_PREFIX,
-    DEFAULT_SUBNET,
-    Encapsulate,
-    Granularity,
-    InternalIPs,
-)
-from kilo_etcd.runtime.config import (
-    DEFAULT_LISTEN,
-    DEFAULT_STATE_DIR,
-    AgentConfig,
-    ListenAddress,
-    Probe,
-    WireGuardKind,
-)
-from kilo_etcd.runtime.parsing import LOG_LEVELS, environment_name, parse_duration, parse_prefix, read
-
-__all__ = [
-    "AgentConfig",
-    "Flag",
-    "ListenAddress",
-    "WireGuardKind",
-    "agent_flags",
-    "agent_options",
-    "all_flags",
-    "etcd_and_prefix",
-    "etcd_config",
-    "etcd_flags",
-    "etcd_options",
-    "etcd_values",
-    "prefix_option",
-]
+from kilo_etcd.model import DEFAULT_PREFIX
+from kilo_etcd.runtime.parsing import environment_name, parse_duration, parse_prefix, read
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -80,116 +46,12 @@ class Flag:
         return self.name.removeprefix("--").replace("-", "_")
 
 
-def _flag(name: str, default: str, help: str, **rest: Any) -> Flag:
+def kilo_flag(name: str, default: str, help: str, **rest: Any) -> Flag:
+    """A flag whose environment variable is `KILO_` and its name."""
     return Flag(name=name, env=environment_name(name), default=default, help=help, **rest)
 
 
-_PREFIX = _flag("--prefix", DEFAULT_PREFIX, "The prefix in etcd under which the mesh lives.")
-
-_AGENT = (
-    _flag("--hostname", "", "The node's name in the mesh (default: the system's host name)."),
-    _flag(
-        "--location", "", "The node's location, unless a label in etcd overrides it (default: cloud-init's region)."
-    ),
-    _flag("--interface", DEFAULT_INTERFACE, "The WireGuard interface."),
-    _flag("--port", str(DEFAULT_PORT), "The UDP port of WireGuard."),
-    _flag(
-        "--mesh-granularity",
-        "",
-        "How segments are formed, if etcd has no setting yet (default: location).",
-        choices=tuple(Granularity),
-    ),
-    _flag(
-        "--internal-ips",
-        "",
-        "Which traffic to the hosts' internal IPs travels in the tunnels, if etcd has no setting yet "
-        "(default: routed).",
-        choices=tuple(InternalIPs),
-    ),
-    _flag(
-        "--clear",
-        "",
-        "Traffic with other nodes that stays in clear under internal-ips=encrypted, such as "
-        "tcp/22@10.0.0.0/24 (PROTOCOL[/PORT]@NETWORK); several times or comma-separated.",
-        several=True,
-    ),
-    _flag(
-        "--subnet",
-        "",
-        "The network of the mesh addresses, if etcd has no setting yet; one per family, comma-separated "
-        f"(default: {DEFAULT_SUBNET}).",
-    ),
-    _flag(
-        "--renumber",
-        "false",
-        "At the start, replace a mesh address outside etcd's mesh/subnets by one within.",
-        switch=True,
-    ),
-    _flag(
-        "--encapsulate",
-        Encapsulate.CROSSSUBNET.value,
-        "When packets between nodes of one location are encapsulated.",
-        choices=tuple(Encapsulate),
-    ),
-    _flag("--mtu", "auto", "The MTU of the WireGuard interface: auto or a number of bytes."),
-    _flag(
-        "--internal-cidr",
-        "",
-        "Only addresses within this network may be the internal IP; several times or comma-separated.",
-        several=True,
-    ),
-    _flag(
-        "--prioritise-private-addresses",
-        "false",
-        "Prefer a private address to a public one for the endpoint.",
-        switch=True,
-    ),
-    _flag("--endpoint", "", "The host:port at which other locations reach this node (default: discovered)."),
-    _flag("--persistent-keepalive", "0", "Seconds between keepalives to this node's peers; 0 is off."),
-    _flag("--resync-period", "30s", "How often the kernel is compared with the plan, whatever else happens."),
-    _flag(
-        "--clean-up",
-        "false",
-        "On stopping, leave the mesh and remove everything that the agent made.",
-        switch=True,
-        negative="--no-clean-up",
-    ),
-    _flag(
-        "--probe",
-        Probe.AUTO.value,
-        "Whether this host probes leaders and members of its location, and reports in etcd if "
-        "packets do not get through.",
-        choices=tuple(Probe),
-    ),
-    _flag(
-        "--forward-rules",
-        "false",
-        "Let forwarded mesh traffic through the forward chains that drop it: docker's, firewalld's, any other's.",
-        switch=True,
-        negative="--no-forward-rules",
-    ),
-    _flag(
-        "--dns-hosts",
-        "false",
-        "Keep the names of all nodes and peers in /etc/hosts: NAME.mesh, and NAME where nothing else has it.",
-        switch=True,
-        negative="--no-dns-hosts",
-    ),
-    _flag(
-        "--wireguard",
-        WireGuardKind.AUTO.value,
-        "Which WireGuard to use; auto takes the kernel's if there is one.",
-        choices=tuple(WireGuardKind),
-    ),
-    _flag("--userspace-command", "wireguard-go", "The userspace WireGuard to start if one is needed."),
-    _PREFIX,
-    _flag("--lease-ttl", "5s", "How long a silent leader keeps its place; at least 2s, in whole seconds."),
-    _flag("--forget-after", "24h", "How long a node that is gone stays a member."),
-    _flag("--state-dir", DEFAULT_STATE_DIR, "Where the private key and the cached snapshot are kept."),
-    _flag("--listen", DEFAULT_LISTEN, "Where /metrics and /health are served; :1107 is everywhere, off is nowhere."),
-    _flag("--log-level", "info", "The lowest level that is logged.", choices=(*LOG_LEVELS, "all", "warn")),
-    _flag("--dry-run", "false", "Print what would be changed, change nothing, and end.", switch=True),
-)  # fmt: skip
+PREFIX = kilo_flag("--prefix", DEFAULT_PREFIX, "The prefix in etcd under which the mesh lives.")
 
 
 def _etcd(name: str, default: str, help: str, **rest: Any) -> Flag:
@@ -209,42 +71,20 @@ _ETCD = (
 )  # fmt: skip
 
 
-def agent_flags() -> Iterator[Flag]:
-    """The flags of `kg`, etcd's not among them, in the order of its help."""
-    yield from _AGENT
-
-
 def etcd_flags() -> Iterator[Flag]:
     """etcd's flags, in the order of the help."""
     yield from _ETCD
 
 
-def all_flags() -> Iterator[Flag]:
-    """Every flag of `kg`: what the unit's environment file may set."""
-    yield from _ETCD
-    yield from _AGENT
-
-
-def agent_options(command: F) -> F:
-    """Give a click command all flags of `kg`, etcd's among them; it is called with `config`, an AgentConfig."""
-
-    def build(values: dict[str, Any]) -> AgentConfig:
-        etcd = etcd_config(**{flag.parameter: values.pop(flag.parameter) for flag in _ETCD})
-        values["hostname"] = values["hostname"] or socket.gethostname()
-        return AgentConfig.build(**values, etcd=etcd)
-
-    return _with_flags(command, (*_ETCD, *_AGENT), "config", build)
-
-
 def etcd_options(command: F) -> F:
     """Give a click command etcd's flags; it is called with `etcd`, an `etcd.Config`."""
-    return _with_flags(command, _ETCD, "etcd", lambda values: etcd_config(**values))
+    return with_flags(command, _ETCD, "etcd", lambda values: etcd_config(**values))
 
 
 def prefix_option(command: F) -> F:
     """Give a click command `--prefix`; it is called with `prefix`, checked. `agent_options` has it already."""
-    return _with_flags(
-        command, (_PREFIX,), "prefix", lambda values: read("--prefix", lambda: parse_prefix(values["prefix"]))
+    return with_flags(
+        command, (PREFIX,), "prefix", lambda values: read("--prefix", lambda: parse_prefix(values["prefix"]))
     )
 
 
@@ -286,7 +126,7 @@ def etcd_config(
 def etcd_and_prefix(context: click.Context) -> tuple[Config, str]:
     """What `etcd_options` and `prefix_option` would call a command with, from a context that has parsed its flags only,
     as for shell completion. click.UsageError."""
-    return etcd_config(**etcd_values(context)), parse_prefix(context.params[f"_prefix_{_PREFIX.parameter}"])
+    return etcd_config(**etcd_values(context)), parse_prefix(context.params[f"_prefix_{PREFIX.parameter}"])
 
 
 def etcd_values(context: click.Context) -> dict[str, Any]:
@@ -294,7 +134,8 @@ def etcd_values(context: click.Context) -> dict[str, Any]:
     return {flag.parameter: context.params[f"_etcd_{flag.parameter}"] for flag in _ETCD}
 
 
-def _with_flags(command: F, flags: tuple[Flag, ...], argument: str, build: Callable[[dict[str, Any]], Any]) -> F:
+def with_flags(command: F, flags: tuple[Flag, ...], argument: str, build: Callable[[dict[str, Any]], Any]) -> F:
+    """Give a click command these flags; it is called with `argument`, which `build` makes of the flags' values."""
     # Parameters travel under names of their own, so that a command may have an argument called `key` or `prefix`.
     own = {f"_{argument}_{flag.parameter}": flag.parameter for flag in flags}
 

@@ -24,6 +24,7 @@ import trio
 from kilo_etcd import kernel
 from kilo_etcd.agent import discover, snapshot_cache
 from kilo_etcd.agent import status as agent_report
+from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.agent.daemon import Daemon, Reload
 from kilo_etcd.agent.metrics import Metrics
 from kilo_etcd.agent.snapshot_cache import Disk
@@ -32,7 +33,6 @@ from kilo_etcd.kernel.state import ApplyReport, Change, HostAddress, Observed
 from kilo_etcd.model import IPAddress, Snapshot
 from kilo_etcd.model.hostplan import HostPlan
 from kilo_etcd.runtime import apply
-from kilo_etcd.runtime.config import AgentConfig
 from kilo_etcd.runtime.host_facts import HostFacts
 from kilo_etcd.runtime.key_file import agreed, public_key
 from kilo_etcd.store.session import candidacy as store_candidacy

@@ -2,7 +2,7 @@
 
 `AgentConfig.build` takes the texts as an operator writes them and yields one frozen value; it reads no file and
 asks no kernel, and every refusal is one sentence with the flag and its environment variable (`click.BadParameter`,
-so that `kg` ends with it and without a traceback). Which flags exist and what they mean is `runtime.options`.
+so that `kg` ends with it and without a traceback). Which flags exist and what they mean is `agent.options`.
 """
 
 from __future__ import annotations
