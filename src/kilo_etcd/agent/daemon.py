@@ -21,6 +21,7 @@ import trio
 from attrs import evolve
 
 from kilo_etcd import etcd, kernel, store
+from kilo_etcd.agent.apply import PlanApplier
 from kilo_etcd.agent.cachefile import CachedSnapshot, Identity
 from kilo_etcd.agent.config import AgentConfig, too_small_for
 from kilo_etcd.agent.diagnostics import AppliedPlan, DiagnosticsServer
@@ -50,7 +51,6 @@ from kilo_etcd.planning.exit_node import BYPASSES
 from kilo_etcd.planning.names import plan_names
 from kilo_etcd.planning.pipeline import EncryptionInputs, HostPlans, Surroundings, host_plans
 from kilo_etcd.planning.reach import Silent
-from kilo_etcd.runtime.apply import PlanApplier
 from kilo_etcd.runtime.exit_node_monitor import ExitNodeMonitor
 from kilo_etcd.runtime.logs import Once, get_logger, write_due, write_rest
 from kilo_etcd.runtime.reconciler import Reconciler

@@ -26,7 +26,7 @@ from kilo_etcd.kernel.state import Observed, ObservedPeer
 from kilo_etcd.model import SESSION_SECONDS, IPAddress
 from kilo_etcd.model.hostplan import HostPlan, PeerPlan
 from kilo_etcd.planning.reach import targets
-from kilo_etcd.runtime.apply import trigger_handshakes
+from kilo_etcd.runtime.handshakes import trigger_handshakes
 from kilo_etcd.runtime.logs import Once
 from kilo_etcd.store.diagnostics import serve
 from kilo_etcd.store.keys import Keys

@@ -24,8 +24,8 @@ from kilo_etcd.model.hostplan import HostPlan
 from kilo_etcd.planning.exit_node import BYPASSES_OF_A_PEER
 from kilo_etcd.planning.names import plan_names
 from kilo_etcd.planning.pipeline import PeerOptions, peer_plans
-from kilo_etcd.runtime.apply import moved, trigger_handshakes
 from kilo_etcd.runtime.exit_node_monitor import ExitNodeMonitor
+from kilo_etcd.runtime.handshakes import moved, trigger_handshakes
 from kilo_etcd.runtime.host_facts import HostFacts
 from kilo_etcd.runtime.hostnames import known_names
 from kilo_etcd.runtime.logs import Once, get_logger

@@ -22,7 +22,7 @@ from unittest.mock import patch
 import trio
 
 from kilo_etcd import kernel
-from kilo_etcd.agent import discover, snapshot_cache
+from kilo_etcd.agent import apply, discover, snapshot_cache
 from kilo_etcd.agent import status as agent_report
 from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.agent.daemon import Daemon, Reload
@@ -32,7 +32,6 @@ from kilo_etcd.kernel.diff import Difference
 from kilo_etcd.kernel.state import ApplyReport, Change, HostAddress, Observed
 from kilo_etcd.model import IPAddress, Snapshot
 from kilo_etcd.model.hostplan import HostPlan
-from kilo_etcd.runtime import apply
 from kilo_etcd.runtime.host_facts import HostFacts
 from kilo_etcd.runtime.key_file import agreed, public_key
 from kilo_etcd.store.session import candidacy as store_candidacy

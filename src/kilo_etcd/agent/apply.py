@@ -1,14 +1,12 @@
 """Brings one plan after the other to the kernel, the handshake order of new peers included.
 
-Only this module calls `Kernel.apply`. Between two plans it remembers which peers are new (`planning.handshake_order`);
-the rest are arguments. It decides nothing about the mesh and knows nothing of etcd.
+In the agent only this module calls `Kernel.apply`. Between two plans it remembers which peers are new
+(`planning.handshake_order`); the rest are arguments. It decides nothing about the mesh and knows nothing of etcd.
 """
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Collection, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Collection, Mapping
 
 import trio
 from attrs import evolve
@@ -17,11 +15,9 @@ from kilo_etcd import kernel
 from kilo_etcd.kernel.state import SetPeer
 from kilo_etcd.model import IPAddress
 from kilo_etcd.model.hostplan import TAKEOVER_CHECK_KEEPALIVE, HostPlan
-from kilo_etcd.planning.handshake_order import MOST_TRIGGERED, begins, handshake_order, peered_since, promotions
+from kilo_etcd.planning.handshake_order import MOST_TRIGGERED, handshake_order, peered_since, promotions
+from kilo_etcd.runtime.handshakes import moved, trigger_handshakes
 from kilo_etcd.topology import Topology
-
-DISCARD_PORT = 9
-"""RFC 863; whoever gets the packet may throw it away, since its arrival at the tunnel's far end is all it is for."""
 
 
 class PlanApplier:
@@ -129,40 +125,6 @@ def _told_of(report: kernel.ApplyReport, plan: HostPlan, topology: Topology) -> 
     return addresses
 
 
-def moved(
-    report: kernel.ApplyReport,
-    before: HostPlan | None,
-    plan: HostPlan,
-    topology: Topology,
-    *,
-    apart_from: Collection[str] = (),
-) -> list[IPAddress]:
-    """Addresses of nodes and peers whose endpoint was just replaced, or set again, by the host of `plan`; not of those
-    that were reset for another reason (`apart_from`).
-
-    Until a packet goes there, the next one that comes from the former endpoint has WireGuard go back to that; the other
-    end, which does not know of the new one, would send from there forever.
-    """
-    addresses: list[IPAddress] = []
-    if before is None:
-        return addresses
-    own = topology.snapshot.nodes.get(plan.node)
-    for change in report.changes:
-        if not isinstance(change, SetPeer) or change.endpoint is None or (change.new and not change.reset):
-            continue
-        peer, former = plan.peers.get(change.public_key), before.peers.get(change.public_key)
-        if peer is None or former is None or peer.observed or former.observed or former.endpoint is None:
-            continue
-        if not peer.in_use or change.public_key in apart_from:
-            continue
-        node = topology.snapshot.nodes.get(peer.name)
-        if node is None or node.public_key != peer.public_key:
-            addresses += [network.network_address for network in peer.allowed_ips if network.num_addresses == 1][:1]
-        elif own is None or former.endpoint == peer.endpoint or begins(own, node, peer):
-            addresses += node.mesh_addresses[:1]
-    return addresses
-
-
 def _remade(report: kernel.ApplyReport, before: HostPlan | None, topology: Topology) -> list[IPAddress]:
     """Mesh addresses of nodes that had to be made peers once more, since somebody took them or the whole device away.
 
@@ -176,12 +138,3 @@ def _remade(report: kernel.ApplyReport, before: HostPlan | None, topology: Topol
             node = None if peer is None else topology.snapshot.nodes.get(peer.name)
             addresses += node.mesh_addresses[:1] if node is not None else ()
     return addresses
-
-
-def trigger_handshakes(addresses: Iterable[IPAddress]) -> None:
-    """Send each address one small packet, so that WireGuard starts its handshake now and not with the first packet of a
-    user."""
-    for address in addresses:
-        family = socket.AF_INET if address.version == 4 else socket.AF_INET6
-        with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as out:
-            out.sendto(b"\0", (str(address), DISCARD_PORT))
