@@ -82,7 +82,7 @@ def etcd_options(command: F) -> F:
 
 
 def prefix_option(command: F) -> F:
-    """Give a click command `--prefix`; it is called with `prefix`, checked. `agent_options` has it already."""
+    """Give a click command `--prefix`; it is called with `prefix`, checked. `kg` has it in its own table."""
     return with_flags(
         command, (PREFIX,), "prefix", lambda values: read("--prefix", lambda: parse_prefix(values["prefix"]))
     )
