@@ -85,9 +85,11 @@ async def running(
     disk: Disk | None = None,
     transport: DatagramTransport | None = None,
     write_names: WriteNames | None = None,
+    joined: bool = True,
     **options: Any,
 ) -> AsyncIterator[Daemon]:
-    """The agent runs in the block; SIGTERM ends it, at the block's end if not before."""
+    """The agent runs in the block, which begins when it has `joined`; SIGTERM ends it, at the block's end if not
+    before."""
     config = evolve(
         AgentConfig.build(hostname="h1", lease_ttl="5s", resync_period="20s", listen="off"),
         **options,
@@ -100,7 +102,8 @@ async def running(
     )  # fmt: skip
     async with trio.open_nursery() as nursery:
         nursery.start_soon(daemon.run)
-        await world.ready()
+        if joined:
+            await world.ready()
         yield daemon
         with suppress(ProcessLookupError):
             os.kill(os.getpid(), signal.SIGTERM)

@@ -348,6 +348,28 @@ async def test_a_route_that_collides_keeps_the_host_neither_from_being_ready_nor
             assert b"READY=1" in supervisor.recv(4096)
 
 
+async def test_systemd_has_a_ready_agent_that_feeds_the_watchdog_while_etcd_is_away(
+    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as supervisor:
+        supervisor.bind(str(tmp_path / "notify"))
+        supervisor.setblocking(False)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        monkeypatch.setenv("WATCHDOG_USEC", "10000000")
+        world.etcd.down()
+        async with running(world, joined=False):
+            messages = []
+            for _ in range(12):
+                await trio.sleep(5)
+                # Few fit into the socket.
+                with suppress(BlockingIOError):
+                    while True:
+                        messages.append(supervisor.recv(4096))
+        assert messages[0] == b"READY=1\nSTATUS=joining the mesh"
+        assert messages.count(b"WATCHDOG=1") >= 11
+        assert any(message.startswith(b"STATUS=waiting for etcd: ") for message in messages)
+
+
 async def test_the_watchdog_is_fed_by_the_reconciler(
     world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -80,6 +80,11 @@ def active() -> bool:
     return shown("ActiveState", "SubState") == {"ActiveState": "active", "SubState": "running"}
 
 
+def joined() -> bool:
+    """Whether the service is active, and its agent has applied a revision."""
+    return active() and "revision" in shown("StatusText")["StatusText"]
+
+
 def interface() -> dict[str, object]:
     """kilo0: its index, addresses and peers; what has to survive whatever happens to the agent."""
     link = json.loads(run("ip -j address show kilo0").stdout)[0]
@@ -174,15 +179,15 @@ def test_it_waits_for_the_network_and_for_etcd() -> None:
     after = shown("After", "Wants")
     assert {"network-online.target", "nftables.service", "etcd.service"} <= set(after["After"].split())
     assert "network-online.target" in after["Wants"]
-    run("systemctl start --no-block kilo-etcd")
+    run("systemctl start kilo-etcd")
+    assert active(), "nothing waits for etcd"
     wait(lambda: "etcd" in shown("StatusText")["StatusText"], 60, "a status line about etcd")
-    assert shown("ActiveState")["ActiveState"] == "activating"
     pid = main_pid()
 
     run("ip link add eth0 type dummy && ip address add 10.9.0.7/24 dev eth0 && ip address add 198.51.100.7/24 dev eth0")
     run("ip link set eth0 up && ip route add default via 198.51.100.1")
     run("systemd-run --unit kilo-test-etcd --property KillMode=control-group etcd --data-dir /var/lib/kilo-test-etcd")
-    wait(active, 60, "an active service")
+    wait(joined, 60, "a status line about the mesh")
     assert main_pid() == pid  # it has waited, not failed and come again
     assert shown("NRestarts")["NRestarts"] == "0"
     assert " wireguard " in run("ip -d link show kilo0").stdout
@@ -273,7 +278,7 @@ def test_a_restart_changes_nothing_in_the_kernel() -> None:
     before, pid = interface(), main_pid()
     run("systemctl restart kilo-etcd")
     assert main_pid() != pid
-    assert active()
+    wait(joined, 60, "an agent that has joined again")
     assert interface() == before
 
 
@@ -283,7 +288,7 @@ def test_a_reload_runs_the_code_anew_in_the_same_process() -> None:
     seen = journal().count("starting")
     run("systemctl reload kilo-etcd")
     wait(lambda: active() and journal().count("starting") > seen, 60, "the agent's second beginning")
-    wait(active, 60, "an active service")
+    wait(joined, 60, "an agent that has joined again")
     assert main_pid() == pid
     assert shown("NRestarts")["NRestarts"] == "0"
     assert interface() == before
@@ -294,7 +299,7 @@ def test_a_crashed_agent_is_started_again_and_adopts_what_it_finds() -> None:
     before, pid = interface(), main_pid()
     key = etcdctl("get", "--keys-only", "--prefix", "/kilo/by/node-1/elections/")
     os.kill(pid, signal.SIGKILL)
-    wait(lambda: active() and main_pid() not in (0, pid), 60, "a new process")
+    wait(lambda: main_pid() not in (0, pid) and joined(), 60, "a new process")
     assert shown("NRestarts")["NRestarts"] == "1"
     assert interface() == before
     assert etcdctl("get", "--keys-only", "--prefix", "/kilo/by/node-1/elections/") == key
@@ -305,6 +310,7 @@ def test_an_agent_that_hangs_is_restarted_and_one_whose_etcd_hangs_is_not() -> N
     Path("/etc/systemd/system/kilo-etcd.service.d").mkdir()
     Path("/etc/systemd/system/kilo-etcd.service.d/test.conf").write_text(f"[Service]\nWatchdogSec={seconds}\n")
     run("systemctl daemon-reload && systemctl restart kilo-etcd")
+    wait(joined, 60, "an agent that has joined again")
     before, pid = interface(), main_pid()
 
     etcd = int(run("systemctl show -P MainPID kilo-test-etcd").stdout)
@@ -316,7 +322,7 @@ def test_an_agent_that_hangs_is_restarted_and_one_whose_etcd_hangs_is_not() -> N
     wait(active, 60, "an active service")
 
     os.kill(pid, signal.SIGSTOP)
-    wait(lambda: active() and main_pid() not in (0, pid), 4 * seconds + 60, "the watchdog")
+    wait(lambda: main_pid() not in (0, pid) and joined(), 4 * seconds + 60, "the watchdog")
     assert "kilo-etcd.service: Watchdog timeout" in run("dmesg").stdout  # where systemd logs to in the guest
     assert interface() == before
 
@@ -354,7 +360,7 @@ def test_what_the_operator_has_to_mend_is_in_the_status_line_and_tried_again_now
     wait(lambda: started() > first, 60, "the second attempt")
     assert started() - first >= 10
     run("ip link del kilo0")
-    wait(active, 60, "the service, which comes by itself when the name is free")
+    wait(joined, 60, "the service, which comes by itself when the name is free")
     assert {**interface(), "index": before["index"]} == before
     run("systemctl stop kilo-etcd")
 

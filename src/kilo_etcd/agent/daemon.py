@@ -215,6 +215,8 @@ class Daemon:
         self._stopping = trio.Event()
         self._programmed = False
         self._ready = False
+        self._reconciling = False
+        """Whether the tasks run that bring snapshots to the kernel."""
         """Programmed well enough to lead."""
         self._leaving = False
         self._reconciler = Reconciler(
@@ -294,10 +296,13 @@ class Daemon:
     async def run(self) -> None:
         """Join the mesh and follow it until SIGTERM or SIGINT, then hand over leadership and leave. Raises, in a
         group, Reload at SIGHUP (on a terminal that stops it), and StoppedAtOnce at a second signal to stop."""
+        # Nothing waits for it: a boot goes on while etcd is away, and the status line says what the agent waits for.
+        notify("READY=1", "STATUS=joining the mesh")
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._handle_signals)
             nursery.start_soon(self._flush_log)
             async with trio.open_nursery() as members:
+                members.start_soon(self._watchdog)
                 joined = await self._until_stopped(self._join, members)
                 if joined:
                     await self._stopping.wait()
@@ -396,11 +401,11 @@ class Daemon:
 
     def _keep_programmed(self, nursery: trio.Nursery) -> None:
         """Start what brings snapshots to the kernel and keeps them there; nothing of it writes to etcd."""
+        self._reconciling = True
         for task in (
             self._follow_snapshots,
             self._follow_handshake_order,
             self._follow_suspicion,
-            self._watchdog,
             self._exit_node_monitor.run,
             self._reconciler.run,
         ):
@@ -647,10 +652,13 @@ class Daemon:
                 nursery.cancel_scope.cancel()
 
     async def _watchdog(self) -> None:
-        """Have the reconciler tell systemd that it is alive."""
+        """Have the reconciler tell systemd that it is alive. Before it runs, etcd may keep the agent waiting."""
         interval = watchdog_interval()
         while interval is not None:
-            self._reconciler.beat(_watchdog_beat)
+            if self._reconciling:
+                self._reconciler.beat(_watchdog_beat)
+            else:
+                _watchdog_beat()
             await trio.sleep(interval / 2)
 
     # -- the one that acts ----------------------------------------------------------------------------------

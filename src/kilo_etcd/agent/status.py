@@ -1,4 +1,4 @@
-"""What the agent tells of itself: READY and a status line for systemd, a status record for etcd.
+"""What the agent tells of itself: a status line for systemd, a status record for etcd.
 
 systemd is told at once. The record goes to etcd by a task of its own, the newest only: the larger the mesh, the more
 snapshots share one write. What etcd does not take, the session goes on trying to put.
@@ -68,7 +68,6 @@ class StatusReporter:
         role, nodes = state.role, len(snapshot.nodes)
         if not leaving and role is not None:
             notify(
-                *(["READY=1"] if state.programmed else []),
                 f"STATUS={role}; {_count(nodes, 'node')}; revision {state.revision}"
                 + (f"; {_count(len(state.failures), 'problem')}" if state.failures else "")
                 + (f"; {state.without_etcd}" if state.without_etcd else ""),
