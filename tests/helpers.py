@@ -31,6 +31,9 @@ PACKAGES = {
     "setpriv": "util-linux",
     "unshare": "util-linux",
     "mount": "mount",
+    "nsenter": "util-linux",
+    "systemd-nspawn": "systemd-container",
+    "openssl": "openssl",
 }
 
 

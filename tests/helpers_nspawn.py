@@ -1,0 +1,161 @@
+"""Hosts with systemd as process 1, on one network, in containers of systemd-nspawn.
+
+Each has this machine's own root under an overlay in memory, without its enabled services, so that nothing is fetched
+and nothing of this machine is written to.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO
+
+import pytest
+from attrs import frozen
+
+from helpers import require
+
+NETWORK = "203.0.113"
+_BOOT_SECONDS = 120.0
+_OWN = ("etc/systemd/system", "etc/kilo-etcd", "opt/kilo-etcd", "var/lib/kilo-etcd", "var/lib/etcd/default", "run")
+"""What a host does not take over from this machine."""
+
+
+@frozen
+class Host:
+    """A booted container; `process` is its systemd as this machine sees it."""
+
+    name: str
+    address: str
+    process: int
+    root: Path
+
+    def run(self, script: str, *, check: bool = True, cwd: str = "/") -> subprocess.CompletedProcess[str]:
+        """A shell script there, which ends at the first command that fails."""
+        command = ["nsenter", "--target", str(self.process), "--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup"]
+        environment = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root"}
+        done: subprocess.CompletedProcess[str] = subprocess.run(
+            [*command, "bash", "-ec", f"cd {shlex.quote(cwd)}\n{script}"],
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, env=environment,
+        )  # fmt: skip
+        if check and done.returncode:
+            pytest.fail(f"on {self.name}, exit status {done.returncode}:\n{script}\n{done.stdout}{done.stderr}")
+        return done
+
+
+def wait(condition: Callable[[], object], seconds: float, what: Callable[[], str]) -> None:
+    """Until it holds; else the test fails with what `what` says."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            pytest.fail(f"not within {seconds} s: {what()}")
+        time.sleep(0.1)
+
+
+@contextmanager
+def hosts(names: tuple[str, ...], scratch: Path) -> Iterator[tuple[Host, ...]]:
+    """Hosts at the first addresses of a network of their own, with a default route that leads nowhere."""
+    require("systemd-nspawn", "nsenter", "unshare", "ip", "mount")
+    with ExitStack() as stack:
+        network = stack.enter_context(
+            _process(("unshare", "--net", "--mount", "--propagation", "private", "sleep", "inf"))
+        )
+        inside = ("nsenter", "--target", str(network.pid), "--net", "--mount")
+        wait(
+            lambda: os.readlink(f"/proc/{network.pid}/ns/net") != os.readlink("/proc/self/ns/net"),
+            30,
+            lambda: "unshare",
+        )
+        _run(
+            *inside,
+            "sh",
+            "-ec",
+            f"""
+            mountpoint -q /sys/fs/cgroup/cgroup.controllers || [ -e /sys/fs/cgroup/cgroup.controllers ] ||
+                mount -t cgroup2 cgroup2 /sys/fs/cgroup
+            mount -t tmpfs tmpfs {shlex.quote(str(scratch))}
+            ip link add br0 type bridge && ip address add {NETWORK}.254/24 dev br0 && ip link set br0 up""",
+        )
+        booting = [stack.enter_context(_booting(inside, name, scratch)) for name in names]
+        yield tuple(
+            _booted(process, name, f"{NETWORK}.{number}", log)
+            for number, (name, (process, log)) in enumerate(zip(names, booting, strict=True), 1)
+        )
+
+
+@contextmanager
+def _booting(
+    inside: tuple[str, ...], name: str, scratch: Path
+) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:  # fmt: skip
+    home = scratch / name
+    root = home / "root"
+    removed = " ".join(f"{root}/{path}" for path in _OWN)
+    # A mount namespace of each container's own: the overlay goes with it.
+    _run(
+        *inside,
+        "sh",
+        "-ec",
+        f"""
+        mkdir -p {home}/upper {home}/work {root}
+        mount -t overlay overlay -o lowerdir=/,upperdir={home}/upper,workdir={home}/work {root}
+        rm -rf {removed} {root}/etc/machine-id
+        mkdir -p {root}/run {root}/etc/systemd/system {root}/etc/kilo-etcd
+        echo {name} > {root}/etc/hostname""",
+    )
+    log = scratch.parent / f"{name}.log"
+    command = (
+        *inside, "systemd-nspawn", "--quiet", "--register=no", "--keep-unit", "--settings=no", "--console=pipe",
+        f"--directory={root}", f"--machine={name}", f"--hostname={name}", "--network-bridge=br0",
+        "--resolv-conf=off", "--timezone=off", "--link-journal=no", "--capability=CAP_NET_ADMIN",
+        "--bind=/dev/net/tun", "--boot",
+    )  # fmt: skip
+    with log.open("wb") as output, _process(command, output) as process:
+        yield process, log
+
+
+def _booted(process: subprocess.Popen[bytes], name: str, address: str, log: Path) -> Host:
+    def init() -> int:
+        if process.poll() is not None:
+            pytest.fail(f"systemd-nspawn ended with {process.returncode}:\n{log.read_text(errors='replace')}")
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        return int(children[0]) if children else 0
+
+    wait(init, _BOOT_SECONDS, lambda: f"{name} has no process 1:\n{log.read_text(errors='replace')}")
+    host = Host(name, address, init(), Path(f"/proc/{init()}/root"))
+
+    def state() -> str:
+        return host.run("systemctl is-system-running", check=False).stdout.strip()
+
+    wait(lambda: state() in ("running", "degraded"), _BOOT_SECONDS, lambda: f"{name} is {state()}")
+    host.run(f"ip address add {address}/24 dev host0; ip link set host0 up; ip link set lo up; "
+             f"ip route add default via {NETWORK}.254")  # fmt: skip
+    return host
+
+
+@contextmanager
+def _process(command: tuple[str, ...], output: IO[bytes] | None = None) -> Iterator[subprocess.Popen[bytes]]:
+    """A process, and no longer than the block. systemd-nspawn ends its container at SIGTERM."""
+    program = shutil.which(command[0])
+    assert program is not None
+    process = subprocess.Popen([program, *command[1:]], stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+    try:
+        yield process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stdout + done.stderr
