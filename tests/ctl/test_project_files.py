@@ -120,7 +120,7 @@ def test_the_locks_agree_on_what_both_have() -> None:
 
 # --- scripts/setup, on systems that are made up of stubs -------------------------------------------------------------
 
-BASICS = ("bash", "env", "dirname", "id", "cat", "mktemp", "rm", "touch", "chmod", "flock")
+BASICS = ("bash", "env", "dirname", "id", "cat", "mktemp", "mkdir", "rm", "touch", "chmod", "flock")
 
 
 @pytest.fixture
@@ -132,7 +132,8 @@ def machine(tmp_path: Path) -> Path:
     (tmp_path / "bin").mkdir()
     text = (ROOT / "scripts/setup").read_text()
     assert "\nPATH=" in text
-    (tmp_path / "scripts/setup").write_text(re.sub(r"\nPATH=.*", "", text))
+    text = re.sub(r"\nPATH=.*", "", text).replace("/lib/systemd/system/", "units/")
+    (tmp_path / "scripts/setup").write_text(text)
     for name in BASICS:
         found = shutil.which(name)
         assert found is not None, f"needs {name}"
@@ -165,9 +166,10 @@ case "$*" in
     *update*) touch lists ;;
     *install*) [ -e lists ] || { echo "E: Unable to locate package" >&2; exit 100; }
         for name in etcd etcdctl wireguard-go wg nft iptables circo ip ping strace pgrep systemctl dbus-daemon \\
-            python3; do
+            systemd-nspawn openssl python3; do
             printf '#!/usr/bin/env bash\\n' >bin/$name; chmod +x bin/$name
-        done ;;
+        done
+        mkdir -p units; touch units/etcd.service ;;
 esac
 """
 
@@ -193,7 +195,7 @@ def test_without_apt_one_sentence_names_what_is_missing(machine: Path) -> None:
     assert done.stderr == (
         "kilo-etcd: this system has no apt-get, so install these yourself and try again: "
         "Python 3.11 or later with venv, etcd, etcdctl, wireguard-go, wg, iptables, circo, ip, ping, strace, pgrep, "
-        "systemctl, dbus-daemon\n"
+        "systemctl, dbus-daemon, systemd-nspawn, openssl, units/etcd.service\n"
     )
 
 
@@ -220,7 +222,8 @@ def test_apts_own_words_are_shown_when_it_fails(machine: Path) -> None:
     assert done.stderr.splitlines()[-2:] == [
         "E: no network",
         "kilo-etcd: apt-get could not install python3-venv etcd-server etcd-client wireguard-go wireguard-tools "
-        "nftables iptables graphviz iproute2 iputils-ping strace procps systemd dbus; its output is above",
+        "nftables iptables graphviz iproute2 iputils-ping strace procps systemd dbus systemd-container openssl; "
+        "its output is above",
     ]
 
 
