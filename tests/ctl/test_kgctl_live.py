@@ -38,6 +38,7 @@ from kilo_etcd.store.records import (
     encode,
 )
 from kilo_etcd.testing.fake_etcd import FakeEtcd
+from kilo_etcd.topology.graph import LEGEND
 from kilo_etcd.topology.segments import build_topology
 
 KEYS = Keys()
@@ -217,6 +218,27 @@ def test_a_graph_in_other_hands(mesh: Mesh) -> None:
     assert '        n0(["gcp-1<br>10.4.0.1, fd04::1"])' in drawn
     assert "    n0 <--> n3" in drawn
     assert any(line.strip().endswith("stroke:#2e7d32") for line in drawn)
+
+
+def test_hosts_that_are_gone_are_grey_as_is_all_that_ends_at_them(mesh: Mesh) -> None:
+    mesh.says["gcp-1"] = DiagnosticsResponse(time=now(), tunnels=(mesh.tunnel("home-1", 9),))
+    mesh.etcd.delete("/kilo-status/by/home-1/status")
+    drawn = mesh.run("graph").output.splitlines()
+    (node,) = (line for line in drawn if line.strip().startswith('"home-1" ['))
+    assert 'label="home-1\\ngone\\n' in node
+    assert 'fontcolor="#757575", style="filled,dashed", penwidth=3' in node
+    (edge,) = (line.strip() for line in drawn if '"gcp-1" -> "home-1"' in line)
+    assert edge == '"gcp-1" -> "home-1" [dir=both, style=dashed, color="#9e9e9e"];', "an old handshake proves nothing"
+    assert all(text in "\n".join(drawn) for text in LEGEND)
+    nodes = json.loads(mesh.run("graph", "-o", "json").stdout)["nodes"]
+    assert {node["name"]: node["alive"] for node in nodes if not node["alive"]} == {"home-1": False}
+    mermaid = mesh.run("graph", "-o", "mermaid").stdout
+    assert "home-1<br>gone<br>" in mermaid
+    assert "    class n3 gone\n" in mermaid
+    # Who asks no host knows nothing of that.
+    plain = mesh.run("graph", "--plain").output
+    assert "gone" not in plain
+    assert LEGEND[0] not in plain
 
 
 def test_mermaid_takes_any_name(mesh: Mesh) -> None:

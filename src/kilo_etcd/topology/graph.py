@@ -9,7 +9,7 @@ clusters but draws no boxes (`dot` and `fdp` do): so nodes of one cluster have o
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from enum import StrEnum
 from itertools import combinations
 from operator import attrgetter
@@ -31,6 +31,15 @@ _STATES = {
 }
 
 
+_GONE = 'fillcolor="#f5f5f5", color="#9e9e9e", fontcolor="#757575", style="filled,dashed"'
+
+LEGEND = (
+    "leaders have a thick line; a dotted line is inside a location, a dashed one leads to a peer",
+    "green: the tunnel has a session; red: it has none; grey: the agent does not report",
+)
+"""What the picture's lines mean."""
+
+
 class EdgeKind(StrEnum):
     """What joins two ends."""
 
@@ -39,6 +48,14 @@ class EdgeKind(StrEnum):
     """A leader and a member of its segment, inside their location."""
     PEER = "peer"
     """A node and an outside peer."""
+
+
+_LOOKS = {
+    EdgeKind.TUNNEL: "dir=both",
+    # Members stand close to their leader, so that arrowheads would touch.
+    EdgeKind.LOCAL: "dir=none, style=dotted",
+    EdgeKind.PEER: "dir=both, style=dashed",
+}
 
 
 @frozen
@@ -107,10 +124,18 @@ def clusters(topology: Topology) -> tuple[Cluster, ...]:
     return tuple(sorted(result, key=lambda cluster: (cluster.label, [node.name for node in cluster.nodes])))
 
 
-def graph(topology: Topology, states: Mapping[Edge, EdgeState] | None = None) -> str:
+def touches(edge: Edge, gone: Collection[str]) -> bool:
+    """Whether an edge ends at one of these nodes."""
+    return edge.one in gone or (edge.kind is not EdgeKind.PEER and edge.other in gone)
+
+
+def graph(
+    topology: Topology, states: Mapping[Edge, EdgeState] | None = None, gone: Collection[str] | None = None
+) -> str:
     """The picture as DOT. A node's id is its name; an outside peer's is its name after `peer `.
 
-    With `states` tunnels that are up are green, those that are not red; what no host reports stays black.
+    With `states` tunnels that are up are green, those that are not red; what no host reports stays black. `gone`: the
+    nodes whose agents do not report, which are grey, as is all that ends at them; None: that is not known.
     """
     subnets = ", ".join(str(subnet) for subnet in topology.snapshot.subnets)
     names = {("node", name): name for name in topology.snapshot.nodes}
@@ -121,9 +146,10 @@ def graph(topology: Topology, states: Mapping[Edge, EdgeState] | None = None) ->
         names["peer", name] = identity
     far = switch(topology)
     mode = f"internal-ips {topology.internal_ips}" + (f" ({far})" if far is not None else "")
+    legend = [] if gone is None else LEGEND
     lines = [
         "digraph kilo {",
-        f"\tlabel={_text(subnets, mode)};",
+        f"\tlabel={_text(subnets, mode, *legend)};",
         "\tlabelloc=t;",
         "\toutputorder=nodesfirst;",
         "\toverlap=false;",
@@ -134,8 +160,9 @@ def graph(topology: Topology, states: Mapping[Edge, EdgeState] | None = None) ->
         lines += [f"\tsubgraph cluster_{number} {{", f"\t\tlabel={_text(label)};", '\t\tstyle="dashed,rounded";']
         for node in cluster.nodes:
             leads = ", penwidth=3" if node.name in cluster.leaders else ""
-            fill = _COLOURS[number % len(_COLOURS)]
-            lines.append(f'\t\t{_id(node.name)} [label={_node_label(node)}, fillcolor="{fill}"{leads}];')
+            absent = node.name in (gone or ())
+            look = _GONE if absent else f'fillcolor="{_COLOURS[number % len(_COLOURS)]}"'
+            lines.append(f"\t\t{_id(node.name)} [label={_node_label(node, absent)}, {look}{leads}];")
         lines.append("\t}")
     for name in sorted(topology.peers):
         label = _peer_label(topology.peers[name])
@@ -143,19 +170,21 @@ def graph(topology: Topology, states: Mapping[Edge, EdgeState] | None = None) ->
     ids = {end: _id(name) for end, name in names.items()}
     for edge in ordered(edges(topology)):
         other = ids["peer" if edge.kind is EdgeKind.PEER else "node", edge.other]
-        look = {EdgeKind.TUNNEL: "", EdgeKind.LOCAL: ", style=dotted", EdgeKind.PEER: ", style=dashed"}[edge.kind]
-        if states and (state := states.get(edge)) is not None:
+        look = _LOOKS[edge.kind]
+        if touches(edge, gone or ()):
+            look = ("dir=none" if edge.kind is EdgeKind.LOCAL else "dir=both") + ', style=dashed, color="#9e9e9e"'
+        elif states and (state := states.get(edge)) is not None:
             look += _STATES[state.up].format(_text(state.text))
-        lines.append(f"\t{ids['node', edge.one]} -> {other} [dir=both{look}];")
+        lines.append(f"\t{ids['node', edge.one]} -> {other} [{look}];")
     return "\n".join([*lines, "}"]) + "\n"
 
 
-def _node_label(node: Node) -> str:
+def _node_label(node: Node, gone: bool) -> str:
     mesh = ", ".join(str(address) for address in node.mesh_addresses) or "no mesh address"
     internal = ", ".join(str(address) for address in node.internal_ips) or "no internal IP"
     endpoints = [str(endpoint) for endpoint in node.endpoints] or ["no endpoint"]
     at = [f"at {node.location}"] if node.location else []
-    return _text(node.name, mesh, internal, *endpoints, *at)
+    return _text(node.name, *(["gone"] if gone else []), mesh, internal, *endpoints, *at)
 
 
 def _peer_label(peer: Peer) -> str:

@@ -32,7 +32,7 @@ PATIENCE_SECONDS = 2.5
 @click.option("--plain", is_flag=True, help="Ask no host: the mesh as etcd has it, as Kilo draws it.")
 @click.pass_obj
 def graph_command(mesh: Mesh, output: str, plain: bool) -> None:
-    """Print the mesh as a graph. Tunnels that are up are green, those that are not red.
+    """Print the mesh as a graph. Tunnels that are up are green, those that are not red; hosts that are gone are grey.
 
     The living agents report that on a request in etcd, which is deleted after the response.
     """
@@ -43,16 +43,16 @@ def graph_command(mesh: Mesh, output: str, plain: bool) -> None:
 
     if output == "png" and sys.stdout.isatty():
         raise Failure("a PNG is nothing to look at in a terminal: kgctl graph -o png > mesh.png")
-    snapshot, live = mesh.ask(partial(_read, plain=plain))
+    snapshot, live, gone = mesh.ask(partial(_read, plain=plain))
     if live is not None and live.refused:
         click.echo(f"kgctl: drawn without colours, since the hosts could not be asked: {live.refused}", err=True)
     topology = build_topology(snapshot)
     states = edge_states(topology, live) if live is not None else {}
     if output in ("mermaid", "json"):
-        text = mermaid(topology, states) if output == "mermaid" else graph_json(topology, states)
-        click.echo(text.rstrip("\n"))
+        write = mermaid if output == "mermaid" else graph_json
+        click.echo(write(topology, states, gone).rstrip("\n"))
         return
-    dot = graph(topology, states)
+    dot = graph(topology, states, gone)
     if output == "dot":
         click.echo(dot.rstrip("\n"))
         return
@@ -62,15 +62,16 @@ def graph_command(mesh: Mesh, output: str, plain: bool) -> None:
         raise Failure(str(error)) from None
 
 
-async def _read(client: Client, keys: Keys, *, plain: bool) -> tuple[Snapshot, Live | None]:
+async def _read(client: Client, keys: Keys, *, plain: bool) -> tuple[Snapshot, Live | None, frozenset[str] | None]:
     from kilo_etcd.ctl.reports.live import gather
     from kilo_etcd.store import operator
     from kilo_etcd.store.records import Role
 
     snapshot = (await operator.snapshot(client, keys))[0]
     if plain:
-        return snapshot, None
+        return snapshot, None, None
     statuses = await operator.statuses(client, keys)
     # Members have no tunnels of their own.
     leaders = [name for name, status in statuses.items() if status.role is not Role.MEMBER]
-    return snapshot, await gather(client, keys, leaders, patience=PATIENCE_SECONDS)
+    gone = frozenset(snapshot.nodes.keys() - statuses.keys())
+    return snapshot, await gather(client, keys, leaders, patience=PATIENCE_SECONDS), gone

@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
-from kilo_etcd.topology.graph import Edge, EdgeKind, EdgeState, clusters, edges, ordered
+from kilo_etcd.topology.graph import Edge, EdgeKind, EdgeState, clusters, edges, ordered, touches
 from kilo_etcd.topology.segments import Topology
 from kilo_etcd.topology.stages import switch
 
@@ -42,7 +42,7 @@ def picture(dot: str, kind: str, engine: str = "circo") -> bytes:
     return done.stdout
 
 
-def mermaid(topology: Topology, states: Mapping[Edge, EdgeState]) -> str:
+def mermaid(topology: Topology, states: Mapping[Edge, EdgeState], gone: Collection[str] | None = None) -> str:
     """A Mermaid flowchart. Names are in labels only, escaped; ids are numbers."""
     far = switch(topology)
     title = f"{', '.join(map(str, topology.snapshot.subnets))}; internal-ips {topology.internal_ips}"
@@ -56,24 +56,30 @@ def mermaid(topology: Topology, states: Mapping[Edge, EdgeState]) -> str:
             ids["node", node.name] = name = f"n{len(ids)}"
             addresses = ", ".join(map(str, node.mesh_addresses)) or "no mesh address"
             shape = "([{}])" if node.name in cluster.leaders else "({})"
-            lines.append(f"        {name}{shape.format(_quoted(node.name, addresses))}")
+            absent = ["gone"] if node.name in (gone or ()) else []
+            lines.append(f"        {name}{shape.format(_quoted(node.name, *absent, addresses))}")
         lines.append("    end")
     for peer in sorted(topology.peers):
         ids["peer", peer] = name = f"p{len(ids)}"
         allowed = ", ".join(map(str, topology.peers[peer].allowed_ips))
         lines.append(f"    {name}[{_quoted(peer, allowed)}]")
-    good, bad = [], []
+    if grey := [ids["node", name] for name in sorted(gone or ()) if ("node", name) in ids]:
+        lines.append("    classDef gone fill:#f5f5f5,stroke:#9e9e9e,color:#757575,stroke-dasharray:4 3")
+        lines.append(f"    class {','.join(grey)} gone")
+    good, bad, stale = [], [], []
     for number, edge in enumerate(ordered(edges(topology))):
         arrow = {EdgeKind.TUNNEL: "<-->", EdgeKind.LOCAL: "-.-", EdgeKind.PEER: "-.->"}[edge.kind]
         state = states.get(edge)
-        if state is not None and state.up is False:
+        if touches(edge, gone or ()):
+            stale.append(str(number))
+        elif state is not None and state.up is False:
             bad.append(str(number))
             arrow += f"|{_quoted(state.text)}|"
         elif state is not None and state.up:
             good.append(str(number))
         other = ids["peer" if edge.kind is EdgeKind.PEER else "node", edge.other]
         lines.append(f"    {ids['node', edge.one]} {arrow} {other}")
-    for which, colour in ((good, "#2e7d32"), (bad, "#c62828")):
+    for which, colour in ((good, "#2e7d32"), (bad, "#c62828"), (stale, "#9e9e9e")):
         if which:
             lines.append(f"    linkStyle {','.join(which)} stroke:{colour}")
     return "\n".join(lines) + "\n"
@@ -85,7 +91,7 @@ def _quoted(*lines: str) -> str:
     return '"' + "<br>".join(escaped) + '"'
 
 
-def graph_json(topology: Topology, states: Mapping[Edge, EdgeState]) -> str:
+def graph_json(topology: Topology, states: Mapping[Edge, EdgeState], gone: Collection[str] | None = None) -> str:
     """The picture as data; stable (docs/kgctl.md)."""
     leaders = {name for cluster in clusters(topology) for name in cluster.leaders}
     return json.dumps(
@@ -103,6 +109,7 @@ def graph_json(topology: Topology, states: Mapping[Edge, EdgeState]) -> str:
                     "name": node.name,
                     "location": node.location,
                     "leader": node.name in leaders,
+                    "alive": None if gone is None else node.name not in gone,
                     "meshAddresses": list(map(str, node.mesh_addresses)),
                     "internalIps": list(map(str, node.internal_ips)),
                     "endpoints": list(map(str, node.endpoints)),
