@@ -235,6 +235,13 @@ def test_where_every_node_is_for_itself_a_location_is_one_row(granularity: Granu
     assert "each node for itself" in plain(status_tables(found))
 
 
+def test_a_location_with_several_rows_has_nodes_in_each() -> None:
+    alone = evolve(WORLD.nodes["a3"], internal_ips=())
+    found = report(evolve(WORLD, nodes={**WORLD.nodes, "a3": alone}), {}, newest=40)
+    (table,) = (table for table in status_tables(found) if table.title == "Locations")
+    assert [row[0] for row in table.rows] == ["(default)", "a: a1, a2", "a: a3"]
+
+
 def test_agents_that_disagree_are_named_with_what() -> None:
     found = report(
         WORLD,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 from attrs import evolve, frozen
 
+from kilo_etcd.base.quoting import first_of
 from kilo_etcd.model import DEFAULT_LOCATION, InternalIPs
 
 if TYPE_CHECKING:
@@ -24,6 +26,8 @@ MOST_TROUBLES = 20
 """Rows of one kind of trouble; the others are counted. JSON has all."""
 MOST_TUNNELS = 60
 """How many tunnels a table has; of more, those without a session only. JSON has all."""
+SHOWN_NODES = 2
+"""Nodes that the name of a row has."""
 DEFAULT_LOCATION_SHOWN = "(default)"
 NONE = "-"
 
@@ -69,7 +73,7 @@ def status_tables(report: Report) -> tuple[Table, ...]:
         Table(
             "Locations",
             ("LOCATION", "NODES", "LEADER", "SINCE", "NEXT IN LINE", "CANDIDATES"),
-            tuple(_location_cells(row) for row in report.locations),
+            _location_rows(report.locations),
             spare=("CANDIDATES",),
         ),
         Table(
@@ -266,11 +270,22 @@ def _node_cells(row: NodeRow) -> tuple[str, ...]:
     )
 
 
-def _location_cells(row: LocationRow) -> tuple[str, ...]:
+def _location_rows(rows: Sequence[LocationRow]) -> tuple[tuple[str, ...], ...]:
+    """A location has several rows if not all of its nodes form one segment; then each row names some."""
+    number = Counter(row.location for row in rows)
+
+    def called(row: LocationRow) -> str:
+        shown = shown_location(row.location)
+        return shown if number[row.location] == 1 else f"{shown}: {clean(first_of(row.nodes, SHOWN_NODES))}"
+
+    return tuple(_location_cells(row, called(row)) for row in rows)
+
+
+def _location_cells(row: LocationRow, name: str) -> tuple[str, ...]:
     if row.leader is None:
-        return shown_location(row.location), str(len(row.nodes)), "each node for itself", NONE, NONE, NONE
+        return name, str(len(row.nodes)), "each node for itself", NONE, NONE, NONE
     return (
-        shown_location(row.location),
+        name,
         str(len(row.nodes)),
         clean(row.leader),
         clean(row.since) if row.since else NONE,
