@@ -143,12 +143,13 @@ def check_reverse_paths(value: int) -> None:
 MESH = {name: f"10.4.0.{number}" for number, name in enumerate(INTERNAL, 1)}
 
 
-def unreached(addresses: Mapping[str, str]) -> set[tuple[str, str]]:
-    """Pairs of hosts of which the first gets no answer from the second, from one of these addresses to another."""
+def unreached(addresses: Mapping[str, str], seconds: int = 60) -> set[tuple[str, str]]:
+    """Pairs of hosts of which the first gets no answer from the second, from one of these addresses to another, within
+    this time. It has to be long where answers are wanted: in a slow guest a first handshake takes several seconds."""
 
     def ping(pair: tuple[str, str]) -> bool:
         one, other = (addresses[host].partition("/")[0] for host in pair)
-        command = ["ip", "netns", "exec", pair[0], "ping", "-c", "1", "-W", "3", "-q", "-I", one, other]
+        command = ["ip", "netns", "exec", pair[0], "ping", "-c", "1", "-w", str(seconds), "-q", "-I", one, other]
         return subprocess.run(command, capture_output=True).returncode == 0
 
     pairs = list(permutations(INTERNAL, 2))
@@ -199,9 +200,10 @@ def test_every_pair_at_internal_ips(leader: Encapsulate, member: Encapsulate, of
         program({name: evolve(plan, returns={}) for name, plan in plans.items()})
         for value in (1, 2):
             check_reverse_paths(value)
-            lost = unreached(internal)
+            lost = unreached(internal, 3)
             assert {("b1", "a2"), ("a2", "b1"), ("a2", "b2")} <= lost, (value, lost)
-            assert {frozenset(pair) for pair in lost} & {frozenset(("a1", "b1")), frozenset(("a2", "a3"))} == set()
+            near = {("a1", "b1"), ("b1", "a1"), ("a2", "a3"), ("a3", "a2")}
+            assert not (near & lost and near & unreached(internal)), (value, lost)
         check_reverse_paths(1)
         program(plans)
         assert unreached(internal) == set()

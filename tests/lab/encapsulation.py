@@ -146,7 +146,7 @@ async def check_mtu(lab: Lab) -> None:
     for one, other in permutations(reached, 2):
         address = await lab.mesh_address(other)
         done = await lab.exec(
-            one, "ping", "-c", "1", "-W", "5", "-M", "do", "-s", str(width[one] - 28), str(address), check=False
+            one, "ping", "-c", "1", "-w", "30", "-M", "do", "-s", str(width[one] - 28), str(address), check=False
         )  # fmt: skip
         assert done.returncode == 0, (one, other, width[one], done.stdout)
 

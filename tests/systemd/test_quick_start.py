@@ -70,7 +70,7 @@ def test_three_hosts_by_the_readmes_own_lines(tmp_path: Path) -> None:
         addresses = [str(row["meshAddresses"][0]) for row in rows()]  # type: ignore[index]
         for host in every:
             for address in addresses:
-                host.run(f"ping -c 1 -W 5 {address}")
+                host.run(f"ping -c 1 -w 30 {address}")
         assert {row["location"] for row in rows()} == {f"site-of-{host.name}" for host in every}
 
 
