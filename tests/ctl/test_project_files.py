@@ -263,3 +263,8 @@ def test_what_the_troubleshooting_page_quotes_is_what_the_program_says() -> None
         # What stands for a value, or is one.
         for part in re.split(r"\.\.\.|51820|kilo0|wireguard-go|net\.ipv4\.ip_forward|/dev/net/tun|'/kilo/", text):
             assert part.strip() in sources, part
+
+
+def test_the_reference_page_is_made_from_the_code() -> None:
+    done = subprocess.run([ROOT / "scripts/reference", "-"], capture_output=True, text=True, check=True)
+    assert done.stdout == (ROOT / "docs/reference.md").read_text(), "run scripts/reference"
