@@ -94,11 +94,39 @@ def test_the_sentence_says_how_certain_it_is_and_whose_firewall_it_is() -> None:
     ufw = from_iptables(UFW, 4)
     assert ufw is not None
     (obstacle,) = obstacles([ufw], packets("kilo0", ["eth0"], [4], MESH), "kilo0", opening=False)
+    assert obstacle.certain, "echo requests pass, and nothing else"
+    where = "between kilo0 and eth0 (IPv4), in iptables' chain FORWARD (its policy is to drop)"
+    mend = "ufw route allow in on kilo0 && ufw route allow out on kilo0"
+    assert obstacle.text == f"the firewall drops TCP and UDP packets that this host forwards {where}: {mend}"
+    marked = from_iptables(UFW + "-A ufw-user-forward -m mark --mark 7 -j ACCEPT\n", 4)
+    assert marked is not None
+    (obstacle,) = obstacles([marked], packets("kilo0", ["eth0"], [4], MESH), "kilo0", opening=False)
     assert not obstacle.certain
-    assert obstacle.text == (
-        "the firewall may drop what this host forwards between kilo0 and eth0 (IPv4), in iptables' chain FORWARD (its "
-        "policy is to drop): ufw route allow in on kilo0 && ufw route allow out on kilo0"
-    )
+    assert obstacle.text == f"the firewall may drop what this host forwards {where}: {mend}"
+
+
+@pytest.mark.parametrize(
+    ("printed", "dropped"),
+    [
+        ("-P FORWARD DROP\n-A FORWARD -p icmp -j ACCEPT", {"tcp", "udp"}),
+        ("-P FORWARD DROP\n-A FORWARD -p icmp -m icmp --icmp-type 8 -j ACCEPT", {"tcp", "udp"}),
+        ("-P FORWARD DROP\n-A FORWARD -p 6 -j ACCEPT\n-A FORWARD -p 17 -j ACCEPT", {"icmp"}),
+        ("-P FORWARD DROP\n-A FORWARD ! -p tcp -j ACCEPT", {"tcp"}),
+        ("-P FORWARD DROP\n-A FORWARD -p all -j ACCEPT", set[str]()),
+        ("-P FORWARD DROP\n-A FORWARD -p tcp -m tcp --dport 22 -j ACCEPT", {"udp", "icmp"}),
+        ("-P FORWARD DROP\n-A FORWARD -p gre -j ACCEPT", {"tcp", "udp", "icmp"}),
+        ("-P FORWARD ACCEPT\n-A FORWARD -p tcp -j REJECT --reject-with tcp-reset", {"tcp"}),
+        ("-P FORWARD ACCEPT\n-A FORWARD -p tcp -m tcp --dport 25 -j DROP", set[str]()),
+    ],
+)
+def test_protocols_are_told_apart(printed: str, dropped: set[str]) -> None:
+    chain = from_iptables(printed, 4)
+    assert chain is not None
+    sent = packets("kilo0", ["eth0"], [4], MESH)
+    assert {packet.protocol for packet in sent if drops(chain, packet)} == dropped
+    for obstacle in obstacles([chain], sent, "kilo0", opening=False):
+        assert obstacle.certain is ("tcp" in dropped), "a host may have reasons of its own to drop other protocols"
+        assert ("may drop" in obstacle.text) is not obstacle.certain
 
 
 @pytest.mark.parametrize(
@@ -247,6 +275,37 @@ table inet firewalld {
 
 def load(ruleset: str) -> None:
     sh(f"nft -f - <<'END'\n{ruleset}\nEND")
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("own_namespaces")
+async def test_a_chain_that_forwards_some_protocols_is_named_with_the_others() -> None:
+    sh("ip link add eth0 type veth peer eth1; ip addr add 192.168.9.1/24 dev eth0; ip link set eth0 up; "
+       "ip route add default via 192.168.9.2")  # fmt: skip
+    head = "table inet x { chain f { type filter hook forward priority 0; policy"
+    tcp, all_but_icmp = "TCP packets that this host forwards", "TCP and UDP packets that this host forwards"
+    cases = {
+        "drop; meta l4proto icmp accept;": all_but_icmp,
+        "drop; ip protocol icmp accept;": all_but_icmp,
+        "drop; meta l4proto { icmp, udp } accept;": tcp,
+        "drop; icmp type echo-request accept;": all_but_icmp,
+        "drop; meta l4proto != tcp accept;": tcp,
+        "accept; meta l4proto tcp drop;": tcp,
+        "accept; ip protocol tcp reject;": tcp,
+        "accept; tcp dport 25 drop;": "",
+        "drop; meta l4proto { tcp, udp, icmp } accept;": "",
+    }
+    async with open_kernel(Setup(private_key=PRIVATE)) as kernel:
+        await kernel.apply(LEADER)
+        for rules, dropped in cases.items():
+            load(f"{head} {rules} }}\n}}")
+            named = [obstacle.text.partition(" between ")[0] for obstacle in await kernel.obstacles()]
+            assert named == ([f"the firewall drops {dropped}"] if dropped else []), rules
+            sh("nft delete table inet x")
+        sh("iptables -P FORWARD DROP; iptables -A FORWARD -p icmp -j ACCEPT")
+        (obstacle,) = await kernel.obstacles()
+        assert (obstacle.certain, obstacle.blocked) == (True, frozenset()), "echo requests pass, so it may lead"
+        assert obstacle.text.startswith(f"the firewall drops {all_but_icmp}")
 
 
 @pytest.mark.root

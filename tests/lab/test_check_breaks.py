@@ -53,6 +53,8 @@ class Fault:
     """No finding may match it; empty: any may."""
     size: int = 0
     """Bytes of a packet that is lost where smaller ones arrive; 0: all are lost."""
+    tcp: bool = False
+    """Only TCP is lost, from a host of LONE's location to those that are cut off."""
 
 
 def run(host: str, *commands: str) -> Act:
@@ -90,9 +92,11 @@ def firewall(host: str, hook: str, *rules: str) -> tuple[Act, Act]:
 
 
 def fault(
-    name: str, acts: tuple[Act, Act], *cut_off: str, named: str, blames: str = "", size: int = 0
+    name: str, acts: tuple[Act, Act], *cut_off: str, named: str, blames: str = "", size: int = 0, tcp: bool = False
 ) -> Fault:  # fmt: skip
-    return Fault(name=name, break_it=acts[0], mend=acts[1], cut_off=cut_off, named=named, blames=blames, size=size)
+    return Fault(
+        name=name, break_it=acts[0], mend=acts[1], cut_off=cut_off, named=named, blames=blames, size=size, tcp=tcp
+    )
 
 
 def both(*pairs: tuple[Act, Act]) -> tuple[Act, Act]:
@@ -182,6 +186,10 @@ def faults(mesh: dict[str, str], lan: dict[str, str], etcd: str) -> list[Fault]:
               both(*(firewall(host, "forward", "ct state established,related accept",
                               "reject with icmpx type admin-prohibited") for host in GCP)),
               *GCP, named=r"gcp-\d.*(forward|firewall|chain)"),
+        fault("a firewall that forwards echo requests and no TCP",
+              both(*(firewall(host, "forward", "ct state established,related accept", "meta l4proto icmp accept",
+                              "drop") for host in GCP)),
+              *GCP, named=r"gcp-\d.*drops TCP and UDP packets", tcp=True),
         fault("forwarding is off on single interfaces",
               both(*((run(host, STOP_FORWARDING.format(0)), run(host, STOP_FORWARDING.format(1))) for host in GCP)),
               *GCP, named=r"gcp-\d.*forward"),
@@ -271,6 +279,14 @@ async def dead_pairs(lab: Lab, one: Fault, mesh: dict[str, str]) -> list[tuple[s
     """The ordered pairs whose ping is not answered and one of which the fault cuts off; a host that is off answers
     nobody."""
     hosts = one.cut_off
+    if one.tcp:
+        dead = []
+        for host in hosts:
+            # Where nothing listens an answer comes all the same: the connection is refused.
+            command = f"timeout 3 bash -c '</dev/tcp/{mesh[host]}/9' 2>/dev/null; test $? != 124"
+            if (await lab.exec(LONE, "sh", "-c", command, check=False)).returncode:
+                dead.append((LONE, host))
+        return dead
     if one.size:
         size = str(one.size - 28)
         done = await lab.exec(hosts[0], "ping", "-c", "1", "-W", "1", "-s", size, mesh["gcp-1"], check=False)

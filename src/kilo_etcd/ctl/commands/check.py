@@ -407,7 +407,7 @@ def _hosts(examined: Examined, places: Evidence) -> Iterator[Finding]:
             for text in (one for one in answer.possible_obstacles if one not in errors):
                 yield Finding(
                     severity=Severity.WARNING, subject=name,
-                    text=f"it is a candidate for leader, and would forward nothing if it led: {text}",
+                    text=f"it is a candidate for leader, and would not forward all packets if it led: {text}",
                 )  # fmt: skip
     if slow := [name for name, answer in sorted(live.answers.items()) if answer.backend == "userspace"]:
         yield Finding(

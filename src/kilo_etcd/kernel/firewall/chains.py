@@ -1,9 +1,10 @@
 """Which of a host's forward chains drop mesh packets. Pure: values in, answers and sentences out.
 
 A packet that is forwarded passes every base chain of hook forward, whoever made it: an accept in one takes back no drop
-in another. So each is followed with the packets that this host forwards: new ones, from the tunnel to the location's
-network and back. A rule matches, does not match, or cannot be told (sets, marks, protocols, ...). A chain drops for
-certain if it does so whatever the untold rules do; it may drop if only an untold rule could accept.
+in another. So each is followed with the packets that this host forwards: new ones of TCP, UDP and ICMP, from the tunnel
+to the location's network and back. A rule matches, does not match, or cannot be told (sets, marks, ports, ...). A chain
+drops for certain if it does so whatever the untold rules do; it may drop if only an untold rule could accept. Echo
+requests that pass prove nothing of TCP, which many firewalls treat otherwise.
 """
 
 from __future__ import annotations
@@ -20,6 +21,12 @@ from kilo_etcd.model import IPNetwork
 Verdict = Literal["accept", "drop", "return", "jump", "goto", "unknown", ""]
 """`unknown`: it depends (a verdict map, a queue); empty: the packet goes on to the next rule."""
 
+PROTOCOLS = {1: "icmp", 6: "tcp", 17: "udp", 58: "icmpv6"}
+"""IP protocol number -> name."""
+_NUMBERS = {"ipv6-icmp": "icmpv6", **{str(number): name for number, name in PROTOCOLS.items()}}
+_ORDER = ("tcp", "udp", "icmp", "icmpv6")
+_SHOWN = {"tcp": "TCP", "udp": "UDP", "icmp": "ICMP", "icmpv6": "ICMPv6"}
+
 _DEPTH = 16
 _VERSIONS = {"inet": (4, 6), "ip": (4,), "ip6": (6,)}
 
@@ -32,12 +39,15 @@ class Packet:
     iif: str
     oif: str
     subnets: tuple[IPNetwork, ...] = ()
+    protocol: str = ""
+    """A name of `PROTOCOLS`; empty: any."""
 
 
 @frozen
 class Condition:
     """One test of a rule. `kind`: `iif`, `oif` (value: a name or several, a prefix with a `*` at its end), `version`,
-    `saddr`, `daddr` (a network), `new` (whether new packets pass), anything else: cannot be told."""
+    `protocol` (a name or several), `saddr`, `daddr` (a network), `new` (whether new packets pass), anything else:
+    cannot be told."""
 
     kind: str
     value: object = None
@@ -55,6 +65,9 @@ class Condition:
                 )
             case "version":
                 fits = packet.version == self.value
+            case "protocol":
+                names = self.value if isinstance(self.value, tuple) else (self.value,)
+                fits = packet.protocol in names if packet.protocol else None
             case "new":
                 fits = bool(self.value)
             case "saddr" | "daddr":
@@ -156,10 +169,11 @@ def packets(
 ) -> tuple[Packet, ...]:
     """Those that a host forwards between its tunnel and `devices`, both ways."""
     return tuple(
-        Packet(version, *pair, subnets)
+        Packet(version, *pair, subnets, protocol)
         for version in sorted(versions)
         for device in sorted(devices)
         for pair in ((interface, device), (device, interface))
+        for protocol in ("tcp", "udp", "icmp" if version == 4 else "icmpv6")
     )
 
 
@@ -169,7 +183,7 @@ class Obstacle:
 
     text: str
     certain: bool = True
-    """Else it only may do so."""
+    """TCP is dropped. Else it only may be, or other protocols are."""
     blocked: frozenset[int] = frozenset({4, 6})
     """The families in which nothing passes for certain, neither in nor out: not that of a host that only lets its
     location call others, or that drops one family of two."""
@@ -186,17 +200,17 @@ def obstacles(
     result = []
     for chain in chains:
         answers = [(packet, drops(chain, packet)) for packet in sent]
-        hit = [(packet, answer) for packet, answer in answers if answer is not False]
+        certain = any(answer and packet.protocol in ("", "tcp") for packet, answer in answers)
+        hit = [packet for packet, answer in answers if (answer if certain else answer is not False)]
         if not hit:
             continue
-        certain = any(answer for _, answer in hit)
         passing = {packet.version for packet, answer in answers if not answer}
-        devices = sorted({name for packet, _ in hit for name in (packet.iif, packet.oif)} - {interface})
-        families = " and ".join(f"IPv{version}" for version in sorted({packet.version for packet, _ in hit}))
+        devices = sorted({name for packet in hit for name in (packet.iif, packet.oif)} - {interface})
+        families = " and ".join(f"IPv{version}" for version in sorted({packet.version for packet in hit}))
         how = "its policy is to drop" if chain.drops else "a rule there drops what no other accepts"
         result.append(
             Obstacle(
-                f"the firewall {'drops' if certain else 'may drop'} what this host forwards between {interface} and "
+                f"the firewall {'drops' if certain else 'may drop'} {_what(hit, sent)} between {interface} and "
                 f"{', '.join(devices)} ({families}), in {chain} ({how}): "
                 f"{remedy(chain, interface, devices, opening=opening)}",
                 certain,
@@ -204,6 +218,15 @@ def obstacles(
             )
         )
     return tuple(result)
+
+
+def _what(dropped: Iterable[Packet], sent: Iterable[Packet]) -> str:
+    protocols = {packet.protocol for packet in dropped}
+    versions = {packet.version for packet in dropped}
+    if protocols >= {packet.protocol for packet in sent if packet.version in versions}:
+        return "what this host forwards"
+    names = [_SHOWN[protocol] for protocol in _ORDER if protocol in protocols]
+    return f"{' and '.join(names)} packets that this host forwards"
 
 
 def remedy(chain: BaseChain, interface: str, devices: Iterable[str], *, opening: bool) -> str:
@@ -255,6 +278,11 @@ def from_iptables(printed: str, version: int) -> BaseChain | None:
     )  # fmt: skip
 
 
+def protocol_condition(name: str, *, equal: bool) -> tuple[Condition, ...]:
+    """The test for a protocol, by name or number, that iptables writes after `-p`."""
+    return () if name in ("all", "0") else (Condition("protocol", _NUMBERS.get(name, name), equal),)
+
+
 def _rule(words: list[str]) -> FilterRule:
     conditions: list[Condition] = []
     verdict: Verdict = ""
@@ -274,13 +302,16 @@ def _rule(words: list[str]) -> FilterRule:
             conditions.append(Condition("iif" if word == "-i" else "oif", name.replace("+", "*"), equal))
         elif word in ("-s", "-d"):
             conditions.append(Condition("saddr" if word == "-s" else "daddr", ip_network(next(rest), False), equal))
+        elif word == "-p":
+            conditions += protocol_condition(next(rest, ""), equal=equal)
         elif word == "--comment":
             comment = next(rest, "")
         elif word in ("--ctstate", "--state"):
             conditions.append(Condition("new", "NEW" in next(rest, "").split(","), equal))
         elif word == "-m":
             module = next(rest, "")
-            if module not in ("comment", "conntrack", "state"):
+            # Those of protocols match by their own options alone, which follow.
+            if module not in ("comment", "conntrack", "state", "tcp", "udp", "icmp", "icmp6"):
                 conditions.append(Condition("?"))
         else:
             # Not by its own name: a set may be called as a kind is.

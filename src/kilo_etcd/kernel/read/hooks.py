@@ -12,7 +12,7 @@ from functools import cache
 from ipaddress import ip_network
 from typing import Any
 
-from kilo_etcd.kernel.firewall.chains import Condition, FilterRule, Verdict
+from kilo_etcd.kernel.firewall.chains import PROTOCOLS, Condition, FilterRule, Verdict
 from kilo_etcd.kernel.firewall.nftables import FAMILY, NETWORK_HEADER, VERDICT_REGISTER, be32, number
 from kilo_etcd.kernel.netlink import formats
 from kilo_etcd.kernel.netlink.codec import Reader, elements
@@ -46,6 +46,7 @@ _META = {
     for name, what in (
         ("NFT_META_IIF", "iif index"), ("NFT_META_OIF", "oif index"),
         ("NFT_META_IIFNAME", "iif"), ("NFT_META_OIFNAME", "oif"), ("NFT_META_NFPROTO", "version"),
+        ("NFT_META_L4PROTO", "protocol"),
     )
 }  # fmt: skip
 _CT = {number(_ct_keys, "NFT_CT_STATE"): "state", number(_ct_keys, "NFT_CT_STATUS"): "status"}
@@ -61,7 +62,10 @@ _INVERTED = 1 << _expr.nft_lookup.lookup_flags.ops.index("NFT_LOOKUP_F_INV")
 _VERSIONS = {family: version for version, family in FAMILY.items()}
 _SILENT = frozenset({"counter", "log", "objref", "notrack", "last", "dynset"})
 """They match every packet."""
-_LOOKED_UP = ("state", "iif", "oif")
+_PROTOCOL_FIELDS = ((9, 1), (6, 1))
+"""Offset and length of `protocol` in the header of IPv4, and of `nexthdr` in that of IPv6. Nft asks for the family
+first."""
+_LOOKED_UP = ("state", "iif", "oif", "protocol")
 """What is looked up in sets that are read for it; other sets cannot be told."""
 Found = Mapping[str, Any]
 Elements = Callable[[str], Iterable[Found]]
@@ -188,6 +192,8 @@ def _among(held: str, members: Iterable[Found], *, inverted: bool) -> Condition:
     keys = [_key(member) for member in members]
     if held == "state":
         return Condition("new", any(_state(key) & _NEW for key in keys), not inverted)
+    if held == "protocol":
+        return Condition(held, tuple(map(_protocol, keys)), not inverted)
     names = tuple(key.rstrip(b"\0").decode(errors="replace") for key in keys)
     return Condition(held, names, not inverted)
 
@@ -196,14 +202,21 @@ def _state(data: bytes) -> int:
     return int.from_bytes(data, sys.byteorder)
 
 
+def _protocol(data: bytes) -> str:
+    number = data[0] if data else 0
+    return PROTOCOLS.get(number, str(number))
+
+
 def _side(attributes: Found) -> str:
-    """Which address a payload expression loads, as `saddr 4`."""
+    """What of a packet's header a payload expression loads: an address, as `saddr 4`, or `protocol`."""
     offset, length = (int.from_bytes(attributes.get(f"NFTA_PAYLOAD_{name}", b"")) for name in ("OFFSET", "LEN"))
     if attributes.get("NFTA_PAYLOAD_BASE") == NETWORK_HEADER:
         if length <= 4 and offset in (12, 16):
             return f"{'saddr' if offset == 12 else 'daddr'} 4"
         if 4 < length <= 16 and offset in (8, 24):
             return f"{'saddr' if offset == 8 else 'daddr'} 6"
+        if (offset, length) in _PROTOCOL_FIELDS:
+            return "protocol"
     return "?"
 
 
@@ -219,6 +232,8 @@ def _condition(held: str, mask: bytes, operator: bytes, data: bytes) -> Conditio
         return (
             Condition(held[:3], "lo", equal) if data == formats.U32.pack(formats.LOOPBACK_IFINDEX) else Condition("?")
         )
+    if held == "protocol" and not mask:
+        return Condition("protocol", _protocol(data), equal)
     if held == "version":
         return Condition("version", _VERSIONS.get(data[0] if data else 0), equal)
     if held == "state":
