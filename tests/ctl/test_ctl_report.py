@@ -235,6 +235,19 @@ def test_where_every_node_is_for_itself_a_location_is_one_row(granularity: Granu
     assert "each node for itself" in plain(status_tables(found))
 
 
+def test_nodes_without_an_internal_ip_are_one_note_if_those_of_others_are_routed() -> None:
+    nodes = {
+        name: evolve(node, internal_ips=()) if name in ("a3", "b1") else node for name, node in WORLD.nodes.items()
+    }
+    world = evolve(WORLD, nodes=nodes)
+    assert not any("no internal IP" in note.text for note in report(world, {}, newest=40).notes), "none is routed"
+    knowing = {name: evolve(node, underlay=()) for name, node in nodes.items()}
+    routed = evolve(world, internal_ips=InternalIPs.ROUTED, nodes=knowing)
+    (note,) = (note for note in report(routed, {}, newest=40).notes if "no internal IP" in note.text)
+    assert note.subject == "a3, b1"
+    assert not any("no internal IP" in note.text for note in report(evolve(WORLD, nodes={}), {}, newest=40).notes)
+
+
 def test_a_location_with_several_rows_has_nodes_in_each() -> None:
     alone = evolve(WORLD.nodes["a3"], internal_ips=())
     found = report(evolve(WORLD, nodes={**WORLD.nodes, "a3": alone}), {}, newest=40)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from kilo_etcd.lab import HostSpec, SiteSpec, Spec, SpecError, parse_spec, read_spec
+from kilo_etcd.lab.demo import led_locations
 from kilo_etcd.model import Granularity, InternalIPs
 
 EXAMPLES = sorted(Path(str(files("kilo_etcd.lab") / "examples")).glob("*.toml"))
@@ -140,3 +141,12 @@ def test_the_page_on_the_file_has_each_key_and_no_other() -> None:
 def test_a_missing_file_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="cannot be read: No such file"):
         read_spec(tmp_path / "none.toml")
+
+
+def test_the_demo_waits_for_no_leader_where_a_host_is_alone() -> None:
+    sites = (
+        SiteSpec(name="a", hosts=(HostSpec(name="a-1", label="a"), HostSpec(name="a-2", label="a"))),
+        SiteSpec(name="b", hosts=(HostSpec(name="b-1", label="b"), HostSpec(name="b-2"), HostSpec(name="b-3"))),
+    )
+    assert led_locations(Spec(sites=sites)) == 2, "a, and the default location"
+    assert led_locations(Spec(sites=sites[1:])) == 1

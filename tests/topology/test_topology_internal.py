@@ -117,7 +117,8 @@ def test_nothing_is_routed_where_hosts_reach_it_over_their_own_links() -> None:
     }
     (entry,) = topology.unrouted
     assert str(entry.network) == "10.2.0.0/28"
-    assert "hosts of a reach these addresses over their own links" in entry.reason
+    assert "a2 reaches these addresses over its own links" in entry.reason
+    assert "if a2 should not, remove the route" in entry.remedy
 
 
 def test_a_network_that_one_host_states_hides_no_other_reason() -> None:
@@ -128,9 +129,7 @@ def test_a_network_that_one_host_states_hides_no_other_reason() -> None:
     assert routes(topology, "b1") == {}
     assert "10.2.0.1" in routes(topology, "a1"), "others send there all the same"
     reasons = {str(entry.network): entry.reason for entry in topology.unrouted}
-    assert reasons["0.0.0.0/0"] == (
-        "hosts of b reach these addresses over their own links, so they are not routed from there"
-    )
+    assert reasons["0.0.0.0/0"] == ("b1 reaches these addresses over its own links, so they are not routed from there")
     # Both twins have 10.3.0.0/24 themselves, and one address in it.
     assert reasons.keys() == {"0.0.0.0/0", "10.3.0.0/24", "10.3.0.7/32"}
     assert reasons["10.3.0.7/32"] == "c and d have it"

@@ -7,6 +7,7 @@ demo with a sentence.
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -18,6 +19,7 @@ from rich.table import Table
 
 from kilo_etcd.lab.client import HostStatus, Lab
 from kilo_etcd.lab.runtime import LabError
+from kilo_etcd.lab.spec import Spec
 from kilo_etcd.model import DEFAULT_PREFIX
 from kilo_etcd.store.keys import ElectionKey, Keys, LeaderKey, NodeKey
 
@@ -35,8 +37,12 @@ async def show(lab: Lab, console: Console, picture: Path, *, deadline: float = 4
 
     with trio.move_on_after(deadline) as limit:
         await _follow(registered, lab, len(lab.hosts), lambda name: say(f"[bold]{name}[/] has registered"))
-        locations = len({host.label or "" for host in lab.spec.hosts}) if lab.spec else 1
-        await _follow(leaders, lab, locations, lambda found: say(f"[bold]{found[1]}[/] leads {_called(found[0])}"))
+        await _follow(
+            leaders,
+            lab,
+            led_locations(lab.spec) if lab.spec else 1,
+            lambda found: say(f"[bold]{found[1]}[/] leads {_called(found[0])}"),
+        )
     if limit.cancelled_caught:
         raise LabError(f"the hosts did not register and elect leaders within {deadline:g} s; see kgctl lab logs HOST")
     await lab.all_pairs_ping(max(1.0, deadline - (trio.current_time() - began)))
@@ -57,6 +63,11 @@ async def show(lab: Lab, console: Console, picture: Path, *, deadline: float = 4
             soft_wrap=True,
         )
     console.print(await draw(lab, picture), highlight=False, soft_wrap=True)
+
+
+def led_locations(spec: Spec) -> int:
+    """How many locations of a lab elect a leader. A host that is alone in its location is no candidate."""
+    return sum(number > 1 for number in Counter(host.label or "" for host in spec.hosts).values())
 
 
 async def _allocated(lab: Lab) -> None:

@@ -17,7 +17,7 @@ from kilo_etcd.base.quoting import first_of
 from kilo_etcd.model import InternalIPs, IPAddress, IPNetwork, Node, Peer
 from kilo_etcd.model.hostplan import Problem
 from kilo_etcd.topology.granularity import GranularityPolicy
-from kilo_etcd.topology.internal import ENDPOINT, REMEDY, endpoints_of, knows, public_endpoints
+from kilo_etcd.topology.internal import ENDPOINT, REMEDY, Links, endpoints_of, knows, public_endpoints
 
 if TYPE_CHECKING:
     from kilo_etcd.topology.segments import Segment, Topology
@@ -322,10 +322,17 @@ def _entry(network: IPNetwork, link: _Link, having: Mapping[str, Segment]) -> Un
     there = {segment.key: segment for segment in link.segments}
     names = sorted({named(segment) for segment in (*there.values(), *having.values())})
     near = sorted({named(segment) for segment in there.values()})
+    route = ""
     if not having.keys() <= there.keys():
-        reason = (
-            f"hosts of {listed(near)} reach these addresses over their own links, so they are not routed from there"
-        )
+        whole, some = _reaching(network, there.values())
+        hosts = " and ".join(filter(None, (f"hosts of {listed(whole)}" if whole else "", listed(some))))
+        alone = len(some) == 1 and not whole
+        reach = "reaches these addresses over its own links" if alone else "reach these addresses over their own links"
+        reason = f"{hosts} {reach}, so they are not routed from there"
+        if some:
+            route = (
+                f"if {listed(some)} should not, remove the route or the address there (ip route show {network}), or "
+            )
     elif len(link.sites) == 1:
         reason = (
             f"{listed(names)}, which have no label, are attached to this network, or to several with the same addresses"
@@ -337,5 +344,18 @@ def _entry(network: IPNetwork, link: _Link, having: Mapping[str, Segment]) -> Un
         segments=tuple(names),
         not_from=tuple(near),
         reason=reason,
-        remedy=f"give one of them other addresses, or {REMEDY}; the mesh addresses work",
+        remedy=f"{route}give one of them other addresses, or {REMEDY}; the mesh addresses work",
     )
+
+
+def _reaching(network: IPNetwork, segments: Iterable[Segment]) -> tuple[list[str], list[str]]:
+    """(the segments all of whose members reach a network over their own links, the members of the others that do)."""
+    whole: list[str] = []
+    some: list[str] = []
+    for segment in segments:
+        names = [node.name for node in segment.members if Links.of([node]).holding(network.network_address) is not None]
+        if len(names) == len(segment.members):
+            whole.append(named(segment))
+        else:
+            some += names
+    return sorted(whole), sorted(some)

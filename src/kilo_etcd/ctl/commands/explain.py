@@ -65,6 +65,7 @@ def explain_command(mesh: Mesh, source: str, target: str, output: str, live: boo
     from its plan.
     """
     from kilo_etcd.ctl.commands.status import look
+    from kilo_etcd.ctl.reports.arrivals import TRIES
     from kilo_etcd.ctl.reports.hops import suspicions, weigh
     from kilo_etcd.ctl.reports.live import gather
     from kilo_etcd.ctl.reports.report import remarks_on
@@ -89,14 +90,13 @@ def explain_command(mesh: Mesh, source: str, target: str, output: str, live: boo
     )
     gathered = against = None
     if live:
-        gathered = mesh.ask(
-            partial(gather, names=names & statuses.keys(), targets=ends((*traces, *internal), snapshot))
-        )
-        against = tuple(
-            dict.fromkeys(
-                suspicion for suspicion in suspicions(traces, topology, statuses, gathered) if suspicion not in remarks
-            )
-        )
+        # If packets are lost, those that other hosts send tell at which host.
+        few = len(statuses) <= TRIES
+        asked = statuses.keys() if few else names & statuses.keys()
+        targets = ends((*traces, *internal), snapshot)
+        gathered = mesh.ask(partial(gather, names=asked, tries=TRIES if few else 0, targets=targets))
+        found = suspicions(traces, topology, statuses, gathered, names)
+        against = tuple(dict.fromkeys(suspicion for suspicion in found if suspicion not in remarks))
     traces, internal = (weigh(which, source, plans, gathered) for which in (traces, internal))
     urgent = tuple(problem.text for problem in unaware_problems(topology))
     explanation = Explanation(urgent=urgent, traces=traces, internal=internal, remarks=remarks, live=against)

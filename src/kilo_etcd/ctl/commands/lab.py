@@ -196,10 +196,12 @@ def demo_command(file: str, name: str, picture: Path) -> None:
         console = Console()
         async with running_lab(spec, name, say=lambda line: console.print(line, style="dim", highlight=False)) as lab:
             await demo.show(lab, console, picture)
-            console.print("\n[bold]Try next[/], for instance with kgctl status or kgctl lab pings after each:")
-            for line in demo.suggestions(lab):
-                console.print(f"  {line}", style="cyan", highlight=False, markup=False)
-            if os.isatty(0) and os.isatty(1):
+            if not (os.isatty(0) and os.isatty(1)):
+                console.print("\nOn a terminal there would be a shell in it now, to try more; here the lab ends.")
+            else:
+                console.print("\n[bold]Try next[/], for instance with kgctl status or kgctl lab pings after each:")
+                for line in demo.suggestions(lab):
+                    console.print(f"  {line}", style="cyan", highlight=False, markup=False)
                 console.print("\nThis is the operator's shell; leave it (exit, Ctrl-D) and the lab is gone.\n")
                 await run_here(lab, "operator", SHELL, SHELL_ENVIRONMENT)
         return 0

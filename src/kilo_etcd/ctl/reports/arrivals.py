@@ -112,6 +112,13 @@ def losses(
         return (_unanswered(topology, tried, sessions),)
     found: list[Loss] = []
     rest = set(tried.bad)
+    for sender in sorted({pair[0] for pair in rest}):
+        asked = sorted(other for one, other in rest if one == sender)
+        answers = sorted(one for one, other in tried.good if other == sender)
+        # Packets arrive there, and its answers do here: so it is what it sends itself.
+        if len(asked) > 1 and answers and not any(one == sender for one, _ in tried.good):
+            rest = {pair for pair in rest if pair[0] != sender}
+            found.append(_unanswered_sender(sender, asked, answers))
     for target in sorted({pair[1] for pair in rest}):
         askers = sorted(one for one, other in (*rest, *tried.good) if other == target)
         if any((one, target) in tried.good for one in askers):
@@ -326,7 +333,18 @@ def _unreached(
         )  # fmt: skip
     return Loss(
         subject=target, text=f"{asked}{its_own}",
-        remedy="is the host up? journalctl -u kilo-etcd there; does its firewall let pass what comes in by kilo0?",
+        remedy="is the host up? journalctl -u kilo-etcd there; does its firewall (nft list ruleset) let pass what "
+               "comes in from the mesh, and what goes out to it?",
+    )  # fmt: skip
+
+
+def _unanswered_sender(sender: str, asked: Iterable[str], answers: Iterable[str]) -> Loss:
+    return Loss(
+        subject=sender,
+        text=f"none of the echo requests that it sends to {some(asked)} is answered, although it answers those of "
+             f"{some(answers)}",
+        remedy="look there for what drops or changes its own packets: nft list ruleset and iptables-save (snat, "
+               "masquerade, drop), ip rule",
     )  # fmt: skip
 
 
@@ -374,38 +392,45 @@ def _by_leader(
             remedy="; ".join(known) or f"look there for {FORWARDING_LOOK}",
             between=None if known else (source, target),
         )  # fmt: skip
-    each = sorted({(min(pair), max(pair)) for pair in alone})
-    for pair in each[:PAIRS]:
-        one, other = pair if pair in alone else pair[::-1]
-        both = pair in alone and pair[::-1] in alone
+    yield from _apart(topology, set(alone))
+
+
+def _apart(topology: Topology, lost: Collection[tuple[str, str]]) -> Iterator[Loss]:
+    """Pairs of which nothing tells at which host packets are lost, by the host that most of them have in common."""
+    hosts = list(by_host({frozenset(pair) for pair in lost}))
+    for host, others in hosts[:PAIRS]:
+        out = any((host, other) in lost for other in others)
+        back = any((other, host) in lost for other in others)
+        ends = (host, some(others)) if out else (some(others), host)
+        if len(others) == 1 and out and back:
+            ends = (min(ends), max(ends))
+        does = "do" if not out and len(others) > 1 else "does"
+        leaders = {name for other in others for name in path(topology, host, other)[1:-1]}
+        between = sorted(leaders - {host, *others})
+        where = "one of the two" if len(others) == 1 else host
         yield Loss(
-            subject=f"{one} - {other}",
-            text=f"{one} and {other} do not reach each other" if both else f"{one} does not reach {other}",
-            remedy=f"look for a firewall (nft list ruleset), or another program's rule (ip rule), on one of the two"
-                   f"{_on_the_way(topology, one, other)}",
-            between=(one, other),
+            subject=" - ".join(ends) if len(others) == 1 else host,
+            text=f"{' and '.join(ends)} do not reach each other" if out and back
+                 else f"{ends[0]} {does} not reach {ends[1]}",
+            remedy=f"look for a firewall (nft list ruleset), or another program's rule (ip rule), on {where}"
+                   + (f", on {' or '.join(between)}" if between else "") + ", or on the way",
+            between=next((one, other) for one, other in sorted(lost) if host in (one, other)),
         )  # fmt: skip
-    if more := each[PAIRS:]:
+    if more := hosts[PAIRS:]:
+        number = sum(len(others) for _, others in more)
         yield Loss(
             subject="packets",
-            text=f"{len(more)} more pairs do not reach each other, {some(f'{one} - {other}' for one, other in more)}",
+            text=f"{number} more pairs do not reach each other, of {some(host for host, _ in more)}",
             remedy="mend what is named first, then ask again",
         )  # fmt: skip
-
-
-def _on_the_way(topology: Topology, one: str, other: str) -> str:
-    """The leaders between two hosts, as an alternative to these."""
-    leaders = {end_of(topology, one), end_of(topology, other)}
-    between = sorted(leaders - {one, other}) if len(leaders) > 1 else []
-    return f", on {' or '.join(between)}, or on the way" if between else ", or on the way"
 
 
 def _take_ambiguous(
     topology: Topology, tried: _Tried, blamed: dict[str, list[tuple[str, str]]]
 ) -> list[tuple[str, str]]:
-    """Takes the pairs of hosts for which two leaders are blamed, one for each direction, if both leaders forward other
-    packets. One lost direction loses the answers of the other, so at most one host drops something, and it may as well
-    be one of the pair."""
+    """Takes the pairs of hosts of which a leader that forwards other packets may not be the reason: pairs for which two
+    leaders are blamed, one for each direction, since one lost direction loses the answers of the other; and all pairs
+    for which one is blamed, if another host is part of each of them."""
     forwarding = {
         end_of(topology, member)
         for one, other in tried.good
@@ -420,8 +445,13 @@ def _take_ambiguous(
     ambiguous = {pair for pair, both in leaders.items() if len(both) > 1 and both <= forwarding}
     taken = [pair for lost in blamed.values() for pair in lost if frozenset(pair) in ambiguous]
     for leader, lost in list(blamed.items()):
-        blamed[leader] = [pair for pair in lost if frozenset(pair) not in ambiguous]
-        if not blamed[leader]:
+        rest = [pair for pair in lost if frozenset(pair) not in ambiguous]
+        common = set(rest[0]).intersection(*rest[1:]) - {leader} if rest else set()
+        if leader in forwarding and common:
+            taken += rest
+            rest = []
+        blamed[leader] = rest
+        if not rest:
             del blamed[leader]
     return taken
 

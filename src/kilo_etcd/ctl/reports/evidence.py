@@ -39,6 +39,16 @@ from kilo_etcd.topology.segments import Topology
 _Hop = frozenset[str]
 
 
+@frozen
+class _Blocked:
+    """A way on which WireGuard's packets are lost."""
+
+    seconds: int | None
+    """Since the last handshake; None: there was none."""
+    endpoint: str
+    """To which they are sent; empty: that is not known."""
+
+
 @frozen(kw_only=True)
 class Evidence:
     """The places at which packets are known to be lost."""
@@ -55,9 +65,8 @@ class Evidence:
     leader is not the reason."""
     passing: frozenset[str] = frozenset()
     """Hosts that answer some echo request, or that one has passed which was answered."""
-    blocked: Mapping[str, Mapping[str, int | None]] = field(factory=dict)
-    """Host -> nodes whose WireGuard sends packets that do not arrive at it, each with the seconds since the last
-    handshake."""
+    blocked: Mapping[str, Mapping[str, _Blocked]] = field(factory=dict)
+    """Host -> nodes whose WireGuard sends packets that do not arrive at it."""
 
     @cached_property
     def gone(self) -> frozenset[str]:
@@ -203,10 +212,12 @@ def _unresponsive(
     return {name: tuple(dict.fromkeys(ones)) for name, ones in tried.items() if at_fault(name)}
 
 
-def _blocked(topology: Topology, live: Live, lost: Collection[_Hop]) -> dict[str, dict[str, int | None]]:
+def _blocked(topology: Topology, live: Live, lost: Collection[_Hop]) -> dict[str, dict[str, _Blocked]]:
     """By what both ends of a tunnel have counted while echo requests went through it and were lost."""
     nodes = topology.snapshot.nodes
     names = {node.public_key: node.name for node in nodes.values()}
+    # Where an echo request was answered WireGuard's packets have arrived, both ways.
+    lost = frozenset(lost) - good_hops(topology, live)
     # An end that sends nothing has a reason of its own.
     unsent = {(name, key) for name, answer in live.answers.items() for key in answer.unsent_peers}
     counted = {
@@ -219,12 +230,13 @@ def _blocked(topology: Topology, live: Live, lost: Collection[_Hop]) -> dict[str
     }
     if not counted:
         return {}
-    result: dict[str, dict[str, int | None]] = {}
+    result: dict[str, dict[str, _Blocked]] = {}
     # A tunnel without a session has an error of its own.
     for pair in filter(lambda pair: pair.up, pairs(topology, tunnels(topology, live))):
         for here, far in ((pair.one, pair.other), (pair.other, pair.one)):
             if (here, far) in counted:
-                result.setdefault(here, {})[far] = pair.handshake
+                endpoint = next((end.endpoint for end in pair.ends if end.node == far), "")
+                result.setdefault(here, {})[far] = _Blocked(pair.handshake, endpoint)
     return result
 
 
@@ -277,30 +289,42 @@ def _blocked_way(known: Evidence, name: str, senders: Collection[str], receivers
     """Between one host and some others. `senders`: those whose packets do not arrive at it; `receivers`: those at which
     its packets do not."""
     far = sorted({*senders, *receivers})
-    endpoint = known.topology.snapshot.nodes[name].endpoint
-    each = (known.blocked.get(here, {}).get(there) for other in far for here, there in ((name, other), (other, name)))
-    last = min((seconds for seconds in each if seconds is not None), default=None)
+    ways = [(here, there) for other in far for here, there in ((name, other), (other, name))]
+    each = [way for here, there in ways if (way := known.blocked.get(here, {}).get(there)) is not None]
+    last = min((way.seconds for way in each if way.seconds is not None), default=None)
+    # Not the endpoint in its record: the tunnel may use another one.
+    into = {way.endpoint for sender in senders if (way := known.blocked.get(name, {}).get(sender)) is not None}
+    stated = known.topology.snapshot.nodes[name].endpoint
+    endpoint = (into.pop() if len(into) == 1 else "") or str(stated or 51820)
+    callers = [*(senders and far), *([name] if receivers else [])]
     if not receivers:
         what, passes = (
             f"WireGuard's packets from {some(far)} do not arrive at {name}",
-            f"UDP {endpoint or 51820} to {name}",
+            f"UDP {endpoint} to {name}",
         )
     elif not senders:
         what, passes = (
             f"WireGuard's packets from {name} do not arrive at {some(far)}",
-            f"UDP {endpoint or 51820} from {name}",
+            f"UDP {stated or 51820} from {name}",
         )
     else:
         what, passes = (
             f"WireGuard's packets between {name} and {some(far)} do not arrive",
-            f"UDP {endpoint or 51820} to and from {name}",
+            f"UDP {endpoint} to and from {name}",
         )
     return Loss(
         subject=name if len(far) > 1 else f"{name} - {far[0]}",
         text=f"{what}, although they are sent (last handshake: {ago(last)} ago)",
-        remedy=f"let {passes} pass, on the way and through its own firewall (nft list ruleset there)",
+        remedy=f"let {passes} pass, on the way and through the firewalls of both ends (nft list ruleset)"
+               + (f"; ip neigh on {' and '.join(callers)}" if _is_private(endpoint) and len(far) == 1 else ""),
         between=(far[0], name),
     )  # fmt: skip
+
+
+def _is_private(endpoint: str) -> bool:
+    """Whether an endpoint is on a network of the hosts' own, where the neighbour table may be wrong."""
+    address = _host(endpoint)
+    return bool(address) and ip_address(address).is_private
 
 
 def _other_route(name: str, routes: Mapping[str, str]) -> Loss:

@@ -7,15 +7,15 @@ because its agent does not report, that is a suspicion, and no more.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from ipaddress import ip_address, ip_network
 
 from attrs import evolve, frozen
 
-from kilo_etcd.ctl.reports.arrivals import losses, narrow
-from kilo_etcd.ctl.reports.causes import silence
+from kilo_etcd.ctl.reports.arrivals import Loss, losses, narrow
+from kilo_etcd.ctl.reports.causes import Cause, causes, silence
 from kilo_etcd.ctl.reports.evidence import evidence, shown
 from kilo_etcd.ctl.reports.internal_arrivals import internal_losses
 from kilo_etcd.ctl.reports.live import Live, LiveTunnel, ago, differs, pairs, tunnels
@@ -32,6 +32,7 @@ from kilo_etcd.store.records import StatusRecord
 from kilo_etcd.store.session.contested import about_status_key
 from kilo_etcd.store.status_texts import NO_BASELINE
 from kilo_etcd.topology.nat import about_partner
+from kilo_etcd.topology.places import has_address
 from kilo_etcd.topology.segments import Topology
 
 
@@ -168,7 +169,7 @@ def _weighed_way(way: Way, known: _Known) -> Way:
     for number, step in enumerate(way.steps, 1):
         broken = known.broken(step)
         node = known.topology.snapshot.nodes.get(step.target)
-        forwards = number < len(way.steps) or node is None or destination not in node.mesh_addresses
+        forwards = number < len(way.steps) or node is None or destination is None or not has_address(node, destination)
         trouble = broken or known.suspicion(step.target, destination, forwards=forwards)
         if not trouble and not steps:
             trouble = known.suspicion(step.source, destination, forwards=False)
@@ -185,12 +186,18 @@ def _address(text: str) -> IPAddress | None:
 
 
 def suspicions(
-    traces: tuple[Trace, ...], topology: Topology, statuses: Mapping[str, StatusRecord], live: Live
+    traces: tuple[Trace, ...],
+    topology: Topology,
+    statuses: Mapping[str, StatusRecord],
+    live: Live,
+    names: Collection[str] | None = None,
 ) -> Iterator[tuple[str, str]]:
-    """What the kernels of the hosts on the way lack for the traces: (name, sentence)."""
+    """What the kernels of the hosts on the way lack for the traces, and why packets are lost there: (name, sentence).
+    `names`: the hosts on the way; what others have answered tells at which of these packets are lost. None: all."""
     if live.refused:
         yield "-", f"the agents could not be asked: {live.refused}"
         return
+    whole, live = live, live.only(live.answers.keys() if names is None else names)
     for name in live.silent:
         yield name, "its agent lives, but has not answered in time"
     for name, answer in sorted(live.answers.items()):
@@ -210,16 +217,34 @@ def suspicions(
         if pair.up is False and frozenset((pair.one, pair.other)) in used:
             down.add(frozenset((pair.one, pair.other)))
             yield pair.one, f"its tunnel to {pair.other} has no session: {pair.last}"
-    known = silence(topology, statuses, live)
-    places = evidence(topology, statuses, live)
+    known = silence(topology, statuses, whole)
+    places = evidence(topology, statuses, whole)
     unsettled = {*known.apart, *known.undecided}
     refused = partial(echo_refused, Plans(topology, statuses))
-    for loss in (
-        *shown(places),
-        *losses(
-            topology, live, down, apart=unsettled, queries_answered=known.queries_answered, explained=places.explains
-        ),
-        *narrow(topology, live),
-        *internal_losses(topology, live, places, unsettled, explained=refused),
-    ):
+    lost: list[Loss | Cause] = []
+    if names is None or any(_is_lost(trace, live) for trace in traces):
+        found: tuple[Loss | Cause, ...] = (
+            *shown(places),
+            *causes(topology, known),
+            *losses(
+                topology, whole, down, apart=unsettled, queries_answered=known.queries_answered,
+                explained=places.explains,
+            ),
+        )  # fmt: skip
+        lost += (loss for loss in found if names is None or _is_about(loss.subject, topology, names))
+    lost += narrow(topology, live)
+    lost += internal_losses(topology, live, places, unsettled, explained=refused)
+    for loss in lost:
         yield loss.subject, f"{loss.text}: {loss.remedy}"
+
+
+def _is_lost(trace: Trace, live: Live) -> bool:
+    """Whether the source of a trace got no answer."""
+    answer = live.answers.get(trace.there.start)
+    return answer is not None and trace.there.destination in answer.unreached
+
+
+def _is_about(subject: str, topology: Topology, names: Collection[str]) -> bool:
+    """Whether all hosts that a loss is about are on the way, or it is about none."""
+    nodes = topology.snapshot.nodes
+    return all(name in names for name in subject.split(" - ") if name in nodes)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterable, Mapping
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from kilo_etcd.etcd.api import Client, EtcdError
 from kilo_etcd.model import SESSION_SECONDS
@@ -31,6 +31,14 @@ class Live:
     """Why nothing could be asked at all, in a sentence."""
     clocks: Mapping[str, float] = field(factory=dict)
     """Seconds by which a host's clock is ahead of ours, beyond what the asking itself explains; behind: negative."""
+
+    def only(self, names: Collection[str]) -> Live:
+        """The same, of these nodes alone."""
+        return evolve(
+            self,
+            answers={name: answer for name, answer in self.answers.items() if name in names},
+            silent=tuple(name for name in self.silent if name in names),
+        )
 
 
 @frozen(kw_only=True)

@@ -243,7 +243,12 @@ def report(
             *_unreached_through(topology),
             *_one_sided(topology, statuses, about),
         ),
-        notes=(*_odd_locations(snapshot), *_flags(names, statuses), *_endpoints_in_clear(topology, names)),
+        notes=(
+            *_odd_locations(snapshot),
+            *_without_internal_ip(topology, names),
+            *_flags(names, statuses),
+            *_endpoints_in_clear(topology, names),
+        ),
         unrouted=tuple(unrouted_remarks(topology)) if about is None else (),
         live=None if live is None else _live_report(topology, live),
     )
@@ -260,6 +265,21 @@ def _odd_locations(snapshot: Snapshot) -> Iterator[Remark]:
                 text=f"the location of {first_of(names, 1)} {odd}: if that is not meant, correct KILO_LOCATION there, "
                 f"or kgctl location set {names[0]} NAME",
             )
+
+
+def _without_internal_ip(topology: Topology, names: Iterable[str]) -> Iterator[Remark]:
+    """On nodes that are registered without an internal IP in a mesh that routes those of others: one remark for all of
+    them."""
+    if not topology.internal_families:
+        return
+    nodes = topology.snapshot.nodes
+    without = [name for name in names if name in nodes and not nodes[name].internal_ips]
+    if without:
+        yield Remark(
+            subject=first_of(without, MOST_SUBJECTS),
+            text="no internal IP is registered, so nobody reaches it at one, and it is in no group with others of its "
+            "location; if it should have one, look at its private addresses (ip address) and KILO_INTERNAL_CIDR there",
+        )
 
 
 def _same_internal_ips(snapshot: Snapshot, statuses: Mapping[str, StatusRecord], *, each: bool) -> Iterator[Remark]:

@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 from attrs import evolve, frozen
 
+from kilo_etcd.base.quoting import first_of
 from kilo_etcd.ctl.reports.exemptions import exemptions
 from kilo_etcd.ctl.reports.internal import encrypted_carries, holders, same_network, unrouted_from, why_not_routed
 from kilo_etcd.ctl.reports.own_addresses import SEVERAL_MEMBERS
@@ -296,7 +297,10 @@ def _trace(topology: Topology, plans: Plans, source: str, own: IPAddress, destin
     if path.dropped:
         return Trace(there=there, unasked="what does not arrive is not answered")
     if end not in nodes:
-        return Trace(there=there, unasked=f"{end} answers by its own configuration, which is not in etcd")
+        unasked = f"{end} answers by its own configuration, which is not in etcd"
+        if holders := topology.internals.holders.get(destination, ()):
+            unasked += f"; it is the internal IP of {first_of(holders, 2)} too, which the peer's allowed IPs hide"
+        return Trace(there=there, unasked=unasked)
     if destination in (ip.ip for ip in nodes[end].internal_ips):
         there = evolve(there, whose=end)
     back = walk(plans, topology, end, own, sender=destination)
