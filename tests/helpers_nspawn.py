@@ -6,7 +6,6 @@ and nothing of this machine is written to.
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
 import signal
@@ -68,18 +67,14 @@ def hosts(names: tuple[str, ...], scratch: Path) -> Iterator[tuple[Host, ...]]:
             _process(("unshare", "--net", "--mount", "--propagation", "private", "sleep", "inf"))
         )
         inside = ("nsenter", "--target", str(network.pid), "--net", "--mount")
-        wait(
-            lambda: os.readlink(f"/proc/{network.pid}/ns/net") != os.readlink("/proc/self/ns/net"),
-            30,
-            lambda: "unshare",
-        )
+        # When it runs its program its namespaces are its own, and private.
+        wait(lambda: Path(f"/proc/{network.pid}/comm").read_text() == "sleep\n", 30, lambda: "unshare")
         _run(
             *inside,
             "sh",
             "-ec",
             f"""
-            mountpoint -q /sys/fs/cgroup/cgroup.controllers || [ -e /sys/fs/cgroup/cgroup.controllers ] ||
-                mount -t cgroup2 cgroup2 /sys/fs/cgroup
+            [ -e /sys/fs/cgroup/cgroup.controllers ] || mount -t cgroup2 cgroup2 /sys/fs/cgroup
             mount -t tmpfs tmpfs {shlex.quote(str(scratch))}
             ip link add br0 type bridge && ip address add {NETWORK}.254/24 dev br0 && ip link set br0 up""",
         )

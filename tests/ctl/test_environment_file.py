@@ -9,10 +9,12 @@ import pytest
 from click.testing import CliRunner
 
 from kilo_etcd.ctl import environment_file
+from kilo_etcd.ctl.commands import join
 from kilo_etcd.ctl.context import Mesh
 from kilo_etcd.ctl.environment_file import parse
 from kilo_etcd.ctl.group import first_sentence
 from kilo_etcd.ctl.main import main
+from kilo_etcd.runtime.options import etcd_config
 
 FILE = """
 # The agent's.
@@ -82,11 +84,15 @@ def test_without_a_file_etcd_is_on_this_machine(path: Path) -> None:
     assert "it is not UTF-8" in mesh()[1]
 
 
-def test_a_wrong_value_in_the_file_is_one_sentence(path: Path) -> None:
+def test_a_wrong_value_in_the_file_is_one_sentence_that_names_it(path: Path) -> None:
     path.write_text("ETCDCTL_DIAL_TIMEOUT=soon\n")
     result = CliRunner().invoke(main, ["status"])
     assert result.exit_code == 2
-    assert "'soon' is no duration" in result.output
+    assert f"{path}: Invalid value for --dial-timeout (ETCDCTL_DIAL_TIMEOUT): 'soon' is no duration" in result.output
+    # What asks no etcd reads no file.
+    for words in (("completion", "bash"), ("lab", "--help"), ("status", "--help"), ("--help",)):
+        result = CliRunner().invoke(main, words)
+        assert (result.exit_code, result.stderr) == (0, ""), words
     path.write_text("ETCDCTL_INSECURE_SKIP_TLS_VERIFY=perhaps\n")
     result = CliRunner().invoke(main, ["status"])
     assert (result.exit_code, "'perhaps' is not a valid boolean" in result.output) == (2, True)
@@ -95,6 +101,19 @@ def test_a_wrong_value_in_the_file_is_one_sentence(path: Path) -> None:
 def test_an_environment_file_is_read_as_systemd_reads_it() -> None:
     text = '; no\n#no\nA=1\n B = x\n1=no\nC="a \\"b\\" \\$c"\nD=\\\n d e \nE=a\\ b\nF=\nnothing\nG=\'\\\'\n'
     assert parse(text) == {"A": "1", "C": 'a "b" $c', "D": "d e", "E": "a b", "F": "", "G": "\\"}
+
+
+def test_the_hosts_credentials_are_for_its_own_etcd_alone(path: Path) -> None:
+    path.write_text("ETCDCTL_ENDPOINTS=127.0.0.1:1\nETCDCTL_USER=host\nETCDCTL_PASSWORD=secret\n")
+    root = main.make_context("kgctl", ["mesh"])
+    given = {"other_prefix": None, "label": None, "other_label": "office"}
+    given |= {f"other_{name}": None for name in ("cacert", "cert", "key", "user", "password")}
+    with root:
+        root.obj = Mesh(etcd_config(endpoints="127.0.0.1:1", user="host", password="secret"), "/kilo")
+        first, other = join._sides(root, {**given, "other_endpoints": "stranger.example:2379"})
+        assert (first.mesh.etcd.user, other.mesh.etcd.user, other.mesh.etcd.password) == ("host", None, None)
+        _, same = join._sides(root, {**given, "other_endpoints": None, "other_prefix": "/b"})
+        assert (same.mesh.etcd.user, same.mesh.etcd.password) == ("host", "secret"), "the same etcd"
 
 
 def test_help_lists_commands_with_whole_sentences_and_a_wrong_one_is_answered_with_the_nearest() -> None:

@@ -237,6 +237,13 @@ def test_tunnels_without_a_session_are_one_error_for_each_host() -> None:
     )  # fmt: skip
     ends = [topology.snapshot.nodes[name].endpoint for name in ("c1", "a1")]
     assert one.remedy.startswith(f"let UDP {ends[0]} to c1 and UDP {ends[1]} to a1 pass")
+    # Those that once had a session are another error, so that each sentence is true of each tunnel.
+    lost = with_sessions(topology, asked(topology, around("c1")), ("a1", "b1"))
+    (old,) = with_sessions(topology, asked(topology, around("c1")), ("b1", "c1")).answers["b1"].tunnels
+    two = told(topology, with_answer(lost, "b1", tunnels=(*lost.answers["b1"].tunnels, old._replace(handshake=7200))))
+    assert [one.text for one in two if one.subject.endswith("c1")] == [
+        "no tunnel between them: no handshake yet", "no tunnel between them: last handshake 2 h ago",
+    ]  # fmt: skip
     live = asked(topology, lambda one, other: {PLACES[one], PLACES[other]} == {"a", "c"})
     (one,) = told(topology, with_sessions(topology, live, ("a1", "b1"), ("b1", "c1")))
     assert (one.subject, one.text) == ("a1 - c1", "no tunnel between them: no handshake yet")

@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 import click
 from attrs import frozen
 
-from kilo_etcd.etcd.api import Client, Config, EtcdError
+from kilo_etcd.etcd.api import Client, Config, EtcdError, PermissionDenied
 
 if TYPE_CHECKING:
     from kilo_etcd.store.keys import Keys
@@ -62,7 +62,11 @@ def run(work: Callable[[], Awaitable[T]]) -> T:
         if not all(isinstance(leaf, EtcdError) for leaf in leaves):
             raise
         # Several tasks that fail at one cause say the same.
-        raise Failure("; ".join(dict.fromkeys(map(str, leaves)))) from None
+        sentences = list(dict.fromkeys(map(str, leaves)))
+        if any(isinstance(leaf, PermissionDenied) for leaf in leaves):
+            # A host's own user may write its own keys alone, which is as it should be.
+            sentences.append("or take an operator's user (--user, ETCDCTL_USER)")
+        raise Failure("; ".join(sentences)) from None
 
 
 def _leaves(error: BaseException) -> list[BaseException]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from kilo_etcd.runtime.options import etcd_flags
+from kilo_etcd.runtime.options import etcd_and_prefix, etcd_flags
 
 PATH = Path("/etc/kilo-etcd/kilo-etcd.env")
 """The file that `kilo-etcd.service` names in EnvironmentFile."""
@@ -43,7 +43,8 @@ def _unquoted(value: str) -> str:
 
 def use_environment_file(context: click.Context) -> None:
     """Take etcd's flags and the prefix from the file, in a context that has parsed its own command line, if nothing
-    about etcd was given. A file that this user cannot read is named on standard error."""
+    about etcd was given and the command asks etcd. A file that this user cannot read is named on standard error.
+    click.UsageError, which begins with the file's path."""
     names = {f"_etcd_{flag.parameter}": flag for flag in etcd_flags()}
     if any(context.get_parameter_source(name) is not ParameterSource.DEFAULT for name in names):
         return
@@ -60,7 +61,20 @@ def use_environment_file(context: click.Context) -> None:
                 err=True,
             )
         return
-    _take(context, variables, {name: flag.env for name, flag in names.items()})
+    try:
+        _take(context, variables, {name: flag.env for name, flag in names.items()})
+        etcd_and_prefix(context)
+    except click.UsageError as error:
+        raise click.UsageError(f"{PATH}: {error.format_message()}", context) from None
+    context.meta[_USED] = True
+
+
+_USED = "kilo_etcd.environment_file"
+
+
+def used(context: click.Context) -> bool:
+    """Whether etcd's flags are from the file."""
+    return bool(context.find_root().meta.get(_USED))
 
 
 def _take(context: click.Context, variables: Mapping[str, str], names: Mapping[str, str]) -> None:

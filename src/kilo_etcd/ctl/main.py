@@ -66,6 +66,10 @@ _COMMANDS = {
 """Name -> the module that has it, its name there, and its line in the help."""
 
 
+_WITHOUT_ETCD = frozenset({"completion", "man", "lab", "-h", "--help"})
+"""Commands, and options of any, that ask no etcd."""
+
+
 class _Lazy(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted(_COMMANDS)
@@ -91,8 +95,12 @@ class _Lazy(click.Group):
             formatter.write_dl([(name, text) for name, (_, _, text) in sorted(_COMMANDS.items())])
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        given = tuple(args)
         rest = super().parse_args(ctx, args)
-        use_environment_file(ctx)
+        # click keeps the name of the command apart from its arguments.
+        command = getattr(ctx, "_protected_args", rest)[:1]
+        if _WITHOUT_ETCD.isdisjoint((*command, *(word for word in given if word in ("-h", "--help")))):
+            use_environment_file(ctx)
         return rest
 
     def resolve_command(

@@ -371,7 +371,8 @@ def _hosts(examined: Examined, places: Evidence) -> Iterator[Finding]:
     if live.refused:
         yield Finding(
             severity=Severity.WARNING, subject="hosts", text=f"their agents could not be asked: {live.refused}",
-            remedy="let this user write below /kilo-status/, or look on the hosts: wg show, journalctl -u kilo-etcd",
+            remedy="ask as a user who may write below /kilo-status/ (ETCDCTL_USER; a host's own user may not), or look "
+                   "on the hosts: wg show, journalctl -u kilo-etcd",
         )  # fmt: skip
     alive = {row.name for row in examined.report.nodes if row.alive}
     for name in live.silent:
@@ -530,7 +531,11 @@ def _tunnels(topology: Topology, down: Iterable[Pair]) -> Iterator[Finding]:
                 text=f"no tunnel between them: {pair.last}{dropped}",
                 remedy=f"{REMEDY}; kgctl status says what their hosts know of it",
             )  # fmt: skip
-    hosts = list(by_host(left))
+    alike: dict[str, list[frozenset[str]]] = {}
+    for names, pair in left.items():
+        # What is said of several tunnels has to be true of each.
+        alike.setdefault("never" if pair.handshake is None else "once", []).append(names)
+    hosts = [(host, others) for pairs in alike.values() for host, others in by_host(pairs)]
     for host, others in hosts[:PAIRS]:
         ends = [nodes[name] for name in (host, others[0])]
         if len(others) == 1:
@@ -539,7 +544,8 @@ def _tunnels(topology: Topology, down: Iterable[Pair]) -> Iterator[Finding]:
         last = min((left[frozenset((host, other))] for other in others), key=_age).last
         yield Finding(
             severity=Severity.ERROR, subject=host if len(others) > 1 else " - ".join(node.name for node in ends),
-            text=f"no tunnel between it and {some(others)}: {last}{dropped}" if len(others) > 1
+            text=f"no tunnel between it and {some(others)}: {'the ' if last.startswith('last') else ''}{last}{dropped}"
+                 if len(others) > 1
                  else f"no tunnel between them: {last}{dropped}",
             remedy=f"let {ports or 'UDP 51820'} pass, on the way and through the firewalls of both ends; kgctl explain "
                    f"{ends[0].name} {ends[1].name} --live",

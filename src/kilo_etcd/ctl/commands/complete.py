@@ -71,7 +71,8 @@ async def _look(client: Client, keys: Keys, kinds: tuple[str, ...]) -> set[str]:
 
     names: set[str] = set()
     with trio.move_on_after(PATIENCE_SECONDS):
-        for root in (keys.by_root, keys.peers_root):
+        roots = {"nodes": keys.by_root, "labels": keys.by_root, "peers": keys.peers_root}
+        for root in dict.fromkeys(roots[kind] for kind in kinds):
             for kv in (await client.range(root, prefix_end(root), keys_only=True)).kvs:
                 match keys.parse(kv.key):
                     case k.NodeKey(name) if "nodes" in kinds:

@@ -24,6 +24,7 @@ from kilo_etcd.base.quoting import first_of, sentence
 from kilo_etcd.ctl.change import Edit, Prepared, change_options, confirm, prepare
 from kilo_etcd.ctl.commands.peer import parse_peer_name
 from kilo_etcd.ctl.context import Failure, Mesh, run
+from kilo_etcd.ctl.environment_file import used
 from kilo_etcd.ctl.reports.render import clean
 from kilo_etcd.ctl.watch_changes import watch_changes
 from kilo_etcd.model import IPNetwork, Snapshot
@@ -134,9 +135,15 @@ def _other_options(command: F) -> F:
     return command
 
 
+_CREDENTIALS = frozenset({"cacert", "cert", "key", "user", "password"})
+
+
 def _sides(context: click.Context, given: dict[str, Any]) -> tuple[Side, Side]:
     mesh: Mesh = context.obj
     values = etcd_values(context.find_root())
+    if given["other_endpoints"] and used(context):
+        # The host's own credentials are for no other etcd than that of its file.
+        values.update(dict.fromkeys(values.keys() & _CREDENTIALS, ""))
     values.update({name.removeprefix("other_"): value for name, value in given.items() if value is not None
                    and name.removeprefix("other_") in values})  # fmt: skip
     try:
