@@ -400,6 +400,18 @@ def test_check_names_an_error_once_that_hosts_report_in_two_ways(mesh: Mesh) -> 
     assert not [said for _, said in found if "kilo0.forwarding is 0" in said]
 
 
+def test_check_names_who_claims_addresses_without_a_record(mesh: Mesh) -> None:
+    for number in range(5):
+        mesh.etcd.put(f"/kilo/by/evil/addresses/10.4.7.{number}", "")
+    mesh.etcd.put("/kilo/by/autoscaled-7/addresses/10.4.8.1", "")
+    every = json.loads(mesh.run("check", "-o", "json").stdout)
+    found = [one for one in every if "claim" in one["text"]]
+    assert [(one["severity"], one["subject"]) for one in found] == [("warning", "evil"), ("note", "claims")]
+    assert found[0]["text"].startswith("it claims 5 mesh addresses, which no other host can have")
+    assert "kgctl node forget evil" in found[0]["remedy"]
+    assert "are claimed by autoscaled-7, which are not registered" in found[1]["text"]
+
+
 def test_check_does_not_ask_an_operator_to_mend_what_an_agent_writes(mesh: Mesh) -> None:
     mesh.etcd.put("/kilo/by/home-1/elections/gcp", '{"rank":0}')
     mesh.etcd.put("/kilo/by/home-9/node", "{}")

@@ -46,6 +46,7 @@ from kilo_etcd.ctl.reports.report import (
     NOT_IN_FORCE,
     Remark,
     Report,
+    claims_without_record,
     grouped,
     grouped_unrouted,
     newest_revision,
@@ -71,6 +72,9 @@ CLOCK_SECONDS = 5.0
 
 SLOW_SECONDS = 0.5
 """etcd promises a lease's keepalive every second or so; from here on it is in danger."""
+
+MOST_CLAIMS = 4
+"""A host has one claim for each family, and one more while it is renumbered."""
 
 MOST_NAMED = 20
 """Records that are named where there is something wrong with very many; the others are counted."""
@@ -119,6 +123,8 @@ class Examined:
     topology: Topology
     statuses: Mapping[str, StatusRecord] = field(factory=dict)
     live: Live = field(factory=Live)
+    claims: Mapping[str, int] = field(factory=dict)
+    """Names without a record -> how many mesh addresses they claim."""
     led_anew: frozenset[str] = frozenset()
     """Nodes that have another leader than before the agents were asked: by whom their packets went is not known."""
 
@@ -148,6 +154,7 @@ def findings(examined: Examined) -> tuple[Finding, ...]:
         *_mode(examined.report),
         *_records(examined.report, frozenset(told)),
         *_unrouted(examined),
+        *_claims(examined.claims),
         *_hosts(examined, places),
         *packets,
     )
@@ -319,6 +326,25 @@ def _records(found: Report, told: Collection[Remark] = ()) -> Iterator[Finding]:
         yield Finding(severity=Severity.WARNING, subject=remark.subject, text=remark.text)
     for remark in found.notes:
         yield Finding(severity=Severity.NOTE, subject=remark.subject, text=remark.text)
+
+
+def _claims(claims: Mapping[str, int]) -> Iterator[Finding]:
+    """What names without a record claim, which no other host can have."""
+    many = {name: number for name, number in claims.items() if number > MOST_CLAIMS}
+    for name, number in sorted(many.items(), key=lambda each: (-each[1], each[0]))[:MOST_NAMED]:
+        yield Finding(
+            severity=Severity.WARNING, subject=name,
+            text=f"it claims {number} mesh addresses, which no other host can have, and no node of that name is "
+                 "registered",
+            remedy=f"find out who writes below /kilo/by/{name}/; kgctl node forget {name} takes the claims away",
+        )  # fmt: skip
+    if few := sorted(claims.keys() - many.keys()):
+        yield Finding(
+            severity=Severity.NOTE, subject="claims",
+            text=f"mesh addresses are claimed by {some(few)}, which are not registered: they are joining, or gone for "
+                 "longer than --forget-after",
+            remedy="gone for good: kgctl node forget NODE takes the claim away",
+        )  # fmt: skip
 
 
 def _unrouted(examined: Examined) -> Iterator[Finding]:
@@ -646,6 +672,7 @@ async def examine(client: Client, keys: Keys, endpoints: tuple[str, ...]) -> Exa
         topology=topology,
         statuses=statuses,
         live=live,
+        claims=claims_without_record(view, keys),
         led_anew=frozenset(
             name
             for name in before.snapshot.nodes.keys() & snapshot.nodes.keys()

@@ -7,6 +7,7 @@ report at all. It decides nothing and it knows nothing of tables or JSON; `ctl.r
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from kilo_etcd.base.quoting import first_of
 from kilo_etcd.ctl.reports.label import oddity
 from kilo_etcd.model import Candidate, Endpoint, InternalIPs, IPAddress, Node, RejectedRecord, Snapshot
 from kilo_etcd.planning.reach import called_location
-from kilo_etcd.store.keys import Keys, NodeKey
+from kilo_etcd.store.keys import AddressKey, Keys, NodeKey
 from kilo_etcd.store.records import Role, StatusRecord
 from kilo_etcd.store.view import View
 from kilo_etcd.topology.mesh_settings import about_flag
@@ -181,6 +182,13 @@ def registered_names(view: View, keys: Keys) -> frozenset[str]:
     """The names with a record in etcd, whether it is in force or not."""
     parsed = (keys.parse(kv.key) for kv in view.kvs(keys.by_root))
     return frozenset(key.node for key in parsed if isinstance(key, NodeKey))
+
+
+def claims_without_record(view: View, keys: Keys) -> dict[str, int]:
+    """Names that claim mesh addresses and have no record -> how many they claim."""
+    parsed = [keys.parse(kv.key) for kv in view.kvs(keys.by_root)]
+    registered = {key.node for key in parsed if isinstance(key, NodeKey)}
+    return Counter(key.node for key in parsed if isinstance(key, AddressKey) and key.node not in registered)
 
 
 def report(
