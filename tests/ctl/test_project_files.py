@@ -268,3 +268,8 @@ def test_what_the_troubleshooting_page_quotes_is_what_the_program_says() -> None
 def test_the_reference_page_is_made_from_the_code() -> None:
     done = subprocess.run([ROOT / "scripts/reference", "-"], capture_output=True, text=True, check=True)
     assert done.stdout == (ROOT / "docs/reference.md").read_text(), "run scripts/reference"
+
+
+def test_the_pictures_of_the_shapes_are_as_the_code_draws_them() -> None:
+    done = subprocess.run([ROOT / "scripts/pictures", "--check"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
