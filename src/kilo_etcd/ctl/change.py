@@ -148,18 +148,18 @@ def prepare(mesh: Mesh, decide: Callable[[Snapshot, View, Keys], Edit]) -> Prepa
     before, view, keys = mesh.ask(look)
     edit = decide(before, view, keys)
     conditions = [*(_as_it_was(view, key) for key in (*edit.puts, *edit.deletes)), *map(absent, edit.refused_by)]
-    wanted = {key: value for key, value in edit.puts.items() if _value(view, key) != value}
-    gone = [key for key in edit.deletes if view.kv(key) is not None]
+    puts = {key: value for key, value in edit.puts.items() if _value(view, key) != value}
+    deletes = [key for key in edit.deletes if view.kv(key) is not None]
     below = [kv.key.decode(errors="replace") for prefix in edit.deletes_below for kv in view.kvs(prefix)]
-    if not wanted and not gone and not below:
+    if not puts and not deletes and not below:
         return None
     if len(conditions) > MOST:
         raise Failure(
             f"{len(conditions)} keys are too many for one transaction of etcd's: change at most {MOST} in one go"
         )
     _refuse(mesh, edit)
-    held = _whole(mesh, {key: view.kv(key) for key in (*wanted, *gone, *below)})
-    then = after(view, wanted, [*gone, *below])
+    held = _whole(mesh, {key: view.kv(key) for key in (*puts, *deletes, *below)})
+    then = after(view, puts, [*deletes, *below])
     if edit.refuses_trouble and (trouble := new_trouble(before, then)):
         raise Failure("; ".join(trouble) + "; nothing was written")
     if (reason := edit.forbids(then)) is not None:
@@ -171,8 +171,8 @@ def prepare(mesh: Mesh, decide: Callable[[Snapshot, View, Keys], Edit]) -> Prepa
         question=edit.asks or (disruption(before, then) if edit.asks_if_disruptive else ""),
         conditions=tuple(conditions),
         operations=(
-            *(Put(key, value) for key, value in wanted.items()),
-            *map(Delete, gone),
+            *(Put(key, value) for key, value in puts.items()),
+            *map(Delete, deletes),
             *(Delete(prefix, prefix_end(prefix)) for prefix in edit.deletes_below),
         ),
         backwards=tuple(Delete(key) if kv is None else Put(key, kv.value, kv.lease) for key, kv in held.items()),
@@ -190,13 +190,13 @@ def _whole(mesh: Mesh, held: dict[str, KeyValue | None]) -> dict[str, KeyValue |
 
 
 def _refuse(mesh: Mesh, edit: Edit) -> None:
-    async def there(client: Client, _keys: Keys) -> str | None:
+    async def existing_key(client: Client, _keys: Keys) -> str | None:
         for key in edit.refused_by:
             if await client.get(key) is not None:
                 return key
         return None
 
-    if edit.refused_by and (key := mesh.ask(there)) is not None:
+    if edit.refused_by and (key := mesh.ask(existing_key)) is not None:
         raise Failure(edit.refused_by[key])
 
 

@@ -78,10 +78,10 @@ def used(context: click.Context) -> bool:
 
 
 def _take(context: click.Context, variables: Mapping[str, str], names: Mapping[str, str]) -> None:
-    wanted = dict(names)
+    variable_names = dict(names)
     if context.get_parameter_source(_PREFIX) is ParameterSource.DEFAULT:
-        wanted[_PREFIX] = "KILO_PREFIX"
+        variable_names[_PREFIX] = "KILO_PREFIX"
     for parameter in context.command.get_params(context):
         # An empty value is as good as none.
-        if (value := variables.get(wanted.get(parameter.name or "", ""), "")) and parameter.name is not None:
+        if (value := variables.get(variable_names.get(parameter.name or "", ""), "")) and parameter.name is not None:
             context.params[parameter.name] = parameter.type_cast_value(context, value)

@@ -87,9 +87,9 @@ def _new_leaders(old: Topology, new: Topology) -> Iterator[tuple[str, str, str]]
     """(location, former leader, present leader), of locations whose leader differs."""
     before, after = _shared(old), _shared(new)
     for location in sorted(before.keys() & after.keys()):
-        one, other = before[location].leader.name, after[location].leader.name
-        if one != other:
-            yield location, one, other
+        former, present = before[location].leader.name, after[location].leader.name
+        if former != present:
+            yield location, former, present
 
 
 def _mesh(before: Snapshot, after: Snapshot) -> Iterator[str]:
@@ -127,15 +127,15 @@ def _internal_ips(old: Topology, new: Topology) -> Iterator[str]:
         if leaving:
             internal = {ip.ip for node in old.snapshot.nodes.values() for ip in node.internal_ips}
             counts = ((len(leaving - internal), "endpoint"), (len(leaving & internal), "internal IP"))
-            what = " and ".join(_counted(count, name) for count, name in counts if count)
-            some = "" if becomes is InternalIPs.OFF else ", from some segments or from all"
+            amounts = " and ".join(_counted(count, name) for count, name in counts if count)
+            scope = "" if becomes is InternalIPs.OFF else ", from some segments or from all"
             yield (
-                f"packets to {what} go in clear again{some}, from the moment on that both ends have gone back: each "
-                "first takes what comes in clear, then sends it"
+                f"packets to {amounts} go in clear again{scope}, from the moment on that both ends have gone back: "
+                "each first takes what comes in clear, then sends it"
             )
         if staying:
-            others = "other internal IP" if leaving else "internal IP"
-            yield f"packets to {_counted(len(staying), others)} stay in the tunnels"
+            noun = "other internal IP" if leaving else "internal IP"
+            yield f"packets to {_counted(len(staying), noun)} stay in the tunnels"
     if becomes is InternalIPs.OFF and (count := _routed(old)):
         yield (
             f"packets for internal IPs of other segments leave the tunnels: the hosts' own routes lead them, in clear, "
@@ -151,8 +151,8 @@ def _routed(topology: Topology) -> int:
     return sum(len(segment.internal) for segment in topology.segments.values()) if len(topology.segments) > 1 else 0
 
 
-def _counted(count: int, what: str, plural: str = "s") -> str:
-    return f"{count} {what}{'' if count == 1 else plural}"
+def _counted(count: int, noun: str, plural: str = "s") -> str:
+    return f"{count} {noun}{'' if count == 1 else plural}"
 
 
 def _nodes(before: Snapshot, after: Snapshot) -> Iterator[str]:
@@ -175,8 +175,8 @@ def _node(old: Node, new: Node) -> Iterator[str]:
 
 def _leaders(old: Topology, new: Topology) -> Iterator[str]:
     before, after = _shared(old), _shared(new)
-    for location, one, other in _new_leaders(old, new):
-        yield f"{shown_location(location)}: {clean(other)} leads instead of {clean(one)}"
+    for location, former, present in _new_leaders(old, new):
+        yield f"{shown_location(location)}: {clean(present)} leads instead of {clean(former)}"
     for location in sorted(after.keys() - before.keys()):
         segment = after[location]
         yield f"{shown_location(location)}: {clean(segment.leader.name)} leads {len(segment.members)} nodes"
@@ -205,26 +205,26 @@ def _peers(old: Topology, new: Topology) -> Iterator[str]:
         elif name not in new.peers:
             yield f"peer {clean(name)} leaves the mesh"
         elif old.peers[name].allowed_ips != new.peers[name].allowed_ips:
-            given, gave = new.peers[name].allowed_ips, old.peers[name].allowed_ips
-            yield f"peer {clean(name)} gets {_listed(given)} instead of {_listed(gave)}"
+            new_ips, old_ips = new.peers[name].allowed_ips, old.peers[name].allowed_ips
+            yield f"peer {clean(name)} gets {_listed(new_ips)} instead of {_listed(old_ips)}"
 
 
 def new_trouble(before: Snapshot, after: Snapshot) -> tuple[str, ...]:
     """What is rejected, or not granted in full, that was not before."""
-    known = set(_troubles(build_topology(before)))
-    return tuple(text for text in _troubles(build_topology(after)) if text not in known)
+    old_troubles = set(_troubles(build_topology(before)))
+    return tuple(text for text in _troubles(build_topology(after)) if text not in old_troubles)
 
 
 def _complaints(old: Topology, new: Topology) -> Iterator[str]:
     before, after = _troubles(old), _troubles(new)
-    known, left = set(before), set(after)
-    yield from (f"new trouble: {text}" for text in after if text not in known)
-    yield from (f"trouble that ends: {text}" for text in before if text not in left)
+    old_troubles, new_troubles = set(before), set(after)
+    yield from (f"new trouble: {text}" for text in after if text not in old_troubles)
+    yield from (f"trouble that ends: {text}" for text in before if text not in new_troubles)
 
 
 def _notes(old: Topology, new: Topology) -> Iterator[str]:
-    known = set(unrouted_remarks(old))
-    came = grouped_unrouted(note for note in unrouted_remarks(new) if note not in known)
+    old_remarks = set(unrouted_remarks(old))
+    came = grouped_unrouted(note for note in unrouted_remarks(new) if note not in old_remarks)
     yield from (f"note: {clean(note.subject)}: {clean(unrouted_sentence(note))}" for note in came[:MOST_NOTES])
     if len(came) > MOST_NOTES:
         yield f"note: {len(came) - MOST_NOTES} more of these; kgctl status will show them"

@@ -28,8 +28,8 @@ from kilo_etcd.topology import build_topology
 
 def parse_annotation(text: str) -> tuple[str, str | None]:
     """`name=value` or `name-` (None: taken back). ValueError, in one clause."""
-    name, given, value = text.partition("=")
-    if not given:
+    name, separator, value = text.partition("=")
+    if not separator:
         if not text.endswith("-"):
             raise ValueError(f"{text!r} is neither name=value nor, to take it back, name-")
         name = text[:-1]
@@ -37,7 +37,7 @@ def parse_annotation(text: str) -> tuple[str, str | None]:
         near = get_close_matches(name, ANNOTATIONS, 1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(ANNOTATIONS))}"
         raise ValueError(f"no annotation is called {name!r}; {hint}")
-    return name, (decode_text(value.encode(), MAX_ANNOTATION) if given else None)
+    return name, (decode_text(value.encode(), MAX_ANNOTATION) if separator else None)
 
 
 def _record(view: View, keys: Keys, node: str) -> NodeRecord:

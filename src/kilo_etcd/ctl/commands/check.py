@@ -132,33 +132,33 @@ class Examined:
 def findings(examined: Examined) -> tuple[Finding, ...]:
     """The findings, the worst first."""
     order = list(Severity)
-    known = silence(examined.topology, examined.statuses, examined.live)
+    silences = silence(examined.topology, examined.statuses, examined.live)
     dead = {row.name for row in examined.report.nodes if not row.alive}
     places = evidence(examined.topology, examined.statuses, examined.live, dead)
     # Each place has one finding.
-    known = evolve(known, rerouted=frozenset(pair for pair in known.rerouted if not places.astray(*pair)))
-    packets = tuple(_packets(examined, known, places))
-    wrong = [one for one in packets if one.severity is Severity.ERROR]
+    silences = evolve(silences, rerouted=frozenset(pair for pair in silences.rerouted if not places.astray(*pair)))
+    packets = tuple(_packets(examined, silences, places))
+    wrong = [finding for finding in packets if finding.severity is Severity.ERROR]
     # If an error names a leader already, the probers' report of that leader would only repeat it.
     reported = unreached_through(examined.topology)
-    told = [remark for remark in reported if any(_names(one, remark.about) for one in wrong)]
-    every = (
+    repeated = [remark for remark in reported if any(_names(finding, remark.about) for finding in wrong)]
+    unsorted = (
         *_etcd(examined.members),
         *_agents(
             examined.report,
-            known,
+            silences,
             reached_by(examined.topology, examined.live),
             places,
             {name: answer.trouble for name, answer in examined.live.answers.items()},
         ),
         *_mode(examined.report),
-        *_records(examined.report, frozenset(told)),
+        *_records(examined.report, frozenset(repeated)),
         *_unrouted(examined),
         *_claims(examined.claims),
         *_hosts(examined, places),
         *packets,
     )
-    return tuple(sorted(dict.fromkeys(every), key=lambda f: (order.index(f.severity), f.subject, f.text)))
+    return tuple(sorted(dict.fromkeys(unsorted), key=lambda f: (order.index(f.severity), f.subject, f.text)))
 
 
 def _names(finding: Finding, name: str) -> bool:
@@ -199,21 +199,21 @@ def _etcd(members: tuple[MemberState, ...]) -> Iterator[Finding]:
 
 
 def _agents(
-    found: Report,
-    known: Silence | None = None,
+    report: Report,
+    silence: Silence | None = None,
     reached: Mapping[str, Sequence[str]] | None = None,
     places: Evidence | None = None,
     troubles: Mapping[str, Sequence[str]] | None = None,
 ) -> Iterator[Finding]:
     """`reached`: node -> the hosts whose echo requests it answers; `troubles`: node -> what its agent has answered
     that is wrong."""
-    if not found.nodes:
+    if not report.nodes:
         yield Finding(
             severity=Severity.WARNING, subject="mesh", text="no node has registered under this prefix",
             remedy="is it the right --prefix, and the right etcd? else start an agent: systemctl start kilo-etcd",
         )  # fmt: skip
     idle = 0
-    for row in found.nodes:
+    for row in report.nodes:
         if row.role == NOT_IN_FORCE and row.alive:
             yield Finding(
                 severity=Severity.ERROR, subject=row.name, text="its agent lives, but the node is no part of the mesh",
@@ -261,14 +261,14 @@ def _agents(
                  "report",
             remedy="kgctl status -o json lists all; find out who may write node records",
         )  # fmt: skip
-    for remark in found.disagreements:
+    for remark in report.disagreements:
         yield Finding(severity=Severity.WARNING, subject=remark.subject, text=remark.text)
-    # What `known` tells `_packets` does, once for all of them.
-    errors = [error for error in found.errors if known is None or not known.tells(error.subject, error.text)]
+    # What `silence` tells `_packets` does, once for all of them.
+    errors = [error for error in report.errors if silence is None or not silence.tells(error.subject, error.text)]
     errors += (Remark(subject=name, text=text) for name, texts in sorted((troubles or {}).items()) for text in texts)
     for remark in grouped(_distinct(errors)):
         yield Finding(severity=Severity.ERROR, subject=remark.subject, text=remark.text)
-    versions = Counter(row.version for row in found.nodes if row.version)
+    versions = Counter(row.version for row in report.nodes if row.version)
     if len(versions) > 1:
         listed = ", ".join(f"{version} on {number}" for version, number in sorted(versions.items()))
         yield Finding(
@@ -294,22 +294,22 @@ def _distinct(errors: Iterable[Remark]) -> tuple[Remark, ...]:
     return tuple(result.values())
 
 
-def _mode(found: Report) -> Iterator[Finding]:
-    for remark in found.urgent:
+def _mode(report: Report) -> Iterator[Finding]:
+    for remark in report.urgent:
         # Of tunnels `_tunnel` tells, with the remedy.
         if DROPPED not in remark.text:
             yield Finding(severity=Severity.ERROR, subject=remark.subject, text=remark.text)
-    if found.switch is not None:
+    if report.switch is not None:
         yield Finding(
             severity=Severity.NOTE, subject="internal-ips",
-            text=f"the switch to {found.internal_ips} is under way: {found.switch}",
+            text=f"the switch to {report.internal_ips} is under way: {report.switch}",
             remedy="journalctl -u kilo-etcd on those that it waits for; kgctl node forget those that are gone for good",
         )  # fmt: skip
 
 
-def _records(found: Report, told: Collection[Remark] = ()) -> Iterator[Finding]:
-    """`told`: problems that other findings name."""
-    for aside in found.rejected[:MOST_NAMED]:
+def _records(report: Report, named_elsewhere: Collection[Remark] = ()) -> Iterator[Finding]:
+    """`named_elsewhere`: problems that other findings name."""
+    for aside in report.rejected[:MOST_NAMED]:
         yield Finding(
             severity=Severity.ERROR, subject=aside.key, text=f"rejected: {aside.reason}",
             remedy=f"etcdctl get {aside.key}; " + (
@@ -317,14 +317,14 @@ def _records(found: Report, told: Collection[Remark] = ()) -> Iterator[Finding]:
                 f"etcdctl del {aside.key}" if aside.author else "put it right or delete it"
             ),
         )  # fmt: skip
-    if (more := len(found.rejected) - MOST_NAMED) > 0:
+    if (more := len(report.rejected) - MOST_NAMED) > 0:
         yield Finding(
             severity=Severity.ERROR, subject="records", text=f"{more} more records are rejected",
             remedy="kgctl status -o json lists all under rejected; find out who writes them",
         )  # fmt: skip
-    for remark in (one for one in found.problems if one not in told):
+    for remark in (problem for problem in report.problems if problem not in named_elsewhere):
         yield Finding(severity=Severity.WARNING, subject=remark.subject, text=remark.text)
-    for remark in found.notes:
+    for remark in report.notes:
         yield Finding(severity=Severity.NOTE, subject=remark.subject, text=remark.text)
 
 
@@ -352,14 +352,14 @@ def _unrouted(examined: Examined) -> Iterator[Finding]:
     exempted it on every host that sends there."""
     in_clear = examined.report.internal_ips_in_force == InternalIPs.ENCRYPTED
     exempted = _exempted(examined) if in_clear else frozenset()
-    for meant in (False, True) if in_clear else (True,):
-        severity = Severity.NOTE if meant else Severity.WARNING
+    for exempt in (False, True) if in_clear else (True,):
+        severity = Severity.NOTE if exempt else Severity.WARNING
         remarks = [
-            remark for remark in examined.report.unrouted if not in_clear or (remark.subject in exempted) is meant
+            remark for remark in examined.report.unrouted if not in_clear or (remark.subject in exempted) is exempt
         ]
         unrouted = grouped_unrouted(remarks)
         for remark in unrouted[:MOST_NAMED]:
-            exempts = " (--clear exempts it)" if in_clear and meant else ""
+            exempts = " (--clear exempts it)" if in_clear and exempt else ""
             yield Finding(severity=severity, subject=remark.subject, text=f"{unrouted_sentence(remark)}{exempts}")
         if (more := len(unrouted) - MOST_NAMED) > 0:
             yield Finding(
@@ -373,7 +373,9 @@ def _exempted(examined: Examined) -> frozenset[str]:
     purpose, as far as they have answered."""
     topology = examined.topology
     answers = examined.live.answers
-    clear = {name: tuple(one.network for one in exemptions(answer.clear)) for name, answer in answers.items()}
+    clear = {
+        name: tuple(exemption.network for exemption in exemptions(answer.clear)) for name, answer in answers.items()
+    }
     named_senders: dict[str, set[str]] = {}
     for segment in topology.segments.values():
         for node in segment.members:
@@ -431,7 +433,7 @@ def _hosts(examined: Examined, places: Evidence) -> Iterator[Finding]:
         if _may_lead(topology, name):
             status = examined.statuses.get(name)
             errors = {*answer.trouble, *(status.errors if status is not None else ())}
-            for text in (one for one in answer.possible_obstacles if one not in errors):
+            for text in (obstacle for obstacle in answer.possible_obstacles if obstacle not in errors):
                 yield Finding(
                     severity=Severity.WARNING, subject=name,
                     text=f"it is a candidate for leader, and would not forward all packets if it led: {text}",
@@ -452,11 +454,11 @@ def _hosts(examined: Examined, places: Evidence) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def _packets(examined: Examined, known: Silence, places: Evidence) -> Iterator[Finding]:
+def _packets(examined: Examined, silence: Silence, places: Evidence) -> Iterator[Finding]:
     """Tunnels and packets, and members that do not answer each other: each cause once."""
     live, topology = examined.live, examined.topology
     missing = missing_in(error for status in examined.statuses.values() for error in status.errors)
-    for cause in causes(topology, evolve(known, apart=places.unexplained(known.apart)), missing):
+    for cause in causes(topology, evolve(silence, apart=places.unexplained(silence.apart)), missing):
         yield Finding(severity=Severity.ERROR, subject=cause.subject, text=cause.text, remedy=cause.remedy)
     for loss in shown(places, missing):
         yield Finding(severity=Severity.ERROR, subject=loss.subject, text=loss.text, remedy=loss.next_steps)
@@ -466,15 +468,18 @@ def _packets(examined: Examined, known: Silence, places: Evidence) -> Iterator[F
     ]  # fmt: skip
     anew = {(pair.one, pair.other) for pair in down if {pair.one, pair.other} & examined.led_anew}
     down = [pair for pair in down if (pair.one, pair.other) not in anew]
-    early = {pair for pair in down if pair.handshake is None and known.young & {pair.one, pair.other}}
+    early = {pair for pair in down if pair.handshake is None and silence.young & {pair.one, pair.other}}
     yield from _tunnels(topology, [pair for pair in down if pair not in early])
-    unsettled = known.undecided | {frozenset((pair.one, pair.other)) for pair in early}
+    unsettled = silence.undecided | {frozenset((pair.one, pair.other)) for pair in early}
     moved = {pair for pair in lost_pairs(topology, live) if examined.led_anew.intersection(pair)}
-    for subject, what, between in (("packets", "do not arrive", moved), ("tunnels", "have no session", anew - moved)):
+    for subject, symptom, between in (
+        ("packets", "do not arrive", moved),
+        ("tunnels", "have no session", anew - moved),
+    ):
         if between:
             yield Finding(
                 severity=Severity.WARNING, subject=subject,
-                text=f"it is too early to tell why some {what}, between "
+                text=f"it is too early to tell why some {symptom}, between "
                      f"{some(f'{one} and {other}' for one, other in sorted(between))}: their leader has just changed",
                 remedy="ask again in ten seconds: kgctl check",
             )  # fmt: skip
@@ -486,14 +491,14 @@ def _packets(examined: Examined, known: Silence, places: Evidence) -> Iterator[F
             remedy="ask again in ten seconds: kgctl check",
         )  # fmt: skip
     ends = [frozenset((pair.one, pair.other)) for pair in down]
-    apart = {*known.apart, *unsettled}
+    apart = {*silence.apart, *unsettled}
     refused = partial(echo_refused, Plans(topology, examined.statuses))
 
     def led_anew(one: str, other: str) -> bool:
         return not examined.led_anew.isdisjoint((one, other))
 
     for loss in losses(
-        topology, live, ends, apart=apart, queries_answered=known.queries_answered,
+        topology, live, ends, apart=apart, queries_answered=silence.queries_answered,
         explained=lambda one, other: led_anew(one, other) or places.explains(one, other),
     ):  # fmt: skip
         yield Finding(
@@ -547,10 +552,10 @@ def _tunnels(topology: Topology, down: Iterable[Pair]) -> Iterator[Finding]:
     apart."""
     nodes = topology.snapshot.nodes
     dropped = f"; {DROPPED}" if topology.internal_ips is InternalIPs.ENCRYPTED else ""
-    left: dict[frozenset[str], Pair] = {}
+    remaining: dict[frozenset[str], Pair] = {}
     for pair in down:
         if hidden_pair(nodes[pair.one], nodes[pair.other]) is None:
-            left[frozenset((pair.one, pair.other))] = pair
+            remaining[frozenset((pair.one, pair.other))] = pair
         else:
             yield Finding(
                 severity=Severity.ERROR, subject=f"{pair.one} - {pair.other}",
@@ -558,7 +563,7 @@ def _tunnels(topology: Topology, down: Iterable[Pair]) -> Iterator[Finding]:
                 remedy=f"{REMEDY}; kgctl status says what their hosts know of it",
             )  # fmt: skip
     alike: dict[str, list[frozenset[str]]] = {}
-    for names, pair in left.items():
+    for names, pair in remaining.items():
         # What is said of several tunnels has to be true of each.
         alike.setdefault("never" if pair.handshake is None else "once", []).append(names)
     hosts = [(host, others) for pairs in alike.values() for host, others in by_host(pairs)]
@@ -567,7 +572,7 @@ def _tunnels(topology: Topology, down: Iterable[Pair]) -> Iterator[Finding]:
         if len(others) == 1:
             ends.sort(key=lambda node: node.name)
         ports = " and ".join(f"UDP {node.endpoint} to {node.name}" for node in ends if node.endpoint is not None)
-        last = min((left[frozenset((host, other))] for other in others), key=_age).last
+        last = min((remaining[frozenset((host, other))] for other in others), key=_age).last
         yield Finding(
             severity=Severity.ERROR, subject=host if len(others) > 1 else " - ".join(node.name for node in ends),
             text=f"no tunnel between it and {some(others)}: {'the ' if last.startswith('last') else ''}{last}{dropped}"
@@ -608,12 +613,12 @@ def check_command(mesh: Mesh, output: str) -> None:
     The living agents are asked what their hosts have, and to send packets to each other. Exit status 1: there are
     errors or warnings.
     """
-    found = mesh_findings(mesh)
-    counts = Counter(finding.severity for finding in found)
+    findings = mesh_findings(mesh)
+    counts = Counter(finding.severity for finding in findings)
     if output == "json":
-        click.echo(json.dumps([asdict(finding) for finding in found], indent=2, ensure_ascii=False))
+        click.echo(json.dumps([asdict(finding) for finding in findings], indent=2, ensure_ascii=False))
     else:
-        for finding in found:
+        for finding in findings:
             click.echo(f"{_coloured(finding.severity)}: "
                        f"{clean(finding.subject)}: {clean(finding.text)}")  # fmt: skip
             if finding.remedy:

@@ -92,12 +92,12 @@ def explain_command(mesh: Mesh, source: str, target: str, output: str, live: boo
     if live:
         # If packets are lost, those that other hosts send tell at which host.
         few = len(statuses) <= TRIES
-        asked = statuses.keys() if few else names & statuses.keys()
+        names_asked = statuses.keys() if few else names & statuses.keys()
         targets = ends((*traces, *internal), snapshot)
-        gathered = mesh.ask(partial(gather, names=asked, tries=TRIES if few else 0, targets=targets))
-        found = suspicions(traces, topology, statuses, gathered, names)
-        against = tuple(dict.fromkeys(suspicion for suspicion in found if suspicion not in remarks))
-    traces, internal = (weigh(which, source, plans, gathered) for which in (traces, internal))
+        gathered = mesh.ask(partial(gather, names=names_asked, tries=TRIES if few else 0, targets=targets))
+        all_suspicions = suspicions(traces, topology, statuses, gathered, names)
+        against = tuple(dict.fromkeys(suspicion for suspicion in all_suspicions if suspicion not in remarks))
+    traces, internal = (weigh(group, source, plans, gathered) for group in (traces, internal))
     urgent = tuple(problem.text for problem in unaware_problems(topology))
     explanation = Explanation(urgent=urgent, traces=traces, internal=internal, remarks=remarks, live=against)
     if output == "json":
@@ -154,18 +154,18 @@ def trace_heading(trace: Trace) -> str:
         return f"{start}{there.leaves}"
     if back is None:
         return f"{start}arrives; {trace.unasked}"
-    same = tuple((s.target, s.source, s.medium) for s in reversed(back.steps))
+    reversed_steps = tuple((s.target, s.source, s.medium) for s in reversed(back.steps))
     way = (
         "the answer takes the same way"
-        if same == tuple((s.source, s.target, s.medium) for s in there.steps)
+        if reversed_steps == tuple((s.source, s.target, s.medium) for s in there.steps)
         else "the answer takes another way"
     )
     return f"{start}arrives; {way}"
 
 
 def _start(trace: Trace) -> str:
-    whose = f", the internal IP of {trace.there.whose}" if trace.there.whose else ""
-    return f"{trace.there.source} to {trace.there.destination}{whose}: "
+    holder = f", the internal IP of {trace.there.holder}" if trace.there.holder else ""
+    return f"{trace.there.source} to {trace.there.destination}{holder}: "
 
 
 def trace_tables(trace: Trace, snapshot: Snapshot) -> Iterator[Table]:
@@ -189,8 +189,8 @@ def trace_tables(trace: Trace, snapshot: Snapshot) -> Iterator[Table]:
             rows.append((str(len(rows) + 1), _called(last, snapshot), "dropped", "", "", clean(way.dropped)))
         columns: tuple[str, ...] = ("HOP", "FROM", "TO", "ENCRYPTED", "HOW", "TO ADDRESS")
         further = (
-            ("TABLE", [step.table for step in way.steps], trace.there.whose),
-            ("KERNEL'S ROUTE", [way.taken, *("" for _ in way.steps[1:])], way.taken),
+            ("TABLE", [step.table for step in way.steps], trace.there.holder),
+            ("KERNEL'S ROUTE", [way.kernel_route, *("" for _ in way.steps[1:])], way.kernel_route),
             (
                 "BUT",
                 [step.trouble if step.broken else "" for step in way.steps],
@@ -221,7 +221,7 @@ def internal_table(traces: tuple[Trace, ...], *, live: bool = False) -> Table:
                 there.source,
                 way or "-",
                 tables or "-",
-                *((there.taken or "-", tried) if live else ()),
+                *((there.kernel_route or "-", tried) if live else ()),
                 outcome,
             )
         )
@@ -243,10 +243,10 @@ def explanation_json(explanation: Explanation) -> str:
         return {
             "source": value.source,
             "destination": value.destination,
-            "internalIpOf": value.whose or None,
+            "internalIpOf": value.holder or None,
             "unrouted": value.unrouted or None,
             "arrives": not (value.dropped or value.lost),
-            "kernelsRoute": value.taken or None,
+            "kernelsRoute": value.kernel_route or None,
             "dropped": value.dropped or None,
             "leaves": value.leaves or None,
             "hops": [
@@ -256,20 +256,20 @@ def explanation_json(explanation: Explanation) -> str:
             ],
         }  # fmt: skip
 
-    def told(these: tuple[Trace, ...]) -> list[dict[str, Any]]:
+    def traces_json(traces: tuple[Trace, ...]) -> list[dict[str, Any]]:
         return [
-            {"works": j.works, "answered": j.answered if j.tried else None, "says": trace_heading(j),
-             "there": way(j.there), "back": way(j.back),
-             "unasked": j.unasked or None}
-            for j in these
+            {"works": trace.works, "answered": trace.answered if trace.tried else None, "says": trace_heading(trace),
+             "there": way(trace.there), "back": way(trace.back),
+             "unasked": trace.unasked or None}
+            for trace in traces
         ]  # fmt: skip
 
     return json.dumps(
         {
             "works": explanation.works,
             "urgent": list(explanation.urgent),
-            "traces": told(explanation.traces),
-            "internal": told(explanation.internal),
+            "traces": traces_json(explanation.traces),
+            "internal": traces_json(explanation.internal),
             "remarks": [{"node": name, "text": text} for name, text in explanation.remarks],
             "live": None
             if explanation.live is None

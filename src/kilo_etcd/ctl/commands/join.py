@@ -90,12 +90,15 @@ def overlaps(one: Topology, other: Topology, names: tuple[str, str]) -> Iterator
         for theirs in _networks(other):
             if mine.version == theirs.version and mine.overlaps(theirs):
                 yield f"{mine} of {names[0]} overlaps {theirs} of {names[1]}"
-    for giver, taker, (given, taken) in ((one, other, names), (other, one, (names[1], names[0]))):
+    for giver, taker, (giver_name, taker_name) in ((one, other, names), (other, one, (names[1], names[0]))):
         for network in _networks(giver):
             for node in taker.snapshot.nodes.values():
                 for internal in node.internal_ips:
                     if network.version == internal.version and network.overlaps(internal.network):
-                        yield f"{network} of {given} overlaps {internal.network}, which {node.name} of {taken} is on"
+                        yield (
+                            f"{network} of {giver_name} overlaps {internal.network}, which {node.name} of {taker_name} "
+                            "is on"
+                        )
 
 
 def _networks(topology: Topology) -> Iterable[IPNetwork]:
@@ -138,22 +141,22 @@ def _other_options(command: F) -> F:
 _CREDENTIALS = frozenset({"cacert", "cert", "key", "user", "password"})
 
 
-def _sides(context: click.Context, given: dict[str, Any]) -> tuple[Side, Side]:
+def _sides(context: click.Context, options: dict[str, Any]) -> tuple[Side, Side]:
     mesh: Mesh = context.obj
     values = etcd_values(context.find_root())
-    if given["other_endpoints"] and used(context):
+    if options["other_endpoints"] and used(context):
         # The host's own credentials are for no other etcd than that of its file.
         values.update(dict.fromkeys(values.keys() & _CREDENTIALS, ""))
-    values.update({name.removeprefix("other_"): value for name, value in given.items() if value is not None
+    values.update({name.removeprefix("other_"): value for name, value in options.items() if value is not None
                    and name.removeprefix("other_") in values})  # fmt: skip
     try:
-        prefix = parse_prefix(given["other_prefix"]) if given["other_prefix"] else mesh.prefix
+        prefix = parse_prefix(options["other_prefix"]) if options["other_prefix"] else mesh.prefix
     except ValueError as error:
         raise click.BadParameter(sentence(error), param_hint="--other-prefix") from None
     other = Mesh(etcd_config(**values), prefix)
     if other == mesh:
         raise click.UsageError("These are one and the same mesh: give --other-prefix, or --other-endpoints.")
-    labels = [given["label"] or default_label(mesh.prefix), given["other_label"] or default_label(prefix)]
+    labels = [options["label"] or default_label(mesh.prefix), options["other_label"] or default_label(prefix)]
     if labels[0] == labels[1]:
         raise click.UsageError(f"Both meshes would be called {labels[0]}: give them names, --label and --other-label.")
     for label in labels:
@@ -175,14 +178,14 @@ _EXAMPLES = (
 @click.option("--follow", is_flag=True, help="Keep running, and update the peers when leaders change, until Ctrl-C.")
 @change_options
 @click.pass_context
-def join_command(context: click.Context, /, dry_run: bool, yes: bool, follow: bool, **given: Any) -> None:
+def join_command(context: click.Context, /, dry_run: bool, yes: bool, follow: bool, **options: Any) -> None:
     """Join this mesh and another: every segment of one becomes a peer of the other, both ways.
 
     Joining again updates the peers. That is needed when a leader changes; --follow does it.
     """
-    one, other = _sides(context, given)
-    done = _carry_out(one, other, _joined, dry_run=dry_run, ask="" if yes or follow else "Join the two meshes?")
-    click.echo("The meshes are joined." if done else "Nothing was written (--dry-run)." if dry_run else
+    one, other = _sides(context, options)
+    written = _carry_out(one, other, _joined, dry_run=dry_run, ask="" if yes or follow else "Join the two meshes?")
+    click.echo("The meshes are joined." if written else "Nothing was written (--dry-run)." if dry_run else
                "Nothing to change: the meshes are joined already.")  # fmt: skip
     if follow and not dry_run:
         _follow(one, other)
@@ -192,16 +195,16 @@ def join_command(context: click.Context, /, dry_run: bool, yes: bool, follow: bo
 @_other_options
 @change_options
 @click.pass_context
-def unjoin_command(context: click.Context, /, dry_run: bool, yes: bool, **given: Any) -> None:
+def unjoin_command(context: click.Context, /, dry_run: bool, yes: bool, **options: Any) -> None:
     """Undo mesh join: each mesh removes the peers that are the other's segments."""
-    one, other = _sides(context, given)
-    done = _carry_out(one, other, _parted, dry_run=dry_run, ask="" if yes else "Part the two meshes?")
-    click.echo("The meshes are parted." if done else "Nothing was written (--dry-run)." if dry_run else
+    one, other = _sides(context, options)
+    written = _carry_out(one, other, _parted, dry_run=dry_run, ask="" if yes else "Part the two meshes?")
+    click.echo("The meshes are parted." if written else "Nothing was written (--dry-run)." if dry_run else
                "Nothing to change: the meshes are not joined.")  # fmt: skip
 
 
 Peers = dict[str, PeerRecord]
-Wanted = Callable[[Side, Side], tuple[Peers, Peers]]
+DesiredPeers = Callable[[Side, Side], tuple[Peers, Peers]]
 """(one mesh, the other) -> the peers that each of them shall have of the other. Failure."""
 
 
@@ -229,9 +232,9 @@ def _topology(side: Side) -> Topology:
     return build_topology(side.mesh.ask(operator.snapshot)[0])
 
 
-def _carry_out(one: Side, other: Side, wanted: Wanted, *, dry_run: bool, ask: str) -> bool:
+def _carry_out(one: Side, other: Side, desired_peers: DesiredPeers, *, dry_run: bool, ask: str) -> bool:
     """Have both meshes know what they shall of each other; whether anything was written. Failure."""
-    of_other, of_one = wanted(one, other)
+    of_other, of_one = desired_peers(one, other)
     prepared = [
         (side, change)
         for side, far, peers in ((one, other, of_other), (other, one, of_one))
@@ -258,8 +261,8 @@ def _write(changes: list[Prepared]) -> None:
             restored = False
             with suppress(Failure):
                 restored = changes[0].take_back()
-            left = "" if restored else f"; {changes[0].mesh.prefix} could not be restored: run the opposite command"
-            raise Failure(f"{change.mesh.prefix}: {failure.message}{left}") from None
+            hint = "" if restored else f"; {changes[0].mesh.prefix} could not be restored: run the opposite command"
+            raise Failure(f"{change.mesh.prefix}: {failure.message}{hint}") from None
 
 
 def _edit(label: str, peers: dict[str, PeerRecord], _before: Snapshot, view: View, keys: Keys) -> Edit:

@@ -99,7 +99,7 @@ def load(source: str) -> Spec:
 
 def _setting_option(name: str, kind: type[StrEnum], help_text: str) -> Callable[[F], F]:
     """An option for one of the mesh's settings, read as everywhere else."""
-    choice = click.Choice(tuple(each.value for each in kind))
+    choice = click.Choice(tuple(member.value for member in kind))
 
     def parse(context: click.Context, parameter: click.Parameter, text: str | None) -> StrEnum | None:
         try:

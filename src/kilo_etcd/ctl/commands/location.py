@@ -120,17 +120,17 @@ def set_command(mesh: Mesh, node: str, label: str, others: tuple[str, ...], dry_
 @click.pass_obj
 def unset_command(mesh: Mesh, nodes: tuple[str, ...], dry_run: bool, yes: bool) -> None:
     """Remove NODE's label; the host's own default location counts again."""
-    had: dict[str, bool] = {}
+    had_label: dict[str, bool] = {}
     registered: frozenset[str] = frozenset()
 
     def decide(_before: Snapshot, view: View, keys: Keys) -> Edit:
         nonlocal registered
         registered = registered_names(view, keys)
-        had.update({name: view.kv(keys.location(name)) is not None for name in nodes})
-        return Edit(deletes=tuple(keys.location(name) for name in had), asks_if_disruptive=True)
+        had_label.update({name: view.kv(keys.location(name)) is not None for name in nodes})
+        return Edit(deletes=tuple(keys.location(name) for name in had_label), asks_if_disruptive=True)
 
     if carry_out(mesh, decide, dry_run=dry_run, yes=yes) is not Outcome.DRY_RUN:
-        for name, was_there in had.items():
+        for name, was_there in had_label.items():
             text = "label removed" if was_there else "had no label"
             click.echo(f"{name}: {text}{'' if name in registered else _not_yet(name)}")
 

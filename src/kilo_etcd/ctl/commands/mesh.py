@@ -98,7 +98,7 @@ def _setting(context: click.Context, parameter: click.Parameter, value: str) -> 
     "  kgctl mesh set internal-ips off",
 )
 @click.argument(
-    "what",
+    "setting",
     metavar="{granularity|internal-ips}",
     callback=_setting,
     shell_complete=_SETTINGS.shell_complete,
@@ -106,26 +106,26 @@ def _setting(context: click.Context, parameter: click.Parameter, value: str) -> 
 @click.argument("value")
 @change_options
 @click.pass_obj
-def set_command(mesh: Mesh, what: str, value: str, dry_run: bool, yes: bool) -> None:
+def set_command(mesh: Mesh, setting: str, value: str, dry_run: bool, yes: bool) -> None:
     """Change a setting of the mesh, live."""
-    kind: type[StrEnum] = Granularity if what == "granularity" else InternalIPs
+    kind: type[StrEnum] = Granularity if setting == "granularity" else InternalIPs
     try:
         value = parse_value(kind, value)
     except ValueError:
-        raise click.BadParameter(f"{value!r} is not a value of {what}: write {CHOICES[kind]}.") from None
-    effect = "Every tunnel" if what == "granularity" else "The routing to internal IPs"
-    verb = "is drawn anew" if what == "granularity" else "changes"
+        raise click.BadParameter(f"{value!r} is not a value of {setting}: write {CHOICES[kind]}.") from None
+    effect = "Every tunnel" if setting == "granularity" else "The routing to internal IPs"
+    verb = "is drawn anew" if setting == "granularity" else "changes"
 
     def decide(before: Snapshot, _view: View, keys: Keys) -> Edit:
         nodes = len(before.nodes)
-        key = keys.granularity if what == "granularity" else keys.internal_ips
+        key = keys.granularity if setting == "granularity" else keys.internal_ips
         return Edit(
             puts={key: value},
             asks=f"{effect} of {nodes} node{'' if nodes == 1 else 's'} {verb}. Continue?" if nodes else "",
         )
 
     if carry_out(mesh, decide, dry_run=dry_run, yes=yes) is Outcome.NOTHING:
-        click.echo(f"Nothing to change: {what} is {value} already.")
+        click.echo(f"Nothing to change: {setting} is {value} already.")
 
 
 @mesh_group.command("adopt", epilog="Example:\n\n\b\n  kgctl --endpoints http://10.0.0.9:2379 mesh adopt --dry-run")

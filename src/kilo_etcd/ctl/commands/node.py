@@ -93,14 +93,14 @@ def show_command(mesh: Mesh, node: str, output: str) -> None:
     row = next(iter(report.nodes), None)
     if row is None:
         raise Failure(f"there is no node {node}; kgctl node list lists them")
-    known = node in snapshot.nodes
+    in_force = node in snapshot.nodes
     part = encode_name(node)
     aside = [f"{note.key}: {note.reason}" for note in snapshot.rejected if part in note.key.split("/")]
     shown = Shown(
         row=row,
         facts=_facts(snapshot, node, looked.statuses.get(node)),
-        plan=Plans(looked.topology, looked.statuses).of_kernel(node) if known else None,
-        addresses=tuple(own_addresses_of(looked.topology, node)) if known else (),
+        plan=Plans(looked.topology, looked.statuses).of_kernel(node) if in_force else None,
+        addresses=tuple(own_addresses_of(looked.topology, node)) if in_force else (),
         remarks=(*(text for _, text in remarks_on(report, {node})), *aside),
     )
     click.echo(_json(shown)) if output == "json" else show(_tables(shown), _heading(row))
@@ -167,17 +167,17 @@ def _encrypted_tables(plan: HostPlan, addresses: tuple[OwnAddress, ...]) -> Iter
         ("ADDRESS", "IS ITS", "REACHED", "WHY"),
         tuple(
             (
-                str(one.address),
-                "internal IP" if one.internal else "endpoint",
+                str(address.address),
+                "internal IP" if address.internal else "endpoint",
                 "through the tunnels"
-                if not one.in_clear
-                else f"in clear from {clean(', '.join(one.not_from)) or 'everywhere'}",
-                clean(one.why) or NONE,
+                if not address.in_clear
+                else f"in clear from {clean(', '.join(address.not_from)) or 'everywhere'}",
+                clean(address.why) or NONE,
             )
-            for one in addresses
+            for address in addresses
         ),
     )
-    if (wanted := plan.encryption) is None:
+    if (encryption := plan.encryption) is None:
         return
     from kilo_etcd.ctl.reports.trace import encrypted_table
 
@@ -188,30 +188,32 @@ def _encrypted_tables(plan: HostPlan, addresses: tuple[OwnAddress, ...]) -> Iter
             NONE if route.gateway is None else str(route.gateway),
             NONE if route.source is None else str(route.source),
         )
-        for route in wanted.send.values()
+        for route in encryption.send.values()
     ]
-    rows += [(str(network), "dropped: no way into the tunnel", NONE, NONE) for network in sorted(wanted.hold, key=str)]
+    rows += [
+        (str(network), "dropped: no way into the tunnel", NONE, NONE) for network in sorted(encryption.hold, key=str)
+    ]
     yield Table(
         f"Routes it should have in table {encrypted_table()}", ("TO", "WAY", "GATEWAY", "FROM"), tuple(sorted(rows))
     )
 
 
 def _encrypted_json(shown: Shown) -> dict[str, Any] | None:
-    wanted = None if shown.plan is None else shown.plan.encryption
-    if wanted is None:
+    encryption = None if shown.plan is None else shown.plan.encryption
+    if encryption is None:
         return None
     return {
         "addresses": [
-            {"address": str(one.address), "internalIp": one.internal, "inClear": one.in_clear,
-             "notFrom": list(one.not_from), "why": one.why or None}
-            for one in shown.addresses
+            {"address": str(address.address), "internalIp": address.internal, "inClear": address.in_clear,
+             "notFrom": list(address.not_from), "why": address.why or None}
+            for address in shown.addresses
         ],
         "routes": [
             {"to": str(r.destination), "way": r.way.value, "gateway": str(r.gateway) if r.gateway else None,
              "source": str(r.source) if r.source else None}
-            for r in wanted.send.values()
+            for r in encryption.send.values()
         ],
-        "dropped": sorted(map(str, wanted.hold)),
+        "dropped": sorted(map(str, encryption.hold)),
     }  # fmt: skip
 
 

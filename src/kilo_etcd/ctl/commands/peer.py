@@ -159,17 +159,19 @@ def add_command(
             if (clash := _clash(peer, before, frozenset(names))) is not None:
                 raise Failure(f"peer {peer.name}: {clash}; nothing was written")
         puts = {keys.peer(peer.name or ""): encode(peer.record).decode() for peer in peers}
-        for each, (key, value) in zip(names, puts.items(), strict=True):
+        for peer_name, (key, value) in zip(names, puts.items(), strict=True):
             held = view.kv(key)
             if held is not None and held.value.decode(errors="replace") != value and not replace:
-                raise Failure(f"there is a peer {each} already; --replace replaces it, kgctl peer show {each} shows it")
+                raise Failure(
+                    f"there is a peer {peer_name} already; --replace replaces it, kgctl peer show {peer_name} shows it"
+                )
         return Edit(puts=puts, refuses_trouble=True)
 
     # With --generate standard output is the configuration, and nothing else.
     outcome = carry_out(mesh, decide, dry_run=dry_run, yes=yes, aside=private is not None)
-    for each in names:
+    for peer_name in names:
         if outcome is not Outcome.DRY_RUN:
-            click.echo(f"peer {clean(each)}: {'added' if outcome is Outcome.WRITTEN else 'is so already'}",
+            click.echo(f"peer {clean(peer_name)}: {'added' if outcome is Outcome.WRITTEN else 'is so already'}",
                        err=private is not None)  # fmt: skip
     if private is not None and outcome is Outcome.WRITTEN:
         _print_configuration(mesh, names[0], private, qr=qr)
@@ -180,13 +182,13 @@ def _clash(peer: NamedPeer, snapshot: Snapshot, replaced: frozenset[str]) -> str
 
     Rarer clashes are found by the agents' own rules (`Edit.refuses_trouble`).
     """
-    others = [other for name, other in sorted(snapshot.peers.items()) if name not in replaced]
-    for whose, key in (
+    other_peers = [other for name, other in sorted(snapshot.peers.items()) if name not in replaced]
+    for owner, key in (
         *((f"node {node.name}", node.public_key) for node in snapshot.nodes.values()),
-        *((f"peer {other.name}", other.public_key) for other in others),
+        *((f"peer {other.name}", other.public_key) for other in other_peers),
     ):
         if key == peer.record.public_key:
-            return f"its public key is that of {whose}; make it a key of its own (wg genkey, or --generate)"
+            return f"its public key is that of {owner}; make it a key of its own (wg genkey, or --generate)"
     for network in peer.record.allowed_ips:
         if network.prefixlen == 0:
             return (
@@ -196,7 +198,7 @@ def _clash(peer: NamedPeer, snapshot: Snapshot, replaced: frozenset[str]) -> str
         for subnet in snapshot.subnets:
             if network.version == subnet.version and network.overlaps(subnet):
                 return f"{network} overlaps the mesh's subnet {subnet}, whose addresses nodes claim; choose another"
-        for other in others:
+        for other in other_peers:
             for theirs in other.allowed_ips:
                 if network.version == theirs.version and network.overlaps(theirs):
                     return f"{network} overlaps {theirs} of peer {other.name}; choose another"
@@ -215,7 +217,7 @@ def _from_file(file: str, name: str | None) -> tuple[NamedPeer, ...]:
         if len(peers) != 1:
             raise Failure(f"there are {len(peers)} peers in it, which cannot all be called {name}")
         peers = (NamedPeer(name, peers[0].record),)
-    seen: set[str] = set()
+    names_seen: set[str] = set()
     for peer in peers:
         if peer.name is None:
             raise Failure("a peer in it has no name (metadata.name): give it one, or NAME on the command line")
@@ -223,9 +225,9 @@ def _from_file(file: str, name: str | None) -> tuple[NamedPeer, ...]:
             parse_peer_name(peer.name)
         except ValueError as error:
             raise Failure(f"{error}; nothing was written") from None
-        if peer.name in seen:
+        if peer.name in names_seen:
             raise Failure(f"two peers in it are called {peer.name}; nothing was written")
-        seen.add(peer.name)
+        names_seen.add(peer.name)
     return peers
 
 

@@ -93,16 +93,16 @@ async def read_mesh(client: Client, keys: Keys, *, live: bool = False) -> Report
 def status_command(mesh: Mesh, output: str, live: bool, watch: bool) -> None:
     """Show nodes, locations, their leaders and the next in line, and everything that is wrong."""
 
-    def put_out(found: Report) -> None:
+    def put_out(report: Report) -> None:
         if output == "json":
-            text = status_json(found)
+            text = status_json(report)
             # With --watch one line for each look, for programs that read line by line.
             click.echo(json.dumps(json.loads(text), ensure_ascii=False) if watch else text)
             return
         if watch:
             click.clear()  # does nothing where there is no terminal
             click.echo(f"{datetime.now():%Y-%m-%d %H:%M:%S}")
-        show(status_tables(found), status_heading(found))
+        show(status_tables(report), status_heading(report))
 
     if watch:
         mesh.ask(partial(_follow, put_out=put_out, live=live))
@@ -133,16 +133,16 @@ async def _follow(client: Client, keys: Keys, *, put_out: Callable[[Report], Non
             nursery.start_soon(partial(watch_changes, client, prefix, changed_now, retry=PAUSE_SECONDS, counts=counts))
         while True:
             try:
-                found = await read_mesh(client, keys, live=live)
+                report = await read_mesh(client, keys, live=live)
             except Unavailable as error:
                 if str(error) != away:
                     away = str(error)
                     click.echo(f"kgctl: {away}; what was shown last may be old", err=True)
                 await trio.sleep(PAUSE_SECONDS)
                 continue
-            if found != shown or away:
-                put_out(found)
-            shown, away = found, ""
+            if report != shown or away:
+                put_out(report)
+            shown, away = report, ""
             with trio.move_on_after(LIVE_SECONDS if live else float("inf")):
                 await changed.wait()
             await trio.sleep(PAUSE_SECONDS)

@@ -62,12 +62,12 @@ def _peer(item: Any, source: str) -> NamedPeer:
     called = f"{source}: peer {name}" if name else source
     if not isinstance(spec, Mapping):
         raise ValueError(f"{called}: its spec is no mapping")
-    known = {"publicKey", "allowedIPs", "endpoint", "persistentKeepalive", "presharedKey"}
+    known_fields = {"publicKey", "allowedIPs", "endpoint", "persistentKeepalive", "presharedKey"}
     beside = {"name", "apiVersion", "kind", "metadata", "status"} if spec is item else set()
     for field in spec:
-        if field not in known | beside:
+        if field not in known_fields | beside:
             raise ValueError(
-                f"{called}: {shown_name(field)} is no field of a peer; there are {', '.join(sorted(known))}"
+                f"{called}: {shown_name(field)} is no field of a peer; there are {', '.join(sorted(known_fields))}"
             )
     try:
         return NamedPeer(name, _record(spec))

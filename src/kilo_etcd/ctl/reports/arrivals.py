@@ -110,37 +110,37 @@ def losses(
         and all(not _explained(topology, *pair, down) for pair in tried.bad)
     ):
         return (_unanswered(topology, tried, sessions),)
-    found: list[Loss] = []
-    rest = set(tried.bad)
-    for sender in sorted({pair[0] for pair in rest}):
-        asked = sorted(other for one, other in rest if one == sender)
-        answers = sorted(one for one, other in tried.good if other == sender)
+    result: list[Loss] = []
+    remaining = set(tried.bad)
+    for sender in sorted({pair[0] for pair in remaining}):
+        targets = sorted(other for one, other in remaining if one == sender)
+        answered = sorted(one for one, other in tried.good if other == sender)
         # Packets arrive there, and its answers do here: so it is what it sends itself.
-        if len(asked) > 1 and answers and not any(one == sender for one, _ in tried.good):
-            rest = {pair for pair in rest if pair[0] != sender}
-            found.append(_unanswered_sender(sender, asked, answers))
-    for target in sorted({pair[1] for pair in rest}):
-        askers = sorted(one for one, other in (*rest, *tried.good) if other == target)
-        if any((one, target) in tried.good for one in askers):
+        if len(targets) > 1 and answered and not any(one == sender for one, _ in tried.good):
+            remaining = {pair for pair in remaining if pair[0] != sender}
+            result.append(_unanswered_sender(sender, targets, answered))
+    for target in sorted({pair[1] for pair in remaining}):
+        askers = sorted(one for one, other in (*remaining, *tried.good) if other == target)
+        if any((asker, target) in tried.good for asker in askers):
             continue
-        if all(_explained(topology, one, target, down) for one in askers):
+        if all(_explained(topology, asker, target, down) for asker in askers):
             continue
         reaches = any(one == target for one, _ in tried.good)
         if len(askers) < 2 and not reaches:
             continue  # It may as well be the one that asks.
-        families = frozenset(version for one in askers for version in tried.bad[one, target])
-        rest = {pair for pair in rest if pair[1] != target}
+        families = frozenset(version for asker in askers for version in tried.bad[asker, target])
+        remaining = {pair for pair in remaining if pair[1] != target}
         own = target in tried.tried
         answer = live.answers.get(target)
         unsent = answer is not None and bool(answer.unsent_peers)
-        found.append(
+        result.append(
             _unreached(topology, target, askers, families, own=own, reaches=reaches, sessions=sessions, unsent=unsent)
         )
-    mute = {loss.subject for loss in found if not loss.filtered}
+    mute = {loss.subject for loss in result if not loss.filtered}
     # A host that is cut off reaches no other host either; one finding is enough.
-    rest = {pair for pair in rest if pair[0] not in mute}
-    found += _by_leader(topology, live, tried, rest, down)
-    return tuple(found)
+    remaining = {pair for pair in remaining if pair[0] not in mute}
+    result += _by_leader(topology, live, tried, remaining, down)
+    return tuple(result)
 
 
 def reached_by(topology: Topology, live: Live) -> dict[str, tuple[str, ...]]:
@@ -195,8 +195,8 @@ def by_host(
 def _smaller(topology: Topology, live: Live, one: str, other: str, size: int) -> str:
     """What to do about a way between two hosts on which no packet of `size` bytes arrives. How many bytes do arrive is
     not known; so the sentence says how to find that out, through the tunnel, where nothing has to be subtracted."""
-    known = tunnels(topology, live)
-    ends = [end for node, far in ((one, other), (other, one)) for end in known.get(node, ()) if end.other == far]
+    by_node = tunnels(topology, live)
+    ends = [end for node, far in ((one, other), (other, one)) for end in by_node.get(node, ()) if end.other == far]
     outer = {6 if end.endpoint.startswith("[") else 4 for end in ends if end.endpoint}
     version = outer.pop() if len(outer) == 1 else None
     less = f"less than {size + _OVERHEAD[version]} bytes" if version else "less than their tunnels take it to"
@@ -279,12 +279,12 @@ def _explained(topology: Topology, one: str, other: str, down: Collection[frozen
 def _unanswered(topology: Topology, tried: _Tried, sessions: Collection[Pair]) -> Loss:
     """Nobody answers an echo request. Whether packets arrive all the same, nothing that was asked can tell."""
     number = len(tried.tried)
-    which = f"{number} hosts sent" if number > 1 else f"{next(iter(tried.tried))} sent"
+    senders = f"{number} hosts sent" if number > 1 else f"{next(iter(tried.tried))} sent"
     tunnel = f"{len(sessions)} tunnel{' has a session' if len(sessions) == 1 else 's have sessions'}"
     signal = tunnel if sessions else "members of a location answer each other's peer queries (UDP 1107)"
     return Loss(
         subject="packets", filtered=True,
-        text=f"none of the echo requests that {which} to mesh addresses was answered, although {signal}: it is not "
+        text=f"none of the echo requests that {senders} to mesh addresses was answered, although {signal}: it is not "
              "known whether other packets arrive",
         remedy="let ICMP echo requests from the mesh pass the hosts' firewalls; if they do pass, look for what drops "
                "all that comes in by kilo0 (nft list ruleset), and for a rule or route of the operator's (ip rule)",
@@ -319,30 +319,30 @@ def _unreached(
             remedy="let ICMP echo requests from the mesh pass its firewall: without them it is not known whether "
                    "packets arrive there",
         )  # fmt: skip
-    asked = f"no echo request to it at {addresses} was answered (tried by {some(askers)})"
+    unanswered = f"no echo request to it at {addresses} was answered (tried by {some(askers)})"
     its_own = ", nor one of its own" if own else ""
     far = sorted({pair.one if pair.other == target else pair.other
                   for pair in sessions if target in (pair.one, pair.other)})  # fmt: skip
     if far:
         return Loss(
-            subject=target, text=f"{asked}{its_own}, although its tunnel to {far[0]} has a session",
+            subject=target, text=f"{unanswered}{its_own}, although its tunnel to {far[0]} has a session",
             remedy="look there for what drops " + (
                 "UDP 51820 (--port) that goes out, or packets that go out by kilo0" if unsent
                 else "packets that come in by kilo0 or go out by it"
             ) + ": nft list ruleset, ip rule",
         )  # fmt: skip
     return Loss(
-        subject=target, text=f"{asked}{its_own}",
+        subject=target, text=f"{unanswered}{its_own}",
         remedy="is the host up? journalctl -u kilo-etcd there; does its firewall (nft list ruleset) let pass what "
                "comes in from the mesh, and what goes out to it?",
     )  # fmt: skip
 
 
-def _unanswered_sender(sender: str, asked: Iterable[str], answers: Iterable[str]) -> Loss:
+def _unanswered_sender(sender: str, targets: Iterable[str], answered: Iterable[str]) -> Loss:
     return Loss(
         subject=sender,
-        text=f"none of the echo requests that it sends to {some(asked)} is answered, although it answers those of "
-             f"{some(answers)}",
+        text=f"none of the echo requests that it sends to {some(targets)} is answered, although it answers those of "
+             f"{some(answered)}",
         remedy="look there for what drops or changes its own packets: nft list ruleset and iptables-save (snat, "
                "masquerade, drop), ip rule",
     )  # fmt: skip
@@ -352,12 +352,12 @@ def _by_leader(
     topology: Topology,
     live: Live,
     tried: _Tried,
-    rest: Collection[tuple[str, str]],
+    remaining: Collection[tuple[str, str]],
     down: Collection[frozenset[str]],
 ) -> Iterator[Loss]:
     blamed: dict[str, list[tuple[str, str]]] = {}
     alone: list[tuple[str, str]] = []
-    for one, other in sorted(rest):
+    for one, other in sorted(remaining):
         here, there = end_of(topology, one), end_of(topology, other)
         if here == there:
             # Within a segment nobody else is on the way.
@@ -385,12 +385,12 @@ def _by_leader(
             else f"from {some(near if out else far)} to {some(far if out else near)}"
         )
         answer = live.answers.get(leader)
-        known = () if answer is None else (*answer.trouble, *answer.possible_obstacles)
+        obstacles = () if answer is None else (*answer.trouble, *answer.possible_obstacles)
         yield Loss(
             subject=leader,
             text=f"it leads its location and does not forward: through it nothing arrives {way}",
-            remedy="; ".join(known) or f"look there for {FORWARDING_LOOK}",
-            between=None if known else (source, target),
+            remedy="; ".join(obstacles) or f"look there for {FORWARDING_LOOK}",
+            between=None if obstacles else (source, target),
         )  # fmt: skip
     yield from _apart(topology, set(alone))
 

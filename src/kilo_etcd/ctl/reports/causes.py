@@ -71,9 +71,9 @@ def silence(topology: Topology, statuses: Mapping[str, StatusRecord], live: Live
         if name not in nodes or not status.unreachable:
             continue
         current = {(target.node, str(target.address)) for target in targets(topology, name)}
-        for one in status.unreachable:
-            if (one.node, one.address) in current:
-                pair, kind = frozenset((name, one.node)), _kind(one, topology)
+        for unreachable in status.unreachable:
+            if (unreachable.node, unreachable.address) in current:
+                pair, kind = frozenset((name, unreachable.node)), _kind(unreachable, topology)
                 kinds[pair] = min(kind, kinds.get(pair, kind))
     undecided = {
         frozenset((name, other))
@@ -118,8 +118,8 @@ def _queries_answered(
 ) -> bool:  # fmt: skip
     for segment in topology.segments.values():
         living = (node.name for node in segment.members if node.name in statuses and statuses[node.name].answers)
-        some = list(islice(living, FEW))
-        if any(frozenset((one, other)) not in silent for one in some for other in some if one < other):
+        sample = list(islice(living, FEW))
+        if any(frozenset((one, other)) not in silent for one in sample for other in sample if one < other):
             return True
     return False
 
@@ -143,12 +143,12 @@ _SAYS = {
 }
 
 
-def causes(topology: Topology, known: Silence, missing: Collection[str] = ()) -> Iterator[Cause]:
+def causes(topology: Topology, silence: Silence, missing: Collection[str] = ()) -> Iterator[Cause]:
     """One for each location and kind, with all pairs that it explains. `missing`: internal IPs that their hosts do not
     have, which explains why these do not answer there."""
     groups: dict[tuple[str, Kind], list[frozenset[str]]] = {}
-    for pair, kind in known.apart.items():
-        if pair in known.rerouted:
+    for pair, kind in silence.apart.items():
+        if pair in silence.rerouted:
             continue  # The agent's own error names the reason.
         if kind is not Kind.TUNNELED and any(lacks(topology.snapshot.nodes[name], missing) for name in pair):
             continue
@@ -169,15 +169,15 @@ def _cause(topology: Topology, location: str, kind: Kind, pairs: list[frozenset[
         labelled = next((name for name in names if topology.segment_of(name).leader.name != name), names[0])
         which, both = "the two", "both"
     elif len(centre) == 1:
-        others = [name for name in names if name != centre[0]]
-        subject, text, labelled = centre[0], f"it and {first_of(others, PAIRS)} {verb}", centre[0]
+        other_names = [name for name in names if name != centre[0]]
+        subject, text, labelled = centre[0], f"it and {first_of(other_names, PAIRS)} {verb}", centre[0]
         which, both = "they", "all"
     else:
         subject, labelled = where.partition(",")[0], "NODE"
-        every = 2 * len(pairs) == len(names) * (len(names) - 1)
+        all_pairs = 2 * len(pairs) == len(names) * (len(names) - 1)
         text = (
             f"{first_of(names, PAIRS)} {verb}"
-            if every
+            if all_pairs
             else f"{len(pairs)} pairs of its hosts {verb}: {first_of(shown, PAIRS)}"
         )
         which, both = "they", "all"

@@ -32,14 +32,14 @@ def engine(topology: Topology) -> str:
 def picture(dot: str, kind: str, engine: str = "circo") -> bytes:
     """DOT as `svg` or `png`, laid out by one of graphviz' programs. CannotDraw."""
     try:
-        done = subprocess.run([engine, f"-T{kind}"], input=dot.encode(), capture_output=True, check=False)
+        completed = subprocess.run([engine, f"-T{kind}"], input=dot.encode(), capture_output=True, check=False)
     except FileNotFoundError:
         raise CannotDraw(
             f"{engine} is not installed, which draws the picture: install graphviz, or take -o dot, mermaid or json"
         ) from None
-    if done.returncode or not done.stdout:
-        raise CannotDraw(f"{engine} could not draw the picture: {done.stderr.decode(errors='replace').strip()}")
-    return done.stdout
+    if completed.returncode or not completed.stdout:
+        raise CannotDraw(f"{engine} could not draw the picture: {completed.stderr.decode(errors='replace').strip()}")
+    return completed.stdout
 
 
 def mermaid(topology: Topology, states: Mapping[Edge, EdgeState], gone: Collection[str] | None = None) -> str:
@@ -79,9 +79,9 @@ def mermaid(topology: Topology, states: Mapping[Edge, EdgeState], gone: Collecti
             good.append(str(number))
         other = ids["peer" if edge.kind is EdgeKind.PEER else "node", edge.other]
         lines.append(f"    {ids['node', edge.one]} {arrow} {other}")
-    for which, colour in ((good, "#2e7d32"), (bad, "#c62828"), (stale, "#9e9e9e")):
-        if which:
-            lines.append(f"    linkStyle {','.join(which)} stroke:{colour}")
+    for numbers, colour in ((good, "#2e7d32"), (bad, "#c62828"), (stale, "#9e9e9e")):
+        if numbers:
+            lines.append(f"    linkStyle {','.join(numbers)} stroke:{colour}")
     return "\n".join(lines) + "\n"
 
 

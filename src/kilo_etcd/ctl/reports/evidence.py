@@ -76,8 +76,8 @@ class Evidence:
     @cached_property
     def hops(self) -> frozenset[_Hop]:
         """Pairs of hosts between which WireGuard's packets are lost."""
-        each = (*self.endpoints.items(), *self.blocked.items())
-        return frozenset(frozenset((one, other)) for one, others in each for other in others)
+        losing_hosts = (*self.endpoints.items(), *self.blocked.items())
+        return frozenset(frozenset((one, other)) for one, others in losing_hosts for other in others)
 
     def unexplained(self, apart: Mapping[_Hop, Kind]) -> dict[_Hop, Kind]:
         """The pairs of members none of whose kernels takes another route to the other."""
@@ -129,7 +129,7 @@ def evidence(
     nodes = topology.snapshot.nodes
     lost = lost_hops(topology, live)
     reached = reached_by(topology, live)
-    paths = {path(topology, one, other) for other, ones in reached.items() for one in ones}
+    paths = {path(topology, asker, other) for other, askers in reached.items() for asker in askers}
     routes, endpoints = _routes(topology, live, lost)
     stopped = {name for name, status in statuses.items() if any(NO_WIREGUARD in text for text in status.errors)}
     stopped |= {name for name, answer in live.answers.items() if any(NO_WIREGUARD in text for text in answer.trouble)}
@@ -206,7 +206,7 @@ def _unresponsive(
         """Whether it is the place itself. If its location reaches it and nothing arrives by its leader, that may be."""
         leader, status = end_of(topology, name), statuses.get(name)
         stale = status is not None and status.leader not in ("", leader)
-        near = any(end_of(topology, one) == leader for one in reached.get(name, ()))
+        near = any(end_of(topology, asker) == leader for asker in reached.get(name, ()))
         return leader == name or leader in forwarding or stale or not near
 
     return {name: tuple(dict.fromkeys(ones)) for name, ones in tried.items() if at_fault(name)}
@@ -244,21 +244,21 @@ def _mesh(node: Node) -> tuple[str, ...]:
     return tuple(map(str, node.mesh_addresses))
 
 
-def shown(known: Evidence, missing: Collection[str] = ()) -> Iterator[Loss]:
+def shown(places: Evidence, missing: Collection[str] = ()) -> Iterator[Loss]:
     """One error for each place. `missing`: internal IPs that their hosts do not have, which explains why these take
     other routes."""
-    nodes = known.topology.snapshot.nodes
+    nodes = places.topology.snapshot.nodes
     # Without the address the agent's routes, which send from it, cannot be there.
-    astray = sorted(name for name in known.routes if not lacks(nodes[name], missing))
+    astray = sorted(name for name in places.routes if not lacks(nodes[name], missing))
     for name in astray[:PAIRS]:
-        yield _other_route(name, known.routes[name])
+        yield _other_route(name, places.routes[name])
     if more := astray[PAIRS:]:
         yield Loss(
             subject="routes",
             text=f"the kernels of {len(more)} more hosts take other routes than the agents' too, {some(more)}",
             remedy="mend what is named first, then ask again",
         )  # fmt: skip
-    for name, far in sorted(known.endpoints.items()):
+    for name, far in sorted(places.endpoints.items()):
         yield Loss(
             subject=name,
             text=f"its WireGuard reaches nobody at {some(far.values())}, the endpoints of {some(far)}: the host's "
@@ -268,53 +268,53 @@ def shown(known: Evidence, missing: Collection[str] = ()) -> Iterator[Loss]:
             remedy=f"ip route show default and ip rule show on {name}: is the default route gone, or does a rule "
                    "refuse these packets?",
         )  # fmt: skip
-    yield from _blocked_ways(known)
+    yield from _blocked_ways(places)
 
 
-def _blocked_ways(known: Evidence) -> Iterator[Loss]:
+def _blocked_ways(places: Evidence) -> Iterator[Loss]:
     """One error for each host that most of the blocked ways have in common."""
     ways = {
         (sender, name)
-        for name, senders in known.blocked.items()
+        for name, senders in places.blocked.items()
         for sender in senders
-        if not known.explains_tunnel(name, sender)
+        if not places.explains_tunnel(name, sender)
     }
     received = Counter(name for _, name in ways)
     for name, far in by_host(map(frozenset, ways), received.__getitem__):
         senders = {other for other in far if (other, name) in ways}
-        yield _blocked_way(known, name, senders, {other for other in far if (name, other) in ways})
+        yield _blocked_way(places, name, senders, {other for other in far if (name, other) in ways})
 
 
-def _blocked_way(known: Evidence, name: str, senders: Collection[str], receivers: Collection[str]) -> Loss:
+def _blocked_way(places: Evidence, name: str, senders: Collection[str], receivers: Collection[str]) -> Loss:
     """Between one host and some others. `senders`: those whose packets do not arrive at it; `receivers`: those at which
     its packets do not."""
     far = sorted({*senders, *receivers})
     ways = [(here, there) for other in far for here, there in ((name, other), (other, name))]
-    each = [way for here, there in ways if (way := known.blocked.get(here, {}).get(there)) is not None]
-    last = min((way.seconds for way in each if way.seconds is not None), default=None)
+    blocked_ways = [way for here, there in ways if (way := places.blocked.get(here, {}).get(there)) is not None]
+    last = min((way.seconds for way in blocked_ways if way.seconds is not None), default=None)
     # Not the endpoint in its record: the tunnel may use another one.
-    into = {way.endpoint for sender in senders if (way := known.blocked.get(name, {}).get(sender)) is not None}
-    stated = known.topology.snapshot.nodes[name].endpoint
+    into = {way.endpoint for sender in senders if (way := places.blocked.get(name, {}).get(sender)) is not None}
+    stated = places.topology.snapshot.nodes[name].endpoint
     endpoint = (into.pop() if len(into) == 1 else "") or str(stated or 51820)
     callers = [*(senders and far), *([name] if receivers else [])]
     if not receivers:
-        what, passes = (
+        symptom, passes = (
             f"WireGuard's packets from {some(far)} do not arrive at {name}",
             f"UDP {endpoint} to {name}",
         )
     elif not senders:
-        what, passes = (
+        symptom, passes = (
             f"WireGuard's packets from {name} do not arrive at {some(far)}",
             f"UDP {stated or 51820} from {name}",
         )
     else:
-        what, passes = (
+        symptom, passes = (
             f"WireGuard's packets between {name} and {some(far)} do not arrive",
             f"UDP {endpoint} to and from {name}",
         )
     return Loss(
         subject=name if len(far) > 1 else f"{name} - {far[0]}",
-        text=f"{what}, although they are sent (last handshake: {ago(last)} ago)",
+        text=f"{symptom}, although they are sent (last handshake: {ago(last)} ago)",
         remedy=f"let {passes} pass, on the way and through the firewalls of both ends (nft list ruleset)"
                + (f"; ip neigh on {' and '.join(callers)}" if _is_private(endpoint) and len(far) == 1 else ""),
         between=(far[0], name),

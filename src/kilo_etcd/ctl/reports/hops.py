@@ -44,12 +44,12 @@ def weigh(
 ) -> tuple[Trace, ...]:
     """The traces from node `source` with what is known against their hops. `live`: what the hosts on the way have
     answered."""
-    known = _Known(plans, Live() if live is None else live)
-    return tuple(_weighed(trace, source, known) for trace in traces)
+    check = _HopCheck(plans, Live() if live is None else live)
+    return tuple(_weighed(trace, source, check) for trace in traces)
 
 
 @frozen
-class _Known:
+class _HopCheck:
     plans: Plans
     live: Live
 
@@ -81,15 +81,15 @@ class _Known:
         return self._no_session(source, target)
 
     def _no_session(self, source: str, target: str) -> str:
-        known = tunnels(self.topology, self.live)
+        by_node = tunnels(self.topology, self.live)
         ends: list[LiveTunnel] = [
             tunnel
             for here, there in ((source, target.removeprefix("peer ")), (target, source))
-            for tunnel in known.get(here, ())
+            for tunnel in by_node.get(here, ())
             if tunnel.other == there
         ]
         if not ends:
-            missing = [(here, there) for here, there in ((source, target), (target, source)) if here in known]
+            missing = [(here, there) for here, there in ((source, target), (target, source)) if here in by_node]
             return "{} has no tunnel to {}".format(*missing[0]) if missing else ""
         if any(end.up for end in ends):
             return ""
@@ -143,38 +143,34 @@ def _concerns(error: str, destination: IPAddress | None, *, forwards: bool) -> b
     return True
 
 
-def _weighed(trace: Trace, source: str, known: _Known) -> Trace:
-    there = _weighed_way(trace.there, known)
-    back = None if trace.back is None else _weighed_way(trace.back, known)
-    answer = known.live.answers.get(source)
+def _weighed(trace: Trace, source: str, check: _HopCheck) -> Trace:
+    there = _weighed_way(trace.there, check)
+    back = None if trace.back is None else _weighed_way(trace.back, check)
+    answer = check.live.answers.get(source)
     answered = answer is not None and there.destination in answer.reached
     unanswered = answer is not None and there.destination in answer.unreached
     suspicion = f"none of the echo requests of {source} was answered" if unanswered else ""
-    taken = (
-        ()
-        if answer is None
-        else (taken_route for taken_route in answer.routes if taken_route.address == there.destination)
-    )
-    if (route := next(iter(taken), None)) is not None:
-        there = evolve(there, taken=route.route)
+    routes = () if answer is None else (route for route in answer.routes if route.address == there.destination)
+    if (route := next(iter(routes), None)) is not None:
+        there = evolve(there, kernel_route=route.route)
         if route.foreign:
             suspicion = f"the kernel of {source} sends it by another route than the agent's: {route.route}"
             answered = False
     return evolve(trace, there=there, back=back, answered=answered, tried=answered or unanswered, suspicion=suspicion)
 
 
-def _weighed_way(way: Way, known: _Known) -> Way:
+def _weighed_way(way: Way, check: _HopCheck) -> Way:
     destination = _address(way.destination)
     steps: list[Step] = []
     for number, step in enumerate(way.steps, 1):
-        broken = known.broken(step)
-        node = known.topology.snapshot.nodes.get(step.target)
+        broken = check.broken(step)
+        node = check.topology.snapshot.nodes.get(step.target)
         forwards = number < len(way.steps) or node is None or destination is None or not has_address(node, destination)
-        trouble = broken or known.suspicion(step.target, destination, forwards=forwards)
+        trouble = broken or check.suspicion(step.target, destination, forwards=forwards)
         if not trouble and not steps:
-            trouble = known.suspicion(step.source, destination, forwards=False)
-        if not trouble and step.medium == MEDIUM[Via.TUNNEL] and step.source in known.topology.snapshot.nodes:
-            trouble = unanswered(known.topology, step.source, step.target)
+            trouble = check.suspicion(step.source, destination, forwards=False)
+        if not trouble and step.medium == MEDIUM[Via.TUNNEL] and step.source in check.topology.snapshot.nodes:
+            trouble = unanswered(check.topology, step.source, step.target)
         steps.append(evolve(step, trouble=trouble, broken=bool(broken)))
     return evolve(way, steps=tuple(steps))
 
@@ -217,21 +213,21 @@ def suspicions(
         if pair.up is False and frozenset((pair.one, pair.other)) in used:
             down.add(frozenset((pair.one, pair.other)))
             yield pair.one, f"its tunnel to {pair.other} has no session: {pair.last}"
-    known = silence(topology, statuses, whole)
+    silences = silence(topology, statuses, whole)
     places = evidence(topology, statuses, whole)
-    unsettled = {*known.apart, *known.undecided}
+    unsettled = {*silences.apart, *silences.undecided}
     refused = partial(echo_refused, Plans(topology, statuses))
     lost: list[Loss | Cause] = []
     if names is None or any(_is_lost(trace, live) for trace in traces):
-        found: tuple[Loss | Cause, ...] = (
+        all_losses: tuple[Loss | Cause, ...] = (
             *shown(places),
-            *causes(topology, known),
+            *causes(topology, silences),
             *losses(
-                topology, whole, down, apart=unsettled, queries_answered=known.queries_answered,
+                topology, whole, down, apart=unsettled, queries_answered=silences.queries_answered,
                 explained=places.explains,
             ),
         )  # fmt: skip
-        lost += (loss for loss in found if names is None or _is_about(loss.subject, topology, names))
+        lost += (loss for loss in all_losses if names is None or _is_about(loss.subject, topology, names))
     lost += narrow(topology, live)
     lost += internal_losses(topology, live, places, unsettled, explained=refused)
     for loss in lost:

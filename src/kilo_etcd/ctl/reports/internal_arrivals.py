@@ -24,7 +24,7 @@ _Pair = tuple[str, str]
 
 
 @frozen
-class _Asked:
+class _Echoes:
     """Internal IPs by pairs of nodes, the sender first."""
 
     good: frozenset[_Pair] = frozenset()
@@ -35,7 +35,7 @@ class _Asked:
 def internal_losses(
     topology: Topology,
     live: Live,
-    known: Evidence,
+    places: Evidence,
     apart: Collection[frozenset[str]] = (),
     *,
     missing: Collection[str] = (),
@@ -43,25 +43,25 @@ def internal_losses(
 ) -> tuple[Loss, ...]:
     """One for each host that is known to be the place, then the pairs that remain; of each kind the first `PAIRS`.
 
-    `known`: the places that other findings name. `apart`: pairs of members of a location that do not reach each other,
+    `places`: the places that other findings name. `apart`: pairs of members of a location that do not reach each other,
     or of which that is not known yet. `missing`: internal IPs that their hosts do not have, which their agents report.
     `explained`: whether another finding says why echo requests between two hosts are lost.
     """
     losses = []
-    asked = _asked(topology, live, known, frozenset(missing))
-    rest = {pair for pair in asked.lost if not across(topology, *pair, apart) and not explained(*pair)}
+    echoes = _echoes(topology, live, places, frozenset(missing))
+    remaining = {pair for pair in echoes.lost if not across(topology, *pair, apart) and not explained(*pair)}
     for _ in range(PAIRS):
-        if (place := _place(topology, asked, rest)) is None:
+        if (place := _place(topology, echoes, remaining)) is None:
             break
         role, name = place
-        passing = {pair for pair in rest if place in _places(topology, *pair)}
-        rest -= passing
-        losses.append(_at(topology, live, name, role, sorted(passing), asked))
-    losses.extend(_by_pairs(topology, live, sorted(rest), asked))
+        passing = {pair for pair in remaining if place in _places(topology, *pair)}
+        remaining -= passing
+        losses.append(_at(topology, live, name, role, sorted(passing), echoes))
+    losses.extend(_by_pairs(topology, live, sorted(remaining), echoes))
     return tuple(losses)
 
 
-def _asked(topology: Topology, live: Live, known: Evidence, missing: frozenset[str]) -> _Asked:
+def _echoes(topology: Topology, live: Live, places: Evidence, missing: frozenset[str]) -> _Echoes:
     nodes = topology.snapshot.nodes
     mesh = {str(address): node.name for node in nodes.values() for address in node.mesh_addresses}
     internal = {
@@ -81,9 +81,9 @@ def _asked(topology: Topology, live: Live, known: Evidence, missing: frozenset[s
             own = {str(ip.ip) for ip in nodes[name].internal_ips}
             # The answer may take another route than the agent's, too. A host has an error of its own for that, as one
             # has that lacks an address.
-            if address not in missing and not own & missing and not known.between(name, target, (address,), own):
+            if address not in missing and not own & missing and not places.between(name, target, (address,), own):
                 lost[name, target] = (*lost.get((name, target), ()), address)
-    return _Asked(frozenset(good - lost.keys()), lost)
+    return _Echoes(frozenset(good - lost.keys()), lost)
 
 
 class InternalRole(IntEnum):
@@ -112,11 +112,11 @@ def _places(topology: Topology, one: str, other: str) -> Iterator[_Place]:
             yield InternalRole.FORWARDS, leader
 
 
-def _place(topology: Topology, asked: _Asked, rest: Iterable[_Pair]) -> _Place | None:
+def _place(topology: Topology, echoes: _Echoes, remaining: Iterable[_Pair]) -> _Place | None:
     """The place that most of the losses have in common and nothing that has arrived; None: no two have any."""
-    innocent = {place for pair in asked.good for place in _places(topology, *pair)}
+    innocent = {place for pair in echoes.good for place in _places(topology, *pair)}
     number: dict[_Place, int] = {}
-    for pair in rest:
+    for pair in remaining:
         for place in _places(topology, *pair):
             if place not in innocent:
                 number[place] = number.get(place, 0) + 1
@@ -133,37 +133,37 @@ _DOES = {
 }
 
 
-def _at(topology: Topology, live: Live, name: str, role: InternalRole, pairs: list[_Pair], asked: _Asked) -> Loss:
+def _at(topology: Topology, live: Live, name: str, role: InternalRole, pairs: list[_Pair], echoes: _Echoes) -> Loss:
     one, other = pairs[0]
-    own = dict.fromkeys(address for pair in pairs for address in asked.lost[pair])
-    far = sorted({each for pair in pairs for each in pair} - {name})
+    own = dict.fromkeys(address for pair in pairs for address in echoes.lost[pair])
+    far = sorted({host for pair in pairs for host in pair} - {name})
     # If it is the only member that was tried, its leader may as well be the place.
     hosts = list(dict.fromkeys((name, end_of(topology, name))))
     text = _DOES[role].format(own=some(own), far=some(far), first=f"{one} to {other}")
     return Loss(
         subject=name, text=f"{text}, although echo requests to mesh addresses are answered",
-        remedy=_remedy(topology, live, hosts, one, asked.lost[one, other][0]),
-        between=(one, asked.lost[one, other][0]),
+        remedy=_remedy(topology, live, hosts, one, echoes.lost[one, other][0]),
+        between=(one, echoes.lost[one, other][0]),
     )  # fmt: skip
 
 
-def _by_pairs(topology: Topology, live: Live, pairs: list[_Pair], asked: _Asked) -> Iterator[Loss]:
-    each = sorted({(min(pair), max(pair)) for pair in pairs})
-    for pair in each[:PAIRS]:
-        one, other = pair if pair in asked.lost else pair[::-1]
-        address = asked.lost[one, other][0]
+def _by_pairs(topology: Topology, live: Live, pairs: list[_Pair], echoes: _Echoes) -> Iterator[Loss]:
+    unordered = sorted({(min(pair), max(pair)) for pair in pairs})
+    for pair in unordered[:PAIRS]:
+        one, other = pair if pair in echoes.lost else pair[::-1]
+        address = echoes.lost[one, other][0]
         on_the_way = list(dict.fromkeys(name for _, name in _places(topology, one, other)))
         yield Loss(
             subject=f"{one} - {other}",
             text=f"{one} and {other} do not reach each other at internal IPs ({address} for instance), although they "
                  "do at mesh addresses"
-                 if pair in asked.lost and pair[::-1] in asked.lost
+                 if pair in echoes.lost and pair[::-1] in echoes.lost
                  else f"{one} does not reach {other} at its internal IP {address}, although it does at the mesh "
                  "address",
             remedy=_remedy(topology, live, on_the_way, one, address),
             between=(one, address),
         )  # fmt: skip
-    if more := each[PAIRS:]:
+    if more := unordered[PAIRS:]:
         yield Loss(
             subject="internal-ips",
             text=f"{len(more)} more pairs do not reach each other at internal IPs, "
@@ -186,7 +186,7 @@ def _past_the_tunnels(
 
 def _remedy(topology: Topology, live: Live, hosts: Iterable[str], source: str, address: str) -> str:
     names = [name for name in hosts if name in topology.snapshot.nodes]
-    known = [
+    obstacles = [
         f"{name}: {text}"
         for name in names
         if (answer := live.answers.get(name)) is not None
@@ -197,4 +197,4 @@ def _remedy(topology: Topology, live: Live, hosts: Iterable[str], source: str, a
         )
     ]
     look = f"look on {some(names)} for what drops packets by their addresses: nft list ruleset, iptables-save"
-    return "; ".join((*known, look, "the mesh address works"))
+    return "; ".join((*obstacles, look, "the mesh address works"))

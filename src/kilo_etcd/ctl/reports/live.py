@@ -132,8 +132,8 @@ class Pair:
     @property
     def handshake(self) -> int | None:
         """Seconds since the last one, by the end that knows of the later."""
-        known = [end.handshake for end in self.ends if end.handshake is not None]
-        return min(known) if known else None
+        handshakes = [end.handshake for end in self.ends if end.handshake is not None]
+        return min(handshakes) if handshakes else None
 
     @property
     def last(self) -> str:
@@ -141,12 +141,12 @@ class Pair:
         return "no handshake yet" if self.handshake is None else f"last handshake {ago(self.handshake)} ago"
 
 
-def pairs(topology: Topology, known: Mapping[str, Iterable[LiveTunnel]]) -> tuple[Pair, ...]:
+def pairs(topology: Topology, by_node: Mapping[str, Iterable[LiveTunnel]]) -> tuple[Pair, ...]:
     """Every pair of leaders that should have a tunnel, by names; in a full mesh that is every pair of nodes.
 
-    `known` is what `tunnels` gives.
+    `by_node` is what `tunnels` gives.
     """
-    by_name = {node: {tunnel.other: tunnel for tunnel in theirs} for node, theirs in known.items()}
+    by_name = {node: {tunnel.other: tunnel for tunnel in theirs} for node, theirs in by_node.items()}
     policy = topology.policy
     leaders = sorted((segment.leader for segment in topology.segments.values()), key=lambda node: node.name)
     result = []
@@ -167,11 +167,11 @@ def pairs(topology: Topology, known: Mapping[str, Iterable[LiveTunnel]]) -> tupl
 def edge_states(topology: Topology, live: Live) -> dict[Edge, EdgeState]:
     """The state of each tunnel, by its edge in the picture; tunnels to sleeping laptops are in no state."""
     result = {}
-    known = tunnels(topology, live)
-    for pair in pairs(topology, known):
+    by_node = tunnels(topology, live)
+    for pair in pairs(topology, by_node):
         if pair.ends:
             result[Edge(pair.one, pair.other, EdgeKind.TUNNEL)] = EdgeState(pair.up, pair.last)
-    for node, theirs in known.items():
+    for node, theirs in by_node.items():
         for tunnel in theirs:
             if tunnel.other in topology.peers and tunnel.handshake is not None:
                 state = EdgeState(True if tunnel.up else None, f"last handshake {ago(tunnel.handshake)} ago")
@@ -182,8 +182,8 @@ def edge_states(topology: Topology, live: Live) -> dict[Edge, EdgeState]:
 def differs(answer: DiagnosticsResponse) -> str:
     """How a kernel differs from the plan, as `not as planned: 3 changes are missing, the first: ip route add ...`."""
     missing = "1 change is missing" if answer.undone == 1 else f"{answer.undone} changes are missing"
-    which = ": " if answer.undone == 1 else ", the first: "
-    first = f"{which}{answer.changes[0]}" if answer.changes else ""
+    separator = ": " if answer.undone == 1 else ", the first: "
+    first = f"{separator}{answer.changes[0]}" if answer.changes else ""
     return f"not as planned: {missing}{first}"
 
 

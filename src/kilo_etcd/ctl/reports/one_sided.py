@@ -37,7 +37,7 @@ class OneSided:
     exemption: Exemption
     senders: tuple[str, ...]
     refusing: tuple[str, ...]
-    wanted: Exemption
+    needed: Exemption
     """The exemption that the first refusing host needs so that it accepts the first sender."""
 
     @property
@@ -48,12 +48,13 @@ class OneSided:
     @property
     def text(self) -> str:
         """A sentence with its remedy."""
-        others, first = first_of(self.refusing, MOST_NAMED), self.refusing[0]
-        each = "" if len(self.refusing) == len(self.senders) == 1 else "; likewise for each pair of the others"
+        refusing, first = first_of(self.refusing, MOST_NAMED), self.refusing[0]
+        likewise = "" if len(self.refusing) == len(self.senders) == 1 else "; likewise for each pair of the others"
         return (
             f"--clear {self.exemption} is stated at one end only: what {first_of(self.senders, MOST_NAMED)} sends to "
-            f"{others} by it leaves in clear, and is refused there; state it on {first} too "
-            f"(add {self.wanted} to KILO_CLEAR there{each}), or take it away on {first_of(self.senders, MOST_NAMED)}"
+            f"{refusing} by it leaves in clear, and is refused there; state it on {first} too "
+            f"(add {self.needed} to KILO_CLEAR there{likewise}), or take it away on "
+            f"{first_of(self.senders, MOST_NAMED)}"
         )
 
 
@@ -73,11 +74,11 @@ def one_sided(
     for name, stated in sorted(exempted(statuses).items()):
         if name in topology.snapshot.nodes and (names is None or name in names):
             alike.setdefault(stated, []).append(topology.snapshot.nodes[name])
-    for exemption in sorted({one for stated in alike for one in stated}, key=str):
+    for exemption in sorted({exemption for stated in alike for exemption in stated}, key=str):
         senders = [node for stated, nodes in alike.items() if exemption in stated for node in nodes]
         for stated, nodes in alike.items():
-            if (found := _refused(exemption, senders, stated, nodes, plans)) is not None:
-                yield found
+            if (mismatch := _refused(exemption, senders, stated, nodes, plans)) is not None:
+                yield mismatch
 
 
 def _refused(
@@ -89,38 +90,38 @@ def _refused(
         return None
     # A host refuses no node of its own segment, so a segment that has all the senders is not looked at.
     segments = {plans.topology.segment_of(name).key for name in unknown}
-    there = (
+    receivers = (
         node for node in nodes
         if any(_within(address, exemption) for address in own_addresses(node))
         and segments != {plans.topology.segment_of(node.name).key}
     )  # fmt: skip
     refusing, sending = [], set()
-    for node in islice(there, MOST_LOOKED_AT):
-        wanted = plans[node.name].encryption
-        found = {name for name, address in unknown.items() if wanted is not None and address in wanted.refuse}
-        if found := found - {node.name}:
+    for node in islice(receivers, MOST_LOOKED_AT):
+        encryption = plans[node.name].encryption
+        refused = {name for name, address in unknown.items() if encryption is not None and address in encryption.refuse}
+        if refused := refused - {node.name}:
             refusing.append(node.name)
-            sending |= found
+            sending |= refused
     if not refusing:
         return None
     named = tuple(sorted(sending))
     return OneSided(
         exemption=exemption, senders=named, refusing=tuple(refusing),
-        wanted=Exemption(protocol=exemption.protocol, port=exemption.port, network=ip_network(unknown[named[0]])),
+        needed=Exemption(protocol=exemption.protocol, port=exemption.port, network=ip_network(unknown[named[0]])),
     )  # fmt: skip
 
 
 def echo_refused(plans: Plans, one: str, other: str) -> bool:
     """Whether an exemption of one of two hosts, and not of the other, has them lose echo requests at internal IPs."""
     nodes, statuses = plans.topology.snapshot.nodes, plans.statuses
-    known = exempted({name: statuses[name] for name in (one, other) if name in statuses})
-    if len(known) < 2 or not {one, other} <= nodes.keys():
+    stated = exempted({name: statuses[name] for name in (one, other) if name in statuses})
+    if len(stated) < 2 or not {one, other} <= nodes.keys():
         return False
     return any(
         exemption.protocol == "icmp"
-        and _refused(exemption, (nodes[here],), known[there], [nodes[there]], plans) is not None
+        and _refused(exemption, (nodes[here],), stated[there], [nodes[there]], plans) is not None
         for here, there in ((one, other), (other, one))
-        for exemption in known[here]
+        for exemption in stated[here]
     )
 
 
@@ -128,12 +129,17 @@ def _uncovered(node: Node, exemption: Exemption, stated: Iterable[Exemption]) ->
     """The first internal IP of a node that `stated` does not have for what an exemption is about, or endpoint if it has
     no internal IP of that family; None: there is none."""
     matching = [
-        one for one in stated if one.protocol == exemption.protocol and (one.port is None or one.port == exemption.port)
+        own_exemption
+        for own_exemption in stated
+        if own_exemption.protocol == exemption.protocol
+        and (own_exemption.port is None or own_exemption.port == exemption.port)
     ]
     version = exemption.network.version
     internal = [ip.ip for ip in node.internal_ips if ip.version == version]
     own = internal or [address for address in own_addresses(node) if address.version == version]
-    return next((address for address in own if not any(_within(address, one) for one in matching)), None)
+    return next(
+        (address for address in own if not any(_within(address, own_exemption) for own_exemption in matching)), None
+    )
 
 
 def _within(address: IPAddress, exemption: Exemption) -> bool:

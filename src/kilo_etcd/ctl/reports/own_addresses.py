@@ -43,7 +43,7 @@ def own_addresses_of(topology: Topology, name: str) -> Iterator[OwnAddress]:
     exposed = {address for holder, address in endpoints_in_clear(topology) if holder.name == name}
     for address in own_addresses(node):
         network = host_network(address)
-        entry = next((one for one in topology.unrouted if one.network == network and name in one.nodes), None)
+        entry = next((entry for entry in topology.unrouted if entry.network == network and name in entry.nodes), None)
         if entry is not None:
             why = f"{entry.reason}; {entry.remedy}"
             yield OwnAddress(

@@ -162,8 +162,8 @@ def shown_mode(report: Report) -> str:
     under it."""
     shown = shown_internal_ips(report.internal_ips, report.internal_ips_in_force, len(report.unaware))
     notes = [] if report.switch is None else [clean(str(report.switch))]
-    if report.internal_ips_in_force == InternalIPs.ENCRYPTED and (left := len(report.unrouted)):
-        notes.append(f"but not {left} address{'' if left == 1 else 'es'}, named below")
+    if report.internal_ips_in_force == InternalIPs.ENCRYPTED and (unrouted := len(report.unrouted)):
+        notes.append(f"but not {unrouted} address{'' if unrouted == 1 else 'es'}, named below")
     return f"{shown} ({', '.join(notes)})" if notes else shown
 
 
@@ -298,14 +298,14 @@ def _remarks(remarks: Sequence[Any]) -> tuple[tuple[str, ...], ...]:
     return _first(remarks, lambda remark: (clean(remark.subject), clean(remark.text)), "of these")
 
 
-def _first(items: Sequence[Any], cells: Callable[[Any], tuple[str, ...]], what: str) -> tuple[tuple[str, ...], ...]:
+def _first(items: Sequence[Any], cells: Callable[[Any], tuple[str, ...]], note: str) -> tuple[tuple[str, ...], ...]:
     """The first `MOST_TROUBLES` as rows, and a row that counts the others."""
     rows = tuple(cells(item) for item in items[:MOST_TROUBLES])
     more = len(items) - len(rows)
     if not more:
         return rows
     filled = [NONE] * (len(rows[0]) - 2)
-    return (*rows, (f"{more} more", *filled, f"{what}; kgctl status -o json lists all"))
+    return (*rows, (f"{more} more", *filled, f"{note}; kgctl status -o json lists all"))
 
 
 def _node_rows(nodes: Sequence[NodeRow]) -> tuple[tuple[str, ...], ...]:

@@ -233,7 +233,7 @@ def report(
             if name in statuses
             for text in _disagreements(name, statuses[name], topology, newest)
         )
-        + tuple(_unsigned(names, statuses, topology, each=about is not None)),
+        + tuple(_unsigned(names, statuses, topology, separately=about is not None)),
         errors=tuple(
             Remark(subject=name, text=error)
             for name in names
@@ -246,8 +246,8 @@ def report(
                 Remark(subject=problem.subject, text=problem.text, about=problem.about)
                 for problem in (*topology.problems, *private_leaders(topology))
             ),
-            *_same_internal_ips(snapshot, statuses, each=about is not None),
-            *_same_endpoints(snapshot, statuses, each=about is not None),
+            *_same_internal_ips(snapshot, statuses, separately=about is not None),
+            *_same_endpoints(snapshot, statuses, separately=about is not None),
             *_unreached_through(topology),
             *_one_sided(topology, statuses, about),
         ),
@@ -290,7 +290,9 @@ def _without_internal_ip(topology: Topology, names: Iterable[str]) -> Iterator[R
         )
 
 
-def _same_internal_ips(snapshot: Snapshot, statuses: Mapping[str, StatusRecord], *, each: bool) -> Iterator[Remark]:
+def _same_internal_ips(
+    snapshot: Snapshot, statuses: Mapping[str, StatusRecord], *, separately: bool
+) -> Iterator[Remark]:
     """On hosts of one location that have one internal IP."""
     having: dict[tuple[str, IPAddress], list[str]] = {}
     for name, node in sorted(snapshot.nodes.items()):
@@ -304,10 +306,12 @@ def _same_internal_ips(snapshot: Snapshot, statuses: Mapping[str, StatusRecord],
                 f"they share no network, label them apart (kgctl location set {last} NAME)"
             )
 
-        yield from _shared(names, f"internal IP {address} at {called_location(location)}", remedy, statuses, each=each)
+        yield from _shared(
+            names, f"internal IP {address} at {called_location(location)}", remedy, statuses, separately=separately
+        )
 
 
-def _same_endpoints(snapshot: Snapshot, statuses: Mapping[str, StatusRecord], *, each: bool) -> Iterator[Remark]:
+def _same_endpoints(snapshot: Snapshot, statuses: Mapping[str, StatusRecord], *, separately: bool) -> Iterator[Remark]:
     """On nodes that have one public endpoint: two sites may have the same private one."""
     having: dict[Endpoint, list[str]] = {}
     for name, node in sorted(snapshot.nodes.items()):
@@ -322,21 +326,26 @@ def _same_endpoints(snapshot: Snapshot, statuses: Mapping[str, StatusRecord], *,
                 "one NAT a port of its own, --port)"
             )
 
-        yield from _shared(names, f"endpoint {endpoint}", remedy, statuses, each=each)
+        yield from _shared(names, f"endpoint {endpoint}", remedy, statuses, separately=separately)
 
 
 def _shared(
-    names: Sequence[str], what: str, remedy: Callable[[str], str], statuses: Mapping[str, StatusRecord], *, each: bool
+    names: Sequence[str],
+    shared_address: str,
+    remedy: Callable[[str], str],
+    statuses: Mapping[str, StatusRecord],
+    *,
+    separately: bool,
 ) -> Iterator[Remark]:
-    """On nodes that have one address: at most one of them is reached there. One remark for all of them; with `each` one
-    for each node. `remedy`: what to do with the node that is named."""
+    """On nodes that have one address: at most one of them is reached there. One remark for all of them; with
+    `separately` one for each node. `remedy`: what to do with the node that is named."""
     if len(names) == 1:
         return
     silent = [name for name in names if name not in statuses]
     last = (silent or names)[-1]
-    gone = f"if {last} is gone for good, kgctl node forget {last}; else " if silent else ""
-    text = f"they have the same {what}, so at most one of them is reached there: {gone}{remedy(last)}"
-    if each:
+    forget_hint = f"if {last} is gone for good, kgctl node forget {last}; else " if silent else ""
+    text = f"they have the same {shared_address}, so at most one of them is reached there: {forget_hint}{remedy(last)}"
+    if separately:
         yield from (Remark(subject=name, text=f"{first_of(names, MOST_SUBJECTS)}: {text}") for name in names)
     else:
         yield Remark(subject=first_of(names, MOST_SUBJECTS), text=text, about=last)
@@ -367,8 +376,8 @@ def _one_sided(
         return
     from kilo_etcd.ctl.reports.one_sided import one_sided
 
-    for found in one_sided(topology, statuses, about):
-        yield Remark(subject=found.subject, text=found.text, about=found.refusing[0])
+    for mismatch in one_sided(topology, statuses, about):
+        yield Remark(subject=mismatch.subject, text=mismatch.text, about=mismatch.refusing[0])
 
 
 def _endpoints_in_clear(topology: Topology, names: Collection[str]) -> Iterator[Remark]:
@@ -377,12 +386,14 @@ def _endpoints_in_clear(topology: Topology, names: Collection[str]) -> Iterator[
         return
     from kilo_etcd.topology.inclear import endpoints_in_clear
 
-    found = sorted({f"{node.name} {address}" for node, address in endpoints_in_clear(topology) if node.name in names})
-    if found:
+    endpoints = sorted(
+        {f"{node.name} {address}" for node, address in endpoints_in_clear(topology) if node.name in names}
+    )
+    if endpoints:
         yield Remark(
             subject="internal-ips",
             text="packets to and from the endpoints of nodes in locations with several members stay in clear, and "
-            f"these nodes refuse no clear text of that family: {first_of(found, MOST_SUBJECTS)}; granularity full "
+            f"these nodes refuse no clear text of that family: {first_of(endpoints, MOST_SUBJECTS)}; granularity full "
             "encrypts them",
         )
 
@@ -424,8 +435,8 @@ def grouped(remarks: Iterable[Remark]) -> tuple[Remark, ...]:
     for remark in remarks:
         subjects.setdefault((remark.text, remark.about), []).append(remark.subject)
     return tuple(
-        Remark(subject=first_of(these, MOST_SUBJECTS), text=text, about=about)
-        for (text, about), these in subjects.items()
+        Remark(subject=first_of(names, MOST_SUBJECTS), text=text, about=about)
+        for (text, about), names in subjects.items()
     )
 
 
@@ -437,12 +448,12 @@ def grouped_unrouted(remarks: Iterable[UnroutedRemark]) -> tuple[UnroutedRemark,
         alike.setdefault((remark.text, remark.not_from), []).append(remark)
     return tuple(
         UnroutedRemark(
-            subject=first_of([one.subject_with_nodes for one in these], MOST_SUBJECTS),
+            subject=first_of([remark.subject_with_nodes for remark in group], MOST_SUBJECTS),
             text=text,
-            nodes=tuple(dict.fromkeys(name for one in these for name in one.nodes)),
+            nodes=tuple(dict.fromkeys(name for remark in group for name in remark.nodes)),
             not_from=not_from,
         )
-        for (text, not_from), these in alike.items()
+        for (text, not_from), group in alike.items()
     )
 
 
@@ -456,7 +467,7 @@ def _live_report(topology: Topology, live: Live) -> LiveReport:
     from kilo_etcd.ctl.reports.live import pairs, tunnels
 
     by_leader = tunnels(topology, live)
-    known = [pair for pair in pairs(topology, by_leader) if pair.ends]
+    answered = [pair for pair in pairs(topology, by_leader) if pair.ends]
     return LiveReport(
         kernels=tuple(
             KernelRow(
@@ -472,16 +483,16 @@ def _live_report(topology: Topology, live: Live) -> LiveReport:
         ),
         silent=live.silent,
         refused=live.refused or None,
-        tunnels=len(known),
-        up=sum(pair.up is True for pair in known),
+        tunnels=len(answered),
+        up=sum(pair.up is True for pair in answered),
     )
 
 
 def remarks_on(report: Report, names: Collection[str]) -> tuple[tuple[str, str], ...]:
     """(name, sentence) for everything that the report has to say against the named nodes."""
-    gone = [(row.name, "its agent does not report: is the host up?") for row in report.nodes if not row.alive]
-    told = [(r.about or r.subject, r.text) for r in (*report.disagreements, *report.errors, *report.problems)]
-    return tuple(dict.fromkeys(pair for pair in (*gone, *told) if pair[0] in names))
+    silent = [(row.name, "its agent does not report: is the host up?") for row in report.nodes if not row.alive]
+    reported = [(r.about or r.subject, r.text) for r in (*report.disagreements, *report.errors, *report.problems)]
+    return tuple(dict.fromkeys(pair for pair in (*silent, *reported) if pair[0] in names))
 
 
 def _node_row(name: str, topology: Topology, status: StatusRecord | None, newest: int, registered: bool) -> NodeRow:
@@ -551,11 +562,11 @@ def _reason(segment: Segment, snapshot: Snapshot) -> str:
 
 
 def _unsigned(
-    names: Iterable[str], statuses: Mapping[str, StatusRecord], topology: Topology, *, each: bool
+    names: Iterable[str], statuses: Mapping[str, StatusRecord], topology: Topology, *, separately: bool
 ) -> Iterator[Remark]:
     """On members of a location at whose internal IPs something answers that does not authenticate as them, although
     their agents would. A firewall may drop the peer queries of a whole location: several pairs are one remark for each
-    location, unless `each` is wanted."""
+    location, unless `separately` is given."""
     nodes = topology.snapshot.nodes
     pairs: dict[str, list[tuple[str, str]]] = {}
     for name in names:
@@ -564,9 +575,9 @@ def _unsigned(
             if other in nodes and status is not None and status.answers:
                 pairs.setdefault(nodes[other].location, []).append((name, other))
     for location, result in sorted(pairs.items()):
-        if each or len(result) == 1:
+        if separately or len(result) == 1:
             for name, other in result:
-                addresses = " and ".join(str(one.ip) for one in nodes[other].internal_ips)
+                addresses = " and ".join(str(internal_ip.ip) for internal_ip in nodes[other].internal_ips)
                 yield Remark(
                     subject=name,
                     text=f"something answers it at {addresses}, the internal IP of {other}, but not with {other}'s "

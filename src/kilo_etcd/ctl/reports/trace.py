@@ -67,7 +67,7 @@ class Way:
     destination: str
     start: str = ""
     """The node that sends it."""
-    whose: str = ""
+    holder: str = ""
     """The node whose internal IP the destination is; empty: it is none, or not reached by the mesh."""
     steps: tuple[Step, ...] = ()
     dropped: str = ""
@@ -76,7 +76,7 @@ class Way:
     """How it goes on from the last host, outside the mesh; empty: it does not leave the mesh."""
     misdelivered: str = ""
     """Why it does not arrive although no host of the mesh drops it."""
-    taken: str = ""
+    kernel_route: str = ""
     """The route that the first host's kernel chooses, as it says itself; empty: it was not asked."""
     unrouted: str = ""
     """Why the mesh does not carry it, if it is for another node's internal IP; empty: it does, or need not."""
@@ -135,16 +135,16 @@ class Plans(Mapping[str, HostPlan]):
 
     def __getitem__(self, name: str) -> HostPlan:
         plan = self.of_kernel(name)
-        if (wanted := plan.encryption) is None:
+        if (encryption := plan.encryption) is None:
             return plan
         if name not in self._led:
             # The table of these comes before the main one, and what is held goes nowhere.
-            routes = {**plan.routes, **wanted.send}
+            routes = {**plan.routes, **encryption.send}
             why = f"{name} has no way into the tunnel for it, and sends nothing in clear"
             self._led[name] = evolve(
                 plan,
-                routes={network: route for network, route in routes.items() if network not in wanted.hold},
-                refused={**plan.refused, **dict.fromkeys(wanted.hold, why)},
+                routes={network: route for network, route in routes.items() if network not in encryption.hold},
+                refused={**plan.refused, **dict.fromkeys(encryption.hold, why)},
             )
         return self._led[name]
 
@@ -226,7 +226,7 @@ def internal_traces(plans: Plans, source: str, target: str) -> tuple[Trace, ...]
     for ip in nodes[target].internal_ips:
         own = _own_address(plans[source], nodes[source], ip.ip)
         trace = _outward(topology, plans, source, ip.ip) if own is None else _trace(topology, plans, source, own, ip.ip)
-        if not trace.there.whose and not same_network(topology, nodes[target], nodes[source]):
+        if not trace.there.holder and not same_network(topology, nodes[target], nodes[source]):
             why = why_not_routed(topology, ip.ip, nodes[target], nodes[source])
             trace = evolve(trace, there=evolve(trace.there, unrouted=why))
         result.append(trace)
@@ -287,8 +287,8 @@ def _trace(topology: Topology, plans: Plans, source: str, own: IPAddress, destin
     nodes = topology.snapshot.nodes
     plan = plans[source]
     # What is in the mesh's subnets and has no route is refused (`HostPlan.unreachable_routes`), and does not leave.
-    known = (*plan.routes, *plan.refused, *topology.snapshot.subnets, *plan.unreachable_routes)
-    routed = any(destination in network for network in known if network.version == destination.version)
+    networks = (*plan.routes, *plan.refused, *topology.snapshot.subnets, *plan.unreachable_routes)
+    routed = any(destination in network for network in networks if network.version == destination.version)
     if not routed and destination not in nodes[source].mesh_addresses:
         return _outward(topology, plans, source, destination)
     path = walk(plans, topology, source, destination, sender=own)
@@ -302,7 +302,7 @@ def _trace(topology: Topology, plans: Plans, source: str, own: IPAddress, destin
             unasked += f"; it is the internal IP of {first_of(holders, 2)} too, which the peer's allowed IPs hide"
         return Trace(there=there, unasked=unasked)
     if destination in (ip.ip for ip in nodes[end].internal_ips):
-        there = evolve(there, whose=end)
+        there = evolve(there, holder=end)
     back = walk(plans, topology, end, own, sender=destination)
     return Trace(there=there, back=_way(back, end, destination, own, topology, plans))
 
@@ -330,11 +330,11 @@ def _step(hop: Hop, topology: Topology, plans: Plans, destination: IPAddress, ou
         over = str(endpoint) if endpoint is not None else "the endpoint that its WireGuard has learnt"
     else:
         # The walker has taken the narrowest route; its gateway is the next node's internal IP of that family.
-        there = topology.snapshot.nodes[hop.target]
+        target = topology.snapshot.nodes[hop.target]
         version = destination.version
         routes = (*plan.routes.values(), *(plan.returns.values() if out_of_tunnel else ()))
         gateways = {route.gateway for route in routes if route.destination.version == version}
-        over = ", ".join(str(ip.ip) for ip in there.internal_ips if ip.ip in gateways) or str(destination)
+        over = ", ".join(str(ip.ip) for ip in target.internal_ips if ip.ip in gateways) or str(destination)
     return Step(
         source=hop.source, target=hop.target, encrypted=hop.encrypted, medium=MEDIUM[hop.medium], over=over,
         table=routing_table(plan, destination, out_of_tunnel=out_of_tunnel),
@@ -349,9 +349,9 @@ def routing_table(plan: HostPlan, destination: IPAddress, *, out_of_tunnel: bool
 
         rule = f"rule {return_priority(DEFAULT_INTERFACE)}: iif {DEFAULT_INTERFACE}"
         return f"{return_table(DEFAULT_INTERFACE)} ({rule})"
-    wanted = plan.encryption
+    encryption = plan.encryption
     host = host_network(destination)
-    if wanted is None or not (host in wanted.send or host in wanted.hold):
+    if encryption is None or not (host in encryption.send or host in encryption.hold):
         return MAIN
     return encrypted_table()
 
@@ -404,7 +404,7 @@ def _by_own_table(topology: Topology, node: Node, destination: IPAddress) -> tup
     if why:
         return table, f"it is no part of the mesh, and {table} ({why})"
     owners = holders(topology, destination)
-    owner = next((one for one in owners if one.location == node.location), owners[0] if owners else None)
+    owner = next((holder for holder in owners if holder.location == node.location), owners[0] if owners else None)
     if owner is not None and same_network(topology, owner, node):
         others = [other for other in owners if not same_network(topology, other, node)]
         too = f"; {_named_at(others, destination.version)}, elsewhere" if others else ""
@@ -424,8 +424,8 @@ def _by_own_table(topology: Topology, node: Node, destination: IPAddress) -> tup
         )
     if owner is None and (endpoint := _endpoint_in_clear(topology, node, destination)):
         return f"{table}, in clear: {endpoint}", ""
-    called = [one for one in topology.snapshot.nodes.values() if _is_endpoint(one, destination)]
-    near = next((one for one in called if same_network(topology, one, node)), None)
+    called = [other for other in topology.snapshot.nodes.values() if _is_endpoint(other, destination)]
+    near = next((other for other in called if same_network(topology, other, node)), None)
     if owner is None and near is not None:
         return f"{table}, in clear: it is the endpoint of {near.name} at the same location", ""
     if _on_own_network(node, destination):
@@ -476,8 +476,8 @@ def _maybe_one_network(topology: Topology, owner: Node, node: Node, destination:
 def _named_at(owners: Sequence[Node], version: int) -> str:
     """At which mesh addresses the nodes are reached, of this family if they have one."""
     reached = ((node.name, node.mesh_address(version) or next(iter(node.mesh_addresses), None)) for node in owners)
-    each = (f"{name} is reached at its mesh address {address}" for name, address in reached if address is not None)
-    return "; ".join(each) or "it has no mesh address yet"
+    sentences = (f"{name} is reached at its mesh address {address}" for name, address in reached if address is not None)
+    return "; ".join(sentences) or "it has no mesh address yet"
 
 
 def _is_endpoint(node: Node, address: IPAddress) -> bool:
