@@ -28,5 +28,5 @@ def called_at(own: Node, other: Node) -> IPAddress | None:
     """The address at which leader `own` calls the WireGuard of leader `other`, if `other` states it: not where that is
     seen through a NAT."""
     near = other.location == own.location and same_site(own, other)
-    endpoint, seen = chosen_endpoint(own, other, near)
-    return None if endpoint is None or seen is not None else endpoint.address
+    endpoint, observed = chosen_endpoint(own, other, near)
+    return None if endpoint is None or observed is not None else endpoint.address

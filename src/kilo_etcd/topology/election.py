@@ -99,7 +99,9 @@ def elect(
     if len(by_name) == 1:
         return Election(members[0].name, None, Reason.ALONE)
     candidacies: dict[str, Candidate] = {}
-    for candidate in sorted(candidates, key=lambda one: (one.rank, one.create_revision, one.node)):
+    for candidate in sorted(
+        candidates, key=lambda candidate: (candidate.rank, candidate.create_revision, candidate.node)
+    ):
         if candidate.node in by_name and by_name[candidate.node].internal_ips:
             # A node may stand twice for a moment (relabelled there and back); its better offer counts.
             candidacies.setdefault(candidate.node, candidate)

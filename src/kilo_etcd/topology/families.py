@@ -45,8 +45,8 @@ def pair_family(one: Node, other: Node) -> int | None:
     fallback = 6 if public[4] == public[6] == 2 else 4
 
     def order(version: int) -> tuple[int, int, int, bool]:
-        here = [first for first in firsts if first.address is not None and first.address.version == version]
-        return sum(first.public for first in here), len(here), public[version], version == fallback
+        matching = [first for first in firsts if first.address is not None and first.address.version == version]
+        return sum(first.public for first in matching), len(matching), public[version], version == fallback
 
     return max((4, 6), key=order)
 
@@ -58,21 +58,21 @@ def endpoint_for(own: Node, other: Node) -> Endpoint | None:
         return first
     if not other.more_endpoints and not own.more_endpoints and own.endpoint is not None:
         # By far the most frequent case, in a loop over thousands of nodes.
-        here = own.endpoint.address
-        return first if here is None or here.version == first.address.version else None
+        own_address = own.endpoint.address
+        return first if own_address is None or own_address.version == first.address.version else None
     family = pair_family(own, other)
     return None if family is None else other.endpoint_in(family)
 
 
 def apart(own: Node, other: Node) -> str | None:
     """Why the two have no tunnel, as a sentence for the operator of `own`; None where a family is common to them."""
-    here, there = families(own), families(other)
-    if here & there:
+    own_families, other_families = families(own), families(other)
+    if own_families & other_families:
         return None
     return (
-        f"no common address family with node {other.name}: it is reached over {_named(there)} only and "
-        f"{own.name} over {_named(here)} only, so there is no tunnel between them; give one of them an address of the "
-        "other family, or let a node that has both lead its location"
+        f"no common address family with node {other.name}: it is reached over {_named(other_families)} only and "
+        f"{own.name} over {_named(own_families)} only, so there is no tunnel between them; give one of them "
+        "an address of the other family, or let a node that has both lead its location"
     )
 
 

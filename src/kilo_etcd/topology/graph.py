@@ -102,9 +102,9 @@ def edges(topology: Topology) -> frozenset[Edge]:
     return frozenset(result)
 
 
-def ordered(these: Iterable[Edge]) -> list[Edge]:
+def ordered(unordered: Iterable[Edge]) -> list[Edge]:
     """Edges by the names of their ends."""
-    return sorted(these, key=attrgetter("one", "other", "kind"))
+    return sorted(unordered, key=attrgetter("one", "other", "kind"))
 
 
 def _edge(one: Node, other: Node, kind: EdgeKind) -> Edge:
@@ -196,8 +196,8 @@ def _clean(text: str) -> str:
     if text.isascii() and text.isprintable():
         return text
     # SVG, being XML, has no way to write control characters at all.
-    kept = (c if c >= " " and not "\x7f" <= c <= "\x9f" and c not in "\ufffe\uffff" else "\ufffd" for c in text)
-    return "".join(kept).encode(errors="replace").decode()
+    legible = (c if c >= " " and not "\x7f" <= c <= "\x9f" and c not in "\ufffe\uffff" else "\ufffd" for c in text)
+    return "".join(legible).encode(errors="replace").decode()
 
 
 def _id(text: str) -> str:

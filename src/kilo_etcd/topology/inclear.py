@@ -37,8 +37,8 @@ def in_clear(topology: Topology) -> Iterator[InClear]:
     """All addresses that are not encrypted between two segments: what the plans of the senders leave to their links."""
     places, _ = Places().after(topology)
     for here, there in islice(_near_each_other(topology, places), MOST_PAIRS):
-        for one, another in ((here, there), (there, here)):
-            yield from _kept_back(one, another)
+        for sender, receiver in ((here, there), (there, here)):
+            yield from _kept_back(sender, receiver)
 
 
 def would_be_encrypted(topology: Topology) -> frozenset[IPAddress]:
@@ -49,21 +49,21 @@ def would_be_encrypted(topology: Topology) -> frozenset[IPAddress]:
     for number, (here, there) in enumerate(_near_each_other(topology, places)):
         if number == MOST_PAIRS:
             return frozenset()
-        for one, another in ((here, there), (there, here)):
-            carried.difference_update(kept.address for kept in _kept_back(one, another))
+        for sender, receiver in ((here, there), (there, here)):
+            carried.difference_update(case.address for case in _kept_back(sender, receiver))
     return frozenset(carried)
 
 
 def _near_each_other(topology: Topology, places: Places) -> Iterator[tuple[Place, Place]]:
     """The pairs of segments of which one has an address of the other on its links, each pair once."""
-    seen: set[frozenset[str]] = set()
+    yielded: set[frozenset[str]] = set()
     for key, here in places.of.items():
         for other in sorted({places.key_of(places.holder(address)) for address in places.near(here)}):
             there, pair = places.of.get(other), frozenset({key, other})
-            if there is None or pair in seen:
+            if there is None or pair in yielded:
                 continue
             if exchanged(here.segment, there.segment, topology.policy):
-                seen.add(pair)
+                yielded.add(pair)
                 yield here, there
 
 
@@ -88,8 +88,8 @@ def back_in_clear(old: Topology, new: Topology) -> tuple[set[IPAddress], set[IPA
     }
     # To all other senders all is routed that is routed at all: pairs need not be looked at one by one.
     special: dict[str, set[str]] = {}
-    for other, here in places.of.items():
-        for address in places.near(here):
+    for other, place in places.of.items():
+        for address in places.near(place):
             special.setdefault(places.key_of(places.holder(address)), set()).add(other)
     sites: dict[str | None, list[str]] = {}
     for other, sender in new.segments.items():
@@ -98,28 +98,28 @@ def back_in_clear(old: Topology, new: Topology) -> tuple[set[IPAddress], set[IPA
     on, policy = new.internal_ips is not InternalIPs.OFF, old.policy
     leaving: set[IPAddress] = set()
     staying: set[IPAddress] = set()
-    for key, there in places.of.items():
+    for key, place in places.of.items():
         segment = new.segments.get(key)
         near = {*special.get(key, ()), *called, *(() if segment is None else sites[segment.site])} & places.of.keys()
-        for each in there.addresses:
-            if next(_senders(places, there, each, places.of, clear, policy), None) is None:
+        for destination in place.addresses:
+            if next(_senders(places, place, destination, places.of, clear, policy), None) is None:
                 continue
             stays = (
                 on
                 and segment is not None
-                and each.network in segment.internal
+                and destination.network in segment.internal
                 and all(
-                    other in new.segments and routed_at(each.address, segment, new.segments[other], policy)
-                    for other in _senders(places, there, each, near, clear, policy)
+                    other in new.segments and routed_at(destination.address, segment, new.segments[other], policy)
+                    for other in _senders(places, place, destination, near, clear, policy)
                 )
             )
-            (staying if stays else leaving).add(each.address)
+            (staying if stays else leaving).add(destination.address)
     return leaving, staying
 
 
 def _senders(
     places: Places,
-    there: Place,
+    place: Place,
     to: Address,
     of: Iterable[str],
     clear: Container[tuple[str, IPAddress]],
@@ -127,7 +127,7 @@ def _senders(
 ) -> Iterator[str]:
     """The segments that send to an address through the tunnel. `clear`: those that do not, with the address."""
     for other in of:
-        if (other, to.address) not in clear and exchanged(places.of[other].segment, there.segment, policy):
+        if (other, to.address) not in clear and exchanged(places.of[other].segment, place.segment, policy):
             yield other
 
 
@@ -135,6 +135,6 @@ def _kept_back(here: Place, there: Place) -> Iterator[InClear]:
     """The addresses of `there` to which nodes of `here` do not send through the tunnel."""
     addresses = sent(here, there)
     through = {own: {id(address) for address in both_ways(here, there, own, addresses)[0]} for own in here.of}
-    for each in there.addresses:
-        if senders := tuple(own for own in here.of if id(each) not in through[own]):
-            yield InClear(here.segment, senders, each.node, each.address)
+    for destination in there.addresses:
+        if senders := tuple(own for own in here.of if id(destination) not in through[own]):
+            yield InClear(here.segment, senders, destination.node, destination.address)

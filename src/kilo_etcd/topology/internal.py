@@ -151,9 +151,9 @@ class Internals:
         if shifted:
             counts = copied(counts)
             for address, more in shifted.items():
-                left = counts.get(address, 0) + more
-                if left:
-                    counts[address] = left
+                count = counts.get(address, 0) + more
+                if count:
+                    counts[address] = count
                 else:
                     del counts[address]
         return Internals(held, counts), {*moved, *shifted}
@@ -184,9 +184,9 @@ class Internals:
 
 def collapsed(networks: Iterable[IPNetwork]) -> tuple[IPNetwork, ...]:
     """The same addresses in as few networks as can be, sorted."""
-    every = set(networks)
-    four = [network for network in every if isinstance(network, IPv4Network)]
-    six = [network for network in every if isinstance(network, IPv6Network)]
+    distinct = set(networks)
+    four = [network for network in distinct if isinstance(network, IPv4Network)]
+    six = [network for network in distinct if isinstance(network, IPv6Network)]
     return (*collapse_addresses(four), *collapse_addresses(six))
 
 

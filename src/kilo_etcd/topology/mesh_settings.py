@@ -34,11 +34,11 @@ def disagreements(
             f"--internal-ips={internal_ips}{_NOT_IN_FORCE}setting is {snapshot.internal_ips} "
             "(etcd's mesh/internal-ips decides; kgctl mesh set internal-ips changes it)"
         )
-    wanted = {str(subnet) for subnet in subnets}
+    flagged = {str(subnet) for subnet in subnets}
     actual = {str(subnet) for subnet in snapshot.subnets}
-    if wanted and wanted != actual:
+    if flagged and flagged != actual:
         result.append(
-            f"--subnet={','.join(sorted(wanted))}{_NOT_IN_FORCE}subnets are "
+            f"--subnet={','.join(sorted(flagged))}{_NOT_IN_FORCE}subnets are "
             f"{','.join(sorted(actual))} (etcd's mesh/subnets, fixed when the mesh was made)"
         )
     return tuple(result)

@@ -42,13 +42,13 @@ def observed_endpoint(own: Node, other: Node | Peer, registered: Endpoint | None
     return None
 
 
-def _neighbours(own: Node, other: Node | Peer, address: IPAddress, seen: IPAddress) -> bool:
+def _neighbours(own: Node, other: Node | Peer, address: IPAddress, observed: IPAddress) -> bool:
     """Whether `address` is on a network of `own`'s, and not on another one that has the same numbers."""
-    here = own.internal_ip(address.version)
-    if here is None or address not in here.network:
+    own_ip = own.internal_ip(address.version)
+    if own_ip is None or address not in own_ip.network:
         return False
     shown = {endpoint.address for endpoint in own.observed_in(address.version)}
-    return not shown or seen in shown
+    return not shown or observed in shown
 
 
 def hidden_pair(own: Node, other: Node) -> int | None:

@@ -34,22 +34,22 @@ def next_hop(own: Node, other: Node, version: int) -> NextHop | None:
     if tunneled(own, other):
         return NextHop(Via.TUNNEL)
     for family in (4, 6) if version == 4 else (6,):
-        here, there = own.internal_ip(family), other.internal_ip(family)
-        if here is None or there is None:
+        own_ip, other_ip = own.internal_ip(family), other.internal_ip(family)
+        if own_ip is None or other_ip is None:
             continue
-        address = there.ip
-        near = address in here.network
+        address = other_ip.ip
+        near = address in own_ip.network
         modes = (own.encapsulate, other.encapsulate)
-        wanted = Encapsulate.ALWAYS in modes or (
-            Encapsulate.CROSSSUBNET in modes and not (near and here.ip in there.network)
+        encapsulated = Encapsulate.ALWAYS in modes or (
+            Encapsulate.CROSSSUBNET in modes and not (near and own_ip.ip in other_ip.network)
         )
-        if wanted and family == 4:
+        if encapsulated and family == 4:
             return NextHop(Via.IPIP, address)
         trouble = ""
         if not near:
             # IPIP carries IPv4 only.
             remedy = "encapsulate crosssubnet or wireguard" if family == 4 else "encapsulate wireguard"
-            trouble = f"{address} is not within its network {here.network} and may not be encapsulated; use {remedy}"
+            trouble = f"{address} is not within its network {own_ip.network} and may not be encapsulated; use {remedy}"
         return NextHop(Via.UNDERLAY, address, trouble)
     return None
 
@@ -57,5 +57,5 @@ def next_hop(own: Node, other: Node, version: int) -> NextHop | None:
 def local_endpoint(own: Node, other: Node) -> Endpoint | None:
     """Where `own` reaches the WireGuard of `other` inside their location; None: they are not at one site."""
     family = common_family(own, other) if same_site(own, other) else None
-    there = None if family is None else other.internal_ip(family)
-    return None if there is None else Endpoint(there.ip, other.port)
+    other_ip = None if family is None else other.internal_ip(family)
+    return None if other_ip is None else Endpoint(other_ip.ip, other.port)

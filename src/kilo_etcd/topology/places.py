@@ -72,9 +72,9 @@ class Places:
         """The first node that has an address; empty: none."""
         return next(iter(self._holders.names.get(address, ())), "")
 
-    def near(self, here: Place) -> Iterator[IPAddress]:
+    def near(self, place: Place) -> Iterator[IPAddress]:
         """The addresses of nodes on the links of a segment."""
-        return self._holders.within(here.links.networks)
+        return self._holders.within(place.links.networks)
 
     def after(self, topology: Topology) -> tuple[Places, frozenset[str]]:
         """Those of a later topology, and the segments about which something differs."""
@@ -116,15 +116,15 @@ def own_addresses(node: Node) -> Iterator[IPAddress]:
 def own_endpoints(node: Node) -> Iterator[IPAddress]:
     """The endpoints that are addresses of a node's own, in a network that it is attached to, and no internal IPs of it.
     Not that of a router that forwards its port."""
-    known = {ip.ip for ip in node.internal_ips}
+    addresses = {ip.ip for ip in node.internal_ips}
     for endpoint in node.endpoints:
         address = endpoint.address
         if (
             address is not None
-            and address not in known
+            and address not in addresses
             and any(network.version == address.version and address in network for network in stated(node))
         ):
-            known.add(address)
+            addresses.add(address)
             yield address
 
 
@@ -135,20 +135,20 @@ def has_address(node: Node, address: IPAddress) -> bool:
 
 def sent(here: Place, there: Place, addresses: Iterable[Address] | None = None) -> list[Address]:
     """The addresses of `there`, or of those given, that segment `here` sends through the tunnel."""
-    every = list(there.addresses if addresses is None else addresses)
+    all_addresses = list(there.addresses if addresses is None else addresses)
     links = here.links
-    near = [place for place in every if links.hold(place.address.version, int(place.address))]
+    near = [place for place in all_addresses if links.hold(place.address.version, int(place.address))]
     if not near:
-        return every
+        return all_addresses
     location = there.segment.location
     if location == here.segment.location and location != DEFAULT_LOCATION:
-        return every
+        return all_addresses
     leader = there.segment.leader
     called = called_at(here.segment.leader, leader)
     # If a node's WireGuard is called at one address over a common link, its other addresses there are its own too.
-    meant = leader.name if any(place.node is leader and place.address == called for place in near) else None
-    alike = {id(place) for place in near if place.node.name != meant}
-    return [place for place in every if id(place) not in alike]
+    called_node = leader.name if any(place.node is leader and place.address == called for place in near) else None
+    alike = {id(place) for place in near if place.node.name != called_node}
+    return [place for place in all_addresses if id(place) not in alike]
 
 
 def both_ways(
@@ -164,9 +164,11 @@ def both_ways(
     mine, leader = here.of[own], here.segment.leader.name
     ours = mine if leader == own else (*mine, *here.of[leader])
     answered = set(map(id, sent(there, here, ours))) if ours else set()
-    known = set(map(id, addresses))
+    given_ids = set(map(id, addresses))
     closed = {address.address.version for address in ours if id(address) not in answered}
-    partly = {(address.node.name, address.address.version) for address in there.addresses if id(address) not in known}
+    partly = {
+        (address.node.name, address.address.version) for address in there.addresses if id(address) not in given_ids
+    }
     closed.update(version for name, version in partly if name == there.segment.leader.name)
     if closed or partly:
         addresses = (
@@ -177,14 +179,14 @@ def both_ways(
     return list(addresses), {address.address for address in mine if id(address) in answered}
 
 
-def exchanged(segment: Segment, there: Segment, policy: GranularityPolicy) -> bool:
+def exchanged(segment: Segment, other: Segment, policy: GranularityPolicy) -> bool:
     """Whether the hosts of two segments exchange packets through tunnels between the two."""
-    return segment.key != there.key and policy.tunnel_between(segment.leader, there.leader)
+    return segment.key != other.key and policy.tunnel_between(segment.leader, other.leader)
 
 
 def _without(members: Iterable[Node], others: Iterable[Node]) -> list[Node]:
-    same = set(map(id, others))
-    return [node for node in members if id(node) not in same]
+    other_ids = set(map(id, others))
+    return [node for node in members if id(node) not in other_ids]
 
 
 def _held(nodes: Iterable[Node]) -> Iterator[tuple[str, IPAddress]]:
@@ -211,19 +213,26 @@ def _place(
         before = {node.name: node for node in old.segment.members if node.name not in suspected}
     by_member = {}
     for node in segment.members:
-        same = old is not None and before.get(node.name) is node
-        known = segment.carried.get(node.name)
+        unchanged = old is not None and before.get(node.name) is node
+        carried_now = segment.carried.get(node.name)
         if alone:
-            networks: Iterable[IPNetwork] = () if same else map(host_network, own_addresses(node))
-            kept = same
+            networks: Iterable[IPNetwork] = () if unchanged else map(host_network, own_addresses(node))
+            reusable = unchanged
         else:
-            networks = map(host_network, carried(node, segment.leader)) if known is None else known
-            kept = same and known is not None and old is not None and known is old.segment.carried.get(node.name)
-        if kept and old is not None:
+            networks = map(host_network, carried(node, segment.leader)) if carried_now is None else carried_now
+            reusable = (
+                unchanged
+                and carried_now is not None
+                and old is not None
+                and carried_now is old.segment.carried.get(node.name)
+            )
+        if reusable and old is not None:
             by_member[node.name] = old.of[node.name]
             continue
         # Of a network that is the same object nothing has changed either.
-        former = {id(address.network): address for address in old.of[node.name]} if same and old is not None else {}
+        former = (
+            {id(address.network): address for address in old.of[node.name]} if unchanged and old is not None else {}
+        )
         by_member[node.name] = tuple(
             former.get(id(network)) or Address(node, network.network_address, network)
             for network in networks

@@ -221,21 +221,21 @@ def allocate(
         _keep(troubles, owner, tuple(void))
 
     nodes = _Nodes(mesh, mesh_addresses)
-    made = []
+    new_groups = []
     for version, offers in loose.items():
         for together in _apart(offers):
             group = _allocated(together, nodes)
             groups[version].put(group)
-            made.append(group)
+            new_groups.append(group)
             _keep(troubles, (version, group.start), group.problems)
-    same = troubles.keys() == previous._troubles.keys() and all(
+    same_troubles = troubles.keys() == previous._troubles.keys() and all(
         problems == previous._troubles[source] for source, problems in troubles.items()
     )
     return PrefixAllocation(
         mesh,
         requests,
-        _granted(previous.granted, requests, changes, taken, made),
-        previous.problems if same else _sorted(troubles.values()),
+        _granted(previous.granted, requests, changes, taken, new_groups),
+        previous.problems if same_troubles else _sorted(troubles.values()),
         groups,
         troubles,
     )
@@ -339,14 +339,14 @@ def _granted(
     before: Mapping[NetworkOwner, tuple[IPNetwork, ...]],
     requests: Mapping[NetworkOwner, tuple[NetworkRequest, ...]],
     changed: Iterable[NetworkOwner],
-    gone: Iterable[_Group],
-    come: Iterable[_Group],
+    removed: Iterable[_Group],
+    added: Iterable[_Group],
 ) -> dict[NetworkOwner, tuple[IPNetwork, ...]]:
     networks: dict[NetworkOwner, set[IPNetwork]] = {owner: set(before.get(owner, ())) for owner in changed}
-    for group in gone:
+    for group in removed:
         for offer in group.granted:
             networks.setdefault(offer.owner, set(before.get(offer.owner, ()))).discard(offer.network)
-    for group in come:
+    for group in added:
         for offer in group.granted:
             networks.setdefault(offer.owner, set(before.get(offer.owner, ()))).add(offer.network)
     granted = copied(before)
@@ -366,5 +366,5 @@ def _keep(troubles: dict[object, tuple[Problem, ...]], source: object, problems:
 
 
 def _sorted(problems: Iterable[tuple[Problem, ...]]) -> tuple[Problem, ...]:
-    every = (problem for some in problems for problem in some)
-    return tuple(sorted(every, key=lambda problem: (problem.subject, problem.text)))
+    flattened = (problem for group in problems for problem in group)
+    return tuple(sorted(flattened, key=lambda problem: (problem.subject, problem.text)))

@@ -66,7 +66,11 @@ def standing(leader: str, snapshot: Snapshot) -> tuple[ProbeReport, ...]:
     node = snapshot.nodes.get(leader)
     if node is None:
         return ()
-    held = {one.create_revision for one in snapshot.candidates.get(node.location, ()) if one.node == leader}
+    held = {
+        candidate.create_revision
+        for candidate in snapshot.candidates.get(node.location, ())
+        if candidate.node == leader
+    }
     reports = snapshot.probe_reports.get(node.location, ())
     return tuple(
         sorted(

@@ -400,24 +400,24 @@ def _endpoints(
 
 
 def _internal_families(previous: Topology, segments: Mapping[str, Segment], really: set[str]) -> frozenset[int]:
-    had = previous.internal_families
+    families = previous.internal_families
     lost = {version for key in really if (old := previous.segments.get(key)) for version in old.internal_families}
     now = {version for key in really if (new := segments.get(key)) for version in new.internal_families}
     for version in lost - now:
         if not any(version in segment.internal_families for segment in segments.values()):
-            had = had - {version}
-    return had if now <= had else had | now
+            families = families - {version}
+    return families if now <= families else families | now
 
 
-def routed_at(address: IPAddress, segment: Segment, there: Segment, policy: GranularityPolicy) -> bool:
-    """Whether an internal IP of a member of `segment` is routed to it from segment `there`."""
+def routed_at(address: IPAddress, segment: Segment, other: Segment, policy: GranularityPolicy) -> bool:
+    """Whether an internal IP of a member of `segment` is routed to it from segment `other`."""
     network = host_network(address)
     return (
         network in segment.internal
-        and knows(there.leader)
-        and policy.share_no_site(segment.site, there.site)
-        and not there.links.hold(address.version, int(address))
-        and not (address.version in there.called and network in segment.front)
+        and knows(other.leader)
+        and policy.share_no_site(segment.site, other.site)
+        and not other.links.hold(address.version, int(address))
+        and not (address.version in other.called and network in segment.front)
     )
 
 
@@ -466,7 +466,8 @@ def _segment(
     leader = members[election.leader]
     addresses = _same_as_before(ordered, old, _addresses_of, lambda node: tuple(map(host_network, node.mesh_addresses)))
     allowed = _sorted(
-        (*(network for each in addresses.values() for network in each), *networks), () if old is None else old.allowed
+        (*(network for host_networks in addresses.values() for network in host_networks), *networks),
+        () if old is None else old.allowed,
     )
     takeover_candidates = _takeover_candidates(members, election.leader, snapshot)
     ends = (leader, *(node for node, _ in takeover_candidates)) if routed else ()
@@ -495,14 +496,14 @@ def _segment(
 def _same_as_before(
     members: tuple[Node, ...],
     old: Segment | None,
-    known: Callable[[Segment], Mapping[str, tuple[IPNetwork, ...]]],
+    values_of: Callable[[Segment], Mapping[str, tuple[IPNetwork, ...]]],
     make: Callable[[Node], tuple[IPNetwork, ...]],
 ) -> Mapping[str, tuple[IPNetwork, ...]]:
     """Something of each member, made anew for those alone that `old` has not as they are. To compare the same objects
     costs next to nothing."""
     if old is None:
         return {node.name: make(node) for node in members}
-    before, values = {node.name: node for node in old.members}, known(old)
+    before, values = {node.name: node for node in old.members}, values_of(old)
     return {node.name: values[node.name] if before.get(node.name) is node else make(node) for node in members}
 
 
@@ -516,9 +517,9 @@ def _carried_of(segment: Segment) -> Mapping[str, tuple[IPNetwork, ...]]:
 
 def _carried(members: tuple[Node, ...], leader: Node, old: Segment | None) -> Mapping[str, tuple[IPNetwork, ...]]:
     if old is not None and old.leader is not leader:
-        known = {network.network_address: network for networks in old.carried.values() for network in networks}
+        host_networks = {network.network_address: network for networks in old.carried.values() for network in networks}
         return {
-            node.name: tuple(known.get(address) or host_network(address) for address in carried(node, leader))
+            node.name: tuple(host_networks.get(address) or host_network(address) for address in carried(node, leader))
             for node in members
         }
     return _same_as_before(members, old, _carried_of, lambda node: tuple(map(host_network, carried(node, leader))))
@@ -562,9 +563,9 @@ def _takeover_candidates(
 
 def _sorted(networks: tuple[IPNetwork, ...], before: tuple[IPNetwork, ...] = ()) -> tuple[IPNetwork, ...]:
     """The networks in order. `before`, in order, saves work: as a rule few are other objects than in it."""
-    known, here = set(map(id, before)), set(map(id, networks))
-    kept = [network for network in before if id(network) in here]
-    come = [network for network in networks if id(network) not in known]
+    before_ids, present_ids = set(map(id, before)), set(map(id, networks))
+    kept = [network for network in before if id(network) in present_ids]
+    come = [network for network in networks if id(network) not in before_ids]
     if len(kept) < 4 * len(come) or len(kept) + len(come) != len(networks):
         return tuple(sorted(networks, key=network_key))
     for network in come:
@@ -649,8 +650,10 @@ def _clashing_keys(
 def _peers(
     snapshot: Snapshot, previous: Topology, allocation: PrefixAllocation, refused: frozenset[str]
 ) -> Mapping[str, Peer]:
-    kept = snapshot.peers is previous.snapshot.peers and len(previous.peers) == len(snapshot.peers) and not refused
-    if kept and allocation is previous.allocation:
+    same_peers = (
+        snapshot.peers is previous.snapshot.peers and len(previous.peers) == len(snapshot.peers) and not refused
+    )
+    if same_peers and allocation is previous.allocation:
         return previous.peers
     result: dict[str, Peer] = {}
     for name, peer in snapshot.peers.items():

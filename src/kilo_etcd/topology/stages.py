@@ -120,8 +120,8 @@ class SegmentPair:
             return frozenset()
         if self.on:
             # What a leader does not take from the tunnels, or does not send into them, its members do not get.
-            here = self.own_leader.name == self.own.name or self.own_leader.encryption in ACCEPTING
-            if not here or self.leader.encryption not in ACCEPTING:
+            own_segment_accepts = self.own_leader.name == self.own.name or self.own_leader.encryption in ACCEPTING
+            if not own_segment_accepts or self.leader.encryption not in ACCEPTING:
                 return frozenset()
             return frozenset(node.name for node in members if node.encryption in ACCEPTING)
         sending = (node.name for node in members if node.encryption is EncryptionStage.SENDS)
@@ -171,9 +171,9 @@ def waited_for(topology: Topology, name: str, living: Living) -> frozenset[str]:
         return frozenset()
     segment = topology.segment_of(name)
     result: set[str] = set()
-    for there in topology.segments.values():
-        if not in_force(topology) or exchanged(segment, there, topology.policy):
-            result |= before(there, own, segment.leader, topology, living).awaited(there.members)
+    for other in topology.segments.values():
+        if not in_force(topology) or exchanged(segment, other, topology.policy):
+            result |= before(other, own, segment.leader, topology, living).awaited(other.members)
     return frozenset(result - {name})
 
 
@@ -203,21 +203,21 @@ class Switch:
 def switch(topology: Topology, living: Collection[str] | None = None) -> Switch | None:
     """How far the mesh is; None: all of it is through. `living`: the nodes whose agents live; None: all may."""
     on, nodes = in_force(topology), topology.snapshot.nodes
-    left: list[str] = []
+    unfinished: list[str] = []
     for segment in topology.segments.values():
         ready = segment.leader.encryption is EncryptionStage.SENDS
         for node in segment.members:
             done = ready and node.encryption is EncryptionStage.SENDS if on else node.encryption is None
             if not done and node.name not in topology.left_out:
-                left.append(node.name)
-    if not left:
+                unfinished.append(node.name)
+    if not unfinished:
         return None
     lives = nodes if living is None else living
     return Switch(
         on=on,
         nodes=len(nodes) - len(topology.left_out),
-        waits_for=tuple(sorted(name for name in left if name in lives)),
-        absent=tuple(sorted(name for name in left if name not in lives)),
+        waits_for=tuple(sorted(name for name in unfinished if name in lives)),
+        absent=tuple(sorted(name for name in unfinished if name not in lives)),
     )
 
 

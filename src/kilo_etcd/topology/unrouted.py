@@ -41,8 +41,8 @@ class Unrouted:
     remedy: str
 
     def __str__(self) -> str:
-        what = str(self.network.network_address) if self.network.num_addresses == 1 else str(self.network)
-        return f"{what} is not routed: {self.reason}; {self.remedy}"
+        subject = str(self.network.network_address) if self.network.num_addresses == 1 else str(self.network)
+        return f"{subject} is not routed: {self.reason}; {self.remedy}"
 
 
 def unrouted(topology: Topology) -> tuple[Unrouted, ...]:
@@ -59,7 +59,8 @@ def unrouted(topology: Topology) -> tuple[Unrouted, ...]:
                 # If every segment concerned has the network itself, one entry for the network is enough, unless two
                 # nodes have the address. A network that another segment states hides no address, however wide it is.
                 hidden = len(entry.nodes) == 1 < len(entry.segments) and any(
-                    _covers(one.network, entry.network) and own >= {*entry.segments} for one, own in shared.items()
+                    _covers(network_entry.network, entry.network) and own >= {*entry.segments}
+                    for network_entry, own in shared.items()
                 )
                 if not hidden:
                     entries[entry.network] = entry
@@ -80,14 +81,14 @@ def _with_encrypted(topology: Topology, entries: Iterable[Unrouted]) -> Iterator
 
     carried = would_be_encrypted(topology)
     for entry in entries:
-        one = entry.network.num_addresses == 1
-        if one:
-            every = entry.network.network_address in carried
+        single = entry.network.num_addresses == 1
+        if single:
+            encrypted = entry.network.network_address in carried
         else:
             within = [*topology.internals.within([entry.network])]
-            every = bool(within) and carried.issuperset(within)
-        if every:
-            yield evolve(entry, remedy=f"{entry.remedy}; {ENCRYPTED_REMEDY if one else ENCRYPTED_REMEDIES}")
+            encrypted = bool(within) and carried.issuperset(within)
+        if encrypted:
+            yield evolve(entry, remedy=f"{entry.remedy}; {ENCRYPTED_REMEDY if single else ENCRYPTED_REMEDIES}")
 
 
 def _in_clear(topology: Topology) -> Iterable[Unrouted]:
@@ -100,9 +101,9 @@ def _in_clear(topology: Topology) -> Iterable[Unrouted]:
     for network, cases in of.items():
         node = cases[0].node
         own = topology.segment_of(node.name)
-        whole = {named(case.segment) for case in cases if len(case.senders) == len(case.segment.members)}
-        some = {name for case in cases if len(case.senders) < len(case.segment.members) for name in case.senders}
-        near = sorted(whole | some)
+        whole_segments = {named(case.segment) for case in cases if len(case.senders) == len(case.segment.members)}
+        lone_nodes = {name for case in cases if len(case.senders) < len(case.segment.members) for name in case.senders}
+        near = sorted(whole_segments | lone_nodes)
         together = "if they share that network, give them one label (granularity full)"
         # One forced endpoint takes the place of the public one, for the whole mesh.
         if not any(segment.leader.public_in(network.version) for segment in (own, *(case.segment for case in cases))):
@@ -184,9 +185,9 @@ def obstacle(
     reason = topology.internals.obstacle(address, node, segment.key, topology.allocation, endpoints=not encrypted)
     if reason != ENDPOINT:
         return reason
-    whose = ends.get(address, ())
+    owners = ends.get(address, ())
     return (
-        f"other segments reach {'its WireGuard' if whose == (node,) else f'the WireGuard of {listed(whose)}'} there",
+        f"other segments reach {'its WireGuard' if owners == (node,) else f'the WireGuard of {listed(owners)}'} there",
         f"the mesh address works; {ENDPOINT_REMEDY}",
     )
 
@@ -258,15 +259,15 @@ def _called(topology: Topology, segment: Segment, version: int) -> list[str]:
     internal IP."""
     policy = topology.policy
     return sorted(
-        named(there)
-        for there in topology.segments.values()
-        if version in there.called and there is not segment
-        and policy.share_no_site(segment.site, there.site)
+        named(other)
+        for other in topology.segments.values()
+        if version in other.called and other is not segment
+        and policy.share_no_site(segment.site, other.site)
     )  # fmt: skip
 
 
 def _not_carried(node: Node, leader: Node) -> str:
-    if older := next((one.name for one in (node, leader) if not knows(one)), None):
+    if older := next((candidate.name for candidate in (node, leader) if not knows(candidate)), None):
         return f"the agent of {older} does not know the setting internal-ips"
     return f"{node.name} and its leader {leader.name} do not reach each other in that family"
 
@@ -297,11 +298,11 @@ def _shared(topology: Topology) -> Iterable[tuple[Unrouted, set[str]]]:
             for (version, length), of_length in links.items():
                 if version != host.version:
                     continue
-                known = of_length.get(number >> (bits - length) << (bits - length))
-                if known is not None and _elsewhere(known, segment, host, policy):
-                    hit.setdefault(known.network, (known, {}))[1][segment.key] = segment
+                host_link = of_length.get(number >> (bits - length) << (bits - length))
+                if host_link is not None and _elsewhere(host_link, segment, host, policy):
+                    hit.setdefault(host_link.network, (host_link, {}))[1][segment.key] = segment
     for network, (link, having) in hit.items():
-        yield _entry(network, link, having), {named(one) for one in link.segments}
+        yield _entry(network, link, having), {named(segment) for segment in link.segments}
 
 
 def _elsewhere(link: _Link, segment: Segment, host: IPNetwork, policy: GranularityPolicy) -> bool:
@@ -319,19 +320,22 @@ def _elsewhere(link: _Link, segment: Segment, host: IPNetwork, policy: Granulari
 
 
 def _entry(network: IPNetwork, link: _Link, having: Mapping[str, Segment]) -> Unrouted:
-    there = {segment.key: segment for segment in link.segments}
-    names = sorted({named(segment) for segment in (*there.values(), *having.values())})
-    near = sorted({named(segment) for segment in there.values()})
+    link_segments = {segment.key: segment for segment in link.segments}
+    names = sorted({named(segment) for segment in (*link_segments.values(), *having.values())})
+    near = sorted({named(segment) for segment in link_segments.values()})
     route = ""
-    if not having.keys() <= there.keys():
-        whole, some = _reaching(network, there.values())
-        hosts = " and ".join(filter(None, (f"hosts of {listed(whole)}" if whole else "", listed(some))))
-        alone = len(some) == 1 and not whole
+    if not having.keys() <= link_segments.keys():
+        whole_segments, lone_nodes = _reaching(network, link_segments.values())
+        hosts = " and ".join(
+            filter(None, (f"hosts of {listed(whole_segments)}" if whole_segments else "", listed(lone_nodes)))
+        )
+        alone = len(lone_nodes) == 1 and not whole_segments
         reach = "reaches these addresses over its own links" if alone else "reach these addresses over their own links"
         reason = f"{hosts} {reach}, so they are not routed from there"
-        if some:
+        if lone_nodes:
             route = (
-                f"if {listed(some)} should not, remove the route or the address there (ip route show {network}), or "
+                f"if {listed(lone_nodes)} should not, remove the route or the address there (ip route show {network}), "
+                "or "
             )
     elif len(link.sites) == 1:
         reason = (
@@ -350,12 +354,12 @@ def _entry(network: IPNetwork, link: _Link, having: Mapping[str, Segment]) -> Un
 
 def _reaching(network: IPNetwork, segments: Iterable[Segment]) -> tuple[list[str], list[str]]:
     """(the segments all of whose members reach a network over their own links, the members of the others that do)."""
-    whole: list[str] = []
-    some: list[str] = []
+    whole_segments: list[str] = []
+    lone_nodes: list[str] = []
     for segment in segments:
         names = [node.name for node in segment.members if Links.of([node]).holding(network.network_address) is not None]
         if len(names) == len(segment.members):
-            whole.append(named(segment))
+            whole_segments.append(named(segment))
         else:
-            some += names
-    return sorted(whole), sorted(some)
+            lone_nodes += names
+    return sorted(whole_segments), sorted(lone_nodes)
