@@ -184,6 +184,6 @@ def encryptions(draw: st.DrawFn, ipip: bool = False) -> Encryption:
         etcd_here=draw(st.sampled_from(((), (2379, 2380)))),
         sources=(ip_address(OWN4), ip_address(OWN6)),
         talk=draw(st.sampled_from(((), (1107,)))),
-        known=draw(st.sampled_from(((), (ip_network("10.4.0.0/16"), ip_network("192.168.9.7/32"))))),
+        accepted_sources=draw(st.sampled_from(((), (ip_network("10.4.0.0/16"), ip_network("192.168.9.7/32"))))),
         clear=draw(st.sampled_from(((), (Exemption.parse("tcp/22@192.168.8.0/21"),)))),
     )

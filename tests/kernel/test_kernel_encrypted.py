@@ -45,7 +45,7 @@ ENCRYPTION = Encryption(
     etcd=((ip_address("192.168.9.2"), 2379),),
     sources=(ip_address("192.168.9.1"), ip_address("fd00:9::1")),
     talk=(1107,),
-    known=(ip_network("10.4.0.0/16"), ip_network("192.168.9.7/32"), ip_network("fd00:4::/62")),
+    accepted_sources=(ip_network("10.4.0.0/16"), ip_network("192.168.9.7/32"), ip_network("fd00:4::/62")),
     clear=(Exemption.parse("tcp/22@192.168.0.0/17"), Exemption.parse("icmp@fd00:9::/62")),
 )  # fmt: skip
 PLAIN = plan(

@@ -441,7 +441,7 @@ async def test_a_container_reaches_a_node_by_the_hosts_own_address(tmp_path: Pat
             # What the mesh knows keeps its source: the node has a route there.
             known = plan_for(public)
             assert known.encryption is not None
-            behind = evolve(known.encryption, known=(ip_network("172.17.0.0/24"),))
+            behind = evolve(known.encryption, accepted_sources=(ip_network("172.17.0.0/24"),))
             sh("nft delete table ip nat")
             await kernel.apply(evolve(known, encryption=behind))
             node(f"ip route add 172.17.0.0/24 dev wgnode && {NODE} wg set wgnode peer {public_key_of(raw(PRIVATE))} "

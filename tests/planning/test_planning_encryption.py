@@ -382,7 +382,7 @@ class Host:
     plan: HostPlan | None = None
     applied: int = 0
     wanted: StageReport | None = None
-    told: StageReport | None = None
+    stage_report: StageReport | None = None
     left: StageReport | None = None
     living: Living = field(factory=Living)
     status: int | None = 0
@@ -427,10 +427,12 @@ class World:
             return  # Its kernel stays as it is until it is registered again.
         shown = StageReport.of(topology.snapshot.nodes[name])
         if shown != host.left:
-            host.told = host.left = None
+            host.stage_report = host.left = None
         outside = Outside()
-        host.plan = encrypt(host_plan(topology, name), topology, outside=outside, living=host.living, told=host.told)
-        host.wanted = None if host.told else report(topology, host.plan)
+        host.plan = encrypt(
+            host_plan(topology, name), topology, outside=outside, living=host.living, stage_report=host.stage_report
+        )
+        host.wanted = None if host.stage_report else report(topology, host.plan)
         host.sound = True
 
     def publish(self, name: str) -> None:
@@ -440,9 +442,9 @@ class World:
         own = self.now.nodes[name]
         if StageReport.of(own) == host.wanted:
             return
-        host.told, host.left, host.wanted = host.wanted, StageReport.of(own), None
-        assert host.told is not None
-        wanted = host.told
+        host.stage_report, host.left, host.wanted = host.wanted, StageReport.of(own), None
+        assert host.stage_report is not None
+        wanted = host.stage_report
         told = evolve(own, encryption=wanted.stage, accepts_since=wanted.accepts_since)
         self.write(nodes={**self.now.nodes, name: told})
 
@@ -464,7 +466,7 @@ class World:
     def restart(self, name: str) -> None:
         """The agent alone: its kernel goes on, its status stands."""
         host = self.hosts[name]
-        host.living, host.told, host.left, host.wanted = Living(), None, None, None
+        host.living, host.stage_report, host.left, host.wanted = Living(), None, None, None
         # What it reads first is what is in etcd.
         self.apply(name, len(self.log))
 
@@ -543,7 +545,7 @@ class World:
             self.write(nodes={**now.nodes, name: old if node.underlay is not None else evolve(node, underlay=())})
             # Whichever it is, it has just started, and knows nothing of what the one before has reported.
             host = self.hosts[name]
-            host.living, host.told, host.left, host.wanted = Living(), None, None, None
+            host.living, host.stage_report, host.left, host.wanted = Living(), None, None, None
 
     def at_rest(self) -> bool:
         return all(host.status is not None and host.applied == len(self.log) for host in self.hosts.values())

@@ -118,7 +118,7 @@ async def test_a_host_comes_crashes_returns_and_leaves() -> None:
         assert candidate.create_revision == now.candidates[""][0].create_revision
 
         await again.enter("", CandidateClass.ANNOTATED_PUBLIC)
-        await again.record_leader("", known=0)
+        await again.record_leader("", known_revision=0)
         await eventually(lambda: mirror.current and mirror.current.leaders == {"": ("a",)})
         assert mirror.current.candidates[""][0].create_revision > candidate.create_revision
         await again.forget()

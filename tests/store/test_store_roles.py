@@ -81,7 +81,7 @@ async def test_two_prefixes_and_the_right_to_read_suffice_for_the_whole_life_of_
             assert await it.put_observed_endpoints({"x": seen})
             nursery.start_soon(serve, client, KEYS, name, _respond)
         one, other = sessions["node-1"], sessions["node-11"]
-        assert await one.record_leader("gcp", known=0)
+        assert await one.record_leader("gcp", known_revision=0)
         await eventually(lambda: mirror.current and mirror.current.leaders == {"gcp": ("node-1",)})
         assert mirror.current is not None
         assert {candidate.node for candidate in mirror.current.candidates["gcp"]} == set(NAMES)
@@ -102,7 +102,7 @@ async def test_two_prefixes_and_the_right_to_read_suffice_for_the_whole_life_of_
         await eventually(lambda: mirror.current and one.healthy and "node-1" in mirror.current.nodes)
 
         # Handing over, and leaving for good.
-        assert await one.record_leader("gcp", known=mirror.current.revision)
+        assert await one.record_leader("gcp", known_revision=mirror.current.revision)
         assert await one.leave(succeeded=True)
         await one.resign()
         for it in sessions.values():

@@ -101,9 +101,9 @@ async def test_saying_the_same_again_writes_nothing() -> None:
         await it.register(record("a"))
         await it.put_status(StatusRecord(public_key=wg_key("a"), revision=1))
         await it.enter("gcp", CandidateClass.PUBLIC)
-        assert await it.record_leader("gcp", known=revision)
+        assert await it.record_leader("gcp", known_revision=revision)
         assert etcd.revision == revision + 1
-        await it.record_leader("gcp", known=revision)
+        await it.record_leader("gcp", known_revision=revision)
         assert etcd.revision == revision + 1
 
 
@@ -113,7 +113,7 @@ LED = KEYS.leader("gcp", "a")
 async def test_that_a_host_leads_stands_under_its_long_lease_and_goes_with_its_candidacy() -> None:
     etcd = FakeEtcd()
     async with member(etcd) as it:
-        await it.record_leader("gcp", known=etcd.revision)
+        await it.record_leader("gcp", known_revision=etcd.revision)
         assert etcd.data[LED.encode()].lease == etcd.data[NODE.encode()].lease
         revision = etcd.revision
         await it.leave(succeeded=True)
@@ -124,7 +124,7 @@ async def test_that_a_host_leads_stands_under_its_long_lease_and_goes_with_its_c
 async def test_without_a_successor_it_stays_on_record_until_the_host_stands_behind_another() -> None:
     etcd = FakeEtcd()
     async with member(etcd) as it:
-        await it.record_leader("gcp", known=etcd.revision)
+        await it.record_leader("gcp", known_revision=etcd.revision)
         await it.leave()
         assert LED in etcd, "a location without candidates keeps its leader"
     await trio.sleep(60)
@@ -141,7 +141,7 @@ async def test_without_a_successor_it_stays_on_record_until_the_host_stands_behi
 async def test_of_a_location_that_a_host_has_left_it_is_no_leader_on_record() -> None:
     etcd = FakeEtcd()
     async with member(etcd) as it:
-        await it.record_leader("gcp", known=etcd.revision)
+        await it.record_leader("gcp", known_revision=etcd.revision)
         revision = etcd.revision
         await it.enter("aws", CandidateClass.PUBLIC)
         assert etcd.revision == revision + 2, "the candidacies, which queue anew"
@@ -152,7 +152,7 @@ async def test_a_host_that_was_relabelled_while_it_was_away_gives_its_leader_rec
     etcd = FakeEtcd()
     async with member(etcd) as it:
         await it.claim_addresses(SUBNETS)
-        await it.record_leader("gcp", known=etcd.revision)
+        await it.record_leader("gcp", known_revision=etcd.revision)
         await it.leave()
     etcd.put(KEYS.subnets, "10.4.0.0/16")
     mirror, again = Mirror(etcd.client(), KEYS), session(etcd.client())
@@ -174,7 +174,7 @@ async def test_a_leader_record_under_an_earlier_runs_lease_is_kept_by_the_next_r
     etcd = FakeEtcd()
     async with member(etcd) as it:
         await it.claim_addresses(SUBNETS)
-        await it.record_leader("gcp", known=etcd.revision)
+        await it.record_leader("gcp", known_revision=etcd.revision)
         await it.leave()
     etcd.put(KEYS.subnets, "10.4.0.0/16")
     etcd.put(NODE, etcd.data[NODE.encode()].value)
@@ -876,7 +876,7 @@ async def test_forgetting_leaves_nothing_of_the_host_and_everything_of_the_opera
     etcd = FakeEtcd()
     async with member(etcd) as it:
         await it.claim_addresses(SUBNETS)
-        await it.record_leader("gcp", known=0)
+        await it.record_leader("gcp", known_revision=0)
         etcd.put(KEYS.location("a"), "gcp")
         await it.forget()
         await trio.sleep(30)

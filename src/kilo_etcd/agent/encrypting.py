@@ -111,32 +111,34 @@ def outside(
     """What stays outside, given etcd's members (None: not known) and the addresses of DNS names. `sources` are the
     host's own addresses on the underlay, `addresses` all that it has: etcd may listen at one of another VPN.
     `listening` are the TCP ports at which something on the host listens."""
-    known = members or Members()
+    etcd_members = members or Members()
     own = addresses.union(sources)
-    peers = set(_sockets(known.peer, table))
-    clients = {*_sockets(config.etcd.endpoints, table), *_sockets(known.client, table)}
+    peers = set(_sockets(etcd_members.peer, table))
+    clients = {*_sockets(config.etcd.endpoints, table), *_sockets(etcd_members.client, table)}
     # A name without an address, as long as DNS does not answer, may be this host's: others must reach etcd here.
-    nameless = {port for host, port in _named(known.peer) if host not in table}
+    nameless = {port for host, port in _named(etcd_members.peer) if host not in table}
     peer_ports = {PEER_PORT} if members is None else nameless
     a_member = any(address in own for address, _ in peers) or not listening.isdisjoint(peer_ports)
-    here = {port for address, port in (*clients, *peers) if address in own or address.is_loopback}
-    here |= nameless | {port for host, port in _named((*config.etcd.endpoints, *known.client)) if host not in table}
+    local_ports = {port for address, port in (*clients, *peers) if address in own or address.is_loopback}
+    local_ports |= nameless | {
+        port for host, port in _named((*config.etcd.endpoints, *etcd_members.client)) if host not in table
+    }
     if members is None:
-        a_member = a_member or bool(here)
-        here |= listening & {CLIENT_PORT, PEER_PORT}
+        a_member = a_member or bool(local_ports)
+        local_ports |= listening & {CLIENT_PORT, PEER_PORT}
     # The addresses that a member has to reach are not known.
     anywhere = tuple(
         Exemption(protocol="tcp", port=port, network=ip_network(network))
         for port in (sorted(peer_ports) if a_member else ())
         for network in ("0.0.0.0/0", "::/0")
     )
-    there = {*clients, *(peers if a_member else ())}
+    remote_sockets = {*clients, *(peers if a_member else ())}
     return Outside(
         etcd=tuple(sorted(
-            ((address, port) for address, port in there if address not in own and not address.is_loopback),
+            ((address, port) for address, port in remote_sockets if address not in own and not address.is_loopback),
             key=lambda pair: (pair[0].version, int(pair[0]), pair[1]),
         )),
-        etcd_here=tuple(sorted(here)),
+        etcd_here=tuple(sorted(local_ports)),
         talk=(PORT,),
         sources=sources,
         clear=(*config.clear, *(exemption for exemption in anywhere if exemption not in config.clear)),
@@ -223,8 +225,8 @@ class Encrypting:
         """The nodes that do not send through the tunnels yet."""
         self._nodes: Mapping[str, Node] = {}
         """Those of which both are."""
-        self._wanted: StageReport | None = None
-        self._told: StageReport | None = None
+        self._pending_report: StageReport | None = None
+        self._reported_stage: StageReport | None = None
         self._left: StageReport | None = None
         """The last report, and the one in the record before, as long as the snapshot has nothing newer."""
         self._changed = trio.Event()
@@ -284,11 +286,11 @@ class Encrypting:
     def withdraw(self) -> None:
         """Another plan than the last is about to be applied, so a report that followed from the last one,
         and is not published yet, may not be true any more."""
-        self._wanted = None
+        self._pending_report = None
 
     def concerns(self, topology: Topology) -> bool:
         """Whether the setting is in force here, or the host on its way back from it."""
-        return self._told is not None or concerns(topology, self._name)
+        return self._reported_stage is not None or concerns(topology, self._name)
 
     def inputs(
         self,
@@ -313,16 +315,18 @@ class Encrypting:
         around = outside(
             self._config, self._members, sources, table, addresses=addresses, listening=self._listening
         )  # fmt: skip
-        return EncryptionInputs(outside=evolve(around, silent=silent), living=self.living, told=self._told)
+        return EncryptionInputs(
+            outside=evolve(around, silent=silent), living=self.living, stage_report=self._reported_stage
+        )
 
     def follow(self, topology: Topology, plan: HostPlan, *, whole: bool) -> None:
         """The kernel holds `plan`; `whole`: all of it."""
         shown = StageReport.of(topology.snapshot.nodes[self._name])
         if shown != self._left:
-            self._told = self._left = None
-        if self._told is None:
+            self._reported_stage = self._left = None
+        if self._reported_stage is None:
             own_report = report(topology, plan)
-            self._wanted = own_report if whole and own_report != shown else None
+            self._pending_report = own_report if whole and own_report != shown else None
         self._topology, self._wanted_stage = topology, self._stage_for(topology)
         snapshot = topology.snapshot
         self._stage_watch.follow(awaited(plan), nodes=len(snapshot.nodes), cluster=snapshot.cluster_id)
@@ -339,12 +343,16 @@ class Encrypting:
 
     async def _report(self) -> None:
         while True:
-            wanted, topology, changed = self._wanted, self._topology, self._changed
-            if wanted is not None and topology is not None:
-                self._told, self._left, self._wanted = wanted, StageReport.of(topology.snapshot.nodes[self._name]), None
+            stage_report, topology, changed = self._pending_report, self._topology, self._changed
+            if stage_report is not None and topology is not None:
+                self._reported_stage, self._left, self._pending_report = (
+                    stage_report,
+                    StageReport.of(topology.snapshot.nodes[self._name]),
+                    None,
+                )
                 # A host that boots without etcd uses the cached snapshot, which must not be from before the switch.
                 await self._keep()
-                while not await self._register(wanted):  # noqa: ASYNC110 - etcd does not say when it is back
+                while not await self._register(stage_report):  # noqa: ASYNC110 - etcd does not say when it is back
                     await trio.sleep(RETRY_SECONDS)
                 continue
             await changed.wait()
@@ -354,12 +362,12 @@ class Encrypting:
         follow the other, and all nodes may watch: in a switch of the whole mesh most report twice."""
         again = float("-inf")
         while True:
-            wanted, changed, topology = self._wanted_stage, self._changed, self._topology
-            if topology is None or wanted == self._stage():
+            desired_stage, changed, topology = self._wanted_stage, self._changed, self._topology
+            if topology is None or desired_stage == self._stage():
                 await changed.wait()
                 continue
             nodes = len(topology.snapshot.nodes)
-            if wanted is not None and self._underway and trio.current_time() < again:
+            if desired_stage is not None and self._underway and trio.current_time() < again:
                 with trio.move_on_at(again):
                     await changed.wait()
                 continue

@@ -165,7 +165,7 @@ class Encryption:
     sources: tuple[IPAddress, ...] = ()
     """This host's own addresses on the underlay, the preferred one of each family first: WireGuard and etcd answer from
     these, and forwarded packets leave with the first of their family."""
-    known: tuple[IPNetwork, ...] = ()
+    accepted_sources: tuple[IPNetwork, ...] = ()
     """What the other segments take packets from by way of this host: what it forwards from there keeps its source. On
     members the mesh's subnets and what is behind the host, on leaders also the segment's members and networks."""
     clear: tuple[Exemption, ...] = ()

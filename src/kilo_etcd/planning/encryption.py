@@ -55,18 +55,18 @@ def encrypt(
     *,
     outside: Outside,
     living: Living = NOBODY_ASKED,
-    told: StageReport | None = None,
+    stage_report: StageReport | None = None,
     previous: HostPlan | None = None,
 ) -> HostPlan:
     """A host's `plan`, guarded already, with what the setting `encrypted` asks for at the host's stage; without any
-    of it, `plan` itself. `told`: what the host has reported, or tried to, and the snapshot does not show yet.
+    of it, `plan` itself. `stage_report`: what the host has reported, or tried to, and the snapshot does not show yet.
     `previous`, the last outcome, only saves work; that of another host does too."""
     on = in_force(topology)
     own = topology.snapshot.nodes[plan.node]
-    promised = told is not None and told.stage in ACCEPTING
-    if told is not None and not promised:
+    promised = stage_report is not None and stage_report.stage in ACCEPTING
+    if stage_report is not None and not promised:
         # Others may have seen already what it does not do any more, but not yet what it does from now on.
-        own = evolve(own, encryption=told.stage)
+        own = evolve(own, encryption=stage_report.stage)
     if not promised and not on and own.encryption is None:
         return plan
     last = previous.memo if previous is not None else None
@@ -88,26 +88,31 @@ def encrypt(
     if len(segment.members) > 1:
         forwarding = forwarding.union(version for part in parts.values() for version in part.versions)
     of = (topology.snapshot.subnets, plan.behind, places.of[segment.key], own.name)
-    known = memo.known if memo.known_of == of and memo.wanted is not None else _known(*of)
-    wanted = Encryption(
+    accepted_sources = (
+        memo.accepted_sources
+        if memo.accepted_sources_of == of and memo.encryption is not None
+        else _accepted_sources(*of)
+    )
+    encryption = Encryption(
         nodes=whole.nodes, send=whole.send, hold=whole.hold, refuse=whole.refuse,
         etcd=outside.etcd, etcd_here=outside.etcd_here, talk=outside.talk, clear=outside.clear,
-        sources=_in_order(outside, own), known=known,
+        sources=_in_order(outside, own), accepted_sources=accepted_sources,
         clear_sources=_clear_sources(own, outside, places.of[segment.key]),
     )  # fmt: skip
-    if memo.wanted is not None and _same(wanted, memo.wanted):
-        wanted = memo.wanted
+    if memo.encryption is not None and _same(encryption, memo.encryption):
+        encryption = memo.encryption
     problems = (problem for key in sorted(whole.troubled) for problem in parts[key].problems)
     return evolve(
         plan,
         peers=peers,
         routes=routes,
         forwarding=forwarding,
-        encryption=wanted,
+        encryption=encryption,
         problems=(*plan.problems, *(unaware_problems(topology) if on else ()), *problems),
         memo=_EncryptionMemo(
             places=places, view=view, living=living, parts=parts, whole=whole, base=base, peers=peers,
-            main=plan.routes, routes=routes, wanted=wanted, known=known, known_of=of,
+            main=plan.routes, routes=routes, encryption=encryption,
+            accepted_sources=accepted_sources, accepted_sources_of=of,
         ),
     )  # fmt: skip
 
@@ -151,16 +156,18 @@ class _EncryptionView:
             on=in_force(topology), since=topology.snapshot.internal_ips_since,
         )  # fmt: skip
 
-    def before(self, there: Place, living: Living) -> SegmentPair:
+    def before(self, place: Place, living: Living) -> SegmentPair:
         """The host and another segment."""
         return SegmentPair(
-            own=self.own, own_leader=self.leader, leader=there.segment.leader, on=self.on, since=self.since,
+            own=self.own, own_leader=self.leader, leader=place.segment.leader, on=self.on, since=self.since,
             living=living,
         )  # fmt: skip
 
     def exempts(self, address: IPAddress) -> bool:
         """Whether something that the host sends to an address stays in clear on purpose."""
-        return any(one.network.version == address.version and address in one.network for one in self.clear)
+        return any(
+            exemption.network.version == address.version and address in exemption.network for exemption in self.clear
+        )
 
     def exchanges(self, here: Place, there: Place) -> bool:
         """Whether the host exchanges packets with a segment through the tunnels."""
@@ -171,8 +178,8 @@ class _EncryptionView:
         """Whether all tunnels are its leader's, and the host has one to that."""
         return self.leader.name != self.own.name and tunneled(self.own, self.leader)
 
-    def way(self, version: int, here: Collection[IPAddress]) -> _Way | str:
-        """How packets of a family go to a segment, or why they cannot. `here`: own addresses that answers find."""
+    def way(self, version: int, usable: Collection[IPAddress]) -> _Way | str:
+        """How packets of a family go to a segment, or why they cannot. `usable`: own addresses that answers find."""
         leader, own = self.leader, self.own
         way = NextHop(Via.TUNNEL) if leader.name == own.name else next_hop(own, leader, version)
         if way is None or way.trouble:
@@ -180,7 +187,7 @@ class _EncryptionView:
             return f"{own.name} does not reach its leader {leader.name} in IPv{version}: {why}"
         if way.gateway in self.silent:
             return f"its leader {leader.name} does not answer {own.name} at {way.gateway}"
-        inner = [ip.ip for ip in own.internal_ips if ip.version == version and ip.ip in here]
+        inner = [ip.ip for ip in own.internal_ips if ip.version == version and ip.ip in usable]
         source = next((address for address in (*inner, own.mesh_address(version)) if address is not None), None)
         if source is None:
             return (
@@ -189,14 +196,14 @@ class _EncryptionView:
             )
         return _Way(way, source)
 
-    def whole(self, version: int, here: Collection[IPAddress]) -> bool:
+    def refuses_clear(self, version: int, answered: Collection[IPAddress]) -> bool:
         """Whether clear text in a family to the host itself is always wrong: all own
         addresses are sent through the tunnel, and its leader does not pass packets on plain."""
         if self.leader.name != self.own.name:
             way = next_hop(self.leader, self.own, version)
             if way is None or way.way is Via.UNDERLAY:
                 return False
-        return all(address in here for address in own_addresses(self.own) if address.version == version)
+        return all(address in answered for address in own_addresses(self.own) if address.version == version)
 
 
 @frozen
@@ -238,30 +245,30 @@ def _part(view: _EncryptionView, here: Place, there: Place, living: Living, old:
     addresses = sent(here, there)
     if not addresses:
         return _Part(awaited=awaited)
-    both, answered = both_ways(here, there, view.own.name, addresses)
-    usable = {address for address, has in view.addresses if has and address in answered}
+    sendable, answered = both_ways(here, there, view.own.name, addresses)
+    usable = {address for address, present in view.addresses if present and address in answered}
     versions = frozenset(address.address.version for address in addresses)
     ways = {version: view.way(version, usable) for version in versions}
-    whole = {version: view.on and view.whole(version, answered) for version in versions}
+    refuses_clear = {version: view.on and view.refuses_clear(version, answered) for version in versions}
     members = there.segment.members
     sends = pair.sent_to(members)
-    refused = pair.refused(members) if any(whole.values()) else frozenset()
+    refused = pair.refused(members) if any(refuses_clear.values()) else frozenset()
     before = {id(route.destination): route for route in old.send}
     send, hold, exempted, refuse, problems = [], [], [], [], []
-    for one in both:
-        version, name = one.address.version, one.node.name
+    for address in sendable:
+        version, name = address.address.version, address.node.name
         if name in sends:
-            if view.clear and view.exempts(one.address):
-                exempted.append(one.network)
+            if view.clear and view.exempts(address.address):
+                exempted.append(address.network)
             way = ways[version]
             if isinstance(way, _Way):
-                send.append(_route(one, way, before.get(id(one.network))))
+                send.append(_route(address, way, before.get(id(address.network))))
             else:
-                hold.append(one.network)
-                text = f"nothing is sent to {one.address} of node {name} as long as all is encrypted: {way}"
+                hold.append(address.network)
+                text = f"nothing is sent to {address.address} of node {name} as long as all is encrypted: {way}"
                 problems.append(Problem(subject=name, text=text))
-        if whole[version] and name in refused:
-            refuse.append(one.address)
+        if refuses_clear[version] and name in refused:
+            refuse.append(address.address)
     nodes = tuple(address.address for address in addresses)
     return _Part(
         gate=(view.leader if view.by_leader else there.segment.leader).public_key,
@@ -310,21 +317,21 @@ class _EncryptionMemo(PlanMemo):
     main: Mapping[IPNetwork, RoutePlan] = field(factory=dict)
     """The routes of the plan that was handed in."""
     routes: Mapping[IPNetwork, RoutePlan] = field(factory=dict)
-    wanted: Encryption | None = None
-    known: tuple[IPNetwork, ...] = ()
-    known_of: tuple[tuple[IPNetwork, ...], tuple[IPNetwork, ...], Place, str] | None = None
-    """What `known` was computed from."""
+    encryption: Encryption | None = None
+    accepted_sources: tuple[IPNetwork, ...] = ()
+    accepted_sources_of: tuple[tuple[IPNetwork, ...], tuple[IPNetwork, ...], Place, str] | None = None
+    """What `accepted_sources` was computed from."""
 
 
 def _followed(
     memo: _EncryptionMemo, moved: frozenset[str], view: _EncryptionView, places: Places, living: Living
 ) -> tuple[Mapping[str, _Part], _Whole]:
-    here = places.of[view.segment]
+    own_place = places.of[view.segment]
     differing: list[tuple[str, _Part, _Part]] = []
     for key in moved:
-        old, there = memo.parts.get(key, _NO_PART), places.of.get(key)
-        new = _NO_PART if there is None else _part(view, here, there, living, old)
-        if new != old or key not in memo.parts or there is None:
+        old, place = memo.parts.get(key, _NO_PART), places.of.get(key)
+        new = _NO_PART if place is None else _part(view, own_place, place, living, old)
+        if new != old or key not in memo.parts or place is None:
             differing.append((key, old, new))
     if not differing:
         return memo.parts, memo.whole
@@ -357,31 +364,31 @@ def _followed(
     )
 
 
-def _changed(had: frozenset[T], pairs: Iterable[tuple[Collection[T], Collection[T]]]) -> frozenset[T]:
-    """`had` itself if it comes out the same. `pairs`: what parts of it were, and are."""
+def _changed(former: frozenset[T], pairs: Iterable[tuple[Collection[T], Collection[T]]]) -> frozenset[T]:
+    """`former` itself if it comes out the same. `pairs`: what parts of it were, and are."""
     less: set[T] = set()
     more: set[T] = set()
     for old, new in pairs:
         # Most are the same objects, and hashes of addresses are slow.
-        here, there = set(map(id, new)), set(map(id, old))
-        less.update(item for item in old if id(item) not in here)
-        more.update(item for item in new if id(item) not in there)
-    differing = frozenset(more - had) | ((less - more) & had)
+        new_ids, old_ids = set(map(id, new)), set(map(id, old))
+        less.update(item for item in old if id(item) not in new_ids)
+        more.update(item for item in new if id(item) not in old_ids)
+    differing = frozenset(more - former) | ((less - more) & former)
     # In this order the large one is copied once.
-    return differing ^ had if differing else had
+    return differing ^ former if differing else former
 
 
-def _sent(had: Mapping[IPNetwork, RoutePlan], pairs: Iterable[tuple[_Part, _Part]]) -> Mapping[IPNetwork, RoutePlan]:
-    """`had` itself if it comes out the same."""
+def _sent(former: Mapping[IPNetwork, RoutePlan], pairs: Iterable[tuple[_Part, _Part]]) -> Mapping[IPNetwork, RoutePlan]:
+    """`former` itself if it comes out the same."""
     less: dict[IPNetwork, RoutePlan] = {}
     more: dict[IPNetwork, RoutePlan] = {}
     for old, new in pairs:
-        here, there = set(map(id, new.send)), set(map(id, old.send))
-        less.update((route.destination, route) for route in old.send if id(route) not in here)
-        more.update((route.destination, route) for route in new.send if id(route) not in there)
+        new_ids, old_ids = set(map(id, new.send)), set(map(id, old.send))
+        less.update((route.destination, route) for route in old.send if id(route) not in new_ids)
+        more.update((route.destination, route) for route in new.send if id(route) not in old_ids)
     if not more and not less:
-        return had
-    result = copied(had)
+        return former
+    result = copied(former)
     for network in less:
         if network not in more:
             del result[network]
@@ -405,9 +412,9 @@ def _peers(
             touched.update((old.gate, new.gate))
     if not touched:
         return memo.peers
-    every: tuple[IPNetwork, ...] = ()
+    all_networks: tuple[IPNetwork, ...] = ()
     if view.by_leader and view.leader.public_key in touched:
-        every = tuple(network for part in parts.values() for network in part.networks)
+        all_networks = tuple(network for part in parts.values() for network in part.networks)
     result = copied(memo.peers)
     for key in touched:
         peer = base.get(key)
@@ -415,7 +422,7 @@ def _peers(
             result.pop(key, None)
             continue
         if view.by_leader:
-            networks = every if key == view.leader.public_key else ()
+            networks = all_networks if key == view.leader.public_key else ()
         else:
             part = parts.get(places.key_of(peer.name), _NO_PART)
             networks = part.networks if part.gate == key else ()
@@ -447,13 +454,13 @@ def _routes(
 
 
 def _allowing(peer: PeerPlan, networks: Iterable[IPNetwork]) -> PeerPlan:
-    known = set(map(id, peer.allowed_ips))
-    if all(id(network) in known for network in networks):
+    allowed_ids = set(map(id, peer.allowed_ips))
+    if all(id(network) in allowed_ids for network in networks):
         return peer
-    every = {*peer.allowed_ips, *networks}
-    if len(every) == len(peer.allowed_ips):
+    allowed_ips = {*peer.allowed_ips, *networks}
+    if len(allowed_ips) == len(peer.allowed_ips):
         return peer
-    return evolve(peer, allowed_ips=tuple(sorted(every, key=network_key)))
+    return evolve(peer, allowed_ips=tuple(sorted(allowed_ips, key=network_key)))
 
 
 def _clear_sources(own: Node, outside: Outside, place: Place) -> tuple[IPAddress, ...]:
@@ -462,7 +469,9 @@ def _clear_sources(own: Node, outside: Outside, place: Place) -> tuple[IPAddress
     return tuple(address for address in own_endpoints(own) if address not in carried and outside.has(address))
 
 
-def _known(subnets: Iterable[IPNetwork], behind: Iterable[IPNetwork], place: Place, name: str) -> tuple[IPNetwork, ...]:
+def _accepted_sources(
+    subnets: Iterable[IPNetwork], behind: Iterable[IPNetwork], place: Place, name: str
+) -> tuple[IPNetwork, ...]:
     """The sources from which others accept packets by way of this host."""
     networks = {*subnets, *behind}
     if place.segment.leader.name == name:

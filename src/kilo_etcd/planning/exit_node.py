@@ -40,9 +40,9 @@ ON_THE_LINK: tuple[IPNetwork, ...] = (*LINK_LOCAL, ip_network("224.0.0.0/4"), ip
 
 def ineligible(topology: Topology, name: str) -> str | None:
     """Why the node, which is in the mesh, cannot be an exit node, as a sentence; None: it can."""
-    if there := topology.snapshot.nodes[name].exit_node:
+    if exit_node := topology.snapshot.nodes[name].exit_node:
         return (
-            f"node {name} cannot be an exit node as long as it leaves by {there} itself: take that back with kgctl "
+            f"node {name} cannot be an exit node as long as it leaves by {exit_node} itself: take that back with kgctl "
             f"annotate {name} exit-node-"
         )
     leader = topology.segment_of(name).leader.name
@@ -60,8 +60,8 @@ def unusable(topology: Topology, name: str) -> str | None:
     node = topology.snapshot.nodes.get(name)
     if node is None:
         offering = sorted(other.name for other in topology.snapshot.nodes.values() if other.advertises_exit_node)
-        there = f"exit nodes are {', '.join(offering)}" if offering else "kgctl node list lists those that are"
-        return f"the exit node {name} is no node of the mesh; {there}"
+        hint = f"exit nodes are {', '.join(offering)}" if offering else "kgctl node list lists those that are"
+        return f"the exit node {name} is no node of the mesh; {hint}"
     if not node.advertises_exit_node:
         return (
             f"node {name} does not advertise itself as an exit node; allow it with kgctl annotate {name} "

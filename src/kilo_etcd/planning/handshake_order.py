@@ -160,10 +160,10 @@ def _must_come(own: Node, other: Node, peer: PeerPlan) -> bool:
         return False
     if peer.observed or is_public(address):
         return peer.observed
-    here = own.internal_ip(address.version)
+    own_ip = own.internal_ip(address.version)
     # Without labels nothing but the address says that two hosts share a network.
     labelled = own.location == other.location != DEFAULT_LOCATION
-    return not labelled and (here is None or address not in here.network)
+    return not labelled and (own_ip is None or address not in own_ip.network)
 
 
 def _reachable(own: Node, peer: PeerPlan) -> bool:

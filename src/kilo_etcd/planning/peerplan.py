@@ -51,8 +51,8 @@ def peer_plan(
     for segment in sorted(topology.segments.values(), key=lambda segment: segment.leader.name):
         leader = segment.leader
         endpoint = _endpoint(leader, families)
-        seen = _seen(leader, peer, endpoint, families)
-        used = seen or endpoint
+        observed = _seen(leader, peer, endpoint, families)
+        used = observed or endpoint
         # What is near the machine is not elsewhere, and WireGuard's own packets must not go into the tunnel.
         amiss = {
             network
@@ -62,13 +62,13 @@ def peer_plan(
         }
         route(segment.networks)
         route([network for network in segment.internal if network not in amiss])
-        if endpoint is None and seen is None:
+        if endpoint is None and observed is None:
             problems.append(Problem(subject=leader.name, text=_unreachable(leader, families)))
         peers[leader.public_key] = PeerPlan(
             public_key=leader.public_key,
             name=leader.name,
             endpoint=used,
-            observed=seen is not None,
+            observed=observed is not None,
             allowed_ips=tuple(n for n in segment.reach if n not in amiss) if amiss else segment.reach,
             persistent_keepalive=keepalive,
             preshared_key=peer.preshared_key,

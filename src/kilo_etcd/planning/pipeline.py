@@ -29,7 +29,7 @@ class EncryptionInputs:
 
     outside: Outside
     living: Living = NOBODY_ASKED
-    told: StageReport | None = None
+    stage_report: StageReport | None = None
 
 
 @frozen(kw_only=True)
@@ -99,7 +99,8 @@ def host_plans(
     if (inputs := surroundings.encryption) is not None:
         last = None if previous is None else previous.final
         plan = encrypt(
-            plan, topology, outside=inputs.outside, living=inputs.living, told=inputs.told, previous=last
+            plan, topology, outside=inputs.outside, living=inputs.living, stage_report=inputs.stage_report,
+            previous=last,
         )  # fmt: skip
     return HostPlans(raw=raw, filtered=filtered, final=plan)
 
@@ -134,12 +135,12 @@ def peer_plans(topology: Topology, name: str, options: PeerOptions, surroundings
 def from_own_addresses(plan: HostPlan, node: Node, addresses: Collection[IPAddress]) -> HostPlan:
     """The plan without routes from an internal IP that is none of the host's `addresses`: the kernel takes no such
     route. The operator may have forced the internal IP, or it is gone for now. The mesh address serves as well."""
-    gone = {ip.ip for ip in node.internal_ips}.difference(addresses)
-    if not gone or not addresses:
+    missing = {ip.ip for ip in node.internal_ips}.difference(addresses)
+    if not missing or not addresses:
         return plan
     routes = {}
     for network, route in plan.routes.items():
-        if route.source in gone:
+        if route.source in missing:
             source = node.mesh_address(network.version)
             if source is None:
                 continue

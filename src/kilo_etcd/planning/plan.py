@@ -75,11 +75,11 @@ class _RemoteView:
     knows: bool
     """Whether the node and its leader know the setting internal-ips."""
 
-    def source(self, version: int, there: Segment) -> IPAddress | None:
+    def source(self, version: int, other: Segment) -> IPAddress | None:
         """From where it sends to internal IPs of another segment: from its own one, if answers to that find back to
         it; else from its mesh address."""
         own = next((address for address in self.internal if address.version == version), None)
-        lost = own is None or there.links.hold(version, int(own)) or (self.in_front and version in there.called)
+        lost = own is None or other.links.hold(version, int(own)) or (self.in_front and version in other.called)
         return self.own.mesh_address(version) if lost else own
 
 
@@ -278,10 +278,10 @@ class _Local:
             elif way.trouble:
                 text = f"node {node.name} cannot be reached in IPv{version} inside the location: {way.trouble}"
                 self.problems.append(Problem(subject=node.name, text=text))
-        way, here = hops.get(4), self.own.internal_ip(4)
-        if way is not None and way.way is Via.IPIP and way.gateway is not None and here is not None:
+        way, own_ip = hops.get(4), self.own.internal_ip(4)
+        if way is not None and way.way is Via.IPIP and way.gateway is not None and own_ip is not None:
             self.ipip_remotes.add(way.gateway)
-            self.ipip_local = here.ip
+            self.ipip_local = own_ip.ip
 
     def _return(self, node: Node) -> None:
         """Send on what comes out of the tunnel for a member's internal IPs as the member sends what is for there."""
@@ -469,18 +469,18 @@ def _follow(
                         persistent_keepalive=TAKEOVER_CHECK_KEEPALIVE,
                     )
                 )
-        endpoint, seen = chosen_endpoint(own, leader, near)
+        endpoint, observed = chosen_endpoint(own, leader, near)
         connect(
             PeerPlan(
                 public_key=leader.public_key,
                 name=leader.name,
-                endpoint=seen or endpoint,
-                observed=seen is not None,
+                endpoint=observed or endpoint,
+                observed=observed is not None,
                 allowed_ips=allowed,
                 persistent_keepalive=own.persistent_keepalive,
             )
         )
-        if endpoint is not None or seen is not None or role is not _TunnelRole.LEADER:
+        if endpoint is not None or observed is not None or role is not _TunnelRole.LEADER:
             continue
         text = apart(own, leader)
         if text is None and own.endpoint is None:
@@ -492,13 +492,13 @@ def _follow(
             problems[key] = Problem(subject=leader.name, text=text)
     for peer in peers_come.values():
         route(peer.allowed_ips)
-        seen = observed_endpoint(own, peer, peer.endpoint)
+        observed = observed_endpoint(own, peer, peer.endpoint)
         connect(
             PeerPlan(
                 public_key=peer.public_key,
                 name=peer.name,
-                endpoint=seen or peer.endpoint,
-                observed=seen is not None,
+                endpoint=observed or peer.endpoint,
+                observed=observed is not None,
                 allowed_ips=peer.allowed_ips,
                 persistent_keepalive=peer.persistent_keepalive if role is _TunnelRole.LEADER else 0,
                 preshared_key=peer.preshared_key,
@@ -540,15 +540,15 @@ def _internal_changes(
 ) -> tuple[set[IPNetwork], dict[str, set[IPNetwork] | None]]:
     """The internal IPs that are gone, and by segment those that have come; None: all of its, since where they are
     routed to, or from which source, may have changed."""
-    left: set[IPNetwork] = set()
+    removed: set[IPNetwork] = set()
     new: dict[str, set[IPNetwork] | None] = dict.fromkeys(come)
     for key, old in gone.items():
         now = come.get(key)
         if now is None or not _alike(old, now, view):
-            left.update(old.internal)
+            removed.update(old.internal)
         else:
             # What has stayed is the same object, and hashes of networks are slow.
-            here, there = set(map(id, old.internal)), set(map(id, now.internal))
-            left.update(network for network in old.internal if id(network) not in there)
-            new[key] = {network for network in now.internal if id(network) not in here}
-    return left, new
+            old_ids, new_ids = set(map(id, old.internal)), set(map(id, now.internal))
+            removed.update(network for network in old.internal if id(network) not in new_ids)
+            new[key] = {network for network in now.internal if id(network) not in old_ids}
+    return removed, new

@@ -62,11 +62,11 @@ def targets(topology: Topology, name: str) -> dict[MemberAddress, Node]:
 def targets_of(own: Node, node: Node, families: Collection[int]) -> tuple[MemberAddress, ...]:
     """Where `own` reaches one member of its location, for packets of these families."""
     if tunneled(own, node):
-        here = {address.version for address in own.mesh_addresses}
+        versions = {address.version for address in own.mesh_addresses}
         return tuple(
             MemberAddress(node.name, mesh_address)
             for mesh_address in node.mesh_addresses
-            if mesh_address.version in here
+            if mesh_address.version in versions
         )
     ways = (next_hop(own, node, version) for version in sorted(families))
     gateways = (way.gateway for way in ways if way is not None and way.gateway is not None)
@@ -176,8 +176,8 @@ def _rerouted(
 
 
 def _within(network: IPNetwork, subnet: IPNetwork) -> bool:
-    same = network.version == subnet.version and network.prefixlen >= subnet.prefixlen
-    return same and network.network_address in subnet
+    no_wider = network.version == subnet.version and network.prefixlen >= subnet.prefixlen
+    return no_wider and network.network_address in subnet
 
 
 def _problems(topology: Topology, name: str, leader: str, silent: Collection[Silent]) -> list[Problem]:
@@ -206,10 +206,10 @@ def called_location(location: str) -> str:
     return f"location {location}" if location else "the default location, which is that of hosts without a label"
 
 
-def apart(node: str, which: str, where: str) -> str:
-    """What to do if hosts share no network, as the beginning of a sentence. `which`: "the two" or "they"; `where`:
+def apart(node: str, hosts: str, where: str) -> str:
+    """What to do if hosts share no network, as the beginning of a sentence. `hosts`: "the two" or "they"; `where`:
     "both are at location gcp"."""
-    return f"if {which} share no network, label them apart (kgctl location set {node} NAME; {where})"
+    return f"if {hosts} share no network, label them apart (kgctl location set {node} NAME; {where})"
 
 
 def share(node: str) -> str:

@@ -45,17 +45,21 @@ def render(plan: HostPlan) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _encrypted(wanted: Encryption) -> Iterator[str]:
-    for network in sorted((*wanted.send, *wanted.hold), key=network_key):
-        yield f"encrypted {_route(wanted.send[network])}" if network in wanted.send else f"encrypted hold {network}"
-    refused = sorted(wanted.refuse, key=lambda ip: (ip.version, int(ip)))
+def _encrypted(encryption: Encryption) -> Iterator[str]:
+    for network in sorted((*encryption.send, *encryption.hold), key=network_key):
+        yield (
+            f"encrypted {_route(encryption.send[network])}"
+            if network in encryption.send
+            else f"encrypted hold {network}"
+        )
+    refused = sorted(encryption.refuse, key=lambda ip: (ip.version, int(ip)))
     if refused:
         yield "encrypted refuse " + ",".join(map(str, refused))
-    bypass = [f"{address} tcp/{port}" for address, port in wanted.etcd]
-    bypass += [f"tcp/{port} here" for port in wanted.etcd_here]
-    bypass += [f"udp/{port}" for port in wanted.talk]
-    bypass += [f"from {address}" for address in wanted.clear_sources]
-    bypass += map(str, wanted.clear)
+    bypass = [f"{address} tcp/{port}" for address, port in encryption.etcd]
+    bypass += [f"tcp/{port} here" for port in encryption.etcd_here]
+    bypass += [f"udp/{port}" for port in encryption.talk]
+    bypass += [f"from {address}" for address in encryption.clear_sources]
+    bypass += map(str, encryption.clear)
     yield "encrypted but not " + (", ".join(bypass) or "anything")
 
 

@@ -142,12 +142,12 @@ def _returned(network: IPNetwork, plan: HostPlan) -> bool:
 
 def _without_observed(plan: HostPlan) -> tuple[HostPlan, bool]:
     """The plan without observed endpoints that are within a routed network; whether there were any."""
-    told = {key: peer for key, peer in plan.peers.items() if peer.observed and peer.endpoint is not None}
-    if not told:
+    observed_peers = {key: peer for key, peer in plan.peers.items() if peer.observed and peer.endpoint is not None}
+    if not observed_peers:
         return plan, False
     ranges = _Ranges.of(_items(plan.routes))
     ignored = {}
-    for key, peer in told.items():
+    for key, peer in observed_peers.items():
         address = None if peer.endpoint is None else peer.endpoint.address
         if address is not None and ranges.met_between(address.version, int(address), int(address)) is not None:
             ignored[key] = evolve(peer, endpoint=None, observed=False)
@@ -163,9 +163,9 @@ def _still_clean(plan: HostPlan, protected: tuple[IPNetwork, ...], previous: Hos
     memo = previous.memo
     if not isinstance(memo, FilterMemo) or memo.protected != protected or previous.addresses != plan.addresses:
         return None
-    known = plan.memo.changed if isinstance(plan.memo, RoutesMemo) else None
-    if known is not None and known.base is previous.routes:
-        differing: Iterable[IPNetwork] = known.keys
+    changed_routes = plan.memo.changed if isinstance(plan.memo, RoutesMemo) else None
+    if changed_routes is not None and changed_routes.base is previous.routes:
+        differing: Iterable[IPNetwork] = changed_routes.keys
     else:
         differing = changes(previous.routes, plan.routes)
     routes = {key for key in differing if key in plan.routes}

@@ -126,7 +126,7 @@ class _Walker:
 
     def walk(self, start: str, sender: IPAddress | None) -> Path:
         path = Path(source=sender, destination=self.destination)
-        at, seen = start, {start}
+        at, visited = start, {start}
         while not self._is_home(at):
             plan = self.plans.get(at)
             if plan is None:
@@ -148,9 +148,9 @@ class _Walker:
                 own = self.topology.snapshot.nodes[at].internal_ip(self.destination.version)
                 source = path.source or (None if own is None else own.ip)
                 path, at = evolve(path, source=source, hops=(*path.hops, step)), step.target
-                if at in seen:
+                if at in visited:
                     return evolve(path, dropped=f"it comes back to {at}: a routing loop")
-                seen.add(at)
+                visited.add(at)
                 continue
             if route is None:
                 return evolve(path, dropped=f"{at} has no route to {self.destination}")
@@ -165,9 +165,9 @@ class _Walker:
             if step.target not in self.topology.snapshot.nodes:
                 return path  # Outside peers deliver by themselves.
             at = step.target
-            if at in seen:
+            if at in visited:
                 return evolve(path, dropped=f"it comes back to {at}: a routing loop")
-            seen.add(at)
+            visited.add(at)
         return path
 
     def _route(self, at: str, plan: HostPlan, address: IPAddress) -> RoutePlan | None:
@@ -205,11 +205,11 @@ class _Walker:
         target = self.names.get(peer.public_key)
         if target is None:
             return Hop(source=at, target=f"peer {peer.name}", medium=Via.TUNNEL, peer=peer.public_key)
-        there = self.plans.get(target)
-        if there is None:
+        target_plan = self.plans.get(target)
+        if target_plan is None:
             return f"the plan of {target} is not known"
         own_key = self.topology.snapshot.nodes[at].public_key
-        back = there.peers.get(own_key)
+        back = target_plan.peers.get(own_key)
         if back is None:
             return f"{target} has no WireGuard peer {at}"
         if peer.endpoint is None and back.endpoint is None:
@@ -222,7 +222,7 @@ class _Walker:
                 return f"{at} routes {address}, the endpoint of {target}, into the tunnel"
         if (why := hopeless(self.topology.snapshot.nodes[at], self.topology.snapshot.nodes[target])) is not None:
             return why
-        expected = None if sender is None else self._peer_for(there, sender)
+        expected = None if sender is None else self._peer_for(target_plan, sender)
         if expected is None or expected.public_key != own_key:
             of = "nobody" if expected is None else expected.name
             return f"{target} does not take {sender} from {at}: by its allowed IPs the address belongs to {of}"
@@ -239,12 +239,12 @@ class _Walker:
         if gateway is None or target is None:
             return f"the gateway {gateway} of {at} is no node of its location"
         if route.way is Via.UNDERLAY:
-            here = own.internal_ip(gateway.version)
-            if here is None or gateway not in here.network:
+            own_ip = own.internal_ip(gateway.version)
+            if own_ip is None or gateway not in own_ip.network:
                 return f"the gateway {gateway} is not a neighbour of {at}"
         else:
-            there = self.plans.get(target.name)
-            if there is None or plan.ipip_local is None or plan.ipip_local not in there.ipip_remotes:
+            target_plan = self.plans.get(target.name)
+            if target_plan is None or plan.ipip_local is None or plan.ipip_local not in target_plan.ipip_remotes:
                 return f"{target.name} does not take IPIP from {at}"
             if gateway not in plan.ipip_remotes:
                 return f"{at} has no IPIP tunnel to {gateway}"

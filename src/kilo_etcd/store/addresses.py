@@ -86,9 +86,9 @@ class AddressIndex:
             del self._statements[node]
         for stated in old:
             self._count(stated.network, -1)
-            rest = tuple(name for name in self._stated_by[place(stated.ip)] if name != node)
-            if rest:
-                self._stated_by[place(stated.ip)] = rest
+            others = tuple(name for name in self._stated_by[place(stated.ip)] if name != node)
+            if others:
+                self._stated_by[place(stated.ip)] = others
             else:
                 del self._stated_by[place(stated.ip)]
         for stated in interfaces:

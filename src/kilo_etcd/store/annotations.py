@@ -130,12 +130,12 @@ def _others(first: Endpoint | None, record: NodeRecord) -> tuple[Endpoint, ...]:
     """The record's endpoints in the families that `first` is not in; a forced one takes the place of its family's."""
     if not record.more_endpoints and first == record.endpoint:
         return ()
-    taken = {first.address.version} if first is not None and first.address is not None else set()
+    families = {first.address.version} if first is not None and first.address is not None else set()
     result = []
     for endpoint in (record.endpoint, *record.more_endpoints):
         address = None if endpoint is None else endpoint.address
-        if endpoint is not None and address is not None and address.version not in taken:
-            taken.add(address.version)
+        if endpoint is not None and address is not None and address.version not in families:
+            families.add(address.version)
             result.append(endpoint)
     return tuple(result)
 
@@ -202,8 +202,8 @@ def _subnets_impact(old: Node, new: Node) -> Iterator[str]:
 
 def _location_networks_impact(old: Node, new: Node) -> Iterator[str]:
     if set(old.allowed_location_ips) != set(new.allowed_location_ips):
-        given, gave = new.allowed_location_ips, old.allowed_location_ips
-        yield f"leads to networks of its location: {_listed(given)} instead of {_listed(gave)}"
+        new_networks, old_networks = new.allowed_location_ips, old.allowed_location_ips
+        yield f"leads to networks of its location: {_listed(new_networks)} instead of {_listed(old_networks)}"
 
 
 def _listed(items: Iterable[object]) -> str:

@@ -46,13 +46,13 @@ async def ensure_mesh(client: Client, keys: Keys, settings: MeshSettings, *, res
     already and `internal-ips` is missing, `encrypted` is put there whatever the flag says.
     """
     granularity, subnets, internal_ips = settings
-    wanted = {
+    values = {
         keys.granularity: granularity.value.encode(),
         keys.subnets: encode_subnets(subnets),
         keys.internal_ips: internal_ips.value.encode(),
     }
     kvs: dict[str, KeyValue] = {}
-    for key, value in wanted.items():
+    for key, value in values.items():
         held = await client.get(key)
         if held is None:
             if key == keys.internal_ips and not restores and await _encrypts(client, keys):
@@ -70,10 +70,10 @@ async def ensure_mesh(client: Client, keys: Keys, settings: MeshSettings, *, res
         # Nonsense in the granularity is survivable: a mesh exists in any; which one matters less than that all agree.
         granularity = await last_good(client, kv, decode_granularity) or Granularity.LOCATION
     if (kv := kvs.get(keys.subnets)) is not None:
-        known = await last_good(client, kv, decode_subnets)
-        if known is None:
+        last_subnets = await last_good(client, kv, decode_subnets)
+        if last_subnets is None:
             raise RecordError(_unreadable(keys.subnets, kv))
-        subnets = known
+        subnets = last_subnets
     if (kv := kvs.get(keys.internal_ips)) is not None:
         setting = await last_good(client, kv, decode_internal_ips)
         if setting is None:
@@ -140,14 +140,14 @@ async def claim_addresses(
     asked again only if it is `doubted`. With `renumber` its claims outside `subnets` are given up.
     """
     own, stated = await _own(client, keys, node)
-    known = tuple(dict.fromkeys((*held, *stated, *sorted(own, key=lambda address: (own[address], int(address))))))
+    preferred = tuple(dict.fromkeys((*held, *stated, *sorted(own, key=lambda address: (own[address], int(address))))))
     search = _Search(client, keys, node, own)
     claimed = []
     for version in (4, 6):
         family = [subnet for subnet in subnets if subnet.version == version]
         if not family:
             continue
-        within = [address for address in known if any(address in subnet for subnet in family)]
+        within = [address for address in preferred if any(address in subnet for subnet in family)]
         if within and not doubted and within[0] in own and within[0] in stated:
             claimed.append(within[0])
         else:
@@ -191,11 +191,12 @@ class _Search:
         self._since = AddressIndex()
         """The claims that were there after the last one."""
 
-    async def find(self, known: Iterable[IPAddress], family: list[IPNetwork]) -> IPAddress:
-        """The first of `known` that may be used, else another one of `family`, claimed. NoAddressLeft, EtcdError."""
+    async def find(self, preferred: Iterable[IPAddress], family: list[IPNetwork]) -> IPAddress:
+        """The first of `preferred` that may be used, else another one of `family`, claimed. NoAddressLeft,
+        EtcdError."""
         index = await self._look()
         me = ("node", self._node)
-        for address in known:
+        for address in preferred:
             if index.holder(address) in (me, None):
                 if await self._claim(address):
                     return address

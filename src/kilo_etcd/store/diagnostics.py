@@ -79,8 +79,8 @@ async def request_diagnostics(
             with suppress(EtcdError):  # The leases end by themselves.
                 await client.revoke_lease(lease)
                 for first in range(0, len(responses), MOST_AT_ONCE):
-                    some = [*responses][first : first + MOST_AT_ONCE]
-                    await client.txn([], [Delete(keys.response(lease, name)) for name in some])
+                    to_delete = [*responses][first : first + MOST_AT_ONCE]
+                    await client.txn([], [Delete(keys.response(lease, name)) for name in to_delete])
     return responses
 
 

@@ -31,10 +31,10 @@ class KeyIndex:
             return set()
         concerned: set[KeyOwner] = set()
         if old is not None:
-            rest = tuple(other for other in self._owners[old] if other != owner)
-            concerned.update(rest)
-            if rest:
-                self._owners[old] = rest
+            remaining = tuple(other for other in self._owners[old] if other != owner)
+            concerned.update(remaining)
+            if remaining:
+                self._owners[old] = remaining
             else:
                 del self._owners[old]
             del self._key_of[owner], self._since[owner]

@@ -418,8 +418,8 @@ class Keys:
                 "a name in the key is not spelled as kilo-etcd spells it: use percent-encoding (kgctl does it for you)"
             )
         if parts[0] == "mesh":
-            known = sorted(key.removeprefix(f"{self.root}mesh/") for key in (*self.settings, self.adopted))
-            return f"no such key is known; below {self.root}mesh/ there are {', '.join(known)}"
+            known_keys = sorted(key.removeprefix(f"{self.root}mesh/") for key in (*self.settings, self.adopted))
+            return f"no such key is known; below {self.root}mesh/ there are {', '.join(known_keys)}"
         return "no such key is known"
 
 

@@ -338,8 +338,8 @@ class Mirror:
         key = self._keys.adopted.encode()
         adoption = next((kv.value for kv in result.kvs if kv.key == key), None)
         if self.current is not None:
-            known = self._view.kv(key)
-            self._adopted = known.value if known else None
+            adopted = self._view.kv(key)
+            self._adopted = adopted.value if adopted else None
         return adopts(adoption, self._adopted, result.header.cluster_id)
 
     def _distrust(self, reason: str) -> None:
@@ -366,8 +366,8 @@ class Mirror:
 
     def _failed(self, error: EtcdError) -> None:
         if self.connected or self.failure is None or self.failure.kind != error.kind:
-            what = "etcd does not answer" if type(error) is Unavailable else error.kind
-            self._log.warning(f"{what}; the last snapshot stays", error=str(error))
+            symptom = "etcd does not answer" if type(error) is Unavailable else error.kind
+            self._log.warning(f"{symptom}; the last snapshot stays", error=str(error))
         if self.connected:
             self.disconnected_since = trio.current_time()
         self.connected, self.failure = False, error
@@ -380,12 +380,12 @@ def _why_not(header: Header, floor: Header | None) -> str | None:
         return None
     if floor.cluster_id and header.cluster_id != floor.cluster_id:
         return f"etcd is another cluster now ({header.cluster_id:x}, it was {floor.cluster_id:x})"
-    for what, now, before in (
+    for quantity, now, before in (
         ("revision", header.revision, floor.revision),
         ("raft term", header.raft_term, floor.raft_term),
     ):
         if now < before:
-            return f"etcd went back in time: its {what} is {now}, it was {before}"
+            return f"etcd went back in time: its {quantity} is {now}, it was {before}"
     return None
 
 

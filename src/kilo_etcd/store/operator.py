@@ -34,18 +34,18 @@ async def snapshot(client: Client, keys: Keys) -> tuple[Snapshot, View]:
     if (kv := by_key.get(keys.subnets.encode())) is not None:
         view.subnets = await last_good(client, kv, decode_subnets)
     view.load(listing.kvs, listing.header)
-    found = view.snapshot()
-    named = any(note.key == keys.internal_ips for note in found.rejected)
+    result = view.snapshot()
+    named = any(note.key == keys.internal_ips for note in result.rejected)
     missing_here = keys.internal_ips.encode() not in by_key and not named
-    if missing_here and any(node.underlay is not None for node in found.nodes.values()):
+    if missing_here and any(node.underlay is not None for node in result.nodes.values()):
         missing = RejectedRecord(
             keys.internal_ips,
             "the value is missing: agents that run keep the one that they know, and one of them restores it; else the "
             "next agent to start writes its --internal-ips, by default routed. kgctl mesh set internal-ips routed, "
             "encrypted or off says which",
         )
-        found = evolve(found, rejected=(*found.rejected, missing))
-    return found, view
+        result = evolve(result, rejected=(*result.rejected, missing))
+    return result, view
 
 
 async def statuses(client: Client, keys: Keys) -> Mapping[str, StatusRecord]:

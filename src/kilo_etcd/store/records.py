@@ -592,14 +592,14 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def _withholding(parse: Callable[[object], Any], what: str) -> Callable[[object], Any]:
+def _withholding(parse: Callable[[object], Any], noun: str) -> Callable[[object], Any]:
     """Reads a secret: whatever is wrong with it, the message tells only what kind of value it is."""
 
     def read_secret(value: object) -> Any:
         try:
             return parse(value)
         except Exception:
-            raise ValueError(f"{described(value)} is no {what}") from None
+            raise ValueError(f"{described(value)} is no {noun}") from None
 
     return read_secret
 
@@ -637,14 +637,15 @@ _OPTIONAL: Mapping[type, tuple[str, ...]] = {NodeRecord: ("encryption", "accepts
 version has must not take a node out of the mesh."""
 _EMPTY: tuple[object, ...] = (None, "", [])
 _ABSENT: dict[type, dict[str, tuple[object, ...]]] = {
-    record: {_camel(each.name): (None,) for each in fields(record) if each.default is None} for record in _RECORDS
+    record: {_camel(attribute.name): (None,) for attribute in fields(record) if attribute.default is None}
+    for record in _RECORDS
 }
 """Kind -> the fields whose default is None: empty, they are written all the same."""
 
 
 def encode(record: Record) -> bytes:
     """A record as it is put into etcd: JSON, canonical."""
-    written = {name: _plain(getattr(record, each.name)) for name, each in _FIELDS[type(record)].items()}
+    written = {name: _plain(getattr(record, spec.name)) for name, spec in _FIELDS[type(record)].items()}
     absent = _ABSENT[type(record)]
     fields = {name: value for name, value in written.items() if value not in absent.get(name, _EMPTY)}
     return json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
@@ -661,16 +662,16 @@ def read(kind: type[R], value: bytes, limit: int = MAX_VALUE) -> Read[R]:
         raise RecordError(f"the value is not JSON: {error}") from None
     if not isinstance(data, dict):
         raise RecordError("the value is not a JSON object")
-    known = _FIELDS[kind]
+    known_fields = _FIELDS[kind]
     fields: dict[str, Any] = {}
     wrong: dict[str, Exception] = {}
     spared: dict[str, Exception] = {}
     unknown: list[str] = []
     for name, item in data.items():
-        if name not in known:
+        if name not in known_fields:
             unknown.append(name)
             continue
-        field_name, read_one = known[name]
+        field_name, read_one = known_fields[name]
         try:
             fields[field_name] = read_one(item)
         # Not ValueError alone: to show a value that is nested deeply can fail too.

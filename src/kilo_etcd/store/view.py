@@ -197,9 +197,9 @@ class View:
 
     def apply(self, events: Iterable[Event], header: Header) -> bool:
         """Take in events in revision order, skipping those that the view has seen. Returns whether any was news."""
-        seen, newest = self.revision, self.revision
+        old_revision, newest = self.revision, self.revision
         for event in events:
-            if event.kv.mod_revision <= seen:
+            if event.kv.mod_revision <= old_revision:
                 continue
             newest = max(newest, event.kv.mod_revision)
             if event.type is EventType.PUT:
@@ -208,7 +208,7 @@ class View:
                 self._delete(event.kv.key)
         self.revision = newest
         self.header = header
-        return newest != seen
+        return newest != old_revision
 
     def recall(
         self,
@@ -392,11 +392,11 @@ class View:
             self._read(key, None)
 
     def _note(self, source: object, notes: Iterable[RejectedRecord]) -> None:
-        found = tuple(notes)
-        if self._aside.get(source, ()) != found:
+        rejected = tuple(notes)
+        if self._aside.get(source, ()) != rejected:
             self._dirty_aside = True
-            if found:
-                self._aside[source] = found
+            if rejected:
+                self._aside[source] = rejected
             else:
                 del self._aside[source]
 
@@ -713,12 +713,12 @@ def _public(node: Node | None) -> tuple[bool, bool]:
 
 
 def _renewed(
-    given: Mapping[str, tuple[V, ...]], tables: Mapping[str, Mapping[str, V]], dirty: set[str]
+    previous: Mapping[str, tuple[V, ...]], tables: Mapping[str, Mapping[str, V]], dirty: set[str]
 ) -> Mapping[str, tuple[V, ...]]:
     """What was given out, with the entries of `dirty` made anew from `tables`; `dirty` is empty afterwards."""
     if not dirty:
-        return given
-    result = copied(given)
+        return previous
+    result = copied(previous)
     for name in dirty:
         table = tables.get(name)
         _replace(result, name, tuple(table[key] for key in sorted(table)) if table else None)

@@ -79,7 +79,7 @@ class CandidacyTask:
         """Stand, or stand no more, in the face of `snapshot`; when to call again although nothing changed. `topology`
         is the one that is in force, perhaps of an older snapshot."""
         now = trio.current_time()
-        wanted = candidacy_policy.eligible(snapshot, self._name)
+        desired = candidacy_policy.eligible(snapshot, self._name)
         held = self._session.candidacy
         current = None if held is None else candidacy_policy.DesiredCandidacy(held.location, held.rank)
         demoted = self._demoted is not None
@@ -90,18 +90,18 @@ class CandidacyTask:
             # Not while the candidacy stands that the reports are of: that has to go first.
             self._hold_down, self._released = candidacy_policy.HoldDown(), False
         self._counted = demoted
-        if _newly_chosen(self._desired, wanted):
+        if _newly_chosen(self._desired, desired):
             # The operator's choice, made since, outweighs earlier probe reports.
             self._hold_down = candidacy_policy.HoldDown()
-        self._desired = wanted
-        if wanted is not None and now < self._hold_down.until:
-            wanted = candidacy_policy.DesiredCandidacy(wanted.location, CandidateClass.DEMOTED)
-        if wanted != self._eligible or (held is None and self._stood):
+        self._desired = desired
+        if desired is not None and now < self._hold_down.until:
+            desired = candidacy_policy.DesiredCandidacy(desired.location, CandidateClass.DEMOTED)
+        if desired != self._eligible or (held is None and self._stood):
             # A host that has lost its place with its lease waits like one that has just come: if all did, the present
             # leader is first.
-            self._eligible, self._stable_since = wanted, now
+            self._eligible, self._stable_since = desired, now
         hold, due = candidacy_policy.decide_candidacy(
-            wanted,
+            desired,
             candidacy_policy.CandidacyInputs(
                 now=now, stable_since=self._stable_since, ready=ready, leads=leads, current=current
             ),
@@ -115,7 +115,7 @@ class CandidacyTask:
             succeeded = self._succeeded(topology, hold.location, leaves=False)
             await self._session.enter(hold.location, hold.rank, in_place=in_place, succeeded=succeeded)
             if leads and not candidacy_policy.on_record(topology, self._name):
-                await self._session.record_leader(hold.location, known=topology.snapshot.revision)
+                await self._session.record_leader(hold.location, known_revision=topology.snapshot.revision)
         if now < self._hold_down.until and hold is not None:
             return self._hold_down.until if due is None else min(due, self._hold_down.until)
         return due

@@ -167,11 +167,11 @@ def _cause(topology: Topology, location: str, kind: Kind, pairs: list[frozenset[
     if len(pairs) == 1:
         subject, text = shown[0], f"they {verb}"
         labelled = next((name for name in names if topology.segment_of(name).leader.name != name), names[0])
-        which, both = "the two", "both"
+        hosts, quantity = "the two", "both"
     elif len(centre) == 1:
         other_names = [name for name in names if name != centre[0]]
         subject, text, labelled = centre[0], f"it and {first_of(other_names, PAIRS)} {verb}", centre[0]
-        which, both = "they", "all"
+        hosts, quantity = "they", "all"
     else:
         subject, labelled = where.partition(",")[0], "NODE"
         all_pairs = 2 * len(pairs) == len(names) * (len(names) - 1)
@@ -180,8 +180,8 @@ def _cause(topology: Topology, location: str, kind: Kind, pairs: list[frozenset[
             if all_pairs
             else f"{len(pairs)} pairs of its hosts {verb}: {first_of(shown, PAIRS)}"
         )
-        which, both = "they", "all"
-    remedy = apart(labelled, which, f"{both} are at {where}")
+        hosts, quantity = "they", "all"
+    remedy = apart(labelled, hosts, f"{quantity} are at {where}")
     if kind is not Kind.TUNNELED:
         remedy += share(labelled)
     return Cause(subject=subject, text=text + _cut_off(topology, kind, names, pairs), remedy=first + remedy)

@@ -75,7 +75,11 @@ def parts(plan: HostPlan, interface: str, ipip: str, strict: Collection[str], fo
             Chain(name=_SIZES, kind="filter", hook="forward", priority=NF_PRIORITIES["mangle"]),
         ]
         for version in versions:
-            hosts = (network.network_address for network in wanted.known if network.prefixlen == network.max_prefixlen)
+            hosts = (
+                network.network_address
+                for network in wanted.accepted_sources
+                if network.prefixlen == network.max_prefixlen
+            )
             known = (*wanted.sources, *hosts)
             sets.append(AddressSet(name=f"known{version}", version=version, addresses=_of(known, version)))
         rules += _outgoing(wanted, devices, versions)
@@ -195,7 +199,7 @@ def _outgoing(wanted: Encryption, devices: Collection[str], versions: Collection
         own = next(address for address in wanted.sources if address.version == version)
         to_node = _in_set("others", version, "daddr")
         yield _rule(_NAT, to_node, _in_set("known", version, "saddr"), then=_RETURN)
-        for network in wanted.known:
+        for network in wanted.accepted_sources:
             if network.version == version and network.prefixlen < network.max_prefixlen:
                 yield _rule(_NAT, to_node, _network(network, "saddr"), then=_RETURN)
         nat: _Match = (

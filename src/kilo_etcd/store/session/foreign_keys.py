@@ -22,20 +22,20 @@ class ForeignKeys:
         self._led_in: tuple[object, tuple[str, ...]] = (None, ())
         """The leaders on record, and the locations where this host is one."""
 
-    def find(self, snapshot: Snapshot, mirror: Mirror, *, known: Set[str]) -> list[KeyValue]:
-        """Those that `mirror`, which has given `snapshot`, holds besides `known`."""
+    def find(self, snapshot: Snapshot, mirror: Mirror, *, known_keys: Set[str]) -> list[KeyValue]:
+        """Those that `mirror`, which has given `snapshot`, holds besides `known_keys`."""
         if self._places_of[0] is not snapshot.candidates or self._places_of[1] is not snapshot.probe_reports:
-            found = places(self._keys, self._name, snapshot)
-            self._places_of = snapshot.candidates, snapshot.probe_reports, found
+            keys = places(self._keys, self._name, snapshot)
+            self._places_of = snapshot.candidates, snapshot.probe_reports, keys
         observed = [self._keys.endpoint(name, self._name) for name in mirror.observed_by(self._name)]
-        kvs = (mirror.kv(key) for key in {*self._places_of[2], *observed, *mirror.leaseless(self._name)} - known)
+        kvs = (mirror.kv(key) for key in {*self._places_of[2], *observed, *mirror.leaseless(self._name)} - known_keys)
         return [kv for kv in kvs if kv is not None]
 
     def led(self, snapshot: Snapshot) -> tuple[str, ...]:
         """The locations of which this host is on record as a leader."""
         if self._led_in[0] is not snapshot.leaders:
-            found = tuple(where for where, names in snapshot.leaders.items() if self._name in names)
-            self._led_in = snapshot.leaders, found
+            locations = tuple(where for where, names in snapshot.leaders.items() if self._name in names)
+            self._led_in = snapshot.leaders, locations
         return self._led_in[1]
 
 
@@ -44,14 +44,14 @@ def places(keys: Keys, name: str, snapshot: Snapshot) -> tuple[str, ...]:
     return (
         *(
             keys.election(where, name)
-            for where, all_ in snapshot.candidates.items()
-            for candidate in all_
+            for where, candidates in snapshot.candidates.items()
+            for candidate in candidates
             if candidate.node == name
         ),
         *(
             keys.probe_report(where, name)
-            for where, all_ in snapshot.probe_reports.items()
-            for report in all_
+            for where, reports in snapshot.probe_reports.items()
+            for report in reports
             if report.prober == name
         ),
     )

@@ -199,13 +199,13 @@ class LeasedKeys:
                     nursery.cancel_scope.cancel()
 
     async def _watch_time(self) -> None:
-        told: dict[str, float] = {}
+        notified: dict[str, float] = {}
         while True:
             changed, now = self._changed, trio.current_time()
             over = {key: due for key, due in self._due.items() if due <= now}
-            if over.items() - told.items():
+            if over.items() - notified.items():
                 self._on_due()
-            told = over
+            notified = over
             self._backoffs = {
                 key: repair_backoff for key, repair_backoff in self._backoffs.items() if now <= repair_backoff.until
             }

@@ -39,11 +39,11 @@ class LeasedWriter:
         self._beside = beside
         self._log = structlog.get_logger().bind(node=name)
 
-    async def bring(self, wanted: Mapping[str, bytes], apart: Mapping[str, bytes]) -> None:
-        """Make etcd hold `wanted` and, last, `apart`, and delete what else stands in the host's name. EtcdError,
+    async def bring(self, desired: Mapping[str, bytes], apart: Mapping[str, bytes]) -> None:
+        """Make etcd hold `desired` and, last, `apart`, and delete what else stands in the host's name. EtcdError,
         RecordChanged."""
-        own = self._leased.values.keys() - (self._leased.foreign - wanted.keys() - apart.keys())
-        await self._bring(wanted, {key for key in own if not self._apart(key)})
+        own = self._leased.values.keys() - (self._leased.foreign - desired.keys() - apart.keys())
+        await self._bring(desired, {key for key in own if not self._apart(key)})
         # In writes of their own, and last: where etcd does not let this host say something of others, it stands for
         # leader and reports all the same.
         await self._bring(apart, {key for key in own if self._apart(key)})
@@ -61,23 +61,23 @@ class LeasedWriter:
         if denied is not None:
             raise denied
 
-    async def _bring(self, wanted: Mapping[str, bytes], held: Collection[str]) -> None:
-        """Make etcd hold `wanted`, and nothing else of `held`, but for what is to be restored later."""
+    async def _bring(self, desired: Mapping[str, bytes], held: Collection[str]) -> None:
+        """Make etcd hold `desired`, and nothing else of `held`, but for what is to be restored later."""
         # What has to queue anew must go before it comes again.
-        gone = [
+        removals = [
             key
             for key in held
-            if wanted.get(key) != self._leased.values[key] and not (key in wanted and self._replaceable(key))
+            if desired.get(key) != self._leased.values[key] and not (key in desired and self._replaceable(key))
         ]
-        if gone:
-            for key in gone:
+        if removals:
+            for key in removals:
                 self._leased.may_remove(key)
-            revision = await self._registration.write([*map(Delete, gone), *self._beside(gone)])
-            for key in gone:
+            revision = await self._registration.write([*map(Delete, removals), *self._beside(removals)])
+            for key in removals:
                 self._leased.remove(key, revision)
         new = {
             key: value
-            for key, value in wanted.items()
+            for key, value in desired.items()
             if not (self._leased.confirmed(key, value) or self._leased.waits(key, value))
         }
         if new:

@@ -145,21 +145,21 @@ class Registration:
         clock; EtcdError."""
         while True:
             standing = await self.look()
-            taken = taken_by(self._name, self._public_key, standing.node, standing.status)
-            if taken is None:
+            reason = taken_by(self._name, self._public_key, standing.node, standing.status)
+            if reason is None:
                 return standing
-            left = deadline - trio.current_time()
-            if left <= 0:
-                raise NameTaken(taken)
-            await trio.sleep(min(0.5, left))
+            remaining = deadline - trio.current_time()
+            if remaining <= 0:
+                raise NameTaken(reason)
+            await trio.sleep(min(0.5, remaining))
 
     def is_own(self, node_kv: KeyValue | None) -> bool:
         """Whether a record at the name carries this host's key."""
         return node_kv is not None and public_key_of(node_kv) == self._public_key
 
     def _as(self, standing: Standing) -> list[Compare]:
-        both = (standing.node, self._node_key), (standing.status, self._status_key)
-        return [unchanged(kv) if kv else absent(key) for kv, key in both]
+        standing_keys = (standing.node, self._node_key), (standing.status, self._status_key)
+        return [unchanged(kv) if kv else absent(key) for kv, key in standing_keys]
 
     # --- writes ------------------------------------------------------------------------------------------------
 
@@ -185,11 +185,11 @@ class Registration:
             self._known, self.seen = node_kv, standing.revision
             self._registered.set()
             return Written(record=False, revision=0)
-        done = await self._client.txn(self._as(standing), ops)
-        self._guard.observe(done.header)
-        if not done.succeeded:
+        result = await self._client.txn(self._as(standing), ops)
+        self._guard.observe(result.header)
+        if not result.succeeded:
             return None
-        self.seen = revision = done.header.revision
+        self.seen = revision = result.header.revision
         self._known = (
             KeyValue(key=self._node_key.encode(), value=value, mod_revision=revision, lease=lease) if lacks else node_kv
         )
@@ -206,11 +206,11 @@ class Registration:
                 if self._known is None
                 else [Compare(self._node_key, CompareTarget.MOD, Is.EQUAL, self._known.mod_revision)]
             )
-            done = await self._client.txn(compare, ops[first : first + MOST_AT_ONCE])
-            self._guard.observe(done.header)
-            if not done.succeeded:
+            result = await self._client.txn(compare, ops[first : first + MOST_AT_ONCE])
+            self._guard.observe(result.header)
+            if not result.succeeded:
                 raise RecordChanged
-            revision = done.header.revision
+            revision = result.header.revision
         return revision
 
     async def delete_own(self, changed: Sequence[str]) -> None:
@@ -224,8 +224,8 @@ class Registration:
             keys.append(self._status_key)  # The last, since all writes compare it.
         for first in range(0, len(keys), MOST_AT_ONCE):
             ops = [Delete(key) for key in keys[first : first + MOST_AT_ONCE]]
-            done = await self._client.txn(self._as(standing), ops)
-            if not done.succeeded:
+            result = await self._client.txn(self._as(standing), ops)
+            if not result.succeeded:
                 return  # Another host has taken the name.
 
     def _is_anothers(self, status_kv: KeyValue) -> bool:
@@ -250,8 +250,8 @@ class Registration:
         delay = RETRY_FIRST
         while True:
             await self._registered.wait()
-            known = self._known
-            if known is None:
+            known_kv = self._known
+            if known_kv is None:
                 await trio.sleep(delay)
                 continue
             try:
@@ -270,10 +270,10 @@ class Registration:
 
     async def _event(self, kind: EventType, kv: KeyValue) -> None:
         async with self._lock:
-            known = self._known
-            if self.record is None or known is None or kv.mod_revision <= known.mod_revision:
+            known_kv = self._known
+            if self.record is None or known_kv is None or kv.mod_revision <= known_kv.mod_revision:
                 return
-            if kind is EventType.PUT and kv.value == known.value and kv.lease == known.lease:
+            if kind is EventType.PUT and kv.value == known_kv.value and kv.lease == known_kv.lease:
                 self._known = kv
                 return
             self._known = None

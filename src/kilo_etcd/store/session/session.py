@@ -365,8 +365,10 @@ class Session:
         stood = [key.location for key in map(self._keys.parse, written) if isinstance(key, ElectionKey)]
         if not stood:
             return []
-        here = stood[0] if self._candidacy.current is None else self._candidacy.current.location
-        return [Delete(self._keys.leader(where, self._name)) for where in self._led if where != here or self._succeeded]
+        location = stood[0] if self._candidacy.current is None else self._candidacy.current.location
+        return [
+            Delete(self._keys.leader(where, self._name)) for where in self._led if where != location or self._succeeded
+        ]
 
     async def put_status(self, status: StatusRecord) -> bool:
         """Report; written only if it differs from what stands there."""
@@ -388,12 +390,12 @@ class Session:
         self._published.probe_reports.replace(probe_reports)
         return await self._now()
 
-    async def record_leader(self, location: str, *, known: int) -> bool:
+    async def record_leader(self, location: str, *, known_revision: int) -> bool:
         """Put on record, under the long lease, that this host leads `location`, as far as that is not done: the caller
-        knows etcd's revision `known`. Not remembered if etcd is away."""
+        knows etcd's revision `known_revision`. Not remembered if etcd is away."""
 
         def put() -> list[Op]:
-            if self._led.get(location, 0) > known or not self._long.id:
+            if self._led.get(location, 0) > known_revision or not self._long.id:
                 return []
             return [Put(self._keys.leader(location, self._name), b"", lease=self._long.id)]
 
@@ -411,10 +413,10 @@ class Session:
             nonlocal revision
             async with self._lock:
                 self._guard.check()
-                if not self._registration.known or not (given := ops()):
+                if not self._registration.known or not (operations := ops()):
                     return
                 try:
-                    revision = await self._registration.write(given)
+                    revision = await self._registration.write(operations)
                 except RecordChanged:
                     self._registration.look_again()
                     self._wake.set()
@@ -453,10 +455,10 @@ class Session:
             async with self._lock:
                 await self._sync()
 
-        done = await self._try(sync)
-        if not done:
+        succeeded = await self._try(sync)
+        if not succeeded:
             self._wake.set()
-        return done
+        return succeeded
 
     async def _try(self, act: Callable[[], Awaitable[None]]) -> bool:
         try:
@@ -530,16 +532,16 @@ class Session:
             return float("inf")
         for key in [key for key in self._leased.values if self._published.concerns_others(key)]:
             await self._leased.compare(key, mirror.kv(key), snapshot.revision)
-        known = self._leased.values.keys() | self._wanted().keys() | self._published.of_others.keys()
-        found = self._foreign.find(snapshot, mirror, known=known)
+        known_keys = self._leased.values.keys() | self._wanted().keys() | self._published.of_others.keys()
+        all_foreign = self._foreign.find(snapshot, mirror, known_keys=known_keys)
         now, earlier_runs = trio.current_time(), 2 * self._lease_ttl
         # Nobody tells when this time is over: it begins with the lease, which is no news to the mirror.
         over = now + earlier_runs if self._leased_since is None else self._leased_since + earlier_runs
-        foreign = found if now >= over else [kv for kv in found if not kv.lease]
+        foreign = all_foreign if now >= over else [kv for kv in all_foreign if not kv.lease]
         if foreign:
             await self._leased.find(foreign, snapshot.revision)
         await self._settle_leaders(snapshot, mirror)
-        return over if len(foreign) < len(found) else float("inf")
+        return over if len(foreign) < len(all_foreign) else float("inf")
 
     # --- the end -----------------------------------------------------------------------------------------------
 
