@@ -335,21 +335,21 @@ def test_of_very_many_at_once_the_first_are_named_and_the_others_counted() -> No
     log = RecordedLog()
     once = Once(log)
     flood = tuple(f"record {number}" for number in range(5000))
-    once.errors("records", flood, what="rejected records", revision=1)
+    once.errors("records", flood, noun="rejected records", revision=1)
     assert len(log.events) == MOST_NAMED + 1
     assert log.events[0].startswith("error: record 0 ")
     assert log.events[-1].startswith("error: 4990 more rejected records (5000 in all now); kgctl status shows them")
     log.events.clear()
-    once.errors("records", flood, what="rejected records", revision=2)
+    once.errors("records", flood, noun="rejected records", revision=2)
     assert log.events == []
-    once.errors("records", ("one",), what="rejected records", revision=3)
+    once.errors("records", ("one",), noun="rejected records", revision=3)
     assert [event for event in log.events if event.startswith("error")] == [
         event for event in log.events if event.startswith("error: one ")
     ]
     assert len(log.events) == 1 + MOST_NAMED + 1
     assert log.events[-1].startswith("info: no longer: 4990 more rejected records (1 in all now)")
     log.events.clear()
-    once.errors("records", (), what="rejected records", revision=4)
+    once.errors("records", (), noun="rejected records", revision=4)
     assert [event.partition(" {")[0] for event in log.events] == ["info: no longer: one"]
 
 
@@ -361,10 +361,10 @@ def test_a_flood_in_small_parts_is_a_flood() -> None:
         once = Once(get_logger())
         for part in range(200):
             now = part * 0.025
-            once.errors("records", tuple(f"record {number}" for number in range(25 * part)), what="rejected records")
+            once.errors("records", tuple(f"record {number}" for number in range(25 * part)), noun="rejected records")
         for part in range(200, -1, -1):
             now += 0.025
-            once.errors("records", tuple(f"record {number}" for number in range(25 * part)), what="rejected records")
+            once.errors("records", tuple(f"record {number}" for number in range(25 * part)), noun="rejected records")
         now += 100
         write_due()
         lines = stream.getvalue().splitlines()

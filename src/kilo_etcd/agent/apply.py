@@ -46,14 +46,14 @@ class PlanApplier:
             plan, topology.snapshot, since, self._waiting,
             promoted=promotions(self._topology, topology), standby=standby, now=now,
         )  # fmt: skip
-        wanted = self._with_takeover_checks(order.plan, plan, standby=standby)
+        desired = self._with_takeover_checks(order.plan, plan, standby=standby)
         silent = await self._silent(order.late.keys())
         reset = silent | self._reset_session
-        report = await self._device.apply(wanted, fresh=fresh, reset=reset)
+        report = await self._device.apply(desired, fresh=fresh, reset=reset)
         # Only an apply that succeeded is remembered: after an error the next one takes the same peers for new.
-        self._since, before, self.programmed = since, self.programmed, wanted
-        made = {change.public_key for change in report.changes if isinstance(change, SetPeer) and change.new}
-        self._reset_session = (self._reset_session - made) & wanted.peers.keys()
+        self._since, before, self.programmed = since, self.programmed, desired
+        new_keys = {change.public_key for change in report.changes if isinstance(change, SetPeer) and change.new}
+        self._reset_session = (self._reset_session - new_keys) & desired.peers.keys()
         trigger_handshakes({**order.trigger, **{key: order.late[key] for key in silent}}.values())
         if not standby:
             trigger_handshakes(_told_of(report, order.plan, topology)[:MOST_TRIGGERED])
@@ -77,9 +77,9 @@ class PlanApplier:
     def check_takeover(self, keys: Collection[str]) -> None:
         """Have the next `apply`, and those after it, start handshakes with these peers although this host is a standby:
         a handshake shows that it could lead. None: no more."""
-        wanted = frozenset(keys)
-        self._reset_session.update(wanted - self._proving)
-        self._proving = wanted
+        to_check = frozenset(keys)
+        self._reset_session.update(to_check - self._proving)
+        self._proving = to_check
 
     def _with_takeover_checks(self, programmed: HostPlan, plan: HostPlan, *, standby: bool) -> HostPlan:
         # A peer with keepalive sends at once, and needs an endpoint, which a standby's peers do not get. A host

@@ -274,13 +274,13 @@ def _cached(path: Path, identity: Identity, lines: list[bytes]) -> CachedMesh:
     if (number := head.get("format")) != FORMAT:
         shown = number if isinstance(number, int) and abs(number) < 1000 else "unknown"
         raise Unusable(f"{path} is of another version of kg (format {shown}, not {FORMAT})")
-    for what, name, our in (
+    for noun, name, our in (
         ("prefix", "prefix", identity.prefix),
         ("name", "node", identity.node),
         ("key", "publicKey", identity.public_key),
     ):
         if (their := _text_in(head, name)) != our:
-            raise Unusable(f"{path} was written by an agent whose {what} was {their[:100]!r}, which is {our!r} now")
+            raise Unusable(f"{path} was written by an agent whose {noun} was {their[:100]!r}, which is {our!r} now")
     written = head.get("written")
     if isinstance(written, bool) or not isinstance(written, int | float) or not 0 <= written < 1e12:
         raise _Wrong("its time is no time")
@@ -323,10 +323,10 @@ def _setting(kind: type[_Setting], value: object, name: str) -> _Setting | None:
     """A setting of the mesh as the file has it; None: it had none."""
     if value is None:
         return None
-    known = next((each for each in kind if each == value), None)
-    if known is None:
+    setting = next((member for member in kind if member == value), None)
+    if setting is None:
         raise _Wrong(f"its {name} is none")
-    return known
+    return setting
 
 
 def _subnets(value: object) -> tuple[IPNetwork, ...]:

@@ -227,10 +227,10 @@ def parse_network(text: str) -> IPNetwork:
     except ValueError:
         pass
     try:
-        meant = ip_network(text, strict=False)
+        network = ip_network(text, strict=False)
     except ValueError:
         raise ValueError(f"{text!r} is no network; write for instance 10.4.0.0/16") from None
-    raise ValueError(f"{text!r} has host bits set; did you mean {meant}?")
+    raise ValueError(f"{text!r} has host bits set; did you mean {network}?")
 
 
 def parse_subnets(value: str | Iterable[str]) -> tuple[IPNetwork, ...]:

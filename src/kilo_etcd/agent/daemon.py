@@ -279,7 +279,7 @@ class Daemon:
         self._exit_node_monitor = ExitNodeMonitor(device, self._note_exit_node)
         self._dns_hosts = write_names and DnsHosts(
             write_names,
-            wanted=config.dns_hosts,
+            enabled=config.dns_hosts,
             prefix=config.prefix,
             log=self.log,
             once=self.once,
@@ -341,7 +341,7 @@ class Daemon:
 
     async def _until_stopped(self, work: Callable[[trio.Nursery], Awaitable[None]], nursery: trio.Nursery) -> bool:
         """Whether `work` came to its end before the agent was asked to stop."""
-        done = False
+        finished = False
         async with trio.open_nursery() as inner:
 
             async def give_up() -> None:
@@ -350,9 +350,9 @@ class Daemon:
 
             inner.start_soon(give_up)
             await work(nursery)
-            done = True
+            finished = True
             inner.cancel_scope.cancel()
-        return done
+        return finished
 
     async def _join(self, nursery: trio.Nursery) -> None:
         """Become a member: addresses, mesh settings, registration; then start what keeps it so.
@@ -446,16 +446,16 @@ class Daemon:
 
         The mesh's settings, if etcd has told them; else, if there is a cached snapshot, the mirror follows etcd now.
         """
-        kept = await self.cache.read()
-        if kept is None:
+        on_disk = await self.cache.read()
+        if on_disk is None:
             return None
-        self.mirror = store.Mirror(self.client, self.keys, last_seen=kept.last_seen())
+        self.mirror = store.Mirror(self.client, self.keys, last_seen=on_disk.last_seen())
         follows = None
         with trio.move_on_after(ETCD_PATIENCE_SECONDS):
             follows = await self._insist(self.mirror.verify_cluster)
             if follows:
                 return await self._insist(self._settings)
-        cached = await self.cache.remember(kept, fits=self._fits)
+        cached = await self.cache.remember(on_disk, fits=self._fits)
         await nursery.start(self.resolver.run)
         await nursery.start(self.mirror.run)
         if cached is not None:
@@ -477,10 +477,10 @@ class Daemon:
 
     async def _settings(self) -> MeshSettings:
         config = self.config
-        wanted = MeshSettings(
+        desired = MeshSettings(
             config.mesh_granularity or Granularity.LOCATION, config.subnets, config.internal_ips or InternalIPs.ROUTED
         )
-        settings = await self.session.ensure_mesh(wanted)
+        settings = await self.session.ensure_mesh(desired)
         if config.renumber:
             return settings
         return settings._replace(subnets=await self.session.subnets_in_force(settings.subnets))
@@ -545,17 +545,17 @@ class Daemon:
     async def _leave(self) -> None:
         """Take away what is only a live agent's; with `--clean-up` everything."""
         error: etcd.EtcdError | str = "it did not answer in time"
-        gone = False
+        removed = False
         with trio.move_on_after(RESIGN_SECONDS):
             try:
                 if self.config.clean_up:
                     await self.session.forget()
                 else:
                     await self.session.resign()
-                gone = True
+                removed = True
             except etcd.EtcdError as refusal:
                 error = refusal
-        if not gone:
+        if not removed:
             self.log.warning("the records in etcd could not be removed; their leases end by themselves",
                              error=str(error))  # fmt: skip
         if self.config.clean_up:
@@ -580,14 +580,14 @@ class Daemon:
             return  # Its record or its address was taken away, and is on its way back.
         segment = self.topology.segment_of(self.name)
         led = segment.leader.name == self.name and segment.next_in_line is not None
-        told = False
+        written = False
         with trio.move_on_after(HANDOVER_SECONDS):
             try:
                 succeeded = candidacy_policy.succeeded(
                     self.topology, self.name, self.session.candidacy.location, leaves=True
                 )
-                told = await self.session.leave(succeeded=succeeded)
-                if not led or not told:
+                written = await self.session.leave(succeeded=succeeded)
+                if not led or not written:
                     return
                 while self.role.leader == self.name:
                     await self._applied.wait()
@@ -603,7 +603,7 @@ class Daemon:
                 return
             self.log.info("leadership handed over", location=segment.location, leader=self.role.leader)
             return
-        if led and told:
+        if led and written:
             self.log.warning("not every host has confirmed the new leader in time; stopping anyway",
                              location=segment.location)  # fmt: skip
         elif led:
@@ -756,10 +756,10 @@ class Daemon:
         silent = await self._never_answered(topology)
         encryption = await self._encryption_inputs(topology, silent)
         endpoints = self.config.etcd.endpoints
-        found = self.registration.facts.surroundings(
+        surroundings = self.registration.facts.surroundings(
             self._etcd_networks(), self.resolver.table, self.resolver.failed, self.resolver.unresolved(endpoints)
         )
-        return evolve(found, silent=silent, encryption=encryption)
+        return evolve(surroundings, silent=silent, encryption=encryption)
 
     async def _never_answered(self, topology: Topology) -> tuple[Silent, ...]:
         """The members of the location that have never answered. UnknownNode."""
@@ -785,7 +785,9 @@ class Daemon:
         return self._encrypting.inputs(
             topology, sources=facts.sources(), addresses=facts.own_addresses(),
             table=self.resolver.table,
-            silent=frozenset(one.target.address for one in silent if one.withheld and one.target.node == leader),
+            silent=frozenset(
+                member.target.address for member in silent if member.withheld and member.target.node == leader
+            ),
         )  # fmt: skip
 
     async def _refused(self) -> frozenset[IPAddress]:
@@ -841,7 +843,7 @@ class Daemon:
         return self.resolver.networks(self.config.etcd.endpoints)
 
     def _report_snapshot(self, snapshot: Snapshot) -> None:
-        self.once.errors("rejected", snapshot.rejected, what="rejected records", revision=snapshot.revision)
+        self.once.errors("rejected", snapshot.rejected, noun="rejected records", revision=snapshot.revision)
         self.disagreements = disagreements(
             snapshot,
             granularity=self.config.mesh_granularity,
@@ -1034,8 +1036,8 @@ class Daemon:
             return None
         age = self.cache.age(self.cached)
         failure = self.mirror.failure
-        what, why = ("etcd is out of reach", "") if failure is None else (failure.kind, f": {failure}")
-        return f"{what}; the cached snapshot is in force (age {age}){why}"
+        symptom, why = ("etcd is out of reach", "") if failure is None else (failure.kind, f": {failure}")
+        return f"{symptom}; the cached snapshot is in force (age {age}){why}"
 
     # -- candidacy ------------------------------------------------------------------------------------------
 
@@ -1050,8 +1052,8 @@ class Daemon:
             if plan is None or await self.kernel.preview(plan):
                 return False
             observed = await self.kernel.observe()
-            taken = await self.kernel.routes_taken(dict.fromkeys(targets))
-            return not any(taken_route(address, None, answer, observed).foreign for address, answer in taken.items())
+            routes = await self.kernel.routes_taken(dict.fromkeys(targets))
+            return not any(taken_route(address, None, answer, observed).foreign for address, answer in routes.items())
         except (OSError, kernel.KernelError):
             return False  # A host that cannot check itself reports no other.
 

@@ -183,26 +183,26 @@ class DiagnosticsServer:
         if topology is None:
             return
         chosen = nodes_to_try(topology, self._name, min(request.tries, MOST_TRIED))
-        wanted = addresses_to_try(topology, self._name, plan, chosen)
+        to_try = addresses_to_try(topology, self._name, plan, chosen)
         if request.targets:
             # Nobody is to learn, or to reach, by this host what is not the mesh's.
-            every = topology.snapshot.nodes.values()
-            known = addresses_to_try(topology, self._name, plan, every, endpoints=True)
-            asked = [address for address in _addresses(request.targets) if address in known]
-            wanted.update((address, known[address]) for address in asked[:MOST_TRIED])
-        routes = {address: route for address, route in wanted.items() if route is not None}
+            nodes = topology.snapshot.nodes.values()
+            allowed = addresses_to_try(topology, self._name, plan, nodes, endpoints=True)
+            requested = [address for address in _addresses(request.targets) if address in allowed]
+            to_try.update((address, allowed[address]) for address in requested[:MOST_TRIED])
+        routes = {address: route for address, route in to_try.items() if route is not None}
         for address in list(routes)[MOST_INTERNAL:]:
-            del routes[address], wanted[address]
-        if not wanted:
+            del routes[address], to_try[address]
+        if not to_try:
             return
         sources = {address: route.source for address, route in routes.items() if route.source is not None}
         try:
-            all_of_them = {address: sources.get(address) for address in wanted}
-            tried.routes += await self._routes(topology, plan, all_of_them, routes, observed)
+            with_sources = {address: sources.get(address) for address in to_try}
+            tried.routes += await self._routes(topology, plan, with_sources, routes, observed)
             if programmed.sends:
                 tried.routes += await self._routes_to_endpoints(plan, observed)
-            answers = await self._kernel.ping(wanted, EchoRequests(sources=sources, times=PINGS, patience=PING_SECONDS))
-            tried.answered.update((str(address), address in answers) for address in wanted)
+            answers = await self._kernel.ping(to_try, EchoRequests(sources=sources, times=PINGS, patience=PING_SECONDS))
+            tried.answered.update((str(address), address in answers) for address in to_try)
             mesh = [address for address in answers if address not in routes]
             if mtu and mesh:
                 large = await self._kernel.ping(mesh, EchoRequests(times=LARGE_PINGS, patience=LARGE_SECONDS, size=mtu))
@@ -216,39 +216,39 @@ class DiagnosticsServer:
         self,
         topology: Topology,
         plan: HostPlan,
-        wanted: Mapping[IPAddress, IPAddress | None],
+        sources: Mapping[IPAddress, IPAddress | None],
         internal: Collection[IPAddress],
         observed: Observed,
     ) -> list[TakenRoute]:
         """The kernel's routes to these addresses, with the source address of each, and to members of the location. All
         that are not the plan's, and all to the internal IPs among them."""
-        members = {target.address for target in targets(topology, self._name)} - wanted.keys()
-        taken = await self._kernel.routes_taken({**dict.fromkeys(members), **wanted})
-        found: list[TakenRoute] = []
+        members = {target.address for target in targets(topology, self._name)} - sources.keys()
+        answers = await self._kernel.routes_taken({**dict.fromkeys(members), **sources})
+        result: list[TakenRoute] = []
         rules: tuple[ForeignRule, ...] | None = None
-        for address, answer in taken.items():
+        for address, answer in answers.items():
             if address in members:
                 if not isinstance(answer, str):
                     continue  # Whether it is another program's only matters if there is no answer.
                 rules = await self._kernel.foreign_rules() if rules is None else rules
                 route = taken_directly(address, answer, rules)
             else:
-                route = taken_route(address, wanted[address], answer, observed)
+                route = taken_route(address, sources[address], answer, observed)
             if route.foreign and rules is None:
                 rules = await self._kernel.foreign_rules()
             if address in internal or (route.foreign and host_network(address) not in plan.refused):
-                found.append(with_rule(route, address, answer, rules or ()))
-        return found
+                result.append(with_rule(route, address, answer, rules or ()))
+        return result
 
     async def _routes_to_endpoints(self, plan: HostPlan, observed: Observed) -> list[TakenRoute]:
         """Why WireGuard cannot send to endpoints of its peers, of those to which the kernel has no route."""
         peers = (observed.peers.get(key) for key, peer in plan.peers.items() if peer.in_use)
         endpoints = (peer.endpoint.address for peer in peers if peer is not None and peer.endpoint is not None)
-        some = islice(dict.fromkeys(address for address in endpoints if address is not None), MOST_TRIED)
-        taken = await self._kernel.routes_taken(dict.fromkeys(some), by_wireguard=True)
+        addresses = islice(dict.fromkeys(address for address in endpoints if address is not None), MOST_TRIED)
+        answers = await self._kernel.routes_taken(dict.fromkeys(addresses), by_wireguard=True)
         return [
             TakenRoute(str(address), "", f"none: {answer}", True)
-            for address, answer in taken.items()
+            for address, answer in answers.items()
             if isinstance(answer, str)
         ]
 

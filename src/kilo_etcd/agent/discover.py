@@ -185,7 +185,7 @@ def _candidates(facts: HostFacts, subnets: tuple[IPNetwork, ...]) -> list[_Candi
         for family in (4, 6)
     }
     # A single answer is somebody's decision (/etc/hosts, DNS); several are nss-myhostname listing every interface.
-    here = {
+    resolved_items = {
         family: [item for item in items if item.address.version == family and item.address.ip in facts.resolved]
         for family in (4, 6)
     }
@@ -193,8 +193,8 @@ def _candidates(facts: HostFacts, subnets: tuple[IPNetwork, ...]) -> list[_Candi
     for position, item in enumerate(items):
         family = item.address.version
         on_way = item.interface == first_way[family]
-        named = item in here[family]
-        decided = named and len(here[family]) == 1
+        named = item in resolved_items[family]
+        decided = named and len(resolved_items[family]) == 1
         virtual = not on_way and not decided and (item.kind in _VIRTUAL or is_container(item))
         if named:
             tier, why = 0, f"what {facts.hostname or 'the host name'} resolves to"
@@ -202,8 +202,8 @@ def _candidates(facts: HostFacts, subnets: tuple[IPNetwork, ...]) -> list[_Candi
             tier, why = 1, "on the default route's interface"
         else:
             tier, why = 2, "on another interface"
-        asked = facts.resolved.index(item.address.ip) if named else 0
-        order = (virtual, item.deprecated, item.temporary, tier, family == 6, asked, position)
+        resolved_position = facts.resolved.index(item.address.ip) if named else 0
+        order = (virtual, item.deprecated, item.temporary, tier, family == 6, resolved_position, position)
         result.append(
             _Candidate(
                 address=item.address,

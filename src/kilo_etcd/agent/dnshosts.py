@@ -19,7 +19,7 @@ from attrs import frozen
 from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.model import IPAddress
 from kilo_etcd.model.hostplan import HostPlan
-from kilo_etcd.runtime.hostnames import BY_AGENT, NAMES_TROUBLE, Known, known_names
+from kilo_etcd.runtime.hostnames import BY_AGENT, NAMES_TROUBLE, MeshNames, known_names
 from kilo_etcd.runtime.hostsfile import HOSTS, HostsFileError, write_names
 from kilo_etcd.runtime.logs import Logger, Once
 from kilo_etcd.topology import Topology
@@ -70,11 +70,11 @@ class DnsHosts:
     """`follow` tells it of the mesh; `run` is its task, and the only one that touches the file."""
 
     def __init__(
-        self, write: WriteNames, *, wanted: bool, prefix: str, log: Logger, once: Once, on_trouble: Callable[[], None]
+        self, write: WriteNames, *, enabled: bool, prefix: str, log: Logger, once: Once, on_trouble: Callable[[], None]
     ) -> None:
         """`on_trouble` is called when `trouble` has changed."""
         self._write = write
-        self._wanted = wanted
+        self._enabled = enabled
         self._prefix = prefix
         self._log = log
         self._once = once
@@ -96,21 +96,21 @@ class DnsHosts:
 
     async def run(self) -> None:
         """Write until cancelled; without the flag, remove the block of an earlier start."""
-        if not self._wanted:
+        if not self._enabled:
             while True:
                 await self.remove()
                 if self.trouble is None:
                     return
                 await trio.sleep(RETRY_SECONDS)
-        known: Known | None = None
+        names: MeshNames | None = None
         while True:
             await self._due.wait()
             self._due, look, self._look = trio.Event(), self._look, False
             assert self._latest is not None
-            before, known = known, known_names(self._latest.topology, self._latest.plan, self._prefix)
-            if look or before is None or before.addresses != known.addresses or self.trouble is not None:
-                await self._put(dict(known.addresses))
-            self._note_left_out(known)
+            before, names = names, known_names(self._latest.topology, self._latest.plan, self._prefix)
+            if look or before is None or before.addresses != names.addresses or self.trouble is not None:
+                await self._put(dict(names.addresses))
+            self._note_left_out(names)
             await trio.sleep(PAUSE_SECONDS)
 
     async def remove(self) -> None:
@@ -122,8 +122,8 @@ class DnsHosts:
         try:
             changed = await self._write(names)
         except HostsFileError as error:
-            what = "brought into" if names is not None else "removed from"
-            trouble = f"{NAMES_TROUBLE}{what} the hosts file: {error}{_remedy(error)}"
+            action = "brought into" if names is not None else "removed from"
+            trouble = f"{NAMES_TROUBLE}{action} the hosts file: {error}{_remedy(error)}"
             self._once.warning("dns hosts", trouble)
         else:
             self._once.clear("dns hosts", "the hosts file can be written again")
@@ -133,9 +133,9 @@ class DnsHosts:
             self.trouble = trouble
             self._on_trouble()
 
-    def _note_left_out(self, known: Known) -> None:
-        if known.left_out:
-            short = known.left_out_in_short()
+    def _note_left_out(self, names: MeshNames) -> None:
+        if names.left_out:
+            short = names.left_out_in_short()
             self._once.error("left out", "not all names of the mesh are written", level="info", names=short)
         else:
             self._once.clear("left out", "all names of the mesh are written")

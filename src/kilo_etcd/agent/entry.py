@@ -52,9 +52,9 @@ def main() -> None:
     sys.modules.setdefault("rich", cast(ModuleType, None))
     for name, contents in _unused():
         module = sys.modules.setdefault(name, ModuleType(name))
-        for each in contents:
-            if not hasattr(module, each):
-                setattr(module, each, type(each, (), {}))
+        for attribute in contents:
+            if not hasattr(module, attribute):
+                setattr(module, attribute, type(attribute, (), {}))
     gc.set_threshold(OBJECTS_BETWEEN_LOOKS, NEVER)
     from kilo_etcd.base.output import output_must_arrive
     from kilo_etcd.base.sharedrepr import share_repr

@@ -137,15 +137,15 @@ class HostRegistration:
 
 
 def networks_to_register(
-    found: Reached, before: Reached, record: tuple[IPNetwork, ...] | None
+    reached: Reached, before: Reached, record: tuple[IPNetwork, ...] | None
 ) -> tuple[tuple[IPNetwork, ...], Reached]:
-    """What to state of the networks `found`, and those that were counted for it, given those counted `before` for
+    """What to state of the networks `reached`, and those that were counted for it, given those counted `before` for
     `record`.
 
     A passing network that is gone stays stated until something else changes: each record that is written wakes
     the whole mesh.
     """
-    together = Reached((*found.lasting, *found.passing, *before.passing))
+    together = Reached((*reached.lasting, *reached.passing, *before.passing))
     if record is not None and together.stated() == record:
         return record, before
-    return found.stated(), found
+    return reached.stated(), reached

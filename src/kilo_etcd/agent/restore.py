@@ -129,7 +129,7 @@ class Restorer:
                 log.error("another writer deleted the claim of this host's mesh address; restored",
                           claim="; ".join(lost))  # fmt: skip
                 continue
-            now, then = (",".join(map(str, each)) for each in (addresses, before))
+            now, then = (",".join(map(str, ips)) for ips in (addresses, before))
             self.renumbered = (
                 f"this host has mesh address {now} and no longer {then}: {'; '.join(lost)}; see which users may write "
                 f"{self._keys.by_root}"

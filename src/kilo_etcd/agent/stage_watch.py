@@ -113,27 +113,27 @@ class StageWatch:
                 await changed.wait()
                 self._missing.clear()  # Whoever was missing then may have been there meanwhile.
                 continue
-            every = len(names) > FEW
+            crowd = len(names) > FEW
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._conclude)
-                if every:
+                if crowd:
                     nursery.start_soon(self._follow_crowd)
                 else:
                     for name in names:
                         nursery.start_soon(self._follow, name)
-                await self._watched_in_vain(names, beginning, every=every)
+                await self._watched_in_vain(names, beginning, crowd=crowd)
                 nursery.cancel_scope.cancel()
 
-    async def _watched_in_vain(self, names: Collection[str], beginning: int, *, every: bool) -> None:
+    async def _watched_in_vain(self, names: Collection[str], beginning: int, *, crowd: bool) -> None:
         """Wait until others have to be watched than are."""
         while self._beginning == beginning:
             changed = self._changed
             if not self._awaited:
-                with trio.move_on_after(LINGER_SECONDS if every else 0):
+                with trio.move_on_after(LINGER_SECONDS if crowd else 0):
                     await changed.wait()
                     continue
                 return
-            if not every and not self._awaited <= set(names):
+            if not crowd and not self._awaited <= set(names):
                 return
             await changed.wait()
 
@@ -171,12 +171,12 @@ class StageWatch:
         """Watch the keys of a few until each has reported anew, or is not waited for any more."""
         while not self._awaited:
             await self._noted.wait()
-        known = {name: self._applied.get(name) for name in self._awaited}
-        drawn = self._rng.sample(sorted(known), min(SAMPLE, len(known)))
+        applied = {name: self._applied.get(name) for name in self._awaited}
+        drawn = self._rng.sample(sorted(applied), min(SAMPLE, len(applied)))
         async with trio.open_nursery() as nursery:
             for name in drawn:
                 nursery.start_soon(self._follow, name)
-            while any(name in self._awaited and self._applied.get(name) == known[name] for name in drawn):
+            while any(name in self._awaited and self._applied.get(name) == applied[name] for name in drawn):
                 await self._noted.wait()
             nursery.cancel_scope.cancel()
 
@@ -184,11 +184,11 @@ class StageWatch:
         """Take note of the keys of these nodes. EtcdError."""
         ordered = sorted(names)
         for first in range(0, len(ordered), MOST_AT_ONCE):
-            some = ordered[first : first + MOST_AT_ONCE]
-            answer = await self._client.txn([], [etcd.Get(self._keys.stage(name)) for name in some])
+            chunk = ordered[first : first + MOST_AT_ONCE]
+            answer = await self._client.txn([], [etcd.Get(self._keys.stage(name)) for name in chunk])
             self._check(answer.header)
-            ranges = [each for each in answer.responses if isinstance(each, etcd.RangeResult)]
-            self._list([kv for found in ranges for kv in found.kvs], some)
+            ranges = [response for response in answer.responses if isinstance(response, etcd.RangeResult)]
+            self._list([kv for result in ranges for kv in result.kvs], chunk)
 
     async def _follow(self, name: str) -> None:
         key, delay = self._keys.stage(name), RETRY_FIRST
@@ -227,11 +227,11 @@ class StageWatch:
 
     def _list(self, kvs: Iterable[etcd.KeyValue], names: Iterable[str]) -> None:
         """Take note of the keys of these nodes, and that there are no others of theirs."""
-        there = {stage.name: stage for stage in map(self._read, kvs) if stage is not None}
+        stages = {stage.name: stage for stage in map(self._read, kvs) if stage is not None}
         for name in names:
-            if name in self._applied and name not in there:
+            if name in self._applied and name not in stages:
                 self._missing.setdefault(name, trio.current_time())
-        for value in there.values():
+        for value in stages.values():
             self._lives(value)
         self._note()
 

@@ -26,9 +26,9 @@ _IS_A_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,30}").fullmatch
 
 def first_of(names: Iterable[str], most: int, separator: str = ", ") -> str:
     """The first `most` of them, and how many more there are."""
-    every = list(names)
-    more = f" and {len(every) - most} more" if len(every) > most else ""
-    return separator.join(every[:most]) + more
+    all_names = list(names)
+    more = f" and {len(all_names) - most} more" if len(all_names) > most else ""
+    return separator.join(all_names[:most]) + more
 
 
 def either(*names: str) -> str:

@@ -18,9 +18,9 @@ import attrs
 def _repr(self: attrs.AttrsInstance) -> str:
     kind = type(self)
     shown = (
-        f"{each.name}={(repr if each.repr is True else each.repr)(getattr(self, each.name, attrs.NOTHING))}"
-        for each in attrs.fields(kind)
-        if each.repr
+        f"{attr.name}={(repr if attr.repr is True else attr.repr)(getattr(self, attr.name, attrs.NOTHING))}"
+        for attr in attrs.fields(kind)
+        if attr.repr
     )
     return f"{kind.__qualname__.rpartition('>.')[2]}({', '.join(shown)})"
 

@@ -51,8 +51,8 @@ class Counters:
             self._last = None
             return False
         last = self._last
-        another = self._key != planned.public_key
-        if last is None or another or last.received != peer.rx_bytes or peer.tx_bytes < last.sent:
+        changed = self._key != planned.public_key
+        if last is None or changed or last.received != peer.rx_bytes or peer.tx_bytes < last.sent:
             self._key, self._unanswered = planned.public_key, None
             self._last = _Point(peer.rx_bytes, peer.tx_bytes, now)
             return False

@@ -43,9 +43,9 @@ class Reached:
 
     def stated(self) -> tuple[IPNetwork, ...]:
         """All of it, with nothing said twice, in order."""
-        every = [network for network in (*self.lasting, *self.passing) if not _meaningless(network)]
-        four = tuple(collapse_addresses(network for network in every if isinstance(network, IPv4Network)))
-        six = tuple(collapse_addresses(network for network in every if isinstance(network, IPv6Network)))
+        meaningful = [network for network in (*self.lasting, *self.passing) if not _meaningless(network)]
+        four = tuple(collapse_addresses(network for network in meaningful if isinstance(network, IPv4Network)))
+        six = tuple(collapse_addresses(network for network in meaningful if isinstance(network, IPv6Network)))
         return (
             *(four if len(four) <= MOST_NETWORKS else (IPv4Network("0.0.0.0/0"),)),
             *(six if len(six) <= MOST_NETWORKS else (IPv6Network("::/0"),)),

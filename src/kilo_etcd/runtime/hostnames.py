@@ -71,7 +71,7 @@ def may_be_bare(name: str) -> bool:
 
 
 @frozen
-class Known:
+class MeshNames:
     """The names to be written."""
 
     addresses: Mapping[str, tuple[IPAddress, ...]]
@@ -91,7 +91,7 @@ class Known:
             yield f"/etc/hosts: not all names are written: {self.left_out_in_short()}"
 
 
-def known_names(topology: Topology, plan: HostPlan, prefix: str) -> Known:
+def known_names(topology: Topology, plan: HostPlan, prefix: str) -> MeshNames:
     """The names of all nodes and all peers, with those of their addresses that `plan`, this machine's, sends into the
     mesh. A node's name is not given to a peer."""
     names: dict[str, tuple[IPAddress, ...]] = {}
@@ -117,7 +117,7 @@ def known_names(topology: Topology, plan: HostPlan, prefix: str) -> Known:
             names[name] = written
             if not may_be_bare(name):
                 left_out.append(f"{name} is written as {' and '.join(_long(name, prefix))} only")
-    return Known(names, tuple(left_out))
+    return MeshNames(names, tuple(left_out))
 
 
 def _offered(topology: Topology) -> Iterator[tuple[str, tuple[IPAddress, ...]]]:

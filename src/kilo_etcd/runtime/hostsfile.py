@@ -67,9 +67,9 @@ def write_names(
             except HostsFileError:
                 raise
             except OSError as error:
-                left = HostsFileError(f"{path} is left as it was: {error.strerror or error}")
-                left.errno = error.errno
-                raise left from None
+                failure = HostsFileError(f"{path} is left as it was: {error.strerror or error}")
+                failure.errno = error.errno
+                raise failure from None
             return True
         raise HostsFileError(f"{path} is left as it was: another program writes it all the time")
 

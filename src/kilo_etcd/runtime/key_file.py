@@ -57,10 +57,10 @@ def load_or_create_file(path: Path, *, flag: str) -> str:
             f"the private key cannot be written to {path.parent}: {error.strerror}; "
             f"{remedy} or choose another with {flag}"
         ) from None
-    made = peek_file(path)
-    if made is None:
+    key = peek_file(path)
+    if key is None:
         raise KeyFileError(f"the private key {path} vanished while it was made; start again")
-    return made
+    return key
 
 
 def peek(state_dir: Path) -> str | None:

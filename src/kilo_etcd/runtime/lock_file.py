@@ -35,12 +35,12 @@ def agent_lock(directory: Path = RUNTIME_DIR) -> Iterator[None]:
 
 
 @contextmanager
-def exclusive_lock(what: str, refusal: str, directory: Path = RUNTIME_DIR) -> Iterator[None]:
-    """Hold `what`, a name, alone in this network namespace while in the block. AlreadyRunning, with `refusal` as the
+def exclusive_lock(name: str, refusal: str, directory: Path = RUNTIME_DIR) -> Iterator[None]:
+    """Hold the lock `name` alone in this network namespace while in the block. AlreadyRunning, with `refusal` as the
     sentence in which `{}` names the process, if another one holds it."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        path = directory / f"{what}.{os.stat('/proc/self/ns/net').st_ino}.lock"
+        path = directory / f"{name}.{os.stat('/proc/self/ns/net').st_ino}.lock"
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         if (short := descriptors.shortage(error)) is not None:

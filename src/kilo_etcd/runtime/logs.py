@@ -159,30 +159,30 @@ class Once:
         /,
         *,
         level: str = "error",
-        what: str = "problems",
+        noun: str = "problems",
         **fields: Any,
     ) -> None:
         """Say which conditions of a group are new and which are gone; `conditions` are all that hold now, as text or as
-        what has one. Of very many at once `MOST_NAMED` are named and the others counted, as so many `what`."""
-        given = conditions if isinstance(conditions, tuple) else tuple(conditions)
+        what has one. Of very many at once `MOST_NAMED` are named and the others counted, as so many `noun`."""
+        stated = conditions if isinstance(conditions, tuple) else tuple(conditions)
         before = self._groups.get(group, ())
-        if given is before:
+        if stated is before:
             return
-        now = tuple(dict.fromkeys(given))
-        self._groups[group] = given if len(given) == len(now) else now
+        now = tuple(dict.fromkeys(stated))
+        self._groups[group] = stated if len(stated) == len(now) else now
         if now == before:
             return
-        known, holding = set(before), set(now)
-        new = [condition for condition in now if condition not in known]
+        former, holding = set(before), set(now)
+        new = [condition for condition in now if condition not in former]
         gone = [condition for condition in before if condition not in holding]
-        for change, these, say, prefix in (("new", new, getattr(self.log, level), ""),
-                                           ("gone", gone, self.log.info, "no longer: ")):  # fmt: skip
+        for change, changed, say, prefix in (("new", new, getattr(self.log, level), ""),
+                                             ("gone", gone, self.log.info, "no longer: ")):  # fmt: skip
             # Many that come in small parts are as much of a flood as many at once.
             many = max(len(now), len(before)) > MOST_NAMED
-            for condition in these[:MOST_NAMED]:
+            for condition in changed[:MOST_NAMED]:
                 say(f"{prefix}{condition}", **({LIKE: f"{group} {change}"} if many else {}), **fields)
-            if (rest := len(these) - MOST_NAMED) > 0:
-                say(f"{prefix}{rest} more {what} ({len(now)} in all now); kgctl status shows them",
+            if (rest := len(changed) - MOST_NAMED) > 0:
+                say(f"{prefix}{rest} more {noun} ({len(now)} in all now); kgctl status shows them",
                     **{LIKE: f"{group} {change}, counted"}, **fields)  # fmt: skip
 
 
@@ -226,13 +226,13 @@ def _printable(text: str) -> str:
 
 
 def _traceback(event: Mapping[str, Any]) -> str:
-    given = event.get("exc_info")
-    if not given:
+    exc_info = event.get("exc_info")
+    if not exc_info:
         return ""
-    if isinstance(given, BaseException):
-        error: BaseException | None = given
-    elif isinstance(given, tuple):
-        error = given[1]
+    if isinstance(exc_info, BaseException):
+        error: BaseException | None = exc_info
+    elif isinstance(exc_info, tuple):
+        error = exc_info[1]
     else:
         error = sys.exc_info()[1]
     if error is None:

@@ -100,16 +100,16 @@ class Reconciler:
     async def _follow_drift(self) -> None:
         backoff = RepairBackoff()
         while True:
-            what = await self._device.wait_drift()
+            drift = await self._device.wait_drift()
             pause = backoff.pause(trio.current_time())
             if pause:
                 self.log.warning(
                     "another program changes the kernel again and again; repairing less often",
-                    what=what, seconds=f"{pause:g}",
+                    what=drift, seconds=f"{pause:g}",
                 )  # fmt: skip
                 await trio.sleep(pause)
             else:
-                self.log.warning("another program changed the kernel; repairing", what=what)
+                self.log.warning("another program changed the kernel; repairing", what=drift)
             self.nudge(fresh=True)
 
     async def _follow_names(self) -> None:

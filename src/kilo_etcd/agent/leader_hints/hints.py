@@ -92,7 +92,7 @@ def unpack(data: bytes, secret: bytes) -> PeerMessage | None:
     if not hmac.compare_digest(tag, _tag(body, secret)):
         return None
     _, kind, nonce, sender, revision, _ = _HEAD.unpack(body[: _HEAD.size])
-    leaders = tuple((one, other) for one, other in _LEADER.iter_unpack(body[_HEAD.size :]))
+    leaders = tuple((segment, leader) for segment, leader in _LEADER.iter_unpack(body[_HEAD.size :]))
     local = kind > _LOCAL
     is_response = kind in (_RESPONSE, _RESPONSE + _LOCAL)
     return PeerMessage(
@@ -115,16 +115,16 @@ class LeaderHistory:
         """`topology` is in force."""
         if topology.identity is self._seen:
             return
-        known = self._since
+        since = self._since
         keys: Iterable[str] = topology.segments if topology.base is not self._seen else topology.changed
         for key in keys:
             segment = topology.segments.get(key)
             if segment is None:
-                known.pop(key, None)
-            elif key not in known or known[key][0] != segment.leader.name:
-                known[key] = (segment.leader.name, topology.snapshot.revision)
-        if len(known) > len(topology.segments):
-            self._since = {key: known[key] for key in known if key in topology.segments}
+                since.pop(key, None)
+            elif key not in since or since[key][0] != segment.leader.name:
+                since[key] = (segment.leader.name, topology.snapshot.revision)
+        if len(since) > len(topology.segments):
+            self._since = {key: since[key] for key in since if key in topology.segments}
         self._seen = topology.identity
 
     def response(self, query: PeerMessage, topology: Topology, own: bytes, asker: str) -> PeerMessage:

@@ -135,12 +135,12 @@ class UdpTransport:
                 await trio.lowlevel.wait_readable(sock)
                 for _ in range(_AT_ONCE):
                     try:
-                        data, told, _, sender = sock.recvmsg(2048, 64)
+                        data, ancillary, _, sender = sock.recvmsg(2048, 64)
                     except BlockingIOError:
                         break
                     except OSError:
                         continue  # An ICMP error about an earlier packet that did not arrive.
-                    if self._served is not None and _sent_to(told) not in self._served:
+                    if self._served is not None and _sent_to(ancillary) not in self._served:
                         continue
                     source = ip_address(sender[0].partition("%")[0])
                     if self.admit(data, source):
@@ -161,10 +161,10 @@ class UdpTransport:
         return await self._arrived.receive()
 
 
-def _sent_to(told: list[tuple[int, int, bytes]]) -> bytes | None:
+def _sent_to(ancillary: list[tuple[int, int, bytes]]) -> bytes | None:
     """The address in a datagram's header as it came, packed: of struct in_pktinfo the third field, of in6_pktinfo the
     first, ip(7), ipv6(7)."""
-    for level, kind, info in told:
+    for level, kind, info in ancillary:
         if level == socket.IPPROTO_IP and kind == _IP_PKTINFO:
             address: bytes = struct.unpack("=i4s4s", info[:12])[2]
             return address
@@ -311,10 +311,10 @@ class PeerQuery:
             elif not message.is_response:
                 own = topology.snapshot.nodes.get(self._name)
                 # Not to wherever a query says that it comes from: somebody may have recorded it.
-                there = node.mesh_address(address.version)
-                if own is not None and there is not None and not self._etcd_away():
+                reply_address = node.mesh_address(address.version)
+                if own is not None and reply_address is not None and not self._etcd_away():
                     response = self._leader_history.response(message, topology, digest(own.public_key), node.name)
-                    await self._transport.send(response.pack(secret), there)
+                    await self._transport.send(response.pack(secret), reply_address)
             elif self._asked.pop(message.nonce, None) == sender and self._etcd_away():
                 self._hints_by_sender[sender] = LeaderHint(trio.current_time(), message.revision, dict(message.leaders))
                 self._evaluate()
@@ -343,11 +343,11 @@ class PeerQuery:
             return
         own, inside = self._own(), node.internal_ip(address.version)
         # To where the node's record says that it is, as with other queries.
-        there = address if address in node.mesh_addresses else None if inside is None else inside.ip
-        if own is not None and there is not None:
+        reply_address = address if address in node.mesh_addresses else None if inside is None else inside.ip
+        if own is not None and reply_address is not None:
             response = evolve(message, is_response=True, sender=digest(own.public_key))
-            await self._transport.send(response.pack(secret), there)
-            self.reachability.asked_by(node, there)
+            await self._transport.send(response.pack(secret), reply_address)
+            self.reachability.asked_by(node, reply_address)
 
     def _nonce(self) -> bytes:
         self._stamped = max(self._stamped, int(self._wall()))

@@ -58,7 +58,7 @@ def succeeded(topology: Topology, name: str, location: str, *, leaves: bool) -> 
         return True
     if len(segment.members) > 1:
         return (leaves or segment.leader.name != name) and any(other != name for other in segment.election.order)
-    return leaves and any(one.node != name for one in topology.snapshot.candidates.get(location, ()))
+    return leaves and any(candidate.node != name for candidate in topology.snapshot.candidates.get(location, ()))
 
 
 def on_record(topology: Topology, name: str) -> bool:
@@ -136,7 +136,7 @@ class CandidacyInputs:
 
 
 def decide_candidacy(
-    wanted: DesiredCandidacy | None, inputs: CandidacyInputs
+    desired: DesiredCandidacy | None, inputs: CandidacyInputs
 ) -> tuple[DesiredCandidacy | None, float | None]:
     """(the candidacy to hold now, when to decide again).
 
@@ -145,29 +145,29 @@ def decide_candidacy(
     whose class changes goes on standing as before until it stands anew: its place in the queue is not empty meanwhile.
     """
     current = inputs.current
-    if wanted is None:
+    if desired is None:
         return None, None
-    if current == wanted:
-        return wanted, None
+    if current == desired:
+        return desired, None
     settled = inputs.stable_since + SETTLE_SECONDS
-    if current is not None and wanted.rank is CandidateClass.DEMOTED:
+    if current is not None and desired.rank is CandidateClass.DEMOTED:
         # Probe reports are about the present candidacy: that has to go first.
         return None, settled
-    if current is not None and current.location == wanted.location:
-        if keeps_its_place(current, wanted, leads=inputs.leads):
+    if current is not None and current.location == desired.location:
+        if keeps_its_place(current, desired, leads=inputs.leads):
             settled = inputs.stable_since + WITHDRAW_SECONDS
-            if (current.rank, wanted.rank) in _NO_LONGER_CHOSEN and inputs.now < settled:
+            if (current.rank, desired.rank) in _NO_LONGER_CHOSEN and inputs.now < settled:
                 return current, settled
-            return wanted, None
+            return desired, None
         if not inputs.ready:
             return current, None
-        return (wanted, None) if inputs.now >= settled else (current, settled)
+        return (desired, None) if inputs.now >= settled else (current, settled)
     if not inputs.ready:
         return None, None
     if inputs.leads and current is None:
-        return wanted, None
+        return desired, None
     if inputs.now >= settled:
-        return wanted, None
+        return desired, None
     return None, settled
 
 
@@ -178,16 +178,16 @@ _NO_LONGER_CHOSEN = (
 """Classes before and after the operator took the leader annotation away, all else being as it was."""
 
 
-def keeps_its_place(current: DesiredCandidacy | None, wanted: DesiredCandidacy | None, *, leads: bool) -> bool:
+def keeps_its_place(current: DesiredCandidacy | None, desired: DesiredCandidacy | None, *, leads: bool) -> bool:
     """Whether a candidacy that changes keeps its place among those of its new class, and need not queue anew.
 
     It may where that cannot make this host take over from one that leads: if it leads itself, or becomes worse.
     """
-    if current is None or wanted is None or current.location != wanted.location:
+    if current is None or desired is None or current.location != desired.location:
         return False
-    if wanted.rank is CandidateClass.DEMOTED:
+    if desired.rank is CandidateClass.DEMOTED:
         return False
-    return leads or wanted.rank > current.rank
+    return leads or desired.rank > current.rank
 
 
 def able_to_lead(missing: Iterable[IPNetwork | None], subnets: Iterable[IPNetwork]) -> bool:

@@ -82,7 +82,7 @@ def to_publish(
     observed: Mapping[str, ObservedEndpointRecord],
     snapshot: Snapshot,
     observer: str,
-    told: Mapping[str, ObservedEndpointRecord],
+    published: Mapping[str, ObservedEndpointRecord],
 ) -> dict[str, ObservedEndpointRecord]:
     """What of it `observer` should have in etcd: what it has published already, and what too few others publish."""
     result = {}
@@ -91,7 +91,7 @@ def to_publish(
             other.observer != observer and other.public_key == record.public_key and other.counts(snapshot.nodes)
             for other in snapshot.observed_endpoints.get(name, ())
         )
-        if name in told or others < OBSERVERS:
+        if name in published or others < OBSERVERS:
             result[name] = record
     return result
 
@@ -104,7 +104,7 @@ class _LastPublished:
 
 @define
 class PublishSchedule:
-    """When what differs from what was told may be told. Times are seconds of one monotonic clock."""
+    """When what differs from what was published may be published. Times are seconds of one monotonic clock."""
 
     rng: random.Random = field(factory=random.Random)
     _due: dict[str, float] = field(factory=dict)
@@ -112,16 +112,16 @@ class PublishSchedule:
 
     def ready(
         self,
-        wanted: Mapping[str, ObservedEndpointRecord],
-        told: Mapping[str, ObservedEndpointRecord],
+        desired: Mapping[str, ObservedEndpointRecord],
+        published: Mapping[str, ObservedEndpointRecord],
         *,
         now: float,
         nodes: int,
     ) -> tuple[dict[str, ObservedEndpointRecord], float | None]:
         """(what to have in etcd now, when to ask again although nothing has changed). `nodes`: the mesh's size."""
-        differing = [name for name in {**wanted, **told} if wanted.get(name) != told.get(name)]
+        differing = [name for name in {**desired, **published} if desired.get(name) != published.get(name)]
         self._due = {name: self._due[name] if name in self._due else self._when(name, now, nodes) for name in differing}
-        result = dict(told)
+        result = dict(published)
         for name in [name for name in differing if self._due[name] <= now]:
             del self._due[name]
             last = self._last.get(name)
@@ -129,8 +129,8 @@ class PublishSchedule:
             self._last[name] = _LastPublished(
                 now, min(last.pause * 2, LONGEST_PAUSE) if last and again else FIRST_PAUSE
             )
-            if name in wanted:
-                result[name] = wanted[name]
+            if name in desired:
+                result[name] = desired[name]
             else:
                 del result[name]
         if len(self._last) > 2 * len(result) + 100:

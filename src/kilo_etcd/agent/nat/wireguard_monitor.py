@@ -123,9 +123,9 @@ class WireGuardMonitor:
                 self._watched, self._partners = to_watch(own, snapshot, plan), partners(own, snapshot, plan)
             self._concerned_by = followed
         watched, hidden = self._watched, self._partners
-        told = self._session.observed_endpoints
+        published = self._session.observed_endpoints
         concerned = bool(watched or hidden)
-        if own is None or not (concerned or told):
+        if own is None or not (concerned or published):
             self._report(())
             return _Look()
         activity = PeerActivity()
@@ -135,9 +135,9 @@ class WireGuardMonitor:
             except (kernel.KernelError, OSError):
                 return _Look(concerned=True)  # The reconciler will say so.
         now = trio.current_time()
-        wanted = to_publish(observed_here(watched, activity), snapshot, self._name, told)
-        ready, due = self._schedule.ready(wanted, told, now=now, nodes=len(snapshot.nodes))
-        if ready != told:
+        desired = to_publish(observed_here(watched, activity), snapshot, self._name, published)
+        ready, due = self._schedule.ready(desired, published, now=now, nodes=len(snapshot.nodes))
+        if ready != published:
             await self._session.put_observed_endpoints(ready)
         outcome = self._attempts.look(own, hidden, plan, activity, now=now)
         if outcome.reset_session:

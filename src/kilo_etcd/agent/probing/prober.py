@@ -432,13 +432,13 @@ class Prober:
         if not is_candidate(topology, location, own_report.leader, own_report.candidacy):
             return False
         try:
-            home, there = topology.segment_of(self._name), topology.segment_of(own_report.leader)
+            home, led = topology.segment_of(self._name), topology.segment_of(own_report.leader)
         except UnknownNode:
             return False
         # A report on another segment's leader stays only while a member there reports it too. Others elsewhere do not
         # count: those that were triggered together would keep each other's reports in force forever.
-        reporters = {node.name for node in there.members}
-        return home is there or any(
+        reporters = {node.name for node in led.members}
+        return home is led or any(
             report.prober in reporters
             and (report.leader, report.candidacy) == (own_report.leader, own_report.candidacy)
             for report in topology.snapshot.probe_reports.get(location, ())

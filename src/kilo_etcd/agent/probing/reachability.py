@@ -344,9 +344,11 @@ class Reachability:
         if not topology.policy.direct_within_location:
             return before.segment_of(self._name).members != topology.segment_of(self._name).members
         segments = (before.segments.get(key) or topology.segments.get(key) for key in topology.changed)
-        here = own.location
-        return any(segment is not None and segment.location == here for segment in segments) or any(
-            segment.location == here for key in topology.changed if (segment := topology.segments.get(key)) is not None
+        location = own.location
+        return any(segment is not None and segment.location == location for segment in segments) or any(
+            segment.location == location
+            for key in topology.changed
+            if (segment := topology.segments.get(key)) is not None
         )
 
     def _targets_now(self, topology: Topology, own: Node) -> dict[MemberAddress, Node]:
@@ -355,9 +357,9 @@ class Reachability:
         former = self._by_node if (own, families) == self._by_node_for else {}
         by_node: dict[str, tuple[Node, tuple[MemberAddress, ...]]] = {}
         for node in local_members(topology, self._name):
-            known = former.get(node.name)
-            same = known is not None and known[0] is node
-            by_node[node.name] = known if known and same else (node, targets_of(own, node, families))
+            former_entry = former.get(node.name)
+            unchanged = former_entry is not None and former_entry[0] is node
+            by_node[node.name] = former_entry if former_entry and unchanged else (node, targets_of(own, node, families))
         self._by_node, self._by_node_for = by_node, (own, families)
         return {target: node for node, ones in by_node.values() for target in ones}
 
@@ -427,16 +429,16 @@ class Reachability:
 
     async def _try(self, batch: list[MemberAddress]) -> None:
         signed = await self._query(batch)
-        left = [target for target in batch if target not in signed]
+        unsigned = [target for target in batch if target not in signed]
         own = {interface.ip for interface in self._own.internal_ips} if self._own is not None else set()
         # What this host has itself it cannot reach elsewhere, whoever answers.
-        addresses = {target.address for target in left} - own
+        addresses = {target.address for target in unsigned} - own
         answering = await self._unsigned(addresses) if addresses else set()
-        answering.update(await self._shaken([target for target in left if target.address not in answering]))
-        silent = [target for target in left if target.address not in answering]
+        answering.update(await self._shaken([target for target in unsigned if target.address not in answering]))
+        silent = [target for target in unsigned if target.address not in answering]
         routes = await self._other_routes(silent)
         now = trio.current_time()
-        for target in left:
+        for target in unsigned:
             if target in silent and self._records.takes(target, routes.get(target.address, "")):
                 self._told.set()
             if target.address in answering:
@@ -454,13 +456,13 @@ class Reachability:
         if not addresses:
             return {}
         try:
-            taken = await self._device.routes_taken(dict.fromkeys(addresses))
+            answers = await self._device.routes_taken(dict.fromkeys(addresses))
             rules = await self._device.foreign_rules()
         except (OSError, kernel.KernelError):
             return {}  # The reconciler will say so.
-        routes = {address: taken_directly(address, answer, rules) for address, answer in taken.items()}
+        routes = {address: taken_directly(address, answer, rules) for address, answer in answers.items()}
         return {
-            address: with_rule(route, address, taken[address], rules).route
+            address: with_rule(route, address, answers[address], rules).route
             for address, route in routes.items()
             if route.foreign
         }
@@ -470,12 +472,12 @@ class Reachability:
         if self._ask is None:
             await trio.lowlevel.checkpoint()
             return set()
-        asked: dict[bytes, MemberAddress] = {}
+        queries: dict[bytes, MemberAddress] = {}
         for target in batch:
             node = self._records.node(target)
 
             def note(nonce: bytes, target: MemberAddress = target) -> None:
-                asked[nonce] = self._waiting[nonce] = target
+                queries[nonce] = self._waiting[nonce] = target
 
             if node is not None:
                 await self._ask(node, target.address, note)
@@ -485,11 +487,11 @@ class Reachability:
                 await self._answered.wait()
         unanswered = set(self._waiting.values())
         self._waiting.clear()
-        return set(asked.values()) - unanswered
+        return set(queries.values()) - unanswered
 
-    async def _shaken(self, left: Collection[MemberAddress]) -> set[IPAddress]:
+    async def _shaken(self, targets: Collection[MemberAddress]) -> set[IPAddress]:
         """Which of the targets, asked through the tunnel just now, have a session: a firewall may drop all but that."""
-        pairs = ((target, self._records.node(target)) for target in left)
+        pairs = ((target, self._records.node(target)) for target in targets)
         keys = {node.public_key: target for target, node in pairs if node and target.address in node.mesh_addresses}
         if not keys:
             return set()
@@ -508,8 +510,8 @@ class Reachability:
         except kernel.KernelError:
             await trio.sleep(ECHO_SECONDS)  # It may not ping; ARP and ND need a moment, too.
         try:
-            if left := set(addresses) - answering:
-                answering.update(await self._device.resolved(left))
+            if unanswered := set(addresses) - answering:
+                answering.update(await self._device.resolved(unanswered))
         except (OSError, kernel.KernelError):
             pass  # The reconciler will say so.
         return answering
